@@ -1,0 +1,42 @@
+"""jacdiag: Jacobian and gradient-norm diagnostics for transformer pre-training.
+
+>>> import jacdiag                                    # imports neither torch nor numpy
+>>> report = jacdiag.audit("checkpoint.pt")           # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "audit": "jacdiag.auditing",
+    "sites": "jacdiag.trace",
+    "spectral_norm": "jacdiag.spectra",
+    "Report": "jacdiag.report",
+    "JacdiagError": "jacdiag.errors",
+}
+__all__ = ["JacdiagError", "Report", "__version__", "audit", "sites", "spectral_norm"]
+
+if TYPE_CHECKING:
+    from jacdiag.auditing import audit
+    from jacdiag.errors import JacdiagError
+    from jacdiag.report import Report
+    from jacdiag.spectra import spectral_norm
+    from jacdiag.trace import sites
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name at its first use (PEP 562), so that `import jacdiag` stays instant."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'jacdiag' has no attribute '{name}'")
+    from importlib import import_module
+
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

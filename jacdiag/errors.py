@@ -1,0 +1,37 @@
+"""The few ways in which jacdiag refuses. Each message says what is wrong, what was found, and what to try."""
+
+from __future__ import annotations
+
+
+class JacdiagError(Exception):
+    """Base of every error that jacdiag raises on purpose; the command line turns it into exit code 2.
+
+    Args:
+        what: one sentence: what cannot be done.
+        got: what was found instead (optional).
+        hint: what to try next (optional).
+    """
+
+    def __init__(self, what: str, *, got: str | None = None, hint: str | None = None) -> None:
+        self.what, self.got, self.hint = what, got, hint
+        super().__init__("\n".join(part for part in (what, got, hint) if part))
+
+
+class SourceError(JacdiagError):
+    """A source cannot be read, is unsafe, or does not fit its model."""
+
+
+class ProbeError(JacdiagError):
+    """The probe input does not fit the model: out of the vocabulary, too long, of the wrong kind."""
+
+
+class TraceError(JacdiagError):
+    """The model's forward cannot be recorded or run again."""
+
+
+class MeasureError(JacdiagError):
+    """A norm cannot be measured."""
+
+
+class UsageError(JacdiagError):
+    """An option or argument has no meaning here."""

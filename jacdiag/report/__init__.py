@@ -1,0 +1,43 @@
+"""Plain data that every other room speaks: the report and its parts, and the thresholds. No torch here."""
+
+from jacdiag.report.schema import (
+    LEVELS,
+    SCHEMA_VERSION,
+    Conditions,
+    Cost,
+    Finding,
+    Growth,
+    Interval,
+    ModelRecord,
+    NetworkRecord,
+    PerToken,
+    Plan,
+    ProbeRecord,
+    Report,
+    RuleResult,
+    Spread,
+    SublayerRecord,
+    TokenAt,
+    WeightStats,
+)
+
+__all__ = [
+    "LEVELS",
+    "SCHEMA_VERSION",
+    "Conditions",
+    "Cost",
+    "Finding",
+    "Growth",
+    "Interval",
+    "ModelRecord",
+    "NetworkRecord",
+    "PerToken",
+    "Plan",
+    "ProbeRecord",
+    "Report",
+    "RuleResult",
+    "Spread",
+    "SublayerRecord",
+    "TokenAt",
+    "WeightStats",
+]

@@ -1,0 +1,353 @@
+"""What an audit says, as plain data: frozen records, and their JSON (`schema_version` 1) in both directions.
+
+This floor knows neither torch nor a terminal. A number that was not measured is None (JSON null), never 0; a number
+that is not finite is written as the string "inf", "-inf" or "nan".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+SCHEMA_VERSION = 1
+
+Level = Literal["info", "warning", "error"]
+Status = Literal["fired", "clean", "unknown", "not-applicable"]
+Condition = Literal["met", "partly", "not met", "unknown", "not applicable"]
+Verdict = Literal["pass", "warn", "fail", "unknown"]
+Kind = Literal["attention", "mlp", "moe", "mixer", "conv", "other"]
+Placement = Literal["pre", "post", "sandwich", "reordered", "none"]
+
+LEVELS: tuple[Level, ...] = ("info", "warning", "error")
+
+
+class Record:
+    """Base of the records: `to_dict` and `from_dict` follow the dataclass fields; nothing is written by hand twice."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain JSON values; None stays None, non-finite floats become strings."""
+        return {f.name: _encode(getattr(self, f.name)) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Rebuilds a record; unknown keys are ignored, so that an older reader takes a newer report."""
+        hints = typing.get_type_hints(cls)
+        known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        return cls(**{name: _decode(hints[name], value) for name, value in data.items() if name in known})
+
+
+@dataclass(frozen=True)
+class TokenAt(Record):
+    """One token of the probe. `token` is its id, None where the input is not token ids."""
+
+    sequence: int | None
+    position: int | None
+    token: int | None = None
+
+
+@dataclass(frozen=True)
+class Spread(Record):
+    """Standard deviation over features, per token, summarised over tokens. `p01` is the 1st percentile."""
+
+    median: float
+    min: float
+    max: float
+    p01: float | None = None
+    argmin: TokenAt | None = None
+    argmax: TokenAt | None = None
+
+
+@dataclass(frozen=True)
+class PerToken(Record):
+    """Distribution over tokens of a norm that was solved token by token (lower ends)."""
+
+    median: float
+    p99: float
+    max: float
+    argmax: TokenAt | None = None
+
+
+@dataclass(frozen=True)
+class Interval(Record):
+    """A spectral norm with its error bar.
+
+    Attributes:
+        estimate: best value, the largest Ritz value (not padded).
+        lower: rigorous lower end, up to the rounding pad of the precision.
+        upper: upper end that holds with probability `confidence`.
+        products: products with J and J^T that were spent (0 for a closed form).
+        converged: the width asked for was reached.
+        per_sequence: estimates per batch element, None where sequences could not be told apart.
+        stop: one sentence: why the solver stopped, and what to raise if that was too early.
+    """
+
+    estimate: float
+    lower: float
+    upper: float
+    confidence: float = 1.0
+    converged: bool = True
+    products: int = 0
+    per_sequence: list[float] | None = None
+    per_token: PerToken | None = None
+    stop: str = ""
+
+    def __contains__(self, value: float) -> bool:
+        return self.lower <= value <= self.upper
+
+    def side_of(self, threshold: float) -> Literal["above", "below", "across"]:
+        """Says on which side of a threshold the whole interval lies; a non-finite interval is across."""
+        if self.lower > threshold:
+            return "above"
+        return "below" if self.upper <= threshold else "across"
+
+    def scaled(self, factor: float) -> Interval:
+        """Returns the interval of `factor` times the quantity, for factor > 0."""
+        return dataclasses.replace(
+            self, estimate=self.estimate * factor, lower=self.lower * factor, upper=self.upper * factor
+        )
+
+    @classmethod
+    def exact(cls, value: float, *, per_token: PerToken | None = None, stop: str = "closed form") -> Interval:
+        """An interval without width, for quantities that have a closed form."""
+        return cls(value, value, value, per_token=per_token, stop=stop)
+
+
+@dataclass(frozen=True)
+class WeightStats(Record):
+    """A weight matrix of a sub-layer (or of the embedding or head): sizes, std, spectral norm."""
+
+    parameter: str
+    shape: list[int]
+    std: float | None
+    norm: float | None = None
+
+
+@dataclass(frozen=True)
+class SublayerRecord(Record):
+    """All figures of one sub-layer. `notes` holds, for each field that is None, the reason (field name -> sentence).
+
+    `joint_residual_norm` is that of the shortcut plus all parallel branches on it (None unless `parallel`).
+    """
+
+    name: str
+    index: int
+    depth: int
+    kind: Kind
+    placement: Placement
+    parallel: bool = False
+    token_wise: bool | None = None
+    nested: bool = False
+    shortcut_std: Spread | None = None
+    branch_std: Spread | None = None
+    shortcut_gain: float | None = 1.0
+    branch_norm: Interval | None = None
+    residual_norm: Interval | None = None
+    joint_residual_norm: Interval | None = None
+    core_norm: Interval | None = None
+    norm_gain: Interval | None = None
+    out_norm_gain: Interval | None = None
+    bound: float | None = None
+    bound_norms: float | None = None
+    tightness: float | None = None
+    weights: dict[str, WeightStats] = field(default_factory=dict)
+    parameters: list[str] = field(default_factory=list)
+    problems: str = ""
+    notes: dict[str, str] = field(default_factory=dict)
+    cost: float | None = None
+
+
+@dataclass(frozen=True)
+class Growth(Record):
+    """Growth exponents ln(last / first) / layers: of activations going up, of gradients going down."""
+
+    activation: float | None = None
+    gradient: float | None = None
+
+
+@dataclass(frozen=True)
+class NetworkRecord(Record):
+    """Figures of the whole network.
+
+    Attributes:
+        gain_product_log: natural logarithm of the product of `residual_norm` over depth (Eq. 7).
+        end_to_end: spectral norm of d y_N / d x_1, with the cancellation that the product hides.
+        gradient_norms: norm of dL/dx at each depth, first shortcut first, the last output of the stack at the end.
+        predicted_gradient_norms: the upper profile of Eq. 7 from the sub-layer norms and the last gradient.
+        loss: {"kind": ..., "value": ...}: what was differentiated.
+    """
+
+    gain_product_log: float | None = None
+    end_to_end: Interval | None = None
+    gradient_norms: list[float] | None = None
+    predicted_gradient_norms: list[float] | None = None
+    growth: Growth = field(default_factory=Growth)
+    loss: dict[str, Any] | None = None
+    notes: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelRecord(Record):
+    """What was looked at. `covered_parameters` and `uncovered` answer: which part was not?"""
+
+    name: str
+    parameters: int
+    layers: int
+    width: int | None = None
+    covered_parameters: int | None = None
+    uncovered: list[str] = field(default_factory=list)
+    uncovered_reasons: dict[str, str] = field(default_factory=dict)
+    weights: dict[str, WeightStats] = field(default_factory=dict)
+    vocabulary: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        data = super().to_dict()
+        return {"class": data.pop("name"), **data}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        return super().from_dict({"name": data.get("class", ""), **data})
+
+
+@dataclass(frozen=True)
+class ProbeRecord(Record):
+    """The probe input. `tokens` says where the token ids come from ("random", a file name, "text", "inputs")."""
+
+    batch: int
+    seq: int | None
+    seed: int
+    tokens: str = "random"
+    excluded_rows: int = 0
+    off_distribution: bool = False
+
+
+@dataclass(frozen=True)
+class Plan(Record):
+    """The plan of the run, as far as it was given on the command line."""
+
+    lr: float | None = None
+    warmup: int | None = None
+    clip: float | None = None
+    beta2: float | None = None
+
+
+@dataclass(frozen=True)
+class Conditions(Record):
+    """The two conditions of the paper, over all sub-layers."""
+
+    small_sublayers: Condition = "unknown"
+    large_shortcut: Condition = "unknown"
+
+
+@dataclass(frozen=True)
+class Finding(Record):
+    """One rule that spoke. `where` lists sub-layer names; `verified` means that the fix was tried and helped."""
+
+    code: str
+    level: Level
+    where: list[str]
+    what: str
+    evidence: dict[str, Any] = field(default_factory=dict)
+    why: str = ""
+    fix: str = ""
+    verified: bool = False
+
+
+@dataclass(frozen=True)
+class RuleResult(Record):
+    """How a rule came out. `matched` counts the sub-layers it applied to; 0 means not applicable, never a pass."""
+
+    code: str
+    status: Status
+    matched: int
+    name: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Cost(Record):
+    """What the audit cost. `forward_equivalents` counts in forwards of one sub-layer's branch."""
+
+    forward_equivalents: float | None = None
+    products: int | None = None
+    seconds: float | None = None
+    peak_memory_mb: float | None = None
+    phases: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Report(Record):
+    """A whole audit. See `interface`: the JSON keys are a contract, add to them, never change or remove one."""
+
+    source: dict[str, Any]
+    tier: Literal["weights", "measured"]
+    state: Literal["init", "trained"] | None
+    probe: ProbeRecord | None
+    model: ModelRecord
+    sublayers: list[SublayerRecord] = field(default_factory=list)
+    network: NetworkRecord | None = None
+    plan: Plan = field(default_factory=Plan)
+    conditions: Conditions = field(default_factory=Conditions)
+    verdict: Verdict = "unknown"
+    findings: list[Finding] = field(default_factory=list)
+    rules: list[RuleResult] = field(default_factory=list)
+    cost: Cost = field(default_factory=Cost)
+    settings: dict[str, Any] = field(default_factory=dict)
+    ladder: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    created: str = ""
+    torch: str = ""
+    jacdiag: str = ""
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """Returns strict JSON (no bare NaN or Infinity)."""
+        return json.dumps(self.to_dict(), indent=indent, allow_nan=False, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Reads what `to_json` wrote. Raises ValueError for a report of a newer schema version."""
+        data = json.loads(text)
+        version = data.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise ValueError(f"report has schema_version {version!r}; this jacdiag reads {SCHEMA_VERSION}")
+        return cls.from_dict(data)
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, Record):
+        return value.to_dict()
+    if isinstance(value, bool) or value is None or isinstance(value, (int, str)):
+        return value
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return value
+        return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    if isinstance(value, Mapping):
+        return {str(key): _encode(item) for key, item in value.items()}
+    if isinstance(value, Sequence):
+        return [_encode(item) for item in value]
+    raise TypeError(f"a report cannot hold a {type(value).__name__}")
+
+
+def _decode(hint: Any, value: Any) -> Any:
+    """Turns a JSON value back into what the type hint of its field says."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if value is None:
+        return None
+    if origin in (typing.Union, types.UnionType):
+        return _decode(next(arg for arg in args if arg is not type(None)), value)
+    if origin is list:
+        return [_decode(args[0], item) for item in value]
+    if origin is dict:
+        return {key: _decode(args[1], item) for key, item in value.items()}
+    if isinstance(hint, type) and issubclass(hint, Record):
+        return hint.from_dict(value)
+    if hint is float and isinstance(value, (str, int)):
+        return float(value)
+    return value
