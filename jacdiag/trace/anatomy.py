@@ -1,0 +1,165 @@
+"""What a branch is made of: the points that every path passes, its input and output norm, its placement.
+
+A norm is recognised by what it does, not by its name: its output does not change when its input is scaled, and is the
+(centred) input times one number per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from jacdiag.trace.record import Graph
+from jacdiag.trace.replay import Replayer, Spot, Where
+from jacdiag.trace.residual import Finder, Site
+
+FUSED_NORMS = {"layer_norm", "rms_norm"}
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm in the dataflow.
+
+    Attributes:
+        spot: where its value z (before the learned gain and bias) is met in a re-run of `invocation`.
+        normalise: the norm as a function of its input, without the learned gain.
+        value: z at the recorded input.
+        gain: factor per token from the (centred) input to z: 1 / sqrt(var + eps). Shape of z without features.
+    """
+
+    spot: Spot
+    normalise: Callable[[Tensor], Tensor]
+    value: Tensor
+    gain: Tensor
+    centred: bool
+
+
+def reach(graph: Graph, cone: tuple[int, ...], source: int) -> tuple[int, dict[int, int]]:
+    """Returns the last call of the cone that reads the source, and for each call the last that reads its results."""
+    inside = set(cone)
+    last = {node: max((c for o in graph.nodes[node].outputs for c in _readers(graph, o) if c in inside), default=node)
+            for node in cone}  # fmt: skip
+    return max((c for c in _readers(graph, source) if c in inside), default=-1), last
+
+
+def _readers(graph: Graph, value: int) -> list[int]:
+    """Calls that read a value differentiably."""
+    return [n for n in graph.values[value].consumers if any(v.index == value for v in graph.float_inputs(n))]
+
+
+def waists(graph: Graph, cone: tuple[int, ...], source: int) -> list[int]:
+    """Returns the calls that every path through the cone passes (its dominators), ascending."""
+    furthest, last = reach(graph, cone, source)
+    out = []
+    for node in cone:
+        if furthest <= node and len(graph.nodes[node].outputs) == 1:
+            out.append(node)
+        furthest = max(furthest, last[node])
+    return out
+
+
+def reads_state(graph: Graph, node: int) -> bool:
+    """Whether a call reads something made of parameters or buffers alone (a weight, a gain, a bias)."""
+    return any(graph.values[v].from_state and not graph.values[v].live for v in graph.nodes[node].inputs)
+
+
+class Anatomist:
+    """Finds norms around one site. All tests are numerical, on re-runs of the owning module call."""
+
+    def __init__(self, replayer: Replayer, finder: Finder) -> None:
+        self.replayer, self.finder, self.graph = replayer, finder, replayer.graph
+
+    def input_norm(self, site: Site, owner: int, x: Tensor) -> Norm | None:
+        """The last point that every path passes, with no parameter before it, that is a norm of the shortcut."""
+        candidates = []
+        for node in waists(self.graph, site.cone, site.shortcut):
+            name = self.graph.nodes[node].name
+            if any(reads_state(self.graph, n) for n in site.cone if n < node):
+                break
+            if name in FUSED_NORMS:
+                candidates.append((node, Where.NORMALISED))
+                break
+            if reads_state(self.graph, node):
+                break
+            candidates.append((node, Where.RESULT))
+        source = self.replayer.spot_of(site.shortcut, owner)
+        for node, where in reversed(candidates):
+            norm = self._norm(owner, source, x, node, where)
+            if norm is not None:
+                return norm
+        return None
+
+    def output_norm(self, site: Site, owner: int, x: Tensor) -> tuple[Norm, Spot] | None:
+        """A norm after the last matrix product: returns it and where its input h is met."""
+        products = [n for n in site.cone if self.finder.is_product(n)]
+        points = [n for n in waists(self.graph, site.cone, site.shortcut) if not products or n >= products[-1]]
+        source = self.replayer.spot_of(site.shortcut, owner)
+        for node in points:
+            if self.graph.nodes[node].name in FUSED_NORMS and node not in products:
+                return self._norm_of_operand(owner, source, x, node)
+        if len(points) < 2:
+            return None
+        return self._unfused_after(owner, source, x, points)
+
+    def norm_after(self, value: int, until: tuple[int, ...], owner: int, y: Tensor) -> Norm | None:
+        """A norm that all of `value` passes before anything else happens to it (post-norm)."""
+        cone = self.finder.cone(value, until)
+        source = self.replayer.spot_of(value, owner)
+        for node in waists(self.graph, cone, value):
+            fused = self.graph.nodes[node].name in FUSED_NORMS
+            if not fused and reads_state(self.graph, node):
+                return None
+            norm = self._norm(owner, source, y, node, Where.NORMALISED if fused else Where.RESULT)
+            if norm is not None or fused:
+                return norm
+        return None
+
+    def _norm_of_operand(self, owner: int, source: Spot, x: Tensor, node: int) -> tuple[Norm, Spot] | None:
+        operand = self.replayer.spot_at(Where.OPERAND, node, owner)
+        h = self.replayer.run(owner, source, x, operand)
+        live = next(iter(self.graph.float_inputs(node)))
+        entry = self.replayer.spot_of(live.index, owner)
+        norm = self._norm(owner, entry, h, node, Where.NORMALISED)
+        return None if norm is None else (norm, entry)
+
+    def _unfused_after(self, owner: int, source: Spot, x: Tensor, points: list[int]) -> tuple[Norm, Spot] | None:
+        entry = self.replayer.spot_of(self.graph.nodes[points[0]].outputs[0], owner)
+        h = self.replayer.run(owner, source, x, entry)
+        for node in points[1:]:
+            if reads_state(self.graph, node):
+                return None
+            norm = self._norm(owner, entry, h, node, Where.RESULT)
+            if norm is not None:
+                return norm, entry
+        return None
+
+    def _norm(self, owner: int, source: Spot, x: Tensor, node: int, where: Where) -> Norm | None:
+        """Tests whether the value at a call is a norm of x."""
+        spot = self.replayer.spot_at(where, node, owner)
+        if source.key == spot.key and source.occurrence == spot.occurrence:
+            return None
+        normalise = self.replayer.segment(owner, source, spot)
+        with torch.no_grad():
+            z = normalise(x)
+            if z.numel() != x.numel() or not z.is_floating_point():
+                return None
+            big, bigger = (normalise(x * 2.0**k) for k in (12, 13))
+        if not _close(big, bigger, 1e-3):
+            return None
+        for centred in (True, False):
+            base = x.double() - x.double().mean(-1, keepdim=True) if centred else x.double()
+            flat = z.double().reshape(base.shape)
+            gain = (flat * base).sum(-1) / (base * base).sum(-1).clamp_min(torch.finfo(torch.float64).tiny)
+            if _close(gain.unsqueeze(-1) * base, flat, 1e-3):
+                return Norm(spot, normalise, z, gain.abs(), centred)
+        return None
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    a, b = a.double(), b.double()
+    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        return False
+    return bool((a - b).norm() <= tolerance * b.norm()) and bool(b.norm() > 0)

@@ -1,0 +1,71 @@
+"""A module call that can be made again: arguments are snapshotted, and fresh for every run."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from jacdiag.trace.record import collect_deep
+
+
+class _Swap(TorchFunctionMode):
+    """Lets copy.deepcopy copy containers and objects (caches), but share the tensors in them, or swap some."""
+
+    def __init__(self, swap: dict[int, Tensor]) -> None:
+        super().__init__()
+        self.swap = swap
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__:
+            return self.swap.get(id(args[0]), args[0])
+        return func(*args, **(kwargs or {}))
+
+    def copy(self, value: Any) -> Any:
+        kind = type(value)
+        if isinstance(value, Tensor):
+            return self.swap.get(id(value), value)
+        if value is None or isinstance(value, (int, float, str, bool, torch.nn.Module)):
+            return value
+        if kind in (tuple, list):
+            return kind(self.copy(item) for item in value)
+        if kind is dict:
+            return {key: self.copy(item) for key, item in value.items()}
+        if callable(value) or kind.__name__.endswith("Config"):
+            return value
+        try:
+            with self:
+                return copy.deepcopy(value)
+        except Exception:
+            return value
+
+
+@dataclass
+class Call:
+    """One module call, ready to be made again: its name, a snapshot of its arguments, and the values among them."""
+
+    module: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    tensors: dict[int, Tensor]
+
+    @classmethod
+    def take(cls, module: str, args: Any, kwargs: Any, values: tuple[int, ...], mutated: set[int]) -> Call:
+        """Snapshots arguments; tensors that the run will write to are cloned, the others are shared."""
+        found: list[Tensor] = []
+        collect_deep((args, kwargs), found)
+        tensors = {v: t.clone() if v in mutated else t for v, t in zip(values, found, strict=True)}
+        swap = _Swap({id(t): tensors[v] for v, t in zip(values, found, strict=True)})
+        return cls(module, swap.copy(args), swap.copy(kwargs), tensors)
+
+    def arguments(self, value: int | None, replacement: Tensor | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns fresh containers, so that a run cannot spoil the next one's, with one value replaced."""
+        swap: dict[int, Tensor] = {}
+        if value is not None and replacement is not None:
+            swap[id(self.tensors[value])] = replacement
+        swapper = _Swap(swap)
+        return swapper.copy(self.args), swapper.copy(self.kwargs)

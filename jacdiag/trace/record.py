@@ -1,0 +1,369 @@
+"""Runs a skeleton once, numbers its torch calls, and keeps who depends on whom.
+
+The recorder is a TorchFunctionMode: it sees every call that Python makes into torch, whatever code makes it. Values are
+known by object and by storage, so that in-place writes, writes through views and tensors made inside a custom
+autograd.Function keep their history. Nothing but numbers is kept: no tensor outlives the run because of it.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from jacdiag.trace.precision import Precision
+from jacdiag.trace.skeleton import Skeleton
+from jacdiag.trace.sums import Term, terms_of
+
+INPUT, STATE, CONSTANT = -1, -2, -3
+CallKey = tuple[str, str, int]
+
+_TORCH_DIR = torch.__file__.rsplit("/", 1)[0]
+_PLUMBING = (f"{_TORCH_DIR}/overrides.py", f"{_TORCH_DIR}/_tensor.py", f"{_TORCH_DIR}/nn/functional.py", __file__)
+
+
+@dataclass(slots=True)
+class Value:
+    """One version of one tensor.
+
+    `node` is the call that made it, or INPUT, STATE, CONSTANT; `position` tells it from the call's other results, and
+    is negative (-1 - k) for an argument that was written to and not returned.
+    """
+
+    index: int
+    node: int
+    position: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    name: str = ""
+    live: bool = False
+    from_state: bool = False
+    mutated: bool = False
+    consumers: list[int] = field(default_factory=list)
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype.is_floating_point or self.dtype.is_complex
+
+
+@dataclass(slots=True)
+class Node:
+    """One torch call: what it read (value indices), what it made, where it stood."""
+
+    index: int
+    name: str
+    key: CallKey
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    invocation: int
+    terms: tuple[Term, ...] | None = None
+    line: str = ""
+
+
+@dataclass(slots=True)
+class Invocation:
+    """One call of one module: its name, the calls [start, end) it made, and the call that made it."""
+
+    index: int
+    module: str
+    parent: int
+    start: int
+    end: int = -1
+    arguments: tuple[int, ...] = ()
+    cls: str = ""
+
+
+@dataclass
+class Graph:
+    """What one forward did."""
+
+    nodes: list[Node]
+    values: list[Value]
+    invocations: list[Invocation]
+    outputs: tuple[int, ...]
+    used_state: set[str]
+
+    @cached_property
+    def calls_by_key(self) -> dict[CallKey, list[int]]:
+        """Node numbers by call key, ascending."""
+        found: dict[CallKey, list[int]] = {}
+        for node in self.nodes:
+            found.setdefault(node.key, []).append(node.index)
+        return found
+
+    def ancestors(self, invocation: int) -> Iterator[int]:
+        """Yields an invocation and those around it, innermost first; 0 is the whole model."""
+        while invocation >= 0:
+            yield invocation
+            invocation = self.invocations[invocation].parent
+
+    def float_inputs(self, node: int) -> Iterator[Value]:
+        """Yields the differentiable live values that a call reads."""
+        if self.nodes[node].name in _CUTS:
+            return
+        for index in self.nodes[node].inputs:
+            value = self.values[index]
+            if value.live and value.is_float:
+                yield value
+
+    def path(self, invocation: int) -> str:
+        return self.invocations[invocation].module
+
+
+_CUTS = {"detach", "detach_", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like",
+         "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "bernoulli", "sign", "argmax", "argmin",
+         "isnan", "isinf", "isfinite"}  # fmt: skip
+_METADATA_ONLY = {name for name in _CUTS if name.endswith("_like") or name.startswith("new_")} | {"type_as"}
+
+
+def signature(func: Callable[..., Any], depth: int = 2) -> CallKey:
+    """Names a call by its function and the source line that made it: stable from run to run, unlike its number."""
+    frame = sys._getframe(depth)
+    while frame.f_back is not None and frame.f_code.co_filename in _PLUMBING:
+        frame = frame.f_back
+    return (getattr(func, "__name__", str(func)), frame.f_code.co_filename, frame.f_lineno)
+
+
+def user_line(depth: int = 2) -> str:
+    """Returns 'file.py:12' of the innermost frame outside torch."""
+    frame = sys._getframe(depth)
+    while frame.f_back is not None:
+        filename = frame.f_code.co_filename
+        if not filename.startswith(_TORCH_DIR) and filename != __file__:
+            break
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+class Recorder(TorchFunctionMode):
+    """Numbers calls and values of one forward. Use `record`."""
+
+    def __init__(self, precision: Precision) -> None:
+        super().__init__()
+        self.precision = precision
+        self.nodes: list[Node] = []
+        self.values: list[Value] = []
+        self.invocations: list[Invocation] = []
+        self.stack: list[int] = []
+        self.used_state: set[str] = set()
+        self._objects: dict[int, tuple[Any, int]] = {}
+        self._storages: dict[int, int] = {}
+        self._members: dict[int, list[int]] = {}
+        self._state_values: dict[str, int] = {}
+
+    # -- values ----------------------------------------------------------------------------------------------------
+    def new_value(self, tensor: Tensor, node: int, position: int = 0, name: str = "", **flags: bool) -> int:
+        index = len(self.values)
+        self.values.append(Value(index, node, position, tuple(tensor.shape), tensor.dtype, name, **flags))
+        self._objects[id(tensor)] = (weakref.ref(tensor), index)
+        return index
+
+    def lookup(self, tensor: Tensor) -> tuple[int, ...]:
+        """Returns the value of a tensor object, and the last write to its storage if that came later."""
+        name = self.precision.state.get(id(tensor))
+        if name is not None:
+            self.used_state.add(name)
+            if name not in self._state_values:
+                self._state_values[name] = self.new_value(tensor, STATE, name=name, from_state=True)
+            found = [self._state_values[name]]
+        else:
+            reference, index = self._objects.get(id(tensor), (None, -1))
+            found = [index] if reference is not None and reference() is tensor else []
+        written = self._storages.get(_storage(tensor))
+        if written is not None and written not in found:
+            if not found:
+                # Made where the mode cannot see (a custom autograd.Function's wrapper): same memory, same history.
+                found = [self._adopt(tensor, written)]
+            if self.values[written].node > self.values[found[0]].node:
+                found.append(written)
+        return tuple(found) or (self.new_value(tensor, CONSTANT),)
+
+    def _adopt(self, tensor: Tensor, written: int) -> int:
+        writer = self.values[written]
+        if tuple(tensor.shape) == writer.shape:
+            self._objects[id(tensor)] = (weakref.ref(tensor), written)
+            return written
+        return self.new_value(tensor, writer.node, writer.position, live=writer.live, from_state=writer.from_state)
+
+    # -- calls -----------------------------------------------------------------------------------------------------
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in ("__get__", "__set__", "__delete__"):
+            result = self.precision.call(func, args, kwargs)
+            if not isinstance(result, Tensor):
+                return result
+            return self._note(func, args, kwargs, result, [], signature(func))
+        tensors: list[Tensor] = []
+        collect(args, tensors)
+        collect(kwargs, tensors)
+        before = [_version(t) for t in tensors]
+        key = signature(func)
+        result = self.precision.call(func, args, kwargs)
+        mutated = [t for t, version in zip(tensors, before, strict=True) if _version(t) != version]
+        return self._note(func, args, kwargs, result, mutated, key)
+
+    def _note(self, func: Any, args: Any, kwargs: Any, result: Any, mutated: list[Tensor], key: CallKey) -> Any:
+        made: list[Tensor] = []
+        collect(result, made)
+        if not made and not mutated:
+            return result
+        read: list[Tensor] = []
+        collect(args, read)
+        collect(kwargs, read)
+        by_id = {id(t): self.lookup(t) for t in read}
+        if not mutated and all(id(t) in by_id for t in made):
+            return result  # an identity: x.to(x.dtype), contiguous(), eval-mode dropout written by hand
+        name, index = key[0], len(self.nodes)
+        inputs = tuple(dict.fromkeys(v for found in by_id.values() for v in found))
+        metadata = name in _METADATA_ONLY
+        live = not metadata and any(self.values[v].live for v in inputs)
+        state = not metadata and any(self.values[v].from_state for v in inputs)
+        node = Node(index, name, key, inputs, (), self.stack[-1] if self.stack else 0)
+        self.nodes.append(node)
+        for v in inputs:
+            self.values[v].consumers.append(index)
+        read_storages = {_storage(t) for t in read}
+        outputs = [self._write(t, index, _position(t, made, read), live, state) for t in mutated]
+        changed = {id(t) for t in mutated}
+        for position, tensor in enumerate(made):
+            if id(tensor) in changed or id(tensor) in by_id:
+                continue
+            outputs.append(self.new_value(tensor, index, position, live=live, from_state=state))
+            storage = _storage(tensor)
+            if storage not in read_storages:
+                self._storages[storage] = outputs[-1]
+                self._members[storage] = []
+            self._members.setdefault(storage, []).append(outputs[-1])
+        node.outputs = tuple(outputs)
+        if live:
+            node.terms = terms_of(name, args, kwargs, lambda t: by_id.get(id(t), (None,))[-1])
+            if node.terms:
+                node.line = user_line(3)
+        return result
+
+    def _write(self, tensor: Tensor, node: int, position: int, live: bool, state: bool) -> int:
+        """Notes an in-place write: a new version of the object, and of whatever shares its storage."""
+        storage = _storage(tensor)
+        for member in self._members.get(storage, ()):
+            self.values[member].mutated = True
+        reference, old = self._objects.get(id(tensor), (None, -1))
+        if reference is not None and reference() is tensor:
+            self.values[old].mutated = True
+        index = self.new_value(tensor, node, position, live=live, from_state=state)
+        self._storages[storage] = index
+        self._members.setdefault(storage, []).append(index)
+        return index
+
+    # -- modules ---------------------------------------------------------------------------------------------------
+    def enter(self, module: str, cls: str, arguments: list[Tensor]) -> None:
+        found = tuple(self.lookup(t)[-1] for t in arguments)
+        index = len(self.invocations)
+        parent = self.stack[-1] if self.stack else -1
+        self.invocations.append(Invocation(index, module, parent, len(self.nodes), -1, found, cls))
+        self.stack.append(index)
+
+    def leave(self) -> None:
+        self.invocations[self.stack.pop()].end = len(self.nodes)
+
+
+def record(skeleton: Skeleton, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype) -> tuple[Graph, Any]:
+    """Runs the whole skeleton once and returns the graph and the model's output."""
+    state = skeleton.fresh_state_of("")
+    recorder = Recorder(Precision(dtype, {id(t): name for name, t in state.items()}))
+    with ExitStack() as stack:
+        stack.enter_context(_module_hooks(skeleton, recorder))
+        stack.enter_context(torch.no_grad())
+        tensors: list[Tensor] = []
+        collect_deep((args, kwargs), tensors)
+        for tensor in tensors:
+            recorder.new_value(tensor, INPUT, live=True)
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(recorder)
+        output = torch.func.functional_call(skeleton.root, state, args, kwargs, strict=False)
+    made: list[Tensor] = []
+    collect_deep(output, made)
+    outputs = tuple(recorder.lookup(t)[-1] for t in made)
+    return Graph(recorder.nodes, recorder.values, recorder.invocations, outputs, recorder.used_state), output
+
+
+@contextmanager
+def _module_hooks(skeleton: Skeleton, recorder: Recorder) -> Iterator[None]:
+    """Tells the recorder which module runs. The hooks sit on the skeleton, never on the guest."""
+
+    def before(module: Any, args: Any, kwargs: Any) -> None:
+        tensors: list[Tensor] = []
+        with torch._C.DisableTorchFunction():
+            collect_deep((args, kwargs), tensors)
+            recorder.enter(skeleton.names.get(id(module), ""), type(module).__name__, tensors)
+
+    def after(*_: Any) -> None:
+        recorder.leave()
+
+    handles = []
+    try:
+        for module in skeleton.root.modules():
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(module.register_forward_hook(after, always_call=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def collect(value: Any, into: list[Tensor]) -> None:
+    """Appends the tensors of nested tuples, lists, dicts and slices."""
+    if isinstance(value, Tensor):
+        into.append(value)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            collect(item, into)
+    elif isinstance(value, dict):
+        for item in value.values():
+            collect(item, into)
+    elif isinstance(value, slice):
+        collect((value.start, value.stop, value.step), into)
+
+
+def collect_deep(value: Any, into: list[Tensor], depth: int = 4) -> None:
+    """Like `collect`, and looks into dataclasses and plain objects as well (model outputs, caches)."""
+    if isinstance(value, (Tensor, tuple, list, dict, slice)):
+        if isinstance(value, Tensor):
+            into.append(value)
+        elif depth:
+            items = value.values() if isinstance(value, dict) else value if not isinstance(value, slice) else ()
+            for item in items:
+                collect_deep(item, into, depth - 1)
+    elif depth and hasattr(value, "__dict__") and not isinstance(value, (type, torch.nn.Module)) and not callable(value):
+        for item in vars(value).values():
+            collect_deep(item, into, depth - 1)
+
+
+def _position(tensor: Tensor, made: list[Tensor], read: list[Tensor]) -> int:
+    """Where a written tensor stands: among the call's results, or (negative, -1 - k) among what it read."""
+    for position, other in enumerate(made):
+        if other is tensor:
+            return position
+    return -1 - next(k for k, other in enumerate(read) if other is tensor)
+
+
+def _storage(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage()._cdata
+    except (RuntimeError, NotImplementedError):  # batched, sparse and other tensors without storage
+        return -id(tensor)
+
+
+def _version(tensor: Tensor) -> int:
+    try:
+        return tensor._version
+    except RuntimeError:  # inference tensors do not count
+        return 0

@@ -1,0 +1,222 @@
+"""Finds residual additions in a record: shortcut, branch, parallel branches.
+
+An addition is residual if one of its terms (the shortcut, possibly scaled or cast on the way) is an ancestor of another
+(the branch) and a matrix product with a parameter lies on every path between them. No name of any architecture is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from jacdiag.trace.record import Graph
+from jacdiag.trace.sums import Term
+
+PRODUCTS = {"linear", "matmul", "mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_", "einsum", "__matmul__", "__rmatmul__",
+            "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "bilinear",
+            "multi_head_attention_forward", "_grouped_mm", "grouped_mm", "_scaled_mm", "tensordot", "inner", "mv", "addmv",
+            "gru_cell", "lstm_cell", "rnn_tanh_cell", "rnn_relu_cell", "gru", "lstm", "chain_matmul",
+            "multi_dot"}  # fmt: skip
+_CARRY = {"to", "float", "double", "half", "bfloat16", "type", "contiguous", "clone", "dropout", "dropout_", "view",
+          "reshape", "mul", "__mul__", "__rmul__", "__imul__", "mul_", "div", "__truediv__", "__itruediv__", "div_",
+          "identity", "view_as", "reshape_as", "unflatten", "flatten", "transpose", "permute", "T", "mT", "squeeze",
+          "unsqueeze", "alpha_dropout"}  # fmt: skip
+_SHAPE_ONLY = {"view", "reshape", "view_as", "reshape_as", "contiguous", "clone", "to", "float", "type", "transpose",
+               "permute", "flatten", "unflatten", "squeeze", "unsqueeze", "dropout", "double"}  # fmt: skip
+
+Leaf = tuple[int, int, Term]  # an addition, the position of one of its terms, the term
+
+
+@dataclass(frozen=True)
+class Site:
+    """One (shortcut, branch) pair in the record.
+
+    Attributes:
+        addition: the call that adds the branch (where `position` is the branch's term).
+        shortcut: value index of x.
+        carrier: (addition, position) of the shortcut's term in the sum.
+        scaled: whether that term is anything but x itself (a gain, a cast, a mixing matrix).
+        cone: the calls between shortcut and branch, ascending.
+        output: value index of the sum of shortcut and all parallel branches.
+        group: index of the set of parallel branches it belongs to.
+    """
+
+    addition: int
+    position: int
+    term: Term
+    shortcut: int
+    carrier: tuple[int, int]
+    scaled: bool
+    cone: tuple[int, ...]
+    output: int
+    group: int
+    nested: bool = False
+
+
+class Finder:
+    """Finds the sites of one graph. Each addition costs a walk over its own cone only."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.sites: list[Site] = []
+
+    def find(self) -> list[Site]:
+        for node in self.graph.nodes:
+            if node.terms is not None:
+                self._consider(node.index)
+        return self._mark_nested(sorted(self.sites, key=lambda s: (s.cone[0], s.addition, s.position)))
+
+    # -- one addition ----------------------------------------------------------------------------------------------
+    def _consider(self, node: int) -> None:
+        terms = [(node, k, t) for k, t in enumerate(self.graph.nodes[node].terms or ()) if self._full(node, t)]
+        if len(terms) < 2:
+            return
+        found = self._pair(terms)
+        for _ in range(4):
+            if found is not None:
+                break
+            expanded = self._expand_one(node, terms)
+            if expanded is None:
+                return
+            terms = expanded
+            found = self._pair(terms)
+        if found is None:
+            return
+        shortcut, (addition, position, term), branches = found
+        carrier, scaled = (addition, position), term.operand != shortcut
+        claimed = {(s.addition, s.position) for s in self.sites}
+        group = next((s.group for s in self.sites if s.shortcut == shortcut and (s.addition, s.position) in
+                      {(a, k) for a, k, _ in branches}), len(self.sites))  # fmt: skip
+        output = self.graph.nodes[node].outputs[0]
+        self.sites = [replace(s, output=output) if s.group == group else s for s in self.sites]
+        for addition, position, term in (b for branch in branches for b in self._split(shortcut, branch)):
+            if (addition, position) not in claimed:
+                cone = self.cone(shortcut, term.values)
+                self.sites.append(Site(addition, position, term, shortcut, carrier, scaled, cone, output, group))
+
+    def _full(self, node: int, term: Term) -> bool:
+        """A term of the stream: differentiable, and of the sum's own shape."""
+        values = [self.graph.values[v] for v in term.values]
+        made = self.graph.values[self.graph.nodes[node].outputs[0]] if self.graph.nodes[node].outputs else None
+        if made is None or not made.is_float or not any(v.live and v.is_float for v in values):
+            return False
+        return term.operand is None or self.graph.values[term.operand].shape == made.shape
+
+    def _pair(self, terms: list[Leaf]) -> tuple[int, Leaf, list[Leaf]] | None:
+        """Returns (shortcut, its term, branches), or None if no term is an ancestor of all the others."""
+        for k, (_, _, carrier) in enumerate(terms):
+            others = terms[:k] + terms[k + 1 :]
+            if carrier.operand is None and len(carrier.values) != 1:
+                continue
+            start = carrier.operand if carrier.operand is not None else carrier.values[0]
+            for candidate in self._carriers(start):
+                branches = [t for t in others if self._is_branch(candidate, t[2])]
+                if branches and len(branches) == len(others):
+                    return candidate, terms[k], branches
+                if branches:
+                    break
+        return None
+
+    def _carriers(self, value: int) -> Iterable[int]:
+        """Yields a value and what it is a scaled, cast or reshaped copy of."""
+        for _ in range(8):
+            yield value
+            node = self.graph.values[value].node
+            if node < 0 or self.graph.nodes[node].name not in _CARRY:
+                return
+            live = [v.index for v in self.graph.float_inputs(node)]
+            if len(live) != 1:
+                return
+            value = live[0]
+
+    def _is_branch(self, shortcut: int, term: Term) -> bool:
+        if shortcut in term.values:
+            return False
+        if not term.product and self.reaches(shortcut, term.values, through_products=False):
+            return False
+        return self.reaches(shortcut, term.values, through_products=True)
+
+    def _expand_one(self, node: int, terms: list[Leaf]) -> list[Leaf] | None:
+        """Replaces the first term that is itself a sum made in the same module call by its own terms."""
+        owner = self.graph.nodes[node].invocation
+        for k, (_, _, term) in enumerate(terms):
+            inner = self._inner_sum(term, owner)
+            if inner is not None:
+                return terms[:k] + inner + terms[k + 1 :]
+        return None
+
+    def _inner_sum(self, term: Term, owner: int) -> list[Leaf] | None:
+        value = term.operand
+        while value is not None and self.graph.values[value].node >= 0:
+            node = self.graph.nodes[self.graph.values[value].node]
+            if node.terms is not None and node.invocation == owner:
+                parts = [(node.index, j, t) for j, t in enumerate(node.terms) if self._full(node.index, t)]
+                return parts if len(parts) >= 2 else None
+            if node.name not in _SHAPE_ONLY or node.invocation != owner:
+                return None
+            live = [v.index for v in self.graph.float_inputs(node.index)]
+            value = live[0] if len(live) == 1 else None
+        return None
+
+    def _split(self, shortcut: int, branch: Leaf) -> list[Leaf]:
+        """Takes a branch that is itself a sum of two branches apart (x + (a + m)); shared products keep it whole."""
+        inner = self._inner_sum(branch[2], self.graph.nodes[branch[0]].invocation)
+        if inner is None or not all(self._is_branch(shortcut, t) for _, _, t in inner):
+            return [branch]
+        products = [{n for n in self.cone(shortcut, t.values) if self.is_product(n)} for _, _, t in inner]
+        if any(a & b for i, a in enumerate(products) for b in products[:i]):
+            return [branch]
+        return [leaf for part in inner for leaf in self._split(shortcut, part)]
+
+    # -- walks -----------------------------------------------------------------------------------------------------
+    def is_product(self, node: int) -> bool:
+        """Whether a call is a matrix product of the stream with something made of parameters alone."""
+        record = self.graph.nodes[node]
+        if record.name not in PRODUCTS:
+            return False
+        values = [self.graph.values[v] for v in record.inputs]
+        return any(v.from_state and not v.live for v in values) and any(v.live and v.is_float for v in values)
+
+    def reaches(self, ancestor: int, values: Iterable[int], *, through_products: bool) -> bool:
+        """Whether a differentiable path leads from a value to one of `values` (optionally with no product on it)."""
+        floor = self.graph.values[ancestor].node
+        stack, seen = list(values), set()
+        while stack:
+            index = stack.pop()
+            if index == ancestor:
+                return True
+            node = self.graph.values[index].node
+            if node <= floor or node < 0 or node in seen:
+                continue
+            seen.add(node)
+            if not through_products and self.is_product(node):
+                continue
+            stack.extend(v.index for v in self.graph.float_inputs(node))
+        return False
+
+    def cone(self, ancestor: int, values: Iterable[int]) -> tuple[int, ...]:
+        """Returns the calls that depend on `ancestor` and lead to `values`, ascending."""
+        floor = self.graph.values[ancestor].node
+        behind: set[int] = set()
+        stack = list(values)
+        while stack:
+            node = self.graph.values[stack.pop()].node
+            if node > floor and node >= 0 and node not in behind:
+                behind.add(node)
+                stack.extend(v.index for v in self.graph.float_inputs(node))
+        live = {ancestor}
+        cone = []
+        for node in sorted(behind):
+            if any(v.index in live for v in self.graph.float_inputs(node)):
+                cone.append(node)
+                live.update(self.graph.nodes[node].outputs)
+        return tuple(cone)
+
+    # -- over all --------------------------------------------------------------------------------------------------
+    def _mark_nested(self, sites: list[Site]) -> list[Site]:
+        """Marks sites whose addition lies inside another's branch; they are left out of products over depth."""
+        inside = [(set(s.cone), s) for s in sites]
+        return [
+            replace(s, nested=any(s.addition in cone and o is not s and o.group != s.group for cone, o in inside))
+            for s in sites
+        ]

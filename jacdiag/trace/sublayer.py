@@ -1,0 +1,151 @@
+"""A sub-layer: one (shortcut, branch) pair of a model, with its maps as functions of a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from jacdiag.errors import TraceError
+from jacdiag.report.schema import Kind, Placement
+from jacdiag.trace.anatomy import Norm
+
+Map = Callable[[Tensor], Tensor]
+
+
+@dataclass(eq=False)
+class Sublayer:
+    """One residual sub-layer y = a x + f(x), found in a recorded forward.
+
+    Attributes:
+        name: from the modules, e.g. "transformer.h.0.attn".
+        index: position among all sub-layers; `depth`: layer number; `group`: parallel branches share it.
+        kind: attention, mlp, moe, mixer, conv or other.
+        placement: of the norm: pre, post, sandwich, reordered or none.
+        parallel: shares its shortcut and sum with another branch.
+        nested: lies inside another sub-layer's branch; left out of products over depth.
+        shortcut: x, the residual stream where the branch reads it, as recorded.
+        value: f(x), as recorded.
+        branch: f as a function; `branch(shortcut)` equals `value` bit for bit.
+        carry: the shortcut's way into the sum (a x); None where that is x itself.
+        input_norm: the norm at the branch's beginning, if any; `core` is what follows it.
+        output_norm, before_output_norm: the norm at the branch's end, and the branch up to it.
+        post_norm, after: the norm behind the sum, and the map from the sum to the next shortcut (post-norm).
+        parameters: names of the parameters that the branch reads.
+        products: names of the parameters of its matrix products, in order.
+        feature_dim: which dimension of x holds the features.
+
+    Example:
+        >>> import torch, jacdiag
+        >>> class Net(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.ff = torch.nn.Linear(4, 4)
+        ...     def forward(self, x):
+        ...         return x + self.ff(x).tanh()
+        >>> [site] = jacdiag.sites(Net(), torch.randn(2, 3, 4))
+        >>> bool((site.branch(site.shortcut) == site.value).all())
+        True
+    """
+
+    name: str
+    index: int
+    depth: int
+    group: int
+    kind: Kind
+    placement: Placement
+    parallel: bool
+    nested: bool
+    shortcut: Tensor
+    value: Tensor
+    branch: Map
+    carry: Map | None
+    input_norm: Norm | None
+    core_of_norm: Map | None
+    output_norm: Norm | None
+    before_output_norm: Map | None
+    post_norm: Norm | None
+    after: Map | None
+    total: Tensor | None
+    parameters: list[str]
+    products: list[str]
+    feature_dim: int
+    line: str = ""
+    notes: dict[str, str] = field(default_factory=dict)
+    _token_wise: bool | None = None
+
+    @property
+    def has_input_norm(self) -> bool:
+        return self.input_norm is not None
+
+    @property
+    def normalized(self) -> Tensor:
+        """z: the normalised shortcut before the learned gain, as recorded."""
+        return self._norm.value
+
+    def norm(self, x: Tensor) -> Tensor:
+        """The input norm without its learned gain and bias: x -> z."""
+        return self._norm.normalise(x)
+
+    def core(self, z: Tensor) -> Tensor:
+        """The branch behind its input norm, the learned gain included: f(x) = core(norm(x)).
+
+        Without an input norm it is the branch itself; for a reordered norm, the branch before its output norm.
+        """
+        if self.core_of_norm is not None:
+            return self.core_of_norm(z)
+        if self.placement == "reordered" and self.before_output_norm is not None:
+            return self.before_output_norm(z)
+        return self.branch(z)
+
+    def residual(self, x: Tensor) -> Tensor:
+        """The whole map to the next shortcut: a x + f(x), and the norm behind it for post-norm."""
+        y = (x if self.carry is None else self.carry(x)) + self.branch(x)
+        return y if self.after is None else self.after(y)
+
+    @cached_property
+    def shortcut_gain(self) -> float | Tensor | None:
+        """a, the gain on the shortcut: a number, a tensor for a learned diagonal gain, None if it is no diagonal."""
+        if self.carry is None:
+            return 1.0
+        with torch.enable_grad():
+            x = self.shortcut.detach().requires_grad_()
+            y = self.carry(x)
+            if y.shape != x.shape:
+                return None
+            (diagonal,) = torch.autograd.grad(y.sum(), x, allow_unused=True)
+        if diagonal is None or not torch.allclose(diagonal * x, y, rtol=1e-5, atol=1e-6 * float(y.detach().abs().max())):
+            return None
+        first = diagonal.flatten()[0]
+        return float(first) if bool((diagonal == first).all()) else diagonal
+
+    @cached_property
+    def token_wise(self) -> bool | None:
+        """Whether the branch treats tokens one by one: pulled cotangents of two tokens stay on their tokens."""
+        if self._token_wise is not None:
+            return self._token_wise
+        from jacdiag.spectra import independent_dims
+
+        x = self.shortcut.detach()
+        if x.dim() < 2:
+            return None
+        with torch.enable_grad():
+            x = x.clone().requires_grad_()
+            y = self.branch(x)
+
+        def pull(w: Tensor) -> Tensor:
+            (g,) = torch.autograd.grad(y, x, w, retain_graph=True, allow_unused=True)
+            return torch.zeros_like(x) if g is None else g
+
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        dims = independent_dims(pull, x.shape, y.shape, self.feature_dim, x.dtype, x.device, generator)
+        return set(dims) >= set(range(x.dim())) - {self.feature_dim % x.dim()}
+
+    @property
+    def _norm(self) -> Norm:
+        if self.input_norm is None:
+            raise TraceError(f"'{self.name}' has no norm at its beginning", got=f"placement '{self.placement}'")
+        return self.input_norm

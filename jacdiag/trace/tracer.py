@@ -1,0 +1,261 @@
+"""From a model and its inputs to its sub-layers: record, find, capture, dissect."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from jacdiag.errors import TraceError
+from jacdiag.report.schema import Placement
+from jacdiag.trace.anatomy import Anatomist, Norm
+from jacdiag.trace.calls import Call
+from jacdiag.trace.coverage import Coverage, cover
+from jacdiag.trace.naming import depths_of, home_of, kind_of, names_of
+from jacdiag.trace.record import Graph, collect_deep, record
+from jacdiag.trace.replay import Replayer, Spot, Where, same_output
+from jacdiag.trace.residual import Finder, Site
+from jacdiag.trace.skeleton import Skeleton, unwrap
+from jacdiag.trace.stream import Streams, owner_of
+from jacdiag.trace.sublayer import Map, Sublayer
+
+
+class Sites(Sequence[Sublayer]):
+    """The sub-layers of one recorded forward, in the order of the stream, and what surrounds them.
+
+    Attributes:
+        graph, replayer, streams: the record, and how to run parts of it again.
+        coverage: which parameter belongs where.
+        output: the model's output in the recorded run.
+        deterministic: two runs gave the same output bit for bit.
+    """
+
+    def __init__(self, sublayers: list[Sublayer], tracer: Tracer) -> None:
+        self._sublayers = sublayers
+        self.graph: Graph = tracer.graph
+        self.replayer: Replayer = tracer.replayer
+        self.finder: Finder = tracer.finder
+        self.streams: Streams = tracer.streams
+        self.coverage: Coverage = tracer.coverage
+        self.raw: list[Site] = tracer.sites
+        self.skeleton: Skeleton = tracer.skeleton
+        self.output: Any = tracer.output
+        self.deterministic: bool = tracer.deterministic
+        self.dtype: torch.dtype = tracer.dtype
+
+    @overload
+    def __getitem__(self, index: int) -> Sublayer: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sublayer]: ...
+    def __getitem__(self, index: int | slice) -> Sublayer | list[Sublayer]:
+        return self._sublayers[index]
+
+    def __len__(self) -> int:
+        return len(self._sublayers)
+
+    def __iter__(self) -> Iterator[Sublayer]:
+        return iter(self._sublayers)
+
+    def named(self, name: str) -> Sublayer:
+        """Returns the sub-layer of that name. Raises TraceError with the closest names."""
+        for site in self._sublayers:
+            if site.name == name:
+                return site
+        from difflib import get_close_matches
+
+        close = get_close_matches(name, [s.name for s in self._sublayers], n=3)
+        raise TraceError(f"no sub-layer is called '{name}'", hint=f"closest: {', '.join(close)}" if close else None)
+
+
+def sites(model: nn.Module, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Sites:
+    """Records `model(*args, **kwargs)` once and returns its residual sub-layers.
+
+    The model is not touched: its code runs on a structural copy, in eval mode, with its weights by reference.
+
+    Args:
+        model: any module; wrappers (compile, DDP, activation checkpointing) are seen through.
+        *args, **kwargs: the inputs of its forward. KV caches are switched off where the forward takes `use_cache`.
+        dtype: precision of the run, float32 (default) or float64; lower-precision weights are raised call by call.
+
+    Raises:
+        TraceError: the forward raises (the model's own error is the cause), or nothing could be recorded.
+
+    Example:
+        >>> import torch, jacdiag
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, norm_first=True, batch_first=True)
+        >>> [site.kind for site in jacdiag.sites(layer, torch.randn(2, 4, 8))]
+        ['attention', 'mlp']
+    """
+    return Tracer(model, args, kwargs, dtype or torch.float32).trace()
+
+
+class Tracer:
+    """The steps of `sites`, in order; each leaves what it found in an attribute."""
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype) -> None:
+        self.model = unwrap(model)
+        doubles = any(p.dtype is torch.float64 for p in self.model.parameters())
+        self.dtype = torch.float64 if doubles else dtype
+        self.skeleton = Skeleton(self.model)
+        self.args, self.kwargs = self._inputs(args, kwargs)
+
+    def trace(self) -> Sites:
+        with torch.inference_mode(False), torch.no_grad():
+            self._record()
+            self.sites = self.finder.find()
+            self.homes = [home_of(self.graph, self.finder, site) for site in self.sites]
+            self.streams = Streams(self.graph, self.finder, self.sites)
+            self.coverage = cover(self.graph, self.finder, self.sites, self.homes, self.skeleton)
+            self._capture()
+            return Sites(self._assemble(), self)
+
+    def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        from jacdiag.trace.precision import map_leaves
+
+        def cast(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor):
+                leaf = leaf.detach()
+                leaf = leaf.clone() if leaf.is_inference() else leaf
+                return leaf.to(self.dtype) if leaf.is_floating_point() else leaf
+            return leaf
+
+        with torch.inference_mode(False):
+            args, kwargs = map_leaves(cast, args), map_leaves(cast, kwargs)
+        try:
+            parameters = inspect.signature(type(self.model).forward).parameters
+        except (TypeError, ValueError):
+            return args, kwargs
+        if "use_cache" in parameters and "use_cache" not in kwargs:
+            kwargs = {**kwargs, "use_cache": False}
+        return args, kwargs
+
+    def _record(self) -> None:
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                self.graph, self.output = record(self.skeleton, self.args, self.kwargs, self.dtype)
+        except Exception as error:
+            raise TraceError("the model's forward raised", got=_last_frame(error)) from error
+        self.finder = Finder(self.graph)
+        tensors: list[Tensor] = []
+        collect_deep((self.args, self.kwargs), tensors)
+        root = Call.take("", self.args, self.kwargs, tuple(range(-1, -1 - len(tensors), -1)), set())
+        self.replayer = Replayer(self.skeleton, self.graph, self.dtype, root)
+
+    # -- second run ------------------------------------------------------------------------------------------------
+    def _capture(self) -> None:
+        """Runs once more: snapshots the owners' arguments, keeps shortcuts and branches, compares the outputs."""
+        self.owners = [self._owner(site) for site in self.sites]
+        self.group_of = {k: g for g, group in enumerate(self.streams.groups) for k in group.sites}
+        self.after_owner = {g: self._after_owner(g) for g in range(len(self.streams.groups))}
+        values = {s.shortcut for s in self.sites} | {g.output for g in self.streams.groups}
+        spots = {v: self.replayer.spot_of(v, 0) for v in values}
+        results = {v: spot for v, spot in spots.items() if spot.where is Where.RESULT}
+        terms = {("term", k): self.replayer.spot_at(Where.TERM, s.addition, 0, s.position)
+                 for k, s in enumerate(self.sites)}  # fmt: skip
+        owners = {0, *self.owners, *self.after_owner.values()}
+        output, self.kept = self.replayer.capture(owners, results, terms)
+        self.kept |= self.replayer.calls[0].tensors
+        self.deterministic = same_output(output, self.output)
+
+    def _owner(self, site: Site) -> int:
+        innermost = self.graph.nodes[site.addition].invocation
+        return owner_of(self.graph, innermost, site.cone[0], site.addition, site.shortcut)
+
+    def _after_owner(self, group: int) -> int:
+        members = self.streams.groups[group]
+        made, node = self.graph.values[members.output].node, self.graph.values[members.after].node
+        innermost = self.graph.nodes[made].invocation
+        return owner_of(self.graph, innermost, made, max(made, node), members.output)
+
+    # -- dissection ------------------------------------------------------------------------------------------------
+    def _assemble(self) -> list[Sublayer]:
+        anatomist = Anatomist(self.replayer, self.finder)
+        groups = [site.group for site in self.sites]
+        depths = depths_of(self.graph, self.homes, groups)
+        made = [self._sublayer(k, depths[k], anatomist) for k in range(len(self.sites))]
+        for site, name in zip(made, names_of(self.graph, self.homes, [s.kind for s in made]), strict=True):
+            site.name = name
+        return made
+
+    def _sublayer(self, k: int, depth: int, anatomist: Anatomist) -> Sublayer:
+        site, owner = self.sites[k], self.owners[k]
+        x = self.kept[site.shortcut]
+        source = self.replayer.spot_of(site.shortcut, owner)
+        end = self.replayer.spot_at(Where.TERM, site.addition, owner, site.position)
+        entry = anatomist.input_norm(site, owner, x)
+        exit_ = anatomist.output_norm(site, owner, x)
+        group = self.group_of.get(k)
+        behind, after = (None, None) if entry or exit_ or group is None else self._behind(group, anatomist)
+        products = [n for n in site.cone if self.finder.is_product(n)]
+        conv = bool(products) and self.graph.nodes[products[0]].name.startswith("conv")
+        made = Sublayer(
+            name="",
+            index=k,
+            depth=depth,
+            group=site.group,
+            kind="other",
+            placement=_placement(entry, exit_ and exit_[0], behind),
+            parallel=sum(s.group == site.group for s in self.sites) > 1,
+            nested=site.nested,
+            shortcut=x,
+            value=self.kept["term", k],
+            branch=self.replayer.segment(owner, source, end),
+            carry=self._carry(site, owner, source) if site.scaled else None,
+            input_norm=entry,
+            core_of_norm=None if entry is None else self.replayer.segment(owner, entry.spot, end),
+            output_norm=exit_[0] if exit_ else None,
+            before_output_norm=self.replayer.segment(owner, source, exit_[1]) if exit_ else None,
+            post_norm=behind,
+            after=after,
+            total=None if group is None else self.kept.get(self.streams.groups[group].output),
+            parameters=self.coverage.sublayers[k],
+            products=_weights(self.graph, products, self.skeleton),
+            feature_dim=1 if conv and x.dim() > 2 else -1,
+            line=self.graph.nodes[site.addition].line,
+        )
+        made.kind = kind_of(self.graph, self.finder, site, self.homes[k], lambda: made.token_wise)
+        return made
+
+    def _carry(self, site: Site, owner: int, source: Spot) -> Map:
+        addition, position = site.carrier
+        return self.replayer.segment(owner, source, self.replayer.spot_at(Where.TERM, addition, owner, position))
+
+    def _behind(self, index: int, anatomist: Anatomist) -> tuple[Norm | None, Map | None]:
+        """A norm between a sum and the next shortcut, and the map that it makes with its gain."""
+        group, owner = self.streams.groups[index], self.after_owner[index]
+        y = self.kept.get(group.output)
+        if group.after == group.output or y is None:
+            return None, None
+        norm = anatomist.norm_after(group.output, (group.after,), owner, y)
+        if norm is None:
+            return None, None
+        source, sink = self.replayer.spot_of(group.output, owner), self.replayer.spot_of(group.after, owner)
+        return norm, self.replayer.segment(owner, source, sink)
+
+
+def _placement(entry: Norm | None, exit_: Norm | None, behind: Norm | None) -> Placement:
+    if entry is not None:
+        return "sandwich" if exit_ is not None else "pre"
+    if exit_ is not None:
+        return "reordered"
+    return "post" if behind is not None else "none"
+
+
+def _weights(graph: Graph, products: list[int], skeleton: Skeleton) -> list[str]:
+    """Names of the weight matrices of matrix products, in order of use; biases left out."""
+    from jacdiag.trace.coverage import parameters_of
+
+    names = [n for node in products for n in parameters_of(graph, (node,), skeleton) if skeleton.params[n].dim() >= 2]
+    return list(dict.fromkeys(names))
+
+
+def _last_frame(error: BaseException) -> str:
+    """The error in the model's own words, with the innermost frame outside torch."""
+    import traceback
+
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
+    where = f" ({frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}"
