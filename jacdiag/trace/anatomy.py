@@ -146,7 +146,8 @@ class Anatomist:
             z = normalise(x)
             if z.numel() != x.numel() or not z.is_floating_point():
                 return None
-            big, bigger = (normalise(x * 2.0**k) for k in (12, 13))
+            unit = 2.0**12 / x.double().square().mean().sqrt().clamp_min(1e-30).item()  # eps must not count
+            big, bigger = (normalise(x * (unit * k)) for k in (1, 2))
         if not _close(big, bigger, 1e-3):
             return None
         for centred in (True, False):

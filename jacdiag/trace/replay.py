@@ -232,9 +232,22 @@ class Replayer:
             hint="the model's control flow depends on the values; try another --seed",
         )
 
-    def tapped(self, spots: Iterable[Spot], visit: Visit, hook: Callable[..., None] | None = None) -> Any:
-        """Runs the whole model once with taps and returns its output. `hook(module, args, kwargs)` sees each call."""
-        args, kwargs = self.root.arguments(None, None)
+    def tapped(
+        self,
+        spots: Iterable[Spot],
+        visit: Visit,
+        hook: Callable[..., None] | None = None,
+        argument: tuple[int | None, Tensor | None] = (None, None),
+    ) -> Any:
+        """Runs the whole model once with taps and returns its output.
+
+        Args:
+            spots, visit: what to show to `visit` on the way.
+            hook: sees (module, args, kwargs) of every module call.
+            argument: (value, tensor): an input of the model to replace.
+        """
+        root = self.calls.get(0, self.root)
+        args, kwargs = root.arguments(*argument)
         handles = []
         try:
             if hook is not None:

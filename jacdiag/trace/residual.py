@@ -64,7 +64,11 @@ class Finder:
         for node in self.graph.nodes:
             if node.terms is not None:
                 self._consider(node.index)
-        return self._mark_nested(sorted(self.sites, key=lambda s: (s.cone[0], s.addition, s.position)))
+        return self._mark_nested(sorted(self.sites, key=self._order))
+
+    def _order(self, site: Site) -> tuple[int, int, int]:
+        """As the stream meets them: by the first matrix product of the branch."""
+        return next((n for n in site.cone if self.is_product(n)), site.cone[0]), site.addition, site.position
 
     # -- one addition ----------------------------------------------------------------------------------------------
     def _consider(self, node: int) -> None:

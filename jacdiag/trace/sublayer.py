@@ -33,9 +33,11 @@ class Sublayer:
         carry: the shortcut's way into the sum (a x); None where that is x itself.
         input_norm: the norm at the branch's beginning, if any; `core` is what follows it.
         output_norm, before_output_norm: the norm at the branch's end, and the branch up to it.
+        heads: for attention behind an input norm: z -> the concatenated heads that W_O reads (J^Z of Eq. 20).
         post_norm, after: the norm behind the sum, and the map from the sum to the next shortcut (post-norm).
         parameters: names of the parameters that the branch reads.
-        products: names of the parameters of its matrix products, in order.
+        products: names of the parameters of its matrix products, in order of use; `roles`: the same by role.
+        activations: names of the elementwise non-linearities in it.
         feature_dim: which dimension of x holds the features.
 
     Example:
@@ -67,11 +69,14 @@ class Sublayer:
     core_of_norm: Map | None
     output_norm: Norm | None
     before_output_norm: Map | None
+    heads: Map | None
     post_norm: Norm | None
     after: Map | None
     total: Tensor | None
     parameters: list[str]
     products: list[str]
+    roles: dict[str, str]
+    activations: list[str]
     feature_dim: int
     line: str = ""
     notes: dict[str, str] = field(default_factory=dict)

@@ -18,6 +18,7 @@ from jacdiag.trace.naming import depths_of, home_of, kind_of, names_of
 from jacdiag.trace.record import Graph, collect_deep, record
 from jacdiag.trace.replay import Replayer, Spot, Where, same_output
 from jacdiag.trace.residual import Finder, Site
+from jacdiag.trace.roles import ACTIVATIONS, roles_of
 from jacdiag.trace.skeleton import Skeleton, unwrap
 from jacdiag.trace.stream import Streams, owner_of
 from jacdiag.trace.sublayer import Map, Sublayer
@@ -208,16 +209,28 @@ class Tracer:
             core_of_norm=None if entry is None else self.replayer.segment(owner, entry.spot, end),
             output_norm=exit_[0] if exit_ else None,
             before_output_norm=self.replayer.segment(owner, source, exit_[1]) if exit_ else None,
+            heads=None,
             post_norm=behind,
             after=after,
             total=None if group is None else self.kept.get(self.streams.groups[group].output),
             parameters=self.coverage.sublayers[k],
             products=_weights(self.graph, products, self.skeleton),
+            roles={},
+            activations=sorted({self.graph.nodes[n].name for n in site.cone} & ACTIVATIONS),
             feature_dim=1 if conv and x.dim() > 2 else -1,
             line=self.graph.nodes[site.addition].line,
         )
         made.kind = kind_of(self.graph, self.finder, site, self.homes[k], lambda: made.token_wise)
+        made.roles = roles_of(made.kind, made.products)
+        if made.kind == "attention" and entry is not None and products:
+            made.heads = self._heads(owner, entry.spot, products[-1])
         return made
+
+    def _heads(self, owner: int, source: Spot, last_product: int) -> Map | None:
+        read = list(self.graph.float_inputs(last_product))
+        if len(read) != 1:
+            return None
+        return self.replayer.segment(owner, source, self.replayer.spot_of(read[0].index, owner))
 
     def _carry(self, site: Site, owner: int, source: Spot) -> Map:
         addition, position = site.carrier

@@ -1,0 +1,357 @@
+"""The one orchestrator: source -> probe -> trace -> measure -> rules -> report."""
+
+from __future__ import annotations
+
+import datetime
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+import jacdiag
+from jacdiag.errors import MeasureError, TraceError, UsageError
+from jacdiag.measure.network import GradientProfile, end_to_end, gradient_profile, network_record, verify_replay
+from jacdiag.measure.state import detect_state
+from jacdiag.measure.sublayer import Effort, measure_group
+from jacdiag.measure.weights import weight_stats, weights_report
+from jacdiag.report import Cost, Interval, ModelRecord, NetworkRecord, Plan, ProbeRecord, Report, SublayerRecord, WeightStats
+from jacdiag.report.thresholds import Thresholds, load_healthy, load_thresholds
+from jacdiag.rules import decision_points, evaluate
+from jacdiag.sources import Probe, Source, build_probe, load
+from jacdiag.trace import Sites, Sublayer, sites
+
+REPLAY_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+class Progress(Protocol):
+    """What a long audit tells about itself; the command line draws it."""
+
+    def start(self, total: float, text: str) -> None: ...
+    def advance(self, units: float, text: str) -> None: ...
+    def stop(self) -> None: ...
+
+
+class AuditReport(Report):
+    """A report that can show itself."""
+
+    def table(self, **options: Any) -> None:
+        """Prints the table to the terminal (see `jacdiag.render.table.print_report`)."""
+        from rich.console import Console
+
+        from jacdiag.render.table import print_report
+
+        print_report(self, Console(), **options)
+
+    def plot(self, path: str) -> None:
+        """Writes the picture: gain over depth, and its two factors below. The suffix gives the format."""
+        from pathlib import Path
+
+        from jacdiag.render.plot import save
+
+        save(self, Path(path))
+
+
+def audit(
+    source: str | nn.Module,
+    inputs: Any = None,
+    *,
+    model: str | None = None,
+    model_args: dict[str, Any] | None = None,
+    tokens: str | None = None,
+    input_factory: str | None = None,
+    batch: int = 2,
+    seq: int | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    dtype: Literal["float32", "float64"] = "float32",
+    tol: float = 0.05,
+    confidence: float = 0.999,
+    decide: bool = False,
+    state: Literal["init", "trained"] | None = None,
+    lr: float | None = None,
+    warmup: int | None = None,
+    clip: float | None = None,
+    beta2: float | None = None,
+    profile: str = "default",
+    select: Iterable[str] = (),
+    ignore: Iterable[str] = (),
+    thresholds: Mapping[str, Any] | None = None,
+    trust_pickle: bool = False,
+    max_products: int = 200,
+    progress: Progress | None = None,
+) -> AuditReport:
+    """Audits a model: the norms of every sub-layer with their intervals, the network's figures, a verdict.
+
+    Args:
+        source: a SOURCE string (checkpoint file, Hugging Face folder, "package.module:callable", "file.py:callable",
+            "hf:CONFIG"), or a module.
+        inputs: the probe for a module: token ids (B, T), a tuple of arguments, or a dict of keyword arguments. Random
+            token ids if not given.
+        model, model_args: the factory that builds the module of a bare state dict, and its keyword arguments.
+        tokens, input_factory: a file of probe tokens; a factory of the probe input.
+        batch, seq, seed: the random probe. `seq` is 128, or what the model allows if that is less.
+        device, dtype: where, and in what precision products run.
+        tol, confidence: relative width of the intervals that is asked for, and their confidence.
+        decide: stop each norm as soon as the rules are decided.
+        state: "init" or "trained"; detected if not given.
+        lr, warmup, clip, beta2: the plan of the run.
+        profile, select, ignore, thresholds: of the rules.
+        trust_pickle: allow a pickle that holds more than tensors to run code.
+        max_products: budget of products per norm.
+        progress: told about the work done.
+
+    Raises:
+        JacdiagError: the source, the probe or the model cannot be used; the message says what, got, try.
+
+    Example:
+        >>> import torch, jacdiag
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, norm_first=True, batch_first=True)
+        >>> report = jacdiag.audit(layer, torch.randn(2, 4, 8))
+        >>> report.sublayers[1].kind, report.sublayers[1].branch_norm.converged
+        ('mlp', True)
+    """
+    if dtype not in DTYPES:
+        raise UsageError("unknown dtype", got=str(dtype), hint=f"one of {', '.join(DTYPES)}")
+    limits = load_thresholds(thresholds)
+    loaded = Source.of_module(source) if isinstance(source, nn.Module) else load(
+        source, model=model, model_args=model_args, trust_pickle=trust_pickle, seed=seed)  # fmt: skip
+    request = _Request(
+        loaded, inputs, tokens, input_factory, batch, seq, seed, device, DTYPES[dtype], tol, confidence, decide, state,
+        Plan(lr, warmup, clip, beta2), profile, tuple(select), tuple(ignore), limits, max_products, progress,
+    )  # fmt: skip
+    report = _weights_only(request) if loaded.model is None else _Audit(request).run()
+    report = evaluate(report, thresholds=limits, profile=profile, select=request.select, ignore=request.ignore)
+    return AuditReport(**{f.name: getattr(report, f.name) for f in fields(Report)})
+
+
+@dataclass(frozen=True)
+class _Request:
+    source: Source
+    inputs: Any
+    tokens: str | None
+    input_factory: str | None
+    batch: int
+    seq: int | None
+    seed: int
+    device: str | None
+    dtype: torch.dtype
+    tol: float
+    confidence: float
+    decide: bool
+    state: Literal["init", "trained"] | None
+    plan: Plan
+    profile: str
+    select: tuple[str, ...]
+    ignore: tuple[str, ...]
+    thresholds: Thresholds
+    max_products: int
+    progress: Progress | None
+
+
+class _Audit:
+    """The measured tier, step by step."""
+
+    def __init__(self, request: _Request) -> None:
+        assert request.source.model is not None
+        self.request = request
+        self.model: nn.Module = request.source.model
+        self.started = time.perf_counter()
+        self.phases: dict[str, float] = {}
+        self.notes: list[str] = []
+
+    def run(self) -> Report:
+        self._place()
+        probe = self._probe()
+        with self._phase("record"):
+            self.sites = sites(self.model, *probe.args, dtype=self.request.dtype, **probe.kwargs)
+        if not self.sites:
+            raise TraceError(
+                "no residual sub-layer was found",
+                got=f"{len(self.sites.graph.nodes)} recorded calls, none of them an addition of a value and a function "
+                "of it with a matrix product between",
+                hint="jacdiag looks for y = a x + f(x) in the dataflow; `jacdiag sites SOURCE` shows what was recorded",
+            )
+        self.state = self._state()
+        self.layers = len({s.depth for s in self.sites if not s.nested})
+        self.broken = [name for name, t in self.sites.skeleton.params.items() if not bool(torch.isfinite(t).all())]
+        checks: dict[str, Any] = {"deterministic": self.sites.deterministic, "non_finite": self.broken}
+        records: list[SublayerRecord] = []
+        network: NetworkRecord | None = None
+        if self.sites.deterministic:
+            records, network = self._measure(probe, checks)
+        return self._report(probe, records, network, checks)
+
+    # -- steps -----------------------------------------------------------------------------------------------------
+    def _place(self) -> None:
+        """Moves a model that was loaded here to the device; a module that was handed in stays where it is."""
+        wanted = self.request.device
+        if wanted is not None and torch.device(wanted).type == "cuda" and not torch.cuda.is_available():
+            raise UsageError("CUDA was asked for and is not there", got=f"--device {wanted}", hint="--device cpu")
+        if self.request.source.owned:
+            self.model.to(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def _probe(self) -> Probe:
+        r = self.request
+        if r.inputs is not None:
+            return Probe.of_inputs(r.inputs, seed=r.seed)
+        probe = build_probe(r.source, batch=r.batch, seq=r.seq, seed=r.seed, tokens=r.tokens, inputs=r.input_factory)
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        return probe if device.type == "cpu" else probe.to(device)
+
+    def _state(self) -> Literal["init", "trained"]:
+        if self.request.state is not None:
+            return self.request.state
+        if self.request.source.fresh or self.request.source.step == 0:
+            return "init"
+        matrices = [name for site in self.sites for name in site.products]
+        return detect_state(self.sites.skeleton.params, matrices)
+
+    def _measure(self, probe: Probe, checks: dict[str, Any]) -> tuple[list[SublayerRecord], NetworkRecord]:
+        r = self.request
+        groups: dict[int, list[Sublayer]] = {}
+        for site in self.sites:
+            groups.setdefault(site.group, []).append(site)
+        effort = Effort(r.tol, r.confidence, r.max_products, r.seed, self._decider() if r.decide else None)
+        whole = not r.decide
+        if r.progress is not None:
+            r.progress.start(len(self.sites) + (0.4 * len(self.sites) if whole else 0), "measuring")
+        try:
+            with self._phase("verify"):
+                errors = {} if self.broken else verify_replay(self.sites, r.seed)
+            checks["replay"] = {n: e for n, e in errors.items() if not e <= REPLAY_TOLERANCE[self.sites.dtype]}
+            with self._phase("sub-layers"):
+                records = []
+                for members in groups.values():
+                    records += measure_group(members, effort, probe.token_ids, self.state, self._figures())
+                    if r.progress is not None:
+                        r.progress.advance(len(members), members[0].name)
+            records.sort(key=lambda record: record.index)
+            return records, self._network(probe, records, whole)
+        finally:
+            if r.progress is not None:
+                r.progress.stop()
+
+    def _network(self, probe: Probe, records: list[SublayerRecord], whole: bool) -> NetworkRecord:
+        r, notes = self.request, {}
+        profile: GradientProfile | None = None
+        through: Interval | None = None
+        with self._phase("network"):
+            if whole and not self.broken:
+                try:
+                    profile = gradient_profile(self.sites, probe.token_ids)
+                    through = end_to_end(self.sites, r.tol, r.confidence, r.max_products, r.seed)
+                except (RuntimeError, NotImplementedError, MeasureError, TraceError) as error:
+                    notes["end_to_end"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            elif not whole:
+                notes |= dict.fromkeys(("end_to_end", "gradient_norms"), "not measured with --decide")
+        return network_record(self.sites, records, profile, through, self.layers, notes)
+
+    def _decider(self) -> Callable[[Sublayer], Mapping[str, Callable[[float, float], bool]]]:
+        def decided(site: Sublayer) -> Mapping[str, Callable[[float, float], bool]]:
+            points = decision_points(
+                kind=site.kind, placement=site.placement, state=self.state, layers=self.layers,
+                parallel=site.parallel, thresholds=self.request.thresholds, profile=self.request.profile,
+            )  # fmt: skip
+            return {name: _clear_of(points.get(name, ())) for name in ("branch_norm", "core_norm", "residual_norm")}
+
+        return decided
+
+    def _figures(self) -> Callable[[str], WeightStats | None]:
+        params = self.sites.skeleton.params
+
+        def figures(name: str) -> WeightStats | None:
+            if name not in self._stats:
+                self._stats[name] = weight_stats(name, params[name])
+            return self._stats[name]
+
+        self._stats: dict[str, WeightStats | None] = getattr(self, "_stats", {})
+        return figures
+
+    # -- the report ------------------------------------------------------------------------------------------------
+    def _report(
+        self, probe: Probe, records: list[SublayerRecord], network: NetworkRecord | None, checks: dict[str, Any]
+    ) -> Report:
+        r, coverage, params = self.request, self.sites.coverage, self.sites.skeleton.params
+        covered = coverage.covered()
+        vectors = {n: params[n] for n in coverage.embedding if n in params and params[n].dim() == 2}
+        model = ModelRecord(
+            name=type(self.model).__name__,
+            parameters=sum(p.numel() for p in params.values()),
+            layers=self.layers,
+            width=int(self.sites[0].shortcut.shape[self.sites[0].feature_dim]),
+            covered_parameters=sum(p.numel() for n, p in params.items() if n in covered),
+            uncovered=list(coverage.uncovered),
+            uncovered_reasons=coverage.uncovered,
+            weights={n: WeightStats(n, list(t.shape), float(t.double().std())) for n, t in vectors.items()},
+            vocabulary=r.source.vocab_size,
+        )
+        off = self.state == "trained" and probe.record.tokens == "random"
+        return Report(
+            source=r.source.info,
+            tier="measured",
+            state=self.state,
+            probe=replace(probe.record, off_distribution=off),
+            model=model,
+            sublayers=records,
+            network=network,
+            plan=r.plan,
+            cost=self._cost(records, network),
+            settings={
+                "tol": r.tol, "confidence": r.confidence, "dtype": str(r.dtype).removeprefix("torch."),
+                "device": str(next(iter(params.values())).device) if params else "cpu", "seed": r.seed,
+                "decide": r.decide, "profile": r.profile, "name": r.source.name, "checks": checks,
+            },
+            ladder=load_healthy() if self.state == "init" else [],
+            notes=[*self.notes, *probe.notes],
+            **_stamp(),
+        )  # fmt: skip
+
+    def _cost(self, records: list[SublayerRecord], network: NetworkRecord | None) -> Cost:
+        through = network.end_to_end.products if network and network.end_to_end else 0
+        forwards = sum(record.cost or 0.0 for record in records) + through * len(records)
+        products = sum(i.products for record in records for i in _intervals(record)) + through
+        return Cost(forwards, products, time.perf_counter() - self.started, _peak_memory_mb(), self.phases)
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - begun
+
+
+def _intervals(record: SublayerRecord) -> list[Interval]:
+    found = (record.branch_norm, record.residual_norm, record.core_norm, record.joint_residual_norm)
+    return list({id(i): i for i in found if i is not None}.values())
+
+
+def _clear_of(points: Iterable[float]) -> Callable[[float, float], bool]:
+    limits = tuple(points)
+    return lambda lower, upper: all(upper <= p or lower > p for p in limits)
+
+
+def _weights_only(request: _Request) -> Report:
+    report = weights_report(request.source)
+    settings = {**report.settings, "name": request.source.name, "profile": request.profile, "seed": request.seed}
+    return replace(report, plan=request.plan, settings=settings, **_stamp())
+
+
+def _stamp() -> dict[str, str]:
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"created": now, "torch": torch.__version__, "jacdiag": jacdiag.__version__}
+
+
+def _peak_memory_mb() -> float:
+    """Peak of the device's allocator, or of the whole process on a CPU (ru_maxrss is in KiB on Linux, bytes on macOS)."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)

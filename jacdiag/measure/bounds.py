@@ -1,0 +1,85 @@
+"""The paper's closed-form bounds for one measured sub-layer (Eq. 15 and 20), and the ones that really bound."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from jacdiag.measure.weights import bound_attention, bound_ffn
+from jacdiag.report.schema import Interval, Spread, WeightStats
+
+# Largest slope of the activation; the product of norms bounds the FFN with this factor.
+LIPSCHITZ = {"relu": 1.0, "tanh": 1.0, "gelu": 1.13, "silu": 1.1, "sigmoid": 0.25, "relu6": 1.0, "leaky_relu": 1.0}
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """`bound`: as published. `bound_norms`: with measured norms in place of the estimates; this one does bound."""
+
+    bound: float | None = None
+    bound_norms: float | None = None
+    notes: dict[str, str] = field(default_factory=dict)
+
+
+def closed_form_bounds(
+    *,
+    kind: str,
+    placement: str,
+    state: str,
+    weights: Mapping[str, WeightStats],
+    activations: Sequence[str],
+    shortcut_std: Spread | None,
+    norm_gain: Interval | None,
+    heads_norm: Interval | None,
+) -> Bounds:
+    """Evaluates Eq. 15 (FFN) or Eq. 20 (attention) where they have a footing: pre-norm, at init, two-matrix FFN.
+
+    Args:
+        weights: by role; W_1 and W_2, or W_O, are read.
+        shortcut_std: Eq. 15 takes its median over tokens, `bound_norms` the largest gain instead.
+        heads_norm: measured |J^Z| for attention.
+    """
+    why = _no_footing(kind, placement, state, weights)
+    if why or shortcut_std is None or norm_gain is None:
+        return Bounds(notes=dict.fromkeys(("bound", "bound_norms", "tightness"), why or "no input norm"))
+    if kind == "mlp":
+        return _ffn(weights["W_1"], weights["W_2"], activations, shortcut_std, norm_gain)
+    return _attention(weights["W_O"], shortcut_std, norm_gain, heads_norm)
+
+
+def _no_footing(kind: str, placement: str, state: str, weights: Mapping[str, WeightStats]) -> str:
+    if placement != "pre":
+        return f"Eq. 15 and 20 are for pre-norm; the placement is {placement}"
+    if state != "init":
+        return "Eq. 15 and 20 describe an initial state; this model is trained"
+    if kind == "mlp":
+        return "" if set(weights) == {"W_1", "W_2"} else "Eq. 15 is for an FFN of two matrices"
+    if kind == "attention":
+        return "" if "W_O" in weights else "W_O was not found"
+    return f"the paper has no closed form for kind {kind}"
+
+
+def _ffn(w1: WeightStats, w2: WeightStats, activations: Sequence[str], spread: Spread, gain: Interval) -> Bounds:
+    notes = {}
+    d = min(w1.shape)
+    bound = norms = None
+    if w1.std is not None and w2.std is not None and spread.median > 0:
+        bound = bound_ffn(w1.std, w2.std, spread.median, d, max(w1.shape))
+    slope = max((LIPSCHITZ.get(name, 0.0) for name in activations), default=1.0)
+    if slope and w1.norm is not None and w2.norm is not None:
+        norms = 1 + slope * w1.norm * w2.norm * gain.upper
+    elif not slope:
+        notes["bound_norms"] = f"no Lipschitz factor is known for {', '.join(activations)}"
+    if slope not in (0.0, 1.0):
+        notes["bound_norms_factor"] = f"the activation's largest slope {slope} is part of bound_norms"
+    return Bounds(bound, norms, notes)
+
+
+def _attention(wo: WeightStats, spread: Spread, gain: Interval, heads_norm: Interval | None) -> Bounds:
+    if heads_norm is None:
+        return Bounds(notes=dict.fromkeys(("bound", "bound_norms", "tightness"), "|J^Z| was not measured"))
+    bound = None
+    if wo.std is not None and spread.median > 0:
+        bound = bound_attention(wo.std, spread.median, min(wo.shape), heads_norm.estimate)
+    norms = 1 + wo.norm * heads_norm.upper * gain.upper if wo.norm is not None else None
+    return Bounds(bound, norms, {})

@@ -1,0 +1,226 @@
+"""Figures of the whole network: the gradient at every depth, the end-to-end map, growth, and the check of replay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jacdiag.report.schema import Growth, Interval, NetworkRecord, SublayerRecord
+from jacdiag.spectra import JacobianOperator, independent_dims, top_singular
+from jacdiag.trace import Sites
+from jacdiag.trace.record import collect_deep
+from jacdiag.trace.replay import Spot, Where
+
+
+@dataclass(frozen=True)
+class GradientProfile:
+    """Norm of dL/dx along the main stream (first shortcut first, the stream's end last), from one backward."""
+
+    norms: list[float]
+    activations: list[float]
+    kind: str
+    loss: float
+
+
+def language_model_loss(output: Any, token_ids: Tensor | None, seed: int = 0) -> tuple[Tensor, str]:
+    """Returns a scalar loss and what it is.
+
+    Next-token cross entropy where the output holds logits over a vocabulary for (B, T) token ids; for a model that
+    gives logits of the last position only, cross entropy against random tokens; else a random linear functional.
+    """
+    logits = _logits(output)
+    generator = torch.Generator().manual_seed(seed)
+    if token_ids is not None and logits.dim() == 3 and logits.shape[0] == token_ids.shape[0]:
+        if logits.shape[1] == token_ids.shape[1] > 1 and int(token_ids.max()) < logits.shape[2]:
+            targets = token_ids[:, 1:].reshape(-1).to(logits.device)
+            return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets), "next-token cross entropy"
+        if logits.shape[1] == 1:
+            targets = torch.randint(logits.shape[2], (logits.shape[0],), generator=generator).to(logits.device)
+            return torch.nn.functional.cross_entropy(logits[:, 0], targets), "cross entropy, last position, random target"
+    weight = torch.randn(logits.shape, generator=generator).to(logits)
+    return (weight * logits).sum() / logits.numel() ** 0.5, "random linear functional of the output"
+
+
+def _logits(output: Any) -> Tensor:
+    named = getattr(output, "logits", None)
+    if isinstance(named, Tensor):
+        return named
+    found: list[Tensor] = []
+    collect_deep(output, found)
+    return next(t for t in found if t.is_floating_point() and t.dim() >= 1)
+
+
+def gradient_profile(sites: Sites, token_ids: Tensor | None) -> GradientProfile | None:
+    """Runs the model forward and backward once and reads the gradient at each depth of the main stream."""
+    groups = [sites.streams.groups[k] for k in sites.streams.main]
+    if not groups:
+        return None
+    values = list(dict.fromkeys([*(g.shortcut for g in groups), groups[-1].after]))
+    met: dict[int, Tensor] = {}
+    spots = {v: sites.replayer.spot_of(v, 0) for v in values}
+    order = {id(spot): v for v, spot in spots.items()}
+    first = values[0]
+
+    def visit(spot: Spot, tensor: Tensor) -> Tensor:
+        value = order[id(spot)]
+        if value != first:
+            met[value] = tensor
+            return tensor
+        met[value] = tensor.detach().requires_grad_()
+        return met[value].clone()
+
+    argument: tuple[int | None, Tensor | None] = (None, None)
+    if spots[first].where is Where.ARGUMENT:
+        met[first] = sites.replayer.calls[0].tensors[first].detach().clone().requires_grad_()
+        argument = (first, met[first])
+    results = [spot for spot in spots.values() if spot.where is Where.RESULT]
+    with torch.enable_grad():
+        output = sites.replayer.tapped(results, visit, argument=argument)
+        loss, kind = language_model_loss(output, token_ids)
+        held = [v for v in values if v in met and met[v].requires_grad]
+        if not loss.requires_grad or not held:
+            return None
+        grads = torch.autograd.grad(loss, [met[v] for v in held], allow_unused=True)
+    by_value = dict(zip(held, grads, strict=True))
+    norms = [_norm(g) if (g := by_value.get(v)) is not None else math.nan for v in values]
+    return GradientProfile(norms, [_norm(met[v].detach()) for v in values if v in met], kind, float(loss.detach()))
+
+
+def _norm(t: Tensor) -> float:
+    return float(torch.linalg.vector_norm(t.detach().double()))
+
+
+def end_to_end(sites: Sites, tol: float, confidence: float, max_products: int, seed: int) -> Interval | None:
+    """Spectral norm of d y_N / d x_1 over the main stream, by Lanczos on the chain itself."""
+    groups = [sites.streams.groups[k] for k in sites.streams.main]
+    if not groups:
+        return None
+    source = sites.replayer.spot_of(groups[0].shortcut, 0)
+    end = groups[-1].after if _is_post(sites, groups[-1].sites) else groups[-1].output
+    segment = sites.replayer.segment(0, source, sites.replayer.spot_of(end, 0))
+    first = sites[groups[0].sites[0]]
+    generator = torch.Generator().manual_seed(seed)
+    operator = JacobianOperator(segment, first.shortcut, batch_dims=())
+    dims = independent_dims(operator.pull_shaped, first.shortcut.shape, operator.value.shape, first.feature_dim,
+                            first.shortcut.dtype, first.shortcut.device, generator)  # fmt: skip
+    operator.set_batch_dims(dims)
+    solution = top_singular(operator, tol=tol, confidence=confidence, max_products=max_products, generator=generator)
+    interval = solution.interval()
+    operator.release()
+    return interval
+
+
+def _is_post(sites: Sites, members: Sequence[int]) -> bool:
+    return any(sites[k].post_norm is not None for k in members)
+
+
+def network_record(
+    sites: Sites, records: Sequence[SublayerRecord], profile: GradientProfile | None, whole: Interval | None,
+    layers: int, notes: dict[str, str],
+) -> NetworkRecord:  # fmt: skip
+    """Puts the network's figures together.
+
+    Growth exponents are ln(last / first) / layers: of activations from the first shortcut to the stream's end, of
+    gradients from the stream's end down to the first shortcut, so that both are positive where things grow.
+    """
+    factors = [_residual_of(records, sites.streams.groups[k].sites) for k in sites.streams.main]
+    known = [f for f in factors if f is not None]
+    log = sum(math.log(f) if f > 0 else -math.inf for f in known) if factors and len(known) == len(factors) else None
+    predicted = growth = None
+    if profile is not None:
+        if len(known) == len(factors):
+            predicted = [profile.norms[-1]]
+            for factor in reversed(known):
+                predicted.insert(0, predicted[0] * factor)
+        growth = Growth(
+            _exponent(profile.activations[0], profile.activations[-1], layers),
+            _exponent(profile.norms[-1], profile.norms[0], layers),
+        )
+    return NetworkRecord(
+        gain_product_log=log,
+        end_to_end=whole,
+        gradient_norms=profile.norms if profile else None,
+        predicted_gradient_norms=predicted,
+        growth=growth or Growth(),
+        loss={"kind": profile.kind, "value": profile.loss} if profile else None,
+        notes=notes,
+    )
+
+
+def _residual_of(records: Sequence[SublayerRecord], members: Sequence[int]) -> float | None:
+    record = records[members[0]]
+    interval = record.joint_residual_norm if len(members) > 1 else record.residual_norm
+    return None if interval is None else interval.estimate
+
+
+def _exponent(first: float, last: float, layers: int) -> float | None:
+    if not (first > 0 and last > 0 and layers > 0 and math.isfinite(first) and math.isfinite(last)):
+        return None
+    return math.log(last / first) / layers
+
+
+def verify_replay(sites: Sites, seed: int = 0) -> dict[str, float]:
+    """Compares J^T w of every branch with that of a whole-model re-run; returns the relative error by name.
+
+    In the whole-model run each shortcut is cut into a leaf, so that one forward and one backward through each branch
+    suffice. A recorded cache, or a value that reaches the branch past its shortcut, shows here and nowhere else.
+    """
+    chosen = [k for k, site in enumerate(sites) if not site.nested]
+    raw = sites.raw
+    leaves: dict[int, Tensor] = {}
+    branches: dict[int, Tensor] = {}
+    cuts = {raw[k].shortcut: sites.replayer.spot_of(raw[k].shortcut, 0) for k in chosen}
+    terms = {k: sites.replayer.spot_at(Where.TERM, raw[k].addition, 0, raw[k].position) for k in chosen}
+    keys: dict[int, tuple[str, int]] = {id(s): ("cut", v) for v, s in cuts.items()}
+    keys |= {id(s): ("term", k) for k, s in terms.items()}
+
+    def visit(spot: Spot, tensor: Tensor) -> Tensor:
+        kind, key = keys[id(spot)]
+        if kind == "term":
+            branches[key] = tensor.clone()
+            return tensor
+        leaves[key] = tensor.detach().requires_grad_()
+        return leaves[key].clone()
+
+    argument: tuple[int | None, Tensor | None] = (None, None)
+    for value, spot in cuts.items():
+        if spot.where is Where.ARGUMENT:
+            leaves[value] = sites.replayer.calls[0].tensors[value].detach().clone().requires_grad_()
+            argument = (value, leaves[value])
+    spots = [s for s in (*cuts.values(), *terms.values()) if s.where is not Where.ARGUMENT]
+    with torch.enable_grad():
+        sites.replayer.tapped(spots, visit, argument=argument)
+    errors = {}
+    generator = torch.Generator().manual_seed(seed)
+    for k in chosen:
+        site, whole = sites[k], branches.get(k)
+        leaf = leaves.get(raw[k].shortcut)
+        if whole is None or leaf is None:
+            errors[site.name] = math.inf
+            continue
+        w = torch.randn(whole.shape, generator=generator, dtype=torch.float64).to(whole)
+        errors[site.name] = _relative(_pull(whole, leaf, w), _own_pull(site, w))
+    return errors
+
+
+def _pull(value: Tensor, leaf: Tensor, w: Tensor) -> Tensor:
+    if not value.requires_grad:
+        return torch.zeros_like(leaf)
+    (g,) = torch.autograd.grad(value, leaf, w, retain_graph=True, allow_unused=True)
+    return torch.zeros_like(leaf) if g is None else g
+
+
+def _own_pull(site: Any, w: Tensor) -> Tensor:
+    with torch.enable_grad():
+        x = site.shortcut.detach().clone().requires_grad_()
+        return _pull(site.branch(x), x, w.reshape(site.value.shape))
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    scale = max(_norm(a), _norm(b))
+    return _norm(a - b) / scale if scale > 0 else 0.0
