@@ -60,7 +60,7 @@ def gradient_profile(sites: Sites, token_ids: Tensor | None) -> GradientProfile 
     groups = [sites.streams.groups[k] for k in sites.streams.main]
     if not groups:
         return None
-    values = list(dict.fromkeys([*(g.shortcut for g in groups), groups[-1].after]))
+    values = list(dict.fromkeys([*(g.shortcut for g in groups), _end_of(sites)]))
     met: dict[int, Tensor] = {}
     spots = {v: sites.replayer.spot_of(v, 0) for v in values}
     order = {id(spot): v for v, spot in spots.items()}
@@ -101,8 +101,7 @@ def end_to_end(sites: Sites, tol: float, confidence: float, max_products: int, s
     if not groups:
         return None
     source = sites.replayer.spot_of(groups[0].shortcut, 0)
-    end = groups[-1].after if _is_post(sites, groups[-1].sites) else groups[-1].output
-    segment = sites.replayer.segment(0, source, sites.replayer.spot_of(end, 0))
+    segment = sites.replayer.segment(0, source, sites.replayer.spot_of(_end_of(sites), 0))
     first = sites[groups[0].sites[0]]
     generator = torch.Generator().manual_seed(seed)
     operator = JacobianOperator(segment, first.shortcut, batch_dims=())
@@ -115,8 +114,10 @@ def end_to_end(sites: Sites, tol: float, confidence: float, max_products: int, s
     return interval
 
 
-def _is_post(sites: Sites, members: Sequence[int]) -> bool:
-    return any(sites[k].post_norm is not None for k in members)
+def _end_of(sites: Sites) -> int:
+    """The end of the main stream: the last sum, or the norm behind it for post-norm (a final norm is the head's)."""
+    last = sites.streams.groups[sites.streams.main[-1]]
+    return last.after if any(sites[k].post_norm is not None for k in last.sites) else last.output
 
 
 def network_record(

@@ -122,7 +122,8 @@ class Graph:
 _CUTS = {"detach", "detach_", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like",
          "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "bernoulli", "sign", "argmax", "argmin",
          "isnan", "isinf", "isfinite"}  # fmt: skip
-_METADATA_ONLY = {name for name in _CUTS if name.endswith("_like") or name.startswith("new_")} | {"type_as"}
+_METADATA_ONLY = {name for name in _CUTS if name.endswith("_like") or name.startswith("new_")}
+_FIRST_ONLY = {"expand_as", "view_as", "reshape_as", "type_as", "to"}  # of the others they read the shape or dtype
 
 
 def signature(func: Callable[..., Any], depth: int = 2) -> CallKey:
@@ -219,6 +220,8 @@ class Recorder(TorchFunctionMode):
         read: list[Tensor] = []
         collect(args, read)
         collect(kwargs, read)
+        if key[0] in _FIRST_ONLY:
+            del read[1:]
         by_id = {id(t): self.lookup(t) for t in read}
         if not mutated and all(id(t) in by_id for t in made):
             return result  # an identity: x.to(x.dtype), contiguous(), eval-mode dropout written by hand

@@ -108,17 +108,18 @@ class Finder:
 
     def _pair(self, terms: list[Leaf]) -> tuple[int, Leaf, list[Leaf]] | None:
         """Returns (shortcut, its term, branches), or None if no term is an ancestor of all the others."""
-        for k, (_, _, carrier) in enumerate(terms):
-            others = terms[:k] + terms[k + 1 :]
-            if carrier.operand is None and len(carrier.values) != 1:
-                continue
-            start = carrier.operand if carrier.operand is not None else carrier.values[0]
-            for candidate in self._carriers(start):
-                branches = [t for t in others if self._is_branch(candidate, t[2])]
-                if branches and len(branches) == len(others):
-                    return candidate, terms[k], branches
-                if branches:
-                    break
+        for carriers in (self._carriers, self._streams):
+            for k, (_, _, carrier) in enumerate(terms):
+                others = terms[:k] + terms[k + 1 :]
+                if carrier.operand is None and len(carrier.values) != 1:
+                    continue
+                start = carrier.operand if carrier.operand is not None else carrier.values[0]
+                for candidate in carriers(start):
+                    branches = [t for t in others if self._is_branch(candidate, t[2])]
+                    if branches and len(branches) == len(others):
+                        return candidate, terms[k], branches
+                    if branches:
+                        break
         return None
 
     def _carriers(self, value: int) -> Iterable[int]:
@@ -132,6 +133,23 @@ class Finder:
             if len(live) != 1:
                 return
             value = live[0]
+
+    def _streams(self, value: int) -> Iterable[int]:
+        """Yields the parallel streams (B, T, S, d) that a value mixes by small matrices (hyper-connections)."""
+        shape = self.graph.values[value].shape
+        if len(shape) < 4:
+            return
+        stack, seen = [value], {value}
+        while stack and len(seen) < 256:
+            current = stack.pop(0)
+            node = self.graph.values[current].node
+            if current != value and self.graph.values[current].shape == shape:
+                yield current
+            if node < 0 or self.is_product(node):
+                continue
+            fresh = [v.index for v in self.graph.float_inputs(node) if v.index not in seen]
+            seen.update(fresh)
+            stack.extend(fresh)
 
     def _is_branch(self, shortcut: int, term: Term) -> bool:
         if shortcut in term.values:
