@@ -1,0 +1,299 @@
+"""The core: every placement of the norm, parallel branches, the usual kinds of sub-layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from menagerie.parts import (
+    LAYERS,
+    MLP,
+    Attention,
+    D,
+    Decoder,
+    GatedMLP,
+    HandLayerNorm,
+    HandRMS,
+    MoE,
+    floats,
+    seeded,
+    tokens,
+)  # fmt: skip
+from menagerie.specimen import Context, Expected, Norm, Specimen
+
+
+class Block(nn.Module):
+    """An attention, an MLP, and the norms that a placement asks for."""
+
+    def __init__(self, norm: Callable[[int], nn.Module] = nn.LayerNorm, attn: Callable[[], nn.Module] = Attention,
+                 mlp: Callable[[], nn.Module] = MLP) -> None:  # fmt: skip
+        super().__init__()
+        self.norm1, self.norm2, self.attn, self.mlp = norm(D), norm(D), attn(), mlp()
+
+
+class Pre(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Post(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(x + self.attn(x))
+        return self.norm2(x + self.mlp(x))
+
+
+class Sandwich(Block):
+    def __init__(self, norm: Callable[[int], nn.Module] = nn.LayerNorm) -> None:
+        super().__init__(norm)
+        self.norm3, self.norm4 = norm(D), norm(D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.norm3(self.attn(self.norm1(x)))
+        return x + self.norm4(self.mlp(self.norm2(x)))
+
+
+class Reordered(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.norm1(self.attn(x))
+        return x + self.norm2(self.mlp(x))
+
+
+class Bare(Block):
+    def __init__(self) -> None:
+        super().__init__(lambda d: nn.Identity())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(x)
+        return x + self.mlp(x)
+
+
+class ParallelLeft(Block):
+    """(x + a) + m, one norm for both (Cohere, GPT-J)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm1(x)
+        return x + self.attn(h) + self.mlp(h)
+
+
+class ParallelRight(Block):
+    """x + (a + m), a norm for each (GPT-NeoX)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.attn(self.norm1(x))
+        m = self.mlp(self.norm2(x))
+        return x + (m + a)
+
+
+def begin(m: Any, c: Context) -> Tensor:
+    return m.begin(c.args[0])
+
+
+def end(m: Any, x: Tensor, c: Context) -> Tensor:
+    return m.end(x)
+
+
+def pair(
+    placement: str, layer: int, *, norms: tuple[str, str] = ("norm1", "norm2"), exits: tuple[str, str] | None = None,
+    kind: str = "mlp", parallel: bool = False, mlp: Callable[[Any, Tensor], Tensor] | None = None,
+    blocks: str = "blocks",
+) -> list[Expected]:  # fmt: skip
+    """The two sub-layers of block `layer` of a Decoder: attn and mlp, with the norms at their places."""
+
+    def norm(which: str) -> Norm:
+        return Norm(lambda m: getattr(getattr(m, blocks)[layer], which))
+
+    def attention(m: Any, h: Tensor, c: Context) -> Tensor:
+        return getattr(m, blocks)[layer].attn(h)
+
+    def feed(m: Any, h: Tensor, c: Context) -> Tensor:
+        module = getattr(m, blocks)[layer].mlp
+        return module(h) if mlp is None else mlp(module, h)
+
+    found = []
+    bodies = (("attn", "attention", attention, False), ("mlp", kind, feed, True))
+    for k, (name, sort, body, wise) in enumerate(bodies):
+        place = {
+            "pre": {"entry": norm(norms[k])},
+            "sandwich": {"entry": norm(norms[k]), "exit": norm((exits or norms)[k])},
+            "reordered": {"exit": norm(norms[k])},
+            "post": {"behind": norm(norms[k])},
+            "none": {},
+        }[placement]
+        first = layer == 0 and k == 0
+        found.append(Expected(f"{blocks}.{layer}.{name}", sort, placement, body, parallel=parallel, token_wise=wise,
+                              layer=layer, start=begin if first else None, **place))  # fmt: skip
+    return found
+
+
+def decoder(name: str, block: Callable[[], nn.Module], placement: str, *, norm: Any = nn.LayerNorm, scale: float = 1.0,
+            casts: bool = False, **options: Any) -> Specimen:  # fmt: skip
+    """A Decoder of two blocks with `pair`'s sub-layers."""
+    final = None if placement == "post" else norm
+    return Specimen(
+        name,
+        lambda: seeded(lambda: Decoder(block, final), scale=scale),
+        ((tokens(),), {}),
+        [one for layer in range(LAYERS) for one in pair(placement, layer, **options)],
+        end,
+        casts=casts,
+    )
+
+
+def _fused_rms(d: int) -> nn.Module:
+    return nn.RMSNorm(d, eps=1e-6)
+
+
+PLACEMENTS = [
+    decoder("pre", Pre, "pre"),
+    decoder("post", Post, "post"),
+    decoder("sandwich", Sandwich, "sandwich", exits=("norm3", "norm4")),
+    decoder("reordered", Reordered, "reordered"),
+    decoder("none", Bare, "none", scale=0.6),
+    decoder("parallel left", ParallelLeft, "pre", norms=("norm1", "norm1"), parallel=True),
+    decoder("parallel right", ParallelRight, "pre", parallel=True),
+    decoder("fused RMSNorm", lambda: Pre(_fused_rms), "pre", norm=_fused_rms),
+    decoder("fused RMSNorm, eps None", lambda: Pre(nn.RMSNorm), "pre", norm=nn.RMSNorm),
+    decoder("hand-written RMSNorm", lambda: Pre(HandRMS), "pre", norm=HandRMS, casts=True),
+    decoder("hand-written RMSNorm, post", lambda: Post(HandRMS), "post", casts=True),
+    decoder("hand-written RMSNorm, sandwich", lambda: Sandwich(HandRMS), "sandwich", norm=HandRMS,
+            exits=("norm3", "norm4"), casts=True),
+    decoder("hand-written RMSNorm, reordered", lambda: Reordered(HandRMS), "reordered", norm=HandRMS, casts=True),
+    decoder("hand-written LayerNorm", lambda: Pre(HandLayerNorm), "pre", norm=HandLayerNorm),
+    decoder("grouped queries with rotary", lambda: Pre(HandRMS, lambda: Attention(D, 4, 2, turns=True, by_hand=True)),
+            "pre", norm=HandRMS, casts=True),
+    decoder("gated MLP", lambda: Pre(_fused_rms, mlp=GatedMLP), "pre", norm=_fused_rms),
+    decoder("MoE", lambda: Pre(mlp=MoE), "pre", kind="moe", mlp=MoE.truth),
+    decoder("MoE with a shared expert", lambda: Pre(mlp=lambda: MoE(shared=True)), "pre", kind="moe", mlp=MoE.truth),
+]  # fmt: skip
+
+
+class ConvBlock(nn.Module):
+    """A pre-activation residual block."""
+
+    def __init__(self, channels: int = 4) -> None:
+        super().__init__()
+        self.bn1, self.bn2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(6)
+        self.conv1 = nn.Conv2d(channels, 6, 3, padding=1)
+        self.conv2 = nn.Conv2d(6, channels, 3, padding=1)
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x))))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class ConvNet(nn.Module):
+    """Images (B, 3, 4, 4) -> logits (B, 5)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.blocks = nn.ModuleList(ConvBlock() for _ in range(LAYERS))
+        self.head = nn.Linear(4, 5)
+
+    def end(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(x).mean((2, 3)))
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.stem(image)
+        for block in self.blocks:
+            x = block(x)
+        return self.end(x)
+
+
+def _conv(layer: int) -> Expected:
+    return Expected(
+        f"blocks.{layer}", "conv", "none", lambda m, x, c: m.blocks[layer].body(x), token_wise=False, layer=layer,
+        start=(lambda m, c: m.stem(c.args[0])) if layer == 0 else None,
+    )  # fmt: skip
+
+
+CONV = Specimen(
+    "convolutional",
+    lambda: seeded(ConvNet),
+    ((floats(2, 3, 4, 4),), {}),
+    [_conv(layer) for layer in range(LAYERS)],
+    end,
+)
+
+
+class CrossBlock(nn.Module):
+    """A decoder block: self attention, attention to a memory, MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(D), nn.LayerNorm(D), nn.LayerNorm(D)
+        self.attn, self.cross, self.mlp = Attention(), Attention(), MLP()
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        x = x + self.cross(self.norm2(x), memory)
+        return x + self.mlp(self.norm3(x))
+
+
+class CrossDecoder(Decoder):
+    """Two inputs: tokens (B, T) and an encoder's output (B, S, d)."""
+
+    def __init__(self) -> None:
+        super().__init__(CrossBlock)
+
+    def forward(self, ids: Tensor, memory: Tensor) -> Tensor:  # type: ignore[override]
+        x = self.begin(ids)
+        for block in self.blocks:
+            x = block(x, memory)
+        return self.end(x)
+
+
+def cross_triple(layer: int, blocks: str = "blocks", start: Any = begin,
+                 memory: Callable[[Context], Tensor] = lambda c: c.args[1]) -> list[Expected]:  # fmt: skip
+    """The three sub-layers of a CrossBlock."""
+
+    def block(m: Any) -> Any:
+        return getattr(m, blocks)[layer]
+
+    return [
+        Expected(f"{blocks}.{layer}.attn", "attention", "pre", lambda m, h, c: block(m).attn(h),
+                 Norm(lambda m: block(m).norm1), token_wise=False, layer=layer, start=start if layer == 0 else None),
+        Expected(f"{blocks}.{layer}.cross", "attention", "pre", lambda m, h, c: block(m).cross(h, memory(c)),
+                 Norm(lambda m: block(m).norm2), layer=layer),
+        Expected(f"{blocks}.{layer}.mlp", "mlp", "pre", lambda m, h, c: block(m).mlp(h),
+                 Norm(lambda m: block(m).norm3), layer=layer),
+    ]  # fmt: skip
+
+
+CROSS = Specimen(
+    "two inputs",
+    lambda: seeded(CrossDecoder),
+    ((tokens(), floats(2, 4, D)), {}),
+    [one for layer in range(LAYERS) for one in cross_triple(layer)],
+    end,
+)
+
+
+class Massive(Decoder):
+    """A pre-norm model whose stream has one massive feature and one nearly dead token."""
+
+    def begin(self, ids: Tensor) -> Tensor:
+        x = super().begin(ids)
+        scale = torch.ones(D)
+        scale[3] = 40.0
+        shrink = torch.ones(ids.shape[1], 1)
+        shrink[2] = 1e-3
+        return x * scale.to(x) * shrink.to(x)
+
+
+MASSIVE = Specimen(
+    "massive feature",
+    lambda: seeded(lambda: Massive(Pre)),
+    ((tokens(),), {}),
+    [one for layer in range(LAYERS) for one in pair("pre", layer)],
+    end,
+)
+
+CORE: list[Specimen] = [*PLACEMENTS, CONV, CROSS, MASSIVE]
