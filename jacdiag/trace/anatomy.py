@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -102,7 +103,7 @@ class Anatomist:
                 return self._norm_of_operand(owner, source, x, node)
         if len(points) < 2:
             return None
-        return self._unfused_after(owner, source, x, points)
+        return self._unfused_after(owner, source, x, points, site.cone)
 
     def norm_after(self, value: int, until: tuple[int, ...], owner: int, y: Tensor) -> Norm | None:
         """A norm that all of `value` passes before anything else happens to it (post-norm)."""
@@ -125,12 +126,23 @@ class Anatomist:
         norm = self._norm(owner, entry, h, node, Where.NORMALISED)
         return None if norm is None else (norm, entry)
 
-    def _unfused_after(self, owner: int, source: Spot, x: Tensor, points: list[int]) -> tuple[Norm, Spot] | None:
+    def _may_normalise(self, before: int, after: int, cone: tuple[int, ...]) -> bool:
+        """An unfused norm takes a second path from one waist to the next (the statistics), or is one call by itself."""
+        return any(before < n < after for n in cone) or "norm" in self.graph.nodes[after].name
+
+    def _unfused_after(
+        self, owner: int, source: Spot, x: Tensor, points: list[int], cone: tuple[int, ...]
+    ) -> tuple[Norm, Spot] | None:
+        suspects = [b for a, b in pairwise(points) if self._may_normalise(a, b, cone)]
+        if not suspects:
+            return None
         entry = self.replayer.spot_of(self.graph.nodes[points[0]].outputs[0], owner)
         h = self.replayer.run(owner, source, x, entry)
         for node in points[1:]:
             if reads_state(self.graph, node):
                 return None
+            if node not in suspects:
+                continue
             norm = self._norm(owner, entry, h, node, Where.RESULT)
             if norm is not None:
                 return norm, entry
@@ -146,10 +158,14 @@ class Anatomist:
             z = normalise(x)
             if z.numel() != x.numel() or not z.is_floating_point():
                 return None
+            if where is Where.NORMALISED:
+                return self._factor(x, z, spot, normalise)
             unit = 2.0**12 / x.double().square().mean().sqrt().clamp_min(1e-30).item()  # eps must not count
             big, bigger = (normalise(x * (unit * k)) for k in (1, 2))
-        if not _close(big, bigger, 1e-3):
-            return None
+        return self._factor(x, z, spot, normalise) if _close(big, bigger, 1e-3) else None
+
+    def _factor(self, x: Tensor, z: Tensor, spot: Spot, normalise: Callable[[Tensor], Tensor]) -> Norm | None:
+        """Checks that z is the (centred) x times one number per token, and returns the numbers."""
         for centred in (True, False):
             base = x.double() - x.double().mean(-1, keepdim=True) if centred else x.double()
             flat = z.double().reshape(base.shape)
