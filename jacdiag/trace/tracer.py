@@ -174,6 +174,7 @@ class Tracer:
     # -- dissection ------------------------------------------------------------------------------------------------
     def _assemble(self) -> list[Sublayer]:
         anatomist = Anatomist(self.replayer, self.finder)
+        self.post_groups: set[int] = set()
         groups = [site.group for site in self.sites]
         depths = depths_of(self.graph, self.homes, groups)
         made = [self._sublayer(k, depths[k], anatomist) for k in range(len(self.sites))]
@@ -240,13 +241,27 @@ class Tracer:
         """A norm between a sum and the next shortcut, and the map that it makes with its gain."""
         group, owner = self.streams.groups[index], self.after_owner[index]
         y = self.kept.get(group.output)
-        if group.after == group.output or y is None:
+        if group.after == group.output or y is None or not self._norm_is_the_layers(index):
             return None, None
         norm = anatomist.norm_after(group.output, (group.after,), owner, y)
         if norm is None:
             return None, None
+        self.post_groups.add(index)
         source, sink = self.replayer.spot_of(group.output, owner), self.replayer.spot_of(group.after, owner)
         return norm, self.replayer.segment(owner, source, sink)
+
+    def _norm_is_the_layers(self, index: int) -> bool:
+        """Whether a norm behind a sum can be the sub-layer's own: behind the last sum it may be the model's final norm.
+
+        The last sum is post-norm if the one before it is, or, alone on its stream, if its module makes both.
+        """
+        group = self.streams.groups[index]
+        if group.following is not None:
+            return True
+        if group.preceding is not None:
+            return group.preceding in self.post_groups
+        module = self.graph.nodes[self.graph.values[group.output].node].invocation
+        return module != 0 and self.after_owner[index] == module
 
 
 def _placement(entry: Norm | None, exit_: Norm | None, behind: Norm | None) -> Placement:
