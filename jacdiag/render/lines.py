@@ -1,0 +1,224 @@
+"""What stands below the table: verdict by condition, what the other rules say, what to do, what it cost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from jacdiag.render.numbers import ABSENT, memory, seconds, share, spoken, three
+from jacdiag.render.words import worst_branch
+from jacdiag.report import LEVELS, Finding, Report
+
+CONDITIONS = {"JD101": ("small sub-layers", "small_sublayers"), "JD102": ("large shortcut", "large_shortcut")}
+TIED = "\u00a0"  # a space at which no line is broken
+_NAMED = 3  # how many names a sentence lists before it counts the rest
+
+
+@dataclass(frozen=True)
+class Line:
+    """One labelled line below the table: "large shortcut   not met ▲   sentence   JD102"."""
+
+    label: str
+    text: str
+    status: str = ""
+    level: str = ""
+    code: str = ""
+
+
+def verdict_lines(report: Report) -> list[Line]:
+    """Verdict by condition, what the other rules say, depth, other models, what was not covered."""
+    lines = [_condition(report, code) for code in CONDITIONS]
+    named = {rule.code: rule.name for rule in report.rules}
+    for finding in _by_level(report.findings):
+        if finding.code not in CONDITIONS and finding.code != "JD104":
+            label = named.get(finding.code, "") or finding.code
+            lines.append(Line(label, _with_where(finding), level=finding.level, code=finding.code))
+    lines += [line for line in (_depth(report), _gradients(report), _others(report)) if line]
+    lines += [line for line in (_open(report), _uncovered(report)) if line]
+    return lines + [Line("note", note) for note in report.notes]
+
+
+def _by_level(findings: list[Finding]) -> list[Finding]:
+    return sorted(findings, key=lambda finding: -LEVELS.index(finding.level))
+
+
+def _with_where(finding: Finding) -> str:
+    if not finding.where or any(name in finding.what for name in finding.where):
+        return finding.what
+    return f"{finding.what}: {some(finding.where)}"
+
+
+def some(names: list[str]) -> str:
+    """The first few names, and how many there are beyond."""
+    if len(names) <= _NAMED:
+        return ", ".join(names)
+    return f"{', '.join(names[:_NAMED])} and {len(names) - _NAMED} more"
+
+
+def _condition(report: Report, code: str) -> Line:
+    label, field = CONDITIONS[code]
+    status = getattr(report.conditions, field)
+    findings = _by_level([finding for finding in report.findings if finding.code == code])
+    if findings:
+        text = "; ".join(finding.what for finding in findings)
+        return Line(label, text, status, findings[0].level, code)
+    note = next((rule.note for rule in report.rules if rule.code == code and rule.note), "")
+    text = note or (_largest_core(report) if code == "JD101" else _smallest_shortcut(report))
+    return Line(label, text, status, "undecided" if status == "unknown" else "")
+
+
+def _largest_core(report: Report) -> str:
+    rows = [row for row in report.sublayers if row.core_norm and row.placement in ("pre", "sandwich")]
+    if not rows or not report.model.layers:
+        return ""
+    worst = max(rows, key=lambda row: row.core_norm.estimate if row.core_norm else 0)
+    assert worst.core_norm is not None
+    scaled = worst.core_norm.scaled(math.sqrt(2 * report.model.layers))
+    return f"core ‖J‖·√(2N) at most {spoken(scaled)}, at {worst.name}"
+
+
+def _smallest_shortcut(report: Report) -> str:
+    rows = [row for row in report.sublayers if row.shortcut_std]
+    if not rows:
+        return ""
+    least = min(rows, key=lambda row: row.shortcut_std.min if row.shortcut_std else math.inf)
+    assert least.shortcut_std is not None
+    return f"σ_x at least {three(least.shortcut_std.min)}, at {least.name}"
+
+
+def _depth(report: Report) -> Line | None:
+    network = report.network
+    if network is None or network.gain_product_log is None:
+        return None
+    text = f"product of gains {_power_of_e(network.gain_product_log)}"
+    if network.end_to_end:
+        text += f", true end-to-end gain {spoken(network.end_to_end)}"
+        if network.gain_product_log > math.log(max(network.end_to_end.upper, 1e-300)) + math.log(2):
+            text += " (the rest cancels)"
+    finding = next((finding for finding in report.findings if finding.code == "JD104"), None)
+    if finding is None:
+        return Line("over depth", text)
+    return Line("over depth", f"{text}; {finding.what}", level=finding.level, code=finding.code)
+
+
+def _power_of_e(log: float) -> str:
+    return three(math.exp(log)) if abs(log) < math.log(1e4) else f"e^{log:.1f}"
+
+
+def _gradients(report: Report) -> Line | None:
+    norms = report.network.gradient_norms if report.network else None
+    if not norms or len(norms) < 2 or not norms[-1] or not math.isfinite(norms[0] / norms[-1]):
+        return None
+    ratio = norms[0] / norms[-1]
+    change = (
+        f"{three(ratio)} times that at the top" if ratio >= 1 else f"{three(1 / ratio)} times smaller than at the top"
+    )
+    return Line("gradient", f"at the first shortcut {three(norms[0])}, {change} ({three(norms[-1])})")
+
+
+def _others(report: Report) -> Line | None:
+    """The ladder: entries {"name": str, "worst_branch_gain": float, "width": int}, yours among them."""
+    worst = worst_branch(report)
+    if worst is None or not report.ladder or report.state != "init":
+        return None
+    entries = [(float(rung["worst_branch_gain"]), str(rung["name"]), rung.get("width")) for rung in report.ladder]
+    steps = sorted([*((gain, name) for gain, name, _ in entries), (worst[1].estimate, "▸yours")])
+    widths = {width for _, _, width in entries if width}
+    at = (
+        "at init, same width"
+        if widths == {report.model.width}
+        else f"at init, width {_range(widths)}"
+        if widths
+        else "at init"
+    )
+    rungs = " · ".join(f"{name} {two(gain)}".replace(" ", TIED) for gain, name in _nearest(steps))
+    return Line("beside others", f"worst branch gain  {rungs}  ({at})")
+
+
+def _nearest(steps: list[tuple[float, str]]) -> list[tuple[float, str]]:
+    """Your rung, the nearest ones on both sides, and the two ends of the ladder."""
+    yours = next(place for place, (_, name) in enumerate(steps) if name.startswith("▸"))
+    return [step for place, step in enumerate(steps) if abs(place - yours) <= 3 or place in (0, len(steps) - 1)]
+
+
+def two(value: float) -> str:
+    """Two significant digits: as much as a comparison between models bears."""
+    return three(value) if not 0.01 < abs(value) < 1e6 else f"{float(f'{value:.1e}'):g}"
+
+
+def _range(values: set[int]) -> str:
+    return str(min(values)) if len(values) == 1 else f"{min(values)} to {max(values)}"
+
+
+def _open(report: Report) -> Line | None:
+    """Rules that did not come to an answer: an undecided rule is never a pass."""
+    unknown = [rule for rule in report.rules if rule.status == "unknown" and rule.code not in CONDITIONS]
+    undecided = [f"{rule.code} {rule.name}".strip() + (f" ({rule.note})" if rule.note else "") for rule in unknown]
+    if not undecided:
+        return None
+    return Line("undecided", ", ".join(undecided), level="undecided")
+
+
+def _uncovered(report: Report) -> Line | None:
+    model = report.model
+    if not model.uncovered:
+        return None
+    names = [
+        f"{name} ({reason})" if (reason := model.uncovered_reasons.get(name)) else name for name in model.uncovered
+    ]
+    part = ""
+    if model.covered_parameters is not None:
+        part = f"{share(model.parameters - model.covered_parameters, model.parameters)} of the parameters: "
+    return Line("not covered", part + some(names))
+
+
+def footnotes(report: Report) -> list[str]:
+    """Why columns or figures are missing, one sentence per reason."""
+    notes = []
+    for key, title in (
+        ("branch_norm", "branch ‖J‖"),
+        ("core_norm", "core ‖J‖"),
+        ("norm_gain", "1/σ gain"),
+        ("bound", "bound"),
+    ):
+        reasons: dict[str, list[str]] = {}
+        for row in report.sublayers:
+            if getattr(row, key) is None and key in row.notes:
+                reasons.setdefault(row.notes[key], []).append(row.name)
+        for reason, names in list(reasons.items())[:_NAMED]:
+            where = "" if len(names) == len(report.sublayers) else f" at {some(names)}"
+            notes.append(f"no {title}{where}: {reason}")
+    if report.state == "trained" and any(row.core_norm and row.norm_gain for row in report.sublayers):
+        notes.append(
+            "1/σ gain and core ‖J‖ are observations: on a trained model only their product, branch ‖J‖, is a property of it"
+        )
+    return notes
+
+
+def to_do(report: Report) -> list[str]:
+    """What to change, the loudest finding first; each remedy once."""
+    advice: dict[str, str] = {}
+    for finding in _by_level(report.findings):
+        if finding.fix:
+            tried = " (tried on a copy of this model: it helps)" if finding.verified else ""
+            advice.setdefault(f"{finding.fix}{tried}", finding.code)
+    lines = [f"{text}   jacdiag explain {code}" for text, code in advice.items()]
+    if not lines:
+        calm = "nothing: no rule fired"
+        lines.append(calm if report.verdict == "pass" else _MEASURE_MORE[report.tier])
+    return lines
+
+
+_MEASURE_MORE = {
+    "weights": "give --model FACTORY, which builds the model: one that runs can be measured",
+    "measured": "ask for narrower intervals with --tol, at the price of more products",
+}
+
+
+def cost(report: Report) -> str:
+    """ "612 forwards of one sub-layer, 41 s, peak 1.9 GB"."""
+    spent = report.cost
+    parts = [f"{spent.forward_equivalents:,.0f} forwards of one sub-layer"] if spent.forward_equivalents else []
+    parts += [seconds(spent.seconds)] if spent.seconds is not None else []
+    parts += [f"peak {memory(spent.peak_memory_mb)}"] if spent.peak_memory_mb else []
+    return ", ".join(parts) or ABSENT

@@ -1,0 +1,239 @@
+"""The picture: branch gain over depth with its interval, and below it the two factors that carry it up."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jacdiag.errors import UsageError
+from jacdiag.render import words
+from jacdiag.render.curves import INK, PALE, Curve, extent, factors, gains, is_split, missing, places
+from jacdiag.render.files import write_atomic
+from jacdiag.render.marks import threshold
+from jacdiag.render.numbers import gist
+from jacdiag.report import Report
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FORMATS = (".png", ".svg", ".pdf")
+_DPI = 160
+_STYLE = {"font.size": 11.0, "font.family": "DejaVu Sans", "svg.hashsalt": "jacdiag", "svg.fonttype": "path"}
+_LONGEST_TITLE = 125  # characters: at that length it is set in 9 points
+_LINE_HEIGHT = 0.20  # inches: the least distance between two direct labels
+
+
+def save(report: Report, path: str | os.PathLike[str]) -> None:
+    """Draws a report and writes the picture; the suffix (.png, .svg, .pdf) chooses the format.
+
+    Neither pyplot nor its current figure is touched, and the rcParams are as before. The file appears whole or not
+    at all.
+
+    Args:
+        report: what to draw.
+        path: where to.
+
+    Raises:
+        UsageError: another suffix, or a folder that cannot be written to.
+
+    Example:
+        >>> save(report, "gain.png")                              # doctest: +SKIP
+    """
+    from matplotlib import style
+
+    suffix = check_suffix(path)
+    undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {}}[suffix]  # same report, same bytes
+    buffer = io.BytesIO()
+    with style.context(_STYLE, after_reset=True):
+        draw(report).savefig(buffer, format=suffix[1:], dpi=_DPI, metadata=undated)
+    write_atomic(path, buffer.getvalue())
+
+
+def check_suffix(path: str | os.PathLike[str]) -> str:
+    """Returns the suffix of a picture's path, or raises UsageError for one that is no picture format here."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in FORMATS:
+        raise UsageError(f"cannot draw to '{path}'", got=f"suffix '{suffix}'", hint="end it in .png, .svg or .pdf")
+    return suffix
+
+
+def draw(report: Report) -> Figure:
+    """Builds the figure without writing it."""
+    from matplotlib.figure import Figure
+
+    upper, lower = gains(report), factors(report)
+    size = (10.0, 6.4) if lower else (10.0, 4.4)  # inches: a slide's proportions
+    figure = Figure(figsize=size, facecolor="white")
+    ratios = [3.2, 2.0] if lower else [1.0]
+    panels = figure.subplots(len(ratios), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": ratios})[:, 0]
+    margins = {"top": 1 - 0.90 / size[1], "bottom": 0.62 / size[1]}
+    figure.subplots_adjust(left=0.085, right=0.845, hspace=0.10, **margins)
+    _title(figure, report)
+    if report.tier == "measured":
+        _panel(panels[0], upper, "branch gain ‖J‖", report, "branch_norm")
+    else:
+        _panel(panels[0], upper, "the paper's bound, less 1", report, None)
+    _worst(panels[0], report)
+    _missing(panels[0], report)
+    if lower and is_split(report):
+        _panel(panels[1], lower, "its two factors", report, "norm_gain" if report.state == "init" else None)
+    elif lower:
+        _panel(panels[1], lower, "residual map", report, None)
+    _depth_axis(panels[-1], report)
+    for axes, curves in zip(panels, (upper, lower), strict=False):
+        _direct_labels(axes, curves)
+    return figure
+
+
+def _title(figure: Figure, report: Report) -> None:
+    headline = words.headline(report)
+    headline = headline if len(headline) <= _LONGEST_TITLE else f"{headline[: _LONGEST_TITLE - 1]}…"
+    size = min(14.5, 14.5 * 78 / len(headline))
+    height = float(figure.get_figheight())
+    figure.text(
+        0.03, 1 - 0.22 / height, headline, fontsize=size, fontweight="bold", color=INK, va="top", parse_math=False
+    )
+    about = "  ·  ".join([words.source_name(report), words.model_words(report), words.state_words(report)])
+    figure.text(0.03, 1 - 0.53 / height, about, fontsize=10, color=PALE, va="top", parse_math=False)
+
+
+def _panel(axes: Axes, curves: list[Curve], label: str, report: Report, limited: str | None) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.set_ylabel(label)
+    axes.grid(axis="y", color="#e4e4e4", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    if not curves:
+        axes.text(0.5, 0.5, "nothing could be measured", transform=axes.transAxes, ha="center", color=PALE)
+        return
+    low, high = extent(curves)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 30 else (1.0, 2.0, 5.0)))
+    axes.set_ylim(low / 1.25, high * 1.35)
+    for curve in curves:
+        _draw_curve(axes, curve)
+    if limited:
+        _thresholds(axes, report, limited, (low, high))
+
+
+def _draw_curve(axes: Axes, curve: Curve) -> None:
+    many = len(curve.x) > 40
+    if curve.low and curve.high:
+        axes.fill_between(curve.x, curve.low, curve.high, color=curve.colour, alpha=0.25, linewidth=0)
+    axes.plot(
+        curve.x,
+        curve.y,
+        color=curve.colour,
+        linestyle=(0, (5, 3)) if curve.dashed else "-",
+        linewidth=1.1 if curve.dashed else 1.7,
+        marker=curve.marker or None,
+        markersize=3.2 if many else 6,
+        markeredgecolor="white",
+        markeredgewidth=0.4 if many else 0.8,
+    )
+
+
+def _thresholds(axes: Axes, report: Report, field: str, span: tuple[float, float]) -> None:
+    """Draws the thresholds of a field as thin labelled lines, where they lie near enough to the data to matter."""
+    low, high = span
+    for level in ("warning", "error"):
+        value = threshold(report, field, level)
+        if value is None or not low / 10 <= value <= high * 10:
+            continue
+        bottom, top = axes.get_ylim()
+        axes.set_ylim(min(bottom, value / 1.3), max(top, value * 1.5))
+        axes.axhline(value, color=INK, linewidth=0.8, linestyle="-" if level == "error" else (0, (1, 2)))
+        what = {"norm_gain": "1/σ, ", "branch_norm": ""}[field]
+        axes.annotate(
+            f"{what}{level} above {value:.3g}",
+            (1.0, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(-4, 3),
+            textcoords="offset points",
+            ha="right",
+            fontsize=9,
+            color=INK,
+        )
+
+
+def _worst(axes: Axes, report: Report) -> None:
+    worst = words.worst_branch(report)
+    if worst is None or worst[1].estimate <= 0:
+        return
+    row, value = worst
+    at = places(report)[row.name]
+    last = max(places(report).values(), default=0.0)
+    leftish = at <= 0.6 * last
+    axes.annotate(
+        f"{gist(value)}  {row.name}",
+        (at, value.estimate),
+        xytext=(10 if leftish else -10, 4),
+        textcoords="offset points",
+        ha="left" if leftish else "right",
+        va="bottom",
+        fontsize=9.5,
+        color=INK,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.0},
+        zorder=5,
+        parse_math=False,
+    )
+
+
+def _missing(axes: Axes, report: Report) -> None:
+    """Crosses at the foot of the panel where a branch norm should be: a gap in a line is easily overlooked."""
+    crosses = missing(report)
+    if crosses:
+        foot = axes.get_xaxis_transform()
+        axes.plot(crosses, [0.04] * len(crosses), "x", color=INK, transform=foot, markersize=6, clip_on=False)
+        axes.text(crosses[0], 0.075, "no finite value", transform=foot, ha="center", fontsize=9, color=INK)
+
+
+def _depth_axis(axes: Axes, report: Report) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("depth (layer)")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
+    last = max(places(report).values(), default=1.0)
+    margin = max(0.02 * last, 0.08)
+    axes.set_xlim(-margin, last + margin)
+
+
+def _direct_labels(axes: Axes, curves: list[Curve]) -> None:
+    """Names each curve at its right end, pushed apart where two would overlap; curves of one name share one label."""
+    if not curves:
+        return
+    bottom, top = (math.log(end) for end in axes.get_ylim())
+    named: dict[str, list[Curve]] = {}
+    for curve in curves:
+        named.setdefault(curve.label, []).append(curve)
+    ends = sorted(
+        (sum(math.log(curve.finite[-1]) for curve in same) / len(same), label) for label, same in named.items()
+    )
+    inches = axes.get_position().height * float(axes.figure.get_figheight())
+    heights = _apart([(height - bottom) / (top - bottom) for height, _ in ends], _LINE_HEIGHT / inches)
+    for height, (_, label) in zip(heights, ends, strict=True):
+        curve, *others = named[label]
+        sign = {"o": "●", "s": "■", "^": "▲"}.get(curve.marker, "- -" if curve.dashed else "—")
+        colour = PALE if others else curve.colour
+        axes.text(1.012, height, f"{sign} {label}", transform=axes.transAxes, color=colour, fontsize=10, va="center")
+
+
+def _apart(heights: list[float], least: float) -> list[float]:
+    """Moves sorted heights up, then the whole stack down, until neighbours are `least` apart and none is above 1."""
+    moved = list(heights)
+    for _ in range(200):
+        for place in range(1, len(moved)):
+            overlap = least - (moved[place] - moved[place - 1])
+            if overlap > 0:
+                moved[place] += overlap / 2
+                moved[place - 1] -= overlap / 2
+        excess = max(0.0, moved[-1] - 1.0)
+        moved = [height - excess for height in moved] if excess > 1e-9 else moved
+    return moved

@@ -1,0 +1,178 @@
+"""The screen: a report as a person reads it in a terminal, and the same in plain text where output is piped."""
+
+from __future__ import annotations
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.text import Text
+
+from jacdiag.render import lines as below
+from jacdiag.render import words
+from jacdiag.render.grid import Column, Grid, build
+from jacdiag.render.marks import SIGNS
+from jacdiag.report import Report
+
+_STYLES = {"error": "bold red", "warning": "yellow", "undecided": "cyan", "info": "", "": ""}
+_VERDICTS = {"pass": "green", "warn": "yellow", "fail": "bold red", "unknown": "cyan"}
+_GAP = "  "
+_INDENT = "  "
+_LEAST_NAME = 10  # a sub-layer's name is never cut shorter than this
+_LEAST_PROSE = 40  # a sentence with less room than this starts on a line of its own
+_DEEPER = " " * 6
+
+
+def print_report(report: Report, console: Console, *, all_rows: bool = False, sort: str = "depth") -> None:
+    """Prints a report: header, one line per sub-layer, verdict by condition, what to do, cost.
+
+    On a terminal, rows that do not fit lose columns and prose is wrapped; piped output has every column and no
+    wrapping, whatever the width.
+
+    Args:
+        report: what to print.
+        console: where to; its width, colours and terminal-ness decide the layout.
+        all_rows: show every sub-layer, where long models are folded otherwise.
+        sort: "depth" or "worst".
+
+    Example:
+        >>> from rich.console import Console
+        >>> print_report(report, Console())                     # doctest: +SKIP
+    """
+    width = console.width if console.is_terminal else None
+    lines = _header(report, width)
+    lines += [Text(), *_table(build(report, all_rows=all_rows, sort=sort), width)]
+    for note in below.footnotes(report):
+        lines += _hanging(Text(f"{_INDENT}– "), note, width, "dim")
+    lines += [Text(), *_verdict(report, width), Text(), *_closing(report, width)]
+    for line in lines:
+        line.rstrip()
+        console.print(line, soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+
+def _header(report: Report, width: int | None) -> list[Text]:
+    lines = []
+    for number, parts in enumerate(words.header(report)):
+        line = Text(style="" if number == 0 else "dim")
+        used = 0
+        for place, part in enumerate(parts):
+            joint = "" if place == 0 else "  ·  "
+            if width is not None and place and used + len(joint) + cell_len(part) > width:
+                joint, used = f"\n{_INDENT}", 0
+            line.append(joint)
+            line.append(part, style="bold" if number == 0 and place == 1 else "")
+            used += cell_len(joint.strip("\n")) + cell_len(part)
+        lines.append(line)
+    return lines
+
+
+def _table(grid: Grid, width: int | None) -> list[Text]:
+    columns = _fitting(grid.columns, width)
+    if not grid.rows:
+        return [Text(f"{_INDENT}no sub-layers")]
+    lines = [_row([column.title for column in columns], columns, None, "dim")]
+    for place in range(len(grid.rows) + 1):
+        if place in grid.gaps:
+            hint = "   (--all shows them)"
+            lines.append(Text(f"{_INDENT}  ...  {grid.gaps[place].text}{hint}", style="dim"))
+        if place < len(grid.rows):
+            lines.append(_row([column.cells[place] for column in columns], columns, place, ""))
+    for line in lines:
+        line.rstrip()
+        if width is not None:
+            line.truncate(width, overflow="ellipsis")
+    return lines
+
+
+def _row(texts: list[str], columns: list[Column], place: int | None, style: str) -> Text:
+    line = Text(_INDENT, style=style)
+    for text, column in zip(texts, columns, strict=True):
+        space = " " * (_width(column) - cell_len(text))
+        left = column.left or (place is None and column.key == "who")
+        loud = "" if place is None else _STYLES[column.levels[place]]
+        line.append(text + space if left else space + text, style=loud or ("bold" if column.key == "who" else ""))
+        if column.marked:
+            sign = SIGNS[column.levels[place]] if place is not None else ""
+            line.append(f" {sign or ' '}", style=loud)
+        line.append(_GAP)
+    return line
+
+
+def _width(column: Column) -> int:
+    return max(cell_len(text) for text in [column.title, *column.cells])
+
+
+def _total(columns: list[Column]) -> int:
+    return len(_INDENT) + sum(_width(column) + 2 * column.marked + len(_GAP) for column in columns) - len(_GAP)
+
+
+def _fitting(columns: list[Column], width: int | None) -> list[Column]:
+    """Drops the least interesting columns until a row fits, then cuts the names from the left."""
+    kept = list(columns)
+    if width is None:
+        return kept
+    while _total(kept) > width and (droppable := [column for column in kept if column.interest < 100]):
+        kept.remove(min(droppable, key=lambda column: column.interest))
+    excess = _total(kept) - width
+    return [_shortened(column, excess) if column.key == "name" and excess > 0 else column for column in kept]
+
+
+def _shortened(column: Column, excess: int) -> Column:
+    room = max(_LEAST_NAME, _width(column) - excess)
+    cells = [cell if len(cell) <= room else f"…{cell[len(cell) - room + 1 :]}" for cell in column.cells]
+    return Column(column.key, column.title, column.interest, cells, column.levels, column.left)
+
+
+def _verdict(report: Report, width: int | None) -> list[Text]:
+    style = _VERDICTS[report.verdict]
+    top = Text(_INDENT).append(f"{report.verdict.upper()}  ", style=f"bold {style}")
+    rows = below.verdict_lines(report)
+    label = max(len(row.label) for row in rows)
+    status = max(cell_len(_status(row)) for row in rows)
+    lines = _hanging(top, words.headline(report), width, "bold")
+    for row in rows:
+        head = Text(f"{_INDENT}{row.label:<{label}}  ")
+        head.append(f"{_status(row):<{status}}  ", style=_STYLES[row.level])
+        lines += _hanging(head, row.text + (f"   {row.code}" if row.code not in ("", row.label) else ""), width)
+    return lines
+
+
+def _status(row: below.Line) -> str:
+    return " ".join(part for part in (row.status, SIGNS[row.level]) if part)
+
+
+def _closing(report: Report, width: int | None) -> list[Text]:
+    lines = []
+    for place, advice in enumerate(below.to_do(report)):
+        head = Text(f"{_INDENT}{'What to do' if place == 0 else '':<10}   ", style="bold")
+        lines += _hanging(head, advice, width)
+    command = report.settings.get("command")
+    spent = below.cost(report) + (f"   again: {command}" if command else "")
+    return lines + _hanging(Text(f"{_INDENT}{'Cost':<10}   ", style="bold"), spent, width)
+
+
+def _hanging(head: Text, body: str, width: int | None, style: str = "") -> list[Text]:
+    """Sets a body behind its head; where there is a width, wrapped under its own beginning."""
+    if width is None:
+        return [head + _prose(body, style)]
+    if width - head.cell_len < _LEAST_PROSE and head.cell_len > len(_DEEPER):
+        return [head, *(Text(_DEEPER) + _prose(part, style) for part in _wrapped(body, width - len(_DEEPER)))]
+    first, *others = _wrapped(body, width - head.cell_len)
+    indent = Text(" " * head.cell_len)
+    return [head + _prose(first, style), *(indent + _prose(part, style) for part in others)]
+
+
+def _prose(text: str, style: str) -> Text:
+    line = Text(text.replace(below.TIED, " "), style=style)
+    line.highlight_regex(r"JD\d{3}|again: .*", "dim")
+    return line
+
+
+def _wrapped(text: str, room: int) -> list[str]:
+    """Breaks at plain spaces only (`below.TIED` is none); a word that is too long stays whole."""
+    lines = [""]
+    for word in text.split(" "):
+        joined = f"{lines[-1]} {word}" if lines[-1] else word
+        if cell_len(joined) > room and lines[-1].strip():
+            lines.append(word)
+        else:
+            lines[-1] = joined
+    return [line.rstrip() for line in lines]

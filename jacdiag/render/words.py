@@ -1,0 +1,125 @@
+"""The sentences that every rendering shares: what was audited, and the verdict in words."""
+
+from __future__ import annotations
+
+import math
+from pathlib import PurePath
+
+from jacdiag.render.grid import badness
+from jacdiag.render.marks import FIELD_OF_RULE
+from jacdiag.render.numbers import counted, gist, share, three
+from jacdiag.report import Interval, Report, SublayerRecord
+
+
+def header(report: Report) -> list[list[str]]:
+    """The lines above the table, as lists of parts that are joined by a dot."""
+    return [
+        [f"jacdiag {report.jacdiag}".strip(), source_name(report), model_words(report), state_words(report)],
+        _probe(report),
+    ]
+
+
+def source_name(report: Report) -> str:
+    """A short name of what was audited."""
+    source = report.source
+    named = report.settings.get("name") or source.get("name") or source.get("factory")
+    return str(named or PurePath(str(source.get("path", "model"))).name)
+
+
+def model_words(report: Report) -> str:
+    """ "GPT, 12 layers, d 768, 124M parameters (99.8% covered)"."""
+    model = report.model
+    parts = [model.name, plural(model.layers, "layer")] if model.name else [plural(model.layers, "layer")]
+    if model.width:
+        parts.append(f"d {model.width}")
+    covered = (
+        f" ({share(model.covered_parameters, model.parameters)} covered)"
+        if model.covered_parameters is not None
+        else ""
+    )
+    return f"{', '.join(parts)}, {counted(model.parameters)} parameters{covered}"
+
+
+def state_words(report: Report) -> str:
+    """ "init, pre-norm"; several placements are all named, the most frequent first."""
+    placements = [row.placement for row in report.sublayers]
+    kinds = sorted(set(placements), key=lambda kind: -placements.count(kind))
+    norms = " and ".join("no norm" if kind == "none" else f"{kind}-norm" for kind in kinds)
+    known = report.tier == "measured" and norms
+    return ", ".join(part for part in (report.state or "state unknown", known and norms) if part)
+
+
+def plural(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _probe(report: Report) -> list[str]:
+    plan = _plan(report)
+    if report.probe is None or report.tier == "weights":
+        return ["weights only: no model was run", plural(len(report.sublayers), "sub-layer"), plan]
+    probe, settings = report.probe, report.settings
+    size = f"{probe.batch} x {probe.seq}" if probe.seq else f"batch {probe.batch}"
+    words = {"random": f"{size} random tokens, seed {probe.seed}", "inputs": f"{size}, from --inputs"}
+    what = words.get(probe.tokens, f"{size} tokens of {probe.tokens}")
+    if probe.excluded_rows:
+        what += f", {plural(probe.excluded_rows, 'dead row')} left out"
+    if probe.off_distribution:
+        what += ", off-distribution"
+    where = " on ".join(str(settings[key]) for key in ("dtype", "device") if settings.get(key))
+    sure = settings.get("confidence")
+    count = plural(len(report.sublayers), "sub-layer") + (f", intervals at {100 * sure:g}%" if sure else "")
+    return [part for part in (f"probe: {what}", where, count, plan) if part]
+
+
+def _plan(report: Report) -> str:
+    plan = report.plan
+    if plan.lr is None:
+        return "no learning rate given"
+    others = [
+        f"{name} {value:g}" for name in ("warmup", "clip", "beta2") if (value := getattr(plan, name)) is not None
+    ]
+    return ", ".join([f"learning rate {plan.lr:g}", *others])
+
+
+def headline(report: Report) -> str:
+    """The verdict in words, one line: for the top of the verdict block, the picture's title, a Markdown heading."""
+    worst = worst_branch(report)
+    gain = f"worst branch gain {gist(worst[1])} at {worst[0].name}" if worst else ""
+    if report.tier == "weights":
+        return _weights_headline(report)
+    errors = [f for f in report.findings if f.level == "error" and f.code not in FIELD_OF_RULE]
+    if errors:
+        return f"{errors[0].code}: {errors[0].what}"
+    if report.state == "trained":
+        return f"Trained model: {gain or 'no branch could be measured'}"
+    small, large = report.conditions.small_sublayers, report.conditions.large_shortcut
+    if small == large == "not applicable":
+        return f"Not pre-norm, the two conditions do not apply: {gain}" if gain else "Nothing could be measured"
+    if small == large:
+        both = {
+            "met": "Both conditions met",
+            "not met": "Neither condition met",
+            "partly": "Both conditions partly met",
+        }
+        words = both.get(small, "Both conditions unknown")
+    else:
+        words = f"Large shortcut {large}, small sub-layers {small}"
+    return f"{words}: {gain}" if gain else words
+
+
+def _weights_headline(report: Report) -> str:
+    bounds = [row for row in report.sublayers if row.bound is not None and math.isfinite(row.bound)]
+    if not bounds:
+        return "From the weights alone: no bound can be given"
+    worst = max(bounds, key=lambda row: row.bound or 0)
+    return f"From the weights alone: the paper's bound is {three(worst.bound)} at {worst.name}"
+
+
+def worst_branch(report: Report) -> tuple[SublayerRecord, Interval] | None:
+    """The sub-layer with the largest finite branch norm."""
+    rows = [row for row in report.sublayers if row.branch_norm and math.isfinite(row.branch_norm.estimate)]
+    if not rows:
+        return None
+    row = max(rows, key=badness)
+    assert row.branch_norm is not None
+    return row, row.branch_norm
