@@ -200,8 +200,10 @@ def _residual_operator(one: Linearised) -> tuple[Operator | None, list[JacobianO
 
 def _with_shortcut(site: Sublayer, branch: Operator, dims: tuple[int, ...]
                    ) -> tuple[Operator | None, list[JacobianOperator], str]:  # fmt: skip
-    if site.carry is None or (gain := site.shortcut_gain) is not None:
-        return Shifted(branch, 1.0 if site.carry is None else gain), [], ""
+    gain = site.shortcut_gain
+    if isinstance(gain, float):
+        return Shifted(branch, gain), [], ""
+    assert site.carry is not None
     carry = JacobianOperator(site.carry, site.shortcut, ())
     carry.set_batch_dims(dims)
     return Summed([carry, branch]), [carry], ""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 _RANK = {torch.bfloat16: 0, torch.float16: 0, torch.float32: 1, torch.float64: 2}
 _LOOKUPS = {"embedding"}
+_GROUPED = {"_grouped_mm", "grouped_mm"}
 _CAST_METHODS = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -49,6 +50,8 @@ class Precision:
         if cast is not None and self.lower(cast) and args and isinstance(args[0], Tensor):
             return args[0].to(self.dtype)
         args, kwargs = map_leaves(self._argument, args), map_leaves(self._argument, kwargs)
+        if name in _GROUPED and self.dtype is torch.float64:
+            return grouped_mm(*args, **kwargs)
         try:
             return func(*args, **kwargs)
         except RuntimeError as error:
@@ -67,6 +70,23 @@ class Precision:
         if isinstance(value, Tensor) and value.is_floating_point() and self.lower(value.dtype):
             return value.to(self.dtype)
         return value
+
+
+def grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, **_: Any) -> Tensor:
+    """The product of row groups of `a` (n, k) with their own matrices `b` (g, k, m), which the kernel refuses in float64.
+
+    Args:
+        a: rows, sorted by group.
+        b: one matrix per group.
+        offs: (g,) where each group ends.
+    """
+    if offs is None or a.dim() != 2 or b.dim() != 3:
+        out = a @ b
+    else:
+        ends = [0, *offs.tolist()]
+        rows = [a[start:end] @ b[g] for g, (start, end) in enumerate(zip(ends, ends[1:], strict=False))]
+        out = torch.cat([*rows, a.new_zeros(a.shape[0] - ends[-1], b.shape[-1])])
+    return out if bias is None else out + bias
 
 
 def map_leaves(fn: Callable[[Any], Any], value: Any) -> Any:

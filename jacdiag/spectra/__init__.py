@@ -1,0 +1,95 @@
+"""Linear algebra of Jacobians: operators known by their products, and the norm of each with a certified interval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from jacdiag.spectra.dense import dense_jacobian, dense_norm
+from jacdiag.spectra.golub_kahan import Solution, Stop, top_singular
+from jacdiag.spectra.operator import (
+    Composed,
+    DenseOperator,
+    JacobianOperator,
+    Operator,
+    Shifted,
+    Summed,
+    independent_dims,
+)
+
+__all__ = [
+    "Composed",
+    "DenseOperator",
+    "JacobianOperator",
+    "Operator",
+    "Shifted",
+    "Solution",
+    "SpectralNorm",
+    "Stop",
+    "Summed",
+    "dense_jacobian",
+    "dense_norm",
+    "independent_dims",
+    "spectral_norm",
+    "top_singular",
+]
+
+
+@dataclass(frozen=True)
+class SpectralNorm:
+    """Norms of Jacobians, one per problem, each with its interval; `stop` says why the solver stopped."""
+
+    estimate: Tensor
+    lower: Tensor
+    upper: Tensor
+    confidence: float
+    products: int
+    converged: bool
+    stop: str
+
+
+def spectral_norm(
+    fn: Callable[[Tensor], Tensor],
+    x: Tensor,
+    *,
+    tol: float = 0.01,
+    confidence: float = 0.999,
+    batch_dims: Sequence[int] = (0,),
+    max_products: int = 400,
+    generator: torch.Generator | None = None,
+) -> SpectralNorm:
+    """Spectral norm of the Jacobian of `fn` at `x`, per batch element.
+
+    Args:
+        fn: a function of one tensor, independent over the batch dimensions.
+        x: the point; float32 or float64.
+        tol: relative width asked for, of the interval of the largest norm.
+        confidence: probability with which the upper ends hold.
+        batch_dims: dimensions over which `fn` is independent; () makes one problem of everything.
+        max_products: budget of products with J and J^T.
+        generator: of the random start; seeded with 0 if not given.
+
+    Returns:
+        `estimate`, `lower` and `upper` have the sizes of the batch dimensions.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 2.0], [3.0, 0.5]])
+        >>> norm = spectral_norm(lambda x: x**2, x)
+        >>> norm.estimate
+        tensor([4., 6.], dtype=torch.float64)
+    """
+    operator = JacobianOperator(fn, x, batch_dims)
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    solution = top_singular(
+        operator, tol=tol, confidence=confidence, max_products=max_products, generator=generator
+    )
+    lead = [x.shape[d] for d in operator.dims]
+    estimate, lower, upper = (
+        torch.from_numpy(a.copy()).reshape(lead) for a in (solution.estimate, solution.lower, solution.upper)
+    )
+    return SpectralNorm(
+        estimate, lower, upper, confidence, solution.products, solution.converged, solution.sentence
+    )

@@ -1,0 +1,66 @@
+"""From the coefficients of a bidiagonalisation to an interval that holds the spectral norm.
+
+The lower end is the largest singular value of the bidiagonal matrix. The upper end is the probabilistic bound of van
+Dorsselaer, Hochstenbach and van der Vorst (2000): with a start drawn uniformly from the sphere, the Lanczos polynomial
+would be larger than it is, but for an event of probability eps, if the norm were above the bound. It needs the same
+coefficients and no further product.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+# Relative rounding of a whole solve; the ends are moved outwards by it.
+PAD = {"float32": 1e-4, "float64": 64 * 2.0**-53}
+
+
+def bidiagonal(alphas: Array, betas: Array) -> Array:
+    """Stacks (P, k) coefficients into (P, k, k) upper bidiagonal matrices; betas[:, j] stands right of alphas[:, j]."""
+    k = alphas.shape[1]
+    matrix = np.zeros((*alphas.shape, k))
+    matrix[:, np.arange(k), np.arange(k)] = alphas
+    matrix[:, np.arange(k - 1), np.arange(1, k)] = betas[:, : k - 1]
+    return matrix
+
+
+def ritz_values(alphas: Array, betas: Array) -> Array:
+    """Singular values of the bidiagonal matrices, (P, k), largest first."""
+    return np.linalg.svd(bidiagonal(alphas, betas), compute_uv=False)
+
+
+def upper_ends(theta: Array, alphas: Array, betas: Array, exact: NDArray[np.bool_], domain: int, eps: float) -> Array:
+    """Returns the upper end per problem: theta_1 sqrt(1 + s).
+
+    s is the root of log s + sum_{j>=2} log(s + 1 - theta_j^2 / theta_1^2) = sum_j log(alpha_j beta_j / theta_1^2)
+    - log delta, with delta = eps sqrt(pi / (2 n)).
+
+    Args:
+        theta: (P, k) Ritz values; alphas, betas: (P, k) coefficients.
+        exact: (P,) problems whose factorisation broke down: an invariant subspace, theta_1 is the norm.
+        domain: n, the size of the domain of one problem.
+        eps: probability of failure.
+    """
+    top = theta[:, 0].copy()
+    open_ = ~exact & (top > 0)
+    if not open_.any():
+        return top
+    ratio = (theta[open_] / top[open_, None]) ** 2
+    gap = np.maximum(1.0 - ratio[:, 1:], 0.0)
+    delta = eps * math.sqrt(math.pi / (2 * domain))
+    logs = np.log(alphas[open_]) + np.log(betas[open_]) - 2 * np.log(top[open_, None])
+    right = logs.sum(1) - math.log(delta)
+    k = theta.shape[1]
+    low = np.minimum(0.0, right - (k - 1) * math.log(2.0))  # log(s + gap) <= log 2 while s <= 1
+    high = np.maximum(right / k, low)  # log(s + gap) >= log s
+    for _ in range(70):
+        middle = 0.5 * (low + high)
+        s = np.exp(np.minimum(middle, 700.0))
+        above = middle + np.log(s[:, None] + gap).sum(1) > right
+        high, low = np.where(above, middle, high), np.where(above, low, middle)
+    top[open_] *= np.sqrt(1.0 + np.exp(np.minimum(high, 700.0)))
+    return top

@@ -1,0 +1,260 @@
+"""The Jacobian as a batched linear operator: J u and J^T w for one forward each, built once, products counted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Map = Callable[[Tensor], Tensor]
+
+
+class Operator:
+    """P independent matrices of shape (m, n), known by their products only.
+
+    Attributes:
+        problems, codomain, domain: P, m and n.
+        dtype, device: of the vectors.
+        products: how many times `push` or `pull` ran; one counts for all P problems.
+    """
+
+    problems: int
+    domain: int
+    codomain: int
+    dtype: torch.dtype
+    device: torch.device
+    products: int = 0
+
+    def push(self, u: Tensor) -> Tensor:
+        """J u: (P, n) -> (P, m)."""
+        self.products += 1
+        return self._push(u)
+
+    def pull(self, w: Tensor) -> Tensor:
+        """J^T w: (P, m) -> (P, n)."""
+        self.products += 1
+        return self._pull(w)
+
+    def _push(self, u: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _pull(self, w: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """Drops graphs; the operator is of no use afterwards."""
+
+
+class JacobianOperator(Operator):
+    """The Jacobian of `fn` at `x`, as one problem per index of the batch dimensions.
+
+    `pull` is the vjp of one forward, `push` the vjp of that pull at zero (the transpose of the transpose), so that only a
+    differentiable backward is needed and the primal is never computed again. Where torch.func refuses the function (a
+    custom autograd.Function without setup_context, saved-tensor hooks), the same two transposes are made with
+    torch.autograd.
+
+    Args:
+        fn: the function; its output may have another shape than x, with the batch dimensions at the same places.
+        x: the point.
+        batch_dims: dimensions over which problems are independent; () makes one problem of everything.
+
+    Attributes:
+        value: fn(x).
+
+    Example:
+        >>> x = torch.tensor([[1.0, 2.0]])
+        >>> op = JacobianOperator(lambda x: x**2, x)
+        >>> op.push(torch.ones(1, 2)), op.pull(torch.ones(1, 2))
+        (tensor([[2., 4.]]), tensor([[2., 4.]]))
+    """
+
+    def __init__(self, fn: Map, x: Tensor, batch_dims: Sequence[int] = (0,)) -> None:
+        self.x_shape, self.dtype, self.device = x.shape, x.dtype, x.device
+        with torch.inference_mode(False), torch.enable_grad():
+            point = x.detach().clone()
+            try:
+                self.value, self._pull_map, self._push_map = _transposes(fn, point)
+            except RuntimeError:
+                self.value, self._pull_map, self._push_map = _transposes_by_autograd(fn, point)
+        self.set_batch_dims(batch_dims)
+
+    def set_batch_dims(self, dims: Sequence[int]) -> None:
+        """Says anew over which dimensions problems are independent; nothing is built again."""
+        self.dims = tuple(sorted(d % len(self.x_shape) for d in dims))
+        self.problems = math.prod(self.x_shape[d] for d in self.dims)
+        self.domain = self.x_shape.numel() // self.problems
+        self.codomain = self.value.numel() // self.problems
+
+    def pull_shaped(self, w: Tensor) -> Tensor:
+        """J^T w in the shapes of fn: w like fn(x), result like x. Counts as a product."""
+        self.products += 1
+        with torch.no_grad():
+            return self._pull_map(w)
+
+    def flat(self, t: Tensor) -> Tensor:
+        """(shape of x or of fn(x)) -> (P, rest)."""
+        return t.movedim(self.dims, tuple(range(len(self.dims)))).reshape(self.problems, -1)
+
+    def shaped(self, flat: Tensor, shape: torch.Size) -> Tensor:
+        """(P, rest) -> shape."""
+        lead = [shape[d] for d in self.dims]
+        rest = [n for d, n in enumerate(shape) if d not in self.dims]
+        return flat.reshape(*lead, *rest).movedim(tuple(range(len(self.dims))), self.dims)
+
+    def _push(self, u: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.flat(self._push_map(self.shaped(u, self.x_shape)))
+
+    def _pull(self, w: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.flat(self._pull_map(self.shaped(w, self.value.shape)))
+
+    def release(self) -> None:
+        self._push_map = self._pull_map = _released
+
+
+def _released(_: Tensor) -> Tensor:
+    raise RuntimeError("this operator was released")
+
+
+def _transposes(fn: Map, x: Tensor) -> tuple[Tensor, Map, Map]:
+    value, vjp = torch.func.vjp(fn, x)
+    _, transposed = torch.func.vjp(lambda w: vjp(w)[0], torch.zeros_like(value))
+    return value.detach(), lambda w: vjp(w)[0], lambda u: transposed(u)[0]
+
+
+def _transposes_by_autograd(fn: Map, x: Tensor) -> tuple[Tensor, Map, Map]:
+    x = x.requires_grad_()
+    value = fn(x)
+    w0 = torch.zeros_like(value).requires_grad_()
+
+    def grad(y: Tensor, at: Tensor, w: Tensor, create: bool = False) -> Tensor:
+        if not y.requires_grad:
+            return torch.zeros_like(at)
+        (g,) = torch.autograd.grad(y, at, w, retain_graph=True, create_graph=create, allow_unused=True)
+        return torch.zeros_like(at) if g is None else g
+
+    pulled = grad(value, x, w0, create=True)
+    return value.detach(), lambda w: grad(value, x, w), lambda u: grad(pulled, w0, u)
+
+
+class Composed(Operator):
+    """outer o inner: J u = outer(inner u)."""
+
+    def __init__(self, outer: Operator, inner: Operator) -> None:
+        self.outer, self.inner = outer, inner
+        self.dtype, self.device = inner.dtype, inner.device
+
+    @property
+    def problems(self) -> int:  # type: ignore[override]
+        return self.inner.problems
+
+    @property
+    def domain(self) -> int:  # type: ignore[override]
+        return self.inner.domain
+
+    @property
+    def codomain(self) -> int:  # type: ignore[override]
+        return self.outer.codomain
+
+    def _push(self, u: Tensor) -> Tensor:
+        return self.outer.push(self.inner.push(u))
+
+    def _pull(self, w: Tensor) -> Tensor:
+        return self.inner.pull(self.outer.pull(w))
+
+
+class Summed(Operator):
+    """The sum of operators on the same spaces."""
+
+    def __init__(self, terms: Sequence[Operator]) -> None:
+        self.terms = tuple(terms)
+        self.dtype, self.device = terms[0].dtype, terms[0].device
+
+    @property
+    def problems(self) -> int:  # type: ignore[override]
+        return self.terms[0].problems
+
+    @property
+    def domain(self) -> int:  # type: ignore[override]
+        return self.terms[0].domain
+
+    @property
+    def codomain(self) -> int:  # type: ignore[override]
+        return self.terms[0].codomain
+
+    def _push(self, u: Tensor) -> Tensor:
+        return torch.stack([term.push(u) for term in self.terms]).sum(0)
+
+    def _pull(self, w: Tensor) -> Tensor:
+        return torch.stack([term.pull(w) for term in self.terms]).sum(0)
+
+
+class Shifted(Summed):
+    """gain * I + J, the gain a number or a (P, n) diagonal."""
+
+    def __init__(self, operator: Operator, gain: float | Tensor = 1.0) -> None:
+        super().__init__([operator])
+        self.gain = gain
+
+    def _push(self, u: Tensor) -> Tensor:
+        return self.terms[0].push(u) + self.gain * u
+
+    def _pull(self, w: Tensor) -> Tensor:
+        return self.terms[0].pull(w) + self.gain * w
+
+
+class DenseOperator(Operator):
+    """Matrices given outright, (P, m, n) or (m, n); for weights, and for tests with a chosen spectrum."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix if matrix.dim() == 3 else matrix.unsqueeze(0)
+        self.problems, self.codomain, self.domain = self.matrix.shape
+        self.dtype, self.device = matrix.dtype, matrix.device
+
+    def _push(self, u: Tensor) -> Tensor:
+        return torch.bmm(self.matrix, u.unsqueeze(2)).squeeze(2)
+
+    def _pull(self, w: Tensor) -> Tensor:
+        return torch.bmm(w.unsqueeze(1), self.matrix).squeeze(1)
+
+
+def independent_dims(
+    pull: Map,
+    x_shape: torch.Size,
+    y_shape: torch.Size,
+    feature_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    generator: torch.Generator,
+) -> tuple[int, ...]:
+    """Finds the dimensions over which a Jacobian is block diagonal, with two pulls and no assumption on dimension 0.
+
+    A cotangent lives on one index of every dimension but features: a middle one, then the last (under a causal mask the
+    first token reaches only itself, which says nothing). Where its pull is exactly zero off that index along a
+    dimension, both times, the dimension is independent.
+
+    Args:
+        pull: J^T w in the shapes of x and y.
+        feature_dim: the dimension that is never independent.
+
+    Returns:
+        The independent dimensions, ascending; dimensions of size 1 count as independent.
+    """
+    feature = feature_dim % len(x_shape)
+    if len(x_shape) != len(y_shape):
+        return ()
+    found = {d for d in range(len(x_shape)) if d != feature and x_shape[d] == y_shape[d]}
+    for place in (lambda n: n // 2, lambda n: n - 1):
+        w = torch.zeros(y_shape, dtype=dtype, device=device)
+        index = tuple(slice(None) if d == feature else place(n) for d, n in enumerate(y_shape))
+        w[index] = torch.randn(w[index].shape, generator=generator, dtype=torch.float64).to(w)
+        touched = pull(w) != 0
+        for d in list(found):
+            along = touched.movedim(d, 0).flatten(1).any(1)
+            along[place(x_shape[d])] = False
+            if bool(along.any()):
+                found.discard(d)
+    return tuple(sorted(found))
