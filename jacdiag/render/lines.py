@@ -189,9 +189,7 @@ def footnotes(report: Report) -> list[str]:
             where = "" if len(names) == len(report.sublayers) else f" at {some(names)}"
             notes.append(f"no {title}{where}: {reason}")
     if report.state == "trained" and any(row.core_norm and row.norm_gain for row in report.sublayers):
-        notes.append(
-            "1/σ gain and core ‖J‖ are observations: on a trained model only their product, branch ‖J‖, is a property of it"
-        )
+        notes.append("1/σ gain and core ‖J‖ are observations: on a trained model only branch ‖J‖ is a property of it")
     return notes
 
 

@@ -85,7 +85,7 @@ def draw(report: Report) -> Figure:
         _panel(panels[1], lower, "residual map", report, None)
     _depth_axis(panels[-1], report)
     for axes, curves in zip(panels, (upper, lower), strict=False):
-        _direct_labels(axes, curves)
+        _direct_labels(axes, curves, size[1])
     return figure
 
 
@@ -205,7 +205,7 @@ def _depth_axis(axes: Axes, report: Report) -> None:
     axes.set_xlim(-margin, last + margin)
 
 
-def _direct_labels(axes: Axes, curves: list[Curve]) -> None:
+def _direct_labels(axes: Axes, curves: list[Curve], figure_height: float) -> None:
     """Names each curve at its right end, pushed apart where two would overlap; curves of one name share one label."""
     if not curves:
         return
@@ -216,7 +216,7 @@ def _direct_labels(axes: Axes, curves: list[Curve]) -> None:
     ends = sorted(
         (sum(math.log(curve.finite[-1]) for curve in same) / len(same), label) for label, same in named.items()
     )
-    inches = axes.get_position().height * float(axes.figure.get_figheight())
+    inches = axes.get_position().height * figure_height
     heights = _apart([(height - bottom) / (top - bottom) for height, _ in ends], _LINE_HEIGHT / inches)
     for height, (_, label) in zip(heights, ends, strict=True):
         curve, *others = named[label]

@@ -4,7 +4,11 @@
 people write a residual, and the traps that are none.
 """
 
+from menagerie.additions import ADDITIONS
 from menagerie.core import CORE
 from menagerie.specimen import Context, Expected, Norm, Specimen, residual, stream
 
-__all__ = ["CORE", "Context", "Expected", "Norm", "Specimen", "residual", "stream"]
+STYLES = [*ADDITIONS]
+ALL = [*CORE, *STYLES]
+
+__all__ = ["ALL", "CORE", "Context", "Expected", "Norm", "STYLES", "Specimen", "residual", "stream"]

@@ -23,7 +23,7 @@ from menagerie.parts import (
     seeded,
     tokens,
 )  # fmt: skip
-from menagerie.specimen import Context, Expected, Norm, Specimen
+from menagerie.specimen import Body, Context, Expected, Norm, Specimen
 
 
 class Block(nn.Module):
@@ -75,6 +75,10 @@ class Bare(Block):
 class ParallelLeft(Block):
     """(x + a) + m, one norm for both (Cohere, GPT-J)."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        del self.norm2
+
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm1(x)
         return x + self.attn(h) + self.mlp(h)
@@ -100,23 +104,30 @@ def end(m: Any, x: Tensor, c: Context) -> Tensor:
 def pair(
     placement: str, layer: int, *, norms: tuple[str, str] = ("norm1", "norm2"), exits: tuple[str, str] | None = None,
     kind: str = "mlp", parallel: bool = False, mlp: Callable[[Any, Tensor], Tensor] | None = None,
-    blocks: str = "blocks",
+    gain: Any = 1.0, dress: Callable[[Any, int, Tensor], Tensor] | None = None,
+    names: tuple[str | None, str | None] | None = None,
 ) -> list[Expected]:  # fmt: skip
-    """The two sub-layers of block `layer` of a Decoder: attn and mlp, with the norms at their places."""
+    """The two sub-layers of block `layer` of a Decoder: attn and mlp, with the norms at their places.
+
+    `gain` is a, or a function (block, 0 or 1) of the block; `dress` (block, 0 or 1, h) scales what a body returns.
+    """
 
     def norm(which: str) -> Norm:
-        return Norm(lambda m: getattr(getattr(m, blocks)[layer], which))
+        return Norm(lambda m: getattr(m.blocks[layer], which))
 
-    def attention(m: Any, h: Tensor, c: Context) -> Tensor:
-        return getattr(m, blocks)[layer].attn(h)
+    def body(k: int) -> Body:
+        def run(m: Any, h: Tensor, c: Context) -> Tensor:
+            block = m.blocks[layer]
+            h = block.attn(h) if k == 0 else block.mlp(h) if mlp is None else mlp(block.mlp, h)
+            return h if dress is None else dress(block, k, h)
 
-    def feed(m: Any, h: Tensor, c: Context) -> Tensor:
-        module = getattr(m, blocks)[layer].mlp
-        return module(h) if mlp is None else mlp(module, h)
+        return run
+
+    def shortcut_gain(k: int) -> Any:
+        return (lambda m: gain(m.blocks[layer], k)) if callable(gain) else gain
 
     found = []
-    bodies = (("attn", "attention", attention, False), ("mlp", kind, feed, True))
-    for k, (name, sort, body, wise) in enumerate(bodies):
+    for k, name in enumerate(names or (f"blocks.{layer}.attn", f"blocks.{layer}.mlp")):
         place = {
             "pre": {"entry": norm(norms[k])},
             "sandwich": {"entry": norm(norms[k]), "exit": norm((exits or norms)[k])},
@@ -124,29 +135,37 @@ def pair(
             "post": {"behind": norm(norms[k])},
             "none": {},
         }[placement]
-        first = layer == 0 and k == 0
-        found.append(Expected(f"{blocks}.{layer}.{name}", sort, placement, body, parallel=parallel, token_wise=wise,
-                              layer=layer, start=begin if first else None, **place))  # fmt: skip
+        found.append(Expected(
+            name, kind if k else "attention", placement, body(k), parallel=parallel, token_wise=k == 1, layer=layer,
+            shortcut_gain=shortcut_gain(k), start=begin if layer == 0 and k == 0 else None, **place,
+        ))  # fmt: skip
     return found
 
 
-def decoder(name: str, block: Callable[[], nn.Module], placement: str, *, norm: Any = nn.LayerNorm, scale: float = 1.0,
-            casts: bool = False, **options: Any) -> Specimen:  # fmt: skip
+def decoder(
+    name: str, block: Callable[[], nn.Module], placement: str, *, norm: Any = nn.LayerNorm, scale: float = 1.0,
+    casts: bool = False, model: Callable[..., nn.Module] = Decoder, seed: int = 0, uncovered: tuple[str, ...] = (),
+    **options: Any,
+) -> Specimen:  # fmt: skip
     """A Decoder of two blocks with `pair`'s sub-layers."""
     final = None if placement == "post" else norm
     return Specimen(
         name,
-        lambda: seeded(lambda: Decoder(block, final), scale=scale),
+        lambda: seeded(lambda: model(block, final), seed=seed, scale=scale),
         ((tokens(),), {}),
         [one for layer in range(LAYERS) for one in pair(placement, layer, **options)],
         end,
         casts=casts,
+        uncovered=uncovered,
     )
 
 
 def _fused_rms(d: int) -> nn.Module:
     return nn.RMSNorm(d, eps=1e-6)
 
+
+IDLE = tuple(f"blocks.{layer}.mlp.experts.4.{p}" for layer in range(LAYERS)
+             for p in ("up.weight", "up.bias", "down.weight", "down.bias"))  # fmt: skip
 
 PLACEMENTS = [
     decoder("pre", Pre, "pre"),
@@ -167,8 +186,10 @@ PLACEMENTS = [
     decoder("grouped queries with rotary", lambda: Pre(HandRMS, lambda: Attention(D, 4, 2, turns=True, by_hand=True)),
             "pre", norm=HandRMS, casts=True),
     decoder("gated MLP", lambda: Pre(_fused_rms, mlp=GatedMLP), "pre", norm=_fused_rms),
-    decoder("MoE", lambda: Pre(mlp=MoE), "pre", kind="moe", mlp=MoE.truth),
-    decoder("MoE with a shared expert", lambda: Pre(mlp=lambda: MoE(shared=True)), "pre", kind="moe", mlp=MoE.truth),
+    # The seed is one that gives every expert a token but the idle one, which is then covered by nothing.
+    decoder("MoE", lambda: Pre(mlp=MoE), "pre", kind="moe", mlp=MoE.truth, seed=3, uncovered=IDLE),
+    decoder("MoE with a shared expert", lambda: Pre(mlp=lambda: MoE(shared=True)), "pre", kind="moe", mlp=MoE.truth,
+            seed=3, uncovered=IDLE),
 ]  # fmt: skip
 
 

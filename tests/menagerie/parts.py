@@ -12,7 +12,7 @@ D, T, B, V, LAYERS = 8, 5, 2, 11, 2
 
 
 def seeded(make: Callable[[], nn.Module], seed: int = 0, scale: float = 1.0) -> nn.Module:
-    """Builds a module with weights of its own generator: matrices with gain `scale`, gains about 1, biases about 0."""
+    """Builds a module with weights from a generator of its own: gains about 1, biases about 0."""
     with torch.random.fork_rng(devices=[]):
         model = make()
     generator = torch.Generator().manual_seed(seed)

@@ -1,11 +1,13 @@
 """What a specimen is: a small model, and beside it, by explicit code, what is true of it.
 
 The truth is written on the model's own modules, but never asks jacdiag anything: a body, the norms around it, and how
-the shortcut enters the sum. Everything that a test compares with (branch, core, residual map, gains) follows from these.
+the shortcut enters the sum. From these follows all that a test compares
+with: branch, core, residual map, gains.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,9 +79,8 @@ class Expected:
         shortcut_gain: a; a number, (model) -> tensor for a learned diagonal, None where the way in is no diagonal.
         carry: the shortcut's way into the sum where it is no diagonal.
         after: what else happens to the sum before the next shortcut (an activation); not part of the residual map.
-        layer: the depth.
+        layer: the depth; None where it has no clear meaning.
         start: begins a stream: (model, context) -> its first shortcut. The first one always has it.
-        hidden: the norm is there but cannot be told (no truth of core and gain is asked for).
     """
 
     name: str | None
@@ -95,7 +96,7 @@ class Expected:
     shortcut_gain: float | Getter | None = 1.0
     carry: Body | None = None
     after: Callable[[Tensor], Tensor] | None = None
-    layer: int = 0
+    layer: int | None = 0
     start: Callable[[Model, Context], Tensor] | None = None
 
     def branch(self, model: Model, x: Tensor, context: Context) -> Tensor:
@@ -128,7 +129,6 @@ class Specimen:
         finish: (model, last stream value, context) -> the model's output, to check the truth against the model.
         prepare: (model, args, kwargs) -> Context.extra: an encoder's output and the like.
         casts: the model casts to float32 whatever its own dtype, so that float64 truth holds to 1e-5 only.
-        smooth: False where the Jacobian jumps (ReLU kinks, routing), so that finite differences are left out.
         uncovered: parameters that belong to no sub-layer, embedding, head or norm.
     """
 
@@ -150,7 +150,9 @@ class Specimen:
         def cast(value: Any) -> Any:
             if isinstance(value, Tensor) and value.is_floating_point():
                 return value.to(dtype)
-            return type(value)(cast(item) for item in value) if type(value) in (list, tuple) else value
+            if type(value) in (list, tuple):
+                return type(value)(cast(item) for item in value)
+            return copy.deepcopy(value)  # a cache that a run writes to
 
         args, kwargs = self.inputs
         return tuple(cast(a) for a in args), {k: cast(v) for k, v in kwargs.items()}

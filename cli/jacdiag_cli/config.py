@@ -1,0 +1,137 @@
+"""Settings from `[tool.jacdiag]` in pyproject.toml or from jacdiag.toml; a command-line option wins."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import click
+
+from jacdiag.errors import UsageError
+
+TABLES = ("thresholds", "profiles")
+FROM_COMMAND_LINE_ONLY = ("trust-pickle",)  # a file in somebody's repository must not switch a safeguard off
+_FILES = ("tokens", "json", "plot")
+_FACTORIES = ("model", "inputs")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a configuration file says: `options` by the name of their command-line option, and the tables."""
+
+    path: Path | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    thresholds: dict[str, Any] = field(default_factory=dict)
+    profiles: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def load(start: Path, known: list[str]) -> Config:
+    """Reads the nearest configuration in `start` or its parents; jacdiag.toml goes before pyproject.toml.
+
+    Args:
+        start: the folder to begin at.
+        known: option names that may be set.
+
+    Raises:
+        UsageError: the file is no TOML, or holds a key that no option has.
+    """
+    for folder in (start, *start.parents):
+        for name in ("jacdiag.toml", "pyproject.toml"):
+            path = folder / name
+            settings = _read(path) if path.is_file() else None
+            if settings is not None:
+                return _checked(path, settings, known)
+    return Config()
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The settings in a file; None where a pyproject.toml has none."""
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UsageError(f"cannot read '{path}'", got=str(error)) from error
+    if path.name == "jacdiag.toml":
+        return data
+    settings = data.get("tool", {}).get("jacdiag")
+    return settings if isinstance(settings, dict) else None
+
+
+def _checked(path: Path, settings: Mapping[str, Any], known: list[str]) -> Config:
+    options: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = key.replace("_", "-")
+        if name in FROM_COMMAND_LINE_ONLY:
+            raise UsageError(f"'{name}' cannot be set in {path}", hint=f"give --{name} on the command line, each time")
+        if name in TABLES:
+            if not isinstance(value, dict):
+                raise UsageError(f"'{name}' in {path} must be a table", got=repr(value))
+        elif name not in known:
+            close = get_close_matches(name, [*known, *TABLES], n=1, cutoff=0.0)
+            raise UsageError(f"unknown key '{key}' in {path}", hint=f"the closest known one is '{close[0]}'")
+        else:
+            options[name] = _anchored(name, value, path.parent)
+    tables = {name: settings.get(name, {}) for name in TABLES}
+    return Config(path, options, **tables)
+
+
+def _anchored(name: str, value: Any, folder: Path) -> Any:
+    """A path in a configuration file is meant from where the file lies."""
+    if name in _FILES and isinstance(value, str):
+        return str(folder / value)
+    if name in _FACTORIES and isinstance(value, str) and ".py:" in value:
+        return str(folder / value)
+    return value
+
+
+class Configured(click.Command):
+    """A command whose options take their defaults from the configuration; help works without one."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        names = {option.removeprefix("--"): param for param in self.params for option in param.opts}
+        if {"-h", "--help"} & set(args):
+            return super().make_context(info_name, args, parent, **extra)
+        config = load(Path.cwd(), [name for name in all_options() if name not in FROM_COMMAND_LINE_ONLY])
+        defaults = {names[key].name: _plain(value) for key, value in config.options.items() if key in names}
+        try:
+            context = super().make_context(info_name, args, parent, default_map=defaults, **extra)
+        except click.BadParameter as error:
+            raise _blamed(error, config) from error
+        context.meta["jacdiag.config"] = config
+        return context
+
+
+def all_options() -> list[str]:
+    """The names of every option that a command takes, for which a configuration may hold a value."""
+    from jacdiag_cli import options
+
+    groups = (options.SOURCE, options.PROBE, options.SOLVER, options.JUDGEMENT, options.OUTPUT)
+    command = click.command()(options.add(*groups)(lambda: None))
+    opts = [option for param in command.params if isinstance(param, click.Option) for option in param.opts]
+    return [option.removeprefix("--") for option in opts if option.startswith("--")]
+
+
+def _plain(value: Any) -> Any:
+    """What the command line would have given: click's own conversion then says what is wrong with it."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, dict) else str(value)
+
+
+def _blamed(error: click.BadParameter, config: Config) -> click.BadParameter:
+    """Names the configuration file where a wrong value came from it and not from the command line."""
+    source = error.ctx.get_parameter_source(error.param.name) if error.ctx and error.param and error.param.name else None
+    if source is click.core.ParameterSource.DEFAULT_MAP:
+        error.message = f"{error.message} (from {config.path})"
+    return error
+
+
+def current() -> Config:
+    """The configuration of the command that runs."""
+    config: Config = click.get_current_context().meta.get("jacdiag.config", Config())
+    return config

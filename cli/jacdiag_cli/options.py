@@ -1,0 +1,170 @@
+"""Options that several commands share, with the names and defaults that users depend on."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Number(click.FloatRange):
+    """A finite number in a range: click's own lets nan through."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
+class JsonObject(click.ParamType):
+    """A JSON object given as text."""
+
+    name = "json"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
+        if isinstance(value, dict):
+            return value
+        try:
+            read = json.loads(value)
+        except json.JSONDecodeError as error:
+            self.fail(f"{value!r} is no JSON: {error}. Example: '{{\"n_layer\": 4}}'", param, ctx)
+        if not isinstance(read, dict):
+            self.fail(f"{value!r} is no JSON object. Example: '{{\"n_layer\": 4}}'", param, ctx)
+        return read
+
+
+class Device(click.ParamType):
+    """A device as torch names it; whether it is there is found out when it is used."""
+
+    name = "device"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not re.fullmatch(r"(cpu|cuda|xpu|mps)(:\d+)?", str(value)):
+            self.fail(f"{value!r} is no device. Examples: cpu, cuda, cuda:1", param, ctx)
+        return str(value)
+
+
+class Codes(click.ParamType):
+    """Rule codes or their prefixes, comma separated."""
+
+    name = "codes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        from jacdiag.rules import RULES
+
+        codes = tuple(code.strip().upper() for code in str(value).split(",") if code.strip())
+        for code in codes:
+            if not any(rule.code.startswith(code) for rule in RULES):
+                known = ", ".join(rule.code for rule in RULES)
+                self.fail(f"no rule begins with {code!r}. The rules are {known}.", param, ctx)
+        return codes
+
+
+_ABOVE_0 = {"min": 0, "min_open": True}
+_SHARE = {"min": 0, "min_open": True, "max": 1, "max_open": True}
+
+SOURCE = [
+    click.argument("source"),
+    click.option("--model", metavar="FACTORY", help="Builds the module that a bare state dict belongs to."),
+    click.option(
+        "--model-args",
+        type=JsonObject(),
+        metavar="JSON",
+        help="Keyword arguments for the factory.",
+    ),
+    click.option("--trust-pickle", is_flag=True, help="Let a file whose pickle holds more than tensors run code."),
+]
+PROBE = [
+    click.option("--tokens", metavar="FILE", help="Probe tokens: .npy, .bin (uint16), .txt (bytes), .pt."),
+    click.option("--inputs", metavar="FACTORY", help="Builds the probe input of a model that takes no token ids."),
+    click.option("--batch", type=click.IntRange(1), default=2, show_default=True, help="Sequences of the probe."),
+    click.option(
+        "--seq", type=click.IntRange(1), show_default="128, or what the model allows", help="Tokens per sequence."
+    ),
+    click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the probe and the solver."),
+    click.option("--device", type=Device(), show_default="cuda if there, else cpu", help="Where products run."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["float32", "float64"]),
+        default="float32",
+        show_default=True,
+        help="Precision that products run in.",
+    ),
+]
+SOLVER = [
+    click.option(
+        "--tol", type=Number(**_ABOVE_0), default=0.05, show_default=True, help="Relative width asked of an interval."
+    ),
+    click.option(
+        "--confidence", type=Number(**_SHARE), default=0.999, show_default=True, help="Of an interval's upper end."
+    ),
+    click.option("--decide/--no-decide", default=False, help="Stop each sub-layer as soon as its rules are decided."),
+    click.option(
+        "--max-products",
+        type=click.IntRange(4),
+        default=200,
+        show_default=True,
+        help="Budget of products with J per norm.",
+    ),
+]
+JUDGEMENT = [
+    click.option("--state", type=click.Choice(["init", "trained"]), show_default="detected", help="Of the weights."),
+    click.option("--lr", type=Number(**_ABOVE_0), help="Plan of the run: learning rate."),
+    click.option("--warmup", type=click.IntRange(0), help="Plan of the run: warm-up steps."),
+    click.option("--clip", type=Number(**_ABOVE_0), help="Plan of the run: gradient norm clipped at."),
+    click.option("--beta2", type=Number(**_SHARE), help="Plan of the run: Adam's beta2."),
+    click.option(
+        "--profile",
+        default="default",
+        show_default=True,
+        metavar="NAME",
+        help="default, paper (the paper's conditions as errors), or one from the configuration.",
+    ),
+    click.option("--select", type=Codes(), multiple=True, metavar="CODES", help="Only these rules or prefixes."),
+    click.option("--ignore", type=Codes(), multiple=True, metavar="CODES", help="Not these rules or prefixes."),
+    click.option(
+        "--fail-on",
+        type=click.Choice(["info", "warning", "error", "never"]),
+        default="error",
+        show_default=True,
+        help="Exit with 1 at a finding of this level or above.",
+    ),
+]
+OUTPUT = [
+    click.option(
+        "--format",
+        "output_format",
+        type=click.Choice(["pretty", "json", "markdown"]),
+        default="pretty",
+        show_default=True,
+        help="Of what is printed.",
+    ),
+    click.option("--json", "json_file", metavar="FILE", help="Write the JSON report too."),
+    click.option("--plot", "plot_file", metavar="FILE", help="Write the picture too: .png, .svg or .pdf."),
+    click.option("--all", "all_rows", is_flag=True, help="Show every sub-layer of a long model."),
+    click.option(
+        "--sort",
+        type=click.Choice(["depth", "worst"]),
+        default="depth",
+        show_default=True,
+        help="Order of the rows.",
+    ),
+]
+
+
+def add(*groups: list[Callable[[F], F]]) -> Callable[[F], F]:
+    """Decorates a command with groups of options, in reading order."""
+
+    def decorate(function: F) -> F:
+        for option in reversed([option for group in groups for option in group]):
+            function = option(function)
+        return function
+
+    return decorate

@@ -1,0 +1,74 @@
+"""The same screen as Markdown, for a pull request's comment or a notebook."""
+
+from __future__ import annotations
+
+from jacdiag.render import lines, words
+from jacdiag.render.grid import Grid, build
+from jacdiag.render.marks import SIGNS
+from jacdiag.report import Report
+
+_SIGNS = {"pass": "✓", "warn": "▲", "fail": "●", "unknown": "?"}
+
+
+def render(report: Report, *, all_rows: bool = False, sort: str = "depth") -> str:
+    """Renders a report as GitHub-flavoured Markdown: heading, table, verdict by condition, what to do, cost.
+
+    Args:
+        report: any report.
+        all_rows: show every sub-layer, where long models are folded otherwise.
+        sort: "depth" or "worst".
+
+    Example:
+        >>> print(render(report))                                 # doctest: +SKIP
+    """
+    parts = [
+        f"### {_SIGNS[report.verdict]} {report.verdict.upper()}: {_safe(words.headline(report))}",
+        "\n".join(_safe(" · ".join(line)) + "  " for line in words.header(report)),
+        _table(build(report, all_rows=all_rows, sort=sort)),
+        _bullets(lines.footnotes(report)),
+        _verdict(report),
+        "**What to do**\n\n" + _bullets(lines.to_do(report)),
+        _closing(report),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _table(grid: Grid) -> str:
+    columns = grid.columns
+    rows = [
+        "| " + " | ".join(_safe(column.title) for column in columns) + " |",
+        "|" + "|".join(":---" if column.left else "---:" for column in columns) + "|",
+    ]
+    for place in range(len(grid.rows) + 1):
+        if place in grid.gaps:
+            rows.append(f"| | *{grid.gaps[place].text}* |" + " |" * (len(columns) - 2))
+        if place < len(grid.rows):
+            cells = [f"{column.cells[place].strip()} {SIGNS[column.levels[place]]}".strip() for column in columns]
+            rows.append("| " + " | ".join(_safe(cell) for cell in cells) + " |")
+    return "\n".join(rows)
+
+
+def _verdict(report: Report) -> str:
+    rows = ["| | | |", "|:---|:---|:---|"]
+    for line in lines.verdict_lines(report):
+        status = " ".join(part for part in (line.status, SIGNS[line.level]) if part)
+        code = f" `{line.code}`" if line.code else ""
+        rows.append(f"| **{_safe(line.label)}** | {status} | {_safe(line.text)}{code} |")
+    return "\n".join(rows)
+
+
+def _closing(report: Report) -> str:
+    command = report.settings.get("command")
+    again = f" · again: `{command}`" if command else ""
+    return f"**Cost** {_safe(lines.cost(report))}{again}"
+
+
+def _bullets(texts: list[str]) -> str:
+    return "\n".join(f"- {_safe(text)}" for text in texts)
+
+
+def _safe(text: str) -> str:
+    """Takes the meaning out of characters that Markdown would read: a name may hold any of them."""
+    for sign in "\\|*_<`":
+        text = text.replace(sign, f"\\{sign}")
+    return " ".join(text.split())

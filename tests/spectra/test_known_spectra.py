@@ -1,0 +1,145 @@
+"""Operators with a chosen spectrum: the interval contains the truth, at every number of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from jacdiag.spectra import DenseOperator, Stop, top_singular
+from jacdiag.spectra.golub_kahan import _Bidiagonalisation
+from jacdiag.spectra.interval import PAD, ritz_values, upper_ends
+
+SPECTRA: dict[str, Callable[[int, np.random.Generator], np.ndarray]] = {
+    "uniform": lambda k, rng: np.sort(rng.uniform(0, 1, k))[::-1],
+    "soft edge": lambda k, rng: 1 - (np.arange(k) / k) ** 1.5,
+    "decaying": lambda k, rng: 0.7 ** np.arange(k),
+    "slow decay": lambda k, rng: 1 / (1 + np.arange(k)),
+    "clustered top": lambda k, rng: np.concatenate([1 - 1e-6 * np.arange(min(5, k)), np.full(max(0, k - 5), 0.5)]),
+    "repeated top": lambda k, rng: np.concatenate([np.ones(min(3, k)), rng.uniform(0, 0.9, max(0, k - 3))]),
+    "one outlier": lambda k, rng: np.concatenate([[10.0], rng.uniform(0, 1, k - 1)]),
+    "rank 1": lambda k, rng: np.concatenate([[1.0], np.zeros(k - 1)]),
+    "zero": lambda k, rng: np.zeros(k),
+    "identity": lambda k, rng: np.ones(k),
+    "tiny": lambda k, rng: 1e-12 * rng.uniform(0.1, 1, k),
+    "huge": lambda k, rng: 1e12 * rng.uniform(0.1, 1, k),
+}  # fmt: skip
+
+
+def operator_with(spectrum: np.ndarray, m: int, n: int, rng: np.random.Generator) -> tuple[np.ndarray, float]:
+    """A dense (m, n) matrix with these singular values, and its norm."""
+    k = min(m, n)
+    u, _ = np.linalg.qr(rng.standard_normal((m, k)))
+    v, _ = np.linalg.qr(rng.standard_normal((n, k)))
+    return (u * spectrum) @ v.T, float(spectrum.max(initial=0.0))
+
+
+def random_operators(count: int, seed: int) -> list[tuple[str, np.ndarray, float]]:
+    rng = np.random.default_rng(seed)
+    found = []
+    for i in range(count):
+        name = list(SPECTRA)[i % len(SPECTRA)]
+        m, n = (int(rng.integers(1, 120)) for _ in range(2))
+        if i % 10 == 0:
+            m = 1
+        elif i % 10 == 5:
+            n = 1
+        matrix, norm = operator_with(SPECTRA[name](min(m, n), rng), m, n, rng)
+        found.append((name, matrix, norm))
+    return found
+
+
+def test_interval_contains_the_truth_on_a_thousand_operators() -> None:
+    missed = []
+    generator = torch.Generator().manual_seed(11)
+    for name, matrix, norm in random_operators(1000, seed=7):
+        solution = top_singular(DenseOperator(torch.from_numpy(matrix)), tol=0.05, generator=generator)
+        if not float(solution.lower[0]) <= norm <= float(solution.upper[0]):
+            missed.append((name, matrix.shape, norm, solution.lower[0], solution.upper[0]))
+        assert solution.lower[0] <= norm * (1 + 1e-13), f"the lower end is above the norm: {name} {matrix.shape}"
+    assert len(missed) <= 4, missed
+
+
+def test_interval_contains_the_truth_at_every_step() -> None:
+    """The upper end may fail once in a thousand starts, however many steps were made."""
+    generator = torch.Generator().manual_seed(5)
+    failed, tried = 0, 0
+    for _, matrix, norm in random_operators(240, seed=3):
+        lanczos = _Bidiagonalisation(DenseOperator(torch.from_numpy(matrix)), generator)
+        bad = False
+        for _ in range(min(25, min(matrix.shape) + 2)):
+            lanczos.step()
+            theta = ritz_values(lanczos.alphas, lanczos.betas)
+            high = upper_ends(theta, lanczos.alphas, lanczos.betas, lanczos.exact, matrix.shape[1], 1e-3)
+            assert theta[0, 0] <= norm * (1 + 1e-13) + 1e-300
+            bad |= high[0] * (1 + PAD["float64"]) < norm * (1 - 1e-14)
+        failed += bad
+        tried += 1
+    assert failed <= 2, f"{failed} of {tried} starts"
+
+
+def test_upper_end_fails_about_as_often_as_announced() -> None:
+    """With eps 0.2 the bound must fail sometimes, and not more often than that: it is neither void nor false."""
+    rng = np.random.default_rng(0)
+    spectrum = np.concatenate([[1.0], np.full(39, 0.3)])  # a start almost orthogonal to the top vector hides it
+    matrix, norm = operator_with(spectrum, 40, 40, rng)
+    problems = torch.from_numpy(matrix).expand(2000, 40, 40).contiguous()
+    lanczos = _Bidiagonalisation(DenseOperator(problems), torch.Generator().manual_seed(1))
+    lanczos.step()
+    theta = ritz_values(lanczos.alphas, lanczos.betas)
+    rates = []
+    for eps in (0.2, 0.05):
+        high = upper_ends(theta, lanczos.alphas, lanczos.betas, lanczos.exact, 40, eps)
+        rates.append(float((high < norm).mean()))
+    assert 0.02 < rates[0] < 0.2
+    assert rates[1] < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_batched_problems_agree_with_svdvals(dtype: torch.dtype) -> None:
+    matrix = torch.randn(7, 30, 50, dtype=dtype, generator=torch.Generator().manual_seed(2))
+    solution = top_singular(DenseOperator(matrix), tol=1e-3, generator=torch.Generator().manual_seed(3))
+    truth = torch.linalg.svdvals(matrix.double())[:, 0].numpy()
+    assert solution.converged
+    assert (solution.lower <= truth).all() and (truth <= solution.upper).all()
+    assert np.abs(solution.estimate / truth - 1).max() < 2e-3
+    right = solution.right.double()
+    stretched = torch.bmm(matrix.double(), right.unsqueeze(2)).norm(dim=1).squeeze(1).numpy()
+    assert np.abs(stretched / solution.estimate - 1).max() < 1e-3
+
+
+def test_degenerate_operators_are_exact() -> None:
+    for matrix, norm in (
+        (torch.zeros(3, 5), 0.0),
+        (torch.eye(6), 1.0),
+        (torch.full((1, 1), -2.0), 2.0),
+        (torch.ones(4, 3), 12**0.5),
+        (torch.tensor([[0.0, 3.0]]), 3.0),
+    ):
+        solution = top_singular(DenseOperator(matrix.double()), generator=torch.Generator().manual_seed(0))
+        assert solution.stop is Stop.EXACT
+        assert solution.estimate[0] == pytest.approx(norm, rel=1e-12, abs=0.0)
+        assert solution.lower[0] <= norm <= solution.upper[0]
+
+
+def test_stops_say_why() -> None:
+    matrix = torch.randn(200, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    start = torch.Generator().manual_seed
+    narrow = top_singular(DenseOperator(matrix), tol=0.01, generator=start(0))
+    assert narrow.stop is Stop.WIDTH and narrow.converged and narrow.upper[0] <= narrow.lower[0] * 1.01
+    short = top_singular(DenseOperator(matrix), tol=1e-9, max_products=8, generator=start(0))
+    assert short.stop is Stop.BUDGET and not short.converged and short.products == 8
+    assert "max_products" in short.sentence and "width" in short.sentence
+    early = top_singular(DenseOperator(matrix), tol=1e-9, generator=start(0), decide=lambda low, high: high < 1e6)
+    assert early.stop is Stop.DECIDED and early.products < 8
+    broken = top_singular(DenseOperator(matrix.clone().fill_(float("nan"))), generator=start(0))
+    assert broken.stop is Stop.NON_FINITE and broken.lower[0] == 0 and np.isinf(broken.upper[0])
+
+
+def test_maximum_over_problems_needs_no_union_bound() -> None:
+    matrix = torch.diag_embed(torch.tensor([[3.0, 1.0, 0.5], [2.0, 1.9, 0.1]], dtype=torch.float64))
+    interval = top_singular(DenseOperator(matrix), generator=torch.Generator().manual_seed(0)).interval((2,))
+    assert interval.per_sequence == pytest.approx([3.0, 2.0])
+    assert interval.lower <= 3.0 <= interval.upper and interval.estimate == pytest.approx(3.0)

@@ -1,0 +1,160 @@
+"""The operator's products against dense Jacobians; adjointness; which dimensions are independent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import jacdiag
+from jacdiag.spectra import (
+    Composed,
+    DenseOperator,
+    JacobianOperator,
+    Operator,
+    Shifted,
+    Summed,
+    dense_jacobian,
+    independent_dims,
+    top_singular,
+)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def mixing(x: Tensor) -> Tensor:
+    """Couples tokens and features, not sequences."""
+    scores = torch.softmax(x @ x.transpose(1, 2), -1)
+    return torch.sin(scores @ x)
+
+
+class OldStyleSquare(torch.autograd.Function):
+    """A custom function without setup_context: torch.func refuses it."""
+
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        (x,) = ctx.saved_tensors
+        return 2 * x * grad
+
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mixing": mixing,
+    "custom function": lambda x: OldStyleSquare.apply(x).cumsum(-1),
+    "narrower": lambda x: x[..., :2] * x.sum(-1, keepdim=True),
+    "constant": lambda x: torch.ones_like(x),
+    "checkpointed": lambda x: torch.utils.checkpoint.checkpoint(mixing, x, use_reentrant=False),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("dims", [(0,), ()])
+def test_products_equal_the_dense_jacobian(name: str, dims: tuple[int, ...]) -> None:
+    fn = FUNCTIONS[name]
+    x = torch.randn(2, 3, 4, dtype=torch.float64, generator=generator())
+    operator = JacobianOperator(fn, x, dims)
+    assert torch.equal(operator.value, fn(x))
+    rows = [
+        operator.pull(e.reshape(operator.problems, -1)).reshape(-1)
+        for e in torch.eye(operator.value.numel(), dtype=torch.float64)
+    ]
+    columns = [
+        operator.push(e.reshape(operator.problems, -1)).reshape(-1) for e in torch.eye(x.numel(), dtype=torch.float64)
+    ]
+    by_pull, by_push = torch.stack(rows), torch.stack(columns, 1)
+    assert torch.allclose(by_pull, by_push, atol=1e-13)
+    assert operator.products == x.numel() + operator.value.numel()
+    if name != "custom function" and name != "checkpointed":
+        assert torch.allclose(by_pull, dense_jacobian(fn, x), atol=1e-13)
+
+
+def test_products_do_not_depend_on_the_grad_mode_of_the_caller() -> None:
+    x = torch.randn(2, 3, 4, generator=generator())
+    u = torch.randn(2, 12, generator=generator(1))
+    plain = JacobianOperator(mixing, x).push(u)
+    with torch.no_grad():
+        assert torch.equal(JacobianOperator(mixing, x).push(u), plain)
+    with torch.inference_mode():
+        assert torch.equal(JacobianOperator(mixing, x.clone()).push(u), plain)
+
+
+def operators(seed: int) -> dict[str, Operator]:
+    x = torch.randn(2, 3, 4, dtype=torch.float64, generator=generator(seed))
+    inner, outer = JacobianOperator(mixing, x), JacobianOperator(lambda x: x.tanh().flip(-1), x)
+    return {
+        "jacobian": inner,
+        "composed": Composed(outer, inner),
+        "shifted": Shifted(inner, -0.7),
+        "shifted by a diagonal": Shifted(inner, torch.randn(2, 12, dtype=torch.float64, generator=generator(seed + 1))),
+        "summed": Summed([inner, outer]),
+        "dense": DenseOperator(torch.randn(2, 5, 7, dtype=torch.float64, generator=generator(seed))),
+    }
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_adjointness(seed: int) -> None:
+    for name, op in operators(seed).items():
+        u = torch.randn(op.problems, op.domain, dtype=torch.float64, generator=generator(seed + 2))
+        w = torch.randn(op.problems, op.codomain, dtype=torch.float64, generator=generator(seed + 3))
+        ju, jw = op.push(u), op.pull(w)
+        gap = ((ju * w).sum() - (u * jw).sum()).abs()
+        assert gap <= 1e-12 * (ju.norm() * w.norm() + 1e-12), name
+
+
+def test_norm_of_a_function_against_a_dense_svd() -> None:
+    x = torch.randn(3, 4, 5, dtype=torch.float64, generator=generator())
+    norm = jacdiag.spectral_norm(mixing, x, tol=1e-8)
+    truth = torch.stack([torch.linalg.svdvals(dense_jacobian(lambda v: mixing(v[None])[0], row))[0] for row in x])
+    assert norm.converged
+    assert bool((norm.lower <= truth).all()) and bool((truth <= norm.upper).all())
+    assert torch.allclose(norm.estimate, truth, rtol=1e-6)
+
+
+def test_against_scipy() -> None:
+    from scipy.sparse.linalg import LinearOperator, svds
+
+    x = torch.randn(1, 6, 8, dtype=torch.float64, generator=generator(4))
+    op = JacobianOperator(mixing, x)
+    plain = LinearOperator(
+        (48, 48),
+        matvec=lambda v: op.push(torch.from_numpy(v.reshape(1, -1).copy()))[0].numpy(),
+        rmatvec=lambda v: op.pull(torch.from_numpy(v.reshape(1, -1).copy()))[0].numpy(),
+    )
+    truth = float(svds(plain, k=1, return_singular_vectors=False, random_state=0)[0])
+    assert top_singular(op, tol=1e-8, generator=generator()).estimate[0] == pytest.approx(truth, rel=1e-8)
+
+
+def _dims(fn: Callable[[Tensor], Tensor], shape: tuple[int, ...], feature_dim: int = -1) -> tuple[int, ...]:
+    x = torch.randn(shape, dtype=torch.float64, generator=generator(9))
+    op = JacobianOperator(fn, x, ())
+    return independent_dims(op.pull_shaped, x.shape, op.value.shape, feature_dim, x.dtype, x.device, generator())
+
+
+def test_independent_dimensions() -> None:
+    weight = torch.randn(6, 6, dtype=torch.float64, generator=generator())
+    causal = torch.ones(5, 5, dtype=torch.float64).tril()
+
+    def masked(x: Tensor) -> Tensor:
+        return (causal @ x) @ weight
+
+    assert _dims(lambda x: (x @ weight).relu(), (3, 5, 6)) == (0, 1)
+    assert _dims(masked, (3, 5, 6)) == (0,)
+    assert _dims(lambda x: x.flip(1).cumsum(1).flip(1) @ weight, (3, 5, 6)) == (0,)
+    assert _dims(lambda x: masked(x.transpose(0, 1)).transpose(0, 1), (5, 3, 6)) == (1,)
+    assert _dims(lambda x: masked(x.view(3, 5, 6)).view(15, 6), (15, 6)) == ()
+    assert _dims(lambda x: x @ weight, (1, 5, 6)) == (0, 1)
+    norm = nn.BatchNorm1d(6).double().train()
+    assert _dims(lambda x: norm(x.transpose(1, 2)).transpose(1, 2), (3, 5, 6)) == ()
+    conv = nn.Conv2d(6, 6, 3, padding=1).double()
+    assert _dims(conv, (3, 6, 5, 5), feature_dim=1) == (0,)
