@@ -5,9 +5,13 @@ Exit codes: 0 clean, 1 findings at or above --fail-on, 2 cannot run, 130 after C
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import click
@@ -49,25 +53,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = list(sys.argv[1:] if argv is None else argv)
     forgive_streams()
+    with _interrupts() as interrupted:
+        try:
+            result = cli.main(args=args, prog_name="jacdiag", standalone_mode=False, obj=Invocation(args))
+            return result if isinstance(result, int) else 0
+        except BaseException as error:
+            return _interrupted() if interrupted or isinstance(error, KeyboardInterrupt) else _refuse(error)
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Keeps a note of Ctrl-C: code that is stopped in the middle of an import may raise another error for it."""
+    seen: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield seen
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note)
     try:
-        result = cli.main(args=args, prog_name="jacdiag", standalone_mode=False, obj=Invocation(args))
-        sys.stdout.flush()
-        return result if isinstance(result, int) else 0
-    except (click.Abort, KeyboardInterrupt):
-        complain("interrupted: nothing was written that was not whole")
-        return INTERRUPTED
-    except BrokenPipeError:  # a reader such as `head` has had enough
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _interrupted() -> int:
+    complain("interrupted: nothing was written that was not whole")
+    return INTERRUPTED
+
+
+def _refuse(error: BaseException) -> int:
+    if isinstance(error, click.Abort) and error.__cause__ is not None:  # click takes an EOFError for the user's
+        error = error.__cause__
+    if isinstance(error.__context__, BrokenPipeError):  # how click leaves when its reader has gone
         stop_writing(sys.stdout)
-        return 0
-    except Exception as error:
-        return _refuse(error)
-    except SystemExit as leaving:  # the model's own code: its exit code must not pass for ours
-        complain(f"the model's code called sys.exit({leaving.code!r})", hint="guard its script with if __name__ == ...")
-        return CANNOT_RUN
-
-
-def _refuse(error: Exception) -> int:
-    if isinstance(error, JacdiagError):
+    elif isinstance(error, SystemExit):  # the model's own code: its exit code must not pass for ours
+        complain(f"the model's code called sys.exit({error.code!r})", hint="guard its script with if __name__ == ...")
+    elif isinstance(error, JacdiagError):
         complain(error.what, got=error.got, hint=error.hint)
     elif isinstance(error, click.ClickException):
         error.show(sys.stderr)

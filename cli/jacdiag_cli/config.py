@@ -13,6 +13,7 @@ import click
 
 from jacdiag.errors import UsageError
 
+BASES = ("default", "paper")
 TABLES = ("thresholds", "profiles")
 FROM_COMMAND_LINE_ONLY = ("trust-pickle",)  # a file in somebody's repository must not switch a safeguard off
 _FILES = ("tokens", "json", "plot")
@@ -65,7 +66,7 @@ def _checked(path: Path, settings: Mapping[str, Any], known: list[str]) -> Confi
     for key, value in settings.items():
         name = key.replace("_", "-")
         if name in FROM_COMMAND_LINE_ONLY:
-            raise UsageError(f"'{name}' cannot be set in {path}", hint=f"give --{name} on the command line, each time")
+            raise UsageError(f"'{name}' cannot be set in {path}", hint=f"give --{name} on the command line")
         if name in TABLES:
             if not isinstance(value, dict):
                 raise UsageError(f"'{name}' in {path} must be a table", got=repr(value))
@@ -97,7 +98,8 @@ class Configured(click.Command):
         if {"-h", "--help"} & set(args):
             return super().make_context(info_name, args, parent, **extra)
         config = load(Path.cwd(), [name for name in all_options() if name not in FROM_COMMAND_LINE_ONLY])
-        defaults = {names[key].name: _plain(value) for key, value in config.options.items() if key in names}
+        own = {key: value for key, value in config.options.items() if key in names}
+        defaults = {names[key].name: _given(names[key], value) for key, value in own.items()}
         try:
             context = super().make_context(info_name, args, parent, default_map=defaults, **extra)
         except click.BadParameter as error:
@@ -123,15 +125,81 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, dict) else str(value)
 
 
+def _given(param: click.Parameter, value: Any) -> Any:
+    """An option that may be given several times is given once by a value that is no list."""
+    several = isinstance(param, click.Option) and param.multiple and not isinstance(value, list)
+    return [_plain(value)] if several else _plain(value)
+
+
 def _blamed(error: click.BadParameter, config: Config) -> click.BadParameter:
     """Names the configuration file where a wrong value came from it and not from the command line."""
-    source = error.ctx.get_parameter_source(error.param.name) if error.ctx and error.param and error.param.name else None
-    if source is click.core.ParameterSource.DEFAULT_MAP:
-        error.message = f"{error.message} (from {config.path})"
-    return error
+    name = error.param.name if error.param else None
+    source = error.ctx.get_parameter_source(name) if error.ctx and name else None
+    if source is not click.core.ParameterSource.DEFAULT_MAP:
+        return error
+    return click.BadParameter(f"{error.message} (from {config.path})", error.ctx, error.param, error.param_hint)
 
 
 def current() -> Config:
     """The configuration of the command that runs."""
     config: Config = click.get_current_context().meta.get("jacdiag.config", Config())
     return config
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What `--profile` comes to: a profile that the rules know, and what the configuration changes in it."""
+
+    base: str
+    thresholds: dict[str, Any]
+    select: tuple[tuple[str, ...], ...]
+    ignore: tuple[tuple[str, ...], ...]
+    fail_on: str
+
+
+def resolve_profile(context: click.Context, config: Config) -> Profile:
+    """Looks a profile up: `[profiles.NAME]` may hold base, thresholds, select, ignore and fail-on.
+
+    Raises:
+        UsageError: no profile of that name, or one that holds something else.
+    """
+    given, name = context.params, str(context.params["profile"])
+    if name in BASES:
+        return Profile(name, config.thresholds, given["select"], given["ignore"], given["fail_on"])
+    if name not in config.profiles:
+        known = ", ".join([*BASES, *config.profiles])
+        add = f"add [tool.jacdiag.profiles.{name}] to pyproject.toml, or [profiles.{name}] to jacdiag.toml"
+        raise UsageError(f"unknown profile '{name}'", got=f"the known ones are {known}", hint=add)
+    table, where = config.profiles[name], f"profile '{name}' in {config.path}"
+    _check_profile(table, where)
+    values = dict(given)
+    for param in context.command.params:
+        key = (param.opts[0]).removeprefix("--")
+        source = context.get_parameter_source(param.name or "")
+        if key in table and param.name and source is not click.core.ParameterSource.COMMANDLINE:
+            try:
+                values[param.name] = param.type_cast_value(context, _given(param, table[key]))
+            except click.BadParameter as error:
+                raise UsageError(f"'{key}' of {where} has no meaning", got=error.message) from error
+    thresholds = merged(config.thresholds, table.get("thresholds", {}))
+    return Profile(table.get("base", "default"), thresholds, values["select"], values["ignore"], values["fail_on"])
+
+
+def _check_profile(table: Any, where: str) -> None:
+    allowed = ("base", "thresholds", "select", "ignore", "fail-on")
+    if not isinstance(table, dict) or (unknown := sorted(set(table) - set(allowed))):
+        got = repr(table) if not isinstance(table, dict) else f"unknown key '{unknown[0]}'"
+        raise UsageError(f"{where} cannot be used", got=got, hint=f"a table of {', '.join(allowed)}")
+    if table.get("base", "default") not in BASES:
+        raise UsageError(f"{where} has an unknown base", got=repr(table["base"]), hint=f"one of {', '.join(BASES)}")
+    if not isinstance(table.get("thresholds", {}), dict):
+        raise UsageError(f"'thresholds' of {where} must be a table", got=repr(table["thresholds"]))
+
+
+def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables within tables, the second over the first."""
+    both = dict(under)
+    for key, value in over.items():
+        inner = both.get(key)
+        both[key] = merged(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
+    return both

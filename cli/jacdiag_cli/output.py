@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
@@ -36,7 +37,7 @@ def say(text: str) -> None:
 
 
 def emit(text: str) -> None:
-    """Prints a result to stdout. A reader that has gone (`| head`) is no error: the exit code stays that of the result."""
+    """Prints a result to stdout. A reader that has gone (`| head`) is no error: the exit code is the result's."""
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -57,6 +58,13 @@ def forgive_streams() -> None:
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
 
 
+@contextlib.contextmanager
+def guest_talk() -> Iterator[None]:
+    """What the model's own code prints goes to stderr: stdout is the result's alone."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
 def console() -> Console:
     """A console on stdout that collects: print to it inside `with c.capture() as held`, then `emit(held.get())`.
 
@@ -67,8 +75,45 @@ def console() -> Console:
     return Console(highlight=False)
 
 
-def columns(head: list[str], rows: list[list[str]]) -> str:
-    """A plain table: every column as wide as its widest text, two spaces between."""
-    widths = [max(len(row[place]) for row in [head, *rows]) for place in range(len(head))]
-    lines = ["  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)) for row in [head, *rows]]
-    return "\n".join(line.rstrip() for line in lines) + "\n"
+def room() -> int | None:
+    """Columns of the terminal on stdout; None where output is piped, and then nothing is cut or wrapped to fit."""
+    if not sys.stdout.isatty():
+        return None
+    import shutil
+
+    return shutil.get_terminal_size().columns
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a plain table. `interest` decides which go first where a terminal is narrow; 100 stays."""
+
+    title: str
+    cells: Sequence[str]
+    interest: int = 100
+    right: bool = False
+
+    @property
+    def width(self) -> int:
+        return max(len(text) for text in (self.title, *self.cells))
+
+
+def grid(columns: Sequence[Column], width: int | None = None) -> str:
+    """A plain table: every column as wide as its widest text, two spaces between; no row is ever wrapped."""
+    kept = list(columns)
+    while width is not None and sum(c.width + 2 for c in kept) - 2 > width:
+        droppable = [column for column in kept if column.interest < 100]
+        if not droppable:
+            break
+        kept.remove(min(droppable, key=lambda column: column.interest))
+    lines = []
+    for row in zip(*((c.title, *c.cells) for c in kept), strict=True):
+        cells = zip(row, kept, strict=True)
+        padded = [text.rjust(c.width) if c.right else text.ljust(c.width) for text, c in cells]
+        lines.append("  ".join(padded).rstrip())
+    return "".join(f"{clipped(line, width)}\n" for line in lines)
+
+
+def clipped(line: str, width: int | None) -> str:
+    """A line cut to the terminal, with a sign that it was."""
+    return line if width is None or len(line) <= width else f"{line[: max(1, width - 1)]}…"

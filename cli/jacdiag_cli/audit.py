@@ -1,0 +1,136 @@
+"""`jacdiag audit SOURCE`: from a checkpoint or a model factory to a verdict."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from jacdiag.errors import UsageError
+from jacdiag_cli.config import Configured, current, resolve_profile
+from jacdiag_cli.options import JUDGEMENT, OUTPUT, PROBE, SOLVER, SOURCE, add
+from jacdiag_cli.output import Invocation, console, emit, guest_talk, say
+from jacdiag_cli.progress import bar
+
+if TYPE_CHECKING:
+    from jacdiag.report import Report
+
+_ASKED = (
+    "model", "model_args", "trust_pickle", "tokens", "batch", "seq", "seed", "device", "dtype", "tol", "confidence",
+    "decide", "max_products", "state", "lr", "warmup", "clip", "beta2",
+)  # fmt: skip
+
+
+@click.command(cls=Configured)
+@add(SOURCE, PROBE, SOLVER, JUDGEMENT, OUTPUT)
+@click.pass_obj
+def audit(invocation: Invocation, source: str, **given: Any) -> int:
+    """Measures every sub-layer of a model and says what stands out.
+
+    SOURCE is a checkpoint (.pt .pth .bin .ckpt .safetensors), a Hugging Face folder, a factory
+    (package.module:callable or file.py:callable), or hf:CONFIG for a fresh model of that config.
+
+    \b
+    Examples:
+      jacdiag audit checkpoint.pt
+      jacdiag audit build.py:model --plot gain.png --json report.json
+      jacdiag audit weights.safetensors --model build.py:model --tokens text.txt
+    """
+    files = _files(source, given["json_file"], given["plot_file"])
+    profile = resolve_profile(click.get_current_context(), current())
+    with guest_talk(), bar("reading the model") as progress:
+        from jacdiag.auditing import audit as run
+
+        report = run(
+            source,
+            **{name: given[name] for name in _ASKED},
+            input_factory=given["inputs"],
+            profile=profile.base,
+            select=_flat(profile.select),
+            ignore=_flat(profile.ignore),
+            thresholds=profile.thresholds or None,
+            progress=progress,
+        )
+    command = shlex.join(["jacdiag", *invocation.args])
+    told = dataclasses.replace(report, settings={**report.settings, "command": command})
+    _write(told, files)
+    _show(told, given["output_format"], given["all_rows"], given["sort"])
+    return _exit_code(told, profile.fail_on)
+
+
+def _flat(groups: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
+    return tuple(code for group in groups for code in group)
+
+
+def _files(source: str, json_file: str | None, plot_file: str | None) -> dict[str, Path]:
+    """The files to write, refused here rather than after minutes of work."""
+    files = {kind: Path(name) for kind, name in (("json", json_file), ("plot", plot_file)) if name is not None}
+    if not files:
+        return files
+    from jacdiag.render.files import check_writable
+
+    if "plot" in files:
+        from jacdiag.render.plot import check_suffix
+
+        check_suffix(files["plot"])
+    inputs = [Path(part) for part in (source, source.rpartition(":")[0]) if part]
+    for kind, path in files.items():
+        if any(_same(path, given) for given in inputs):
+            raise UsageError(f"--{kind} would write over what is audited", got=str(path), hint="name another file")
+        check_writable(path)
+    if len(files) == 2 and _same(files["json"], files["plot"]):
+        raise UsageError("--json and --plot name the same file", got=str(files["json"]))
+    return files
+
+
+def _same(one: Path, other: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        return os.path.realpath(one) == os.path.realpath(other)
+    return False
+
+
+def _write(report: Report, files: dict[str, Path]) -> None:
+    if "json" in files:
+        from jacdiag.render.files import write_atomic
+
+        write_atomic(files["json"], (report.to_json() + "\n").encode())
+    if "plot" in files:
+        from jacdiag.render.plot import save
+
+        save(report, files["plot"])
+    if sys.stderr.isatty():
+        for path in files.values():
+            say(f"wrote {path}")
+
+
+def _show(report: Report, output_format: str, all_rows: bool, sort: str) -> None:
+    """The report to stdout; beside a machine's format, the verdict in words to stderr."""
+    if output_format == "pretty":
+        from jacdiag.render.table import print_report
+
+        terminal = console()
+        with terminal.capture() as held:
+            print_report(report, terminal, all_rows=all_rows, sort=sort)
+        emit(held.get())
+        return
+    if output_format == "json":
+        emit(report.to_json() + "\n")
+    else:
+        from jacdiag.render.markdown import render
+
+        emit(render(report, all_rows=all_rows, sort=sort))
+    from jacdiag.render.words import headline
+
+    say(f"{report.verdict}: {headline(report)}")
+
+
+def _exit_code(report: Report, fail_on: str) -> int:
+    from jacdiag.render.marks import at_least
+
+    return int(fail_on != "never" and any(at_least(finding.level, fail_on) for finding in report.findings))

@@ -1,0 +1,51 @@
+"""`jacdiag explain CODE`: what a rule looks at, why, an example, a remedy."""
+
+from __future__ import annotations
+
+import textwrap
+
+import click
+
+from jacdiag_cli.output import emit, room
+from jacdiag_cli.rules import applies_to
+
+_WIDEST = 96
+
+
+@click.command()
+@click.argument("code")
+def explain(code: str) -> None:
+    """Explains a rule: what it looks at, why that matters (with the equation), an example, a remedy.
+
+    \b
+    Example:
+      jacdiag explain JD102
+    """
+    from jacdiag.rules import rule
+
+    found = rule(code.strip().upper())
+    parts = [
+        f"{found.code} {found.name}  (at most {found.level}; {applies_to(found)})",
+        _wrapped(found.summary, ""),
+        *(f"{title}\n{_wrapped(text, '  ')}" for title, text in _sections(found) if text.strip()),
+    ]
+    emit("\n\n".join(parts) + "\n")
+
+
+def _sections(found: object) -> list[tuple[str, str]]:
+    named = (("What", "what"), ("Why", "why"), ("Example", "example"), ("Remedy", "remedy"))
+    return [(title, str(getattr(found, field))) for title, field in named]
+
+
+def _wrapped(text: str, indent: str) -> str:
+    """Wraps paragraphs to the terminal; a paragraph with an indented line (an equation, code) stays as it is."""
+    width = min(room() or _WIDEST, _WIDEST)
+    paragraphs = []
+    for paragraph in textwrap.dedent(text).strip("\n").split("\n\n"):
+        lines = paragraph.splitlines()
+        if any(line.startswith(" ") for line in lines):
+            paragraphs.append("\n".join(indent + line if line else "" for line in lines))
+        else:
+            paragraphs.append(textwrap.fill(paragraph, width, initial_indent=indent, subsequent_indent=indent,
+                                            break_on_hyphens=False, break_long_words=False))  # fmt: skip
+    return "\n\n".join(paragraphs)

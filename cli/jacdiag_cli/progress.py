@@ -1,0 +1,57 @@
+"""A progress bar with an estimate, on a terminal only and on stderr; everywhere else silence."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+
+class Bar:
+    """What `jacdiag.auditing.Progress` asks for, drawn by rich. Without a display it does nothing."""
+
+    def __init__(self, display: Progress | None, text: str) -> None:
+        self.display = display
+        self.task = None if display is None else display.add_task(text, total=None)
+
+    def start(self, total: float, text: str) -> None:
+        """Says how much work there is; the estimate begins to count here."""
+        if self.display is not None and self.task is not None:
+            self.display.reset(self.task, total=total, description=text)
+
+    def advance(self, units: float, text: str) -> None:
+        """Some of the work is done; `text` says on what."""
+        if self.display is not None and self.task is not None:
+            self.display.update(self.task, advance=units, description=text)
+
+    def stop(self) -> None:
+        """The work is over; the bar goes away, for the table says what there is to say."""
+        if self.display is not None:
+            self.display.stop()
+
+
+@contextmanager
+def bar(text: str) -> Iterator[Bar]:
+    """Shows a bar for as long as the block runs, first without an end (loading has none that is known)."""
+    if not sys.stderr.isatty():
+        yield Bar(None, text)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    display = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description:<36.36}", markup=False),
+        BarColumn(24),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    with display:
+        yield Bar(display, text)

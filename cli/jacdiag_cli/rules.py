@@ -1,0 +1,60 @@
+"""`jacdiag rules`: every rule in a line."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import click
+
+from jacdiag_cli.output import Column, emit, grid, room
+
+if TYPE_CHECKING:
+    from jacdiag.rules import Rule
+
+_STATES, _PLACEMENTS = {"init", "trained"}, {"pre", "post", "sandwich", "reordered", "none"}
+
+
+@click.command()
+@click.option(
+    "--format",
+    "output_format",
+    type=click.Choice(["pretty", "json"]),
+    default="pretty",
+    show_default=True,
+    help="Of what is printed.",
+)
+def rules(output_format: str) -> None:
+    """Lists the rules: code, name, the most that each says by itself, and what it applies to."""
+    from jacdiag.rules import RULES
+
+    if output_format == "json":
+        emit(json.dumps([_plain(rule) for rule in RULES], indent=2, ensure_ascii=False) + "\n")
+        return
+    columns = [
+        Column("code", [rule.code for rule in RULES]),
+        Column("name", [rule.name for rule in RULES]),
+        Column("at most", [rule.level for rule in RULES], 3),
+        Column("applies to", [applies_to(rule) for rule in RULES], 2),
+        Column("what it says", [rule.summary for rule in RULES], 1),
+    ]
+    emit(grid(columns, room()) + "\njacdiag explain CODE says why, with an example and a remedy.\n")
+
+
+def applies_to(rule: Rule) -> str:
+    """The states and placements of a rule in words: "pre, sandwich; init"; "any model" where it has no limit."""
+    placements = "" if set(rule.placements) >= _PLACEMENTS else ", ".join(rule.placements)
+    states = "" if set(rule.states) >= _STATES else ", ".join(rule.states)
+    norms = f"{placements} norm" if placements else ""
+    return "; ".join(part for part in (norms, states) if part) or "any model"
+
+
+def _plain(rule: Rule) -> dict[str, object]:
+    return {
+        "code": rule.code,
+        "name": rule.name,
+        "level": rule.level,
+        "states": list(rule.states),
+        "placements": list(rule.placements),
+        "summary": rule.summary,
+    }

@@ -1,0 +1,183 @@
+"""`jacdiag sites SOURCE`: the sub-layers that were found, and where every parameter went."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from jacdiag.errors import SourceError, UsageError
+from jacdiag_cli.config import Configured
+from jacdiag_cli.options import PROBE, SOURCE, add
+from jacdiag_cli.output import Column, clipped, emit, grid, guest_talk, room
+from jacdiag_cli.progress import bar
+
+if TYPE_CHECKING:
+    from jacdiag.sources import Source
+    from jacdiag.trace import Sites
+
+_GROUPS = {"embedding": "embedding", "head": "head", "norms": "norms outside"}
+
+
+@click.command(cls=Configured)
+@add(SOURCE, PROBE)
+@click.option(
+    "--format",
+    "output_format",
+    type=click.Choice(["pretty", "json"]),
+    default="pretty",
+    show_default=True,
+    help="Of what is printed.",
+)
+def sites(source: str, output_format: str, **given: Any) -> None:
+    """Shows the residual sub-layers of a model, and where each of its parameters belongs.
+
+    Nothing is measured: the model runs a few times on the probe. SOURCE is as for `jacdiag audit`.
+
+    \b
+    Example:
+      jacdiag sites build.py:model
+    """
+    with guest_talk(), bar("reading the model"):
+        loaded, found = _trace(source, given)
+        data = describe(loaded, found)
+    if output_format == "json":
+        emit(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    else:
+        emit(_page(data, room()))
+
+
+def _trace(source: str, given: dict[str, Any]) -> tuple[Source, Sites]:
+    import torch
+
+    from jacdiag.sources import build_probe, load
+    from jacdiag.trace import sites as trace
+
+    loaded = load(source, **{name: given[name] for name in ("model", "model_args", "trust_pickle", "seed")})
+    if loaded.model is None:
+        raise SourceError(
+            f"'{source}' holds weights, and no model that they belong to is known",
+            hint="--model FACTORY builds it; `jacdiag audit` looks at the weights alone",
+        )
+    wanted = given["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.device(wanted).type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("CUDA was asked for and is not there", got=f"--device {wanted}", hint="--device cpu")
+    loaded.model.to(wanted)
+    asked = {name: given[name] for name in ("batch", "seq", "seed", "tokens", "inputs")}
+    probe = build_probe(loaded, **asked)
+    probe = probe if wanted == "cpu" else probe.to(torch.device(wanted))
+    dtype = {"float32": torch.float32, "float64": torch.float64}[given["dtype"]]
+    return loaded, trace(loaded.model, *probe.args, dtype=dtype, **probe.kwargs)
+
+
+def describe(loaded: Source, found: Sites) -> dict[str, Any]:
+    """All that the command prints, as plain data: the sub-layers, and every parameter in one of the groups."""
+    params, coverage = found.skeleton.params, found.coverage
+    covered = coverage.covered()
+    return {
+        "source": loaded.info,
+        "model": {
+            "class": type(loaded.model).__name__,
+            "parameters": sum(p.numel() for p in params.values()),
+            "covered_parameters": sum(p.numel() for name, p in params.items() if name in covered),
+            "layers": len({site.depth for site in found if not site.nested}),
+        },
+        "sublayers": [
+            {
+                "index": site.index,
+                "name": site.name,
+                "depth": site.depth,
+                "kind": site.kind,
+                "placement": site.placement,
+                "parallel": site.parallel,
+                "nested": site.nested,
+                "shape": list(site.shortcut.shape),
+                "parameters": {name: list(params[name].shape) for name in site.parameters},
+                "line": site.line,
+            }
+            for site in found
+        ],
+        **{key: {name: list(params[name].shape) for name in getattr(coverage, key)} for key in _GROUPS},
+        "uncovered": {
+            name: {"shape": list(params[name].shape), "reason": why} for name, why in coverage.uncovered.items()
+        },
+        "deterministic": found.deterministic,
+        "calls": dict(Counter(node.name for node in found.graph.nodes).most_common()),
+    }
+
+
+def _page(data: dict[str, Any], width: int | None) -> str:
+    parts = [clipped(_head(data), width) + "\n"]
+    parts.append(grid(_columns(data["sublayers"]), width) if data["sublayers"] else _nothing(data))
+    parts.append(_elsewhere(data, width))
+    if data["uncovered"]:
+        parts.append(_uncovered(data["uncovered"], width))
+    return "\n".join(part for part in parts if part)
+
+
+def _head(data: dict[str, Any]) -> str:
+    from jacdiag.render.numbers import share
+    from jacdiag.render.words import plural
+
+    model = data["model"]
+    parts = [
+        model["class"],
+        f"{plural(len(data['sublayers']), 'sub-layer')} in {plural(model['layers'], 'layer')}",
+        f"{model['parameters']:,} parameters, {share(model['covered_parameters'], model['parameters'])} covered",
+    ]
+    return "  ·  ".join(parts + ([] if data["deterministic"] else ["two runs gave different outputs"]))
+
+
+def _columns(rows: list[dict[str, Any]]) -> list[Column]:
+    return [
+        Column("index", [str(row["index"]) for row in rows], 6, right=True),
+        Column("sub-layer", [row["name"] for row in rows]),
+        Column("kind", [row["kind"] for row in rows], 9),
+        Column("norm", [row["placement"] for row in rows], 8),
+        Column("parallel", [_both(row) for row in rows], 5),
+        Column("shape", [_times(row["shape"]) for row in rows], 4),
+        Column("parameters", [f"{_count(row['parameters'].values()):,}" for row in rows], 7, right=True),
+        Column("added at", [row["line"] for row in rows], 3),
+    ]
+
+
+def _both(row: dict[str, Any]) -> str:
+    return ", ".join(word for word in ("parallel", "nested") if row[word]) or "-"
+
+
+def _nothing(data: dict[str, Any]) -> str:
+    calls = ", ".join(f"{name} {count}" for name, count in list(data["calls"].items())[:12])
+    return (
+        "No residual sub-layer was found. Looked for y = a x + f(x) in the dataflow, f with a matrix product in it.\n"
+        f"{sum(data['calls'].values())} calls were recorded: {calls}\n"
+    )
+
+
+def _elsewhere(data: dict[str, Any], width: int | None) -> str:
+    lines = []
+    for key, title in _GROUPS.items():
+        if data[key]:
+            lines.append(clipped(f"{title:<13}  {_count(data[key].values()):>13,}  {', '.join(data[key])}", width))
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _uncovered(uncovered: dict[str, dict[str, Any]], width: int | None) -> str:
+    names = list(uncovered)
+    columns = [
+        Column("not covered", names),
+        Column("shape", [_times(uncovered[name]["shape"]) for name in names], 1),
+        Column("reason", [uncovered[name]["reason"] for name in names], 2),
+    ]
+    return grid(columns, width)
+
+
+def _times(shape: list[int]) -> str:
+    return " x ".join(str(size) for size in shape) or "()"
+
+
+def _count(shapes: Any) -> int:
+    import math
+
+    return sum(math.prod(shape) for shape in shapes)
