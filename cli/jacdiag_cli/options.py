@@ -67,8 +67,8 @@ class Codes(click.ParamType):
         return codes
 
 
-_ABOVE_0 = {"min": 0, "min_open": True}
-_SHARE = {"min": 0, "min_open": True, "max": 1, "max_open": True}
+_ABOVE_0: dict[str, Any] = {"min": 0, "min_open": True}
+_SHARE: dict[str, Any] = {"min": 0, "min_open": True, "max": 1, "max_open": True}
 
 SOURCE = [
     click.argument("source"),

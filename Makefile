@@ -1,0 +1,57 @@
+# jacdiag from a fresh clone: `make audit` shows what it does, `make test` proves that it works here.
+# Needs Linux, GNU make and Python 3.11 or newer; everything else goes into .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
+CHECKPOINT ?= examples/checkpoints/vanilla-step0.pt
+# Workers share the cores; torch's own threads on top of them only get in each other's way.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.PHONY: help audit test lint bench coverage clean
+
+help:
+	@echo 'make audit     install, audit the shipped checkpoint: a table here, out/audit.json and out/audit.png'
+	@echo 'make test      install with the test extras, run the tests'
+	@echo 'make lint      ruff and mypy'
+	@echo 'make bench     the benchmarks against peers (minutes); results in benchmarks/results'
+	@echo 'make coverage  every model family of transformers (long); results in benchmarks/results'
+	@echo 'make clean     remove .venv, out and caches'
+
+audit: .venv/.installed
+	@mkdir -p out
+	$(BIN)/jacdiag audit $(CHECKPOINT) --fail-on never --json out/audit.json --plot out/audit.png
+
+test: .venv/.installed-dev
+	$(TEST)
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: .venv/.installed-dev
+	@mkdir -p benchmarks/results
+	set -e; for script in $(filter-out benchmarks/coverage.py,$(wildcard benchmarks/*.py)); do \
+	  echo "== $$script"; $(BIN)/python $$script; done
+
+coverage: .venv/.installed-dev
+	@mkdir -p benchmarks/results
+	$(BIN)/python benchmarks/coverage.py
+
+clean:
+	rm -rf .venv out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# A stamp is newer than what it was made from; a step that was interrupted leaves none and is repeated.
+.venv/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo 'error: jacdiag needs Python 3.11 or newer; try: make PYTHON=python3.12 ...' >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/.installed: .venv/.made pyproject.toml constraints.txt
+	$(PIP) -e .
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed
+	$(PIP) -e '.[dev]'
+	@touch $@
