@@ -1,0 +1,292 @@
+"""The house keeps its shape: floors, sizes, what is imported, what is packaged, what users may rely on."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import jacdiag
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "jacdiag"
+
+# Data flows one way, from a model to a verdict: a room imports only rooms with a smaller number, or itself.
+FLOORS = {
+    "report": 1,
+    "sources": 2,
+    "trace": 3,
+    "spectra": 3,
+    "measure": 4,
+    "rules": 5,
+    "remedies": 6,
+    "render": 6,
+    "auditing": 7,
+    "gate": 7,
+    "watch": 7,
+    "testing": 7,
+    "jacdiag_cli": 8,
+}
+# These are not at once: a sub-layer asks which dimensions are independent when it is first asked, not when imported.
+EXEMPT = {("jacdiag/trace/sublayer.py", "spectra")}
+EVERYBODY = {"errors", "__init__"}
+WITHOUT_TORCH = ("report", "rules", "render")
+LONGEST = 330
+LONG_WITH_REASON = {
+    "jacdiag/auditing.py": "the steps of one audit, read from top to bottom",
+    "jacdiag/measure/sublayer.py": "every norm of one sub-layer, each a few lines",
+    "jacdiag/report/schema.py": "the records of one contract",
+    "jacdiag/trace/record.py": "one recorder with its two hooks",
+    "tests/render/synthetic.py": "made-up reports, plain data",
+}
+
+COMMANDS = {
+    "audit": {
+        "--model", "--model-args", "--trust-pickle", "--tokens", "--inputs", "--batch", "--seq", "--seed", "--device",
+        "--dtype", "--tol", "--confidence", "--decide", "--no-decide", "--max-products", "--state", "--lr", "--warmup",
+        "--clip", "--beta2", "--profile", "--select", "--ignore", "--fail-on", "--format", "--json", "--plot", "--all",
+        "--sort",
+    },
+    "sites": {
+        "--model", "--model-args", "--trust-pickle", "--tokens", "--inputs", "--batch", "--seq", "--seed", "--device",
+        "--dtype", "--format",
+    },
+    "rules": {"--format"},
+    "explain": set(),
+}  # fmt: skip
+DEFAULTS = {
+    "batch": 2, "seq": None, "seed": 0, "device": None, "dtype": "float32", "tol": 0.05, "confidence": 0.999,
+    "decide": False, "profile": "default", "fail_on": "error", "output_format": "pretty", "state": None,
+}  # fmt: skip
+PUBLIC = ["JacdiagError", "Report", "__version__", "audit", "sites", "spectral_norm"]
+JSON_KEYS = {
+    "schema_version", "jacdiag", "torch", "created", "source", "tier", "state", "probe", "plan", "conditions",
+    "verdict", "model", "sublayers", "network", "findings", "rules", "cost", "settings", "ladder", "notes",
+}  # fmt: skip
+
+
+def sources(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*.py") if "__pycache__" not in path.parts)
+
+
+def shown(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imported(path: Path) -> Iterator[tuple[str, int]]:
+    """The modules that a file imports, at its top or inside a function, as dotted names."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{shown(path)}:{node.lineno}: relative import"
+            yield node.module or "", node.lineno
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def room(module: str) -> str | None:
+    """The room of a dotted name of ours; None for anything else, and for what is free for all."""
+    first, _, rest = module.partition(".")
+    if first == "jacdiag_cli":
+        return first
+    name = rest.partition(".")[0]
+    return name if first == "jacdiag" and name in FLOORS else None
+
+
+def home(path: Path) -> str:
+    parts = path.relative_to(PACKAGE if path.is_relative_to(PACKAGE) else ROOT / "cli").with_suffix("").parts
+    return parts[0]
+
+
+def run(code: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "cli")])
+    return subprocess.run(
+        [sys.executable, *flags, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+        timeout=120,
+    )
+
+
+def test_floors() -> None:
+    wrong = []
+    for path in [*sources(PACKAGE), *sources(ROOT / "cli")]:
+        own = home(path)
+        if own in EVERYBODY:
+            continue
+        assert own in FLOORS, f"{shown(path)} is in no room: give '{own}' a floor in this file"
+        for module, line in imported(path):
+            other = room(module)
+            allowed = other is None or other == own or FLOORS[other] < FLOORS[own]
+            if not allowed and (shown(path), other) not in EXEMPT:
+                wrong.append(f"{shown(path)}:{line}: {own} imports {module}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_errors_import_nothing_of_ours() -> None:
+    assert [module for module, _ in imported(PACKAGE / "errors.py") if module.startswith("jacdiag")] == []
+
+
+@pytest.mark.parametrize("name", WITHOUT_TORCH)
+def test_rooms_that_know_no_torch(name: str) -> None:
+    files = sources(PACKAGE / name)
+    assert files
+    for path in files:
+        found = [module for module, _ in imported(path) if module.split(".")[0] == "torch"]
+        assert not found, f"{shown(path)} imports {found}"
+
+
+@pytest.mark.parametrize("name", WITHOUT_TORCH)
+def test_rooms_do_not_load_torch_by_a_side_door(name: str) -> None:
+    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sources(PACKAGE / name)]
+    names = ", ".join(module.removesuffix(".__init__") for module in modules)
+    done = run(f"import {names}\nimport sys\nassert 'torch' not in sys.modules")
+    assert done.returncode == 0, done.stderr
+
+
+def test_import_is_silent_and_light() -> None:
+    heavy = ("torch", "numpy", "scipy", "matplotlib", "rich", "click")
+    done = run(f"import jacdiag, sys; print([name for name in {heavy} if name in sys.modules])", "-W", "error")
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "[]", "")
+
+
+def test_import_is_fast() -> None:
+    code = "import time; t = time.perf_counter(); import jacdiag; print(time.perf_counter() - t)"
+    assert min(float(run(code).stdout) for _ in range(3)) < 0.2
+
+
+@pytest.mark.parametrize("args", [["-h"], ["--version"], ["rules"], ["explain", "JD102"], ["audit", "-h"]])
+def test_light_commands_load_no_torch(args: list[str]) -> None:
+    code = (
+        f"import sys; from jacdiag_cli.app import main; code = main({args!r}); "
+        "heavy = {'torch', 'numpy', 'scipy', 'matplotlib'} & set(sys.modules); "
+        "sys.exit(f'loaded {heavy}' if heavy else code)"
+    )
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_files_are_short() -> None:
+    folders = ("jacdiag", "cli", "tests", "benchmarks", "examples")
+    files = [path for folder in folders for path in sources(ROOT / folder)]
+    lengths = {shown(path): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    long = {name: length for name, length in lengths.items() if length > LONGEST and name not in LONG_WITH_REASON}
+    assert not long, f"over {LONGEST} lines; split, or give a reason in LONG_WITH_REASON: {long}"
+
+
+def test_frozen_commands() -> None:
+    from jacdiag_cli.app import cli
+
+    found = {
+        name: {option for param in command.params for option in (*param.opts, *param.secondary_opts)} - {"source"}
+        for name, command in cli.commands.items()
+    }
+    found["explain"].discard("code")
+    assert found == COMMANDS
+
+
+def test_frozen_defaults() -> None:
+    from jacdiag_cli.app import cli
+
+    found = {param.name: param.get_default(None) for param in cli.commands["audit"].params}  # type: ignore[arg-type]
+    assert {name: found[name] for name in DEFAULTS} == DEFAULTS
+
+
+def test_frozen_python_names() -> None:
+    assert sorted(jacdiag.__all__) == PUBLIC
+    assert all(getattr(jacdiag, name) is not None for name in PUBLIC)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = jacdiag.nothing
+
+
+def test_frozen_json_keys() -> None:
+    import dataclasses
+
+    schema = json.loads((ROOT / "tests" / "data" / "report.schema.json").read_text(encoding="utf-8"))
+    assert {field.name for field in dataclasses.fields(jacdiag.Report)} == JSON_KEYS
+    assert set(schema["required"]) <= JSON_KEYS == set(schema["properties"])
+
+
+# -- the package -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_wheel_has_two_packages_and_nothing_else(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    info = f"jacdiag-{jacdiag.__version__}.dist-info"
+    assert {name.split("/")[0] for name in names} == {"jacdiag", "jacdiag_cli", info}
+    assert f"{info}/licenses/LICENSE" in names
+    assert not [name for name in names if "__pycache__" in name or name.endswith((".pt", ".png"))]
+
+
+def test_wheel_has_every_module_and_data_file(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    data = [*PACKAGE.rglob("*.toml"), *PACKAGE.rglob("py.typed")]
+    assert {path.relative_to(ROOT).as_posix() for path in [*sources(PACKAGE), *data]} <= names
+    assert {path.relative_to(ROOT / "cli").as_posix() for path in sources(ROOT / "cli")} <= names
+
+
+def test_no_requirement_has_an_upper_bound() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    capped = [line for group in groups for line in group if any(sign in line for sign in ("<", "==", "~=", "!="))]
+    assert not capped
+    assert any(line.startswith("torch>=") for line in project["dependencies"])
+
+
+def fake_torch(folder: Path, version: str) -> None:
+    """A wheel that calls itself a newer torch: an installer that wants the newest would take it."""
+    info = f"torch-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"torch-{version}-py3-none-any.whl", "w") as archive:
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr(f"{info}/RECORD", "")
+
+
+def planned(wheel: Path, folder: Path, *more: str) -> dict[str, str]:
+    """What pip would install, by its own resolver, without a network: {name: version}."""
+    report = folder / "plan.json"
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--dry-run", "--no-index"]
+    command += ["--find-links", str(folder), "--report", str(report), "--quiet", *more, str(wheel)]
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("PIP_")}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**clean, "PIP_CONFIG_FILE": os.devnull}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    plan = json.loads(report.read_text(encoding="utf-8"))
+    return {item["metadata"]["name"]: item["metadata"]["version"] for item in plan["install"]}
+
+
+def test_installing_replaces_no_torch_that_is_there(wheel: Path, tmp_path: Path) -> None:
+    fake_torch(tmp_path, "99.0")
+    plan = planned(wheel, tmp_path)
+    assert "torch" not in plan, f"would replace torch by {plan['torch']}"
+    assert plan.keys() <= {"jacdiag"}, f"would install {plan}"
+
+
+def test_the_fake_torch_would_be_taken_by_who_asks_for_it(wheel: Path, tmp_path: Path) -> None:
+    """Proves that the test above can fail: where an upgrade is asked for, pip does take the newer wheel."""
+    fake_torch(tmp_path, "99.0")
+    eager = planned(wheel, tmp_path, "--upgrade", "--upgrade-strategy", "eager")
+    assert eager.get("torch") == "99.0"
