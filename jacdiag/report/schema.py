@@ -132,14 +132,15 @@ class WeightStats(Record):
 class SublayerRecord(Record):
     """All figures of one sub-layer. `notes` holds, for each field that is None, the reason (field name -> sentence).
 
-    `joint_residual_norm` is that of the shortcut plus all parallel branches on it (None unless `parallel`).
+    `placement` is None where no model was run (tier "weights"). `joint_residual_norm` is that of the shortcut plus all
+    parallel branches on it (None unless `parallel`).
     """
 
     name: str
     index: int
     depth: int
     kind: Kind
-    placement: Placement
+    placement: Placement | None
     parallel: bool = False
     token_wise: bool | None = None
     nested: bool = False

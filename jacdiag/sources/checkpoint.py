@@ -1,0 +1,175 @@
+"""One door for checkpoint files: what is in the file, where in it the weights are, and what it says about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from jacdiag.errors import SourceError
+from jacdiag.sources.formats import safetensors_file, torch_file
+from jacdiag.sources.formats.guard import Stub
+
+SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+_MODEL_KEYS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "model_state",
+    "module",
+    "net",
+    "network",
+    "params",
+    "weights",
+)
+_STEP_KEYS = ("iter_num", "global_step", "step", "iteration", "num_steps", "steps", "iter")
+_NOT_WEIGHTS = ("optim", "sched", "scaler", "rng", "loss", "ema_decay")
+# Left in the names by DistributedDataParallel, torch.compile, FSDP and activation checkpointing.
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_forward_module.")
+
+
+@dataclass
+class Checkpoint:
+    """A file that was read.
+
+    Attributes:
+        state: the weights by name, prefixes of wrappers taken off; empty where `module` holds them.
+        module: a whole module, where the file held one and its pickle is trusted.
+        model_args: nanoGPT's sizes, where the file has them.
+        step: training steps so far, where the file says so.
+        format: "torch-save" or "safetensors".
+        where: the key under which the weights stood ("" at the top).
+        whole_module: the file held a module, of which only the weights were read.
+        unread: classes in the file that were not imported.
+    """
+
+    path: Path
+    state: dict[str, Tensor]
+    format: str
+    where: str = ""
+    module: nn.Module | None = None
+    model_args: dict[str, Any] | None = None
+    step: int | None = None
+    whole_module: bool = False
+    unread: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def open_checkpoint(path: Path, *, trust_pickle: bool = False) -> Checkpoint:
+    """Reads a checkpoint file of any supported format.
+
+    Raises:
+        SourceError: missing, empty, truncated, unsafe, of an unknown format, or without weights.
+    """
+    if not path.exists():
+        raise SourceError(
+            f"no such file or folder: '{path}'", hint="SOURCE is a checkpoint, a folder, module:callable or hf:CONFIG"
+        )
+    if path.stat().st_size == 0:
+        raise SourceError(f"'{path}' is empty", got="0 bytes")
+    if path.suffix not in SUFFIXES:
+        raise SourceError(
+            f"'{path}' has no suffix that says what it is",
+            got=path.suffix or "none",
+            hint=f"known: {', '.join(SUFFIXES)}",
+        )
+    if path.suffix == ".safetensors":
+        tensors, metadata = safetensors_file.read(path)
+        step = metadata.get("step", metadata.get("global_step", ""))
+        return Checkpoint(path, strip_wrappers(tensors), "safetensors", step=int(step) if step.isdecimal() else None)
+    found, unread = torch_file.read(path, trust_pickle=trust_pickle)
+    return _unpacked(path, found, unread)
+
+
+def _unpacked(path: Path, found: Any, unread: list[str]) -> Checkpoint:
+    kind = "torch-save"
+    if isinstance(found, nn.Module):
+        return Checkpoint(path, {}, kind, module=found)
+    where, weights = _weights_in(found)
+    if not weights:
+        got = ", ".join(map(str, found)) if isinstance(found, Mapping) else f"a {type(found).__name__}"
+        raise SourceError(
+            f"'{path}' holds no weights",
+            got=got[:200] or "an empty dict",
+            hint="expected a state dict, or a dict that holds one",
+        )
+    top: Mapping[Any, Any] = found if isinstance(found, Mapping) else {}
+    args = top.get("model_args")
+    inner = next((v for v in top.values() if isinstance(v, nn.Module)), None)
+    return Checkpoint(
+        path,
+        strip_wrappers(weights),
+        kind,
+        where=where,
+        module=inner if where == "" and inner is not None else None,
+        model_args=dict(args) if isinstance(args, Mapping) else None,
+        step=_step(top),
+        whole_module=isinstance(found, Stub),
+        unread=unread,
+    )
+
+
+def _step(top: Mapping[Any, Any]) -> int | None:
+    for key in _STEP_KEYS:
+        value = top.get(key)
+        if isinstance(value, Tensor) and value.numel() == 1:
+            value = value.item()
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+            return value
+    return None
+
+
+def _weights_in(found: Any) -> tuple[str, dict[str, Tensor]]:
+    """The mapping that holds the weights: the file itself, one of the usual keys, or else the one with most numbers."""
+    own = _tensors(found)
+    if isinstance(found, Stub):
+        return "", own
+    if not isinstance(found, Mapping):
+        return "", {}
+    if sum(isinstance(v, Tensor) for v in found.values()) > len(found) / 2:
+        return "", {k: v for k, v in own.items() if "." not in k or k in found}
+    for key in _MODEL_KEYS:
+        inside = _tensors(found.get(key))
+        if inside:
+            return key, inside
+    best = max(
+        ((str(key), _tensors(value)) for key, value in found.items() if not _foreign(key)),
+        key=lambda pair: sum(t.numel() for t in pair[1].values()),
+        default=("", {}),
+    )
+    return best
+
+
+def _foreign(key: Any) -> bool:
+    return any(part in str(key).lower() for part in _NOT_WEIGHTS)
+
+
+def _tensors(value: Any) -> dict[str, Tensor]:
+    """All tensors below a mapping with string keys, or below the stub of a whole module, by dotted name."""
+    return dict(_walk(value, ""))
+
+
+def _walk(value: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield prefix, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if isinstance(key, str) and not _foreign(key):
+                yield from _walk(item, f"{prefix}.{key}" if prefix else key)
+    elif isinstance(value, Stub) and isinstance(value.state, Mapping) and "_parameters" in value.state:
+        for part in ("_parameters", "_buffers", "_modules"):  # an nn.Module that was pickled whole
+            for key, item in (value.state.get(part) or {}).items():
+                yield from _walk(item, f"{prefix}.{key}" if prefix else key)
+
+
+def strip_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Takes the names that wrappers add off every key; `module.` only where all keys begin with it."""
+    names = list(state)
+    for part in _WRAPPERS:
+        names = [name.replace(part, "") for name in names]
+    while names and all(name.startswith("module.") for name in names):
+        names = [name.removeprefix("module.") for name in names]
+    return dict(zip(names, state.values(), strict=True))

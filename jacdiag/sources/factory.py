@@ -1,0 +1,198 @@
+"""Models from code: "package.module:callable", "path/to/file.py:callable", "hf:CONFIG"."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jacdiag.errors import SourceError
+
+
+def is_factory(source: str) -> bool:
+    """Whether a SOURCE names a callable: "module:name" or "file.py:name" (and no file of that whole name exists)."""
+    place, _, name = source.rpartition(":")
+    return bool(place) and all(part.isidentifier() for part in name.split(".")) and not Path(source).exists()
+
+
+def resolve(spec: str) -> Callable[..., Any]:
+    """Imports what a factory string names.
+
+    Raises:
+        SourceError: no such module or file, its import raised, or it has no such callable.
+    """
+    place, _, name = spec.rpartition(":")
+    if not place or not name:
+        raise SourceError("a factory is written 'package.module:callable' or 'file.py:callable'", got=repr(spec))
+    module = _from_file(Path(place)) if place.endswith(".py") else _from_package(place)
+    found: Any = module
+    for part in name.split("."):
+        if not hasattr(found, part):
+            near = get_close_matches(part, [n for n in dir(found) if not n.startswith("_")], n=3)
+            raise SourceError(f"'{place}' has no '{name}'", hint=f"closest: {', '.join(near)}" if near else None)
+        found = getattr(found, part)
+    if not callable(found):
+        raise SourceError(f"'{spec}' cannot be called", got=f"a {type(found).__name__}")
+    return found  # type: ignore[no-any-return]
+
+
+def _from_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise SourceError(f"no such file: '{path}'", hint="a factory is written path/to/file.py:callable")
+    spec = importlib.util.spec_from_file_location(f"_jacdiag_factory_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickles look their module up there
+    with _on_path(path.resolve().parent), _blaming(f"importing '{path}'"):
+        spec.loader.exec_module(module)
+    return module
+
+
+def _from_package(name: str) -> ModuleType:
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise SourceError(
+            f"'{name}' is no module name", hint="a factory is written package.module:callable or file.py:callable"
+        )
+    with _on_path(Path.cwd()):
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+                raise SourceError(
+                    f"no module named '{error.name}'", hint="modules are looked for in the current folder too"
+                ) from error
+            raise SourceError(f"importing '{name}' failed", got=own_frames(error)) from error
+        except Exception as error:
+            raise SourceError(f"importing '{name}' failed", got=own_frames(error)) from error
+
+
+@contextmanager
+def _on_path(folder: Path) -> Iterator[None]:
+    """Code beside a factory's file can be imported by it, as if it were run from there."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        if str(folder) in sys.path:
+            sys.path.remove(str(folder))
+
+
+@contextmanager
+def _blaming(doing: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise SourceError(f"{doing} failed", got=own_frames(error)) from error
+
+
+def own_frames(error: BaseException, limit: int = 3) -> str:
+    """An exception of foreign code as text: the error, then the last frames, innermost first."""
+    lines = traceback.format_exception_only(error)[-1].strip().splitlines()[:8]
+    ours = str(Path(__file__).parent.parent)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((ours, "<"))]
+    at = [f"at {Path(f.filename).name}:{f.lineno} in {f.name}: {f.line}" for f in reversed(frames[-limit:])]
+    return "\n".join([*lines, *at])
+
+
+def build(spec: str, model_args: dict[str, Any] | None = None, seed: int = 0, *, init: bool = True) -> nn.Module:
+    """Calls a factory with seeded random numbers; a model on the meta device is given memory and, if `init`, weights.
+
+    Raises:
+        SourceError: the call raises, or returns no nn.Module.
+    """
+    made = call(resolve(spec), spec, model_args or {}, seed)
+    if not isinstance(made, nn.Module):
+        raise SourceError(f"'{spec}' returned no nn.Module", got=f"a {type(made).__name__}")
+    if any(t.is_meta for t in [*made.parameters(), *made.buffers()]):
+        with seeded(seed):
+            materialise(made, spec, init=init)
+    return made
+
+
+def call(factory: Callable[..., Any], spec: str, arguments: dict[str, Any], seed: int) -> Any:
+    """Calls foreign code; what it raises is shown with its own frames."""
+    try:
+        inspect.signature(factory).bind(**arguments)
+    except TypeError as error:
+        takes = ", ".join(inspect.signature(factory).parameters) or "no arguments"
+        raise SourceError(
+            f"'{spec}' cannot be called so", got=str(error), hint=f"--model-args; it takes {takes}"
+        ) from error
+    except ValueError:
+        pass  # a builtin without a signature
+    try:
+        with seeded(seed):
+            return factory(**arguments)
+    except Exception as error:
+        raise SourceError(f"'{spec}' raised", got=own_frames(error)) from error
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seeds torch's generators inside and gives them back as they were."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def materialise(model: nn.Module, spec: str, *, init: bool = True) -> None:
+    """Gives a model on the meta device memory and weights, through its own `init_weights` or `reset_parameters`.
+
+    Every tensor is first filled with a mark, so that one that nothing initialised is found and named.
+
+    Args:
+        init: False where a checkpoint is to fill the parameters; then only buffers must be initialised.
+    """
+    model.to_empty(device="cpu")
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    with torch.no_grad():
+        for _, t in tensors:
+            t.fill_(_mark(t))
+        _initialise(model, spec)
+    buffers = {name for name, _ in model.named_buffers()} - set(model.state_dict())
+    wanted = {name for name, _ in tensors} if init else buffers
+    left = [name for name, t in tensors if name in wanted and t.numel() and _untouched(t)]
+    if left:
+        raise SourceError(
+            f"'{spec}' builds on the meta device, and {len(left)} tensors are initialised by nothing",
+            got=", ".join(left[:5]) + (" ..." if len(left) > 5 else ""),
+            hint="give it an init_weights(), or its modules reset_parameters(), that fills them; or build on the CPU",
+        )
+
+
+def _initialise(model: nn.Module, spec: str) -> None:
+    own = getattr(model, "init_weights", None)
+    try:
+        if callable(own):
+            own()
+            return
+        for module in model.modules():
+            reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+            if callable(reset):
+                reset()
+    except Exception as error:
+        raise SourceError(f"initialising what '{spec}' built failed", got=own_frames(error)) from error
+
+
+def _mark(t: Tensor) -> float | int | bool:
+    if t.is_floating_point() or t.is_complex():
+        return float("nan")
+    return True if t.dtype == torch.bool else torch.iinfo(t.dtype).max
+
+
+def _untouched(t: Tensor) -> bool:
+    if t.dtype == torch.bool:
+        return False  # two values leave no room for a mark
+    return bool(torch.isnan(t).any()) if t.is_floating_point() or t.is_complex() else bool((t == _mark(t)).all())

@@ -1,0 +1,106 @@
+"""What a model says about its own input: vocabulary, longest sequence, what its forward takes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+_VOCABULARY = ("vocab_size", "n_vocab", "num_embeddings", "padded_vocab_size")
+_LENGTHS = (
+    "max_position_embeddings", "n_positions", "block_size", "max_seq_len", "max_seq_length", "max_sequence_length",
+    "n_ctx", "seq_len",
+)  # fmt: skip
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside DataParallel, DistributedDataParallel or a compiled module."""
+    while True:
+        inner = getattr(model, "_orig_mod", None) or (
+            model.module if type(model).__name__.endswith("DataParallel") else None
+        )
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def configs(model: nn.Module) -> Iterator[Any]:
+    """The objects on which models keep their sizes: the model's config or args, and those of a text part."""
+    model = unwrapped(model)
+    for name in ("config", "cfg", "args", "model_args", "params", "hparams"):
+        found = getattr(model, name, None)
+        if found is not None and not callable(found):
+            yield found
+            inner = getattr(found, "text_config", None)
+            if inner is not None:
+                yield inner
+    yield model
+
+
+def _number(model: nn.Module, names: tuple[str, ...]) -> int | None:
+    for config in configs(model):
+        for name in names:
+            value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return value
+    return None
+
+
+def embedding(model: nn.Module) -> nn.Embedding | None:
+    """The token embedding: what the model calls so, else the table of `vocab_size` rows, else the longest one."""
+    getter = getattr(unwrapped(model), "get_input_embeddings", None)
+    if callable(getter):
+        try:
+            found = getter()
+        except (NotImplementedError, AttributeError):
+            found = None
+        if isinstance(found, nn.Embedding):
+            return found
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    vocab = _number(model, _VOCABULARY)
+    fitting = [m for m in tables if m.num_embeddings == vocab]
+    return fitting[0] if fitting else max(tables, key=lambda m: m.num_embeddings, default=None)
+
+
+def vocabulary(model: nn.Module) -> int | None:
+    """Number of token ids that the model takes; None where it takes none."""
+    table = embedding(model)
+    said = _number(model, _VOCABULARY)
+    if table is not None:
+        return min(table.num_embeddings, said) if said else table.num_embeddings
+    return said
+
+
+def longest_sequence(model: nn.Module) -> int | None:
+    """Longest sequence that the model says it takes."""
+    return _number(model, _LENGTHS)
+
+
+def main_input(model: nn.Module) -> str:
+    """What the first input is: "tokens", "pixels", or "unknown"."""
+    said = getattr(unwrapped(model), "main_input_name", None)
+    if said == "pixel_values":
+        return "pixels"
+    if said == "input_ids" or vocabulary(model) is not None:
+        return "tokens"
+    return "unknown"
+
+
+def takes(model: nn.Module, name: str) -> bool:
+    """Whether the model's forward has a parameter of that name."""
+    try:
+        return name in inspect.signature(unwrapped(model).forward).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+def special_ids(model: nn.Module) -> set[int]:
+    """Ids that mark padding, beginning or end, as the model's config names them."""
+    found: set[int] = set()
+    for config in configs(model):
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id", "decoder_start_token_id"):
+            value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+            found |= {v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, int)}
+    return found

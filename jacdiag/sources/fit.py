@@ -1,0 +1,115 @@
+"""Puts a checkpoint's weights into a model, strictly: every name and every shape must fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from jacdiag.errors import SourceError
+
+_SHOWN = 5
+
+
+def fit(model: nn.Module, state: Mapping[str, Tensor], where: str) -> list[str]:
+    """Replaces the model's parameters and buffers by those of a state dict, by reference, in the file's own precision.
+
+    Tied parameters stay tied; a file that holds only one of a tie's names is complete.
+
+    Args:
+        model: changed in place.
+        state: weights by name.
+        where: what the state came from, for the message.
+
+    Returns:
+        Notes for the report.
+
+    Raises:
+        SourceError: missing or unexpected keys, or shapes that differ; the first ones, and how many.
+    """
+    wanted = model.state_dict(keep_vars=True)
+    state, notes = _renamed(state, wanted)
+    ties = _ties(wanted)
+    missing = [name for name in wanted if not any(twin in state for twin in ties[name])]
+    unexpected = [name for name in state if name not in wanted]
+    shapes = [
+        f"{name} {_size(state[name])}, the model has {_size(tensor)}"
+        for name, tensor in wanted.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    if missing or unexpected or shapes:
+        parts = [_listed("missing", missing), _listed("unexpected", unexpected), _listed("of another shape", shapes)]
+        raise SourceError(
+            f"{where} does not fit {type(model).__name__}",
+            got="\n".join(part for part in parts if part),
+            hint="--model and --model-args must build exactly the model that was saved",
+        )
+    _check_ties(ties, state, where)
+    _place(model, {name: next(state[twin] for twin in ties[name] if twin in state) for name in wanted})
+    return notes
+
+
+def _renamed(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], list[str]]:
+    """Takes off one first name that all keys share (a LightningModule's `model.`), where that makes them fit."""
+    heads = {name.partition(".")[0] for name in state}
+    if len(heads) != 1 or set(state) == set(wanted):
+        return state, []
+    head = f"{heads.pop()}."
+    short = {name.removeprefix(head): tensor for name, tensor in state.items()}
+    if set(short) <= set(wanted) and not set(state) <= set(wanted):
+        return short, [f"the prefix '{head}' was taken off every name"]
+    return state, []
+
+
+def _ties(wanted: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """For each name, all names of the same tensor, itself first."""
+    by_tensor: dict[int, list[str]] = {}
+    for name, tensor in wanted.items():
+        by_tensor.setdefault(id(tensor), []).append(name)
+    return {name: [name, *(n for n in by_tensor[id(tensor)] if n != name)] for name, tensor in wanted.items()}
+
+
+def _check_ties(ties: Mapping[str, list[str]], state: Mapping[str, Tensor], where: str) -> None:
+    for first, *twins in ties.values():
+        for twin in twins:
+            if first in state and twin in state and first < twin and not _same(state[first], state[twin]):
+                raise SourceError(
+                    f"'{first}' and '{twin}' are one parameter in the model, but differ in {where}",
+                    hint="build the model without weight tying",
+                )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() or torch.equal(a, b) or bool(torch.isnan(a).any() and torch.isnan(b).any())
+
+
+def _place(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Sets tensors as parameters and buffers; one new parameter for each old one, so that ties last."""
+    made: dict[int, tuple[Tensor, nn.Parameter]] = {}  # the old one is held too: a freed id would be used again
+    placed: set[int] = set()
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        lead = f"{prefix}." if prefix else ""
+        for key, old in module._parameters.items():
+            if old is None or id(old) in placed:
+                continue
+            if id(old) not in made:
+                tensor = tensors[lead + key]
+                new = nn.Parameter(tensor, requires_grad=old.requires_grad and tensor.is_floating_point())
+                made[id(old)] = (old, new)
+                placed.add(id(new))
+            module._parameters[key] = made[id(old)][1]
+        for key, buffer in module._buffers.items():
+            if buffer is not None and lead + key in tensors:
+                module._buffers[key] = tensors[lead + key]
+
+
+def _listed(what: str, items: Sequence[str]) -> str:
+    if not items:
+        return ""
+    more = f" ... ({len(items)} in all)" if len(items) > _SHOWN else ""
+    return f"{len(items)} {what}: {', '.join(items[:_SHOWN])}{more}"
+
+
+def _size(t: Tensor) -> str:
+    return "x".join(map(str, t.shape)) or "scalar"

@@ -1,0 +1,193 @@
+"""A pickle reader that runs nothing: tensors and plain containers are built, all else becomes an inert stub.
+
+`torch.load(weights_only=True)` refuses a whole checkpoint for one argparse.Namespace in it. Here a foreign *class*
+turns into a stub that only keeps what it was given; a call to a foreign *function*, or anything out of a module that
+reaches the system, stops the reading, and is named.
+"""
+
+from __future__ import annotations
+
+import builtins
+import collections
+import copyreg
+import pickle
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from jacdiag.errors import SourceError
+
+# Roots of modules that no checkpoint needs and every attack does.
+_SYSTEM = frozenset(
+    """os posix nt subprocess sys shutil socket runpy pty importlib pickle _pickle ctypes webbrowser code codeop
+    commands imp pip timeit cProfile profile pdb bdb asyncio multiprocessing threading _thread signal tempfile http urllib
+    requests ftplib smtplib telnetlib marshal types operator shelve dbm zipimport pkgutil""".split()
+)
+_HARMLESS_BUILTINS = frozenset(
+    "list dict tuple set frozenset int float complex bool str bytes bytearray slice range object".split()
+)
+_LOWERCASE_CLASSES = frozenset(
+    [("datetime", n) for n in ("datetime", "date", "time", "timedelta", "timezone")]
+    + [("functools", "partial"), ("builtins", "getattr"), ("argparse", "Namespace"), ("uuid", "UUID")]
+)
+
+
+class Unsafe(Exception):
+    """The pickle asks for something that would run code. `wanted` is its name, as "os.system"."""
+
+    def __init__(self, wanted: str) -> None:
+        super().__init__(wanted)
+        self.wanted = wanted
+
+
+class _Inert(type):
+    """Metaclass of stubs: it tells a call (pickle's REDUCE) from plain object construction (NEWOBJ)."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        module, name = cls.origin  # type: ignore[attr-defined]
+        classlike = name.rpartition(".")[2].lstrip("_")[:1].isupper()
+        if not classlike and (module, name) not in _LOWERCASE_CLASSES:
+            raise Unsafe(f"{module}.{name}")
+        return cls.__new__(cls, *args, **kwargs)  # type: ignore[arg-type]
+
+
+class Stub(metaclass=_Inert):
+    """Stands for an object of a class that was not imported. It keeps what the pickle gave it and does nothing.
+
+    Attributes:
+        origin: (module, name) of the class.
+        given: arguments of its construction.
+        state: its attributes, as a dict where the pickle held one.
+        entries: what was appended or set by key.
+    """
+
+    origin: tuple[str, str] = ("", "")
+
+    given: tuple[Any, ...]
+    state: Any
+    entries: dict[Any, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Stub:
+        self = object.__new__(cls)
+        self.given, self.state, self.entries = args, {}, {}
+        return self
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], dict):
+            state = {**(state[0] or {}), **state[1]} if isinstance(state[0], dict | None) else state
+        self.state = state
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.entries[key] = value
+
+    def append(self, value: Any) -> None:
+        self.entries[len(self.entries)] = value
+
+    def extend(self, values: Any) -> None:
+        for value in values:
+            self.append(value)
+
+    add = append
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Stub:
+        """A nested class, got by attribute from a stub, is called like a class: that gives one more stub."""
+        return type(self).__new__(type(self), *args)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+class GuardedPickle:
+    """What `torch.load` takes as `pickle_module`; `unread` collects the names of classes that became stubs."""
+
+    def __init__(self) -> None:
+        self.unread: list[str] = []
+        guard = self
+
+        class Unpickler(pickle.Unpickler):
+            def find_class(self, module: str, name: str) -> Any:
+                return guard.find(module, name)
+
+        self.module = SimpleNamespace(
+            __name__="jacdiag_guard", Unpickler=Unpickler, load=lambda f, **kw: Unpickler(f, **kw).load(),
+            UnpicklingError=pickle.UnpicklingError,
+        )  # fmt: skip
+
+    def find(self, module: str, name: str) -> Any:
+        """Returns the real thing where it is harmless, a stub class otherwise."""
+        known = _harmless(module, name)
+        if known is not None:
+            return known
+        root = module.partition(".")[0]
+        shown = ("os" if root in ("posix", "nt") else module) + "." + name
+        if root in _SYSTEM or (root in ("builtins", "__builtin__") and name != "getattr"):
+            raise Unsafe(shown.replace("__builtin__.", "builtins."))
+        if shown not in self.unread and shown != "builtins.getattr":
+            self.unread.append(shown)
+        return _Inert(name, (Stub,), {"origin": (module, name), "__module__": f"stub.{module}"})
+
+
+def _harmless(module: str, name: str) -> Any:
+    """Builders of tensors, numbers and plain containers; nothing that reads, writes, imports or evaluates."""
+    if module == "torch":
+        found = getattr(torch, name, None)
+        named = name.endswith("Storage") or name in ("Size", "device", "Tensor")
+        return found if named or isinstance(found, torch.dtype) else None
+    if module == "torch._utils" and name.startswith("_rebuild_"):
+        return getattr(torch._utils, name, None)
+    if (module, name) in _TORCH:
+        return _TORCH[module, name]()
+    if module == "collections" and name in ("OrderedDict", "defaultdict", "Counter", "deque"):
+        return getattr(collections, name)
+    if module in ("builtins", "__builtin__") and name in _HARMLESS_BUILTINS:
+        return getattr(builtins, name)
+    if (module, name) == ("_codecs", "encode"):
+        return _encode
+    if module in ("copyreg", "copy_reg") and name == "_reconstructor":
+        return copyreg._reconstructor  # type: ignore[attr-defined]
+    return _numpy(module, name)
+
+
+_TORCH: dict[tuple[str, str], Callable[[], Any]] = {
+    ("torch.nn.parameter", "Parameter"): lambda: torch.nn.Parameter,
+    ("torch.nn.parameter", "Buffer"): lambda: torch.nn.Buffer,
+    ("torch.storage", "UntypedStorage"): lambda: torch.storage.UntypedStorage,
+    ("torch.storage", "TypedStorage"): lambda: torch.storage.TypedStorage,
+    ("torch.serialization", "_get_layout"): lambda: torch.serialization._get_layout,  # type: ignore[attr-defined]
+    ("torch._tensor", "_rebuild_from_type_v2"): lambda: _plain_tensor,
+}
+
+
+def _plain_tensor(func: Any, kind: Any, args: Any, state: Any) -> Any:
+    """A tensor subclass comes back as the plain tensor in it: its own __setstate__ is foreign code."""
+    return func(*args)
+
+
+def _encode(text: str, encoding: str = "latin1") -> bytes:
+    return text.encode("latin1" if encoding == "latin1" else "utf-8")
+
+
+def _numpy(module: str, name: str) -> Any:
+    if module.partition(".")[0] != "numpy":
+        return None
+    import numpy as np
+
+    last = module.rpartition(".")[2]
+    if last == "dtypes" or (last, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
+        return getattr(np.dtypes if last == "dtypes" else np, name, None)
+    if (last, name) in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer")):
+        from numpy._core import multiarray, numeric  # type: ignore[attr-defined]
+
+        return getattr(multiarray if last == "multiarray" else numeric, name, None)
+    return None
+
+
+def refusal(path: Any, unsafe: Unsafe) -> SourceError:
+    """The message for a pickle that wants to run code."""
+    return SourceError(
+        f"cannot read '{path}': its pickle asks for `{unsafe.wanted}`, which is not a tensor or a plain container. "
+        "Nothing was run.",
+        hint="if you made this file and trust it, add --trust-pickle; better, save it again as .safetensors",
+    )

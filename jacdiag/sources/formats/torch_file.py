@@ -1,0 +1,84 @@
+"""What torch.save wrote: the zip format, memory-mapped, and the old pickle format."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jacdiag.errors import SourceError
+from jacdiag.sources.formats.guard import GuardedPickle, Unsafe, refusal
+
+_ZIP = b"PK\x03\x04"
+
+
+def read(path: Path, *, trust_pickle: bool = False) -> tuple[Any, list[str]]:
+    """Reads a file of torch.save.
+
+    Args:
+        path: the file.
+        trust_pickle: let the file's pickle run code, as plain torch.load would.
+
+    Returns:
+        What was saved, tensors on the CPU and memory-mapped where the format allows, and the names of classes that
+        were left unread (stubs in their place).
+
+    Raises:
+        SourceError: not a file of torch.save, truncated, or unsafe.
+    """
+    zipped = _check(path)
+    guard = GuardedPickle()
+    try:
+        if trust_pickle:
+            return torch.load(path, map_location="cpu", weights_only=False, mmap=zipped), []
+        found = torch.load(path, map_location="cpu", weights_only=False, mmap=zipped, pickle_module=guard.module)
+        return found, guard.unread
+    except Unsafe as unsafe:
+        raise refusal(path, unsafe) from None
+    except SourceError:
+        raise
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, TypeError, AttributeError,
+            IndexError, ImportError, UnicodeDecodeError, OSError) as error:  # fmt: skip
+        hint = (
+            None
+            if trust_pickle
+            else "if its classes need their own code, add --trust-pickle (only for a file that you trust)"
+        )
+        got = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise SourceError(f"cannot read '{path}'", got=got, hint=hint) from error
+
+
+def _check(path: Path) -> bool:
+    """Looks at the first bytes and the zip's directory; returns whether it is the zip format."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head.startswith(b"version https://git-lfs"):
+        raise SourceError(f"'{path}' is a Git LFS pointer, not the file itself", hint="git lfs pull")
+    if head.startswith(_ZIP):
+        if not zipfile.is_zipfile(path):
+            raise SourceError(
+                f"'{path}' is truncated",
+                got=f"a zip of {path.stat().st_size:,} bytes without its directory at the end",
+                hint="copy or save it again",
+            )
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        if any(name.endswith("/constants.pkl") for name in names):
+            raise SourceError(
+                f"'{path}' is a TorchScript archive", hint="save the state dict of the Python module instead"
+            )
+        if not any(name.endswith("data.pkl") for name in names):
+            raise SourceError(
+                f"'{path}' is a zip, but not one of torch.save", got=f"{len(names)} entries, none of them data.pkl"
+            )
+        return True
+    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return False
+    raise SourceError(
+        f"'{path}' is no file of torch.save",
+        got=f"it begins with {head[:16]!r}",
+        hint="expected a zip or a pickle of torch.save; for safetensors, name the file .safetensors",
+    )

@@ -1,0 +1,265 @@
+"""Probe inputs: random tokens over the rows that are alive, tokens of a file, text, or what a factory builds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jacdiag.errors import ProbeError
+from jacdiag.report import ProbeRecord
+from jacdiag.sources import factory, facts
+from jacdiag.sources.source import Source
+
+_DEFAULT_SEQ = 128
+_DEAD = 0.1  # a row whose std is under this share of the median row's was never trained, or is padding
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the model is called with: `model(*args, **kwargs)`.
+
+    Attributes:
+        token_ids: (B, T) ids, where the input is token ids.
+        record: for the report.
+        notes: for the report.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    token_ids: Tensor | None
+    record: ProbeRecord
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of_inputs(cls, inputs: Any, seed: int = 0) -> Probe:
+        """Takes what a user handed in: a tensor, a tuple of arguments, or a dict of keyword arguments."""
+        if isinstance(inputs, dict):
+            args, kwargs = (), dict(inputs)
+        elif hasattr(inputs, "keys") and hasattr(inputs, "data"):  # a tokenizer's BatchEncoding
+            args, kwargs = (), dict(inputs.items())
+        else:
+            args, kwargs = (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
+        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+        if not tensors:
+            raise ProbeError(
+                "the probe input holds no tensor",
+                got=f"a {type(inputs).__name__}",
+                hint="a tensor, a tuple of arguments, or a dict of keyword arguments",
+            )
+        ids = next((t for t in tensors if t.dim() == 2 and not t.is_floating_point() and t.dtype != torch.bool), None)
+        shape = (ids if ids is not None else tensors[0]).shape
+        record = ProbeRecord(shape[0] if shape else 1, shape[1] if len(shape) > 1 else None, seed, tokens="inputs")
+        return cls(args, kwargs, ids, record)
+
+    def to(self, device: torch.device | str) -> Probe:
+        """The same probe on another device."""
+
+        def moved(value: Any) -> Any:
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        kwargs = {k: moved(v) for k, v in self.kwargs.items()}
+        return replace(self, args=tuple(map(moved, self.args)), kwargs=kwargs, token_ids=moved(self.token_ids))
+
+
+def build_probe(
+    source: Source,
+    *,
+    batch: int = 2,
+    seq: int | None = None,
+    seed: int = 0,
+    tokens: str | None = None,
+    inputs: str | None = None,
+) -> Probe:
+    """Builds the probe for a source.
+
+    Args:
+        source: with a model.
+        batch, seq: of random tokens; `seq` is 128, or what the model allows if that is less.
+        seed: of random tokens.
+        tokens: a file of token ids: .npy, .bin (uint16), .txt (bytes), .pt.
+        inputs: a factory of the probe input, for a model that takes no token ids.
+
+    Raises:
+        ProbeError: tokens out of the vocabulary, a sequence too long, an input that cannot be guessed.
+
+    Example:
+        >>> from jacdiag.sources import load
+        >>> gpt = load("jacdiag.sources.gpt:build", model_args={"n_layer": 1, "n_embd": 12, "block_size": 8})
+        >>> build_probe(gpt, batch=3).token_ids.shape
+        torch.Size([3, 8])
+    """
+    model = source.model
+    assert model is not None
+    if inputs is not None:
+        made = factory.call(factory.resolve(inputs), inputs, {}, seed)
+        return Probe.of_inputs(made, seed)
+    kind = facts.main_input(model)
+    if kind == "pixels" and tokens is None:
+        return _pixels(model, batch, seed)
+    if kind != "tokens" or source.vocab_size is None:
+        raise ProbeError(
+            f"what {type(model).__name__} takes as its input cannot be told",
+            got="no token embedding and no vocabulary in its config",
+            hint="--inputs FACTORY builds the probe input; in Python: jacdiag.audit(model, inputs)",
+        )
+    length = _length(source, seq)
+    ids, name, excluded = _ids(source, model, batch, length, seed, tokens, given=seq is not None)
+    record = ProbeRecord(ids.shape[0], ids.shape[1], seed, tokens=name, excluded_rows=excluded)
+    args, kwargs = _call(model, ids)
+    return Probe(args, kwargs, ids, record)
+
+
+def _length(source: Source, seq: int | None) -> int:
+    most = source.max_seq
+    if seq is not None and most is not None and seq > most:
+        raise ProbeError(
+            "the sequence is longer than the model allows",
+            got=f"--seq {seq}, the model says {most}",
+            hint=f"--seq {most}",
+        )
+    return seq or min(_DEFAULT_SEQ, most or _DEFAULT_SEQ)
+
+
+def _ids(
+    source: Source, model: nn.Module, batch: int, length: int, seed: int, tokens: str | None, *, given: bool
+) -> tuple[Tensor, str, int]:
+    vocab = source.vocab_size
+    assert vocab is not None
+    if tokens is not None:
+        return _checked(_from_file(Path(tokens), batch, length, given), vocab, tokens), Path(tokens).name, 0
+    if source.folder is not None and (source.folder / "tokenizer.json").is_file() and source.step != 0:
+        ids = _text(source.folder, batch, length, vocab)
+        if ids is not None:
+            return ids, "text through its own tokenizer", 0
+    alive = living_rows(model, vocab)
+    generator = torch.Generator().manual_seed(seed)
+    return alive[torch.randint(len(alive), (batch, length), generator=generator)], "random", vocab - len(alive)
+
+
+def living_rows(model: nn.Module, vocab: int) -> Tensor:
+    """Ids of the embedding rows that a probe may draw from: not special, not padding, not near zero, not twins."""
+    keep = torch.ones(vocab, dtype=torch.bool)
+    keep[[i for i in facts.special_ids(model) if 0 <= i < vocab]] = False
+    table = facts.embedding(model)
+    if table is not None and not table.weight.is_meta:
+        rows = table.weight.detach()[:vocab].float().cpu()
+        if table.padding_idx is not None and table.padding_idx < vocab:
+            keep[table.padding_idx] = False
+        std = rows.std(dim=1, correction=0)
+        keep &= std >= _DEAD * std.median()
+        keep &= ~_twins(rows)
+    alive = keep.nonzero().squeeze(1)
+    return alive if len(alive) >= 2 else torch.arange(vocab)
+
+
+def _twins(rows: Tensor) -> Tensor:
+    """Rows that equal another one to the bit: added to fill up a table, and never trained."""
+    key = rows.double() @ torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    _, place, count = key.unique(return_inverse=True, return_counts=True)
+    return count[place] > 1
+
+
+def _call(model: nn.Module, ids: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """How the ids are handed in: by name for transformers' models, with caches off; else as the first argument."""
+    if not facts.takes(model, "input_ids"):
+        return (ids,), {}
+    kwargs: dict[str, Any] = {"input_ids": ids}
+    if facts.takes(model, "use_cache"):
+        kwargs["use_cache"] = False
+    if facts.takes(model, "decoder_input_ids"):
+        kwargs["decoder_input_ids"] = ids
+    return (), kwargs
+
+
+def _pixels(model: nn.Module, batch: int, seed: int) -> Probe:
+    config: Any = getattr(facts.unwrapped(model), "config", None)
+    size = getattr(config, "image_size", 224)
+    height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
+    shape = (batch, getattr(config, "num_channels", 3), height, width)
+    pixels = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    record = ProbeRecord(batch, None, seed, tokens="random pixels")
+    return Probe((), {"pixel_values": pixels}, None, record)
+
+
+# -- files and text ---------------------------------------------------------------------------------------------------
+def _from_file(path: Path, batch: int, length: int, given: bool) -> Tensor:
+    if not path.is_file():
+        raise ProbeError(f"no such token file: '{path}'")
+    ids = _read_tokens(path)
+    if ids.dtype.is_floating_point or ids.dtype == torch.bool:
+        raise ProbeError(
+            f"'{path}' holds no token ids", got=f"{ids.dtype}".removeprefix("torch."), hint="integers are expected"
+        )
+    ids = ids.long()
+    if ids.dim() == 2 and not given:
+        return ids[:batch, :length]
+    flat = ids.flatten()
+    if len(flat) < length:
+        raise ProbeError(
+            f"'{path}' has too few tokens",
+            got=f"{len(flat)}, a sequence takes {length}",
+            hint=f"--seq {len(flat)}" if len(flat) else None,
+        )
+    rows = min(batch, len(flat) // length)
+    return flat[: rows * length].view(rows, length)
+
+
+def _read_tokens(path: Path) -> Tensor:
+    import numpy as np
+
+    try:
+        if path.suffix == ".npy":
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            if array.dtype.kind not in "iuf":
+                raise ValueError(f"an array of {array.dtype}")
+            return torch.from_numpy(
+                np.array(array.reshape(-1)[: 1 << 22] if array.ndim != 2 else array[:4096]).astype(
+                    "int64" if array.dtype.kind != "f" else "float32"
+                )
+            )
+        if path.suffix == ".bin":
+            return torch.from_numpy(np.fromfile(path, dtype="<u2", count=1 << 22).astype("int64"))
+        if path.suffix == ".txt":
+            return torch.from_numpy(np.fromfile(path, dtype="u1", count=1 << 22).astype("int64"))
+        if path.suffix == ".pt":
+            found = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(found, Tensor):
+                raise ValueError(f"it holds a {type(found).__name__}, not a tensor")
+            return found
+    except Exception as error:
+        raise ProbeError(f"cannot read tokens from '{path}'", got=str(error).splitlines()[0]) from error
+    raise ProbeError(
+        f"'{path}' is no token file", got=path.suffix or "no suffix", hint=".npy, .bin (uint16), .txt (bytes) or .pt"
+    )
+
+
+def _checked(ids: Tensor, vocab: int, name: str) -> Tensor:
+    bad = ((ids < 0) | (ids >= vocab)).nonzero()
+    if len(bad):
+        row, column = bad[0].tolist()
+        raise ProbeError(
+            f"'{name}' holds tokens out of the vocabulary",
+            got=f"id {int(ids[row, column])} at position {column} of sequence {row}, {len(bad)} in all; "
+            f"the model knows 0 to {vocab - 1}",
+        )
+    return ids
+
+
+def _text(folder: Path, batch: int, length: int, vocab: int) -> Tensor | None:
+    """The first tokens of the text that ships, through the model's tokenizer; None where it cannot be loaded."""
+    try:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        text = (Path(__file__).parent / "probe.txt").read_text(encoding="utf-8")
+        ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+    except Exception:  # a tokenizer is foreign code; random tokens are left, and the report says off-distribution
+        return None
+    if not len(ids) or int(ids.max()) >= vocab:
+        return None
+    repeats = -(-batch * length // len(ids))
+    return ids.repeat(repeats)[: batch * length].view(batch, length)

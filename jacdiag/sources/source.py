@@ -1,0 +1,168 @@
+"""What a SOURCE string turned out to be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from jacdiag.errors import SourceError, UsageError
+from jacdiag.sources import factory, gpt
+from jacdiag.sources.checkpoint import Checkpoint, open_checkpoint
+from jacdiag.sources.facts import longest_sequence, vocabulary
+from jacdiag.sources.fit import fit
+from jacdiag.sources.formats import huggingface
+
+
+@dataclass
+class Source:
+    """A model, or the weights of one that could not be built.
+
+    Attributes:
+        model: None in the weights-only tier; `state` then holds the weights, `why_weights` says why.
+        info: what the report says about the source: path or factory, format, step, unread classes, notes.
+        name: short name for a header.
+        fresh: randomly initialised just now, for certain (a factory may load trained weights).
+        step: training steps so far, where the source says so.
+        owned: loaded here, so that it may be moved to a device; a module that was handed in may not.
+        folder: a Hugging Face folder, which may have a tokenizer.
+    """
+
+    model: nn.Module | None
+    info: dict[str, Any]
+    name: str
+    state: dict[str, Tensor] = field(default_factory=dict)
+    fresh: bool = False
+    step: int | None = None
+    owned: bool = True
+    why_weights: str = ""
+    folder: Path | None = None
+
+    @property
+    def vocab_size(self) -> int | None:
+        return vocabulary(self.model) if self.model is not None else None
+
+    @property
+    def max_seq(self) -> int | None:
+        return longest_sequence(self.model) if self.model is not None else None
+
+    @classmethod
+    def of_module(cls, module: nn.Module) -> Source:
+        """A module that is already in memory."""
+        kind = type(module)
+        return cls(
+            module,
+            {"format": "module", "factory": f"{kind.__module__}.{kind.__qualname__}"},
+            kind.__name__,
+            owned=False,
+        )
+
+
+def load(
+    source: str,
+    *,
+    model: str | None = None,
+    model_args: dict[str, Any] | None = None,
+    trust_pickle: bool = False,
+    seed: int = 0,
+) -> Source:
+    """Opens whatever SOURCE names.
+
+    Args:
+        source: a checkpoint file, a Hugging Face folder, "package.module:callable", "file.py:callable", "hf:CONFIG".
+        model: a factory of the module that a bare state dict belongs to.
+        model_args: keyword arguments for a factory, or fields of an `hf:` config.
+        trust_pickle: let a pickle that holds more than tensors run code.
+        seed: of random initialisations.
+
+    Raises:
+        SourceError: it cannot be read, is unsafe, or does not fit; the message says what, got, try.
+
+    Example:
+        >>> load("jacdiag.sources.gpt:build", model_args={"n_layer": 1, "n_embd": 12}).vocab_size
+        50304
+    """
+    if source.startswith("hf:"):
+        _no_model(model, source)
+        built = huggingface.from_config(source.removeprefix("hf:"), model_args or {}, seed)
+        return Source(built, {"format": "hf-config", "factory": source}, source, fresh=True)
+    if factory.is_factory(source):
+        _no_model(model, source)
+        info = {"format": "factory", "factory": source, **({"model_args": model_args} if model_args else {})}
+        return Source(factory.build(source, model_args, seed), info, source)
+    path = Path(source)
+    if path.is_dir():
+        return _from_folder(path, model, trust_pickle)
+    return _from_file(open_checkpoint(path, trust_pickle=trust_pickle), model, model_args, seed)
+
+
+def _no_model(model: str | None, source: str) -> None:
+    if model is not None:
+        raise UsageError("--model belongs to a checkpoint file", got=f"--model {model} beside {source}")
+
+
+def _from_folder(path: Path, model: str | None, trust_pickle: bool) -> Source:
+    if not huggingface.is_folder(path):
+        got = ", ".join(sorted(f.name for f in path.iterdir())[:8]) or "an empty folder"
+        hint = "a Hugging Face folder has a config.json beside its weights"
+        if (path / ".metadata").is_file():
+            hint = "to one file: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER checkpoint.pt"
+        raise SourceError(f"'{path}' is a folder without a model", got=got, hint=hint)
+    if model is not None:
+        raise UsageError("--model belongs to a checkpoint file", got=f"--model {model} beside a Hugging Face folder")
+    built, facts = huggingface.load(path, trust_pickle=trust_pickle)
+    return Source(built, {"path": str(path), **facts}, path.resolve().name, folder=path)
+
+
+def _from_file(found: Checkpoint, model: str | None, model_args: dict[str, Any] | None, seed: int) -> Source:
+    info: dict[str, Any] = {"path": str(found.path), "format": found.format, "step": found.step}
+    if found.unread:
+        info["unread"] = found.unread
+    if found.where:
+        info["key"] = found.where
+    made = Source(None, info, found.path.name, step=found.step)
+    if model is not None:
+        state = found.state or dict(found.module.state_dict() if found.module is not None else {})
+        made.model = factory.build(model, model_args, seed, init=False)
+        info |= {"factory": model, **({"model_args": model_args} if model_args else {})}
+        info["notes"] = fit(made.model, state, f"'{found.path}'")
+    elif model_args:
+        raise UsageError("--model-args needs --model", hint="--model package.module:callable")
+    elif found.module is not None:
+        made.model = found.module
+    else:
+        made.model, made.why_weights = _rebuilt(found, info)
+        made.state = {} if made.model is not None else found.state
+    if made.why_weights:
+        info["why_weights"] = made.why_weights
+    return made
+
+
+def _rebuilt(found: Checkpoint, info: dict[str, Any]) -> tuple[nn.Module | None, str]:
+    """A checkpoint in nanoGPT's layout becomes the reference GPT; anything else stays a heap of weights."""
+    if found.model_args is None:
+        return (
+            None,
+            "the file holds weights only, and not in a layout that is known; --model FACTORY builds their module",
+        )
+    try:
+        config = gpt.config_of(found.model_args)
+    except (UsageError, TypeError) as error:
+        return (
+            None,
+            f"its model_args are not nanoGPT's ({str(error).splitlines()[-1]}); --model FACTORY builds the module",
+        )
+    with factory.seeded(0):
+        model = gpt.GPT(config)
+    # Older nanoGPT files carry the causal mask of every layer as a buffer.
+    state = {k: t for k, t in found.state.items() if not (k.endswith(".attn.bias") and t.dim() == 4)}
+    fit(model, state, f"'{found.path}'")
+    info |= {"format": "nanogpt", "model_args": _plain(found.model_args)}
+    return model, ""
+
+
+def _plain(args: Mapping[str, Any]) -> dict[str, Any]:
+    return {str(k): v if isinstance(v, str | int | float | bool) or v is None else str(v) for k, v in args.items()}
