@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import jacdiag
 from jacdiag.errors import MeasureError, TraceError, UsageError
@@ -20,11 +20,20 @@ from jacdiag.measure.network import GradientProfile, end_to_end, gradient_profil
 from jacdiag.measure.state import detect_state
 from jacdiag.measure.sublayer import Effort, measure_group
 from jacdiag.measure.weights import weight_stats, weights_report
-from jacdiag.report import Cost, Interval, ModelRecord, NetworkRecord, Plan, ProbeRecord, Report, SublayerRecord, WeightStats
+from jacdiag.report import (
+    Cost,
+    Interval,
+    ModelRecord,
+    NetworkRecord,
+    Plan,
+    Report,
+    SublayerRecord,
+    WeightStats,
+)
 from jacdiag.report.thresholds import Thresholds, load_healthy, load_thresholds
 from jacdiag.rules import decision_points, evaluate
 from jacdiag.sources import Probe, Source, build_probe, load
-from jacdiag.trace import Sites, Sublayer, sites
+from jacdiag.trace import Sublayer, sites
 
 REPLAY_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -165,6 +174,7 @@ class _Audit:
         self.started = time.perf_counter()
         self.phases: dict[str, float] = {}
         self.notes: list[str] = []
+        self._stats: dict[str, WeightStats | None] = {}
 
     def run(self) -> Report:
         self._place()
@@ -218,7 +228,7 @@ class _Audit:
         groups: dict[int, list[Sublayer]] = {}
         for site in self.sites:
             groups.setdefault(site.group, []).append(site)
-        effort = Effort(r.tol, r.confidence, r.max_products, r.seed, self._decider() if r.decide else None)
+        effort = Effort(r.tol, r.confidence, r.max_products, r.seed, self._decider(), early=r.decide)
         whole = not r.decide
         if r.progress is not None:
             r.progress.start(len(self.sites) + (0.4 * len(self.sites) if whole else 0), "measuring")
@@ -271,7 +281,6 @@ class _Audit:
                 self._stats[name] = weight_stats(name, params[name])
             return self._stats[name]
 
-        self._stats: dict[str, WeightStats | None] = getattr(self, "_stats", {})
         return figures
 
     # -- the report ------------------------------------------------------------------------------------------------
@@ -308,7 +317,7 @@ class _Audit:
                 "device": str(next(iter(params.values())).device) if params else "cpu", "seed": r.seed,
                 "decide": r.decide, "profile": r.profile, "name": r.source.name, "checks": checks,
             },
-            ladder=load_healthy() if self.state == "init" else [],
+            ladder=load_healthy(model.width) if self.state == "init" else [],
             notes=[*self.notes, *probe.notes],
             **_stamp(),
         )  # fmt: skip
@@ -344,13 +353,13 @@ def _weights_only(request: _Request) -> Report:
     return replace(report, plan=request.plan, settings=settings, **_stamp())
 
 
-def _stamp() -> dict[str, str]:
+def _stamp() -> dict[str, Any]:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {"created": now, "torch": torch.__version__, "jacdiag": jacdiag.__version__}
 
 
 def _peak_memory_mb() -> float:
-    """Peak of the device's allocator, or of the whole process on a CPU (ru_maxrss is in KiB on Linux, bytes on macOS)."""
+    """Peak of the device's allocator, or of the whole process on a CPU (ru_maxrss: KiB on Linux, bytes on macOS)."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -41,7 +41,7 @@ def language_model_loss(output: Any, token_ids: Tensor | None, seed: int = 0) ->
             return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets), "next-token cross entropy"
         if logits.shape[1] == 1:
             targets = torch.randint(logits.shape[2], (logits.shape[0],), generator=generator).to(logits.device)
-            return torch.nn.functional.cross_entropy(logits[:, 0], targets), "cross entropy, last position, random target"
+            return torch.nn.functional.cross_entropy(logits[:, 0], targets), "cross entropy of the last position"
     weight = torch.randn(logits.shape, generator=generator).to(logits)
     return (weight * logits).sum() / logits.numel() ** 0.5, "random linear functional of the output"
 

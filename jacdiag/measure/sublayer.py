@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -18,8 +18,9 @@ from torch import Tensor
 from jacdiag.errors import JacdiagError
 from jacdiag.measure.bounds import closed_form_bounds
 from jacdiag.measure.figures import gain_interval, spread_of
+from jacdiag.measure.linearise import Linearised, linearise, residual_map
 from jacdiag.report.schema import Interval, SublayerRecord, WeightStats
-from jacdiag.spectra import Composed, JacobianOperator, Operator, Shifted, Solution, Summed, independent_dims, top_singular
+from jacdiag.spectra import JacobianOperator, Operator, Solution, Summed, top_singular
 from jacdiag.trace import Sublayer
 
 Decide = Callable[[float, float], bool]
@@ -34,7 +35,8 @@ class Effort:
         confidence: probability with which an upper end holds.
         max_products: budget of products per norm.
         seed: of the random starts; each norm draws its own, so that results do not depend on the order of work.
-        decided: field name -> predicate on (lower, upper): the rules need no more. None: go on to `tol`.
+        decided: field name -> predicate on (lower, upper): the rules have what they need.
+        early: stop as soon as the rules are decided; else go on to `tol`, and beyond it until they are.
     """
 
     tol: float = 0.05
@@ -42,54 +44,7 @@ class Effort:
     max_products: int = 200
     seed: int = 0
     decided: Callable[[Sublayer], Mapping[str, Decide]] | None = None
-
-
-@dataclass
-class Linearised:
-    """A branch's Jacobian and its factors, built once."""
-
-    site: Sublayer
-    branch: Operator
-    core: Operator | None
-    owned: list[JacobianOperator]
-    dims: tuple[int, ...]
-    notes: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.site.shortcut.shape
-
-    def release(self) -> None:
-        for operator in self.owned:
-            operator.release()
-
-
-def linearise(site: Sublayer, generator: torch.Generator) -> Linearised:
-    """Builds the Jacobian of a branch at its recorded shortcut, as core o norm where it begins with a norm."""
-    x = site.shortcut
-    factored = site.has_input_norm and site.normalized.shape == x.shape
-    main = JacobianOperator(site.core, site.normalized, ()) if factored else JacobianOperator(site.branch, x, ())
-    owned = [main]
-    dims = independent_dims(main.pull_shaped, x.shape, main.value.shape, site.feature_dim, x.dtype, x.device, generator)
-    if factored:
-        owned.append(JacobianOperator(site.norm, x, ()))
-    notes = {}
-    if site.has_input_norm and not factored:
-        notes["core_norm"] = "the norm's output has another shape than the shortcut"
-    for operator in owned:
-        operator.set_batch_dims(dims)
-    branch: Operator = Composed(owned[0], owned[1]) if factored else main
-    core: Operator | None = main if factored else None
-    if not site.has_input_norm:
-        if site.placement == "reordered" and site.before_output_norm is not None:
-            inner = JacobianOperator(site.before_output_norm, x, ())
-            inner.set_batch_dims(dims)
-            owned.append(inner)
-            core = inner
-        else:
-            core = main
-    site._token_wise = set(dims) >= set(range(x.dim())) - {site.feature_dim % x.dim()}
-    return Linearised(site, branch, core, owned, dims, notes)
+    early: bool = False
 
 
 def measure_group(
@@ -135,7 +90,7 @@ def _measure(one: Linearised, effort: Effort, token_ids: Tensor | None, state: s
     decided = effort.decided(site) if effort.decided is not None else {}
     solve = partial(_solve, one, effort, token_ids)
     branch = solve(one.branch, "branch_norm", decided.get("branch_norm"))
-    operator, owned, why = _residual_operator(one)
+    operator, owned, why = residual_map(site, one.branch, one.dims)
     residual = None if operator is None else solve(operator, "residual_norm", decided.get("residual_norm"))
     for inner in owned:
         inner.release()
@@ -177,36 +132,10 @@ def _solve(one: Linearised, effort: Effort, token_ids: Tensor | None, operator: 
         max_products=effort.max_products,
         generator=_generator(effort, one.site, name),
         decide=decide,
+        early=effort.early,
     )
     lead = tuple(n for d, n in enumerate(one.shape) if d in one.dims)
     return solution.interval(lead, token_ids=token_ids)
-
-
-def _residual_operator(one: Linearised) -> tuple[Operator | None, list[JacobianOperator], str]:
-    """The map to the next shortcut: a I + J, and the norm behind it for post-norm. Parallel branches: this one alone."""
-    site = one.site
-    if site.value.shape != site.shortcut.shape:
-        return None, [], "branch and shortcut have different shapes"
-    operator, owned, why = _with_shortcut(site, one.branch, one.dims)
-    if operator is None or site.after is None or site.total is None:
-        return operator, owned, why
-    behind = JacobianOperator(site.after, site.total, ())
-    if behind.value.shape != site.total.shape:
-        behind.release()
-        return None, owned, "the norm behind the sum changes the shape"
-    behind.set_batch_dims(one.dims)
-    return Composed(behind, operator), [*owned, behind], why
-
-
-def _with_shortcut(site: Sublayer, branch: Operator, dims: tuple[int, ...]
-                   ) -> tuple[Operator | None, list[JacobianOperator], str]:  # fmt: skip
-    gain = site.shortcut_gain
-    if isinstance(gain, float):
-        return Shifted(branch, gain), [], ""
-    assert site.carry is not None
-    carry = JacobianOperator(site.carry, site.shortcut, ())
-    carry.set_batch_dims(dims)
-    return Summed([carry, branch]), [carry], ""
 
 
 def _joint_residual(built: Sequence[Linearised], effort: Effort) -> Interval | None:
@@ -218,17 +147,12 @@ def _joint_residual(built: Sequence[Linearised], effort: Effort) -> Interval | N
     for one in built:
         for operator in one.owned:
             operator.set_batch_dims(dims)
-    operator, owned, _ = _with_shortcut(first.site, Summed([one.branch for one in built]), dims)
-    if operator is None:
+    whole, owned, _ = residual_map(first.site, Summed([one.branch for one in built]), dims)
+    if whole is None:
         return None
-    if first.site.after is not None and first.site.total is not None:
-        behind = JacobianOperator(first.site.after, first.site.total, ())
-        behind.set_batch_dims(dims)
-        operator, owned = Composed(behind, operator), [*owned, behind]
-    whole = Linearised(first.site, operator, None, owned, dims)
-    interval = _solve(whole, effort, None, operator, "joint_residual_norm", None)
-    for inner in owned:
-        inner.release()
+    joint = Linearised(first.site, whole, None, owned, dims)
+    interval = _solve(joint, effort, None, whole, "joint_residual_norm", None)
+    joint.release()
     return interval
 
 
@@ -298,7 +222,7 @@ def _problems(dims: tuple[int, ...], x: Tensor, feature_dim: int) -> str:
 def _blank(site: Sublayer, token_ids: Tensor | None, why: str) -> SublayerRecord:
     """A record without norms: what could not be measured is null, with the reason."""
     site._token_wise = site._token_wise or False
-    notes = {name: why for name in ("branch_norm", "residual_norm", "core_norm")}
+    notes = dict.fromkeys(("branch_norm", "residual_norm", "core_norm"), why)
     if not _finite(site):
         return SublayerRecord(
             site.name, site.index, site.depth, site.kind, site.placement, site.parallel, None, site.nested,

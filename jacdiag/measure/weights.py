@@ -111,8 +111,12 @@ _EMBEDDING = re.compile(
 )
 _POSITION = re.compile(r"wpe|pos(ition)?", re.I)
 _HEAD = re.compile(r"(^|[._])(lm_head|output|head|embed_out)([._]|$)", re.I)
-_LETTERS = (("W_QKV", r"c_attn|qkv|query_key_value|in_proj|wqkv|attn_qkv"), ("W_Q", r"(^|[._])(w?q|q_proj|query)([._]|$)"),
-            ("W_K", r"(^|[._])(w?k|k_proj|key)([._]|$)"), ("W_V", r"(^|[._])(w?v|v_proj|value)([._]|$)"))  # fmt: skip
+_LETTERS = (
+    ("W_QKV", r"c_attn|qkv|query_key_value|in_proj|wqkv|attn_qkv"),
+    ("W_Q", r"(^|[._])(w?q|q_proj|query)([._]|$)"),
+    ("W_K", r"(^|[._])(w?k|k_proj|key)([._]|$)"),
+    ("W_V", r"(^|[._])(w?v|v_proj|value)([._]|$)"),
+)
 
 
 @dataclass

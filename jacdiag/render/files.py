@@ -34,9 +34,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     if target.is_dir():
         raise UsageError(f"cannot write '{target}'", got="a folder of that name", hint="name a file in it")
     if not target.parent.is_dir():
-        raise UsageError(
-            f"cannot write '{target}'", got="its folder does not exist", hint=f"mkdir -p {target.parent}"
-        )
+        raise UsageError(f"cannot write '{target}'", got="its folder does not exist", hint=f"mkdir -p {target.parent}")
     if not os.access(target.parent, os.W_OK | os.X_OK):
         raise UsageError(f"cannot write '{target}'", got=f"no permission to write in {target.parent.resolve()}")
 

@@ -75,9 +75,7 @@ def _plan(report: Report) -> str:
     plan = report.plan
     if plan.lr is None:
         return "no learning rate given"
-    others = [
-        f"{name} {value:g}" for name in ("warmup", "clip", "beta2") if (value := getattr(plan, name)) is not None
-    ]
+    others = [f"{name} {value:g}" for name in ("warmup", "clip", "beta2") if (value := getattr(plan, name)) is not None]
     return ", ".join([f"learning rate {plan.lr:g}", *others])
 
 

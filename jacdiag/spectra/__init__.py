@@ -83,13 +83,9 @@ def spectral_norm(
     """
     operator = JacobianOperator(fn, x, batch_dims)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    solution = top_singular(
-        operator, tol=tol, confidence=confidence, max_products=max_products, generator=generator
-    )
+    solution = top_singular(operator, tol=tol, confidence=confidence, max_products=max_products, generator=generator)
     lead = [x.shape[d] for d in operator.dims]
     estimate, lower, upper = (
         torch.from_numpy(a.copy()).reshape(lead) for a in (solution.estimate, solution.lower, solution.upper)
     )
-    return SpectralNorm(
-        estimate, lower, upper, confidence, solution.products, solution.converged, solution.sentence
-    )
+    return SpectralNorm(estimate, lower, upper, confidence, solution.products, solution.converged, solution.sentence)

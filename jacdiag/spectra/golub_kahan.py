@@ -113,6 +113,7 @@ def top_singular(
     max_products: int = 200,
     generator: torch.Generator | None = None,
     decide: Callable[[float, float], bool] | None = None,
+    early: bool = True,
     pad: float | None = None,
 ) -> Solution:
     """Largest singular value of every problem of an operator, with an interval.
@@ -123,7 +124,9 @@ def top_singular(
         confidence: of the upper end.
         max_products: budget; a step costs two.
         generator: of the random start (CPU). The upper end needs it: a warm start certifies nothing.
-        decide: predicate on (lower, upper) of the maximum; True stops.
+        decide: predicate on (lower, upper) of the maximum: the question that the norm is to answer is answered.
+        early: stop as soon as `decide` says so, however wide the interval is; else go on to `tol`, and beyond `tol`
+            until it says so.
         pad: rounding pad; that of the operator's dtype if not given.
 
     Returns:
@@ -141,31 +144,37 @@ def top_singular(
         upper = upper_ends(theta, lanczos.alphas, lanczos.betas, lanczos.exact, operator.domain, eps) if finite else top
         low, high = top * (1 - pad), upper * (1 + pad)
         products = operator.products - before
-        stop = _stop(finite, lanczos.exact, low, high, tol, decide, products, max_products)
+        stop = _stop(finite, lanczos.exact, low, high, tol, decide, early, products, max_products)
         if stop is None:
             continue
         if not finite:
             low, high = np.zeros_like(top), np.full_like(top, np.inf)
         return Solution(
-            low, high, top, confidence, products, lanczos.steps, stop, stop in (Stop.WIDTH, Stop.EXACT),
+            low, high, top, confidence, products, lanczos.steps, stop, stop is Stop.EXACT or _narrow(low, high, tol),
             lanczos.right, lanczos.alphas, lanczos.betas,
         )  # fmt: skip
 
 
 def _stop(
     finite: bool, exact: NDArray[np.bool_], low: Array, high: Array, tol: float,
-    decide: Callable[[float, float], bool] | None, products: int, budget: int,
+    decide: Callable[[float, float], bool] | None, early: bool, products: int, budget: int,
 ) -> Stop | None:  # fmt: skip
     if not finite:
         return Stop.NON_FINITE
     lower, upper = float(low.max()), float(high.max())
     if bool(exact.all()):
         return Stop.EXACT
-    if lower > 0 and upper <= lower * (1 + tol):
+    decided = decide is not None and decide(lower, upper)
+    if _narrow(low, high, tol) and (decide is None or decided):
         return Stop.WIDTH
-    if decide is not None and decide(lower, upper):
+    if early and decided:
         return Stop.DECIDED
     return Stop.BUDGET if products + 2 > budget else None
+
+
+def _narrow(low: Array, high: Array, tol: float) -> bool:
+    """Whether the interval of the maximum over problems has the width asked for."""
+    return bool(low.max() > 0 and high.max() <= low.max() * (1 + tol))
 
 
 class _Bidiagonalisation:

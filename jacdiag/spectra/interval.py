@@ -30,7 +30,7 @@ def bidiagonal(alphas: Array, betas: Array) -> Array:
 
 def ritz_values(alphas: Array, betas: Array) -> Array:
     """Singular values of the bidiagonal matrices, (P, k), largest first."""
-    return np.linalg.svd(bidiagonal(alphas, betas), compute_uv=False)
+    return np.asarray(np.linalg.svd(bidiagonal(alphas, betas), compute_uv=False), dtype=np.float64)
 
 
 def upper_ends(theta: Array, alphas: Array, betas: Array, exact: NDArray[np.bool_], domain: int, eps: float) -> Array:

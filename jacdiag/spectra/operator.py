@@ -50,8 +50,8 @@ class Operator:
 class JacobianOperator(Operator):
     """The Jacobian of `fn` at `x`, as one problem per index of the batch dimensions.
 
-    `pull` is the vjp of one forward, `push` the vjp of that pull at zero (the transpose of the transpose), so that only a
-    differentiable backward is needed and the primal is never computed again. Where torch.func refuses the function (a
+    `pull` is the vjp of one forward, `push` the vjp of that pull at zero (the transpose of the transpose), so that only
+    a differentiable backward is needed and the primal is never computed again. Where torch.func refuses the function (a
     custom autograd.Function without setup_context, saved-tensor hooks), the same two transposes are made with
     torch.autograd.
 
@@ -120,8 +120,8 @@ def _released(_: Tensor) -> Tensor:
 
 
 def _transposes(fn: Map, x: Tensor) -> tuple[Tensor, Map, Map]:
-    value, vjp = torch.func.vjp(fn, x)
-    _, transposed = torch.func.vjp(lambda w: vjp(w)[0], torch.zeros_like(value))
+    value, vjp = torch.func.vjp(fn, x)  # type: ignore[misc]
+    _, transposed = torch.func.vjp(lambda w: vjp(w)[0], torch.zeros_like(value))  # type: ignore[misc]
     return value.detach(), lambda w: vjp(w)[0], lambda u: transposed(u)[0]
 
 

@@ -1,4 +1,4 @@
-"""Which parameter belongs where: to a sub-layer, the embedding, the head, a norm outside, or to nothing we looked at."""
+"""Which parameter belongs where: to a sub-layer, the embedding, the head, a norm outside, or to nothing seen."""
 
 from __future__ import annotations
 

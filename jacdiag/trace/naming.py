@@ -32,7 +32,8 @@ def names_of(graph: Graph, homes: Sequence[int], kinds: Sequence[str]) -> list[s
     names = [f"{name}@{call}" if call > 1 else name for name, call in zip(names, calls, strict=True)]
     counts = Counter(names)
     names = [f"{n}:{kind}" if counts[n] > 1 else n for n, kind in zip(names, kinds, strict=True)]
-    counts, seen = Counter(names), Counter()
+    counts = Counter(names)
+    seen: Counter[str] = Counter()
     for i, name in enumerate(names):
         if counts[name] > 1:
             seen[name] += 1
@@ -71,9 +72,9 @@ def depths_of(graph: Graph, homes: Sequence[int], groups: Sequence[int]) -> list
 
     A sub-layer in no numbered module counts as a layer with all that share its shortcut.
     """
-    keys_by_level: list[list[tuple[object, ...]]] = []
-    for level in range(3):
-        keys_by_level.append([_layer_key(graph, home, group, level) for home, group in zip(homes, groups, strict=True)])
+    keys_by_level: list[list[tuple[object, ...]]] = [
+        [_layer_key(graph, home, group, level) for home, group in zip(homes, groups, strict=True)] for level in range(3)
+    ]
     score = [sum(n >= 2 for n in Counter(keys).values()) for keys in keys_by_level]
     keys = keys_by_level[score.index(max(score))] if score else []
     order = {key: depth for depth, key in enumerate(dict.fromkeys(keys))}

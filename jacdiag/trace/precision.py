@@ -7,6 +7,7 @@ float64 run) are answered with the run's own precision, so that every product ha
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -73,7 +74,7 @@ class Precision:
 
 
 def grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, **_: Any) -> Tensor:
-    """The product of row groups of `a` (n, k) with their own matrices `b` (g, k, m), which the kernel refuses in float64.
+    """The product of row groups of `a` (n, k) with their own matrices `b` (g, k, m); the kernel refuses float64.
 
     Args:
         a: rows, sorted by group.
@@ -84,7 +85,7 @@ def grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | 
         out = a @ b
     else:
         ends = [0, *offs.tolist()]
-        rows = [a[start:end] @ b[g] for g, (start, end) in enumerate(zip(ends, ends[1:], strict=False))]
+        rows = [a[start:end] @ b[g] for g, (start, end) in enumerate(itertools.pairwise(ends))]
         out = torch.cat([*rows, a.new_zeros(a.shape[0] - ends[-1], b.shape[-1])])
     return out if bias is None else out + bias
 

@@ -162,7 +162,7 @@ class Recorder(TorchFunctionMode):
         self._state_values: dict[str, int] = {}
 
     # -- values ----------------------------------------------------------------------------------------------------
-    def new_value(self, tensor: Tensor, node: int, position: int = 0, name: str = "", **flags: bool) -> int:
+    def new_value(self, tensor: Tensor, node: int, position: int = 0, name: str = "", **flags: Any) -> int:
         index = len(self.values)
         self.values.append(Value(index, node, position, tuple(tensor.shape), tensor.dtype, name, **flags))
         self._objects[id(tensor)] = (weakref.ref(tensor), index)
@@ -345,7 +345,7 @@ def collect_deep(value: Any, into: list[Tensor], depth: int = 4) -> None:
             items = value.values() if isinstance(value, dict) else value if not isinstance(value, slice) else ()
             for item in items:
                 collect_deep(item, into, depth - 1)
-    elif depth and hasattr(value, "__dict__") and not isinstance(value, (type, torch.nn.Module)) and not callable(value):
+    elif depth and hasattr(value, "__dict__") and not (isinstance(value, torch.nn.Module) or callable(value)):
         for item in vars(value).values():
             collect_deep(item, into, depth - 1)
 

@@ -266,7 +266,9 @@ class Replayer:
             stack.enter_context(Tap(precision, spots, visit))
             return torch.func.functional_call(self.skeleton.module(module), state, args, kwargs, strict=False)
 
-    def capture(self, invocations: set[int], values: dict[int, Spot], terms: dict[Any, Spot]) -> tuple[Any, dict[Any, Tensor]]:
+    def capture(
+        self, invocations: set[int], values: dict[int, Spot], terms: dict[Any, Spot]
+    ) -> tuple[Any, dict[Any, Tensor]]:
         """Runs the whole model again; snapshots the wanted module calls and keeps the wanted values.
 
         Returns the model's output (to be compared with the first run's) and the tensors by key of `values`/`terms`.

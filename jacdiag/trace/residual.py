@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from jacdiag.trace.record import Graph
 from jacdiag.trace.sums import Term
 
-PRODUCTS = {"linear", "matmul", "mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_", "einsum", "__matmul__", "__rmatmul__",
-            "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "bilinear",
-            "multi_head_attention_forward", "_grouped_mm", "grouped_mm", "_scaled_mm", "tensordot", "inner", "mv", "addmv",
-            "gru_cell", "lstm_cell", "rnn_tanh_cell", "rnn_relu_cell", "gru", "lstm", "chain_matmul",
-            "multi_dot"}  # fmt: skip
+PRODUCTS = frozenset(
+    """linear matmul mm bmm addmm addmm_ baddbmm baddbmm_ einsum __matmul__ __rmatmul__ conv1d conv2d conv3d
+    conv_transpose1d conv_transpose2d conv_transpose3d bilinear multi_head_attention_forward _grouped_mm
+    grouped_mm _scaled_mm tensordot inner mv addmv gru_cell lstm_cell rnn_tanh_cell rnn_relu_cell gru lstm
+    chain_matmul multi_dot""".split()
+)
 _CARRY = {"to", "float", "double", "half", "bfloat16", "type", "contiguous", "clone", "dropout", "dropout_", "view",
           "reshape", "mul", "__mul__", "__rmul__", "__imul__", "mul_", "div", "__truediv__", "__itruediv__", "div_",
           "identity", "view_as", "reshape_as", "unflatten", "flatten", "transpose", "permute", "T", "mT", "squeeze",

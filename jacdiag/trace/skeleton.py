@@ -129,8 +129,7 @@ def _copy_structure(module: nn.Module, memo: dict[int, Any], clones: list[Any]) 
     for kind in ("_parameters", "_buffers"):
         attributes[kind] = {name: _meta(tensor, memo) for name, tensor in module.__dict__[kind].items()}
     attributes["_modules"] = {
-        name: None if child is None else _copy_structure(child, memo, clones)
-        for name, child in module._modules.items()
+        name: None if child is None else _copy_structure(child, memo, clones) for name, child in module._modules.items()
     }
     return clone
 

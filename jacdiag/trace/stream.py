@@ -59,7 +59,7 @@ class Streams:
                 group.after = self._end(group.output)
 
     def _end(self, output: int) -> int:
-        """The last value before the first matrix product after the stream's last sum: behind a norm, if there is one."""
+        """The last value before the first matrix product after the stream's last sum: behind a norm, if any."""
         from jacdiag.trace.anatomy import waists
 
         cone = self.finder.cone(output, self.graph.outputs)

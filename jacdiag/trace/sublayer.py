@@ -122,7 +122,8 @@ class Sublayer:
             if y.shape != x.shape:
                 return None
             (diagonal,) = torch.autograd.grad(y.sum(), x, allow_unused=True)
-        if diagonal is None or not torch.allclose(diagonal * x, y, rtol=1e-5, atol=1e-6 * float(y.detach().abs().max())):
+        slack = 1e-6 * float(y.detach().abs().max())
+        if diagonal is None or not torch.allclose(diagonal * x, y, rtol=1e-5, atol=slack):
             return None
         first = diagonal.flatten()[0]
         return float(first) if bool((diagonal == first).all()) else diagonal

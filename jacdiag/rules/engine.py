@@ -1,0 +1,157 @@
+"""Selects the rules, runs them on a report, and puts the verdict together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from difflib import get_close_matches
+from typing import Any
+
+from jacdiag.errors import UsageError
+from jacdiag.report import Conditions, Finding, Report, RuleResult, Status, Verdict
+from jacdiag.report.thresholds import CUTS, Thresholds
+from jacdiag.rules import conditions, measurement
+from jacdiag.rules.compare import overall
+from jacdiag.rules.profile import profile_of
+from jacdiag.rules.rule import Context, Outcome, Rule
+
+RULES: tuple[Rule, ...] = (*conditions.RULES, *measurement.RULES)
+_CODES = tuple(rule.code for rule in RULES)
+
+
+def rule(code: str) -> Rule:
+    """Returns a rule by its code. Raises UsageError with the closest codes."""
+    for one in RULES:
+        if one.code == code.upper():
+            return one
+    near = get_close_matches(code.upper(), _CODES, n=3, cutoff=0.4)
+    raise UsageError(
+        f"no rule has the code '{code}'", hint=f"closest: {', '.join(near)}" if near else "`jacdiag rules` lists all"
+    )
+
+
+def selected(select: Iterable[str] = (), ignore: Iterable[str] = ()) -> tuple[Rule, ...]:
+    """The rules whose code begins with one of `select` (all if empty) and with none of `ignore`.
+
+    Raises:
+        UsageError: a prefix that no rule has; it would otherwise match nothing and pass.
+    """
+    wanted, unwanted = tuple(select), tuple(ignore)
+    for prefix in (*wanted, *unwanted):
+        if not any(code.startswith(prefix) for code in _CODES):
+            raise UsageError(f"no rule begins with '{prefix}'", hint=f"the rules are {', '.join(_CODES)}")
+    kept = [r for r in RULES if not wanted or r.code.startswith(wanted)]
+    return tuple(r for r in kept if not unwanted or not r.code.startswith(unwanted))
+
+
+def evaluate(
+    report: Report,
+    *,
+    thresholds: Thresholds,
+    profile: str | Mapping[str, Any] = "default",
+    select: Iterable[str] = (),
+    ignore: Iterable[str] = (),
+) -> Report:
+    """Runs the rules on a report.
+
+    Args:
+        report: measured, or of the weights-only tier.
+        thresholds: see `jacdiag.report.thresholds`.
+        profile: "default", "paper", or a table.
+        select, ignore: codes or prefixes.
+
+    Returns:
+        The same report with conditions, findings, rules and verdict filled in.
+    """
+    context = Context(report, thresholds, profile_of(profile, _CODES))
+    chosen = selected(select, ignore)
+    outcomes = {r.code: r.check(context, r) for r in chosen if not r.after}
+    context = replace(context, outcomes=outcomes)
+    outcomes = outcomes | {r.code: r.check(context, r) for r in chosen if r.after}
+    results = [_result(r, outcomes[r.code]) for r in chosen]
+    findings = [finding for r in chosen for finding in outcomes[r.code].findings]
+    settings = {**report.settings, "thresholds": _shown(report, thresholds), "profile": context.profile.name}
+    return replace(
+        report,
+        conditions=_conditions(report, outcomes),
+        findings=findings,
+        rules=results,
+        verdict=_verdict(findings, results, outcomes),
+        settings=settings,
+    )
+
+
+def _result(one: Rule, outcome: Outcome) -> RuleResult:
+    status: Status = "clean"
+    if outcome.findings:
+        status = "fired"
+    elif outcome.matched == 0:
+        status = "not-applicable"
+    elif outcome.undecided:
+        status = "unknown"
+    return RuleResult(one.code, status, outcome.matched, one.name, outcome.note)
+
+
+def _conditions(report: Report, outcomes: Mapping[str, Outcome]) -> Conditions:
+    def of(code: str) -> Any:
+        if report.tier == "weights" or code not in outcomes:
+            return "unknown"
+        return overall(list(outcomes[code].conditions.values()))
+
+    return Conditions(of("JD101"), of("JD102"))
+
+
+def _verdict(findings: list[Finding], results: list[RuleResult], outcomes: Mapping[str, Outcome]) -> Verdict:
+    """Fail for an error, warn for a warning; what was not decided, or did not apply at all, is never a pass."""
+    if any(f.level == "error" for f in findings):
+        return "fail"
+    if any(f.level == "warning" and f.code not in ("JD901", "JD904") for f in findings):
+        return "warn"
+    open_ones = any(r.status == "unknown" or outcomes[r.code].undecided for r in results)
+    applied = any(r.matched for r in results if r.code.startswith("JD1"))
+    return "unknown" if open_ones or not applied else "pass"
+
+
+def _shown(report: Report, thresholds: Thresholds) -> dict[str, dict[str, float]]:
+    """The cuts of this report's figures, in the figures' own units, for renderings to draw."""
+    scale = math.sqrt(2 * max(report.model.layers, 1))
+    placements = [row.placement or "pre" for row in report.sublayers]
+    usual = max(set(placements), key=placements.count) if placements else "pre"
+
+    def cuts(figure: str, stratum: str, factor: float = 1.0) -> dict[str, float]:
+        limits = thresholds.limits(figure, stratum)
+        return {cut: value * factor for cut in CUTS if (value := getattr(limits, cut)) is not None}
+
+    return {
+        "branch_norm": cuts("branch_norm", usual),
+        "core_norm": cuts("core_norm", "", 1 / scale),
+        "norm_gain": cuts("norm_gain", ""),
+    }
+
+
+def decision_points(
+    *,
+    kind: str,
+    placement: str,
+    state: str,
+    layers: int,
+    parallel: bool,
+    thresholds: Thresholds,
+    profile: str | Mapping[str, Any] = "default",
+) -> dict[str, tuple[float, ...]]:
+    """The values that the interval of each figure must not straddle, for the rules to be decided.
+
+    Args:
+        kind, placement, parallel: of the sub-layer.
+        state: of the model.
+        layers: depth N, for core_norm sqrt(2N).
+
+    Returns:
+        Field of a sub-layer's record -> thresholds in that field's own units.
+    """
+    points = {"branch_norm": thresholds.limits("branch_norm", placement).cuts}
+    if placement in conditions.SMALL.placements:
+        scale = math.sqrt(2 * max(layers, 1))
+        points["core_norm"] = tuple(cut / scale for cut in thresholds.limits("core_norm", kind).cuts)
+    return points

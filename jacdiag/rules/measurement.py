@@ -1,0 +1,110 @@
+"""JD901 to JD907: what the measurement itself has to say: undecided, not covered, off distribution, broken."""
+
+from __future__ import annotations
+
+from jacdiag.report import Finding, Level
+from jacdiag.rules import texts
+from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
+
+
+def _checks(context: Context) -> dict[str, object]:
+    found: dict[str, object] = context.report.settings.get("checks", {})
+    return found
+
+
+def _listed(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _undecided(context: Context, rule: Rule) -> Outcome:
+    open_ones = {code: o.undecided for code, o in context.outcomes.items() if o.undecided}
+    matched = sum(o.matched for o in context.outcomes.values())
+    if not open_ones:
+        return Outcome(matched)
+    where = list(dict.fromkeys(name for names in open_ones.values() for name in names))
+    what = f"{', '.join(open_ones)} undecided at {_listed(where)}"
+    level: Level = "warning" if context.report.state != "trained" else "info"
+    evidence = {"rules": {code: list(names) for code, names in open_ones.items()}}
+    fix = "more products (--max-products), or --dtype float64; the table says what could not be measured"
+    return Outcome(matched, [Finding(rule.code, context.level(rule, level), where, what, evidence, rule.summary, fix)])
+
+
+def _uncovered(context: Context, rule: Rule) -> Outcome:
+    model = context.report.model
+    if model.covered_parameters is None or not model.parameters:
+        return NOT_APPLICABLE
+    if not model.uncovered:
+        return Outcome(1)
+    share = 1 - model.covered_parameters / model.parameters
+    limit = context.thresholds.limits("uncovered").warning
+    level: Level = "warning" if limit is not None and share >= limit else "info"
+    what = f"{share:.1%} of the parameters are not covered: {_listed(model.uncovered)}"
+    evidence = {"share": share, "threshold": limit, "names": list(model.uncovered)}
+    return Outcome(1, [Finding(rule.code, context.level(rule, level), [], what, evidence, rule.summary)])
+
+
+def _off_distribution(context: Context, rule: Rule) -> Outcome:
+    probe = context.report.probe
+    if probe is None or context.report.state != "trained":
+        return NOT_APPLICABLE
+    if not probe.off_distribution:
+        return Outcome(1)
+    fix = "--tokens FILE with real text tokens; levels are capped at warning until then"
+    what = "a trained model probed with random tokens"
+    return Outcome(1, [Finding(rule.code, context.level(rule, "info"), [], what, {}, rule.summary, fix)])
+
+
+def _no_match(context: Context, rule: Rule) -> Outcome:
+    about = {code: o for code, o in context.outcomes.items() if code.startswith("JD1")}
+    if any(o.matched for o in about.values()) or _checks(context).get("deterministic") is False:
+        return Outcome(1)
+    why = "the weights alone carry no Jacobian" if context.report.tier == "weights" else "no sub-layer matched"
+    return Outcome(
+        1, [Finding(rule.code, context.level(rule, "warning"), [], f"no rule applied: {why}", {}, rule.summary)]
+    )
+
+
+def _non_deterministic(context: Context, rule: Rule) -> Outcome:
+    if "deterministic" not in _checks(context):
+        return NOT_APPLICABLE
+    if _checks(context)["deterministic"]:
+        return Outcome(1)
+    what = "two runs on the same probe differ: no norm was measured"
+    fix = "model.eval(), or a fixed seed inside the forward"
+    return Outcome(1, [Finding(rule.code, "error", [], what, {}, rule.summary, fix)])
+
+
+def _non_finite(context: Context, rule: Rule) -> Outcome:
+    names = _checks(context).get("non_finite")
+    if not isinstance(names, list):
+        return NOT_APPLICABLE
+    if not names:
+        return Outcome(1)
+    what = f"NaN or Inf in {_listed(names, 5)}"
+    where = [r.name for r in context.report.sublayers if set(r.parameters) & set(names)]
+    fix = "an earlier checkpoint; check the file's hash"
+    return Outcome(1, [Finding(rule.code, "error", where, what, {"parameters": names}, rule.summary, fix)])
+
+
+def _replay(context: Context, rule: Rule) -> Outcome:
+    wrong = _checks(context).get("replay")
+    if not isinstance(wrong, dict):
+        return NOT_APPLICABLE
+    if not wrong:
+        return Outcome(len(context.report.sublayers))
+    what = f"J^T w of {_listed(list(wrong))} differs from the whole model's; its figures are not used"
+    return Outcome(
+        len(context.report.sublayers),
+        [Finding(rule.code, context.level(rule, "warning"), list(wrong), what, {"errors": wrong}, rule.summary)],
+    )
+
+
+RULES = (
+    Rule("JD901", "undecided", "warning", **texts.UNDECIDED, check=_undecided, after=True),
+    Rule("JD902", "uncovered", "warning", **texts.UNCOVERED, check=_uncovered),
+    Rule("JD903", "off-distribution", "info", **texts.OFF_DISTRIBUTION, check=_off_distribution, states=("trained",)),
+    Rule("JD904", "no-match", "warning", **texts.NO_MATCH, check=_no_match, after=True),
+    Rule("JD905", "non-deterministic", "error", **texts.NON_DETERMINISTIC, check=_non_deterministic),
+    Rule("JD906", "non-finite-weights", "error", **texts.NON_FINITE, check=_non_finite),
+    Rule("JD907", "replay-differs", "warning", **texts.REPLAY, check=_replay),
+)

@@ -1,0 +1,57 @@
+"""How loudly rules speak: the default, the paper's conditions as errors, or a user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from jacdiag.errors import UsageError
+from jacdiag.report import LEVELS, Level
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A profile: for some rules, the level that they speak at where a value lies beyond `warning`."""
+
+    name: str
+    levels: Mapping[str, Level] = field(default_factory=dict)
+
+    def promoted(self, code: str, cut: Level) -> Level:
+        """The level for a value beyond a cut; what is beyond `info` only rises by as much as `warning` does."""
+        if code not in self.levels:
+            return cut
+        shift = LEVELS.index(self.levels[code]) - LEVELS.index("warning")
+        return LEVELS[min(max(LEVELS.index(cut) + shift, 0), len(LEVELS) - 1)]
+
+
+BUILT_IN = {"default": Profile("default"), "paper": Profile("paper", {"JD101": "error", "JD102": "error"})}
+
+
+def profile_of(wanted: str | Mapping[str, Any], codes: tuple[str, ...]) -> Profile:
+    """Returns a profile by name, or the one that a table describes: {"name": ..., "levels": {"JD103": "error"}}.
+
+    Raises:
+        UsageError: unknown name, rule code or level.
+    """
+    if isinstance(wanted, str):
+        if wanted not in BUILT_IN:
+            raise UsageError(
+                f"unknown profile '{wanted}'",
+                hint=f"built in: {', '.join(BUILT_IN)}; others: [tool.jacdiag.profiles.NAME]",
+            )
+        return BUILT_IN[wanted]
+    unknown = set(wanted) - {"name", "levels"}
+    levels = wanted.get("levels", {})
+    if unknown or not isinstance(levels, Mapping):
+        raise UsageError(
+            "a profile holds a table `levels`",
+            got=", ".join(sorted(unknown)) or repr(levels),
+            hint='levels = { JD103 = "error" }',
+        )
+    for code, level in levels.items():
+        if code not in codes or level not in LEVELS:
+            raise UsageError(
+                "a profile maps rule codes to levels", got=f"{code} = {level!r}", hint=f"levels: {', '.join(LEVELS)}"
+            )
+    return Profile(str(wanted.get("name", "custom")), dict(levels))

@@ -1,0 +1,95 @@
+"""What a rule is: its documentation and its check, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from jacdiag.report import LEVELS, Condition, Finding, Level, Report, SublayerRecord
+from jacdiag.report.thresholds import Thresholds
+from jacdiag.rules.profile import Profile
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a check sees: the report so far, the thresholds, the profile, for some rules the outcomes of the others."""
+
+    report: Report
+    thresholds: Thresholds
+    profile: Profile
+    outcomes: Mapping[str, Outcome] = field(default_factory=dict)
+
+    def rows(self, rule: Rule) -> list[SublayerRecord]:
+        """The sub-layers on the stream that a rule applies to, by state and placement."""
+        if self.report.tier != "measured" or self.report.state not in rule.states:
+            return []
+        return [r for r in self.report.sublayers if not r.nested and r.placement in rule.placements]
+
+    @property
+    def distrusted(self) -> Mapping[str, str]:
+        """Sub-layers whose figures cannot be trusted, with the reason."""
+        replay = self.report.settings.get("checks", {}).get("replay", {})
+        return dict.fromkeys(replay, "its replay differs from the whole model")
+
+    def level(self, rule: Rule, cut: Level) -> Level:
+        """How loudly a rule may speak: by profile; at info on a trained model; never an error off distribution."""
+        level = self.profile.promoted(rule.code, cut)
+        if self.report.state == "trained" and rule.observation_when_trained and rule.code not in self.profile.levels:
+            level = "info"
+        if level == "error" and self.report.probe is not None and self.report.probe.off_distribution:
+            level = "warning"
+        return level
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a check came out.
+
+    Attributes:
+        matched: how many sub-layers (or other things) it applied to; 0 is "not applicable", never a pass.
+        undecided: names whose interval lies across a threshold, or that could not be measured.
+        conditions: per sub-layer, for the two conditions of the paper.
+    """
+
+    matched: int
+    findings: list[Finding] = field(default_factory=list)
+    undecided: list[str] = field(default_factory=list)
+    note: str = ""
+    conditions: Mapping[str, Condition] = field(default_factory=dict)
+
+
+NOT_APPLICABLE = Outcome(0)
+ALL_PLACEMENTS = ("pre", "post", "sandwich", "reordered", "none")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule and its documentation; the texts are what `jacdiag explain CODE` shows.
+
+    Attributes:
+        code: never reused.
+        level: the most that the rule says by itself.
+        states, placements: what it applies to.
+        observation_when_trained: on a trained model it is shown at info.
+        check: from a context to an outcome.
+        after: it judges how the other rules came out, and runs when they have (`Context.outcomes`).
+    """
+
+    code: str
+    name: str
+    level: Level
+    summary: str
+    what: str
+    why: str
+    example: str
+    remedy: str
+    check: Callable[[Context, Rule], Outcome]
+    states: tuple[str, ...] = ("init", "trained")
+    placements: tuple[str, ...] = ALL_PLACEMENTS
+    observation_when_trained: bool = False
+    after: bool = False
+
+
+def louder(a: Level, b: Level) -> Level:
+    """The louder of two levels."""
+    return max(a, b, key=LEVELS.index)
