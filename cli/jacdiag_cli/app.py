@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             result = cli.main(args=args, prog_name="jacdiag", standalone_mode=False, obj=Invocation(args))
             return result if isinstance(result, int) else 0
         except BaseException as error:
-            return _interrupted() if interrupted or isinstance(error, KeyboardInterrupt) else _refuse(error)
+            real = (error.__cause__ or KeyboardInterrupt()) if isinstance(error, click.Abort) else error
+            return _interrupted() if interrupted or isinstance(real, KeyboardInterrupt) else _refuse(real)
 
 
 @contextmanager
@@ -86,8 +87,6 @@ def _interrupted() -> int:
 
 
 def _refuse(error: BaseException) -> int:
-    if isinstance(error, click.Abort) and error.__cause__ is not None:  # click takes an EOFError for the user's
-        error = error.__cause__
     if isinstance(error.__context__, BrokenPipeError):  # how click leaves when its reader has gone
         stop_writing(sys.stdout)
     elif isinstance(error, SystemExit):  # the model's own code: its exit code must not pass for ours

@@ -1,0 +1,43 @@
+"""Fixtures of the command line: run it in this process, with a made-up audit or with a real little model."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cli.rig import MODEL, Done, Stub
+from jacdiag_cli.app import main
+
+
+@pytest.fixture
+def jd(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Done]:
+    """Runs a command in an empty folder (so that no configuration is near) and returns what it left."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args: object) -> Done:
+        capsys.readouterr()
+        code = main([str(arg) for arg in args])
+        left = capsys.readouterr()
+        return Done(code, left.out, left.err)
+
+    return run
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> Stub:
+    """Puts a made-up audit in place of the real one; torch is not needed for it."""
+    made, module = Stub(), types.ModuleType("jacdiag.auditing")
+    module.audit = made  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "jacdiag.auditing", module)
+    return made
+
+
+@pytest.fixture
+def factory(tmp_path: Path) -> str:
+    """A factory file; append a callable's name."""
+    path = tmp_path / "build.py"
+    path.write_text(MODEL, encoding="utf-8")
+    return f"{path}:"

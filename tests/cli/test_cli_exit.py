@@ -1,0 +1,129 @@
+"""Exit codes, and the message that each kind of trouble gets."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+from cli.rig import Done, Stub
+from render import synthetic
+
+from jacdiag.errors import MeasureError, ProbeError, SourceError, TraceError, UsageError
+from jacdiag.report import Report
+
+Run = Callable[..., Done]
+
+WARNING = synthetic.vanilla
+ERROR = synthetic.broken
+CLEAN = synthetic.clean
+
+
+def info() -> Report:
+    report = synthetic.vanilla()
+    return dataclasses.replace(report, findings=[dataclasses.replace(f, level="info") for f in report.findings])
+
+
+@pytest.mark.parametrize(
+    ("build", "fail_on", "code"),
+    [
+        (CLEAN, "info", 0),
+        (CLEAN, "error", 0),
+        (info, "info", 1),
+        (info, "warning", 0),
+        (WARNING, "info", 1),
+        (WARNING, "warning", 1),
+        (WARNING, "error", 0),
+        (WARNING, "never", 0),
+        (ERROR, "warning", 1),
+        (ERROR, "error", 1),
+        (ERROR, "never", 0),
+        (synthetic.undecided, "error", 0),
+        (synthetic.weights_tier, "error", 0),
+    ],
+)
+def test_fail_on(jd: Run, stub: Stub, build: Callable[[], Report], fail_on: str, code: int) -> None:
+    stub.report = build()
+    assert jd("audit", "checkpoint.pt", "--fail-on", fail_on).code == code
+
+
+def test_the_default_fails_on_errors_only(jd: Run, stub: Stub) -> None:
+    assert jd("audit", "checkpoint.pt").code == 0
+    stub.report = synthetic.broken()
+    assert jd("audit", "checkpoint.pt").code == 1
+
+
+@pytest.mark.parametrize("kind", [SourceError, ProbeError, TraceError, MeasureError, UsageError])
+def test_a_refusal_says_what_got_try(jd: Run, stub: Stub, kind: type[SourceError]) -> None:
+    stub.error = kind("cannot read 'x.pt'", got="an empty file", hint="copy it again")
+    done = jd("audit", "x.pt", "--json", "report.json")
+    assert (done.code, done.out) == (2, "")
+    assert done.err == "error: cannot read 'x.pt'\n  got: an empty file\n  try: copy it again\n"
+
+
+def test_a_refusal_of_many_lines_stays_aligned(jd: Run, stub: Stub) -> None:
+    stub.error = SourceError("weights do not fit", got="missing a\nmissing b")
+    assert jd("audit", "x.pt").err == "error: weights do not fit\n  got: missing a\n       missing b\n"
+
+
+def test_a_bug_is_told_apart(jd: Run, stub: Stub) -> None:
+    stub.error = ZeroDivisionError("by a bug")
+    done = jd("audit", "x.pt")
+    assert (done.code, done.out) == (70, "")
+    assert "Traceback" in done.err and "this is a bug in jacdiag" in done.err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+    ids=["python", "cuda", "cpu"],
+)
+def test_out_of_memory(jd: Run, stub: Stub, error: Exception) -> None:
+    stub.error = error
+    done = jd("audit", "x.pt")
+    assert done.code == 2 and "out of memory" in done.err and "--batch 1" in done.err
+
+
+def test_ctrl_c(jd: Run, stub: Stub) -> None:
+    stub.error = KeyboardInterrupt()
+    done = jd("audit", "x.pt", "--json", "report.json")
+    assert (done.code, done.out) == (130, "")
+    assert "interrupted" in done.err and "Traceback" not in done.err
+
+
+def test_the_exit_code_of_the_guest_is_not_ours(jd: Run, stub: Stub) -> None:
+    stub.error = SystemExit(0)
+    done = jd("audit", "x.pt")
+    assert done.code == 2 and "sys.exit(0)" in done.err
+
+
+def test_the_end_of_a_guests_file_is_not_ctrl_c(jd: Run, stub: Stub) -> None:
+    stub.error = EOFError("Ran out of input")
+    assert jd("audit", "x.pt").code == 70
+
+
+@pytest.mark.parametrize("args", [["-h"], ["--help"], ["--version"], ["audit", "-h"], ["sites", "-h"], ["rules", "-h"]])
+def test_help_is_no_failure(jd: Run, args: list[str]) -> None:
+    done = jd(*args)
+    assert (done.code, done.err) == (0, "") and done.out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "Usage: jacdiag"),
+        (["adit", "x.pt"], "No such command 'adit'"),
+        (["audit"], "Missing argument 'SOURCE'"),
+        (["audit", "a.pt", "b.pt"], "unexpected extra argument"),
+        (["audit", "a.pt", "--fial-on", "never"], "No such option"),
+        (["explain"], "Missing argument 'CODE'"),
+    ],
+)
+def test_usage(jd: Run, stub: Stub, args: list[str], message: str) -> None:
+    done = jd(*args)
+    assert (done.code, done.out) == (2, "") and message in done.err
+    assert stub.calls == 0

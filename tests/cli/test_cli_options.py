@@ -1,0 +1,191 @@
+"""Options: what is refused at the door, what reaches the audit, and what a configuration adds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli.rig import Done, Stub, files
+
+Run = Callable[..., Done]
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["--fail-on", "sometimes"], "--fail-on"),
+        (["--format", "yaml"], "--format"),
+        (["--dtype", "float16"], "--dtype"),
+        (["--state", "frozen"], "--state"),
+        (["--sort", "name"], "--sort"),
+        (["--batch", "0"], "--batch"),
+        (["--batch", "two"], "--batch"),
+        (["--seq", "-1"], "--seq"),
+        (["--seed", "-1"], "--seed"),
+        (["--tol", "0"], "--tol"),
+        (["--tol", "nan"], "--tol"),
+        (["--tol", "inf"], "--tol"),
+        (["--confidence", "1"], "--confidence"),
+        (["--confidence", "0"], "--confidence"),
+        (["--max-products", "3"], "--max-products"),
+        (["--lr", "0"], "--lr"),
+        (["--lr", "-0.5"], "--lr"),
+        (["--warmup", "1.5"], "--warmup"),
+        (["--clip", "0"], "--clip"),
+        (["--beta2", "1"], "--beta2"),
+        (["--device", "gpu"], "--device"),
+        (["--device", "cuda:x"], "--device"),
+        (["--model-args", "{"], "--model-args"),
+        (["--model-args", "[1]"], "--model-args"),
+        (["--select", "JD7"], "--select"),
+        (["--ignore", "E501"], "--ignore"),
+    ],
+    ids=" ".join,
+)
+def test_a_value_without_meaning(jd: Run, stub: Stub, tmp_path: Path, args: list[str], named: str) -> None:
+    done = jd("audit", "x.pt", *args, "--json", "report.json")
+    assert (done.code, done.out, stub.calls) == (2, "", 0)
+    assert f"Invalid value for '{named}'" in done.err and args[-1] in done.err
+    assert files(tmp_path) == set()
+
+
+def test_what_reaches_the_audit(jd: Run, stub: Stub) -> None:
+    done = jd(
+        "audit", "run.pt", "--model", "b.py:f", "--model-args", '{"n": 1}', "--trust-pickle", "--tokens", "t.npy",
+        "--inputs", "b.py:g", "--batch", 3, "--seq", 9, "--seed", 5, "--device", "cpu", "--dtype", "float64", "--tol",
+        0.1, "--confidence", 0.99, "--decide", "--max-products", 50, "--state", "trained", "--lr", 3e-4, "--warmup", 10,
+        "--clip", 1, "--beta2", 0.95, "--profile", "paper", "--select", "jd101,JD102", "--select", "JD9", "--ignore",
+        "JD104",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    asked = dict(stub.asked)
+    assert asked.pop("progress") is not None
+    assert asked == {
+        "source": "run.pt", "model": "b.py:f", "model_args": {"n": 1}, "trust_pickle": True, "tokens": "t.npy",
+        "input_factory": "b.py:g", "batch": 3, "seq": 9, "seed": 5, "device": "cpu", "dtype": "float64", "tol": 0.1,
+        "confidence": 0.99, "decide": True, "max_products": 50, "state": "trained", "lr": 3e-4, "warmup": 10,
+        "clip": 1.0, "beta2": 0.95, "profile": "paper", "select": ("JD101", "JD102", "JD9"), "ignore": ("JD104",),
+        "thresholds": None,
+    }  # fmt: skip
+
+
+def test_defaults_are_the_librarys(jd: Run, stub: Stub) -> None:
+    import inspect
+
+    from jacdiag.auditing import audit
+
+    assert audit is stub
+    jd("audit", "run.pt")
+    del stub.asked["source"], stub.asked["progress"]
+    import importlib
+    import sys
+
+    del sys.modules["jacdiag.auditing"]
+    real = inspect.signature(importlib.import_module("jacdiag.auditing").audit).parameters
+    assert stub.asked == {name: real[name].default for name in stub.asked}
+    missing = set(real) - set(stub.asked) - {"source", "inputs", "progress"}
+    assert not missing, f"the command line cannot say {missing}"
+
+
+@pytest.mark.parametrize("name", ["jacdiag.toml", "pyproject.toml"])
+def test_configuration(jd: Run, stub: Stub, tmp_path: Path, name: str) -> None:
+    table = "tool.jacdiag" if name == "pyproject.toml" else None
+    head = f"[{table}]\n" if table else ""
+    inner = f"[{table}.thresholds.norm_gain]" if table else "[thresholds.norm_gain]"
+    text = f'{head}tol = 0.2\nbatch = 4\nselect = ["JD1", "JD9"]\nfail-on = "warning"\nmodel = "sub/b.py:f"\n'
+    (tmp_path / name).write_text(f"{text}{inner}\nwarning = 3.0\n")
+    assert jd("audit", "run.pt", "--batch", 1).code == 1
+    asked = stub.asked
+    assert (asked["tol"], asked["batch"], asked["select"]) == (0.2, 1, ("JD1", "JD9"))
+    assert asked["model"] == str(tmp_path / "sub/b.py:f")
+    assert asked["thresholds"] == {"norm_gain": {"warning": 3.0}}
+
+
+def test_one_text_is_one_value(jd: Run, stub: Stub, tmp_path: Path) -> None:
+    (tmp_path / "jacdiag.toml").write_text('ignore = "JD101,JD9"\n')
+    assert jd("audit", "run.pt").code == 0
+    assert stub.asked["ignore"] == ("JD101", "JD9")
+
+
+def test_jacdiag_toml_goes_first_and_parents_are_searched(
+    jd: Run, stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pyproject.toml").write_text("[tool.jacdiag]\nseed = 1\n")
+    (tmp_path / "jacdiag.toml").write_text("seed = 2\n")
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "deep" / "pyproject.toml").write_text('[project]\nname = "no settings of ours"\n')
+    monkeypatch.chdir(tmp_path / "deep" / "er")
+    jd("audit", "run.pt")
+    assert stub.asked["seed"] == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tol = ", "cannot read"),
+        ("tool = 0.1", "the closest known one is 'tol'"),
+        ("trust-pickle = true", "cannot be set in"),
+        ("trust_pickle = true", "cannot be set in"),
+        ("tol = -1", "(from"),
+        ('fail-on = "often"', "(from"),
+        ("thresholds = 3", "must be a table"),
+        ('profile = "mine"', "unknown profile 'mine'"),
+    ],
+)
+def test_a_configuration_that_has_no_meaning(jd: Run, stub: Stub, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "jacdiag.toml").write_text(text + "\n")
+    done = jd("audit", "run.pt")
+    assert (done.code, stub.calls) == (2, 0)
+    assert message in done.err and "Traceback" not in done.err
+    assert jd("audit", "-h").code == 0
+
+
+def test_the_command_line_is_blamed_for_its_own(jd: Run, stub: Stub, tmp_path: Path) -> None:
+    (tmp_path / "jacdiag.toml").write_text("tol = 0.1\n")
+    assert "(from" not in jd("audit", "run.pt", "--tol", "-1").err
+
+
+PROFILES = """
+[thresholds.norm_gain]
+warning = 3.0
+error = 9.0
+[profiles.strict]
+base = "paper"
+select = ["JD1"]
+fail-on = "info"
+[profiles.strict.thresholds.norm_gain]
+warning = 2.0
+"""
+
+
+def test_a_profile_of_ones_own(jd: Run, stub: Stub, tmp_path: Path) -> None:
+    (tmp_path / "jacdiag.toml").write_text(PROFILES)
+    assert jd("audit", "run.pt", "--profile", "strict").code == 1
+    assert (stub.asked["profile"], stub.asked["select"]) == ("paper", ("JD1",))
+    assert stub.asked["thresholds"] == {"norm_gain": {"warning": 2.0, "error": 9.0}}
+
+
+def test_the_command_line_wins_over_a_profile(jd: Run, stub: Stub, tmp_path: Path) -> None:
+    (tmp_path / "jacdiag.toml").write_text(PROFILES)
+    done = jd("audit", "run.pt", "--profile", "strict", "--fail-on", "never", "--select", "JD102")
+    assert (done.code, stub.asked["select"]) == (0, ("JD102",))
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"base": '"strange"'}, "unknown base"),
+        ({"colour": "1"}, "unknown key 'colour'"),
+        ({"fail-on": '"often"'}, "'fail-on' of profile"),
+        ({"select": '["X1"]'}, "'select' of profile"),
+        ({"thresholds": "2"}, "must be a table"),
+    ],
+)
+def test_a_profile_without_meaning(jd: Run, stub: Stub, tmp_path: Path, table: dict[str, Any], message: str) -> None:
+    lines = "".join(f"{key} = {value}\n" for key, value in table.items())
+    (tmp_path / "jacdiag.toml").write_text(f"[profiles.p]\n{lines}")
+    done = jd("audit", "run.pt", "--profile", "p")
+    assert (done.code, stub.calls) == (2, 0)
+    assert message in done.err and "Traceback" not in done.err
