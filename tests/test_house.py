@@ -12,7 +12,6 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import click
 import pytest
 
 import jacdiag
@@ -199,8 +198,7 @@ def test_frozen_commands() -> None:
 def test_frozen_defaults() -> None:
     from jacdiag_cli.app import cli
 
-    context = click.Context(cli.commands["audit"])
-    found = {param.name: param.get_default(context) for param in context.command.params}
+    found = cli.commands["audit"].make_context("audit", ["checkpoint.pt"]).params
     assert {name: found[name] for name in DEFAULTS} == DEFAULTS
 
 

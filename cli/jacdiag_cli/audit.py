@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jacdiag.errors import UsageError
-from jacdiag_cli.config import Configured, current, resolve_profile
+from jacdiag_cli.config import Configured, Profile, current, resolve_profile
 from jacdiag_cli.options import JUDGEMENT, OUTPUT, PROBE, SOLVER, SOURCE, add
 from jacdiag_cli.output import Invocation, console, emit, guest_talk, say
 from jacdiag_cli.progress import bar
@@ -44,6 +44,7 @@ def audit(invocation: Invocation, source: str, **given: Any) -> int:
     """
     files = _files(source, given["json_file"], given["plot_file"])
     profile = resolve_profile(click.get_current_context(), current())
+    _check_rules(profile)
     with guest_talk(), bar("reading the model") as progress:
         from jacdiag.auditing import audit as run
 
@@ -51,7 +52,7 @@ def audit(invocation: Invocation, source: str, **given: Any) -> int:
             source,
             **{name: given[name] for name in _ASKED},
             input_factory=given["inputs"],
-            profile=profile.base,
+            profile=profile.levels,  # type: ignore[arg-type]
             select=_flat(profile.select),
             ignore=_flat(profile.ignore),
             thresholds=profile.thresholds or None,
@@ -66,6 +67,16 @@ def audit(invocation: Invocation, source: str, **given: Any) -> int:
 
 def _flat(groups: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
     return tuple(code for group in groups for code in group)
+
+
+def _check_rules(profile: Profile) -> None:
+    """Refuses levels and thresholds without meaning here, rather than when everything has been measured."""
+    from jacdiag.report.thresholds import load_thresholds
+    from jacdiag.rules import RULES
+    from jacdiag.rules.profile import profile_of
+
+    profile_of(profile.levels, tuple(rule.code for rule in RULES))
+    load_thresholds(profile.thresholds)
 
 
 def _files(source: str, json_file: str | None, plot_file: str | None) -> dict[str, Path]:

@@ -13,7 +13,8 @@ import click
 
 from jacdiag.errors import UsageError
 
-BASES = ("default", "paper")
+BUILT_IN = ("default", "paper")
+PROFILE_KEYS = ("levels", "thresholds", "select", "ignore", "fail-on")
 TABLES = ("thresholds", "profiles")
 FROM_COMMAND_LINE_ONLY = ("trust-pickle",)  # a file in somebody's repository must not switch a safeguard off
 _FILES = ("tokens", "json", "plot")
@@ -148,9 +149,9 @@ def current() -> Config:
 
 @dataclass(frozen=True)
 class Profile:
-    """What `--profile` comes to: a profile that the rules know, and what the configuration changes in it."""
+    """What `--profile` comes to: levels (a name, or a table by rule code), and what else the configuration sets."""
 
-    base: str
+    levels: str | dict[str, Any]
     thresholds: dict[str, Any]
     select: tuple[tuple[str, ...], ...]
     ignore: tuple[tuple[str, ...], ...]
@@ -158,16 +159,16 @@ class Profile:
 
 
 def resolve_profile(context: click.Context, config: Config) -> Profile:
-    """Looks a profile up: `[profiles.NAME]` may hold base, thresholds, select, ignore and fail-on.
+    """Looks a profile up: `[profiles.NAME]` may hold what `PROFILE_KEYS` lists.
 
     Raises:
         UsageError: no profile of that name, or one that holds something else.
     """
     given, name = context.params, str(context.params["profile"])
-    if name in BASES:
+    if name in BUILT_IN:
         return Profile(name, config.thresholds, given["select"], given["ignore"], given["fail_on"])
     if name not in config.profiles:
-        known = ", ".join([*BASES, *config.profiles])
+        known = ", ".join([*BUILT_IN, *config.profiles])
         add = f"add [tool.jacdiag.profiles.{name}] to pyproject.toml, or [profiles.{name}] to jacdiag.toml"
         raise UsageError(f"unknown profile '{name}'", got=f"the known ones are {known}", hint=add)
     table, where = config.profiles[name], f"profile '{name}' in {config.path}"
@@ -182,18 +183,17 @@ def resolve_profile(context: click.Context, config: Config) -> Profile:
             except click.BadParameter as error:
                 raise UsageError(f"'{key}' of {where} has no meaning", got=error.message) from error
     thresholds = merged(config.thresholds, table.get("thresholds", {}))
-    return Profile(table.get("base", "default"), thresholds, values["select"], values["ignore"], values["fail_on"])
+    levels = {"name": name, "levels": table.get("levels", {})}
+    return Profile(levels, thresholds, values["select"], values["ignore"], values["fail_on"])
 
 
 def _check_profile(table: Any, where: str) -> None:
-    allowed = ("base", "thresholds", "select", "ignore", "fail-on")
-    if not isinstance(table, dict) or (unknown := sorted(set(table) - set(allowed))):
+    if not isinstance(table, dict) or (unknown := sorted(set(table) - set(PROFILE_KEYS))):
         got = repr(table) if not isinstance(table, dict) else f"unknown key '{unknown[0]}'"
-        raise UsageError(f"{where} cannot be used", got=got, hint=f"a table of {', '.join(allowed)}")
-    if table.get("base", "default") not in BASES:
-        raise UsageError(f"{where} has an unknown base", got=repr(table["base"]), hint=f"one of {', '.join(BASES)}")
-    if not isinstance(table.get("thresholds", {}), dict):
-        raise UsageError(f"'thresholds' of {where} must be a table", got=repr(table["thresholds"]))
+        raise UsageError(f"{where} cannot be used", got=got, hint=f"a table of {', '.join(PROFILE_KEYS)}")
+    for key in ("levels", "thresholds"):
+        if not isinstance(table.get(key, {}), dict):
+            raise UsageError(f"'{key}' of {where} must be a table", got=repr(table[key]))
 
 
 def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def explain(code: str) -> None:
     parts = [
         f"{found.code} {found.name}  (at most {found.level}; {applies_to(found)})",
         _wrapped(found.summary, ""),
-        *(f"{title}\n{_wrapped(text, '  ')}" for title, text in _sections(found) if text.strip()),
+        *(f"{title}\n{_wrapped(text, '  ', title != 'Example')}" for title, text in _sections(found) if text.strip()),
     ]
     emit("\n\n".join(parts) + "\n")
 
@@ -37,13 +37,13 @@ def _sections(found: object) -> list[tuple[str, str]]:
     return [(title, str(getattr(found, field))) for title, field in named]
 
 
-def _wrapped(text: str, indent: str) -> str:
-    """Wraps paragraphs to the terminal; a paragraph with an indented line (an equation, code) stays as it is."""
+def _wrapped(text: str, indent: str, prose: bool = True) -> str:
+    """Wraps paragraphs to the terminal; code, and a paragraph with an indented line (an equation), stay as they are."""
     width = min(room() or _WIDEST, _WIDEST)
     paragraphs = []
     for paragraph in textwrap.dedent(text).strip("\n").split("\n\n"):
         lines = paragraph.splitlines()
-        if any(line.startswith(" ") for line in lines):
+        if not prose or any(line.startswith(" ") for line in lines):
             paragraphs.append("\n".join(indent + line if line else "" for line in lines))
         else:
             paragraphs.append(textwrap.fill(paragraph, width, initial_indent=indent, subsequent_indent=indent,

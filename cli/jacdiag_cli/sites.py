@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -59,6 +61,7 @@ def _trace(source: str, given: dict[str, Any]) -> tuple[Source, Sites]:
     if loaded.model is None:
         raise SourceError(
             f"'{source}' holds weights, and no model that they belong to is known",
+            got=loaded.why_weights or None,
             hint="--model FACTORY builds it; `jacdiag audit` looks at the weights alone",
         )
     wanted = given["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -139,8 +142,16 @@ def _columns(rows: list[dict[str, Any]]) -> list[Column]:
         Column("parallel", [_both(row) for row in rows], 5),
         Column("shape", [_times(row["shape"]) for row in rows], 4),
         Column("parameters", [f"{_count(row['parameters'].values()):,}" for row in rows], 7, right=True),
-        Column("added at", [row["line"] for row in rows], 3),
+        Column("added at", [_near(row["line"]) for row in rows], 3),
     ]
+
+
+def _near(line: str) -> str:
+    """A source line from here where it lies below, else its file with the folder that it is in."""
+    path, _, number = line.rpartition(":")
+    with contextlib.suppress(ValueError):
+        return f"{Path(path).relative_to(Path.cwd())}:{number}"
+    return "/".join([*Path(path).parts[-2:-1], f"{Path(path).name}:{number}"]) if path else line
 
 
 def _both(row: dict[str, Any]) -> str:

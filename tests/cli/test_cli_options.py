@@ -95,12 +95,12 @@ def test_configuration(jd: Run, stub: Stub, tmp_path: Path, name: str) -> None:
     head = f"[{table}]\n" if table else ""
     inner = f"[{table}.thresholds.norm_gain]" if table else "[thresholds.norm_gain]"
     text = f'{head}tol = 0.2\nbatch = 4\nselect = ["JD1", "JD9"]\nfail-on = "warning"\nmodel = "sub/b.py:f"\n'
-    (tmp_path / name).write_text(f"{text}{inner}\nwarning = 3.0\n")
+    (tmp_path / name).write_text(f"{text}{inner}\nwarning = 30.0\n")
     assert jd("audit", "run.pt", "--batch", 1).code == 1
     asked = stub.asked
     assert (asked["tol"], asked["batch"], asked["select"]) == (0.2, 1, ("JD1", "JD9"))
     assert asked["model"] == str(tmp_path / "sub/b.py:f")
-    assert asked["thresholds"] == {"norm_gain": {"warning": 3.0}}
+    assert asked["thresholds"] == {"norm_gain": {"warning": 30.0}}
 
 
 def test_one_text_is_one_value(jd: Run, stub: Stub, tmp_path: Path) -> None:
@@ -150,12 +150,14 @@ def test_the_command_line_is_blamed_for_its_own(jd: Run, stub: Stub, tmp_path: P
 PROFILES = """
 [thresholds.norm_gain]
 warning = 3.0
-error = 9.0
+error = 90.0
 [profiles.strict]
-base = "paper"
 select = ["JD1"]
 fail-on = "info"
+[profiles.strict.levels]
+JD103 = "error"
 [profiles.strict.thresholds.norm_gain]
+info = 1.5
 warning = 2.0
 """
 
@@ -163,8 +165,9 @@ warning = 2.0
 def test_a_profile_of_ones_own(jd: Run, stub: Stub, tmp_path: Path) -> None:
     (tmp_path / "jacdiag.toml").write_text(PROFILES)
     assert jd("audit", "run.pt", "--profile", "strict").code == 1
-    assert (stub.asked["profile"], stub.asked["select"]) == ("paper", ("JD1",))
-    assert stub.asked["thresholds"] == {"norm_gain": {"warning": 2.0, "error": 9.0}}
+    assert stub.asked["profile"] == {"name": "strict", "levels": {"JD103": "error"}}
+    assert stub.asked["select"] == ("JD1",)
+    assert stub.asked["thresholds"] == {"norm_gain": {"info": 1.5, "warning": 2.0, "error": 90.0}}
 
 
 def test_the_command_line_wins_over_a_profile(jd: Run, stub: Stub, tmp_path: Path) -> None:
@@ -176,7 +179,9 @@ def test_the_command_line_wins_over_a_profile(jd: Run, stub: Stub, tmp_path: Pat
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"base": '"strange"'}, "unknown base"),
+        ({"levels": '{ JD103 = "loud" }'}, "JD103 = 'loud'"),
+        ({"levels": '{ JD777 = "error" }'}, "JD777"),
+        ({"thresholds": "{ colour = { warning = 1 } }"}, "colour"),
         ({"colour": "1"}, "unknown key 'colour'"),
         ({"fail-on": '"often"'}, "'fail-on' of profile"),
         ({"select": '["X1"]'}, "'select' of profile"),

@@ -1,0 +1,87 @@
+"""`jacdiag rules` and `jacdiag explain`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cli.rig import ROOT, Done, on_terminal
+
+from jacdiag.rules import RULES
+
+Run = Callable[..., Done]
+CODES = [rule.code for rule in RULES]
+
+
+def test_every_rule_has_a_line(jd: Run) -> None:
+    done = jd("rules")
+    assert (done.code, done.err) == (0, "")
+    head, *lines = done.out.splitlines()
+    assert head.split("  ")[0] == "code"
+    assert [line.split()[0] for line in lines if line.startswith("JD")] == CODES
+    for rule, line in zip(RULES, lines, strict=False):
+        assert rule.name in line and rule.level in line and rule.summary in line
+
+
+def test_rules_as_json(jd: Run) -> None:
+    rows = json.loads(jd("rules", "--format", "json").out)
+    assert [row["code"] for row in rows] == CODES
+    assert set(rows[0]) == {"code", "name", "level", "states", "placements", "summary"}
+    assert all(row["level"] in ("info", "warning", "error") and row["states"] and row["placements"] for row in rows)
+
+
+@pytest.mark.parametrize("columns", [20, 50, 80])
+def test_rules_on_a_narrow_terminal(tmp_path: Path, columns: int) -> None:
+    code = "\n".join(
+        [
+            "import sys",
+            f"sys.path[:0] = {[str(ROOT), str(ROOT / 'cli')]!r}",
+            "from jacdiag_cli.app import main",
+            "sys.exit(main(['rules']))",
+        ]
+    )
+    done = on_terminal(code, tmp_path, columns=columns)
+    assert done.code == 0
+    rows = [line for line in done.out.splitlines() if line.startswith("JD")]
+    assert len(rows) == len(CODES) and all(len(row) <= columns for row in rows)
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_explain(jd: Run, code: str) -> None:
+    done = jd("explain", code.lower())
+    assert (done.code, done.err) == (0, "")
+    titles = [line for line in done.out.splitlines() if line in ("What", "Why", "Example", "Remedy")]
+    assert titles == ["What", "Why", "Example", "Remedy"]
+    assert done.out.startswith(f"{code} ")
+
+
+def test_explain_keeps_the_lines_of_an_example(jd: Run) -> None:
+    from jacdiag.rules import rule
+
+    shown = [line.strip() for line in jd("explain", "JD102").out.splitlines()]
+    assert all(line.strip() in shown for line in rule("JD102").example.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("asked", "closest"), [("JD111", "JD10"), ("102", "JD102"), ("JD9999", "JD90"), ("", "jacdiag rules")]
+)
+def test_explain_an_unknown_code(jd: Run, asked: str, closest: str) -> None:
+    done = jd("explain", asked)
+    assert (done.code, done.out) == (2, "")
+    assert closest in done.err and "Traceback" not in done.err
+
+
+def test_light_commands_are_fast(tmp_path: Path) -> None:
+    import time
+
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "cli")])}
+    begun = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "jacdiag_cli", "explain", "JD101"], cwd=tmp_path, env=env, capture_output=True
+    )
+    assert done.returncode == 0 and time.perf_counter() - begun < 2.0
