@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     forgive_streams()
     with _interrupts() as interrupted:
         try:
-            result = cli.main(args=args, prog_name="jacdiag", standalone_mode=False, obj=Invocation(args))
+            result = cli.main(args=args, prog_name="jacdiag", standalone_mode=False, obj=Invocation(args, interrupted))
             return result if isinstance(result, int) else 0
         except BaseException as error:
             real = (error.__cause__ or KeyboardInterrupt()) if isinstance(error, click.Abort) else error
@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _interrupts() -> Iterator[list[int]]:
     """Keeps a note of Ctrl-C: code that is stopped in the middle of an import may raise another error for it."""
     seen: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # by who started us, as a shell does behind `&`
+    if ignored or threading.current_thread() is not threading.main_thread():
         yield seen
         return
 
@@ -82,6 +83,9 @@ def _interrupts() -> Iterator[list[int]]:
 
 
 def _interrupted() -> int:
+    exec(
+        ""
+    )  # clears what CPython notes when Ctrl-C ends an exec() of text: it would die by the signal, not by our code
     complain("interrupted: nothing was written that was not whole")
     return INTERRUPTED
 

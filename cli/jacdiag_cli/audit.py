@@ -45,9 +45,10 @@ def audit(invocation: Invocation, source: str, **given: Any) -> int:
     files = _files(source, given["json_file"], given["plot_file"])
     profile = resolve_profile(click.get_current_context(), current())
     _check_rules(profile)
-    with guest_talk(), bar("reading the model") as progress:
+    with guest_talk(), bar("reading the model", invocation.heed) as progress:
         from jacdiag.auditing import audit as run
 
+        invocation.heed()
         report = run(
             source,
             **{name: given[name] for name in _ASKED},
@@ -58,6 +59,7 @@ def audit(invocation: Invocation, source: str, **given: Any) -> int:
             thresholds=profile.thresholds or None,
             progress=progress,
         )
+    invocation.heed()
     command = shlex.join(["jacdiag", *invocation.args])
     told = dataclasses.replace(report, settings={**report.settings, "command": command})
     _write(told, files)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
@@ -15,9 +15,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Invocation:
-    """How the command was called, for the `again:` line of a report."""
+    """How the command was called, for the `again:` line of a report, and the signals of Ctrl-C since."""
 
     args: list[str]
+    interrupts: list[int] = field(default_factory=list)
+
+    def heed(self) -> None:
+        """Raises KeyboardInterrupt if there was one: a bare `except` in some import may have swallowed it."""
+        if self.interrupts:
+            raise KeyboardInterrupt
 
 
 def complain(what: str, *, got: str | None = None, hint: str | None = None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -14,17 +14,19 @@ if TYPE_CHECKING:
 class Bar:
     """What `jacdiag.auditing.Progress` asks for, drawn by rich. Without a display it does nothing."""
 
-    def __init__(self, display: Progress | None, text: str) -> None:
-        self.display = display
+    def __init__(self, display: Progress | None, text: str, heed: Callable[[], None]) -> None:
+        self.display, self.heed = display, heed
         self.task = None if display is None else display.add_task(text, total=None)
 
     def start(self, total: float, text: str) -> None:
         """Says how much work there is; the estimate begins to count here."""
+        self.heed()
         if self.display is not None and self.task is not None:
             self.display.reset(self.task, total=total, description=text)
 
     def advance(self, units: float, text: str) -> None:
         """Some of the work is done; `text` says on what."""
+        self.heed()
         if self.display is not None and self.task is not None:
             self.display.update(self.task, advance=units, description=text)
 
@@ -35,10 +37,15 @@ class Bar:
 
 
 @contextmanager
-def bar(text: str) -> Iterator[Bar]:
-    """Shows a bar for as long as the block runs, first without an end (loading has none that is known)."""
+def bar(text: str, heed: Callable[[], None]) -> Iterator[Bar]:
+    """Shows a bar for as long as the block runs, first without an end (loading has none that is known).
+
+    Args:
+        text: what goes on at first.
+        heed: asked at every step, so that a Ctrl-C that was swallowed is not lost.
+    """
     if not sys.stderr.isatty():
-        yield Bar(None, text)
+        yield Bar(None, text, heed)
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -54,4 +61,4 @@ def bar(text: str) -> Iterator[Bar]:
         transient=True,
     )
     with display:
-        yield Bar(display, text)
+        yield Bar(display, text, heed)

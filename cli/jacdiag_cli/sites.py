@@ -13,7 +13,7 @@ import click
 from jacdiag.errors import SourceError, UsageError
 from jacdiag_cli.config import Configured
 from jacdiag_cli.options import PROBE, SOURCE, add
-from jacdiag_cli.output import Column, clipped, emit, grid, guest_talk, room
+from jacdiag_cli.output import Column, Invocation, clipped, emit, grid, guest_talk, room
 from jacdiag_cli.progress import bar
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ _GROUPS = {"embedding": "embedding", "head": "head", "norms": "norms outside"}
     show_default=True,
     help="Of what is printed.",
 )
-def sites(source: str, output_format: str, **given: Any) -> None:
+@click.pass_obj
+def sites(invocation: Invocation, source: str, output_format: str, **given: Any) -> None:
     """Shows the residual sub-layers of a model, and where each of its parameters belongs.
 
     Nothing is measured: the model runs a few times on the probe. SOURCE is as for `jacdiag audit`.
@@ -42,9 +43,10 @@ def sites(source: str, output_format: str, **given: Any) -> None:
     Example:
       jacdiag sites build.py:model
     """
-    with guest_talk(), bar("reading the model"):
+    with guest_talk(), bar("reading the model", invocation.heed):
         loaded, found = _trace(source, given)
         data = describe(loaded, found)
+    invocation.heed()
     if output_format == "json":
         emit(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
     else:

@@ -100,6 +100,32 @@ def test_in_the_models_own_code(tmp_path: Path) -> None:
     check(run(code, tmp_path), tmp_path, {"build.py"})
 
 
+def test_swallowed_by_a_bare_except(tmp_path: Path) -> None:
+    during = f"""
+        try:
+            {INTERRUPT}
+        except:
+            pass
+    """
+    check(run(stubbed("audit", "c.pt", "--json", "r.json", during=during), tmp_path), tmp_path)
+    during += "\n        options['progress'].advance(1, 'h.0.attn')\n        print('went on')"
+    done = run(stubbed("audit", "c.pt", "--json", "r.json", during=during), tmp_path)
+    check(done, tmp_path)
+    assert "went on" not in done.stderr
+
+
+def test_inside_an_exec_of_text(tmp_path: Path) -> None:
+    """CPython notes such a Ctrl-C for good and would end by the signal itself; dataclasses are made by exec."""
+    check(run(stubbed("audit", "c.pt", during=f"exec({INTERRUPT!r})"), tmp_path), tmp_path)
+
+
+def test_ignored_where_the_caller_says_so(tmp_path: Path) -> None:
+    """A shell starts what stands before `&` with SIGINT ignored."""
+    code = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    done = run(code + stubbed("audit", "c.pt", during=INTERRUPT), tmp_path)
+    assert done.returncode == 0 and "h.0.attn" in done.stdout
+
+
 def test_the_handler_is_given_back() -> None:
     from jacdiag_cli.app import main
 
