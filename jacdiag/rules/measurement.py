@@ -50,8 +50,8 @@ def _off_distribution(context: Context, rule: Rule) -> Outcome:
     if not probe.off_distribution:
         return Outcome(1)
     fix = "--tokens FILE with real text tokens; levels are capped at warning until then"
-    what = "a trained model probed with random tokens"
-    return Outcome(1, [Finding(rule.code, context.level(rule, "info"), [], what, {}, rule.summary, fix)])
+    what = "a trained model was probed with random tokens"
+    return Outcome(1, [Finding(rule.code, context.level(rule, "warning"), [], what, {}, rule.summary, fix)])
 
 
 def _no_match(context: Context, rule: Rule) -> Outcome:
@@ -102,7 +102,7 @@ def _replay(context: Context, rule: Rule) -> Outcome:
 RULES = (
     Rule("JD901", "undecided", "warning", **texts.UNDECIDED, check=_undecided, after=True),
     Rule("JD902", "uncovered", "warning", **texts.UNCOVERED, check=_uncovered),
-    Rule("JD903", "off-distribution", "info", **texts.OFF_DISTRIBUTION, check=_off_distribution, states=("trained",)),
+    Rule("JD903", "off-distribution", "warning", **texts.OFF_DISTRIBUTION, check=_off_distribution, states=("trained",)),
     Rule("JD904", "no-match", "warning", **texts.NO_MATCH, check=_no_match, after=True),
     Rule("JD905", "non-deterministic", "error", **texts.NON_DETERMINISTIC, check=_non_deterministic),
     Rule("JD906", "non-finite-weights", "error", **texts.NON_FINITE, check=_non_finite),

@@ -48,7 +48,7 @@ def cover(graph: Graph, finder: Finder, sites: list[Site], homes: list[int], ske
     result = Coverage()
     for index, (site, home) in enumerate(zip(sites, homes, strict=True)):
         own = _own_module(graph, site, home)
-        nodes = site.cone if own is None else (*site.cone, *_span(graph, own))
+        nodes = site.calls if own is None else (*site.calls, *_span(graph, own))
         result.sublayers[index] = parameters_of(graph, nodes, skeleton)
     claimed = result.covered()
     first = min((graph.values[s.shortcut].node for s in sites if not s.nested), default=len(graph.nodes))

@@ -17,7 +17,7 @@ _BILINEAR = {"matmul", "bmm", "einsum", "__matmul__", "baddbmm"}
 
 def home_of(graph: Graph, finder: Finder, site: Site) -> int:
     """Returns the innermost module call that makes all matrix products of a branch."""
-    products = [n for n in site.cone if finder.is_product(n)] or list(site.cone)
+    products = [n for n in site.calls if finder.is_product(n)] or list(site.cone)
     shared: list[int] | None = None
     for node in products:
         line = list(graph.ancestors(graph.nodes[node].invocation))
@@ -54,7 +54,7 @@ def kind_of(graph: Graph, finder: Finder, site: Site, home: int, token_wise: Cal
             if home in set(graph.ancestors(graph.nodes[n].invocation))}  # fmt: skip
     if names & _ATTENTION or ("softmax" in names and any(_is_bilinear(graph, n) for n in site.cone)):
         return "attention"
-    products = [graph.nodes[n].name for n in site.cone if finder.is_product(n)]
+    products = [graph.nodes[n].name for n in site.calls if finder.is_product(n)]
     if products and all(name in _CONV for name in products):
         return "conv"
     wise = token_wise()

@@ -58,7 +58,12 @@ class Precision:
         except RuntimeError as error:
             if "dtype" not in str(error):
                 raise
-            return func(*map_leaves(self._raise, args), **map_leaves(self._raise, kwargs))
+            args, kwargs = self.raised(args, kwargs)
+            return func(*args, **kwargs)
+
+    def raised(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call with every tensor of lower precision raised."""
+        return map_leaves(self._raise, args), map_leaves(self._raise, kwargs)
 
     def _argument(self, value: Any) -> Any:
         if isinstance(value, Tensor):

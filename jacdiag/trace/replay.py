@@ -91,7 +91,7 @@ class Tap(TorchFunctionMode):
         key = signature(func)
         for spot in self._here(key):
             if spot.where in (Where.TERM, Where.OPERAND):
-                self.visit(spot, _checked(_before(spot, name, args, kwargs), spot))
+                self.visit(spot, _checked(_before(spot, name, *self.precision.raised(args, kwargs)), spot))
         return self._after(key, self.precision.call(func, args, kwargs), (args, kwargs), func)
 
     def _here(self, key: CallKey) -> list[Spot]:

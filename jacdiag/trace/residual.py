@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from jacdiag.trace.record import Graph
-from jacdiag.trace.sums import Term
+from jacdiag.trace.sums import FORMS, Term
 
 PRODUCTS = frozenset(
     """linear matmul mm bmm addmm addmm_ baddbmm baddbmm_ einsum __matmul__ __rmatmul__ conv1d conv2d conv3d
@@ -52,6 +52,11 @@ class Site:
     output: int
     group: int
     nested: bool = False
+
+    @property
+    def calls(self) -> tuple[int, ...]:
+        """The calls that compute the branch: its cone, and the addition itself where that holds a product (addmm)."""
+        return (*self.cone, self.addition) if self.term.product else self.cone
 
 
 class Finder:
@@ -128,12 +133,19 @@ class Finder:
         for _ in range(8):
             yield value
             node = self.graph.values[value].node
-            if node < 0 or self.graph.nodes[node].name not in _CARRY:
+            if node < 0 or not self._carries(node):
                 return
             live = [v.index for v in self.graph.float_inputs(node)]
             if len(live) != 1:
                 return
             value = live[0]
+
+    def _carries(self, node: int) -> bool:
+        """Whether a call passes a value on: scaled, cast, reshaped, or with a number added (sum() begins with 0 + x)."""
+        record = self.graph.nodes[node]
+        if record.name == "__getitem__":  # y[:, :] += f(x)
+            return self.graph.values[record.outputs[0]].shape == self.graph.values[record.inputs[0]].shape
+        return record.name in _CARRY or (record.name in FORMS and record.terms is None)
 
     def _streams(self, value: int) -> Iterable[int]:
         """Yields the parallel streams (B, T, S, d) that a value mixes by small matrices (hyper-connections)."""

@@ -191,7 +191,7 @@ class Tracer:
         exit_ = anatomist.output_norm(site, owner, x)
         group = self.group_of.get(k)
         behind, after = (None, None) if entry or exit_ or group is None else self._behind(group, anatomist)
-        products = [n for n in site.cone if self.finder.is_product(n)]
+        products = [n for n in site.calls if self.finder.is_product(n)]
         conv = bool(products) and self.graph.nodes[products[0]].name.startswith("conv")
         made = Sublayer(
             name="",
