@@ -83,9 +83,8 @@ def _interrupts() -> Iterator[list[int]]:
 
 
 def _interrupted() -> int:
-    exec(
-        ""
-    )  # clears what CPython notes when Ctrl-C ends an exec() of text: it would die by the signal, not by our code
+    # CPython keeps a note of a Ctrl-C that ended an exec() of text, and dies by the signal at its end; this clears it.
+    exec("")
     complain("interrupted: nothing was written that was not whole")
     return INTERRUPTED
 

@@ -48,15 +48,14 @@ def bar(text: str, heed: Callable[[], None]) -> Iterator[Bar]:
         yield Bar(None, text, heed)
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
     display = Progress(
         SpinnerColumn(),
         TextColumn("{task.description:<36.36}", markup=False),
         BarColumn(24),
-        TimeElapsedColumn(),
-        TextColumn("left"),
         TimeRemainingColumn(),
+        TextColumn("left"),
         console=Console(stderr=True),
         transient=True,
     )
