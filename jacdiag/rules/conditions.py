@@ -22,17 +22,17 @@ def _judged(context: Context, rule: Rule, value: Value, limits: Cut, sentence: S
     rows = context.rows(rule)
     if not rows:
         return NOT_APPLICABLE
-    cut = [limits(row) for row in rows]
-    if not any(one.cuts for one in cut):
-        return Outcome(0, note="no threshold is calibrated for this placement")
-    every = [placed(row, _trusted(context, row, value), one) for row, one in zip(rows, cut, strict=True)]
+    known = [(row, limits(row)) for row in rows if limits(row).cuts]
+    without = sorted({f"{row.kind} ({row.placement})" for row in rows if not limits(row).cuts})
+    note = f"no threshold is calibrated for {', '.join(without)}" if without else ""
+    every = [placed(row, _trusted(context, row, value), one) for row, one in known]
     findings = []
     for level in ("error", "warning", "info"):
         group = [p for p in every if p.beyond == level]
         if group:
             findings.append(sentence(context, rule, group, level))
     undecided = [p.row.name for p in every if p.value is None or p.across]
-    return Outcome(len(rows), findings, undecided, conditions={p.row.name: p.condition for p in every})
+    return Outcome(len(every), findings, undecided, note, {p.row.name: p.condition for p in every})
 
 
 def _trusted(context: Context, row: SublayerRecord, value: Value) -> Interval | None:

@@ -102,7 +102,9 @@ def _replay(context: Context, rule: Rule) -> Outcome:
 RULES = (
     Rule("JD901", "undecided", "warning", **texts.UNDECIDED, check=_undecided, after=True),
     Rule("JD902", "uncovered", "warning", **texts.UNCOVERED, check=_uncovered),
-    Rule("JD903", "off-distribution", "warning", **texts.OFF_DISTRIBUTION, check=_off_distribution, states=("trained",)),
+    Rule(
+        "JD903", "off-distribution", "warning", **texts.OFF_DISTRIBUTION, check=_off_distribution, states=("trained",)
+    ),
     Rule("JD904", "no-match", "warning", **texts.NO_MATCH, check=_no_match, after=True),
     Rule("JD905", "non-deterministic", "error", **texts.NON_DETERMINISTIC, check=_non_deterministic),
     Rule("JD906", "non-finite-weights", "error", **texts.NON_FINITE, check=_non_finite),

@@ -1,0 +1,73 @@
+"""The thresholds file: where each number comes from, what a user may change."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from jacdiag.errors import UsageError
+from jacdiag.report import thresholds
+from jacdiag.report.thresholds import load_healthy, load_thresholds
+
+ROOT = Path(__file__).parents[2]
+TOML = Path(thresholds.__file__).parent / "thresholds.toml"
+
+
+def test_every_number_says_where_it_comes_from() -> None:
+    for key, limits in load_thresholds().table.items():
+        assert limits.cuts, key
+        assert limits.origin in ("derived", "published", "calibrated", "convention"), key
+        assert limits.source and limits.range, key
+        assert list(limits.cuts) == sorted(limits.cuts), key
+
+
+def test_calibrated_numbers_are_those_of_the_measurement() -> None:
+    cuts = json.loads((ROOT / "benchmarks" / "results" / "calibration.json").read_text())["cuts"]
+    table = load_thresholds()
+    for name, values in cuts.items():
+        figure, _, stratum = name.partition(".")
+        for cut in ("info", "warning"):
+            given = getattr(table.limits(figure, stratum), cut)
+            assert given == pytest.approx(values[cut], rel=0.02), (name, cut)
+
+
+def test_the_ladder_is_that_of_the_measurement() -> None:
+    measured = json.loads((ROOT / "benchmarks" / "results" / "ladder.json").read_text())
+    assert [(r["name"], r["width"], r["worst_branch_gain"]) for r in load_healthy()] == [
+        (r["name"], r["width"], r["worst_branch_gain"]) for r in measured
+    ]
+    near = load_healthy(width=500)
+    assert len(near) == len({r["name"] for r in measured}) and {r["width"] for r in near} == {512}
+
+
+def test_no_threshold_is_an_error_by_itself() -> None:
+    data = tomllib.loads(TOML.read_text(encoding="utf-8"))
+    assert "error" not in json.dumps(list(data.values()))
+
+
+def test_a_user_may_set_a_figure_or_one_stratum() -> None:
+    table = load_thresholds({"norm_gain": {"error": 99}, "branch_norm": {"post": {"warning": 7}}})
+    assert table.limits("norm_gain").error == 99.0 and table.limits("norm_gain").origin == "user"
+    assert table.limits("branch_norm", "post").warning == 7.0
+    assert table.limits("branch_norm", "pre") == load_thresholds().limits("branch_norm", "pre")
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"norm_gian": {"warning": 1}},
+        {"norm_gain": 5},
+        {"norm_gain": {"warn": 5}},
+        {"norm_gain": {"warning": "5"}},
+        {"norm_gain": {"warning": float("nan")}},
+        {"norm_gain": {"warning": True}},
+        {"branch_norm": {"prenorm": {"warning": 5}}},
+        {"norm_gain": {"info": 50, "warning": 5}},
+    ],
+)
+def test_bad_thresholds_are_refused(bad: dict) -> None:
+    with pytest.raises(UsageError):
+        load_thresholds(bad)

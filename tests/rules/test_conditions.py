@@ -1,0 +1,237 @@
+"""JD101 to JD104 on records made by hand: one that must fire, one that must not, one on the boundary."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from jacdiag.report import (
+    Growth,
+    Interval,
+    ModelRecord,
+    NetworkRecord,
+    PerToken,
+    ProbeRecord,
+    Report,
+    Spread,
+    SublayerRecord,
+    TokenAt,
+    WeightStats,
+)
+from jacdiag.report.thresholds import load_thresholds
+from jacdiag.rules import decision_points, evaluate
+
+LAYERS = 2
+SCALE = math.sqrt(2 * LAYERS)
+LIMITS = load_thresholds(
+    {
+        "core_norm": {"info": 2.0, "warning": 4.0},
+        "norm_gain": {"info": 3.0, "warning": 8.0},
+        "branch_norm": {"pre": {"info": 1.0, "warning": 5.0}},
+        "gain_product": {"info": 10.0},
+    }
+)
+
+
+def gain(value: float) -> Interval:
+    spread = PerToken(median=value, p99=value, max=10 * value)
+    return Interval.exact(10 * value, per_token=spread)
+
+
+def row(index: int, core: Interval | None, gain_: Interval | None, branch: Interval | None, **other) -> SublayerRecord:
+    sigma = Spread(0.1, 0.05, 0.2, argmin=TokenAt(0, 7, 1234))
+    weights = {"W_1": WeightStats("fc", [256, 64], 0.02, 1.0), "W_2": WeightStats("proj", [64, 256], 0.02, 1.0)}
+    made = SublayerRecord(
+        f"h.{index // 2}.{'mlp' if index % 2 else 'attn'}", index, index // 2, "mlp" if index % 2 else "attention", "pre",
+        shortcut_std=sigma, core_norm=core, norm_gain=gain_, branch_norm=branch, weights=weights,
+    )  # fmt: skip
+    return replace(made, **other)
+
+
+def narrow(value: float) -> Interval:
+    return Interval(value, value * 0.999, value * 1.001, 0.999)
+
+
+def report(rows: list[SublayerRecord], state: str = "init", **other) -> Report:
+    made = Report(
+        source={}, tier="measured", state=state, probe=ProbeRecord(2, 8, 0),
+        model=ModelRecord("GPT", 1000, LAYERS, width=64, covered_parameters=1000), sublayers=rows,
+        settings={"checks": {"deterministic": True, "non_finite": [], "replay": {}}},
+    )  # fmt: skip
+    return replace(made, **other)
+
+
+def healthy(**other) -> list[SublayerRecord]:
+    return [row(k, narrow(1.0 / SCALE), gain(1.0), narrow(0.5), **other) for k in range(4)]
+
+
+def judged(rows: list[SublayerRecord], profile: str = "default", **other) -> Report:
+    return evaluate(report(rows, **other), thresholds=LIMITS, profile=profile)
+
+
+def status(made: Report, code: str) -> str:
+    return next(r.status for r in made.rules if r.code == code)
+
+
+def findings(made: Report, code: str) -> list:
+    return [f for f in made.findings if f.code == code]
+
+
+def test_a_healthy_model_passes() -> None:
+    made = judged(healthy())
+    assert made.verdict == "pass" and not made.findings
+    assert (made.conditions.small_sublayers, made.conditions.large_shortcut) == ("met", "met")
+    assert {status(made, code) for code in ("JD101", "JD102", "JD103")} == {"clean"}
+
+
+@pytest.mark.parametrize(
+    ("value", "condition", "level"),
+    [(1.99, "met", None), (2.01, "partly", "info"), (3.99, "partly", "info"), (4.01, "not met", "warning")],
+)
+def test_small_sublayers_on_both_sides_of_each_cut(value: float, condition: str, level: str | None) -> None:
+    rows = healthy()
+    rows[1] = replace(rows[1], core_norm=Interval.exact(value / SCALE))
+    made = judged(rows)
+    assert made.conditions.small_sublayers == condition
+    assert [f.level for f in findings(made, "JD101")] == ([level] if level else [])
+    assert not findings(made, "JD102")
+    for finding in findings(made, "JD101"):
+        assert finding.where == ["h.0.mlp"] and finding.evidence["value"] == pytest.approx(value)
+
+
+def test_an_interval_across_a_threshold_is_unknown_and_never_a_pass() -> None:
+    rows = healthy()
+    rows[0] = replace(rows[0], core_norm=Interval(2.0 / SCALE, 1.95 / SCALE, 2.05 / SCALE, 0.999))
+    made = judged(rows)
+    assert made.conditions.small_sublayers == "unknown"
+    assert status(made, "JD101") == "unknown" and made.verdict == "unknown"
+    assert findings(made, "JD901")[0].where == ["h.0.attn"]
+
+
+def test_across_error_but_above_warning_is_a_fired_warning_with_error_undecided() -> None:
+    limits = load_thresholds({"core_norm": {"info": 2.0, "warning": 4.0, "error": 6.0}})
+    rows = healthy()
+    rows[0] = replace(rows[0], core_norm=Interval(6.0 / SCALE, 5.5 / SCALE, 6.5 / SCALE, 0.999))
+    made = evaluate(report(rows), thresholds=limits)
+    assert [f.level for f in findings(made, "JD101")] == ["warning"]
+    assert made.conditions.small_sublayers == "not met"
+    assert findings(made, "JD901")[0].where == ["h.0.attn"]
+
+
+def test_large_shortcut_uses_the_99th_percentile_not_the_maximum() -> None:
+    made = judged(healthy())  # the largest token is ten times beyond
+    assert made.conditions.large_shortcut == "met"
+    rows = healthy()
+    rows[0] = replace(rows[0], norm_gain=gain(8.01))
+    (finding,) = findings(judged(rows), "JD102")
+    assert finding.level == "warning" and "position 7" in finding.what and "1234" in finding.what
+    assert "only at depth 0" in finding.what and "√d = 8" in finding.fix
+
+
+def test_an_excess_that_persists_is_told_from_one_at_depth_0() -> None:
+    rows = [replace(r, norm_gain=gain(20.0)) for r in healthy()]
+    (finding,) = findings(judged(rows), "JD102")
+    assert "at every depth" in finding.what and finding.evidence["depths"] == [0, 1]
+
+
+def test_the_guilty_factor_is_named_by_the_rule_that_fires() -> None:
+    rows = healthy()
+    rows[0] = replace(rows[0], core_norm=narrow(9 / SCALE), branch_norm=narrow(9.0))
+    made = judged(rows)
+    assert findings(made, "JD101") and findings(made, "JD103") and not findings(made, "JD102")
+    assert "no depth scaling is seen" in findings(made, "JD101")[0].fix
+
+
+@pytest.mark.parametrize(("value", "level"), [(0.99, None), (1.01, "info"), (5.01, "warning")])
+def test_amplification(value: float, level: str | None) -> None:
+    rows = healthy()
+    rows[3] = replace(rows[3], branch_norm=Interval.exact(value))
+    assert [f.level for f in findings(judged(rows), "JD103")] == ([level] if level else [])
+
+
+def test_the_paper_profile_makes_conditions_errors() -> None:
+    rows = [replace(r, norm_gain=gain(20.0)) for r in healthy()]
+    assert judged(rows).verdict == "warn"
+    strict = judged(rows, profile="paper")
+    assert strict.verdict == "fail" and findings(strict, "JD102")[0].level == "error"
+    assert (
+        findings(judged([replace(r, norm_gain=gain(4.0)) for r in healthy()], "paper"), "JD102")[0].level == "warning"
+    )
+
+
+def test_on_a_trained_model_the_conditions_are_observations() -> None:
+    rows = [replace(r, norm_gain=gain(20.0), core_norm=narrow(9.0), branch_norm=narrow(50.0)) for r in healthy()]
+    made = judged(rows, state="trained")
+    assert {f.level for f in made.findings} == {"info"} and made.verdict == "pass"
+    assert made.conditions.small_sublayers == "not met"
+
+
+def test_off_distribution_caps_levels_at_warning() -> None:
+    probe = ProbeRecord(2, 8, 0, off_distribution=True)
+    rows = [replace(r, norm_gain=gain(20.0)) for r in healthy()]
+    made = judged(rows, "paper", state="trained", probe=probe)
+    assert "error" not in {f.level for f in made.findings}
+    assert findings(made, "JD903")[0].level == "warning"
+
+
+@pytest.mark.parametrize("placement", ["post", "sandwich", "reordered", "none"])
+def test_the_conditions_are_for_pre_norm_only(placement: str) -> None:
+    made = judged(healthy(placement=placement))
+    assert (made.conditions.small_sublayers, made.conditions.large_shortcut) == ("not applicable", "not applicable")
+    assert status(made, "JD101") == status(made, "JD102") == "not-applicable"
+
+
+def test_other_placements_reach_info_at_most() -> None:
+    for placement in ("post", "sandwich", "reordered", "none"):
+        rows = healthy(placement=placement)
+        rows[0] = replace(rows[0], branch_norm=narrow(1e6))
+        made = evaluate(report(rows), thresholds=load_thresholds())
+        assert {f.level for f in findings(made, "JD103")} <= {"info"}
+
+
+def test_a_kind_without_a_calibrated_threshold_is_not_called_met() -> None:
+    made = judged(healthy(kind="mixer"))
+    assert status(made, "JD101") == "not-applicable" and "mixer" in next(
+        r.note for r in made.rules if r.code == "JD101"
+    )
+    assert made.conditions.small_sublayers == "not applicable"
+
+
+def test_what_was_not_measured_is_unknown() -> None:
+    rows = healthy()
+    rows[2] = replace(rows[2], core_norm=None, branch_norm=None)
+    made = judged(rows)
+    assert made.conditions.small_sublayers == "unknown" and made.verdict == "unknown"
+
+
+def test_a_replay_that_differs_makes_its_figures_unknown() -> None:
+    settings = {"checks": {"deterministic": True, "non_finite": [], "replay": {"h.0.attn": 0.7}}}
+    made = judged(healthy(), settings=settings)
+    assert findings(made, "JD907")[0].where == ["h.0.attn"]
+    assert made.conditions.small_sublayers == "unknown"
+
+
+@pytest.mark.parametrize(("log", "fires"), [(9.9, False), (10.0, False), (10.1, True), (None, None)])
+def test_depth_product(log: float | None, fires: bool | None) -> None:
+    made = judged(healthy(), network=NetworkRecord(gain_product_log=log, growth=Growth()))
+    expected = "not-applicable" if fires is None else "fired" if fires else "clean"
+    assert status(made, "JD104") == expected
+    assert all(f.level == "info" for f in findings(made, "JD104"))
+
+
+def test_nested_sublayers_are_left_out() -> None:
+    rows = healthy()
+    rows.append(replace(rows[0], name="lora", nested=True, core_norm=narrow(1e3), branch_norm=narrow(1e3)))
+    assert judged(rows).verdict == "pass"
+
+
+def test_decision_points_are_the_cuts_in_the_fields_own_units() -> None:
+    points = decision_points(
+        kind="mlp", placement="pre", state="init", layers=LAYERS, parallel=False, thresholds=LIMITS
+    )  # fmt: skip
+    assert points["branch_norm"] == (1.0, 5.0)
+    assert points["core_norm"] == pytest.approx((2.0 / SCALE, 4.0 / SCALE))
+    post = decision_points(kind="mlp", placement="post", state="init", layers=2, parallel=False, thresholds=LIMITS)
+    assert "core_norm" not in post

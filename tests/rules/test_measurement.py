@@ -1,0 +1,82 @@
+"""JD901 to JD907, and the engine: selection, profiles, verdicts, documentation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from rules.test_conditions import LIMITS, findings, healthy, judged, report, status
+
+from jacdiag.errors import UsageError
+from jacdiag.report import ModelRecord
+from jacdiag.rules import RULES, evaluate, rule
+from jacdiag.rules.profile import profile_of
+
+CODES = tuple(r.code for r in RULES)
+
+
+@pytest.mark.parametrize(("covered", "level"), [(1000, None), (951, "info"), (949, "warning")])
+def test_uncovered_parameters(covered: int, level: str | None) -> None:
+    model = ModelRecord("GPT", 1000, 2, covered_parameters=covered, uncovered=["adapter.weight"] if level else [])
+    made = judged(healthy(), model=model)
+    assert [f.level for f in findings(made, "JD902")] == ([level] if level else [])
+    assert status(made, "JD902") == ("fired" if level else "clean")
+
+
+def test_a_model_that_is_not_deterministic_is_an_error_and_nothing_else_is_claimed() -> None:
+    made = judged([], settings={"checks": {"deterministic": False, "non_finite": []}})
+    assert made.verdict == "fail" and [f.code for f in made.findings if f.level == "error"] == ["JD905"]
+    assert not findings(made, "JD904")
+
+
+def test_non_finite_weights_are_named_with_their_sublayers() -> None:
+    rows = healthy()
+    rows[1] = replace(rows[1], parameters=["h.0.mlp.weight"], branch_norm=None, core_norm=None)
+    made = judged(rows, settings={"checks": {"deterministic": True, "non_finite": ["h.0.mlp.weight"]}})
+    (finding,) = findings(made, "JD906")
+    assert finding.level == "error" and finding.where == ["h.0.mlp"] and "h.0.mlp.weight" in finding.what
+    assert made.verdict == "fail"
+
+
+def test_a_rule_that_matched_nothing_is_not_applicable_and_said() -> None:
+    made = judged([])
+    assert status(made, "JD101") == "not-applicable"
+    assert findings(made, "JD904")[0].level == "warning" and made.verdict == "unknown"
+
+
+def test_weights_alone_are_never_a_pass() -> None:
+    made = evaluate(replace(report([]), tier="weights"), thresholds=LIMITS)
+    assert made.verdict == "unknown" and made.conditions.small_sublayers == "unknown"
+
+
+def test_select_and_ignore_take_prefixes() -> None:
+    made = evaluate(report(healthy()), thresholds=LIMITS, select=["JD1"], ignore=["JD104"])
+    assert [r.code for r in made.rules] == ["JD101", "JD102", "JD103"]
+    with pytest.raises(UsageError, match="JD8"):
+        evaluate(report(healthy()), thresholds=LIMITS, select=["JD8"])
+
+
+def test_a_deselected_condition_is_unknown_not_met() -> None:
+    made = evaluate(report(healthy()), thresholds=LIMITS, select=["JD102"])
+    assert made.conditions.small_sublayers == "unknown" and made.conditions.large_shortcut == "met"
+
+
+def test_codes_are_unique_ordered_and_documented() -> None:
+    assert list(CODES) == sorted(set(CODES))
+    for one in RULES:
+        assert all([one.summary, one.what, one.why, one.example, one.remedy]), one.code
+        assert len(one.summary) < 120 and "\n" not in one.summary
+
+
+def test_an_unknown_code_names_the_closest() -> None:
+    assert rule("jd102").code == "JD102"
+    with pytest.raises(UsageError, match="JD10"):
+        rule("JD10")
+
+
+def test_profiles() -> None:
+    assert profile_of("paper", CODES).promoted("JD101", "warning") == "error"
+    assert profile_of({"name": "strict", "levels": {"JD103": "error"}}, CODES).promoted("JD103", "info") == "warning"
+    for bad in ("papr", {"levels": {"JD999": "error"}}, {"levels": {"JD101": "loud"}}, {"colour": 1}):
+        with pytest.raises(UsageError):
+            profile_of(bad, CODES)
