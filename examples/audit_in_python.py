@@ -1,6 +1,6 @@
 """Audits a model from Python: one that is in memory already, on tokens of one's own.
 
-    python examples/audit_in_python.py
+python examples/audit_in_python.py
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ class Finder:
             value = live[0]
 
     def _carries(self, node: int) -> bool:
-        """Whether a call passes a value on: scaled, cast, reshaped, or with a number added (sum() begins with 0 + x)."""
+        """Whether a call passes a value on: scaled, cast, reshaped, or with a number added (sum() begins at 0)."""
         record = self.graph.nodes[node]
         if record.name == "__getitem__":  # y[:, :] += f(x)
             return self.graph.values[record.outputs[0]].shape == self.graph.values[record.inputs[0]].shape

@@ -11,4 +11,4 @@ from menagerie.specimen import Context, Expected, Norm, Specimen, residual, stre
 STYLES = [*ADDITIONS]
 ALL = [*CORE, *STYLES]
 
-__all__ = ["ALL", "CORE", "Context", "Expected", "Norm", "STYLES", "Specimen", "residual", "stream"]
+__all__ = ["ALL", "CORE", "STYLES", "Context", "Expected", "Norm", "Specimen", "residual", "stream"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from menagerie.core import Block, begin, decoder, end, pair
-from menagerie.parts import LAYERS, Decoder, D, HandRMS, MLP, seeded, tokens
+from menagerie.parts import LAYERS, MLP, D, Decoder, HandRMS, seeded, tokens
 from menagerie.specimen import Expected, Norm, Specimen
 
 ALPHA = 1.7  # DeepNorm's gain on the shortcut
@@ -221,8 +221,8 @@ def _macaron(layer: int) -> list[Expected]:
         return m.blocks[layer]
 
     return [
-        Expected(f"blocks.{layer}.mlp", "mlp", "pre", lambda m, h, c: block(m).mlp(h) / 2, Norm(lambda m: block(m).norm1),
-                 layer=layer, start=begin if layer == 0 else None),
+        Expected(f"blocks.{layer}.mlp", "mlp", "pre", lambda m, h, c: block(m).mlp(h) / 2,
+                 Norm(lambda m: block(m).norm1), layer=layer, start=begin if layer == 0 else None),
         Expected(f"blocks.{layer}.attn", "attention", "pre", lambda m, h, c: block(m).attn(h),
                  Norm(lambda m: block(m).norm2), token_wise=False, layer=layer),
         Expected(f"blocks.{layer}.mlp2", "mlp", "pre", lambda m, h, c: block(m).mlp2(h) / 2,

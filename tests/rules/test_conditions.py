@@ -44,7 +44,8 @@ def row(index: int, core: Interval | None, gain_: Interval | None, branch: Inter
     sigma = Spread(0.1, 0.05, 0.2, argmin=TokenAt(0, 7, 1234))
     weights = {"W_1": WeightStats("fc", [256, 64], 0.02, 1.0), "W_2": WeightStats("proj", [64, 256], 0.02, 1.0)}
     made = SublayerRecord(
-        f"h.{index // 2}.{'mlp' if index % 2 else 'attn'}", index, index // 2, "mlp" if index % 2 else "attention", "pre",
+        f"h.{index // 2}.{'mlp' if index % 2 else 'attn'}", index, index // 2,
+        "mlp" if index % 2 else "attention", "pre",
         shortcut_std=sigma, core_norm=core, norm_gain=gain_, branch_norm=branch, weights=weights,
     )  # fmt: skip
     return replace(made, **other)
