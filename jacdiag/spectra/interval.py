@@ -55,12 +55,14 @@ def upper_ends(theta: Array, alphas: Array, betas: Array, exact: NDArray[np.bool
     logs = np.log(alphas[open_]) + np.log(betas[open_]) - 2 * np.log(top[open_, None])
     right = logs.sum(1) - math.log(delta)
     k = theta.shape[1]
-    low = np.minimum(0.0, right - (k - 1) * math.log(2.0))  # log(s + gap) <= log 2 while s <= 1
-    high = np.maximum(right / k, low)  # log(s + gap) >= log s
-    for _ in range(70):
-        middle = 0.5 * (low + high)
-        s = np.exp(np.minimum(middle, 700.0))
-        above = middle + np.log(s[:, None] + gap).sum(1) > right
-        high, low = np.where(above, middle, high), np.where(above, low, middle)
-    top[open_] *= np.sqrt(1.0 + np.exp(np.minimum(high, 700.0)))
+    # In t = log s the left side is convex, rises with slope 1 to k and is at least k t: from t = right / k, which is
+    # therefore not below the root, Newton's method comes down to it and never passes it.
+    t = right / k
+    for _ in range(60):
+        s = np.exp(np.minimum(t, 700.0))[:, None]
+        change = (t + np.log(s + gap).sum(1) - right) / (1.0 + (s / (s + gap)).sum(1))
+        t -= change
+        if float(np.abs(change).max()) < 1e-12:
+            break
+    top[open_] *= np.sqrt(1.0 + np.exp(np.minimum(t, 700.0)))
     return top
