@@ -35,10 +35,11 @@ class Column:
 
 @dataclass(frozen=True)
 class Gap:
-    """Rows that are folded away, and what they are like."""
+    """Rows that are folded away, and what they are like; `brief` where there is no room for that."""
 
     rows: list[SublayerRecord]
     text: str
+    brief: str
 
 
 @dataclass(frozen=True)
@@ -104,27 +105,28 @@ def _gaps(records: list[SublayerRecord], shown: set[int], loud: dict[str, str]) 
             hidden.append(row)
             continue
         if hidden:
-            gaps[visible] = Gap(hidden, _gap_text(hidden, loud))
+            gaps[visible] = _gap(hidden, loud)
             hidden = []
         visible += 1
     return gaps
 
 
-def _gap_text(rows: list[SublayerRecord], loud: dict[str, str]) -> str:
+def _gap(rows: list[SublayerRecord], loud: dict[str, str]) -> Gap:
     values = [badness(row) for row in rows if math.isfinite(badness(row))]
-    text = f"{len(rows)} more like this"
+    count, text = f"{len(rows)} more like this", ""
     if values:
         low, high = min(values), max(values)
         if values[0] >= 0.8 * high and values[-1] <= 1.25 * low:
-            text += f", falling to {three(low)}"
+            text = f", falling to {three(low)}"
         elif values[0] <= 1.25 * low and values[-1] >= 0.8 * high:
-            text += f", rising to {three(high)}"
+            text = f", rising to {three(high)}"
         else:
-            text += f", between {three(low)} and {three(high)}"
+            text = f", between {three(low)} and {three(high)}"
     spoken_of = [
         f"{n} {SIGNS[level]}" for level in ("error", "warning", "undecided") if (n := _count(rows, loud, level))
     ]
-    return f"{text}{', ' + ' '.join(spoken_of) if spoken_of else ''}"
+    marked = f", {' '.join(spoken_of)}" if spoken_of else ""
+    return Gap(rows, f"{count}{text}{marked}", f"{count}{marked}")
 
 
 def _count(rows: list[SublayerRecord], loud: dict[str, str], level: str) -> int:
@@ -140,6 +142,7 @@ def _columns(report: Report, rows: list[SublayerRecord], levels: dict[tuple[str,
     for key, title, interest, text in _FIGURES:
         if any(_has(row, key, report.tier) for row in report.sublayers):
             cells = aligned([text(row) for row in rows])
+            interest = _BOUND_ALONE if key == "bound" and report.tier == "weights" else interest
             columns.append(Column(key, title, interest, cells, [levels.get((row.name, key), "") for row in rows]))
     if who:
         columns.append(Column("who", "who", 80, [who.get(row.name, "") for row in rows], [""] * len(rows), left=True))
@@ -185,6 +188,8 @@ def _norm(key: str) -> Callable[[SublayerRecord], str]:
 
     return text
 
+
+_BOUND_ALONE = 70  # without a measurement the bound is the most that is known
 
 # key, title, interest, text. The shortcut's std is the smallest over tokens: the one that 1/σ belongs to.
 _FIGURES: list[tuple[str, str, int, Callable[[SublayerRecord], str]]] = [

@@ -102,13 +102,15 @@ def _depth(report: Report) -> Line | None:
 
 
 def _power_of_e(log: float) -> str:
-    return three(math.exp(log)) if abs(log) < math.log(1e4) else f"e^{log:.1f}"
+    return f"e^{log:.1f}" if math.log(1e4) <= abs(log) < math.inf else three(math.exp(log))
 
 
 def _gradients(report: Report) -> Line | None:
     norms = report.network.gradient_norms if report.network else None
     if not norms or len(norms) < 2 or not norms[-1] or not math.isfinite(norms[0] / norms[-1]):
         return None
+    if norms[0] == 0:
+        return Line("gradient", f"at the first shortcut 0, at the top {three(norms[-1])}")
     ratio = norms[0] / norms[-1]
     change = (
         f"{three(ratio)} times that at the top" if ratio >= 1 else f"{three(1 / ratio)} times smaller than at the top"

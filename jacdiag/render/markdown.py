@@ -21,6 +21,7 @@ def render(report: Report, *, all_rows: bool = False, sort: str = "depth") -> st
     Example:
         >>> print(render(report))                                 # doctest: +SKIP
     """
+    report = words.legible(report)
     parts = [
         f"### {_SIGNS[report.verdict]} {report.verdict.upper()}: {_safe(words.headline(report))}",
         "\n".join(_safe(" · ".join(line)) + "  " for line in words.header(report)),
@@ -59,7 +60,9 @@ def _verdict(report: Report) -> str:
 
 def _closing(report: Report) -> str:
     command = report.settings.get("command")
-    again = f" · again: `{command}`" if command else ""
+    fence = "``" if command and "`" in command else "`"
+    space = " " * (len(fence) - 1)
+    again = f" · again: {fence}{space}{command}{space}{fence}" if command else ""
     return f"**Cost** {_safe(lines.cost(report))}{again}"
 
 
@@ -69,6 +72,6 @@ def _bullets(texts: list[str]) -> str:
 
 def _safe(text: str) -> str:
     """Takes the meaning out of characters that Markdown would read: a name may hold any of them."""
-    for sign in "\\|*_<`":
+    for sign in "\\|*_~<&[`$":
         text = text.replace(sign, f"\\{sign}")
     return " ".join(text.split())

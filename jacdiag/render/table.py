@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from rich.cells import cell_len
+from rich.cells import cell_len, chop_cells
 from rich.console import Console
 from rich.text import Text
 
 from jacdiag.render import lines as below
 from jacdiag.render import words
-from jacdiag.render.grid import Column, Grid, build
+from jacdiag.render.grid import Column, Gap, Grid, build
 from jacdiag.render.marks import SIGNS
 from jacdiag.report import Report
 
@@ -16,7 +16,8 @@ _STYLES = {"error": "bold red", "warning": "yellow", "undecided": "cyan", "info"
 _VERDICTS = {"pass": "green", "warn": "yellow", "fail": "bold red", "unknown": "cyan"}
 _GAP = "  "
 _INDENT = "  "
-_LEAST_NAME = 10  # a sub-layer's name is never cut shorter than this
+_JOINT = "  ·  "
+_LEAST_NAME = 9  # a sub-layer's name is never cut shorter than this
 _LEAST_PROSE = 40  # a sentence with less room than this starts on a line of its own
 _DEEPER = " " * 6
 
@@ -38,6 +39,7 @@ def print_report(report: Report, console: Console, *, all_rows: bool = False, so
         >>> print_report(report, Console())                     # doctest: +SKIP
     """
     width = console.width if console.is_terminal else None
+    report = words.legible(report)
     lines = _header(report, width)
     lines += [Text(), *_table(build(report, all_rows=all_rows, sort=sort), width)]
     for note in below.footnotes(report):
@@ -45,23 +47,34 @@ def print_report(report: Report, console: Console, *, all_rows: bool = False, so
     lines += [Text(), *_verdict(report, width), Text(), *_closing(report, width)]
     for line in lines:
         line.rstrip()
+        line = Text(line.plain) if console.no_color else line
         console.print(line, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 def _header(report: Report, width: int | None) -> list[Text]:
+    name = words.source_name(report)
     lines = []
     for number, parts in enumerate(words.header(report)):
-        line = Text(style="" if number == 0 else "dim")
-        used = 0
-        for place, part in enumerate(parts):
-            joint = "" if place == 0 else "  ·  "
-            if width is not None and place and used + len(joint) + cell_len(part) > width:
-                joint, used = f"\n{_INDENT}", 0
-            line.append(joint)
-            line.append(part, style="bold" if number == 0 and place == 1 else "")
-            used += cell_len(joint.strip("\n")) + cell_len(part)
-        lines.append(line)
+        for place, row in enumerate(_packed(parts, width)):
+            line = Text(_INDENT * (place > 0) + row, style="dim" if number else "")
+            if number == 0 and name in row:
+                line.stylize("bold", line.plain.index(name), line.plain.index(name) + len(name))
+            lines.append(line)
     return lines
+
+
+def _packed(parts: list[str], width: int | None) -> list[str]:
+    """As many parts on each line as fit; one that fits on no line is wrapped."""
+    if width is None:
+        return [_JOINT.join(parts)]
+    rows: list[str] = []
+    for part in parts:
+        joined = f"{rows[-1]}{_JOINT}{part}" if rows else part
+        if rows and cell_len(joined) <= width - len(_INDENT):
+            rows[-1] = joined
+        else:
+            rows += _wrapped(part, width - len(_INDENT))
+    return rows
 
 
 def _table(grid: Grid, width: int | None) -> list[Text]:
@@ -71,8 +84,7 @@ def _table(grid: Grid, width: int | None) -> list[Text]:
     lines = [_row([column.title for column in columns], columns, None, "dim")]
     for place in range(len(grid.rows) + 1):
         if place in grid.gaps:
-            hint = "   (--all shows them)"
-            lines.append(Text(f"{_INDENT}  ...  {grid.gaps[place].text}{hint}", style="dim"))
+            lines.append(_gap(grid.gaps[place], width))
         if place < len(grid.rows):
             lines.append(_row([column.cells[place] for column in columns], columns, place, ""))
     for line in lines:
@@ -80,6 +92,16 @@ def _table(grid: Grid, width: int | None) -> list[Text]:
         if width is not None:
             line.truncate(width, overflow="ellipsis")
     return lines
+
+
+def _gap(gap: Gap, width: int | None) -> Text:
+    """A line for the rows that are folded away, as long as there is room for."""
+    line = ""
+    for text in (f"{gap.text}   (--all shows them)", gap.text, gap.brief):
+        line = f"{_INDENT}  ...  {text}"
+        if width is None or cell_len(line) <= width:
+            break
+    return Text(line, style="dim")
 
 
 def _row(texts: list[str], columns: list[Column], place: int | None, style: str) -> Text:
@@ -105,20 +127,28 @@ def _total(columns: list[Column]) -> int:
 
 
 def _fitting(columns: list[Column], width: int | None) -> list[Column]:
-    """Drops the least interesting columns until a row fits, then cuts the names from the left."""
+    """Drops the least interesting columns but one figure until a row fits, then cuts the names from the left."""
     kept = list(columns)
     if width is None:
         return kept
-    while _total(kept) > width and (droppable := [column for column in kept if column.interest < 100]):
-        kept.remove(min(droppable, key=lambda column: column.interest))
+    figures = sorted((column for column in kept if column.key not in ("depth", "name")), key=lambda c: c.interest)
+    for column in figures[:-1]:
+        if _total(kept) > width:
+            kept.remove(column)
     excess = _total(kept) - width
     return [_shortened(column, excess) if column.key == "name" and excess > 0 else column for column in kept]
 
 
 def _shortened(column: Column, excess: int) -> Column:
     room = max(_LEAST_NAME, _width(column) - excess)
-    cells = [cell if len(cell) <= room else f"…{cell[len(cell) - room + 1 :]}" for cell in column.cells]
+    cells = [cell if cell_len(cell) <= room else f"…{_tail(cell, room - 1)}" for cell in column.cells]
     return Column(column.key, column.title, column.interest, cells, column.levels, column.left)
+
+
+def _tail(text: str, room: int) -> str:
+    while cell_len(text) > room:
+        text = text[1:]
+    return text
 
 
 def _verdict(report: Report, width: int | None) -> list[Text]:
@@ -154,7 +184,8 @@ def _hanging(head: Text, body: str, width: int | None, style: str = "") -> list[
     if width is None:
         return [head + _prose(body, style)]
     if width - head.cell_len < _LEAST_PROSE and head.cell_len > len(_DEEPER):
-        return [head, *(Text(_DEEPER) + _prose(part, style) for part in _wrapped(body, width - len(_DEEPER)))]
+        heads = [head] if head.plain.strip() else []
+        return [*heads, *(Text(_DEEPER) + _prose(part, style) for part in _wrapped(body, width - len(_DEEPER)))]
     first, *others = _wrapped(body, width - head.cell_len)
     indent = Text(" " * head.cell_len)
     return [head + _prose(first, style), *(indent + _prose(part, style) for part in others)]
@@ -166,10 +197,14 @@ def _prose(text: str, style: str) -> Text:
     return line
 
 
+def _pieces(word: str, room: int) -> list[str]:
+    return chop_cells(word, room) if cell_len(word) > room > 1 else [word]
+
+
 def _wrapped(text: str, room: int) -> list[str]:
-    """Breaks at plain spaces only (`below.TIED` is none); a word that is too long stays whole."""
+    """Breaks at plain spaces only (`below.TIED` is none), and inside a word that has no room on any line."""
     lines = [""]
-    for word in text.split(" "):
+    for word in (piece for word in text.split(" ") for piece in _pieces(word, room)):
         joined = f"{lines[-1]} {word}" if lines[-1] else word
         if cell_len(joined) > room and lines[-1].strip():
             lines.append(word)

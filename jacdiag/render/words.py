@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import PurePath
+from typing import Any
 
 from jacdiag.render.grid import badness
 from jacdiag.render.marks import FIELD_OF_RULE
 from jacdiag.render.numbers import counted, gist, share, three
 from jacdiag.report import Interval, Report, SublayerRecord
+from jacdiag.report.schema import Record
+
+
+def legible(value: Any) -> Any:
+    """A report, or a part of one, whose texts hold printable characters only.
+
+    Names come out of files that somebody else made: an escape sequence or a line break in one must not reach a terminal.
+    """
+    if isinstance(value, str):
+        return "".join(sign if sign.isprintable() else " " if sign.isspace() else "\ufffd" for sign in value)
+    if isinstance(value, Record):
+        fields = dataclasses.fields(value)  # type: ignore[arg-type]
+        return dataclasses.replace(value, **{f.name: legible(getattr(value, f.name)) for f in fields})  # type: ignore[type-var]
+    if isinstance(value, dict):
+        return {legible(key): legible(item) for key, item in value.items()}
+    return [legible(item) for item in value] if isinstance(value, list) else value
 
 
 def header(report: Report) -> list[list[str]]:

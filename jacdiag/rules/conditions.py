@@ -174,9 +174,11 @@ def _amplification(context: Context, rule: Rule) -> Outcome:
         worst = _worst(group)
         assert worst.value is not None
         limit = getattr(limits(worst.row), cut)
+        norm = "no norm" if worst.row.placement == "none" else f"{worst.row.placement}-norm"
+        at = f"{norm} at init" if context.report.state == "trained" else norm
         what = (
-            f"a branch multiplies a perturbation of its shortcut by {span(worst.value)}, at {worst.row.name} "
-            f"(placement {worst.row.placement}, {cut} above {plain(limit)}); {_extent(context, group)}"
+            f"branch ‖J‖ is {span(worst.value)} at {worst.row.name} ({at}: {cut} above {plain(limit)}); "
+            f"{_extent(context, group)}"
         )
         return _finding(context, rule, group, cut, limit, what, "", "branch_norm")
 
