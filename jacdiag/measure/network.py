@@ -79,7 +79,7 @@ def gradient_profile(sites: Sites, token_ids: Tensor | None) -> GradientProfile 
         met[first] = sites.replayer.calls[0].tensors[first].detach().clone().requires_grad_()
         argument = (first, met[first])
     results = [spot for spot in spots.values() if spot.where is Where.RESULT]
-    with torch.enable_grad():
+    with torch.enable_grad(), sites.replayer.whole_graph():
         output = sites.replayer.tapped(results, visit, argument=argument)
         loss, kind = language_model_loss(output, token_ids)
         held = [v for v in values if v in met and met[v].requires_grad]
@@ -104,7 +104,8 @@ def end_to_end(sites: Sites, tol: float, confidence: float, max_products: int, s
     segment = sites.replayer.segment(0, source, sites.replayer.spot_of(_end_of(sites), 0))
     first = sites[groups[0].sites[0]]
     generator = torch.Generator().manual_seed(seed)
-    operator = JacobianOperator(segment, first.shortcut, batch_dims=())
+    with sites.replayer.whole_graph():
+        operator = JacobianOperator(segment, first.shortcut, batch_dims=())
     dims = independent_dims(operator.pull_shaped, first.shortcut.shape, operator.value.shape, first.feature_dim,
                             first.shortcut.dtype, first.shortcut.device, generator)  # fmt: skip
     operator.set_batch_dims(dims)
@@ -194,7 +195,7 @@ def verify_replay(sites: Sites, seed: int = 0) -> dict[str, float]:
             leaves[value] = sites.replayer.calls[0].tensors[value].detach().clone().requires_grad_()
             argument = (value, leaves[value])
     spots = [s for s in (*cuts.values(), *terms.values()) if s.where is not Where.ARGUMENT]
-    with torch.enable_grad():
+    with torch.enable_grad(), sites.replayer.whole_graph():
         sites.replayer.tapped(spots, visit, argument=argument)
     errors = {}
     generator = torch.Generator().manual_seed(seed)

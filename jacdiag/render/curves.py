@@ -29,7 +29,10 @@ LOOKS = (
 
 @dataclass(frozen=True)
 class Curve:
-    """Values over depth: positive, or nan where there is none; `low` and `high` make the band, where there is one."""
+    """Values over depth: positive, or nan where there is none; `low` and `high` make the band, where there is one.
+
+    A `high` that is inf stands for an interval without an upper end.
+    """
 
     label: str
     x: list[float]
@@ -43,6 +46,12 @@ class Curve:
     @property
     def finite(self) -> list[float]:
         return [value for value in self.y if math.isfinite(value)]
+
+    @property
+    def lonely(self) -> list[int]:
+        """Points without a neighbour: a line alone would not show them."""
+        known = [False, *(math.isfinite(value) for value in self.y), False]
+        return [k for k in range(len(self.y)) if known[k + 1] and not known[k] and not known[k + 2]]
 
 
 def places(report: Report) -> dict[str, float]:
@@ -82,7 +91,17 @@ def missing(report: Report) -> list[float]:
     if report.tier == "weights":
         return []
     at = places(report)
-    return [at[row.name] for row in report.sublayers if not row.branch_norm or not _drawn(row.branch_norm.estimate)]
+    return [
+        at[row.name]
+        for row in report.sublayers
+        if not row.branch_norm or not (row.branch_norm.estimate == 0 or _drawn(row.branch_norm.estimate))
+    ]
+
+
+def zeros(report: Report) -> list[float]:
+    """Where branches stand that add nothing, as a projection at zero makes them: a log scale has no place for 0."""
+    at = places(report)
+    return [at[row.name] for row in report.sublayers if row.branch_norm and row.branch_norm.estimate == 0]
 
 
 def _drawn(value: float | None) -> bool:
@@ -98,8 +117,7 @@ def _pick(report: Report, kinds: tuple[str, ...], key: str) -> list[tuple[float,
     for row in report.sublayers:
         value: Interval | None = getattr(row, key)
         if row.kind in kinds:
-            usable = value is not None and _drawn(value.estimate) and _drawn(value.upper)
-            found.append((at[row.name], value if usable and value else _NOTHING))
+            found.append((at[row.name], value if value is not None and _drawn(value.estimate) else _NOTHING))
     return found
 
 
@@ -111,7 +129,7 @@ def _intervals(report: Report, look: Look, key: str, label: str) -> Curve:
         [value.estimate for _, value in points],
         look.colour,
         look.marker,
-        low=[max(value.lower, 1e-3 * value.upper) for _, value in points],  # 0 has no place on a log scale
+        low=[max(value.lower, 1e-3 * value.estimate) for _, value in points],  # 0 has no place on a log scale
         high=[value.upper for _, value in points],
     )
 
@@ -128,14 +146,14 @@ def _bound(report: Report, look: Look) -> Curve:
     rows = [row for row in report.sublayers if row.kind in look.kinds and _drawn(row.bound)]
     marker = look.marker if report.tier == "weights" else ""
     x, y = [at[row.name] for row in rows], [_excess(row) for row in rows]
-    label = look.label if report.tier == "weights" else "paper's bound - 1"
+    label = look.label if report.tier == "weights" else "paper's bound − 1"
     return Curve(label, x, y, look.colour, marker, dashed=True)
 
 
 def _excess(row: SublayerRecord) -> float:
     """The bound is on |I + J|; what it grants the branch itself is the excess over 1."""
     assert row.bound is not None
-    return max(row.bound - 1, 1e-3)
+    return row.bound - 1 if row.bound > 1 else math.nan
 
 
 def extent(curves: list[Curve]) -> tuple[float, float]:

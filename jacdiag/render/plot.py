@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jacdiag.errors import UsageError
 from jacdiag.render import words
-from jacdiag.render.curves import INK, PALE, Curve, extent, factors, gains, is_split, missing, places
+from jacdiag.render.curves import INK, PALE, Curve, extent, factors, gains, is_split, missing, places, zeros
 from jacdiag.render.files import write_atomic
 from jacdiag.render.marks import threshold
 from jacdiag.render.numbers import gist
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 FORMATS = (".png", ".svg", ".pdf")
 _DPI = 160
 _STYLE = {"font.size": 11.0, "font.family": "DejaVu Sans", "svg.hashsalt": "jacdiag", "svg.fonttype": "path"}
-_LONGEST_TITLE = 125  # characters: at that length it is set in 9 points
+_LONGEST_TITLE, _LONGEST_SUBTITLE, _LONGEST_NAME = 125, 115, 34  # characters; such a title is set in 9 points
 _LINE_HEIGHT = 0.20  # inches: the least distance between two direct labels
 
 
@@ -48,7 +49,8 @@ def save(report: Report, path: str | os.PathLike[str]) -> None:
     suffix = check_suffix(path)
     undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {}}[suffix]  # same report, same bytes
     buffer = io.BytesIO()
-    with style.context(_STYLE, after_reset=True):
+    with style.context(_STYLE, after_reset=True), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a name may hold characters that the font lacks
         draw(report).savefig(buffer, format=suffix[1:], dpi=_DPI, metadata=undated)
     write_atomic(path, buffer.getvalue())
 
@@ -65,20 +67,22 @@ def draw(report: Report) -> Figure:
     """Builds the figure without writing it."""
     from matplotlib.figure import Figure
 
+    report = words.legible(report)
     upper, lower = gains(report), factors(report)
     size = (10.0, 6.4) if lower else (10.0, 4.4)  # inches: a slide's proportions
     figure = Figure(figsize=size, facecolor="white")
     ratios = [3.2, 2.0] if lower else [1.0]
     panels = figure.subplots(len(ratios), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": ratios})[:, 0]
     margins = {"top": 1 - 0.90 / size[1], "bottom": 0.62 / size[1]}
-    figure.subplots_adjust(left=0.085, right=0.845, hspace=0.10, **margins)
+    figure.subplots_adjust(left=0.10, right=0.835, hspace=0.10, **margins)
     _title(figure, report)
     if report.tier == "measured":
         _panel(panels[0], upper, "branch gain ‖J‖", report, "branch_norm")
     else:
         _panel(panels[0], upper, "the paper's bound, less 1", report, None)
     _worst(panels[0], report)
-    _missing(panels[0], report)
+    _at_foot(panels[0], missing(report), "x", "no finite value")
+    _at_foot(panels[0], zeros(report), "v", "0")
     if lower and is_split(report):
         _panel(panels[1], lower, "its two factors", report, "norm_gain" if report.state == "init" else None)
     elif lower:
@@ -90,15 +94,23 @@ def draw(report: Report) -> Figure:
 
 
 def _title(figure: Figure, report: Report) -> None:
-    headline = words.headline(report)
-    headline = headline if len(headline) <= _LONGEST_TITLE else f"{headline[: _LONGEST_TITLE - 1]}…"
+    headline = _cut(words.headline(report), _LONGEST_TITLE)
     size = min(14.5, 14.5 * 78 / len(headline))
     height = float(figure.get_figheight())
     figure.text(
         0.03, 1 - 0.22 / height, headline, fontsize=size, fontweight="bold", color=INK, va="top", parse_math=False
     )
     about = "  ·  ".join([words.source_name(report), words.model_words(report), words.state_words(report)])
+    about = _cut(about, _LONGEST_SUBTITLE)
     figure.text(0.03, 1 - 0.53 / height, about, fontsize=10, color=PALE, va="top", parse_math=False)
+
+
+def _cut(text: str, longest: int) -> str:
+    """Shortens a text in its middle: a name's end says which one it is."""
+    if len(text) <= longest:
+        return text
+    tail = longest // 3
+    return f"{text[: longest - tail - 1]}…{text[-tail:]}"
 
 
 def _panel(axes: Axes, curves: list[Curve], label: str, report: Report, limited: str | None) -> None:
@@ -106,35 +118,52 @@ def _panel(axes: Axes, curves: list[Curve], label: str, report: Report, limited:
 
     axes.set_yscale("log")
     axes.set_ylabel(label)
+    axes.yaxis.set_label_coords(-0.095, 0.5)
     axes.grid(axis="y", color="#e4e4e4", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
     axes.yaxis.set_minor_formatter(NullFormatter())
     if not curves:
-        axes.text(0.5, 0.5, "nothing could be measured", transform=axes.transAxes, ha="center", color=PALE)
+        what = "every branch gain is 0" if zeros(report) else "nothing could be measured"
+        axes.set_yticks([])
+        axes.tick_params(axis="y", which="minor", left=False)
+        axes.text(0.5, 0.5, what, transform=axes.transAxes, ha="center", color=PALE)
         return
     low, high = extent(curves)
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 30 else (1.0, 2.0, 5.0)))
-    axes.set_ylim(low / 1.25, high * 1.35)
+    headroom = (high / low) ** 0.06
+    axes.set_ylim(low / 1.25, high * 1.35 * headroom)
     for curve in curves:
         _draw_curve(axes, curve)
     if limited:
         _thresholds(axes, report, limited, (low, high))
 
 
+def _tick(value: float) -> str:
+    if 1e-4 <= value < 1e5:
+        return f"{value:,.10g}"
+    mantissa, power = f"{value:.0e}".split("e")
+    return f"{mantissa}e{int(power)}"
+
+
 def _draw_curve(axes: Axes, curve: Curve) -> None:
     many = len(curve.x) > 40
     if curve.low and curve.high:
-        axes.fill_between(curve.x, curve.low, curve.high, color=curve.colour, alpha=0.25, linewidth=0)
+        endless = 1e3 * axes.get_ylim()[1]
+        high = [endless if value == math.inf else value for value in curve.high]
+        axes.fill_between(curve.x, curve.low, high, color=curve.colour, alpha=0.25, linewidth=0)
+        for k in curve.lonely:
+            axes.plot([curve.x[k]] * 2, [curve.low[k], high[k]], color=curve.colour, alpha=0.25, linewidth=6)
     axes.plot(
         curve.x,
         curve.y,
         color=curve.colour,
         linestyle=(0, (5, 3)) if curve.dashed else "-",
         linewidth=1.1 if curve.dashed else 1.7,
-        marker=curve.marker or None,
-        markersize=3.2 if many else 6,
+        marker=curve.marker or "o",
+        markevery=None if curve.marker else curve.lonely,
+        markersize=4 if not curve.marker else 3.2 if many else 6,
         markeredgecolor="white",
         markeredgewidth=0.4 if many else 0.8,
     )
@@ -143,6 +172,7 @@ def _draw_curve(axes: Axes, curve: Curve) -> None:
 def _thresholds(axes: Axes, report: Report, field: str, span: tuple[float, float]) -> None:
     """Draws the thresholds of a field as thin labelled lines, where they lie near enough to the data to matter."""
     low, high = span
+    at_left = field == "branch_norm" and not _leftish(report)  # where the worst branch's label is not
     for level in ("warning", "error"):
         value = threshold(report, field, level)
         if value is None or not low / 10 <= value <= high * 10:
@@ -151,13 +181,15 @@ def _thresholds(axes: Axes, report: Report, field: str, span: tuple[float, float
         axes.set_ylim(min(bottom, value / 1.3), max(top, value * 1.5))
         axes.axhline(value, color=INK, linewidth=0.8, linestyle="-" if level == "error" else (0, (1, 2)))
         what = {"norm_gain": "1/σ, ", "branch_norm": ""}[field]
+        below = level == "warning" and threshold(report, field, "error") is not None  # apart, however near they lie
         axes.annotate(
-            f"{what}{level} above {value:.3g}",
-            (1.0, value),
+            f"{what}{level} above {_tick(float(f'{value:.3g}'))}",
+            (0.0 if at_left else 1.0, value),
             xycoords=("axes fraction", "data"),
-            xytext=(-4, 3),
+            xytext=(4 if at_left else -4, -3 if below else 3),
             textcoords="offset points",
-            ha="right",
+            ha="left" if at_left else "right",
+            va="top" if below else "bottom",
             fontsize=9,
             color=INK,
         )
@@ -168,12 +200,10 @@ def _worst(axes: Axes, report: Report) -> None:
     if worst is None or worst[1].estimate <= 0:
         return
     row, value = worst
-    at = places(report)[row.name]
-    last = max(places(report).values(), default=0.0)
-    leftish = at <= 0.6 * last
+    leftish = _leftish(report)
     axes.annotate(
-        f"{gist(value)}  {row.name}",
-        (at, value.estimate),
+        f"{gist(value)}  {_cut(row.name, _LONGEST_NAME)}",
+        (places(report)[row.name], value.upper if math.isfinite(value.upper) else value.estimate),
         xytext=(10 if leftish else -10, 4),
         textcoords="offset points",
         ha="left" if leftish else "right",
@@ -186,22 +216,33 @@ def _worst(axes: Axes, report: Report) -> None:
     )
 
 
-def _missing(axes: Axes, report: Report) -> None:
-    """Crosses at the foot of the panel where a branch norm should be: a gap in a line is easily overlooked."""
-    crosses = missing(report)
-    if crosses:
-        foot = axes.get_xaxis_transform()
-        axes.plot(crosses, [0.04] * len(crosses), "x", color=INK, transform=foot, markersize=6, clip_on=False)
-        axes.text(crosses[0], 0.075, "no finite value", transform=foot, ha="center", fontsize=9, color=INK)
+def _leftish(report: Report) -> bool:
+    """Whether the worst branch stands in the left half, so that its label goes to its right."""
+    worst = words.worst_branch(report)
+    at = places(report)
+    return worst is None or at[worst[0].name] <= 0.5 * max(at.values())
+
+
+def _at_foot(axes: Axes, places: list[float], sign: str, text: str) -> None:
+    """Signs at the foot of the panel where a branch norm cannot be drawn: a gap in a line is easily overlooked."""
+    if not places:
+        return
+    foot = axes.get_xaxis_transform()
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(bottom / (top / bottom) ** 0.12, top)
+    axes.plot(places, [0.04] * len(places), sign, color=INK, transform=foot, markersize=6, clip_on=False)
+    axes.annotate(
+        text, (places[-1], 0.04), xycoords=foot, xytext=(7, 0), textcoords="offset points", va="center", fontsize=9
+    )
 
 
 def _depth_axis(axes: Axes, report: Report) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel("depth (layer)")
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
     last = max(places(report).values(), default=1.0)
-    margin = max(0.02 * last, 0.08)
+    margin = max(0.02 * last, 0.08) if last else 0.5
     axes.set_xlim(-margin, last + margin)
 
 

@@ -204,7 +204,7 @@ def _pieces(word: str, room: int) -> list[str]:
 def _wrapped(text: str, room: int) -> list[str]:
     """Breaks at plain spaces only (`below.TIED` is none), and inside a word that has no room on any line."""
     lines = [""]
-    for word in (piece for word in text.split(" ") for piece in _pieces(word, room)):
+    for word in (piece for whole in text.split(" ") for piece in _pieces(whole, room)):
         joined = f"{lines[-1]} {word}" if lines[-1] else word
         if cell_len(joined) > room and lines[-1].strip():
             lines.append(word)

@@ -17,7 +17,7 @@ from jacdiag.report.schema import Record
 def legible(value: Any) -> Any:
     """A report, or a part of one, whose texts hold printable characters only.
 
-    Names come out of files that somebody else made: an escape sequence or a line break in one must not reach a terminal.
+    Names come out of files that somebody else made: no escape sequence or line break in one may reach a terminal.
     """
     if isinstance(value, str):
         return "".join(sign if sign.isprintable() else " " if sign.isspace() else "\ufffd" for sign in value)

@@ -1,14 +1,17 @@
 """In what precision a model's code runs, decided call by call.
 
 bf16 and fp16 weights are raised where an operation reads them and dropped right after it, so that no second copy of a
-model, nor even of a block, is made while recording. Explicit casts down (`x.to(torch.bfloat16)`, `.float()` in a
-float64 run) are answered with the run's own precision, so that every product has one rounding.
+model, nor even of a block, is made while recording; a graph through the whole model keeps the low ones (`Raisings`).
+Explicit casts down (`x.to(torch.bfloat16)`, `.float()` in a float64 run) are answered with the run's own precision, so
+that every product has one rounding.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,17 +23,54 @@ _GROUPED = {"_grouped_mm", "grouped_mm"}
 _CAST_METHODS = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
 
 
+class Raisings:
+    """Which tensors are raised copies of low ones, so that autograd need not keep them."""
+
+    def __init__(self) -> None:
+        self._low: dict[int, tuple[weakref.ref[Tensor], Tensor]] | None = None
+
+    @contextmanager
+    def not_kept(self) -> Iterator[None]:
+        """Inside, a graph keeps the low tensor in a raised one's place, and raises it again whenever it is read."""
+        self._low = {}
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
+                yield
+        finally:
+            self._low = None
+
+    def add(self, raised: Tensor, low: Tensor) -> None:
+        if self._low is not None:
+            self._low[raised.untyped_storage().data_ptr()] = (weakref.ref(raised), low)
+
+    def _pack(self, saved: Tensor) -> Any:
+        entry = None if self._low is None else self._low.get(saved.untyped_storage().data_ptr())
+        if entry is None or entry[0]() is None or saved.requires_grad:
+            return saved
+        return entry[1], saved.dtype, saved.size(), saved.stride(), saved.storage_offset()
+
+    def _unpack(self, packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        low, dtype, *layout = packed
+        raised = low.to(dtype)
+        self.add(raised, low)
+        return raised.as_strided(*layout)
+
+
 class Precision:
     """Raises tensors of a state to `dtype` as calls read them.
 
     Args:
         dtype: torch.float32 or torch.float64.
         state: id of a state tensor -> its name; only these are raised on sight.
+        raisings: told of every tensor of the state that is raised.
     """
 
-    def __init__(self, dtype: torch.dtype, state: Mapping[int, str]) -> None:
+    def __init__(self, dtype: torch.dtype, state: Mapping[int, str], raisings: Raisings | None = None) -> None:
         self.dtype = dtype
         self.state = state
+        self.raisings = raisings
         self.rank = _RANK[dtype]
 
     def lower(self, dtype: Any) -> bool:
@@ -67,7 +107,12 @@ class Precision:
 
     def _argument(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            return self._raise(value) if id(value) in self.state else value
+            if id(value) not in self.state:
+                return value
+            raised = self._raise(value)
+            if raised is not value and self.raisings is not None:
+                self.raisings.add(raised, value)
+            return raised
         if isinstance(value, torch.dtype) and self.lower(value):
             return self.dtype
         return value

@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from jacdiag.errors import TraceError
 from jacdiag.trace.calls import Call
-from jacdiag.trace.precision import Precision, map_leaves
+from jacdiag.trace.precision import Precision, Raisings, map_leaves
 from jacdiag.trace.record import CallKey, Graph, collect, collect_deep, signature
 from jacdiag.trace.skeleton import Skeleton
 from jacdiag.trace.sums import term_tensor
@@ -185,6 +185,7 @@ class Replayer:
     dtype: torch.dtype
     root: Call
     calls: dict[int, Call] = field(default_factory=dict)
+    raisings: Raisings = field(default_factory=Raisings)
 
     # -- places ----------------------------------------------------------------------------------------------------
     def spot_of(self, value: int, invocation: int) -> Spot:
@@ -204,6 +205,11 @@ class Replayer:
         return self.graph.nodes[node].key, sum(start <= n < node for n in nodes)
 
     # -- runs ------------------------------------------------------------------------------------------------------
+    def whole_graph(self) -> AbstractContextManager[None]:
+        """To be entered where a graph through the whole model is built, so that it holds no raised copy of the model."""
+        low = any(t.is_floating_point() and t.dtype.itemsize < 4 for t in self.skeleton.params.values())
+        return self.raisings.not_kept() if low else nullcontext()
+
     def segment(self, invocation: int, source: Spot, sink: Spot) -> Callable[[Tensor], Tensor]:
         """Returns the function from the source's value to the sink's, by running one module call again."""
         return lambda x: self.run(invocation, source, x, sink)
@@ -260,7 +266,7 @@ class Replayer:
 
     def _execute(self, module: str, args: Any, kwargs: Any, spots: Iterable[Spot], visit: Visit) -> Any:
         state = self.skeleton.fresh_state_of(module)
-        precision = Precision(self.dtype, {id(t): name for name, t in state.items()})
+        precision = Precision(self.dtype, {id(t): name for name, t in state.items()}, self.raisings)
         with ExitStack() as stack:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(Tap(precision, spots, visit))
