@@ -206,7 +206,7 @@ class Replayer:
 
     # -- runs ------------------------------------------------------------------------------------------------------
     def whole_graph(self) -> AbstractContextManager[None]:
-        """To be entered where a graph through the whole model is built, so that it holds no raised copy of the model."""
+        """To be entered where a graph through the whole model is built: it then holds no raised copy of the model."""
         low = any(t.is_floating_point() and t.dtype.itemsize < 4 for t in self.skeleton.params.values())
         return self.raisings.not_kept() if low else nullcontext()
 
