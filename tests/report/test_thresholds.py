@@ -43,6 +43,14 @@ def test_the_ladder_is_that_of_the_measurement() -> None:
     assert len(near) == len({r["name"] for r in measured}) and {r["width"] for r in near} == {512}
 
 
+@pytest.mark.parametrize("placement", ["post", "sandwich", "reordered"])
+def test_a_placement_without_recipes_is_worth_an_info_at_three_times_the_ladder(placement: str) -> None:
+    rungs = json.loads((ROOT / "benchmarks" / "results" / "ladder.json").read_text())
+    largest = max(r["worst_branch_gain"] for r in rungs if r["placement"] == placement)
+    limits = load_thresholds().limits("branch_norm", placement)
+    assert limits.info == pytest.approx(3 * largest, rel=0.02) and limits.warning is None
+
+
 def test_no_threshold_is_an_error_by_itself() -> None:
     data = tomllib.loads(TOML.read_text(encoding="utf-8"))
     assert "error" not in json.dumps(list(data.values()))
