@@ -144,7 +144,7 @@ def _columns(report: Report, rows: list[SublayerRecord], levels: dict[tuple[str,
             cells = aligned([text(row) for row in rows])
             interest = _BOUND_ALONE if key == "bound" and report.tier == "weights" else interest
             columns.append(Column(key, title, interest, cells, [levels.get((row.name, key), "") for row in rows]))
-    if who:
+    if any(row.name in who for row in rows):
         columns.append(Column("who", "who", 80, [who.get(row.name, "") for row in rows], [""] * len(rows), left=True))
     return [_with_bars(column, rows) if column.key == "shortcut_std" else column for column in columns]
 

@@ -203,10 +203,18 @@ def to_do(report: Report) -> list[str]:
             tried = " (tried on a copy of this model: it helps)" if finding.verified else ""
             advice.setdefault(f"{finding.fix}{tried}", finding.code)
     lines = [f"{text}   jacdiag explain {code}" for text, code in advice.items()]
-    if not lines:
-        calm = "nothing: no rule fired"
-        lines.append(calm if report.verdict == "pass" else _MEASURE_MORE[report.tier])
-    return lines
+    return lines or [_without_remedy(report)]
+
+
+def _without_remedy(report: Report) -> str:
+    loudest = next(iter(_by_level(report.findings)), None)
+    if report.verdict == "unknown":
+        return _MEASURE_MORE[report.tier]
+    if loudest is None:
+        return "nothing: no rule fired"
+    if loudest.level == "info":
+        return "nothing: what fired are observations"
+    return f"read on: jacdiag explain {loudest.code}"
 
 
 _MEASURE_MORE = {

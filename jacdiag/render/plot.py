@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 FORMATS = (".png", ".svg", ".pdf")
 _DPI = 160
 _STYLE = {"font.size": 11.0, "font.family": "DejaVu Sans", "svg.hashsalt": "jacdiag", "svg.fonttype": "path"}
-_LONGEST_TITLE, _LONGEST_SUBTITLE, _LONGEST_NAME = 125, 115, 34  # characters; such a title is set in 9 points
+_LONGEST_TITLE, _LONGEST_SUBTITLE, _LONGEST_NAME = 120, 108, 34  # characters; such a title is set in 9 points
 _LINE_HEIGHT = 0.20  # inches: the least distance between two direct labels
 
 
@@ -95,7 +95,7 @@ def draw(report: Report) -> Figure:
 
 def _title(figure: Figure, report: Report) -> None:
     headline = _cut(words.headline(report), _LONGEST_TITLE)
-    size = min(14.5, 14.5 * 78 / len(headline))
+    size = min(14.5, 14.5 * 76 / len(headline))
     height = float(figure.get_figheight())
     figure.text(
         0.03, 1 - 0.22 / height, headline, fontsize=size, fontweight="bold", color=INK, va="top", parse_math=False

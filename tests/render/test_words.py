@@ -1,0 +1,210 @@
+"""The sentences and numbers that every rendering shares."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+from render import synthetic
+
+from jacdiag.render import lines, words
+from jacdiag.render.numbers import gist, outward, share, spoken, three
+from jacdiag.report import Conditions, Finding, Interval, Plan, ProbeRecord, Report, RuleResult
+
+NAN, INF = float("nan"), float("inf")
+
+
+def with_conditions(small: str, large: str) -> Report:
+    conditions = Conditions(small, large)  # type: ignore[arg-type]
+    return dataclasses.replace(synthetic.clean(2), conditions=conditions)
+
+
+def line_of(report: Report, label: str) -> lines.Line | None:
+    return next((line for line in lines.verdict_lines(report) if line.label == label), None)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (Interval(22.5, 22.498, 23.28), "22.5 ±0.8"),
+        (Interval(22.5, 20.3, 24.7), "22.5 ±2.2"),
+        (Interval(20.0, 19.9, 30.0), "[19.9, 30.0]"),
+        (Interval.exact(0.0283), "0.0283"),
+        (Interval.exact(9.999), "10.0"),
+        (Interval.exact(44_842.0), "44,800"),
+        (Interval.exact(999_499.0), "999,000"),
+        (Interval(1234.0, 1233.0, 1300.0), "1234 ±66"),
+        (Interval.exact(2.5e19), "2.50e19"),
+        (Interval(8.4, 8.3, INF), "[8.30, inf]"),
+        (Interval(NAN, NAN, INF), "nan"),
+        (Interval(INF, INF, INF), "inf"),
+        (Interval(0.0, 0.0, 0.0), "0"),
+        (Interval(0.5, 0.0, 0.9), "[0, 0.900]"),
+        (None, "–"),
+    ],
+)
+def test_an_interval_is_pm_while_narrow_and_its_ends_while_wide(value: Interval | None, text: str) -> None:
+    assert spoken(value) == text
+
+
+@pytest.mark.parametrize("value", [10.0**power * digits for power in range(-4, 6) for digits in (1.0, 3.217, 9.876)])
+def test_three_digits_and_no_power_of_ten_where_people_write_none(value: float) -> None:
+    text = three(value)
+    assert "e" not in text
+    digits = text.replace(",", "").replace(".", "").strip("0") if value < 1e4 else text.replace(",", "").rstrip("0")
+    assert len(digits) <= 3 or 1e3 <= value < 1e4
+    assert float(text.replace(",", "")) == pytest.approx(value, rel=5.1e-3)
+
+
+@pytest.mark.parametrize("width", [1e-6, 1e-3, 0.03, 0.0999, 0.11, 0.5, 3.0])
+@pytest.mark.parametrize("value", [0.00123, 0.0999, 0.9999, 5.4321, 99.96, 1234.5, 98_765.0])
+def test_what_is_printed_promises_no_more_than_was_measured(value: float, width: float) -> None:
+    interval = Interval(value, value * (1 - 1e-4), value * (1 + width))
+    text = spoken(interval).replace(",", "" if "[" not in spoken(interval) else ",")
+    if "±" in text:
+        middle, reach = (float(part) for part in text.split(" ±"))
+        slack = 0.5 * 10 ** (math.floor(math.log10(value)) - 2)  # of the middle's own rounding
+        assert middle - reach - slack <= interval.lower and interval.upper <= middle + reach + slack
+        assert width <= 0.101
+    else:
+        assert width > 0.0998 and text.startswith("[")
+        assert float(outward(interval.lower, down=True).replace(",", "")) <= interval.lower * (1 + 1e-6)
+        assert float(outward(interval.upper, down=False).replace(",", "")) >= interval.upper * (1 - 1e-6)
+
+
+def test_in_running_text_a_narrow_interval_is_one_number() -> None:
+    assert gist(Interval(22.5, 22.4, 23.0)) == "22.5"
+    assert gist(Interval(22.5, 10.0, 40.0)) == "[10.0, 40.0]"
+
+
+def test_a_share_is_everything_only_when_it_is() -> None:
+    assert (share(999_999, 1_000_000), share(7, 7), share(0, 7), share(1, 10**9)) == ("99.99%", "100%", "0%", "0.01%")
+
+
+@pytest.mark.parametrize(
+    ("small", "large", "headline"),
+    [
+        ("met", "met", "Both conditions met"),
+        ("not met", "not met", "Neither condition met"),
+        ("partly", "partly", "Both conditions partly met"),
+        ("unknown", "unknown", "Both conditions unknown"),
+        ("met", "not met", "Large shortcut not met, small sub-layers met"),
+        ("unknown", "met", "Large shortcut met, small sub-layers unknown"),
+        ("not applicable", "not applicable", "Not pre-norm, the two conditions do not apply"),
+    ],
+)
+def test_the_headline_says_the_verdict_in_words(small: str, large: str, headline: str) -> None:
+    report = with_conditions(small, large)
+    worst = max(report.sublayers, key=lambda row: row.branch_norm.estimate if row.branch_norm else 0)
+    assert words.headline(report) == f"{headline}: worst branch gain {gist(worst.branch_norm)} at {worst.name}"  # type: ignore[arg-type]
+
+
+def test_an_error_beside_the_conditions_comes_first() -> None:
+    assert words.headline(synthetic.broken()) == "JD906: transformer.h.0.mlp.c_fc.weight holds 3 NaN"
+    assert words.headline(synthetic.trained()).startswith("Trained model: worst branch gain 6.33 at")
+    assert words.headline(synthetic.weights_tier()).startswith("From the weights alone: the paper's bound is 40.3 at")
+
+
+def test_the_worst_branch_is_the_largest_finite_one() -> None:
+    worst = words.worst_branch(synthetic.broken())
+    assert worst is not None and worst[0].name == "transformer.h.0.attn"
+    assert words.worst_branch(synthetic.weights_tier()) is None
+
+
+def test_the_header_names_model_probe_and_plan() -> None:
+    first, second = words.header(synthetic.vanilla())
+    assert first == [
+        "jacdiag 0.1.0",
+        "checkpoint.pt",
+        "GPT, 12 layers, d 768, 124M parameters (99.8% covered)",
+        "init, pre-norm",
+    ]
+    assert second[0] == "probe: 2 x 128 random tokens, seed 0, 12 dead rows left out"
+    assert second[1:] == ["float32 on cpu", "24 sub-layers, intervals at 99.9%", "no learning rate given"]
+    plan = Plan(lr=3e-4, warmup=2000, beta2=0.95)
+    given = dataclasses.replace(synthetic.vanilla(1), plan=plan, probe=ProbeRecord(4, None, 0, "sample.txt"))
+    assert words.header(given)[1][0] == "probe: batch 4 tokens of sample.txt"
+    assert words.header(given)[1][-1] == "learning rate 0.0003, warmup 2000, beta2 0.95"
+    assert "1 layer," in words.header(given)[0][2]
+    assert words.header(synthetic.weights_tier())[1][0] == "weights only: no model was run"
+
+
+def test_an_undecided_or_inapplicable_condition_never_reads_as_met() -> None:
+    open_ = line_of(with_conditions("unknown", "met"), "small sub-layers")
+    assert open_ is not None and (open_.status, open_.level) == ("unknown", "undecided")
+    post = line_of(synthetic.post(), "large shortcut")
+    assert post is not None and (post.status, post.text) == ("not applicable", "no pre-norm sub-layer")
+    rules = [RuleResult("JD103", "unknown", 3, "amplification", "too wide")]
+    undecided = line_of(dataclasses.replace(synthetic.clean(), rules=rules), "undecided")
+    assert undecided is not None and undecided.text == "JD103 amplification (too wide)"
+
+
+def test_what_was_not_covered_is_named_with_its_share() -> None:
+    line = line_of(synthetic.vanilla(), "not covered")
+    assert line is not None and line.text.startswith("0.2% of the parameters: transformer.ln_f.weight (the final norm")
+    assert (
+        line_of(
+            dataclasses.replace(
+                synthetic.vanilla(), model=dataclasses.replace(synthetic.vanilla().model, uncovered=[])
+            ),
+            "not covered",
+        )
+        is None
+    )
+
+
+def test_what_to_do_is_each_remedy_once_and_the_loudest_first() -> None:
+    report = synthetic.broken()
+    twice = Finding("JD103", "warning", [], "again", fix="load an earlier checkpoint")
+    verified = Finding("JD102", "warning", [], "small", fix="scale the embedding", verified=True)
+    advice = lines.to_do(dataclasses.replace(report, findings=[verified, twice, report.findings[0]]))
+    assert advice[0] == "load an earlier checkpoint   jacdiag explain JD906"
+    assert len(advice) == 2 and "tried on a copy of this model: it helps" in advice[1]
+    assert lines.to_do(synthetic.clean()) == ["nothing: no rule fired"]
+    assert "--model FACTORY" in lines.to_do(synthetic.weights_tier())[0]
+    open_ = dataclasses.replace(synthetic.clean(), verdict="unknown")
+    assert "--tol" in lines.to_do(open_)[0], "undecided is not nothing to do"
+
+
+def test_your_rung_on_the_ladder_stands_between_its_neighbours() -> None:
+    line = line_of(synthetic.vanilla(), "beside others")
+    assert line is not None
+    text = line.text.replace(lines.TIED, " ")
+    assert "OLMo 2 shape 5 · ▸yours 22 · GPT-2 24" in text and text.endswith("(at init, same width)")
+    assert line_of(synthetic.trained(), "beside others") is None
+
+
+def test_reasons_for_what_is_missing_are_said_once() -> None:
+    notes = lines.footnotes(synthetic.post(12))
+    assert notes.count("no 1/σ gain: the branch does not begin with a norm (post)") == 1
+    assert "no core ‖J‖ at transformer.h.0.mlp: NaN in its weights" in lines.footnotes(synthetic.broken())
+
+
+def test_cost_in_words() -> None:
+    assert lines.cost(synthetic.vanilla()) == "612 forwards of one sub-layer, 41 s, peak 1.9 GB"
+    assert lines.cost(dataclasses.replace(synthetic.vanilla(), cost=type(synthetic.vanilla().cost)())) == "–"
+
+
+def test_characters_that_cannot_be_printed_are_replaced_everywhere() -> None:
+    evil = Finding("JD906", "error", ["a\x1b[31mb"], "line\nbreak\u2028and\ttab", {"x": ["\x07", 1.5, None]})
+    clean = words.legible(dataclasses.replace(synthetic.vanilla(1), findings=[evil]))
+    assert clean.findings[0] == Finding(
+        "JD906", "error", ["a\ufffd[31mb"], "line break and tab", {"x": ["\ufffd", 1.5, None]}
+    )
+    assert words.legible(synthetic.broken().network) is None
+    assert words.legible(synthetic.vanilla()) == synthetic.vanilla()
+
+
+@pytest.mark.parametrize("norms", [[0.0, 1.0, 2.0], [NAN, 1.0], [1.0, 0.0], [INF, 1.0], [1.0], [2.0, 1.0], None])
+def test_gradients_that_vanish_or_explode_break_nothing(norms: list[float] | None) -> None:
+    base = synthetic.vanilla(2)
+    assert base.network is not None
+    log = norms[0] * 1e3 if norms else None
+    report = dataclasses.replace(
+        base, network=dataclasses.replace(base.network, gradient_norms=norms, gain_product_log=log)
+    )
+    gradient, depth = line_of(report, "gradient"), line_of(report, "over depth")
+    assert (gradient is None) == (norms not in ([0.0, 1.0, 2.0], [2.0, 1.0])), "no sentence about a ratio without end"
+    assert (depth is None) == (norms is None)
+    assert depth is None or not {"e^nan", "e^inf"} & set(depth.text.replace(",", " ").split())
