@@ -31,7 +31,7 @@ lint: .venv/.installed-dev
 
 bench: .venv/.installed-dev
 	@mkdir -p benchmarks/results
-	set -e; for script in $(filter-out benchmarks/coverage.py,$(wildcard benchmarks/*.py)); do \
+	set -e; for script in $(filter-out benchmarks/coverage.py benchmarks/_%.py,$(wildcard benchmarks/*.py)); do \
 	  echo "== $$script"; $(BIN)/python $$script; done
 
 coverage: .venv/.installed-dev

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from jacdiag.spectra import Composed, JacobianOperator, Operator, Shifted, Summed, independent_dims
+from jacdiag.spectra import Composed, JacobianOperator, NormJacobian, Operator, Shifted, Summed
 from jacdiag.trace import Sublayer
+
+Local = JacobianOperator | NormJacobian  # operators that can be told anew what is independent
 
 
 @dataclass
@@ -17,7 +19,7 @@ class Linearised:
     site: Sublayer
     branch: Operator
     core: Operator | None
-    owned: list[JacobianOperator]
+    owned: list[Local]
     dims: tuple[int, ...]
     notes: dict[str, str] = field(default_factory=dict)
 
@@ -30,15 +32,15 @@ class Linearised:
             operator.release()
 
 
-def linearise(site: Sublayer, generator: torch.Generator) -> Linearised:
+def linearise(site: Sublayer) -> Linearised:
     """Builds the Jacobian of a branch at its recorded shortcut, as core o norm where it begins with a norm."""
     x = site.shortcut
     factored = site.has_input_norm and site.normalized.shape == x.shape
     main = JacobianOperator(site.core, site.normalized, ()) if factored else JacobianOperator(site.branch, x, ())
-    owned = [main]
-    dims = independent_dims(main.pull_shaped, x.shape, main.value.shape, site.feature_dim, x.dtype, x.device, generator)
+    owned: list[Local] = [main]
+    dims = site.independent(main.pull_shaped)
     if factored:
-        owned.append(JacobianOperator(site.norm, x, ()))
+        owned.append(_norm_jacobian(site))
     notes = {}
     if site.has_input_norm and not factored:
         notes["core_norm"] = "the norm's output has another shape than the shortcut"
@@ -54,13 +56,20 @@ def linearise(site: Sublayer, generator: torch.Generator) -> Linearised:
             core = inner
         else:
             core = main
-    site._token_wise = set(dims) >= set(range(x.dim())) - {site.feature_dim % x.dim()}
     return Linearised(site, branch, core, owned, dims, notes)
+
+
+def _norm_jacobian(site: Sublayer) -> Local:
+    norm = site.input_norm
+    assert norm is not None
+    if norm.fused:
+        return NormJacobian(norm.value, norm.gain, centred=norm.centred, batch_dims=())
+    return JacobianOperator(site.norm, site.shortcut, ())
 
 
 def residual_map(
     site: Sublayer, branch: Operator, dims: tuple[int, ...]
-) -> tuple[Operator | None, list[JacobianOperator], str]:
+) -> tuple[Operator | None, list[Local], str]:
     """The map to the next shortcut, a I + J and the norm behind it for post-norm; operators made for it; why not."""
     if site.value.shape != site.shortcut.shape:
         return None, [], "branch and shortcut have different shapes"
@@ -75,7 +84,7 @@ def residual_map(
     return Composed(behind, operator), owned, ""
 
 
-def _with_shortcut(site: Sublayer, branch: Operator, dims: tuple[int, ...]) -> tuple[Operator, list[JacobianOperator]]:
+def _with_shortcut(site: Sublayer, branch: Operator, dims: tuple[int, ...]) -> tuple[Operator, list[Local]]:
     gain = site.shortcut_gain
     if isinstance(gain, float):
         return Shifted(branch, gain), []

@@ -71,7 +71,7 @@ def measure_group(
                 if not _finite(site):
                     records.append(_blank(site, token_ids, "not finite: NaN or Inf in the shortcut or the branch"))
                     continue
-                one = linearise(site, _generator(effort, site, "dims"))
+                one = linearise(site)
                 built.append(one)
                 records.append(_measure(one, effort, token_ids, state, figures))
             except (JacdiagError, RuntimeError, NotImplementedError) as error:
@@ -109,6 +109,7 @@ def _measure(one: Linearised, effort: Effort, token_ids: Tensor | None, state: s
     if bounds.bound is not None and branch.estimate > 0:
         tight = (bounds.bound - 1) / branch.estimate
     spent = [i for i in (branch, residual, None if same else core) if i is not None]
+    built = sum(isinstance(operator, JacobianOperator) for operator in one.owned)
     return replace(
         record,
         branch_norm=branch,
@@ -119,7 +120,7 @@ def _measure(one: Linearised, effort: Effort, token_ids: Tensor | None, state: s
         tightness=tight,
         weights=weights,
         notes=notes,
-        cost=float(sum(i.products for i in spent) + 2 * len(one.owned)),
+        cost=float(sum(i.products for i in spent) + 2 * built),
     )
 
 
@@ -221,7 +222,7 @@ def _problems(dims: tuple[int, ...], x: Tensor, feature_dim: int) -> str:
 
 def _blank(site: Sublayer, token_ids: Tensor | None, why: str) -> SublayerRecord:
     """A record without norms: what could not be measured is null, with the reason."""
-    site._token_wise = site._token_wise or False
+    site.dims = site.dims or ()
     notes = dict.fromkeys(("branch_norm", "residual_norm", "core_norm"), why)
     if not _finite(site):
         return SublayerRecord(

@@ -8,22 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from jacdiag.spectra.algebra import Composed, DenseOperator, NormJacobian, Shifted, Summed
 from jacdiag.spectra.dense import dense_jacobian, dense_norm
 from jacdiag.spectra.golub_kahan import Solution, Stop, top_singular
-from jacdiag.spectra.operator import (
-    Composed,
-    DenseOperator,
-    JacobianOperator,
-    Operator,
-    Shifted,
-    Summed,
-    independent_dims,
-)
+from jacdiag.spectra.operator import JacobianOperator, Operator, independent_dims
 
 __all__ = [
     "Composed",
     "DenseOperator",
     "JacobianOperator",
+    "NormJacobian",
     "Operator",
     "Shifted",
     "Solution",

@@ -135,24 +135,52 @@ def top_singular(
     pad = PAD[str(operator.dtype).removeprefix("torch.")] if pad is None else pad
     before = operator.products
     lanczos = _Bidiagonalisation(operator, generator)
-    eps = 1.0 - confidence
+    ends = _Ends(lanczos, 1.0 - confidence, pad)
     while True:
         lanczos.step()
-        finite = bool(np.isfinite(lanczos.alphas[:, -1]).all() and np.isfinite(lanczos.betas[:, -1]).all())
-        theta = ritz_values(lanczos.alphas, lanczos.betas) if finite else np.full_like(lanczos.alphas, np.nan)
-        top = theta[:, 0]
-        upper = upper_ends(theta, lanczos.alphas, lanczos.betas, lanczos.exact, operator.domain, eps) if finite else top
-        low, high = top * (1 - pad), upper * (1 + pad)
+        finite = lanczos.finite
+        if finite:
+            ends.update()
         products = operator.products - before
-        stop = _stop(finite, lanczos.exact, low, high, tol, decide, early, products, max_products)
+        stop = _stop(finite, lanczos.exact, ends.low, ends.high, tol, decide, early, products, max_products)
         if stop is None:
             continue
-        if not finite:
-            low, high = np.zeros_like(top), np.full_like(top, np.inf)
+        top, low, high = ends.final(finite)
         return Solution(
             low, high, top, confidence, products, lanczos.steps, stop, stop is Stop.EXACT or _narrow(low, high, tol),
             lanczos.right, lanczos.alphas, lanczos.betas,
         )  # fmt: skip
+
+
+class _Ends:
+    """The ends of every problem, kept up to date where they can still matter to the maximum.
+
+    The upper end's event depends on the start only, so that the lowest upper end of all steps holds. A problem whose
+    upper end has come down to the largest lower end is settled: it is left alone until the end.
+    """
+
+    def __init__(self, lanczos: _Bidiagonalisation, eps: float, pad: float) -> None:
+        self.lanczos, self.eps, self.pad = lanczos, eps, pad
+        problems = lanczos.operator.problems
+        self.low, self.high = np.zeros(problems), np.full(problems, np.inf)
+
+    def update(self) -> None:
+        lanczos = self.lanczos
+        open_ = (self.high > self.low.max()) | (self.high == np.inf)
+        alphas, betas = lanczos.alphas[open_], lanczos.betas[open_]
+        theta = ritz_values(alphas, betas)
+        known = self.high[open_] / (1 + self.pad)
+        upper = upper_ends(theta, alphas, betas, lanczos.exact[open_], lanczos.operator.domain, self.eps, known)
+        self.low[open_] = theta[:, 0] * (1 - self.pad)
+        self.high[open_] = upper * (1 + self.pad)
+
+    def final(self, finite: bool) -> tuple[Array, Array, Array]:
+        """Returns largest Ritz values, lower and upper ends of all problems."""
+        if not finite:
+            nothing = np.full_like(self.low, np.nan)
+            return nothing, np.zeros_like(self.low), np.full_like(self.low, np.inf)
+        top = ritz_values(self.lanczos.alphas, self.lanczos.betas)[:, 0]
+        return top, top * (1 - self.pad), self.high
 
 
 def _stop(
@@ -187,8 +215,8 @@ class _Bidiagonalisation:
     def __init__(self, operator: Operator, generator: torch.Generator | None) -> None:
         self.operator = operator
         shape = (operator.problems, operator.domain)
-        start = torch.randn(shape, generator=generator, dtype=torch.float64).to(operator.device)
-        self.v = (start / start.norm(dim=1, keepdim=True)).to(operator.dtype)
+        start = torch.randn(shape, generator=generator).to(operator.device, operator.dtype)
+        self.v = start / _norms(start).unsqueeze(1).to(start)
         self.u = torch.zeros(operator.problems, operator.codomain, dtype=operator.dtype, device=operator.device)
         self.right = self.v.new_empty(operator.problems, 0, operator.domain)
         self.left = self.u.new_empty(operator.problems, 0, operator.codomain)
@@ -220,7 +248,7 @@ class _Bidiagonalisation:
 
     def _coefficient(self, w: Tensor, last: bool) -> Array:
         """The norm of a new direction; 0, and the problem is exact from here on, at a breakdown."""
-        value = torch.linalg.vector_norm(w, dim=1, dtype=torch.float64).cpu().numpy()
+        value = _norms(w).cpu().numpy()
         value[self.exact] = 0.0
         self.scale = np.maximum(self.scale, np.where(np.isfinite(value), value, self.scale))
         broken = (value <= self.tiny * self.scale) | last
@@ -228,12 +256,27 @@ class _Bidiagonalisation:
         self.exact |= broken
         return value
 
+    @property
+    def finite(self) -> bool:
+        """Whether the last coefficients are."""
+        return bool(np.isfinite(self.alphas[:, -1]).all() and np.isfinite(self.betas[:, -1]).all())
+
     def _direction(self, w: Tensor, norm: Array) -> Tensor:
         inverse = np.divide(1.0, norm, out=np.zeros_like(norm), where=norm != 0)
         return w * self._column(inverse)
 
     def _column(self, values: Array) -> Tensor:
         return torch.from_numpy(values).to(self.v).unsqueeze(1)
+
+
+_CHUNK = 1024
+
+
+def _norms(w: Tensor) -> Tensor:
+    """Norms of the rows of (P, n) in float64; chunks are summed in the dtype of w where they divide n, for speed."""
+    if w.shape[1] % _CHUNK == 0 and w.shape[1]:
+        w = torch.linalg.vector_norm(w.view(w.shape[0], -1, _CHUNK), dim=2)
+    return torch.linalg.vector_norm(w, dim=1, dtype=torch.float64)
 
 
 def _stored(basis: Tensor, k: int, vector: Tensor) -> Tensor:

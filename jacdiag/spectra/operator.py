@@ -93,26 +93,29 @@ class JacobianOperator(Operator):
         with torch.no_grad():
             return self._pull_map(w)
 
-    def flat(self, t: Tensor) -> Tensor:
-        """(shape of x or of fn(x)) -> (P, rest)."""
-        return t.movedim(self.dims, tuple(range(len(self.dims)))).reshape(self.problems, -1)
-
-    def shaped(self, flat: Tensor, shape: torch.Size) -> Tensor:
-        """(P, rest) -> shape."""
-        lead = [shape[d] for d in self.dims]
-        rest = [n for d, n in enumerate(shape) if d not in self.dims]
-        return flat.reshape(*lead, *rest).movedim(tuple(range(len(self.dims))), self.dims)
-
     def _push(self, u: Tensor) -> Tensor:
         with torch.no_grad():
-            return self.flat(self._push_map(self.shaped(u, self.x_shape)))
+            return flat(self._push_map(shaped(u, self.dims, self.x_shape)), self.dims)
 
     def _pull(self, w: Tensor) -> Tensor:
         with torch.no_grad():
-            return self.flat(self._pull_map(self.shaped(w, self.value.shape)))
+            return flat(self._pull_map(shaped(w, self.dims, self.value.shape)), self.dims)
 
     def release(self) -> None:
         self._push_map = self._pull_map = _released
+
+
+def flat(t: Tensor, dims: Sequence[int]) -> Tensor:
+    """Any shape -> (P, rest), one row per index of the batch dimensions."""
+    problems = math.prod(t.shape[d] for d in dims)
+    return t.movedim(tuple(dims), tuple(range(len(dims)))).reshape(problems, -1)
+
+
+def shaped(rows: Tensor, dims: Sequence[int], shape: torch.Size) -> Tensor:
+    """(P, rest) -> shape; undoes `flat`."""
+    lead = [shape[d] for d in dims]
+    rest = [n for d, n in enumerate(shape) if d not in dims]
+    return rows.reshape(*lead, *rest).movedim(tuple(range(len(dims))), tuple(dims))
 
 
 def _released(_: Tensor) -> Tensor:
@@ -138,87 +141,6 @@ def _transposes_by_autograd(fn: Map, x: Tensor) -> tuple[Tensor, Map, Map]:
 
     pulled = grad(value, x, w0, create=True)
     return value.detach(), lambda w: grad(value, x, w), lambda u: grad(pulled, w0, u)
-
-
-class Composed(Operator):
-    """outer o inner: J u = outer(inner u)."""
-
-    def __init__(self, outer: Operator, inner: Operator) -> None:
-        self.outer, self.inner = outer, inner
-        self.dtype, self.device = inner.dtype, inner.device
-
-    @property
-    def problems(self) -> int:  # type: ignore[override]
-        return self.inner.problems
-
-    @property
-    def domain(self) -> int:  # type: ignore[override]
-        return self.inner.domain
-
-    @property
-    def codomain(self) -> int:  # type: ignore[override]
-        return self.outer.codomain
-
-    def _push(self, u: Tensor) -> Tensor:
-        return self.outer.push(self.inner.push(u))
-
-    def _pull(self, w: Tensor) -> Tensor:
-        return self.inner.pull(self.outer.pull(w))
-
-
-class Summed(Operator):
-    """The sum of operators on the same spaces."""
-
-    def __init__(self, terms: Sequence[Operator]) -> None:
-        self.terms = tuple(terms)
-        self.dtype, self.device = terms[0].dtype, terms[0].device
-
-    @property
-    def problems(self) -> int:  # type: ignore[override]
-        return self.terms[0].problems
-
-    @property
-    def domain(self) -> int:  # type: ignore[override]
-        return self.terms[0].domain
-
-    @property
-    def codomain(self) -> int:  # type: ignore[override]
-        return self.terms[0].codomain
-
-    def _push(self, u: Tensor) -> Tensor:
-        return torch.stack([term.push(u) for term in self.terms]).sum(0)
-
-    def _pull(self, w: Tensor) -> Tensor:
-        return torch.stack([term.pull(w) for term in self.terms]).sum(0)
-
-
-class Shifted(Summed):
-    """gain * I + J, the gain a number or a (P, n) diagonal."""
-
-    def __init__(self, operator: Operator, gain: float | Tensor = 1.0) -> None:
-        super().__init__([operator])
-        self.gain = gain
-
-    def _push(self, u: Tensor) -> Tensor:
-        return self.terms[0].push(u) + self.gain * u
-
-    def _pull(self, w: Tensor) -> Tensor:
-        return self.terms[0].pull(w) + self.gain * w
-
-
-class DenseOperator(Operator):
-    """Matrices given outright, (P, m, n) or (m, n); for weights, and for tests with a chosen spectrum."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix = matrix if matrix.dim() == 3 else matrix.unsqueeze(0)
-        self.problems, self.codomain, self.domain = self.matrix.shape
-        self.dtype, self.device = matrix.dtype, matrix.device
-
-    def _push(self, u: Tensor) -> Tensor:
-        return torch.bmm(self.matrix, u.unsqueeze(2)).squeeze(2)
-
-    def _pull(self, w: Tensor) -> Tensor:
-        return torch.bmm(w.unsqueeze(1), self.matrix).squeeze(1)
 
 
 def independent_dims(

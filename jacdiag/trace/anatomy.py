@@ -29,6 +29,7 @@ class Norm:
         normalise: the norm as a function of its input, without the learned gain.
         value: z at the recorded input.
         gain: factor per token from the (centred) input to z: 1 / sqrt(var + eps). Shape of z without features.
+        centred: the mean is taken off first (LayerNorm).
     """
 
     spot: Spot
@@ -36,6 +37,11 @@ class Norm:
     value: Tensor
     gain: Tensor
     centred: bool
+
+    @property
+    def fused(self) -> bool:
+        """Whether it is torch's own layer_norm or rms_norm, whose Jacobian is known in closed form."""
+        return self.spot.where is Where.NORMALISED
 
 
 def reach(graph: Graph, cone: tuple[int, ...], source: int) -> tuple[int, dict[int, int]]:

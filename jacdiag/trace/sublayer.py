@@ -38,7 +38,7 @@ class Sublayer:
         parameters: names of the parameters that the branch reads.
         products: names of the parameters of its matrix products, in order of use; `roles`: the same by role.
         activations: names of the elementwise non-linearities in it.
-        feature_dim: which dimension of x holds the features.
+        feature_dim: which dimension of x holds the features; `dims`: what `independent` found, None before.
 
     Example:
         >>> import torch, jacdiag
@@ -80,7 +80,7 @@ class Sublayer:
     feature_dim: int
     line: str = ""
     notes: dict[str, str] = field(default_factory=dict)
-    _token_wise: bool | None = None
+    dims: tuple[int, ...] | None = None
 
     @property
     def has_input_norm(self) -> bool:
@@ -128,27 +128,38 @@ class Sublayer:
         first = diagonal.flatten()[0]
         return float(first) if bool((diagonal == first).all()) else diagonal
 
-    @cached_property
+    @property
     def token_wise(self) -> bool | None:
         """Whether the branch treats tokens one by one: pulled cotangents of two tokens stay on their tokens."""
-        if self._token_wise is not None:
-            return self._token_wise
-        from jacdiag.spectra import independent_dims
+        x = self.shortcut
+        return None if x.dim() < 2 else set(self.independent()) >= set(range(x.dim())) - {self.feature_dim % x.dim()}
 
-        x = self.shortcut.detach()
-        if x.dim() < 2:
-            return None
+    def independent(self, pull: Map | None = None) -> tuple[int, ...]:
+        """The dimensions of x over which the branch's Jacobian is block diagonal; found once, by two pulls.
+
+        Args:
+            pull: J^T w of the branch, or of its core, where one is at hand; else one is built.
+        """
+        if self.dims is None:
+            from jacdiag.spectra import independent_dims
+
+            x = self.shortcut
+            generator = torch.Generator().manual_seed(0)
+            shapes = x.shape, self.value.shape
+            pull = self._pull() if pull is None else pull
+            self.dims = independent_dims(pull, *shapes, self.feature_dim, x.dtype, x.device, generator)
+        return self.dims
+
+    def _pull(self) -> Map:
         with torch.enable_grad():
-            x = x.clone().requires_grad_()
+            x = self.shortcut.detach().clone().requires_grad_()
             y = self.branch(x)
 
         def pull(w: Tensor) -> Tensor:
             (g,) = torch.autograd.grad(y, x, w, retain_graph=True, allow_unused=True)
             return torch.zeros_like(x) if g is None else g
 
-        generator = torch.Generator(device="cpu").manual_seed(0)
-        dims = independent_dims(pull, x.shape, y.shape, self.feature_dim, x.dtype, x.device, generator)
-        return set(dims) >= set(range(x.dim())) - {self.feature_dim % x.dim()}
+        return pull
 
     @property
     def _norm(self) -> Norm:

@@ -15,6 +15,7 @@ from jacdiag.spectra import (
     Composed,
     DenseOperator,
     JacobianOperator,
+    NormJacobian,
     Operator,
     Shifted,
     Summed,
@@ -158,3 +159,24 @@ def test_independent_dimensions() -> None:
     assert _dims(lambda x: norm(x.transpose(1, 2)).transpose(1, 2), (3, 5, 6)) == ()
     conv = nn.Conv2d(6, 6, 3, padding=1).double()
     assert _dims(conv, (3, 6, 5, 5), feature_dim=1) == (0,)
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("dims", [(), (0,), (0, 1)])
+def test_norm_jacobian_is_that_of_autograd(centred: bool, dims: tuple[int, ...]) -> None:
+    x = 0.03 * torch.randn(2, 3, 8, dtype=torch.float64, generator=generator())  # small, so that eps counts
+
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        shape = (8,)
+        if centred:
+            return torch.nn.functional.layer_norm(x, shape, eps=1e-3)
+        return torch.nn.functional.rms_norm(x, shape, eps=1e-3)
+
+    moment = x.var(-1, correction=0) if centred else x.square().mean(-1)
+    closed = NormJacobian(norm(x), (moment + 1e-3).rsqrt(), centred=centred, batch_dims=dims)
+    built = JacobianOperator(norm, x, dims)
+    assert (closed.problems, closed.domain, closed.codomain) == (built.problems, built.domain, built.codomain)
+    u = torch.randn(built.problems, built.domain, dtype=torch.float64, generator=generator())
+    torch.testing.assert_close(closed.push(u), built.push(u), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(closed.pull(u), built.pull(u), rtol=1e-10, atol=1e-12)
+    assert closed.products == 2

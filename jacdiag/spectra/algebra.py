@@ -1,0 +1,133 @@
+"""Operators in closed form, and operators made of others: composed, summed, shifted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from jacdiag.spectra.operator import Operator, flat, shaped
+
+
+class NormJacobian(Operator):
+    """The Jacobian of a LayerNorm or RMSNorm without its learned gain, in closed form: g (I - 1 1^T / d - z z^T / d).
+
+    Eq. 12 with eps kept, which is inside g = 1 / sqrt(var + eps); without the term 1 1^T / d for RMSNorm. It is
+    symmetric, and block diagonal over tokens.
+
+    Args:
+        z: the norm's output, features last.
+        gain: g per token, in the order of z without its features.
+        centred: LayerNorm rather than RMSNorm.
+        batch_dims: as in `JacobianOperator`.
+
+    Example:
+        >>> op = NormJacobian(torch.tensor([[1.0, -1.0]]), torch.tensor([0.5]), centred=True)
+        >>> op.push(torch.tensor([[1.0, 0.0]]))
+        tensor([[0., 0.]])
+    """
+
+    def __init__(self, z: Tensor, gain: Tensor, *, centred: bool, batch_dims: Sequence[int] = (0,)) -> None:
+        self.z, self.centred = z, centred
+        self.gain = gain.to(z).reshape(*z.shape[:-1], 1)
+        self.dtype, self.device = z.dtype, z.device
+        self.set_batch_dims(batch_dims)
+
+    def set_batch_dims(self, dims: Sequence[int]) -> None:
+        self.dims = tuple(sorted(d % self.z.dim() for d in dims))
+        self.problems = math.prod(self.z.shape[d] for d in self.dims)
+        self.domain = self.codomain = self.z.numel() // self.problems
+
+    def _push(self, u: Tensor) -> Tensor:
+        u = shaped(u, self.dims, self.z.shape)
+        inner = (self.z * u).mean(-1, keepdim=True)
+        image = torch.addcmul(u, self.z, inner, value=-1)
+        if self.centred:
+            image -= u.mean(-1, keepdim=True)
+        return flat(image.mul_(self.gain), self.dims)
+
+    def _pull(self, w: Tensor) -> Tensor:
+        return self._push(w)
+
+
+class Composed(Operator):
+    """outer o inner: J u = outer(inner u)."""
+
+    def __init__(self, outer: Operator, inner: Operator) -> None:
+        self.outer, self.inner = outer, inner
+        self.dtype, self.device = inner.dtype, inner.device
+
+    @property
+    def problems(self) -> int:  # type: ignore[override]
+        return self.inner.problems
+
+    @property
+    def domain(self) -> int:  # type: ignore[override]
+        return self.inner.domain
+
+    @property
+    def codomain(self) -> int:  # type: ignore[override]
+        return self.outer.codomain
+
+    def _push(self, u: Tensor) -> Tensor:
+        return self.outer.push(self.inner.push(u))
+
+    def _pull(self, w: Tensor) -> Tensor:
+        return self.inner.pull(self.outer.pull(w))
+
+
+class Summed(Operator):
+    """The sum of operators on the same spaces."""
+
+    def __init__(self, terms: Sequence[Operator]) -> None:
+        self.terms = tuple(terms)
+        self.dtype, self.device = terms[0].dtype, terms[0].device
+
+    @property
+    def problems(self) -> int:  # type: ignore[override]
+        return self.terms[0].problems
+
+    @property
+    def domain(self) -> int:  # type: ignore[override]
+        return self.terms[0].domain
+
+    @property
+    def codomain(self) -> int:  # type: ignore[override]
+        return self.terms[0].codomain
+
+    def _push(self, u: Tensor) -> Tensor:
+        return torch.stack([term.push(u) for term in self.terms]).sum(0)
+
+    def _pull(self, w: Tensor) -> Tensor:
+        return torch.stack([term.pull(w) for term in self.terms]).sum(0)
+
+
+class Shifted(Summed):
+    """gain * I + J, the gain a number or a (P, n) diagonal."""
+
+    def __init__(self, operator: Operator, gain: float | Tensor = 1.0) -> None:
+        super().__init__([operator])
+        self.gain = gain
+
+    def _push(self, u: Tensor) -> Tensor:
+        return self.terms[0].push(u) + self.gain * u
+
+    def _pull(self, w: Tensor) -> Tensor:
+        return self.terms[0].pull(w) + self.gain * w
+
+
+class DenseOperator(Operator):
+    """Matrices given outright, (P, m, n) or (m, n); for weights, and for tests with a chosen spectrum."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix if matrix.dim() == 3 else matrix.unsqueeze(0)
+        self.problems, self.codomain, self.domain = self.matrix.shape
+        self.dtype, self.device = matrix.dtype, matrix.device
+
+    def _push(self, u: Tensor) -> Tensor:
+        return torch.bmm(self.matrix, u.unsqueeze(2)).squeeze(2)
+
+    def _pull(self, w: Tensor) -> Tensor:
+        return torch.bmm(w.unsqueeze(1), self.matrix).squeeze(1)
