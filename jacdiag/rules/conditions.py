@@ -138,7 +138,9 @@ def _large(context: Context, rule: Rule) -> Outcome:
         worst = _worst(group)
         assert worst.value is not None
         spread = worst.row.shortcut_std
-        sigma = f"median σ_x {plain(spread.median)} at {worst.row.name}" if spread is not None else worst.row.name
+        sigma = worst.row.name
+        if spread is not None:
+            sigma = f"σ_x {plain(spread.min)} at {sigma} (median over tokens {plain(spread.median)})"
         if cut == "info":
             what = f"partly met {_extent(context, group)}: {sigma}"
         else:
