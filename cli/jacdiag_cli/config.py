@@ -58,8 +58,11 @@ def _read(path: Path) -> dict[str, Any] | None:
         raise UsageError(f"cannot read '{path}'", got=str(error)) from error
     if path.name == "jacdiag.toml":
         return data
-    settings = data.get("tool", {}).get("jacdiag")
-    return settings if isinstance(settings, dict) else None
+    tools = data.get("tool", {})
+    settings = tools.get("jacdiag") if isinstance(tools, dict) else None
+    if settings is not None and not isinstance(settings, dict):
+        raise UsageError(f"'tool.jacdiag' in {path} must be a table", got=repr(settings), hint="[tool.jacdiag]")
+    return settings
 
 
 def _checked(path: Path, settings: Mapping[str, Any], known: list[str]) -> Config:
@@ -71,6 +74,8 @@ def _checked(path: Path, settings: Mapping[str, Any], known: list[str]) -> Confi
         if name in TABLES:
             if not isinstance(value, dict):
                 raise UsageError(f"'{name}' in {path} must be a table", got=repr(value))
+        elif name == "tool" and isinstance(value, dict):
+            raise UsageError(f"{path} has a table [tool]", hint="its settings stand at the top, without [tool.jacdiag]")
         elif name not in known:
             close = get_close_matches(name, [*known, *TABLES], n=1, cutoff=0.0)
             raise UsageError(f"unknown key '{key}' in {path}", hint=f"the closest known one is '{close[0]}'")

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TextIO
 
+from jacdiag.errors import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -33,7 +35,7 @@ def complain(what: str, *, got: str | None = None, hint: str | None = None) -> N
         if text:
             first, *others = text.splitlines()
             lines += [f"  {label}: {first}", *(f"       {line}" for line in others)]
-    say("\n".join(lines))
+    say(printable("\n".join(lines)))
 
 
 def say(text: str) -> None:
