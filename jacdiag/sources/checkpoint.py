@@ -105,17 +105,19 @@ def _unpacked(path: Path, found: Any, unread: list[str]) -> Checkpoint:
     kind = "torch-save"
     if isinstance(found, nn.Module):
         return Checkpoint(path, {}, kind, module=found)
-    where, weights = _weights_in(found)
-    _check_weights(path, found, weights)
     top: Mapping[Any, Any] = found if isinstance(found, Mapping) else {}
+    where, weights = _weights_in(found)
+    if not weights:
+        whole = next(((str(key), value) for key, value in top.items() if isinstance(value, nn.Module)), None)
+        if whole is not None:
+            return Checkpoint(path, {}, kind, where=whole[0], module=whole[1], step=_step(top))
+    _check_weights(path, found, weights)
     args = top.get("model_args")
-    inner = next((v for v in top.values() if isinstance(v, nn.Module)), None)
     return Checkpoint(
         path,
         strip_wrappers(weights),
         kind,
         where=where,
-        module=inner if where == "" and inner is not None else None,
         model_args=dict(args) if isinstance(args, Mapping) else None,
         step=_step(top),
         whole_module=_pickled_module(found) or _pickled_module(top.get(where)),
