@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import tarfile
 import warnings
 import zipfile
 from pathlib import Path
@@ -94,6 +95,8 @@ def _check(path: Path) -> bool:
                 f"'{path}' is a zip, but not one of torch.save", got=f"{len(names)} entries, none of them data.pkl"
             )
         return True
+    if tarfile.is_tarfile(path):  # torch would unpack it to the disk before it reads a pickle
+        raise SourceError(f"'{path}' is a tar archive", hint="save it again with a torch of this decade")
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return False
     raise SourceError(
