@@ -103,5 +103,5 @@ def test_what_an_attack_is_called_cannot_write_to_a_terminal(tmp_path: Path) -> 
 
 def test_a_plain_pickle_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "plain.pt").write_bytes(pickle.dumps({"a": 1}))
-    with pytest.raises(SourceError, match="not one of torch.save"):
+    with pytest.raises(SourceError, match="a pickle, but not one of"):
         open_checkpoint(tmp_path / "plain.pt")
