@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _GROUPS = {"embedding": "embedding", "head": "head", "norms": "norms outside"}
 
 
-@click.command(cls=Configured)
+@click.command(cls=Configured, short_help="Shows the sub-layers found, and where parameters belong.")
 @add(SOURCE, PROBE)
 @click.option(
     "--format",
