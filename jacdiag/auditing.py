@@ -33,6 +33,7 @@ from jacdiag.report import (
 from jacdiag.report.thresholds import Thresholds, load_healthy, load_thresholds
 from jacdiag.rules import decision_points, evaluate
 from jacdiag.sources import Probe, Source, build_probe, load
+from jacdiag.sources.device import pick
 from jacdiag.trace import Sublayer, sites
 
 REPLAY_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
@@ -129,6 +130,7 @@ def audit(
     if dtype not in DTYPES:
         raise UsageError("unknown dtype", got=str(dtype), hint=f"one of {', '.join(DTYPES)}")
     limits = load_thresholds(thresholds)
+    pick(device)  # refused before a large file is read
     loaded = Source.of_module(source) if isinstance(source, nn.Module) else load(
         source, model=model, model_args=model_args, trust_pickle=trust_pickle, seed=seed)  # fmt: skip
     request = _Request(
@@ -173,7 +175,7 @@ class _Audit:
         self.model: nn.Module = request.source.model
         self.started = time.perf_counter()
         self.phases: dict[str, float] = {}
-        self.notes: list[str] = []
+        self.notes = list(request.source.notes)
         self._stats: dict[str, WeightStats | None] = {}
 
     def run(self) -> Report:
@@ -201,11 +203,8 @@ class _Audit:
     # -- steps -----------------------------------------------------------------------------------------------------
     def _place(self) -> None:
         """Moves a model that was loaded here to the device; a module that was handed in stays where it is."""
-        wanted = self.request.device
-        if wanted is not None and torch.device(wanted).type == "cuda" and not torch.cuda.is_available():
-            raise UsageError("CUDA was asked for and is not there", got=f"--device {wanted}", hint="--device cpu")
         if self.request.source.owned:
-            self.model.to(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+            self.model.to(pick(self.request.device))
 
     def _probe(self) -> Probe:
         r = self.request

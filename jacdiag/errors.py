@@ -3,6 +3,16 @@
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    """Text of a stranger's file made fit for a terminal: control characters become escapes, line ends stay."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def clipped(text: str, most: int) -> str:
+    """Text of at most that many characters, with a sign that something was cut."""
+    return text if len(text) <= most else f"{text[: most - 4]} ..."
+
+
 class JacdiagError(Exception):
     """Base of every error that jacdiag raises on purpose; the command line turns it into exit code 2.
 

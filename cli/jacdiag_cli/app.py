@@ -5,6 +5,7 @@ Exit codes: 0 clean, 1 findings at or above --fail-on, 2 cannot run, 130 after C
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 import threading
@@ -25,6 +26,7 @@ from jacdiag_cli.rules import rules
 from jacdiag_cli.sites import sites
 
 CANNOT_RUN, BUG, INTERRUPTED = 2, 70, 130
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -98,6 +100,9 @@ def _refuse(error: BaseException) -> int:
         complain(error.what, got=error.got, hint=error.hint)
     elif isinstance(error, click.ClickException):
         error.show(sys.stderr)
+    elif isinstance(error, OSError) and error.errno in _NO_ROOM:
+        stop_writing(sys.stdout)  # what is still in its buffer could not be written at exit either
+        complain("cannot write the result", got=error.strerror, hint="free some space, or write elsewhere")
     elif _out_of_memory(error):
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         complain("out of memory", got=first, hint="a smaller probe: --batch 1, or a shorter --seq")

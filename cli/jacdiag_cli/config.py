@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from jacdiag.errors import UsageError
+from jacdiag_cli.options import JsonObject
 
 BUILT_IN = ("default", "paper")
 PROFILE_KEYS = ("levels", "thresholds", "select", "ignore", "fail-on")
@@ -58,8 +59,11 @@ def _read(path: Path) -> dict[str, Any] | None:
         raise UsageError(f"cannot read '{path}'", got=str(error)) from error
     if path.name == "jacdiag.toml":
         return data
-    settings = data.get("tool", {}).get("jacdiag")
-    return settings if isinstance(settings, dict) else None
+    tools = data.get("tool", {})
+    settings = tools.get("jacdiag") if isinstance(tools, dict) else None
+    if settings is not None and not isinstance(settings, dict):
+        raise UsageError(f"'tool.jacdiag' in {path} must be a table", got=repr(settings), hint="[tool.jacdiag]")
+    return settings
 
 
 def _checked(path: Path, settings: Mapping[str, Any], known: list[str]) -> Config:
@@ -71,6 +75,8 @@ def _checked(path: Path, settings: Mapping[str, Any], known: list[str]) -> Confi
         if name in TABLES:
             if not isinstance(value, dict):
                 raise UsageError(f"'{name}' in {path} must be a table", got=repr(value))
+        elif name == "tool" and isinstance(value, dict):
+            raise UsageError(f"{path} has a table [tool]", hint="its settings stand at the top, without [tool.jacdiag]")
         elif name not in known:
             close = get_close_matches(name, [*known, *TABLES], n=1, cutoff=0.0)
             raise UsageError(f"unknown key '{key}' in {path}", hint=f"the closest known one is '{close[0]}'")
@@ -121,15 +127,22 @@ def all_options() -> list[str]:
 
 def _plain(value: Any) -> Any:
     """What the command line would have given: click's own conversion then says what is wrong with it."""
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
     return value if isinstance(value, dict) else str(value)
 
 
 def _given(param: click.Parameter, value: Any) -> Any:
-    """An option that may be given several times is given once by a value that is no list."""
-    several = isinstance(param, click.Option) and param.multiple and not isinstance(value, list)
-    return [_plain(value)] if several else _plain(value)
+    """An option that may be given several times is given once by a value that is no list.
+
+    Raises:
+        UsageError: a list or a table where the option takes one value; click expects the right shape already.
+    """
+    several = isinstance(param, click.Option) and param.multiple
+    items = value if several and isinstance(value, list) else [value]
+    for item in items:
+        if isinstance(item, list) or (isinstance(item, dict) and not isinstance(param.type, JsonObject)):
+            got = f"a {'list' if isinstance(item, list) else 'table'}: {item!r}"
+            raise UsageError(f"'{param.opts[0].removeprefix('--')}' in the configuration takes one value", got=got)
+    return [_plain(item) for item in items] if several else _plain(value)
 
 
 def _blamed(error: click.BadParameter, config: Config) -> click.BadParameter:

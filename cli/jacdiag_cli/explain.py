@@ -12,7 +12,7 @@ from jacdiag_cli.rules import applies_to
 _WIDEST = 96
 
 
-@click.command()
+@click.command(short_help="Explains a rule: what, why, an example, a remedy.")
 @click.argument("code")
 def explain(code: str) -> None:
     """Explains a rule: what it looks at, why that matters (with the equation), an example, a remedy.

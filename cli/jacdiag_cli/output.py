@@ -7,7 +7,10 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
+
+from jacdiag.errors import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,13 +36,15 @@ def complain(what: str, *, got: str | None = None, hint: str | None = None) -> N
         if text:
             first, *others = text.splitlines()
             lines += [f"  {label}: {first}", *(f"       {line}" for line in others)]
-    say("\n".join(lines))
+    say(printable("\n".join(lines)))
 
 
 def say(text: str) -> None:
-    """Prints a line for people to stderr; nobody listening is no error."""
-    with contextlib.suppress(BrokenPipeError):
+    """Prints a line for people to stderr; nobody listening, or no room to write, is no error of its own."""
+    try:
         print(text, file=sys.stderr, flush=True)
+    except OSError:
+        stop_writing(sys.stderr)
 
 
 def emit(text: str) -> None:
@@ -58,7 +63,10 @@ def stop_writing(stream: TextIO) -> None:
 
 
 def forgive_streams() -> None:
-    """Lets a terminal that cannot show a character show "?" instead of failing."""
+    """Lets a terminal that cannot show a character show "?", and a stream that was closed for us swallow all."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # `jacdiag ... >&-`
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115, for the life of the process
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError, OSError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]

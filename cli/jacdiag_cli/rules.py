@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _STATES, _PLACEMENTS = {"init", "trained"}, {"pre", "post", "sandwich", "reordered", "none"}
 
 
-@click.command()
+@click.command(short_help="Lists the rules, each in a line.")
 @click.option(
     "--format",
     "output_format",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jacdiag.errors import SourceError, UsageError
+from jacdiag.errors import SourceError
 from jacdiag_cli.config import Configured
 from jacdiag_cli.options import PROBE, SOURCE, add
 from jacdiag_cli.output import Column, Invocation, clipped, emit, grid, guest_talk, room
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _GROUPS = {"embedding": "embedding", "head": "head", "norms": "norms outside"}
 
 
-@click.command(cls=Configured)
+@click.command(cls=Configured, short_help="Shows the sub-layers found, and where parameters belong.")
 @add(SOURCE, PROBE)
 @click.option(
     "--format",
@@ -57,8 +57,10 @@ def _trace(source: str, given: dict[str, Any]) -> tuple[Source, Sites]:
     import torch
 
     from jacdiag.sources import build_probe, load
+    from jacdiag.sources.device import pick
     from jacdiag.trace import sites as trace
 
+    device = pick(given["device"])
     loaded = load(source, **{name: given[name] for name in ("model", "model_args", "trust_pickle", "seed")})
     if loaded.model is None:
         raise SourceError(
@@ -66,13 +68,10 @@ def _trace(source: str, given: dict[str, Any]) -> tuple[Source, Sites]:
             got=loaded.why_weights or None,
             hint="--model FACTORY builds it; `jacdiag audit` looks at the weights alone",
         )
-    wanted = given["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
-    if torch.device(wanted).type == "cuda" and not torch.cuda.is_available():
-        raise UsageError("CUDA was asked for and is not there", got=f"--device {wanted}", hint="--device cpu")
-    loaded.model.to(wanted)
+    loaded.model.to(device)
     asked = {name: given[name] for name in ("batch", "seq", "seed", "tokens", "inputs")}
     probe = build_probe(loaded, **asked)
-    probe = probe if wanted == "cpu" else probe.to(torch.device(wanted))
+    probe = probe if device.type == "cpu" else probe.to(device)
     dtype = {"float32": torch.float32, "float64": torch.float64}[given["dtype"]]
     return loaded, trace(loaded.model, *probe.args, dtype=dtype, **probe.kwargs)
 

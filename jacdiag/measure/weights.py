@@ -147,7 +147,7 @@ def weights_report(source: Source) -> Report:
     outside = {n: s for n in matrices if not _LAYER.match(n) and (s := _plain(n, state[n])) is not None}
     covered = {s.parameter for part in parts for s in part.weights.values()} | set(outside)
     left = [name for name in state if name not in covered and state[name].dim() >= 2]
-    notes = [f"weights only: {source.why_weights}"] if source.why_weights else []
+    notes = [*([f"weights only: {source.why_weights}"] if source.why_weights else []), *source.notes]
     return Report(
         source=source.info,
         tier="weights",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from jacdiag.errors import clipped
 from jacdiag.render.numbers import ABSENT, memory, seconds, share, spoken, three
 from jacdiag.render.words import worst_branch
 from jacdiag.report import LEVELS, Finding, Report
@@ -50,9 +51,8 @@ def _with_where(finding: Finding) -> str:
 
 def some(names: list[str]) -> str:
     """The first few names, and how many there are beyond."""
-    if len(names) <= _NAMED:
-        return ", ".join(names)
-    return f"{', '.join(names[:_NAMED])} and {len(names) - _NAMED} more"
+    text = ", ".join(clipped(name, 160) for name in names[:_NAMED])
+    return text if len(names) <= _NAMED else f"{text} and {len(names) - _NAMED} more"
 
 
 def _condition(report: Report, code: str) -> Line:

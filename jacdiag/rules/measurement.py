@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jacdiag.errors import clipped
 from jacdiag.report import Finding, Level
 from jacdiag.rules import texts
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
@@ -13,7 +14,8 @@ def _checks(context: Context) -> dict[str, object]:
 
 
 def _listed(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    text = ", ".join(clipped(name, 100) for name in names[:most])
+    return text if len(names) <= most else f"{text} and {len(names) - most} more"
 
 
 def _undecided(context: Context, rule: Rule) -> Outcome:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from jacdiag.errors import SourceError
+from jacdiag.errors import SourceError, clipped, printable
 from jacdiag.sources.formats import safetensors_file, torch_file
 from jacdiag.sources.formats.guard import Stub
 
@@ -64,18 +67,7 @@ def open_checkpoint(path: Path, *, trust_pickle: bool = False) -> Checkpoint:
     Raises:
         SourceError: missing, empty, truncated, unsafe, of an unknown format, or without weights.
     """
-    if not path.exists():
-        raise SourceError(
-            f"no such file or folder: '{path}'", hint="SOURCE is a checkpoint, a folder, module:callable or hf:CONFIG"
-        )
-    if path.stat().st_size == 0:
-        raise SourceError(f"'{path}' is empty", got="0 bytes")
-    if path.suffix not in SUFFIXES:
-        raise SourceError(
-            f"'{path}' has no suffix that says what it is",
-            got=path.suffix or "none",
-            hint=f"known: {', '.join(SUFFIXES)}",
-        )
+    _check_file(path)
     if path.suffix == ".safetensors":
         tensors, metadata = safetensors_file.read(path)
         step = metadata.get("step", metadata.get("global_step", ""))
@@ -84,32 +76,70 @@ def open_checkpoint(path: Path, *, trust_pickle: bool = False) -> Checkpoint:
     return _unpacked(path, found, unread)
 
 
+def _check_file(path: Path) -> None:
+    try:
+        mode, size = path.stat().st_mode, path.stat().st_size
+    except FileNotFoundError:
+        hint = "SOURCE is a checkpoint, a folder, module:callable or hf:CONFIG"
+        raise SourceError(f"no such file or folder: '{path}'", hint=hint) from None
+    except OSError as error:
+        raise SourceError(f"cannot read '{path}'", got=error.strerror) from error
+    if not stat.S_ISREG(mode):  # a pipe would be waited on for ever, and cannot be read twice
+        raise SourceError(f"'{path}' is no plain file", hint="save what comes out of it to a file first")
+    if not os.access(path, os.R_OK):
+        raise SourceError(f"cannot read '{path}'", got="no permission")
+    if size == 0:
+        raise SourceError(f"'{path}' is empty", got="0 bytes", hint="copy or save it again")
+    if path.suffix not in SUFFIXES:
+        known = f"known: {', '.join(SUFFIXES)}"
+        raise SourceError(
+            f"'{path}' has no suffix that says what it is",
+            got=path.suffix or "none",
+            hint={".py": f"a factory in it: {path}:CALLABLE", ".json": f"a fresh model of a config: hf:{path}"}.get(
+                path.suffix, known
+            ),
+        )
+
+
 def _unpacked(path: Path, found: Any, unread: list[str]) -> Checkpoint:
     kind = "torch-save"
     if isinstance(found, nn.Module):
         return Checkpoint(path, {}, kind, module=found)
+    top: Mapping[Any, Any] = found if isinstance(found, Mapping) else {}
     where, weights = _weights_in(found)
     if not weights:
-        got = ", ".join(map(str, found)) if isinstance(found, Mapping) else f"a {type(found).__name__}"
-        raise SourceError(
-            f"'{path}' holds no weights",
-            got=got[:200] or "an empty dict",
-            hint="expected a state dict, or a dict that holds one",
-        )
-    top: Mapping[Any, Any] = found if isinstance(found, Mapping) else {}
+        whole = next(((str(key), value) for key, value in top.items() if isinstance(value, nn.Module)), None)
+        if whole is not None:
+            return Checkpoint(path, {}, kind, where=whole[0], module=whole[1], step=_step(top))
+    _check_weights(path, found, weights)
     args = top.get("model_args")
-    inner = next((v for v in top.values() if isinstance(v, nn.Module)), None)
     return Checkpoint(
         path,
         strip_wrappers(weights),
         kind,
         where=where,
-        module=inner if where == "" and inner is not None else None,
         model_args=dict(args) if isinstance(args, Mapping) else None,
         step=_step(top),
-        whole_module=isinstance(found, Stub),
+        whole_module=_pickled_module(found) or _pickled_module(top.get(where)),
         unread=unread,
     )
+
+
+def _check_weights(path: Path, found: Any, weights: Mapping[str, Tensor]) -> None:
+    if not any(t.is_floating_point() for t in weights.values()):
+        keys = ", ".join(map(str, found)) if isinstance(found, Mapping) else f"one {type(found).__name__}"
+        raise SourceError(
+            f"'{path}' holds no weights",
+            got=clipped(keys, 200) or "an empty dict",
+            hint="expected a state dict, or a dict that holds one",
+        )
+    empty = [name for name, t in weights.items() if t.is_meta]
+    if empty:
+        raise SourceError(
+            f"'{path}' holds names and shapes, no numbers",
+            got=f"{len(empty)} of {len(weights)} tensors on the meta device: {clipped(', '.join(empty), 120)}",
+            hint="save the model from where its weights are",
+        )
 
 
 def _step(top: Mapping[Any, Any]) -> int | None:
@@ -154,20 +184,29 @@ def _tensors(value: Any) -> dict[str, Tensor]:
 
 def _walk(value: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
-        yield prefix, value
+        plain = value.detach()
+        yield prefix, plain if plain.layout == torch.strided else plain.to_dense()
     elif isinstance(value, Mapping):
         for key, item in value.items():
             if isinstance(key, str) and not _foreign(key):
                 yield from _walk(item, f"{prefix}.{key}" if prefix else key)
-    elif isinstance(value, Stub) and isinstance(value.state, Mapping) and "_parameters" in value.state:
+    elif _pickled_module(value):
         for part in ("_parameters", "_buffers", "_modules"):  # an nn.Module that was pickled whole
             for key, item in (value.state.get(part) or {}).items():
                 yield from _walk(item, f"{prefix}.{key}" if prefix else key)
 
 
+def _pickled_module(value: Any) -> bool:
+    """Whether a stub stands for an nn.Module that was pickled whole."""
+    return isinstance(value, Stub) and isinstance(value.state, Mapping) and "_parameters" in value.state
+
+
 def strip_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Takes the names that wrappers add off every key; `module.` only where all keys begin with it."""
-    names = list(state)
+    """Takes the names that wrappers add off every key; `module.` only where all keys begin with it.
+
+    A name is shown on terminals: what is not printable in it is written as an escape.
+    """
+    names = [printable(name) for name in state]
     for part in _WRAPPERS:
         names = [name.replace(part, "") for name in names]
     while names and all(name.startswith("module.") for name in names):

@@ -17,13 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jacdiag.errors import SourceError
+import jacdiag
+from jacdiag.errors import JacdiagError, SourceError
 
 
 def is_factory(source: str) -> bool:
     """Whether a SOURCE names a callable: "module:name" or "file.py:name" (and no file of that whole name exists)."""
     place, _, name = source.rpartition(":")
-    return bool(place) and all(part.isidentifier() for part in name.split(".")) and not Path(source).exists()
+    return bool(place) and all(part.isidentifier() for part in name.split(".")) and not there(Path(source))
+
+
+def there(path: Path) -> bool:
+    """Whether a file or folder exists; a name that no file can have is not there."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def resolve(spec: str) -> Callable[..., Any]:
@@ -43,7 +52,7 @@ def resolve(spec: str) -> Callable[..., Any]:
             raise SourceError(f"'{place}' has no '{name}'", hint=f"closest: {', '.join(near)}" if near else None)
         found = getattr(found, part)
     if not callable(found):
-        raise SourceError(f"'{spec}' cannot be called", got=f"a {type(found).__name__}")
+        raise SourceError(f"'{spec}' cannot be called", got=f"type {type(found).__name__}")
     return found  # type: ignore[no-any-return]
 
 
@@ -97,10 +106,13 @@ def _blaming(doing: str) -> Iterator[None]:
 
 
 def own_frames(error: BaseException, limit: int = 3) -> str:
-    """An exception of foreign code as text: the error, then the last frames, innermost first."""
+    """An exception of foreign code as text: the error, then its own last frames, innermost first, torch's left out."""
     lines = traceback.format_exception_only(error)[-1].strip().splitlines()[:8]
-    ours = str(Path(__file__).parent.parent)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((ours, "<"))]
+    if isinstance(error, SyntaxError) and error.filename:  # its frames end where the file was to be compiled
+        lines.append(f"at {Path(error.filename).name}:{error.lineno}: {(error.text or '').strip()}")
+    not_its_own = tuple(str(Path(module.__file__ or "").parent) for module in (jacdiag, torch, importlib))
+    foreign = traceback.extract_tb(error.__traceback__)
+    frames = [f for f in foreign if not f.filename.startswith((*not_its_own, "<frozen"))]
     at = [f"at {Path(f.filename).name}:{f.lineno} in {f.name}: {f.line}" for f in reversed(frames[-limit:])]
     return "\n".join([*lines, *at])
 
@@ -113,7 +125,7 @@ def build(spec: str, model_args: dict[str, Any] | None = None, seed: int = 0, *,
     """
     made = call(resolve(spec), spec, model_args or {}, seed)
     if not isinstance(made, nn.Module):
-        raise SourceError(f"'{spec}' returned no nn.Module", got=f"a {type(made).__name__}")
+        raise SourceError(f"'{spec}' returned no nn.Module", got=f"type {type(made).__name__}")
     if any(t.is_meta for t in [*made.parameters(), *made.buffers()]):
         with seeded(seed):
             materialise(made, spec, init=init)
@@ -134,6 +146,8 @@ def call(factory: Callable[..., Any], spec: str, arguments: dict[str, Any], seed
     try:
         with seeded(seed):
             return factory(**arguments)
+    except JacdiagError:
+        raise
     except Exception as error:
         raise SourceError(f"'{spec}' raised", got=own_frames(error)) from error
 
@@ -166,8 +180,8 @@ def materialise(model: nn.Module, spec: str, *, init: bool = True) -> None:
     left = [name for name, t in tensors if name in wanted and t.numel() and _untouched(t)]
     if left:
         raise SourceError(
-            f"'{spec}' builds on the meta device, and {len(left)} tensors are initialised by nothing",
-            got=", ".join(left[:5]) + (" ..." if len(left) > 5 else ""),
+            f"'{spec}' builds on the meta device, and not all of its tensors are initialised",
+            got=f"{len(left)} of {len(tensors)}: " + ", ".join(left[:5]) + (" ..." if len(left) > 5 else ""),
             hint="give it an init_weights(), or its modules reset_parameters(), that fills them; or build on the CPU",
         )
 

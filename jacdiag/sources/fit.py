@@ -12,7 +12,10 @@ from jacdiag.errors import SourceError
 _SHOWN = 5
 
 
-def fit(model: nn.Module, state: Mapping[str, Tensor], where: str) -> list[str]:
+_HINT = "--model and --model-args must build exactly the model that was saved"
+
+
+def fit(model: nn.Module, state: Mapping[str, Tensor], where: str, hint: str = _HINT) -> list[str]:
     """Replaces the model's parameters and buffers by those of a state dict, by reference, in the file's own precision.
 
     Tied parameters stay tied; a file that holds only one of a tie's names is complete.
@@ -21,12 +24,14 @@ def fit(model: nn.Module, state: Mapping[str, Tensor], where: str) -> list[str]:
         model: changed in place.
         state: weights by name.
         where: what the state came from, for the message.
+        hint: what to try where it does not fit.
 
     Returns:
         Notes for the report.
 
     Raises:
-        SourceError: missing or unexpected keys, or shapes that differ; the first ones, and how many.
+        SourceError: missing or unexpected keys, shapes that differ, numbers that no model computes with; the first
+            ones, and how many.
     """
     wanted = model.state_dict(keep_vars=True)
     state, notes = _renamed(state, wanted)
@@ -43,11 +48,25 @@ def fit(model: nn.Module, state: Mapping[str, Tensor], where: str) -> list[str]:
         raise SourceError(
             f"{where} does not fit {type(model).__name__}",
             got="\n".join(part for part in parts if part),
-            hint="--model and --model-args must build exactly the model that was saved",
+            hint=hint,
         )
+    _check_precision(wanted, state, where)
     _check_ties(ties, state, where)
     _place(model, {name: next(state[twin] for twin in ties[name] if twin in state) for name in wanted})
     return notes
+
+
+def _check_precision(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str) -> None:
+    """Quantised weights mean nothing without their scales, which a state dict keeps elsewhere."""
+    floats = [name for name, t in wanted.items() if t.is_floating_point() and name in state]
+    odd = [name for name in floats if not state[name].is_floating_point() or state[name].element_size() < 2]
+    if odd:
+        kinds = sorted({str(state[name].dtype).removeprefix("torch.") for name in odd})
+        raise SourceError(
+            f"weights in {where} are stored as {', '.join(kinds)}, which is read only together with its scales",
+            got=_listed("such", odd),
+            hint="save them in float32, bfloat16 or float16",
+        )
 
 
 def _renamed(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], list[str]]:

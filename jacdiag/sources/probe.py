@@ -195,7 +195,7 @@ def _from_file(path: Path, batch: int, length: int, given: bool) -> Tensor:
             f"'{path}' holds no token ids", got=f"{ids.dtype}".removeprefix("torch."), hint="integers are expected"
         )
     ids = ids.long()
-    if ids.dim() == 2 and not given:
+    if ids.dim() == 2 and ids.numel() and not given:
         return ids[:batch, :length]
     flat = ids.flatten()
     if len(flat) < length:
@@ -231,10 +231,15 @@ def _read_tokens(path: Path) -> Tensor:
                 raise ValueError(f"it holds a {type(found).__name__}, not a tensor")
             return found
     except Exception as error:
-        raise ProbeError(f"cannot read tokens from '{path}'", got=str(error).splitlines()[0]) from error
+        raise ProbeError(f"cannot read tokens from '{path}'", got=_said(error)) from error
     raise ProbeError(
         f"'{path}' is no token file", got=path.suffix or "no suffix", hint=".npy, .bin (uint16), .txt (bytes) or .pt"
     )
+
+
+def _said(error: Exception) -> str:
+    """The first line of an error that may have no text."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _checked(ids: Tensor, vocab: int, name: str) -> Tensor:

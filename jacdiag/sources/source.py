@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from jacdiag.errors import SourceError, UsageError
+from jacdiag.errors import SourceError, UsageError, clipped
 from jacdiag.sources import factory, gpt
 from jacdiag.sources.checkpoint import Checkpoint, open_checkpoint
 from jacdiag.sources.facts import longest_sequence, vocabulary
@@ -23,12 +23,13 @@ class Source:
 
     Attributes:
         model: None in the weights-only tier; `state` then holds the weights, `why_weights` says why.
-        info: what the report says about the source: path or factory, format, step, unread classes, notes.
+        info: what the report says about the source: path or factory, format, step, unread classes.
         name: short name for a header.
         fresh: randomly initialised just now, for certain (a factory may load trained weights).
         step: training steps so far, where the source says so.
         owned: loaded here, so that it may be moved to a device; a module that was handed in may not.
         folder: a Hugging Face folder, which may have a tokenizer.
+        notes: what a reader of the report should know about how it was read.
     """
 
     model: nn.Module | None
@@ -40,6 +41,7 @@ class Source:
     owned: bool = True
     why_weights: str = ""
     folder: Path | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def vocab_size(self) -> int | None:
@@ -94,7 +96,9 @@ def load(
         info = {"format": "factory", "factory": source, **({"model_args": model_args} if model_args else {})}
         return Source(factory.build(source, model_args, seed), info, source)
     path = Path(source)
-    if path.is_dir():
+    if factory.there(path) and path.is_dir():
+        if model_args is not None:
+            raise UsageError("--model-args belongs to a factory", got="--model-args beside a folder")
         return _from_folder(path, model, trust_pickle)
     return _from_file(open_checkpoint(path, trust_pickle=trust_pickle), model, model_args, seed)
 
@@ -119,17 +123,19 @@ def _from_folder(path: Path, model: str | None, trust_pickle: bool) -> Source:
 
 def _from_file(found: Checkpoint, model: str | None, model_args: dict[str, Any] | None, seed: int) -> Source:
     info: dict[str, Any] = {"path": str(found.path), "format": found.format, "step": found.step}
+    made = Source(None, info, found.path.name, step=found.step)
     if found.unread:
         info["unread"] = found.unread
+        shown = clipped(", ".join(found.unread), 200)
+        made.notes.append(f"left unread in the file, as it is no tensor: {shown}")
     if found.where:
         info["key"] = found.where
-    made = Source(None, info, found.path.name, step=found.step)
     if model is not None:
         state = found.state or dict(found.module.state_dict() if found.module is not None else {})
         made.model = factory.build(model, model_args, seed, init=False)
         info |= {"factory": model, **({"model_args": model_args} if model_args else {})}
-        info["notes"] = fit(made.model, state, f"'{found.path}'")
-    elif model_args:
+        made.notes += fit(made.model, state, f"'{found.path}'")
+    elif model_args is not None:
         raise UsageError("--model-args needs --model", hint="--model package.module:callable")
     elif found.module is not None:
         made.model = found.module
@@ -144,24 +150,30 @@ def _from_file(found: Checkpoint, model: str | None, model_args: dict[str, Any] 
 def _rebuilt(found: Checkpoint, info: dict[str, Any]) -> tuple[nn.Module | None, str]:
     """A checkpoint in nanoGPT's layout becomes the reference GPT; anything else stays a heap of weights."""
     if found.model_args is None:
-        return (
-            None,
-            "the file holds weights only, and not in a layout that is known; --model FACTORY builds their module",
+        if found.whole_module:
+            return None, (
+                "the file holds a whole module, of which only the weights were read; --trust-pickle lets its code run, "
+                "or --model FACTORY builds the module"
+            )
+        return None, (
+            "the file holds weights only, and not in a layout that is known; --model FACTORY builds their module"
         )
     try:
         config = gpt.config_of(found.model_args)
     except (UsageError, TypeError) as error:
-        return (
-            None,
-            f"its model_args are not nanoGPT's ({str(error).splitlines()[-1]}); --model FACTORY builds the module",
-        )
+        return None, f"its model_args are not nanoGPT's ({_reason(error)}); --model FACTORY builds the module"
     with factory.seeded(0):
         model = gpt.GPT(config)
     # Older nanoGPT files carry the causal mask of every layer as a buffer.
     state = {k: t for k, t in found.state.items() if not (k.endswith(".attn.bias") and t.dim() == 4)}
-    fit(model, state, f"'{found.path}'")
+    fit(model, state, f"'{found.path}'", hint="its model_args are nanoGPT's, its weights are not: --model FACTORY")
     info |= {"format": "nanogpt", "model_args": _plain(found.model_args)}
     return model, ""
+
+
+def _reason(error: Exception) -> str:
+    parts = (error.what, error.got) if isinstance(error, UsageError) else (str(error),)
+    return ": ".join(part for part in parts if part)
 
 
 def _plain(args: Mapping[str, Any]) -> dict[str, Any]:

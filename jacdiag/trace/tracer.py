@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from jacdiag.errors import TraceError
 from jacdiag.report.schema import Placement
+from jacdiag.sources.factory import own_frames
 from jacdiag.trace.anatomy import Anatomist, Norm
 from jacdiag.trace.calls import Call
 from jacdiag.trace.coverage import Coverage, cover
@@ -138,7 +139,7 @@ class Tracer:
             with torch.compiler.set_stance("force_eager"):
                 self.graph, self.output = record(self.skeleton, self.args, self.kwargs, self.dtype)
         except Exception as error:
-            raise TraceError("the model's forward raised", got=_last_frame(error)) from error
+            raise TraceError("the model's forward raised", got=own_frames(error)) from error
         self.finder = Finder(self.graph)
         tensors: list[Tensor] = []
         collect_deep((self.args, self.kwargs), tensors)
@@ -278,12 +279,3 @@ def _weights(graph: Graph, products: list[int], skeleton: Skeleton) -> list[str]
 
     names = [n for node in products for n in parameters_of(graph, (node,), skeleton) if skeleton.params[n].dim() >= 2]
     return list(dict.fromkeys(names))
-
-
-def _last_frame(error: BaseException) -> str:
-    """The error in the model's own words, with the innermost frame outside torch."""
-    import traceback
-
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
-    where = f" ({frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name})" if frames else ""
-    return f"{type(error).__name__}: {error}{where}"

@@ -132,6 +132,19 @@ def test_jacdiag_toml_goes_first_and_parents_are_searched(
         ('fail-on = "often"', "(from"),
         ("thresholds = 3", "must be a table"),
         ('profile = "mine"', "unknown profile 'mine'"),
+        ("batch = [1, 2]", "'batch' in the configuration takes one value"),
+        ("tol = { a = 1 }", "'tol' in the configuration takes one value"),
+        ('select = [["JD1"]]', "'select' in the configuration takes one value"),
+        ("select = 3", "no rule begins with '3'"),
+        ("select = [1]", "no rule begins with '1'"),
+        ("model-args = [1]", "'model-args' in the configuration takes one value"),
+        ("batch = 1.5", "(from"),
+        ("batch = true", "(from"),
+        ("[tool.jacdiag]\ntol = 1", "without [tool.jacdiag]"),
+        ("thresholds = { norm_gan = { warning = 1 } }", "norm_gain"),
+        ("thresholds = { norm_gain = { waning = 1 } }", "has no 'waning'"),
+        ('json = "nowhere/report.json"', "its folder does not exist"),
+        ('plot = "gain.gif"', ".png, .svg or .pdf"),
     ],
 )
 def test_a_configuration_that_has_no_meaning(jd: Run, stub: Stub, tmp_path: Path, text: str, message: str) -> None:
@@ -194,3 +207,21 @@ def test_a_profile_without_meaning(jd: Run, stub: Stub, tmp_path: Path, table: d
     done = jd("audit", "run.pt", "--profile", "p")
     assert (done.code, stub.calls) == (2, 0)
     assert message in done.err and "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("text", ["[tool]\njacdiag = 3\n", "[[tool.jacdiag]]\nseed = 1\n"])
+def test_settings_of_a_pyproject_that_are_no_table(jd: Run, stub: Stub, tmp_path: Path, text: str) -> None:
+    (tmp_path / "pyproject.toml").write_text(text)
+    done = jd("audit", "run.pt")
+    assert (done.code, stub.calls) == (2, 0) and "must be a table" in done.err
+
+
+def test_a_pyproject_of_another_mind_is_left_alone(jd: Run, stub: Stub, tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text("tool = 3\n")
+    assert jd("audit", "run.pt").code == 0
+
+
+def test_a_table_for_the_factory(jd: Run, stub: Stub, tmp_path: Path) -> None:
+    (tmp_path / "jacdiag.toml").write_text('model = "b:f"\n[model-args]\nn_layer = 2\n')
+    assert jd("audit", "run.pt").code == 0
+    assert stub.asked["model_args"] == {"n_layer": 2}

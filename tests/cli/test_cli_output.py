@@ -6,6 +6,8 @@ import json
 import os
 import re
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -120,6 +122,42 @@ def test_a_full_disk_leaves_no_half_file(jd: Run, stub: Stub, tmp_path: Path, mo
     done = jd("audit", "checkpoint.pt", "--json", "report.json")
     assert done.code != 0 and "No space left" in done.err
     assert files(tmp_path) == set()
+
+
+def shell(line: str, folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    """Runs `$RUN` of a shell line: a command with a made-up audit, its streams as the line says."""
+    env = {**os.environ, "CODE": stubbed("audit", "checkpoint.pt", *args), "PY": sys.executable}
+    line = line.replace("$RUN", '"$PY" -c "$CODE"')
+    return subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=folder, env=env, timeout=60)
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&-", ">&- 2>&-"])
+@pytest.mark.parametrize("args", [(), ("--format", "json")], ids=["pretty", "json"])
+def test_closed_streams_are_no_error(tmp_path: Path, closed: str, args: tuple[str, ...]) -> None:
+    done = shell(f"$RUN {closed}", tmp_path, *args, "--json", "report.json")
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert (">&-" in closed.split()) or "transformer.h.0.attn" in done.stdout
+    assert Report.from_json((tmp_path / "report.json").read_text()).sublayers
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's full device")
+@pytest.mark.parametrize("args", [(), ("--format", "json"), ("--format", "markdown")], ids=" ".join)
+def test_no_room_for_the_result(tmp_path: Path, args: tuple[str, ...]) -> None:
+    done = shell("$RUN >/dev/full", tmp_path, *args)
+    assert done.returncode == 2 and "No space left" in done.stderr and "Traceback" not in done.stderr
+    assert shell("$RUN 2>/dev/full", tmp_path, *args).returncode == 0
+
+
+def test_json_to_a_file_and_talk_to_stderr(tmp_path: Path) -> None:
+    done = shell("$RUN > out.json", tmp_path, "--format", "json")
+    assert (done.returncode, done.stdout) == (0, "") and done.stderr.startswith("warn: ")
+    assert Report.from_json((tmp_path / "out.json").read_text()).sublayers
+
+
+def test_piped_output_does_not_depend_on_the_terminal(tmp_path: Path) -> None:
+    settings = ("", "COLUMNS=40", "COLUMNS=200", "TERM=dumb", "TERM=xterm-256color", "NO_COLOR=1", "LC_ALL=C")
+    shown = {shell(f"env {setting} $RUN", tmp_path).stdout for setting in settings}
+    assert len(shown) == 1 and "\x1b" not in shown.pop()
 
 
 def test_what_the_model_prints_is_talk(jd: Run, stub: Stub) -> None:

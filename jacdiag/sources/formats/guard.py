@@ -11,13 +11,15 @@ import builtins
 import collections
 import copyreg
 import pickle
+from _compat_pickle import IMPORT_MAPPING as _IMPORT_MAPPING  # protocols up to 2 write Python 2's names
+from _compat_pickle import NAME_MAPPING as _NAME_MAPPING
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from jacdiag.errors import SourceError
+from jacdiag.errors import SourceError, printable
 
 # Roots of modules that no checkpoint needs and every attack does.
 _SYSTEM = frozenset(
@@ -117,15 +119,16 @@ class GuardedPickle:
 
     def find(self, module: str, name: str) -> Any:
         """Returns the real thing where it is harmless, a stub class otherwise."""
+        module, name = _NAME_MAPPING.get((module, name), (_IMPORT_MAPPING.get(module, module), name))
         known = _harmless(module, name)
         if known is not None:
             return known
         root = module.partition(".")[0]
         shown = ("os" if root in ("posix", "nt") else module) + "." + name
-        if root in _SYSTEM or (root in ("builtins", "__builtin__") and name != "getattr"):
-            raise Unsafe(shown.replace("__builtin__.", "builtins."))
+        if root in _SYSTEM or (root == "builtins" and name != "getattr"):
+            raise Unsafe(shown)
         if shown not in self.unread and shown != "builtins.getattr":
-            self.unread.append(shown)
+            self.unread.append(printable(shown))
         return _Inert(name, (Stub,), {"origin": (module, name), "__module__": f"stub.{module}"})
 
 
@@ -141,11 +144,11 @@ def _harmless(module: str, name: str) -> Any:
         return _TORCH[module, name]()
     if module == "collections" and name in ("OrderedDict", "defaultdict", "Counter", "deque"):
         return getattr(collections, name)
-    if module in ("builtins", "__builtin__") and name in _HARMLESS_BUILTINS:
+    if module == "builtins" and name in _HARMLESS_BUILTINS:
         return getattr(builtins, name)
     if (module, name) == ("_codecs", "encode"):
         return _encode
-    if module in ("copyreg", "copy_reg") and name == "_reconstructor":
+    if module == "copyreg" and name == "_reconstructor":
         return copyreg._reconstructor  # type: ignore[attr-defined]
     return _numpy(module, name)
 
@@ -187,7 +190,7 @@ def _numpy(module: str, name: str) -> Any:
 def refusal(path: Any, unsafe: Unsafe) -> SourceError:
     """The message for a pickle that wants to run code."""
     return SourceError(
-        f"cannot read '{path}': its pickle asks for `{unsafe.wanted}`, which is not a tensor or a plain container. "
-        "Nothing was run.",
+        f"cannot read '{path}': its pickle asks for `{printable(unsafe.wanted)}`, which is not a tensor or a plain "
+        "container. Nothing was run.",
         hint="if you made this file and trust it, add --trust-pickle; better, save it again as .safetensors",
     )

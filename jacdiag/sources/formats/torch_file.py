@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import tarfile
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -32,23 +34,42 @@ def read(path: Path, *, trust_pickle: bool = False) -> tuple[Any, list[str]]:
     zipped = _check(path)
     guard = GuardedPickle()
     try:
+        return _load(path, zipped, guard, trust_pickle)
+    except Unsafe as unsafe:
+        raise refusal(path, unsafe) from None
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, TypeError, AttributeError,
+            IndexError, ImportError, UnicodeDecodeError, OSError) as error:  # fmt: skip
+        got = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise SourceError(f"cannot read '{path}'", got=got, hint=_hint(error, trust_pickle)) from error
+
+
+def _load(path: Path, zipped: bool, guard: GuardedPickle, trust_pickle: bool) -> tuple[Any, list[str]]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of source code that torch could not find for a stub, of old storages
         if trust_pickle:
             return torch.load(path, map_location="cpu", weights_only=False, mmap=zipped), []
         found = torch.load(path, map_location="cpu", weights_only=False, mmap=zipped, pickle_module=guard.module)
         return found, guard.unread
-    except Unsafe as unsafe:
-        raise refusal(path, unsafe) from None
-    except SourceError:
-        raise
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, TypeError, AttributeError,
-            IndexError, ImportError, UnicodeDecodeError, OSError) as error:  # fmt: skip
-        hint = (
-            None
-            if trust_pickle
-            else "if its classes need their own code, add --trust-pickle (only for a file that you trust)"
-        )
-        got = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        raise SourceError(f"cannot read '{path}'", got=got, hint=hint) from error
+
+
+def _hint(error: Exception, trust_pickle: bool) -> str | None:
+    """What to do, by torch's own words: nothing else tells an old file that was cut from one of another kind."""
+    said = str(error).lower()
+    if isinstance(error, EOFError) or any(word in said for word in ("truncated", "eof", "ran out of input")):
+        return "it is truncated: copy or save it again"
+    if "magic number" in said:
+        return "it is a pickle, but not one of torch.save: save it again with torch.save"
+    if trust_pickle:
+        return None
+    return "if its classes need their own code, add --trust-pickle (only for a file that you trust)"
+
+
+def _entries(path: Path) -> list[str]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError) as error:
+        raise SourceError(f"the zip '{path}' is broken", got=str(error), hint="copy or save it again") from error
 
 
 def _check(path: Path) -> bool:
@@ -64,8 +85,7 @@ def _check(path: Path) -> bool:
                 got=f"a zip of {path.stat().st_size:,} bytes without its directory at the end",
                 hint="copy or save it again",
             )
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
+        names = _entries(path)
         if any(name.endswith("/constants.pkl") for name in names):
             raise SourceError(
                 f"'{path}' is a TorchScript archive", hint="save the state dict of the Python module instead"
@@ -75,6 +95,8 @@ def _check(path: Path) -> bool:
                 f"'{path}' is a zip, but not one of torch.save", got=f"{len(names)} entries, none of them data.pkl"
             )
         return True
+    if tarfile.is_tarfile(path):  # torch would unpack it to the disk before it reads a pickle
+        raise SourceError(f"'{path}' is a tar archive", hint="save it again with a torch of this decade")
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return False
     raise SourceError(
