@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import jacdiag
-from jacdiag.errors import MeasureError, TraceError, UsageError
+from jacdiag.errors import MeasureError, TraceError, UsageError, one_line
 from jacdiag.measure.network import GradientProfile, end_to_end, gradient_profile, network_record, verify_replay
 from jacdiag.measure.state import detect_state
 from jacdiag.measure.sublayer import Effort, measure_group
@@ -257,7 +257,7 @@ class _Audit:
                     profile = gradient_profile(self.sites, probe.token_ids)
                     through = end_to_end(self.sites, r.tol, r.confidence, r.max_products, r.seed)
                 except (RuntimeError, NotImplementedError, MeasureError, TraceError) as error:
-                    notes["end_to_end"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                    notes["end_to_end"] = one_line(error)
             elif not whole:
                 notes |= dict.fromkeys(("end_to_end", "gradient_norms"), "not measured with --decide")
         return network_record(self.sites, records, profile, through, self.layers, notes)

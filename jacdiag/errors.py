@@ -13,6 +13,12 @@ def clipped(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 4]} ..."
 
 
+def one_line(error: BaseException) -> str:
+    """An error in one line: its class, and the first line of its text where it has one."""
+    first = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
 class JacdiagError(Exception):
     """Base of every error that jacdiag raises on purpose; the command line turns it into exit code 2.
 

@@ -67,9 +67,7 @@ def _norm_jacobian(site: Sublayer) -> Local:
     return JacobianOperator(site.norm, site.shortcut, ())
 
 
-def residual_map(
-    site: Sublayer, branch: Operator, dims: tuple[int, ...]
-) -> tuple[Operator | None, list[Local], str]:
+def residual_map(site: Sublayer, branch: Operator, dims: tuple[int, ...]) -> tuple[Operator | None, list[Local], str]:
     """The map to the next shortcut, a I + J and the norm behind it for post-norm; operators made for it; why not."""
     if site.value.shape != site.shortcut.shape:
         return None, [], "branch and shortcut have different shapes"

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from jacdiag.errors import JacdiagError
+from jacdiag.errors import JacdiagError, one_line
 from jacdiag.measure.bounds import closed_form_bounds
 from jacdiag.measure.figures import gain_interval, spread_of
 from jacdiag.measure.linearise import Linearised, linearise, residual_map
@@ -75,7 +75,7 @@ def measure_group(
                 built.append(one)
                 records.append(_measure(one, effort, token_ids, state, figures))
             except (JacdiagError, RuntimeError, NotImplementedError) as error:
-                records.append(_blank(site, token_ids, f"{type(error).__name__}: {str(error).splitlines()[0]}"))
+                records.append(_blank(site, token_ids, one_line(error)))
         if len(sites) > 1 and len(built) == len(sites):
             joint = _joint_residual(built, effort)
             records = [replace(r, joint_residual_norm=joint) for r in records]

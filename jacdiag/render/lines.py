@@ -30,10 +30,10 @@ def verdict_lines(report: Report) -> list[Line]:
     """Verdict by condition, what the other rules say, depth, other models, what was not covered."""
     lines = [_condition(report, code) for code in CONDITIONS]
     named = {rule.code: rule.name for rule in report.rules}
-    for finding in _by_level(report.findings):
-        if finding.code not in CONDITIONS and finding.code != "JD104":
-            label = named.get(finding.code, "") or finding.code
-            lines.append(Line(label, _with_where(finding), level=finding.level, code=finding.code))
+    for code, found in _by_code(report.findings).items():
+        if code not in (*CONDITIONS, "JD104", "JD902"):  # these have lines of their own
+            text = "; ".join(_with_where(finding) for finding in found)
+            lines.append(Line(named.get(code, "") or code, text, level=found[0].level, code=code))
     lines += [line for line in (_depth(report), _gradients(report), _others(report)) if line]
     lines += [line for line in (_open(report), _uncovered(report)) if line]
     return lines + [Line("note", note) for note in report.notes]
@@ -41,6 +41,14 @@ def verdict_lines(report: Report) -> list[Line]:
 
 def _by_level(findings: list[Finding]) -> list[Finding]:
     return sorted(findings, key=lambda finding: -LEVELS.index(finding.level))
+
+
+def _by_code(findings: list[Finding]) -> dict[str, list[Finding]]:
+    """Findings by rule, the loudest rule and the loudest finding of each first."""
+    found: dict[str, list[Finding]] = {}
+    for finding in _by_level(findings):
+        found.setdefault(finding.code, []).append(finding)
+    return found
 
 
 def _with_where(finding: Finding) -> str:
@@ -126,13 +134,10 @@ def _others(report: Report) -> Line | None:
     entries = [(float(rung["worst_branch_gain"]), str(rung["name"]), rung.get("width")) for rung in report.ladder]
     steps = sorted([*((gain, name) for gain, name, _ in entries), (worst[1].estimate, "▸yours")])
     widths = {width for _, _, width in entries if width}
-    at = (
-        "at init, same width"
-        if widths == {report.model.width}
-        else f"at init, width {_range(widths)}"
-        if widths
-        else "at init"
-    )
+    at = "at init"
+    if widths:
+        same = widths == {report.model.width}
+        at += ", same width" if same else f", width {_range(widths)}; yours {report.model.width or 'unknown'}"
     rungs = " · ".join(f"{name} {two(gain)}".replace(" ", TIED) for gain, name in _nearest(steps))
     return Line("beside others", f"worst branch gain  {rungs}  ({at})")
 
@@ -171,7 +176,9 @@ def _uncovered(report: Report) -> Line | None:
     part = ""
     if model.covered_parameters is not None:
         part = f"{share(model.parameters - model.covered_parameters, model.parameters)} of the parameters: "
-    return Line("not covered", part + some(names))
+    finding = next((finding for finding in report.findings if finding.code == "JD902"), None)
+    level, code = (finding.level, finding.code) if finding else ("", "")
+    return Line("not covered", part + some(names), level=level, code=code)
 
 
 def footnotes(report: Report) -> list[str]:

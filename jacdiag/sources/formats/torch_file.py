@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from jacdiag.errors import SourceError
+from jacdiag.errors import SourceError, one_line
 from jacdiag.sources.formats.guard import GuardedPickle, Unsafe, refusal
 
 _ZIP = b"PK\x03\x04"
@@ -39,7 +39,7 @@ def read(path: Path, *, trust_pickle: bool = False) -> tuple[Any, list[str]]:
         raise refusal(path, unsafe) from None
     except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, TypeError, AttributeError,
             IndexError, ImportError, UnicodeDecodeError, OSError) as error:  # fmt: skip
-        got = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        got = one_line(error)
         raise SourceError(f"cannot read '{path}'", got=got, hint=_hint(error, trust_pickle)) from error
 
 
