@@ -17,8 +17,9 @@ from torch import nn
 import jacdiag
 from jacdiag.errors import MeasureError, TraceError, UsageError, one_line
 from jacdiag.measure.network import GradientProfile, end_to_end, gradient_profile, network_record, verify_replay
+from jacdiag.measure.norms import Effort
 from jacdiag.measure.state import detect_state
-from jacdiag.measure.sublayer import Effort, measure_group
+from jacdiag.measure.sublayer import measure_group
 from jacdiag.measure.weights import weight_stats, weights_report
 from jacdiag.report import (
     Cost,

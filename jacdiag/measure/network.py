@@ -132,6 +132,8 @@ def network_record(
     """
     factors = [_residual_of(records, sites.streams.groups[k].sites) for k in sites.streams.main]
     known = [f for f in factors if f is not None]
+    if len(known) < len(factors):
+        notes = {"gain_product_log": "not every residual norm was measured to its width"} | notes
     log = sum(math.log(f) if f > 0 else -math.inf for f in known) if factors and len(known) == len(factors) else None
     predicted = growth = None
     if profile is not None:
@@ -157,7 +159,7 @@ def network_record(
 def _residual_of(records: Sequence[SublayerRecord], members: Sequence[int]) -> float | None:
     record = records[members[0]]
     interval = record.joint_residual_norm if len(members) > 1 else record.residual_norm
-    return None if interval is None else interval.estimate
+    return None if interval is None or not interval.converged else interval.estimate
 
 
 def _exponent(first: float, last: float, layers: int) -> float | None:

@@ -1,15 +1,13 @@
 """The norms of the sub-layers on one shortcut: one linearisation each, shared by all norms.
 
-A branch with an input norm is core o norm. Both are linearised once; branch_norm, residual_norm and core_norm are then
-three Lanczos runs over the same graphs. Parallel branches also get the norm of their joint residual map.
+A branch with an input norm is core o norm. Both are linearised once, and all norms come from the same graphs (see
+`norms.py`). Parallel branches also get the norm of their joint residual map.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -19,32 +17,10 @@ from jacdiag.errors import JacdiagError, one_line
 from jacdiag.measure.bounds import closed_form_bounds
 from jacdiag.measure.figures import gain_interval, spread_of
 from jacdiag.measure.linearise import Linearised, linearise, residual_map
+from jacdiag.measure.norms import Effort, Solver, heads_norm
 from jacdiag.report.schema import Interval, SublayerRecord, WeightStats
-from jacdiag.spectra import JacobianOperator, Operator, Solution, Summed, top_singular
+from jacdiag.spectra import JacobianOperator, Summed
 from jacdiag.trace import Sublayer
-
-Decide = Callable[[float, float], bool]
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How hard to try.
-
-    Attributes:
-        tol: relative width of an interval that is asked for.
-        confidence: probability with which an upper end holds.
-        max_products: budget of products per norm.
-        seed: of the random starts; each norm draws its own, so that results do not depend on the order of work.
-        decided: field name -> predicate on (lower, upper): the rules have what they need.
-        early: stop as soon as the rules are decided; else go on to `tol`, and beyond it until they are.
-    """
-
-    tol: float = 0.05
-    confidence: float = 0.999
-    max_products: int = 200
-    seed: int = 0
-    decided: Callable[[Sublayer], Mapping[str, Decide]] | None = None
-    early: bool = False
 
 
 def measure_group(
@@ -87,56 +63,35 @@ def measure_group(
 
 def _measure(one: Linearised, effort: Effort, token_ids: Tensor | None, state: str, figures: Any) -> SublayerRecord:
     site = one.site
-    decided = effort.decided(site) if effort.decided is not None else {}
-    solve = partial(_solve, one, effort, token_ids)
-    branch = solve(one.branch, "branch_norm", decided.get("branch_norm"))
-    operator, owned, why = residual_map(site, one.branch, one.dims)
-    residual = None if operator is None else solve(operator, "residual_norm", decided.get("residual_norm"))
-    for inner in owned:
-        inner.release()
-    same = one.core is one.branch
-    core = None if one.core is None else branch if same else solve(one.core, "core_norm", decided.get("core_norm"))
+    norms = Solver(one, effort, token_ids).norms()
+    assert norms.branch is not None
     record = _plain(site, token_ids, one.dims)
-    notes = {**record.notes, **one.notes, **({"residual_norm": why} if why else {})}
+    notes = {**record.notes, **one.notes, **norms.why}
     weights = _weights(site, figures)
-    heads = _heads_norm(one, effort) if state == "init" and site.placement == "pre" else None
+    wanted = state == "init" and site.placement == "pre" and not effort.early  # no rule reads Eq. 20
+    heads = heads_norm(one, effort) if wanted else None
     bounds = closed_form_bounds(
         kind=site.kind, placement=site.placement, state=state, weights=weights,
         activations=site.activations, shortcut_std=record.shortcut_std, norm_gain=record.norm_gain, heads_norm=heads,
     )  # fmt: skip
     notes |= bounds.notes
     tight = None
-    if bounds.bound is not None and branch.estimate > 0:
-        tight = (bounds.bound - 1) / branch.estimate
-    spent = [i for i in (branch, residual, None if same else core) if i is not None]
-    built = sum(isinstance(operator, JacobianOperator) for operator in one.owned)
+    if bounds.bound is not None and norms.branch.estimate > 0:
+        tight = (bounds.bound - 1) / norms.branch.estimate
+    built = sum(isinstance(operator, JacobianOperator) for operator in one.owned) + (heads is not None)
+    spent = norms.products + (heads.products if heads is not None else 0)
     return replace(
         record,
-        branch_norm=branch,
-        residual_norm=residual,
-        core_norm=core,
+        branch_norm=norms.branch,
+        residual_norm=norms.residual,
+        core_norm=norms.core,
         bound=bounds.bound,
         bound_norms=bounds.bound_norms,
         tightness=tight,
         weights=weights,
         notes=notes,
-        cost=float(sum(i.products for i in spent) + 2 * built),
+        cost=float(spent + 2 * built),
     )
-
-
-def _solve(one: Linearised, effort: Effort, token_ids: Tensor | None, operator: Operator, name: str,
-           decide: Decide | None) -> Interval:  # fmt: skip
-    solution: Solution = top_singular(
-        operator,
-        tol=effort.tol,
-        confidence=effort.confidence,
-        max_products=effort.max_products,
-        generator=_generator(effort, one.site, name),
-        decide=decide,
-        early=effort.early,
-    )
-    lead = tuple(n for d, n in enumerate(one.shape) if d in one.dims)
-    return solution.interval(lead, token_ids=token_ids)
 
 
 def _joint_residual(built: Sequence[Linearised], effort: Effort) -> Interval | None:
@@ -152,23 +107,10 @@ def _joint_residual(built: Sequence[Linearised], effort: Effort) -> Interval | N
     if whole is None:
         return None
     joint = Linearised(first.site, whole, None, owned, dims)
-    interval = _solve(joint, effort, None, whole, "joint_residual_norm", None)
+    solver = Solver(joint, effort)
+    interval = solver.interval(solver.solve(whole, "joint_residual_norm"))
     joint.release()
     return interval
-
-
-def _heads_norm(one: Linearised, effort: Effort) -> Interval | None:
-    """|J^Z|, the Jacobian of the concatenated heads behind the input norm (Eq. 20), to 20%."""
-    site = one.site
-    if site.heads is None:
-        return None
-    operator = JacobianOperator(site.heads, site.normalized, ())
-    try:
-        operator.set_batch_dims((0,) if 0 in one.dims and operator.value.shape[0] == one.shape[0] else ())
-        coarse = replace(effort, tol=max(effort.tol, 0.2))
-        return _solve(one, coarse, None, operator, "heads_norm", None)
-    finally:
-        operator.release()
 
 
 # -- figures without a solver -----------------------------------------------------------------------------------------
@@ -244,15 +186,3 @@ def _weights(site: Sublayer, figures: Callable[[str], WeightStats | None]) -> di
         if stats is not None:
             found[role] = stats
     return found
-
-
-def _generator(effort: Effort, site: Sublayer, name: str) -> torch.Generator:
-    """A start of its own for each sub-layer and norm, whatever order they are measured in."""
-    mixed = hash_name(f"{effort.seed}/{site.name}/{name}")
-    return torch.Generator().manual_seed(mixed)
-
-
-def hash_name(text: str) -> int:
-    from zlib import crc32
-
-    return crc32(text.encode()) & math.floor(2**31 - 1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from jacdiag.spectra.algebra import Composed, DenseOperator, NormJacobian, Shifted, Summed
 from jacdiag.spectra.dense import dense_jacobian, dense_norm
-from jacdiag.spectra.golub_kahan import Solution, Stop, top_singular
+from jacdiag.spectra.golub_kahan import Solution, Stop, inherited, top_singular
 from jacdiag.spectra.operator import JacobianOperator, Operator, independent_dims
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "dense_jacobian",
     "dense_norm",
     "independent_dims",
+    "inherited",
     "spectral_norm",
     "top_singular",
 ]

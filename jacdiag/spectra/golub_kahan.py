@@ -24,6 +24,7 @@ class Stop(enum.Enum):
     EXACT = "an invariant subspace was found: the value is exact up to rounding"
     BUDGET = "the budget of products is spent; raise max_products or tol"
     NON_FINITE = "a product was not finite"
+    INHERITED = "it follows from another norm of the sub-layer and one product"
 
 
 @dataclass
@@ -62,7 +63,8 @@ class Solution:
         low, high = float(self.lower.max()), float(self.upper.max())
         if self.stop in (Stop.EXACT, Stop.NON_FINITE) or not low > 0:
             return self.stop.value
-        return f"{self.stop.value} (width {high / low - 1:.2g} after {self.products} products)"
+        spent = "" if self.stop is Stop.INHERITED else f" after {self.products} products"
+        return f"{self.stop.value} (width {high / low - 1:.2g}{spent})"
 
     def interval(self, lead: tuple[int, ...] = (), token_ids: Tensor | None = None) -> Interval:
         """The interval of the maximum over problems: the largest lower and the largest upper end.
@@ -150,6 +152,26 @@ def top_singular(
             low, high, top, confidence, products, lanczos.steps, stop, stop is Stop.EXACT or _narrow(low, high, tol),
             lanczos.right, lanczos.alphas, lanczos.betas,
         )  # fmt: skip
+
+
+def inherited(operator: Operator, vectors: Tensor, upper: Array, *, confidence: float, tol: float) -> Solution:
+    """Ends that one product gives: |A v| / |v| from below, and from above what is known from another operator.
+
+    Args:
+        operator: P problems (m, n).
+        vectors: (P, n), such as the top right vectors of an operator that is akin.
+        upper: (P,) ends that hold with probability `confidence`.
+        tol: relative width that counts as converged.
+    """
+    pad = PAD[str(operator.dtype).removeprefix("torch.")]
+    unit = vectors / _norms(vectors).clamp_min(torch.finfo(vectors.dtype).tiny).unsqueeze(1).to(vectors)
+    reached = _norms(operator.push(unit)).cpu().numpy()
+    low, high = reached * (1 - pad), np.maximum(upper, reached) * (1 + pad)
+    nothing = np.zeros((len(reached), 1))
+    return Solution(
+        low, high, reached, confidence, 1, 1, Stop.INHERITED, _narrow(low, high, tol), unit.unsqueeze(1),
+        reached[:, None], nothing,
+    )  # fmt: skip
 
 
 class _Ends:
