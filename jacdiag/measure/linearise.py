@@ -54,7 +54,7 @@ def linearise(site: Sublayer, generator: torch.Generator) -> Linearised:
             core = inner
         else:
             core = main
-    site._token_wise = set(dims) >= set(range(x.dim())) - {site.feature_dim % x.dim()}
+    site._token_wise = site.splits_tokens(dims)
     return Linearised(site, branch, core, owned, dims, notes)
 
 

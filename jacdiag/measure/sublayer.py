@@ -206,13 +206,13 @@ def _plain(site: Sublayer, token_ids: Tensor | None, dims: tuple[int, ...]) -> S
         norm_gain=gain,
         out_norm_gain=out,
         parameters=site.parameters,
-        problems=_problems(dims, x, site.feature_dim),
+        problems=_problems(dims, site),
         notes=notes,
     )
 
 
-def _problems(dims: tuple[int, ...], x: Tensor, feature_dim: int) -> str:
-    if set(dims) >= set(range(x.dim())) - {feature_dim % x.dim()}:
+def _problems(dims: tuple[int, ...], site: Sublayer) -> str:
+    if site.splits_tokens(dims):
         return "one per token"
     if not dims:
         return "one for the whole batch: its elements are coupled"

@@ -56,7 +56,7 @@ def waists(graph: Graph, cone: tuple[int, ...], source: int) -> list[int]:
     furthest, last = reach(graph, cone, source)
     out = []
     for node in cone:
-        if furthest <= node and len(graph.nodes[node].outputs) == 1:
+        if furthest <= node and len(graph.nodes[node].outputs) == 1 and not graph.nodes[node].function:
             out.append(node)
         furthest = max(furthest, last[node])
     return out

@@ -23,7 +23,8 @@ class _Swap(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__deepcopy__:
             return self.swap.get(id(args[0]), args[0])
-        return func(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunction():  # no other mode counts what a copy does
+            return func(*args, **(kwargs or {}))
 
     def copy(self, value: Any) -> Any:
         kind = type(value)
@@ -38,7 +39,7 @@ class _Swap(TorchFunctionMode):
         if callable(value) or kind.__name__.endswith("Config"):
             return value
         try:
-            with self:
+            with torch._C._EnableTorchFunction(), self:  # hooks run with torch functions disabled
                 return copy.deepcopy(value)
         except Exception:
             return value

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from jacdiag.trace.opaque import custom_function, plain_run
 from jacdiag.trace.precision import Precision
 from jacdiag.trace.skeleton import Skeleton
 from jacdiag.trace.sums import Term, terms_of
@@ -57,7 +57,11 @@ class Value:
 
 @dataclass(slots=True)
 class Node:
-    """One torch call: what it read (value indices), what it made, where it stood."""
+    """One torch call: what it read (value indices), what it made, where it stood.
+
+    `operands` are the tensors among its arguments, in order. `function` names the custom autograd.Function whose forward
+    made the call: autograd does not see what happens there, so that no value inside can be replaced or pulled from.
+    """
 
     index: int
     name: str
@@ -67,6 +71,8 @@ class Node:
     invocation: int
     terms: tuple[Term, ...] | None = None
     line: str = ""
+    operands: tuple[int, ...] = ()
+    function: str = ""
 
 
 @dataclass(slots=True)
@@ -231,6 +237,8 @@ class Recorder(TorchFunctionMode):
         live = not metadata and any(self.values[v].live for v in inputs)
         state = not metadata and any(self.values[v].from_state for v in inputs)
         node = Node(index, name, key, inputs, (), self.stack[-1] if self.stack else 0)
+        node.operands = tuple(by_id[id(t)][-1] for t in read)
+        node.function = custom_function()
         self.nodes.append(node)
         for v in inputs:
             self.values[v].consumers.append(index)
@@ -278,10 +286,25 @@ class Recorder(TorchFunctionMode):
         self.invocations[self.stack.pop()].end = len(self.nodes)
 
 
+AnyRecorder = TypeVar("AnyRecorder", bound=Recorder)
+
+
 def record(skeleton: Skeleton, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype) -> tuple[Graph, Any]:
     """Runs the whole skeleton once and returns the graph and the model's output."""
+    recorder, output = observe(Recorder, skeleton, args, kwargs, dtype)
+    made: list[Tensor] = []
+    collect_deep(output, made)
+    outputs = tuple(recorder.lookup(t)[-1] for t in made)
+    return Graph(recorder.nodes, recorder.values, recorder.invocations, outputs, recorder.used_state), output
+
+
+def observe(
+    kind: type[AnyRecorder], skeleton: Skeleton, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype
+) -> tuple[AnyRecorder, Any]:
+    """Runs the whole skeleton once under a recorder; returns it and the model's output."""
+    skeleton.restore()
     state = skeleton.fresh_state_of("")
-    recorder = Recorder(Precision(dtype, {id(t): name for name, t in state.items()}))
+    recorder = kind(Precision(dtype, {id(t): name for name, t in state.items()}))
     with ExitStack() as stack:
         stack.enter_context(_module_hooks(skeleton, recorder))
         stack.enter_context(torch.no_grad())
@@ -289,13 +312,10 @@ def record(skeleton: Skeleton, args: tuple[Any, ...], kwargs: dict[str, Any], dt
         collect_deep((args, kwargs), tensors)
         for tensor in tensors:
             recorder.new_value(tensor, INPUT, live=True)
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(plain_run())
         stack.enter_context(recorder)
         output = torch.func.functional_call(skeleton.root, state, args, kwargs, strict=False)
-    made: list[Tensor] = []
-    collect_deep(output, made)
-    outputs = tuple(recorder.lookup(t)[-1] for t in made)
-    return Graph(recorder.nodes, recorder.values, recorder.invocations, outputs, recorder.used_state), output
+    return recorder, output
 
 
 @contextmanager

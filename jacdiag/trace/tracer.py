@@ -16,7 +16,8 @@ from jacdiag.trace.calls import Call
 from jacdiag.trace.coverage import Coverage, cover
 from jacdiag.trace.naming import depths_of, home_of, kind_of, names_of
 from jacdiag.trace.record import Graph, collect_deep, record
-from jacdiag.trace.replay import Replayer, Spot, Where, same_output
+from jacdiag.trace.determinism import same_output
+from jacdiag.trace.replay import Replayer, Spot, Where
 from jacdiag.trace.residual import Finder, Site
 from jacdiag.trace.roles import ACTIVATIONS, roles_of
 from jacdiag.trace.skeleton import Skeleton, unwrap
@@ -176,13 +177,15 @@ class Tracer:
         anatomist = Anatomist(self.replayer, self.finder)
         self.post_groups: set[int] = set()
         groups = [site.group for site in self.sites]
-        depths = depths_of(self.graph, self.homes, groups)
-        made = [self._sublayer(k, depths[k], anatomist) for k in range(len(self.sites))]
+        made = [self._sublayer(k, anatomist) for k in range(len(self.sites))]
+        depths = depths_of(self.graph, self.homes, groups, [site.kind for site in made])
         for site, name in zip(made, names_of(self.graph, self.homes, [s.kind for s in made]), strict=True):
             site.name = name
+        for site, depth in zip(made, depths, strict=True):
+            site.depth = depth
         return made
 
-    def _sublayer(self, k: int, depth: int, anatomist: Anatomist) -> Sublayer:
+    def _sublayer(self, k: int, anatomist: Anatomist) -> Sublayer:
         site, owner = self.sites[k], self.owners[k]
         x = self.kept[site.shortcut]
         source = self.replayer.spot_of(site.shortcut, owner)
@@ -196,7 +199,7 @@ class Tracer:
         made = Sublayer(
             name="",
             index=k,
-            depth=depth,
+            depth=0,
             group=site.group,
             kind="other",
             placement=_placement(entry, exit_ and exit_[0], behind),
@@ -219,6 +222,7 @@ class Tracer:
             roles={},
             activations=sorted({self.graph.nodes[n].name for n in site.cone} & ACTIVATIONS),
             feature_dim=1 if conv and x.dim() > 2 else -1,
+            stream_dim=-2 if site.mixed else None,
             line=self.graph.nodes[site.addition].line,
         )
         made.kind = kind_of(self.graph, self.finder, site, self.homes[k], lambda: made.token_wise)

@@ -357,8 +357,8 @@ class Normed(Block):
 
 def _batch_normed(layer: int) -> Expected:
     return Expected(
-        f"blocks.{layer}", "mlp", "none", lambda m, x, c: m.blocks[layer].mlp(m.blocks[layer].norm2(x)), layer=layer,
-        start=(lambda m, c: c.args[0]) if layer == 0 else None,
+        f"blocks.{layer}.mlp", "mlp", "none", lambda m, x, c: m.blocks[layer].mlp(m.blocks[layer].norm2(x)),
+        layer=layer, start=(lambda m, c: c.args[0]) if layer == 0 else None,
     )  # fmt: skip
 
 

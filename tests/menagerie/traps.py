@@ -20,16 +20,17 @@ def gelu_new(x: Tensor) -> Tensor:
 
 
 class Biased(MoE):
-    """A router bias that balances the load (DeepSeek-V3) is added to the scores that choose."""
+    """A bias that balances the load (DeepSeek-V3) is added to the router's scores."""
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("balance", torch.linspace(-0.05, 0.05, self.router.out_features))
 
     def weights(self, flat: Tensor) -> Tensor:
-        scores = super().weights(flat)
+        scores = self.router(flat)
         scores = scores + self.balance.to(scores.dtype)
-        return scores / scores.sum(-1, keepdim=True)
+        scores = scores - 1e4 * (torch.arange(scores.shape[-1]) >= scores.shape[-1] - self.idle).to(scores.dtype)
+        return torch.softmax(scores, dim=-1)
 
 
 class Recurrent(nn.Module):
@@ -37,19 +38,19 @@ class Recurrent(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.into, self.bcdt, self.out = nn.Linear(D, 2 * D), nn.Linear(D, 3), nn.Linear(D, D)
+        self.into, self.select, self.out = nn.Linear(D, 2 * D), nn.Linear(D, 3), nn.Linear(D, D)
         self.log_a, self.skip = nn.Parameter(torch.zeros(D)), nn.Parameter(torch.ones(D))
         self.conv = nn.Conv1d(D, D, 2, padding=1, groups=D)
 
     def forward(self, u: Tensor) -> Tensor:
         u, gate = self.into(u).chunk(2, dim=-1)
         u = F.silu(self.conv(u.transpose(1, 2))[..., :-1].transpose(1, 2))
-        b, c, dt = self.bcdt(u).unsqueeze(-2).unbind(-1)
-        decay = torch.exp(-F.softplus(dt).transpose(1, 2) * self.log_a.exp())
+        b, c, dt = self.select(u).split(1, dim=-1)
+        decay = torch.exp(-F.softplus(dt) * self.log_a.exp())
         state, outputs = torch.zeros_like(u[:, 0]), []
         for t in range(u.shape[1]):
-            state = decay[:, t] * state + b[:, :, t].transpose(0, 1).reshape(-1, 1) * u[:, t]
-            outputs.append(state * c[:, :, t].reshape(-1, 1))
+            state = decay[:, t] * state + b[:, t] * u[:, t]
+            outputs.append(state * c[:, t])
         y = torch.stack(outputs, dim=1)
         y = y + u * self.skip
         return self.out(y * F.silu(gate))
@@ -113,6 +114,7 @@ class OneHotPosition(Decoder):
     def __init__(self) -> None:
         super().__init__(lambda: Pre(attn=lambda: Attention(by_hand=True, turns=True)))
         self.place = nn.Linear(5, D)
+        del self.position
 
     def begin(self, ids: Tensor) -> Tensor:
         return self.embed(ids) + self.place(torch.eye(ids.shape[1], 5, dtype=self.place.weight.dtype))
@@ -124,6 +126,7 @@ class EmbeddingMixer(Decoder):
     def __init__(self) -> None:
         super().__init__(Pre)
         self.wide, self.project = nn.Embedding(11, 4), nn.Linear(4, D)
+        del self.position
 
     def begin(self, ids: Tensor) -> Tensor:
         return self.embed(ids) + self.project(self.wide(ids))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from menagerie.core import Pre, begin, cross_triple, end, pair
-from menagerie.core import CrossBlock as CrossBlock
+from menagerie.core import CrossBlock, Pre, begin, cross_triple, end, pair
 from menagerie.parts import LAYERS, MLP, Attention, D, Decoder, seeded, tokens
 from menagerie.specimen import Context, Expected, Specimen
 
@@ -46,7 +46,7 @@ class HyperMatmul(Hyper):
     """The same with matmul for every mixture."""
 
     def reads(self, x: Tensor) -> Tensor:
-        return (self.read @ x).squeeze(-2) if self.read.dim() == 2 else torch.matmul(self.read, x)
+        return torch.matmul(self.read, x)
 
     def mixed(self, x: Tensor) -> Tensor:
         return self.mix @ x
@@ -54,6 +54,10 @@ class HyperMatmul(Hyper):
 
 class HyperUnmixed(Hyper):
     """No mixing on the way: x + the outer product."""
+
+    def __init__(self, body: Callable[[], nn.Module]) -> None:
+        super().__init__(body)
+        del self.mix
 
     def mixed(self, x: Tensor) -> Tensor:
         return x
@@ -91,22 +95,22 @@ class HyperModel(Decoder):
         return self.end(x)
 
 
-def _hyper(layer: int, gain: float | None = None) -> list[Expected]:
+def _hyper(layer: int, gain: float | None, body: str) -> list[Expected]:
     def part(m: Any, which: str) -> Any:
         return m.blocks[layer][which]
 
     return [
-        Expected(f"blocks.{layer}.{which}.body", kind, "none", lambda m, x, c, w=which: part(m, w).branch(x),
-                 token_wise=which == "mlp" and None, shortcut_gain=gain, layer=layer,
+        Expected(f"blocks.{layer}.{which}{body}", kind, "none", lambda m, x, c, w=which: part(m, w).branch(x),
+                 token_wise=which == "mlp", shortcut_gain=gain, layer=layer,
                  carry=lambda m, x, c, w=which: part(m, w).mixed(x),
                  start=begin if (layer, which) == (0, "attn") else None)
         for which, kind in (("attn", "attention"), ("mlp", "mlp"))
     ]  # fmt: skip
 
 
-def hyper(name: str, layer: Callable[..., nn.Module], gain: float | None = None) -> Specimen:
+def hyper(name: str, layer: Callable[..., nn.Module], gain: float | None = None, body: str = ".body") -> Specimen:
     return Specimen(name, lambda: seeded(lambda: HyperModel(layer)), ((tokens(),), {}),
-                    [one for k in range(LAYERS) for one in _hyper(k, gain)], end)  # fmt: skip
+                    [one for k in range(LAYERS) for one in _hyper(k, gain, body)], end)  # fmt: skip
 
 
 # -- two streams -------------------------------------------------------------------------------------------------------
@@ -135,9 +139,6 @@ class EncoderDecoder(Decoder):
 def _encoder(layer: int) -> list[Expected]:
     found = []
     for one in pair("pre", layer):
-        def shifted(m: Any) -> Any:
-            return _Encoder(m)
-
         name = (one.name or "").replace("blocks", "encoder")
         entry = None if one.entry is None else type(one.entry)(lambda m, e=one.entry: e.module(_Encoder(m)))
         found.append(Expected(name, one.kind, "pre", lambda m, h, c, o=one: o.body(_Encoder(m), h, c), entry,
@@ -154,8 +155,6 @@ class _Encoder:
 
 def _decoder(layer: int) -> list[Expected]:
     found = cross_triple(layer, start=lambda m, c: m.begin(c.args[1]), memory=lambda c: c.extra)
-    from dataclasses import replace
-
     return [replace(one, layer=LAYERS + layer) for one in found]
 
 
@@ -246,7 +245,7 @@ def blocks(name: str, block: Callable[[], nn.Module]) -> Specimen:
 
 WIDE: list[Specimen] = [
     hyper("several streams, einsum", Hyper),
-    hyper("several streams, matmul", HyperMatmul),
+    hyper("several streams, matmul", HyperMatmul, body=""),
     hyper("several streams, unmixed", HyperUnmixed, 1.0),
     hyper("several streams, mixed by themselves", HyperDynamic),
     Specimen("encoder and decoder", lambda: seeded(EncoderDecoder), ((tokens(length=4, seed=9), tokens()), {}),
@@ -255,5 +254,4 @@ WIDE: list[Specimen] = [
     blocks("a custom Function as activation", lambda: Pre(mlp=lambda: MLP(act=Squared.apply))),
     blocks("a custom Function with setup_context", lambda: Pre(mlp=lambda: MLP(act=SquaredNew.apply))),
     blocks("matrix products in custom Functions", lambda: Pre(mlp=FunctionMLP)),
-    blocks("the addition in a custom Function", AddedByFunction),
 ]  # fmt: skip
