@@ -334,7 +334,7 @@ def _module_hooks(skeleton: Skeleton, recorder: Recorder) -> Iterator[None]:
     handles = []
     try:
         for module in skeleton.root.modules():
-            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
             handles.append(module.register_forward_hook(after, always_call=True))
         yield
     finally:

@@ -283,7 +283,7 @@ class Replayer:
         try:
             if hook is not None:
                 modules = self.skeleton.root.modules()
-                handles = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in modules]
+                handles = [m.register_forward_pre_hook(hook, prepend=True, with_kwargs=True) for m in modules]
             return self._execute("", args, kwargs, spots, visit)
         finally:
             for handle in handles:
