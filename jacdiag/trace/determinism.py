@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from jacdiag.trace.record import Node, Recorder, collect, collect_deep, user_line
+from jacdiag.trace.calls import Call
+from jacdiag.trace.record import Node, Recorder, collect, collect_deep, observe, user_line
+from jacdiag.trace.skeleton import Skeleton
 
 _DRAWS = {"dropout", "dropout_", "rand", "randn", "randint", "randperm", "normal", "normal_", "uniform_", "bernoulli",
           "bernoulli_", "multinomial", "rand_like", "randn_like", "randint_like", "exponential_", "gumbel_softmax",
           "alpha_dropout", "feature_dropout", "rrelu", "poisson", "random_"}  # fmt: skip
-
-
-@contextmanager
-def random_streams_kept() -> Iterator[None]:
-    """Gives back every random stream as it was: torch's on all devices, Python's, NumPy's."""
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
 
 
 def same_output(a: Any, b: Any) -> bool:
@@ -72,12 +57,18 @@ def _checksum(t: Tensor) -> float:
     return float((flat * torch.arange(1, flat.numel() + 1, dtype=flat.dtype, device=flat.device).sqrt()).sum())
 
 
+def culprit(skeleton: Skeleton, root: Call, dtype: torch.dtype) -> str:
+    """Runs the model twice more and names the first call whose results differ; "" if none does."""
+    a, b = (observe(Fingerprints, skeleton, *root.arguments(None, None), dtype)[0] for _ in range(2))
+    return first_difference(a, b)
+
+
 def first_difference(a: Fingerprints, b: Fingerprints) -> str:
-    """Names the first call whose results differ between two runs: what, in which module, on which line."""
+    """Names the first call whose results differ between two runs: what, in which module, on which line; "" if none."""
     pairs = itertools.zip_longest(a.prints, b.prints)
     index = next((k for k, (x, y) in enumerate(pairs) if x != y), None)
     if index is None:
-        return "two more runs agreed: it comes and goes"
+        return ""
     run = a if index < len(a.prints) else b
     node: Node = run.nodes[index]
     module = run.invocations[node.invocation].module if run.invocations else ""

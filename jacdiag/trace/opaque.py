@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.utils.checkpoint
 from torch import nn
@@ -48,13 +50,26 @@ def first_reader(graph: Graph, value: int, invocation: int) -> int | None:
 
 
 @contextmanager
+def random_streams_kept() -> Iterator[None]:
+    """Gives back every random stream as it was: torch's on all devices, Python's, NumPy's."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextmanager
 def plain_run() -> Iterator[None]:
-    """Runs a model by its plain code: attention by matrix products, nothing recomputed in the backward.
+    """Runs a model by its plain code: nothing compiled, attention by matrix products, no part run again in the backward.
 
     A flash kernel has no second derivative; a checkpointed part would be run again in the backward, when the weights of
     this run are gone.
     """
-    with sdpa_kernel(SDPBackend.MATH), _without_checkpoints():
+    with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"), _without_checkpoints():
         yield
 
 

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from jacdiag.errors import TraceError
 from jacdiag.trace.calls import Call
-from jacdiag.trace.opaque import first_reader, modules_with_functions, plain_run
+from jacdiag.trace.opaque import first_reader, modules_with_functions, plain_run, random_streams_kept
 from jacdiag.trace.precision import Precision, Raisings, map_leaves
 from jacdiag.trace.record import CallKey, Graph, collect, collect_deep, signature
 from jacdiag.trace.skeleton import Skeleton
@@ -254,7 +254,8 @@ class Replayer:
 
         args, kwargs = call.arguments(source.position if met else None, value)
         try:
-            self._execute(call.module, args, kwargs, (source, sink), visit)
+            with random_streams_kept():
+                self._execute(call.module, args, kwargs, (source, sink), visit)
         except Stop as stop:
             if met:
                 return stop.value

@@ -14,15 +14,18 @@ from jacdiag.report.schema import Placement
 from jacdiag.trace.anatomy import Anatomist, Norm
 from jacdiag.trace.calls import Call
 from jacdiag.trace.coverage import Coverage, cover
+from jacdiag.trace.determinism import culprit, same_output
+from jacdiag.trace.guest import Guest
 from jacdiag.trace.naming import depths_of, home_of, kind_of, names_of
+from jacdiag.trace.opaque import random_streams_kept
 from jacdiag.trace.record import Graph, collect_deep, record
-from jacdiag.trace.determinism import same_output
 from jacdiag.trace.replay import Replayer, Spot, Where
 from jacdiag.trace.residual import Finder, Site
 from jacdiag.trace.roles import ACTIVATIONS, roles_of
-from jacdiag.trace.skeleton import Skeleton, unwrap
+from jacdiag.trace.skeleton import Skeleton
 from jacdiag.trace.stream import Streams, owner_of
 from jacdiag.trace.sublayer import Map, Sublayer
+from jacdiag.trace.wrappers import has_foreign_hooks, unwrap
 
 
 class Sites(Sequence[Sublayer]):
@@ -32,7 +35,8 @@ class Sites(Sequence[Sublayer]):
         graph, replayer, streams: the record, and how to run parts of it again.
         coverage: which parameter belongs where.
         output: the model's output in the recorded run.
-        deterministic: two runs gave the same output bit for bit.
+        deterministic: two runs gave the same output bit for bit; `culprit` names the call where they part if not.
+        notes: what had to be done to run the model outside its wrappers.
     """
 
     def __init__(self, sublayers: list[Sublayer], tracer: Tracer) -> None:
@@ -46,6 +50,8 @@ class Sites(Sequence[Sublayer]):
         self.skeleton: Skeleton = tracer.skeleton
         self.output: Any = tracer.output
         self.deterministic: bool = tracer.deterministic
+        self.culprit: str = tracer.culprit
+        self.notes: list[str] = tracer.notes
         self.dtype: torch.dtype = tracer.dtype
 
     @overload
@@ -101,17 +107,21 @@ class Tracer:
         self.model = unwrap(model)
         doubles = any(p.dtype is torch.float64 for p in self.model.parameters())
         self.dtype = torch.float64 if doubles else dtype
+        self.notes: list[str] = []
+        self.culprit = self.stray = ""
         self.skeleton = Skeleton(self.model)
         self.args, self.kwargs = self._inputs(args, kwargs)
 
     def trace(self) -> Sites:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), random_streams_kept():
             self._record()
-            self.sites = self.finder.find()
+            if has_foreign_hooks(self.model):
+                self._follow_guest()
+            self.sites = [site for site in self.finder.find() if not self._strays(site)]
             self.homes = [home_of(self.graph, self.finder, site) for site in self.sites]
             self.streams = Streams(self.graph, self.finder, self.sites)
             self.coverage = cover(self.graph, self.finder, self.sites, self.homes, self.skeleton)
-            self._capture()
+            self._capture_or_blame()
             return Sites(self._assemble(), self)
 
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -136,8 +146,7 @@ class Tracer:
 
     def _record(self) -> None:
         try:
-            with torch.compiler.set_stance("force_eager"):
-                self.graph, self.output = record(self.skeleton, self.args, self.kwargs, self.dtype)
+            self.graph, self.output = record(self.skeleton, self.args, self.kwargs, self.dtype)
         except Exception as error:
             raise TraceError("the model's forward raised", got=_last_frame(error)) from error
         self.finder = Finder(self.graph)
@@ -145,6 +154,20 @@ class Tracer:
         collect_deep((self.args, self.kwargs), tensors)
         root = Call.take("", self.args, self.kwargs, tuple(range(-1, -1 - len(tensors), -1)), set())
         self.replayer = Replayer(self.skeleton, self.graph, self.dtype, root)
+
+    def _follow_guest(self) -> None:
+        """Compares the copy's output with the guest's; takes the guest's hooks along if it must, or names who strays."""
+        guest = Guest(self.model, self.replayer.root)
+        if guest.agrees(self.output):
+            return
+        self.skeleton = Skeleton(self.model, keep_hooks=True)
+        self._record()
+        if guest.agrees(self.output):
+            self.notes.append("forward hooks change the model's output: they are part of what is measured")
+            return
+        self.stray = guest.first_stray(self.skeleton.root, lambda: self.replayer.tapped([], lambda _, t: t))
+        where = f"in '{self.stray}'" if self.stray else "in its own forward"
+        self.notes.append(f"outside its hooks the model computes something else, first {where}: that is not covered")
 
     # -- second run ------------------------------------------------------------------------------------------------
     def _capture(self) -> None:
@@ -161,6 +184,26 @@ class Tracer:
         output, self.kept = self.replayer.capture(owners, results, terms)
         self.kept |= self.replayer.calls[0].tensors
         self.deterministic = same_output(output, self.output)
+
+    def _strays(self, site: Site) -> bool:
+        """Whether a site has to do with a module whose copy computes something else."""
+        if not self.stray:
+            return False
+        inside = {self.graph.path(i) for n in (*site.cone, site.addition)
+                  for i in self.graph.ancestors(self.graph.nodes[n].invocation)}  # fmt: skip
+        return any(path == self.stray or path.startswith(f"{self.stray}.") for path in inside)
+
+    def _capture_or_blame(self) -> None:
+        try:
+            self._capture()
+        except (TraceError, LookupError) as error:
+            self.culprit = culprit(self.skeleton, self.replayer.root, self.dtype)
+            if not self.culprit:
+                raise
+            raise TraceError("two runs on the same input do not make the same calls", got=self.culprit,
+                             hint="model.eval(), or a fixed seed inside the forward") from error  # fmt: skip
+        if not self.deterministic:
+            self.culprit = culprit(self.skeleton, self.replayer.root, self.dtype) or "two more runs agreed: it comes and goes"
 
     def _owner(self, site: Site) -> int:
         innermost = self.graph.nodes[site.addition].invocation

@@ -110,6 +110,8 @@ def is_code(hook: Any) -> bool:
 def has_foreign_hooks(module: nn.Module) -> bool:
     """Whether anybody's hook or replaced forward stands in a model's way, so that a copy may compute something else."""
     for part in module.modules():
+        if original_class(part) is not type(part):
+            continue  # FSDP2's own hooks: they gather weights, and a run of one process alone would wait for ever
         if any(not is_code(h) for h in part._forward_pre_hooks.values()) or part._forward_hooks:
             return True
         if "forward" in part.__dict__ and not moves_weights(part):

@@ -1,4 +1,4 @@
-"""Streams of several kinds: mixed by small matrices, two of them side by side, and code that autograd sees as one call."""
+"""Several streams, mixed or side by side, and code that autograd sees as one call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from menagerie.core import CrossBlock, Pre, begin, cross_triple, end, pair
 from menagerie.parts import LAYERS, MLP, Attention, D, Decoder, seeded, tokens
-from menagerie.specimen import Context, Expected, Specimen
+from menagerie.specimen import Expected, Specimen
 
 S = 3  # residual streams
 
