@@ -78,7 +78,7 @@ def gradient_profile(sites: Sites, token_ids: Tensor | None) -> GradientProfile 
     if spots[first].where is Where.ARGUMENT:
         met[first] = sites.replayer.calls[0].tensors[first].detach().clone().requires_grad_()
         argument = (first, met[first])
-    results = [spot for spot in spots.values() if spot.where is Where.RESULT]
+    results = [spot for spot in spots.values() if spot.where is not Where.ARGUMENT]
     with torch.enable_grad(), sites.replayer.whole_graph():
         output = sites.replayer.tapped(results, visit, argument=argument)
         loss, kind = language_model_loss(output, token_ids)
@@ -177,7 +177,7 @@ def verify_replay(sites: Sites, seed: int = 0) -> dict[str, float]:
     leaves: dict[int, Tensor] = {}
     branches: dict[int, Tensor] = {}
     cuts = {raw[k].shortcut: sites.replayer.spot_of(raw[k].shortcut, 0) for k in chosen}
-    terms = {k: sites.replayer.spot_at(Where.TERM, raw[k].addition, 0, raw[k].position) for k in chosen}
+    terms = {k: sites.replayer.end_of(raw[k], 0) for k in chosen}
     keys: dict[int, tuple[str, int]] = {id(s): ("cut", v) for v, s in cuts.items()}
     keys |= {id(s): ("term", k) for k, s in terms.items()}
 

@@ -86,6 +86,7 @@ class Invocation:
     end: int = -1
     arguments: tuple[int, ...] = ()
     cls: str = ""
+    outputs: tuple[int, ...] = ()
 
 
 @dataclass
@@ -282,8 +283,9 @@ class Recorder(TorchFunctionMode):
         self.invocations.append(Invocation(index, module, parent, len(self.nodes), -1, found, cls))
         self.stack.append(index)
 
-    def leave(self) -> None:
-        self.invocations[self.stack.pop()].end = len(self.nodes)
+    def leave(self, results: list[Tensor]) -> None:
+        call = self.invocations[self.stack.pop()]
+        call.end, call.outputs = len(self.nodes), tuple(self.lookup(t)[-1] for t in results)
 
 
 AnyRecorder = TypeVar("AnyRecorder", bound=Recorder)
@@ -328,8 +330,11 @@ def _module_hooks(skeleton: Skeleton, recorder: Recorder) -> Iterator[None]:
             collect_deep((args, kwargs), tensors)
             recorder.enter(skeleton.names.get(id(module), ""), type(module).__name__, tensors)
 
-    def after(*_: Any) -> None:
-        recorder.leave()
+    def after(*seen: Any) -> None:
+        tensors: list[Tensor] = []
+        with torch._C.DisableTorchFunction():
+            collect_deep(seen[-1], tensors)
+            recorder.leave(tensors)
 
     handles = []
     try:

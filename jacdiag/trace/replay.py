@@ -26,6 +26,7 @@ from jacdiag.trace.calls import Call
 from jacdiag.trace.opaque import first_reader, modules_with_functions, plain_run, random_streams_kept
 from jacdiag.trace.precision import Precision, Raisings, map_leaves
 from jacdiag.trace.record import CallKey, Graph, collect, collect_deep, signature
+from jacdiag.trace.residual import Site
 from jacdiag.trace.skeleton import Skeleton
 from jacdiag.trace.sums import term_tensor
 
@@ -222,6 +223,12 @@ class Replayer:
 
     def spot_at(self, where: Where, node: int, invocation: int, position: int = 0) -> Spot:
         return Spot(where, *self.occurrence(node, invocation), position)
+
+    def end_of(self, site: Site, invocation: int) -> Spot:
+        """Where a site's branch is met: as a term of its addition, or, if it was declared, where it is made."""
+        if site.result is None:
+            return self.spot_at(Where.TERM, site.addition, invocation, site.position)
+        return self.spot_of(site.result, invocation)
 
     def occurrence(self, node: int, invocation: int) -> tuple[CallKey, int]:
         """Returns a call's key and how many calls with that key came before it in the module call."""

@@ -41,6 +41,7 @@ class Site:
         cone: the calls between shortcut and branch, ascending.
         output: value index of the sum of shortcut and all parallel branches.
         group: index of the set of parallel branches it belongs to.
+        result: value index of the branch, where a user declared it; its sum may be hidden then (`summed`).
         mixed: the shortcut is several parallel streams (B, T, S, d), mixed on their way into the sum.
     """
 
@@ -55,6 +56,8 @@ class Site:
     group: int
     mixed: bool = False
     nested: bool = False
+    result: int | None = None
+    summed: bool = True
 
     @property
     def calls(self) -> tuple[int, ...]:
@@ -68,16 +71,31 @@ class Finder:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.sites: list[Site] = []
+        self.hidden: list[tuple[int, int, int]] = []  # (addition in a custom Function, shortcut, branch)
 
     def find(self) -> list[Site]:
         for node in self.graph.nodes:
-            if node.terms is not None and not node.function:
+            if node.terms is not None and node.function:
+                self._note_hidden(node.index)
+            elif node.terms is not None:
                 self._consider(node.index)
-        return self._mark_nested(sorted(self.sites, key=self._order))
+        return self.sites
+
+    def arrange(self, sites: list[Site]) -> list[Site]:
+        """In the order of the stream, those inside others marked."""
+        return self._mark_nested(sorted(sites, key=self._order))
 
     def _order(self, site: Site) -> tuple[int, int, int]:
         """As the stream meets them: by the first matrix product of the branch."""
         return next((n for n in site.cone if self.is_product(n)), site.cone[0]), site.addition, site.position
+
+    def _note_hidden(self, node: int) -> None:
+        """An addition that autograd does not see is no site; it is reported by name."""
+        terms = [(node, k, t) for k, t in enumerate(self.graph.nodes[node].terms or ()) if self._full(node, t)]
+        found = self._pair(terms) if len(terms) >= 2 else None
+        if found is not None:
+            shortcut, _, branches = found
+            self.hidden += [(node, shortcut, term.operand) for _, _, term in branches if term.operand is not None]
 
     # -- one addition ----------------------------------------------------------------------------------------------
     def _consider(self, node: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import torch
@@ -14,6 +14,7 @@ from jacdiag.report.schema import Placement
 from jacdiag.trace.anatomy import Anatomist, Norm
 from jacdiag.trace.calls import Call
 from jacdiag.trace.coverage import Coverage, cover
+from jacdiag.trace.declared import Declaration, declarations, declared_sites, hidden_lines
 from jacdiag.trace.determinism import culprit, same_output
 from jacdiag.trace.guest import Guest
 from jacdiag.trace.naming import depths_of, home_of, kind_of, names_of
@@ -37,6 +38,7 @@ class Sites(Sequence[Sublayer]):
         output: the model's output in the recorded run.
         deterministic: two runs gave the same output bit for bit; `culprit` names the call where they part if not.
         notes: what had to be done to run the model outside its wrappers.
+        hidden: additions that autograd does not see, each with the way to declare it.
     """
 
     def __init__(self, sublayers: list[Sublayer], tracer: Tracer) -> None:
@@ -52,6 +54,7 @@ class Sites(Sequence[Sublayer]):
         self.deterministic: bool = tracer.deterministic
         self.culprit: str = tracer.culprit
         self.notes: list[str] = tracer.notes
+        self.hidden: list[str] = tracer.hidden
         self.dtype: torch.dtype = tracer.dtype
 
     @overload
@@ -78,7 +81,13 @@ class Sites(Sequence[Sublayer]):
         raise TraceError(f"no sub-layer is called '{name}'", hint=f"closest: {', '.join(close)}" if close else None)
 
 
-def sites(model: nn.Module, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Sites:
+def sites(
+    model: nn.Module,
+    *args: Any,
+    dtype: torch.dtype | None = None,
+    declared: Iterable[Declaration] | Mapping[str, Any] = (),
+    **kwargs: Any,
+) -> Sites:
     """Records `model(*args, **kwargs)` once and returns its residual sub-layers.
 
     The model is not touched: its code runs on a structural copy, in eval mode, with its weights by reference.
@@ -87,6 +96,7 @@ def sites(model: nn.Module, *args: Any, dtype: torch.dtype | None = None, **kwar
         model: any module; wrappers (compile, DDP, activation checkpointing) are seen through.
         *args, **kwargs: the inputs of its forward. KV caches are switched off where the forward takes `use_cache`.
         dtype: precision of the run, float32 (default) or float64; lower-precision weights are raised call by call.
+        declared: sub-layers that the dataflow does not show, from `jacdiag.declare`.
 
     Raises:
         TraceError: the forward raises (the model's own error is the cause), or nothing could be recorded.
@@ -97,14 +107,21 @@ def sites(model: nn.Module, *args: Any, dtype: torch.dtype | None = None, **kwar
         >>> [site.kind for site in jacdiag.sites(layer, torch.randn(2, 4, 8))]
         ['attention', 'mlp']
     """
-    return Tracer(model, args, kwargs, dtype or torch.float32).trace()
+    return Tracer(model, args, kwargs, dtype or torch.float32, declarations(declared)).trace()
 
 
 class Tracer:
     """The steps of `sites`, in order; each leaves what it found in an attribute."""
 
-    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype) -> None:
-        self.model = unwrap(model)
+    def __init__(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        dtype: torch.dtype,
+        declared: Sequence[Declaration] = (),
+    ) -> None:
+        self.model, self.declared = unwrap(model), declared
         doubles = any(p.dtype is torch.float64 for p in self.model.parameters())
         self.dtype = torch.float64 if doubles else dtype
         self.notes: list[str] = []
@@ -117,12 +134,18 @@ class Tracer:
             self._record()
             if has_foreign_hooks(self.model):
                 self._follow_guest()
-            self.sites = [site for site in self.finder.find() if not self._strays(site)]
+            self.sites = self._find()
             self.homes = [home_of(self.graph, self.finder, site) for site in self.sites]
             self.streams = Streams(self.graph, self.finder, self.sites)
             self.coverage = cover(self.graph, self.finder, self.sites, self.homes, self.skeleton)
             self._capture_or_blame()
             return Sites(self._assemble(), self)
+
+    def _find(self) -> list[Site]:
+        found = self.finder.find()
+        declared = declared_sites(self.graph, self.finder, self.declared, found)
+        self.hidden = hidden_lines(self.graph, self.finder, declared)
+        return [site for site in self.finder.arrange([*found, *declared]) if not self._strays(site)]
 
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         from jacdiag.trace.precision import map_leaves
@@ -177,9 +200,8 @@ class Tracer:
         self.after_owner = {g: self._after_owner(g) for g in range(len(self.streams.groups))}
         values = {s.shortcut for s in self.sites} | {g.output for g in self.streams.groups}
         spots = {v: self.replayer.spot_of(v, 0) for v in values}
-        results = {v: spot for v, spot in spots.items() if spot.where is Where.RESULT}
-        terms = {("term", k): self.replayer.spot_at(Where.TERM, s.addition, 0, s.position)
-                 for k, s in enumerate(self.sites)}  # fmt: skip
+        results = {v: spot for v, spot in spots.items() if spot.where is not Where.ARGUMENT}
+        terms = {("term", k): self.replayer.end_of(site, 0) for k, site in enumerate(self.sites)}
         owners = {0, *self.owners, *self.after_owner.values()}
         output, self.kept = self.replayer.capture(owners, results, terms)
         self.kept |= self.replayer.calls[0].tensors
@@ -232,7 +254,7 @@ class Tracer:
         site, owner = self.sites[k], self.owners[k]
         x = self.kept[site.shortcut]
         source = self.replayer.spot_of(site.shortcut, owner)
-        end = self.replayer.spot_at(Where.TERM, site.addition, owner, site.position)
+        end = self.replayer.end_of(site, owner)
         entry = anatomist.input_norm(site, owner, x)
         exit_ = anatomist.output_norm(site, owner, x)
         group = self.group_of.get(k)
