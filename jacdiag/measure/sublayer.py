@@ -75,7 +75,7 @@ def measure_group(
                 built.append(one)
                 records.append(_measure(one, effort, token_ids, state, figures))
             except (JacdiagError, RuntimeError, NotImplementedError) as error:
-                records.append(_blank(site, token_ids, f"{type(error).__name__}: {str(error).splitlines()[0]}"))
+                records.append(_blank(site, token_ids, _why(site, error)))
         if len(sites) > 1 and len(built) == len(sites):
             joint = _joint_residual(built, effort)
             records = [replace(r, joint_residual_norm=joint) for r in records]
@@ -217,6 +217,15 @@ def _problems(dims: tuple[int, ...], site: Sublayer) -> str:
     if not dims:
         return "one for the whole batch: its elements are coupled"
     return "one per sequence" if len(dims) == 1 else "one per independent index"
+
+
+def _why(site: Sublayer, error: Exception) -> str:
+    """The error's first line; a custom autograd.Function in the branch is the first suspect."""
+    told = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    if not site.functions:
+        return told
+    names = ", ".join(site.functions)
+    return f"{told} (in it: {names}, a custom autograd.Function; a plain PyTorch version of it can be measured)"
 
 
 def _blank(site: Sublayer, token_ids: Tensor | None, why: str) -> SublayerRecord:

@@ -1,4 +1,4 @@
-"""Plain attributes of modules: copied so that what they refer to is the copy, and put back after a run wrote to them."""
+"""Plain attributes of modules: copied so that they refer to the copy, and put back after a run wrote to them."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def _copy_function(function: types.FunctionType, memo: dict[int, Any], again: Ca
 class Attributes:
     """The plain attributes of a skeleton's modules as they were before any run.
 
-    Models keep things on themselves (a cache, a counter, the last attention map). A run must not see what the one before
-    it left there: a key cache that is reused as it was gives the right value and a wrong Jacobian.
+    Models keep things on themselves (a cache, a counter, the last attention map). A run must not see what the one
+    before left there: a key cache that is reused as it was gives the right value and a wrong Jacobian.
     """
 
     def __init__(self, root: nn.Module) -> None:

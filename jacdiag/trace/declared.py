@@ -6,12 +6,15 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jacdiag.errors import TraceError, UsageError
 from jacdiag.trace.record import Graph
 from jacdiag.trace.residual import Finder, Site
 from jacdiag.trace.sums import Term
+
+if TYPE_CHECKING:
+    from jacdiag.trace.found import Sites
 
 _ENDS = ("in", "out")
 
@@ -88,10 +91,10 @@ def declared_sites(graph: Graph, finder: Finder, given: Sequence[Declaration], f
     """Makes the sites of declarations; one that was found anyway is not made twice.
 
     Raises:
-        TraceError: a path that no module has, modules that did not run, or a branch that does not depend on its shortcut.
+        TraceError: a path that no module has, or a branch that does not depend on its shortcut.
     """
     known = {(s.shortcut, s.term.operand) for s in found}
-    made = []
+    made: list[Site] = []
     for one in given:
         for x, f, where in _values(graph, one):
             if (x, f) in known:
@@ -156,6 +159,17 @@ def _sum_of(graph: Graph, x: int, f: int) -> int | None:
         if record.terms is not None and {x, f} <= set(record.inputs) and record.outputs:
             return record.outputs[0]
     return None
+
+
+def nothing_found(sites: Sites) -> TraceError:
+    """The error of a model without any sub-layer: what was looked for, and what may hide it."""
+    return TraceError(
+        "no residual sub-layer was found",
+        got=f"{len(sites.graph.nodes)} recorded calls, none of them an addition of a value and a function of it with a "
+        "matrix product between" + "".join(f"\nhidden: {line}" for line in sites.hidden),
+        hint="jacdiag looks for y = a x + f(x) in the dataflow; `jacdiag sites SOURCE` shows what was recorded, and "
+        "jacdiag.declare (or [tool.jacdiag.sites]) names what a fused operation hides",
+    )
 
 
 def hidden_lines(graph: Graph, finder: Finder, declared: Iterable[Site]) -> list[str]:

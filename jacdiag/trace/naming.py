@@ -71,8 +71,8 @@ def depths_of(graph: Graph, homes: Sequence[int], groups: Sequence[int], kinds: 
     """Numbers the layers: the level of numbered modules at which most layers hold two sub-layers or more.
 
     A sub-layer in no numbered module counts as a layer with all that share its shortcut. Where no layer would hold two
-    (a loop over lists of attentions and of MLPs, parameters stacked in one tensor) the modules tell nothing, and a layer
-    is one period of the repeating kinds.
+    (a loop over lists of attentions and of MLPs, parameters stacked in one tensor) the modules tell nothing, and a
+    layer is one period of the repeating kinds.
     """
     keys_by_level: list[list[tuple[object, ...]]] = [
         [_layer_key(graph, home, group, level) for home, group in zip(homes, groups, strict=True)] for level in range(3)

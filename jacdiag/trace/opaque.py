@@ -52,19 +52,19 @@ def first_reader(graph: Graph, value: int, invocation: int) -> int | None:
 @contextmanager
 def random_streams_kept() -> Iterator[None]:
     """Gives back every random stream as it was: torch's on all devices, Python's, NumPy's."""
-    python, numpy = random.getstate(), np.random.get_state()
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
         random.setstate(python)
-        np.random.set_state(numpy)
+        np.random.set_state(numpy)  # noqa: NPY002
 
 
 @contextmanager
 def plain_run() -> Iterator[None]:
-    """Runs a model by its plain code: nothing compiled, attention by matrix products, no part run again in the backward.
+    """Runs a model by its plain code: not compiled, attention by matrix products, no part run again in the backward.
 
     A flash kernel has no second derivative; a checkpointed part would be run again in the backward, when the weights of
     this run are gone.

@@ -59,8 +59,8 @@ class Value:
 class Node:
     """One torch call: what it read (value indices), what it made, where it stood.
 
-    `operands` are the tensors among its arguments, in order. `function` names the custom autograd.Function whose forward
-    made the call: autograd does not see what happens there, so that no value inside can be replaced or pulled from.
+    `operands` are the tensors among its arguments, in order. `function` names the custom autograd.Function whose
+    forward made the call: autograd does not see what happens there, so that no value inside can be replaced.
     """
 
     index: int

@@ -24,8 +24,9 @@ from torch.overrides import TorchFunctionMode
 from jacdiag.errors import TraceError
 from jacdiag.trace.calls import Call
 from jacdiag.trace.opaque import first_reader, modules_with_functions, plain_run, random_streams_kept
+from jacdiag.trace.operands import is_identity, operand_at, pick
 from jacdiag.trace.precision import Precision, Raisings, map_leaves
-from jacdiag.trace.record import CallKey, Graph, collect, collect_deep, signature
+from jacdiag.trace.record import CallKey, Graph, signature
 from jacdiag.trace.residual import Site
 from jacdiag.trace.skeleton import Skeleton
 from jacdiag.trace.sums import term_tensor
@@ -95,14 +96,17 @@ class Tap(TorchFunctionMode):
         args, kwargs = self._replaced(key, args, kwargs)
         for spot in self._here(key):
             if spot.where in (Where.TERM, Where.OPERAND):
-                self.visit(spot, _checked(_before(spot, name, *self.precision.raised(args, kwargs)), spot))
+                read = self.precision.raised(args, kwargs)
+                term = spot.where is Where.TERM
+                found = term_tensor(name, *read, spot.position) if term else operand_at(*read, spot.position)
+                self.visit(spot, _checked(found, spot))
         return self._after(key, self.precision.call(func, args, kwargs), (args, kwargs), func)
 
     def _replaced(self, key: CallKey, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Shows operands that are met here for the first time; what `visit` returns takes their place from now on."""
         for spot in self._here(key):
             if spot.where is Where.READ:
-                found = _checked(_operand(args, kwargs, spot.position), spot)
+                found = _checked(operand_at(args, kwargs, spot.position), spot)
                 new = self.visit(spot, found)
                 if new is not found:
                     self.shadows[id(found)] = (found, new)
@@ -117,16 +121,16 @@ class Tap(TorchFunctionMode):
         places = self.spots.get(key)
         if places is None:
             return result
-        if _is_identity(key[0], result, read):
+        if is_identity(key[0], result, read):
             return result  # the record does not count these either
         here = places.get(self.counts[key], ())
         self.counts[key] += 1
         for spot in here:
             if spot.where is Where.NORMALISED:
-                found = _pick(result, read, 0)
+                found = pick(result, read, 0)
                 new = self._through_norm(spot, found, func, read)
             elif spot.where is Where.RESULT:
-                found = _checked(_pick(result, read, spot.position), spot)
+                found = _checked(pick(result, read, spot.position), spot)
                 new = self.visit(spot, found)
             else:
                 continue
@@ -153,36 +157,6 @@ class Tap(TorchFunctionMode):
     def _shadowed(self, leaf: Any) -> Any:
         pair = self.shadows.get(id(leaf))
         return pair[1] if pair is not None and pair[0] is leaf else leaf
-
-
-def _is_identity(name: str, result: Any, read: Any) -> bool:
-    """Whether a call made nothing new: `x.to(x.dtype)`, dropout in eval mode."""
-    if (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name == "__setitem__":
-        return False
-    made: list[Tensor] = []
-    collect(result, made)
-    given: list[Tensor] = []
-    collect(read, given)
-    ids = {id(t) for t in given}
-    return all(id(t) in ids for t in made)
-
-
-def _before(spot: Spot, name: str, args: Any, kwargs: Any) -> Tensor:
-    if spot.where is Where.TERM:
-        return term_tensor(name, args, kwargs, spot.position)
-    return _operand(args, kwargs, spot.position)
-
-
-def _operand(args: Any, kwargs: Any, position: int) -> Tensor:
-    operands: list[Tensor] = []
-    collect((args, kwargs), operands)
-    return operands[position]
-
-
-def _pick(result: Any, read: Any, position: int) -> Tensor:
-    tensors: list[Tensor] = []
-    collect(result if position >= 0 else read, tensors)
-    return tensors[position if position >= 0 else -1 - position]
 
 
 def _checked(tensor: Tensor, spot: Spot) -> Tensor:
@@ -216,7 +190,8 @@ class Replayer:
         record = self.graph.values[value]
         if record.node < self.graph.invocations[invocation].start:
             return Spot(Where.ARGUMENT, position=value, shape=record.shape)
-        if self.graph.nodes[record.node].function and (reader := first_reader(self.graph, value, invocation)) is not None:
+        opaque = bool(self.graph.nodes[record.node].function)
+        if opaque and (reader := first_reader(self.graph, value, invocation)) is not None:
             position = self.graph.nodes[reader].operands.index(value)
             return Spot(Where.READ, *self.occurrence(reader, invocation), position, record.shape)
         return Spot(Where.RESULT, *self.occurrence(record.node, invocation), record.position, record.shape)

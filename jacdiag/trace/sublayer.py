@@ -38,6 +38,7 @@ class Sublayer:
         parameters: names of the parameters that the branch reads.
         products: names of the parameters of its matrix products, in order of use; `roles`: the same by role.
         activations: names of the elementwise non-linearities in it.
+        functions: names of the custom autograd.Functions in it.
         feature_dim: which dimension of x holds the features; `stream_dim`: which tells parallel streams apart, if any.
 
     Example:
@@ -79,6 +80,7 @@ class Sublayer:
     activations: list[str]
     feature_dim: int
     stream_dim: int | None = None
+    functions: tuple[str, ...] = ()
     line: str = ""
     notes: dict[str, str] = field(default_factory=dict)
     _token_wise: bool | None = None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, overload
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,10 @@ from jacdiag.errors import TraceError
 from jacdiag.report.schema import Placement
 from jacdiag.trace.anatomy import Anatomist, Norm
 from jacdiag.trace.calls import Call
-from jacdiag.trace.coverage import Coverage, cover
+from jacdiag.trace.coverage import cover
 from jacdiag.trace.declared import Declaration, declarations, declared_sites, hidden_lines
 from jacdiag.trace.determinism import culprit, same_output
+from jacdiag.trace.found import Sites
 from jacdiag.trace.guest import Guest
 from jacdiag.trace.naming import depths_of, home_of, kind_of, names_of
 from jacdiag.trace.opaque import random_streams_kept
@@ -27,58 +28,6 @@ from jacdiag.trace.skeleton import Skeleton
 from jacdiag.trace.stream import Streams, owner_of
 from jacdiag.trace.sublayer import Map, Sublayer
 from jacdiag.trace.wrappers import has_foreign_hooks, unwrap
-
-
-class Sites(Sequence[Sublayer]):
-    """The sub-layers of one recorded forward, in the order of the stream, and what surrounds them.
-
-    Attributes:
-        graph, replayer, streams: the record, and how to run parts of it again.
-        coverage: which parameter belongs where.
-        output: the model's output in the recorded run.
-        deterministic: two runs gave the same output bit for bit; `culprit` names the call where they part if not.
-        notes: what had to be done to run the model outside its wrappers.
-        hidden: additions that autograd does not see, each with the way to declare it.
-    """
-
-    def __init__(self, sublayers: list[Sublayer], tracer: Tracer) -> None:
-        self._sublayers = sublayers
-        self.graph: Graph = tracer.graph
-        self.replayer: Replayer = tracer.replayer
-        self.finder: Finder = tracer.finder
-        self.streams: Streams = tracer.streams
-        self.coverage: Coverage = tracer.coverage
-        self.raw: list[Site] = tracer.sites
-        self.skeleton: Skeleton = tracer.skeleton
-        self.output: Any = tracer.output
-        self.deterministic: bool = tracer.deterministic
-        self.culprit: str = tracer.culprit
-        self.notes: list[str] = tracer.notes
-        self.hidden: list[str] = tracer.hidden
-        self.dtype: torch.dtype = tracer.dtype
-
-    @overload
-    def __getitem__(self, index: int) -> Sublayer: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Sublayer]: ...
-    def __getitem__(self, index: int | slice) -> Sublayer | list[Sublayer]:
-        return self._sublayers[index]
-
-    def __len__(self) -> int:
-        return len(self._sublayers)
-
-    def __iter__(self) -> Iterator[Sublayer]:
-        return iter(self._sublayers)
-
-    def named(self, name: str) -> Sublayer:
-        """Returns the sub-layer of that name. Raises TraceError with the closest names."""
-        for site in self._sublayers:
-            if site.name == name:
-                return site
-        from difflib import get_close_matches
-
-        close = get_close_matches(name, [s.name for s in self._sublayers], n=3)
-        raise TraceError(f"no sub-layer is called '{name}'", hint=f"closest: {', '.join(close)}" if close else None)
 
 
 def sites(
@@ -179,7 +128,7 @@ class Tracer:
         self.replayer = Replayer(self.skeleton, self.graph, self.dtype, root)
 
     def _follow_guest(self) -> None:
-        """Compares the copy's output with the guest's; takes the guest's hooks along if it must, or names who strays."""
+        """Compares the copy's output with the guest's; takes the hooks along if it must, or names who strays."""
         guest = Guest(self.model, self.replayer.root)
         if guest.agrees(self.output):
             return
@@ -225,7 +174,8 @@ class Tracer:
             raise TraceError("two runs on the same input do not make the same calls", got=self.culprit,
                              hint="model.eval(), or a fixed seed inside the forward") from error  # fmt: skip
         if not self.deterministic:
-            self.culprit = culprit(self.skeleton, self.replayer.root, self.dtype) or "two more runs agreed: it comes and goes"
+            named = culprit(self.skeleton, self.replayer.root, self.dtype)
+            self.culprit = named or "two more runs agreed: it comes and goes"
 
     def _owner(self, site: Site) -> int:
         innermost = self.graph.nodes[site.addition].invocation
@@ -288,6 +238,7 @@ class Tracer:
             activations=sorted({self.graph.nodes[n].name for n in site.cone} & ACTIVATIONS),
             feature_dim=1 if conv and x.dim() > 2 else -1,
             stream_dim=-2 if site.mixed else None,
+            functions=tuple(sorted({self.graph.nodes[n].function for n in site.cone} - {""})),
             line=self.graph.nodes[site.addition].line,
         )
         made.kind = kind_of(self.graph, self.finder, site, self.homes[k], lambda: made.token_wise)

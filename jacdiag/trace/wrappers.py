@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from jacdiag.errors import TraceError
@@ -46,11 +47,18 @@ def whole_weights(module: nn.Module) -> dict[int, Tensor]:
         TraceError: a weight is not here and cannot be gathered.
     """
     _refuse_flat_shards(module)
+    for name, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise TraceError(
+                f"'{name or type(module).__name__}' is a scripted module: its code is no Python any more",
+                hint="pass the Python module that it was scripted from, or run with PYTORCH_JIT=0",
+            )
     offloaded = {id(t): where for m in module.modules() for t, where in _offloaded(m)}
     found: dict[int, Tensor] = {}
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if hasattr(tensor, "full_tensor"):
-            found[id(tensor)] = tensor.detach().full_tensor()
+        gather = getattr(tensor.detach(), "full_tensor", None)
+        if gather is not None:
+            found[id(tensor)] = gather()
         elif id(tensor) in offloaded:
             found[id(tensor)] = offloaded[id(tensor)]
         elif tensor.is_meta:
@@ -64,7 +72,7 @@ def whole_weights(module: nn.Module) -> dict[int, Tensor]:
 def _refuse_flat_shards(module: nn.Module) -> None:
     """FSDP1 keeps a slice of a flat tensor per process; nothing can be run outside its own context."""
     for part in module.modules():
-        handle = getattr(part, "_handle", None)
+        handle: Any = getattr(part, "_handle", None)
         flat = getattr(handle, "flat_param", None)
         if flat is not None and handle.uses_sharded_strategy and handle.is_sharded(flat):
             raise TraceError(
