@@ -35,6 +35,7 @@ from jacdiag.rules import decision_points, evaluate
 from jacdiag.sources import Probe, Source, build_probe, load
 from jacdiag.trace import Declaration, Sublayer, sites
 from jacdiag.trace.declared import declarations, nothing_found
+from jacdiag.trace.opaque import random_streams_kept
 
 REPLAY_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -139,7 +140,8 @@ def audit(
         Plan(lr, warmup, clip, beta2), profile, tuple(select), tuple(ignore), limits, max_products,
         tuple(declarations(declared)), progress,
     )  # fmt: skip
-    report = _weights_only(request) if loaded.model is None else _Audit(request).run()
+    with torch.inference_mode(False), random_streams_kept():
+        report = _weights_only(request) if loaded.model is None else _Audit(request).run()
     report = evaluate(report, thresholds=limits, profile=profile, select=request.select, ignore=request.ignore)
     return AuditReport(**{f.name: getattr(report, f.name) for f in fields(Report)})
 

@@ -210,13 +210,34 @@ class _Bidiagonalisation:
         alpha = self._coefficient(w, last=k >= operator.codomain)
         self.u = self._direction(w, alpha)
         self.left = _stored(self.left, k, self.u)
-        z = operator.pull(self.u) - self._column(alpha) * self.v
+        z = operator.pull(self.u)
+        if not k:
+            self._check_adjoint(alpha, z)
+        z = z - self._column(alpha) * self.v
         z = _reorthogonalised(z, self.right, k + 1)
         beta = self._coefficient(z, last=k + 1 >= operator.domain)
         self.v = self._direction(z, beta)
         self.alphas = np.concatenate([self.alphas, alpha[:, None]], axis=1)
         self.betas = np.concatenate([self.betas, beta[:, None]], axis=1)
         self.steps += 1
+
+    def _check_adjoint(self, alpha: Array, pulled: Tensor) -> None:
+        """<v, A^T u> = alpha = <A v, u>, for nothing; where A v = 0, one more product tells whether A^T is 0 too.
+
+        A backward marked @once_differentiable is cut off in silence when it is differentiated, and A v comes out too
+        small: without this check a wrong norm would be certified.
+        """
+        if not alpha.any() and np.isfinite(alpha).all():
+            probe = torch.ones_like(self.u).cumsum(1).cos()
+            wrong = bool(self.operator.pull(probe).abs().max() > 0)
+        else:
+            inner = (self.v.double() * pulled.double()).sum(1).cpu().numpy()
+            size = torch.linalg.vector_norm(pulled, dim=1, dtype=torch.float64).cpu().numpy()
+            wrong = bool((np.abs(inner - alpha) > 1e-3 * np.maximum(size, alpha)).any())
+        if wrong:
+            raise RuntimeError(
+                "J u and J^T w do not belong to one matrix: a backward in it has no derivative (@once_differentiable)"
+            )
 
     def _coefficient(self, w: Tensor, last: bool) -> Array:
         """The norm of a new direction; 0, and the problem is exact from here on, at a breakdown."""

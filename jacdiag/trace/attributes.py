@@ -90,6 +90,20 @@ class Attributes:
         return written
 
 
+def collect_attribute_tensors(value: Any, into: list[Tensor], depth: int = 5) -> None:
+    """Appends the tensors in a module's plain attributes, containers and objects included."""
+    if isinstance(value, Tensor):
+        into.append(value)
+    elif depth and isinstance(value, (list, tuple, set)):
+        for item in value:
+            collect_attribute_tensors(item, into, depth - 1)
+    elif depth and isinstance(value, dict):
+        for item in value.values():
+            collect_attribute_tensors(item, into, depth - 1)
+    elif depth and _has_parts(value):
+        collect_attribute_tensors(vars(value), into, depth - 1)
+
+
 def _has_parts(value: Any) -> bool:
     opaque = isinstance(value, (nn.Module, _PLAIN)) or callable(value) or type(value).__name__.endswith("Config")
     return not opaque and hasattr(value, "__dict__")

@@ -175,7 +175,7 @@ def nothing_found(sites: Sites) -> TraceError:
 def hidden_lines(graph: Graph, finder: Finder, declared: Iterable[Site]) -> list[str]:
     """Says of every addition that a custom autograd.Function hides what it is, where, and how it is declared."""
     known = {site.output for site in declared}
-    lines = []
+    lines = [] if known else list(graph.foreign)
     for node, x, f in finder.hidden:
         record = graph.nodes[node]
         if known & set(record.outputs):

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from jacdiag.trace.record import Graph
 
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+_OURS = (torch.__path__[0], __file__.rpartition("/")[0])
 _MODULE_CALL = nn.Module._call_impl.__code__
 _lock = threading.RLock()
 _depth = 0
@@ -32,6 +33,22 @@ def custom_function(depth: int = 2) -> str:
             return str(frame.f_locals["cls"].__name__)
         frame = frame.f_back
     return ""
+
+
+def unseen_code() -> str:
+    """Says what may have made a tensor that no recorded call made: a scripted function, where the code names one."""
+    frame: Any = sys._getframe(2)
+    first = ""
+    while frame is not None and frame.f_code.co_name != "observe":
+        code = frame.f_code
+        if not code.co_filename.startswith(_OURS):
+            where = f"{code.co_filename}:{frame.f_lineno}"
+            first = first or where
+            scripted = (n for n in code.co_names if isinstance(frame.f_globals.get(n), torch.jit.ScriptFunction))
+            if (name := next(scripted, None)) is not None:
+                return f"{name} (torch.jit.script), before {where}; run with PYTORCH_JIT=0, or declare what it hides"
+        frame = frame.f_back
+    return f"a call before {first} whose inside torch does not show (C++, Triton); declare what it hides"
 
 
 def modules_with_functions(graph: Graph) -> set[str]:

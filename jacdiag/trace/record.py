@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from jacdiag.trace.opaque import custom_function, plain_run
+from jacdiag.trace.opaque import custom_function, plain_run, unseen_code
 from jacdiag.trace.precision import Precision
 from jacdiag.trace.skeleton import Skeleton
 from jacdiag.trace.sums import Term, terms_of
@@ -91,13 +91,14 @@ class Invocation:
 
 @dataclass
 class Graph:
-    """What one forward did."""
+    """What one forward did. `foreign` says where tensors came in that no recorded call made."""
 
     nodes: list[Node]
     values: list[Value]
     invocations: list[Invocation]
     outputs: tuple[int, ...]
     used_state: set[str]
+    foreign: list[str] = field(default_factory=list)
 
     @cached_property
     def calls_by_key(self) -> dict[CallKey, list[int]]:
@@ -167,12 +168,16 @@ class Recorder(TorchFunctionMode):
         self._storages: dict[int, int] = {}
         self._members: dict[int, list[int]] = {}
         self._state_values: dict[str, int] = {}
+        self.stream_shapes: set[tuple[int, ...]] = set()
+        self.foreign: list[tuple[Tensor, str]] = []  # met for the first time, though of a live value's shape
 
     # -- values ----------------------------------------------------------------------------------------------------
     def new_value(self, tensor: Tensor, node: int, position: int = 0, name: str = "", **flags: Any) -> int:
         index = len(self.values)
         self.values.append(Value(index, node, position, tuple(tensor.shape), tensor.dtype, name, **flags))
         self._objects[id(tensor)] = (weakref.ref(tensor), index)
+        if flags.get("live") and tensor.dim() > 1:
+            self.stream_shapes.add(tuple(tensor.shape))
         return index
 
     def lookup(self, tensor: Tensor) -> tuple[int, ...]:
@@ -193,6 +198,8 @@ class Recorder(TorchFunctionMode):
                 found = [self._adopt(tensor, written)]
             if self.values[written].node > self.values[found[0]].node:
                 found.append(written)
+        if not found and tensor.is_floating_point() and tuple(tensor.shape) in self.stream_shapes:
+            self.foreign.append((tensor, unseen_code()))
         return tuple(found) or (self.new_value(tensor, CONSTANT),)
 
     def _adopt(self, tensor: Tensor, written: int) -> int:
@@ -297,7 +304,9 @@ def record(skeleton: Skeleton, args: tuple[Any, ...], kwargs: dict[str, Any], dt
     made: list[Tensor] = []
     collect_deep(output, made)
     outputs = tuple(recorder.lookup(t)[-1] for t in made)
-    return Graph(recorder.nodes, recorder.values, recorder.invocations, outputs, recorder.used_state), output
+    own = skeleton.attribute_tensors()
+    foreign = list(dict.fromkeys(line for tensor, line in recorder.foreign if id(tensor) not in own))
+    return Graph(recorder.nodes, recorder.values, recorder.invocations, outputs, recorder.used_state, foreign), output
 
 
 def observe(

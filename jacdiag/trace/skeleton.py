@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jacdiag.trace.attributes import Attributes, copy_attribute
+from jacdiag.trace.attributes import Attributes, collect_attribute_tensors, copy_attribute
 from jacdiag.trace.wrappers import is_code, original_class, plain_name, skipped_attributes, unwrap, whole_weights
 
 _HOOK_DICTS = (
@@ -85,6 +85,13 @@ class Skeleton:
     def restore(self) -> None:
         """Undoes what a run wrote to plain attributes (a cache, a counter)."""
         self._attributes.restore()
+
+    def attribute_tensors(self) -> set[int]:
+        """Ids of the tensors that modules hold as plain attributes: constants, that no call of a run made."""
+        found: list[Tensor] = []
+        for module in self.root.modules():
+            collect_attribute_tensors(vars(module), found)
+        return {id(t) for t in found}
 
     def module(self, name: str) -> nn.Module:
         """Returns the copy's submodule of that name ("" is the root)."""

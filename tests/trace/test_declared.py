@@ -117,8 +117,30 @@ class Once(torch.autograd.Function):
         return grad * (1 - torch.tanh(h) ** 2)
 
 
-def test_a_backward_without_derivative_is_named() -> None:
-    model = seeded(lambda: Decoder(lambda: Pre(mlp=lambda: MLP(act=Once.apply))))
+class OnceInContext(torch.autograd.Function):
+    """The same as torch.func wants it; beside a second path, so that J u is too small and not zero."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(h: Tensor) -> Tensor:
+        return torch.tanh(h)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (h,) = ctx.saved_tensors
+        return grad * (1 - torch.tanh(h) ** 2)
+
+
+@pytest.mark.parametrize("act", [Once.apply, lambda h: OnceInContext.apply(h) + 0.1 * h], ids=["old", "setup_context"])
+def test_a_backward_without_derivative_is_named(act: Any) -> None:
+    """J u would come out too small in silence, and a wrong norm be certified."""
+    model = seeded(lambda: Decoder(lambda: Pre(mlp=lambda: MLP(act=act))))
     report = jacdiag.audit(model, tokens(), batch=1)
     attn, mlp = report.sublayers[:2]
     assert attn.branch_norm is not None and attn.branch_norm.converged
