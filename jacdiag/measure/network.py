@@ -74,13 +74,13 @@ def gradient_profile(sites: Sites, token_ids: Tensor | None) -> GradientProfile 
         met[value] = tensor.detach().requires_grad_()
         return met[value].clone()
 
-    argument: tuple[int | None, Tensor | None] = (None, None)
+    replaced: dict[int, Tensor] = {}
     if spots[first].where is Where.ARGUMENT:
         met[first] = sites.replayer.calls[0].tensors[first].detach().clone().requires_grad_()
-        argument = (first, met[first])
+        replaced[first] = met[first]
     results = [spot for spot in spots.values() if spot.where is not Where.ARGUMENT]
     with torch.enable_grad(), sites.replayer.whole_graph():
-        output = sites.replayer.tapped(results, visit, argument=argument)
+        output = sites.replayer.tapped(results, visit, replaced=replaced)
         loss, kind = language_model_loss(output, token_ids)
         held = [v for v in values if v in met and met[v].requires_grad]
         if not loss.requires_grad or not held:
@@ -189,14 +189,14 @@ def verify_replay(sites: Sites, seed: int = 0) -> dict[str, float]:
         leaves[key] = tensor.detach().requires_grad_()
         return leaves[key].clone()
 
-    argument: tuple[int | None, Tensor | None] = (None, None)
+    replaced: dict[int, Tensor] = {}
     for value, spot in cuts.items():
         if spot.where is Where.ARGUMENT:
             leaves[value] = sites.replayer.calls[0].tensors[value].detach().clone().requires_grad_()
-            argument = (value, leaves[value])
+            replaced[value] = leaves[value]
     spots = [s for s in (*cuts.values(), *terms.values()) if s.where is not Where.ARGUMENT]
     with torch.enable_grad(), sites.replayer.whole_graph():
-        sites.replayer.tapped(spots, visit, argument=argument)
+        sites.replayer.tapped(spots, visit, replaced=replaced)
     errors = {}
     generator = torch.Generator().manual_seed(seed)
     for k in chosen:

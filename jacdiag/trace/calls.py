@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,10 +64,7 @@ class Call:
         swap = _Swap({id(t): tensors[v] for v, t in zip(values, found, strict=True)})
         return cls(module, swap.copy(args), swap.copy(kwargs), tensors)
 
-    def arguments(self, value: int | None, replacement: Tensor | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Returns fresh containers, so that a run cannot spoil the next one's, with one value replaced."""
-        swap: dict[int, Tensor] = {}
-        if value is not None and replacement is not None:
-            swap[id(self.tensors[value])] = replacement
-        swapper = _Swap(swap)
+    def arguments(self, replaced: Mapping[int, Tensor] | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns fresh containers, so that a run cannot spoil the next one's, with some values replaced."""
+        swapper = _Swap({id(self.tensors[value]): tensor for value, tensor in (replaced or {}).items()})
         return swapper.copy(self.args), swapper.copy(self.kwargs)

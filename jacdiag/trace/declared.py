@@ -172,6 +172,17 @@ def nothing_found(sites: Sites) -> TraceError:
     )
 
 
+def _boundary(graph: Graph, node: int, values: set[int], which: str) -> str | None:
+    """The module call beside an addition that is given, or returns, one of some values first."""
+    def holds(index: int) -> bool:
+        return index >= 0 and graph.invocations[index].start <= node < graph.invocations[index].end
+
+    beside = [i for i in graph.invocations
+              if values & set(getattr(i, which)[:1]) and holds(i.parent) and not holds(i.index)]  # fmt: skip
+    deepest = max(beside, key=lambda i: len(list(graph.ancestors(i.index))), default=None)
+    return deepest.module if deepest is not None else None
+
+
 def hidden_lines(graph: Graph, finder: Finder, declared: Iterable[Site]) -> list[str]:
     """Says of every addition that a custom autograd.Function hides what it is, where, and how it is declared."""
     known = {site.output for site in declared}
@@ -180,8 +191,10 @@ def hidden_lines(graph: Graph, finder: Finder, declared: Iterable[Site]) -> list
         record = graph.nodes[node]
         if known & set(record.outputs):
             continue
-        start = next((f"{i.module}" for i in graph.invocations if i.module and x in i.arguments[:1]), None)
-        end = next((f"{i.module}" for i in graph.invocations if i.module and f in i.outputs[:1]), None)
+        start = _boundary(graph, node, set(finder.carriers(x)), "arguments")
+        end = _boundary(graph, node, set(finder.carriers(f)), "outputs")
         how = f'shortcut = "{start}", branch = "{end}"' if start and end else "its shortcut and branch"
-        lines.append(f"{record.function} (a custom autograd.Function) adds at {record.line}; declare {how}")
+        what = f"{record.function} (a custom autograd.Function) adds" if record.function else f"{record.name} gates"
+        line = record.line or f"{record.key[1]}:{record.key[2]}"
+        lines.append(f"{what} at {line}; declare {how}")
     return lines

@@ -59,7 +59,7 @@ def _checksum(t: Tensor) -> float:
 
 def culprit(skeleton: Skeleton, root: Call, dtype: torch.dtype) -> str:
     """Runs the model twice more and names the first call whose results differ; "" if none does."""
-    a, b = (observe(Fingerprints, skeleton, *root.arguments(None, None), dtype)[0] for _ in range(2))
+    a, b = (observe(Fingerprints, skeleton, *root.arguments(), dtype)[0] for _ in range(2))
     return first_difference(a, b)
 
 

@@ -34,7 +34,7 @@ class Guest:
 
     def run(self) -> Any:
         """Runs the guest itself, hooks and all."""
-        args, kwargs = _as_given(self.root.arguments(None, None), self.model)
+        args, kwargs = _as_given(self.root.arguments(), self.model)
         with torch.compiler.set_stance("force_eager"), _in_eval(self.model), torch.no_grad():
             buffers = {name: b.clone() for name, b in self.model.named_buffers()}
             return torch.func.functional_call(self.model, buffers, args, kwargs, strict=False)

@@ -49,10 +49,11 @@ def _repeat(graph: Graph, home: int) -> int:
 
 def kind_of(graph: Graph, finder: Finder, site: Site, home: int, token_wise: Callable[[], bool | None]) -> Kind:
     """Tells attention, mlp, moe, conv and mixer apart by what the branch computes."""
-    names = {graph.nodes[n].name for n in site.cone}
+    calls = finder.inner_calls(site)
+    names = {graph.nodes[n].name for n in calls}
     span = {graph.nodes[n].name for n in range(site.cone[0], site.addition)
             if home in set(graph.ancestors(graph.nodes[n].invocation))}  # fmt: skip
-    if names & _ATTENTION or ("softmax" in names and any(_is_bilinear(graph, n) for n in site.cone)):
+    if names & _ATTENTION or ("softmax" in names and any(_is_bilinear(graph, n) for n in calls)):
         return "attention"
     products = [graph.nodes[n].name for n in site.calls if finder.is_product(n)]
     if products and all(name in _CONV for name in products):

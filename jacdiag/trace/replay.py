@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -234,7 +234,7 @@ class Replayer:
             met = True
             return value
 
-        args, kwargs = call.arguments(source.position if met else None, value)
+        args, kwargs = call.arguments({source.position: value} if met else None)
         try:
             with random_streams_kept():
                 self._execute(call.module, args, kwargs, (source, sink), visit)
@@ -251,17 +251,17 @@ class Replayer:
         spots: Iterable[Spot],
         visit: Visit,
         hook: Callable[..., None] | None = None,
-        argument: tuple[int | None, Tensor | None] = (None, None),
+        replaced: Mapping[int, Tensor] | None = None,
     ) -> Any:
         """Runs the whole model once with taps and returns its output.
 
         Args:
             spots, visit: what to show to `visit` on the way.
             hook: sees (module, args, kwargs) of every module call.
-            argument: (value, tensor): an input of the model to replace.
+            replaced: value -> tensor: inputs of the model to replace.
         """
         root = self.calls.get(0, self.root)
-        args, kwargs = root.arguments(*argument)
+        args, kwargs = root.arguments(replaced)
         handles = []
         try:
             if hook is not None:

@@ -19,6 +19,7 @@ PRODUCTS = frozenset(
     grouped_mm _scaled_mm tensordot inner mv addmv gru_cell lstm_cell rnn_tanh_cell rnn_relu_cell gru lstm
     chain_matmul multi_dot""".split()
 )
+_CELLS = {"gru_cell", "lstm_cell", "rnn_tanh_cell", "rnn_relu_cell"}
 _CARRY = {"to", "float", "double", "half", "bfloat16", "type", "contiguous", "clone", "dropout", "dropout_", "view",
           "reshape", "mul", "__mul__", "__rmul__", "__imul__", "mul_", "div", "__truediv__", "__itruediv__", "div_",
           "identity", "view_as", "reshape_as", "unflatten", "flatten", "transpose", "permute", "T", "mT", "squeeze",
@@ -77,6 +78,8 @@ class Finder:
         for node in self.graph.nodes:
             if node.terms is not None and node.function:
                 self._note_hidden(node.index)
+            elif node.name in _CELLS:
+                self._note_cell(node.index)
             elif node.terms is not None:
                 self._consider(node.index)
         return self.sites
@@ -96,6 +99,15 @@ class Finder:
         if found is not None:
             shortcut, _, branches = found
             self.hidden += [(node, shortcut, term.operand) for _, _, term in branches if term.operand is not None]
+
+    def _note_cell(self, node: int) -> None:
+        """A recurrent cell that takes a branch as its input and the shortcut as its state is a gate, in one call."""
+        read = [v.index for v in self.graph.float_inputs(node)]
+        for f, state in ((f, s) for f in read for s in read if f != s):
+            shortcut = next((x for x in self.carriers(state) if self._is_branch(x, Term((f,), f))), None)
+            if shortcut is not None:
+                self.hidden.append((node, shortcut, f))
+                return
 
     # -- one addition ----------------------------------------------------------------------------------------------
     def _consider(self, node: int) -> None:
@@ -136,7 +148,7 @@ class Finder:
 
     def _pair(self, terms: list[Leaf]) -> tuple[int, Leaf, list[Leaf]] | None:
         """Returns (shortcut, its term, branches), or None if no term is an ancestor of all the others."""
-        for carriers in (self._carriers, self._streams):
+        for carriers in (self.carriers, self._streams):
             for k, (_, _, carrier) in enumerate(terms):
                 others = terms[:k] + terms[k + 1 :]
                 if carrier.operand is None and len(carrier.values) != 1:
@@ -150,7 +162,7 @@ class Finder:
                         break
         return None
 
-    def _carriers(self, value: int) -> Iterable[int]:
+    def carriers(self, value: int) -> Iterable[int]:
         """Yields a value and what it is a scaled, cast or reshaped copy of."""
         for _ in range(8):
             yield value
@@ -193,6 +205,17 @@ class Finder:
         small = all(math.prod(v.shape) <= shape[-2] ** 2 for v in read if v.from_state and not v.live)
         kept = any(self.graph.values[v].shape == shape for v in record.outputs)
         return small and kept and any(v.live and v.shape == shape for v in read)
+
+    def inner_calls(self, site: Site) -> tuple[int, ...]:
+        """The calls of a branch; between several streams, those from the first product on one mixture to the last."""
+        if not site.mixed:
+            return site.cone
+        shape = self.graph.values[site.shortcut].shape
+        one = (*shape[:-2], shape[-1])
+        ends = [n for n in site.cone if self.is_product(n)
+                and any(self.graph.values[v].shape == one for v in (*self.graph.nodes[n].inputs,
+                                                                    *self.graph.nodes[n].outputs))]  # fmt: skip
+        return tuple(n for n in site.cone if ends[0] <= n <= ends[-1]) if ends else site.cone
 
     def _is_mixed(self, shortcut: int, cone: tuple[int, ...]) -> bool:
         """Whether the shortcut is (B, T, S, d) and the branch works on one mixture (B, T, d) of its streams."""
