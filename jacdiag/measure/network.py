@@ -12,7 +12,7 @@ from torch import Tensor
 
 from jacdiag.report.schema import Growth, Interval, NetworkRecord, SublayerRecord
 from jacdiag.spectra import JacobianOperator, independent_dims, top_singular
-from jacdiag.trace import Sites
+from jacdiag.trace import Sites, Sublayer
 from jacdiag.trace.record import collect_deep
 from jacdiag.trace.replay import Spot, Where
 
@@ -175,7 +175,7 @@ def verify_replay(sites: Sites, seed: int = 0) -> dict[str, float]:
     chosen = [k for k, site in enumerate(sites) if not site.nested]
     raw = sites.raw
     leaves: dict[int, Tensor] = {}
-    branches: dict[int, Tensor] = {}
+    pulled: dict[int, Tensor] = {}
     cuts = {raw[k].shortcut: sites.replayer.spot_of(raw[k].shortcut, 0) for k in chosen}
     terms = {k: sites.replayer.end_of(raw[k], 0) for k in chosen}
     keys: dict[int, tuple[str, int]] = {id(s): ("cut", v) for v, s in cuts.items()}
@@ -183,8 +183,10 @@ def verify_replay(sites: Sites, seed: int = 0) -> dict[str, float]:
 
     def visit(spot: Spot, tensor: Tensor) -> Tensor:
         kind, key = keys[id(spot)]
-        if kind == "term":
-            branches[key] = tensor.clone()
+        if kind == "term":  # at once: code that adds in place spoils the graph a moment later
+            leaf = leaves.get(raw[key].shortcut)
+            if leaf is not None:
+                pulled[key] = _pull(tensor, leaf, _cotangent(sites[key], seed).reshape(tensor.shape))
             return tensor
         leaves[key] = tensor.detach().requires_grad_()
         return leaves[key].clone()
@@ -198,16 +200,15 @@ def verify_replay(sites: Sites, seed: int = 0) -> dict[str, float]:
     with torch.enable_grad(), sites.replayer.whole_graph():
         sites.replayer.tapped(spots, visit, replaced=replaced)
     errors = {}
-    generator = torch.Generator().manual_seed(seed)
     for k in chosen:
-        site, whole = sites[k], branches.get(k)
-        leaf = leaves.get(raw[k].shortcut)
-        if whole is None or leaf is None:
-            errors[site.name] = math.inf
-            continue
-        w = torch.randn(whole.shape, generator=generator, dtype=torch.float64).to(whole)
-        errors[site.name] = _relative(_pull(whole, leaf, w), _own_pull(site, w))
+        site, mine = sites[k], pulled.get(k)
+        errors[site.name] = math.inf if mine is None else _relative(mine, _own_pull(site, _cotangent(site, seed)))
     return errors
+
+
+def _cotangent(site: Sublayer, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + site.index)
+    return torch.randn(site.value.shape, generator=generator, dtype=torch.float64).to(site.value)
 
 
 def _pull(value: Tensor, leaf: Tensor, w: Tensor) -> Tensor:

@@ -145,7 +145,7 @@ def test_the_configuration_declares_sites_for_both_commands(jd: Run, tmp_path: P
     ("table", "words"),
     [
         ('[sites.a]\nshortcut = "*.norm"\n', "a table with the strings `shortcut` and `branch`"),
-        ('[sites.a]\nshortcut = "*.nrom"\nbranch = "*.ff"\n', "closest: 1.norm"),
+        ('[sites.a]\nshortcut = "*.nrom"\nbranch = "*.ff"\n', "closest: 2.norm"),
         ("sites = 3\n", "must be a table"),
     ],
 )

@@ -90,7 +90,8 @@ def test_branch_norms_however_the_residual_is_written(specimen: Specimen) -> Non
     for record, one, x in records_of(report, truth):
         norm = dense(lambda x, one=one: one.branch(truth.model, x, truth.context), x)
         interval, slack = record.branch_norm, 1e-5 if specimen.casts else 1e-9
-        assert interval is not None and interval.lower * (1 - slack) <= norm <= interval.upper * (1 + slack), record.name
+        assert interval is not None, record.notes
+        assert interval.lower * (1 - slack) <= norm <= interval.upper * (1 + slack), record.name
 
 
 @cases
