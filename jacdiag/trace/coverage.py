@@ -53,6 +53,9 @@ def cover(graph: Graph, finder: Finder, sites: list[Site], homes: list[int], ske
             carried = graph.nodes[site.carrier[0]].terms or ()
             nodes = (*nodes, *finder.cone(site.shortcut, carried[site.carrier[1]].values))
         result.sublayers[index] = parameters_of(graph, nodes, skeleton)
+    if not sites:  # nothing to be before or behind
+        result.uncovered.update(dict.fromkeys(skeleton.params, "no sub-layer was found"))
+        return result
     claimed = result.covered()
     first = min((graph.values[s.shortcut].node for s in sites if not s.nested), default=len(graph.nodes))
     last = max((graph.values[s.output].node for s in sites if not s.nested), default=len(graph.nodes))

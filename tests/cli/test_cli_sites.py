@@ -124,6 +124,7 @@ def test_what_is_hidden_is_named_in_full_at_any_width(jd: Run, tmp_path: Path) -
     (tmp_path / "fused.py").write_text(FUSED)
     done = jd("sites", "fused.py:build", "--seq", 8)
     assert done.code == 0 and "No residual sub-layer was found" in done.out
+    assert "0% covered" in done.out and "no sub-layer was found" in done.out
     assert "hidden: FusedAdd (a custom autograd.Function) adds at" in done.out
     assert 'declare shortcut = "1.norm", branch = "1.ff"' in done.out
     assert jd("audit", "fused.py:build", "--seq", 8).code == 2
