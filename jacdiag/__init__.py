@@ -12,19 +12,20 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "audit": "jacdiag.auditing",
+    "declare": "jacdiag.trace",
     "sites": "jacdiag.trace",
     "spectral_norm": "jacdiag.spectra",
     "Report": "jacdiag.report",
     "JacdiagError": "jacdiag.errors",
 }
-__all__ = ["JacdiagError", "Report", "__version__", "audit", "sites", "spectral_norm"]
+__all__ = ["JacdiagError", "Report", "__version__", "audit", "declare", "sites", "spectral_norm"]
 
 if TYPE_CHECKING:
     from jacdiag.auditing import audit
     from jacdiag.errors import JacdiagError
     from jacdiag.report import Report
     from jacdiag.spectra import spectral_norm
-    from jacdiag.trace import sites
+    from jacdiag.trace import declare, sites
 
 
 def __getattr__(name: str) -> Any:

@@ -35,7 +35,9 @@ from jacdiag.report.thresholds import Thresholds, load_healthy, load_thresholds
 from jacdiag.rules import decision_points, evaluate
 from jacdiag.sources import Probe, Source, build_probe, load
 from jacdiag.sources.device import pick
-from jacdiag.trace import Sublayer, sites
+from jacdiag.trace import Declaration, Sublayer, sites
+from jacdiag.trace.declared import declarations, nothing_found
+from jacdiag.trace.opaque import random_streams_kept
 
 REPLAY_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -96,6 +98,7 @@ def audit(
     thresholds: Mapping[str, Any] | None = None,
     trust_pickle: bool = False,
     max_products: int = 200,
+    declared: Iterable[Declaration] | Mapping[str, Any] = (),
     progress: Progress | None = None,
 ) -> AuditReport:
     """Audits a model: the norms of every sub-layer with their intervals, the network's figures, a verdict.
@@ -116,6 +119,7 @@ def audit(
         profile, select, ignore, thresholds: of the rules.
         trust_pickle: allow a pickle that holds more than tensors to run code.
         max_products: budget of products per norm.
+        declared: sub-layers that the dataflow does not show, from `jacdiag.declare`.
         progress: told about the work done.
 
     Raises:
@@ -136,9 +140,11 @@ def audit(
         source, model=model, model_args=model_args, trust_pickle=trust_pickle, seed=seed)  # fmt: skip
     request = _Request(
         loaded, inputs, tokens, input_factory, batch, seq, seed, device, DTYPES[dtype], tol, confidence, decide, state,
-        Plan(lr, warmup, clip, beta2), profile, tuple(select), tuple(ignore), limits, max_products, progress,
+        Plan(lr, warmup, clip, beta2), profile, tuple(select), tuple(ignore), limits, max_products,
+        tuple(declarations(declared)), progress,
     )  # fmt: skip
-    report = _weights_only(request) if loaded.model is None else _Audit(request).run()
+    with torch.inference_mode(False), random_streams_kept():
+        report = _weights_only(request) if loaded.model is None else _Audit(request).run()
     report = evaluate(report, thresholds=limits, profile=profile, select=request.select, ignore=request.ignore)
     return AuditReport(**{f.name: getattr(report, f.name) for f in fields(Report)})
 
@@ -164,6 +170,7 @@ class _Request:
     ignore: tuple[str, ...]
     thresholds: Thresholds
     max_products: int
+    declared: tuple[Declaration, ...]
     progress: Progress | None
 
 
@@ -183,21 +190,19 @@ class _Audit:
         self._place()
         probe = self._probe()
         with self._phase("record"):
-            self.sites = sites(self.model, *probe.args, dtype=self.request.dtype, **probe.kwargs)
+            self.sites = sites(self.model, *probe.args, dtype=self.request.dtype, declared=self.request.declared,
+                               **probe.kwargs)  # fmt: skip
+        self.notes += [*self.sites.notes, *(f"hidden from the dataflow: {line}" for line in self.sites.hidden)]
         if not self.sites:
-            raise TraceError(
-                "no residual sub-layer was found",
-                got=f"{len(self.sites.graph.nodes)} recorded calls, none of them an addition of a value and a function "
-                "of it with a matrix product between",
-                hint="jacdiag looks for y = a x + f(x) in the dataflow; `jacdiag sites SOURCE` shows what was recorded",
-            )
+            raise nothing_found(self.sites)
         self.state = self._state()
         self.layers = len({s.depth for s in self.sites if not s.nested})
         self.broken = [name for name, t in self.sites.skeleton.params.items() if not bool(torch.isfinite(t).all())]
         checks: dict[str, Any] = {"deterministic": self.sites.deterministic, "non_finite": self.broken}
+        checks |= {"culprit": self.sites.culprit} if self.sites.culprit else {}
         records: list[SublayerRecord] = []
         network: NetworkRecord | None = None
-        if self.sites.deterministic:
+        if self.sites.deterministic:  # else nothing is spent on products
             records, network = self._measure(probe, checks)
         return self._report(probe, records, network, checks)
 

@@ -57,6 +57,7 @@ def audit(invocation: Invocation, source: str, **given: Any) -> int:
             select=_flat(profile.select),
             ignore=_flat(profile.ignore),
             thresholds=profile.thresholds or None,
+            declared=current().sites or (),
             progress=progress,
         )
     invocation.heed()

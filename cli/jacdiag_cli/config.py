@@ -16,7 +16,7 @@ from jacdiag_cli.options import JsonObject
 
 BUILT_IN = ("default", "paper")
 PROFILE_KEYS = ("levels", "thresholds", "select", "ignore", "fail-on")
-TABLES = ("thresholds", "profiles")
+TABLES = ("thresholds", "profiles", "sites")
 FROM_COMMAND_LINE_ONLY = ("trust-pickle",)  # a file in somebody's repository must not switch a safeguard off
 _FILES = ("tokens", "json", "plot")
 _FACTORIES = ("model", "inputs")
@@ -30,6 +30,7 @@ class Config:
     options: dict[str, Any] = field(default_factory=dict)
     thresholds: dict[str, Any] = field(default_factory=dict)
     profiles: dict[str, dict[str, Any]] = field(default_factory=dict)
+    sites: dict[str, Any] = field(default_factory=dict)
 
 
 def load(start: Path, known: list[str]) -> Config:

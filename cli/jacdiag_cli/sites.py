@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jacdiag.errors import SourceError
-from jacdiag_cli.config import Configured
+from jacdiag_cli.config import Configured, current
 from jacdiag_cli.options import PROBE, SOURCE, add
 from jacdiag_cli.output import Column, Invocation, clipped, emit, grid, guest_talk, room
 from jacdiag_cli.progress import bar
@@ -38,6 +38,15 @@ def sites(invocation: Invocation, source: str, output_format: str, **given: Any)
     """Shows the residual sub-layers of a model, and where each of its parameters belongs.
 
     Nothing is measured: the model runs a few times on the probe. SOURCE is as for `jacdiag audit`.
+
+    A fused operation may hide a sub-layer from the dataflow. Declare it in pyproject.toml or jacdiag.toml, its shortcut
+    by the module that is given it, its branch by the module that returns it ("PATH:in" and "PATH:out" say which end is
+    meant; "*" is one part of a path, the same in both):
+
+    \b
+      [tool.jacdiag.sites.attention]
+      shortcut = "layers.*.norm1"
+      branch = "layers.*.attn"
 
     \b
     Example:
@@ -73,7 +82,8 @@ def _trace(source: str, given: dict[str, Any]) -> tuple[Source, Sites]:
     probe = build_probe(loaded, **asked)
     probe = probe if device.type == "cpu" else probe.to(device)
     dtype = {"float32": torch.float32, "float64": torch.float64}[given["dtype"]]
-    return loaded, trace(loaded.model, *probe.args, dtype=dtype, **probe.kwargs)
+    declared = current().sites
+    return loaded, trace(loaded.model, *probe.args, dtype=dtype, declared=declared, **probe.kwargs)
 
 
 def describe(loaded: Source, found: Sites) -> dict[str, Any]:
@@ -108,6 +118,9 @@ def describe(loaded: Source, found: Sites) -> dict[str, Any]:
             name: {"shape": list(params[name].shape), "reason": why} for name, why in coverage.uncovered.items()
         },
         "deterministic": found.deterministic,
+        "culprit": found.culprit or None,
+        "hidden": found.hidden,
+        "notes": found.notes,
         "calls": dict(Counter(node.name for node in found.graph.nodes).most_common()),
     }
 
@@ -118,6 +131,7 @@ def _page(data: dict[str, Any], width: int | None) -> str:
     parts.append(_elsewhere(data, width))
     if data["uncovered"]:
         parts.append(_uncovered(data["uncovered"], width))
+    parts.append(_remarks(data))
     return "\n".join(part for part in parts if part)
 
 
@@ -183,6 +197,13 @@ def _uncovered(uncovered: dict[str, dict[str, Any]], width: int | None) -> str:
         Column("reason", [uncovered[name]["reason"] for name in names], 2),
     ]
     return grid(columns, width)
+
+
+def _remarks(data: dict[str, Any]) -> str:
+    """What was hidden, with the way to declare it, and what else the reader must know; never cut off."""
+    unlike = [f"two runs differ: {data['culprit']}"] if data["culprit"] else []
+    lines = [*unlike, *(f"hidden: {line}" for line in data["hidden"]), *(f"note: {line}" for line in data["notes"])]
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _times(shape: list[int]) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from jacdiag.report.schema import Growth, Interval, NetworkRecord, SublayerRecord
 from jacdiag.spectra import JacobianOperator, independent_dims, top_singular
-from jacdiag.trace import Sites
+from jacdiag.trace import Sites, Sublayer
 from jacdiag.trace.record import collect_deep
 from jacdiag.trace.replay import Spot, Where
 
@@ -74,13 +74,13 @@ def gradient_profile(sites: Sites, token_ids: Tensor | None) -> GradientProfile 
         met[value] = tensor.detach().requires_grad_()
         return met[value].clone()
 
-    argument: tuple[int | None, Tensor | None] = (None, None)
+    replaced: dict[int, Tensor] = {}
     if spots[first].where is Where.ARGUMENT:
         met[first] = sites.replayer.calls[0].tensors[first].detach().clone().requires_grad_()
-        argument = (first, met[first])
-    results = [spot for spot in spots.values() if spot.where is Where.RESULT]
+        replaced[first] = met[first]
+    results = [spot for spot in spots.values() if spot.where is not Where.ARGUMENT]
     with torch.enable_grad(), sites.replayer.whole_graph():
-        output = sites.replayer.tapped(results, visit, argument=argument)
+        output = sites.replayer.tapped(results, visit, replaced=replaced)
         loss, kind = language_model_loss(output, token_ids)
         held = [v for v in values if v in met and met[v].requires_grad]
         if not loss.requires_grad or not held:
@@ -177,39 +177,40 @@ def verify_replay(sites: Sites, seed: int = 0) -> dict[str, float]:
     chosen = [k for k, site in enumerate(sites) if not site.nested]
     raw = sites.raw
     leaves: dict[int, Tensor] = {}
-    branches: dict[int, Tensor] = {}
+    pulled: dict[int, Tensor] = {}
     cuts = {raw[k].shortcut: sites.replayer.spot_of(raw[k].shortcut, 0) for k in chosen}
-    terms = {k: sites.replayer.spot_at(Where.TERM, raw[k].addition, 0, raw[k].position) for k in chosen}
+    terms = {k: sites.replayer.end_of(raw[k], 0) for k in chosen}
     keys: dict[int, tuple[str, int]] = {id(s): ("cut", v) for v, s in cuts.items()}
     keys |= {id(s): ("term", k) for k, s in terms.items()}
 
     def visit(spot: Spot, tensor: Tensor) -> Tensor:
         kind, key = keys[id(spot)]
-        if kind == "term":
-            branches[key] = tensor.clone()
+        if kind == "term":  # at once: code that adds in place spoils the graph a moment later
+            leaf = leaves.get(raw[key].shortcut)
+            if leaf is not None:
+                pulled[key] = _pull(tensor, leaf, _cotangent(sites[key], seed).reshape(tensor.shape))
             return tensor
         leaves[key] = tensor.detach().requires_grad_()
         return leaves[key].clone()
 
-    argument: tuple[int | None, Tensor | None] = (None, None)
+    replaced: dict[int, Tensor] = {}
     for value, spot in cuts.items():
         if spot.where is Where.ARGUMENT:
             leaves[value] = sites.replayer.calls[0].tensors[value].detach().clone().requires_grad_()
-            argument = (value, leaves[value])
+            replaced[value] = leaves[value]
     spots = [s for s in (*cuts.values(), *terms.values()) if s.where is not Where.ARGUMENT]
     with torch.enable_grad(), sites.replayer.whole_graph():
-        sites.replayer.tapped(spots, visit, argument=argument)
+        sites.replayer.tapped(spots, visit, replaced=replaced)
     errors = {}
-    generator = torch.Generator().manual_seed(seed)
     for k in chosen:
-        site, whole = sites[k], branches.get(k)
-        leaf = leaves.get(raw[k].shortcut)
-        if whole is None or leaf is None:
-            errors[site.name] = math.inf
-            continue
-        w = torch.randn(whole.shape, generator=generator, dtype=torch.float64).to(whole)
-        errors[site.name] = _relative(_pull(whole, leaf, w), _own_pull(site, w))
+        site, mine = sites[k], pulled.get(k)
+        errors[site.name] = math.inf if mine is None else _relative(mine, _own_pull(site, _cotangent(site, seed)))
     return errors
+
+
+def _cotangent(site: Sublayer, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + site.index)
+    return torch.randn(site.value.shape, generator=generator, dtype=torch.float64).to(site.value)
 
 
 def _pull(value: Tensor, leaf: Tensor, w: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def measure_group(
                 built.append(one)
                 records.append(_measure(one, effort, token_ids, state, figures))
             except (JacdiagError, RuntimeError, NotImplementedError) as error:
-                records.append(_blank(site, token_ids, one_line(error)))
+                records.append(_blank(site, token_ids, _why(site, error)))
         if len(sites) > 1 and len(built) == len(sites):
             joint = _joint_residual(built, effort)
             records = [replace(r, joint_residual_norm=joint) for r in records]
@@ -149,17 +149,26 @@ def _plain(site: Sublayer, token_ids: Tensor | None, dims: tuple[int, ...]) -> S
         norm_gain=gain,
         out_norm_gain=out,
         parameters=site.parameters,
-        problems=_problems(dims, x, site.feature_dim),
+        problems=_problems(dims, site),
         notes=notes,
     )
 
 
-def _problems(dims: tuple[int, ...], x: Tensor, feature_dim: int) -> str:
-    if set(dims) >= set(range(x.dim())) - {feature_dim % x.dim()}:
+def _problems(dims: tuple[int, ...], site: Sublayer) -> str:
+    if site.splits_tokens(dims):
         return "one per token"
     if not dims:
         return "one for the whole batch: its elements are coupled"
     return "one per sequence" if len(dims) == 1 else "one per independent index"
+
+
+def _why(site: Sublayer, error: Exception) -> str:
+    """The error's first line; a custom autograd.Function in the branch is the first suspect."""
+    told = one_line(error)
+    if not site.functions:
+        return told
+    names = ", ".join(site.functions)
+    return f"{told} (in it: {names}, a custom autograd.Function; a plain PyTorch version of it can be measured)"
 
 
 def _blank(site: Sublayer, token_ids: Tensor | None, why: str) -> SublayerRecord:

@@ -71,9 +71,11 @@ def _non_deterministic(context: Context, rule: Rule) -> Outcome:
         return NOT_APPLICABLE
     if _checks(context)["deterministic"]:
         return Outcome(1)
-    what = "two runs on the same probe differ: no norm was measured"
+    culprit = _checks(context).get("culprit")
+    what = "two runs on the same probe differ: no norm was measured" + (f"; {culprit}" if culprit else "")
     fix = "model.eval(), or a fixed seed inside the forward"
-    return Outcome(1, [Finding(rule.code, "error", [], what, {}, rule.summary, fix)])
+    evidence = {"culprit": culprit} if culprit else {}
+    return Outcome(1, [Finding(rule.code, "error", [], what, evidence, rule.summary, fix)])
 
 
 def _non_finite(context: Context, rule: Rule) -> Outcome:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ class Probe:
             args, kwargs = (), dict(inputs.items())
         else:
             args, kwargs = (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
-        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+        tensors = list(_tensors((args, kwargs)))
         if not tensors:
             raise ProbeError(
                 "the probe input holds no tensor",
@@ -59,10 +60,23 @@ class Probe:
         """The same probe on another device."""
 
         def moved(value: Any) -> Any:
+            if type(value) in (list, tuple):
+                return type(value)(map(moved, value))
+            if type(value) is dict:
+                return {key: moved(item) for key, item in value.items()}
             return value.to(device) if isinstance(value, Tensor) else value
 
         kwargs = {k: moved(v) for k, v in self.kwargs.items()}
         return replace(self, args=tuple(map(moved, self.args)), kwargs=kwargs, token_ids=moved(self.token_ids))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yields the tensors of nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
 
 
 def build_probe(

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from jacdiag.spectra.algebra import Composed, DenseOperator, NormJacobian, Shifted, Summed
 from jacdiag.spectra.dense import dense_jacobian, dense_norm
-from jacdiag.spectra.golub_kahan import Solution, Stop, inherited, top_singular
+from jacdiag.spectra.golub_kahan import inherited, top_singular
 from jacdiag.spectra.operator import JacobianOperator, Operator, independent_dims
+from jacdiag.spectra.solution import Solution, Stop
 
 __all__ = [
     "Composed",

@@ -2,109 +2,16 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jacdiag.report.schema import Interval, PerToken, TokenAt
-from jacdiag.spectra.interval import PAD, Array, bidiagonal, ritz_values, upper_ends
+from jacdiag.spectra.interval import PAD, Array, ritz_values, upper_ends
 from jacdiag.spectra.operator import Operator
-
-
-class Stop(enum.Enum):
-    """Why a solver stopped. `sentence` says it to a person."""
-
-    WIDTH = "the interval is as narrow as asked"
-    DECIDED = "the rules are decided"
-    EXACT = "an invariant subspace was found: the value is exact up to rounding"
-    BUDGET = "the budget of products is spent; raise max_products or tol"
-    NON_FINITE = "a product was not finite"
-    INHERITED = "it follows from another norm of the sub-layer and one product"
-
-
-@dataclass
-class Solution:
-    """Norms of P problems with their ends.
-
-    Attributes:
-        lower, upper, estimate: (P,) float64; estimate is the largest Ritz value, the ends include the rounding pad.
-        confidence: probability with which all upper ends of the maximum hold.
-        products, steps: what was spent.
-        stop: why the solver stopped; `converged`: the width asked for, or the exact value, was reached.
-    """
-
-    lower: Array
-    upper: Array
-    estimate: Array
-    confidence: float
-    products: int
-    steps: int
-    stop: Stop
-    converged: bool
-    basis: Tensor
-    alphas: Array = field(repr=False)
-    betas: Array = field(repr=False)
-
-    @property
-    def right(self) -> Tensor:
-        """(P, n) top right singular vectors."""
-        _, _, vt = np.linalg.svd(bidiagonal(self.alphas, self.betas))
-        weights = torch.from_numpy(np.ascontiguousarray(vt[:, 0])).to(self.basis)
-        return torch.bmm(weights.unsqueeze(1), self.basis[:, : self.steps]).squeeze(1)
-
-    @property
-    def sentence(self) -> str:
-        """Why the solver stopped, and how wide the interval of the maximum still is."""
-        low, high = float(self.lower.max()), float(self.upper.max())
-        if self.stop in (Stop.EXACT, Stop.NON_FINITE) or not low > 0:
-            return self.stop.value
-        spent = "" if self.stop is Stop.INHERITED else f" after {self.products} products"
-        return f"{self.stop.value} (width {high / low - 1:.2g}{spent})"
-
-    def interval(self, lead: tuple[int, ...] = (), token_ids: Tensor | None = None) -> Interval:
-        """The interval of the maximum over problems: the largest lower and the largest upper end.
-
-        No union bound is needed: the problem that attains the maximum is fixed by J, not by the starts.
-
-        Args:
-            lead: sizes of the independent dimensions, to report sequences and tokens apart.
-            token_ids: (B, T), to name the worst token.
-        """
-        per_sequence = per_token = None
-        if lead and int(np.prod(lead)) == len(self.estimate):
-            table = self.estimate.reshape(lead)
-            per_sequence = [float(v) for v in table.reshape(lead[0], -1).max(1)]
-            if len(lead) == 2:
-                per_token = _per_token(table, token_ids)
-        return Interval(
-            estimate=float(self.estimate.max()),
-            lower=float(self.lower.max()),
-            upper=float(self.upper.max()),
-            confidence=self.confidence,
-            converged=self.converged,
-            products=self.products,
-            per_sequence=per_sequence,
-            per_token=per_token,
-            stop=self.sentence,
-        )
-
-
-def _per_token(table: Array, token_ids: Tensor | None) -> PerToken:
-    row, column = (int(i) for i in np.unravel_index(int(table.argmax()), table.shape))
-    token = None
-    if token_ids is not None and tuple(token_ids.shape) == table.shape:
-        token = int(token_ids[row, column])
-    return PerToken(
-        median=float(np.median(table)),
-        p99=float(np.quantile(table, 0.99)),
-        max=float(table.max()),
-        argmax=TokenAt(row, column, token),
-    )
+from jacdiag.spectra.solution import Solution, Stop
 
 
 def top_singular(
@@ -260,13 +167,34 @@ class _Bidiagonalisation:
         alpha = self._coefficient(w, last=k >= operator.codomain)
         self.u = self._direction(w, alpha)
         self.left = _stored(self.left, k, self.u)
-        z = operator.pull(self.u) - self._column(alpha) * self.v
+        z = operator.pull(self.u)
+        if not k:
+            self._check_adjoint(alpha, z)
+        z = z - self._column(alpha) * self.v
         z = _reorthogonalised(z, self.right, k + 1)
         beta = self._coefficient(z, last=k + 1 >= operator.domain)
         self.v = self._direction(z, beta)
         self.alphas = np.concatenate([self.alphas, alpha[:, None]], axis=1)
         self.betas = np.concatenate([self.betas, beta[:, None]], axis=1)
         self.steps += 1
+
+    def _check_adjoint(self, alpha: Array, pulled: Tensor) -> None:
+        """<v, A^T u> = alpha = <A v, u>, for nothing; where A v = 0, one more product tells whether A^T is 0 too.
+
+        A backward marked @once_differentiable is cut off in silence when it is differentiated, and A v comes out too
+        small: without this check a wrong norm would be certified.
+        """
+        if not alpha.any() and np.isfinite(alpha).all():
+            probe = torch.ones_like(self.u).cumsum(1).cos()
+            wrong = bool(self.operator.pull(probe).abs().max() > 0)
+        else:
+            inner = (self.v.double() * pulled.double()).sum(1).cpu().numpy()
+            size = torch.linalg.vector_norm(pulled, dim=1, dtype=torch.float64).cpu().numpy()
+            wrong = bool((np.abs(inner - alpha) > 1e-3 * np.maximum(size, alpha)).any())
+        if wrong:
+            raise RuntimeError(
+                "J u and J^T w do not belong to one matrix: a backward in it has no derivative (@once_differentiable)"
+            )
 
     def _coefficient(self, w: Tensor, last: bool) -> Array:
         """The norm of a new direction; 0, and the problem is exact from here on, at a breakdown."""

@@ -62,7 +62,7 @@ def waists(graph: Graph, cone: tuple[int, ...], source: int) -> list[int]:
     furthest, last = reach(graph, cone, source)
     out = []
     for node in cone:
-        if furthest <= node and len(graph.nodes[node].outputs) == 1:
+        if furthest <= node and len(graph.nodes[node].outputs) == 1 and not graph.nodes[node].function:
             out.append(node)
         furthest = max(furthest, last[node])
     return out
@@ -157,7 +157,8 @@ class Anatomist:
     def _norm(self, owner: int, source: Spot, x: Tensor, node: int, where: Where) -> Norm | None:
         """Tests whether the value at a call is a norm of x."""
         spot = self.replayer.spot_at(where, node, owner)
-        if source.key == spot.key and source.occurrence == spot.occurrence:
+        same = source.key == spot.key and source.occurrence == spot.occurrence
+        if same and source.where is not Where.READ:
             return None
         normalise = self.replayer.segment(owner, source, spot)
         with torch.no_grad():

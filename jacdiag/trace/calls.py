@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,8 @@ class _Swap(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__deepcopy__:
             return self.swap.get(id(args[0]), args[0])
-        return func(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunction():  # no other mode counts what a copy does
+            return func(*args, **(kwargs or {}))
 
     def copy(self, value: Any) -> Any:
         kind = type(value)
@@ -38,7 +40,7 @@ class _Swap(TorchFunctionMode):
         if callable(value) or kind.__name__.endswith("Config"):
             return value
         try:
-            with self:
+            with torch._C._EnableTorchFunction(), self:  # hooks run with torch functions disabled
                 return copy.deepcopy(value)
         except Exception:
             return value
@@ -62,10 +64,7 @@ class Call:
         swap = _Swap({id(t): tensors[v] for v, t in zip(values, found, strict=True)})
         return cls(module, swap.copy(args), swap.copy(kwargs), tensors)
 
-    def arguments(self, value: int | None, replacement: Tensor | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Returns fresh containers, so that a run cannot spoil the next one's, with one value replaced."""
-        swap: dict[int, Tensor] = {}
-        if value is not None and replacement is not None:
-            swap[id(self.tensors[value])] = replacement
-        swapper = _Swap(swap)
+    def arguments(self, replaced: Mapping[int, Tensor] | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns fresh containers, so that a run cannot spoil the next one's, with some values replaced."""
+        swapper = _Swap({id(self.tensors[value]): tensor for value, tensor in (replaced or {}).items()})
         return swapper.copy(self.args), swapper.copy(self.kwargs)

@@ -49,7 +49,13 @@ def cover(graph: Graph, finder: Finder, sites: list[Site], homes: list[int], ske
     for index, (site, home) in enumerate(zip(sites, homes, strict=True)):
         own = _own_module(graph, site, home)
         nodes = site.calls if own is None else (*site.calls, *_span(graph, own))
+        if site.scaled:
+            carried = graph.nodes[site.carrier[0]].terms or ()
+            nodes = (*nodes, *finder.cone(site.shortcut, carried[site.carrier[1]].values))
         result.sublayers[index] = parameters_of(graph, nodes, skeleton)
+    if not sites:  # nothing to be before or behind
+        result.uncovered.update(dict.fromkeys(skeleton.params, "no sub-layer was found"))
+        return result
     claimed = result.covered()
     first = min((graph.values[s.shortcut].node for s in sites if not s.nested), default=len(graph.nodes))
     last = max((graph.values[s.output].node for s in sites if not s.nested), default=len(graph.nodes))

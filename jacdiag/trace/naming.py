@@ -49,10 +49,11 @@ def _repeat(graph: Graph, home: int) -> int:
 
 def kind_of(graph: Graph, finder: Finder, site: Site, home: int, token_wise: Callable[[], bool | None]) -> Kind:
     """Tells attention, mlp, moe, conv and mixer apart by what the branch computes."""
-    names = {graph.nodes[n].name for n in site.cone}
+    calls = finder.inner_calls(site)
+    names = {graph.nodes[n].name for n in calls}
     span = {graph.nodes[n].name for n in range(site.cone[0], site.addition)
             if home in set(graph.ancestors(graph.nodes[n].invocation))}  # fmt: skip
-    if names & _ATTENTION or ("softmax" in names and any(_is_bilinear(graph, n) for n in site.cone)):
+    if names & _ATTENTION or ("softmax" in names and any(_is_bilinear(graph, n) for n in calls)):
         return "attention"
     products = [graph.nodes[n].name for n in site.calls if finder.is_product(n)]
     if products and all(name in _CONV for name in products):
@@ -67,18 +68,35 @@ def _is_bilinear(graph: Graph, node: int) -> bool:
     return graph.nodes[node].name in _BILINEAR and len({v.index for v in graph.float_inputs(node)}) >= 2
 
 
-def depths_of(graph: Graph, homes: Sequence[int], groups: Sequence[int]) -> list[int]:
+def depths_of(graph: Graph, homes: Sequence[int], groups: Sequence[int], kinds: Sequence[str]) -> list[int]:
     """Numbers the layers: the level of numbered modules at which most layers hold two sub-layers or more.
 
-    A sub-layer in no numbered module counts as a layer with all that share its shortcut.
+    A sub-layer in no numbered module counts as a layer with all that share its shortcut. Where no layer would hold two
+    (a loop over lists of attentions and of MLPs, parameters stacked in one tensor) the modules tell nothing, and a
+    layer is one period of the repeating kinds.
     """
     keys_by_level: list[list[tuple[object, ...]]] = [
         [_layer_key(graph, home, group, level) for home, group in zip(homes, groups, strict=True)] for level in range(3)
     ]
     score = [sum(n >= 2 for n in Counter(keys).values()) for keys in keys_by_level]
     keys = keys_by_level[score.index(max(score))] if score else []
+    if keys and not max(score):
+        keys = _periods(keys, kinds)
     order = {key: depth for depth, key in enumerate(dict.fromkeys(keys))}
     return [order[key] for key in keys]
+
+
+def _periods(keys: list[tuple[object, ...]], kinds: Sequence[str]) -> list[tuple[object, ...]]:
+    """Layer keys from the shortest pattern that the kinds repeat; the whole is one layer if no kind comes twice."""
+    count = len(kinds)
+    if len(set(kinds)) == count:
+        return [("layer", 0)] * count
+    for period in range(2, count // 2 + 1):
+        if count % period == 0 and all(kinds[i] == kinds[i % period] for i in range(count)):
+            break
+    else:
+        return keys
+    return keys if len(set(kinds)) == 1 else [("layer", i // period) for i in range(count)]
 
 
 def _layer_key(graph: Graph, home: int, group: int, level: int) -> tuple[object, ...]:

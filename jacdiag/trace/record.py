@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from jacdiag.trace.opaque import custom_function, plain_run, unseen_code
 from jacdiag.trace.precision import Precision
 from jacdiag.trace.skeleton import Skeleton
 from jacdiag.trace.sums import Term, terms_of
@@ -57,7 +57,11 @@ class Value:
 
 @dataclass(slots=True)
 class Node:
-    """One torch call: what it read (value indices), what it made, where it stood."""
+    """One torch call: what it read (value indices), what it made, where it stood.
+
+    `operands` are the tensors among its arguments, in order. `function` names the custom autograd.Function whose
+    forward made the call: autograd does not see what happens there, so that no value inside can be replaced.
+    """
 
     index: int
     name: str
@@ -67,6 +71,8 @@ class Node:
     invocation: int
     terms: tuple[Term, ...] | None = None
     line: str = ""
+    operands: tuple[int, ...] = ()
+    function: str = ""
 
 
 @dataclass(slots=True)
@@ -80,17 +86,19 @@ class Invocation:
     end: int = -1
     arguments: tuple[int, ...] = ()
     cls: str = ""
+    outputs: tuple[int, ...] = ()
 
 
 @dataclass
 class Graph:
-    """What one forward did."""
+    """What one forward did. `foreign` says where tensors came in that no recorded call made."""
 
     nodes: list[Node]
     values: list[Value]
     invocations: list[Invocation]
     outputs: tuple[int, ...]
     used_state: set[str]
+    foreign: list[str] = field(default_factory=list)
 
     @cached_property
     def calls_by_key(self) -> dict[CallKey, list[int]]:
@@ -160,12 +168,16 @@ class Recorder(TorchFunctionMode):
         self._storages: dict[int, int] = {}
         self._members: dict[int, list[int]] = {}
         self._state_values: dict[str, int] = {}
+        self.stream_shapes: set[tuple[int, ...]] = set()
+        self.foreign: list[tuple[Tensor, str]] = []  # met for the first time, though of a live value's shape
 
     # -- values ----------------------------------------------------------------------------------------------------
     def new_value(self, tensor: Tensor, node: int, position: int = 0, name: str = "", **flags: Any) -> int:
         index = len(self.values)
         self.values.append(Value(index, node, position, tuple(tensor.shape), tensor.dtype, name, **flags))
         self._objects[id(tensor)] = (weakref.ref(tensor), index)
+        if flags.get("live") and tensor.dim() > 1:
+            self.stream_shapes.add(tuple(tensor.shape))
         return index
 
     def lookup(self, tensor: Tensor) -> tuple[int, ...]:
@@ -186,6 +198,8 @@ class Recorder(TorchFunctionMode):
                 found = [self._adopt(tensor, written)]
             if self.values[written].node > self.values[found[0]].node:
                 found.append(written)
+        if not found and tensor.is_floating_point() and tuple(tensor.shape) in self.stream_shapes:
+            self.foreign.append((tensor, unseen_code()))
         return tuple(found) or (self.new_value(tensor, CONSTANT),)
 
     def _adopt(self, tensor: Tensor, written: int) -> int:
@@ -231,6 +245,8 @@ class Recorder(TorchFunctionMode):
         live = not metadata and any(self.values[v].live for v in inputs)
         state = not metadata and any(self.values[v].from_state for v in inputs)
         node = Node(index, name, key, inputs, (), self.stack[-1] if self.stack else 0)
+        node.operands = tuple(by_id[id(t)][-1] for t in read)
+        node.function = custom_function()
         self.nodes.append(node)
         for v in inputs:
             self.values[v].consumers.append(index)
@@ -274,14 +290,32 @@ class Recorder(TorchFunctionMode):
         self.invocations.append(Invocation(index, module, parent, len(self.nodes), -1, found, cls))
         self.stack.append(index)
 
-    def leave(self) -> None:
-        self.invocations[self.stack.pop()].end = len(self.nodes)
+    def leave(self, results: list[Tensor]) -> None:
+        call = self.invocations[self.stack.pop()]
+        call.end, call.outputs = len(self.nodes), tuple(self.lookup(t)[-1] for t in results)
+
+
+AnyRecorder = TypeVar("AnyRecorder", bound=Recorder)
 
 
 def record(skeleton: Skeleton, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype) -> tuple[Graph, Any]:
     """Runs the whole skeleton once and returns the graph and the model's output."""
+    recorder, output = observe(Recorder, skeleton, args, kwargs, dtype)
+    made: list[Tensor] = []
+    collect_deep(output, made)
+    outputs = tuple(recorder.lookup(t)[-1] for t in made)
+    own = skeleton.attribute_tensors()
+    foreign = list(dict.fromkeys(line for tensor, line in recorder.foreign if id(tensor) not in own))
+    return Graph(recorder.nodes, recorder.values, recorder.invocations, outputs, recorder.used_state, foreign), output
+
+
+def observe(
+    kind: type[AnyRecorder], skeleton: Skeleton, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype
+) -> tuple[AnyRecorder, Any]:
+    """Runs the whole skeleton once under a recorder; returns it and the model's output."""
+    skeleton.restore()
     state = skeleton.fresh_state_of("")
-    recorder = Recorder(Precision(dtype, {id(t): name for name, t in state.items()}))
+    recorder = kind(Precision(dtype, {id(t): name for name, t in state.items()}))
     with ExitStack() as stack:
         stack.enter_context(_module_hooks(skeleton, recorder))
         stack.enter_context(torch.no_grad())
@@ -289,13 +323,10 @@ def record(skeleton: Skeleton, args: tuple[Any, ...], kwargs: dict[str, Any], dt
         collect_deep((args, kwargs), tensors)
         for tensor in tensors:
             recorder.new_value(tensor, INPUT, live=True)
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(plain_run())
         stack.enter_context(recorder)
         output = torch.func.functional_call(skeleton.root, state, args, kwargs, strict=False)
-    made: list[Tensor] = []
-    collect_deep(output, made)
-    outputs = tuple(recorder.lookup(t)[-1] for t in made)
-    return Graph(recorder.nodes, recorder.values, recorder.invocations, outputs, recorder.used_state), output
+    return recorder, output
 
 
 @contextmanager
@@ -308,13 +339,16 @@ def _module_hooks(skeleton: Skeleton, recorder: Recorder) -> Iterator[None]:
             collect_deep((args, kwargs), tensors)
             recorder.enter(skeleton.names.get(id(module), ""), type(module).__name__, tensors)
 
-    def after(*_: Any) -> None:
-        recorder.leave()
+    def after(*seen: Any) -> None:
+        tensors: list[Tensor] = []
+        with torch._C.DisableTorchFunction():
+            collect_deep(seen[-1], tensors)
+            recorder.leave(tensors)
 
     handles = []
     try:
         for module in skeleton.root.modules():
-            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
             handles.append(module.register_forward_hook(after, always_call=True))
         yield
     finally:

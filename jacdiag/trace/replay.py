@@ -11,20 +11,23 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from jacdiag.errors import TraceError
 from jacdiag.trace.calls import Call
+from jacdiag.trace.opaque import first_reader, modules_with_functions, plain_run, random_streams_kept
+from jacdiag.trace.operands import is_identity, operand_at, pick
 from jacdiag.trace.precision import Precision, Raisings, map_leaves
-from jacdiag.trace.record import CallKey, Graph, collect, collect_deep, signature
+from jacdiag.trace.record import CallKey, Graph, signature
+from jacdiag.trace.residual import Site
 from jacdiag.trace.skeleton import Skeleton
 from jacdiag.trace.sums import term_tensor
 
@@ -43,6 +46,7 @@ class Where(enum.Enum):
     RESULT = "result"
     TERM = "term of an addition"
     OPERAND = "operand"
+    READ = "operand, where it may be replaced"
     NORMALISED = "result of a fused norm, without its gain"
 
 
@@ -89,10 +93,25 @@ class Tap(TorchFunctionMode):
             result = self.precision.call(func, args, kwargs)
             return self._after(signature(func), result, args, func) if isinstance(result, Tensor) else result
         key = signature(func)
+        args, kwargs = self._replaced(key, args, kwargs)
         for spot in self._here(key):
             if spot.where in (Where.TERM, Where.OPERAND):
-                self.visit(spot, _checked(_before(spot, name, *self.precision.raised(args, kwargs)), spot))
+                read = self.precision.raised(args, kwargs)
+                term = spot.where is Where.TERM
+                found = term_tensor(name, *read, spot.position) if term else operand_at(*read, spot.position)
+                self.visit(spot, _checked(found, spot))
         return self._after(key, self.precision.call(func, args, kwargs), (args, kwargs), func)
+
+    def _replaced(self, key: CallKey, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Shows operands that are met here for the first time; what `visit` returns takes their place from now on."""
+        for spot in self._here(key):
+            if spot.where is Where.READ:
+                found = _checked(operand_at(args, kwargs, spot.position), spot)
+                new = self.visit(spot, found)
+                if new is not found:
+                    self.shadows[id(found)] = (found, new)
+                    args, kwargs = map_leaves(self._shadowed, args), map_leaves(self._shadowed, kwargs)
+        return args, kwargs
 
     def _here(self, key: CallKey) -> list[Spot]:
         places = self.spots.get(key)
@@ -102,16 +121,16 @@ class Tap(TorchFunctionMode):
         places = self.spots.get(key)
         if places is None:
             return result
-        if _is_identity(key[0], result, read):
+        if is_identity(key[0], result, read):
             return result  # the record does not count these either
         here = places.get(self.counts[key], ())
         self.counts[key] += 1
         for spot in here:
             if spot.where is Where.NORMALISED:
-                found = _pick(result, read, 0)
+                found = pick(result, read, 0)
                 new = self._through_norm(spot, found, func, read)
             elif spot.where is Where.RESULT:
-                found = _checked(_pick(result, read, spot.position), spot)
+                found = _checked(pick(result, read, spot.position), spot)
                 new = self.visit(spot, found)
             else:
                 continue
@@ -140,32 +159,6 @@ class Tap(TorchFunctionMode):
         return pair[1] if pair is not None and pair[0] is leaf else leaf
 
 
-def _is_identity(name: str, result: Any, read: Any) -> bool:
-    """Whether a call made nothing new: `x.to(x.dtype)`, dropout in eval mode."""
-    if (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name == "__setitem__":
-        return False
-    made: list[Tensor] = []
-    collect(result, made)
-    given: list[Tensor] = []
-    collect(read, given)
-    ids = {id(t) for t in given}
-    return all(id(t) in ids for t in made)
-
-
-def _before(spot: Spot, name: str, args: Any, kwargs: Any) -> Tensor:
-    if spot.where is Where.TERM:
-        return term_tensor(name, args, kwargs, spot.position)
-    operands: list[Tensor] = []
-    collect((args, kwargs), operands)
-    return operands[spot.position]
-
-
-def _pick(result: Any, read: Any, position: int) -> Tensor:
-    tensors: list[Tensor] = []
-    collect(result if position >= 0 else read, tensors)
-    return tensors[position if position >= 0 else -1 - position]
-
-
 def _checked(tensor: Tensor, spot: Spot) -> Tensor:
     if spot.shape and tuple(tensor.shape) != spot.shape:
         raise TraceError(
@@ -187,16 +180,30 @@ class Replayer:
     calls: dict[int, Call] = field(default_factory=dict)
     raisings: Raisings = field(default_factory=Raisings)
 
+    @cached_property
+    def with_functions(self) -> set[str]:
+        return modules_with_functions(self.graph)
+
     # -- places ----------------------------------------------------------------------------------------------------
     def spot_of(self, value: int, invocation: int) -> Spot:
         """Says where a value is met when the given module call is run again."""
         record = self.graph.values[value]
         if record.node < self.graph.invocations[invocation].start:
             return Spot(Where.ARGUMENT, position=value, shape=record.shape)
+        opaque = bool(self.graph.nodes[record.node].function)
+        if opaque and (reader := first_reader(self.graph, value, invocation)) is not None:
+            position = self.graph.nodes[reader].operands.index(value)
+            return Spot(Where.READ, *self.occurrence(reader, invocation), position, record.shape)
         return Spot(Where.RESULT, *self.occurrence(record.node, invocation), record.position, record.shape)
 
     def spot_at(self, where: Where, node: int, invocation: int, position: int = 0) -> Spot:
         return Spot(where, *self.occurrence(node, invocation), position)
+
+    def end_of(self, site: Site, invocation: int) -> Spot:
+        """Where a site's branch is met: as a term of its addition, or, if it was declared, where it is made."""
+        if site.result is None:
+            return self.spot_at(Where.TERM, site.addition, invocation, site.position)
+        return self.spot_of(site.result, invocation)
 
     def occurrence(self, node: int, invocation: int) -> tuple[CallKey, int]:
         """Returns a call's key and how many calls with that key came before it in the module call."""
@@ -227,9 +234,10 @@ class Replayer:
             met = True
             return value
 
-        args, kwargs = call.arguments(source.position if met else None, value)
+        args, kwargs = call.arguments({source.position: value} if met else None)
         try:
-            self._execute(call.module, args, kwargs, (source, sink), visit)
+            with random_streams_kept():
+                self._execute(call.module, args, kwargs, (source, sink), visit)
         except Stop as stop:
             if met:
                 return stop.value
@@ -243,32 +251,35 @@ class Replayer:
         spots: Iterable[Spot],
         visit: Visit,
         hook: Callable[..., None] | None = None,
-        argument: tuple[int | None, Tensor | None] = (None, None),
+        replaced: Mapping[int, Tensor] | None = None,
     ) -> Any:
         """Runs the whole model once with taps and returns its output.
 
         Args:
             spots, visit: what to show to `visit` on the way.
             hook: sees (module, args, kwargs) of every module call.
-            argument: (value, tensor): an input of the model to replace.
+            replaced: value -> tensor: inputs of the model to replace.
         """
         root = self.calls.get(0, self.root)
-        args, kwargs = root.arguments(*argument)
+        args, kwargs = root.arguments(replaced)
         handles = []
         try:
             if hook is not None:
                 modules = self.skeleton.root.modules()
-                handles = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in modules]
+                handles = [m.register_forward_pre_hook(hook, prepend=True, with_kwargs=True) for m in modules]
             return self._execute("", args, kwargs, spots, visit)
         finally:
             for handle in handles:
                 handle.remove()
 
     def _execute(self, module: str, args: Any, kwargs: Any, spots: Iterable[Spot], visit: Visit) -> Any:
+        self.skeleton.restore()
         state = self.skeleton.fresh_state_of(module)
+        if module in self.with_functions:  # their backwards read the weights as they were given to them
+            state = {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in state.items()}
         precision = Precision(self.dtype, {id(t): name for name, t in state.items()}, self.raisings)
         with ExitStack() as stack:
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(plain_run())
             stack.enter_context(Tap(precision, spots, visit))
             return torch.func.functional_call(self.skeleton.module(module), state, args, kwargs, strict=False)
 
@@ -302,15 +313,3 @@ class Replayer:
         with torch.no_grad():
             output = self.tapped([*values.values(), *terms.values()], visit, hook)
         return output, kept
-
-
-def same_output(a: Any, b: Any) -> bool:
-    """Whether two outputs of a model are equal bit for bit (NaN equals NaN)."""
-    first: list[Tensor] = []
-    second: list[Tensor] = []
-    collect_deep(a, first)
-    collect_deep(b, second)
-    return len(first) == len(second) and all(
-        x.shape == y.shape and bool(torch.equal(torch.nan_to_num(x), torch.nan_to_num(y)))
-        for x, y in zip(first, second, strict=True)
-    )

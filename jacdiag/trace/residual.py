@@ -6,6 +6,7 @@ An addition is residual if one of its terms (the shortcut, possibly scaled or ca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -18,6 +19,7 @@ PRODUCTS = frozenset(
     grouped_mm _scaled_mm tensordot inner mv addmv gru_cell lstm_cell rnn_tanh_cell rnn_relu_cell gru lstm
     chain_matmul multi_dot""".split()
 )
+_CELLS = {"gru_cell", "lstm_cell", "rnn_tanh_cell", "rnn_relu_cell"}
 _CARRY = {"to", "float", "double", "half", "bfloat16", "type", "contiguous", "clone", "dropout", "dropout_", "view",
           "reshape", "mul", "__mul__", "__rmul__", "__imul__", "mul_", "div", "__truediv__", "__itruediv__", "div_",
           "identity", "view_as", "reshape_as", "unflatten", "flatten", "transpose", "permute", "T", "mT", "squeeze",
@@ -40,6 +42,8 @@ class Site:
         cone: the calls between shortcut and branch, ascending.
         output: value index of the sum of shortcut and all parallel branches.
         group: index of the set of parallel branches it belongs to.
+        result: value index of the branch, where a user declared it; its sum may be hidden then (`summed`).
+        mixed: the shortcut is several parallel streams (B, T, S, d), mixed on their way into the sum.
     """
 
     addition: int
@@ -51,7 +55,10 @@ class Site:
     cone: tuple[int, ...]
     output: int
     group: int
+    mixed: bool = False
     nested: bool = False
+    result: int | None = None
+    summed: bool = True
 
     @property
     def calls(self) -> tuple[int, ...]:
@@ -65,16 +72,42 @@ class Finder:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.sites: list[Site] = []
+        self.hidden: list[tuple[int, int, int]] = []  # (addition in a custom Function, shortcut, branch)
 
     def find(self) -> list[Site]:
         for node in self.graph.nodes:
-            if node.terms is not None:
+            if node.terms is not None and node.function:
+                self._note_hidden(node.index)
+            elif node.name in _CELLS:
+                self._note_cell(node.index)
+            elif node.terms is not None:
                 self._consider(node.index)
-        return self._mark_nested(sorted(self.sites, key=self._order))
+        return self.sites
+
+    def arrange(self, sites: list[Site]) -> list[Site]:
+        """In the order of the stream, those inside others marked."""
+        return self._mark_nested(sorted(sites, key=self._order))
 
     def _order(self, site: Site) -> tuple[int, int, int]:
         """As the stream meets them: by the first matrix product of the branch."""
         return next((n for n in site.cone if self.is_product(n)), site.cone[0]), site.addition, site.position
+
+    def _note_hidden(self, node: int) -> None:
+        """An addition that autograd does not see is no site; it is reported by name."""
+        terms = [(node, k, t) for k, t in enumerate(self.graph.nodes[node].terms or ()) if self._full(node, t)]
+        found = self._pair(terms) if len(terms) >= 2 else None
+        if found is not None:
+            shortcut, _, branches = found
+            self.hidden += [(node, shortcut, term.operand) for _, _, term in branches if term.operand is not None]
+
+    def _note_cell(self, node: int) -> None:
+        """A recurrent cell that takes a branch as its input and the shortcut as its state is a gate, in one call."""
+        read = [v.index for v in self.graph.float_inputs(node)]
+        for f, state in ((f, s) for f in read for s in read if f != s):
+            shortcut = next((x for x in self.carriers(state) if self._is_branch(x, Term((f,), f))), None)
+            if shortcut is not None:
+                self.hidden.append((node, shortcut, f))
+                return
 
     # -- one addition ----------------------------------------------------------------------------------------------
     def _consider(self, node: int) -> None:
@@ -102,7 +135,8 @@ class Finder:
         for addition, position, term in (b for branch in branches for b in self._split(shortcut, branch)):
             if (addition, position) not in claimed:
                 cone = self.cone(shortcut, term.values)
-                self.sites.append(Site(addition, position, term, shortcut, carrier, scaled, cone, output, group))
+                mixed = self._is_mixed(shortcut, cone)
+                self.sites.append(Site(addition, position, term, shortcut, carrier, scaled, cone, output, group, mixed))
 
     def _full(self, node: int, term: Term) -> bool:
         """A term of the stream: differentiable, and of the sum's own shape."""
@@ -114,7 +148,7 @@ class Finder:
 
     def _pair(self, terms: list[Leaf]) -> tuple[int, Leaf, list[Leaf]] | None:
         """Returns (shortcut, its term, branches), or None if no term is an ancestor of all the others."""
-        for carriers in (self._carriers, self._streams):
+        for carriers in (self.carriers, self._streams):
             for k, (_, _, carrier) in enumerate(terms):
                 others = terms[:k] + terms[k + 1 :]
                 if carrier.operand is None and len(carrier.values) != 1:
@@ -128,7 +162,7 @@ class Finder:
                         break
         return None
 
-    def _carriers(self, value: int) -> Iterable[int]:
+    def carriers(self, value: int) -> Iterable[int]:
         """Yields a value and what it is a scaled, cast or reshaped copy of."""
         for _ in range(8):
             yield value
@@ -158,11 +192,38 @@ class Finder:
             node = self.graph.values[current].node
             if current != value and self.graph.values[current].shape == shape:
                 yield current
-            if node < 0 or self.is_product(node):
+            if node < 0 or (self.is_product(node) and not self._mixes(node, shape)):
                 continue
             fresh = [v.index for v in self.graph.float_inputs(node) if v.index not in seen]
             seen.update(fresh)
             stack.extend(fresh)
+
+    def _mixes(self, node: int, shape: tuple[int, ...]) -> bool:
+        """Whether a product mixes the streams: by a matrix no larger than their number squared, shape kept."""
+        record = self.graph.nodes[node]
+        read = [self.graph.values[v] for v in record.inputs]
+        small = all(math.prod(v.shape) <= shape[-2] ** 2 for v in read if v.from_state and not v.live)
+        kept = any(self.graph.values[v].shape == shape for v in record.outputs)
+        return small and kept and any(v.live and v.shape == shape for v in read)
+
+    def inner_calls(self, site: Site) -> tuple[int, ...]:
+        """The calls of a branch; between several streams, those from the first product on one mixture to the last."""
+        if not site.mixed:
+            return site.cone
+        shape = self.graph.values[site.shortcut].shape
+        one = (*shape[:-2], shape[-1])
+        ends = [n for n in site.cone if self.is_product(n)
+                and any(self.graph.values[v].shape == one for v in (*self.graph.nodes[n].inputs,
+                                                                    *self.graph.nodes[n].outputs))]  # fmt: skip
+        return tuple(n for n in site.cone if ends[0] <= n <= ends[-1]) if ends else site.cone
+
+    def _is_mixed(self, shortcut: int, cone: tuple[int, ...]) -> bool:
+        """Whether the shortcut is (B, T, S, d) and the branch works on one mixture (B, T, d) of its streams."""
+        shape = self.graph.values[shortcut].shape
+        if len(shape) < 4:
+            return False
+        one = (*shape[:-2], shape[-1])
+        return any(v.shape == one for n in cone if self.is_product(n) for v in self.graph.float_inputs(n))
 
     def _is_branch(self, shortcut: int, term: Term) -> bool:
         if shortcut in term.values:

@@ -7,12 +7,14 @@ of one block, a file). Nothing of the guest is touched, no memory is spent, and 
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from jacdiag.trace.attributes import Attributes, collect_attribute_tensors, copy_attribute
+from jacdiag.trace.wrappers import is_code, original_class, plain_name, skipped_attributes, unwrap, whole_weights
 
 _HOOK_DICTS = (
     "_forward_hooks",
@@ -27,18 +29,6 @@ _HOOK_DICTS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-_WRAPPER_ATTRIBUTES = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-
-
-def unwrap(module: nn.Module) -> nn.Module:
-    """Returns the module that a wrapper (compile, FSDP, activation checkpointing, DDP, DataParallel) holds."""
-    while True:
-        inner = next((module._modules[a] for a in _WRAPPER_ATTRIBUTES if module._modules.get(a) is not None), None)
-        if inner is None and isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            inner = module.module
-        if inner is None:
-            return module
-        module = inner
 
 
 class Skeleton:
@@ -49,17 +39,22 @@ class Skeleton:
         params: name -> the guest's parameter, detached (same storage). One name per tie.
         buffers: name -> the guest's buffer (same storage); clone before a run that may write to it.
         aliases: every name of a tied tensor -> the one name that stands in `params` or `buffers`.
+
+    Args:
+        module: the guest, wrapped or not.
+        keep_hooks: take the guest's forward hooks along, bound to the copy.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, keep_hooks: bool = False) -> None:
         module = unwrap(module)
-        memo: dict[int, Any] = {}
-        self.root = _copy_module(module, memo)
+        self._whole = whole_weights(module)
+        self.root = _copy_module(module, {}, keep_hooks)
         self.root.eval()
         self.aliases: dict[str, str] = {}
         self.params = self._collect(module.named_parameters(remove_duplicate=False))
         self.buffers = self._collect(module.named_buffers(remove_duplicate=False))
         self.names = {id(m): name for name, m in self.root.named_modules(remove_duplicate=True)}
+        self._attributes = Attributes(self.root)
 
     def _collect(self, named: Any) -> dict[str, Tensor]:
         seen: dict[int, str] = {}
@@ -69,7 +64,7 @@ class Skeleton:
             first = seen.setdefault(id(tensor), name)
             self.aliases[name] = first
             if first == name:
-                out[name] = tensor.detach()
+                out[name] = self._whole.get(id(tensor), tensor).detach()
         return out
 
     def fresh_state_of(self, prefix: str) -> dict[str, Tensor]:
@@ -87,42 +82,66 @@ class Skeleton:
                 state[name[len(start) :]] = self.buffers[first].clone() if tensor is None else tensor
         return state
 
+    def restore(self) -> None:
+        """Undoes what a run wrote to plain attributes (a cache, a counter)."""
+        self._attributes.restore()
+
+    def attribute_tensors(self) -> set[int]:
+        """Ids of the tensors that modules hold as plain attributes: constants, that no call of a run made."""
+        found: list[Tensor] = []
+        for module in self.root.modules():
+            collect_attribute_tensors(vars(module), found)
+        return {id(t) for t in found}
+
     def module(self, name: str) -> nn.Module:
         """Returns the copy's submodule of that name ("" is the root)."""
         return self.root.get_submodule(name) if name else self.root
 
 
-def plain_name(name: str) -> str:
-    """Strips what wrappers leave in parameter names."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPER_ATTRIBUTES)
-
-
-def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def _copy_module(module: nn.Module, memo: dict[int, Any], keep_hooks: bool) -> nn.Module:
     """Copies the structure: first every registered module and tensor, then the plain attributes.
 
-    In that order an attribute that refers to a module or a weight (bound methods, partials, lists of layers) finds the
-    copy in the memo, and nothing that holds memory is ever deep-copied.
+    In that order an attribute that refers to a module or a weight (bound methods, partials, closures, lists of layers)
+    finds the copy in the memo, and nothing that holds memory is ever deep-copied.
     """
     clones: list[tuple[nn.Module, dict[str, Any]]] = []
     root = _copy_structure(module, memo, clones)
+
+    def copied(value: Any) -> Any:
+        return copy_attribute(value, memo, lambda other, memo: _copy_module(other, memo, keep_hooks))
+
     for original, attributes in clones:
+        skipped = skipped_attributes(original)
         for name, value in original.__dict__.items():
-            if name in attributes:
+            if name in attributes or name in skipped:
                 continue
             if name in _HOOK_DICTS:
                 attributes[name] = OrderedDict()
             elif name == "_compiled_call_impl":
                 attributes[name] = None
             else:
-                attributes[name] = _copy_attribute(value, memo)
+                attributes[name] = copied(value)
+        _copy_hooks(original, attributes, copied, keep_hooks)
     return root
+
+
+def _copy_hooks(module: nn.Module, attributes: dict[str, Any], copied: Any, keep_all: bool) -> None:
+    """Hooks are left behind, but for torch's own that compute a weight, or all of them where they change the output."""
+    for kind in ("_forward_pre_hooks", "_forward_hooks"):
+        for key, hook in getattr(module, kind).items():
+            if keep_all or (is_code(hook) and kind == "_forward_pre_hooks"):
+                attributes[kind][key] = copied(hook)
+                for flag in (f"{kind}_with_kwargs", f"{kind}_always_called"):
+                    if key in getattr(module, flag, ()):
+                        attributes[flag][key] = True
 
 
 def _copy_structure(module: nn.Module, memo: dict[int, Any], clones: list[Any]) -> nn.Module:
     module = unwrap(module)
     if id(module) in memo:
         return memo[id(module)]
-    clone = memo[id(module)] = module.__class__.__new__(module.__class__)
+    cls = original_class(module)
+    clone = memo[id(module)] = cls.__new__(cls)
     attributes: dict[str, Any] = {}
     object.__setattr__(clone, "__dict__", attributes)
     clones.append((module, attributes))
@@ -138,24 +157,6 @@ def _meta(tensor: Tensor | None, memo: dict[int, Any]) -> Tensor | None:
     if tensor is None:
         return None
     if id(tensor) not in memo:
-        empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
     return memo[id(tensor)]
-
-
-def _copy_attribute(value: Any, memo: dict[int, Any]) -> Any:
-    """Deep-copies a plain attribute; what cannot be copied (locks, process groups, streams) is shared."""
-    if id(value) in memo:
-        return memo[id(value)]
-    if isinstance(value, nn.Module):
-        return _copy_module(value, memo)
-    if isinstance(value, Tensor):
-        return memo.setdefault(id(value), value.detach().clone())
-    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
-        return type(value)(_copy_attribute(item, memo) for item in value)
-    if type(value) is dict:
-        return {key: _copy_attribute(item, memo) for key, item in value.items()}
-    try:
-        return copy.deepcopy(value, memo)
-    except Exception:
-        return value

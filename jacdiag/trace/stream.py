@@ -33,7 +33,7 @@ class Streams:
         self.graph, self.finder = graph, finder
         by_group: dict[int, list[int]] = {}
         for index, site in enumerate(sites):
-            if not site.nested:
+            if not site.nested and site.summed:
                 by_group.setdefault(site.group, []).append(index)
         self.groups = [
             Group(members, sites[members[0]].shortcut, sites[members[0]].output, sites[members[0]].output)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -38,7 +38,9 @@ class Sublayer:
         parameters: names of the parameters that the branch reads.
         products: names of the parameters of its matrix products, in order of use; `roles`: the same by role.
         activations: names of the elementwise non-linearities in it.
-        feature_dim: which dimension of x holds the features; `dims`: what `independent` found, None before.
+        functions: names of the custom autograd.Functions in it.
+        feature_dim: which dimension of x holds the features; `stream_dim`: which tells parallel streams apart, if any.
+        dims: what `independent` found, None before.
 
     Example:
         >>> import torch, jacdiag
@@ -78,6 +80,8 @@ class Sublayer:
     roles: dict[str, str]
     activations: list[str]
     feature_dim: int
+    stream_dim: int | None = None
+    functions: tuple[str, ...] = ()
     line: str = ""
     notes: dict[str, str] = field(default_factory=dict)
     dims: tuple[int, ...] | None = None
@@ -131,8 +135,13 @@ class Sublayer:
     @property
     def token_wise(self) -> bool | None:
         """Whether the branch treats tokens one by one: pulled cotangents of two tokens stay on their tokens."""
-        x = self.shortcut
-        return None if x.dim() < 2 else set(self.independent()) >= set(range(x.dim())) - {self.feature_dim % x.dim()}
+        return None if self.shortcut.dim() < 2 else self.splits_tokens(self.independent())
+
+    def splits_tokens(self, dims: Iterable[int]) -> bool:
+        """Whether independent dimensions are all but the features' (and the streams')."""
+        rank = self.shortcut.dim()
+        inner = {self.feature_dim % rank} | ({self.stream_dim % rank} if self.stream_dim is not None else set())
+        return set(dims) >= set(range(rank)) - inner
 
     def independent(self, pull: Map | None = None) -> tuple[int, ...]:
         """The dimensions of x over which the branch's Jacobian is block diagonal; found once, by two pulls.

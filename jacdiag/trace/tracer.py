@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from typing import Any, overload
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,65 +14,30 @@ from jacdiag.report.schema import Placement
 from jacdiag.sources.factory import own_frames
 from jacdiag.trace.anatomy import Anatomist, Norm
 from jacdiag.trace.calls import Call
-from jacdiag.trace.coverage import Coverage, cover
+from jacdiag.trace.coverage import cover
+from jacdiag.trace.declared import Declaration, declarations, declared_sites, hidden_lines
+from jacdiag.trace.determinism import culprit, same_output
+from jacdiag.trace.found import Sites
+from jacdiag.trace.guest import Guest
 from jacdiag.trace.naming import depths_of, home_of, kind_of, names_of
+from jacdiag.trace.opaque import random_streams_kept
 from jacdiag.trace.record import Graph, collect_deep, record
-from jacdiag.trace.replay import Replayer, Spot, Where, same_output
+from jacdiag.trace.replay import Replayer, Spot, Where
 from jacdiag.trace.residual import Finder, Site
 from jacdiag.trace.roles import ACTIVATIONS, roles_of
-from jacdiag.trace.skeleton import Skeleton, unwrap
+from jacdiag.trace.skeleton import Skeleton
 from jacdiag.trace.stream import Streams, owner_of
 from jacdiag.trace.sublayer import Map, Sublayer
+from jacdiag.trace.wrappers import has_foreign_hooks, unwrap
 
 
-class Sites(Sequence[Sublayer]):
-    """The sub-layers of one recorded forward, in the order of the stream, and what surrounds them.
-
-    Attributes:
-        graph, replayer, streams: the record, and how to run parts of it again.
-        coverage: which parameter belongs where.
-        output: the model's output in the recorded run.
-        deterministic: two runs gave the same output bit for bit.
-    """
-
-    def __init__(self, sublayers: list[Sublayer], tracer: Tracer) -> None:
-        self._sublayers = sublayers
-        self.graph: Graph = tracer.graph
-        self.replayer: Replayer = tracer.replayer
-        self.finder: Finder = tracer.finder
-        self.streams: Streams = tracer.streams
-        self.coverage: Coverage = tracer.coverage
-        self.raw: list[Site] = tracer.sites
-        self.skeleton: Skeleton = tracer.skeleton
-        self.output: Any = tracer.output
-        self.deterministic: bool = tracer.deterministic
-        self.dtype: torch.dtype = tracer.dtype
-
-    @overload
-    def __getitem__(self, index: int) -> Sublayer: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Sublayer]: ...
-    def __getitem__(self, index: int | slice) -> Sublayer | list[Sublayer]:
-        return self._sublayers[index]
-
-    def __len__(self) -> int:
-        return len(self._sublayers)
-
-    def __iter__(self) -> Iterator[Sublayer]:
-        return iter(self._sublayers)
-
-    def named(self, name: str) -> Sublayer:
-        """Returns the sub-layer of that name. Raises TraceError with the closest names."""
-        for site in self._sublayers:
-            if site.name == name:
-                return site
-        from difflib import get_close_matches
-
-        close = get_close_matches(name, [s.name for s in self._sublayers], n=3)
-        raise TraceError(f"no sub-layer is called '{name}'", hint=f"closest: {', '.join(close)}" if close else None)
-
-
-def sites(model: nn.Module, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Sites:
+def sites(
+    model: nn.Module,
+    *args: Any,
+    dtype: torch.dtype | None = None,
+    declared: Iterable[Declaration] | Mapping[str, Any] = (),
+    **kwargs: Any,
+) -> Sites:
     """Records `model(*args, **kwargs)` once and returns its residual sub-layers.
 
     The model is not touched: its code runs on a structural copy, in eval mode, with its weights by reference.
@@ -81,6 +46,7 @@ def sites(model: nn.Module, *args: Any, dtype: torch.dtype | None = None, **kwar
         model: any module; wrappers (compile, DDP, activation checkpointing) are seen through.
         *args, **kwargs: the inputs of its forward. KV caches are switched off where the forward takes `use_cache`.
         dtype: precision of the run, float32 (default) or float64; lower-precision weights are raised call by call.
+        declared: sub-layers that the dataflow does not show, from `jacdiag.declare`.
 
     Raises:
         TraceError: the forward raises (the model's own error is the cause), or nothing could be recorded.
@@ -91,28 +57,45 @@ def sites(model: nn.Module, *args: Any, dtype: torch.dtype | None = None, **kwar
         >>> [site.kind for site in jacdiag.sites(layer, torch.randn(2, 4, 8))]
         ['attention', 'mlp']
     """
-    return Tracer(model, args, kwargs, dtype or torch.float32).trace()
+    return Tracer(model, args, kwargs, dtype or torch.float32, declarations(declared)).trace()
 
 
 class Tracer:
     """The steps of `sites`, in order; each leaves what it found in an attribute."""
 
-    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype) -> None:
-        self.model = unwrap(model)
+    def __init__(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        dtype: torch.dtype,
+        declared: Sequence[Declaration] = (),
+    ) -> None:
+        self.model, self.declared = unwrap(model), declared
         doubles = any(p.dtype is torch.float64 for p in self.model.parameters())
         self.dtype = torch.float64 if doubles else dtype
+        self.notes: list[str] = []
+        self.culprit = self.stray = ""
         self.skeleton = Skeleton(self.model)
         self.args, self.kwargs = self._inputs(args, kwargs)
 
     def trace(self) -> Sites:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), random_streams_kept():
             self._record()
-            self.sites = self.finder.find()
+            if has_foreign_hooks(self.model):
+                self._follow_guest()
+            self.sites = self._find()
             self.homes = [home_of(self.graph, self.finder, site) for site in self.sites]
             self.streams = Streams(self.graph, self.finder, self.sites)
             self.coverage = cover(self.graph, self.finder, self.sites, self.homes, self.skeleton)
-            self._capture()
+            self._capture_or_blame()
             return Sites(self._assemble(), self)
+
+    def _find(self) -> list[Site]:
+        found = self.finder.find()
+        declared = declared_sites(self.graph, self.finder, self.declared, found)
+        self.hidden = hidden_lines(self.graph, self.finder, declared)
+        return [site for site in self.finder.arrange([*found, *declared]) if not self._strays(site)]
 
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         from jacdiag.trace.precision import map_leaves
@@ -136,8 +119,7 @@ class Tracer:
 
     def _record(self) -> None:
         try:
-            with torch.compiler.set_stance("force_eager"):
-                self.graph, self.output = record(self.skeleton, self.args, self.kwargs, self.dtype)
+            self.graph, self.output = record(self.skeleton, self.args, self.kwargs, self.dtype)
         except Exception as error:
             raise TraceError("the model's forward raised", got=own_frames(error)) from error
         self.finder = Finder(self.graph)
@@ -145,6 +127,20 @@ class Tracer:
         collect_deep((self.args, self.kwargs), tensors)
         root = Call.take("", self.args, self.kwargs, tuple(range(-1, -1 - len(tensors), -1)), set())
         self.replayer = Replayer(self.skeleton, self.graph, self.dtype, root)
+
+    def _follow_guest(self) -> None:
+        """Compares the copy's output with the guest's; takes the hooks along if it must, or names who strays."""
+        guest = Guest(self.model, self.replayer.root)
+        if guest.agrees(self.output):
+            return
+        self.skeleton = Skeleton(self.model, keep_hooks=True)
+        self._record()
+        if guest.agrees(self.output):
+            self.notes.append("forward hooks change the model's output: they are part of what is measured")
+            return
+        self.stray = guest.first_stray(self.skeleton.root, lambda: self.replayer.tapped([], lambda _, t: t))
+        where = f"in '{self.stray}'" if self.stray else "in its own forward"
+        self.notes.append(f"outside its hooks the model computes something else, first {where}: that is not covered")
 
     # -- second run ------------------------------------------------------------------------------------------------
     def _capture(self) -> None:
@@ -154,13 +150,33 @@ class Tracer:
         self.after_owner = {g: self._after_owner(g) for g in range(len(self.streams.groups))}
         values = {s.shortcut for s in self.sites} | {g.output for g in self.streams.groups}
         spots = {v: self.replayer.spot_of(v, 0) for v in values}
-        results = {v: spot for v, spot in spots.items() if spot.where is Where.RESULT}
-        terms = {("term", k): self.replayer.spot_at(Where.TERM, s.addition, 0, s.position)
-                 for k, s in enumerate(self.sites)}  # fmt: skip
+        results = {v: spot for v, spot in spots.items() if spot.where is not Where.ARGUMENT}
+        terms = {("term", k): self.replayer.end_of(site, 0) for k, site in enumerate(self.sites)}
         owners = {0, *self.owners, *self.after_owner.values()}
         output, self.kept = self.replayer.capture(owners, results, terms)
         self.kept |= self.replayer.calls[0].tensors
         self.deterministic = same_output(output, self.output)
+
+    def _strays(self, site: Site) -> bool:
+        """Whether a site has to do with a module whose copy computes something else."""
+        if not self.stray:
+            return False
+        inside = {self.graph.path(i) for n in (*site.cone, site.addition)
+                  for i in self.graph.ancestors(self.graph.nodes[n].invocation)}  # fmt: skip
+        return any(path == self.stray or path.startswith(f"{self.stray}.") for path in inside)
+
+    def _capture_or_blame(self) -> None:
+        try:
+            self._capture()
+        except (TraceError, LookupError) as error:
+            self.culprit = culprit(self.skeleton, self.replayer.root, self.dtype)
+            if not self.culprit:
+                raise
+            raise TraceError("two runs on the same input do not make the same calls", got=self.culprit,
+                             hint="model.eval(), or a fixed seed inside the forward") from error  # fmt: skip
+        if not self.deterministic:
+            named = culprit(self.skeleton, self.replayer.root, self.dtype)
+            self.culprit = named or "two more runs agreed: it comes and goes"
 
     def _owner(self, site: Site) -> int:
         innermost = self.graph.nodes[site.addition].invocation
@@ -177,17 +193,19 @@ class Tracer:
         anatomist = Anatomist(self.replayer, self.finder)
         self.post_groups: set[int] = set()
         groups = [site.group for site in self.sites]
-        depths = depths_of(self.graph, self.homes, groups)
-        made = [self._sublayer(k, depths[k], anatomist) for k in range(len(self.sites))]
+        made = [self._sublayer(k, anatomist) for k in range(len(self.sites))]
+        depths = depths_of(self.graph, self.homes, groups, [site.kind for site in made])
         for site, name in zip(made, names_of(self.graph, self.homes, [s.kind for s in made]), strict=True):
             site.name = name
+        for site, depth in zip(made, depths, strict=True):
+            site.depth = depth
         return made
 
-    def _sublayer(self, k: int, depth: int, anatomist: Anatomist) -> Sublayer:
+    def _sublayer(self, k: int, anatomist: Anatomist) -> Sublayer:
         site, owner = self.sites[k], self.owners[k]
         x = self.kept[site.shortcut]
         source = self.replayer.spot_of(site.shortcut, owner)
-        end = self.replayer.spot_at(Where.TERM, site.addition, owner, site.position)
+        end = self.replayer.end_of(site, owner)
         entry = anatomist.input_norm(site, owner, x)
         exit_ = anatomist.output_norm(site, owner, x)
         group = self.group_of.get(k)
@@ -197,7 +215,7 @@ class Tracer:
         made = Sublayer(
             name="",
             index=k,
-            depth=depth,
+            depth=0,
             group=site.group,
             kind="other",
             placement=_placement(entry, exit_ and exit_[0], behind),
@@ -220,6 +238,8 @@ class Tracer:
             roles={},
             activations=sorted({self.graph.nodes[n].name for n in site.cone} & ACTIVATIONS),
             feature_dim=1 if conv and x.dim() > 2 else -1,
+            stream_dim=-2 if site.mixed else None,
+            functions=tuple(sorted({self.graph.nodes[n].function for n in site.cone} - {""})),
             line=self.graph.nodes[site.addition].line,
         )
         made.kind = kind_of(self.graph, self.finder, site, self.homes[k], lambda: made.token_wise)

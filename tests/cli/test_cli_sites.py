@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from cli.rig import Done
@@ -85,3 +86,84 @@ def test_cuda_that_is_not_there(jd: Run, factory: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     done = jd("sites", f"{factory}build", "--device", "cuda")
     assert done.code == 2 and "CUDA was asked for" in done.err and "--device cpu" in done.err
+
+
+# -- what the dataflow does not show -----------------------------------------------------------------------------------
+FUSED = '''
+import torch
+from torch import nn
+
+
+class FusedAdd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, f):
+        return x + f
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, grad
+
+
+class Block(nn.Module):
+    def __init__(self, d=16):
+        super().__init__()
+        self.norm, self.ff = nn.LayerNorm(d), nn.Sequential(nn.Linear(d, 32), nn.GELU(), nn.Linear(32, d))
+
+    def forward(self, x):
+        return FusedAdd.apply(x, self.ff(self.norm(x)))
+
+
+def build():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(64, 16), Block(), Block(), nn.Linear(16, 64))
+'''
+DECLARED = '[tool.jacdiag.sites.ff]\nshortcut = "*.norm"\nbranch = "*.ff"\n'
+
+
+def test_what_is_hidden_is_named_in_full_at_any_width(jd: Run, tmp_path: Path) -> None:
+    (tmp_path / "fused.py").write_text(FUSED)
+    done = jd("sites", "fused.py:build", "--seq", 8)
+    assert done.code == 0 and "No residual sub-layer was found" in done.out
+    assert "0% covered" in done.out and "no sub-layer was found" in done.out
+    assert "hidden: FusedAdd (a custom autograd.Function) adds at" in done.out
+    assert 'declare shortcut = "1.norm", branch = "1.ff"' in done.out
+    assert jd("audit", "fused.py:build", "--seq", 8).code == 2
+
+
+def test_the_configuration_declares_sites_for_both_commands(jd: Run, tmp_path: Path) -> None:
+    (tmp_path / "fused.py").write_text(FUSED)
+    (tmp_path / "pyproject.toml").write_text(DECLARED)
+    data = json.loads(jd("sites", "fused.py:build", "--seq", 8, "--format", "json").out)
+    assert [(s["name"], s["kind"], s["placement"]) for s in data["sublayers"]] == [
+        ("1.ff", "mlp", "pre"), ("2.ff", "mlp", "pre"),
+    ]  # fmt: skip
+    assert data["hidden"] == [] and data["notes"] == [] and data["culprit"] is None
+    done = jd("audit", "fused.py:build", "--seq", 8, "--batch", 1, "--format", "json", "--fail-on", "never")
+    assert [row["name"] for row in json.loads(done.out)["sublayers"]] == ["1.ff", "2.ff"]
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ('[sites.a]\nshortcut = "*.norm"\n', "a table with the strings `shortcut` and `branch`"),
+        ('[sites.a]\nshortcut = "*.nrom"\nbranch = "*.ff"\n', "closest: 2.norm"),
+        ("sites = 3\n", "must be a table"),
+    ],
+)
+def test_a_declaration_with_a_mistake(jd: Run, tmp_path: Path, table: str, words: str) -> None:
+    (tmp_path / "fused.py").write_text(FUSED)
+    (tmp_path / "jacdiag.toml").write_text(table)
+    done = jd("sites", "fused.py:build", "--seq", 8)
+    assert done.code == 2 and done.out == "" and words in done.err
+
+
+def test_help_says_how_to_declare(jd: Run) -> None:
+    out = jd("sites", "-h").out
+    assert "[tool.jacdiag.sites.attention]" in out and "PATH:in" in out
+
+
+def test_a_model_that_draws_is_named_with_its_call(jd: Run, tmp_path: Path) -> None:
+    code = FUSED.replace("FusedAdd.apply(x, self.ff(self.norm(x)))", "x + nn.functional.dropout(self.ff(self.norm(x)))")
+    (tmp_path / "drops.py").write_text(code)
+    out = jd("sites", "drops.py:build", "--seq", 8).out
+    assert "two runs differ: dropout draws random numbers (in '1'" in out and "drops.py:" in out

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from menagerie import CORE, Expected, Specimen, residual, stream
+from menagerie import CORE, STYLES, Expected, Specimen, residual, stream
 from menagerie.specimen import Context
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ import jacdiag
 from jacdiag.report import Interval, Report, SublayerRecord
 
 SPECIMENS = [s for s in CORE if s.groups() and all(e.body is not None for e in s.expected if not e.nested)]
+WRITTEN = [s for s in STYLES if s.groups() and all(e.body is not None for e in s.expected if not e.nested)]
 DTYPES = ("float64", "float32")
 cases = pytest.mark.parametrize(
     ("specimen", "dtype"), [(s, d) for s in SPECIMENS for d in DTYPES], ids=lambda v: str(v)
@@ -26,7 +27,7 @@ cases = pytest.mark.parametrize(
 @cache
 def report_of(name: str, dtype: str) -> Report:
     """The audit of a specimen, its intervals as narrow as the precision gives."""
-    specimen = next(s for s in SPECIMENS if s.name == name)
+    specimen = next(s for s in [*SPECIMENS, *WRITTEN] if s.name == name)
     args, kwargs = specimen.arguments()
     inputs = kwargs if kwargs and not args else args
     assert not (args and kwargs), "an audit takes positional or keyword inputs"
@@ -51,7 +52,7 @@ class Truth:
 
 @cache
 def truth_of(name: str) -> Truth:
-    return Truth(next(s for s in SPECIMENS if s.name == name))
+    return Truth(next(s for s in [*SPECIMENS, *WRITTEN] if s.name == name))
 
 
 def dense(fn: Callable[[Tensor], Tensor], x: Tensor) -> float:
@@ -78,6 +79,19 @@ def assert_holds(interval: Interval | None, true: float, specimen: Specimen, dty
     assert interval.converged, (what, interval.stop)
     assert interval.lower <= true <= interval.upper, (what, true, interval)
     assert interval.estimate == pytest.approx(true, rel=accuracy), what
+
+
+@pytest.mark.parametrize("specimen", WRITTEN, ids=str)
+def test_branch_norms_however_the_residual_is_written(specimen: Specimen) -> None:
+    """The dense norm lies inside the interval, computed with little effort."""
+    truth = truth_of(specimen.name)
+    args, kwargs = specimen.arguments()
+    report = jacdiag.audit(specimen.build(), kwargs if kwargs else args, dtype="float64", tol=1e-3, decide=True)
+    for record, one, x in records_of(report, truth):
+        norm = dense(lambda x, one=one: one.branch(truth.model, x, truth.context), x)
+        interval, slack = record.branch_norm, 1e-5 if specimen.casts else 1e-9
+        assert interval is not None, record.notes
+        assert interval.lower * (1 - slack) <= norm <= interval.upper * (1 + slack), record.name
 
 
 @cases

@@ -1,0 +1,104 @@
+"""What a solve of spectral norms gives back: the ends of every problem, why it stopped, the top singular vectors."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jacdiag.report.schema import Interval, PerToken, TokenAt
+from jacdiag.spectra.interval import Array, bidiagonal
+
+
+class Stop(enum.Enum):
+    """Why a solver stopped. `sentence` says it to a person."""
+
+    WIDTH = "the interval is as narrow as asked"
+    DECIDED = "the rules are decided"
+    EXACT = "an invariant subspace was found: the value is exact up to rounding"
+    BUDGET = "the budget of products is spent; raise max_products or tol"
+    NON_FINITE = "a product was not finite"
+    INHERITED = "it follows from another norm of the sub-layer and one product"
+
+
+@dataclass
+class Solution:
+    """Norms of P problems with their ends.
+
+    Attributes:
+        lower, upper, estimate: (P,) float64; estimate is the largest Ritz value, the ends include the rounding pad.
+        confidence: probability with which all upper ends of the maximum hold.
+        products, steps: what was spent.
+        stop: why the solver stopped; `converged`: the width asked for, or the exact value, was reached.
+    """
+
+    lower: Array
+    upper: Array
+    estimate: Array
+    confidence: float
+    products: int
+    steps: int
+    stop: Stop
+    converged: bool
+    basis: Tensor
+    alphas: Array = field(repr=False)
+    betas: Array = field(repr=False)
+
+    @property
+    def right(self) -> Tensor:
+        """(P, n) top right singular vectors."""
+        _, _, vt = np.linalg.svd(bidiagonal(self.alphas, self.betas))
+        weights = torch.from_numpy(np.ascontiguousarray(vt[:, 0])).to(self.basis)
+        return torch.bmm(weights.unsqueeze(1), self.basis[:, : self.steps]).squeeze(1)
+
+    @property
+    def sentence(self) -> str:
+        """Why the solver stopped, and how wide the interval of the maximum still is."""
+        low, high = float(self.lower.max()), float(self.upper.max())
+        if self.stop in (Stop.EXACT, Stop.NON_FINITE) or not low > 0:
+            return self.stop.value
+        spent = "" if self.stop is Stop.INHERITED else f" after {self.products} products"
+        return f"{self.stop.value} (width {high / low - 1:.2g}{spent})"
+
+    def interval(self, lead: tuple[int, ...] = (), token_ids: Tensor | None = None) -> Interval:
+        """The interval of the maximum over problems: the largest lower and the largest upper end.
+
+        No union bound is needed: the problem that attains the maximum is fixed by J, not by the starts.
+
+        Args:
+            lead: sizes of the independent dimensions, to report sequences and tokens apart.
+            token_ids: (B, T), to name the worst token.
+        """
+        per_sequence = per_token = None
+        if lead and int(np.prod(lead)) == len(self.estimate):
+            table = self.estimate.reshape(lead)
+            per_sequence = [float(v) for v in table.reshape(lead[0], -1).max(1)]
+            if len(lead) == 2:
+                per_token = _per_token(table, token_ids)
+        return Interval(
+            estimate=float(self.estimate.max()),
+            lower=float(self.lower.max()),
+            upper=float(self.upper.max()),
+            confidence=self.confidence,
+            converged=self.converged,
+            products=self.products,
+            per_sequence=per_sequence,
+            per_token=per_token,
+            stop=self.sentence,
+        )
+
+
+def _per_token(table: Array, token_ids: Tensor | None) -> PerToken:
+    row, column = (int(i) for i in np.unravel_index(int(table.argmax()), table.shape))
+    token = None
+    if token_ids is not None and tuple(token_ids.shape) == table.shape:
+        token = int(token_ids[row, column])
+    return PerToken(
+        median=float(np.median(table)),
+        p99=float(np.quantile(table, 0.99)),
+        max=float(table.max()),
+        argmax=TokenAt(row, column, token),
+    )

@@ -1,0 +1,71 @@
+"""What `jacdiag.sites` returns: the sub-layers of one recorded forward, and what surrounds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+
+from jacdiag.errors import TraceError
+from jacdiag.trace.coverage import Coverage
+from jacdiag.trace.record import Graph
+from jacdiag.trace.replay import Replayer
+from jacdiag.trace.residual import Finder, Site
+from jacdiag.trace.skeleton import Skeleton
+from jacdiag.trace.stream import Streams
+from jacdiag.trace.sublayer import Sublayer
+
+if TYPE_CHECKING:
+    from jacdiag.trace.tracer import Tracer
+
+
+class Sites(Sequence[Sublayer]):
+    """The sub-layers of one recorded forward, in the order of the stream, and what surrounds them.
+
+    Attributes:
+        graph, replayer, streams: the record, and how to run parts of it again.
+        coverage: which parameter belongs where.
+        output: the model's output in the recorded run.
+        deterministic: two runs gave the same output bit for bit; `culprit` names the call where they part if not.
+        notes: what had to be done to run the model outside its wrappers.
+        hidden: additions that autograd does not see, each with the way to declare it.
+    """
+
+    def __init__(self, sublayers: list[Sublayer], tracer: Tracer) -> None:
+        self._sublayers = sublayers
+        self.graph: Graph = tracer.graph
+        self.replayer: Replayer = tracer.replayer
+        self.finder: Finder = tracer.finder
+        self.streams: Streams = tracer.streams
+        self.coverage: Coverage = tracer.coverage
+        self.raw: list[Site] = tracer.sites
+        self.skeleton: Skeleton = tracer.skeleton
+        self.output: Any = tracer.output
+        self.deterministic: bool = tracer.deterministic
+        self.culprit: str = tracer.culprit
+        self.notes: list[str] = tracer.notes
+        self.hidden: list[str] = tracer.hidden
+        self.dtype: torch.dtype = tracer.dtype
+
+    @overload
+    def __getitem__(self, index: int) -> Sublayer: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sublayer]: ...
+    def __getitem__(self, index: int | slice) -> Sublayer | list[Sublayer]:
+        return self._sublayers[index]
+
+    def __len__(self) -> int:
+        return len(self._sublayers)
+
+    def __iter__(self) -> Iterator[Sublayer]:
+        return iter(self._sublayers)
+
+    def named(self, name: str) -> Sublayer:
+        """Returns the sub-layer of that name. Raises TraceError with the closest names."""
+        for site in self._sublayers:
+            if site.name == name:
+                return site
+        close = get_close_matches(name, [s.name for s in self._sublayers], n=3)
+        raise TraceError(f"no sub-layer is called '{name}'", hint=f"closest: {', '.join(close)}" if close else None)
