@@ -119,7 +119,8 @@ def inputs_of(model: Any, config: Any, facts: dict[str, Any], batch: int = 1, to
     generator = torch.Generator().manual_seed(1)
     known = inspect.signature(model.forward).parameters
     made: dict[str, Any] = {}
-    ids = torch.randint(10, 100, (4, tokens), generator=generator)[:batch]
+    rows = facts.get("rows", 1)  # some read several rows of token ids as one sequence
+    ids = torch.randint(10, 100, (4 * rows, tokens), generator=generator)[: batch * rows]
     if "pixel_values" in known and "input_ids" not in known:
         size = facts.get("image", getattr(config, "image_size", 32) or 32)
         height, width = (size, size) if isinstance(size, int) else size
@@ -131,6 +132,8 @@ def inputs_of(model: Any, config: Any, facts: dict[str, Any], batch: int = 1, to
         made["inputs"] = ids
     if "decoder_input_ids" in known:
         made["decoder_input_ids"] = torch.randint(10, 100, (4, 4), generator=generator)[:batch]
+    if "use_cache" in known:
+        made["use_cache"] = False
     for name, shape in facts.get("inputs", {}).items():
         made.update(_extra(name, shape, generator, batch))
     return {name: value for name, value in made.items() if value is not None}

@@ -13,7 +13,7 @@ import jacdiag
 from _coverage import guest
 from _coverage.build import Built, CannotBuild, build
 from _coverage.expect import Expected, expected_of
-from _coverage.told import told_by_class
+from _coverage.told import told_by_class, told_cross
 from jacdiag.measure.network import verify_replay
 from jacdiag.spectra import JacobianOperator, independent_dims, spectral_norm
 
@@ -45,10 +45,10 @@ def check(task: str, family: str) -> dict[str, Any]:
     except CannotBuild as error:
         out.status, out.reason = "not built", str(error)
         return asdict(out)
-    expected = expected_of(task, built.config, built.facts)
-    out.expected = expected.count
     out.notes = [built.facts["why"]] if "why" in built.facts else []
     try:
+        expected = expected_of(task, built.config, built.facts)
+        out.expected = expected.count
         sites = jacdiag.sites(built.model, **built.inputs)
     except Exception as error:
         out.problems["sites"] = f"{type(error).__name__}: {error} ({getattr(error, 'got', '')})"[:300]
@@ -85,7 +85,7 @@ def _compare(out: Outcome, sites: Any, built: Built, expected: Expected) -> None
 
 def _row(site: Any, model: Any, expected: Expected) -> dict[str, Any]:
     kind = told_by_class(site.name, model)
-    wise = None if kind is None or kind == "conv" else kind in ("mlp", "moe")
+    wise = None if kind in (None, "conv") else kind in ("mlp", "moe") or told_cross(site.name)
     return {"name": site.name, "kind": site.kind, "kind_told": kind, "placement": site.placement,
             "placement_told": expected.placement_of(site, kind), "token_wise": site.token_wise, "token_wise_told": wise,
             "nested": site.nested, "parallel": site.parallel, "line": site.line.rsplit("/", 1)[-1]}  # fmt: skip

@@ -37,11 +37,11 @@ def expected_of(task: str, config: Any, facts: dict[str, Any]) -> Expected:
     config = _text_part(task, config, facts)
     if "stacks" in facts:
         count = sum(_stack(config, stack) for stack in facts["stacks"])
-    elif task == "seq2seq":
+    elif task in ("seq2seq", "masked-lm") and getattr(config, "is_encoder_decoder", False):
         count = 2 * _number(config, _ENCODER) + 3 * _number(config, _DECODER)
     else:
         count = _stack(config, {"per_layer": facts.get("per_layer", 2), "by": facts.get("by"),
-                                "layers": facts.get("layers")}, causal=task == "causal-lm")  # fmt: skip
+                                "layers": facts.get("layers")}, causal=task in ("causal-lm", "seq2seq"))  # fmt: skip
     placement = facts.get("placement", _PLACEMENT[task])
     return Expected(count + facts.get("plus", 0), _nested(config, facts), None if placement == "unknown" else placement)
 
@@ -49,7 +49,10 @@ def expected_of(task: str, config: Any, facts: dict[str, Any]) -> Expected:
 def _text_part(task: str, config: Any, facts: dict[str, Any]) -> Any:
     """The part of a composite config that runs: token ids alone go through the text model."""
     part = facts.get("part") or next((p for p in ("text_config", "decoder") if hasattr(config, p)), None)
-    return getattr(config, part) if part and task in ("causal-lm", "masked-lm") and hasattr(config, part) else config
+    two = hasattr(config, "encoder") or any(hasattr(config, name) for name in _DECODER)
+    if part is None or not hasattr(config, part) or (task == "seq2seq" and two):
+        return config
+    return getattr(config, part)
 
 
 def _stack(config: Any, stack: dict[str, Any], causal: bool = False) -> int:

@@ -24,7 +24,10 @@ def _serve(connection: Connection) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     while (job := connection.recv()) is not None:
-        connection.send(check(*job))
+        try:
+            connection.send(check(*job))
+        except Exception as error:  # a fault of this script: shown, not hidden in a dead process
+            connection.send(repr(error))
 
 
 class _Worker:
@@ -67,7 +70,7 @@ def run(jobs: Sequence[Job], workers: int, limit: float, lost: Callable[[Job, st
                         worker.job, job = None, worker.job
                     except EOFError:
                         job, result = worker.job, None
-                    yield result if result is not None else lost(job, "the process died")
+                    yield lost(job, result or "the process died") if result is None or isinstance(result, str) else result
                     if worker.job is None:
                         continue
                 elif time.monotonic() - worker.started <= limit:

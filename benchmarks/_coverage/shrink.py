@@ -11,6 +11,7 @@ MOST_LAYERS = 6
 
 # The first pattern that matches the whole attribute name gives the value.
 RULES: list[tuple[str, int]] = [
+    (r"num_encoder_blocks", 4),
     (r"(moe_)?num_(shared_experts)|n_shared_experts|zero_expert_num|num_shared_experts", 1),
     (r"n_group|n_groups|topk_group|num_expert_group|mamba_n_groups|mamba_ngroups|o_groups", 1),
     (r"num_experts|n_routed_experts|num_local_experts|moe_num_experts|num_expert", EXPERTS),
@@ -38,7 +39,7 @@ RULES: list[tuple[str, int]] = [
     (r"index_topk|index_topk_blocks|index_block_size", 4),
 ]  # fmt: skip
 _COMPILED = [(re.compile(pattern), value) for pattern, value in RULES]
-_LAYERS = re.compile(RULES[4][0] + "|" + RULES[5][0])
+_LEFT_OPEN = {"head_dim", "num_experts_per_tok", "n_routed_experts", "num_key_value_heads", "vocab_size"}
 _TOKEN = re.compile(r"\w+_(token_id|token_index|index)")
 
 
@@ -53,7 +54,9 @@ def shrink(defaults: dict[str, Any]) -> dict[str, Any]:
             if new is not None and new < value:
                 small[name] = new
         elif isinstance(value, (list, tuple)) and _TOKEN.fullmatch(name):
-            small[name] = None
+            small[name] = VOCAB - 2
+        elif value is None and name in _LEFT_OPEN:
+            small[name] = _number(name, 0)
     _keep_equal_heads(defaults, small)
     small.update(_layers(defaults))
     return small
@@ -68,7 +71,7 @@ def _number(name: str, value: int) -> int | None:
 def _keep_equal_heads(defaults: dict[str, Any], small: dict[str, Any]) -> None:
     """A config without grouped queries stays without."""
     for name in ("num_key_value_heads", "num_kv_heads"):
-        if name in small and defaults[name] == defaults.get("num_attention_heads"):
+        if name in small and defaults[name] in (None, defaults.get("num_attention_heads")):
             small[name] = HEADS
 
 

@@ -27,7 +27,21 @@ def told_by_class(name: str, model: nn.Module) -> str | None:
         module = model.get_submodule(name.split("@")[0])
     except AttributeError:
         return None
-    told = [kind for kind, pattern in _KINDS if re.search(pattern, type(module).__name__, re.I)]
-    if re.search(r"layer$|block$|stage$|model$", type(module).__name__, re.I) and told != ["moe"]:
+    cls = _without_family(type(module).__name__, type(model).__name__)
+    told = [kind for kind, pattern in _KINDS if re.search(pattern, cls, re.I)]
+    if re.search(r"layer$|block$|stage$|model$", cls, re.I) and told != ["moe"]:
         return None
     return told[0] if told else None
+
+
+def _without_family(cls: str, model: str) -> str:
+    """'AfmoeAttention' of an 'AfmoeForCausalLM' is 'Attention': a family's name tells nothing."""
+    family = re.split(r"For[A-Z]|LMHead|Model", model)[0]
+    while family and not cls.startswith(family):
+        family = family[:-1]
+    return cls[len(family) :] or cls
+
+
+def told_cross(name: str) -> bool:
+    """Whether a module's name says cross-attention, in which the tokens of the shortcut do not meet each other."""
+    return bool(re.search(r"encoder_?attn|cross|encdec", name, re.I))
