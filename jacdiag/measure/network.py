@@ -197,6 +197,10 @@ def verify_replay(sites: Sites, seed: int = 0) -> dict[str, float]:
     spots = [s for s in (*cuts.values(), *terms.values()) if s.where is not Where.ARGUMENT]
     with torch.enable_grad(), sites.replayer.whole_graph():
         sites.replayer.tapped(spots, visit, argument=argument)
+        plain = dict(branches)
+        if not all(b.requires_grad for b in plain.values()):  # the model runs some under no_grad
+            sites.replayer.tapped(spots, visit, argument=argument, grad=True)
+            branches |= {k: b for k, b in plain.items() if b.requires_grad}
     errors = {}
     generator = torch.Generator().manual_seed(seed)
     for k in chosen:

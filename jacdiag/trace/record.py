@@ -36,7 +36,8 @@ class Value:
     """One version of one tensor.
 
     `node` is the call that made it, or INPUT, STATE, CONSTANT; `position` tells it from the call's other results, and
-    is negative (-1 - k) for an argument that was written to and not returned.
+    is negative (-1 - k) for an argument that was written to and not returned. `live` values depend on the model's input;
+    a `routed` one is an index or a mask that was computed from live floats.
     """
 
     index: int
@@ -47,6 +48,7 @@ class Value:
     name: str = ""
     live: bool = False
     from_state: bool = False
+    routed: bool = False
     mutated: bool = False
     consumers: list[int] = field(default_factory=list)
 
@@ -124,6 +126,9 @@ _CUTS = {"detach", "detach_", "zeros_like", "ones_like", "empty_like", "full_lik
          "isnan", "isinf", "isfinite"}  # fmt: skip
 _METADATA_ONLY = {name for name in _CUTS if name.endswith("_like") or name.startswith("new_")}
 _FIRST_ONLY = {"expand_as", "view_as", "reshape_as", "type_as", "to"}  # of the others they read the shape or dtype
+
+
+_SELECTS = {"__getitem__", "index_select", "gather", "take", "take_along_dim"}
 
 
 def signature(func: Callable[..., Any], depth: int = 2) -> CallKey:
@@ -230,6 +235,9 @@ class Recorder(TorchFunctionMode):
         metadata = name in _METADATA_ONLY
         live = not metadata and any(self.values[v].live for v in inputs)
         state = not metadata and any(self.values[v].from_state for v in inputs)
+        routed = any(self.values[v].routed or (self.values[v].live and self.values[v].is_float) for v in inputs)
+        if live and self._selects_weights(name, by_id, args):
+            live = False
         node = Node(index, name, key, inputs, (), self.stack[-1] if self.stack else 0)
         self.nodes.append(node)
         for v in inputs:
@@ -240,7 +248,8 @@ class Recorder(TorchFunctionMode):
         for position, tensor in enumerate(made):
             if id(tensor) in changed or id(tensor) in by_id:
                 continue
-            outputs.append(self.new_value(tensor, index, position, live=live, from_state=state))
+            flags = {"live": live, "from_state": state, "routed": routed and not _is_float(tensor)}
+            outputs.append(self.new_value(tensor, index, position, **flags))
             storage = _storage(tensor)
             if storage not in read_storages:
                 self._storages[storage] = outputs[-1]
@@ -252,6 +261,14 @@ class Recorder(TorchFunctionMode):
             if node.terms:
                 node.line = user_line(3)
         return result
+
+    def _selects_weights(self, name: str, by_id: dict[int, tuple[int, ...]], args: Any) -> bool:
+        """Whether a call picks rows of something made of parameters by routed indices: what it picks is a weight still."""
+        if name not in _SELECTS or not args or id(args[0]) not in by_id:
+            return False
+        base = [self.values[v] for v in by_id[id(args[0])]]
+        rest = [self.values[v] for t, found in by_id.items() if t != id(args[0]) for v in found]
+        return not any(v.live for v in base) and not any(v.live and (v.is_float or not v.routed) for v in rest)
 
     def _write(self, tensor: Tensor, node: int, position: int, live: bool, state: bool) -> int:
         """Notes an in-place write: a new version of the object, and of whatever shares its storage."""
@@ -356,6 +373,10 @@ def _position(tensor: Tensor, made: list[Tensor], read: list[Tensor]) -> int:
         if other is tensor:
             return position
     return -1 - next(k for k, other in enumerate(read) if other is tensor)
+
+
+def _is_float(tensor: Tensor) -> bool:
+    return tensor.dtype.is_floating_point or tensor.dtype.is_complex
 
 
 def _storage(tensor: Tensor) -> int:

@@ -70,9 +70,9 @@ class Tap(TorchFunctionMode):
     (`x.add_(f(x))`) goes on with the object, not with what the call returned.
     """
 
-    def __init__(self, precision: Precision, spots: Iterable[Spot], visit: Visit) -> None:
+    def __init__(self, precision: Precision, spots: Iterable[Spot], visit: Visit, grad: bool = False) -> None:
         super().__init__()
-        self.precision, self.visit = precision, visit
+        self.precision, self.visit, self.grad = precision, visit, grad
         self.counts: Counter[CallKey] = Counter()
         self.spots: dict[CallKey, dict[int, list[Spot]]] = {}
         for spot in spots:
@@ -81,14 +81,17 @@ class Tap(TorchFunctionMode):
         self.shadows: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        with torch.enable_grad() if self.grad else nullcontext():
+            return self._call(func, args, kwargs or {})
+
+    def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
         if self.shadows:
             args, kwargs = map_leaves(self._shadowed, args), map_leaves(self._shadowed, kwargs)
         name = getattr(func, "__name__", "")
         if name in ("__get__", "__set__", "__delete__"):
             result = self.precision.call(func, args, kwargs)
-            return self._after(signature(func), result, args, func) if isinstance(result, Tensor) else result
-        key = signature(func)
+            return self._after(signature(func, 3), result, args, func) if isinstance(result, Tensor) else result
+        key = signature(func, 3)
         for spot in self._here(key):
             if spot.where in (Where.TERM, Where.OPERAND):
                 self.visit(spot, _checked(_before(spot, name, *self.precision.raised(args, kwargs)), spot))
@@ -216,6 +219,12 @@ class Replayer:
 
     def run(self, invocation: int, source: Spot, x: Tensor, sink: Spot) -> Tensor:
         """Runs a module call with `x` at `source`, returns the value at `sink`. Raises TraceError if it is not met."""
+        y = self._run(invocation, source, x, sink)
+        if x.requires_grad and not y.requires_grad and torch.is_grad_enabled():
+            y = self._run(invocation, source, x, sink, grad=True)  # the model's code ran it under no_grad
+        return y
+
+    def _run(self, invocation: int, source: Spot, x: Tensor, sink: Spot, grad: bool = False) -> Tensor:
         call = self.calls[invocation]
         value = x.clone()  # the guest may write in place; a leaf must not be written to
         met = source.where is Where.ARGUMENT
@@ -229,7 +238,7 @@ class Replayer:
 
         args, kwargs = call.arguments(source.position if met else None, value)
         try:
-            self._execute(call.module, args, kwargs, (source, sink), visit)
+            self._execute(call.module, args, kwargs, (source, sink), visit, grad)
         except Stop as stop:
             if met:
                 return stop.value
@@ -244,6 +253,7 @@ class Replayer:
         visit: Visit,
         hook: Callable[..., None] | None = None,
         argument: tuple[int | None, Tensor | None] = (None, None),
+        grad: bool = False,
     ) -> Any:
         """Runs the whole model once with taps and returns its output.
 
@@ -251,6 +261,7 @@ class Replayer:
             spots, visit: what to show to `visit` on the way.
             hook: sees (module, args, kwargs) of every module call.
             argument: (value, tensor): an input of the model to replace.
+            grad: differentiate also what the model's code runs under no_grad.
         """
         root = self.calls.get(0, self.root)
         args, kwargs = root.arguments(*argument)
@@ -259,17 +270,19 @@ class Replayer:
             if hook is not None:
                 modules = self.skeleton.root.modules()
                 handles = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in modules]
-            return self._execute("", args, kwargs, spots, visit)
+            return self._execute("", args, kwargs, spots, visit, grad)
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _execute(self, module: str, args: Any, kwargs: Any, spots: Iterable[Spot], visit: Visit) -> Any:
+    def _execute(
+        self, module: str, args: Any, kwargs: Any, spots: Iterable[Spot], visit: Visit, grad: bool = False
+    ) -> Any:
         state = self.skeleton.fresh_state_of(module)
         precision = Precision(self.dtype, {id(t): name for name, t in state.items()}, self.raisings)
         with ExitStack() as stack:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            stack.enter_context(Tap(precision, spots, visit))
+            stack.enter_context(Tap(precision, spots, visit, grad))
             return torch.func.functional_call(self.skeleton.module(module), state, args, kwargs, strict=False)
 
     def capture(

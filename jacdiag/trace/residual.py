@@ -6,6 +6,7 @@ An addition is residual if one of its terms (the shortcut, possibly scaled or ca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,11 @@ PRODUCTS = frozenset(
     conv_transpose1d conv_transpose2d conv_transpose3d bilinear multi_head_attention_forward _grouped_mm
     grouped_mm _scaled_mm tensordot inner mv addmv gru_cell lstm_cell rnn_tanh_cell rnn_relu_cell gru lstm
     chain_matmul multi_dot""".split()
+)
+# Mix positions or features without any parameter, as attention would: token mixers of their own.
+MIXERS = frozenset(
+    """fft_fft fft_fft2 fft_fftn fft_rfft fft_rfft2 fft_rfftn fft_ifft fft_ifft2 fft_irfft fft_irfft2 fft_hfft
+    avg_pool1d avg_pool2d avg_pool3d lp_pool1d lp_pool2d""".split()
 )
 _CARRY = {"to", "float", "double", "half", "bfloat16", "type", "contiguous", "clone", "dropout", "dropout_", "view",
           "reshape", "mul", "__mul__", "__rmul__", "__imul__", "mul_", "div", "__truediv__", "__itruediv__", "div_",
@@ -65,12 +71,14 @@ class Finder:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.sites: list[Site] = []
+        self._mixed: set[int] = set()  # groups whose shortcut enters the sum through a mixing of streams
 
     def find(self) -> list[Site]:
         for node in self.graph.nodes:
             if node.terms is not None:
                 self._consider(node.index)
-        return self._mark_nested(sorted(self.sites, key=self._order))
+        self.sites = self._streams_that_go_on()
+        return self._mark_nested(sorted(self._within_their_branch(), key=self._order))
 
     def _order(self, site: Site) -> tuple[int, int, int]:
         """As the stream meets them: by the first matrix product of the branch."""
@@ -97,6 +105,8 @@ class Finder:
         claimed = {(s.addition, s.position) for s in self.sites}
         group = next((s.group for s in self.sites if s.shortcut == shortcut and (s.addition, s.position) in
                       {(a, k) for a, k, _ in branches}), len(self.sites))  # fmt: skip
+        if term.operand is not None and shortcut not in self._carriers(term.operand):
+            self._mixed.add(group)
         output = self.graph.nodes[node].outputs[0]
         self.sites = [replace(s, output=output) if s.group == group else s for s in self.sites]
         for addition, position, term in (b for branch in branches for b in self._split(shortcut, branch)):
@@ -141,11 +151,13 @@ class Finder:
             value = live[0]
 
     def _carries(self, node: int) -> bool:
-        """Whether a call passes a value on: scaled, cast, reshaped, or with a number added (sum() begins at 0)."""
+        """Whether a call passes a value on: scaled, cast, reshaped, or with a constant added (sum() begins at 0)."""
         record = self.graph.nodes[node]
         if record.name == "__getitem__":  # y[:, :] += f(x)
             return self.graph.values[record.outputs[0]].shape == self.graph.values[record.inputs[0]].shape
-        return record.name in _CARRY or (record.name in FORMS and record.terms is None)
+        if record.name in FORMS:
+            return sum(self.graph.values[v].live for term in record.terms or () for v in term.values) <= 1
+        return record.name in _CARRY
 
     def _streams(self, value: int) -> Iterable[int]:
         """Yields the parallel streams (B, T, S, d) that a value mixes by small matrices (hyper-connections)."""
@@ -165,11 +177,14 @@ class Finder:
             stack.extend(fresh)
 
     def _is_branch(self, shortcut: int, term: Term) -> bool:
-        if shortcut in term.values:
+        """Whether a product lies on some path from the shortcut, and on every path that carries more than a statistic."""
+        if shortcut in term.values or not self.reaches(shortcut, term.values, through_products=True):
             return False
-        if not term.product and self.reaches(shortcut, term.values, through_products=False):
+        if term.product:
+            return True
+        if self.reaches(shortcut, term.values, through_products=False, statistics=False):
             return False
-        return self.reaches(shortcut, term.values, through_products=True)
+        return any(self.is_product(node) for node in self.cone(shortcut, term.values))
 
     def _expand_one(self, node: int, terms: list[Leaf]) -> list[Leaf] | None:
         """Replaces the first term that is itself a sum made in the same module call by its own terms."""
@@ -207,19 +222,30 @@ class Finder:
     def is_product(self, node: int) -> bool:
         """Whether a call is a matrix product of the stream with something made of parameters alone."""
         record = self.graph.nodes[node]
+        if record.name in MIXERS:
+            return True
         if record.name not in PRODUCTS:
             return False
         values = [self.graph.values[v] for v in record.inputs]
         return any(v.from_state and not v.live for v in values) and any(v.live and v.is_float for v in values)
 
-    def reaches(self, ancestor: int, values: Iterable[int], *, through_products: bool) -> bool:
-        """Whether a differentiable path leads from a value to one of `values` (optionally with no product on it)."""
+    def reaches(
+        self, ancestor: int, values: Iterable[int], *, through_products: bool, statistics: bool = True
+    ) -> bool:
+        """Whether a differentiable path leads from a value to one of `values` (optionally with no product on it).
+
+        Without `statistics`, paths through what holds one number per token or less do not count: they carry no shortcut.
+        """
         floor = self.graph.values[ancestor].node
+        shape = self.graph.values[ancestor].shape
+        least = -1 if statistics or not shape else math.prod(shape) // max(1, shape[-1])
         stack, seen = list(values), set()
         while stack:
             index = stack.pop()
             if index == ancestor:
                 return True
+            if math.prod(self.graph.values[index].shape) <= least:
+                continue
             node = self.graph.values[index].node
             if node <= floor or node < 0 or node in seen:
                 continue
@@ -248,6 +274,25 @@ class Finder:
         return tuple(cone)
 
     # -- over all --------------------------------------------------------------------------------------------------
+    def _streams_that_go_on(self) -> list[Site]:
+        """Leaves out a sum of mixed streams that stands alone: positions mixed by attention look the same, but end there."""
+
+        def follows(later: Site, earlier: Site) -> bool:
+            return earlier.group != later.group and earlier.output in self._carriers(later.shortcut)
+
+        return [s for s in self.sites if s.group not in self._mixed
+                or any(follows(s, other) or follows(other, s) for other in self.sites)]  # fmt: skip
+
+    def _within_their_branch(self) -> list[Site]:
+        """Leaves out sums inside a branch whose shortcut comes from outside it: a bias or a state shared by layers."""
+        kept: list[tuple[Site, frozenset[int]]] = []
+        for site in sorted(self.sites, key=lambda s: s.addition, reverse=True):
+            origin = self.graph.values[site.shortcut].node
+            around = [(s, cone) for s, cone in kept if site.addition in cone and s.group != site.group]
+            if all(origin in cone or site.shortcut == s.shortcut for s, cone in around):
+                kept.append((site, frozenset(site.cone)))
+        return [site for site, _ in kept]
+
     def _mark_nested(self, sites: list[Site]) -> list[Site]:
         """Marks sites whose addition lies inside another's branch; they are left out of products over depth."""
         inside = [(set(s.cone), s) for s in sites]
