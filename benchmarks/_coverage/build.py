@@ -48,7 +48,9 @@ def families() -> list[tuple[str, str]]:
 def facts_of(task: str, family: str) -> dict[str, Any]:
     """What the data file says: for the family, then for the family in this task."""
     table = tomllib.loads(_FACTS.read_text(encoding="utf-8"))
-    return {**table.get(family, {}), **table.get(f"{family}:{task}", {})}
+    placed = {"placement": where for where, names in table.pop("placement").items()
+              if names and {family, f"{family}:{task}"} & set(names)}  # fmt: skip
+    return {**placed, **table.get(family, {}), **table.get(f"{family}:{task}", {})}
 
 
 def build(task: str, family: str, seed: int = 0) -> Built:

@@ -64,7 +64,7 @@ def _compare(out: Outcome, sites: Any, built: Built, expected: Expected) -> None
     if (out.found, nested) != (expected.count, expected.nested):
         out.problems["count"] = f"{out.found}+{nested} nested instead of {expected.count}+{expected.nested}"
     out.covered = _covered(sites, built.model)
-    out.sublayers = [_row(s, built.model, expected) for s in sites]
+    out.sublayers = [_row(s, built, expected) for s in sites]
     wrong = [f"{r['name']}: {r[k]} not {r[f'{k}_told']}" for r in out.sublayers for k in ("kind", "placement", "token_wise")
              if r[f"{k}_told"] is not None and r[k] != r[f"{k}_told"]]  # fmt: skip
     if wrong:
@@ -83,8 +83,8 @@ def _compare(out: Outcome, sites: Any, built: Built, expected: Expected) -> None
     out.problems |= guest.problems(built, sites)
 
 
-def _row(site: Any, model: Any, expected: Expected) -> dict[str, Any]:
-    kind = told_by_class(site.name, model)
+def _row(site: Any, built: Built, expected: Expected) -> dict[str, Any]:
+    kind = told_by_class(site.name, built.model, built.facts)
     wise = None if kind in (None, "conv") else kind in ("mlp", "moe") or told_cross(site.name)
     return {"name": site.name, "kind": site.kind, "kind_told": kind, "placement": site.placement,
             "placement_told": expected.placement_of(site, kind), "token_wise": site.token_wise, "token_wise_told": wise,

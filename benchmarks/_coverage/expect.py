@@ -48,7 +48,8 @@ def expected_of(task: str, config: Any, facts: dict[str, Any]) -> Expected:
 
 def _text_part(task: str, config: Any, facts: dict[str, Any]) -> Any:
     """The part of a composite config that runs: token ids alone go through the text model."""
-    part = facts.get("part") or next((p for p in ("text_config", "decoder") if hasattr(config, p)), None)
+    usual = ("vision_config",) if task == "image" else ("text_config", "decoder")
+    part = facts.get("part") or next((p for p in usual if hasattr(config, p)), None)
     two = hasattr(config, "encoder") or any(hasattr(config, name) for name in _DECODER)
     if part is None or not hasattr(config, part) or (task == "seq2seq" and two):
         return config

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from torch import nn
 
 # In this order: a class called SparseMoeBlock holds MLPs, an attention block may hold a convolution.
 _KINDS = [
     ("moe", r"moe|sparse|expert"),
-    ("mixer", r"mamba|mixer|rwkv|lstm|deltanet|recurrent|ssm|lightning|fourier|hyena|shortconv|kda|pooling"),
+    ("mixer", r"mamba|mixer|rwkv|lstm|deltanet|recurrent|ssm|lightning|fourier|hyena|shortconv(?!ol)|kda|delta|linear_?attention|pooling"),
     ("attention", r"attention|attn"),
     ("mlp", r"mlp|ffn|feed_?forward|intermediate|densereludense|gateddense|boomer|\bff\b"),
     ("conv", r"conv"),
 ]  # fmt: skip
 
 
-def told_by_class(name: str, model: nn.Module) -> str | None:
+def told_by_class(name: str, model: nn.Module, facts: dict[str, Any]) -> str | None:
     """Returns the kind that the class of a sub-layer's module tells, or None if it tells nothing clear.
 
     A name with a suffix (":mlp") belongs to a module that holds more than one sub-layer: its class tells nothing.
     """
-    if ":" in name:
-        return None
+    by_name = next((kind for part, kind in facts.get("told", {}).items() if name.endswith(part)), None)
+    if by_name is not None or ":" in name or any(name.endswith(part) for part in facts.get("not_told", ())):
+        return by_name
     try:
         module = model.get_submodule(name.split("@")[0])
     except AttributeError:
@@ -31,6 +33,8 @@ def told_by_class(name: str, model: nn.Module) -> str | None:
     told = [kind for kind, pattern in _KINDS if re.search(pattern, cls, re.I)]
     if re.search(r"layer$|block$|stage$|model$", cls, re.I) and told != ["moe"]:
         return None
+    if told[:1] == ["mlp"] and any(re.search(r"router|expert", type(m).__name__, re.I) for m in module.modules()):
+        return "moe"
     return told[0] if told else None
 
 

@@ -175,7 +175,7 @@ def verify_replay(sites: Sites, seed: int = 0) -> dict[str, float]:
     chosen = [k for k, site in enumerate(sites) if not site.nested]
     raw = sites.raw
     leaves: dict[int, Tensor] = {}
-    branches: dict[int, Tensor] = {}
+    branches: dict[int, tuple[Tensor, Tensor | None]] = {}  # the branch, and the leaf that its shortcut was cut into
     cuts = {raw[k].shortcut: sites.replayer.spot_of(raw[k].shortcut, 0) for k in chosen}
     terms = {k: sites.replayer.spot_at(Where.TERM, raw[k].addition, 0, raw[k].position) for k in chosen}
     keys: dict[int, tuple[str, int]] = {id(s): ("cut", v) for v, s in cuts.items()}
@@ -184,7 +184,7 @@ def verify_replay(sites: Sites, seed: int = 0) -> dict[str, float]:
     def visit(spot: Spot, tensor: Tensor) -> Tensor:
         kind, key = keys[id(spot)]
         if kind == "term":
-            branches[key] = tensor.clone()
+            branches[key] = tensor.clone(), leaves.get(raw[key].shortcut)
             return tensor
         leaves[key] = tensor.detach().requires_grad_()
         return leaves[key].clone()
@@ -198,14 +198,14 @@ def verify_replay(sites: Sites, seed: int = 0) -> dict[str, float]:
     with torch.enable_grad(), sites.replayer.whole_graph():
         sites.replayer.tapped(spots, visit, argument=argument)
         plain = dict(branches)
-        if not all(b.requires_grad for b in plain.values()):  # the model runs some under no_grad
+        if not all(b.requires_grad for b, _ in plain.values()):  # the model runs some under no_grad
             sites.replayer.tapped(spots, visit, argument=argument, grad=True)
-            branches |= {k: b for k, b in plain.items() if b.requires_grad}
+            branches |= {k: pair for k, pair in plain.items() if pair[0].requires_grad}
     errors = {}
     generator = torch.Generator().manual_seed(seed)
     for k in chosen:
-        site, whole = sites[k], branches.get(k)
-        leaf = leaves.get(raw[k].shortcut)
+        site = sites[k]
+        whole, leaf = branches.get(k, (None, None))
         if whole is None or leaf is None:
             errors[site.name] = math.inf
             continue

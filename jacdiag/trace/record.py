@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from jacdiag.trace.precision import Precision
+from jacdiag.trace.randomness import RandomState, borrowed
 from jacdiag.trace.skeleton import Skeleton
 from jacdiag.trace.sums import Term, terms_of
 
@@ -93,6 +94,7 @@ class Graph:
     invocations: list[Invocation]
     outputs: tuple[int, ...]
     used_state: set[str]
+    start: RandomState | None = None  # where the generators stood; None if the forward drew nothing
 
     @cached_property
     def calls_by_key(self) -> dict[CallKey, list[int]]:
@@ -302,6 +304,7 @@ def record(skeleton: Skeleton, args: tuple[Any, ...], kwargs: dict[str, Any], dt
     with ExitStack() as stack:
         stack.enter_context(_module_hooks(skeleton, recorder))
         stack.enter_context(torch.no_grad())
+        start = stack.enter_context(borrowed())
         tensors: list[Tensor] = []
         collect_deep((args, kwargs), tensors)
         for tensor in tensors:
@@ -309,10 +312,12 @@ def record(skeleton: Skeleton, args: tuple[Any, ...], kwargs: dict[str, Any], dt
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(recorder)
         output = torch.func.functional_call(skeleton.root, state, args, kwargs, strict=False)
+        drew = not start.same_as(RandomState.now())
     made: list[Tensor] = []
     collect_deep(output, made)
     outputs = tuple(recorder.lookup(t)[-1] for t in made)
-    return Graph(recorder.nodes, recorder.values, recorder.invocations, outputs, recorder.used_state), output
+    calls, started = recorder.invocations, start if drew else None
+    return Graph(recorder.nodes, recorder.values, calls, outputs, recorder.used_state, started), output
 
 
 @contextmanager

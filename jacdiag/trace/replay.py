@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from jacdiag.errors import TraceError
 from jacdiag.trace.calls import Call
 from jacdiag.trace.precision import Precision, Raisings, map_leaves
+from jacdiag.trace.randomness import RandomState, borrowed
 from jacdiag.trace.record import CallKey, Graph, collect, collect_deep, signature
 from jacdiag.trace.skeleton import Skeleton
 from jacdiag.trace.sums import term_tensor
@@ -81,8 +82,13 @@ class Tap(TorchFunctionMode):
         self.shadows: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch.enable_grad() if self.grad else nullcontext():
+        if not self.grad:
             return self._call(func, args, kwargs or {})
+        with torch.enable_grad():
+            result = self._call(func, args, kwargs or {})
+        if func is torch._C._set_grad_enabled:
+            torch._C._set_grad_enabled(True)  # a custom Function inside no_grad asks for the mode itself
+        return result
 
     def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
         if self.shadows:
@@ -188,6 +194,7 @@ class Replayer:
     dtype: torch.dtype
     root: Call
     calls: dict[int, Call] = field(default_factory=dict)
+    starts: dict[int, RandomState] = field(default_factory=dict)  # of calls, where the model draws random numbers
     raisings: Raisings = field(default_factory=Raisings)
 
     # -- places ----------------------------------------------------------------------------------------------------
@@ -238,7 +245,7 @@ class Replayer:
 
         args, kwargs = call.arguments(source.position if met else None, value)
         try:
-            self._execute(call.module, args, kwargs, (source, sink), visit, grad)
+            self._execute(call.module, args, kwargs, (source, sink), visit, grad, self.starts.get(invocation))
         except Stop as stop:
             if met:
                 return stop.value
@@ -270,18 +277,23 @@ class Replayer:
             if hook is not None:
                 modules = self.skeleton.root.modules()
                 handles = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in modules]
-            return self._execute("", args, kwargs, spots, visit, grad)
+            return self._execute("", args, kwargs, spots, visit, grad, self.graph.start)
         finally:
             for handle in handles:
                 handle.remove()
 
     def _execute(
-        self, module: str, args: Any, kwargs: Any, spots: Iterable[Spot], visit: Visit, grad: bool = False
-    ) -> Any:
+        self, module: str, args: Any, kwargs: Any, spots: Iterable[Spot], visit: Visit, grad: bool = False,
+        start: RandomState | None = None,
+    ) -> Any:  # fmt: skip
         state = self.skeleton.fresh_state_of(module)
         precision = Precision(self.dtype, {id(t): name for name, t in state.items()}, self.raisings)
         with ExitStack() as stack:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if start is not None:
+                stack.enter_context(borrowed(start))
+            if grad:
+                stack.enter_context(torch.enable_grad())  # also puts the mode back
             stack.enter_context(Tap(precision, spots, visit, grad))
             return torch.func.functional_call(self.skeleton.module(module), state, args, kwargs, strict=False)
 
@@ -307,6 +319,8 @@ class Replayer:
         def hook(module: Any, args: Any, kwargs: Any) -> None:
             nonlocal count
             if count in invocations:
+                if graph.start is not None:
+                    self.starts[count] = RandomState.now()
                 record = graph.invocations[count]
                 with torch._C.DisableTorchFunction():
                     self.calls[count] = Call.take(record.module, args, kwargs, record.arguments, mutated)
