@@ -27,7 +27,8 @@ class Expected:
         """What the config or the class tells of one sub-layer; a table tells it by kind, or by a part of the name."""
         if not isinstance(self.placement, dict):
             return None if site.nested else self.placement
-        by_name = next((p for part, p in self.placement.items() if part in f".{site.name}."), None)
+        by_name = next((where for part, where in self.placement.items()
+                        if part == site.name or (part.endswith(".") and part in f".{site.name}.")), None)  # fmt: skip
         told = by_name or self.placement.get(kind or "") or self.placement.get("rest")
         return None if told == "unknown" else told
 

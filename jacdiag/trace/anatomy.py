@@ -6,9 +6,9 @@ A norm is recognised by what it does, not by its name: its output does not chang
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -133,19 +133,17 @@ class Anatomist:
     def _unfused_after(
         self, owner: int, source: Spot, x: Tensor, points: list[int], cone: tuple[int, ...]
     ) -> tuple[Norm, Spot] | None:
-        suspects = [b for a, b in pairwise(points) if self._may_normalise(a, b, cone)]
-        if not suspects:
-            return None
-        entry = self.replayer.spot_of(self.graph.nodes[points[0]].outputs[0], owner)
-        h = self.replayer.run(owner, source, x, entry)
-        for node in points[1:]:
-            if reads_state(self.graph, node):
-                return None
-            if node not in suspects:
-                continue
-            norm = self._norm(owner, entry, h, node, Where.RESULT)
-            if norm is not None:
-                return norm, entry
+        suspects = [(a, b) for a, b in itertools.pairwise(points) if self._may_normalise(a, b, cone)]
+        state = next((n for n in points[1:] if reads_state(self.graph, n)), len(self.graph.nodes))
+        suspects = [(a, b) for a, b in suspects if b < state]
+        for start in dict.fromkeys([points[0], *(a for a, _ in suspects)]):  # routed rows are no tokens until summed
+            later = [b for a, b in suspects if a >= start]
+            entry = self.replayer.spot_of(self.graph.nodes[start].outputs[0], owner)
+            h = self.replayer.run(owner, source, x, entry) if later else x
+            for node in later:
+                norm = self._norm(owner, entry, h, node, Where.RESULT)
+                if norm is not None:
+                    return norm, entry
         return None
 
     def _norm(self, owner: int, source: Spot, x: Tensor, node: int, where: Where) -> Norm | None:
@@ -165,11 +163,18 @@ class Anatomist:
         return self._factor(x, z, spot, normalise) if _close(big, bigger, 1e-3) else None
 
     def _factor(self, x: Tensor, z: Tensor, spot: Spot, normalise: Callable[[Tensor], Tensor]) -> Norm | None:
-        """Checks that z is the (centred) x times one number per token, and returns the numbers."""
-        for centred in (True, False):
-            base = x.double() - x.double().mean(-1, keepdim=True) if centred else x.double()
+        """Checks that z is the (centred) x times one number per token, and returns the numbers.
+
+        A norm of channels-first data works on a transposed x: the features are then another dimension of x than the last.
+        """
+        tiny = torch.finfo(torch.float64).tiny
+        for dim, centred in itertools.product(range(x.dim() - 1, -1, -1), (True, False)):
+            base = x.double().movedim(dim, -1)
+            if dim != x.dim() - 1 and base.shape != z.shape:
+                continue
+            base = base - base.mean(-1, keepdim=True) if centred else base
             flat = z.double().reshape(base.shape)
-            gain = (flat * base).sum(-1) / (base * base).sum(-1).clamp_min(torch.finfo(torch.float64).tiny)
+            gain = (flat * base).sum(-1) / (base * base).sum(-1).clamp_min(tiny)
             if _close(gain.unsqueeze(-1) * base, flat, 1e-3):
                 return Norm(spot, normalise, z, gain.abs(), centred)
         return None

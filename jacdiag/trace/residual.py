@@ -19,11 +19,8 @@ PRODUCTS = frozenset(
     grouped_mm _scaled_mm tensordot inner mv addmv gru_cell lstm_cell rnn_tanh_cell rnn_relu_cell gru lstm
     chain_matmul multi_dot""".split()
 )
-# Mix positions or features without any parameter, as attention would: token mixers of their own.
-MIXERS = frozenset(
-    """fft_fft fft_fft2 fft_fftn fft_rfft fft_rfft2 fft_rfftn fft_ifft fft_ifft2 fft_irfft fft_irfft2 fft_hfft
-    avg_pool1d avg_pool2d avg_pool3d lp_pool1d lp_pool2d""".split()
-)
+# Mix positions without any parameter, as attention would: a branch of their own.
+MIXERS = frozenset(f"fft_{inverse}{kind}" for inverse in ("", "i") for kind in ("fft", "fft2", "fftn", "rfft", "rfft2", "rfftn"))
 _CARRY = {"to", "float", "double", "half", "bfloat16", "type", "contiguous", "clone", "dropout", "dropout_", "view",
           "reshape", "mul", "__mul__", "__rmul__", "__imul__", "mul_", "div", "__truediv__", "__itruediv__", "div_",
           "identity", "view_as", "reshape_as", "unflatten", "flatten", "transpose", "permute", "T", "mT", "squeeze",

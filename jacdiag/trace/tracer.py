@@ -192,7 +192,7 @@ class Tracer:
         group = self.group_of.get(k)
         behind, after = (None, None) if entry or exit_ or group is None else self._behind(group, anatomist)
         products = [n for n in site.calls if self.finder.is_product(n)]
-        conv = bool(products) and self.graph.nodes[products[0]].name.startswith("conv")
+        conv = bool(products) and self._channels_first(site, products[0])
         made = Sublayer(
             name="",
             index=k,
@@ -226,6 +226,12 @@ class Tracer:
         if made.kind == "attention" and entry is not None and products:
             made.heads = self._heads(owner, entry.spot, products[-1])
         return made
+
+    def _channels_first(self, site: Site, product: int) -> bool:
+        """Whether the branch begins with a convolution of the shortcut as it stands, not of a transposed one."""
+        turned = {"transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "T", "mT", "adjoint"}
+        before = {self.graph.nodes[n].name for n in site.cone if n < product}
+        return self.graph.nodes[product].name.startswith("conv") and not before & turned
 
     def _heads(self, owner: int, source: Spot, last_product: int) -> Map | None:
         read = list(self.graph.float_inputs(last_product))
