@@ -16,6 +16,7 @@ from torch import Tensor
 from jacdiag.trace.record import Graph
 from jacdiag.trace.replay import Replayer, Spot, Where
 from jacdiag.trace.residual import Finder, Site
+from jacdiag.trace.valueless import looks_like_norm
 
 FUSED_NORMS = {"layer_norm", "rms_norm"}
 
@@ -156,11 +157,21 @@ class Anatomist:
             z = normalise(x)
             if z.numel() != x.numel() or not z.is_floating_point():
                 return None
+            if x.is_meta:
+                return self._norm_by_structure(x, z, spot, normalise, node)
             if where is Where.NORMALISED:
                 return self._factor(x, z, spot, normalise)
             unit = 2.0**12 / x.double().square().mean().sqrt().clamp_min(1e-30).item()  # eps must not count
             big, bigger = (normalise(x * (unit * k)) for k in (1, 2))
         return self._factor(x, z, spot, normalise) if _close(big, bigger, 1e-3) else None
+
+    def _norm_by_structure(
+        self, x: Tensor, z: Tensor, spot: Spot, normalise: Callable[[Tensor], Tensor], node: int
+    ) -> Norm | None:
+        """A norm as its operations show it, without values; its gain is not known."""
+        name = self.graph.nodes[node].name
+        found, centred = (True, name == "layer_norm") if name in FUSED_NORMS else looks_like_norm(self.graph, node)
+        return Norm(spot, normalise, z, z.new_empty(z.shape[:-1]), centred) if found else None
 
     def _factor(self, x: Tensor, z: Tensor, spot: Spot, normalise: Callable[[Tensor], Tensor]) -> Norm | None:
         """Checks that z is the (centred) x times one number per token, and returns the numbers.

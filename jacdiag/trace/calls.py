@@ -69,3 +69,15 @@ class Call:
             swap[id(self.tensors[value])] = replacement
         swapper = _Swap(swap)
         return swapper.copy(self.args), swapper.copy(self.kwargs)
+
+
+def same_output(a: Any, b: Any) -> bool:
+    """Whether two outputs of a model are equal bit for bit (NaN equals NaN); without values, in shape."""
+    first: list[Tensor] = []
+    second: list[Tensor] = []
+    collect_deep(a, first)
+    collect_deep(b, second)
+    return len(first) == len(second) and all(
+        x.shape == y.shape and (x.is_meta or bool(torch.equal(torch.nan_to_num(x), torch.nan_to_num(y))))
+        for x, y in zip(first, second, strict=True)
+    )

@@ -300,7 +300,8 @@ class Recorder(TorchFunctionMode):
 def record(skeleton: Skeleton, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype) -> tuple[Graph, Any]:
     """Runs the whole skeleton once and returns the graph and the model's output."""
     state = skeleton.fresh_state_of("")
-    recorder = Recorder(Precision(dtype, {id(t): name for name, t in state.items()}))
+    names = {id(t): name for name, t in state.items()}
+    recorder = Recorder(Precision(dtype, names, valueless=skeleton.valueless))
     with ExitStack() as stack:
         stack.enter_context(_module_hooks(skeleton, recorder))
         stack.enter_context(torch.no_grad())

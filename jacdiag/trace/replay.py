@@ -25,7 +25,7 @@ from jacdiag.errors import TraceError
 from jacdiag.trace.calls import Call
 from jacdiag.trace.precision import Precision, Raisings, map_leaves
 from jacdiag.trace.randomness import RandomState, borrowed
-from jacdiag.trace.record import CallKey, Graph, collect, collect_deep, signature
+from jacdiag.trace.record import CallKey, Graph, collect, signature
 from jacdiag.trace.skeleton import Skeleton
 from jacdiag.trace.sums import term_tensor
 
@@ -287,7 +287,7 @@ class Replayer:
         start: RandomState | None = None,
     ) -> Any:  # fmt: skip
         state = self.skeleton.fresh_state_of(module)
-        precision = Precision(self.dtype, {id(t): name for name, t in state.items()}, self.raisings)
+        precision = Precision(self.dtype, {id(t): name for name, t in state.items()}, self.raisings, self.skeleton.valueless)
         with ExitStack() as stack:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             if start is not None:
@@ -329,15 +329,3 @@ class Replayer:
         with torch.no_grad():
             output = self.tapped([*values.values(), *terms.values()], visit, hook)
         return output, kept
-
-
-def same_output(a: Any, b: Any) -> bool:
-    """Whether two outputs of a model are equal bit for bit (NaN equals NaN)."""
-    first: list[Tensor] = []
-    second: list[Tensor] = []
-    collect_deep(a, first)
-    collect_deep(b, second)
-    return len(first) == len(second) and all(
-        x.shape == y.shape and bool(torch.equal(torch.nan_to_num(x), torch.nan_to_num(y)))
-        for x, y in zip(first, second, strict=True)
-    )

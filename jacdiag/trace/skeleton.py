@@ -48,6 +48,7 @@ class Skeleton:
         root: the copy. Its parameters and buffers are on the meta device.
         params: name -> the guest's parameter, detached (same storage). One name per tie.
         buffers: name -> the guest's buffer (same storage); clone before a run that may write to it.
+        valueless: the guest itself is on the meta device: shapes and no values.
         aliases: every name of a tied tensor -> the one name that stands in `params` or `buffers`.
     """
 
@@ -59,6 +60,7 @@ class Skeleton:
         self.aliases: dict[str, str] = {}
         self.params = self._collect(module.named_parameters(remove_duplicate=False))
         self.buffers = self._collect(module.named_buffers(remove_duplicate=False))
+        self.valueless = any(t.is_meta for t in self.params.values())
         self.names = {id(m): name for name, m in self.root.named_modules(remove_duplicate=True)}
 
     def _collect(self, named: Any) -> dict[str, Tensor]:

@@ -81,6 +81,7 @@ class Sublayer:
     line: str = ""
     notes: dict[str, str] = field(default_factory=dict)
     _token_wise: bool | None = None
+    _valueless: bool = False
 
     @property
     def has_input_norm(self) -> bool:
@@ -119,7 +120,7 @@ class Sublayer:
         with torch.enable_grad():
             x = self.shortcut.detach().requires_grad_()
             y = self.carry(x)
-            if y.shape != x.shape:
+            if y.shape != x.shape or y.is_meta:
                 return None
             (diagonal,) = torch.autograd.grad(y.sum(), x, allow_unused=True)
         slack = 1e-6 * float(y.detach().abs().max())
@@ -131,7 +132,7 @@ class Sublayer:
     @cached_property
     def token_wise(self) -> bool | None:
         """Whether the branch treats tokens one by one: pulled cotangents of two tokens stay on their tokens."""
-        if self._token_wise is not None:
+        if self._token_wise is not None or self._valueless:
             return self._token_wise
         from jacdiag.spectra import independent_dims
 

@@ -12,16 +12,17 @@ from torch import Tensor, nn
 from jacdiag.errors import TraceError
 from jacdiag.report.schema import Placement
 from jacdiag.trace.anatomy import Anatomist, Norm
-from jacdiag.trace.calls import Call
+from jacdiag.trace.calls import Call, same_output
 from jacdiag.trace.coverage import Coverage, cover
 from jacdiag.trace.naming import depths_of, home_of, kind_of, names_of
 from jacdiag.trace.record import Graph, collect_deep, record
-from jacdiag.trace.replay import Replayer, Spot, Where, same_output
+from jacdiag.trace.replay import Replayer, Spot, Where
 from jacdiag.trace.residual import Finder, Site
 from jacdiag.trace.roles import ACTIVATIONS, roles_of
 from jacdiag.trace.skeleton import Skeleton, unwrap
 from jacdiag.trace.stream import Streams, owner_of
 from jacdiag.trace.sublayer import Map, Sublayer
+from jacdiag.trace.valueless import looks_token_wise
 
 
 class Sites(Sequence[Sublayer]):
@@ -221,6 +222,10 @@ class Tracer:
             feature_dim=1 if conv and x.dim() > 2 else -1,
             line=self.graph.nodes[site.addition].line,
         )
+        if x.is_meta:
+            made.notes["placement"] = "found by the operations alone: there are no values on the meta device"
+            made._token_wise = looks_token_wise(self.graph, site.cone, tuple(x.shape))
+            made._valueless = True
         made.kind = kind_of(self.graph, self.finder, site, self.homes[k], lambda: made.token_wise)
         made.roles = roles_of(made.kind, made.products)
         if made.kind == "attention" and entry is not None and products:
