@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import tomllib
 from collections.abc import Iterator
@@ -65,7 +66,7 @@ def build(task: str, family: str, seed: int = 0) -> Built:
             _disturb(model)
         inputs = inputs_of(model, config, facts)
         with torch.no_grad(), seeded(seed):
-            model(**inputs)
+            copy.deepcopy(model)(**inputs)  # a forward may leave caches behind
     except Exception as error:
         raise CannotBuild(f"{type(error).__name__}: {str(error).strip()[:200]}") from error
     return Built(model, config, inputs, facts)

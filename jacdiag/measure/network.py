@@ -169,13 +169,13 @@ def _exponent(first: float, last: float, layers: int) -> float | None:
 def verify_replay(sites: Sites, seed: int = 0) -> dict[str, float]:
     """Compares J^T w of every branch with that of a whole-model re-run; returns the relative error by name.
 
-    In the whole-model run each shortcut is cut into a leaf, so that one forward and one backward through each branch
-    suffice. A recorded cache, or a value that reaches the branch past its shortcut, shows here and nowhere else.
+    In the whole-model run each shortcut is a tensor to differentiate by, so that one forward and one backward through each
+    branch suffice. A recorded cache, or a value that reaches the branch past its shortcut, shows here and nowhere else.
     """
     chosen = [k for k, site in enumerate(sites) if not site.nested]
     raw = sites.raw
     leaves: dict[int, Tensor] = {}
-    branches: dict[int, tuple[Tensor, Tensor | None]] = {}  # the branch, and the leaf that its shortcut was cut into
+    branches: dict[int, tuple[Tensor, Tensor | None]] = {}  # the branch, and its shortcut
     cuts = {raw[k].shortcut: sites.replayer.spot_of(raw[k].shortcut, 0) for k in chosen}
     terms = {k: sites.replayer.spot_at(Where.TERM, raw[k].addition, 0, raw[k].position) for k in chosen}
     keys: dict[int, tuple[str, int]] = {id(s): ("cut", v) for v, s in cuts.items()}
@@ -186,7 +186,8 @@ def verify_replay(sites: Sites, seed: int = 0) -> dict[str, float]:
         if kind == "term":
             branches[key] = tensor.clone(), leaves.get(raw[key].shortcut)
             return tensor
-        leaves[key] = tensor.detach().requires_grad_()
+        # A shortcut may lie on another's way into its branch (a norm of the stream with a branch of its own): no cut there.
+        leaves[key] = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
         return leaves[key].clone()
 
     argument: tuple[int | None, Tensor | None] = (None, None)

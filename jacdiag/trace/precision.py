@@ -60,6 +60,20 @@ class Raisings:
         return raised.as_strided(*layout)
 
 
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Inside a float64 run, what the code makes without naming a dtype is float64 too; elsewhere nothing changes."""
+    before = torch.get_default_dtype()
+    if dtype is not torch.float64:
+        yield
+        return
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 class Precision:
     """Raises tensors of a state to `dtype` as calls read them.
 

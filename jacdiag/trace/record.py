@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from jacdiag.trace.precision import Precision
+from jacdiag.trace.precision import Precision, default_dtype
 from jacdiag.trace.randomness import RandomState, borrowed
 from jacdiag.trace.skeleton import Skeleton
 from jacdiag.trace.sums import Term, terms_of
@@ -306,6 +306,7 @@ def record(skeleton: Skeleton, args: tuple[Any, ...], kwargs: dict[str, Any], dt
         stack.enter_context(_module_hooks(skeleton, recorder))
         stack.enter_context(torch.no_grad())
         start = stack.enter_context(borrowed())
+        stack.enter_context(default_dtype(dtype))
         tensors: list[Tensor] = []
         collect_deep((args, kwargs), tensors)
         for tensor in tensors:

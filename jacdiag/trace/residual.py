@@ -21,6 +21,7 @@ PRODUCTS = frozenset(
 )
 # Mix positions without any parameter, as attention would: a branch of their own.
 MIXERS = frozenset(f"fft_{inverse}{kind}" for inverse in ("", "i") for kind in ("fft", "fft2", "fftn", "rfft", "rfft2", "rfftn"))
+REDUCTIONS = frozenset({"mean", "var", "std", "sum", "norm", "vector_norm", "linalg_vector_norm", "var_mean", "std_mean"})
 _CARRY = {"to", "float", "double", "half", "bfloat16", "type", "contiguous", "clone", "dropout", "dropout_", "view",
           "reshape", "mul", "__mul__", "__rmul__", "__imul__", "mul_", "div", "__truediv__", "__itruediv__", "div_",
           "identity", "view_as", "reshape_as", "unflatten", "flatten", "transpose", "permute", "T", "mT", "squeeze",
@@ -153,7 +154,8 @@ class Finder:
         if record.name == "__getitem__":  # y[:, :] += f(x)
             return self.graph.values[record.outputs[0]].shape == self.graph.values[record.inputs[0]].shape
         if record.name in FORMS:
-            return sum(self.graph.values[v].live for term in record.terms or () for v in term.values) <= 1
+            terms = [t for t in record.terms or () if any(self.graph.values[v].live for v in t.values)]
+            return len(terms) <= 1 and not any(t.product or len(t.values) > 1 for t in terms)
         return record.name in _CARRY
 
     def _streams(self, value: int) -> Iterable[int]:
@@ -231,7 +233,7 @@ class Finder:
     ) -> bool:
         """Whether a differentiable path leads from a value to one of `values` (optionally with no product on it).
 
-        Without `statistics`, paths through what holds one number per token or less do not count: they carry no shortcut.
+        Without `statistics`, paths through a mean or a norm that is one number per token do not count: they carry no shortcut.
         """
         floor = self.graph.values[ancestor].node
         shape = self.graph.values[ancestor].shape
@@ -241,9 +243,9 @@ class Finder:
             index = stack.pop()
             if index == ancestor:
                 return True
-            if math.prod(self.graph.values[index].shape) <= least:
-                continue
             node = self.graph.values[index].node
+            if self.graph.nodes[node].name in REDUCTIONS and math.prod(self.graph.values[index].shape) <= least:
+                continue
             if node <= floor or node < 0 or node in seen:
                 continue
             seen.add(node)

@@ -139,7 +139,8 @@ class Tracer:
             with torch.compiler.set_stance("force_eager"):
                 self.graph, self.output = record(self.skeleton, self.args, self.kwargs, self.dtype)
         except Exception as error:
-            raise TraceError("the model's forward raised", got=_last_frame(error)) from error
+            hint = "its code may need values: the meta device has none" if self.skeleton.valueless else None
+            raise TraceError("the model's forward raised", got=_last_frame(error), hint=hint) from error
         self.finder = Finder(self.graph)
         tensors: list[Tensor] = []
         collect_deep((self.args, self.kwargs), tensors)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from jacdiag.trace.record import Graph
+from jacdiag.trace.residual import REDUCTIONS
 
-_REDUCTIONS = {"mean", "var", "std", "sum", "norm", "vector_norm", "linalg_vector_norm", "var_mean", "std_mean"}
 _ROOTS = {"rsqrt", "sqrt", "norm", "vector_norm", "linalg_vector_norm", "std", "std_mean", "pow", "__pow__"}
 _SCALES = {"mul", "__mul__", "__rmul__", "mul_", "div", "__truediv__", "div_", "__imul__", "__itruediv__"}
 _BETWEEN = {"add", "__add__", "sub", "__sub__", "square", "to", "float", "clamp", "clamp_min", "maximum", "mul", "__mul__"}
@@ -28,15 +28,15 @@ def looks_like_norm(graph: Graph, node: int) -> tuple[bool, bool]:
         made = {graph.values[v].node for v in stack if graph.values[v].node >= 0}
         names |= {graph.nodes[n].name for n in made}
         stack = [v for n in made for v in graph.nodes[n].inputs if graph.values[v].live
-                 and graph.nodes[n].name in _REDUCTIONS | _ROOTS | _BETWEEN]  # fmt: skip
-    return bool(names & _REDUCTIONS) and bool(names & _ROOTS), any("sub" in name for name in names)
+                 and graph.nodes[n].name in REDUCTIONS | _ROOTS | _BETWEEN]  # fmt: skip
+    return bool(names & REDUCTIONS) and bool(names & _ROOTS), any("sub" in name for name in names)
 
 
 def looks_token_wise(graph: Graph, cone: tuple[int, ...], shape: tuple[int, ...]) -> bool | None:
     """Whether a branch treats tokens one by one: True if every call does, None if a call leaves it open."""
     for node in cone:
         record = graph.nodes[node]
-        statistic = record.name in _REDUCTIONS | _ROOTS | {"reciprocal"}
+        statistic = record.name in REDUCTIONS | _ROOTS | {"reciprocal"}
         kept = all(graph.values[v].shape[:-1] == shape[:-1] for v in record.outputs)
         if not kept or not (record.name in _WISE | _SCALES or statistic):
             return None
