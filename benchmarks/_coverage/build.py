@@ -49,8 +49,9 @@ def families() -> list[tuple[str, str]]:
 def facts_of(task: str, family: str) -> dict[str, Any]:
     """What the data file says: for the family, then for the family in this task."""
     table = tomllib.loads(_FACTS.read_text(encoding="utf-8"))
-    placed = {"placement": where for where, names in table.pop("placement").items()
-              if names and {family, f"{family}:{task}"} & set(names)}  # fmt: skip
+    lists = table.pop("placement")
+    where = next((where for where, names in lists.items() if {family, f"{family}:{task}"} & set(names)), None)
+    placed = {} if where is None else {"placement": where}
     return {**placed, **table.get(family, {}), **table.get(f"{family}:{task}", {})}
 
 

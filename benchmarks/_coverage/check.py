@@ -65,7 +65,8 @@ def _compare(out: Outcome, sites: Any, built: Built, expected: Expected) -> None
         out.problems["count"] = f"{out.found}+{nested} nested instead of {expected.count}+{expected.nested}"
     out.covered = _covered(sites, built.model)
     out.sublayers = [_row(s, built, expected) for s in sites]
-    wrong = [f"{r['name']}: {r[k]} not {r[f'{k}_told']}" for r in out.sublayers for k in ("kind", "placement", "token_wise")
+    fields = ("kind", "placement", "token_wise")
+    wrong = [f"{r['name']}: {r[k]} not {r[f'{k}_told']}" for r in out.sublayers for k in fields
              if r[f"{k}_told"] is not None and r[k] != r[f"{k}_told"]]  # fmt: skip
     if wrong:
         out.problems["told"] = "; ".join(wrong)[:400]

@@ -70,7 +70,7 @@ def run(jobs: Sequence[Job], workers: int, limit: float, lost: Callable[[Job, st
                         worker.job, job = None, worker.job
                     except EOFError:
                         job, result = worker.job, None
-                    yield lost(job, result or "the process died") if result is None or isinstance(result, str) else result
+                    yield result if isinstance(result, dict) else lost(job, result or "the process died")
                     if worker.job is None:
                         continue
                 elif time.monotonic() - worker.started <= limit:

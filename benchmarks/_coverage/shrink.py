@@ -16,21 +16,28 @@ RULES: list[tuple[str, int]] = [
     (r"n_group|n_groups|topk_group|num_expert_group|mamba_n_groups|mamba_ngroups|o_groups", 1),
     (r"num_experts|n_routed_experts|num_local_experts|moe_num_experts|num_expert", EXPERTS),
     (r"num_experts_per_tok(en)?|moe_topk|moe_k|moe_top_k|top_k_experts|num_selected_experts|router_topk", ACTIVE),
-    (r"(num_|n_)?(encoder_|decoder_|t2u_encoder_|t2u_decoder_|speech_encoder_|text_|vision_)?(hidden_)?(layers?|blocks)", LAYERS),
-    (r"depth|num_layers_per_stack|(num_)?hidden_layers|conf_num_hidden_layers|n_(input|recurrent|output)_layers", LAYERS),
+    (r"(num_|n_)?(encoder_|decoder_|t2u_encoder_|t2u_decoder_|speech_encoder_|text_|vision_)?(hid"
+     r"den_)?(layers?|blocks)", LAYERS),
+    (r"depth|num_layers_per_stack|(num_)?hidden_layers|conf_num_hidden_layers|n_(input|recurrent|"
+     r"output)_layers", LAYERS),
     (r"num_global_layers|num_(en|de)coder_layers|num_lstm_layers|decoder_num_hidden_layers", LAYERS),
     (r"(swa_|linear_)?num_key_value_heads|num_kv_heads|num_key_value_heads_\w+", 2),
     (r"(linear_num_(key|value)_heads|linear_num_heads)", 4),
     (r"(\w+_)?(attention_heads|num_heads|n_heads?|num_attention_heads)", HEADS),
-    (r"query_pre_attn_scalar|(\w+_)?head_dim|d_head|d_kv|dim_head|kv_channels|qk_head_dim|mamba_d_head|dim_kv", HEAD_DIM),
+    (r"query_pre_attn_scalar|(\w+_)?head_dim|d_head|d_kv|dim_head|kv_channels|qk_head_dim|mamba_d"
+     r"_head|dim_kv", HEAD_DIM),
     (r"linear_(key|value)_head_dim|linear_head_dim", HEAD_DIM),
     (r"(kv_|q_|o_)lora_rank|laurel_rank|hc_lowrank|loop_gate_rank|gated_norm_rank", 16),
     (r"(\w+_)?vocab_size|(\w+_)?vocab|vocab_size_per_layer_input", VOCAB),
-    (r"(\w+_)?max_position_embeddings|n_positions|n_ctx|max_seq_len|model_max_length|context_length|max_\w+_positions", LONGEST),
-    (r"(\w+_)?(sliding_window(_size)?|attention_window)|local_attention(_window_len)?|window_size|attention_chunk_size", 4),
+    (r"(\w+_)?max_position_embeddings|n_positions|n_ctx|max_seq_len|model_max_length|context_leng"
+     r"th|max_\w+_positions", LONGEST),
+    (r"(\w+_)?(sliding_window(_size)?|attention_window)|local_attention(_window_len)?|window_size"
+     r"|attention_chunk_size", 4),
     (r"(\w+_)?(intermediate_size\w*|ffn_dim|ffn_hidden_size)|d_ff|dff|dim_ff|n_inner|d_inner|mlp_dim|hidden_dim", FFN),
-    (r"(hidden_size|d_model|n_embd|embed_dim|emb_dim|embedding_(dim|size)|dim|dim_model|word_embed_proj_dim)(_global)?", WIDTH),
-    (r"(\w+_)?hidden_size|(\w+_)?projection_(dim|size)|pooler_output_size|rnn_width|lru_width|attention_hidden_size", WIDTH),
+    (r"(hidden_size|d_model|n_embd|embed_dim|emb_dim|embedding_(dim|size)|dim|dim_model|word_embe"
+     r"d_proj_dim)(_global)?", WIDTH),
+    (r"(\w+_)?hidden_size|(\w+_)?projection_(dim|size)|pooler_output_size|rnn_width|lru_width|att"
+     r"ention_hidden_size", WIDTH),
     (r"hidden_size_per_layer_input", 8),
     (r"mamba_d_state|ssm_state_size|state_size", 8),
     (r"(mamba_)?chunk_size", 4),

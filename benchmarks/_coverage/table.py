@@ -71,7 +71,9 @@ def _failures(ran: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _families(rows: Sequence[dict[str, Any]]) -> list[str]:
-    return _table(["family", "found / expected", "covered", "kinds", "placement", "all checks", "how the config is read"], [
+    return _table([
+        "family", "found / expected", "covered", "kinds", "placement", "all checks", "how the config is read"
+    ], [
         [r["family"], f"{r['found']} / {r['expected']}", f"{100 * r['covered']:.1f}%", _kinds(r["sublayers"], "kind"),
          _kinds(r["sublayers"], "placement"), "yes" if r["status"] == "ok" else "**no**", " ".join(r["notes"])]
         for r in rows

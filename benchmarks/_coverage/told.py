@@ -10,7 +10,8 @@ from torch import nn
 # In this order: a class called SparseMoeBlock holds MLPs, an attention block may hold a convolution.
 _KINDS = [
     ("moe", r"moe|sparse|expert"),
-    ("mixer", r"mamba|mixer|rwkv|lstm|deltanet|recurrent|ssm|lightning|fourier|hyena|shortconv(?!ol)|kda|delta|linear_?attention|pooling"),
+    ("mixer", r"mamba|mixer|rwkv|lstm|deltanet|recurrent|ssm|lightning|fourier|hyena|shortc"
+              r"onv(?!ol)|kda|delta|linear_?attention|pooling"),
     ("attention", r"attention|attn"),
     ("mlp", r"mlp|ffn|feed_?forward|intermediate|densereludense|gateddense|boomer|\bff\b"),
     ("conv", r"conv"),
@@ -29,6 +30,8 @@ def told_by_class(name: str, model: nn.Module, facts: dict[str, Any]) -> str | N
         module = model.get_submodule(name.split("@")[0])
     except AttributeError:
         return None
+    if set(getattr(module, "kernel_size", ())) == {1}:
+        return None  # a convolution by name, a linear map of each token by what it does
     cls = _without_family(type(module).__name__, type(model).__name__)
     told = [kind for kind, pattern in _KINDS if re.search(pattern, cls, re.I)]
     if re.search(r"layer$|block$|stage$|model$", cls, re.I) and told != ["moe"]:

@@ -169,8 +169,8 @@ def _exponent(first: float, last: float, layers: int) -> float | None:
 def verify_replay(sites: Sites, seed: int = 0) -> dict[str, float]:
     """Compares J^T w of every branch with that of a whole-model re-run; returns the relative error by name.
 
-    In the whole-model run each shortcut is a tensor to differentiate by, so that one forward and one backward through each
-    branch suffice. A recorded cache, or a value that reaches the branch past its shortcut, shows here and nowhere else.
+    In the whole-model run each shortcut is a tensor to differentiate by, so that one forward and one backward through
+    each branch suffice. A recorded cache, or a value that reaches the branch past its shortcut, shows here alone.
     """
     chosen = [k for k, site in enumerate(sites) if not site.nested]
     raw = sites.raw
@@ -186,7 +186,7 @@ def verify_replay(sites: Sites, seed: int = 0) -> dict[str, float]:
         if kind == "term":
             branches[key] = tensor.clone(), leaves.get(raw[key].shortcut)
             return tensor
-        # A shortcut may lie on another's way into its branch (a norm of the stream with a branch of its own): no cut there.
+        # A shortcut may lie on another's way into its branch (a norm of the stream with a branch of its own).
         leaves[key] = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
         return leaves[key].clone()
 

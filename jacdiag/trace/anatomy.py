@@ -176,7 +176,7 @@ class Anatomist:
     def _factor(self, x: Tensor, z: Tensor, spot: Spot, normalise: Callable[[Tensor], Tensor]) -> Norm | None:
         """Checks that z is the (centred) x times one number per token, and returns the numbers.
 
-        A norm of channels-first data works on a transposed x: the features are then another dimension of x than the last.
+        A norm of channels-first data works on a transposed x: its features are not in the last dimension of x.
         """
         tiny = torch.finfo(torch.float64).tiny
         for dim, centred in itertools.product(range(x.dim() - 1, -1, -1), (True, False)):

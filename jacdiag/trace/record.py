@@ -37,8 +37,8 @@ class Value:
     """One version of one tensor.
 
     `node` is the call that made it, or INPUT, STATE, CONSTANT; `position` tells it from the call's other results, and
-    is negative (-1 - k) for an argument that was written to and not returned. `live` values depend on the model's input;
-    a `routed` one is an index or a mask that was computed from live floats.
+    is negative (-1 - k) for an argument that was written to and not returned. `live` values depend on the model's
+    input; a `routed` one is an index or a mask that was computed from live floats.
     """
 
     index: int
@@ -152,12 +152,20 @@ def user_line(depth: int = 2) -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
+class WritesParameter(BaseException):
+    """Unwinds a run that is about to write to a parameter. Not an Exception: guests catch those."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
 class Recorder(TorchFunctionMode):
     """Numbers calls and values of one forward. Use `record`."""
 
-    def __init__(self, precision: Precision) -> None:
+    def __init__(self, precision: Precision, guests: dict[int, str] | None = None) -> None:
         super().__init__()
         self.precision = precision
+        self.guests = guests or {}  # storage -> name of the parameters that are the guest's own memory
         self.nodes: list[Node] = []
         self.values: list[Value] = []
         self.invocations: list[Invocation] = []
@@ -215,6 +223,8 @@ class Recorder(TorchFunctionMode):
         collect(kwargs, tensors)
         before = [_version(t) for t in tensors]
         key = signature(func)
+        if tensors and writes_in_place(key[0]) and (name := self.guests.get(_storage(tensors[0]))):
+            raise WritesParameter(name)
         result = self.precision.call(func, args, kwargs)
         mutated = [t for t, version in zip(tensors, before, strict=True) if _version(t) != version]
         return self._note(func, args, kwargs, result, mutated, key)
@@ -250,7 +260,7 @@ class Recorder(TorchFunctionMode):
         for position, tensor in enumerate(made):
             if id(tensor) in changed or id(tensor) in by_id:
                 continue
-            flags = {"live": live, "from_state": state, "routed": routed and not _is_float(tensor)}
+            flags: dict[str, Any] = {"live": live, "from_state": state, "routed": routed and not _is_float(tensor)}
             outputs.append(self.new_value(tensor, index, position, **flags))
             storage = _storage(tensor)
             if storage not in read_storages:
@@ -265,7 +275,7 @@ class Recorder(TorchFunctionMode):
         return result
 
     def _selects_weights(self, name: str, by_id: dict[int, tuple[int, ...]], args: Any) -> bool:
-        """Whether a call picks rows of something made of parameters by routed indices: what it picks is a weight still."""
+        """Whether a call picks rows of parameters by routed indices: what it picks is a weight still."""
         if name not in _SELECTS or not args or id(args[0]) not in by_id:
             return False
         base = [self.values[v] for v in by_id[id(args[0])]]
@@ -298,10 +308,30 @@ class Recorder(TorchFunctionMode):
 
 
 def record(skeleton: Skeleton, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype) -> tuple[Graph, Any]:
-    """Runs the whole skeleton once and returns the graph and the model's output."""
+    """Runs the whole skeleton and returns the graph and the model's output.
+
+    It runs again if the code writes to parameters (each is replaced by a copy first) or has rebuilt itself on the way.
+    """
+    borrows = dict(skeleton.params)
+    for _ in range(len(borrows) + 3):
+        try:
+            result = _record_once(skeleton, args, kwargs, dtype, borrows)
+        except WritesParameter as write:
+            skeleton.own(write.name)
+            del borrows[write.name]
+            continue
+        if skeleton.settled():
+            break
+    return result
+
+
+def _record_once(
+    skeleton: Skeleton, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype, borrows: dict[str, Tensor]
+) -> tuple[Graph, Any]:
     state = skeleton.fresh_state_of("")
     names = {id(t): name for name, t in state.items()}
-    recorder = Recorder(Precision(dtype, names, valueless=skeleton.valueless))
+    guests = {_storage(t): name for name, t in borrows.items()}
+    recorder = Recorder(Precision(dtype, names, valueless=skeleton.valueless), guests)
     with ExitStack() as stack:
         stack.enter_context(_module_hooks(skeleton, recorder))
         stack.enter_context(torch.no_grad())
@@ -380,6 +410,16 @@ def _position(tensor: Tensor, made: list[Tensor], read: list[Tensor]) -> int:
         if other is tensor:
             return position
     return -1 - next(k for k, other in enumerate(read) if other is tensor)
+
+
+_DUNDERS = {f"__i{op}__" for op in "add sub mul matmul truediv floordiv mod pow and or xor lshift rshift".split()} | {
+    "__setitem__"
+}
+
+
+def writes_in_place(name: str) -> bool:
+    """Whether a call writes to its first argument, by torch's own way of naming."""
+    return (name.endswith("_") and not name.endswith("__")) or name in _DUNDERS
 
 
 def _is_float(tensor: Tensor) -> bool:

@@ -25,7 +25,7 @@ from jacdiag.errors import TraceError
 from jacdiag.trace.calls import Call
 from jacdiag.trace.precision import Precision, Raisings, default_dtype, map_leaves
 from jacdiag.trace.randomness import RandomState, borrowed
-from jacdiag.trace.record import CallKey, Graph, collect, signature
+from jacdiag.trace.record import CallKey, Graph, collect, signature, writes_in_place
 from jacdiag.trace.skeleton import Skeleton
 from jacdiag.trace.sums import term_tensor
 
@@ -151,28 +151,26 @@ class Tap(TorchFunctionMode):
 
 def _is_identity(name: str, result: Any, read: Any) -> bool:
     """Whether a call made nothing new: `x.to(x.dtype)`, dropout in eval mode."""
-    if (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name == "__setitem__":
+    if writes_in_place(name):
         return False
-    made: list[Tensor] = []
-    collect(result, made)
-    given: list[Tensor] = []
-    collect(read, given)
-    ids = {id(t) for t in given}
-    return all(id(t) in ids for t in made)
+    ids = {id(t) for t in _tensors(read)}
+    return all(id(t) in ids for t in _tensors(result))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    collect(value, found)
+    return found
 
 
 def _before(spot: Spot, name: str, args: Any, kwargs: Any) -> Tensor:
     if spot.where is Where.TERM:
         return term_tensor(name, args, kwargs, spot.position)
-    operands: list[Tensor] = []
-    collect((args, kwargs), operands)
-    return operands[spot.position]
+    return _tensors((args, kwargs))[spot.position]
 
 
 def _pick(result: Any, read: Any, position: int) -> Tensor:
-    tensors: list[Tensor] = []
-    collect(result if position >= 0 else read, tensors)
-    return tensors[position if position >= 0 else -1 - position]
+    return _tensors(result)[position] if position >= 0 else _tensors(read)[-1 - position]
 
 
 def _checked(tensor: Tensor, spot: Spot) -> Tensor:
@@ -287,7 +285,8 @@ class Replayer:
         start: RandomState | None = None,
     ) -> Any:  # fmt: skip
         state = self.skeleton.fresh_state_of(module)
-        precision = Precision(self.dtype, {id(t): name for name, t in state.items()}, self.raisings, self.skeleton.valueless)
+        names = {id(t): name for name, t in state.items()}
+        precision = Precision(self.dtype, names, self.raisings, self.skeleton.valueless)
         with ExitStack() as stack:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(default_dtype(self.dtype))

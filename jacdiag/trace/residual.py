@@ -20,8 +20,8 @@ PRODUCTS = frozenset(
     chain_matmul multi_dot""".split()
 )
 # Mix positions without any parameter, as attention would: a branch of their own.
-MIXERS = frozenset(f"fft_{inverse}{kind}" for inverse in ("", "i") for kind in ("fft", "fft2", "fftn", "rfft", "rfft2", "rfftn"))
-REDUCTIONS = frozenset({"mean", "var", "std", "sum", "norm", "vector_norm", "linalg_vector_norm", "var_mean", "std_mean"})
+MIXERS = frozenset(f"fft_{kind}fft{n}" for kind in ("", "i", "r", "ir") for n in ("", "2", "n"))
+REDUCTIONS = frozenset("mean var std sum norm vector_norm linalg_vector_norm var_mean std_mean".split())
 _CARRY = {"to", "float", "double", "half", "bfloat16", "type", "contiguous", "clone", "dropout", "dropout_", "view",
           "reshape", "mul", "__mul__", "__rmul__", "__imul__", "mul_", "div", "__truediv__", "__itruediv__", "div_",
           "identity", "view_as", "reshape_as", "unflatten", "flatten", "transpose", "permute", "T", "mT", "squeeze",
@@ -156,6 +156,8 @@ class Finder:
         if record.name in FORMS:
             terms = [t for t in record.terms or () if any(self.graph.values[v].live for v in t.values)]
             return len(terms) <= 1 and not any(t.product or len(t.values) > 1 for t in terms)
+        if record.name == "batch_norm":  # with running statistics and in eval mode: a gain and a bias per channel
+            return sum(self.graph.values[v].from_state for v in record.inputs) >= 4
         return record.name in _CARRY
 
     def _streams(self, value: int) -> Iterable[int]:
@@ -176,7 +178,7 @@ class Finder:
             stack.extend(fresh)
 
     def _is_branch(self, shortcut: int, term: Term) -> bool:
-        """Whether a product lies on some path from the shortcut, and on every path that carries more than a statistic."""
+        """Whether a product lies on a path from the shortcut, and on every path that carries more than a statistic."""
         if shortcut in term.values or not self.reaches(shortcut, term.values, through_products=True):
             return False
         if term.product:
@@ -233,7 +235,7 @@ class Finder:
     ) -> bool:
         """Whether a differentiable path leads from a value to one of `values` (optionally with no product on it).
 
-        Without `statistics`, paths through a mean or a norm that is one number per token do not count: they carry no shortcut.
+        Without `statistics`, paths through a mean or norm of one number per token do not count: no shortcut fits there.
         """
         floor = self.graph.values[ancestor].node
         shape = self.graph.values[ancestor].shape
@@ -274,7 +276,7 @@ class Finder:
 
     # -- over all --------------------------------------------------------------------------------------------------
     def _streams_that_go_on(self) -> list[Site]:
-        """Leaves out a sum of mixed streams that stands alone: positions mixed by attention look the same, but end there."""
+        """Leaves out a lone sum of mixed streams: positions mixed by attention look the same, but end there."""
 
         def follows(later: Site, earlier: Site) -> bool:
             return earlier.group != later.group and earlier.output in self._carriers(later.shortcut)

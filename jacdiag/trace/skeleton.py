@@ -89,6 +89,16 @@ class Skeleton:
                 state[name[len(start) :]] = self.buffers[first].clone() if tensor is None else tensor
         return state
 
+    def own(self, name: str) -> None:
+        """Makes a copy stand in for a parameter that the code writes to: the guest's own memory is never written."""
+        self.params[name] = self.params[name].clone()
+
+    def settled(self) -> bool:
+        """Whether the last run left the structure as it was; some code swaps its own modules when it first runs."""
+        names = {id(m): name for name, m in self.root.named_modules(remove_duplicate=True)}
+        same, self.names = names == self.names, names
+        return same
+
     def module(self, name: str) -> nn.Module:
         """Returns the copy's submodule of that name ("" is the root)."""
         return self.root.get_submodule(name) if name else self.root

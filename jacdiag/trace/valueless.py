@@ -1,4 +1,4 @@
-"""What structure tells where there are no values (the meta device): norms and token-wise branches, by their operations."""
+"""What structure tells on the meta device, without values: norms and token-wise branches, by their operations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from jacdiag.trace.residual import REDUCTIONS
 
 _ROOTS = {"rsqrt", "sqrt", "norm", "vector_norm", "linalg_vector_norm", "std", "std_mean", "pow", "__pow__"}
 _SCALES = {"mul", "__mul__", "__rmul__", "mul_", "div", "__truediv__", "div_", "__imul__", "__itruediv__"}
-_BETWEEN = {"add", "__add__", "sub", "__sub__", "square", "to", "float", "clamp", "clamp_min", "maximum", "mul", "__mul__"}
+_BETWEEN = {"add", "__add__", "sub", "__sub__", "square", "to", "float", "clamp", "clamp_min", "maximum", "mul",
+            "__mul__"}  # fmt: skip
 _WISE = {"linear", "layer_norm", "rms_norm", "dropout", "relu", "gelu", "silu", "tanh", "sigmoid", "softplus", "elu",
          "leaky_relu", "mish", "relu6", "hardswish", "erf", "exp", "square", "abs", "clamp", "where", "chunk", "split",
          "cat", "__getitem__", "to", "float", "type", "contiguous", "clone", "type_as", "neg", "__neg__", "sub",
@@ -16,7 +17,7 @@ _WISE = {"linear", "layer_norm", "rms_norm", "dropout", "relu", "gelu", "silu", 
 
 
 def looks_like_norm(graph: Graph, node: int) -> tuple[bool, bool]:
-    """Whether a call scales its operand by one number per token, made of a root of a mean; and whether it was centred."""
+    """Whether a call scales its operand by a root of a mean, one number per token; and whether it was centred."""
     record = graph.nodes[node]
     read = [graph.values[v] for v in record.inputs if graph.values[v].live and graph.values[v].is_float]
     shapes = sorted((v.shape for v in read), key=lambda shape: shape[-1:])
