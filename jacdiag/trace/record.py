@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from jacdiag.trace.precision import Precision, default_dtype
+from jacdiag.trace.precision import Precision
 from jacdiag.trace.randomness import RandomState, borrowed
 from jacdiag.trace.skeleton import Skeleton
 from jacdiag.trace.sums import Term, terms_of
@@ -336,7 +336,6 @@ def _record_once(
         stack.enter_context(_module_hooks(skeleton, recorder))
         stack.enter_context(torch.no_grad())
         start = stack.enter_context(borrowed())
-        stack.enter_context(default_dtype(dtype))
         tensors: list[Tensor] = []
         collect_deep((args, kwargs), tensors)
         for tensor in tensors:

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from jacdiag.errors import TraceError
 from jacdiag.trace.calls import Call
-from jacdiag.trace.precision import Precision, Raisings, default_dtype, map_leaves
+from jacdiag.trace.precision import Precision, Raisings, map_leaves
 from jacdiag.trace.randomness import RandomState, borrowed
 from jacdiag.trace.record import CallKey, Graph, collect, signature, writes_in_place
 from jacdiag.trace.skeleton import Skeleton
@@ -289,7 +289,6 @@ class Replayer:
         precision = Precision(self.dtype, names, self.raisings, self.skeleton.valueless)
         with ExitStack() as stack:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            stack.enter_context(default_dtype(self.dtype))
             if start is not None:
                 stack.enter_context(borrowed(start))
             if grad:
