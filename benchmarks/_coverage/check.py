@@ -19,6 +19,7 @@ from jacdiag.spectra import JacobianOperator, independent_dims, spectral_norm
 
 DENSE_PER_KIND, DENSE_LIMIT = 2, 1024
 CLOSE = 1e-5
+INTERPRETING = {"per_layer", "by", "layers", "stacks", "plus", "nested", "told", "not_told"}
 
 
 @dataclass
@@ -32,6 +33,8 @@ class Outcome:
     expected: int = 0
     found: int = 0
     covered: float = 0.0
+    dense: int = 0
+    interpreted: bool = False
     sublayers: list[dict[str, Any]] = field(default_factory=list)
     problems: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -46,6 +49,7 @@ def check(task: str, family: str) -> dict[str, Any]:
         out.status, out.reason = "not built", str(error)
         return asdict(out)
     out.notes = [built.facts["why"]] if "why" in built.facts else []
+    out.interpreted = bool(INTERPRETING & set(built.facts))
     try:
         expected = expected_of(task, built.config, built.facts)
         out.expected = expected.count
@@ -72,7 +76,7 @@ def _compare(out: Outcome, sites: Any, built: Built, expected: Expected) -> None
         out.problems["told"] = "; ".join(wrong)[:400]
     tests: dict[str, Callable[[], str]] = {
         "replay": lambda: _replay(sites), "adjoint": lambda: _adjoint(sites), "whole run": lambda: _whole(sites),
-        "dense": lambda: _dense(built),
+        "dense": lambda: _dense(built, out),
     }  # fmt: skip
     for name, test in tests.items():
         try:
@@ -127,7 +131,7 @@ def _whole(sites: Any) -> str:
     return "; ".join(f"{name} {error:.1e}" for name, error in errors.items() if not error <= CLOSE)
 
 
-def _dense(built: Built) -> str:
+def _dense(built: Built, out: Outcome) -> str:
     """The interval of two sub-layers of each kind against the singular values of the whole Jacobian, all in float64."""
     wrong: list[str] = []
     seen: dict[tuple[str, str], int] = {}
@@ -136,6 +140,7 @@ def _dense(built: Built) -> str:
         seen[key] = seen.get(key, 0) + 1
         if seen[key] > DENSE_PER_KIND or site.shortcut.numel() > DENSE_LIMIT:
             continue
+        out.dense += 1
         truth = _dense_norm(site)
         operator = JacobianOperator(site.branch, site.shortcut, ())
         generator = torch.Generator().manual_seed(0)
