@@ -35,7 +35,8 @@ def options() -> argparse.Namespace:
 def lost(job: tuple[str, str], reason: str) -> dict[str, Any]:
     """The result of a family whose worker was cut off."""
     return {"task": job[0], "family": job[1], "status": "failed", "reason": reason, "expected": 0, "found": 0,
-            "covered": 0.0, "dense": 0, "interpreted": False, "sublayers": [], "problems": {"time": reason}, "notes": []}  # fmt: skip
+            "covered": 0.0, "dense": 0, "interpreted": False,
+            "sublayers": [], "problems": {"time": reason}, "notes": []}  # fmt: skip
 
 
 def main() -> None:

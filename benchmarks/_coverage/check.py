@@ -137,9 +137,9 @@ def _dense(built: Built, out: Outcome) -> str:
     seen: dict[tuple[str, str], int] = {}
     for site in jacdiag.sites(built.model, dtype=torch.float64, **built.inputs):
         key = (site.kind, site.placement)
-        seen[key] = seen.get(key, 0) + 1
-        if seen[key] > DENSE_PER_KIND or site.shortcut.numel() > DENSE_LIMIT:
+        if seen.get(key, 0) == DENSE_PER_KIND or site.shortcut.numel() > DENSE_LIMIT:
             continue
+        seen[key] = seen.get(key, 0) + 1
         out.dense += 1
         truth = _dense_norm(site)
         operator = JacobianOperator(site.branch, site.shortcut, ())

@@ -26,9 +26,9 @@ def page(rows: Sequence[dict[str, Any]], versions: dict[str, str]) -> str:
         "whatever the batch size, the grad mode and the train flag.",
         "",
         f"{sum(r['interpreted'] for r in ran)} families have counts or kinds that the config alone does not tell; "
-        "`benchmarks/_coverage/families.toml` says how they are read, and where each family's norms stand. Those entries "
-        "were written from the models' code with the disagreements of earlier runs in hand: they are a second reading, "
-        "not a blind one. Dense Jacobians are compared for up to two sub-layers of each kind and placement with at most "
+        "`benchmarks/_coverage/families.toml` says how to read them and where each family's norms stand. These entries "
+        "were written from the models' code with the disagreements of earlier runs in hand: a second reading, not a "
+        "blind one. Dense Jacobians are compared for up to two sub-layers of each kind and placement with at most "
         f"1024 entries in the shortcut, {sum(r['dense'] for r in ran)} in all; {_without_dense(ran)}",
         "",
         *_totals(ran),
