@@ -14,7 +14,7 @@ from jacdiag.report.schema import Growth, Interval, NetworkRecord, SublayerRecor
 from jacdiag.spectra import JacobianOperator, independent_dims, top_singular
 from jacdiag.trace import Sites, Sublayer
 from jacdiag.trace.record import collect_deep
-from jacdiag.trace.replay import Spot, Where
+from jacdiag.trace.tap import Spot, Where
 
 
 @dataclass(frozen=True)
@@ -171,13 +171,14 @@ def _exponent(first: float, last: float, layers: int) -> float | None:
 def verify_replay(sites: Sites, seed: int = 0) -> dict[str, float]:
     """Compares J^T w of every branch with that of a whole-model re-run; returns the relative error by name.
 
-    In the whole-model run each shortcut is cut into a leaf, so that one forward and one backward through each branch
-    suffice. A recorded cache, or a value that reaches the branch past its shortcut, shows here and nowhere else.
+    In the whole-model run each shortcut is a tensor to differentiate by, so that one forward and one backward through
+    each branch suffice. A recorded cache, or a value that reaches the branch past its shortcut, shows here alone.
     """
     chosen = [k for k, site in enumerate(sites) if not site.nested]
     raw = sites.raw
     leaves: dict[int, Tensor] = {}
     pulled: dict[int, Tensor] = {}
+    cut_off: set[int] = set()  # branches that the model runs under no_grad
     cuts = {raw[k].shortcut: sites.replayer.spot_of(raw[k].shortcut, 0) for k in chosen}
     terms = {k: sites.replayer.end_of(raw[k], 0) for k in chosen}
     keys: dict[int, tuple[str, int]] = {id(s): ("cut", v) for v, s in cuts.items()}
@@ -187,10 +188,12 @@ def verify_replay(sites: Sites, seed: int = 0) -> dict[str, float]:
         kind, key = keys[id(spot)]
         if kind == "term":  # at once: code that adds in place spoils the graph a moment later
             leaf = leaves.get(raw[key].shortcut)
-            if leaf is not None:
+            if leaf is not None and (key not in pulled or key in cut_off):
                 pulled[key] = _pull(tensor, leaf, _cotangent(sites[key], seed).reshape(tensor.shape))
+                (cut_off.discard if tensor.requires_grad else cut_off.add)(key)
             return tensor
-        leaves[key] = tensor.detach().requires_grad_()
+        # A shortcut may lie on another's way into its branch (a norm of the stream with a branch of its own).
+        leaves[key] = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
         return leaves[key].clone()
 
     replaced: dict[int, Tensor] = {}
@@ -201,6 +204,8 @@ def verify_replay(sites: Sites, seed: int = 0) -> dict[str, float]:
     spots = [s for s in (*cuts.values(), *terms.values()) if s.where is not Where.ARGUMENT]
     with torch.enable_grad(), sites.replayer.whole_graph():
         sites.replayer.tapped(spots, visit, replaced=replaced)
+        if cut_off:
+            sites.replayer.tapped(spots, visit, replaced=replaced, grad=True)
     errors = {}
     for k in chosen:
         site, mine = sites[k], pulled.get(k)

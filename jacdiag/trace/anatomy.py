@@ -6,16 +6,18 @@ A norm is recognised by what it does, not by its name: its output does not chang
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from jacdiag.trace.record import Graph
-from jacdiag.trace.replay import Replayer, Spot, Where
+from jacdiag.trace.replay import Replayer
 from jacdiag.trace.residual import Finder, Site
+from jacdiag.trace.tap import Spot, Where
+from jacdiag.trace.valueless import looks_like_norm
 
 FUSED_NORMS = {"layer_norm", "rms_norm"}
 
@@ -139,19 +141,17 @@ class Anatomist:
     def _unfused_after(
         self, owner: int, source: Spot, x: Tensor, points: list[int], cone: tuple[int, ...]
     ) -> tuple[Norm, Spot] | None:
-        suspects = [b for a, b in pairwise(points) if self._may_normalise(a, b, cone)]
-        if not suspects:
-            return None
-        entry = self.replayer.spot_of(self.graph.nodes[points[0]].outputs[0], owner)
-        h = self.replayer.run(owner, source, x, entry)
-        for node in points[1:]:
-            if reads_state(self.graph, node):
-                return None
-            if node not in suspects:
-                continue
-            norm = self._norm(owner, entry, h, node, Where.RESULT)
-            if norm is not None:
-                return norm, entry
+        suspects = [(a, b) for a, b in itertools.pairwise(points) if self._may_normalise(a, b, cone)]
+        state = next((n for n in points[1:] if reads_state(self.graph, n)), len(self.graph.nodes))
+        suspects = [(a, b) for a, b in suspects if b < state]
+        for start in dict.fromkeys([points[0], *(a for a, _ in suspects)]):  # routed rows are no tokens until summed
+            later = [b for a, b in suspects if a >= start]
+            entry = self.replayer.spot_of(self.graph.nodes[start].outputs[0], owner)
+            h = self.replayer.run(owner, source, x, entry) if later else x
+            for node in later:
+                norm = self._norm(owner, entry, h, node, Where.RESULT)
+                if norm is not None:
+                    return norm, entry
         return None
 
     def _norm(self, owner: int, source: Spot, x: Tensor, node: int, where: Where) -> Norm | None:
@@ -165,18 +165,35 @@ class Anatomist:
             z = normalise(x)
             if z.numel() != x.numel() or not z.is_floating_point():
                 return None
+            if x.is_meta:
+                return self._norm_by_structure(x, z, spot, normalise, node)
             if where is Where.NORMALISED:
                 return self._factor(x, z, spot, normalise)
             unit = 2.0**12 / x.double().square().mean().sqrt().clamp_min(1e-30).item()  # eps must not count
             big, bigger = (normalise(x * (unit * k)) for k in (1, 2))
         return self._factor(x, z, spot, normalise) if _close(big, bigger, 1e-3) else None
 
+    def _norm_by_structure(
+        self, x: Tensor, z: Tensor, spot: Spot, normalise: Callable[[Tensor], Tensor], node: int
+    ) -> Norm | None:
+        """A norm as its operations show it, without values; its gain is not known."""
+        name = self.graph.nodes[node].name
+        found, centred = (True, name == "layer_norm") if name in FUSED_NORMS else looks_like_norm(self.graph, node)
+        return Norm(spot, normalise, z, z.new_empty(z.shape[:-1]), centred) if found else None
+
     def _factor(self, x: Tensor, z: Tensor, spot: Spot, normalise: Callable[[Tensor], Tensor]) -> Norm | None:
-        """Checks that z is the (centred) x times one number per token, and returns the numbers."""
-        for centred in (True, False):
-            base = x.double() - x.double().mean(-1, keepdim=True) if centred else x.double()
+        """Checks that z is the (centred) x times one number per token, and returns the numbers.
+
+        A norm of channels-first data works on a transposed x: its features are not in the last dimension of x.
+        """
+        tiny = torch.finfo(torch.float64).tiny
+        for dim, centred in itertools.product(range(x.dim() - 1, -1, -1), (True, False)):
+            base = x.double().movedim(dim, -1)
+            if dim != x.dim() - 1 and base.shape != z.shape:
+                continue
+            base = base - base.mean(-1, keepdim=True) if centred else base
             flat = z.double().reshape(base.shape)
-            gain = (flat * base).sum(-1) / (base * base).sum(-1).clamp_min(torch.finfo(torch.float64).tiny)
+            gain = (flat * base).sum(-1) / (base * base).sum(-1).clamp_min(tiny)
             if _close(gain.unsqueeze(-1) * base, flat, 1e-3):
                 return Norm(spot, normalise, z, gain.abs(), centred)
         return None

@@ -55,13 +55,23 @@ def kind_of(graph: Graph, finder: Finder, site: Site, home: int, token_wise: Cal
             if home in set(graph.ancestors(graph.nodes[n].invocation))}  # fmt: skip
     if names & _ATTENTION or ("softmax" in names and any(_is_bilinear(graph, n) for n in calls)):
         return "attention"
-    products = [graph.nodes[n].name for n in site.calls if finder.is_product(n)]
-    if products and all(name in _CONV for name in products):
+    products = [n for n in site.calls if finder.is_product(n)]
+    if products and all(graph.nodes[n].name in _CONV for n in products) and not all(map(_pointwise(graph), products)):
         return "conv"
     wise = token_wise()
     if span & _ROUTING or names & _ROUTING:
         return "moe" if wise is not False else "mixer"
     return "other" if wise is None else "mlp" if wise else "mixer"
+
+
+def _pointwise(graph: Graph) -> Callable[[int], bool]:
+    """Whether a convolution has a kernel of one position: a linear map of each token, written channels first."""
+
+    def test(node: int) -> bool:
+        weights = [graph.values[v] for v in graph.nodes[node].inputs if not graph.values[v].live]
+        return any(len(w.shape) >= 3 and set(w.shape[2:]) == {1} for w in weights)
+
+    return test
 
 
 def _is_bilinear(graph: Graph, node: int) -> bool:

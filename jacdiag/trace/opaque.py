@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import random
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.utils.checkpoint
 from torch import nn
@@ -64,19 +62,6 @@ def first_reader(graph: Graph, value: int, invocation: int) -> int | None:
         if (node < end or end < 0) and not graph.nodes[node].function and value in graph.nodes[node].operands:
             return node
     return None
-
-
-@contextmanager
-def random_streams_kept() -> Iterator[None]:
-    """Gives back every random stream as it was: torch's on all devices, Python's, NumPy's."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
 
 
 @contextmanager

@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from jacdiag.trace.record import collect
+from jacdiag.trace.record import collect, writes_in_place
 
 
 def is_identity(name: str, result: Any, read: Any) -> bool:
     """Whether a call made nothing new: `x.to(x.dtype)`, dropout in eval mode."""
-    if (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name == "__setitem__":
+    if writes_in_place(name):
         return False
     made: list[Tensor] = []
     collect(result, made)

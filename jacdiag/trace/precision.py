@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jacdiag.trace.known import KnownValues
+
 _RANK = {torch.bfloat16: 0, torch.float16: 0, torch.float32: 1, torch.float64: 2}
 _LOOKUPS = {"embedding"}
 _GROUPED = {"_grouped_mm", "grouped_mm"}
@@ -58,6 +60,17 @@ class Raisings:
         return raised.as_strided(*layout)
 
 
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, what names no dtype is made in this one."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 class Precision:
     """Raises tensors of a state to `dtype` as calls read them.
 
@@ -65,9 +78,13 @@ class Precision:
         dtype: torch.float32 or torch.float64.
         state: id of a state tensor -> its name; only these are raised on sight.
         raisings: told of every tensor of the state that is raised.
+        valueless: the state is on the meta device.
     """
 
-    def __init__(self, dtype: torch.dtype, state: Mapping[int, str], raisings: Raisings | None = None) -> None:
+    def __init__(
+        self, dtype: torch.dtype, state: Mapping[int, str], raisings: Raisings | None = None, valueless: bool = False
+    ) -> None:
+        self.known = KnownValues() if valueless else None
         self.dtype = dtype
         self.state = state
         self.raisings = raisings
@@ -93,9 +110,14 @@ class Precision:
         args, kwargs = map_leaves(self._argument, args), map_leaves(self._argument, kwargs)
         if name in _GROUPED and self.dtype is torch.float64:
             return grouped_mm(*args, **kwargs)
+        if self.known is not None:
+            return self.known.call(func, args, kwargs)
         try:
             return func(*args, **kwargs)
         except RuntimeError as error:
+            if "overflow" in str(error) and self.dtype is torch.float64:
+                with default_dtype(self.dtype):  # torch.full((), finfo(x.dtype).min)
+                    return func(*args, **kwargs)
             if "dtype" not in str(error):
                 raise
             args, kwargs = self.raised(args, kwargs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from jacdiag.trace.opaque import custom_function, plain_run, unseen_code
 from jacdiag.trace.precision import Precision
+from jacdiag.trace.randomness import RandomState, borrowed
 from jacdiag.trace.skeleton import Skeleton
 from jacdiag.trace.sums import Term, terms_of
 
@@ -36,7 +37,8 @@ class Value:
     """One version of one tensor.
 
     `node` is the call that made it, or INPUT, STATE, CONSTANT; `position` tells it from the call's other results, and
-    is negative (-1 - k) for an argument that was written to and not returned.
+    is negative (-1 - k) for an argument that was written to and not returned. `live` values depend on the model's
+    input; a `routed` one is an index or a mask that was computed from live floats.
     """
 
     index: int
@@ -47,6 +49,7 @@ class Value:
     name: str = ""
     live: bool = False
     from_state: bool = False
+    routed: bool = False
     mutated: bool = False
     consumers: list[int] = field(default_factory=list)
 
@@ -99,6 +102,7 @@ class Graph:
     outputs: tuple[int, ...]
     used_state: set[str]
     foreign: list[str] = field(default_factory=list)
+    start: RandomState | None = None  # where the generators stood; None if the forward drew nothing
 
     @cached_property
     def calls_by_key(self) -> dict[CallKey, list[int]]:
@@ -134,6 +138,9 @@ _METADATA_ONLY = {name for name in _CUTS if name.endswith("_like") or name.start
 _FIRST_ONLY = {"expand_as", "view_as", "reshape_as", "type_as", "to"}  # of the others they read the shape or dtype
 
 
+_SELECTS = {"__getitem__", "index_select", "gather", "take", "take_along_dim"}
+
+
 def signature(func: Callable[..., Any], depth: int = 2) -> CallKey:
     """Names a call by its function and the source line that made it: stable from run to run, unlike its number."""
     frame = sys._getframe(depth)
@@ -153,12 +160,20 @@ def user_line(depth: int = 2) -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
+class WritesParameter(BaseException):
+    """Unwinds a run that is about to write to a parameter. Not an Exception: guests catch those."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
 class Recorder(TorchFunctionMode):
     """Numbers calls and values of one forward. Use `record`."""
 
-    def __init__(self, precision: Precision) -> None:
+    def __init__(self, precision: Precision, guests: dict[int, str] | None = None) -> None:
         super().__init__()
         self.precision = precision
+        self.guests = guests or {}  # storage -> name of the parameters that are the guest's own memory
         self.nodes: list[Node] = []
         self.values: list[Value] = []
         self.invocations: list[Invocation] = []
@@ -222,6 +237,8 @@ class Recorder(TorchFunctionMode):
         collect(kwargs, tensors)
         before = [_version(t) for t in tensors]
         key = signature(func)
+        if tensors and writes_in_place(key[0]) and (name := self.guests.get(_storage(tensors[0]))):
+            raise WritesParameter(name)
         result = self.precision.call(func, args, kwargs)
         mutated = [t for t, version in zip(tensors, before, strict=True) if _version(t) != version]
         return self._note(func, args, kwargs, result, mutated, key)
@@ -244,6 +261,9 @@ class Recorder(TorchFunctionMode):
         metadata = name in _METADATA_ONLY
         live = not metadata and any(self.values[v].live for v in inputs)
         state = not metadata and any(self.values[v].from_state for v in inputs)
+        routed = any(self.values[v].routed or (self.values[v].live and self.values[v].is_float) for v in inputs)
+        if live and self._selects_weights(name, by_id, args):
+            live = False
         node = Node(index, name, key, inputs, (), self.stack[-1] if self.stack else 0)
         node.operands = tuple(by_id[id(t)][-1] for t in read)
         node.function = custom_function()
@@ -256,7 +276,8 @@ class Recorder(TorchFunctionMode):
         for position, tensor in enumerate(made):
             if id(tensor) in changed or id(tensor) in by_id:
                 continue
-            outputs.append(self.new_value(tensor, index, position, live=live, from_state=state))
+            flags: dict[str, Any] = {"live": live, "from_state": state, "routed": routed and not _is_float(tensor)}
+            outputs.append(self.new_value(tensor, index, position, **flags))
             storage = _storage(tensor)
             if storage not in read_storages:
                 self._storages[storage] = outputs[-1]
@@ -268,6 +289,14 @@ class Recorder(TorchFunctionMode):
             if node.terms:
                 node.line = user_line(3)
         return result
+
+    def _selects_weights(self, name: str, by_id: dict[int, tuple[int, ...]], args: Any) -> bool:
+        """Whether a call picks rows of parameters by routed indices: what it picks is a weight still."""
+        if name not in _SELECTS or not args or id(args[0]) not in by_id:
+            return False
+        base = [self.values[v] for v in by_id[id(args[0])]]
+        rest = [self.values[v] for t, found in by_id.items() if t != id(args[0]) for v in found]
+        return not any(v.live for v in base) and not any(v.live and (v.is_float or not v.routed) for v in rest)
 
     def _write(self, tensor: Tensor, node: int, position: int, live: bool, state: bool) -> int:
         """Notes an in-place write: a new version of the object, and of whatever shares its storage."""
@@ -299,23 +328,48 @@ AnyRecorder = TypeVar("AnyRecorder", bound=Recorder)
 
 
 def record(skeleton: Skeleton, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype) -> tuple[Graph, Any]:
-    """Runs the whole skeleton once and returns the graph and the model's output."""
-    recorder, output = observe(Recorder, skeleton, args, kwargs, dtype)
+    """Runs the whole skeleton and returns the graph and the model's output.
+
+    It runs again if the code writes to parameters (each is replaced by a copy first) or has rebuilt itself on the way.
+    """
+    borrows = dict(skeleton.params)
+    for _ in range(len(borrows) + 3):
+        try:
+            with borrowed() as start:
+                recorder, output = observe(Recorder, skeleton, args, kwargs, dtype, borrows)
+                drew = not start.same_as(RandomState.now())
+        except WritesParameter as write:
+            skeleton.own(write.name)
+            del borrows[write.name]
+            continue
+        if skeleton.settled():
+            break
     made: list[Tensor] = []
     collect_deep(output, made)
     outputs = tuple(recorder.lookup(t)[-1] for t in made)
     own = skeleton.attribute_tensors()
     foreign = list(dict.fromkeys(line for tensor, line in recorder.foreign if id(tensor) not in own))
-    return Graph(recorder.nodes, recorder.values, recorder.invocations, outputs, recorder.used_state, foreign), output
+    calls, started = recorder.invocations, start if drew else None
+    return Graph(recorder.nodes, recorder.values, calls, outputs, recorder.used_state, foreign, started), output
 
 
 def observe(
-    kind: type[AnyRecorder], skeleton: Skeleton, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype
-) -> tuple[AnyRecorder, Any]:
-    """Runs the whole skeleton once under a recorder; returns it and the model's output."""
+    kind: type[AnyRecorder], skeleton: Skeleton, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype,
+    borrows: Mapping[str, Tensor] | None = None,
+) -> tuple[AnyRecorder, Any]:  # fmt: skip
+    """Runs the whole skeleton once under a recorder; returns it and the model's output.
+
+    Args:
+        borrows: the guest's own parameters, which must not be written to.
+
+    Raises:
+        WritesParameter: the code writes to one of `borrows`.
+    """
     skeleton.restore()
     state = skeleton.fresh_state_of("")
-    recorder = kind(Precision(dtype, {id(t): name for name, t in state.items()}))
+    names = {id(t): name for name, t in state.items()}
+    guests = {_storage(t): name for name, t in (borrows or {}).items()}
+    recorder = kind(Precision(dtype, names, valueless=skeleton.valueless), guests)
     with ExitStack() as stack:
         stack.enter_context(_module_hooks(skeleton, recorder))
         stack.enter_context(torch.no_grad())
@@ -390,6 +444,20 @@ def _position(tensor: Tensor, made: list[Tensor], read: list[Tensor]) -> int:
         if other is tensor:
             return position
     return -1 - next(k for k, other in enumerate(read) if other is tensor)
+
+
+_DUNDERS = {f"__i{op}__" for op in "add sub mul matmul truediv floordiv mod pow and or xor lshift rshift".split()} | {
+    "__setitem__"
+}
+
+
+def writes_in_place(name: str) -> bool:
+    """Whether a call writes to its first argument, by torch's own way of naming."""
+    return (name.endswith("_") and not name.endswith("__")) or name in _DUNDERS
+
+
+def _is_float(tensor: Tensor) -> bool:
+    return tensor.dtype.is_floating_point or tensor.dtype.is_complex
 
 
 def _storage(tensor: Tensor) -> int:

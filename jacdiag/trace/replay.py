@@ -9,8 +9,6 @@ place; a mismatch raises.
 
 from __future__ import annotations
 
-import enum
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -19,154 +17,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from jacdiag.errors import TraceError
 from jacdiag.trace.calls import Call
-from jacdiag.trace.opaque import first_reader, modules_with_functions, plain_run, random_streams_kept
-from jacdiag.trace.operands import is_identity, operand_at, pick
-from jacdiag.trace.precision import Precision, Raisings, map_leaves
-from jacdiag.trace.record import CallKey, Graph, signature
+from jacdiag.trace.opaque import first_reader, modules_with_functions, plain_run
+from jacdiag.trace.precision import Precision, Raisings
+from jacdiag.trace.randomness import RandomState, borrowed
+from jacdiag.trace.record import CallKey, Graph
 from jacdiag.trace.residual import Site
 from jacdiag.trace.skeleton import Skeleton
-from jacdiag.trace.sums import term_tensor
-
-
-class Stop(BaseException):
-    """Unwinds the model's code once the wanted value is known. Not an Exception: guests catch those."""
-
-    def __init__(self, value: Tensor) -> None:
-        self.value = value
-
-
-class Where(enum.Enum):
-    """How a value is met: among the arguments, as a call's result, or at a call about to run."""
-
-    ARGUMENT = "argument"
-    RESULT = "result"
-    TERM = "term of an addition"
-    OPERAND = "operand"
-    READ = "operand, where it may be replaced"
-    NORMALISED = "result of a fused norm, without its gain"
-
-
-@dataclass(frozen=True)
-class Spot:
-    """A place in the run of one module call: the `occurrence`-th call with this key, and which of its tensors."""
-
-    where: Where
-    key: CallKey | None = None
-    occurrence: int = 0
-    position: int = 0
-    shape: tuple[int, ...] = ()
-
-    def __str__(self) -> str:
-        return f"{self.key[1]}:{self.key[2]}" if self.key else "the arguments"
-
-
-Visit = Callable[[Spot, Tensor], Tensor]
-
-
-class Tap(TorchFunctionMode):
-    """Shows chosen values to `visit` as a run meets them; what it returns for a result takes the result's place.
-
-    A replaced result also stands in for the original object wherever later calls name it, because in-place code
-    (`x.add_(f(x))`) goes on with the object, not with what the call returned.
-    """
-
-    def __init__(self, precision: Precision, spots: Iterable[Spot], visit: Visit) -> None:
-        super().__init__()
-        self.precision, self.visit = precision, visit
-        self.counts: Counter[CallKey] = Counter()
-        self.spots: dict[CallKey, dict[int, list[Spot]]] = {}
-        for spot in spots:
-            if spot.key is not None:
-                self.spots.setdefault(spot.key, {}).setdefault(spot.occurrence, []).append(spot)
-        self.shadows: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self.shadows:
-            args, kwargs = map_leaves(self._shadowed, args), map_leaves(self._shadowed, kwargs)
-        name = getattr(func, "__name__", "")
-        if name in ("__get__", "__set__", "__delete__"):
-            result = self.precision.call(func, args, kwargs)
-            return self._after(signature(func), result, args, func) if isinstance(result, Tensor) else result
-        key = signature(func)
-        args, kwargs = self._replaced(key, args, kwargs)
-        for spot in self._here(key):
-            if spot.where in (Where.TERM, Where.OPERAND):
-                read = self.precision.raised(args, kwargs)
-                term = spot.where is Where.TERM
-                found = term_tensor(name, *read, spot.position) if term else operand_at(*read, spot.position)
-                self.visit(spot, _checked(found, spot))
-        return self._after(key, self.precision.call(func, args, kwargs), (args, kwargs), func)
-
-    def _replaced(self, key: CallKey, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """Shows operands that are met here for the first time; what `visit` returns takes their place from now on."""
-        for spot in self._here(key):
-            if spot.where is Where.READ:
-                found = _checked(operand_at(args, kwargs, spot.position), spot)
-                new = self.visit(spot, found)
-                if new is not found:
-                    self.shadows[id(found)] = (found, new)
-                    args, kwargs = map_leaves(self._shadowed, args), map_leaves(self._shadowed, kwargs)
-        return args, kwargs
-
-    def _here(self, key: CallKey) -> list[Spot]:
-        places = self.spots.get(key)
-        return places.get(self.counts[key], []) if places else []
-
-    def _after(self, key: CallKey, result: Any, read: Any, func: Any) -> Any:
-        places = self.spots.get(key)
-        if places is None:
-            return result
-        if is_identity(key[0], result, read):
-            return result  # the record does not count these either
-        here = places.get(self.counts[key], ())
-        self.counts[key] += 1
-        for spot in here:
-            if spot.where is Where.NORMALISED:
-                found = pick(result, read, 0)
-                new = self._through_norm(spot, found, func, read)
-            elif spot.where is Where.RESULT:
-                found = _checked(pick(result, read, spot.position), spot)
-                new = self.visit(spot, found)
-            else:
-                continue
-            if new is not found:
-                self.shadows[id(found)] = (found, new)
-                result = map_leaves(self._shadowed, result)
-        return result
-
-    def _through_norm(self, spot: Spot, found: Tensor, func: Any, read: Any) -> Tensor:
-        """Shows the normalised value before the learned gain; a replacement gets gain and bias again."""
-        args, kwargs = read
-        bound = dict(zip(("input", "normalized_shape", "weight", "bias", "eps"), args, strict=False)) | kwargs
-        if func.__name__ == "rms_norm":
-            bound = dict(zip(("input", "normalized_shape", "weight", "eps"), args, strict=False)) | kwargs
-        weight, bias = bound.pop("weight", None), bound.pop("bias", None)
-        plain = self.precision.call(func, (), bound)
-        new = self.visit(spot, plain)
-        if new is plain:
-            return found
-        weight, bias = (None if t is None else t.to(new.dtype) for t in (weight, bias))
-        new = new if weight is None else new * weight
-        return new if bias is None else new + bias
-
-    def _shadowed(self, leaf: Any) -> Any:
-        pair = self.shadows.get(id(leaf))
-        return pair[1] if pair is not None and pair[0] is leaf else leaf
-
-
-def _checked(tensor: Tensor, spot: Spot) -> Tensor:
-    if spot.shape and tuple(tensor.shape) != spot.shape:
-        raise TraceError(
-            f"a re-run met another value than the record at {spot}",
-            got=f"shape {tuple(tensor.shape)} instead of {spot.shape}",
-            hint="the model's control flow depends on the values; try another --seed",
-        )
-    return tensor
+from jacdiag.trace.tap import Spot, Stop, Tap, Visit, Where
 
 
 @dataclass
@@ -178,6 +38,7 @@ class Replayer:
     dtype: torch.dtype
     root: Call
     calls: dict[int, Call] = field(default_factory=dict)
+    starts: dict[int, RandomState] = field(default_factory=dict)  # of calls, where the model draws random numbers
     raisings: Raisings = field(default_factory=Raisings)
 
     @cached_property
@@ -223,6 +84,12 @@ class Replayer:
 
     def run(self, invocation: int, source: Spot, x: Tensor, sink: Spot) -> Tensor:
         """Runs a module call with `x` at `source`, returns the value at `sink`. Raises TraceError if it is not met."""
+        y = self._run(invocation, source, x, sink)
+        if x.requires_grad and not y.requires_grad and torch.is_grad_enabled():
+            y = self._run(invocation, source, x, sink, grad=True)  # the model's code ran it under no_grad
+        return y
+
+    def _run(self, invocation: int, source: Spot, x: Tensor, sink: Spot, grad: bool = False) -> Tensor:
         call = self.calls[invocation]
         value = x.clone()  # the guest may write in place; a leaf must not be written to
         met = source.where is Where.ARGUMENT
@@ -236,8 +103,7 @@ class Replayer:
 
         args, kwargs = call.arguments({source.position: value} if met else None)
         try:
-            with random_streams_kept():
-                self._execute(call.module, args, kwargs, (source, sink), visit)
+            self._execute(call.module, args, kwargs, (source, sink), visit, grad, self.starts.get(invocation))
         except Stop as stop:
             if met:
                 return stop.value
@@ -252,6 +118,7 @@ class Replayer:
         visit: Visit,
         hook: Callable[..., None] | None = None,
         replaced: Mapping[int, Tensor] | None = None,
+        grad: bool = False,
     ) -> Any:
         """Runs the whole model once with taps and returns its output.
 
@@ -259,6 +126,7 @@ class Replayer:
             spots, visit: what to show to `visit` on the way.
             hook: sees (module, args, kwargs) of every module call.
             replaced: value -> tensor: inputs of the model to replace.
+            grad: differentiate also what the model's code runs under no_grad.
         """
         root = self.calls.get(0, self.root)
         args, kwargs = root.arguments(replaced)
@@ -267,20 +135,27 @@ class Replayer:
             if hook is not None:
                 modules = self.skeleton.root.modules()
                 handles = [m.register_forward_pre_hook(hook, prepend=True, with_kwargs=True) for m in modules]
-            return self._execute("", args, kwargs, spots, visit)
+            return self._execute("", args, kwargs, spots, visit, grad, self.graph.start)
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _execute(self, module: str, args: Any, kwargs: Any, spots: Iterable[Spot], visit: Visit) -> Any:
+    def _execute(
+        self, module: str, args: Any, kwargs: Any, spots: Iterable[Spot], visit: Visit, grad: bool = False,
+        start: RandomState | None = None,
+    ) -> Any:  # fmt: skip
         self.skeleton.restore()
         state = self.skeleton.fresh_state_of(module)
         if module in self.with_functions:  # their backwards read the weights as they were given to them
             state = {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in state.items()}
-        precision = Precision(self.dtype, {id(t): name for name, t in state.items()}, self.raisings)
+        names = {id(t): name for name, t in state.items()}
+        precision = Precision(self.dtype, names, self.raisings, self.skeleton.valueless)
         with ExitStack() as stack:
             stack.enter_context(plain_run())
-            stack.enter_context(Tap(precision, spots, visit))
+            stack.enter_context(borrowed(start))
+            if grad:
+                stack.enter_context(torch.enable_grad())  # also puts the mode back
+            stack.enter_context(Tap(precision, spots, visit, grad))
             return torch.func.functional_call(self.skeleton.module(module), state, args, kwargs, strict=False)
 
     def capture(
@@ -305,6 +180,8 @@ class Replayer:
         def hook(module: Any, args: Any, kwargs: Any) -> None:
             nonlocal count
             if count in invocations:
+                if graph.start is not None:
+                    self.starts[count] = RandomState.now()
                 record = graph.invocations[count]
                 with torch._C.DisableTorchFunction():
                     self.calls[count] = Call.take(record.module, args, kwargs, record.arguments, mutated)

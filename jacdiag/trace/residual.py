@@ -12,13 +12,8 @@ from dataclasses import dataclass, replace
 
 from jacdiag.trace.record import Graph
 from jacdiag.trace.sums import FORMS, Term
+from jacdiag.trace.walks import Walks
 
-PRODUCTS = frozenset(
-    """linear matmul mm bmm addmm addmm_ baddbmm baddbmm_ einsum __matmul__ __rmatmul__ conv1d conv2d conv3d
-    conv_transpose1d conv_transpose2d conv_transpose3d bilinear multi_head_attention_forward _grouped_mm
-    grouped_mm _scaled_mm tensordot inner mv addmv gru_cell lstm_cell rnn_tanh_cell rnn_relu_cell gru lstm
-    chain_matmul multi_dot""".split()
-)
 _CELLS = {"gru_cell", "lstm_cell", "rnn_tanh_cell", "rnn_relu_cell"}
 _CARRY = {"to", "float", "double", "half", "bfloat16", "type", "contiguous", "clone", "dropout", "dropout_", "view",
           "reshape", "mul", "__mul__", "__rmul__", "__imul__", "mul_", "div", "__truediv__", "__itruediv__", "div_",
@@ -66,13 +61,14 @@ class Site:
         return (*self.cone, self.addition) if self.term.product else self.cone
 
 
-class Finder:
+class Finder(Walks):
     """Finds the sites of one graph. Each addition costs a walk over its own cone only."""
 
     def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+        super().__init__(graph)
         self.sites: list[Site] = []
         self.hidden: list[tuple[int, int, int]] = []  # (addition in a custom Function, shortcut, branch)
+        self._mixed: set[int] = set()  # groups whose shortcut enters the sum through a mixing of streams
 
     def find(self) -> list[Site]:
         for node in self.graph.nodes:
@@ -82,7 +78,8 @@ class Finder:
                 self._note_cell(node.index)
             elif node.terms is not None:
                 self._consider(node.index)
-        return self.sites
+        self.sites = self._streams_that_go_on()
+        return self._within_their_branch()
 
     def arrange(self, sites: list[Site]) -> list[Site]:
         """In the order of the stream, those inside others marked."""
@@ -130,6 +127,8 @@ class Finder:
         claimed = {(s.addition, s.position) for s in self.sites}
         group = next((s.group for s in self.sites if s.shortcut == shortcut and (s.addition, s.position) in
                       {(a, k) for a, k, _ in branches}), len(self.sites))  # fmt: skip
+        if term.operand is not None and shortcut not in self.carriers(term.operand):
+            self._mixed.add(group)
         output = self.graph.nodes[node].outputs[0]
         self.sites = [replace(s, output=output) if s.group == group else s for s in self.sites]
         for addition, position, term in (b for branch in branches for b in self._split(shortcut, branch)):
@@ -175,11 +174,16 @@ class Finder:
             value = live[0]
 
     def _carries(self, node: int) -> bool:
-        """Whether a call passes a value on: scaled, cast, reshaped, or with a number added (sum() begins at 0)."""
+        """Whether a call passes a value on: scaled, cast, reshaped, or with a constant added (sum() begins at 0)."""
         record = self.graph.nodes[node]
         if record.name == "__getitem__":  # y[:, :] += f(x)
             return self.graph.values[record.outputs[0]].shape == self.graph.values[record.inputs[0]].shape
-        return record.name in _CARRY or (record.name in FORMS and record.terms is None)
+        if record.name in FORMS:
+            terms = [t for t in record.terms or () if any(self.graph.values[v].live for v in t.values)]
+            return len(terms) <= 1 and not any(t.product or len(t.values) > 1 for t in terms)
+        if record.name == "batch_norm":  # with running statistics and in eval mode: a gain and a bias per channel
+            return sum(self.graph.values[v].from_state for v in record.inputs) >= 4
+        return record.name in _CARRY
 
     def _streams(self, value: int) -> Iterable[int]:
         """Yields the parallel streams (B, T, S, d) that a value mixes by small matrices (hyper-connections)."""
@@ -201,6 +205,8 @@ class Finder:
     def _mixes(self, node: int, shape: tuple[int, ...]) -> bool:
         """Whether a product mixes the streams: by a matrix no larger than their number squared, shape kept."""
         record = self.graph.nodes[node]
+        if record.name.startswith("conv"):  # (B, C, H, W): rows of an image are no streams
+            return False
         read = [self.graph.values[v] for v in record.inputs]
         small = all(math.prod(v.shape) <= shape[-2] ** 2 for v in read if v.from_state and not v.live)
         kept = any(self.graph.values[v].shape == shape for v in record.outputs)
@@ -226,11 +232,14 @@ class Finder:
         return any(v.shape == one for n in cone if self.is_product(n) for v in self.graph.float_inputs(n))
 
     def _is_branch(self, shortcut: int, term: Term) -> bool:
-        if shortcut in term.values:
+        """Whether a product lies on a path from the shortcut, and on every path that carries more than a statistic."""
+        if shortcut in term.values or not self.reaches(shortcut, term.values, through_products=True):
             return False
-        if not term.product and self.reaches(shortcut, term.values, through_products=False):
+        if term.product:
+            return True
+        if self.reaches(shortcut, term.values, through_products=False, statistics=False):
             return False
-        return self.reaches(shortcut, term.values, through_products=True)
+        return any(self.is_product(node) for node in self.cone(shortcut, term.values))
 
     def _expand_one(self, node: int, terms: list[Leaf]) -> list[Leaf] | None:
         """Replaces the first term that is itself a sum made in the same module call by its own terms."""
@@ -264,51 +273,26 @@ class Finder:
             return [branch]
         return [leaf for part in inner for leaf in self._split(shortcut, part)]
 
-    # -- walks -----------------------------------------------------------------------------------------------------
-    def is_product(self, node: int) -> bool:
-        """Whether a call is a matrix product of the stream with something made of parameters alone."""
-        record = self.graph.nodes[node]
-        if record.name not in PRODUCTS:
-            return False
-        values = [self.graph.values[v] for v in record.inputs]
-        return any(v.from_state and not v.live for v in values) and any(v.live and v.is_float for v in values)
-
-    def reaches(self, ancestor: int, values: Iterable[int], *, through_products: bool) -> bool:
-        """Whether a differentiable path leads from a value to one of `values` (optionally with no product on it)."""
-        floor = self.graph.values[ancestor].node
-        stack, seen = list(values), set()
-        while stack:
-            index = stack.pop()
-            if index == ancestor:
-                return True
-            node = self.graph.values[index].node
-            if node <= floor or node < 0 or node in seen:
-                continue
-            seen.add(node)
-            if not through_products and self.is_product(node):
-                continue
-            stack.extend(v.index for v in self.graph.float_inputs(node))
-        return False
-
-    def cone(self, ancestor: int, values: Iterable[int]) -> tuple[int, ...]:
-        """Returns the calls that depend on `ancestor` and lead to `values`, ascending."""
-        floor = self.graph.values[ancestor].node
-        behind: set[int] = set()
-        stack = list(values)
-        while stack:
-            node = self.graph.values[stack.pop()].node
-            if node > floor and node >= 0 and node not in behind:
-                behind.add(node)
-                stack.extend(v.index for v in self.graph.float_inputs(node))
-        live = {ancestor}
-        cone = []
-        for node in sorted(behind):
-            if any(v.index in live for v in self.graph.float_inputs(node)):
-                cone.append(node)
-                live.update(self.graph.nodes[node].outputs)
-        return tuple(cone)
-
     # -- over all --------------------------------------------------------------------------------------------------
+    def _streams_that_go_on(self) -> list[Site]:
+        """Leaves out a lone sum of mixed streams: positions mixed by attention look the same, but end there."""
+
+        def follows(later: Site, earlier: Site) -> bool:
+            return earlier.group != later.group and earlier.output in self.carriers(later.shortcut)
+
+        return [s for s in self.sites if s.group not in self._mixed
+                or any(follows(s, other) or follows(other, s) for other in self.sites)]  # fmt: skip
+
+    def _within_their_branch(self) -> list[Site]:
+        """Leaves out sums inside a branch whose shortcut comes from outside it: a bias or a state shared by layers."""
+        kept: list[tuple[Site, frozenset[int]]] = []
+        for site in sorted(self.sites, key=lambda s: s.addition, reverse=True):
+            origin = self.graph.values[site.shortcut].node
+            around = [(s, cone) for s, cone in kept if site.addition in cone and s.group != site.group]
+            if all(origin in cone or site.shortcut == s.shortcut for s, cone in around):
+                kept.append((site, frozenset(site.cone)))
+        return [site for site, _ in kept]
+
     def _mark_nested(self, sites: list[Site]) -> list[Site]:
         """Marks sites whose addition lies inside another's branch; they are left out of products over depth."""
         inside = [(set(s.cone), s) for s in sites]

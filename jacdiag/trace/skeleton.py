@@ -38,6 +38,7 @@ class Skeleton:
         root: the copy. Its parameters and buffers are on the meta device.
         params: name -> the guest's parameter, detached (same storage). One name per tie.
         buffers: name -> the guest's buffer (same storage); clone before a run that may write to it.
+        valueless: the guest itself is on the meta device: shapes and no values.
         aliases: every name of a tied tensor -> the one name that stands in `params` or `buffers`.
 
     Args:
@@ -53,8 +54,10 @@ class Skeleton:
         self.aliases: dict[str, str] = {}
         self.params = self._collect(module.named_parameters(remove_duplicate=False))
         self.buffers = self._collect(module.named_buffers(remove_duplicate=False))
+        self.valueless = any(t.is_meta for t in self.params.values())
         self.names = {id(m): name for name, m in self.root.named_modules(remove_duplicate=True)}
         self._attributes = Attributes(self.root)
+        self._written: set[str] = set()
 
     def _collect(self, named: Any) -> dict[str, Tensor]:
         seen: dict[int, str] = {}
@@ -70,7 +73,8 @@ class Skeleton:
     def fresh_state_of(self, prefix: str) -> dict[str, Tensor]:
         """Returns the state under module `prefix` ("" for all) for one run, one name per tie, relative to `prefix`.
 
-        Buffers are cloned, since a forward may write to them; parameters are the guest's own memory.
+        Buffers are cloned, since a forward may write to them; parameters are the guest's own memory, but for those that
+        the code is known to write to.
         """
         start = f"{prefix}." if prefix else ""
         state: dict[str, Tensor] = {}
@@ -79,7 +83,9 @@ class Skeleton:
             if name.startswith(start) and first not in seen:
                 seen.add(first)
                 tensor = self.params.get(first)
-                state[name[len(start) :]] = self.buffers[first].clone() if tensor is None else tensor
+                written = tensor is None or first in self._written
+                kept = self.buffers[first] if tensor is None else tensor
+                state[name[len(start) :]] = kept.clone() if written else kept
         return state
 
     def restore(self) -> None:
@@ -92,6 +98,18 @@ class Skeleton:
         for module in self.root.modules():
             collect_attribute_tensors(vars(module), found)
         return {id(t) for t in found}
+
+    def own(self, name: str) -> None:
+        """Makes a copy, a fresh one for every run, stand in for a parameter that the code writes to."""
+        self._written.add(name)
+
+    def settled(self) -> bool:
+        """Whether the last run left the structure as it was; some code swaps its own modules when it first runs."""
+        names = {id(m): name for name, m in self.root.named_modules(remove_duplicate=True)}
+        same, self.names = names == self.names, names
+        if not same:  # what the code made of itself is what the next runs begin with
+            self._attributes = Attributes(self.root)
+        return same
 
     def module(self, name: str) -> nn.Module:
         """Returns the copy's submodule of that name ("" is the root)."""

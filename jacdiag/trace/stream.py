@@ -64,11 +64,13 @@ class Streams:
 
         cone = self.finder.cone(output, self.graph.outputs)
         end = output
+        shape = self.graph.values[output].shape
         for node in waists(self.graph, cone, output):
-            if self.finder.is_product(node) or self.graph.values[self.graph.nodes[node].outputs[0]].shape != \
-                    self.graph.values[output].shape:  # fmt: skip
+            made = self.graph.values[self.graph.nodes[node].outputs[0]]
+            if self.finder.is_product(node) or sorted(made.shape) != sorted(shape):
                 break
-            end = self.graph.nodes[node].outputs[0]
+            if made.shape == shape:  # a norm of channels-first data works on a transposed sum
+                end = made.index
         return end
 
     def _longest(self) -> list[int]:

@@ -41,6 +41,7 @@ class Sublayer:
         functions: names of the custom autograd.Functions in it.
         feature_dim: which dimension of x holds the features; `stream_dim`: which tells parallel streams apart, if any.
         dims: what `independent` found, None before.
+        valueless: recorded on the meta device, where `looks_token_wise` is all that the operations tell.
 
     Example:
         >>> import torch, jacdiag
@@ -85,6 +86,8 @@ class Sublayer:
     line: str = ""
     notes: dict[str, str] = field(default_factory=dict)
     dims: tuple[int, ...] | None = None
+    valueless: bool = False
+    looks_token_wise: bool | None = None
 
     @property
     def has_input_norm(self) -> bool:
@@ -123,7 +126,7 @@ class Sublayer:
         with torch.enable_grad():
             x = self.shortcut.detach().requires_grad_()
             y = self.carry(x)
-            if y.shape != x.shape:
+            if y.shape != x.shape or y.is_meta:
                 return None
             (diagonal,) = torch.autograd.grad(y.sum(), x, allow_unused=True)
         slack = 1e-6 * float(y.detach().abs().max())
@@ -135,6 +138,8 @@ class Sublayer:
     @property
     def token_wise(self) -> bool | None:
         """Whether the branch treats tokens one by one: pulled cotangents of two tokens stay on their tokens."""
+        if self.valueless:
+            return self.looks_token_wise
         return None if self.shortcut.dim() < 2 else self.splits_tokens(self.independent())
 
     def splits_tokens(self, dims: Iterable[int]) -> bool:

@@ -20,14 +20,16 @@ from jacdiag.trace.determinism import culprit, same_output
 from jacdiag.trace.found import Sites
 from jacdiag.trace.guest import Guest
 from jacdiag.trace.naming import depths_of, home_of, kind_of, names_of
-from jacdiag.trace.opaque import random_streams_kept
-from jacdiag.trace.record import Graph, collect_deep, record
-from jacdiag.trace.replay import Replayer, Spot, Where
+from jacdiag.trace.randomness import another_draw, borrowed
+from jacdiag.trace.record import Graph, Recorder, collect_deep, observe, record
+from jacdiag.trace.replay import Replayer
 from jacdiag.trace.residual import Finder, Site
 from jacdiag.trace.roles import ACTIVATIONS, roles_of
 from jacdiag.trace.skeleton import Skeleton
 from jacdiag.trace.stream import Streams, owner_of
 from jacdiag.trace.sublayer import Map, Sublayer
+from jacdiag.trace.tap import Spot, Where
+from jacdiag.trace.valueless import looks_token_wise
 from jacdiag.trace.wrappers import has_foreign_hooks, unwrap
 
 
@@ -80,7 +82,7 @@ class Tracer:
         self.args, self.kwargs = self._inputs(args, kwargs)
 
     def trace(self) -> Sites:
-        with torch.inference_mode(False), torch.no_grad(), random_streams_kept():
+        with torch.inference_mode(False), torch.no_grad(), borrowed():
             self._record()
             if has_foreign_hooks(self.model):
                 self._follow_guest()
@@ -121,7 +123,8 @@ class Tracer:
         try:
             self.graph, self.output = record(self.skeleton, self.args, self.kwargs, self.dtype)
         except Exception as error:
-            raise TraceError("the model's forward raised", got=own_frames(error)) from error
+            hint = "its code may need values: the meta device has none" if self.skeleton.valueless else None
+            raise TraceError("the model's forward raised", got=own_frames(error), hint=hint) from error
         self.finder = Finder(self.graph)
         tensors: list[Tensor] = []
         collect_deep((self.args, self.kwargs), tensors)
@@ -155,7 +158,15 @@ class Tracer:
         owners = {0, *self.owners, *self.after_owner.values()}
         output, self.kept = self.replayer.capture(owners, results, terms)
         self.kept |= self.replayer.calls[0].tensors
-        self.deterministic = same_output(output, self.output)
+        self.deterministic = same_output(output, self.output) and self._same_with_other_numbers()
+
+    def _same_with_other_numbers(self) -> bool:
+        """Whether the random numbers that the model drew, if any, do not matter. Re-runs are given the same ones."""
+        if self.graph.start is None:
+            return True
+        another_draw()
+        args, kwargs = self.replayer.root.arguments()
+        return same_output(observe(Recorder, self.skeleton, args, kwargs, self.dtype)[1], self.output)
 
     def _strays(self, site: Site) -> bool:
         """Whether a site has to do with a module whose copy computes something else."""
@@ -211,7 +222,7 @@ class Tracer:
         group = self.group_of.get(k)
         behind, after = (None, None) if entry or exit_ or group is None else self._behind(group, anatomist)
         products = [n for n in site.calls if self.finder.is_product(n)]
-        conv = bool(products) and self.graph.nodes[products[0]].name.startswith("conv")
+        conv = bool(products) and self._channels_first(site, products[0])
         made = Sublayer(
             name="",
             index=k,
@@ -242,11 +253,21 @@ class Tracer:
             functions=tuple(sorted({self.graph.nodes[n].function for n in site.cone} - {""})),
             line=self.graph.nodes[site.addition].line,
         )
+        if x.is_meta:
+            made.notes["placement"] = "found by the operations alone: there are no values on the meta device"
+            made.looks_token_wise = looks_token_wise(self.graph, site.cone, tuple(x.shape))
+            made.valueless = True
         made.kind = kind_of(self.graph, self.finder, site, self.homes[k], lambda: made.token_wise)
         made.roles = roles_of(made.kind, made.products)
         if made.kind == "attention" and entry is not None and products:
             made.heads = self._heads(owner, entry.spot, products[-1])
         return made
+
+    def _channels_first(self, site: Site, product: int) -> bool:
+        """Whether the branch begins with a convolution of the shortcut as it stands, not of a transposed one."""
+        turned = {"transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "T", "mT", "adjoint"}
+        before = {self.graph.nodes[n].name for n in site.cone if n < product}
+        return self.graph.nodes[product].name.startswith("conv") and not before & turned
 
     def _heads(self, owner: int, source: Spot, last_product: int) -> Map | None:
         read = list(self.graph.float_inputs(last_product))

@@ -55,13 +55,14 @@ def whole_weights(module: nn.Module) -> dict[int, Tensor]:
             )
     offloaded = {id(t): where for m in module.modules() for t, where in _offloaded(m)}
     found: dict[int, Tensor] = {}
+    valueless = all(p.is_meta for p in module.parameters())  # all of it: looked at by structure alone
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         gather = getattr(tensor.detach(), "full_tensor", None)
         if gather is not None:
             found[id(tensor)] = gather()
         elif id(tensor) in offloaded:
             found[id(tensor)] = offloaded[id(tensor)]
-        elif tensor.is_meta:
+        elif tensor.is_meta and not valueless:
             raise TraceError(
                 f"parameter '{name}' is on the meta device: it has a shape and no values",
                 hint="load the weights first; a model offloaded by another library must be brought back to one device",

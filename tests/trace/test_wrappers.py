@@ -98,9 +98,11 @@ def test_fully_sharded_in_two_processes(tmp_path: Path) -> None:
     assert norm_a == norm_b == jacdiag.audit(plain(), tokens(), batch=1).sublayers[0].branch_norm.estimate
 
 
-def test_a_meta_model_is_refused_by_name() -> None:
+def test_a_model_that_is_partly_on_meta_is_refused_by_name() -> None:
+    model = plain()
+    model.embed.to("meta")
     with pytest.raises(jacdiag.JacdiagError, match=r"'embed\.weight' is on the meta device"):
-        sites_of(plain().to("meta"))
+        sites_of(model)
 
 
 def test_compiled_modules_are_not_compiled_for_us() -> None:
