@@ -30,8 +30,8 @@ def page(rows: Sequence[dict[str, Any]], versions: dict[str, str]) -> str:
         "kinds were read in the models' code, with the disagreements of earlier runs in hand: a second reading, not a "
         "blind one. Of the placements only a dozen were read so; the others are what the tracer found, accepted as the "
         "known architecture, so that their agreement is weak evidence. The dense intervals are at 1 - 1e-6, so that a "
-        "miss means a mistake. Dense Jacobians are compared for up to two sub-layers of each kind and placement with at "
-        f"most 1024 entries in the shortcut, {sum(r['dense'] for r in ran)} in all; {_without_dense(ran)}",
+        "miss means a mistake. Dense Jacobians are compared for up to two sub-layers of each kind and placement with "
+        f"at most 1024 entries in the shortcut, {sum(r['dense'] for r in ran)} in all; {_without_dense(ran)}",
         "",
         *_totals(ran),
     ]
