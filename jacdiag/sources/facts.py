@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ _LENGTHS = (
     "max_position_embeddings", "n_positions", "block_size", "max_seq_len", "max_seq_length", "max_sequence_length",
     "n_ctx", "seq_len",
 )  # fmt: skip
+
+_POSITIONS = re.compile(r"pos|wpe|segment|token_type", re.IGNORECASE)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -49,7 +52,10 @@ def _number(model: nn.Module, names: tuple[str, ...]) -> int | None:
 
 
 def embedding(model: nn.Module) -> nn.Embedding | None:
-    """The token embedding: what the model calls so, else the table of `vocab_size` rows, else the longest one."""
+    """The token embedding: what the model calls so, else the table of `vocab_size` rows, else the longest table.
+
+    A table of positions or segments, by its name, comes last: it may be longer than a small vocabulary.
+    """
     getter = getattr(unwrapped(model), "get_input_embeddings", None)
     if callable(getter):
         try:
@@ -58,7 +64,8 @@ def embedding(model: nn.Module) -> nn.Embedding | None:
             found = None
         if isinstance(found, nn.Embedding):
             return found
-    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    named = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Embedding)]
+    tables = [m for name, m in named if not _POSITIONS.search(name)] or [m for _, m in named]
     vocab = _number(model, _VOCABULARY)
     fitting = [m for m in tables if m.num_embeddings == vocab]
     return fitting[0] if fitting else max(tables, key=lambda m: m.num_embeddings, default=None)

@@ -30,7 +30,7 @@ from jacdiag.trace.stream import Streams, owner_of
 from jacdiag.trace.sublayer import Map, Sublayer
 from jacdiag.trace.tap import Spot, Where
 from jacdiag.trace.valueless import looks_token_wise
-from jacdiag.trace.wrappers import has_foreign_hooks, unwrap
+from jacdiag.trace.wrappers import has_foreign_hooks, refuse_flat_shards, unwrap
 
 
 def sites(
@@ -73,6 +73,7 @@ class Tracer:
         dtype: torch.dtype,
         declared: Sequence[Declaration] = (),
     ) -> None:
+        refuse_flat_shards(model)  # before unwrapping: only the wrapper knows
         self.model, self.declared = unwrap(model), declared
         doubles = any(p.dtype is torch.float64 for p in self.model.parameters())
         self.dtype = torch.float64 if doubles else dtype

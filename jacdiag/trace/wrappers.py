@@ -46,7 +46,6 @@ def whole_weights(module: nn.Module) -> dict[int, Tensor]:
     Raises:
         TraceError: a weight is not here and cannot be gathered.
     """
-    _refuse_flat_shards(module)
     for name, part in module.named_modules():
         if isinstance(part, torch.jit.ScriptModule):
             raise TraceError(
@@ -70,7 +69,7 @@ def whole_weights(module: nn.Module) -> dict[int, Tensor]:
     return found
 
 
-def _refuse_flat_shards(module: nn.Module) -> None:
+def refuse_flat_shards(module: nn.Module) -> None:
     """FSDP1 keeps a slice of a flat tensor per process; nothing can be run outside its own context."""
     for part in module.modules():
         handle: Any = getattr(part, "_handle", None)

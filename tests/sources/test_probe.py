@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from sources.rig import BUILD, SIZES
+from torch import nn
 
 from jacdiag.errors import ProbeError
 from jacdiag.sources import Source, build_probe, load
+from jacdiag.sources.facts import vocabulary
 
 
 @pytest.fixture
@@ -129,3 +131,13 @@ def test_an_input_factory_that_makes_no_input(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ProbeError, match="holds no tensor"):
         build_probe(source, inputs="inputs_of_mine.py:f")
+
+
+def test_a_longer_table_of_positions_is_not_the_vocabulary() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.positions = nn.Embedding(7, 4), nn.Embedding(64, 4)
+
+    assert vocabulary(Net()) == 7
+    assert vocabulary(nn.ModuleDict({"positions": nn.Embedding(64, 4)})) == 64

@@ -98,6 +98,28 @@ def test_fully_sharded_in_two_processes(tmp_path: Path) -> None:
     assert norm_a == norm_b == jacdiag.audit(plain(), tokens(), batch=1).sublayers[0].branch_norm.estimate
 
 
+def _flat(rank: int, port: int, folder: str) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    torch.set_num_threads(1)
+    with process_group(rank, 2, port):
+        model = FullyShardedDataParallel(plain(), device_id=torch.device("cpu"))
+        with pytest.raises(jacdiag.JacdiagError, match="summon_full_params"):
+            jacdiag.sites(model, tokens())
+        with FullyShardedDataParallel.summon_full_params(model):
+            assert_equal_sites(model)
+        (Path(folder) / f"{rank}").touch()
+
+
+def test_flat_shards_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    """FSDP1 keeps a slice of one flat tensor per process: refused by name; inside its own context all is there."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(_flat, (port, str(tmp_path)), nprocs=2)
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
+
+
 def test_a_model_that_is_partly_on_meta_is_refused_by_name() -> None:
     model = plain()
     model.embed.to("meta")
