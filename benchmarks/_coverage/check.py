@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import jacdiag
-from _coverage import guest
+from _coverage import guest, norms
 from _coverage.build import Built, CannotBuild, build
 from _coverage.expect import Expected, expected_of
 from _coverage.told import told_by_class, told_cross
@@ -34,6 +34,7 @@ class Outcome:
     found: int = 0
     covered: float = 0.0
     dense: int = 0
+    norms_why: str = ""
     interpreted: bool = False
     sublayers: list[dict[str, Any]] = field(default_factory=list)
     problems: dict[str, str] = field(default_factory=dict)
@@ -68,7 +69,9 @@ def _compare(out: Outcome, sites: Any, built: Built, expected: Expected) -> None
     if (out.found, nested) != (expected.count, expected.nested):
         out.problems["count"] = f"{out.found}+{nested} nested instead of {expected.count}+{expected.nested}"
     out.covered = _covered(sites, built.model)
-    out.sublayers = [_row(s, built, expected) for s in sites]
+    by_norms = norms.placements(list(sites), norms.calls_of(built.model, built.inputs))
+    out.sublayers = [{**_row(s, built, expected), "placement_norms": p} for s, p in zip(sites, by_norms, strict=True)]
+    out.norms_why = built.facts.get("norms_why", "")
     fields = ("kind", "placement", "token_wise")
     wrong = [f"{r['name']}: {r[k]} not {r[f'{k}_told']}" for r in out.sublayers for k in fields
              if r[f"{k}_told"] is not None and r[k] != r[f"{k}_told"]]  # fmt: skip

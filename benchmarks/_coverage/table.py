@@ -28,9 +28,9 @@ def page(rows: Sequence[dict[str, Any]], versions: dict[str, str]) -> str:
         f"{sum(r['interpreted'] for r in ran)} families have counts or kinds that the config alone does not tell; "
         "`benchmarks/_coverage/families.toml` says how to read them and where each family's norms stand. Counts and "
         "kinds were read in the models' code, with the disagreements of earlier runs in hand: a second reading, not a "
-        "blind one. Of the placements only a dozen were read so; the others are what the tracer found, accepted as the "
-        "known architecture, so that their agreement is weak evidence. The dense intervals are at 1 - 1e-6, so that a "
-        "miss means a mistake. Dense Jacobians are compared for up to two sub-layers of each kind and placement with "
+        "blind one, and so were placements, some of them only accepted as the known architecture; they are held "
+        "against the models' own norm modules below, in which the tracer has no part. The dense intervals are at 1 - "
+        "1e-6, so that a miss means a mistake. Dense Jacobians are compared for up to two sub-layers of each kind and placement with "
         f"at most 1024 entries in the shortcut, {sum(r['dense'] for r in ran)} in all; {_without_dense(ran)}",
         "",
         *_totals(ran),
@@ -38,6 +38,10 @@ def page(rows: Sequence[dict[str, Any]], versions: dict[str, str]) -> str:
     for field in FIELDS:
         lines += ["", f"## {field}: found (columns) against what config or class names tell (rows)", "",
                   *_confusion(ran, field)]  # fmt: skip
+    lines += ["", "## placement: found (columns) against the models' own norm modules (rows)", "",
+              "Every module whose class is called a norm (of tokens) says what it was given and what it made; both are "
+              "compared with each shortcut, branch and sum. \"Not told\": the last sum, behind which a norm may be the "
+              "model's, or no such module.", "", *_confusion(ran, "placement", "norms"), "", *_apart(ran)]  # fmt: skip
     lines += ["", "## What fails, and why", "", *_failures(ran)]
     for task, title in TITLES.items():
         lines += ["", f"## {title}", "", *_families([r for r in ran if r["task"] == task])]
@@ -59,9 +63,20 @@ def _totals(ran: Sequence[dict[str, Any]]) -> list[str]:
     return list(out)
 
 
-def _confusion(ran: Sequence[dict[str, Any]], field: str) -> list[str]:
+def _apart(ran: Sequence[dict[str, Any]]) -> list[str]:
+    """Where the tracer and the norm modules disagree, with the reason."""
+    rows = []
+    for r in ran:
+        apart = [s for s in r["sublayers"] if not s["nested"] and s["placement_norms"] not in (None, s["placement"])]
+        if apart:
+            said = ", ".join(sorted({f"{s['placement']}, not {s['placement_norms']}" for s in apart}))
+            rows.append([r["task"], r["family"], len(apart), said, r["norms_why"]])
+    return _table(["task", "family", "sub-layers apart", "found", "reason"], rows) if rows else ["No disagreement."]
+
+
+def _confusion(ran: Sequence[dict[str, Any]], field: str, by: str = "told") -> list[str]:
     counts = Counter(
-        (_word(s[f"{field}_told"]), _word(s[field])) for r in ran for s in r["sublayers"] if not s["nested"]
+        (_word(s[f"{field}_{by}"]), _word(s[field])) for r in ran for s in r["sublayers"] if not s["nested"]
     )
     columns = sorted({found for _, found in counts})
     return _table(["told", *columns], [
