@@ -30,8 +30,9 @@ def page(rows: Sequence[dict[str, Any]], versions: dict[str, str]) -> str:
         "kinds were read in the models' code, with the disagreements of earlier runs in hand: a second reading, not a "
         "blind one, and so were placements, some of them only accepted as the known architecture; they are held "
         "against the models' own norm modules below, in which the tracer has no part. The dense intervals are at 1 - "
-        "1e-6, so that a miss means a mistake. Dense Jacobians are compared for up to two sub-layers of each kind and placement with "
-        f"at most 1024 entries in the shortcut, {sum(r['dense'] for r in ran)} in all; {_without_dense(ran)}",
+        "1e-6, so that a miss means a mistake. Dense Jacobians are compared for up to two sub-layers of each kind and "
+        f"placement with at most 1024 entries in the shortcut, {sum(r['dense'] for r in ran)} in all; "
+        f"{_without_dense(ran)}",
         "",
         *_totals(ran),
     ]
