@@ -37,7 +37,6 @@ from jacdiag.sources import Probe, Source, build_probe, load
 from jacdiag.sources.device import pick
 from jacdiag.trace import Declaration, Sublayer, sites
 from jacdiag.trace.declared import declarations, nothing_found
-from jacdiag.trace.randomness import borrowed
 
 REPLAY_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -143,7 +142,7 @@ def audit(
         Plan(lr, warmup, clip, beta2), profile, tuple(select), tuple(ignore), limits, max_products,
         tuple(declarations(declared)), progress,
     )  # fmt: skip
-    with torch.inference_mode(False), borrowed():
+    with torch.inference_mode(False):
         report = _weights_only(request) if loaded.model is None else _Audit(request).run()
     report = evaluate(report, thresholds=limits, profile=profile, select=request.select, ignore=request.ignore)
     return AuditReport(**{f.name: getattr(report, f.name) for f in fields(Report)})

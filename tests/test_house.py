@@ -44,7 +44,6 @@ LONG_WITH_REASON = {
     "jacdiag/auditing.py": "the steps of one audit, read from top to bottom",
     "jacdiag/measure/sublayer.py": "every norm of one sub-layer, each a few lines",
     "jacdiag/report/schema.py": "the records of one contract",
-    "jacdiag/trace/record.py": "one recorder with its two hooks",
     "tests/render/synthetic.py": "made-up reports, plain data",
 }
 

@@ -81,14 +81,7 @@ def _compare(out: Outcome, sites: Any, built: Built, expected: Expected) -> None
         "replay": lambda: _replay(sites), "adjoint": lambda: _adjoint(sites), "whole run": lambda: _whole(sites),
         "dense": lambda: _dense(built, out),
     }  # fmt: skip
-    for name, test in tests.items():
-        try:
-            problem = test()
-        except Exception as error:
-            problem = f"{type(error).__name__}: {error} {getattr(error, 'got', '') or ''}"
-        if problem:
-            out.problems[name] = problem[:300]
-    out.problems |= guest.problems(built, sites)
+    out.problems |= guest.failing(tests) | guest.problems(built, sites)
 
 
 def _row(site: Any, built: Built, expected: Expected) -> dict[str, Any]:

@@ -25,12 +25,17 @@ def problems(built: Built, sites: Any) -> dict[str, str]:
         "repeat": lambda: _repeat(built, sites),
         "batch": lambda: _batch(built, sites),
     }
+    return failing(tests)
+
+
+def failing(tests: dict[str, Callable[[], str]]) -> dict[str, str]:
+    """Runs tests that say what is wrong, or nothing; an error counts as its text."""
     found = {}
     for name, test in tests.items():
         try:
             problem = test()
         except Exception as error:
-            problem = f"{type(error).__name__}: {error}"
+            problem = f"{type(error).__name__}: {error} {getattr(error, 'got', '') or ''}"
         if problem:
             found[name] = problem[:300]
     return found

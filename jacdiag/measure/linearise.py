@@ -35,7 +35,8 @@ class Linearised:
 def linearise(site: Sublayer) -> Linearised:
     """Builds the Jacobian of a branch at its recorded shortcut, as core o norm where it begins with a norm."""
     x = site.shortcut
-    factored = site.has_input_norm and site.normalized.shape == x.shape
+    norm = site.input_norm
+    factored = norm is not None and norm.aligned and norm.value.shape == x.shape
     main = JacobianOperator(site.core, site.normalized, ()) if factored else JacobianOperator(site.branch, x, ())
     owned: list[Local] = [main]
     dims = site.independent(main.pull_shaped)
@@ -43,7 +44,7 @@ def linearise(site: Sublayer) -> Linearised:
         owned.append(_norm_jacobian(site))
     notes = {}
     if site.has_input_norm and not factored:
-        notes["core_norm"] = "the norm's output has another shape than the shortcut"
+        notes["core_norm"] = "the norm's output has another shape than the shortcut, or is laid out otherwise"
     for operator in owned:
         operator.set_batch_dims(dims)
     branch: Operator = Composed(owned[0], owned[1]) if factored else main
@@ -62,7 +63,7 @@ def linearise(site: Sublayer) -> Linearised:
 def _norm_jacobian(site: Sublayer) -> Local:
     norm = site.input_norm
     assert norm is not None
-    if norm.fused:
+    if norm.closed_form:
         return NormJacobian(norm.value, norm.gain, centred=norm.centred, batch_dims=())
     return JacobianOperator(site.norm, site.shortcut, ())
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from jacdiag.report.schema import Growth, Interval, NetworkRecord, SublayerRecord
 from jacdiag.spectra import JacobianOperator, independent_dims, top_singular
 from jacdiag.trace import Sites, Sublayer
-from jacdiag.trace.record import collect_deep
 from jacdiag.trace.tap import Spot, Where
+from jacdiag.trace.tensors import collect_deep
 
 
 @dataclass(frozen=True)

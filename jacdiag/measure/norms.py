@@ -114,7 +114,7 @@ class Solver:
 
     def _branch_of(self, core: Solution | None) -> Solution | None:
         norm = self.one.site.input_norm
-        if core is None or norm is None or not norm.fused or not self.effort.early:
+        if core is None or norm is None or not norm.closed_form or not self.effort.early:
             return None
         gain = flat(norm.gain.reshape(*self.one.shape[:-1], 1), self.one.dims).amax(1).double().cpu().numpy()
         return self._taken(self.one.branch, core, core.upper * gain, "branch_norm")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from jacdiag.errors import SourceError, clipped, printable
 from jacdiag.sources.formats import safetensors_file, torch_file
 from jacdiag.sources.formats.guard import Stub
+from jacdiag.sources.wrapped import plain_name
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 _MODEL_KEYS = (
@@ -30,8 +31,6 @@ _MODEL_KEYS = (
 )
 _STEP_KEYS = ("iter_num", "global_step", "step", "iteration", "num_steps", "steps", "iter")
 _NOT_WEIGHTS = ("optim", "sched", "scaler", "rng", "loss", "ema_decay")
-# Left in the names by DistributedDataParallel, torch.compile, FSDP and activation checkpointing.
-_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_forward_module.")
 
 
 @dataclass
@@ -206,9 +205,7 @@ def strip_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     A name is shown on terminals: what is not printable in it is written as an escape.
     """
-    names = [printable(name) for name in state]
-    for part in _WRAPPERS:
-        names = [name.replace(part, "") for name in names]
+    names = [plain_name(printable(name)) for name in state]
     while names and all(name.startswith("module.") for name in names):
         names = [name.removeprefix("module.") for name in names]
     return dict(zip(names, state.values(), strict=True))

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from jacdiag.sources.wrapped import unwrap
+
 _VOCABULARY = ("vocab_size", "n_vocab", "num_embeddings", "padded_vocab_size")
 _LENGTHS = (
     "max_position_embeddings", "n_positions", "block_size", "max_seq_len", "max_seq_length", "max_sequence_length",
@@ -18,20 +20,9 @@ _LENGTHS = (
 _POSITIONS = re.compile(r"pos|wpe|segment|token_type", re.IGNORECASE)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside DataParallel, DistributedDataParallel or a compiled module."""
-    while True:
-        inner = getattr(model, "_orig_mod", None) or (
-            model.module if type(model).__name__.endswith("DataParallel") else None
-        )
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
-
-
 def configs(model: nn.Module) -> Iterator[Any]:
     """The objects on which models keep their sizes: the model's config or args, and those of a text part."""
-    model = unwrapped(model)
+    model = unwrap(model)
     for name in ("config", "cfg", "args", "model_args", "params", "hparams"):
         found = getattr(model, name, None)
         if found is not None and not callable(found):
@@ -56,7 +47,7 @@ def embedding(model: nn.Module) -> nn.Embedding | None:
 
     A table of positions or segments, by its name, comes last: it may be longer than a small vocabulary.
     """
-    getter = getattr(unwrapped(model), "get_input_embeddings", None)
+    getter = getattr(unwrap(model), "get_input_embeddings", None)
     if callable(getter):
         try:
             found = getter()
@@ -87,7 +78,7 @@ def longest_sequence(model: nn.Module) -> int | None:
 
 def main_input(model: nn.Module) -> str:
     """What the first input is: "tokens", "pixels", or "unknown"."""
-    said = getattr(unwrapped(model), "main_input_name", None)
+    said = getattr(unwrap(model), "main_input_name", None)
     if said == "pixel_values":
         return "pixels"
     if said == "input_ids" or vocabulary(model) is not None:
@@ -98,7 +89,7 @@ def main_input(model: nn.Module) -> str:
 def takes(model: nn.Module, name: str) -> bool:
     """Whether the model's forward has a parameter of that name."""
     try:
-        return name in inspect.signature(unwrapped(model).forward).parameters
+        return name in inspect.signature(unwrap(model).forward).parameters
     except (TypeError, ValueError):
         return False
 

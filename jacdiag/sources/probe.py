@@ -14,6 +14,7 @@ from jacdiag.errors import ProbeError
 from jacdiag.report import ProbeRecord
 from jacdiag.sources import factory, facts
 from jacdiag.sources.source import Source
+from jacdiag.sources.wrapped import unwrap
 
 _DEFAULT_SEQ = 128
 _DEAD = 0.1  # a row whose std is under this share of the median row's was never trained, or is padding
@@ -190,7 +191,7 @@ def _call(model: nn.Module, ids: Tensor) -> tuple[tuple[Any, ...], dict[str, Any
 
 
 def _pixels(model: nn.Module, batch: int, seed: int) -> Probe:
-    config: Any = getattr(facts.unwrapped(model), "config", None)
+    config: Any = getattr(unwrap(model), "config", None)
     size = getattr(config, "image_size", 224)
     height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
     shape = (batch, getattr(config, "num_channels", 3), height, width)

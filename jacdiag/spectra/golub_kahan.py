@@ -220,12 +220,19 @@ class _Bidiagonalisation:
 
 
 _CHUNK = 1024
+_SMALL = 1e-12
 
 
 def _norms(w: Tensor) -> Tensor:
-    """Norms of the rows of (P, n) in float64; chunks are summed in the dtype of w where they divide n, for speed."""
-    if w.shape[1] % _CHUNK == 0 and w.shape[1]:
-        w = torch.linalg.vector_norm(w.view(w.shape[0], -1, _CHUNK), dim=2)
+    """Norms of the rows of (P, n) in float64.
+
+    Chunks are summed in the dtype of w where they divide n, for speed; not where a square might leave its range.
+    """
+    if w.shape[1] and w.shape[1] % _CHUNK == 0:
+        chunks = torch.linalg.vector_norm(w.reshape(w.shape[0], -1, _CHUNK), dim=2)
+        found = torch.linalg.vector_norm(chunks, dim=1, dtype=torch.float64)
+        if bool(((found > _SMALL) & (found < 1 / _SMALL)).all()):
+            return found
     return torch.linalg.vector_norm(w, dim=1, dtype=torch.float64)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jacdiag.trace.record import Graph
+from jacdiag.trace.graph import Graph
 from jacdiag.trace.replay import Replayer
 from jacdiag.trace.residual import Finder, Site
 from jacdiag.trace.tap import Spot, Where
@@ -32,6 +32,8 @@ class Norm:
         value: z at the recorded input.
         gain: factor per token from the (centred) input to z: 1 / sqrt(var + eps). Shape of z without features.
         centred: the mean is taken off first (LayerNorm).
+        feature_dim: the dimension of its input that holds the features; -1 for the last, in which case z is laid out as
+            the input is. A norm of channels-first data is given a transposed one.
     """
 
     spot: Spot
@@ -39,11 +41,17 @@ class Norm:
     value: Tensor
     gain: Tensor
     centred: bool
+    feature_dim: int = -1
 
     @property
-    def fused(self) -> bool:
-        """Whether it is torch's own layer_norm or rms_norm, whose Jacobian is known in closed form."""
-        return self.spot.where is Where.NORMALISED
+    def aligned(self) -> bool:
+        """Whether z is laid out as the norm's input is, so that the norm is a map of that space to itself."""
+        return self.feature_dim == -1
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether its Jacobian is known: torch's own layer_norm or rms_norm, on data that it need not transpose."""
+        return self.spot.where is Where.NORMALISED and self.aligned
 
 
 def reach(graph: Graph, cone: tuple[int, ...], source: int) -> tuple[int, dict[int, int]]:
@@ -195,7 +203,7 @@ class Anatomist:
             flat = z.double().reshape(base.shape)
             gain = (flat * base).sum(-1) / (base * base).sum(-1).clamp_min(tiny)
             if _close(gain.unsqueeze(-1) * base, flat, 1e-3):
-                return Norm(spot, normalise, z, gain.abs(), centred)
+                return Norm(spot, normalise, z, gain.abs(), centred, -1 if dim == x.dim() - 1 else dim)
         return None
 
 

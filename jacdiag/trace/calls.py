@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from jacdiag.trace.record import collect_deep
+from jacdiag.trace.tensors import collect_deep
 
 
 class _Swap(TorchFunctionMode):

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from jacdiag.trace.anatomy import FUSED_NORMS
-from jacdiag.trace.record import STATE, Graph
+from jacdiag.trace.graph import STATE, Graph
 from jacdiag.trace.residual import Finder, Site
 from jacdiag.trace.skeleton import Skeleton
 

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from jacdiag.errors import TraceError, UsageError
-from jacdiag.trace.record import Graph
+from jacdiag.trace.graph import Graph
 from jacdiag.trace.residual import Finder, Site
 from jacdiag.trace.sums import Term
 

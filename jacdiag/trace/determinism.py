@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from jacdiag.trace.calls import Call
-from jacdiag.trace.record import Node, Recorder, collect, collect_deep, observe, user_line
+from jacdiag.trace.graph import Node
+from jacdiag.trace.record import Recorder, observe, user_line
 from jacdiag.trace.skeleton import Skeleton
+from jacdiag.trace.tensors import collect, collect_deep
 
 _DRAWS = {"dropout", "dropout_", "rand", "randn", "randint", "randperm", "normal", "normal_", "uniform_", "bernoulli",
           "bernoulli_", "multinomial", "rand_like", "randn_like", "randint_like", "exponential_", "gumbel_softmax",

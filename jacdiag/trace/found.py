@@ -10,7 +10,7 @@ import torch
 
 from jacdiag.errors import TraceError
 from jacdiag.trace.coverage import Coverage
-from jacdiag.trace.record import Graph
+from jacdiag.trace.graph import Graph
 from jacdiag.trace.replay import Replayer
 from jacdiag.trace.residual import Finder, Site
 from jacdiag.trace.skeleton import Skeleton

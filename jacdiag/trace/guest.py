@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
+from jacdiag.sources.wrapped import plain_name
 from jacdiag.trace.calls import Call
 from jacdiag.trace.precision import map_leaves
-from jacdiag.trace.record import collect_deep
-from jacdiag.trace.wrappers import plain_name
+from jacdiag.trace.tensors import collect_deep
 
 _TOLERANCE = {torch.bfloat16: 6e-2, torch.float16: 1e-2, torch.float32: 1e-3, torch.float64: 1e-3}
 Outputs = dict[tuple[str, int], float]

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jacdiag.trace.tensors import writes_in_place
+
 _ASKS = {"__bool__", "item", "tolist", "__int__", "__float__", "__index__", "numpy", "equal"}
 _DRAWS = ("rand", "bernoulli", "normal", "multinomial", "empty", "dropout")
 _LARGEST = 2**20
@@ -33,7 +35,7 @@ class KnownValues:
             return func(*self._real(args), **self._real(kwargs))
         result = func(*args, **kwargs)
         made = [t for t in _leaves(result) if isinstance(t, Tensor)]
-        if (name.endswith("_") and not name.endswith("__")) or name == "__setitem__":
+        if writes_in_place(name):
             for t in (*tensors[:1], *made):
                 self._known.pop(id(t), None)
         elif known and all(t.is_meta and t.numel() <= _LARGEST for t in made) and not any(d in name for d in _DRAWS):

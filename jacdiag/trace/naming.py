@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from jacdiag.report.schema import Kind
-from jacdiag.trace.record import Graph
+from jacdiag.trace.graph import Graph
 from jacdiag.trace.residual import Finder, Site
 
 _ATTENTION = {"scaled_dot_product_attention", "multi_head_attention_forward"}

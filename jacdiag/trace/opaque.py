@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 if TYPE_CHECKING:
-    from jacdiag.trace.record import Graph
+    from jacdiag.trace.graph import Graph
 
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 _OURS = (torch.__path__[0], __file__.rpartition("/")[0])

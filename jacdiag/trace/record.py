@@ -11,130 +11,25 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from jacdiag.trace.graph import CONSTANT, CUTS, INPUT, STATE, CallKey, Graph, Invocation, Node, Value
 from jacdiag.trace.opaque import custom_function, plain_run, unseen_code
 from jacdiag.trace.precision import Precision
 from jacdiag.trace.randomness import RandomState, borrowed
 from jacdiag.trace.skeleton import Skeleton
-from jacdiag.trace.sums import Term, terms_of
-
-INPUT, STATE, CONSTANT = -1, -2, -3
-CallKey = tuple[str, str, int]
+from jacdiag.trace.sums import terms_of
+from jacdiag.trace.tensors import collect, collect_deep, is_float, storage_of, version_of, writes_in_place
 
 _TORCH_DIR = torch.__file__.rsplit("/", 1)[0]
 _PLUMBING = (f"{_TORCH_DIR}/overrides.py", f"{_TORCH_DIR}/_tensor.py", f"{_TORCH_DIR}/nn/functional.py", __file__)
 
 
-@dataclass(slots=True)
-class Value:
-    """One version of one tensor.
-
-    `node` is the call that made it, or INPUT, STATE, CONSTANT; `position` tells it from the call's other results, and
-    is negative (-1 - k) for an argument that was written to and not returned. `live` values depend on the model's
-    input; a `routed` one is an index or a mask that was computed from live floats.
-    """
-
-    index: int
-    node: int
-    position: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    name: str = ""
-    live: bool = False
-    from_state: bool = False
-    routed: bool = False
-    mutated: bool = False
-    consumers: list[int] = field(default_factory=list)
-
-    @property
-    def is_float(self) -> bool:
-        return self.dtype.is_floating_point or self.dtype.is_complex
-
-
-@dataclass(slots=True)
-class Node:
-    """One torch call: what it read (value indices), what it made, where it stood.
-
-    `operands` are the tensors among its arguments, in order. `function` names the custom autograd.Function whose
-    forward made the call: autograd does not see what happens there, so that no value inside can be replaced.
-    """
-
-    index: int
-    name: str
-    key: CallKey
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    invocation: int
-    terms: tuple[Term, ...] | None = None
-    line: str = ""
-    operands: tuple[int, ...] = ()
-    function: str = ""
-
-
-@dataclass(slots=True)
-class Invocation:
-    """One call of one module: its name, the calls [start, end) it made, and the call that made it."""
-
-    index: int
-    module: str
-    parent: int
-    start: int
-    end: int = -1
-    arguments: tuple[int, ...] = ()
-    cls: str = ""
-    outputs: tuple[int, ...] = ()
-
-
-@dataclass
-class Graph:
-    """What one forward did. `foreign` says where tensors came in that no recorded call made."""
-
-    nodes: list[Node]
-    values: list[Value]
-    invocations: list[Invocation]
-    outputs: tuple[int, ...]
-    used_state: set[str]
-    foreign: list[str] = field(default_factory=list)
-    start: RandomState | None = None  # where the generators stood; None if the forward drew nothing
-
-    @cached_property
-    def calls_by_key(self) -> dict[CallKey, list[int]]:
-        """Node numbers by call key, ascending."""
-        found: dict[CallKey, list[int]] = {}
-        for node in self.nodes:
-            found.setdefault(node.key, []).append(node.index)
-        return found
-
-    def ancestors(self, invocation: int) -> Iterator[int]:
-        """Yields an invocation and those around it, innermost first; 0 is the whole model."""
-        while invocation >= 0:
-            yield invocation
-            invocation = self.invocations[invocation].parent
-
-    def float_inputs(self, node: int) -> Iterator[Value]:
-        """Yields the differentiable live values that a call reads."""
-        if self.nodes[node].name in _CUTS:
-            return
-        for index in self.nodes[node].inputs:
-            value = self.values[index]
-            if value.live and value.is_float:
-                yield value
-
-    def path(self, invocation: int) -> str:
-        return self.invocations[invocation].module
-
-
-_CUTS = {"detach", "detach_", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like",
-         "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "bernoulli", "sign", "argmax", "argmin",
-         "isnan", "isinf", "isfinite"}  # fmt: skip
-_METADATA_ONLY = {name for name in _CUTS if name.endswith("_like") or name.startswith("new_")}
+_METADATA_ONLY = {name for name in CUTS if name.endswith("_like") or name.startswith("new_")}
 _FIRST_ONLY = {"expand_as", "view_as", "reshape_as", "type_as", "to"}  # of the others they read the shape or dtype
 
 
@@ -206,7 +101,7 @@ class Recorder(TorchFunctionMode):
         else:
             reference, index = self._objects.get(id(tensor), (None, -1))
             found = [index] if reference is not None and reference() is tensor else []
-        written = self._storages.get(_storage(tensor))
+        written = self._storages.get(storage_of(tensor))
         if written is not None and written not in found:
             if not found:
                 # Made where the mode cannot see (a custom autograd.Function's wrapper): same memory, same history.
@@ -235,12 +130,12 @@ class Recorder(TorchFunctionMode):
         tensors: list[Tensor] = []
         collect(args, tensors)
         collect(kwargs, tensors)
-        before = [_version(t) for t in tensors]
+        before = [version_of(t) for t in tensors]
         key = signature(func)
-        if tensors and writes_in_place(key[0]) and (name := self.guests.get(_storage(tensors[0]))):
+        if tensors and writes_in_place(key[0]) and (name := self.guests.get(storage_of(tensors[0]))):
             raise WritesParameter(name)
         result = self.precision.call(func, args, kwargs)
-        mutated = [t for t, version in zip(tensors, before, strict=True) if _version(t) != version]
+        mutated = [t for t, version in zip(tensors, before, strict=True) if version_of(t) != version]
         return self._note(func, args, kwargs, result, mutated, key)
 
     def _note(self, func: Any, args: Any, kwargs: Any, result: Any, mutated: list[Tensor], key: CallKey) -> Any:
@@ -270,15 +165,15 @@ class Recorder(TorchFunctionMode):
         self.nodes.append(node)
         for v in inputs:
             self.values[v].consumers.append(index)
-        read_storages = {_storage(t) for t in read}
+        read_storages = {storage_of(t) for t in read}
         outputs = [self._write(t, index, _position(t, made, read), live, state) for t in mutated]
         changed = {id(t) for t in mutated}
         for position, tensor in enumerate(made):
             if id(tensor) in changed or id(tensor) in by_id:
                 continue
-            flags: dict[str, Any] = {"live": live, "from_state": state, "routed": routed and not _is_float(tensor)}
+            flags: dict[str, Any] = {"live": live, "from_state": state, "routed": routed and not is_float(tensor)}
             outputs.append(self.new_value(tensor, index, position, **flags))
-            storage = _storage(tensor)
+            storage = storage_of(tensor)
             if storage not in read_storages:
                 self._storages[storage] = outputs[-1]
                 self._members[storage] = []
@@ -300,7 +195,7 @@ class Recorder(TorchFunctionMode):
 
     def _write(self, tensor: Tensor, node: int, position: int, live: bool, state: bool) -> int:
         """Notes an in-place write: a new version of the object, and of whatever shares its storage."""
-        storage = _storage(tensor)
+        storage = storage_of(tensor)
         for member in self._members.get(storage, ()):
             self.values[member].mutated = True
         reference, old = self._objects.get(id(tensor), (None, -1))
@@ -368,7 +263,7 @@ def observe(
     skeleton.restore()
     state = skeleton.fresh_state_of("")
     names = {id(t): name for name, t in state.items()}
-    guests = {_storage(t): name for name, t in (borrows or {}).items()}
+    guests = {storage_of(t): name for name, t in (borrows or {}).items()}
     recorder = kind(Precision(dtype, names, valueless=skeleton.valueless), guests)
     with ExitStack() as stack:
         stack.enter_context(_module_hooks(skeleton, recorder))
@@ -410,65 +305,9 @@ def _module_hooks(skeleton: Skeleton, recorder: Recorder) -> Iterator[None]:
             handle.remove()
 
 
-def collect(value: Any, into: list[Tensor]) -> None:
-    """Appends the tensors of nested tuples, lists, dicts and slices."""
-    if isinstance(value, Tensor):
-        into.append(value)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            collect(item, into)
-    elif isinstance(value, dict):
-        for item in value.values():
-            collect(item, into)
-    elif isinstance(value, slice):
-        collect((value.start, value.stop, value.step), into)
-
-
-def collect_deep(value: Any, into: list[Tensor], depth: int = 4) -> None:
-    """Like `collect`, and looks into dataclasses and plain objects as well (model outputs, caches)."""
-    if isinstance(value, (Tensor, tuple, list, dict, slice)):
-        if isinstance(value, Tensor):
-            into.append(value)
-        elif depth:
-            items = value.values() if isinstance(value, dict) else value if not isinstance(value, slice) else ()
-            for item in items:
-                collect_deep(item, into, depth - 1)
-    elif depth and hasattr(value, "__dict__") and not (isinstance(value, torch.nn.Module) or callable(value)):
-        for item in vars(value).values():
-            collect_deep(item, into, depth - 1)
-
-
 def _position(tensor: Tensor, made: list[Tensor], read: list[Tensor]) -> int:
     """Where a written tensor stands: among the call's results, or (negative, -1 - k) among what it read."""
     for position, other in enumerate(made):
         if other is tensor:
             return position
     return -1 - next(k for k, other in enumerate(read) if other is tensor)
-
-
-_DUNDERS = {f"__i{op}__" for op in "add sub mul matmul truediv floordiv mod pow and or xor lshift rshift".split()} | {
-    "__setitem__"
-}
-
-
-def writes_in_place(name: str) -> bool:
-    """Whether a call writes to its first argument, by torch's own way of naming."""
-    return (name.endswith("_") and not name.endswith("__")) or name in _DUNDERS
-
-
-def _is_float(tensor: Tensor) -> bool:
-    return tensor.dtype.is_floating_point or tensor.dtype.is_complex
-
-
-def _storage(tensor: Tensor) -> int:
-    try:
-        return tensor.untyped_storage()._cdata
-    except (RuntimeError, NotImplementedError):  # batched, sparse and other tensors without storage
-        return -id(tensor)
-
-
-def _version(tensor: Tensor) -> int:
-    try:
-        return tensor._version
-    except RuntimeError:  # inference tensors do not count
-        return 0

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from jacdiag.errors import TraceError
 from jacdiag.trace.calls import Call
+from jacdiag.trace.graph import CallKey, Graph
 from jacdiag.trace.opaque import first_reader, modules_with_functions, plain_run
 from jacdiag.trace.precision import Precision, Raisings
 from jacdiag.trace.randomness import RandomState, borrowed
-from jacdiag.trace.record import CallKey, Graph
 from jacdiag.trace.residual import Site
 from jacdiag.trace.skeleton import Skeleton
 from jacdiag.trace.tap import Spot, Stop, Tap, Visit, Where

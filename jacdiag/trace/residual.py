@@ -1,7 +1,9 @@
 """Finds residual additions in a record: shortcut, branch, parallel branches.
 
 An addition is residual if one of its terms (the shortcut, possibly scaled or cast on the way) is an ancestor of another
-(the branch) and a matrix product with a parameter lies on every path between them. No name of any architecture is used.
+(the branch) and a matrix product with a parameter lies on every path between them that carries more than one number per
+token (a norm of the stream may scale a branch). A Fourier transform counts as a product. No name of any architecture is
+used.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from jacdiag.trace.record import Graph
+from jacdiag.trace.graph import Graph
 from jacdiag.trace.sums import FORMS, Term
 from jacdiag.trace.walks import Walks
 

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jacdiag.sources.wrapped import plain_name, unwrap
 from jacdiag.trace.attributes import Attributes, collect_attribute_tensors, copy_attribute
-from jacdiag.trace.wrappers import is_code, original_class, plain_name, skipped_attributes, unwrap, whole_weights
+from jacdiag.trace.wrappers import is_code, original_class, skipped_attributes, whole_weights
 
 _HOOK_DICTS = (
     "_forward_hooks",

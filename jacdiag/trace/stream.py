@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jacdiag.trace.record import Graph
+from jacdiag.trace.graph import Graph
 from jacdiag.trace.residual import Finder, Site
 
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from jacdiag.errors import TraceError
-from jacdiag.trace.operands import is_identity, operand_at, pick
+from jacdiag.trace.graph import CallKey
 from jacdiag.trace.precision import Precision, map_leaves
-from jacdiag.trace.record import CallKey, signature
+from jacdiag.trace.record import signature
 from jacdiag.trace.sums import term_tensor
+from jacdiag.trace.tensors import is_identity, operand_at, pick
 
 
 class Stop(BaseException):

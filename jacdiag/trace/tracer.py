@@ -12,16 +12,18 @@ from torch import Tensor, nn
 from jacdiag.errors import TraceError
 from jacdiag.report.schema import Placement
 from jacdiag.sources.factory import own_frames
+from jacdiag.sources.wrapped import unwrap
 from jacdiag.trace.anatomy import Anatomist, Norm
 from jacdiag.trace.calls import Call
 from jacdiag.trace.coverage import cover
 from jacdiag.trace.declared import Declaration, declarations, declared_sites, hidden_lines
 from jacdiag.trace.determinism import culprit, same_output
 from jacdiag.trace.found import Sites
+from jacdiag.trace.graph import Graph
 from jacdiag.trace.guest import Guest
 from jacdiag.trace.naming import depths_of, home_of, kind_of, names_of
 from jacdiag.trace.randomness import another_draw, borrowed
-from jacdiag.trace.record import Graph, Recorder, collect_deep, observe, record
+from jacdiag.trace.record import Recorder, observe, record
 from jacdiag.trace.replay import Replayer
 from jacdiag.trace.residual import Finder, Site
 from jacdiag.trace.roles import ACTIVATIONS, roles_of
@@ -29,8 +31,9 @@ from jacdiag.trace.skeleton import Skeleton
 from jacdiag.trace.stream import Streams, owner_of
 from jacdiag.trace.sublayer import Map, Sublayer
 from jacdiag.trace.tap import Spot, Where
+from jacdiag.trace.tensors import collect_deep
 from jacdiag.trace.valueless import looks_token_wise
-from jacdiag.trace.wrappers import has_foreign_hooks, refuse_flat_shards, unwrap
+from jacdiag.trace.wrappers import has_foreign_hooks, refuse_flat_shards
 
 
 def sites(
@@ -249,7 +252,7 @@ class Tracer:
             products=_weights(self.graph, products, self.skeleton),
             roles={},
             activations=sorted({self.graph.nodes[n].name for n in site.cone} & ACTIVATIONS),
-            feature_dim=1 if conv and x.dim() > 2 else -1,
+            feature_dim=entry.feature_dim if entry is not None else 1 if conv and x.dim() > 2 else -1,
             stream_dim=-2 if site.mixed else None,
             functions=tuple(sorted({self.graph.nodes[n].function for n in site.cone} - {""})),
             line=self.graph.nodes[site.addition].line,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jacdiag.trace.record import Graph
+from jacdiag.trace.graph import Graph
 from jacdiag.trace.walks import REDUCTIONS
 
 _ROOTS = {"rsqrt", "sqrt", "norm", "vector_norm", "linalg_vector_norm", "std", "std_mean", "pow", "__pow__"}

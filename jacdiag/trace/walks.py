@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from jacdiag.trace.record import Graph
+from jacdiag.trace.graph import Graph
 
 PRODUCTS = frozenset(
     """linear matmul mm bmm addmm addmm_ baddbmm baddbmm_ einsum __matmul__ __rmatmul__ conv1d conv2d conv3d
@@ -48,9 +48,9 @@ class Walks:
             if index == ancestor:
                 return True
             node = self.graph.values[index].node
-            if self.graph.nodes[node].name in REDUCTIONS and math.prod(self.graph.values[index].shape) <= least:
-                continue
             if node <= floor or node < 0 or node in seen:
+                continue
+            if self.graph.nodes[node].name in REDUCTIONS and math.prod(self.graph.values[index].shape) <= least:
                 continue
             seen.add(node)
             if not through_products and self.is_product(node):

@@ -1,4 +1,4 @@
-"""What others put around a module and its weights: wrappers, shards, weights kept elsewhere, hooks that are code."""
+"""What others do to a module and its weights: shards, weights kept elsewhere, hooks that are code."""
 
 from __future__ import annotations
 
@@ -9,24 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from jacdiag.errors import TraceError
-
-WRAPPER_ATTRIBUTES = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-
-
-def unwrap(module: nn.Module) -> nn.Module:
-    """Returns the module that a wrapper (compile, FSDP, activation checkpointing, DDP, DataParallel) holds."""
-    while True:
-        inner = next((module._modules[a] for a in WRAPPER_ATTRIBUTES if module._modules.get(a) is not None), None)
-        if inner is None and isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            inner = module.module
-        if inner is None:
-            return module
-        module = inner
-
-
-def plain_name(name: str) -> str:
-    """Strips what wrappers leave in parameter names."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPER_ATTRIBUTES)
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:

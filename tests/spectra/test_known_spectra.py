@@ -184,3 +184,19 @@ def test_maximum_over_problems_needs_no_union_bound() -> None:
     interval = top_singular(DenseOperator(matrix), generator=torch.Generator().manual_seed(0)).interval((2,))
     assert interval.per_sequence == pytest.approx([3.0, 2.0])
     assert interval.lower <= 3.0 <= interval.upper and interval.estimate == pytest.approx(3.0)
+
+
+class _Laid(DenseOperator):
+    """A product that comes back transposed in memory, as a pullback's may."""
+
+    def _push(self, u: torch.Tensor) -> torch.Tensor:
+        return super()._push(u).t().contiguous().t()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-25, 1e25])
+def test_long_rows_in_any_memory_and_of_any_size(scale: float) -> None:
+    matrix = scale * torch.randn(2, 2048, 1024, generator=torch.Generator().manual_seed(6))
+    truth = torch.linalg.svdvals(matrix.double())[:, 0].numpy()
+    solution = top_singular(_Laid(matrix), tol=0.01, generator=torch.Generator().manual_seed(7))
+    assert solution.converged
+    assert (solution.lower <= truth).all() and (truth <= solution.upper).all()
