@@ -16,6 +16,7 @@ from torch import nn
 
 import jacdiag
 from jacdiag.errors import MeasureError, TraceError, UsageError, one_line
+from jacdiag.measure.figures import std_of
 from jacdiag.measure.network import GradientProfile, end_to_end, gradient_profile, network_record, verify_replay
 from jacdiag.measure.norms import Effort
 from jacdiag.measure.state import detect_state
@@ -190,13 +191,13 @@ class _Audit:
         probe = self._probe()
         with self._phase("record"):
             self.sites = sites(self.model, *probe.args, dtype=self.request.dtype, declared=self.request.declared,
-                               **probe.kwargs)  # fmt: skip
+                               weights=self.request.source.weights, **probe.kwargs)  # fmt: skip
         self.notes += [*self.sites.notes, *(f"hidden from the dataflow: {line}" for line in self.sites.hidden)]
         if not self.sites:
             raise nothing_found(self.sites)
         self.state = self._state()
         self.layers = len({s.depth for s in self.sites if not s.nested})
-        self.broken = [name for name, t in self.sites.skeleton.params.items() if not bool(torch.isfinite(t).all())]
+        self.broken = self.sites.skeleton.non_finite()
         checks: dict[str, Any] = {"deterministic": self.sites.deterministic, "non_finite": self.broken}
         checks |= {"culprit": self.sites.culprit} if self.sites.culprit else {}
         records: list[SublayerRecord] = []
@@ -209,15 +210,14 @@ class _Audit:
     def _place(self) -> None:
         """Moves a model that was loaded here to the device; a module that was handed in stays where it is."""
         if self.request.source.owned:
-            self.model.to(pick(self.request.device))
+            self.request.source.to(pick(self.request.device))
 
     def _probe(self) -> Probe:
         r = self.request
         if r.inputs is not None:
             return Probe.of_inputs(r.inputs, seed=r.seed)
         probe = build_probe(r.source, batch=r.batch, seq=r.seq, seed=r.seed, tokens=r.tokens, inputs=r.input_factory)
-        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        return probe if device.type == "cpu" else probe.to(device)
+        return probe if r.source.device.type == "cpu" else probe.to(r.source.device)
 
     def _state(self) -> Literal["init", "trained"]:
         if self.request.state is not None:
@@ -225,7 +225,7 @@ class _Audit:
         if self.request.source.fresh or self.request.source.step == 0:
             return "init"
         matrices = [name for site in self.sites for name in site.products]
-        return detect_state(self.sites.skeleton.params, matrices)
+        return detect_state(self.sites.skeleton.params, matrices, self.sites.skeleton.outlines)
 
     def _measure(self, probe: Probe, checks: dict[str, Any]) -> tuple[list[SublayerRecord], NetworkRecord]:
         r = self.request
@@ -291,9 +291,10 @@ class _Audit:
     def _report(
         self, probe: Probe, records: list[SublayerRecord], network: NetworkRecord | None, checks: dict[str, Any]
     ) -> Report:
-        r, coverage, params = self.request, self.sites.coverage, self.sites.skeleton.params
+        r, coverage = self.request, self.sites.coverage
+        params, values = self.sites.skeleton.outlines, self.sites.skeleton.params
         covered = coverage.covered()
-        vectors = {n: params[n] for n in coverage.embedding if n in params and params[n].dim() == 2}
+        tables = [n for n in coverage.embedding if n in params and params[n].dim() == 2]
         model = ModelRecord(
             name=type(self.model).__name__,
             parameters=sum(p.numel() for p in params.values()),
@@ -302,7 +303,7 @@ class _Audit:
             covered_parameters=sum(p.numel() for n, p in params.items() if n in covered),
             uncovered=list(coverage.uncovered),
             uncovered_reasons=coverage.uncovered,
-            weights={n: WeightStats(n, list(t.shape), float(t.double().std())) for n, t in vectors.items()},
+            weights={n: WeightStats(n, list(params[n].shape), std_of(values[n], correction=1)) for n in tables},
             vocabulary=r.source.vocab_size,
         )
         off = self.state == "trained" and probe.record.tokens == "random"
@@ -318,7 +319,7 @@ class _Audit:
             cost=self._cost(records, network),
             settings={
                 "tol": r.tol, "confidence": r.confidence, "dtype": str(r.dtype).removeprefix("torch."),
-                "device": str(next(iter(params.values())).device) if params else "cpu", "seed": r.seed,
+                "device": str(r.source.device), "seed": r.seed,
                 "decide": r.decide, "profile": r.profile, "name": r.source.name, "checks": checks,
             },
             ladder=load_healthy(model.width) if self.state == "init" else [],

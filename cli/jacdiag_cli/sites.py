@@ -77,18 +77,19 @@ def _trace(source: str, given: dict[str, Any]) -> tuple[Source, Sites]:
             got=loaded.why_weights or None,
             hint="--model FACTORY builds it; `jacdiag audit` looks at the weights alone",
         )
-    loaded.model.to(device)
+    loaded.to(device)
     asked = {name: given[name] for name in ("batch", "seq", "seed", "tokens", "inputs")}
     probe = build_probe(loaded, **asked)
     probe = probe if device.type == "cpu" else probe.to(device)
     dtype = {"float32": torch.float32, "float64": torch.float64}[given["dtype"]]
     declared = current().sites
-    return loaded, trace(loaded.model, *probe.args, dtype=dtype, declared=declared, **probe.kwargs)
+    weights = loaded.weights
+    return loaded, trace(loaded.model, *probe.args, dtype=dtype, declared=declared, weights=weights, **probe.kwargs)
 
 
 def describe(loaded: Source, found: Sites) -> dict[str, Any]:
     """All that the command prints, as plain data: the sub-layers, and every parameter in one of the groups."""
-    params, coverage = found.skeleton.params, found.coverage
+    params, coverage = found.skeleton.outlines, found.coverage
     covered = coverage.covered()
     return {
         "source": loaded.info,

@@ -11,7 +11,9 @@ from torch import Tensor
 _SAMPLE = 1 << 16
 
 
-def detect_state(parameters: Mapping[str, Tensor], matrices: Iterable[str]) -> Literal["init", "trained"]:
+def detect_state(
+    parameters: Mapping[str, Tensor], matrices: Iterable[str], outlines: Mapping[str, Tensor] | None = None
+) -> Literal["init", "trained"]:
     """Tells an initial state from a trained one.
 
     An initial state has every gain exactly constant, every bias exactly 0 (or drawn from a uniform distribution, as
@@ -21,11 +23,13 @@ def detect_state(parameters: Mapping[str, Tensor], matrices: Iterable[str]) -> L
     Args:
         parameters: name -> tensor, all parameters.
         matrices: names of the weight matrices of sub-layers.
+        outlines: the same parameters by shape alone, where each look at one reads it from a file.
     """
-    vectors = [t for t in parameters.values() if t.dim() <= 1 and t.numel() > 1]
+    shapes = parameters if outlines is None else outlines
+    vectors = [parameters[name] for name, t in shapes.items() if t.dim() <= 1 and t.numel() > 1]
     if any(not (_constant(t) or _uniform(t)) for t in vectors):
         return "trained"
-    names = [name for name in matrices if parameters[name].dim() >= 2]
+    names = [name for name in matrices if shapes[name].dim() >= 2]
     if names and not any(_known_family(parameters[name]) for name in names):
         return "trained"
     if not vectors and names and sum(map(_known_family, (parameters[n] for n in names))) < 0.9 * len(names):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from jacdiag.errors import UsageError
-from jacdiag.measure.figures import spread_of
+from jacdiag.measure.figures import spread_of, std_of
 from jacdiag.measure.state import detect_state
 from jacdiag.report.schema import Kind, ModelRecord, Report, Spread, SublayerRecord, WeightStats
 from jacdiag.sources import Source, gpt
@@ -90,10 +90,10 @@ def weight_stats(name: str, tensor: Tensor, seed: int = 0) -> WeightStats | None
     """
     if tensor.dim() < 2 or tensor.is_meta or not tensor.is_floating_point():
         return None
+    std = std_of(tensor) if tensor.numel() else None
     matrix = tensor.detach()
     if matrix.dtype not in (torch.float32, torch.float64):
         matrix = matrix.float()
-    std = float(matrix.double().std(correction=0)) if matrix.numel() else None
     if matrix.dim() > 3 or not matrix.numel() or not bool(torch.isfinite(matrix).all()):
         return WeightStats(name, list(tensor.shape), std if std is not None and math.isfinite(std) else None)
     generator = torch.Generator().manual_seed(seed)

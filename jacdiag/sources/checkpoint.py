@@ -7,7 +7,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from jacdiag.errors import SourceError, clipped, printable
 from jacdiag.sources.formats import safetensors_file, torch_file
 from jacdiag.sources.formats.guard import Stub
+from jacdiag.sources.stored import StoredWeights
 from jacdiag.sources.wrapped import plain_name
 
+Entry = TypeVar("Entry")  # a tensor, or where it lies
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 _MODEL_KEYS = (
     "state_dict",
@@ -46,6 +48,7 @@ class Checkpoint:
         where: the key under which the weights stood ("" at the top).
         whole_module: the file held a module, of which only the weights were read.
         unread: classes in the file that were not imported.
+        weights: the same as `state`, read tensor by tensor, where the format allows.
     """
 
     path: Path
@@ -58,6 +61,7 @@ class Checkpoint:
     whole_module: bool = False
     unread: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    weights: StoredWeights | None = None
 
 
 def open_checkpoint(path: Path, *, trust_pickle: bool = False) -> Checkpoint:
@@ -70,7 +74,10 @@ def open_checkpoint(path: Path, *, trust_pickle: bool = False) -> Checkpoint:
     if path.suffix == ".safetensors":
         tensors, metadata = safetensors_file.read(path)
         step = metadata.get("step", metadata.get("global_step", ""))
-        return Checkpoint(path, strip_wrappers(tensors), "safetensors", step=int(step) if step.isdecimal() else None)
+        return Checkpoint(
+            path, strip_wrappers(tensors), "safetensors", step=int(step) if step.isdecimal() else None,
+            weights=StoredWeights(strip_wrappers(safetensors_file.spans(path)[0])),
+        )  # fmt: skip
     found, unread = torch_file.read(path, trust_pickle=trust_pickle)
     return _unpacked(path, found, unread)
 
@@ -200,7 +207,20 @@ def _pickled_module(value: Any) -> bool:
     return isinstance(value, Stub) and isinstance(value.state, Mapping) and "_parameters" in value.state
 
 
-def strip_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def weights_below(pieces: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Of flattened names, the weights of the model: not an optimiser's, and without the keys that stand above them."""
+    found = {name: piece for name, piece in pieces.items() if not any(map(_foreign, name.split(".")[:2]))}
+    while found:
+        heads = {name.partition(".")[0] for name in found}
+        inner = {name.partition(".")[2] for name in found}
+        # `model.` may be the model's own first name: it is taken off where the usual key, or nothing else, is above it.
+        if len(heads) > 1 or "" in inner or not heads <= {*_MODEL_KEYS, "app"}:
+            break
+        found = {name.partition(".")[2]: piece for name, piece in found.items()}
+    return strip_wrappers(found)
+
+
+def strip_wrappers(state: Mapping[str, Entry]) -> dict[str, Entry]:
     """Takes the names that wrappers add off every key; `module.` only where all keys begin with it.
 
     A name is shown on terminals: what is not printable in it is written as an escape.

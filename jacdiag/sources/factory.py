@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import jacdiag
 from jacdiag.errors import JacdiagError, SourceError
+from jacdiag.sources.empty import empty_parameters
 
 
 def is_factory(source: str) -> bool:
@@ -132,6 +133,36 @@ def build(spec: str, model_args: dict[str, Any] | None = None, seed: int = 0, *,
     return made
 
 
+def build_empty(spec: str, model_args: dict[str, Any] | None = None, seed: int = 0) -> nn.Module:
+    """Calls a factory whose parameters are to be read from a file: they take no memory, its buffers are computed.
+
+    Raises:
+        SourceError: the call raises, or returns no nn.Module.
+    """
+    try:
+        with empty_parameters():
+            made = call(resolve(spec), spec, model_args or {}, seed)
+    except SourceError:  # an initialisation that needs numbers
+        return build(spec, model_args, seed, init=False)
+    if not isinstance(made, nn.Module):
+        raise SourceError(f"'{spec}' returned no nn.Module", got=f"type {type(made).__name__}")
+    if any(buffer.is_meta for buffer in made.buffers()):
+        with seeded(seed):
+            _compute_buffers(made, spec)
+    return made
+
+
+def _compute_buffers(model: nn.Module, spec: str) -> None:
+    """Gives buffers on the meta device memory, and the numbers that the model's own initialisation gives them."""
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[key] = torch.empty_like(buffer, device="cpu").fill_(_mark(buffer))
+    with torch.no_grad():
+        _initialise(model, spec)
+    _check_touched(model, spec, {name for name, _ in model.named_buffers()} - set(model.state_dict()))
+
+
 def call(factory: Callable[..., Any], spec: str, arguments: dict[str, Any], seed: int) -> Any:
     """Calls foreign code; what it raises is shown with its own frames."""
     try:
@@ -176,7 +207,11 @@ def materialise(model: nn.Module, spec: str, *, init: bool = True) -> None:
             t.fill_(_mark(t))
         _initialise(model, spec)
     buffers = {name for name, _ in model.named_buffers()} - set(model.state_dict())
-    wanted = {name for name, _ in tensors} if init else buffers
+    _check_touched(model, spec, {name for name, _ in tensors} if init else buffers)
+
+
+def _check_touched(model: nn.Module, spec: str, wanted: set[str]) -> None:
+    tensors = [*model.named_parameters(), *model.named_buffers()]
     left = [name for name, t in tensors if name in wanted and t.numel() and _untouched(t)]
     if left:
         raise SourceError(

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from jacdiag.errors import SourceError
+from jacdiag.sources.stored import StoredWeights
 
 _SHOWN = 5
+
+
+class Misfit(SourceError):
+    """Weights and model do not belong together. `unexpected`: the weights have names that the model has not."""
+
+    unexpected = False
 
 
 _HINT = "--model and --model-args must build exactly the model that was saved"
@@ -33,6 +40,38 @@ def fit(model: nn.Module, state: Mapping[str, Tensor], where: str, hint: str = _
         SourceError: missing or unexpected keys, shapes that differ, numbers that no model computes with; the first
             ones, and how many.
     """
+    chosen, notes = _match(model, state, where, hint, lambda tensor: tensor)
+    _place(model, chosen)
+    return notes
+
+
+def attach(model: nn.Module, weights: StoredWeights, where: str, hint: str = _HINT) -> tuple[StoredWeights, list[str]]:
+    """Fits weights that stay in their files: the model's parameters become outlines, its buffers are read.
+
+    Args:
+        model: changed in place.
+        weights: by name.
+        where, hint: as for `fit`.
+
+    Returns:
+        The weights by the names of the model's parameters (every name of a tie), and notes for the report.
+
+    Raises:
+        SourceError: like `fit`, and where a file cannot be read.
+    """
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    state = {name: weights[name] if name in buffers else t for name, t in weights.outlines().items()}
+    names = {id(t): name for name, t in state.items()}
+    chosen, notes = _match(model, state, where, hint, lambda tensor: weights[names[id(tensor)]])
+    _place(model, chosen)
+    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    return weights.renamed({name: names[id(chosen[name])] for name in parameters}), notes
+
+
+def _match(
+    model: nn.Module, state: Mapping[str, Tensor], where: str, hint: str, value: Callable[[Tensor], Tensor]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Returns a tensor of the state for every name of the model. `value` reads one, where the state has outlines."""
     wanted = model.state_dict(keep_vars=True)
     state, notes = _renamed(state, wanted)
     ties = _ties(wanted)
@@ -45,15 +84,13 @@ def fit(model: nn.Module, state: Mapping[str, Tensor], where: str, hint: str = _
     ]
     if missing or unexpected or shapes:
         parts = [_listed("missing", missing), _listed("unexpected", unexpected), _listed("of another shape", shapes)]
-        raise SourceError(
-            f"{where} does not fit {type(model).__name__}",
-            got="\n".join(part for part in parts if part),
-            hint=hint,
-        )
+        got = "\n".join(part for part in parts if part)
+        misfit = Misfit(f"{where} does not fit {type(model).__name__}", got=got, hint=hint)
+        misfit.unexpected = bool(unexpected)
+        raise misfit
     _check_precision(wanted, state, where)
-    _check_ties(ties, state, where)
-    _place(model, {name: next(state[twin] for twin in ties[name] if twin in state) for name in wanted})
-    return notes
+    _check_ties(ties, state, where, value)
+    return {name: next(state[twin] for twin in ties[name] if twin in state) for name in wanted}, notes
 
 
 def _check_precision(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str) -> None:
@@ -89,10 +126,13 @@ def _ties(wanted: Mapping[str, Tensor]) -> dict[str, list[str]]:
     return {name: [name, *(n for n in by_tensor[id(tensor)] if n != name)] for name, tensor in wanted.items()}
 
 
-def _check_ties(ties: Mapping[str, list[str]], state: Mapping[str, Tensor], where: str) -> None:
+def _check_ties(
+    ties: Mapping[str, list[str]], state: Mapping[str, Tensor], where: str, value: Callable[[Tensor], Tensor]
+) -> None:
     for first, *twins in ties.values():
         for twin in twins:
-            if first in state and twin in state and first < twin and not _same(state[first], state[twin]):
+            both = first in state and twin in state and first < twin
+            if both and not _same(value(state[first]), value(state[twin])):
                 raise SourceError(
                     f"'{first}' and '{twin}' are one parameter in the model, but differ in {where}",
                     hint="build the model without weight tying",

@@ -17,6 +17,7 @@ from jacdiag.sources.source import Source
 from jacdiag.sources.wrapped import unwrap
 
 _DEFAULT_SEQ = 128
+_ROWS = 4096  # of an embedding at a time: a table may be large, and stored in less than float32
 _DEAD = 0.1  # a row whose std is under this share of the median row's was never trained, or is padding
 
 
@@ -150,30 +151,34 @@ def _ids(
         ids = _text(source.folder, batch, length, vocab)
         if ids is not None:
             return ids, "text through its own tokenizer", 0
-    alive = living_rows(model, vocab)
+    alive = living_rows(source, vocab)
     generator = torch.Generator().manual_seed(seed)
     return alive[torch.randint(len(alive), (batch, length), generator=generator)], "random", vocab - len(alive)
 
 
-def living_rows(model: nn.Module, vocab: int) -> Tensor:
+def living_rows(source: Source, vocab: int) -> Tensor:
     """Ids of the embedding rows that a probe may draw from: not special, not padding, not near zero, not twins."""
+    model = source.model
+    assert model is not None
     keep = torch.ones(vocab, dtype=torch.bool)
     keep[[i for i in facts.special_ids(model) if 0 <= i < vocab]] = False
     table = facts.embedding(model)
-    if table is not None and not table.weight.is_meta:
-        rows = table.weight.detach()[:vocab].float().cpu()
+    weight = None if table is None else source.value_of(table.weight)
+    if table is not None and weight is not None:
         if table.padding_idx is not None and table.padding_idx < vocab:
             keep[table.padding_idx] = False
-        std = rows.std(dim=1, correction=0)
+        parts = weight[:vocab].split(_ROWS)
+        std = torch.cat([part.float().cpu().std(dim=1, correction=0) for part in parts])
         keep &= std >= _DEAD * std.median()
-        keep &= ~_twins(rows)
+        keep &= ~_twins(weight[:vocab])
     alive = keep.nonzero().squeeze(1)
     return alive if len(alive) >= 2 else torch.arange(vocab)
 
 
 def _twins(rows: Tensor) -> Tensor:
     """Rows that equal another one to the bit: added to fill up a table, and never trained."""
-    key = rows.double() @ torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mark = torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    key = torch.cat([part.cpu().double() @ mark for part in rows.split(_ROWS)])
     _, place, count = key.unique(return_inverse=True, return_counts=True)
     return count[place] > 1
 

@@ -7,14 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from jacdiag.errors import SourceError, UsageError, clipped
 from jacdiag.sources import factory, gpt
-from jacdiag.sources.checkpoint import Checkpoint, open_checkpoint
+from jacdiag.sources.checkpoint import Checkpoint, open_checkpoint, weights_below
 from jacdiag.sources.facts import longest_sequence, vocabulary
-from jacdiag.sources.fit import fit
-from jacdiag.sources.formats import huggingface
+from jacdiag.sources.fit import attach, fit
+from jacdiag.sources.formats import dcp, huggingface
+from jacdiag.sources.stored import StoredWeights
 
 
 @dataclass
@@ -29,6 +31,7 @@ class Source:
         step: training steps so far, where the source says so.
         owned: loaded here, so that it may be moved to a device; a module that was handed in may not.
         folder: a Hugging Face folder, which may have a tokenizer.
+        weights: the values of the model's parameters, where these are on the meta device and stay in their files.
         notes: what a reader of the report should know about how it was read.
     """
 
@@ -41,7 +44,33 @@ class Source:
     owned: bool = True
     why_weights: str = ""
     folder: Path | None = None
+    weights: StoredWeights | None = None
     notes: list[str] = field(default_factory=list)
+    _device: torch.device | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        held = next(self.model.parameters(), None) if self.model is not None and self.weights is None else None
+        return self._device or (torch.device("cpu") if held is None else held.device)
+
+    def to(self, device: torch.device) -> None:
+        """Moves the model; of one whose parameters stay in their files, the buffers."""
+        assert self.model is not None
+        if self.weights is None:
+            self.model.to(device)
+            return
+        self._device = device
+        for module in self.model.modules():
+            for key, buffer in module._buffers.items():
+                module._buffers[key] = None if buffer is None else buffer.to(device)
+
+    def value_of(self, parameter: Tensor) -> Tensor | None:
+        """A parameter's values: the parameter itself, or what its file holds; None where it has a shape only."""
+        if not parameter.is_meta:
+            return parameter.detach()
+        names = self.model.named_parameters() if self.model is not None and self.weights is not None else ()
+        return next((self.weights[name] for name, p in names if self.weights and p is parameter), None)
 
     @property
     def vocab_size(self) -> int | None:
@@ -97,6 +126,8 @@ def load(
         return Source(factory.build(source, model_args, seed), info, source)
     path = Path(source)
     if factory.there(path) and path.is_dir():
+        if dcp.is_folder(path) and not huggingface.is_folder(path):
+            return _from_file(_open_chunked(path, model), model, model_args, seed)
         if model_args is not None:
             raise UsageError("--model-args belongs to a factory", got="--model-args beside a folder")
         return _from_folder(path, model, trust_pickle)
@@ -111,14 +142,27 @@ def _no_model(model: str | None, source: str) -> None:
 def _from_folder(path: Path, model: str | None, trust_pickle: bool) -> Source:
     if not huggingface.is_folder(path):
         got = ", ".join(sorted(f.name for f in path.iterdir())[:8]) or "an empty folder"
-        hint = "a Hugging Face folder has a config.json beside its weights"
-        if (path / ".metadata").is_file():
-            hint = "to one file: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER checkpoint.pt"
+        hint = "a Hugging Face folder has a config.json, one of torch.distributed.checkpoint a .metadata"
         raise SourceError(f"'{path}' is a folder without a model", got=got, hint=hint)
     if model is not None:
         raise UsageError("--model belongs to a checkpoint file", got=f"--model {model} beside a Hugging Face folder")
-    built, facts = huggingface.load(path, trust_pickle=trust_pickle)
-    return Source(built, {"path": str(path), **facts}, path.resolve().name, folder=path)
+    found = huggingface.load(path, trust_pickle=trust_pickle)
+    info = {"path": str(path), **found.facts}
+    return Source(found.model, info, path.resolve().name, folder=path, weights=found.weights, notes=found.notes)
+
+
+def _open_chunked(path: Path, model: str | None) -> Checkpoint:
+    """A folder of torch.distributed.checkpoint, like a checkpoint file whose tensors stay where they are."""
+    pieces = weights_below(dcp.chunked(path))
+    if not pieces:
+        raise SourceError(f"'{path}' holds no weights", hint="expected a state dict, or a dict that holds one")
+    if model is None:
+        raise SourceError(
+            f"'{path}' holds weights only",
+            got=f"{len(pieces)} tensors: {clipped(', '.join(pieces), 200)}",
+            hint="--model FACTORY builds the module that they belong to",
+        )
+    return Checkpoint(path, {}, "torch-distributed", weights=StoredWeights(pieces))
 
 
 def _from_file(found: Checkpoint, model: str | None, model_args: dict[str, Any] | None, seed: int) -> Source:
@@ -131,10 +175,15 @@ def _from_file(found: Checkpoint, model: str | None, model_args: dict[str, Any] 
     if found.where:
         info["key"] = found.where
     if model is not None:
-        state = found.state or dict(found.module.state_dict() if found.module is not None else {})
-        made.model = factory.build(model, model_args, seed, init=False)
         info |= {"factory": model, **({"model_args": model_args} if model_args else {})}
-        made.notes += fit(made.model, state, f"'{found.path}'")
+        if found.weights is not None:
+            made.model = factory.build_empty(model, model_args, seed)
+            made.weights, notes = attach(made.model, found.weights, f"'{found.path}'")
+        else:
+            state = found.state or dict(found.module.state_dict() if found.module is not None else {})
+            made.model = factory.build(model, model_args, seed, init=False)
+            notes = fit(made.model, state, f"'{found.path}'")
+        made.notes += notes
     elif model_args is not None:
         raise UsageError("--model-args needs --model", hint="--model package.module:callable")
     elif found.module is not None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from jacdiag.trace.known import KnownValues
+from jacdiag.trace.stored import Stored
 
 _RANK = {torch.bfloat16: 0, torch.float16: 0, torch.float32: 1, torch.float64: 2}
 _LOOKUPS = {"embedding"}
@@ -29,11 +30,11 @@ class Raisings:
     """Which tensors are raised copies of low ones, so that autograd need not keep them."""
 
     def __init__(self) -> None:
-        self._low: dict[int, tuple[weakref.ref[Tensor], Tensor]] | None = None
+        self._low: dict[int, tuple[weakref.ref[Tensor], Callable[[], Tensor]]] | None = None
 
     @contextmanager
     def not_kept(self) -> Iterator[None]:
-        """Inside, a graph keeps the low tensor in a raised one's place, and raises it again whenever it is read."""
+        """Inside, a graph keeps no raised tensor: it is raised, or read from its file, again whenever it is needed."""
         self._low = {}
         try:
             with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
@@ -41,22 +42,23 @@ class Raisings:
         finally:
             self._low = None
 
-    def add(self, raised: Tensor, low: Tensor) -> None:
+    def add(self, raised: Tensor, again: Callable[[], Tensor]) -> None:
+        """Notes a tensor that `again` makes once more."""
         if self._low is not None:
-            self._low[raised.untyped_storage().data_ptr()] = (weakref.ref(raised), low)
+            self._low[raised.untyped_storage().data_ptr()] = (weakref.ref(raised), again)
 
     def _pack(self, saved: Tensor) -> Any:
         entry = None if self._low is None else self._low.get(saved.untyped_storage().data_ptr())
         if entry is None or entry[0]() is None or saved.requires_grad:
             return saved
-        return entry[1], saved.dtype, saved.size(), saved.stride(), saved.storage_offset()
+        return entry[1], saved.size(), saved.stride(), saved.storage_offset()
 
     def _unpack(self, packed: Any) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        low, dtype, *layout = packed
-        raised = low.to(dtype)
-        self.add(raised, low)
+        again, *layout = packed
+        raised: Tensor = again()
+        self.add(raised, again)
         return raised.as_strided(*layout)
 
 
@@ -79,14 +81,17 @@ class Precision:
         state: id of a state tensor -> its name; only these are raised on sight.
         raisings: told of every tensor of the state that is raised.
         valueless: the state is on the meta device.
+        stored: reads the state's tensors, which are outlines only.
     """
 
     def __init__(
-        self, dtype: torch.dtype, state: Mapping[int, str], raisings: Raisings | None = None, valueless: bool = False
-    ) -> None:
+        self, dtype: torch.dtype, state: Mapping[int, str], raisings: Raisings | None = None, valueless: bool = False,
+        stored: Stored | None = None,
+    ) -> None:  # fmt: skip
         self.known = KnownValues() if valueless else None
         self.dtype = dtype
         self.state = state
+        self.stored = stored
         self.raisings = raisings
         self.rank = _RANK[dtype]
 
@@ -101,12 +106,19 @@ class Precision:
             result = func(*args, **kwargs)
             if isinstance(result, torch.dtype) and self.lower(result) and args and id(args[0]) in self.state:
                 return self.dtype
+            if self.stored is not None and self.stored.asks(func, args):
+                return self._raise(self.stored.answer(func, args, kwargs))
             return result
+        if self.stored is not None:
+            if self.stored.asks(func, args):
+                return self.stored.answer(func, args, kwargs)
+            if name in _LOOKUPS:  # of a few rows: they are raised, not the table
+                args, kwargs = map_leaves(self.stored.filled, args), map_leaves(self.stored.filled, kwargs)
         if name in _LOOKUPS:
             return self._raise(func(*args, **kwargs))
         cast = _CAST_METHODS.get(name)
         if cast is not None and self.lower(cast) and args and isinstance(args[0], Tensor):
-            return args[0].to(self.dtype)
+            return self._raise(args[0]).to(self.dtype)
         args, kwargs = map_leaves(self._argument, args), map_leaves(self._argument, kwargs)
         if name in _GROUPED and self.dtype is torch.float64:
             return grouped_mm(*args, **kwargs)
@@ -131,15 +143,17 @@ class Precision:
         if isinstance(value, Tensor):
             if id(value) not in self.state:
                 return value
-            raised = self._raise(value)
+            raised: Tensor = self._raise(value)
             if raised is not value and self.raisings is not None:
-                self.raisings.add(raised, value)
+                self.raisings.add(raised, lambda: self._raise(value))
             return raised
         if isinstance(value, torch.dtype) and self.lower(value):
             return self.dtype
         return value
 
     def _raise(self, value: Any) -> Any:
+        if self.stored is not None:
+            value = self.stored.filled(value)
         if isinstance(value, Tensor) and value.is_floating_point() and self.lower(value.dtype):
             return value.to(self.dtype)
         return value

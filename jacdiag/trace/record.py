@@ -227,7 +227,7 @@ def record(skeleton: Skeleton, args: tuple[Any, ...], kwargs: dict[str, Any], dt
 
     It runs again if the code writes to parameters (each is replaced by a copy first) or has rebuilt itself on the way.
     """
-    borrows = dict(skeleton.params)
+    borrows = dict(skeleton.outlines)
     for _ in range(len(borrows) + 3):
         try:
             with borrowed() as start:
@@ -264,7 +264,7 @@ def observe(
     state = skeleton.fresh_state_of("")
     names = {id(t): name for name, t in state.items()}
     guests = {storage_of(t): name for name, t in (borrows or {}).items()}
-    recorder = kind(Precision(dtype, names, valueless=skeleton.valueless), guests)
+    recorder = kind(Precision(dtype, names, valueless=skeleton.valueless, stored=skeleton.stored), guests)
     with ExitStack() as stack:
         stack.enter_context(_module_hooks(skeleton, recorder))
         stack.enter_context(torch.no_grad())

@@ -75,8 +75,7 @@ class Replayer:
     # -- runs ------------------------------------------------------------------------------------------------------
     def whole_graph(self) -> AbstractContextManager[None]:
         """To be entered where a graph through the whole model is built: it then holds no raised copy of the model."""
-        low = any(t.is_floating_point() and t.dtype.itemsize < 4 for t in self.skeleton.params.values())
-        return self.raisings.not_kept() if low else nullcontext()
+        return self.raisings.not_kept() if self.skeleton.light else nullcontext()
 
     def segment(self, invocation: int, source: Spot, sink: Spot) -> Callable[[Tensor], Tensor]:
         """Returns the function from the source's value to the sink's, by running one module call again."""
@@ -147,9 +146,9 @@ class Replayer:
         self.skeleton.restore()
         state = self.skeleton.fresh_state_of(module)
         if module in self.with_functions:  # their backwards read the weights as they were given to them
-            state = {name: t.to(self.dtype) if t.is_floating_point() else t for name, t in state.items()}
+            state = self.skeleton.filled_state_of(module, self.dtype)
         names = {id(t): name for name, t in state.items()}
-        precision = Precision(self.dtype, names, self.raisings, self.skeleton.valueless)
+        precision = Precision(self.dtype, names, self.raisings, self.skeleton.valueless, self.skeleton.stored)
         with ExitStack() as stack:
             stack.enter_context(plain_run())
             stack.enter_context(borrowed(start))

@@ -8,6 +8,7 @@ of one block, a file). Nothing of the guest is touched, no memory is spent, and 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from jacdiag.sources.wrapped import plain_name, unwrap
 from jacdiag.trace.attributes import Attributes, collect_attribute_tensors, copy_attribute
+from jacdiag.trace.stored import Stored
 from jacdiag.trace.wrappers import is_code, original_class, skipped_attributes, whole_weights
 
 _HOOK_DICTS = (
@@ -37,7 +39,9 @@ class Skeleton:
 
     Attributes:
         root: the copy. Its parameters and buffers are on the meta device.
-        params: name -> the guest's parameter, detached (same storage). One name per tie.
+        params: name -> the guest's parameter, detached (same storage). One name per tie. Read on access if `stored`.
+        outlines: the same by shape and dtype alone, for questions that need no values.
+        stored: where parameters are read from that are not in memory, or None.
         buffers: name -> the guest's buffer (same storage); clone before a run that may write to it.
         valueless: the guest itself is on the meta device: shapes and no values.
         aliases: every name of a tied tensor -> the one name that stands in `params` or `buffers`.
@@ -45,17 +49,26 @@ class Skeleton:
     Args:
         module: the guest, wrapped or not.
         keep_hooks: take the guest's forward hooks along, bound to the copy.
+        weights: name -> tensor, where the parameters of a guest on the meta device are to be read from.
+        device: where they are brought to.
     """
 
-    def __init__(self, module: nn.Module, *, keep_hooks: bool = False) -> None:
+    def __init__(
+        self, module: nn.Module, *, keep_hooks: bool = False, weights: Mapping[str, Tensor] | None = None,
+        device: torch.device | None = None,
+    ) -> None:  # fmt: skip
         module = unwrap(module)
         self._whole = whole_weights(module)
         self.root = _copy_module(module, {}, keep_hooks)
         self.root.eval()
         self.aliases: dict[str, str] = {}
-        self.params = self._collect(module.named_parameters(remove_duplicate=False))
+        self.params: Mapping[str, Tensor] = self._collect(module.named_parameters(remove_duplicate=False))
+        self.outlines, self.stored = self.params, None
         self.buffers = self._collect(module.named_buffers(remove_duplicate=False))
-        self.valueless = any(t.is_meta for t in self.params.values())
+        if weights is not None:
+            self.stored = Stored(weights, self.outlines, device or torch.device("cpu"))
+            self.params = self.stored
+        self.valueless = self.stored is None and any(t.is_meta for t in self.params.values())
         self.names = {id(m): name for name, m in self.root.named_modules(remove_duplicate=True)}
         self._attributes = Attributes(self.root)
         self._written: set[str] = set()
@@ -83,11 +96,32 @@ class Skeleton:
         for name, first in self.aliases.items():
             if name.startswith(start) and first not in seen:
                 seen.add(first)
-                tensor = self.params.get(first)
-                written = tensor is None or first in self._written
-                kept = self.buffers[first] if tensor is None else tensor
-                state[name[len(start) :]] = kept.clone() if written else kept
+                state[name[len(start) :]] = self._for_one_run(first)
         return state
+
+    def _for_one_run(self, name: str) -> Tensor:
+        if name in self.buffers:
+            return self.buffers[name].clone()
+        return self.params[name].clone() if name in self._written else self.outlines[name]
+
+    def filled_state_of(self, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The same with every floating tensor in memory and raised: for code that reads weights unseen by any mode."""
+        state = self.fresh_state_of(prefix)
+        if self.stored is not None:
+            state = {name: self.stored.filled(t) for name, t in state.items()}
+        return {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+
+    @property
+    def light(self) -> bool:
+        """Whether the weights take less memory than the raised ones would, so that a graph should not keep these."""
+        low = any(t.is_floating_point() and t.dtype.itemsize < 4 for t in self.outlines.values())
+        return low or self.stored is not None
+
+    def non_finite(self) -> list[str]:
+        """Names of parameters with NaN or Inf in them."""
+        if self.stored is not None:
+            return self.stored.non_finite()
+        return [name for name, t in self.params.items() if not bool(torch.isfinite(t).all())]
 
     def restore(self) -> None:
         """Undoes what a run wrote to plain attributes (a cache, a counter)."""

@@ -146,7 +146,7 @@ class Tap(TorchFunctionMode):
         new = self.visit(spot, plain)
         if new is plain:
             return found
-        weight, bias = (None if t is None else t.to(new.dtype) for t in (weight, bias))
+        (weight, bias), _ = self.precision.raised((weight, bias), {})
         new = new if weight is None else new * weight
         return new if bias is None else new + bias
 

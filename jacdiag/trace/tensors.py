@@ -36,6 +36,13 @@ def collect_deep(value: Any, into: list[Tensor], depth: int = 4) -> None:
             collect_deep(item, into, depth - 1)
 
 
+def device_of(value: Any) -> torch.device:
+    """The device of the first tensor in nested arguments; the CPU where there is none."""
+    found: list[Tensor] = []
+    collect_deep(value, found)
+    return found[0].device if found else torch.device("cpu")
+
+
 def is_identity(name: str, result: Any, read: Any) -> bool:
     """Whether a call made nothing new: `x.to(x.dtype)`, dropout in eval mode."""
     if writes_in_place(name):

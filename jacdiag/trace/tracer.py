@@ -31,7 +31,7 @@ from jacdiag.trace.skeleton import Skeleton
 from jacdiag.trace.stream import Streams, owner_of
 from jacdiag.trace.sublayer import Map, Sublayer
 from jacdiag.trace.tap import Spot, Where
-from jacdiag.trace.tensors import collect_deep
+from jacdiag.trace.tensors import collect_deep, device_of
 from jacdiag.trace.valueless import looks_token_wise
 from jacdiag.trace.wrappers import has_foreign_hooks, refuse_flat_shards
 
@@ -41,6 +41,7 @@ def sites(
     *args: Any,
     dtype: torch.dtype | None = None,
     declared: Iterable[Declaration] | Mapping[str, Any] = (),
+    weights: Mapping[str, Tensor] | None = None,
     **kwargs: Any,
 ) -> Sites:
     """Records `model(*args, **kwargs)` once and returns its residual sub-layers.
@@ -52,6 +53,8 @@ def sites(
         *args, **kwargs: the inputs of its forward. KV caches are switched off where the forward takes `use_cache`.
         dtype: precision of the run, float32 (default) or float64; lower-precision weights are raised call by call.
         declared: sub-layers that the dataflow does not show, from `jacdiag.declare`.
+        weights: the values of a model whose parameters are on the meta device, by name: each is asked for whenever a
+            call reads it, and dropped after it, so that the model may be larger than the memory.
 
     Raises:
         TraceError: the forward raises (the model's own error is the cause), or nothing could be recorded.
@@ -62,7 +65,7 @@ def sites(
         >>> [site.kind for site in jacdiag.sites(layer, torch.randn(2, 4, 8))]
         ['attention', 'mlp']
     """
-    return Tracer(model, args, kwargs, dtype or torch.float32, declarations(declared)).trace()
+    return Tracer(model, args, kwargs, dtype or torch.float32, declarations(declared), weights).trace()
 
 
 class Tracer:
@@ -75,6 +78,7 @@ class Tracer:
         kwargs: dict[str, Any],
         dtype: torch.dtype,
         declared: Sequence[Declaration] = (),
+        weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         refuse_flat_shards(model)  # before unwrapping: only the wrapper knows
         self.model, self.declared = unwrap(model), declared
@@ -82,13 +86,17 @@ class Tracer:
         self.dtype = torch.float64 if doubles else dtype
         self.notes: list[str] = []
         self.culprit = self.stray = ""
-        self.skeleton = Skeleton(self.model)
+        hooked = has_foreign_hooks(self.model)
+        # A guest without values cannot be asked what it computes: its hooks are then its own.
+        self.compare = hooked and weights is None
+        self.skeleton = Skeleton(self.model, keep_hooks=hooked and not self.compare, weights=weights,
+                                 device=device_of((args, kwargs)))  # fmt: skip
         self.args, self.kwargs = self._inputs(args, kwargs)
 
     def trace(self) -> Sites:
         with torch.inference_mode(False), torch.no_grad(), borrowed():
             self._record()
-            if has_foreign_hooks(self.model):
+            if self.compare:
                 self._follow_guest()
             self.sites = self._find()
             self.homes = [home_of(self.graph, self.finder, site) for site in self.sites]
@@ -322,5 +330,5 @@ def _weights(graph: Graph, products: list[int], skeleton: Skeleton) -> list[str]
     """Names of the weight matrices of matrix products, in order of use; biases left out."""
     from jacdiag.trace.coverage import parameters_of
 
-    names = [n for node in products for n in parameters_of(graph, (node,), skeleton) if skeleton.params[n].dim() >= 2]
+    names = [n for node in products for n in parameters_of(graph, (node,), skeleton) if skeleton.outlines[n].dim() >= 2]
     return list(dict.fromkeys(names))

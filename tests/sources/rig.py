@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jacdiag.sources import gpt
+from jacdiag.sources import Source, gpt
 from jacdiag.sources.factory import seeded
+from jacdiag.sources.fit import fit
 
 SIZES: dict[str, Any] = {"n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": 64, "block_size": 32}
 BUILD = "jacdiag.sources.gpt:build"
@@ -46,3 +47,12 @@ def lightning(state: dict[str, Tensor]) -> dict[str, Any]:
         "optimizer_states": [{"state": {0: {"exp_avg": torch.randn(9999)}}}],
         "hyper_parameters": argparse.Namespace(lr=0.1),
     }  # fmt: skip
+
+
+def whole(source: Source) -> torch.nn.Module:
+    """The source's model with all of its weights in memory."""
+    assert source.model is not None
+    if source.weights is not None:
+        fit(source.model, {**source.model.state_dict(), **source.weights}, "the files")
+        source.weights = None
+    return source.model

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from sources.rig import BUILD, SIZES, lightning, save, tiny, weights
+from sources.rig import BUILD, SIZES, lightning, save, tiny, weights, whole
 
 import jacdiag
 from jacdiag.errors import SourceError, UsageError
@@ -49,7 +49,7 @@ def test_a_factory_takes_the_weights(tmp_path: Path, suffix: str) -> None:
     else:
         save(path, lightning(weights()) if suffix == ".ckpt" else {"model": weights(), "args": argparse.Namespace(a=1)})
     found = load(str(path), model=BUILD, model_args=SIZES)
-    assert runs_like_the_original(found.model) and found.info["factory"] == BUILD
+    assert runs_like_the_original(whole(found)) and found.info["factory"] == BUILD
     if suffix != ".safetensors":
         assert found.info["unread"] == ["argparse.Namespace"]
         assert any("argparse.Namespace" in note for note in found.notes)

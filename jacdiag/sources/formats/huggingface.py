@@ -5,17 +5,23 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from jacdiag.errors import SourceError
+from jacdiag.errors import SourceError, one_line
+from jacdiag.sources.empty import empty_parameters
 from jacdiag.sources.factory import own_frames, seeded
+from jacdiag.sources.fit import Misfit, attach
 from jacdiag.sources.formats import safetensors_file, torch_file
+from jacdiag.sources.stored import Piece, StoredWeights
 
 _SHOWN = 5
+_HINT = "config.json must be that of the weights"
 
 
 def is_folder(path: Path) -> bool:
@@ -23,20 +29,80 @@ def is_folder(path: Path) -> bool:
     return (path / "config.json").is_file()
 
 
-def load(path: Path, *, trust_pickle: bool = False) -> tuple[nn.Module, dict[str, Any]]:
+@dataclass
+class Loaded:
+    """A model out of a folder.
+
+    Attributes:
+        model: in the precision of its files.
+        facts: what the report says about it.
+        weights: the values of its parameters, where they stay in their files.
+        notes: how it was read, where that is not as usual.
+    """
+
+    model: nn.Module
+    facts: dict[str, Any]
+    weights: StoredWeights | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def load(path: Path, *, trust_pickle: bool = False) -> Loaded:
     """Loads a folder with config.json and weights (.safetensors or .bin, sharded or not), strictly.
 
-    Returns:
-        The model in the precision of its file, and what the report says about it.
+    Parameters in .safetensors stay in their files. Where their names there are not those of the model's parameters
+    (experts that transformers stacks while it loads), transformers loads them all.
 
     Raises:
         SourceError: transformers is missing, the folder has no weights, a file is unsafe or broken, keys do not fit.
     """
     transformers = _transformers(path)
     files = _weight_files(path)
-    _check_files(files, trust_pickle)
     config = _config(transformers, path, trust_pickle)
     kind = _class_of(transformers, config)
+    facts: dict[str, Any] = {"format": "huggingface", "files": [f.name for f in files]}
+    notes: list[str] = []
+    if files[0].suffix == ".safetensors":
+        pieces = {name: span for file in files for name, span in safetensors_file.spans(file)[0].items()}
+        try:
+            model = _empty(kind, config, trust_pickle, path)
+            weights, notes = attach(model, StoredWeights(_named_as(model, pieces)), f"'{path}'", _HINT)
+            return Loaded(model, {**facts, "architecture": type(model).__name__}, weights, notes)
+        except Misfit as misfit:
+            if not misfit.unexpected:
+                raise
+            notes = ["read whole: the names in the files are not those of the model's parameters"]
+    else:
+        for file in files:  # with our own reader first: a broken or unsafe one is then told as such
+            torch_file.read(file, trust_pickle=trust_pickle)
+    model = _whole(kind, path, config, trust_pickle)
+    return Loaded(model, {**facts, "architecture": type(model).__name__}, None, notes)
+
+
+def _empty(kind: Any, config: Any, trust: bool, path: Path) -> nn.Module:
+    """The model with parameters on the meta device, its buffers computed."""
+    built = kind.from_config if hasattr(kind, "from_config") else kind._from_config
+    options = {"trust_remote_code": trust} if hasattr(kind, "from_config") else {}
+    try:
+        with _quiet(), seeded(0), empty_parameters():
+            return built(config, attn_implementation="eager", **options).eval()  # type: ignore[no-any-return]
+    except Exception as error:
+        raise SourceError(f"transformers cannot build the model of '{path}' empty", got=own_frames(error)) from error
+
+
+def _named_as(model: Any, pieces: Mapping[str, Piece]) -> dict[str, Piece]:
+    """Pieces by the model's own names: the prefix of the base model put on or taken off, leftovers left out."""
+    wanted = set(model.state_dict(keep_vars=True))
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    if len(prefix) > 1 and not wanted & set(pieces):
+        longer = {f"{prefix}{name}": piece for name, piece in pieces.items()}
+        shorter = {name.removeprefix(prefix): piece for name, piece in pieces.items() if name.startswith(prefix)}
+        pieces = max(pieces, longer, shorter, key=lambda named: len(wanted & set(named)))
+    ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq$"]
+    return {name: piece for name, piece in pieces.items()
+            if name in wanted or not any(re.search(pattern, name) for pattern in ignored)}  # fmt: skip
+
+
+def _whole(kind: Any, path: Path, config: Any, trust_pickle: bool) -> nn.Module:
     try:
         with _quiet():
             model, info = kind.from_pretrained(
@@ -46,8 +112,7 @@ def load(path: Path, *, trust_pickle: bool = False) -> tuple[nn.Module, dict[str
     except Exception as error:
         raise SourceError(f"transformers cannot load '{path}'", got=own_frames(error)) from error
     _check_fit(path, model, info)
-    facts = {"format": "huggingface", "architecture": type(model).__name__, "files": [f.name for f in files]}
-    return model, facts
+    return model  # type: ignore[no-any-return]
 
 
 def from_config(spec: str, overrides: dict[str, Any], seed: int) -> nn.Module:
@@ -124,6 +189,9 @@ def _class_of(transformers: Any, config: Any) -> Any:
 
 
 def _weight_files(path: Path) -> list[Path]:
+    """The files with weights: those that an index names, else the ones with canonical names."""
+    for index in sorted(path.glob("*.index.json")):
+        return _indexed(path, index)
     for pattern in ("*.safetensors", "*.bin"):
         files = sorted(f for f in path.glob(pattern) if f.stem.startswith(("model", "pytorch_model")))
         if files:
@@ -135,13 +203,23 @@ def _weight_files(path: Path) -> list[Path]:
     )
 
 
-def _check_files(files: list[Path], trust_pickle: bool) -> None:
-    """Opens each file with our own reader first: a broken or unsafe one is then told as such."""
-    for file in files:
-        if file.suffix == ".safetensors":
-            safetensors_file.check(file)
-        else:
-            torch_file.read(file, trust_pickle=trust_pickle)
+def _indexed(path: Path, index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise SourceError(f"cannot read '{index}'", got=one_line(error)) from error
+    odd = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    if odd:  # a file elsewhere is none of this folder's
+        raise SourceError(f"'{index}' names a file outside its folder", got=str(odd[0]))
+    missing = [name for name in names if not (path / name).is_file()]
+    if missing:
+        shown = ", ".join(missing[:_SHOWN]) + (" ..." if len(missing) > _SHOWN else "")
+        raise SourceError(
+            f"'{path}' is incomplete: {len(missing)} of {len(names)} shards are missing",
+            got=f"no {shown}, which {index.name} names",
+            hint="download or copy the folder again",
+        )
+    return [path / name for name in names]
 
 
 def _check_fit(path: Path, model: nn.Module, info: dict[str, Any]) -> None:
@@ -158,7 +236,7 @@ def _check_fit(path: Path, model: nn.Module, info: dict[str, Any]) -> None:
         raise SourceError(
             f"the weights in '{path}' do not fit {type(model).__name__}",
             got="\n".join(parts),
-            hint="config.json must be that of the weights",
+            hint=_HINT,
         )
 
 

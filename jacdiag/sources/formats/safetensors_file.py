@@ -1,12 +1,51 @@
-"""Safetensors: one file, memory-mapped."""
+"""Safetensors: one file, whole (memory-mapped) or tensor by tensor."""
 
 from __future__ import annotations
 
+import json
+import math
+import os
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from jacdiag.errors import SourceError
+from jacdiag.sources.stored import failed
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+_BLOCK = 1 << 28  # one call of the system reads no more than 2 GiB
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """One tensor's bytes in a file."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+
+    def read(self) -> Tensor:
+        tensor = torch.empty(self.shape, dtype=self.dtype)
+        if not tensor.numel():
+            return tensor
+        target = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                for start in range(0, len(target), _BLOCK):
+                    part = target[start : start + _BLOCK]
+                    got = os.preadv(file.fileno(), [part], self.offset + start)
+                    if got < len(part):
+                        raise failed(self.path, f"{self.path.stat().st_size:,} bytes: it has become shorter")
+        except OSError as error:
+            raise failed(self.path, error.strerror or str(error)) from error
+        return tensor
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -24,15 +63,33 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise _broken(path, error) from error
 
 
-def check(path: Path) -> None:
-    """Reads the header and the length only. Raises SourceError like `read`."""
+def spans(path: Path) -> tuple[dict[str, Span], dict[str, str]]:
+    """Returns where each tensor lies, by name, and the file's own metadata. Reads the header only.
+
+    Raises:
+        SourceError: truncated, not in this format, or of a dtype that torch does not have.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            file.keys()
+        with safe_open(path, framework="pt", device="cpu"):
+            pass  # the library's own check of the header: sizes, order, overlap, the file's length
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise _broken(path, error) from error
+    metadata = header.pop("__metadata__", {})
+    found = {}
+    for name, entry in header.items():
+        dtype = _DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise _broken(path, ValueError(f"'{name}' has the dtype {entry['dtype']}, which is not known"))
+        begin, end = entry["data_offsets"]
+        if end - begin != math.prod(entry["shape"]) * dtype.itemsize:
+            raise _broken(path, ValueError(f"the size of '{name}' does not fit its shape"))
+        found[name] = Span(path, tuple(entry["shape"]), dtype, 8 + length + begin)
+    return found, metadata
 
 
 def _broken(path: Path, error: Exception) -> SourceError:

@@ -1,0 +1,152 @@
+"""Folders of torch.distributed.checkpoint: each tensor in pieces, each piece a file of torch.save inside a larger one.
+
+The `.metadata` beside them is a pickle: it is read by the guarded reader, so that nothing in it runs.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jacdiag.errors import SourceError, one_line
+from jacdiag.sources.formats.guard import GuardedPickle, Stub, Unsafe, refusal
+from jacdiag.sources.stored import failed
+
+_BROKEN = (pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError,
+           ImportError, UnicodeDecodeError)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A block of a tensor: where it begins in the tensor, its sizes, and its bytes in a file."""
+
+    at: tuple[int, ...]
+    sizes: tuple[int, ...]
+    path: Path
+    offset: int
+    length: int
+
+    def read(self) -> Tensor:
+        try:
+            with self.path.open("rb") as file:
+                data = os.pread(file.fileno(), self.length, self.offset)
+        except OSError as error:
+            raise failed(self.path, error.strerror or str(error)) from error
+        if len(data) < self.length:
+            raise failed(self.path, f"{self.path.stat().st_size:,} bytes: it has become shorter")
+        try:
+            tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except _BROKEN as error:
+            raise failed(self.path, one_line(error)) from error
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != self.sizes:
+            raise failed(self.path, f"at byte {self.offset:,} is no tensor of the size that .metadata tells")
+        return tensor.detach()
+
+
+@dataclass(frozen=True, eq=False)
+class Chunked:
+    """One tensor, in chunks."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: tuple[Chunk, ...]
+
+    def read(self) -> Tensor:
+        if len(self.chunks) == 1 and self.chunks[0].sizes == self.shape:
+            return self.chunks[0].read()
+        whole = torch.empty(self.shape, dtype=self.dtype)
+        for chunk in self.chunks:
+            whole[tuple(slice(a, a + n) for a, n in zip(chunk.at, chunk.sizes, strict=True))] = chunk.read()
+        return whole
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder has a `.metadata`."""
+    return (path / ".metadata").is_file()
+
+
+def chunked(path: Path) -> dict[str, Chunked]:
+    """Returns where each tensor of a folder lies, by its flattened name.
+
+    Raises:
+        SourceError: `.metadata` is broken, unsafe, or of another make; a file that it names is missing or too short.
+    """
+    metadata = _metadata(path)
+    try:
+        places = {_place(index): info.state for index, info in metadata["storage_data"].items()}
+        found = {
+            str(name): _tensor(path, str(name), stub.state, places)
+            for name, stub in metadata["state_dict_metadata"].items()
+            if "chunks" in stub.state
+        }
+    except _BROKEN as error:
+        raise _foreign(path, one_line(error)) from error
+    _check_files(path, found)
+    return found
+
+
+def _metadata(path: Path) -> Mapping[str, Any]:
+    guard = GuardedPickle()
+    file = path / ".metadata"
+    try:
+        with file.open("rb") as data:
+            found = guard.module.load(data)
+    except Unsafe as unsafe:
+        raise refusal(file, unsafe) from None
+    except (*_BROKEN, OSError) as error:
+        raise SourceError(f"cannot read '{file}'", got=one_line(error), hint="copy or save the folder again") from error
+    if not isinstance(found, Stub) or not isinstance(found.state, Mapping):
+        raise _foreign(path, f"a {type(found).__name__}")
+    return found.state
+
+
+def _place(index: Stub) -> tuple[str, tuple[int, ...]]:
+    """What identifies a chunk: the tensor's name and the chunk's offset."""
+    return str(index.state["fqn"]), tuple(index.state["offset"] or ())
+
+
+def _tensor(path: Path, name: str, state: Mapping[str, Any], places: Mapping[Any, Mapping[str, Any]]) -> Chunked:
+    properties = state["properties"].state
+    dtype = properties[0] if isinstance(properties, tuple) else properties["dtype"]
+    chunks = []
+    for chunk in state["chunks"]:
+        at, sizes = tuple(chunk.state["offsets"]), tuple(chunk.state["sizes"])
+        info = places[name, at]
+        if Path(info["relative_path"]).name != info["relative_path"]:
+            raise ValueError(f"'{name}' lies in a file outside the folder: {info['relative_path']}")
+        if info.get("transform_descriptors"):
+            raise ValueError(f"'{name}' is stored transformed (compressed or encrypted)")
+        chunks.append(Chunk(at, sizes, path / info["relative_path"], int(info["offset"]), int(info["length"])))
+    return Chunked(tuple(state["size"]), dtype, tuple(chunks))
+
+
+def _check_files(path: Path, found: Mapping[str, Chunked]) -> None:
+    ends: dict[Path, int] = {}
+    for tensor in found.values():
+        for chunk in tensor.chunks:
+            ends[chunk.path] = max(ends.get(chunk.path, 0), chunk.offset + chunk.length)
+    missing = [file.name for file in sorted(ends) if not file.is_file()]
+    short = [file.name for file in sorted(ends) if file.is_file() and file.stat().st_size < ends[file]]
+    for names, what in ((missing, "missing"), (short, "shorter than .metadata says")):
+        if names:
+            raise SourceError(
+                f"'{path}' is incomplete: {len(names)} of {len(ends)} files are {what}",
+                got=", ".join(names[:5]),
+                hint="copy the folder again, from every machine that wrote to it",
+            )
+
+
+def _foreign(path: Path, got: str) -> SourceError:
+    return SourceError(
+        f"'{path / '.metadata'}' is not that of torch.distributed.checkpoint, or of a version that is not known",
+        got=got,
+        hint="to one file: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER checkpoint.pt",
+    )
