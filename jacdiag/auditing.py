@@ -282,7 +282,8 @@ class _Audit:
 
         def figures(name: str) -> WeightStats | None:
             if name not in self._stats:
-                self._stats[name] = weight_stats(name, params[name])
+                # No rule reads the norms of weights.
+                self._stats[name] = weight_stats(name, params[name], norm=not self.request.decide)
             return self._stats[name]
 
         return figures

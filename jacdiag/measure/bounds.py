@@ -68,6 +68,8 @@ def _ffn(w1: WeightStats, w2: WeightStats, activations: Sequence[str], spread: S
     slope = max((LIPSCHITZ.get(name, 0.0) for name in activations), default=1.0)
     if slope and w1.norm is not None and w2.norm is not None:
         norms = 1 + slope * w1.norm * w2.norm * gain.upper
+    elif w1.norm is None or w2.norm is None:
+        notes["bound_norms"] = "the norms of the weights were not measured"
     elif not slope:
         notes["bound_norms"] = f"no Lipschitz factor is known for {', '.join(activations)}"
     if slope not in (0.0, 1.0):

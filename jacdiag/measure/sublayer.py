@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from jacdiag.errors import JacdiagError, one_line
+from jacdiag.errors import JacdiagError, SourceError, one_line
 from jacdiag.measure.bounds import closed_form_bounds
 from jacdiag.measure.figures import gain_interval, spread_of
 from jacdiag.measure.linearise import Linearised, linearise, residual_map
@@ -50,6 +50,8 @@ def measure_group(
                 one = linearise(site)
                 built.append(one)
                 records.append(_measure(one, effort, token_ids, state, figures))
+            except SourceError:  # the weights could not be read: nothing that follows could be
+                raise
             except (JacdiagError, RuntimeError, NotImplementedError) as error:
                 records.append(_blank(site, token_ids, _why(site, error)))
         if len(sites) > 1 and len(built) == len(sites):

@@ -77,13 +77,14 @@ def initial_bound(recipe: str, n_layer: int, n_embd: int) -> float:
     return bound_ffn(w1, w2, sigma, n_embd, 4 * n_embd)
 
 
-def weight_stats(name: str, tensor: Tensor, seed: int = 0) -> WeightStats | None:
+def weight_stats(name: str, tensor: Tensor, seed: int = 0, norm: bool = True) -> WeightStats | None:
     """Std and spectral norm of a weight matrix, raised to float32 where it is stored lower.
 
     Args:
         name: for the record.
         tensor: (m, n), or (E, m, n) for stacked experts, whose largest norm is given. `norm` is the upper end of an
             interval of 0.1%, so that a product of norms bounds. Tensors of other shapes get a std only.
+        norm: whether the spectral norm is wanted: it costs some hundred products with the matrix.
 
     Returns:
         None for a vector or a tensor without memory.
@@ -91,6 +92,8 @@ def weight_stats(name: str, tensor: Tensor, seed: int = 0) -> WeightStats | None
     if tensor.dim() < 2 or tensor.is_meta or not tensor.is_floating_point():
         return None
     std = std_of(tensor) if tensor.numel() else None
+    if not norm:
+        return WeightStats(name, list(tensor.shape), std if std is not None and math.isfinite(std) else None)
     matrix = tensor.detach()
     if matrix.dtype not in (torch.float32, torch.float64):
         matrix = matrix.float()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 # Calls that ask for a tensor's outline and not for its numbers.
 _OUTLINE_ONLY = {
@@ -32,9 +33,10 @@ class Stored(Mapping[str, Tensor]):
         self._finite: dict[str, bool] = {}
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self._weights[name].to(self.device)
-        if name not in self._finite:
-            self._finite[name] = _finite(tensor)
+        with temporarily_clear_interpreter_stack():  # a transform of torch.func would wrap what is made in it
+            tensor = self._weights[name].to(self.device)
+            if name not in self._finite:
+                self._finite[name] = _finite(tensor)
         return tensor
 
     def __iter__(self) -> Iterator[str]:

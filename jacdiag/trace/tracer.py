@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jacdiag.errors import TraceError
+from jacdiag.errors import SourceError, TraceError
 from jacdiag.report.schema import Placement
 from jacdiag.sources.factory import own_frames
 from jacdiag.sources.wrapped import unwrap
@@ -134,6 +134,8 @@ class Tracer:
     def _record(self) -> None:
         try:
             self.graph, self.output = record(self.skeleton, self.args, self.kwargs, self.dtype)
+        except SourceError:  # the weights could not be read: not the model's doing
+            raise
         except Exception as error:
             hint = "its code may need values: the meta device has none" if self.skeleton.valueless else None
             raise TraceError("the model's forward raised", got=own_frames(error), hint=hint) from error

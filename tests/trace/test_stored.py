@@ -1,4 +1,4 @@
-"""A model whose weights are read call by call gives what the same model gives with its weights in memory, to the bit."""
+"""A model whose weights are read call by call gives what it gives with its weights in memory, to the bit."""
 
 from __future__ import annotations
 
@@ -169,3 +169,19 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
     shelf = Shelf(model)
     found = jacdiag.sites(emptied(model), torch.randn(2, 5, 8), weights=shelf)
     assert found.skeleton.non_finite() == ["b.weight"]
+
+
+def test_reading_is_done_outside_of_transforms() -> None:
+    """Inside one of torch.func a new tensor is a wrapper without memory: nothing could be read into it."""
+    torch.manual_seed(0)
+
+    class Disk(Shelf):
+        def __getitem__(self, name: str) -> Tensor:
+            made = torch.empty_like(self.tensors[name])
+            made.numpy()[...] = self.tensors[name].numpy()
+            return made
+
+    model = Odd()
+    site = jacdiag.sites(emptied(model), torch.randn(2, 5, 8), weights=Disk(model))[0]
+    value, _ = torch.func.vjp(site.branch, site.shortcut)
+    assert torch.equal(value, site.value)

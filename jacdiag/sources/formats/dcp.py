@@ -45,7 +45,7 @@ class Chunk:
         try:
             tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except _BROKEN as error:
-            raise failed(self.path, one_line(error)) from error
+            raise failed(self.path, f"the {self.length:,} bytes at {self.offset:,} are no tensor") from error
         if not isinstance(tensor, Tensor) or tuple(tensor.shape) != self.sizes:
             raise failed(self.path, f"at byte {self.offset:,} is no tensor of the size that .metadata tells")
         return tensor.detach()
@@ -110,7 +110,7 @@ def _metadata(path: Path) -> Mapping[str, Any]:
 
 def _place(index: Stub) -> tuple[str, tuple[int, ...]]:
     """What identifies a chunk: the tensor's name and the chunk's offset."""
-    return str(index.state["fqn"]), tuple(index.state["offset"] or ())
+    return str(index.state["fqn"]), tuple(index.state.get("offset") or ())
 
 
 def _tensor(path: Path, name: str, state: Mapping[str, Any], places: Mapping[Any, Mapping[str, Any]]) -> Chunked:
