@@ -83,10 +83,10 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     (data,) = folder.glob("*.distcp")
     good = data.read_bytes()
     data.write_bytes(good[: len(good) // 2])
-    with pytest.raises(SourceError, match="shorter than .metadata says"):
+    with pytest.raises(SourceError, match=r"shorter than \.metadata says"):
         load(str(folder), model=BUILD, model_args=SIZES)
     data.write_bytes(good[:200] + bytes(len(good) - 200))
-    with pytest.raises(SourceError, match="reading .* failed"):
+    with pytest.raises(SourceError, match=r"reading .* failed"):
         broken = load(str(folder), model=BUILD, model_args=SIZES)
         jacdiag.sites(broken.model, IDS, weights=broken.weights)
     data.unlink()
@@ -125,6 +125,6 @@ def test_a_chunk_that_lies_elsewhere(tmp_path: Path) -> None:
     metadata = (folder / ".metadata").read_bytes()
     name = data.name.encode()
     (folder / ".metadata").write_bytes(metadata.replace(name, b"../" + name[3:]))
-    with pytest.raises(SourceError, match="not that of torch.distributed.checkpoint") as caught:
+    with pytest.raises(SourceError, match=r"not that of torch\.distributed\.checkpoint") as caught:
         load(str(folder), model=BUILD, model_args=SIZES)
     assert "outside the folder" in (caught.value.got or "")
