@@ -122,10 +122,11 @@ class Contest:
     def enough(self, seed: int) -> int:
         """The least number of products with which all sequences are within 1% of the truth, from this start."""
         solution = self.solve(seed, tol=1e-3)
-        for k in range(1, solution.steps + 1):
-            theta = self.per_sequence(ritz_values(solution.alphas[:, :k], solution.betas[:, :k])[:, 0])
+        for spent in range(1, solution.products + 1):
+            alphas, betas = solution.alphas[:, : (spent + 1) // 2], solution.betas[:, : spent // 2]
+            theta = self.per_sequence(ritz_values(alphas, betas)[:, 0])
             if (theta >= np.array(self.truths) * (1 - TRUE_ERROR)).all():
-                return 2 * k
+                return spent
         raise AssertionError(f"{self.name}: not within 1% after {solution.products} products")
 
     def play(self, rounds: int) -> dict[str, Any]:
