@@ -80,12 +80,13 @@ def by_own(fn: Branch, x: Tensor) -> Products:
     return Products(lambda v: operator.push(v.reshape(flat)), lambda w: operator.pull(w.reshape(flat)), x)
 
 
-def run_svds(products: Products, tol: float = SVDS_TOLERANCE, seed: int = 0) -> float:
+def run_svds(products: Products, tol: float = SVDS_TOLERANCE, seed: int = 0, solver: str = "arpack") -> float:
     n = products.like.numel()
     dtype = np.float64 if products.like.dtype == torch.float64 else np.float32
     matrix = LinearOperator((n, n), matvec=products.push, rmatvec=products.pull, dtype=dtype)
     start = np.random.default_rng(seed).standard_normal(n).astype(dtype)
-    return float(svds(matrix, k=1, tol=tol, v0=start, return_singular_vectors=False)[0])
+    return float(svds(matrix, k=1, tol=tol, v0=start, return_singular_vectors=False, solver=solver,
+                      maxiter=200 if solver == "propack" else None)[0])  # fmt: skip
 
 
 def run_power(products: Products, truth: float, seed: int = 0) -> float:
