@@ -14,7 +14,7 @@ Local = JacobianOperator | NormJacobian  # operators that can be told anew what 
 
 @dataclass
 class Linearised:
-    """A branch's Jacobian and its factors, built once."""
+    """A branch's Jacobian and its factors, built once; `pulls` were spent to find out what is independent."""
 
     site: Sublayer
     branch: Operator
@@ -22,6 +22,7 @@ class Linearised:
     owned: list[Local]
     dims: tuple[int, ...]
     notes: dict[str, str] = field(default_factory=dict)
+    pulls: int = 0
 
     @property
     def shape(self) -> torch.Size:
@@ -40,6 +41,7 @@ def linearise(site: Sublayer) -> Linearised:
     main = JacobianOperator(site.core, site.normalized, ()) if factored else JacobianOperator(site.branch, x, ())
     owned: list[Local] = [main]
     dims = site.independent(main.pull_shaped)
+    pulls = main.products
     if factored:
         owned.append(_norm_jacobian(site))
     notes = {}
@@ -57,7 +59,7 @@ def linearise(site: Sublayer) -> Linearised:
             core = inner
         else:
             core = main
-    return Linearised(site, branch, core, owned, dims, notes)
+    return Linearised(site, branch, core, owned, dims, notes, pulls)
 
 
 def _norm_jacobian(site: Sublayer) -> Local:

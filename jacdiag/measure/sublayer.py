@@ -92,7 +92,7 @@ def _measure(one: Linearised, effort: Effort, token_ids: Tensor | None, state: s
         tightness=tight,
         weights=weights,
         notes=notes,
-        cost=float(spent + 2 * built),
+        cost=float(spent + one.pulls + 2 * built),
     )
 
 

@@ -6,8 +6,15 @@ probability eps, a component of at least delta along the top singular vector, an
 such a component can have stayed unseen. It needs no further product.
 
 They use the last orthonormal polynomial alone, delta^2 p_k(x)^2 <= 1. All of them together say more at the same price:
-the spectral measure of the start has an atom of at least delta^2 at x = norm^2, and no measure with these coefficients
-has a larger atom at x than the Christoffel function 1 / sum_{j<=k} p_j(x)^2.
+the spectral measure mu of the start has an atom of at least delta^2 at x = norm^2, and no measure with these
+coefficients has a larger atom at x than the Christoffel function 1 / sum_{j<=k} p_j(x)^2.
+
+Every product moves both ends. After A^T u_k the moments 0..2k of mu are known, which are those of p_0..p_k. After
+A v_k only 0..2k-1 are, which is one more than p_0..p_{k-1} can use; but mu lies on t >= 0, so that d nu = t d mu /
+alpha_1^2 is a probability measure as well, its moments 0..2k-2 are known, its Jacobi matrix is B B^T (it is the measure
+of u_1 = A v_1 / alpha_1), and its atom at x is at least delta^2 x / alpha_1^2. Hence delta^2 x / alpha_1^2 <= 1 /
+sum_{j<k} q_j(x)^2 with the q_j of nu. From below, A V_k = U_k B_k (k x k) after A v_k, and after A^T u_k also
+A^T U_k = V_{k+1} [B_k, beta_k e_k]^T, whose norm is the larger one.
 """
 
 from __future__ import annotations
@@ -25,11 +32,18 @@ PAD = {"float32": 1e-4, "float64": 64 * 2.0**-53}
 
 
 def bidiagonal(alphas: Array, betas: Array) -> Array:
-    """Stacks (P, k) coefficients into (P, k, k) upper bidiagonal matrices; betas[:, j] stands right of alphas[:, j]."""
-    k = alphas.shape[1]
-    matrix = np.zeros((*alphas.shape, k))
+    """Stacks coefficients into upper bidiagonal matrices; betas[:, j] stands right of alphas[:, j].
+
+    Args:
+        alphas: (P, k); betas: (P, k - 1) after A v_k, or (P, k) after A^T u_k.
+
+    Returns:
+        (P, k, k), or (P, k, k + 1).
+    """
+    k, last = alphas.shape[1], betas.shape[1]
+    matrix = np.zeros((*alphas.shape, last + 1))
     matrix[:, np.arange(k), np.arange(k)] = alphas
-    matrix[:, np.arange(k - 1), np.arange(1, k)] = betas[:, : k - 1]
+    matrix[:, np.arange(last), np.arange(1, last + 1)] = betas
     return matrix
 
 
@@ -39,7 +53,7 @@ def ritz_values(alphas: Array, betas: Array) -> Array:
 
 
 def upper_ends(
-    theta: Array,
+    top: Array,
     alphas: Array,
     betas: Array,
     exact: NDArray[np.bool_],
@@ -47,48 +61,46 @@ def upper_ends(
     eps: float,
     known: Array | None = None,
 ) -> Array:
-    """Returns the upper end per problem: the root x of sum_{j<=k} p_j(x)^2 = delta^-2, as sqrt(x).
+    """Returns the upper end per problem: the root x of sum_j p_j(x)^2 = delta^-2, as sqrt(x).
 
     p_j are the orthonormal polynomials of the start's spectral measure, whose Jacobi matrix is B^T B; delta = eps
-    sqrt(pi / (2 n)).
+    sqrt(pi / (2 n)). Where the last product was A v_k, q_j and B B^T stand in their places, and x / alpha_1^2 before
+    the sum (see above).
 
     Args:
-        theta: (P, k) Ritz values; alphas, betas: (P, k) coefficients.
-        exact: (P,) problems whose factorisation broke down: an invariant subspace, theta_1 is the norm.
+        top: (P,) largest Ritz values.
+        alphas, betas: (P, k) and (P, k - 1) or (P, k) coefficients.
+        exact: (P,) problems whose factorisation broke down: an invariant subspace, `top` is the norm.
         domain: n, the size of the domain of one problem.
         eps: probability of failure.
-        known: (P,) upper ends of fewer steps, or inf. They hold as well, since the event is the start's alone: the
-            lower of the two is returned, and found in less time. One that theta_1 has passed is known to be false.
+        known: (P,) upper ends of fewer products, or inf. They hold as well, since the event is the start's alone: the
+            lower of the two is returned, and found in less time. One that `top` has passed is known to be false.
     """
-    top = theta[:, 0].copy()
+    top = top.copy()
     open_ = ~exact & (top > 0)
     if not open_.any():
         return top
     scale = top[open_, None]
-    gap = np.maximum(1.0 - (theta[open_, 1:] / scale) ** 2, 0.0)
-    a, b = alphas[open_] / scale, betas[open_] / scale  # in units of theta_1: x = 1 + s, and nothing overflows
-    diagonal, off = a**2, a * b
-    diagonal[:, 1:] += b[:, :-1] ** 2
-    right = -math.log(eps * math.sqrt(math.pi / (2 * domain)))
-    logs = np.log(off).sum(1)
+    a, b = alphas[open_] / scale, betas[open_] / scale  # in units of `top`: x = 1 + s, and nothing overflows
+    half = b.shape[1] < a.shape[1]
+    diagonal, off = (a[:, :-1] ** 2 + b**2, b * a[:, 1:]) if half else (a**2, a * b)
+    if not half:
+        diagonal[:, 1:] += b[:, :-1] ** 2
+    right = -math.log(eps * math.sqrt(math.pi / (2 * domain))) + (np.log(a[:, 0]) if half else 0.0)
+    weight = 0.5 if half else 0.0
 
-    def last(t: Array) -> tuple[Array, Array]:  # log p_k, from the Ritz values
-        s = np.exp(t)[:, None]
-        return t + np.log(s + gap).sum(1) - logs - right, 1.0 + (s / (s + gap)).sum(1)
-
-    def every(t: Array) -> tuple[Array, Array]:  # half the log of the sum of squares
+    def every(t: Array) -> tuple[Array, Array]:  # half the log of the sum of squares, and of x before it
         s = np.exp(t)
         value, slope = _half_log_sum(1.0 + s, diagonal, off)
-        return value - right, slope * s
+        return value + weight * np.log1p(s) - right, (slope + weight / (1.0 + s)) * s
 
-    # Both are convex in t = log s and rise; log p_k is at least k t - logs, and the sum at least its last term. So each
-    # begins at or above its root, and Newton's method comes down to it and never passes it. From a known end it does
-    # not move where that is the lower one.
+    # It is convex in t = log s, and rises. No zero of a polynomial is above `top`, so that the last one is at least
+    # s^degree / prod off. There, or at a known end, Newton's method begins at or above the root, comes down to it and
+    # never passes it. From a known end it does not move where that is the lower one.
     known = np.full_like(top, np.inf) if known is None else np.where(known > top, known, np.inf)
-    if np.isfinite(known[open_]).all():
-        t = np.log((known[open_] / scale[:, 0]) ** 2 - 1.0)
-    else:
-        t = _newton(last, (right + logs) / theta.shape[1])
+    t = (right + np.log(off).sum(1)) / (off.shape[1] + weight)
+    with np.errstate(divide="ignore"):
+        t = np.minimum(t, np.log((known[open_] / scale[:, 0]) ** 2 - 1.0))
     t = _newton(every, t)
     top[open_] *= np.sqrt(1.0 + np.exp(t))
     return np.minimum(top, known)

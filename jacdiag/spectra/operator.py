@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from jacdiag.spectra.rounding import full_precision
+
 Map = Callable[[Tensor], Tensor]
 
 
@@ -72,7 +74,7 @@ class JacobianOperator(Operator):
 
     def __init__(self, fn: Map, x: Tensor, batch_dims: Sequence[int] = (0,)) -> None:
         self.x_shape, self.dtype, self.device = x.shape, x.dtype, x.device
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), full_precision():
             point = x.detach().clone()
             try:
                 self.value, self._pull_map, self._push_map = _transposes(fn, point)
@@ -90,15 +92,15 @@ class JacobianOperator(Operator):
     def pull_shaped(self, w: Tensor) -> Tensor:
         """J^T w in the shapes of fn: w like fn(x), result like x. Counts as a product."""
         self.products += 1
-        with torch.no_grad():
+        with torch.no_grad(), full_precision():
             return self._pull_map(w)
 
     def _push(self, u: Tensor) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), full_precision():
             return flat(self._push_map(shaped(u, self.dims, self.x_shape)), self.dims)
 
     def _pull(self, w: Tensor) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), full_precision():
             return flat(self._pull_map(shaped(w, self.dims, self.value.shape)), self.dims)
 
     def release(self) -> None:

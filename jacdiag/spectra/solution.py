@@ -31,7 +31,7 @@ class Solution:
     Attributes:
         lower, upper, estimate: (P,) float64; estimate is the largest Ritz value, the ends include the rounding pad.
         confidence: probability with which all upper ends of the maximum hold.
-        products, steps: what was spent.
+        products, steps: what was spent; a step is a product with J and one with J^T, the last may be half.
         stop: why the solver stopped; `converged`: the width asked for, or the exact value, was reached.
     """
 
@@ -50,9 +50,9 @@ class Solution:
     @property
     def right(self) -> Tensor:
         """(P, n) top right singular vectors."""
-        _, _, vt = np.linalg.svd(bidiagonal(self.alphas, self.betas))
+        _, _, vt = np.linalg.svd(bidiagonal(self.alphas, self.betas), full_matrices=False)
         weights = torch.from_numpy(np.ascontiguousarray(vt[:, 0])).to(self.basis)
-        return torch.bmm(weights.unsqueeze(1), self.basis[:, : self.steps]).squeeze(1)
+        return torch.bmm(weights.unsqueeze(1), self.basis[:, : weights.shape[1]]).squeeze(1)
 
     @property
     def sentence(self) -> str:

@@ -1,0 +1,47 @@
+"""float32 products in float32, whatever the process allows: TF32 and bfloat16 round more than the ends are padded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import reduce
+from typing import Any
+
+import torch
+
+_BACKENDS = ("cuda.matmul", "mkldnn.matmul", "cudnn.conv", "mkldnn.conv", "cudnn.rnn", "mkldnn.rnn")
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Inside, neither TF32 nor bfloat16 stands in for float32; afterwards the flags are as they were.
+
+    torch has two sets of these flags and raises where both were written: the set that the process uses is borrowed.
+
+    >>> with full_precision():
+    ...     torch.get_float32_matmul_precision()
+    'highest'
+    """
+    try:
+        products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    except RuntimeError:
+        before = [(backend, backend.fp32_precision) for backend in map(_backend, _BACKENDS)]
+        try:
+            for backend, _ in before:
+                backend.fp32_precision = "ieee"
+            yield
+        finally:
+            for backend, precision in before:
+                backend.fp32_precision = precision
+        return
+    try:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
+def _backend(path: str) -> Any:
+    return reduce(getattr, path.split("."), torch.backends)

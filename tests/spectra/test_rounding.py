@@ -1,0 +1,69 @@
+"""float32 products stay float32 where the process allows less, and the process gets its flags back."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+LEGACY = """
+torch.set_float32_matmul_precision(MODE)
+torch.backends.cudnn.allow_tf32 = True
+def state():
+    return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+full = ("highest", False)
+"""
+PER_BACKEND = """
+torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+torch.backends.cuda.matmul.fp32_precision = "tf32"
+def state():
+    b = torch.backends
+    return b.mkldnn.matmul.fp32_precision, b.cuda.matmul.fp32_precision, b.cudnn.conv.fp32_precision
+full = ("ieee", "ieee", "ieee")
+"""
+BODY = """
+before = state()
+seen = []
+class Looks(torch.autograd.Function):
+    @staticmethod
+    def forward(x):
+        seen.append(state())
+        return x.clone()
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+    @staticmethod
+    def backward(ctx, g):
+        seen.append(state())
+        return Looks.apply(g)
+op = JacobianOperator(Looks.apply, torch.ones(2, 3))
+built = len(seen)
+op.pull(op.push(torch.ones(2, 3)))
+op.pull_shaped(torch.ones(2, 3))
+assert len(seen) >= built + 3, seen
+assert set(seen) == {full}, seen
+assert state() == before != full
+try:
+    JacobianOperator(lambda x: 1 / 0, torch.ones(2, 3))
+except ZeroDivisionError:
+    pass
+assert state() == before
+"""
+
+
+def run(setup: str) -> None:
+    """In a process of its own: the flags are the process's."""
+    code = "import torch\nfrom jacdiag.spectra import JacobianOperator\n" + setup + BODY
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ})
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("mode", ["high", "medium"])
+def test_products_are_float32_under_the_old_flags(mode: str) -> None:
+    run(LEGACY.replace("MODE", repr(mode)))
+
+
+def test_products_are_float32_under_the_flags_per_backend() -> None:
+    run("if not hasattr(torch.backends, 'fp32_precision'):\n    raise SystemExit\n" + PER_BACKEND)
