@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from jacdiag.trace.precision import map_leaves
 from jacdiag.trace.tensors import collect_deep
 
 
@@ -68,3 +70,26 @@ class Call:
         """Returns fresh containers, so that a run cannot spoil the next one's, with some values replaced."""
         swapper = _Swap({id(self.tensors[value]): tensor for value, tensor in (replaced or {}).items()})
         return swapper.copy(self.args), swapper.copy(self.kwargs)
+
+
+def prepared(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A model's inputs, detached and floating ones in the precision of the run; KV caches are switched off."""
+
+    def cast(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            leaf = leaf.detach()
+            leaf = leaf.clone() if leaf.is_inference() else leaf
+            return leaf.to(dtype) if leaf.is_floating_point() else leaf
+        return leaf
+
+    with torch.inference_mode(False):
+        args, kwargs = map_leaves(cast, args), map_leaves(cast, kwargs)
+    try:
+        parameters = inspect.signature(type(model).forward).parameters
+    except (TypeError, ValueError):
+        return args, kwargs
+    if "use_cache" in parameters and "use_cache" not in kwargs:
+        kwargs = {**kwargs, "use_cache": False}
+    return args, kwargs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from jacdiag.report.schema import Placement
 from jacdiag.sources.factory import own_frames
 from jacdiag.sources.wrapped import unwrap
 from jacdiag.trace.anatomy import Anatomist, Norm
-from jacdiag.trace.calls import Call
+from jacdiag.trace.calls import Call, prepared
 from jacdiag.trace.coverage import cover
 from jacdiag.trace.declared import Declaration, declarations, declared_sites, hidden_lines
 from jacdiag.trace.determinism import culprit, same_output
@@ -91,7 +90,7 @@ class Tracer:
         self.compare = hooked and weights is None
         self.skeleton = Skeleton(self.model, keep_hooks=hooked and not self.compare, weights=weights,
                                  device=device_of((args, kwargs)))  # fmt: skip
-        self.args, self.kwargs = self._inputs(args, kwargs)
+        self.args, self.kwargs = prepared(self.model, args, kwargs, self.dtype)
 
     def trace(self) -> Sites:
         with torch.inference_mode(False), torch.no_grad(), borrowed():
@@ -110,26 +109,6 @@ class Tracer:
         declared = declared_sites(self.graph, self.finder, self.declared, found)
         self.hidden = hidden_lines(self.graph, self.finder, declared)
         return [site for site in self.finder.arrange([*found, *declared]) if not self._strays(site)]
-
-    def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        from jacdiag.trace.precision import map_leaves
-
-        def cast(leaf: Any) -> Any:
-            if isinstance(leaf, Tensor):
-                leaf = leaf.detach()
-                leaf = leaf.clone() if leaf.is_inference() else leaf
-                return leaf.to(self.dtype) if leaf.is_floating_point() else leaf
-            return leaf
-
-        with torch.inference_mode(False):
-            args, kwargs = map_leaves(cast, args), map_leaves(cast, kwargs)
-        try:
-            parameters = inspect.signature(type(self.model).forward).parameters
-        except (TypeError, ValueError):
-            return args, kwargs
-        if "use_cache" in parameters and "use_cache" not in kwargs:
-            kwargs = {**kwargs, "use_cache": False}
-        return args, kwargs
 
     def _record(self) -> None:
         try:
