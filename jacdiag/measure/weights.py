@@ -17,7 +17,7 @@ from jacdiag.report.schema import Kind, ModelRecord, Report, Spread, SublayerRec
 from jacdiag.sources import Source, gpt
 from jacdiag.spectra import DenseOperator, top_singular
 
-_NORM_WIDTH = 1e-2
+_NORM_WIDTH = 1e-3
 
 
 def bound_ffn(s1: float, s2: float, sigma: float, d: int, d_ffn: int) -> float:
@@ -83,7 +83,7 @@ def weight_stats(name: str, tensor: Tensor, seed: int = 0, norm: bool = True) ->
     Args:
         name: for the record.
         tensor: (m, n), or (E, m, n) for stacked experts, whose largest norm is given. `norm` is the upper end of an
-            interval of 1%, so that a product of norms bounds. Tensors of other shapes get a std only.
+            interval of 0.1%, so that a product of norms bounds. Tensors of other shapes get a std only.
         norm: whether the spectral norm is wanted: it costs some hundred products with the matrix.
 
     Returns:
