@@ -57,13 +57,6 @@ class Alone:
     def gather(self, mine: R) -> list[R]:
         return [mine]
 
-    def fail(self, error: BaseException, explain: Callable[[BaseException], Told | None] = explained) -> BaseException:
-        return error
-
-    def finish(self) -> None: ...
-
-    def close(self) -> None: ...
-
 
 class Team:
     """One rank of several. See `join.py`.

@@ -121,6 +121,32 @@ def test_different_weights_without_a_model(tmp_path: Path) -> None:
     assert [one.code for one in ended] == [2, 2] and "other weights" in ended[0].err
 
 
+def test_weights_that_stay_in_their_file(tmp_path: Path) -> None:
+    """Each rank reads a file of its own: the report of one process, and a refusal where one bit differs."""
+    import torch
+    from safetensors.torch import save_file
+
+    from jacdiag.sources import gpt
+
+    torch.manual_seed(0)
+    state = gpt.build("vanilla", n_layer=2, n_embd=16, n_head=2, vocab_size=64, block_size=8).state_dict()
+    state = {name: t.clone() for name, t in state.items() if name != "lm_head.weight"}
+    for rank in (0, 1):
+        (tmp_path / str(rank)).mkdir()
+        save_file(state, tmp_path / str(rank) / "w.safetensors")
+    enter = "import os, sys; os.chdir(os.environ.get('RANK', '0')); from jacdiag_cli.app import main; sys.exit(main())"
+    args = ("audit", "w.safetensors", "--model", "../build.py:fine", "--state", "init", "--format", "json")
+    ended = as_ranks(tmp_path, "-c", enter, *args)
+    assert [one.code for one in ended] == [0, 0], ended[0].err
+    alone = as_ranks(tmp_path, "-c", enter, *args, size=1)
+    assert figures(json.loads(ended[0].out)) == figures(json.loads(alone[0].out))
+    state["transformer.h.1.ln_1.weight"][3] += 1e-6
+    save_file(state, tmp_path / "1" / "w.safetensors")
+    ended = as_ranks(tmp_path, "-c", enter, *args)
+    assert [one.code for one in ended] == [2, 2]
+    assert "has other weights" in ended[0].err and "'transformer.h.1.ln_1.weight'" in ended[0].err
+
+
 def test_torchrun_and_a_killed_rank(tmp_path: Path) -> None:
     """torchrun stops the others at once; the name of the dead is said all the same."""
     done = by_torchrun(tmp_path, "audit", "build.py:killed", bad=1)
