@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks.rig import Ended, as_ranks, by_torchrun, environment, until_measuring
+import torch
+from ranks.rig import ROOT, Ended, as_ranks, by_torchrun, environment, until_measuring
 
 CLI = ("-m", "jacdiag_cli", "audit")
 
@@ -44,6 +46,14 @@ def test_torchrun_gives_the_report_of_one_process(tmp_path: Path) -> None:
     uses = two["settings"]["ranks"]
     assert [use["rank"] for use in uses] == [0, 1] and sum(use["jobs"] for use in uses) == 4 + 1
     assert "ranks" not in one["settings"]
+
+
+def test_the_example_runs_as_it_stands(tmp_path: Path) -> None:
+    env = environment(tmp_path, PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    done = subprocess.run(["bash", ROOT / "examples" / "torchrun.sh", "build.py:fine", "--format", "json"], cwd=tmp_path,
+                          env=env, capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["settings"]["ranks"]) == 2 or torch.cuda.is_available()
 
 
 def test_three_ranks_with_decide_and_fewer_jobs_than_could_be(tmp_path: Path) -> None:
@@ -111,8 +121,6 @@ def test_different_files_are_named_before_any_product(tmp_path: Path, what: str,
 
 
 def test_different_weights_without_a_model(tmp_path: Path) -> None:
-    import torch
-
     for rank in (0, 1):
         (tmp_path / str(rank)).mkdir()
         torch.save({"h.0.mlp.w1.weight": torch.full((8, 8), 1.0 + rank)}, tmp_path / str(rank) / "w.pt")
@@ -123,7 +131,6 @@ def test_different_weights_without_a_model(tmp_path: Path) -> None:
 
 def test_weights_that_stay_in_their_file(tmp_path: Path) -> None:
     """Each rank reads a file of its own: the report of one process, and a refusal where one bit differs."""
-    import torch
     from safetensors.torch import save_file
 
     from jacdiag.sources import gpt
