@@ -50,8 +50,8 @@ def test_torchrun_gives_the_report_of_one_process(tmp_path: Path) -> None:
 
 def test_the_example_runs_as_it_stands(tmp_path: Path) -> None:
     env = environment(tmp_path, PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    done = subprocess.run(["bash", ROOT / "examples" / "torchrun.sh", "build.py:fine", "--format", "json"], cwd=tmp_path,
-                          env=env, capture_output=True, text=True, timeout=120)  # fmt: skip
+    script = ["bash", ROOT / "examples" / "torchrun.sh", "build.py:fine", "--format", "json"]
+    done = subprocess.run(script, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["settings"]["ranks"]) == 2 or torch.cuda.is_available()
 
