@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import datetime
+import math
 import resource
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
+from itertools import chain
 from typing import Any, Literal, Protocol
 
 import torch
@@ -17,11 +21,12 @@ from torch import nn
 import jacdiag
 from jacdiag.errors import MeasureError, TraceError, UsageError, one_line
 from jacdiag.measure.figures import std_of
-from jacdiag.measure.network import GradientProfile, end_to_end, gradient_profile, network_record, verify_replay
+from jacdiag.measure.network import end_to_end, gradient_profile, network_record, verify_replay
 from jacdiag.measure.norms import Effort
 from jacdiag.measure.state import detect_state
 from jacdiag.measure.sublayer import measure_group
 from jacdiag.measure.weights import weight_stats, weights_report
+from jacdiag.ranks import Fingerprint, Ranks, Share, Use, enlisted, fingerprint, merged
 from jacdiag.report import (
     Cost,
     Interval,
@@ -35,9 +40,10 @@ from jacdiag.report import (
 from jacdiag.report.thresholds import Thresholds, load_healthy, load_thresholds
 from jacdiag.rules import decision_points, evaluate
 from jacdiag.sources import Probe, Source, build_probe, load
-from jacdiag.sources.device import pick
+from jacdiag.sources.device import current, pick
 from jacdiag.trace import Declaration, Sublayer, sites
 from jacdiag.trace.declared import declarations, nothing_found
+from jacdiag.trace.tensors import collect_deep
 
 REPLAY_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -100,6 +106,7 @@ def audit(
     max_products: int = 200,
     declared: Iterable[Declaration] | Mapping[str, Any] = (),
     progress: Progress | None = None,
+    ranks: Ranks | bool = False,
 ) -> AuditReport:
     """Audits a model: the norms of every sub-layer with their intervals, the network's figures, a verdict.
 
@@ -121,6 +128,8 @@ def audit(
         max_products: budget of products per norm.
         declared: sub-layers that the dataflow does not show, from `jacdiag.declare`.
         progress: told about the work done.
+        ranks: share the work with the other processes that torchrun started; each must call this, with the same
+            arguments, and each gets the whole report. Never done unasked: a training loop may audit on one rank only.
 
     Raises:
         JacdiagError: the source, the probe or the model cannot be used; the message says what, got, try.
@@ -135,15 +144,14 @@ def audit(
     if dtype not in DTYPES:
         raise UsageError("unknown dtype", got=str(dtype), hint=f"one of {', '.join(DTYPES)}")
     limits = load_thresholds(thresholds)
-    pick(device)  # refused before a large file is read
-    loaded = Source.of_module(source) if isinstance(source, nn.Module) else load(
-        source, model=model, model_args=model_args, trust_pickle=trust_pickle, seed=seed)  # fmt: skip
-    request = _Request(
-        loaded, inputs, tokens, input_factory, batch, seq, seed, device, DTYPES[dtype], tol, confidence, decide, state,
-        Plan(lr, warmup, clip, beta2), profile, tuple(select), tuple(ignore), limits, max_products,
-        tuple(declarations(declared)), progress,
-    )  # fmt: skip
-    with torch.inference_mode(False):
+    with enlisted(ranks) as crew, torch.inference_mode(False), current(pick(device := crew.device(device))):
+        loaded = Source.of_module(source) if isinstance(source, nn.Module) else load(
+            source, model=model, model_args=model_args, trust_pickle=trust_pickle, seed=seed)  # fmt: skip
+        request = _Request(
+            loaded, inputs, tokens, input_factory, batch, seq, seed, device, DTYPES[dtype], tol, confidence, decide,
+            state, Plan(lr, warmup, clip, beta2), profile, tuple(select), tuple(ignore), limits, max_products,
+            tuple(declarations(declared)), progress, crew,
+        )  # fmt: skip
         report = _weights_only(request) if loaded.model is None else _Audit(request).run()
     report = evaluate(report, thresholds=limits, profile=profile, select=request.select, ignore=request.ignore)
     return AuditReport(**{f.name: getattr(report, f.name) for f in fields(Report)})
@@ -172,6 +180,23 @@ class _Request:
     max_products: int
     declared: tuple[Declaration, ...]
     progress: Progress | None
+    ranks: Ranks
+
+    def options(self) -> dict[str, Any]:
+        """What must be the same on every rank, beside the model and the probe."""
+        its_own = ("source", "inputs", "tokens", "input_factory", "device", "progress", "ranks")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in its_own}
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A piece of the work that one rank does: `units` of the progress bar; `cost` is compared with other jobs'."""
+
+    name: str
+    phase: str
+    units: float
+    cost: float
+    run: Callable[[], Share]
 
 
 class _Audit:
@@ -200,11 +225,12 @@ class _Audit:
         self.broken = self.sites.skeleton.non_finite()
         checks: dict[str, Any] = {"deterministic": self.sites.deterministic, "non_finite": self.broken}
         checks |= {"culprit": self.sites.culprit} if self.sites.culprit else {}
-        records: list[SublayerRecord] = []
-        network: NetworkRecord | None = None
+        self.request.ranks.agree(lambda: self._fingerprint(probe))
+        found, network = Share(), None
         if self.sites.deterministic:  # else nothing is spent on products
-            records, network = self._measure(probe, checks)
-        return self._report(probe, records, network, checks)
+            found = self._measure(probe, checks)
+            network = self._network(found)
+        return self._report(probe, found, network, checks)
 
     # -- steps -----------------------------------------------------------------------------------------------------
     def _place(self) -> None:
@@ -227,45 +253,74 @@ class _Audit:
         matrices = [name for site in self.sites for name in site.products]
         return detect_state(self.sites.skeleton.params, matrices, self.sites.skeleton.outlines)
 
-    def _measure(self, probe: Probe, checks: dict[str, Any]) -> tuple[list[SublayerRecord], NetworkRecord]:
-        r = self.request
+    def _fingerprint(self, probe: Probe) -> Fingerprint:
+        skeleton, tensors = self.sites.skeleton, []  # type: ignore[var-annotated]
+        collect_deep((probe.args, probe.kwargs), tensors)
+        told = {site.name: f"{site.kind}, group {site.group}, {site.placement}" for site in self.sites}
+        facts = {"state": self.state, "deterministic": str(self.sites.deterministic), "not finite": str(self.broken)}
+        weights = chain(skeleton.params.items(), skeleton.buffers.items())
+        return fingerprint(skeleton.root, weights, tensors, self.request.options() | facts, told)
+
+    def _measure(self, probe: Probe, checks: dict[str, Any]) -> Share:
+        """Does this rank's jobs and returns what all ranks have found."""
+        r, begun = self.request, time.perf_counter()
+        jobs, shares = self._jobs(probe), []
+        if r.progress is not None:
+            r.progress.start(sum(job.units for job in jobs), "measuring")
+        try:
+            with self._phase("verify"):
+                mine = r.ranks.part(range(len(self.sites)))
+                shares.append(Share(errors={} if self.broken else verify_replay(self.sites, r.seed, mine)))
+            for k, handed_out in r.ranks.jobs([job.cost for job in jobs]):
+                with self._phase(jobs[k].phase):
+                    shares.append(jobs[k].run())
+                if r.progress is not None:
+                    r.progress.advance(sum(jobs[i].units for i in handed_out), jobs[k].name)
+            use = Use(r.ranks.rank, socket.gethostname(), str(r.source.device), len(shares) - 1,
+                      time.perf_counter() - begun, _peak_memory_mb())  # fmt: skip
+            with self._phase("wait"):
+                found = merged(r.ranks.gather(merged([*shares, Share(uses=[use])])))
+        finally:
+            if r.progress is not None:
+                r.progress.stop()
+        checks["replay"] = {n: e for n, e in found.errors.items() if not e <= REPLAY_TOLERANCE[self.sites.dtype]}
+        return found
+
+    def _jobs(self, probe: Probe) -> list[_Job]:
+        """One job for the sub-layers of each shortcut, and one for the figures of the whole network."""
+        r, params = self.request, self.sites.skeleton.outlines
         groups: dict[int, list[Sublayer]] = {}
         for site in self.sites:
             groups.setdefault(site.group, []).append(site)
         effort = Effort(r.tol, r.confidence, r.max_products, r.seed, self._decider(), early=r.decide)
-        whole = not r.decide
-        if r.progress is not None:
-            r.progress.start(len(self.sites) + (0.4 * len(self.sites) if whole else 0), "measuring")
-        try:
-            with self._phase("verify"):
-                errors = {} if self.broken else verify_replay(self.sites, r.seed)
-            checks["replay"] = {n: e for n, e in errors.items() if not e <= REPLAY_TOLERANCE[self.sites.dtype]}
-            with self._phase("sub-layers"):
-                records = []
-                for members in groups.values():
-                    records += measure_group(members, effort, probe.token_ids, self.state, self._figures())
-                    if r.progress is not None:
-                        r.progress.advance(len(members), members[0].name)
-            records.sort(key=lambda record: record.index)
-            return records, self._network(probe, records, whole)
-        finally:
-            if r.progress is not None:
-                r.progress.stop()
 
-    def _network(self, probe: Probe, records: list[SublayerRecord], whole: bool) -> NetworkRecord:
-        r, notes = self.request, {}
-        profile: GradientProfile | None = None
-        through: Interval | None = None
-        with self._phase("network"):
-            if whole and not self.broken:
-                try:
-                    profile = gradient_profile(self.sites, probe.token_ids)
-                    through = end_to_end(self.sites, r.tol, r.confidence, r.max_products, r.seed)
-                except (RuntimeError, NotImplementedError, MeasureError, TraceError) as error:
-                    notes["end_to_end"] = one_line(error)
-            elif not whole:
-                notes |= dict.fromkeys(("end_to_end", "gradient_norms"), "not measured with --decide")
-        return network_record(self.sites, records, profile, through, self.layers, notes)
+        def sublayers(members: list[Sublayer]) -> Share:
+            records = measure_group(members, effort, probe.token_ids, self.state, self._figures())
+            return Share(records, sum(i.products for record in records for i in _intervals(record)))
+
+        jobs = []
+        for members in groups.values():
+            cost = sum(params[name].numel() for site in members for name in site.products)
+            jobs.append(_Job(members[0].name, "sub-layers", len(members), cost, partial(sublayers, members)))
+        if not r.decide and not self.broken:
+            jobs.append(_Job("end to end", "network", 0.4 * len(self.sites), math.inf, partial(self._through, probe)))
+        return jobs
+
+    def _through(self, probe: Probe) -> Share:
+        """The figures that need the whole network: the gradient at every depth, the end-to-end norm."""
+        r, profile = self.request, None
+        try:
+            profile = gradient_profile(self.sites, probe.token_ids)
+            through = end_to_end(self.sites, r.tol, r.confidence, r.max_products, r.seed)
+        except (RuntimeError, NotImplementedError, MeasureError, TraceError) as error:
+            return Share(profile=profile, why={"end_to_end": one_line(error)})
+        return Share(profile=profile, through=through)
+
+    def _network(self, found: Share) -> NetworkRecord:
+        notes = dict(found.why)
+        if self.request.decide:
+            notes |= dict.fromkeys(("end_to_end", "gradient_norms"), "not measured with --decide")
+        return network_record(self.sites, found.records, found.profile, found.through, self.layers, notes)
 
     def _decider(self) -> Callable[[Sublayer], Mapping[str, Callable[[float, float], bool]]]:
         def decided(site: Sublayer) -> Mapping[str, Callable[[float, float], bool]]:
@@ -290,7 +345,7 @@ class _Audit:
 
     # -- the report ------------------------------------------------------------------------------------------------
     def _report(
-        self, probe: Probe, records: list[SublayerRecord], network: NetworkRecord | None, checks: dict[str, Any]
+        self, probe: Probe, found: Share, network: NetworkRecord | None, checks: dict[str, Any]
     ) -> Report:
         r, coverage = self.request, self.sites.coverage
         params, values = self.sites.skeleton.outlines, self.sites.skeleton.params
@@ -314,25 +369,27 @@ class _Audit:
             state=self.state,
             probe=replace(probe.record, off_distribution=off),
             model=model,
-            sublayers=records,
+            sublayers=found.records,
             network=network,
             plan=r.plan,
-            cost=self._cost(records, network),
+            cost=self._cost(found),
             settings={
                 "tol": r.tol, "confidence": r.confidence, "dtype": str(r.dtype).removeprefix("torch."),
                 "device": str(r.source.device), "seed": r.seed,
                 "decide": r.decide, "profile": r.profile, "name": r.source.name, "checks": checks,
+                **({"ranks": [use.to_dict() for use in found.uses]} if r.ranks.size > 1 else {}),
             },
             ladder=load_healthy(model.width) if self.state == "init" else [],
             notes=[*self.notes, *probe.notes],
             **_stamp(),
         )  # fmt: skip
 
-    def _cost(self, records: list[SublayerRecord], network: NetworkRecord | None) -> Cost:
-        through = network.end_to_end.products if network and network.end_to_end else 0
-        forwards = sum(record.cost or 0.0 for record in records) + through * len(records)
-        products = sum(i.products for record in records for i in _intervals(record)) + through
-        return Cost(forwards, products, time.perf_counter() - self.started, _peak_memory_mb(), self.phases)
+    def _cost(self, found: Share) -> Cost:
+        through = found.through.products if found.through else 0
+        forwards = sum(record.cost or 0.0 for record in found.records) + through * len(found.records)
+        peak = max((use.peak_memory_mb for use in found.uses), default=_peak_memory_mb())
+        seconds = time.perf_counter() - self.started
+        return Cost(forwards, found.products + through, seconds, peak, self.phases)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -354,6 +411,7 @@ def _clear_of(points: Iterable[float]) -> Callable[[float, float], bool]:
 
 
 def _weights_only(request: _Request) -> Report:
+    request.ranks.agree(lambda: fingerprint(None, request.source.state.items(), (), request.options(), {}))
     report = weights_report(request.source)
     settings = {**report.settings, "name": request.source.name, "profile": request.profile, "seed": request.seed}
     return replace(report, plan=request.plan, settings=settings, **_stamp())

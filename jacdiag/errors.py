@@ -51,3 +51,20 @@ class MeasureError(JacdiagError):
 
 class UsageError(JacdiagError):
     """An option or argument has no meaning here."""
+
+
+class Stopped(BaseException):
+    """SIGTERM, or another rank has failed: unwinds the main thread past `except Exception`, as Ctrl-C does."""
+
+
+class RankError(JacdiagError):
+    """A rank of a job on several processes died or failed, or has another model than the others.
+
+    Args:
+        what, got, hint: as in every error; `what` begins with the rank's name.
+        trace: the traceback of an error that was not raised on purpose.
+    """
+
+    def __init__(self, what: str, *, got: str | None = None, hint: str | None = None, trace: str = "") -> None:
+        super().__init__(what, got=got, hint=hint)
+        self.trace = trace

@@ -27,6 +27,7 @@ FLOORS = {
     "spectra": 3,
     "measure": 4,
     "rules": 5,
+    "ranks": 5,
     "remedies": 6,
     "render": 6,
     "auditing": 7,

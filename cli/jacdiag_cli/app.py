@@ -1,6 +1,7 @@
 """The `jacdiag` command: its group, and how everything that can go wrong becomes a message and an exit code.
 
 Exit codes: 0 clean, 1 findings at or above --fail-on, 2 cannot run, 130 after Ctrl-C; 70 is a bug in jacdiag.
+Several ranks under torchrun end with one code: that of rank 0, or of the rank that failed (2, or 130 after Ctrl-C).
 """
 
 from __future__ import annotations
@@ -14,17 +15,21 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import jacdiag
-from jacdiag.errors import JacdiagError
+from jacdiag.errors import JacdiagError, RankError, Stopped
 from jacdiag_cli.audit import audit
+from jacdiag_cli.crew import calm, enrolled, quiet
 from jacdiag_cli.explain import explain
-from jacdiag_cli.output import Invocation, complain, forgive_streams, stop_writing
+from jacdiag_cli.output import Invocation, complain, forgive_streams, say, stop_writing
 from jacdiag_cli.rules import rules
 from jacdiag_cli.sites import sites
+
+if TYPE_CHECKING:
+    from jacdiag.ranks import Team
 
 CANNOT_RUN, BUG, INTERRUPTED = 2, 70, 130
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -60,11 +65,55 @@ def main(argv: Sequence[str] | None = None) -> int:
     forgive_streams()
     with _interrupts() as interrupted:
         try:
-            result = cli.main(args=args, prog_name="jacdiag", standalone_mode=False, obj=Invocation(args, interrupted))
-            return result if isinstance(result, int) else 0
+            team = enrolled()
         except BaseException as error:
-            real = (error.__cause__ or KeyboardInterrupt()) if isinstance(error, click.Abort) else error
-            return _interrupted() if interrupted or isinstance(real, KeyboardInterrupt) else _refuse(real)
+            return _ended(error, interrupted)
+        if team is None:
+            try:
+                return _run(Invocation(args, interrupted))
+            except BaseException as error:
+                return _ended(error, interrupted)
+        return _run_as_one_of(team, Invocation(args, interrupted, team))
+
+
+def _run(invocation: Invocation) -> int:
+    result = cli.main(args=invocation.args, prog_name="jacdiag", standalone_mode=False, obj=invocation)
+    return result if isinstance(result, int) else 0
+
+
+def _run_as_one_of(team: Team, invocation: Invocation) -> int:
+    """Runs on every rank; rank 0 alone is heard. All leave when it has written everything, or at the first failure."""
+    try:
+        with quiet(unless=team.first):
+            code = _run(invocation)
+            calm()
+            team.finish()
+        return code
+    except BaseException as error:
+        return _failed_as_one_of(team, _real(error, invocation.interrupts))
+
+
+def _failed_as_one_of(team: Team, error: BaseException) -> int:
+    try:
+        calm()
+        what = team.fail(error, _told)
+        with quiet(unless=team.speaks):
+            code = _ended(what, [])
+        team.close()
+        return code
+    except Stopped:  # it came a moment before calm(), and does not come twice
+        return _failed_as_one_of(team, error)
+
+
+def _real(error: BaseException, interrupted: list[int]) -> BaseException:
+    """Ctrl-C, where that is behind it."""
+    real = (error.__cause__ or KeyboardInterrupt()) if isinstance(error, click.Abort) else error
+    return KeyboardInterrupt() if interrupted else real
+
+
+def _ended(error: BaseException, interrupted: list[int]) -> int:
+    real = _real(error, interrupted)
+    return _interrupted() if isinstance(real, KeyboardInterrupt) else _refuse(real)
 
 
 @contextmanager
@@ -95,25 +144,46 @@ def _interrupted() -> int:
 
 
 def _refuse(error: BaseException) -> int:
+    if isinstance(error.__context__, BrokenPipeError) or _no_room(error):
+        stop_writing(sys.stdout)  # what is still in its buffer cannot be written at exit either
     if isinstance(error.__context__, BrokenPipeError):  # how click leaves when its reader has gone
-        stop_writing(sys.stdout)
-    elif isinstance(error, SystemExit):  # the model's own code: its exit code must not pass for ours
-        complain(f"the model's code called sys.exit({error.code!r})", hint="guard its script with if __name__ == ...")
-    elif isinstance(error, JacdiagError):
-        complain(error.what, got=error.got, hint=error.hint)
-    elif isinstance(error, click.ClickException):
-        error.show(sys.stderr)
-    elif isinstance(error, OSError) and error.errno in _NO_ROOM:
-        stop_writing(sys.stdout)  # what is still in its buffer could not be written at exit either
-        complain("cannot write the result", got=error.strerror, hint="free some space, or write elsewhere")
-    elif _out_of_memory(error):
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        complain("out of memory", got=first, hint="a smaller probe: --batch 1, or a shorter --seq")
-    else:
+        return CANNOT_RUN
+    told = _told(error)
+    if told is None:
         traceback.print_exception(error)
         complain("this is a bug in jacdiag; please report it with the lines above")
         return BUG
+    if isinstance(error, RankError) and error.trace:
+        say(error.trace)
+    if isinstance(error, click.ClickException):
+        error.show(sys.stderr)
+    else:
+        complain(told[0], got=told[1], hint=told[2])
     return CANNOT_RUN
+
+
+def _told(error: BaseException) -> tuple[str, str | None, str | None] | None:
+    """What, got and try of whatever is no bug in jacdiag; None for a bug."""
+    if isinstance(error, JacdiagError):
+        return error.what, error.got, error.hint
+    if isinstance(error.__context__, BrokenPipeError):
+        return "nobody reads the output", None, None
+    if isinstance(error, SystemExit):  # the model's own code: its exit code must not pass for ours
+        return f"the model's code called sys.exit({error.code!r})", None, "guard its script with if __name__ == ..."
+    if isinstance(error, Stopped):
+        return "stopped from outside (SIGTERM)", None, None
+    if isinstance(error, click.ClickException):
+        return error.format_message(), None, None
+    if _no_room(error):
+        return "cannot write the result", getattr(error, "strerror", None), "free some space, or write elsewhere"
+    if _out_of_memory(error):
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return "out of memory", first, "a smaller probe: --batch 1, or a shorter --seq"
+    return None
+
+
+def _no_room(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in _NO_ROOM
 
 
 def _out_of_memory(error: Any) -> bool:

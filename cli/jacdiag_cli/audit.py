@@ -41,8 +41,9 @@ def audit(invocation: Invocation, source: str, **given: Any) -> int:
       jacdiag audit checkpoint.pt
       jacdiag audit build.py:model --plot gain.png --json report.json
       jacdiag audit weights.safetensors --model build.py:model --tokens text.txt
+      torchrun --nproc-per-node 2 -m jacdiag_cli audit checkpoint.pt      (shared out over processes)
     """
-    files = _files(source, given["json_file"], given["plot_file"])
+    files = _files(source, given["json_file"], given["plot_file"]) if invocation.heard else {}
     profile = resolve_profile(click.get_current_context(), current())
     _check_rules(profile)
     with guest_talk(), bar("reading the model", invocation.heed) as progress:
@@ -59,12 +60,14 @@ def audit(invocation: Invocation, source: str, **given: Any) -> int:
             thresholds=profile.thresholds or None,
             declared=current().sites or (),
             progress=progress,
+            ranks=invocation.team or False,
         )
     invocation.heed()
     command = shlex.join(["jacdiag", *invocation.args])
     told = dataclasses.replace(report, settings={**report.settings, "command": command})
-    _write(told, files)
-    _show(told, given["output_format"], given["all_rows"], given["sort"])
+    if invocation.heard:
+        _write(told, files)
+        _show(told, given["output_format"], given["all_rows"], given["sort"])
     return _exit_code(told, profile.fail_on)
 
 

@@ -15,6 +15,8 @@ from jacdiag.errors import printable
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from jacdiag.ranks import Team
+
 
 @dataclass(frozen=True)
 class Invocation:
@@ -22,6 +24,12 @@ class Invocation:
 
     args: list[str]
     interrupts: list[int] = field(default_factory=list)
+    team: Team | None = None  # the ranks that this process is one of
+
+    @property
+    def heard(self) -> bool:
+        """Whether this process writes and prints for all."""
+        return self.team is None or self.team.first
 
     def heed(self) -> None:
         """Raises KeyboardInterrupt if there was one: a bare `except` in some import may have swallowed it."""

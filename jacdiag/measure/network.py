@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from jacdiag.report.schema import Growth, Interval, NetworkRecord, SublayerRecord
+from jacdiag.report.schema import Growth, Interval, NetworkRecord, Record, SublayerRecord
 from jacdiag.spectra import JacobianOperator, independent_dims, top_singular
 from jacdiag.trace import Sites, Sublayer
 from jacdiag.trace.tap import Spot, Where
@@ -18,7 +18,7 @@ from jacdiag.trace.tensors import collect_deep
 
 
 @dataclass(frozen=True)
-class GradientProfile:
+class GradientProfile(Record):
     """Norm of dL/dx along the main stream (first shortcut first, the stream's end last), from one backward."""
 
     norms: list[float]
@@ -168,13 +168,20 @@ def _exponent(first: float, last: float, layers: int) -> float | None:
     return math.log(last / first) / layers
 
 
-def verify_replay(sites: Sites, seed: int = 0) -> dict[str, float]:
+def verify_replay(sites: Sites, seed: int = 0, only: Collection[int] | None = None) -> dict[str, float]:
     """Compares J^T w of every branch with that of a whole-model re-run; returns the relative error by name.
 
     In the whole-model run each shortcut is a tensor to differentiate by, so that one forward and one backward through
     each branch suffice. A recorded cache, or a value that reaches the branch past its shortcut, shows here alone.
+
+    Args:
+        sites: of one recorded forward.
+        seed: of the cotangents; each sub-layer has its own.
+        only: indices of the sub-layers to look at; all if not given.
     """
-    chosen = [k for k, site in enumerate(sites) if not site.nested]
+    chosen = [k for k, site in enumerate(sites) if not site.nested and (only is None or k in only)]
+    if not chosen:
+        return {}
     raw = sites.raw
     leaves: dict[int, Tensor] = {}
     pulled: dict[int, Tensor] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 from jacdiag.errors import UsageError
@@ -34,6 +36,11 @@ def pick(wanted: str | None) -> torch.device:
         last = f"{device.type}:{count - 1}"
         raise UsageError(f"there is no {device}", got=f"--device {wanted}, the last is {last}", hint=f"--device {last}")
     return device
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU torch's current one for a while: code that says "cuda" means it, and its allocator is read."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _count(kind: str) -> int:

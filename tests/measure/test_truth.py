@@ -213,3 +213,17 @@ def loss_by_hand(report: Report, truth: Truth) -> Callable[[Tensor], Tensor]:
         return (weight.to(out) * out).sum() / out.numel() ** 0.5
 
     return functional
+
+
+def test_replay_is_verified_in_parts_as_in_whole() -> None:
+    """Ranks look at some sub-layers each."""
+    from jacdiag.measure.network import verify_replay
+    from jacdiag.sources import gpt
+
+    torch.manual_seed(0)
+    model = gpt.build("vanilla", n_layer=3, n_embd=16, n_head=2, vocab_size=32, block_size=8).double()
+    sites = jacdiag.sites(model, torch.randint(32, (2, 8)), dtype=torch.float64)
+    whole = verify_replay(sites)
+    parts = [verify_replay(sites, only=part) for part in (range(2), range(2, 5), range(5, 6), range(0))]
+    assert [list(part) for part in parts] == [list(whole)[0:2], list(whole)[2:5], list(whole)[5:6], []]
+    assert all(error < 1e-9 for part in [whole, *parts] for error in part.values())
