@@ -6,6 +6,7 @@ model at all. Every step runs in a process of its own, so that each has its own 
     python benchmarks/stream.py                  makes the folder (13.5 GB), about 25 minutes; writes the results
     python benchmarks/stream.py --quick          a small shape, seconds; prints only
     python benchmarks/stream.py --folder DIR     where the folder is, or is to be made (default: in the system's /tmp)
+    python benchmarks/stream.py --only decide    one of the two audits; the other's figures stay as they are
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "stream.json"
-BATCH, SEQ, ROUNDS = 1, 64, 3
+BATCH, SEQ = 1, 64
 SHAPES = {
     "full": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
              "num_key_value_heads": 32, "vocab_size": 32000},
@@ -155,6 +157,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a small shape; nothing is written")
     parser.add_argument("--folder", help="where the model's folder is, or is to be made")
+    parser.add_argument("--only", choices=("decide", "everything"), help="one of the two audits")
     parser.add_argument("--step", choices=tuple(STEPS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.step:
@@ -169,25 +172,34 @@ def main() -> int:
     make(Path(folder), SHAPES[shape])
     size = sum(f.stat().st_size for f in Path(folder).glob("*.safetensors"))
     result: dict[str, Any] = {"shape": SHAPES[shape], "batch": BATCH, "seq": SEQ, "bytes": size, "cpus": os.cpu_count()}
-    plain = [child("plain", folder) for _ in range(ROUNDS)]
-    for step in ("decide", "everything"):
-        result[step] = child(step, folder)
-        print(step, result[step], file=sys.stderr)
-        plain.append(child("plain", folder))  # around each audit: the machine may have changed its pace
-    seconds = sorted(p["seconds"] for p in plain[1:])  # the first one fills the page cache
-    result["plain"] = {"seconds": [round(s, 2) for s in seconds], "peak_gib": plain[0]["peak_gib"]}
-    unit = seconds[len(seconds) // 2]
-    result["left_by_a_kill"] = killed(folder, 2.0 if args.quick else 4 * unit)
-    result["goals"] = [
-        goal("--decide, in streamed plain forwards", result["decide"]["seconds"] / unit, 25),
-        goal("everything, in streamed plain forwards", result["everything"]["seconds"] / unit, 100),
-        goal("peak resident memory with --decide, GiB", result["decide"]["peak_gib"], 4),
-        goal("peak resident memory with everything, GiB", result["everything"]["peak_gib"], 4),
-        goal("files left by a kill half-way", len(result["left_by_a_kill"]), 0),
-    ]
+    if RESULTS.is_file() and not args.quick:
+        result = {**json.loads(RESULTS.read_text()), **result}
+    child("plain", folder)  # fills the page cache
+    for step, most in (("decide", 25), ("everything", 100)):
+        if args.only in (None, step):
+            result[step] = beside_plain(step, folder, most)
+    if args.only != "everything":
+        left = killed(folder, 2.0 if args.quick else 4 * result["decide"]["plain_seconds"])
+        result["left_by_a_kill"] = left
+        goal("files left by a kill half-way", len(left), 0)
     if not args.quick:
         RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     return 0
+
+
+def beside_plain(step: str, folder: str, most: float) -> dict[str, Any]:
+    """One audit, and the plain forwards before and after it: the machine may change its pace."""
+    before = [child("plain", folder) for _ in range(2)]
+    found = child(step, folder)
+    print(step, found, file=sys.stderr)
+    plain = [*before, *(child("plain", folder) for _ in range(2))]
+    unit = statistics.median(p["seconds"] for p in plain)
+    goals = [
+        goal(f"{step}, in streamed plain forwards", found["seconds"] / unit, most),
+        goal(f"peak resident memory with {step}, GiB", found["peak_gib"], 4),
+    ]
+    each = [round(p["seconds"], 2) for p in plain]
+    return {**found, "plain_seconds": round(unit, 2), "plain_each": each, "goals": goals}
 
 
 def goal(what: str, measured: float, most: float) -> dict[str, Any]:
