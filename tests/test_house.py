@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 
 import jacdiag
@@ -198,7 +199,8 @@ def test_frozen_commands() -> None:
 def test_frozen_defaults() -> None:
     from jacdiag_cli.app import cli
 
-    found = cli.commands["audit"].make_context("audit", ["checkpoint.pt"]).params
+    parent = click.Context(cli, **cli.context_settings)  # a command keeps the help option of its first context
+    found = cli.commands["audit"].make_context("audit", ["checkpoint.pt"], parent=parent).params
     assert {name: found[name] for name in DEFAULTS} == DEFAULTS
 
 
