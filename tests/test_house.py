@@ -32,7 +32,7 @@ FLOORS = {
     "render": 6,
     "auditing": 7,
     "gate": 7,
-    "watch": 7,
+    "watching": 7,
     "testing": 7,
     "jacdiag_cli": 8,
 }
@@ -66,7 +66,7 @@ DEFAULTS = {
     "batch": 2, "seq": None, "seed": 0, "device": None, "dtype": "float32", "tol": 0.05, "confidence": 0.999,
     "decide": False, "profile": "default", "fail_on": "error", "output_format": "pretty", "state": None,
 }  # fmt: skip
-PUBLIC = ["JacdiagError", "Report", "__version__", "audit", "declare", "sites", "spectral_norm"]
+PUBLIC = ["JacdiagError", "Report", "__version__", "audit", "declare", "sites", "spectral_norm", "watch"]
 JSON_KEYS = {
     "schema_version", "jacdiag", "torch", "created", "source", "tier", "state", "probe", "plan", "conditions",
     "verdict", "model", "sublayers", "network", "findings", "rules", "cost", "settings", "ladder", "notes",
