@@ -15,7 +15,7 @@ threshold on the loss from step 0 on alarmed in 4 of 6 healthy public runs. This
     example="""\
 step 4210: loss 9.1 and gradient norm 31 standard deviations above ..., 3 steps in a row; h.0.attn first""",
     remedy="""\
-Look at the sub-layer that moved first, and at the batch (the flight recorder keeps it: jacdiag audit CHECKPOINT
+Look at the sub-layer that moved first, and at the batch, which the flight recorder keeps (jacdiag audit CHECKPOINT
 --replay DIR). A lower learning rate or a checkpoint from before the alert are the usual ways on.""",
 )
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from jacdiag.errors import UsageError
-from jacdiag.sources.wrapped import plain_name
+from jacdiag.sources.wrapped import plain_name, unwrap
 
 _FOREIGN = {
     "deepspeed": "DeepSpeed's optimisers keep flat partitions of the weights and step on copies of them",
@@ -84,9 +84,9 @@ def check_supported(model: Any) -> None:
 
 
 def names_of(model: nn.Module) -> dict[int, str]:
-    """Maps id of a parameter -> its plain name; the first name of a tie."""
+    """Maps id of a parameter -> its plain name, inside all wrappers; the first name of a tie."""
     found: dict[int, str] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
+    for name, p in unwrap(model).named_parameters(remove_duplicate=False):
         found.setdefault(id(p), plain_name(name))
     return found
 
