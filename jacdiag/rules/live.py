@@ -210,7 +210,7 @@ class LiveRules:
             "loss": self.loss.state(), "gradient": self.gradient.state(), "median": self.median.state(),
             "z": self.z.state(), "each": [series.state() for series in self.each], "names": self.names,
             "drift": self.drift.state(), "updates": self.updates.state(), "in_a_row": self.in_a_row,
-            "seen": self.seen, "spikes": dict(self.spikes), "spoken": dict(self.spoken),
+            "seen": self.seen, "risen": list(self.risen), "spikes": dict(self.spikes), "spoken": dict(self.spoken),
         }  # fmt: skip
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -221,6 +221,7 @@ class LiveRules:
         self.set_names(state["names"])
         for series, saved in zip(self.each, state["each"], strict=True):
             series.load(saved)
+        self.risen = list(state["risen"])
         self.drift.load(state["drift"])
         self.updates.load(state["updates"])
         self.in_a_row, self.seen = state["in_a_row"], state["seen"]

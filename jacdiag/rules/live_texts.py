@@ -22,8 +22,8 @@ Look at the sub-layer that moved first, and at the batch, which the flight recor
 LOSS_SPIKE = Text(
     summary="one step on which three published signals agree: a spike of the loss that the gradient feels",
     what="""\
-Loss at least 7 standard deviations over the rolling mean of the last 1,000 (OLMo 2), over the rolling median of 201
-steps by 0.1 (arXiv 2608.30320), and the gradient norm at z > 2.5 of its exponential average (ZClip), in one step.
+Loss at least 7 standard deviations over the rolling mean of the last 1,000 (OLMo 2), over the rolling median of
+201 steps by 0.1 (arXiv 2608.30320), and the gradient norm at z > 2.5 of its exponential average (ZClip), in one step.
 Each of them alone is a vote in the log and no alert.""",
     why="""\
 A corrupted batch lasts for one step: a rule that waits for three does not see it, and one signal alone sees too much.""",

@@ -56,13 +56,14 @@ class Rolling:
             self.squares = math.fsum(v * v for v in self.values)
 
     def state(self) -> dict[str, Any]:
-        return {"values": list(self.values), "outside": self.outside}
+        sums = {"total": self.total, "squares": self.squares, "turns": self.turns}
+        return {"values": list(self.values), "outside": self.outside, **sums}
 
     def load(self, state: dict[str, Any]) -> None:
         self.values.clear()
         self.values.extend(state["values"])
-        self.total, self.squares = math.fsum(self.values), math.fsum(v * v for v in self.values)
-        self.outside, self.turns = state["outside"], 0
+        self.total, self.squares = state["total"], state["squares"]
+        self.outside, self.turns = state["outside"], state["turns"]
 
 
 class RollingMedian:

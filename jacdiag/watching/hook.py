@@ -6,6 +6,7 @@ import atexit
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,7 +21,7 @@ from jacdiag.report.thresholds import load_thresholds
 from jacdiag.sources.wrapped import unwrap
 from jacdiag.watching.batches import Batches
 from jacdiag.watching.cadence import Cadence, Clock
-from jacdiag.watching.figures import GIVEN, GIVEN_PART, LOSS, UpdateTurn
+from jacdiag.watching.figures import GIVEN, GIVEN_PART, LOSS, Figures, UpdateTurn
 from jacdiag.watching.guards import Guards, quietly
 from jacdiag.watching.optimisers import (
     StepHooks,
@@ -35,6 +36,7 @@ from jacdiag.watching.record import Record
 from jacdiag.watching.sinks import Sink
 from jacdiag.watching.tiers import Tiers
 from jacdiag.watching.together import Together, is_sharded
+from jacdiag.watching.usage import Usage
 
 _WATCHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Watch]] = weakref.WeakKeyDictionary()
 _NO_FIGURES = "no figures of single steps from now on"
@@ -148,9 +150,9 @@ class Watch:
         self.guards: Guards = record.guards
         self.count, self.log_every, self.updates = record.resumed_at, log_every, updates
         self.clock = Clock()
-        self.closed = self.called = False
+        self.closed = False
+        self.usage = Usage(len(optimisers), record.warn)
         self.turn: UpdateTurn | None = None
-        self.stepped = self.idle = 0
         self.inert = not together.lead and not together.sharded  # every rank knows the same: one of them speaks
         self.batches: Batches | None = None
         self.hooks: StepHooks | None = None
@@ -159,7 +161,8 @@ class Watch:
             self.batches = Batches(model, fingerprints=keeps, keep=keep_batches if keeps else 0)
             self.hooks = StepHooks(optimisers, self._before, self._behind)
         tiers.batches = record.batches = self.batches
-        atexit.register(self.close)
+        self._at_exit = partial(_close, weakref.ref(self))  # a loop may end without close(), and lines may wait
+        atexit.register(self._at_exit)
 
     # -- the loop --------------------------------------------------------------------------------------------------
     def step(self, loss: Any, *, grad_norm: Any = None, lr: float | None = None, tokens: int | None = None) -> None:
@@ -177,12 +180,12 @@ class Watch:
         """
         if self.closed:
             raise UsageError("step of a watch that is closed", hint="call it inside the `with` block")
-        self.count, self.called = self.count + 1, True
+        self.count += 1
+        self.usage.step_called()
         if self.inert:
             return
         begun = time.perf_counter()
         passed = self.clock.step_ended(begun)
-        self._use()
         with self.guards.part("figures", _NO_FIGURES):
             if self.guards.on("figures"):
                 self._put(loss, grad_norm, lr, tokens, passed)
@@ -218,37 +221,22 @@ class Watch:
                 self.batches.remove()
                 raise error
 
-    def _use(self) -> None:
-        """Tells a loop that calls `step` in the wrong place from one whose loss scaler skips a step now and then."""
-        self.idle = 0 if self.stepped else self.idle + 1
-        self.stepped = 0
-        if self.idle and self.idle % 12 == 0:
-            self.record.warn(
-                "use", f"{self.idle} calls of step without an optimiser step between them: call it once per optimiser "
-                "step, and pass the optimiser that steps",
-            )  # fmt: skip
-
     # -- hooks of the optimisers ------------------------------------------------------------------------------------
     def _before(self, optimiser: Optimizer) -> None:
         begun = time.perf_counter()
-        self.stepped += 1
-        if self.stepped > 100 * len(self.optimisers):
-            self.stepped = 0
-            self.record.warn("use", "100 optimiser steps without a call of step: call w.step(loss) once per step")
+        self.usage.optimiser_steps()
+        figures: Figures | None = None
         with self.guards.part("figures", _NO_FIGURES):
             if self.guards.on("figures"):
                 figures = self.tiers.prepared(self.count, self.log_every)
-                scale, inf = scaling(optimiser)
+                if self.usage.untold:
+                    figures.now.made = False  # the figures of the last step stand
                 several = len(self.optimisers) > 1
-                if self.stepped > len(self.optimisers):
-                    figures.now.made = False  # a step that nobody told of: the figures of the last one stand
-                figures.gradients({id(p) for p in _held(optimiser)} if several else None, scale, inf)
+                figures.gradients({id(p) for p in _held(optimiser)} if several else None, *scaling(optimiser))
         with self.guards.part("updates", _NO_UPDATES):
-            figures_there = self.tiers.figures is not None and self.guards.on("figures")
-            if self.updates and self.guards.on("updates") and figures_there:
-                self.turn = self.turn or UpdateTurn(self.tiers.figures.groups)  # type: ignore[union-attr]
-                if self.turn.groups is not self.tiers.figures.groups:  # type: ignore[union-attr]
-                    self.turn = UpdateTurn(self.tiers.figures.groups)  # type: ignore[union-attr]
+            if figures is not None and self.updates and self.guards.on("updates") and self.guards.on("figures"):
+                if self.turn is None or self.turn.groups is not figures.groups:
+                    self.turn = UpdateTurn(figures.groups)
                 self.turn.open(_held(optimiser))
         self.clock.charge("figures", time.perf_counter() - begun)
 
@@ -282,7 +270,7 @@ class Watch:
         Raises:
             UsageError: steps were made already, or the state is of another version.
         """
-        if self.called:
+        if self.usage.called:
             raise UsageError("load_state_dict after a step", hint="call it right after jacdiag.watch(..., resume=True)")
         if state.get("version") != 1:
             raise UsageError("a watch cannot go on from this state", got=f"version {state.get('version')!r}")
@@ -300,8 +288,7 @@ class Watch:
         if self.closed:
             return
         if not self.inert:
-            if self.stepped and not self.called:
-                self.record.warn("use", "step was never called: call w.step(loss) once per optimiser step")
+            self.usage.ended()
             quietly(self._flush)
         self.closed = True
         for part in (self.hooks, self.batches):
@@ -312,7 +299,7 @@ class Watch:
         quietly(self.tiers.close)
         quietly(self.together.close)
         self.turn = None
-        atexit.unregister(self.close)
+        atexit.unregister(self._at_exit)
 
     def __enter__(self) -> Self:
         return self
@@ -324,6 +311,12 @@ class Watch:
             quietly(self._flush)
             quietly(self.record.crashed, self.count, error)
         self.close()
+
+
+def _close(ref: weakref.ref[Watch]) -> None:
+    watch = ref()
+    if watch is not None:
+        watch.close()
 
 
 def _held(optimiser: Optimizer) -> list[torch.Tensor]:

@@ -49,8 +49,14 @@ def break_something(fault: str, rank: int) -> None:
             raise torch.OutOfMemoryError("no memory left, said the test")
         raise RuntimeError("broken by the test")
 
-    if phase == "missing":
-        tiers_room.local_copy = lambda t: time.sleep(12.0)
+    if phase == "missing":  # for longer than the watch waits, for less than the training does
+        ready = tiers_room.Tiers._ready
+
+        def late(*args: Any) -> Any:
+            time.sleep(3 * OPTIONS["timeout"])
+            return ready(*args)
+
+        tiers_room.Tiers._ready = late  # type: ignore[method-assign]
     elif phase in ("copy", "memory-copy"):
         tiers_room.local_copy = failing
     elif phase == "record":

@@ -26,7 +26,8 @@ def test_square_sums_of_many_kinds() -> None:
     kinds = [
         torch.randn(3, 5000), torch.randn(70, 300).t(), torch.randn(10, 10)[::2], torch.randn(7).double(),
         torch.randn(9000).bfloat16(), torch.randn(5).half(), torch.zeros(0), torch.tensor(2.0),
-        torch.randn(8, 4).to_sparse(), torch.randn(6, dtype=torch.complex64), torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last),
+        torch.randn(8, 4).to_sparse(), torch.randn(6, dtype=torch.complex64),
+        torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last),
     ]  # fmt: skip
     found = square_sums([*kinds, None])
     for t, value in zip(kinds, found.tolist(), strict=False):
