@@ -32,6 +32,7 @@ class StepFigures:
     """One optimiser step, as the live rules see it.
 
     Attributes:
+        loss: None where the loop does not tell it.
         gradient: global gradient norm: before clipping where that is known, else after it.
         sublayers: gradient norm per sub-layer, in the order of `names`.
         skipped: the optimiser did not step (a loss scaler found inf).
@@ -40,7 +41,7 @@ class StepFigures:
     """
 
     step: int
-    loss: float
+    loss: float | None
     gradient: float
     lr: float = math.nan
     sublayers: Sequence[float] = ()
@@ -96,14 +97,15 @@ class LiveRules:
         """Looks at one step. Steps must come in order."""
         verdict = Verdict()
         self._non_finite(figures, verdict)
-        if figures.skipped or not math.isfinite(figures.loss):
+        loss = figures.loss
+        if figures.skipped or (loss is not None and not math.isfinite(loss)):
             return verdict
         self.seen += 1
-        zl, zg = self.loss.z(figures.loss), self.gradient.z(figures.gradient)
+        zl, zg = self.loss.z(loss) if loss is not None else None, self.gradient.z(figures.gradient)
         ema = self.z.z(figures.gradient)
         middle = self.median.median()
         spike = self._cut("spike_score", "info")
-        above = middle is not None and figures.loss > middle + self._cut("median_spike", "info")
+        above = middle is not None and loss is not None and loss > middle + self._cut("median_spike", "info")
         high_loss, high_gradient = zl is not None and zl >= spike, zg is not None and zg >= spike
         self.spikes["loss"] += high_loss
         self.spikes["gradient"] += high_gradient
@@ -119,9 +121,10 @@ class LiveRules:
             self._loss_spike(figures, zl or 0.0, ema, middle or 0.0, verdict)
         if figures.update is not None and self.updates.add(*figures.update, figures.lr):
             verdict.votes.append("JD506")
-        self.loss.add(figures.loss, outlier=joint or high_loss)
+        if loss is not None:
+            self.loss.add(loss, outlier=joint or high_loss)
+            self.median.add(loss)
         self.gradient.add(figures.gradient, outlier=joint or high_gradient)
-        self.median.add(figures.loss)
         self.z.add(figures.gradient)
         return verdict
 
@@ -142,19 +145,21 @@ class LiveRules:
     def _loss_spike(self, f: StepFigures, zl: float, ema: float, middle: float, verdict: Verdict) -> None:
         """One step on which three published signals agree: a corrupted batch does not last for three."""
         where = self.moved_first()
-        what = f"loss {plain(f.loss)}, {plain(f.loss - middle)} over its median and {plain(zl)} standard deviations "
+        loss = f.loss if f.loss is not None else math.nan
+        what = f"loss {plain(loss)}, {plain(loss - middle)} over its median and {plain(zl)} standard deviations "
         what += f"over its mean, with the gradient norm at z {plain(ema)}{_first(where)}"
         evidence = {"loss": f.loss, "median": middle, "loss_z": zl, "gradient_ema_z": ema, "gradient": f.gradient}
         self._speak(verdict, Alert(f.step, "JD502", "warning", what, where, evidence))
 
     def _non_finite(self, f: StepFigures, verdict: Verdict) -> None:
         self.skipped = self.skipped + 1 if f.skipped else 0
-        broken = not math.isfinite(f.loss) or (not f.skipped and (math.isinf(f.gradient) or bool(f.nonfinite)))
-        if f.skipped and self.skipped < SKIPPED_IN_A_ROW and math.isfinite(f.loss):
+        lost = f.loss is not None and not math.isfinite(f.loss)
+        broken = lost or (not f.skipped and (math.isinf(f.gradient) or bool(f.nonfinite)))
+        if f.skipped and self.skipped < SKIPPED_IN_A_ROW and not lost:
             return  # a loss scaler looks for its scale
         if not broken and self.skipped < SKIPPED_IN_A_ROW:
             return
-        which = "the loss is" if not math.isfinite(f.loss) else "gradients are"
+        which = "the loss is" if lost else "gradients are"
         what = f"{which} not finite" if broken else f"{self.skipped} steps in a row were skipped for inf gradients"
         where = list(f.nonfinite)
         evidence = {"loss": f.loss, "gradient": f.gradient, "skipped_in_a_row": self.skipped}

@@ -26,7 +26,8 @@ Loss at least 7 standard deviations over the rolling mean of the last 1,000 (OLM
 201 steps by 0.1 (arXiv 2608.30320), and the gradient norm at z > 2.5 of its exponential average (ZClip), in one step.
 Each of them alone is a vote in the log and no alert.""",
     why="""\
-A corrupted batch lasts for one step: a rule that waits for three does not see it, and one signal alone sees too much.""",
+A corrupted batch lasts for one step: a rule that waits for three does not see it, and one signal alone sees too
+much.""",
     example="""\
 step 812: loss 7.9, 5.3 over its median and 44 standard deviations over its mean, with the gradient norm at z 19""",
     remedy="""\

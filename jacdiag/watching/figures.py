@@ -23,6 +23,7 @@ class Row:
     Attributes:
         made: an optimiser stepped (its gradients are in the table).
         update: the sub-layer whose update norm was taken.
+        told: the loop gave its loss.
     """
 
     step: int = 0
@@ -31,6 +32,7 @@ class Row:
     tokens: int | None = None
     made: bool = False
     update: str = ""
+    told: bool = False
 
 
 @dataclass
@@ -130,12 +132,16 @@ class UpdateTurn:
         self.before: list[tuple[Member, Tensor]] = []
         self.label = ""
 
-    def open(self, stepping: Iterable[Tensor]) -> None:
-        """Before a step: keeps the next sub-layer's weights, if the optimiser that steps holds it."""
+    def open(self, stepping: Iterable[Tensor], closure: bool = False) -> None:
+        """Before a step: keeps the next sub-layer's weights, if the optimiser that steps holds it.
+
+        What has no gradient does not move, and has no turn; with a closure, gradients are still to be made.
+        """
         held = {id(p) for p in stepping}
         for _ in self.groups.labels:
             self.turn = (self.turn + 1) % len(self.groups.labels)
-            members = [m for m in self.groups.of(self.turn) if id(m.parameter) in held and m.parameter.grad is not None]
+            members = [m for m in self.groups.of(self.turn) if id(m.parameter) in held]
+            members = [m for m in members if closure or m.parameter.grad is not None]
             if members:
                 self.label = self.groups.labels[self.turn]
                 self.before = [(m, local(m.parameter.detach()).clone()) for m in members]

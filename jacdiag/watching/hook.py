@@ -21,7 +21,7 @@ from jacdiag.report.thresholds import load_thresholds
 from jacdiag.sources.wrapped import unwrap
 from jacdiag.watching.batches import Batches
 from jacdiag.watching.cadence import Cadence, Clock
-from jacdiag.watching.figures import GIVEN, GIVEN_PART, LOSS, Figures, UpdateTurn
+from jacdiag.watching.figures import GIVEN, GIVEN_PART, LOSS, UpdateTurn
 from jacdiag.watching.guards import Guards, quietly
 from jacdiag.watching.optimisers import (
     StepHooks,
@@ -169,7 +169,7 @@ class Watch:
         """To be called once per optimiser step, behind it.
 
         Args:
-            loss: of this step, a tensor or a number.
+            loss: of this step, a tensor or a number; None where the loop does not know it.
             grad_norm: what `clip_grad_norm_` returned, if the loop clips.
             lr: the learning rate; that of the optimiser's first group if not given.
             tokens: tokens so far, or in this step; written to the log as it is.
@@ -198,9 +198,22 @@ class Watch:
         self.clock.begin(time.perf_counter())
         self.record.raise_alert()
 
+    def prepare(self) -> None:
+        """Finds the sub-layers and runs the first probe now, before the first update; done at that update otherwise.
+
+        For loops whose gradients are made inside the optimiser's step: there the first update comes too early.
+        """
+        if self.inert or self.closed:
+            return
+        with self.guards.part("figures", _NO_FIGURES):
+            if self.guards.on("figures"):
+                self.tiers.prepared(self.count, self.log_every)
+
     def _put(self, loss: Any, grad_norm: Any, lr: float | None, tokens: int | None, passed: float | None) -> None:
         figures = self.tiers.prepared(self.count - 1, self.log_every)
-        figures.put(LOSS, loss)
+        if loss is not None:
+            figures.put(LOSS, loss)
+            figures.now.told = True
         if grad_norm is not None:
             placements = getattr(grad_norm, "placements", ())
             if any(p.is_partial() for p in placements):  # FSDP2's norm of this rank's pieces
@@ -222,10 +235,29 @@ class Watch:
                 raise error
 
     # -- hooks of the optimisers ------------------------------------------------------------------------------------
-    def _before(self, optimiser: Optimizer) -> None:
+    def _before(self, optimiser: Optimizer, closure: bool) -> None:
         begun = time.perf_counter()
         self.usage.optimiser_steps()
-        figures: Figures | None = None
+        if not closure:
+            self._gradients(optimiser)
+        figures = self.tiers.figures
+        with self.guards.part("updates", _NO_UPDATES):
+            if figures is not None and self.updates and self.guards.on("updates") and self.guards.on("figures"):
+                if self.turn is None or self.turn.groups is not figures.groups:
+                    self.turn = UpdateTurn(figures.groups)
+                self.turn.open(_held(optimiser), closure)
+        self.clock.charge("figures", time.perf_counter() - begun)
+
+    def _behind(self, optimiser: Optimizer, closure: bool) -> None:
+        begun = time.perf_counter()
+        if closure:
+            self._gradients(optimiser)
+        with self.guards.part("updates", _NO_UPDATES):
+            if self.turn is not None and self.tiers.figures is not None and self.guards.on("updates"):
+                self.turn.close(self.tiers.figures)
+        self.clock.charge("updates", time.perf_counter() - begun)
+
+    def _gradients(self, optimiser: Optimizer) -> None:
         with self.guards.part("figures", _NO_FIGURES):
             if self.guards.on("figures"):
                 figures = self.tiers.prepared(self.count, self.log_every)
@@ -233,19 +265,6 @@ class Watch:
                     figures.now.made = False  # the figures of the last step stand
                 several = len(self.optimisers) > 1
                 figures.gradients({id(p) for p in _held(optimiser)} if several else None, *scaling(optimiser))
-        with self.guards.part("updates", _NO_UPDATES):
-            if figures is not None and self.updates and self.guards.on("updates") and self.guards.on("figures"):
-                if self.turn is None or self.turn.groups is not figures.groups:
-                    self.turn = UpdateTurn(figures.groups)
-                self.turn.open(_held(optimiser))
-        self.clock.charge("figures", time.perf_counter() - begun)
-
-    def _behind(self, optimiser: Optimizer) -> None:
-        begun = time.perf_counter()
-        with self.guards.part("updates", _NO_UPDATES):
-            if self.turn is not None and self.tiers.figures is not None and self.guards.on("updates"):
-                self.turn.close(self.tiers.figures)
-        self.clock.charge("updates", time.perf_counter() - begun)
 
     # -- the log ---------------------------------------------------------------------------------------------------
     def _flush(self) -> None:
@@ -260,7 +279,10 @@ class Watch:
             self.record.wait()
 
     def state_dict(self) -> dict[str, Any]:
-        """What has to be saved with a checkpoint, so that the log goes on without gaps or doubles."""
+        """What has to be saved with a checkpoint, so that the log goes on without gaps or doubles.
+
+        Plain containers and tensors. Where weights are sharded, every rank has to ask.
+        """
         self.flush()
         return {"version": 1, "step": self.count, "live": self.record.live.state(), "probe": self.tiers.fixed_probe()}
 
@@ -277,6 +299,11 @@ class Watch:
         self.count = int(state["step"])
         self.record.go_on(self.count, state["live"])
         self.tiers.set_probe(state["probe"])
+
+    def resume_at(self, step: int) -> None:
+        """Goes on from a step without a state: the live rules begin anew, the log goes on there."""
+        self.count = step
+        self.record.go_on(step, None)
 
     @property
     def alerts(self) -> list[Alert]:

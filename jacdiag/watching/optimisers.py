@@ -110,20 +110,32 @@ def check_belongs(optimisers: list[Optimizer], names: dict[int, str]) -> list[st
 
 
 class StepHooks:
-    """Hooks before and behind the step of every optimiser; gone after `remove`."""
+    """Hooks before and behind the step of every optimiser; gone after `remove`.
+
+    Each is called with the optimiser and whether the step was given a closure: then the gradients are made inside the
+    step, and stand behind it, not before it.
+    """
 
     def __init__(
-        self, optimisers: list[Optimizer], before: Callable[[Optimizer], None], behind: Callable[[Optimizer], None]
+        self,
+        optimisers: list[Optimizer],
+        before: Callable[[Optimizer, bool], None],
+        behind: Callable[[Optimizer, bool], None],
     ) -> None:
         self._handles: list[Any] = []
         for optimiser in optimisers:
-            self._handles.append(optimiser.register_step_pre_hook(lambda o, args, kwargs: before(o)))
-            self._handles.append(optimiser.register_step_post_hook(lambda o, args, kwargs: behind(o)))
+            self._handles.append(optimiser.register_step_pre_hook(lambda o, a, k: before(o, _closure(a, k))))
+            self._handles.append(optimiser.register_step_post_hook(lambda o, a, k: behind(o, _closure(a, k))))
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def _closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a step was given a closure; `args` may begin with the optimiser itself."""
+    return callable(kwargs.get("closure")) or any(callable(a) and not isinstance(a, Optimizer) for a in args)
 
 
 def scaling(optimiser: Optimizer) -> tuple[Tensor | None, Tensor | None]:

@@ -76,10 +76,11 @@ class Record:
             self.live.resumed()
             self.going_on = False
 
-    def go_on(self, step: int, live: Mapping[str, Any]) -> None:
+    def go_on(self, step: int, live: Mapping[str, Any] | None) -> None:
         """Goes on from a checkpoint: what the log has beyond its step is done again."""
         self.resumed_at, self.going_on = step, True
-        self.live.load(live)
+        if live is not None:
+            self.live.load(live)
 
     def line(self, kind: str, row: Mapping[str, Any]) -> None:
         self._write(kind, [row])

@@ -28,7 +28,7 @@ def row_of(row: Row, values: Sequence[float], labels: Sequence[str]) -> dict[str
     nonfinite = [label for label, s in zip(labels, squares, strict=True) if not math.isfinite(s)] if row.made else []
     found: dict[str, Any] = {
         "step": row.step,
-        "loss": values[LOSS],
+        "loss": values[LOSS] if row.told else None,
         "lr": row.lr,
         "tokens": row.tokens,
         "step_seconds": None if math.isnan(row.time) else row.time,

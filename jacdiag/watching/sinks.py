@@ -73,9 +73,9 @@ def open_sinks(wanted: Iterable[str | Sink], folder: Path) -> list[tuple[str, Si
         if isinstance(one, str):
             if one not in BY_NAME:
                 raise UsageError(f"no sink is called '{one}'", hint=f"there are {', '.join(BY_NAME)}")
-            found.append((one, BY_NAME[one](folder)))
+            found.append((one, cast(Sink, BY_NAME[one](folder))))
         elif callable(getattr(one, "write", None)):
-            found.append((type(one).__name__, cast(Sink, one)))
+            found.append((type(one).__name__, one))
         else:
             raise UsageError("a sink needs write(step, figures) and close()", got=f"a {type(one).__name__}")
     return found

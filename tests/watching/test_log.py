@@ -172,8 +172,12 @@ def test_models_that_cannot_be_watched_are_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"every": "often"}, {"every": -5}, {"every": True}, {"every": "0%"}, {"log_every": 0},
-              {"on_alert": "shout"}, {"sinks": ["graphite"]}, {"sinks": [3]}, {"thresholds": {"joint_both": {"warning": "high"}}}], ids=str,
+    "wrong",
+    [
+        {"every": "often"}, {"every": -5}, {"every": True}, {"every": "0%"}, {"log_every": 0}, {"on_alert": "shout"},
+        {"sinks": ["graphite"]}, {"sinks": [3]}, {"thresholds": {"joint_both": {"warning": "high"}}},
+    ],
+    ids=str,
 )  # fmt: skip
 def test_options_without_meaning(wrong: dict[str, Any]) -> None:
     model = small()
