@@ -53,7 +53,7 @@ COMMANDS = {
         "--model", "--model-args", "--trust-pickle", "--tokens", "--inputs", "--batch", "--seq", "--seed", "--device",
         "--dtype", "--tol", "--confidence", "--decide", "--no-decide", "--max-products", "--state", "--lr", "--warmup",
         "--clip", "--beta2", "--profile", "--select", "--ignore", "--fail-on", "--format", "--json", "--plot", "--all",
-        "--sort",
+        "--sort", "--replay",
     },
     "sites": {
         "--model", "--model-args", "--trust-pickle", "--tokens", "--inputs", "--batch", "--seq", "--seed", "--device",
@@ -61,6 +61,8 @@ COMMANDS = {
     },
     "rules": {"--format"},
     "explain": set(),
+    "live": {"--once", "--refresh"},
+    "plot": {"-o", "--output"},
 }  # fmt: skip
 DEFAULTS = {
     "batch": 2, "seq": None, "seed": 0, "device": None, "dtype": "float32", "tol": 0.05, "confidence": 0.999,
@@ -192,6 +194,7 @@ def test_frozen_commands() -> None:
         for name, command in cli.commands.items()
     }
     found["explain"].discard("code")
+    found["live"].discard("run")
     assert found == COMMANDS
 
 

@@ -61,8 +61,12 @@ class Recorder:
         return target
 
 
-def read_batch(folder: str | Path) -> dict[str, Any] | tuple[Any, ...]:
+def read_batch(folder: str | Path, sequences: int | None = None) -> dict[str, Any] | tuple[Any, ...]:
     """The batch that a flight recorder kept: keyword arguments of the model's forward, or a tuple of its arguments.
+
+    Args:
+        folder: `flight-STEP` of a run.
+        sequences: how many of the batch to take; all if not given.
 
     Raises:
         SourceError: the folder holds none.
@@ -78,6 +82,10 @@ def read_batch(folder: str | Path) -> dict[str, Any] | tuple[Any, ...]:
         batch = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise SourceError(f"cannot read '{file}'", got=str(error).splitlines()[0]) from error
+    if sequences is not None:
+        rows = {t.shape[0] for t in batch.values() if isinstance(t, torch.Tensor) and t.dim()}
+        if len(rows) == 1:  # the tensors share one batch dimension
+            batch = {n: t[:sequences] if isinstance(t, torch.Tensor) and t.dim() else t for n, t in batch.items()}
     unnamed = sorted((name for name in batch if name.isdigit()), key=int)
     return tuple(batch[name] for name in unnamed) if unnamed else batch
 
