@@ -59,7 +59,8 @@ def test_one_z_score_alone_would_not_be() -> None:
     assert 40 < votes < 250 and alerts == 0
 
 
-@pytest.mark.parametrize(("rate", "kind"), [(1e-3, "line"), (3e-3, "line"), (1e-3, "exponential"), (2e-3, "exponential")])
+@pytest.mark.parametrize("rate", [1e-3, 2e-3])
+@pytest.mark.parametrize("kind", ["line", "exponential"])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_slow_monotone_drift_never_alerts(rate: float, kind: str, sign: int) -> None:
     source = random.Random(1)
@@ -89,7 +90,7 @@ def test_joint_detector_takes_both_for_three_steps_in_a_row() -> None:
 
 def test_two_steps_or_a_broken_row_are_not_enough() -> None:
     live = fed()
-    row = [spike(500, 2.9, 40.0), spike(501, 2.9, 40.0), spike(502, 2.9, 0.9), spike(503, 2.9, 40.0), spike(504, 2.9, 40.0)]
+    row = [spike(500 + k, 2.9, gradient) for k, gradient in enumerate((40.0, 40.0, 0.9, 40.0, 40.0))]
     assert codes(live, row) == []
 
 
