@@ -53,9 +53,9 @@ def whole_weights(module: nn.Module) -> dict[int, Tensor]:
     found: dict[int, Tensor] = dict(_GATHERED.get())
     valueless = all(p.is_meta for p in module.parameters())  # all of it: looked at by structure alone
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        gather = getattr(tensor.detach(), "full_tensor", None)
         if id(tensor) in found:
             continue
+        gather = getattr(tensor.detach(), "full_tensor", None)
         if gather is not None:
             found[id(tensor)] = gather()
         elif id(tensor) in offloaded:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,7 +85,7 @@ class StableRanks:
         self.tops: dict[str, Tensor] = {}
 
     def look(self, sites: Sites) -> dict[str, float]:
-        params: dict[str, Any] = sites.skeleton.params
+        params = sites.skeleton.params
         names = [n for n in dict.fromkeys(n for s in sites for n in s.products) if params[n].dim() == 2]
         squares = square_sums([params[n] for n in names])
         found = {}

@@ -89,7 +89,7 @@ class WarmSolver(Solver):
         upper = np.fmax(solution.upper, estimate)
         ahead = torch.from_numpy(best > solution.estimate).to(v.device).unsqueeze(1)
         basis = torch.where(ahead, v, solution.right).unsqueeze(1)
-        nothing = np.zeros((operator.problems, 1))
+        nothing = np.zeros((operator.problems, 0))
         return replace(
             solution, lower=lower, upper=upper, estimate=estimate, products=solution.products + 2 * rounds, steps=1,
             basis=basis, alphas=estimate[:, None], betas=nothing,
