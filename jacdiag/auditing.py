@@ -241,7 +241,8 @@ class _Audit:
     def _probe(self) -> Probe:
         r = self.request
         if r.inputs is not None:
-            return Probe.of_inputs(r.inputs, seed=r.seed)
+            probe = Probe.of_inputs(r.inputs, seed=r.seed)
+            return probe.to(pick(r.device)) if r.source.owned else probe
         probe = build_probe(r.source, batch=r.batch, seq=r.seq, seed=r.seed, tokens=r.tokens, inputs=r.input_factory)
         return probe if r.source.device.type == "cpu" else probe.to(r.source.device)
 

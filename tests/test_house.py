@@ -33,7 +33,7 @@ FLOORS = {
     "render": 6,
     "auditing": 7,
     "gate": 7,
-    "watch": 7,
+    "watching": 7,
     "testing": 7,
     "jacdiag_cli": 8,
 }
@@ -54,7 +54,7 @@ COMMANDS = {
         "--model", "--model-args", "--trust-pickle", "--tokens", "--inputs", "--batch", "--seq", "--seed", "--device",
         "--dtype", "--tol", "--confidence", "--decide", "--no-decide", "--max-products", "--state", "--lr", "--warmup",
         "--clip", "--beta2", "--profile", "--select", "--ignore", "--fail-on", "--format", "--json", "--plot", "--all",
-        "--sort",
+        "--sort", "--replay",
     },
     "sites": {
         "--model", "--model-args", "--trust-pickle", "--tokens", "--inputs", "--batch", "--seq", "--seed", "--device",
@@ -62,12 +62,14 @@ COMMANDS = {
     },
     "rules": {"--format"},
     "explain": set(),
+    "live": {"--once", "--refresh"},
+    "plot": {"-o", "--output"},
 }  # fmt: skip
 DEFAULTS = {
     "batch": 2, "seq": None, "seed": 0, "device": None, "dtype": "float32", "tol": 0.05, "confidence": 0.999,
     "decide": False, "profile": "default", "fail_on": "error", "output_format": "pretty", "state": None,
 }  # fmt: skip
-PUBLIC = ["JacdiagError", "Report", "__version__", "audit", "declare", "sites", "spectral_norm"]
+PUBLIC = ["JacdiagError", "Report", "__version__", "audit", "declare", "sites", "spectral_norm", "watch"]
 JSON_KEYS = {
     "schema_version", "jacdiag", "torch", "created", "source", "tier", "state", "probe", "plan", "conditions",
     "verdict", "model", "sublayers", "network", "findings", "rules", "cost", "settings", "ladder", "notes",
@@ -193,6 +195,7 @@ def test_frozen_commands() -> None:
         for name, command in cli.commands.items()
     }
     found["explain"].discard("code")
+    found["live"].discard("run")
     assert found == COMMANDS
 
 

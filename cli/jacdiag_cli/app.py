@@ -24,7 +24,9 @@ from jacdiag.errors import JacdiagError, RankError, Stopped
 from jacdiag_cli.audit import audit
 from jacdiag_cli.crew import calm, enrolled, quiet
 from jacdiag_cli.explain import explain
+from jacdiag_cli.live import live
 from jacdiag_cli.output import Invocation, complain, forgive_streams, say, stop_writing
+from jacdiag_cli.plot import plot
 from jacdiag_cli.rules import rules
 from jacdiag_cli.sites import sites
 
@@ -44,7 +46,7 @@ def cli() -> None:
     """
 
 
-for _command in (audit, sites, rules, explain):
+for _command in (audit, sites, rules, explain, live, plot):
     cli.add_command(_command)
 
 

@@ -14,7 +14,7 @@ import click
 
 from jacdiag.errors import UsageError
 from jacdiag_cli.config import Configured, Profile, current, resolve_profile
-from jacdiag_cli.options import JUDGEMENT, OUTPUT, PROBE, SOLVER, SOURCE, add
+from jacdiag_cli.options import JUDGEMENT, OUTPUT, PROBE, REPLAY, SOLVER, SOURCE, add
 from jacdiag_cli.output import Invocation, console, emit, guest_talk, say
 from jacdiag_cli.progress import bar
 
@@ -28,7 +28,7 @@ _ASKED = (
 
 
 @click.command(cls=Configured)
-@add(SOURCE, PROBE, SOLVER, JUDGEMENT, OUTPUT)
+@add(SOURCE, PROBE, REPLAY, SOLVER, JUDGEMENT, OUTPUT)
 @click.pass_obj
 def audit(invocation: Invocation, source: str, **given: Any) -> int:
     """Measures every sub-layer of a model and says what stands out.
@@ -53,6 +53,7 @@ def audit(invocation: Invocation, source: str, **given: Any) -> int:
         report = run(
             source,
             **{name: given[name] for name in _ASKED},
+            inputs=_kept_batch(given["replay"]),
             input_factory=given["inputs"],
             profile=profile.levels,  # type: ignore[arg-type]
             select=_flat(profile.select),
@@ -69,6 +70,17 @@ def audit(invocation: Invocation, source: str, **given: Any) -> int:
         _write(told, files)
         _show(told, given["output_format"], given["all_rows"], given["sort"])
     return _exit_code(told, profile.fail_on)
+
+
+def _kept_batch(folder: str | None) -> Any:
+    """The batch of a flight recorder; as many of its sequences as --batch says, all of them if it says nothing."""
+    if folder is None:
+        return None
+    from jacdiag.watching.recorder import read_batch
+
+    context = click.get_current_context()
+    given = context.get_parameter_source("batch") is click.core.ParameterSource.COMMANDLINE
+    return read_batch(folder, context.params["batch"] if given else None)
 
 
 def _flat(groups: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:

@@ -98,6 +98,9 @@ PROBE = [
         help="Precision that products run in.",
     ),
 ]
+REPLAY = [
+    click.option("--replay", metavar="DIR", help="Probe with the batch that a flight recorder kept (flight-STEP)."),
+]
 SOLVER = [
     click.option(
         "--tol", type=Number(**_ABOVE_0), default=0.05, show_default=True, help="Relative width asked of an interval."

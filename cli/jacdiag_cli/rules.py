@@ -26,17 +26,17 @@ _STATES, _PLACEMENTS = {"init", "trained"}, {"pre", "post", "sandwich", "reorder
 )
 def rules(output_format: str) -> None:
     """Lists the rules: code, name, the most that each says by itself, and what it applies to."""
-    from jacdiag.rules import RULES
+    from jacdiag.rules import EVERY
 
     if output_format == "json":
-        emit(json.dumps([_plain(rule) for rule in RULES], indent=2, ensure_ascii=False) + "\n")
+        emit(json.dumps([_plain(rule) for rule in EVERY], indent=2, ensure_ascii=False) + "\n")
         return
     columns = [
-        Column("code", [rule.code for rule in RULES]),
-        Column("name", [rule.name for rule in RULES]),
-        Column("at most", [rule.level for rule in RULES], 3),
-        Column("applies to", [applies_to(rule) for rule in RULES], 2),
-        Column("what it says", [rule.summary for rule in RULES], 1),
+        Column("code", [rule.code for rule in EVERY]),
+        Column("name", [rule.name for rule in EVERY]),
+        Column("at most", [rule.level for rule in EVERY], 3),
+        Column("applies to", [applies_to(rule) for rule in EVERY], 2),
+        Column("what it says", [rule.summary for rule in EVERY], 1),
     ]
     emit(grid(columns, room()) + "\njacdiag explain CODE says why, with an example and a remedy.\n")
 

@@ -37,6 +37,7 @@ class Effort:
         seed: of the random starts; each norm draws its own, so that results do not depend on the order of work.
         decided: field name -> predicate on (lower, upper): the rules have what they need.
         early: stop as soon as the rules are decided; else go on to `tol`, and beyond it until they are.
+        solver: what solves, in the place of `Solver`: (linearised, effort, token ids) -> one with `norms()`.
     """
 
     tol: float = 0.05
@@ -45,6 +46,7 @@ class Effort:
     seed: int = 0
     decided: Callable[[Sublayer], Mapping[str, Decide]] | None = None
     early: bool = False
+    solver: Callable[..., Any] | None = None
 
 
 @dataclass

@@ -65,7 +65,7 @@ def measure_group(
 
 def _measure(one: Linearised, effort: Effort, token_ids: Tensor | None, state: str, figures: Any) -> SublayerRecord:
     site = one.site
-    norms = Solver(one, effort, token_ids).norms()
+    norms = (effort.solver or Solver)(one, effort, token_ids).norms()
     assert norms.branch is not None
     record = _plain(site, token_ids, one.dims)
     notes = {**record.notes, **one.notes, **norms.why}

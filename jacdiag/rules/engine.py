@@ -11,21 +11,22 @@ from typing import Any
 from jacdiag.errors import UsageError
 from jacdiag.report import Conditions, Finding, Report, RuleResult, Status, Verdict
 from jacdiag.report.thresholds import CUTS, Thresholds
-from jacdiag.rules import conditions, measurement
+from jacdiag.rules import conditions, live, measurement
 from jacdiag.rules.compare import overall
 from jacdiag.rules.profile import profile_of
 from jacdiag.rules.rule import Context, Outcome, Rule
 
 RULES: tuple[Rule, ...] = (*conditions.RULES, *measurement.RULES)
+EVERY: tuple[Rule, ...] = (*conditions.RULES, *live.RULES, *measurement.RULES)  # with those that speak in a run only
 _CODES = tuple(rule.code for rule in RULES)
 
 
 def rule(code: str) -> Rule:
     """Returns a rule by its code. Raises UsageError with the closest codes."""
-    for one in RULES:
+    for one in EVERY:
         if one.code == code.upper():
             return one
-    near = get_close_matches(code.upper(), _CODES, n=3, cutoff=0.4)
+    near = get_close_matches(code.upper(), [one.code for one in EVERY], n=3, cutoff=0.4)
     raise UsageError(
         f"no rule has the code '{code}'", hint=f"closest: {', '.join(near)}" if near else "`jacdiag rules` lists all"
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -17,6 +19,19 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     if not any(base.__name__ == "FSDPModule" for base in cls.__mro__):
         return cls
     return next(base for base in cls.__mro__[1:] if issubclass(base, nn.Module))
+
+
+_GATHERED: ContextVar[Mapping[int, Tensor]] = ContextVar("gathered", default={})  # noqa: B039 - never written to
+
+
+@contextmanager
+def gathered(weights: Mapping[int, Tensor]) -> Iterator[None]:
+    """Inside, these weights (by id of the shard) are at hand, and nobody is asked for them."""
+    token = _GATHERED.set(weights)
+    try:
+        yield
+    finally:
+        _GATHERED.reset(token)
 
 
 def whole_weights(module: nn.Module) -> dict[int, Tensor]:
@@ -35,9 +50,11 @@ def whole_weights(module: nn.Module) -> dict[int, Tensor]:
                 hint="pass the Python module that it was scripted from, or run with PYTORCH_JIT=0",
             )
     offloaded = {id(t): where for m in module.modules() for t, where in _offloaded(m)}
-    found: dict[int, Tensor] = {}
+    found: dict[int, Tensor] = dict(_GATHERED.get())
     valueless = all(p.is_meta for p in module.parameters())  # all of it: looked at by structure alone
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if id(tensor) in found:
+            continue
         gather = getattr(tensor.detach(), "full_tensor", None)
         if gather is not None:
             found[id(tensor)] = gather()

@@ -1,0 +1,162 @@
+"""What a watch costs in a training step, beside others. GPT-2 124M's shape cut to 6 layers, B 4, T 128, AdamW.
+
+Contestants take turns within a round, each with plain steps of its own right before and after it, and what is given is
+the median over rounds of (with / without - 1). The watch also keeps its own account (the time inside its hooks), which
+does not drown in the noise of a machine that is shared.
+
+    python benchmarks/watch.py            about 10 minutes; prints, and writes benchmarks/results/watch.json
+    python benchmarks/watch.py --quick    a small shape, seconds; prints only
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from _watchers import WATCHERS, Watcher
+from torch import Tensor, nn
+
+import jacdiag
+from jacdiag.report.runlog import read_run
+from jacdiag.sources import gpt
+from jacdiag.sources.factory import seeded
+
+RESULTS = Path(__file__).parent / "results" / "watch.json"
+SHAPES: dict[str, Any] = {
+    "full": {"n_layer": 6, "n_embd": 768, "n_head": 12, "vocab_size": 50304, "block_size": 128},
+    "quick": {"n_layer": 2, "n_embd": 96, "n_head": 4, "vocab_size": 512, "block_size": 32},
+}
+EVERY, STATS_EVERY = 200, 100
+NEEDS = {"trainscope, defaults": "trainscope", "wandb.watch(log='all'), every step": "wandb"}
+
+
+class Loop:
+    """A training loop whose steps are timed."""
+
+    def __init__(self, shape: str) -> None:
+        sizes = SHAPES[shape]
+        with seeded(0):
+            self.model = gpt.build("gpt2", **sizes).train()
+            self.ids = torch.randint(sizes["vocab_size"], (4, sizes["block_size"] + 1))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+
+    def step(self, call: Any = None, before: bool = False) -> float:
+        begun = time.perf_counter()
+        _, loss = self.model(self.ids[:, :-1], self.ids[:, 1:])
+        loss.backward()
+        norm: Tensor = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if call is not None and before:
+            call(loss, norm)
+        self.optimizer.step()
+        if call is not None and not before:
+            call(loss, norm)
+        self.optimizer.zero_grad()
+        return time.perf_counter() - begun
+
+
+def contest(loop: Loop, watcher: Watcher, rounds: int, steps: int, folder: Path) -> dict[str, Any]:
+    """Overhead of one contestant: plain steps, its steps, plain steps, in every round."""
+    shares, times = [], []
+    step, close = watcher.attach(loop.model, loop.optimizer, folder)
+    loop.step(step, watcher.before)
+    loop.step(step, watcher.before)
+    close()
+    for turn in range(rounds):
+        before = [loop.step() for _ in range(steps)]
+        step, close = watcher.attach(loop.model, loop.optimizer, folder / str(turn))
+        loop.step(step, watcher.before)  # attaching has a price of its own, once per run
+        mine = [loop.step(step, watcher.before) for _ in range(steps)]
+        close()
+        after = [loop.step() for _ in range(steps)]
+        shares.append(statistics.median(mine) / statistics.median(before + after) - 1)
+        times.append(statistics.median(mine))
+    return {"overhead": round(statistics.median(shares), 4), "all": [round(s, 4) for s in shares],
+            "step_seconds": round(statistics.median(times), 4)}  # fmt: skip
+
+
+def own_account(loop: Loop, steps: int, folder: Path) -> dict[str, Any]:
+    """The watch's own account of per-step figures and update norms, over a whole turn of all sub-layers."""
+    with jacdiag.watch(loop.model, loop.optimizer, log_dir=folder, every=None, stats_every=None, quiet=True) as w:
+        loop.step(lambda loss, norm: w.step(loss, grad_norm=norm))
+        w.clock.spent.clear()
+        labels = len(w.tiers.figures.groups.labels)  # type: ignore[union-attr]
+        turns = -(-max(steps, labels) // labels) * labels
+        opened = [loop.step(lambda loss, norm: w.step(loss, grad_norm=norm)) for _ in range(turns)]
+        spent, plain = dict(w.clock.spent), w.clock.step_seconds
+    syncs = read_run(folder).ended or {}
+    return {"steps": turns, "seconds_per_step": {k: round(v / turns, 5) for k, v in spent.items()},
+            "share": {k: round(v / turns / plain, 5) for k, v in spent.items()}, "step_seconds": round(plain, 4),
+            "host_syncs": syncs.get("host_syncs"), "wall": round(statistics.median(opened), 4)}  # fmt: skip
+
+
+def probes(loop: Loop, folder: Path, times: int) -> dict[str, Any]:
+    """Statistics and probes as a run pays for them: announced, and measured on every other step."""
+    with jacdiag.watch(loop.model, loop.optimizer, log_dir=folder, every=2, stats_every=1, quiet=True) as w:
+        for _ in range(2 * times):
+            loop.step(lambda loss, norm: w.step(loss, grad_norm=norm))
+        plain = w.clock.step_seconds
+    run = read_run(folder)
+    announced = run.prices[0]["probe_seconds"]
+    spent = [row["seconds"] for row in run.probes]
+    stats = [row["seconds"] for row in run.stats if row["step"] % 2]
+    probe, stat = statistics.median(spent), statistics.median(stats)
+    widths = [s["core_norm"]["upper"] / s["core_norm"]["lower"] - 1
+              for row in run.probes for s in row["report"]["sublayers"] if s["core_norm"]]  # fmt: skip
+    return {
+        "step_seconds": round(plain, 4), "probe_seconds": [round(s, 3) for s in spent],
+        "announced_seconds": round(announced, 3), "announced_over_median": round(announced / probe, 3),
+        "probe_share_at_default": round(probe / (EVERY * plain), 4),
+        "statistics_seconds": round(stat, 3), "statistics_share_at_default": round(stat / (STATS_EVERY * plain), 4),
+        "announced_peak_mb": round(run.prices[0]["probe_peak_bytes"] / 2**20),
+        "interval_width_median": round(statistics.median(widths), 4),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true")
+    quick = parser.parse_args().quick
+    loop = Loop("quick" if quick else "full")
+    rounds, steps = (2, 4) if quick else (5, 4)
+    for _ in range(2):
+        loop.step()
+    found: dict[str, Any] = {
+        "shape": SHAPES["quick" if quick else "full"], "batch": 4, "torch": torch.__version__,
+        "machine": platform.machine(), "threads": torch.get_num_threads(), "cpus": os.cpu_count(),
+        "load_at_start": os.getloadavg()[0],
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        found["own_account"] = own_account(loop, 2 if quick else 8, folder / "own")
+        found["probe"] = probes(loop, folder / "probe", 3)
+        found["contests"] = {}
+        for k, watcher in enumerate(WATCHERS):
+            library = NEEDS.get(watcher.name)
+            there = library is None or importlib.util.find_spec(library) is not None
+            made = contest(loop, watcher, rounds, steps, folder / str(k)) if there else None
+            found["contests"][watcher.name] = made
+            print(f"{watcher.name:40}", "not installed" if made is None else f"{made['overhead']:+.1%} of a step")
+    _print(found)
+    if not quick:
+        RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def _print(found: dict[str, Any]) -> None:
+    own, probe = found["own_account"], found["probe"]
+    print("own account:", ", ".join(f"{k} {v:.2%}" for k, v in own["share"].items()), f"of {own['step_seconds']} s")
+    print(f"statistics {probe['statistics_share_at_default']:.2%} at every {STATS_EVERY} steps, "
+          f"probe {probe['probe_share_at_default']:.2%} at every {EVERY}; announced / measured "
+          f"{probe['announced_over_median']}, intervals {probe['interval_width_median']:.1%} wide")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

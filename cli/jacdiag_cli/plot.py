@@ -1,0 +1,46 @@
+"""`jacdiag plot RUN.jsonl|REPORT.json`: the picture of a run or of a report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from jacdiag.errors import SourceError
+from jacdiag_cli.output import say
+
+
+@click.command(short_help="Draws a run, or a report, as PNG, SVG or PDF.")
+@click.argument("source")
+@click.option("-o", "--output", metavar="FILE", help="Where to: .png, .svg, .pdf; beside SOURCE if not given.")
+def plot(source: str, output: str | None) -> None:
+    """Draws the log of a run (run.jsonl, or its folder), or a JSON report of `jacdiag audit`.
+
+    \b
+    Examples:
+      jacdiag plot runs/a -o run.svg
+      jacdiag plot report.json
+    """
+    from jacdiag.report.runlog import RUN_FILE
+
+    path = Path(source) / RUN_FILE if Path(source).is_dir() else Path(source)
+    target = Path(output) if output is not None else path.with_suffix(".png")
+    if path.suffix == ".jsonl":
+        from jacdiag.render.run_plot import save_run
+        from jacdiag.report.runlog import read_run
+
+        save_run(read_run(path), target)
+    else:
+        from jacdiag.render.plot import save
+        from jacdiag.report import Report
+
+        try:
+            report = Report.from_json(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SourceError(f"cannot read '{path}'", got=error.strerror) from error
+        except (ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
+            hint = "a report from --json, or a run.jsonl"
+            raise SourceError(f"'{path}' is no report of jacdiag", got=str(error)[:200], hint=hint) from error
+        save(report, target)
+    say(f"wrote {target}")

@@ -1,0 +1,103 @@
+"""What `jacdiag explain JD5xx` teaches."""
+
+from __future__ import annotations
+
+from jacdiag.rules.texts import Text
+
+JOINT = Text(
+    summary="loss and gradient norm stand far above their own last 1,000 steps, several steps in a row",
+    what="""\
+Both over 6 standard deviations of a rolling window of 1,000 steps, or one of them over 8, three steps in a row,
+after 60 steps. Values that stand out are kept out of the window.""",
+    why="""\
+A single threshold alarms all the time: one z-score over 2.5 alarms 62 times in 10,000 Gaussian steps, and one
+threshold on the loss from step 0 on alarmed in 4 of 6 healthy public runs. This rule alarmed in none of them.""",
+    example="""\
+step 4210: loss 9.1 and gradient norm 31 standard deviations above ..., 3 steps in a row; h.0.attn first""",
+    remedy="""\
+Look at the sub-layer that moved first, and at the batch, which the flight recorder keeps (jacdiag audit CHECKPOINT
+--replay DIR). A lower learning rate or a checkpoint from before the alert are the usual ways on.""",
+)
+
+LOSS_SPIKE = Text(
+    summary="one step on which three published signals agree: a spike of the loss that the gradient feels",
+    what="""\
+Loss at least 7 standard deviations over the rolling mean of the last 1,000 (OLMo 2), over the rolling median of
+201 steps by 0.1 (arXiv 2608.30320), and the gradient norm at z > 2.5 of its exponential average (ZClip), in one step.
+Each of them alone is a vote in the log and no alert.""",
+    why="""\
+A corrupted batch lasts for one step: a rule that waits for three does not see it, and one signal alone sees too
+much.""",
+    example="""\
+step 812: loss 7.9, 5.3 over its median and 44 standard deviations over its mean, with the gradient norm at z 19""",
+    remedy="""\
+Look at the batch: jacdiag audit CHECKPOINT --replay DIR, or the tokens in DIR/batch.pt themselves.""",
+)
+
+GRADIENT_SPIKE = Text(
+    summary="the gradient norm stands out at one step: a vote, never an alert by itself",
+    what="""\
+At least 7 standard deviations over the rolling mean of the last 1,000 (OLMo 2), or z > 2.5 of an exponential average
+with alpha 0.97 after 25 steps (ZClip, arXiv 2504.02507).""",
+    why="""\
+Gradient norms have heavy tails: spikes of one step are common in healthy runs, and clipping takes care of them.""",
+    example="""\
+{"type": "step", "step": 730, "votes": ["JD503"], ...}""",
+    remedy="""\
+Nothing by itself. Their share over the run is in the last line of the log; OLMo 2 took it from 0.40 to 0.03 percent by
+its init.""",
+)
+
+DRIFT = Text(
+    summary="a sub-layer's gain, or the size of its shortcut, leaves the run's own trend",
+    what="""\
+A straight line through the logarithm of the last 8 probes foretells the next one. A figure at twice or half of that,
+beyond six deviations of the earlier points, at two probes in a row, is a departure.""",
+    why="""\
+The level of a trained model's gains proves nothing, and a slow monotone drift is normal; a sudden change of one
+sub-layer is what comes before the loss moves.""",
+    example="""\
+step 3400: branch ‖J‖ of transformer.h.3.mlp is 3.1 times what its own trend foretold""",
+    remedy="""\
+Compare checkpoints on both sides of that step (jacdiag audit); look at that sub-layer's update norms and gradient.""",
+)
+
+NON_FINITE = Text(
+    summary="the loss or a gradient is not finite, or a loss scaler skips step after step",
+    what="""\
+NaN or Inf in the loss, in the gradient of a step that was made, or ten skipped steps in a row. A few skipped steps are
+how a loss scaler finds its scale, and say nothing.""",
+    why="""\
+One NaN in a step that is made is in every weight after it.""",
+    example="""\
+step 96: gradients are not finite; transformer.h.5.attn first""",
+    remedy="""\
+Go back to a checkpoint from before it; the flight recorder holds the batch and the last steps.""",
+)
+
+UPDATE_JUMP = Text(
+    summary="a sub-layer's update norm, over weight norm and learning rate, doubles against its own median: a vote",
+    what="""\
+|delta W| / |W| / learning rate of one sub-layer a step, in turn, against the median of its last 32 samples. Silent
+while the learning rate moves and after a resume.""",
+    why="""\
+The ratio of update to weight is about 1e-3 in healthy runs (folklore; WeSaR, arXiv 2410.05052); a sudden doubling at a
+constant rate says that the optimiser's averages no longer fit the gradient.""",
+    example="""\
+{"type": "step", "step": 5120, "update": {"where": "transformer.h.2.mlp", "ratio": 0.004}, "votes": ["JD506"]}""",
+    remedy="""\
+Nothing by itself: see whether others vote at the same time.""",
+)
+
+STABLE_RANK = Text(
+    summary="the stable rank of a weight matrix has halved: a vote",
+    what="""\
+|W|_F^2 / |W|_2^2 of the matrices of every sub-layer at every probe, against the largest value seen in the run.""",
+    why="""\
+It fell before failure in a 5M model, from step 20,000 on, which failed at 30,000 (MSign, arXiv 2602.01734); no
+threshold was published.""",
+    example="""\
+{"type": "probe", "step": 20000, "votes": ["JD507:transformer.h.1.mlp.c_proj.weight"], ...}""",
+    remedy="""\
+Nothing by itself: an observation to set beside the others.""",
+)

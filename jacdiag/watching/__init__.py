@@ -1,0 +1,6 @@
+"""The live hook inside somebody else's training loop: the same numbers as the run goes on, early warning, a record."""
+
+from jacdiag.watching.guards import AlertRaised
+from jacdiag.watching.hook import Watch, watch
+
+__all__ = ["AlertRaised", "Watch", "watch"]

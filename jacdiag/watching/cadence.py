@@ -1,0 +1,102 @@
+"""How often a tier runs, and what it costs: said before it runs, kept to while it does."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from dataclasses import dataclass, field
+from statistics import median
+
+from jacdiag.errors import UsageError
+
+
+@dataclass
+class Cadence:
+    """Every so many steps, or so often that a share of the time is not exceeded.
+
+    Attributes:
+        steps: between two runs; None where a budget decides.
+        budget: share of the training time, such as 0.01.
+        last: the step of the last run; -1 before the first.
+
+    Example:
+        >>> Cadence.of(200, "every").due(400), Cadence.of("1%", "every").budget
+        (True, 0.01)
+    """
+
+    steps: int | None
+    budget: float | None = None
+    last: int = -1
+
+    @classmethod
+    def of(cls, given: int | str | None, name: str) -> Cadence:
+        """Reads what a user asked for: steps, "N%", or None (or 0) for never.
+
+        Raises:
+            UsageError: anything else.
+        """
+        if given is None or (given == 0 and not isinstance(given, bool)):
+            return cls(None)
+        if isinstance(given, int) and not isinstance(given, bool) and given > 0:
+            return cls(given)
+        share = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", given) if isinstance(given, str) else None
+        if share is not None and 0 < float(share[1]) < 100:
+            return cls(None, float(share[1]) / 100)
+        hint = f'{name}=200 (steps), {name}="1%" (of the time), None (never)'
+        raise UsageError(f"{name} cannot be {given!r}", hint=hint)
+
+    @property
+    def never(self) -> bool:
+        return self.steps is None and self.budget is None
+
+    def due(self, step: int, price: float | None = None, step_seconds: float | None = None) -> bool:
+        """Whether to run at this step.
+
+        Args:
+            step: number of steps that are done.
+            price: seconds that one run takes; None before it is known: then it is time.
+            step_seconds: of one training step.
+        """
+        if self.steps is not None:
+            return step % self.steps == 0 and step != self.last
+        if self.budget is None:
+            return False
+        if self.last < 0 or price is None or not step_seconds:
+            return True
+        return (step - self.last) * step_seconds * self.budget >= price
+
+    def interval(self, price: float, step_seconds: float) -> float:
+        """Steps between two runs, as far as can be foretold."""
+        if self.steps is not None:
+            return float(self.steps)
+        return price / (self.budget * step_seconds) if self.budget and step_seconds else float("inf")
+
+
+@dataclass
+class Clock:
+    """Seconds of a training step without the watch's own work, and of each tier."""
+
+    steps: deque[float] = field(default_factory=lambda: deque(maxlen=50))
+    spent: dict[str, float] = field(default_factory=dict)
+    last: float | None = None
+    own: float = 0.0  # of the watch, since the last step ended
+
+    def step_ended(self, now: float) -> float | None:
+        """Returns seconds since the last step's end, the watch's own work left out."""
+        passed = None if self.last is None else max(now - self.last - self.own, 0.0)
+        if passed is not None:
+            self.steps.append(passed)
+        return passed
+
+    def begin(self, now: float) -> None:
+        """The next step begins."""
+        self.last, self.own = now, 0.0
+
+    def charge(self, tier: str, seconds: float) -> None:
+        self.spent[tier] = self.spent.get(tier, 0.0) + seconds
+        self.own += seconds
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Median of the last steps."""
+        return median(self.steps) if self.steps else None

@@ -1,0 +1,350 @@
+"""`jacdiag.watch`: what a user adds to a training loop that is not ours."""
+
+from __future__ import annotations
+
+import atexit
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from jacdiag.errors import UsageError
+from jacdiag.report.runlog import Alert
+from jacdiag.report.thresholds import load_thresholds
+from jacdiag.sources.wrapped import unwrap
+from jacdiag.watching.batches import Batches
+from jacdiag.watching.cadence import Cadence, Clock
+from jacdiag.watching.figures import GIVEN, GIVEN_PART, LOSS, UpdateTurn
+from jacdiag.watching.guards import Guards, quietly
+from jacdiag.watching.optimisers import (
+    StepHooks,
+    check_belongs,
+    check_supported,
+    learning_rates,
+    names_of,
+    optimisers_of,
+    scaling,
+)
+from jacdiag.watching.record import Record
+from jacdiag.watching.sinks import Sink
+from jacdiag.watching.tiers import Tiers
+from jacdiag.watching.together import Together, is_sharded
+from jacdiag.watching.usage import Usage
+
+_WATCHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Watch]] = weakref.WeakKeyDictionary()
+_NO_FIGURES = "no figures of single steps from now on"
+_NO_UPDATES = "no update norms from now on"
+
+
+def watch(
+    model: nn.Module,
+    optimizer: Any,
+    *,
+    log_dir: str | Path | None = None,
+    every: int | str | None = 200,
+    stats_every: int | str | None = 100,
+    log_every: int = 10,
+    on_alert: str | Callable[[Alert], Any] = "log",
+    strict: bool = False,
+    probe: Any = None,
+    resume: bool = False,
+    updates: bool = True,
+    recorder: int = 200,
+    keep_batches: int = 0,
+    sinks: Iterable[str | Sink] = (),
+    thresholds: Mapping[str, Any] | None = None,
+    timeout: float = 60.0,
+    quiet: bool = False,
+) -> Watch:
+    """Watches a training run: call `step(loss)` once per optimiser step. The training is not changed by one bit.
+
+    Args:
+        model: the module that the loop calls, wrapped or not.
+        optimizer: one optimiser, a list of them, or a wrapper or container of them.
+        log_dir: folder of `run.jsonl` and of what the flight recorder keeps; None writes nothing.
+        every: cadence of the Jacobian probe: steps, a share of the training time such as "1%", or None.
+        stats_every: cadence of shortcut and branch sizes, activations and attention logits: as `every`.
+        log_every: steps between two looks at the device and two writes.
+        on_alert: "log", "raise" (AlertRaised from `step`), or a function of the alert.
+        strict: raise a fault of the watch itself; else the part that failed is switched off, said once.
+        probe: what the probe runs on: token ids (B, T), a tuple of arguments or a dict of keyword arguments. The first
+            sequences of the stream if not given.
+        resume: go on with the log in `log_dir`.
+        updates: measure the update norm of one sub-layer a step, in turn.
+        recorder: how many steps the flight recorder keeps; 0 for none.
+        keep_batches: how many whole batches it keeps, with the random states.
+        sinks: "tensorboard", "wandb", or objects with write(step, figures) and close().
+        thresholds: the user's own, see thresholds.toml.
+        timeout: seconds to wait for another rank.
+        quiet: do not announce the price on stderr.
+
+    Raises:
+        UsageError: the model or the optimiser is of a kind that is not supported, does not belong to the other, or is
+            watched already; the folder holds another run.
+
+    Example:
+        >>> import torch
+        >>> from jacdiag.sources.gpt import build
+        >>> model = build(n_layer=1, n_head=2, n_embd=16, vocab_size=32, block_size=8)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> with watch(model, optimizer, every=None, quiet=True) as w:
+        ...     for _ in range(3):
+        ...         ids = torch.randint(32, (2, 9))
+        ...         _, loss = model(ids[:, :-1], ids[:, 1:])
+        ...         loss.backward()
+        ...         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        ...         optimizer.step()
+        ...         optimizer.zero_grad()
+        ...         w.step(loss, grad_norm=norm)
+        >>> w.count
+        3
+    """
+    if not isinstance(log_every, int) or log_every < 1:
+        raise UsageError(f"log_every cannot be {log_every!r}", hint="a number of steps, such as 10")
+    if not (on_alert in ("log", "raise") or callable(on_alert)):
+        raise UsageError(f"on_alert cannot be {on_alert!r}", hint="'log', 'raise', or a function of the alert")
+    cadences = Cadence.of(every, "every"), Cadence.of(stats_every, "stats_every")
+    check_supported(model)
+    optimisers = optimisers_of(optimizer)
+    names = names_of(model)
+    left = check_belongs(optimisers, names)
+    other = _WATCHED.get(unwrap(model), lambda: None)()
+    if other is not None and not other.closed:
+        raise UsageError("this model is watched already", hint="close() the other watch first")
+    limits = load_thresholds(thresholds)
+    together = Together(is_sharded(model), timeout)
+    folder = Path(log_dir) if log_dir is not None else None
+    record = Record(
+        folder if together.lead else None, resume=resume, on_alert=on_alert, strict=strict, thresholds=limits,
+        sinks=sinks if together.lead else (), recorder=recorder, quiet=quiet or not together.lead,
+    )  # fmt: skip
+    tiers = Tiers(model, optimisers, names, together, record, probe=probe, thresholds=limits, cadences=cadences)
+    if left and len(left) < len(names):
+        record.note(f"{len(left)} parameters are in no optimizer, such as '{left[0]}'")
+    made = Watch(model, optimisers, together, record, tiers, log_every, updates, keep_batches)
+    _WATCHED[unwrap(model)] = weakref.ref(made)
+    return made
+
+
+class Watch:
+    """A running watch; see `watch`.
+
+    Attributes:
+        count: optimiser steps so far, skipped ones included.
+        alerts: those of this session.
+        closed: nothing of it is left on the model and the optimisers.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimisers: list[Optimizer], together: Together, record: Record, tiers: Tiers,
+        log_every: int, updates: bool, keep_batches: int,
+    ) -> None:  # fmt: skip
+        self.optimisers, self.together, self.record, self.tiers = optimisers, together, record, tiers
+        self.guards: Guards = record.guards
+        self.count, self.log_every, self.updates = record.resumed_at, log_every, updates
+        self.clock = Clock()
+        self.closed = False
+        self.usage = Usage(len(optimisers), record.warn)
+        self.turn: UpdateTurn | None = None
+        self.inert = not together.lead and not together.sharded  # every rank knows the same: one of them speaks
+        self.batches: Batches | None = None
+        self.hooks: StepHooks | None = None
+        if not self.inert:
+            keeps = record.recorder is not None
+            self.batches = Batches(model, fingerprints=keeps, keep=keep_batches if keeps else 0)
+            self.hooks = StepHooks(optimisers, self._before, self._behind)
+        tiers.batches = record.batches = self.batches
+        self._at_exit = partial(_close, weakref.ref(self))  # a loop may end without close(), and lines may wait
+        atexit.register(self._at_exit)
+
+    # -- the loop --------------------------------------------------------------------------------------------------
+    def step(self, loss: Any, *, grad_norm: Any = None, lr: float | None = None, tokens: int | None = None) -> None:
+        """To be called once per optimiser step, behind it.
+
+        Args:
+            loss: of this step, a tensor or a number; None where the loop does not know it.
+            grad_norm: what `clip_grad_norm_` returned, if the loop clips.
+            lr: the learning rate; that of the optimiser's first group if not given.
+            tokens: tokens so far, or in this step; written to the log as it is.
+
+        Raises:
+            UsageError: the watch is closed.
+            AlertRaised: an alert, with `on_alert="raise"`.
+        """
+        if self.closed:
+            raise UsageError("step of a watch that is closed", hint="call it inside the `with` block")
+        self.count += 1
+        self.usage.step_called()
+        if self.inert:
+            return
+        begun = time.perf_counter()
+        passed = self.clock.step_ended(begun)
+        with self.guards.part("figures", _NO_FIGURES):
+            if self.guards.on("figures"):
+                self._put(loss, grad_norm, lr, tokens, passed)
+        self._batch_seen()
+        self.clock.charge("figures", time.perf_counter() - begun)
+        figures = self.tiers.figures
+        if figures is not None and (figures.full or self.guards.off.get("figures")):
+            self._flush()
+        self.tiers.run(self.count, self.clock)
+        self.clock.begin(time.perf_counter())
+        self.record.raise_alert()
+
+    def prepare(self) -> None:
+        """Finds the sub-layers and runs the first probe now, before the first update; done at that update otherwise.
+
+        For loops whose gradients are made inside the optimiser's step: there the first update comes too early.
+        """
+        if self.inert or self.closed:
+            return
+        with self.guards.part("figures", _NO_FIGURES):
+            if self.guards.on("figures"):
+                self.tiers.prepared(self.count, self.log_every)
+
+    def _put(self, loss: Any, grad_norm: Any, lr: float | None, tokens: int | None, passed: float | None) -> None:
+        figures = self.tiers.prepared(self.count - 1, self.log_every)
+        if loss is not None:
+            figures.put(LOSS, loss)
+            figures.now.told = True
+        if grad_norm is not None:
+            placements = getattr(grad_norm, "placements", ())
+            if any(p.is_partial() for p in placements):  # FSDP2's norm of this rank's pieces
+                figures.put(GIVEN_PART, grad_norm.to_local().detach().square())
+            else:
+                figures.put(GIVEN, grad_norm)
+        rate = lr if lr is not None else next(learning_rates(self.optimisers), None)
+        figures.close_row(self.count, float("nan") if passed is None else passed, rate, tokens)
+
+    def _batch_seen(self) -> None:
+        if self.batches is None:
+            return
+        with self.guards.part("batches", "no batch fingerprints and no kept batches from now on"):
+            prints = self.batches.next_step(self.count + 1)
+            self.record.prints.append(prints)
+            if self.batches.failed is not None:
+                error, self.batches.failed = self.batches.failed, None
+                self.batches.remove()
+                raise error
+
+    # -- hooks of the optimisers ------------------------------------------------------------------------------------
+    def _before(self, optimiser: Optimizer, closure: bool) -> None:
+        begun = time.perf_counter()
+        self.usage.optimiser_steps()
+        if not closure:
+            self._gradients(optimiser)
+        figures = self.tiers.figures
+        with self.guards.part("updates", _NO_UPDATES):
+            if figures is not None and self.updates and self.guards.on("updates") and self.guards.on("figures"):
+                if self.turn is None or self.turn.groups is not figures.groups:
+                    self.turn = UpdateTurn(figures.groups)
+                self.turn.open(_held(optimiser), closure)
+        self.clock.charge("figures", time.perf_counter() - begun)
+
+    def _behind(self, optimiser: Optimizer, closure: bool) -> None:
+        begun = time.perf_counter()
+        if closure:
+            self._gradients(optimiser)
+        with self.guards.part("updates", _NO_UPDATES):
+            if self.turn is not None and self.tiers.figures is not None and self.guards.on("updates"):
+                self.turn.close(self.tiers.figures)
+        self.clock.charge("updates", time.perf_counter() - begun)
+
+    def _gradients(self, optimiser: Optimizer) -> None:
+        with self.guards.part("figures", _NO_FIGURES):
+            if self.guards.on("figures"):
+                figures = self.tiers.prepared(self.count, self.log_every)
+                if self.usage.untold:
+                    figures.now.made = False  # the figures of the last step stand
+                several = len(self.optimisers) > 1
+                figures.gradients({id(p) for p in _held(optimiser)} if several else None, *scaling(optimiser))
+
+    # -- the log ---------------------------------------------------------------------------------------------------
+    def _flush(self) -> None:
+        begun = time.perf_counter()
+        self.tiers.flush(self.clock)
+        self.clock.charge("log", time.perf_counter() - begun)
+
+    def flush(self) -> None:
+        """Writes what is known so far; looks at the device."""
+        if not self.inert and not self.closed:
+            self._flush()
+            self.record.wait()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has to be saved with a checkpoint, so that the log goes on without gaps or doubles.
+
+        Plain containers and tensors. Where weights are sharded, every rank has to ask.
+        """
+        self.flush()
+        return {"version": 1, "step": self.count, "live": self.record.live.state(), "probe": self.tiers.fixed_probe()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `state_dict`; to be called before the first step.
+
+        Raises:
+            UsageError: steps were made already, or the state is of another version.
+        """
+        if self.usage.called:
+            raise UsageError("load_state_dict after a step", hint="call it right after jacdiag.watch(..., resume=True)")
+        if state.get("version") != 1:
+            raise UsageError("a watch cannot go on from this state", got=f"version {state.get('version')!r}")
+        self.count = int(state["step"])
+        self.record.go_on(self.count, state["live"])
+        self.tiers.set_probe(state["probe"])
+
+    def resume_at(self, step: int) -> None:
+        """Goes on from a step without a state: the live rules begin anew, the log goes on there."""
+        self.count = step
+        self.record.go_on(step, None)
+
+    @property
+    def alerts(self) -> list[Alert]:
+        return list(self.record.alerts)
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+    def close(self) -> None:
+        """Writes what is left and takes everything off the model and the optimisers. May be called twice."""
+        if self.closed:
+            return
+        if not self.inert:
+            self.usage.ended()
+            quietly(self._flush)
+        self.closed = True
+        for part in (self.hooks, self.batches):
+            if part is not None:
+                quietly(part.remove)
+        if not self.inert:
+            quietly(self.record.close, self.count, self.clock, self.tiers.looks)
+        quietly(self.tiers.close)
+        quietly(self.together.close)
+        self.turn = None
+        atexit.unregister(self._at_exit)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and not self.inert and not self.closed:
+            quietly(self._flush)
+            quietly(self.record.crashed, self.count, error)
+        self.close()
+
+
+def _close(ref: weakref.ref[Watch]) -> None:
+    watch = ref()
+    if watch is not None:
+        watch.close()
+
+
+def _held(optimiser: Optimizer) -> list[torch.Tensor]:
+    return [p for group in optimiser.param_groups for p in group["params"]]

@@ -1,0 +1,51 @@
+"""How much memory a probe needs at its peak, and how much is free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from jacdiag.trace import Sites
+
+_BASIS = 2 * 8  # vectors of the right and the left basis of 16 products, each as large as the shortcut
+_GRAPH = 60  # tensors as large as the shortcut that the graphs of one branch keep (FFN 4 d wide, twice transposed)
+_SCORES = 8  # tensors (B, heads, T, T) that those of an attention keep
+
+
+def needed(found: Sites) -> int:
+    """Bytes, from above: what was recorded, and the basis and the graphs of the largest sub-layer."""
+    recorded = sum(t.numel() * t.element_size() for site in found for t in (site.shortcut, site.value))
+    largest = 0
+    for site in found:
+        x = site.shortcut
+        own = (_BASIS + _GRAPH) * x.numel() * x.element_size()
+        if site.kind == "attention" and x.dim() == 3:
+            heads = max(x.shape[-1] // 64, 1)
+            own += _SCORES * x.shape[0] * heads * x.shape[1] ** 2 * x.element_size()
+        largest = max(largest, own)
+    return recorded + largest
+
+
+def available(device: torch.device) -> int | None:
+    """Bytes that are free on a device; None where it cannot be told."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return _of_host()
+
+
+def _of_host() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return None
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
+        stat = Path("/sys/fs/cgroup/memory.stat").read_text(encoding="ascii").splitlines()
+        cache = next((int(line.split()[1]) for line in stat if line.startswith("inactive_file ")), 0)
+        return min(free, int(limit) - used + cache) if limit != "max" else free
+    except (OSError, ValueError):
+        return free

@@ -1,0 +1,203 @@
+"""The audit's Jacobian norms inside a run: on a small fixed probe, on the skeleton, never on the wrapped module."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+import jacdiag
+from jacdiag.errors import ProbeError, TraceError
+from jacdiag.measure.norms import Effort
+from jacdiag.measure.state import detect_state
+from jacdiag.measure.sublayer import measure_group
+from jacdiag.report import Cost, ModelRecord, Report, SublayerRecord
+from jacdiag.report.thresholds import Thresholds
+from jacdiag.rules import evaluate
+from jacdiag.sources import Probe, Source, build_probe
+from jacdiag.trace import Sites, Sublayer, sites
+from jacdiag.trace.declared import nothing_found
+from jacdiag.watching.memory import available, needed
+from jacdiag.watching.statistics import StableRanks, forward_figures
+from jacdiag.watching.warm import Memory, WarmSolver
+
+PRODUCTS = 16  # per solved norm: a fixed price, and an interval of 3 to 10% (measured on GPT-2's shape)
+CONFIDENCE = 0.999
+
+
+@dataclass
+class Price:
+    """Seconds that a tier takes, as foretold or as measured, and the memory that it needs at its peak."""
+
+    seconds: float
+    peak: int = 0
+
+
+@dataclass
+class LiveProbe:
+    """What is measured on the probe, and what is remembered between two probes.
+
+    Args:
+        model: the guest; only its skeleton is run.
+        thresholds: of the rules JD1xx.
+        inputs: the user's own probe, or None.
+        seed: of the random starts.
+    """
+
+    model: nn.Module
+    thresholds: Thresholds
+    inputs: Any = None
+    seed: int = 0
+    memory: Memory = field(default_factory=Memory)
+    ranks: StableRanks = field(default_factory=StableRanks)
+    probe: Probe | None = None
+    report: Report | None = None
+
+    def choose(self, first: tuple[tuple[Any, ...], dict[str, Any]] | None) -> None:
+        """Settles on the probe: the user's own, else the first sequences of the stream, else random tokens.
+
+        Raises:
+            ProbeError: none of them can be had.
+        """
+        if self.probe is not None:
+            return
+        if self.inputs is not None:
+            self.probe = Probe.of_inputs(self.inputs, seed=self.seed)
+        elif first is not None:
+            args, kwargs = first
+            made = Probe.of_inputs(args if args else kwargs, seed=self.seed)
+            self.probe = replace(made, args=args, kwargs=kwargs, record=replace(made.record, tokens="stream"))
+        else:
+            try:
+                made = build_probe(Source.of_module(self.model), batch=2, seed=self.seed)
+            except ProbeError as error:
+                raise ProbeError("no batch was seen and no probe was given", got=error.what,
+                                 hint="jacdiag.watch(..., probe=input_ids)") from error  # fmt: skip
+            self.probe = made.to(next((p.device for p in self.model.parameters()), torch.device("cpu")))
+
+    def sites(self) -> Sites:
+        """Records the model on the probe as it is now."""
+        assert self.probe is not None
+        found = sites(self.model, *self.probe.args, **self.probe.kwargs)
+        if not found:
+            raise nothing_found(found)
+        return found
+
+    def statistics(self, found: Sites) -> dict[str, dict[str, float | None]]:
+        return forward_figures(found)
+
+    # -- norms -----------------------------------------------------------------------------------------------------
+    def price(self, found: Sites, tracing: float) -> Price:
+        """Foretells a probe: one sub-layer of each kind is measured twice, cold and warm, and counts for its like."""
+        groups = _groups(found)
+        like = Counter(_alike(members) for members in groups)
+        seconds = tracing
+        for kind, count in like.items():
+            members = next(m for m in reversed(groups) if _alike(m) == kind)
+            state = self.state_of(found)
+            for _ in range(2):
+                begun = time.perf_counter()
+                self._measured(members, state)
+                once = time.perf_counter() - begun
+            seconds += count * once
+        return Price(seconds, needed(found))
+
+    def fits(self, found: Sites) -> str:
+        """Why the probe's peak does not fit into the memory that is free; "" if it does."""
+        peak, free = needed(found), available(found[0].shortcut.device)
+        if free is None or peak <= 0.9 * free:
+            return ""
+        return f"the probe needs about {peak / 2**20:,.0f} MB and {free / 2**20:,.0f} MB are free"
+
+    def measure(self, found: Sites, step: int, begun: float) -> Report:
+        """Measures every sub-layer and judges the model by the rules JD1xx."""
+        if not found.deterministic:
+            raise TraceError("two runs of the model on the probe differ", got=found.culprit)
+        state = self.state_of(found)
+        records: list[SublayerRecord] = []
+        for members in _groups(found):
+            records += self._measured(members, state)
+        records.sort(key=lambda record: record.index)
+        report = self._report(found, records, state, step, begun)
+        self.report = evaluate(report, thresholds=self.thresholds)
+        return self.report
+
+    def series(self, found: Sites, report: Report) -> dict[str, dict[str, float]]:
+        """What the drift rules look at: figure -> sub-layer -> value."""
+        rows = report.sublayers
+        return {
+            "branch_norm": {r.name: r.branch_norm.estimate for r in rows if r.branch_norm},
+            "core_norm": {r.name: r.core_norm.estimate for r in rows if r.core_norm},
+            "shortcut_std": {r.name: r.shortcut_std.median for r in rows if r.shortcut_std},
+            "stable_rank": self.ranks.look(found),
+        }
+
+    def state_of(self, found: Sites) -> Literal["init", "trained"]:
+        return detect_state(found.skeleton.params, [name for site in found for name in site.products])
+
+    def _measured(self, members: list[Sublayer], state: Literal["init", "trained"]) -> list[SublayerRecord]:
+        assert self.probe is not None
+        solver = partial(WarmSolver, memory=self.memory)
+        effort = Effort(0.0, CONFIDENCE, PRODUCTS, self.seed, _to_budget, early=True, solver=solver)
+        return measure_group(members, effort, self.probe.token_ids, state, lambda name: None)
+
+    def _report(self, found: Sites, records: list[SublayerRecord], state: Any, step: int, begun: float) -> Report:
+        assert self.probe is not None
+        params, covered = found.skeleton.params, found.coverage.covered()
+        off = state == "trained" and self.probe.record.tokens == "random"
+        broken = [name for name, t in params.items() if not bool(torch.isfinite(t).all())]
+        model = ModelRecord(
+            name=type(self.model).__name__,
+            parameters=sum(p.numel() for p in params.values()),
+            layers=len({s.depth for s in found if not s.nested}),
+            width=int(found[0].shortcut.shape[found[0].feature_dim]),
+            covered_parameters=sum(p.numel() for n, p in params.items() if n in covered),
+            uncovered=list(found.coverage.uncovered),
+            uncovered_reasons=found.coverage.uncovered,
+        )
+        checks = {"deterministic": found.deterministic, "non_finite": broken}
+        return Report(
+            source={"format": "live", "step": step},
+            tier="measured",
+            state=state,
+            probe=replace(self.probe.record, off_distribution=off),
+            model=model,
+            sublayers=records,
+            cost=Cost(sum(r.cost or 0.0 for r in records), None, time.perf_counter() - begun),
+            settings={"confidence": CONFIDENCE, "seed": self.seed, "max_products": PRODUCTS, "checks": checks},
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            torch=torch.__version__,
+            jacdiag=jacdiag.__version__,
+        )
+
+
+def _to_budget(site: Sublayer) -> Mapping[str, Callable[[float, float], bool]]:
+    """The core is solved to its whole budget; what follows from it is taken. Where nothing follows, the branch is."""
+    norm = site.input_norm
+    follows = norm is not None and norm.closed_form and norm.aligned and norm.value.shape == site.shortcut.shape
+
+    def always(lower: float, upper: float) -> bool:
+        return True
+
+    def never(lower: float, upper: float) -> bool:
+        return False
+
+    return {"core_norm": never, "branch_norm": always if follows else never, "residual_norm": always}
+
+
+def _groups(found: Sites) -> list[list[Sublayer]]:
+    groups: dict[int, list[Sublayer]] = {}
+    for site in found:
+        groups.setdefault(site.group, []).append(site)
+    return list(groups.values())
+
+
+def _alike(members: list[Sublayer]) -> tuple[Any, ...]:
+    return tuple((s.kind, s.placement, tuple(s.shortcut.shape), len(s.parameters)) for s in members)

@@ -1,0 +1,70 @@
+"""From the buffer's numbers to the rows of the log."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from jacdiag.rules.live import StepFigures
+from jacdiag.watching.figures import FIRST, GIVEN, GIVEN_PART, INF, LOSS, UPDATE, WEIGHT, Row
+
+_CLIPPED = 5e-3  # a norm summed in float32 on a CPU is off by up to 3e-3: a difference below this is no clipping
+
+
+def row_of(row: Row, values: Sequence[float], labels: Sequence[str]) -> dict[str, Any]:
+    """One step as the log tells it; what was not measured is null.
+
+    `grad_norm` is what `clip_grad_norm_` returned (before clipping), if it was given; `grad_norm_post` and `grad` (one
+    per group) are what the optimiser saw. Under clipping by the global norm a group's norm before it is `grad` times
+    `clip_ratio`.
+    """
+    squares = list(values[FIRST:])
+    post = _root(math.fsum(squares) if all(map(math.isfinite, squares)) else sum(squares)) if row.made else None
+    given = values[GIVEN] if not math.isnan(values[GIVEN]) else _root(values[GIVEN_PART])
+    pre = None if given is None or math.isnan(given) else given
+    ratio = pre / post if pre is not None and post is not None and post > 0 and math.isfinite(pre) else None
+    skipped = not row.made or values[INF] > 0
+    nonfinite = [label for label, s in zip(labels, squares, strict=True) if not math.isfinite(s)] if row.made else []
+    found: dict[str, Any] = {
+        "step": row.step,
+        "loss": values[LOSS] if row.told else None,
+        "lr": row.lr,
+        "tokens": row.tokens,
+        "step_seconds": None if math.isnan(row.time) else row.time,
+        "grad_norm": pre,
+        "grad_norm_post": post,
+        "clipped": None if ratio is None else ratio > 1 + _CLIPPED,
+        "clip_ratio": ratio,
+        "skipped": skipped,
+        "nonfinite": nonfinite,
+        "grad": [_root(s) for s in squares] if row.made else None,
+        "update": None,
+    }
+    if row.update and not skipped:
+        moved, size = _root(values[UPDATE]), _root(values[WEIGHT])
+        if moved is not None and size is not None:
+            ratio = moved / size if size else None
+            found["update"] = {"where": row.update, "norm": moved, "weight": size, "ratio": ratio}
+    return found
+
+
+def figures_of(row: dict[str, Any]) -> StepFigures:
+    """A step as the live rules see it: gradients before clipping where that is known."""
+    gradient = row["grad_norm"] if row["grad_norm"] is not None else row["grad_norm_post"]
+    ratio = row["clip_ratio"] or 1.0
+    update = row["update"]
+    return StepFigures(
+        step=row["step"],
+        loss=row["loss"],
+        gradient=math.nan if gradient is None else gradient,
+        lr=math.nan if row["lr"] is None else row["lr"],
+        sublayers=[g * ratio for g in row["grad"] or ()],
+        skipped=row["skipped"],
+        nonfinite=row["nonfinite"] if not row["skipped"] else (),
+        update=(update["where"], update["ratio"]) if update and update["ratio"] is not None else None,
+    )
+
+
+def _root(square: float) -> float | None:
+    return math.sqrt(square) if square >= 0 else (math.nan if math.isnan(square) else None)

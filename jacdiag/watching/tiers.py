@@ -1,0 +1,296 @@
+"""The three tiers: per-step figures, statistics, the Jacobian probe; each at its cadence, on one rank or on many."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from jacdiag.errors import TraceError
+from jacdiag.report import Report
+from jacdiag.report.runlog import Alert
+from jacdiag.report.thresholds import Thresholds
+from jacdiag.trace import Sites
+from jacdiag.trace.wrappers import gathered, has_foreign_hooks
+from jacdiag.watching.batches import Batches
+from jacdiag.watching.cadence import Cadence, Clock
+from jacdiag.watching.figures import GIVEN_PART, Figures
+from jacdiag.watching.grouping import by_names, by_sites, grouped
+from jacdiag.watching.memory import available
+from jacdiag.watching.optimisers import names_of, parameters_of
+from jacdiag.watching.probe import LiveProbe, Price
+from jacdiag.watching.record import Record
+from jacdiag.watching.rows import row_of
+from jacdiag.watching.sinks import slashed_series
+from jacdiag.watching.together import Together, local_copy
+
+_NO_PROBE = "no Jacobian norms and no statistics from now on"
+_NO_FIGURES = "no figures of single steps from now on"
+
+
+class Tiers:
+    """What is measured, and when.
+
+    Args:
+        cadences: of the probe and of the statistics.
+
+    Attributes:
+        figures: the buffer of per-step figures; None before the first optimiser step.
+        price: of a probe: as announced, then as last measured.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimisers: list[Optimizer], names: dict[int, str], together: Together, record: Record,
+        *, probe: Any, thresholds: Thresholds, cadences: tuple[Cadence, Cadence],
+    ) -> None:  # fmt: skip
+        self.model, self.optimisers, self.names, self.together, self.record = model, optimisers, names, together, record
+        self.guards = record.guards
+        self.every, self.stats_every = cadences
+        self.live = LiveProbe(model, thresholds, probe)
+        self.batches: Batches | None = None
+        self.figures: Figures | None = None
+        self.price: Price | None = None
+        self.stats_price = 0.0
+        self.looks = 0
+        self.fired: set[str] = set()
+        self._told_share = False
+
+    # -- the first step --------------------------------------------------------------------------------------------
+    def prepared(self, step: int, capacity: int) -> Figures:
+        """The buffer; at the first call the sub-layers are found, the price is told, and the first probe runs.
+
+        That is before the first update, when the weights are still the initial ones and a batch has been seen.
+        """
+        if self.figures is None:
+            homes, order = self._homes(step)
+            world = self.together.size if self.together.sharded else 1
+            groups = grouped(parameters_of(self.optimisers), self.names, homes, order, world)
+            self.figures = Figures(groups, capacity)
+        return self.figures
+
+    def _homes(self, step: int) -> tuple[dict[str, str], list[str]]:
+        homes, order = by_names(list(self.names.values())), list[str]()
+        parameters = sum(p.numel() for p in self.model.parameters())
+        header = {"model": type(self.model).__name__, "parameters": parameters, "ranks": self.together.size,
+                  "sharded": self.together.sharded, "every": self.every.steps or self.every.budget,
+                  "stats_every": self.stats_every.steps or self.stats_every.budget}  # fmt: skip
+        found, seconds = self._find()
+        if found is not None:
+            homes, order = {**homes, **by_sites(found)}, [site.name for site in found]
+        if self.together.sharded:
+            homes, order = self.together.share((homes, order))
+        used = [homes.get(self.names[id(p)], "") for p in parameters_of(self.optimisers) if id(p) in self.names]
+        labels = [*[label for label in order if label in used], *sorted(set(used) - set(order))]
+        self.record.begin({**header, "groups": labels})
+        if found is not None:
+            self._announce(found, seconds)
+            self._measure(found, step, seconds, probe=not self.every.never)
+        return homes, order
+
+    def _announce(self, found: Sites, tracing: float) -> None:
+        with self.guards.part("probe", _NO_PROBE):
+            assert self.live.probe is not None
+            self.stats_price = tracing
+            row: dict[str, Any] = {"statistics_seconds": tracing, "sub_layers": len(found)}
+            text = f"{len(found)} sub-layers; per step a pass over the gradients; statistics about {tracing:.2g} s"
+            text += f" {_often(self.stats_every)}"
+            if not self.every.never:
+                self.price = self.live.price(found, tracing)
+                tokens = self.live.probe.record
+                row |= {"probe_seconds": self.price.seconds, "probe_peak_bytes": self.price.peak}
+                text += f"; Jacobian probe on {tokens.batch} x {tokens.seq or 1} about {self.price.seconds:.2g} s and "
+                text += f"{self.price.peak / 2**20:,.0f} MB {_often(self.every)}"
+            self.record.announce(text, row)
+
+    # -- per-step figures ------------------------------------------------------------------------------------------
+    def flush(self, clock: Clock) -> None:
+        """Reads the buffer and hands the steps over; sums over ranks where weights are sharded."""
+        with self.guards.part("figures", _NO_FIGURES):
+            if self.together.sharded and not self._all_have_figures():
+                return
+            if self.figures is None or not self.guards.on("figures"):
+                return
+            rows, table = self.figures.read()
+            self.looks = self.figures.looks
+            if self.together.sharded:
+                whole = self.together.total(table[:, GIVEN_PART:])
+                whole[:, 1] = table[:, GIVEN_PART + 1]  # found_inf is everybody's
+                table = torch.cat([table[:, :GIVEN_PART], whole], dim=1)
+            if rows and self.together.lead:
+                labels = self.figures.groups.labels
+                self.record.steps([row_of(row, v, labels) for row, v in zip(rows, table.tolist(), strict=True)])
+            self._tell_share(clock)
+            self._check_model()
+
+    def _all_have_figures(self) -> bool:
+        mine = self.guards.on("figures") and self.figures is not None
+        if self.together.broken:
+            raise RuntimeError(self.together.broken)
+        if not self.together.agree(mine) and mine:
+            raise RuntimeError("they failed on another rank")
+        return mine
+
+    def _tell_share(self, clock: Clock) -> None:
+        """Once a training step's time is known: what the tiers come to."""
+        step = clock.step_seconds
+        if self._told_share or step is None or self.price is None or len(clock.steps) < 5:
+            return
+        self._told_share = True
+        probe = self.price.seconds / (self.every.interval(self.price.seconds, step) * step)
+        row = {"step_seconds": step, "probe_share": probe}
+        self.record.announce(f"the probe comes to {probe:.1%} of the time, at {step:.3g} s a step", row)
+
+    def _check_model(self) -> None:
+        """A model whose parameters are others than at the start is grouped anew, aloud."""
+        names = names_of(self.model)
+        if names.keys() == self.names.keys():
+            return
+        self.record.warn("model", "the model's parameters changed after watch was attached: they are grouped anew")
+        self.names = names
+        capacity = self.figures.capacity if self.figures is not None else 1
+        self.figures = None
+        self.prepared(-1, capacity)
+
+    # -- statistics and probe --------------------------------------------------------------------------------------
+    def run(self, step: int, clock: Clock) -> None:
+        """Runs what is due after a step."""
+        if self.figures is None or (not self.guards.on("probe") and not self.together.sharded):
+            return
+        seconds = clock.step_seconds
+        probe = self.every.due(step, self.price.seconds if self.price else None, seconds)
+        stats = self.stats_every.due(step, self.stats_price, seconds)
+        if self.together.sharded and (self.every.budget or self.stats_every.budget):
+            if step % self.figures.capacity:
+                return
+            with self.guards.part("probe", _NO_PROBE):
+                probe, stats = self.together.share((probe, stats))
+        if not (probe or stats):
+            return
+        begun = time.perf_counter()
+        found, tracing = self._find()
+        if found is not None:
+            self._measure(found, step, tracing, probe=probe)
+        clock.charge("probe" if probe else "statistics", time.perf_counter() - begun)
+
+    def _find(self) -> tuple[Sites | None, float]:
+        """Records the model on the probe; None where that is not possible, or is another rank's work."""
+        begun = time.perf_counter()
+        found: Sites | None = None
+        with self.guards.part("probe", _NO_PROBE):
+            weights = self._weights()
+            if weights is not None and self.guards.on("probe"):
+                self.live.choose(self.batches.first if self.batches is not None else None)
+                with gathered(weights), self._undisturbed():
+                    found = self.live.sites()
+        return found, time.perf_counter() - begun
+
+    def _weights(self) -> dict[int, Tensor] | None:
+        """Whole weights where they are sharded, on the leading rank: agree, gather, and nobody waits any more.
+
+        Everything that can fail on one rank alone comes before the ranks agree: the copies, the room for the whole.
+        """
+        if not self.together.sharded:
+            return {}
+        if self.together.broken:
+            raise RuntimeError(self.together.broken)
+        shards = [t for t in [*self.model.parameters(), *self.model.buffers()] if hasattr(t, "placements")]
+        error: Exception | None = None
+        pieces: list[Tensor] = []
+        try:
+            if self.guards.on("probe"):
+                pieces = self._ready(shards)
+        except Exception as failed:
+            error = failed
+        ready = error is None and self.guards.on("probe")
+        if not self.together.agree(ready):
+            raise error or RuntimeError("it could not be made on another rank")
+        whole = self.together.whole(shards, pieces)
+        return None if whole is None else {id(s): w for s, w in zip(shards, whole, strict=True)}
+
+    def _ready(self, shards: list[Tensor]) -> list[Tensor]:
+        if has_foreign_hooks(self.model):
+            raise TraceError("hooks of others are on the sharded model: its own run would need every rank")
+        size = sum(s.numel() * s.element_size() for s in shards)
+        free = available(shards[0].device if shards else torch.device("cpu")) if self.together.lead else None
+        if free is not None and size > 0.9 * free:
+            raise MemoryError(f"the whole weights need {size / 2**20:,.0f} MB and {free / 2**20:,.0f} MB are free")
+        return [local_copy(s) for s in shards]
+
+    def _undisturbed(self) -> Any:
+        from contextlib import ExitStack
+
+        stack = ExitStack()
+        if self.batches is not None:
+            stack.enter_context(self.batches.away())
+        for device in {"cpu", *(["cuda"] if torch.cuda.is_available() else [])}:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        return stack
+
+    def _measure(self, found: Sites, step: int, tracing: float, *, probe: bool) -> None:
+        """Statistics, and the norms where they are due."""
+        begun = time.perf_counter()
+        with self.guards.part("probe", _NO_PROBE), self._undisturbed():
+            figures = self.live.statistics(found)
+            self.stats_price = tracing + time.perf_counter() - begun
+            self.stats_every.last = step
+            self.record.line("stats", {"step": step, "seconds": self.stats_price, "figures": figures})
+            self.record.publish(step, lambda: slashed_series(figures))
+            if not probe:
+                return
+            why = self.live.fits(found)
+            if why:
+                self.record.warn("memory", f"the probe is skipped: {why}")
+                return
+            begun -= tracing
+            report = self.live.measure(found, step, begun)
+            series = self.live.series(found, report)
+            seconds = time.perf_counter() - begun
+            announced = self.price.seconds if self.price is not None else None
+            self.price = Price(seconds, self.price.peak if self.price else 0)
+            self.every.last = step
+            self._hand_over(step, report, series, seconds, announced)
+
+    def _hand_over(
+        self, step: int, report: Report, series: Mapping[str, Mapping[str, float]], seconds: float,
+        announced: float | None,
+    ) -> None:  # fmt: skip
+        verdict = self.record.live.probe(step, series)
+        row = {"step": step, "seconds": seconds, "announced": announced, "figures": series, "votes": verdict.votes}
+        self.record.line("probe", {**row, "report": report.to_dict()})
+        gains = {key: series[key] for key in ("branch_norm", "core_norm", "stable_rank")}
+        self.record.publish(step, lambda: slashed_series(gains))
+        findings = [f for f in report.findings if f.level != "info" and f.code < "JD900"]
+        for f in findings:
+            if f.code not in self.fired:
+                self.record.alert(Alert(step, f.code, f.level, f.what, f.where, f.evidence))
+        self.fired = {f.code for f in findings}
+        for alert in verdict.alerts:
+            self.record.alert(alert)
+
+    # -- memory ----------------------------------------------------------------------------------------------------
+    def fixed_probe(self) -> dict[str, Any] | None:
+        probe = self.live.probe
+        return None if probe is None else {"args": probe.args, "kwargs": probe.kwargs}
+
+    def set_probe(self, saved: Mapping[str, Any] | None) -> None:
+        """The probe of the run so far, so that its series go on."""
+        if saved is not None and self.live.inputs is None and self.live.probe is None:
+            self.live.choose((tuple(saved["args"]), dict(saved["kwargs"])))
+
+    def close(self) -> None:
+        self.figures, self.batches = None, None
+        self.live.memory.vectors.clear()
+        self.live.ranks.tops.clear()
+        self.live.probe = None
+
+
+def _often(cadence: Cadence) -> str:
+    if cadence.never:
+        return "(switched off)"
+    return f"every {cadence.steps} steps" if cadence.steps else f"for at most {cadence.budget:.3g} of the time"
+
+

@@ -1,0 +1,121 @@
+"""What two processes do in `test_ranks.py`; started as a script: python ranks.py RANK PORT FOLDER MODE FAULT."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from watching.rig import adam, batch, small, state_of
+
+import jacdiag
+from jacdiag.watching import probe as probe_room
+from jacdiag.watching import tiers as tiers_room
+
+STEPS, CLIP = 24, 0.5
+OPTIONS: dict[str, Any] = {"every": 8, "stats_every": 4, "log_every": 4, "quiet": True, "timeout": 4.0}
+
+
+def wrapped(mode: str) -> nn.Module:
+    model = small()
+    if mode == "ddp":
+        return nn.parallel.DistributedDataParallel(model)
+    if mode == "fsdp":
+        from torch.distributed.fsdp import fully_shard
+
+        for block in model.transformer["h"]:
+            fully_shard(block)
+        fully_shard(model)
+    return model
+
+
+def break_something(fault: str, rank: int) -> None:
+    """Makes one phase of the probe fail on one rank."""
+    phase, _, where = fault.partition("@")
+    if not phase or rank != int(where):
+        return
+
+    def failing(*_: Any, **__: Any) -> Any:
+        if phase.startswith("memory"):
+            raise torch.OutOfMemoryError("no memory left, said the test")
+        raise RuntimeError("broken by the test")
+
+    if phase == "missing":  # for longer than the watch waits, for less than the training does
+        ready = tiers_room.Tiers._ready
+
+        def late(*args: Any) -> Any:
+            time.sleep(3 * OPTIONS["timeout"])
+            return ready(*args)
+
+        tiers_room.Tiers._ready = late  # type: ignore[method-assign]
+    elif phase in ("copy", "memory-copy"):
+        tiers_room.local_copy = failing
+    elif phase == "record":
+        probe_room.sites = failing
+    elif phase in ("measure", "memory-measure"):
+        probe_room.measure_group = failing
+    elif phase == "gather":
+        tiers_room.Together.whole = failing
+
+
+def train(mode: str, rank: int, watched: dict[str, Any] | None) -> tuple[list[float], dict[str, Any], list[Any]]:
+    torch.manual_seed(1)
+    model = wrapped(mode)
+    optimizer = adam(model)
+    truth: list[Any] = []
+    losses = []
+    w = None if watched is None else jacdiag.watch(model, optimizer, **OPTIONS, **watched)
+    for step in range(1, STEPS + 1):
+        _, loss = model(*batch(10 * step + rank))
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        truth.append({n: _whole(p.grad) for n, p in model.named_parameters()} if mode != "fault" else None)
+        optimizer.step()
+        optimizer.zero_grad()
+        if w is not None:
+            w.step(loss, grad_norm=norm)
+        losses.append(float(loss.detach()))
+    if w is not None:
+        w.close()
+    state = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state_of(model, optimizer).items()}
+    return losses, state, [*truth, torch.get_rng_state()]
+
+
+def _whole(grad: Any) -> float:
+    grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+    return float(grad.double().square().sum())
+
+
+def main(rank: int, port: int, folder: Path, mode: str, fault: str) -> None:
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60)
+    )
+    plain = train(mode, rank, None)
+    break_something(fault, rank)
+    begun = time.perf_counter()
+    watched = train(mode, rank, {"log_dir": folder})
+    seconds = time.perf_counter() - begun
+    same = {
+        "losses": plain[0] == watched[0],
+        "state": all(torch.equal(torch.as_tensor(v), torch.as_tensor(watched[1][k])) for k, v in plain[1].items()),
+        "random": torch.equal(plain[2][-1], watched[2][-1]),
+    }
+    told = {"same": same, "seconds": seconds, "truth": watched[2][:-1], "losses": watched[0]}
+    (folder / f"told-{rank}.json").write_text(json.dumps(told), encoding="utf-8")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], sys.argv[5])

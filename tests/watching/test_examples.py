@@ -1,0 +1,43 @@
+"""The examples run as they stand, and leave a log with every step and a probe."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jacdiag.report.runlog import read_run
+
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+CASES = {
+    "plain": ["watch_plain.py", "12"],
+    "amp": ["watch_amp_compile.py", "12"],
+    "fsdp": ["watch_fsdp.py", "12"],
+    "ddp": ["watch_fsdp.py", "12", "ddp"],
+    "hf": ["watch_huggingface.py", "12"],
+    "accelerate": ["watch_huggingface.py", "12", "accelerate"],
+    "lightning": ["watch_lightning.py", "12"],
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_example(name: str, tmp_path: Path) -> None:
+    script, *args = CASES[name]
+    if name == "lightning" and importlib.util.find_spec("lightning") is None:
+        pytest.skip("lightning is not installed")
+    command = [sys.executable, str(EXAMPLES / script), *args]
+    if script == "watch_fsdp.py":
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command = [*launcher, *command[1:]]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = tmp_path.glob("runs/*/run.jsonl")
+    run = read_run(file)
+    assert [row["step"] for row in run.steps][:12] == list(range(1, 13))
+    assert run.probes and len(run.probes[0]["report"]["sublayers"]) >= 4 and not run.faults
+    assert run.ended is not None

@@ -1,0 +1,123 @@
+"""The flight recorder: what it keeps, when it dumps, and an audit on the very batch that went wrong."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from watching.rig import V, adam, batch, lines, plain_step, small
+
+import jacdiag
+from jacdiag.errors import SourceError
+from jacdiag.watching.batches import fingerprint
+from jacdiag.watching.recorder import read_batch
+
+OPTIONS: dict[str, Any] = {"every": None, "stats_every": None, "log_every": 5, "quiet": True, "strict": True}
+
+
+def go(folder: Path, steps: int, corrupt: int | None = None, **more: Any) -> tuple[Any, dict[int, Any]]:
+    """Trains; at one step the targets are noise and the loss is scaled up, as a broken batch does."""
+    model = small(dropout=0.1)
+    optimizer = adam(model, lr=1e-3)
+    given: dict[int, Any] = {}
+    with jacdiag.watch(model, optimizer, log_dir=folder, **{**OPTIONS, **more}) as w:
+        for step in range(1, steps + 1):
+            x, y = batch(step % 4)
+            if step == corrupt:
+                x, y = (torch.randint(V, x.shape, generator=torch.Generator().manual_seed(99)) for _ in range(2))
+            given[step] = (x, y, torch.get_rng_state())
+            _, loss = model(x, y)
+            (loss * (50.0 if step == corrupt else 1.0)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            w.step(loss.detach() * (5.0 if step == corrupt else 1.0))
+    return model, given
+
+
+def test_an_alert_dumps_the_batch_that_went_wrong(tmp_path: Path) -> None:
+    _, given = go(tmp_path, 160, corrupt=150, keep_batches=12)
+    (alert,) = [row for row in lines(tmp_path, "alert") if row["code"] == "JD502"]
+    assert alert["step"] == 150
+    folder = tmp_path / "flight-150"
+    about = json.loads((folder / "about.json").read_text())
+    assert about["batch_step"] == 150 and "JD502" in about["why"]
+    kept = read_batch(folder)
+    assert set(kept) == {"idx", "targets"}  # by the names of the model's own forward
+    assert torch.equal(kept["idx"], given[150][0]) and torch.equal(kept["targets"], given[150][1])
+    random_state = torch.load(folder / "random.pt", weights_only=True)
+    assert torch.equal(random_state["cpu"], given[150][2])
+    rows = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 151))
+    prints = {row["step"]: row["batches"] for row in lines(tmp_path, "step")}
+    assert prints[149] == prints[145] != prints[150]  # the same batch again, and another
+    assert len(list(folder.glob("batch-*-before-*.pt"))) > 0
+
+
+def test_a_crash_dumps_too_and_without_batches_it_says_how_to_keep_them(tmp_path: Path) -> None:
+    model = small()
+    optimizer = adam(model)
+    options = {"log_dir": tmp_path, "recorder": 3, **OPTIONS}
+    with pytest.raises(ZeroDivisionError), jacdiag.watch(model, optimizer, **options) as w:
+        for step in range(1, 8):
+            w.step(plain_step(model, optimizer, step)[0])
+        _ = 1 / 0
+    folder = tmp_path / "flight-7"
+    assert [json.loads(line)["step"] for line in (folder / "steps.jsonl").read_text().splitlines()] == [5, 6, 7]
+    with pytest.raises(SourceError, match="holds no batch") as caught:
+        read_batch(folder)
+    assert "keep_batches" in (caught.value.hint or "")
+    with pytest.raises(SourceError, match="no folder of a flight recorder"):
+        read_batch(tmp_path / "nothing")
+
+
+def test_evaluation_in_the_loop_is_no_batch(tmp_path: Path) -> None:
+    model = small()
+    optimizer = adam(model)
+    with jacdiag.watch(model, optimizer, log_dir=tmp_path, keep_batches=4, **OPTIONS) as w:
+        for step in range(1, 6):
+            w.step(plain_step(model, optimizer, step)[0])
+            model.eval()
+            model(batch(100)[0])
+            model.train()
+        assert w.batches is not None and len(w.batches.kept) == 4
+    assert all(len(row["batches"]) == 1 for row in lines(tmp_path, "step"))
+
+
+def test_fingerprints_tell_batches_apart() -> None:
+    ids = torch.arange(12).view(3, 4)
+    same = fingerprint(((ids,), {}))
+    assert torch.equal(same, fingerprint(((ids.clone(),), {})))
+    others = [ids.flip(0), ids + 1, ids.t(), ids.float() * 1.0001, torch.zeros_like(ids)]
+    assert len({int(fingerprint(((t.contiguous(),), {}))) for t in [ids, *others]}) == len(others) + 1
+    assert int(fingerprint((("no tensor",), {}))) == 0
+    state = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    assert state == (random.getstate(), np.random.get_state()[1].tolist())  # noqa: NPY002
+
+
+def test_replay_audits_the_checkpoint_on_that_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from jacdiag_cli.app import main
+
+    model, given = go(tmp_path, 160, corrupt=150, keep_batches=12)
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": V, "block_size": 8}
+    saved = {"model": model.state_dict(), "model_args": {**sizes, "embed_scale": 4.0}}
+    torch.save(saved, tmp_path / "ckpt.pt")
+    flight, report = str(tmp_path / "flight-150"), tmp_path / "report.json"
+    code = main(["audit", str(tmp_path / "ckpt.pt"), "--replay", flight, "--fail-on", "never", "--json", str(report)])
+    assert code == 0, capsys.readouterr().err
+    data = json.loads(report.read_text())
+    assert data["probe"]["batch"] == 4 and data["probe"]["tokens"] == "inputs"
+    reference = jacdiag.audit(model.eval(), {"idx": given[150][0], "targets": given[150][1]}, state="trained")
+    for row, wanted in zip(data["sublayers"], reference.sublayers, strict=True):
+        assert row["shortcut_std"]["median"] == pytest.approx(wanted.shortcut_std.median, rel=1e-5)
+        assert row["branch_norm"]["estimate"] == pytest.approx(wanted.branch_norm.estimate, rel=1e-3)
+    args = ["audit", str(tmp_path / "ckpt.pt"), "--replay", flight, "--batch", "1", "--fail-on", "never"]
+    assert main([*args, "--json", str(report)]) == 0
+    assert json.loads(report.read_text())["probe"]["batch"] == 1
+    capsys.readouterr()
+    assert main(["audit", str(tmp_path / "ckpt.pt"), "--replay", str(tmp_path)]) == 2
+    assert "no folder of a flight recorder" in capsys.readouterr().err

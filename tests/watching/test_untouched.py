@@ -1,0 +1,141 @@
+"""Not one bit: a watched run is the same run, and nothing of the watch is left on it."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_guest import assert_same
+from test_guest import state_of as guest_state
+from torch import nn
+from watching.rig import adam, assert_same_state, batch, lines, plain_step, small, trained
+
+import jacdiag
+from jacdiag.watching import AlertRaised
+
+FREQUENT = {"every": 20, "stats_every": 10, "log_every": 5, "keep_batches": 2, "strict": True}
+
+
+@pytest.fixture(autouse=True)
+def deterministic() -> Any:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def test_two_hundred_steps_are_the_same_bit_for_bit_with_dropout(tmp_path: Path) -> None:
+    plain = trained(200, None)
+    watched = trained(200, {**FREQUENT, "log_dir": tmp_path})
+    assert plain[0] == watched[0]
+    assert_same_state(plain[1], watched[1])
+    assert plain[2] == watched[2]
+    assert [row["step"] for row in lines(tmp_path, "step")] == list(range(1, 201))
+    assert [row["step"] for row in lines(tmp_path, "probe")] == list(range(0, 201, 20))
+
+
+def test_the_comparison_sees_a_draw_and_a_changed_bit() -> None:
+    """Proves that the test above can fail."""
+    plain = trained(5, None)
+    drawn = trained(5, None, inside=lambda step: torch.rand(()) if step == 3 else None)
+    assert plain[2] != drawn[2]
+    with pytest.raises(AssertionError):
+        assert_same_state(plain[1], drawn[1])
+
+
+def test_everything_is_taken_off_at_the_end() -> None:
+    model = small()
+    optimizer = adam(model)
+
+    def hooks() -> list[Any]:
+        return [*optimizer._optimizer_step_pre_hooks.items(), *optimizer._optimizer_step_post_hooks.items()]
+
+    optimizer.register_step_pre_hook(lambda *_: None)
+    before, there = guest_state(model), hooks()
+    jacdiag.watch(model, optimizer, quiet=True).close()
+    assert_same(before, guest_state(model))
+    assert hooks() == there
+
+
+@pytest.mark.parametrize("where", ["forward", "after the step"])
+def test_everything_is_taken_off_after_an_exception_in_the_loop(where: str, tmp_path: Path) -> None:
+    model = small()
+    model.transformer["h"][1].eval()
+    optimizer = adam(model)
+    before = guest_state(model)
+    with pytest.raises(ValueError, match="broken loop"), jacdiag.watch(
+        model, optimizer, log_dir=tmp_path, quiet=True, **FREQUENT
+    ) as w:
+        loss, norm = plain_step(model, optimizer, 1)
+        w.step(loss, grad_norm=norm)
+        if where == "forward":
+            model(*batch(2))
+        raise ValueError("broken loop")
+    after = guest_state(model)
+    for key in ("hooks", "modes", "attributes", "requires_grad", "flags"):
+        assert before[key] == after[key], key
+    assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+    assert lines(tmp_path, "note")[-1]["text"].startswith("flight recorder")
+    assert lines(tmp_path)[-1]["type"] == "end"
+
+
+def test_fifty_cycles_leak_nothing() -> None:
+    model = small()
+    optimizer = adam(model)
+    plain_step(model, optimizer, 0)
+
+    def cycle() -> weakref.ref[Any]:
+        w = jacdiag.watch(model, optimizer, every=1, stats_every=1, log_every=1, quiet=True, strict=True)
+        loss, norm = plain_step(model, optimizer, 1)
+        w.step(loss, grad_norm=norm)
+        w.close()
+        return weakref.ref(w)
+
+    def alive() -> int:
+        gc.collect()
+        return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+
+    cycle()
+    before = alive()
+    refs = [cycle() for _ in range(50)]
+    assert alive() == before
+    assert not any(ref() for ref in refs)
+
+
+class Tied(nn.Module):
+    """Tied weights, a frozen parameter, and one that gets no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = small()
+        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+        self.idle = nn.Parameter(torch.ones(3))
+
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> Any:
+        return self.inner(idx, targets)
+
+
+def test_tied_frozen_and_idle_parameters(tmp_path: Path) -> None:
+    plain = trained(30, None, make=Tied)
+    watched = trained(30, {**FREQUENT, "log_dir": tmp_path}, make=Tied)
+    assert plain[0] == watched[0]
+    assert_same_state(plain[1], watched[1])
+    groups = lines(tmp_path, "run")[0]["groups"]
+    assert groups[:4] == [f"inner.transformer.h.{k}.{part}" for k in (0, 1) for part in ("attn", "mlp")]
+    assert "(embedding)" in groups
+
+
+def test_an_alert_that_raises_leaves_nothing_behind() -> None:
+    model = small("vanilla", n_embd=64)
+    optimizer = adam(model)
+    with pytest.raises(AlertRaised, match="JD102") as caught, jacdiag.watch(
+        model, optimizer, on_alert="raise", quiet=True
+    ) as w:
+        loss, norm = plain_step(model, optimizer, 1)
+        w.step(loss, grad_norm=norm)
+    assert caught.value.alert.step == 0
+    assert not model._forward_pre_hooks and not optimizer._optimizer_step_pre_hooks
