@@ -16,6 +16,7 @@ from torch import nn
 
 import jacdiag
 from jacdiag.errors import MeasureError, TraceError, UsageError, one_line
+from jacdiag.measure.contract import contract_of, decayed_by
 from jacdiag.measure.figures import std_of
 from jacdiag.measure.network import GradientProfile, end_to_end, gradient_profile, network_record, verify_replay
 from jacdiag.measure.norms import Effort
@@ -33,7 +34,7 @@ from jacdiag.report import (
     WeightStats,
 )
 from jacdiag.report.thresholds import Thresholds, load_healthy, load_thresholds
-from jacdiag.rules import decision_points, evaluate
+from jacdiag.rules import checked_contract, decision_points, evaluate
 from jacdiag.sources import Probe, Source, build_probe, load
 from jacdiag.sources.device import pick
 from jacdiag.trace import Declaration, Sublayer, sites
@@ -99,6 +100,9 @@ def audit(
     trust_pickle: bool = False,
     max_products: int = 200,
     declared: Iterable[Declaration] | Mapping[str, Any] = (),
+    contract: Mapping[str, Any] | None = None,
+    optimizer: Any = None,
+    products: bool = True,
     progress: Progress | None = None,
 ) -> AuditReport:
     """Audits a model: the norms of every sub-layer with their intervals, the network's figures, a verdict.
@@ -120,6 +124,9 @@ def audit(
         trust_pickle: allow a pickle that holds more than tensors to run code.
         max_products: budget of products per norm.
         declared: sub-layers that the dataflow does not show, from `jacdiag.declare`.
+        contract: a pinned init contract, role or name pattern -> formula of its std, such as {"W_O": "0.02/sqrt(2*N)"}.
+        optimizer: a torch optimizer, or its parameter groups, of a module that was handed in: who decays is looked at.
+        products: False leaves the Jacobians out, and judges the init contract alone; any size of model.
         progress: told about the work done.
 
     Raises:
@@ -141,7 +148,7 @@ def audit(
     request = _Request(
         loaded, inputs, tokens, input_factory, batch, seq, seed, device, DTYPES[dtype], tol, confidence, decide, state,
         Plan(lr, warmup, clip, beta2), profile, tuple(select), tuple(ignore), limits, max_products,
-        tuple(declarations(declared)), progress,
+        tuple(declarations(declared)), progress, checked_contract(contract), optimizer, products,
     )  # fmt: skip
     with torch.inference_mode(False):
         report = _weights_only(request) if loaded.model is None else _Audit(request).run()
@@ -172,6 +179,9 @@ class _Request:
     max_products: int
     declared: tuple[Declaration, ...]
     progress: Progress | None
+    contract: dict[str, str]
+    optimizer: Any
+    products: bool
 
 
 class _Audit:
@@ -202,7 +212,7 @@ class _Audit:
         checks |= {"culprit": self.sites.culprit} if self.sites.culprit else {}
         records: list[SublayerRecord] = []
         network: NetworkRecord | None = None
-        if self.sites.deterministic:  # else nothing is spent on products
+        if self.sites.deterministic and self.request.products:  # else nothing is spent on products
             records, network = self._measure(probe, checks)
         return self._report(probe, records, network, checks)
 
@@ -307,6 +317,10 @@ class _Audit:
             weights={n: WeightStats(n, list(params[n].shape), std_of(values[n], correction=1)) for n in tables},
             vocabulary=r.source.vocab_size,
         )
+        decayed = None if r.optimizer is None else decayed_by(self.model, r.optimizer)
+        with self._phase("contract"):
+            contract = contract_of(self.sites, self.model, self.layers, model.width or 0, model.vocabulary,
+                                   r.contract, decayed)  # fmt: skip
         off = self.state == "trained" and probe.record.tokens == "random"
         return Report(
             source=r.source.info,
@@ -325,6 +339,7 @@ class _Audit:
             },
             ladder=load_healthy(model.width) if self.state == "init" else [],
             notes=[*self.notes, *probe.notes],
+            contract=contract,
             **_stamp(),
         )  # fmt: skip
 

@@ -5,6 +5,7 @@ from jacdiag.report.schema import (
     SCHEMA_VERSION,
     Condition,
     Conditions,
+    ContractRecord,
     Cost,
     Finding,
     Growth,
@@ -24,6 +25,7 @@ from jacdiag.report.schema import (
     SublayerRecord,
     TokenAt,
     Verdict,
+    WeightRecord,
     WeightStats,
 )
 
@@ -32,6 +34,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "Condition",
     "Conditions",
+    "ContractRecord",
     "Cost",
     "Finding",
     "Growth",
@@ -51,5 +54,6 @@ __all__ = [
     "SublayerRecord",
     "TokenAt",
     "Verdict",
+    "WeightRecord",
     "WeightStats",
 ]
