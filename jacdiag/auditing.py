@@ -73,7 +73,7 @@ class AuditReport(Report):
 
 
 def audit(
-    source: str | nn.Module,
+    source: str | nn.Module | Source,
     inputs: Any = None,
     *,
     model: str | None = None,
@@ -109,7 +109,7 @@ def audit(
 
     Args:
         source: a SOURCE string (checkpoint file, Hugging Face folder, "package.module:callable", "file.py:callable",
-            "hf:CONFIG"), or a module.
+            "hf:CONFIG"), a module, or what `jacdiag.sources.load` returned.
         inputs: the probe for a module: token ids (B, T), a tuple of arguments, or a dict of keyword arguments. Random
             token ids if not given.
         model, model_args: the factory that builds the module of a bare state dict, and its keyword arguments.
@@ -143,7 +143,7 @@ def audit(
         raise UsageError("unknown dtype", got=str(dtype), hint=f"one of {', '.join(DTYPES)}")
     limits = load_thresholds(thresholds)
     pick(device)  # refused before a large file is read
-    loaded = Source.of_module(source) if isinstance(source, nn.Module) else load(
+    loaded = Source.of_module(source) if isinstance(source, nn.Module) else source if isinstance(source, Source) else load(
         source, model=model, model_args=model_args, trust_pickle=trust_pickle, seed=seed)  # fmt: skip
     request = _Request(
         loaded, inputs, tokens, input_factory, batch, seq, seed, device, DTYPES[dtype], tol, confidence, decide, state,

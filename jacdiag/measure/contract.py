@@ -16,9 +16,8 @@ from jacdiag.trace.uses import Use, pattern, tied_to_head, uses_of
 
 TABLES = ("embedding", "positions")
 _FROM_CONFIG = {  # variable -> what configs call it
-    "initializer_range": ("initializer_range",),
+    "initializer_range": ("initializer_range", "init_std"),
     "initializer_factor": ("initializer_factor",),
-    "init_std": ("init_std",),
     "H": ("num_attention_heads", "n_head", "num_heads", "n_heads"),
     "d_head": ("head_dim", "d_kv"),
 }

@@ -274,6 +274,32 @@ class ContractRecord(Record):
 
 
 @dataclass(frozen=True)
+class FiguresRecord(Record):
+    """Figures of a model over seeds, each with its sampling interval: what a baseline keeps, and is compared with.
+
+    Attributes:
+        model, parameters, layers, width: of what.
+        seeds: how many different initialisations were measured.
+        spread: relative std of a sub-layer's figure from seed to seed, pooled over sub-layers; None for one seed.
+        sublayers: name -> figure -> [lower, median, upper]: between these a figure lies for another seed.
+        weights: name -> {"role", "family", "std", "lower", "upper", "value"}; `value` that of a constant.
+    """
+
+    model: str
+    parameters: int
+    layers: int
+    width: int | None
+    seeds: int
+    spread: float | None = None
+    sublayers: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    weights: dict[str, dict[str, Any]] = field(default_factory=dict)
+    created: str = ""
+    jacdiag: str = ""
+    command: str = ""
+    schema_version: int = SCHEMA_VERSION
+
+
+@dataclass(frozen=True)
 class ProbeRecord(Record):
     """The probe input. `tokens` says where the token ids come from ("random", a file name, "text", "inputs")."""
 
@@ -360,6 +386,8 @@ class Report(Record):
     ladder: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     contract: ContractRecord | None = None
+    figures: FiguresRecord | None = None
+    baseline: FiguresRecord | None = None
     created: str = ""
     torch: str = ""
     jacdiag: str = ""

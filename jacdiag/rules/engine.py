@@ -11,12 +11,12 @@ from typing import Any
 from jacdiag.errors import UsageError
 from jacdiag.report import Conditions, Finding, Report, RuleResult, Status, Verdict
 from jacdiag.report.thresholds import CUTS, Thresholds
-from jacdiag.rules import conditions, init_contract, measurement
+from jacdiag.rules import conditions, init_contract, measurement, regression
 from jacdiag.rules.compare import overall
 from jacdiag.rules.profile import profile_of
 from jacdiag.rules.rule import Context, Outcome, Rule
 
-RULES: tuple[Rule, ...] = (*conditions.RULES, *init_contract.RULES, *measurement.RULES)
+RULES: tuple[Rule, ...] = (*conditions.RULES, *regression.RULES, *init_contract.RULES, *measurement.RULES)
 _CODES = tuple(rule.code for rule in RULES)
 
 

@@ -23,7 +23,7 @@ OUTSIDE = ("embedding", "positions", "head", "projection", "router")
 VECTORS = ("norm_gain", "scale", "bias")
 ROLES = (*MATRICES, *OUTSIDE, *VECTORS)
 VARIABLES = frozenset({"N", "d", "V", "H", "d_head", "fan_in", "fan_out", "l", "initializer_range",
-                       "initializer_factor", "init_std"})  # fmt: skip
+                       "initializer_factor"})  # fmt: skip
 _ENOUGH = 0.6  # share of a model's matrices that must agree before a scheme is called its own
 
 
