@@ -58,14 +58,16 @@ def mutations(subject: Subject, name: str) -> Iterator[Mutation]:
         yield f"std for std^2: {pattern}", partial(rescaled, members, lambda w: float(w.std()))
         rows, columns = subject.model.get_parameter(last).shape
         if name in ("t5", "pytorch", "xavier-fan") and rows != columns and not (name == "t5" and ".q." in pattern):
-            yield f"fan_out for fan_in: {pattern}", partial(rescaled, members, lambda w: math.sqrt(w.shape[1] / w.shape[0]))
+            swap = partial(rescaled, members, lambda w: math.sqrt(w.shape[1] / w.shape[0]))
+            yield f"fan_out for fan_in: {pattern}", swap
         if depth and re.search(r"c_proj|o_proj|down_proj", pattern):
             # 2/(N sqrt d) is not s/sqrt(2N): what is dropped there is the whole of it
             factor = math.sqrt(2 * layers) if name != "neox" else math.sqrt(2 / 320) / (2 / (4 * 8))
             yield f"depth scaling dropped: {pattern}", partial(rescaled, members, lambda w, f=factor: f)
             yield f"one layer missed: {members[1]}", partial(rescaled, [members[1]], lambda w, f=factor: f)
             yield f"depth scaling twice: {pattern}", partial(rescaled, members, lambda w: 1 / math.sqrt(2 * layers))
-    table = {"t5": "shared.weight", "torchtitan-depth": "model.embed_tokens.weight", "pytorch": "model.embed_tokens.weight"}
+    llama = "model.embed_tokens.weight"
+    table = {"t5": "shared.weight", "torchtitan-depth": llama, "pytorch": llama}
     if name in table:
         yield "embedding std 1 to 0.02", partial(rescaled, [table[name]], lambda w: 0.02)
 
@@ -101,7 +103,8 @@ def main() -> None:
             if meant != said:
                 misses.append({"model": label, "mutation": what, "not_found": sorted(meant - said)[:4],
                                "blamed_wrongly": sorted(said - meant)[:4]})  # fmt: skip
-        print(f"{label:28s} {alarms[label]:2d} of {options.seeds} seeds alarmed, {count:3d} mutants  {names[label]}", flush=True)
+        print(f"{label:28s} {alarms[label]:2d} of {options.seeds} seeds alarmed, {count:3d} mutants  {names[label]}",
+              flush=True)  # fmt: skip
     result = {"mutants": total, "found": found, "blamed_wrongly": wrong, "seeds": options.seeds, "alarms": alarms,
               "named": names, "misses": misses}  # fmt: skip
     options.out.parent.mkdir(exist_ok=True)

@@ -143,8 +143,9 @@ def audit(
         raise UsageError("unknown dtype", got=str(dtype), hint=f"one of {', '.join(DTYPES)}")
     limits = load_thresholds(thresholds)
     pick(device)  # refused before a large file is read
-    loaded = Source.of_module(source) if isinstance(source, nn.Module) else source if isinstance(source, Source) else load(
-        source, model=model, model_args=model_args, trust_pickle=trust_pickle, seed=seed)  # fmt: skip
+    if isinstance(source, str):
+        source = load(source, model=model, model_args=model_args, trust_pickle=trust_pickle, seed=seed)
+    loaded = source if isinstance(source, Source) else Source.of_module(source)
     request = _Request(
         loaded, inputs, tokens, input_factory, batch, seq, seed, device, DTYPES[dtype], tol, confidence, decide, state,
         Plan(lr, warmup, clip, beta2), profile, tuple(select), tuple(ignore), limits, max_products,

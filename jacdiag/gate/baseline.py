@@ -41,7 +41,7 @@ def figures_of(reports: Sequence[Report], margin: float, command: str = "") -> F
         whole = [pairs for pairs in rows.values() if len(pairs) == count]
         spread = _spread(whole)
         spreads += [] if spread is None else [spread]
-        reach = margin if spread is None else math.expm1(_quantile(len(whole) * (count - 1)) * spread * math.sqrt(1 + 1 / count))
+        reach = margin if spread is None else _reach(spread, len(whole), count)
         for name, pairs in rows.items():
             low, high = min(p[0] for p in pairs), max(p[2] for p in pairs)
             middle = statistics.median(p[1] for p in pairs)
@@ -74,8 +74,10 @@ def _spread(rows: Sequence[Sequence[_Ends]]) -> float | None:
     return math.sqrt(sum(squares) / len(squares)) if squares else None
 
 
-def _quantile(freedom: int) -> float:
-    return float(stats.t.isf(_ALPHA, max(freedom, 1)))
+def _reach(spread: float, rows: int, count: int) -> float:
+    """How far above the middle of `count` seeds one more lies at most, relative: Student's t on a log scale."""
+    quantile = float(stats.t.isf(_ALPHA, max(rows * (count - 1), 1)))
+    return math.expm1(min(quantile * spread * math.sqrt(1 + 1 / count), 50.0))
 
 
 def _weights(report: Report) -> dict[str, dict[str, object]]:
@@ -101,11 +103,13 @@ def read_baseline(path: Path) -> FiguresRecord:
             raise SourceError(f"'{path}' is no baseline", got=f"{path.stat().st_size:,} bytes")
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise SourceError(f"no such baseline: '{path}'", hint="the same command with --write-baseline writes it") from None
+        hint = "the same command with --write-baseline writes it"
+        raise SourceError(f"no such baseline: '{path}'", hint=hint) from None
     except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"cannot read the baseline '{path}'", got=str(error)) from error
-    if not isinstance(data, dict) or not isinstance(data.get("sublayers"), dict) or not isinstance(data.get("weights"), dict):
-        raise SourceError(f"'{path}' is no baseline", hint="--write-baseline writes one; a report is compared by `jacdiag diff`")
+    if not isinstance(data, dict) or not all(isinstance(data.get(key), dict) for key in ("sublayers", "weights")):
+        hint = "--write-baseline writes one; a report is compared by `jacdiag diff`"
+        raise SourceError(f"'{path}' is no baseline", hint=hint)
     if data.get("schema_version") != SCHEMA_VERSION:
         raise UsageError(f"the baseline '{path}' has another version", got=repr(data.get("schema_version")),
                          hint="write it again with --write-baseline")  # fmt: skip

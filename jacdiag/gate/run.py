@@ -107,7 +107,7 @@ def gate(
     about = {
         "exit_code": code, "seeds": len(reports), "same_weights": runs.same, "budget_ran_out": runs.short,
         "undecided": undecided, "seconds": time.perf_counter() - runs.started, "fail_on": fail_on,
-        "baseline": str(baseline) if baseline is not None else None, "passed": [r.code for r in told.rules if r.status == "clean"],
+        "baseline": str(baseline) if baseline is not None else None,
     }  # fmt: skip
     settings = {**told.settings, "gate": about, "command": command}
     notes = [*told.notes, *runs.notes]
@@ -131,7 +131,8 @@ def _opener(source: Any, model: str | None, model_args: dict[str, Any] | None, t
         except Exception as error:
             raise SourceError("the function that builds the model raised", got=own_frames(error)) from error
         if not isinstance(made, nn.Module):
-            raise SourceError("the function that builds the model returned no nn.Module", got=f"type {type(made).__name__}")
+            got = f"type {type(made).__name__}"
+            raise SourceError("the function that builds the model returned no nn.Module", got=got)
         found = Source.of_module(made)
         found.info["format"] = "factory"
         return found

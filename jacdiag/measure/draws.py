@@ -5,7 +5,7 @@ the interval for sigma is exact. For the other families the variance of s^2 foll
 
     Var(s^2) = sigma^4 ((k - 1) / n + 2 / (n (n - 1))),
 
-and chi^2 with the degrees of freedom that give this variance takes the place. An orthogonal matrix has no spread at all.
+and chi^2 with the degrees of freedom that give this variance takes its place. An orthogonal matrix has no spread.
 """
 
 from __future__ import annotations

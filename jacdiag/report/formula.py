@@ -17,7 +17,9 @@ from difflib import get_close_matches
 
 from jacdiag.errors import UsageError
 
-FUNCTIONS: dict[str, Callable[..., float]] = {"sqrt": math.sqrt, "log": math.log, "exp": math.exp, "min": min, "max": max}
+FUNCTIONS: dict[str, Callable[..., float]] = {
+    "sqrt": math.sqrt, "log": math.log, "exp": math.exp, "min": min, "max": max,
+}  # fmt: skip
 _TOKEN = re.compile(r"\s*(?:(\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?)|([A-Za-z_]\w*)|(\*\*|[-+*/^(),]))")
 _LONGEST, _DEEPEST = 200, 40
 
@@ -73,7 +75,7 @@ def _value(node: Node, variables: Mapping[str, float]) -> float:
         return float(content)  # type: ignore[arg-type]
     if kind == "name":
         return float(variables[str(content)])
-    values = [_value(part, variables) for part in content]  # type: ignore[union-attr]
+    values = [_value(part, variables) for part in content]  # type: ignore[union-attr,arg-type]
     if kind in FUNCTIONS:
         return float(FUNCTIONS[kind](*values))
     if kind == "neg":

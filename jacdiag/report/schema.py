@@ -221,7 +221,7 @@ class WeightRecord(Record):
 
     Attributes:
         parameter, shape: `pattern` is its name with the layer number as "*".
-        role: embedding, positions, W_Q, W_K, W_V, W_O, W_1, W_gate, W_2, router, head, norm_gain, bias, ...; "" unknown.
+        role: embedding, positions, W_Q, W_K, W_V, W_O, W_1, W_gate, W_2, router, head, norm_gain, bias ...; "" unknown.
         layer, sublayer: None and "" outside all sub-layers.
         fan_in, fan_out: of the linear map that it makes, whichever way it is stored.
         family: normal, truncated, uniform, orthogonal, zero, constant or other.

@@ -102,7 +102,7 @@ DECAYED = Text(
     what="""\
 Given an optimizer or its parameter groups, every parameter is looked up. Biases are an info.""",
     why="""\
-Weight decay shrinks the embedding, and with it the shortcut of the first layer (JD102); gains are pulled from 1 to 0.""",
+Weight decay shrinks the embedding, and with it the shortcut of the first layer (JD102); it pulls gains from 1 to 0.""",
     example="""\
     torch.optim.AdamW(model.parameters(), weight_decay=0.1)""",
     remedy="""\

@@ -1,4 +1,4 @@
-"""JD201 to JD207: how every weight was initialised, against a pinned contract, a published init, and the model itself."""
+"""JD201 to JD207: how every weight was initialised, against a pinned contract, a published init, the model itself."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def _contract(context: Context, rule: Rule) -> ContractRecord | None:
     return contract if contract is not None and context.report.state in rule.states else None
 
 
-def _findings(context: Context, rule: Rule, contract: ContractRecord, found: Iterable[Departure], by: str) -> list[Finding]:
+def _findings(
+    context: Context, rule: Rule, contract: ContractRecord, found: Iterable[Departure], by: str
+) -> list[Finding]:
     """One finding per name pattern: which layers, measured, expected, and what it looks like."""
     groups: dict[str, list[Departure]] = {}
     for one in found:
@@ -83,9 +85,11 @@ def _by_kind(kind: str) -> Callable[[Context, Rule], Outcome]:
         if contract is None:
             return NOT_APPLICABLE
         result = judged(contract)
-        if not result.count or (kind == "published") != result.published and kind in ("published", "own"):
+        elsewhere = kind in ("published", "own") and (kind == "published") != result.published
+        if not result.count or elsewhere:
             return Outcome(0, note=result.note if kind == "own" and not result.published else "")
-        by = f"the published init of {contract.family} expects" if result.published else "the scheme of the rest expects"
+        who = f"the published init of {contract.family}" if result.published else "the scheme of the rest"
+        by = f"{who} expects"
         mine = [d for d in result.found if d.kind == kind or (d.kind == "plain" and kind in ("published", "own"))]
         matched = _matched(kind, contract, result)
         if not matched:
@@ -119,8 +123,8 @@ def _tied(context: Context, rule: Rule) -> Outcome:
         logits = contract.logits_std if contract.logits_std is not None else weight.std * width**0.5
         if logits > limit:
             what = (
-                f"{weight.parameter} has std {plain(weight.std)} and is the head too: logits of std {plain(logits)} at init, "
-                f"so that the first loss is about ln V + {plain(logits**2 / 2)}"
+                f"{weight.parameter} has std {plain(weight.std)} and is the head too: logits of std {plain(logits)} "
+                f"at init, so that the first loss is about ln V + {plain(logits**2 / 2)}"
             )
             evidence = {"parameters": [weight.parameter], "value": logits, "threshold": limit, "std": weight.std}
             fix = "scale the embedding in the forward instead of in its weights, or untie the head"

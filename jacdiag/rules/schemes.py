@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from jacdiag.errors import UsageError
 from jacdiag.report import ContractRecord, WeightRecord
@@ -112,7 +113,8 @@ def catalogue() -> tuple[tuple[Scheme, ...], tuple[Scheme, ...]]:
 def _schemes(data: Mapping[str, Mapping[str, object]]) -> Iterable[Scheme]:
     for name, entry in data.items():
         own = {k: v for k, v in entry.items() if k not in ("title", "source", "families")}
-        yield Scheme(name, str(entry["title"]), str(entry["source"]), formulas_of(own), tuple(entry.get("families", ())))  # type: ignore[arg-type]
+        families: Any = entry.get("families", ())
+        yield Scheme(name, str(entry["title"]), str(entry["source"]), formulas_of(own), tuple(families))
 
 
 def formulas_of(data: Mapping[str, object]) -> dict[str, tuple[Formula, ...]]:
@@ -138,8 +140,8 @@ def checked_contract(pinned: Mapping[str, object] | None) -> dict[str, str]:
     for key, value in (pinned or {}).items():
         if key not in (*ROLES, "matrix") and "." not in key and "*" not in key:
             near = get_close_matches(key, (*ROLES, "matrix"), n=3, cutoff=0.0)
-            raise UsageError(f"an init contract has no role '{key}'",
-                             hint=f"closest: {', '.join(near)}; or a name pattern such as 'h.*.mlp.c_proj.weight'")  # fmt: skip
+            hint = f"closest: {', '.join(near)}; or a name pattern such as 'h.*.mlp.c_proj.weight'"
+            raise UsageError(f"an init contract has no role '{key}'", hint=hint)
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise UsageError(f"'{key}' of the init contract takes a formula", got=repr(value),
                              hint='for example "0.02/sqrt(2*N)"')  # fmt: skip

@@ -141,7 +141,7 @@ class _Branch:
     def _fans(self, node: int) -> tuple[int | None, int | None]:
         """Features that go in and come out: the last dimension, or that of the channels for a convolution."""
         record = self.graph.nodes[node]
-        live = [v for v in self.graph.float_inputs(node)]
+        live = list(self.graph.float_inputs(node))
         made = [self.graph.values[v] for v in record.outputs]
         dim = 1 if record.name.startswith("conv") else -1
         if record.terms is not None:  # addmm: its product's own operand, not what is added
