@@ -1,6 +1,6 @@
 """The `jacdiag` command: its group, and how everything that can go wrong becomes a message and an exit code.
 
-Exit codes: 0 clean, 1 findings at or above --fail-on, 2 cannot run, 130 after Ctrl-C; 70 is a bug in jacdiag.
+Exit codes: 0 clean, 1 findings at or above --fail-on, 3 (gate) undecided, 2 cannot run, 130 after Ctrl-C; 70 is a bug in jacdiag.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import jacdiag
 from jacdiag.errors import JacdiagError
 from jacdiag_cli.audit import audit
 from jacdiag_cli.explain import explain
+from jacdiag_cli.gate import gate
 from jacdiag_cli.output import Invocation, complain, forgive_streams, stop_writing
 from jacdiag_cli.rules import rules
 from jacdiag_cli.sites import sites
@@ -39,7 +40,7 @@ def cli() -> None:
     """
 
 
-for _command in (audit, sites, rules, explain):
+for _command in (audit, gate, sites, rules, explain):
     cli.add_command(_command)
 
 

@@ -16,7 +16,7 @@ from jacdiag.gate.baseline import check_comparable, figures_of, read_baseline
 from jacdiag.gate.locate import located
 from jacdiag.report import LEVELS, FiguresRecord, Finding, Report, RuleResult, Verdict
 from jacdiag.report.thresholds import load_thresholds
-from jacdiag.rules import evaluate
+from jacdiag.rules import evaluate, selected
 from jacdiag.sources import Source, load
 from jacdiag.sources.factory import own_frames, seeded
 
@@ -87,6 +87,8 @@ def gate(
         raise UsageError("unknown level", got=fail_on, hint=f"one of {', '.join((*LEVELS, 'never'))}")
     before = read_baseline(Path(baseline)) if baseline is not None else None
     select, ignore = tuple(select), tuple(ignore)
+    if all(rule.code.startswith("JD2") for rule in selected(select, ignore)):  # nothing that is selected asks for norms
+        options["products"] = False
     runs = _Runs(
         _opener(source, model, model_args, trust_pickle), inputs, budget,
         {**options, "profile": profile, "select": select, "ignore": ignore, "thresholds": thresholds,
