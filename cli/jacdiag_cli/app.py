@@ -1,6 +1,7 @@
 """The `jacdiag` command: its group, and how everything that can go wrong becomes a message and an exit code.
 
-Exit codes: 0 clean, 1 findings at or above --fail-on, 3 (gate) undecided, 2 cannot run, 130 after Ctrl-C; 70 is a bug in jacdiag.
+Exit codes: 0 clean, 1 findings at or above --fail-on, 3 (gate) undecided, 2 cannot run, 130 after Ctrl-C; 70 is a bug
+in jacdiag.
 """
 
 from __future__ import annotations

@@ -161,11 +161,11 @@ OUTPUT = [
 
 
 GATE = [
-    click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Fresh initialisations to see."),
+    click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="How many initialisations."),
     click.option("--budget", type=Number(**_ABOVE_0), metavar="SECONDS", help="Stop, undecided, after this time."),
     click.option("--baseline", metavar="FILE", help="Recorded figures to compare with."),
     click.option("--write-baseline", is_flag=True, help="Write the baseline instead of comparing with it."),
-    click.option("--contract-only", is_flag=True, help="The init contract alone, tensor by tensor; no Jacobians."),
+    click.option("--contract-only", is_flag=True, help="The init contract alone, tensor by tensor."),
 ]
 DECIDING = click.option("--decide/--no-decide", default=True, show_default=True,
                         help="Stop each sub-layer as soon as its rules are decided; never with a baseline.")  # fmt: skip

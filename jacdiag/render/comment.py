@@ -45,6 +45,8 @@ def _changes(report: Report) -> str:
     if not changes:
         return ""
     rows = ["| changed | figure | old | new |", "|:---|:---|---:|---:|"]
-    rows += [f"| {_safe(str(c['where']))} | {c['field']} | {three(c['old'])} | {three(c['new'])} |" for c in changes[:_ROWS]]
+    rows += [
+        f"| {_safe(str(c['where']))} | {c['field']} | {three(c['old'])} | {three(c['new'])} |" for c in changes[:_ROWS]
+    ]
     rows += [f"| *{len(changes) - _ROWS} more* | | | |"] if len(changes) > _ROWS else []
     return "\n".join(rows)

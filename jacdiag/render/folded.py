@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from jacdiag.render.words import legible
 from jacdiag.report import LEVELS, Finding, Level, Report
@@ -56,7 +57,8 @@ def notes(report: Report) -> list[Note]:
 
 def _note(code: str, name: str, found: list[Finding]) -> Note:
     loud = sorted(found, key=lambda f: -LEVELS.index(f.level))
-    place = next((f.evidence["location"] for f in loud if isinstance(f.evidence.get("location"), dict)), {})
+    places = [f.evidence.get("location") for f in loud]
+    place: dict[str, Any] = next((p for p in places if isinstance(p, dict)), {})
     fix = next((f.fix for f in loud if f.fix), "")
     about = dict.fromkeys(n for f in loud for n in (*f.evidence.get("parameters", ()), *f.where))
     return Note(

@@ -14,7 +14,7 @@ def render(report: Report) -> str:
 
     Example:
         >>> print(render(report))                                 # doctest: +SKIP
-        ✗ JD203 depth-scaling    h.*.mlp.c_proj (12 of 12): std 0.0200, the scheme of the rest expects ...   model.py:118
+        ✗ JD203 depth-scaling    h.*.mlp.c_proj (12 of 12): std 0.0200, the scheme of the rest ...   model.py:118
         ✓ 11 rules clean, 2 not applicable
         gate: FAIL in 31 s
     """

@@ -23,8 +23,8 @@ def render(report: Report) -> str:
               "errors": sum(r.status == "unknown" for r in report.rules),
               "skipped": sum(r.status == "not-applicable" for r in report.rules)}  # fmt: skip
     shared = {key: str(value) for key, value in counts.items()}
-    root = ElementTree.Element("testsuites", name="jacdiag", time=seconds, **shared)
-    suite = ElementTree.SubElement(root, "testsuite", name=_clean(source_name(report)), time=seconds, **shared)
+    root = ElementTree.Element("testsuites", {"name": "jacdiag", "time": seconds, **shared})
+    suite = ElementTree.SubElement(root, "testsuite", {"name": _clean(source_name(report)), "time": seconds, **shared})
     for rule in report.rules:
         case = ElementTree.SubElement(suite, "testcase", classname="jacdiag", name=f"{rule.code} {rule.name}", time="0")
         note = found.get(rule.code)

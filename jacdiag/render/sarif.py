@@ -1,4 +1,4 @@
-"""SARIF 2.1.0 (OASIS), for code scanning: a result per rule that found something, each with a place and fingerprints."""
+"""SARIF 2.1.0 (OASIS), for code scanning: a result per rule that found something, with its place and a fingerprint."""
 
 from __future__ import annotations
 

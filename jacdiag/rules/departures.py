@@ -142,7 +142,7 @@ def layers_that_differ(contract: ContractRecord) -> tuple[int, list[Departure]]:
         course = max(_courses(group), key=lambda c: sum(_on(w, c) for w in group))
         off = [w for w in group if not _on(w, course)]
         if off and len(off) * 3 <= len(group):
-            text = "the std of the other layers" if course[1] == 0 else f"their course (l + 1)^{course[1]:.2g} over depth"
+            text = f"the others' course over depth, (l + 1)^{course[1]:.2g}" if course[1] else "the std of the others"
             found += [Departure(w, _at(w, course), text, "layers", "", len(group)) for w in off]
     return sum(map(len, several)), found
 
