@@ -97,7 +97,7 @@ def gate(
     )  # fmt: skip
     reports = runs.all(range(seed, seed + max(1, seeds)))
     limits = load_thresholds(thresholds)
-    figures = figures_of(reports, limits.limits("regression").error or 0.35, command)
+    figures = figures_of(reports, limits.limits("regression").warning or 0.0, command)
     if before is not None and baseline is not None:
         check_comparable(Path(baseline), figures, before)
     first = replace(reports[0], figures=figures, baseline=before)
