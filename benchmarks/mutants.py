@@ -9,13 +9,16 @@ import argparse
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from _families import CONFIGS, RECIPES, SCHEMES, Subject, family, recipe, written
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks._families import CONFIGS, RECIPES, SCHEMES, Subject, family, recipe, written
 
 import jacdiag
 
