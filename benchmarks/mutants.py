@@ -18,9 +18,8 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks._families import CONFIGS, RECIPES, SCHEMES, Subject, family, recipe, written
-
 import jacdiag
+from benchmarks._families import CONFIGS, RECIPES, SCHEMES, Subject, family, recipe, written
 
 Mutation = tuple[str, Callable[[Subject], set[str]]]
 CODES = ("JD202", "JD203", "JD204", "JD205")

@@ -168,7 +168,7 @@ GATE = [
     click.option("--contract-only", is_flag=True, help="The init contract alone, tensor by tensor."),
 ]
 DECIDING = click.option("--decide/--no-decide", default=True, show_default=True,
-                        help="Stop each sub-layer as soon as its rules are decided; never with a baseline.")  # fmt: skip
+                        help="Stop each sub-layer as soon as its rules are decided (without a baseline).")  # fmt: skip
 
 
 def add(*groups: list[Callable[[F], F]]) -> Callable[[F], F]:

@@ -70,13 +70,13 @@ def _check(context: Context, rule: Rule) -> Outcome:
         return NOT_APPLICABLE
     count = len(now.sublayers.keys() & before.sublayers.keys()) + len(now.weights.keys() & before.weights.keys())
     findings = []
+    for role, group in _by_role(now, weight_changes(now, before)).items():  # the cause before its effects
+        findings.append(_finding(context, rule, group, f"weights ({role})" if role else "weights"))
     worse = sublayer_changes(now, before)
     for figure in FIGURES:
         group = [c for c in worse if c.figure == figure]
         if group:
             findings.append(_finding(context, rule, group, "sub-layers"))
-    for role, group in _by_role(now, weight_changes(now, before)).items():
-        findings.append(_finding(context, rule, group, f"weights ({role})" if role else "weights"))
     gone = [n for n in (*before.sublayers, *before.weights) if n not in now.sublayers and n not in now.weights]
     added = [n for n in (*now.sublayers, *now.weights) if n not in before.sublayers and n not in before.weights]
     note = ""

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks._families import CONFIGS, RECIPES, SCHEMES, Subject, family, recipe, written
-from benchmarks.mutants import blamed, groups, judged, mutations
 
 import jacdiag
+from benchmarks._families import CONFIGS, RECIPES, SCHEMES, Subject, family, recipe, written
+from benchmarks.mutants import blamed, groups, judged, mutations
 from jacdiag.errors import UsageError
 from jacdiag.report import Finding
 from jacdiag.rules import checked_contract

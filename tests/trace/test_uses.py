@@ -6,10 +6,10 @@ import re
 
 import pytest
 import torch
-from benchmarks._families import CONFIGS, family, recipe
 from torch import nn
 
 import jacdiag
+from benchmarks._families import CONFIGS, family, recipe
 from jacdiag.trace.uses import pattern, tied_to_head, uses_of
 
 # Names in transformers -> the role that they say.
