@@ -20,6 +20,7 @@ from torch import nn
 
 import jacdiag
 from jacdiag.errors import MeasureError, TraceError, UsageError, one_line
+from jacdiag.measure.contract import contract_of, decayed_by
 from jacdiag.measure.figures import std_of
 from jacdiag.measure.network import end_to_end, gradient_profile, network_record, verify_replay
 from jacdiag.measure.norms import Effort
@@ -38,7 +39,7 @@ from jacdiag.report import (
     WeightStats,
 )
 from jacdiag.report.thresholds import Thresholds, load_healthy, load_thresholds
-from jacdiag.rules import decision_points, evaluate
+from jacdiag.rules import checked_contract, decision_points, evaluate
 from jacdiag.sources import Probe, Source, build_probe, load
 from jacdiag.sources.device import current, pick
 from jacdiag.trace import Declaration, Sublayer, sites
@@ -78,7 +79,7 @@ class AuditReport(Report):
 
 
 def audit(
-    source: str | nn.Module,
+    source: str | nn.Module | Source,
     inputs: Any = None,
     *,
     model: str | None = None,
@@ -105,6 +106,9 @@ def audit(
     trust_pickle: bool = False,
     max_products: int = 200,
     declared: Iterable[Declaration] | Mapping[str, Any] = (),
+    contract: Mapping[str, Any] | None = None,
+    optimizer: Any = None,
+    products: bool = True,
     progress: Progress | None = None,
     ranks: Ranks | bool = False,
 ) -> AuditReport:
@@ -112,7 +116,7 @@ def audit(
 
     Args:
         source: a SOURCE string (checkpoint file, Hugging Face folder, "package.module:callable", "file.py:callable",
-            "hf:CONFIG"), or a module.
+            "hf:CONFIG"), a module, or what `jacdiag.sources.load` returned.
         inputs: the probe for a module: token ids (B, T), a tuple of arguments, or a dict of keyword arguments. Random
             token ids if not given.
         model, model_args: the factory that builds the module of a bare state dict, and its keyword arguments.
@@ -127,6 +131,9 @@ def audit(
         trust_pickle: allow a pickle that holds more than tensors to run code.
         max_products: budget of products per norm.
         declared: sub-layers that the dataflow does not show, from `jacdiag.declare`.
+        contract: a pinned init contract, role or name pattern -> formula of its std, such as {"W_O": "0.02/sqrt(2*N)"}.
+        optimizer: a torch optimizer, or its parameter groups, of a module that was handed in: who decays is looked at.
+        products: False leaves the Jacobians out, and judges the init contract alone; any size of model.
         progress: told about the work done.
         ranks: share the work with the other processes that torchrun started; each must call this, with the same
             arguments, and each gets the whole report. Never done unasked: a training loop may audit on one rank only.
@@ -145,12 +152,13 @@ def audit(
         raise UsageError("unknown dtype", got=str(dtype), hint=f"one of {', '.join(DTYPES)}")
     limits = load_thresholds(thresholds)
     with enlisted(ranks) as crew, torch.inference_mode(False), current(pick(device := crew.device(device))):
-        loaded = Source.of_module(source) if isinstance(source, nn.Module) else load(
-            source, model=model, model_args=model_args, trust_pickle=trust_pickle, seed=seed)  # fmt: skip
+        if isinstance(source, str):
+            source = load(source, model=model, model_args=model_args, trust_pickle=trust_pickle, seed=seed)
+        loaded = source if isinstance(source, Source) else Source.of_module(source)
         request = _Request(
             loaded, inputs, tokens, input_factory, batch, seq, seed, device, DTYPES[dtype], tol, confidence, decide,
             state, Plan(lr, warmup, clip, beta2), profile, tuple(select), tuple(ignore), limits, max_products,
-            tuple(declarations(declared)), progress, crew,
+            tuple(declarations(declared)), progress, crew, checked_contract(contract), optimizer, products,
         )  # fmt: skip
         report = _weights_only(request) if loaded.model is None else _Audit(request).run()
     report = evaluate(report, thresholds=limits, profile=profile, select=request.select, ignore=request.ignore)
@@ -181,10 +189,13 @@ class _Request:
     declared: tuple[Declaration, ...]
     progress: Progress | None
     ranks: Ranks
+    contract: dict[str, str]
+    optimizer: Any
+    products: bool
 
     def options(self) -> dict[str, Any]:
         """What must be the same on every rank, beside the model and the probe."""
-        its_own = ("source", "inputs", "tokens", "input_factory", "device", "progress", "ranks")
+        its_own = ("source", "inputs", "tokens", "input_factory", "device", "progress", "ranks", "optimizer")
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in its_own}
 
 
@@ -227,7 +238,7 @@ class _Audit:
         checks |= {"culprit": self.sites.culprit} if self.sites.culprit else {}
         self.request.ranks.agree(lambda: self._fingerprint(probe))
         found, network = Share(), None
-        if self.sites.deterministic:  # else nothing is spent on products
+        if self.sites.deterministic and self.request.products:  # else nothing is spent on products
             found = self._measure(probe, checks)
             network = self._network(found)
         return self._report(probe, found, network, checks)
@@ -363,6 +374,10 @@ class _Audit:
             weights={n: WeightStats(n, list(params[n].shape), std_of(values[n], correction=1)) for n in tables},
             vocabulary=r.source.vocab_size,
         )
+        decayed = None if r.optimizer is None else decayed_by(self.model, r.optimizer)
+        with self._phase("contract"):
+            contract = contract_of(self.sites, self.model, self.layers, model.width or 0, model.vocabulary,
+                                   r.contract, decayed)  # fmt: skip
         off = self.state == "trained" and probe.record.tokens == "random"
         return Report(
             source=r.source.info,
@@ -382,6 +397,7 @@ class _Audit:
             },
             ladder=load_healthy(model.width) if self.state == "init" else [],
             notes=[*self.notes, *probe.notes],
+            contract=contract,
             **_stamp(),
         )  # fmt: skip
 

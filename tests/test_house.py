@@ -32,10 +32,10 @@ FLOORS = {
     "remedies": 6,
     "render": 6,
     "auditing": 7,
-    "gate": 7,
     "watching": 7,
-    "testing": 7,
-    "jacdiag_cli": 8,
+    "gate": 8,
+    "testing": 9,
+    "jacdiag_cli": 9,
 }
 # These are not at once: a sub-layer asks which dimensions are independent when it is first asked, not when imported.
 EXEMPT = {("jacdiag/trace/sublayer.py", "spectra")}
@@ -54,7 +54,13 @@ COMMANDS = {
         "--model", "--model-args", "--trust-pickle", "--tokens", "--inputs", "--batch", "--seq", "--seed", "--device",
         "--dtype", "--tol", "--confidence", "--decide", "--no-decide", "--max-products", "--state", "--lr", "--warmup",
         "--clip", "--beta2", "--profile", "--select", "--ignore", "--fail-on", "--format", "--json", "--plot", "--all",
-        "--sort", "--replay",
+        "--sort", "--replay", "--contract",
+    },
+    "gate": {
+        "--model", "--model-args", "--trust-pickle", "--tokens", "--inputs", "--batch", "--seq", "--seed", "--device",
+        "--dtype", "--tol", "--confidence", "--decide", "--no-decide", "--max-products", "--state", "--lr", "--warmup",
+        "--clip", "--beta2", "--profile", "--select", "--ignore", "--fail-on", "--format", "--json", "--plot", "--all",
+        "--sort", "--contract", "--seeds", "--budget", "--baseline", "--write-baseline", "--contract-only",
     },
     "sites": {
         "--model", "--model-args", "--trust-pickle", "--tokens", "--inputs", "--batch", "--seq", "--seed", "--device",
@@ -73,6 +79,7 @@ PUBLIC = ["JacdiagError", "Report", "__version__", "audit", "declare", "sites", 
 JSON_KEYS = {
     "schema_version", "jacdiag", "torch", "created", "source", "tier", "state", "probe", "plan", "conditions",
     "verdict", "model", "sublayers", "network", "findings", "rules", "cost", "settings", "ladder", "notes",
+    "contract", "figures", "baseline",
 }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """The `jacdiag` command: its group, and how everything that can go wrong becomes a message and an exit code.
 
-Exit codes: 0 clean, 1 findings at or above --fail-on, 2 cannot run, 130 after Ctrl-C; 70 is a bug in jacdiag.
-Several ranks under torchrun end with one code: that of rank 0, or of the rank that failed (2, or 130 after Ctrl-C).
+Exit codes: 0 clean, 1 findings at or above --fail-on, 3 (gate) undecided, 2 cannot run, 130 after Ctrl-C; 70 is a bug
+in jacdiag. Several ranks under torchrun end with one code: that of rank 0, or of the rank that failed (2, or 130).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from jacdiag.errors import JacdiagError, RankError, Stopped
 from jacdiag_cli.audit import audit
 from jacdiag_cli.crew import calm, enrolled, quiet
 from jacdiag_cli.explain import explain
+from jacdiag_cli.gate import gate
 from jacdiag_cli.live import live
 from jacdiag_cli.output import Invocation, complain, forgive_streams, say, stop_writing
 from jacdiag_cli.plot import plot
@@ -46,7 +47,7 @@ def cli() -> None:
     """
 
 
-for _command in (audit, sites, rules, explain, live, plot):
+for _command in (audit, gate, sites, rules, explain, live, plot):
     cli.add_command(_command)
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import shlex
 import sys
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,9 +44,10 @@ def audit(invocation: Invocation, source: str, **given: Any) -> int:
       jacdiag audit weights.safetensors --model build.py:model --tokens text.txt
       torchrun --nproc-per-node 2 -m jacdiag_cli audit checkpoint.pt      (shared out over processes)
     """
-    files = _files(source, given["json_file"], given["plot_file"]) if invocation.heard else {}
+    files = output_files(source, given["json_file"], given["plot_file"]) if invocation.heard else {}
     profile = resolve_profile(click.get_current_context(), current())
-    _check_rules(profile)
+    check_rules(profile)
+    warn_of_trust(given["trust_pickle"])
     with guest_talk(), bar("reading the model", invocation.heed) as progress:
         from jacdiag.auditing import audit as run
 
@@ -56,10 +58,11 @@ def audit(invocation: Invocation, source: str, **given: Any) -> int:
             inputs=_kept_batch(given["replay"]),
             input_factory=given["inputs"],
             profile=profile.levels,  # type: ignore[arg-type]
-            select=_flat(profile.select),
-            ignore=_flat(profile.ignore),
+            select=flat(profile.select),
+            ignore=flat(profile.ignore),
             thresholds=profile.thresholds or None,
             declared=current().sites or (),
+            contract=contract_given(given["contract"]),
             progress=progress,
             ranks=invocation.team or False,
         )
@@ -67,7 +70,7 @@ def audit(invocation: Invocation, source: str, **given: Any) -> int:
     command = shlex.join(["jacdiag", *invocation.args])
     told = dataclasses.replace(report, settings={**report.settings, "command": command})
     if invocation.heard:
-        _write(told, files)
+        write_files(told, files)
         _show(told, given["output_format"], given["all_rows"], given["sort"])
     return _exit_code(told, profile.fail_on)
 
@@ -83,11 +86,11 @@ def _kept_batch(folder: str | None) -> Any:
     return read_batch(folder, context.params["batch"] if given else None)
 
 
-def _flat(groups: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
+def flat(groups: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
     return tuple(code for group in groups for code in group)
 
 
-def _check_rules(profile: Profile) -> None:
+def check_rules(profile: Profile) -> None:
     """Refuses levels and thresholds without meaning here, rather than when everything has been measured."""
     from jacdiag.report.thresholds import load_thresholds
     from jacdiag.rules import RULES
@@ -97,7 +100,7 @@ def _check_rules(profile: Profile) -> None:
     load_thresholds(profile.thresholds)
 
 
-def _files(source: str, json_file: str | None, plot_file: str | None) -> dict[str, Path]:
+def output_files(source: str, json_file: str | None, plot_file: str | None) -> dict[str, Path]:
     """The files to write, refused here rather than after minutes of work."""
     files = {kind: Path(name) for kind, name in (("json", json_file), ("plot", plot_file)) if name is not None}
     if not files:
@@ -124,7 +127,7 @@ def _same(one: Path, other: Path) -> bool:
     return False
 
 
-def _write(report: Report, files: dict[str, Path]) -> None:
+def write_files(report: Report, files: dict[str, Path]) -> None:
     if "json" in files:
         from jacdiag.render.files import write_atomic
 
@@ -148,15 +151,51 @@ def _show(report: Report, output_format: str, all_rows: bool, sort: str) -> None
             print_report(report, terminal, all_rows=all_rows, sort=sort)
         emit(held.get())
         return
-    if output_format == "json":
-        emit(report.to_json() + "\n")
-    else:
+    if output_format == "markdown":
         from jacdiag.render.markdown import render
 
         emit(render(report, all_rows=all_rows, sort=sort))
+    else:
+        emit(machine_text(report, output_format))
     from jacdiag.render.words import headline
 
     say(f"{report.verdict}: {headline(report)}")
+
+
+def machine_text(report: Report, output_format: str) -> str:
+    """A report in one of the formats that machines read."""
+    from importlib import import_module
+
+    if output_format == "json":
+        return report.to_json() + "\n"
+    text: str = import_module(f"jacdiag.render.{output_format}").render(report)
+    return text
+
+
+def warn_of_trust(trusted: bool) -> None:
+    """Says aloud that the file's own code may run."""
+    if trusted:
+        say("warning: --trust-pickle: code in the file may run, with all your rights")
+
+
+def contract_given(path: str | None) -> dict[str, Any] | None:
+    """The pinned contract: that of --contract, else the one in the configuration.
+
+    Raises:
+        UsageError: the file cannot be read, is no TOML, or holds no contract.
+    """
+    from jacdiag.rules import checked_contract
+
+    if path is None:
+        return checked_contract(current().contract) or None
+    try:
+        data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"cannot read the contract '{path}'", got=str(error)) from error
+    table = data.get("contract", data)
+    if not isinstance(table, dict) or not table:
+        raise UsageError(f"'{path}' holds no contract", hint='for example: W_O = "0.02/sqrt(2*N)"')
+    return checked_contract(table)
 
 
 def _exit_code(report: Report, fail_on: str) -> int:

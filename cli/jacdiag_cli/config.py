@@ -16,9 +16,10 @@ from jacdiag_cli.options import JsonObject
 
 BUILT_IN = ("default", "paper")
 PROFILE_KEYS = ("levels", "thresholds", "select", "ignore", "fail-on")
-TABLES = ("thresholds", "profiles", "sites")
+TABLES = ("thresholds", "profiles", "sites", "contract")
+SWITCHES = ("allow-trust-pickle",)  # for what `gate` refuses in CI otherwise
 FROM_COMMAND_LINE_ONLY = ("trust-pickle",)  # a file in somebody's repository must not switch a safeguard off
-_FILES = ("tokens", "json", "plot")
+_FILES = ("tokens", "json", "plot", "baseline", "contract")
 _FACTORIES = ("model", "inputs")
 
 
@@ -31,6 +32,8 @@ class Config:
     thresholds: dict[str, Any] = field(default_factory=dict)
     profiles: dict[str, dict[str, Any]] = field(default_factory=dict)
     sites: dict[str, Any] = field(default_factory=dict)
+    contract: dict[str, Any] = field(default_factory=dict)
+    allow_trust_pickle: bool = False
 
 
 def load(start: Path, known: list[str]) -> Config:
@@ -76,15 +79,18 @@ def _checked(path: Path, settings: Mapping[str, Any], known: list[str]) -> Confi
         if name in TABLES:
             if not isinstance(value, dict):
                 raise UsageError(f"'{name}' in {path} must be a table", got=repr(value))
+        elif name in SWITCHES:
+            if not isinstance(value, bool):
+                raise UsageError(f"'{name}' in {path} must be true or false", got=repr(value))
         elif name == "tool" and isinstance(value, dict):
             raise UsageError(f"{path} has a table [tool]", hint="its settings stand at the top, without [tool.jacdiag]")
         elif name not in known:
-            close = get_close_matches(name, [*known, *TABLES], n=1, cutoff=0.0)
+            close = get_close_matches(name, [*known, *TABLES, *SWITCHES], n=1, cutoff=0.0)
             raise UsageError(f"unknown key '{key}' in {path}", hint=f"the closest known one is '{close[0]}'")
         else:
             options[name] = _anchored(name, value, path.parent)
     tables = {name: settings.get(name, {}) for name in TABLES}
-    return Config(path, options, **tables)
+    return Config(path, options, allow_trust_pickle=bool(settings.get("allow-trust-pickle", False)), **tables)
 
 
 def _anchored(name: str, value: Any, folder: Path) -> Any:
@@ -120,7 +126,7 @@ def all_options() -> list[str]:
     """The names of every option that a command takes, for which a configuration may hold a value."""
     from jacdiag_cli import options
 
-    groups = (options.SOURCE, options.PROBE, options.SOLVER, options.JUDGEMENT, options.OUTPUT)
+    groups = (options.SOURCE, options.PROBE, options.SOLVER, options.JUDGEMENT, options.OUTPUT, options.GATE)
     command = click.command()(options.add(*groups)(lambda: None))
     opts = [option for param in command.params if isinstance(param, click.Option) for option in param.opts]
     return [option.removeprefix("--") for option in opts if option.startswith("--")]

@@ -132,6 +132,7 @@ JUDGEMENT = [
     ),
     click.option("--select", type=Codes(), multiple=True, metavar="CODES", help="Only these rules or prefixes."),
     click.option("--ignore", type=Codes(), multiple=True, metavar="CODES", help="Not these rules or prefixes."),
+    click.option("--contract", metavar="FILE", help="Pinned init contract: TOML, role or name pattern = formula."),
     click.option(
         "--fail-on",
         type=click.Choice(["info", "warning", "error", "never"]),
@@ -144,7 +145,7 @@ OUTPUT = [
     click.option(
         "--format",
         "output_format",
-        type=click.Choice(["pretty", "json", "markdown"]),
+        type=click.Choice(["pretty", "json", "markdown", "github", "sarif", "junit"]),
         default="pretty",
         show_default=True,
         help="Of what is printed.",
@@ -160,6 +161,17 @@ OUTPUT = [
         help="Order of the rows.",
     ),
 ]
+
+
+GATE = [
+    click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="How many initialisations."),
+    click.option("--budget", type=Number(**_ABOVE_0), metavar="SECONDS", help="Stop, undecided, after this time."),
+    click.option("--baseline", metavar="FILE", help="Recorded figures to compare with."),
+    click.option("--write-baseline", is_flag=True, help="Write the baseline instead of comparing with it."),
+    click.option("--contract-only", is_flag=True, help="The init contract alone, tensor by tensor."),
+]
+DECIDING = click.option("--decide/--no-decide", default=True, show_default=True,
+                        help="Stop each sub-layer as soon as its rules are decided (without a baseline).")  # fmt: skip
 
 
 def add(*groups: list[Callable[[F], F]]) -> Callable[[F], F]:

@@ -5,7 +5,9 @@ from jacdiag.report.schema import (
     SCHEMA_VERSION,
     Condition,
     Conditions,
+    ContractRecord,
     Cost,
+    FiguresRecord,
     Finding,
     Growth,
     Interval,
@@ -24,6 +26,7 @@ from jacdiag.report.schema import (
     SublayerRecord,
     TokenAt,
     Verdict,
+    WeightRecord,
     WeightStats,
 )
 
@@ -32,7 +35,9 @@ __all__ = [
     "SCHEMA_VERSION",
     "Condition",
     "Conditions",
+    "ContractRecord",
     "Cost",
+    "FiguresRecord",
     "Finding",
     "Growth",
     "Interval",
@@ -51,5 +56,6 @@ __all__ = [
     "SublayerRecord",
     "TokenAt",
     "Verdict",
+    "WeightRecord",
     "WeightStats",
 ]

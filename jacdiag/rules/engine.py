@@ -11,13 +11,14 @@ from typing import Any
 from jacdiag.errors import UsageError
 from jacdiag.report import Conditions, Finding, Report, RuleResult, Status, Verdict
 from jacdiag.report.thresholds import CUTS, Thresholds
-from jacdiag.rules import conditions, live, measurement
+from jacdiag.rules import conditions, init_contract, live, measurement, regression
 from jacdiag.rules.compare import overall
 from jacdiag.rules.profile import profile_of
 from jacdiag.rules.rule import Context, Outcome, Rule
 
-RULES: tuple[Rule, ...] = (*conditions.RULES, *measurement.RULES)
-EVERY: tuple[Rule, ...] = (*conditions.RULES, *live.RULES, *measurement.RULES)  # with those that speak in a run only
+RULES: tuple[Rule, ...] = (*conditions.RULES, *regression.RULES, *init_contract.RULES, *measurement.RULES)
+# With those that speak in a run only.
+EVERY: tuple[Rule, ...] = tuple(sorted((*RULES, *live.RULES), key=lambda one: one.code))
 _CODES = tuple(rule.code for rule in RULES)
 
 

@@ -30,7 +30,7 @@ def parameters_of(graph: Graph, nodes: Iterable[int], skeleton: Skeleton) -> lis
     """Returns the parameters that calls read, directly or through values made of parameters alone, in order."""
     names: dict[str, None] = {}
     for node in nodes:
-        stack, seen = list(graph.nodes[node].inputs), set()
+        stack, seen = list(reversed(graph.nodes[node].inputs)), set()  # the first read is the first popped
         while stack:
             value = graph.values[stack.pop()]
             if value.index in seen or (value.live and value.node != STATE):

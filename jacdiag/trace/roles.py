@@ -18,6 +18,8 @@ def roles_of(kind: str, products: Sequence[str]) -> dict[str, str]:
     {'W_1': 'up', 'W_2': 'down'}
     """
     count = len(products)
+    if not count:
+        return {}
     if kind == "attention":
         known = {4: ["W_Q", "W_K", "W_V", "W_O"], 2: ["W_QKV", "W_O"], 3: ["W_Q", "W_KV", "W_O"], 1: ["W_O"]}
         names = known.get(count) or [*(f"W_{k}" for k in range(1, count)), "W_O"]

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from cli.rig import ROOT, Done, on_terminal
 
-from jacdiag.rules import RULES
+from jacdiag.rules import EVERY
 
 Run = Callable[..., Done]
-CODES = [rule.code for rule in RULES]
+CODES = [rule.code for rule in EVERY]
 
 
 def test_every_rule_has_a_line(jd: Run) -> None:
@@ -24,7 +24,7 @@ def test_every_rule_has_a_line(jd: Run) -> None:
     head, *lines = done.out.splitlines()
     assert head.split("  ")[0] == "code"
     assert [line.split()[0] for line in lines if line.startswith("JD")] == CODES
-    for rule, line in zip(RULES, lines, strict=False):
+    for rule, line in zip(EVERY, lines, strict=False):
         assert rule.name in line and rule.level in line and rule.summary in line
 
 

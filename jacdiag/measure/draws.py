@@ -1,0 +1,193 @@
+"""From which distribution a weight was drawn, and between which bounds its std must have lain.
+
+The std s of n numbers from a normal distribution obeys n s^2 / sigma^2 ~ chi^2 with n - 1 degrees of freedom, so that
+the interval for sigma is exact. For the other families the variance of s^2 follows from their known kurtosis k,
+
+    Var(s^2) = sigma^4 ((k - 1) / n + 2 / (n (n - 1))),
+
+and chi^2 with the degrees of freedom that give this variance takes its place. An orthogonal matrix has no spread.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from scipy import stats
+from scipy.optimize import brentq
+from torch import Tensor
+
+ALPHA = 1e-6
+_CHUNK = 1 << 20
+_ROUNDING = 1e-4  # what generators and low precisions may move a std by, relative
+UNIFORM_KURTOSIS = 1.8
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Figures of a tensor in one pass: count, mean, population std, kurtosis, largest magnitude, rows of zeros."""
+
+    count: int
+    mean: float
+    std: float
+    kurtosis: float
+    largest: float
+    zero_rows: int
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A family, and the interval for the std that a weight was drawn with.
+
+    Attributes:
+        family: normal, truncated, uniform, orthogonal, zero, constant or other.
+        std: as measured; `lower` and `upper` bound the std of the distribution, each at alpha / 2.
+        mean: as measured.
+        truncation: std of the truncated normal over that of the normal before the cut; 1 for other families.
+        zero_rows: rows left out, because they are exactly zero.
+    """
+
+    family: str
+    std: float
+    lower: float
+    upper: float
+    mean: float
+    truncation: float = 1.0
+    zero_rows: int = 0
+
+
+def draw_of(tensor: Tensor, *, table: bool = False, alpha: float = ALPHA) -> Draw | None:
+    """Tells the family of a weight, with an exact sampling interval for its std.
+
+    Args:
+        tensor: any shape; read in pieces, so that it may be larger than half of the memory.
+        table: an embedding, whose rows of zeros (padding) are no draws.
+        alpha: chance that the true std lies outside.
+
+    Returns:
+        None for a tensor without floating values, or with NaN or Inf in it.
+
+    Example:
+        >>> draw = draw_of(0.02 * torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))
+        >>> draw.family, draw.lower < 0.02 < draw.upper
+        ('normal', True)
+    """
+    if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
+        return None
+    found = moments(tensor.detach(), table)
+    if not all(map(math.isfinite, (found.mean, found.std, found.largest))):
+        return None
+    if found.largest == 0.0:
+        return Draw("zero", 0.0, 0.0, 0.0, 0.0)
+    if found.std <= 1e-7 * abs(found.mean):
+        return Draw("constant", 0.0, 0.0, 0.0, found.mean)
+    rows = found.zero_rows
+    if tensor.dim() == 2 and not rows and _orthogonal(tensor.detach()):
+        low, high = found.std * (1 - 1e-3), found.std * (1 + 1e-3)
+        return Draw("orthogonal", found.std, low, high, found.mean)
+    family, kurtosis, cut = _family(found)
+    lower, upper = interval(found.std, found.count, kurtosis, alpha)
+    return Draw(family, found.std, lower, upper, found.mean, cut, rows)
+
+
+def moments(tensor: Tensor, table: bool = False) -> Moments:
+    """Figures of a tensor, in float64, piece by piece."""
+    flat = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor.reshape(1, -1)
+    rows = max(1, _CHUNK // max(1, flat.shape[1]))
+    count, sums, largest, zero_rows = 0, torch.zeros(4, dtype=torch.float64), 0.0, 0
+    shift = float(flat[0, : min(64, flat.shape[1])].double().mean())
+    for piece in flat.split(rows):
+        piece = piece.double()
+        if table:
+            kept = piece[(piece != 0).any(dim=1)]
+            zero_rows += piece.shape[0] - kept.shape[0]
+            piece = kept
+        if not piece.numel():
+            continue
+        centred = piece - shift
+        square = centred * centred
+        sums += torch.stack([centred.sum(), square.sum(), (square * centred).sum(), (square * square).sum()]).cpu()
+        count += piece.numel()
+        largest = max(largest, float(piece.abs().max()))
+    if not count:
+        return Moments(0, 0.0, 0.0, 0.0, 0.0, zero_rows)
+    m1, m2, m3, m4 = (float(x) / count for x in sums)
+    variance = max(m2 - m1 * m1, 0.0)
+    fourth = m4 - 4 * m1 * m3 + 6 * m1 * m1 * m2 - 3 * m1**4
+    kurtosis = fourth / variance**2 if variance > 0 else 0.0
+    return Moments(count, m1 + shift, math.sqrt(variance), kurtosis, largest, zero_rows)
+
+
+def interval(std: float, count: int, kurtosis: float, alpha: float = ALPHA) -> tuple[float, float]:
+    """Bounds of the std of a distribution whose sample of `count` numbers has the population std `std`.
+
+    Example:
+        >>> [round(end, 3) for end in interval(1.0, 10_000, 3.0)]
+        [0.966, 1.036]
+    """
+    if count < 2:
+        return 0.0, math.inf
+    freedom = 2.0 / (max(kurtosis - 1, 1e-9) / count + 2.0 / (count * (count - 1)))
+    square = std * std * count / (count - 1)
+    low = stats.chi2.isf(alpha / 2, freedom) / freedom
+    high = stats.chi2.ppf(alpha / 2, freedom) / freedom
+    upper = math.sqrt(square / high) if high > 0 else math.inf
+    return math.sqrt(square / low) * (1 - _ROUNDING), upper * (1 + _ROUNDING)
+
+
+def truncated(cut: float) -> tuple[float, float]:
+    """Std and kurtosis of a standard normal that is cut off at +-cut.
+
+    >>> std, kurtosis = truncated(2.0)
+    >>> round(std, 4), round(kurtosis, 3)
+    (0.8796, 2.366)
+    """
+    mass = math.erf(cut / math.sqrt(2))
+    density = math.exp(-cut * cut / 2) / math.sqrt(2 * math.pi)
+    second = 1 - 2 * cut * density / mass
+    fourth = 3 * second - 2 * cut**3 * density / mass
+    return math.sqrt(second), fourth / second**2
+
+
+def _family(found: Moments) -> tuple[str, float, float]:
+    """Family, kurtosis of that family, and std over that before truncation.
+
+    A normal sample of that size reaches a largest magnitude that hardly varies: one that stays far below is bounded,
+    one far above is a mixture. Each of the tests errs with a chance below 1e-6.
+    """
+    n, reach = found.count, found.largest / found.std
+    error = 6 * math.sqrt(24 / n)
+    bounded = n * math.log(max(math.erf(reach / math.sqrt(2)), 1e-300)) < math.log(1e-7)
+    if bounded:
+        flat = 6 * 0.8 / math.sqrt(n) + 0.01
+        if abs(found.kurtosis - UNIFORM_KURTOSIS) < flat and reach < math.sqrt(3) * (1 + 6 / math.sqrt(n)):
+            return "uniform", UNIFORM_KURTOSIS, 1.0
+        cut = _cut_of(reach)
+        if cut is not None:
+            std, kurtosis = truncated(cut)
+            if abs(found.kurtosis - kurtosis) < error:
+                return "truncated", kurtosis, std
+    beyond = n * math.erfc(reach / math.sqrt(2)) < 1e-7
+    if not bounded and not beyond and abs(found.kurtosis - 3) < max(error, 100 / n):
+        return "normal", 3.0, 1.0
+    return "other", max(found.kurtosis, 1.0), 1.0
+
+
+def _cut_of(reach: float) -> float | None:
+    """Where a normal was cut off whose largest magnitude is `reach` of its own std after the cut."""
+    if not 1.8 < reach < 6:
+        return None
+    return float(brentq(lambda cut: cut / truncated(cut)[0] - reach, 0.5, 8))
+
+
+def _orthogonal(matrix: Tensor) -> bool:
+    """Whether some of the shorter side's vectors stand exactly at right angles and have one length."""
+    short = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    if short.shape[0] < 3:
+        return False
+    rows = short[: min(16, short.shape[0])].double()
+    gram = rows @ rows.T
+    scale = gram.diagonal().mean()
+    apart = (gram - scale * torch.eye(len(rows), dtype=gram.dtype, device=gram.device)).abs().max()
+    return bool(scale > 0) and bool(apart < 1e-3 * scale)

@@ -1,0 +1,28 @@
+"""`python -m jacdiag.render REPORT.json FORMAT`: a report that was written, in another format."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from jacdiag.report import Report
+
+FORMATS = ("gate", "comment", "markdown", "github", "sarif", "junit")
+
+
+def main(args: list[str]) -> int:
+    if len(args) != 2 or args[1] not in FORMATS:
+        print(f"usage: python -m jacdiag.render REPORT.json {'|'.join(FORMATS)}", file=sys.stderr)
+        return 2
+    try:
+        report = Report.from_json(Path(args[0]).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError) as error:
+        print(f"error: cannot read the report '{args[0]}'\n  got: {error}", file=sys.stderr)
+        return 2
+    sys.stdout.write(import_module(f"jacdiag.render.{args[1]}").render(report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,168 @@
+"""JD201 to JD207: how every weight was initialised, against a pinned contract, a published init, the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from jacdiag.report import ContractRecord, Finding, WeightRecord
+from jacdiag.rules import contract_texts as texts
+from jacdiag.rules.departures import Departure, departures, layers_that_differ, told
+from jacdiag.rules.numbers import plain
+from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
+from jacdiag.rules.schemes import MATRICES, Scheme, followed, formulas_of, published_for
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A model beside the authority that speaks for it: its published init, else the scheme that most of it follows."""
+
+    scheme: Scheme | None
+    published: bool
+    s: float | None
+    count: int
+    found: list[Departure]
+    note: str
+
+
+def judged(contract: ContractRecord) -> Judged:
+    """Compares every weight with what its family, or the rest of the model, says."""
+    scheme = published_for(contract.family)
+    if scheme is not None:
+        count, found = departures(contract, scheme, None)
+        return Judged(scheme, True, None, count, found, f"published init of {contract.family}: {scheme.title}")
+    own = followed(contract)
+    if own is not None:
+        count, found = departures(contract, own.scheme, own.s, own.spread)
+        base = f", s = {plain(own.s)}" if own.s is not None else ""
+        return Judged(own.scheme, False, own.s, count, found, f"follows {own.scheme.title}{base}")
+    count, found = layers_that_differ(contract)
+    return Judged(None, False, None, count, found, "follows no known scheme; layers are compared with each other")
+
+
+def _contract(context: Context, rule: Rule) -> ContractRecord | None:
+    contract = context.report.contract
+    return contract if contract is not None and context.report.state in rule.states else None
+
+
+def _findings(
+    context: Context, rule: Rule, contract: ContractRecord, found: Iterable[Departure], by: str
+) -> list[Finding]:
+    """One finding per name pattern: which layers, measured, expected, and what it looks like."""
+    groups: dict[str, list[Departure]] = {}
+    for one in found:
+        groups.setdefault(one.weight.pattern, []).append(one)
+    made = []
+    for group in groups.values():
+        what, evidence = told(contract, group, by)
+        where = list(dict.fromkeys(d.weight.sublayer or d.weight.parameter for d in group))
+        fix = f"initialise it with std {group[0].formula}" if len(group[0].weight.shape) > 1 else ""
+        made.append(Finding(rule.code, context.level(rule, rule.level), where, what, evidence, rule.summary, fix))
+    return made
+
+
+# -- JD201 ------------------------------------------------------------------------------------------------------------
+def _pinned(context: Context, rule: Rule) -> Outcome:
+    contract = _contract(context, rule)
+    if contract is None or not contract.pinned:
+        return NOT_APPLICABLE
+    own = Scheme("pinned", "the pinned contract", "given by the user", formulas_of(contract.pinned))
+    unmatched = [k for k in contract.pinned if not any(k in _keys(own, w) for w in contract.weights)]
+    note = f"nothing in this model matches {', '.join(unmatched)}" if unmatched else ""
+    count, found = departures(contract, own, None)
+    return Outcome(count, _findings(context, rule, contract, found, "the pinned contract expects"), note=note)
+
+
+def _keys(scheme: Scheme, weight: WeightRecord) -> list[str]:
+    formulas = scheme.of(weight)
+    return [key for key, value in scheme.formulas.items() if formulas and value is formulas]
+
+
+# -- JD202 to JD205 ---------------------------------------------------------------------------------------------------
+def _by_kind(kind: str) -> Callable[[Context, Rule], Outcome]:
+    def check(context: Context, rule: Rule) -> Outcome:
+        contract = _contract(context, rule)
+        if contract is None:
+            return NOT_APPLICABLE
+        result = judged(contract)
+        elsewhere = kind in ("published", "own") and (kind == "published") != result.published
+        if not result.count or elsewhere:
+            return Outcome(0, note=result.note if kind == "own" and not result.published else "")
+        who = f"the published init of {contract.family}" if result.published else "the scheme of the rest"
+        by = f"{who} expects"
+        mine = [d for d in result.found if d.kind == kind or (d.kind == "plain" and kind in ("published", "own"))]
+        matched = _matched(kind, contract, result)
+        if not matched:
+            return NOT_APPLICABLE
+        return Outcome(matched, _findings(context, rule, contract, mine, by), note=result.note)
+
+    return check
+
+
+def _matched(kind: str, contract: ContractRecord, result: Judged) -> int:
+    """What a rule had to look at: for depth, matrices under a scheme; for layers, patterns of several."""
+    if kind == "depth":
+        return sum(w.role in MATRICES for w in contract.weights) if result.scheme is not None else 0
+    if kind == "layers":
+        patterns = [w.pattern for w in contract.weights if w.layer is not None]
+        return sum(patterns.count(p) > 1 for p in dict.fromkeys(patterns))
+    return result.count
+
+
+# -- JD206 ------------------------------------------------------------------------------------------------------------
+def _tied(context: Context, rule: Rule) -> Outcome:
+    contract = _contract(context, rule)
+    if contract is None or not contract.tied:
+        return NOT_APPLICABLE
+    limit = context.thresholds.limits("logits_std").warning
+    width = contract.sizes.get("d", 0.0)
+    findings = []
+    for weight in contract.weights:
+        if weight.parameter not in contract.tied or weight.std is None or limit is None:
+            continue
+        logits = contract.logits_std if contract.logits_std is not None else weight.std * width**0.5
+        if logits > limit:
+            what = (
+                f"{weight.parameter} has std {plain(weight.std)} and is the head too: logits of std {plain(logits)} "
+                f"at init, so that the first loss is about ln V + {plain(logits**2 / 2)}"
+            )
+            evidence = {"parameters": [weight.parameter], "value": logits, "threshold": limit, "std": weight.std}
+            fix = "scale the embedding in the forward instead of in its weights, or untie the head"
+            findings.append(Finding(rule.code, context.level(rule, "warning"), [weight.parameter], what, evidence,
+                                    rule.summary, fix))  # fmt: skip
+    return Outcome(len(contract.tied), findings)
+
+
+# -- JD207 ------------------------------------------------------------------------------------------------------------
+def _decay(context: Context, rule: Rule) -> Outcome:
+    contract = context.report.contract
+    if contract is None or not any(w.decayed is not None for w in contract.weights):
+        return NOT_APPLICABLE
+    spared = [w for w in contract.weights if w.role in ("embedding", "norm_gain", "bias")]
+    findings = []
+    for role, words in (("embedding", "the embedding"), ("norm_gain", "norm gains"), ("bias", "biases")):
+        names = [w.parameter for w in spared if w.role == role and w.decayed]
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            what = f"{words} in a parameter group with weight decay: {', '.join(names[:3])}{more}"
+            evidence = {"parameters": names, "role": role}
+            level = context.level(rule, "info" if role == "bias" else "warning")
+            fix = "a parameter group with weight_decay=0 for embeddings, gains and biases"
+            findings.append(Finding(rule.code, level, names, what, evidence, rule.summary, fix))
+    return Outcome(len(spared), findings)
+
+
+def _rule(code: str, name: str, level: str, text: texts.Text, check: Callable[[Context, Rule], Outcome],
+          states: tuple[str, ...] = ("init",)) -> Rule:  # fmt: skip
+    return Rule(code, name, level, **text, check=check, states=states)  # type: ignore[arg-type]
+
+
+RULES = (
+    _rule("JD201", "pinned-contract", "error", texts.PINNED, _pinned),
+    _rule("JD202", "published-init", "warning", texts.PUBLISHED, _by_kind("published")),
+    _rule("JD203", "depth-scaling", "warning", texts.DEPTH, _by_kind("depth")),
+    _rule("JD204", "init-consistency", "warning", texts.CONSISTENT, _by_kind("own")),
+    _rule("JD205", "layers-differ", "warning", texts.LAYERS, _by_kind("layers")),
+    _rule("JD206", "tied-embedding", "warning", texts.TIED, _tied),
+    _rule("JD207", "decayed", "warning", texts.DECAYED, _decay, ("init", "trained")),
+)

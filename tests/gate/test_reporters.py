@@ -1,0 +1,145 @@
+"""What the gate writes for machines: GitHub, SARIF, JUnit, Markdown."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from gate import net
+from jacdiag_cli.app import main
+
+from jacdiag.gate import gate
+from jacdiag.gate.locate import located
+from jacdiag.render import comment, folded, github, junit, sarif
+from jacdiag.report import Finding, Report
+from jacdiag.rules import RULES
+
+WILD = "a|b*c_d`e<f>[g]&$%h:i,j\r\n::error::k \x1b[31m \ud83d"
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    out = gate(lambda: net.model(broken=True), torch.randint(0, 256, (1, 16)), seeds=1, fail_on="warning")
+    assert out.exit_code == 1
+    return out.report
+
+
+@pytest.fixture
+def wild(report: Report) -> Report:
+    """A report whose names and texts are somebody's attempt to break out of a format."""
+    evidence = {"parameters": [WILD], "location": {"file": WILD, "line": 3}}
+    bad = Finding("JD102", "error", [WILD], WILD, evidence, "", WILD)
+    return replace(report, findings=[bad, *report.findings], source={"path": WILD}, notes=[WILD],
+                   settings={**report.settings, "name": WILD, "command": WILD})  # fmt: skip
+
+
+def test_one_note_per_rule_layers_folded(report: Report) -> None:
+    found = folded.notes(report)
+    codes = [note.code for note in found]
+    assert len(codes) == len(set(codes)) and set(codes) == {f.code for f in report.findings}
+    depth = next(note for note in found if note.code == "JD203")
+    assert len(depth.sentences) == 1 and len([n for n in depth.names if n.endswith("weight")]) == 4
+    assert depth.file == "tests/gate/net.py"
+
+
+def test_sarif_by_models_made_of_the_official_schema(report: Report, wild: Report) -> None:
+    model = pytest.importorskip("pydantic_sarif.model")
+    kind = next(getattr(model, n) for n in ("StaticAnalysisResultsFormatSarifVersion210JsonSchema", "SarifLog", "Model",
+                "StaticAnalysisResultsFormatSARIFVersion210JSONSchema") if hasattr(model, n))  # fmt: skip
+    for one in (report, wild, replace(report, findings=[])):
+        kind.model_validate_json(sarif.render(one))
+    with pytest.raises(ValueError, match="validation error"):  # the models do refuse
+        kind.model_validate({**json.loads(sarif.render(report)), "extra": 1})
+
+
+def test_sarif_results(report: Report) -> None:
+    log = json.loads(sarif.render(report))
+    [run] = log["runs"]
+    rules = run["tool"]["driver"]["rules"]
+    assert log["version"] == "2.1.0" and {r["ruleId"] for r in run["results"]} == {f.code for f in report.findings}
+    for result in run["results"]:
+        assert rules[result["ruleIndex"]]["id"] == result["ruleId"]
+        [place] = result["locations"]
+        uri = place["physicalLocation"]["artifactLocation"]["uri"]
+        assert not uri.startswith("/") and Path(uri).is_file() and place["physicalLocation"]["region"]["startLine"] >= 1
+        assert re.fullmatch("[0-9a-f]{64}", result["partialFingerprints"]["jacdiag/v1"])
+
+
+def test_fingerprints_stay_when_figures_move(report: Report) -> None:
+    def prints(one: Report) -> list[str]:
+        return [r["partialFingerprints"]["jacdiag/v1"] for r in json.loads(sarif.render(one))["runs"][0]["results"]]
+
+    moved = [replace(f, what=f.what + " 0.1", evidence={**f.evidence, "location": {"file": "x.py", "line": 9}})
+             for f in report.findings]  # fmt: skip
+    assert prints(report) == prints(replace(report, findings=moved))
+
+
+def test_sarif_location_without_a_file(report: Report) -> None:
+    bare = [replace(f, evidence={}) for f in report.findings]
+    for result in json.loads(sarif.render(replace(report, findings=bare)))["runs"][0]["results"]:
+        assert result["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] == "pyproject.toml"
+
+
+def test_github_annotations(report: Report, wild: Report) -> None:
+    lines = github.render(report).splitlines()
+    commands = [line for line in lines if line.startswith("::")]
+    assert len(commands) == len(folded.notes(report))
+    pattern = r"::(error|warning|notice) (file=[^,]+,line=\d+,)?title=JD\d{3} [\w-]+::.+"
+    assert all(re.fullmatch(pattern, line) for line in commands)
+    assert any("file=tests/gate/net.py" in line for line in commands)
+    # One command per line, and nothing of a name begins another.
+    assert len(github.render(wild).splitlines()) == len(folded.notes(wild)) + 1
+    assert not re.search(r"\n::error::k", github.render(wild))
+
+
+def test_junit(report: Report, wild: Report) -> None:
+    for one in (report, wild):
+        root = ElementTree.fromstring(junit.render(one))
+        cases = root.findall("./testsuite/testcase")
+        assert [c.get("name", "").split()[0] for c in cases] == [r.code for r in one.rules]
+        assert len(root.findall(".//failure")) == int(root.get("failures", "-1")) > 0
+        assert len(root.findall(".//skipped")) == int(root.get("skipped", "-1")) > 0
+        assert int(root.get("tests", "0")) == len(one.rules) == len(RULES)
+
+
+def test_comment(report: Report, wild: Report) -> None:
+    text = comment.render(report)
+    assert text.startswith("### ✗ jacdiag gate: FAIL") and "| JD203 depth-scaling |" in text
+    rows = [line for line in comment.render(wild).splitlines() if line.startswith("| ")]
+    assert all(len(re.findall(r"(?<!\\)\|", row)) == 5 for row in rows)
+
+
+def test_locations_fall_back_to_the_factory(tmp_path: Path) -> None:
+    shutil.copy(Path(net.__file__), tmp_path / "net.py")
+    finding = Finding("JD203", "warning", ["h.0.mlp"], "x", {"parameters": ["h.0.mlp.c_proj.weight"]})
+    [one] = located([finding], torch.nn.Linear(2, 2), f"{tmp_path / 'net.py'}:model", tmp_path)
+    lines = (tmp_path / "net.py").read_text().splitlines()
+    assert one.evidence["location"] == {"file": "net.py", "line": 1 + next(
+        k for k, line in enumerate(lines) if line.startswith("def model"))}  # fmt: skip
+    (tmp_path / "config.json").write_text("{}")
+    [one] = located([finding], None, f"hf:{tmp_path}", tmp_path)
+    assert one.evidence["location"] == {"file": "config.json", "line": 1}
+    [one] = located([finding], None, "nowhere.at:all", tmp_path)
+    assert "location" not in one.evidence
+
+
+@pytest.mark.parametrize("name", ["github", "sarif", "junit", "markdown", "json"])
+def test_formats_on_the_command_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(Path(net.__file__), tmp_path / "net.py")
+    monkeypatch.chdir(tmp_path)
+    args = ["gate", "net.py:model", "--seq", "16", "--batch", "1", "--seeds", "1", "--select", "JD2"]
+    code = main([*args, "--format", name])
+    left = capsys.readouterr()
+    reads: dict[str, Callable[[str], Any]] = {"sarif": json.loads, "json": json.loads, "junit": ElementTree.fromstring}
+    assert code == 0 and left.out and reads.get(name, str)(left.out) is not None
+    assert "gate: PASS" in left.err
