@@ -1,13 +1,12 @@
-"""`jacdiag.watch`: what a user adds to a training loop that is not ours."""
+"""A running watch: the calls of the loop, the hooks of the optimisers, the end."""
 
 from __future__ import annotations
 
 import atexit
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,124 +16,26 @@ from torch.optim import Optimizer
 
 from jacdiag.errors import UsageError
 from jacdiag.report.runlog import Alert
-from jacdiag.report.thresholds import load_thresholds
-from jacdiag.sources.wrapped import unwrap
 from jacdiag.watching.batches import Batches
-from jacdiag.watching.cadence import Cadence, Clock
+from jacdiag.watching.cadence import Clock
 from jacdiag.watching.figures import GIVEN, GIVEN_PART, LOSS, UpdateTurn
 from jacdiag.watching.guards import Guards, quietly
 from jacdiag.watching.optimisers import (
     StepHooks,
-    check_belongs,
-    check_supported,
     learning_rates,
-    names_of,
-    optimisers_of,
     scaling,
 )
 from jacdiag.watching.record import Record
-from jacdiag.watching.sinks import Sink
 from jacdiag.watching.tiers import Tiers
-from jacdiag.watching.together import Together, is_sharded
+from jacdiag.watching.together import Together
 from jacdiag.watching.usage import Usage
 
-_WATCHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Watch]] = weakref.WeakKeyDictionary()
 _NO_FIGURES = "no figures of single steps from now on"
 _NO_UPDATES = "no update norms from now on"
 
 
-def watch(
-    model: nn.Module,
-    optimizer: Any,
-    *,
-    log_dir: str | Path | None = None,
-    every: int | str | None = 200,
-    stats_every: int | str | None = 100,
-    log_every: int = 10,
-    on_alert: str | Callable[[Alert], Any] = "log",
-    strict: bool = False,
-    probe: Any = None,
-    resume: bool = False,
-    updates: bool = True,
-    recorder: int = 200,
-    keep_batches: int = 0,
-    sinks: Iterable[str | Sink] = (),
-    thresholds: Mapping[str, Any] | None = None,
-    timeout: float = 60.0,
-    quiet: bool = False,
-) -> Watch:
-    """Watches a training run: call `step(loss)` once per optimiser step. The training is not changed by one bit.
-
-    Args:
-        model: the module that the loop calls, wrapped or not.
-        optimizer: one optimiser, a list of them, or a wrapper or container of them.
-        log_dir: folder of `run.jsonl` and of what the flight recorder keeps; None writes nothing.
-        every: cadence of the Jacobian probe: steps, a share of the training time such as "1%", or None.
-        stats_every: cadence of shortcut and branch sizes, activations and attention logits: as `every`.
-        log_every: steps between two looks at the device and two writes.
-        on_alert: "log", "raise" (AlertRaised from `step`), or a function of the alert.
-        strict: raise a fault of the watch itself; else the part that failed is switched off, said once.
-        probe: what the probe runs on: token ids (B, T), a tuple of arguments or a dict of keyword arguments. The first
-            sequences of the stream if not given.
-        resume: go on with the log in `log_dir`.
-        updates: measure the update norm of one sub-layer a step, in turn.
-        recorder: how many steps the flight recorder keeps; 0 for none.
-        keep_batches: how many whole batches it keeps, with the random states.
-        sinks: "tensorboard", "wandb", or objects with write(step, figures) and close().
-        thresholds: the user's own, see thresholds.toml.
-        timeout: seconds to wait for another rank.
-        quiet: do not announce the price on stderr.
-
-    Raises:
-        UsageError: the model or the optimiser is of a kind that is not supported, does not belong to the other, or is
-            watched already; the folder holds another run.
-
-    Example:
-        >>> import torch
-        >>> from jacdiag.sources.gpt import build
-        >>> model = build(n_layer=1, n_head=2, n_embd=16, vocab_size=32, block_size=8)
-        >>> optimizer = torch.optim.AdamW(model.parameters())
-        >>> with watch(model, optimizer, every=None, quiet=True) as w:
-        ...     for _ in range(3):
-        ...         ids = torch.randint(32, (2, 9))
-        ...         _, loss = model(ids[:, :-1], ids[:, 1:])
-        ...         loss.backward()
-        ...         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        ...         optimizer.step()
-        ...         optimizer.zero_grad()
-        ...         w.step(loss, grad_norm=norm)
-        >>> w.count
-        3
-    """
-    if not isinstance(log_every, int) or log_every < 1:
-        raise UsageError(f"log_every cannot be {log_every!r}", hint="a number of steps, such as 10")
-    if not (on_alert in ("log", "raise") or callable(on_alert)):
-        raise UsageError(f"on_alert cannot be {on_alert!r}", hint="'log', 'raise', or a function of the alert")
-    cadences = Cadence.of(every, "every"), Cadence.of(stats_every, "stats_every")
-    check_supported(model)
-    optimisers = optimisers_of(optimizer)
-    names = names_of(model)
-    left = check_belongs(optimisers, names)
-    other = _WATCHED.get(unwrap(model), lambda: None)()
-    if other is not None and not other.closed:
-        raise UsageError("this model is watched already", hint="close() the other watch first")
-    limits = load_thresholds(thresholds)
-    together = Together(is_sharded(model), timeout)
-    folder = Path(log_dir) if log_dir is not None else None
-    record = Record(
-        folder if together.lead else None, resume=resume, on_alert=on_alert, strict=strict, thresholds=limits,
-        sinks=sinks if together.lead else (), recorder=recorder, quiet=quiet or not together.lead,
-    )  # fmt: skip
-    tiers = Tiers(model, optimisers, names, together, record, probe=probe, thresholds=limits, cadences=cadences)
-    if left and len(left) < len(names):
-        record.note(f"{len(left)} parameters are in no optimizer, such as '{left[0]}'")
-    made = Watch(model, optimisers, together, record, tiers, log_every, updates, keep_batches)
-    _WATCHED[unwrap(model)] = weakref.ref(made)
-    return made
-
-
 class Watch:
-    """A running watch; see `watch`.
+    """A running watch; see `jacdiag.watch`.
 
     Attributes:
         count: optimiser steps so far, skipped ones included.

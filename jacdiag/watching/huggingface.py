@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from jacdiag.report.runlog import RUN_FILE
+from jacdiag.watching.attach import watch
 from jacdiag.watching.guards import quietly
-from jacdiag.watching.hook import Watch, watch
+from jacdiag.watching.hook import Watch
 
 STATE_FILE = "jacdiag.pt"
 

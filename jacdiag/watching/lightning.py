@@ -12,7 +12,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from jacdiag.watching.hook import Watch, watch
+from jacdiag.watching.attach import watch
+from jacdiag.watching.hook import Watch
 from jacdiag.watching.norms import square_sums
 
 
