@@ -4,11 +4,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
+FILES ?= 20000
 CHECKPOINT ?= examples/checkpoints/vanilla-step0.pt
 # Workers share the cores; torch's own threads on top of them only get in each other's way.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: help audit test lint bench coverage clean
+.PHONY: help audit test lint bench coverage fuzz clean
 
 help:
 	@echo 'make audit     install, audit the shipped checkpoint: a table here, out/audit.json and out/audit.png'
@@ -16,6 +17,7 @@ help:
 	@echo 'make lint      ruff and mypy'
 	@echo 'make bench     the benchmarks against peers (minutes); results in benchmarks/results'
 	@echo 'make coverage  every model family of transformers (long); results in benchmarks/results'
+	@echo 'make fuzz      20,000 damaged files of every format; what breaks the reader goes to tests/hostile/corpus'
 	@echo 'make clean     remove .venv, out and caches'
 
 audit: .venv/.installed
@@ -37,6 +39,10 @@ bench: .venv/.installed-dev
 coverage: .venv/.installed-dev
 	@mkdir -p benchmarks/results
 	$(BIN)/python benchmarks/coverage.py
+
+fuzz: .venv/.installed-dev
+	@mkdir -p benchmarks/results
+	$(BIN)/python tests/hostile/fuzz.py --files $(FILES) --json benchmarks/results/fuzz.json
 
 clean:
 	rm -rf .venv out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -33,6 +33,7 @@ FLOORS = {
     "render": 6,
     "auditing": 7,
     "watching": 7,
+    "compare": 7,
     "gate": 8,
     "testing": 9,
     "jacdiag_cli": 9,
@@ -65,6 +66,10 @@ COMMANDS = {
     "sites": {
         "--model", "--model-args", "--trust-pickle", "--tokens", "--inputs", "--batch", "--seq", "--seed", "--device",
         "--dtype", "--format",
+    },
+    "diff": {
+        "--model", "--contract-only", "--all", "--tokens", "--inputs", "--batch", "--seq", "--seed", "--device",
+        "--dtype", "--tol", "--confidence", "--decide", "--no-decide", "--max-products", "--format",
     },
     "rules": {"--format"},
     "explain": set(),
@@ -203,6 +208,7 @@ def test_frozen_commands() -> None:
     }
     found["explain"].discard("code")
     found["live"].discard("run")
+    found["diff"] -= {"a", "b"}
     assert found == COMMANDS
 
 

@@ -23,6 +23,7 @@ import jacdiag
 from jacdiag.errors import JacdiagError, RankError, Stopped
 from jacdiag_cli.audit import audit
 from jacdiag_cli.crew import calm, enrolled, quiet
+from jacdiag_cli.diff import diff
 from jacdiag_cli.explain import explain
 from jacdiag_cli.gate import gate
 from jacdiag_cli.live import live
@@ -47,7 +48,7 @@ def cli() -> None:
     """
 
 
-for _command in (audit, gate, sites, rules, explain, live, plot):
+for _command in (audit, gate, diff, sites, rules, explain, live, plot):
     cli.add_command(_command)
 
 

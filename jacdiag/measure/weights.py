@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from jacdiag.errors import UsageError
+from jacdiag.measure.by_name import contract_by_name
 from jacdiag.measure.figures import spread_of, std_of
 from jacdiag.measure.state import detect_state
 from jacdiag.report.schema import Kind, ModelRecord, Report, Spread, SublayerRecord, WeightStats
@@ -169,6 +170,9 @@ def weights_report(source: Source) -> Report:
         sublayers=records,
         settings={"checks": {"non_finite": [n for n, t in state.items() if not bool(torch.isfinite(t).all())]}},
         notes=notes,
+        contract=contract_by_name(
+            state, len({part.layer for part in parts}), int(state[embedding].shape[1]) if embedding else None
+        ),
     )
 
 

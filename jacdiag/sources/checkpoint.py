@@ -31,6 +31,7 @@ _MODEL_KEYS = (
     "params",
     "weights",
 )
+_SMALL = 1 << 20  # bytes that need no file
 _STEP_KEYS = ("iter_num", "global_step", "step", "iteration", "num_steps", "steps", "iter")
 _NOT_WEIGHTS = ("optim", "sched", "scaler", "rng", "loss", "ema_decay")
 
@@ -118,6 +119,7 @@ def _unpacked(path: Path, found: Any, unread: list[str]) -> Checkpoint:
         if whole is not None:
             return Checkpoint(path, {}, kind, where=whole[0], module=whole[1], step=_step(top))
     _check_weights(path, found, weights)
+    _check_sizes(path, weights)
     args = top.get("model_args")
     return Checkpoint(
         path,
@@ -146,6 +148,18 @@ def _check_weights(path: Path, found: Any, weights: Mapping[str, Tensor]) -> Non
             got=f"{len(empty)} of {len(weights)} tensors on the meta device: {clipped(', '.join(empty), 120)}",
             hint="save the model from where its weights are",
         )
+
+
+def _check_sizes(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Refuses tensors that claim more numbers than the file can hold: a view of few may say that it is many."""
+    honest = path.stat().st_size
+    for name, t in weights.items():
+        if t.numel() * t.element_size() > max(4 * honest, _SMALL):
+            raise SourceError(
+                f"'{path}' holds a tensor that is larger than the file",
+                got=f"{printable(name)}: {' x '.join(map(str, t.shape))} in {honest:,} bytes",
+                hint="save it again with tensor.contiguous()",
+            )
 
 
 def _step(top: Mapping[Any, Any]) -> int | None:

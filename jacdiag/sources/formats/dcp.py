@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,7 @@ from jacdiag.errors import SourceError, one_line
 from jacdiag.sources.formats.guard import GuardedPickle, Stub, Unsafe, refusal
 from jacdiag.sources.stored import failed
 
-_BROKEN = (pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError,
-           ImportError, UnicodeDecodeError)  # fmt: skip
+_BROKEN = (Exception,)  # a stranger's bytes in the readers of others: they may raise anything
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ def _metadata(path: Path) -> Mapping[str, Any]:
             found = guard.module.load(data)
     except Unsafe as unsafe:
         raise refusal(file, unsafe) from None
-    except (*_BROKEN, OSError) as error:
+    except _BROKEN as error:
         raise SourceError(f"cannot read '{file}'", got=one_line(error), hint="copy or save the folder again") from error
     if not isinstance(found, Stub) or not isinstance(found.state, Mapping):
         raise _foreign(path, f"a {type(found).__name__}")

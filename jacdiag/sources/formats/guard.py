@@ -27,9 +27,8 @@ _SYSTEM = frozenset(
     commands imp pip timeit cProfile profile pdb bdb asyncio multiprocessing threading _thread signal tempfile http
     urllib requests ftplib smtplib telnetlib marshal types operator shelve dbm zipimport pkgutil""".split()
 )
-_HARMLESS_BUILTINS = frozenset(
-    "list dict tuple set frozenset int float complex bool str bytes bytearray slice range object".split()
-)
+_HARMLESS_BUILTINS = frozenset("list dict tuple set frozenset int float complex bool str slice object".split())
+_LONGEST = 1 << 20  # of what a number alone asks for: bytes(n), range(n)
 _LOWERCASE_CLASSES = frozenset(
     [("datetime", n) for n in ("datetime", "date", "time", "timedelta", "timezone")]
     + [("functools", "partial"), ("builtins", "getattr"), ("argparse", "Namespace"), ("uuid", "UUID")]
@@ -108,7 +107,8 @@ class GuardedPickle:
         self.unread: list[str] = []
         guard = self
 
-        class Unpickler(pickle.Unpickler):
+        # Python's own, not the C one: there an index of the memo takes as much memory as it says.
+        class Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
             def find_class(self, module: str, name: str) -> Any:
                 return guard.find(module, name)
 
@@ -144,6 +144,8 @@ def _harmless(module: str, name: str) -> Any:
         return _TORCH[module, name]()
     if module == "collections" and name in ("OrderedDict", "defaultdict", "Counter", "deque"):
         return getattr(collections, name)
+    if module == "builtins" and name in _BOUNDED:
+        return _BOUNDED[name]
     if module == "builtins" and name in _HARMLESS_BUILTINS:
         return getattr(builtins, name)
     if (module, name) == ("_codecs", "encode"):
@@ -161,6 +163,27 @@ _TORCH: dict[tuple[str, str], Callable[[], Any]] = {
     ("torch.serialization", "_get_layout"): lambda: torch.serialization._get_layout,  # type: ignore[attr-defined]
     ("torch._tensor", "_rebuild_from_type_v2"): lambda: _plain_tensor,
 }
+
+
+def _bounded_bytes(kind: Callable[..., Any]) -> Callable[..., Any]:
+    def make(*args: Any) -> Any:
+        if args and isinstance(args[0], int) and args[0] > _LONGEST:
+            raise pickle.UnpicklingError(f"{args[0]:,} bytes out of nothing")
+        return kind(*args)
+
+    return make
+
+
+def _bounded_range(*args: Any) -> range:
+    made = range(*args)
+    if max(abs(made.start), abs(made.stop)) > 2**62 or len(made) > _LONGEST:
+        raise pickle.UnpicklingError("a range of so many numbers")
+    return made
+
+
+_BOUNDED: dict[str, Callable[..., Any]] = {
+    "bytes": _bounded_bytes(bytes), "bytearray": _bounded_bytes(bytearray), "range": _bounded_range,
+}  # fmt: skip
 
 
 def _plain_tensor(func: Any, kind: Any, args: Any, state: Any) -> Any:

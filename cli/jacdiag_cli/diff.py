@@ -1,0 +1,98 @@
+"""`jacdiag diff A B`: two models beside each other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from jacdiag.errors import SourceError
+from jacdiag_cli.config import Configured
+from jacdiag_cli.options import PROBE, SOLVER, add
+from jacdiag_cli.output import Column, Invocation, emit, grid, guest_talk, room
+
+if TYPE_CHECKING:
+    from jacdiag.report import Report
+
+_LARGEST = 256 * 2**20
+
+
+@click.command(cls=Configured, short_help="Compares two models, checkpoints or reports.")
+@click.argument("a")
+@click.argument("b")
+@click.option("--model", metavar="FACTORY", help="Builds the module that a bare state dict belongs to.")
+@click.option("--contract-only", is_flag=True, help="Weights alone; no Jacobians.")
+@click.option("--all", "all_rows", is_flag=True, help="Show every figure, not only those that part.")
+@add(PROBE, SOLVER)
+@click.option(
+    "--format",
+    "output_format",
+    type=click.Choice(["pretty", "json", "markdown"]),
+    default="pretty",
+    show_default=True,
+    help="Of what is printed.",
+)
+@click.pass_obj
+def diff(invocation: Invocation, a: str, b: str, output_format: str, all_rows: bool, **given: Any) -> int:
+    """Compares two models, checkpoints or JSON reports: figures side by side, and where they part first.
+
+    A and B are each a SOURCE as for `jacdiag audit`, or a report that `--json` wrote. Sub-layers and weights are
+    matched by role and depth, whatever they are called. The exit code is 1 where a figure parts beyond its interval.
+
+    \b
+    Examples:
+      jacdiag diff main.json build.py:model
+      jacdiag diff hf:config.json megatron.pt --model build.py:megatron
+    """
+    with guest_talk():
+        from jacdiag.compare import compare
+
+        found = compare(_report(a, given), _report(b, given))
+    invocation.heed()
+    _show(found.pairs, output_format, all_rows)
+    return int(found.first is not None)
+
+
+def _report(source: str, given: dict[str, Any]) -> Report:
+    """A report from its file, or of an audit."""
+    path = Path(source)
+    if path.suffix == ".json" and path.is_file():
+        return _read(path)
+    from jacdiag.auditing import audit
+    from jacdiag.sources.factory import is_factory
+
+    options = {k: v for k, v in given.items() if k not in ("contract_only", "inputs", "model")}
+    model = None if source.startswith("hf:") or is_factory(source) or path.is_dir() else given["model"]
+    return audit(source, **options, model=model, input_factory=given["inputs"], products=not given["contract_only"])
+
+
+def _read(path: Path) -> Report:
+    from jacdiag.report import Report
+
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise ValueError(f"{path.stat().st_size:,} bytes")
+        return Report.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, json.JSONDecodeError) as error:
+        hint = "a report that `jacdiag audit --json` wrote; a config is written hf:FILE"
+        raise SourceError(f"'{path}' is no report", got=str(error), hint=hint) from error
+
+
+def _show(pairs: Any, output_format: str, all_rows: bool) -> None:
+    from jacdiag.render import beside
+
+    if output_format == "json":
+        emit(beside.as_json(pairs))
+        return
+    shown = pairs if all_rows else [p for p in pairs if p.parts]
+    if output_format == "markdown":
+        emit(beside.markdown(shown) if shown else f"**{beside.verdict(pairs)}**\n")
+        return
+    if shown:
+        cells = list(zip(*beside.rows(shown), strict=True))
+        columns = [Column(title, list(column), 10 - k if k > 4 else 100, right=k in (0, 3, 4, 5))
+                   for k, (title, column) in enumerate(zip(beside.HEAD, cells, strict=True))]  # fmt: skip
+        emit(grid(columns, room()) + "\n")
+    emit(beside.verdict(pairs) + "\n")

@@ -1,0 +1,80 @@
+"""Two models side by side, as text, Markdown or JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from jacdiag.render.markdown import _safe
+from jacdiag.render.numbers import three
+from jacdiag.render.words import legible
+
+HEAD = ("depth", "part", "figure", "A", "B", "B / A", "")
+
+
+class PairLike(Protocol):
+    """What is shown of a pair (`jacdiag.compare.Pair`)."""
+
+    depth: int | None
+    part: str
+    figure: str
+    a: str
+    b: str
+    old: tuple[float, float, float] | None
+    new: tuple[float, float, float] | None
+    parts: bool
+
+    @property
+    def ratio(self) -> float | None: ...
+
+
+def rows(pairs: Sequence[PairLike]) -> list[tuple[str, ...]]:
+    """One row of cells per pair, under `HEAD`."""
+    return [
+        ("-" if p.depth is None else str(p.depth), p.part, p.figure, _cell(p.old, p.a), _cell(p.new, p.b),
+         three(p.ratio) if p.ratio is not None else "", "◀" if p.parts else "")
+        for p in pairs
+    ]  # fmt: skip
+
+
+def _cell(ends: tuple[float, float, float] | None, name: str) -> str:
+    if ends is None:
+        return "missing" if not name else "not measured"
+    lower, middle, upper = ends
+    if lower <= 0 or upper > lower * 1.1:
+        return f"{three(middle)} [{three(lower)}, {three(upper)}]"
+    return three(middle)
+
+
+def verdict(pairs: Sequence[PairLike]) -> str:
+    """One sentence: where they part first."""
+    first = next((p for p in pairs if p.parts), None)
+    count = sum(p.parts for p in pairs)
+    if not pairs:
+        return "nothing in one has a counterpart in the other"
+    if first is None:
+        return f"no figure of {len(pairs)} parts beyond its interval"
+    where = "outside the layers" if first.depth is None else f"at depth {first.depth}"
+    names = first.a if first.a == first.b else f"{first.a or 'nothing'} beside {first.b or 'nothing'}"
+    figures = f" {_cell(first.old, first.a)} beside {_cell(first.new, first.b)}" if first.old or first.new else ""
+    what = f"they part first {where}: {first.part} {first.figure}{figures} ({names})"
+    return str(legible(f"{what}; {count} of {len(pairs)} figures part"))
+
+
+def markdown(pairs: Sequence[PairLike]) -> str:
+    """A table in Markdown, the verdict above it."""
+    lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
+    lines += ["| " + " | ".join(_safe(cell) for cell in row) + " |" for row in rows(pairs)]
+    return f"**{_safe(verdict(pairs))}**\n\n" + "\n".join(lines) + "\n"
+
+
+def as_json(pairs: Sequence[PairLike]) -> str:
+    """Every pair, and the first that parts."""
+    listed: list[dict[str, Any]] = [
+        {"depth": p.depth, "part": p.part, "figure": p.figure, "a": p.a, "b": p.b, "old": p.old, "new": p.new,
+         "ratio": p.ratio, "parts": p.parts}
+        for p in pairs
+    ]  # fmt: skip
+    first = next((p for p in listed if p["parts"]), None)
+    return json.dumps({"schema_version": 1, "first": first, "pairs": listed}, indent=2, ensure_ascii=False) + "\n"
