@@ -45,12 +45,13 @@ def top_singular(
     before = operator.products
     lanczos = _Bidiagonalisation(operator, generator)
     ends = _Ends(lanczos, 1.0 - confidence, pad)
+    asked = early and decide is not None  # then any product may answer
     while True:
         lanczos.advance()
-        finite = lanczos.finite
-        if finite:
+        finite, products = lanczos.finite, operator.products - before
+        last = bool(lanczos.exact.all()) or products >= max_products
+        if finite and (asked or last or ends.due(tol)):
             ends.update()
-        products = operator.products - before
         stop = _stop(finite, lanczos.exact, ends.low, ends.high, tol, decide, early, products, max_products)
         if stop is None:
             continue
@@ -81,6 +82,9 @@ def inherited(operator: Operator, vectors: Tensor, upper: Array, *, confidence: 
     )  # fmt: skip
 
 
+_PATIENCE = 3
+
+
 class _Ends:
     """The ends of every problem, kept up to date where they can still matter to the maximum.
 
@@ -92,9 +96,19 @@ class _Ends:
         self.lanczos, self.eps, self.pad = lanczos, eps, pad
         problems = lanczos.operator.problems
         self.low, self.high = np.zeros(problems), np.full(problems, np.inf)
+        self.waited = 0
+
+    def due(self, tol: float) -> bool:
+        """Whether the interval may have come down to `tol`: a product seldom more than halves its width.
+
+        Ends that are not computed are only wider: a wrong guess costs at most `_PATIENCE` products too many.
+        """
+        wide = self.high.max() > self.low.max() * (1 + tol * 2 ** (self.waited + 1))
+        self.waited += 1
+        return not wide or self.waited > _PATIENCE
 
     def update(self) -> None:
-        lanczos = self.lanczos
+        lanczos, self.waited = self.lanczos, 0
         open_ = (self.high > self.low.max()) | (self.high == np.inf)
         alphas, betas = lanczos.alphas[open_], lanczos.betas[open_]
         top = ritz_values(alphas, betas)[:, 0]
