@@ -44,9 +44,7 @@ EVERYBODY = {"errors", "__init__"}
 WITHOUT_TORCH = ("report", "rules", "render")
 LONGEST = 330
 LONG_WITH_REASON = {
-    "jacdiag/auditing.py": "the steps of one audit, read from top to bottom",
     "jacdiag/measure/sublayer.py": "every norm of one sub-layer, each a few lines",
-    "jacdiag/report/schema.py": "the records of one contract",
     "tests/render/synthetic.py": "made-up reports, plain data",
 }
 

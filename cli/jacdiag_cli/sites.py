@@ -97,7 +97,7 @@ def describe(loaded: Source, found: Sites) -> dict[str, Any]:
             "class": type(loaded.model).__name__,
             "parameters": sum(p.numel() for p in params.values()),
             "covered_parameters": sum(p.numel() for name, p in params.items() if name in covered),
-            "layers": len({site.depth for site in found if not site.nested}),
+            "layers": found.layers,
         },
         "sublayers": [
             {

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from jacdiag.measure.contract import record_of
-from jacdiag.report.schema import ContractRecord, WeightRecord
+from jacdiag.report.contract import ContractRecord, WeightRecord
 from jacdiag.trace.uses import Use
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from jacdiag.measure.draws import draw_of
-from jacdiag.report.schema import ContractRecord, WeightRecord
+from jacdiag.report.contract import ContractRecord, WeightRecord
 from jacdiag.trace.found import Sites
 from jacdiag.trace.uses import Use, pattern, tied_to_head, uses_of
 

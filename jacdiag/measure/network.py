@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jacdiag.report.schema import Growth, Interval, NetworkRecord, Record, SublayerRecord
+from jacdiag.report.record import Record
+from jacdiag.report.schema import Growth, Interval, NetworkRecord, SublayerRecord
 from jacdiag.spectra import JacobianOperator, independent_dims, top_singular
 from jacdiag.trace import Sites, Sublayer
 from jacdiag.trace.tap import Spot, Where

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jacdiag.errors import JacdiagError, RankError, Stopped, one_line
-from jacdiag.report.schema import Record
+from jacdiag.report.record import Record
 
 Told = tuple[str, str | None, str | None]  # what, got, try
 

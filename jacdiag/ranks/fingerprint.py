@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import jacdiag
 from jacdiag.errors import clipped
-from jacdiag.report.schema import Record
+from jacdiag.report.record import Record
 
 _CHUNK = 1 << 18
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -7,7 +7,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from jacdiag.report.schema import Record
+from jacdiag.report.record import Record
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 
 from jacdiag.measure.network import GradientProfile
-from jacdiag.report.schema import Interval, Record, SublayerRecord
+from jacdiag.report.record import Record
+from jacdiag.report.schema import Interval, SublayerRecord
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from jacdiag.ranks.failure import Failure, Told, explained
 from jacdiag.ranks.fingerprint import Fingerprint
 from jacdiag.ranks.member import Member
 from jacdiag.ranks.store import Store
-from jacdiag.report.schema import Record
+from jacdiag.report.record import Record
 
 R = TypeVar("R", bound=Record)
 T = TypeVar("T")

@@ -11,7 +11,7 @@ from jacdiag.render.grid import badness
 from jacdiag.render.marks import FIELD_OF_RULE
 from jacdiag.render.numbers import counted, gist, share, three
 from jacdiag.report import Interval, Report, SublayerRecord
-from jacdiag.report.schema import Record
+from jacdiag.report.record import Record
 
 
 def legible(value: Any) -> Any:

@@ -1,13 +1,12 @@
 """Plain data that every other room speaks: the report and its parts, and the thresholds. No torch here."""
 
+from jacdiag.report.contract import ContractRecord, FiguresRecord, WeightRecord
+from jacdiag.report.record import SCHEMA_VERSION
 from jacdiag.report.schema import (
     LEVELS,
-    SCHEMA_VERSION,
     Condition,
     Conditions,
-    ContractRecord,
     Cost,
-    FiguresRecord,
     Finding,
     Growth,
     Interval,
@@ -26,7 +25,6 @@ from jacdiag.report.schema import (
     SublayerRecord,
     TokenAt,
     Verdict,
-    WeightRecord,
     WeightStats,
 )
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from jacdiag.errors import SourceError
-from jacdiag.report.schema import Level, Record
+from jacdiag.report.record import Record
+from jacdiag.report.schema import Level
 
 RUN_SCHEMA_VERSION = 1
 RUN_FILE = "run.jsonl"

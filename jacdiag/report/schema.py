@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import types
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
-SCHEMA_VERSION = 1
+from jacdiag.report.contract import ContractRecord, FiguresRecord
+from jacdiag.report.record import SCHEMA_VERSION, Record
 
 Level = Literal["info", "warning", "error"]
 Status = Literal["fired", "clean", "unknown", "not-applicable"]
@@ -25,21 +23,6 @@ Kind = Literal["attention", "mlp", "moe", "mixer", "conv", "other"]
 Placement = Literal["pre", "post", "sandwich", "reordered", "none"]
 
 LEVELS: tuple[Level, ...] = ("info", "warning", "error")
-
-
-class Record:
-    """Base of the records: `to_dict` and `from_dict` follow the dataclass fields; nothing is written by hand twice."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns plain JSON values; None stays None, non-finite floats become strings."""
-        return {f.name: _encode(getattr(self, f.name)) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Rebuilds a record; unknown keys are ignored, so that an older reader takes a newer report."""
-        hints = typing.get_type_hints(cls)
-        known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        return cls(**{name: _decode(hints[name], value) for name, value in data.items() if name in known})
 
 
 @dataclass(frozen=True)
@@ -216,90 +199,6 @@ class ModelRecord(Record):
 
 
 @dataclass(frozen=True)
-class WeightRecord(Record):
-    """How one parameter was initialised, as far as its values tell.
-
-    Attributes:
-        parameter, shape: `pattern` is its name with the layer number as "*".
-        role: embedding, positions, W_Q, W_K, W_V, W_O, W_1, W_gate, W_2, router, head, norm_gain, bias ...; "" unknown.
-        layer, sublayer: None and "" outside all sub-layers.
-        fan_in, fan_out: of the linear map that it makes, whichever way it is stored.
-        family: normal, truncated, uniform, orthogonal, zero, constant or other.
-        std: over all elements; rows of a table that are exactly zero (padding) are left out and counted.
-        lower, upper: sampling interval of the std that it was drawn with, at 1 - `alpha` of the contract.
-        mean: over all elements; the value itself for a constant.
-        truncation: for a truncated normal, std over that of the normal before it was cut.
-        decayed: in a parameter group with weight decay; None where no optimizer was given.
-    """
-
-    parameter: str
-    shape: list[int]
-    role: str
-    pattern: str
-    layer: int | None = None
-    sublayer: str = ""
-    fan_in: int | None = None
-    fan_out: int | None = None
-    family: str = "other"
-    std: float | None = None
-    lower: float | None = None
-    upper: float | None = None
-    mean: float | None = None
-    truncation: float = 1.0
-    zero_rows: int = 0
-    decayed: bool | None = None
-
-
-@dataclass(frozen=True)
-class ContractRecord(Record):
-    """What the init contract is judged by.
-
-    Attributes:
-        family: model type of a Hugging Face config, else the class; published inits are looked up by it.
-        sizes: variables of formulas: N (layers), d (width), V (vocabulary), and numbers of the model's config.
-        weights: every parameter.
-        tied: the embeddings that the head reads too.
-        logits_std: std of the model's output where that is logits over the vocabulary, else None.
-        alpha: chance that a weight drawn as expected falls outside its interval, per test.
-        pinned: the user's contract: role or name pattern -> formula.
-    """
-
-    family: str
-    sizes: dict[str, float]
-    weights: list[WeightRecord] = field(default_factory=list)
-    tied: list[str] = field(default_factory=list)
-    logits_std: float | None = None
-    alpha: float = 1e-6
-    pinned: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class FiguresRecord(Record):
-    """Figures of a model over seeds, each with its sampling interval: what a baseline keeps, and is compared with.
-
-    Attributes:
-        model, parameters, layers, width: of what.
-        seeds: how many different initialisations were measured.
-        spread: relative std of a sub-layer's figure from seed to seed, pooled over sub-layers; None for one seed.
-        sublayers: name -> figure -> [lower, median, upper]: between these a figure lies for another seed.
-        weights: name -> {"role", "family", "std", "lower", "upper", "value"}; `value` that of a constant.
-    """
-
-    model: str
-    parameters: int
-    layers: int
-    width: int | None
-    seeds: int
-    spread: float | None = None
-    sublayers: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    weights: dict[str, dict[str, Any]] = field(default_factory=dict)
-    created: str = ""
-    jacdiag: str = ""
-    command: str = ""
-    schema_version: int = SCHEMA_VERSION
-
-
-@dataclass(frozen=True)
 class ProbeRecord(Record):
     """The probe input. `tokens` says where the token ids come from ("random", a file name, "text", "inputs")."""
 
@@ -405,37 +304,3 @@ class Report(Record):
         if version != SCHEMA_VERSION:
             raise ValueError(f"report has schema_version {version!r}; this jacdiag reads {SCHEMA_VERSION}")
         return cls.from_dict(data)
-
-
-def _encode(value: Any) -> Any:
-    if isinstance(value, Record):
-        return value.to_dict()
-    if isinstance(value, bool) or value is None or isinstance(value, (int, str)):
-        return value
-    if isinstance(value, float):
-        if math.isfinite(value):
-            return value
-        return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
-    if isinstance(value, Mapping):
-        return {str(key): _encode(item) for key, item in value.items()}
-    if isinstance(value, Sequence):
-        return [_encode(item) for item in value]
-    raise TypeError(f"a report cannot hold a {type(value).__name__}")
-
-
-def _decode(hint: Any, value: Any) -> Any:
-    """Turns a JSON value back into what the type hint of its field says."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if value is None:
-        return None
-    if origin in (typing.Union, types.UnionType):
-        return _decode(next(arg for arg in args if arg is not type(None)), value)
-    if origin is list:
-        return [_decode(args[0], item) for item in value]
-    if origin is dict:
-        return {key: _decode(args[1], item) for key, item in value.items()}
-    if isinstance(hint, type) and issubclass(hint, Record):
-        return hint.from_dict(value)
-    if hint is float and isinstance(value, (str, int)):
-        return float(value)
-    return value

@@ -69,8 +69,10 @@ class Source:
         """A parameter's values: the parameter itself, or what its file holds; None where it has a shape only."""
         if not parameter.is_meta:
             return parameter.detach()
-        names = self.model.named_parameters() if self.model is not None and self.weights is not None else ()
-        return next((self.weights[name] for name, p in names if self.weights and p is parameter), None)
+        if self.model is None or self.weights is None:
+            return None
+        name = next(name for name, p in self.model.named_parameters() if p is parameter)
+        return self.weights[name]
 
     @property
     def vocab_size(self) -> int | None:

@@ -62,6 +62,18 @@ class Sites(Sequence[Sublayer]):
     def __iter__(self) -> Iterator[Sublayer]:
         return iter(self._sublayers)
 
+    @property
+    def layers(self) -> int:
+        """How many depths have a sub-layer on the stream."""
+        return len({site.depth for site in self if not site.nested})
+
+    def by_shortcut(self) -> list[list[Sublayer]]:
+        """The sub-layers in groups: parallel branches share a shortcut."""
+        groups: dict[int, list[Sublayer]] = {}
+        for site in self:
+            groups.setdefault(site.group, []).append(site)
+        return list(groups.values())
+
     def named(self, name: str) -> Sublayer:
         """Returns the sub-layer of that name. Raises TraceError with the closest names."""
         for site in self._sublayers:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from jacdiag.sources.wrapped import plain_name, unwrap
 from jacdiag.trace.attributes import Attributes, collect_attribute_tensors, copy_attribute
 from jacdiag.trace.stored import Stored
+from jacdiag.trace.tensors import is_finite
 from jacdiag.trace.wrappers import is_code, original_class, skipped_attributes, whole_weights
 
 _HOOK_DICTS = (
@@ -121,7 +122,7 @@ class Skeleton:
         """Names of parameters with NaN or Inf in them."""
         if self.stored is not None:
             return self.stored.non_finite()
-        return [name for name, t in self.params.items() if not bool(torch.isfinite(t).all())]
+        return [name for name, t in self.params.items() if not is_finite(t)]
 
     def restore(self) -> None:
         """Undoes what a run wrote to plain attributes (a cache, a counter)."""

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
+from jacdiag.trace.tensors import is_finite
+
 # Calls that ask for a tensor's outline and not for its numbers.
 _OUTLINE_ONLY = {
     "size", "dim", "ndimension", "numel", "nelement", "is_floating_point", "is_complex", "element_size", "__len__",
@@ -36,7 +38,7 @@ class Stored(Mapping[str, Tensor]):
         with temporarily_clear_interpreter_stack():  # a transform of torch.func would wrap what is made in it
             tensor = self._weights[name].to(self.device)
             if name not in self._finite:
-                self._finite[name] = _finite(tensor)
+                self._finite[name] = is_finite(tensor)
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -79,10 +81,3 @@ class Stored(Mapping[str, Tensor]):
             return _PLACE[attribute]
         result = func(*args, **kwargs)
         return func(self.read(args[0]), *args[1:], **kwargs) if isinstance(result, Tensor) else result
-
-
-def _finite(tensor: Tensor) -> bool:
-    """One pass without a temporary: a NaN or an Inf shows in the least or the largest."""
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    return all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))

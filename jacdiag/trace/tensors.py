@@ -81,6 +81,14 @@ def is_float(tensor: Tensor) -> bool:
     return tensor.dtype.is_floating_point or tensor.dtype.is_complex
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no number is NaN or Inf: in one pass without a temporary, as either shows in the least or the largest."""
+    if not is_float(tensor) or not tensor.numel():
+        return True
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return all(bool(torch.isfinite(end)) for end in torch.aminmax(real))
+
+
 def storage_of(tensor: Tensor) -> int:
     try:
         return tensor.untyped_storage()._cdata

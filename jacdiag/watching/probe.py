@@ -15,10 +15,11 @@ from torch import nn
 
 import jacdiag
 from jacdiag.errors import ProbeError, TraceError
+from jacdiag.measure.model import model_record
 from jacdiag.measure.norms import Effort
 from jacdiag.measure.state import detect_state
 from jacdiag.measure.sublayer import measure_group
-from jacdiag.report import Cost, ModelRecord, Report, SublayerRecord
+from jacdiag.report import Cost, Report, SublayerRecord
 from jacdiag.report.thresholds import Thresholds
 from jacdiag.rules import evaluate
 from jacdiag.sources import Probe, Source, build_probe
@@ -96,7 +97,7 @@ class LiveProbe:
     # -- norms -----------------------------------------------------------------------------------------------------
     def price(self, found: Sites, tracing: float) -> Price:
         """Foretells a probe: one sub-layer of each kind is measured twice, cold and warm, and counts for its like."""
-        groups = _groups(found)
+        groups = found.by_shortcut()
         like = Counter(_alike(members) for members in groups)
         seconds = tracing
         for kind, count in like.items():
@@ -122,7 +123,7 @@ class LiveProbe:
             raise TraceError("two runs of the model on the probe differ", got=found.culprit)
         state = self.state_of(found)
         records: list[SublayerRecord] = []
-        for members in _groups(found):
+        for members in found.by_shortcut():
             records += self._measured(members, state)
         records.sort(key=lambda record: record.index)
         report = self._report(found, records, state, step, begun)
@@ -150,25 +151,14 @@ class LiveProbe:
 
     def _report(self, found: Sites, records: list[SublayerRecord], state: Any, step: int, begun: float) -> Report:
         assert self.probe is not None
-        params, covered = found.skeleton.params, found.coverage.covered()
         off = state == "trained" and self.probe.record.tokens == "random"
-        broken = [name for name, t in params.items() if not bool(torch.isfinite(t).all())]
-        model = ModelRecord(
-            name=type(self.model).__name__,
-            parameters=sum(p.numel() for p in params.values()),
-            layers=len({s.depth for s in found if not s.nested}),
-            width=int(found[0].shortcut.shape[found[0].feature_dim]),
-            covered_parameters=sum(p.numel() for n, p in params.items() if n in covered),
-            uncovered=list(found.coverage.uncovered),
-            uncovered_reasons=found.coverage.uncovered,
-        )
-        checks = {"deterministic": found.deterministic, "non_finite": broken}
+        checks = {"deterministic": found.deterministic, "non_finite": found.skeleton.non_finite()}
         return Report(
             source={"format": "live", "step": step},
             tier="measured",
             state=state,
             probe=replace(self.probe.record, off_distribution=off),
-            model=model,
+            model=model_record(self.model, found),
             sublayers=records,
             cost=Cost(sum(r.cost or 0.0 for r in records), None, time.perf_counter() - begun),
             settings={"confidence": CONFIDENCE, "seed": self.seed, "max_products": PRODUCTS, "checks": checks},
@@ -190,13 +180,6 @@ def _to_budget(site: Sublayer) -> Mapping[str, Callable[[float, float], bool]]:
         return False
 
     return {"core_norm": never, "branch_norm": always if follows else never, "residual_norm": always}
-
-
-def _groups(found: Sites) -> list[list[Sublayer]]:
-    groups: dict[int, list[Sublayer]] = {}
-    for site in found:
-        groups.setdefault(site.group, []).append(site)
-    return list(groups.values())
 
 
 def _alike(members: list[Sublayer]) -> tuple[Any, ...]:

@@ -19,7 +19,7 @@ MODEL = f'''
 import ctypes, os, signal, sys, time
 from pathlib import Path
 
-import jacdiag.auditing
+import jacdiag.auditing.measured
 from jacdiag.sources import gpt
 
 BAD = os.environ.get("RANK") == os.environ.get("BAD")
@@ -54,13 +54,13 @@ def other_heads():
 
 
 def while_measuring(what):
-    real = jacdiag.auditing.measure_group
+    real = jacdiag.auditing.measured.measure_group
 
     def instead(*args):
         Path(f"measuring-{{os.environ.get('RANK')}}").touch()
         return what(*args) if BAD else (time.sleep(0.3), real(*args))[1]
 
-    jacdiag.auditing.measure_group = instead
+    jacdiag.auditing.measured.measure_group = instead
     return fine()
 
 

@@ -16,15 +16,8 @@ from watching.test_figures import exact
 import jacdiag
 
 OPTIONS: dict[str, Any] = {"every": 6, "stats_every": 3, "log_every": 4, "quiet": True, "strict": True}
+pytestmark = pytest.mark.usefixtures("deterministic")
 needs_lightning = pytest.mark.skipif(importlib.util.find_spec("lightning") is None, reason="lightning is not installed")
-
-
-@pytest.fixture(autouse=True)
-def deterministic() -> Any:
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def same(make: Any, folder: Path, steps: int = 14, **more: Any) -> list[dict[str, Any]]:

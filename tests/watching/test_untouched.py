@@ -17,15 +17,8 @@ from watching.rig import adam, assert_same_state, batch, lines, plain_step, smal
 import jacdiag
 from jacdiag.watching import AlertRaised
 
+pytestmark = pytest.mark.usefixtures("deterministic")
 FREQUENT = {"every": 20, "stats_every": 10, "log_every": 5, "keep_batches": 2, "strict": True}
-
-
-@pytest.fixture(autouse=True)
-def deterministic() -> Any:
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def test_two_hundred_steps_are_the_same_bit_for_bit_with_dropout(tmp_path: Path) -> None:

@@ -19,8 +19,6 @@ from jacdiag.errors import SourceError, one_line
 from jacdiag.sources.formats.guard import GuardedPickle, Stub, Unsafe, refusal
 from jacdiag.sources.stored import failed
 
-_BROKEN = (Exception,)  # a stranger's bytes in the readers of others: they may raise anything
-
 
 @dataclass(frozen=True)
 class Chunk:
@@ -42,7 +40,7 @@ class Chunk:
             raise failed(self.path, f"{self.path.stat().st_size:,} bytes: it has become shorter")
         try:
             tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        except _BROKEN as error:
+        except Exception as error:  # a stranger's bytes in the readers of others
             raise failed(self.path, f"the {self.length:,} bytes at {self.offset:,} are no tensor") from error
         if not isinstance(tensor, Tensor) or tuple(tensor.shape) != self.sizes:
             raise failed(self.path, f"at byte {self.offset:,} is no tensor of the size that .metadata tells")
@@ -85,7 +83,7 @@ def chunked(path: Path) -> dict[str, Chunked]:
             for name, stub in metadata["state_dict_metadata"].items()
             if "chunks" in stub.state
         }
-    except _BROKEN as error:
+    except Exception as error:  # a stranger's bytes in the readers of others
         raise _foreign(path, one_line(error)) from error
     _check_files(path, found)
     return found
@@ -99,7 +97,7 @@ def _metadata(path: Path) -> Mapping[str, Any]:
             found = guard.module.load(data)
     except Unsafe as unsafe:
         raise refusal(file, unsafe) from None
-    except _BROKEN as error:
+    except Exception as error:  # a stranger's bytes in the readers of others
         raise SourceError(f"cannot read '{file}'", got=one_line(error), hint="copy or save the folder again") from error
     if not isinstance(found, Stub) or not isinstance(found.state, Mapping):
         raise _foreign(path, f"a {type(found).__name__}")

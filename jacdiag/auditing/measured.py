@@ -1,206 +1,46 @@
-"""The one orchestrator: source -> probe -> trace -> measure -> rules -> report."""
+"""The measured tier, step by step: probe, record, jobs that one rank or several do, report."""
 
 from __future__ import annotations
 
-import datetime
 import math
-import resource
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-import jacdiag
-from jacdiag.errors import MeasureError, TraceError, UsageError, one_line
+from jacdiag.auditing.request import Request
+from jacdiag.auditing.stamp import peak_memory_mb, stamp
+from jacdiag.errors import MeasureError, TraceError, one_line
 from jacdiag.measure.contract import contract_of, decayed_by
 from jacdiag.measure.figures import std_of
+from jacdiag.measure.model import model_record
 from jacdiag.measure.network import end_to_end, gradient_profile, network_record, verify_replay
 from jacdiag.measure.norms import Effort
 from jacdiag.measure.state import detect_state
 from jacdiag.measure.sublayer import measure_group
-from jacdiag.measure.weights import weight_stats, weights_report
-from jacdiag.ranks import Fingerprint, Ranks, Share, Use, enlisted, fingerprint, merged
-from jacdiag.report import (
-    Cost,
-    Interval,
-    ModelRecord,
-    NetworkRecord,
-    Plan,
-    Report,
-    SublayerRecord,
-    WeightStats,
-)
-from jacdiag.report.thresholds import Thresholds, load_healthy, load_thresholds
-from jacdiag.rules import checked_contract, decision_points, evaluate
-from jacdiag.sources import Probe, Source, build_probe, load
-from jacdiag.sources.device import current, pick
-from jacdiag.trace import Declaration, Sublayer, sites
-from jacdiag.trace.declared import declarations, nothing_found
+from jacdiag.measure.weights import weight_stats
+from jacdiag.ranks import Fingerprint, Share, Use, fingerprint, merged
+from jacdiag.report import Cost, Interval, NetworkRecord, Report, SublayerRecord, WeightStats
+from jacdiag.report.thresholds import load_healthy
+from jacdiag.rules import decision_points
+from jacdiag.sources import Probe, build_probe
+from jacdiag.sources.device import pick
+from jacdiag.trace import Sublayer, sites
+from jacdiag.trace.declared import nothing_found
 from jacdiag.trace.tensors import collect_deep
 
 REPLAY_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
-
-
-class Progress(Protocol):
-    """What a long audit tells about itself; the command line draws it."""
-
-    def start(self, total: float, text: str) -> None: ...
-    def advance(self, units: float, text: str) -> None: ...
-    def stop(self) -> None: ...
-
-
-class AuditReport(Report):
-    """A report that can show itself."""
-
-    def table(self, **options: Any) -> None:
-        """Prints the table to the terminal (see `jacdiag.render.table.print_report`)."""
-        from rich.console import Console
-
-        from jacdiag.render.table import print_report
-
-        print_report(self, Console(), **options)
-
-    def plot(self, path: str) -> None:
-        """Writes the picture: gain over depth, and its two factors below. The suffix gives the format."""
-        from pathlib import Path
-
-        from jacdiag.render.plot import save
-
-        save(self, Path(path))
-
-
-def audit(
-    source: str | nn.Module | Source,
-    inputs: Any = None,
-    *,
-    model: str | None = None,
-    model_args: dict[str, Any] | None = None,
-    tokens: str | None = None,
-    input_factory: str | None = None,
-    batch: int = 2,
-    seq: int | None = None,
-    seed: int = 0,
-    device: str | None = None,
-    dtype: Literal["float32", "float64"] = "float32",
-    tol: float = 0.05,
-    confidence: float = 0.999,
-    decide: bool = False,
-    state: Literal["init", "trained"] | None = None,
-    lr: float | None = None,
-    warmup: int | None = None,
-    clip: float | None = None,
-    beta2: float | None = None,
-    profile: str = "default",
-    select: Iterable[str] = (),
-    ignore: Iterable[str] = (),
-    thresholds: Mapping[str, Any] | None = None,
-    trust_pickle: bool = False,
-    max_products: int = 200,
-    declared: Iterable[Declaration] | Mapping[str, Any] = (),
-    contract: Mapping[str, Any] | None = None,
-    optimizer: Any = None,
-    products: bool = True,
-    progress: Progress | None = None,
-    ranks: Ranks | bool = False,
-) -> AuditReport:
-    """Audits a model: the norms of every sub-layer with their intervals, the network's figures, a verdict.
-
-    Args:
-        source: a SOURCE string (checkpoint file, Hugging Face folder, "package.module:callable", "file.py:callable",
-            "hf:CONFIG"), a module, or what `jacdiag.sources.load` returned.
-        inputs: the probe for a module: token ids (B, T), a tuple of arguments, or a dict of keyword arguments. Random
-            token ids if not given.
-        model, model_args: the factory that builds the module of a bare state dict, and its keyword arguments.
-        tokens, input_factory: a file of probe tokens; a factory of the probe input.
-        batch, seq, seed: the random probe. `seq` is 128, or what the model allows if that is less.
-        device, dtype: where, and in what precision products run.
-        tol, confidence: relative width of the intervals that is asked for, and their confidence.
-        decide: stop each norm as soon as the rules are decided.
-        state: "init" or "trained"; detected if not given.
-        lr, warmup, clip, beta2: the plan of the run.
-        profile, select, ignore, thresholds: of the rules.
-        trust_pickle: allow a pickle that holds more than tensors to run code.
-        max_products: budget of products per norm.
-        declared: sub-layers that the dataflow does not show, from `jacdiag.declare`.
-        contract: a pinned init contract, role or name pattern -> formula of its std, such as {"W_O": "0.02/sqrt(2*N)"}.
-        optimizer: a torch optimizer, or its parameter groups, of a module that was handed in: who decays is looked at.
-        products: False leaves the Jacobians out, and judges the init contract alone; any size of model.
-        progress: told about the work done.
-        ranks: share the work with the other processes that torchrun started; each must call this, with the same
-            arguments, and each gets the whole report. Never done unasked: a training loop may audit on one rank only.
-
-    Raises:
-        JacdiagError: the source, the probe or the model cannot be used; the message says what, got, try.
-
-    Example:
-        >>> import torch, jacdiag
-        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, norm_first=True, batch_first=True)
-        >>> report = jacdiag.audit(layer, torch.randn(2, 4, 8))
-        >>> report.sublayers[1].kind, report.sublayers[1].branch_norm.converged
-        ('mlp', True)
-    """
-    if dtype not in DTYPES:
-        raise UsageError("unknown dtype", got=str(dtype), hint=f"one of {', '.join(DTYPES)}")
-    limits = load_thresholds(thresholds)
-    with enlisted(ranks) as crew, torch.inference_mode(False), current(pick(device := crew.device(device))):
-        if isinstance(source, str):
-            source = load(source, model=model, model_args=model_args, trust_pickle=trust_pickle, seed=seed)
-        loaded = source if isinstance(source, Source) else Source.of_module(source)
-        request = _Request(
-            loaded, inputs, tokens, input_factory, batch, seq, seed, device, DTYPES[dtype], tol, confidence, decide,
-            state, Plan(lr, warmup, clip, beta2), profile, tuple(select), tuple(ignore), limits, max_products,
-            tuple(declarations(declared)), progress, crew, checked_contract(contract), optimizer, products,
-        )  # fmt: skip
-        report = _weights_only(request) if loaded.model is None else _Audit(request).run()
-    report = evaluate(report, thresholds=limits, profile=profile, select=request.select, ignore=request.ignore)
-    return AuditReport(**{f.name: getattr(report, f.name) for f in fields(Report)})
 
 
 @dataclass(frozen=True)
-class _Request:
-    source: Source
-    inputs: Any
-    tokens: str | None
-    input_factory: str | None
-    batch: int
-    seq: int | None
-    seed: int
-    device: str | None
-    dtype: torch.dtype
-    tol: float
-    confidence: float
-    decide: bool
-    state: Literal["init", "trained"] | None
-    plan: Plan
-    profile: str
-    select: tuple[str, ...]
-    ignore: tuple[str, ...]
-    thresholds: Thresholds
-    max_products: int
-    declared: tuple[Declaration, ...]
-    progress: Progress | None
-    ranks: Ranks
-    contract: dict[str, str]
-    optimizer: Any
-    products: bool
-
-    def options(self) -> dict[str, Any]:
-        """What must be the same on every rank, beside the model and the probe."""
-        its_own = ("source", "inputs", "tokens", "input_factory", "device", "progress", "ranks", "optimizer")
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in its_own}
-
-
-@dataclass(frozen=True)
-class _Job:
+class Job:
     """A piece of the work that one rank does: `units` of the progress bar; `cost` is compared with other jobs'."""
 
     name: str
@@ -210,10 +50,10 @@ class _Job:
     run: Callable[[], Share]
 
 
-class _Audit:
+class Audit:
     """The measured tier, step by step."""
 
-    def __init__(self, request: _Request) -> None:
+    def __init__(self, request: Request) -> None:
         assert request.source.model is not None
         self.request = request
         self.model: nn.Module = request.source.model
@@ -232,7 +72,7 @@ class _Audit:
         if not self.sites:
             raise nothing_found(self.sites)
         self.state = self._state()
-        self.layers = len({s.depth for s in self.sites if not s.nested})
+        self.layers = self.sites.layers
         self.broken = self.sites.skeleton.non_finite()
         checks: dict[str, Any] = {"deterministic": self.sites.deterministic, "non_finite": self.broken}
         checks |= {"culprit": self.sites.culprit} if self.sites.culprit else {}
@@ -289,7 +129,7 @@ class _Audit:
                 if r.progress is not None:
                     r.progress.advance(sum(jobs[i].units for i in handed_out), jobs[k].name)
             use = Use(r.ranks.rank, socket.gethostname(), str(r.source.device), len(shares) - 1,
-                      time.perf_counter() - begun, _peak_memory_mb())  # fmt: skip
+                      time.perf_counter() - begun, peak_memory_mb())  # fmt: skip
             with self._phase("wait"):
                 found = merged(r.ranks.gather(merged([*shares, Share(uses=[use])])))
         finally:
@@ -298,12 +138,9 @@ class _Audit:
         checks["replay"] = {n: e for n, e in found.errors.items() if not e <= REPLAY_TOLERANCE[self.sites.dtype]}
         return found
 
-    def _jobs(self, probe: Probe) -> list[_Job]:
+    def _jobs(self, probe: Probe) -> list[Job]:
         """One job for the sub-layers of each shortcut, and one for the figures of the whole network."""
         r, params = self.request, self.sites.skeleton.outlines
-        groups: dict[int, list[Sublayer]] = {}
-        for site in self.sites:
-            groups.setdefault(site.group, []).append(site)
         effort = Effort(r.tol, r.confidence, r.max_products, r.seed, self._decider(), early=r.decide)
 
         def sublayers(members: list[Sublayer]) -> Share:
@@ -311,11 +148,11 @@ class _Audit:
             return Share(records, sum(i.products for record in records for i in _intervals(record)))
 
         jobs = []
-        for members in groups.values():
+        for members in self.sites.by_shortcut():
             cost = sum(params[name].numel() for site in members for name in site.products)
-            jobs.append(_Job(members[0].name, "sub-layers", len(members), cost, partial(sublayers, members)))
+            jobs.append(Job(members[0].name, "sub-layers", len(members), cost, partial(sublayers, members)))
         if not r.decide and not self.broken:
-            jobs.append(_Job("end to end", "network", 0.4 * len(self.sites), math.inf, partial(self._through, probe)))
+            jobs.append(Job("end to end", "network", 0.4 * len(self.sites), math.inf, partial(self._through, probe)))
         return jobs
 
     def _through(self, probe: Probe) -> Share:
@@ -361,16 +198,9 @@ class _Audit:
     ) -> Report:
         r, coverage = self.request, self.sites.coverage
         params, values = self.sites.skeleton.outlines, self.sites.skeleton.params
-        covered = coverage.covered()
         tables = [n for n in coverage.embedding if n in params and params[n].dim() == 2]
-        model = ModelRecord(
-            name=type(self.model).__name__,
-            parameters=sum(p.numel() for p in params.values()),
-            layers=self.layers,
-            width=int(self.sites[0].shortcut.shape[self.sites[0].feature_dim]),
-            covered_parameters=sum(p.numel() for n, p in params.items() if n in covered),
-            uncovered=list(coverage.uncovered),
-            uncovered_reasons=coverage.uncovered,
+        model = replace(
+            model_record(self.model, self.sites),
             weights={n: WeightStats(n, list(params[n].shape), std_of(values[n], correction=1)) for n in tables},
             vocabulary=r.source.vocab_size,
         )
@@ -398,13 +228,13 @@ class _Audit:
             ladder=load_healthy(model.width) if self.state == "init" else [],
             notes=[*self.notes, *probe.notes],
             contract=contract,
-            **_stamp(),
+            **stamp(),
         )  # fmt: skip
 
     def _cost(self, found: Share) -> Cost:
         through = found.through.products if found.through else 0
         forwards = sum(record.cost or 0.0 for record in found.records) + through * len(found.records)
-        peak = max((use.peak_memory_mb for use in found.uses), default=_peak_memory_mb())
+        peak = max((use.peak_memory_mb for use in found.uses), default=peak_memory_mb())
         seconds = time.perf_counter() - self.started
         return Cost(forwards, found.products + through, seconds, peak, self.phases)
 
@@ -425,25 +255,3 @@ def _intervals(record: SublayerRecord) -> list[Interval]:
 def _clear_of(points: Iterable[float]) -> Callable[[float, float], bool]:
     limits = tuple(points)
     return lambda lower, upper: all(upper <= p or lower > p for p in limits)
-
-
-def _weights_only(request: _Request) -> Report:
-    request.ranks.agree(lambda: fingerprint(None, request.source.state.items(), (), request.options(), {}))
-    report = weights_report(request.source)
-    settings = {**report.settings, "name": request.source.name, "profile": request.profile, "seed": request.seed}
-    if report.contract is not None:
-        report = replace(report, contract=replace(report.contract, pinned=request.contract))
-    return replace(report, plan=request.plan, settings=settings, **_stamp())
-
-
-def _stamp() -> dict[str, Any]:
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return {"created": now, "torch": torch.__version__, "jacdiag": jacdiag.__version__}
-
-
-def _peak_memory_mb() -> float:
-    """Peak of the device's allocator, or of the whole process on a CPU (ru_maxrss: KiB on Linux, bytes on macOS)."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,0 +1,144 @@
+"""The one orchestrator: source -> probe -> trace -> measure -> rules -> report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from jacdiag.auditing.measured import Audit
+from jacdiag.auditing.request import Progress, Request
+from jacdiag.auditing.stamp import stamp
+from jacdiag.errors import UsageError
+from jacdiag.measure.weights import weights_report
+from jacdiag.ranks import Ranks, enlisted, fingerprint
+from jacdiag.report import Plan, Report
+from jacdiag.report.thresholds import load_thresholds
+from jacdiag.rules import checked_contract, evaluate
+from jacdiag.sources import Source, load
+from jacdiag.sources.device import current, pick
+from jacdiag.trace import Declaration
+from jacdiag.trace.declared import declarations
+
+__all__ = ["AuditReport", "Progress", "audit"]
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+class AuditReport(Report):
+    """A report that can show itself."""
+
+    def table(self, **options: Any) -> None:
+        """Prints the table to the terminal (see `jacdiag.render.table.print_report`)."""
+        from rich.console import Console
+
+        from jacdiag.render.table import print_report
+
+        print_report(self, Console(), **options)
+
+    def plot(self, path: str) -> None:
+        """Writes the picture: gain over depth, and its two factors below. The suffix gives the format."""
+        from pathlib import Path
+
+        from jacdiag.render.plot import save
+
+        save(self, Path(path))
+
+
+def audit(
+    source: str | nn.Module | Source,
+    inputs: Any = None,
+    *,
+    model: str | None = None,
+    model_args: dict[str, Any] | None = None,
+    tokens: str | None = None,
+    input_factory: str | None = None,
+    batch: int = 2,
+    seq: int | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    dtype: Literal["float32", "float64"] = "float32",
+    tol: float = 0.05,
+    confidence: float = 0.999,
+    decide: bool = False,
+    state: Literal["init", "trained"] | None = None,
+    lr: float | None = None,
+    warmup: int | None = None,
+    clip: float | None = None,
+    beta2: float | None = None,
+    profile: str = "default",
+    select: Iterable[str] = (),
+    ignore: Iterable[str] = (),
+    thresholds: Mapping[str, Any] | None = None,
+    trust_pickle: bool = False,
+    max_products: int = 200,
+    declared: Iterable[Declaration] | Mapping[str, Any] = (),
+    contract: Mapping[str, Any] | None = None,
+    optimizer: Any = None,
+    products: bool = True,
+    progress: Progress | None = None,
+    ranks: Ranks | bool = False,
+) -> AuditReport:
+    """Audits a model: the norms of every sub-layer with their intervals, the network's figures, a verdict.
+
+    Args:
+        source: a SOURCE string (checkpoint file, Hugging Face folder, "package.module:callable", "file.py:callable",
+            "hf:CONFIG"), a module, or what `jacdiag.sources.load` returned.
+        inputs: the probe for a module: token ids (B, T), a tuple of arguments, or a dict of keyword arguments. Random
+            token ids if not given.
+        model, model_args: the factory that builds the module of a bare state dict, and its keyword arguments.
+        tokens, input_factory: a file of probe tokens; a factory of the probe input.
+        batch, seq, seed: the random probe. `seq` is 128, or what the model allows if that is less.
+        device, dtype: where, and in what precision products run.
+        tol, confidence: relative width of the intervals that is asked for, and their confidence.
+        decide: stop each norm as soon as the rules are decided.
+        state: "init" or "trained"; detected if not given.
+        lr, warmup, clip, beta2: the plan of the run.
+        profile, select, ignore, thresholds: of the rules.
+        trust_pickle: allow a pickle that holds more than tensors to run code.
+        max_products: budget of products per norm.
+        declared: sub-layers that the dataflow does not show, from `jacdiag.declare`.
+        contract: a pinned init contract, role or name pattern -> formula of its std, such as {"W_O": "0.02/sqrt(2*N)"}.
+        optimizer: a torch optimizer, or its parameter groups, of a module that was handed in: who decays is looked at.
+        products: False leaves the Jacobians out, and judges the init contract alone; any size of model.
+        progress: told about the work done.
+        ranks: share the work with the other processes that torchrun started; each must call this, with the same
+            arguments, and each gets the whole report. Never done unasked: a training loop may audit on one rank only.
+
+    Raises:
+        JacdiagError: the source, the probe or the model cannot be used; the message says what, got, try.
+
+    Example:
+        >>> import torch, jacdiag
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, norm_first=True, batch_first=True)
+        >>> report = jacdiag.audit(layer, torch.randn(2, 4, 8))
+        >>> report.sublayers[1].kind, report.sublayers[1].branch_norm.converged
+        ('mlp', True)
+    """
+    if dtype not in DTYPES:
+        raise UsageError("unknown dtype", got=str(dtype), hint=f"one of {', '.join(DTYPES)}")
+    limits = load_thresholds(thresholds)
+    with enlisted(ranks) as crew, torch.inference_mode(False), current(pick(device := crew.device(device))):
+        if isinstance(source, str):
+            source = load(source, model=model, model_args=model_args, trust_pickle=trust_pickle, seed=seed)
+        loaded = source if isinstance(source, Source) else Source.of_module(source)
+        request = Request(
+            loaded, inputs, tokens, input_factory, batch, seq, seed, device, DTYPES[dtype], tol, confidence, decide,
+            state, Plan(lr, warmup, clip, beta2), profile, tuple(select), tuple(ignore), limits, max_products,
+            tuple(declarations(declared)), progress, crew, checked_contract(contract), optimizer, products,
+        )  # fmt: skip
+        report = _weights_only(request) if loaded.model is None else Audit(request).run()
+    report = evaluate(report, thresholds=limits, profile=profile, select=request.select, ignore=request.ignore)
+    return AuditReport(**{f.name: getattr(report, f.name) for f in fields(Report)})
+
+
+def _weights_only(request: Request) -> Report:
+    request.ranks.agree(lambda: fingerprint(None, request.source.state.items(), (), request.options(), {}))
+    report = weights_report(request.source)
+    settings = {**report.settings, "name": request.source.name, "profile": request.profile, "seed": request.seed}
+    if report.contract is not None:
+        report = replace(report, contract=replace(report.contract, pinned=request.contract))
+    return replace(report, plan=request.plan, settings=settings, **stamp())

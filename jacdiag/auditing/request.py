@@ -1,0 +1,56 @@
+"""What an audit is asked to do, checked and complete."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Protocol
+
+import torch
+
+from jacdiag.ranks import Ranks
+from jacdiag.report import Plan
+from jacdiag.report.thresholds import Thresholds
+from jacdiag.sources import Source
+from jacdiag.trace import Declaration
+
+
+class Progress(Protocol):
+    """What a long audit tells about itself; the command line draws it."""
+
+    def start(self, total: float, text: str) -> None: ...
+    def advance(self, units: float, text: str) -> None: ...
+    def stop(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Request:
+    source: Source
+    inputs: Any
+    tokens: str | None
+    input_factory: str | None
+    batch: int
+    seq: int | None
+    seed: int
+    device: str | None
+    dtype: torch.dtype
+    tol: float
+    confidence: float
+    decide: bool
+    state: Literal["init", "trained"] | None
+    plan: Plan
+    profile: str
+    select: tuple[str, ...]
+    ignore: tuple[str, ...]
+    thresholds: Thresholds
+    max_products: int
+    declared: tuple[Declaration, ...]
+    progress: Progress | None
+    ranks: Ranks
+    contract: dict[str, str]
+    optimizer: Any
+    products: bool
+
+    def options(self) -> dict[str, Any]:
+        """What must be the same on every rank, beside the model and the probe."""
+        its_own = ("source", "inputs", "tokens", "input_factory", "device", "progress", "ranks", "optimizer")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in its_own}

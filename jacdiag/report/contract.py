@@ -1,0 +1,92 @@
+"""How a model was initialised, as plain data: every weight's draw, what it is judged by, figures over seeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from jacdiag.report.record import SCHEMA_VERSION, Record
+
+
+@dataclass(frozen=True)
+class WeightRecord(Record):
+    """How one parameter was initialised, as far as its values tell.
+
+    Attributes:
+        parameter, shape: `pattern` is its name with the layer number as "*".
+        role: embedding, positions, W_Q, W_K, W_V, W_O, W_1, W_gate, W_2, router, head, norm_gain, bias ...; "" unknown.
+        layer, sublayer: None and "" outside all sub-layers.
+        fan_in, fan_out: of the linear map that it makes, whichever way it is stored.
+        family: normal, truncated, uniform, orthogonal, zero, constant or other.
+        std: over all elements; rows of a table that are exactly zero (padding) are left out and counted.
+        lower, upper: sampling interval of the std that it was drawn with, at 1 - `alpha` of the contract.
+        mean: over all elements; the value itself for a constant.
+        truncation: for a truncated normal, std over that of the normal before it was cut.
+        decayed: in a parameter group with weight decay; None where no optimizer was given.
+    """
+
+    parameter: str
+    shape: list[int]
+    role: str
+    pattern: str
+    layer: int | None = None
+    sublayer: str = ""
+    fan_in: int | None = None
+    fan_out: int | None = None
+    family: str = "other"
+    std: float | None = None
+    lower: float | None = None
+    upper: float | None = None
+    mean: float | None = None
+    truncation: float = 1.0
+    zero_rows: int = 0
+    decayed: bool | None = None
+
+
+@dataclass(frozen=True)
+class ContractRecord(Record):
+    """What the init contract is judged by.
+
+    Attributes:
+        family: model type of a Hugging Face config, else the class; published inits are looked up by it.
+        sizes: variables of formulas: N (layers), d (width), V (vocabulary), and numbers of the model's config.
+        weights: every parameter.
+        tied: the embeddings that the head reads too.
+        logits_std: std of the model's output where that is logits over the vocabulary, else None.
+        alpha: chance that a weight drawn as expected falls outside its interval, per test.
+        pinned: the user's contract: role or name pattern -> formula.
+    """
+
+    family: str
+    sizes: dict[str, float]
+    weights: list[WeightRecord] = field(default_factory=list)
+    tied: list[str] = field(default_factory=list)
+    logits_std: float | None = None
+    alpha: float = 1e-6
+    pinned: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FiguresRecord(Record):
+    """Figures of a model over seeds, each with its sampling interval: what a baseline keeps, and is compared with.
+
+    Attributes:
+        model, parameters, layers, width: of what.
+        seeds: how many different initialisations were measured.
+        spread: relative std of a sub-layer's figure from seed to seed, pooled over sub-layers; None for one seed.
+        sublayers: name -> figure -> [lower, median, upper]: between these a figure lies for another seed.
+        weights: name -> {"role", "family", "std", "lower", "upper", "value"}; `value` that of a constant.
+    """
+
+    model: str
+    parameters: int
+    layers: int
+    width: int | None
+    seeds: int
+    spread: float | None = None
+    sublayers: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    weights: dict[str, dict[str, Any]] = field(default_factory=dict)
+    created: str = ""
+    jacdiag: str = ""
+    command: str = ""
+    schema_version: int = SCHEMA_VERSION
