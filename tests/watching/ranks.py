@@ -1,13 +1,15 @@
-"""What two processes do in `test_ranks.py`; started as a script: python ranks.py RANK PORT FOLDER MODE FAULT."""
+"""What two processes do in `test_ranks.py`; started as a script: python ranks.py RANK PORT FOLDER MODE FAULT,FAULT."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -38,36 +40,35 @@ def wrapped(mode: str) -> nn.Module:
     return model
 
 
-def break_something(fault: str, rank: int) -> None:
-    """Makes one phase of the probe fail on one rank."""
+def broken(fault: str, rank: int) -> contextlib.AbstractContextManager[Any]:
+    """One phase of the probe fails on one rank while this is entered."""
     phase, _, where = fault.partition("@")
     if not phase or rank != int(where):
-        return
+        return contextlib.nullcontext()
 
     def failing(*_: Any, **__: Any) -> Any:
         if phase.startswith("memory"):
             raise torch.OutOfMemoryError("no memory left, said the test")
         raise RuntimeError("broken by the test")
 
-    if phase == "missing":  # for longer than the watch waits, for less than the training does
-        ready = tiers_room.Tiers._ready
+    ready = tiers_room.Tiers._ready
 
-        def late(*args: Any) -> Any:
-            time.sleep(3 * OPTIONS["timeout"])
-            return ready(*args)
+    def late(*args: Any) -> Any:
+        time.sleep(3 * OPTIONS["timeout"])  # longer than the watch waits, not so long as the training does
+        return ready(*args)
 
-        tiers_room.Tiers._ready = late  # type: ignore[method-assign]
-    elif phase in ("copy", "memory-copy"):
-        tiers_room.local_copy = failing
-    elif phase == "record":
-        probe_room.sites = failing
-    elif phase in ("measure", "memory-measure"):
-        probe_room.measure_group = failing
-    elif phase == "gather":
-        tiers_room.Together.whole = failing
+    return {
+        "missing": lambda: mock.patch.object(tiers_room.Tiers, "_ready", late),
+        "copy": lambda: mock.patch.object(tiers_room, "local_copy", failing),
+        "gather": lambda: mock.patch.object(tiers_room.Together, "whole", failing),
+        "record": lambda: mock.patch.object(probe_room, "sites", failing),
+        "measure": lambda: mock.patch.object(probe_room, "measure_group", failing),
+    }[phase.removeprefix("memory-")]()
 
 
-def train(mode: str, rank: int, watched: dict[str, Any] | None) -> tuple[list[float], dict[str, Any], list[Any]]:
+def train(
+    mode: str, rank: int, watched: dict[str, Any] | None, truthful: bool
+) -> tuple[list[float], dict[str, Any], list[Any]]:
     torch.manual_seed(1)
     model = wrapped(mode)
     optimizer = adam(model)
@@ -78,7 +79,7 @@ def train(mode: str, rank: int, watched: dict[str, Any] | None) -> tuple[list[fl
         _, loss = model(*batch(10 * step + rank))
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        truth.append({n: _whole(p.grad) for n, p in model.named_parameters()} if mode != "fault" else None)
+        truth.append(_squares(model) if truthful else None)
         optimizer.step()
         optimizer.zero_grad()
         if w is not None:
@@ -90,32 +91,39 @@ def train(mode: str, rank: int, watched: dict[str, Any] | None) -> tuple[list[fl
     return losses, state, [*truth, torch.get_rng_state()]
 
 
-def _whole(grad: Any) -> float:
-    grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
-    return float(grad.double().square().sum())
+def _squares(model: nn.Module) -> dict[str, float]:
+    """The sum of squares of each gradient, in float64, over all shards: one collective."""
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    shards = [g.to_local() if hasattr(g, "to_local") else g for g in grads.values()]
+    squares = torch.stack([shard.double().square().sum() for shard in shards])
+    if any(hasattr(g, "to_local") for g in grads.values()):
+        dist.all_reduce(squares)
+    return dict(zip(grads, squares.tolist(), strict=True))
 
 
-def main(rank: int, port: int, folder: Path, mode: str, fault: str) -> None:
+def main(rank: int, port: int, folder: Path, mode: str, faults: list[str]) -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     dist.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60)
     )
-    plain = train(mode, rank, None)
-    break_something(fault, rank)
-    begun = time.perf_counter()
-    watched = train(mode, rank, {"log_dir": folder})
-    seconds = time.perf_counter() - begun
-    same = {
-        "losses": plain[0] == watched[0],
-        "state": all(torch.equal(torch.as_tensor(v), torch.as_tensor(watched[1][k])) for k, v in plain[1].items()),
-        "random": torch.equal(plain[2][-1], watched[2][-1]),
-    }
-    told = {"same": same, "seconds": seconds, "truth": watched[2][:-1], "losses": watched[0]}
-    (folder / f"told-{rank}.json").write_text(json.dumps(told), encoding="utf-8")
-    dist.barrier()
+    truthful = faults == [""]
+    plain = train(mode, rank, None, truthful)
+    for fault in faults:
+        with broken(fault, rank):
+            begun = time.perf_counter()
+            watched = train(mode, rank, {"log_dir": folder / fault}, truthful)
+            seconds = time.perf_counter() - begun
+        same = {
+            "losses": plain[0] == watched[0],
+            "state": all(torch.equal(torch.as_tensor(v), torch.as_tensor(watched[1][k])) for k, v in plain[1].items()),
+            "random": torch.equal(plain[2][-1], watched[2][-1]),
+        }
+        told = {"same": same, "seconds": seconds, "truth": watched[2][:-1], "losses": watched[0]}
+        (folder / fault / f"told-{rank}.json").write_text(json.dumps(told), encoding="utf-8")
+        dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], sys.argv[5])
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], sys.argv[5].split(","))
