@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 import tomllib
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import click
 
 from jacdiag.errors import UsageError
 from jacdiag_cli.config import Configured, Profile, current, resolve_profile
-from jacdiag_cli.options import JUDGEMENT, OUTPUT, PROBE, REPLAY, SOLVER, SOURCE, add
+from jacdiag_cli.options import JUDGEMENT, OUTPUT, PROBE, REPLAY, SOLVER, SOURCE, add, remedies
 from jacdiag_cli.output import Invocation, console, emit, guest_talk, say
 from jacdiag_cli.progress import bar
 
@@ -29,7 +30,7 @@ _ASKED = (
 
 
 @click.command(cls=Configured)
-@add(SOURCE, PROBE, REPLAY, SOLVER, JUDGEMENT, OUTPUT)
+@add(SOURCE, PROBE, REPLAY, SOLVER, JUDGEMENT, remedies("first"), OUTPUT)
 @click.pass_obj
 def audit(invocation: Invocation, source: str, **given: Any) -> int:
     """Measures every sub-layer of a model and says what stands out.
@@ -44,7 +45,8 @@ def audit(invocation: Invocation, source: str, **given: Any) -> int:
       jacdiag audit weights.safetensors --model build.py:model --tokens text.txt
       torchrun --nproc-per-node 2 -m jacdiag_cli audit checkpoint.pt      (shared out over processes)
     """
-    files = output_files(source, given["json_file"], given["plot_file"]) if invocation.heard else {}
+    named = {kind: given[f"{kind}_file"] for kind in ("json", "plot", "patch")}
+    files = output_files(source, named) if invocation.heard else {}
     profile = resolve_profile(click.get_current_context(), current())
     check_rules(profile)
     warn_of_trust(given["trust_pickle"])
@@ -63,6 +65,7 @@ def audit(invocation: Invocation, source: str, **given: Any) -> int:
             thresholds=profile.thresholds or None,
             declared=current().sites or (),
             contract=contract_given(given["contract"]),
+            remedies=given["remedies"],
             progress=progress,
             ranks=invocation.team or False,
         )
@@ -100,9 +103,9 @@ def check_rules(profile: Profile) -> None:
     load_thresholds(profile.thresholds)
 
 
-def output_files(source: str, json_file: str | None, plot_file: str | None) -> dict[str, Path]:
+def output_files(source: str, named: dict[str, str | None]) -> dict[str, Path]:
     """The files to write, refused here rather than after minutes of work."""
-    files = {kind: Path(name) for kind, name in (("json", json_file), ("plot", plot_file)) if name is not None}
+    files = {kind: Path(name) for kind, name in named.items() if name is not None}
     if not files:
         return files
     from jacdiag.render.files import check_writable
@@ -116,8 +119,9 @@ def output_files(source: str, json_file: str | None, plot_file: str | None) -> d
         if any(_same(path, given) for given in inputs):
             raise UsageError(f"--{kind} would write over what is audited", got=str(path), hint="name another file")
         check_writable(path)
-    if len(files) == 2 and _same(files["json"], files["plot"]):
-        raise UsageError("--json and --plot name the same file", got=str(files["json"]))
+    for one, other in combinations(files, 2):
+        if _same(files[one], files[other]):
+            raise UsageError(f"--{one} and --{other} name the same file", got=str(files[one]))
     return files
 
 
@@ -136,6 +140,11 @@ def write_files(report: Report, files: dict[str, Path]) -> None:
         from jacdiag.render.plot import save
 
         save(report, files["plot"])
+    if "patch" in files:
+        from jacdiag.render.files import write_atomic
+        from jacdiag.render.remedies import document
+
+        write_atomic(files["patch"], document(report).encode())
     if sys.stderr.isatty():
         for path in files.values():
             say(f"wrote {path}")

@@ -12,7 +12,7 @@ import click
 from jacdiag.errors import UsageError
 from jacdiag_cli.audit import check_rules, contract_given, flat, machine_text, output_files, warn_of_trust, write_files
 from jacdiag_cli.config import Configured, current, resolve_profile
-from jacdiag_cli.options import DECIDING, GATE, JUDGEMENT, OUTPUT, PROBE, SOLVER, SOURCE, add
+from jacdiag_cli.options import DECIDING, GATE, JUDGEMENT, OUTPUT, PROBE, SOLVER, SOURCE, add, remedies
 from jacdiag_cli.output import Invocation, emit, guest_talk, say
 from jacdiag_cli.progress import bar
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 _PASSED_ON = (
     "model", "model_args", "trust_pickle", "tokens", "batch", "seq", "seed", "device", "dtype", "tol", "confidence",
-    "decide", "max_products", "state", "lr", "warmup", "clip", "beta2", "seeds", "budget",
+    "decide", "max_products", "state", "lr", "warmup", "clip", "beta2", "seeds", "budget", "remedies",
 )  # fmt: skip
 
 
 @click.command(cls=Configured, short_help="Decides whether a fresh model may pass: exit 0, 1, 2 or 3.")
-@add(SOURCE, PROBE, [*SOLVER[:2], DECIDING, *SOLVER[3:]], JUDGEMENT, GATE, OUTPUT)
+@add(SOURCE, PROBE, [*SOLVER[:2], DECIDING, *SOLVER[3:]], JUDGEMENT, GATE, remedies("none"), OUTPUT)
 @click.pass_obj
 def gate(invocation: Invocation, source: str, **given: Any) -> int:
     """Audits a freshly initialised model over several seeds, and decides whether it may pass.
@@ -54,7 +54,7 @@ def gate(invocation: Invocation, source: str, **given: Any) -> int:
     if given["trust_pickle"] and _in_ci() and not config.allow_trust_pickle:
         raise UsageError("--trust-pickle is refused in CI", got=f"CI={os.environ['CI']}",
                          hint="allow-trust-pickle = true in [tool.jacdiag], reviewed like code")  # fmt: skip
-    files = output_files(source, given["json_file"], given["plot_file"])
+    files = output_files(source, {kind: given[f"{kind}_file"] for kind in ("json", "plot", "patch")})
     profile = resolve_profile(click.get_current_context(), config)
     check_rules(profile)
     warn_of_trust(given["trust_pickle"])

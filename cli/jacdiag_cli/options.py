@@ -163,6 +163,16 @@ OUTPUT = [
 ]
 
 
+def remedies(default: str) -> list[Callable[[F], F]]:
+    """The options on remedies; a gate tries none unless it is asked to."""
+    return [
+        click.option("--remedies", type=click.Choice(["first", "all", "begun", "none"]), default=default,
+                     show_default=True, help="What to try on copies of a model with findings: up to the first change "
+                     "that is enough, every one, those that a run that has begun can take, or none."),
+        click.option("--patch", "patch_file", metavar="FILE", help="Write the remedies, with the change as code: .md."),
+    ]  # fmt: skip
+
+
 GATE = [
     click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="How many initialisations."),
     click.option("--budget", type=Number(**_ABOVE_0), metavar="SECONDS", help="Stop, undecided, after this time."),

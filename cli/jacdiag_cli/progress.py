@@ -19,9 +19,10 @@ class Bar:
         self.task = None if display is None else display.add_task(text, total=None)
 
     def start(self, total: float, text: str) -> None:
-        """Says how much work there is; the estimate begins to count here."""
+        """Says how much work there is; the estimate begins to count here, also after an earlier `stop`."""
         self.heed()
         if self.display is not None and self.task is not None:
+            self.display.start()
             self.display.reset(self.task, total=total, description=text)
 
     def advance(self, units: float, text: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from jacdiag.auditing.measured import Audit
+from jacdiag.auditing.remedied import check_way, with_remedies
 from jacdiag.auditing.request import Progress, Request
 from jacdiag.auditing.stamp import stamp
 from jacdiag.errors import UsageError
@@ -79,6 +80,7 @@ def audit(
     contract: Mapping[str, Any] | None = None,
     optimizer: Any = None,
     products: bool = True,
+    remedies: Literal["none", "first", "all", "begun"] = "none",
     progress: Progress | None = None,
     ranks: Ranks | bool = False,
 ) -> AuditReport:
@@ -104,6 +106,8 @@ def audit(
         contract: a pinned init contract, role or name pattern -> formula of its std, such as {"W_O": "0.02/sqrt(2*N)"}.
         optimizer: a torch optimizer, or its parameter groups, of a module that was handed in: who decays is looked at.
         products: False leaves the Jacobians out, and judges the init contract alone; any size of model.
+        remedies: what to try on copies of the model where a condition or the init contract is broken: "first" ends with
+            the smallest change that is enough, "all" tries every one, "begun" those that a run that has begun can take.
         progress: told about the work done.
         ranks: share the work with the other processes that torchrun started; each must call this, with the same
             arguments, and each gets the whole report. Never done unasked: a training loop may audit on one rank only.
@@ -120,6 +124,7 @@ def audit(
     """
     if dtype not in DTYPES:
         raise UsageError("unknown dtype", got=str(dtype), hint=f"one of {', '.join(DTYPES)}")
+    check_way(remedies)
     limits = load_thresholds(thresholds)
     with enlisted(ranks) as crew, torch.inference_mode(False), current(pick(device := crew.device(device))):
         if isinstance(source, str):
@@ -128,10 +133,13 @@ def audit(
         request = Request(
             loaded, inputs, tokens, input_factory, batch, seq, seed, device, DTYPES[dtype], tol, confidence, decide,
             state, Plan(lr, warmup, clip, beta2), profile, tuple(select), tuple(ignore), limits, max_products,
-            tuple(declarations(declared)), progress, crew, checked_contract(contract), optimizer, products,
+            tuple(declarations(declared)), progress, crew, checked_contract(contract), optimizer, products, remedies,
         )  # fmt: skip
-        report = _weights_only(request) if loaded.model is None else Audit(request).run()
-    report = evaluate(report, thresholds=limits, profile=profile, select=request.select, ignore=request.ignore)
+        made = None if loaded.model is None else Audit(request)
+        report = _weights_only(request) if made is None else made.run()
+        report = evaluate(report, thresholds=limits, profile=profile, select=request.select, ignore=request.ignore)
+        if made is not None:
+            report = with_remedies(request, made, report)
     return AuditReport(**{f.name: getattr(report, f.name) for f in fields(Report)})
 
 

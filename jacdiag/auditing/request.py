@@ -49,8 +49,10 @@ class Request:
     contract: dict[str, str]
     optimizer: Any
     products: bool
+    remedies: str = "none"
 
     def options(self) -> dict[str, Any]:
         """What must be the same on every rank, beside the model and the probe."""
-        its_own = ("source", "inputs", "tokens", "input_factory", "device", "progress", "ranks", "optimizer")
+        its_own = ("source", "inputs", "tokens", "input_factory", "device", "progress", "ranks", "optimizer",
+                   "remedies")  # fmt: skip
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in its_own}

@@ -15,6 +15,7 @@ from jacdiag.errors import SourceError, UsageError
 from jacdiag.gate.baseline import check_comparable, figures_of, read_baseline
 from jacdiag.gate.locate import located
 from jacdiag.report import LEVELS, FiguresRecord, Finding, Report, RuleResult, Verdict
+from jacdiag.report.remedy import with_fixes
 from jacdiag.report.thresholds import load_thresholds
 from jacdiag.rules import evaluate, selected
 from jacdiag.sources import Source, load
@@ -103,7 +104,7 @@ def gate(
     first = replace(reports[0], figures=figures, baseline=before)
     judged = evaluate(first, thresholds=limits, profile=profile, select=select, ignore=ignore)
     told = _together([judged, *reports[1:]])
-    findings = located(told.findings, runs.model, runs.spec)
+    findings = located(with_fixes(told.findings, told.remedies), runs.model, runs.spec)
     undecided = sorted({r.code for r in told.rules if r.status == "unknown"})
     code = _exit_code(findings, fail_on, bool(undecided) or runs.short)
     about = {
@@ -150,7 +151,7 @@ class _Runs:
         (self.open, self.spec), self.inputs, self.budget = opener, inputs, budget
         self.options, self.products = options, products
         self.started = time.perf_counter()
-        self.same = self.short = False
+        self.same = self.short = self.tried = False
         self.notes: list[str] = []
         self.model: nn.Module | None = None
 
@@ -177,7 +178,9 @@ class _Runs:
         """Audits, and spends more products for as long as a rule is undecided and the budget lasts."""
         products = self.products
         while True:
-            report = audit(loaded, self.inputs, seed=seed, max_products=products, **self.options)
+            options = {**self.options, **({"remedies": "none"} if self.tried else {})}
+            report = audit(loaded, self.inputs, seed=seed, max_products=products, **options)
+            self.tried = self.tried or bool(report.remedies)
             across = any(r.status == "unknown" and r.code.startswith("JD1") for r in report.rules)
             products *= _MORE
             if not across or products > _MOST or self._late(0):
@@ -218,7 +221,8 @@ def _together(reports: list[Report]) -> Report:
     verdict = min((r.verdict for r in reports), key=verdicts.index)
     codes = [r.code for r in rules]
     findings = sorted(merged.values(), key=lambda f: codes.index(f.code))
-    return replace(first, findings=findings, rules=rules, verdict=verdict)
+    remedies = next((report.remedies for report in reports if report.remedies), [])
+    return replace(first, findings=findings, rules=rules, verdict=verdict, remedies=remedies)
 
 
 def _exit_code(findings: list[Finding], fail_on: str, undecided: bool) -> int:

@@ -59,7 +59,7 @@ def _note(code: str, name: str, found: list[Finding]) -> Note:
     loud = sorted(found, key=lambda f: -LEVELS.index(f.level))
     places = [f.evidence.get("location") for f in loud]
     place: dict[str, Any] = next((p for p in places if isinstance(p, dict)), {})
-    fix = next((f.fix for f in loud if f.fix), "")
+    fix = next((f.fix for f in loud if f.fix and (f.verified or not f.code.startswith(("JD1", "JD2")))), "")
     about = dict.fromkeys(n for f in loud for n in (*f.evidence.get("parameters", ()), *f.where))
     return Note(
         code, name, loud[0].level, tuple(f.what for f in loud[:_SHOWN]), max(0, len(loud) - _SHOWN), fix,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from jacdiag.errors import clipped
 from jacdiag.render.numbers import ABSENT, memory, seconds, share, spoken, three
+from jacdiag.render.remedies import remedied
 from jacdiag.render.words import worst_branch
 from jacdiag.report import LEVELS, Finding, Report
 
@@ -203,13 +204,16 @@ def footnotes(report: Report) -> list[str]:
 
 
 def to_do(report: Report) -> list[str]:
-    """What to change, the loudest finding first; each remedy once."""
+    """What to change: the remedies that were tried, then what the loudest of the other findings asks for."""
+    answered = {code for remedy in report.remedies if remedy.recommended for code in remedy.codes}
+    lines = remedied(report)
     advice: dict[str, str] = {}
     for finding in _by_level(report.findings):
-        if finding.fix:
-            tried = " (tried on a copy of this model: it helps)" if finding.verified else ""
-            advice.setdefault(f"{finding.fix}{tried}", finding.code)
-    lines = [f"{text}   jacdiag explain {code}" for text, code in advice.items()]
+        if finding.fix and not finding.code.startswith(("JD1", "JD2")):
+            advice.setdefault(finding.fix, finding.code)
+        elif finding.fix and finding.verified and finding.code not in answered:
+            advice.setdefault(f"{finding.fix} (tried on a copy of this model: it helps)", finding.code)
+    lines += [f"{text}   jacdiag explain {code}" for text, code in advice.items()]
     return lines or [_without_remedy(report)]
 
 

@@ -2,6 +2,7 @@
 
 from jacdiag.report.contract import ContractRecord, FiguresRecord, WeightRecord
 from jacdiag.report.record import SCHEMA_VERSION
+from jacdiag.report.remedy import Outlook, RemedyRecord
 from jacdiag.report.schema import (
     LEVELS,
     Condition,
@@ -43,10 +44,12 @@ __all__ = [
     "Level",
     "ModelRecord",
     "NetworkRecord",
+    "Outlook",
     "PerToken",
     "Placement",
     "Plan",
     "ProbeRecord",
+    "RemedyRecord",
     "Report",
     "RuleResult",
     "Spread",

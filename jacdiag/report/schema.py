@@ -14,6 +14,7 @@ from typing import Any, Literal, Self
 
 from jacdiag.report.contract import ContractRecord, FiguresRecord
 from jacdiag.report.record import SCHEMA_VERSION, Record
+from jacdiag.report.remedy import RemedyRecord
 
 Level = Literal["info", "warning", "error"]
 Status = Literal["fired", "clean", "unknown", "not-applicable"]
@@ -287,6 +288,7 @@ class Report(Record):
     contract: ContractRecord | None = None
     figures: FiguresRecord | None = None
     baseline: FiguresRecord | None = None
+    remedies: list[RemedyRecord] = field(default_factory=list)
     created: str = ""
     torch: str = ""
     jacdiag: str = ""

@@ -1,7 +1,20 @@
 """The rules: what they compare, why, and what to do about it. They read reports only."""
 
+from jacdiag.rules.departures import Departure
 from jacdiag.rules.engine import EVERY, RULES, decision_points, evaluate, rule, selected
+from jacdiag.rules.init_contract import departures_of
 from jacdiag.rules.rule import Rule
 from jacdiag.rules.schemes import checked_contract
 
-__all__ = ["EVERY", "RULES", "Rule", "checked_contract", "decision_points", "evaluate", "rule", "selected"]
+__all__ = [
+    "EVERY",
+    "RULES",
+    "Departure",
+    "Rule",
+    "checked_contract",
+    "decision_points",
+    "departures_of",
+    "evaluate",
+    "rule",
+    "selected",
+]

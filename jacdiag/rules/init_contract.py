@@ -40,6 +40,17 @@ def judged(contract: ContractRecord) -> Judged:
     return Judged(None, False, None, count, found, "follows no known scheme; layers are compared with each other")
 
 
+def departures_of(contract: ContractRecord) -> list[Departure]:
+    """Every weight that departs from the pinned contract, and of the others every one that departs from the rest."""
+    pinned = departures(contract, _pinned_scheme(contract), None)[1] if contract.pinned else []
+    spoken = {one.weight.parameter for one in pinned}
+    return [*pinned, *(one for one in judged(contract).found if one.weight.parameter not in spoken)]
+
+
+def _pinned_scheme(contract: ContractRecord) -> Scheme:
+    return Scheme("pinned", "the pinned contract", "given by the user", formulas_of(contract.pinned))
+
+
 def _contract(context: Context, rule: Rule) -> ContractRecord | None:
     contract = context.report.contract
     return contract if contract is not None and context.report.state in rule.states else None
@@ -66,7 +77,7 @@ def _pinned(context: Context, rule: Rule) -> Outcome:
     contract = _contract(context, rule)
     if contract is None or not contract.pinned:
         return NOT_APPLICABLE
-    own = Scheme("pinned", "the pinned contract", "given by the user", formulas_of(contract.pinned))
+    own = _pinned_scheme(contract)
     unmatched = [k for k in contract.pinned if not any(k in _keys(own, w) for w in contract.weights)]
     note = f"nothing in this model matches {', '.join(unmatched)}" if unmatched else ""
     count, found = departures(contract, own, None)

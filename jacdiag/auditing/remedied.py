@@ -1,0 +1,108 @@
+"""What an audit lends to the remedies: a copy measured again, its output, the model built with another seed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import psutil
+from torch import nn
+
+from jacdiag.auditing.measured import Audit
+from jacdiag.auditing.request import Request
+from jacdiag.errors import JacdiagError, UsageError
+from jacdiag.measure.contract import decayed_by
+from jacdiag.remedies import Bench, aims, remedies_for, tried
+from jacdiag.report import Report
+from jacdiag.report.remedy import with_fixes
+from jacdiag.rules import evaluate
+from jacdiag.sources import Source, load
+
+WAYS = ("none", "first", "all", "begun")
+_SPARE = 1.5  # times the weights: memory that must be free for a copy and the work on it
+
+
+def check_way(way: str) -> None:
+    """Raises UsageError for a way of trying remedies that there is not."""
+    if way not in WAYS:
+        raise UsageError("unknown way of trying remedies", got=way, hint=f"one of {', '.join(WAYS)}")
+
+
+def with_remedies(request: Request, audit: Audit, report: Report) -> Report:
+    """The report with the remedies that were tried; findings that the recommended one answers carry it as their fix.
+
+    Args:
+        request: of the audit; `remedies` says whether to stop at the first sufficient one ("first"), to try every one
+            ("all"), or those for a run that has begun ("begun").
+        audit: as it ran.
+        report: what it found, evaluated.
+    """
+    begun = request.remedies == "begun"
+    if request.remedies == "none" or audit.sites.deterministic is False or audit.broken:
+        return report
+    if not begun and (report.state != "init" or not aims(report)):
+        return report
+    why = _why_not(request, audit)
+    if why:
+        return replace(report, notes=[*report.notes, f"no remedy was tried: {why}"])
+    remedies = remedies_for(report, audit.model, request.thresholds, begun=begun)
+    bench = _bench(request, audit, report)
+    records, notes = tried(report, audit.model, remedies, bench, every=request.remedies != "first",
+                           told=_teller(request, len(remedies)))  # fmt: skip
+    if request.progress is not None:
+        request.progress.stop()
+    findings = with_fixes(report.findings, records)
+    return replace(report, remedies=records, findings=findings, notes=[*report.notes, *notes])
+
+
+def _why_not(request: Request, audit: Audit) -> str:
+    if request.source.weights is not None:
+        return "the weights stay in their files"
+    if request.ranks.size > 1:
+        return "the work is shared between processes"
+    size = sum(p.numel() * p.element_size() for p in audit.model.parameters())
+    on_cpu = all(p.device.type == "cpu" for p in audit.model.parameters())
+    if on_cpu and _SPARE * size > psutil.virtual_memory().available:
+        return f"a copy of the model needs {size / 1e9:.1f} GB more memory than is free"
+    return ""
+
+
+def _teller(request: Request, count: int) -> Any:
+    if request.progress is None:
+        return lambda name: None
+    request.progress.start(count, "trying remedies")
+    return lambda name: request.progress.advance(1, name)  # type: ignore[union-attr]
+
+
+def _bench(request: Request, audit: Audit, report: Report) -> Bench:
+    decayed = [] if request.optimizer is None else decayed_by(audit.model, request.optimizer)
+
+    def again(model: nn.Module, spared: Iterable[str], seed: int) -> tuple[Report, Any]:
+        source = replace(request.source, model=model, notes=[])
+        optimizer = None
+        if request.optimizer is not None:
+            kept = set(decayed) - set(spared)
+            optimizer = [{"params": [p for n, p in model.named_parameters() if n in kept], "weight_decay": 1.0}]
+        changed = replace(request, source=source, seed=seed, decide=True, state=report.state, optimizer=optimizer,
+                          progress=None, remedies="none")  # fmt: skip
+        made = Audit(changed)
+        found = evaluate(made.run(), thresholds=request.thresholds, profile=request.profile, select=request.select,
+                         ignore=request.ignore)  # fmt: skip
+        return found, made.sites.output
+
+    return Bench(again, audit.sites.output, _builder(request.source), request.seed)
+
+
+def _builder(source: Source) -> Any:
+    """Builds the source anew with another seed; None where it holds one set of weights."""
+    if source.info.get("format") not in ("factory", "hf-config") or "factory" not in source.info:
+        return None
+
+    def build(seed: int) -> nn.Module | None:
+        with contextlib.suppress(JacdiagError):
+            return load(source.info["factory"], model_args=source.info.get("model_args"), seed=seed).model
+        return None
+
+    return build

@@ -1,0 +1,270 @@
+"""What a remedy does to a module, one small step each: the step itself, and the same as lines of PyTorch.
+
+Each step works in place and draws from torch's global generator. Scaled and normed outputs are forward hooks: they
+need no change of the module's class, and say in the patch exactly what was tried.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+ROOT3 = math.sqrt(3.0)
+
+
+class Change(Protocol):
+    """One step of a remedy."""
+
+    def apply(self, model: nn.Module) -> None:
+        """Does it to `model`, in place."""
+
+    def lines(self) -> list[str]:
+        """The same as PyTorch, for the body of a function of `model`."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Parameters by name, and how a patch says which.
+
+    Attributes:
+        names: the parameters.
+        pattern: a name pattern that means just these; "" where there is none.
+        role: what they are for; "" if unknown or mixed.
+    """
+
+    names: tuple[str, ...]
+    pattern: str = ""
+    role: str = ""
+
+    @classmethod
+    def of(cls, names: Sequence[str], pattern: str, everything: Iterable[str], role: str = "") -> Weights:
+        """Keeps the pattern only if it matches these names and no other of the model's."""
+        just = {name for name in everything if fnmatchcase(name, pattern)} == set(names)
+        return cls(tuple(names), pattern if just else "", role)
+
+    def tensors(self, model: nn.Module) -> list[Tensor]:
+        return [model.get_parameter(name) for name in self.names]
+
+    def loop(self, body: str) -> list[str]:
+        if len(self.names) == 1:
+            return [f"weight = model.get_parameter({self.names[0]!r})", body]
+        test = f"fnmatchcase(name, {self.pattern!r})" if self.pattern else f"name in {set(self.names)!r}"
+        return ["for name, weight in model.named_parameters():", f"    if {test}:", f"        {body}"]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Multiplies weights by a number: family, padding rows and draws stay."""
+
+    weights: Weights
+    factor: float
+    formula: str
+
+    def apply(self, model: nn.Module) -> None:
+        with torch.no_grad():
+            for weight in self.weights.tensors(model):
+                weight.mul_(self.factor)
+
+    def lines(self) -> list[str]:
+        return self.weights.loop(f"weight.mul_({self.factor!r})  # {self.formula}")
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Draws weights anew with a given std, from the family that they had (a uniform one, else a normal one).
+
+    Rows of a table that were exactly zero (padding) stay so.
+    """
+
+    weights: Weights
+    std: float
+    formula: str
+    uniform: bool = False
+
+    def apply(self, model: nn.Module) -> None:
+        with torch.no_grad():
+            for weight in self.weights.tensors(model):
+                empty = (weight == 0).flatten(1).all(1) if weight.dim() > 1 else None
+                if self.uniform:
+                    weight.uniform_(-self.std * ROOT3, self.std * ROOT3)
+                else:
+                    weight.normal_(0.0, self.std)
+                if empty is not None and not bool(empty.all()):
+                    weight[empty] = 0.0
+
+    def lines(self) -> list[str]:
+        edge = self.std * ROOT3
+        call = f"weight.uniform_(-{edge!r}, {edge!r})" if self.uniform else f"weight.normal_(0.0, {self.std!r})"
+        return self.weights.loop(f"{call}  # std {self.formula}")
+
+
+@dataclass(frozen=True)
+class Fill:
+    """Sets vectors (gains, biases, scales) to one value."""
+
+    weights: Weights
+    value: float
+
+    def apply(self, model: nn.Module) -> None:
+        with torch.no_grad():
+            for weight in self.weights.tensors(model):
+                weight.fill_(self.value)
+
+    def lines(self) -> list[str]:
+        return self.weights.loop(f"weight.fill_({self.value!r})")
+
+
+@dataclass(frozen=True)
+class ScaleOutput:
+    """Multiplies what modules return by a number, fixed, or learned from that number on.
+
+    Attributes:
+        modules: names; a learned factor becomes the parameter `scale` of each.
+    """
+
+    modules: tuple[str, ...]
+    factor: float
+    formula: str
+    learned: bool = False
+
+    def apply(self, model: nn.Module) -> None:
+        for name in self.modules:
+            module = model.get_submodule(name)
+            if self.learned:
+                like = next(module.parameters(), torch.empty(()))
+                module.register_parameter("scale", nn.Parameter(torch.full((), self.factor).to(like)))
+                module.register_forward_hook(_times_parameter)
+            else:
+                module.register_forward_hook(_Times(self.factor))
+
+    def lines(self) -> list[str]:
+        head = [f"for name in {list(self.modules)!r}:", "    module = model.get_submodule(name)"]
+        if not self.learned:
+            hook = f"lambda module, args, output: output * {self.factor!r}"
+            return [*head, f"    module.register_forward_hook({hook})  # {self.formula}"]
+        scale = f"nn.Parameter(torch.full((), {self.factor!r}).to(next(module.parameters())))"
+        return [*head, f"    module.scale = {scale}",
+                "    module.register_forward_hook(lambda module, args, output: output * module.scale)"]  # fmt: skip
+
+
+class _Times:
+    """A forward hook; a class and not a closure, so that a model can still be copied and pickled."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, module: nn.Module, args: object, output: Tensor) -> Tensor:
+        return output * self.factor
+
+
+def _times_parameter(module: nn.Module, args: object, output: Tensor) -> Tensor:
+    return output * module.get_parameter("scale")
+
+
+@dataclass(frozen=True)
+class NormOutput:
+    """Puts a LayerNorm on what a module returns, as its submodule `norm`."""
+
+    module: str
+    width: int
+
+    def apply(self, model: nn.Module) -> None:
+        module = model.get_submodule(self.module)
+        like = next(module.parameters())
+        module.add_module("norm", nn.LayerNorm(self.width).to(like))
+        module.register_forward_hook(_normed)
+
+    def lines(self) -> list[str]:
+        return [
+            f"module = model.get_submodule({self.module!r})",
+            f"module.norm = nn.LayerNorm({self.width}).to(next(module.parameters()))",
+            "module.register_forward_hook(lambda module, args, output: module.norm(output))",
+        ]
+
+
+def _normed(module: nn.Module, args: object, output: Tensor) -> Tensor:
+    normed: Tensor = module.get_submodule("norm")(output)
+    return normed
+
+
+@dataclass(frozen=True)
+class Reparametrise:
+    """W = gain * V with one learned gain per matrix, V of a std near `base` (WeSaR, arXiv 2410.05052).
+
+    The gain begins as a power of two, so that W stays what it is to the last bit.
+    """
+
+    weights: Weights
+    base: float
+
+    def apply(self, model: nn.Module) -> None:
+        for name in self.weights.names:
+            owner, _, attribute = name.rpartition(".")
+            module = model.get_submodule(owner)
+            weight = module.get_parameter(attribute)
+            gain = 2.0 ** round(math.log2(float(weight.detach().std()) / self.base))
+            parametrize.register_parametrization(module, attribute, Gain(gain, weight))
+
+    def lines(self) -> list[str]:
+        return [
+            f"for name in {list(self.weights.names)!r}:",
+            '    owner, _, attribute = name.rpartition(".")',
+            "    module = model.get_submodule(owner)",
+            "    weight = module.get_parameter(attribute)",
+            f"    gain = 2.0 ** round(math.log2(float(weight.detach().std()) / {self.base!r}))  # W keeps its bits",
+            "    parametrize.register_parametrization(module, attribute, Gain(gain, weight))",
+        ]
+
+
+class Gain(nn.Module):
+    """The parametrisation W = gain * V."""
+
+    def __init__(self, gain: float, like: Tensor) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.full((), gain, dtype=like.dtype, device=like.device))
+
+    def forward(self, direction: Tensor) -> Tensor:
+        return self.gain * direction
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight / self.gain
+
+
+GAIN_CODE = '''\
+class Gain(nn.Module):
+    def __init__(self, gain, like):
+        super().__init__()
+        self.gain = nn.Parameter(torch.full((), gain, dtype=like.dtype, device=like.device))
+
+    def forward(self, direction):
+        return self.gain * direction
+
+    def right_inverse(self, weight):
+        return weight / self.gain
+'''
+
+
+@dataclass(frozen=True)
+class Spare:
+    """Takes parameters out of weight decay. The model stays as it is: the optimizer's groups change."""
+
+    names: tuple[str, ...]
+
+    def apply(self, model: nn.Module) -> None:
+        """Nothing: see `jacdiag.remedies.trial`."""
+
+    def lines(self) -> list[str]:
+        return [
+            f"spared = {set(self.names)!r}",
+            "groups = [",
+            '    {"params": [p for n, p in model.named_parameters() if n not in spared]},',
+            '    {"params": [p for n, p in model.named_parameters() if n in spared], "weight_decay": 0.0},',
+            "]  # for the optimizer",
+        ]

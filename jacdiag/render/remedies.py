@@ -1,0 +1,105 @@
+"""Remedies in words: what was tried, before and after, its price, how to make it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jacdiag.render.numbers import three
+from jacdiag.report import Outlook, RemedyRecord, Report
+
+DIALECTS = {"pytorch": ("PyTorch", "python"), "huggingface": ("Hugging Face transformers", "python"),
+            "megatron": ("Megatron-LM", "sh"), "torchtitan": ("torchtitan", "python")}  # fmt: skip
+
+
+def remedied(report: Report) -> list[str]:
+    """Lines for "What to do": the recommended remedy, or how far the nearest one came, or what a begun run can take."""
+    tried = report.remedies
+    best = next((r for r in tried if r.recommended), None)
+    kept = [r for r in tried if r.keeps_function]
+    if best is not None:
+        others = [f"{r.name}: {_outcome(r)}" for r in tried if r is not best]
+        return [
+            f"{best.title} ({best.name})   jacdiag explain {best.codes[0]}",
+            f"tried on a copy{_on_seeds(best)}: {effect(best)}",
+            f"price: {best.price}; the change as code: --patch FILE",
+            *([f"also tried: {'; '.join(others)}"] if others else []),
+        ]
+    if kept:
+        return [f"{r.title}: {_kept(r)}; price: {r.price}" for r in tried]
+    if tried:
+        nearest = min(tried, key=lambda r: (len(r.after.fired), _upper(r.after.branch_norm)))
+        return [f"none of {len(tried)} remedies was enough; nearest: {nearest.title}: {_outcome(nearest)}"]
+    return []
+
+
+def effect(remedy: RemedyRecord) -> str:
+    """ "worst branch gain 23.3 → 1.1, both conditions met"."""
+    before, after = remedy.before, remedy.after
+    parts = []
+    if before.branch_norm is not None and after.branch_norm is not None:
+        parts.append(f"worst branch gain {_span(before.branch_norm)} → {_span(after.branch_norm)}")
+    if before.norm_gain is not None and after.norm_gain is not None and before.norm_gain != after.norm_gain:
+        parts.append(f"1/σ gain {three(before.norm_gain)} → {three(after.norm_gain)}")
+    return ", ".join([*parts, _conditions(after)])
+
+
+def document(report: Report) -> str:
+    """The remedies as Markdown: a table of all that were tried, and the recommended one (else all) as code."""
+    tried = report.remedies
+    if not tried:
+        return "# Remedies\n\nNone was tried: no finding asks for one.\n"
+    rows = ["| remedy | worst branch gain | 1/σ gain | left | enough | price |", "|:---|---:|---:|:---|:---|:---|"]
+    first = tried[0].before
+    rows.append(_row("(as it is)", first, "", ""))
+    rows += [_row(r.name, r.after, "yes" if r.sufficient else "no", r.price) for r in tried]
+    chosen = [r for r in tried if r.recommended] or [r for r in tried if r.keeps_function]
+    parts = ["# Remedies", "\n".join(rows)]
+    for remedy in chosen:
+        parts.append(f"## {remedy.title} ({remedy.name})")
+        did = _kept(remedy) if remedy.keeps_function else effect(remedy)
+        parts.append(f"Tried on a copy{_on_seeds(remedy)}: {did}.")
+        for key, (title, language) in DIALECTS.items():
+            if remedy.patches.get(key):
+                parts.append(f"### {title}\n\n```{language}\n{remedy.patches[key].rstrip().replace('```', '')}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def _row(name: str, figures: Outlook, enough: str, price: str) -> str:
+    branch = _span(figures.branch_norm) if figures.branch_norm is not None else "-"
+    gain = three(figures.norm_gain) if figures.norm_gain is not None else "-"
+    left = ", ".join([*figures.fired, *(f"{code} undecided" for code in figures.undecided)]) or "nothing"
+    return f"| {name} | {branch} | {gain} | {left} | {enough} | {price} |"
+
+
+def _outcome(remedy: RemedyRecord) -> str:
+    left = remedy.after.fired or [f"{code} undecided" for code in remedy.after.undecided]
+    rest = "enough" if remedy.sufficient else f"left {', '.join(left)}" if left else "not on every seed"
+    return f"{effect(remedy)} ({rest})"
+
+
+def _conditions(figures: Outlook) -> str:
+    small, large = figures.small_sublayers, figures.large_shortcut
+    if small == large:
+        return {"met": "both conditions met", "not applicable": "nothing left"}.get(small, f"both conditions {small}")
+    return f"small sub-layers {small}, large shortcut {large}"
+
+
+def _kept(remedy: RemedyRecord) -> str:
+    if not remedy.keeps_function:
+        return f"tried on a copy: {effect(remedy)}"
+    if remedy.function_change is None:
+        return "meant to keep the function; that could not be measured"
+    return f"the function stays (outputs differ by {remedy.function_change:.1e} at most, relative)"
+
+
+def _on_seeds(remedy: RemedyRecord) -> str:
+    return f", on seeds {remedy.seeds[0]} to {remedy.seeds[-1]}" if len(remedy.seeds) > 1 else ""
+
+
+def _span(ends: Sequence[float]) -> str:
+    lower, upper = ends
+    return three((lower + upper) / 2) if upper <= lower * 1.1 else f"{three(lower)} to {three(upper)}"
+
+
+def _upper(ends: Sequence[float] | None) -> float:
+    return ends[1] if ends is not None else float("inf")

@@ -1,0 +1,240 @@
+"""Remedies on real little models: which is recommended, that it holds on seeds that it was not tried on, what is said."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import jacdiag
+from jacdiag.errors import UsageError
+from jacdiag.remedies import Remedy, sufficient
+from jacdiag.remedies.changes import Scale, Weights
+from jacdiag.report import Finding, RemedyRecord, Report
+from jacdiag.sources import gpt
+from jacdiag.sources.factory import seeded
+
+SIZES = {"n_layer": 3, "n_embd": 64, "n_head": 2, "vocab_size": 128, "block_size": 32}
+PROBE: dict[str, Any] = {"batch": 1, "seq": 16, "decide": True}
+NEW = 77  # a seed that no remedy was tried on
+
+
+def audited(recipe: str, **options: Any) -> Report:
+    given = {"model_args": {"recipe": recipe, **SIZES}, "remedies": "first", **PROBE, **options}
+    return jacdiag.audit("jacdiag.sources.gpt:build", **given)
+
+
+def best(report: Report) -> RemedyRecord:
+    (found,) = [r for r in report.remedies if r.recommended]
+    return found
+
+
+def fresh(recipe: str, seed: int = NEW) -> gpt.GPT:
+    with seeded(seed):
+        return gpt.build(recipe, **SIZES)
+
+
+def loud(report: Report) -> list[str]:
+    return sorted({f.code for f in report.findings if f.level != "info"})
+
+
+def patched(model: nn.Module, remedy: RemedyRecord) -> nn.Module:
+    namespace: dict[str, Any] = {}
+    exec(remedy.patches["pytorch"], namespace)
+    with seeded(NEW):
+        namespace["remedy"](model)
+    return model
+
+
+# -- the paper's recipes -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("recipe", "name", "codes"),
+    [
+        ("vanilla", "scaled-embed", ["JD102", "JD103"]),
+        ("embed-detach", "scaled-embed", ["JD102", "JD103"]),
+        ("xavier", "unit-embed + depth-scaling", ["JD101", "JD102", "JD103"]),
+    ],
+)
+def test_the_patch_makes_a_failing_recipe_pass_on_a_new_seed(recipe: str, name: str, codes: list[str]) -> None:
+    report = audited(recipe)
+    remedy = best(report)
+    assert remedy.name == name and remedy.codes == codes and remedy.seeds == [0, 1, 2] and remedy.sufficient
+    assert remedy.before.fired == codes and remedy.after.fired == [] == remedy.after.undecided
+    assert loud(jacdiag.audit(fresh(recipe), **PROBE)) == codes
+    after = jacdiag.audit(patched(fresh(recipe), remedy), **PROBE)
+    assert after.verdict == "pass" and not loud(after)
+    fixes = {(f.fix, f.verified) for f in report.findings if f.level != "info"}
+    assert fixes == {(remedy.title, True)}
+
+
+@pytest.mark.parametrize("recipe", ["scaled-embed", "embed-ln"])
+def test_nothing_is_tried_on_a_clean_model(recipe: str) -> None:
+    assert audited(recipe).remedies == []
+
+
+def test_all_are_tried_the_smallest_first_and_one_is_recommended() -> None:
+    report = audited("vanilla", remedies="all")
+    names = [r.name for r in report.remedies]
+    assert names[:3] == ["scaled-embed", "unit-embed", "embed-ln"]
+    assert [r.name for r in report.remedies if r.recommended] == ["scaled-embed"]
+    insufficient = {r.name: r for r in report.remedies}["small-init"]
+    assert not insufficient.sufficient and "JD102" in insufficient.after.fired
+    assert "std-1-embed" not in names, "the head reads the table too"
+    assert Report.from_dict(report.to_dict()).remedies == report.remedies
+
+
+def test_the_model_and_the_generator_stay_as_they_were() -> None:
+    model = fresh("vanilla")
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    state = torch.get_rng_state()
+    report = jacdiag.audit(model, remedies="first", **PROBE)
+    assert best(report).seeds == [0], "a module in memory has one set of weights"
+    assert torch.equal(torch.get_rng_state(), state)
+    assert before.keys() == dict(model.named_parameters()).keys()
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+# -- the init contract -------------------------------------------------------------------------------------------------
+class Broken(gpt.GPT):
+    """GPT-2's init, with one thing wrong."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__(gpt.GPTConfig(**{**SIZES, "n_layer": 6}))
+        weights = dict(self.named_parameters())
+        with torch.no_grad():
+            for name, weight in weights.items():
+                if fault == "unscaled" and name.endswith("mlp.c_proj.weight"):
+                    weight.normal_(0, 0.02)
+                if fault == "one layer" and name == "transformer.h.3.attn.c_attn.weight":
+                    weight.mul_(2.0)
+                if fault == "gain" and name == "transformer.h.2.ln_1.weight":
+                    weight.fill_(0.5)
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "title"),
+    [
+        ("unscaled", "JD203", "initialise transformer.h.*.mlp.c_proj with 0.02/sqrt(2*N)"),
+        ("one layer", "JD205", "initialise transformer.h.*.attn.c_attn with 0.02"),
+        ("gain", "JD201", "initialise transformer.h.*.ln_1 with 1"),
+    ],
+)
+def test_a_broken_contract_is_mended_where_it_broke(fault: str, code: str, title: str) -> None:
+    with seeded(5):
+        model = Broken(fault)
+    options: dict[str, Any] = {**PROBE, "products": False, "select": ["JD2"], "state": "init"}
+    options |= {"contract": {"norm_gain": 1}} if fault == "gain" else {}
+    report = jacdiag.audit(model, remedies="first", **options)
+    assert loud(report) == [code]
+    remedy = best(report)
+    assert remedy.name == "contract" and title in remedy.title
+    with seeded(6):
+        other = Broken(fault)
+    untouched = {n: p.clone() for n, p in other.named_parameters()}
+    patched(other, remedy)
+    changed = {n for n, p in other.named_parameters() if not torch.equal(p, untouched[n])}
+    assert changed == set(next(f for f in report.findings if f.code == code).evidence["parameters"])
+    assert not loud(jacdiag.audit(other, **options))
+
+
+def test_a_tied_table_is_scaled_in_the_forward() -> None:
+    model = fresh("gpt2")
+    with torch.no_grad():
+        model.transformer["wte"].weight.mul_(50.0)  # std 1, and the head's too
+    options: dict[str, Any] = {**PROBE, "select": ["JD206"]}
+    report = jacdiag.audit(model, remedies="first", **options)
+    assert loud(report) == ["JD206"] and best(report).name == "forward-scale"
+    ids = torch.arange(16)[None]
+    table = model.transformer["wte"](ids)
+    other = patched(model, best(report))
+    assert torch.allclose(model.transformer["wte"](ids), table, rtol=1e-4), "the stream begins as it did"
+    assert float(other(ids).detach().std()) == pytest.approx(1.0, rel=0.2)
+    assert not loud(jacdiag.audit(other, **options))
+
+
+def test_weight_decay_is_taken_off_by_groups() -> None:
+    model = fresh("gpt2")
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
+    options: dict[str, Any] = {**PROBE, "select": ["JD207"]}
+    report = jacdiag.audit(model, optimizer=optimizer, remedies="first", **options)
+    assert loud(report) == ["JD207"] and best(report).name == "no-decay"
+    namespace: dict[str, Any] = {}
+    exec(best(report).patches["pytorch"], namespace)
+    groups = namespace["remedy"](model)
+    assert not loud(jacdiag.audit(model, optimizer=torch.optim.AdamW(groups, weight_decay=0.1), **options))
+
+
+# -- where a run has begun ---------------------------------------------------------------------------------------------
+def test_a_begun_run_keeps_its_function() -> None:
+    model = fresh("xavier")
+    report = jacdiag.audit(model, remedies="begun", state="trained", **PROBE)
+    found = {r.name: r for r in report.remedies}
+    assert list(found) == ["reparametrise", "learned-scale", "branch-scale"]
+    for name in ("reparametrise", "learned-scale"):
+        assert found[name].keeps_function and found[name].function_change == 0.0, "to the last bit"
+        assert found[name].after.branch_norm == pytest.approx(found[name].before.branch_norm, rel=1e-3)
+    fixed = found["branch-scale"]
+    assert not fixed.keeps_function and fixed.function_change is None
+    assert fixed.after.branch_norm[1] < fixed.before.branch_norm[1]  # type: ignore[index]
+    assert not any(r.recommended for r in report.remedies), "on a trained model these are observations"
+
+
+# -- what cannot be tried ----------------------------------------------------------------------------------------------
+class NotCopied(gpt.GPT):
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("this model holds a socket")
+
+
+def test_a_model_that_cannot_be_copied_is_said_so() -> None:
+    with seeded(1):
+        model = NotCopied(gpt.GPTConfig(**SIZES))
+        gpt.initialise(model, gpt.vanilla_std)
+    report = jacdiag.audit(model, remedies="first", **PROBE)
+    assert report.remedies == [] and loud(report) == ["JD102", "JD103"]
+    assert "scaled-embed could not be tried: TypeError: this model holds a socket" in report.notes
+    assert not any(f.verified for f in report.findings)
+
+
+class Raw(nn.Module):
+    """The table is a bare parameter: no module's output is the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(0.02 * torch.randn(64, 32))
+        self.layer = nn.TransformerEncoderLayer(32, 2, 64, norm_first=True, batch_first=True, dropout=0.0)
+        self.head = nn.Linear(32, 64, bias=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(self.layer(torch.nn.functional.embedding(ids, self.table)))
+        return out
+
+
+def test_a_bare_table_is_drawn_anew() -> None:
+    with seeded(1):
+        model = Raw()
+    report = jacdiag.audit(model, torch.arange(16)[None], remedies="all", state="init", select=["JD102"], decide=True)
+    names = [r.name for r in report.remedies]
+    assert "std-1-embed" in names and not {"scaled-embed", "embed-ln"} & set(names)
+    assert best(report).name == "std-1-embed" and best(report).after.norm_gain == pytest.approx(1.0, rel=0.4)
+
+
+def test_an_unknown_way_is_refused() -> None:
+    with pytest.raises(UsageError, match="unknown way of trying remedies"):
+        audited("vanilla", remedies="some")
+
+
+def test_enough_means_nothing_left_and_nothing_new() -> None:
+    base = audited("vanilla", remedies="none")
+    remedy = Remedy("x", "X", (Scale(Weights(("w",)), 2.0, "2"),), "", 1.0)
+    clean = dataclasses.replace(base, findings=[], rules=[])
+    new = Finding("JD901", "warning", [], "something else")
+    own = Finding("JD204", "warning", [], "the remedy's own", {"parameters": ["w"]})
+    foreign = Finding("JD204", "warning", [], "another weight", {"parameters": ["v", "w"]})
+    remark = Finding("JD102", "info", [], "partly")
+    for findings, enough in (([], True), ([new], False), ([own], True), ([foreign], False), ([remark], True)):
+        assert sufficient(base, dataclasses.replace(clean, findings=findings), remedy) is enough
+    assert not sufficient(clean, clean, remedy), "nothing was asked for"
