@@ -53,13 +53,14 @@ COMMANDS = {
         "--model", "--model-args", "--trust-pickle", "--tokens", "--inputs", "--batch", "--seq", "--seed", "--device",
         "--dtype", "--tol", "--confidence", "--decide", "--no-decide", "--max-products", "--state", "--lr", "--warmup",
         "--clip", "--beta2", "--profile", "--select", "--ignore", "--fail-on", "--format", "--json", "--plot", "--all",
-        "--sort", "--replay", "--contract",
+        "--sort", "--replay", "--contract", "--remedies", "--patch",
     },
     "gate": {
         "--model", "--model-args", "--trust-pickle", "--tokens", "--inputs", "--batch", "--seq", "--seed", "--device",
         "--dtype", "--tol", "--confidence", "--decide", "--no-decide", "--max-products", "--state", "--lr", "--warmup",
         "--clip", "--beta2", "--profile", "--select", "--ignore", "--fail-on", "--format", "--json", "--plot", "--all",
         "--sort", "--contract", "--seeds", "--budget", "--baseline", "--write-baseline", "--contract-only",
+        "--remedies", "--patch",
     },
     "sites": {
         "--model", "--model-args", "--trust-pickle", "--tokens", "--inputs", "--batch", "--seq", "--seed", "--device",
@@ -82,7 +83,7 @@ PUBLIC = ["JacdiagError", "Report", "__version__", "audit", "declare", "sites", 
 JSON_KEYS = {
     "schema_version", "jacdiag", "torch", "created", "source", "tier", "state", "probe", "plan", "conditions",
     "verdict", "model", "sublayers", "network", "findings", "rules", "cost", "settings", "ladder", "notes",
-    "contract", "figures", "baseline",
+    "contract", "figures", "baseline", "remedies",
 }  # fmt: skip
 
 

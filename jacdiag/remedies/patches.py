@@ -165,7 +165,7 @@ def _torchtitan(report: Report, changes: Iterable[Change]) -> Iterable[str]:
 
 def _param_init(role: str, std: str, formula: str) -> str:
     return (f"# param_init of {_TITAN.get(role, role)}: {formula}\n"
-            f'{{"weight": partial(nn.init.trunc_normal_, std={std})}}')  # fmt: skip
+            f'{{"weight": partial(nn.init.normal_, std={std})}}')  # fmt: skip
 
 
 # -- shared -----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from jacdiag.render.folded import Note, accepting, counted, failing, not_applicable, notes, outcome
 from jacdiag.render.markdown import _safe
 from jacdiag.render.numbers import three
+from jacdiag.render.remedies import remedied
 from jacdiag.render.words import legible, model_words, source_name
 from jacdiag.report import Report
 
@@ -23,6 +24,8 @@ def render(report: Report) -> str:
     parts = [f"### {_SIGNS.get(word, '·')} jacdiag gate: {word}", head, _table(notes(report), fatal), _changes(report)]
     parts.append(f"{counted(report)}.")
     parts += ["\n".join(f"- {_safe(line)}" for line in [*not_applicable(report), *report.notes])]
+    if report.remedies:
+        parts.append("**What to do**\n\n" + "\n".join(f"- {_safe(line)}" for line in remedied(report)))
     command = accepting(report)
     if command:
         parts.append(f"To accept the new figures, run and commit:\n\n```sh\n{command.replace('```', '')}\n```")

@@ -89,6 +89,8 @@ def _kept(remedy: RemedyRecord) -> str:
         return f"tried on a copy: {effect(remedy)}"
     if remedy.function_change is None:
         return "meant to keep the function; that could not be measured"
+    if remedy.function_change == 0:
+        return "the function stays, to the last bit"
     return f"the function stays (outputs differ by {remedy.function_change:.1e} at most, relative)"
 
 

@@ -1,4 +1,4 @@
-"""Remedies on real little models: which is recommended, that it holds on seeds that it was not tried on, what is said."""
+"""Remedies on real little models: which is recommended, that it holds on seeds it was not tried on, what is said."""
 
 from __future__ import annotations
 

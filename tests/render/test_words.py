@@ -156,9 +156,10 @@ def test_what_was_not_covered_is_named_with_its_share() -> None:
 
 def test_what_to_do_is_each_remedy_once_and_the_loudest_first() -> None:
     report = synthetic.broken()
-    twice = Finding("JD103", "warning", [], "again", fix="load an earlier checkpoint")
+    twice = dataclasses.replace(report.findings[0], level="warning")
     verified = Finding("JD102", "warning", [], "small", fix="scale the embedding", verified=True)
-    advice = lines.to_do(dataclasses.replace(report, findings=[verified, twice, report.findings[0]]))
+    untried = Finding("JD103", "warning", [], "large", fix="something nobody tried")
+    advice = lines.to_do(dataclasses.replace(report, findings=[verified, twice, untried, report.findings[0]]))
     assert advice[0] == "load an earlier checkpoint   jacdiag explain JD906"
     assert len(advice) == 2 and "tried on a copy of this model: it helps" in advice[1]
     assert lines.to_do(synthetic.clean()) == ["nothing: no rule fired"]

@@ -1,0 +1,68 @@
+"""Remedies in words: what was tried, how far it came, and that nothing unverified is called a fix."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import synthetic
+
+from jacdiag.render import lines
+from jacdiag.render.remedies import document, effect
+from jacdiag.report import Finding, Outlook, RemedyRecord
+
+BEFORE = Outlook([23.1, 23.5], [0.6, 0.7], 35.7, "met", "not met", "warn", ["JD102", "JD103"])
+AFTER = Outlook([1.0, 1.4], [0.6, 0.7], 1.6, "met", "met", "pass")
+HALF = Outlook([9.0, 9.1], [0.3, 0.4], 35.7, "met", "not met", "warn", ["JD102"], [])
+GOOD = RemedyRecord("scaled-embed", "multiply the embedding by 27.7", ["JD102", "JD103"], "no parameter", BEFORE, AFTER,
+                    sufficient=True, recommended=True, seeds=[0, 1, 2],
+                    patches={"pytorch": "x = 1\n", "megatron": "--f 1"})  # fmt: skip
+POOR = RemedyRecord("small-init", "draw all matrices anew", ["JD102", "JD103"], "anew", BEFORE, HALF, seeds=[0])
+KEPT = RemedyRecord("learned-scale", "y = x + a f(x)", [], "12 parameters", BEFORE, BEFORE, keeps_function=True,
+                    function_change=0.0, seeds=[0])  # fmt: skip
+
+
+def with_remedies(*remedies: RemedyRecord):  # type: ignore[no-untyped-def]
+    return dataclasses.replace(synthetic.vanilla(), remedies=list(remedies))
+
+
+def test_the_recommended_one_with_before_and_after_and_price() -> None:
+    advice = lines.to_do(with_remedies(POOR, GOOD))
+    assert advice == [
+        "multiply the embedding by 27.7 (scaled-embed)   jacdiag explain JD102",
+        "tried on a copy, on seeds 0 to 2: worst branch gain 23.3 → 1.00 to 1.40, 1/σ gain 35.7 → 1.60, "
+        "both conditions met",
+        "price: no parameter; the change as code: --patch FILE",
+        "also tried: small-init: worst branch gain 23.3 → 9.05, small sub-layers met, large shortcut not met "
+        "(left JD102)",
+    ]
+
+
+def test_none_was_enough() -> None:
+    (line,) = lines.to_do(with_remedies(POOR))
+    assert line.startswith("none of 1 remedies was enough; nearest: draw all matrices anew") and "left JD102" in line
+
+
+def test_those_that_keep_the_function() -> None:
+    (line,) = lines.to_do(with_remedies(KEPT))
+    assert "the function stays, to the last bit" in line and "12 parameters" in line
+    (line,) = lines.to_do(with_remedies(dataclasses.replace(KEPT, function_change=None)))
+    assert "could not be measured" in line
+
+
+def test_an_unverified_fix_of_a_condition_is_not_shown() -> None:
+    report = synthetic.vanilla()
+    bare = [Finding("JD102", "warning", [], "small", fix="scale the embedding")]
+    assert lines.to_do(dataclasses.replace(report, findings=bare)) == ["read on: jacdiag explain JD102"]
+
+
+def test_the_document_has_a_row_for_each_and_code_for_the_best() -> None:
+    text = document(with_remedies(POOR, GOOD))
+    assert "| (as it is) | 23.3 | 35.7 | JD102, JD103 |" in text
+    assert "| small-init | 9.05 | 35.7 | JD102 | no | anew |" in text
+    assert "### PyTorch\n\n```python\nx = 1\n```" in text and "### Megatron-LM\n\n```sh\n--f 1\n```" in text
+    assert "None was tried" in document(synthetic.clean())
+
+
+def test_what_was_not_measured_is_left_out() -> None:
+    blind = dataclasses.replace(GOOD, before=Outlook(), after=Outlook())
+    assert effect(blind) == "both conditions unknown"
