@@ -1,7 +1,7 @@
 """Does the remedy that is recommended hold? The paper's failing recipes, mended by the patch as it is printed.
 
-For each shape and failing recipe: an audit with remedies, then the text of its patch for PyTorch, run on models of seeds
-that no remedy was tried on, each judged by the gate. The price of the trials is set against the audit alone.
+For each shape and failing recipe: an audit with remedies, then the text of its patch for PyTorch, run on models of
+seeds that no remedy was tried on, each judged by the gate. The price of the trials is set against the audit alone.
 
     python benchmarks/remedies.py                                  6x256 and 24x256, about a quarter of an hour
     python benchmarks/remedies.py --sizes 6x1024 --seeds 2         other shapes; each updates its own entry
