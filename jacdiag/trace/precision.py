@@ -12,6 +12,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from jacdiag.trace.stored import Stored
 _RANK = {torch.bfloat16: 0, torch.float16: 0, torch.float32: 1, torch.float64: 2}
 _LOOKUPS = {"embedding"}
 _GROUPED = {"_grouped_mm", "grouped_mm"}
+_LARGE = 4096  # elements from which a tensor is worth looking at
 _CAST_METHODS = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -34,7 +36,10 @@ class Raisings:
 
     @contextmanager
     def not_kept(self) -> Iterator[None]:
-        """Inside, a graph keeps no raised tensor: it is raised, or read from its file, again whenever it is needed."""
+        """Inside, a graph keeps no raised tensor: it is raised, or read from its file, again whenever it is needed.
+
+        Nor does it keep zeros: the transpose of a pull is taken at zero, and would hold a zero for every cotangent.
+        """
         self._low = {}
         try:
             with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
@@ -48,6 +53,8 @@ class Raisings:
             self._low[raised.untyped_storage().data_ptr()] = (weakref.ref(raised), again)
 
     def _pack(self, saved: Tensor) -> Any:
+        if _is_zero(saved):
+            return partial(torch.zeros, saved.size(), dtype=saved.dtype, device=saved.device)
         entry = None if self._low is None else self._low.get(saved.untyped_storage().data_ptr())
         if entry is None or entry[0]() is None or saved.requires_grad:
             return saved
@@ -56,10 +63,20 @@ class Raisings:
     def _unpack(self, packed: Any) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
+        if isinstance(packed, partial):
+            zeros: Tensor = packed()
+            return zeros
         again, *layout = packed
         raised: Tensor = again()
         self.add(raised, again)
         return raised.as_strided(*layout)
+
+
+def _is_zero(tensor: Tensor) -> bool:
+    """Whether a tensor is all zero; one that is not is mostly told by its first element."""
+    if tensor.is_meta or tensor.dim() == 0 or tensor.numel() < _LARGE or tensor[(0,) * tensor.dim()] != 0:
+        return False
+    return not bool(tensor.any())
 
 
 @contextmanager

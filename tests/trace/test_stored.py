@@ -161,6 +161,33 @@ def test_a_graph_through_the_whole_model_keeps_no_weight() -> None:
     }
 
 
+def test_a_graph_through_the_whole_model_keeps_no_zeros() -> None:
+    """The transpose of a pull is taken at zero: every cotangent of it is a zero that need not be held."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(64, 2, 128, norm_first=True, batch_first=True)
+    _, stored, _ = both(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), torch.randn(4, 32, 64))
+    replayer, kept = stored.replayer, list[torch.Tensor]()
+    pack = replayer.raisings._pack
+
+    def noted(saved: Tensor) -> object:
+        packed = pack(saved)
+        kept.extend([packed] if isinstance(packed, Tensor) else [])
+        return packed
+
+    replayer.raisings._pack = noted  # type: ignore[method-assign]
+    first, last = replayer.spot_of(stored.raw[0].shortcut, 0), replayer.spot_of(stored.raw[-1].output, 0)
+    x = stored[0].shortcut.clone().requires_grad_()
+    with torch.enable_grad(), replayer.whole_graph():
+        y = replayer.segment(0, first, last)(x)
+        w = torch.zeros_like(y).requires_grad_()
+        (pulled,) = torch.autograd.grad(y, x, w, create_graph=True)
+    assert kept and all(bool(t.any()) for t in kept if t.numel() >= 4096)
+    u, v = torch.randn_like(x), torch.randn_like(y)
+    (pushed,) = torch.autograd.grad(pulled, w, u, retain_graph=True)
+    (back,) = torch.autograd.grad(y, x, v)
+    assert float((pushed * v).sum()) == pytest.approx(float((u * back).sum()), rel=1e-4)
+
+
 def test_a_weight_that_is_not_finite_is_named() -> None:
     torch.manual_seed(0)
     model = Odd()
