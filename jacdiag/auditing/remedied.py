@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -47,14 +48,17 @@ def with_remedies(request: Request, audit: Audit, report: Report) -> Report:
     why = _why_not(request, audit)
     if why:
         return replace(report, notes=[*report.notes, f"no remedy was tried: {why}"])
+    begun_at = time.perf_counter()
     remedies = remedies_for(report, audit.model, request.thresholds, begun=begun)
     bench = _bench(request, audit, report)
     records, notes = tried(report, audit.model, remedies, bench, every=request.remedies != "first",
                            told=_teller(request, len(remedies)))  # fmt: skip
     if request.progress is not None:
         request.progress.stop()
-    findings = with_fixes(report.findings, records)
-    return replace(report, remedies=records, findings=findings, notes=[*report.notes, *notes])
+    findings, spent = with_fixes(report.findings, records), time.perf_counter() - begun_at
+    cost = replace(report.cost, seconds=(report.cost.seconds or 0.0) + spent,
+                   phases={**report.cost.phases, "remedies": spent})  # fmt: skip
+    return replace(report, remedies=records, findings=findings, cost=cost, notes=[*report.notes, *notes])
 
 
 def _why_not(request: Request, audit: Audit) -> str:

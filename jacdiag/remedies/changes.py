@@ -55,7 +55,7 @@ class Weights:
     def loop(self, body: str) -> list[str]:
         if len(self.names) == 1:
             return [f"weight = model.get_parameter({self.names[0]!r})", body]
-        test = f"fnmatchcase(name, {self.pattern!r})" if self.pattern else f"name in {set(self.names)!r}"
+        test = f"fnmatchcase(name, {self.pattern!r})" if self.pattern else f"name in {sorted(self.names)!r}"
         return ["for name, weight in model.named_parameters():", f"    if {test}:", f"        {body}"]
 
 
@@ -262,7 +262,7 @@ class Spare:
 
     def lines(self) -> list[str]:
         return [
-            f"spared = {set(self.names)!r}",
+            f"spared = {sorted(self.names)!r}",
             "groups = [",
             '    {"params": [p for n, p in model.named_parameters() if n not in spared]},',
             '    {"params": [p for n, p in model.named_parameters() if n in spared], "weight_decay": 0.0},',

@@ -74,7 +74,7 @@ def huggingface(remedy: Remedy, kind: str, config: object) -> str:
                 "",
                 "class NoDecayTrainer(Trainer):",
                 "    def get_decay_parameter_names(self, model):",
-                f"        spared = {set(names)!r}",
+                f"        spared = {sorted(names)!r}",
                 "        return [n for n in super().get_decay_parameter_names(model) if n not in spared]",
                 "",
             ]

@@ -238,6 +238,8 @@ def cost(report: Report) -> str:
     """ "612 forwards of one sub-layer, 41 s, peak 1.9 GB"."""
     spent = report.cost
     parts = [f"{spent.forward_equivalents:,.0f} forwards of one sub-layer"] if spent.forward_equivalents else []
-    parts += [seconds(spent.seconds)] if spent.seconds is not None else []
+    tried = spent.phases.get("remedies")
+    more = f" (remedies {seconds(tried)})" if tried else ""
+    parts += [seconds(spent.seconds) + more] if spent.seconds is not None else []
     parts += [f"peak {memory(spent.peak_memory_mb)}"] if spent.peak_memory_mb else []
     return ", ".join(parts) or ABSENT
