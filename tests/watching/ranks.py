@@ -66,6 +66,7 @@ def broken(fault: str, rank: int) -> contextlib.AbstractContextManager[Any]:
         "copy": lambda: mock.patch.object(blocks_room, "local_copy", failing),
         "gather": lambda: mock.patch.object(together_room, "_all_gather", failing),
         "assemble": lambda: mock.patch.object(blocks_room.Blocks, "_assembled", failing),
+        "full": lambda: mock.patch.object(probe_room.LiveProbe, "fits", lambda *_: "said the test"),
         "series": lambda: mock.patch.object(probe_room.LiveProbe, "series", failing),
         "record": lambda: mock.patch.object(probe_room, "sites", failing),
         "measure": lambda: mock.patch.object(probe_room, "measure_group", failing),
