@@ -148,8 +148,10 @@ class _Named:
 
 FAULTS = {
     "on the first": ["copy@0", "gather@0", "assemble@0", "record@0", "measure@0", "memory-measure@0", "series@0"],
-    "on the second": ["copy@1", "memory-copy@1", "gather@1", "record@1", "measure@1", "series@1", "full@1", "missing@1"],
-}
+    "on the second": [
+        "copy@1", "memory-copy@1", "gather@1", "record@1", "measure@1", "series@1", "full@1", "missing@1",
+    ],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("where", FAULTS)
