@@ -129,7 +129,7 @@ def _trivially_independent(members: Sequence[Sublayer]) -> tuple[int, ...] | Non
     shape = members[0].shortcut.shape
     ones = tuple(d for d in range(len(shape)) if shape[d] == 1)
     for site in members[:_ASKED]:
-        if site.shortcut.shape == shape and set(site.independent()) <= set(ones):
+        if site.shortcut.shape == shape and set(site.independent(keep=False)) <= set(ones):
             return ones
     return None
 

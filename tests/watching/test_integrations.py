@@ -156,7 +156,7 @@ def hf_train(folder: Path, callbacks: list[Any], resume: str | None = None, step
     return trainer, state_of(trainer.model, trainer.optimizer), norms.seen, logged
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_hugging_face_trainer(accumulate: int, tmp_path: Path) -> None:
     from jacdiag.watching.huggingface import WatchCallback
 
@@ -266,7 +266,10 @@ def lightning_run(
 
 
 @needs_lightning
-@pytest.mark.parametrize(("clip", "accumulate", "steps"), [(None, 1, 12), (0.5, 1, 12), (0.5, 2, 200)])
+@pytest.mark.parametrize(
+    ("clip", "accumulate", "steps"),
+    [(None, 1, 12), (0.5, 1, 12), pytest.param(0.5, 2, 200, marks=pytest.mark.long)],
+)
 def test_lightning(clip: float | None, accumulate: int, steps: int, tmp_path: Path) -> None:
     from jacdiag.watching.lightning import WatchCallback
 

@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from watching.ranks import SHORT, STEPS
 from watching.rig import adam, batch, lines, plain_step, small
 from watching.test_figures import homes_of
+from watching.two_ranks import SHORT, STEPS
 
 import jacdiag
 from jacdiag.watching.blocks import ROOM
 
-SCRIPT = Path(__file__).parent / "ranks.py"
+SCRIPT = Path(__file__).parent / "two_ranks.py"
 
 
 def free_port() -> int:
@@ -70,7 +70,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[s
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_same_bits_and_the_norms_of_the_whole(mode: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """200 steps with dropout."""
+    """With dropout; 200 steps with JACDIAG_LONG."""
     tmp_path, told = request.getfixturevalue("sharded") if mode == "fsdp" else (tmp_path, two(tmp_path, mode)[""])
     assert [t["same"] for t in told] == [{"losses": True, "state": True, "random": True}] * 2
     rows = lines(tmp_path, "step")
@@ -89,7 +89,7 @@ def test_same_bits_and_the_norms_of_the_whole(mode: str, tmp_path: Path, request
         assert row["update"]["ratio"] > 0
     assert {row["update"]["where"] for row in rows} == set(header["groups"])
     probes = lines(tmp_path, "probe")
-    assert [row["step"] for row in probes] == [0, 50, 100, 150, 200]
+    assert [row["step"] for row in probes] == list(range(0, STEPS + 1, 50))
     assert all(len(row["report"]["sublayers"]) == 4 for row in probes)
     assert not lines(tmp_path, "fault")
 
@@ -172,6 +172,7 @@ def test_a_fault_on_one_rank_is_a_skipped_probe_on_both(where: str, tmp_path: Pa
             assert [row["step"] for row in lines(tmp_path / fault, "step")] == list(range(1, SHORT + 1)), fault
 
 
+@pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("lightning") is None, reason="lightning is not installed")
 def test_lightning_model_parallel(tmp_path: Path) -> None:
     """FSDP2 under a Lightning Trainer of two processes: the same bits, and the probe of the whole."""

@@ -1,10 +1,11 @@
-"""What two processes do in `test_ranks.py`; started as a script: python ranks.py RANK PORT FOLDER MODE FAULT,FAULT."""
+"""What two processes do in `test_ranks.py`; a script: python two_ranks.py RANK PORT FOLDER MODE FAULT,FAULT."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
 import json
+import os
 import sys
 import time
 import weakref
@@ -26,7 +27,8 @@ from jacdiag.watching import probe as probe_room
 from jacdiag.watching import tiers as tiers_room
 from jacdiag.watching import together as together_room
 
-STEPS, SHORT, CLIP = 200, 24, 0.2  # without a fault, with one
+STEPS = 200 if os.environ.get("JACDIAG_LONG") else 50  # without a fault
+SHORT, CLIP = 24, 0.2  # with one
 OPTIONS: dict[str, Any] = {"every": 8, "stats_every": 4, "log_every": 4, "quiet": True, "timeout": 4.0}
 LONG = {"every": 50, "stats_every": 25}
 
