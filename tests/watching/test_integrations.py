@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from watching.rig import T, V, adam, assert_same_state, batch, lines, small, state_of, trained
+from watching.rig import STEPS, T, V, adam, assert_same_state, batch, lines, small, state_of, trained
 from watching.test_figures import exact
 
 import jacdiag
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("deterministic")
 needs_lightning = pytest.mark.skipif(importlib.util.find_spec("lightning") is None, reason="lightning is not installed")
 
 
-def same(make: Any, folder: Path, steps: int = 200, **more: Any) -> list[dict[str, Any]]:
+def same(make: Any, folder: Path, steps: int = STEPS, **more: Any) -> list[dict[str, Any]]:
     """Trains with and without; returns the steps of the log."""
     options = {k: v for k, v in OPTIONS.items() if k != "quiet"} | {"every": 50, "stats_every": 25}
     plain = trained(steps, None, make=make)
@@ -189,7 +189,7 @@ def test_hugging_face_resume(tmp_path: Path) -> None:
 
 
 # -- accelerate --------------------------------------------------------------------------------------------------------
-def accelerated(folder: Path | None, steps: int = 200) -> tuple[dict[str, Any], list[float]]:
+def accelerated(folder: Path | None, steps: int = STEPS) -> tuple[dict[str, Any], list[float]]:
     from accelerate import Accelerator
     from torch.utils.data import DataLoader
 
@@ -222,7 +222,7 @@ def test_accelerate(tmp_path: Path) -> None:
     plain, watched = accelerated(None), accelerated(tmp_path)
     assert_same_state(plain[0], watched[0])
     rows = lines(tmp_path, "step")
-    assert len(rows) == 200 and [row["grad_norm"] for row in rows] == pytest.approx(watched[1], rel=1e-5)
+    assert len(rows) == STEPS and [row["grad_norm"] for row in rows] == pytest.approx(watched[1], rel=1e-5)
     for row in rows:
         assert row["grad_norm_post"] == pytest.approx(min(row["grad_norm"], 0.5), rel=1e-4)
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from watching.rig import adam, batch, lines, plain_step, small
+from watching.rig import STEPS, adam, batch, lines, plain_step, small
 from watching.test_figures import homes_of
-from watching.two_ranks import SHORT, STEPS
+from watching.two_ranks import SHORT
 
 import jacdiag
 from jacdiag.watching.blocks import ROOM

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import os
 import sys
 import time
 import weakref
@@ -19,7 +18,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from watching.rig import adam, batch, small, state_of
+from watching.rig import STEPS, adam, batch, small, state_of
 
 import jacdiag
 from jacdiag.watching import blocks as blocks_room
@@ -27,8 +26,7 @@ from jacdiag.watching import probe as probe_room
 from jacdiag.watching import tiers as tiers_room
 from jacdiag.watching import together as together_room
 
-STEPS = 200 if os.environ.get("JACDIAG_LONG") else 50  # without a fault
-SHORT, CLIP = 24, 0.2  # with one
+SHORT, CLIP = 24, 0.2  # steps with a fault
 OPTIONS: dict[str, Any] = {"every": 8, "stats_every": 4, "log_every": 4, "quiet": True, "timeout": 4.0}
 LONG = {"every": 50, "stats_every": 25}
 
