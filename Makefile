@@ -9,11 +9,12 @@ CHECKPOINT ?= examples/checkpoints/vanilla-step0.pt
 # Workers share the cores; torch's own threads on top of them only get in each other's way.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: help audit test lint bench coverage fuzz clean
+.PHONY: help audit test test-long lint bench coverage fuzz clean
 
 help:
 	@echo 'make audit     install, audit the shipped checkpoint: a table here, out/audit.json and out/audit.png'
 	@echo 'make test      install with the test extras, run the tests'
+	@echo 'make test-long  the same with the variants that take many processes or steps'
 	@echo 'make lint      ruff and mypy'
 	@echo 'make bench     the benchmarks against peers (minutes); results in benchmarks/results'
 	@echo 'make coverage  every model family of transformers (long); results in benchmarks/results'
@@ -25,7 +26,10 @@ audit: .venv/.installed
 	$(BIN)/jacdiag audit $(CHECKPOINT) --fail-on never --json out/audit.json --plot out/audit.png
 
 test: .venv/.installed-dev
-	$(TEST)
+	$(TEST) -m "not long"
+
+test-long: .venv/.installed-dev
+	JACDIAG_LONG=1 $(TEST)
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ from jacdiag.auditing.measured import Audit
 from jacdiag.auditing.request import Request
 from jacdiag.errors import JacdiagError, UsageError
 from jacdiag.measure.contract import decayed_by
+from jacdiag.ranks import Alone
 from jacdiag.remedies import Bench, aims, remedies_for, tried
 from jacdiag.report import Report
 from jacdiag.report.remedy import with_fixes
@@ -64,8 +65,6 @@ def with_remedies(request: Request, audit: Audit, report: Report) -> Report:
 def _why_not(request: Request, audit: Audit) -> str:
     if request.source.weights is not None:
         return "the weights stay in their files"
-    if request.ranks.size > 1:
-        return "the work is shared between processes"
     size = sum(p.numel() * p.element_size() for p in audit.model.parameters())
     on_cpu = all(p.device.type == "cpu" for p in audit.model.parameters())
     if on_cpu and _SPARE * size > psutil.virtual_memory().available:
@@ -90,7 +89,7 @@ def _bench(request: Request, audit: Audit, report: Report) -> Bench:
             kept = set(decayed) - set(spared)
             optimizer = [{"params": [p for n, p in model.named_parameters() if n in kept], "weight_decay": 1.0}]
         changed = replace(request, source=source, seed=seed, decide=True, state=report.state, optimizer=optimizer,
-                          progress=None, remedies="none")  # fmt: skip
+                          progress=None, ranks=Alone(), remedies="none")  # fmt: skip
         made = Audit(changed)
         found = evaluate(made.run(), thresholds=request.thresholds, profile=request.profile, select=request.select,
                          ignore=request.ignore)  # fmt: skip

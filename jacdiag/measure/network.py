@@ -17,6 +17,8 @@ from jacdiag.trace import Sites, Sublayer
 from jacdiag.trace.tap import Spot, Where
 from jacdiag.trace.tensors import collect_deep
 
+_ASKED = 2  # sub-layers that are asked what they mix: attention and FFN, mostly
+
 
 @dataclass(frozen=True)
 class GradientProfile(Record):
@@ -107,13 +109,29 @@ def end_to_end(sites: Sites, tol: float, confidence: float, max_products: int, s
     generator = torch.Generator().manual_seed(seed)
     with sites.replayer.whole_graph():
         operator = JacobianOperator(segment, first.shortcut, batch_dims=())
-    dims = independent_dims(operator.pull_shaped, first.shortcut.shape, operator.value.shape, first.feature_dim,
-                            first.shortcut.dtype, first.shortcut.device, generator)  # fmt: skip
+    dims = _trivially_independent([sites[k] for group in groups for k in group.sites])
+    if dims is None:
+        dims = independent_dims(operator.pull_shaped, first.shortcut.shape, operator.value.shape, first.feature_dim,
+                                first.shortcut.dtype, first.shortcut.device, generator)  # fmt: skip
     operator.set_batch_dims(dims)
     solution = top_singular(operator, tol=tol, confidence=confidence, max_products=max_products, generator=generator)
     interval = solution.interval()
     operator.release()
     return interval
+
+
+def _trivially_independent(members: Sequence[Sublayer]) -> tuple[int, ...] | None:
+    """The dimensions of size 1, where the first sub-layers leave no others; None where the chain itself must be asked.
+
+    What a sub-layer mixes, the chain is taken to mix: that is always safe, and asking the chain costs two products
+    with all of it.
+    """
+    shape = members[0].shortcut.shape
+    ones = tuple(d for d in range(len(shape)) if shape[d] == 1)
+    for site in members[:_ASKED]:
+        if site.shortcut.shape == shape and set(site.independent(keep=False)) <= set(ones):
+            return ones
+    return None
 
 
 def _end_of(sites: Sites) -> int:

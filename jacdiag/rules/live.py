@@ -16,12 +16,12 @@ from jacdiag.report.runlog import Alert
 from jacdiag.report.thresholds import Thresholds
 from jacdiag.rules import live_texts
 from jacdiag.rules.drift import Drift
+from jacdiag.rules.joint import Joint
 from jacdiag.rules.numbers import plain
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 from jacdiag.rules.series import Exponential, Rolling, RollingMedian
 from jacdiag.rules.updates import UpdateJump
 
-JOINT_IN_A_ROW = 3  # survey of public runs
 SKIPPED_IN_A_ROW = 10  # a loss scaler halves its scale at every skip: ten in a row are a factor of 1,000
 QUIET = 200  # steps in which a rule that has spoken says nothing more
 _LOOK_BACK = 20
@@ -80,7 +80,8 @@ class LiveRules:
         self.loss, self.gradient = Rolling(), Rolling()
         self.median, self.z = RollingMedian(), Exponential()
         self.drift, self.updates = Drift(thresholds), UpdateJump(thresholds)
-        self.in_a_row = self.skipped = self.seen = 0
+        self.joint = Joint(thresholds)
+        self.skipped = self.seen = 0
         self.spikes = {"loss": 0, "gradient": 0}
         self.spoken: dict[str, int] = {}
         self.suppressed: dict[str, int] = {}
@@ -116,31 +117,24 @@ class LiveRules:
         known = {"loss": zl, "gradient": zg, "gradient_ema": ema}
         verdict.scores = {key: value for key, value in known.items() if value is not None}
         self._sublayers(figures)
-        joint = self._joint(figures, zl, zg, verdict)
+        said = self.joint.look(loss, figures.gradient, zl, zg, ema, figures.update)
+        if said is not None:
+            self._together(figures, *said, verdict)
         if high_loss and above and ema is not None and ema > self._cut("gradient_z", "info"):
             self._loss_spike(figures, zl or 0.0, ema, middle or 0.0, verdict)
         if figures.update is not None and self.updates.add(*figures.update, figures.lr):
             verdict.votes.append("JD506")
         if loss is not None:
-            self.loss.add(loss, outlier=joint or high_loss)
+            self.loss.add(loss, outlier=self.joint.hit or high_loss)
             self.median.add(loss)
-        self.gradient.add(figures.gradient, outlier=joint or high_gradient)
+        self.gradient.add(figures.gradient, outlier=self.joint.hit or high_gradient)
         self.z.add(figures.gradient)
         return verdict
 
-    def _joint(self, f: StepFigures, zl: float | None, zg: float | None, verdict: Verdict) -> bool:
-        """Loss and gradient norm both over 6 deviations, or one over 8; an alert when it is so 3 times in a row."""
-        both, one = self._cut("joint_both", "warning"), self._cut("joint_one", "warning")
-        zl, zg = zl if zl is not None else 0.0, zg if zg is not None else 0.0
-        hit = (zl > both and zg > both) or max(zl, zg) > one
-        self.in_a_row = self.in_a_row + 1 if hit else 0
-        if hit and self.in_a_row >= JOINT_IN_A_ROW:
-            where = self.moved_first()
-            what = f"loss {plain(zl)} and gradient norm {plain(zg)} standard deviations above their last 1,000 steps, "
-            what += f"{self.in_a_row} steps in a row{_first(where)}"
-            evidence = {"loss": f.loss, "gradient": f.gradient, "loss_z": zl, "gradient_z": zg}
-            self._speak(verdict, Alert(f.step, "JD501", "warning", what, where, evidence))
-        return hit
+    def _together(self, f: StepFigures, what: str, evidence: Mapping[str, Any], verdict: Verdict) -> None:
+        where = self.moved_first()
+        known = {"loss": f.loss, "gradient": f.gradient, **evidence}
+        self._speak(verdict, Alert(f.step, "JD501", "warning", what + _first(where), where, known))
 
     def _loss_spike(self, f: StepFigures, zl: float, ema: float, middle: float, verdict: Verdict) -> None:
         """One step on which three published signals agree: a corrupted batch does not last for three."""
@@ -191,7 +185,7 @@ class LiveRules:
     def resumed(self) -> None:
         """The run goes on from a checkpoint: the figures that an optimiser disturbs then are silent for a while."""
         self.updates.mute()
-        self.in_a_row = 0
+        self.joint.resumed()
 
     # -- speaking --------------------------------------------------------------------------------------------------
     def _speak(self, verdict: Verdict, alert: Alert) -> None:
@@ -214,7 +208,7 @@ class LiveRules:
         return {
             "loss": self.loss.state(), "gradient": self.gradient.state(), "median": self.median.state(),
             "z": self.z.state(), "each": [series.state() for series in self.each], "names": self.names,
-            "drift": self.drift.state(), "updates": self.updates.state(), "in_a_row": self.in_a_row,
+            "drift": self.drift.state(), "updates": self.updates.state(), "joint": self.joint.state(),
             "seen": self.seen, "risen": list(self.risen), "spikes": dict(self.spikes), "spoken": dict(self.spoken),
         }  # fmt: skip
 
@@ -229,7 +223,8 @@ class LiveRules:
         self.risen = list(state["risen"])
         self.drift.load(state["drift"])
         self.updates.load(state["updates"])
-        self.in_a_row, self.seen = state["in_a_row"], state["seen"]
+        self.joint.load(state["joint"])
+        self.seen = state["seen"]
         self.spikes, self.spoken = dict(state["spikes"]), dict(state["spoken"])
 
 

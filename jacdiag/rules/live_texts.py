@@ -5,10 +5,13 @@ from __future__ import annotations
 from jacdiag.rules.texts import Text
 
 JOINT = Text(
-    summary="loss and gradient norm stand far above their own last 1,000 steps, several steps in a row",
+    summary="loss and gradient norm stand far above what they were, several steps on end",
     what="""\
 Both over 6 standard deviations of a rolling window of 1,000 steps, or one of them over 8, three steps in a row,
-after 60 steps. Values that stand out are kept out of the window.""",
+after 60 steps. Values that stand out are kept out of the window. What no single step shows: the means of the last 4 or
+16 steps, both over 5 standard deviations of such means, or one over 8 and the other over 2.5; they are held against the
+median of 201 steps before them, so that neither a fall nor a slow rise counts. And updates: of three sub-layers in a
+row, in turn, over 1e-2 of the weights and ten times the usual, with a vote of loss or gradient norm.""",
     why="""\
 A single threshold alarms all the time: one z-score over 2.5 alarms 62 times in 10,000 Gaussian steps, and one
 threshold on the loss from step 0 on alarmed in 4 of 6 healthy public runs. This rule alarmed in none of them.""",

@@ -148,21 +148,25 @@ class Sublayer:
         inner = {self.feature_dim % rank} | ({self.stream_dim % rank} if self.stream_dim is not None else set())
         return set(dims) >= set(range(rank)) - inner
 
-    def independent(self, pull: Map | None = None) -> tuple[int, ...]:
+    def independent(self, pull: Map | None = None, *, keep: bool = True) -> tuple[int, ...]:
         """The dimensions of x over which the branch's Jacobian is block diagonal; found once, by two pulls.
 
         Args:
             pull: J^T w of the branch, or of its core, where one is at hand; else one is built.
+            keep: whether who asks next is to be answered without a product.
         """
-        if self.dims is None:
-            from jacdiag.spectra import independent_dims
+        if self.dims is not None:
+            return self.dims
+        from jacdiag.spectra import independent_dims
 
-            x = self.shortcut
-            generator = torch.Generator().manual_seed(0)
-            shapes = x.shape, self.value.shape
-            pull = self._pull() if pull is None else pull
-            self.dims = independent_dims(pull, *shapes, self.feature_dim, x.dtype, x.device, generator)
-        return self.dims
+        x = self.shortcut
+        generator = torch.Generator().manual_seed(0)
+        shapes = x.shape, self.value.shape
+        pull = self._pull() if pull is None else pull
+        found = independent_dims(pull, *shapes, self.feature_dim, x.dtype, x.device, generator)
+        if keep:
+            self.dims = found
+        return found
 
     def _pull(self) -> Map:
         with torch.enable_grad():

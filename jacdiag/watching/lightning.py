@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 
+from jacdiag.errors import UsageError
 from jacdiag.watching.attach import watch
 from jacdiag.watching.hook import Watch
 from jacdiag.watching.norms import square_sums
@@ -22,6 +24,9 @@ class WatchCallback(Callback):
 
     Lightning makes the gradients inside the optimiser's step, clips them there, and tells callbacks in between: the
     norm before clipping is taken then, where the Trainer clips.
+
+    Of the strategies that shard, ModelParallelStrategy (FSDP2) is watched as any other; there the norm before clipping
+    is not known, and not guessed. FSDPStrategy (FSDP1) is refused.
 
     Args:
         model: which part of the LightningModule to watch, by attribute name; the whole of it if not given. The part
@@ -38,6 +43,9 @@ class WatchCallback(Callback):
         self._seen = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(trainer.strategy, FSDPStrategy):  # its wrapper is outside of the LightningModule, and not seen
+            raise UsageError("Lightning's FSDPStrategy (FSDP1) is not supported: its parameters are flat shards",
+                             hint="ModelParallelStrategy with fully_shard (FSDP2) is")  # fmt: skip
         model = getattr(pl_module, self.part) if self.part else pl_module
         options = {"resume": self._state is not None, **self.options}
         self.watch = watch(model, trainer.optimizers, **options)

@@ -13,8 +13,12 @@ _GRAPH = 60  # tensors as large as the shortcut that the graphs of one branch ke
 _SCORES = 8  # tensors (B, heads, T, T) that those of an attention keep
 
 
-def needed(found: Sites) -> int:
-    """Bytes, from above: what was recorded, and the basis and the graphs of the largest sub-layer."""
+def needed(found: Sites, weights: int = 0) -> int:
+    """Bytes, from above: what was recorded, and the basis and the graphs of the largest sub-layer.
+
+    Args:
+        weights: bytes of those that are brought here for the probe.
+    """
     recorded = sum(t.numel() * t.element_size() for site in found for t in (site.shortcut, site.value))
     largest = 0
     for site in found:
@@ -24,7 +28,7 @@ def needed(found: Sites) -> int:
             heads = max(x.shape[-1] // 64, 1)
             own += _SCORES * x.shape[0] * heads * x.shape[1] ** 2 * x.element_size()
         largest = max(largest, own)
-    return recorded + largest
+    return recorded + largest + weights
 
 
 def available(device: torch.device) -> int | None:

@@ -25,6 +25,8 @@ from jacdiag.rules import evaluate
 from jacdiag.sources import Probe, Source, build_probe
 from jacdiag.trace import Sites, Sublayer, sites
 from jacdiag.trace.declared import nothing_found
+from jacdiag.trace.wrappers import gathered
+from jacdiag.watching.blocks import Blocks
 from jacdiag.watching.memory import available, needed
 from jacdiag.watching.statistics import StableRanks, forward_figures
 from jacdiag.watching.warm import Memory, WarmSolver
@@ -50,6 +52,7 @@ class LiveProbe:
         thresholds: of the rules JD1xx.
         inputs: the user's own probe, or None.
         seed: of the random starts.
+        blocks: the weights, where a rank holds only pieces of them.
     """
 
     model: nn.Module
@@ -60,9 +63,12 @@ class LiveProbe:
     ranks: StableRanks = field(default_factory=StableRanks)
     probe: Probe | None = None
     report: Report | None = None
+    blocks: Blocks | None = None
 
-    def choose(self, first: tuple[tuple[Any, ...], dict[str, Any]] | None) -> None:
+    def choose(self, first: tuple[tuple[Any, ...], dict[str, Any]] | None, sharded: bool = False) -> None:
         """Settles on the probe: the user's own, else the first sequences of the stream, else random tokens.
+
+        Random tokens need a look at the embedding, and are not to be had where that lies in pieces.
 
         Raises:
             ProbeError: none of them can be had.
@@ -75,6 +81,8 @@ class LiveProbe:
             args, kwargs = first
             made = Probe.of_inputs(args if args else kwargs, seed=self.seed)
             self.probe = replace(made, args=args, kwargs=kwargs, record=replace(made.record, tokens="stream"))
+        elif sharded:
+            raise ProbeError("no batch was seen and no probe was given", hint="jacdiag.watch(..., probe=input_ids)")
         else:
             try:
                 made = build_probe(Source.of_module(self.model), batch=2, seed=self.seed)
@@ -86,7 +94,9 @@ class LiveProbe:
     def sites(self) -> Sites:
         """Records the model on the probe as it is now."""
         assert self.probe is not None
-        found = sites(self.model, *self.probe.args, **self.probe.kwargs)
+        blocks = self.blocks
+        with gathered(blocks.outlines if blocks is not None else {}):
+            found = sites(self.model, *self.probe.args, weights=blocks, **self.probe.kwargs)
         if not found:
             raise nothing_found(found)
         return found
@@ -100,19 +110,23 @@ class LiveProbe:
         groups = found.by_shortcut()
         like = Counter(_alike(members) for members in groups)
         seconds = tracing
+        state = self.state_of(found)
         for kind, count in like.items():
             members = next(m for m in reversed(groups) if _alike(m) == kind)
-            state = self.state_of(found)
             for _ in range(2):
                 begun = time.perf_counter()
                 self._measured(members, state)
                 once = time.perf_counter() - begun
             seconds += count * once
-        return Price(seconds, needed(found))
+        return Price(seconds, self.peak(found))
+
+    def peak(self, found: Sites) -> int:
+        """Bytes that a probe needs, from above."""
+        return needed(found, self.blocks.peak if self.blocks is not None else 0)
 
     def fits(self, found: Sites) -> str:
         """Why the probe's peak does not fit into the memory that is free; "" if it does."""
-        peak, free = needed(found), available(found[0].shortcut.device)
+        peak, free = self.peak(found), available(found[0].shortcut.device)
         if free is None or peak <= 0.9 * free:
             return ""
         return f"the probe needs about {peak / 2**20:,.0f} MB and {free / 2**20:,.0f} MB are free"
@@ -141,7 +155,8 @@ class LiveProbe:
         }
 
     def state_of(self, found: Sites) -> Literal["init", "trained"]:
-        return detect_state(found.skeleton.params, [name for site in found for name in site.products])
+        names = [name for site in found for name in site.products]
+        return detect_state(found.skeleton.params, names, found.skeleton.outlines)
 
     def _measured(self, members: list[Sublayer], state: Literal["init", "trained"]) -> list[SublayerRecord]:
         assert self.probe is not None

@@ -85,12 +85,12 @@ class StableRanks:
         self.tops: dict[str, Tensor] = {}
 
     def look(self, sites: Sites) -> dict[str, float]:
-        params = sites.skeleton.params
-        names = [n for n in dict.fromkeys(n for s in sites for n in s.products) if params[n].dim() == 2]
-        squares = square_sums([params[n] for n in names])
+        params, outlines = sites.skeleton.params, sites.skeleton.outlines
+        names = [n for n in dict.fromkeys(n for s in sites for n in s.products) if outlines[n].dim() == 2]
         found = {}
-        for name, square in zip(names, squares.tolist(), strict=True):
-            top = self._top(name, params[name].detach())
+        for name in names:  # one matrix at a time: they may not all be in memory
+            w = params[name].detach()
+            square, top = float(square_sums([w])), self._top(name, w)
             if top > 0 and math.isfinite(square):
                 found[name] = square / top**2
         return found

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from jacdiag.errors import TraceError
@@ -15,20 +15,21 @@ from jacdiag.report import Report
 from jacdiag.report.runlog import Alert
 from jacdiag.report.thresholds import Thresholds
 from jacdiag.trace import Sites
-from jacdiag.trace.wrappers import gathered, has_foreign_hooks
+from jacdiag.trace.wrappers import has_foreign_hooks
 from jacdiag.watching.batches import Batches
+from jacdiag.watching.blocks import Blocks, is_shard
 from jacdiag.watching.cadence import Cadence, Clock
 from jacdiag.watching.figures import GIVEN_PART, Figures
 from jacdiag.watching.grouping import by_names, by_sites, grouped
-from jacdiag.watching.memory import available
-from jacdiag.watching.optimisers import names_of, parameters_of
+from jacdiag.watching.optimisers import local, names_of, parameters_of
 from jacdiag.watching.probe import LiveProbe, Price
 from jacdiag.watching.record import Record
 from jacdiag.watching.rows import row_of
 from jacdiag.watching.sinks import slashed_series
-from jacdiag.watching.together import Together, local_copy
+from jacdiag.watching.together import Together
 
 _NO_PROBE = "no Jacobian norms and no statistics from now on"
+_OPEN = 10**6 + 2  # the place at which ranks begin a probe
 _NO_FIGURES = "no figures of single steps from now on"
 
 
@@ -89,6 +90,7 @@ class Tiers:
         if found is not None:
             self._announce(found, seconds)
             self._measure(found, step, seconds, probe=not self.every.never)
+        self.live.blocks = None
         return homes, order
 
     def _announce(self, found: Sites, tracing: float) -> None:
@@ -99,12 +101,17 @@ class Tiers:
             text = f"{len(found)} sub-layers; per step a pass over the gradients; statistics about {tracing:.2g} s"
             text += f" {_often(self.stats_every)}"
             if not self.every.never:
-                self.price = self.live.price(found, tracing)
+                with self.together.in_step():
+                    fits = self.together.fits(not self.live.fits(found))
+                    self.price = self.live.price(found, tracing) if fits else None
+                if self.price is None:
+                    return  # said where the probe is due
                 tokens = self.live.probe.record
                 row |= {"probe_seconds": self.price.seconds, "probe_peak_bytes": self.price.peak}
                 text += f"; Jacobian probe on {tokens.batch} x {tokens.seq or 1} about {self.price.seconds:.2g} s and "
                 text += f"{self.price.peak / 2**20:,.0f} MB {_often(self.every)}"
-            self.record.announce(text, row)
+            if self.together.lead:
+                self.record.announce(text, row)
 
     # -- per-step figures ------------------------------------------------------------------------------------------
     def flush(self, clock: Clock) -> None:
@@ -140,6 +147,8 @@ class Tiers:
         if self._told_share or step is None or self.price is None or len(clock.steps) < 5:
             return
         self._told_share = True
+        if not self.together.lead:
+            return
         probe = self.price.seconds / (self.every.interval(self.price.seconds, step) * step)
         row = {"step_seconds": step, "probe_share": probe}
         self.record.announce(f"the probe comes to {probe:.1%} of the time, at {step:.3g} s a step", row)
@@ -174,51 +183,46 @@ class Tiers:
         found, tracing = self._find()
         if found is not None:
             self._measure(found, step, tracing, probe=probe)
+        self.live.blocks = None  # and with it the last weights
         clock.charge("probe" if probe else "statistics", time.perf_counter() - begun)
 
     def _find(self) -> tuple[Sites | None, float]:
-        """Records the model on the probe; None where that is not possible, or is another rank's work."""
+        """Records the model on the probe; None where that is not possible. On all ranks or on none."""
         begun = time.perf_counter()
         found: Sites | None = None
         with self.guards.part("probe", _NO_PROBE):
-            weights = self._weights()
-            if weights is not None and self.guards.on("probe"):
+            if self.together.sharded:
+                with self.together.in_step():
+                    made = self._found_in_step()
+                found = made
+            elif self.guards.on("probe"):
                 self.live.choose(self.batches.first if self.batches is not None else None)
-                with gathered(weights), self._undisturbed():
+                with self._undisturbed():
                     found = self.live.sites()
         return found, time.perf_counter() - begun
 
-    def _weights(self) -> dict[int, Tensor] | None:
-        """Whole weights where they are sharded, on the leading rank: agree, gather, and nobody waits any more.
-
-        Everything that can fail on one rank alone comes before the ranks agree: the copies, the room for the whole.
-        """
-        if not self.together.sharded:
-            return {}
-        if self.together.broken:
-            raise RuntimeError(self.together.broken)
-        shards = [t for t in [*self.model.parameters(), *self.model.buffers()] if hasattr(t, "placements")]
-        error: Exception | None = None
-        pieces: list[Tensor] = []
+    def _found_in_step(self) -> Sites:
+        """Agree, settle on the leading rank's probe, run the skeleton: its weights are gathered block by block."""
+        off = self.guards.off.get("probe")
+        error: Exception | None = RuntimeError(off) if off is not None else None
+        lead = self.together.lead
         try:
-            if self.guards.on("probe"):
-                pieces = self._ready(shards)
+            if has_foreign_hooks(self.model):
+                raise TraceError("hooks of others are on the sharded model: its own run would need every rank")
+            if any(map(is_shard, self.model.buffers())):
+                raise TraceError("a buffer of the model is sharded, and only weights are gathered")
+            if lead:
+                self.live.choose(self.batches.first if self.batches is not None else None, sharded=True)
+            mine = self.live.probe.to("cpu") if lead and self.live.probe is not None else None
         except Exception as failed:
-            error = failed
-        ready = error is None and self.guards.on("probe")
-        if not self.together.agree(ready):
-            raise error or RuntimeError("it could not be made on another rank")
-        whole = self.together.whole(shards, pieces)
-        return None if whole is None else {id(s): w for s, w in zip(shards, whole, strict=True)}
-
-    def _ready(self, shards: list[Tensor]) -> list[Tensor]:
-        if has_foreign_hooks(self.model):
-            raise TraceError("hooks of others are on the sharded model: its own run would need every rank")
-        size = sum(s.numel() * s.element_size() for s in shards)
-        free = available(shards[0].device if shards else torch.device("cpu")) if self.together.lead else None
-        if free is not None and size > 0.9 * free:
-            raise MemoryError(f"the whole weights need {size / 2**20:,.0f} MB and {free / 2**20:,.0f} MB are free")
-        return [local_copy(s) for s in shards]
+            error = error or failed
+        self.together.check(_OPEN, error)
+        shared = self.together.share(mine)
+        if not lead:
+            self.live.probe = shared.to(local(next(self.model.parameters())).device)
+        self.live.blocks = Blocks(self.model, self.together)
+        with self._undisturbed():
+            return self.live.sites()
 
     def _undisturbed(self) -> Any:
         from contextlib import ExitStack
@@ -234,25 +238,29 @@ class Tiers:
         """Statistics, and the norms where they are due."""
         begun = time.perf_counter()
         with self.guards.part("probe", _NO_PROBE), self._undisturbed():
-            figures = self.live.statistics(found)
+            with self.together.in_step():
+                figures = self.live.statistics(found)
             self.stats_price = tracing + time.perf_counter() - begun
             self.stats_every.last = step
-            self.record.line("stats", {"step": step, "seconds": self.stats_price, "figures": figures})
-            self.record.publish(step, lambda: slashed_series(figures))
+            if self.together.lead:
+                self.record.line("stats", {"step": step, "seconds": self.stats_price, "figures": figures})
+                self.record.publish(step, lambda: slashed_series(figures))
             if not probe:
                 return
-            why = self.live.fits(found)
-            if why:
-                self.record.warn("memory", f"the probe is skipped: {why}")
-                return
             begun -= tracing
-            report = self.live.measure(found, step, begun)
-            series = self.live.series(found, report)
+            with self.together.in_step():
+                why = self.live.fits(found)
+                if not self.together.fits(not why):
+                    self.record.warn("memory", f"the probe is skipped: {why or 'another rank has not the memory'}")
+                    return
+                report = self.live.measure(found, step, begun)
+                series = self.live.series(found, report)
             seconds = time.perf_counter() - begun
             announced = self.price.seconds if self.price is not None else None
             self.price = Price(seconds, self.price.peak if self.price else 0)
             self.every.last = step
-            self._hand_over(step, report, series, seconds, announced)
+            if self.together.lead:
+                self._hand_over(step, report, series, seconds, announced)
 
     def _hand_over(
         self, step: int, report: Report, series: Mapping[str, Mapping[str, float]], seconds: float,
@@ -285,7 +293,7 @@ class Tiers:
         self.figures, self.batches = None, None
         self.live.memory.vectors.clear()
         self.live.ranks.tops.clear()
-        self.live.probe = None
+        self.live.probe = self.live.blocks = None
 
 
 def _often(cadence: Cadence) -> str:

@@ -7,7 +7,8 @@ groups are never used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -15,7 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from jacdiag.watching.optimisers import local
+from jacdiag.errors import SourceError, one_line
+
+_FINE, _FULL, _FAILED = range(3)
+_END, _ROOM = 10**6, 10**6 + 1  # places; those of blocks are small numbers
+
+
+class ElsewhereError(SourceError):
+    """Work in step has ended on all ranks: each of them was told why."""
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -45,7 +53,7 @@ class Together:
         self.size = dist.get_world_size() if there else 1
         self.lead = self.rank == 0
         self.sharded = sharded and self.size > 1
-        self.broken = ""
+        self.broken = self._over = ""
         self.group: Any = None
         if self.sharded:
             self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
@@ -64,13 +72,10 @@ class Together:
             return values
         if self.broken:
             raise RuntimeError(self.broken)
-        try:
-            summed = values.clone()
+        summed = values.clone()
+        with self._answered():
             dist.all_reduce(summed, group=self.group)
-            return summed
-        except RuntimeError as error:
-            self.broken = f"another rank did not answer ({str(error).splitlines()[0][:120]})"
-            raise RuntimeError(self.broken) from error
+        return summed
 
     def share(self, value: Any) -> Any:
         """The leading rank's value, on every rank. Every rank has to ask."""
@@ -79,32 +84,93 @@ class Together:
         if self.broken:
             raise RuntimeError(self.broken)
         box = [value]
-        try:
+        with self._answered():
             dist.broadcast_object_list(box, src=0, group=self.group)
-        except RuntimeError as error:
-            self.broken = f"another rank did not answer ({str(error).splitlines()[0][:120]})"
-            raise RuntimeError(self.broken) from error
         return box[0]
 
-    def whole(self, shards: Sequence[Tensor], pieces: Sequence[Tensor]) -> list[Tensor] | None:
-        """Gathers sharded tensors on the leading rank, on the CPU; None on the others. Every rank has to ask.
+    # -- in step ---------------------------------------------------------------------------------------------------
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Work with agreements in it, which all ranks finish or none.
 
-        Args:
-            shards: DTensors, in the same order on every rank.
-            pieces: their local parts on the CPU, made before anybody agreed.
+        A rank that fails says so in the place of its next agreement; the others leave theirs there. At the end all
+        agree once more, so that nobody takes for done what another could not do.
         """
-        found: list[Tensor] = []
-        for shard, piece in zip(shards, pieces, strict=True):
-            mine = _described(shard, piece)
-            everybody: list[Any] | None = [None] * self.size if self.lead else None
-            try:
-                dist.gather_object(mine, everybody, dst=0, group=self.group)
-            except RuntimeError as error:
-                self.broken = f"another rank did not answer ({str(error).splitlines()[0][:120]})"
-                raise RuntimeError(self.broken) from error
-            if everybody is not None:
-                found.append(_assembled(shard, everybody))
-        return found if self.lead else None
+        if not self.sharded:
+            yield
+            return
+        self._over = ""
+        try:
+            yield
+        except Exception:
+            if not (self._over or self.broken):  # else everybody knows
+                with suppress(RuntimeError):
+                    self._asked(_END, _FAILED)
+            raise
+        self.check(_END)
+
+    def check(self, place: int, error: Exception | None = None) -> None:
+        """Goes on only if every rank is at the same place (a positive number) and none has an error.
+
+        Raises:
+            ElsewhereError: otherwise, on every rank.
+        """
+        self._same(place, _FAILED if error is not None else _FINE, error)
+
+    def fits(self, here: bool) -> bool:
+        """Whether all ranks have the room. Raises ElsewhereError as `check` does."""
+        if not self.sharded:
+            return here
+        return self._same(_ROOM, _FINE if here else _FULL) == _FINE
+
+    def _same(self, place: int, level: int, error: Exception | None = None) -> int:
+        if self._over:  # somebody caught the error and went on
+            raise ElsewhereError(self._over)
+        highest, same = self._asked(place, level)
+        if error is not None:
+            self._over = one_line(error)
+        elif highest == _FAILED:
+            self._over = "it could not be made on another rank"
+        elif not same:
+            self._over = "the ranks do not do the same: the model, or its probe, differs between them"
+        if self._over:
+            raise ElsewhereError(self._over) from error
+        return highest
+
+    def _asked(self, place: int, level: int) -> tuple[int, bool]:
+        if self.broken:
+            raise RuntimeError(self.broken)
+        asked = torch.tensor([level, place, -place])
+        with self._answered():
+            dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.group)
+        highest, last, first = asked.tolist()
+        return highest, last == -first
+
+    def gather(self, mine: Tensor, everybody: Tensor) -> None:
+        """Fills the rows of `everybody` with the ranks' `mine`, right behind a `check`.
+
+        A failure here is a rank that did not answer, whatever it was: the others are in this collective and in no
+        other, so that nothing can be told to them.
+        """
+        with self._answered():
+            _all_gather(mine, everybody, self.group)
+
+    def everybody(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank; plain values, once all have agreed to do this."""
+        if not self.sharded:
+            return [value]
+        box: list[Any] = [None] * self.size
+        with self._answered():
+            dist.all_gather_object(box, value, group=self.group)
+        return box
+
+    @contextmanager
+    def _answered(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.broken = f"another rank did not answer ({one_line(error)[:120]})"
+            raise RuntimeError(self.broken) from error
 
     def close(self) -> None:
         if self.group is not None and not self.broken and dist.is_initialized():
@@ -112,21 +178,5 @@ class Together:
         self.group = None
 
 
-def local_copy(shard: Tensor) -> Tensor:
-    """This rank's piece, on the CPU."""
-    return local(shard.detach()).to("cpu", copy=True).contiguous()
-
-
-def _described(shard: Any, piece: Tensor) -> tuple[tuple[slice, ...], Tensor]:
-    """A piece with the place where it belongs in the whole."""
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, offset = compute_local_shape_and_global_offset(shard.shape, shard.device_mesh, shard.placements)
-    return tuple(slice(start, start + n) for start, n in zip(offset, shape, strict=True)), piece
-
-
-def _assembled(shard: Tensor, everybody: Sequence[tuple[tuple[slice, ...], Tensor]]) -> Tensor:
-    whole = torch.empty(shard.shape, dtype=shard.dtype)
-    for place, piece in everybody:
-        whole[place] = piece.view(whole[place].shape)
-    return whole.to(local(shard).device)
+def _all_gather(mine: Tensor, everybody: Tensor, group: Any) -> None:
+    dist.all_gather(list(everybody.unbind()), mine, group=group)

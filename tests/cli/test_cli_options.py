@@ -57,7 +57,7 @@ def test_what_reaches_the_audit(jd: Run, stub: Stub) -> None:
         "--inputs", "b.py:g", "--batch", 3, "--seq", 9, "--seed", 5, "--device", "cpu", "--dtype", "float64", "--tol",
         0.1, "--confidence", 0.99, "--decide", "--max-products", 50, "--state", "trained", "--lr", 3e-4, "--warmup", 10,
         "--clip", 1, "--beta2", 0.95, "--profile", "paper", "--select", "jd101,JD102", "--select", "JD9", "--ignore",
-        "JD104",
+        "JD104", "--remedies", "all",
     )  # fmt: skip
     assert done.code == 0, done.err
     asked = dict(stub.asked)
@@ -68,6 +68,7 @@ def test_what_reaches_the_audit(jd: Run, stub: Stub) -> None:
         "confidence": 0.99, "decide": True, "max_products": 50, "state": "trained", "lr": 3e-4, "warmup": 10,
         "clip": 1.0, "beta2": 0.95, "profile": "paper", "select": ("JD101", "JD102", "JD9"), "ignore": ("JD104",),
         "thresholds": None, "declared": (), "contract": None, "ranks": False, "inputs": None,
+        "remedies": "all",
     }  # fmt: skip
 
 
@@ -79,13 +80,14 @@ def test_defaults_are_the_librarys(jd: Run, stub: Stub) -> None:
     assert audit is stub
     jd("audit", "run.pt")
     del stub.asked["source"], stub.asked["progress"]
+    assert stub.asked.pop("remedies") == "first", "a person wants to know what to do; a program asks for it"
     import importlib
     import sys
 
     del sys.modules["jacdiag.auditing"]
     real = inspect.signature(importlib.import_module("jacdiag.auditing").audit).parameters
     assert stub.asked == {name: real[name].default for name in stub.asked}
-    in_code_only = {"source", "inputs", "progress", "optimizer", "products"}  # objects; what `gate` switches
+    in_code_only = {"source", "inputs", "progress", "optimizer", "products", "remedies"}  # objects; said otherwise
     missing = set(real) - set(stub.asked) - in_code_only
     assert not missing, f"the command line cannot say {missing}"
 

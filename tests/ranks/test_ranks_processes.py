@@ -48,6 +48,7 @@ def test_torchrun_gives_the_report_of_one_process(tmp_path: Path) -> None:
     assert "ranks" not in one["settings"]
 
 
+@pytest.mark.long
 def test_the_example_runs_as_it_stands(tmp_path: Path) -> None:
     env = environment(tmp_path, PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     script = ["bash", ROOT / "examples" / "torchrun.sh", "build.py:fine", "--format", "json"]
@@ -56,6 +57,7 @@ def test_the_example_runs_as_it_stands(tmp_path: Path) -> None:
     assert len(json.loads(done.stdout)["settings"]["ranks"]) == 2 or torch.cuda.is_available()
 
 
+@pytest.mark.long
 def test_three_ranks_with_decide_and_fewer_jobs_than_could_be(tmp_path: Path) -> None:
     """Some ranks may find nothing left to do: 2 jobs for 3."""
     sizes = ("build.py:fine", "--decide", "--model-args", '{"n_layer": 1}')
@@ -72,7 +74,7 @@ def test_findings_are_one_exit_code_for_all(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "r.json").read_text())["verdict"] == "warn"
 
 
-@pytest.mark.parametrize("command", [("rules",), ("sites", "build.py:fine")])
+@pytest.mark.parametrize("command", [("rules",), pytest.param(("sites", "build.py:fine"), marks=pytest.mark.long)])
 def test_other_commands_speak_once(tmp_path: Path, command: tuple[str, ...]) -> None:
     ended = as_ranks(tmp_path, "-m", "jacdiag_cli", *command)
     assert [one.code for one in ended] == [0, 0] and ended[0].out
@@ -88,10 +90,10 @@ def test_one_rank_is_plain(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("what", "bad", "told"),
     [
-        ("has_no_file", 1, "FileNotFoundError"),
+        pytest.param("has_no_file", 1, "FileNotFoundError", marks=pytest.mark.long),
         ("raises", 1, "LookupError: the router lost its way"),
-        ("out_of_memory", 0, "out of memory"),
-        ("killed", 0, "died"),
+        pytest.param("out_of_memory", 0, "out of memory", marks=pytest.mark.long),
+        pytest.param("killed", 0, "died", marks=pytest.mark.long),
         ("killed", 1, "died"),
     ],
 )
@@ -171,7 +173,7 @@ def test_one_operation_that_does_not_end(tmp_path: Path) -> None:
 
 
 # -- signals ----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("hit", [(0, 1), (0,), (1,)])
+@pytest.mark.parametrize("hit", [(0, 1), *(pytest.param((k,), marks=pytest.mark.long) for k in (0, 1))])
 def test_ctrl_c(tmp_path: Path, hit: tuple[int, ...]) -> None:
     """On all, as in a terminal, or on one only: 130 on every rank, one line, no file."""
     def interrupt(processes: list[subprocess.Popen[str]]) -> None:
@@ -223,6 +225,7 @@ def test_python_shares_only_when_asked(tmp_path: Path) -> None:
     assert ended[0].out == ended[1].out == "warn\n"
 
 
+@pytest.mark.long
 def test_python_inside_a_process_group_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(
         "import jacdiag, torch.distributed as dist\n"

@@ -244,15 +244,17 @@ def test_documentation_and_thresholds() -> None:
     for one in mine:
         assert rule(one.code) is one and one not in RULES
         assert all(text.strip() for text in (one.summary, one.what, one.why, one.example, one.remedy))
-    for figure in ("spike_score", "median_spike", "gradient_z", "joint_both", "joint_one", "gain_drift", "update_jump"):
+    for figure in ("spike_score", "median_spike", "gradient_z", "joint_both", "joint_one", "lift_both",
+                   "update_ratio", "update_leap", "gain_drift", "update_jump"):  # fmt: skip
         limits = LIMITS.limits(figure)
-        assert limits.cuts and limits.origin in ("published", "convention") and limits.source
+        assert limits.cuts and limits.origin in ("published", "derived", "convention") and limits.source
     with pytest.raises(UsageError, match="closest"):
         rule("JD509")
 
 
 def test_thresholds_are_the_users() -> None:
-    live = LiveRules(load_thresholds({"joint_one": {"warning": 1e9}, "joint_both": {"warning": 1e9}}))
+    silent = {figure: {"warning": 1e9} for figure in ("joint_one", "joint_both", "lift_both")}
+    live = LiveRules(load_thresholds(silent))
     for f in healthy(500):
         live.step(f)
     assert [c for _, c in codes(live, [spike(s, 9.0, 30.0) for s in range(500, 510)])] == ["JD502"]

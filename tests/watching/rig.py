@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import jacdiag
 from jacdiag.sources.gpt import GPT, build
 
 V, T = 32, 8
+STEPS = 200 if os.environ.get("JACDIAG_LONG") else 50  # of the loops in which not one bit may differ
 
 
 def small(recipe: str = "scaled-embed", **sizes: Any) -> GPT:

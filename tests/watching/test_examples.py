@@ -24,7 +24,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+LONG = {"amp", "fsdp", "accelerate", "lightning"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long) if n in LONG else n for n in CASES])
 def test_example(name: str, tmp_path: Path) -> None:
     script, *args = CASES[name]
     if name == "lightning" and importlib.util.find_spec("lightning") is None:

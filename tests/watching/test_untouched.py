@@ -31,6 +31,52 @@ def test_two_hundred_steps_are_the_same_bit_for_bit_with_dropout(tmp_path: Path)
     assert [row["step"] for row in lines(tmp_path, "probe")] == list(range(0, 201, 20))
 
 
+class Accumulated:
+    """Three micro-batches a step."""
+
+    def __call__(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> Any:
+        loss = torch.zeros(())
+        for k in range(3):
+            _, part = model(*batch(3 * step + k, rows=2))
+            (part / 3).backward()
+            loss = loss + part.detach() / 3
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss, norm
+
+
+class Scaled:
+    """Mixed precision with a loss scaler that grows, and skips a step now and then."""
+
+    def __init__(self) -> None:
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=20)
+
+    def __call__(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            _, loss = model(*batch(step))
+        self.scaler.scale(loss).backward()
+        if step % 50 == 7:
+            model.get_parameter("transformer.wte.weight").grad[0, 0] = float("inf")  # type: ignore[index]
+        self.scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        optimizer.zero_grad()
+        return loss.detach(), norm
+
+
+@pytest.mark.parametrize("one", [Accumulated, Scaled])
+def test_two_hundred_steps_of_accumulation_and_of_mixed_precision(one: Any, tmp_path: Path) -> None:
+    plain = trained(200, None, one=one())
+    watched = trained(200, {**FREQUENT, "log_dir": tmp_path}, one=one())
+    assert plain[0] == watched[0] and plain[2] == watched[2]
+    assert_same_state(plain[1], watched[1])
+    rows = lines(tmp_path, "step")
+    assert len(rows) == 200 and not lines(tmp_path, "fault")
+    assert sum(row["skipped"] for row in rows) == (4 if one is Scaled else 0)
+
+
 def test_the_comparison_sees_a_draw_and_a_changed_bit() -> None:
     """Proves that the test above can fail."""
     plain = trained(5, None)
@@ -76,7 +122,8 @@ def test_everything_is_taken_off_after_an_exception_in_the_loop(where: str, tmp_
     assert lines(tmp_path)[-1]["type"] == "end"
 
 
-def test_fifty_cycles_leak_nothing() -> None:
+@pytest.mark.parametrize("cycles", [10, pytest.param(50, marks=pytest.mark.long)])
+def test_cycles_leak_nothing(cycles: int) -> None:
     model = small()
     optimizer = adam(model)
     plain_step(model, optimizer, 0)
@@ -94,7 +141,7 @@ def test_fifty_cycles_leak_nothing() -> None:
 
     cycle()
     before = alive()
-    refs = [cycle() for _ in range(50)]
+    refs = [cycle() for _ in range(cycles)]
     assert alive() == before
     assert not any(ref() for ref in refs)
 
@@ -113,8 +160,8 @@ class Tied(nn.Module):
 
 
 def test_tied_frozen_and_idle_parameters(tmp_path: Path) -> None:
-    plain = trained(30, None, make=Tied)
-    watched = trained(30, {**FREQUENT, "log_dir": tmp_path}, make=Tied)
+    plain = trained(200, None, make=Tied)
+    watched = trained(200, {**FREQUENT, "log_dir": tmp_path}, make=Tied)
     assert plain[0] == watched[0]
     assert_same_state(plain[1], watched[1])
     groups = lines(tmp_path, "run")[0]["groups"]

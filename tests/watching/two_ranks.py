@@ -1,4 +1,4 @@
-"""What two processes do in `test_ranks.py`; started as a script: python ranks.py RANK PORT FOLDER MODE FAULT,FAULT."""
+"""What two processes do in `test_ranks.py`; a script: python two_ranks.py RANK PORT FOLDER MODE FAULT,FAULT."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import datetime
 import json
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,14 +18,17 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from watching.rig import adam, batch, small, state_of
+from watching.rig import STEPS, adam, batch, small, state_of
 
 import jacdiag
+from jacdiag.watching import blocks as blocks_room
 from jacdiag.watching import probe as probe_room
 from jacdiag.watching import tiers as tiers_room
+from jacdiag.watching import together as together_room
 
-STEPS, CLIP = 24, 0.5
+SHORT, CLIP = 24, 0.2  # steps with a fault
 OPTIONS: dict[str, Any] = {"every": 8, "stats_every": 4, "log_every": 4, "quiet": True, "timeout": 4.0}
+LONG = {"every": 50, "stats_every": 25}
 
 
 def wrapped(mode: str) -> nn.Module:
@@ -51,19 +55,57 @@ def broken(fault: str, rank: int) -> contextlib.AbstractContextManager[Any]:
             raise torch.OutOfMemoryError("no memory left, said the test")
         raise RuntimeError("broken by the test")
 
-    ready = tiers_room.Tiers._ready
+    in_step = tiers_room.Tiers._found_in_step
 
     def late(*args: Any) -> Any:
         time.sleep(3 * OPTIONS["timeout"])  # longer than the watch waits, not so long as the training does
-        return ready(*args)
+        return in_step(*args)
 
     return {
-        "missing": lambda: mock.patch.object(tiers_room.Tiers, "_ready", late),
-        "copy": lambda: mock.patch.object(tiers_room, "local_copy", failing),
-        "gather": lambda: mock.patch.object(tiers_room.Together, "whole", failing),
+        "missing": lambda: mock.patch.object(tiers_room.Tiers, "_found_in_step", late),
+        "copy": lambda: mock.patch.object(blocks_room, "local_copy", failing),
+        "gather": lambda: mock.patch.object(together_room, "_all_gather", failing),
+        "assemble": lambda: mock.patch.object(blocks_room.Blocks, "_assembled", failing),
+        "full": lambda: mock.patch.object(probe_room.LiveProbe, "fits", lambda *_: "said the test"),
+        "series": lambda: mock.patch.object(probe_room.LiveProbe, "series", failing),
         "record": lambda: mock.patch.object(probe_room, "sites", failing),
         "measure": lambda: mock.patch.object(probe_room, "measure_group", failing),
     }[phase.removeprefix("memory-")]()
+
+
+class Alive:
+    """Bytes of whole weights that are alive at once, and how often a block was gathered."""
+
+    def __init__(self) -> None:
+        self.now = self.most = self.largest = self.whole = self.blocks = 0
+        assemble, block = blocks_room.Blocks._assembled, blocks_room.Blocks._ready
+
+        def counted(blocks: Any, *args: Any) -> Any:
+            made = assemble(blocks, *args)
+            self.now += made.nbytes
+            self.most, self.largest = max(self.most, self.now), blocks.largest
+            self.whole = sum(blocks.sizes.values())
+            weakref.finalize(made.untyped_storage(), self._gone, made.nbytes)
+            return made
+
+        def ready(blocks: Any, *args: Any) -> Any:
+            self.blocks += 1
+            return block(blocks, *args)
+
+        self.patches = [mock.patch.object(blocks_room.Blocks, "_assembled", counted),
+                        mock.patch.object(blocks_room.Blocks, "_ready", ready)]  # fmt: skip
+
+    def _gone(self, size: int) -> None:
+        self.now -= size
+
+    def __enter__(self) -> Alive:
+        for patch in self.patches:
+            patch.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for patch in self.patches:
+            patch.stop()
 
 
 def train(
@@ -74,8 +116,9 @@ def train(
     optimizer = adam(model)
     truth: list[Any] = []
     losses = []
-    w = None if watched is None else jacdiag.watch(model, optimizer, **OPTIONS, **watched)
-    for step in range(1, STEPS + 1):
+    options = OPTIONS | (LONG if truthful else {})
+    w = None if watched is None else jacdiag.watch(model, optimizer, **options, **watched)
+    for step in range(1, (STEPS if truthful else SHORT) + 1):
         _, loss = model(*batch(10 * step + rank))
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -110,7 +153,7 @@ def main(rank: int, port: int, folder: Path, mode: str, faults: list[str]) -> No
     truthful = faults == [""]
     plain = train(mode, rank, None, truthful)
     for fault in faults:
-        with broken(fault, rank):
+        with Alive() as alive, broken(fault, rank):
             begun = time.perf_counter()
             watched = train(mode, rank, {"log_dir": folder / fault}, truthful)
             seconds = time.perf_counter() - begun
@@ -119,7 +162,12 @@ def main(rank: int, port: int, folder: Path, mode: str, faults: list[str]) -> No
             "state": all(torch.equal(torch.as_tensor(v), torch.as_tensor(watched[1][k])) for k, v in plain[1].items()),
             "random": torch.equal(plain[2][-1], watched[2][-1]),
         }
-        told = {"same": same, "seconds": seconds, "truth": watched[2][:-1], "losses": watched[0]}
+        if truthful and rank == 0:
+            state = {k.split("/")[1]: v for k, v in watched[1].items() if k.startswith("model/")}
+            torch.save(state, folder / "state.pt")
+        weights = {"now": alive.now, "most": alive.most, "largest": alive.largest, "whole": alive.whole,
+                   "gathered": alive.blocks}  # fmt: skip
+        told = {"weights": weights, "same": same, "seconds": seconds, "truth": watched[2][:-1], "losses": watched[0]}
         (folder / fault / f"told-{rank}.json").write_text(json.dumps(told), encoding="utf-8")
         dist.barrier()
     dist.destroy_process_group()
