@@ -139,7 +139,7 @@ def train(setting: Setting, folder: Path, *, device: str = "cpu", limit_s: float
             if step < setting.steps and (late or step % SAVE_EVERY == 0):
                 _save(folder, {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                                "watch": w.state_dict()})  # fmt: skip
-            if late:
+            if late and step < setting.steps:
                 return False
             if not math.isfinite(float(loss.detach())):
                 break

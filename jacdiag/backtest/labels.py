@@ -77,8 +77,9 @@ def _over_median(loss: Floats) -> NDArray[np.bool_]:
 
 def _far_from_mean(loss: Floats) -> NDArray[np.bool_]:
     found = np.zeros(len(loss), dtype=bool)
+    memory = min(MEMORY, max(LEAST, len(loss) // 5))  # a short run would carry its first fall in a long memory
     for k in range(LEAST, len(loss)):
-        before = loss[max(0, k - MEMORY) : k]
+        before = loss[max(0, k - memory) : k]
         before = before[np.isfinite(before)]
         if before.size >= LEAST:
             deviation = max(float(before.std()), 1e-3 * abs(float(before.mean())), 1e-300)

@@ -161,8 +161,8 @@ def _foreign(file: Path, columns: dict[str, str], figures: Sequence[str]) -> Run
         raise UsageError(f"'{file.name}' has no column '{missing[0]}'", got=", ".join(list(known)[:12]),
                          hint="--column loss=NAME says what it is called")  # fmt: skip
     loss = _array(number(row.get(names["loss"])) for row in rows)
-    counted = np.arange(len(rows)) + 1.0
-    steps = _array(number(row.get(names["step"])) for row in rows) if names["step"] in known else counted
+    counted = (number(row.get(names["step"])) if names["step"] in known else k + 1.0 for k, row in enumerate(rows))
+    steps = _array(counted)
     factors: dict[str, Factor] = {**_constant(rows, known, {*names.values(), *figures}), **_factors(file)}
     rates = [r for row in rows if math.isfinite(r := number(row.get(names["lr"])))]
     if "lr" not in factors and rates:

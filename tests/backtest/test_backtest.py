@@ -25,9 +25,9 @@ def curve(bad: bool, seed: int, steps: int = 300) -> np.ndarray:
     return loss
 
 
-def made(count: int = 120) -> list[Run]:
+def made(count: int = 120, seed: int = 0) -> list[Run]:
     """A signal that decides within architecture and learning rate; the rate alone decides a little; noise nothing."""
-    draw = np.random.default_rng(0)
+    draw = np.random.default_rng(seed)
     runs = []
     for k in range(count):
         placement, lr = ("pre", "post")[k % 2], (1e-3, 1e-2, 1e-1)[k // 2 % 3]
@@ -46,21 +46,16 @@ def test_a_figure_that_decides_is_found_and_noise_is_not() -> None:
     ranks = {r.name: r for r in found.rankings}
     assert found.best is not None and found.best.name == "signal"
     assert ranks["signal"].given_lr.value == 1.0 > ranks["signal"].over_all.value  # type: ignore[operator]
-    assert ranks["noise"].given_lr.lower < 0.5 < ranks["noise"].given_lr.upper  # type: ignore[operator]
     assert ranks["learning rate"].given_lr.value == 0.5 and ranks["learning rate"].within.value > 0.6  # type: ignore[operator]
-    assert ranks["architecture"].within.value is not None and ranks["architecture"].over_all.value > 0.5  # type: ignore[operator]
+    architecture = ranks["architecture"]
+    assert architecture.within.value == 0.5 < architecture.over_all.value, "it knows nothing inside a stratum"  # type: ignore[operator]
     assert ranks["missing"].given_lr.value is None and ranks["missing"].measured == 0
     assert [r.trivial for r in found.rankings] == sorted(r.trivial for r in found.rankings)
 
 
-def test_knowing_the_architecture_does_not_know_the_run_itself() -> None:
-    """Each run is left out of its own stratum's share, or the architecture would know more than it does."""
-    runs = [
-        Run(f"r{k}", {"placement": "only", "lr": 1e-3, "seed": float(k)}, np.arange(300.0), curve(k % 2 == 0, k),
-            np.ones(300), {"x": float(k)}) for k in range(20)
-    ]  # fmt: skip
-    ranks = {r.name: r for r in backtest(runs, times=10).rankings}
-    assert ranks["architecture"].over_all.value == 0.0, "a bad run's others are good more often: no merit to be had"
+def test_noise_ranks_nothing_on_average() -> None:
+    found = [{r.name: r for r in backtest(made(seed=k), times=1).rankings}["noise"].given_lr.value for k in range(30)]
+    assert np.mean(found) == pytest.approx(0.5, abs=4 * np.std(found) / 30**0.5)  # type: ignore[arg-type]
 
 
 def test_live_rules_are_counted_on_healthy_runs_and_timed_on_bad_ones() -> None:
@@ -77,7 +72,8 @@ def test_live_rules_are_counted_on_healthy_runs_and_timed_on_bad_ones() -> None:
 
 def test_a_run_that_did_not_learn_is_worse_than_its_peers() -> None:
     runs = made(12)
-    dull = Run("dull", {"placement": "pre", "lr": 1e-3, "seed": 99.0}, runs[0].steps, np.full(300, 5.0), runs[0].grad_norm)
+    factors = {"placement": "pre", "lr": 1e-3, "seed": 99.0}
+    dull = Run("dull", factors, runs[0].steps, np.full(300, 5.0), runs[0].grad_norm)
     assert backtest([*runs, dull], bad="worse", times=10).bad["dull"]
     assert not backtest([*runs, dull], bad="diverged", times=10).bad["dull"]
 
