@@ -34,6 +34,7 @@ FLOORS = {
     "auditing": 7,
     "watching": 7,
     "compare": 7,
+    "backtest": 7,
     "gate": 8,
     "testing": 9,
     "jacdiag_cli": 9,
@@ -72,6 +73,10 @@ COMMANDS = {
     },
     "rules": {"--format"},
     "explain": set(),
+    "backtest": {
+        "--column", "--figure", "--stratum", "--peers", "--bad", "--false-alarms", "--lead", "--resamples", "--format",
+        "--all", "--json", "--markdown", "--plot",
+    },
     "live": {"--once", "--refresh"},
     "plot": {"-o", "--output"},
 }  # fmt: skip
@@ -207,6 +212,7 @@ def test_frozen_commands() -> None:
     }
     found["explain"].discard("code")
     found["live"].discard("run")
+    found["backtest"].discard("runs")
     found["diff"] -= {"a", "b"}
     assert found == COMMANDS
 

@@ -22,6 +22,7 @@ import click
 import jacdiag
 from jacdiag.errors import JacdiagError, RankError, Stopped
 from jacdiag_cli.audit import audit
+from jacdiag_cli.backtest import backtest
 from jacdiag_cli.crew import calm, enrolled, quiet
 from jacdiag_cli.diff import diff
 from jacdiag_cli.explain import explain
@@ -48,7 +49,7 @@ def cli() -> None:
     """
 
 
-for _command in (audit, gate, diff, sites, rules, explain, live, plot):
+for _command in (audit, gate, diff, sites, rules, explain, live, plot, backtest):
     cli.add_command(_command)
 
 

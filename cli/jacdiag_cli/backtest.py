@@ -1,0 +1,90 @@
+"""`jacdiag backtest RUN...`: do the figures and the live rules foretell how runs end?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from jacdiag.errors import UsageError
+from jacdiag_cli.config import Configured
+from jacdiag_cli.output import Column, Invocation, emit, grid, room
+
+
+@click.command(cls=Configured, short_help="Holds figures and live rules against how recorded runs ended.")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option("--column", "columns", multiple=True, metavar="NAME=COLUMN",
+              help="What a foreign log calls step, loss, grad_norm or lr.")  # fmt: skip
+@click.option("--figure", "figures", multiple=True, metavar="COLUMN",
+              help="A column of a foreign log: a figure of the untrained model.")  # fmt: skip
+@click.option("--stratum", multiple=True, metavar="FACTOR", help="Factors that make an architecture: placement.")
+@click.option("--peers", multiple=True, metavar="FACTOR", help="Factors whose runs share a best loss.")
+@click.option("--bad", type=click.Choice(["any", "diverged", "spiked", "worse"]), default="any", show_default=True,
+              help="What counts as a run that went wrong.")  # fmt: skip
+@click.option("--false-alarms", type=click.FloatRange(0, 1), default=0.05, show_default=True,
+              help="Rate at which precision is given.")  # fmt: skip
+@click.option("--lead", type=click.IntRange(0), default=20, show_default=True, help="Steps that count as early.")
+@click.option("--resamples", type=click.IntRange(1), default=1000, show_default=True, help="Of the bootstrap.")
+@click.option("--format", "output_format", type=click.Choice(["pretty", "json", "markdown"]), default="pretty",
+              show_default=True, help="Of what is printed.")  # fmt: skip
+@click.option("--all", "all_rows", is_flag=True, help="Show every figure.")
+@click.option("--json", "json_file", metavar="FILE", help="Write the result as JSON too.")
+@click.option("--markdown", "markdown_file", metavar="FILE", help="Write the report as Markdown too.")
+@click.option("--plot", "plot_file", metavar="FILE", help="Write the picture too: .png, .svg or .pdf.")
+@click.pass_obj
+def backtest(invocation: Invocation, runs: tuple[str, ...], **given: Any) -> int:
+    """Labels recorded runs by their loss, and ranks every figure of the untrained model by how well it foretold them.
+
+    RUN is a run log of jacdiag, a folder of such runs, or any CSV or JSONL with a row a step. What was varied between
+    runs is read from `factors.json` beside each log.
+
+    \b
+    Examples:
+      jacdiag backtest runs/lab --plot backtest.png
+      jacdiag backtest a.csv b.csv --column loss=train/loss --figure gain --stratum model
+    """
+    from jacdiag.backtest import backtest as run
+    from jacdiag.backtest import read_runs
+    from jacdiag.render import backtest as words
+    from jacdiag.render.files import check_writable, write_atomic
+    from jacdiag.render.plot import check_suffix
+
+    files = {kind: Path(given[f"{kind}_file"]) for kind in ("json", "markdown", "plot") if given[f"{kind}_file"]}
+    if "plot" in files:
+        check_suffix(files["plot"])
+    for path in files.values():
+        check_writable(path)
+    found = read_runs(runs, _pairs(given["columns"]), given["figures"])
+    stratum = given["stratum"] or [f for f in ("placement",) if all(f in r.factors for r in found)]
+    report = run(found, stratum=stratum, peers=given["peers"], bad=given["bad"], false_alarms=given["false_alarms"],
+                 lead=given["lead"], times=given["resamples"])  # fmt: skip
+    invocation.heed()
+    if "json" in files:
+        write_atomic(files["json"], (report.to_json() + "\n").encode())
+    if "markdown" in files:
+        write_atomic(files["markdown"], words.markdown(report).encode())
+    if "plot" in files:
+        words.save(report, files["plot"])
+    if given["output_format"] == "json":
+        emit(report.to_json() + "\n")
+    elif given["output_format"] == "markdown":
+        emit(words.markdown(report))
+    else:
+        cells = zip(*words.rows(report, every=given["all_rows"]), strict=True)
+        interest = (100, 100, 90, 60, 50, 50, 40)
+        columns = [Column(title, column, interest[k], right=k > 3)
+                   for k, (title, column) in enumerate(zip(words.HEAD, cells, strict=True))]  # fmt: skip
+        emit("\n".join(words.summary(report)) + "\n\n" + grid(columns, room()) + "\n")
+        emit("".join(f"{words.detected(one, given['lead'])}\n" for one in report.detectors))
+    return 0
+
+
+def _pairs(columns: tuple[str, ...]) -> dict[str, str]:
+    found = {}
+    for text in columns:
+        name, equals, column = text.partition("=")
+        if not equals or name not in ("step", "loss", "grad_norm", "lr"):
+            raise UsageError(f"--column takes NAME=COLUMN, got '{text}'", hint="NAME is step, loss, grad_norm or lr")
+        found[name] = column
+    return found

@@ -1,0 +1,204 @@
+"""Runs to test verdicts on: jacdiag's own logs, or any CSV or JSONL with a row a step.
+
+What was varied between runs (learning rate, recipe, depth ...) are its *factors*: from `factors.json` beside the log,
+else the columns of a foreign log that never change.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jacdiag.backtest.figures import init_figures
+from jacdiag.errors import SourceError, UsageError
+from jacdiag.report import Report
+from jacdiag.report.runlog import RUN_FILE, RunLog, number, read_run
+
+Floats = NDArray[np.float64]
+Factor = str | float
+FACTORS, AUDIT = "factors.json", "audit.json"
+KEYS = ("step", "loss", "grad_norm", "lr")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, as a backtest looks at it.
+
+    Attributes:
+        factors: what was varied: name -> text or number.
+        steps, loss, grad_norm: one value a logged step; nan where it was not logged.
+        figures: of the model before its first step (`jacdiag.backtest.figures`), or columns of a foreign log.
+        alerts: (step, rule code) of the live rules that spoke.
+    """
+
+    name: str
+    factors: Mapping[str, Factor]
+    steps: Floats
+    loss: Floats
+    grad_norm: Floats
+    figures: Mapping[str, float] = field(default_factory=dict)
+    alerts: Sequence[tuple[int, str]] = ()
+
+
+def read_runs(
+    paths: Iterable[str | Path], columns: Mapping[str, str] | None = None, figures: Sequence[str] = ()
+) -> list[Run]:
+    """Reads runs from files and folders; a folder that holds folders is searched for logs.
+
+    Args:
+        paths: run logs, CSV or JSONL files, or folders.
+        columns: what a foreign log calls step, loss, grad_norm and lr.
+        figures: columns of a foreign log whose first value is a figure of the untrained model.
+
+    Raises:
+        SourceError: a file that cannot be read, or holds no run.
+        UsageError: a column that is not there.
+    """
+    files = [file for path in paths for file in _files(Path(path))]
+    if not files:
+        raise SourceError("no run was found", hint=f"files, or folders with {RUN_FILE} in them")
+    return [_read(file, dict(columns or {}), figures) for file in files]
+
+
+def _files(path: Path) -> Iterator[Path]:
+    if not path.is_dir():
+        yield path
+    elif (path / RUN_FILE).is_file():
+        yield path / RUN_FILE
+    else:
+        yield from sorted(path.rglob(RUN_FILE))
+
+
+def _read(file: Path, columns: dict[str, str], figures: Sequence[str]) -> Run:
+    if file.suffix == ".jsonl" and _is_ours(file):
+        return of_log(read_run(file), _name(file), _factors(file), _report(file))
+    return _foreign(file, columns, figures)
+
+
+def _is_ours(file: Path) -> bool:
+    try:
+        with file.open("rb") as lines:
+            first = json.loads(lines.readline() or b"null")
+    except OSError as error:
+        raise SourceError(f"cannot read the run '{file}'", got=error.strerror) from error
+    except ValueError:
+        return False
+    return isinstance(first, dict) and first.get("type") == "run"
+
+
+def _name(file: Path) -> str:
+    return file.parent.name if file.name == RUN_FILE else file.stem
+
+
+def _factors(file: Path) -> dict[str, Factor]:
+    side = file.parent / FACTORS
+    if not side.is_file():
+        return {}
+    try:
+        data = json.loads(side.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SourceError(f"cannot read '{side}'", got=str(error)) from error
+    if not isinstance(data, dict):
+        raise SourceError(f"'{side}' holds no factors", hint='for example {"lr": 0.001, "recipe": "vanilla"}')
+    return {str(k): v if isinstance(v, str) else number(v) for k, v in data.items()}
+
+
+def _report(file: Path) -> Report | None:
+    """The audit of the untrained model beside a log, which knows more than the log's own first probe."""
+    side = file.parent / AUDIT
+    if not side.is_file():
+        return None
+    try:
+        return Report.from_json(side.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError) as error:
+        raise SourceError(f"cannot read the report '{side}'", got=str(error)) from error
+
+
+def of_log(log: RunLog, name: str, factors: Mapping[str, Factor], report: Report | None = None) -> Run:
+    """A run out of jacdiag's own log; its peak learning rate is a factor where none is named.
+
+    Args:
+        report: of the untrained model; the log's probe at step 0 if not given.
+    """
+    rates = [r for r in log.column("lr") if math.isfinite(r)]
+    told = dict(factors)
+    if "lr" not in told and rates:
+        told["lr"] = max(rates)
+    rate = told.get("lr")
+    first = next((row for row in log.probes if row.get("step") == 0 and row.get("report")), None)
+    report = report or (Report.from_dict(first["report"]) if first is not None else None)
+    found = init_figures(report, rate if isinstance(rate, float) else None) if report is not None else {}
+    grads = [_first_known(row.get("grad_norm"), row.get("grad_norm_post")) for row in log.steps]
+    alerts = [(int(row["step"]), str(row["code"])) for row in log.alerts if "step" in row and "code" in row]
+    return Run(name, told, _array(log.column("step")), _array(log.column("loss")), _array(grads), found, alerts)
+
+
+def _first_known(*values: Any) -> float:
+    return next((number(v) for v in values if v is not None), math.nan)
+
+
+def _array(values: Iterable[float]) -> Floats:
+    return np.array(list(values), dtype=np.float64)
+
+
+# -- foreign logs ------------------------------------------------------------------------------------------------------
+def _foreign(file: Path, columns: dict[str, str], figures: Sequence[str]) -> Run:
+    rows = list(_rows(file))
+    if not rows:
+        raise SourceError(f"'{file}' holds no row", hint="CSV with a header, or JSONL with an object a line")
+    names = {key: columns.get(key, key) for key in KEYS}
+    known = dict.fromkeys(name for row in rows for name in row)
+    missing = [name for name in (names["loss"], *figures) if name not in known]
+    if missing:
+        raise UsageError(f"'{file.name}' has no column '{missing[0]}'", got=", ".join(list(known)[:12]),
+                         hint="--column loss=NAME says what it is called")  # fmt: skip
+    loss = _array(number(row.get(names["loss"])) for row in rows)
+    counted = (number(row.get(names["step"])) if names["step"] in known else k + 1.0 for k, row in enumerate(rows))
+    steps = _array(counted)
+    factors: dict[str, Factor] = {**_constant(rows, known, {*names.values(), *figures}), **_factors(file)}
+    rates = [r for row in rows if math.isfinite(r := number(row.get(names["lr"])))]
+    if "lr" not in factors and rates:
+        factors["lr"] = max(rates)
+    grads = _array(number(row.get(names["grad_norm"])) for row in rows)
+    return Run(_name(file), factors, steps, loss, grads, {name: _first(rows, name) for name in figures})
+
+
+def _first(rows: Sequence[Mapping[str, Any]], name: str) -> float:
+    return next((number(row[name]) for row in rows if row.get(name) not in (None, "")), math.nan)
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"cannot read the run '{file}'", got=str(error)) from error
+    if file.suffix == ".csv":
+        yield from csv.DictReader(text.splitlines())
+        return
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            yield row
+
+
+def _constant(rows: Sequence[Mapping[str, Any]], known: Iterable[str], used: set[str]) -> dict[str, Factor]:
+    found: dict[str, Factor] = {}
+    for name in known:
+        values = {str(row.get(name)) for row in rows}
+        if name in used or len(values) != 1 or len(rows) < 2:
+            continue
+        value = rows[0].get(name)
+        as_number = number(value)
+        found[name] = str(value) if math.isnan(as_number) else as_number
+    return found

@@ -1,0 +1,124 @@
+"""How well a figure ranks bad runs above good ones: AUROC within strata, bootstrap, precision at a false-alarm rate.
+
+All are plain numpy on a few hundred runs; nothing here knows what a run is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jacdiag.report.backtest import Bin, Estimate, Operating
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+
+def pairs_won(scores: Floats, bad: Bools) -> tuple[float, int]:
+    """How many pairs (bad run, good run) have the bad one higher, a tie counting half; and how many pairs there are.
+
+    Not-a-number scores are left out with their runs.
+    """
+    known = ~np.isnan(scores)
+    high, low = np.sort(scores[known & bad]), np.sort(scores[known & ~bad])
+    below = np.searchsorted(low, high, side="left")
+    upto = np.searchsorted(low, high, side="right")
+    return float(np.sum(below + 0.5 * (upto - below))), int(high.size * low.size)
+
+
+def auroc(scores: Floats, bad: Bools, strata: Sequence[Hashable] | None = None) -> float | None:
+    """The chance that a bad run scores above a good one, a tie counting half.
+
+    Args:
+        scores: one a run, larger meaning worse; nan where the figure was not measured.
+        bad: which runs went wrong.
+        strata: only runs of the same stratum are compared; strata count by their pairs.
+
+    Returns:
+        None where no pair can be made.
+
+    Example:
+        >>> auroc(np.array([3.0, 2.0, 1.0]), np.array([True, False, False]))
+        1.0
+    """
+    won, count = 0.0, 0
+    for chosen in _strata(len(scores), strata):
+        w, n = pairs_won(scores[chosen], bad[chosen])
+        won, count = won + w, count + n
+    return won / count if count else None
+
+
+def _strata(count: int, strata: Sequence[Hashable] | None) -> list[NDArray[np.intp]]:
+    if strata is None:
+        return [np.arange(count)]
+    places: dict[Hashable, list[int]] = {}
+    for k, stratum in enumerate(strata):
+        places.setdefault(stratum, []).append(k)
+    return [np.array(found) for found in places.values()]
+
+
+def bootstrap(
+    statistic: Callable[[NDArray[np.intp]], float | None], clusters: Sequence[Hashable], *, times: int = 1000,
+    level: float = 0.95, seed: int = 0,
+) -> Estimate:  # fmt: skip
+    """A statistic of runs with its percentile interval.
+
+    Args:
+        statistic: of the indices of runs, with repetitions.
+        clusters: runs of one cluster (the same setting with other seeds) are drawn together, for they are not
+            independent.
+        times: resamples.
+    """
+    members = _strata(len(clusters), clusters)
+    value = statistic(np.arange(len(clusters)))
+    if value is None:
+        return Estimate(None, level=level)
+    draw = np.random.default_rng(seed)
+    found = []
+    for _ in range(times):
+        chosen = np.concatenate([members[k] for k in draw.integers(len(members), size=len(members))])
+        made = statistic(chosen)
+        if made is not None:
+            found.append(made)
+    if not found:
+        return Estimate(value, level=level)
+    lower, upper = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(value, float(lower), float(upper), level, len(found))
+
+
+def operating_point(scores: Floats, bad: Bools, false_alarms: float) -> Operating | None:
+    """The lowest threshold whose false-alarm rate is at most `false_alarms`; None where a class is empty."""
+    known = ~np.isnan(scores)
+    good, ill = np.sort(scores[known & ~bad]), scores[known & bad]
+    if not good.size or not ill.size:
+        return None
+    allowed = int(np.floor(false_alarms * good.size + 1e-9))
+    threshold = float(good[good.size - allowed - 1]) if allowed < good.size else float("-inf")
+    rate = float(np.mean(good > threshold))
+    alarms = int(np.sum(good > threshold) + np.sum(ill > threshold))
+    precision = float(np.sum(ill > threshold)) / alarms if alarms else None
+    return Operating(threshold, rate, float(np.mean(ill > threshold)), precision)
+
+
+def calibration(chances: Floats, bad: Bools, bins: int = 5) -> list[Bin]:
+    """Runs in bins of equal count by their chance, each with the share that went wrong and its Wilson interval."""
+    known = ~np.isnan(chances)
+    order = np.flatnonzero(known)[np.argsort(chances[known], kind="stable")]
+    made = []
+    for part in np.array_split(order, min(bins, max(len(order), 1))):
+        if part.size:
+            count = int(bad[part].sum())
+            made.append(Bin(float(chances[part].mean()), int(part.size), count, *wilson(count, int(part.size))))
+    return made
+
+
+def wilson(hits: int, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """The Wilson score interval of a share, 95% by default."""
+    if count == 0:
+        return 0.0, 1.0
+    share, spread = hits / count, z * z / count
+    centre = (share + spread / 2) / (1 + spread)
+    half = z * np.sqrt(share * (1 - share) / count + spread / (4 * count)) / (1 + spread)
+    return max(0.0, float(centre - half)), min(1.0, float(centre + half))

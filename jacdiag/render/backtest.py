@@ -1,0 +1,129 @@
+"""A backtest in words and as a picture: figures by rank with their intervals, trivial classifiers, live rules."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from jacdiag.render.curves import INK, PALE
+from jacdiag.render.files import write_atomic
+from jacdiag.render.plot import check_suffix
+from jacdiag.report.backtest import BacktestReport, Detector, Estimate, Ranking
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_SHOWN = 12
+_STYLE = {"font.size": 10.0, "font.family": "DejaVu Sans", "svg.hashsalt": "jacdiag", "svg.fonttype": "path"}
+HEAD = ("figure", "given lr", "within", "over all", "precision", "recall", "runs")
+
+
+def rows(report: BacktestReport, *, every: bool = False) -> list[tuple[str, ...]]:
+    """One row a figure: AUROC given the learning rate, within strata, over all; precision and recall; runs."""
+    figures = [r for r in report.rankings if not r.trivial]
+    shown = figures if every else figures[:_SHOWN]
+    return [_row(r) for r in (*shown, *(r for r in report.rankings if r.trivial))]
+
+
+def _row(ranking: Ranking) -> tuple[str, ...]:
+    at = ranking.operating
+    precision = f"{at.precision:.2f}" if at is not None and at.precision is not None else "–"
+    recall = f"{at.recall:.2f}" if at is not None else "–"
+    name = f"({ranking.name})" if ranking.trivial else ranking.name
+    return (name, span(ranking.given_lr), span(ranking.within), span(ranking.over_all), precision, recall,
+            str(ranking.measured))  # fmt: skip
+
+
+def span(estimate: Estimate) -> str:
+    """ "0.93 [0.90, 0.95]", "–" where nothing could be compared."""
+    if estimate.value is None:
+        return "–"
+    if estimate.lower is None or estimate.upper is None:
+        return f"{estimate.value:.2f}"
+    return f"{estimate.value:.2f} [{estimate.lower:.2f}, {estimate.upper:.2f}]"
+
+
+def summary(report: BacktestReport) -> list[str]:
+    """What was looked at, which figure came out best, and what it has over those that know no Jacobian."""
+    outcomes = Counter(label.outcome for label in report.labels.values())
+    wrong = sum(report.bad.values())
+    told = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common())
+    lines = [f"{len(report.bad)} runs, {wrong} went wrong ({report.asked.get('bad', 'any')}); by loss alone: {told}"]
+    strata = ", ".join(f"{name} {bad} of {count}" for name, (count, bad) in report.strata.items())
+    lines.append(f"strata (went wrong): {strata}")
+    best = report.best
+    trivial = max((r.within.value or 0.0 for r in report.rankings if r.trivial), default=0.0)
+    if best is None:
+        return [*lines, "no figure could be ranked within one architecture and learning rate"]
+    by = max((r for r in report.rankings if not r.trivial and r.within.value is not None),
+             key=lambda r: r.within.value or 0.0)  # fmt: skip
+    lines.append(f"best given the learning rate: {best.name}, {span(best.given_lr)}")
+    lines.append(f"best within an architecture: {by.name}, {span(by.within)}; best trivial classifier {trivial:.2f}")
+    return lines
+
+
+def detected(detector: Detector, lead: int) -> str:
+    """One live rule in a sentence."""
+    rate = detector.alarms_per_10k
+    told = f"{rate:.2f} alarms in 10,000 healthy steps ({detector.healthy_steps:,} seen)" if rate is not None else (
+        "no healthy step was seen")  # fmt: skip
+    median = f", median lead {detector.median_lead:g} steps" if detector.median_lead is not None else ""
+    seen = f"{detector.found} of {detector.bad} found before the loss left its band"
+    return f"{detector.code}: {seen}, {detector.ahead} at least {lead} steps before{median}; {told}"
+
+
+def markdown(report: BacktestReport) -> str:
+    """The whole as Markdown."""
+    lines = ["# Backtest", "", *(f"- {line}" for line in summary(report)), "", "| " + " | ".join(HEAD) + " |",
+             "|" + "|".join([":---"] + ["---:"] * (len(HEAD) - 1)) + "|"]  # fmt: skip
+    lines += ["| " + " | ".join(row) + " |" for row in rows(report, every=True)]
+    rate = report.asked.get("false_alarms", 0.05)
+    lines += ["", f"AUROC with a 95% bootstrap interval; precision and recall at a false-alarm rate of {rate:g}.", ""]
+    if report.detectors:
+        lines += ["## Live rules", "", *(f"- {detected(d, report.asked.get('lead', 0))}" for d in report.detectors), ""]
+    return "\n".join(lines)
+
+
+def save(report: BacktestReport, path: str | os.PathLike[str]) -> None:
+    """Draws the figures by rank and writes the picture; the suffix (.png, .svg, .pdf) chooses the format."""
+    from matplotlib import style
+
+    suffix = check_suffix(path)
+    undated: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {}}[suffix]
+    buffer = io.BytesIO()
+    with style.context(_STYLE, after_reset=True):
+        draw(report).savefig(buffer, format=suffix[1:], dpi=150, metadata=undated)
+    write_atomic(path, buffer.getvalue())
+
+
+def draw(report: BacktestReport) -> Figure:
+    """Builds the figure: AUROC with its interval, one line a figure, trivial classifiers pale below."""
+    from matplotlib.figure import Figure
+
+    kept = [r for r in report.rankings if not r.trivial][:_SHOWN] + [r for r in report.rankings if r.trivial]
+    figure = Figure(figsize=(9.0, 1.4 + 0.3 * len(kept)), layout="constrained")
+    for place, (axes, title, of) in enumerate(zip(
+        figure.subplots(1, 2, sharey=True), ("architecture and learning rate given", "architecture given"),
+        ("given_lr", "within"), strict=True,
+    )):  # fmt: skip
+        axes.axvline(0.5, color=PALE, linewidth=0.8)
+        for height, ranking in enumerate(reversed(kept)):
+            estimate: Estimate = getattr(ranking, of)
+            colour = PALE if ranking.trivial else INK
+            if estimate.value is None:
+                continue
+            if estimate.lower is not None and estimate.upper is not None:
+                axes.plot([estimate.lower, estimate.upper], [height, height], color=colour, linewidth=1.5)
+            axes.plot([estimate.value], [height], "o", color=colour, markersize=4.5)
+        axes.set_xlim(0.0, 1.02)
+        axes.set_xlabel(f"AUROC, {title}")
+        for side in ("top", "right", "left"):
+            axes.spines[side].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        if place == 0:
+            axes.set_yticks(range(len(kept)), [r.name for r in reversed(kept)])
+    wrong = sum(report.bad.values())
+    figure.suptitle(f"What foretold that a run went wrong: {wrong} of {len(report.bad)} runs", fontsize=11)
+    return figure

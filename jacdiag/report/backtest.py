@@ -1,0 +1,157 @@
+"""What a backtest says, as plain data: labels of runs, figures by how well they rank them, what live rules did."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, Literal
+
+from jacdiag.report.record import SCHEMA_VERSION, Record
+
+Outcome = Literal["diverged", "spiked", "healthy"]
+
+
+@dataclass(frozen=True)
+class Label(Record):
+    """What became of a run.
+
+    Attributes:
+        outcome: the worst of what was seen.
+        spike_rate: per 10,000 steps.
+        spike_score: share of steps.
+        left: index of the first step of the divergence, or of the first spike; None for a healthy run.
+        final: median loss of the last tenth, nan where none is finite.
+        steps: how many were looked at.
+    """
+
+    outcome: Outcome
+    spike_rate: float
+    spike_score: float
+    left: int | None
+    final: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class Estimate(Record):
+    """A statistic with its bootstrap interval; None where it is not defined (a class is empty).
+
+    Attributes:
+        value, lower, upper: percentile interval at `level`.
+        resamples: in which the statistic was defined.
+    """
+
+    value: float | None
+    lower: float | None = None
+    upper: float | None = None
+    level: float = 0.95
+    resamples: int = 0
+
+
+@dataclass(frozen=True)
+class Operating(Record):
+    """A threshold, and what it does: `score > threshold` is an alarm.
+
+    Attributes:
+        false_alarms: share of good runs that it alarms on.
+        recall: share of bad runs that it finds.
+        precision: share of its alarms that are bad runs; None without an alarm.
+    """
+
+    threshold: float
+    false_alarms: float
+    recall: float
+    precision: float | None
+
+
+@dataclass(frozen=True)
+class Bin(Record):
+    """Runs that were given about the same chance: the chance, how many there were, how many went wrong."""
+
+    chance: float
+    runs: int
+    bad: int
+    lower: float
+    upper: float
+
+
+@dataclass(frozen=True)
+class Ranking(Record):
+    """How well one figure ranks bad runs above good ones.
+
+    Attributes:
+        over_all: all runs together; an architecture that fails always shows here.
+        within: only runs of the same stratum are compared.
+        given_lr: only runs of the same stratum and learning rate are compared.
+        by_stratum: AUROC in each stratum, None where one class is empty.
+        operating: at the asked false-alarm rate, over all strata.
+        trivial: a classifier that knows nothing of the model's Jacobians.
+        measured: runs that have the figure.
+    """
+
+    name: str
+    over_all: Estimate
+    within: Estimate
+    given_lr: Estimate
+    by_stratum: dict[str, float | None]
+    operating: Operating | None
+    trivial: bool
+    measured: int
+
+
+@dataclass(frozen=True)
+class Detector(Record):
+    """What one live rule did: alarms on healthy runs, and how early it spoke of those that went wrong.
+
+    Attributes:
+        found: bad runs on which it spoke before or at the step at which the loss left its band.
+        ahead: those with a lead of `lead` steps or more.
+        leads: steps between its first alert and that step, one a found run.
+        alarms: on healthy runs; `healthy_steps` is how long these are together.
+    """
+
+    code: str
+    bad: int
+    found: int
+    ahead: int
+    leads: list[int]
+    alarms: int
+    healthy_steps: int
+
+    @property
+    def alarms_per_10k(self) -> float | None:
+        return 1e4 * self.alarms / self.healthy_steps if self.healthy_steps else None
+
+    @property
+    def median_lead(self) -> float | None:
+        return median(self.leads) if self.leads else None
+
+
+@dataclass(frozen=True)
+class BacktestReport(Record):
+    """What came out.
+
+    Attributes:
+        labels, bad: by run.
+        strata: name -> [runs, of which went wrong].
+        rankings: figures first, the best first; then the trivial classifiers.
+    """
+
+    labels: dict[str, Label]
+    bad: dict[str, bool]
+    strata: dict[str, list[int]]
+    rankings: list[Ranking]
+    detectors: list[Detector]
+    asked: dict[str, Any] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """Strict JSON (no bare NaN or Infinity)."""
+        return json.dumps(self.to_dict(), indent=indent, allow_nan=False, ensure_ascii=False)
+
+    @property
+    def best(self) -> Ranking | None:
+        """The figure with the highest AUROC, learning rate given."""
+        known = [r for r in self.rankings if not r.trivial and r.given_lr.value is not None]
+        return max(known, key=lambda r: r.given_lr.value or 0.0, default=None)
