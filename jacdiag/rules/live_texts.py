@@ -14,7 +14,8 @@ median of 201 steps before them, so that neither a fall nor a slow rise counts. 
 row, in turn, over 1e-2 of the weights and ten times the usual, with a vote of loss or gradient norm.""",
     why="""\
 A single threshold alarms all the time: one z-score over 2.5 alarms 62 times in 10,000 Gaussian steps, and one
-threshold on the loss from step 0 on alarmed in 4 of 6 healthy public runs. This rule alarmed in none of them.""",
+threshold on the loss from step 0 on alarmed in 4 of 6 healthy public runs. The published pair of 6 and 8 alarmed in
+none of them; the means and the updates were not held against those runs.""",
     example="""\
 step 4210: loss 9.1 and gradient norm 31 standard deviations above ..., 3 steps in a row; h.0.attn first""",
     remedy="""\
