@@ -99,8 +99,9 @@ def _on_seeds(remedy: RemedyRecord) -> str:
 
 
 def _span(ends: Sequence[float]) -> str:
+    """The Ritz value while the interval is narrow, as in the table; both ends while it is wide."""
     lower, upper = ends
-    return three((lower + upper) / 2) if upper <= lower * 1.1 else f"{three(lower)} to {three(upper)}"
+    return three(lower) if upper <= lower * 1.1 else f"{three(lower)} to {three(upper)}"
 
 
 def _upper(ends: Sequence[float] | None) -> float:
