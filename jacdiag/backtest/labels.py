@@ -7,6 +7,7 @@ Definitions:
                     before (OLMo 2, arXiv 2501.00656)
     diverged        the loss is not finite, or its median over the last tenth of the run lies over the lowest such
                     median of any earlier tenth by `margin`: it left for good
+    spiked          both of the first two saw a step, behind the first tenth of the run; shorter runs, shorter windows
     left            the first step of what is labelled: for lead times
 """
 
