@@ -1,6 +1,7 @@
 """The gate: the paper's recipes over seeds, an unchanged model over 100 seeds, the time for a 12-layer model.
 
     python benchmarks/gate.py recipes --sizes 6x256 --seeds 20
+    python benchmarks/gate.py recipes --sizes 24x1024 --seeds 10 --first 10      ten more, beside the ten that are there
     python benchmarks/gate.py unchanged --seeds 100
     python benchmarks/gate.py time
 
@@ -44,7 +45,7 @@ def recipes(options: argparse.Namespace) -> dict[str, Any]:
         layers, width = map(int, size.split("x"))
         for name, (must, one_of, never) in EXPECTED.items():
             right, errors, begun = 0, 0, time.perf_counter()
-            for seed in range(options.seeds):
+            for seed in range(options.first, options.first + options.seeds):
                 args = {"recipe": name, **sizes(layers, width, 4096)}
                 out = gate(BUILD, seeds=1, seed=seed, batch=1, seq=64, model_args=args, select=["JD1", "JD2"],
                            profile="paper" if options.paper else "default")  # fmt: skip
@@ -58,6 +59,18 @@ def recipes(options: argparse.Namespace) -> dict[str, Any]:
             }  # fmt: skip
             print(size, name, made[f"{size} {name}"], flush=True)
     return made
+
+
+def _joined(known: dict[str, Any], made: dict[str, Any], first: int) -> dict[str, Any]:
+    """Recipes anew; with a first seed above 0 the counts are added to those of the seeds before it."""
+    for name, entry in made.items():
+        before = known.get(name)
+        if first and before is not None and before["of"] == first:
+            counts = {k: before[k] + entry[k] for k in ("right", "of", "errors_with_paper") if entry[k] is not None}
+            made[name] = {**entry, **counts}
+        elif first:
+            raise SystemExit(f"{name}: the seeds before {first} are not there; found {before and before['of']}")
+    return {**known, **made}
 
 
 def unchanged(options: argparse.Namespace) -> dict[str, Any]:
@@ -90,12 +103,13 @@ def main() -> int:
     parser.add_argument("part", nargs="?", default="unchanged", choices=["recipes", "unchanged", "time"])
     parser.add_argument("--sizes", nargs="+", default=["6x256"])
     parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--first", type=int, default=0, help="the first seed; those before it are counted already")
     parser.add_argument("--paper", action="store_true", help="under --profile paper")
     options = parser.parse_args()
     made = {"recipes": recipes, "unchanged": unchanged, "time": timed}[options.part](options)
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     part = f"recipes {'paper' if options.paper else 'default'}" if options.part == "recipes" else options.part
-    known[part] = {**known.get(part, {}), **made} if options.part == "recipes" else made
+    known[part] = _joined(known.get(part, {}), made, options.first) if options.part == "recipes" else made
     RESULTS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
     return 0
 
