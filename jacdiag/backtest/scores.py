@@ -44,18 +44,17 @@ def auroc(scores: Floats, bad: Bools, strata: Sequence[Hashable] | None = None) 
         1.0
     """
     won, count = 0.0, 0
-    for chosen in _strata(len(scores), strata):
+    for chosen in [np.arange(len(scores))] if strata is None else members(strata):
         w, n = pairs_won(scores[chosen], bad[chosen])
         won, count = won + w, count + n
     return won / count if count else None
 
 
-def _strata(count: int, strata: Sequence[Hashable] | None) -> list[NDArray[np.intp]]:
-    if strata is None:
-        return [np.arange(count)]
+def members(keys: Sequence[Hashable]) -> list[NDArray[np.intp]]:
+    """The places of equal keys, group by group."""
     places: dict[Hashable, list[int]] = {}
-    for k, stratum in enumerate(strata):
-        places.setdefault(stratum, []).append(k)
+    for k, key in enumerate(keys):
+        places.setdefault(key, []).append(k)
     return [np.array(found) for found in places.values()]
 
 
@@ -71,14 +70,14 @@ def bootstrap(
             independent.
         times: resamples.
     """
-    members = _strata(len(clusters), clusters)
+    groups = members(clusters)
     value = statistic(np.arange(len(clusters)))
     if value is None:
         return Estimate(None, level=level)
     draw = np.random.default_rng(seed)
     found = []
     for _ in range(times):
-        chosen = np.concatenate([members[k] for k in draw.integers(len(members), size=len(members))])
+        chosen = np.concatenate([groups[k] for k in draw.integers(len(groups), size=len(groups))])
         made = statistic(chosen)
         if made is not None:
             found.append(made)

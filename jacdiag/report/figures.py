@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
 
-from jacdiag.report import Interval, Report, SublayerRecord
+if TYPE_CHECKING:
+    from jacdiag.report.schema import Interval, Report, SublayerRecord
 
-Figure = Callable[[Report], float]
+Figure = Callable[["Report"], float]
 
 
 def _branch(row: SublayerRecord) -> float:
