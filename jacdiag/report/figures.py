@@ -92,6 +92,9 @@ INIT: Mapping[str, Figure] = {
     "gradient growth": _gradient_growth,
 }
 
+# Of closed forms: as good under --decide, where the norms are only as narrow as the rules need.
+EXACT = ("worst shortcut factor", "mean shortcut factor", "worst bound, Eq. 15 and 20", "mean bound, Eq. 15 and 20")
+
 
 def init_figures(report: Report, lr: float | None = None) -> dict[str, float]:
     """All figures of a report; with a learning rate each once more times it.

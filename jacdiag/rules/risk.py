@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from jacdiag.report import LEVELS, Finding, Level, Report, Risk
-from jacdiag.report.figures import INIT
+from jacdiag.report.figures import EXACT, INIT
 from jacdiag.report.risk import RiskTable
 from jacdiag.rules import texts
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
@@ -36,6 +36,8 @@ def assess(report: Report, table: RiskTable) -> Risk | None:
     found = Risk(
         figure=curve.figure, value=None if math.isnan(value) else value, lr=lr, range=ranged, source=curve.source
     )
+    if report.settings.get("decide") and curve.figure not in EXACT:
+        return replace(found, reason=f"{curve.figure} is measured to its width without --decide only")
     if outside:
         return replace(found, reason=f"outside the calibrated range: {'; '.join(outside)}")
     chance, lower, upper = curve.chance(value, lr)
@@ -79,7 +81,8 @@ def _risk(context: Context, rule: Rule) -> Outcome:
         return Outcome(1, undecided=["risk"] if across else [], note=note)
     cut = beyond[-1]
     limit = getattr(limits, cut)
-    what = f"of recorded runs with such a figure at such a rate {percent(risk)} went wrong ({cut} above {limit:.0%})"
+    told = f"a chance of {percent(risk)} to go wrong at lr {risk.lr:g}, as recorded runs tell it"
+    what = f"{told} ({cut} above {limit:.0%})"
     evidence = {"field": "risk", "value": risk.chance, "lower": risk.lower, "upper": risk.upper, "threshold": limit,
                 "figure": risk.figure, "figure_value": risk.value, "lr": risk.lr, "range": risk.range}  # fmt: skip
     found = Finding(rule.code, context.level(rule, cut), [], what, evidence, why=rule.summary, fix=texts.RISK["remedy"])
