@@ -31,7 +31,8 @@ def test_a_chance_is_told_with_its_range(curves: str, tmp_path: Path, capsys: py
     shown = " ".join(capsys.readouterr().out.split())
     assert code == 1, "a run that is likelier to go wrong than not is an error"
     risk = json.loads(out.read_text())["risk"]
-    assert f"a chance of {risk['chance']:.0%}" in shown and "at lr 0.100" in shown and "JD105" in shown and "90 runs" in shown
+    told = (f"a chance of {risk['chance']:.0%}", "at lr 0.100", "JD105", "90 runs")
+    assert all(part in shown for part in told)
     assert 0.5 < risk["lower"] < risk["chance"] < risk["upper"] < 1 and risk["figure"] == "worst branch norm"
 
 
