@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from jacdiag.backtest.board import Board, board
 from jacdiag.backtest.heldout import curves, held_out
 from jacdiag.backtest.labels import label
 from jacdiag.backtest.run import Run
-from jacdiag.backtest.scores import Bools, Floats, auroc, bootstrap, operating_point
+from jacdiag.backtest.scores import Bools, Floats, auroc, auroc_interval, operating_point
 from jacdiag.errors import UsageError
-from jacdiag.report.backtest import BacktestReport, Detector, Label, Ranking
+from jacdiag.report.backtest import BacktestReport, Detector, Estimate, Label, Ranking
 
 
 def backtest(
@@ -73,12 +72,8 @@ def backtest(
 def _ranking(board: Board, name: str, values: Floats, trivial: bool, false_alarms: float, times: int) -> Ranking:
     wrong, strata = board.wrong, board.strata
 
-    def by(groups: Sequence[Hashable] | None) -> Callable[[NDArray[np.intp]], float | None]:
-        def of(chosen: NDArray[np.intp]) -> float | None:
-            told = None if groups is None else [groups[k] for k in chosen]
-            return auroc(values[chosen], wrong[chosen], told)
-
-        return of
+    def by(groups: Sequence[Hashable] | None) -> Estimate:
+        return auroc_interval(values, wrong, groups, board.clusters, times=times)
 
     each: dict[str, float | None] = {}
     for stratum in dict.fromkeys(strata):
@@ -86,9 +81,9 @@ def _ranking(board: Board, name: str, values: Floats, trivial: bool, false_alarm
         each[stratum] = auroc(values[mine], wrong[mine])
     return Ranking(
         name,
-        bootstrap(by(None), board.clusters, times=times),
-        bootstrap(by(strata), board.clusters, times=times),
-        bootstrap(by(board.given_rate), board.clusters, times=times),
+        by(None),
+        by(strata),
+        by(board.given_rate),
         each,
         operating_point(values, wrong, false_alarms),
         trivial,

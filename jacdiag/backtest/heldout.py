@@ -7,11 +7,10 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from jacdiag.backtest.board import Board, number_of
 from jacdiag.backtest.fit import Curve, fit
-from jacdiag.backtest.scores import Bools, Floats, auroc, bootstrap, calibration, operating_point
+from jacdiag.backtest.scores import Bools, Floats, auroc, auroc_interval, calibration, operating_point
 from jacdiag.report.backtest import Estimate, HeldOut, Level, Transfer
 from jacdiag.report.risk import RiskCurve
 
@@ -64,10 +63,7 @@ def _told(value: Any) -> str:
 
 
 def _estimate(board: Board, column: Floats, keys: Sequence[Hashable], times: int) -> Estimate:
-    def of(chosen: NDArray[np.intp]) -> float | None:
-        return auroc(column[chosen], board.wrong[chosen], [keys[k] for k in chosen])
-
-    return bootstrap(of, board.clusters, times=times)
+    return auroc_interval(column, board.wrong, keys, board.clusters, times=times)
 
 
 def _transfer(board: Board, stratum: str, score: Floats, chance: Floats, keys: Sequence[Hashable]) -> Transfer:
