@@ -54,14 +54,14 @@ COMMANDS = {
         "--model", "--model-args", "--trust-pickle", "--tokens", "--inputs", "--batch", "--seq", "--seed", "--device",
         "--dtype", "--tol", "--confidence", "--decide", "--no-decide", "--max-products", "--state", "--lr", "--warmup",
         "--clip", "--beta2", "--profile", "--select", "--ignore", "--fail-on", "--format", "--json", "--plot", "--all",
-        "--sort", "--replay", "--contract", "--remedies", "--patch",
+        "--sort", "--replay", "--contract", "--remedies", "--patch", "--risk",
     },
     "gate": {
         "--model", "--model-args", "--trust-pickle", "--tokens", "--inputs", "--batch", "--seq", "--seed", "--device",
         "--dtype", "--tol", "--confidence", "--decide", "--no-decide", "--max-products", "--state", "--lr", "--warmup",
         "--clip", "--beta2", "--profile", "--select", "--ignore", "--fail-on", "--format", "--json", "--plot", "--all",
         "--sort", "--contract", "--seeds", "--budget", "--baseline", "--write-baseline", "--contract-only",
-        "--remedies", "--patch",
+        "--remedies", "--patch", "--risk",
     },
     "sites": {
         "--model", "--model-args", "--trust-pickle", "--tokens", "--inputs", "--batch", "--seq", "--seed", "--device",
@@ -75,7 +75,7 @@ COMMANDS = {
     "explain": set(),
     "backtest": {
         "--column", "--figure", "--stratum", "--peers", "--bad", "--false-alarms", "--lead", "--resamples", "--format",
-        "--all", "--json", "--markdown", "--plot",
+        "--all", "--json", "--markdown", "--plot", "--hold-out", "--write-risk", "--pack",
     },
     "live": {"--once", "--refresh"},
     "plot": {"-o", "--output"},
@@ -88,7 +88,7 @@ PUBLIC = ["JacdiagError", "Report", "__version__", "audit", "declare", "sites", 
 JSON_KEYS = {
     "schema_version", "jacdiag", "torch", "created", "source", "tier", "state", "probe", "plan", "conditions",
     "verdict", "model", "sublayers", "network", "findings", "rules", "cost", "settings", "ladder", "notes",
-    "contract", "figures", "baseline", "remedies",
+    "contract", "figures", "baseline", "remedies", "risk",
 }  # fmt: skip
 
 

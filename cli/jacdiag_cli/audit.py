@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _ASKED = (
     "model", "model_args", "trust_pickle", "tokens", "batch", "seq", "seed", "device", "dtype", "tol", "confidence",
-    "decide", "max_products", "state", "lr", "warmup", "clip", "beta2",
+    "decide", "max_products", "state", "lr", "warmup", "clip", "beta2", "risk",
 )  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def audit(invocation: Invocation, source: str, **given: Any) -> int:
     named = {kind: given[f"{kind}_file"] for kind in ("json", "plot", "patch")}
     files = output_files(source, named) if invocation.heard else {}
     profile = resolve_profile(click.get_current_context(), current())
-    check_rules(profile)
+    check_rules(profile, given["risk"])
     warn_of_trust(given["trust_pickle"])
     with guest_talk(), bar("reading the model", invocation.heed) as progress:
         from jacdiag.auditing import audit as run
@@ -93,14 +93,14 @@ def flat(groups: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
     return tuple(code for group in groups for code in group)
 
 
-def check_rules(profile: Profile) -> None:
-    """Refuses levels and thresholds without meaning here, rather than when everything has been measured."""
+def check_rules(profile: Profile, risk: str | None) -> None:
+    """Refuses levels, thresholds and curves without meaning here, rather than when everything has been measured."""
     from jacdiag.report.thresholds import load_thresholds
     from jacdiag.rules import RULES
     from jacdiag.rules.profile import profile_of
 
     profile_of(profile.levels, tuple(rule.code for rule in RULES))
-    load_thresholds(profile.thresholds)
+    load_thresholds(profile.thresholds, risk)
 
 
 def output_files(source: str, named: dict[str, str | None]) -> dict[str, Path]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from jacdiag.errors import UsageError
 from jacdiag_cli.config import Configured
 from jacdiag_cli.output import Column, Invocation, emit, grid, room
+
+if TYPE_CHECKING:
+    from jacdiag.report.backtest import BacktestReport
 
 
 @click.command(cls=Configured, short_help="Holds figures and live rules against how recorded runs ended.")
@@ -25,12 +28,17 @@ from jacdiag_cli.output import Column, Invocation, emit, grid, room
 @click.option("--false-alarms", type=click.FloatRange(0, 1), default=0.05, show_default=True,
               help="Rate at which precision is given.")  # fmt: skip
 @click.option("--lead", type=click.IntRange(0), default=20, show_default=True, help="Steps that count as early.")
+@click.option("--hold-out", multiple=True, metavar="FACTOR",
+              help="Leave out each level of this factor in turn, and foretell it from the others.")  # fmt: skip
 @click.option("--resamples", type=click.IntRange(1), default=1000, show_default=True, help="Of the bootstrap.")
 @click.option("--format", "output_format", type=click.Choice(["pretty", "json", "markdown"]), default="pretty",
               show_default=True, help="Of what is printed.")  # fmt: skip
 @click.option("--all", "all_rows", is_flag=True, help="Show every figure.")
 @click.option("--json", "json_file", metavar="FILE", help="Write the result as JSON too.")
 @click.option("--markdown", "markdown_file", metavar="FILE", help="Write the report as Markdown too.")
+@click.option("--write-risk", "risk_file", metavar="FILE",
+              help="Write the curves of the chance at a learning rate, for `audit --lr LR --risk FILE`.")  # fmt: skip
+@click.option("--pack", "pack_file", metavar="FILE", help="Write all runs into one file: .runs or .runs.gz.")
 @click.option("--plot", "plot_file", metavar="FILE", help="Write the picture too: .png, .svg or .pdf.")
 @click.pass_obj
 def backtest(invocation: Invocation, runs: tuple[str, ...], **given: Any) -> int:
@@ -42,23 +50,28 @@ def backtest(invocation: Invocation, runs: tuple[str, ...], **given: Any) -> int
     \b
     Examples:
       jacdiag backtest runs/lab --plot backtest.png
+      jacdiag backtest runs/lab --hold-out seed --hold-out width --write-risk risk.toml
       jacdiag backtest a.csv b.csv --column loss=train/loss --figure gain --stratum model
     """
     from jacdiag.backtest import backtest as run
     from jacdiag.backtest import read_runs
+    from jacdiag.backtest.packed import ENDINGS, encoded, is_packed
     from jacdiag.render import backtest as words
     from jacdiag.render.files import check_writable, write_atomic
     from jacdiag.render.plot import check_suffix
 
-    files = {kind: Path(given[f"{kind}_file"]) for kind in ("json", "markdown", "plot") if given[f"{kind}_file"]}
+    kinds = ("json", "markdown", "plot", "risk", "pack")
+    files = {kind: Path(given[f"{kind}_file"]) for kind in kinds if given[f"{kind}_file"]}
     if "plot" in files:
         check_suffix(files["plot"])
+    if "pack" in files and not is_packed(files["pack"]):
+        raise UsageError("--pack takes another name", got=str(files["pack"]), hint=" or ".join(ENDINGS))
     for path in files.values():
         check_writable(path)
     found = read_runs(runs, _pairs(given["columns"]), given["figures"])
     stratum = given["stratum"] or [f for f in ("placement",) if all(f in r.factors for r in found)]
     report = run(found, stratum=stratum, peers=given["peers"], bad=given["bad"], false_alarms=given["false_alarms"],
-                 lead=given["lead"], times=given["resamples"])  # fmt: skip
+                 lead=given["lead"], times=given["resamples"], hold_out=given["hold_out"])  # fmt: skip
     invocation.heed()
     if "json" in files:
         write_atomic(files["json"], (report.to_json() + "\n").encode())
@@ -66,6 +79,10 @@ def backtest(invocation: Invocation, runs: tuple[str, ...], **given: Any) -> int
         write_atomic(files["markdown"], words.markdown(report).encode())
     if "plot" in files:
         words.save(report, files["plot"])
+    if "risk" in files:
+        write_atomic(files["risk"], _risk(report, files["risk"]).encode())
+    if "pack" in files:
+        write_atomic(files["pack"], encoded([r for r in found if r.whole], files["pack"]))
     if given["output_format"] == "json":
         emit(report.to_json() + "\n")
     elif given["output_format"] == "markdown":
@@ -77,7 +94,21 @@ def backtest(invocation: Invocation, runs: tuple[str, ...], **given: Any) -> int
                    for k, (title, column) in enumerate(zip(words.HEAD, cells, strict=True))]  # fmt: skip
         emit("\n".join(words.summary(report)) + "\n\n" + grid(columns, room()) + "\n")
         emit("".join(f"{words.detected(one, given['lead'])}\n" for one in report.detectors))
+        emit("".join(f"\n{line}" for one in report.held_out for line in (*words.foretold(one), "")))
     return 0
+
+
+def _risk(report: BacktestReport, path: Path) -> str:
+    """The file of curves. Raises UsageError where there is none to write."""
+    from jacdiag.report.risk import RiskTable, written
+
+    if not report.curves:
+        raise UsageError(f"there is no curve to write to '{path}'", got=f"strata: {', '.join(report.strata)}",
+                         hint="curves are by placement: factors.json needs `placement` and `lr`")  # fmt: skip
+    about: dict[str, Any] = {"runs": len(report.bad), "bad": report.asked["bad"]}
+    for one in report.held_out:
+        about |= {f"held_out_{one.factor}_auroc": one.auroc.value, f"held_out_{one.factor}_brier": one.brier}
+    return written(RiskTable(report.curves, {k: v for k, v in about.items() if v is not None}))
 
 
 def _pairs(columns: tuple[str, ...]) -> dict[str, str]:

@@ -19,7 +19,7 @@ PROFILE_KEYS = ("levels", "thresholds", "select", "ignore", "fail-on")
 TABLES = ("thresholds", "profiles", "sites", "contract")
 SWITCHES = ("allow-trust-pickle",)  # for what `gate` refuses in CI otherwise
 FROM_COMMAND_LINE_ONLY = ("trust-pickle",)  # a file in somebody's repository must not switch a safeguard off
-_FILES = ("tokens", "json", "plot", "baseline", "contract")
+_FILES = ("tokens", "json", "plot", "baseline", "contract", "risk")
 _FACTORIES = ("model", "inputs")
 
 

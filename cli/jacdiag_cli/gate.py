@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _PASSED_ON = (
     "model", "model_args", "trust_pickle", "tokens", "batch", "seq", "seed", "device", "dtype", "tol", "confidence",
-    "decide", "max_products", "state", "lr", "warmup", "clip", "beta2", "seeds", "budget", "remedies",
+    "decide", "max_products", "state", "lr", "warmup", "clip", "beta2", "risk", "seeds", "budget", "remedies",
 )  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def gate(invocation: Invocation, source: str, **given: Any) -> int:
                          hint="allow-trust-pickle = true in [tool.jacdiag], reviewed like code")  # fmt: skip
     files = output_files(source, {kind: given[f"{kind}_file"] for kind in ("json", "plot", "patch")})
     profile = resolve_profile(click.get_current_context(), config)
-    check_rules(profile)
+    check_rules(profile, given["risk"])
     warn_of_trust(given["trust_pickle"])
     baseline = given["baseline"]
     write = Path(baseline) if given["write_baseline"] else None

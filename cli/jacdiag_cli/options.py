@@ -123,6 +123,7 @@ JUDGEMENT = [
     click.option("--warmup", type=click.IntRange(0), help="Plan of the run: warm-up steps."),
     click.option("--clip", type=Number(**_ABOVE_0), help="Plan of the run: gradient norm clipped at."),
     click.option("--beta2", type=Number(**_SHARE), help="Plan of the run: Adam's beta2."),
+    click.option("--risk", metavar="FILE", help="Curves of the chance at --lr, from `jacdiag backtest --write-risk`."),
     click.option(
         "--profile",
         default="default",

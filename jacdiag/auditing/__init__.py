@@ -74,6 +74,7 @@ def audit(
     select: Iterable[str] = (),
     ignore: Iterable[str] = (),
     thresholds: Mapping[str, Any] | None = None,
+    risk: str | None = None,
     trust_pickle: bool = False,
     max_products: int = 200,
     declared: Iterable[Declaration] | Mapping[str, Any] = (),
@@ -100,6 +101,7 @@ def audit(
         state: "init" or "trained"; detected if not given.
         lr, warmup, clip, beta2: the plan of the run.
         profile, select, ignore, thresholds: of the rules.
+        risk: a file with the curves of the chance at a learning rate, in place of those that ship.
         trust_pickle: allow a pickle that holds more than tensors to run code.
         max_products: budget of products per norm.
         declared: sub-layers that the dataflow does not show, from `jacdiag.declare`.
@@ -125,7 +127,7 @@ def audit(
     if dtype not in DTYPES:
         raise UsageError("unknown dtype", got=str(dtype), hint=f"one of {', '.join(DTYPES)}")
     check_way(remedies)
-    limits = load_thresholds(thresholds)
+    limits = load_thresholds(thresholds, risk)
     with enlisted(ranks) as crew, torch.inference_mode(False), current(pick(device := crew.device(device))):
         if isinstance(source, str):
             source = load(source, model=model, model_args=model_args, trust_pickle=trust_pickle, seed=seed)

@@ -2,6 +2,7 @@
 
 from jacdiag.backtest.analysis import backtest
 from jacdiag.backtest.labels import label
-from jacdiag.backtest.runs import Run, read_runs
+from jacdiag.backtest.run import Run
+from jacdiag.backtest.runs import read_runs
 
 __all__ = ["Run", "backtest", "label", "read_runs"]

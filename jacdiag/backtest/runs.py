@@ -10,42 +10,20 @@ import csv
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from jacdiag.backtest.figures import init_figures
+from jacdiag.backtest.packed import is_packed, read_packed
+from jacdiag.backtest.run import Factor, Floats, Run
 from jacdiag.errors import SourceError, UsageError
 from jacdiag.report import Report
+from jacdiag.report.figures import init_figures
 from jacdiag.report.runlog import RUN_FILE, RunLog, number, read_run
 
-Floats = NDArray[np.float64]
-Factor = str | float
 FACTORS, AUDIT = "factors.json", "audit.json"
 KEYS = ("step", "loss", "grad_norm", "lr")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run, as a backtest looks at it.
-
-    Attributes:
-        factors: what was varied: name -> text or number.
-        steps, loss, grad_norm: one value a logged step; nan where it was not logged.
-        figures: of the model before its first step (`jacdiag.backtest.figures`), or columns of a foreign log.
-        alerts: (step, rule code) of the live rules that spoke.
-    """
-
-    name: str
-    factors: Mapping[str, Factor]
-    steps: Floats
-    loss: Floats
-    grad_norm: Floats
-    figures: Mapping[str, float] = field(default_factory=dict)
-    alerts: Sequence[tuple[int, str]] = ()
 
 
 def read_runs(
@@ -54,7 +32,7 @@ def read_runs(
     """Reads runs from files and folders; a folder that holds folders is searched for logs.
 
     Args:
-        paths: run logs, CSV or JSONL files, or folders.
+        paths: run logs, CSV or JSONL files, packed runs, or folders.
         columns: what a foreign log calls step, loss, grad_norm and lr.
         figures: columns of a foreign log whose first value is a figure of the untrained model.
 
@@ -65,7 +43,7 @@ def read_runs(
     files = [file for path in paths for file in _files(Path(path))]
     if not files:
         raise SourceError("no run was found", hint=f"files, or folders with {RUN_FILE} in them")
-    return [_read(file, dict(columns or {}), figures) for file in files]
+    return [run for file in files for run in _read(file, dict(columns or {}), figures)]
 
 
 def _files(path: Path) -> Iterator[Path]:
@@ -77,10 +55,12 @@ def _files(path: Path) -> Iterator[Path]:
         yield from sorted(path.rglob(RUN_FILE))
 
 
-def _read(file: Path, columns: dict[str, str], figures: Sequence[str]) -> Run:
+def _read(file: Path, columns: dict[str, str], figures: Sequence[str]) -> list[Run]:
+    if is_packed(file):
+        return read_packed(file)
     if file.suffix == ".jsonl" and _is_ours(file):
-        return of_log(read_run(file), _name(file), _factors(file), _report(file))
-    return _foreign(file, columns, figures)
+        return [of_log(read_run(file), _name(file), _factors(file), _report(file))]
+    return [_foreign(file, columns, figures)]
 
 
 def _is_ours(file: Path) -> bool:

@@ -5,7 +5,7 @@ All are plain numpy on a few hundred runs; nothing here knows what a run is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,48 +44,64 @@ def auroc(scores: Floats, bad: Bools, strata: Sequence[Hashable] | None = None) 
         1.0
     """
     won, count = 0.0, 0
-    for chosen in _strata(len(scores), strata):
+    for chosen in [np.arange(len(scores))] if strata is None else members(strata):
         w, n = pairs_won(scores[chosen], bad[chosen])
         won, count = won + w, count + n
     return won / count if count else None
 
 
-def _strata(count: int, strata: Sequence[Hashable] | None) -> list[NDArray[np.intp]]:
-    if strata is None:
-        return [np.arange(count)]
+def members(keys: Sequence[Hashable]) -> list[NDArray[np.intp]]:
+    """The places of equal keys, group by group."""
     places: dict[Hashable, list[int]] = {}
-    for k, stratum in enumerate(strata):
-        places.setdefault(stratum, []).append(k)
+    for k, key in enumerate(keys):
+        places.setdefault(key, []).append(k)
     return [np.array(found) for found in places.values()]
 
 
-def bootstrap(
-    statistic: Callable[[NDArray[np.intp]], float | None], clusters: Sequence[Hashable], *, times: int = 1000,
+def auroc_interval(
+    scores: Floats, bad: Bools, strata: Sequence[Hashable] | None, clusters: Sequence[Hashable], *, times: int = 1000,
     level: float = 0.95, seed: int = 0,
 ) -> Estimate:  # fmt: skip
-    """A statistic of runs with its percentile interval.
+    """The AUROC with its percentile interval over resampled clusters.
 
     Args:
-        statistic: of the indices of runs, with repetitions.
+        scores, bad, strata: see `auroc`.
         clusters: runs of one cluster (the same setting with other seeds) are drawn together, for they are not
             independent.
-        times: resamples.
+        times: resamples. Each only weighs the pairs of runs, which are compared once: a run that was drawn twice makes
+            every pair of its own twice.
     """
-    members = _strata(len(clusters), clusters)
-    value = statistic(np.arange(len(clusters)))
-    if value is None:
+    known = ~np.isnan(scores)
+    high, low = np.flatnonzero(known & bad), np.flatnonzero(known & ~bad)
+    difference = scores[high][:, None] - scores[low][None, :]
+    pairs = np.ones_like(difference)
+    if strata is not None:
+        codes = np.empty(len(scores), dtype=np.intp)
+        for code, places in enumerate(members(strata)):
+            codes[places] = code
+        pairs = (codes[high][:, None] == codes[low][None, :]).astype(np.float64)
+    won = pairs * ((difference > 0) + 0.5 * (difference == 0))
+    count = pairs.sum()
+    if not count:
         return Estimate(None, level=level)
-    draw = np.random.default_rng(seed)
-    found = []
-    for _ in range(times):
-        chosen = np.concatenate([members[k] for k in draw.integers(len(members), size=len(members))])
-        made = statistic(chosen)
-        if made is not None:
-            found.append(made)
-    if not found:
+    weights = _resampled(clusters, times, seed)
+    above, all_of = (((weights[:, high] @ m) * weights[:, low]).sum(axis=1) for m in (won, pairs))
+    found = above[all_of > 0] / all_of[all_of > 0]
+    value = float(won.sum() / count)
+    if not found.size:
         return Estimate(value, level=level)
     lower, upper = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(value, float(lower), float(upper), level, len(found))
+    return Estimate(value, float(lower), float(upper), level, int(found.size))
+
+
+def _resampled(clusters: Sequence[Hashable], times: int, seed: int) -> NDArray[np.float64]:
+    """(times, runs): how often each run is drawn when whole clusters are drawn with replacement."""
+    groups = members(clusters)
+    chosen = np.random.default_rng(seed).integers(len(groups), size=(times, len(groups)))
+    weights = np.zeros((times, len(clusters)))
+    for k, places in enumerate(groups):
+        weights[:, places] = (chosen == k).sum(axis=1)[:, None]
+    return weights
 
 
 def operating_point(scores: Floats, bad: Bools, false_alarms: float) -> Operating | None:

@@ -97,7 +97,7 @@ def gate(
         max_products,
     )  # fmt: skip
     reports = runs.all(range(seed, seed + max(1, seeds)))
-    limits = load_thresholds(thresholds)
+    limits = load_thresholds(thresholds, options.get("risk"))
     figures = figures_of(reports, limits.limits("regression").warning or 0.0, command)
     if before is not None and baseline is not None:
         check_comparable(Path(baseline), figures, before)

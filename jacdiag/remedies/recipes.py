@@ -16,7 +16,7 @@ from jacdiag.rules import Departure, departures_of
 from jacdiag.rules.numbers import plain
 from jacdiag.rules.schemes import INNER, RESIDUAL, VECTORS
 
-CONDITIONS = ("JD101", "JD102", "JD103")
+CONDITIONS = ("JD101", "JD102", "JD103", "JD105")
 _FREE = "no parameter; one multiplication per token"
 _ANEW = "a new initialisation: before the first step only"
 
@@ -75,8 +75,8 @@ def remedies_for(report: Report, model: nn.Module, thresholds: Thresholds, *, be
     first = [_joined(by_weight)] if by_weight else []
     if not any(code in CONDITIONS for code in codes):
         return first
-    shortcut = list(_embedding(report, contract, model)) if {"JD102", "JD103"} & set(codes) else []
-    matrices = list(_matrices(report, contract)) if {"JD101", "JD103"} & set(codes) else []
+    shortcut = list(_embedding(report, contract, model)) if {"JD102", "JD103", "JD105"} & set(codes) else []
+    matrices = list(_matrices(report, contract)) if {"JD101", "JD103", "JD105"} & set(codes) else []
     pairs = [one + other for one, other in itertools.product(shortcut, matrices)]
     alone = [] if by_weight and any(c.startswith("JD2") for c in codes) else [*shortcut, *matrices, *pairs]
     joined = [first[0] + other for other in (*shortcut, *matrices, *pairs)] if first else []

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from jacdiag.render.curves import INK, PALE
 from jacdiag.render.files import write_atomic
 from jacdiag.render.plot import check_suffix
-from jacdiag.report.backtest import BacktestReport, Detector, Estimate, Ranking
+from jacdiag.report.backtest import BacktestReport, Detector, Estimate, HeldOut, Ranking
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,6 +51,8 @@ def summary(report: BacktestReport) -> list[str]:
     wrong = sum(report.bad.values())
     told = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common())
     lines = [f"{len(report.bad)} runs, {wrong} went wrong ({report.asked.get('bad', 'any')}); by loss alone: {told}"]
+    if report.asked.get("not_whole"):
+        lines.append(f"{report.asked['not_whole']} runs did not come to their end and were left out")
     strata = ", ".join(f"{name} {bad} of {count}" for name, (count, bad) in report.strata.items())
     lines.append(f"strata (went wrong): {strata}")
     best = report.best
@@ -74,6 +76,32 @@ def detected(detector: Detector, lead: int) -> str:
     return f"{detector.code}: {seen}, {detector.ahead} at least {lead} steps before{median}; {told}"
 
 
+def foretold(one: HeldOut) -> list[str]:
+    """One factor that was held out, in sentences."""
+    levels = ", ".join(f"{name} ({level.bad} of {level.runs}, by {level.figure or 'nothing'})"
+                       for name, level in one.levels.items())  # fmt: skip
+    rivals = {name: e.value for name, e in one.trivial.items() if e.value is not None}
+    best = max(rivals, key=lambda name: rivals[name], default=None)
+    beside = f"; best trivial classifier {rivals[best]:.2f} ({best})" if best is not None else ""
+    lines = [f"held out by {one.factor}: {levels}",
+             f"  AUROC, learning rate given: {span(one.auroc)}{beside}"]  # fmt: skip
+    if one.brier is not None:
+        alone = f", {one.brier_rate_alone:.3f} by learning rate alone" if one.brier_rate_alone is not None else ""
+        lines.append(f"  chance: Brier score {one.brier:.3f}{alone}; false alarms {_part(one.false_alarms)}, "
+                     f"found {_part(one.recall)}")  # fmt: skip
+        bins = "  ".join(f"{b.chance:.0%}→{b.bad / b.runs:.0%} of {b.runs}" for b in one.calibration)
+        lines.append(f"  chance → went wrong: {bins}")
+    for name, t in one.transfer.items():
+        if t.expected is not None and t.observed is not None:
+            ranked = f", AUROC {t.auroc:.2f}" if t.auroc is not None else ""
+            lines.append(f"  {name}: expected {t.expected:.0%}, went wrong {t.observed:.0%} of {t.runs}{ranked}")
+    return lines
+
+
+def _part(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0%}"
+
+
 def markdown(report: BacktestReport) -> str:
     """The whole as Markdown."""
     lines = ["# Backtest", "", *(f"- {line}" for line in summary(report)), "", "| " + " | ".join(HEAD) + " |",
@@ -83,6 +111,15 @@ def markdown(report: BacktestReport) -> str:
     lines += ["", f"AUROC with a 95% bootstrap interval; precision and recall at a false-alarm rate of {rate:g}.", ""]
     if report.detectors:
         lines += ["## Live rules", "", *(f"- {detected(d, report.asked.get('lead', 0))}" for d in report.detectors), ""]
+    if report.held_out:
+        lines += ["## Held out", ""]
+        lines += [f"{'  ' if line.startswith(' ') else ''}- {line.strip()}"
+                  for one in report.held_out for line in foretold(one)] + [""]  # fmt: skip
+    if report.curves:
+        lines += ["## Curves of the chance", "", "| placement | figure | a | b | c | runs | went wrong |",
+                  "|:---|:---|---:|---:|---:|---:|---:|"]  # fmt: skip
+        lines += [f"| {c.placement} | {c.figure} | " + " | ".join(f"{v:.3g}" for v in c.coefficients)
+                  + f" | {c.runs} | {c.bad} |" for c in report.curves.values()] + [""]  # fmt: skip
     return "\n".join(lines)
 
 

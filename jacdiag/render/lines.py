@@ -32,10 +32,10 @@ def verdict_lines(report: Report) -> list[Line]:
     lines = [_condition(report, code) for code in CONDITIONS]
     named = {rule.code: rule.name for rule in report.rules}
     for code, found in _by_code(report.findings).items():
-        if code not in (*CONDITIONS, "JD104", "JD902"):  # these have lines of their own
+        if code not in (*CONDITIONS, "JD104", "JD105", "JD902"):  # these have lines of their own
             text = "; ".join(_with_where(finding) for finding in found)
             lines.append(Line(named.get(code, "") or code, text, level=found[0].level, code=code))
-    lines += [line for line in (_depth(report), _gradients(report), _others(report)) if line]
+    lines += [line for line in (_risk(report), _depth(report), _gradients(report), _others(report)) if line]
     lines += [line for line in (_open(report), _uncovered(report)) if line]
     return lines + [Line("note", note) for note in report.notes]
 
@@ -93,6 +93,20 @@ def _smallest_shortcut(report: Report) -> str:
     least = min(rows, key=lambda row: row.shortcut_std.min if row.shortcut_std else math.inf)
     assert least.shortcut_std is not None
     return f"σ_x at least {three(least.shortcut_std.min)}, at {least.name}"
+
+
+def _risk(report: Report) -> Line | None:
+    """The chance at the planned learning rate, or why there is none."""
+    risk = report.risk
+    if risk is None:
+        return None
+    if risk.chance is None or risk.lower is None or risk.upper is None:
+        return Line("risk", f"no chance is given: {risk.reason}")
+    text = f"at lr {three(risk.lr or 0.0)} a chance of {risk.chance:.0%} [{risk.lower:.0%}, {risk.upper:.0%}] to go "
+    text += f"wrong, from {risk.figure} {three(risk.value or 0.0)}; calibrated on {risk.range}"
+    finding = next((finding for finding in report.findings if finding.code == "JD105"), None)
+    level, code = (finding.level, finding.code) if finding else ("", "")
+    return Line("risk", text, level=level, code=code)
 
 
 def _depth(report: Report) -> Line | None:

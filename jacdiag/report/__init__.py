@@ -3,6 +3,7 @@
 from jacdiag.report.contract import ContractRecord, FiguresRecord, WeightRecord
 from jacdiag.report.record import SCHEMA_VERSION
 from jacdiag.report.remedy import Outlook, RemedyRecord
+from jacdiag.report.risk import Risk
 from jacdiag.report.schema import (
     LEVELS,
     Condition,
@@ -51,6 +52,7 @@ __all__ = [
     "ProbeRecord",
     "RemedyRecord",
     "Report",
+    "Risk",
     "RuleResult",
     "Spread",
     "Status",

@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any, Literal
 
 from jacdiag.report.record import SCHEMA_VERSION, Record
+from jacdiag.report.risk import RiskCurve
 
 Outcome = Literal["diverged", "spiked", "healthy"]
 
@@ -101,6 +102,58 @@ class Ranking(Record):
 
 
 @dataclass(frozen=True)
+class Level(Record):
+    """A level of a factor that was left out: its runs, how many went wrong, the figure that the other runs chose."""
+
+    runs: int
+    bad: int
+    figure: str | None
+
+
+@dataclass(frozen=True)
+class Transfer(Record):
+    """How what other levels taught came out on the runs of one architecture.
+
+    Attributes:
+        auroc: of the chosen figure, learning rate given.
+        expected, observed: mean chance, and the share that went wrong.
+        brier: mean squared distance between chance and outcome.
+    """
+
+    runs: int
+    bad: int
+    auroc: float | None
+    expected: float | None
+    observed: float | None
+    brier: float | None
+
+
+@dataclass(frozen=True)
+class HeldOut(Record):
+    """Every level of a factor in turn was left out of all choices, and then foretold.
+
+    Attributes:
+        auroc: of the figure that the other levels chose; only runs of the same level, architecture and rate compared.
+        trivial: the same of classifiers that know no Jacobian.
+        brier, brier_rate_alone: of the chance, and of one that knows architecture and learning rate only.
+        false_alarms, recall: of the chance at the threshold that the other levels chose.
+        calibration: chances against outcomes.
+        transfer: by architecture.
+    """
+
+    factor: str
+    levels: dict[str, Level]
+    auroc: Estimate
+    trivial: dict[str, Estimate]
+    brier: float | None
+    brier_rate_alone: float | None
+    false_alarms: float | None
+    recall: float | None
+    calibration: list[Bin]
+    transfer: dict[str, Transfer]
+
+
+@dataclass(frozen=True)
 class Detector(Record):
     """What one live rule did: alarms on healthy runs, and how early it spoke of those that went wrong.
 
@@ -136,6 +189,8 @@ class BacktestReport(Record):
         labels, bad: by run.
         strata: name -> [runs, of which went wrong].
         rankings: figures first, the best first; then the trivial classifiers.
+        held_out: one a factor that was asked for.
+        curves: of the chance, by placement, from all runs.
     """
 
     labels: dict[str, Label]
@@ -143,6 +198,8 @@ class BacktestReport(Record):
     strata: dict[str, list[int]]
     rankings: list[Ranking]
     detectors: list[Detector]
+    held_out: list[HeldOut] = field(default_factory=list)
+    curves: dict[str, RiskCurve] = field(default_factory=dict)
     asked: dict[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 from jacdiag.report.contract import ContractRecord, FiguresRecord
 from jacdiag.report.record import SCHEMA_VERSION, Record
 from jacdiag.report.remedy import RemedyRecord
+from jacdiag.report.risk import Risk
 
 Level = Literal["info", "warning", "error"]
 Status = Literal["fired", "clean", "unknown", "not-applicable"]
@@ -289,6 +290,7 @@ class Report(Record):
     figures: FiguresRecord | None = None
     baseline: FiguresRecord | None = None
     remedies: list[RemedyRecord] = field(default_factory=list)
+    risk: Risk | None = None
     created: str = ""
     torch: str = ""
     jacdiag: str = ""

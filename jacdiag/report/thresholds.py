@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from jacdiag.errors import UsageError
+from jacdiag.report.risk import RiskTable, load_risk
 
 _HERE = Path(__file__).parent
 CUTS = ("info", "warning", "error")
@@ -42,9 +43,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Limits by figure and stratum, such as ("branch_norm", "pre")."""
+    """Limits by figure and stratum, such as ("branch_norm", "pre"), and the curves of the chance at a learning rate."""
 
     table: Mapping[tuple[str, str], Limits]
+    risk: RiskTable = field(default_factory=RiskTable)
 
     def limits(self, figure: str, stratum: str = "") -> Limits:
         """Returns the limits of a stratum, else those of the figure as a whole, else empty ones.
@@ -63,14 +65,16 @@ class Thresholds:
         }
 
 
-def load_thresholds(overrides: Mapping[str, Any] | None = None) -> Thresholds:
+def load_thresholds(overrides: Mapping[str, Any] | None = None, risk: str | None = None) -> Thresholds:
     """Reads the thresholds that ship, with a user's own on top.
 
     Args:
         overrides: figure -> {"warning": number, ...}, or figure -> stratum -> {...}; an "error" makes the rule fail.
+        risk: a file of `jacdiag backtest --write-risk`, in place of the curves that ship.
 
     Raises:
-        UsageError: an unknown figure, stratum or cut, a value that is no number, or cuts that do not ascend.
+        UsageError: a file of curves that cannot be read, an unknown figure, stratum or cut, a value that is no
+            number, or cuts that do not ascend.
 
     Example:
         >>> load_thresholds({"norm_gain": {"error": 30}}).limits("norm_gain").error
@@ -81,7 +85,7 @@ def load_thresholds(overrides: Mapping[str, Any] | None = None) -> Thresholds:
         for key in _keys_of(table, figure, value):
             inner = value.get(key[1], value) if key[1] in value else value
             table[key] = _overridden(table[key], ".".join(filter(None, key)), inner)
-    return Thresholds(table)
+    return Thresholds(table, load_risk() if risk is None else load_risk(Path(risk)))
 
 
 def _flat(data: Mapping[str, Any]) -> dict[tuple[str, str], Limits]:

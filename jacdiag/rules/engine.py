@@ -11,12 +11,12 @@ from typing import Any
 from jacdiag.errors import UsageError
 from jacdiag.report import Conditions, Finding, Report, RuleResult, Status, Verdict
 from jacdiag.report.thresholds import CUTS, Thresholds
-from jacdiag.rules import conditions, init_contract, live, measurement, regression
+from jacdiag.rules import conditions, init_contract, live, measurement, regression, risk
 from jacdiag.rules.compare import overall
 from jacdiag.rules.profile import profile_of
 from jacdiag.rules.rule import Context, Outcome, Rule
 
-RULES: tuple[Rule, ...] = (*conditions.RULES, *regression.RULES, *init_contract.RULES, *measurement.RULES)
+RULES: tuple[Rule, ...] = (*conditions.RULES, *risk.RULES, *regression.RULES, *init_contract.RULES, *measurement.RULES)
 # With those that speak in a run only.
 EVERY: tuple[Rule, ...] = tuple(sorted((*RULES, *live.RULES), key=lambda one: one.code))
 _CODES = tuple(rule.code for rule in RULES)
@@ -64,8 +64,9 @@ def evaluate(
         select, ignore: codes or prefixes.
 
     Returns:
-        The same report with conditions, findings, rules and verdict filled in.
+        The same report with risk, conditions, findings, rules and verdict filled in.
     """
+    report = replace(report, risk=risk.assess(report, thresholds.risk))
     context = Context(report, thresholds, profile_of(profile, _CODES))
     chosen = selected(select, ignore)
     outcomes = {r.code: r.check(context, r) for r in chosen if not r.after}

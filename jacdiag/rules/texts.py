@@ -93,6 +93,25 @@ A product of e^19 beside an end-to-end gain of 310 means: the bound is loose by 
 Nothing by itself: it is an observation. JD101 and JD102 name the factors that carry it.""",
 )
 
+RISK = Text(
+    summary="the chance that a run at the planned learning rate goes wrong, as recorded small runs tell it",
+    what="""\
+With --lr: a logistic curve in one figure of the untrained model and the peak learning rate, one for each
+placement of the norm, fitted on recorded runs (examples/spike_lab, jacdiag backtest). Wrong means that the
+loss diverged, spiked, or stayed 0.4 above what the same or a lower rate reached. The interval is over
+resampled runs. Outside of the widths, depths, rates and figures that were run there is no chance, and the
+report says which one is outside.""",
+    why="""\
+The same init is harmless at one learning rate and breaks a run at another; neither the figure nor the rate
+says it alone. docs/evidence.md tells how well the curve foretold runs that it had not seen.""",
+    example="""\
+d 64, 6 layers, vanilla init, pre-norm at a learning rate of 0.06, where the curve was fitted. A model of
+d 4,096 is outside of every curve that ships: no chance is given.""",
+    remedy="""\
+A lower peak learning rate, or the init that JD101 and JD102 ask for. Fit a curve on your own runs:
+jacdiag backtest RUN... --write-risk FILE, and name the file as `risk` in [tool.jacdiag].""",
+)
+
 UNDECIDED = Text(
     summary="an interval lies across a threshold, or a figure could not be measured: the rule has no answer",
     what="""\

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest, mannwhitneyu
 
-from jacdiag.backtest.scores import auroc, bootstrap, calibration, operating_point, pairs_won, wilson
+from jacdiag.backtest.scores import auroc, auroc_interval, calibration, operating_point, pairs_won, wilson
 
 RUNS = st.lists(st.tuples(st.integers(-3, 3), st.booleans(), st.integers(0, 2)), min_size=1, max_size=30)
 
@@ -69,21 +69,31 @@ def test_the_bootstrap_covers_the_truth_as_often_as_it_says() -> None:
         bad = np.arange(80) % 2 == 0
         scores = draw.normal(size=80) + bad
 
-        def statistic(k, scores=scores, bad=bad):  # type: ignore[no-untyped-def]
-            return auroc(scores[k], bad[k])
-
-        found = bootstrap(statistic, range(80), times=200, seed=trial)
+        found = auroc_interval(scores, bad, None, range(80), times=200, seed=trial)
         assert found.value is not None and found.lower <= found.value <= found.upper  # type: ignore[operator]
         hits += found.lower <= truth <= found.upper  # type: ignore[operator]
     assert binomtest(hits, trials, 0.95).pvalue > 1e-3
 
 
 def test_clusters_are_drawn_together() -> None:
-    values = np.repeat([0.0, 1.0], 50)
-    apart = bootstrap(lambda k: float(values[k].mean()), range(100), times=300)
-    whole = bootstrap(lambda k: float(values[k].mean()), ["a"] * 50 + ["b"] * 50, times=300)
+    bad, right = np.arange(100) % 2 == 0, np.arange(100) < 60
+    scores = np.where(right, bad, ~bad).astype(float)  # the first 60 are ranked rightly, the last 40 the other way
+    apart = auroc_interval(scores, bad, None, range(100), times=300)
+    whole = auroc_interval(scores, bad, None, ["a"] * 60 + ["b"] * 40, times=300)
+    assert apart.value == whole.value == auroc(scores, bad)
     assert apart.upper - apart.lower < 0.3 and (whole.lower, whole.upper) == (0.0, 1.0)  # type: ignore[operator]
-    assert bootstrap(lambda k: None, range(3)).value is None
+    assert auroc_interval(scores, bad & False, None, range(100)).value is None
+
+
+@given(RUNS, st.integers(0, 5))
+def test_a_resample_weighs_pairs_as_drawing_runs_would(runs: list[tuple[int, bool, int]], seed: int) -> None:
+    scores, bad, strata = arrays(runs)
+    found = auroc_interval(scores, bad, strata, range(len(runs)), times=1, seed=seed)
+    assert found.value == (pytest.approx(auroc(scores, bad, strata)) if found.value is not None else None)
+    drawn = np.random.default_rng(seed).integers(len(runs), size=(1, len(runs)))[0]
+    expected = auroc(scores[drawn], bad[drawn], [strata[k] for k in drawn])
+    if found.value is not None and expected is not None:
+        assert found.lower == pytest.approx(expected) == found.upper
 
 
 def test_the_operating_point_keeps_its_false_alarm_rate() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from jacdiag.errors import UsageError
 from jacdiag.remedies import Remedy, sufficient
 from jacdiag.remedies.changes import Scale, Weights
 from jacdiag.report import Finding, RemedyRecord, Report
+from jacdiag.report.risk import RiskCurve, RiskTable, written
 from jacdiag.sources import gpt
 from jacdiag.sources.factory import seeded
 
@@ -238,3 +240,20 @@ def test_enough_means_nothing_left_and_nothing_new() -> None:
     for findings, enough in (([], True), ([new], False), ([own], True), ([foreign], False), ([remark], True)):
         assert sufficient(base, dataclasses.replace(clean, findings=findings), remedy) is enough
     assert not sufficient(clean, clean, remedy), "nothing was asked for"
+
+
+# -- the chance at a learning rate -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("least", [0.01, 3.0])
+def test_a_chance_calls_for_a_remedy_and_counts_only_where_it_is_given(tmp_path: Path, least: float) -> None:
+    """Of a figure that the curve does not know after the change, nothing is claimed."""
+    ranges = {"figure": [least, 100.0], "lr": [1e-3, 1.0]}
+    curve = RiskCurve("pre", "worst branch norm", [-3.0, 3.0, 0.0], [[0.0] * 3] * 3, ranges, 10, 5, "made up")
+    path = tmp_path / "risk.toml"
+    path.write_text(written(RiskTable({"pre": curve})), encoding="utf-8")
+    report = audited("vanilla", decide=False, lr=0.1, risk=str(path), select=["JD105"])
+    assert report.risk is not None and report.risk.chance is not None and report.risk.chance > 0.5
+    assert loud(report) == ["JD105"] and report.remedies[0].codes == ["JD105"]
+    if least == 3.0:
+        assert not any(r.sufficient for r in report.remedies)
+    else:
+        assert best(report).name == "scaled-embed" and best(report).after.fired == []

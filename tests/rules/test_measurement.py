@@ -51,7 +51,7 @@ def test_weights_alone_are_never_a_pass() -> None:
 
 def test_select_and_ignore_take_prefixes() -> None:
     made = evaluate(report(healthy()), thresholds=LIMITS, select=["JD1"], ignore=["JD104"])
-    assert [r.code for r in made.rules] == ["JD101", "JD102", "JD103", "JD110"]
+    assert [r.code for r in made.rules] == ["JD101", "JD102", "JD103", "JD105", "JD110"]
     with pytest.raises(UsageError, match="JD8"):
         evaluate(report(healthy()), thresholds=LIMITS, select=["JD8"])
 

@@ -1,0 +1,131 @@
+"""What a backtest compares: runs as columns. How each ended, its architecture and rate, figures, trivial ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jacdiag.backtest.run import Run
+from jacdiag.backtest.scores import Bools, Floats, auroc
+from jacdiag.report.backtest import Label
+
+WORSE = 0.4  # nats over the best of its peers at the same or a lower rate: the rate did harm
+
+
+@dataclass(frozen=True)
+class Board:
+    """Columns, one entry a run.
+
+    Attributes:
+        labels: by loss alone.
+        wrong: which runs went wrong, in the sense that was asked for.
+        strata: architectures.
+        rates: peak learning rates, nan where not known.
+        clusters: runs of one cluster differ in their seed only.
+        figures: of the untrained models, larger meaning worse.
+        trivial: classifiers that know no Jacobian.
+        factors: what was varied.
+    """
+
+    labels: list[Label]
+    wrong: Bools
+    strata: list[str]
+    rates: Floats
+    clusters: list[Hashable]
+    figures: dict[str, Floats]
+    trivial: dict[str, Floats]
+    factors: list[dict[str, Any]]
+
+    @property
+    def given_rate(self) -> list[Hashable]:
+        """Groups of the same architecture and learning rate."""
+        return [(s, float(r)) for s, r in zip(self.strata, self.rates, strict=True)]
+
+    def best(self, chosen: Bools) -> str | None:
+        """The figure that ranks the chosen runs best, the rate given; None where no pair can be made."""
+        picked = np.flatnonzero(chosen)
+        groups = [self.given_rate[k] for k in picked]
+        found = {n: auroc(values[picked], self.wrong[picked], groups) for n, values in self.figures.items()}
+        known = {name: value for name, value in found.items() if value is not None}
+        return max(known, key=lambda name: known[name], default=None)
+
+
+def board(
+    runs: Sequence[Run], labels: list[Label], *, bad: str, stratum: Sequence[str], peers: Sequence[str],
+    cluster_without: Sequence[str],
+) -> Board:  # fmt: skip
+    """Puts the columns together; see `backtest` for the arguments."""
+    rates = np.array([number_of(run.factors.get("lr")) for run in runs])
+    worse = _worse(runs, labels, rates, peers)
+    wrong = np.array([_wrong(one.outcome, w, bad) for one, w in zip(labels, worse, strict=True)], dtype=bool)
+    strata = [" · ".join(str(run.factors.get(f, "?")) for f in stratum) or "all" for run in runs]
+    clusters = [tuple(sorted((k, str(v)) for k, v in run.factors.items() if k not in cluster_without)) for run in runs]
+    names = dict.fromkeys(name for run in runs for name in run.figures)
+    figures = {name: np.array([run.figures.get(name, math.nan) for run in runs]) for name in names}
+    factors = [dict(run.factors) for run in runs]
+    trivial = _trivial(runs, strata, rates, wrong)
+    return Board(labels, wrong, strata, rates, list(clusters), figures, trivial, factors)
+
+
+def _wrong(outcome: str, worse: bool, bad: str) -> bool:
+    return {
+        "diverged": outcome == "diverged",
+        "spiked": outcome in ("diverged", "spiked"),
+        "worse": outcome == "diverged" or worse,
+        "any": outcome != "healthy" or worse,
+    }[bad]
+
+
+def _worse(runs: Sequence[Run], labels: Sequence[Label], rates: Floats, peers: Sequence[str]) -> list[bool]:
+    """Which runs end far over the best of their peers at the same or a lower learning rate.
+
+    A higher rate alone may not count against a lower one: a run that was merely slow did not go wrong.
+    """
+    groups = [tuple(str(run.factors.get(p)) for p in peers) for run in runs]
+    finals = np.array([one.final for one in labels])
+    found = []
+    for group, rate, final in zip(groups, rates, finals, strict=True):
+        mine = np.array([g == group for g in groups])
+        lower = mine if math.isnan(rate) else mine & ~(rates > rate)
+        known = finals[lower & np.isfinite(finals)]
+        found.append(not final <= (known.min() if known.size else math.inf) + WORSE)
+    return found
+
+
+def _trivial(runs: Sequence[Run], strata: Sequence[str], rates: Floats, wrong: Bools) -> dict[str, Floats]:
+    share = _share(strata, wrong)
+    return {
+        "learning rate": rates,
+        "architecture": share,
+        "architecture, then learning rate": share + 1e-3 * _rank(rates),
+        "gradient norm, first step": np.array([_first(run.grad_norm) for run in runs]),
+        "loss, first step": np.array([_first(run.loss) for run in runs]),
+    }
+
+
+def _share(strata: Sequence[str], wrong: Bools) -> Floats:
+    """How often the runs of a stratum went wrong: the most that somebody who knows the architecture alone could say.
+
+    It has seen the answers, the figures have not: a trivial classifier gets every benefit. (To leave each run out of
+    its own share would be no fairer: the others of a bad run are good more often.)
+    """
+    names = np.array(strata)
+    return np.array([float(wrong[names == name].mean()) for name in strata])
+
+
+def _rank(values: Floats) -> Floats:
+    unique = np.unique(values[~np.isnan(values)])
+    return np.where(np.isnan(values), math.nan, np.searchsorted(unique, values)).astype(np.float64)
+
+
+def number_of(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _first(values: Floats) -> float:
+    known = values[np.isfinite(values)]
+    return float(known[0]) if known.size else math.nan

@@ -1,0 +1,92 @@
+"""Curves of the chance that a run goes wrong: logistic in one figure of the untrained model and the learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+
+from jacdiag.backtest.scores import Bools, Floats, members
+
+RIDGE = 0.5  # runs' worth of pull towards no effect, per slope of a standardised feature: keeps separated runs finite
+
+
+@dataclass(frozen=True)
+class Curve:
+    """chance = logistic(coefficients . (1, ln figure, ln lr)), with the covariance over resampled clusters."""
+
+    coefficients: Floats
+    covariance: NDArray[np.float64]
+
+    def chances(self, figure: Floats, lr: Floats) -> Floats:
+        """One chance a run; nan where the figure or the rate is not known or not above 0."""
+        return logistic(features(figure, lr) @ self.coefficients)
+
+
+def logistic(x: Floats) -> Floats:
+    return np.where(np.isnan(x), np.nan, np.exp(-np.logaddexp(0.0, -np.nan_to_num(x))))
+
+
+def features(figure: Floats, lr: Floats) -> NDArray[np.float64]:
+    """(runs, 3): 1, ln figure, ln lr; nan where one is not above 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = [np.where(values > 0, np.log(values), np.nan) for values in (figure, lr)]
+    return np.stack([np.ones(len(figure)), *logs], axis=1)
+
+
+def fit(
+    figure: Floats, lr: Floats, bad: Bools, clusters: Sequence[Hashable], *, times: int = 200, seed: int = 0
+) -> Curve | None:
+    """Fits a curve. Slopes are at least 0, for every figure is larger where things look worse.
+
+    Args:
+        figure, lr: one value a run, above 0; runs without one are left out.
+        bad: which went wrong.
+        clusters: runs of one cluster are resampled together for the covariance.
+        times: resamples; 0 leaves the covariance at 0.
+
+    Returns:
+        None where a class is empty: nothing can be fitted.
+
+    Example:
+        >>> lr = np.array([1e-3, 1e-2, 1e-1, 1.0])
+        >>> curve = fit(np.ones(4), lr, np.array([False, False, True, True]), range(4), times=0)
+        >>> bool(curve.chances(np.ones(1), np.array([1.0]))[0] > 0.5)
+        True
+    """
+    X = features(figure, lr)
+    known: Bools = np.logical_not(np.isnan(X).any(axis=1))
+    X, y = X[known], bad[known]
+    if not y.any() or y.all():
+        return None
+    groups = members([c for c, k in zip(clusters, known.tolist(), strict=True) if k])
+    best = _solved(X, y)
+    draw, found = np.random.default_rng(seed), []
+    for _ in range(times):
+        chosen = np.concatenate([groups[k] for k in draw.integers(len(groups), size=len(groups))])
+        if y[chosen].any() and not y[chosen].all():
+            found.append(_solved(X[chosen], y[chosen]))
+    covariance = np.cov(np.array(found).T) if len(found) > 1 else np.zeros((3, 3))
+    return Curve(best, covariance)
+
+
+def _solved(X: NDArray[np.float64], y: Bools) -> Floats:
+    """Penalised maximum likelihood on standardised features, given back for the features as they are."""
+    mean, spread = X[:, 1:].mean(axis=0), X[:, 1:].std(axis=0)
+    spread = np.where(spread > 1e-12, spread, 1.0)
+    Z = np.column_stack([X[:, 0], (X[:, 1:] - mean) / spread])
+    signs = np.where(y, 1.0, -1.0)
+
+    def loss(b: Floats) -> tuple[float, Floats]:
+        margin = signs * (Z @ b)
+        pull = np.array([0.0, b[1], b[2]])
+        value = float(np.logaddexp(0.0, -margin).sum() + RIDGE * pull @ pull)
+        return value, -(Z * (signs * logistic(-margin))[:, None]).sum(axis=0) + 2 * RIDGE * pull
+
+    bounds = [(None, None), (0.0, None), (0.0, None)]
+    b = minimize(loss, np.zeros(3), jac=True, method="L-BFGS-B", bounds=bounds).x
+    slopes = b[1:] / spread
+    return np.array([b[0] - slopes @ mean, *slopes])

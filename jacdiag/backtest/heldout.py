@@ -1,0 +1,133 @@
+"""Nothing is tuned and tested on the same runs: a factor's levels are left out in turn, foretold from the others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import numpy as np
+
+from jacdiag.backtest.board import Board, number_of
+from jacdiag.backtest.fit import Curve, fit
+from jacdiag.backtest.scores import Bools, Floats, auroc, auroc_interval, calibration, operating_point
+from jacdiag.report.backtest import Estimate, HeldOut, Level, Transfer
+from jacdiag.report.risk import RiskCurve
+
+RANGED = ("lr", "width", "layers")
+
+
+def held_out(board: Board, factor: str, false_alarms: float, times: int) -> HeldOut:
+    """Leaves out every level of a factor in turn.
+
+    Args:
+        factor: such as "seed" or "width".
+        false_alarms: rate that the threshold of the chance has on the runs that it is chosen from.
+    """
+    count = len(board.wrong)
+    values = [board.factors[k].get(factor) for k in range(count)]
+    score, chance, base = (np.full(count, np.nan) for _ in range(3))
+    alarm = np.zeros(count, dtype=bool)
+    levels: dict[str, Level] = {}
+    for value in dict.fromkeys(values):
+        test = np.array([v == value for v in values])
+        figure = board.best(~test)
+        told = _told(value)
+        levels[told] = Level(int(test.sum()), int(board.wrong[test].sum()), figure)
+        if figure is None:
+            continue
+        score[test] = board.figures[figure][test]
+        mine, plain = _chances(board, ~test)
+        chance[test], base[test] = mine[test], plain[test]
+        at = operating_point(mine[~test], board.wrong[~test], false_alarms)
+        alarm[test] = mine[test] > at.threshold if at is not None else False
+    keys: list[Hashable] = [(g, str(v)) for g, v in zip(board.given_rate, values, strict=True)]
+    known = ~np.isnan(chance)
+    good, ill = known & ~board.wrong, known & board.wrong
+    return HeldOut(
+        factor,
+        levels,
+        _estimate(board, score, keys, times),
+        {name: _estimate(board, column, keys, times) for name, column in board.trivial.items()},
+        _brier(chance, board.wrong),
+        _brier(base, board.wrong),
+        float(alarm[good].mean()) if good.any() else None,
+        float(alarm[ill].mean()) if ill.any() else None,
+        calibration(chance, board.wrong),
+        {name: _transfer(board, name, score, chance, keys) for name in dict.fromkeys(board.strata)},
+    )
+
+
+def _told(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _estimate(board: Board, column: Floats, keys: Sequence[Hashable], times: int) -> Estimate:
+    return auroc_interval(column, board.wrong, keys, board.clusters, times=times)
+
+
+def _transfer(board: Board, stratum: str, score: Floats, chance: Floats, keys: Sequence[Hashable]) -> Transfer:
+    mine = np.array([k for k, s in enumerate(board.strata) if s == stratum])
+    wrong, known = board.wrong[mine], ~np.isnan(chance[mine])
+    return Transfer(
+        len(mine),
+        int(wrong.sum()),
+        auroc(score[mine], wrong, [keys[k] for k in mine]),
+        float(chance[mine][known].mean()) if known.any() else None,
+        float(wrong[known].mean()) if known.any() else None,
+        _brier(chance[mine], wrong),
+    )
+
+
+def _brier(chance: Floats, wrong: Bools) -> float | None:
+    """Mean squared distance between the chance and what happened (Brier 1950)."""
+    known = ~np.isnan(chance)
+    return float(np.mean((chance[known] - wrong[known]) ** 2)) if known.any() else None
+
+
+def _chances(board: Board, train: Bools) -> tuple[Floats, Floats]:
+    """The chance of every run by curves that only the train runs made; and by the learning rate alone."""
+    chance, base = np.full(len(train), np.nan), np.full(len(train), np.nan)
+    nothing = np.ones(len(train))
+    for stratum in dict.fromkeys(board.strata):
+        mine = np.array([s == stratum for s in board.strata])
+        made = _curve(board, train & mine, 0)
+        plain = _fitted(board, nothing, train & mine, 0)
+        if made is not None:
+            chance[mine] = made[1].chances(board.figures[made[0]][mine], board.rates[mine])
+        if plain is not None:
+            base[mine] = plain.chances(nothing[mine], board.rates[mine])
+    return chance, base
+
+
+def _curve(board: Board, chosen: Bools, times: int) -> tuple[str, Curve] | None:
+    """The figure that ranks the chosen runs best, and its curve."""
+    figure = board.best(chosen)
+    curve = None if figure is None else _fitted(board, board.figures[figure], chosen, times)
+    return None if figure is None or curve is None else (figure, curve)
+
+
+def _fitted(board: Board, figure: Floats, chosen: Bools, times: int) -> Curve | None:
+    clusters = [board.clusters[k] for k in np.flatnonzero(chosen)]
+    return fit(figure[chosen], board.rates[chosen], board.wrong[chosen], clusters, times=times)
+
+
+def curves(board: Board, times: int, source: str = "") -> dict[str, RiskCurve]:
+    """One curve per placement from all runs, for `report/risk.toml`. Its quality is what `held_out` says."""
+    found = {}
+    for stratum in dict.fromkeys(board.strata):
+        chosen = np.array([s == stratum for s in board.strata])
+        made = _curve(board, chosen, min(times, 200))
+        if made is None:
+            continue
+        name, curve = made
+        used = np.flatnonzero(chosen & ~np.isnan(board.figures[name]) & ~np.isnan(board.rates))
+        spans = {"figure": board.figures[name][used], **{
+            f: np.array([number for k in used if not math.isnan(number := number_of(board.factors[k].get(f)))])
+            for f in RANGED}}  # fmt: skip
+        ranges = {f: [float(v.min()), float(v.max())] for f, v in spans.items() if v.size}
+        found[stratum] = RiskCurve(
+            stratum, name, curve.coefficients.tolist(), curve.covariance.tolist(), ranges,
+            len(used), int(board.wrong[used].sum()), source,
+        )  # fmt: skip
+    return found

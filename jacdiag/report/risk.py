@@ -1,0 +1,139 @@
+"""The chance that a run goes wrong at a learning rate, given its audit: fitted on recorded runs, absent beyond them.
+
+`risk.toml` holds one curve per placement of the norm, written by `jacdiag backtest RUN... --write-risk FILE`:
+
+    chance = 1 / (1 + exp(-(a + b ln(figure) + c ln(lr))))
+
+with the covariance of (a, b, c) over resampled runs, and the ranges that the runs spanned. Outside of any of them there
+is no chance, and the report says which one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jacdiag.errors import UsageError, one_line
+from jacdiag.report.figures import INIT
+from jacdiag.report.record import Record
+
+_HERE = Path(__file__).parent
+_WRITTEN = "jacdiag backtest RUN... --write-risk FILE writes one"
+Z = 1.959964  # of a 95% interval
+
+
+@dataclass(frozen=True)
+class Risk(Record):
+    """The chance that a run at the planned learning rate goes wrong, as recorded runs tell it.
+
+    Attributes:
+        chance: None where the audit lies outside of what was recorded; `reason` says in what.
+        lower, upper: 95%, over resampled runs.
+        figure, value: the figure of the untrained model that it rests on.
+        lr: the planned peak.
+        range: what was recorded.
+        source: the experiment.
+    """
+
+    chance: float | None = None
+    lower: float | None = None
+    upper: float | None = None
+    figure: str = ""
+    value: float | None = None
+    lr: float | None = None
+    range: str = ""
+    source: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class RiskCurve(Record):
+    """The chance for one placement, as a function of one figure of the untrained model and the peak learning rate.
+
+    Attributes:
+        figure: its name in `jacdiag.report.figures`.
+        coefficients: a, b, c.
+        covariance: of these, 3 x 3, over resampled clusters of runs.
+        ranges: "figure", "lr", "width", "layers" -> [least, most] of the runs.
+        runs, bad: how many there were, and how many went wrong.
+        source: the experiment.
+    """
+
+    placement: str
+    figure: str
+    coefficients: list[float]
+    covariance: list[list[float]]
+    ranges: dict[str, list[float]]
+    runs: int
+    bad: int
+    source: str = ""
+
+    def chance(self, figure: float, lr: float) -> tuple[float, float, float]:
+        """The chance and the ends of its 95% interval.
+
+        Args:
+            figure, lr: both above 0.
+        """
+        point = (1.0, math.log(figure), math.log(lr))
+        middle = sum(c * x for c, x in zip(self.coefficients, point, strict=True))
+        variance = sum(
+            a * b * self.covariance[i][k] for i, a in enumerate(point) for k, b in enumerate(point)
+        )
+        half = Z * math.sqrt(max(variance, 0.0))
+        return logistic(middle), logistic(middle - half), logistic(middle + half)
+
+
+@dataclass(frozen=True)
+class RiskTable(Record):
+    """All curves, by placement; `about` says where they come from and how far they were tested."""
+
+    curves: dict[str, RiskCurve] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+def logistic(x: float) -> float:
+    """1 / (1 + exp(-x)), without overflow."""
+    return 1.0 / (1.0 + math.exp(-x)) if x >= 0 else math.exp(x) / (1.0 + math.exp(x))
+
+
+def load_risk(path: Path = _HERE / "risk.toml") -> RiskTable:
+    """Reads the curves that ship with jacdiag, or a user's own.
+
+    Raises:
+        UsageError: the file cannot be read, or holds no curves.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        curves = {k: RiskCurve.from_dict({"placement": k, **table}) for k, table in data.get("curve", {}).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UsageError(f"cannot read the curves '{path}'", got=one_line(error), hint=_WRITTEN) from error
+    for curve in curves.values():
+        if curve.figure not in INIT:
+            raise UsageError(f"'{path}' has a curve in an unknown figure", got=curve.figure, hint=_WRITTEN)
+    return RiskTable(curves, data.get("about", {}))
+
+
+def written(table: RiskTable) -> str:
+    """The table as TOML, for `load_risk`."""
+    lines = ["# The chance that a run goes wrong, by placement of the norm. From jacdiag backtest --write-risk.", ""]
+    lines += ["[about]", *(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in table.about.items())]
+    for name, curve in table.curves.items():
+        lines += ["", f"[curve.{json.dumps(name)}]"]
+        values = {k: v for k, v in curve.to_dict().items() if k not in ("placement", "ranges")}
+        lines += [f"{key} = {_toml(value)}" for key, value in values.items()]
+        lines += [f"ranges.{key} = {_toml(value)}" for key, value in curve.ranges.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    """Numbers, texts and lists of them; six digits are more than any of them is known to."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, float):
+        short = f"{value:.6g}"
+        return short if "." in short or "e" in short else f"{short}.0"
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,138 @@
+"""What is held out is foretold from the rest alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from jacdiag_cli.app import main
+
+from jacdiag.backtest import Run, backtest
+from jacdiag.backtest.packed import encoded, pack, read_packed, unpack
+from jacdiag.errors import SourceError, UsageError
+from jacdiag.report.backtest import BacktestReport
+from jacdiag.report.risk import load_risk
+from tests.backtest.test_backtest import curve
+
+
+def made(count: int = 240, seed: int = 0, leak: bool = False) -> list[Run]:
+    """Signal and learning rate decide, with noise; `leak` is a figure that tells the truth at width 128 only."""
+    draw = np.random.default_rng(seed)
+    runs = []
+    for k in range(count):
+        lr, width = (1e-3, 1e-2, 1e-1)[k % 3], (32.0, 64.0, 128.0)[k // 3 % 3]
+        placement = ("pre", "post")[k // 9 % 2]
+        signal = math.exp(draw.normal())
+        bad = bool(draw.random() < 1 / (1 + math.exp(-(6.0 + 3 * math.log(signal) + 1.3 * math.log(lr)))))
+        figures = {"signal": signal, "noise": math.exp(draw.normal())}
+        if leak:
+            figures["leak"] = (10.0 if bad else 0.1) if width == 128.0 else math.exp(draw.normal())
+        factors = {"placement": placement, "lr": lr, "width": width, "layers": 6.0, "seed": float(k % 5)}
+        runs.append(Run(f"run {k}", factors, np.arange(300) + 1.0, curve(bad, k), np.ones(300), figures))
+    return runs
+
+
+def test_a_signal_is_foretold_at_levels_that_were_not_seen() -> None:
+    found = backtest(made(), times=50, hold_out=["width", "lr"])
+    for one in found.held_out:
+        assert {level.figure for level in one.levels.values()} == {"signal"}
+        assert one.auroc.value is not None and one.auroc.value > 0.85
+        assert one.brier is not None and one.brier_rate_alone is not None and one.brier < one.brier_rate_alone
+        assert sum(b.runs for b in one.calibration) == sum(level.runs for level in one.levels.values()) == 240
+        assert set(one.transfer) == {"pre", "post"}
+    width = found.held_out[0]
+    assert all(abs(t.expected - t.observed) < 0.12 for t in width.transfer.values()), "chances carry over"  # type: ignore[operator]
+    assert width.false_alarms is not None and width.false_alarms < 0.15 and width.recall is not None
+
+
+def test_what_a_held_out_level_tells_of_itself_is_not_used() -> None:
+    found = backtest(made(leak=True), times=10, hold_out=["width"])
+    assert found.best is not None
+    [one] = found.held_out
+    assert one.levels["128"].figure == "signal", "only its own runs make the leak look good"
+
+
+def test_without_the_other_class_nothing_is_foretold() -> None:
+    runs = [replace(r, factors={**r.factors, "side": float(np.median(r.loss[-30:]) > 2.5)}) for r in made(60)]
+    [one] = backtest(runs, times=10, hold_out=["side"]).held_out
+    assert one.auroc.value is None and one.brier is None and one.recall is None and one.calibration == []
+
+
+def test_a_lower_rate_is_not_worse_for_being_slow() -> None:
+    flat = np.full(300, 3.0)
+    runs = made(120)
+    slow = Run("slow", {**runs[0].factors, "lr": 1e-4}, runs[0].steps, flat, np.ones(300))
+    fast = Run("fast", {**runs[0].factors, "lr": 1.0}, runs[0].steps, flat, np.ones(300))
+    bad = backtest([*runs, slow, fast], bad="worse", times=1).bad
+    assert not bad["slow"] and bad["fast"]
+
+
+def test_runs_that_did_not_end_are_left_out() -> None:
+    runs = made(60)
+    asked = {**runs[0].factors, "steps": 400.0}
+    short = replace(runs[0], name="short", factors=asked)
+    broken = replace(runs[1], name="broken", factors=asked, loss=np.append(runs[1].loss[:-1], math.nan))
+    found = backtest([*runs, short, broken], times=1)
+    assert "short" not in found.bad and found.bad["broken"] and found.asked["not_whole"] == 1
+
+
+def test_a_factor_that_no_run_has_is_refused() -> None:
+    with pytest.raises(UsageError, match="no run has the factor 'colour'"):
+        backtest(made(30), times=1, hold_out=["colour"])
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["a.runs", "a.runs.gz"])
+def test_packed_runs_come_back(tmp_path: Path, name: str) -> None:
+    runs = made(20)
+    runs[3] = replace(runs[3], loss=np.append(runs[3].loss[:-1], math.inf), alerts=[(7, "JD501")],
+                      figures={"signal": math.nan, "noise": 2.0})  # fmt: skip
+    path = tmp_path / name
+    path.write_bytes(encoded(runs, path))
+    assert encoded(runs, path) == path.read_bytes(), "the same runs give the same bytes"
+    back = read_packed(path)
+    for a, b in zip(runs, back, strict=True):
+        assert (a.name, dict(a.factors), list(a.alerts)) == (b.name, dict(b.factors), list(b.alerts))
+        assert b.loss == pytest.approx(a.loss, rel=1e-3) and b.steps.tolist() == a.steps.tolist()
+    assert back[3].figures == {"noise": 2.0}, "what was not measured is absent"
+    assert pack(list(unpack(pack(back)))) == pack(back)
+
+
+def test_what_is_not_packed_is_named(tmp_path: Path) -> None:
+    for name, data in (("a.runs", b"{}\n"), ("b.runs.gz", b"no gzip"), ("c.runs", b'{"type": "step"}\n')):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(SourceError, match="cannot read the runs"):
+            read_packed(tmp_path / name)
+
+
+def test_the_command_holds_out_packs_and_writes_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Figures as an audit names them, for the curves to be of use.
+    known = [replace(run, figures={"mean branch norm": run.figures["signal"]}) for run in made(120)]
+    path = tmp_path / "all.runs"
+    path.write_bytes(encoded(known, path))
+    options = ["--hold-out", "width", "--resamples", "20", "--write-risk", str(tmp_path / "risk.toml"), "--pack",
+               str(tmp_path / "again.runs.gz"), "--json", str(tmp_path / "b.json"), "--markdown",
+               str(tmp_path / "b.md")]  # fmt: skip
+    assert main(["backtest", str(path), *options]) == 0
+    out = capsys.readouterr().out
+    assert "held out by width" in out and "AUROC, learning rate given" in out and "chance → went wrong" in out
+    report = BacktestReport.from_dict(json.loads((tmp_path / "b.json").read_text()))
+    assert report.curves == backtest(read_packed(path), times=20).curves
+    table = load_risk(tmp_path / "risk.toml")
+    assert set(table.curves) == {"pre", "post"} and table.curves["pre"].ranges["width"] == [32.0, 128.0]
+    assert len(read_packed(tmp_path / "again.runs.gz")) == 120
+    assert "## Held out" in (tmp_path / "b.md").read_text()
+
+
+def test_bad_names_of_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "all.runs"
+    path.write_bytes(encoded(made(60), path))
+    assert main(["backtest", str(path), "--pack", str(tmp_path / "x.json")]) == 2
+    assert "--pack takes another name" in capsys.readouterr().err
+    given = ["--stratum", "layers", "--resamples", "5", "--write-risk", str(tmp_path / "r.toml")]
+    assert main(["backtest", str(path), *given]) == 2
+    assert "there is no curve to write" in capsys.readouterr().err and not (tmp_path / "r.toml").exists()

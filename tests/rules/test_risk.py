@@ -1,0 +1,81 @@
+"""JD105 on curves and reports made by hand: fires, does not, undecided, and where there is no chance."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from jacdiag.report import Interval, Plan, Report
+from jacdiag.report.risk import RiskCurve, RiskTable
+from jacdiag.report.thresholds import Thresholds, load_thresholds
+from jacdiag.rules import evaluate
+from tests.rules.test_conditions import healthy, report
+
+NONE = [[0.0] * 3] * 3
+WIDE = [[4.0, 0.0, 0.0], [0.0] * 3, [0.0] * 3]
+RANGES = {"figure": [0.01, 100.0], "lr": [1e-4, 1.0], "width": [16.0, 128.0], "layers": [1.0, 12.0]}
+
+
+def limits(intercept: float, covariance: list[list[float]] = NONE, placement: str = "pre") -> Thresholds:
+    """A chance of logistic(intercept + ln lr) whatever the figure; at lr 1 just logistic(intercept)."""
+    curve = RiskCurve(placement, "worst branch norm", [intercept, 0.0, 1.0], covariance, RANGES, 100, 40, "a lab")
+    return replace(load_thresholds(), risk=RiskTable({placement: curve}))
+
+
+def judged(thresholds: Thresholds, made: Report | None = None, lr: float | None = 1.0) -> Report:
+    made = made or report(healthy())
+    made = replace(made, plan=Plan(lr=lr), model=replace(made.model, width=64))
+    return evaluate(made, thresholds=thresholds, select=["JD105"])
+
+
+@pytest.mark.parametrize(
+    ("intercept", "covariance", "level"),
+    [(2.0, NONE, "error"), (-1.0, NONE, "warning"), (-3.0, NONE, None), (0.5, WIDE, None), (4.5, WIDE, "error"),
+     (2.9, WIDE, "warning")],
+)  # fmt: skip
+def test_the_whole_interval_must_lie_beyond_a_cut(
+    intercept: float, covariance: list[list[float]], level: str | None
+) -> None:
+    made = judged(limits(intercept, covariance))
+    assert made.risk is not None and made.risk.chance == pytest.approx(1 / (1 + math.exp(-intercept)))
+    assert [f.level for f in made.findings] == ([level] if level else [])
+    assert made.rules[0].status == ("fired" if level else "clean" if covariance is NONE else "unknown")
+
+
+def test_on_the_boundary_nothing_is_said() -> None:
+    cut = load_thresholds().limits("risk").warning
+    assert cut is not None
+    made = judged(limits(math.log(cut / (1 - cut)) - 1e-9))
+    assert not made.findings and made.rules[0].status == "clean"
+
+
+def test_without_a_learning_rate_there_is_no_chance() -> None:
+    made = judged(limits(2.0), lr=None)
+    assert made.risk is None and made.rules[0].status == "not-applicable"
+
+
+def test_the_learning_rate_enters() -> None:
+    low, high = judged(limits(0.0), lr=1e-3).risk, judged(limits(0.0), lr=0.5).risk
+    assert low is not None and high is not None and low.chance < 1e-2 < 0.3 < high.chance  # type: ignore[operator]
+
+
+def outside(made: Report, lr: float = 1.0) -> str:
+    found = judged(limits(2.0), made, lr)
+    assert found.risk is not None and found.risk.chance is None and not found.findings
+    assert found.rules[0].status == "not-applicable" and found.rules[0].note == found.risk.reason
+    return found.risk.reason
+
+
+def test_outside_of_what_was_run_there_is_no_chance_and_the_reason_is_told() -> None:
+    plain = report(healthy())
+    assert outside(plain, lr=3.0) == "outside the calibrated range: lr 3, 0.0001 to 1 were run"
+    assert "layers 40, 1 to 12 were run" in outside(replace(plain, model=replace(plain.model, layers=40)))
+    rows = [replace(row, branch_norm=Interval.exact(1e4)) for row in plain.sublayers]
+    assert "the figure 1e+04" in outside(replace(plain, sublayers=rows))
+    rows = [replace(row, branch_norm=None) for row in plain.sublayers]
+    assert "the figure not known" in outside(replace(plain, sublayers=rows))
+    rows = [replace(row, placement="post") for row in plain.sublayers]
+    assert "no run of this placement was recorded (post-norm)" in outside(replace(plain, sublayers=rows))
+    assert "of untrained models" in outside(replace(plain, state="trained"))
