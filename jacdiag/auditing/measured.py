@@ -19,7 +19,7 @@ from jacdiag.auditing.request import Request
 from jacdiag.auditing.stamp import peak_memory_mb, stamp
 from jacdiag.errors import MeasureError, TraceError, one_line
 from jacdiag.measure.contract import contract_of, decayed_by
-from jacdiag.measure.figures import std_of
+from jacdiag.measure.draws import Draws, std_of
 from jacdiag.measure.model import model_record
 from jacdiag.measure.network import end_to_end, gradient_profile, network_record, verify_replay
 from jacdiag.measure.norms import Effort
@@ -73,6 +73,7 @@ class Audit:
             raise nothing_found(self.sites)
         self.state = self._state()
         self.layers = self.sites.layers
+        self.draws = Draws(self.sites.skeleton.params)
         self.broken = self.sites.skeleton.non_finite()
         checks: dict[str, Any] = {"deterministic": self.sites.deterministic, "non_finite": self.broken}
         checks |= {"culprit": self.sites.culprit} if self.sites.culprit else {}
@@ -187,7 +188,9 @@ class Audit:
         def figures(name: str) -> WeightStats | None:
             if name not in self._stats:
                 # No rule reads the norms of weights.
-                self._stats[name] = weight_stats(name, params[name], norm=not self.request.decide)
+                draw = self.draws.of(name)
+                std = None if draw is None else draw.std
+                self._stats[name] = weight_stats(name, params[name], norm=not self.request.decide, std=std)
             return self._stats[name]
 
         return figures
@@ -206,7 +209,7 @@ class Audit:
         )
         decayed = None if r.optimizer is None else decayed_by(self.model, r.optimizer)
         with self._phase("contract"):
-            contract = contract_of(self.sites, self.model, self.layers, model.width or 0, model.vocabulary,
+            contract = contract_of(self.sites, self.draws, self.model, self.layers, model.width or 0, model.vocabulary,
                                    r.contract, decayed)  # fmt: skip
         off = self.state == "trained" and probe.record.tokens == "random"
         return Report(

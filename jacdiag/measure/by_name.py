@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from jacdiag.measure.contract import record_of
+from jacdiag.measure.contract import TABLES, record_of
+from jacdiag.measure.draws import draw_of
 from jacdiag.report.contract import ContractRecord, WeightRecord
 from jacdiag.trace.uses import Use
 
@@ -48,7 +49,7 @@ def contract_by_name(state: Mapping[str, Tensor], layers: int, width: int | None
     weights: list[WeightRecord] = []
     for name, tensor in state.items():
         use = use_by_name(name, tuple(tensor.shape), width)
-        weights.append(record_of(name, tensor, use))
+        weights.append(record_of(name, tensor.shape, use, draw_of(tensor, table=use.role in TABLES)))
         if use.role == "embedding" and len(tensor.shape) == 2:
             sizes.setdefault("V", tensor.shape[0])
     return ContractRecord(family="", sizes=sizes, weights=weights)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from jacdiag.measure.draws import draw_of
+from jacdiag.measure.draws import Draw, Draws
 from jacdiag.report.contract import ContractRecord, WeightRecord
 from jacdiag.trace.found import Sites
 from jacdiag.trace.uses import Use, pattern, tied_to_head, uses_of
@@ -24,21 +24,25 @@ _FROM_CONFIG = {  # variable -> what configs call it
 
 
 def contract_of(
-    sites: Sites, model: nn.Module, layers: int, width: int, vocabulary: int | None,
+    sites: Sites, draws: Draws, model: nn.Module, layers: int, width: int, vocabulary: int | None,
     pinned: Mapping[str, str] | None = None, decayed: Iterable[str] | None = None,
 ) -> ContractRecord:  # fmt: skip
     """The record of a traced model; weights are read one at a time, wherever they lie.
 
     Args:
         sites: of the model.
+        draws: of its weights, as far as they are known already.
         model: asked for its config and its class only.
         layers, width, vocabulary: N, d and V of formulas.
         pinned: the user's own contract, role or name pattern -> formula.
         decayed: names of the parameters that an optimizer lets decay.
     """
-    params, first = sites.skeleton.params, sites.skeleton.aliases
+    outlines, first = sites.skeleton.outlines, sites.skeleton.aliases
     decay = None if decayed is None else {first.get(name, name) for name in decayed}
-    weights = [record_of(name, params[name], use, decay) for name, use in uses_of(sites).items()]
+    weights = [
+        record_of(name, outlines[name].shape, use, draws.of(name, table=use.role in TABLES), decay)
+        for name, use in uses_of(sites).items()
+    ]
     return ContractRecord(
         family=family_of(model),
         sizes=sizes_of(model, layers, width, vocabulary),
@@ -49,11 +53,12 @@ def contract_of(
     )
 
 
-def record_of(name: str, tensor: Tensor, use: Use, decayed: set[str] | None = None) -> WeightRecord:
+def record_of(
+    name: str, shape: Sequence[int], use: Use, draw: Draw | None, decayed: set[str] | None = None
+) -> WeightRecord:
     """The record of one parameter."""
-    draw = draw_of(tensor, table=use.role in TABLES)
     base = WeightRecord(
-        name, list(tensor.shape), use.role, pattern(name) if use.layer is not None else name, use.layer, use.sublayer,
+        name, list(shape), use.role, pattern(name) if use.layer is not None else name, use.layer, use.sublayer,
         use.fan_in, use.fan_out, decayed=None if decayed is None else name in decayed,
     )  # fmt: skip
     if draw is None:

@@ -11,6 +11,7 @@ and chi^2 with the degrees of freedom that give this variance takes its place. A
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 ALPHA = 1e-6
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18  # in float64 it stays in a core's cache
 _ROUNDING = 1e-4  # what generators and low precisions may move a std by, relative
 UNIFORM_KURTOSIS = 1.8
 
@@ -91,6 +92,26 @@ def draw_of(tensor: Tensor, *, table: bool = False, alpha: float = ALPHA) -> Dra
     return Draw(family, found.std, lower, upper, found.mean, cut, rows)
 
 
+class Draws:
+    """Draws of weights by name, each found once: to read a weight may cost as much as to judge it."""
+
+    def __init__(self, params: Mapping[str, Tensor]) -> None:
+        self.params = params
+        self._found: dict[tuple[str, bool], Draw | None] = {}
+
+    def of(self, name: str, *, table: bool = False) -> Draw | None:
+        key = name, table
+        if key not in self._found:
+            self._found[key] = draw_of(self.params[name], table=table)
+        return self._found[key]
+
+
+def std_of(tensor: Tensor, correction: int = 0) -> float:
+    """Standard deviation over all elements in float64, without a copy of the tensor in float64; NaN of too few."""
+    found = moments(tensor.detach()) if tensor.numel() > correction else None
+    return math.nan if found is None else found.std * math.sqrt(found.count / (found.count - correction))
+
+
 def moments(tensor: Tensor, table: bool = False) -> Moments:
     """Figures of a tensor, in float64, piece by piece."""
     flat = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor.reshape(1, -1)
@@ -98,18 +119,18 @@ def moments(tensor: Tensor, table: bool = False) -> Moments:
     count, sums, largest, zero_rows = 0, torch.zeros(4, dtype=torch.float64), 0.0, 0
     shift = float(flat[0, : min(64, flat.shape[1])].double().mean())
     for piece in flat.split(rows):
-        piece = piece.double()
         if table:
             kept = piece[(piece != 0).any(dim=1)]
             zero_rows += piece.shape[0] - kept.shape[0]
             piece = kept
         if not piece.numel():
             continue
-        centred = piece - shift
+        largest = max(largest, *(abs(float(end)) for end in torch.aminmax(piece)))
+        centred = piece.flatten().to(torch.float64, copy=True).sub_(shift)
         square = centred * centred
-        sums += torch.stack([centred.sum(), square.sum(), (square * centred).sum(), (square * square).sum()]).cpu()
+        powers = centred.sum(), centred @ centred, square @ centred, square @ square
+        sums += torch.stack(powers).cpu()
         count += piece.numel()
-        largest = max(largest, float(piece.abs().max()))
     if not count:
         return Moments(0, 0.0, 0.0, 0.0, 0.0, zero_rows)
     m1, m2, m3, m4 = (float(x) / count for x in sums)

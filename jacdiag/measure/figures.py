@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -61,25 +59,6 @@ def gain_interval(gain: Tensor, shape: torch.Size, feature_dim: int, token_ids: 
         argmax=locate(top, shape, feature_dim, token_ids),
     )
     return Interval.exact(float(flat[top]), per_token=per_token, stop="closed form of the norm")
-
-
-_CHUNK = 1 << 20
-
-
-def std_of(tensor: Tensor, correction: int = 0) -> float:
-    """Standard deviation over all elements in float64, without a copy of the tensor in float64.
-
-    Chunks are put together by their means and sums of squares about them (Chan, Golub, LeVeque 1979).
-    """
-    count, mean, squares = 0, 0.0, 0.0
-    for chunk in tensor.detach().reshape(-1).split(_CHUNK):
-        variance, middle = (float(t) for t in torch.var_mean(chunk.double(), correction=0))
-        n, apart = chunk.numel(), middle - mean
-        total = count + n
-        squares += variance * n + apart * apart * count * n / total
-        mean += apart * n / total
-        count = total
-    return (squares / (count - correction)) ** 0.5 if count > correction else math.nan
 
 
 def _quantile(values: Tensor, q: float) -> float:

@@ -2,7 +2,8 @@
 
 branch = core o norm and residual = a I + branch, so that |branch| <= |core| max gain and |residual| <= |a| + |branch|;
 from below, one product with the other's top vector says as much as several steps. Inherited ends are wider. They are
-taken where the rules are all that is asked and they decide them; where they do not, the norm is solved.
+taken where the rules are all that is asked and they decide them; where they do not, the norm is solved. Where every
+norm is wanted to its width they are solved in step, each for itself, so that they share the branch's matrix products.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from jacdiag.measure.linearise import Linearised, residual_map
 from jacdiag.report.schema import Interval
-from jacdiag.spectra import JacobianOperator, Operator, Solution, inherited, top_singular
+from jacdiag.spectra import JacobianOperator, Operator, Question, Solution, in_step, inherited, top_singular
 from jacdiag.spectra.operator import flat
 from jacdiag.trace import Sublayer
 
@@ -67,7 +68,7 @@ class Norms:
 
 
 class Solver:
-    """Solves the norms of one sub-layer, cheapest order first."""
+    """Solves the norms of one sub-layer: in step, or where the rules may be decided early, cheapest order first."""
 
     def __init__(self, one: Linearised, effort: Effort, token_ids: Tensor | None = None) -> None:
         self.one, self.effort, self.token_ids = one, effort, token_ids
@@ -77,38 +78,49 @@ class Solver:
     def norms(self) -> Norms:
         """Returns core, branch and residual norm."""
         one = self.one
-        found = Norms()
-        core = None
-        if one.core is not None and one.core is not one.branch:
-            core = self.solve(one.core, "core_norm")
-            found.core = self.interval(core)
-        branch = self._branch_of(core) or self.solve(one.branch, "branch_norm")
-        found.branch = self.interval(branch)
-        if one.core is one.branch:
-            found.core = found.branch
         operator, owned, why = residual_map(one.site, one.branch, one.dims)
-        if operator is None:
-            found.why["residual_norm"] = why
-        else:
-            found.residual = self.interval(self._residual_of(branch, operator) or self.solve(operator, "residual_norm"))
+        maps: dict[str, Operator] = {"branch_norm": one.branch}
+        if one.core is not None and one.core is not one.branch:
+            maps["core_norm"] = one.core
+        if operator is not None:
+            maps["residual_norm"] = operator
+        solved = self._one_by_one(maps) if self.effort.early else self.in_step(maps)
+        found = {name: self.interval(solution) for name, solution in solved.items()}
         for inner in owned:
             inner.release()
-        found.products = self.products
-        return found
+        core = found["branch_norm"] if one.core is one.branch else found.get("core_norm")
+        reasons = {} if operator is not None else {"residual_norm": why}
+        return Norms(core, found["branch_norm"], found.get("residual_norm"), reasons, self.products)
+
+    def _one_by_one(self, maps: Mapping[str, Operator]) -> dict[str, Solution]:
+        """Each norm inherits from the one before where that decides the rules."""
+        solved = {}
+        if "core_norm" in maps:
+            solved["core_norm"] = self.solve(maps["core_norm"], "core_norm")
+        inherited_branch = self._branch_of(solved.get("core_norm"))
+        branch = solved["branch_norm"] = inherited_branch or self.solve(maps["branch_norm"], "branch_norm")
+        if "residual_norm" in maps:
+            operator = maps["residual_norm"]
+            solved["residual_norm"] = self._residual_of(branch, operator) or self.solve(operator, "residual_norm")
+        return solved
 
     def solve(self, operator: Operator, name: str) -> Solution:
         """One Lanczos run from the start that belongs to this sub-layer and norm."""
-        solution = top_singular(
-            operator,
-            tol=self.effort.tol,
-            confidence=self.effort.confidence,
-            max_products=self.effort.max_products,
-            generator=start_of(self.effort.seed, self.one.site.name, name),
-            decide=self.decided.get(name),
-            early=self.effort.early,
-        )
-        self.products += solution.products
-        return solution
+        return self.in_step({name: operator})[name]
+
+    def in_step(self, maps: Mapping[str, Operator]) -> dict[str, Solution]:
+        """Lanczos runs side by side, each from the start that belongs to this sub-layer and norm."""
+        effort, site = self.effort, self.one.site
+        questions = [
+            Question(operator, start_of(effort.seed, site.name, name), self.decided.get(name))
+            for name, operator in maps.items()
+        ]
+        solutions = in_step(
+            questions, tol=effort.tol, confidence=effort.confidence, max_products=effort.max_products,
+            early=effort.early,
+        )  # fmt: skip
+        self.products += sum(solution.products for solution in solutions)
+        return dict(zip(maps, solutions, strict=True))
 
     def interval(self, solution: Solution) -> Interval:
         lead = tuple(n for d, n in enumerate(self.one.shape) if d in self.one.dims)
@@ -116,14 +128,14 @@ class Solver:
 
     def _branch_of(self, core: Solution | None) -> Solution | None:
         norm = self.one.site.input_norm
-        if core is None or norm is None or not norm.closed_form or not self.effort.early:
+        if core is None or norm is None or not norm.closed_form:
             return None
         gain = flat(norm.gain.reshape(*self.one.shape[:-1], 1), self.one.dims).amax(1).double().cpu().numpy()
         return self._taken(self.one.branch, core, core.upper * gain, "branch_norm")
 
     def _residual_of(self, branch: Solution, operator: Operator) -> Solution | None:
         gain = self.one.site.shortcut_gain
-        if not self.effort.early or self.one.site.after is not None or gain is None:
+        if self.one.site.after is not None or gain is None:
             return None
         most = abs(gain) if isinstance(gain, float) else float(gain.abs().max())
         return self._taken(operator, branch, most + branch.upper, "residual_norm")

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from jacdiag.errors import UsageError
 from jacdiag.measure.by_name import contract_by_name
-from jacdiag.measure.figures import spread_of, std_of
+from jacdiag.measure.draws import std_of
+from jacdiag.measure.figures import spread_of
 from jacdiag.measure.state import detect_state
 from jacdiag.report.schema import Kind, ModelRecord, Report, Spread, SublayerRecord, WeightStats
 from jacdiag.sources import Source, gpt
 from jacdiag.spectra import DenseOperator, top_singular
+from jacdiag.trace.tensors import is_finite
 
 _NORM_WIDTH = 1e-3
 
@@ -78,7 +80,9 @@ def initial_bound(recipe: str, n_layer: int, n_embd: int) -> float:
     return bound_ffn(w1, w2, sigma, n_embd, 4 * n_embd)
 
 
-def weight_stats(name: str, tensor: Tensor, seed: int = 0, norm: bool = True) -> WeightStats | None:
+def weight_stats(
+    name: str, tensor: Tensor, seed: int = 0, norm: bool = True, std: float | None = None
+) -> WeightStats | None:
     """Std and spectral norm of a weight matrix, raised to float32 where it is stored lower.
 
     Args:
@@ -86,20 +90,22 @@ def weight_stats(name: str, tensor: Tensor, seed: int = 0, norm: bool = True) ->
         tensor: (m, n), or (E, m, n) for stacked experts, whose largest norm is given. `norm` is the upper end of an
             interval of 0.1%, so that a product of norms bounds. Tensors of other shapes get a std only.
         norm: whether the spectral norm is wanted: it costs some hundred products with the matrix.
+        std: where it is known already.
 
     Returns:
         None for a vector or a tensor without memory.
     """
     if tensor.dim() < 2 or tensor.is_meta or not tensor.is_floating_point():
         return None
-    std = std_of(tensor) if tensor.numel() else None
+    if std is None and tensor.numel():
+        std = std_of(tensor)
     if not norm:
         return WeightStats(name, list(tensor.shape), std if std is not None and math.isfinite(std) else None)
     matrix = tensor.detach()
+    if matrix.dim() > 3 or not matrix.numel() or not is_finite(matrix):
+        return WeightStats(name, list(tensor.shape), std if std is not None and math.isfinite(std) else None)
     if matrix.dtype not in (torch.float32, torch.float64):
         matrix = matrix.float()
-    if matrix.dim() > 3 or not matrix.numel() or not bool(torch.isfinite(matrix).all()):
-        return WeightStats(name, list(tensor.shape), std if std is not None and math.isfinite(std) else None)
     generator = torch.Generator().manual_seed(seed)
     solution = top_singular(DenseOperator(matrix), tol=_NORM_WIDTH, max_products=400, generator=generator)
     return WeightStats(name, list(tensor.shape), std, float(solution.upper.max()))

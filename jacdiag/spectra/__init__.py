@@ -10,9 +10,10 @@ from torch import Tensor
 
 from jacdiag.spectra.algebra import Composed, DenseOperator, NormJacobian, Shifted, Summed
 from jacdiag.spectra.dense import dense_jacobian, dense_norm
-from jacdiag.spectra.golub_kahan import inherited, top_singular
 from jacdiag.spectra.operator import JacobianOperator, Operator, independent_dims
 from jacdiag.spectra.solution import Solution, Stop
+from jacdiag.spectra.solve import Question, in_step, inherited, top_singular
+from jacdiag.spectra.together import products_together
 
 __all__ = [
     "Composed",
@@ -20,6 +21,7 @@ __all__ = [
     "JacobianOperator",
     "NormJacobian",
     "Operator",
+    "Question",
     "Shifted",
     "Solution",
     "SpectralNorm",
@@ -27,8 +29,10 @@ __all__ = [
     "Summed",
     "dense_jacobian",
     "dense_norm",
+    "in_step",
     "independent_dims",
     "inherited",
+    "products_together",
     "spectral_norm",
     "top_singular",
 ]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from jacdiag.spectra.operator import Operator, flat, shaped
+from jacdiag.spectra.operator import JacobianOperator, Operator, Steps, Way, flat, shaped
 
 
 class NormJacobian(Operator):
@@ -52,70 +52,84 @@ class NormJacobian(Operator):
         return self._push(w)
 
 
-class Composed(Operator):
+class Made(Operator):
+    """An operator made of others: the routine `steps` is all that it needs."""
+
+    parts: tuple[Operator, ...]
+
+    @property
+    def problems(self) -> int:  # type: ignore[override]
+        return self.parts[-1].problems
+
+    @property
+    def domain(self) -> int:  # type: ignore[override]
+        return self.parts[-1].domain
+
+    @property
+    def codomain(self) -> int:  # type: ignore[override]
+        return self.parts[0].codomain
+
+    @property
+    def jacobians(self) -> tuple[JacobianOperator, ...]:
+        return tuple(leaf for part in self.parts for leaf in part.jacobians)
+
+    def _push(self, u: Tensor) -> Tensor:
+        return _run(self.steps("push", u), "push")
+
+    def _pull(self, w: Tensor) -> Tensor:
+        return _run(self.steps("pull", w), "pull")
+
+
+def _run(steps: Steps, way: Way) -> Tensor:
+    """A routine alone: each Jacobian that it asks for answers at once."""
+    try:
+        leaf, vector = next(steps)
+        while True:
+            leaf, vector = steps.send(leaf.push(vector) if way == "push" else leaf.pull(vector))
+    except StopIteration as end:
+        result: Tensor = end.value
+        return result
+
+
+class Composed(Made):
     """outer o inner: J u = outer(inner u)."""
 
     def __init__(self, outer: Operator, inner: Operator) -> None:
-        self.outer, self.inner = outer, inner
+        self.parts = (outer, inner)
         self.dtype, self.device = inner.dtype, inner.device
 
-    @property
-    def problems(self) -> int:  # type: ignore[override]
-        return self.inner.problems
-
-    @property
-    def domain(self) -> int:  # type: ignore[override]
-        return self.inner.domain
-
-    @property
-    def codomain(self) -> int:  # type: ignore[override]
-        return self.outer.codomain
-
-    def _push(self, u: Tensor) -> Tensor:
-        return self.outer.push(self.inner.push(u))
-
-    def _pull(self, w: Tensor) -> Tensor:
-        return self.inner.pull(self.outer.pull(w))
+    def steps(self, way: Way, vector: Tensor) -> Steps:
+        for part in reversed(self.parts) if way == "push" else self.parts:
+            vector = yield from part.steps(way, vector)
+        return vector
 
 
-class Summed(Operator):
+class Summed(Made):
     """The sum of operators on the same spaces."""
 
     def __init__(self, terms: Sequence[Operator]) -> None:
-        self.terms = tuple(terms)
+        self.parts = tuple(terms)
         self.dtype, self.device = terms[0].dtype, terms[0].device
 
-    @property
-    def problems(self) -> int:  # type: ignore[override]
-        return self.terms[0].problems
-
-    @property
-    def domain(self) -> int:  # type: ignore[override]
-        return self.terms[0].domain
-
-    @property
-    def codomain(self) -> int:  # type: ignore[override]
-        return self.terms[0].codomain
-
-    def _push(self, u: Tensor) -> Tensor:
-        return torch.stack([term.push(u) for term in self.terms]).sum(0)
-
-    def _pull(self, w: Tensor) -> Tensor:
-        return torch.stack([term.pull(w) for term in self.terms]).sum(0)
+    def steps(self, way: Way, vector: Tensor) -> Steps:
+        first, *others = self.parts
+        total = yield from first.steps(way, vector)
+        for part in others:
+            total = total + (yield from part.steps(way, vector))
+        return total
 
 
-class Shifted(Summed):
+class Shifted(Made):
     """gain * I + J, the gain a number or a (P, n) diagonal."""
 
     def __init__(self, operator: Operator, gain: float | Tensor = 1.0) -> None:
-        super().__init__([operator])
+        self.parts = (operator,)
+        self.dtype, self.device = operator.dtype, operator.device
         self.gain = gain
 
-    def _push(self, u: Tensor) -> Tensor:
-        return self.terms[0].push(u) + self.gain * u
-
-    def _pull(self, w: Tensor) -> Tensor:
-        return self.terms[0].pull(w) + self.gain * w
+    def steps(self, way: Way, vector: Tensor) -> Steps:
+        image = yield from self.parts[0].steps(way, vector)
+        return image + self.gain * vector
 
 
 class DenseOperator(Operator):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Generator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +13,8 @@ from torch import Tensor
 from jacdiag.spectra.rounding import full_precision
 
 Map = Callable[[Tensor], Tensor]
+Way = Literal["push", "pull"]
+Steps = Generator[tuple["JacobianOperator", Tensor], Tensor, Tensor]
 
 
 class Operator:
@@ -45,6 +49,16 @@ class Operator:
     def _pull(self, w: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def steps(self, way: Way, vector: Tensor) -> Steps:
+        """The product as a routine that asks for products with Jacobians instead of making them (`together.py`)."""
+        return self._push(vector) if way == "push" else self._pull(vector)
+        yield
+
+    @property
+    def jacobians(self) -> tuple[JacobianOperator, ...]:
+        """The linearised functions in it."""
+        return ()
+
     def release(self) -> None:
         """Drops graphs; the operator is of no use afterwards."""
 
@@ -64,6 +78,7 @@ class JacobianOperator(Operator):
 
     Attributes:
         value: fn(x).
+        stacks: whether its products can be made of several vectors in one call; found out by trying.
 
     Example:
         >>> x = torch.tensor([[1.0, 2.0]])
@@ -74,6 +89,7 @@ class JacobianOperator(Operator):
 
     def __init__(self, fn: Map, x: Tensor, batch_dims: Sequence[int] = (0,)) -> None:
         self.x_shape, self.dtype, self.device = x.shape, x.dtype, x.device
+        self.stacks = True
         with torch.inference_mode(False), torch.enable_grad(), full_precision():
             point = x.detach().clone()
             try:
@@ -95,6 +111,35 @@ class JacobianOperator(Operator):
         with torch.no_grad(), full_precision():
             return self._pull_map(w)
 
+    def steps(self, way: Way, vector: Tensor) -> Steps:
+        return (yield self, vector)
+
+    @property
+    def jacobians(self) -> tuple[JacobianOperator, ...]:
+        return (self,)
+
+    def products_of(self, way: Way, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """Products with several vectors in one call, as many at once as are narrow together."""
+        self.products += len(vectors)
+        product, shape = (self._push_map, self.x_shape) if way == "push" else (self._pull_map, self.value.shape)
+        few = max(1, _NARROW // max(1, shape.numel())) if self.stacks else 1
+        made: list[Tensor] = []
+        with torch.no_grad(), full_precision():
+            for first in range(0, len(vectors), few):
+                stack = torch.stack([shaped(v, self.dims, shape) for v in vectors[first : first + few]])
+                made += self._stacked(product, stack)
+        return [flat(t, self.dims) for t in made]
+
+    def _stacked(self, product: Map, stack: Tensor) -> Sequence[Tensor]:
+        if len(stack) > 1 and self.stacks:
+            try:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message=".*batching rule")  # one by one then, inside torch
+                    return torch.func.vmap(product)(stack).unbind()
+            except RuntimeError:  # code that looks at values, or writes into tensors of its own
+                self.stacks = False
+        return [product(t) for t in stack]
+
     def _push(self, u: Tensor) -> Tensor:
         with torch.no_grad(), full_precision():
             return flat(self._push_map(shaped(u, self.dims, self.x_shape)), self.dims)
@@ -105,6 +150,9 @@ class JacobianOperator(Operator):
 
     def release(self) -> None:
         self._push_map = self._pull_map = _released
+
+
+_NARROW = 1 << 20  # numbers in vectors that are worth stacking; wider products gain nothing, and memory would grow
 
 
 def flat(t: Tensor, dims: Sequence[int]) -> Tensor:

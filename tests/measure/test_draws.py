@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from jacdiag.measure.draws import draw_of, interval, moments, truncated
+from jacdiag.measure.draws import Draws, draw_of, interval, moments, truncated
 
 
 def generator(seed: int) -> torch.Generator:
@@ -118,3 +118,18 @@ def test_what_is_no_draw() -> None:
     assert draw_of(torch.empty(3, device="meta")) is None
     assert draw_of(torch.empty(0, 3)) is None
     assert draw_of(torch.tensor([1.0, float("nan")])) is None
+
+
+def test_a_weight_is_read_once_however_often_its_draw_is_asked_for() -> None:
+    class Reads(dict[str, torch.Tensor]):
+        count = 0
+
+        def __getitem__(self, name: str) -> torch.Tensor:
+            self.count += 1
+            return super().__getitem__(name)
+
+    weights = Reads(w=drawn("normal", (64, 64), 0.02, 0))
+    draws = Draws(weights)
+    first = draws.of("w")
+    assert first is not None and draws.of("w") is first and weights.count == 1
+    assert draws.of("w", table=True) == first and weights.count == 2

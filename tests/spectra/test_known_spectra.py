@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from jacdiag.spectra import DenseOperator, Stop, top_singular
-from jacdiag.spectra.golub_kahan import _Bidiagonalisation
+from jacdiag.spectra.golub_kahan import Bidiagonalisation
 from jacdiag.spectra.interval import PAD, ritz_values, upper_ends
 
 SPECTRA: dict[str, Callable[[int, np.random.Generator], np.ndarray]] = {
@@ -67,7 +67,7 @@ def test_interval_contains_the_truth_at_every_product() -> None:
     generator = torch.Generator().manual_seed(5)
     failed, tried = 0, 0
     for _, matrix, norm in random_operators(240, seed=3):
-        lanczos = _Bidiagonalisation(DenseOperator(torch.from_numpy(matrix)), generator)
+        lanczos = Bidiagonalisation(DenseOperator(torch.from_numpy(matrix)), generator)
         bad = False
         for _ in range(2 * min(25, min(matrix.shape) + 2)):
             lanczos.advance()
@@ -89,7 +89,7 @@ def test_upper_end_fails_about_as_often_as_announced(products: int) -> None:
         spectrum[20:] = 0.002
     matrix, norm = operator_with(spectrum, 40, 40, rng)
     problems = torch.from_numpy(matrix).expand(2000, 40, 40).contiguous()
-    lanczos = _Bidiagonalisation(DenseOperator(problems), torch.Generator().manual_seed(1))
+    lanczos = Bidiagonalisation(DenseOperator(problems), torch.Generator().manual_seed(1))
     for _ in range(products):
         lanczos.advance()
     theta = ritz_values(lanczos.alphas, lanczos.betas)
@@ -113,7 +113,7 @@ def test_upper_end_holds_for_every_start_that_sees_the_top_vector() -> None:
         start[0] = 0.0
         start *= np.sqrt(1 - delta**2) / np.linalg.norm(start)
         start[0] = delta
-        lanczos = _Bidiagonalisation(DenseOperator(torch.diag(torch.from_numpy(spectrum))), None)
+        lanczos = Bidiagonalisation(DenseOperator(torch.diag(torch.from_numpy(spectrum))), None)
         lanczos.v = torch.from_numpy(start)[None]
         lanczos.right[:, 0] = lanczos.v
         for _ in range(2 * n):
@@ -131,7 +131,7 @@ def test_upper_end_is_below_that_of_the_last_polynomial_alone() -> None:
     generator = torch.Generator().manual_seed(5)
     gained = []
     for _, matrix, _ in random_operators(60, seed=9):
-        lanczos = _Bidiagonalisation(DenseOperator(torch.from_numpy(matrix)), generator)
+        lanczos = Bidiagonalisation(DenseOperator(torch.from_numpy(matrix)), generator)
         for _ in range(min(matrix.shape)):
             lanczos.step()
             theta = ritz_values(lanczos.alphas, lanczos.betas)
