@@ -1,0 +1,171 @@
+"""Why an embedding whose std is near 1, and not larger? One init of the sub-layers, six sizes of the embedding."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from examples.spike_lab.run import Setting
+from examples.spike_lab.text import corpus
+from jacdiag.report import Report
+
+from . import pictures
+from .part import Data, Options, Part, Table, mean_spread, rounded, three
+from .trainings import Trial, by, outcomes, seconds_of, untrained
+
+SIGMAS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+RATES = (4e-3, 3.2e-2)
+SIZES: dict[str, Any] = {"layers": 4, "width": 64, "heads": 4, "length": 64, "steps": 300, "rows": 8}
+SMALL: dict[str, Any] = {"layers": 1, "width": 16, "heads": 2, "length": 16, "steps": 30, "rows": 2}
+SEEDS = (0, 1)
+
+
+def trials(quick: bool) -> list[Trial]:
+    sizes = SMALL if quick else SIZES
+    s = math.sqrt(2 / (5 * sizes["width"]))  # what the recipe draws the embedding with
+    return [
+        Trial(f"sigma={sigma:g}", Setting.of({**sizes, "embed_std": sigma / s, "lr": lr, "seed": seed}))
+        for sigma in SIGMAS for lr in RATES for seed in SEEDS
+    ]  # fmt: skip
+
+
+def estimate(options: Options) -> float:
+    return seconds_of(trials(options.quick), options) + (3 if options.quick else 5) * len(SIGMAS)
+
+
+def measure(options: Options) -> Data:
+    asked = trials(options.quick)
+    first = {trial.name: trial for trial in reversed(asked)}  # one seed of each size
+    untouched = [_at_init(sigma, untrained(first[f"sigma={sigma:g}"])) for sigma in SIGMAS]
+    runs = outcomes(asked, options)
+    for run in runs:
+        run["sigma"] = float(run.pop("name").removeprefix("sigma="))
+        run["share_first"], run["share_last"] = run["shares"][0], run["shares"][-1]
+        del run["loss"], run["grad_norm"], run["shares"]
+    sizes = SMALL if options.quick else SIZES
+    return rounded({"sizes": sizes, "init": untouched, "runs": runs, "pair_entropy": pair_entropy()})
+
+
+def _at_init(sigma: float, report: Report) -> Data:
+    worst = max(row.branch_norm.estimate for row in report.sublayers if row.branch_norm is not None)
+    network = report.network
+    return {
+        "sigma": sigma, "worst_branch": worst,
+        "product_log": network.gain_product_log if network is not None else None,
+        "end_to_end": network.end_to_end.estimate if network is not None and network.end_to_end is not None else None,
+    }  # fmt: skip
+
+
+def pair_entropy() -> float:
+    """Entropy of a byte given the one before it, in nats: about what a model without branches can reach."""
+    text = corpus().long()
+    counts = torch.bincount(text[:-1] * 256 + text[1:], minlength=256 * 256).double().reshape(256, 256)
+    rows = counts.sum(1, keepdim=True).clamp(min=1)
+    return float(-(counts / counts.sum() * torch.log((counts / rows).clamp(min=1e-300))).sum())
+
+
+# -- words -----------------------------------------------------------------------------------------------------------
+def _finals(data: Data, sigma: float, lr: float) -> tuple[float, float]:
+    return mean_spread([float(run["final"]) for run in by(data["runs"], sigma=sigma, lr=lr)])
+
+
+def _of(data: Data, sigma: float, key: str, lr: float = RATES[0]) -> float:
+    return mean_spread([run[key] for run in by(data["runs"], sigma=sigma, lr=lr)])[0]
+
+
+def setup(data: Data) -> list[str]:
+    s = data["sizes"]
+    return [
+        f"Sub-layers drawn as in vanilla, the embedding from N(0, σ²), positions as in vanilla. {s['layers']} layers, "
+        f"width {s['width']}, {s['steps']} steps, learning rates {' and '.join(f'{lr:g}' for lr in RATES)}, "
+        f"{len(SEEDS)} seeds. Share: std of a branch over that of its shortcut, the mean over sub-layers. A model that "
+        f"sees the last byte alone can reach {three(data['pair_entropy'])} nats."
+    ]
+
+
+def tell(data: Data) -> list[str]:
+    lines = []
+    for lr in RATES:
+        finals = {sigma: _finals(data, sigma, lr) for sigma in SIGMAS}
+        best = min(SIGMAS, key=lambda sigma: finals[sigma][0])
+        wrong = sum(run["outcome"] != "healthy" for run in by(data["runs"], lr=lr))
+        lines.append(
+            f"lr {lr:g}: the best final loss is at σ = {best:g} ({finals[best][0]:.3f} ± {finals[best][1]:.3f}); σ = 1 "
+            f"gives {finals[1.0][0]:.3f}, σ = 0.1 gives {finals[0.1][0]:.3f}, σ = 30 gives {finals[30.0][0]:.3f}; "
+            f"{wrong} of {len(by(data['runs'], lr=lr))} runs spiked or diverged."
+        )
+    return [*lines, _fade(data), _why(data)]
+
+
+def _fade(data: Data) -> str:
+    large = [sigma for sigma in SIGMAS if sigma >= 1]
+    slopes = {key: _slope(large, [_of(data, sigma, key) for sigma in large])
+              for key in ("share_first", "branch_gradient")}  # fmt: skip
+    worst = _slope(large, [row["worst_branch"] for row in data["init"] if row["sigma"] >= 1])
+    return (
+        f"The fade, from σ = 1 to 30 at init: a branch's share of the stream goes as σ^{slopes['share_first']:.2f}, "
+        f"its norm as σ^{worst:.2f}, the gradient of its weights as σ^{slopes['branch_gradient']:.2f} (1/σ is σ^-1): "
+        "what makes the bound small takes the branch's say and its gradient with it."
+    )
+
+
+def _slope(x: list[float], y: list[float]) -> float:
+    """Of a line through the logarithms."""
+    pairs = [(math.log(b / a), math.log(d / c)) for (a, b), (c, d) in zip(pairwise(x), pairwise(y), strict=True)]
+    return math.fsum(d for _, d in pairs) / math.fsum(b for b, _ in pairs)
+
+
+def _why(data: Data) -> str:
+    told = ", ".join(f"{three(_of(data, sigma, 'share_last'))} at σ = {sigma:g}" for sigma in SIGMAS)
+    lost = [_finals(data, 30.0, lr)[0] - _finals(data, 1.0, lr)[0] for lr in RATES]
+    gain = [_finals(data, 0.1, lr)[0] - _finals(data, 1.0, lr)[0] for lr in RATES]
+    return (
+        f"After training (lr {RATES[0]:g}) the share is {told}. Against σ = 1, σ = 30 costs "
+        f"{' and '.join(f'{v:+.3f}' for v in lost)} in final loss at the two rates, σ = 0.1 "
+        f"{' and '.join(f'{v:+.3f}' for v in gain)}."
+    )
+
+
+def tables(data: Data) -> list[Table]:
+    head = ["σ", "worst branch ‖J‖", "ln of product", "end-to-end", "branch gradient", "share at init", "share, end",
+            *(f"final loss, lr {lr:g}" for lr in RATES), "spiked or diverged"]  # fmt: skip
+    rows = []
+    for row in data["init"]:
+        sigma = row["sigma"]
+        finals = ["{:.3f} ± {:.3f}".format(*_finals(data, sigma, lr)) for lr in RATES]
+        runs = by(data["runs"], sigma=sigma)
+        wrong = f"{sum(run['outcome'] != 'healthy' for run in runs)} of {len(runs)}"
+        figures = [three(row[key]) for key in ("worst_branch", "product_log", "end_to_end")]
+        figures += [three(_of(data, sigma, key)) for key in ("branch_gradient", "share_first", "share_last")]
+        rows.append([f"{sigma:g}", *figures, *finals, wrong])
+    return [Table(f"By the embedding's std; gradient and shares of lr {RATES[0]:g}", head, rows)]
+
+
+def draw(data: Data, figure: Any) -> None:
+    left, right = figure.subplots(1, 2)
+    for lr, look in zip(RATES, (pictures.LOOKS["scaled-embed"], pictures.LOOKS["vanilla"]), strict=True):
+        finals = [_finals(data, sigma, lr) for sigma in SIGMAS]
+        left.errorbar(SIGMAS, [m for m, _ in finals], [s for _, s in finals], color=look.colour, marker=look.marker,
+                      markersize=5, capsize=3, label=f"lr {lr:g}")  # fmt: skip
+    left.axhline(data["pair_entropy"], color=pictures.PALE, linewidth=0.9, linestyle=(0, (4, 2)))
+    left.annotate("knows the last byte alone", (SIGMAS[0], data["pair_entropy"]), xytext=(0, 3),
+                  textcoords="offset points", fontsize=9, color=pictures.PALE)  # fmt: skip
+    pictures.logarithmic(left, "x")
+    left.set_title("(a) final loss", fontsize=10, loc="left")
+    curves = {"worst branch ‖J‖": [row["worst_branch"] for row in data["init"]],
+              "share of a branch": [_of(data, sigma, "share_first") for sigma in SIGMAS],
+              "share, after training": [_of(data, sigma, "share_last") for sigma in SIGMAS],
+              "gradient of the branches": [_of(data, sigma, "branch_gradient") for sigma in SIGMAS]}  # fmt: skip
+    for (label, values), look in zip(curves.items(), pictures.LOOKS.values(), strict=False):
+        right.plot(SIGMAS, values, color=look.colour, marker=look.marker, markersize=5, label=label)
+    pictures.logarithmic(right, "xy")
+    right.set_title("(a) what the branches have to say", fontsize=10, loc="left")
+    for axes in (left, right):
+        axes.set_xlabel("std of the embedding")
+        axes.legend(frameon=False, fontsize=9)
+
+
+PART = Part("questions-a", "Why an embedding std near 1, and not larger", estimate, measure, setup, tell, tables, draw)
