@@ -217,16 +217,16 @@ def tables(data: Data) -> list[Table]:
 def draw(data: Data, figure: Any) -> None:
     panels = figure.subplots(1, 2)
     looks = list(pictures.LOOKS.values())
-    titles = ("(b) FFN: filled Eq. 15, open `gated`", "(b) attention, Eq. 20")
+    titles = ("(b) FFN: filled Eq. 15; SwiGLU open `gated`, crosses `plain`", "(b) attention, Eq. 20")
     for axes, kind, title in zip(panels, ("mlp", "attention"), titles, strict=True):
         seen: list[float] = []
         for blocks, look in zip(KINDS, looks, strict=False):
-            for key in ("bound", "gated"):
+            for key, face in (("plain", "none"), ("bound", look.colour), ("gated", "white")):
                 found = points(data, blocks, kind, key)
-                face = "white" if key == "gated" else look.colour
                 if found:
-                    axes.plot([p[0] for p in found], [p[1] for p in found], look.marker, color=look.colour,
-                              markerfacecolor=face, markersize=4.5, label=blocks)  # fmt: skip
+                    axes.plot([p[0] for p in found], [p[1] for p in found], "x" if key == "plain" else look.marker,
+                              color=look.colour, markerfacecolor=face, markersize=3.5 if key == "plain" else 4.5,
+                              linestyle="", label="_" if key == "plain" else blocks)  # fmt: skip
                 seen += [value for p in found for value in p[:2]]
         pictures.logarithmic(axes, "xy")
         axes.plot([min(seen), max(seen)], [min(seen), max(seen)], color=pictures.PALE, linewidth=0.8)

@@ -15,7 +15,7 @@ from jacdiag.report import SublayerRecord
 from . import pictures
 from .measuring import sublayers
 from .part import Data, Options, Part, Table, mean_spread, rounded, three
-from .trainings import Trial, by, outcomes, seconds_of
+from .trainings import Trial, by, listed, outcomes, seconds_of
 
 RATES = (4e-3, 1.6e-2, 6.4e-2)
 SIZES: dict[str, Any] = {"layers": 6, "width": 64, "heads": 4, "length": 64, "steps": 200, "rows": 8}
@@ -26,6 +26,7 @@ FACTORS = (3.0, 9.0)
 SAME_PRODUCT = (("all × 3", "first, product of all × 3"), ("all × 9", "first, product of all × 9"),
                 ("all × 3", "last, product of all × 3"))  # fmt: skip
 SAME_WORST = (("all × 3", "first × 3"), ("all × 9", "first × 9"))
+PAIRED = dict.fromkeys(name for pair in (*SAME_PRODUCT, *SAME_WORST) for name in pair)
 Scales = tuple[tuple[int, float], ...]
 
 
@@ -37,22 +38,24 @@ def estimate(options: Options) -> float:
     begun = time.process_time()
     figures((), options.quick)
     each = time.process_time() - begun
-    models = {"unscaled", *(name for pair in (*SAME_PRODUCT, *SAME_WORST) for name in pair)}
-    some = [Trial(name, _setting(options.quick, lr, seed)) for name in models for lr in RATES for seed in SEEDS]
-    return 20 * each + seconds_of(some, options)
+    names = [name for name in ("unscaled", *PAIRED) if not options.quick or "9" not in name]
+    return 3 * len(names) * each + seconds_of(_trials(dict.fromkeys(names, ()), options.quick), options)
+
+
+def _trials(models: dict[str, Scales], quick: bool) -> list[Trial]:
+    return [Trial(name.replace(" ", "-"), _setting(quick, lr, seed), scales)
+            for name, scales in models.items() for lr in RATES for seed in SEEDS[: 1 if quick else None]]  # fmt: skip
 
 
 def measure(options: Options) -> Data:
     models = _models(options.quick)
     at_init = [{"name": name, "scales": list(scales), **figures(scales, options.quick)}
                for name, scales in models.items()]  # fmt: skip
-    asked = [Trial(name.replace(" ", "-"), _setting(options.quick, lr, seed), scales)
-             for name, scales in models.items() for lr in RATES for seed in SEEDS]  # fmt: skip
-    names = [name for name in models for _ in RATES for _ in SEEDS]
     runs = []
-    for name, run in zip(names, outcomes(asked, options), strict=True):
+    for run in outcomes(_trials(models, options.quick), options):
         grads = [g for g in run["grad_norm"] if math.isfinite(g)]
-        runs.append({"model": name, "grad_max": max(grads), **{k: run[k] for k in ("lr", "seed", "outcome", "final")}})
+        kept = {key: run[key] for key in ("lr", "seed", "outcome", "final")}
+        runs.append({"model": run["name"].replace("-", " "), "grad_max": max(grads), **kept})
     return rounded({"sizes": SMALL if options.quick else SIZES, "models": at_init, "runs": runs})
 
 
@@ -74,10 +77,12 @@ def _models(quick: bool) -> dict[str, Scales]:
     """One layer's factor is searched for where a product is to be met; its worst branch then differs."""
     layers = _setting(quick).shape.layers
     found: dict[str, Scales] = {"unscaled": ()}
-    for factor in FACTORS:
+    for factor in FACTORS[: 1 if quick else None]:
         found[f"all × {factor:g}"] = tuple((k, factor) for k in range(layers))
         found[f"first × {factor:g}"] = ((0, factor),)
     for whole, name in SAME_PRODUCT:
+        if whole not in found:
+            continue
         layer = 0 if name.startswith("first") else layers - 1
         target = figures(found[whole], quick)["product_log"]
         found[name] = ((layer, _meet(target, layer, quick)),)
@@ -101,17 +106,21 @@ def _meet(target: float, layer: int, quick: bool, tries: int = 5) -> float:
 
 
 # -- words -----------------------------------------------------------------------------------------------------------
+def _rates(data: Data) -> list[float]:
+    return listed(data["runs"], "lr")
+
+
 def _finals(data: Data, model: str, lr: float) -> tuple[float, float]:
     return mean_spread([float(run["final"]) for run in by(data["runs"], model=model, lr=lr)])
 
 
 def setup(data: Data) -> list[str]:
-    s = data["sizes"]
+    s, seeds = data["sizes"], len(listed(data["runs"], "seed"))
     return [
         f"scaled-embed, {s['layers']} layers, width {s['width']}; the output matrices of all layers, or of one, times "
-        f"a factor before the first step. {s['steps']} steps, {len(SEEDS)} seeds, learning rates "
-        f"{', '.join(f'{lr:g}' for lr in RATES)}. Product: of the measured ‖I + J‖ over all sub-layers (Eq. 7), its "
-        "logarithm; worst: the largest measured branch norm. Both of the first seed's model."
+        f"a factor before the first step. {s['steps']} steps, {seeds} seeds, learning rates "
+        f"{', '.join(f'{lr:g}' for lr in _rates(data))}. Product: of the measured ‖I + J‖ over all sub-layers (Eq. 7), "
+        "its logarithm; worst: the largest measured branch norm. Both of the first seed's model."
     ]
 
 
@@ -119,7 +128,7 @@ def tell(data: Data) -> list[str]:
     lines = [_pairs(data, SAME_PRODUCT, "of equal product whose worst branch differs"),
              _pairs(data, SAME_WORST, "of equal worst branch whose product differs")]  # fmt: skip
     totals = {"product_log": 0.0, "worst": 0.0}
-    for lr in RATES:
+    for lr in _rates(data):
         rho = {key: _rho(data, lr, key) for key in totals}
         totals = {key: totals[key] + rho[key] for key in totals}
         wrong = sum(run["outcome"] != "healthy" for run in by(data["runs"], lr=lr))
@@ -128,15 +137,17 @@ def tell(data: Data) -> list[str]:
             f"{rho['product_log']:.2f}, with the worst branch {rho['worst']:.2f}; {wrong} of "
             f"{len(by(data['runs'], lr=lr))} runs spiked or diverged."
         )
-    gap = (totals["product_log"] - totals["worst"]) / len(RATES)
+    gap = (totals["product_log"] - totals["worst"]) / len(_rates(data))
     better = "the product" if gap > 0 else "the worst branch"
     told = f"{better} orders the outcomes better here" if abs(gap) > 0.2 else "neither orders them clearly better"
     return [*lines, f"On average over the learning rates, {told} ({gap:+.2f} in rank correlation, product less worst)."]
 
 
 def _pairs(data: Data, pairs: tuple[tuple[str, str], ...], what: str) -> str:
+    known = {model["name"] for model in data["models"]}
+    pairs = tuple(pair for pair in pairs if known.issuperset(pair))
     told = []
-    for lr in RATES:
+    for lr in _rates(data):
         gaps = [_finals(data, one, lr)[0] - _finals(data, whole, lr)[0] for whole, one in pairs]
         told.append(f"{', '.join(f'{gap:+.3f}' for gap in gaps)} at lr {lr:g}")
     named = "; ".join(f"{one} less {whole}" for whole, one in pairs)
@@ -149,12 +160,12 @@ def _rho(data: Data, lr: float, key: str) -> float:
 
 
 def tables(data: Data) -> list[Table]:
-    head = ["model", "factor", "ln of product", "worst ‖J‖", *(f"final loss, lr {lr:g}" for lr in RATES),
+    head = ["model", "factor", "ln of product", "worst ‖J‖", *(f"final loss, lr {lr:g}" for lr in _rates(data)),
             "spiked or diverged"]  # fmt: skip
     rows = []
     for model in data["models"]:
         name, runs = model["name"], by(data["runs"], model=model["name"])
-        finals = ["{:.3f} ± {:.3f}".format(*_finals(data, name, lr)) for lr in RATES]
+        finals = ["{:.3f} ± {:.3f}".format(*_finals(data, name, lr)) for lr in _rates(data)]
         factor = three(model["scales"][0][1]) if model["scales"] else "1"
         wrong = f"{sum(run['outcome'] != 'healthy' for run in runs)} of {len(runs)}"
         rows.append([name, factor, three(model["product_log"]), three(model["worst"]), *finals, wrong])
@@ -164,9 +175,9 @@ def tables(data: Data) -> list[Table]:
 def draw(data: Data, figure: Any) -> None:
     panels = figure.subplots(1, 2, sharey=True)
     looks = (pictures.LOOKS["scaled-embed"], pictures.LOOKS["embed-ln"], pictures.LOOKS["vanilla"])
-    for axes, key, title in zip(panels, ("product_log", "worst"), ("ln of the product over depth", "worst ‖J‖"),
-                                strict=True):  # fmt: skip
-        for lr, look in zip(RATES, looks, strict=True):
+    titles = {"product_log": "ln of the product over depth", "worst": "worst ‖J‖"}
+    for axes, (key, title) in zip(panels, titles.items(), strict=True):
+        for lr, look in zip(_rates(data), looks, strict=False):
             finals = [_finals(data, model["name"], lr) for model in data["models"]]
             axes.errorbar([model[key] for model in data["models"]], [m for m, _ in finals], [s for _, s in finals],
                           fmt=look.marker, color=look.colour, markersize=5, capsize=3,

@@ -127,3 +127,19 @@ def thinned(values: Sequence[float], parts: int = 100) -> list[float]:
 def by(runs: Sequence[Data], **wanted: Any) -> list[Data]:
     """The runs that have these values."""
     return [run for run in runs if all(run[key] == value for key, value in wanted.items())]
+
+
+def listed(runs: Sequence[Data], key: str) -> list[Any]:
+    """The values that runs have, ascending."""
+    return sorted({run[key] for run in runs})
+
+
+def gaps(runs: Sequence[Data], others: Sequence[Data]) -> list[float]:
+    """Final losses less those of other runs, seed by seed: runs of one seed see the same batches."""
+    theirs = {run["seed"]: float(run["final"]) for run in others}
+    return [float(run["final"]) - theirs[run["seed"]] for run in runs if run["seed"] in theirs]
+
+
+def agreed(differences: Sequence[float]) -> bool:
+    """Whether several seeds all say which of two is better."""
+    return len(differences) > 1 and (all(d > 0 for d in differences) or all(d < 0 for d in differences))
