@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from . import figure2, figures34, questions
-from .part import Options, Part, single_thread, write
+from .part import Data, Options, Part, single_thread, write
 
 PARTS: dict[str, Part] = {
     part.name: part for part in (figure2.PART, figures34.PART, questions.PART, *questions.PARTS.values())
@@ -39,19 +39,31 @@ def main() -> None:
         run(PARTS[name], options, asked.out, redraw=asked.redraw)
 
 
-def run(part: Part, options: Options, out: Path, *, redraw: bool = False) -> None:
-    """Runs one part, or makes its tables and picture again from the numbers that are there."""
+def run(part: Part, options: Options, out: Path, *, redraw: bool = False) -> Data:
+    """Runs one part, or makes its tables and picture again from the numbers that are there; returns them."""
     if redraw:
-        data = json.loads((out / f"{part.name}.json").read_text(encoding="utf-8"))
+        data = kept(part, out)
     else:
         seconds = part.estimate(options)
         print(f"{part.name}: about {told(seconds)} of one core; {options.jobs} at once, if they are free", flush=True)
         begun = time.perf_counter()
-        data = part.measure(options)
+        if part.measure is not None:
+            data = part.measure(options)
+        else:
+            data = {key: run(inner, options, out) for key, inner in part.parts.items()}
         print(f"{part.name}: done after {told(time.perf_counter() - begun)}", flush=True)
     write(part, data, out)
-    for sentence in part.tell(data):
+    for sentence in () if part.parts else part.tell(data):
         print(f"  {sentence}")
+    return data
+
+
+def kept(part: Part, out: Path) -> Data:
+    """The numbers of an earlier call: of the parts of a part where all are there."""
+    if part.parts and all((out / f"{inner.name}.json").exists() for inner in part.parts.values()):
+        return {key: kept(inner, out) for key, inner in part.parts.items()}
+    found: Data = json.loads((out / f"{part.name}.json").read_text(encoding="utf-8"))
+    return found
 
 
 def told(seconds: float) -> str:

@@ -17,8 +17,8 @@ from .measuring import sublayers
 from .part import Data, Options, Part, Table, mean_spread, rounded, three
 from .trainings import Trial, by, listed, outcomes, seconds_of
 
-RATES = (4e-3, 1.6e-2, 6.4e-2)
-SIZES: dict[str, Any] = {"layers": 6, "width": 64, "heads": 4, "length": 64, "steps": 200, "rows": 8}
+RATES = (8e-3, 6.4e-2)
+SIZES: dict[str, Any] = {"layers": 6, "width": 64, "heads": 4, "length": 64, "steps": 150, "rows": 8}
 SMALL: dict[str, Any] = {"layers": 2, "width": 16, "heads": 2, "length": 16, "steps": 20, "rows": 2}
 SEEDS = (0, 1)
 FACTORS = (3.0, 9.0)
@@ -174,7 +174,7 @@ def tables(data: Data) -> list[Table]:
 
 def draw(data: Data, figure: Any) -> None:
     panels = figure.subplots(1, 2, sharey=True)
-    looks = (pictures.LOOKS["scaled-embed"], pictures.LOOKS["embed-ln"], pictures.LOOKS["vanilla"])
+    looks = (pictures.LOOKS["scaled-embed"], pictures.LOOKS["vanilla"], pictures.LOOKS["xavier"])
     titles = {"product_log": "ln of the product over depth", "worst": "worst ‖J‖"}
     for axes, (key, title) in zip(panels, titles.items(), strict=True):
         for lr, look in zip(_rates(data), looks, strict=False):

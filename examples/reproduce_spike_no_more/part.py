@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -56,20 +56,22 @@ class Part:
 
     Attributes:
         estimate: seconds of one core, from a short trial on this machine.
-        measure: does the work; plain data, the same for the same options on the same machine.
+        measure: does the work; plain data, the same for the same options on the same machine. None where `parts` do.
         setup, tell, tables, draw: of that data alone, so that a picture can be made again without the work.
         size: of the picture in inches.
+        parts: what this one is put together from, by the keys of its data; then nothing is measured beside them.
     """
 
     name: str
     title: str
     estimate: Callable[[Options], float]
-    measure: Callable[[Options], Data]
+    measure: Callable[[Options], Data] | None
     setup: Callable[[Data], list[str]]
     tell: Callable[[Data], list[str]]
     tables: Callable[[Data], list[Table]]
     draw: Callable[[Data, FigureBase], None]
     size: tuple[float, float] = (11.0, 4.4)
+    parts: Mapping[str, Part] = field(default_factory=dict)
 
 
 def write(part: Part, data: Data, folder: Path) -> None:

@@ -14,10 +14,6 @@ def estimate(options: Options) -> float:
     return sum(part.estimate(options) for part in PARTS.values())
 
 
-def measure(options: Options) -> Data:
-    return {key: part.measure(options) for key, part in PARTS.items()}
-
-
 def setup(data: Data) -> list[str]:
     lines = []
     for key, part in PARTS.items():
@@ -40,5 +36,5 @@ def draw(data: Data, figure: Any) -> None:
         part.draw(data[key], row)
 
 
-PART = Part("questions", "Questions that the paper leaves open", estimate, measure, setup, tell, tables, draw,
-            (11.0, 12.0))  # fmt: skip
+PART = Part("questions", "Questions that the paper leaves open", estimate, None, setup, tell, tables, draw,
+            (11.0, 12.0), PARTS)  # fmt: skip

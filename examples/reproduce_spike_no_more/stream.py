@@ -23,7 +23,7 @@ from scipy.special import erf
 from jacdiag.measure.weights import bound_ffn
 from jacdiag.sources import gpt
 
-_NODES = 61
+_NODES = 24
 
 
 @dataclass(frozen=True)
