@@ -49,8 +49,10 @@ def build(kind: str, init: Init, layers: int = LAYERS) -> nn.Module:
     """A small model of transformers' own classes, drawn as the init says from torch's global generator."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
-    common = {"hidden_size": WIDTH, "num_hidden_layers": layers, "num_attention_heads": 4, "vocab_size": VOCABULARY,
-              "max_position_embeddings": LENGTH, "attn_implementation": "eager", "use_cache": False}  # fmt: skip
+    common: dict[str, Any] = {
+        "hidden_size": WIDTH, "num_hidden_layers": layers, "num_attention_heads": 4, "vocab_size": VOCABULARY,
+        "max_position_embeddings": LENGTH, "attn_implementation": "eager", "use_cache": False,
+    }  # fmt: skip
     model: nn.Module
     if kind in ("two-matrix FFN", "parallel"):
         model = GPTNeoXForCausalLM(

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import FigureBase
 
 Data = dict[str, Any]
-Item, Made = TypeVar("Item"), TypeVar("Made")
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 _STYLE = {"font.size": 10.0, "font.family": "DejaVu Sans", "axes.spines.top": False, "axes.spines.right": False}
 
 
