@@ -115,7 +115,17 @@ def tell(data: Data) -> list[str]:
             f"no worse at one seed at least: {', '.join(tied) or 'none'}; "
             f"{wrong} of {len(by(data['runs'], lr=lr))} runs spiked or diverged."
         )
-    return [*lines, _fade(data), _why(data)]
+    return [*lines, _regret(data), _fade(data), _why(data)]
+
+
+def _regret(data: Data) -> str:
+    """What each size costs where the learning rate suits it least."""
+    finals = {s: [_finals(data, s, lr)[0] for lr in _rates(data)] for s in _sigmas(data)}
+    best = [min(at) for at in zip(*finals.values(), strict=True)]
+    worst = {s: max(f - b for f, b in zip(at, best, strict=True)) for s, at in finals.items()}
+    told = ", ".join(f"{cost:.3f} at σ = {s:g}" for s, cost in worst.items())
+    least = min(worst, key=lambda s: worst[s])
+    return f"Loss over the best of all sizes, at the rate that suits a size least: {told}; least at σ = {least:g}."
 
 
 def _fade(data: Data) -> str:
@@ -161,12 +171,13 @@ def tables(data: Data) -> list[Table]:
 
 def draw(data: Data, figure: Any) -> None:
     left, right = figure.subplots(1, 2)
-    for lr, look in zip(_rates(data), (pictures.LOOKS["scaled-embed"], pictures.LOOKS["vanilla"]), strict=True):
+    looks = (pictures.LOOKS["scaled-embed"], pictures.LOOKS["vanilla"])
+    for lr, look, aside in zip(_rates(data), looks, (0.96, 1.04), strict=True):
         finals = [_finals(data, sigma, lr) for sigma in _sigmas(data)]
-        left.errorbar(_sigmas(data), [m for m, _ in finals], [s for _, s in finals], color=look.colour,
+        left.errorbar([aside * sigma for sigma in _sigmas(data)], [m for m, _ in finals], [s for _, s in finals], color=look.colour,
                       marker=look.marker, markersize=5, capsize=3, label=f"lr {lr:g}")  # fmt: skip
     left.axhline(data["pair_entropy"], color=pictures.PALE, linewidth=0.9, linestyle=(0, (4, 2)))
-    left.annotate("knows the last byte alone", (_sigmas(data)[0], data["pair_entropy"]), xytext=(0, 3),
+    left.annotate("knows the last byte alone", (_sigmas(data)[0], data["pair_entropy"]), xytext=(-8, -11),
                   textcoords="offset points", fontsize=9, color=pictures.PALE)  # fmt: skip
     pictures.logarithmic(left, "x")
     left.set_title("(a) final loss", fontsize=10, loc="left")

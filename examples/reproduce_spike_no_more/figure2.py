@@ -45,7 +45,8 @@ def estimate(options: Options) -> float:
 def measure(options: Options) -> Data:
     sizes, layers = _sizes(options.quick)
     asked = [(recipe, sizes, layers) for recipe in FIGURE2]
-    found = dict(zip(FIGURE2, in_parallel(_measured, asked, options.jobs), strict=True))
+    rows: list[list[Data]] = list(in_parallel(_measured, asked, options.jobs))
+    found = dict(zip(FIGURE2, rows, strict=True))
     data: Data = {
         "shape": sizes, "probe": PROBE, "paper_length": LENGTH, "layers": list(layers),
         "first_ffn": {r: initial_bound(r, sizes["n_layer"], sizes["n_embd"]) for r in FIGURE2},
@@ -65,7 +66,7 @@ def _measured(asked: tuple[str, dict[str, Any], tuple[int, ...]]) -> list[Data]:
     recipe, sizes, layers = asked
     rows = []
     for k, records in layer_by_layer(recipe, _config(sizes, PROBE), PROBE, layers, seed=0, effort=EFFORT):
-        rows.append({"layer": k, **{record.kind: _row(record) for record in records}})
+        rows.append({"layer": k, **{str(record.kind): _row(record) for record in records}})
         print(f"  {recipe}: layer {k + 1} of {sizes['n_layer']}", flush=True)
     return rows
 
