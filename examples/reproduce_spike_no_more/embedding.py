@@ -174,15 +174,16 @@ def draw(data: Data, figure: Any) -> None:
     looks = (pictures.LOOKS["scaled-embed"], pictures.LOOKS["vanilla"])
     for lr, look, aside in zip(_rates(data), looks, (0.96, 1.04), strict=True):
         finals = [_finals(data, sigma, lr) for sigma in _sigmas(data)]
-        left.errorbar([aside * sigma for sigma in _sigmas(data)], [m for m, _ in finals], [s for _, s in finals], color=look.colour,
-                      marker=look.marker, markersize=5, capsize=3, label=f"lr {lr:g}")  # fmt: skip
+        x = [aside * sigma for sigma in _sigmas(data)]
+        left.errorbar(x, [m for m, _ in finals], [s for _, s in finals], color=look.colour, marker=look.marker,
+                      markersize=5, capsize=3, label=f"lr {lr:g}")  # fmt: skip
     left.axhline(data["pair_entropy"], color=pictures.PALE, linewidth=0.9, linestyle=(0, (4, 2)))
-    left.annotate("knows the last byte alone", (_sigmas(data)[0], data["pair_entropy"]), xytext=(-8, -11),
-                  textcoords="offset points", fontsize=9, color=pictures.PALE)  # fmt: skip
+    left.annotate("last byte alone", (_sigmas(data)[0], data["pair_entropy"]), xytext=(-8, 3),
+                  textcoords="offset points", fontsize=8, color=pictures.PALE)  # fmt: skip
     pictures.logarithmic(left, "x")
     left.set_title("(a) final loss", fontsize=10, loc="left")
     curves = {"worst branch ‖J‖": [row["worst_branch"] for row in data["init"]],
-              "share of a branch": [_of(data, sigma, "share_first") for sigma in _sigmas(data)],
+              "share, at init": [_of(data, sigma, "share_first") for sigma in _sigmas(data)],
               "share, after training": [_of(data, sigma, "share_last") for sigma in _sigmas(data)],
               "gradient of the branches": [_of(data, sigma, "branch_gradient") for sigma in _sigmas(data)]}  # fmt: skip
     for (label, values), look in zip(curves.items(), pictures.LOOKS.values(), strict=False):
