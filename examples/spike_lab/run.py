@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,12 +104,17 @@ def _batch(setting: Setting, step: int) -> tuple[Tensor, Tensor]:
 
 
 # -- the run -----------------------------------------------------------------------------------------------------------
-def train(setting: Setting, folder: Path, *, device: str = "cpu", limit_s: float = math.inf, every: int = 100) -> bool:
+def train(
+    setting: Setting, folder: Path, *, device: str = "cpu", limit_s: float = math.inf, every: int | None = 100,
+    stats_every: int | None = None, audit: bool = True, prepare: Callable[[Model], Any] | None = None,
+) -> bool:  # fmt: skip
     """Runs, or goes on with, one setting. Returns whether it is whole; False where `limit_s` seconds were not enough.
 
     Args:
         folder: of this run; made if need be.
-        every: steps between probes of the watch.
+        every, stats_every: cadences of the watch.
+        audit: measure the untrained model first.
+        prepare: changes the untrained model, where no factor of the setting says what is wanted.
     """
     if (folder / "done").exists():
         return True
@@ -117,8 +123,10 @@ def train(setting: Setting, folder: Path, *, device: str = "cpu", limit_s: float
     (folder / "factors.json").write_text(json.dumps(setting.factors(), indent=1) + "\n", encoding="utf-8")
     torch.manual_seed(setting.seed)
     model = Model(setting.shape).to(device)
+    if prepare is not None:
+        prepare(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=setting.lr, betas=(0.9, setting.beta2), weight_decay=0.1)
-    if not (folder / "audit.json").exists():
+    if audit and not (folder / "audit.json").exists():
         ids, _ = batch(0, setting.seed, 2, setting.shape.length)
         report = jacdiag.audit(model, ids.to(device), seed=setting.seed, lr=setting.lr, warmup=setting.warmup,
                                beta2=setting.beta2, state="init", tol=0.1)  # fmt: skip
@@ -128,7 +136,7 @@ def train(setting: Setting, folder: Path, *, device: str = "cpu", limit_s: float
         model.load_state_dict(held["model"])
         optimizer.load_state_dict(held["optimizer"])
         first = held["step"] + 1
-    with jacdiag.watch(model, optimizer, log_dir=folder, every=every, stats_every=None, quiet=True,
+    with jacdiag.watch(model, optimizer, log_dir=folder, every=every, stats_every=stats_every, quiet=True,
                        resume=held is not None) as w:  # fmt: skip
         if held is not None:
             w.load_state_dict(held["watch"])
