@@ -21,8 +21,8 @@ import jacdiag
 
 
 def row(name: str, source: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One checkpoint: decided, so that a sweep costs little; figures that were not measured are null."""
-    report = jacdiag.audit(source, model=options.model, batch=1, seq=options.seq, tokens=options.tokens, decide=True)
+    """One checkpoint, every norm to its width; figures that were not measured are null."""
+    report = jacdiag.audit(source, model=options.model, batch=1, seq=options.seq, tokens=options.tokens)
     measured = [r for r in report.sublayers if r.branch_norm is not None]
     worst = max(measured, key=lambda r: r.branch_norm.estimate, default=None)
     interval = None if worst is None else [worst.branch_norm.lower, worst.branch_norm.upper]

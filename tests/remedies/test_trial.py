@@ -250,7 +250,7 @@ def test_a_chance_calls_for_a_remedy_and_counts_only_where_it_is_given(tmp_path:
     curve = RiskCurve("pre", "worst branch norm", [-3.0, 3.0, 0.0], [[0.0] * 3] * 3, ranges, 10, 5, "made up")
     path = tmp_path / "risk.toml"
     path.write_text(written(RiskTable({"pre": curve})), encoding="utf-8")
-    report = audited("vanilla", decide=False, lr=0.1, risk=str(path), select=["JD105"])
+    report = audited("vanilla", decide=False, lr=0.1, risk=str(path), select=["JD105"], tol=0.3)
     assert report.risk is not None and report.risk.chance is not None and report.risk.chance > 0.5
     assert loud(report) == ["JD105"] and report.remedies[0].codes == ["JD105"]
     if least == 3.0:
