@@ -86,6 +86,8 @@ def test_a_layer_alone_measures_as_it_does_in_the_whole_stack() -> None:
 # -- training ----------------------------------------------------------------------------------------------------------
 def test_a_trial_gives_the_same_numbers_again_and_its_scales_touch_one_layer(tmp_path: Path) -> None:
     trial = Trial("one", Setting.of({**TINY, "recipe": "scaled-embed"}), ((1, 3.0),))
+    (tmp_path / "b" / trial.folder).mkdir(parents=True)
+    (tmp_path / "b" / trial.folder / "run.jsonl").write_text('{"type": "run"}\n')  # was cut short at its first step
     first, again = (outcomes([trial], part.Options(runs=tmp_path / name))[0] for name in ("a", "b"))
     assert first == again and len(first["loss"]) == TINY["steps"] and len(first["shares"]) == 2
     plain, scaled = Trial("zero", trial.setting).model().state_dict(), trial.model().state_dict()

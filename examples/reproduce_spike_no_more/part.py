@@ -32,7 +32,7 @@ class Options:
     Attributes:
         runs: folder of training runs; one that is whole is not run again.
         jobs: processes at once, one thread each.
-        quick: sizes of seconds, to see that it works; its numbers say nothing.
+        quick: tiny sizes, to see that it works; its numbers say nothing.
     """
 
     runs: Path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,6 +75,8 @@ def outcomes(trials: Sequence[Trial], options: Options) -> list[Data]:
 
 def _run(asked: tuple[Trial, Path]) -> Data:
     trial, folder = asked
+    if not any((folder / name).exists() for name in ("done", "state.pt")):
+        shutil.rmtree(folder, ignore_errors=True)  # cut short before its first state: nothing to go on from
     train(trial.setting, folder, every=None, stats_every=trial.setting.steps, audit=False, prepare=trial.prepare)
     (run,) = read_runs([folder])
     log = read_run(folder / RUN_FILE)
