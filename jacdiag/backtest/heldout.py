@@ -112,7 +112,7 @@ def _fitted(board: Board, figure: Floats, chosen: Bools, times: int) -> Curve | 
     return fit(figure[chosen], board.rates[chosen], board.wrong[chosen], clusters, times=times)
 
 
-def curves(board: Board, times: int, source: str = "") -> dict[str, RiskCurve]:
+def curves(board: Board, times: int) -> dict[str, RiskCurve]:
     """One curve per placement from all runs, for `report/risk.toml`. Its quality is what `held_out` says."""
     found = {}
     for stratum in dict.fromkeys(board.strata):
@@ -128,6 +128,6 @@ def curves(board: Board, times: int, source: str = "") -> dict[str, RiskCurve]:
         ranges = {f: [float(v.min()), float(v.max())] for f, v in spans.items() if v.size}
         found[stratum] = RiskCurve(
             stratum, name, curve.coefficients.tolist(), curve.covariance.tolist(), ranges,
-            len(used), int(board.wrong[used].sum()), source,
+            len(used), int(board.wrong[used].sum()), f"jacdiag backtest of {len(board.wrong)} runs",
         )  # fmt: skip
     return found

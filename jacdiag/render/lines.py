@@ -100,9 +100,9 @@ def _risk(report: Report) -> Line | None:
     risk = report.risk
     if risk is None:
         return None
-    if risk.chance is None or risk.lower is None or risk.upper is None:
+    if risk.chance is None:
         return Line("risk", f"no chance is given: {risk.reason}")
-    text = f"at lr {three(risk.lr or 0.0)} a chance of {risk.chance:.0%} [{risk.lower:.0%}, {risk.upper:.0%}] to go "
+    text = f"at lr {three(risk.lr or 0.0)} a chance of {risk} to go "
     text += f"wrong, from {risk.figure} {three(risk.value or 0.0)}; calibrated on {risk.range}"
     finding = next((finding for finding in report.findings if finding.code == "JD105"), None)
     level, code = (finding.level, finding.code) if finding else ("", "")

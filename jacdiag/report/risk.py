@@ -49,6 +49,12 @@ class Risk(Record):
     source: str = ""
     reason: str = ""
 
+    def __str__(self) -> str:
+        """ "31% [18%, 47%]", or why there is none."""
+        if self.chance is None or self.lower is None or self.upper is None:
+            return self.reason
+        return f"{self.chance:.0%} [{self.lower:.0%}, {self.upper:.0%}]"
+
 
 @dataclass(frozen=True)
 class RiskCurve(Record):

@@ -61,12 +61,6 @@ def _outside(ranges: Mapping[str, list[float]], values: Mapping[str, float | Non
     return found
 
 
-def percent(risk: Risk) -> str:
-    """ "31% [18%, 47%]"."""
-    assert risk.chance is not None and risk.lower is not None and risk.upper is not None
-    return f"{risk.chance:.0%} [{risk.lower:.0%}, {risk.upper:.0%}]"
-
-
 def _risk(context: Context, rule: Rule) -> Outcome:
     risk = context.report.risk
     if risk is None:
@@ -77,11 +71,11 @@ def _risk(context: Context, rule: Rule) -> Outcome:
     beyond: list[Level] = [cut for cut in LEVELS if (limit := getattr(limits, cut)) is not None and risk.lower > limit]
     if not beyond:
         across = [limit for limit in limits.cuts if limit < risk.upper]
-        note = f"the chance is {percent(risk)}: {across[0]:.0%} lies inside" if across else ""
+        note = f"the chance is {risk}: {across[0]:.0%} lies inside" if across else ""
         return Outcome(1, undecided=["risk"] if across else [], note=note)
     cut = beyond[-1]
     limit = getattr(limits, cut)
-    told = f"a chance of {percent(risk)} to go wrong at lr {risk.lr:g}, as recorded runs tell it"
+    told = f"a chance of {risk} to go wrong at lr {risk.lr:g}, as recorded runs tell it"
     what = f"{told} ({cut} above {limit:.0%})"
     evidence = {"field": "risk", "value": risk.chance, "lower": risk.lower, "upper": risk.upper, "threshold": limit,
                 "figure": risk.figure, "figure_value": risk.value, "lr": risk.lr, "range": risk.range}  # fmt: skip

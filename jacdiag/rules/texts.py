@@ -103,10 +103,10 @@ resampled runs. Outside of the widths, depths, rates and figures that were run t
 report says which one is outside.""",
     why="""\
 The same init is harmless at one learning rate and breaks a run at another; neither the figure nor the rate
-says it alone. docs/evidence.md tells how well the curve foretold runs that it had not seen.""",
+says it alone. How well curves foretell runs that they have not seen, jacdiag backtest --hold-out says.""",
     example="""\
-d 64, 6 layers, vanilla init, pre-norm at a learning rate of 0.06, where the curve was fitted. A model of
-d 4,096 is outside of every curve that ships: no chance is given.""",
+A curve fitted on runs of d 32 to 128 says something of d 64 and nothing of d 4,096: there no chance is
+given. No curve ships yet.""",
     remedy="""\
 A lower peak learning rate, or the init that JD101 and JD102 ask for. Fit a curve on your own runs:
 jacdiag backtest RUN... --write-risk FILE, and name the file as `risk` in [tool.jacdiag].""",

@@ -52,7 +52,7 @@ class Operator:
     def steps(self, way: Way, vector: Tensor) -> Steps:
         """The product as a routine that asks for products with Jacobians instead of making them (`together.py`)."""
         return self._push(vector) if way == "push" else self._pull(vector)
-        yield
+        yield  # never reached: it makes this a routine, one that asks for nothing
 
     @property
     def jacobians(self) -> tuple[JacobianOperator, ...]:

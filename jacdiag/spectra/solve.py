@@ -149,7 +149,7 @@ def inherited(operator: Operator, vectors: Tensor, upper: Array, *, confidence: 
 
 def _stop(
     finite: bool, exact: NDArray[np.bool_], low: Array, high: Array, tol: float,
-    decide: Callable[[float, float], bool] | None, early: bool, products: int, budget: int,
+    decide: Decide | None, early: bool, products: int, budget: int,
 ) -> Stop | None:  # fmt: skip
     if not finite:
         return Stop.NON_FINITE
