@@ -98,6 +98,22 @@ def own_account(loop: Loop, steps: int, folder: Path) -> dict[str, Any]:
             "host_syncs": syncs.get("host_syncs"), "wall": round(statistics.median(opened), 4)}  # fmt: skip
 
 
+def reading(loop: Loop, steps: int) -> dict[str, Any]:
+    """The floor of per-step figures: every gradient read once, by `torch.sum`, where the watch would read it."""
+    spent: list[float] = []
+
+    def read(loss: Tensor, norm: Tensor) -> None:
+        begun = time.perf_counter()
+        for p in loop.model.parameters():
+            if p.grad is not None:
+                p.grad.sum()
+        spent.append(time.perf_counter() - begun)
+
+    whole = [loop.step(read, before=True) for _ in range(steps)]
+    seconds, plain = statistics.mean(spent), statistics.median(whole) - statistics.mean(spent)
+    return {"seconds_per_step": round(seconds, 5), "share": round(seconds / plain, 5)}
+
+
 def probes(loop: Loop, folder: Path, times: int) -> dict[str, Any]:
     """Statistics and probes as a run pays for them: announced, and measured on every other step."""
     with jacdiag.watch(loop.model, loop.optimizer, log_dir=folder, every=2, stats_every=1, quiet=True) as w:
@@ -137,6 +153,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         found["own_account"] = own_account(loop, 2 if quick else 8, folder / "own")
+        found["reading_gradients_once"] = reading(loop, 2 if quick else 14)
         found["probe"] = probes(loop, folder / "probe", 3)
         found["contests"] = {}
         for k, watcher in enumerate(WATCHERS):
@@ -152,7 +169,8 @@ def main() -> None:
 
 def _print(found: dict[str, Any]) -> None:
     own, probe = found["own_account"], found["probe"]
-    print("own account:", ", ".join(f"{k} {v:.2%}" for k, v in own["share"].items()), f"of {own['step_seconds']} s")
+    print("own account:", ", ".join(f"{k} {v:.2%}" for k, v in own["share"].items()), f"of {own['step_seconds']} s;",
+          f"reading all gradients once {found['reading_gradients_once']['share']:.2%}")  # fmt: skip
     print(f"statistics {probe['statistics_share_at_default']:.2%} at every {STATS_EVERY} steps, "
           f"probe {probe['probe_share_at_default']:.2%} at every {EVERY}; announced / measured "
           f"{probe['announced_over_median']}, intervals {probe['interval_width_median']:.1%} wide")  # fmt: skip

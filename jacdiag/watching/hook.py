@@ -141,13 +141,15 @@ class Watch:
         self.usage.optimiser_steps()
         if not closure:
             self._gradients(optimiser)
+        taken = time.perf_counter()
+        self.clock.charge("figures", taken - begun)
         figures = self.tiers.figures
         with self.guards.part("updates", _NO_UPDATES):
             if figures is not None and self.updates and self.guards.on("updates") and self.guards.on("figures"):
                 if self.turn is None or self.turn.groups is not figures.groups:
                     self.turn = UpdateTurn(figures.groups)
                 self.turn.open(_held(optimiser), closure)
-        self.clock.charge("figures", time.perf_counter() - begun)
+        self.clock.charge("updates", time.perf_counter() - taken)
 
     def _behind(self, optimiser: Optimizer, closure: bool) -> None:
         begun = time.perf_counter()

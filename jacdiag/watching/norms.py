@@ -28,16 +28,17 @@ def square_sums(tensors: Sequence[Tensor | None], device: torch.device | None = 
     present = [(k, _values(t)) for k, t in enumerate(tensors) if t is not None]
     if device is None:
         device = present[0][1].device if present else torch.device("cpu")
-    found = [torch.zeros((), dtype=widest(device), device=device)] * len(tensors)
+    found = torch.zeros(len(tensors), dtype=widest(device), device=device)
     for where in {t.device for _, t in present}:
         here = [(k, t) for k, t in present if t.device == where]
         if where.type == "cpu":
-            sums = [_chunked(t) for _, t in here]
+            sums = _chunked([t for _, t in here])
         else:
-            sums = [n.to(widest(where)).square() for n in torch._foreach_norm([t for _, t in here], 2, torch.float32)]
-        for (k, _), value in zip(here, sums, strict=True):
-            found[k] = value.to(device, widest(device), non_blocking=True)
-    return torch.stack(found) if found else torch.zeros(0, dtype=widest(device), device=device)
+            norms = torch._foreach_norm([t for _, t in here], 2, torch.float32)
+            sums = torch.stack(norms).to(widest(where)).square()
+        places = torch.tensor([k for k, _ in here], dtype=torch.long, device=device)
+        found.index_copy_(0, places, sums.to(device, found.dtype, non_blocking=True))
+    return found
 
 
 def widest(device: torch.device) -> torch.dtype:
@@ -52,15 +53,23 @@ def _values(t: Tensor) -> Tensor:
     return torch.view_as_real(t) if t.is_complex() else t
 
 
-def _chunked(t: Tensor) -> Tensor:
-    flat = _flat(t)
-    dtype = torch.float64 if flat.dtype is torch.float64 else torch.float32
-    whole = flat.numel() // _CHUNK * _CHUNK
-    total = torch.linalg.vector_norm(flat[whole:], dtype=dtype).double().square()
-    if whole:
-        chunks = torch.linalg.vector_norm(flat[:whole].view(-1, _CHUNK), dim=1, dtype=dtype)
-        total = total + chunks.double().square().sum()
-    return total
+def _chunked(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of squares of each of some tensors on a CPU: one norm for all its whole chunks, one for what is left."""
+    norms: list[Tensor] = []
+    counts: list[int] = []
+    for t in tensors:
+        flat = _flat(t)
+        dtype = torch.float64 if flat.dtype is torch.float64 else torch.float32
+        whole = flat.numel() // _CHUNK
+        if whole:
+            norms.append(torch.linalg.vector_norm(flat[: whole * _CHUNK].view(whole, _CHUNK), dim=1, dtype=dtype))
+        left = flat.numel() > whole * _CHUNK
+        if left:
+            norms.append(torch.linalg.vector_norm(flat[whole * _CHUNK :], dim=0, keepdim=True, dtype=dtype))
+        counts.append(whole + left)
+    owner = torch.arange(len(tensors)).repeat_interleave(torch.tensor(counts))
+    squares = torch.cat(norms).double().square() if norms else torch.zeros(0, dtype=torch.float64)
+    return torch.zeros(len(tensors), dtype=torch.float64).index_add_(0, owner, squares)
 
 
 def _flat(t: Tensor) -> Tensor:
