@@ -16,9 +16,9 @@ from jacdiag.auditing.stamp import stamp
 from jacdiag.errors import UsageError
 from jacdiag.measure.weights import weights_report
 from jacdiag.ranks import Ranks, enlisted, fingerprint
-from jacdiag.report import Plan, Report
+from jacdiag.report import FiguresRecord, Plan, Report
 from jacdiag.report.thresholds import load_thresholds
-from jacdiag.rules import checked_contract, evaluate
+from jacdiag.rules import checked_contract
 from jacdiag.sources import Source, load
 from jacdiag.sources.device import current, pick
 from jacdiag.trace import Declaration
@@ -82,6 +82,7 @@ def audit(
     optimizer: Any = None,
     products: bool = True,
     remedies: Literal["none", "first", "all", "begun"] = "none",
+    baseline: FiguresRecord | None = None,
     progress: Progress | None = None,
     ranks: Ranks | bool = False,
 ) -> AuditReport:
@@ -110,6 +111,8 @@ def audit(
         products: False leaves the Jacobians out, and judges the init contract alone; any size of model.
         remedies: what to try on copies of the model where a condition or the init contract is broken: "first" ends with
             the smallest change that is enough, "all" tries every one, "begun" those that a run that has begun can take.
+        baseline: figures of `jacdiag.gate.read_baseline`, for JD110. One seed is held against them here; a `gate` holds
+            several, and writes them.
         progress: told about the work done.
         ranks: share the work with the other processes that torchrun started; each must call this, with the same
             arguments, and each gets the whole report. Never done unasked: a training loop may audit on one rank only.
@@ -136,10 +139,11 @@ def audit(
             loaded, inputs, tokens, input_factory, batch, seq, seed, device, DTYPES[dtype], tol, confidence, decide,
             state, Plan(lr, warmup, clip, beta2), profile, tuple(select), tuple(ignore), limits, max_products,
             tuple(declarations(declared)), progress, crew, checked_contract(contract), optimizer, products, remedies,
+            baseline,
         )  # fmt: skip
         made = None if loaded.model is None else Audit(request)
         report = _weights_only(request) if made is None else made.run()
-        report = evaluate(report, thresholds=limits, profile=profile, select=request.select, ignore=request.ignore)
+        report = request.judged(report)
         if made is not None:
             report = with_remedies(request, made, report)
     return AuditReport(**{f.name: getattr(report, f.name) for f in fields(Report)})

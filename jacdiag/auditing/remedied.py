@@ -19,7 +19,6 @@ from jacdiag.ranks import Alone
 from jacdiag.remedies import Bench, aims, remedies_for, tried
 from jacdiag.report import Report
 from jacdiag.report.remedy import with_fixes
-from jacdiag.rules import evaluate
 from jacdiag.sources import Source, load
 
 WAYS = ("none", "first", "all", "begun")
@@ -81,7 +80,7 @@ def _teller(request: Request, count: int) -> Any:
 
 def _bench(request: Request, audit: Audit, report: Report) -> Bench:
     decayed = [] if request.optimizer is None else decayed_by(audit.model, request.optimizer)
-    decide = "JD105" not in aims(report)  # a chance rests on figures of their full width
+    decide = not {"JD104", "JD105", "JD110"} & set(aims(report))  # these rest on figures of their full width
 
     def again(model: nn.Module, spared: Iterable[str], seed: int) -> tuple[Report, Any]:
         source = replace(request.source, model=model, notes=[])
@@ -92,9 +91,7 @@ def _bench(request: Request, audit: Audit, report: Report) -> Bench:
         changed = replace(request, source=source, seed=seed, decide=decide, state=report.state, optimizer=optimizer,
                           progress=None, ranks=Alone(), remedies="none")  # fmt: skip
         made = Audit(changed)
-        found = evaluate(made.run(), thresholds=request.thresholds, profile=request.profile, select=request.select,
-                         ignore=request.ignore)  # fmt: skip
-        return found, made.sites.output
+        return changed.judged(made.run()), made.sites.output
 
     return Bench(again, audit.sites.output, _builder(request.source), request.seed)
 

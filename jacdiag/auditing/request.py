@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Protocol
 
 import torch
 
 from jacdiag.ranks import Ranks
-from jacdiag.report import Plan
+from jacdiag.report import FiguresRecord, Plan, Report
+from jacdiag.report.seeds import figures_of
 from jacdiag.report.thresholds import Thresholds
+from jacdiag.rules import evaluate
 from jacdiag.sources import Source
 from jacdiag.trace import Declaration
 
@@ -50,9 +52,18 @@ class Request:
     optimizer: Any
     products: bool
     remedies: str = "none"
+    baseline: FiguresRecord | None = None
 
     def options(self) -> dict[str, Any]:
         """What must be the same on every rank, beside the model and the probe."""
         its_own = ("source", "inputs", "tokens", "input_factory", "device", "progress", "ranks", "optimizer",
-                   "remedies")  # fmt: skip
+                   "remedies", "baseline")  # fmt: skip
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in its_own}
+
+    def judged(self, report: Report) -> Report:
+        """The report with the verdict of the rules; beside the baseline, if there is one."""
+        if self.baseline is not None:
+            figures = figures_of([report], self.thresholds.limits("regression").warning or 0.0)
+            report = replace(report, figures=figures, baseline=self.baseline)
+        return evaluate(report, thresholds=self.thresholds, profile=self.profile, select=self.select,
+                        ignore=self.ignore)  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,10 +13,11 @@ from torch import nn
 
 from jacdiag.auditing import audit
 from jacdiag.errors import SourceError, UsageError
-from jacdiag.gate.baseline import check_comparable, figures_of, read_baseline
+from jacdiag.gate.baseline import check_comparable, read_baseline
 from jacdiag.gate.locate import located
 from jacdiag.report import LEVELS, FiguresRecord, Finding, Report, RuleResult, Verdict
 from jacdiag.report.remedy import with_fixes
+from jacdiag.report.seeds import figures_of
 from jacdiag.report.thresholds import load_thresholds
 from jacdiag.rules import evaluate, selected
 from jacdiag.sources import Source, load
@@ -94,7 +96,7 @@ def gate(
         _opener(source, model, model_args, trust_pickle), inputs, budget,
         {**options, "profile": profile, "select": select, "ignore": ignore, "thresholds": thresholds,
          "decide": options.get("decide", True) and before is None, "state": state},
-        max_products,
+        max_products, before,
     )  # fmt: skip
     reports = runs.all(range(seed, seed + max(1, seeds)))
     limits = load_thresholds(thresholds, options.get("risk"))
@@ -147,9 +149,9 @@ class _Runs:
     """The audits, one per seed."""
 
     def __init__(self, opener: tuple[Opener, str], inputs: Any, budget: float | None, options: dict[str, Any],
-                 products: int) -> None:  # fmt: skip
+                 products: int, baseline: FiguresRecord | None) -> None:  # fmt: skip
         (self.open, self.spec), self.inputs, self.budget = opener, inputs, budget
-        self.options, self.products = options, products
+        self.options, self.products, self.baseline = options, products, baseline
         self.started = time.perf_counter()
         self.same = self.short = self.tried = False
         self.notes: list[str] = []
@@ -178,7 +180,7 @@ class _Runs:
         """Audits, and spends more products for as long as a rule is undecided and the budget lasts."""
         products = self.products
         while True:
-            options = {**self.options, **({"remedies": "none"} if self.tried else {})}
+            options = {**self.options, **({"remedies": "none"} if self.tried else {"baseline": self.baseline})}
             report = audit(loaded, self.inputs, seed=seed, max_products=products, **options)
             self.tried = self.tried or bool(report.remedies)
             across = any(r.status == "unknown" and r.code.startswith("JD1") for r in report.rules)
@@ -204,10 +206,13 @@ def _fingerprint(report: Report) -> tuple[Any, ...]:
 def _together(reports: list[Report]) -> Report:
     """The first seed's report with what the others found: a rule fires if it does for any seed."""
     first = reports[0]
-    merged: dict[tuple[str, str], Finding] = {}
+    merged: dict[tuple[str, str, int], Finding] = {}
     for k, report in enumerate(reports):
+        count: Counter[tuple[str, str]] = Counter()
         for finding in report.findings:
-            key = (finding.code, str(finding.evidence.get("pattern", finding.level)))
+            alike = (finding.code, str(finding.evidence.get("pattern", finding.level)))
+            key = (*alike, count[alike])  # several of one report stay several, such as JD110's, one per figure
+            count[alike] += 1
             held = merged.get(key)
             seen = [*held.evidence["seeds"], k] if held is not None else [k]
             merged[key] = replace(held or finding, evidence={**(held or finding).evidence, "seeds": seen})

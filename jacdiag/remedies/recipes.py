@@ -16,7 +16,9 @@ from jacdiag.rules import Departure, departures_of
 from jacdiag.rules.numbers import plain
 from jacdiag.rules.schemes import INNER, RESIDUAL, VECTORS
 
-CONDITIONS = ("JD101", "JD102", "JD103", "JD105")
+CONDITIONS = ("JD101", "JD102", "JD103", "JD104", "JD105")
+_LARGER = {"JD102", "JD103", "JD104", "JD105", "JD110"}  # what a larger shortcut is tried against
+_SMALLER = {"JD101", "JD103", "JD104", "JD105"}  # what smaller matrices are tried against
 _FREE = "no parameter; one multiplication per token"
 _ANEW = "a new initialisation: before the first step only"
 
@@ -51,9 +53,9 @@ class Remedy:
 
 
 def aims(report: Report) -> list[str]:
-    """The rules that a remedy is looked for: those of the conditions and of the contract, at warning or above."""
+    """The rules that a remedy is looked for: the conditions, the contract and the baseline, at warning or above."""
     found = dict.fromkeys(f.code for f in report.findings if f.level != "info")
-    return [code for code in found if code in CONDITIONS or code.startswith("JD2")]
+    return [code for code in found if code in (*CONDITIONS, "JD110") or code.startswith("JD2")]
 
 
 def remedies_for(report: Report, model: nn.Module, thresholds: Thresholds, *, begun: bool = False) -> list[Remedy]:
@@ -71,16 +73,22 @@ def remedies_for(report: Report, model: nn.Module, thresholds: Thresholds, *, be
         return list(_modules(report, contract, thresholds))
     if not codes:
         return []
+    restored = _baseline(report, contract)
+    others = _drawn_or_scaled(report, contract, model, codes)
+    found = [*others, *([restored, *(restored + other for other in others)] if restored else [])]
+    return sorted(found, key=lambda remedy: remedy.size)
+
+
+def _drawn_or_scaled(report: Report, contract: ContractRecord, model: nn.Module, codes: Sequence[str]) -> list[Remedy]:
+    """The recipes of the contract and of the paper, alone and together."""
     by_weight = [r for r in (_contract(contract, codes), _tied(contract, model, codes), _spared(report, codes)) if r]
     first = [_joined(by_weight)] if by_weight else []
-    if not any(code in CONDITIONS for code in codes):
-        return first
-    shortcut = list(_embedding(report, contract, model)) if {"JD102", "JD103", "JD105"} & set(codes) else []
-    matrices = list(_matrices(report, contract)) if {"JD101", "JD103", "JD105"} & set(codes) else []
+    shortcut = list(_embedding(report, contract, model)) if _LARGER & set(codes) else []
+    matrices = list(_matrices(report, contract)) if _SMALLER & set(codes) else []
     pairs = [one + other for one, other in itertools.product(shortcut, matrices)]
     alone = [] if by_weight and any(c.startswith("JD2") for c in codes) else [*shortcut, *matrices, *pairs]
     joined = [first[0] + other for other in (*shortcut, *matrices, *pairs)] if first else []
-    return sorted([*first, *alone, *joined], key=lambda remedy: remedy.size)
+    return [*first, *alone, *joined]
 
 
 def _joined(remedies: Sequence[Remedy]) -> Remedy:
@@ -175,11 +183,34 @@ def _contract(contract: ContractRecord, codes: Sequence[str]) -> Remedy | None:
         changes.append(Fill(weights, value) if vector else Draw(weights, value, group[0].formula, uniform))
     if not changes:
         return None
-    patterns = list(dict.fromkeys(pattern.removesuffix(".weight") for pattern, _ in found))
-    shown = ", ".join(patterns[:3]) + (f" and {len(patterns) - 3} more" if len(patterns) > 3 else "")
     formulas = dict.fromkeys(d[0].formula for d in found.values())
     how = f"with {next(iter(formulas))}" if len(formulas) == 1 else "as the contract says"
-    return Remedy("contract", f"initialise {shown} {how}", tuple(changes), _ANEW, 1.0)
+    return Remedy("contract", f"initialise {_shown(pattern for pattern, _ in found)} {how}", tuple(changes), _ANEW, 1.0)
+
+
+def _baseline(report: Report, contract: ContractRecord) -> Remedy | None:
+    """Every weight that departs from the recorded baseline, as it was there."""
+    before = report.baseline
+    names = dict.fromkeys(n for f in report.findings if f.code == "JD110" for n in f.evidence.get("parameters", ()))
+    if before is None or not names:
+        return None
+    found: dict[tuple[str, float, bool, bool], list[WeightRecord]] = {}
+    for weight in (w for w in contract.weights if w.parameter in names):
+        old = before.weights[weight.parameter]
+        constant = old["family"] in ("zero", "constant")
+        value = float(f"{(old['value'] or 0.0) if constant else old['std']:.6g}")
+        found.setdefault((weight.pattern, value, constant, old["family"] == "uniform"), []).append(weight)
+    changes, everything = list[Change](), [w.parameter for w in contract.weights]
+    for (pattern, value, constant, uniform), group in found.items():
+        weights = Weights.of([w.parameter for w in group], pattern, everything, group[0].role)
+        changes.append(Fill(weights, value) if constant else Draw(weights, value, "as in the baseline", uniform))
+    title = f"initialise {_shown(pattern for pattern, *_ in found)} as in the baseline"
+    return Remedy("baseline", title, tuple(changes), _ANEW, 1.0) if changes else None
+
+
+def _shown(patterns: Iterable[str]) -> str:
+    known = list(dict.fromkeys(pattern.removesuffix(".weight") for pattern in patterns))
+    return ", ".join(known[:3]) + (f" and {len(known) - 3} more" if len(known) > 3 else "")
 
 
 def _tied(contract: ContractRecord, model: nn.Module, codes: Sequence[str]) -> Remedy | None:

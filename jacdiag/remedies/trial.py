@@ -21,6 +21,12 @@ from jacdiag.trace.tensors import collect_deep
 _MOST = 16  # trials of one report
 _FURTHER = 2  # seeds that a remedy must hold for beside the report's own
 _APART = 1_000_003  # new draws must not be those that the model itself made with the same seed
+# Rules that find nothing where their figure is missing, and whether a report has it.
+_SEEN: dict[str, Callable[[Report], bool]] = {
+    "JD104": lambda report: report.network is not None and report.network.gain_product_log is not None,
+    "JD105": lambda report: report.risk is not None and report.risk.chance is not None,
+    "JD110": lambda report: report.figures is not None and report.baseline is not None,
+}
 
 
 @dataclass(frozen=True)
@@ -114,8 +120,8 @@ def sufficient(before: Report, after: Report, remedy: Remedy) -> bool:
         known = any(f.code == finding.code and f.level == finding.level for f in before.findings)
         if finding.level != "info" and (finding.code in aimed or not known):
             return False
-    if "JD105" in aimed and (after.risk is None or after.risk.chance is None):
-        return False  # no chance is given for the changed model: that it is smaller was not seen
+    if any(code in aimed and not seen(after) for code, seen in _SEEN.items()):
+        return False  # what it was tried against is not known of the changed model
     open_before = {r.code for r in before.rules if r.status == "unknown"}
     return not any(r.status == "unknown" and (r.code in aimed or r.code not in open_before) for r in after.rules)
 

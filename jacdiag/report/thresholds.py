@@ -11,9 +11,10 @@ from typing import Any
 
 from jacdiag.errors import UsageError
 from jacdiag.report.risk import RiskTable, load_risk
+from jacdiag.report.schema import Level
 
 _HERE = Path(__file__).parent
-CUTS = ("info", "warning", "error")
+CUTS: tuple[Level, ...] = ("info", "warning", "error")
 
 
 @dataclass(frozen=True)

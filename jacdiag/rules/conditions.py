@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from jacdiag.report import Finding, Interval, Level, SublayerRecord
-from jacdiag.report.thresholds import Limits
+from jacdiag.report.thresholds import CUTS, Limits
 from jacdiag.rules import texts
 from jacdiag.rules.compare import Placed, placed
 from jacdiag.rules.numbers import plain, span
@@ -192,13 +192,14 @@ def _product(context: Context, rule: Rule) -> Outcome:
     network = context.report.network
     if network is None or network.gain_product_log is None:
         return NOT_APPLICABLE
-    limit = context.thresholds.limits("gain_product").info
-    log = network.gain_product_log
-    if limit is None or not log > limit:
+    limits, log = context.thresholds.limits("gain_product"), network.gain_product_log
+    beyond = [cut for cut in CUTS if (at := getattr(limits, cut)) is not None and log > at]
+    if not beyond:
         return Outcome(1)
+    limit = getattr(limits, beyond[-1])
     evidence = {"field": "gain_product_log", "value": log, "threshold": limit}
     what = f"the gains multiply to e^{log:.1f} (Eq. 7), more than e^{limit:g}"
-    return Outcome(1, [Finding(rule.code, context.level(rule, "info"), [], what, evidence, why=rule.summary)])
+    return Outcome(1, [Finding(rule.code, context.level(rule, beyond[-1]), [], what, evidence, why=rule.summary)])
 
 
 SMALL = Rule(

@@ -118,7 +118,8 @@ std does not.""",
     jacdiag gate build.py:model --baseline init.json --write-baseline        # once, committed
     jacdiag gate build.py:model --baseline init.json                         # in CI""",
     remedy="""\
-Undo the change. Where it is meant: the same command with --write-baseline, and commit the file.""",
+Undo the change. Where it is meant: the same command with --write-baseline, and commit the file. With --remedies
+first the weights are drawn as they were in the baseline, or the paper's recipes tried, and what helps is shown.""",
 )
 REGRESSION = Rule("JD110", "regression", "error", **TEXT, check=_check)
 RULES = (REGRESSION,)

@@ -90,7 +90,8 @@ real: singular directions of neighbouring layers do not line up, and the rest ca
     example="""\
 A product of e^19 beside an end-to-end gain of 310 means: the bound is loose by e^13 here.""",
     remedy="""\
-Nothing by itself: it is an observation. JD101 and JD102 name the factors that carry it.""",
+Nothing by itself: it is an observation. JD101 and JD102 name the factors that carry it. Where you give it a cut of
+its own (gain_product = { warning = 20 }), the remedies of both are tried against it.""",
 )
 
 RISK = Text(

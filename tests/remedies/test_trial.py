@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 import jacdiag
 from jacdiag.errors import UsageError
+from jacdiag.gate import gate, write_baseline
 from jacdiag.remedies import Remedy, sufficient
 from jacdiag.remedies.changes import Scale, Weights
 from jacdiag.report import Finding, RemedyRecord, Report
@@ -170,6 +172,50 @@ def test_weight_decay_is_taken_off_by_groups() -> None:
     assert not loud(jacdiag.audit(model, optimizer=torch.optim.AdamW(groups, weight_decay=0.1), **options))
 
 
+# -- the baseline ------------------------------------------------------------------------------------------------------
+GATED: dict[str, Any] = {"batch": 1, "seq": 16, "tol": 0.3}
+
+
+def baseline(path: Path) -> Path:
+    args = {"recipe": "scaled-embed", **SIZES}
+    write_baseline(path, gate("jacdiag.sources.gpt:build", seeds=3, decide=False, model_args=args, **GATED).figures)
+    return path
+
+
+class Drifted(gpt.GPT):
+    """scaled-embed as a change has left it: W_2 half as large again, one bias not zero."""
+
+    def __init__(self) -> None:
+        super().__init__(gpt.GPTConfig(**SIZES, embed_scale=math.sqrt(SIZES["n_embd"])))
+        gpt.initialise(self, gpt.vanilla_std)
+        for layer in self.transformer["h"]:
+            layer.mlp.c_proj.weight.data.mul_(1.5)
+        self.transformer["h"][1].mlp.c_proj.bias.data.fill_(0.1)
+
+
+def test_weights_that_left_the_baseline_are_drawn_as_they_were(tmp_path: Path) -> None:
+    options: dict[str, Any] = {**GATED, "seeds": 1, "baseline": baseline(tmp_path / "b.json"), "select": ["JD110"]}
+    out = gate(Drifted, seed=5, remedies="first", **options)
+    remedy = best(out.report)
+    assert remedy.name == "baseline" and remedy.codes == ["JD110"] and remedy.after.fired == []
+    assert remedy.title == "initialise transformer.h.*.mlp.c_proj, transformer.h.*.mlp.c_proj.bias as in the baseline"
+    assert {(f.fix, f.verified) for f in out.report.findings if f.code == "JD110"} == {(remedy.title, True)}
+
+    def mended() -> nn.Module:
+        return patched(Drifted(), remedy)
+
+    assert gate(Drifted, seed=6, **options).exit_code == 1 and gate(mended, seed=6, **options).exit_code == 0
+
+
+def test_a_forward_that_left_the_baseline_is_mended_where_a_recipe_brings_it_back(tmp_path: Path) -> None:
+    options: dict[str, Any] = {**GATED, "seeds": 1, "baseline": baseline(tmp_path / "b.json"), "select": ["JD110"]}
+    args = {"recipe": "vanilla", **SIZES}  # the same weights; the embedding is no longer scaled
+    out = gate("jacdiag.sources.gpt:build", seed=5, model_args=args, remedies="first", **options)
+    assert [(f.evidence["field"], f.evidence["seeds"]) for f in out.report.findings] == [
+        ("branch_norm", [0]), ("norm_gain", [0])]  # fmt: skip
+    assert best(out.report).name == "scaled-embed" and best(out.report).seeds == [5, 6, 7]
+
+
 # -- where a run has begun ---------------------------------------------------------------------------------------------
 def test_a_begun_run_keeps_its_function() -> None:
     model = fresh("xavier")
@@ -240,6 +286,24 @@ def test_enough_means_nothing_left_and_nothing_new() -> None:
     for findings, enough in (([], True), ([new], False), ([own], True), ([foreign], False), ([remark], True)):
         assert sufficient(base, dataclasses.replace(clean, findings=findings), remedy) is enough
     assert not sufficient(clean, clean, remedy), "nothing was asked for"
+
+
+def test_the_product_over_depth_counts_only_where_it_is_known() -> None:
+    """JD104 stays silent where a norm was left undecided: that is no proof that the product came down."""
+    base = audited("vanilla", remedies="none", decide=False, tol=0.3)
+    assert base.network is not None and base.network.gain_product_log is not None
+    loud_product = Finding("JD104", "warning", [], "beyond a cut of the user")
+    before = dataclasses.replace(base, findings=[loud_product], rules=[])
+    after = dataclasses.replace(base, findings=[], rules=[])
+    unknown = dataclasses.replace(after, network=dataclasses.replace(base.network, gain_product_log=None))
+    remedy = Remedy("x", "X", (Scale(Weights(("w",)), 2.0, "2"),), "", 1.0)
+    assert sufficient(before, after, remedy) and not sufficient(before, unknown, remedy)
+
+
+def test_a_product_beyond_a_cut_of_the_user_gets_a_remedy() -> None:
+    report = audited("vanilla", decide=False, tol=0.3, thresholds={"gain_product": {"info": 3, "warning": 6}},
+                     select=["JD104"])  # fmt: skip
+    assert loud(report) == ["JD104"] and best(report).codes == ["JD104"] and best(report).after.fired == []
 
 
 # -- the chance at a learning rate -------------------------------------------------------------------------------------

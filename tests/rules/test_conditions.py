@@ -222,6 +222,16 @@ def test_depth_product(log: float | None, fires: bool | None) -> None:
     assert all(f.level == "info" for f in findings(made, "JD104"))
 
 
+@pytest.mark.parametrize(
+    ("log", "level"), [(10.0, None), (10.1, "info"), (20.0, "info"), (20.1, "warning"), (30.1, "error")]
+)
+def test_depth_product_beyond_cuts_of_the_user(log: float, level: str | None) -> None:
+    limits = load_thresholds({"gain_product": {"info": 10.0, "warning": 20.0, "error": 30.0}})
+    made = evaluate(report(healthy(), network=NetworkRecord(gain_product_log=log, growth=Growth())), thresholds=limits)
+    assert [f.level for f in findings(made, "JD104")] == ([level] if level else [])
+    assert all(f.evidence["threshold"] < log for f in findings(made, "JD104"))
+
+
 def test_nested_sublayers_are_left_out() -> None:
     rows = healthy()
     rows.append(replace(rows[0], name="lora", nested=True, core_norm=narrow(1e3), branch_norm=narrow(1e3)))
