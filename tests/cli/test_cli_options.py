@@ -87,7 +87,7 @@ def test_defaults_are_the_librarys(jd: Run, stub: Stub) -> None:
     del sys.modules["jacdiag.auditing"]
     real = inspect.signature(importlib.import_module("jacdiag.auditing").audit).parameters
     assert stub.asked == {name: real[name].default for name in stub.asked}
-    in_code_only = {"source", "inputs", "progress", "optimizer", "products", "remedies"}  # objects; said otherwise
+    in_code_only = {"source", "inputs", "progress", "optimizer", "products", "remedies", "baseline"}  # said otherwise
     missing = set(real) - set(stub.asked) - in_code_only
     assert not missing, f"the command line cannot say {missing}"
 
