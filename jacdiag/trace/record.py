@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 from jacdiag.trace.graph import CONSTANT, CUTS, INPUT, STATE, CallKey, Graph, Invocation, Node, Value
@@ -75,7 +76,8 @@ class Recorder(TorchFunctionMode):
         self.stack: list[int] = []
         self.used_state: set[str] = set()
         self._objects: dict[int, tuple[Any, int]] = {}
-        self._storages: dict[int, int] = {}
+        self._storages: dict[int, int] = {}  # storage -> the last value that was written to it
+        self._held: dict[int, StorageWeakRef] = {}  # keeps a freed storage's name from being given to another
         self._members: dict[int, list[int]] = {}
         self._state_values: dict[str, int] = {}
         self.stream_shapes: set[tuple[int, ...]] = set()
@@ -101,7 +103,8 @@ class Recorder(TorchFunctionMode):
         else:
             reference, index = self._objects.get(id(tensor), (None, -1))
             found = [index] if reference is not None and reference() is tensor else []
-        written = self._storages.get(storage_of(tensor))
+        storage = storage_of(tensor)
+        written = self._storages.get(storage) if found or storage in self._held else None
         if written is not None and written not in found:
             if not found:
                 # Made where the mode cannot see (a custom autograd.Function's wrapper): same memory, same history.
@@ -175,7 +178,7 @@ class Recorder(TorchFunctionMode):
             outputs.append(self.new_value(tensor, index, position, **flags))
             storage = storage_of(tensor)
             if storage not in read_storages:
-                self._storages[storage] = outputs[-1]
+                self._wrote(storage, tensor, outputs[-1])
                 self._members[storage] = []
             self._members.setdefault(storage, []).append(outputs[-1])
         node.outputs = tuple(outputs)
@@ -202,9 +205,14 @@ class Recorder(TorchFunctionMode):
         if reference is not None and reference() is tensor:
             self.values[old].mutated = True
         index = self.new_value(tensor, node, position, live=live, from_state=state)
-        self._storages[storage] = index
+        self._wrote(storage, tensor, index)
         self._members.setdefault(storage, []).append(index)
         return index
+
+    def _wrote(self, storage: int, tensor: Tensor, index: int) -> None:
+        self._storages[storage] = index
+        if storage >= 0 and storage not in self._held:
+            self._held[storage] = StorageWeakRef(tensor.untyped_storage())
 
     # -- modules ---------------------------------------------------------------------------------------------------
     def enter(self, module: str, cls: str, arguments: list[Tensor]) -> None:

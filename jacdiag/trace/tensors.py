@@ -90,6 +90,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def storage_of(tensor: Tensor) -> int:
+    """A name of the memory of a tensor, for as long as that lives; below 0 where it is the object's own."""
     try:
         return tensor.untyped_storage()._cdata
     except (RuntimeError, NotImplementedError):  # batched, sparse and other tensors without storage

@@ -15,6 +15,9 @@ import jacdiag
 from jacdiag.errors import JacdiagError
 from jacdiag.measure.network import verify_replay
 from jacdiag.trace import Sites, declare
+from jacdiag.trace.graph import CONSTANT
+from jacdiag.trace.record import record
+from jacdiag.trace.skeleton import Skeleton
 
 ATTN, MLPS = (declare(shortcut=f"blocks.*.norm{k}", branch=f"blocks.*.{b}") for k, b in ((1, "attn"), (2, "mlp")))
 TABLES = {"attention": {"shortcut": "blocks.*.norm1:in", "branch": "blocks.*.attn:out"},
@@ -168,3 +171,30 @@ def test_a_scripted_module_is_refused_by_name() -> None:
     model = nn.Sequential(nn.Linear(D, D), torch.jit.script(nn.Linear(D, D)))
     with pytest.raises(JacdiagError, match=r"'1' is a scripted module"):
         jacdiag.sites(model, torch.randn(2, D))
+
+
+class Unseen(nn.Module):
+    """Tensors that no recorded call made, each where a tensor of a recorded call has just been freed."""
+
+    TIMES = 200
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x
+        for _ in range(self.TIMES):
+            seen = self.map(x)
+            del seen
+            with torch._C.DisableTorchFunction():
+                unseen = out * 0.5
+            out = torch.relu(unseen)
+        return out
+
+
+def test_freed_memory_does_not_lend_its_history() -> None:
+    model, x = Unseen(), torch.randn(2, D)
+    graph, _ = record(Skeleton(model), (x,), {}, torch.float32)
+    strangers = [v for v in graph.values if v.node == CONSTANT and v.shape == (2, D)]
+    assert len(strangers) == Unseen.TIMES
