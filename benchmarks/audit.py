@@ -43,7 +43,10 @@ def audited(shape: dict[str, int], **options: Any) -> tuple[Report, float]:
 
 
 def counts(report: Report) -> dict[str, Any]:
-    """Products per norm and forwards per sub-layer: medians over sub-layers."""
+    """Products per norm and forwards per sub-layer: medians over sub-layers.
+
+    What all norms cost beside the dearest is counted here as if they shared nothing; `spectral.py` has it by the clock.
+    """
     assert report.cost is not None and report.network is not None
     rows = report.sublayers
     found = {name: [getattr(row, name).products for row in rows if getattr(row, name) is not None] for name in NORMS}
@@ -90,11 +93,9 @@ def goals(result: dict[str, Any]) -> list[tuple[str, float, str, float]]:
     axes = result["growth"]
     depth = [row["sub_layer_forwards"] for row in axes["n_layer"]]
     batch = [row["sub_layer_forwards"] for row in axes["batch"]]
-    ratio = max(row["all_norms_over_the_dearest"] for rows in axes.values() for row in rows)
     return [
         ("forwards per sub-layer, deepest over shallowest", depth[-1] / depth[0], "<=", 1.1),
         ("forwards per sub-layer, largest batch over smallest", batch[-1] / batch[0], "<=", 1.1),
-        ("all norms refined over the dearest alone", ratio, "<=", 2.9),
         ("all norms over the dearest alone, decided", result["decided"]["all_norms_over_the_dearest"], "<=", 1.5),
         ("products per norm, decided", max(result["decided"][f"{n}_products"] for n in NORMS), "<=", 16),
         ("forwards per sub-layer, decided", result["decided"]["sub_layer_forwards"], "<=", 24),

@@ -28,6 +28,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import jacdiag
+from jacdiag.auditing.stamp import peak_memory_mb
+from jacdiag.measure.linearise import linearise, residual_map
+from jacdiag.measure.norms import Effort, Solver
 from jacdiag.report.thresholds import load_thresholds
 from jacdiag.rules import decision_points
 from jacdiag.sources import gpt
@@ -53,15 +56,22 @@ def build(shape: dict[str, Any]) -> tuple[gpt.GPT, Tensor]:
 def whole_audit(model: gpt.GPT, ids: Tensor) -> dict[str, Any]:
     """An audit with a clock on every product and every linearisation."""
     spent: list[float] = []
+    inside: list[bool] = []  # a linearisation makes products of its own, which count once
 
     def clocked(original: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            with timed(spent):
+            if inside:
                 return original(*args, **kwargs)
+            inside.append(True)
+            try:
+                with timed(spent):
+                    return original(*args, **kwargs)
+            finally:
+                inside.pop()
 
         return call
 
-    names = ("__init__", "_push", "_pull", "pull_shaped")
+    names = ("__init__", "_push", "_pull", "pull_shaped", "products_of")
     originals = {name: getattr(JacobianOperator, name) for name in names}
     for name, original in originals.items():
         setattr(JacobianOperator, name, clocked(original))
@@ -78,7 +88,7 @@ def whole_audit(model: gpt.GPT, ids: Tensor) -> dict[str, Any]:
         "phases": {k: round(v, 2) for k, v in report.cost.phases.items()},
         "branch_products_median": statistics.median(r.branch_norm.products for r in sub_layers),
         "all_norms_products_median": statistics.median(r.cost or 0 for r in sub_layers),
-        "all_over_dearest_median": round(statistics.median(_over_dearest(r) for r in sub_layers), 2),
+        "all_products_over_dearest_median": round(statistics.median(_over_dearest(r) for r in sub_layers), 2),
         "converged": sum(r.branch_norm.converged for r in sub_layers), "sub_layers": len(sub_layers),
         "width_median": round(statistics.median(r.branch_norm.upper / r.branch_norm.lower - 1 for r in sub_layers), 4),
     }  # fmt: skip
@@ -87,6 +97,36 @@ def whole_audit(model: gpt.GPT, ids: Tensor) -> dict[str, Any]:
 def _over_dearest(row: Any) -> float:
     spent = [i.products for i in (row.core_norm, row.branch_norm, row.residual_norm) if i is not None]
     return sum(spent) / max(spent)
+
+
+def refined(model: gpt.GPT, ids: Tensor) -> dict[str, Any]:
+    """The price by the clock of all norms of a sub-layer to 5%, solved in step, over that of its dearest norm alone.
+
+    The linearisation is part of both prices. Every third sub-layer; alone and together take turns in coming first.
+    """
+    ratios = []
+    for k, site in enumerate(list(jacdiag.sites(model, ids))[::3]):
+        linearising: list[float] = []
+        with timed(linearising):
+            one = linearise(site)
+        residual, owned, _ = residual_map(site, one.branch, one.dims)
+        assert one.core is not None and residual is not None
+        maps = {"core_norm": one.core, "branch_norm": one.branch, "residual_norm": residual}
+        solver, together = Solver(one, Effort()), list[float]()
+        alone: dict[str, list[float]] = {name: [] for name in maps}
+        for turn in (k, k + 1):
+            if turn % 2:
+                with timed(together):
+                    solver.in_step(maps)
+            else:
+                for name, operator in maps.items():
+                    with timed(alone[name]):
+                        solver.solve(operator, name)
+        for inner in owned:
+            inner.release()
+        one.release()
+        ratios.append((linearising[0] + together[0]) / (linearising[0] + max(spent for (spent,) in alone.values())))
+    return {"all_over_dearest_median": round(statistics.median(ratios), 2), "all": [round(r, 2) for r in ratios]}
 
 
 def decided(model: gpt.GPT, ids: Tensor) -> dict[str, Any]:
@@ -163,8 +203,6 @@ def peak_of(what: str, shape: str) -> float:
 
 
 def memory_child(what: str, shape: dict[str, Any]) -> None:
-    import resource
-
     model, ids = build(shape)
     if what == "step":
         optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-4)
@@ -173,7 +211,7 @@ def memory_child(what: str, shape: dict[str, Any]) -> None:
         optimizer.step()
     elif what == "audit":
         jacdiag.audit(model, ids, state="init")
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(peak_memory_mb())
 
 
 def memory(shape: str) -> dict[str, float]:
@@ -198,7 +236,7 @@ def goals(result: dict[str, Any]) -> list[tuple[str, float | None, str, float]]:
         ("products of the dearest norm, decided, median sub-layer", short.get("norm_products_median"), "<=", 16),
         ("forwards, decided, median sub-layer", short.get("sub_layer_forwards_median"), "<=", 24),
         ("all norms over the dearest where inherited ends suffice", short.get("all_over_dearest_median"), "<=", 1.5),
-        ("all norms over the dearest, refined, median", result["audit"]["all_over_dearest_median"], "<=", 2.9),
+        ("all norms over the dearest, refined, by the clock", result["refined"]["all_over_dearest_median"], "<=", 2.9),
         ("largest true error of ours", max(c["ours"]["true_error"] for c in result["contests"]), "<=", TRUE_ERROR),
         ("recording, in plain forwards", result["recording"]["recording_in_forwards"], "<=", 3),
         ("share of the audit outside products", result["audit"]["share_outside_products"], "<=", 0.25),
@@ -225,6 +263,7 @@ def main() -> int:
         "contests": lambda: [c.play(4) for c in contests(model, ids)],
         "every_sublayer": lambda: every_sublayer(model, ids),
         "decided": lambda: decided(model, ids),
+        "refined": lambda: refined(model, ids),
         "audit": lambda: whole_audit(model, ids),
         "memory": lambda: memory(shape),
     }

@@ -161,10 +161,10 @@ def main() -> int:
     parser.add_argument("--step", choices=tuple(STEPS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.step:
-        import resource
+        from jacdiag.auditing.stamp import peak_memory_mb
 
         result = STEPS[args.step](args.folder)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        peak = peak_memory_mb() / 2**10
         print(json.dumps({**result, "peak_gib": round(peak, 2)}))
         return 0
     shape = "quick" if args.quick else "full"

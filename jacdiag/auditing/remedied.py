@@ -13,9 +13,8 @@ from torch import nn
 
 from jacdiag.auditing.measured import Audit
 from jacdiag.auditing.request import Request
-from jacdiag.errors import JacdiagError, UsageError
+from jacdiag.errors import JacdiagError, MeasureError, UsageError
 from jacdiag.measure.contract import decayed_by
-from jacdiag.ranks import Alone
 from jacdiag.remedies import Bench, aims, remedies_for, tried
 from jacdiag.report import Report
 from jacdiag.report.remedy import with_fixes
@@ -45,9 +44,11 @@ def with_remedies(request: Request, audit: Audit, report: Report) -> Report:
         return report
     if not begun and (report.state != "init" or not aims(report)):
         return report
-    why = _why_not(request, audit)
-    if why:
-        return replace(report, notes=[*report.notes, f"no remedy was tried: {why}"])
+    try:
+        with request.ranks.attempt():
+            _check_room(request, audit)
+    except MeasureError as error:
+        return replace(report, notes=[*report.notes, f"no remedy was tried: {error.what}"])
     begun_at = time.perf_counter()
     remedies = remedies_for(report, audit.model, request.thresholds, begun=begun)
     bench = _bench(request, audit, report)
@@ -61,14 +62,14 @@ def with_remedies(request: Request, audit: Audit, report: Report) -> Report:
     return replace(report, remedies=records, findings=findings, cost=cost, notes=[*report.notes, *notes])
 
 
-def _why_not(request: Request, audit: Audit) -> str:
+def _check_room(request: Request, audit: Audit) -> None:
+    """Raises MeasureError where no copy of the model can be made."""
     if request.source.weights is not None:
-        return "the weights stay in their files"
+        raise MeasureError("the weights stay in their files")
     size = sum(p.numel() * p.element_size() for p in audit.model.parameters())
     on_cpu = all(p.device.type == "cpu" for p in audit.model.parameters())
     if on_cpu and _SPARE * size > psutil.virtual_memory().available:
-        return f"a copy of the model needs {size / 1e9:.1f} GB more memory than is free"
-    return ""
+        raise MeasureError(f"a copy of the model needs {size / 1e9:.1f} GB more memory than is free")
 
 
 def _teller(request: Request, count: int) -> Any:
@@ -89,11 +90,11 @@ def _bench(request: Request, audit: Audit, report: Report) -> Bench:
             kept = set(decayed) - set(spared)
             optimizer = [{"params": [p for n, p in model.named_parameters() if n in kept], "weight_decay": 1.0}]
         changed = replace(request, source=source, seed=seed, decide=decide, state=report.state, optimizer=optimizer,
-                          progress=None, ranks=Alone(), remedies="none")  # fmt: skip
+                          progress=None, remedies="none")  # fmt: skip
         made = Audit(changed)
         return changed.judged(made.run()), made.sites.output
 
-    return Bench(again, audit.sites.output, _builder(request.source), request.seed)
+    return Bench(again, audit.sites.output, _builder(request.source), request.seed, request.ranks.attempt)
 
 
 def _builder(source: Source) -> Any:

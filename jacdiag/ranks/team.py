@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from jacdiag.errors import RankError, Stopped
+from jacdiag.errors import JacdiagError, MeasureError, RankError, Stopped, one_line
 from jacdiag.ranks.failure import Failure, Told, explained
 from jacdiag.ranks.fingerprint import Fingerprint
 from jacdiag.ranks.member import Member
@@ -57,6 +57,11 @@ class Alone:
     def gather(self, mine: R) -> list[R]:
         return [mine]
 
+    @contextlib.contextmanager
+    def attempt(self) -> Iterator[None]:
+        """What is raised inside is raised to who tried."""
+        yield
+
 
 class Team:
     """One rank of several. See `join.py`.
@@ -84,7 +89,7 @@ class Team:
         self.me = Member.me(rank, size)
         self.members: list[Member] = []
         self.failure: Failure | None = None
-        self._turns = itertools.count()
+        self._turns, self._attempt = itertools.count(), ""
         self._noticed, self._left = threading.Event(), threading.Event()
         store.put(f"member/{rank}", self.me.to_dict())
         self._thread = threading.Thread(target=self._watch, name="jacdiag ranks", daemon=True)
@@ -162,8 +167,10 @@ class Team:
             differs = other.difference(prints[0])
             if differs is not None:
                 what, name, got = differs
-                self._publish(Failure(member.rank, "error", f"{member.name} has {what} than {self.me.name}: '{name}'",
-                                      got, _SAME))
+                what = f"{member.name} has {what} than {self.me.name}: '{name}'"
+                if self._attempt:
+                    raise MeasureError(what, got=got, hint=_SAME)
+                self._publish(Failure(member.rank, "error", what, got, _SAME))
                 self.check()
         if self.first:
             self.store.put(key, True)
@@ -178,6 +185,27 @@ class Team:
             return found
         return [type(mine).from_dict(data) for data in self._wait(key)]
 
+    @contextlib.contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Work that may fail without ending the job: what one rank raises in it, all raise by its end.
+
+        Raises:
+            MeasureError: another rank could not do it; one that has died or was interrupted still ends the job.
+        """
+        outer, self._attempt, self._turns = self._turns, self._key("attempt") + "/", itertools.count()
+        try:
+            yield
+            self.store.put(f"{self._attempt}done/{self.rank}", True)
+            for rank in range(self.size):  # later than this nobody can fail
+                self._wait(f"{self._attempt}done/{rank}")
+        except Exception as error:
+            if self.failure is None:
+                told = error.what if isinstance(error, JacdiagError) else one_line(error)
+                self.store.put_first(f"{self._attempt}failed", f"{self.me.name}: {told}")
+            raise
+        finally:
+            self._turns, self._attempt = outer, ""
+
     def _collect(self, key: str, mine: R) -> list[R]:
         """To rank 0, which returns all; the others return their own."""
         if self.first:
@@ -188,7 +216,7 @@ class Team:
 
     def _key(self, name: str) -> str:
         """A key of its own for every step, the same on every rank: all take the same steps."""
-        return f"{name}/{next(self._turns)}"
+        return f"{self._attempt}{name}/{next(self._turns)}"
 
     def _wait(self, key: str) -> Any:
         while not self.store.has(key):
@@ -198,9 +226,11 @@ class Team:
 
     # -- life ------------------------------------------------------------------------------------------------------
     def check(self) -> None:
-        """Raises what has ended the job, if anything has."""
+        """Raises what has ended the job, or the attempt that this rank is in, if anything has."""
         if self.failure is not None:
             raise self.failure.error()
+        if self._attempt and self.store.has(key := f"{self._attempt}failed"):
+            raise MeasureError(self.store.get(key))
 
     def _watch(self) -> None:
         """Gives a sign of life, and looks for the others' until one has failed."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from jacdiag.errors import one_line
+from jacdiag.errors import RankError, one_line
 from jacdiag.remedies.changes import Spare
 from jacdiag.remedies.patches import patches
 from jacdiag.remedies.recipes import Remedy, aims
@@ -39,12 +40,14 @@ class Bench:
         output: of the model as it is, at the probe.
         fresh: builds the model anew with another seed; None where there is one set of weights only.
         seed: of the report.
+        attempt: a context around each trial; on several ranks it fails on all of them, or on none.
     """
 
     again: Callable[[nn.Module, Iterable[str], int], tuple[Report, Any]]
     output: Any
     fresh: Callable[[int], nn.Module | None] | None
     seed: int
+    attempt: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 def tried(
@@ -68,7 +71,10 @@ def tried(
     for remedy in remedies[:_MOST]:
         told(remedy.name)
         try:
-            record = _trial(report, model, remedy, bench)
+            with bench.attempt():
+                record = _trial(report, model, remedy, bench)
+        except RankError:
+            raise
         except Exception as error:  # a guest's own copying and building may raise anything; the audit itself is done
             notes.append(f"{remedy.name} could not be tried: {one_line(error)}")
             continue

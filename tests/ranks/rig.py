@@ -49,6 +49,15 @@ def other_weight():
     return model
 
 
+def no_copy():
+    model = fine()
+    if BAD:
+        def refused(memo):
+            raise MemoryError
+        model.__deepcopy__ = refused
+    return model
+
+
 def other_heads():
     return fine(n_head=4 if BAD else 2)
 

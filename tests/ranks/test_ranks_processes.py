@@ -48,6 +48,21 @@ def test_torchrun_gives_the_report_of_one_process(tmp_path: Path) -> None:
     assert "ranks" not in one["settings"]
 
 
+def test_remedies_are_tried_by_all_ranks_together(tmp_path: Path) -> None:
+    done = by_torchrun(tmp_path, "audit", "build.py:fine", "--remedies", "first", "--json", "two.json")
+    assert done.code == 0, done.err
+    two, one = json.loads((tmp_path / "two.json").read_text()), plain(tmp_path, "build.py:fine", "--remedies", "first")
+    assert figures(two) == figures(one) and any(r["recommended"] for r in two["remedies"])
+
+
+def test_a_remedy_that_fails_on_one_rank_is_a_note(tmp_path: Path) -> None:
+    done = by_torchrun(tmp_path, "audit", "build.py:no_copy", "--remedies", "first", "--json", "two.json", bad=1)
+    assert done.code == 0, done.err
+    report = json.loads((tmp_path / "two.json").read_text())
+    assert not report["remedies"] and report["verdict"] == "warn"
+    assert any("could not be tried: MeasureError: rank 1 of 2 (" in n and "MemoryError" in n for n in report["notes"])
+
+
 @pytest.mark.long
 def test_the_example_runs_as_it_stands(tmp_path: Path) -> None:
     env = environment(tmp_path, PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from jacdiag.errors import RankError, UsageError
+from jacdiag.errors import MeasureError, RankError, Stopped, UsageError
 from jacdiag.measure.network import GradientProfile
-from jacdiag.ranks import Alone, Share, Team, enlisted, join, merged
+from jacdiag.ranks import Alone, Share, Team, enlisted, fingerprint, join, merged
 from jacdiag.ranks.store import Store
 from jacdiag.report import Interval, SublayerRecord
 
@@ -115,6 +116,73 @@ def test_an_error_on_one_rank_is_everybodys_with_its_name() -> None:
     for error in together(3, work):
         assert isinstance(error, RankError) and error.what.startswith("rank 1 of 3 (")
         assert "no such file" in error.what and (error.got, error.hint) == ("x.pt", "another")
+
+
+@pytest.mark.parametrize("when", ["before any step", "among jobs", "after the last step"])
+def test_an_attempt_fails_for_all_or_for_none(when: str) -> None:
+    """One rank fails in it; all say so, and the next attempt and the job go on in step."""
+
+    def trial(team: Team, fails: bool) -> int:
+        if fails and when == "before any step":
+            raise ZeroDivisionError("no room")
+        for k, _ in team.jobs([1.0] * 4):
+            if fails and when == "among jobs":
+                raise ZeroDivisionError("no room")
+            time.sleep(0.02 * k)
+        found = sum(share.products for share in team.gather(Share(products=team.rank)))
+        if fails and when == "after the last step":
+            raise ZeroDivisionError("no room")
+        return found
+
+    def work(team: Team) -> tuple[list[Any], int]:
+        told: list[Any] = []
+        for fails in (True, False, True):
+            try:
+                with team.attempt():
+                    found = trial(team, fails and team.rank == 1)
+                told.append(found)
+            except (ZeroDivisionError, MeasureError) as error:
+                told.append(str(error))
+        return told, sum(share.products for share in team.gather(Share(products=1)))
+
+    for rank, (told, together_again) in enumerate(together(3, work)):
+        failed = "no room" if rank == 1 else "rank 1 of 3 ("
+        assert [str(text).startswith(failed) for text in told] == [True, False, True]
+        assert told[1] == 3 and together_again == 3
+        assert all("no room" in told[k] for k in (0, 2))
+
+
+def test_a_rank_that_dies_in_an_attempt_ends_the_job() -> None:
+    def work(team: Team) -> None:
+        try:
+            with team.attempt():
+                if team.rank == 1:
+                    raise Stopped
+                team.gather(Share())
+        except BaseException as error:
+            real = team.fail(error)
+            team.close()
+            raise real from error
+
+    for error in together(2, work):
+        assert isinstance(error, RankError) and error.what.startswith("rank 1 of 2 (")
+
+
+def test_a_difference_in_an_attempt_is_no_end() -> None:
+    def work(team: Team) -> list[str]:
+        told = []
+        for other in (True, False):
+            values = torch.ones(3) * (2.0 if other and team.rank else 1.0)
+            try:
+                with team.attempt():
+                    team.agree(lambda v=values: fingerprint(None, [("w", v)], (), {}, {}))  # type: ignore[misc]
+                    told.append("")
+            except MeasureError as error:
+                told.append(str(error))
+        return told
+
+    for first, second in together(2, work):
+        assert "rank 1 of 2" in first and "'w'" in first and second == ""
 
 
 def test_a_silent_rank_is_named() -> None:
