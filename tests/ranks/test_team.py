@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -38,6 +39,17 @@ def together(size: int, work: Callable[[Team], Any], **options: Any) -> list[Any
         thread.join(30)
     assert not any(thread.is_alive() for thread in threads), "a rank hangs"
     return found
+
+
+@contextmanager
+def job(team: Team) -> Iterator[None]:
+    """Ends as an audit does where something is raised inside."""
+    try:
+        yield
+    except BaseException as error:
+        real = team.fail(error)
+        team.close()
+        raise real from error
 
 
 def test_every_job_is_done_once_dearest_first() -> None:
@@ -104,14 +116,10 @@ def test_large_data_travel_in_pieces() -> None:
 
 def test_an_error_on_one_rank_is_everybodys_with_its_name() -> None:
     def work(team: Team) -> None:
-        try:
+        with job(team):
             if team.rank == 1:
                 raise UsageError("no such file", got="x.pt", hint="another")
             team.gather(Share())
-        except Exception as error:
-            real = team.fail(error)
-            team.close()
-            raise real from error
 
     for error in together(3, work):
         assert isinstance(error, RankError) and error.what.startswith("rank 1 of 3 (")
@@ -154,15 +162,10 @@ def test_an_attempt_fails_for_all_or_for_none(when: str) -> None:
 
 def test_a_rank_that_dies_in_an_attempt_ends_the_job() -> None:
     def work(team: Team) -> None:
-        try:
-            with team.attempt():
-                if team.rank == 1:
-                    raise Stopped
-                team.gather(Share())
-        except BaseException as error:
-            real = team.fail(error)
-            team.close()
-            raise real from error
+        with job(team), team.attempt():
+            if team.rank == 1:
+                raise Stopped
+            team.gather(Share())
 
     for error in together(2, work):
         assert isinstance(error, RankError) and error.what.startswith("rank 1 of 2 (")
