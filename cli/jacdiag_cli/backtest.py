@@ -73,6 +73,7 @@ def backtest(invocation: Invocation, runs: tuple[str, ...], **given: Any) -> int
     report = run(found, stratum=stratum, peers=given["peers"], bad=given["bad"], false_alarms=given["false_alarms"],
                  lead=given["lead"], times=given["resamples"], hold_out=given["hold_out"])  # fmt: skip
     invocation.heed()
+    risk = _risk(report, files["risk"]) if "risk" in files else ""
     if "json" in files:
         write_atomic(files["json"], (report.to_json() + "\n").encode())
     if "markdown" in files:
@@ -80,7 +81,7 @@ def backtest(invocation: Invocation, runs: tuple[str, ...], **given: Any) -> int
     if "plot" in files:
         words.save(report, files["plot"])
     if "risk" in files:
-        write_atomic(files["risk"], _risk(report, files["risk"]).encode())
+        write_atomic(files["risk"], risk.encode())
     if "pack" in files:
         write_atomic(files["pack"], encoded([r for r in found if r.whole], files["pack"]))
     if given["output_format"] == "json":

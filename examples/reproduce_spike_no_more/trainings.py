@@ -6,7 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,8 @@ def _run(asked: tuple[Trial, Path]) -> Data:
     trial, folder = asked
     if not any((folder / name).exists() for name in ("done", "state.pt")):
         shutil.rmtree(folder, ignore_errors=True)  # cut short before its first state: nothing to go on from
-    train(trial.setting, folder, every=None, stats_every=trial.setting.steps, audit=False, prepare=trial.prepare)
+    setting = replace(trial.setting, every=0)
+    train(setting, folder, stats_every=setting.steps, audit=False, prepare=trial.prepare)
     (run,) = read_runs([folder])
     log = read_run(folder / RUN_FILE)
     said = label(run.loss)

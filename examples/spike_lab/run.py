@@ -33,6 +33,7 @@ class Setting:
     Attributes:
         shape: of the model.
         lr, warmup, beta2, clip: AdamW with a linear warm-up and a cosine to a tenth; clip 0 for no clipping.
+        every: steps between two probes of the watch; 0 for none.
         fault: "" for none, or one of FAULTS; it strikes at step `at`.
     """
 
@@ -44,6 +45,7 @@ class Setting:
     beta2: float = 0.95
     clip: float = 1.0
     seed: int = 0
+    every: int = 100
     fault: str = ""
     at: int = 0
 
@@ -105,14 +107,14 @@ def _batch(setting: Setting, step: int) -> tuple[Tensor, Tensor]:
 
 # -- the run -----------------------------------------------------------------------------------------------------------
 def train(
-    setting: Setting, folder: Path, *, device: str = "cpu", limit_s: float = math.inf, every: int | None = 100,
-    stats_every: int | None = None, audit: bool = True, prepare: Callable[[Model], Any] | None = None,
+    setting: Setting, folder: Path, *, device: str = "cpu", limit_s: float = math.inf, stats_every: int | None = None,
+    audit: bool = True, prepare: Callable[[Model], Any] | None = None,
 ) -> bool:  # fmt: skip
     """Runs, or goes on with, one setting. Returns whether it is whole; False where `limit_s` seconds were not enough.
 
     Args:
         folder: of this run; made if need be.
-        every, stats_every: cadences of the watch.
+        stats_every: steps between two rounds of the watch's statistics; its own choice if None.
         audit: measure the untrained model first.
         prepare: changes the untrained model, where no factor of the setting says what is wanted.
     """
@@ -136,8 +138,8 @@ def train(
         model.load_state_dict(held["model"])
         optimizer.load_state_dict(held["optimizer"])
         first = held["step"] + 1
-    with jacdiag.watch(model, optimizer, log_dir=folder, every=every, stats_every=stats_every, quiet=True,
-                       resume=held is not None) as w:  # fmt: skip
+    with jacdiag.watch(model, optimizer, log_dir=folder, every=setting.every or None, stats_every=stats_every,
+                       quiet=True, resume=held is not None) as w:  # fmt: skip
         if held is not None:
             w.load_state_dict(held["watch"])
         for step in range(first, setting.steps + 1):

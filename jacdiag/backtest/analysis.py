@@ -93,15 +93,16 @@ def _ranking(board: Board, name: str, values: Floats, trivial: bool, false_alarm
 
 # -- live rules --------------------------------------------------------------------------------------------------------
 def _detectors(runs: Sequence[Run], labels: Sequence[Label], wrong: Bools, lead: int) -> list[Detector]:
-    codes = sorted({code for run in runs for _, code in run.alerts})
+    """Alerts in the run; what step 0 says is the audit's, and not foretold by a live rule."""
+    codes = sorted({code for run in runs for step, code in run.alerts if step > 0})
     made = []
     for code in [*codes, *(["any"] if len(codes) > 1 else [])]:
         leads, alarms, steps, bad = [], 0, 0, 0
         for run, one, ill in zip(runs, labels, wrong, strict=True):
-            spoken = [step for step, which in run.alerts if code in (which, "any")]
+            spoken = [step for step, which in run.alerts if step > 0 and code in (which, "any")]
             if one.outcome == "healthy" and not ill:
                 alarms, steps = alarms + len(spoken), steps + len(run.steps)
-            elif one.left is not None:
+            elif ill and one.left is not None:
                 bad += 1
                 left = int(run.steps[min(one.left, len(run.steps) - 1)])
                 early = [left - step for step in spoken if step <= left]

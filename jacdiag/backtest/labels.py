@@ -8,7 +8,8 @@ Definitions:
     diverged        the loss is not finite, or its median over the last tenth of the run lies over the lowest such
                     median of any earlier tenth by `margin`: it left for good
     spiked          both of the first two saw a step, behind the first tenth of the run; shorter runs, shorter windows
-    left            the first step of what is labelled: for lead times
+    left            the first step of what is labelled, for lead times: of a spike, its own; of a divergence, the first
+                    behind the last one that lay within half the margin of the lowest median before
 """
 
 from __future__ import annotations
@@ -89,16 +90,19 @@ def _far_from_mean(loss: Floats) -> NDArray[np.bool_]:
 
 
 def _left_for_good(loss: Floats, margin: float) -> int | None:
-    """The step at which a divergence began; None if there was none."""
+    """The step at which a divergence began; None if there was none.
+
+    A loss that ends up not finite has mostly left its band before: the earlier of the two counts.
+    """
     broken = np.flatnonzero(~np.isfinite(loss))
-    if broken.size:
-        return int(broken[0])
+    known = loss[: broken[0]] if broken.size else loss
     tenth = max(1, len(loss) // 10)
-    if len(loss) < 10:
-        return None
-    medians = [float(np.median(loss[k : k + tenth])) for k in range(0, len(loss) - tenth + 1, tenth)]
-    lowest = min(medians[:-1])
-    if float(np.median(loss[-tenth:])) <= lowest + margin:
-        return None
-    stayed = np.flatnonzero(loss <= lowest + margin / 2)  # the last step that was still in the band
+    medians = [float(np.median(known[k : k + tenth])) for k in range(0, len(known) - tenth + 1, tenth)]
+    if not broken.size:
+        if len(medians) < 2 or len(loss) < 10 or float(np.median(loss[-tenth:])) <= min(medians[:-1]) + margin:
+            return None
+        medians.pop()
+    if not medians:
+        return int(broken[0])
+    stayed = np.flatnonzero(known <= min(medians) + margin / 2)  # the last step that was still in the band
     return int(min(stayed[-1] + 1, len(loss) - 1))

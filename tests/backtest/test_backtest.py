@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,22 @@ def test_live_rules_are_counted_on_healthy_runs_and_timed_on_bad_ones() -> None:
     assert found["JD502"].alarms == len([r for r in healthy if np.median(r.loss[-30:]) < 2.5])
     assert found["JD502"].alarms_per_10k == pytest.approx(1e4 * found["JD502"].alarms / found["JD502"].healthy_steps)
     assert found["any"].found >= one.found
+
+
+def test_what_an_audit_says_at_step_0_is_no_live_alert() -> None:
+    runs = [replace(run, alerts=[(0, "JD103"), *run.alerts]) for run in made()]
+    assert [d.to_dict() for d in backtest(runs, times=10).detectors] == [
+        d.to_dict() for d in backtest(made(), times=10).detectors]  # fmt: skip
+
+
+def test_leads_are_of_the_runs_that_count_as_wrong() -> None:
+    runs = made()
+    spiked = curve(False, 999)
+    spiked[250:254] += 1.0
+    factors = {"placement": "pre", "lr": 1e-3, "seed": 999.0}
+    runs.append(Run("spiked", factors, runs[0].steps, spiked, runs[0].grad_norm, alerts=[(251, "JD502")]))
+    bad = {kind: backtest(runs, bad=kind, times=10).detectors[-1].bad for kind in ("any", "diverged")}
+    assert bad["any"] == bad["diverged"] + 1
 
 
 def test_a_run_that_did_not_learn_is_worse_than_its_peers() -> None:

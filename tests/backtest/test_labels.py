@@ -37,6 +37,18 @@ def test_one_that_is_not_finite_at_its_end_has_diverged(value: float) -> None:
     assert (found.outcome, found.left) == ("diverged", 640) and math.isnan(found.final)
 
 
+def test_one_that_leaves_its_band_before_it_is_not_finite_left_then() -> None:
+    loss = falling()
+    loss[600:640] += 0.05 * np.arange(40)
+    loss[640:] = math.nan
+    found = label(loss)
+    assert found.outcome == "diverged" and found.left is not None and 603 <= found.left <= 608
+
+
+def test_one_that_breaks_within_its_first_steps_left_there() -> None:
+    assert label(np.array([5.0, 5.1, math.inf] + [math.nan] * 97)).left == 2
+
+
 def test_one_that_comes_back_has_spiked() -> None:
     loss = falling()
     loss[500:506] += 1.0
