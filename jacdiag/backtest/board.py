@@ -46,10 +46,14 @@ class Board:
         return [(s, float(r)) for s, r in zip(self.strata, self.rates, strict=True)]
 
     def best(self, chosen: Bools) -> str | None:
-        """The figure that ranks the chosen runs best, the rate given; None where no pair can be made."""
+        """The figure that ranks the chosen runs best, the rate given; None where no pair can be made.
+
+        A run that a figure was not measured for ties with all others.
+        """
         picked = np.flatnonzero(chosen)
-        groups = [self.given_rate[k] for k in picked]
-        found = {n: auroc(values[picked], self.wrong[picked], groups) for n, values in self.figures.items()}
+        given = self.given_rate
+        groups, wrong = [given[k] for k in picked], self.wrong[picked]
+        found = {n: auroc(values[picked], wrong, groups, missing_ties=True) for n, values in self.figures.items()}
         known = {name: value for name, value in found.items() if value is not None}
         return max(known, key=lambda name: known[name], default=None)
 

@@ -28,13 +28,17 @@ def pairs_won(scores: Floats, bad: Bools) -> tuple[float, int]:
     return float(np.sum(below + 0.5 * (upto - below))), int(high.size * low.size)
 
 
-def auroc(scores: Floats, bad: Bools, strata: Sequence[Hashable] | None = None) -> float | None:
+def auroc(
+    scores: Floats, bad: Bools, strata: Sequence[Hashable] | None = None, *, missing_ties: bool = False
+) -> float | None:
     """The chance that a bad run scores above a good one, a tie counting half.
 
     Args:
         scores: one a run, larger meaning worse; nan where the figure was not measured.
         bad: which runs went wrong.
         strata: only runs of the same stratum are compared; strata count by their pairs.
+        missing_ties: pairs with a run that has no score count half, too, and are not left out: so figures that were
+            measured on different runs can be compared.
 
     Returns:
         None where no pair can be made.
@@ -46,7 +50,8 @@ def auroc(scores: Floats, bad: Bools, strata: Sequence[Hashable] | None = None) 
     won, count = 0.0, 0
     for chosen in [np.arange(len(scores))] if strata is None else members(strata):
         w, n = pairs_won(scores[chosen], bad[chosen])
-        won, count = won + w, count + n
+        every = int(bad[chosen].sum() * (~bad[chosen]).sum()) if missing_ties else n
+        won, count = won + w + 0.5 * (every - n), count + every
     return won / count if count else None
 
 

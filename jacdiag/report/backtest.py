@@ -85,6 +85,7 @@ class Ranking(Record):
         over_all: all runs together; an architecture that fails always shows here.
         within: only runs of the same stratum are compared.
         given_lr: only runs of the same stratum and learning rate are compared.
+        all_pairs: the same with every pair that it was not measured for as a tie; figures are put in order by it.
         by_stratum: AUROC in each stratum, None where one class is empty.
         operating: at the asked false-alarm rate, over all strata.
         trivial: a classifier that knows nothing of the model's Jacobians.
@@ -95,6 +96,7 @@ class Ranking(Record):
     over_all: Estimate
     within: Estimate
     given_lr: Estimate
+    all_pairs: float | None
     by_stratum: dict[str, float | None]
     operating: Operating | None
     trivial: bool
@@ -209,6 +211,6 @@ class BacktestReport(Record):
 
     @property
     def best(self) -> Ranking | None:
-        """The figure with the highest AUROC, learning rate given."""
+        """The figure with the highest AUROC, learning rate given; what it was not measured for counts as a tie."""
         known = [r for r in self.rankings if not r.trivial and r.given_lr.value is not None]
-        return max(known, key=lambda r: r.given_lr.value or 0.0, default=None)
+        return max(known, key=lambda r: r.all_pairs or 0.0, default=None)

@@ -54,6 +54,18 @@ def test_a_figure_that_decides_is_found_and_noise_is_not() -> None:
     assert [r.trivial for r in found.rankings] == sorted(r.trivial for r in found.rankings)
 
 
+def test_a_figure_that_is_right_about_few_runs_is_not_the_best() -> None:
+    runs = []
+    for k, run in enumerate(made()):
+        signal = run.figures["signal"]
+        runs.append(replace(run, figures={"few": signal if k < 30 else math.nan, "close": signal + 0.3 * (k % 5)}))
+    found = backtest(runs, times=10, hold_out=["placement"])
+    ranks = {r.name: r for r in found.rankings}
+    assert ranks["few"].given_lr.value == 1.0 > ranks["close"].given_lr.value  # type: ignore[operator]
+    assert found.best is not None and found.best.name == "close" == found.rankings[0].name
+    assert {level.figure for level in found.held_out[0].levels.values()} == {"close"}
+
+
 def test_noise_ranks_nothing_on_average() -> None:
     found = [{r.name: r for r in backtest(made(seed=k), times=1).rankings}["noise"].given_lr.value for k in range(6)]
     assert np.mean(found) == pytest.approx(0.5, abs=4 * 0.08 / 6**0.5)  # type: ignore[arg-type]

@@ -62,6 +62,18 @@ def test_a_stratum_that_explains_all_is_no_merit() -> None:
     assert auroc(scores, bad, strata) == 0.5
 
 
+@given(RUNS)
+def test_what_was_not_measured_ties_where_it_is_not_left_out(runs: list[tuple[int, bool, int]]) -> None:
+    scores, bad, strata = arrays(runs)
+    left, tied = auroc(scores, bad, strata), auroc(scores, bad, strata, missing_ties=True)
+    assert (tied == pytest.approx(left)) if left is not None else tied is None
+    scores[::2] = math.nan
+    pairs = [(i, j) for i in np.flatnonzero(bad) for j in np.flatnonzero(~bad) if strata[i] == strata[j]]
+    won = [0.5 if math.isnan(scores[i] - scores[j]) else (1 + np.sign(scores[i] - scores[j])) / 2 for i, j in pairs]
+    tied = auroc(scores, bad, strata, missing_ties=True)
+    assert tied == (pytest.approx(np.mean(won)) if won else None)
+
+
 def test_the_bootstrap_covers_the_truth_as_often_as_it_says() -> None:
     truth, hits, trials = 0.760, 0, 60  # P(N(1, 1) > N(0, 1)) = Phi(1 / sqrt(2))
     draw = np.random.default_rng(1)
