@@ -52,6 +52,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     assert not (tmp_path / "torn" / "state.pt").exists() and train(setting, tmp_path / "torn")
     (run,) = read_runs([tmp_path / "whole"])
     assert run.factors["recipe"] == "scaled-embed" and run.figures["end-to-end norm x lr"] > 0
+    assert run.figures["sum of excess x width"] == pytest.approx(16 * run.figures["sum of excess"])
     assert len(run.loss) == TINY["steps"] and math.isfinite(run.figures["mean bound, Eq. 15 and 20"])
 
 

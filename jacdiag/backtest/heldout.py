@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ def held_out(board: Board, factor: str, false_alarms: float, times: int) -> Held
     score, chance, base = (np.full(count, np.nan) for _ in range(3))
     alarm = np.zeros(count, dtype=bool)
     levels: dict[str, Level] = {}
+    chosen: dict[str, Counter[str]] = defaultdict(Counter)
     for value in dict.fromkeys(values):
         test = np.array([v == value for v in values])
         figure = board.best(~test)
@@ -37,7 +39,9 @@ def held_out(board: Board, factor: str, false_alarms: float, times: int) -> Held
         if figure is None:
             continue
         score[test] = board.figures[figure][test]
-        mine, plain = _chances(board, ~test)
+        mine, plain, by = _chances(board, ~test)
+        for stratum, name in by.items():
+            chosen[stratum][name] += 1
         chance[test], base[test] = mine[test], plain[test]
         at = operating_point(mine[~test], board.wrong[~test], false_alarms)
         alarm[test] = mine[test] > at.threshold if at is not None else False
@@ -47,14 +51,15 @@ def held_out(board: Board, factor: str, false_alarms: float, times: int) -> Held
     return HeldOut(
         factor,
         levels,
+        _estimate(board, chance, keys, times),
         _estimate(board, score, keys, times),
-        {name: _estimate(board, column, keys, times) for name, column in board.trivial.items()},
+        {n: _estimate(board, np.where(known, values, np.nan), keys, times) for n, values in board.trivial.items()},
         _brier(chance, board.wrong),
         _brier(base, board.wrong),
         float(alarm[good].mean()) if good.any() else None,
         float(alarm[ill].mean()) if ill.any() else None,
         calibration(chance, board.wrong),
-        {name: _transfer(board, name, score, chance, keys) for name in dict.fromkeys(board.strata)},
+        {name: _transfer(board, name, chance, keys, chosen[name]) for name in dict.fromkeys(board.strata)},
     )
 
 
@@ -66,16 +71,19 @@ def _estimate(board: Board, column: Floats, keys: Sequence[Hashable], times: int
     return auroc_interval(column, board.wrong, keys, board.clusters, times=times)
 
 
-def _transfer(board: Board, stratum: str, score: Floats, chance: Floats, keys: Sequence[Hashable]) -> Transfer:
+def _transfer(
+    board: Board, stratum: str, chance: Floats, keys: Sequence[Hashable], chosen: Counter[str]
+) -> Transfer:
     mine = np.array([k for k, s in enumerate(board.strata) if s == stratum])
     wrong, known = board.wrong[mine], ~np.isnan(chance[mine])
     return Transfer(
         len(mine),
         int(wrong.sum()),
-        auroc(score[mine], wrong, [keys[k] for k in mine]),
+        auroc(chance[mine], wrong, [keys[k] for k in mine]),
         float(chance[mine][known].mean()) if known.any() else None,
         float(wrong[known].mean()) if known.any() else None,
         _brier(chance[mine], wrong),
+        [name for name, _ in chosen.most_common()],
     )
 
 
@@ -85,8 +93,9 @@ def _brier(chance: Floats, wrong: Bools) -> float | None:
     return float(np.mean((chance[known] - wrong[known]) ** 2)) if known.any() else None
 
 
-def _chances(board: Board, train: Bools) -> tuple[Floats, Floats]:
-    """The chance of every run by curves that only the train runs made; and by the learning rate alone."""
+def _chances(board: Board, train: Bools) -> tuple[Floats, Floats, dict[str, str]]:
+    """The chance of every run by curves that only the train runs made; by the rate alone; the figure of each curve."""
+    by: dict[str, str] = {}
     chance, base = np.full(len(train), np.nan), np.full(len(train), np.nan)
     nothing = np.ones(len(train))
     for stratum in dict.fromkeys(board.strata):
@@ -94,10 +103,11 @@ def _chances(board: Board, train: Bools) -> tuple[Floats, Floats]:
         made = _curve(board, train & mine, 0)
         plain = _fitted(board, nothing, train & mine, 0)
         if made is not None:
+            by[stratum] = made[0]
             chance[mine] = made[1].chances(board.figures[made[0]][mine], board.rates[mine])
         if plain is not None:
             base[mine] = plain.chances(nothing[mine], board.rates[mine])
-    return chance, base
+    return chance, base, by
 
 
 def _curve(board: Board, chosen: Bools, times: int) -> tuple[str, Curve] | None:

@@ -83,8 +83,9 @@ def foretold(one: HeldOut) -> list[str]:
     rivals = {name: e.value for name, e in one.trivial.items() if e.value is not None}
     best = max(rivals, key=lambda name: rivals[name], default=None)
     beside = f"; best trivial classifier {rivals[best]:.2f} ({best})" if best is not None else ""
+    one_figure = f", one figure for all {span(one.one_figure)}"
     lines = [f"held out by {one.factor}: {levels}",
-             f"  AUROC, learning rate given: {span(one.auroc)}{beside}"]  # fmt: skip
+             f"  AUROC, learning rate given: {span(one.auroc)}{one_figure}{beside}"]  # fmt: skip
     if one.brier is not None:
         alone = f", {one.brier_rate_alone:.3f} by learning rate alone" if one.brier_rate_alone is not None else ""
         lines.append(f"  chance: Brier score {one.brier:.3f}{alone}; false alarms {_part(one.false_alarms)}, "
@@ -94,8 +95,13 @@ def foretold(one: HeldOut) -> list[str]:
     for name, t in one.transfer.items():
         if t.expected is not None and t.observed is not None:
             ranked = f", AUROC {t.auroc:.2f}" if t.auroc is not None else ""
-            lines.append(f"  {name}: expected {t.expected:.0%}, went wrong {t.observed:.0%} of {t.runs}{ranked}")
+            told = f"expected {t.expected:.0%}, went wrong {t.observed:.0%} of {t.runs}{ranked}"
+            lines.append(f"  {name}: {told}; {_by(t.figures)}")
     return lines
+
+
+def _by(figures: list[str]) -> str:
+    return "by " + ", ".join(figures[:2]) + (f" and {len(figures) - 2} more" if len(figures) > 2 else "")
 
 
 def _part(value: float | None) -> str:

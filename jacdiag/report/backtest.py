@@ -105,7 +105,7 @@ class Ranking(Record):
 
 @dataclass(frozen=True)
 class Level(Record):
-    """A level of a factor that was left out: its runs, how many went wrong, the figure that the other runs chose."""
+    """A level of a factor that was left out: its runs, how many went wrong, the one figure that the others chose."""
 
     runs: int
     bad: int
@@ -117,7 +117,8 @@ class Transfer(Record):
     """How what other levels taught came out on the runs of one architecture.
 
     Attributes:
-        auroc: of the chosen figure, learning rate given.
+        auroc: of the chance, learning rate given.
+        figures: that the other levels chose for it, the most frequent first.
         expected, observed: mean chance, and the share that went wrong.
         brier: mean squared distance between chance and outcome.
     """
@@ -128,6 +129,7 @@ class Transfer(Record):
     expected: float | None
     observed: float | None
     brier: float | None
+    figures: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -135,8 +137,10 @@ class HeldOut(Record):
     """Every level of a factor in turn was left out of all choices, and then foretold.
 
     Attributes:
-        auroc: of the figure that the other levels chose; only runs of the same level, architecture and rate compared.
-        trivial: the same of classifiers that know no Jacobian.
+        auroc: of the chance, by the figure that the other levels chose for each architecture; only runs of the same
+            level, architecture and rate are compared.
+        one_figure: the same of a single figure for all architectures.
+        trivial: the same of classifiers that know no Jacobian, on the runs that have a chance.
         brier, brier_rate_alone: of the chance, and of one that knows architecture and learning rate only.
         false_alarms, recall: of the chance at the threshold that the other levels chose.
         calibration: chances against outcomes.
@@ -146,6 +150,7 @@ class HeldOut(Record):
     factor: str
     levels: dict[str, Level]
     auroc: Estimate
+    one_figure: Estimate
     trivial: dict[str, Estimate]
     brier: float | None
     brier_rate_alone: float | None

@@ -39,6 +39,16 @@ def _shortcut(row: SublayerRecord) -> float:
     return gain.per_token.p99 if gain.per_token is not None else gain.estimate
 
 
+def _inverse_shortcut(row: SublayerRecord) -> float:
+    """1/σ of the shortcut's median token: what a norm of the stream multiplies by, wherever the norm is."""
+    spread = row.shortcut_std
+    return 1.0 / spread.median if spread is not None and spread.median > 0 else math.nan
+
+
+def _core_over_shortcut(row: SublayerRecord) -> float:
+    return _core(row) * _inverse_shortcut(row)
+
+
 def _value(interval: Interval | None) -> float:
     return interval.estimate if interval is not None else math.nan
 
@@ -59,6 +69,14 @@ def _mean(of: Callable[[SublayerRecord], float]) -> Figure:
     return mean
 
 
+def _sum(of: Callable[[SublayerRecord], float]) -> Figure:
+    def total(report: Report) -> float:
+        values = _known(map(of, report.sublayers))
+        return math.fsum(values) if values else math.nan
+
+    return total
+
+
 def _sum_log(of: Callable[[SublayerRecord], float]) -> Figure:
     def total(report: Report) -> float:
         values = _known(map(of, report.sublayers))
@@ -76,7 +94,12 @@ def _gradient_growth(report: Report) -> float:
     return growth if growth is not None else math.nan
 
 
-INIT: Mapping[str, Figure] = {
+def _by_width(figure: Figure) -> Figure:
+    """The figure times d: the rate that Adam bears falls as 1/d in hidden matrices (Tensor Programs V, 2203.03466)."""
+    return lambda report: figure(report) * (report.model.width or math.nan)
+
+
+_PLAIN: Mapping[str, Figure] = {
     "worst branch norm": _worst(_branch),
     "mean branch norm": _mean(_branch),
     "product of branches (log)": _sum_log(_branch),
@@ -89,11 +112,16 @@ INIT: Mapping[str, Figure] = {
     "mean shortcut factor": _mean(_shortcut),
     "worst bound, Eq. 15 and 20": _worst(_bound),
     "mean bound, Eq. 15 and 20": _mean(_bound),
+    "inverse of the smallest shortcut": _worst(_inverse_shortcut),
+    "sum of cores over shortcuts": _sum(_core_over_shortcut),
     "gradient growth": _gradient_growth,
 }
+INIT: Mapping[str, Figure] = {**_PLAIN, **{f"{name} x width": _by_width(figure) for name, figure in _PLAIN.items()}}
 
 # Of closed forms: as good under --decide, where the norms are only as narrow as the rules need.
-EXACT = ("worst shortcut factor", "mean shortcut factor", "worst bound, Eq. 15 and 20", "mean bound, Eq. 15 and 20")
+_CLOSED = ("worst shortcut factor", "mean shortcut factor", "worst bound, Eq. 15 and 20", "mean bound, Eq. 15 and 20",
+           "inverse of the smallest shortcut")  # fmt: skip
+EXACT = (*_CLOSED, *(f"{name} x width" for name in _CLOSED))
 
 
 def init_figures(report: Report, lr: float | None = None) -> dict[str, float]:

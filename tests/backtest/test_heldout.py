@@ -56,6 +56,19 @@ def test_what_a_held_out_level_tells_of_itself_is_not_used() -> None:
     assert one.levels["128"].figure == "signal", "only its own runs make the leak look good"
 
 
+def test_each_architecture_is_foretold_by_its_own_figure() -> None:
+    runs = []
+    for run in made():
+        signal, noise = run.figures["signal"], run.figures["noise"]
+        post = run.factors["placement"] == "post"
+        figures = {"of pre": noise if post else signal, "of post": signal if post else noise}
+        runs.append(replace(run, figures=figures))
+    [one] = backtest(runs, times=20, hold_out=["width"]).held_out
+    assert one.transfer["pre"].figures == ["of pre"] and one.transfer["post"].figures == ["of post"]
+    assert one.auroc.value is not None and one.one_figure.value is not None
+    assert one.auroc.value > 0.85 > one.one_figure.value
+
+
 def test_without_the_other_class_nothing_is_foretold() -> None:
     runs = [replace(r, factors={**r.factors, "side": float(np.median(r.loss[-30:]) > 2.5)}) for r in made(60)]
     [one] = backtest(runs, times=10, hold_out=["side"]).held_out
