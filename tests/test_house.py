@@ -75,7 +75,7 @@ COMMANDS = {
     "explain": set(),
     "backtest": {
         "--column", "--figure", "--stratum", "--peers", "--bad", "--false-alarms", "--lead", "--resamples", "--format",
-        "--all", "--json", "--markdown", "--plot", "--hold-out", "--write-risk", "--pack",
+        "--all", "--json", "--markdown", "--plot", "--hold-out", "--worse", "--write-risk", "--pack",
     },
     "live": {"--once", "--refresh"},
     "plot": {"-o", "--output"},

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 @click.option("--peers", multiple=True, metavar="FACTOR", help="Factors whose runs share a best loss.")
 @click.option("--bad", type=click.Choice(["any", "diverged", "spiked", "worse"]), default="any", show_default=True,
               help="What counts as a run that went wrong.")  # fmt: skip
+@click.option("--worse", type=click.FloatRange(0, min_open=True), default=0.4, show_default=True, metavar="NATS",
+              help="How far over the best of its peers a loss ends that went wrong.")  # fmt: skip
 @click.option("--false-alarms", type=click.FloatRange(0, 1), default=0.05, show_default=True,
               help="Rate at which precision is given.")  # fmt: skip
 @click.option("--lead", type=click.IntRange(0), default=20, show_default=True, help="Steps that count as early.")
@@ -71,7 +73,8 @@ def backtest(invocation: Invocation, runs: tuple[str, ...], **given: Any) -> int
     found = read_runs(runs, _pairs(given["columns"]), given["figures"])
     stratum = given["stratum"] or [f for f in ("placement",) if all(f in r.factors for r in found)]
     report = run(found, stratum=stratum, peers=given["peers"], bad=given["bad"], false_alarms=given["false_alarms"],
-                 lead=given["lead"], times=given["resamples"], hold_out=given["hold_out"])  # fmt: skip
+                 lead=given["lead"], times=given["resamples"], hold_out=given["hold_out"],
+                 worse=given["worse"])  # fmt: skip
     invocation.heed()
     risk = _risk(report, files["risk"]) if "risk" in files else ""
     if "json" in files:
@@ -106,7 +109,7 @@ def _risk(report: BacktestReport, path: Path) -> str:
     if not report.curves:
         raise UsageError(f"there is no curve to write to '{path}'", got=f"strata: {', '.join(report.strata)}",
                          hint="curves are by placement: factors.json needs `placement` and `lr`")  # fmt: skip
-    about: dict[str, Any] = {"runs": len(report.bad), "bad": report.asked["bad"]}
+    about: dict[str, Any] = {"runs": len(report.bad), "bad": report.asked["bad"], "worse_nats": report.asked["worse"]}
     for one in report.held_out:
         about |= {f"held_out_{one.factor}_auroc": one.auroc.value, f"held_out_{one.factor}_brier": one.brier}
     return written(RiskTable(report.curves, {k: v for k, v in about.items() if v is not None}))

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from jacdiag.backtest.board import Board, board
+from jacdiag.backtest.board import WORSE, Board, board
 from jacdiag.backtest.heldout import curves, held_out
 from jacdiag.backtest.labels import label
 from jacdiag.backtest.run import Run
@@ -18,21 +18,22 @@ from jacdiag.report.backtest import BacktestReport, Detector, Estimate, Label, R
 def backtest(
     runs: Sequence[Run], *, stratum: Sequence[str] = ("placement",), peers: Sequence[str] = (), bad: str = "any",
     false_alarms: float = 0.05, lead: int = 20, times: int = 1000, cluster_without: Sequence[str] = ("seed",),
-    hold_out: Sequence[str] = (),
+    hold_out: Sequence[str] = (), worse: float = WORSE,
 ) -> BacktestReport:  # fmt: skip
     """Labels runs and ranks every figure.
 
     Args:
         runs: from `read_runs`.
         stratum: factors that make an architecture.
-        peers: factors whose runs share a best loss; a run that ends 0.4 over the best at its own or a lower learning
-            rate is worse.
+        peers: factors whose runs share a best loss; a run that ends `worse` over the best at its own or a lower
+            learning rate is worse.
         bad: which outcome counts: "diverged", "spiked" (or diverged), "worse" (or diverged), "any".
         false_alarms: rate at which precision is given.
         lead: steps that count as early.
         times: resamples of the bootstrap.
         hold_out: factors; of each, every level in turn is left out of the choice of figure, curve and threshold, and
             then judged by them.
+        worse: nats.
         cluster_without: runs that differ in these factors only are resampled together.
 
     Raises:
@@ -46,7 +47,8 @@ def backtest(
             raise UsageError(f"no run has the factor '{name}'", got=", ".join(sorted(known)) or "no factors at all")
     given, runs = len(runs), [run for run in runs if run.whole]
     labels = [label(run.loss) for run in runs]
-    cast = board(runs, labels, bad=bad, stratum=stratum, peers=peers, cluster_without=cluster_without)
+    cast = board(runs, labels, bad=bad, stratum=stratum, peers=peers, cluster_without=cluster_without,
+                 worse=worse)  # fmt: skip
     wrong = cast.wrong
     if wrong.all() or not wrong.any():
         told = f"{int(wrong.sum())} of {len(wrong)} went wrong"
@@ -56,7 +58,7 @@ def backtest(
     ill = [name for name, w in zip(cast.strata, wrong, strict=True) if w]
     counts = {name: [cast.strata.count(name), ill.count(name)] for name in dict.fromkeys(cast.strata)}
     asked = {"stratum": list(stratum), "peers": list(peers), "bad": bad, "false_alarms": false_alarms, "lead": lead,
-             "hold_out": list(hold_out), "not_whole": given - len(runs)}  # fmt: skip
+             "hold_out": list(hold_out), "worse": worse, "not_whole": given - len(runs)}  # fmt: skip
     return BacktestReport(
         labels={run.name: one for run, one in zip(runs, labels, strict=True)},
         bad={run.name: bool(w) for run, w in zip(runs, wrong, strict=True)},

@@ -60,12 +60,12 @@ class Board:
 
 def board(
     runs: Sequence[Run], labels: list[Label], *, bad: str, stratum: Sequence[str], peers: Sequence[str],
-    cluster_without: Sequence[str],
+    cluster_without: Sequence[str], worse: float = WORSE,
 ) -> Board:  # fmt: skip
     """Puts the columns together; see `backtest` for the arguments."""
     rates = np.array([number_of(run.factors.get("lr")) for run in runs])
-    worse = _worse(runs, labels, rates, peers)
-    wrong = np.array([_wrong(one.outcome, w, bad) for one, w in zip(labels, worse, strict=True)], dtype=bool)
+    far = _worse(runs, labels, rates, peers, worse)
+    wrong = np.array([_wrong(one.outcome, w, bad) for one, w in zip(labels, far, strict=True)], dtype=bool)
     strata = [" · ".join(str(run.factors.get(f, "?")) for f in stratum) or "all" for run in runs]
     clusters = [tuple(sorted((k, str(v)) for k, v in run.factors.items() if k not in cluster_without)) for run in runs]
     names = dict.fromkeys(name for run in runs for name in run.figures)
@@ -84,7 +84,9 @@ def _wrong(outcome: str, worse: bool, bad: str) -> bool:
     }[bad]
 
 
-def _worse(runs: Sequence[Run], labels: Sequence[Label], rates: Floats, peers: Sequence[str]) -> list[bool]:
+def _worse(
+    runs: Sequence[Run], labels: Sequence[Label], rates: Floats, peers: Sequence[str], worse: float
+) -> list[bool]:
     """Which runs end far over the best of their peers at the same or a lower learning rate.
 
     A higher rate alone may not count against a lower one: a run that was merely slow did not go wrong.
@@ -96,7 +98,7 @@ def _worse(runs: Sequence[Run], labels: Sequence[Label], rates: Floats, peers: S
         mine = np.array([g == group for g in groups])
         lower = mine if math.isnan(rate) else mine & ~(rates > rate)
         known = finals[lower & np.isfinite(finals)]
-        found.append(not final <= (known.min() if known.size else math.inf) + WORSE)
+        found.append(not final <= (known.min() if known.size else math.inf) + worse)
     return found
 
 

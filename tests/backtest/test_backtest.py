@@ -105,6 +105,7 @@ def test_a_run_that_did_not_learn_is_worse_than_its_peers() -> None:
     dull = Run("dull", factors, runs[0].steps, np.full(300, 5.0), runs[0].grad_norm)
     assert backtest([*runs, dull], bad="worse", times=10).bad["dull"]
     assert not backtest([*runs, dull], bad="diverged", times=10).bad["dull"]
+    assert not backtest([*runs, dull], bad="worse", times=10, worse=3.5).bad["dull"]
 
 
 @pytest.mark.parametrize(
