@@ -16,6 +16,7 @@ from jacdiag.report.backtest import Estimate, HeldOut, Level, Transfer
 from jacdiag.report.risk import RiskCurve
 
 RANGED = ("lr", "width", "layers")
+LEAST = 10  # runs of either outcome that a curve needs before it may speak of others
 
 
 def held_out(board: Board, factor: str, false_alarms: float, times: int) -> HeldOut:
@@ -123,11 +124,15 @@ def _fitted(board: Board, figure: Floats, chosen: Bools, times: int) -> Curve | 
 
 
 def curves(board: Board, times: int) -> dict[str, RiskCurve]:
-    """One curve per placement from all runs, for `report/risk.toml`. Its quality is what `held_out` says."""
+    """One curve per placement from all runs, for `report/risk.toml`; none from fewer than 10 runs of either outcome.
+
+    Its quality is what `held_out` says.
+    """
     found = {}
     for stratum in dict.fromkeys(board.strata):
         chosen = np.array([s == stratum for s in board.strata])
-        made = _curve(board, chosen, min(times, 200))
+        bad = int(board.wrong[chosen].sum())
+        made = _curve(board, chosen, min(times, 200)) if LEAST <= bad <= int(chosen.sum()) - LEAST else None
         if made is None:
             continue
         name, curve = made

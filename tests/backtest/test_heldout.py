@@ -75,6 +75,14 @@ def test_without_the_other_class_nothing_is_foretold() -> None:
     assert one.auroc.value is None and one.brier is None and one.recall is None and one.calibration == []
 
 
+def test_a_placement_with_few_runs_of_one_outcome_has_no_curve() -> None:
+    found = backtest(made(120), times=5)
+    few = [r for r in made(120) if r.factors["placement"] == "pre" or not found.bad[r.name]]
+    ill = [r for r in made(120) if r.factors["placement"] == "post" and found.bad[r.name]]
+    assert set(backtest([*few, *ill[:9]], times=5).curves) == {"pre"}
+    assert set(backtest([*few, *ill[:10]], times=5).curves) == {"pre", "post"}
+
+
 def test_a_lower_rate_is_not_worse_for_being_slow() -> None:
     flat = np.full(300, 3.0)
     runs = made(120)

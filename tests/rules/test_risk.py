@@ -77,5 +77,5 @@ def test_outside_of_what_was_run_there_is_no_chance_and_the_reason_is_told() -> 
     rows = [replace(row, branch_norm=None) for row in plain.sublayers]
     assert "the figure not known" in outside(replace(plain, sublayers=rows))
     rows = [replace(row, placement="post") for row in plain.sublayers]
-    assert "no run of this placement was recorded (post-norm)" in outside(replace(plain, sublayers=rows))
+    assert "no curve for this placement (post-norm)" in outside(replace(plain, sublayers=rows))
     assert "of untrained models" in outside(replace(plain, state="trained"))
