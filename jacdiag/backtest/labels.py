@@ -7,9 +7,10 @@ Definitions:
                     before (OLMo 2, arXiv 2501.00656)
     diverged        the loss is not finite, or its median over the last tenth of the run lies over the lowest such
                     median of any earlier tenth by `margin`: it left for good
-    spiked          both of the first two saw a step, behind the first tenth of the run; shorter runs, shorter windows
+    spiked          both of the first two saw the same step, behind the first tenth of the run; a shorter run has
+                    shorter windows
     left            the first step of what is labelled, for lead times: of a spike, its own; of a divergence, the first
-                    behind the last one that lay within half the margin of the lowest median before
+                    behind the last one around which the loss lay within half the margin of the lowest median before
 """
 
 from __future__ import annotations
@@ -45,11 +46,12 @@ def label(loss: Floats, *, margin: float = MARGIN) -> Label:
     spikes = _over_median(loss)
     far = _far_from_mean(loss)
     spikes[: int(WARM * count)] = far[: int(WARM * count)] = False
+    both = spikes & far  # in small batches a tenth of a nat alone is noise
     left = _left_for_good(loss, margin)
     final = float(np.median(loss[-max(1, count // 10) :])) if count and finite[-1] else math.nan
-    outcome: Outcome = "diverged" if left is not None else "spiked" if spikes.any() and far.any() else "healthy"
+    outcome: Outcome = "diverged" if left is not None else "spiked" if both.any() else "healthy"
     if outcome == "spiked":
-        left = int(np.flatnonzero(spikes | far)[0])
+        left = int(np.flatnonzero(both)[0])
     rate = 1e4 * float(spikes.mean()) if count else 0.0
     return Label(outcome, rate, float(far.mean()) if count else 0.0, left, final, count)
 
@@ -92,7 +94,8 @@ def _far_from_mean(loss: Floats) -> NDArray[np.bool_]:
 def _left_for_good(loss: Floats, margin: float) -> int | None:
     """The step at which a divergence began; None if there was none.
 
-    A loss that ends up not finite has mostly left its band before: the earlier of the two counts.
+    A loss that ends up not finite has mostly left its band before: the earlier of the two counts. Whether it is in
+    its band is asked of the median around a step, for in a noisy loss one low step is no return.
     """
     broken = np.flatnonzero(~np.isfinite(loss))
     known = loss[: broken[0]] if broken.size else loss
@@ -104,5 +107,7 @@ def _left_for_good(loss: Floats, margin: float) -> int | None:
         medians.pop()
     if not medians:
         return int(broken[0])
-    stayed = np.flatnonzero(known <= min(medians) + margin / 2)  # the last step that was still in the band
-    return int(min(stayed[-1] + 1, len(loss) - 1))
+    half = tenth // 8
+    around = np.array([np.median(known[max(0, k - half) : k + half + 1]) for k in range(len(known))])
+    stayed = np.flatnonzero(around <= min(medians) + margin / 2)
+    return int(min(stayed[-1] + 1, len(loss) - 1)) if stayed.size else int(broken[0] if broken.size else len(loss) - 1)

@@ -106,8 +106,8 @@ report says which one is outside.""",
 The same init is harmless at one learning rate and breaks a run at another; neither the figure nor the rate
 says it alone. How well curves foretell runs that they have not seen, jacdiag backtest --hold-out says.""",
     example="""\
-A curve fitted on runs of d 32 to 128 says something of d 64 and nothing of d 4,096: there no chance is
-given. No curve ships yet.""",
+The curves that ship were fitted on runs of d 32 to 128 (examples/spike_lab): they say something of d 64
+and nothing of d 4,096, where no chance is given.""",
     remedy="""\
 A lower peak learning rate, or the init that JD101 and JD102 ask for. Fit a curve on your own runs:
 jacdiag backtest RUN... --write-risk FILE, and name the file as `risk` in [tool.jacdiag].""",

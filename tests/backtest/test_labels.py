@@ -45,6 +45,21 @@ def test_one_that_leaves_its_band_before_it_is_not_finite_left_then() -> None:
     assert found.outcome == "diverged" and found.left is not None and 603 <= found.left <= 608
 
 
+def test_one_low_step_of_a_noisy_loss_is_no_return() -> None:
+    loss = falling(noise=0.15)
+    loss[600:] += 0.8
+    loss[[700, 850]] -= 0.8
+    found = label(loss)
+    assert found.outcome == "diverged" and found.left is not None and 590 <= found.left <= 610
+
+
+def test_a_step_counts_as_a_spike_where_both_definitions_see_it() -> None:
+    loss = falling(noise=0.2, seed=3)
+    assert label(loss).spike_rate > 100 and label(loss).outcome == "healthy", "noise passes a median by 0.1 all the time"
+    loss[500] += 4.0
+    assert (label(loss).outcome, label(loss).left) == ("spiked", 500)
+
+
 def test_one_that_breaks_within_its_first_steps_left_there() -> None:
     assert label(np.array([5.0, 5.1, math.inf] + [math.nan] * 97)).left == 2
 
