@@ -56,6 +56,14 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     assert len(run.loss) == TINY["steps"] and math.isfinite(run.figures["mean bound, Eq. 15 and 20"])
 
 
+def test_a_run_that_was_killed_before_its_first_state_begins_again(tmp_path: Path) -> None:
+    setting = Setting.of({**TINY, "lr": 1e-2})
+    assert train(setting, tmp_path / "whole") and not train(setting, tmp_path / "torn", limit_s=0.0)
+    (tmp_path / "torn" / "state.pt").unlink()
+    assert train(setting, tmp_path / "torn")
+    assert log(tmp_path / "torn") == log(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_strikes_at_its_step_and_not_before(fault: str, tmp_path: Path) -> None:
     base = {**TINY, "lr": 1e-2}

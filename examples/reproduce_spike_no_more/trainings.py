@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -75,8 +74,6 @@ def outcomes(trials: Sequence[Trial], options: Options) -> list[Data]:
 
 def _run(asked: tuple[Trial, Path]) -> Data:
     trial, folder = asked
-    if not any((folder / name).exists() for name in ("done", "state.pt")):
-        shutil.rmtree(folder, ignore_errors=True)  # cut short before its first state: nothing to go on from
     setting = replace(trial.setting, every=0)
     train(setting, folder, stats_every=setting.steps, audit=False, prepare=trial.prepare)
     (run,) = read_runs([folder])

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import jacdiag
+from jacdiag.report.runlog import RUN_FILE
 
 from .model import Model, Shape
 from .text import VOCABULARY, batch
@@ -134,7 +135,9 @@ def train(
                                beta2=setting.beta2, state="init", tol=0.1)  # fmt: skip
         (folder / "audit.json").write_text(report.to_json() + "\n", encoding="utf-8")
     first, held = 1, _load(folder)
-    if held is not None:
+    if held is None:
+        (folder / RUN_FILE).unlink(missing_ok=True)  # cut short before its first state: there is nothing to go on from
+    else:
         model.load_state_dict(held["model"])
         optimizer.load_state_dict(held["optimizer"])
         first = held["step"] + 1
