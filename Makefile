@@ -5,11 +5,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 FILES ?= 20000
+HELD := $(addprefix --hold-out ,seed recipe embed_std branch_std width layers)
 CHECKPOINT ?= examples/checkpoints/vanilla-step0.pt
 # Workers share the cores; torch's own threads on top of them only get in each other's way.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: help audit test test-long lint bench coverage fuzz clean
+.PHONY: help audit test test-long lint bench lab coverage fuzz clean
 
 help:
 	@echo 'make audit     install, audit the shipped checkpoint: a table here, out/audit.json and out/audit.png'
@@ -17,6 +18,7 @@ help:
 	@echo 'make test-long  the same with the variants that take many processes or steps'
 	@echo 'make lint      ruff and mypy'
 	@echo 'make bench     the benchmarks against peers (minutes); results in benchmarks/results'
+	@echo 'make lab       543 small training runs and how well the audit foretold them (2.5 hours); in runs/lab'
 	@echo 'make coverage  every model family of transformers (long); results in benchmarks/results'
 	@echo 'make fuzz      20,000 damaged files of every format; what breaks the reader goes to tests/hostile/corpus'
 	@echo 'make clean     remove .venv, out and caches'
@@ -39,6 +41,13 @@ bench: .venv/.installed-dev
 	@mkdir -p benchmarks/results
 	set -e; for script in $(filter-out benchmarks/coverage.py benchmarks/_%.py,$(wildcard benchmarks/*.py)); do \
 	  echo "== $$script"; $(BIN)/python $$script; done
+
+lab: .venv/.installed
+	$(BIN)/python -m examples.spike_lab cpu --out runs/lab/cpu --jobs 2
+	$(BIN)/python -m examples.spike_lab live --out runs/lab/live --jobs 2
+	$(BIN)/jacdiag backtest runs/lab/cpu --peers placement --peers layers --peers width $(HELD) \
+	  --pack runs/lab/cpu.runs.gz --markdown runs/lab/cpu.md --plot runs/lab/cpu.png --write-risk runs/lab/risk.toml
+	$(BIN)/jacdiag backtest runs/lab/live --pack runs/lab/live.runs.gz --markdown runs/lab/live.md
 
 coverage: .venv/.installed-dev
 	@mkdir -p benchmarks/results
