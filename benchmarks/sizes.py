@@ -5,7 +5,8 @@ as in `_peers.py`: it is stopped from outside as soon as it is within 1% of the 
 stopped, is given the loosest tolerance that gets there.
 
     python benchmarks/sizes.py               sizes with T d up to 200,000; writes results/sizes.json
-    python benchmarks/sizes.py --most inf    all sizes, d up to 2048 and T up to 1024
+    python benchmarks/sizes.py --most inf    all sizes, d up to 2048 and T up to 1024; those in the file are kept
+    python benchmarks/sizes.py --again       those in the file too
     python benchmarks/sizes.py --quick       one small size, seconds; prints only
 """
 
@@ -138,15 +139,26 @@ def size(width: int, length: int, seeds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def kept(seeds: int) -> list[dict[str, Any]]:
+    """Rows of an earlier run with as many seeds and the same torch: counts depend on nothing else."""
+    held = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    same = (held.get("seeds"), held.get("torch")) == (seeds, torch.__version__)
+    return list(held["rows"]) if same else []
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one small size; nothing is written")
     parser.add_argument("--most", type=float, default=2e5, help="largest T d")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--again", action="store_true", help="run what the file holds, too")
     args = parser.parse_args()
     shapes = [(64, 32)] if args.quick else [(d, t) for d in WIDTHS for t in LENGTHS if d * t <= args.most]
-    rows: list[dict[str, Any]] = []
+    rows = [] if args.quick or args.again else kept(args.seeds)
+    known = {(row["d"], row["T"]) for row in rows}
     for width, length in sorted(shapes, key=lambda shape: shape[0] * shape[1]):
+        if (width, length) in known:
+            continue
         for row in size(width, length, args.seeds):
             rows.append(row)
             counts = ", ".join(f"{n} {m['products']}" for n, m in row["methods"].items() if m["products"] is not None)
