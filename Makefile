@@ -47,7 +47,7 @@ lab: .venv/.installed
 	$(BIN)/python -m examples.spike_lab live --out runs/lab/live --jobs 2
 	$(BIN)/jacdiag backtest runs/lab/cpu --peers placement --peers layers --peers width $(HELD) \
 	  --pack runs/lab/cpu.runs.gz --markdown runs/lab/cpu.md --plot runs/lab/cpu.png --write-risk runs/lab/risk.toml
-	$(BIN)/jacdiag backtest runs/lab/live --pack runs/lab/live.runs.gz --markdown runs/lab/live.md
+	$(BIN)/jacdiag backtest runs/lab/live --peers placement --pack runs/lab/live.runs.gz --markdown runs/lab/live.md
 
 coverage: .venv/.installed-dev
 	@mkdir -p benchmarks/results
