@@ -27,7 +27,7 @@ def assess(report: Report, table: RiskTable) -> Risk | None:
     placements = {row.placement for row in report.sublayers if not row.nested}
     if len(placements) != 1 or (placement := str(next(iter(placements)))) not in table.curves:
         told = ", ".join(sorted(map(str, placements))) or "none"
-        return Risk(reason=f"no curve for this placement ({told}-norm): too few runs of either outcome")
+        return Risk(reason=f"no curve for this placement ({told}-norm)")
     curve = table.curves[placement]
     value = INIT[curve.figure](report)
     ranged = f"{curve.runs} runs, {_ranges(curve.ranges)}"
