@@ -21,10 +21,16 @@ from jacdiag.sources.gpt import build
 def main(steps: int = 20, how: str = "fsdp", folder: str = "runs/fsdp") -> None:
     cuda = torch.cuda.is_available()
     dist.init_process_group("nccl" if cuda else "gloo")
-    rank = dist.get_rank()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    device = "cuda" if cuda else "cpu"
+    # A DDP model must be gone before its process group is: if its reducer is the last to hold a gloo group, torch ends
+    # the group's threads without giving up Python's lock, and a thread that still wants it is waited for for ever.
+    train(steps, how, folder, "cuda" if cuda else "cpu")
+    dist.destroy_process_group()
+
+
+def train(steps: int, how: str, folder: str, device: str) -> None:
+    rank = dist.get_rank()
     if rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
     dist.barrier()
@@ -50,7 +56,6 @@ def main(steps: int = 20, how: str = "fsdp", folder: str = "runs/fsdp") -> None:
             w.step(loss, grad_norm=norm)
     if rank == 0:
         print(f"{w.count} steps on {dist.get_world_size()} ranks; the log is {folder}/run.jsonl")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -228,7 +228,9 @@ class Watch:
             quietly(self.record.close, self.count, self.clock, self.tiers.looks)
         quietly(self.tiers.close)
         quietly(self.together.close)
-        self.turn = None
+        # Whoever keeps a closed watch does not keep the model with it.
+        self.turn = self.hooks = self.batches = self.record.batches = None
+        self.optimisers = []
         atexit.unregister(self._at_exit)
 
     def __enter__(self) -> Self:

@@ -182,6 +182,13 @@ class LiveProbe:
             jacdiag=jacdiag.__version__,
         )
 
+    def close(self) -> None:
+        """Lets go of the model and of what was remembered; the probe stays."""
+        self.memory.vectors.clear()
+        self.ranks.tops.clear()
+        self.blocks = None
+        del self.model
+
 
 def _to_budget(site: Sublayer) -> Mapping[str, Callable[[float, float], bool]]:
     """The core is solved to its whole budget; what follows from it is taken. Where nothing follows, the branch is."""

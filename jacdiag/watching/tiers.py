@@ -290,10 +290,10 @@ class Tiers:
             self.live.choose((tuple(saved["args"]), dict(saved["kwargs"])))
 
     def close(self) -> None:
+        """Lets go of the model and the optimisers; what can still be asked for is the probe."""
         self.figures, self.batches = None, None
-        self.live.memory.vectors.clear()
-        self.live.ranks.tops.clear()
-        self.live.probe = self.live.blocks = None
+        self.live.close()
+        del self.model, self.optimisers
 
 
 def _often(cadence: Cadence) -> str:

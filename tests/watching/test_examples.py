@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from jacdiag.report.runlog import read_run
@@ -27,6 +29,21 @@ CASES = {
 LONG = {"amp", "fsdp", "accelerate", "lightning"}
 
 
+def ended(command: list[str], folder: Path, seconds: float = 240) -> tuple[int, str]:
+    """Exit code and output. One that hangs is killed with all its ranks, and its output ends with where they stood."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONFAULTHANDLER": "1"}
+    process = subprocess.Popen(
+        command, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    try:
+        output = process.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+            child.send_signal(signal.SIGABRT)
+        output = process.communicate()[0]
+    return process.returncode, output
+
+
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long) if n in LONG else n for n in CASES])
 def test_example(name: str, tmp_path: Path) -> None:
     script, *args = CASES[name]
@@ -36,9 +53,8 @@ def test_example(name: str, tmp_path: Path) -> None:
     if script == "watch_fsdp.py":
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command = [*launcher, *command[1:]]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=env)
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, output = ended(command, tmp_path)
+    assert code == 0, output
     (file,) = tmp_path.glob("runs/*/run.jsonl")
     run = read_run(file)
     assert [row["step"] for row in run.steps][:12] == list(range(1, 13))

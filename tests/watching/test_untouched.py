@@ -146,6 +146,29 @@ def test_cycles_leak_nothing(cycles: int) -> None:
     assert not any(ref() for ref in refs)
 
 
+def test_a_closed_watch_lets_go_of_the_model(tmp_path: Path) -> None:
+    """At once, not when Python next looks for cycles: a process group may have to outlive a wrapped model."""
+    model = small()
+    optimizer = adam(model)
+    w = jacdiag.watch(model, optimizer, log_dir=tmp_path, quiet=True, **FREQUENT)
+    loss, norm = plain_step(model, optimizer, 1)
+    w.step(loss, grad_norm=norm)
+    saved = w.state_dict()
+    gone = weakref.ref(model), weakref.ref(next(model.parameters()))
+    gc.collect()
+    gc.disable()
+    try:
+        w.close()
+        del model, optimizer, loss, norm
+        assert [ref() for ref in gone] == [None, None]
+    finally:
+        gc.enable()
+    assert w.closed and w.count == 1
+    again = w.state_dict()  # what is saved behind the loop goes on all the same
+    assert again["step"] == saved["step"] and again["live"] == saved["live"]
+    assert torch.equal(again["probe"]["args"][0], saved["probe"]["args"][0])
+
+
 class Tied(nn.Module):
     """Tied weights, a frozen parameter, and one that gets no gradient."""
 
