@@ -12,7 +12,7 @@ from jacdiag.rules.numbers import plain
 from jacdiag.rules.series import Trend
 
 IN_A_ROW = 2
-SCATTER = 6.0  # standard deviations of the earlier points; a figure that scatters widely has to move further
+SCATTER = 6.0  # standard errors of what the trend foretells; a figure that scatters widely has to move further
 _NAMES = {"branch_norm": "branch ‖J‖", "core_norm": "core ‖J‖", "shortcut_std": "shortcut σ"}
 
 
@@ -20,7 +20,7 @@ class Drift:
     """Gains and shortcut sizes that leave their own trend, and stable ranks that fall.
 
     A slow monotone drift is the trend itself and never speaks; a figure has to double (or halve) against it, beyond six
-    deviations of its scatter, at two probes in a row.
+    standard errors of what it foretells, at two probes in a row.
     """
 
     def __init__(self, thresholds: Thresholds) -> None:
@@ -56,8 +56,8 @@ class Drift:
         if found is None or limit is None:
             trend.add(step, value)
             return 0.0
-        off, scatter = found
-        if abs(off) <= max(math.log(limit), SCATTER * scatter):
+        off, error = found
+        if abs(off) <= max(math.log(limit), SCATTER * error):
             self.away[key] = 0
             trend.add(step, value)
             return 0.0

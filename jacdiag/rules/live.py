@@ -1,4 +1,4 @@
-"""JD501 to JD507: a run while it goes on. Signals vote; the joint detectors speak.
+"""JD501 to JD507, and JD105 at each learning rate: a run while it goes on. Signals vote; the joint detectors speak.
 
 One z-score over 2.5 alarms 62 times in 10,000 Gaussian steps. So the published single signals (a spike of OLMo 2's
 score, of the rolling median, of ZClip's z-score) are votes in the log, and an alert takes several of them at once or
@@ -12,12 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from jacdiag.report import Report
 from jacdiag.report.runlog import Alert
 from jacdiag.report.thresholds import Thresholds
 from jacdiag.rules import live_texts
 from jacdiag.rules.drift import Drift
 from jacdiag.rules.joint import Joint
 from jacdiag.rules.numbers import plain
+from jacdiag.rules.rising_rate import RisingRate
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 from jacdiag.rules.series import Exponential, Rolling, RollingMedian
 from jacdiag.rules.updates import UpdateJump
@@ -80,7 +82,7 @@ class LiveRules:
         self.loss, self.gradient = Rolling(), Rolling()
         self.median, self.z = RollingMedian(), Exponential()
         self.drift, self.updates = Drift(thresholds), UpdateJump(thresholds)
-        self.joint = Joint(thresholds)
+        self.joint, self.rate = Joint(thresholds), RisingRate(thresholds)
         self.skipped = self.seen = 0
         self.spikes = {"loss": 0, "gradient": 0}
         self.spoken: dict[str, int] = {}
@@ -96,7 +98,7 @@ class LiveRules:
     # -- a step ----------------------------------------------------------------------------------------------------
     def step(self, figures: StepFigures) -> Verdict:
         """Looks at one step. Steps must come in order."""
-        verdict = Verdict()
+        verdict = Verdict(alerts=self.rate.look(figures.step, figures.lr))
         self._non_finite(figures, verdict)
         loss = figures.loss
         if figures.skipped or (loss is not None and not math.isfinite(loss)):
@@ -182,6 +184,10 @@ class LiveRules:
         verdict.votes += self.drift.votes
         return verdict
 
+    def know(self, report: Report) -> None:
+        """Takes the report of a probe; what the untrained model was like decides how high a rate it bears."""
+        self.rate.know(report)
+
     def resumed(self) -> None:
         """The run goes on from a checkpoint: the figures that an optimiser disturbs then are silent for a while."""
         self.updates.mute()
@@ -209,7 +215,8 @@ class LiveRules:
             "loss": self.loss.state(), "gradient": self.gradient.state(), "median": self.median.state(),
             "z": self.z.state(), "each": [series.state() for series in self.each], "names": self.names,
             "drift": self.drift.state(), "updates": self.updates.state(), "joint": self.joint.state(),
-            "seen": self.seen, "risen": list(self.risen), "spikes": dict(self.spikes), "spoken": dict(self.spoken),
+            "rate": self.rate.state(), "seen": self.seen, "risen": list(self.risen), "spikes": dict(self.spikes),
+            "spoken": dict(self.spoken),
         }  # fmt: skip
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -224,6 +231,7 @@ class LiveRules:
         self.drift.load(state["drift"])
         self.updates.load(state["updates"])
         self.joint.load(state["joint"])
+        self.rate.load(state["rate"])
         self.seen = state["seen"]
         self.spikes, self.spoken = dict(state["spikes"]), dict(state["spoken"])
 

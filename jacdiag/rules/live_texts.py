@@ -56,7 +56,7 @@ DRIFT = Text(
     summary="a sub-layer's gain, or the size of its shortcut, leaves the run's own trend",
     what="""\
 A straight line through the logarithm of the last 8 probes foretells the next one. A figure at twice or half of that,
-beyond six deviations of the earlier points, at two probes in a row, is a departure.""",
+beyond six standard errors of what the line foretells, at two probes in a row, is a departure.""",
     why="""\
 The level of a trained model's gains proves nothing, and a slow monotone drift is normal; a sudden change of one
 sub-layer is what comes before the loss moves.""",

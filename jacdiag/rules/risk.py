@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from jacdiag.report import LEVELS, Finding, Level, Report, Risk
 from jacdiag.report.figures import EXACT, INIT
-from jacdiag.report.risk import RiskTable
+from jacdiag.report.risk import RiskCurve, RiskTable
+from jacdiag.report.thresholds import Thresholds
 from jacdiag.rules import texts
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 
@@ -24,24 +26,51 @@ def assess(report: Report, table: RiskTable) -> Risk | None:
         return None
     if report.state != "init":
         return Risk(reason="the curves are of untrained models")
-    placements = {row.placement for row in report.sublayers if not row.nested}
-    if len(placements) != 1 or (placement := str(next(iter(placements)))) not in table.curves:
-        told = ", ".join(sorted(map(str, placements))) or "none"
-        return Risk(reason=f"no curve for this placement ({told}-norm)")
+    placement = placement_of(report)
+    if placement not in table.curves:
+        return Risk(reason=f"no curve for this placement ({placement or 'none'}-norm)")
     curve = table.curves[placement]
     value = INIT[curve.figure](report)
-    ranged = f"{curve.runs} runs, {_ranges(curve.ranges)}"
-    outside = _outside(curve.ranges, {"figure": value, "lr": lr, "width": report.model.width,
-                                      "layers": report.model.layers})  # fmt: skip
-    found = Risk(
-        figure=curve.figure, value=None if math.isnan(value) else value, lr=lr, range=ranged, source=curve.source
-    )
+    found = Risk(figure=curve.figure, value=None if math.isnan(value) else value, lr=lr, range=ranged(curve),
+                 source=curve.source)  # fmt: skip
     if report.settings.get("decide") and curve.figure not in EXACT:
         return replace(found, reason=f"{curve.figure} is measured to its width without --decide only")
-    if outside:
+    if outside := _outside(curve.ranges, {"lr": lr, **_measures(report, value)}):
         return replace(found, reason=f"outside the calibrated range: {'; '.join(outside)}")
     chance, lower, upper = curve.chance(value, lr)
     return replace(found, chance=chance, lower=lower, upper=upper)
+
+
+def placement_of(report: Report) -> str:
+    """The placement of all sub-layers; several are named one after the other."""
+    return ", ".join(sorted({str(row.placement) for row in report.sublayers if not row.nested}))
+
+
+def ranged(curve: RiskCurve) -> str:
+    """What the runs behind a curve spanned, in words."""
+    return f"{curve.runs} runs, {_ranges(curve.ranges)}"
+
+
+def within(curve: RiskCurve, report: Report, value: float) -> bool:
+    """Whether a model lies inside of what the runs spanned, whatever its learning rate."""
+    ranges = {name: span for name, span in curve.ranges.items() if name != "lr"}
+    return not _outside(ranges, _measures(report, value))
+
+
+def beyond(risk: Risk, thresholds: Thresholds) -> tuple[Level, float] | None:
+    """The loudest level whose limit the whole interval of a chance lies above, and that limit; None if none."""
+    limits, lower = thresholds.limits("risk"), risk.lower
+    over = [(cut, limit) for cut in LEVELS if (limit := getattr(limits, cut)) is not None and (lower or 0.0) > limit]
+    return over[-1] if over else None
+
+
+def evidence(risk: Risk, limit: float) -> dict[str, Any]:
+    return {"field": "risk", "value": risk.chance, "lower": risk.lower, "upper": risk.upper, "threshold": limit,
+            "figure": risk.figure, "figure_value": risk.value, "lr": risk.lr, "range": risk.range}  # fmt: skip
+
+
+def _measures(report: Report, value: float) -> dict[str, float | None]:
+    return {"figure": value, "width": report.model.width, "layers": report.model.layers}
 
 
 _WORDS = {"figure": "the figure", "lr": "lr", "width": "d", "layers": "layers"}
@@ -67,19 +96,16 @@ def _risk(context: Context, rule: Rule) -> Outcome:
         return NOT_APPLICABLE
     if risk.chance is None or risk.lower is None or risk.upper is None:
         return Outcome(0, note=risk.reason)
-    limits = context.thresholds.limits("risk")
-    beyond: list[Level] = [cut for cut in LEVELS if (limit := getattr(limits, cut)) is not None and risk.lower > limit]
-    if not beyond:
-        across = [limit for limit in limits.cuts if limit < risk.upper]
+    loudest = beyond(risk, context.thresholds)
+    if loudest is None:
+        across = [limit for limit in context.thresholds.limits("risk").cuts if limit < risk.upper]
         note = f"the chance is {risk}: {across[0]:.0%} lies inside" if across else ""
         return Outcome(1, undecided=["risk"] if across else [], note=note)
-    cut = beyond[-1]
-    limit = getattr(limits, cut)
+    cut, limit = loudest
     told = f"a chance of {risk} to go wrong at lr {risk.lr:g}, as recorded runs tell it"
     what = f"{told} ({cut} above {limit:.0%})"
-    evidence = {"field": "risk", "value": risk.chance, "lower": risk.lower, "upper": risk.upper, "threshold": limit,
-                "figure": risk.figure, "figure_value": risk.value, "lr": risk.lr, "range": risk.range}  # fmt: skip
-    found = Finding(rule.code, context.level(rule, cut), [], what, evidence, why=rule.summary, fix=texts.RISK["remedy"])
+    found = Finding(rule.code, context.level(rule, cut), [], what, evidence(risk, limit), why=rule.summary,
+                    fix=texts.RISK["remedy"])  # fmt: skip
     return Outcome(1, [found])
 
 

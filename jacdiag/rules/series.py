@@ -144,7 +144,11 @@ class Trend:
         self.logs: deque[float] = deque(maxlen=points)
 
     def departure(self, step: float, value: float) -> tuple[float, float] | None:
-        """ln(value / foretold), and the deviation of the earlier points from their line; None for too few points."""
+        """ln(value / foretold), and the standard error of what was foretold; None for too few points.
+
+        The error is that of a prediction: the scatter of the points around their line, and how badly a line through so
+        few of them is known where it is drawn out to the next step.
+        """
         n = len(self.logs)
         if n < self.least or not (math.isfinite(value) and value > 0):
             return None
@@ -153,7 +157,8 @@ class Trend:
         slope = math.fsum((x - mx) * (y - my) for x, y in zip(self.steps, self.logs, strict=True)) / sxx if sxx else 0.0
         rest = [y - my - slope * (x - mx) for x, y in zip(self.steps, self.logs, strict=True)]
         scatter = math.sqrt(math.fsum(r * r for r in rest) / max(n - 2, 1))
-        return math.log(value) - my - slope * (step - mx), scatter
+        error = scatter * math.sqrt(1 + 1 / n + ((step - mx) ** 2 / sxx if sxx else 0.0))
+        return math.log(value) - my - slope * (step - mx), error
 
     def add(self, step: float, value: float) -> None:
         if math.isfinite(value) and value > 0:

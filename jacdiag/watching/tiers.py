@@ -266,6 +266,7 @@ class Tiers:
         self, step: int, report: Report, series: Mapping[str, Mapping[str, float]], seconds: float,
         announced: float | None,
     ) -> None:  # fmt: skip
+        self.record.live.know(report)
         verdict = self.record.live.probe(step, series)
         row = {"step": step, "seconds": seconds, "announced": announced, "figures": series, "votes": verdict.votes}
         self.record.line("probe", {**row, "report": report.to_dict()})
