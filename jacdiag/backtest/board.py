@@ -25,6 +25,7 @@ class Board:
         wrong: which runs went wrong, in the sense that was asked for.
         strata: architectures.
         rates: peak learning rates, nan where not known.
+        warmups: steps over which the rate rose, nan where not known.
         clusters: runs of one cluster differ in their seed only.
         figures: of the untrained models, larger meaning worse.
         trivial: classifiers that know no Jacobian.
@@ -35,6 +36,7 @@ class Board:
     wrong: Bools
     strata: list[str]
     rates: Floats
+    warmups: Floats
     clusters: list[Hashable]
     figures: dict[str, Floats]
     trivial: dict[str, Floats]
@@ -42,8 +44,9 @@ class Board:
 
     @property
     def given_rate(self) -> list[Hashable]:
-        """Groups of the same architecture and learning rate."""
-        return [(s, float(r)) for s, r in zip(self.strata, self.rates, strict=True)]
+        """Groups of the same architecture, learning rate and warm-up."""
+        warmups = [None if math.isnan(w) else float(w) for w in self.warmups]
+        return [(s, float(r), w) for s, r, w in zip(self.strata, self.rates, warmups, strict=True)]
 
     def best(self, chosen: Bools) -> str | None:
         """The figure that ranks the chosen runs best, the rate given; None where no pair can be made.
@@ -64,6 +67,7 @@ def board(
 ) -> Board:  # fmt: skip
     """Puts the columns together; see `backtest` for the arguments."""
     rates = np.array([number_of(run.factors.get("lr")) for run in runs])
+    warmups = np.array([number_of(run.factors.get("warmup")) for run in runs])
     far = _worse(runs, labels, rates, peers, worse)
     wrong = np.array([_wrong(one.outcome, w, bad) for one, w in zip(labels, far, strict=True)], dtype=bool)
     strata = [" · ".join(str(run.factors.get(f, "?")) for f in stratum) or "all" for run in runs]
@@ -72,7 +76,7 @@ def board(
     figures = {name: np.array([run.figures.get(name, math.nan) for run in runs]) for name in names}
     factors = [dict(run.factors) for run in runs]
     trivial = _trivial(runs, strata, rates, wrong)
-    return Board(labels, wrong, strata, rates, list(clusters), figures, trivial, factors)
+    return Board(labels, wrong, strata, rates, warmups, list(clusters), figures, trivial, factors)
 
 
 def _wrong(outcome: str, worse: bool, bad: str) -> bool:

@@ -15,7 +15,7 @@ from jacdiag.backtest.scores import Bools, Floats, auroc, auroc_interval, calibr
 from jacdiag.report.backtest import Estimate, HeldOut, Level, Transfer
 from jacdiag.report.risk import RiskCurve
 
-RANGED = ("lr", "width", "layers")
+RANGED = ("lr", "warmup", "width", "layers")
 LEAST = 10  # runs of either outcome that a curve needs before it may speak of others
 
 
@@ -95,7 +95,7 @@ def _brier(chance: Floats, wrong: Bools) -> float | None:
 
 
 def _chances(board: Board, train: Bools) -> tuple[Floats, Floats, dict[str, str]]:
-    """The chance of every run by curves that only the train runs made; by the rate alone; the figure of each curve."""
+    """The chance of every run by curves that only the train runs made; without a figure; the figure of each curve."""
     by: dict[str, str] = {}
     chance, base = np.full(len(train), np.nan), np.full(len(train), np.nan)
     nothing = np.ones(len(train))
@@ -105,9 +105,9 @@ def _chances(board: Board, train: Bools) -> tuple[Floats, Floats, dict[str, str]
         plain = _fitted(board, nothing, train & mine, 0)
         if made is not None:
             by[stratum] = made[0]
-            chance[mine] = made[1].chances(board.figures[made[0]][mine], board.rates[mine])
+            chance[mine] = made[1].chances(board.figures[made[0]][mine], board.rates[mine], board.warmups[mine])
         if plain is not None:
-            base[mine] = plain.chances(nothing[mine], board.rates[mine])
+            base[mine] = plain.chances(nothing[mine], board.rates[mine], board.warmups[mine])
     return chance, base, by
 
 
@@ -120,7 +120,8 @@ def _curve(board: Board, chosen: Bools, times: int) -> tuple[str, Curve] | None:
 
 def _fitted(board: Board, figure: Floats, chosen: Bools, times: int) -> Curve | None:
     clusters = [board.clusters[k] for k in np.flatnonzero(chosen)]
-    return fit(figure[chosen], board.rates[chosen], board.wrong[chosen], clusters, times=times)
+    return fit(figure[chosen], board.rates[chosen], board.wrong[chosen], clusters, warmup=board.warmups[chosen],
+               times=times)  # fmt: skip
 
 
 def curves(board: Board, times: int) -> dict[str, RiskCurve]:

@@ -15,8 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from scipy import stats
-from scipy.optimize import brentq
+from scipy.special import gammainccinv, gammaincinv
 from torch import Tensor
 
 ALPHA = 1e-6
@@ -151,8 +150,8 @@ def interval(std: float, count: int, kurtosis: float, alpha: float = ALPHA) -> t
         return 0.0, math.inf
     freedom = 2.0 / (max(kurtosis - 1, 1e-9) / count + 2.0 / (count * (count - 1)))
     square = std * std * count / (count - 1)
-    low = stats.chi2.isf(alpha / 2, freedom) / freedom
-    high = stats.chi2.ppf(alpha / 2, freedom) / freedom
+    low = 2 * gammainccinv(freedom / 2, alpha / 2) / freedom
+    high = 2 * gammaincinv(freedom / 2, alpha / 2) / freedom
     upper = math.sqrt(square / high) if high > 0 else math.inf
     return math.sqrt(square / low) * (1 - _ROUNDING), upper * (1 + _ROUNDING)
 
@@ -199,6 +198,8 @@ def _cut_of(reach: float) -> float | None:
     """Where a normal was cut off whose largest magnitude is `reach` of its own std after the cut."""
     if not 1.8 < reach < 6:
         return None
+    from scipy.optimize import brentq  # a third of a second, and rarely asked for
+
     return float(brentq(lambda cut: cut / truncated(cut)[0] - reach, 0.5, 8))
 
 

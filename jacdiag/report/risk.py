@@ -58,13 +58,13 @@ class Risk(Record):
 
 @dataclass(frozen=True)
 class RiskCurve(Record):
-    """The chance for one placement, as a function of one figure of the untrained model and the peak learning rate.
+    """The chance for one placement, as a function of one figure of the untrained model, the peak rate and the warm-up.
 
     Attributes:
         figure: its name in `jacdiag.report.figures`.
-        coefficients: a, b, c.
-        covariance: of these, 3 x 3, over resampled clusters of runs.
-        ranges: "figure", "lr", "width", "layers" -> [least, most] of the runs.
+        coefficients: of 1, ln figure, ln lr and, where the runs differed in it, ln of the steps of warm-up.
+        covariance: of these, over resampled clusters of runs.
+        ranges: "figure", "lr", "warmup", "width", "layers" -> [least, most] of the runs.
         runs, bad: how many there were, and how many went wrong.
         source: the experiment.
     """
@@ -78,13 +78,20 @@ class RiskCurve(Record):
     bad: int
     source: str = ""
 
-    def chance(self, figure: float, lr: float) -> tuple[float, float, float]:
+    @property
+    def by_warmup(self) -> bool:
+        """Whether the chance hangs on the warm-up."""
+        return len(self.coefficients) > 3
+
+    def chance(self, figure: float, lr: float, warmup: float | None = None) -> tuple[float, float, float]:
         """The chance and the ends of its 95% interval.
 
         Args:
             figure, lr: both above 0.
+            warmup: steps; only asked for where the chance hangs on it.
         """
-        point = (1.0, math.log(figure), math.log(lr))
+        steps = (math.log(max(warmup, 1.0)),) if self.by_warmup and warmup is not None else ()
+        point = (1.0, math.log(figure), math.log(lr), *steps)
         middle = sum(c * x for c, x in zip(self.coefficients, point, strict=True))
         variance = sum(
             a * b * self.covariance[i][k] for i, a in enumerate(point) for k, b in enumerate(point)

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from scipy import stats
+from scipy.special import stdtrit
 
 from jacdiag.report.contract import FiguresRecord
 from jacdiag.report.schema import Report, SublayerRecord
@@ -73,7 +73,7 @@ def _spread(rows: Sequence[Sequence[_Ends]]) -> float | None:
 
 def _reach(spread: float, rows: int, count: int) -> float:
     """How far above the middle of `count` seeds one more lies at most, relative: Student's t on a log scale."""
-    quantile = float(stats.t.isf(_ALPHA, max(rows * (count - 1), 1)))
+    quantile = -float(stdtrit(max(rows * (count - 1), 1), _ALPHA))
     return math.expm1(min(quantile * spread * math.sqrt(1 + 1 / count), 50.0))
 
 

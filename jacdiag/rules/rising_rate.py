@@ -13,13 +13,16 @@ from jacdiag.report.runlog import Alert
 from jacdiag.report.thresholds import Thresholds
 from jacdiag.rules.risk import beyond, evidence, placement_of, ranged, within
 
+_ANY = [0.0, math.inf]
+
 
 class RisingRate:
     """Speaks once a level, when the learning rate rises past what the recorded runs of such a model bore.
 
-    The curves are of untrained models and of peak rates: the figure is that of the probe before the first update, the
-    rate the highest so far. Without such a probe, for a placement without a curve, and outside of what the runs
-    spanned, it is silent.
+    The curves are of untrained models, peak rates and warm-ups: the figure is that of the probe before the first
+    update, the rate the highest so far, the warm-up the steps that it took to get there. Without such a probe, for a
+    placement without a curve, and outside of what the runs spanned, it is silent; a rise that takes longer than the
+    longest warm-up that was run counts as that one, which no longer one is worse than.
     """
 
     def __init__(self, thresholds: Thresholds) -> None:
@@ -39,13 +42,16 @@ class RisingRate:
 
     def look(self, step: int, lr: float) -> list[Alert]:
         """The alert of a step whose learning rate is the first beyond a limit."""
-        if self.curve is None or not lr > self.highest:
+        if self.curve is None:
             return []
-        self.highest = lr
-        lowest, highest = self.curve.ranges.get("lr", [0.0, math.inf])
-        if not lowest <= lr <= highest:
+        shortest, longest = self.curve.ranges.get("warmup", _ANY) if self.curve.by_warmup else _ANY
+        if not (lr > self.highest or step == math.ceil(shortest)):
             return []
-        chance, lower, upper = self.curve.chance(self.value, lr)
+        self.highest = max(self.highest, lr)
+        lr, (lowest, highest) = self.highest, self.curve.ranges.get("lr", _ANY)
+        if step < shortest or not lowest <= lr <= highest:
+            return []
+        chance, lower, upper = self.curve.chance(self.value, lr, min(step, longest))
         risk = Risk(chance, lower, upper, self.curve.figure, self.value, lr, range=ranged(self.curve),
                     source=self.curve.source)  # fmt: skip
         found = beyond(risk, self.limits)

@@ -35,9 +35,13 @@ def assess(report: Report, table: RiskTable) -> Risk | None:
                  source=curve.source)  # fmt: skip
     if report.settings.get("decide") and curve.figure not in EXACT:
         return replace(found, reason=f"{curve.figure} is measured to its width without --decide only")
-    if outside := _outside(curve.ranges, {"lr": lr, **_measures(report, value)}):
+    warmup = report.plan.warmup
+    if curve.by_warmup and warmup is None:
+        return replace(found, reason="the chance hangs on the warm-up, which is not known (--warmup)")
+    ranges = curve.ranges if curve.by_warmup else {name: r for name, r in curve.ranges.items() if name != "warmup"}
+    if outside := _outside(ranges, {"lr": lr, "warmup": warmup, **_measures(report, value)}):
         return replace(found, reason=f"outside the calibrated range: {'; '.join(outside)}")
-    chance, lower, upper = curve.chance(value, lr)
+    chance, lower, upper = curve.chance(value, lr, warmup)
     return replace(found, chance=chance, lower=lower, upper=upper)
 
 
@@ -52,8 +56,8 @@ def ranged(curve: RiskCurve) -> str:
 
 
 def within(curve: RiskCurve, report: Report, value: float) -> bool:
-    """Whether a model lies inside of what the runs spanned, whatever its learning rate."""
-    ranges = {name: span for name, span in curve.ranges.items() if name != "lr"}
+    """Whether a model lies inside of what the runs spanned, whatever its learning rate and warm-up."""
+    ranges = {name: span for name, span in curve.ranges.items() if name not in ("lr", "warmup")}
     return not _outside(ranges, _measures(report, value))
 
 
@@ -73,7 +77,7 @@ def _measures(report: Report, value: float) -> dict[str, float | None]:
     return {"figure": value, "width": report.model.width, "layers": report.model.layers}
 
 
-_WORDS = {"figure": "the figure", "lr": "lr", "width": "d", "layers": "layers"}
+_WORDS = {"figure": "the figure", "lr": "lr", "warmup": "warm-up", "width": "d", "layers": "layers"}
 
 
 def _ranges(ranges: Mapping[str, list[float]]) -> str:

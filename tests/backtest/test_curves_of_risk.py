@@ -54,6 +54,34 @@ def test_no_slope_is_below_nothing() -> None:
     assert curve is not None and curve.coefficients[1] == pytest.approx(0.0, abs=1e-9)
 
 
+def test_the_warm_up_enters_where_runs_differ_in_it() -> None:
+    figure, lr, _ = drawn(4000)
+    draw = np.random.default_rng(1)
+    warmup = 10 ** draw.uniform(1, 3, size=4000)
+    bad = draw.random(4000) < expit(TRUE[0] + TRUE[1] * np.log(figure) + TRUE[2] * np.log(lr) - 0.8 * np.log(warmup))
+    curve = fit(figure, lr, bad, range(4000), warmup=warmup, times=40)
+    assert curve is not None and curve.covariance.shape == (4, 4)
+    assert np.all(np.abs(curve.coefficients - [*TRUE, -0.8]) < 4 * np.sqrt(np.diag(curve.covariance)))
+    longer = curve.chances(figure, lr, 2 * warmup)
+    assert np.all(longer < curve.chances(figure, lr, warmup)) and np.isnan(curve.chances(figure, lr)).all()
+    kept = RiskCurve("pre", "f", curve.coefficients.tolist(), curve.covariance.tolist(), {}, 1, 1)
+    assert kept.by_warmup and kept.chance(figure[0], lr[0], warmup[0])[0] == pytest.approx(
+        curve.chances(figure, lr, warmup)[0])  # fmt: skip
+
+
+@pytest.mark.parametrize("warmup", [np.full(500, 20.0), np.where(np.arange(500) == 3, np.nan, np.arange(500.0))])
+def test_a_warm_up_that_is_always_the_same_or_not_always_known_does_not_enter(warmup: np.ndarray) -> None:
+    figure, lr, bad = drawn(500)
+    curve, plain = (fit(figure, lr, bad, range(500), warmup=w, times=0) for w in (warmup, None))
+    assert curve is not None and plain is not None and np.array_equal(curve.coefficients, plain.coefficients)
+
+
+def test_a_shorter_warm_up_is_never_better() -> None:
+    figure, lr, bad = drawn(500)
+    curve = fit(figure, lr, bad, range(500), warmup=np.where(bad, 500.0, 5.0), times=0)
+    assert curve is not None and curve.coefficients[3] == pytest.approx(0.0, abs=1e-9)
+
+
 @pytest.mark.parametrize("bad", [[True, True], [False, False]])
 def test_one_class_alone_fits_nothing(bad: list[bool]) -> None:
     assert fit(np.ones(2), np.ones(2), np.array(bad), range(2)) is None

@@ -222,10 +222,29 @@ def test_series_against_numpy() -> None:
     trend = Trend()
     for k in range(8):
         trend.add(k, math.exp(0.3 * k))
-    off, scatter = trend.departure(8, math.exp(2.4) * 2) or (0, 0)
-    assert off == pytest.approx(math.log(2)) and scatter == pytest.approx(0, abs=1e-9)
+    off, error = trend.departure(8, math.exp(2.4) * 2) or (0, 0)
+    assert off == pytest.approx(math.log(2)) and error == pytest.approx(0, abs=1e-9)
     ema = Exponential()
     assert [ema.z(1.0) for _ in range(3)] == [None] * 3
+
+
+def test_the_error_of_a_trend_is_that_of_its_prediction() -> None:
+    """Against the textbook's matrix form: s^2 (1 + x^T (X^T X)^-1 x), and by trial: it is what predictions miss by."""
+    random_ = np.random.default_rng(1)
+    misses = []
+    for _ in range(2000):
+        noise = random_.normal(0, 0.1, 7)
+        trend = Trend(points=6, least=6)
+        for k in range(6):
+            trend.add(20 * k, math.exp(0.05 * k + noise[k]))
+        off, error = trend.departure(120, math.exp(0.05 * 6 + noise[6])) or (0, 0)
+        misses.append(off)
+    design = np.stack([np.ones(6), 20.0 * np.arange(6)], axis=1)
+    new = np.array([1.0, 120.0])
+    _, rest, *_ = np.linalg.lstsq(design, 0.05 * np.arange(6) + noise[:6], rcond=None)
+    leverage = 1 + new @ np.linalg.inv(design.T @ design) @ new
+    assert error == pytest.approx(math.sqrt(float(rest[0]) / 4 * leverage))
+    assert np.std(misses) == pytest.approx(0.1 * math.sqrt(leverage), rel=0.05)
 
 
 def test_values_that_are_not_finite_are_left_out() -> None:

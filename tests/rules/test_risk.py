@@ -79,3 +79,27 @@ def test_outside_of_what_was_run_there_is_no_chance_and_the_reason_is_told() -> 
     rows = [replace(row, placement="post") for row in plain.sublayers]
     assert "no curve for this placement (post-norm)" in outside(replace(plain, sublayers=rows))
     assert "of untrained models" in outside(replace(plain, state="trained"))
+
+
+def by_warmup() -> Thresholds:
+    """A chance of logistic(2 + ln lr - ln warmup) at warm-ups of 10 to 1,000 steps."""
+    made = limits(2.0)
+    curve = replace(made.risk.curves["pre"], coefficients=[2.0, 0.0, 1.0, -1.0], covariance=[[0.0] * 4] * 4,
+                    ranges={**RANGES, "warmup": [10.0, 1000.0]})  # fmt: skip
+    return replace(made, risk=RiskTable({"pre": curve}))
+
+
+@pytest.mark.parametrize(
+    ("warmup", "told"),
+    [(10, 0.4249), (100, 0.0688), (None, "hangs on the warm-up"), (9, "warm-up 9, 10 to 1e+03 were run"),
+     (0, "warm-up 0")],
+)  # fmt: skip
+def test_the_warm_up_enters_where_the_curve_asks_for_it(warmup: int | None, told: float | str) -> None:
+    made = report(healthy())
+    made = replace(made, plan=Plan(lr=1.0, warmup=warmup), model=replace(made.model, width=64))
+    found = evaluate(made, thresholds=by_warmup(), select=["JD105"]).risk
+    assert found is not None
+    if isinstance(told, str):
+        assert found.chance is None and told in found.reason
+    else:
+        assert found.chance == pytest.approx(told, abs=1e-4)

@@ -1,0 +1,104 @@
+"""JD105 in a run: from which learning rate on it speaks, once a level, and where it is silent."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from jacdiag.report import Report
+from jacdiag.rules.live import LiveRules, StepFigures
+from tests.rules.test_conditions import healthy, report
+from tests.rules.test_risk import by_warmup, limits
+
+CROSSES = {cut: limit / (1 - limit) for cut, limit in (("warning", 0.2), ("error", 0.5))}  # lr, where chance = limit
+
+
+def untrained(**other: object) -> Report:
+    made = report(healthy(), source={"format": "live", "step": 0})
+    return replace(made, **other)  # type: ignore[arg-type]
+
+
+def knowing(made: Report | None = None) -> LiveRules:
+    live = LiveRules(limits(0.0))  # the chance at lr is lr / (1 + lr); 1 is the highest that was run
+    live.know(made or untrained())
+    return live
+
+
+def said(live: LiveRules, rates: list[float], start: int = 1) -> list[tuple[int, str, str]]:
+    steps = [StepFigures(start + k, 2.0, 1.0, lr) for k, lr in enumerate(rates)]
+    return [(a.step, a.code, a.level) for f in steps for a in live.step(f).alerts]
+
+
+def test_it_speaks_where_the_rate_rises_past_a_limit_and_once() -> None:
+    live = knowing()
+    assert said(live, [CROSSES["warning"] * (1 - 1e-9)]) == []  # on the boundary nothing is said
+    assert said(live, [CROSSES["warning"] * (1 + 1e-6), 0.9, 0.1, 0.9, 0.95], start=2) == [(2, "JD105", "warning")]
+    assert said(live, [CROSSES["error"] + 1e-6, 1.0], start=9) == []  # 1 is inside, and the chance 50%: not above it
+    other = LiveRules(limits(1.0))
+    other.know(untrained())
+    assert said(other, [0.01, 0.9, 1.0]) == [(2, "JD105", "error")]  # the loudest level alone
+
+
+def test_what_it_says_holds_the_chance_and_what_it_rests_on() -> None:
+    (alert,) = [a for step, lr in ((1, 0.1), (2, 0.5)) for a in knowing().step(StepFigures(step, 2.0, 1.0, lr)).alerts]
+    assert "the learning rate has risen to 0.5: a chance of 33%" in alert.what and "warning above 20%" in alert.what
+    known = {"field": "risk", "lr": 0.5, "threshold": 0.2, "figure": "worst branch norm"}
+    assert known.items() <= alert.evidence.items() and alert.evidence["value"] == pytest.approx(1 / 3)
+    assert "100 runs" in alert.evidence["range"] and not alert.where
+
+
+@pytest.mark.parametrize(
+    "made",
+    [untrained(state="trained"), untrained(tier="weights"), untrained(source={"format": "live", "step": 40}),
+     untrained(sublayers=[replace(row, placement="post") for row in healthy()]),
+     untrained(model=replace(untrained().model, width=4096)), untrained(model=replace(untrained().model, layers=None))],
+    ids=["trained", "structure alone", "a later probe", "no curve", "wider than what was run", "depth not known"],
+)  # fmt: skip
+def test_it_is_silent_where_the_curves_say_nothing(made: Report) -> None:
+    assert said(knowing(made), [0.1, 0.5, 0.9]) == []
+
+
+def test_it_is_silent_at_rates_that_were_not_run_and_without_a_rate() -> None:
+    assert said(knowing(), [3.0, math.nan]) == []
+    assert said(LiveRules(limits(0.0)), [0.5, 0.9]) == []  # no probe was made
+
+
+def test_the_warm_up_is_the_steps_so_far() -> None:
+    """The chance is e^2 lr / warm-up to 1: over a fifth where lr / steps is over 1 / (4 e^2)."""
+    edge = 1 / (4 * math.exp(2))
+    live = LiveRules(by_warmup())
+    live.know(untrained())
+    assert said(live, [0.99 * edge * step for step in range(1, 20)]) == []
+    assert said(live, [1.01 * edge * 20], start=20) == [(20, "JD105", "warning")]
+    early = LiveRules(by_warmup())
+    early.know(untrained())
+    assert said(early, [1.0] * 9) == []  # shorter than what was run: it waits
+    assert said(early, [0.5, 0.5], start=10) == [(10, "JD105", "warning")]  # the highest so far counts
+    late = LiveRules(by_warmup())
+    late.know(untrained())  # a longer rise counts as the longest that was run, whose chance is e^2 / 1,000
+    assert said(late, [1.0], start=100_000) == []
+
+
+def test_a_later_probe_changes_nothing() -> None:
+    live = knowing()
+    live.know(replace(untrained(), sublayers=[], source={"format": "live", "step": 200}))
+    assert said(live, [0.5]) == [(1, "JD105", "warning")]
+
+
+def test_it_goes_on_behind_a_checkpoint() -> None:
+    live = knowing()
+    assert said(live, [0.1]) == []
+    again = LiveRules(limits(0.0))
+    again.load(json.loads(json.dumps(live.state())))
+    assert said(again, [0.1, 0.5, 0.6], start=2) == [(3, "JD105", "warning")]
+    third = LiveRules(limits(0.0))
+    third.load(json.loads(json.dumps(again.state())))
+    assert said(third, [0.7], start=5) == []
+
+
+def test_a_skipped_step_says_it_too() -> None:
+    verdict = knowing().step(StepFigures(1, None, math.inf, 0.5, skipped=True))
+    assert [a.code for a in verdict.alerts] == ["JD105"]
