@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jacdiag.errors import UsageError
-from jacdiag_cli.config import Configured
+from jacdiag_cli.config import Configured, current
 from jacdiag_cli.output import Column, Invocation, emit, grid, room
 
 if TYPE_CHECKING:
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 @click.option("--lead", type=click.IntRange(0), default=20, show_default=True, help="Steps that count as early.")
 @click.option("--hold-out", multiple=True, metavar="FACTOR",
               help="Leave out each level of this factor in turn, and foretell it from the others.")  # fmt: skip
+@click.option("--rejudge", is_flag=True,
+              help="Ask the live rules as they are now, in place of the alerts in the logs.")  # fmt: skip
+@click.option("--risk", "asked_risk", metavar="FILE", help="With --rejudge: the curves that JD105 goes by.")
 @click.option("--resamples", type=click.IntRange(1), default=1000, show_default=True, help="Of the bootstrap.")
 @click.option("--format", "output_format", type=click.Choice(["pretty", "json", "markdown"]), default="pretty",
               show_default=True, help="Of what is printed.")  # fmt: skip
@@ -53,6 +56,7 @@ def backtest(invocation: Invocation, runs: tuple[str, ...], **given: Any) -> int
     Examples:
       jacdiag backtest runs/lab --plot backtest.png
       jacdiag backtest runs/lab --hold-out seed --hold-out width --write-risk risk.toml
+      jacdiag backtest runs/new --rejudge --risk risk.toml
       jacdiag backtest a.csv b.csv --column loss=train/loss --figure gain --stratum model
     """
     from jacdiag.backtest import backtest as run
@@ -61,6 +65,7 @@ def backtest(invocation: Invocation, runs: tuple[str, ...], **given: Any) -> int
     from jacdiag.render import backtest as words
     from jacdiag.render.files import check_writable, write_atomic
     from jacdiag.render.plot import check_suffix
+    from jacdiag.report.thresholds import load_thresholds
 
     kinds = ("json", "markdown", "plot", "risk", "pack")
     files = {kind: Path(given[f"{kind}_file"]) for kind in kinds if given[f"{kind}_file"]}
@@ -70,7 +75,12 @@ def backtest(invocation: Invocation, runs: tuple[str, ...], **given: Any) -> int
         raise UsageError("--pack takes another name", got=str(files["pack"]), hint=" or ".join(ENDINGS))
     for path in files.values():
         check_writable(path)
-    found = read_runs(runs, _pairs(given["columns"]), given["figures"])
+    rules = None
+    if given["rejudge"]:
+        rules = load_thresholds(current().thresholds, given["asked_risk"])
+    elif given["asked_risk"]:
+        raise UsageError("--risk is for --rejudge", hint="add --rejudge; --write-risk writes curves")
+    found = read_runs(runs, _pairs(given["columns"]), given["figures"], rules=rules)
     stratum = given["stratum"] or [f for f in ("placement",) if all(f in r.factors for r in found)]
     report = run(found, stratum=stratum, peers=given["peers"], bad=given["bad"], false_alarms=given["false_alarms"],
                  lead=given["lead"], times=given["resamples"], hold_out=given["hold_out"],

@@ -16,34 +16,38 @@ from typing import Any
 import numpy as np
 
 from jacdiag.backtest.packed import is_packed, read_packed
+from jacdiag.backtest.rejudge import rejudged
 from jacdiag.backtest.run import Factor, Floats, Run
 from jacdiag.errors import SourceError, UsageError
 from jacdiag.report import Report
 from jacdiag.report.figures import init_figures
 from jacdiag.report.runlog import RUN_FILE, RunLog, number, read_run
+from jacdiag.report.thresholds import Thresholds
 
 FACTORS, AUDIT = "factors.json", "audit.json"
 KEYS = ("step", "loss", "grad_norm", "lr")
 
 
 def read_runs(
-    paths: Iterable[str | Path], columns: Mapping[str, str] | None = None, figures: Sequence[str] = ()
-) -> list[Run]:
+    paths: Iterable[str | Path], columns: Mapping[str, str] | None = None, figures: Sequence[str] = (),
+    *, rules: Thresholds | None = None,
+) -> list[Run]:  # fmt: skip
     """Reads runs from files and folders; a folder that holds folders is searched for logs.
 
     Args:
         paths: run logs, CSV or JSONL files, packed runs, or folders.
         columns: what a foreign log calls step, loss, grad_norm and lr.
         figures: columns of a foreign log whose first value is a figure of the untrained model.
+        rules: take what the live rules say of the logs with these thresholds, not what they said in the run.
 
     Raises:
-        SourceError: a file that cannot be read, or holds no run.
+        SourceError: a file that cannot be read, holds no run, or holds less than `rules` need.
         UsageError: a column that is not there.
     """
     files = [file for path in paths for file in _files(Path(path))]
     if not files:
         raise SourceError("no run was found", hint=f"files, or folders with {RUN_FILE} in them")
-    return [run for file in files for run in _read(file, dict(columns or {}), figures)]
+    return [run for file in files for run in _read(file, dict(columns or {}), figures, rules)]
 
 
 def _files(path: Path) -> Iterator[Path]:
@@ -55,11 +59,13 @@ def _files(path: Path) -> Iterator[Path]:
         yield from sorted(path.rglob(RUN_FILE))
 
 
-def _read(file: Path, columns: dict[str, str], figures: Sequence[str]) -> list[Run]:
+def _read(file: Path, columns: dict[str, str], figures: Sequence[str], rules: Thresholds | None) -> list[Run]:
+    if file.suffix == ".jsonl" and _is_ours(file):
+        return [of_log(read_run(file), _name(file), _factors(file), _report(file), rules)]
+    if rules is not None:
+        raise SourceError(f"'{file}' does not hold what the live rules look at", hint="a log of jacdiag.watch does")
     if is_packed(file):
         return read_packed(file)
-    if file.suffix == ".jsonl" and _is_ours(file):
-        return [of_log(read_run(file), _name(file), _factors(file), _report(file))]
     return [_foreign(file, columns, figures)]
 
 
@@ -102,11 +108,14 @@ def _report(file: Path) -> Report | None:
         raise SourceError(f"cannot read the report '{side}'", got=str(error)) from error
 
 
-def of_log(log: RunLog, name: str, factors: Mapping[str, Factor], report: Report | None = None) -> Run:
+def of_log(
+    log: RunLog, name: str, factors: Mapping[str, Factor], report: Report | None = None, rules: Thresholds | None = None
+) -> Run:
     """A run out of jacdiag's own log; its peak learning rate is a factor where none is named.
 
     Args:
         report: of the untrained model; the log's probe at step 0 if not given.
+        rules: see `read_runs`.
     """
     rates = [r for r in log.column("lr") if math.isfinite(r)]
     told = dict(factors)
@@ -118,6 +127,8 @@ def of_log(log: RunLog, name: str, factors: Mapping[str, Factor], report: Report
     found = init_figures(report, rate if isinstance(rate, float) else None) if report is not None else {}
     grads = [_first_known(row.get("grad_norm"), row.get("grad_norm_post")) for row in log.steps]
     alerts = [(int(row["step"]), str(row["code"])) for row in log.alerts if "step" in row and "code" in row]
+    if rules is not None:
+        alerts = [(alert.step, alert.code) for alert in rejudged(log, rules)]
     return Run(name, told, _array(log.column("step")), _array(log.column("loss")), _array(grads), found, alerts)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jacdiag.report import Report
-from jacdiag.report.runlog import Alert
+from jacdiag.report.runlog import Alert, number
 from jacdiag.report.thresholds import Thresholds
 from jacdiag.rules import live_texts
 from jacdiag.rules.drift import Drift
@@ -50,6 +50,23 @@ class StepFigures:
     skipped: bool = False
     nonfinite: Sequence[str] = ()
     update: tuple[str, float] | None = None
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> StepFigures:
+        """A line of type `step` of the run log; gradients before clipping where that is known."""
+        gradient = row["grad_norm"] if row["grad_norm"] is not None else row["grad_norm_post"]
+        ratio = number(row["clip_ratio"]) if row["clip_ratio"] else 1.0
+        update = row["update"]
+        return cls(
+            step=row["step"],
+            loss=None if row["loss"] is None else number(row["loss"]),
+            gradient=number(gradient),
+            lr=number(row["lr"]),
+            sublayers=[number(g) * ratio for g in row["grad"] or ()],
+            skipped=row["skipped"],
+            nonfinite=row["nonfinite"] if not row["skipped"] else (),
+            update=(update["where"], number(update["ratio"])) if update and update["ratio"] is not None else None,
+        )
 
 
 @dataclass

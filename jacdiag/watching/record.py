@@ -15,13 +15,12 @@ import jacdiag
 from jacdiag.errors import one_line
 from jacdiag.report.runlog import Alert
 from jacdiag.report.thresholds import Thresholds
-from jacdiag.rules.live import LiveRules
+from jacdiag.rules.live import LiveRules, StepFigures
 from jacdiag.watching.batches import Batches
 from jacdiag.watching.cadence import Clock
 from jacdiag.watching.guards import AlertRaised, Guards, logger, say
 from jacdiag.watching.log import RunFile
 from jacdiag.watching.recorder import Recorder
-from jacdiag.watching.rows import figures_of
 from jacdiag.watching.sinks import Sink, open_sinks, slashed
 
 
@@ -103,7 +102,7 @@ class Record:
             self._count(row)
             with self.guards.part("detectors", "the live rules are silent from now on"):
                 if self.guards.on("detectors"):
-                    verdict = self.live.step(figures_of(row))
+                    verdict = self.live.step(StepFigures.of(row))
                     alerts += verdict.alerts
                     row["votes"], row["scores"] = verdict.votes, verdict.scores
             if self.recorder is not None:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from jacdiag.rules.live import StepFigures
 from jacdiag.watching.figures import FIRST, GIVEN, GIVEN_PART, INF, LOSS, UPDATE, WEIGHT, Row
 
 _CLIPPED = 5e-3  # a norm summed in float32 on a CPU is off by up to 3e-3: a difference below this is no clipping
@@ -47,23 +46,6 @@ def row_of(row: Row, values: Sequence[float], labels: Sequence[str]) -> dict[str
             ratio = moved / size if size else None
             found["update"] = {"where": row.update, "norm": moved, "weight": size, "ratio": ratio}
     return found
-
-
-def figures_of(row: dict[str, Any]) -> StepFigures:
-    """A step as the live rules see it: gradients before clipping where that is known."""
-    gradient = row["grad_norm"] if row["grad_norm"] is not None else row["grad_norm_post"]
-    ratio = row["clip_ratio"] or 1.0
-    update = row["update"]
-    return StepFigures(
-        step=row["step"],
-        loss=row["loss"],
-        gradient=math.nan if gradient is None else gradient,
-        lr=math.nan if row["lr"] is None else row["lr"],
-        sublayers=[g * ratio for g in row["grad"] or ()],
-        skipped=row["skipped"],
-        nonfinite=row["nonfinite"] if not row["skipped"] else (),
-        update=(update["where"], update["ratio"]) if update and update["ratio"] is not None else None,
-    )
 
 
 def _root(square: float) -> float | None:

@@ -1,0 +1,32 @@
+"""What the live rules say of a recorded run as they are today: its log holds all that they look at."""
+
+from __future__ import annotations
+
+from jacdiag.report import Report
+from jacdiag.report.runlog import Alert, RunLog
+from jacdiag.report.thresholds import Thresholds
+from jacdiag.rules.live import LiveRules, StepFigures
+
+
+def rejudged(log: RunLog, thresholds: Thresholds) -> list[Alert]:
+    """Plays a log of `jacdiag.watch` through the live rules, step by step and probe by probe.
+
+    Example:
+        >>> from jacdiag.report.runlog import read_run
+        >>> from jacdiag.report.thresholds import load_thresholds
+        >>> rejudged(read_run("runs/a"), load_thresholds({"joint_both": {"warning": 8}}))     # doctest: +SKIP
+        [Alert(step=812, code='JD502', ...)]
+    """
+    rules, alerts = LiveRules(thresholds, log.groups), list[Alert]()
+    resumes = set(log.resumes)
+    lines = [*((row["step"], 0, row) for row in log.steps), *((row["step"], 1, row) for row in log.probes)]
+    for step, is_probe, row in sorted(lines, key=lambda line: line[:2]):
+        if is_probe:
+            if step == 0 and row.get("report"):
+                rules.know(Report.from_dict(row["report"]))
+            alerts += rules.probe(step, row["figures"]).alerts
+            continue
+        if step - 1 in resumes:
+            rules.resumed()
+        alerts += rules.step(StepFigures.of(row)).alerts
+    return alerts
