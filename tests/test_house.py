@@ -74,8 +74,8 @@ COMMANDS = {
     "rules": {"--format"},
     "explain": set(),
     "backtest": {
-        "--column", "--figure", "--stratum", "--peers", "--bad", "--false-alarms", "--lead", "--resamples", "--format", "--plot",
-        "--all", "--json", "--markdown", "--hold-out", "--worse", "--write-risk", "--pack", "--rejudge", "--risk",
+        "--column", "--figure", "--stratum", "--peers", "--bad", "--false-alarms", "--lead", "--resamples", "--format",
+        "--all", "--plot", "--json", "--markdown", "--hold-out", "--worse", "--write-risk", "--pack", "--rejudge", "--risk",
     },
     "live": {"--once", "--refresh"},
     "plot": {"-o", "--output"},
