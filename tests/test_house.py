@@ -75,7 +75,7 @@ COMMANDS = {
     "explain": set(),
     "backtest": {
         "--column", "--figure", "--stratum", "--peers", "--bad", "--false-alarms", "--lead", "--resamples", "--format",
-        "--all", "--plot", "--json", "--markdown", "--hold-out", "--worse", "--write-risk", "--pack", "--rejudge", "--risk",
+        "--all", "--json", "--markdown", "--hold-out", "--worse", "--write-risk", "--pack", "--rejudge", "--risk", "--plot",
     },
     "live": {"--once", "--refresh"},
     "plot": {"-o", "--output"},

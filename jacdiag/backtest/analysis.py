@@ -78,9 +78,12 @@ def _ranking(board: Board, name: str, values: Floats, trivial: bool, false_alarm
         return auroc_interval(values, wrong, groups, board.clusters, times=times)
 
     each: dict[str, float | None] = {}
+    given: dict[str, float | None] = {}
     for stratum in dict.fromkeys(strata):
         mine = np.array([k for k, s in enumerate(strata) if s == stratum])
         each[stratum] = auroc(values[mine], wrong[mine])
+        rates = [board.given_rate[k] for k in mine]
+        given[stratum] = auroc(values[mine], wrong[mine], rates, missing_ties=True)
     return Ranking(
         name,
         by(None),
@@ -88,6 +91,7 @@ def _ranking(board: Board, name: str, values: Floats, trivial: bool, false_alarm
         by(board.given_rate),
         auroc(values, wrong, board.given_rate, missing_ties=True),
         each,
+        given,
         operating_point(values, wrong, false_alarms),
         trivial,
         int(np.sum(~np.isnan(values))),
@@ -101,6 +105,7 @@ def _detectors(runs: Sequence[Run], labels: Sequence[Label], wrong: Bools, lead:
     made = []
     for code in [*codes, *(["any"] if len(codes) > 1 else [])]:
         leads, alarms, steps, bad = [], 0, 0, 0
+        kinds: dict[str, list[int]] = {}
         for run, one, ill in zip(runs, labels, wrong, strict=True):
             spoken = [step for step, which in run.alerts if step > 0 and code in (which, "any")]
             if one.outcome == "healthy" and not ill:
@@ -110,6 +115,9 @@ def _detectors(runs: Sequence[Run], labels: Sequence[Label], wrong: Bools, lead:
                 left = int(run.steps[min(one.left, len(run.steps) - 1)])
                 early = [left - step for step in spoken if step <= left]
                 leads += [max(early)] if early else []
+                kind = kinds.setdefault(one.outcome, [0, 0])
+                kind[0] += bool(early) and max(early) >= lead
+                kind[1] += 1
         ahead = sum(1 for value in leads if value >= lead)
-        made.append(Detector(code, bad, len(leads), ahead, leads, alarms, steps))
+        made.append(Detector(code, bad, len(leads), ahead, leads, alarms, steps, kinds))
     return made

@@ -87,6 +87,7 @@ class Ranking(Record):
         given_lr: only runs of the same stratum and learning rate are compared.
         all_pairs: the same with every pair that it was not measured for as a tie; figures are put in order by it.
         by_stratum: AUROC in each stratum, None where one class is empty.
+        given_by_stratum: the same with the learning rate given, None where no pair can be made.
         operating: at the asked false-alarm rate, over all strata.
         trivial: a classifier that knows nothing of the model's Jacobians.
         measured: runs that have the figure.
@@ -98,6 +99,7 @@ class Ranking(Record):
     given_lr: Estimate
     all_pairs: float | None
     by_stratum: dict[str, float | None]
+    given_by_stratum: dict[str, float | None]
     operating: Operating | None
     trivial: bool
     measured: int
@@ -169,6 +171,7 @@ class Detector(Record):
         ahead: those with a lead of `lead` steps or more.
         leads: steps between its first alert and that step, one a found run.
         alarms: on healthy runs; `healthy_steps` is how long these are together.
+        ahead_by_outcome: "diverged", "spiked" -> [as many as `ahead`, bad runs of it].
     """
 
     code: str
@@ -178,6 +181,7 @@ class Detector(Record):
     leads: list[int]
     alarms: int
     healthy_steps: int
+    ahead_by_outcome: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def alarms_per_10k(self) -> float | None:
