@@ -75,7 +75,8 @@ COMMANDS = {
     "explain": set(),
     "backtest": {
         "--column", "--figure", "--stratum", "--peers", "--bad", "--false-alarms", "--lead", "--resamples", "--format",
-        "--all", "--json", "--markdown", "--hold-out", "--worse", "--write-risk", "--pack", "--rejudge", "--risk", "--plot",
+        "--all", "--json", "--markdown", "--plot", "--hold-out", "--worse", "--write-risk", "--pack", "--rejudge",
+        "--risk",
     },
     "live": {"--once", "--refresh"},
     "plot": {"-o", "--output"},

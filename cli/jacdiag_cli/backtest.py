@@ -121,8 +121,9 @@ def _risk(report: BacktestReport, path: Path) -> str:
                          hint="curves are by placement: factors.json needs `placement` and `lr`")  # fmt: skip
     about: dict[str, Any] = {"runs": len(report.bad), "bad": report.asked["bad"], "worse_nats": report.asked["worse"]}
     for one in report.held_out:
-        about |= {f"held_out_{one.factor}_auroc": one.auroc.value, f"held_out_{one.factor}_brier": one.brier}
-    return written(RiskTable(report.curves, {k: v for k, v in about.items() if v is not None}))
+        scores = {"auroc": one.auroc.value, "brier": one.brier}
+        about |= {f"held_out_{one.factor}_{name}": round(v, 4) for name, v in scores.items() if v is not None}
+    return written(RiskTable(report.curves, about))
 
 
 def _pairs(columns: tuple[str, ...]) -> dict[str, str]:
