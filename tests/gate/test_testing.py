@@ -111,7 +111,7 @@ def script(folder: Path, text: str, **env: str) -> subprocess.CompletedProcess[s
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=whole)
 
 
-@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("broken", [pytest.param(False, marks=pytest.mark.long), True])
 @pytest.mark.parametrize("hook", hooks(), ids=lambda h: str(h["id"]))
 def test_hooks_do_what_pre_commit_would(hook: dict[str, Any], broken: bool, tmp_path: Path) -> None:
     assert {"id", "name", "entry", "language"} <= set(hook) and hook["pass_filenames"] is False

@@ -55,6 +55,7 @@ def test_remedies_are_tried_by_all_ranks_together(tmp_path: Path) -> None:
     assert figures(two) == figures(one) and any(r["recommended"] for r in two["remedies"])
 
 
+@pytest.mark.long
 def test_a_remedy_that_fails_on_one_rank_is_a_note(tmp_path: Path) -> None:
     done = by_torchrun(tmp_path, "audit", "build.py:no_copy", "--remedies", "first", "--json", "two.json", bad=1)
     assert done.code == 0, done.err
@@ -106,7 +107,7 @@ def test_one_rank_is_plain(tmp_path: Path) -> None:
     ("what", "bad", "told"),
     [
         pytest.param("has_no_file", 1, "FileNotFoundError", marks=pytest.mark.long),
-        ("raises", 1, "LookupError: the router lost its way"),
+        pytest.param("raises", 1, "LookupError: the router lost its way", marks=pytest.mark.long),
         pytest.param("out_of_memory", 0, "out of memory", marks=pytest.mark.long),
         pytest.param("killed", 0, "died", marks=pytest.mark.long),
         ("killed", 1, "died"),
@@ -127,7 +128,7 @@ def test_the_end_of_one_is_the_end_of_all_with_its_name(tmp_path: Path, what: st
     ("what", "told"),
     [
         ("other_weight", "has other weights than rank 0 of 2"),
-        ("other_heads", "has another model than rank 0 of 2"),
+        pytest.param("other_heads", "has another model than rank 0 of 2", marks=pytest.mark.long),
     ],
 )
 def test_different_files_are_named_before_any_product(tmp_path: Path, what: str, told: str) -> None:
@@ -177,6 +178,7 @@ def test_torchrun_and_a_killed_rank(tmp_path: Path) -> None:
     assert done.code == 1 and done.err.count("error: rank 1 of 2 (") == 1, done.err
 
 
+@pytest.mark.long
 def test_one_operation_that_does_not_end(tmp_path: Path) -> None:
     """Rank 0 hangs in C while rank 1 is killed: no signal gets it out, and it leaves with the name all the same."""
     def kill(processes: list[subprocess.Popen[str]]) -> None:
@@ -203,6 +205,7 @@ def test_ctrl_c(tmp_path: Path, hit: tuple[int, ...]) -> None:
     assert not (tmp_path / "r.json").exists()
 
 
+@pytest.mark.long
 def test_ctrl_c_on_torchrun(tmp_path: Path) -> None:
     done = by_torchrun(tmp_path, "audit", "build.py:slow", "--json", "r.json", bad=1, interrupt=True)
     assert done.code != 0 and done.err.count("interrupted: nothing was written") == 1
@@ -220,6 +223,7 @@ def test_stopped_from_outside(tmp_path: Path) -> None:
 
 
 # -- from Python ------------------------------------------------------------------------------------------------------
+@pytest.mark.long
 def test_python_shares_only_when_asked(tmp_path: Path) -> None:
     """Rank 0 audits alone first, as a training loop may; then both together, twice."""
     (tmp_path / "own.py").write_text(

@@ -147,14 +147,15 @@ class _Named:
 
 
 FAULTS = {
-    "on the first": ["copy@0", "gather@0", "assemble@0", "record@0", "measure@0", "memory-measure@0", "series@0"],
-    "on the second": [
-        "copy@1", "memory-copy@1", "gather@1", "record@1", "measure@1", "series@1", "full@1", "missing@1",
-    ],
+    "on the first": ["gather@0", "measure@0", "memory-measure@0"],
+    "on the second": ["copy@1", "full@1", "missing@1"],
+    "on the first, the others": ["copy@0", "assemble@0", "record@0", "series@0"],
+    "on the second, the others": ["memory-copy@1", "gather@1", "record@1", "measure@1", "series@1"],
 }  # fmt: skip
+OTHERS = {where: [pytest.mark.long] if "others" in where else [] for where in FAULTS}
 
 
-@pytest.mark.parametrize("where", FAULTS)
+@pytest.mark.parametrize("where", [pytest.param(where, marks=marks) for where, marks in OTHERS.items()])
 def test_a_fault_on_one_rank_is_a_skipped_probe_on_both(where: str, tmp_path: Path) -> None:
     for fault, told in two(tmp_path, "fsdp", *FAULTS[where]).items():
         assert [t["same"] for t in told] == [{"losses": True, "state": True, "random": True}] * 2, fault

@@ -122,7 +122,7 @@ def test_everything_is_taken_off_after_an_exception_in_the_loop(where: str, tmp_
     assert lines(tmp_path)[-1]["type"] == "end"
 
 
-@pytest.mark.parametrize("cycles", [10, pytest.param(50, marks=pytest.mark.long)])
+@pytest.mark.parametrize("cycles", [4, pytest.param(50, marks=pytest.mark.long)])
 def test_cycles_leak_nothing(cycles: int) -> None:
     model = small()
     optimizer = adam(model)
