@@ -49,8 +49,10 @@ lab: .venv/.installed
 	$(BIN)/python -m examples.spike_lab rise --out runs/lab/rise --jobs 2
 	$(BIN)/jacdiag backtest runs/lab/cpu $(PEERS) $(HELD) --rejudge \
 	  --pack runs/lab/cpu.runs.gz --markdown runs/lab/cpu.md --plot runs/lab/cpu.png --write-risk runs/lab/risk.toml
-	for grid in live rise; do $(BIN)/jacdiag backtest runs/lab/$$grid --peers placement --peers warmup \
-	  --rejudge --risk runs/lab/risk.toml --pack runs/lab/$$grid.runs.gz --markdown runs/lab/$$grid.md || exit; done
+	$(BIN)/jacdiag backtest runs/lab/live --peers placement --rejudge --risk runs/lab/risk.toml \
+	  --pack runs/lab/live.runs.gz --markdown runs/lab/live.md
+	$(BIN)/jacdiag backtest runs/lab/rise --peers placement --peers warmup --rejudge --risk runs/lab/risk.toml \
+	  --pack runs/lab/rise.runs.gz --markdown runs/lab/rise.md
 
 coverage: .venv/.installed-dev
 	@mkdir -p benchmarks/results
