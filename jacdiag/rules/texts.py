@@ -97,11 +97,12 @@ its own (gain_product = { warning = 20 }), the remedies of both are tried agains
 RISK = Text(
     summary="the chance that a run at the planned learning rate goes wrong, as recorded small runs tell it",
     what="""\
-With --lr: a logistic curve in one figure of the untrained model and the peak learning rate, one for each
-placement of the norm, fitted on recorded runs (examples/spike_lab, jacdiag backtest). Wrong means that the
-loss diverged, spiked, or stayed 0.4 above what the same or a lower rate reached. The interval is over
-resampled runs. Outside of the widths, depths, rates and figures that were run there is no chance, and the
-report says which one is outside.""",
+With --lr and --warmup: a logistic curve in one figure of the untrained model, the peak learning rate and the
+steps of warm-up, one for each placement of the norm, fitted on recorded runs (examples/spike_lab, jacdiag
+backtest). Wrong means that the loss diverged, spiked, or stayed 0.4 above what the same or a lower rate
+reached. The interval is over resampled runs. Outside of the widths, depths, rates, warm-ups and figures that
+were run there is no chance, and the report says which one is outside. In a run, jacdiag.watch asks the same
+curve at the highest rate so far and the steps that it took, and speaks once a level.""",
     why="""\
 The same init is harmless at one learning rate and breaks a run at another; neither the figure nor the rate
 says it alone. How well curves foretell runs that they have not seen, jacdiag backtest --hold-out says.""",
@@ -109,7 +110,7 @@ says it alone. How well curves foretell runs that they have not seen, jacdiag ba
 The curves that ship were fitted on runs of d 32 to 128 (examples/spike_lab): they say something of d 64
 and nothing of d 4,096, where no chance is given.""",
     remedy="""\
-A lower peak learning rate, or the init that JD101 and JD102 ask for. Fit a curve on your own runs:
+A lower peak learning rate, a longer warm-up, or the init that JD101 and JD102 ask for. Fit a curve on your own runs:
 jacdiag backtest RUN... --write-risk FILE, and name the file as `risk` in [tool.jacdiag].""",
 )
 

@@ -41,6 +41,7 @@ def watch(
     keep_batches: int = 0,
     sinks: Iterable[str | Sink] = (),
     thresholds: Mapping[str, Any] | None = None,
+    risk: str | Path | None = None,
     timeout: float = 60.0,
     quiet: bool = False,
 ) -> Watch:
@@ -63,6 +64,8 @@ def watch(
         keep_batches: how many whole batches it keeps, with the random states.
         sinks: "tensorboard", "wandb", or objects with write(step, figures) and close().
         thresholds: the user's own, see thresholds.toml.
+        risk: a file of `jacdiag backtest --write-risk`: the curves that JD105 asks at every learning rate,
+            in place of those that ship (models of width 32 to 128).
         timeout: seconds to wait for another rank.
         quiet: do not announce the price on stderr.
 
@@ -99,7 +102,7 @@ def watch(
     other = _WATCHED.get(unwrap(model), lambda: None)()
     if other is not None and not other.closed:
         raise UsageError("this model is watched already", hint="close() the other watch first")
-    limits = load_thresholds(thresholds)
+    limits = load_thresholds(thresholds, None if risk is None else str(risk))
     together = Together(is_sharded(model), timeout)
     folder = Path(log_dir) if log_dir is not None else None
     record = Record(

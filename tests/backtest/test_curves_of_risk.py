@@ -140,6 +140,7 @@ def test_files_that_hold_no_curves_are_refused(tmp_path: Path, text: str, messag
 
 def test_the_curves_that_ship_can_be_read() -> None:
     for placement, curve in load_risk().curves.items():
-        assert curve.placement == placement and len(curve.coefficients) == 3 and curve.source
-        assert curve.coefficients[1] >= 0 and curve.coefficients[2] >= 0
+        assert curve.placement == placement and curve.by_warmup and curve.source
+        assert len(curve.coefficients) == len(curve.covariance) == 4
+        assert min(curve.coefficients[1:3]) >= 0 >= curve.coefficients[3]
         assert np.all(np.linalg.eigvalsh(np.array(curve.covariance)) > -1e-9)

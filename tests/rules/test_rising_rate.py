@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+import jacdiag
 from jacdiag.report import Report
+from jacdiag.report.risk import RiskCurve, RiskTable, written
 from jacdiag.rules.live import LiveRules, StepFigures
 from tests.rules.test_conditions import healthy, report
 from tests.rules.test_risk import by_warmup, limits
@@ -102,3 +105,22 @@ def test_it_goes_on_behind_a_checkpoint() -> None:
 def test_a_skipped_step_says_it_too() -> None:
     verdict = knowing().step(StepFigures(1, None, math.inf, 0.5, skipped=True))
     assert [a.code for a in verdict.alerts] == ["JD105"]
+
+
+def test_a_watch_takes_curves_of_ones_own(tmp_path: Path) -> None:
+    from watching.rig import adam, lines, plain_step, small
+
+    curve = RiskCurve("pre", "worst branch norm", [20.0, 0.0, 1.0], [[0.0] * 3] * 3,
+                      {"figure": [1e-9, 1e9], "lr": [1e-9, 1.0]}, 9, 4, "a lab")  # fmt: skip
+    file = tmp_path / "risk.toml"
+    file.write_text(written(RiskTable({"pre": curve})), encoding="utf-8")
+    model = small()
+    optimizer = adam(model)
+    with jacdiag.watch(model, optimizer, log_dir=tmp_path / "run", risk=file, quiet=True, strict=True) as w:
+        for step in range(1, 4):
+            loss, norm = plain_step(model, optimizer, step)
+            w.step(loss, grad_norm=norm)
+    (alert,) = [row for row in lines(tmp_path / "run", "alert") if row["code"] == "JD105"]
+    assert (alert["step"], alert["level"]) == (1, "error")
+    with pytest.raises(jacdiag.JacdiagError, match=r"none\.toml"):
+        jacdiag.watch(model, optimizer, risk=tmp_path / "none.toml", quiet=True)
