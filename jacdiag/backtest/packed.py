@@ -39,7 +39,7 @@ def pack(runs: Iterable[Run]) -> str:
 def _known(run: Run) -> Iterator[tuple[str, float]]:
     for name, value in run.figures.items():
         if math.isfinite(value):
-            yield name, float(f"{value:.6g}")
+            yield name, float(f"{value:.12g}")
 
 
 def _numbers(values: Floats) -> list[float | str]:
