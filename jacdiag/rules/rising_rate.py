@@ -20,15 +20,17 @@ class RisingRate:
     """Speaks once a level, when the learning rate rises past what the recorded runs of such a model bore.
 
     The curves are of untrained models, peak rates and warm-ups: the figure is that of the probe before the first
-    update, the rate the highest so far, the warm-up the steps that it took to get there. Without such a probe, for a
-    placement without a curve, and outside of what the runs spanned, it is silent; a rise that takes longer than the
-    longest warm-up that was run counts as that one, which no longer one is worse than.
+    update, the rate the highest so far, the warm-up the steps that its steepest rise would have taken to get there: of
+    a linear one the steps so far, of a leap one. Without such a probe, for a placement without a curve, and outside of
+    what the runs spanned, it is silent. A rise longer than the longest warm-up that was run counts as that one, which
+    no longer one is worse than; a shorter than the shortest as that one, which no shorter one is better than.
     """
 
     def __init__(self, thresholds: Thresholds) -> None:
         self.limits = thresholds
         self.curve: RiskCurve | None = None
-        self.value = self.highest = 0.0
+        self.value = self.highest = self.steepest = 0.0
+        self.last: float | None = None
         self.said: list[str] = []
 
     def know(self, report: Report) -> None:
@@ -42,16 +44,19 @@ class RisingRate:
 
     def look(self, step: int, lr: float) -> list[Alert]:
         """The alert of a step whose learning rate is the first beyond a limit."""
-        if self.curve is None:
+        if self.curve is None or not lr >= 0.0:
             return []
-        shortest, longest = self.curve.ranges.get("warmup", _ANY) if self.curve.by_warmup else _ANY
-        if not (lr > self.highest or step == math.ceil(shortest)):
+        last, self.last = self.last, lr
+        if last is None:
+            return []  # the next step tells whether the rate rises
+        self.steepest = max(self.steepest, lr - last) or lr  # one that stands where it began was there in one step
+        lowest, highest = self.curve.ranges.get("lr", _ANY)
+        if not (lr > self.highest and lowest <= lr <= highest):
             return []
-        self.highest = max(self.highest, lr)
-        lr, (lowest, highest) = self.highest, self.curve.ranges.get("lr", _ANY)
-        if step < shortest or not lowest <= lr <= highest:
-            return []
-        chance, lower, upper = self.curve.chance(self.value, lr, min(step, longest))
+        self.highest = lr
+        shortest, longest = self.curve.ranges.get("warmup", _ANY)
+        warmup = min(max(lr / self.steepest, shortest), longest)
+        chance, lower, upper = self.curve.chance(self.value, lr, warmup)
         risk = Risk(chance, lower, upper, self.curve.figure, self.value, lr, range=ranged(self.curve),
                     source=self.curve.source)  # fmt: skip
         found = beyond(risk, self.limits)
@@ -64,8 +69,10 @@ class RisingRate:
 
     def state(self) -> dict[str, Any]:
         placement = self.curve.placement if self.curve is not None else None
-        return {"placement": placement, "value": self.value, "highest": self.highest, "said": list(self.said)}
+        return {"placement": placement, "value": self.value, "highest": self.highest, "steepest": self.steepest,
+                "last": self.last, "said": list(self.said)}  # fmt: skip
 
     def load(self, state: Mapping[str, Any]) -> None:
         self.curve = self.limits.risk.curves.get(state["placement"])
-        self.value, self.highest, self.said = state["value"], state["highest"], list(state["said"])
+        self.value, self.highest, self.steepest = state["value"], state["highest"], state["steepest"]
+        self.last, self.said = state["last"], list(state["said"])

@@ -69,7 +69,7 @@ def test_other_thresholds_and_curves_say_other_things(folder: Path) -> None:
     louder = RiskCurve("pre", CURVE.figure, [20.0, 0.0, 1.0], CURVE.covariance, RANGES, 100, 40, "made up")
     path.write_text(written(RiskTable({"pre": louder})), encoding="utf-8")
     first = [a for a in rejudged(log, load_thresholds(risk=str(path))) if a.code == "JD105"]
-    assert [(a.step, a.level) for a in first] == [(1, "error")] and rates[0] > 0
+    assert [(a.step, a.level) for a in first] == [(2, "error")] and rates[0] > 0
 
 
 def test_runs_are_read_with_what_the_rules_say_now(folder: Path) -> None:

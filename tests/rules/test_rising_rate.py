@@ -12,6 +12,7 @@ import pytest
 import jacdiag
 from jacdiag.report import Report
 from jacdiag.report.risk import RiskCurve, RiskTable, written
+from jacdiag.report.thresholds import Thresholds
 from jacdiag.rules.live import LiveRules, StepFigures
 from tests.rules.test_conditions import healthy, report
 from tests.rules.test_risk import by_warmup, limits
@@ -25,8 +26,14 @@ def untrained(**other: object) -> Report:
 
 
 def knowing(made: Report | None = None) -> LiveRules:
-    live = LiveRules(limits(0.0))  # the chance at lr is lr / (1 + lr); 1 is the highest that was run
-    live.know(made or untrained())
+    """The chance at lr is lr / (1 + lr); 1 is the highest that was run. The rate begins at nothing."""
+    return begun(limits(0.0), made or untrained())
+
+
+def begun(thresholds: Thresholds, made: Report) -> LiveRules:
+    live = LiveRules(thresholds)
+    live.know(made)
+    live.step(StepFigures(0, 2.0, 1.0, 0.0))
     return live
 
 
@@ -40,8 +47,7 @@ def test_it_speaks_where_the_rate_rises_past_a_limit_and_once() -> None:
     assert said(live, [CROSSES["warning"] * (1 - 1e-9)]) == []  # on the boundary nothing is said
     assert said(live, [CROSSES["warning"] * (1 + 1e-6), 0.9, 0.1, 0.9, 0.95], start=2) == [(2, "JD105", "warning")]
     assert said(live, [CROSSES["error"] + 1e-6, 1.0], start=9) == []  # 1 is inside, and the chance 50%: not above it
-    other = LiveRules(limits(1.0))
-    other.know(untrained())
+    other = begun(limits(1.0), untrained())
     assert said(other, [0.01, 0.9, 1.0]) == [(2, "JD105", "error")]  # the loudest level alone
 
 
@@ -69,20 +75,35 @@ def test_it_is_silent_at_rates_that_were_not_run_and_without_a_rate() -> None:
     assert said(LiveRules(limits(0.0)), [0.5, 0.9]) == []  # no probe was made
 
 
-def test_the_warm_up_is_the_steps_so_far() -> None:
-    """The chance is e^2 lr / warm-up to 1: over a fifth where lr / steps is over 1 / (4 e^2)."""
-    edge = 1 / (4 * math.exp(2))
+EDGE = 1 / (4 * math.exp(2))  # by_warmup: a chance of e^2 lr / warm-up to 1, over a fifth where lr / warm-up is over it
+
+
+def test_the_warm_up_of_a_linear_rise_is_the_steps_so_far() -> None:
+    live = begun(by_warmup(), untrained())
+    assert said(live, [0.99 * EDGE * step for step in range(1, 25)]) == []
+    steeper = begun(by_warmup(), untrained())
+    rates = [1.01 * EDGE * step for step in range(1, 25)]
+    assert said(steeper, rates) == [(10, "JD105", "warning")]  # 10 is the shortest
+
+
+def test_a_leap_counts_as_the_shortest_warm_up_and_a_long_rise_as_the_longest() -> None:
+    assert said(begun(by_warmup(), untrained()), [11 * EDGE]) == [(1, "JD105", "warning")]
+    assert said(begun(by_warmup(), untrained()), [9.9 * EDGE]) == []
+    slow = begun(by_warmup(), untrained())  # e^2 / 1,000 at the longest that was run
+    assert said(slow, [step / 5000 for step in range(1, 5001)]) == []
+    late = begun(by_warmup(), untrained())
+    assert said(late, [0.01] * 500 + [0.5], start=1) == [(501, "JD105", "warning")]
+
+
+@pytest.mark.parametrize("rates", [[11 * EDGE] * 3, [11 * EDGE, 10.9 * EDGE]])
+def test_a_rate_that_begins_where_it_stays_was_there_in_one_step(rates: list[float]) -> None:
     live = LiveRules(by_warmup())
     live.know(untrained())
-    assert said(live, [0.99 * edge * step for step in range(1, 20)]) == []
-    assert said(live, [1.01 * edge * 20], start=20) == [(20, "JD105", "warning")]
-    early = LiveRules(by_warmup())
-    early.know(untrained())
-    assert said(early, [1.0] * 9) == []  # shorter than what was run: it waits
-    assert said(early, [0.5, 0.5], start=10) == [(10, "JD105", "warning")]  # the highest so far counts
-    late = LiveRules(by_warmup())
-    late.know(untrained())  # a longer rise counts as the longest that was run, whose chance is e^2 / 1,000
-    assert said(late, [1.0], start=100_000) == []
+    assert said(live, rates) == [(2, "JD105", "warning")]
+
+
+def test_no_rate_at_all_says_nothing() -> None:
+    assert said(begun(by_warmup(), untrained()), [0.0, 0.0, 0.0]) == []
 
 
 def test_a_later_probe_changes_nothing() -> None:
@@ -94,7 +115,7 @@ def test_a_later_probe_changes_nothing() -> None:
 def test_it_goes_on_behind_a_checkpoint() -> None:
     live = knowing()
     assert said(live, [0.1]) == []
-    again = LiveRules(limits(0.0))
+    again = LiveRules(limits(0.0))  # the rate stood at 0.1 when it was saved
     again.load(json.loads(json.dumps(live.state())))
     assert said(again, [0.1, 0.5, 0.6], start=2) == [(3, "JD105", "warning")]
     third = LiveRules(limits(0.0))
@@ -121,6 +142,6 @@ def test_a_watch_takes_curves_of_ones_own(tmp_path: Path) -> None:
             loss, norm = plain_step(model, optimizer, step)
             w.step(loss, grad_norm=norm)
     (alert,) = [row for row in lines(tmp_path / "run", "alert") if row["code"] == "JD105"]
-    assert (alert["step"], alert["level"]) == (1, "error")
+    assert (alert["step"], alert["level"]) == (2, "error")
     with pytest.raises(jacdiag.JacdiagError, match=r"none\.toml"):
         jacdiag.watch(model, optimizer, risk=tmp_path / "none.toml", quiet=True)
