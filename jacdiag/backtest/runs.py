@@ -63,7 +63,7 @@ def _read(file: Path, columns: dict[str, str], figures: Sequence[str], rules: Th
     if file.suffix == ".jsonl" and _is_ours(file):
         return [of_log(read_run(file), _name(file), _factors(file), _report(file), rules)]
     if rules is not None:
-        raise SourceError(f"'{file}' does not hold what the live rules look at", hint="a log of jacdiag.watch does")
+        raise _too_little(str(file))
     if is_packed(file):
         return read_packed(file)
     return [_foreign(file, columns, figures)]
@@ -128,8 +128,15 @@ def of_log(
     grads = [_first_known(row.get("grad_norm"), row.get("grad_norm_post")) for row in log.steps]
     alerts = [(int(row["step"]), str(row["code"])) for row in log.alerts if "step" in row and "code" in row]
     if rules is not None:
-        alerts = [(alert.step, alert.code) for alert in rejudged(log, rules)]
+        try:
+            alerts = [(alert.step, alert.code) for alert in rejudged(log, rules)]
+        except (KeyError, TypeError, ValueError) as error:
+            raise _too_little(name) from error
     return Run(name, told, _array(log.column("step")), _array(log.column("loss")), _array(grads), found, alerts)
+
+
+def _too_little(name: str) -> SourceError:
+    return SourceError(f"'{name}' does not hold what the live rules look at", hint="a log of jacdiag.watch does")
 
 
 def _first_known(*values: Any) -> float:

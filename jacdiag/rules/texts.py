@@ -102,7 +102,7 @@ steps of warm-up, one for each placement of the norm, fitted on recorded runs (e
 backtest). Wrong means that the loss diverged, spiked, or stayed 0.4 above what the same or a lower rate
 reached. The interval is over resampled runs. Outside of the widths, depths, rates, warm-ups and figures that
 were run there is no chance, and the report says which one is outside. In a run, jacdiag.watch asks the same
-curve at the highest rate so far and the steps that it took, and speaks once a level.""",
+curve at the highest rate so far, with the warm-up that its steepest rise comes to, and speaks once a level.""",
     why="""\
 The same init is harmless at one learning rate and breaks a run at another; neither the figure nor the rate
 says it alone. How well curves foretell runs that they have not seen, jacdiag backtest --hold-out says.""",

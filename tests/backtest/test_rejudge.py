@@ -93,6 +93,11 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "JD501" in codes and "JD103" not in codes
     assert main(["backtest", str(packed), "--rejudge"]) == 2
     assert "does not hold what the live rules look at" in capsys.readouterr().err
+    poor = tmp_path / "poor" / "run.jsonl"
+    poor.parent.mkdir()
+    poor.write_text('{"v":1,"type":"run","groups":[]}\n{"v":1,"type":"step","step":1,"loss":2.0}\n', encoding="utf-8")
+    assert main(["backtest", str(poor), "--rejudge"]) == 2
+    assert "'poor' does not hold what the live rules look at" in capsys.readouterr().err
     assert main(["backtest", str(folder), "--risk", curves]) == 2
     assert "--risk is for --rejudge" in capsys.readouterr().err
     assert main(["backtest", str(folder), "--rejudge", "--risk", str(tmp_path / "none.toml")]) == 2
