@@ -47,7 +47,7 @@ lab: .venv/.installed
 	$(BIN)/python -m examples.spike_lab cpu --out runs/lab/cpu --jobs 2
 	$(BIN)/python -m examples.spike_lab live --out runs/lab/live --jobs 2
 	$(BIN)/python -m examples.spike_lab rise --out runs/lab/rise --jobs 2
-	$(BIN)/jacdiag backtest runs/lab/cpu $(PEERS) --rejudge --resamples 1 --pack runs/lab/cpu.runs.gz > runs/lab/packed
+	$(BIN)/jacdiag backtest runs/lab/cpu $(PEERS) --rejudge --resamples 1 --pack runs/lab/cpu.runs.gz > /dev/null
 	$(BIN)/jacdiag backtest runs/lab/cpu.runs.gz $(PEERS) $(HELD) \
 	  --markdown runs/lab/cpu.md --plot runs/lab/cpu.png --write-risk runs/lab/risk.toml
 	$(BIN)/jacdiag backtest runs/lab/live --peers placement --rejudge --risk runs/lab/risk.toml \

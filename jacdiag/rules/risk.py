@@ -69,6 +69,7 @@ def beyond(risk: Risk, thresholds: Thresholds) -> tuple[Level, float] | None:
 
 
 def evidence(risk: Risk, limit: float) -> dict[str, Any]:
+    """What a finding or an alert carries: the chance, the limit that it is beyond, and what it rests on."""
     return {"field": "risk", "value": risk.chance, "lower": risk.lower, "upper": risk.upper, "threshold": limit,
             "figure": risk.figure, "figure_value": risk.value, "lr": risk.lr, "range": risk.range}  # fmt: skip
 

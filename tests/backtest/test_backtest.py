@@ -69,8 +69,8 @@ def test_a_figure_that_is_right_about_few_runs_is_not_the_best() -> None:
 
 
 def test_noise_ranks_nothing_on_average() -> None:
-    found = [{r.name: r for r in backtest(made(seed=k), times=1).rankings}["noise"].given_lr.value for k in range(3)]
-    assert np.mean(found) == pytest.approx(0.5, abs=4 * 0.08 / 3**0.5)  # type: ignore[arg-type]
+    found = [{r.name: r for r in backtest(made(seed=k), times=1).rankings}["noise"].given_lr.value for k in range(6)]
+    assert np.mean(found) == pytest.approx(0.5, abs=4 * 0.08 / 6**0.5)  # type: ignore[arg-type]
 
 
 def test_live_rules_are_counted_on_healthy_runs_and_timed_on_bad_ones() -> None:
