@@ -14,6 +14,7 @@ from jacdiag.backtest.scores import Bools, Floats, auroc
 from jacdiag.report.backtest import Label
 
 WORSE = 0.4  # nats over the best of its peers at the same or a lower rate: the rate did harm
+TRAINING = ("lr", "warmup", "steps", "every", "rows", "beta2", "clip", "fault", "at")  # not of the model
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Board:
         rates: peak learning rates, nan where not known.
         warmups: steps over which the rate rose, nan where not known.
         clusters: runs of one cluster differ in their seed only.
+        inits: runs of one init differ in their seed and in how they were trained.
         figures: of the untrained models, larger meaning worse.
         trivial: classifiers that know no Jacobian.
         factors: what was varied.
@@ -38,6 +40,7 @@ class Board:
     rates: Floats
     warmups: Floats
     clusters: list[Hashable]
+    inits: list[Hashable]
     figures: dict[str, Floats]
     trivial: dict[str, Floats]
     factors: list[dict[str, Any]]
@@ -71,12 +74,18 @@ def board(
     far = _worse(runs, labels, rates, peers, worse)
     wrong = np.array([_wrong(one.outcome, w, bad) for one, w in zip(labels, far, strict=True)], dtype=bool)
     strata = [" · ".join(str(run.factors.get(f, "?")) for f in stratum) or "all" for run in runs]
-    clusters = [tuple(sorted((k, str(v)) for k, v in run.factors.items() if k not in cluster_without)) for run in runs]
+    clusters = _alike(runs, cluster_without)
+    inits = _alike(runs, (*cluster_without, *TRAINING))
     names = dict.fromkeys(name for run in runs for name in run.figures)
     figures = {name: np.array([run.figures.get(name, math.nan) for run in runs]) for name in names}
     factors = [dict(run.factors) for run in runs]
     trivial = _trivial(runs, strata, rates, wrong)
-    return Board(labels, wrong, strata, rates, warmups, list(clusters), figures, trivial, factors)
+    return Board(labels, wrong, strata, rates, warmups, clusters, inits, figures, trivial, factors)
+
+
+def _alike(runs: Sequence[Run], but_for: Sequence[str]) -> list[Hashable]:
+    """A key a run; runs that share theirs differ at most in the factors named."""
+    return [tuple(sorted((k, str(v)) for k, v in run.factors.items() if k not in but_for)) for run in runs]
 
 
 def _wrong(outcome: str, worse: bool, bad: str) -> bool:

@@ -13,9 +13,11 @@ from jacdiag.backtest.board import Board, number_of
 from jacdiag.backtest.fit import Curve, fit
 from jacdiag.backtest.scores import Bools, Floats, auroc, auroc_interval, calibration, operating_point
 from jacdiag.report.backtest import Estimate, HeldOut, Level, Transfer
+from jacdiag.report.figures import CONDITIONS
 from jacdiag.report.risk import RiskCurve
 
 RANGED = ("lr", "warmup", "width", "layers")
+SURE = 1e-6  # no chance is nearer to 0 or 1 when it is scored
 LEAST = 10  # runs of either outcome that a curve needs before it may speak of others
 
 
@@ -112,10 +114,38 @@ def _chances(board: Board, train: Bools) -> tuple[Floats, Floats, dict[str, str]
 
 
 def _curve(board: Board, chosen: Bools, times: int) -> tuple[str, Curve] | None:
-    """The figure that ranks the chosen runs best, and its curve."""
-    figure = board.best(chosen)
+    """The figure of `foretelling`, and its curve."""
+    figure = foretelling(board, chosen)
     curve = None if figure is None else _fitted(board, board.figures[figure], chosen, times)
     return None if figure is None or curve is None else (figure, curve)
+
+
+def foretelling(board: Board, chosen: Bools) -> str | None:
+    """The figure that a curve is in: of the paper's two conditions the one that foretells inits left out better.
+
+    Every init is left out in turn, and its runs are scored by the mean log loss (Good 1952), which ranks nothing: a
+    curve must say how likely, and of models that it has not seen. Two, for the best of thirty figures is a different
+    one whenever some runs are left out, and foretells the others worse. Where neither is known, or nothing can be left
+    out, the figure that ranks best.
+    """
+    told = {name: _left_out_loss(board, board.figures[name], chosen) for name in CONDITIONS if name in board.figures}
+    known = {name: loss for name, loss in told.items() if loss is not None}
+    return min(known, key=lambda name: known[name]) if known else board.best(chosen)
+
+
+def _left_out_loss(board: Board, figure: Floats, chosen: Bools) -> float | None:
+    """Mean log loss over inits left out in turn; what cannot be foretold is given the share that went wrong."""
+    losses: list[float] = []
+    for init in dict.fromkeys(board.inits[k] for k in np.flatnonzero(chosen)):
+        test = chosen & np.array([i == init for i in board.inits])
+        train = chosen & ~test
+        curve = _fitted(board, figure, train, 0)
+        if curve is None:
+            continue
+        told = curve.chances(figure[test], board.rates[test], board.warmups[test])
+        told = np.clip(np.where(np.isnan(told), board.wrong[train].mean(), told), SURE, 1 - SURE)
+        losses += (-np.log(np.where(board.wrong[test], told, 1 - told))).tolist()
+    return math.fsum(losses) / len(losses) if losses else None
 
 
 def _fitted(board: Board, figure: Floats, chosen: Bools, times: int) -> Curve | None:

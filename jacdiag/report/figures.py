@@ -124,6 +124,10 @@ _CLOSED = ("worst shortcut factor", "mean shortcut factor", "worst bound, Eq. 15
 EXACT = (*_CLOSED, *(f"{name} x width" for name in _CLOSED))
 
 
+# Small sub-layers, large shortcut: a figure for each, of what the watch's probe measures before the first step, too.
+CONDITIONS = ("sum of cores over shortcuts x width", "inverse of the smallest shortcut x width")
+
+
 def init_figures(report: Report, lr: float | None = None) -> dict[str, float]:
     """All figures of a report; with a learning rate each once more times it.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -12,9 +13,13 @@ import pytest
 from jacdiag_cli.app import main
 
 from jacdiag.backtest import Run, backtest
+from jacdiag.backtest.board import board
+from jacdiag.backtest.heldout import foretelling
+from jacdiag.backtest.labels import label
 from jacdiag.backtest.packed import encoded, pack, read_packed, unpack
 from jacdiag.errors import SourceError, UsageError
 from jacdiag.report.backtest import BacktestReport
+from jacdiag.report.figures import CONDITIONS
 from jacdiag.report.risk import load_risk
 from tests.backtest.test_backtest import curve
 
@@ -67,6 +72,38 @@ def test_each_architecture_is_foretold_by_its_own_figure() -> None:
     assert one.transfer["pre"].figures == ["of pre"] and one.transfer["post"].figures == ["of post"]
     assert one.auroc.value is not None and one.one_figure.value is not None
     assert one.auroc.value > 0.85 > one.one_figure.value
+
+
+def inits(smooth: str, bent: str) -> list[Run]:
+    """Six inits at six rates; both figures rank them alike, only of `smooth` one edge tells the next."""
+    draw = np.random.default_rng(3)
+    runs = []
+    for k, lr, seed in itertools.product(range(6), 10 ** np.linspace(-3, 0, 6), range(2)):
+        signal = math.exp(k - 2.5)
+        bad = signal * lr * math.exp(0.5 * draw.normal()) > 0.03
+        figures = {bent: 1.0 + 1e-3 * k if k < 5 else 1e6, smooth: signal}
+        factors = {"placement": "pre", "lr": float(lr), "branch_std": float(k), "seed": float(seed), "warmup": 20.0}
+        runs.append(Run(f"{k} {lr:g} {seed}", factors, np.arange(300) + 1.0, curve(bad, k), np.ones(300), figures))
+    return runs
+
+
+@pytest.mark.parametrize("smooth", CONDITIONS)
+def test_a_curve_rests_on_the_condition_that_foretells_inits_left_out(smooth: str) -> None:
+    [bent] = set(CONDITIONS) - {smooth}
+    runs = inits(smooth, bent)
+    cast = board(runs, [label(run.loss) for run in runs], bad="any", stratum=["placement"], peers=[],
+                 cluster_without=["seed"])  # fmt: skip
+    everything = np.ones(len(runs), dtype=bool)
+    assert len(set(cast.inits)) == 6 and cast.best(everything) == bent, "they rank alike: the first one is named"
+    assert foretelling(cast, everything) == smooth
+    assert backtest(runs, times=5).curves["pre"].figure == smooth
+    one_init = np.array([run.factors["branch_std"] == 2.0 for run in runs])
+    assert foretelling(cast, one_init) == cast.best(one_init), "with nothing to leave out, the ranks"
+
+
+def test_figures_of_ones_own_are_ranked() -> None:
+    runs = inits("signal", "bent")
+    assert backtest(runs, times=5).curves["pre"].figure == "bent", "named first among equals"
 
 
 def test_without_the_other_class_nothing_is_foretold() -> None:
