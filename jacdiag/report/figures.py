@@ -125,7 +125,7 @@ EXACT = (*_CLOSED, *(f"{name} x width" for name in _CLOSED))
 
 
 # Small sub-layers, large shortcut: a figure for each, of what the watch's probe measures before the first step, too.
-CONDITIONS = ("sum of cores over shortcuts x width", "inverse of the smallest shortcut x width")
+CONDITIONS = ("product of branches (log) x width", "inverse of the smallest shortcut x width")
 
 
 def init_figures(report: Report, lr: float | None = None) -> dict[str, float]:

@@ -32,8 +32,8 @@ def judged(thresholds: Thresholds, made: Report | None = None, lr: float | None 
 
 @pytest.mark.parametrize(
     ("intercept", "covariance", "level"),
-    [(2.0, NONE, "error"), (-1.0, NONE, "warning"), (-3.0, NONE, None), (0.5, WIDE, None), (4.5, WIDE, "error"),
-     (2.9, WIDE, "warning")],
+    [(2.0, NONE, "error"), (-0.7, NONE, "warning"), (-3.0, NONE, None), (0.5, WIDE, None), (4.5, WIDE, "error"),
+     (3.3, WIDE, "warning")],
 )  # fmt: skip
 def test_the_whole_interval_must_lie_beyond_a_cut(
     intercept: float, covariance: list[list[float]], level: str | None

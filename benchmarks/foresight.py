@@ -1,0 +1,198 @@
+"""Does the Jacobian earn its place in JD105? Whole operating curves with the figure and without it, on recorded runs.
+
+Curves of the chance are made from some of the lab's grids, once as they ship (a figure of the untrained model, the
+rate, the warm-up) and once of rate and warm-up alone. Both are asked, with the rule that speaks in runs, about runs
+that made neither. A row is a limit: the lower end of the chance's interval above which the rule speaks. It tells the
+share of divergences that were announced 20 steps before the loss left its band, and the false alarms in healthy
+steps.
+
+    python benchmarks/foresight.py             a minute; prints, and writes benchmarks/results/foresight.json
+    python benchmarks/foresight.py --quick     one grid and three limits; prints only
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from examples.spike_lab.run import FAULTS, Setting  # noqa: E402
+from jacdiag.backtest import Run, read_runs  # noqa: E402
+from jacdiag.backtest.board import Board, board  # noqa: E402
+from jacdiag.backtest.heldout import curves  # noqa: E402
+from jacdiag.backtest.labels import label  # noqa: E402
+from jacdiag.report.risk import RiskCurve, RiskTable  # noqa: E402
+from jacdiag.report.thresholds import Limits, Thresholds  # noqa: E402
+from jacdiag.rules.rising_rate import RisingRate  # noqa: E402
+
+GRIDS, RESULTS = ROOT / "examples/spike_lab/results", Path(__file__).parent / "results" / "foresight.json"
+MAKING, ASKED = ("cpu",), ("rise", "live", "unseen")
+KNOWN = ("cpu", "rise", "live")  # the limit was chosen on their runs whose rate rises throughout, inits left out
+PEERS = ("placement", "layers", "width", "warmup")  # whose best loss a healthy run is held against
+CUTS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+LEAD = 20
+GOAL = {"ahead": 0.8, "alarms": 1.0}
+NOTHING = "nothing"  # the figure of a curve that has none
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one limit gives on one grid.
+
+    Attributes:
+        diverged, ahead: divergences, and those announced in time.
+        alarms, healthy_steps: false alarms, and the steps in which there could be one.
+    """
+
+    limit: float
+    diverged: int
+    ahead: int
+    alarms: int
+    healthy_steps: int
+
+    def __add__(self, other: Point) -> Point:
+        return Point(self.limit, *(getattr(self, n) + getattr(other, n) for n in list(asdict(self))[1:]))
+
+    @property
+    def share(self) -> float:
+        return self.ahead / max(1, self.diverged)
+
+    @property
+    def in_10_000(self) -> float:
+        return 1e4 * self.alarms / max(1, self.healthy_steps)
+
+
+def columns(grids: Iterable[str]) -> tuple[list[Run], Board]:
+    runs = [run for grid in grids for run in read_runs([GRIDS / f"{grid}.runs.gz"]) if run.whole]
+    cast = board(runs, [label(run.loss) for run in runs], bad="any", stratum=["placement"], peers=PEERS,
+                 cluster_without=["seed"])  # fmt: skip
+    return runs, cast
+
+
+def tables(cast: Board) -> dict[str, RiskTable]:
+    """The curves with the figure, and without: the same placements, rates and warm-ups."""
+    ones = {NOTHING: np.ones(len(cast.wrong))}
+    with_it, without = curves(cast, 200), curves(replace(cast, figures=ones), 200)
+    return {"figure": RiskTable(with_it), "rate and warm-up alone": RiskTable(without)}
+
+
+def rates(run: Run) -> list[float]:
+    """The learning rate of every step, as the lab's schedule has it."""
+    setting = Setting.of({k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in run.factors.items()})
+    leap = FAULTS[setting.fault] if setting.fault.startswith("rate") else lambda *_: 1.0
+    return [setting.rate(int(step)) * leap(setting, None, int(step)) for step in run.steps]  # type: ignore[arg-type]
+
+
+def speaks(run: Run, along: list[float], table: RiskTable, limit: float) -> int | None:
+    """The first step at which the rule speaks; None if it never does."""
+    curve = table.curves.get(str(run.factors["placement"]))
+    value = None if curve is None else 1.0 if curve.figure == NOTHING else run.figures.get(curve.figure)
+    if curve is None or value is None or not _inside(curve, run.factors, value):
+        return None
+    rule = RisingRate(Thresholds({("risk", ""): Limits(warning=limit)}, table))
+    begun = {"value": value, "highest": 0.0, "steepest": 0.0, "last": None, "said": []}
+    rule.load({"placement": curve.placement, **begun})
+    for step, lr in zip(run.steps, along, strict=True):
+        if rule.look(int(step), lr):
+            return int(step)
+    return None
+
+
+def _inside(curve: RiskCurve, factors: Mapping[str, Any], value: float) -> bool:
+    known = {"figure": value, "width": float(factors["width"]), "layers": float(factors["layers"])}
+    spans = [(known[name], *span) for name, span in curve.ranges.items() if name in known]
+    return all(low * (1 - 1e-9) <= one <= high * (1 + 1e-9) for one, low, high in spans)
+
+
+def point(runs: list[Run], cast: Board, table: RiskTable, limit: float, lead: int) -> Point:
+    total = Point(limit, 0, 0, 0, 0)
+    for run, one, wrong in zip(runs, cast.labels, cast.wrong, strict=True):
+        if one.outcome == "spiked" or (one.outcome == "healthy" and wrong):
+            continue
+        said = speaks(run, rates(run), table, limit)
+        if one.outcome == "healthy":
+            total += Point(limit, 0, 0, int(said is not None), len(run.steps))
+        elif one.left is not None:
+            left = int(run.steps[min(one.left, len(run.steps) - 1)])
+            total += Point(limit, 1, int(said is not None and left - said >= lead), 0, 0)
+    return total
+
+
+def left_out() -> dict[str, list[Point]]:
+    """Every init foretold by curves of the others: what the limit in thresholds.toml was chosen on."""
+    runs, cast = columns(KNOWN)
+    found: dict[str, list[Point]] = {}
+    for init in dict.fromkeys(cast.inits):
+        mine = np.array([i == init for i in cast.inits])
+        rest, asked = np.flatnonzero(~mine), [k for k in np.flatnonzero(mine) if _rises(runs[k])]
+        if not asked:
+            continue
+        for name, table in tables(chosen(cast, rest)).items():
+            points = [point([runs[k] for k in asked], chosen(cast, asked), table, cut, LEAD) for cut in CUTS]
+            before = found.get(name)
+            found[name] = points if before is None else [a + b for a, b in zip(before, points, strict=True)]
+    return found
+
+
+def _rises(run: Run) -> bool:
+    warmup, steps = float(run.factors["warmup"]), float(run.factors["steps"])
+    return warmup >= steps and run.factors["placement"] in ("none", "post", "pre")
+
+
+def chosen(cast: Board, rows: Any) -> Board:
+    """Some runs of a board."""
+    def of(values: Any) -> Any:
+        if isinstance(values, dict):
+            return {name: column[rows] for name, column in values.items()}
+        return values[rows] if isinstance(values, np.ndarray) else [values[k] for k in rows]
+
+    return Board(**{field.name: of(getattr(cast, field.name)) for field in fields(Board)})
+
+
+def _line(point: Point) -> str:
+    ok = point.share >= GOAL["ahead"] and point.in_10_000 <= GOAL["alarms"]
+    return (f"{'ok  ' if ok else '    '}  above {point.limit:.2f}: {point.share:4.0%} ahead, {point.in_10_000:4.1f} "
+            f"alarms in 10,000 healthy steps")  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one grid, three limits; nothing is written")
+    args = parser.parse_args()
+    made = tables(columns(("cpu",) if args.quick else MAKING)[1])
+    cuts, grids = (CUTS[2:8:2], ("rise",)) if args.quick else (CUTS, ASKED)
+    found: dict[str, dict[str, list[Point]]] = {name: {} for name in made}
+    for grid in grids:
+        runs, cast = columns((grid,))
+        for name, table in made.items():
+            found[name][grid] = [point(runs, cast, table, cut, LEAD) for cut in cuts]
+    left = {} if args.quick else left_out()
+    for name, by in found.items():
+        print(name, {p: c.figure for p, c in made[name].curves.items()})
+        for k in range(len(cuts)):
+            every = [by[grid][k] for grid in grids]
+            told = ", ".join(f"{g} {p.ahead} of {p.diverged} at {p.alarms}" for g, p in zip(grids, every, strict=True))
+            print(f"{_line(sum(every[1:], start=every[0]))} ({told})")
+    for name, points_ in left.items():
+        print(f"{name}, inits left out")
+        print("\n".join(map(_line, points_)))
+    if not args.quick:
+        points = {name: {g: [asdict(p) for p in ps] for g, ps in by.items()} for name, by in found.items()}
+        figures = {p: c.figure for p, c in made["figure"].curves.items()}
+        asked = {"goal": GOAL, "lead": LEAD, "made_from": MAKING, "peers": PEERS, "figures": figures}
+        result = {**asked, "points": points, "inits_left_out": {n: [asdict(p) for p in ps] for n, ps in left.items()}}
+        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
