@@ -17,7 +17,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,21 +122,22 @@ def compare(site: Sublayer, plain: Map, truth: float, seeds: int) -> dict[str, A
     return {"sub_layer": site.name, "methods": rows, "fewer_than_best_peer": fewer}
 
 
-def size(width: int, length: int, seeds: int) -> list[dict[str, Any]]:
+def size(width: int, length: int, seeds: int, known: set[tuple[int, int, str]]) -> Iterator[dict[str, Any]]:
+    """The rows of one size that are not known yet; at the largest, one takes an hour."""
     sizes = {"n_layer": 1, "n_embd": width, "n_head": max(1, width // 64), "vocab_size": 512, "block_size": length}
     with seeded(0):
         model = gpt.build("gpt2", **sizes).eval()
         ids = torch.randint(512, (1, length))
     for p in model.parameters():
         p.requires_grad_(False)
-    rows = []
     for site, plain, block in branches(model, jacdiag.sites(model, ids)):
+        if (width, length, site.name) in known:
+            continue
         block.double()
         with sdpa_kernel(SDPBackend.MATH):
             truth = run_svds(by_own(plain, site.shortcut.double()), 1e-8)
         block.float()
-        rows.append({"d": width, "T": length, **compare(site, plain, truth, seeds)})
-    return rows
+        yield {"d": width, "T": length, **compare(site, plain, truth, seeds)}
 
 
 def kept(seeds: int) -> list[dict[str, Any]]:
@@ -144,6 +145,12 @@ def kept(seeds: int) -> list[dict[str, Any]]:
     held = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     same = (held.get("seeds"), held.get("torch")) == (seeds, torch.__version__)
     return list(held["rows"]) if same else []
+
+
+def _save(rows: list[dict[str, Any]], seeds: int) -> None:
+    result = {"goal": FEWER, "true_error": TRUE_ERROR, "seeds": seeds, "torch": torch.__version__,
+              "threads": torch.get_num_threads(), "rows": rows}  # fmt: skip
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def main() -> int:
@@ -155,20 +162,16 @@ def main() -> int:
     args = parser.parse_args()
     shapes = [(64, 32)] if args.quick else [(d, t) for d in WIDTHS for t in LENGTHS if d * t <= args.most]
     rows = [] if args.quick or args.again else kept(args.seeds)
-    known = {(row["d"], row["T"]) for row in rows}
+    known = {(row["d"], row["T"], row["sub_layer"]) for row in rows}
     for width, length in sorted(shapes, key=lambda shape: shape[0] * shape[1]):
-        if (width, length) in known:
-            continue
-        for row in size(width, length, args.seeds):
+        for row in size(width, length, args.seeds, known):
             rows.append(row)
             counts = ", ".join(f"{n} {m['products']}" for n, m in row["methods"].items() if m["products"] is not None)
             ok = "ok  " if row["fewer_than_best_peer"] >= FEWER else "MISS"
             print(f"{ok}  d {width:4d}  T {length:4d}  {row['sub_layer'][-4:]:>4s}  "
                   f"{row['fewer_than_best_peer']:.2f} times fewer: {counts}", flush=True)  # fmt: skip
-        if not args.quick:
-            result = {"goal": FEWER, "true_error": TRUE_ERROR, "seeds": args.seeds, "torch": torch.__version__,
-                      "threads": torch.get_num_threads(), "rows": rows}  # fmt: skip
-            RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+            if not args.quick:
+                _save(rows, args.seeds)
     return 0
 
 
