@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 FILES ?= 20000
 HELD := $(addprefix --hold-out ,seed recipe embed_std branch_std width layers warmup)
-TESTS_OF_CURVES := rise live unseen
+TESTS_OF_CURVES := rise live unseen fresh
 PEERS := $(addprefix --peers ,placement layers width warmup)
 CHECKPOINT ?= examples/checkpoints/vanilla-step0.pt
 # Workers share the cores; torch's own threads on top of them only get in each other's way.
@@ -20,7 +20,7 @@ help:
 	@echo 'make test-long  the same with the variants that take many processes or steps'
 	@echo 'make lint      ruff and mypy'
 	@echo 'make bench     the benchmarks against peers (minutes); results in benchmarks/results'
-	@echo 'make lab       1,083 small training runs and how well they were foretold (5 hours); in runs/lab'
+	@echo 'make lab       1,163 small training runs and how well they were foretold (5 hours); in runs/lab'
 	@echo 'make coverage  every model family of transformers (long); results in benchmarks/results'
 	@echo 'make fuzz      20,000 damaged files of every format; what breaks the reader goes to tests/hostile/corpus'
 	@echo 'make clean     remove .venv, out and caches'
