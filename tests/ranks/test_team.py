@@ -130,10 +130,16 @@ def test_an_error_on_one_rank_is_everybodys_with_its_name() -> None:
 def test_an_attempt_fails_for_all_or_for_none(when: str) -> None:
     """One rank fails in it; all say so, and the next attempt and the job go on in step."""
 
-    def trial(team: Team, fails: bool) -> int:
+    taken = [threading.Event() for _ in range(3)]  # by rank 1, a job of each attempt: the others leave it one
+
+    def trial(team: Team, fails: bool, by_one: threading.Event) -> int:
         if fails and when == "before any step":
             raise ZeroDivisionError("no room")
         for k, _ in team.jobs([1.0] * 4):
+            if team.rank == 1:
+                by_one.set()
+            elif when == "among jobs":
+                assert by_one.wait(60)
             if fails and when == "among jobs":
                 raise ZeroDivisionError("no room")
             time.sleep(0.02 * k)
@@ -144,10 +150,10 @@ def test_an_attempt_fails_for_all_or_for_none(when: str) -> None:
 
     def work(team: Team) -> tuple[list[Any], int]:
         told: list[Any] = []
-        for fails in (True, False, True):
+        for fails, by_one in zip((True, False, True), taken, strict=True):
             try:
                 with team.attempt():
-                    found = trial(team, fails and team.rank == 1)
+                    found = trial(team, fails and team.rank == 1, by_one)
                 told.append(found)
             except (ZeroDivisionError, MeasureError) as error:
                 told.append(str(error))

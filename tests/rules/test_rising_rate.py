@@ -17,7 +17,7 @@ from jacdiag.rules.live import LiveRules, StepFigures
 from tests.rules.test_conditions import healthy, report
 from tests.rules.test_risk import by_warmup, limits
 
-CROSSES = {cut: limit / (1 - limit) for cut, limit in (("warning", 0.25), ("error", 0.5))}  # lr, where chance = limit
+CROSSES = {cut: limit / (1 - limit) for cut, limit in (("warning", 0.3), ("error", 0.5))}  # lr, where chance = limit
 
 
 def untrained(**other: object) -> Report:
@@ -53,8 +53,8 @@ def test_it_speaks_where_the_rate_rises_past_a_limit_and_once() -> None:
 
 def test_what_it_says_holds_the_chance_and_what_it_rests_on() -> None:
     (alert,) = [a for step, lr in ((1, 0.1), (2, 0.5)) for a in knowing().step(StepFigures(step, 2.0, 1.0, lr)).alerts]
-    assert "the learning rate has risen to 0.5: a chance of 33%" in alert.what and "warning above 25%" in alert.what
-    known = {"field": "risk", "lr": 0.5, "threshold": 0.25, "figure": "worst branch norm"}
+    assert "the learning rate has risen to 0.5: a chance of 33%" in alert.what and "warning above 30%" in alert.what
+    known = {"field": "risk", "lr": 0.5, "threshold": 0.3, "figure": "worst branch norm"}
     assert known.items() <= alert.evidence.items() and alert.evidence["value"] == pytest.approx(1 / 3)
     assert "100 runs" in alert.evidence["range"] and not alert.where
 
@@ -75,7 +75,7 @@ def test_it_is_silent_at_rates_that_were_not_run_and_without_a_rate() -> None:
     assert said(LiveRules(limits(0.0)), [0.5, 0.9]) == []  # no probe was made
 
 
-EDGE = 1 / (3 * math.exp(2))  # by_warmup: odds of e^2 lr / warm-up, over 1 to 3 where lr / warm-up is over it
+EDGE = 3 / (7 * math.exp(2))  # by_warmup: odds of e^2 lr / warm-up, over 3 to 7 where lr / warm-up is over it
 
 
 def test_the_warm_up_of_a_linear_rise_is_the_steps_so_far() -> None:
