@@ -20,7 +20,7 @@ help:
 	@echo 'make test-long  the same with the variants that take many processes or steps'
 	@echo 'make lint      ruff and mypy'
 	@echo 'make bench     the benchmarks against peers (minutes); results in benchmarks/results'
-	@echo 'make lab       1,163 small training runs and how well they were foretold (5 hours); in runs/lab'
+	@echo 'make lab       1,163 small training runs and how well they were foretold (about 5 hours); in runs/lab'
 	@echo 'make coverage  every model family of transformers (long); results in benchmarks/results'
 	@echo 'make fuzz      20,000 damaged files of every format; what breaks the reader goes to tests/hostile/corpus'
 	@echo 'make clean     remove .venv, out and caches'

@@ -59,7 +59,8 @@ class Point:
     healthy_steps: int
 
     def __add__(self, other: Point) -> Point:
-        return Point(self.limit, *(getattr(self, n) + getattr(other, n) for n in list(asdict(self))[1:]))
+        return Point(self.limit, self.diverged + other.diverged, self.ahead + other.ahead, self.alarms + other.alarms,
+                     self.healthy_steps + other.healthy_steps)  # fmt: skip
 
     @property
     def share(self) -> float:
@@ -112,7 +113,7 @@ def _inside(curve: RiskCurve, factors: Mapping[str, Any], value: float) -> bool:
     return all(low * (1 - 1e-9) <= one <= high * (1 + 1e-9) for one, low, high in spans)
 
 
-def point(runs: list[Run], cast: Board, table: RiskTable, limit: float, lead: int) -> Point:
+def point(runs: list[Run], cast: Board, table: RiskTable, limit: float) -> Point:
     total = Point(limit, 0, 0, 0, 0)
     for run, one, wrong in zip(runs, cast.labels, cast.wrong, strict=True):
         if one.outcome == "spiked" or (one.outcome == "healthy" and wrong):
@@ -122,7 +123,7 @@ def point(runs: list[Run], cast: Board, table: RiskTable, limit: float, lead: in
             total += Point(limit, 0, 0, int(said is not None), len(run.steps))
         elif one.left is not None:
             left = int(run.steps[min(one.left, len(run.steps) - 1)])
-            total += Point(limit, 1, int(said is not None and left - said >= lead), 0, 0)
+            total += Point(limit, 1, int(said is not None and left - said >= LEAD), 0, 0)
     return total
 
 
@@ -142,7 +143,7 @@ def main() -> int:
     for grid in grids:
         runs, cast = columns((grid,))
         for name, table in made.items():
-            found[name][grid] = [point(runs, cast, table, cut, LEAD) for cut in cuts]
+            found[name][grid] = [point(runs, cast, table, cut) for cut in cuts]
     for name, by in found.items():
         print(name, {p: c.figure for p, c in made[name].curves.items()})
         for k in range(len(cuts)):
@@ -153,8 +154,7 @@ def main() -> int:
         points = {name: {g: [asdict(p) for p in ps] for g, ps in by.items()} for name, by in found.items()}
         figures = {p: c.figure for p, c in made["figure"].curves.items()}
         asked = {"goal": GOAL, "lead": LEAD, "made_from": MAKING, "peers": PEERS, "figures": figures}
-        result = {**asked, "points": points}
-        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+        RESULTS.write_text(json.dumps({**asked, "points": points}, indent=1) + "\n")
     return 0
 
 

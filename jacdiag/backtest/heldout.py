@@ -124,8 +124,8 @@ def foretelling(board: Board, chosen: Bools) -> str | None:
     """The figure that a curve is in: of the paper's two conditions the one that foretells inits left out better.
 
     Every init is left out in turn, and its runs are scored by the mean log loss (Good 1952), which ranks nothing: a
-    curve must say how likely, and of models that it has not seen. Two, for the best of thirty figures is a different
-    one whenever some runs are left out, and foretells the others worse. Where neither is known, or nothing can be left
+    curve must say how likely, and of models that it has not seen. Two, for the best of thirty figures is often another
+    one when some runs are left out. Where neither is known, or nothing can be left
     out, the figure that ranks best.
     """
     told = {name: _left_out_loss(board, board.figures[name], chosen) for name in CONDITIONS if name in board.figures}

@@ -2,10 +2,10 @@
 
 `risk.toml` holds one curve per placement of the norm, written by `jacdiag backtest RUN... --write-risk FILE`:
 
-    chance = 1 / (1 + exp(-(a + b ln(figure) + c ln(lr))))
+    chance = 1 / (1 + exp(-(a + b ln(figure) + c ln(lr) + d ln(warmup))))
 
-with the covariance of (a, b, c) over resampled runs, and the ranges that the runs spanned. Outside of any of them there
-is no chance, and the report says which one.
+without the last where the runs did not differ in their warm-up, with the covariance of (a, b, c, d) over resampled
+runs, and the ranges that the runs spanned. Outside of any of them there is no chance, and the report says which one.
 """
 
 from __future__ import annotations
