@@ -102,7 +102,7 @@ def speaks(run: Run, along: list[float], table: RiskTable, limit: float) -> int 
         return None
     rule = RisingRate(Thresholds({("risk", ""): Limits(warning=limit)}, table))
     begun: dict[str, Any] = {"value": value, "highest": 0.0, "steepest": 0.0, "last": None, "said": []}
-    rule.load({"placement": curve.placement, **begun})
+    rule.load({"curve": {"placement": curve.placement, "figure": curve.figure}, **begun})
     for step, lr in zip(run.steps, along, strict=True):
         if rule.look(int(step), lr):
             return int(step)

@@ -46,13 +46,17 @@ def backtest(
         if name not in known:
             raise UsageError(f"no run has the factor '{name}'", got=", ".join(sorted(known)) or "no factors at all")
     given, runs = len(runs), [run for run in runs if run.whole]
+    if not runs:
+        raise UsageError("no run has reached its end", got=f"{given} begun", hint="the factor `steps` says where it is")
     labels = [label(run.loss) for run in runs]
     cast = board(runs, labels, bad=bad, stratum=stratum, peers=peers, cluster_without=cluster_without,
                  worse=worse)  # fmt: skip
     wrong = cast.wrong
     if wrong.all() or not wrong.any():
         told = f"{int(wrong.sum())} of {len(wrong)} went wrong"
-        raise UsageError("all runs ended alike: nothing can be ranked", got=told, hint="--bad chooses what is wrong")
+        torn = given - len(runs)
+        hint = f"{torn} more have not reached their end" if torn else "--bad chooses what is wrong"
+        raise UsageError("all runs ended alike: nothing can be ranked", got=told, hint=hint)
     rankings = [_ranking(cast, name, values, False, false_alarms, times) for name, values in cast.figures.items()]
     rankings += [_ranking(cast, name, values, True, false_alarms, times) for name, values in cast.trivial.items()]
     ill = [name for name, w in zip(cast.strata, wrong, strict=True) if w]

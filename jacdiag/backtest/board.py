@@ -84,8 +84,9 @@ def board(
 
 
 def _alike(runs: Sequence[Run], but_for: Sequence[str]) -> list[Hashable]:
-    """A key a run; runs that share theirs differ at most in the factors named."""
-    return [tuple(sorted((k, str(v)) for k, v in run.factors.items() if k not in but_for)) for run in runs]
+    """A key a run; runs that share theirs differ at most in the factors named. One without factors is like no other."""
+    return [tuple(sorted((k, str(v)) for k, v in run.factors.items() if k not in but_for)) if run.factors else run.name
+            for run in runs]  # fmt: skip
 
 
 def _wrong(outcome: str, worse: bool, bad: str) -> bool:

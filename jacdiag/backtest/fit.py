@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
-from jacdiag.backtest.scores import Bools, Floats, members
+from jacdiag.backtest.scores import LEAST_CLUSTERS, Bools, Floats, members
 
 RIDGE = 0.5  # runs' worth of pull towards no effect, per slope of a standardised feature: keeps separated runs finite
 _SIGNS = ((None, None), (0.0, None), (0.0, None), (None, 0.0))  # a longer warm-up does no harm
@@ -52,12 +52,14 @@ def fit(
     Args:
         figure, lr: one value a run, above 0; runs without one are left out.
         bad: which went wrong.
-        clusters: runs of one cluster are resampled together for the covariance.
+        clusters: runs of one cluster are resampled together for the covariance: of one init, for a curve is asked about
+            models that it has not seen.
         warmup: steps, one value a run; enters where all know theirs and they differ.
         times: resamples; 0 leaves the covariance at 0.
 
     Returns:
-        None where a class is empty: nothing can be fitted.
+        None where a class is empty: nothing can be fitted; or where a covariance is asked for, and there are fewer than
+        five clusters, or one class is empty in most resamples.
 
     Example:
         >>> lr = np.array([1e-3, 1e-2, 1e-1, 1.0])
@@ -73,13 +75,17 @@ def fit(
     if not y.any() or y.all():
         return None
     groups = members([c for c, k in zip(clusters, known.tolist(), strict=True) if k])
+    if times and len(groups) < LEAST_CLUSTERS:
+        return None
     best = _solved(X, y)
     draw, found = np.random.default_rng(seed), []
     for _ in range(times):
         chosen = np.concatenate([groups[k] for k in draw.integers(len(groups), size=len(groups))])
         if y[chosen].any() and not y[chosen].all():
             found.append(_solved(X[chosen], y[chosen]))
-    covariance = np.cov(np.array(found).T) if len(found) > 1 else np.zeros((X.shape[1],) * 2)
+    if len(found) < times / 2:
+        return None
+    covariance = np.cov(np.array(found).T) if times else np.zeros((X.shape[1],) * 2)
     return Curve(best, covariance)
 
 

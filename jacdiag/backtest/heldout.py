@@ -13,7 +13,7 @@ from jacdiag.backtest.board import Board, number_of
 from jacdiag.backtest.fit import Curve, fit
 from jacdiag.backtest.scores import Bools, Floats, auroc, auroc_interval, calibration, operating_point
 from jacdiag.report.backtest import Estimate, HeldOut, Level, Transfer
-from jacdiag.report.figures import CONDITIONS
+from jacdiag.report.figures import CONDITIONS, INIT
 from jacdiag.report.risk import RiskCurve
 
 RANGED = ("lr", "warmup", "width", "layers")
@@ -29,7 +29,7 @@ def held_out(board: Board, factor: str, false_alarms: float, times: int) -> Held
         false_alarms: rate that the threshold of the chance has on the runs that it is chosen from.
     """
     count = len(board.wrong)
-    values = [board.factors[k].get(factor) for k in range(count)]
+    values = [_told(board.factors[k].get(factor)) for k in range(count)]
     score, chance, base = (np.full(count, np.nan) for _ in range(3))
     alarm = np.zeros(count, dtype=bool)
     levels: dict[str, Level] = {}
@@ -37,8 +37,7 @@ def held_out(board: Board, factor: str, false_alarms: float, times: int) -> Held
     for value in dict.fromkeys(values):
         test = np.array([v == value for v in values])
         figure = board.best(~test)
-        told = _told(value)
-        levels[told] = Level(int(test.sum()), int(board.wrong[test].sum()), figure)
+        levels[value] = Level(int(test.sum()), int(board.wrong[test].sum()), figure)
         if figure is None:
             continue
         score[test] = board.figures[figure][test]
@@ -48,7 +47,7 @@ def held_out(board: Board, factor: str, false_alarms: float, times: int) -> Held
         chance[test], base[test] = mine[test], plain[test]
         at = operating_point(mine[~test], board.wrong[~test], false_alarms)
         alarm[test] = mine[test] > at.threshold if at is not None else False
-    keys: list[Hashable] = [(g, str(v)) for g, v in zip(board.given_rate, values, strict=True)]
+    keys: list[Hashable] = [(g, v) for g, v in zip(board.given_rate, values, strict=True)]
     known = ~np.isnan(chance)
     good, ill = known & ~board.wrong, known & board.wrong
     return HeldOut(
@@ -149,25 +148,25 @@ def _left_out_loss(board: Board, figure: Floats, chosen: Bools) -> float | None:
 
 
 def _fitted(board: Board, figure: Floats, chosen: Bools, times: int) -> Curve | None:
-    clusters = [board.clusters[k] for k in np.flatnonzero(chosen)]
-    return fit(figure[chosen], board.rates[chosen], board.wrong[chosen], clusters, warmup=board.warmups[chosen],
+    inits = [board.inits[k] for k in np.flatnonzero(chosen)]
+    return fit(figure[chosen], board.rates[chosen], board.wrong[chosen], inits, warmup=board.warmups[chosen],
                times=times)  # fmt: skip
 
 
 def curves(board: Board, times: int) -> dict[str, RiskCurve]:
     """One curve per placement from all runs, for `report/risk.toml`; none from fewer than 10 runs of either outcome.
 
-    Its quality is what `held_out` says.
+    Its interval is that over resampled inits; its quality is what `held_out` says.
     """
     found = {}
     for stratum in dict.fromkeys(board.strata):
         chosen = np.array([s == stratum for s in board.strata])
         bad = int(board.wrong[chosen].sum())
         made = _curve(board, chosen, min(times, 200)) if LEAST <= bad <= int(chosen.sum()) - LEAST else None
-        if made is None:
+        if made is None or made[0] not in INIT:  # a column of a foreign log is no figure of an audit
             continue
         name, curve = made
-        used = np.flatnonzero(chosen & ~np.isnan(board.figures[name]) & ~np.isnan(board.rates))
+        used = np.flatnonzero(chosen & (board.figures[name] > 0) & (board.rates > 0))
         spans = {"figure": board.figures[name][used], **{
             f: np.array([number for k in used if not math.isnan(number := number_of(board.factors[k].get(f)))])
             for f in RANGED}}  # fmt: skip

@@ -33,14 +33,14 @@ def label(loss: Floats, *, margin: float = MARGIN) -> Label:
     """Labels a run.
 
     Args:
-        loss: one value a step; nan where it was not logged is carried as not finite only if nothing follows.
+        loss: one value a step that has one; a nan before the last finite loss is a gap, behind it the run broke.
         margin: of a divergence, in the unit of the loss.
 
     Example:
         >>> label(np.linspace(4.0, 2.0, 400)).outcome
         'healthy'
     """
-    loss = _carried(loss)
+    begun, loss = _carried(loss)
     count = len(loss)
     finite = np.isfinite(loss)
     spikes = _over_median(loss)
@@ -53,19 +53,20 @@ def label(loss: Floats, *, margin: float = MARGIN) -> Label:
     if outcome == "spiked":
         left = int(np.flatnonzero(both)[0])
     rate = 1e4 * float(spikes.mean()) if count else 0.0
+    left = None if left is None else left + begun
     return Label(outcome, rate, float(far.mean()) if count else 0.0, left, final, count)
 
 
-def _carried(loss: Floats) -> Floats:
-    """Steps without a logged loss take the last one; the end of a run that was not finite stays so."""
+def _carried(loss: Floats) -> tuple[int, Floats]:
+    """Where the first finite loss is, and the losses from there. Gaps take the last one, a broken end stays so."""
     made = np.array(loss, dtype=np.float64)
     known = np.flatnonzero(np.isfinite(made))
     if not known.size:
-        return made
+        return 0, made
     for k in np.flatnonzero(np.isnan(made)):
         if known[0] < k < known[-1]:
             made[k] = made[k - 1]
-    return made[known[0] :]
+    return int(known[0]), made[known[0] :]
 
 
 def _over_median(loss: Floats) -> NDArray[np.bool_]:

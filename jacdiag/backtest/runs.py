@@ -9,7 +9,9 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from jacdiag.report.thresholds import Thresholds
 
 FACTORS, AUDIT = "factors.json", "audit.json"
 KEYS = ("step", "loss", "grad_norm", "lr")
+_UNLOGGED = (None, "")  # a blank is no "nan": that one was logged
 
 
 def read_runs(
@@ -47,7 +50,22 @@ def read_runs(
     files = [file for path in paths for file in _files(Path(path))]
     if not files:
         raise SourceError("no run was found", hint=f"files, or folders with {RUN_FILE} in them")
-    return [run for file in files for run in _read(file, dict(columns or {}), figures, rules)]
+    return _apart([(file, run) for file in files for run in _read(file, dict(columns or {}), figures, rules)])
+
+
+def _apart(found: Sequence[tuple[Path, Run]]) -> list[Run]:
+    """Runs that share a name are told apart by where they lie, then by a number."""
+    names = [run.name for _, run in found]
+    for up in range(1, 8):
+        shared = {name for name, count in Counter(names).items() if count > 1}
+        for k, (file, run) in enumerate(found):
+            if names[k] in shared and len(file.absolute().parts) > up:
+                names[k] = "/".join((*file.absolute().parts[-1 - up : -1], run.name))
+    seen: Counter[str] = Counter()
+    for k, name in enumerate(names):
+        seen[name] += 1
+        names[k] = name if seen[name] == 1 else f"{name} ({seen[name]})"
+    return [replace(run, name=name) for (_, run), name in zip(found, names, strict=True)]
 
 
 def _files(path: Path) -> Iterator[Path]:
@@ -94,7 +112,8 @@ def _factors(file: Path) -> dict[str, Factor]:
         raise SourceError(f"cannot read '{side}'", got=str(error)) from error
     if not isinstance(data, dict):
         raise SourceError(f"'{side}' holds no factors", hint='for example {"lr": 0.001, "recipe": "vanilla"}')
-    return {str(k): v if isinstance(v, str) else number(v) for k, v in data.items()}
+    read = {str(k): v if isinstance(v, str) else number(v) for k, v in data.items() if v is not None}
+    return {k: v if isinstance(v, str) or math.isfinite(v) else str(v) for k, v in read.items()}
 
 
 def _report(file: Path) -> Report | None:
@@ -125,14 +144,22 @@ def of_log(
     first = next((row for row in log.probes if row.get("step") == 0 and row.get("report")), None)
     report = report or (Report.from_dict(first["report"]) if first is not None else None)
     found = init_figures(report, rate if isinstance(rate, float) else None) if report is not None else {}
-    grads = [_first_known(row.get("grad_norm"), row.get("grad_norm_post")) for row in log.steps]
+    rows = [row for row in log.steps if row.get("loss") is not None]
+    if not rows:
+        raise _no_loss(name)
+    grads = [_first_known(row.get("grad_norm"), row.get("grad_norm_post")) for row in rows]
     alerts = [(int(row["step"]), str(row["code"])) for row in log.alerts if "step" in row and "code" in row]
     if rules is not None:
         try:
             alerts = [(alert.step, alert.code) for alert in rejudged(log, rules)]
         except (KeyError, TypeError, ValueError) as error:
             raise _too_little(name) from error
-    return Run(name, told, _array(log.column("step")), _array(log.column("loss")), _array(grads), found, alerts)
+    steps, losses = (_array(number(row.get(key)) for row in rows) for key in ("step", "loss"))
+    return Run(name, told, steps, losses, _array(grads), found, alerts)
+
+
+def _no_loss(name: str) -> SourceError:
+    return SourceError(f"'{name}' holds no loss", hint="a run is labelled by its loss: steps without are passed over")
 
 
 def _too_little(name: str) -> SourceError:
@@ -156,21 +183,23 @@ def _foreign(file: Path, columns: dict[str, str], figures: Sequence[str]) -> Run
     known = dict.fromkeys(name for row in rows for name in row)
     missing = [name for name in (names["loss"], *figures) if name not in known]
     if missing:
-        raise UsageError(f"'{file.name}' has no column '{missing[0]}'", got=", ".join(list(known)[:12]),
-                         hint="--column loss=NAME says what it is called")  # fmt: skip
-    loss = _array(number(row.get(names["loss"])) for row in rows)
-    counted = (number(row.get(names["step"])) if names["step"] in known else k + 1.0 for k, row in enumerate(rows))
-    steps = _array(counted)
+        hint = "--column loss=NAME says what it is called" if missing[0] == names["loss"] else "a --figure is a column"
+        raise UsageError(f"'{file.name}' has no column '{missing[0]}'", got=", ".join(list(known)[:12]), hint=hint)
+    lossy = [(k + 1.0, row) for k, row in enumerate(rows) if row.get(names["loss"]) not in _UNLOGGED]
+    if not lossy:
+        raise _no_loss(file.name)
+    loss = _array(number(row[names["loss"]]) for _, row in lossy)
+    steps = _array(number(row.get(names["step"])) if names["step"] in known else k for k, row in lossy)
     factors: dict[str, Factor] = {**_constant(rows, known, {*names.values(), *figures}), **_factors(file)}
     rates = [r for row in rows if math.isfinite(r := number(row.get(names["lr"])))]
     if "lr" not in factors and rates:
         factors["lr"] = max(rates)
-    grads = _array(number(row.get(names["grad_norm"])) for row in rows)
+    grads = _array(number(row.get(names["grad_norm"])) for _, row in lossy)
     return Run(_name(file), factors, steps, loss, grads, {name: _first(rows, name) for name in figures})
 
 
 def _first(rows: Sequence[Mapping[str, Any]], name: str) -> float:
-    return next((number(row[name]) for row in rows if row.get(name) not in (None, "")), math.nan)
+    return next((number(row[name]) for row in rows if row.get(name) not in _UNLOGGED), math.nan)
 
 
 def _rows(file: Path) -> Iterator[dict[str, Any]]:
@@ -179,7 +208,8 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"cannot read the run '{file}'", got=str(error)) from error
     if file.suffix == ".csv":
-        yield from csv.DictReader(text.splitlines())
+        surplus = None  # DictReader's key of fields beyond the header
+        yield from ({k: v for k, v in row.items() if k is not surplus} for row in csv.DictReader(text.splitlines()))
         return
     for line in text.splitlines():
         try:
@@ -198,5 +228,5 @@ def _constant(rows: Sequence[Mapping[str, Any]], known: Iterable[str], used: set
             continue
         value = rows[0].get(name)
         as_number = number(value)
-        found[name] = str(value) if math.isnan(as_number) else as_number
+        found[name] = as_number if math.isfinite(as_number) else str(value)
     return found

@@ -14,6 +14,7 @@ from jacdiag.report.backtest import Bin, Estimate, Operating
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
+LEAST_CLUSTERS = 5  # fewer, drawn with replacement, say nothing of what others would have shown
 
 
 def pairs_won(scores: Floats, bad: Bools) -> tuple[float, int]:
@@ -73,8 +74,8 @@ def auroc_interval(
         scores, bad, strata: see `auroc`.
         clusters: runs of one cluster (the same setting with other seeds) are drawn together, for they are not
             independent.
-        times: resamples. Each only weighs the pairs of runs, which are compared once: a run that was drawn twice makes
-            every pair of its own twice.
+        times: resamples; no interval from fewer than five clusters. Each only weighs the pairs of runs, which are
+            compared once: a run that was drawn twice makes every pair of its own twice.
     """
     known = ~np.isnan(scores)
     high, low = np.flatnonzero(known & bad), np.flatnonzero(known & ~bad)
@@ -89,6 +90,9 @@ def auroc_interval(
     count = pairs.sum()
     if not count:
         return Estimate(None, level=level)
+    groups = members([c for c, k in zip(clusters, known.tolist(), strict=True) if k])
+    if len(groups) < LEAST_CLUSTERS:
+        return Estimate(float(won.sum() / count), level=level)
     weights = _resampled(clusters, times, seed)
     above, all_of = (((weights[:, high] @ m) * weights[:, low]).sum(axis=1) for m in (won, pairs))
     found = above[all_of > 0] / all_of[all_of > 0]

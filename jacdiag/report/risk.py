@@ -5,7 +5,7 @@
     chance = 1 / (1 + exp(-(a + b ln(figure) + c ln(lr) + d ln(warmup))))
 
 without the last where the runs did not differ in their warm-up, with the covariance of (a, b, c, d) over resampled
-runs, and the ranges that the runs spanned. Outside of any of them there is no chance, and the report says which one.
+inits, and the ranges that the runs spanned. Outside of any of them there is no chance, and the report says which one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Risk(Record):
 
     Attributes:
         chance: None where the audit lies outside of what was recorded; `reason` says in what.
-        lower, upper: 95%, over resampled runs.
+        lower, upper: 95%, over resampled inits.
         figure, value: the figure of the untrained model that it rests on.
         lr: the planned peak.
         range: what was recorded.
@@ -63,7 +63,7 @@ class RiskCurve(Record):
     Attributes:
         figure: its name in `jacdiag.report.figures`.
         coefficients: of 1, ln figure, ln lr and, where the runs differed in it, ln of the steps of warm-up.
-        covariance: of these, over resampled clusters of runs.
+        covariance: of these, over resampled inits.
         ranges: "figure", "lr", "warmup", "width", "layers" -> [least, most] of the runs.
         runs, bad: how many there were, and how many went wrong.
         source: the experiment.

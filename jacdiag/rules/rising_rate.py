@@ -68,11 +68,13 @@ class RisingRate:
         return [Alert(step, "JD105", level, f"{what} ({level} above {limit:.0%})", [], evidence(risk, limit))]
 
     def state(self) -> dict[str, Any]:
-        placement = self.curve.placement if self.curve is not None else None
-        return {"placement": placement, "value": self.value, "highest": self.highest, "steepest": self.steepest,
+        curve = {} if self.curve is None else {"placement": self.curve.placement, "figure": self.curve.figure}
+        return {"curve": curve, "value": self.value, "highest": self.highest, "steepest": self.steepest,
                 "last": self.last, "said": list(self.said)}  # fmt: skip
 
     def load(self, state: Mapping[str, Any]) -> None:
-        self.curve = self.limits.risk.curves.get(state["placement"])
+        known = state["curve"]
+        curve = self.limits.risk.curves.get(known.get("placement", ""))
+        self.curve = curve if curve is not None and curve.figure == known["figure"] else None  # else another value
         self.value, self.highest, self.steepest = state["value"], state["highest"], state["steepest"]
         self.last, self.said = state["last"], list(state["said"])

@@ -101,9 +101,10 @@ def test_a_curve_rests_on_the_condition_that_foretells_inits_left_out(smooth: st
     assert foretelling(cast, one_init) == cast.best(one_init), "with nothing to leave out, the ranks"
 
 
-def test_figures_of_ones_own_are_ranked() -> None:
-    runs = inits("signal", "bent")
-    assert backtest(runs, times=5).curves["pre"].figure == "bent", "named first among equals"
+def test_figures_of_ones_own_are_ranked_and_make_no_curve_for_audits() -> None:
+    found = backtest(inits("signal", "bent"), times=5, hold_out=["seed"])
+    assert found.held_out[0].transfer["pre"].figures == ["bent"], "named first among equals"
+    assert found.curves == {}, "no audit measures it"
 
 
 def test_without_the_other_class_nothing_is_foretold() -> None:
