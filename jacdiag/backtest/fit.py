@@ -83,7 +83,7 @@ def fit(
         chosen = np.concatenate([groups[k] for k in draw.integers(len(groups), size=len(groups))])
         if y[chosen].any() and not y[chosen].all():
             found.append(_solved(X[chosen], y[chosen]))
-    if len(found) < times / 2:
+    if times and len(found) < max(2, times / 2):
         return None
     covariance = np.cov(np.array(found).T) if times else np.zeros((X.shape[1],) * 2)
     return Curve(best, covariance)

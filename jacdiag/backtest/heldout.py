@@ -148,13 +148,17 @@ def _left_out_loss(board: Board, figure: Floats, chosen: Bools) -> float | None:
 
 
 def _fitted(board: Board, figure: Floats, chosen: Bools, times: int) -> Curve | None:
+    """A curve whose interval says what other inits might have shown; of one init alone, what other runs of it might."""
     inits = [board.inits[k] for k in np.flatnonzero(chosen)]
-    return fit(figure[chosen], board.rates[chosen], board.wrong[chosen], inits, warmup=board.warmups[chosen],
+    clusters: Sequence[Hashable] = inits if len(set(inits)) > 1 else range(len(inits))
+    return fit(figure[chosen], board.rates[chosen], board.wrong[chosen], clusters, warmup=board.warmups[chosen],
                times=times)  # fmt: skip
 
 
 def curves(board: Board, times: int) -> dict[str, RiskCurve]:
-    """One curve per placement from all runs, for `report/risk.toml`; none from fewer than 10 runs of either outcome.
+    """One curve per placement from all runs, for `report/risk.toml`.
+
+    None from fewer than 10 runs of either outcome, and none from two to four inits: their spread tells no other one.
 
     Its interval is that over resampled inits; its quality is what `held_out` says.
     """

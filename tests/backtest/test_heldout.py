@@ -36,9 +36,15 @@ def made(count: int = 240, seed: int = 0, leak: bool = False) -> list[Run]:
         figures = {"signal": signal, "noise": math.exp(draw.normal())}
         if leak:
             figures["leak"] = (10.0 if bad else 0.1) if width == 128.0 else math.exp(draw.normal())
-        factors = {"placement": placement, "lr": lr, "width": width, "layers": 6.0, "seed": float(k % 5)}
+        factors = {"placement": placement, "lr": lr, "width": width, "layers": 6.0, "branch_std": float(k % 7)}
+        factors["seed"] = float(k % 5)
         runs.append(Run(f"run {k}", factors, np.arange(300) + 1.0, curve(bad, k), np.ones(300), figures))
     return runs
+
+
+def named(runs: list[Run]) -> list[Run]:
+    """With a figure that an audit has: only such a one makes a curve."""
+    return [replace(run, figures={"mean branch norm": run.figures["signal"]}) for run in runs]
 
 
 def test_a_signal_is_foretold_at_levels_that_were_not_seen() -> None:
@@ -114,11 +120,19 @@ def test_without_the_other_class_nothing_is_foretold() -> None:
 
 
 def test_a_placement_with_few_runs_of_one_outcome_has_no_curve() -> None:
-    found = backtest(made(120), times=5)
-    few = [r for r in made(120) if r.factors["placement"] == "pre" or not found.bad[r.name]]
-    ill = [r for r in made(120) if r.factors["placement"] == "post" and found.bad[r.name]]
+    known = named(made(120))
+    found = backtest(known, times=5)
+    few = [r for r in known if r.factors["placement"] == "pre" or not found.bad[r.name]]
+    ill = [r for r in known if r.factors["placement"] == "post" and found.bad[r.name]]
     assert set(backtest([*few, *ill[:9]], times=5).curves) == {"pre"}
     assert set(backtest([*few, *ill[:10]], times=5).curves) == {"pre", "post"}
+
+
+def test_two_inits_tell_no_third_and_one_tells_itself() -> None:
+    for stds, there in (((1.0,), {"pre", "post"}), ((1.0, 2.0), set())):
+        runs = [replace(r, factors={**r.factors, "width": 64.0, "branch_std": stds[k // 3 % len(stds)]})
+                for k, r in enumerate(named(made(240)))]  # fmt: skip
+        assert set(backtest(runs, times=10).curves) == there
 
 
 def test_a_lower_rate_is_not_worse_for_being_slow() -> None:
@@ -169,8 +183,7 @@ def test_what_is_not_packed_is_named(tmp_path: Path) -> None:
 
 
 def test_the_command_holds_out_packs_and_writes_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    # Figures as an audit names them, for the curves to be of use.
-    known = [replace(run, figures={"mean branch norm": run.figures["signal"]}) for run in made(120)]
+    known = named(made(120))
     path = tmp_path / "all.runs"
     path.write_bytes(encoded(known, path))
     options = ["--hold-out", "width", "--resamples", "20", "--write-risk", str(tmp_path / "risk.toml"), "--pack",
