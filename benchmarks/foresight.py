@@ -32,7 +32,7 @@ from jacdiag.backtest.board import Board, board  # noqa: E402
 from jacdiag.backtest.heldout import curves  # noqa: E402
 from jacdiag.backtest.labels import label  # noqa: E402
 from jacdiag.report.risk import RiskCurve, RiskTable  # noqa: E402
-from jacdiag.report.thresholds import Limits, Thresholds  # noqa: E402
+from jacdiag.report.thresholds import Limits, Thresholds, load_thresholds  # noqa: E402
 from jacdiag.rules.rising_rate import RisingRate  # noqa: E402
 
 GRIDS, RESULTS = ROOT / "examples/spike_lab/results", Path(__file__).parent / "results" / "foresight.json"
@@ -40,6 +40,7 @@ MAKING, ASKED = ("cpu",), ("rise", "live", "unseen", "fresh")
 PEERS = ("placement", "layers", "width", "warmup")  # whose best loss a healthy run is held against
 CUTS = (0.05, 0.1, 0.15, *(round(0.2 + 0.01 * k, 2) for k in range(20)), 0.4, 0.5, 0.6, 0.7, 0.8)
 ALARMS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)  # at which the two are compared, each at its own best limit
+LIMIT = load_thresholds({}).limits("risk").warning or 0.0  # that ships
 LEAD = 20
 GOAL = {"ahead": 0.8, "alarms": 1.0}
 NOTHING = "nothing"  # the figure of a curve that has none
@@ -51,18 +52,19 @@ class Point:
 
     Attributes:
         diverged, ahead: divergences, and those announced in time.
-        alarms, healthy_steps: false alarms, and the steps in which there could be one.
+        alarms, healthy_runs, healthy_steps: runs falsely alarmed, of how many, of how many steps.
     """
 
     limit: float
     diverged: int
     ahead: int
     alarms: int
+    healthy_runs: int
     healthy_steps: int
 
     def __add__(self, other: Point) -> Point:
-        return Point(self.limit, self.diverged + other.diverged, self.ahead + other.ahead, self.alarms + other.alarms,
-                     self.healthy_steps + other.healthy_steps)  # fmt: skip
+        mine, others = asdict(self), asdict(other)
+        return Point(self.limit, **{name: mine[name] + others[name] for name in mine if name != "limit"})
 
     @property
     def share(self) -> float:
@@ -115,17 +117,39 @@ def _inside(curve: RiskCurve, factors: Mapping[str, Any], value: float) -> bool:
     return all(low * (1 - 1e-9) <= one <= high * (1 + 1e-9) for one, low, high in spans)
 
 
-def point(runs: list[Run], along: list[list[float]], cast: Board, table: RiskTable, limit: float) -> Point:
-    total = Point(limit, 0, 0, 0, 0)
-    for run, lrs, one, wrong in zip(runs, along, cast.labels, cast.wrong, strict=True):
-        if one.outcome == "spiked" or (one.outcome == "healthy" and wrong):
-            continue
-        said = speaks(run, lrs, table, limit)
-        if one.outcome == "healthy":
-            total += Point(limit, 0, 0, int(said is not None), len(run.steps))
-        elif one.left is not None:
-            left = int(run.steps[min(one.left, len(run.steps) - 1)])
-            total += Point(limit, 1, int(said is not None and left - said >= LEAD), 0, 0)
+@dataclass(frozen=True)
+class Case:
+    """A run that diverged (`left` is where it left its band) or did well (None), with its rate at every step."""
+
+    run: Run
+    along: list[float]
+    left: int | None
+
+    @property
+    def placement(self) -> str:
+        return str(self.run.factors["placement"])
+
+
+def cases(grid: str) -> list[Case]:
+    """Runs that spiked, and those that ended over their peers only, are neither found nor falsely alarmed."""
+    runs, cast = columns((grid,))
+    found = []
+    for run, one, wrong in zip(runs, cast.labels, cast.wrong, strict=True):
+        if one.outcome == "healthy" and not wrong:
+            found.append(Case(run, rates(run), None))
+        elif one.outcome == "diverged" and one.left is not None:
+            found.append(Case(run, rates(run), int(run.steps[min(one.left, len(run.steps) - 1)])))
+    return found
+
+
+def point(of: list[Case], table: RiskTable, limit: float) -> Point:
+    total = Point(limit, 0, 0, 0, 0, 0)
+    for case in of:
+        said = speaks(case.run, case.along, table, limit)
+        if case.left is None:
+            total += Point(limit, 0, 0, int(said is not None), 1, len(case.run.steps))
+        else:
+            total += Point(limit, 1, int(said is not None and case.left - said >= LEAD), 0, 0, 0)
     return total
 
 
@@ -144,14 +168,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one grid, three limits; nothing is written")
     args = parser.parse_args()
-    made = tables(columns(("cpu",) if args.quick else MAKING)[1])
+    made = tables(columns(MAKING)[1])
     cuts, grids = ((0.2, 0.3, 0.5), ("rise",)) if args.quick else (CUTS, ASKED)
     found: dict[str, dict[str, list[Point]]] = {name: {} for name in made}
+    everything: list[Case] = []
     for grid in grids:
-        runs, cast = columns((grid,))
-        along = [rates(run) for run in runs]
+        of = cases(grid)
+        everything += of
         for name, table in made.items():
-            found[name][grid] = [point(runs, along, cast, table, cut) for cut in cuts]
+            found[name][grid] = [point(of, table, cut) for cut in cuts]
     for name, by in found.items():
         print(name, {p: c.figure for p, c in made[name].curves.items()})
         sums = []
@@ -162,10 +187,16 @@ def main() -> int:
             print(f"{_line(sums[-1])} ({told})")
         best = ", ".join(f"{most_announced(sums, alarms)} at {alarms:g}" for alarms in ALARMS)
         print(f"announced at the best limit for so many alarms in 10,000: {best}")
+    by_placement = {p: point([c for c in everything if c.placement == p], made["figure"], LIMIT)
+                    for p in dict.fromkeys(c.placement for c in everything)}  # fmt: skip
+    for name, p in by_placement.items():
+        print(f"{name} above {p.limit}: {p.ahead} of {p.diverged} ahead, {p.alarms} of {p.healthy_runs} healthy runs "
+              f"alarmed in {p.healthy_steps} steps")  # fmt: skip
     if not args.quick:
         points = {name: {g: [asdict(p) for p in ps] for g, ps in by.items()} for name, by in found.items()}
         figures = {p: c.figure for p, c in made["figure"].curves.items()}
-        asked = {"goal": GOAL, "lead": LEAD, "made_from": MAKING, "peers": PEERS, "figures": figures}
+        asked = {"goal": GOAL, "lead": LEAD, "made_from": MAKING, "peers": PEERS, "figures": figures,
+                 "by_placement": {name: asdict(p) for name, p in by_placement.items()}}  # fmt: skip
         RESULTS.write_text(json.dumps({**asked, "points": points}, indent=1) + "\n")
     return 0
 

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 @click.option("--bad", type=click.Choice(["any", "diverged", "spiked", "worse"]), default="any", show_default=True,
               help="What counts as a run that went wrong.")  # fmt: skip
 @click.option("--worse", type=click.FloatRange(0, min_open=True), default=0.4, show_default=True, metavar="NATS",
-              help="How far over the best of its peers a loss ends that went wrong.")  # fmt: skip
+              help="How far over its peers' best at no higher rate a loss ends that went wrong.")  # fmt: skip
 @click.option("--false-alarms", type=click.FloatRange(0, 1), default=0.05, show_default=True,
-              help="Rate at which precision is given.")  # fmt: skip
+              help="Rate at which precision is given, and that a held-out threshold may have.")  # fmt: skip
 @click.option("--lead", type=click.IntRange(0), default=20, show_default=True, help="Steps that count as early.")
 @click.option("--hold-out", multiple=True, metavar="FACTOR",
               help="Leave out each level of this factor in turn, and foretell it from the others.")  # fmt: skip
@@ -49,8 +49,9 @@ if TYPE_CHECKING:
 def backtest(invocation: Invocation, runs: tuple[str, ...], **given: Any) -> int:
     """Labels recorded runs by their loss, and ranks every figure of the untrained model by how well it foretold them.
 
-    RUN is a run log of jacdiag, a folder of such runs, or any CSV or JSONL with a row a step. What was varied between
-    runs is read from `factors.json` beside each log.
+    RUN is a run log of jacdiag, a folder of such runs, many of them packed (.runs, .runs.gz), or any CSV or JSONL with
+    a row a step. What was varied between runs is read from `factors.json` beside each log, and from the columns of a
+    foreign one that never change.
 
     \b
     Examples:

@@ -118,11 +118,15 @@ def _worse(
 
 def _trivial(runs: Sequence[Run], strata: Sequence[str], rates: Floats, wrong: Bools) -> dict[str, Floats]:
     share = _share(strata, wrong)
+    grads = np.array([_first(run.grad_norm) for run in runs])
+    widths = np.array([number_of(run.factors.get("width")) for run in runs])
+    scaled = {} if np.isnan(widths).all() else {"gradient norm, first step x width": grads * widths}
     return {
         "learning rate": rates,
         "architecture": share,
         "architecture, then learning rate": share + 1e-3 * _rank(rates),
-        "gradient norm, first step": np.array([_first(run.grad_norm) for run in runs]),
+        "gradient norm, first step": grads,
+        **scaled,  # figures are scaled so, too
         "loss, first step": np.array([_first(run.loss) for run in runs]),
     }
 

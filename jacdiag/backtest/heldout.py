@@ -1,4 +1,8 @@
-"""Nothing is tuned and tested on the same runs: a factor's levels are left out in turn, foretold from the others."""
+"""A factor's levels are left out in turn, and foretold by figure, curve and threshold that the others made.
+
+Which two figures a curve may rest on (`CONDITIONS`), and that they are times the width, was decided before, on runs of
+all levels: of that choice nothing here is held out.
+"""
 
 from __future__ import annotations
 
