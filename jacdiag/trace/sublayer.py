@@ -41,7 +41,8 @@ class Sublayer:
         functions: names of the custom autograd.Functions in it.
         feature_dim: which dimension of x holds the features; `stream_dim`: which tells parallel streams apart, if any.
         dims: what `independent` found, None before.
-        valueless: recorded on the meta device, where `looks_token_wise` is all that the operations tell.
+        valueless: recorded on the meta device.
+        looks_token_wise: all that the operations tell, where there are no values or NaN among them.
 
     Example:
         >>> import torch, jacdiag
@@ -135,10 +136,15 @@ class Sublayer:
         first = diagonal.flatten()[0]
         return float(first) if bool((diagonal == first).all()) else diagonal
 
+    @cached_property
+    def finite(self) -> bool:
+        """Whether the shortcut and the branch are free of NaN and Inf; only asked of values."""
+        return bool(torch.isfinite(self.shortcut).all() and torch.isfinite(self.value).all())
+
     @property
     def token_wise(self) -> bool | None:
         """Whether the branch treats tokens one by one: pulled cotangents of two tokens stay on their tokens."""
-        if self.valueless:
+        if self.valueless or not self.finite:
             return self.looks_token_wise
         return None if self.shortcut.dim() < 2 else self.splits_tokens(self.independent())
 
