@@ -84,7 +84,9 @@ def _trace(source: str, given: dict[str, Any]) -> tuple[Source, Sites]:
     dtype = {"float32": torch.float32, "float64": torch.float64}[given["dtype"]]
     declared = current().sites
     weights = loaded.weights
-    return loaded, trace(loaded.model, *probe.args, dtype=dtype, declared=declared, weights=weights, **probe.kwargs)
+    with probe.suspected():
+        found = trace(loaded.model, *probe.args, dtype=dtype, declared=declared, weights=weights, **probe.kwargs)
+    return loaded, found
 
 
 def describe(loaded: Source, found: Sites) -> dict[str, Any]:
