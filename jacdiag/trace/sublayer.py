@@ -29,7 +29,8 @@ class Sublayer:
         nested: lies inside another sub-layer's branch; left out of products over depth.
         shortcut: x, the residual stream where the branch reads it, as recorded.
         value: f(x), as recorded.
-        branch: f as a function; `branch(shortcut)` equals `value` bit for bit.
+        branch: f as a function; `branch(shortcut)` equals `value` bit for bit, and to rounding the model's own where
+            its attention is fused (it is run in its plain form).
         carry: the shortcut's way into the sum (a x); None where that is x itself.
         input_norm: the norm at the branch's beginning, if any; `core` is what follows it.
         output_norm, before_output_norm: the norm at the branch's end, and the branch up to it.
