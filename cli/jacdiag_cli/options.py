@@ -118,11 +118,18 @@ SOLVER = [
     ),
 ]
 JUDGEMENT = [
-    click.option("--state", type=click.Choice(["init", "trained"]), show_default="detected", help="Of the weights."),
+    click.option(
+        "--state",
+        type=click.Choice(["init", "trained"]),
+        show_default="detected",
+        help="Of the weights: which rules apply, and how loudly they speak.",
+    ),
     click.option("--lr", type=Number(**_ABOVE_0), help="Plan of the run: learning rate."),
-    click.option("--warmup", type=click.IntRange(0), help="Plan of the run: warm-up steps."),
-    click.option("--clip", type=Number(**_ABOVE_0), help="Plan of the run: gradient norm clipped at."),
-    click.option("--beta2", type=Number(**_SHARE), help="Plan of the run: Adam's beta2."),
+    click.option("--warmup", type=click.IntRange(0), help="Plan of the run: warm-up steps; nothing without --lr."),
+    click.option(
+        "--clip", type=Number(**_ABOVE_0), help="Plan of the run: gradient norm clipped at (recorded, read by no rule)."
+    ),
+    click.option("--beta2", type=Number(**_SHARE), help="Plan of the run: Adam's beta2 (recorded, read by no rule)."),
     click.option("--risk", metavar="FILE", help="Curves of the chance at --lr, from `jacdiag backtest --write-risk`."),
     click.option(
         "--profile",

@@ -13,7 +13,7 @@ import click
 from jacdiag.errors import SourceError
 from jacdiag_cli.config import Configured, current
 from jacdiag_cli.options import PROBE, SOURCE, add
-from jacdiag_cli.output import Column, Invocation, clipped, emit, grid, guest_talk, room
+from jacdiag_cli.output import Column, Invocation, clipped, emit, grid, guest_talk, room, say
 from jacdiag_cli.progress import bar
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ _GROUPS = {"embedding": "embedding", "head": "head", "norms": "norms outside"}
 def sites(invocation: Invocation, source: str, output_format: str, **given: Any) -> None:
     """Shows the residual sub-layers of a model, and where each of its parameters belongs.
 
-    Nothing is measured: the model runs a few times on the probe. SOURCE is as for `jacdiag audit`.
+    Nothing is measured: the model runs a few times on the probe. SOURCE is as for `jacdiag audit`. What was recorded is
+    shown also where there is no sub-layer in it; a line on stderr then says that an audit cannot run.
 
     A fused operation may hide a sub-layer from the dataflow. Declare it in pyproject.toml or jacdiag.toml, its shortcut
     by the module that is given it, its branch by the module that returns it ("PATH:in" and "PATH:out" say which end is
@@ -60,6 +61,9 @@ def sites(invocation: Invocation, source: str, output_format: str, **given: Any)
         emit(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
     else:
         emit(_page(data, room()))
+    if not data["sublayers"]:
+        way = "declare what is hidden, in [tool.jacdiag.sites]" if data["hidden"] else "see what was recorded"
+        say(f"no sub-layer was found: `jacdiag audit` cannot run on this model (exit code 2); {way}")
 
 
 def _trace(source: str, given: dict[str, Any]) -> tuple[Source, Sites]:
@@ -84,7 +88,9 @@ def _trace(source: str, given: dict[str, Any]) -> tuple[Source, Sites]:
     dtype = {"float32": torch.float32, "float64": torch.float64}[given["dtype"]]
     declared = current().sites
     weights = loaded.weights
-    return loaded, trace(loaded.model, *probe.args, dtype=dtype, declared=declared, weights=weights, **probe.kwargs)
+    with probe.suspected():
+        found = trace(loaded.model, *probe.args, dtype=dtype, declared=declared, weights=weights, **probe.kwargs)
+    return loaded, found
 
 
 def describe(loaded: Source, found: Sites) -> dict[str, Any]:

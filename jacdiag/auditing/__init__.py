@@ -17,6 +17,7 @@ from jacdiag.errors import UsageError
 from jacdiag.measure.weights import weights_report
 from jacdiag.ranks import Ranks, enlisted, fingerprint
 from jacdiag.report import FiguresRecord, Plan, Report
+from jacdiag.report.ranges import check_ranges
 from jacdiag.report.thresholds import load_thresholds
 from jacdiag.rules import checked_contract
 from jacdiag.sources import Source, load
@@ -61,7 +62,7 @@ def audit(
     seq: int | None = None,
     seed: int = 0,
     device: str | None = None,
-    dtype: Literal["float32", "float64"] = "float32",
+    dtype: Literal["float32", "float64"] | torch.dtype = "float32",
     tol: float = 0.05,
     confidence: float = 0.999,
     decide: bool = False,
@@ -96,7 +97,7 @@ def audit(
         model, model_args: the factory that builds the module of a bare state dict, and its keyword arguments.
         tokens, input_factory: a file of probe tokens; a factory of the probe input.
         batch, seq, seed: the random probe. `seq` is 128, or what the model allows if that is less.
-        device, dtype: where, and in what precision products run.
+        device, dtype: where, and in what precision products run ("float64", or torch.float64).
         tol, confidence: relative width of the intervals that is asked for, and their confidence.
         decide: stop each norm as soon as the rules are decided.
         state: "init" or "trained"; detected if not given.
@@ -127,8 +128,11 @@ def audit(
         >>> report.sublayers[1].kind, report.sublayers[1].branch_norm.converged
         ('mlp', True)
     """
-    if dtype not in DTYPES:
-        raise UsageError("unknown dtype", got=str(dtype), hint=f"one of {', '.join(DTYPES)}")
+    precision = DTYPES.get(str(dtype).removeprefix("torch."))
+    if precision is None:
+        raise UsageError("unknown dtype", got=str(dtype), hint=f"by name or torch's own: {', '.join(DTYPES)}")
+    check_ranges(tol=tol, confidence=confidence, max_products=max_products, batch=batch, seq=seq, seed=seed,
+                 lr=lr, warmup=warmup, clip=clip, beta2=beta2)  # fmt: skip
     check_way(remedies)
     limits = load_thresholds(thresholds, risk)
     with enlisted(ranks) as crew, torch.inference_mode(False), current(pick(device := crew.device(device))):
@@ -136,7 +140,7 @@ def audit(
             source = load(source, model=model, model_args=model_args, trust_pickle=trust_pickle, seed=seed)
         loaded = source if isinstance(source, Source) else Source.of_module(source)
         request = Request(
-            loaded, inputs, tokens, input_factory, batch, seq, seed, device, DTYPES[dtype], tol, confidence, decide,
+            loaded, inputs, tokens, input_factory, batch, seq, seed, device, precision, tol, confidence, decide,
             state, Plan(lr, warmup, clip, beta2), profile, tuple(select), tuple(ignore), limits, max_products,
             tuple(declarations(declared)), progress, crew, checked_contract(contract), optimizer, products, remedies,
             baseline,

@@ -65,7 +65,7 @@ class Audit:
     def run(self) -> Report:
         self._place()
         probe = self._probe()
-        with self._phase("record"):
+        with self._phase("record"), probe.suspected():
             self.sites = sites(self.model, *probe.args, dtype=self.request.dtype, declared=self.request.declared,
                                weights=self.request.source.weights, **probe.kwargs)  # fmt: skip
         self.notes += [*self.sites.notes, *(f"hidden from the dataflow: {line}" for line in self.sites.hidden)]

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from jacdiag.errors import JacdiagError, SourceError, one_line
@@ -44,7 +43,7 @@ def measure_group(
         records = []
         for site in sites:
             try:
-                if not _finite(site):
+                if not site.finite:
                     records.append(_blank(site, token_ids, "not finite: NaN or Inf in the shortcut or the branch"))
                     continue
                 one = linearise(site)
@@ -177,16 +176,12 @@ def _blank(site: Sublayer, token_ids: Tensor | None, why: str) -> SublayerRecord
     """A record without norms: what could not be measured is null, with the reason."""
     site.dims = site.dims or ()
     notes = dict.fromkeys(("branch_norm", "residual_norm", "core_norm"), why)
-    if not _finite(site):
+    if not site.finite:
         return SublayerRecord(
             site.name, site.index, site.depth, site.kind, site.placement, site.parallel, None, site.nested,
             shortcut_gain=None, parameters=site.parameters, notes=notes,
         )  # fmt: skip
     return replace(_plain(site, token_ids, ()), notes=notes)
-
-
-def _finite(site: Sublayer) -> bool:
-    return bool(torch.isfinite(site.shortcut).all() and torch.isfinite(site.value).all())
 
 
 def _weights(site: Sublayer, figures: Callable[[str], WeightStats | None]) -> dict[str, WeightStats]:

@@ -83,7 +83,10 @@ def _largest_core(report: Report) -> str:
     worst = max(rows, key=lambda row: row.core_norm.estimate if row.core_norm else 0)
     assert worst.core_norm is not None
     scaled = worst.core_norm.scaled(math.sqrt(2 * report.model.layers))
-    return f"core ‖J‖·√(2N) at most {spoken(scaled)}, at {worst.name}"
+    pre = [row for row in report.sublayers if row.placement == "pre" and not row.nested]
+    missing = sum(row.core_norm is None for row in pre)
+    rest = f"; not measured at {missing} of {len(pre)} sub-layers" if missing else ""
+    return f"core ‖J‖·√(2N) at most {spoken(scaled)}, at {worst.name}{rest}"
 
 
 def _smallest_shortcut(report: Report) -> str:

@@ -7,43 +7,14 @@ import re
 from collections.abc import Sequence
 
 from jacdiag.report import Interval
+from jacdiag.report.numbers import ABSENT, PLAIN_FROM, PLAIN_TO, decimals, last_digit, outward, three, written
 
-ABSENT = "–"
+__all__ = [
+    "ABSENT", "aligned", "bar", "counted", "decimals", "gist", "memory", "outward", "seconds", "share", "spoken",
+    "three",
+]  # fmt: skip
+
 NARROW = 0.10  # half-width over estimate up to which ± still reads as "about this much"
-_PLAIN_FROM, _PLAIN_TO = 1e-4, 1e6  # outside of these a person writes a power of ten too
-
-
-def three(value: float | None) -> str:
-    """Three significant digits, no scientific notation where a person would not use it.
-
-    >>> [three(v) for v in (0.0283, 9.8, 35.66, 1234.5, 44842.0, 2.5e19, None)]
-    ['0.0283', '9.80', '35.7', '1234', '44,800', '2.50e19', '–']
-    """
-    if value is None:
-        return ABSENT
-    if not math.isfinite(value):
-        return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
-    if value == 0:
-        return "0"
-    if not _PLAIN_FROM <= abs(value) < _PLAIN_TO:
-        mantissa, power = f"{value:.2e}".split("e")
-        return f"{mantissa}e{int(power)}"
-    return _written(value, decimals(value))
-
-
-def _written(value: float, digits: int) -> str:
-    """A number with so many digits behind the point; from 10,000 on grouped, with zeros in front of it instead."""
-    if abs(value) >= 1e4:
-        return f"{float(f'{value:.2e}'):,.0f}"
-    return f"{value:.{digits}f}"
-
-
-def decimals(value: float) -> int:
-    """How many digits behind the point make three significant ones (of the rounded value: 9.999 has one less)."""
-    if value == 0 or not math.isfinite(value):
-        return 0
-    exponent = int(f"{value:.2e}".split("e")[1])
-    return max(0, 2 - exponent)
 
 
 def spoken(interval: Interval | None) -> str:
@@ -64,29 +35,15 @@ def spoken(interval: Interval | None) -> str:
     reach = max(high - middle, middle - low)
     if reach <= 1e-9 * abs(middle):
         return three(middle)
-    if reach > NARROW * abs(middle) or not _PLAIN_FROM <= abs(middle) < _PLAIN_TO:
+    if reach > NARROW * abs(middle) or not PLAIN_FROM <= abs(middle) < PLAIN_TO:
         return f"[{outward(low, down=True)}, {outward(high, down=False)}]"
-    unit = _unit(middle)
-    return f"{three(middle)} ±{_written(max(1, math.ceil(reach / unit - 1e-6)) * unit, decimals(middle))}"
+    last = last_digit(middle)
+    return f"{three(middle)} ±{written(max(1, math.ceil(reach / last - 1e-6)) * last, decimals(middle))}"
 
 
 def gist(interval: Interval) -> str:
     """An interval in running text: its estimate while it is narrow, both ends while it is wide."""
     return spoken(interval).split(" ±")[0]
-
-
-def outward(value: float, *, down: bool) -> str:
-    """Three digits rounded away from the inside of an interval, so that the printed one contains the real one."""
-    if not _PLAIN_FROM <= abs(value) < _PLAIN_TO:
-        return three(value)
-    unit = _unit(value)
-    whole = math.floor(value / unit + 1e-6) if down else math.ceil(value / unit - 1e-6)
-    return _written(whole * unit, decimals(value))
-
-
-def _unit(value: float) -> float:
-    """The worth of the last digit that is written of a value."""
-    return 10.0 ** (math.floor(math.log10(abs(value))) - 2) if abs(value) >= 1e4 else 10.0 ** -decimals(value)
 
 
 def aligned(cells: Sequence[str]) -> list[str]:

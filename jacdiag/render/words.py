@@ -91,9 +91,10 @@ def _probe(report: Report) -> list[str]:
 
 def _plan(report: Report) -> str:
     plan = report.plan
-    if plan.lr is None:
-        return "no learning rate given"
     others = [f"{name} {value:g}" for name in ("warmup", "clip", "beta2") if (value := getattr(plan, name)) is not None]
+    if plan.lr is None:
+        useless = f": {' and '.join(others)} say{'s' * (len(others) == 1)} nothing without --lr" if others else ""
+        return f"no learning rate given{useless}"
     return ", ".join([f"learning rate {plan.lr:g}", *others])
 
 

@@ -117,17 +117,30 @@ def load_risk(path: Path = _HERE / "risk.toml") -> RiskTable:
     """Reads the curves that ship with jacdiag, or a user's own.
 
     Raises:
-        UsageError: the file cannot be read, or holds no curves.
+        UsageError: the file cannot be read, holds no curve, or one in a figure or over a range that has no meaning.
     """
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
         curves = {k: RiskCurve.from_dict({"placement": k, **table}) for k, table in data.get("curve", {}).items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"cannot read the curves '{path}'", got=one_line(error), hint=_WRITTEN) from error
+    if not curves:
+        raise UsageError(f"'{path}' holds no curve", got="no table [curve.PLACEMENT] in it", hint=_WRITTEN)
     for curve in curves.values():
-        if curve.figure not in INIT:
-            raise UsageError(f"'{path}' has a curve in an unknown figure", got=curve.figure, hint=_WRITTEN)
+        _check(curve, path)
     return RiskTable(curves, data.get("about", {}))
+
+
+def _check(curve: RiskCurve, path: Path) -> None:
+    if curve.figure not in INIT:
+        raise UsageError(f"'{path}' has a curve in an unknown figure", got=curve.figure, hint=_WRITTEN)
+    for name in ("figure", "lr"):  # a curve takes the logarithm of both
+        span = curve.ranges.get(name)
+        pair = isinstance(span, list) and len(span) == 2 and all(isinstance(end, int | float) for end in span)
+        if span is None or not pair or not 0 < span[0] <= span[1]:
+            where = f"ranges.{name} of [curve.{curve.placement}]"
+            raise UsageError(f"'{path}' has a curve over an impossible range", got=f"{where} is {span}",
+                             hint=f"two numbers above 0, the least first; {_WRITTEN}")  # fmt: skip
 
 
 def written(table: RiskTable) -> str:

@@ -18,12 +18,16 @@ Sentence = Callable[[Context, Rule, Sequence[Placed], Level], Finding]
 
 
 def _judged(context: Context, rule: Rule, value: Value, limits: Cut, sentence: Sentence) -> Outcome:
-    """Places every sub-layer's figure, and makes one finding per level out of those that lie beyond a cut."""
+    """Places every sub-layer's figure, and makes one finding per level out of those that lie beyond a cut.
+
+    One that has no cut is left out if it was measured; what could not be measured is undecided in any case.
+    """
     rows = context.rows(rule)
     if not rows:
         return NOT_APPLICABLE
-    known = [(row, limits(row)) for row in rows if limits(row).cuts]
-    without = sorted({f"{row.kind} ({row.placement})" for row in rows if not limits(row).cuts})
+    known = [(row, limits(row)) for row in rows if limits(row).cuts or row.branch_norm is None]
+    measured = [row for row in rows if not limits(row).cuts and row.branch_norm is not None]
+    without = sorted({f"{row.kind} ({row.placement})" for row in measured})
     note = f"no threshold is calibrated for {', '.join(without)}" if without else ""
     every = [placed(row, _trusted(context, row, value), one) for row, one in known]
     findings = []

@@ -27,8 +27,22 @@ def _undecided(context: Context, rule: Rule) -> Outcome:
     what = f"{', '.join(open_ones)} undecided at {_listed(where)}"
     level: Level = "warning" if context.report.state != "trained" else "info"
     evidence = {"rules": {code: list(names) for code, names in open_ones.items()}}
-    fix = "more products (--max-products), or --dtype float64; the table says what could not be measured"
+    fix = _decide_by(context, where)
     return Outcome(matched, [Finding(rule.code, context.level(rule, level), where, what, evidence, rule.summary, fix)])
+
+
+def _decide_by(context: Context, names: list[str]) -> str:
+    """What decides what is open: products where there is an interval; where NaN came in between, no number of them."""
+    rows = {row.name: row for row in context.report.sublayers}
+    unmeasured = [rows[name] for name in names if name in rows and rows[name].branch_norm is None]
+    ways = []
+    if any("not finite" in row.notes.get("branch_norm", "") for row in unmeasured):
+        broken = _checks(context).get("non_finite")
+        from_ = f"mend {_listed(broken)}" if isinstance(broken, list) and broken else "find the call that makes it"
+        ways.append(f"NaN or Inf hides {'them' if len(unmeasured) > 1 else 'it'} whatever is spent: {from_}")
+    if len(unmeasured) < len(names):
+        ways.append("more products (--max-products), or --dtype float64")
+    return "; ".join([*ways, "the table says what could not be measured"])
 
 
 def _uncovered(context: Context, rule: Rule) -> Outcome:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from jacdiag.report import Interval
+from jacdiag.report.numbers import outward
 
 
 def plain(value: float | None) -> str:
@@ -20,7 +21,7 @@ def plain(value: float | None) -> str:
 
 
 def span(interval: Interval) -> str:
-    """An interval as one number where it is narrow, as its ends where it is wide."""
+    """An interval as one number where it is narrow, as its ends, rounded outward, where it is wide."""
     if interval.upper <= interval.lower * 1.1:
         return plain(interval.estimate)
-    return f"{plain(interval.lower)} to {plain(interval.upper)}"
+    return f"{outward(interval.lower, down=True)} to {outward(interval.upper, down=False)}"

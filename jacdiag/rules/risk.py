@@ -39,7 +39,7 @@ def assess(report: Report, table: RiskTable) -> Risk | None:
     if curve.by_warmup and warmup is None:
         return replace(found, reason="the chance hangs on the warm-up, which is not known (--warmup)")
     ranges = curve.ranges if curve.by_warmup else {name: r for name, r in curve.ranges.items() if name != "warmup"}
-    if outside := _outside(ranges, {"lr": lr, "warmup": warmup, **_measures(report, value)}):
+    if outside := _outside(ranges, {"lr": lr, "warmup": warmup, **_measures(report, value)}, curve.figure):
         return replace(found, reason=f"outside the calibrated range: {'; '.join(outside)}")
     chance, lower, upper = curve.chance(value, lr, warmup)
     return replace(found, chance=chance, lower=lower, upper=upper)
@@ -82,17 +82,23 @@ _WORDS = {"figure": "the figure", "lr": "lr", "warmup": "warm-up", "width": "d",
 
 
 def _ranges(ranges: Mapping[str, list[float]]) -> str:
-    return ", ".join(f"{_WORDS[name]} {low:.3g} to {high:.3g}" for name, (low, high) in ranges.items())
+    return ", ".join(f"{_WORDS[name]} {_short(low)} to {_short(high)}" for name, (low, high) in ranges.items())
 
 
-def _outside(ranges: Mapping[str, list[float]], values: Mapping[str, float | None]) -> list[str]:
-    found = []
+def _outside(ranges: Mapping[str, list[float]], values: Mapping[str, float | None], figure: str = "") -> list[str]:
+    """In what a model lies outside of the runs, in words; `figure` is the name of the curve's."""
+    words, found = {**_WORDS, **({"figure": figure} if figure else {})}, []
     for name, (low, high) in ranges.items():
         value = values.get(name)
         if value is None or not low <= value <= high:
-            told = "not known" if value is None or math.isnan(value) else f"{value:.3g}"
-            found.append(f"{_WORDS[name]} {told}, {low:.3g} to {high:.3g} were run")
+            told = "not known" if value is None or math.isnan(value) else _short(value)
+            found.append(f"{words[name]} {told}, {_short(low)} to {_short(high)} were run")
     return found
+
+
+def _short(value: float) -> str:
+    """Three digits at most, no more zeros than need be: 0.0001, 2, 3,210."""
+    return f"{float(f'{value:.3g}'):,g}"
 
 
 def _risk(context: Context, rule: Rule) -> Outcome:

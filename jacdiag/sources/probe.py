@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jacdiag.errors import ProbeError
+from jacdiag.errors import ProbeError, TraceError
 from jacdiag.report import ProbeRecord
 from jacdiag.sources import factory, facts
 from jacdiag.sources.source import Source
 from jacdiag.sources.wrapped import unwrap
 
 _DEFAULT_SEQ = 128
+_LENGTHWISE = r"sequence|seq_?len|length|position|context|block_?size"
 _ROWS = 4096  # of an embedding at a time: a table may be large, and stored in less than float32
 _DEAD = 0.1  # a row whose std is under this share of the median row's was never trained, or is padding
 
@@ -70,6 +73,29 @@ class Probe:
 
         kwargs = {k: moved(v) for k, v in self.kwargs.items()}
         return replace(self, args=tuple(map(moved, self.args)), kwargs=kwargs, token_ids=moved(self.token_ids))
+
+
+    @contextmanager
+    def suspected(self) -> Iterator[None]:
+        """Where the model's code raises, the hint says that the probe may be too long for it."""
+        try:
+            yield
+        except TraceError as error:
+            if error.hint or not self._may_be_too_long(error.__cause__):
+                raise
+            length = self.record.seq or 0
+            hint = f"if the model takes less than the probe's {length} tokens a sequence: --seq {length // 2}"
+            raise TraceError(error.what, got=error.got, hint=hint) from error.__cause__
+
+    def _may_be_too_long(self, error: BaseException | None) -> bool:
+        """Whether an error can be about the length of the tokens that were chosen here; most kinds cannot."""
+        length = self.record.seq or 0
+        if self.token_ids is None or self.record.tokens == "inputs" or length < 2:
+            return False
+        told = re.search(rf"{_LENGTHWISE}|\b{length}\b", str(error), re.IGNORECASE)
+        return isinstance(error, AssertionError | IndexError) or (
+            isinstance(error, RuntimeError | ValueError) and told is not None
+        )
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from jacdiag.report.ranges import check_ranges
 from jacdiag.spectra.algebra import Composed, DenseOperator, NormJacobian, Shifted, Summed
 from jacdiag.spectra.dense import dense_jacobian, dense_norm
 from jacdiag.spectra.operator import JacobianOperator, Operator, independent_dims
@@ -75,12 +76,16 @@ def spectral_norm(
     Returns:
         `estimate`, `lower` and `upper` have the sizes of the batch dimensions.
 
+    Raises:
+        UsageError: a width, confidence or budget out of its range.
+
     Example:
         >>> x = torch.tensor([[1.0, 2.0], [3.0, 0.5]])
         >>> norm = spectral_norm(lambda x: x**2, x)
         >>> norm.estimate
         tensor([4., 6.], dtype=torch.float64)
     """
+    check_ranges(tol=tol, confidence=confidence, max_products=max_products)
     operator = JacobianOperator(fn, x, batch_dims)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     solution = top_singular(operator, tol=tol, confidence=confidence, max_products=max_products, generator=generator)

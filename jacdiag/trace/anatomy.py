@@ -7,8 +7,9 @@ A norm is recognised by what it does, not by its name: its output does not chang
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -170,6 +171,8 @@ class Anatomist:
             return None
         normalise = self.replayer.segment(owner, source, spot)
         with torch.no_grad():
+            if not x.is_meta and not bool(torch.isfinite(x).all()):
+                return self._norm_without_numbers(owner, source, x, node, where)
             z = normalise(x)
             if z.numel() != x.numel() or not z.is_floating_point():
                 return None
@@ -180,6 +183,14 @@ class Anatomist:
             unit = 2.0**12 / x.double().square().mean().sqrt().clamp_min(1e-30).item()  # eps must not count
             big, bigger = (normalise(x * (unit * k)) for k in (1, 2))
         return self._factor(x, z, spot, normalise) if _close(big, bigger, 1e-3) else None
+
+    def _norm_without_numbers(self, owner: int, source: Spot, x: Tensor, node: int, where: Where) -> Norm | None:
+        """A norm of an x with NaN or Inf, tested on random numbers in its place; its gain is not known."""
+        other = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+        norm = self._norm(owner, source, other, node, where)
+        if norm is None:
+            return None
+        return replace(norm, value=norm.normalise(x), gain=torch.full_like(norm.gain, math.nan))
 
     def _norm_by_structure(
         self, x: Tensor, z: Tensor, spot: Spot, normalise: Callable[[Tensor], Tensor], node: int

@@ -29,7 +29,8 @@ class Sublayer:
         nested: lies inside another sub-layer's branch; left out of products over depth.
         shortcut: x, the residual stream where the branch reads it, as recorded.
         value: f(x), as recorded.
-        branch: f as a function; `branch(shortcut)` equals `value` bit for bit.
+        branch: f as a function; `branch(shortcut)` equals `value` bit for bit, and to rounding the model's own where
+            its attention is fused (it is run in its plain form).
         carry: the shortcut's way into the sum (a x); None where that is x itself.
         input_norm: the norm at the branch's beginning, if any; `core` is what follows it.
         output_norm, before_output_norm: the norm at the branch's end, and the branch up to it.
@@ -41,7 +42,8 @@ class Sublayer:
         functions: names of the custom autograd.Functions in it.
         feature_dim: which dimension of x holds the features; `stream_dim`: which tells parallel streams apart, if any.
         dims: what `independent` found, None before.
-        valueless: recorded on the meta device, where `looks_token_wise` is all that the operations tell.
+        valueless: recorded on the meta device.
+        looks_token_wise: all that the operations tell, where there are no values or NaN among them.
 
     Example:
         >>> import torch, jacdiag
@@ -135,10 +137,15 @@ class Sublayer:
         first = diagonal.flatten()[0]
         return float(first) if bool((diagonal == first).all()) else diagonal
 
+    @cached_property
+    def finite(self) -> bool:
+        """Whether the shortcut and the branch are free of NaN and Inf; only asked of values."""
+        return bool(torch.isfinite(self.shortcut).all() and torch.isfinite(self.value).all())
+
     @property
     def token_wise(self) -> bool | None:
         """Whether the branch treats tokens one by one: pulled cotangents of two tokens stay on their tokens."""
-        if self.valueless:
+        if self.valueless or not self.finite:
             return self.looks_token_wise
         return None if self.shortcut.dim() < 2 else self.splits_tokens(self.independent())
 

@@ -248,8 +248,9 @@ class Tracer:
         )
         if x.is_meta:
             made.notes["placement"] = "found by the operations alone: there are no values on the meta device"
-            made.looks_token_wise = looks_token_wise(self.graph, site.cone, tuple(x.shape))
             made.valueless = True
+        if x.is_meta or not made.finite:
+            made.looks_token_wise = looks_token_wise(self.graph, site.cone, tuple(x.shape))
         made.kind = kind_of(self.graph, self.finder, site, self.homes[k], lambda: made.token_wise)
         made.roles = roles_of(made.kind, made.products)
         if made.kind == "attention" and entry is not None and products:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,13 @@ def test_curves_are_read_as_they_were_written(tmp_path: Path) -> None:
         ("[curve.pre]\nfigure = 'mean branch norm'", "cannot read the curves"),
         ("not toml", "cannot read the curves"),
         (written(RiskTable({"pre": CURVE})).replace("mean branch norm", "the weather"), "unknown figure"),
+        ("x = 1", "holds no curve"),
+        ("", "holds no curve"),
+        (written(RiskTable()), "holds no curve"),
+        *((written(RiskTable({"pre": replace(CURVE, ranges={**CURVE.ranges, name: span})})), f"ranges.{name} of")
+          for name, span in (("figure", [0.0, 40.0]), ("figure", [-1.0, 40.0]), ("lr", [0.0, 0.1]), ("lr", [0.1, 0.01]),
+                             ("lr", [0.1]))),
+        (written(RiskTable({"pre": replace(CURVE, ranges={"lr": [0.1, 0.2]})})), "ranges.figure of .* is None"),
     ],
 )
 def test_files_that_hold_no_curves_are_refused(tmp_path: Path, text: str, message: str) -> None:

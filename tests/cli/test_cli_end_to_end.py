@@ -92,7 +92,9 @@ def test_non_finite_weights_are_an_error(jd: Run, factory: str, tmp_path: Path) 
     assert done.code == 1, done.err
     report = Report.from_json((tmp_path / "r.json").read_text())
     assert [f.code for f in report.findings if f.level == "error"] == ["JD906"]
-    assert "h.1.mlp.0.weight" in done.out
+    assert "h.1.mlp.0.weight" in done.out and "no norm" not in done.out
+    assert report.conditions.small_sublayers == "unknown"
+    assert "of 4 sub-layers" in next(line for line in done.out.splitlines() if "small sub-layers" in line)
 
 
 class Payload:

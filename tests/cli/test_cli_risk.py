@@ -51,3 +51,17 @@ def test_a_file_without_curves_ends_it_before_any_work(tmp_path: Path, capsys: p
     path.write_text("curve = 3")
     assert main([*AUDIT, "--lr", "0.1", "--risk", str(path)]) == 2
     assert "cannot read the curves" in capsys.readouterr().err
+
+
+def test_a_file_of_something_else_is_no_file_of_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text("x = 1")
+    assert main([*AUDIT, "--lr", "0.1", "--risk", str(path)]) == 2
+    told = capsys.readouterr().err
+    assert "holds no curve" in told and "--write-risk" in told
+
+
+def test_the_help_says_which_parts_of_a_plan_are_only_recorded(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.count("(recorded, read by no rule)") == 2 and "warm-up steps; nothing without --lr" in shown

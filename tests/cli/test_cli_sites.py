@@ -34,6 +34,13 @@ def test_what_is_not_covered_is_listed_with_its_reason(jd: Run, factory: str) ->
     assert row.startswith("spare") and "not read in this forward" in row
 
 
+@pytest.mark.parametrize("command", ["sites", "audit"])
+def test_a_probe_longer_than_an_unspoken_limit_has_a_way_out(jd: Run, factory: str, command: str) -> None:
+    done = jd(command, f"{factory}build")
+    assert done.code == 2 and "IndexError" in done.err
+    assert "128 tokens a sequence" in done.err and "--seq 64" in done.err
+
+
 def test_every_parameter_is_somewhere(jd: Run, factory: str) -> None:
     from torch import nn
 
@@ -72,6 +79,9 @@ def test_nothing_found_says_what_was_looked_for(jd: Run, factory: str) -> None:
     done = jd("sites", f"{factory}no_residual", "--seq", 16)
     assert done.code == 0
     assert "No residual sub-layer was found" in done.out and "linear 1" in done.out
+    assert "no sub-layer was found" in done.err and "audit" in done.err and len(done.err.splitlines()) == 1
+    done = jd("sites", f"{factory}no_residual", "--seq", 16, "--format", "json")
+    assert done.code == 0 and json.loads(done.out)["sublayers"] == [] and "no sub-layer was found" in done.err
 
 
 @pytest.mark.parametrize(("name", "message"), [("raises", "the router lost its way"), ("leaves", "sys.exit(0)")])
@@ -127,6 +137,7 @@ def test_what_is_hidden_is_named_in_full_at_any_width(jd: Run, tmp_path: Path) -
     assert "0% covered" in done.out and "no sub-layer was found" in done.out
     assert "hidden: FusedAdd (a custom autograd.Function) adds at" in done.out
     assert 'declare shortcut = "1.norm", branch = "1.ff"' in done.out
+    assert "declare what is hidden" in done.err
     assert jd("audit", "fused.py:build", "--seq", 8).code == 2
 
 

@@ -127,6 +127,11 @@ def test_the_header_names_model_probe_and_plan() -> None:
     assert words.header(given)[1][0] == "probe: batch 4 tokens of sample.txt"
     assert words.header(given)[1][-1] == "learning rate 0.0003, warmup 2000, beta2 0.95"
     assert "1 layer," in words.header(given)[0][2]
+    without = [dataclasses.replace(given, plan=one) for one in (Plan(warmup=50), Plan(warmup=50, clip=1.0))]
+    assert [words.header(one)[1][-1] for one in without] == [
+        "no learning rate given: warmup 50 says nothing without --lr",
+        "no learning rate given: warmup 50 and clip 1 say nothing without --lr",
+    ]
     assert words.header(synthetic.weights_tier())[1][0] == "weights only: no model was run"
 
 

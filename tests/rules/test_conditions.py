@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from jacdiag.render.numbers import spoken
 from jacdiag.report import (
     Growth,
     Interval,
@@ -22,6 +23,7 @@ from jacdiag.report import (
 )
 from jacdiag.report.thresholds import load_thresholds
 from jacdiag.rules import decision_points, evaluate
+from jacdiag.rules.numbers import span
 
 LAYERS = 2
 SCALE = math.sqrt(2 * LAYERS)
@@ -246,3 +248,12 @@ def test_decision_points_are_the_cuts_in_the_fields_own_units() -> None:
     assert points["core_norm"] == pytest.approx((2.0 / SCALE, 4.0 / SCALE))
     post = decision_points(kind="mlp", placement="post", state="init", layers=2, parallel=False, thresholds=LIMITS)
     assert "core_norm" not in post
+
+
+@pytest.mark.parametrize(("lower", "upper"), [(2.057, 10.31), (0.001234, 0.4567), (9.999, 1234.1), (1.2e6, 3.456e7)])
+def test_the_ends_in_a_finding_are_those_of_the_renderings_and_hold_the_real_ones(lower: float, upper: float) -> None:
+    interval = Interval(math.sqrt(lower * upper), lower, upper, 0.999)
+    ends = span(interval).split(" to ")
+    assert spoken(interval) == f"[{ends[0]}, {ends[1]}]"
+    low, high = (float(end.replace(",", "")) for end in ends)
+    assert low <= lower and upper <= high

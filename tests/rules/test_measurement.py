@@ -8,7 +8,7 @@ import pytest
 from rules.test_conditions import LIMITS, findings, healthy, judged, report, status
 
 from jacdiag.errors import UsageError
-from jacdiag.report import ModelRecord
+from jacdiag.report import Interval, ModelRecord
 from jacdiag.rules import RULES, evaluate, rule
 from jacdiag.rules.profile import profile_of
 
@@ -36,6 +36,35 @@ def test_non_finite_weights_are_named_with_their_sublayers() -> None:
     (finding,) = findings(made, "JD906")
     assert finding.level == "error" and finding.where == ["h.0.mlp"] and "h.0.mlp.weight" in finding.what
     assert made.verdict == "fail"
+
+
+NAN = {"branch_norm": "not finite: NaN or Inf in the shortcut or the branch"}
+
+
+@pytest.mark.parametrize("kind", ["mlp", "mixer"])
+def test_what_could_not_be_measured_is_never_met(kind: str) -> None:
+    """Nor where no threshold is calibrated for it: a NaN must not pass by the kind of what it broke."""
+    rows = healthy()
+    rows[3] = replace(rows[3], kind=kind, branch_norm=None, core_norm=None, norm_gain=None, notes=NAN)
+    made = judged(rows)
+    assert made.conditions.small_sublayers == made.conditions.large_shortcut == made.verdict == "unknown"
+    assert {status(made, code) for code in ("JD101", "JD102", "JD103")} == {"unknown"}
+
+
+def test_every_sublayer_that_was_not_measured_is_listed_whatever_its_placement() -> None:
+    rows = [*healthy()[:2], *(replace(r, placement="none", branch_norm=None, notes=NAN) for r in healthy()[2:])]
+    (finding,) = findings(judged(rows), "JD901")
+    assert finding.where == ["h.1.attn", "h.1.mlp"]
+
+
+def test_advice_on_a_nan_names_the_weight_and_not_more_products() -> None:
+    rows = healthy()
+    rows[1] = replace(rows[1], branch_norm=None, core_norm=None, norm_gain=None, notes=NAN)
+    (finding,) = findings(judged(rows, settings={"checks": {"non_finite": ["h.0.mlp.weight"]}}), "JD901")
+    assert "h.0.mlp.weight" in finding.fix and "--max-products" not in finding.fix
+    rows[0] = replace(rows[0], branch_norm=Interval(1.0, 0.9, 1.1, 0.999))
+    (finding,) = findings(judged(rows), "JD901")
+    assert "NaN" in finding.fix and "--max-products" in finding.fix
 
 
 def test_a_rule_that_matched_nothing_is_not_applicable_and_said() -> None:

@@ -73,9 +73,9 @@ def test_outside_of_what_was_run_there_is_no_chance_and_the_reason_is_told() -> 
     assert outside(plain, lr=3.0) == "outside the calibrated range: lr 3, 0.0001 to 1 were run"
     assert "layers 40, 1 to 12 were run" in outside(replace(plain, model=replace(plain.model, layers=40)))
     rows = [replace(row, branch_norm=Interval.exact(1e4)) for row in plain.sublayers]
-    assert "the figure 1e+04" in outside(replace(plain, sublayers=rows))
+    assert "worst branch norm 10,000, 0.01 to 100 were run" in outside(replace(plain, sublayers=rows))
     rows = [replace(row, branch_norm=None) for row in plain.sublayers]
-    assert "the figure not known" in outside(replace(plain, sublayers=rows))
+    assert "worst branch norm not known" in outside(replace(plain, sublayers=rows))
     rows = [replace(row, placement="post") for row in plain.sublayers]
     assert "no curve for this placement (post-norm)" in outside(replace(plain, sublayers=rows))
     assert "of untrained models" in outside(replace(plain, state="trained"))
@@ -91,7 +91,7 @@ def by_warmup() -> Thresholds:
 
 @pytest.mark.parametrize(
     ("warmup", "told"),
-    [(10, 0.4249), (100, 0.0688), (None, "hangs on the warm-up"), (9, "warm-up 9, 10 to 1e+03 were run"),
+    [(10, 0.4249), (100, 0.0688), (None, "hangs on the warm-up"), (9, "warm-up 9, 10 to 1,000 were run"),
      (0, "warm-up 0")],
 )  # fmt: skip
 def test_the_warm_up_enters_where_the_curve_asks_for_it(warmup: int | None, told: float | str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -213,3 +215,24 @@ def test_the_neighbour_of_what_was_meant(tmp_path: Path, name: str, hint: str) -
     with pytest.raises(SourceError) as refused:
         open_checkpoint(tmp_path / name)
     assert hint in (refused.value.hint or "")
+
+
+def test_a_trusted_module_whose_code_is_not_found_has_a_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "of_elsewhere.py").write_text("from torch import nn\nclass Net(nn.Linear): pass\n")
+    path = tmp_path / "whole.pt"
+    with monkeypatch.context() as here:
+        here.syspath_prepend(tmp_path)
+        module = importlib.import_module("of_elsewhere")
+        torch.save(module.Net(2, 2), path)
+        here.delattr(module, "Net")
+        with pytest.raises(SourceError, match="names and modules of when it was saved"):
+            open_checkpoint(path, trust_pickle=True)
+        here.delitem(sys.modules, "of_elsewhere")
+    monkeypatch.delitem(sys.modules, "of_elsewhere", raising=False)
+    with pytest.raises(SourceError, match="No module named 'of_elsewhere'") as refused:
+        open_checkpoint(path, trust_pickle=True)
+    hint = refused.value.hint or ""
+    assert "PYTHONPATH=." in hint and "of_elsewhere" in hint and "--model FACTORY" in hint
+    assert open_checkpoint(path).module is None, "its weights need no code"

@@ -11,8 +11,8 @@ import torch
 from sources.rig import BUILD, SIZES
 from torch import nn
 
-from jacdiag.errors import ProbeError
-from jacdiag.sources import Source, build_probe, load
+from jacdiag.errors import ProbeError, TraceError
+from jacdiag.sources import Probe, Source, build_probe, load
 from jacdiag.sources.facts import vocabulary
 
 
@@ -141,3 +141,41 @@ def test_a_longer_table_of_positions_is_not_the_vocabulary() -> None:
 
     assert vocabulary(Net()) == 7
     assert vocabulary(nn.ModuleDict({"positions": nn.Embedding(64, 4)})) == 64
+
+
+def refusal(source: Source, error: Exception | None, **asked: Any) -> TraceError:
+    probe = build_probe(source, **asked)
+    with pytest.raises(TraceError) as refused, probe.suspected():
+        raise TraceError("the model's forward raised", got="here") from error
+    return refused.value
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        AssertionError(),
+        IndexError("index out of range in self"),
+        RuntimeError("The size of tensor a (32) must match the size of tensor b (16)"),
+        ValueError("sequence too long"),
+    ],
+    ids=repr,
+)
+def test_a_model_that_may_take_less_than_the_probe_is_told_the_way_out(source: Source, error: Exception) -> None:
+    told = refusal(source, error)
+    assert told.got == "here" and told.__cause__ is error
+    assert told.hint is not None and "32 tokens a sequence" in told.hint and "--seq 16" in told.hint
+    assert "--seq 16" in str(told)
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("d_model"), NameError("x"), RuntimeError("expected m1 and m2 of one dtype"), None], ids=repr
+)
+def test_errors_that_lengths_have_no_part_in_are_left_as_they_are(source: Source, error: Exception | None) -> None:
+    assert refusal(source, error).hint is None
+
+
+def test_no_length_is_suggested_for_inputs_that_were_handed_in() -> None:
+    probe = Probe.of_inputs(torch.zeros(2, 128, dtype=torch.long))
+    with pytest.raises(TraceError) as refused, probe.suspected():
+        raise TraceError("the model's forward raised") from AssertionError()
+    assert refused.value.hint is None

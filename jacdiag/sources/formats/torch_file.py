@@ -58,8 +58,18 @@ def _hint(error: Exception, trust_pickle: bool) -> str | None:
     if "magic number" in said:
         return "it is a pickle, but not one of torch.save: save it again with torch.save"
     if trust_pickle:
-        return None
+        return _where_its_code_is(error)
     return "if its classes need their own code, add --trust-pickle (only for a file that you trust)"
+
+
+def _where_its_code_is(error: Exception) -> str | None:
+    """A trusted pickle names its classes, and their code is looked for where Python looks for modules."""
+    way = "or leave --trust-pickle out: its weights are read, and --model FACTORY builds the module"
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"PYTHONPATH=. (or the folder that holds {error.name.partition('.')[0]}) lets its code be found; {way}"
+    if isinstance(error, AttributeError) and "get attribute" in str(error):
+        return f"its classes must have the names and modules of when it was saved; {way}"
+    return None
 
 
 def _entries(path: Path) -> list[str]:

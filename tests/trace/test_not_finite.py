@@ -1,0 +1,43 @@
+"""A NaN in one weight: sub-layers behind it keep their names, kinds and placements, told by structure and stand-ins."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from menagerie import CORE, Specimen
+from torch import nn
+
+import jacdiag
+from jacdiag.trace import Sites
+
+
+def told(sites: Sites) -> list[tuple[str, str, str, int]]:
+    return [(site.name, site.kind, site.placement, site.depth) for site in sites]
+
+
+def traced(specimen: Specimen, broken: str | None = None) -> Sites:
+    args, kwargs = specimen.arguments()
+    model = specimen.build()
+    if broken is not None:
+        with torch.no_grad():
+            model.get_parameter(broken).view(-1)[0] = math.nan
+    return jacdiag.sites(model, *args, dtype=torch.float64, **kwargs)
+
+
+@pytest.mark.parametrize("specimen", CORE, ids=str)
+def test_what_lies_behind_a_nan_is_told_as_without_it(specimen: Specimen) -> None:
+    clean = traced(specimen)
+    broken = traced(specimen, next(name for site in clean for name in site.products))
+    assert any(not site.finite for site in broken)
+    assert told(broken) == told(clean)
+
+
+def test_the_gain_of_a_norm_behind_a_nan_is_not_known() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, norm_first=True, batch_first=True, dropout=0.0)
+    with torch.no_grad():
+        layer.self_attn.out_proj.weight[0, 0] = math.nan
+    attention, mlp = jacdiag.sites(layer, torch.randn(2, 4, 8))
+    assert attention.input_norm is not None and bool(torch.isfinite(attention.input_norm.gain).all())
+    assert mlp.input_norm is not None and bool(mlp.input_norm.gain.isnan().all()) and mlp.placement == "pre"
