@@ -7,6 +7,7 @@ stopped, is given the loosest tolerance that gets there.
     python benchmarks/sizes.py               sizes with T d up to 200,000; writes results/sizes.json
     python benchmarks/sizes.py --most inf    all sizes, d up to 2048 and T up to 1024; those in the file are kept
     python benchmarks/sizes.py --again       those in the file too
+    python benchmarks/sizes.py --without svd_lowrank    an hour less at the largest size, where it takes 300 products
     python benchmarks/sizes.py --quick       one small size, seconds; prints only
 """
 
@@ -96,8 +97,8 @@ def peers(site: Sublayer, plain: Map, truth: float, seeds: int) -> dict[str, Cal
     return found
 
 
-def compare(site: Sublayer, plain: Map, truth: float, seeds: int) -> dict[str, Any]:
-    """One sub-layer of one size: median products, largest true error and median seconds of every method."""
+def compare(site: Sublayer, plain: Map, truth: float, seeds: int, without: tuple[str, ...]) -> dict[str, Any]:
+    """One sub-layer of one size: median products, largest true error and median seconds of every method asked for."""
     contest = Contest(site.name, site, plain, [truth])
     needed = {seed: contest.enough(seed) for seed in range(seeds)}
 
@@ -107,6 +108,8 @@ def compare(site: Sublayer, plain: Map, truth: float, seeds: int) -> dict[str, A
 
     rows = {}
     for name, run in {"ours": ours, **peers(site, plain, truth, seeds)}.items():
+        if name.startswith(without):
+            continue
         values, counts, seconds = [], [], []
         for seed in range(seeds):
             begun = time.perf_counter()
@@ -122,7 +125,9 @@ def compare(site: Sublayer, plain: Map, truth: float, seeds: int) -> dict[str, A
     return {"sub_layer": site.name, "methods": rows, "fewer_than_best_peer": fewer}
 
 
-def size(width: int, length: int, seeds: int, known: set[tuple[int, int, str]]) -> Iterator[dict[str, Any]]:
+def size(
+    width: int, length: int, seeds: int, known: set[tuple[int, int, str]], without: tuple[str, ...]
+) -> Iterator[dict[str, Any]]:
     """The rows of one size that are not known yet; at the largest, one takes an hour."""
     sizes = {"n_layer": 1, "n_embd": width, "n_head": max(1, width // 64), "vocab_size": 512, "block_size": length}
     with seeded(0):
@@ -137,7 +142,7 @@ def size(width: int, length: int, seeds: int, known: set[tuple[int, int, str]]) 
         with sdpa_kernel(SDPBackend.MATH):
             truth = run_svds(by_own(plain, site.shortcut.double()), 1e-8)
         block.float()
-        yield {"d": width, "T": length, **compare(site, plain, truth, seeds)}
+        yield {"d": width, "T": length, **compare(site, plain, truth, seeds, without)}
 
 
 def kept(seeds: int) -> list[dict[str, Any]]:
@@ -159,12 +164,13 @@ def main() -> int:
     parser.add_argument("--most", type=float, default=2e5, help="largest T d")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--again", action="store_true", help="run what the file holds, too")
+    parser.add_argument("--without", action="append", default=[], help="a method to leave out, by how its name begins")
     args = parser.parse_args()
     shapes = [(64, 32)] if args.quick else [(d, t) for d in WIDTHS for t in LENGTHS if d * t <= args.most]
     rows = [] if args.quick or args.again else kept(args.seeds)
     known = {(row["d"], row["T"], row["sub_layer"]) for row in rows}
     for width, length in sorted(shapes, key=lambda shape: shape[0] * shape[1]):
-        for row in size(width, length, args.seeds, known):
+        for row in size(width, length, args.seeds, known, tuple(args.without)):
             rows.append(row)
             counts = ", ".join(f"{n} {m['products']}" for n, m in row["methods"].items() if m["products"] is not None)
             ok = "ok  " if row["fewer_than_best_peer"] >= FEWER else "MISS"
