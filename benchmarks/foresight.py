@@ -85,7 +85,7 @@ def columns(grids: Iterable[str]) -> tuple[list[Run], Board]:
 def tables(cast: Board) -> dict[str, RiskTable]:
     """The curves with the figure, and without: the same placements, rates and warm-ups."""
     ones = {NOTHING: np.ones(len(cast.wrong))}
-    with_it, without = curves(cast, 200), curves(replace(cast, figures=ones), 200)
+    with_it, without = curves(cast, 200), curves(replace(cast, figures=ones), 200, (NOTHING,))
     return {"figure": RiskTable(with_it), "rate and warm-up alone": RiskTable(without)}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Container, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -159,19 +159,18 @@ def _fitted(board: Board, figure: Floats, chosen: Bools, times: int) -> Curve | 
                times=times)  # fmt: skip
 
 
-def curves(board: Board, times: int) -> dict[str, RiskCurve]:
+def curves(board: Board, times: int, known: Container[str] = INIT) -> dict[str, RiskCurve]:
     """One curve per placement from all runs, for `report/risk.toml`.
 
-    None from fewer than 10 runs of either outcome, and none from two to four inits: their spread tells no other one.
-
-    Its interval is that over resampled inits; its quality is what `held_out` says.
+    None from fewer than 10 runs of either outcome, none from two to four inits (their spread tells no other one), and
+    none in a figure that is not `known`. The interval is that over resampled inits; its quality `held_out` tells.
     """
     found = {}
     for stratum in dict.fromkeys(board.strata):
         chosen = np.array([s == stratum for s in board.strata])
         bad = int(board.wrong[chosen].sum())
         made = _curve(board, chosen, min(times, 200)) if LEAST <= bad <= int(chosen.sum()) - LEAST else None
-        if made is None or made[0] not in INIT:  # a column of a foreign log is no figure of an audit
+        if made is None or made[0] not in known:  # a column of a foreign log is no figure of an audit
             continue
         name, curve = made
         used = np.flatnonzero(chosen & (board.figures[name] > 0) & (board.rates > 0))
