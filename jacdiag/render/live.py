@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.layout import Layout
@@ -48,10 +49,10 @@ def _figures(run: RunLog, width: int, height: int) -> RenderableType:
     if not run.steps:
         return Text("no step yet")
     last = run.steps[-1]
-    key = "grad_norm" if last.get("grad_norm") is not None else "grad_norm_post"
-    label = "gradient" if key == "grad_norm" else "gradient, post-clip"
-    lines = [f"step {last['step']:,}", *_curve("loss", run.column("loss"), width)]
-    lines += _curve(label, run.column(key), width)
+    lines = [f"step {last['step']:,}", *_curve(("loss",), run, "loss", width)]
+    given = any(row.get("grad_norm") is not None for row in run.steps)
+    labels = ("gradient", "grad") if given else ("gradient, post-clip", "grad post-clip", "grad")
+    lines += _curve(labels, run, "grad_norm" if given else "grad_norm_post", width)
     recent = [number(row.get("step_seconds")) for row in run.steps[-_RATE:]]
     recent = [value for value in recent if math.isfinite(value)]
     if recent:
@@ -61,18 +62,50 @@ def _figures(run: RunLog, width: int, height: int) -> RenderableType:
             lines.append(f"{name:8} {number(last[key]):,.4g}")
     clipped_ones = [row["clipped"] for row in run.steps if row.get("clipped") is not None]
     if clipped_ones:
-        lines.append(f"clipped  {sum(clipped_ones) / len(clipped_ones):.0%} of steps")
+        share = f"clipped  {sum(clipped_ones) / len(clipped_ones):.0%}"
+        lines.append(_fitting(width, f"{share} of steps", share))
     skipped = sum(bool(row.get("skipped")) for row in run.steps)
     lines += [f"skipped  {skipped}"] if skipped else []
-    lines += _cost(run)
+    lines += _cost(run, width)
     lines += [f"off      {row['part']}" for row in run.faults]
     return Text("\n".join(clipped(printable(line), width) for line in lines[:height]), no_wrap=True)
 
 
-def _curve(name: str, values: Sequence[float], width: int) -> list[str]:
-    known = [v for v in values if math.isfinite(v)]
-    last = three(known[-1]) if known else "?"
-    return [f"{name:8} {last}", spark(values, width)]
+def _curve(labels: Sequence[str], run: RunLog, key: str, width: int) -> list[str]:
+    """The last value that was measured, finite or not, and the curve: a label is shortened, never a value."""
+    measured = [(int(row["step"]), v) for row in run.steps if (v := _measured(row, key)) is not None]
+    last = three(measured[-1][1]) if measured else "?"
+    texts = [f"{label:8} {last}" for label in labels]
+    since = _lost_since(measured)
+    if since is not None:
+        texts = [f"{label} {last} since{step} {since:,}" for step in (" step", "") for label in labels] + texts
+    return [_fitting(width, *texts, f"{labels[-1]} {last}"), spark(run.column(key), width)]
+
+
+def _measured(row: Mapping[str, Any], key: str) -> float | None:
+    """A figure of a step; None where it was not measured.
+
+    The log has null for a norm before clipping that is nan, and says so by the norm behind it.
+    """
+    if row.get(key) is not None:
+        return number(row[key])
+    behind = row.get("grad_norm_post") if key == "grad_norm" else None
+    return number(behind) if behind is not None and not math.isfinite(number(behind)) else None
+
+
+def _lost_since(measured: Sequence[tuple[int, float]]) -> int | None:
+    """The first of the last steps in a row whose value is not finite; None where the last one is finite."""
+    since = None
+    for step, value in reversed(measured):
+        if math.isfinite(value):
+            break
+        since = step
+    return since
+
+
+def _fitting(width: int, *texts: str) -> str:
+    """The first text that fits; the last one, cut, if none does."""
+    return next((text for text in texts if len(text) <= width), clipped(texts[-1], width))
 
 
 def spark(values: Sequence[float], width: int) -> str:
@@ -90,11 +123,13 @@ def spark(values: Sequence[float], width: int) -> str:
     return "".join(_BARS[round((m - low) / span * 7)] if math.isfinite(m) else " " for m in means)
 
 
-def _cost(run: RunLog) -> list[str]:
+def _cost(run: RunLog, width: int) -> list[str]:
     probes = [number(row.get("seconds")) for row in run.probes]
     lines = [f"probe    {seconds(probes[-1])}"] if probes else []
     share = next((row["probe_share"] for row in reversed(run.prices) if "probe_share" in row), None)
-    return lines + ([f"         {share:.1%} of the time"] if share is not None else [])
+    if share is None:
+        return lines
+    return [*lines, _fitting(width, f"         {share:.1%} of the time", f"         {share:.1%} time")]
 
 
 # -- middle ------------------------------------------------------------------------------------------------------------
@@ -146,5 +181,3 @@ def _alerts(run: RunLog, width: int, height: int) -> RenderableType:
 def _keys(run: RunLog, path: str, width: int) -> RenderableType:
     state = f"ended at step {run.ended['step']:,}" if run.ended is not None else "running"
     return Text(clipped(f" {state}  ·  {printable(path)}  ·  Ctrl-C leaves; the run goes on", width), style="reverse")
-
-

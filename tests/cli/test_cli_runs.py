@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from rich.console import Console
 import jacdiag
 from jacdiag.render.heat import heat_of
 from jacdiag.render.live import screen, spark
-from jacdiag.report.runlog import read_run
+from jacdiag.report.runlog import RunLog, read_run
 from jacdiag.sources.gpt import build
 
 
@@ -50,6 +51,32 @@ def test_a_frame_fits_the_terminal_and_says_what_happened(run: Path, width: int)
     for word in ("step 20", "loss", "gradient", "clipped", "h.0.attn", "‖J‖", "● JD505 at 19", "ended at step 20"):
         assert word in text, word
     assert "nan" not in text.lower().replace("jd505", "")
+
+
+def shown(run: RunLog, width: int, height: int = 24) -> str:
+    """One frame as text."""
+    terminal = Console(width=width, height=height, force_terminal=False, file=io.StringIO())
+    with terminal.capture() as held:
+        terminal.print(screen(run, "runs/a", width, height), height=height)
+    return held.get()
+
+
+@pytest.mark.parametrize(("bad", "width"), [("nan", 60), ("nan", 80), ("inf", 80), ("-inf", 200)])
+def test_a_loss_that_is_lost_is_shown_with_the_step_since_when(bad: str, width: int) -> None:
+    """Not the last finite one; the log has null for a nan norm before clipping, and nan for the one behind it."""
+    steps = [{"step": k, "loss": 3.39, "grad_norm": 1.89, "grad_norm_post": 1.0} for k in range(1, 191)]
+    lost = {"loss": bad, "grad_norm": None if bad == "nan" else bad, "grad_norm_post": bad}
+    text = shown(RunLog(steps=[*steps, *({"step": k, **lost} for k in range(191, 201))]), width)
+    assert f"loss {bad} since{' step' if width >= 80 else ''} 191" in text and "3.39" not in text
+    assert f"{'gradient' if width == 200 else 'grad'} {bad} since{' step' if width >= 80 else ''} 191" in text
+    text = shown(RunLog(steps=[*steps, {"step": 191, **lost}, {**steps[-1], "step": 192, "loss": None}]), width)
+    assert f"loss {bad} since" in text and "1.89" in text  # not measured is no recovery; a finite norm is one
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_norm_behind_clipping_keeps_its_value_where_its_label_is_too_long(width: int) -> None:
+    text = shown(RunLog(steps=[{"step": 1, "loss": 3.39, "grad_norm_post": 0.123}]), width)
+    assert "post-clip 0.123" in text
 
 
 def test_a_run_without_a_step_or_a_probe(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
