@@ -79,6 +79,34 @@ def test_a_norm_behind_clipping_keeps_its_value_where_its_label_is_too_long(widt
     assert "post-clip 0.123" in text
 
 
+NAMES = [f"model.layers.{k}.{part}" for k in range(12) for part in ("self_attn", "self_mlp")]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize(
+    "names", [NAMES, ["encoder.layers.0.attn", "decoder.layers.0.attn"], ["one.and.only.sublayer"], []]
+)
+def test_sub_layers_can_be_told_apart_at_every_width(names: list[str], width: int) -> None:
+    figures = {"branch_norm": {name: 1.0 + k for k, name in enumerate(names)}}
+    text = shown(RunLog(probes=[{"step": 0, "figures": figures}, {"step": 5000, "figures": figures}]), width, 40)
+    rows = [line.split("││")[1].split(" ")[1] for line in text.splitlines()[1 : len(names) + 1]]
+    assert len(set(rows)) == len(names) and "steps 0" in text
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_the_sentence_of_an_alert_is_wrapped_where_there_is_room(width: int) -> None:
+    what = "loss 13.1, 10.1 over its median and 11.5 standard deviations over its mean"
+    alerts = [
+        {"step": step, "code": "JD502", "level": "warning", "what": what, "where": ["layers.0.feed_forward"]}
+        for step in range(1, 20)
+    ]
+    text = shown(RunLog(alerts=alerts[:2]), width)
+    right = " ".join(" ".join(line.split("││")[2].strip(" │") for line in text.splitlines()[1:22]).split())
+    assert right.count(what) == 2 and right.count("0.feed_forward") == 2
+    full = shown(RunLog(alerts=alerts), width)
+    assert "JD502 at 19" in full and full.count("JD502") == 7 and full.count("loss 13.1") == 7
+
+
 def test_a_run_without_a_step_or_a_probe(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     header = (run / "run.jsonl").read_bytes().splitlines(keepends=True)[0]
     (tmp_path / "run.jsonl").write_bytes(header)
