@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from jacdiag.ranks import Team
 
+INTERRUPTED = 130
+
 
 @dataclass(frozen=True)
 class Invocation:
@@ -45,6 +47,15 @@ def complain(what: str, *, got: str | None = None, hint: str | None = None) -> N
             first, *others = text.splitlines()
             lines += [f"  {label}: {first}", *(f"       {line}" for line in others)]
     say(printable("\n".join(lines)))
+
+
+def interrupted() -> int:
+    """The exit code after Ctrl-C.
+
+    CPython keeps a note of a Ctrl-C that ended an exec() of text, and dies by the signal at its end; this clears it.
+    """
+    exec("")
+    return INTERRUPTED
 
 
 def say(text: str) -> None:

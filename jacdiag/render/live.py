@@ -233,4 +233,10 @@ def _ending(name: str, width: int) -> str:
 
 def _keys(run: RunLog, path: str, width: int) -> RenderableType:
     state = f"ended at step {run.ended['step']:,}" if run.ended is not None else "running"
-    return Text(clipped(f" {state}  ·  {printable(path)}  ·  Ctrl-C leaves; the run goes on", width), style="reverse")
+    leave = "Ctrl-C leaves" if run.ended is not None else "Ctrl-C leaves; the run goes on"
+    room = max(width - len(f" {state}  ·    ·  {leave}"), 12)
+    return Text(clipped(f" {state}  ·  {_end_of(printable(path), room)}  ·  {leave}", width), style="reverse")
+
+
+def _end_of(path: str, width: int) -> str:
+    return path if len(path) <= width else f"…{path[1 - width :]}"

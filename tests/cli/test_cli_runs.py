@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import subprocess
@@ -184,7 +185,7 @@ def test_ctrl_c_leaves_the_screen(run: Path) -> None:
         [sys.executable, "-m", "jacdiag_cli", "live", str(run), "--refresh", "0.1"], stdout=follower, stderr=follower,
         stdin=follower, env={**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24"},
     )  # fmt: skip
-    seen, until = b"", time.monotonic() + 60
+    seen, until, left = b"", time.monotonic() + 60, b""
     while b"ended at step" not in seen and time.monotonic() < until:
         seen += os.read(leader, 65536)
     process.send_signal(signal.SIGINT)
@@ -192,7 +193,20 @@ def test_ctrl_c_leaves_the_screen(run: Path) -> None:
     until = time.monotonic() + 30
     while process.poll() is None and time.monotonic() < until:
         try:
-            os.read(leader, 65536)
+            left += os.read(leader, 65536)
         except BlockingIOError:
             time.sleep(0.05)
+    with contextlib.suppress(OSError):
+        left += os.read(leader, 65536)
     assert process.wait(5) == 130 and b"ended at step" in seen
+    assert b"error" not in left and b"interrupted" not in left  # to leave as the screen says is no error
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_last_line_says_how_to_leave_and_that_a_run_goes_on_while_it_does(width: int) -> None:
+    steps = [{"step": 1, "loss": 1.0}]
+    for ended, wanted in ((None, "Ctrl-C leaves; the run goes on"), ({"step": 1}, "Ctrl-C leaves")):
+        terminal = Console(width=width, height=24, force_terminal=False, file=io.StringIO())
+        with terminal.capture() as held:
+            terminal.print(screen(RunLog(steps=steps, ended=ended), "a/long/path/" * 5 + "run.jsonl", width, 24))
+        assert held.get().rstrip().endswith(wanted), ended
