@@ -78,6 +78,9 @@ def _probe(report: Report) -> list[str]:
     probe, settings = report.probe, report.settings
     size = f"{probe.batch} x {probe.seq}" if probe.seq else f"batch {probe.batch}"
     words = {"random": f"{size} random tokens, seed {probe.seed}", "inputs": f"{size}, from --inputs"}
+    if replayed := settings.get("replayed"):
+        step = replayed.get("batch_step")
+        words["inputs"] = f"{size}, from --replay" + (f", the batch of step {step:,}" if step is not None else "")
     what = words.get(probe.tokens, f"{size} tokens of {probe.tokens}")
     if probe.excluded_rows:
         what += f", {plural(probe.excluded_rows, 'dead row')} left out"
