@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -65,6 +66,16 @@ def state_words(report: Report) -> str:
     norms = " and ".join("no norm" if kind == "none" else f"{kind}-norm" for kind in kinds)
     known = report.tier == "measured" and norms
     return ", ".join(part for part in (report.state or "state unknown", known and norms) if part)
+
+
+def left_out(titles: Sequence[str], other: str = "markdown") -> str:
+    """What stands below a table that lost columns to a narrow terminal; `other` is the format that has them all.
+
+    >>> left_out(["bound", "who"])
+    '2 columns left out: bound, who; a wider terminal or --format markdown shows all'
+    """
+    count = plural(len(titles), "column")
+    return f"{count} left out: {', '.join(titles)}; a wider terminal or --format {other} shows all"
 
 
 def plural(number: int, noun: str) -> str:
