@@ -71,14 +71,16 @@ class Follower:
 
     def read(self) -> None:
         """Raises SourceError where the log has gone."""
-        from jacdiag.report.runlog import parsed
+        from jacdiag.report.runlog import WHERE_LOGS_ARE, parsed
 
         try:
             with self.path.open("rb") as file:
                 file.seek(self.offset)
                 data = file.read()
         except OSError as error:
-            raise SourceError(f"cannot read the run log '{self.path}'", got=error.strerror) from error
+            raise SourceError(
+                f"cannot read the run log '{self.path}'", got=error.strerror, hint=WHERE_LOGS_ARE
+            ) from error
         whole = data[: data.rfind(b"\n") + 1]
         self.offset += len(whole)
         for row in parsed(whole.splitlines(keepends=True)):
