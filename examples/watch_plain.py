@@ -24,7 +24,9 @@ def main(steps: int = 60, folder: str = "runs/plain") -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
     # One line around the loop, one line in it.
-    with jacdiag.watch(model, optimizer, log_dir=folder, every=20, stats_every=10, keep_batches=2) as w:
+    # Alerts are noticed every log_every=10 steps: so many steps' batches are kept, for `jacdiag audit --replay`.
+    kept = 10 * ACCUMULATE
+    with jacdiag.watch(model, optimizer, log_dir=folder, every=20, stats_every=10, keep_batches=kept) as w:
         for step in range(1, steps + 1):
             total = torch.zeros(())
             for _ in range(ACCUMULATE):

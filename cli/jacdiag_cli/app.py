@@ -21,6 +21,7 @@ import click
 
 import jacdiag
 from jacdiag.errors import JacdiagError, RankError, Stopped
+from jacdiag.render.files import written
 from jacdiag_cli.audit import audit
 from jacdiag_cli.backtest import backtest
 from jacdiag_cli.crew import calm, enrolled, quiet
@@ -28,7 +29,7 @@ from jacdiag_cli.diff import diff
 from jacdiag_cli.explain import explain
 from jacdiag_cli.gate import gate
 from jacdiag_cli.live import live
-from jacdiag_cli.output import Invocation, complain, forgive_streams, say, stop_writing
+from jacdiag_cli.output import Invocation, complain, forgive_streams, interrupted, say, stop_writing
 from jacdiag_cli.plot import plot
 from jacdiag_cli.rules import rules
 from jacdiag_cli.sites import sites
@@ -36,7 +37,8 @@ from jacdiag_cli.sites import sites
 if TYPE_CHECKING:
     from jacdiag.ranks import Team
 
-CANNOT_RUN, BUG, INTERRUPTED = 2, 70, 130
+CANNOT_RUN, BUG = 2, 70
+_NOTHING_WRITTEN = "no file was written or changed"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -68,17 +70,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Read by torch when it first takes memory: with large pages, raising a bf16 matrix takes an eighth of the time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     forgive_streams()
-    with _interrupts() as interrupted:
+    written.clear()
+    with _interrupts() as interrupts:
         try:
             team = enrolled()
         except BaseException as error:
-            return _ended(error, interrupted)
+            return _ended(error, interrupts)
         if team is None:
             try:
-                return _run(Invocation(args, interrupted))
+                return _run(Invocation(args, interrupts))
             except BaseException as error:
-                return _ended(error, interrupted)
-        return _run_as_one_of(team, Invocation(args, interrupted, team))
+                return _ended(error, interrupts)
+        return _run_as_one_of(team, Invocation(args, interrupts, team))
 
 
 def _run(invocation: Invocation) -> int:
@@ -110,14 +113,14 @@ def _failed_as_one_of(team: Team, error: BaseException) -> int:
         return _failed_as_one_of(team, error)
 
 
-def _real(error: BaseException, interrupted: list[int]) -> BaseException:
+def _real(error: BaseException, interrupts: list[int]) -> BaseException:
     """Ctrl-C, where that is behind it."""
     real = (error.__cause__ or KeyboardInterrupt()) if isinstance(error, click.Abort) else error
-    return KeyboardInterrupt() if interrupted else real
+    return KeyboardInterrupt() if interrupts else real
 
 
-def _ended(error: BaseException, interrupted: list[int]) -> int:
-    real = _real(error, interrupted)
+def _ended(error: BaseException, interrupts: list[int]) -> int:
+    real = _real(error, interrupts)
     return _interrupted() if isinstance(real, KeyboardInterrupt) else _refuse(real)
 
 
@@ -142,10 +145,9 @@ def _interrupts() -> Iterator[list[int]]:
 
 
 def _interrupted() -> int:
-    # CPython keeps a note of a Ctrl-C that ended an exec() of text, and dies by the signal at its end; this clears it.
-    exec("")
-    complain("interrupted: nothing was written that was not whole")
-    return INTERRUPTED
+    named = ", ".join(written)
+    complain(f"interrupted; written before that, and whole: {named}" if named else f"interrupted; {_NOTHING_WRITTEN}")
+    return interrupted()
 
 
 def _refuse(error: BaseException) -> int:

@@ -71,7 +71,9 @@ def audit(invocation: Invocation, source: str, **given: Any) -> int:
         )
     invocation.heed()
     command = shlex.join(["jacdiag", *invocation.args])
-    told = dataclasses.replace(report, settings={**report.settings, "command": command})
+    told: Report = dataclasses.replace(report, settings={**report.settings, "command": command})
+    if given["replay"] is not None:
+        told = _replayed(told, given["replay"])
     if invocation.heard:
         write_files(told, files)
         _show(told, given["output_format"], given["all_rows"], given["sort"])
@@ -87,6 +89,22 @@ def _kept_batch(folder: str | None) -> Any:
     context = click.get_current_context()
     given = context.get_parameter_source("batch") is click.core.ParameterSource.COMMANDLINE
     return read_batch(folder, context.params["batch"] if given else None)
+
+
+def _replayed(report: Report, folder: str) -> Report:
+    """The report with where its batch is from: the step, and whether that is the one the folder is about."""
+    from jacdiag.watching.recorder import told_of
+
+    about = told_of(folder)
+    settings = {**report.settings, "replayed": {"folder": folder, **about}}
+    at, of = about.get("step"), about.get("batch_step")
+    notes = list(report.notes)
+    if None not in (at, of) and at != of:
+        notes.append(
+            f"the batch is of step {of}, not of step {at} that {Path(folder).name} is about: keep_batches of "
+            "jacdiag.watch did not reach back (log_every of it do, 10 by default, times the micro-batches of a step)"
+        )
+    return dataclasses.replace(report, settings=settings, notes=notes)
 
 
 def flat(groups: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:

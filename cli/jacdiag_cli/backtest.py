@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jacdiag.errors import UsageError
+from jacdiag.errors import SourceError, UsageError
 from jacdiag_cli.config import Configured, current
 from jacdiag_cli.output import Column, Invocation, emit, grid, room
 
 if TYPE_CHECKING:
     from jacdiag.report.backtest import BacktestReport
+
+_RUN = "RUN is a run.jsonl of jacdiag.watch, a folder of such runs, or a CSV or JSONL with a row a step"
 
 
 @click.command(cls=Configured, short_help="Holds figures and live rules against how recorded runs ended.")
@@ -81,6 +83,9 @@ def backtest(invocation: Invocation, runs: tuple[str, ...], **given: Any) -> int
         rules = load_thresholds(current().thresholds, given["asked_risk"])
     elif given["asked_risk"]:
         raise UsageError("--risk is for --rejudge", hint="add --rejudge; --write-risk writes curves")
+    missing = next((path for path in runs if not Path(path).exists()), None)
+    if missing is not None:
+        raise SourceError(f"cannot read the run '{missing}'", got="No such file or directory", hint=_RUN)
     found = read_runs(runs, _pairs(given["columns"]), given["figures"], rules=rules)
     stratum = given["stratum"] or [f for f in ("placement",) if all(f in r.factors for r in found)]
     report = run(found, stratum=stratum, peers=given["peers"], bad=given["bad"], false_alarms=given["false_alarms"],

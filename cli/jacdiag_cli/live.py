@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jacdiag.errors import SourceError
-from jacdiag_cli.output import Invocation, console, emit
+from jacdiag_cli.output import Invocation, console, emit, interrupted
 
 if TYPE_CHECKING:
     from jacdiag.report.runlog import RunLog
@@ -23,7 +23,7 @@ _FRAME = 24  # lines of a frame that goes to a pipe
 @click.option("--once", is_flag=True, help="Print one frame and leave; so it is where stdout is no terminal.")
 @click.option("--refresh", type=click.FloatRange(0.1, 60), default=1.0, show_default=True, help="Seconds per frame.")
 @click.pass_obj
-def live(invocation: Invocation, run: str, once: bool, refresh: float) -> None:
+def live(invocation: Invocation, run: str, once: bool, refresh: float) -> int:
     """Follows the log of a run that `jacdiag.watch` writes. RUN is a run.jsonl, or the folder that holds one.
 
     Only reads: the run goes on whether anybody looks or not. Works over ssh, in 80 x 24.
@@ -43,18 +43,21 @@ def live(invocation: Invocation, run: str, once: bool, refresh: float) -> None:
         with terminal.capture() as held:
             terminal.print(screen(follower.run, str(path), terminal.width, _FRAME), height=_FRAME)
         emit(held.get())
-        return
+        return 0
     from rich.live import Live
 
     def frame() -> Any:
         return screen(follower.run, str(path), terminal.width, terminal.height)
 
-    with Live(frame(), console=terminal, screen=True, auto_refresh=False) as view:
-        while True:
-            time.sleep(refresh)
-            invocation.heed()
-            follower.read()
-            view.update(frame(), refresh=True)
+    try:
+        with Live(frame(), console=terminal, screen=True, auto_refresh=False) as view:
+            while True:
+                time.sleep(refresh)
+                invocation.heed()
+                follower.read()
+                view.update(frame(), refresh=True)
+    except KeyboardInterrupt:  # how the screen says that one leaves: the code of Ctrl-C, and no error
+        return interrupted()
 
 
 class Follower:
@@ -68,14 +71,16 @@ class Follower:
 
     def read(self) -> None:
         """Raises SourceError where the log has gone."""
-        from jacdiag.report.runlog import parsed
+        from jacdiag.report.runlog import WHERE_LOGS_ARE, parsed
 
         try:
             with self.path.open("rb") as file:
                 file.seek(self.offset)
                 data = file.read()
         except OSError as error:
-            raise SourceError(f"cannot read the run log '{self.path}'", got=error.strerror) from error
+            raise SourceError(
+                f"cannot read the run log '{self.path}'", got=error.strerror, hint=WHERE_LOGS_ARE
+            ) from error
         whole = data[: data.rfind(b"\n") + 1]
         self.offset += len(whole)
         for row in parsed(whole.splitlines(keepends=True)):

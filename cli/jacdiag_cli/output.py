@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from jacdiag.ranks import Team
 
+INTERRUPTED = 130
+
 
 @dataclass(frozen=True)
 class Invocation:
@@ -45,6 +47,15 @@ def complain(what: str, *, got: str | None = None, hint: str | None = None) -> N
             first, *others = text.splitlines()
             lines += [f"  {label}: {first}", *(f"       {line}" for line in others)]
     say(printable("\n".join(lines)))
+
+
+def interrupted() -> int:
+    """The exit code after Ctrl-C.
+
+    CPython keeps a note of a Ctrl-C that ended an exec() of text, and dies by the signal at its end; this clears it.
+    """
+    exec("")
+    return INTERRUPTED
 
 
 def say(text: str) -> None:
@@ -120,8 +131,11 @@ class Column:
         return max(len(text) for text in (self.title, *self.cells))
 
 
-def grid(columns: Sequence[Column], width: int | None = None) -> str:
-    """A plain table: every column as wide as its widest text, two spaces between; no row is ever wrapped."""
+def grid(columns: Sequence[Column], width: int | None = None, other: str = "markdown") -> str:
+    """A plain table: every column as wide as its widest text, two spaces between; no row is ever wrapped.
+
+    Where a terminal is too narrow, a line below names the columns left out, and `other`, the format that has them all.
+    """
     kept = list(columns)
     while width is not None and sum(c.width + 2 for c in kept) - 2 > width:
         droppable = [column for column in kept if column.interest < 100]
@@ -133,7 +147,18 @@ def grid(columns: Sequence[Column], width: int | None = None) -> str:
         cells = zip(row, kept, strict=True)
         padded = [text.rjust(c.width) if c.right else text.ljust(c.width) for text, c in cells]
         lines.append("  ".join(padded).rstrip())
-    return "".join(f"{clipped(line, width)}\n" for line in lines)
+    text = "".join(f"{clipped(line, width)}\n" for line in lines)
+    dropped = [column.title for column in columns if column not in kept]
+    return text + (_told_of(dropped, width, other) if dropped and width else "")
+
+
+def _told_of(dropped: list[str], width: int, other: str) -> str:
+    import textwrap
+
+    from jacdiag.render.words import left_out
+
+    lines = textwrap.wrap(left_out(dropped, other), width, subsequent_indent="  ", break_on_hyphens=False)
+    return "".join(f"{line}\n" for line in lines)
 
 
 def clipped(line: str, width: int | None) -> str:

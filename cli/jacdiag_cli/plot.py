@@ -35,12 +35,12 @@ def plot(source: str, output: str | None) -> None:
         from jacdiag.render.plot import save
         from jacdiag.report import Report
 
+        hint = "a report from --json, or a run.jsonl"
         try:
             report = Report.from_json(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise SourceError(f"cannot read '{path}'", got=error.strerror) from error
+            raise SourceError(f"cannot read '{path}'", got=error.strerror, hint=hint) from error
         except (ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
-            hint = "a report from --json, or a run.jsonl"
             raise SourceError(f"'{path}' is no report of jacdiag", got=str(error)[:200], hint=hint) from error
         save(report, target)
     say(f"wrote {target}")

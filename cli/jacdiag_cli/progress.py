@@ -49,14 +49,21 @@ def bar(text: str, heed: Callable[[], None]) -> Iterator[Bar]:
         yield Bar(None, text, heed)
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Left(TimeRemainingColumn):
+        """How long it will still take; nothing until that can be told."""
+
+        def render(self, task: Task) -> Text:
+            known = task.total is not None and task.time_remaining is not None
+            return super().render(task).append(" left") if known else Text()
 
     display = Progress(
         SpinnerColumn(),
         TextColumn("{task.description:<36.36}", markup=False),
         BarColumn(24),
-        TimeRemainingColumn(),
-        TextColumn("left"),
+        Left(),
         console=Console(stderr=True),
         transient=True,
     )

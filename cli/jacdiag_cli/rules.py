@@ -38,7 +38,7 @@ def rules(output_format: str) -> None:
         Column("applies to", [applies_to(rule) for rule in EVERY], 2),
         Column("what it says", [rule.summary for rule in EVERY], 1),
     ]
-    emit(grid(columns, room()) + "\njacdiag explain CODE says why, with an example and a remedy.\n")
+    emit(grid(columns, room(), "json") + "\njacdiag explain CODE says why, with an example and a remedy.\n")
 
 
 def applies_to(rule: Rule) -> str:

@@ -133,8 +133,10 @@ def describe(loaded: Source, found: Sites) -> dict[str, Any]:
 
 
 def _page(data: dict[str, Any], width: int | None) -> str:
-    parts = [clipped(_head(data), width) + "\n"]
-    parts.append(grid(_columns(data["sublayers"]), width) if data["sublayers"] else _nothing(data))
+    from jacdiag.render.table import packed
+
+    parts = ["".join(f"{line}\n" for line in packed(_head(data), width))]
+    parts.append(grid(_columns(data["sublayers"]), width, "json") if data["sublayers"] else _nothing(data))
     parts.append(_elsewhere(data, width))
     if data["uncovered"]:
         parts.append(_uncovered(data["uncovered"], width))
@@ -142,7 +144,7 @@ def _page(data: dict[str, Any], width: int | None) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _head(data: dict[str, Any]) -> str:
+def _head(data: dict[str, Any]) -> list[str]:
     from jacdiag.render.numbers import share
     from jacdiag.render.words import plural
 
@@ -152,7 +154,7 @@ def _head(data: dict[str, Any]) -> str:
         f"{plural(len(data['sublayers']), 'sub-layer')} in {plural(model['layers'], 'layer')}",
         f"{model['parameters']:,} parameters, {share(model['covered_parameters'], model['parameters'])} covered",
     ]
-    return "  ·  ".join(parts + ([] if data["deterministic"] else ["two runs gave different outputs"]))
+    return parts + ([] if data["deterministic"] else ["two runs gave different outputs"])
 
 
 def _columns(rows: list[dict[str, Any]]) -> list[Column]:
@@ -203,7 +205,7 @@ def _uncovered(uncovered: dict[str, dict[str, Any]], width: int | None) -> str:
         Column("shape", [_times(uncovered[name]["shape"]) for name in names], 1),
         Column("reason", [uncovered[name]["reason"] for name in names], 2),
     ]
-    return grid(columns, width)
+    return grid(columns, width, "json")
 
 
 def _remarks(data: dict[str, Any]) -> str:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from jacdiag.errors import UsageError
 
+written: list[str] = []  # files that this process has written: Ctrl-C names them
+
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     """Writes a file under a temporary name beside it, then renames: an interruption leaves no half-written file.
@@ -23,6 +25,7 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
             file.write(data)
         Path(name).chmod(_mode(target))
         Path(name).replace(target)
+        written.append(str(target))
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise

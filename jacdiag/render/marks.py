@@ -53,7 +53,7 @@ def is_across(report: Report, row: SublayerRecord, field: str) -> bool:
 
 
 def guilty(report: Report) -> dict[str, str]:
-    """Who carries the gain, per sub-layer name: "shortcut", "sub-layer" or "both".
+    """Whose condition is not, or only partly, met, per sub-layer name: "shortcut", "sub-layer" or "both".
 
     Only at init: on a trained model the split between the two factors is not identifiable.
     """

@@ -41,8 +41,12 @@ def print_report(report: Report, console: Console, *, all_rows: bool = False, so
     width = console.width if console.is_terminal else None
     report = words.legible(report)
     lines = _header(report, width)
-    lines += [Text(), *_table(build(report, all_rows=all_rows, sort=sort), width)]
-    for note in below.footnotes(report):
+    grid = build(report, all_rows=all_rows, sort=sort)
+    columns = _fitting(grid.columns, width)
+    lines += [Text(), *_table(grid, columns, width)]
+    shown = {column.key for column in columns}
+    dropped = [column.title for column in grid.columns if column.key not in shown]
+    for note in [*([words.left_out(dropped)] if dropped and grid.rows else []), *below.footnotes(report)]:
         lines += _hanging(Text(f"{_INDENT}– "), note, width, "dim")
     lines += [Text(), *_verdict(report, width), Text(), *_closing(report, width)]
     for line in lines:
@@ -55,7 +59,7 @@ def _header(report: Report, width: int | None) -> list[Text]:
     name = words.source_name(report)
     lines = []
     for number, parts in enumerate(words.header(report)):
-        for place, row in enumerate(_packed(parts, width)):
+        for place, row in enumerate(packed(parts, width)):
             line = Text(_INDENT * (place > 0) + row, style="dim" if number else "")
             if number == 0 and name in row:
                 line.stylize("bold", line.plain.index(name), line.plain.index(name) + len(name))
@@ -63,7 +67,7 @@ def _header(report: Report, width: int | None) -> list[Text]:
     return lines
 
 
-def _packed(parts: list[str], width: int | None) -> list[str]:
+def packed(parts: list[str], width: int | None) -> list[str]:
     """As many parts on each line as fit; one that fits on no line is wrapped."""
     if width is None:
         return [_JOINT.join(parts)]
@@ -77,8 +81,7 @@ def _packed(parts: list[str], width: int | None) -> list[str]:
     return rows
 
 
-def _table(grid: Grid, width: int | None) -> list[Text]:
-    columns = _fitting(grid.columns, width)
+def _table(grid: Grid, columns: list[Column], width: int | None) -> list[Text]:
     if not grid.rows:
         return [Text(f"{_INDENT}no sub-layers")]
     lines = [_row([column.title for column in columns], columns, None, "dim")]

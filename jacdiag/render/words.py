@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -67,6 +68,16 @@ def state_words(report: Report) -> str:
     return ", ".join(part for part in (report.state or "state unknown", known and norms) if part)
 
 
+def left_out(titles: Sequence[str], other: str = "markdown") -> str:
+    """What stands below a table that lost columns to a narrow terminal; `other` is the format that has them all.
+
+    >>> left_out(["bound", "who"])
+    '2 columns left out: bound, who; a wider terminal or --format markdown shows all'
+    """
+    count = plural(len(titles), "column")
+    return f"{count} left out: {', '.join(titles)}; a wider terminal or --format {other} shows all"
+
+
 def plural(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
@@ -78,6 +89,9 @@ def _probe(report: Report) -> list[str]:
     probe, settings = report.probe, report.settings
     size = f"{probe.batch} x {probe.seq}" if probe.seq else f"batch {probe.batch}"
     words = {"random": f"{size} random tokens, seed {probe.seed}", "inputs": f"{size}, from --inputs"}
+    if replayed := settings.get("replayed"):
+        step = replayed.get("batch_step")
+        words["inputs"] = f"{size}, from --replay" + (f", the batch of step {step:,}" if step is not None else "")
     what = words.get(probe.tokens, f"{size} tokens of {probe.tokens}")
     if probe.excluded_rows:
         what += f", {plural(probe.excluded_rows, 'dead row')} left out"

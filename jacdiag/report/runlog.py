@@ -22,6 +22,7 @@ from jacdiag.report.schema import Level
 RUN_SCHEMA_VERSION = 1
 RUN_FILE = "run.jsonl"
 KINDS = ("run", "resume", "price", "step", "stats", "probe", "alert", "fault", "note", "end")
+WHERE_LOGS_ARE = "a run is the log_dir that jacdiag.watch was given, or the run.jsonl in it"
 _STEPPED = ("step", "stats", "probe", "alert")
 
 
@@ -118,7 +119,7 @@ def read_run(path: str | os.PathLike[str]) -> RunLog:
             for row in parsed(lines):
                 run.add(row)
     except OSError as error:
-        raise SourceError(f"cannot read the run log '{file}'", got=error.strerror) from error
+        raise SourceError(f"cannot read the run log '{file}'", got=error.strerror, hint=WHERE_LOGS_ARE) from error
     if not run.header:
         raise SourceError(
             f"'{file}' is no run log",

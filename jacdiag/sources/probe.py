@@ -234,7 +234,10 @@ def _pixels(model: nn.Module, batch: int, seed: int) -> Probe:
 # -- files and text ---------------------------------------------------------------------------------------------------
 def _from_file(path: Path, batch: int, length: int, given: bool) -> Tensor:
     if not path.is_file():
-        raise ProbeError(f"no such token file: '{path}'")
+        raise ProbeError(
+            f"no such token file: '{path}'",
+            hint=".npy, .bin (uint16), .txt (bytes) or .pt; without it the probe is random tokens",
+        )
     ids = _read_tokens(path)
     if ids.dtype.is_floating_point or ids.dtype == torch.bool:
         raise ProbeError(

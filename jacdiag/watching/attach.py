@@ -61,7 +61,9 @@ def watch(
         resume: go on with the log in `log_dir`.
         updates: measure the update norm of one sub-layer a step, in turn.
         recorder: how many steps the flight recorder keeps; 0 for none.
-        keep_batches: how many whole batches it keeps, with the random states.
+        keep_batches: how many whole batches it keeps, with the random states, on the device they are on; they are
+            written once something happens. Live rules look every `log_every` steps, so that many (times the
+            micro-batches of a step) reach back to the batch of whatever step they speak of. 0 for none.
         sinks: "tensorboard", "wandb", or objects with write(step, figures) and close().
         thresholds: the user's own, see thresholds.toml.
         risk: a file of `jacdiag backtest --write-risk`: the curves that JD105 asks at every learning rate,
@@ -112,6 +114,9 @@ def watch(
     tiers = Tiers(model, optimisers, names, together, record, probe=probe, thresholds=limits, cadences=cadences)
     if left and len(left) < len(names):
         record.note(f"{len(left)} parameters are in no optimizer, such as '{left[0]}'")
+    if recorder and 0 < keep_batches < log_every:
+        record.warn("keep", f"an alert may speak of a step {log_every - 1} before it: keep_batches={log_every} (times "
+                    f"the micro-batches of a step) keeps its batch, keep_batches={keep_batches} may not")  # fmt: skip
     made = Watch(model, optimisers, together, record, tiers, log_every, updates, keep_batches)
     _WATCHED[unwrap(model)] = weakref.ref(made)
     return made

@@ -76,7 +76,9 @@ def read_batch(folder: str | Path, sequences: int | None = None) -> dict[str, An
         there = (Path(folder) / ABOUT_FILE).is_file()
         raise SourceError(
             f"'{folder}' holds no batch" if there else f"'{folder}' is no folder of a flight recorder",
-            hint="jacdiag.watch(..., keep_batches=2) keeps them" if there else "it is flight-STEP in the log_dir",
+            hint="jacdiag.watch(..., keep_batches=10) keeps those of the last 10 forwards"
+            if there
+            else "it is flight-STEP in the log_dir",
         )
     try:
         batch = torch.load(file, map_location="cpu", weights_only=True)
@@ -88,6 +90,15 @@ def read_batch(folder: str | Path, sequences: int | None = None) -> dict[str, An
             batch = {n: t[:sequences] if isinstance(t, torch.Tensor) and t.dim() else t for n, t in batch.items()}
     unnamed = sorted((name for name in batch if name.isdigit()), key=int)
     return tuple(batch[name] for name in unnamed) if unnamed else batch
+
+
+def told_of(folder: str | Path) -> dict[str, int]:
+    """What `about.json` says: the `step` that the folder is about, and the `batch_step` of its batch."""
+    try:
+        about = json.loads((Path(folder) / ABOUT_FILE).read_text(encoding="utf-8"))
+        return {key: about[key] for key in ("step", "batch_step") if isinstance(about.get(key), int)}
+    except (OSError, ValueError, AttributeError):
+        return {}
 
 
 def _on_cpu(leaf: Any) -> Any:

@@ -53,6 +53,24 @@ def test_the_default_fails_on_errors_only(jd: Run, stub: Stub) -> None:
     assert jd("audit", "checkpoint.pt").code == 1
 
 
+@pytest.mark.parametrize(
+    ("args", "what", "hint"),
+    [
+        (("live", "gone"), "cannot read the run log 'gone'", "log_dir"),
+        (("plot", "gone.jsonl"), "cannot read the run log 'gone.jsonl'", "log_dir"),
+        (("plot", "gone.json"), "cannot read 'gone.json'", "a report from --json, or a run.jsonl"),
+        (("backtest", "gone.csv"), "cannot read the run 'gone.csv'", "a CSV or JSONL with a row a step"),
+        (("audit", "FACTORY", "--tokens", "gone.txt"), "no such token file: 'gone.txt'", ".txt (bytes)"),
+    ],
+)
+def test_a_file_that_is_not_there_gets_a_hint(
+    jd: Run, factory: str, args: tuple[str, ...], what: str, hint: str
+) -> None:
+    done = jd(*(f"{factory}build" if arg == "FACTORY" else arg for arg in args))
+    assert (done.code, done.out) == (2, "")
+    assert f"error: {what}" in done.err and hint in done.err.partition("  try: ")[2]
+
+
 @pytest.mark.parametrize("kind", [SourceError, ProbeError, TraceError, MeasureError, UsageError])
 def test_a_refusal_says_what_got_try(jd: Run, stub: Stub, kind: type[SourceError]) -> None:
     stub.error = kind("cannot read 'x.pt'", got="an empty file", hint="copy it again")

@@ -21,7 +21,7 @@ def run(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 def check(done: subprocess.CompletedProcess[str], folder: Path, left: set[str] | None = None) -> None:
     assert done.returncode == 130, done.stderr
-    assert "interrupted" in done.stderr and "Traceback" not in done.stderr
+    assert "interrupted; no file was written or changed" in done.stderr and "Traceback" not in done.stderr
     assert files(folder) == (left or set())
 
 
@@ -64,6 +64,16 @@ def test_an_old_file_survives(tmp_path: Path) -> None:
     """
     check(run(stubbed("audit", "c.pt", "--json", "r.json", during=during), tmp_path), tmp_path, {"r.json"})
     assert (tmp_path / "r.json").read_text() == "old"
+
+
+def test_a_file_that_was_written_before_is_named(tmp_path: Path) -> None:
+    during = f"""
+        from jacdiag.render import plot
+        plot.save = lambda *args: {INTERRUPT}
+    """
+    done = run(stubbed("audit", "c.pt", "--json", "r.json", "--plot", "r.png", during=during), tmp_path)
+    assert done.returncode == 130 and files(tmp_path) == {"r.json"}
+    assert "interrupted; written before that, and whole: r.json" in done.stderr
 
 
 @pytest.mark.parametrize("module", ["torch", "torch.nn", "numpy._core._multiarray_umath", "torch._tensor"])

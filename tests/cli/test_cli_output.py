@@ -217,6 +217,27 @@ def test_a_bar_on_a_terminal_goes_away(tmp_path: Path) -> None:
     assert json.loads(done.out)["verdict"] == "warn"
 
 
+def test_a_bar_says_what_is_left_once_it_knows(tmp_path: Path) -> None:
+    during = """
+        import time
+        bar = options["progress"]
+        time.sleep(0.3)
+        bar.start(40, "measuring")
+        time.sleep(0.7)
+        print("now it moves")
+        for _ in range(6):
+            time.sleep(0.2)
+            bar.advance(1, "h.0.attn")
+        bar.stop()
+    """
+    done = on_terminal(stubbed("audit", "c.pt", "--format", "json", during=during), tmp_path, columns=100,
+                       stdout_too=False)  # fmt: skip
+    before, _, after = done.err.partition("now it moves")
+    assert "reading the model" in before and "measuring" in before
+    assert "left" not in before and "-:--" not in done.err
+    assert re.search(r"0:00:\d\d\S* left", after), after
+
+
 def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
     import subprocess
     import sys

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from cli.rig import ROOT, Done, on_terminal
+from jacdiag_cli.output import Column, grid
 
 from jacdiag.rules import EVERY
 
@@ -49,6 +50,20 @@ def test_rules_on_a_narrow_terminal(tmp_path: Path, columns: int) -> None:
     assert done.code == 0
     rows = [line for line in done.out.splitlines() if line.startswith("JD")]
     assert len(rows) == len(CODES) and all(len(row) <= columns for row in rows)
+    told = " ".join(done.out.split())
+    for title in ("at most", "applies to", "what it says"):  # what is not there is named
+        assert (title in done.out.splitlines()[0]) != (title in told.partition("left out: ")[2])
+    assert ("or --format json shows all" in told) == ("left out" in told)
+
+
+def test_a_table_names_the_columns_that_it_left_out() -> None:
+    columns = [Column("name", ["a"]), Column("long", ["x" * 30], 2), Column("odd", ["y" * 20], 1)]
+    assert grid(columns, 60).splitlines()[2:] == []
+    assert grid(columns, 50).splitlines()[2:] == [
+        "1 column left out: odd; a wider terminal or", "  --format markdown shows all",
+    ]  # fmt: skip
+    assert "2 columns left out: long, odd;" in grid(columns, 35).replace("\n ", "")
+    assert "left out" not in grid(columns)  # piped output has them all
 
 
 @pytest.mark.parametrize("code", CODES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from rich.console import Console
 import jacdiag
 from jacdiag.render.heat import heat_of
 from jacdiag.render.live import screen, spark
-from jacdiag.report.runlog import read_run
+from jacdiag.report.runlog import RunLog, read_run
 from jacdiag.sources.gpt import build
 
 
@@ -50,6 +52,60 @@ def test_a_frame_fits_the_terminal_and_says_what_happened(run: Path, width: int)
     for word in ("step 20", "loss", "gradient", "clipped", "h.0.attn", "‖J‖", "● JD505 at 19", "ended at step 20"):
         assert word in text, word
     assert "nan" not in text.lower().replace("jd505", "")
+
+
+def shown(run: RunLog, width: int, height: int = 24) -> str:
+    """One frame as text."""
+    terminal = Console(width=width, height=height, force_terminal=False, file=io.StringIO())
+    with terminal.capture() as held:
+        terminal.print(screen(run, "runs/a", width, height), height=height)
+    return held.get()
+
+
+@pytest.mark.parametrize(("bad", "width"), [("nan", 60), ("nan", 80), ("inf", 80), ("-inf", 200)])
+def test_a_loss_that_is_lost_is_shown_with_the_step_since_when(bad: str, width: int) -> None:
+    """Not the last finite one; the log has null for a nan norm before clipping, and nan for the one behind it."""
+    steps = [{"step": k, "loss": 3.39, "grad_norm": 1.89, "grad_norm_post": 1.0} for k in range(1, 191)]
+    lost = {"loss": bad, "grad_norm": None if bad == "nan" else bad, "grad_norm_post": bad}
+    text = shown(RunLog(steps=[*steps, *({"step": k, **lost} for k in range(191, 201))]), width)
+    assert f"loss {bad} since{' step' if width >= 80 else ''} 191" in text and "3.39" not in text
+    assert f"{'gradient' if width == 200 else 'grad'} {bad} since{' step' if width >= 80 else ''} 191" in text
+    text = shown(RunLog(steps=[*steps, {"step": 191, **lost}, {**steps[-1], "step": 192, "loss": None}]), width)
+    assert f"loss {bad} since" in text and "1.89" in text  # not measured is no recovery; a finite norm is one
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_norm_behind_clipping_keeps_its_value_where_its_label_is_too_long(width: int) -> None:
+    text = shown(RunLog(steps=[{"step": 1, "loss": 3.39, "grad_norm_post": 0.123}]), width)
+    assert "post-clip 0.123" in text
+
+
+NAMES = [f"model.layers.{k}.{part}" for k in range(12) for part in ("self_attn", "self_mlp")]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize(
+    "names", [NAMES, ["encoder.layers.0.attn", "decoder.layers.0.attn"], ["one.and.only.sublayer"], []]
+)
+def test_sub_layers_can_be_told_apart_at_every_width(names: list[str], width: int) -> None:
+    figures = {"branch_norm": {name: 1.0 + k for k, name in enumerate(names)}}
+    text = shown(RunLog(probes=[{"step": 0, "figures": figures}, {"step": 5000, "figures": figures}]), width, 40)
+    rows = [line.split("││")[1].split(" ")[1] for line in text.splitlines()[1 : len(names) + 1]]
+    assert len(set(rows)) == len(names) and "steps 0" in text
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_the_sentence_of_an_alert_is_wrapped_where_there_is_room(width: int) -> None:
+    what = "loss 13.1, 10.1 over its median and 11.5 standard deviations over its mean"
+    alerts = [
+        {"step": step, "code": "JD502", "level": "warning", "what": what, "where": ["layers.0.feed_forward"]}
+        for step in range(1, 20)
+    ]
+    text = shown(RunLog(alerts=alerts[:2]), width)
+    right = " ".join(" ".join(line.split("││")[2].strip(" │") for line in text.splitlines()[1:22]).split())
+    assert right.count(what) == 2 and right.count("0.feed_forward") == 2
+    full = shown(RunLog(alerts=alerts), width)
+    assert "JD502 at 19" in full and full.count("JD502") == 7 and full.count("loss 13.1") == 7
 
 
 def test_a_run_without_a_step_or_a_probe(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,7 +185,7 @@ def test_ctrl_c_leaves_the_screen(run: Path) -> None:
         [sys.executable, "-m", "jacdiag_cli", "live", str(run), "--refresh", "0.1"], stdout=follower, stderr=follower,
         stdin=follower, env={**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24"},
     )  # fmt: skip
-    seen, until = b"", time.monotonic() + 60
+    seen, until, left = b"", time.monotonic() + 60, b""
     while b"ended at step" not in seen and time.monotonic() < until:
         seen += os.read(leader, 65536)
     process.send_signal(signal.SIGINT)
@@ -137,7 +193,20 @@ def test_ctrl_c_leaves_the_screen(run: Path) -> None:
     until = time.monotonic() + 30
     while process.poll() is None and time.monotonic() < until:
         try:
-            os.read(leader, 65536)
+            left += os.read(leader, 65536)
         except BlockingIOError:
             time.sleep(0.05)
+    with contextlib.suppress(OSError):
+        left += os.read(leader, 65536)
     assert process.wait(5) == 130 and b"ended at step" in seen
+    assert b"error" not in left and b"interrupted" not in left  # to leave as the screen says is no error
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_last_line_says_how_to_leave_and_that_a_run_goes_on_while_it_does(width: int) -> None:
+    steps = [{"step": 1, "loss": 1.0}]
+    for ended, wanted in ((None, "Ctrl-C leaves; the run goes on"), ({"step": 1}, "Ctrl-C leaves")):
+        terminal = Console(width=width, height=24, force_terminal=False, file=io.StringIO())
+        with terminal.capture() as held:
+            terminal.print(screen(RunLog(steps=steps, ended=ended), "a/long/path/" * 5 + "run.jsonl", width, 24))
+        assert held.get().rstrip().endswith(wanted), ended

@@ -99,7 +99,7 @@ def test_cuda_that_is_not_there(jd: Run, factory: str, monkeypatch: pytest.Monke
 
 
 # -- what the dataflow does not show -----------------------------------------------------------------------------------
-FUSED = '''
+FUSED = """
 import torch
 from torch import nn
 
@@ -126,7 +126,7 @@ class Block(nn.Module):
 def build():
     torch.manual_seed(0)
     return nn.Sequential(nn.Embedding(64, 16), Block(), Block(), nn.Linear(16, 64))
-'''
+"""
 DECLARED = '[tool.jacdiag.sites.ff]\nshortcut = "*.norm"\nbranch = "*.ff"\n'
 
 
@@ -139,6 +139,18 @@ def test_what_is_hidden_is_named_in_full_at_any_width(jd: Run, tmp_path: Path) -
     assert 'declare shortcut = "1.norm", branch = "1.ff"' in done.out
     assert "declare what is hidden" in done.err
     assert jd("audit", "fused.py:build", "--seq", 8).code == 2
+
+
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_the_first_lines_are_wrapped_on_a_narrow_terminal(
+    jd: Run, factory: str, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jacdiag_cli.sites.room", lambda: width)
+    out = jd("sites", f"{factory}build", "--seq", 8).out
+    assert max(map(len, out.splitlines())) <= width
+    first = out.partition("\n\n")[0]
+    assert "% covered" in " ".join(first.split()) and "…" not in first
+    assert ("or --format json shows all" in " ".join(out.split())) == (width < 80)
 
 
 def test_the_configuration_declares_sites_for_both_commands(jd: Run, tmp_path: Path) -> None:

@@ -82,6 +82,16 @@ def test_no_line_is_wider_than_the_terminal(name: str, layers: int, width: int) 
         assert cell_len(line) <= width, line
 
 
+@pytest.mark.parametrize("width", [None, *WIDTHS])
+def test_columns_that_are_left_out_are_named(width: int | None) -> None:
+    report = synthetic.vanilla(2)
+    head, _, told = " ".join(shown(report, width).split()).partition("left out: ")
+    named = told.partition("; a wider terminal or --format markdown shows all")[0].split(", ") if told else []
+    for column in build(report).columns:
+        assert (column.title in named) != (column.title in head), column.title
+    assert bool(named) == (width is not None and width < 110)
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_long_and_odd_names_stay_within_the_terminal(width: int) -> None:
     for name in ("vanilla", "weights_tier", "broken"):

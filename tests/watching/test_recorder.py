@@ -111,6 +111,8 @@ def test_replay_audits_the_checkpoint_on_that_batch(tmp_path: Path, capsys: pyte
     assert code == 0, capsys.readouterr().err
     data = json.loads(report.read_text())
     assert data["probe"]["batch"] == 4 and data["probe"]["tokens"] == "inputs"
+    assert data["settings"]["replayed"] == {"folder": flight, "step": 150, "batch_step": 150}
+    assert "4 x 8, from --replay, the batch of step 150" in capsys.readouterr().out and not data["notes"]
     reference = jacdiag.audit(model.eval(), {"idx": given[150][0], "targets": given[150][1]}, state="trained")
     for row, wanted in zip(data["sublayers"], reference.sublayers, strict=True):
         assert row["shortcut_std"]["median"] == pytest.approx(wanted.shortcut_std.median, rel=1e-5)
@@ -121,3 +123,30 @@ def test_replay_audits_the_checkpoint_on_that_batch(tmp_path: Path, capsys: pyte
     capsys.readouterr()
     assert main(["audit", str(tmp_path / "ckpt.pt"), "--replay", str(tmp_path)]) == 2
     assert "no folder of a flight recorder" in capsys.readouterr().err
+
+
+def test_batches_that_do_not_reach_back_to_the_alert_are_told_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Alerts are noticed every `log_every` steps: by then, two kept batches are those of later steps."""
+    from jacdiag_cli.app import main
+
+    model = small()
+    with jacdiag.watch(model, adam(model), log_dir=tmp_path / "run", keep_batches=2, quiet=True) as w:
+        pass
+    assert "keep_batches=10" in caplog.text
+    caplog.clear()
+    for options in ({"keep_batches": 10}, {"keep_batches": 2, "log_every": 2}, {}, {"keep_batches": 2, "recorder": 0}):
+        with jacdiag.watch(model, adam(model), log_dir=tmp_path / str(options), quiet=True, **options):
+            pass
+    assert w.closed and not caplog.text
+
+    trained, _ = go(tmp_path / "b", 160, corrupt=145, keep_batches=2, log_every=10)
+    flight = tmp_path / "b" / "flight-145"
+    assert json.loads((flight / "about.json").read_text())["batch_step"] == 150
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": V, "block_size": 8, "embed_scale": 4.0}
+    torch.save({"model": trained.state_dict(), "model_args": sizes}, tmp_path / "ckpt.pt")
+    assert main(["audit", str(tmp_path / "ckpt.pt"), "--replay", str(flight), "--fail-on", "never"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "from --replay, the batch of step 150" in out
+    assert "the batch is of step 150, not of step 145 that flight-145 is about" in out
