@@ -19,8 +19,8 @@ none of them; the means and the updates were not held against those runs.""",
     example="""\
 step 4210: loss 9.1 and gradient norm 31 standard deviations above ..., 3 steps in a row; h.0.attn first""",
     remedy="""\
-Look at the sub-layer that moved first, and at the batch, which the flight recorder keeps (jacdiag audit CHECKPOINT
---replay DIR). A lower learning rate or a checkpoint from before the alert are the usual ways on.""",
+Look at the sub-layer that moved first, and at the batch, which the flight recorder keeps with keep_batches=10 (jacdiag
+audit CHECKPOINT --replay DIR). A lower learning rate or a checkpoint from before the alert are the usual ways on.""",
 )
 
 LOSS_SPIKE = Text(
@@ -35,7 +35,8 @@ much.""",
     example="""\
 step 812: loss 7.9, 5.3 over its median and 44 standard deviations over its mean, with the gradient norm at z 19""",
     remedy="""\
-Look at the batch: jacdiag audit CHECKPOINT --replay DIR, or the tokens in DIR/batch.pt themselves.""",
+Look at the batch, kept with jacdiag.watch(..., keep_batches=10): jacdiag audit CHECKPOINT --replay DIR, or the tokens
+in DIR/batch.pt themselves.""",
 )
 
 GRADIENT_SPIKE = Text(
@@ -76,7 +77,8 @@ One NaN in a step that is made is in every weight after it.""",
     example="""\
 step 96: gradients are not finite; transformer.h.5.attn first""",
     remedy="""\
-Go back to a checkpoint from before it; the flight recorder holds the batch and the last steps.""",
+Go back to a checkpoint from before it; the flight recorder holds the last steps, and the batch with
+keep_batches=10.""",
 )
 
 UPDATE_JUMP = Text(
