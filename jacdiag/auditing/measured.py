@@ -224,7 +224,7 @@ class Audit:
             cost=self._cost(found),
             settings={
                 "tol": r.tol, "confidence": r.confidence, "dtype": str(r.dtype).removeprefix("torch."),
-                "device": str(r.source.device), "seed": r.seed,
+                "device": str(r.source.device), "seed": r.seed, "products": r.products,
                 "decide": r.decide, "profile": r.profile, "name": r.source.name, "checks": checks,
                 **({"ranks": [use.to_dict() for use in found.uses]} if r.ranks.size > 1 else {}),
             },

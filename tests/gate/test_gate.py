@@ -182,6 +182,15 @@ def test_the_contract_alone_spends_no_product(run: Any) -> None:
     assert code == 0 and report["sublayers"] == [] and report["contract"]["weights"]
 
 
+def test_the_contract_alone_is_enough_where_no_norm_was_asked_for(run: Any) -> None:
+    args = ("net.py:model", *FAST, "--contract-only", "--format", "json", "--seeds", "1", "--fail-on", "warning")
+    code, out, err = run(*args)
+    report = json.loads(out)
+    assert (code, report["verdict"], report["findings"]) == (0, "pass", []) and "gate: PASS" in err
+    code, out, _ = run(*args, "--state", "trained")  # no rule of the contract applies to a trained model
+    assert code == 1 and "JD904" in {f["code"] for f in json.loads(out)["findings"]}
+
+
 def test_a_checkpoint_has_one_set_of_weights(run: Any, tmp_path: Path) -> None:
     torch.save(net.model().state_dict(), tmp_path / "w.pt")
     args = ("w.pt", "--model", "net.py:model", *FAST, "--state", "init", "--select", "JD2")
