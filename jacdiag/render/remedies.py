@@ -27,9 +27,15 @@ def remedied(report: Report) -> list[str]:
     if kept:
         return [f"{r.title}: {_kept(r)}; price: {r.price}" for r in tried]
     if tried:
-        nearest = min(tried, key=lambda r: (len(r.after.fired), _upper(r.after.branch_norm)))
-        return [f"none of {len(tried)} remedies was enough; nearest: {nearest.title}: {_outcome(nearest)}"]
+        nearest = _nearest(tried)
+        text = f"none of {len(tried)} remedies was enough; nearest: {nearest.title}: {_outcome(nearest)}"
+        return [f"{text}; its change as code: --patch FILE"]
     return []
+
+
+def _nearest(tried: Sequence[RemedyRecord]) -> RemedyRecord:
+    """The one that leaves the fewest rules, of these the smallest gain."""
+    return min(tried, key=lambda r: (len(r.after.fired), _upper(r.after.branch_norm)))
 
 
 def effect(remedy: RemedyRecord) -> str:
@@ -44,7 +50,8 @@ def effect(remedy: RemedyRecord) -> str:
 
 
 def document(report: Report) -> str:
-    """The remedies as Markdown: a table of all that were tried, and the recommended one (else all) as code."""
+    """The remedies as Markdown: a table of all that were tried, and as code the recommended one, else those that keep
+    the function, else the nearest, marked as not enough."""
     tried = report.remedies
     if not tried:
         return "# Remedies\n\nNone was tried: no finding asks for one.\n"
@@ -54,9 +61,10 @@ def document(report: Report) -> str:
     rows += [_row(r.name, r.after, "yes" if r.sufficient else "no", r.price) for r in tried]
     chosen = [r for r in tried if r.recommended] or [r for r in tried if r.keeps_function]
     parts = ["# Remedies", "\n".join(rows)]
-    for remedy in chosen:
-        parts.append(f"## {remedy.title} ({remedy.name})")
-        did = _kept(remedy) if remedy.keeps_function else effect(remedy)
+    parts += [] if chosen else [f"None of {len(tried)} remedies was enough. The nearest as code, which is not enough:"]
+    for remedy in chosen or [_nearest(tried)]:
+        parts.append(f"## {remedy.title} ({remedy.name}){'' if chosen else ': not enough'}")
+        did = _kept(remedy) if remedy.keeps_function else effect(remedy) if chosen else _outcome(remedy)
         parts.append(f"Tried on a copy{_on_seeds(remedy)}: {did}.")
         for key, (title, language) in DIALECTS.items():
             if remedy.patches.get(key):

@@ -63,6 +63,15 @@ def test_the_document_has_a_row_for_each_and_code_for_the_best() -> None:
     assert "None was tried" in document(synthetic.clean())
 
 
+def test_where_none_was_enough_the_nearest_is_written_and_marked() -> None:
+    far = dataclasses.replace(POOR, name="far", after=BEFORE, patches={"pytorch": "x = 2\n"})
+    near = dataclasses.replace(POOR, patches={"pytorch": "x = 3\n"})
+    text = document(with_remedies(far, near))
+    assert "None of 2 remedies was enough" in text and "(small-init): not enough\n" in text
+    assert "(left JD102)" in text and "```python\nx = 3\n```" in text and "x = 2" not in text
+    assert "not enough" not in document(with_remedies(POOR, GOOD))
+
+
 def test_what_was_not_measured_is_left_out() -> None:
     blind = dataclasses.replace(GOOD, before=Outlook(), after=Outlook())
     assert effect(blind) == "both conditions unknown"
