@@ -240,7 +240,8 @@ class Audit:
             settings={
                 "tol": r.tol, "confidence": r.confidence, "dtype": str(r.dtype).removeprefix("torch."),
                 "device": str(r.source.device), "seed": r.seed, "products": r.products,
-                "decide": r.decide, "profile": r.profile, "name": r.source.name, "checks": checks,
+                "decide": r.decide, "remedies": r.remedies, "profile": r.profile,
+                "name": r.source.name, "checks": checks,
                 **({"ranks": [use.to_dict() for use in found.uses]} if r.ranks.size > 1 else {}),
             },
             ladder=load_healthy(model.width) if self.state == "init" else [],

@@ -10,12 +10,12 @@ from torch import nn
 
 from jacdiag.remedies.changes import Change, Draw, Fill, NormOutput, Reparametrise, Scale, ScaleOutput, Spare, Weights
 from jacdiag.report import ContractRecord, Report, WeightRecord
+from jacdiag.report.remedy import aims
 from jacdiag.report.thresholds import Thresholds
 from jacdiag.rules import Departure, departures_of
 from jacdiag.rules.numbers import plain
 from jacdiag.rules.schemes import INNER, RESIDUAL, VECTORS
 
-CONDITIONS = ("JD101", "JD102", "JD103", "JD104", "JD105")
 _LARGER = {"JD102", "JD103", "JD104", "JD105", "JD110"}  # what a larger shortcut is tried against
 _SMALLER = {"JD101", "JD103", "JD104", "JD105"}  # what smaller matrices are tried against
 _FREE = "no parameter; one multiplication per token"
@@ -51,12 +51,6 @@ class Remedy:
             "; ".join(dict.fromkeys((self.price, other.price))), self.size + other.size,
             self.keeps_function and other.keeps_function,
         )  # fmt: skip
-
-
-def aims(report: Report) -> list[str]:
-    """The rules that a remedy is looked for: the conditions, the contract and the baseline, at warning or above."""
-    found = dict.fromkeys(f.code for f in report.findings if f.level != "info")
-    return [code for code in found if code in (*CONDITIONS, "JD110") or code.startswith("JD2")]
 
 
 def remedies_for(report: Report, model: nn.Module, thresholds: Thresholds, *, begun: bool = False) -> list[Remedy]:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from jacdiag.errors import RankError, one_line
 from jacdiag.remedies.changes import Spare
 from jacdiag.remedies.patches import patches
-from jacdiag.remedies.recipes import Remedy, aims
+from jacdiag.remedies.recipes import Remedy
 from jacdiag.report import Report
-from jacdiag.report.remedy import RemedyRecord, outlook
+from jacdiag.report.remedy import RemedyRecord, aims, outlook
 from jacdiag.sources.factory import seeded
 from jacdiag.trace.tensors import collect_deep
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from jacdiag.render.numbers import three
 from jacdiag.report import Outlook, RemedyRecord, Report
+from jacdiag.report.remedy import aims
 
 DIALECTS = {"pytorch": ("PyTorch", "python"), "huggingface": ("Hugging Face transformers", "python"),
             "megatron": ("Megatron-LM", "sh"), "torchtitan": ("torchtitan", "python")}  # fmt: skip
@@ -54,7 +55,7 @@ def document(report: Report) -> str:
     the function, else the nearest, marked as not enough."""
     tried = report.remedies
     if not tried:
-        return "# Remedies\n\nNone was tried: no finding asks for one.\n"
+        return f"# Remedies\n\nNone was tried: {_why_none(report)}.\n"
     rows = ["| remedy | worst branch gain | 1/σ gain | left | enough | price |", "|:---|---:|---:|:---|:---|:---|"]
     first = tried[0].before
     rows.append(_row("(as it is)", first, "", ""))
@@ -70,6 +71,20 @@ def document(report: Report) -> str:
             if remedy.patches.get(key):
                 parts.append(f"### {title}\n\n```{language}\n{remedy.patches[key].rstrip().replace('```', '')}\n```")
     return "\n\n".join(parts) + "\n"
+
+
+def _why_none(report: Report) -> str:
+    """Why no remedy was tried: no finding asks for one, or one does and still none was."""
+    codes = aims(report)
+    if not codes:
+        return "no finding asks for one"
+    ask = f"{', '.join(codes)} {'asks' if len(codes) == 1 else 'ask'} for one"
+    if report.settings.get("remedies") == "none":
+        return f"{ask}, but remedies are switched off (--remedies none); --remedies first tries them"
+    if report.state == "trained":
+        return f"{ask}, but the model is trained; --remedies begun tries what a run that has begun can take"
+    told = next((note for note in report.notes if note.startswith("no remedy was tried: ")), "")
+    return f"{ask}, but {told.removeprefix('no remedy was tried: ') or 'none is known, or the model cannot be copied'}"
 
 
 def _row(name: str, figures: Outlook, enough: str, price: str) -> str:

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from jacdiag.report.schema import Finding, Report
 
 
+_CONDITIONS = ("JD101", "JD102", "JD103", "JD104", "JD105")
+
+
 @dataclass(frozen=True)
 class Outlook(Record):
     """The figures that a remedy is judged by, each the worst over all sub-layers.
@@ -79,6 +82,12 @@ def outlook(report: Report) -> Outlook:
         fired=list(dict.fromkeys(f.code for f in report.findings if f.level != "info")),
         undecided=[r.code for r in report.rules if r.status == "unknown"],
     )
+
+
+def aims(report: Report) -> list[str]:
+    """The rules that a remedy is looked for: the conditions, the contract and the baseline, at warning or above."""
+    found = dict.fromkeys(f.code for f in report.findings if f.level != "info")
+    return [code for code in found if code in (*_CONDITIONS, "JD110") or code.startswith("JD2")]
 
 
 def with_fixes(findings: Iterable[Finding], remedies: Iterable[RemedyRecord]) -> list[Finding]:

@@ -30,7 +30,8 @@ def test_without_trying_nothing_is_called_a_remedy(jd: Run, tmp_path: Path) -> N
     done = jd("audit", *SOURCE, "--remedies", "none", "--patch", "patch.md")
     assert done.code == 0
     assert "What to do   read on: jacdiag explain JD102" in done.out and "√d" not in done.out
-    assert "None was tried" in (tmp_path / "patch.md").read_text()
+    patch = (tmp_path / "patch.md").read_text()
+    assert "None was tried: JD102, JD103 ask for one, but remedies are switched off (--remedies none)" in patch
 
 
 def test_a_gate_tries_when_it_is_asked_to(jd: Run) -> None:

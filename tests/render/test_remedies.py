@@ -60,7 +60,18 @@ def test_the_document_has_a_row_for_each_and_code_for_the_best() -> None:
     assert "| (as it is) | 23.1 | 35.7 | JD102, JD103 |" in text
     assert "| small-init | 9.00 | 35.7 | JD102 | no | anew |" in text
     assert "### PyTorch\n\n```python\nx = 1\n```" in text and "### Megatron-LM\n\n```sh\n--f 1\n```" in text
-    assert "None was tried" in document(synthetic.clean())
+    assert "None was tried: no finding asks for one." in document(synthetic.clean())
+
+
+def test_why_none_was_tried() -> None:
+    asks = dataclasses.replace(synthetic.vanilla(), findings=[Finding("JD102", "warning", [], "small")])
+    off = dataclasses.replace(asks, settings={"remedies": "none"})
+    assert "JD102 asks for one, but remedies are switched off" in document(off)
+    short = dataclasses.replace(asks, settings={"remedies": "first"}, notes=["no remedy was tried: too little memory"])
+    assert "JD102 asks for one, but too little memory." in document(short)
+    assert "--remedies begun" in document(dataclasses.replace(asks, state="trained"))
+    bare = dataclasses.replace(off, findings=[Finding("JD102", "info", [], "small")])
+    assert "no finding asks for one" in document(bare)
 
 
 def test_where_none_was_enough_the_nearest_is_written_and_marked() -> None:
