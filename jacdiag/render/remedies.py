@@ -16,7 +16,6 @@ def remedied(report: Report) -> list[str]:
     """Lines for "What to do": the recommended remedy, or how far the nearest one came, or what a begun run can take."""
     tried = report.remedies
     best = next((r for r in tried if r.recommended), None)
-    kept = [r for r in tried if r.keeps_function]
     if best is not None:
         others = [f"{r.name}: {_outcome(r)}" for r in tried if r is not best]
         return [
@@ -25,13 +24,20 @@ def remedied(report: Report) -> list[str]:
             f"price: {best.price}; the change as code: --patch FILE",
             *([f"also tried: {'; '.join(others)}"] if others else []),
         ]
-    if kept:
+    if _begun(report):
         return [f"{r.title}: {_kept(r)}; price: {r.price}" for r in tried]
     if tried:
         nearest = _nearest(tried)
         text = f"none of {len(tried)} remedies was enough; nearest: {nearest.title}: {_outcome(nearest)}"
         return [f"{text}; its change as code: --patch FILE"]
     return []
+
+
+def _begun(report: Report) -> bool:
+    """Whether the remedies are those for a run that has begun: to choose from, whether one is enough or not."""
+    way, tried = report.settings.get("remedies"), report.remedies
+    kept = any(r.keeps_function for r in tried) and not any(r.sufficient for r in tried)
+    return way == "begun" or (way is None and kept)  # an older report does not say
 
 
 def _nearest(tried: Sequence[RemedyRecord]) -> RemedyRecord:
@@ -51,8 +57,8 @@ def effect(remedy: RemedyRecord) -> str:
 
 
 def document(report: Report) -> str:
-    """The remedies as Markdown: a table of all that were tried, and as code the recommended one, else those that keep
-    the function, else the nearest, marked as not enough."""
+    """The remedies as Markdown: a table of all that were tried, and some as code: the recommended one, all that a run
+    that has begun can take, or the nearest, marked as not enough."""
     tried = report.remedies
     if not tried:
         return f"# Remedies\n\nNone was tried: {_why_none(report)}.\n"
@@ -60,7 +66,7 @@ def document(report: Report) -> str:
     first = tried[0].before
     rows.append(_row("(as it is)", first, "", ""))
     rows += [_row(r.name, r.after, "yes" if r.sufficient else "no", r.price) for r in tried]
-    chosen = [r for r in tried if r.recommended] or [r for r in tried if r.keeps_function]
+    chosen = tried if _begun(report) else [r for r in tried if r.recommended]
     parts = ["# Remedies", "\n".join(rows)]
     parts += [] if chosen else [f"None of {len(tried)} remedies was enough. The nearest as code, which is not enough:"]
     for remedy in chosen or [_nearest(tried)]:

@@ -63,6 +63,19 @@ def test_the_document_has_a_row_for_each_and_code_for_the_best() -> None:
     assert "None was tried: no finding asks for one." in document(synthetic.clean())
 
 
+def test_every_one_for_a_run_that_has_begun_is_written_as_code() -> None:
+    scaled = dataclasses.replace(POOR, name="branch-scale", patches={"pytorch": "x = 2\n"})
+    kept = dataclasses.replace(KEPT, patches={"pytorch": "x = 3\n"})
+    begun = with_remedies(kept, scaled)
+    for report in (begun, dataclasses.replace(begun, settings={"remedies": "begun"})):
+        text = document(report)
+        assert "(learned-scale)\n" in text and "(branch-scale)\n" in text and "x = 2" in text and "x = 3" in text
+        assert "not enough" not in text
+    enough = dataclasses.replace(scaled, sufficient=True, recommended=True)
+    text = document(dataclasses.replace(with_remedies(kept, enough), settings={"remedies": "begun"}))
+    assert "x = 2" in text and "x = 3" in text
+
+
 def test_why_none_was_tried() -> None:
     asks = dataclasses.replace(synthetic.vanilla(), findings=[Finding("JD102", "warning", [], "small")])
     off = dataclasses.replace(asks, settings={"remedies": "none"})
