@@ -122,6 +122,9 @@ def output_files(source: str, named: dict[str, str | None]) -> dict[str, Path]:
     for one, other in combinations(files, 2):
         if _same(files[one], files[other]):
             raise UsageError(f"--{one} and --{other} name the same file", got=str(files[one]))
+    if "patch" in files and files["patch"].suffix.lower() != ".md":
+        raise UsageError(f"cannot write remedies to '{files['patch']}'", got=f"suffix '{files['patch'].suffix}'",
+                         hint="they are Markdown: end it in .md")  # fmt: skip
     return files
 
 

@@ -45,6 +45,7 @@ def test_a_gate_tries_when_it_is_asked_to(jd: Run) -> None:
 
 def test_a_file_for_the_patch_is_refused_before_the_work(jd: Run, tmp_path: Path) -> None:
     for args, message in ((["--patch", "no/such/x.md"], "its folder does not exist"),
+                          (["--patch", "x.txt"], "end it in .md"), (["--patch", "x"], "end it in .md"),
                           (["--patch", "a.json", "--json", "a.json"], "name the same file")):  # fmt: skip
         done = jd("audit", *SOURCE, *args)
         assert done.code == 2 and message in done.err
