@@ -38,6 +38,9 @@ def audit(invocation: Invocation, source: str, **given: Any) -> int:
     SOURCE is a checkpoint (.pt .pth .bin .ckpt .safetensors), a Hugging Face folder, a factory
     (package.module:callable or file.py:callable), or hf:CONFIG for a fresh model of that config.
 
+    The exit code is 0, 1 (findings at or above --fail-on) or 2 (cannot run). The verdict "unknown" exits 0; at init it
+    comes with a warning, which --fail-on warning makes 1.
+
     \b
     Examples:
       jacdiag audit checkpoint.pt
