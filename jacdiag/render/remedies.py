@@ -96,7 +96,7 @@ def _why_none(report: Report) -> str:
 def _row(name: str, figures: Outlook, enough: str, price: str) -> str:
     branch = _span(figures.branch_norm) if figures.branch_norm is not None else "-"
     gain = three(figures.norm_gain) if figures.norm_gain is not None else "-"
-    left = ", ".join([*figures.fired, *(f"{code} undecided" for code in figures.undecided)]) or "nothing"
+    left = ", ".join([*figures.fired, *(f"{code} undecided" for code in figures.undecided)]) or "no warning or error"
     return f"| {name} | {branch} | {gain} | {left} | {enough} | {price} |"
 
 
@@ -109,7 +109,8 @@ def _outcome(remedy: RemedyRecord) -> str:
 def _conditions(figures: Outlook) -> str:
     small, large = figures.small_sublayers, figures.large_shortcut
     if small == large:
-        return {"met": "both conditions met", "not applicable": "nothing left"}.get(small, f"both conditions {small}")
+        other = "the conditions do not apply" if figures.fired else "no warning or error left"
+        return {"met": "both conditions met", "not applicable": other}.get(small, f"both conditions {small}")
     return f"small sub-layers {small}, large shortcut {large}"
 
 

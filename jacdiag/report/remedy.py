@@ -48,7 +48,8 @@ class RemedyRecord(Record):
         codes: the rules whose findings it was tried against.
         price: what it costs: parameters, operations, whether a run that has begun can take it.
         before, after: figures of the model as it was, and of the changed copy.
-        sufficient: nothing that it was tried against is left, nothing new fired, on every seed of `seeds`.
+        sufficient: no warning or error of what it was tried against is left and none is new, on every seed of `seeds`.
+            Infos may remain.
         recommended: the smallest sufficient one.
         keeps_function: meant to leave the function as it is; `function_change` is the largest relative difference of
             the outputs that was measured, None where it is not meant to.

@@ -59,6 +59,7 @@ def test_the_document_has_a_row_for_each_and_code_for_the_best() -> None:
     text = document(with_remedies(POOR, GOOD))
     assert "| (as it is) | 23.1 | 35.7 | JD102, JD103 |" in text
     assert "| small-init | 9.00 | 35.7 | JD102 | no | anew |" in text
+    assert "| scaled-embed | 1.00 to 1.40 | 1.60 | no warning or error | yes |" in text, "an info may be left"
     assert "### PyTorch\n\n```python\nx = 1\n```" in text and "### Megatron-LM\n\n```sh\n--f 1\n```" in text
     assert "None was tried: no finding asks for one." in document(synthetic.clean())
 
@@ -99,3 +100,8 @@ def test_where_none_was_enough_the_nearest_is_written_and_marked() -> None:
 def test_what_was_not_measured_is_left_out() -> None:
     blind = dataclasses.replace(GOOD, before=Outlook(), after=Outlook())
     assert effect(blind) == "both conditions unknown"
+    other = Outlook([9.0, 9.1], None, None, "not applicable", "not applicable", "warn", ["JD103"])
+    post = dataclasses.replace(POOR, before=other, after=other)
+    assert "nothing left" not in effect(post) and effect(post).endswith("the conditions do not apply")
+    clean = dataclasses.replace(other, verdict="pass", fired=[])
+    assert effect(dataclasses.replace(post, after=clean)).endswith("no warning or error left")
