@@ -146,6 +146,14 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert json.loads(capsys.readouterr().out)["first"]["parts"] is True
     assert main(["diff", "gpt2.json", "xavier.json", "--format", "markdown"]) == 1
     assert capsys.readouterr().out.startswith("**they part first")
+    longer = jacdiag.audit(build, model_args={"recipe": "gpt2", **sizes}, batch=1, seq=16, seed=3)
+    (tmp_path / "longer.json").write_text(longer.to_json())
+    weights = [p for p in compare(longer, longer).pairs if p.figure == "std"]
+    assert weights and compare(longer, longer).notes == ()
+    for form, start in (("pretty", "\nnote: "), ("markdown", "\nNote: "), ("json", '"notes": [\n    "')):
+        main(["diff", "gpt2.json", "longer.json", "--format", form])
+        out = capsys.readouterr().out
+        assert f"{start}the probes differ" in out and "1 x 8 random tokens, float32, seed 0 of A" in out
     for text in ("{", "[]", '{"schema_version": 7}', '{"schema_version": 1}', "[" * 99_999):
         (tmp_path / "bad.json").write_text(text)
         assert main(["diff", "gpt2.json", "bad.json"]) == 2

@@ -38,6 +38,9 @@ def audit(invocation: Invocation, source: str, **given: Any) -> int:
     SOURCE is a checkpoint (.pt .pth .bin .ckpt .safetensors), a Hugging Face folder, a factory
     (package.module:callable or file.py:callable), or hf:CONFIG for a fresh model of that config.
 
+    The exit code is 0, 1 (findings at or above --fail-on) or 2 (cannot run). The verdict "unknown" exits 0; at init it
+    comes with a warning, which --fail-on warning makes 1.
+
     \b
     Examples:
       jacdiag audit checkpoint.pt
@@ -140,6 +143,9 @@ def output_files(source: str, named: dict[str, str | None]) -> dict[str, Path]:
     for one, other in combinations(files, 2):
         if _same(files[one], files[other]):
             raise UsageError(f"--{one} and --{other} name the same file", got=str(files[one]))
+    if "patch" in files and files["patch"].suffix.lower() != ".md":
+        raise UsageError(f"cannot write remedies to '{files['patch']}'", got=f"suffix '{files['patch'].suffix}'",
+                         hint="they are Markdown: end it in .md")  # fmt: skip
     return files
 
 

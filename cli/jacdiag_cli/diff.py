@@ -14,6 +14,7 @@ from jacdiag_cli.options import PROBE, SOLVER, add
 from jacdiag_cli.output import Column, Invocation, emit, grid, guest_talk, room
 
 if TYPE_CHECKING:
+    from jacdiag.compare import Comparison
     from jacdiag.report import Report
 
 _LARGEST = 256 * 2**20
@@ -51,7 +52,7 @@ def diff(invocation: Invocation, a: str, b: str, output_format: str, all_rows: b
 
         found = compare(_report(a, given), _report(b, given))
     invocation.heed()
-    _show(found.pairs, output_format, all_rows)
+    _show(found, output_format, all_rows)
     return int(found.first is not None)
 
 
@@ -80,19 +81,22 @@ def _read(path: Path) -> Report:
         raise SourceError(f"'{path}' is no report", got=str(error), hint=hint) from error
 
 
-def _show(pairs: Any, output_format: str, all_rows: bool) -> None:
+def _show(found: Comparison, output_format: str, all_rows: bool) -> None:
     from jacdiag.render import beside
+    from jacdiag.render.words import legible
 
+    pairs: Any = found.pairs
+    notes = found.notes
     if output_format == "json":
-        emit(beside.as_json(pairs))
+        emit(beside.as_json(pairs, notes))
         return
     shown = pairs if all_rows else [p for p in pairs if p.parts]
     if output_format == "markdown":
-        emit(beside.markdown(shown) if shown else f"**{beside.verdict(pairs)}**\n")
+        emit(beside.markdown(shown, beside.verdict(pairs), notes))
         return
     if shown:
         cells = list(zip(*beside.rows(shown), strict=True))
         columns = [Column(title, list(column), 10 - k if k > 4 else 100, right=k in (0, 3, 4, 5))
                    for k, (title, column) in enumerate(zip(beside.HEAD, cells, strict=True))]  # fmt: skip
         emit(grid(columns, room()) + "\n")
-    emit(beside.verdict(pairs) + "\n")
+    emit("\n".join([beside.verdict(pairs), *(f"note: {legible(note)}" for note in notes)]) + "\n")

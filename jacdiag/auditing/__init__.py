@@ -156,7 +156,8 @@ def audit(
 def _weights_only(request: Request) -> Report:
     request.ranks.agree(lambda: fingerprint(None, request.source.state.items(), (), request.options(), {}))
     report = weights_report(request.source)
-    settings = {**report.settings, "name": request.source.name, "profile": request.profile, "seed": request.seed}
+    settings = {**report.settings, "name": request.source.name, "profile": request.profile, "seed": request.seed,
+                "products": request.products}  # fmt: skip
     if report.contract is not None:
         report = replace(report, contract=replace(report.contract, pinned=request.contract))
     return replace(report, plan=request.plan, settings=settings, **stamp())

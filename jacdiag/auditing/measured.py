@@ -17,7 +17,7 @@ from torch import nn
 
 from jacdiag.auditing.request import Request
 from jacdiag.auditing.stamp import peak_memory_mb, stamp
-from jacdiag.errors import MeasureError, TraceError, one_line
+from jacdiag.errors import MeasureError, TraceError, UsageError, one_line
 from jacdiag.measure.contract import contract_of, decayed_by
 from jacdiag.measure.draws import Draws, std_of
 from jacdiag.measure.model import model_record
@@ -28,6 +28,7 @@ from jacdiag.measure.sublayer import measure_group
 from jacdiag.measure.weights import weight_stats
 from jacdiag.ranks import Fingerprint, Share, Use, fingerprint, merged
 from jacdiag.report import Cost, Interval, NetworkRecord, Report, SublayerRecord, WeightStats
+from jacdiag.report.probes import facts_of, options, parting, spoken
 from jacdiag.report.thresholds import load_healthy
 from jacdiag.rules import decision_points
 from jacdiag.sources import Probe, build_probe
@@ -65,6 +66,7 @@ class Audit:
     def run(self) -> Report:
         self._place()
         probe = self._probe()
+        self._check_baseline(probe)
         with self._phase("record"), probe.suspected():
             self.sites = sites(self.model, *probe.args, dtype=self.request.dtype, declared=self.request.declared,
                                weights=self.request.source.weights, **probe.kwargs)  # fmt: skip
@@ -97,6 +99,19 @@ class Audit:
             return probe.to(pick(r.device)) if r.source.owned else probe
         probe = build_probe(r.source, batch=r.batch, seq=r.seq, seed=r.seed, tokens=r.tokens, inputs=r.input_factory)
         return probe if r.source.device.type == "cpu" else probe.to(r.source.device)
+
+    def _check_baseline(self, probe: Probe) -> None:
+        """Refuses figures of another probe before anything is spent: unlike probes alone make them part."""
+        before = self.request.baseline
+        if before is None or not self.request.products:
+            return
+        if before.weights and not before.weights.keys() & {name for name, _ in self.model.named_parameters()}:
+            return  # a baseline of another model: `jacdiag.gate` says so
+        now = facts_of(probe.record, str(self.request.dtype).removeprefix("torch."))
+        if apart := parting(now, before.probe):
+            raise UsageError("the baseline was made with another probe", got=f"{spoken(before.probe)}, beside "
+                             f"{spoken(now)}", hint=f"{options(before.probe, apart)}, as in the baseline; or write one "
+                             "anew with --write-baseline")  # fmt: skip
 
     def _state(self) -> Literal["init", "trained"]:
         if self.request.state is not None:
@@ -224,8 +239,9 @@ class Audit:
             cost=self._cost(found),
             settings={
                 "tol": r.tol, "confidence": r.confidence, "dtype": str(r.dtype).removeprefix("torch."),
-                "device": str(r.source.device), "seed": r.seed,
-                "decide": r.decide, "profile": r.profile, "name": r.source.name, "checks": checks,
+                "device": str(r.source.device), "seed": r.seed, "products": r.products,
+                "decide": r.decide, "remedies": r.remedies, "profile": r.profile,
+                "name": r.source.name, "checks": checks,
                 **({"ranks": [use.to_dict() for use in found.uses]} if r.ranks.size > 1 else {}),
             },
             ladder=load_healthy(model.width) if self.state == "init" else [],

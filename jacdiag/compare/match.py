@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from jacdiag.report import Interval, Report, SublayerRecord, WeightRecord
+from jacdiag.report.probes import drawn_with, parting, spoken
 
 FIGURES = ("shortcut_std", "norm_gain", "core_norm", "branch_norm")
 FUSED = {"W_QKV": ("W_Q", "W_K", "W_V"), "W_KV": ("W_K", "W_V"), "W_gate_up": ("W_gate", "W_1")}
@@ -51,9 +52,13 @@ class Pair:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All pairs, in the order in which the forward meets them; `first` is the first that parts, None if none does."""
+    """All pairs, in the order in which the forward meets them; `first` is the first that parts, None if none does.
+
+    `notes` say what makes figures part that is not in the models.
+    """
 
     pairs: tuple[Pair, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def first(self) -> Pair | None:
@@ -72,7 +77,13 @@ def compare(a: Report, b: Report) -> Comparison:
         Pair(depth=0, part='W_2', figure='std', a='h.0.mlp.c_proj.weight', ...)
     """
     pairs = [*_weight_pairs(a, b), *_sublayer_pairs(a, b)]
-    return Comparison(tuple(sorted(pairs, key=_place)))
+    return Comparison(tuple(sorted(pairs, key=_place)), tuple(_notes(a, b)))
+
+
+def _notes(a: Report, b: Report) -> Iterable[str]:
+    ours, theirs = drawn_with(a), drawn_with(b)
+    if parting(ours, theirs):
+        yield f"the probes differ, and norms may part by that alone: {spoken(ours)} of A beside {spoken(theirs)} of B"
 
 
 def _place(pair: Pair) -> tuple[float, int, int]:

@@ -114,7 +114,7 @@ def gate(
         "undecided": undecided, "seconds": time.perf_counter() - runs.started, "fail_on": fail_on,
         "baseline": str(baseline) if baseline is not None else None,
     }  # fmt: skip
-    settings = {**told.settings, "gate": about, "command": command}
+    settings = {**told.settings, "gate": about, "command": command, "remedies": options.get("remedies", "none")}
     notes = [*told.notes, *runs.notes]
     return Outcome(replace(told, findings=findings, settings=settings, notes=notes), code, figures)
 

@@ -1,7 +1,8 @@
 """Remedies: the recipes of the paper and of the init contract, tried on a copy of the model and measured again."""
 
 from jacdiag.remedies.patches import DIALECTS
-from jacdiag.remedies.recipes import Remedy, aims, remedies_for
+from jacdiag.remedies.recipes import Remedy, remedies_for
 from jacdiag.remedies.trial import Bench, sufficient, tried
+from jacdiag.report.remedy import aims
 
 __all__ = ["DIALECTS", "Bench", "Remedy", "aims", "remedies_for", "sufficient", "tried"]

@@ -7,7 +7,7 @@ is spoken to by flags, torchtitan by `param_init`, as far as these can say it, a
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
@@ -109,9 +109,13 @@ _BY_DEFAULT = "# W_O and W_2 get init_method_std / sqrt(2 * num_layers) by defau
 
 def _megatron(report: Report, changes: Iterable[Change]) -> Iterable[str]:
     found: list[str] = []
-    table = _table_std(report)
-    for change in changes:
+    changes = list(changes)
+    table = _table_std(report, changes)
+    inner = {c.std for c in changes if isinstance(c, Draw) and c.weights.role in INNER}
+    for change in _without_scaled_tables(report, changes):
         match change:
+            case Draw(std=std) if std in inner and change.weights.role in ("embedding", "positions", "head"):
+                found.append(f"# --init-method-std draws the {change.weights.role} too")
             case ScaleOutput(factor=factor, learned=False) if _on_embedding(report, change) and table:
                 found.append("# no flag scales the embedding; a table of that std gives the same stream at init")
                 found.append(_table_flags(table * factor))
@@ -141,9 +145,10 @@ _TITAN = {"embedding": "tok_embeddings", "head": "output", "W_Q": "wq", "W_K": "
 
 def _torchtitan(report: Report, changes: Iterable[Change]) -> Iterable[str]:
     lines: dict[str, None] = {}
-    table, layers = _table_std(report), max(report.model.layers, 1)
+    changes = list(changes)
+    table, layers = _table_std(report, changes), max(report.model.layers, 1)
     stds = {w.parameter: w.std for w in (report.contract.weights if report.contract else [])}
-    for change in changes:
+    for change in _without_scaled_tables(report, changes):
         match change:
             case ScaleOutput(factor=factor, learned=False) if _on_embedding(report, change) and table:
                 lines[f"# param_init of tok_embeddings; the head must not be tied to it\n"
@@ -169,10 +174,18 @@ def _param_init(role: str, std: str, formula: str) -> str:
 
 
 # -- shared -----------------------------------------------------------------------------------------------------------
-def _table_std(report: Report) -> float | None:
+def _table_std(report: Report, changes: Iterable[Change]) -> float | None:
+    """The std of the embedding, as it is or as it is drawn anew."""
     weights = report.contract.weights if report.contract is not None else []
-    stds = [w.std for w in weights if w.role == "embedding" and w.std]
+    drawn = {name: c.std for c in changes if isinstance(c, Draw) for name in c.weights.names}
+    stds = [drawn.get(w.parameter, w.std) for w in weights if w.role == "embedding" and w.std]
     return max(stds, default=None)
+
+
+def _without_scaled_tables(report: Report, changes: Sequence[Change]) -> list[Change]:
+    """Without the draws of an embedding whose output is scaled: a dialect says both by one std."""
+    scaled = any(isinstance(c, ScaleOutput) and not c.learned and _on_embedding(report, c) for c in changes)
+    return [c for c in changes if not (scaled and isinstance(c, Draw) and c.weights.role == "embedding")]
 
 
 def _on_embedding(report: Report, change: ScaleOutput) -> bool:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from jacdiag.remedies.changes import Change, Draw, Fill, NormOutput, Reparametrise, Scale, ScaleOutput, Spare, Weights
 from jacdiag.report import ContractRecord, Report, WeightRecord
+from jacdiag.report.remedy import aims
 from jacdiag.report.thresholds import Thresholds
 from jacdiag.rules import Departure, departures_of
 from jacdiag.rules.numbers import plain
 from jacdiag.rules.schemes import INNER, RESIDUAL, VECTORS
 
-CONDITIONS = ("JD101", "JD102", "JD103", "JD104", "JD105")
 _LARGER = {"JD102", "JD103", "JD104", "JD105", "JD110"}  # what a larger shortcut is tried against
 _SMALLER = {"JD101", "JD103", "JD104", "JD105"}  # what smaller matrices are tried against
 _FREE = "no parameter; one multiplication per token"
+_PLAIN = ("normal", "truncated", "uniform")  # families of what was drawn element by element
+_SAME = 1.1  # times: two stds that are one within sampling
 _ANEW = "a new initialisation: before the first step only"
 
 
@@ -52,12 +53,6 @@ class Remedy:
         )  # fmt: skip
 
 
-def aims(report: Report) -> list[str]:
-    """The rules that a remedy is looked for: the conditions, the contract and the baseline, at warning or above."""
-    found = dict.fromkeys(f.code for f in report.findings if f.level != "info")
-    return [code for code in found if code in (*CONDITIONS, "JD110") or code.startswith("JD2")]
-
-
 def remedies_for(report: Report, model: nn.Module, thresholds: Thresholds, *, begun: bool = False) -> list[Remedy]:
     """The remedies that come into question, the smallest first; [] where nothing calls for one.
 
@@ -84,11 +79,23 @@ def _drawn_or_scaled(report: Report, contract: ContractRecord, model: nn.Module,
     by_weight = [r for r in (_contract(contract, codes), _tied(contract, model, codes), _spared(report, codes)) if r]
     first = [_joined(by_weight)] if by_weight else []
     shortcut = list(_embedding(report, contract, model)) if _LARGER & set(codes) else []
-    matrices = list(_matrices(report, contract)) if _SMALLER & set(codes) else []
-    pairs = [one + other for one, other in itertools.product(shortcut, matrices)]
+    matrices = list(_matrices(report, contract, codes)) if _SMALLER & set(codes) else []
+    pairs = [pair for other in matrices if shortcut for pair in _pairs(report, contract, model, other)]
     alone = [] if by_weight and any(c.startswith("JD2") for c in codes) else [*shortcut, *matrices, *pairs]
     joined = [first[0] + other for other in (*shortcut, *matrices, *pairs)] if first else []
     return [*first, *alone, *joined]
+
+
+def _pairs(report: Report, contract: ContractRecord, model: nn.Module, matrices: Remedy) -> Iterator[Remedy]:
+    """A larger shortcut beside smaller matrices. A table that both draw is the shortcut's, one that is scaled has the
+    std that it is drawn with."""
+    stds = {n: c.std for c in matrices.changes if isinstance(c, Draw) for n in c.weights.names}
+    for one in _embedding(report, contract, model, stds):
+        tables = {name for c in one.changes if isinstance(c, Draw) for name in c.weights.names}
+        kept = tuple(c for c in matrices.changes if not (isinstance(c, Draw) and tables >= set(c.weights.names)))
+        apart = len(kept) < len(matrices.changes)
+        title = matrices.title.replace("all matrices", "all other matrices") if apart else matrices.title
+        yield one + replace(matrices, title=title, changes=kept)
 
 
 def _joined(remedies: Sequence[Remedy]) -> Remedy:
@@ -99,8 +106,14 @@ def _joined(remedies: Sequence[Remedy]) -> Remedy:
 
 
 # -- the two conditions of the paper ----------------------------------------------------------------------------------
-def _embedding(report: Report, contract: ContractRecord, model: nn.Module) -> Iterator[Remedy]:
-    """Large shortcut: scaled-embed and embed-ln of the paper, and a table drawn with std 1 where it is not the head."""
+def _embedding(
+    report: Report, contract: ContractRecord, model: nn.Module, drawn: Mapping[str, float] | None = None
+) -> Iterator[Remedy]:
+    """Large shortcut: scaled-embed and embed-ln of the paper, and a table drawn with std 1 where it is not the head.
+
+    `drawn`: the std of weights that are drawn anew beside it.
+    """
+    stds = drawn or {}
     width = report.model.width
     tables = [w for w in contract.weights if w.role == "embedding" and len(w.shape) == 2 and w.shape[1] == width]
     owners = [(w, owner) for w in tables if (owner := _owner(model, w.parameter))]
@@ -108,7 +121,7 @@ def _embedding(report: Report, contract: ContractRecord, model: nn.Module) -> It
         return
     if len(owners) == len(tables):
         names = tuple(dict.fromkeys(owner for _, owner in owners))
-        root, std = math.sqrt(width), max(w.std or 0.0 for w in tables)
+        root, std = math.sqrt(width), max(stds.get(w.parameter, w.std or 0.0) for w in tables)
         text = f"sqrt(d), d = {width}"
         title = f"multiply the embedding by √d = {plain(root)}"
         yield Remedy("scaled-embed", title, (ScaleOutput(names, root, text),), _FREE, 2.0)
@@ -129,7 +142,7 @@ def _owner(model: nn.Module, parameter: str) -> str:
     return owner if owner and len(list(model.get_submodule(owner).parameters(recurse=False))) == 1 else ""
 
 
-def _matrices(report: Report, contract: ContractRecord) -> Iterator[Remedy]:
+def _matrices(report: Report, contract: ContractRecord, codes: Sequence[str]) -> Iterator[Remedy]:
     """Small sub-layers: scaling with depth where it is missing; the init of the field."""
     layers, width = max(report.model.layers, 1), report.model.width
     inner = [w for w in contract.weights if w.role in INNER and w.std]
@@ -144,9 +157,25 @@ def _matrices(report: Report, contract: ContractRecord) -> Iterator[Remedy]:
     if width:
         s = math.sqrt(2 / (5 * width))
         draws = (*_draws(contract, inner, s, f"sqrt(2/(5*d)), d = {width}"),
-                 *_draws(contract, outer, s / root, f"sqrt(2/(5*d))/sqrt(2*N), d = {width}, N = {layers}"))  # fmt: skip
+                 *_draws(contract, outer, s / root, f"sqrt(2/(5*d))/sqrt(2*N), d = {width}, N = {layers}"),
+                 *_outside(contract, s, f"sqrt(2/(5*d)), d = {width}", codes))  # fmt: skip
         title = f"draw all matrices with s = √(2/(5d)) = {plain(s)}, W_O and W_2 with s/√(2N) = {plain(s / root)}"
         yield Remedy("small-init", title, draws, _ANEW, 5.0)
+
+
+def _outside(contract: ContractRecord, s: float, formula: str, codes: Sequence[str]) -> Iterator[Draw]:
+    """Embedding, positions and head: the small init draws these with s too.
+
+    An embedding that already makes the shortcut large enough is not made smaller: 1 is the scheme's other std for it.
+    """
+    for w in contract.weights:
+        if w.role not in ("embedding", "positions", "head") or w.family not in _PLAIN or len(w.shape) != 2:
+            continue
+        larger = w.role == "embedding" and "JD102" not in codes and (w.std or 0.0) > _SAME * s
+        if not larger:
+            yield from _draws(contract, [w], s, formula)
+        elif w.parameter not in contract.tied and not 1 / _SAME < (w.std or 0.0) < _SAME:
+            yield from _draws(contract, [w], 1.0, "1")
 
 
 def _draws(contract: ContractRecord, weights: Iterable[WeightRecord], std: float, formula: str) -> Iterator[Draw]:

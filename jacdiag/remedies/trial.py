@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from jacdiag.errors import RankError, one_line
 from jacdiag.remedies.changes import Spare
 from jacdiag.remedies.patches import patches
-from jacdiag.remedies.recipes import Remedy, aims
+from jacdiag.remedies.recipes import Remedy
 from jacdiag.report import Report
-from jacdiag.report.remedy import RemedyRecord, outlook
+from jacdiag.report.remedy import RemedyRecord, aims, outlook
 from jacdiag.sources.factory import seeded
 from jacdiag.trace.tensors import collect_deep
 
@@ -110,7 +110,7 @@ def _changed(model: nn.Module, remedy: Remedy, seed: int) -> nn.Module:
 
 
 def sufficient(before: Report, after: Report, remedy: Remedy) -> bool:
-    """Whether nothing is left of what the remedy was tried against, and nothing new has come.
+    """Whether no warning or error is left of what the remedy was tried against, and none is new; infos may remain.
 
     That a weight which the remedy set on purpose departs from the rest of the model, or from the published init of its
     family, is no finding against it.

@@ -62,19 +62,23 @@ def verdict(pairs: Sequence[PairLike]) -> str:
     return str(legible(f"{what}; {count} of {len(pairs)} figures part"))
 
 
-def markdown(pairs: Sequence[PairLike]) -> str:
-    """A table in Markdown, the verdict above it."""
-    lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
-    lines += ["| " + " | ".join(_safe(cell) for cell in row) + " |" for row in rows(pairs)]
-    return f"**{_safe(verdict(pairs))}**\n\n" + "\n".join(lines) + "\n"
+def markdown(pairs: Sequence[PairLike], said: str, notes: Sequence[str] = ()) -> str:
+    """The verdict `said`, the notes, and a table of the pairs if there are any, in Markdown."""
+    parts = [f"**{_safe(said)}**", *(f"Note: {_safe(str(legible(note)))}." for note in notes)]
+    if pairs:
+        lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
+        lines += ["| " + " | ".join(_safe(cell) for cell in row) + " |" for row in rows(pairs)]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
 
 
-def as_json(pairs: Sequence[PairLike]) -> str:
-    """Every pair, and the first that parts."""
+def as_json(pairs: Sequence[PairLike], notes: Sequence[str] = ()) -> str:
+    """Every pair, the first that parts, and the notes."""
     listed: list[dict[str, Any]] = [
         {"depth": p.depth, "part": p.part, "figure": p.figure, "a": p.a, "b": p.b, "old": p.old, "new": p.new,
          "ratio": p.ratio, "parts": p.parts}
         for p in pairs
     ]  # fmt: skip
     first = next((p for p in listed if p["parts"]), None)
-    return json.dumps({"schema_version": 1, "first": first, "pairs": listed}, indent=2, ensure_ascii=False) + "\n"
+    whole = {"schema_version": 1, "first": first, "pairs": listed, "notes": list(notes)}
+    return json.dumps(whole, indent=2, ensure_ascii=False) + "\n"

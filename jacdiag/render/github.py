@@ -17,7 +17,8 @@ def render(report: Report) -> str:
     """
     fatal = {n.code for n in failing(report)}
     lines = [_command(note, note.code in fatal) for note in notes(report)]
-    return "\n".join([*lines, f"gate: {outcome(report)}: {counted(report)}"]) + "\n"
+    command = "gate" if "gate" in report.settings else "audit"
+    return "\n".join([*lines, f"{command}: {outcome(report)}: {counted(report)}"]) + "\n"
 
 
 def _command(note: Note, fatal: bool) -> str:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from jacdiag.errors import clipped
 from jacdiag.render.numbers import ABSENT, memory, seconds, share, spoken, three
 from jacdiag.render.remedies import remedied
-from jacdiag.render.words import worst_branch
+from jacdiag.render.words import condition, worst_branch
 from jacdiag.report import LEVELS, Finding, Report
 
-CONDITIONS = {"JD101": ("small sub-layers", "small_sublayers"), "JD102": ("large shortcut", "large_shortcut")}
+CONDITIONS = {"JD101": "small sub-layers", "JD102": "large shortcut"}
 TIED = "\u00a0"  # a space at which no line is broken
 _NAMED = 3  # how many names a sentence lists before it counts the rest
 
@@ -65,8 +65,7 @@ def some(names: list[str]) -> str:
 
 
 def _condition(report: Report, code: str) -> Line:
-    label, field = CONDITIONS[code]
-    status = getattr(report.conditions, field)
+    label, status = CONDITIONS[code], condition(report, code)
     findings = _by_level([finding for finding in report.findings if finding.code == code])
     if findings:
         text = "; ".join(finding.what for finding in findings)
@@ -236,13 +235,18 @@ def to_do(report: Report) -> list[str]:
 
 def _without_remedy(report: Report) -> str:
     loudest = next(iter(_by_level(report.findings)), None)
-    if report.verdict == "unknown":
+    if report.verdict == "unknown" and (report.tier == "weights" or _norms_judged(report)):
         return _MEASURE_MORE[report.tier]
     if loudest is None:
-        return "nothing: no rule fired"
+        return "nothing: no rule fired" if report.verdict != "unknown" else "nothing: no selected rule applied"
     if loudest.level == "info":
         return "nothing: what fired are observations"
     return f"read on: jacdiag explain {loudest.code}"
+
+
+def _norms_judged(report: Report) -> bool:
+    """Whether an undecided verdict can be for want of products."""
+    return any(rule.status == "unknown" or (rule.matched and rule.code.startswith("JD1")) for rule in report.rules)
 
 
 _MEASURE_MORE = {

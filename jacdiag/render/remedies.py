@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from jacdiag.render.numbers import three
 from jacdiag.report import Outlook, RemedyRecord, Report
+from jacdiag.report.remedy import aims
 
 DIALECTS = {"pytorch": ("PyTorch", "python"), "huggingface": ("Hugging Face transformers", "python"),
             "megatron": ("Megatron-LM", "sh"), "torchtitan": ("torchtitan", "python")}  # fmt: skip
@@ -15,7 +16,6 @@ def remedied(report: Report) -> list[str]:
     """Lines for "What to do": the recommended remedy, or how far the nearest one came, or what a begun run can take."""
     tried = report.remedies
     best = next((r for r in tried if r.recommended), None)
-    kept = [r for r in tried if r.keeps_function]
     if best is not None:
         others = [f"{r.name}: {_outcome(r)}" for r in tried if r is not best]
         return [
@@ -24,12 +24,25 @@ def remedied(report: Report) -> list[str]:
             f"price: {best.price}; the change as code: --patch FILE",
             *([f"also tried: {'; '.join(others)}"] if others else []),
         ]
-    if kept:
+    if _begun(report):
         return [f"{r.title}: {_kept(r)}; price: {r.price}" for r in tried]
     if tried:
-        nearest = min(tried, key=lambda r: (len(r.after.fired), _upper(r.after.branch_norm)))
-        return [f"none of {len(tried)} remedies was enough; nearest: {nearest.title}: {_outcome(nearest)}"]
+        nearest = _nearest(tried)
+        text = f"none of {len(tried)} remedies was enough; nearest: {nearest.title}: {_outcome(nearest)}"
+        return [f"{text}; its change as code: --patch FILE"]
     return []
+
+
+def _begun(report: Report) -> bool:
+    """Whether the remedies are those for a run that has begun: to choose from, whether one is enough or not."""
+    way, tried = report.settings.get("remedies"), report.remedies
+    kept = any(r.keeps_function for r in tried) and not any(r.sufficient for r in tried)
+    return way == "begun" or (way is None and kept)  # an older report does not say
+
+
+def _nearest(tried: Sequence[RemedyRecord]) -> RemedyRecord:
+    """The one that leaves the fewest rules, of these the smallest gain."""
+    return min(tried, key=lambda r: (len(r.after.fired), _upper(r.after.branch_norm)))
 
 
 def effect(remedy: RemedyRecord) -> str:
@@ -44,19 +57,21 @@ def effect(remedy: RemedyRecord) -> str:
 
 
 def document(report: Report) -> str:
-    """The remedies as Markdown: a table of all that were tried, and the recommended one (else all) as code."""
+    """The remedies as Markdown: a table of all that were tried, and some as code: the recommended one, all that a run
+    that has begun can take, or the nearest, marked as not enough."""
     tried = report.remedies
     if not tried:
-        return "# Remedies\n\nNone was tried: no finding asks for one.\n"
+        return f"# Remedies\n\nNone was tried: {_why_none(report)}.\n"
     rows = ["| remedy | worst branch gain | 1/σ gain | left | enough | price |", "|:---|---:|---:|:---|:---|:---|"]
     first = tried[0].before
     rows.append(_row("(as it is)", first, "", ""))
     rows += [_row(r.name, r.after, "yes" if r.sufficient else "no", r.price) for r in tried]
-    chosen = [r for r in tried if r.recommended] or [r for r in tried if r.keeps_function]
+    chosen = tried if _begun(report) else [r for r in tried if r.recommended]
     parts = ["# Remedies", "\n".join(rows)]
-    for remedy in chosen:
-        parts.append(f"## {remedy.title} ({remedy.name})")
-        did = _kept(remedy) if remedy.keeps_function else effect(remedy)
+    parts += [] if chosen else [f"None of {len(tried)} remedies was enough. The nearest as code, which is not enough:"]
+    for remedy in chosen or [_nearest(tried)]:
+        parts.append(f"## {remedy.title} ({remedy.name}){'' if chosen else ': not enough'}")
+        did = _kept(remedy) if remedy.keeps_function else effect(remedy) if chosen else _outcome(remedy)
         parts.append(f"Tried on a copy{_on_seeds(remedy)}: {did}.")
         for key, (title, language) in DIALECTS.items():
             if remedy.patches.get(key):
@@ -64,10 +79,24 @@ def document(report: Report) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _why_none(report: Report) -> str:
+    """Why no remedy was tried: no finding asks for one, or one does and still none was."""
+    codes = aims(report)
+    if not codes:
+        return "no finding asks for one"
+    ask = f"{', '.join(codes)} {'asks' if len(codes) == 1 else 'ask'} for one"
+    if report.settings.get("remedies") == "none":
+        return f"{ask}, but remedies are switched off (--remedies none); --remedies first tries them"
+    if report.state == "trained":
+        return f"{ask}, but the model is trained; --remedies begun tries what a run that has begun can take"
+    told = next((note for note in report.notes if note.startswith("no remedy was tried: ")), "")
+    return f"{ask}, but {told.removeprefix('no remedy was tried: ') or 'none is known, or the model cannot be copied'}"
+
+
 def _row(name: str, figures: Outlook, enough: str, price: str) -> str:
     branch = _span(figures.branch_norm) if figures.branch_norm is not None else "-"
     gain = three(figures.norm_gain) if figures.norm_gain is not None else "-"
-    left = ", ".join([*figures.fired, *(f"{code} undecided" for code in figures.undecided)]) or "nothing"
+    left = ", ".join([*figures.fired, *(f"{code} undecided" for code in figures.undecided)]) or "no warning or error"
     return f"| {name} | {branch} | {gain} | {left} | {enough} | {price} |"
 
 
@@ -80,7 +109,8 @@ def _outcome(remedy: RemedyRecord) -> str:
 def _conditions(figures: Outlook) -> str:
     small, large = figures.small_sublayers, figures.large_shortcut
     if small == large:
-        return {"met": "both conditions met", "not applicable": "nothing left"}.get(small, f"both conditions {small}")
+        other = "the conditions do not apply" if figures.fired else "no warning or error left"
+        return {"met": "both conditions met", "not applicable": other}.get(small, f"both conditions {small}")
     return f"small sub-layers {small}, large shortcut {large}"
 
 

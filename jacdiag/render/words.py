@@ -112,6 +112,14 @@ def _plan(report: Report) -> str:
     return ", ".join([f"learning rate {plan.lr:g}", *others])
 
 
+def condition(report: Report, code: str) -> str:
+    """How the condition that a rule judges came out; one that was not selected is not undecided."""
+    small = code == "JD101"
+    status = report.conditions.small_sublayers if small else report.conditions.large_shortcut
+    unasked = report.rules and all(rule.code != code for rule in report.rules)
+    return "not selected" if unasked and status == "unknown" else status
+
+
 def headline(report: Report) -> str:
     """The verdict in words, one line: for the top of the verdict block, the picture's title, a Markdown heading."""
     worst = worst_branch(report)
@@ -123,7 +131,9 @@ def headline(report: Report) -> str:
         return f"{errors[0].code}: {errors[0].what}"
     if report.state == "trained":
         return f"Trained model: {gain or 'no branch could be measured'}"
-    small, large = report.conditions.small_sublayers, report.conditions.large_shortcut
+    small, large = condition(report, "JD101"), condition(report, "JD102")
+    if report.settings.get("products") is False:
+        return "The init contract alone: no norm was measured"
     if small == large == "not applicable":
         return f"Not pre-norm, the two conditions do not apply: {gain}" if gain else "Nothing could be measured"
     if small == large:
@@ -131,6 +141,7 @@ def headline(report: Report) -> str:
             "met": "Both conditions met",
             "not met": "Neither condition met",
             "partly": "Both conditions partly met",
+            "not selected": "The two conditions were not selected",
         }
         words = both.get(small, "Both conditions unknown")
     else:

@@ -76,6 +76,8 @@ class FiguresRecord(Record):
         spread: relative std of a sub-layer's figure from seed to seed, pooled over sub-layers; None for one seed.
         sublayers: name -> figure -> [lower, median, upper]: between these a figure lies for another seed.
         weights: name -> {"role", "family", "std", "lower", "upper", "value"}; `value` that of a constant.
+        probe: {"batch", "seq", "tokens", "dtype"} that the figures of sub-layers were measured with; {} if none were,
+            and in baselines from before it was kept.
     """
 
     model: str
@@ -89,4 +91,5 @@ class FiguresRecord(Record):
     created: str = ""
     jacdiag: str = ""
     command: str = ""
+    probe: dict[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION

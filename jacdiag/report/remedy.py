@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from jacdiag.report.schema import Finding, Report
 
 
+_CONDITIONS = ("JD101", "JD102", "JD103", "JD104", "JD105")
+
+
 @dataclass(frozen=True)
 class Outlook(Record):
     """The figures that a remedy is judged by, each the worst over all sub-layers.
@@ -45,7 +48,8 @@ class RemedyRecord(Record):
         codes: the rules whose findings it was tried against.
         price: what it costs: parameters, operations, whether a run that has begun can take it.
         before, after: figures of the model as it was, and of the changed copy.
-        sufficient: nothing that it was tried against is left, nothing new fired, on every seed of `seeds`.
+        sufficient: no warning or error of what it was tried against is left and none is new, on every seed of `seeds`.
+            Infos may remain.
         recommended: the smallest sufficient one.
         keeps_function: meant to leave the function as it is; `function_change` is the largest relative difference of
             the outputs that was measured, None where it is not meant to.
@@ -79,6 +83,12 @@ def outlook(report: Report) -> Outlook:
         fired=list(dict.fromkeys(f.code for f in report.findings if f.level != "info")),
         undecided=[r.code for r in report.rules if r.status == "unknown"],
     )
+
+
+def aims(report: Report) -> list[str]:
+    """The rules that a remedy is looked for: the conditions, the contract and the baseline, at warning or above."""
+    found = dict.fromkeys(f.code for f in report.findings if f.level != "info")
+    return [code for code in found if code in (*_CONDITIONS, "JD110") or code.startswith("JD2")]
 
 
 def with_fixes(findings: Iterable[Finding], remedies: Iterable[RemedyRecord]) -> list[Finding]:

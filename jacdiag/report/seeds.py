@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from scipy.special import stdtrit
 
 from jacdiag.report.contract import FiguresRecord
+from jacdiag.report.probes import measured_with
 from jacdiag.report.schema import Report, SublayerRecord
 
 _ALPHA = 1e-6  # chance, per figure, that another seed of the same init lies outside
@@ -46,7 +47,7 @@ def figures_of(reports: Sequence[Report], margin: float, command: str = "") -> F
     return FiguresRecord(
         model=first.model.name, parameters=first.model.parameters, layers=first.model.layers, width=first.model.width,
         seeds=count, spread=max(spreads, default=None), sublayers=sublayers, weights=_weights(first),
-        created=first.created, jacdiag=first.jacdiag, command=command,
+        created=first.created, jacdiag=first.jacdiag, command=command, probe=measured_with(first),
     )  # fmt: skip
 
 

@@ -80,7 +80,7 @@ def evaluate(
         conditions=_conditions(report, outcomes),
         findings=findings,
         rules=results,
-        verdict=_verdict(findings, results, outcomes),
+        verdict=_verdict(report, findings, results, outcomes),
         settings=settings,
     )
 
@@ -105,15 +105,16 @@ def _conditions(report: Report, outcomes: Mapping[str, Outcome]) -> Conditions:
     return Conditions(of("JD101"), of("JD102"))
 
 
-def _verdict(findings: list[Finding], results: list[RuleResult], outcomes: Mapping[str, Outcome]) -> Verdict:
+def _verdict(
+    report: Report, findings: list[Finding], results: list[RuleResult], outcomes: Mapping[str, Outcome]
+) -> Verdict:
     """Fail for an error, warn for a warning; what was not decided, or did not apply at all, is never a pass."""
     if any(f.level == "error" for f in findings):
         return "fail"
     if any(f.level == "warning" and f.code not in ("JD901", "JD904") for f in findings):
         return "warn"
     open_ones = any(r.status == "unknown" or outcomes[r.code].undecided for r in results)
-    applied = any(r.matched for r in results if r.code.startswith("JD1"))
-    return "unknown" if open_ones or not applied else "pass"
+    return "unknown" if open_ones or not measurement.applied(report, outcomes) else "pass"
 
 
 def _shown(report: Report, thresholds: Thresholds) -> dict[str, dict[str, float]]:

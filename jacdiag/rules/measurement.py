@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 from jacdiag.errors import clipped
-from jacdiag.report import Finding, Level
+from jacdiag.report import Finding, Level, Report
 from jacdiag.rules import texts
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 
@@ -70,11 +72,24 @@ def _off_distribution(context: Context, rule: Rule) -> Outcome:
     return Outcome(1, [Finding(rule.code, context.level(rule, "warning"), [], what, {}, rule.summary, fix)])
 
 
+def norms_asked(report: Report, codes: Iterable[str]) -> bool:
+    """Whether a rule that judges norms was selected, and norms were not left out."""
+    return report.settings.get("products") is not False and any(code.startswith("JD1") for code in codes)
+
+
+def applied(report: Report, outcomes: Mapping[str, Outcome]) -> bool:
+    """Whether a rule about the model applied: one of JD1xx, or of the contract where no norm was asked for."""
+    kinds = ("JD1",) if norms_asked(report, outcomes) else ("JD1", "JD2")
+    return any(outcome.matched for code, outcome in outcomes.items() if code.startswith(kinds))
+
+
 def _no_match(context: Context, rule: Rule) -> Outcome:
-    about = {code: o for code, o in context.outcomes.items() if code.startswith("JD1")}
-    if any(o.matched for o in about.values()) or _checks(context).get("deterministic") is False:
+    report = context.report
+    if applied(report, context.outcomes) or _checks(context).get("deterministic") is False:
         return Outcome(1)
-    why = "the weights alone carry no Jacobian" if context.report.tier == "weights" else "no sub-layer matched"
+    why = "the weights alone carry no Jacobian" if report.tier == "weights" else "no sub-layer matched"
+    if not norms_asked(report, context.outcomes):
+        why = "no norm was asked for, and no rule of the init contract applied"
     return Outcome(
         1, [Finding(rule.code, context.level(rule, "warning"), [], f"no rule applied: {why}", {}, rule.summary)]
     )

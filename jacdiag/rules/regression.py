@@ -110,7 +110,8 @@ TEXT = Text(
     summary="worse than the recorded baseline, beyond both intervals",
     what="""\
 A baseline holds, for every sub-layer and weight, the interval in which another seed's figure lies. Sub-layers must not
-lie above theirs (branch_norm, core_norm, norm_gain); the std of a weight must share a value with its own.""",
+lie above theirs (branch_norm, core_norm, norm_gain); the std of a weight must share a value with its own. Norms depend
+on the probe: figures of another batch, seq, tokens or dtype are refused.""",
     why="""\
 A change that leaves every test green may still change what a model is at step 0. A different seed passes, a different
 std does not.""",

@@ -39,6 +39,7 @@ def info() -> Report:
         (ERROR, "error", 1),
         (ERROR, "never", 0),
         (synthetic.undecided, "error", 0),
+        (synthetic.undecided, "warning", 1),
         (synthetic.weights_tier, "error", 0),
     ],
 )

@@ -30,7 +30,8 @@ def test_without_trying_nothing_is_called_a_remedy(jd: Run, tmp_path: Path) -> N
     done = jd("audit", *SOURCE, "--remedies", "none", "--patch", "patch.md")
     assert done.code == 0
     assert "What to do   read on: jacdiag explain JD102" in done.out and "√d" not in done.out
-    assert "None was tried" in (tmp_path / "patch.md").read_text()
+    patch = (tmp_path / "patch.md").read_text()
+    assert "None was tried: JD102, JD103 ask for one, but remedies are switched off (--remedies none)" in patch
 
 
 def test_a_gate_tries_when_it_is_asked_to(jd: Run) -> None:
@@ -44,6 +45,7 @@ def test_a_gate_tries_when_it_is_asked_to(jd: Run) -> None:
 
 def test_a_file_for_the_patch_is_refused_before_the_work(jd: Run, tmp_path: Path) -> None:
     for args, message in ((["--patch", "no/such/x.md"], "its folder does not exist"),
+                          (["--patch", "x.txt"], "end it in .md"), (["--patch", "x"], "end it in .md"),
                           (["--patch", "a.json", "--json", "a.json"], "name the same file")):  # fmt: skip
         done = jd("audit", *SOURCE, *args)
         assert done.code == 2 and message in done.err

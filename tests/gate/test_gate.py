@@ -127,6 +127,33 @@ def test_another_seed_passes_and_another_std_does_not(run: Any) -> None:
     assert run(*args, "--write-baseline")[0] == 0 and run(*args)[0] == 0
 
 
+def test_a_baseline_knows_its_probe(run: Any, tmp_path: Path) -> None:
+    args = ("net.py:model", "--seeds", "1", "--baseline", "init.json")
+    assert run(*args, *FAST, "--write-baseline")[0] == 0
+    kept = json.loads((tmp_path / "init.json").read_text())
+    assert kept["probe"] == {"batch": 1, "seq": 16, "tokens": "random", "dtype": "float32"}
+    code, _, err = run(*args, "--seq", "8", "--batch", "3")
+    assert code == 2 and "another probe" in err and "1 x 16 random tokens, float32, beside 3 x 8" in err
+    assert "--batch 1 --seq 16, as in the baseline" in err and "--write-baseline" in err
+    code, _, err = run(*args, *FAST, "--dtype", "float64")
+    assert code == 2 and "--dtype float32, as in" in err
+    assert run(*args, "--seq", "8", "--contract-only")[0] == 0, "weights know no probe"
+    del kept["probe"]
+    (tmp_path / "init.json").write_text(json.dumps(kept))  # as it was written before the probe was kept
+    assert run(*args, "--seq", "8", "--batch", "1")[0] in (0, 1)
+    (tmp_path / "init.json").write_text(json.dumps({**kept, "probe": 3}))
+    assert run(*args, *FAST)[0] == 2
+
+
+def test_the_other_probe_of_another_model_is_not_what_is_said(tmp_path: Path) -> None:
+    sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 64}
+    figures = gate("jacdiag.sources.gpt:build", seeds=1, batch=1, seq=8, model_args=sizes).figures
+    assert figures.probe
+    write_baseline(tmp_path / "b.json", figures)
+    with pytest.raises(UsageError, match="of another model"):
+        gate(net.model, torch.randint(0, 256, (1, 16)), seeds=1, baseline=tmp_path / "b.json")
+
+
 def test_only_what_changed_is_named(tmp_path: Path) -> None:
     ids = torch.randint(0, 256, (1, 16))
     write_baseline(tmp_path / "b.json", gate(net.model, ids, seeds=2, decide=False).figures)
@@ -180,6 +207,15 @@ def test_the_contract_alone_spends_no_product(run: Any) -> None:
     code, out, _ = run("net.py:model", *FAST, "--contract-only", "--format", "json", "--seeds", "1")
     report = json.loads(out)
     assert code == 0 and report["sublayers"] == [] and report["contract"]["weights"]
+
+
+def test_the_contract_alone_is_enough_where_no_norm_was_asked_for(run: Any) -> None:
+    args = ("net.py:model", *FAST, "--contract-only", "--format", "json", "--seeds", "1", "--fail-on", "warning")
+    code, out, err = run(*args)
+    report = json.loads(out)
+    assert (code, report["verdict"], report["findings"]) == (0, "pass", []) and "gate: PASS" in err
+    code, out, _ = run(*args, "--state", "trained")  # no rule of the contract applies to a trained model
+    assert code == 1 and "JD904" in {f["code"] for f in json.loads(out)["findings"]}
 
 
 def test_a_checkpoint_has_one_set_of_weights(run: Any, tmp_path: Path) -> None:

@@ -96,6 +96,9 @@ def test_github_annotations(report: Report, wild: Report) -> None:
     assert all(re.fullmatch(pattern, line) for line in commands)
     assert any("file=tests/gate/net.py" in line for line in commands)
     # One command per line, and nothing of a name begins another.
+    assert lines[-1].startswith("gate: FAIL: ")
+    audit = replace(report, settings={k: v for k, v in report.settings.items() if k != "gate"})
+    assert github.render(audit).splitlines()[-1].startswith(f"audit: {report.verdict.upper()}: ")
     assert len(github.render(wild).splitlines()) == len(folded.notes(wild)) + 1
     assert not re.search(r"\n::error::k", github.render(wild))
 

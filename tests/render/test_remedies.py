@@ -59,10 +59,49 @@ def test_the_document_has_a_row_for_each_and_code_for_the_best() -> None:
     text = document(with_remedies(POOR, GOOD))
     assert "| (as it is) | 23.1 | 35.7 | JD102, JD103 |" in text
     assert "| small-init | 9.00 | 35.7 | JD102 | no | anew |" in text
+    assert "| scaled-embed | 1.00 to 1.40 | 1.60 | no warning or error | yes |" in text, "an info may be left"
     assert "### PyTorch\n\n```python\nx = 1\n```" in text and "### Megatron-LM\n\n```sh\n--f 1\n```" in text
-    assert "None was tried" in document(synthetic.clean())
+    assert "None was tried: no finding asks for one." in document(synthetic.clean())
+
+
+def test_every_one_for_a_run_that_has_begun_is_written_as_code() -> None:
+    scaled = dataclasses.replace(POOR, name="branch-scale", patches={"pytorch": "x = 2\n"})
+    kept = dataclasses.replace(KEPT, patches={"pytorch": "x = 3\n"})
+    begun = with_remedies(kept, scaled)
+    for report in (begun, dataclasses.replace(begun, settings={"remedies": "begun"})):
+        text = document(report)
+        assert "(learned-scale)\n" in text and "(branch-scale)\n" in text and "x = 2" in text and "x = 3" in text
+        assert "not enough" not in text
+    enough = dataclasses.replace(scaled, sufficient=True, recommended=True)
+    text = document(dataclasses.replace(with_remedies(kept, enough), settings={"remedies": "begun"}))
+    assert "x = 2" in text and "x = 3" in text
+
+
+def test_why_none_was_tried() -> None:
+    asks = dataclasses.replace(synthetic.vanilla(), findings=[Finding("JD102", "warning", [], "small")])
+    off = dataclasses.replace(asks, settings={"remedies": "none"})
+    assert "JD102 asks for one, but remedies are switched off" in document(off)
+    short = dataclasses.replace(asks, settings={"remedies": "first"}, notes=["no remedy was tried: too little memory"])
+    assert "JD102 asks for one, but too little memory." in document(short)
+    assert "--remedies begun" in document(dataclasses.replace(asks, state="trained"))
+    bare = dataclasses.replace(off, findings=[Finding("JD102", "info", [], "small")])
+    assert "no finding asks for one" in document(bare)
+
+
+def test_where_none_was_enough_the_nearest_is_written_and_marked() -> None:
+    far = dataclasses.replace(POOR, name="far", after=BEFORE, patches={"pytorch": "x = 2\n"})
+    near = dataclasses.replace(POOR, patches={"pytorch": "x = 3\n"})
+    text = document(with_remedies(far, near))
+    assert "None of 2 remedies was enough" in text and "(small-init): not enough\n" in text
+    assert "(left JD102)" in text and "```python\nx = 3\n```" in text and "x = 2" not in text
+    assert "not enough" not in document(with_remedies(POOR, GOOD))
 
 
 def test_what_was_not_measured_is_left_out() -> None:
     blind = dataclasses.replace(GOOD, before=Outlook(), after=Outlook())
     assert effect(blind) == "both conditions unknown"
+    other = Outlook([9.0, 9.1], None, None, "not applicable", "not applicable", "warn", ["JD103"])
+    post = dataclasses.replace(POOR, before=other, after=other)
+    assert "nothing left" not in effect(post) and effect(post).endswith("the conditions do not apply")
+    clean = dataclasses.replace(other, verdict="pass", fired=[])
+    assert effect(dataclasses.replace(post, after=clean)).endswith("no warning or error left")

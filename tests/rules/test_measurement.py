@@ -8,7 +8,9 @@ import pytest
 from rules.test_conditions import LIMITS, findings, healthy, judged, report, status
 
 from jacdiag.errors import UsageError
-from jacdiag.report import Interval, ModelRecord
+from jacdiag.render.lines import to_do, verdict_lines
+from jacdiag.render.words import headline
+from jacdiag.report import ContractRecord, Interval, ModelRecord, WeightRecord
 from jacdiag.rules import RULES, evaluate, rule
 from jacdiag.rules.profile import profile_of
 
@@ -71,6 +73,23 @@ def test_a_rule_that_matched_nothing_is_not_applicable_and_said() -> None:
     made = judged([])
     assert status(made, "JD101") == "not-applicable"
     assert findings(made, "JD904")[0].level == "warning" and made.verdict == "unknown"
+
+
+def test_rules_that_were_not_selected_are_not_undecided() -> None:
+    weight = WeightRecord("h.0.mlp.weight", [64, 64], "W_1", "h.*.mlp.weight", 0, "h.0.mlp", 64, 64, "normal", 0.02,
+                          0.0195, 0.0205, 0.0)  # fmt: skip
+    made = replace(report([]), contract=ContractRecord("GPT", {"N": 1.0, "d": 64.0}, [weight], pinned={"W_1": "0.02"}))
+    asked = evaluate(made, thresholds=LIMITS)
+    assert asked.verdict == "unknown" and findings(asked, "JD904"), "norms were asked for, and none was judged"
+    for without in ({"select": ["JD2", "JD9"]}, {"ignore": ["JD1"]}):
+        alone = evaluate(made, thresholds=LIMITS, **without)
+        assert alone.verdict == "pass" and not findings(alone, "JD904")
+        assert headline(alone) == "The two conditions were not selected"
+        assert {line.status for line in verdict_lines(alone)[:2]} == {"not selected"}
+        assert to_do(alone) == ["nothing: no rule fired"]
+    nothing = evaluate(report(healthy()), thresholds=LIMITS, select=["JD9"])
+    assert nothing.verdict == "unknown" and findings(nothing, "JD904")
+    assert "--tol" not in to_do(nothing)[0]
 
 
 def test_weights_alone_are_never_a_pass() -> None:
