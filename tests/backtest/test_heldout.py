@@ -14,7 +14,7 @@ from jacdiag_cli.app import main
 
 from jacdiag.backtest import Run, backtest
 from jacdiag.backtest.board import board
-from jacdiag.backtest.heldout import foretelling
+from jacdiag.backtest.heldout import curves, foretelling
 from jacdiag.backtest.labels import label
 from jacdiag.backtest.packed import encoded, pack, read_packed, unpack
 from jacdiag.errors import SourceError, UsageError
@@ -131,8 +131,10 @@ def test_a_placement_with_few_runs_of_one_outcome_has_no_curve() -> None:
 def test_two_inits_tell_no_third_and_one_tells_itself() -> None:
     for stds, there in (((1.0,), {"pre", "post"}), ((1.0, 2.0), set())):
         runs = [replace(r, factors={**r.factors, "width": 64.0, "branch_std": stds[k // 3 % len(stds)]})
-                for k, r in enumerate(named(made(240)))]  # fmt: skip
-        assert set(backtest(runs, times=10).curves) == there
+                for k, r in enumerate(named(made(120)))]  # fmt: skip
+        cast = board(runs, [label(run.loss) for run in runs], bad="any", stratum=["placement"], peers=[],
+                     cluster_without=["seed"])  # fmt: skip
+        assert set(curves(cast, 10)) == there
 
 
 def test_a_lower_rate_is_not_worse_for_being_slow() -> None:

@@ -11,9 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest, mannwhitneyu
 
-from jacdiag.backtest.scores import auroc, auroc_interval, calibration, operating_point, pairs_won, wilson
+from jacdiag.backtest.scores import (
+    LEAST_CLUSTERS,
+    auroc,
+    auroc_interval,
+    calibration,
+    operating_point,
+    pairs_won,
+    wilson,
+)
 
-RUNS = st.lists(st.tuples(st.integers(-3, 3), st.booleans(), st.integers(0, 2)), min_size=1, max_size=30)
+RUN = st.tuples(st.integers(-3, 3), st.booleans(), st.integers(0, 2))
+RUNS = st.lists(RUN, min_size=1, max_size=30)
 
 
 def arrays(runs):  # type: ignore[no-untyped-def]
@@ -91,13 +100,15 @@ def test_clusters_are_drawn_together() -> None:
     bad, right = np.arange(100) % 2 == 0, np.arange(100) < 60
     scores = np.where(right, bad, ~bad).astype(float)  # the first 60 are ranked rightly, the last 40 the other way
     apart = auroc_interval(scores, bad, None, range(100), times=300)
-    whole = auroc_interval(scores, bad, None, ["a"] * 60 + ["b"] * 40, times=300)
-    assert apart.value == whole.value == auroc(scores, bad)
-    assert apart.upper - apart.lower < 0.3 and (whole.lower, whole.upper) == (0.0, 1.0)  # type: ignore[operator]
+    tens = auroc_interval(scores, bad, None, [k // 10 for k in range(100)], times=300)
+    assert apart.value == tens.value == auroc(scores, bad)
+    assert apart.upper - apart.lower < 0.3 < 0.4 < tens.upper - tens.lower  # type: ignore[operator]
+    two = auroc_interval(scores, bad, None, ["a"] * 60 + ["b"] * 40, times=300)
+    assert two.value == apart.value and two.lower is two.upper is None, "two clusters tell no interval"
     assert auroc_interval(scores, bad & False, None, range(100)).value is None
 
 
-@given(RUNS, st.integers(0, 5))
+@given(st.lists(RUN, min_size=LEAST_CLUSTERS, max_size=30), st.integers(0, 5))
 def test_a_resample_weighs_pairs_as_drawing_runs_would(runs: list[tuple[int, bool, int]], seed: int) -> None:
     scores, bad, strata = arrays(runs)
     found = auroc_interval(scores, bad, strata, range(len(runs)), times=1, seed=seed)
