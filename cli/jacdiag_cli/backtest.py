@@ -124,7 +124,8 @@ def _risk(report: BacktestReport, path: Path) -> str:
 
     if not report.curves:
         raise UsageError(f"there is no curve to write to '{path}'", got=f"strata: {', '.join(report.strata)}",
-                         hint="curves are by placement: factors.json needs `placement` and `lr`")  # fmt: skip
+                         hint="curves are by placement (factors.json needs `placement` and `lr`), of one init or five "
+                              "and more, in a figure that an audit has")  # fmt: skip
     about: dict[str, Any] = {"runs": len(report.bad), "bad": report.asked["bad"], "worse_nats": report.asked["worse"]}
     for one in report.held_out:
         scores = {"auroc": one.auroc.value, "brier": one.brier}

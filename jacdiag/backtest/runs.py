@@ -54,18 +54,29 @@ def read_runs(
 
 
 def _apart(found: Sequence[tuple[Path, Run]]) -> list[Run]:
-    """Runs that share a name are told apart by where they lie, then by a number."""
+    """Runs that share a name are told apart by as much of their place as is needed, then by a number."""
     names = [run.name for _, run in found]
-    for up in range(1, 8):
+    places = [_place(file) for file, _ in found]
+    for up in range(1, max(map(len, places)) + 1):
         shared = {name for name, count in Counter(names).items() if count > 1}
-        for k, (file, run) in enumerate(found):
-            if names[k] in shared and len(file.absolute().parts) > up:
-                names[k] = "/".join((*file.absolute().parts[-1 - up : -1], run.name))
+        if not shared:
+            break
+        names = [
+            "/".join((*place[-up:], run.name)) if name in shared else name
+            for name, place, (_, run) in zip(names, places, found, strict=True)
+        ]
     seen: Counter[str] = Counter()
     for k, name in enumerate(names):
         seen[name] += 1
         names[k] = name if seen[name] == 1 else f"{name} ({seen[name]})"
     return [replace(run, name=name) for (_, run), name in zip(found, names, strict=True)]
+
+
+def _place(file: Path) -> tuple[str, ...]:
+    """The folders (and the pack) that a run's name lies in: a log of ours has its name from its own folder."""
+    folder = file.absolute().parent
+    folder = folder.parent if file.name == RUN_FILE else folder
+    return (*folder.parts[1:], *([file.name] if is_packed(file) else []))
 
 
 def _files(path: Path) -> Iterator[Path]:
@@ -208,8 +219,9 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"cannot read the run '{file}'", got=str(error)) from error
     if file.suffix == ".csv":
-        surplus = None  # DictReader's key of fields beyond the header
-        yield from ({k: v for k, v in row.items() if k is not surplus} for row in csv.DictReader(text.splitlines()))
+        for row in csv.DictReader(text.splitlines()):
+            row.pop(None, None)  # type: ignore[call-overload]  # fields beyond the header
+            yield row
         return
     for line in text.splitlines():
         try:

@@ -74,7 +74,6 @@ class Probe:
         kwargs = {k: moved(v) for k, v in self.kwargs.items()}
         return replace(self, args=tuple(map(moved, self.args)), kwargs=kwargs, token_ids=moved(self.token_ids))
 
-
     @contextmanager
     def suspected(self) -> Iterator[None]:
         """Where the model's code raises, the hint says that the probe may be too long for it."""

@@ -75,6 +75,20 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     names = [run.name for run in read_runs(paths)]
     assert names == ["a/x/history", "b/x/history", "y/history"]
     assert len({r.name for r in read_runs([paths[0], paths[0]])}) == 2
+    alone = replace(read_runs([paths[0]])[0], name="one")
+    packs = [tmp_path / "a.runs", tmp_path / "b.runs"]
+    for path in packs:
+        path.write_text(pack([alone]))
+    assert [run.name for run in read_runs(packs)] == ["a.runs/one", "b.runs/one"]
+
+
+def test_logs_of_ours_are_told_apart_by_the_folders_around_their_own(tmp_path: Path) -> None:
+    lines = [{"type": "run"}, *({"type": "step", "step": k, "loss": 3.0} for k in range(1, 20))]
+    for place in ("a/x", "b/x"):
+        (tmp_path / place).mkdir(parents=True)
+        text = "".join(json.dumps({"schema_version": 1, **line}) + "\n" for line in lines)
+        (tmp_path / place / "run.jsonl").write_text(text)
+    assert [run.name for run in read_runs([tmp_path])] == ["a/x", "b/x"]
 
 
 def test_surplus_fields_of_a_csv_are_passed_over(tmp_path: Path) -> None:
@@ -103,8 +117,7 @@ def test_runs_that_nobody_told_apart_are_not_one_cluster() -> None:
 
 
 def test_few_clusters_give_no_interval() -> None:
-    few = [replace(run, factors={**run.factors, "seed": 0.0, "of": float(k % 4)}) for k, run in enumerate(made(40))]
-    few = [replace(run, factors={"of": run.factors["of"]}) for run in few]
+    few = [replace(run, factors={"of": float(k % 4)}) for k, run in enumerate(made(40))]
     best = next(r for r in backtest(few, stratum=[], times=200).rankings if r.name == "signal")
     assert best.over_all.value is not None and best.over_all.lower is None
 
