@@ -7,7 +7,7 @@ share of divergences that were announced 20 steps before the loss left its band,
 steps. A chance of the one is not a chance of the other, so the two are also held side by side at as many false
 alarms, each at the limit that is best for it.
 
-    python benchmarks/foresight.py             three minutes; prints, and writes benchmarks/results/foresight.json
+    python benchmarks/foresight.py             seven minutes; prints, and writes benchmarks/results/foresight.json
     python benchmarks/foresight.py --quick     one grid and three limits; prints only
 """
 
