@@ -1,4 +1,4 @@
-"""The house keeps its shape: floors, sizes, what is imported, what is packaged, what users may rely on."""
+"""The house keeps its shape: floors, what is imported, what is packaged, what users may rely on."""
 
 from __future__ import annotations
 
@@ -43,11 +43,6 @@ FLOORS = {
 EXEMPT = {("jacdiag/trace/sublayer.py", "spectra")}
 EVERYBODY = {"errors", "__init__"}
 WITHOUT_TORCH = ("report", "rules", "render")
-LONGEST = 330
-LONG_WITH_REASON = {
-    "jacdiag/measure/sublayer.py": "every norm of one sub-layer, each a few lines",
-    "tests/render/synthetic.py": "made-up reports, plain data",
-}
 
 COMMANDS = {
     "audit": {
@@ -194,14 +189,6 @@ def test_light_commands_load_no_torch(args: list[str]) -> None:
     done = run(code)
     assert done.returncode == 0, done.stderr
     assert done.stdout
-
-
-def test_files_are_short() -> None:
-    folders = ("jacdiag", "cli", "tests", "benchmarks", "examples")
-    files = [path for folder in folders for path in sources(ROOT / folder)]
-    lengths = {shown(path): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
-    long = {name: length for name, length in lengths.items() if length > LONGEST and name not in LONG_WITH_REASON}
-    assert not long, f"over {LONGEST} lines; split, or give a reason in LONG_WITH_REASON: {long}"
 
 
 def test_frozen_commands() -> None:
