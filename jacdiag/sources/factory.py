@@ -124,6 +124,8 @@ def build(spec: str, model_args: dict[str, Any] | None = None, seed: int = 0, *,
     Raises:
         SourceError: the call raises, or returns no nn.Module.
     """
+    if spec.startswith("hf:"):
+        return _of_config(spec, model_args, seed)
     made = call(resolve(spec), spec, model_args or {}, seed)
     if not isinstance(made, nn.Module):
         raise SourceError(f"'{spec}' returned no nn.Module", got=f"type {type(made).__name__}")
@@ -139,6 +141,9 @@ def build_empty(spec: str, model_args: dict[str, Any] | None = None, seed: int =
     Raises:
         SourceError: the call raises, or returns no nn.Module.
     """
+    if spec.startswith("hf:"):
+        with empty_parameters():
+            return _of_config(spec, model_args, seed)
     try:
         with empty_parameters():
             made = call(resolve(spec), spec, model_args or {}, seed)
@@ -150,6 +155,13 @@ def build_empty(spec: str, model_args: dict[str, Any] | None = None, seed: int =
         with seeded(seed):
             _compute_buffers(made, spec)
     return made
+
+
+def _of_config(spec: str, model_args: dict[str, Any] | None, seed: int) -> nn.Module:
+    """Build the model of `hf:CONFIG`."""
+    from jacdiag.sources.formats import huggingface  # which imports this file
+
+    return huggingface.from_config(spec.removeprefix("hf:"), model_args or {}, seed)
 
 
 def _compute_buffers(model: nn.Module, spec: str) -> None:

@@ -19,6 +19,10 @@ class Misfit(SourceError):
     unexpected = False
 
 
+class TieConflict(SourceError):
+    """Two names are one parameter in the model, and two different tensors in the weights."""
+
+
 _HINT = "--model and --model-args must build exactly the model that was saved"
 
 
@@ -133,7 +137,7 @@ def _check_ties(
         for twin in twins:
             both = first in state and twin in state and first < twin
             if both and not _same(value(state[first]), value(state[twin])):
-                raise SourceError(
+                raise TieConflict(
                     f"'{first}' and '{twin}' are one parameter in the model, but differ in {where}",
                     hint="build the model without weight tying",
                 )

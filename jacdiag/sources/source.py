@@ -14,8 +14,8 @@ from jacdiag.errors import SourceError, UsageError, clipped
 from jacdiag.sources import factory, gpt
 from jacdiag.sources.checkpoint import Checkpoint, open_checkpoint, weights_below
 from jacdiag.sources.facts import longest_sequence, vocabulary
-from jacdiag.sources.fit import attach, fit
-from jacdiag.sources.formats import dcp, huggingface
+from jacdiag.sources.fit import fit
+from jacdiag.sources.formats import dcp, folders, huggingface
 from jacdiag.sources.stored import StoredWeights
 
 
@@ -106,8 +106,8 @@ def load(
 
     Args:
         source: a checkpoint file, a Hugging Face folder, "package.module:callable", "file.py:callable", "hf:CONFIG".
-        model: a factory of the module that a bare state dict belongs to.
-        model_args: keyword arguments for a factory, or fields of an `hf:` config.
+        model: a factory, or "hf:CONFIG", of the module that the weights of a file or a folder belong to.
+        model_args: keyword arguments for a factory, or fields of the config of a folder or of `hf:`.
         trust_pickle: let a pickle that holds more than tensors run code.
         seed: of random initialisations.
 
@@ -130,9 +130,7 @@ def load(
     if factory.there(path) and path.is_dir():
         if dcp.is_folder(path) and not huggingface.is_folder(path):
             return _from_file(_open_chunked(path, model), model, model_args, seed)
-        if model_args is not None:
-            raise UsageError("--model-args belongs to a factory", got="--model-args beside a folder")
-        return _from_folder(path, model, trust_pickle)
+        return _from_folder(path, model, model_args, trust_pickle, seed)
     return _from_file(open_checkpoint(path, trust_pickle=trust_pickle), model, model_args, seed)
 
 
@@ -141,16 +139,71 @@ def _no_model(model: str | None, source: str) -> None:
         raise UsageError("--model belongs to a checkpoint file", got=f"--model {model} beside {source}")
 
 
-def _from_folder(path: Path, model: str | None, trust_pickle: bool) -> Source:
-    if not huggingface.is_folder(path):
-        got = ", ".join(sorted(f.name for f in path.iterdir())[:8]) or "an empty folder"
-        hint = "a Hugging Face folder has a config.json, one of torch.distributed.checkpoint a .metadata"
-        raise SourceError(f"'{path}' is a folder without a model", got=got, hint=hint)
+def _from_folder(
+    path: Path, model: str | None, model_args: dict[str, Any] | None, trust_pickle: bool, seed: int
+) -> Source:
     if model is not None:
-        raise UsageError("--model belongs to a checkpoint file", got=f"--model {model} beside a Hugging Face folder")
-    found = huggingface.load(path, trust_pickle=trust_pickle)
-    info = {"path": str(path), **found.facts}
-    return Source(found.model, info, path.resolve().name, folder=path, weights=found.weights, notes=found.notes)
+        return _folder_into(path, model, model_args, trust_pickle, seed)
+    if not huggingface.is_folder(path):
+        raise folders.refuse_without_config(path)
+    loaded = huggingface.load(path, trust_pickle=trust_pickle, overrides=model_args)
+    info = {"path": str(path), **loaded.facts}
+    if model_args is not None:
+        info["model_args"] = model_args
+    return _of_folder(path, loaded, info)
+
+
+def _of_folder(path: Path, loaded: huggingface.Loaded, info: dict[str, Any]) -> Source:
+    """The source of a model out of a folder, with the step that a trainer wrote there."""
+    step = folders.step_of(path)
+    if step is not None:
+        info["step"] = step
+    return Source(
+        loaded.model,
+        info,
+        path.resolve().name,
+        step=step,
+        folder=path,
+        weights=loaded.weights,
+        notes=loaded.notes,
+    )
+
+
+def _folder_into(path: Path, model: str, model_args: dict[str, Any] | None, trust_pickle: bool, seed: int) -> Source:
+    """The weights of a folder, in a model that a factory or a config elsewhere builds."""
+    files = folders.weight_files(path)
+    if not files:
+        raise folders.refuse_without_files(path)
+    info: dict[str, Any] = {
+        "path": str(path),
+        "format": "folder",
+        "files": [file.name for file in files],
+        "factory": model,
+    }
+    if model_args:
+        info["model_args"] = model_args
+
+    # One .bin file may hold more than a state dict: it is opened like any checkpoint file.
+    if len(files) == 1 and files[0].suffix == ".bin":
+        found = _from_file(open_checkpoint(files[0], trust_pickle=trust_pickle), model, model_args, seed)
+        loaded = huggingface.Loaded(found.model or nn.Module(), {}, found.weights, found.notes)
+        source = _of_folder(path, loaded, found.info | info)
+        source.step = found.step if source.step is None else source.step
+        return source
+
+    stored = huggingface.read_files(path, files, trust_pickle)
+    return _of_folder(path, _into_model(model, model_args, seed, stored), info)
+
+
+def _into_model(
+    model: str, model_args: dict[str, Any] | None, seed: int, stored: huggingface.StoredState
+) -> huggingface.Loaded:
+    """Build what --model names, and fill it with weights."""
+    if model.startswith("hf:"):
+        return huggingface.load_stored(huggingface.config_path(model), stored, overrides=model_args)
+    if stored.lazy:
+        return huggingface.fill(factory.build_empty(model, model_args, seed), stored)
+    return huggingface.fill(factory.build(model, model_args, seed, init=False), stored)
 
 
 def _open_chunked(path: Path, model: str | None) -> Checkpoint:
@@ -179,13 +232,13 @@ def _from_file(found: Checkpoint, model: str | None, model_args: dict[str, Any] 
     if model is not None:
         info |= {"factory": model, **({"model_args": model_args} if model_args else {})}
         if found.weights is not None:
-            made.model = factory.build_empty(model, model_args, seed)
-            made.weights, notes = attach(made.model, found.weights, f"'{found.path}'")
+            stored = huggingface.StoredState(found.weights.pieces, True, found.path)
         else:
             state = found.state or dict(found.module.state_dict() if found.module is not None else {})
-            made.model = factory.build(model, model_args, seed, init=False)
-            notes = fit(made.model, state, f"'{found.path}'")
-        made.notes += notes
+            stored = huggingface.StoredState(state, False, found.path)
+        loaded = _into_model(model, model_args, seed, stored)
+        made.model, made.weights = loaded.model, loaded.weights
+        made.notes += loaded.notes
     elif model_args is not None:
         raise UsageError("--model-args needs --model", hint="--model package.module:callable")
     elif found.module is not None:

@@ -5,23 +5,25 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from jacdiag.errors import SourceError, one_line
+from jacdiag.errors import SourceError, printable
 from jacdiag.sources.empty import empty_parameters
 from jacdiag.sources.factory import own_frames, seeded
-from jacdiag.sources.fit import Misfit, attach
-from jacdiag.sources.formats import safetensors_file, torch_file
+from jacdiag.sources.fit import TieConflict, attach, fit
+from jacdiag.sources.formats import folders, safetensors_file, torch_file
+from jacdiag.sources.formats.hf_config import candidate_classes, default_class, named_class, read_config
+from jacdiag.sources.formats.hf_names import Naming, is_of_transformers, match_names
 from jacdiag.sources.stored import Piece, StoredWeights
 
 _SHOWN = 5
-_HINT = "config.json must be that of the weights"
+_HINT = "config.json must be that of the weights; or --model FACTORY builds the model that was saved"
 
 
 def is_folder(path: Path) -> bool:
@@ -46,36 +48,288 @@ class Loaded:
     notes: list[str] = field(default_factory=list)
 
 
-def load(path: Path, *, trust_pickle: bool = False) -> Loaded:
-    """Loads a folder with config.json and weights (.safetensors or .bin, sharded or not), strictly.
+@dataclass
+class StoredState:
+    """The weights of a checkpoint, by the names in its files.
 
-    Parameters in .safetensors stay in their files. Where their names there are not those of the model's parameters
-    (experts that transformers stacks while it loads), transformers loads them all.
+    Attributes:
+        tensors: weights in memory (.bin), or where they lie in their files (.safetensors).
+        lazy: whether the weights stay in their files.
+        where: the checkpoint, for messages.
+        files: the files' names.
+    """
+
+    tensors: Mapping[str, Tensor] | Mapping[str, Piece]
+    lazy: bool
+    where: Path
+    files: list[str] = field(default_factory=list)
+
+    def read(self) -> dict[str, Tensor]:
+        """Return all weights in memory."""
+        return {name: entry if isinstance(entry, Tensor) else entry.read() for name, entry in self.tensors.items()}
+
+    def named(self, names: Mapping[str, str]) -> dict[str, Any]:
+        """Return the entries under other names: new name -> name in the file."""
+        return {new: self.tensors[old] for new, old in names.items()}
+
+
+def read_files(path: Path, files: Sequence[Path], trust_pickle: bool = False) -> StoredState:
+    """Read the weight files of a folder: the headers of .safetensors, the tensors of .bin.
 
     Raises:
-        SourceError: transformers is missing, the folder has no weights, a file is unsafe or broken, keys do not fit.
+        SourceError: a file is unsafe or broken, or holds quantised weights.
     """
-    transformers = _transformers(path)
-    files = _weight_files(path)
-    config = _config(transformers, path, trust_pickle)
-    kind = _class_of(transformers, config)
-    facts: dict[str, Any] = {"format": "huggingface", "files": [f.name for f in files]}
+    names = [file.name for file in files]
+    entries: dict[str, Any] = {}
+    lazy = files[0].suffix == ".safetensors"
+    for file in files:
+        if lazy:
+            entries |= safetensors_file.spans(file)[0]
+        else:
+            entries |= _tensors_of(file, trust_pickle)
+    return StoredState(entries, lazy, path, names)
+
+
+def _tensors_of(file: Path, trust_pickle: bool) -> dict[str, Tensor]:
+    content, _ = torch_file.read(file, trust_pickle=trust_pickle)
+    tensors = {}
+    if isinstance(content, Mapping):
+        tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise SourceError(
+            f"'{file}' is no state dict of transformers",
+            got=f"one {type(content).__name__} without tensors at its top",
+            hint=f"{file} with --model FACTORY",
+        )
+    return tensors
+
+
+def load(path: Path, *, trust_pickle: bool = False, overrides: Mapping[str, Any] | None = None) -> Loaded:
+    """Load a folder with config.json and weights (.safetensors or .bin, sharded or not).
+
+    Weights that the model has no place for are left out, with a note. Every weight of the model must be there.
+    Parameters in .safetensors stay in their files. Where transformers stacks or splits weights while it loads (experts),
+    it loads them all.
+
+    Args:
+        path: the folder.
+        trust_pickle: whether code that the folder brings may run.
+        overrides: fields of the config to change.
+
+    Raises:
+        SourceError: transformers is missing, the folder has no weights, a file is unsafe or broken, weights are missing
+            or quantised, or have other shapes.
+    """
+    _transformers(path)
+    files = folders.weight_files(path)
+    if not files:
+        raise folders.refuse_without_weights(path)
+    stored = read_files(path, files, trust_pickle)
+    loaded = load_stored(path, stored, trust_pickle=trust_pickle, overrides=overrides)
+    if (path / "adapter_config.json").is_file():
+        loaded.notes.append("the folder holds an adapter too, which was not applied")
+    return loaded
+
+
+def load_stored(
+    config_path: Path,
+    stored: StoredState,
+    *,
+    trust_pickle: bool = False,
+    overrides: Mapping[str, Any] | None = None,
+) -> Loaded:
+    """Build the model of a config and fill it with weights, wherever the two lie.
+
+    Args:
+        config_path: a folder with config.json, or a JSON file.
+        stored: the weights.
+        trust_pickle: whether code that the config names may run.
+        overrides: fields of the config to change.
+
+    Raises:
+        SourceError: as `load`.
+    """
+    transformers = _transformers(config_path)
+    config = read_config(transformers, config_path, trust_pickle, overrides, list(stored.tensors))
+    notes = list(config.notes)
+
+    # 1. Quantised weights mean nothing by themselves.
+    quantised = folders.quantised_names(stored.tensors)
+    if quantised:
+        raise folders.refuse_quantised(stored.where, config.quantised, quantised)
+    if config.quantised:
+        notes.append(f"config.json has a {config.quantised}, but the weights are stored in floating point")
+
+    # 2. An empty model of the class that the config names, or that the weights fit.
+    kind, model = _empty_of(transformers, config.value, stored, trust_pickle, config_path)
+    facts: dict[str, Any] = {"format": "huggingface", "files": stored.files, "architecture": type(model).__name__}
+    if not is_of_transformers(model):
+        weights, more = _place(model, stored, {name: name for name in stored.tensors})
+        return Loaded(model, facts, weights, notes + more)
+
+    # 3. Its weights, by the names of transformers.
+    naming, more = _names_for(model, stored)
+    notes += more
+    _check_names(transformers, config.value, model, naming, stored, config.notes)
+    if not naming.converted and not naming.initialised:
+        with contextlib.suppress(TieConflict):
+            weights, more = _place(model, stored, naming.stored)
+            return Loaded(model, facts, weights, notes + more)
+
+    # 4. Those that transformers converts, ties or sets in its own way.
+    source = config_path if config_path.is_dir() else None
+    model = _whole(kind, config.value, stored, naming, trust_pickle, source)
+    if naming.converted and stored.lazy:
+        notes.append("read whole: the names in the files are not those of the model's parameters")
+    if naming.initialised:
+        notes.append(f"not in the files, set by transformers: {_listed(naming.initialised)}")
+    return Loaded(model, facts, None, notes)
+
+
+def fill(model: nn.Module, stored: StoredState, hint: str | None = None) -> Loaded:
+    """Fill a model that a factory built, by the names of transformers where it is one of theirs.
+
+    Args:
+        model: changed in place, unless transformers has to convert the weights: then another one is returned.
+        stored: the weights.
+        hint: what to try where they do not fit.
+
+    Raises:
+        SourceError: the weights do not fit, or are quantised.
+    """
+    quantised = folders.quantised_names(stored.tensors)
+    if quantised:
+        raise folders.refuse_quantised(stored.where, "", quantised)
+    names = {name: name for name in stored.tensors}
     notes: list[str] = []
-    if files[0].suffix == ".safetensors":
-        pieces = {name: span for file in files for name, span in safetensors_file.spans(file)[0].items()}
-        try:
-            model = _empty(kind, config, trust_pickle, path)
-            weights, notes = attach(model, StoredWeights(_named_as(model, pieces)), f"'{path}'", _HINT)
-            return Loaded(model, {**facts, "architecture": type(model).__name__}, weights, notes)
-        except Misfit as misfit:
-            if not misfit.unexpected:
-                raise
-            notes = ["read whole: the names in the files are not those of the model's parameters"]
-    else:
-        for file in files:  # with our own reader first: a broken or unsafe one is then told as such
-            torch_file.read(file, trust_pickle=trust_pickle)
-    model = _whole(kind, path, config, trust_pickle)
-    return Loaded(model, {**facts, "architecture": type(model).__name__}, None, notes)
+    if is_of_transformers(model):
+        naming, notes = _names_for(model, stored)
+        if naming.converted and not naming.missing:
+            config = getattr(model, "config", None)
+            return Loaded(_whole(type(model), config, stored, naming, False, None), {}, None, notes)
+        if not naming.missing and not naming.layers_left_over:
+            names = naming.stored
+        else:
+            notes = []
+    weights, more = _place(model, stored, names, hint)
+    return Loaded(model, {}, weights, notes + more)
+
+
+def _place(
+    model: nn.Module, stored: StoredState, names: Mapping[str, str], hint: str | None = None
+) -> tuple[StoredWeights | None, list[str]]:
+    entries = stored.named(names)
+    hints = {} if hint is None else {"hint": hint}
+    if stored.lazy:
+        return attach(model, StoredWeights(entries), f"'{stored.where}'", **hints)
+    return None, fit(model, entries, f"'{stored.where}'", **hints)
+
+
+def _names_for(model: nn.Module, stored: StoredState) -> tuple[Naming, list[str]]:
+    """Return the translation of the names, and a note on what is left over or taken off."""
+    naming = match_names(model, stored.tensors)
+    notes = []
+
+    # One first name that a wrapper put before all others (Lightning's `model.`).
+    heads = {name.partition(".")[0] for name in stored.tensors}
+    if not naming.used and len(heads) == 1:
+        head = f"{heads.pop()}."
+        shorter = {name.removeprefix(head): entry for name, entry in stored.tensors.items()}
+        naming_of_shorter = match_names(model, shorter)
+        if naming_of_shorter.used:
+            stored.tensors, naming = shorter, naming_of_shorter
+            notes.append(f"the prefix '{head}' was taken off every name")
+
+    if naming.unexpected:
+        kind = type(model).__name__
+        notes.append(f"left out, as {kind} has no place for them: {_listed(naming.unexpected)}")
+    return naming, notes
+
+
+def _empty_of(
+    transformers: Any, config: Any, stored: StoredState, trust: bool, path: Path
+) -> tuple[Any, nn.Module]:
+    """Return a class and an empty model of it: the class that the config names, else the one that the weights fit."""
+    kind = named_class(transformers, config)
+    if kind is not None:
+        return kind, _empty(kind, config, trust, path)
+    for candidate in candidate_classes(transformers, config):
+        model = _fitting(candidate, config, stored)
+        if model is not None:
+            return candidate, model
+    kind = default_class(transformers, config)
+    return kind, _empty(kind, config, trust, path)
+
+
+def _fitting(kind: Any, config: Any, stored: StoredState) -> nn.Module | None:
+    """Return an empty model of the class if the weights fill it, else None."""
+    try:
+        model = _empty(kind, config, False, stored.where)
+    except SourceError:
+        return None
+    if not is_of_transformers(model):
+        return None
+    naming = match_names(model, stored.tensors)
+    misfit = naming.missing or naming.layers_left_over or _other_shapes(model, naming, stored)
+    return None if misfit else model
+
+
+def _other_shapes(model: nn.Module, naming: Naming, stored: StoredState) -> list[str]:
+    wanted = model.state_dict(keep_vars=True)
+    pairs = [(name, stored.tensors[old], wanted[name]) for name, old in naming.stored.items()]
+    return [
+        f"{name} {_size(entry.shape)}, the model has {_size(tensor.shape)}"
+        for name, entry, tensor in pairs
+        if tuple(entry.shape) != tuple(tensor.shape)
+    ]
+
+
+def _check_names(
+    transformers: Any, config: Any, model: nn.Module, naming: Naming, stored: StoredState, inferred: Sequence[str]
+) -> None:
+    """Raise if weights of the model are missing, have other shapes, or whole layers are left over."""
+    shapes = _other_shapes(model, naming, stored)
+    left_over = naming.layers_left_over
+    if naming.missing or shapes or left_over:
+        parts = {"missing": naming.missing, "unexpected": left_over or naming.unexpected, "of another shape": shapes}
+        hint = _way_out(transformers, config, type(model), stored)
+        raise _misfit(stored.where, model, parts, hint, inferred)
+
+
+def _misfit(
+    where: Path, model: nn.Module, parts: Mapping[str, Sequence[str]], hint: str, inferred: Sequence[str] = ()
+) -> SourceError:
+    lines = [*inferred]
+    lines += [f"{len(names)} {what}: {_first(names)}" for what, names in parts.items() if names]
+    what = f"the weights in '{where}' do not fit {type(model).__name__}"
+    return SourceError(what, got="\n".join(lines), hint=hint)
+
+
+def _way_out(transformers: Any, config: Any, kind: Any, stored: StoredState) -> str:
+    """Return a hint that was tried: another class, or another number of layers; else that of the general case."""
+    # 1. Another class of the same kind of model.
+    for candidate in candidate_classes(transformers, config):
+        if candidate is not kind and _fitting(candidate, config, stored) is not None:
+            change = json.dumps({"architectures": [candidate.__name__]})
+            return f"they fit {candidate.__name__}: --model-args '{change}'"
+
+    # 2. Another number of layers.
+    field_name = (getattr(config, "attribute_map", None) or {}).get("num_hidden_layers", "num_hidden_layers")
+    layers = _layers_in(stored)
+    before = getattr(config, field_name, None)
+    if isinstance(before, int) and layers and layers != before:
+        setattr(config, field_name, layers)
+        fits = _fitting(kind, config, stored) is not None
+        setattr(config, field_name, before)
+        if fits:
+            return f"they have {layers} layers: --model-args '{json.dumps({field_name: layers})}'"
+    return _HINT
+
+
+def _layers_in(stored: StoredState) -> int:
+    """The highest number in the names, plus one: the number of layers, where all are numbered from 0."""
+    numbers = [int(part) for name in stored.tensors for part in name.split(".") if part.isdecimal()]
+    return max(numbers, default=-1) + 1
 
 
 def _empty(kind: Any, config: Any, trust: bool, path: Path) -> nn.Module:
@@ -89,58 +343,79 @@ def _empty(kind: Any, config: Any, trust: bool, path: Path) -> nn.Module:
         raise SourceError(f"transformers cannot build the model of '{path}' empty", got=own_frames(error)) from error
 
 
-def _named_as(model: Any, pieces: Mapping[str, Piece]) -> dict[str, Piece]:
-    """Pieces by the model's own names: the prefix of the base model put on or taken off, leftovers left out."""
-    wanted = set(model.state_dict(keep_vars=True))
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    if len(prefix) > 1 and not wanted & set(pieces):
-        longer = {f"{prefix}{name}": piece for name, piece in pieces.items()}
-        shorter = {name.removeprefix(prefix): piece for name, piece in pieces.items() if name.startswith(prefix)}
-        pieces = max(pieces, longer, shorter, key=lambda named: len(wanted & set(named)))
-    ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq$"]
-    return {name: piece for name, piece in pieces.items()
-            if name in wanted or not any(re.search(pattern, name) for pattern in ignored)}  # fmt: skip
-
-
-def _whole(kind: Any, path: Path, config: Any, trust_pickle: bool) -> nn.Module:
+def _whole(
+    kind: Any, config: Any, stored: StoredState, naming: Naming, trust_pickle: bool, source: Path | None
+) -> nn.Module:
+    """Load all weights through transformers, in the precision of the files."""
+    options: dict[str, Any] = {"dtype": _precision(stored, naming), "config": config}
+    if hasattr(kind, "_from_config"):  # a class itself: weights that were read already are handed over
+        source, options["state_dict"] = None, stored.read()
     try:
-        with _quiet():
+        with _quiet(), seeded(0):
             model, info = kind.from_pretrained(
-                path, config=config, dtype="auto", local_files_only=True, output_loading_info=True,
-                ignore_mismatched_sizes=True, attn_implementation="eager", trust_remote_code=trust_pickle,
-            )  # fmt: skip
+                source,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                attn_implementation="eager",
+                trust_remote_code=trust_pickle,
+                **options,
+            )
     except Exception as error:
-        raise SourceError(f"transformers cannot load '{path}'", got=own_frames(error)) from error
-    _check_fit(path, model, info)
+        raise SourceError(f"transformers cannot load '{stored.where}'", got=own_frames(error)) from error
+    parts = {"missing": _keys(info, "missing_keys"), "of another shape": _keys(info, "mismatched_keys")}
+    if any(parts.values()):
+        raise _misfit(stored.where, model, parts, _HINT)
     return model  # type: ignore[no-any-return]
 
 
+def _keys(info: Mapping[str, Any], key: str) -> list[str]:
+    return sorted(str(entry[0]) if isinstance(entry, tuple) else str(entry) for entry in info.get(key, ()))
+
+
+def _precision(stored: StoredState, naming: Naming) -> torch.dtype:
+    """The widest floating-point type of the matrices that the model uses."""
+    entries = [stored.tensors[name] for name in naming.used]
+    floating = [entry for entry in entries if entry.dtype.is_floating_point]
+    matrices = [entry.dtype for entry in floating if len(entry.shape) > 1] or [entry.dtype for entry in floating]
+    widest = matrices[0] if matrices else torch.float32
+    for dtype in matrices:
+        widest = torch.promote_types(widest, dtype)
+    return widest
+
+
 def from_config(spec: str, overrides: dict[str, Any], seed: int) -> nn.Module:
-    """Builds a randomly initialised model from a folder with config.json or from a JSON file of a config.
+    """Build a randomly initialised model from a folder with config.json or from a JSON file of a config.
 
     Args:
+        spec: the folder or the file.
         overrides: fields of the config to change.
+        seed: of the initialisation.
     """
-    path = Path(spec)
+    path = config_path(spec)
     transformers = _transformers(path)
-    if path.is_dir() and not is_folder(path):
-        raise SourceError(f"'{path}' has no config.json", got=_listing(path))
-    if not path.exists():
-        raise SourceError(f"no such config: '{path}'", hint="hf:FOLDER or hf:config.json, on this machine")
-    config = _config(transformers, path, False)
-    for key, value in overrides.items():
-        if not hasattr(config, key):
-            raise SourceError(
-                f"{type(config).__name__} has no '{key}'", hint="--model-args changes fields of the config"
-            )
-        setattr(config, key, value)
-    kind = _class_of(transformers, config)
+    config = read_config(transformers, path, False, overrides).value
+    kind = named_class(transformers, config) or default_class(transformers, config)
     try:
         with seeded(seed), _quiet():
             built = kind.from_config if hasattr(kind, "from_config") else kind._from_config
             return built(config, attn_implementation="eager")  # type: ignore[no-any-return]
     except Exception as error:
         raise SourceError(f"transformers cannot build a model of '{path}'", got=own_frames(error)) from error
+
+
+def config_path(spec: str) -> Path:
+    """Return the folder or file that `hf:CONFIG` names.
+
+    Raises:
+        SourceError: it is not there, or is a folder without config.json.
+    """
+    path = Path(spec.removeprefix("hf:"))
+    if path.is_dir() and not is_folder(path):
+        raise SourceError(f"'{path}' has no config.json", got=folders.listing(path))
+    if not path.exists():
+        raise SourceError(f"no such config: '{path}'", hint="hf:FOLDER or hf:config.json, on this machine")
+    return path
 
 
 def _transformers(path: Path) -> Any:
@@ -155,94 +430,18 @@ def _transformers(path: Path) -> Any:
     return transformers
 
 
-def _config(transformers: Any, path: Path, trust: bool) -> Any:
-    file = path / "config.json" if path.is_dir() else path
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise SourceError(f"cannot read '{file}'", got=str(error)) from error
-    if not isinstance(data, dict) or "model_type" not in data:
-        raise SourceError(f"'{file}' is no config of transformers", got="it has no model_type")
-    if "auto_map" in data and not trust and data["model_type"] not in transformers.CONFIG_MAPPING:
-        raise SourceError(
-            f"the model in '{path}' brings its own code",
-            hint="--trust-pickle lets it run; or give --model FACTORY and the weights file",
-        )
-    if data["model_type"] not in transformers.CONFIG_MAPPING and not trust:
-        raise SourceError(
-            f"transformers {transformers.__version__} does not know model_type '{data['model_type']}'",
-            hint="a newer transformers, or --model FACTORY",
-        )
-    try:
-        return transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust)
-    except Exception as error:
-        raise SourceError(f"transformers cannot read the config '{file}'", got=own_frames(error)) from error
+def _listed(names: Sequence[str]) -> str:
+    """The first names, with how many there are."""
+    return f"{len(names)} {'weight' if len(names) == 1 else 'weights'} ({_first(names)})"
 
 
-def _class_of(transformers: Any, config: Any) -> Any:
-    """The class that the config names, else the causal language model of its type, else the bare model."""
-    for name in config.architectures or ():
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
-    causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    return transformers.AutoModelForCausalLM if type(config) in causal else transformers.AutoModel
+def _first(names: Sequence[str]) -> str:
+    shown = printable(", ".join(names[:_SHOWN]))
+    return f"{shown} ..." if len(names) > _SHOWN else shown
 
 
-def _weight_files(path: Path) -> list[Path]:
-    """The files with weights: those that an index names, else the ones with canonical names."""
-    for index in sorted(path.glob("*.index.json")):
-        return _indexed(path, index)
-    for pattern in ("*.safetensors", "*.bin"):
-        files = sorted(f for f in path.glob(pattern) if f.stem.startswith(("model", "pytorch_model")))
-        if files:
-            return files
-    raise SourceError(
-        f"'{path}' has a config.json but no weights",
-        got=_listing(path),
-        hint=f"a fresh model of this config: hf:{path}",
-    )
-
-
-def _indexed(path: Path, index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise SourceError(f"cannot read '{index}'", got=one_line(error)) from error
-    odd = [name for name in names if not isinstance(name, str) or Path(name).name != name]
-    if odd:  # a file elsewhere is none of this folder's
-        raise SourceError(f"'{index}' names a file outside its folder", got=str(odd[0]))
-    missing = [name for name in names if not (path / name).is_file()]
-    if missing:
-        shown = ", ".join(missing[:_SHOWN]) + (" ..." if len(missing) > _SHOWN else "")
-        raise SourceError(
-            f"'{path}' is incomplete: {len(missing)} of {len(names)} shards are missing",
-            got=f"no {shown}, which {index.name} names",
-            hint="download or copy the folder again",
-        )
-    return [path / name for name in names]
-
-
-def _check_fit(path: Path, model: nn.Module, info: dict[str, Any]) -> None:
-    parts = []
-    for key, what in (
-        ("missing_keys", "missing"),
-        ("unexpected_keys", "unexpected"),
-        ("mismatched_keys", "of another shape"),
-    ):
-        names = sorted(str(k[0]) if isinstance(k, tuple) else str(k) for k in info.get(key, ()))
-        if names:
-            parts.append(f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{' ...' if len(names) > _SHOWN else ''}")
-    if parts:
-        raise SourceError(
-            f"the weights in '{path}' do not fit {type(model).__name__}",
-            got="\n".join(parts),
-            hint=_HINT,
-        )
-
-
-def _listing(path: Path) -> str:
-    names = sorted(f.name for f in path.iterdir())
-    return ", ".join(names[:8]) + (" ..." if len(names) > 8 else "") if names else "an empty folder"
+def _size(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
 
 
 @contextlib.contextmanager
