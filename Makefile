@@ -21,7 +21,7 @@ help:
 	@echo 'make lint      ruff and mypy'
 	@echo 'make bench     the benchmarks against peers (minutes); results in benchmarks/results'
 	@echo 'make lab       1,163 small training runs and how well they were foretold (about 5 hours); in runs/lab'
-	@echo 'make coverage  every model family of transformers (long); results in benchmarks/results'
+	@echo 'make coverage  every model family of transformers, and layouts of published checkpoints (long); results in benchmarks/results'
 	@echo 'make fuzz      20,000 damaged files of every format; what breaks the reader goes to tests/hostile/corpus'
 	@echo 'make clean     remove .venv, out and caches'
 
@@ -55,6 +55,7 @@ lab: .venv/.installed
 coverage: .venv/.installed-dev
 	@mkdir -p benchmarks/results
 	$(BIN)/python benchmarks/coverage.py
+	$(BIN)/python benchmarks/layouts.py
 
 fuzz: .venv/.installed-dev
 	@mkdir -p benchmarks/results

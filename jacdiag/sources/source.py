@@ -136,7 +136,7 @@ def load(
 
 def _no_model(model: str | None, source: str) -> None:
     if model is not None:
-        raise UsageError("--model belongs to a checkpoint file", got=f"--model {model} beside {source}")
+        raise UsageError("--model belongs to a checkpoint file or a folder", got=f"--model {model} beside {source}")
 
 
 def _from_folder(

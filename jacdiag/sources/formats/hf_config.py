@@ -36,8 +36,8 @@ _NOT_WITH = {
     "swin": r"relative_position_bias_mlp|logit_scale",
 }
 _TASKS = (
-    "MODEL_FOR_CAUSAL_LM_MAPPING",
     "MODEL_FOR_MASKED_LM_MAPPING",
+    "MODEL_FOR_CAUSAL_LM_MAPPING",
     "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
     "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
     "MODEL_FOR_PRETRAINING_MAPPING",
@@ -167,7 +167,7 @@ def _infer(transformers: Any, data: Mapping[str, Any], names: Collection[str], f
     raise SourceError(
         f"'{file}' is no config of transformers that says its kind of model",
         got=got,
-        hint="""name it: --model-args '{"model_type": "gpt2"}'; or --model FACTORY""",
+        hint="""name it, for instance --model-args '{"model_type": "gpt2"}'; or --model FACTORY""",
     )
 
 
