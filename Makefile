@@ -41,7 +41,7 @@ lint: .venv/.installed-dev
 
 bench: .venv/.installed-dev
 	@mkdir -p benchmarks/results
-	set -e; for script in $(filter-out benchmarks/coverage.py benchmarks/_%.py,$(wildcard benchmarks/*.py)); do \
+	set -e; for script in $(filter-out benchmarks/coverage.py benchmarks/layouts.py benchmarks/_%.py,$(wildcard benchmarks/*.py)); do \
 	  echo "== $$script"; $(BIN)/python $$script; done
 
 lab: .venv/.installed
