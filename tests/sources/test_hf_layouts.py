@@ -18,11 +18,24 @@ from jacdiag.errors import SourceError
 from jacdiag.sources import load
 from jacdiag.sources.factory import build, build_empty, seeded
 
-SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96,
-                         "max_position_embeddings": 64, "intermediate_size": 48}  # fmt: skip
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 96,
+    "max_position_embeddings": 64,
+    "intermediate_size": 48,
+}
 GPT2: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 96, "n_positions": 64}
-VIT: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
-                       "image_size": 32, "patch_size": 8, "num_labels": 3}  # fmt: skip
+VIT: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "image_size": 32,
+    "patch_size": 8,
+    "num_labels": 3,
+}
 State = dict[str, Tensor]
 BUILD = f"""
 import transformers as hf
@@ -109,37 +122,62 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[State], State] | None, str, 
     "GPT-2 with masks": (gpt2, with_masks, "GPT2LMHeadModel", "attn.masked_bias"),
     "GPT-2 without prefix": (gpt2, without_prefix, "GPT2LMHeadModel", ""),
     "bert-base-uncased": (
-        lambda: new(hf.BertForPreTraining, BERT), legacy, "BertForMaskedLM", "cls.seq_relationship",
+        lambda: new(hf.BertForPreTraining, BERT),
+        legacy,
+        "BertForMaskedLM",
+        "cls.seq_relationship",
     ),
     "BERT without its heads": (lambda: new(hf.BertForPreTraining, BERT), None, "BertModel", "cls.predictions"),
     "RoBERTa with a pooler": (
-        lambda: new(hf.RobertaForMaskedLM, hf.RobertaConfig(**SIZES)), with_pooler("roberta"), "RobertaForMaskedLM",
+        lambda: new(hf.RobertaForMaskedLM, hf.RobertaConfig(**SIZES)),
+        with_pooler("roberta"),
+        "RobertaForMaskedLM",
         "left out, as RobertaForMaskedLM has no place for them: 1 weight (roberta.pooler.dense.weight)",
     ),
     "ALBERT with a pooler": (
-        lambda: new(hf.AlbertForPreTraining, hf.AlbertConfig(**SIZES, embedding_size=16)), None, "AlbertForMaskedLM",
+        lambda: new(hf.AlbertForPreTraining, hf.AlbertConfig(**SIZES, embedding_size=16)),
+        None,
+        "AlbertForMaskedLM",
         "albert.pooler",
     ),
     "ViT with a pooler": (
-        lambda: new(hf.ViTForImageClassification, hf.ViTConfig(**VIT)), with_pooler("vit"),
-        "ViTForImageClassification", "vit.pooler",
+        lambda: new(hf.ViTForImageClassification, hf.ViTConfig(**VIT)),
+        with_pooler("vit"),
+        "ViTForImageClassification",
+        "vit.pooler",
     ),
     "Llama with rotary tables": (
         lambda: new(hf.LlamaForCausalLM, hf.LlamaConfig(**SIZES)),
-        with_more(model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(4)), "LlamaForCausalLM", "",
+        with_more(model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(4)),
+        "LlamaForCausalLM",
+        "",
     ),
     "experts that are stacked": (
         lambda: new(hf.MixtralForCausalLM, hf.MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4)),
-        with_more(extra=torch.ones(2)), "MixtralForCausalLM", "extra",
+        with_more(extra=torch.ones(2)),
+        "MixtralForCausalLM",
+        "extra",
     ),
     "positions that are computed": (
-        lambda: new(hf.PegasusForConditionalGeneration, hf.PegasusConfig(
-            d_model=32, vocab_size=96, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
-            decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64)),
+        lambda: new(
+            hf.PegasusForConditionalGeneration,
+            hf.PegasusConfig(
+                d_model=32,
+                vocab_size=96,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_attention_heads=4,
+                decoder_attention_heads=4,
+                encoder_ffn_dim=48,
+                decoder_ffn_dim=48,
+                max_position_embeddings=64,
+            ),
+        ),
         lambda state: {name: t for name, t in state.items() if "embed_positions" not in name},
-        "PegasusForConditionalGeneration", "not in the files, set by transformers: 2 weights (",
+        "PegasusForConditionalGeneration",
+        "not in the files, set by transformers: 2 weights (",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("as_bin", [False, True], ids=["safetensors", "bin"])
@@ -172,12 +210,17 @@ def test_a_long_list_of_leftovers_is_cut(tmp_path: Path) -> None:
         (gpt2, None, {"model_type": None}, "GPT2LMHeadModel", "architectures (GPT2LMHeadModel)"),
         (gpt2, None, {"model_type": None, "architectures": None}, "GPT2LMHeadModel", "the names of the weights"),
         (gpt2, without_prefix, {"model_type": None, "architectures": None}, "GPT2LMHeadModel", "the names of"),
-        (lambda: new(hf.BertForMaskedLM, BERT), None, {"model_type": None, "architectures": None}, "BertForMaskedLM",
-         "the names of the weights"),
+        (
+            lambda: new(hf.BertForMaskedLM, BERT),
+            None,
+            {"model_type": None, "architectures": None},
+            "BertForMaskedLM",
+            "the names of the weights",
+        ),
         (lambda: new(hf.BertForPreTraining, BERT), None, {"architectures": None}, "BertForPreTraining", ""),
         (lambda: new(hf.BertModel, BERT), None, {"architectures": None}, "BertModel", ""),
     ],
-)  # fmt: skip
+)
 def test_the_kind_of_model_is_inferred(
     tmp_path: Path, make: Any, edit: Any, fields: dict[str, Any], opened: str, by: str
 ) -> None:
@@ -191,7 +234,7 @@ def test_the_kind_of_model_is_asked_for_by_name(tmp_path: Path) -> None:
     folder = saved(llama, tmp_path, model_type=None, architectures=None)
     with pytest.raises(SourceError, match="it has no model_type") as refused:
         load(str(folder))
-    assert "--model-args '{\"model_type\":" in str(refused.value.hint)
+    assert '--model-args \'{"model_type":' in str(refused.value.hint)
     found = load(str(folder), model_args={"model_type": "llama"})
     assert type(found.model) is hf.LlamaForCausalLM
 
@@ -202,12 +245,20 @@ def test_the_kind_of_model_is_asked_for_by_name(tmp_path: Path) -> None:
     [
         (gpt2, {"n_layer": 3}, "12 missing", {"n_layer": 2}),
         (gpt2, {"n_layer": 1}, "12 unexpected", {"n_layer": 2}),
-        (lambda: new(hf.BertForMaskedLM, BERT), {"architectures": ["BertModel"]}, "2 missing: pooler",
-         {"architectures": ["BertForMaskedLM"]}),
-        (lambda: new(hf.BertModel, BERT), {"architectures": ["BertForMaskedLM"]}, "missing: cls.",
-         {"architectures": ["BertModel"]}),
+        (
+            lambda: new(hf.BertForMaskedLM, BERT),
+            {"architectures": ["BertModel"]},
+            "2 missing: pooler",
+            {"architectures": ["BertForMaskedLM"]},
+        ),
+        (
+            lambda: new(hf.BertModel, BERT),
+            {"architectures": ["BertForMaskedLM"]},
+            "missing: cls.",
+            {"architectures": ["BertModel"]},
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_hint_that_was_tried(
     tmp_path: Path, make: Any, fields: dict[str, Any], got: str, change: dict[str, Any]
 ) -> None:
@@ -232,6 +283,35 @@ def test_the_config_of_another_model(tmp_path: Path) -> None:
     folder = saved(gpt2(), tmp_path, **{**llama, "architectures": ["LlamaForCausalLM"]})
     with pytest.raises(SourceError, match="does not fit LlamaForCausalLM"):
         load(str(folder))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"architectures": 5},
+        {"architectures": "GPT2LMHeadModel"},
+        {"architectures": [None]},
+        {"model_type": ["gpt2"]},
+        {"model_type": 5},
+        {"auto_map": 3},
+        {"quantization_config": 3},
+    ],
+)
+def test_fields_of_a_strange_kind(tmp_path: Path, fields: dict[str, Any]) -> None:
+    folder = saved(gpt2(), tmp_path, **fields)
+    try:
+        assert type(load(str(folder)).model) is hf.GPT2LMHeadModel
+    except SourceError as error:
+        assert "transformers cannot read the config" in error.what
+
+
+def test_a_number_in_a_name_is_no_number_of_layers(tmp_path: Path) -> None:
+    """A model of that many layers would never be built."""
+    more = {"transformer.h.99999999.x": torch.ones(1), "a." + "9" * 5000: torch.ones(1)}
+    folder = saved(gpt2(), tmp_path, lambda state: state | more, n_layer=3)
+    with pytest.raises(SourceError, match="12 missing") as refused:
+        load(str(folder))
+    assert "layers" not in str(refused.value.hint)
 
 
 # -- --model with a folder or a file of it -----------------------------------------------------------------------------
@@ -286,7 +366,7 @@ def test_a_folder_without_weights_for_the_model(tmp_path: Path) -> None:
         load(str(tmp_path), model="jacdiag.sources.gpt:build")
 
 
-# -- other folders ------------------------------------------------------------------------------------------------------
+# -- other folders --------------------------------------------------------------------------------------------------
 def test_the_step_of_a_trainer(tmp_path: Path) -> None:
     folder = saved(gpt2(), tmp_path)
     assert load(str(folder)).step is None
@@ -297,10 +377,12 @@ def test_the_step_of_a_trainer(tmp_path: Path) -> None:
     assert load(str(folder)).step is None
 
 
-def files(**contents: str) -> Callable[[Path], None]:
+def files(contents: dict[str, str]) -> Callable[[Path], None]:
+    """Files by their names in the folder."""
+
     def write(folder: Path) -> None:
         for name, text in contents.items():
-            file = folder / name.replace("__", "/").replace("_DOT_", ".")
+            file = folder / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text)
 
@@ -329,29 +411,44 @@ def quantised(method: str, **tensors: Tensor) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("make", "what", "hint"),
     [
-        (files(checkpoint_DOT_x="", **{"checkpoint-500__config_DOT_json": "{}",
-               "checkpoint-1000__config_DOT_json": "{}"}), "a folder of checkpoints", "checkpoint-1000"),
-        (files(config_DOT_json='{"model_type": "gpt2"}', **{"checkpoint-9__config_DOT_json": "{}"}),
-         "a folder of checkpoints", "checkpoint-9"),
-        (files(adapter_config_DOT_json='{"base_model_name_or_path": "my/base"}', adapter_model_DOT_safetensors="x"),
-         "PEFT adapter", "merge_and_unload"),
-        (bare("optimizer.bin", "scheduler.bin"), "a state that accelerate", "--model FACTORY or --model hf:CONFIG"),
+        (
+            files({"checkpoint-500/config.json": "{}", "checkpoint-1000/config.json": "{}"}),
+            "a folder of checkpoints",
+            "checkpoint-1000",
+        ),
+        (
+            files({"config.json": '{"model_type": "gpt2"}', "checkpoint-9/config.json": "{}"}),
+            "a folder of checkpoints",
+            "checkpoint-9",
+        ),
+        (
+            files({"adapter_config.json": '{"base_model_name_or_path": "a/b"}', "adapter_model.safetensors": "x"}),
+            "PEFT adapter",
+            "merge_and_unload",
+        ),
+        (
+            bare("optimizer.bin", "scheduler.bin"),
+            "a state that accelerate",
+            "--model FACTORY or --model hf:CONFIG",
+        ),
         (bare(), "a folder without a model", "--model FACTORY or --model hf:CONFIG"),
-        (files(model_DOT_gguf="x", config_DOT_json='{"model_type": "gpt2"}'), "GGUF", "folder"),
-        (files(model_DOT_gguf="x"), "GGUF", "folder"),
-        (files(onnx__model_DOT_onnx="x", config_DOT_json='{"model_type": "gpt2"}'), "ONNX", "PyTorch model"),
-        (files(tf_model_DOT_h5="x", config_DOT_json='{"model_type": "gpt2"}'), "TensorFlow", "save_pretrained"),
-        (files(latest="global_step5", global_step5__mp_rank_00_model_states_DOT_pt="x"), "DeepSpeed",
-         "zero_to_fp32.py"),
-        (files(pytorch_model_fsdp_0___DOT_metadata="x"), "sharded weights", "pytorch_model_fsdp_0"),
-        (files(params_DOT_json="{}", **{"consolidated_DOT_00_DOT_pth": "x"}), "authors' own layout",
-         "consolidated.00.pth"),
-        (files(snapshots__abc__config_DOT_json="{}"), "the folders inside of it have", "snapshots/abc"),
+        (files({"model.gguf": "x", "config.json": '{"model_type": "gpt2"}'}), "GGUF", "folder"),
+        (files({"model.gguf": "x"}), "GGUF", "folder"),
+        (files({"onnx/model.onnx": "x", "config.json": '{"model_type": "gpt2"}'}), "ONNX", "PyTorch model"),
+        (files({"tf_model.h5": "x", "config.json": '{"model_type": "gpt2"}'}), "TensorFlow", "save_pretrained"),
+        (
+            files({"latest": "global_step5", "global_step5/mp_rank_00_model_states.pt": "x"}),
+            "DeepSpeed",
+            "zero_to_fp32.py",
+        ),
+        (files({"pytorch_model_fsdp_0/.metadata": "x"}), "sharded weights", "pytorch_model_fsdp_0"),
+        (files({"params.json": "{}", "consolidated.00.pth": "x"}), "authors' own layout", "consolidated.00.pth"),
+        (files({"snapshots/abc/config.json": "{}"}), "the folders inside of it have", "snapshots/abc"),
         (quantised("gptq", h__qweight=torch.ones(2, 2, dtype=torch.int32)), "quantised", "dequantised"),
         (quantised("fp8", h__weight_scale_inv=torch.ones(1)), "quantised", "dequantised"),
         (quantised("bitsandbytes", h__weight=torch.ones(2, 2, dtype=torch.int8)), "quantised", "dequantised"),
     ],
-)  # fmt: skip
+)
 def test_folders_that_hold_no_model(tmp_path: Path, make: Callable[[Path], None], what: str, hint: str) -> None:
     make(tmp_path)
     with pytest.raises(SourceError) as refused:

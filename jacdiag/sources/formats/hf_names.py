@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_INDEX = re.compile(r"\.(\d+)\.")
+_INDEX = re.compile(r"\.([0-9]{1,9})\.")
 # What transformers renames in every family, for versions that keep it in no table.
 _LEGACY = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
 
@@ -179,7 +179,7 @@ def _natural(name: str) -> list[tuple[bool, str, int]]:
     """A key that sorts layer 2 before layer 10, as transformers does."""
     parts = []
     for part in name.split("."):
-        text = part.rstrip("0123456789")
+        text = re.sub("[0-9]{1,9}$", "", part)
         digits = part[len(text) :]
         parts.append((bool(text), text, int(digits) if digits else -1))
     return parts

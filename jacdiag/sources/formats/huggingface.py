@@ -325,7 +325,7 @@ def _way_out(transformers: Any, config: Any, kind: Any, naming: Naming, stored: 
     field_name = (getattr(config, "attribute_map", None) or {}).get("num_hidden_layers", "num_hidden_layers")
     layers = _layers_in(stored)
     before = getattr(config, field_name, None)
-    if isinstance(before, int) and layers and layers != before:
+    if isinstance(before, int) and 0 < layers <= len(stored.tensors) and layers != before:
         setattr(config, field_name, layers)
         fits = _fitting(kind, config, stored) is not None
         setattr(config, field_name, before)
@@ -341,7 +341,8 @@ def _way_out(transformers: Any, config: Any, kind: Any, naming: Naming, stored: 
 
 def _layers_in(stored: StoredState) -> int:
     """The highest number in the names, plus one: the number of layers, where all are numbered from 0."""
-    numbers = [int(part) for name in stored.tensors for part in name.split(".") if part.isdecimal()]
+    parts = {part for name in stored.tensors for part in name.split(".")}
+    numbers = [int(part) for part in parts if part.isdecimal() and len(part) < 9]
     return max(numbers, default=-1) + 1
 
 
