@@ -24,6 +24,7 @@ _LARGEST = 256 * 2**20
 @click.argument("a")
 @click.argument("b")
 @click.option("--model", metavar="FACTORY", help="Builds the module that a bare state dict belongs to.")
+@click.option("--key", metavar="NAME", help="Which weights to read, if a file holds several sets: ema, model.net.")
 @click.option("--contract-only", is_flag=True, help="Weights alone; no Jacobians.")
 @click.option("--all", "all_rows", is_flag=True, help="Show every figure, not only those that part.")
 @add(PROBE, SOLVER)
@@ -64,9 +65,11 @@ def _report(source: str, given: dict[str, Any]) -> Report:
     from jacdiag.auditing import audit
     from jacdiag.sources.factory import is_factory
 
-    options = {k: v for k, v in given.items() if k not in ("contract_only", "inputs", "model")}
-    model = None if source.startswith("hf:") or is_factory(source) or path.is_dir() else given["model"]
-    return audit(source, **options, model=model, input_factory=given["inputs"], products=not given["contract_only"])
+    options = {k: v for k, v in given.items() if k not in ("contract_only", "inputs", "model", "key")}
+    is_file = not (source.startswith("hf:") or is_factory(source) or path.is_dir())
+    model = given["model"] if is_file else None
+    key = given["key"] if is_file else None
+    return audit(source, **options, model=model, key=key, input_factory=given["inputs"], products=not given["contract_only"])
 
 
 def _read(path: Path) -> Report:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jacdiag.report import Report
 
 _PASSED_ON = (
-    "model", "model_args", "trust_pickle", "tokens", "batch", "seq", "seed", "device", "dtype", "tol", "confidence",
+    "model", "model_args", "key", "trust_pickle", "tokens", "batch", "seq", "seed", "device", "dtype", "tol", "confidence",
     "decide", "max_products", "state", "lr", "warmup", "clip", "beta2", "risk", "seeds", "budget", "remedies",
 )  # fmt: skip
 

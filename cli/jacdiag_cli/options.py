@@ -84,6 +84,7 @@ SOURCE = [
         metavar="JSON",
         help="Keyword arguments for the factory, or fields of the config of a Hugging Face folder or of hf:CONFIG.",
     ),
+    click.option("--key", metavar="NAME", help="Which weights to read, if a file holds several sets: ema, model.net."),
     click.option("--trust-pickle", is_flag=True, help="Let a file whose pickle holds more than tensors run code."),
 ]
 PROBE = [

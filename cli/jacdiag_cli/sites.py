@@ -74,7 +74,7 @@ def _trace(source: str, given: dict[str, Any]) -> tuple[Source, Sites]:
     from jacdiag.trace import sites as trace
 
     device = pick(given["device"])
-    loaded = load(source, **{name: given[name] for name in ("model", "model_args", "trust_pickle", "seed")})
+    loaded = load(source, **{name: given[name] for name in ("model", "model_args", "key", "trust_pickle", "seed")})
     if loaded.model is None:
         raise SourceError(
             f"'{source}' holds weights, and no model that they belong to is known",
@@ -134,8 +134,10 @@ def describe(loaded: Source, found: Sites) -> dict[str, Any]:
 
 def _page(data: dict[str, Any], width: int | None) -> str:
     from jacdiag.render.table import packed
+    from jacdiag.render.words import read_words
 
-    parts = ["".join(f"{line}\n" for line in packed(_head(data), width))]
+    head = [*packed(_head(data), width), *packed(read_words(data["source"]), width)]
+    parts = ["".join(f"{line}\n" for line in head if line)]
     parts.append(grid(_columns(data["sublayers"]), width, "json") if data["sublayers"] else _nothing(data))
     parts.append(_elsewhere(data, width))
     if data["uncovered"]:

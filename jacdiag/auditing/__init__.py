@@ -86,6 +86,7 @@ def audit(
     baseline: FiguresRecord | None = None,
     progress: Progress | None = None,
     ranks: Ranks | bool = False,
+    key: str | None = None,
 ) -> AuditReport:
     """Audits a model: the norms of every sub-layer with their intervals, the network's figures, a verdict.
 
@@ -117,6 +118,7 @@ def audit(
         progress: told about the work done.
         ranks: share the work with the other processes that torchrun started; each must call this, with the same
             arguments, and each gets the whole report. Never done unasked: a training loop may audit on one rank only.
+        key: the dotted path of the weights in a checkpoint file that holds several sets, such as "ema".
 
     Raises:
         JacdiagError: the source, the probe or the model cannot be used; the message says what, got, try.
@@ -137,7 +139,7 @@ def audit(
     limits = load_thresholds(thresholds, risk)
     with enlisted(ranks) as crew, torch.inference_mode(False), current(pick(device := crew.device(device))):
         if isinstance(source, str):
-            source = load(source, model=model, model_args=model_args, trust_pickle=trust_pickle, seed=seed)
+            source = load(source, model=model, model_args=model_args, trust_pickle=trust_pickle, seed=seed, key=key)
         loaded = source if isinstance(source, Source) else Source.of_module(source)
         request = Request(
             loaded, inputs, tokens, input_factory, batch, seq, seed, device, precision, tol, confidence, decide,

@@ -54,6 +54,7 @@ def gate(
     fail_on: str = "error",
     model: str | None = None,
     model_args: dict[str, Any] | None = None,
+    key: str | None = None,
     trust_pickle: bool = False,
     thresholds: Mapping[str, Any] | None = None,
     profile: Any = "default",
@@ -93,7 +94,7 @@ def gate(
     if all(rule.code.startswith("JD2") for rule in selected(select, ignore)):  # nothing that is selected asks for norms
         options["products"] = False
     runs = _Runs(
-        _opener(source, model, model_args, trust_pickle), inputs, budget,
+        _opener(source, model, model_args, key, trust_pickle), inputs, budget,
         {**options, "profile": profile, "select": select, "ignore": ignore, "thresholds": thresholds,
          "decide": options.get("decide", True) and before is None, "state": state},
         max_products, before,
@@ -122,10 +123,13 @@ def gate(
 Opener = Callable[[int], Source]
 
 
-def _opener(source: Any, model: str | None, model_args: dict[str, Any] | None, trust: bool) -> tuple[Opener, str]:
+def _opener(
+    source: Any, model: str | None, model_args: dict[str, Any] | None, key: str | None, trust: bool
+) -> tuple[Opener, str]:
     """How a fresh model of a seed is made, and what names it in the user's code."""
     if isinstance(source, str):
-        return lambda seed: load(source, model=model, model_args=model_args, trust_pickle=trust, seed=seed), source
+        options: dict[str, Any] = {"model": model, "model_args": model_args, "key": key, "trust_pickle": trust}
+        return lambda seed: load(source, **options, seed=seed), source
     if isinstance(source, nn.Module):
         return lambda seed: Source.of_module(source), ""
 

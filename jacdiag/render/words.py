@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -13,6 +13,9 @@ from jacdiag.render.marks import FIELD_OF_RULE
 from jacdiag.render.numbers import counted, gist, share, three
 from jacdiag.report import Interval, Report, SublayerRecord
 from jacdiag.report.record import Record
+
+
+_OTHERS = 4  # sets of tensors that the header names
 
 
 def legible(value: Any) -> Any:
@@ -32,10 +35,26 @@ def legible(value: Any) -> Any:
 
 def header(report: Report) -> list[list[str]]:
     """The lines above the table, as lists of parts that are joined by a dot."""
-    return [
+    lines = [
         [f"jacdiag {report.jacdiag}".strip(), source_name(report), model_words(report), state_words(report)],
         _probe(report),
     ]
+    read = read_words(report.source)
+    return [*lines, read] if read else lines
+
+
+def read_words(source: Mapping[str, Any]) -> list[str]:
+    """Return what was read of a file and what else it holds, as parts of a line; nothing if it holds nothing else.
+
+    >>> read_words({"key": "model", "others": ["ema (moving average, 40 tensors)"]})
+    ['read: model', 'also in the file: ema (moving average, 40 tensors)']
+    """
+    others = source.get("others")
+    if not others:
+        return []
+    shown = ", ".join(map(str, others[:_OTHERS]))
+    more = f" and {len(others) - _OTHERS} more" if len(others) > _OTHERS else ""
+    return [f"read: {source.get('key') or 'the tensors at the top'}", f"also in the file: {shown}{more}"]
 
 
 def source_name(report: Report) -> str:
