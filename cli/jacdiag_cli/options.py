@@ -158,8 +158,18 @@ OUTPUT = [
         show_default=True,
         help="Of what is printed.",
     ),
-    click.option("--json", "json_file", metavar="FILE", help="Write the JSON report too."),
-    click.option("--plot", "plot_file", metavar="FILE", help="Write the picture too: .png, .svg or .pdf."),
+    click.option(
+        "--json",
+        "json_file",
+        metavar="FILE",
+        help="Write the JSON report too; - is stdout, and the table then goes to stderr.",
+    ),
+    click.option(
+        "--plot",
+        "plot_file",
+        metavar="FILE",
+        help="Write the picture too: .png, .svg or .pdf; - is stdout, as PNG.",
+    ),
     click.option("--all", "all_rows", is_flag=True, help="Show every sub-layer of a long model."),
     click.option(
         "--sort",
@@ -177,7 +187,8 @@ def remedies(default: str) -> list[Callable[[F], F]]:
         click.option("--remedies", type=click.Choice(["first", "all", "begun", "none"]), default=default,
                      show_default=True, help="What to try on copies of a model with findings: up to the first change "
                      "that is enough, every one, those that a run that has begun can take, or none."),
-        click.option("--patch", "patch_file", metavar="FILE", help="Write the remedies, with the change as code: .md."),
+        click.option("--patch", "patch_file", metavar="FILE", help="Write the remedies, with the change as code: .md; "
+                     "- is stdout."),
     ]  # fmt: skip
 
 
@@ -185,7 +196,11 @@ GATE = [
     click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="How many initialisations."),
     click.option("--budget", type=Number(**_ABOVE_0), metavar="SECONDS", help="Stop, undecided, after this time."),
     click.option("--baseline", metavar="FILE", help="Recorded figures to compare with."),
-    click.option("--write-baseline", is_flag=True, help="Write the baseline instead of comparing with it."),
+    click.option(
+        "--write-baseline",
+        is_flag=True,
+        help="Write the baseline instead of comparing with it; with --baseline - to stdout.",
+    ),
     click.option("--contract-only", is_flag=True, help="The init contract alone, tensor by tensor."),
 ]
 DECIDING = click.option("--decide/--no-decide", default=True, show_default=True,

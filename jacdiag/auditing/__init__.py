@@ -43,11 +43,9 @@ class AuditReport(Report):
 
     def plot(self, path: str) -> None:
         """Writes the picture: gain over depth, and its two factors below. The suffix gives the format."""
-        from pathlib import Path
-
         from jacdiag.render.plot import save
 
-        save(self, Path(path))
+        save(self, path)
 
 
 def audit(
