@@ -46,6 +46,7 @@ def audit(invocation: Invocation, source: str, **given: Any) -> int:
       torchrun --nproc-per-node 2 -m jacdiag_cli audit checkpoint.pt      (shared out over processes)
     """
     files = output_files(source, given) if invocation.heard else {}
+    _check_probe(given)
     profile = resolve_profile(click.get_current_context(), current())
     check_rules(profile, given["risk"])
     warn_of_trust(given["trust_pickle"])
@@ -77,6 +78,14 @@ def audit(invocation: Invocation, source: str, **given: Any) -> int:
         write_files(told, files)
         _show(told, given["output_format"], given["all_rows"], given["sort"], aside=any_on_stdout(files))
     return _exit_code(told, profile.fail_on)
+
+
+def _check_probe(given: dict[str, Any]) -> None:
+    """Raises UsageError if --replay and another option both give the probe."""
+    others = [f"--{name} {given[name]}" for name in ("tokens", "inputs") if given[name] is not None]
+    if given["replay"] is not None and others:
+        got = f"--replay {given['replay']} and {others[0]}"
+        raise UsageError("the probe is given twice", got=got, hint="give one of them")
 
 
 def _kept_batch(folder: str | None) -> Any:

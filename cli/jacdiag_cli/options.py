@@ -82,7 +82,12 @@ SOURCE = [
     click.option("--trust-pickle", is_flag=True, help="Let a file whose pickle holds more than tensors run code."),
 ]
 PROBE = [
-    click.option("--tokens", metavar="FILE", help="Probe tokens: .npy, .bin (uint16), .txt (bytes), .pt."),
+    click.option(
+        "--tokens",
+        metavar="FILE",
+        help="Probe tokens (.npy, .bin in uint16, .pt), or text (.txt, .md, .jsonl) for the tokenizer in the model's "
+        "folder; without one, bytes are ids for a vocabulary of bytes.",
+    ),
     click.option("--inputs", metavar="FACTORY", help="Builds the probe input of a model that takes no token ids."),
     click.option("--batch", type=click.IntRange(1), default=2, show_default=True, help="Sequences of the probe."),
     click.option(
