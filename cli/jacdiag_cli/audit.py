@@ -38,6 +38,9 @@ def audit(invocation: Invocation, source: str, **given: Any) -> int:
     The exit code is 0, 1 (findings at or above --fail-on) or 2 (cannot run). The verdict "unknown" exits 0; at init it
     comes with a warning, which --fail-on warning makes 1.
 
+    Of the output files, - is stdout: the table then goes to stderr, and a second output for stdout is refused. A file
+    is replaced whole or not at all; links are followed; devices and pipes are written through.
+
     \b
     Examples:
       jacdiag audit checkpoint.pt
