@@ -34,6 +34,7 @@ from hostile.seeds import damaged, honest, honest_folders
 CORPUS = Path(__file__).parent / "corpus"
 FILES = ("zip.pt", "step.pt", "old.pt", "x.safetensors", "plain.bin")
 SECONDS, MEMORY, BATCH = 10.0, 2**30, 250
+START = 300.0  # seconds until the first file: imports, on a machine that has other work
 OUTPUT_EVERY = 10  # files
 RIGHT = ("read", "refused", "output written", "output refused")
 _FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "subprocess.Popen", "socket.connect",
@@ -139,7 +140,7 @@ def batch(seed: int, count: int) -> Counter[str]:
         process = multiprocessing.get_context("fork").Process(target=child, args=(folder, seed, count, theirs))
         process.start()
         theirs.close()
-        at, wait = "", 60.0
+        at, wait = "", START
         while True:
             try:
                 if not ours.poll(wait):
@@ -163,7 +164,7 @@ def batch(seed: int, count: int) -> Counter[str]:
 
 def keep(path: Path, why: str, counts: Counter[str]) -> None:
     counts[why] += 1
-    if not path.exists():
+    if not path.name or not path.exists():  # no name: it was over before the first file
         return
     CORPUS.mkdir(exist_ok=True)
     content = b"".join(f.read_bytes() for f in sorted(path.rglob("*"))) if path.is_dir() else path.read_bytes()
