@@ -88,7 +88,12 @@ SOURCE = [
     click.option("--trust-pickle", is_flag=True, help="Let a file whose pickle holds more than tensors run code."),
 ]
 PROBE = [
-    click.option("--tokens", metavar="FILE", help="Probe tokens: .npy, .bin (uint16), .txt (bytes), .pt."),
+    click.option(
+        "--tokens",
+        metavar="FILE",
+        help="Probe tokens (.npy, .bin in uint16, .pt), or text (.txt, .md, .jsonl) for the tokenizer in the model's "
+        "folder; without one, bytes are ids for a vocabulary of bytes.",
+    ),
     click.option("--inputs", metavar="FACTORY", help="Builds the probe input of a model that takes no token ids."),
     click.option("--batch", type=click.IntRange(1), default=2, show_default=True, help="Sequences of the probe."),
     click.option(
@@ -164,8 +169,18 @@ OUTPUT = [
         show_default=True,
         help="Of what is printed.",
     ),
-    click.option("--json", "json_file", metavar="FILE", help="Write the JSON report too."),
-    click.option("--plot", "plot_file", metavar="FILE", help="Write the picture too: .png, .svg or .pdf."),
+    click.option(
+        "--json",
+        "json_file",
+        metavar="FILE",
+        help="Write the JSON report too; - is stdout, and the table then goes to stderr.",
+    ),
+    click.option(
+        "--plot",
+        "plot_file",
+        metavar="FILE",
+        help="Write the picture too: .png, .svg or .pdf; - is stdout, as PNG.",
+    ),
     click.option("--all", "all_rows", is_flag=True, help="Show every sub-layer of a long model."),
     click.option(
         "--sort",
@@ -183,7 +198,8 @@ def remedies(default: str) -> list[Callable[[F], F]]:
         click.option("--remedies", type=click.Choice(["first", "all", "begun", "none"]), default=default,
                      show_default=True, help="What to try on copies of a model with findings: up to the first change "
                      "that is enough, every one, those that a run that has begun can take, or none."),
-        click.option("--patch", "patch_file", metavar="FILE", help="Write the remedies, with the change as code: .md."),
+        click.option("--patch", "patch_file", metavar="FILE", help="Write the remedies, with the change as code: .md; "
+                     "- is stdout."),
     ]  # fmt: skip
 
 
@@ -191,7 +207,11 @@ GATE = [
     click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="How many initialisations."),
     click.option("--budget", type=Number(**_ABOVE_0), metavar="SECONDS", help="Stop, undecided, after this time."),
     click.option("--baseline", metavar="FILE", help="Recorded figures to compare with."),
-    click.option("--write-baseline", is_flag=True, help="Write the baseline instead of comparing with it."),
+    click.option(
+        "--write-baseline",
+        is_flag=True,
+        help="Write the baseline instead of comparing with it; with --baseline - to stdout.",
+    ),
     click.option("--contract-only", is_flag=True, help="The init contract alone, tensor by tensor."),
 ]
 DECIDING = click.option("--decide/--no-decide", default=True, show_default=True,

@@ -75,6 +75,14 @@ def emit(text: str) -> None:
         stop_writing(sys.stdout)
 
 
+def show(text: str, *, aside: bool) -> None:
+    """Prints a result to stdout, or to stderr if an output file takes stdout."""
+    if aside:
+        say(text.removesuffix("\n"))
+    else:
+        emit(text)
+
+
 def stop_writing(stream: TextIO) -> None:
     """Points a broken stream at nothing, so that the interpreter's own flush at exit is quiet."""
     with contextlib.suppress(OSError, ValueError):
@@ -98,19 +106,25 @@ def guest_talk() -> Iterator[None]:
         yield
 
 
-def console() -> Console:
-    """A console on stdout that collects: print to it inside `with c.capture() as held`, then `emit(held.get())`.
+def console(*, stderr: bool = False) -> Console:
+    """A console on stdout or stderr that collects.
 
+    Print to it inside `with c.capture() as held`, then `emit(held.get())`.
     Printing directly would make rich end the process with code 1 when a reader has gone.
     """
     from rich.console import Console
 
-    return Console(highlight=False)
+    return Console(highlight=False, stderr=stderr)
 
 
-def room() -> int | None:
-    """Columns of the terminal on stdout; None where output is piped, and then nothing is cut or wrapped to fit."""
-    if not sys.stdout.isatty():
+def room(*, stderr: bool = False) -> int | None:
+    """Columns of the terminal on stdout; None where output is piped, and then nothing is cut or wrapped to fit.
+
+    Args:
+        stderr: the text goes there.
+    """
+    stream = sys.stderr if stderr else sys.stdout
+    if not stream.isatty():
         return None
     import shutil
 

@@ -71,8 +71,10 @@ def _trace(source: str, given: dict[str, Any]) -> tuple[Source, Sites]:
 
     from jacdiag.sources import build_probe, load
     from jacdiag.sources.device import pick
+    from jacdiag.sources.probe import check_one_probe
     from jacdiag.trace import sites as trace
 
+    check_one_probe(tokens=given["tokens"], input_factory=given["inputs"])
     device = pick(given["device"])
     loaded = load(source, **{name: given[name] for name in ("model", "model_args", "key", "trust_pickle", "seed")})
     if loaded.model is None:
@@ -83,7 +85,7 @@ def _trace(source: str, given: dict[str, Any]) -> tuple[Source, Sites]:
         )
     loaded.to(device)
     asked = {name: given[name] for name in ("batch", "seq", "seed", "tokens", "inputs")}
-    probe = build_probe(loaded, **asked)
+    probe = build_probe(loaded, **asked, trust_code=given["trust_pickle"])
     probe = probe if device.type == "cpu" else probe.to(device)
     dtype = {"float32": torch.float32, "float64": torch.float64}[given["dtype"]]
     declared = current().sites

@@ -22,6 +22,7 @@ from jacdiag.report.thresholds import load_thresholds
 from jacdiag.rules import checked_contract
 from jacdiag.sources import Source, load
 from jacdiag.sources.device import current, pick
+from jacdiag.sources.probe import check_one_probe
 from jacdiag.trace import Declaration
 from jacdiag.trace.declared import declarations
 
@@ -43,11 +44,9 @@ class AuditReport(Report):
 
     def plot(self, path: str) -> None:
         """Writes the picture: gain over depth, and its two factors below. The suffix gives the format."""
-        from pathlib import Path
-
         from jacdiag.render.plot import save
 
-        save(self, Path(path))
+        save(self, path)
 
 
 def audit(
@@ -96,7 +95,7 @@ def audit(
         inputs: the probe for a module: token ids (B, T), a tuple of arguments, or a dict of keyword arguments. Random
             token ids if not given.
         model, model_args: the factory that builds the module of a bare state dict, and its keyword arguments.
-        tokens, input_factory: a file of probe tokens; a factory of the probe input.
+        tokens, input_factory: a file of probe tokens or of text; a factory of the probe input. Give one way to a probe.
         batch, seq, seed: the random probe. `seq` is 128, or what the model allows if that is less.
         device, dtype: where, and in what precision products run ("float64", or torch.float64).
         tol, confidence: relative width of the intervals that is asked for, and their confidence.
@@ -105,7 +104,7 @@ def audit(
         lr, warmup, clip, beta2: the plan of the run.
         profile, select, ignore, thresholds: of the rules.
         risk: a file with the curves of the chance at a learning rate, in place of those that ship.
-        trust_pickle: allow a pickle that holds more than tensors to run code.
+        trust_pickle: allow a pickle that holds more than tensors, or a tokenizer with code of its own, to run code.
         max_products: budget of products per norm.
         declared: sub-layers that the dataflow does not show, from `jacdiag.declare`.
         contract: a pinned init contract, role or name pattern -> formula of its std, such as {"W_O": "0.02/sqrt(2*N)"}.
@@ -136,6 +135,7 @@ def audit(
     check_ranges(tol=tol, confidence=confidence, max_products=max_products, batch=batch, seq=seq, seed=seed,
                  lr=lr, warmup=warmup, clip=clip, beta2=beta2)  # fmt: skip
     check_way(remedies)
+    check_one_probe(tokens=tokens, input_factory=input_factory, inputs=inputs)
     limits = load_thresholds(thresholds, risk)
     with enlisted(ranks) as crew, torch.inference_mode(False), current(pick(device := crew.device(device))):
         if isinstance(source, str):
@@ -145,7 +145,7 @@ def audit(
             loaded, inputs, tokens, input_factory, batch, seq, seed, device, precision, tol, confidence, decide,
             state, Plan(lr, warmup, clip, beta2), profile, tuple(select), tuple(ignore), limits, max_products,
             tuple(declarations(declared)), progress, crew, checked_contract(contract), optimizer, products, remedies,
-            baseline,
+            baseline, trust_pickle,
         )  # fmt: skip
         made = None if loaded.model is None else Audit(request)
         report = _weights_only(request) if made is None else made.run()
@@ -158,6 +158,8 @@ def audit(
 def _weights_only(request: Request) -> Report:
     request.ranks.agree(lambda: fingerprint(None, request.source.state.items(), (), request.options(), {}))
     report = weights_report(request.source)
+    if request.tokens is not None:
+        report = replace(report, notes=[*report.notes, f"--tokens {request.tokens} was not read: no model was run"])
     settings = {**report.settings, "name": request.source.name, "profile": request.profile, "seed": request.seed,
                 "products": request.products}  # fmt: skip
     if report.contract is not None:

@@ -97,7 +97,8 @@ class Audit:
         if r.inputs is not None:
             probe = Probe.of_inputs(r.inputs, seed=r.seed)
             return probe.to(pick(r.device)) if r.source.owned else probe
-        probe = build_probe(r.source, batch=r.batch, seq=r.seq, seed=r.seed, tokens=r.tokens, inputs=r.input_factory)
+        probe = build_probe(r.source, batch=r.batch, seq=r.seq, seed=r.seed, tokens=r.tokens, inputs=r.input_factory,
+                            trust_code=r.trust_code)  # fmt: skip
         return probe if r.source.device.type == "cpu" else probe.to(r.source.device)
 
     def _check_baseline(self, probe: Probe) -> None:
@@ -226,7 +227,7 @@ class Audit:
         with self._phase("contract"):
             contract = contract_of(self.sites, self.draws, self.model, self.layers, model.width or 0, model.vocabulary,
                                    r.contract, decayed)  # fmt: skip
-        off = self.state == "trained" and probe.record.tokens == "random"
+        off = self.state == "trained" and probe.record.is_random
         return Report(
             source=r.source.info,
             tier="measured",

@@ -53,6 +53,7 @@ class Request:
     products: bool
     remedies: str = "none"
     baseline: FiguresRecord | None = None
+    trust_code: bool = False  # of a tokenizer
 
     def options(self) -> dict[str, Any]:
         """What must be the same on every rank, beside the model and the probe."""

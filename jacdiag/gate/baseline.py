@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from jacdiag.errors import SourceError, UsageError
@@ -38,12 +39,12 @@ def read_baseline(path: Path) -> FiguresRecord:
         raise SourceError(f"'{path}' is no baseline", got=str(error)) from error
 
 
-def write_baseline(path: Path, figures: FiguresRecord) -> None:
-    """Writes a baseline, whole or not at all; stable, so that a change shows as a small diff."""
-    from jacdiag.render.files import write_atomic
+def write_baseline(path: str | os.PathLike[str], figures: FiguresRecord) -> None:
+    """Writes a baseline, whole or not at all; stable, so that a change shows as a small diff. "-" is stdout."""
+    from jacdiag.render.files import write_output
 
     text = json.dumps(figures.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-    write_atomic(path, (text + "\n").encode())
+    write_output(path, (text + "\n").encode())
 
 
 def check_comparable(path: Path, now: FiguresRecord, before: FiguresRecord) -> None:

@@ -96,7 +96,7 @@ def gate(
     runs = _Runs(
         _opener(source, model, model_args, key, trust_pickle), inputs, budget,
         {**options, "profile": profile, "select": select, "ignore": ignore, "thresholds": thresholds,
-         "decide": options.get("decide", True) and before is None, "state": state},
+         "decide": options.get("decide", True) and before is None, "state": state, "trust_pickle": trust_pickle},
         max_products, before,
     )  # fmt: skip
     reports = runs.all(range(seed, seed + max(1, seeds)))

@@ -107,7 +107,11 @@ def _probe(report: Report) -> list[str]:
         return ["weights only: no model was run", plural(len(report.sublayers), "sub-layer"), plan]
     probe, settings = report.probe, report.settings
     size = f"{probe.batch} x {probe.seq}" if probe.seq else f"batch {probe.batch}"
-    words = {"random": f"{size} random tokens, seed {probe.seed}", "inputs": f"{size}, from --inputs"}
+    words = {
+        "random": f"{size} random tokens, seed {probe.seed}",
+        "random pixels": f"{size} of random pixels, seed {probe.seed}",
+        "inputs": f"{size}, from --inputs",
+    }
     if replayed := settings.get("replayed"):
         step = replayed.get("batch_step")
         words["inputs"] = f"{size}, from --replay" + (f", the batch of step {step:,}" if step is not None else "")

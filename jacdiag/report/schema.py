@@ -202,7 +202,11 @@ class ModelRecord(Record):
 
 @dataclass(frozen=True)
 class ProbeRecord(Record):
-    """The probe input. `tokens` says where the token ids come from ("random", a file name, "text", "inputs")."""
+    """The probe input.
+
+    `tokens` says where the token ids come from: "random", "random pixels", "inputs", a file, a file and the tokenizer
+    that its text went through ("text.txt through GPT2Tokenizer of FOLDER"), or "text through its own tokenizer".
+    """
 
     batch: int
     seq: int | None
@@ -210,6 +214,11 @@ class ProbeRecord(Record):
     tokens: str = "random"
     excluded_rows: int = 0
     off_distribution: bool = False
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the input was drawn, so that a trained model never saw its like."""
+        return self.tokens in ("random", "random pixels")
 
 
 @dataclass(frozen=True)

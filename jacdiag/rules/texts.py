@@ -155,8 +155,8 @@ Gains and shortcut sizes depend on the input. Levels are capped at warning with 
     example="""\
 jacdiag audit trained.pt                 (no tokenizer beside the file)""",
     remedy="""\
---tokens FILE with a few thousand real tokens (.npy, .bin, .txt, .pt), or a Hugging Face folder with its
-tokenizer.""",
+--tokens FILE with a few thousand real tokens (.npy, .bin, .pt), or with text (.txt, .md, .jsonl) for a Hugging
+Face folder with its tokenizer.""",
 )
 
 NO_MATCH = Text(

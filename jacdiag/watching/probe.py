@@ -166,7 +166,7 @@ class LiveProbe:
 
     def _report(self, found: Sites, records: list[SublayerRecord], state: Any, step: int, begun: float) -> Report:
         assert self.probe is not None
-        off = state == "trained" and self.probe.record.tokens == "random"
+        off = state == "trained" and self.probe.record.is_random
         checks = {"deterministic": found.deterministic, "non_finite": found.skeleton.non_finite()}
         return Report(
             source={"format": "live", "step": step},
