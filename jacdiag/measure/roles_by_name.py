@@ -1,10 +1,12 @@
 """Roles of weights by their names, for a state dict whose model is not known.
 
-This is the only place that reads a role from a name. The table of sub-layers, the init contract and the bound of Eq. 15
-all use it. It works on names and shapes alone, in five steps:
+This is the only place that reads a role from a name. The table of sub-layers, the init contract
+and the bound of Eq. 15 all use it. It works on names and shapes alone, in five steps:
 
-1. Find the sub-layer that a name lies in: the module path and a word such as `self_attn`, `mlp` or `mixer`.
-2. Give each weight of a sub-layer a role: the first rule of a table that matches its name and those of its siblings.
+1. Find the sub-layer that a name lies in: the module path and a word such as `self_attn`, `mlp`
+   or `mixer`.
+2. Give each weight of a sub-layer a role: the first rule of a table that matches its name and
+   those of its siblings.
 3. Number the layers, as the measured tier does.
 4. Find the width: the size that most matrices of a layer share.
 5. Give weights outside all sub-layers a role, and every matrix its fan-in and fan-out.
@@ -33,8 +35,10 @@ class RoleRule:
 
     Attributes:
         role: as `jacdiag.trace.uses.Use.role`.
-        words: regular expression of the whole name inside the sub-layer, without ".weight" and expert numbers.
-        sibling: regular expression; if given, the rule holds only where a weight of the same sub-layer matches it.
+        words: regular expression of the whole name inside the sub-layer, without ".weight" and
+            expert numbers.
+        sibling: regular expression; if given, the rule holds only where a weight of the same
+            sub-layer matches it.
     """
 
     role: str
@@ -49,43 +53,65 @@ class RoleRule:
 
 
 # -- The data: names and what they mean --------------------------------------------------------------------------------
-# Modules that hold one sub-layer. BERT's `crossattention`, T5's `EncDecAttention`, torch's `multihead_attn`, diffusers'
-# `attn2`.
+# Modules that hold one sub-layer. BERT's `crossattention`, T5's `EncDecAttention`, torch's
+# `multihead_attn`, diffusers' `attn2`.
 _CROSS_MODULE = re.compile(
     r"(?i)cross_?(attn|attention)|encdecattention|encoder_(attn|attention)|src_attn|multihead_attn|attn2|xattn"
 )
 _ATTENTION_MODULE = re.compile(r"(?i)(?!post_)\w*(attn|attention)s?_?\d*|mha|att")
 _MLP_MODULE = re.compile(
-    r"(?i)(shared_|dense_|block_sparse_|layernorm_)?(mlp|ffn|ff|feed_?forward|densereludense|moe)s?_?\d*(_block|_layer)?|net|"
-    r"experts?|shared_experts?"
+    r"(?i)(shared_|dense_|block_sparse_|layernorm_)?"
+    r"(mlp|ffn|ff|feed_?forward|densereludense|moe)s?_?\d*(_block|_layer)?|"
+    r"net|experts?|shared_experts?"
 )
 # Mamba, Jamba, Qwen3-Next, RecurrentGemma, LFM2.
-_MIXER_MODULE = re.compile(r"(?i)mixer|mamba\d*|ssm|linear_attn|temporal_block|time_mix\w*|short_conv|conv|self_mamba")
-# Weights that only a recurrent or convolutional mixer has, whatever its module is called (RWKV's is `attention`).
-_MIXER_SIGN = r"receptance|x_proj|dt_proj|A_log|conv_?1d|time_decay|in_proj_(qkvz|ba)|dwconv(\.\w+)?|time_mix_\w+|time_mixing\.\w+"
-# A stack of experts: `experts.3`, `experts.expert_3`, `experts.mlp` (DBRX), `shared_experts` (DeepSeek).
-_EXPERT = re.compile(r"experts|expert_\d+|local_experts|shared_experts?|shared_mlp|deepspeed_(moe|experts)")
-_CONV = re.compile(r"(?i)\w*conv(olution)?_?\d*d?|c\d")
+_MIXER_MODULE = re.compile(
+    r"(?i)mixer|mamba\d*|ssm|linear_attn|temporal_block|time_mix\w*|short_conv|conv|self_mamba"
+)
+# Weights that only a recurrent or convolutional mixer has, whatever its module is called
+# (RWKV's is `attention`).
+_MIXER_SIGN = (
+    r"receptance|x_proj|dt_proj|A_log|conv_?1d|time_decay|in_proj_(qkvz|ba)|dwconv(\.\w+)?|"
+    r"time_mix_\w+|time_mixing\.\w+"
+)
+# A stack of experts: `experts.3`, `experts.expert_3`, `experts.mlp` (DBRX), `shared_experts`
+# (DeepSeek).
+_EXPERT = re.compile(
+    r"experts|expert_\d+|local_experts|shared_experts?|shared_mlp|deepspeed_(moe|experts)"
+)
+# BERT's `attention.self.query`, GPT-Neo's `attn.attention.q_proj`.
+_SELF = r"(\w*(self|attention|attn)\.)?"
+_MAP = r"(to_|linear_|w|W)?_?"
 
 _ATTENTION_RULES = (
-    # One fused matrix. GPT-2's cross-attention holds keys and values in `c_attn` and the query in `q_attn`.
+    # One fused matrix. GPT-2's cross-attention holds keys and values in `c_attn` and the query
+    # in `q_attn`.
     RoleRule("W_KV", r"c_attn", sibling=r"q_attn"),
     RoleRule("W_QKV", r"c_attn|att_proj|attn"),  # GPT-2, OLMo, litgpt
-    RoleRule("W_QKV", r"(to_|linear_|layernorm_|c_|w|W)?_?qkv(_proj|_mat|_lin)?"),  # timm, Phi-3, MPT, Megatron-core
-    RoleRule("W_QKV", r"query_key_value|W_pack|(self\.)?in_proj"),  # BLOOM, Falcon, NeoX; Baichuan; torch, DeBERTa
+    # timm, Phi-3, MPT, Megatron-core, x-transformers.
+    RoleRule("W_QKV", r"(to_|linear_|layernorm_|c_|w|W)?_?qkv(_proj|_mat|_lin)?"),
+    # BLOOM, Falcon, NeoX; Baichuan; torch, DeBERTa.
+    RoleRule("W_QKV", r"query_key_value|W_pack|(self\.)?in_proj"),
     # Low-rank factors of DeepSeek's latent attention: "_a" reads the stream.
     RoleRule("W_Q_a", r"q_a_proj|wq_a|(linear_)?q_down_proj"),
     RoleRule("W_KV_a", r"kv_a_proj(_with_mqa)?|wkv_a|(linear_)?kv_down_proj"),
     RoleRule("W_Q", r"q_b_proj|wq_b|(linear_)?q_up_proj"),
     RoleRule("W_KV", r"kv_b_proj|wkv_b|(linear_)?kv_up_proj"),
     RoleRule("W_KV", r"(to_|linear_|c_|w|W)?_?kv(_proj)?|key_value(_proj)?"),
-    # Separate matrices: Llama, GPT-J, BART, BERT (`self.query`), T5 (`q`), DistilBERT (`q_lin`), x-transformers (`to_q`).
-    RoleRule("W_Q", r"(\w*(self|attention|attn)\.)?((to_|linear_|w|W)?_?q(_proj|_lin|_head|_attn)?|query(_proj)?|projection_query)"),
-    RoleRule("W_K", r"(\w*(self|attention|attn)\.)?((to_|linear_|w|W)?_?k(_proj|_lin|_head)?|key(_proj)?|projection_key)"),
-    RoleRule("W_V", r"(\w*(self|attention|attn)\.)?((to_|linear_|w|W)?_?v(_proj|_lin|_head)?|value(_proj)?|projection_value)"),
-    # The output: Llama, BART, GPT-2, timm, BERT and NeoX (`dense`), XLM, x-transformers, Megatron-core, OLMo.
-    RoleRule("W_O", r"(\w*(self|attention|attn)\.)?((w|W)?_?o|o_proj|out_proj|c_proj|proj|dense|out_lin|linear_proj|out|linear_out)"),
-    RoleRule("W_O", r"to_out(\.\d+)?|output(\.dense)?|attn_out|linear_o|o_net|o_lin|post_proj|post_attention\.conv1d"),
+    # Separate matrices: Llama, BART, DistilBERT (`q_lin`), T5 (`q`), x-transformers (`to_q`);
+    # BERT.
+    RoleRule("W_Q", rf"{_SELF}{_MAP}q(_proj|_lin|_head|_attn)?"),
+    RoleRule("W_K", rf"{_SELF}{_MAP}k(_proj|_lin|_head)?"),
+    RoleRule("W_V", rf"{_SELF}{_MAP}v(_proj|_lin|_head)?"),
+    RoleRule("W_Q", rf"{_SELF}(query(_proj)?|projection_query)"),
+    RoleRule("W_K", rf"{_SELF}(key(_proj)?|projection_key)"),
+    RoleRule("W_V", rf"{_SELF}(value(_proj)?|projection_value)"),
+    # The output: Llama, BART, GPT-2, timm, BERT and NeoX (`dense`), XLM, Megatron-core.
+    RoleRule("W_O", rf"{_SELF}(w|W)?_?o(_proj|_net|_lin)?"),
+    RoleRule("W_O", rf"{_SELF}(out_proj|c_proj|proj|dense|out_lin|linear_proj|out|linear_out)"),
+    # x-transformers, BERT, OLMo, Funnel, SqueezeBERT.
+    RoleRule("W_O", r"to_out(\.\d+)?|output(\.dense)?|attn_out|linear_o|post_proj"),
+    RoleRule("W_O", r"post_attention\.conv1d"),
     RoleRule("positions", r"(\w+\.)?relative_attention_bias"),
     # JetMoE: experts of an attention.
     RoleRule("W_Q", r"input_linear", sibling=r"expert .*"),
@@ -93,21 +119,32 @@ _ATTENTION_RULES = (
     RoleRule("router", r"router(\.layer)?"),
 )
 _MLP_RULES = (
-    # A `gate` beside experts chooses between them (Mixtral, Qwen-MoE); beside `up` it is the gated factor.
-    RoleRule("router", r"(\w*router|gate|wg)(\.(classifier|layer|wg|weight|gate|linear))?", sibling=r"expert .*"),
+    # A `gate` beside experts chooses between them (Mixtral, Qwen-MoE); beside `up` it is the
+    # gated factor.
+    RoleRule("router", r"(gate|wg)(\.(wg|weight|gate|linear))?", sibling=r"expert .*"),
     RoleRule("router", r"\w*router(\.(classifier|layer|linear))?|shared_expert_gate"),
     RoleRule("W_gate_up", r"gate_up(_proj)?|gate_and_up(_proj)?|w12|weights_in"),
-    # Qwen-1: c_proj(w1(x) * silu(w2(x))). Meta-Llama and Mixtral: w2(silu(w1(x)) * w3(x)); DBRX calls w3 v1.
+    # Qwen-1: c_proj(w1(x) * silu(w2(x))). Meta-Llama and Mixtral: w2(silu(w1(x)) * w3(x)); DBRX
+    # calls w3 v1.
     RoleRule("W_gate", r"w2", sibling=r"c_proj"),
     RoleRule("W_gate", r"w1", sibling=r"w3|v1"),
     # litgpt: proj(silu(fc_1(x)) * fc_2(x)); timm: fc2(silu(fc1_g(x)) * fc1_x(x)).
     RoleRule("W_gate", r"fc_1", sibling=r"proj"),
     RoleRule("W_1", r"fc_2", sibling=r"proj"),
     RoleRule("W_gate", r"gate_proj|wi_0|gate|w_gate|gate_lin|linear_gate|fc1_g"),
-    RoleRule("W_1", r"c_fc|up_proj|dense_h_to_4h|fc|fc_?1|fc_in|fc1_x|lin_?1|linear_?1|layer_1|w_?1|w3|v1|pwconv1"),
-    RoleRule("W_1", r"linear_fc1|fc1_weight|[Ww]i|wi_1|up|ffn|ff_proj|intermediate(\.(dense|conv1d))?|input_linear"),
-    RoleRule("W_2", r"c_proj|down_proj|dense_4h_to_h|fc_?2|fc_out|lin_?2|linear_?2|layer_2|w_?2|[Ww]o|proj|pwconv2"),
-    RoleRule("W_2", r"linear_fc2|fc2_weight|down|ffn_output|ff_out|output(\.(dense|conv1d))?|output_linear"),
+    # GPT-2, Llama, NeoX, litgpt, BART, GPT-J, timm, DistilBERT, torch, XLNet, Meta-Llama, DBRX.
+    RoleRule(
+        "W_1", r"c_fc|up_proj|dense_h_to_4h|fc|fc_?1|fc_in|fc1_x|lin_?1|linear_?1|layer_1"
+    ),
+    RoleRule("W_1", r"w_?1|w3|v1|pwconv1"),
+    # Megatron-core, T5, ModernBERT, ALBERT, OLMo, BERT, SqueezeBERT, Granite.
+    RoleRule("W_1", r"linear_fc1|[Ww]i|wi_1|up|ffn|ff_proj|intermediate(\.(dense|conv1d))?"),
+    RoleRule("W_1", r"input_linear"),
+    # The same code bases, in the same order.
+    RoleRule("W_2", r"c_proj|down_proj|dense_4h_to_h|fc_?2|fc_out|lin_?2|linear_?2|layer_2"),
+    RoleRule("W_2", r"w_?2|[Ww]o|proj|pwconv2"),
+    RoleRule("W_2", r"linear_fc2|down|ffn_output|ff_out|output(\.(dense|conv1d))?"),
+    RoleRule("W_2", r"output_linear"),
 )
 # Everything inside a state-space mixer passes a non-linearity and multiplies: the gated factor.
 _MIXER_RULES = (
@@ -126,44 +163,59 @@ _RULES: dict[str, tuple[RoleRule, ...]] = {
     "mixer": _MIXER_RULES,
     "conv": (),
 }
-# Names that say which sub-layer they belong to without a module of their own: BART's `fc1`, BERT's `output.dense`.
+# Names that say which sub-layer they belong to without a module of their own: BART's `fc1`,
+# BERT's `output.dense`.
 _BARE_NAMES: tuple[tuple[SublayerKind, re.Pattern[str]], ...] = (
     ("mixer", re.compile(r"[dp]wconv\d?")),
     ("conv", re.compile(r"conv\d|convolution|conv\d\.conv")),
     (
         "attention",
         re.compile(
-            r"(to_|w|W)?qkv(_proj)?|to_(q|k|v|kv|out)(\.\d+)?|[qkvo]_proj|w[qkvo]|att_proj|attn_out|c_attn|"
-            r"query_key_value|(self\.)?(query|key|value)|in_proj|out_proj|post_attention\.conv1d"
+            r"(to_|w|W)?qkv(_proj)?|to_(q|k|v|kv|out)(\.\d+)?|[qkvo]_proj|w[qkvo]|att_proj|"
+            r"attn_out|c_attn|query_key_value|(self\.)?(query|key|value)|in_proj|out_proj|"
+            r"post_attention\.conv1d"
         ),
     ),
     (
         "mlp",
         re.compile(
-            r"fc_?[12]|fc_in|fc_out|lin(ear)?_?[12]|intermediate\.(dense|conv1d)|output\.(dense|conv1d)|ff_proj|ff_out|"
-            r"ffn|ffn_output|gate_proj|up_proj|down_proj|gate_up_proj|c_fc|dense_h_to_4h|dense_4h_to_h|[w]_?[123]|"
-            r"wi(_[01])?|linear_fc[12]"
+            r"fc_?[12]|fc_in|fc_out|lin(ear)?_?[12]|intermediate\.(dense|conv1d)|"
+            r"output\.(dense|conv1d)|ff_proj|ff_out|ffn|ffn_output|gate_proj|up_proj|down_proj|"
+            r"gate_up_proj|c_fc|dense_h_to_4h|dense_4h_to_h|w_?[123]|wi(_[01])?|linear_fc[12]"
         ),
     ),
 )
-# Tables and maps outside all sub-layers: the first that matches a name without ".weight". "$" means that the word is the
-# weight's own module, or a list of such modules (`classifier.1`, adaptive embeddings).
-_B, _E, _END = r"(?:^|\.)", r"(?:\.|$)", r"(?:\.\d+)*$"
+# Tables and maps outside all sub-layers: the first that matches a name without ".weight".
+# `_END` says that the word is the weight's own module, or a list of such modules
+# (`classifier.1`, adaptive embeddings).
+_START, _END = r"(?:^|\.)", r"(?:\.\d+)*$"
 _ANYWHERE_RULES = (
-    ("positions", rf"{_B}(wpe|pos_?emb\w*|\w*positions?_?emb\w*|embed_positions|positions_embed){_END}"),
-    ("positions", rf"{_B}(positional_emb\w*|token_type_emb\w*|segment_emb\w*|relative_attention_bias){_END}"),
-    ("projection", rf"{_B}(patch_emb\w*|embeddings?)\.(\w+\.)*proj(ection)?$"),
+    ("positions", rf"{_START}(wpe|pos_?emb\w*|\w*positions?_?emb\w*|embed_positions){_END}"),
+    (
+        "positions",
+        rf"{_START}(positions_embed|positional_emb\w*|relative_attention_bias){_END}",
+    ),
+    ("positions", rf"{_START}(token_type_emb\w*|segment_emb\w*){_END}"),
+    ("projection", rf"{_START}(patch_emb\w*|embeddings?)\.(\w+\.)*proj(ection)?$"),
 )
 _OUTSIDE_RULES = (
-    ("positions", rf"{_B}(cls|class|dist\w*)_token$"),
-    ("projection", rf"{_B}(patch_emb\w*|conv_proj|conv_stem|embedding_hidden_mapping_in|embedding_transformation){_E}"),
-    ("projection", rf"{_B}(transform|pooler|project_in|project_out|emb_projs|pre_classifier|vocab_transform){_E}"),
-    ("projection", rf"{_B}(lm_head|head|predictions|generator_predictions|classifier)\.dense$"),
-    ("projection", rf"{_B}embed_tokens\.embeddings\.\d+\.1$"),  # fairseq: adaptive embeddings
-    ("embedding", rf"{_B}(wte|(tok|word|token|input)_?emb\w*|embed_tokens(\.embeddings)?|embed_in|tokens_embed){_END}"),
-    ("embedding", rf"{_B}(shared|emb_layers|embed|emb|embedding|embeddings|w){_END}"),
-    ("head", rf"{_B}(lm_head|head|heads|embed_out|output|output_layer|output_projection|unembed\w*|score|classifier|decoder){_END}"),
-    ("head", rf"{_B}(qa_outputs|vocab_projector|classifier\.out_proj|generator_lm_head|pred_layer\.proj){_END}"),
+    ("positions", rf"{_START}(cls|class|dist\w*)_token$"),
+    ("projection", rf"{_START}(patch_emb\w*|conv_proj|conv_stem)(\.|$)"),
+    ("projection", rf"{_START}(embedding_hidden_mapping_in|embedding_transformation)$"),
+    ("projection", rf"{_START}(transform|pooler|pre_classifier|vocab_transform)(\.|$)"),
+    ("projection", rf"{_START}(project_in|project_out|emb_projs){_END}"),
+    ("projection", rf"{_START}(lm_head|head|\w*predictions|classifier)\.dense$"),
+    (
+        "projection",
+        rf"{_START}embed_tokens\.embeddings\.\d+\.1$",
+    ),  # fairseq: adaptive embeddings
+    ("embedding", rf"{_START}(wte|(tok|word|token|input)_?emb\w*|embed_in|tokens_embed){_END}"),
+    ("embedding", rf"{_START}(embed_tokens(\.embeddings)?|shared|emb_layers){_END}"),
+    ("embedding", rf"{_START}(embed|emb|embedding|embeddings|w){_END}"),
+    ("head", rf"{_START}(lm_head|head|heads|embed_out|output|output_layer){_END}"),
+    ("head", rf"{_START}(output_projection|unembed\w*|score|classifier|decoder){_END}"),
+    ("head", rf"{_START}(qa_outputs|vocab_projector|classifier\.out_proj){_END}"),
+    ("head", rf"{_START}(generator_lm_head|pred_layer\.proj){_END}"),
 )
 # Weights inside a state-space mixer, which neither read nor write the stream.
 _INNER = re.compile(r"x_proj|dt_proj|conv_?1d|A_log|\.D$|q_b_proj|kv_b_proj")
@@ -172,7 +224,9 @@ _NUMBERED = re.compile(r"(?i)\d+|(encoder_|decoder_)?(layer|block|stage)s?_?\d+"
 _GAIN = re.compile(r"norm|(?:^|[._])ln(?:[._]|$|_?\w)", re.I)
 _SCALE = re.compile(r"layer_?scale|(?:^|[._])(gamma|lambda|ls)_?\d?(?:[._]|$)", re.I)
 # Masks and tables of angles that a module keeps as buffers: no weights.
-_BUFFER = re.compile(r"(?:^|\.)(bias|masked_bias|inv_freq|position_ids|attn_mask|mask|freqs_cis|cos|sin)(_cached)?$")
+_BUFFER = re.compile(
+    r"(?:^|\.)(bias|masked_bias|inv_freq|position_ids|attn_mask|mask|freqs_cis|cos|sin)(_cached)?$"
+)
 
 
 # -- What the names say ------------------------------------------------------------------------------------------------
@@ -186,7 +240,8 @@ class NamedWeight:
         stack: module path of the list of layers, such as "model.decoder.layers"; "" outside.
         kind: of the sub-layer that it lies in; "" outside.
         sublayer: name of that sub-layer; "" outside.
-        fan_in, fan_out: sizes of the linear map that it makes, whichever way it is stored; None for a vector.
+        fan_in, fan_out: sizes of the linear map that it makes, whichever way it is stored; None
+            for a vector.
     """
 
     role: str
@@ -270,10 +325,9 @@ def read_names(shapes: Mapping[str, Sequence[int]]) -> NamedModel:
     sizes = {name: tuple(int(n) for n in shape) for name, shape in shapes.items()}
     # 1. and 2. Sub-layers, and the roles inside them.
     places = find_places(sizes)
-    sublayers = [_build_sublayer(group, sizes) for group in _group_by_sublayer(places)]
-    sublayers = [sublayer for sublayer in sublayers if sublayer is not None]
+    candidates = [_build_sublayer(group, sizes) for group in _group_by_sublayer(places)]
     # 3. Layers.
-    sublayers = _in_stream_order(sublayers)
+    sublayers = _in_stream_order([sublayer for sublayer in candidates if sublayer is not None])
     _number_layers(sublayers)
     # 4. Width, and what only shows once it is known.
     width = find_width(sublayers, sizes)
@@ -294,7 +348,8 @@ class Place:
         block: module path down to the innermost numbered module around the sub-layer.
         module: path of the sub-layer's own module, the block's path where it has none.
         kind: as the module's name or the parameter's own says.
-        inner: its name inside the sub-layer, without ".weight", wrappers and numbers of experts.
+        inner: its name inside the sub-layer, without ".weight", wrappers and numbers of
+            experts.
         expert: one of several experts, or shared by all tokens next to them.
     """
 
@@ -308,11 +363,13 @@ class Place:
 
 def find_places(sizes: Mapping[str, Shape]) -> list[Place]:
     """Return the place of every parameter that lies in a sub-layer, as far as its name says."""
-    places = [place for name in sizes if (place := _place_of(name, anywhere=False)) is not None]
+    everything = (_place_of(name, anywhere=False) for name in sizes)
+    places = [place for place in everything if place is not None]
     if any(place.block for place in places):
         return places
     # A single layer on its own has no numbers in its names.
-    return [place for name in sizes if (place := _place_of(name, anywhere=True)) is not None]
+    everything = (_place_of(name, anywhere=True) for name in sizes)
+    return [place for place in everything if place is not None]
 
 
 def _place_of(name: str, anywhere: bool) -> Place | None:
@@ -333,24 +390,38 @@ def _place_of(name: str, anywhere: bool) -> Place | None:
     block, inner = ".".join(tokens[:end]), ".".join(tokens[end:])
     kind = next((kind for kind, words in _BARE_NAMES if words.fullmatch(inner)), None)
     if kind == "conv" and re.search(r"\.layer\.\d+$", block):
-        block = block.rpartition(".layer.")[0]  # ResNet: `layers.0.layer.1.convolution` is the second of one branch
+        block = block.rpartition(".layer.")[
+            0
+        ]  # ResNet: `layers.0.layer.1.convolution` is the second of one branch
     return None if kind is None else Place(name, block, block, kind, inner)
 
 
 def _module_of(tokens: Sequence[str]) -> tuple[int, SublayerKind] | None:
     """Return the position and the kind of the module that is the sub-layer."""
-    first = next((k for k, token in enumerate(tokens) if _NUMBERED.fullmatch(token)), None)
-    kinds = [(k, kind) for k, token in enumerate(tokens[:-1]) if (kind := _kind_of_module(token)) is not None]
-    inside = [(k, kind) for k, kind in kinds if first is None or k > first]
-    if inside:
-        # An MLP inside a cross-attention layer (Perceiver) is a sub-layer of its own.
-        if "attention" in inside[0][1]:
-            next_one = inside[1] if len(inside) > 1 else inside[0]
-            is_mlp = next_one[1] == "mlp" and next_one[0] == inside[0][0] + 1
-            return next_one if is_mlp and not _EXPERT.fullmatch(tokens[next_one[0]]) else inside[0]
-        return inside[0]
-    # XLM's lists of sub-layers: `attentions.0.q_lin`.
-    return next(((k, kind) for k, kind in kinds if first is not None and k == first - 1), None)
+    numbered = (position for position, token in enumerate(tokens) if _NUMBERED.fullmatch(token))
+    first = next(numbered, None)
+    kinds: list[tuple[int, SublayerKind]] = []
+    for position, token in enumerate(tokens[:-1]):
+        kind = _kind_of_module(token)
+        if kind is not None:
+            kinds.append((position, kind))
+    inside = [(position, kind) for position, kind in kinds if first is None or position > first]
+    if not inside:
+        # XLM's lists of sub-layers: `attentions.0.q_lin`.
+        return next(
+            ((position, kind) for position, kind in kinds if position + 1 == first), None
+        )
+    # An MLP inside a cross-attention layer (Perceiver) is a sub-layer of its own; experts of an
+    # attention are not.
+    position = inside[0][0]
+    nested = (position + 1, "mlp")
+    if (
+        "attention" in inside[0][1]
+        and nested in inside
+        and not _EXPERT.fullmatch(tokens[position + 1])
+    ):
+        return inside[inside.index(nested)]
+    return inside[0]
 
 
 def _kind_of_module(token: str) -> SublayerKind | None:
@@ -363,7 +434,9 @@ def _kind_of_module(token: str) -> SublayerKind | None:
     return "attention" if _ATTENTION_MODULE.fullmatch(token) else None
 
 
-def _place_in_module(name: str, tokens: Sequence[str], position: int, kind: SublayerKind) -> Place:
+def _place_in_module(
+    name: str, tokens: Sequence[str], position: int, kind: SublayerKind
+) -> Place:
     """Return the place of a parameter whose sub-layer is the module at a position of its path."""
     end_of_block = _end_of_block(tokens[: position + 1])
     end_of_module = position + 1
@@ -373,7 +446,9 @@ def _place_in_module(name: str, tokens: Sequence[str], position: int, kind: Subl
         end_of_module += 1
         end_of_block, after = end_of_module, after[1:]
     is_expert = any(_EXPERT.fullmatch(token) for token in tokens[position:])
-    if _EXPERT.fullmatch(tokens[position]):  # experts without a module around them and their router
+    if _EXPERT.fullmatch(
+        tokens[position]
+    ):  # experts without a module around them and their router
         end_of_module = position
         after = tokens[position:]
     return Place(
@@ -419,9 +494,12 @@ def _group_by_sublayer(places: Sequence[Place]) -> list[list[Place]]:
     for (block, kind, module), members in groups.items():
         target = (block, kind, module)
         others = [key for key in groups if key[:2] == (block, kind) and key != target]
-        # SqueezeBERT's `post_attention.conv1d` ends the attention; Granite's `shared_mlp` is added to its experts.
+        # SqueezeBERT's `post_attention.conv1d` ends the attention; Granite's `shared_mlp` is
+        # added to its experts.
         is_loose = module == block
-        is_shared = any(place.expert for place in members) and _EXPERT.fullmatch(module.rpartition(".")[2])
+        is_shared = any(place.expert for place in members) and _EXPERT.fullmatch(
+            module.rpartition(".")[2]
+        )
         if len(others) == 1 and (is_loose or is_shared):
             target = others[0]
         merged.setdefault(target, []).extend(members)
@@ -432,7 +510,9 @@ def _build_sublayer(group: Sequence[Place], sizes: Mapping[str, Shape]) -> Named
     """Return a sub-layer with the roles of its matrices; None where no name in it is known."""
     kind = _kind_of_group(group)
     matrices = [place for place in group if is_matrix(place.parameter, sizes[place.parameter])]
-    siblings = {place.inner for place in group} | {f"expert {place.inner}" for place in group if place.expert}
+    siblings = {place.inner for place in group} | {
+        f"expert {place.inner}" for place in group if place.expert
+    }
     roles = {place.parameter: _role_of(kind, place.inner, siblings) for place in matrices}
     if kind in ("mlp", "moe") and not any(roles.values()):
         roles |= _roles_in_sequence(matrices, sizes)
@@ -440,7 +520,9 @@ def _build_sublayer(group: Sequence[Place], sizes: Mapping[str, Shape]) -> Named
         return None
     block = group[0].block.split(".") if group[0].block else []
     stack, numbers = _stack_and_numbers(block)
-    return NamedSublayer(_shared_path([place.parameter for place in matrices]), stack, numbers, kind, roles=roles)
+    return NamedSublayer(
+        _shared_path([place.parameter for place in matrices]), stack, numbers, kind, roles=roles
+    )
 
 
 def _kind_of_group(group: Sequence[Place]) -> SublayerKind:
@@ -481,7 +563,9 @@ def _stack_and_numbers(block: Sequence[str]) -> tuple[str, tuple[int, ...]]:
     end = positions[0]
     if end and _kind_of_module(block[end - 1]) is not None:
         end -= 1  # lists of attentions and of MLPs share a stack
-    return ".".join(block[:end]), tuple(_numbers_in(block[position])[-1] for position in positions)
+    return ".".join(block[:end]), tuple(
+        _numbers_in(block[position])[-1] for position in positions
+    )
 
 
 def _shared_path(names: Sequence[str]) -> str:
@@ -508,7 +592,14 @@ def is_matrix(name: str, shape: Sequence[int]) -> bool:
 
 
 # -- Step 3: layers ----------------------------------------------------------------------------------------------------
-_RANK_IN_LAYER = {"attention": 0, "mixer": 0, "conv": 0, "cross-attention": 1, "mlp": 2, "moe": 2}
+_RANK_IN_LAYER = {
+    "attention": 0,
+    "mixer": 0,
+    "conv": 0,
+    "cross-attention": 1,
+    "mlp": 2,
+    "moe": 2,
+}
 
 
 def _in_stream_order(sublayers: Sequence[NamedSublayer]) -> list[NamedSublayer]:
@@ -517,7 +608,12 @@ def _in_stream_order(sublayers: Sequence[NamedSublayer]) -> list[NamedSublayer]:
 
     def position(sublayer: NamedSublayer) -> tuple[bool, int, tuple[int, ...], int]:
         is_decoder = "decoder" in sublayer.stack.split(".")
-        return is_decoder, stacks.index(sublayer.stack), sublayer.numbers, _RANK_IN_LAYER[sublayer.kind]
+        return (
+            is_decoder,
+            stacks.index(sublayer.stack),
+            sublayer.numbers,
+            _RANK_IN_LAYER[sublayer.kind],
+        )
 
     ordered = sorted(sublayers, key=position)
     counts = Counter(sublayer.name for sublayer in ordered)
@@ -530,8 +626,9 @@ def _in_stream_order(sublayers: Sequence[NamedSublayer]) -> list[NamedSublayer]:
 def _number_layers(sublayers: Sequence[NamedSublayer]) -> None:
     """Number the layers as `jacdiag.trace.naming.depths_of` does for a model that runs.
 
-    A layer is a module at the level of numbers at which most modules hold two sub-layers or more. Where none does (a
-    list of attentions and one of MLPs), a layer is one period of the repeating kinds.
+    A layer is a module at the level of numbers at which most modules hold two sub-layers or
+    more. Where none does (a list of attentions and one of MLPs), a layer is one period of the
+    repeating kinds.
     """
     levels = [[_key_of_layer(sublayer, level) for sublayer in sublayers] for level in range(3)]
     full = [sum(count >= 2 for count in Counter(keys).values()) for keys in levels]
@@ -546,12 +643,16 @@ def _number_layers(sublayers: Sequence[NamedSublayer]) -> None:
 def _key_of_layer(sublayer: NamedSublayer, level: int) -> tuple[object, ...]:
     if not sublayer.numbers:
         return (sublayer.name.rpartition(".")[0],)  # a layer on its own
-    is_listed = _kind_of_module(sublayer.name.split(".")[len(sublayer.stack.split("."))]) is not None
+    is_listed = (
+        _kind_of_module(sublayer.name.split(".")[len(sublayer.stack.split("."))]) is not None
+    )
     own_list = sublayer.kind if is_listed else ""
     return (sublayer.stack, own_list, sublayer.numbers[: level + 1])
 
 
-def _keys_by_period(keys: list[tuple[object, ...]], kinds: Sequence[str]) -> list[tuple[object, ...]]:
+def _keys_by_period(
+    keys: list[tuple[object, ...]], kinds: Sequence[str]
+) -> list[tuple[object, ...]]:
     """Return keys of layers from the shortest pattern that the kinds repeat."""
     count = len(kinds)
     if len(set(kinds)) == count:
@@ -569,8 +670,9 @@ def _keys_by_period(keys: list[tuple[object, ...]], kinds: Sequence[str]) -> lis
 def find_width(sublayers: Sequence[NamedSublayer], sizes: Mapping[str, Shape]) -> int | None:
     """Return the features of the stream at the first layer: the size that most of its matrices have.
 
-    Every matrix that reads or writes the stream has the width as one of its two sizes. An embedding may be narrower
-    (ALBERT) or in several parts (adaptive), so that it only decides where two sizes are equally frequent.
+    Every matrix that reads or writes the stream has the width as one of its two sizes. An
+    embedding may be narrower (ALBERT) or in several parts (adaptive), so that it only decides
+    where two sizes are equally frequent.
     """
     first = [sublayer for sublayer in sublayers if sublayer.layer == 0]
     if not first or any("bottleneck" in name.split(".") for name in sizes):
@@ -578,7 +680,9 @@ def find_width(sublayers: Sequence[NamedSublayer], sizes: Mapping[str, Shape]) -
     votes: Counter[int] = Counter()
     for sublayer in first:
         for name, role in sublayer.roles.items():
-            is_split_by_heads = len(sizes[name]) == 3 and "attention" in sublayer.kind  # XLNet: (d, H, d_head)
+            is_split_by_heads = (
+                len(sizes[name]) == 3 and "attention" in sublayer.kind
+            )  # XLNet: (d, H, d_head)
             if role and not is_split_by_heads and not _INNER.search(name):
                 votes.update(set(_sides(sizes[name])))
     if not votes:
@@ -588,7 +692,9 @@ def find_width(sublayers: Sequence[NamedSublayer], sizes: Mapping[str, Shape]) -
     if len(leaders) == 1:
         return leaders[0]
     # A tie: gains of norms and biases of outputs have the width, and so has an embedding.
-    paths = {path for sublayer in first for name in sublayer.roles for path in _numbered_paths(name)}
+    paths = {
+        path for sublayer in first for name in sublayer.roles for path in _numbered_paths(name)
+    }
     rest: Counter[int] = Counter()
     for name, shape in sizes.items():
         is_near = not _numbered_paths(name) or bool(paths & set(_numbered_paths(name)))
@@ -611,7 +717,9 @@ def _sides(shape: Shape) -> tuple[int, int]:
     return (shape[0], shape[0]) if is_depthwise else (shape[0], shape[1])
 
 
-def _mark_fused_gates(sublayer: NamedSublayer, sizes: Mapping[str, Shape], width: int | None) -> None:
+def _mark_fused_gates(
+    sublayer: NamedSublayer, sizes: Mapping[str, Shape], width: int | None
+) -> None:
     """Turn W_1 into W_gate_up where it makes twice the features that W_2 reads: Megatron's and ModernBERT's gates."""
     if width is None or "W_gate" in sublayer.roles.values():
         return
@@ -644,7 +752,13 @@ def _describe_weights(
             is_split_by_heads = len(shape) == 3 and "attention" in sublayer.kind
             fans = (None, None) if is_split_by_heads else fans_of(role, shape, width)
             weights[name] = NamedWeight(
-                role, sublayer.layer, sublayer.stack, sublayer.kind, sublayer.name, fans[0], fans[1]
+                role,
+                sublayer.layer,
+                sublayer.stack,
+                sublayer.kind,
+                sublayer.name,
+                fans[0],
+                fans[1],
             )
             continue
         layer, stack = _layer_around(name, layer_of_path)
@@ -664,7 +778,9 @@ def _layers_by_path(sublayers: Sequence[NamedSublayer]) -> dict[str, tuple[int, 
     return {path: next(iter(layers)) for path, layers in found.items() if len(layers) == 1}
 
 
-def _layer_around(name: str, layer_of_path: Mapping[str, tuple[int, str]]) -> tuple[int | None, str]:
+def _layer_around(
+    name: str, layer_of_path: Mapping[str, tuple[int, str]]
+) -> tuple[int | None, str]:
     for path in reversed(_numbered_paths(name)):
         if path in layer_of_path:
             return layer_of_path[path]
@@ -672,8 +788,12 @@ def _layer_around(name: str, layer_of_path: Mapping[str, tuple[int, str]]) -> tu
 
 
 def _numbered_paths(name: str) -> list[str]:
+    """Return the paths of the numbered modules that a parameter lies in, outer first."""
     tokens = name.split(".")
-    return [".".join(tokens[: k + 1]) for k, token in enumerate(tokens[:-1]) if _NUMBERED.fullmatch(token)]
+    positions = [
+        position for position, token in enumerate(tokens[:-1]) if _NUMBERED.fullmatch(token)
+    ]
+    return [".".join(tokens[: position + 1]) for position in positions]
 
 
 def role_outside(name: str, shape: Shape, in_layer: bool) -> str:
@@ -693,7 +813,9 @@ def _role_of_vector(name: str) -> str:
         return "bias"
     if _SCALE.search(name) and not _GAIN.search(name):
         return "scale"
-    is_gain = name.endswith(("weight", "gamma", "scale", ".g")) and _GAIN.search(name) is not None
+    is_gain = (
+        name.endswith(("weight", "gamma", "scale", ".g")) and _GAIN.search(name) is not None
+    )
     return "norm_gain" if is_gain else ""
 
 
@@ -710,7 +832,10 @@ def fans_of(role: str, shape: Shape, width: int | None) -> tuple[int | None, int
     if role in ("embedding", "positions"):
         return shape[-2], shape[-1]
     rows, columns = _sides(shape)
-    writes = role in ("W_O", "W_2")  # of the two sizes, the width is where a matrix reads or writes the stream
+    writes = role in (
+        "W_O",
+        "W_2",
+    )  # of the two sizes, the width is where a matrix reads or writes the stream
     is_clear = width is not None and (rows == width) != (columns == width)
     if not is_clear or width is None:
         return columns, rows

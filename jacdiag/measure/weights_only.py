@@ -1,6 +1,7 @@
 """The weights-only tier: the report of a state dict whose model is not known. Nothing is run.
 
-Three steps: read the names (`roles_by_name`), summarise each matrix (std, spectral norm, draw), build the report.
+Three steps: read the names (`roles_by_name`), summarise each matrix (std, spectral norm, draw),
+build the report.
 """
 
 from __future__ import annotations
@@ -35,8 +36,11 @@ NOT_MEASURED = (
 OUTSIDE = ("embedding", "positions", "projection", "head")
 NO_ROLE = "no role could be told from its name and shape"
 NO_WEIGHT = "a mask or a table that the model computes, as its name says"
-# BERT's `embeddings.LayerNorm`, BLOOM's `word_embeddings_layernorm`, BART's `layernorm_embedding`, RWKV's `pre_ln`.
-_NORM_OF_EMBEDDING = re.compile(r"(?i)emb\w*[._](\w*norm|ln)|norm_emb|ln_(emb|pre)|pre_(ln|layer_?norm)")
+# BERT's `embeddings.LayerNorm`, BLOOM's `word_embeddings_layernorm`, BART's
+# `layernorm_embedding`, RWKV's `pre_ln`.
+_NORM_OF_EMBEDDING = re.compile(
+    r"(?i)emb\w*[._](\w*norm|ln)|norm_emb|ln_(emb|pre)|pre_(ln|layer_?norm)"
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class EmbeddingFacts:
     """What the embedding's rows say of the stream.
 
     Attributes:
-        rows: std of each row, summarised; None where the rows are not what enters the first layer.
+        rows: std of each row, summarised; None where the rows are not what enters the first
+            layer.
         note: the reason, or what limits the numbers.
     """
 
@@ -55,13 +60,15 @@ class EmbeddingFacts:
 def weights_report(source: Source) -> Report:
     """Return the report of a state dict without a model: roles, std and norms of its weights, and Eq. 15.
 
-    Nothing is run, so that no Jacobian is measured and placements are unknown. Eq. 15 is given at the first layer,
-    where sigma_x' is the std of the embedding's rows.
+    Nothing is run, so that no Jacobian is measured and placements are unknown. Eq. 15 is given
+    at the first layer, where sigma_x' is the std of the embedding's rows.
 
     Args:
         source: holds the state dict; its model is None.
     """
-    state = {name: tensor for name, tensor in source.state.items() if tensor.is_floating_point()}
+    state = {
+        name: tensor for name, tensor in source.state.items() if tensor.is_floating_point()
+    }
     # 1. Classify.
     model = read_names({name: tuple(tensor.shape) for name, tensor in state.items()})
     # 2. Summarise.
@@ -114,16 +121,28 @@ def summarise_embedding(state: Mapping[str, Tensor], model: NamedModel) -> Embed
     """Return what the widest embedding says of the stream before the first layer."""
     tables = [name for name in model.with_role("embedding") if state[name].dim() == 2]
     if not tables:
-        return EmbeddingFacts(None, "Eq. 15 needs sigma_x', and no weight's name is that of an embedding")
+        return EmbeddingFacts(
+            None, "Eq. 15 needs sigma_x', and no weight's name is that of an embedding"
+        )
     widest = max(tables, key=lambda name: state[name].shape[0])
     features = state[widest].shape[1]
     if features != model.width:
         return EmbeddingFacts(
-            None, f"Eq. 15 needs sigma_x', and the embedding's {features} features are not those of the stream"
+            None,
+            f"Eq. 15 needs sigma_x', and the embedding's {features} features are not those of the stream",
         )
-    norm = next((name for name, weight in model.weights.items() if _is_norm_of_embedding(name, weight.role)), None)
+    norm = next(
+        (
+            name
+            for name, weight in model.weights.items()
+            if _is_norm_of_embedding(name, weight.role)
+        ),
+        None,
+    )
     if norm is not None:
-        return EmbeddingFacts(None, f"Eq. 15 needs sigma_x', and a norm follows the embedding: {norm}")
+        return EmbeddingFacts(
+            None, f"Eq. 15 needs sigma_x', and a norm follows the embedding: {norm}"
+        )
     limits = "that of the embedding's rows; a scale or a norm on the embedding is not visible in weights"
     return EmbeddingFacts(spread_of(state[widest]), limits)
 
@@ -134,23 +153,42 @@ def _is_norm_of_embedding(name: str, role: str) -> bool:
 
 def find_non_finite(state: Mapping[str, Tensor]) -> list[str]:
     """Return the weights that hold NaN or Inf; a mask or a table may hold -inf on purpose."""
-    weights = (name for name, tensor in state.items() if tensor.dim() < 2 or is_matrix(name, tensor.shape))
+    weights = (
+        name
+        for name, tensor in state.items()
+        if tensor.dim() < 2 or is_matrix(name, tensor.shape)
+    )
     return [name for name in weights if not bool(torch.isfinite(state[name]).all())]
 
 
 # -- Build -------------------------------------------------------------------------------------------------------------
-def build_model(state: Mapping[str, Tensor], model: NamedModel, stats: Mapping[str, WeightStats]) -> ModelRecord:
+def build_model(
+    state: Mapping[str, Tensor], model: NamedModel, stats: Mapping[str, WeightStats]
+) -> ModelRecord:
     """Return the model's sizes, and which of its weights have no role."""
-    left = [name for name, tensor in state.items() if tensor.dim() >= 2 and name not in stats]
+    left = {
+        name: NO_ROLE
+        for name, tensor in state.items()
+        if tensor.dim() >= 2 and name not in stats
+    }
+    for name in left:
+        if not is_matrix(name, state[name].shape):
+            left[name] = NO_WEIGHT
     return ModelRecord(
         name="",
         parameters=sum(tensor.numel() for tensor in state.values()),
         layers=model.layers,
         width=model.width,
-        covered_parameters=sum(tensor.numel() for name, tensor in state.items() if name not in left),
-        uncovered=left,
-        uncovered_reasons={name: NO_ROLE if is_matrix(name, state[name].shape) else NO_WEIGHT for name in left},
-        weights={name: stats[name] for name, weight in model.weights.items() if weight.role in OUTSIDE},
+        covered_parameters=sum(
+            tensor.numel() for name, tensor in state.items() if name not in left
+        ),
+        uncovered=list(left),
+        uncovered_reasons=left,
+        weights={
+            name: stats[name]
+            for name, weight in model.weights.items()
+            if weight.role in OUTSIDE
+        },
     )
 
 
@@ -183,7 +221,9 @@ def build_sublayer(
         notes["shortcut_std"] = embedding.note
     weights, others = _weights_by_role(sublayer, stats)
     if others:
-        notes["weights"] = f"of several matrices of one role, that of the largest norm is given: {', '.join(others)}"
+        notes["weights"] = (
+            f"of several matrices of one role, that of the largest norm is given: {', '.join(others)}"
+        )
     return SublayerRecord(
         name=sublayer.name,
         index=index,
@@ -204,7 +244,8 @@ def _weights_by_role(
 ) -> tuple[dict[str, WeightStats], list[str]]:
     """Return one matrix for each role, that of the largest norm, and the roles that several matrices have.
 
-    A matrix without a role is listed by its own name inside the sub-layer. Experts share their roles.
+    A matrix without a role is listed by its own name inside the sub-layer. Experts share their
+    roles.
     """
     weights: dict[str, WeightStats] = {}
     several: dict[str, None] = {}
@@ -242,7 +283,9 @@ def bound_of_first_ffn(
         return None, "Eq. 15 needs finite weights and an embedding that is not zero"
     if sizes.fan_in is None or sizes.fan_out is None:
         return None, "Eq. 15 needs the sizes of W_1, which its shape does not give"
-    return bound_ffn(first.std, second.std, embedding.rows.median, sizes.fan_in, sizes.fan_out), ""
+    return bound_ffn(
+        first.std, second.std, embedding.rows.median, sizes.fan_in, sizes.fan_out
+    ), ""
 
 
 def build_contract(state: Mapping[str, Tensor], model: NamedModel) -> ContractRecord:
@@ -250,11 +293,18 @@ def build_contract(state: Mapping[str, Tensor], model: NamedModel) -> ContractRe
     sizes: dict[str, float] = {"N": model.layers}
     if model.width:
         sizes["d"] = model.width
-    tables = [state[name].shape[0] for name in model.with_role("embedding") if state[name].dim() == 2]
+    tables = [
+        state[name].shape[0] for name in model.with_role("embedding") if state[name].dim() == 2
+    ]
     if tables:
         sizes["V"] = max(tables)
     weights = [
-        record_of(name, state[name].shape, weight.use, draw_of(state[name], table=weight.role in TABLES))
+        record_of(
+            name,
+            state[name].shape,
+            weight.use,
+            draw_of(state[name], table=weight.role in TABLES),
+        )
         for name, weight in model.weights.items()
     ]
     return ContractRecord(family="", sizes=sizes, weights=weights)
@@ -263,5 +313,7 @@ def build_contract(state: Mapping[str, Tensor], model: NamedModel) -> ContractRe
 def _notes_on_layers(model: NamedModel) -> list[str]:
     """Return a note where the names show that layers share weights: how often each runs is not in the weights."""
     if any("layer_groups" in sublayer.stack for sublayer in model.sublayers):
-        return ["layers that share their weights are counted once: how often they run is not in the weights"]
+        return [
+            "layers that share their weights are counted once: how often they run is not in the weights"
+        ]
     return []

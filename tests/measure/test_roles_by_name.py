@@ -80,7 +80,10 @@ NAMINGS: dict[str, dict[str, tuple[tuple[int, ...], str]]] = {
     "megatron-lm, older": {
         "language_model.embedding.word_embeddings.weight": ((V, D), "embedding"),
         "language_model.embedding.position_embeddings.weight": ((48, D), "positions"),
-        "language_model.encoder.layers.N.self_attention.query_key_value.weight": ((3 * D, D), "W_QKV"),
+        "language_model.encoder.layers.N.self_attention.query_key_value.weight": (
+            (3 * D, D),
+            "W_QKV",
+        ),
         "language_model.encoder.layers.N.self_attention.dense.weight": ((D, D), "W_O"),
         "language_model.encoder.layers.N.mlp.dense_h_to_4h.weight": ((F, D), "W_1"),
         "language_model.encoder.layers.N.mlp.dense_4h_to_h.weight": ((D, F), "W_2"),
@@ -214,16 +217,25 @@ NAMINGS: dict[str, dict[str, tuple[tuple[int, ...], str]]] = {
 NO_SUBLAYERS = {"embedding", "positions", "projection", "head"}
 
 
-def shapes_of(naming: Mapping[str, tuple[tuple[int, ...], str]], layers: int = 2) -> dict[str, tuple[int, ...]]:
+def numbered(name: str, layer: int) -> str:
+    """Return a name of a naming with the number of a layer."""
+    return name.replace(".N.", f".{layer}.").replace("_N.", f"_{layer}.")
+
+
+def shapes_of(
+    naming: Mapping[str, tuple[tuple[int, ...], str]], layers: int = 2
+) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a naming with two layers, and the gain of a norm so that the width shows."""
     shapes: dict[str, tuple[int, ...]] = {}
     for layer in range(layers):
-        shapes |= {name.replace("N", str(layer)) if ".N" in name or "_N" in name else name: shape
-                   for name, (shape, _) in naming.items()}  # fmt: skip
+        for name, (shape, _) in naming.items():
+            shapes[numbered(name, layer)] = shape
     return {**shapes, "final_norm.weight": (D,)}
 
 
-def expected_of(naming: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, tuple[str, int | None]]:
+def expected_of(
+    naming: Mapping[str, tuple[tuple[int, ...], str]],
+) -> dict[str, tuple[str, int | None]]:
     """Return the role and the layer of each weight."""
     expected: dict[str, tuple[str, int | None]] = {}
     for name, (_, role) in naming.items():
@@ -231,7 +243,7 @@ def expected_of(naming: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, 
             if role in NO_SUBLAYERS:
                 expected[name] = (role, None)
             else:
-                expected[name.replace(".N.", f".{layer}.").replace("_N.", f"_{layer}.")] = (role, layer)
+                expected[numbered(name, layer)] = (role, layer)
     return expected
 
 
@@ -239,7 +251,11 @@ def expected_of(naming: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, 
 def test_names_of_other_code_bases(code_base: str) -> None:
     naming = NAMINGS[code_base]
     model = read_names(shapes_of(naming))
-    found = {name: (weight.role, weight.layer) for name, weight in model.weights.items() if name in expected_of(naming)}
+    found = {
+        name: (weight.role, weight.layer)
+        for name, weight in model.weights.items()
+        if name in expected_of(naming)
+    }
     assert found == expected_of(naming)
     assert (model.layers, model.width) == (2, D)
     writers = [name for name in expected_of(naming) if model.weights[name].role == "W_2"]
@@ -252,7 +268,9 @@ def test_the_order_in_the_file_does_not_matter(code_base: str) -> None:
     shapes = shapes_of(NAMINGS[code_base], layers=11)
     as_built, as_sorted = read_names(shapes), read_names(dict(sorted(shapes.items())))
     assert as_built.weights == as_sorted.weights and as_built.layers == as_sorted.layers == 11
-    assert [sublayer.name for sublayer in as_built.sublayers] == [sublayer.name for sublayer in as_sorted.sublayers]
+    assert [sublayer.name for sublayer in as_built.sublayers] == [
+        sublayer.name for sublayer in as_sorted.sublayers
+    ]
 
 
 def test_x_transformers_numbers_its_sublayers() -> None:
@@ -260,9 +278,13 @@ def test_x_transformers_numbers_its_sublayers() -> None:
     shapes: dict[str, tuple[int, ...]] = {"token_emb.emb.weight": (V, D)}
     for index in range(0, 4, 2):
         attention, ffn = f"attn_layers.layers.{index}", f"attn_layers.layers.{index + 1}"
-        shapes |= {f"{attention}.0.0.g": (D,), f"{attention}.1.to_q.weight": (D, D), f"{attention}.1.to_k.weight": (D, D)}
-        shapes |= {f"{attention}.1.to_v.weight": (D, D), f"{attention}.1.to_out.weight": (D, D)}
-        shapes |= {f"{ffn}.0.0.g": (D,), f"{ffn}.1.ff.0.0.weight": (F, D), f"{ffn}.1.ff.2.weight": (D, F)}
+        shapes[f"{attention}.0.0.g"] = (D,)
+        shapes |= {f"{attention}.1.to_{name}.weight": (D, D) for name in ("q", "k", "v", "out")}
+        shapes |= {
+            f"{ffn}.0.0.g": (D,),
+            f"{ffn}.1.ff.0.0.weight": (F, D),
+            f"{ffn}.1.ff.2.weight": (D, F),
+        }
     model = read_names(shapes)
     assert [sublayer.kind for sublayer in model.sublayers] == ["attention", "mlp"] * 2
     assert [sublayer.layer for sublayer in model.sublayers] == [0, 0, 1, 1]
@@ -286,7 +308,10 @@ def test_a_single_layer_has_no_numbers() -> None:
     layer = nn.TransformerEncoderLayer(D, 4, F)
     named = read_names({name: tuple(t.shape) for name, t in layer.state_dict().items()})
     assert (named.layers, named.width, len(named.sublayers)) == (1, D, 2)
-    assert named.weights["linear1.weight"].role == "W_1" and named.weights["self_attn.in_proj_weight"].role == "W_QKV"
+    assert (
+        named.weights["linear1.weight"].role == "W_1"
+        and named.weights["self_attn.in_proj_weight"].role == "W_QKV"
+    )
 
 
 @pytest.mark.parametrize(
@@ -312,14 +337,26 @@ def test_an_unknown_name_gets_no_role(name: str, shape: tuple[int, ...]) -> None
 
 
 def test_gate_means_a_router_only_beside_experts() -> None:
-    gated = {"h.0.mlp.gate.weight": (F, D), "h.0.mlp.up.weight": (F, D), "h.0.mlp.down.weight": (D, F)}
-    assert [weight.role for weight in read_names(gated).weights.values()] == ["W_gate", "W_1", "W_2"]
+    gated = {
+        "h.0.mlp.gate.weight": (F, D),
+        "h.0.mlp.up.weight": (F, D),
+        "h.0.mlp.down.weight": (D, F),
+    }
+    assert [weight.role for weight in read_names(gated).weights.values()] == [
+        "W_gate",
+        "W_1",
+        "W_2",
+    ]
     routed = {
         "h.0.mlp.gate.weight": (4, D),
         "h.0.mlp.experts.0.fc1.weight": (F, D),
         "h.0.mlp.experts.0.fc2.weight": (D, F),
     }
-    assert [weight.role for weight in read_names(routed).weights.values()] == ["router", "W_1", "W_2"]
+    assert [weight.role for weight in read_names(routed).weights.values()] == [
+        "router",
+        "W_1",
+        "W_2",
+    ]
     assert read_names(routed).sublayers[0].kind == "moe"
 
 
@@ -328,17 +365,29 @@ def albert(embedding: int) -> NamedModel:
     layer = "albert.encoder.albert_layer_groups.0.albert_layers.0"
     shapes = {"albert.embeddings.word_embeddings.weight": (V, embedding)}
     shapes |= {"albert.encoder.embedding_hidden_mapping_in.weight": (D, embedding)}
-    shapes |= {f"{layer}.attention.{name}.weight": (D, D) for name in ("query", "key", "value", "dense")}
-    return read_names({**shapes, f"{layer}.ffn.weight": (F, D), f"{layer}.ffn_output.weight": (D, F)})
+    shapes |= {
+        f"{layer}.attention.{name}.weight": (D, D)
+        for name in ("query", "key", "value", "dense")
+    }
+    return read_names(
+        {**shapes, f"{layer}.ffn.weight": (F, D), f"{layer}.ffn_output.weight": (D, F)}
+    )
 
 
 def test_a_factorised_embedding_does_not_give_the_width() -> None:
     assert albert(8).width == D
-    assert albert(8).weights["albert.encoder.embedding_hidden_mapping_in.weight"].role == "projection"
+    assert (
+        albert(8).weights["albert.encoder.embedding_hidden_mapping_in.weight"].role
+        == "projection"
+    )
 
 
 def test_adaptive_embeddings_are_no_layers() -> None:
-    naming = {name: shape for name, shape in shapes_of(NAMINGS["fairseq"]).items() if "embed_tokens" not in name}
+    naming = {
+        name: shape
+        for name, shape in shapes_of(NAMINGS["fairseq"]).items()
+        if "embed_tokens" not in name
+    }
     parts = {f"decoder.embed_tokens.embeddings.{k}.0.weight": (V, D // 2**k) for k in range(3)}
     parts |= {f"decoder.embed_tokens.embeddings.{k}.1.weight": (D, D // 2**k) for k in range(3)}
     model = read_names({**parts, **naming})
@@ -349,7 +398,9 @@ def test_adaptive_embeddings_are_no_layers() -> None:
 
 def test_sizes_that_do_not_agree_give_no_width() -> None:
     """Two matrices, each of which could write to the stream."""
-    assert read_names({"h.0.mlp.fc1.weight": (F, D), "h.0.mlp.fc2.weight": (D, F)}).width is None
+    assert (
+        read_names({"h.0.mlp.fc1.weight": (F, D), "h.0.mlp.fc2.weight": (D, F)}).width is None
+    )
 
 
 def test_patch_embeddings_are_no_embedding_of_tokens() -> None:
@@ -366,12 +417,18 @@ def test_names_and_dataflow_agree(task: str, family: str) -> None:
 
 @pytest.mark.long
 def test_names_and_dataflow_agree_on_all_families() -> None:
-    outcomes = [compare_family(task, family) for task, families in FAMILIES.items() for family in families]
+    outcomes = [
+        compare_family(task, family)
+        for task, families in FAMILIES.items()
+        for family in families
+    ]
     assert len(outcomes) >= 100
     assert [sentence for outcome in outcomes for sentence in outcome.wrong] == []
     # A difference that no family shows any longer leaves the tables.
     reasons = {reason for outcome in outcomes for reason in outcome.reasons}
-    unused = {known.why for known in DIFFERENCES} | {f"{fact}: {why}" for (_, fact), why in FACTS.items()}
+    unused = {known.why for known in DIFFERENCES} | {
+        f"{fact}: {why}" for (_, fact), why in FACTS.items()
+    }
     assert unused - reasons == set()
 
 
@@ -381,7 +438,10 @@ CONFIGS = {
     "gpt_neox": ("GPTNeoXConfig", {"intermediate_size": 128}),
     "bert": ("BertConfig", {"intermediate_size": 96}),
     "gpt2": ("GPT2Config", {"n_positions": 32}),
-    "mixtral": ("MixtralConfig", {"intermediate_size": 48, "num_local_experts": 4, "num_key_value_heads": 2}),
+    "mixtral": (
+        "MixtralConfig",
+        {"intermediate_size": 48, "num_local_experts": 4, "num_key_value_heads": 2},
+    ),
 }
 
 
@@ -390,10 +450,19 @@ def test_both_tiers_report_the_same_facts(family: str, tmp_path: Path) -> None:
     """The same model: its state dict alone, and with the model that runs."""
     transformers = pytest.importorskip("transformers")
     kind, more = CONFIGS[family]
-    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 64}
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "vocab_size": 64,
+    }
     config = getattr(transformers, kind)(**sizes, **more, attn_implementation="eager")
     torch.manual_seed(0)
-    auto = transformers.AutoModelForMaskedLM if family == "bert" else transformers.AutoModelForCausalLM
+    auto = (
+        transformers.AutoModelForMaskedLM
+        if family == "bert"
+        else transformers.AutoModelForCausalLM
+    )
     model = auto.from_config(config).eval()
     path = tmp_path / "weights.pt"
     torch.save(model.state_dict(), path)
