@@ -31,8 +31,9 @@ from jacdiag.trace.uses import uses_of
 RESULTS = Path(__file__).parent / "results"
 FAMILIES = {
     "causal-lm": (
-        "gpt2 llama gpt_neox opt bloom gptj mixtral qwen2_moe falcon mpt deepseek_v3 mamba gpt_neo mistral "
-        "qwen2 gemma2 phi phi3 olmo2 deepseek_v2 codegen gpt_bigcode rwkv jamba stablelm starcoder2 persimmon cohere granitemoe "
+        "gpt2 llama gpt_neox opt bloom gptj mixtral qwen2_moe falcon mpt deepseek_v3 mamba gpt_neo "
+        "mistral qwen2 gemma2 phi phi3 olmo2 deepseek_v2 codegen gpt_bigcode rwkv jamba stablelm "
+        "starcoder2 persimmon cohere granitemoe "
         "mamba2 xglm biogpt ctrl openai-gpt nemotron glm dbrx jetmoe recurrent_gemma olmoe qwen3_moe gemma3_text "
         "gpt_oss falcon_mamba falcon_h1 exaone4 xlnet qwen3_next lfm2 llama4_text phimoe bamba"
     ).split(),

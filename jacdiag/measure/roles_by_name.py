@@ -52,11 +52,12 @@ class RoleRule:
         return not self.sibling or any(re.fullmatch(self.sibling, name) for name in siblings)
 
 
-# -- The data: names and what they mean --------------------------------------------------------------------------------
+# -- The data: names and what they mean ------------------------------------------------------------
 # Modules that hold one sub-layer. BERT's `crossattention`, T5's `EncDecAttention`, torch's
 # `multihead_attn`, diffusers' `attn2`.
 _CROSS_MODULE = re.compile(
-    r"(?i)cross_?(attn|attention)|encdecattention|encoder_(attn|attention)|src_attn|multihead_attn|attn2|xattn"
+    r"(?i)cross_?(attn|attention)|encdecattention|encoder_(attn|attention)|"
+    r"src_attn|multihead_attn|attn2|xattn"
 )
 _ATTENTION_MODULE = re.compile(r"(?i)(?!post_)\w*(attn|attention)s?_?\d*|mha|att")
 _MLP_MODULE = re.compile(
@@ -229,7 +230,7 @@ _BUFFER = re.compile(
 )
 
 
-# -- What the names say ------------------------------------------------------------------------------------------------
+# -- What the names say ----------------------------------------------------------------------------
 @dataclass(frozen=True)
 class NamedWeight:
     """What a name says about one parameter.
@@ -309,7 +310,7 @@ class NamedModel:
 
 
 def read_names(shapes: Mapping[str, Sequence[int]]) -> NamedModel:
-    """Return the sub-layers, roles, layers and width that a state dict shows by its names and shapes.
+    """Return what a state dict shows by its names and shapes: sub-layers, roles, layers and width.
 
     Args:
         shapes: shape of every floating tensor, by name.
@@ -338,7 +339,7 @@ def read_names(shapes: Mapping[str, Sequence[int]]) -> NamedModel:
     return NamedModel(weights, sublayers, width)
 
 
-# -- Step 1: the sub-layer that a name lies in -------------------------------------------------------------------------
+# -- Step 1: the sub-layer that a name lies in -----------------------------------------------------
 @dataclass(frozen=True)
 class Place:
     """Where a parameter lies.
@@ -373,7 +374,7 @@ def find_places(sizes: Mapping[str, Shape]) -> list[Place]:
 
 
 def _place_of(name: str, anywhere: bool) -> Place | None:
-    """Return the place of one parameter; `anywhere` reads names without a module or a number too."""
+    """Return the place of one parameter; `anywhere` reads names without a number too."""
     tokens = [token for token in name.split(".") if token not in _WRAPPERS]
     if tokens[-1] in ("weight", "bias", "gamma", "beta"):
         tokens.pop()
@@ -475,7 +476,10 @@ def _without_experts(tokens: Sequence[str]) -> list[str]:
 
 
 def _end_of_block(tokens: Sequence[str]) -> int:
-    """Return how many tokens lead to the innermost numbered module; a number that ends a path is no module's."""
+    """Return how many tokens lead to the innermost numbered module.
+
+    A number that ends a path is that of a weight in a list, such as `to_out.0`.
+    """
     end = 0
     for position, token in enumerate(tokens):
         is_last = all(later.isdigit() for later in tokens[position + 1 :])
@@ -484,9 +488,9 @@ def _end_of_block(tokens: Sequence[str]) -> int:
     return end
 
 
-# -- Step 2: roles inside a sub-layer ----------------------------------------------------------------------------------
+# -- Step 2: roles inside a sub-layer --------------------------------------------------------------
 def _group_by_sublayer(places: Sequence[Place]) -> list[list[Place]]:
-    """Return the places of each sub-layer: those of one module, and the loose names of its block that belong to it."""
+    """Return the places of each sub-layer: those of its module, and loose names of its block."""
     groups: dict[tuple[str, str, str], list[Place]] = {}
     for place in places:
         groups.setdefault((place.block, place.kind, place.module), []).append(place)
@@ -540,7 +544,7 @@ def _role_of(kind: SublayerKind, inner: str, siblings: Iterable[str]) -> str:
 
 
 def _roles_in_sequence(matrices: Sequence[Place], sizes: Mapping[str, Shape]) -> dict[str, str]:
-    """Return the roles of two matrices in an `nn.Sequential`, which numbers its modules in the order of use."""
+    """Return the roles of two matrices in an `nn.Sequential`, which numbers by order of use."""
     if len(matrices) != 2 or any(re.search(r"\d", place.inner) is None for place in matrices):
         return {}
     first, second = sorted(matrices, key=lambda place: _numbers_in(place.inner))
@@ -569,7 +573,7 @@ def _stack_and_numbers(block: Sequence[str]) -> tuple[str, tuple[int, ...]]:
 
 
 def _shared_path(names: Sequence[str]) -> str:
-    """Return the module path that all parameters share: where one call makes all products of the sub-layer."""
+    """Return the module path that all parameters of a sub-layer share."""
     paths = [_module_path(name) for name in names]
     shared = paths[0]
     for path in paths[1:]:
@@ -587,11 +591,11 @@ def _module_path(name: str) -> list[str]:
 
 
 def is_matrix(name: str, shape: Sequence[int]) -> bool:
-    """Return whether a tensor is the weight of a linear map: no vector, bias, mask or table of angles."""
+    """Return whether a tensor is the weight of a linear map: no vector, bias or mask."""
     return len(shape) >= 2 and not _BUFFER.search(name) and not name.endswith("bias")
 
 
-# -- Step 3: layers ----------------------------------------------------------------------------------------------------
+# -- Step 3: layers --------------------------------------------------------------------------------
 _RANK_IN_LAYER = {
     "attention": 0,
     "mixer": 0,
@@ -603,7 +607,10 @@ _RANK_IN_LAYER = {
 
 
 def _in_stream_order(sublayers: Sequence[NamedSublayer]) -> list[NamedSublayer]:
-    """Return the sub-layers by stack, layer and kind. A file's own order says little: many are sorted by name."""
+    """Return the sub-layers by stack, layer and kind.
+
+    The order in the file says little: many files are sorted by name.
+    """
     stacks = list(dict.fromkeys(sublayer.stack for sublayer in sublayers))
 
     def position(sublayer: NamedSublayer) -> tuple[bool, int, tuple[int, ...], int]:
@@ -666,9 +673,9 @@ def _keys_by_period(
     return keys
 
 
-# -- Step 4: the width, and what it shows ------------------------------------------------------------------------------
+# -- Step 4: the width, and what it shows ----------------------------------------------------------
 def find_width(sublayers: Sequence[NamedSublayer], sizes: Mapping[str, Shape]) -> int | None:
-    """Return the features of the stream at the first layer: the size that most of its matrices have.
+    """Return the width at the first layer: the size that most of its matrices have.
 
     Every matrix that reads or writes the stream has the width as one of its two sizes. An
     embedding may be narrower (ALBERT) or in several parts (adaptive), so that it only decides
@@ -676,7 +683,7 @@ def find_width(sublayers: Sequence[NamedSublayer], sizes: Mapping[str, Shape]) -
     """
     first = [sublayer for sublayer in sublayers if sublayer.layer == 0]
     if not first or any("bottleneck" in name.split(".") for name in sizes):
-        return None  # MobileBERT: most matrices of a layer work at a smaller width than the stream's
+        return None  # MobileBERT: most matrices of a layer are narrower than the stream
     votes: Counter[int] = Counter()
     for sublayer in first:
         for name, role in sublayer.roles.items():
@@ -720,7 +727,7 @@ def _sides(shape: Shape) -> tuple[int, int]:
 def _mark_fused_gates(
     sublayer: NamedSublayer, sizes: Mapping[str, Shape], width: int | None
 ) -> None:
-    """Turn W_1 into W_gate_up where it makes twice the features that W_2 reads: Megatron's and ModernBERT's gates."""
+    """Turn W_1 into W_gate_up where it makes twice the features that W_2 reads (Megatron)."""
     if width is None or "W_gate" in sublayer.roles.values():
         return
     out = next((name for name, role in sublayer.roles.items() if role == "W_2"), None)
@@ -738,7 +745,7 @@ def _other_side(shape: Shape, width: int) -> int:
     return columns if rows == width else rows
 
 
-# -- Step 5: every weight ----------------------------------------------------------------------------------------------
+# -- Step 5: every weight --------------------------------------------------------------------------
 def _describe_weights(
     sizes: Mapping[str, Shape], sublayers: Sequence[NamedSublayer], width: int | None
 ) -> dict[str, NamedWeight]:
@@ -820,7 +827,7 @@ def _role_of_vector(name: str) -> str:
 
 
 def fans_of(role: str, shape: Shape, width: int | None) -> tuple[int | None, int | None]:
-    """Return fan-in and fan-out, in the order that the role says: a matrix may be stored either way.
+    """Return fan-in and fan-out. The role says which is which: a matrix may be stored either way.
 
     Args:
         role: of the matrix.

@@ -58,7 +58,7 @@ class EmbeddingFacts:
 
 
 def weights_report(source: Source) -> Report:
-    """Return the report of a state dict without a model: roles, std and norms of its weights, and Eq. 15.
+    """Return the report of a state dict without a model.
 
     Nothing is run, so that no Jacobian is measured and placements are unknown. Eq. 15 is given
     at the first layer, where sigma_x' is the std of the embedding's rows.
@@ -94,13 +94,13 @@ def weights_report(source: Source) -> Report:
     )
 
 
-# -- Summarise ---------------------------------------------------------------------------------------------------------
+# -- Summarise -------------------------------------------------------------------------------------
 def _matrices_of_sublayers(model: NamedModel) -> list[str]:
     return [name for sublayer in model.sublayers for name in sublayer.roles]
 
 
 def summarise_weights(state: Mapping[str, Tensor], model: NamedModel) -> dict[str, WeightStats]:
-    """Return sizes, std and norm of every matrix of a sub-layer, and sizes and std of every table, map and head.
+    """Return std and norm of every matrix of a sub-layer, and the std of every other matrix.
 
     The norm of an embedding of 50,000 rows costs much and says nothing here.
     """
@@ -161,7 +161,7 @@ def find_non_finite(state: Mapping[str, Tensor]) -> list[str]:
     return [name for name in weights if not bool(torch.isfinite(state[name]).all())]
 
 
-# -- Build -------------------------------------------------------------------------------------------------------------
+# -- Build -----------------------------------------------------------------------------------------
 def build_model(
     state: Mapping[str, Tensor], model: NamedModel, stats: Mapping[str, WeightStats]
 ) -> ModelRecord:
@@ -200,7 +200,7 @@ def build_sublayer(
     phase: str,
     embedding: EmbeddingFacts,
 ) -> SublayerRecord:
-    """Return the record of a sub-layer: the figures of its weights, and the bound of Eq. 15 at the first FFN.
+    """Return the record of a sub-layer, with the bound of Eq. 15 at the first FFN.
 
     Args:
         index: position among all sub-layers.
@@ -242,7 +242,7 @@ def build_sublayer(
 def _weights_by_role(
     sublayer: NamedSublayer, stats: Mapping[str, WeightStats]
 ) -> tuple[dict[str, WeightStats], list[str]]:
-    """Return one matrix for each role, that of the largest norm, and the roles that several matrices have.
+    """Return one matrix for each role, that of the largest norm, and the roles of several.
 
     A matrix without a role is listed by its own name inside the sub-layer. Experts share their
     roles.
@@ -311,7 +311,7 @@ def build_contract(state: Mapping[str, Tensor], model: NamedModel) -> ContractRe
 
 
 def _notes_on_layers(model: NamedModel) -> list[str]:
-    """Return a note where the names show that layers share weights: how often each runs is not in the weights."""
+    """Return a note where the names show that layers share weights (ALBERT)."""
     if any("layer_groups" in sublayer.stack for sublayer in model.sublayers):
         return [
             "layers that share their weights are counted once: how often they run is not in the weights"

@@ -486,3 +486,59 @@ def test_both_tiers_report_the_same_facts(family: str, tmp_path: Path) -> None:
         assert {stats.parameter: roles[stats.parameter] for stats in row.weights.values()} == {
             stats.parameter: role for role, stats in row.weights.items()
         }
+
+
+# -- Eq. 15 at the first FFN -------------------------------------------------------------------------------------------
+def audit_alone(tmp_path: Path, shapes: Mapping[str, tuple[int, ...]]) -> jacdiag.Report:
+    """Audit a state dict of random weights with these shapes."""
+    generator = torch.Generator().manual_seed(0)
+    state = {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in shapes.items() if len(shape) > 1}
+    state |= {name: torch.ones(shape) for name, shape in shapes.items() if len(shape) == 1}
+    torch.save(state, tmp_path / "weights.pt")
+    return jacdiag.audit(str(tmp_path / "weights.pt"), state="init")
+
+
+def first_ffn(report: jacdiag.Report) -> tuple[float | None, str]:
+    row = next(row for row in report.sublayers if row.kind == "mlp")
+    return row.bound, row.notes.get("bound", "")
+
+
+def test_the_bound_is_given_for_two_matrices_only(tmp_path: Path) -> None:
+    bound, why = first_ffn(audit_alone(tmp_path, shapes_of(NAMINGS["nanogpt"])))
+    assert bound is not None and bound > 1 and why == ""
+    bound, why = first_ffn(audit_alone(tmp_path, shapes_of(NAMINGS["meta-llama"])))
+    assert bound is None and "two matrices" in why
+
+
+def test_no_bound_where_the_embedding_is_not_the_stream(tmp_path: Path) -> None:
+    shapes = shapes_of(NAMINGS["nanogpt"])
+    bound, why = first_ffn(audit_alone(tmp_path, {**shapes, "transformer.wte.weight": (V, 8)}))
+    assert bound is None and "8 features" in why
+    bound, why = first_ffn(audit_alone(tmp_path, {**shapes, "transformer.emb_norm.weight": (D,)}))
+    assert bound is None and "a norm follows the embedding: transformer.emb_norm.weight" in why
+    bound, why = first_ffn(audit_alone(tmp_path, {k: v for k, v in shapes.items() if "wte" not in k}))
+    assert bound is None and "no weight's name is that of an embedding" in why
+
+
+def test_experts_share_their_roles(tmp_path: Path) -> None:
+    report = audit_alone(tmp_path, shapes_of(NAMINGS["mixtral, experts one by one"]))
+    row = next(row for row in report.sublayers if row.kind == "moe")
+    assert set(row.weights) == {"router", "W_gate", "W_1", "W_2"} and len(row.parameters) == 7
+    assert "W_gate" in row.notes["weights"] and "router" not in row.notes["weights"]
+    assert all("weights" not in other.notes for other in report.sublayers if other.kind == "attention")
+
+
+def test_a_mask_is_no_weight(tmp_path: Path) -> None:
+    shapes = {**shapes_of(NAMINGS["nanogpt"]), "transformer.h.0.attn.bias": (1, 1, 8, 8), "mystery.weight": (D, 7)}
+    report = audit_alone(tmp_path, shapes)
+    assert "mask" in report.model.uncovered_reasons["transformer.h.0.attn.bias"]
+    assert "no role" in report.model.uncovered_reasons["mystery.weight"]
+    assert set(report.model.uncovered) == {"transformer.h.0.attn.bias", "mystery.weight"}
+
+
+def test_layers_that_share_weights_are_named(tmp_path: Path) -> None:
+    layer = "albert.encoder.albert_layer_groups.0.albert_layers.0"
+    shapes = {f"{layer}.attention.{name}.weight": (D, D) for name in ("query", "key", "value", "dense")}
+    shared = audit_alone(tmp_path, {**shapes, f"{layer}.ffn.weight": (F, D), f"{layer}.ffn_output.weight": (D, F)})
+    assert any("share their weights" in note for note in shared.notes)
+    assert not any("share their weights" in note for note in audit_alone(tmp_path, shapes_of(NAMINGS["timm"])).notes)
