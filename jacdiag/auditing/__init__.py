@@ -14,7 +14,7 @@ from jacdiag.auditing.remedied import check_way, with_remedies
 from jacdiag.auditing.request import Progress, Request
 from jacdiag.auditing.stamp import stamp
 from jacdiag.errors import UsageError
-from jacdiag.measure.weights import weights_report
+from jacdiag.measure.weights_only import weights_report
 from jacdiag.ranks import Ranks, enlisted, fingerprint
 from jacdiag.report import FiguresRecord, Plan, Report
 from jacdiag.report.ranges import check_ranges
