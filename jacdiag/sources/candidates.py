@@ -35,7 +35,7 @@ _MOMENTS = frozenset(
 _NOT_A_NETWORK = ("optim", "sched", "scaler", "rng", "loss", "criterion", "metric")
 _SECOND_WORDS = frozenset("ema swa shadow average averaged polyak teacher target reference ref frozen momentum".split())
 _AVERAGE_WORDS = frozenset("ema swa shadow average averaged polyak".split())
-_MOST_VISITS = 2_000_000  # a pickle of a few bytes can describe a tree without end
+_MOST_VISITS = 200_000  # a pickle of a few bytes can describe a tree without end
 _DEEPEST = 40
 
 

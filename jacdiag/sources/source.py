@@ -214,8 +214,7 @@ def _from_file(
         if found.weights is not None:
             made.weights, notes = attach(built, found.weights, f"'{found.path}'")
         else:
-            state = found.state or dict(found.module.state_dict() if found.module is not None else {})
-            notes = fit(built, state, f"'{found.path}'")
+            notes = fit(built, found.state, f"'{found.path}'")
         made.notes += notes
     elif found.module is not None:
         made.model = found.module
