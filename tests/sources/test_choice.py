@@ -109,9 +109,7 @@ LIGHTNING = {"epoch": 3, "global_step": 1200, "pytorch-lightning_version": "2.5.
     ],
 )
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
-def test_the_prefix_that_fits_the_model(
-    tmp_path: Path, prefix: str, extra: dict[str, Tensor], suffix: str
-) -> None:
+def test_the_prefix_that_fits_the_model(tmp_path: Path, prefix: str, extra: dict[str, Tensor], suffix: str) -> None:
     state = {name: t.clone() for name, t in {**extra, **lead(prefix, weights())}.items()}
     path = tmp_path / f"run{suffix}"
     if suffix == ".ckpt":
