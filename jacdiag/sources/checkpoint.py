@@ -100,9 +100,9 @@ class Contents:
         Raises:
             SourceError: there are no weights, there are several and none stands out, or they cannot be used.
         """
+        check_contents(self.path, self.candidates, self.top)
         if not self.candidates:
             raise _no_weights(self.path, self.described)
-        check_contents(self.path, self.candidates, self.top)
         if model is None:
             choice = choose_by_name(self.path, self.candidates, key)
         else:
