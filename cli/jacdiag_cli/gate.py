@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 _PASSED_ON = (
     "model", "model_args", "key", "trust_pickle", "tokens", "batch", "seq", "seed", "device", "dtype", "tol",
-    "confidence", "decide", "max_products", "state", "lr", "warmup", "clip", "beta2", "risk", "seeds", "budget", "remedies",
+    "confidence", "decide",
+    "max_products", "state", "lr", "warmup", "clip", "beta2", "risk", "seeds", "budget", "remedies",
 )  # fmt: skip
 
 
