@@ -46,24 +46,28 @@ WITHOUT_TORCH = ("report", "rules", "render")
 
 COMMANDS = {
     "audit": {
-        "--key", "--model", "--model-args", "--trust-pickle", "--tokens", "--inputs", "--batch", "--seq", "--seed", "--device",
+        "--key",
+        "--model", "--model-args", "--trust-pickle", "--tokens", "--inputs", "--batch", "--seq", "--seed", "--device",
         "--dtype", "--tol", "--confidence", "--decide", "--no-decide", "--max-products", "--state", "--lr", "--warmup",
         "--clip", "--beta2", "--profile", "--select", "--ignore", "--fail-on", "--format", "--json", "--plot", "--all",
         "--sort", "--replay", "--contract", "--remedies", "--patch", "--risk",
     },
     "gate": {
-        "--key", "--model", "--model-args", "--trust-pickle", "--tokens", "--inputs", "--batch", "--seq", "--seed", "--device",
+        "--key",
+        "--model", "--model-args", "--trust-pickle", "--tokens", "--inputs", "--batch", "--seq", "--seed", "--device",
         "--dtype", "--tol", "--confidence", "--decide", "--no-decide", "--max-products", "--state", "--lr", "--warmup",
         "--clip", "--beta2", "--profile", "--select", "--ignore", "--fail-on", "--format", "--json", "--plot", "--all",
         "--sort", "--contract", "--seeds", "--budget", "--baseline", "--write-baseline", "--contract-only",
         "--remedies", "--patch", "--risk",
     },
     "sites": {
-        "--key", "--model", "--model-args", "--trust-pickle", "--tokens", "--inputs", "--batch", "--seq", "--seed", "--device",
+        "--key",
+        "--model", "--model-args", "--trust-pickle", "--tokens", "--inputs", "--batch", "--seq", "--seed", "--device",
         "--dtype", "--format",
     },
     "diff": {
-        "--key", "--model", "--contract-only", "--all", "--tokens", "--inputs", "--batch", "--seq", "--seed", "--device",
+        "--key",
+        "--model", "--contract-only", "--all", "--tokens", "--inputs", "--batch", "--seq", "--seed", "--device",
         "--dtype", "--tol", "--confidence", "--decide", "--no-decide", "--max-products", "--format",
     },
     "rules": {"--format"},

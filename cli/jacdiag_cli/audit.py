@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from jacdiag.report import Report
 
 _ASKED = (
-    "model", "model_args", "key", "trust_pickle", "tokens", "batch", "seq", "seed", "device", "dtype", "tol", "confidence",
-    "decide", "max_products", "state", "lr", "warmup", "clip", "beta2", "risk",
+    "model", "model_args", "key", "trust_pickle", "tokens", "batch", "seq", "seed", "device", "dtype", "tol",
+    "confidence", "decide", "max_products", "state", "lr", "warmup", "clip", "beta2", "risk",
 )  # fmt: skip
 
 

@@ -69,7 +69,8 @@ def _report(source: str, given: dict[str, Any]) -> Report:
     is_file = not (source.startswith("hf:") or is_factory(source) or path.is_dir())
     model = given["model"] if is_file else None
     key = given["key"] if is_file else None
-    return audit(source, **options, model=model, key=key, input_factory=given["inputs"], products=not given["contract_only"])
+    products = not given["contract_only"]
+    return audit(source, **options, model=model, key=key, input_factory=given["inputs"], products=products)
 
 
 def _read(path: Path) -> Report:

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from jacdiag.report import Report
 
 _PASSED_ON = (
-    "model", "model_args", "key", "trust_pickle", "tokens", "batch", "seq", "seed", "device", "dtype", "tol", "confidence",
-    "decide", "max_products", "state", "lr", "warmup", "clip", "beta2", "risk", "seeds", "budget", "remedies",
+    "model", "model_args", "key", "trust_pickle", "tokens", "batch", "seq", "seed", "device", "dtype", "tol",
+    "confidence", "decide",
+    "max_products", "state", "lr", "warmup", "clip", "beta2", "risk", "seeds", "budget", "remedies",
 )  # fmt: skip
 
 

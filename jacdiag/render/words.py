@@ -14,7 +14,6 @@ from jacdiag.render.numbers import counted, gist, share, three
 from jacdiag.report import Interval, Report, SublayerRecord
 from jacdiag.report.record import Record
 
-
 _OTHERS = 4  # sets of tensors that the header names
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -35,7 +36,8 @@ _MOMENTS = frozenset(
 _NOT_A_NETWORK = ("optim", "sched", "scaler", "rng", "loss", "criterion", "metric")
 _SECOND_WORDS = frozenset("ema swa shadow average averaged polyak teacher target reference ref frozen momentum".split())
 _AVERAGE_WORDS = frozenset("ema swa shadow average averaged polyak".split())
-_MOST_VISITS = 2_000_000  # a pickle of a few bytes can describe a tree without end
+_MOST_VISITS = 200_000  # a pickle of a few bytes can describe a tree without end
+_MOST_ALIASES = 8  # places at which one container may stand
 _DEEPEST = 40
 
 
@@ -120,12 +122,18 @@ class _Search:
 
     def __init__(self) -> None:
         self.visits = 0
+        self.seen: Counter[int] = Counter()  # of each container: the tree that it is in keeps it alive
 
     def collect(self, node: Any, key: str, depth: int) -> list[Candidate]:
         self.visits += 1
         if self.visits > _MOST_VISITS:
             raise SourceError("the checkpoint nests too many containers", got=f"more than {_MOST_VISITS:,}")
         if depth > _DEEPEST:
+            return []
+        self.seen[id(node)] += 1
+        if self.seen[id(node)] > _MOST_ALIASES:
+            if any(isinstance(child, Tensor) for _, child in _children(node)):
+                raise SourceError("the checkpoint nests too many containers", got="one of them comes again and again")
             return []
 
         # 1. A module is a set of weights as it stands.

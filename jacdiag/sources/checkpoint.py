@@ -100,9 +100,9 @@ class Contents:
         Raises:
             SourceError: there are no weights, there are several and none stands out, or they cannot be used.
         """
+        check_contents(self.path, self.candidates, self.top)
         if not self.candidates:
             raise _no_weights(self.path, self.described)
-        check_contents(self.path, self.candidates, self.top)
         if model is None:
             choice = choose_by_name(self.path, self.candidates, key)
         else:
@@ -110,9 +110,9 @@ class Contents:
         fitted = model is not None and set(choice.entries) == set(model.state_dict(keep_vars=True))
         check_chosen(self.path, choice.entries, fitted=fitted)
         _check_weights(self.path, self.described, choice.entries)
-        return self._checkpoint(choice)
+        return self._checkpoint(choice, fills_model=model is not None)
 
-    def _checkpoint(self, choice: Choice) -> Checkpoint:
+    def _checkpoint(self, choice: Choice, *, fills_model: bool) -> Checkpoint:
         args = self.top.get("model_args")
         made = Checkpoint(
             self.path,
@@ -133,7 +133,7 @@ class Contents:
             if self.tensors:
                 names = {id(entry): name for c in self.candidates for name, entry in c.entries.items()}
                 made.state = {name: self.tensors[names[id(piece)]] for name, piece in pieces.items()}
-        elif made.module is None:
+        elif made.module is None or fills_model:
             _check_sizes(self.path, choice.entries)
             made.state = choice.entries
         return made

@@ -211,9 +211,7 @@ class _Fit:
         return self.missing > 0, bool(self.unexpected), second, bool(self.key) and not is_usual(self.key)
 
 
-def choose_by_model(
-    path: Path, candidates: Sequence[Candidate], model: nn.Module, key: str | None = None
-) -> Choice:
+def choose_by_model(path: Path, candidates: Sequence[Candidate], model: nn.Module, key: str | None = None) -> Choice:
     """Choose the set of tensors, and the prefix of its names, that fit a model.
 
     Args:
@@ -311,9 +309,7 @@ def _compared(
     # Names outside the model's own parts belong to something that was saved with it, such as a criterion.
     heads = {name.partition(".")[0] for name in wanted}
     unexpected = [
-        name
-        for name in inside
-        if name not in wanted and _belongs(name, heads) and not name.endswith(_COMPUTED)
+        name for name in inside if name not in wanted and _belongs(name, heads) and not name.endswith(_COMPUTED)
     ]
     kept = {name: old for name, old in inside.items() if name in wanted or name in unexpected}
     return _Fit(candidate, kept, prefix, added, len(missing), unexpected)

@@ -273,8 +273,7 @@ def _from_file(
         if found.weights is not None:
             stored = huggingface.StoredState(found.weights.pieces, True, found.path)
         else:
-            state = found.state or dict(found.module.state_dict() if found.module is not None else {})
-            stored = huggingface.StoredState(state, False, found.path)
+            stored = huggingface.StoredState(found.state, False, found.path)
         assert model is not None
         loaded = _into_model(model, model_args, seed, stored, built)
         made.model, made.weights = loaded.model, loaded.weights
