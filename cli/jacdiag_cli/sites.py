@@ -219,7 +219,9 @@ def _remarks(data: dict[str, Any]) -> str:
         f"left out: {item['module'] or 'the model itself'} at {item['line']}: {item['reason']}"
         for item in data["left_out"]
     ]
-    lines = [*unlike, *left_out, *(f"hidden: {line}" for line in data["hidden"]), *(f"note: {line}" for line in data["notes"])]
+    hidden = [f"hidden: {line}" for line in data["hidden"]]
+    notes = [f"note: {line}" for line in data["notes"]]
+    lines = [*unlike, *left_out, *hidden, *notes]
     return "".join(f"{line}\n" for line in lines)
 
 
