@@ -60,7 +60,9 @@ def verdict(pairs: Sequence[PairLike]) -> str:
         return f"no figure of {len(pairs)} parts beyond its interval"
     where = "outside the layers" if first.depth is None else f"at depth {first.depth}"
     names = first.a if first.a == first.b else f"{first.a or 'nothing'} beside {first.b or 'nothing'}"
-    figures = f" {_cell(first, first.old, first.a)} beside {_cell(first, first.new, first.b)}" if first.old or first.new else ""
+    figures = ""
+    if first.old or first.new:
+        figures = f" {_cell(first, first.old, first.a)} beside {_cell(first, first.new, first.b)}"
     what = f"they part first {where}: {first.part} {first.figure}{figures} ({names})"
     return str(legible(f"{what}; {count} of {len(pairs)} figures part"))
 

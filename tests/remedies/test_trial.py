@@ -325,7 +325,7 @@ def test_a_chance_calls_for_a_remedy_and_counts_only_where_it_is_given(tmp_path:
 
 # -- memory ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("share", "tried"), [(0.9, False), (1.1, True)])
-def test_a_copy_is_made_only_if_memory_for_it_is_free(share: float, tried: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_is_made_only_if_memory_is_free(share: float, tried: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     size = sum(p.numel() * p.element_size() for p in fresh("vanilla").parameters())
     needed = 1.5 * size  # a copy, and the work on it
     monkeypatch.setattr("jacdiag.auditing.remedied.free_host_memory", lambda: int(share * needed))

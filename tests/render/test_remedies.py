@@ -32,8 +32,8 @@ def test_the_recommended_one_with_before_and_after_and_price() -> None:
         "tried on a copy, on seeds 0 to 2: worst branch gain 23.1 to 23.5 → 1.00 to 1.40, 1/σ gain 35.7 → 1.60, "
         "both conditions met",
         "price: no parameter; the change as code: --patch FILE",
-        "also tried: small-init: worst branch gain 23.1 to 23.5 → 9.00 to 9.10, small sub-layers met, large shortcut not met "
-        "(left JD102)",
+        "also tried: small-init: worst branch gain 23.1 to 23.5 → 9.00 to 9.10, small sub-layers met, "
+        "large shortcut not met (left JD102)",
     ]
 
 
