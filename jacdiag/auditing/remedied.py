@@ -76,7 +76,7 @@ def _check_room(request: Request, audit: Audit) -> None:
 
 def _teller(request: Request, count: int) -> Any:
     if request.progress is None:
-        return lambda name: None
+        return lambda _name: None
     request.progress.start(count, "trying remedies")
     return lambda name: request.progress.advance(1, name)  # type: ignore[union-attr]
 

@@ -132,7 +132,7 @@ def _opener(source: Any, model: str | None, model_args: dict[str, Any] | None, t
     if isinstance(source, str):
         return lambda seed: load(source, model=model, model_args=model_args, trust_pickle=trust, seed=seed), source
     if isinstance(source, nn.Module):
-        return lambda seed: Source.of_module(source), ""
+        return lambda _seed: Source.of_module(source), ""
 
     def build(seed: int) -> Source:
         try:

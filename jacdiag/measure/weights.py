@@ -202,11 +202,11 @@ def _parts(matrices: Mapping[str, Tensor]) -> list[_Part]:
         part = found.setdefault((f"{stem}{layer}", kind), _Part(f"{stem}{layer}.{first}", layer, kind))
         stats = weight_stats(name, tensor)
         if stats is not None:
-            part.weights[_role(kind, inner, tensor, part)] = stats
+            part.weights[_role(kind, inner, part)] = stats
     return sorted(found.values(), key=lambda p: p.layer)
 
 
-def _role(kind: str, inner: str, tensor: Tensor, part: _Part) -> str:
+def _role(kind: str, inner: str, part: _Part) -> str:
     if kind == "attention":
         role = next((r for r, pattern in _LETTERS if re.search(pattern, inner)), "W_O" if _OUTPUT.search(inner) else "")
     else:

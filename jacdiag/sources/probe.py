@@ -148,7 +148,7 @@ def build_probe(
             hint="--inputs FACTORY builds the probe input; in Python: jacdiag.audit(model, inputs)",
         )
     length = _length(source, seq)
-    ids, name, excluded = _ids(source, model, batch, length, seed, tokens, given=seq is not None)
+    ids, name, excluded = _ids(source, batch, length, seed, tokens, given=seq is not None)
     record = ProbeRecord(ids.shape[0], ids.shape[1], seed, tokens=name, excluded_rows=excluded)
     args, kwargs = _call(model, ids)
     return Probe(args, kwargs, ids, record)
@@ -166,7 +166,7 @@ def _length(source: Source, seq: int | None) -> int:
 
 
 def _ids(
-    source: Source, model: nn.Module, batch: int, length: int, seed: int, tokens: str | None, *, given: bool
+    source: Source, batch: int, length: int, seed: int, tokens: str | None, *, given: bool
 ) -> tuple[Tensor, str, int]:
     vocab = source.vocab_size
     assert vocab is not None

@@ -241,12 +241,10 @@ def test_nested_sublayers_are_left_out() -> None:
 
 
 def test_decision_points_are_the_cuts_in_the_fields_own_units() -> None:
-    points = decision_points(
-        kind="mlp", placement="pre", state="init", layers=LAYERS, parallel=False, thresholds=LIMITS
-    )  # fmt: skip
+    points = decision_points(kind="mlp", placement="pre", layers=LAYERS, thresholds=LIMITS)
     assert points["branch_norm"] == (1.0, 5.0)
     assert points["core_norm"] == pytest.approx((2.0 / SCALE, 4.0 / SCALE))
-    post = decision_points(kind="mlp", placement="post", state="init", layers=2, parallel=False, thresholds=LIMITS)
+    post = decision_points(kind="mlp", placement="post", layers=2, thresholds=LIMITS)
     assert "core_norm" not in post
 
 
