@@ -107,7 +107,8 @@ def run(version: str, folder: Path, tests: tuple[str, ...]) -> Row:
 def measure(version: str, python: Path, tests: tuple[str, ...]) -> Row:
     """Run the tests, and one audit in which no warning may appear."""
     environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'cli'}", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    asked = subprocess.run([str(python), "-c", "import torch; print(torch.__version__)"], capture_output=True, text=True)
+    ask = "import torch; print(torch.__version__)"
+    asked = subprocess.run([str(python), "-c", ask], capture_output=True, text=True)
     begun = time.perf_counter()
     done = subprocess.run(
         [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
