@@ -12,7 +12,7 @@ CHECKPOINT ?= examples/checkpoints/vanilla-step0.pt
 # Workers share the cores; torch's own threads on top of them only get in each other's way.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: help audit test test-long lint bench lab coverage fuzz clean
+.PHONY: help audit test test-long lint bench lab coverage fuzz matrix clean
 
 help:
 	@echo 'make audit     install, audit the shipped checkpoint: a table here, out/audit.json and out/audit.png'
@@ -23,6 +23,7 @@ help:
 	@echo 'make lab       1,163 small training runs and how well they were foretold (about 5 hours); in runs/lab'
 	@echo 'make coverage  every model family of transformers, and layouts of published checkpoints (long); results in benchmarks/results'
 	@echo 'make fuzz      20,000 damaged files of every format; what breaks the reader goes to tests/hostile/corpus'
+	@echo 'make matrix    a fast part of the tests with torch 2.6 to 2.13 (downloads about 3 GB a version)'
 	@echo 'make clean     remove .venv, out and caches'
 
 audit: .venv/.installed
@@ -60,6 +61,9 @@ coverage: .venv/.installed-dev
 fuzz: .venv/.installed-dev
 	@mkdir -p benchmarks/results
 	$(BIN)/python tests/hostile/fuzz.py --files $(FILES) --json benchmarks/results/fuzz.json
+
+matrix: .venv/.installed
+	$(BIN)/python scripts/matrix.py
 
 clean:
 	rm -rf .venv out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

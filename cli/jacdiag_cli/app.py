@@ -134,7 +134,7 @@ def _interrupts() -> Iterator[list[int]]:
         yield seen
         return
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def note(number: int, _frame: FrameType | None) -> None:
         seen.append(number)
         raise KeyboardInterrupt
 

@@ -138,9 +138,15 @@ JUDGEMENT = [
     click.option("--lr", type=Number(**_ABOVE_0), help="Plan of the run: learning rate."),
     click.option("--warmup", type=click.IntRange(0), help="Plan of the run: warm-up steps; nothing without --lr."),
     click.option(
-        "--clip", type=Number(**_ABOVE_0), help="Plan of the run: gradient norm clipped at (recorded, read by no rule)."
+        "--clip",
+        type=Number(**_ABOVE_0),
+        help="Plan of the run: gradient norm clipped at; JD105 gives no chance for one that was not run.",
     ),
-    click.option("--beta2", type=Number(**_SHARE), help="Plan of the run: Adam's beta2 (recorded, read by no rule)."),
+    click.option(
+        "--beta2",
+        type=Number(**_SHARE),
+        help="Plan of the run: Adam's beta2; JD105 gives no chance for one that was not run.",
+    ),
     click.option("--risk", metavar="FILE", help="Curves of the chance at --lr, from `jacdiag backtest --write-risk`."),
     click.option(
         "--profile",

@@ -192,8 +192,7 @@ class Audit:
     def _decider(self) -> Callable[[Sublayer], Mapping[str, Callable[[float, float], bool]]]:
         def decided(site: Sublayer) -> Mapping[str, Callable[[float, float], bool]]:
             points = decision_points(
-                kind=site.kind, placement=site.placement, state=self.state, layers=self.layers,
-                parallel=site.parallel, thresholds=self.request.thresholds, profile=self.request.profile,
+                kind=site.kind, placement=site.placement, layers=self.layers, thresholds=self.request.thresholds,
             )  # fmt: skip
             return {name: _clear_of(points.get(name, ())) for name in ("branch_norm", "core_norm", "residual_norm")}
 

@@ -42,6 +42,11 @@ class Outcome:
     exit_code: int
     figures: FiguresRecord
 
+    def __str__(self) -> str:
+        """Return how the gate came out, and the summary of the report."""
+        words = {0: "passed", 1: "failed", 3: "undecided"}
+        return f"Gate {words.get(self.exit_code, '')} (exit code {self.exit_code})\n{self.report}"
+
 
 def gate(
     source: str | nn.Module | Callable[[], nn.Module],
@@ -131,7 +136,7 @@ def _opener(
         options: dict[str, Any] = {"model": model, "model_args": model_args, "key": key, "trust_pickle": trust}
         return lambda seed: load(source, **options, seed=seed), source
     if isinstance(source, nn.Module):
-        return lambda seed: Source.of_module(source), ""
+        return lambda _seed: Source.of_module(source), ""
 
     def build(seed: int) -> Source:
         try:

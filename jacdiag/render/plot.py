@@ -15,7 +15,7 @@ from jacdiag.render import words
 from jacdiag.render.curves import INK, PALE, Curve, extent, factors, gains, is_split, missing, places, zeros
 from jacdiag.render.files import is_streamed, leads_to_stdout, write_output
 from jacdiag.render.marks import threshold
-from jacdiag.render.numbers import gist
+from jacdiag.render.numbers import spoken
 from jacdiag.report import Report
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def _worst(axes: Axes, report: Report) -> None:
     row, value = worst
     leftish = _leftish(report)
     axes.annotate(
-        f"{gist(value)}  {_cut(row.name, _LONGEST_NAME)}",
+        f"{spoken(value)}  {_cut(row.name, _LONGEST_NAME)}",
         (places(report)[row.name], value.upper if math.isfinite(value.upper) else value.estimate),
         xytext=(10 if leftish else -10, 4),
         textcoords="offset points",

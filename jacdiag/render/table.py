@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from io import StringIO
+
 from rich.cells import cell_len, chop_cells
 from rich.console import Console
 from rich.text import Text
@@ -53,6 +55,19 @@ def print_report(report: Report, console: Console, *, all_rows: bool = False, so
         line.rstrip()
         line = Text(line.plain) if console.no_color else line
         console.print(line, soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+
+def as_text(report: Report, width: int) -> str:
+    """Return what `print_report` prints on a terminal without colours.
+
+    Args:
+        report: what to print.
+        width: characters a line.
+    """
+    console = Console(width=width, file=StringIO(), force_terminal=True, no_color=True, legacy_windows=False)
+    with console.capture() as capture:
+        print_report(report, console)
+    return capture.get()
 
 
 def _header(report: Report, width: int | None) -> list[Text]:

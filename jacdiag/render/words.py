@@ -10,7 +10,7 @@ from typing import Any
 
 from jacdiag.render.grid import badness
 from jacdiag.render.marks import FIELD_OF_RULE
-from jacdiag.render.numbers import counted, gist, share, three
+from jacdiag.render.numbers import counted, share, spoken, three
 from jacdiag.report import Interval, Report, SublayerRecord
 from jacdiag.report.record import Record
 
@@ -146,7 +146,7 @@ def condition(report: Report, code: str) -> str:
 def headline(report: Report) -> str:
     """The verdict in words, one line: for the top of the verdict block, the picture's title, a Markdown heading."""
     worst = worst_branch(report)
-    gain = f"worst branch gain {gist(worst[1])} at {worst[0].name}" if worst else ""
+    gain = f"worst branch gain {spoken(worst[1])} at {worst[0].name}" if worst else ""
     if report.tier == "weights":
         return _weights_headline(report)
     errors = [f for f in report.findings if f.level == "error" and f.code not in FIELD_OF_RULE]

@@ -64,7 +64,8 @@ class RiskCurve(Record):
         figure: its name in `jacdiag.report.figures`.
         coefficients: of 1, ln figure, ln lr and, where the runs differed in it, ln of the steps of warm-up.
         covariance: of these, over resampled inits.
-        ranges: "figure", "lr", "warmup", "width", "layers" -> [least, most] of the runs.
+        ranges: "figure", "lr", "warmup", "width", "layers", "clip", "beta2" -> [least, most] of the runs. Without an
+            entry nothing is asked of that factor.
         runs, bad: how many there were, and how many went wrong.
         source: the experiment.
     """

@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 from jacdiag.report.contract import ContractRecord, FiguresRecord
+from jacdiag.report.numbers import between
 from jacdiag.report.record import SCHEMA_VERSION, Record
 from jacdiag.report.remedy import RemedyRecord
 from jacdiag.report.risk import Risk
+from jacdiag.report.summary import source_name, summary
 
 Level = Literal["info", "warning", "error"]
 Status = Literal["fired", "clean", "unknown", "not-applicable"]
@@ -84,6 +86,10 @@ class Interval(Record):
 
     def __contains__(self, value: float) -> bool:
         return self.lower <= value <= self.upper
+
+    def __str__(self) -> str:
+        """Return the two ends, rounded outward: "5.80 to 6.05"."""
+        return between(self.lower, self.upper)
 
     def side_of(self, threshold: float) -> Literal["above", "below", "across"]:
         """Says on which side of a threshold the whole interval lies; a non-finite interval is across."""
@@ -305,6 +311,25 @@ class Report(Record):
     torch: str = ""
     jacdiag: str = ""
     schema_version: int = SCHEMA_VERSION
+
+    def __str__(self) -> str:
+        """Return a summary of a few lines: what was audited, the verdict, the worst branch norm, the findings."""
+        return summary(self)
+
+    def __repr__(self) -> str:
+        """Return one line; `to_dict` has everything."""
+        size = f"{len(self.sublayers)} sub-layers, {len(self.findings)} findings"
+        return f"<{type(self).__name__} of {source_name(self)}: {self.verdict}, {size}>"
+
+    def table(self, width: int = 140) -> str:
+        """Return the table and the verdict that `jacdiag audit` prints, as plain text.
+
+        Args:
+            width: characters a line; a narrower table has fewer columns.
+        """
+        from jacdiag.render.table import as_text
+
+        return as_text(self, width)
 
     def to_json(self, indent: int | None = 2) -> str:
         """Returns strict JSON (no bare NaN or Infinity)."""

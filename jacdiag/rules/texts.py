@@ -101,7 +101,8 @@ With --lr and --warmup: a logistic curve in one figure of the untrained model, t
 steps of warm-up, one for each placement of the norm, fitted on recorded runs (examples/spike_lab, jacdiag
 backtest). Wrong means that the loss diverged, spiked, or stayed 0.4 above what the same or a lower rate
 reached. The interval is over resampled inits: what other inits might have shown. Outside of the widths, depths,
-rates, warm-ups and figures that were run there is no chance, and the report says which one is outside. A
+rates, warm-ups and figures that were run there is no chance, and the report says which one is outside. The same
+holds for --clip and --beta2 if they are given: the runs of the curves that ship clip at 1 and have beta2 0.95. A
 warning where the whole interval lies above 30%, an error where above one half. In a run, jacdiag.watch asks the
 same curve at the highest rate so far, with the warm-up that its steepest rise comes to, and speaks once a
 level; there a longer rise than any that was run counts as the longest, a shorter one as the shortest.""",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from jacdiag.report.numbers import between
 from jacdiag.report.ranges import check_ranges
 from jacdiag.spectra.algebra import Composed, DenseOperator, NormJacobian, Shifted, Summed
 from jacdiag.spectra.dense import dense_jacobian, dense_norm
@@ -39,6 +40,9 @@ __all__ = [
 ]
 
 
+_PRINTED = 8  # norms that `print` lists
+
+
 @dataclass(frozen=True)
 class SpectralNorm:
     """Norms of Jacobians, one per problem, each with its interval; `stop` says why the solver stopped."""
@@ -50,6 +54,16 @@ class SpectralNorm:
     products: int
     converged: bool
     stop: str
+
+    def __str__(self) -> str:
+        """Return the interval of every norm (of many, the largest), what was spent, and why the solver stopped."""
+        lowers, uppers = self.lower.flatten().tolist(), self.upper.flatten().tolist()
+        ends = [between(low, high) for low, high in zip(lowers, uppers, strict=True)]
+        if len(ends) > _PRINTED:
+            shown = f"{len(ends)} norms, the largest {between(max(lowers), max(uppers))}"
+        else:
+            shown = ", ".join(ends)
+        return f"{shown} (confidence {self.confidence:g}, {self.products} products): {self.stop}"
 
 
 def spectral_norm(

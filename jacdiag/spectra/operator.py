@@ -111,7 +111,7 @@ class JacobianOperator(Operator):
         with torch.no_grad(), full_precision():
             return self._pull_map(w)
 
-    def steps(self, way: Way, vector: Tensor) -> Steps:
+    def steps(self, way: Way, vector: Tensor) -> Steps:  # noqa: ARG002  (of Operator; a single map has one way)
         return (yield self, vector)
 
     @property
