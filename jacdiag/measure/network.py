@@ -110,7 +110,7 @@ def end_to_end(sites: Sites, tol: float, confidence: float, max_products: int, s
     with sites.replayer.whole_graph():
         operator = JacobianOperator(segment, first.shortcut, batch_dims=())
     dims = _trivially_independent([sites[k] for group in groups for k in group.sites])
-    if dims is None:
+    if dims is None or not _keeps(dims, operator.value.shape):
         dims = independent_dims(operator.pull_shaped, first.shortcut.shape, operator.value.shape, first.feature_dim,
                                 first.shortcut.dtype, first.shortcut.device, generator)  # fmt: skip
     operator.set_batch_dims(dims)
@@ -132,6 +132,11 @@ def _trivially_independent(members: Sequence[Sublayer]) -> tuple[int, ...] | Non
         if site.shortcut.shape == shape and set(site.independent(keep=False)) <= set(ones):
             return ones
     return None
+
+
+def _keeps(dims: tuple[int, ...], shape: torch.Size) -> bool:
+    """Whether dimensions of size 1 have size 1 at the stream's end too: some models flatten in between."""
+    return all(d < len(shape) and shape[d] == 1 for d in dims)
 
 
 def _end_of(sites: Sites) -> int:
