@@ -21,6 +21,7 @@ from jacdiag_cli.output import Invocation, console, emit, guest_talk, say
 from jacdiag_cli.progress import bar
 
 if TYPE_CHECKING:
+    from jacdiag.render.letters import Form
     from jacdiag.report import Report
 
 _ASKED = (
@@ -187,9 +188,9 @@ def _show(report: Report, output_format: str, all_rows: bool, sort: str) -> None
     if output_format == "markdown":
         from jacdiag.render.markdown import render
 
-        emit(render(report, all_rows=all_rows, sort=sort))
+        emit(render(report, all_rows=all_rows, sort=sort), "markdown")
     else:
-        emit(machine_text(report, output_format))
+        emit(machine_text(report, output_format), form_of(output_format))
     from jacdiag.render.words import headline
 
     say(f"{report.verdict}: {headline(report)}")
@@ -203,6 +204,12 @@ def machine_text(report: Report, output_format: str) -> str:
         return report.to_json() + "\n"
     text: str = import_module(f"jacdiag.render.{output_format}").render(report)
     return text
+
+
+def form_of(output_format: str) -> Form:
+    """Return the syntax of a format that machines read."""
+    forms: dict[str, Form] = {"json": "json", "sarif": "json", "junit": "xml"}
+    return forms.get(output_format, "text")
 
 
 def warn_of_trust(trusted: bool) -> None:

@@ -104,9 +104,9 @@ def backtest(invocation: Invocation, runs: tuple[str, ...], **given: Any) -> int
     if "pack" in files:
         write_atomic(files["pack"], encoded([r for r in found if r.whole], files["pack"]))
     if given["output_format"] == "json":
-        emit(report.to_json() + "\n")
+        emit(report.to_json() + "\n", "json")
     elif given["output_format"] == "markdown":
-        emit(words.markdown(report))
+        emit(words.markdown(report), "markdown")
     else:
         cells = zip(*words.rows(report, every=given["all_rows"]), strict=True)
         interest = (100, 100, 90, 60, 50, 50, 40)

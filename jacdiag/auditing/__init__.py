@@ -37,9 +37,13 @@ class AuditReport(Report):
         """Prints the table to the terminal (see `jacdiag.render.table.print_report`)."""
         from rich.console import Console
 
+        from jacdiag.render.letters import spelled
         from jacdiag.render.table import print_report
 
-        print_report(self, Console(), **options)
+        console = Console()
+        with console.capture() as captured:
+            print_report(self, console, **options)
+        console.file.write(spelled(captured.get(), console.encoding))
 
     def plot(self, path: str) -> None:
         """Writes the picture: gain over depth, and its two factors below. The suffix gives the format."""
