@@ -14,6 +14,7 @@ from jacdiag.errors import UsageError
 from jacdiag.measure.by_name import contract_by_name
 from jacdiag.measure.draws import std_of
 from jacdiag.measure.figures import spread_of
+from jacdiag.measure.finite import non_finite_weights
 from jacdiag.measure.state import detect_state
 from jacdiag.report.schema import Kind, ModelRecord, Report, Spread, SublayerRecord, WeightStats
 from jacdiag.sources import Source, gpt
@@ -157,6 +158,7 @@ def weights_report(source: Source) -> Report:
     outside = {n: s for n in matrices if not _LAYER.match(n) and (s := _plain(n, state[n])) is not None}
     covered = {s.parameter for part in parts for s in part.weights.values()} | set(outside)
     left = [name for name in state if name not in covered and state[name].dim() >= 2]
+    broken = non_finite_weights(state)
     notes = [*([f"weights only: {source.why_weights}"] if source.why_weights else []), *source.notes]
     return Report(
         source=source.info,
@@ -174,8 +176,8 @@ def weights_report(source: Source) -> Report:
             weights=outside,
         ),
         sublayers=records,
-        settings={"checks": {"non_finite": [n for n, t in state.items() if not bool(torch.isfinite(t).all())]}},
-        notes=notes,
+        settings={"checks": {"non_finite": broken.names}},
+        notes=[*notes, *broken.notes],
         contract=contract_by_name(
             state, len({part.layer for part in parts}), int(state[embedding].shape[1]) if embedding else None
         ),

@@ -24,13 +24,21 @@ def configs(model: nn.Module) -> Iterator[Any]:
     """The objects on which models keep their sizes: the model's config or args, and those of a text part."""
     model = unwrap(model)
     for name in ("config", "cfg", "args", "model_args", "params", "hparams"):
-        found = getattr(model, name, None)
+        found = _attribute(model, name)
         if found is not None and not callable(found):
             yield found
             inner = getattr(found, "text_config", None)
             if inner is not None:
                 yield inner
     yield model
+
+
+def _attribute(model: nn.Module, name: str) -> Any:
+    """Return an attribute of a model; None if there is none, or if the model's own property raises."""
+    try:
+        return getattr(model, name, None)
+    except Exception:
+        return None
 
 
 def _number(model: nn.Module, names: tuple[str, ...]) -> int | None:

@@ -44,7 +44,7 @@ class Probe:
     def of_inputs(cls, inputs: Any, seed: int = 0) -> Probe:
         """Takes what a user handed in: a tensor, a tuple of arguments, or a dict of keyword arguments."""
         if isinstance(inputs, dict):
-            args, kwargs = (), dict(inputs)
+            args, kwargs = (), _by_name(inputs)
         elif hasattr(inputs, "keys") and hasattr(inputs, "data"):  # a tokenizer's BatchEncoding
             args, kwargs = (), dict(inputs.items())
         else:
@@ -56,6 +56,9 @@ class Probe:
                 got=f"a {type(inputs).__name__}",
                 hint="a tensor, a tuple of arguments, or a dict of keyword arguments",
             )
+        if not tensors[0].numel():
+            got = f"a tensor of shape {tuple(tensors[0].shape)}"
+            raise ProbeError("the probe input is empty", got=got, hint="at least one sequence of one token")
         ids = next((t for t in tensors if t.dim() == 2 and not t.is_floating_point() and t.dtype != torch.bool), None)
         shape = (ids if ids is not None else tensors[0]).shape
         record = ProbeRecord(shape[0] if shape else 1, shape[1] if len(shape) > 1 else None, seed, tokens="inputs")
@@ -97,6 +100,15 @@ class Probe:
         )
 
 
+def _by_name(inputs: dict[Any, Any]) -> dict[str, Any]:
+    """Return keyword arguments; raise if a key is no name."""
+    wrong = [key for key in inputs if not isinstance(key, str)]
+    if wrong:
+        hint = "a dict of keyword arguments, such as {'input_ids': ids}"
+        raise ProbeError("the probe input is a dict with keys that are no names", got=repr(wrong[0]), hint=hint)
+    return dict(inputs)
+
+
 def _tensors(value: Any) -> Iterator[Tensor]:
     """Yields the tensors of nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
@@ -136,7 +148,7 @@ def build_probe(
     model = source.model
     assert model is not None
     if inputs is not None:
-        made = factory.call(factory.resolve(inputs), inputs, {}, seed)
+        made = factory.call(factory.resolve(inputs), factory.name_of(inputs), {}, seed)
         return Probe.of_inputs(made, seed)
     kind = facts.main_input(model)
     if kind == "pixels" and tokens is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,9 +96,9 @@ class Source:
 
 
 def load(
-    source: str,
+    source: str | bytes | os.PathLike[str],
     *,
-    model: str | None = None,
+    model: factory.Factory | None = None,
     model_args: dict[str, Any] | None = None,
     trust_pickle: bool = False,
     seed: int = 0,
@@ -118,6 +119,13 @@ def load(
         >>> load("jacdiag.sources.gpt:build", model_args={"n_layer": 1, "n_embd": 12}).vocab_size
         50304
     """
+    if not isinstance(source, str | bytes | os.PathLike):
+        hint = "a path or a SOURCE string; jacdiag.audit takes modules and functions too"
+        raise SourceError("this names no source", got=f"type {type(source).__name__}", hint=hint)
+    source = os.fsdecode(source)
+    if "\0" in source or not source.strip():
+        hint = "SOURCE is a checkpoint, a folder, module:callable or hf:CONFIG"
+        raise SourceError(f"no such file or folder: {source!r}", hint=hint)
     if source.startswith("hf:"):
         _no_model(model, source)
         built = huggingface.from_config(source.removeprefix("hf:"), model_args or {}, seed)
@@ -136,12 +144,12 @@ def load(
     return _from_file(open_checkpoint(path, trust_pickle=trust_pickle), model, model_args, seed)
 
 
-def _no_model(model: str | None, source: str) -> None:
+def _no_model(model: factory.Factory | None, source: str) -> None:
     if model is not None:
         raise UsageError("--model belongs to a checkpoint file", got=f"--model {model} beside {source}")
 
 
-def _from_folder(path: Path, model: str | None, trust_pickle: bool) -> Source:
+def _from_folder(path: Path, model: factory.Factory | None, trust_pickle: bool) -> Source:
     if not huggingface.is_folder(path):
         got = ", ".join(sorted(f.name for f in path.iterdir())[:8]) or "an empty folder"
         hint = "a Hugging Face folder has a config.json, one of torch.distributed.checkpoint a .metadata"
@@ -153,7 +161,7 @@ def _from_folder(path: Path, model: str | None, trust_pickle: bool) -> Source:
     return Source(found.model, info, path.resolve().name, folder=path, weights=found.weights, notes=found.notes)
 
 
-def _open_chunked(path: Path, model: str | None) -> Checkpoint:
+def _open_chunked(path: Path, model: factory.Factory | None) -> Checkpoint:
     """A folder of torch.distributed.checkpoint, like a checkpoint file whose tensors stay where they are."""
     pieces = weights_below(dcp.chunked(path))
     if not pieces:
@@ -167,7 +175,9 @@ def _open_chunked(path: Path, model: str | None) -> Checkpoint:
     return Checkpoint(path, {}, "torch-distributed", weights=StoredWeights(pieces))
 
 
-def _from_file(found: Checkpoint, model: str | None, model_args: dict[str, Any] | None, seed: int) -> Source:
+def _from_file(
+    found: Checkpoint, model: factory.Factory | None, model_args: dict[str, Any] | None, seed: int
+) -> Source:
     info: dict[str, Any] = {"path": str(found.path), "format": found.format, "step": found.step}
     made = Source(None, info, found.path.name, step=found.step)
     if found.unread:
@@ -177,7 +187,7 @@ def _from_file(found: Checkpoint, model: str | None, model_args: dict[str, Any] 
     if found.where:
         info["key"] = found.where
     if model is not None:
-        info |= {"factory": model, **({"model_args": model_args} if model_args else {})}
+        info |= {"factory": factory.name_of(model), **({"model_args": model_args} if model_args else {})}
         if found.weights is not None:
             made.model = factory.build_empty(model, model_args, seed)
             made.weights, notes = attach(made.model, found.weights, f"'{found.path}'")

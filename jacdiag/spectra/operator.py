@@ -188,15 +188,23 @@ def _released(_: Tensor) -> Tensor:
     raise RuntimeError("this operator was released")
 
 
+def _checked(value: object) -> Tensor:
+    """Return what a function gave back; raise unless it is a floating tensor."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = f"{value.dtype}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
+        raise MeasureError("the function returned no floating tensor", got=got)
+    return value
+
+
 def _transposes(fn: Map, x: Tensor) -> tuple[Tensor, Map, Map]:
-    value, vjp = torch.func.vjp(fn, x)  # type: ignore[misc]
+    value, vjp = torch.func.vjp(lambda x: _checked(fn(x)), x)  # type: ignore[misc]
     _, transposed = torch.func.vjp(lambda w: vjp(w)[0], torch.zeros_like(value))  # type: ignore[misc]
     return value.detach(), lambda w: vjp(w)[0], lambda u: transposed(u)[0]
 
 
 def _transposes_by_autograd(fn: Map, x: Tensor) -> tuple[Tensor, Map, Map]:
     x = x.requires_grad_()
-    value = fn(x)
+    value = _checked(fn(x))
     w0 = torch.zeros_like(value).requires_grad_()
 
     def grad(y: Tensor, at: Tensor, w: Tensor, create: bool = False) -> Tensor:
