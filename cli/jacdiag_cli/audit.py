@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jacdiag.errors import UsageError
-from jacdiag_cli.config import Configured, Profile, current, resolve_profile
+from jacdiag_cli.config import Configured, Profile, current, resolve_profile, toml_text
 from jacdiag_cli.options import JUDGEMENT, OUTPUT, PROBE, REPLAY, SOLVER, SOURCE, add, remedies
 from jacdiag_cli.output import Invocation, console, emit, guest_talk, say
 from jacdiag_cli.progress import bar
@@ -229,7 +229,7 @@ def contract_given(path: str | None) -> dict[str, Any] | None:
     if path is None:
         return checked_contract(current().contract) or None
     try:
-        data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        data = tomllib.loads(toml_text(Path(path)))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"cannot read the contract '{path}'", got=str(error)) from error
     table = data.get("contract", data)

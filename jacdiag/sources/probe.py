@@ -39,6 +39,7 @@ class Probe:
     token_ids: Tensor | None
     record: ProbeRecord
     notes: list[str] = field(default_factory=list)
+    limit: int | None = None  # rows of the model's table of positions
 
     @classmethod
     def of_inputs(cls, inputs: Any, seed: int = 0) -> Probe:
@@ -87,6 +88,8 @@ class Probe:
                 raise
             length = self.record.seq or 0
             hint = f"if the model takes less than the probe's {length} tokens a sequence: --seq {length // 2}"
+            if self.limit is not None and self.limit < length:
+                hint = f"--seq {self.limit}: the model's table of positions has {self.limit} rows"
             raise TraceError(error.what, got=error.got, hint=hint) from error.__cause__
 
     def _may_be_too_long(self, error: BaseException | None) -> bool:
@@ -163,7 +166,7 @@ def build_probe(
     ids, name, excluded = _ids(source, model, batch, length, seed, tokens, given=seq is not None)
     record = ProbeRecord(ids.shape[0], ids.shape[1], seed, tokens=name, excluded_rows=excluded)
     args, kwargs = _call(model, ids)
-    return Probe(args, kwargs, ids, record)
+    return Probe(args, kwargs, ids, record, limit=facts.position_rows(model))
 
 
 def _length(source: Source, seq: int | None) -> int:
