@@ -333,7 +333,8 @@ def use(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> 
         watch.step(largest.sum() + shortcut.sum(), lr=0.1)
     assert_stable_init(model, x)
     exit_code: int = gate(model, x).exit_code
-    print(report, report.table(), code, name)
+    report.table()
+    print(report, code, name)
     return total + exit_code
 """
 MISUSE = """

@@ -37,7 +37,7 @@ def test_a_report_is_a_few_lines() -> None:
     assert f"{report.model.layers} layers, {len(report.sublayers)} sub-layers" in text
     for finding in report.findings:
         assert finding.code in text
-    assert "print(report.table())" in text
+    assert "more      report.table(), " in text
 
 
 def test_a_report_without_findings_says_none_and_one_of_weights_has_the_bound() -> None:
@@ -60,8 +60,9 @@ def test_a_name_from_a_file_brings_no_control_character_to_the_terminal() -> Non
     assert "\x1b" not in str(bad) and "b\nc" not in str(bad)
 
 
-def test_the_table_is_the_one_that_the_command_prints() -> None:
-    text = synthetic.vanilla().table(width=100)
+def test_the_table_is_the_one_that_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    synthetic.vanilla().table(width=100)
+    text = capsys.readouterr().out
     assert "transformer.h.0.attn" in text and "branch ‖J‖" in text and "What to do" in text
     assert max(len(line) for line in text.splitlines()) <= 100
     assert "\x1b" not in text

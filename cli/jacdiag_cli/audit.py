@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jacdiag.errors import UsageError
-from jacdiag_cli.config import Configured, Profile, current, resolve_profile
+from jacdiag_cli.config import Configured, Profile, current, resolve_profile, toml_text
 from jacdiag_cli.options import JUDGEMENT, OUTPUT, PROBE, REPLAY, SOLVER, SOURCE, add, remedies
 from jacdiag_cli.output import Invocation, console, emit, guest_talk, say, show
 from jacdiag_cli.outputs import any_on_stdout, plan_outputs, say_written, write_data
 from jacdiag_cli.progress import bar
 
 if TYPE_CHECKING:
+    from jacdiag.render.letters import Form
     from jacdiag.report import Report
 
 _ASKED = (
@@ -209,9 +210,9 @@ def _show(report: Report, output_format: str, all_rows: bool, sort: str, *, asid
     if output_format == "markdown":
         from jacdiag.render.markdown import render
 
-        emit(render(report, all_rows=all_rows, sort=sort))
+        emit(render(report, all_rows=all_rows, sort=sort), "markdown")
     else:
-        emit(machine_text(report, output_format))
+        emit(machine_text(report, output_format), form_of(output_format))
     from jacdiag.render.words import headline
 
     say(f"{report.verdict}: {headline(report)}")
@@ -225,6 +226,12 @@ def machine_text(report: Report, output_format: str) -> str:
         return report.to_json() + "\n"
     text: str = import_module(f"jacdiag.render.{output_format}").render(report)
     return text
+
+
+def form_of(output_format: str) -> Form:
+    """Return the syntax of a format that machines read."""
+    forms: dict[str, Form] = {"json": "json", "sarif": "json", "junit": "xml"}
+    return forms.get(output_format, "text")
 
 
 def warn_of_trust(trusted: bool) -> None:
@@ -244,7 +251,7 @@ def contract_given(path: str | None) -> dict[str, Any] | None:
     if path is None:
         return checked_contract(current().contract) or None
     try:
-        data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        data = tomllib.loads(toml_text(Path(path)))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"cannot read the contract '{path}'", got=str(error)) from error
     table = data.get("contract", data)

@@ -112,9 +112,9 @@ def backtest(invocation: Invocation, runs: tuple[str, ...], **given: Any) -> int
         write_data(files["--pack"], encoded([r for r in found if r.whole], Path(files["--pack"])))
     aside = any_on_stdout(files)
     if given["output_format"] == "json":
-        emit(report.to_json() + "\n")
+        emit(report.to_json() + "\n", "json")
     elif given["output_format"] == "markdown":
-        emit(words.markdown(report))
+        emit(words.markdown(report), "markdown")
     else:
         cells = zip(*words.rows(report, every=given["all_rows"]), strict=True)
         interest = (100, 100, 90, 60, 50, 50, 40)

@@ -92,11 +92,11 @@ def _show(found: Comparison, output_format: str, all_rows: bool) -> None:
     pairs: Any = found.pairs
     notes = found.notes
     if output_format == "json":
-        emit(beside.as_json(pairs, notes))
+        emit(beside.as_json(pairs, notes), "json")
         return
     shown = pairs if all_rows else [p for p in pairs if p.parts]
     if output_format == "markdown":
-        emit(beside.markdown(shown, beside.verdict(pairs), notes))
+        emit(beside.markdown(shown, beside.verdict(pairs), notes), "markdown")
         return
     if shown:
         cells = list(zip(*beside.rows(shown), strict=True))

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jacdiag.errors import UsageError
-from jacdiag_cli.audit import check_rules, contract_given, flat, machine_text, output_files, warn_of_trust, write_files
+from jacdiag_cli.audit import (
+    check_rules,
+    contract_given,
+    flat,
+    form_of,
+    machine_text,
+    output_files,
+    warn_of_trust,
+    write_files,
+)
 from jacdiag_cli.config import Configured, current, resolve_profile
 from jacdiag_cli.options import DECIDING, GATE, JUDGEMENT, OUTPUT, PROBE, SOLVER, SOURCE, add, remedies
 from jacdiag_cli.output import Invocation, emit, guest_talk, say, show
@@ -113,7 +122,7 @@ def _show(report: Report, output_format: str, *, aside: bool) -> None:
     if output_format == "markdown":
         from jacdiag.render.comment import render as comment
 
-        emit(comment(report))
+        emit(comment(report), "markdown")
     else:
-        emit(machine_text(report, output_format))
+        emit(machine_text(report, output_format), form_of(output_format))
     say(render(report).rstrip("\n"))

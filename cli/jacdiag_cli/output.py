@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from jacdiag.errors import printable
+from jacdiag.render.letters import Form, register, spelled
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -61,15 +62,20 @@ def interrupted() -> int:
 def say(text: str) -> None:
     """Prints a line for people to stderr; nobody listening, or no room to write, is no error of its own."""
     try:
-        print(text, file=sys.stderr, flush=True)
+        print(_for(sys.stderr, text), file=sys.stderr, flush=True)
     except OSError:
         stop_writing(sys.stderr)
 
 
-def emit(text: str) -> None:
-    """Prints a result to stdout. A reader that has gone (`| head`) is no error: the exit code is the result's."""
+def emit(text: str, form: Form = "text") -> None:
+    """Print a result to stdout. A reader that has gone (`| head`) is no error: the exit code is the result's.
+
+    Args:
+        text: what to print.
+        form: its syntax, which decides what stands for a character that the stream cannot hold.
+    """
     try:
-        sys.stdout.write(text)
+        sys.stdout.write(_for(sys.stdout, text, form))
         sys.stdout.flush()
     except BrokenPipeError:
         stop_writing(sys.stdout)
@@ -83,6 +89,11 @@ def show(text: str, *, aside: bool) -> None:
         emit(text)
 
 
+def _for(stream: TextIO, text: str, form: Form = "text") -> str:
+    """Return a text as a stream can hold it."""
+    return spelled(text, getattr(stream, "encoding", None), form)
+
+
 def stop_writing(stream: TextIO) -> None:
     """Points a broken stream at nothing, so that the interpreter's own flush at exit is quiet."""
     with contextlib.suppress(OSError, ValueError):
@@ -90,13 +101,14 @@ def stop_writing(stream: TextIO) -> None:
 
 
 def forgive_streams() -> None:
-    """Lets a terminal that cannot show a character show "?", and a stream that was closed for us swallow all."""
+    """Let a terminal that cannot show a character show letters, and a stream that was closed swallow everything."""
+    errors = register()
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # `jacdiag ... >&-`
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115, for the life of the process
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError, OSError):
-            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+            stream.reconfigure(errors=errors)  # type: ignore[union-attr]
 
 
 @contextlib.contextmanager

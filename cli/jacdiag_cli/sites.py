@@ -59,7 +59,7 @@ def sites(invocation: Invocation, source: str, output_format: str, **given: Any)
         data = describe(loaded, found)
     invocation.heed()
     if output_format == "json":
-        emit(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+        emit(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "json")
     else:
         emit(_page(data, room()))
     if not data["sublayers"]:

@@ -29,7 +29,7 @@ class Request:
     source: Source
     inputs: Any
     tokens: str | None
-    input_factory: str | None
+    input_factory: Any
     batch: int
     seq: int | None
     seed: int

@@ -8,16 +8,18 @@ from pathlib import Path
 
 from jacdiag.errors import SourceError, UsageError
 from jacdiag.report import SCHEMA_VERSION, FiguresRecord
+from jacdiag.sources.given import path_text
 
 _LARGEST = 256 * 2**20  # bytes
 
 
-def read_baseline(path: Path) -> FiguresRecord:
+def read_baseline(path: str | os.PathLike[str]) -> FiguresRecord:
     """Reads a baseline.
 
     Raises:
         SourceError: missing, or no baseline; UsageError: of a newer version.
     """
+    path = Path(path_text(path))
     try:
         if path.stat().st_size > _LARGEST:
             raise SourceError(f"'{path}' is no baseline", got=f"{path.stat().st_size:,} bytes")

@@ -10,12 +10,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from jacdiag.measure.contract import TABLES, record_of
 from jacdiag.measure.draws import draw_of, std_of
 from jacdiag.measure.figures import spread_of
+from jacdiag.measure.finite import NonFinite, non_finite_weights
 from jacdiag.measure.roles_by_name import NamedModel, NamedSublayer, is_matrix, read_names
 from jacdiag.measure.state import detect_state
 from jacdiag.measure.weights import bound_ffn, weight_stats
@@ -80,6 +80,7 @@ def weights_report(source: Source) -> Report:
         build_sublayer(index, sublayer, model, stats, phase, embedding)
         for index, sublayer in enumerate(model.sublayers)
     ]
+    broken = find_non_finite(state)
     notes = [f"weights only: {source.why_weights}"] if source.why_weights else []
     return Report(
         source=source.info,
@@ -88,8 +89,8 @@ def weights_report(source: Source) -> Report:
         probe=None,
         model=build_model(state, model, stats),
         sublayers=records,
-        settings={"checks": {"non_finite": find_non_finite(state)}},
-        notes=[*notes, *_notes_on_layers(model), *source.notes],
+        settings={"checks": {"non_finite": broken.names}},
+        notes=[*notes, *_notes_on_layers(model), *source.notes, *broken.notes],
         contract=build_contract(state, model),
     )
 
@@ -151,14 +152,14 @@ def _is_norm_of_embedding(name: str, role: str) -> bool:
     return role == "norm_gain" and _NORM_OF_EMBEDDING.search(name) is not None
 
 
-def find_non_finite(state: Mapping[str, Tensor]) -> list[str]:
+def find_non_finite(state: Mapping[str, Tensor]) -> NonFinite:
     """Return the weights that hold NaN or Inf; a mask or a table may hold -inf on purpose."""
-    weights = (
-        name
+    weights = {
+        name: tensor
         for name, tensor in state.items()
         if tensor.dim() < 2 or is_matrix(name, tensor.shape)
-    )
-    return [name for name in weights if not bool(torch.isfinite(state[name]).all())]
+    }
+    return non_finite_weights(weights)
 
 
 # -- Build -----------------------------------------------------------------------------------------

@@ -321,15 +321,16 @@ class Report(Record):
         size = f"{len(self.sublayers)} sub-layers, {len(self.findings)} findings"
         return f"<{type(self).__name__} of {source_name(self)}: {self.verdict}, {size}>"
 
-    def table(self, width: int = 140) -> str:
-        """Return the table and the verdict that `jacdiag audit` prints, as plain text.
+    def table(self, width: int | None = None, **options: Any) -> None:
+        """Print the table and the verdict, as `jacdiag audit` does.
 
         Args:
-            width: characters a line; a narrower table has fewer columns.
+            width: characters a line, that of the terminal if not given; a narrower table has fewer columns.
+            options: of `jacdiag.render.table.print_report`, such as `all_rows=True`.
         """
-        from jacdiag.render.table import as_text
+        from jacdiag.render.table import show_report
 
-        return as_text(self, width)
+        show_report(self, width, **options)
 
     def to_json(self, indent: int | None = 2) -> str:
         """Returns strict JSON (no bare NaN or Infinity)."""

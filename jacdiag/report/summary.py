@@ -43,7 +43,7 @@ def summary(report: Report) -> str:
     if not by_code:
         lines.append("  findings  none")
 
-    lines.append("  more      print(report.table()), report.findings, report.to_json()")
+    lines.append("  more      report.table(), report.findings, report.to_json()")
     return "\n".join(_printable(line) for line in lines)
 
 

@@ -188,7 +188,9 @@ model.eval(), or a fixed seed inside the forward.""",
 NON_FINITE = Text(
     summary="weights hold NaN or Inf: the sub-layers they belong to cannot be measured",
     what="""\
-Every parameter is checked; the names are listed, and the sub-layers that they reach become unknown.""",
+Every parameter is checked; the names are listed, and the sub-layers that they reach become unknown. A mask or a
+distance table may hold -inf on purpose: it counts only if an activation is not finite. Buffers are named if they
+make one so. A weight that the forward does not read is a note.""",
     why="""\
 One NaN spreads to everything behind it.""",
     example="""\

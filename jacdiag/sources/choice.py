@@ -340,7 +340,7 @@ def _chosen(fit: _Fit, candidates: Sequence[Candidate], complete: Sequence[_Fit]
     if left:
         count = "1 tensor" if len(left) == 1 else f"{len(left)} tensors"
         notes.append(f"left out, as the model has no part of this name: {count}: {clipped(', '.join(left), 160)}")
-    others = _others(candidates, c) + _groups(fit, left)
+    others = _others(candidates, c) + _groups(left)
 
     # 3. What would have fitted as well.
     twins = sorted({other.key for other in complete if not other.unexpected and other.key != fit.key})
@@ -354,7 +354,7 @@ def _overlaps(one: str, other: str) -> bool:
     return not other or f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
-def _groups(fit: _Fit, left: Sequence[str]) -> list[str]:
+def _groups(left: Sequence[str]) -> list[str]:
     """Return the tensors of the same mapping that were left out, by the first part of their names."""
     counts = Counter(name.partition(".")[0] for name in left)
     groups = []

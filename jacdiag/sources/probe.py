@@ -42,12 +42,13 @@ class Probe:
     token_ids: Tensor | None
     record: ProbeRecord
     notes: list[str] = field(default_factory=list)
+    limit: int | None = None  # rows of the model's table of positions
 
     @classmethod
     def of_inputs(cls, inputs: Any, seed: int = 0) -> Probe:
         """Takes what a user handed in: a tensor, a tuple of arguments, or a dict of keyword arguments."""
         if isinstance(inputs, dict):
-            args, kwargs = (), dict(inputs)
+            args, kwargs = (), _by_name(inputs)
         elif hasattr(inputs, "keys") and hasattr(inputs, "data"):  # a tokenizer's BatchEncoding
             args, kwargs = (), dict(inputs.items())
         else:
@@ -59,6 +60,9 @@ class Probe:
                 got=f"a {type(inputs).__name__}",
                 hint="a tensor, a tuple of arguments, or a dict of keyword arguments",
             )
+        if not tensors[0].numel():
+            got = f"a tensor of shape {tuple(tensors[0].shape)}"
+            raise ProbeError("the probe input is empty", got=got, hint="at least one sequence of one token")
         ids = next((t for t in tensors if t.dim() == 2 and not t.is_floating_point() and t.dtype != torch.bool), None)
         shape = (ids if ids is not None else tensors[0]).shape
         record = ProbeRecord(shape[0] if shape else 1, shape[1] if len(shape) > 1 else None, seed, tokens="inputs")
@@ -87,6 +91,8 @@ class Probe:
                 raise
             length = self.record.seq or 0
             hint = f"if the model takes less than the probe's {length} tokens a sequence: --seq {length // 2}"
+            if self.limit is not None and self.limit < length:
+                hint = f"--seq {self.limit}: the model's table of positions has {self.limit} rows"
             raise TraceError(error.what, got=error.got, hint=hint) from error.__cause__
 
     def _may_be_too_long(self, error: BaseException | None) -> bool:
@@ -98,6 +104,15 @@ class Probe:
         return isinstance(error, AssertionError | IndexError) or (
             isinstance(error, RuntimeError | ValueError) and told is not None
         )
+
+
+def _by_name(inputs: dict[Any, Any]) -> dict[str, Any]:
+    """Return keyword arguments; raise if a key is no name."""
+    wrong = [key for key in inputs if not isinstance(key, str)]
+    if wrong:
+        hint = "a dict of keyword arguments, such as {'input_ids': ids}"
+        raise ProbeError("the probe input is a dict with keys that are no names", got=repr(wrong[0]), hint=hint)
+    return dict(inputs)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -144,7 +159,7 @@ def build_probe(
     assert model is not None
     check_one_probe(tokens=tokens, input_factory=inputs)
     if inputs is not None:
-        made = factory.call(factory.resolve(inputs), inputs, {}, seed)
+        made = factory.call(factory.resolve(inputs), factory.name_of(inputs), {}, seed)
         return Probe.of_inputs(made, seed)
     kind = facts.main_input(model)
     if kind == "pixels" and tokens is None:
@@ -164,10 +179,10 @@ def build_probe(
     ids = chosen.ids
     record = ProbeRecord(ids.shape[0], ids.shape[1], seed, tokens=chosen.name, excluded_rows=chosen.excluded_rows)
     args, kwargs = _call(model, ids)
-    return Probe(args, kwargs, ids, record, chosen.notes)
+    return Probe(args, kwargs, ids, record, chosen.notes, limit=facts.position_rows(model))
 
 
-def check_one_probe(*, tokens: str | None = None, input_factory: str | None = None, inputs: Any = None) -> None:
+def check_one_probe(*, tokens: Any = None, input_factory: Any = None, inputs: Any = None) -> None:
     """Raise if the probe is given in more than one way: one of them would be left out in silence.
 
     Args:
@@ -182,7 +197,7 @@ def check_one_probe(*, tokens: str | None = None, input_factory: str | None = No
     if tokens is not None:
         given.append(f"--tokens {tokens}")
     if input_factory is not None:
-        given.append(f"--inputs {input_factory}")
+        given.append(f"--inputs {factory.name_of(input_factory)}")
     if inputs is not None:
         given.append("inputs that were passed")
     if len(given) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,9 +97,9 @@ class Source:
 
 
 def load(
-    source: str,
+    source: str | bytes | os.PathLike[str],
     *,
-    model: str | None = None,
+    model: factory.Factory | None = None,
     model_args: dict[str, Any] | None = None,
     trust_pickle: bool = False,
     seed: int = 0,
@@ -122,6 +123,13 @@ def load(
         >>> load("jacdiag.sources.gpt:build", model_args={"n_layer": 1, "n_embd": 12}).vocab_size
         50304
     """
+    if not isinstance(source, str | bytes | os.PathLike):
+        hint = "a path or a SOURCE string; jacdiag.audit takes modules and functions too"
+        raise SourceError("this names no source", got=f"type {type(source).__name__}", hint=hint)
+    source = os.fsdecode(source)
+    if "\0" in source or not source.strip():
+        hint = "SOURCE is a checkpoint, a folder, module:callable or hf:CONFIG"
+        raise SourceError(f"no such file or folder: {source!r}", hint=hint)
     if source.startswith("hf:"):
         _no_model(model, source)
         _no_key(key, source)
@@ -141,7 +149,7 @@ def load(
     return _from_file(read_contents(path, trust_pickle=trust_pickle), model, model_args, seed, key)
 
 
-def _no_model(model: str | None, source: str) -> None:
+def _no_model(model: factory.Factory | None, source: str) -> None:
     if model is not None:
         raise UsageError("--model belongs to a checkpoint file or a folder", got=f"--model {model} beside {source}")
 
@@ -152,7 +160,7 @@ def _no_key(key: str | None, source: str) -> None:
 
 
 def _from_folder(
-    path: Path, model: str | None, model_args: dict[str, Any] | None, trust_pickle: bool, seed: int
+    path: Path, model: factory.Factory | None, model_args: dict[str, Any] | None, trust_pickle: bool, seed: int
 ) -> Source:
     if model is not None:
         return _folder_into(path, model, model_args, trust_pickle, seed)
@@ -181,7 +189,9 @@ def _of_folder(path: Path, loaded: huggingface.Loaded, info: dict[str, Any]) -> 
     )
 
 
-def _folder_into(path: Path, model: str, model_args: dict[str, Any] | None, trust_pickle: bool, seed: int) -> Source:
+def _folder_into(
+    path: Path, model: factory.Factory, model_args: dict[str, Any] | None, trust_pickle: bool, seed: int
+) -> Source:
     """The weights of a folder, in a model that a factory or a config elsewhere builds."""
     files = folders.weight_files(path)
     if not files:
@@ -190,7 +200,7 @@ def _folder_into(path: Path, model: str, model_args: dict[str, Any] | None, trus
         "path": str(path),
         "format": "folder",
         "files": [file.name for file in files],
-        "factory": model,
+        "factory": factory.name_of(model),
     }
     if model_args:
         info["model_args"] = model_args
@@ -208,14 +218,14 @@ def _folder_into(path: Path, model: str, model_args: dict[str, Any] | None, trus
 
 
 def _into_model(
-    model: str,
+    model: factory.Factory,
     model_args: dict[str, Any] | None,
     seed: int,
     stored: huggingface.StoredState,
     built: nn.Module | None = None,
 ) -> huggingface.Loaded:
     """Build what --model names, unless it is built already, and fill it with weights."""
-    if model.startswith("hf:"):  # the weights say which class, where the config does not
+    if isinstance(model, str) and model.startswith("hf:"):  # the weights say which class, where the config does not
         return huggingface.load_stored(huggingface.config_path(model), stored, overrides=model_args)
     if built is None and stored.lazy:
         built = factory.build_empty(model, model_args, seed)
@@ -224,7 +234,7 @@ def _into_model(
     return huggingface.fill(built, stored)
 
 
-def _open_chunked(path: Path, model: str | None) -> Contents:
+def _open_chunked(path: Path, model: factory.Factory | None) -> Contents:
     """A folder of torch.distributed.checkpoint, like a checkpoint file whose tensors stay where they are."""
     pieces = dcp.chunked(path)
     if not pieces:
@@ -239,7 +249,7 @@ def _open_chunked(path: Path, model: str | None) -> Contents:
 
 
 def _from_file(
-    contents: Contents, model: str | None, model_args: dict[str, Any] | None, seed: int, key: str | None
+    contents: Contents, model: factory.Factory | None, model_args: dict[str, Any] | None, seed: int, key: str | None
 ) -> Source:
     """Choose the weights of a file, and put them into their module if it is known."""
     if model is None and model_args is not None:
@@ -268,7 +278,7 @@ def _from_file(
 
     # 3. Fill the module.
     if built is not None:
-        info |= {"factory": model, **({"model_args": model_args} if model_args else {})}
+        info |= {"factory": factory.name_of(model), **({"model_args": model_args} if model_args else {})}
         made.model = built
         if found.weights is not None:
             stored = huggingface.StoredState(found.weights.pieces, True, found.path)

@@ -80,7 +80,7 @@ SCATTERS = frozenset(
 
 
 def _index_add(
-    a: Any, dim: int, index: Any, source: Any, *, alpha: Any = 1, out: Any = None
+    a: Any, dim: int, index: Any, source: Any, *, alpha: Any = 1, **_: Any
 ) -> list[Part | None]:
     def added() -> Tensor:
         return torch.zeros_like(a).index_add(dim, index, source, alpha=alpha)
@@ -88,7 +88,7 @@ def _index_add(
     return [_plain(a), Part((source,), added)]
 
 
-def _scatter_add(a: Any, dim: int, index: Any, src: Any, *, out: Any = None) -> list[Part | None]:
+def _scatter_add(a: Any, dim: int, index: Any, src: Any, **_: Any) -> list[Part | None]:
     def added() -> Tensor:
         return torch.zeros_like(a).scatter_add(dim, index, src)
 
@@ -96,7 +96,7 @@ def _scatter_add(a: Any, dim: int, index: Any, src: Any, *, out: Any = None) -> 
 
 
 def _scatter_reduce(
-    a: Any, dim: int, index: Any, src: Any, reduce: str = "", *, include_self: bool = True, out: Any = None
+    a: Any, dim: int, index: Any, src: Any, reduce: str = "", *, include_self: bool = True, **_: Any
 ) -> list[Part | None]:
     # Without its own values, or with a maximum, a scatter adds nothing to `a`.
     if reduce != "sum" or not include_self:

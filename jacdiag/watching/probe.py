@@ -15,6 +15,7 @@ from torch import nn
 
 import jacdiag
 from jacdiag.errors import ProbeError, TraceError
+from jacdiag.measure.finite import non_finite_state
 from jacdiag.measure.model import model_record
 from jacdiag.measure.norms import Effort
 from jacdiag.measure.state import detect_state
@@ -167,7 +168,7 @@ class LiveProbe:
     def _report(self, found: Sites, records: list[SublayerRecord], state: Any, step: int, begun: float) -> Report:
         assert self.probe is not None
         off = state == "trained" and self.probe.record.is_random
-        checks = {"deterministic": found.deterministic, "non_finite": found.skeleton.non_finite()}
+        checks = {"deterministic": found.deterministic, "non_finite": non_finite_state(found).names}
         return Report(
             source={"format": "live", "step": step},
             tier="measured",

@@ -243,7 +243,7 @@ def test_a_build_that_raises() -> None:
     def broken() -> torch.nn.Module:
         raise RuntimeError("no such layer")
 
-    with pytest.raises(SourceError, match="builds the model raised"):
+    with pytest.raises(SourceError, match="broken' raised"):
         gate(broken, seeds=1)
     with pytest.raises(SourceError, match=r"no nn\.Module"):
         gate(lambda: 3, seeds=1)  # type: ignore[arg-type,return-value]
