@@ -1,0 +1,94 @@
+"""The page of results: one table of models, one of norms, one of files that are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def write(rows: list[Row], refused: list[Row], versions: dict[str, str]) -> str:
+    """Return results/real_models.md.
+
+    Args:
+        rows: one for each model, as real_models.py builds them.
+        refused: one for each file that is refused.
+        versions: of the libraries.
+    """
+    passed = sum(row["status"] == "ok" for row in rows)
+    norms = [norm for row in rows for norm in row["norms"]]
+    inside = sum(norm["inside"] for norm in norms)
+    lines = [
+        "# Trained models from packages",
+        "",
+        "Written by `make real-models`. Every checkpoint below is shipped inside a package of the registry.",
+        f"{passed} of {len(rows)} models pass. {inside} of {len(norms)} norms lie inside their interval.",
+        "",
+        "A model passes if `jacdiag audit` opens it, if it lists as many sub-layers as were counted by hand from the",
+        "architecture, and if the dense norm of three sub-layers lies inside the interval. The dense norm is the",
+        "largest singular value of a float64 Jacobian. It is computed without jacdiag, from the model's own modules.",
+        "A factory is passed where the package ships weights without a config of transformers.",
+        "",
+        "The probe is one short sequence. Time and memory are those of the whole process on one thread, imports",
+        f"included. torch {versions['torch']}, transformers {versions['transformers']}.",
+        "",
+        "## Models",
+        "",
+        "| model | package | class | parameters | sub-layers | counted | opened with | seconds | peak MB | result |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        *[_model_line(row) for row in rows],
+        "",
+        "How the sub-layers were counted:",
+        "",
+        *[f"- {row['name']}: {row['counted_from']}" for row in rows],
+        "",
+        "## Norms of the residual branches",
+        "",
+        "| model | sub-layer | lower | dense SVD | upper | inside |",
+        "|---|---|---|---|---|---|",
+        *[_norm_line(row, norm) for row in rows for norm in row["norms"]],
+        "",
+    ]
+    lines += _refusal_lines(refused)
+    lines += _problem_lines(rows + refused)
+    return "\n".join(lines)
+
+
+def _model_line(row: Row) -> str:
+    opened = f"`--model {row['factory']}`" if row["factory"] else "the path alone"
+    parameters = f"{row['parameters'] / 1e6:.3g}M" if "parameters" in row else "–"
+    cells = [row["name"], row["package"], row.get("class", "–"), parameters, _shown(row["listed"]), row["counted"]]
+    cells += [opened, row["seconds"], row["peak_mb"], row["status"]]
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def _shown(value: Any) -> str:
+    return "–" if value is None else str(value)
+
+
+def _norm_line(row: Row, norm: Row) -> str:
+    upper = "–" if norm["upper"] is None else f"{norm['upper']:.5g}"
+    inside = "yes" if norm["inside"] else "no"
+    numbers = f"{norm['lower']:.5g} | {norm['dense']:.5g} | {upper}"
+    return f"| {row['name']} | `{norm['sublayer']}` | {numbers} | {inside} |"
+
+
+def _refusal_lines(refused: list[Row]) -> list[str]:
+    """Return the section on files of formats that hold no weights for torch."""
+    lines = ["## Files that are refused by name", "", "| file | exit code | message |", "|---|---|---|"]
+    for row in refused:
+        message = " ".join(row["message"].split()).replace("|", "\\|")
+        lines.append(f"| {row['name']} | {row['code']} | {message} |")
+    return lines + [""]
+
+
+def _problem_lines(rows: list[Row]) -> list[str]:
+    """Return the section on what failed; nothing if nothing did."""
+    failed = [row for row in rows if row["problems"]]
+    if not failed:
+        return []
+    lines = ["## What failed", ""]
+    for row in failed:
+        for problem in row["problems"]:
+            lines.append(f"- {row['name']}: {' '.join(problem.split())}")
+    return lines + [""]
