@@ -2,10 +2,11 @@
 
     python benchmarks/real_models.py [NAME ...] [--cache FOLDER]
 
-The checkpoints are listed in _real_models/models.toml. Each goes through `jacdiag audit` in a process of its own.
-The number of sub-layers is compared with a count by hand. Three norms of each model are compared with the largest
-singular value of a dense float64 Jacobian, which is computed in another process that does not import jacdiag.
-Without names, all models run and the results go to results/real_models.json and results/real_models.md.
+The checkpoints are listed in _real_models/models.toml. Each goes through `jacdiag audit` in a
+process of its own. The number of sub-layers is compared with a count by hand. Three norms of each
+model are compared with the largest singular value of a dense float64 Jacobian, which is computed
+in another process that does not import jacdiag. Without names, all models run and the results go
+to results/real_models.json and results/real_models.md.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def main() -> None:
 
     refused = []
     if not options.names:
-        refused = [check_refusal(entry, table["packages"], options.cache) for entry in table["refused"]]
+        for entry in table["refused"]:
+            refused.append(check_refusal(entry, table["packages"], options.cache))
         write_results(rows, refused)
     failed = [row["name"] for row in rows + refused if row["status"] != "ok"]
     print(f"{len(rows) + len(refused) - len(failed)} of {len(rows) + len(refused)} as expected")
@@ -81,8 +83,8 @@ def check_model(entry: dict[str, Any], pins: dict[str, Any], cache: Path) -> dic
     # 1. Audit.
     with tempfile.TemporaryDirectory() as temporary:
         report_path = Path(temporary) / "report.json"
-        arguments = [str(package / entry["path"]), "--batch", "1", "--no-decide", "--remedies", "none"]
-        arguments += ["--fail-on", "never", "--json", str(report_path)]
+        arguments = [str(package / entry["path"]), "--batch", "1", "--no-decide"]
+        arguments += ["--remedies", "none", "--fail-on", "never", "--json", str(report_path)]
         if "factory" in entry:
             arguments += ["--model", str(DATA / entry["factory"])]
         if "inputs" in entry:
@@ -127,7 +129,8 @@ def check_model(entry: dict[str, Any], pins: dict[str, Any], cache: Path) -> dic
         norm = compare_norm(sublayers[index], dense)
         row["norms"].append(norm)
         if not norm["inside"]:
-            row["problems"].append(f"{norm['sublayer']}: dense {dense:.6g} outside {norm['lower']:.6g} to {norm['upper']:.6g}")
+            interval = f"{norm['lower']:.6g} to {norm['upper']}"
+            row["problems"].append(f"{norm['sublayer']}: dense {dense:.6g} outside {interval}")
     return row | {"status": "failed" if row["problems"] else "ok"}
 
 
@@ -185,7 +188,7 @@ def save_tokens(ids: list[int], path: Path) -> None:
 
 
 def environment(package: Path) -> dict[str, str]:
-    """Return the environment of a subprocess: one thread, no hub, the unpacked package importable."""
+    """Return the environment of a subprocess: one thread, no hub, the package importable."""
     paths = [str(REPOSITORY), str(REPOSITORY / "cli"), str(package)]
     extra = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
     return os.environ | extra
@@ -196,7 +199,9 @@ def run_audit(arguments: list[str], package: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "jacdiag_cli", "audit", *arguments]
     with tempfile.TemporaryFile("w+") as errors:
         began = time.perf_counter()
-        process = subprocess.Popen(command, env=environment(package), stdout=subprocess.DEVNULL, stderr=errors)
+        process = subprocess.Popen(
+            command, env=environment(package), stdout=subprocess.DEVNULL, stderr=errors
+        )
         # wait4 gives the peak memory of this process alone.
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - began
@@ -216,7 +221,12 @@ def run_reference(entry: dict[str, Any], package: Path, ids: list[int]) -> list[
     job = {"entry": entry, "package": str(package), "token_ids": ids}
     command = [sys.executable, str(DATA / "reference.py")]
     result = subprocess.run(
-        command, input=json.dumps(job), env=environment(package), capture_output=True, text=True, check=False
+        command,
+        input=json.dumps(job),
+        env=environment(package),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if result.returncode != 0:
         raise RuntimeError(f"the reference of {entry['name']} failed:\n{result.stderr}")

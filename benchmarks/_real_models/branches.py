@@ -1,7 +1,7 @@
 """Residual branches written by hand for each architecture, in float64.
 
-Nothing of jacdiag is imported. A branch is a function of its sub-layer's shortcut, built from the model's own
-modules. Its input is what a forward hook sees in a full forward pass.
+Nothing of jacdiag is imported. A branch is a function of its sub-layer's shortcut, built from the
+model's own modules. Its input is what a forward hook sees in a full forward pass.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Call:
 
 
 Run = Callable[[], Any]
-Builder = Callable[[nn.Module, Run, int], Branch]
+Builder = Callable[[Any, Run, int], Branch]
 
 
 def record_calls(module: nn.Module, run: Run) -> list[Call]:
@@ -55,9 +55,9 @@ def record_calls(module: nn.Module, run: Run) -> list[Call]:
     return calls
 
 
-def bert(model: nn.Module, run: Run, index: int) -> Branch:
+def bert(model: Any, run: Run, index: int) -> Branch:
     """Return a branch of BERT: attention at even positions, feed-forward at odd ones."""
-    layer: Any = model.encoder.layer[index // 2]  # type: ignore[union-attr, index]
+    layer = model.encoder.layer[index // 2]
     if index % 2 == 0:
         point = record_calls(layer.attention, run)[0].args[0]
         return Branch(lambda x: layer.attention.output.dense(layer.attention.self(x)[0]), point)
@@ -65,13 +65,15 @@ def bert(model: nn.Module, run: Run, index: int) -> Branch:
     return Branch(lambda x: layer.output.dense(layer.intermediate(x)), point)
 
 
-def albert(model: nn.Module, run: Run, index: int) -> Branch:
+def albert(model: Any, run: Run, index: int) -> Branch:
     """Return a branch of ALBERT, whose only layer is applied many times."""
-    layer: Any = model.encoder.albert_layer_groups[0].albert_layers[0]  # type: ignore[union-attr, index]
+    layer = model.encoder.albert_layer_groups[0].albert_layers[0]
     turn = index // 2
     if index % 2 == 0:
         point = record_calls(layer.attention, run)[turn].args[0]
-        return Branch(lambda x: _output_of(layer.attention.dense, lambda: layer.attention(x)), point)
+        return Branch(
+            lambda x: _output_of(layer.attention.dense, lambda: layer.attention(x)), point
+        )
     point = record_calls(layer.ffn, run)[turn].args[0]
     return Branch(lambda x: layer.ffn_output(layer.activation(layer.ffn(x))), point)
 
@@ -87,9 +89,9 @@ def _output_of(module: nn.Module, run: Run) -> Tensor:
     return outputs[0]
 
 
-def gpt2(model: nn.Module, run: Run, index: int) -> Branch:
+def gpt2(model: Any, run: Run, index: int) -> Branch:
     """Return a branch of GPT-2, which normalises before its sub-layers."""
-    block: Any = model.h[index // 2]  # type: ignore[index, union-attr]
+    block = model.h[index // 2]
     if index % 2 == 1:
         point = record_calls(block.ln_2, run)[0].args[0]
         return Branch(lambda x: block.mlp(block.ln_2(x)), point)
@@ -98,17 +100,17 @@ def gpt2(model: nn.Module, run: Run, index: int) -> Branch:
     return Branch(lambda x: block.attn(block.ln_1(x), attention_mask=mask)[0], point)
 
 
-def fairseq_roberta(model: nn.Module, run: Run, index: int) -> Branch:
+def fairseq_roberta(model: Any, run: Run, index: int) -> Branch:
     """Return a branch of fairseq's RoBERTa, which normalises after its sub-layers."""
-    layer: Any = model.decoder.sentence_encoder.layers[index // 2]  # type: ignore[union-attr, index]
+    layer = model.decoder.sentence_encoder.layers[index // 2]
     if index % 2 == 0:
         return Branch(layer.self_attn, record_calls(layer.self_attn, run)[0].args[0])
     return Branch(layer.feed_forward, record_calls(layer.fc1, run)[0].args[0])
 
 
-def torch_encoder(model: nn.Module, run: Run, index: int) -> Branch:
+def torch_encoder(model: Any, run: Run, index: int) -> Branch:
     """Return a branch of torch.nn.TransformerEncoder, which normalises after its sub-layers."""
-    stack: Any = model._self_attention_stack._standard_stack  # type: ignore[union-attr]
+    stack = model._self_attention_stack._standard_stack
     layer = stack._self_attention_stack.layers[index // 2]
     # The layer's fast path calls no modules. It is off while gradients are on.
     entry = _inputs_with_gradients(layer, run)
@@ -135,27 +137,29 @@ def _self_attention(attention: nn.MultiheadAttention, hidden: Tensor) -> Tensor:
     width, heads = hidden.shape[-1], attention.num_heads
     packed = hidden @ attention.in_proj_weight.T + attention.in_proj_bias
     split = (*hidden.shape[:2], heads, width // heads)
-    query, key, value = (part.reshape(split).transpose(1, 2) for part in packed.split(width, dim=-1))
+    parts = packed.split(width, dim=-1)
+    query, key, value = (part.reshape(split).transpose(1, 2) for part in parts)
 
     scores = query @ key.transpose(-2, -1) / (width // heads) ** 0.5
     mixed = scores.softmax(dim=-1) @ value
     return attention.out_proj(mixed.transpose(1, 2).flatten(2))
 
 
-# Sums of ProteinMPNN in the order of computation. The first sum of the encoder is left out: its shortcut is zero.
+# Sums of ProteinMPNN in the order of computation. The first sum of the encoder is left out, since
+# its shortcut is zero.
 _ENCODER_STEPS = ("nodes", "dense", "edges")
 _DECODER_STEPS = ("nodes", "dense")
 
 
-def protein_mpnn(model: nn.Module, run: Run, index: int) -> Branch:
+def protein_mpnn(model: Any, run: Run, index: int) -> Branch:
     """Return a branch of ProteinMPNN: messages, feed-forward, or the update of the edges."""
     position = index + 1
-    encoder_sums = len(_ENCODER_STEPS) * len(model.encoder_layers)  # type: ignore[arg-type]
+    encoder_sums = len(_ENCODER_STEPS) * len(model.encoder_layers)
     if position < encoder_sums:
-        layer: Any = model.encoder_layers[position // 3]  # type: ignore[index]
+        layer = model.encoder_layers[position // 3]
         step = _ENCODER_STEPS[position % 3]
     else:
-        layer = model.decoder_layers[(position - encoder_sums) // 2]  # type: ignore[index]
+        layer = model.decoder_layers[(position - encoder_sums) // 2]
         step = _DECODER_STEPS[(position - encoder_sums) % 2]
 
     if step == "dense":
@@ -163,7 +167,7 @@ def protein_mpnn(model: nn.Module, run: Run, index: int) -> Branch:
     if position < encoder_sums:
         return _encoder_branch(layer, step, record_calls(layer, run)[0].args)
 
-    # Messages of the decoder: the edges hold the state of the neighbours, which is an input of its own.
+    # Messages of the decoder: the edges hold the state of the neighbours, an input of its own.
     nodes, edges = record_calls(layer, run)[0].args[:2]
 
     def messages(x: Tensor) -> Tensor:
@@ -200,9 +204,9 @@ def _encoder_branch(layer: Any, step: str, args: tuple[Any, ...]) -> Branch:
     return Branch(update, edges)
 
 
-def soltrannet(model: nn.Module, run: Run, index: int) -> Branch:
+def soltrannet(model: Any, run: Run, index: int) -> Branch:
     """Return a branch of SolTranNet, which normalises before its sub-layers."""
-    layer: Any = model.encoder.layers[index // 2]  # type: ignore[union-attr, index]
+    layer = model.encoder.layers[index // 2]
     connection = layer.sublayer[index % 2]
     point = record_calls(connection.norm, run)[0].args[0]
     if index % 2 == 1:
@@ -216,6 +220,24 @@ def soltrannet(model: nn.Module, run: Run, index: int) -> Branch:
     return Branch(attention, point)
 
 
+# Sums of a layer of Transkun in the order of computation: over frequencies, then over frames.
+_TRANSKUN_BLOCKS = ("mhaBlockF", "fnnBlockF", "mhaBlockT", "fnnBlockT")
+
+
+def transkun(model: Any, run: Run, index: int) -> Branch:
+    """Return a branch of Transkun, whose keys and values come from the input of its layer."""
+    layer = model.encoderLayers[index // 4]
+    name = _TRANSKUN_BLOCKS[index % 4]
+    block = getattr(layer, name)
+    args = record_calls(block, run)[0].args
+    if name == "mhaBlockF":
+        # The input of the layer is the shortcut too, so keys and values vary with it.
+        return Branch(lambda x: block.module(block.norm(x), x) * block.scale, args[0])
+    if name == "mhaBlockT":
+        return Branch(lambda x: block.module(block.norm(x), args[1]) * block.scale, args[0])
+    return Branch(lambda x: block.module(block.norm(x)) * block.scale, args[0])
+
+
 BUILDERS: dict[str, Builder] = {
     "albert": albert,
     "bert": bert,
@@ -224,4 +246,5 @@ BUILDERS: dict[str, Builder] = {
     "protein_mpnn": protein_mpnn,
     "soltrannet": soltrannet,
     "torch_encoder": torch_encoder,
+    "transkun": transkun,
 }

@@ -1,4 +1,4 @@
-"""RoBERTa with the parameter names of fairseq 0.9, for checkpoints whose package needs that old version."""
+"""RoBERTa with the parameter names of fairseq 0.9, which the package of Sapiens needs."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ class Layer(nn.Module):
 class SentenceEncoder(nn.Module):
     """Embeddings and layers."""
 
-    def __init__(self, vocabulary: int, positions: int, layers: int, width: int, inner: int, heads: int) -> None:
+    def __init__(
+        self, vocabulary: int, positions: int, layers: int, width: int, inner: int, heads: int
+    ) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(vocabulary, width, padding_idx=PADDING)
         self.embed_positions = nn.Embedding(positions, width, padding_idx=PADDING)
@@ -89,7 +91,9 @@ class Head(nn.Module):
 class Decoder(nn.Module):
     """Encoder and head, under the name that fairseq gives them."""
 
-    def __init__(self, vocabulary: int, positions: int, layers: int, width: int, inner: int, heads: int) -> None:
+    def __init__(
+        self, vocabulary: int, positions: int, layers: int, width: int, inner: int, heads: int
+    ) -> None:
         super().__init__()
         self.sentence_encoder = SentenceEncoder(vocabulary, positions, layers, width, inner, heads)
         self.lm_head = Head(width, vocabulary)
@@ -101,7 +105,9 @@ class Decoder(nn.Module):
 class Roberta(nn.Module):
     """fairseq's RobertaModel."""
 
-    def __init__(self, vocabulary: int, positions: int, layers: int, width: int, inner: int, heads: int) -> None:
+    def __init__(
+        self, vocabulary: int, positions: int, layers: int, width: int, inner: int, heads: int
+    ) -> None:
         super().__init__()
         self.decoder = Decoder(vocabulary, positions, layers, width, inner, heads)
 

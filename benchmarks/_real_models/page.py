@@ -6,6 +6,19 @@ from typing import Any
 
 Row = dict[str, Any]
 
+_COLUMNS = (
+    "model",
+    "package",
+    "class",
+    "parameters",
+    "sub-layers",
+    "counted by hand",
+    "opened with",
+    "seconds",
+    "peak MB",
+    "result",
+)
+
 
 def write(rows: list[Row], refused: list[Row], versions: dict[str, str]) -> str:
     """Return results/real_models.md.
@@ -21,21 +34,26 @@ def write(rows: list[Row], refused: list[Row], versions: dict[str, str]) -> str:
     lines = [
         "# Trained models from packages",
         "",
-        "Written by `make real-models`. Every checkpoint below is shipped inside a package of the registry.",
-        f"{passed} of {len(rows)} models pass. {inside} of {len(norms)} norms lie inside their interval.",
+        "Written by `make real-models`. Each checkpoint is shipped inside a package of the registry.",
+        f"{passed} of {len(rows)} models pass.",
+        f"{inside} of {len(norms)} norms lie inside their interval.",
         "",
-        "A model passes if `jacdiag audit` opens it, if it lists as many sub-layers as were counted by hand from the",
-        "architecture, and if the dense norm of three sub-layers lies inside the interval. The dense norm is the",
-        "largest singular value of a float64 Jacobian. It is computed without jacdiag, from the model's own modules.",
-        "A factory is passed where the package ships weights without a config of transformers.",
+        "A model passes if three things hold:",
         "",
-        "The probe is one short sequence. Time and memory are those of the whole process on one thread, imports",
-        f"included. torch {versions['torch']}, transformers {versions['transformers']}.",
+        "1. `jacdiag audit` opens it. A factory is passed only where the package ships weights",
+        "   without a config of transformers.",
+        "2. The audit lists as many sub-layers as were counted by hand from the architecture.",
+        "3. The dense norm of three sub-layers lies inside the interval. It is the largest singular",
+        "   value of a float64 Jacobian, computed without jacdiag from the model's own modules.",
+        "",
+        "The probe is one short sequence. Time and memory are those of the whole process on one",
+        "thread, imports included.",
+        f"torch {versions['torch']}, transformers {versions['transformers']}.",
         "",
         "## Models",
         "",
-        "| model | package | class | parameters | sub-layers | counted | opened with | seconds | peak MB | result |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join(_COLUMNS)} |",
+        "|" + "---|" * len(_COLUMNS),
         *[_model_line(row) for row in rows],
         "",
         "How the sub-layers were counted:",
@@ -57,8 +75,9 @@ def write(rows: list[Row], refused: list[Row], versions: dict[str, str]) -> str:
 def _model_line(row: Row) -> str:
     opened = f"`--model {row['factory']}`" if row["factory"] else "the path alone"
     parameters = f"{row['parameters'] / 1e6:.3g}M" if "parameters" in row else "–"
-    cells = [row["name"], row["package"], row.get("class", "–"), parameters, _shown(row["listed"]), row["counted"]]
-    cells += [opened, row["seconds"], row["peak_mb"], row["status"]]
+    cells = [row["name"], row["package"], row.get("class", "–"), parameters]
+    cells += [_shown(row["listed"]), row["counted"], opened]
+    cells += [row["seconds"], row["peak_mb"], row["status"]]
     return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
 
@@ -75,7 +94,8 @@ def _norm_line(row: Row, norm: Row) -> str:
 
 def _refusal_lines(refused: list[Row]) -> list[str]:
     """Return the section on files of formats that hold no weights for torch."""
-    lines = ["## Files that are refused by name", "", "| file | exit code | message |", "|---|---|---|"]
+    lines = ["## Files that are refused by name", ""]
+    lines += ["| file | exit code | message |", "|---|---|---|"]
     for row in refused:
         message = " ".join(row["message"].split()).replace("|", "\\|")
         lines.append(f"| {row['name']} | {row['code']} | {message} |")
@@ -89,6 +109,5 @@ def _problem_lines(rows: list[Row]) -> list[str]:
         return []
     lines = ["## What failed", ""]
     for row in failed:
-        for problem in row["problems"]:
-            lines.append(f"- {row['name']}: {' '.join(problem.split())}")
+        lines += [f"- {row['name']}: {' '.join(problem.split())}" for problem in row["problems"]]
     return lines + [""]

@@ -42,7 +42,7 @@ def inputs() -> dict[str, Any]:
 
 
 def helix(residues: int) -> Tensor:
-    """Return coordinates of N, CA, C and O, in ångström: 100 degrees and 1.5 Å of rise a residue.
+    """Return coordinates of N, CA, C and O in ångström: 100 degrees and 1.5 Å a residue.
 
     Radius, angle and height of each atom are those of an ideal alpha helix, relative to CA.
     """

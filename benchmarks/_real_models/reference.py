@@ -29,7 +29,13 @@ def measure(entry: dict[str, Any], package: Path, token_ids: list[int]) -> list[
     path = package / entry["path"]
     if "factory" in entry:
         model = call_factory(entry["factory"])
-        model.load_state_dict(read_state(path))
+        prefix = entry.get("prefix", "")
+        state = read_state(path)
+        own = {}
+        for name, value in state.items():
+            if name.startswith(prefix):
+                own[name.removeprefix(prefix)] = value
+        model.load_state_dict(own)
     else:
         model = load_transformers(entry["architecture"], path)
     model = model.double().eval()
@@ -84,7 +90,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     Code inside the pickle can run: the wheel's sha256 is pinned.
     """
     content = torch.load(path, map_location="cpu", weights_only=False)
-    for key in ("model_state_dict", "model"):
+    for key in ("model_state_dict", "state_dict", "model"):
         if key in content:
             return content[key]
     return content

@@ -45,7 +45,9 @@ class Builtins(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        layer = nn.TransformerEncoderLayer(d_model=64, nhead=8, dim_feedforward=256, batch_first=True)
+        layer = nn.TransformerEncoderLayer(
+            d_model=64, nhead=8, dim_feedforward=256, batch_first=True
+        )
         self._self_attention_stack = nn.TransformerEncoder(layer, num_layers=3)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -95,7 +97,7 @@ def build() -> nn.Module:
 
 
 def inputs() -> Tensor:
-    """Tokenize the loop of one receptor: letter, position, length and compartment of every token."""
+    """Tokenize the loop of one receptor: letter, position, length and compartment."""
     loop = "CASSLGQAYEQYF"
     rows = [[CLS, 0, 0, 0]]
     for place, letter in enumerate(loop, start=1):

@@ -1,4 +1,4 @@
-"""The benchmark of trained models: its list is complete, and its references agree with the audit on tiny models."""
+"""The benchmark of trained models: its list and its references, on tiny models."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def test_every_package_is_pinned_by_its_hash() -> None:
 
 
 def test_make_bench_leaves_the_downloads_out() -> None:
-    printed = subprocess.run(["make", "-n", "bench"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    command = ["make", "-n", "bench"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    printed = result.stdout
     assert "benchmarks/audit.py" in printed
     assert "real_models.py" not in printed
 
@@ -62,7 +64,9 @@ def tiny_transformers(name: str) -> nn.Module:
         config = transformers.AlbertConfig(**sizes, **inner, embedding_size=6)
         model = transformers.AlbertModel(config)
     else:
-        config = transformers.GPT2Config(vocab_size=16, n_embd=8, n_layer=2, n_head=2, n_positions=16)
+        config = transformers.GPT2Config(
+            vocab_size=16, n_embd=8, n_layer=2, n_head=2, n_positions=16
+        )
         model = transformers.GPT2Model(config)
     model.set_attn_implementation("eager")
     return model
@@ -75,7 +79,10 @@ def tiny_roberta() -> nn.Module:
     return Roberta(vocabulary=16, positions=16, layers=2, width=8, inner=12, heads=2)
 
 
-@pytest.mark.parametrize("architecture", ["albert", "bert", "fairseq_roberta", "gpt2", "torch_encoder"])
+ARCHITECTURES = ["albert", "bert", "fairseq_roberta", "gpt2", "torch_encoder"]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_references_lie_in_the_intervals_of_an_audit(architecture: str) -> None:
     torch.manual_seed(0)
     probe = TOKENS
