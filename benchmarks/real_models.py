@@ -37,11 +37,12 @@ def main() -> None:
     """Run the chosen models; write the tables if all of them ran."""
     options = parse_options()
     table = tomllib.loads((DATA / "models.toml").read_text())
+    pins = table["packages"]
     rows = []
     for entry in table["models"]:
         if options.names and entry["name"] not in options.names:
             continue
-        row = check_model(entry, table["packages"], options.cache)
+        row = check_model(entry, pins, options.cache)
         rows.append(row)
         print(f"{row['name']}: {row['status']}", flush=True)
         for problem in row["problems"]:
@@ -49,8 +50,7 @@ def main() -> None:
 
     refused = []
     if not options.names:
-        for entry in table["refused"]:
-            refused.append(check_refusal(entry, table["packages"], options.cache))
+        refused = [check_refusal(entry, pins, options.cache) for entry in table["refused"]]
         write_results(rows, refused)
     failed = [row["name"] for row in rows + refused if row["status"] != "ok"]
     print(f"{len(rows) + len(refused) - len(failed)} of {len(rows) + len(refused)} as expected")
