@@ -12,7 +12,7 @@ import torch
 import transformers as hf
 from sources.rig import whole
 
-from jacdiag.errors import SourceError, UsageError
+from jacdiag.errors import SourceError
 from jacdiag.sources import load
 from jacdiag.sources.factory import seeded
 
@@ -151,13 +151,6 @@ def test_a_folder_that_cannot_be_used(
         load(str(tmp_path))
     assert said in str(refused.value)
     assert not (tmp_path / "was-run").exists()
-
-
-@pytest.mark.parametrize("option", [{"model": "a.py:f"}, {"model_args": {"a": 1}}])
-def test_options_that_a_folder_has_no_use_for(tmp_path: Path, option: dict[str, Any]) -> None:
-    model().save_pretrained(tmp_path)
-    with pytest.raises(UsageError):
-        load(str(tmp_path), **option)
 
 
 def test_transformers_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,8 @@ class Naming:
         missing: names of the model that no weight of the file fills, ties counted as filled.
         initialised: names like the missing ones, which transformers sets by itself.
         converted: some weights are stacked, split or transposed while transformers loads them.
-        used: names in the file that fill something, and those left over inside of the same layers.
+        used: names in the file that fill something.
+        names: all names in the file.
     """
 
     stored: dict[str, str] = field(default_factory=dict)
@@ -34,14 +35,17 @@ class Naming:
     initialised: list[str] = field(default_factory=list)
     converted: bool = False
     used: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
 
     @property
     def layers_left_over(self) -> list[str]:
         """Unexpected names that make whole layers like those that the model has: its config has fewer of them."""
-        used = _layers(self.used)
-        like = {(stack, inside) for (stack, _), inside in used.items()}
-        extra = [key for key, inside in _layers(self.unexpected).items() if (key[0], inside) in like]
-        return [name for name in self.unexpected if any(_is_inside(name, key) for key in extra if key not in used)]
+        # Names that transformers ignores count here: its patterns meet real weights of such layers too.
+        layers = _layers(self.names)
+        used = _layers(self.used).keys()
+        like = {(stack, layers[stack, index]) for stack, index in used}
+        extra = {key for key, inside in layers.items() if key not in used and (key[0], inside) in like}
+        return [name for name in self.unexpected if _layer_of(name) in extra]
 
 
 def is_of_transformers(model: nn.Module) -> bool:
@@ -77,10 +81,9 @@ def match_names(model: Any, names: Iterable[str]) -> Naming:
             naming.stored[placed[0]] = name
 
     left_over = set(naming.unexpected)
+    naming.names = names
+    naming.used = [name for name in names if name not in left_over]
     naming.unexpected = _without(naming.unexpected, _ignored_when_unexpected(model))
-    placed_names = [name for name in names if name not in left_over]
-    layers = _layers(placed_names)
-    naming.used = [*placed_names, *(name for name in naming.unexpected if _layer_of(name) in layers)]
     filled |= _twins_of(wanted, filled)
     open_names = [name for name in wanted if name not in filled]
     naming.missing = _without(open_names, getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
@@ -168,11 +171,7 @@ def _layers(names: Iterable[str]) -> dict[tuple[str, int], frozenset[str]]:
     return {key: frozenset(rest) for key, rest in inside.items()}
 
 
-def _is_inside(name: str, layer: tuple[str, int]) -> bool:
-    return _layer_of(name) == layer
-
-
-def _natural(name: str) -> list[tuple[int, str, int]]:
+def _natural(name: str) -> list[tuple[bool, str, int]]:
     """A key that sorts layer 2 before layer 10, as transformers does."""
     parts = []
     for part in name.split("."):

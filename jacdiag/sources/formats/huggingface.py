@@ -59,7 +59,7 @@ class StoredState:
         files: the files' names.
     """
 
-    tensors: Mapping[str, Tensor] | Mapping[str, Piece]
+    tensors: Mapping[str, Tensor | Piece]
     lazy: bool
     where: Path
     files: list[str] = field(default_factory=list)
@@ -108,8 +108,8 @@ def load(path: Path, *, trust_pickle: bool = False, overrides: Mapping[str, Any]
     """Load a folder with config.json and weights (.safetensors or .bin, sharded or not).
 
     Weights that the model has no place for are left out, with a note. Every weight of the model must be there.
-    Parameters in .safetensors stay in their files. Where transformers stacks or splits weights while it loads (experts),
-    it loads them all.
+    Parameters in .safetensors stay in their files. Where transformers stacks or splits weights (experts), it loads
+    them all.
 
     Args:
         path: the folder.
@@ -301,8 +301,7 @@ def _misfit(
 ) -> SourceError:
     lines = [*inferred]
     lines += [f"{len(names)} {what}: {_first(names)}" for what, names in parts.items() if names]
-    what = f"the weights in '{where}' do not fit {type(model).__name__}"
-    return SourceError(what, got="\n".join(lines), hint=hint)
+    return SourceError(f"'{where}' does not fit {type(model).__name__}", got="\n".join(lines), hint=hint)
 
 
 def _way_out(transformers: Any, config: Any, kind: Any, stored: StoredState) -> str:

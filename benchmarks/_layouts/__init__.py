@@ -1,0 +1,1 @@
+"""Published checkpoint layouts, imitated with tiny weights."""
