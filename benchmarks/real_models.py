@@ -5,8 +5,8 @@
 The checkpoints are listed in _real_models/models.toml. Each goes through `jacdiag audit` in a
 process of its own. The number of sub-layers is compared with a count by hand. Three norms of each
 model are compared with the largest singular value of a dense float64 Jacobian, which is computed
-in another process that does not import jacdiag. Without names, all models run and the results go
-to results/real_models.json and results/real_models.md.
+in another process that does not import jacdiag. The results go to results/real_models.json and
+results/real_models.md. With names, only these models run, and the other rows stay as they are.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ROUNDING = 1e-4  # an audit multiplies in float32; its interval is about the flo
 
 
 def main() -> None:
-    """Run the chosen models; write the tables if all of them ran."""
+    """Run the chosen models and write the tables."""
     options = parse_options()
     table = tomllib.loads((DATA / "models.toml").read_text())
     pins = table["packages"]
@@ -48,10 +48,10 @@ def main() -> None:
         for problem in row["problems"]:
             print(f"  {problem}", flush=True)
 
-    refused = []
-    if not options.names:
-        refused = [check_refusal(entry, pins, options.cache) for entry in table["refused"]]
-        write_results(rows, refused)
+    refused = [check_refusal(entry, pins, options.cache) for entry in table["refused"]]
+    if options.names:
+        rows = replace_rows(rows, [entry["name"] for entry in table["models"]])
+    write_results(rows, refused)
     failed = [row["name"] for row in rows + refused if row["status"] != "ok"]
     print(f"{len(rows) + len(refused) - len(failed)} of {len(rows) + len(refused)} as expected")
     sys.exit(bool(failed))
@@ -63,6 +63,16 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--cache", type=Path, default=REPOSITORY / "out" / "real-models")
     return parser.parse_args()
+
+
+def replace_rows(rows: list[dict[str, Any]], order: list[str]) -> list[dict[str, Any]]:
+    """Return the rows of the last run, with new ones in place of those of the same name."""
+    by_name = {}
+    path = RESULTS / "real_models.json"
+    if path.is_file():
+        by_name = {row["name"]: row for row in json.loads(path.read_text())["models"]}
+    by_name |= {row["name"]: row for row in rows}
+    return [by_name[name] for name in order if name in by_name]
 
 
 def check_model(entry: dict[str, Any], pins: dict[str, Any], cache: Path) -> dict[str, Any]:

@@ -167,15 +167,8 @@ def protein_mpnn(model: Any, run: Run, index: int) -> Branch:
     if position < encoder_sums:
         return _encoder_branch(layer, step, record_calls(layer, run)[0].args)
 
-    # Messages of the decoder: the edges hold the state of the neighbours, an input of its own.
-    nodes, edges = record_calls(layer, run)[0].args[:2]
-
-    def messages(x: Tensor) -> Tensor:
-        pairs = torch.cat([x.unsqueeze(-2).expand(-1, -1, edges.shape[-2], -1), edges], dim=-1)
-        hidden = layer.act(layer.W2(layer.act(layer.W1(pairs))))
-        return layer.W3(hidden).sum(-2) / layer.scale
-
-    return Branch(messages, nodes)
+    # The decoder gathers the neighbours' states outside its layers.
+    raise NotImplementedError("no reference is written for the messages of the decoder")
 
 
 def _encoder_branch(layer: Any, step: str, args: tuple[Any, ...]) -> Branch:
