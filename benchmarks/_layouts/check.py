@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-
 from _coverage.build import facts_of
 from _coverage.expect import expected_of
+from jacdiag_cli.app import main
+from torch import nn
+
 from _layouts.catalog import Layout, Refused
 from _layouts.write import write_layout, write_refused
 from jacdiag.sources import Source, load
-from jacdiag_cli.app import main
 
-OPTIONS = ("--seq", "16", "--batch", "1", "--decide", "--max-products", "8", "--remedies", "none", "--fail-on", "never")
+OPTIONS = (
+    *("--seq", "16", "--batch", "1", "--decide", "--max-products", "8"),
+    *("--remedies", "none", "--fail-on", "never"),
+)
 
 
 @dataclass
@@ -87,10 +90,14 @@ def _compare(out: Outcome, layout: Layout, folder: Path) -> None:
     expected = kind.from_pretrained(folder, config=_config_of(kind, folder), dtype=torch.float32, local_files_only=True)
     ours = _all_weights(load(str(folder)))
     theirs = expected.state_dict()
-    differing = [name for name, tensor in theirs.items() if name not in ours or not torch.equal(ours[name].to(tensor.dtype), tensor)]
+    differing = [name for name, tensor in theirs.items() if not _equal(ours.get(name), tensor)]
     out.weights = len(theirs)
     if differing:
         out.problems.append(f"{len(differing)} weights differ from from_pretrained: {', '.join(differing[:3])}")
+
+
+def _equal(ours: torch.Tensor | None, theirs: torch.Tensor) -> bool:
+    return ours is not None and torch.equal(ours.to(theirs.dtype), theirs)
 
 
 def _config_of(kind: Any, folder: Path) -> Any:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _coverage.build import _disturb, config_of, facts_of, seeded
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from _coverage.build import _disturb, config_of, facts_of, seeded
 from _layouts.catalog import Layout, Refused
 from _layouts.edits import Files
 

@@ -72,12 +72,17 @@ _SHARE: dict[str, Any] = {"min": 0, "min_open": True, "max": 1, "max_open": True
 
 SOURCE = [
     click.argument("source"),
-    click.option("--model", metavar="FACTORY", help="Builds the module that a bare state dict belongs to."),
+    click.option(
+        "--model",
+        metavar="FACTORY",
+        help="Builds the module that the weights of a file or a folder belong to; hf:CONFIG builds it from a config. "
+        "A factory that loads its own weights is a SOURCE itself, with --state trained.",
+    ),
     click.option(
         "--model-args",
         type=JsonObject(),
         metavar="JSON",
-        help="Keyword arguments for the factory.",
+        help="Keyword arguments for the factory, or fields of the config of a Hugging Face folder or of hf:CONFIG.",
     ),
     click.option("--trust-pickle", is_flag=True, help="Let a file whose pickle holds more than tensors run code."),
 ]

@@ -136,7 +136,7 @@ def load(
 
 def _no_model(model: str | None, source: str) -> None:
     if model is not None:
-        raise UsageError("--model belongs to a checkpoint file", got=f"--model {model} beside {source}")
+        raise UsageError("--model belongs to a checkpoint file or a folder", got=f"--model {model} beside {source}")
 
 
 def _from_folder(
@@ -196,14 +196,20 @@ def _folder_into(path: Path, model: str, model_args: dict[str, Any] | None, trus
 
 
 def _into_model(
-    model: str, model_args: dict[str, Any] | None, seed: int, stored: huggingface.StoredState
+    model: str,
+    model_args: dict[str, Any] | None,
+    seed: int,
+    stored: huggingface.StoredState,
+    built: nn.Module | None = None,
 ) -> huggingface.Loaded:
-    """Build what --model names, and fill it with weights."""
-    if model.startswith("hf:"):
+    """Build what --model names, unless it is built already, and fill it with weights."""
+    if model.startswith("hf:"):  # the weights say which class, where the config does not
         return huggingface.load_stored(huggingface.config_path(model), stored, overrides=model_args)
-    if stored.lazy:
-        return huggingface.fill(factory.build_empty(model, model_args, seed), stored)
-    return huggingface.fill(factory.build(model, model_args, seed, init=False), stored)
+    if built is None and stored.lazy:
+        built = factory.build_empty(model, model_args, seed)
+    elif built is None:
+        built = factory.build(model, model_args, seed, init=False)
+    return huggingface.fill(built, stored)
 
 
 def _open_chunked(path: Path, model: str | None) -> Checkpoint:

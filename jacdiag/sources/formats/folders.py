@@ -137,7 +137,8 @@ def refuse_quantised(path: Path, method: str, names: Iterable[str]) -> SourceErr
 
 def _listed(names: list[str]) -> str:
     shown = printable(", ".join(names[:3]))
-    return f"{len(names)} such tensors: {shown}{' ...' if len(names) > 3 else ''}"
+    tensors = "tensor" if len(names) == 1 else "tensors"
+    return f"{len(names)} such {tensors}: {shown}{' ...' if len(names) > 3 else ''}"
 
 
 def refuse_without_weights(path: Path) -> SourceError:

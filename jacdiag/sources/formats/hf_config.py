@@ -36,8 +36,8 @@ _NOT_WITH = {
     "swin": r"relative_position_bias_mlp|logit_scale",
 }
 _TASKS = (
-    "MODEL_FOR_CAUSAL_LM_MAPPING",
     "MODEL_FOR_MASKED_LM_MAPPING",
+    "MODEL_FOR_CAUSAL_LM_MAPPING",
     "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
     "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
     "MODEL_FOR_PRETRAINING_MAPPING",
@@ -91,8 +91,8 @@ def read_config(
     written = data.get("model_type")
     asked = changes.pop("model_type", None)
     if asked is not None:
-        data["model_type"] = asked
-    elif not written:
+        data["model_type"] = str(asked)
+    elif not isinstance(written, str) or not written:
         data["model_type"], why = _infer(transformers, data, names, file)
         notes.append(f"{file.name} has no model_type: '{data['model_type']}' was inferred from {why}")
     _check_known(transformers, data, path, trust)
@@ -153,8 +153,8 @@ def _check_known(transformers: Any, data: Mapping[str, Any], path: Path, trust: 
 
 def _infer(transformers: Any, data: Mapping[str, Any], names: Collection[str], file: Path) -> tuple[str, str]:
     """Return the kind of model, and what it was inferred from."""
-    for name in data.get("architectures") or ():
-        cls = getattr(transformers, str(name), None)
+    for name in _names_in(data.get("architectures")):
+        cls = getattr(transformers, name, None)
         kind = getattr(getattr(cls, "config_class", None), "model_type", "")
         if kind:
             return kind, f"architectures ({name})"
@@ -167,8 +167,17 @@ def _infer(transformers: Any, data: Mapping[str, Any], names: Collection[str], f
     raise SourceError(
         f"'{file}' is no config of transformers that says its kind of model",
         got=got,
-        hint="""name it: --model-args '{"model_type": "gpt2"}'; or --model FACTORY""",
+        hint="""name it, for instance --model-args '{"model_type": "gpt2"}'; or --model FACTORY""",
     )
+
+
+def _names_in(architectures: Any) -> list[str]:
+    """The names in a config's list of classes; a config may hold anything there."""
+    if isinstance(architectures, str):
+        return [architectures]
+    if not isinstance(architectures, list | tuple):
+        return []
+    return [name for name in architectures if isinstance(name, str)]
 
 
 def _kinds_by_names(names: Iterable[str]) -> list[str]:
@@ -185,8 +194,8 @@ def _kinds_by_names(names: Iterable[str]) -> list[str]:
 
 def named_class(transformers: Any, config: Any) -> Any:
     """Return the class of transformers that the config's `architectures` name, or None."""
-    for name in getattr(config, "architectures", None) or ():
-        cls = getattr(transformers, str(name), None)
+    for name in _names_in(getattr(config, "architectures", None)):
+        cls = getattr(transformers, name, None)
         if isinstance(cls, type) and hasattr(cls, "_from_config"):
             return cls
     return None
@@ -198,7 +207,8 @@ def default_class(transformers: Any, config: Any) -> Any:
     mapping = causal if type(config) in causal else transformers.MODEL_MAPPING
     if type(config) in mapping:
         return _first(mapping[type(config)])
-    in_causal = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    auto_map = getattr(config, "auto_map", None)
+    in_causal = isinstance(auto_map, dict) and "AutoModelForCausalLM" in auto_map
     return transformers.AutoModelForCausalLM if in_causal else transformers.AutoModel
 
 

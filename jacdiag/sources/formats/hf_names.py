@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_INDEX = re.compile(r"\.(\d+)\.")
+_INDEX = re.compile(r"\.([0-9]{1,9})\.")
 # What transformers renames in every family, for versions that keep it in no table.
 _LEGACY = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
 
@@ -39,13 +39,15 @@ class Naming:
 
     @property
     def layers_left_over(self) -> list[str]:
-        """Unexpected names that make whole layers like those that the model has: its config has fewer of them."""
+        """Names that make whole layers like those that the model has: its config has fewer of them."""
         # Names that transformers ignores count here: its patterns meet real weights of such layers too.
         layers = _layers(self.names)
         used = _layers(self.used).keys()
         like = {(stack, layers[stack, index]) for stack, index in used}
-        extra = {key for key, inside in layers.items() if key not in used and (key[0], inside) in like}
-        return [name for name in self.unexpected if _layer_of(name) in extra]
+        others = [key for key in layers if key not in used]
+        extra: set[tuple[str, int] | None] = {key for key in others if (key[0], layers[key]) in like}
+        extra &= {_layer_of(name) for name in self.unexpected}
+        return [name for name in self.names if _layer_of(name) in extra]
 
 
 def is_of_transformers(model: nn.Module) -> bool:
@@ -86,7 +88,9 @@ def match_names(model: Any, names: Iterable[str]) -> Naming:
     naming.unexpected = _without(naming.unexpected, _ignored_when_unexpected(model))
     filled |= _twins_of(wanted, filled)
     open_names = [name for name in wanted if name not in filled]
-    naming.missing = _without(open_names, getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
+    # A frozen parameter is computed, not trained: a table of sinusoids. Files of Pegasus and Marian leave it out.
+    trained = [name for name in open_names if wanted[name].requires_grad or not isinstance(wanted[name], nn.Parameter)]
+    naming.missing = _without(trained, getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
     naming.initialised = [name for name in open_names if name not in set(naming.missing)]
     return naming
 
@@ -175,7 +179,7 @@ def _natural(name: str) -> list[tuple[bool, str, int]]:
     """A key that sorts layer 2 before layer 10, as transformers does."""
     parts = []
     for part in name.split("."):
-        text = part.rstrip("0123456789")
+        text = re.sub("[0-9]{1,9}$", "", part)
         digits = part[len(text) :]
         parts.append((bool(text), text, int(digits) if digits else -1))
     return parts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -197,7 +198,8 @@ def fill(model: nn.Module, stored: StoredState, hint: str | None = None) -> Load
     Raises:
         SourceError: the weights do not fit, or are quantised.
     """
-    quantised = folders.quantised_names(stored.tensors)
+    own = model.state_dict(keep_vars=True)
+    quantised = [name for name in folders.quantised_names(stored.tensors) if name not in own]
     if quantised:
         raise folders.refuse_quantised(stored.where, "", quantised)
     names = {name: name for name in stored.tensors}
@@ -246,23 +248,30 @@ def _names_for(model: nn.Module, stored: StoredState) -> tuple[Naming, list[str]
     return naming, notes
 
 
-def _empty_of(
-    transformers: Any, config: Any, stored: StoredState, trust: bool, path: Path
-) -> tuple[Any, nn.Module]:
+def _empty_of(transformers: Any, config: Any, stored: StoredState, trust: bool, path: Path) -> tuple[Any, nn.Module]:
     """Return a class and an empty model of it: the class that the config names, else the one that the weights fit."""
     kind = named_class(transformers, config)
     if kind is not None:
         return kind, _empty(kind, config, trust, path)
-    for candidate in candidate_classes(transformers, config):
-        model = _fitting(candidate, config, stored)
-        if model is not None:
-            return candidate, model
+    best = _best_class(transformers, config, stored)
+    if best is not None:
+        return best, _empty(best, config, trust, path)
     kind = default_class(transformers, config)
     return kind, _empty(kind, config, trust, path)
 
 
-def _fitting(kind: Any, config: Any, stored: StoredState) -> nn.Module | None:
-    """Return an empty model of the class if the weights fill it, else None."""
+def _best_class(transformers: Any, config: Any, stored: StoredState) -> Any:
+    """Return the class that the weights fill, and that leaves the fewest of them over, or None."""
+    fitting = []
+    for candidate in candidate_classes(transformers, config):
+        naming = _fitting(candidate, config, stored)
+        if naming is not None:
+            fitting.append((len(naming.unexpected), candidate))
+    return min(fitting, key=lambda pair: pair[0])[1] if fitting else None
+
+
+def _fitting(kind: Any, config: Any, stored: StoredState) -> Naming | None:
+    """Return how the weights fill an empty model of the class, or None if they do not."""
     try:
         model = _empty(kind, config, False, stored.where)
     except SourceError:
@@ -271,7 +280,7 @@ def _fitting(kind: Any, config: Any, stored: StoredState) -> nn.Module | None:
         return None
     naming = match_names(model, stored.tensors)
     misfit = naming.missing or naming.layers_left_over or _other_shapes(model, naming, stored)
-    return None if misfit else model
+    return None if misfit else naming
 
 
 def _other_shapes(model: nn.Module, naming: Naming, stored: StoredState) -> list[str]:
@@ -292,42 +301,48 @@ def _check_names(
     left_over = naming.layers_left_over
     if naming.missing or shapes or left_over:
         parts = {"missing": naming.missing, "unexpected": left_over or naming.unexpected, "of another shape": shapes}
-        hint = _way_out(transformers, config, type(model), stored)
+        hint = _way_out(transformers, config, type(model), naming, stored)
         raise _misfit(stored.where, model, parts, hint, inferred)
 
 
 def _misfit(
     where: Path, model: nn.Module, parts: Mapping[str, Sequence[str]], hint: str, inferred: Sequence[str] = ()
 ) -> SourceError:
-    lines = [*inferred]
+    lines = list(inferred)
     lines += [f"{len(names)} {what}: {_first(names)}" for what, names in parts.items() if names]
     return SourceError(f"'{where}' does not fit {type(model).__name__}", got="\n".join(lines), hint=hint)
 
 
-def _way_out(transformers: Any, config: Any, kind: Any, stored: StoredState) -> str:
+def _way_out(transformers: Any, config: Any, kind: Any, naming: Naming, stored: StoredState) -> str:
     """Return a hint that was tried: another class, or another number of layers; else that of the general case."""
-    # 1. Another class of the same kind of model.
-    for candidate in candidate_classes(transformers, config):
-        if candidate is not kind and _fitting(candidate, config, stored) is not None:
-            change = json.dumps({"architectures": [candidate.__name__]})
-            return f"they fit {candidate.__name__}: --model-args '{change}'"
+    # 1. Another class of the same kind of model, which uses more of the weights.
+    best = _best_class(transformers, config, stored)
+    if best is not None and best is not kind:
+        change = json.dumps({"architectures": [best.__name__]})
+        return f"they fit {best.__name__}: --model-args '{change}'"
 
     # 2. Another number of layers.
     field_name = (getattr(config, "attribute_map", None) or {}).get("num_hidden_layers", "num_hidden_layers")
     layers = _layers_in(stored)
     before = getattr(config, field_name, None)
-    if isinstance(before, int) and layers and layers != before:
+    if isinstance(before, int) and 0 < layers <= len(stored.tensors) and layers != before:
         setattr(config, field_name, layers)
         fits = _fitting(kind, config, stored) is not None
         setattr(config, field_name, before)
         if fits:
             return f"they have {layers} layers: --model-args '{json.dumps({field_name: layers})}'"
+
+    # 3. A model without the pooler that the files lack.
+    only_pooler = bool(naming.missing) and all("pooler" in name for name in naming.missing)
+    if only_pooler and "add_pooling_layer" in inspect.signature(kind).parameters:
+        return f"--model FACTORY, with a factory that returns {kind.__name__}(config, add_pooling_layer=False)"
     return _HINT
 
 
 def _layers_in(stored: StoredState) -> int:
     """The highest number in the names, plus one: the number of layers, where all are numbered from 0."""
-    numbers = [int(part) for name in stored.tensors for part in name.split(".") if part.isdecimal()]
+    parts = {part for name in stored.tensors for part in name.split(".")}
+    numbers = [int(part) for part in parts if part.isdecimal() and len(part) < 9]
     return max(numbers, default=-1) + 1
 
 
@@ -362,7 +377,8 @@ def _whole(
             )
     except Exception as error:
         raise SourceError(f"transformers cannot load '{stored.where}'", got=own_frames(error)) from error
-    parts = {"missing": _keys(info, "missing_keys"), "of another shape": _keys(info, "mismatched_keys")}
+    missing = [name for name in _keys(info, "missing_keys") if name not in naming.initialised]
+    parts = {"missing": missing, "of another shape": _keys(info, "mismatched_keys")}
     if any(parts.values()):
         raise _misfit(stored.where, model, parts, _HINT)
     return model  # type: ignore[no-any-return]
