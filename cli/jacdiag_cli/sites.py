@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,6 +127,7 @@ def describe(loaded: Source, found: Sites) -> dict[str, Any]:
         },
         "deterministic": found.deterministic,
         "culprit": found.culprit or None,
+        "left_out": [asdict(item) for item in found.left_out],
         "hidden": found.hidden,
         "notes": found.notes,
         "calls": dict(Counter(node.name for node in found.graph.nodes).most_common()),
@@ -154,6 +156,8 @@ def _head(data: dict[str, Any]) -> list[str]:
         f"{plural(len(data['sublayers']), 'sub-layer')} in {plural(model['layers'], 'layer')}",
         f"{model['parameters']:,} parameters, {share(model['covered_parameters'], model['parameters'])} covered",
     ]
+    if data["left_out"]:
+        parts.append(f"{plural(len(data['left_out']), 'residual sum')} left out")
     return parts + ([] if data["deterministic"] else ["two runs gave different outputs"])
 
 
@@ -211,7 +215,11 @@ def _uncovered(uncovered: dict[str, dict[str, Any]], width: int | None) -> str:
 def _remarks(data: dict[str, Any]) -> str:
     """What was hidden, with the way to declare it, and what else the reader must know; never cut off."""
     unlike = [f"two runs differ: {data['culprit']}"] if data["culprit"] else []
-    lines = [*unlike, *(f"hidden: {line}" for line in data["hidden"]), *(f"note: {line}" for line in data["notes"])]
+    left_out = [
+        f"left out: {item['module'] or 'the model itself'} at {item['line']}: {item['reason']}"
+        for item in data["left_out"]
+    ]
+    lines = [*unlike, *left_out, *(f"hidden: {line}" for line in data["hidden"]), *(f"note: {line}" for line in data["notes"])]
     return "".join(f"{line}\n" for line in lines)
 
 

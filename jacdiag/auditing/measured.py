@@ -71,6 +71,7 @@ class Audit:
             self.sites = sites(self.model, *probe.args, dtype=self.request.dtype, declared=self.request.declared,
                                weights=self.request.source.weights, **probe.kwargs)  # fmt: skip
         self.notes += [*self.sites.notes, *(f"hidden from the dataflow: {line}" for line in self.sites.hidden)]
+        self.notes += [f"residual sum left out: {item}" for item in self.sites.left_out]
         if not self.sites:
             raise nothing_found(self.sites)
         self.state = self._state()

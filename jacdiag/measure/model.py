@@ -27,4 +27,5 @@ def model_record(model: nn.Module, sites: Sites) -> ModelRecord:
         covered_parameters=sum(p.numel() for n, p in params.items() if n in covered),
         uncovered=list(sites.coverage.uncovered),
         uncovered_reasons=sites.coverage.uncovered,
+        left_out=[str(item) for item in sites.left_out],
     )

@@ -56,7 +56,8 @@ def model_words(report: Report) -> str:
         if model.covered_parameters is not None
         else ""
     )
-    return f"{', '.join(parts)}, {counted(model.parameters)} parameters{covered}"
+    sums = f", {plural(len(model.left_out), 'residual sum')} left out" if model.left_out else ""
+    return f"{', '.join(parts)}, {counted(model.parameters)} parameters{covered}{sums}"
 
 
 def state_words(report: Report) -> str:

@@ -190,6 +190,7 @@ class ModelRecord(Record):
     uncovered_reasons: dict[str, str] = field(default_factory=dict)
     weights: dict[str, WeightStats] = field(default_factory=dict)
     vocabulary: int | None = None
+    left_out: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         data = super().to_dict()

@@ -11,6 +11,7 @@ import torch
 from jacdiag.errors import TraceError
 from jacdiag.trace.coverage import Coverage
 from jacdiag.trace.graph import Graph
+from jacdiag.trace.left_out import LeftOut
 from jacdiag.trace.replay import Replayer
 from jacdiag.trace.residual import Finder, Site
 from jacdiag.trace.skeleton import Skeleton
@@ -30,6 +31,7 @@ class Sites(Sequence[Sublayer]):
         output: the model's output in the recorded run.
         deterministic: two runs gave the same output bit for bit; `culprit` names the call where they part if not.
         notes: what had to be done to run the model outside its wrappers.
+        left_out: residual sums that are not sub-layers, each with its module, source line and reason.
         hidden: additions that autograd does not see, each with the way to declare it.
     """
 
@@ -47,6 +49,7 @@ class Sites(Sequence[Sublayer]):
         self.culprit: str = tracer.culprit
         self.notes: list[str] = tracer.notes
         self.hidden: list[str] = tracer.hidden
+        self.left_out: list[LeftOut] = tracer.left_out
         self.dtype: torch.dtype = tracer.dtype
 
     @overload

@@ -15,9 +15,12 @@ _CONV = {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "
 _BILINEAR = {"matmul", "bmm", "einsum", "__matmul__", "baddbmm"}
 
 
-def home_of(graph: Graph, finder: Finder, site: Site) -> int:
-    """Returns the innermost module call that makes all matrix products of a branch."""
-    products = [n for n in site.calls if finder.is_product(n)] or list(site.cone)
+def home_of(graph: Graph, finder: Finder, site: Site, sites: Sequence[Site] = ()) -> int:
+    """Return the innermost module call that makes all matrix products of a branch.
+
+    Products that only update another stream on the way (an edge stream that the branch reads) are not the branch's.
+    """
+    products = [n for n in finder.own_calls(site, sites) if finder.is_product(n)] or list(site.cone)
     shared: list[int] | None = None
     for node in products:
         line = list(graph.ancestors(graph.nodes[node].invocation))

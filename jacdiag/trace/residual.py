@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from jacdiag.trace.graph import Graph
-from jacdiag.trace.sums import FORMS, Term
+from jacdiag.trace.sums import FORMS, SCATTERS, Term
 from jacdiag.trace.walks import Walks
 
 _CELLS = {"gru_cell", "lstm_cell", "rnn_tanh_cell", "rnn_relu_cell"}
@@ -70,6 +70,7 @@ class Finder(Walks):
         super().__init__(graph)
         self.sites: list[Site] = []
         self.hidden: list[tuple[int, int, int]] = []  # (addition in a custom Function, shortcut, branch)
+        self.dropped: list[tuple[Site, str]] = []  # pairs that are not sub-layers, with the reason
         self._mixed: set[int] = set()  # groups whose shortcut enters the sum through a mixing of streams
 
     def find(self) -> list[Site]:
@@ -180,6 +181,8 @@ class Finder(Walks):
         record = self.graph.nodes[node]
         if record.name == "__getitem__":  # y[:, :] += f(x)
             return self.graph.values[record.outputs[0]].shape == self.graph.values[record.inputs[0]].shape
+        if record.name in SCATTERS:
+            return False
         if record.name in FORMS:
             terms = [t for t in record.terms or () if any(self.graph.values[v].live for v in t.values)]
             return len(terms) <= 1 and not any(t.product or len(t.values) > 1 for t in terms)
@@ -256,6 +259,8 @@ class Finder(Walks):
         value = term.operand
         while value is not None and self.graph.values[value].node >= 0:
             node = self.graph.nodes[self.graph.values[value].node]
+            if node.name in SCATTERS:  # the experts of one MoE layer are one branch
+                return None
             if node.terms is not None and node.invocation == owner:
                 parts = [(node.index, j, t) for j, t in enumerate(node.terms) if self._full(node.index, t)]
                 return parts if len(parts) >= 2 else None
@@ -282,23 +287,110 @@ class Finder(Walks):
         def follows(later: Site, earlier: Site) -> bool:
             return earlier.group != later.group and earlier.output in self.carriers(later.shortcut)
 
-        return [s for s in self.sites if s.group not in self._mixed
-                or any(follows(s, other) or follows(other, s) for other in self.sites)]  # fmt: skip
+        kept = []
+        for site in self.sites:
+            linked = any(follows(site, other) or follows(other, site) for other in self.sites)
+            if site.group not in self._mixed or linked:
+                kept.append(site)
+        return kept
 
     def _within_their_branch(self) -> list[Site]:
         """Leaves out sums inside a branch whose shortcut comes from outside it: a bias or a state shared by layers."""
         kept: list[tuple[Site, frozenset[int]]] = []
+        streams = self._separate_streams()
         for site in sorted(self.sites, key=lambda s: s.addition, reverse=True):
             origin = self.graph.values[site.shortcut].node
             around = [(s, cone) for s, cone in kept if site.addition in cone and s.group != site.group]
-            if all(origin in cone or site.shortcut == s.shortcut for s, cone in around):
+            outside = [s for s, cone in around if origin not in cone and site.shortcut != s.shortcut]
+            # A sum of a second stream is a sub-layer if the outer branch reads its own shortcut without it too.
+            apart = id(site) in streams and all(self._reads_without(s, site) for s in outside)
+            if not outside or apart:
                 kept.append((site, frozenset(site.cone)))
+            else:
+                self.dropped.append((site, "it lies inside another sub-layer's branch, and its shortcut does not"))
         return [site for site, _ in kept]
+
+    def _separate_streams(self) -> set[int]:
+        """Return the ids of sites whose sum is continued by, or continues, another sum with no product between."""
+        linked: set[int] = set()
+        for later in self.sites:
+            for earlier in self.sites:
+                if earlier.group == later.group or earlier.addition >= later.addition:
+                    continue
+                if self.graph.values[earlier.output].shape != self.graph.values[later.shortcut].shape:
+                    continue
+                if self.reaches(earlier.output, (later.shortcut,), through_products=False):
+                    linked |= {id(earlier), id(later)}
+        return linked
+
+    def _reads_without(self, outer: Site, inner: Site) -> bool:
+        """Return whether a product of the outer branch depends on its shortcut by a path around the inner sum."""
+        return any(self.is_product(node) for node in self.cone_around(outer, (inner,)))
+
+    def cone_around(self, outer: Site, inner: Iterable[Site]) -> tuple[int, ...]:
+        """Return the calls of a branch that the shortcut reaches and that lead to its end without the inner sums."""
+        closed = {site.addition for site in inner}
+        members = set(outer.cone) - closed
+        live = {outer.shortcut}
+        forward: list[int] = []
+        for node in sorted(members):
+            if any(value.index in live for value in self.graph.float_inputs(node)):
+                forward.append(node)
+                live.update(self.graph.nodes[node].outputs)
+        needed = set(outer.term.values)
+        around: list[int] = []
+        for node in reversed(forward):
+            if needed & set(self.graph.nodes[node].outputs):
+                around.append(node)
+                needed.update(value.index for value in self.graph.float_inputs(node))
+        return tuple(reversed(around))
+
+    def own_calls(self, site: Site, sites: Iterable[Site]) -> tuple[int, ...]:
+        """Return the calls of a branch without those that only compute sums of other streams."""
+        origin = self.graph.values
+        cone = set(site.cone)
+        others = [
+            other
+            for other in sites
+            if other.addition in cone
+            and other.group != site.group
+            and other.shortcut != site.shortcut
+            and origin[other.shortcut].node not in cone
+        ]
+        if not others:
+            return site.calls
+        around = self.cone_around(site, others)
+        return (*around, site.addition) if site.term.product else around
 
     def _mark_nested(self, sites: list[Site]) -> list[Site]:
         """Marks sites whose addition lies inside another's branch; they are left out of products over depth."""
         inside = [(set(s.cone), s) for s in sites]
-        return [
-            replace(s, nested=any(s.addition in cone and o is not s and o.group != s.group for cone, o in inside))
-            for s in sites
-        ]
+        marked = []
+        for site in sites:
+            nested = any(
+                self._lies_in(site, other, cone) and not self._escapes(site, other, sites) for cone, other in inside
+            )
+            marked.append(replace(site, nested=nested))
+        return marked
+
+    def _escapes(self, site: Site, other: Site, sites: Iterable[Site]) -> bool:
+        """Return whether a sum's stream goes on around another sum: it is then a stream of its own.
+
+        A message-passing layer's edge branch holds the whole node update, which the next layer's nodes continue.
+        """
+        shape = self.graph.values[site.output].shape
+        stream = self.graph.values[other.output].shape
+        if shape == stream:
+            return False
+        ends = {
+            later.shortcut
+            for later in sites
+            if later.addition > other.addition and self.graph.values[later.shortcut].shape == shape
+        }
+        return self.reaches(site.output, ends, through_products=False, statistics=False)
+
+    def _lies_in(self, site: Site, other: Site, cone: set[int]) -> bool:
+        """Return whether a whole sum, its shortcut included, lies inside another branch."""
+        if site is other or site.group == other.group or site.addition not in cone:
+            return False
+        return site.shortcut == other.shortcut or self.graph.values[site.shortcut].node in cone

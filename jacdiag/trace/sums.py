@@ -72,12 +72,44 @@ def _lerp(a: Any, b: Any, weight: Any, *, out: Any = None) -> list[Part | None]:
     ]
 
 
+# Calls that add rows to a tensor at given positions. What they add is the second term, with zeros elsewhere.
+SCATTERS = frozenset(("index_add", "index_add_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_"))
+
+
+def _index_add(
+    a: Any, dim: int, index: Any, source: Any, *, alpha: Any = 1, out: Any = None
+) -> list[Part | None]:
+    def added() -> Tensor:
+        return torch.zeros_like(a).index_add(dim, index, source, alpha=alpha)
+
+    return [_plain(a), Part((source,), added)]
+
+
+def _scatter_add(a: Any, dim: int, index: Any, src: Any, *, out: Any = None) -> list[Part | None]:
+    def added() -> Tensor:
+        return torch.zeros_like(a).scatter_add(dim, index, src)
+
+    return [_plain(a), Part((src,), added)]
+
+
+def _scatter_reduce(
+    a: Any, dim: int, index: Any, src: Any, reduce: str = "", *, include_self: bool = True, out: Any = None
+) -> list[Part | None]:
+    # Without its own values, or with a maximum, a scatter adds nothing to `a`.
+    if reduce != "sum" or not include_self:
+        return []
+    return _scatter_add(a, dim, index, src)
+
+
 FORMS: dict[str, Callable[..., list[Part | None]]] = {
     **dict.fromkeys(("add", "add_", "__add__", "__radd__", "__iadd__"), _add),
     **dict.fromkeys(("sub", "sub_", "subtract", "__sub__", "__isub__"), _sub),
     **dict.fromkeys(("addcmul", "addcmul_"), _addcmul),
     **dict.fromkeys(("addmm", "addmm_", "baddbmm", "baddbmm_"), _addmm),
     **dict.fromkeys(("lerp", "lerp_"), _lerp),
+    **dict.fromkeys(("index_add", "index_add_"), _index_add),
+    **dict.fromkeys(("scatter_add", "scatter_add_"), _scatter_add),
+    **dict.fromkeys(("scatter_reduce", "scatter_reduce_"), _scatter_reduce),
 }
 
 

@@ -20,6 +20,7 @@ from jacdiag.trace.determinism import culprit, same_output
 from jacdiag.trace.found import Sites
 from jacdiag.trace.graph import Graph
 from jacdiag.trace.guest import Guest
+from jacdiag.trace.left_out import left_out
 from jacdiag.trace.naming import depths_of, home_of, kind_of, names_of
 from jacdiag.trace.randomness import another_draw, borrowed
 from jacdiag.trace.record import Recorder, observe, record
@@ -98,9 +99,10 @@ class Tracer:
             if self.compare:
                 self._follow_guest()
             self.sites = self._find()
-            self.homes = [home_of(self.graph, self.finder, site) for site in self.sites]
+            self.homes = [home_of(self.graph, self.finder, site, self.sites) for site in self.sites]
             self.streams = Streams(self.graph, self.finder, self.sites)
             self.coverage = cover(self.graph, self.finder, self.sites, self.homes, self.skeleton)
+            self.left_out = left_out(self.graph, self.finder, self.sites)
             self._capture_or_blame()
             return Sites(self._assemble(), self)
 

@@ -1,0 +1,141 @@
+"""Name the residual sums of a record that are not listed as sub-layers, each with a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jacdiag.trace.graph import Graph
+from jacdiag.trace.residual import Finder, Site
+
+_SUMS = {"sum", "mean", "einsum", "matmul", "__matmul__", "bmm", "tensordot"}
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """One residual sum that is not a sub-layer.
+
+    Attributes:
+        module: name of the module call that makes the sum, "" for the model itself.
+        line: source file and line of the addition.
+        reason: why it is not listed.
+    """
+
+    module: str
+    line: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.module or 'the model itself'} at {self.line}: {self.reason}"
+
+
+def left_out(graph: Graph, finder: Finder, sites: Sequence[Site]) -> list[LeftOut]:
+    """Return the residual sums that are not listed, in the order of the forward."""
+    reasons: dict[int, str] = {}
+
+    # 1. Pairs that were recognised and then not taken.
+    listed = {site.addition for site in sites} | {site.carrier[0] for site in sites}
+    listed |= {graph.values[site.output].node for site in sites}
+    streams = _Streams(graph, finder, sites)
+    for site, reason in finder.dropped:
+        if site.addition not in listed and streams.goes_on(site.output):
+            reasons[site.addition] = reason
+
+    # 2. Additions and mixes on a stream whose branch does not read their own shortcut.
+    for node in graph.nodes:
+        if node.index in listed or node.index in reasons or node.function:
+            continue
+        if node.terms is not None and streams.adds_to_another(node.index):
+            reasons[node.index] = "the branch does not read this sum's own shortcut"
+        elif node.name == "stack" and streams.mixes(node.index):
+            count = len(node.operands)
+            reasons[node.index] = f"a weighted sum of {count} earlier outputs, not a shortcut and a branch"
+    return [_described(graph, node, reasons[node]) for node in sorted(reasons)]
+
+
+def _described(graph: Graph, node: int, reason: str) -> LeftOut:
+    record = graph.nodes[node]
+    line = record.line or f"{record.key[1]}:{record.key[2]}"
+    return LeftOut(graph.path(record.invocation), line, reason)
+
+
+class _Streams:
+    """Where the listed sub-layers begin and end, to tell sums on a stream from other additions."""
+
+    def __init__(self, graph: Graph, finder: Finder, sites: Sequence[Site]) -> None:
+        self.graph = graph
+        self.finder = finder
+        self.sites = sites
+
+    def adds_to_another(self, node: int) -> bool:
+        """Return whether a sum adds a function of something else to a stream that goes on."""
+        record = self.graph.nodes[node]
+        terms = [term for term in record.terms or () if self.finder._full(node, term)]
+        if len(terms) != 2 or not record.outputs or not self.goes_on(record.outputs[0]):
+            return False
+        for shortcut, branch in (terms, terms[::-1]):
+            if shortcut.operand is None or shortcut.product:
+                continue
+            if self._is_stream(shortcut.operand) and self._is_function(shortcut.operand, branch.values):
+                return True
+        return False
+
+    def mixes(self, node: int) -> bool:
+        """Return whether earlier outputs of one shape are stacked and then summed into the stream again."""
+        record = self.graph.nodes[node]
+        members = [v for v in record.operands if self.graph.values[v].live and self.graph.values[v].is_float]
+        shapes = {self.graph.values[v].shape for v in members}
+        if len(members) < 2 or len(shapes) != 1:
+            return False
+        depend = self.finder.reaches(members[0], members[1:], through_products=True)
+        direct = self.finder.reaches(members[0], members[1:], through_products=False, statistics=False)
+        output = self._reduced(record.outputs[0], shapes.pop())
+        return depend and not direct and output is not None and self.goes_on(output)
+
+    def _reduced(self, value: int, shape: tuple[int, ...]) -> int | None:
+        """Return the first sum of that shape that a stack leads to without a parameter's product."""
+        stack = [value]
+        for _ in range(32):
+            if not stack:
+                return None
+            for node in self.graph.values[stack.pop(0)].consumers:
+                record = self.graph.nodes[node]
+                if self.finder.is_product(node):
+                    continue
+                for made in record.outputs:
+                    if record.name in _SUMS and self.graph.values[made].shape == shape:
+                        return made
+                    stack.append(made)
+        return None
+
+    def goes_on(self, output: int) -> bool:
+        """Return whether a listed shortcut continues a value with no product between."""
+        shape = self.graph.values[output].shape
+        later = [site.shortcut for site in self.sites if self.graph.values[site.shortcut].shape == shape]
+        return bool(later) and self.finder.reaches(output, later, through_products=False, statistics=False)
+
+    def _is_stream(self, value: int) -> bool:
+        """Return whether a value continues the output of a listed sum with no product between."""
+        shape = self.graph.values[value].shape
+        for site in self.sites:
+            same = self.graph.values[site.output].shape == shape
+            if same and self.finder.reaches(site.output, (value,), through_products=False, statistics=False):
+                return True
+        return False
+
+    def _is_function(self, shortcut: int, branch: tuple[int, ...]) -> bool:
+        """Return whether a branch is made by a product and does not depend on the shortcut."""
+        if self.finder.reaches(shortcut, branch, through_products=True):
+            return False
+        stack, seen = list(branch), set()
+        while stack:
+            node = self.graph.values[stack.pop()].node
+            if node < 0 or node in seen:
+                continue
+            seen.add(node)
+            if self.finder.is_product(node):
+                return True
+            if node in {self.graph.values[site.output].node for site in self.sites}:
+                continue
+            stack.extend(value.index for value in self.graph.float_inputs(node))
+        return False
