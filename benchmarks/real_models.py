@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -93,7 +94,10 @@ def check_model(entry: dict[str, Any], pins: dict[str, Any], cache: Path) -> dic
     # 1. Audit.
     with tempfile.TemporaryDirectory() as temporary:
         report_path = Path(temporary) / "report.json"
-        arguments = [str(package / entry["path"]), "--batch", "1", "--no-decide"]
+        source = package / entry["path"]
+        if "copied_to" in entry:
+            source = Path(shutil.copy(source, Path(temporary) / entry["copied_to"]))
+        arguments = [str(source), "--batch", "1", "--no-decide"]
         arguments += ["--remedies", "none", "--fail-on", "never", "--json", str(report_path)]
         if "factory" in entry:
             arguments += ["--model", str(DATA / entry["factory"])]
@@ -110,6 +114,7 @@ def check_model(entry: dict[str, Any], pins: dict[str, Any], cache: Path) -> dic
         "name": entry["name"],
         "package": f"{entry['package']} {pin['version']}",
         "path": entry["path"],
+        "copied_to": entry.get("copied_to"),
         "factory": entry.get("factory"),
         "counted": entry["sublayers"],
         "counted_from": entry["counted_from"],

@@ -75,6 +75,8 @@ def write(rows: list[Row], refused: list[Row], versions: dict[str, str]) -> str:
 
 def _model_line(row: Row) -> str:
     opened = f"`--model {row['factory']}`" if row["factory"] else "the path alone"
+    if row.get("copied_to"):
+        opened += f", a copy named `{row['copied_to']}`"
     parameters = f"{row['parameters'] / 1e6:.3g}M" if "parameters" in row else "–"
     cells = [row["name"], row["package"], row.get("class", "–"), parameters]
     cells += [_shown(row["listed"]), row["counted"], opened]

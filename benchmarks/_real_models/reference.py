@@ -39,6 +39,7 @@ def measure(entry: dict[str, Any], package: Path, token_ids: list[int]) -> list[
     else:
         model = load_transformers(entry["architecture"], path)
     model = model.double().eval()
+    cast_inputs(model)
     run = build_run(model, entry, token_ids)
     builder = BUILDERS[entry["architecture"]]
     return [largest_singular_value(builder(model, run, index)) for index in entry["references"]]
@@ -64,6 +65,13 @@ def build_run(model: nn.Module, entry: dict[str, Any], token_ids: list[int]) -> 
         return lambda: model(probe)
     wide = {name: _widen(value) for name, value in probe.items()}
     return lambda: model(**wide)
+
+
+def cast_inputs(model: nn.Module) -> None:
+    """Cast the input of every linear map to float64: some code calls `.float()` on its features."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(lambda _module, args: (args[0].double(),))
 
 
 def _widen(value: Any) -> Any:
