@@ -145,56 +145,70 @@ def _self_attention(attention: nn.MultiheadAttention, hidden: Tensor) -> Tensor:
     return attention.out_proj(mixed.transpose(1, 2).flatten(2))
 
 
-# Sums of ProteinMPNN in the order of computation. The first sum of the encoder is left out, since
-# its shortcut is zero.
-_ENCODER_STEPS = ("nodes", "dense", "edges")
-_DECODER_STEPS = ("nodes", "dense")
+# Sums of ProteinMPNN in the order of the list. The first messages of the encoder are left out, since
+# their shortcut is zero.
+_ENCODER_STEPS = ("messages", "edges", "dense")
+_DECODER_STEPS = ("messages", "dense")
 
 
 def protein_mpnn(model: Any, run: Run, index: int) -> Branch:
-    """Return a branch of ProteinMPNN: messages, feed-forward, or the update of the edges."""
+    """Return a branch of ProteinMPNN: messages, feed-forward, or the update of the edges.
+
+    A branch is differentiated along all paths from its shortcut. Messages read edges that the last
+    layer updated from the same nodes, and edges are updated from nodes that read the same edges.
+    """
     position = index + 1
     encoder_sums = len(_ENCODER_STEPS) * len(model.encoder_layers)
-    if position < encoder_sums:
-        layer = model.encoder_layers[position // 3]
-        step = _ENCODER_STEPS[position % 3]
-    else:
-        layer = model.decoder_layers[(position - encoder_sums) // 2]
-        step = _DECODER_STEPS[(position - encoder_sums) % 2]
+    if position >= encoder_sums:
+        depth, step = divmod(position - encoder_sums, len(_DECODER_STEPS))
+        if _DECODER_STEPS[step] != "dense":
+            raise NotImplementedError("no reference is written for the messages of the decoder")
+        dense = model.decoder_layers[depth].dense
+        return Branch(dense, record_calls(dense, run)[0].args[0])
 
-    if step == "dense":
+    depth, step = divmod(position, len(_ENCODER_STEPS))
+    layer = model.encoder_layers[depth]
+    if _ENCODER_STEPS[step] == "dense":
         return Branch(layer.dense, record_calls(layer.dense, run)[0].args[0])
-    if position < encoder_sums:
-        return _encoder_branch(layer, step, record_calls(layer, run)[0].args)
 
-    # The decoder gathers the neighbours' states outside its layers.
-    raise NotImplementedError("no reference is written for the messages of the decoder")
+    nodes, edges, neighbours = record_calls(layer, run)[0].args[:3]
+    if _ENCODER_STEPS[step] == "edges":
+        return Branch(lambda x: _updated_by(layer, nodes, x, neighbours), edges)
 
-
-def _encoder_branch(layer: Any, step: str, args: tuple[Any, ...]) -> Branch:
-    """Return a branch of an encoder layer: messages to the nodes, or the update of the edges."""
-    nodes, edges, neighbours = args[:3]
-
-    def pairs_of(x: Tensor, features: Tensor) -> Tensor:
-        center = x.unsqueeze(-2).expand(-1, -1, features.shape[-2], -1)
-        around = x[0][neighbours[0]].unsqueeze(0)
-        return torch.cat([center, features, around], dim=-1)
+    last = model.encoder_layers[depth - 1]
+    edges_before = record_calls(last, run)[0].args[1]
 
     def messages(x: Tensor) -> Tensor:
-        hidden = layer.act(layer.W2(layer.act(layer.W1(pairs_of(x, edges)))))
-        return layer.W3(hidden).sum(-2) / layer.scale
+        updated = last.norm3(edges_before + _edge_update(last, x, edges_before, neighbours))
+        return _messages(layer, x, updated, neighbours)
 
-    if step == "nodes":
-        return Branch(messages, nodes)
+    return Branch(messages, nodes)
 
-    after = layer.norm1(nodes + messages(nodes))
-    after = layer.norm2(after + layer.dense(after)).detach()
 
-    def update(x: Tensor) -> Tensor:
-        hidden = layer.act(layer.W12(layer.act(layer.W11(pairs_of(after, x)))))
-        return layer.W13(hidden)
+def _updated_by(layer: Any, nodes: Tensor, edges: Tensor, neighbours: Tensor) -> Tensor:
+    """Return the update of the edges as a function of the edges, through the nodes too."""
+    nodes = layer.norm1(nodes + _messages(layer, nodes, edges, neighbours))
+    nodes = layer.norm2(nodes + layer.dense(nodes))
+    return _edge_update(layer, nodes, edges, neighbours)
 
-    return Branch(update, edges)
+
+def _messages(layer: Any, nodes: Tensor, edges: Tensor, neighbours: Tensor) -> Tensor:
+    """Return the mean of what the neighbours send."""
+    hidden = layer.act(layer.W1(_pairs(nodes, edges, neighbours)))
+    return layer.W3(layer.act(layer.W2(hidden))).sum(-2) / layer.scale
+
+
+def _edge_update(layer: Any, nodes: Tensor, edges: Tensor, neighbours: Tensor) -> Tensor:
+    """Return what is added to the edges."""
+    hidden = layer.act(layer.W11(_pairs(nodes, edges, neighbours)))
+    return layer.W13(layer.act(layer.W12(hidden)))
+
+
+def _pairs(nodes: Tensor, edges: Tensor, neighbours: Tensor) -> Tensor:
+    """Return node, edge and neighbour for every edge."""
+    center = nodes.unsqueeze(-2).expand(-1, -1, edges.shape[-2], -1)
+    around = nodes[0][neighbours[0]].unsqueeze(0)
+    return torch.cat([center, edges, around], dim=-1)
 
 
 def soltrannet(model: Any, run: Run, index: int) -> Branch:
