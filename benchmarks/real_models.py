@@ -101,6 +101,8 @@ def check_model(entry: dict[str, Any], pins: dict[str, Any], cache: Path) -> dic
         arguments += ["--remedies", "none", "--fail-on", "never", "--json", str(report_path)]
         if "factory" in entry:
             arguments += ["--model", str(DATA / entry["factory"])]
+        if "model_args" in entry:
+            arguments += ["--model-args", entry["model_args"]]
         if "inputs" in entry:
             arguments += ["--inputs", str(DATA / entry["inputs"])]
         else:
@@ -116,6 +118,7 @@ def check_model(entry: dict[str, Any], pins: dict[str, Any], cache: Path) -> dic
         "path": entry["path"],
         "copied_to": entry.get("copied_to"),
         "factory": entry.get("factory"),
+        "model_args": entry.get("model_args"),
         "counted": entry["sublayers"],
         "counted_from": entry["counted_from"],
         "seconds": round(audit["seconds"], 1),

@@ -115,6 +115,11 @@ class Roberta(nn.Module):
         return self.decoder(ids)
 
 
-def build() -> nn.Module:
-    """Build the architecture of Sapiens: `args` of its checkpoints hold these sizes."""
+def build_heavy() -> nn.Module:
+    """Build Sapiens for heavy chains: `args` of its checkpoint holds these sizes."""
     return Roberta(vocabulary=25, positions=146, layers=4, width=128, inner=256, heads=8)
+
+
+def build_light() -> nn.Module:
+    """Build Sapiens for light chains, whose sequences are shorter."""
+    return Roberta(vocabulary=25, positions=130, layers=4, width=128, inner=256, heads=8)

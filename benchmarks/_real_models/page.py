@@ -41,7 +41,8 @@ def write(rows: list[Row], refused: list[Row], versions: dict[str, str]) -> str:
         "A model passes if three things hold:",
         "",
         "1. `jacdiag audit` opens it. A factory is passed only where the package ships weights",
-        "   without a config of transformers.",
+        "   without a config of transformers, and `--model-args` where a config names no kind of",
+        "   model.",
         "2. The audit lists as many sub-layers as were counted by hand from the architecture.",
         "3. The dense norm of three sub-layers lies inside the interval. It is the largest",
         "   singular value of a float64 Jacobian, computed without jacdiag from the model's own",
@@ -75,6 +76,8 @@ def write(rows: list[Row], refused: list[Row], versions: dict[str, str]) -> str:
 
 def _model_line(row: Row) -> str:
     opened = f"`--model {row['factory']}`" if row["factory"] else "the path alone"
+    if row.get("model_args"):
+        opened = f"`--model-args '{row['model_args']}'`"
     if row.get("copied_to"):
         opened += f", a copy named `{row['copied_to']}`"
     parameters = f"{row['parameters'] / 1e6:.3g}M" if "parameters" in row else "–"
