@@ -145,7 +145,7 @@ def _self_attention(attention: nn.MultiheadAttention, hidden: Tensor) -> Tensor:
     return attention.out_proj(mixed.transpose(1, 2).flatten(2))
 
 
-# Sums of ProteinMPNN in the order of the list. The first messages of the encoder are left out, since
+# Sums of ProteinMPNN in the order of the list. The first messages are left out, since
 # their shortcut is zero.
 _ENCODER_STEPS = ("messages", "edges", "dense")
 _DECODER_STEPS = ("messages", "dense")
