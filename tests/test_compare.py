@@ -15,7 +15,7 @@ from torch import Tensor
 import jacdiag
 from benchmarks._families import CONFIGS, Subject, family, recipe
 from jacdiag.compare import compare
-from jacdiag.measure.by_name import use_by_name
+from jacdiag.measure.roles_by_name import read_names
 from jacdiag.trace.uses import uses_of
 
 
@@ -122,10 +122,10 @@ def test_missing_layers_part() -> None:
 def test_names_say_what_the_dataflow_says(name: str) -> None:
     subject = family(name, 0)
     uses = uses_of(jacdiag.sites(subject.model, **subject.probe))
+    named = read_names({name: tuple(p.shape) for name, p in subject.model.named_parameters()})
     wrong = {}
     for parameter, use in uses.items():
-        shape = tuple(subject.model.get_parameter(parameter).shape)
-        said = use_by_name(parameter, shape, 64)
+        said = named.weights[parameter]
         if said.role != use.role or (use.fan_in != use.fan_out and use.fan_in and said.fan_in != use.fan_in):
             wrong[parameter] = (use, said)
     assert not wrong

@@ -40,18 +40,21 @@ FLOORS = {
     "jacdiag_cli": 9,
 }
 # These are not at once: a sub-layer asks which dimensions are independent when it is first asked, not when imported.
-EXEMPT = {("jacdiag/trace/sublayer.py", "spectra")}
+# A report prints itself as the table when it is asked to: the renderer is imported then, not before.
+EXEMPT = {("jacdiag/trace/sublayer.py", "spectra"), ("jacdiag/report/schema.py", "render")}
 EVERYBODY = {"errors", "__init__"}
 WITHOUT_TORCH = ("report", "rules", "render")
 
 COMMANDS = {
     "audit": {
+        "--key",
         "--model", "--model-args", "--trust-pickle", "--tokens", "--inputs", "--batch", "--seq", "--seed", "--device",
         "--dtype", "--tol", "--confidence", "--decide", "--no-decide", "--max-products", "--state", "--lr", "--warmup",
         "--clip", "--beta2", "--profile", "--select", "--ignore", "--fail-on", "--format", "--json", "--plot", "--all",
         "--sort", "--replay", "--contract", "--remedies", "--patch", "--risk",
     },
     "gate": {
+        "--key",
         "--model", "--model-args", "--trust-pickle", "--tokens", "--inputs", "--batch", "--seq", "--seed", "--device",
         "--dtype", "--tol", "--confidence", "--decide", "--no-decide", "--max-products", "--state", "--lr", "--warmup",
         "--clip", "--beta2", "--profile", "--select", "--ignore", "--fail-on", "--format", "--json", "--plot", "--all",
@@ -59,10 +62,12 @@ COMMANDS = {
         "--remedies", "--patch", "--risk",
     },
     "sites": {
+        "--key",
         "--model", "--model-args", "--trust-pickle", "--tokens", "--inputs", "--batch", "--seq", "--seed", "--device",
         "--dtype", "--format",
     },
     "diff": {
+        "--key",
         "--model", "--contract-only", "--all", "--tokens", "--inputs", "--batch", "--seq", "--seed", "--device",
         "--dtype", "--tol", "--confidence", "--decide", "--no-decide", "--max-products", "--format",
     },
@@ -301,3 +306,76 @@ def test_the_fake_torch_would_be_taken_by_who_asks_for_it(wheel: Path, tmp_path:
     fake_torch(tmp_path, "99.0")
     eager = planned(wheel, tmp_path, "--upgrade", "--upgrade-strategy", "eager")
     assert eager.get("torch") == "99.0"
+
+
+# -- types -------------------------------------------------------------------------------------------------------------
+CLIENT = """
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import jacdiag
+from jacdiag.gate import gate
+from jacdiag.testing import assert_stable_init
+
+
+def use(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> float:
+    report = jacdiag.audit(model, x)
+    norm = report.sublayers[0].branch_norm
+    total: float = norm.upper if norm is not None else 0.0
+    code: str = report.findings[0].code
+    sites = jacdiag.sites(model, x)
+    name: str = sites[0].name
+    shortcut: torch.Tensor = sites[0].shortcut
+    largest: torch.Tensor = jacdiag.spectral_norm(torch.tanh, x).upper
+    with jacdiag.watch(model, optimizer, log_dir=Path("runs")) as watch:
+        watch.step(largest.sum() + shortcut.sum(), lr=0.1)
+    assert_stable_init(model, x)
+    exit_code: int = gate(model, x).exit_code
+    report.table()
+    print(report, code, name)
+    return total + exit_code
+"""
+MISUSE = """
+import jacdiag
+
+count: int = jacdiag.audit("model.pt").verdict
+jacdiag.audit("model.pt", no_such_option=1)
+jacdiag.audit("model.pt").no_such_attribute
+jacdiag.spectral_norm("not a function", 3)
+"""
+
+
+def strictly_typed(program: str, wheel: Path, folder: Path) -> list[str]:
+    """Check a program with mypy --strict against an installed wheel; return the lines that complain about it."""
+    installed = folder / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(installed)
+    client = folder / "client.py"
+    client.write_text(program, encoding="utf-8")
+
+    # A package on MYPYPATH is read whatever it ships. One in site-packages is only typed if py.typed says so: the
+    # check of mypy itself is asked for by a folder that is added as site-packages are.
+    assert (installed / "jacdiag" / "py.typed").is_file()
+    assert (installed / "jacdiag_cli" / "py.typed").is_file()
+    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--config-file", os.devnull]
+    environment = {**os.environ, "MYPYPATH": str(installed), "PYTHONPATH": ""}
+    done = subprocess.run(
+        [*command, "--cache-dir", str(folder / "cache"), client.name],
+        capture_output=True, text=True, cwd=folder, env=environment, timeout=900,
+    )  # fmt: skip
+    assert not done.stderr, done.stderr
+    return [line for line in done.stdout.splitlines() if line.startswith(client.name)]
+
+
+def test_a_client_is_type_checked_against_the_wheel(wheel: Path, tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    (tmp_path / "right").mkdir()
+    (tmp_path / "wrong").mkdir()
+    assert strictly_typed(CLIENT, wheel, tmp_path / "right") == []
+
+    complaints = strictly_typed(MISUSE, wheel, tmp_path / "wrong")
+    kinds = [line.rpartition("[")[2].rstrip("]") for line in complaints]
+    assert kinds[:3] == ["assignment", "call-arg", "attr-defined"]
+    assert kinds.count("arg-type") == 2

@@ -134,7 +134,7 @@ def _interrupts() -> Iterator[list[int]]:
         yield seen
         return
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def note(number: int, _frame: FrameType | None) -> None:
         seen.append(number)
         raise KeyboardInterrupt
 
@@ -156,6 +156,9 @@ def _refuse(error: BaseException) -> int:
         stop_writing(sys.stdout)  # what is still in its buffer cannot be written at exit either
     if isinstance(error.__context__, BrokenPipeError):  # how click leaves when its reader has gone
         return CANNOT_RUN
+    if isinstance(error, click.UsageError) and error.format_message().startswith("Usage:"):
+        say(error.format_message())  # a command without arguments: click gives its help
+        return CANNOT_RUN
     told = _told(error)
     if told is None:
         traceback.print_exception(error)
@@ -163,10 +166,7 @@ def _refuse(error: BaseException) -> int:
         return BUG
     if isinstance(error, RankError) and error.trace:
         say(error.trace)
-    if isinstance(error, click.ClickException):
-        error.show(sys.stderr)
-    else:
-        complain(told[0], got=told[1], hint=told[2])
+    complain(told[0], got=told[1], hint=told[2])
     return CANNOT_RUN
 
 
@@ -181,13 +181,29 @@ def _told(error: BaseException) -> tuple[str, str | None, str | None] | None:
     if isinstance(error, Stopped):
         return "stopped from outside (SIGTERM)", None, None
     if isinstance(error, click.ClickException):
-        return error.format_message(), None, None
+        return _usage(error)
     if _no_room(error):
         return "cannot write the result", getattr(error, "strerror", None), "free some space, or write elsewhere"
     if _out_of_memory(error):
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         return "out of memory", first, "a smaller probe: --batch 1, or a shorter --seq"
     return None
+
+
+def _usage(error: click.ClickException) -> tuple[str, str | None, str | None]:
+    """Return what, got and try of an error that click raised, in the style of all others."""
+    message = error.format_message().strip()
+    what = message[:1].lower() + message[1:] if not message[1:2].isupper() else message
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "jacdiag"
+    help_ = f"{path} --help"
+    if isinstance(error, click.NoSuchOption):
+        close = ", ".join(sorted(error.possibilities or ()))
+        return f"no such option: {error.option_name}", None, close or help_
+    if isinstance(error, click.MissingParameter) and context is not None:
+        usage = " ".join(context.command.collect_usage_pieces(context))
+        return what.rstrip("."), None, f"{path} {usage}"
+    return what.rstrip("."), None, help_
 
 
 def _no_room(error: BaseException) -> bool:

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
 import shlex
-import sys
 import tomllib
-from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from jacdiag.errors import UsageError
-from jacdiag_cli.config import Configured, Profile, current, resolve_profile
+from jacdiag_cli.config import Configured, Profile, current, resolve_profile, toml_text
 from jacdiag_cli.options import JUDGEMENT, OUTPUT, PROBE, REPLAY, SOLVER, SOURCE, add, remedies
-from jacdiag_cli.output import Invocation, console, emit, guest_talk, say
+from jacdiag_cli.output import Invocation, console, emit, guest_talk, say, show
+from jacdiag_cli.outputs import any_on_stdout, plan_outputs, say_written, write_data
 from jacdiag_cli.progress import bar
 
 if TYPE_CHECKING:
+    from jacdiag.render.letters import Form
     from jacdiag.report import Report
 
 _ASKED = (
-    "model", "model_args", "trust_pickle", "tokens", "batch", "seq", "seed", "device", "dtype", "tol", "confidence",
-    "decide", "max_products", "state", "lr", "warmup", "clip", "beta2", "risk",
+    "model", "model_args", "key", "trust_pickle", "tokens", "batch", "seq", "seed", "device", "dtype", "tol",
+    "confidence", "decide", "max_products", "state", "lr", "warmup", "clip", "beta2", "risk",
 )  # fmt: skip
 
 
@@ -41,6 +39,9 @@ def audit(invocation: Invocation, source: str, **given: Any) -> int:
     The exit code is 0, 1 (findings at or above --fail-on) or 2 (cannot run). The verdict "unknown" exits 0; at init it
     comes with a warning, which --fail-on warning makes 1.
 
+    Of the output files, - is stdout: the table then goes to stderr, and a second output for stdout is refused. A file
+    is replaced whole or not at all; links are followed; devices and pipes are written through.
+
     \b
     Examples:
       jacdiag audit checkpoint.pt
@@ -48,8 +49,8 @@ def audit(invocation: Invocation, source: str, **given: Any) -> int:
       jacdiag audit weights.safetensors --model build.py:model --tokens text.txt
       torchrun --nproc-per-node 2 -m jacdiag_cli audit checkpoint.pt      (shared out over processes)
     """
-    named = {kind: given[f"{kind}_file"] for kind in ("json", "plot", "patch")}
-    files = output_files(source, named) if invocation.heard else {}
+    files = output_files(source, given) if invocation.heard else {}
+    _check_probe(given)
     profile = resolve_profile(click.get_current_context(), current())
     check_rules(profile, given["risk"])
     warn_of_trust(given["trust_pickle"])
@@ -79,8 +80,16 @@ def audit(invocation: Invocation, source: str, **given: Any) -> int:
         told = _replayed(told, given["replay"])
     if invocation.heard:
         write_files(told, files)
-        _show(told, given["output_format"], given["all_rows"], given["sort"])
+        _show(told, given["output_format"], given["all_rows"], given["sort"], aside=any_on_stdout(files))
     return _exit_code(told, profile.fail_on)
+
+
+def _check_probe(given: dict[str, Any]) -> None:
+    """Raises UsageError if --replay and another option both give the probe."""
+    others = [f"--{name} {given[name]}" for name in ("tokens", "inputs") if given[name] is not None]
+    if given["replay"] is not None and others:
+        got = f"--replay {given['replay']} and {others[0]}"
+        raise UsageError("the probe is given twice", got=got, hint="give one of them")
 
 
 def _kept_batch(folder: str | None) -> Any:
@@ -124,72 +133,86 @@ def check_rules(profile: Profile, risk: str | None) -> None:
     load_thresholds(profile.thresholds, risk)
 
 
-def output_files(source: str, named: dict[str, str | None]) -> dict[str, Path]:
-    """The files to write, refused here rather than after minutes of work."""
-    files = {kind: Path(name) for kind, name in named.items() if name is not None}
-    if not files:
-        return files
-    from jacdiag.render.files import check_writable
+def output_files(source: str, given: dict[str, Any], **others: str | None) -> dict[str, str]:
+    """Return the output files by option, refused here rather than after minutes of work.
 
-    if "plot" in files:
+    Args:
+        source: what is audited.
+        given: the options of the command.
+        others: further outputs, such as `baseline="init.json"`.
+
+    Raises:
+        UsageError: one of them cannot be written, or would write over what is read.
+    """
+    named = {f"--{kind}": given[f"{kind}_file"] for kind in ("json", "plot", "patch")}
+    named |= {f"--{option}": path for option, path in others.items()}
+    inputs: list[tuple[str, str | None]] = [
+        ("what is audited", source),
+        ("what is audited", source.removeprefix("hf:")),
+        ("what is audited", source.rpartition(":")[0]),
+        ("the factory of --model", (given["model"] or "").rpartition(":")[0]),
+        ("the factory of --inputs", (given["inputs"] or "").rpartition(":")[0]),
+        *((f"what --{option} reads", given[option]) for option in ("tokens", "contract", "risk")),
+    ]
+    if "baseline" in given and "baseline" not in others:
+        inputs.append(("what --baseline reads", given["baseline"]))
+    files = plan_outputs(named, inputs=inputs, output_format=given["output_format"])
+    if "--plot" in files:
         from jacdiag.render.plot import check_suffix
 
-        check_suffix(files["plot"])
-    inputs = [Path(part) for part in (source, source.rpartition(":")[0]) if part]
-    for kind, path in files.items():
-        if any(_same(path, given) for given in inputs):
-            raise UsageError(f"--{kind} would write over what is audited", got=str(path), hint="name another file")
-        check_writable(path)
-    for one, other in combinations(files, 2):
-        if _same(files[one], files[other]):
-            raise UsageError(f"--{one} and --{other} name the same file", got=str(files[one]))
-    if "patch" in files and files["patch"].suffix.lower() != ".md":
-        raise UsageError(f"cannot write remedies to '{files['patch']}'", got=f"suffix '{files['patch'].suffix}'",
-                         hint="they are Markdown: end it in .md")  # fmt: skip
+        check_suffix(files["--plot"])
+    if "--patch" in files:
+        _check_markdown(files["--patch"])
     return files
 
 
-def _same(one: Path, other: Path) -> bool:
-    with contextlib.suppress(OSError, ValueError):
-        return os.path.realpath(one) == os.path.realpath(other)
-    return False
+def _check_markdown(path: str) -> None:
+    from jacdiag.render.files import is_streamed
+
+    suffix = Path(path).suffix
+    if suffix.lower() != ".md" and not is_streamed(path):
+        raise UsageError(f"cannot write remedies to '{path}'", got=f"suffix '{suffix}'",
+                         hint="they are Markdown: end it in .md")  # fmt: skip
 
 
-def write_files(report: Report, files: dict[str, Path]) -> None:
-    if "json" in files:
-        from jacdiag.render.files import write_atomic
+def write_files(report: Report, files: dict[str, str]) -> None:
+    """Write the report, the picture and the remedies, and say so for each."""
+    if "--json" in files:
+        write_data(files["--json"], (report.to_json() + "\n").encode())
+    if "--plot" in files:
+        from jacdiag.render import plot
 
-        write_atomic(files["json"], (report.to_json() + "\n").encode())
-    if "plot" in files:
-        from jacdiag.render.plot import save
-
-        save(report, files["plot"])
-    if "patch" in files:
-        from jacdiag.render.files import write_atomic
+        plot.save(report, files["--plot"])
+        say_written(files["--plot"])
+    if "--patch" in files:
         from jacdiag.render.remedies import document
 
-        write_atomic(files["patch"], document(report).encode())
-    if sys.stderr.isatty():
-        for path in files.values():
-            say(f"wrote {path}")
+        write_data(files["--patch"], document(report).encode())
 
 
-def _show(report: Report, output_format: str, all_rows: bool, sort: str) -> None:
-    """The report to stdout; beside a machine's format, the verdict in words to stderr."""
+def _show(report: Report, output_format: str, all_rows: bool, sort: str, *, aside: bool) -> None:
+    """The report to stdout; beside a machine's format, the verdict in words to stderr.
+
+    Args:
+        report: what to show.
+        output_format: of what is printed.
+        all_rows, sort: of the table.
+        aside: stdout is taken by an output file: the table goes to stderr.
+    """
     if output_format == "pretty":
         from jacdiag.render.table import print_report
 
-        terminal = console()
+        terminal = console(stderr=aside)
         with terminal.capture() as held:
             print_report(report, terminal, all_rows=all_rows, sort=sort)
-        emit(held.get())
+        show(held.get(), aside=aside)
         return
     if output_format == "markdown":
         from jacdiag.render.markdown import render
 
-        emit(render(report, all_rows=all_rows, sort=sort))
+        emit(render(report, all_rows=all_rows, sort=sort), "markdown")
     else:
-        emit(machine_text(report, output_format))
+        emit(machine_text(report, output_format), form_of(output_format))
     from jacdiag.render.words import headline
 
     say(f"{report.verdict}: {headline(report)}")
@@ -203,6 +226,12 @@ def machine_text(report: Report, output_format: str) -> str:
         return report.to_json() + "\n"
     text: str = import_module(f"jacdiag.render.{output_format}").render(report)
     return text
+
+
+def form_of(output_format: str) -> Form:
+    """Return the syntax of a format that machines read."""
+    forms: dict[str, Form] = {"json": "json", "sarif": "json", "junit": "xml"}
+    return forms.get(output_format, "text")
 
 
 def warn_of_trust(trusted: bool) -> None:
@@ -222,7 +251,7 @@ def contract_given(path: str | None) -> dict[str, Any] | None:
     if path is None:
         return checked_contract(current().contract) or None
     try:
-        data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        data = tomllib.loads(toml_text(Path(path)))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"cannot read the contract '{path}'", got=str(error)) from error
     table = data.get("contract", data)

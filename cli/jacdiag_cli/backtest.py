@@ -9,11 +9,13 @@ import click
 
 from jacdiag.errors import SourceError, UsageError
 from jacdiag_cli.config import Configured, current
-from jacdiag_cli.output import Column, Invocation, emit, grid, room
+from jacdiag_cli.output import Column, Invocation, emit, grid, room, show
+from jacdiag_cli.outputs import any_on_stdout, plan_outputs, say_written, write_data
 
 if TYPE_CHECKING:
     from jacdiag.report.backtest import BacktestReport
 
+_OUTPUTS = {"--json": "json", "--markdown": "markdown", "--plot": "plot", "--write-risk": "risk", "--pack": "pack"}
 _RUN = "RUN is a run.jsonl of jacdiag.watch, a folder of such runs, or a CSV or JSONL with a row a step"
 
 
@@ -41,12 +43,17 @@ _RUN = "RUN is a run.jsonl of jacdiag.watch, a folder of such runs, or a CSV or 
 @click.option("--format", "output_format", type=click.Choice(["pretty", "json", "markdown"]), default="pretty",
               show_default=True, help="Of what is printed.")  # fmt: skip
 @click.option("--all", "all_rows", is_flag=True, help="Show every figure.")
-@click.option("--json", "json_file", metavar="FILE", help="Write the result as JSON too.")
-@click.option("--markdown", "markdown_file", metavar="FILE", help="Write the report as Markdown too.")
+@click.option("--json", "json_file", metavar="FILE", help="Write the result as JSON too; - is stdout.")
+@click.option("--markdown", "markdown_file", metavar="FILE", help="Write the report as Markdown too; - is stdout.")
 @click.option("--write-risk", "risk_file", metavar="FILE",
-              help="Write the curves of the chance at a learning rate, for `audit --lr LR --risk FILE`.")  # fmt: skip
-@click.option("--pack", "pack_file", metavar="FILE", help="Write all runs into one file: .runs or .runs.gz.")
-@click.option("--plot", "plot_file", metavar="FILE", help="Write the picture too: .png, .svg or .pdf.")
+              help="Write the curves of the chance at a learning rate, for `audit --lr LR --risk FILE`; "
+              "- is stdout.")  # fmt: skip
+@click.option(
+    "--pack", "pack_file", metavar="FILE", help="Write all runs into one file: .runs or .runs.gz; - is stdout."
+)
+@click.option(
+    "--plot", "plot_file", metavar="FILE", help="Write the picture too: .png, .svg or .pdf; - is stdout, as PNG."
+)
 @click.pass_obj
 def backtest(invocation: Invocation, runs: tuple[str, ...], **given: Any) -> int:
     """Labels recorded runs by their loss, and ranks every figure of the untrained model by how well it foretold them.
@@ -66,18 +73,17 @@ def backtest(invocation: Invocation, runs: tuple[str, ...], **given: Any) -> int
     from jacdiag.backtest import read_runs
     from jacdiag.backtest.packed import ENDINGS, encoded, is_packed
     from jacdiag.render import backtest as words
-    from jacdiag.render.files import check_writable, write_atomic
+    from jacdiag.render.files import is_streamed
     from jacdiag.render.plot import check_suffix
     from jacdiag.report.thresholds import load_thresholds
 
-    kinds = ("json", "markdown", "plot", "risk", "pack")
-    files = {kind: Path(given[f"{kind}_file"]) for kind in kinds if given[f"{kind}_file"]}
-    if "plot" in files:
-        check_suffix(files["plot"])
-    if "pack" in files and not is_packed(files["pack"]):
-        raise UsageError("--pack takes another name", got=str(files["pack"]), hint=" or ".join(ENDINGS))
-    for path in files.values():
-        check_writable(path)
+    named = {option: given[f"{kind}_file"] for option, kind in _OUTPUTS.items()}
+    inputs = [("a run that is read", run) for run in runs] + [("what --risk reads", given["asked_risk"])]
+    files = plan_outputs(named, inputs=inputs, output_format=given["output_format"])
+    if "--plot" in files:
+        check_suffix(files["--plot"])
+    if "--pack" in files and not is_packed(Path(files["--pack"])) and not is_streamed(files["--pack"]):
+        raise UsageError("--pack takes another name", got=files["--pack"], hint=" or ".join(ENDINGS))
     rules = None
     if given["rejudge"]:
         rules = load_thresholds(current().thresholds, given["asked_risk"])
@@ -92,33 +98,36 @@ def backtest(invocation: Invocation, runs: tuple[str, ...], **given: Any) -> int
                  lead=given["lead"], times=given["resamples"], hold_out=given["hold_out"],
                  worse=given["worse"])  # fmt: skip
     invocation.heed()
-    risk = _risk(report, files["risk"]) if "risk" in files else ""
-    if "json" in files:
-        write_atomic(files["json"], (report.to_json() + "\n").encode())
-    if "markdown" in files:
-        write_atomic(files["markdown"], words.markdown(report).encode())
-    if "plot" in files:
-        words.save(report, files["plot"])
-    if "risk" in files:
-        write_atomic(files["risk"], risk.encode())
-    if "pack" in files:
-        write_atomic(files["pack"], encoded([r for r in found if r.whole], files["pack"]))
+    risk = _risk(report, files["--write-risk"]) if "--write-risk" in files else ""
+    if "--json" in files:
+        write_data(files["--json"], (report.to_json() + "\n").encode())
+    if "--markdown" in files:
+        write_data(files["--markdown"], words.markdown(report).encode())
+    if "--plot" in files:
+        words.save(report, files["--plot"])
+        say_written(files["--plot"])
+    if "--write-risk" in files:
+        write_data(files["--write-risk"], risk.encode())
+    if "--pack" in files:
+        write_data(files["--pack"], encoded([r for r in found if r.whole], Path(files["--pack"])))
+    aside = any_on_stdout(files)
     if given["output_format"] == "json":
-        emit(report.to_json() + "\n")
+        emit(report.to_json() + "\n", "json")
     elif given["output_format"] == "markdown":
-        emit(words.markdown(report))
+        emit(words.markdown(report), "markdown")
     else:
         cells = zip(*words.rows(report, every=given["all_rows"]), strict=True)
         interest = (100, 100, 90, 60, 50, 50, 40)
         columns = [Column(title, column, interest[k], right=k > 3)
                    for k, (title, column) in enumerate(zip(words.HEAD, cells, strict=True))]  # fmt: skip
-        emit("\n".join(words.summary(report)) + "\n\n" + grid(columns, room()) + "\n")
-        emit("".join(f"{words.detected(one, given['lead'])}\n" for one in report.detectors))
-        emit("".join(f"\n{line}" for one in report.held_out for line in (*words.foretold(one), "")))
+        text = "\n".join(words.summary(report)) + "\n\n" + grid(columns, room(stderr=aside)) + "\n"
+        text += "".join(f"{words.detected(one, given['lead'])}\n" for one in report.detectors)
+        text += "".join(f"\n{line}" for one in report.held_out for line in (*words.foretold(one), ""))
+        show(text, aside=aside)
     return 0
 
 
-def _risk(report: BacktestReport, path: Path) -> str:
+def _risk(report: BacktestReport, path: str) -> str:
     """The file of curves. Raises UsageError where there is none to write."""
     from jacdiag.report.risk import RiskTable, written
 

@@ -58,7 +58,7 @@ def load(start: Path, known: list[str]) -> Config:
 def _read(path: Path) -> dict[str, Any] | None:
     """The settings in a file; None where a pyproject.toml has none."""
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(toml_text(path))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise UsageError(f"cannot read '{path}'", got=str(error)) from error
     if path.name == "jacdiag.toml":
@@ -68,6 +68,19 @@ def _read(path: Path) -> dict[str, Any] | None:
     if settings is not None and not isinstance(settings, dict):
         raise UsageError(f"'tool.jacdiag' in {path} must be a table", got=repr(settings), hint="[tool.jacdiag]")
     return settings
+
+
+def toml_text(path: Path) -> str:
+    """Return the text of a TOML file.
+
+    Raises:
+        UsageError: it begins with a byte order mark, which TOML does not allow.
+    """
+    text = path.read_text(encoding="utf-8")
+    if text.startswith("\ufeff"):
+        hint = "save it as UTF-8 without BOM"
+        raise UsageError(f"cannot read '{path}'", got="a byte order mark (BOM) at its beginning", hint=hint)
+    return text
 
 
 def _checked(path: Path, settings: Mapping[str, Any], known: list[str]) -> Config:

@@ -36,7 +36,7 @@ def enrolled() -> Team | None:
     if threading.current_thread() is not threading.main_thread():
         return join()
 
-    def stop(number: int, frame: FrameType | None) -> None:
+    def stop(_number: int, _frame: FrameType | None) -> None:
         calm()  # once is enough: what follows is orderly
         raise Stopped
 

@@ -24,6 +24,7 @@ _LARGEST = 256 * 2**20
 @click.argument("a")
 @click.argument("b")
 @click.option("--model", metavar="FACTORY", help="Builds the module that a bare state dict belongs to.")
+@click.option("--key", metavar="NAME", help="Which weights to read, if a file holds several sets: ema, model.net.")
 @click.option("--contract-only", is_flag=True, help="Weights alone; no Jacobians.")
 @click.option("--all", "all_rows", is_flag=True, help="Show every figure, not only those that part.")
 @add(PROBE, SOLVER)
@@ -64,9 +65,12 @@ def _report(source: str, given: dict[str, Any]) -> Report:
     from jacdiag.auditing import audit
     from jacdiag.sources.factory import is_factory
 
-    options = {k: v for k, v in given.items() if k not in ("contract_only", "inputs", "model")}
-    model = None if source.startswith("hf:") or is_factory(source) or path.is_dir() else given["model"]
-    return audit(source, **options, model=model, input_factory=given["inputs"], products=not given["contract_only"])
+    options = {k: v for k, v in given.items() if k not in ("contract_only", "inputs", "model", "key")}
+    is_file = not (source.startswith("hf:") or is_factory(source) or path.is_dir())
+    model = given["model"] if is_file else None
+    key = given["key"] if is_file else None
+    products = not given["contract_only"]
+    return audit(source, **options, model=model, key=key, input_factory=given["inputs"], products=products)
 
 
 def _read(path: Path) -> Report:
@@ -88,11 +92,11 @@ def _show(found: Comparison, output_format: str, all_rows: bool) -> None:
     pairs: Any = found.pairs
     notes = found.notes
     if output_format == "json":
-        emit(beside.as_json(pairs, notes))
+        emit(beside.as_json(pairs, notes), "json")
         return
     shown = pairs if all_rows else [p for p in pairs if p.parts]
     if output_format == "markdown":
-        emit(beside.markdown(shown, beside.verdict(pairs), notes))
+        emit(beside.markdown(shown, beside.verdict(pairs), notes), "markdown")
         return
     if shown:
         cells = list(zip(*beside.rows(shown), strict=True))

@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import os
 import shlex
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from jacdiag.errors import UsageError
-from jacdiag_cli.audit import check_rules, contract_given, flat, machine_text, output_files, warn_of_trust, write_files
+from jacdiag_cli.audit import (
+    check_rules,
+    contract_given,
+    flat,
+    form_of,
+    machine_text,
+    output_files,
+    warn_of_trust,
+    write_files,
+)
 from jacdiag_cli.config import Configured, current, resolve_profile
 from jacdiag_cli.options import DECIDING, GATE, JUDGEMENT, OUTPUT, PROBE, SOLVER, SOURCE, add, remedies
-from jacdiag_cli.output import Invocation, emit, guest_talk, say
+from jacdiag_cli.output import Invocation, emit, guest_talk, say, show
+from jacdiag_cli.outputs import any_on_stdout, say_written
 from jacdiag_cli.progress import bar
 
 if TYPE_CHECKING:
     from jacdiag.report import Report
 
 _PASSED_ON = (
-    "model", "model_args", "trust_pickle", "tokens", "batch", "seq", "seed", "device", "dtype", "tol", "confidence",
-    "decide", "max_products", "state", "lr", "warmup", "clip", "beta2", "risk", "seeds", "budget", "remedies",
+    "model", "model_args", "key", "trust_pickle", "tokens", "batch", "seq", "seed", "device", "dtype", "tol",
+    "confidence", "decide",
+    "max_products", "state", "lr", "warmup", "clip", "beta2", "risk", "seeds", "budget", "remedies",
 )  # fmt: skip
 
 
@@ -54,16 +64,11 @@ def gate(invocation: Invocation, source: str, **given: Any) -> int:
     if given["trust_pickle"] and _in_ci() and not config.allow_trust_pickle:
         raise UsageError("--trust-pickle is refused in CI", got=f"CI={os.environ['CI']}",
                          hint="allow-trust-pickle = true in [tool.jacdiag], reviewed like code")  # fmt: skip
-    files = output_files(source, {kind: given[f"{kind}_file"] for kind in ("json", "plot", "patch")})
+    write = given["baseline"] if given["write_baseline"] else None
+    files = output_files(source, given, **({"baseline": write} if write is not None else {}))
     profile = resolve_profile(click.get_current_context(), config)
     check_rules(profile, given["risk"])
     warn_of_trust(given["trust_pickle"])
-    baseline = given["baseline"]
-    write = Path(baseline) if given["write_baseline"] else None
-    if write is not None:
-        from jacdiag.render.files import check_writable
-
-        check_writable(write)
     with guest_talk(), bar("reading the model", invocation.heed) as progress:
         from jacdiag.gate import gate as run
         from jacdiag.gate import write_baseline
@@ -82,7 +87,7 @@ def gate(invocation: Invocation, source: str, **given: Any) -> int:
             declared=config.sites or (),
             contract=contract_given(given["contract"]),
             products=not given["contract_only"],
-            baseline=None if write is not None else baseline,
+            baseline=None if write is not None else given["baseline"],
             fail_on=profile.fail_on,
             command=shlex.join(["jacdiag", *invocation.args]),
             progress=progress,
@@ -90,9 +95,9 @@ def gate(invocation: Invocation, source: str, **given: Any) -> int:
     invocation.heed()
     if write is not None:
         write_baseline(write, outcome.figures)
-        say(f"wrote the baseline {write}")
+        say_written(write)
     write_files(outcome.report, files)
-    _show(outcome.report, given["output_format"])
+    _show(outcome.report, given["output_format"], aside=any_on_stdout(files))
     return outcome.exit_code
 
 
@@ -107,17 +112,17 @@ def _in_ci() -> bool:
     return os.environ.get("CI", "").lower() in ("true", "1", "yes")
 
 
-def _show(report: Report, output_format: str) -> None:
+def _show(report: Report, output_format: str, *, aside: bool) -> None:
     """The result to stdout; beside a machine's format, the gate's own screen to stderr."""
     from jacdiag.render.gate import render
 
     if output_format == "pretty":
-        emit(render(report))
+        show(render(report), aside=aside)
         return
     if output_format == "markdown":
         from jacdiag.render.comment import render as comment
 
-        emit(comment(report))
+        emit(comment(report), "markdown")
     else:
-        emit(machine_text(report, output_format))
+        emit(machine_text(report, output_format), form_of(output_format))
     say(render(report).rstrip("\n"))

@@ -84,10 +84,16 @@ SOURCE = [
         metavar="JSON",
         help="Keyword arguments for the factory, or fields of the config of a Hugging Face folder or of hf:CONFIG.",
     ),
+    click.option("--key", metavar="NAME", help="Which weights to read, if a file holds several sets: ema, model.net."),
     click.option("--trust-pickle", is_flag=True, help="Let a file whose pickle holds more than tensors run code."),
 ]
 PROBE = [
-    click.option("--tokens", metavar="FILE", help="Probe tokens: .npy, .bin (uint16), .txt (bytes), .pt."),
+    click.option(
+        "--tokens",
+        metavar="FILE",
+        help="Probe tokens (.npy, .bin in uint16, .pt), or text (.txt, .md, .jsonl) for the tokenizer in the model's "
+        "folder; without one, bytes are ids for a vocabulary of bytes.",
+    ),
     click.option("--inputs", metavar="FACTORY", help="Builds the probe input of a model that takes no token ids."),
     click.option("--batch", type=click.IntRange(1), default=2, show_default=True, help="Sequences of the probe."),
     click.option(
@@ -132,9 +138,15 @@ JUDGEMENT = [
     click.option("--lr", type=Number(**_ABOVE_0), help="Plan of the run: learning rate."),
     click.option("--warmup", type=click.IntRange(0), help="Plan of the run: warm-up steps; nothing without --lr."),
     click.option(
-        "--clip", type=Number(**_ABOVE_0), help="Plan of the run: gradient norm clipped at (recorded, read by no rule)."
+        "--clip",
+        type=Number(**_ABOVE_0),
+        help="Plan of the run: gradient norm clipped at; JD105 gives no chance for one that was not run.",
     ),
-    click.option("--beta2", type=Number(**_SHARE), help="Plan of the run: Adam's beta2 (recorded, read by no rule)."),
+    click.option(
+        "--beta2",
+        type=Number(**_SHARE),
+        help="Plan of the run: Adam's beta2; JD105 gives no chance for one that was not run.",
+    ),
     click.option("--risk", metavar="FILE", help="Curves of the chance at --lr, from `jacdiag backtest --write-risk`."),
     click.option(
         "--profile",
@@ -163,8 +175,18 @@ OUTPUT = [
         show_default=True,
         help="Of what is printed.",
     ),
-    click.option("--json", "json_file", metavar="FILE", help="Write the JSON report too."),
-    click.option("--plot", "plot_file", metavar="FILE", help="Write the picture too: .png, .svg or .pdf."),
+    click.option(
+        "--json",
+        "json_file",
+        metavar="FILE",
+        help="Write the JSON report too; - is stdout, and the table then goes to stderr.",
+    ),
+    click.option(
+        "--plot",
+        "plot_file",
+        metavar="FILE",
+        help="Write the picture too: .png, .svg or .pdf; - is stdout, as PNG.",
+    ),
     click.option("--all", "all_rows", is_flag=True, help="Show every sub-layer of a long model."),
     click.option(
         "--sort",
@@ -182,7 +204,8 @@ def remedies(default: str) -> list[Callable[[F], F]]:
         click.option("--remedies", type=click.Choice(["first", "all", "begun", "none"]), default=default,
                      show_default=True, help="What to try on copies of a model with findings: up to the first change "
                      "that is enough, every one, those that a run that has begun can take, or none."),
-        click.option("--patch", "patch_file", metavar="FILE", help="Write the remedies, with the change as code: .md."),
+        click.option("--patch", "patch_file", metavar="FILE", help="Write the remedies, with the change as code: .md; "
+                     "- is stdout."),
     ]  # fmt: skip
 
 
@@ -190,7 +213,11 @@ GATE = [
     click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="How many initialisations."),
     click.option("--budget", type=Number(**_ABOVE_0), metavar="SECONDS", help="Stop, undecided, after this time."),
     click.option("--baseline", metavar="FILE", help="Recorded figures to compare with."),
-    click.option("--write-baseline", is_flag=True, help="Write the baseline instead of comparing with it."),
+    click.option(
+        "--write-baseline",
+        is_flag=True,
+        help="Write the baseline instead of comparing with it; with --baseline - to stdout.",
+    ),
     click.option("--contract-only", is_flag=True, help="The init contract alone, tensor by tensor."),
 ]
 DECIDING = click.option("--decide/--no-decide", default=True, show_default=True,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from jacdiag.errors import printable
+from jacdiag.render.letters import Form, register, spelled
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -61,18 +62,36 @@ def interrupted() -> int:
 def say(text: str) -> None:
     """Prints a line for people to stderr; nobody listening, or no room to write, is no error of its own."""
     try:
-        print(text, file=sys.stderr, flush=True)
+        print(_for(sys.stderr, text), file=sys.stderr, flush=True)
     except OSError:
         stop_writing(sys.stderr)
 
 
-def emit(text: str) -> None:
-    """Prints a result to stdout. A reader that has gone (`| head`) is no error: the exit code is the result's."""
+def emit(text: str, form: Form = "text") -> None:
+    """Print a result to stdout. A reader that has gone (`| head`) is no error: the exit code is the result's.
+
+    Args:
+        text: what to print.
+        form: its syntax, which decides what stands for a character that the stream cannot hold.
+    """
     try:
-        sys.stdout.write(text)
+        sys.stdout.write(_for(sys.stdout, text, form))
         sys.stdout.flush()
     except BrokenPipeError:
         stop_writing(sys.stdout)
+
+
+def show(text: str, *, aside: bool) -> None:
+    """Prints a result to stdout, or to stderr if an output file takes stdout."""
+    if aside:
+        say(text.removesuffix("\n"))
+    else:
+        emit(text)
+
+
+def _for(stream: TextIO, text: str, form: Form = "text") -> str:
+    """Return a text as a stream can hold it."""
+    return spelled(text, getattr(stream, "encoding", None), form)
 
 
 def stop_writing(stream: TextIO) -> None:
@@ -82,13 +101,14 @@ def stop_writing(stream: TextIO) -> None:
 
 
 def forgive_streams() -> None:
-    """Lets a terminal that cannot show a character show "?", and a stream that was closed for us swallow all."""
+    """Let a terminal that cannot show a character show letters, and a stream that was closed swallow everything."""
+    errors = register()
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # `jacdiag ... >&-`
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115, for the life of the process
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError, OSError):
-            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+            stream.reconfigure(errors=errors)  # type: ignore[union-attr]
 
 
 @contextlib.contextmanager
@@ -98,19 +118,25 @@ def guest_talk() -> Iterator[None]:
         yield
 
 
-def console() -> Console:
-    """A console on stdout that collects: print to it inside `with c.capture() as held`, then `emit(held.get())`.
+def console(*, stderr: bool = False) -> Console:
+    """A console on stdout or stderr that collects.
 
+    Print to it inside `with c.capture() as held`, then `emit(held.get())`.
     Printing directly would make rich end the process with code 1 when a reader has gone.
     """
     from rich.console import Console
 
-    return Console(highlight=False)
+    return Console(highlight=False, stderr=stderr)
 
 
-def room() -> int | None:
-    """Columns of the terminal on stdout; None where output is piped, and then nothing is cut or wrapped to fit."""
-    if not sys.stdout.isatty():
+def room(*, stderr: bool = False) -> int | None:
+    """Columns of the terminal on stdout; None where output is piped, and then nothing is cut or wrapped to fit.
+
+    Args:
+        stderr: the text goes there.
+    """
+    stream = sys.stderr if stderr else sys.stdout
+    if not stream.isatty():
         return None
     import shutil
 

@@ -8,12 +8,17 @@ from pathlib import Path
 import click
 
 from jacdiag.errors import SourceError
-from jacdiag_cli.output import say
+from jacdiag_cli.outputs import plan_outputs, say_written
 
 
 @click.command(short_help="Draws a run, or a report, as PNG, SVG or PDF.")
 @click.argument("source")
-@click.option("-o", "--output", metavar="FILE", help="Where to: .png, .svg, .pdf; beside SOURCE if not given.")
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    help="Where to: .png, .svg, .pdf; - is stdout, as PNG; next to SOURCE if not given.",
+)
 def plot(source: str, output: str | None) -> None:
     """Draws the log of a run (run.jsonl, or its folder), or a JSON report of `jacdiag audit`.
 
@@ -25,7 +30,8 @@ def plot(source: str, output: str | None) -> None:
     from jacdiag.report.runlog import RUN_FILE
 
     path = Path(source) / RUN_FILE if Path(source).is_dir() else Path(source)
-    target = Path(output) if output is not None else path.with_suffix(".png")
+    target = output if output is not None else str(path.with_suffix(".png"))
+    plan_outputs({"-o": target}, inputs=[("what is drawn", str(path))])
     if path.suffix == ".jsonl":
         from jacdiag.render.run_plot import save_run
         from jacdiag.report.runlog import read_run
@@ -43,4 +49,4 @@ def plot(source: str, output: str | None) -> None:
         except (ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise SourceError(f"'{path}' is no report of jacdiag", got=str(error)[:200], hint=hint) from error
         save(report, target)
-    say(f"wrote {target}")
+    say_written(target)

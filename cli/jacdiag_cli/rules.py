@@ -29,7 +29,7 @@ def rules(output_format: str) -> None:
     from jacdiag.rules import EVERY
 
     if output_format == "json":
-        emit(json.dumps([_plain(rule) for rule in EVERY], indent=2, ensure_ascii=False) + "\n")
+        emit(json.dumps([_plain(rule) for rule in EVERY], indent=2, ensure_ascii=False) + "\n", "json")
         return
     columns = [
         Column("code", [rule.code for rule in EVERY]),

@@ -59,7 +59,7 @@ def sites(invocation: Invocation, source: str, output_format: str, **given: Any)
         data = describe(loaded, found)
     invocation.heed()
     if output_format == "json":
-        emit(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+        emit(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "json")
     else:
         emit(_page(data, room()))
     if not data["sublayers"]:
@@ -72,10 +72,12 @@ def _trace(source: str, given: dict[str, Any]) -> tuple[Source, Sites]:
 
     from jacdiag.sources import build_probe, load
     from jacdiag.sources.device import pick
+    from jacdiag.sources.probe import check_one_probe
     from jacdiag.trace import sites as trace
 
+    check_one_probe(tokens=given["tokens"], input_factory=given["inputs"])
     device = pick(given["device"])
-    loaded = load(source, **{name: given[name] for name in ("model", "model_args", "trust_pickle", "seed")})
+    loaded = load(source, **{name: given[name] for name in ("model", "model_args", "key", "trust_pickle", "seed")})
     if loaded.model is None:
         raise SourceError(
             f"'{source}' holds weights, and no model that they belong to is known",
@@ -84,7 +86,7 @@ def _trace(source: str, given: dict[str, Any]) -> tuple[Source, Sites]:
         )
     loaded.to(device)
     asked = {name: given[name] for name in ("batch", "seq", "seed", "tokens", "inputs")}
-    probe = build_probe(loaded, **asked)
+    probe = build_probe(loaded, **asked, trust_code=given["trust_pickle"])
     probe = probe if device.type == "cpu" else probe.to(device)
     dtype = {"float32": torch.float32, "float64": torch.float64}[given["dtype"]]
     declared = current().sites
@@ -136,8 +138,10 @@ def describe(loaded: Source, found: Sites) -> dict[str, Any]:
 
 def _page(data: dict[str, Any], width: int | None) -> str:
     from jacdiag.render.table import packed
+    from jacdiag.render.words import read_words
 
-    parts = ["".join(f"{line}\n" for line in packed(_head(data), width))]
+    head = [*packed(_head(data), width), *packed(read_words(data["source"]), width)]
+    parts = ["".join(f"{line}\n" for line in head if line)]
     parts.append(grid(_columns(data["sublayers"]), width, "json") if data["sublayers"] else _nothing(data))
     parts.append(_elsewhere(data, width))
     if data["uncovered"]:
@@ -219,7 +223,9 @@ def _remarks(data: dict[str, Any]) -> str:
         f"left out: {item['module'] or 'the model itself'} at {item['line']}: {item['reason']}"
         for item in data["left_out"]
     ]
-    lines = [*unlike, *left_out, *(f"hidden: {line}" for line in data["hidden"]), *(f"note: {line}" for line in data["notes"])]
+    hidden = [f"hidden: {line}" for line in data["hidden"]]
+    notes = [f"note: {line}" for line in data["notes"]]
+    lines = [*unlike, *left_out, *hidden, *notes]
     return "".join(f"{line}\n" for line in lines)
 
 

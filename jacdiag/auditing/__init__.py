@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from jacdiag.auditing.arguments import check_arguments, codes_of
 from jacdiag.auditing.measured import Audit
 from jacdiag.auditing.remedied import check_way, with_remedies
 from jacdiag.auditing.request import Progress, Request
 from jacdiag.auditing.stamp import stamp
 from jacdiag.errors import UsageError
-from jacdiag.measure.weights import weights_report
+from jacdiag.measure.weights_only import weights_report
 from jacdiag.ranks import Ranks, enlisted, fingerprint
 from jacdiag.report import FiguresRecord, Plan, Report
 from jacdiag.report.ranges import check_ranges
 from jacdiag.report.thresholds import load_thresholds
 from jacdiag.rules import checked_contract
-from jacdiag.sources import Source, load
+from jacdiag.sources import Source
 from jacdiag.sources.device import current, pick
+from jacdiag.sources.given import path_text, source_of
+from jacdiag.sources.probe import check_one_probe
 from jacdiag.trace import Declaration
 from jacdiag.trace.declared import declarations
 
@@ -33,35 +37,25 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 class AuditReport(Report):
     """A report that can show itself."""
 
-    def table(self, **options: Any) -> None:
-        """Prints the table to the terminal (see `jacdiag.render.table.print_report`)."""
-        from rich.console import Console
-
-        from jacdiag.render.table import print_report
-
-        print_report(self, Console(), **options)
-
-    def plot(self, path: str) -> None:
+    def plot(self, path: str | os.PathLike[str]) -> None:
         """Writes the picture: gain over depth, and its two factors below. The suffix gives the format."""
-        from pathlib import Path
-
         from jacdiag.render.plot import save
 
-        save(self, Path(path))
+        save(self, path if isinstance(path, str) else path_text(path))
 
 
 def audit(
-    source: str | nn.Module | Source,
+    source: str | bytes | os.PathLike[str] | nn.Module | Callable[..., nn.Module] | Source,
     inputs: Any = None,
     *,
-    model: str | None = None,
+    model: str | os.PathLike[str] | Callable[..., nn.Module] | None = None,
     model_args: dict[str, Any] | None = None,
-    tokens: str | None = None,
-    input_factory: str | None = None,
+    tokens: str | os.PathLike[str] | None = None,
+    input_factory: str | os.PathLike[str] | Callable[..., Any] | None = None,
     batch: int = 2,
     seq: int | None = None,
     seed: int = 0,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     dtype: Literal["float32", "float64"] | torch.dtype = "float32",
     tol: float = 0.05,
     confidence: float = 0.999,
@@ -75,7 +69,7 @@ def audit(
     select: Iterable[str] = (),
     ignore: Iterable[str] = (),
     thresholds: Mapping[str, Any] | None = None,
-    risk: str | None = None,
+    risk: str | os.PathLike[str] | None = None,
     trust_pickle: bool = False,
     max_products: int = 200,
     declared: Iterable[Declaration] | Mapping[str, Any] = (),
@@ -86,16 +80,18 @@ def audit(
     baseline: FiguresRecord | None = None,
     progress: Progress | None = None,
     ranks: Ranks | bool = False,
+    key: str | None = None,
 ) -> AuditReport:
     """Audits a model: the norms of every sub-layer with their intervals, the network's figures, a verdict.
 
     Args:
         source: a SOURCE string (checkpoint file, Hugging Face folder, "package.module:callable", "file.py:callable",
-            "hf:CONFIG"), a module, or what `jacdiag.sources.load` returned.
+            "hf:CONFIG") or a path, a module, a function or class that builds one (with `model_args`), or what
+            `jacdiag.sources.load` returned.
         inputs: the probe for a module: token ids (B, T), a tuple of arguments, or a dict of keyword arguments. Random
             token ids if not given.
         model, model_args: the factory that builds the module of a bare state dict, and its keyword arguments.
-        tokens, input_factory: a file of probe tokens; a factory of the probe input.
+        tokens, input_factory: a file of probe tokens or of text; a factory of the probe input. Give one way to a probe.
         batch, seq, seed: the random probe. `seq` is 128, or what the model allows if that is less.
         device, dtype: where, and in what precision products run ("float64", or torch.float64).
         tol, confidence: relative width of the intervals that is asked for, and their confidence.
@@ -104,7 +100,7 @@ def audit(
         lr, warmup, clip, beta2: the plan of the run.
         profile, select, ignore, thresholds: of the rules.
         risk: a file with the curves of the chance at a learning rate, in place of those that ship.
-        trust_pickle: allow a pickle that holds more than tensors to run code.
+        trust_pickle: allow a pickle that holds more than tensors, or a tokenizer with code of its own, to run code.
         max_products: budget of products per norm.
         declared: sub-layers that the dataflow does not show, from `jacdiag.declare`.
         contract: a pinned init contract, role or name pattern -> formula of its std, such as {"W_O": "0.02/sqrt(2*N)"}.
@@ -117,6 +113,7 @@ def audit(
         progress: told about the work done.
         ranks: share the work with the other processes that torchrun started; each must call this, with the same
             arguments, and each gets the whole report. Never done unasked: a training loop may audit on one rank only.
+        key: the dotted path of the weights in a checkpoint file that holds several sets, such as "ema".
 
     Raises:
         JacdiagError: the source, the probe or the model cannot be used; the message says what, got, try.
@@ -128,22 +125,32 @@ def audit(
         >>> report.sublayers[1].kind, report.sublayers[1].branch_norm.converged
         ('mlp', True)
     """
+    check_arguments(
+        batch=batch, seed=seed, tol=tol, confidence=confidence, max_products=max_products, tokens=tokens, state=state,
+        device=device, dtype=dtype, remedies=remedies, profile=profile, model_args=model_args, baseline=baseline,
+        contract=contract, declared=declared, progress=progress, optimizer=optimizer,
+    )  # fmt: skip
+    device = None if device is None else str(device)
+    tokens = None if tokens is None else path_text(tokens)
+    selected, ignored = codes_of("select", select), codes_of("ignore", ignore)
     precision = DTYPES.get(str(dtype).removeprefix("torch."))
     if precision is None:
         raise UsageError("unknown dtype", got=str(dtype), hint=f"by name or torch's own: {', '.join(DTYPES)}")
     check_ranges(tol=tol, confidence=confidence, max_products=max_products, batch=batch, seq=seq, seed=seed,
                  lr=lr, warmup=warmup, clip=clip, beta2=beta2)  # fmt: skip
+    seed = int(seed)
     check_way(remedies)
+    check_one_probe(tokens=tokens, input_factory=input_factory, inputs=inputs)
     limits = load_thresholds(thresholds, risk)
     with enlisted(ranks) as crew, torch.inference_mode(False), current(pick(device := crew.device(device))):
-        if isinstance(source, str):
-            source = load(source, model=model, model_args=model_args, trust_pickle=trust_pickle, seed=seed)
-        loaded = source if isinstance(source, Source) else Source.of_module(source)
+        loaded = source_of(
+            source, model=model, model_args=model_args, key=key, trust_pickle=trust_pickle, seed=seed
+        )
         request = Request(
             loaded, inputs, tokens, input_factory, batch, seq, seed, device, precision, tol, confidence, decide,
-            state, Plan(lr, warmup, clip, beta2), profile, tuple(select), tuple(ignore), limits, max_products,
+            state, Plan(lr, warmup, clip, beta2), profile, selected, ignored, limits, max_products,
             tuple(declarations(declared)), progress, crew, checked_contract(contract), optimizer, products, remedies,
-            baseline,
+            baseline, trust_pickle,
         )  # fmt: skip
         made = None if loaded.model is None else Audit(request)
         report = _weights_only(request) if made is None else made.run()
@@ -156,6 +163,8 @@ def audit(
 def _weights_only(request: Request) -> Report:
     request.ranks.agree(lambda: fingerprint(None, request.source.state.items(), (), request.options(), {}))
     report = weights_report(request.source)
+    if request.tokens is not None:
+        report = replace(report, notes=[*report.notes, f"--tokens {request.tokens} was not read: no model was run"])
     settings = {**report.settings, "name": request.source.name, "profile": request.profile, "seed": request.seed,
                 "products": request.products}  # fmt: skip
     if report.contract is not None:

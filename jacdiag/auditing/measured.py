@@ -17,9 +17,10 @@ from torch import nn
 
 from jacdiag.auditing.request import Request
 from jacdiag.auditing.stamp import peak_memory_mb, stamp
-from jacdiag.errors import MeasureError, TraceError, UsageError, one_line
+from jacdiag.errors import MeasureError, SourceError, TraceError, UsageError, one_line
 from jacdiag.measure.contract import contract_of, decayed_by
 from jacdiag.measure.draws import Draws, std_of
+from jacdiag.measure.finite import non_finite_state
 from jacdiag.measure.model import model_record
 from jacdiag.measure.network import end_to_end, gradient_profile, network_record, verify_replay
 from jacdiag.measure.norms import Effort
@@ -33,6 +34,7 @@ from jacdiag.report.thresholds import load_healthy
 from jacdiag.rules import decision_points
 from jacdiag.sources import Probe, build_probe
 from jacdiag.sources.device import pick
+from jacdiag.sources.factory import model_code
 from jacdiag.trace import Sublayer, sites
 from jacdiag.trace.declared import nothing_found
 from jacdiag.trace.tensors import collect_deep
@@ -64,6 +66,11 @@ class Audit:
         self._stats: dict[str, WeightStats | None] = {}
 
     def run(self) -> Report:
+        with model_code():
+            return self._run()
+
+    def _run(self) -> Report:
+        self._check_values()
         self._place()
         probe = self._probe()
         self._check_baseline(probe)
@@ -77,7 +84,9 @@ class Audit:
         self.state = self._state()
         self.layers = self.sites.layers
         self.draws = Draws(self.sites.skeleton.params)
-        self.broken = self.sites.skeleton.non_finite()
+        broken = non_finite_state(self.sites)
+        self.broken = broken.names
+        self.notes += broken.notes
         checks: dict[str, Any] = {"deterministic": self.sites.deterministic, "non_finite": self.broken}
         checks |= {"culprit": self.sites.culprit} if self.sites.culprit else {}
         self.request.ranks.agree(lambda: self._fingerprint(probe))
@@ -86,6 +95,14 @@ class Audit:
             found = self._measure(probe, checks)
             network = self._network(found)
         return self._report(probe, found, network, checks)
+
+    def _check_values(self) -> None:
+        """Raise if the model has shapes only: nothing can be measured then."""
+        held = self.request.source.weights is not None
+        if held or not any(parameter.is_meta for parameter in self.model.parameters()):
+            return
+        hint = "build it on the CPU, or name its factory (build.py:model); jacdiag.sites() takes it as it is"
+        raise SourceError("the model is on the meta device: it has shapes and no values", hint=hint)
 
     # -- steps -----------------------------------------------------------------------------------------------------
     def _place(self) -> None:
@@ -98,7 +115,8 @@ class Audit:
         if r.inputs is not None:
             probe = Probe.of_inputs(r.inputs, seed=r.seed)
             return probe.to(pick(r.device)) if r.source.owned else probe
-        probe = build_probe(r.source, batch=r.batch, seq=r.seq, seed=r.seed, tokens=r.tokens, inputs=r.input_factory)
+        probe = build_probe(r.source, batch=r.batch, seq=r.seq, seed=r.seed, tokens=r.tokens, inputs=r.input_factory,
+                            trust_code=r.trust_code)  # fmt: skip
         return probe if r.source.device.type == "cpu" else probe.to(r.source.device)
 
     def _check_baseline(self, probe: Probe) -> None:
@@ -175,12 +193,18 @@ class Audit:
     def _through(self, probe: Probe) -> Share:
         """The figures that need the whole network: the gradient at every depth, the end-to-end norm."""
         r, profile = self.request, None
+        why: dict[str, str] = {}
         try:
             profile = gradient_profile(self.sites, probe.token_ids)
+        except MeasureError as error:  # the output has no loss; the norms do not need one
+            why["gradient_norms"] = one_line(error)
+        except (RuntimeError, NotImplementedError, TraceError) as error:
+            return Share(why={"end_to_end": one_line(error)})
+        try:
             through = end_to_end(self.sites, r.tol, r.confidence, r.max_products, r.seed)
         except (RuntimeError, NotImplementedError, MeasureError, TraceError) as error:
-            return Share(profile=profile, why={"end_to_end": one_line(error)})
-        return Share(profile=profile, through=through)
+            return Share(profile=profile, why={**why, "end_to_end": one_line(error)})
+        return Share(profile=profile, through=through, why=why)
 
     def _network(self, found: Share) -> NetworkRecord:
         notes = dict(found.why)
@@ -191,8 +215,7 @@ class Audit:
     def _decider(self) -> Callable[[Sublayer], Mapping[str, Callable[[float, float], bool]]]:
         def decided(site: Sublayer) -> Mapping[str, Callable[[float, float], bool]]:
             points = decision_points(
-                kind=site.kind, placement=site.placement, state=self.state, layers=self.layers,
-                parallel=site.parallel, thresholds=self.request.thresholds, profile=self.request.profile,
+                kind=site.kind, placement=site.placement, layers=self.layers, thresholds=self.request.thresholds,
             )  # fmt: skip
             return {name: _clear_of(points.get(name, ())) for name in ("branch_norm", "core_norm", "residual_norm")}
 
@@ -227,7 +250,7 @@ class Audit:
         with self._phase("contract"):
             contract = contract_of(self.sites, self.draws, self.model, self.layers, model.width or 0, model.vocabulary,
                                    r.contract, decayed)  # fmt: skip
-        off = self.state == "trained" and probe.record.tokens == "random"
+        off = self.state == "trained" and probe.record.is_random
         return Report(
             source=r.source.info,
             tier="measured",

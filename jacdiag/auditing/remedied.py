@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-import psutil
 from torch import nn
 
 from jacdiag.auditing.measured import Audit
@@ -19,6 +18,7 @@ from jacdiag.remedies import Bench, aims, remedies_for, tried
 from jacdiag.report import Report
 from jacdiag.report.remedy import with_fixes
 from jacdiag.sources import Source, load
+from jacdiag.sources.host_memory import free_host_memory
 
 WAYS = ("none", "first", "all", "begun")
 _SPARE = 1.5  # times the weights: memory that must be free for a copy and the work on it
@@ -68,13 +68,15 @@ def _check_room(request: Request, audit: Audit) -> None:
         raise MeasureError("the weights stay in their files")
     size = sum(p.numel() * p.element_size() for p in audit.model.parameters())
     on_cpu = all(p.device.type == "cpu" for p in audit.model.parameters())
-    if on_cpu and _SPARE * size > psutil.virtual_memory().available:
-        raise MeasureError(f"a copy of the model needs {size / 1e9:.1f} GB more memory than is free")
+    free = free_host_memory() if on_cpu else None
+    needed = _SPARE * size
+    if free is not None and needed > free:
+        raise MeasureError(f"a copy of the model needs {needed / 1e9:.2g} GB of memory, {free / 1e9:.2g} GB are free")
 
 
 def _teller(request: Request, count: int) -> Any:
     if request.progress is None:
-        return lambda name: None
+        return lambda _name: None
     request.progress.start(count, "trying remedies")
     return lambda name: request.progress.advance(1, name)  # type: ignore[union-attr]
 

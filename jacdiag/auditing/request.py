@@ -29,7 +29,7 @@ class Request:
     source: Source
     inputs: Any
     tokens: str | None
-    input_factory: str | None
+    input_factory: Any
     batch: int
     seq: int | None
     seed: int
@@ -53,6 +53,7 @@ class Request:
     products: bool
     remedies: str = "none"
     baseline: FiguresRecord | None = None
+    trust_code: bool = False  # of a tokenizer
 
     def options(self) -> dict[str, Any]:
         """What must be the same on every rank, beside the model and the probe."""

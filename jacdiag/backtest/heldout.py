@@ -20,7 +20,7 @@ from jacdiag.report.backtest import Estimate, HeldOut, Level, Transfer
 from jacdiag.report.figures import CONDITIONS, INIT
 from jacdiag.report.risk import RiskCurve
 
-RANGED = ("lr", "warmup", "width", "layers")
+RANGED = ("lr", "warmup", "width", "layers", "clip", "beta2")
 SURE = 1e-6  # no chance is nearer to 0 or 1 when it is scored
 LEAST = 10  # runs of either outcome that a curve needs before it may speak of others
 
@@ -178,6 +178,8 @@ def curves(board: Board, times: int, known: Container[str] = INIT) -> dict[str, 
             f: np.array([number for k in used if not math.isnan(number := number_of(board.factors[k].get(f)))])
             for f in RANGED}}  # fmt: skip
         ranges = {f: [float(v.min()), float(v.max())] for f, v in spans.items() if v.size}
+        if ranges.get("clip", [1.0])[0] <= 0:  # 0 stands for runs that did not clip: no range of numbers holds those
+            del ranges["clip"]
         found[stratum] = RiskCurve(
             stratum, name, curve.coefficients.tolist(), curve.covariance.tolist(), ranges,
             len(used), int(board.wrong[used].sum()), f"jacdiag backtest of {len(board.wrong)} runs",

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from jacdiag.errors import UsageError
 from jacdiag.report import Interval, Report, SublayerRecord, WeightRecord
 from jacdiag.report.probes import drawn_with, parting, spoken
 
@@ -76,6 +77,10 @@ def compare(a: Report, b: Report) -> Comparison:
         >>> compare(report_of_main, report_of_branch).first           # doctest: +SKIP
         Pair(depth=0, part='W_2', figure='std', a='h.0.mlp.c_proj.weight', ...)
     """
+    for given in (a, b):
+        if not isinstance(given, Report):
+            hint = "jacdiag.audit(SOURCE), or Report.from_json(TEXT)"
+            raise UsageError("compare takes two reports", got=f"type {type(given).__name__}", hint=hint)
     pairs = [*_weight_pairs(a, b), *_sublayer_pairs(a, b)]
     return Comparison(tuple(sorted(pairs, key=_place)), tuple(_notes(a, b)))
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from jacdiag.errors import SourceError, UsageError
 from jacdiag.report import SCHEMA_VERSION, FiguresRecord
+from jacdiag.sources.given import path_text
 
 _LARGEST = 256 * 2**20  # bytes
 
 
-def read_baseline(path: Path) -> FiguresRecord:
+def read_baseline(path: str | os.PathLike[str]) -> FiguresRecord:
     """Reads a baseline.
 
     Raises:
         SourceError: missing, or no baseline; UsageError: of a newer version.
     """
+    path = Path(path_text(path))
     try:
         if path.stat().st_size > _LARGEST:
             raise SourceError(f"'{path}' is no baseline", got=f"{path.stat().st_size:,} bytes")
@@ -38,12 +41,12 @@ def read_baseline(path: Path) -> FiguresRecord:
         raise SourceError(f"'{path}' is no baseline", got=str(error)) from error
 
 
-def write_baseline(path: Path, figures: FiguresRecord) -> None:
-    """Writes a baseline, whole or not at all; stable, so that a change shows as a small diff."""
-    from jacdiag.render.files import write_atomic
+def write_baseline(path: str | os.PathLike[str], figures: FiguresRecord) -> None:
+    """Writes a baseline, whole or not at all; stable, so that a change shows as a small diff. "-" is stdout."""
+    from jacdiag.render.files import write_output
 
     text = json.dumps(figures.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-    write_atomic(path, (text + "\n").encode())
+    write_output(path, (text + "\n").encode())
 
 
 def check_comparable(path: Path, now: FiguresRecord, before: FiguresRecord) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -12,16 +13,18 @@ from typing import Any
 from torch import nn
 
 from jacdiag.auditing import audit
-from jacdiag.errors import SourceError, UsageError
+from jacdiag.auditing.arguments import codes_of
+from jacdiag.errors import UsageError
 from jacdiag.gate.baseline import check_comparable, read_baseline
 from jacdiag.gate.locate import located
 from jacdiag.report import LEVELS, FiguresRecord, Finding, Report, RuleResult, Verdict
+from jacdiag.report.ranges import check_ranges
 from jacdiag.report.remedy import with_fixes
 from jacdiag.report.seeds import figures_of
 from jacdiag.report.thresholds import load_thresholds
 from jacdiag.rules import evaluate, selected
-from jacdiag.sources import Source, load
-from jacdiag.sources.factory import own_frames, seeded
+from jacdiag.sources import Source
+from jacdiag.sources.given import path_text, source_of
 
 PASS, FINDINGS, UNDECIDED = 0, 1, 3
 _MORE = 4  # times the products, where a rule stayed undecided
@@ -42,6 +45,11 @@ class Outcome:
     exit_code: int
     figures: FiguresRecord
 
+    def __str__(self) -> str:
+        """Return how the gate came out, and the summary of the report."""
+        words = {0: "passed", 1: "failed", 3: "undecided"}
+        return f"Gate {words.get(self.exit_code, '')} (exit code {self.exit_code})\n{self.report}"
+
 
 def gate(
     source: str | nn.Module | Callable[[], nn.Module],
@@ -54,6 +62,7 @@ def gate(
     fail_on: str = "error",
     model: str | None = None,
     model_args: dict[str, Any] | None = None,
+    key: str | None = None,
     trust_pickle: bool = False,
     thresholds: Mapping[str, Any] | None = None,
     profile: Any = "default",
@@ -86,23 +95,28 @@ def gate(
         >>> out.exit_code, out.report.settings["gate"]["seeds"]
         (0, 2)
     """
+    if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
+        raise UsageError(f"seeds cannot be {seeds!r}", hint="a number of initialisations, from 1 on")
+    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int | float) or not budget > 0):
+        raise UsageError(f"budget cannot be {budget!r}", hint="seconds, above 0")
+    check_ranges(seed=seed)
     if fail_on not in (*LEVELS, "never"):
-        raise UsageError("unknown level", got=fail_on, hint=f"one of {', '.join((*LEVELS, 'never'))}")
-    before = read_baseline(Path(baseline)) if baseline is not None else None
-    select, ignore = tuple(select), tuple(ignore)
+        raise UsageError("unknown level", got=str(fail_on), hint=f"one of {', '.join((*LEVELS, 'never'))}")
+    before = read_baseline(baseline) if baseline is not None else None
+    select, ignore = codes_of("select", select), codes_of("ignore", ignore)
     if all(rule.code.startswith("JD2") for rule in selected(select, ignore)):  # nothing that is selected asks for norms
         options["products"] = False
     runs = _Runs(
-        _opener(source, model, model_args, trust_pickle), inputs, budget,
+        _opener(source, model, model_args, key, trust_pickle), inputs, budget,
         {**options, "profile": profile, "select": select, "ignore": ignore, "thresholds": thresholds,
-         "decide": options.get("decide", True) and before is None, "state": state},
+         "decide": options.get("decide", True) and before is None, "state": state, "trust_pickle": trust_pickle},
         max_products, before,
     )  # fmt: skip
-    reports = runs.all(range(seed, seed + max(1, seeds)))
+    reports = runs.all(range(seed, seed + seeds))
     limits = load_thresholds(thresholds, options.get("risk"))
     figures = figures_of(reports, limits.limits("regression").warning or 0.0, command)
     if before is not None and baseline is not None:
-        check_comparable(Path(baseline), figures, before)
+        check_comparable(Path(path_text(baseline)), figures, before)
     first = replace(reports[0], figures=figures, baseline=before)
     judged = evaluate(first, thresholds=limits, profile=profile, select=select, ignore=ignore)
     told = _together([judged, *reports[1:]])
@@ -122,27 +136,18 @@ def gate(
 Opener = Callable[[int], Source]
 
 
-def _opener(source: Any, model: str | None, model_args: dict[str, Any] | None, trust: bool) -> tuple[Opener, str]:
+def _opener(
+    source: Any, model: str | None, model_args: dict[str, Any] | None, key: str | None, trust: bool
+) -> tuple[Opener, str]:
     """How a fresh model of a seed is made, and what names it in the user's code."""
-    if isinstance(source, str):
-        return lambda seed: load(source, model=model, model_args=model_args, trust_pickle=trust, seed=seed), source
-    if isinstance(source, nn.Module):
-        return lambda seed: Source.of_module(source), ""
+    spec = path_text(source) if isinstance(source, str | bytes | os.PathLike) else ""
 
-    def build(seed: int) -> Source:
-        try:
-            with seeded(seed):
-                made = source()
-        except Exception as error:
-            raise SourceError("the function that builds the model raised", got=own_frames(error)) from error
-        if not isinstance(made, nn.Module):
-            got = f"type {type(made).__name__}"
-            raise SourceError("the function that builds the model returned no nn.Module", got=got)
-        found = Source.of_module(made)
-        found.info["format"] = "factory"
-        return found
+    def open_with(seed: int) -> Source:
+        return source_of(
+            source, model=model, model_args=model_args, key=key, trust_pickle=trust, seed=seed
+        )
 
-    return build, ""
+    return open_with, spec
 
 
 class _Runs:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jacdiag.errors import MeasureError
 from jacdiag.report.record import Record
 from jacdiag.report.schema import Growth, Interval, NetworkRecord, SublayerRecord
 from jacdiag.spectra import JacobianOperator, independent_dims, top_singular
@@ -37,10 +38,12 @@ def language_model_loss(output: Any, token_ids: Tensor | None, seed: int = 0) ->
     gives logits of the last position only, cross entropy against random tokens; else a random linear functional.
     """
     logits = _logits(output)
+    if logits is None:
+        raise MeasureError("the model's output holds no floating tensor: it has no loss")
     generator = torch.Generator().manual_seed(seed)
     if token_ids is not None and logits.dim() == 3 and logits.shape[0] == token_ids.shape[0]:
         if logits.shape[1] == token_ids.shape[1] > 1 and int(token_ids.max()) < logits.shape[2]:
-            targets = token_ids[:, 1:].reshape(-1).to(logits.device)
+            targets = token_ids[:, 1:].reshape(-1).to(logits.device).long()
             return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets), "next-token cross entropy"
         if logits.shape[1] == 1:
             targets = torch.randint(logits.shape[2], (logits.shape[0],), generator=generator).to(logits.device)
@@ -49,13 +52,13 @@ def language_model_loss(output: Any, token_ids: Tensor | None, seed: int = 0) ->
     return (weight * logits).sum() / logits.numel() ** 0.5, "random linear functional of the output"
 
 
-def _logits(output: Any) -> Tensor:
+def _logits(output: Any) -> Tensor | None:
     named = getattr(output, "logits", None)
     if isinstance(named, Tensor):
         return named
     found: list[Tensor] = []
     collect_deep(output, found)
-    return next(t for t in found if t.is_floating_point() and t.dim() >= 1)
+    return next((t for t in found if t.is_floating_point() and t.dim() >= 1), None)
 
 
 def gradient_profile(sites: Sites, token_ids: Tensor | None) -> GradientProfile | None:
@@ -110,7 +113,7 @@ def end_to_end(sites: Sites, tol: float, confidence: float, max_products: int, s
     with sites.replayer.whole_graph():
         operator = JacobianOperator(segment, first.shortcut, batch_dims=())
     dims = _trivially_independent([sites[k] for group in groups for k in group.sites])
-    if dims is None:
+    if dims is None or not _keeps(dims, operator.value.shape):
         dims = independent_dims(operator.pull_shaped, first.shortcut.shape, operator.value.shape, first.feature_dim,
                                 first.shortcut.dtype, first.shortcut.device, generator)  # fmt: skip
     operator.set_batch_dims(dims)
@@ -132,6 +135,11 @@ def _trivially_independent(members: Sequence[Sublayer]) -> tuple[int, ...] | Non
         if site.shortcut.shape == shape and set(site.independent(keep=False)) <= set(ones):
             return ones
     return None
+
+
+def _keeps(dims: tuple[int, ...], shape: torch.Size) -> bool:
+    """Whether dimensions of size 1 have size 1 at the stream's end too: some models flatten in between."""
+    return all(d < len(shape) and shape[d] == 1 for d in dims)
 
 
 def _end_of(sites: Sites) -> int:

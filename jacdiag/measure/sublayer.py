@@ -18,6 +18,7 @@ from jacdiag.measure.figures import gain_interval, spread_of
 from jacdiag.measure.linearise import Linearised, linearise, residual_map
 from jacdiag.measure.norms import Effort, Solver, heads_norm
 from jacdiag.report.schema import Interval, SublayerRecord, WeightStats
+from jacdiag.sources.factory import is_foreign
 from jacdiag.spectra import JacobianOperator, Summed
 from jacdiag.trace import Sublayer
 
@@ -52,6 +53,10 @@ def measure_group(
             except SourceError:  # the weights could not be read: nothing that follows could be
                 raise
             except (JacdiagError, RuntimeError, NotImplementedError) as error:
+                records.append(_blank(site, token_ids, _why(site, error)))
+            except Exception as error:  # in the model's own code: a backward that raises
+                if not is_foreign(error):
+                    raise
                 records.append(_blank(site, token_ids, _why(site, error)))
         if len(sites) > 1 and len(built) == len(sites):
             joint = _joint_residual(built, effort)

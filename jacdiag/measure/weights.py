@@ -1,22 +1,16 @@
-"""What weights say without a forward: std and norm of each matrix, the paper's closed forms, the weights-only tier."""
+"""What weights say without a forward: std and norm of each matrix, and the closed forms of the paper."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from jacdiag.errors import UsageError
-from jacdiag.measure.by_name import contract_by_name
 from jacdiag.measure.draws import std_of
-from jacdiag.measure.figures import spread_of
-from jacdiag.measure.state import detect_state
-from jacdiag.report.schema import Kind, ModelRecord, Report, Spread, SublayerRecord, WeightStats
-from jacdiag.sources import Source, gpt
+from jacdiag.report.schema import WeightStats
+from jacdiag.sources import gpt
 from jacdiag.spectra import DenseOperator, top_singular
 from jacdiag.trace.tensors import is_finite
 
@@ -109,152 +103,3 @@ def weight_stats(
     generator = torch.Generator().manual_seed(seed)
     solution = top_singular(DenseOperator(matrix), tol=_NORM_WIDTH, max_products=400, generator=generator)
     return WeightStats(name, list(tensor.shape), std, float(solution.upper.max()))
-
-
-# -- the weights-only tier --------------------------------------------------------------------------------------------
-_LAYER = re.compile(r"^(.*?\.)?(\d+)\.(.+)$")
-_ATTENTION = re.compile(r"attn|attention|(^|[._])(q|k|v|o|qkv|query|key|value)(_proj|_lin|_b_proj)?([._]|$)", re.I)
-_OUTPUT = re.compile(r"(^|[._])(o_proj|out_proj|c_proj|wo|proj|dense|o|out_lin|output)([._]|$)", re.I)
-_GATE = re.compile(r"gate|(^|[._])w1([._]|$)", re.I)
-_EMBEDDING = re.compile(
-    r"(^|[._])(wte|tok_embeddings|embed_tokens|embed_in|word_embeddings?|token_emb\w*|shared|embed\w*)([._]|$)", re.I
-)
-_POSITION = re.compile(r"wpe|pos(ition)?", re.I)
-_HEAD = re.compile(r"(^|[._])(lm_head|output|head|embed_out)([._]|$)", re.I)
-_LETTERS = (
-    ("W_QKV", r"c_attn|qkv|query_key_value|in_proj|wqkv|attn_qkv"),
-    ("W_Q", r"(^|[._])(w?q|q_proj|query)([._]|$)"),
-    ("W_K", r"(^|[._])(w?k|k_proj|key)([._]|$)"),
-    ("W_V", r"(^|[._])(w?v|v_proj|value)([._]|$)"),
-)
-
-
-@dataclass
-class _Part:
-    """The matrices of one sub-layer, found by name."""
-
-    name: str
-    layer: int
-    kind: Kind
-    weights: dict[str, WeightStats] = field(default_factory=dict)
-
-
-def weights_report(source: Source) -> Report:
-    """The report of a state dict without a model: roles by name and shape, std, norm, Eq. 15 at the embedding's sigma.
-
-    Nothing is run, so that no Jacobian is measured, and placements are unknown. Eq. 15 is given at the first layer,
-    where sigma_x' is that of the embedding's rows; a scale or a norm on the embedding is not visible in weights.
-    """
-    state = {name: t for name, t in source.state.items() if t.is_floating_point()}
-    matrices = [name for name, t in state.items() if t.dim() >= 2]
-    phase = "init" if source.step == 0 else detect_state(state, [n for n in matrices if _LAYER.match(n)])
-    embedding = next(
-        (n for n in matrices if _EMBEDDING.search(n) and not _POSITION.search(n) and not _LAYER.match(n)), None
-    )
-    rows = spread_of(state[embedding]) if embedding is not None else None
-    parts = _parts({name: state[name] for name in matrices})
-    records = [_record(k, part, phase, rows) for k, part in enumerate(parts)]
-    outside = {n: s for n in matrices if not _LAYER.match(n) and (s := _plain(n, state[n])) is not None}
-    covered = {s.parameter for part in parts for s in part.weights.values()} | set(outside)
-    left = [name for name in state if name not in covered and state[name].dim() >= 2]
-    notes = [*([f"weights only: {source.why_weights}"] if source.why_weights else []), *source.notes]
-    return Report(
-        source=source.info,
-        tier="weights",
-        state=phase,
-        probe=None,
-        model=ModelRecord(
-            name="",
-            parameters=sum(t.numel() for t in state.values()),
-            layers=len({part.layer for part in parts}),
-            width=int(state[embedding].shape[1]) if embedding else None,
-            covered_parameters=sum(t.numel() for n, t in state.items() if n in covered or t.dim() < 2),
-            uncovered=left,
-            uncovered_reasons=dict.fromkeys(left, "no role could be told from its name and shape"),
-            weights=outside,
-        ),
-        sublayers=records,
-        settings={"checks": {"non_finite": [n for n, t in state.items() if not bool(torch.isfinite(t).all())]}},
-        notes=notes,
-        contract=contract_by_name(
-            state, len({part.layer for part in parts}), int(state[embedding].shape[1]) if embedding else None
-        ),
-    )
-
-
-def _plain(name: str, tensor: Tensor) -> WeightStats | None:
-    """An embedding or a head: the std only; the norm of a table of 50,000 rows says nothing here."""
-    kind = "embedding" if _EMBEDDING.search(name) or _POSITION.search(name) else "head" if _HEAD.search(name) else ""
-    return WeightStats(name, list(tensor.shape), float(tensor.double().std(correction=0))) if kind else None
-
-
-def _parts(matrices: Mapping[str, Tensor]) -> list[_Part]:
-    """Groups the matrices of each layer into attention and FFN."""
-    found: dict[tuple[str, str], _Part] = {}
-    for name, tensor in matrices.items():
-        match = _LAYER.match(name)
-        if match is None or tensor.dim() < 2 or min(tensor.shape[-2:]) < 2:
-            continue
-        stem, layer, inner = match[1] or "", int(match[2]), match[3]
-        attention = _ATTENTION.search(inner) is not None
-        first = inner.split(".")[0] if "." in inner.removesuffix(".weight") else ("attn" if attention else "mlp")
-        kind: Kind = "attention" if attention else "moe" if "expert" in inner else "mlp"
-        part = found.setdefault((f"{stem}{layer}", kind), _Part(f"{stem}{layer}.{first}", layer, kind))
-        stats = weight_stats(name, tensor)
-        if stats is not None:
-            part.weights[_role(kind, inner, tensor, part)] = stats
-    return sorted(found.values(), key=lambda p: p.layer)
-
-
-def _role(kind: str, inner: str, tensor: Tensor, part: _Part) -> str:
-    if kind == "attention":
-        role = next((r for r, pattern in _LETTERS if re.search(pattern, inner)), "W_O" if _OUTPUT.search(inner) else "")
-    else:
-        down = _OUTPUT.search(inner) or re.search(r"down|fc2|fc_out|w2|dense_4h_to_h|wo", inner)
-        role = "W_2" if down else "W_gate" if _GATE.search(inner) else "W_1"
-    return role if role and role not in part.weights else inner
-
-
-def _record(index: int, part: _Part, phase: str, rows: Spread | None) -> SublayerRecord:
-    why = "weights only: no model was run"
-    fields = (
-        "shortcut_std",
-        "branch_norm",
-        "residual_norm",
-        "core_norm",
-        "norm_gain",
-        "placement",
-        "bound",
-        "tightness",
-    )
-    notes = dict.fromkeys(fields, why)
-    bound = None
-    if part.layer == 0 and part.kind == "mlp" and rows is not None:
-        bound, notes["bound"] = _first_bound(part, phase, rows)
-        notes["shortcut_std"] = (
-            "that of the embedding's rows; a scale or a norm on the embedding is not visible in weights"
-        )
-    elif part.kind == "mlp":
-        notes["bound"] = "Eq. 15 needs sigma_x', which only the first layer's embedding gives"
-    return SublayerRecord(
-        name=part.name,
-        index=index,
-        depth=part.layer,
-        kind=part.kind,
-        placement=None,
-        shortcut_std=rows if part.layer == 0 else None,
-        shortcut_gain=None,
-        bound=bound,
-        weights=part.weights,
-        parameters=[s.parameter for s in part.weights.values()],
-        notes={key: note for key, note in notes.items() if note},
-    )
-
-
-def _first_bound(part: _Part, phase: str, rows: Spread) -> tuple[float | None, str]:
-    w1, w2 = part.weights.get("W_1"), part.weights.get("W_2")
-    if phase != "init":
-        return None, "Eq. 15 describes an initial state; these weights are trained"
-    if w1 is None or w2 is None or w1.std is None or w2.std is None or len(part.weights) != 2 or not rows.median > 0:
-        return None, "Eq. 15 is for an FFN of two matrices"
-    return bound_ffn(w1.std, w2.std, rows.median, min(w1.shape), max(w1.shape)), ""

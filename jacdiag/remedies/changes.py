@@ -160,11 +160,11 @@ class _Times:
     def __init__(self, factor: float) -> None:
         self.factor = factor
 
-    def __call__(self, module: nn.Module, args: object, output: Tensor) -> Tensor:
+    def __call__(self, _module: nn.Module, _args: object, output: Tensor) -> Tensor:
         return output * self.factor
 
 
-def _times_parameter(module: nn.Module, args: object, output: Tensor) -> Tensor:
+def _times_parameter(module: nn.Module, _args: object, output: Tensor) -> Tensor:
     return output * module.get_parameter("scale")
 
 
@@ -189,7 +189,7 @@ class NormOutput:
         ]
 
 
-def _normed(module: nn.Module, args: object, output: Tensor) -> Tensor:
+def _normed(module: nn.Module, _args: object, output: Tensor) -> Tensor:
     normed: Tensor = module.get_submodule("norm")(output)
     return normed
 

@@ -52,7 +52,7 @@ class Bench:
 
 def tried(
     report: Report, model: nn.Module, remedies: Sequence[Remedy], bench: Bench, *, every: bool = False,
-    told: Callable[[str], None] = lambda name: None,
+    told: Callable[[str], None] = lambda _name: None,
 ) -> tuple[list[RemedyRecord], list[str]]:
     """Tries remedies in turn, on copies; the first sufficient one ends it.
 

@@ -6,9 +6,11 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+from jacdiag.render.letters import Form, spelled
 from jacdiag.report import Report
 
 FORMATS = ("gate", "comment", "markdown", "github", "sarif", "junit")
+_FORMS: dict[str, Form] = {"comment": "markdown", "markdown": "markdown", "sarif": "json", "junit": "xml"}
 
 
 def main(args: list[str]) -> int:
@@ -20,7 +22,8 @@ def main(args: list[str]) -> int:
     except (OSError, ValueError, TypeError) as error:
         print(f"error: cannot read the report '{args[0]}'\n  got: {error}", file=sys.stderr)
         return 2
-    sys.stdout.write(import_module(f"jacdiag.render.{args[1]}").render(report))
+    text = import_module(f"jacdiag.render.{args[1]}").render(report)
+    sys.stdout.write(spelled(text, sys.stdout.encoding, _FORMS.get(args[1], "text")))
     return 0
 
 

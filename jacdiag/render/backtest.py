@@ -8,7 +8,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from jacdiag.render.curves import INK, PALE
-from jacdiag.render.files import write_atomic
+from jacdiag.render.files import write_output
 from jacdiag.render.plot import check_suffix
 from jacdiag.report.backtest import BacktestReport, Detector, Estimate, HeldOut, Ranking
 
@@ -163,7 +163,7 @@ def save(report: BacktestReport, path: str | os.PathLike[str]) -> None:
     buffer = io.BytesIO()
     with style.context(_STYLE, after_reset=True):
         draw(report).savefig(buffer, format=suffix[1:], dpi=150, metadata=undated)
-    write_atomic(path, buffer.getvalue())
+    write_output(path, buffer.getvalue())
 
 
 def draw(report: BacktestReport) -> Figure:

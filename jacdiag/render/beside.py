@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from jacdiag.render.markdown import _safe
-from jacdiag.render.numbers import three
+from jacdiag.render.numbers import between, three
 from jacdiag.render.words import legible
 
 HEAD = ("depth", "part", "figure", "A", "B", "B / A", "")
@@ -32,18 +32,21 @@ class PairLike(Protocol):
 def rows(pairs: Sequence[PairLike]) -> list[tuple[str, ...]]:
     """One row of cells per pair, under `HEAD`."""
     return [
-        ("-" if p.depth is None else str(p.depth), p.part, p.figure, _cell(p.old, p.a), _cell(p.new, p.b),
+        ("-" if p.depth is None else str(p.depth), p.part, p.figure, _cell(p, p.old, p.a), _cell(p, p.new, p.b),
          three(p.ratio) if p.ratio is not None else "", "◀" if p.parts else "")
         for p in pairs
     ]  # fmt: skip
 
 
-def _cell(ends: tuple[float, float, float] | None, name: str) -> str:
+def _cell(pair: PairLike, ends: tuple[float, float, float] | None, name: str) -> str:
+    """Return one figure of one model: a norm as its interval, a middle with the range around it if that is wide."""
     if ends is None:
         return "missing" if not name else "not measured"
     lower, middle, upper = ends
+    if pair.figure.endswith("_norm"):
+        return between(lower, upper)
     if lower <= 0 or upper > lower * 1.1:
-        return f"{three(middle)} [{three(lower)}, {three(upper)}]"
+        return f"{three(middle)} ({between(lower, upper)})"
     return three(middle)
 
 
@@ -57,7 +60,9 @@ def verdict(pairs: Sequence[PairLike]) -> str:
         return f"no figure of {len(pairs)} parts beyond its interval"
     where = "outside the layers" if first.depth is None else f"at depth {first.depth}"
     names = first.a if first.a == first.b else f"{first.a or 'nothing'} beside {first.b or 'nothing'}"
-    figures = f" {_cell(first.old, first.a)} beside {_cell(first.new, first.b)}" if first.old or first.new else ""
+    figures = ""
+    if first.old or first.new:
+        figures = f" {_cell(first, first.old, first.a)} beside {_cell(first, first.new, first.b)}"
     what = f"they part first {where}: {first.part} {first.figure}{figures} ({names})"
     return str(legible(f"{what}; {count} of {len(pairs)} figures part"))
 

@@ -85,7 +85,7 @@ def _largest_core(report: Report) -> str:
     pre = [row for row in report.sublayers if row.placement == "pre" and not row.nested]
     missing = sum(row.core_norm is None for row in pre)
     rest = f"; not measured at {missing} of {len(pre)} sub-layers" if missing else ""
-    return f"core ‖J‖·√(2N) at most {spoken(scaled)}, at {worst.name}{rest}"
+    return f"largest core ‖J‖·√(2N) {spoken(scaled)}, at {worst.name}{rest}"
 
 
 def _smallest_shortcut(report: Report) -> str:

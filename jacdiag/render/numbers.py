@@ -1,4 +1,4 @@
-"""Numbers as a person writes them: three significant digits, intervals as ± while narrow, the point aligned."""
+"""Numbers as a person writes them: three significant digits, intervals by their ends, the points in a line."""
 
 from __future__ import annotations
 
@@ -7,65 +7,66 @@ import re
 from collections.abc import Sequence
 
 from jacdiag.report import Interval
-from jacdiag.report.numbers import ABSENT, PLAIN_FROM, PLAIN_TO, decimals, last_digit, outward, three, written
+from jacdiag.report.numbers import ABSENT, between, outward, three
 
 __all__ = [
-    "ABSENT", "aligned", "bar", "counted", "decimals", "gist", "memory", "outward", "seconds", "share", "spoken",
-    "three",
+    "ABSENT", "aligned", "bar", "between", "counted", "memory", "outward", "seconds", "share", "spoken", "three",
 ]  # fmt: skip
 
-NARROW = 0.10  # half-width over estimate up to which ± still reads as "about this much"
+_TO = " to "  # between the ends of an interval
 
 
 def spoken(interval: Interval | None) -> str:
-    """An interval as a person reads it: "23.3 ±0.9" while it is narrow, "[17.1, 29.0]" while it is wide.
-
-    The ± is the distance from the estimate to the farther end, rounded up, so that it never promises too much.
+    """Return an interval as a person reads it: its two ends, or one number if it has no width.
 
     >>> spoken(Interval(estimate=23.3, lower=23.29, upper=24.1))
-    '23.3 ±0.8'
-    >>> spoken(Interval(estimate=20.0, lower=19.9, upper=30.0))
-    '[19.9, 30.0]'
+    '23.2 to 24.1'
+    >>> spoken(Interval.exact(0.0283)), spoken(None)
+    ('0.0283', '–')
     """
     if interval is None:
         return ABSENT
-    middle, low, high = interval.estimate, interval.lower, interval.upper
-    if not (math.isfinite(middle) and math.isfinite(low) and math.isfinite(high)):
-        return three(middle) if not math.isfinite(middle) else f"[{three(low)}, {three(high)}]"
-    reach = max(high - middle, middle - low)
-    if reach <= 1e-9 * abs(middle):
-        return three(middle)
-    if reach > NARROW * abs(middle) or not PLAIN_FROM <= abs(middle) < PLAIN_TO:
-        return f"[{outward(low, down=True)}, {outward(high, down=False)}]"
-    last = last_digit(middle)
-    return f"{three(middle)} ±{written(max(1, math.ceil(reach / last - 1e-6)) * last, decimals(middle))}"
-
-
-def gist(interval: Interval) -> str:
-    """An interval in running text: its estimate while it is narrow, both ends while it is wide."""
-    return spoken(interval).split(" ±")[0]
+    if not math.isfinite(interval.estimate):
+        return three(interval.estimate)
+    return between(interval.lower, interval.upper)
 
 
 def aligned(cells: Sequence[str]) -> list[str]:
-    """Pads texts to one width so that the points of their leading numbers stand below each other.
+    """Pad texts to one width so that the points of their numbers stand in a line, both ends of intervals included.
 
     >>> aligned(["35.7", "9.80", "1234"])
     ['  35.7 ', '   9.80', '1234   ']
+    >>> aligned(["9.83 to 10.4", "0.456 to 0.502"])
+    ['9.83  to 10.4  ', '0.456 to  0.502']
     """
-    parts = [_split(cell) for cell in cells]
+    ends = [cell.partition(_TO) for cell in cells]
+    lowers = _on_the_point([lower for lower, _, _ in ends])
+    uppers = _on_the_point([upper for _, _, upper in ends])
+
+    padded = []
+    for lower, (_, separator, _), upper in zip(lowers, ends, uppers, strict=True):
+        padded.append(f"{lower}{separator}{upper}" if separator else lower)
+
+    width = max((len(cell) for cell in padded), default=0)
+    return [f"{cell:<{width}}" for cell in padded]
+
+
+def _on_the_point(numbers: Sequence[str]) -> list[str]:
+    """Pad single numbers on both sides."""
+    parts = [_split(number) for number in numbers]
     left = max((len(head) for head, _ in parts), default=0)
     right = max((len(tail) for _, tail in parts), default=0)
     return [f"{head:>{left}}{tail:<{right}}" for head, tail in parts]
 
 
-_INTEGER_PART = re.compile(r"\[?-?[\d,]*\d")
+_INTEGER_PART = re.compile(r"-?[\d,]*\d")
 
 
-def _split(cell: str) -> tuple[str, str]:
-    """Cuts a text behind the integer part of its leading number; words and "–" have none and end at the point."""
-    match = _INTEGER_PART.match(cell)
-    cut = match.end() if match else len(cell)
-    return cell[:cut], cell[cut:]
+def _split(number: str) -> tuple[str, str]:
+    """Cut a text after the integer part of its leading number; words and "–" have none and end at the point."""
+    match = _INTEGER_PART.match(number)
+    cut = match.end() if match else len(number)
+    return number[:cut], number[cut:]
 
 
 def counted(number: int) -> str:

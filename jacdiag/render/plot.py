@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,9 +13,9 @@ from typing import TYPE_CHECKING
 from jacdiag.errors import UsageError
 from jacdiag.render import words
 from jacdiag.render.curves import INK, PALE, Curve, extent, factors, gains, is_split, missing, places, zeros
-from jacdiag.render.files import write_atomic
+from jacdiag.render.files import is_streamed, leads_to_stdout, write_output
 from jacdiag.render.marks import threshold
-from jacdiag.render.numbers import gist
+from jacdiag.render.numbers import spoken
 from jacdiag.report import Report
 
 if TYPE_CHECKING:
@@ -36,10 +37,10 @@ def save(report: Report, path: str | os.PathLike[str]) -> None:
 
     Args:
         report: what to draw.
-        path: where to.
+        path: where to; the string "-" is stdout. See `jacdiag.render.files.write_output` for devices and links.
 
     Raises:
-        UsageError: another suffix, or a folder that cannot be written to.
+        UsageError: another suffix, or a path that cannot be written to.
 
     Example:
         >>> save(report, "gain.png")                              # doctest: +SKIP
@@ -52,15 +53,28 @@ def save(report: Report, path: str | os.PathLike[str]) -> None:
     with style.context(_STYLE, after_reset=True), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # a name may hold characters that the font lacks
         draw(report).savefig(buffer, format=suffix[1:], dpi=_DPI, metadata=undated)
-    write_atomic(path, buffer.getvalue())
+    write_output(path, buffer.getvalue())
 
 
 def check_suffix(path: str | os.PathLike[str]) -> str:
-    """Returns the suffix of a picture's path, or raises UsageError for one that is no picture format here."""
+    """Return the suffix that chooses a picture's format.
+
+    What is written through (stdout, a device, a pipe) needs none of them: PNG is the default there.
+
+    Args:
+        path: where the picture goes.
+
+    Raises:
+        UsageError: no picture format has this suffix, or the picture would go to a terminal.
+    """
+    if leads_to_stdout(path) and sys.stdout.isatty():
+        raise UsageError("a picture cannot be written to a terminal", hint="redirect stdout, or name a file")
     suffix = Path(path).suffix.lower()
-    if suffix not in FORMATS:
-        raise UsageError(f"cannot draw to '{path}'", got=f"suffix '{suffix}'", hint="end it in .png, .svg or .pdf")
-    return suffix
+    if suffix in FORMATS:
+        return suffix
+    if is_streamed(path):
+        return ".png"
+    raise UsageError(f"cannot draw to '{path}'", got=f"suffix '{suffix}'", hint="end it in .png, .svg or .pdf")
 
 
 def draw(report: Report) -> Figure:
@@ -202,7 +216,7 @@ def _worst(axes: Axes, report: Report) -> None:
     row, value = worst
     leftish = _leftish(report)
     axes.annotate(
-        f"{gist(value)}  {_cut(row.name, _LONGEST_NAME)}",
+        f"{spoken(value)}  {_cut(row.name, _LONGEST_NAME)}",
         (places(report)[row.name], value.upper if math.isfinite(value.upper) else value.estimate),
         xytext=(10 if leftish else -10, 4),
         textcoords="offset points",

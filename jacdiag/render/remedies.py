@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jacdiag.render.numbers import three
+from jacdiag.render.numbers import between, three
 from jacdiag.report import Outlook, RemedyRecord, Report
 from jacdiag.report.remedy import aims
 
@@ -46,11 +46,11 @@ def _nearest(tried: Sequence[RemedyRecord]) -> RemedyRecord:
 
 
 def effect(remedy: RemedyRecord) -> str:
-    """ "worst branch gain 23.3 → 1.1, both conditions met"."""
+    """ "worst branch gain 23.2 to 24.1 → 1.05 to 1.10, both conditions met"."""
     before, after = remedy.before, remedy.after
     parts = []
     if before.branch_norm is not None and after.branch_norm is not None:
-        parts.append(f"worst branch gain {_span(before.branch_norm)} → {_span(after.branch_norm)}")
+        parts.append(f"worst branch gain {between(*before.branch_norm)} → {between(*after.branch_norm)}")
     if before.norm_gain is not None and after.norm_gain is not None and before.norm_gain != after.norm_gain:
         parts.append(f"1/σ gain {three(before.norm_gain)} → {three(after.norm_gain)}")
     return ", ".join([*parts, _conditions(after)])
@@ -94,7 +94,7 @@ def _why_none(report: Report) -> str:
 
 
 def _row(name: str, figures: Outlook, enough: str, price: str) -> str:
-    branch = _span(figures.branch_norm) if figures.branch_norm is not None else "-"
+    branch = between(*figures.branch_norm) if figures.branch_norm is not None else "-"
     gain = three(figures.norm_gain) if figures.norm_gain is not None else "-"
     left = ", ".join([*figures.fired, *(f"{code} undecided" for code in figures.undecided)]) or "no warning or error"
     return f"| {name} | {branch} | {gain} | {left} | {enough} | {price} |"
@@ -126,12 +126,6 @@ def _kept(remedy: RemedyRecord) -> str:
 
 def _on_seeds(remedy: RemedyRecord) -> str:
     return f", on seeds {remedy.seeds[0]} to {remedy.seeds[-1]}" if len(remedy.seeds) > 1 else ""
-
-
-def _span(ends: Sequence[float]) -> str:
-    """The Ritz value while the interval is narrow, as in the table; both ends while it is wide."""
-    lower, upper = ends
-    return three(lower) if upper <= lower * 1.1 else f"{three(lower)} to {three(upper)}"
 
 
 def _upper(ends: Sequence[float] | None) -> float:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jacdiag.errors import UsageError, clipped, printable
 from jacdiag.render.curves import INK, PALE
-from jacdiag.render.files import write_atomic
+from jacdiag.render.files import write_output
 from jacdiag.render.heat import Heat, heat_of
 from jacdiag.render.plot import check_suffix
 from jacdiag.report.runlog import RunLog
@@ -39,7 +39,7 @@ def save_run(run: RunLog, path: str | os.PathLike[str]) -> None:
     with style.context(_STYLE, after_reset=True), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")
         draw_run(run).savefig(buffer, format=suffix[1:], dpi=150, metadata=undated)
-    write_atomic(path, buffer.getvalue())
+    write_output(path, buffer.getvalue())
 
 
 def draw_run(run: RunLog) -> Figure:

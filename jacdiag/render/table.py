@@ -9,6 +9,7 @@ from rich.text import Text
 from jacdiag.render import lines as below
 from jacdiag.render import words
 from jacdiag.render.grid import Column, Gap, Grid, build
+from jacdiag.render.letters import spelled
 from jacdiag.render.marks import SIGNS
 from jacdiag.report import Report
 
@@ -53,6 +54,20 @@ def print_report(report: Report, console: Console, *, all_rows: bool = False, so
         line.rstrip()
         line = Text(line.plain) if console.no_color else line
         console.print(line, soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+
+def show_report(report: Report, width: int | None = None, **options: Any) -> None:
+    """Print a report to stdout, spelled as its encoding can hold it.
+
+    Args:
+        report: what to print.
+        width: characters a line; that of the terminal if not given.
+        options: of `print_report`.
+    """
+    console = Console(width=width)
+    with console.capture() as capture:
+        print_report(report, console, **options)
+    console.file.write(spelled(capture.get(), console.encoding))
 
 
 def _header(report: Report, width: int | None) -> list[Text]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
 from jacdiag.render.grid import badness
 from jacdiag.render.marks import FIELD_OF_RULE
-from jacdiag.render.numbers import counted, gist, share, three
+from jacdiag.render.numbers import counted, share, spoken, three
 from jacdiag.report import Interval, Report, SublayerRecord
 from jacdiag.report.record import Record
+
+_OTHERS = 4  # sets of tensors that the header names
 
 
 def legible(value: Any) -> Any:
@@ -32,10 +34,26 @@ def legible(value: Any) -> Any:
 
 def header(report: Report) -> list[list[str]]:
     """The lines above the table, as lists of parts that are joined by a dot."""
-    return [
+    lines = [
         [f"jacdiag {report.jacdiag}".strip(), source_name(report), model_words(report), state_words(report)],
         _probe(report),
     ]
+    read = read_words(report.source)
+    return [*lines, read] if read else lines
+
+
+def read_words(source: Mapping[str, Any]) -> list[str]:
+    """Return what was read of a file and what else it holds, as parts of a line; nothing if it holds nothing else.
+
+    >>> read_words({"key": "model", "others": ["ema (moving average, 40 tensors)"]})
+    ['read: model', 'also in the file: ema (moving average, 40 tensors)']
+    """
+    others = source.get("others")
+    if not others:
+        return []
+    shown = ", ".join(map(str, others[:_OTHERS]))
+    more = f" and {len(others) - _OTHERS} more" if len(others) > _OTHERS else ""
+    return [f"read: {source.get('key') or 'the tensors at the top'}", f"also in the file: {shown}{more}"]
 
 
 def source_name(report: Report) -> str:
@@ -89,7 +107,11 @@ def _probe(report: Report) -> list[str]:
         return ["weights only: no model was run", plural(len(report.sublayers), "sub-layer"), plan]
     probe, settings = report.probe, report.settings
     size = f"{probe.batch} x {probe.seq}" if probe.seq else f"batch {probe.batch}"
-    words = {"random": f"{size} random tokens, seed {probe.seed}", "inputs": f"{size}, from --inputs"}
+    words = {
+        "random": f"{size} random tokens, seed {probe.seed}",
+        "random pixels": f"{size} of random pixels, seed {probe.seed}",
+        "inputs": f"{size}, from --inputs",
+    }
     if replayed := settings.get("replayed"):
         step = replayed.get("batch_step")
         words["inputs"] = f"{size}, from --replay" + (f", the batch of step {step:,}" if step is not None else "")
@@ -124,7 +146,7 @@ def condition(report: Report, code: str) -> str:
 def headline(report: Report) -> str:
     """The verdict in words, one line: for the top of the verdict block, the picture's title, a Markdown heading."""
     worst = worst_branch(report)
-    gain = f"worst branch gain {gist(worst[1])} at {worst[0].name}" if worst else ""
+    gain = f"worst branch gain {spoken(worst[1])} at {worst[0].name}" if worst else ""
     if report.tier == "weights":
         return _weights_headline(report)
     errors = [f for f in report.findings if f.level == "error" and f.code not in FIELD_OF_RULE]

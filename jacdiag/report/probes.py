@@ -38,7 +38,11 @@ def spoken(facts: Facts) -> str:
     """ "2 x 64 random tokens, float32"."""
     seq, tokens = facts.get("seq"), facts.get("tokens")
     size = f"{facts.get('batch')} x {seq}" if seq else f"batch {facts.get('batch')}"
-    named = {"random": f"{size} random tokens", "inputs": f"{size}, from --inputs"}
+    named = {
+        "random": f"{size} random tokens",
+        "random pixels": f"{size} of random pixels",
+        "inputs": f"{size}, from --inputs",
+    }
     words = [named.get(str(tokens), f"{size} tokens of {tokens}"), str(facts.get("dtype") or "")]
     words += [f"seed {facts['seed']}"] if "seed" in facts else []
     return ", ".join(word for word in words if word)
@@ -46,8 +50,9 @@ def spoken(facts: Facts) -> str:
 
 def options(facts: Facts, keys: Sequence[str]) -> str:
     """The options that give a probe these facts: "--batch 2 --seq 64"."""
-    tokens = str(facts.get("tokens"))
-    known = {"random": "without --tokens and --inputs", "inputs": "with its --inputs"}
+    tokens = str(facts.get("tokens")).partition(" through ")[0]  # the file, without its tokenizer
+    without = "without --tokens and --inputs"
+    known = {"random": without, "random pixels": without, "text": without, "inputs": "with its --inputs"}
     return " ".join(
         known.get(tokens, f"--tokens {tokens}") if key == "tokens" else f"--{key} {facts[key]}"
         for key in keys

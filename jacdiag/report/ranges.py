@@ -28,7 +28,8 @@ class Range:
 
     def __str__(self) -> str:
         if self.most < math.inf:
-            return f"a number between {self.least:g} and {self.most:g}"
+            kind = "an integer" if self.whole else "a number"
+            return f"{kind} between {self.least:g} and {self.most:g}"
         kind = "an integer" if self.whole else "a number"
         return f"{kind} above {self.least:g}" if self.open else f"{kind} from {self.least:g} on"
 
@@ -36,7 +37,7 @@ class Range:
 _ABOVE_0, _SHARE = Range(0, open=True), Range(0, 1, open=True)
 RANGES = {
     "tol": _ABOVE_0, "confidence": _SHARE, "max_products": Range(4, whole=True),
-    "batch": Range(1, whole=True), "seq": Range(1, whole=True), "seed": Range(0, whole=True),
+    "batch": Range(1, whole=True), "seq": Range(1, whole=True), "seed": Range(0, 2**62, whole=True),
     "lr": _ABOVE_0, "warmup": Range(0, whole=True), "clip": _ABOVE_0, "beta2": _SHARE,
 }  # fmt: skip
 

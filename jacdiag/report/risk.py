@@ -64,7 +64,8 @@ class RiskCurve(Record):
         figure: its name in `jacdiag.report.figures`.
         coefficients: of 1, ln figure, ln lr and, where the runs differed in it, ln of the steps of warm-up.
         covariance: of these, over resampled inits.
-        ranges: "figure", "lr", "warmup", "width", "layers" -> [least, most] of the runs.
+        ranges: "figure", "lr", "warmup", "width", "layers", "clip", "beta2" -> [least, most] of the runs. Without an
+            entry nothing is asked of that factor.
         runs, bad: how many there were, and how many went wrong.
         source: the experiment.
     """
@@ -120,7 +121,10 @@ def load_risk(path: Path = _HERE / "risk.toml") -> RiskTable:
         UsageError: the file cannot be read, holds no curve, or one in a figure or over a range that has no meaning.
     """
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if text.startswith("\ufeff"):
+            raise ValueError("a byte order mark (BOM) at its beginning: save it as UTF-8 without BOM")
+        data = tomllib.loads(text)
         curves = {k: RiskCurve.from_dict({"placement": k, **table}) for k, table in data.get("curve", {}).items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"cannot read the curves '{path}'", got=one_line(error), hint=_WRITTEN) from error

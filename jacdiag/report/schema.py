@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 from jacdiag.report.contract import ContractRecord, FiguresRecord
+from jacdiag.report.numbers import between
 from jacdiag.report.record import SCHEMA_VERSION, Record
 from jacdiag.report.remedy import RemedyRecord
 from jacdiag.report.risk import Risk
+from jacdiag.report.summary import source_name, summary
 
 Level = Literal["info", "warning", "error"]
 Status = Literal["fired", "clean", "unknown", "not-applicable"]
@@ -84,6 +86,10 @@ class Interval(Record):
 
     def __contains__(self, value: float) -> bool:
         return self.lower <= value <= self.upper
+
+    def __str__(self) -> str:
+        """Return the two ends, rounded outward: "5.80 to 6.05"."""
+        return between(self.lower, self.upper)
 
     def side_of(self, threshold: float) -> Literal["above", "below", "across"]:
         """Says on which side of a threshold the whole interval lies; a non-finite interval is across."""
@@ -203,7 +209,11 @@ class ModelRecord(Record):
 
 @dataclass(frozen=True)
 class ProbeRecord(Record):
-    """The probe input. `tokens` says where the token ids come from ("random", a file name, "text", "inputs")."""
+    """The probe input.
+
+    `tokens` says where the token ids come from: "random", "random pixels", "inputs", a file, a file and the tokenizer
+    that its text went through ("text.txt through GPT2Tokenizer of FOLDER"), or "text through its own tokenizer".
+    """
 
     batch: int
     seq: int | None
@@ -211,6 +221,11 @@ class ProbeRecord(Record):
     tokens: str = "random"
     excluded_rows: int = 0
     off_distribution: bool = False
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the input was drawn, so that a trained model never saw its like."""
+        return self.tokens in ("random", "random pixels")
 
 
 @dataclass(frozen=True)
@@ -296,6 +311,26 @@ class Report(Record):
     torch: str = ""
     jacdiag: str = ""
     schema_version: int = SCHEMA_VERSION
+
+    def __str__(self) -> str:
+        """Return a summary of a few lines: what was audited, the verdict, the worst branch norm, the findings."""
+        return summary(self)
+
+    def __repr__(self) -> str:
+        """Return one line; `to_dict` has everything."""
+        size = f"{len(self.sublayers)} sub-layers, {len(self.findings)} findings"
+        return f"<{type(self).__name__} of {source_name(self)}: {self.verdict}, {size}>"
+
+    def table(self, width: int | None = None, **options: Any) -> None:
+        """Print the table and the verdict, as `jacdiag audit` does.
+
+        Args:
+            width: characters a line, that of the terminal if not given; a narrower table has fewer columns.
+            options: of `jacdiag.render.table.print_report`, such as `all_rows=True`.
+        """
+        from jacdiag.render.table import show_report
+
+        show_report(self, width, **options)
 
     def to_json(self, indent: int | None = 2) -> str:
         """Returns strict JSON (no bare NaN or Infinity)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -66,7 +67,9 @@ class Thresholds:
         }
 
 
-def load_thresholds(overrides: Mapping[str, Any] | None = None, risk: str | None = None) -> Thresholds:
+def load_thresholds(
+    overrides: Mapping[str, Any] | None = None, risk: str | os.PathLike[str] | None = None
+) -> Thresholds:
     """Reads the thresholds that ship, with a user's own on top.
 
     Args:
@@ -81,12 +84,18 @@ def load_thresholds(overrides: Mapping[str, Any] | None = None, risk: str | None
         >>> load_thresholds({"norm_gain": {"error": 30}}).limits("norm_gain").error
         30.0
     """
+    if overrides is not None and not isinstance(overrides, Mapping):
+        hint = "a dict such as {'norm_gain': {'error': 30}}"
+        raise UsageError("thresholds are of the wrong type", got=f"type {type(overrides).__name__}", hint=hint)
+    if risk is not None and not isinstance(risk, str | os.PathLike | bytes):
+        hint = "a file that `jacdiag backtest --write-risk` wrote"
+        raise UsageError("risk is of the wrong type", got=f"type {type(risk).__name__}", hint=hint)
     table = _flat(tomllib.loads((_HERE / "thresholds.toml").read_text(encoding="utf-8")))
     for figure, value in (overrides or {}).items():
         for key in _keys_of(table, figure, value):
             inner = value.get(key[1], value) if key[1] in value else value
             table[key] = _overridden(table[key], ".".join(filter(None, key)), inner)
-    return Thresholds(table, load_risk() if risk is None else load_risk(Path(risk)))
+    return Thresholds(table, load_risk() if risk is None else load_risk(Path(os.fsdecode(risk))))
 
 
 def _flat(data: Mapping[str, Any]) -> dict[tuple[str, str], Limits]:

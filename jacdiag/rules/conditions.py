@@ -150,9 +150,9 @@ def _large(context: Context, rule: Rule) -> Outcome:
         else:
             what = f"{sigma}, near 1 is meant; {_share(context, rule, group)}{_token(worst.row)}"
         limit = getattr(limits, cut)
-        return _finding(context, rule, group, cut, limit, what, _larger(context, group), "norm_gain")
+        return _finding(context, rule, group, cut, limit, what, _larger(context), "norm_gain")
 
-    return _judged(context, rule, value, lambda row: limits, sentence)
+    return _judged(context, rule, value, lambda _row: limits, sentence)
 
 
 def _token(row: SublayerRecord) -> str:
@@ -163,7 +163,7 @@ def _token(row: SublayerRecord) -> str:
     return f"; smallest at {who}, position {at.position}"
 
 
-def _larger(context: Context, group: Sequence[Placed]) -> str:
+def _larger(context: Context) -> str:
     if context.report.state == "trained":
         return ""
     width = context.report.model.width

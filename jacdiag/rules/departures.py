@@ -84,7 +84,7 @@ def _looks(contract: ContractRecord, w: WeightRecord, value: float, spread: Spre
     return ""
 
 
-def told(contract: ContractRecord, group: Sequence[Departure], by: str) -> tuple[str, dict[str, Any]]:
+def told(group: Sequence[Departure], by: str) -> tuple[str, dict[str, Any]]:
     """The sentence and the evidence of one finding: weights of one name pattern, layers folded."""
     first, weights = group[0], [d.weight for d in group]
     name = first.weight.pattern.removesuffix(".weight")

@@ -138,18 +138,15 @@ def decision_points(
     *,
     kind: str,
     placement: str,
-    state: str,
     layers: int,
-    parallel: bool,
     thresholds: Thresholds,
-    profile: str | Mapping[str, Any] = "default",
 ) -> dict[str, tuple[float, ...]]:
     """The values that the interval of each figure must not straddle, for the rules to be decided.
 
     Args:
-        kind, placement, parallel: of the sub-layer.
-        state: of the model.
+        kind, placement: of the sub-layer.
         layers: depth N, for core_norm sqrt(2N).
+        thresholds: of the profile in use.
 
     Returns:
         Field of a sub-layer's record -> thresholds in that field's own units.

@@ -57,7 +57,7 @@ def _contract(context: Context, rule: Rule) -> ContractRecord | None:
 
 
 def _findings(
-    context: Context, rule: Rule, contract: ContractRecord, found: Iterable[Departure], by: str
+    context: Context, rule: Rule, found: Iterable[Departure], by: str
 ) -> list[Finding]:
     """One finding per name pattern: which layers, measured, expected, and what it looks like."""
     groups: dict[str, list[Departure]] = {}
@@ -65,7 +65,7 @@ def _findings(
         groups.setdefault(one.weight.pattern, []).append(one)
     made = []
     for group in groups.values():
-        what, evidence = told(contract, group, by)
+        what, evidence = told(group, by)
         where = list(dict.fromkeys(d.weight.sublayer or d.weight.parameter for d in group))
         fix = f"initialise it with std {group[0].formula}" if len(group[0].weight.shape) > 1 else ""
         made.append(Finding(rule.code, context.level(rule, rule.level), where, what, evidence, rule.summary, fix))
@@ -81,7 +81,7 @@ def _pinned(context: Context, rule: Rule) -> Outcome:
     unmatched = [k for k in contract.pinned if not any(k in _keys(own, w) for w in contract.weights)]
     note = f"nothing in this model matches {', '.join(unmatched)}" if unmatched else ""
     count, found = departures(contract, own, None)
-    return Outcome(count, _findings(context, rule, contract, found, "the pinned contract expects"), note=note)
+    return Outcome(count, _findings(context, rule, found, "the pinned contract expects"), note=note)
 
 
 def _keys(scheme: Scheme, weight: WeightRecord) -> list[str]:
@@ -105,7 +105,7 @@ def _by_kind(kind: str) -> Callable[[Context, Rule], Outcome]:
         matched = _matched(kind, contract, result)
         if not matched:
             return NOT_APPLICABLE
-        return Outcome(matched, _findings(context, rule, contract, mine, by), note=result.note)
+        return Outcome(matched, _findings(context, rule, mine, by), note=result.note)
 
     return check
 

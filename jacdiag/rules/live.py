@@ -257,7 +257,7 @@ def _first(where: Sequence[str]) -> str:
     return f"; {where[0]} first" if where else ""
 
 
-def _of_a_run(context: Context, rule: Rule) -> Outcome:
+def _of_a_run(_context: Context, _rule: Rule) -> Outcome:
     return NOT_APPLICABLE
 
 

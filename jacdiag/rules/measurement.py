@@ -67,8 +67,10 @@ def _off_distribution(context: Context, rule: Rule) -> Outcome:
         return NOT_APPLICABLE
     if not probe.off_distribution:
         return Outcome(1)
-    fix = "--tokens FILE with real text tokens; levels are capped at warning until then"
-    what = "a trained model was probed with random tokens"
+    pixels = probe.tokens == "random pixels"
+    real = "--inputs FACTORY with real images" if pixels else "--tokens FILE with real text or tokens"
+    fix = f"{real}; levels are capped at warning until then"
+    what = f"a trained model was probed with random {'pixels' if pixels else 'tokens'}"
     return Outcome(1, [Finding(rule.code, context.level(rule, "warning"), [], what, {}, rule.summary, fix)])
 
 

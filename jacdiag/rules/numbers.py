@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from jacdiag.report import Interval
-from jacdiag.report.numbers import outward
+from jacdiag.report.numbers import between
 
 
 def plain(value: float | None) -> str:
@@ -21,7 +21,7 @@ def plain(value: float | None) -> str:
 
 
 def span(interval: Interval) -> str:
-    """An interval as one number where it is narrow, as its ends, rounded outward, where it is wide."""
-    if interval.upper <= interval.lower * 1.1:
+    """Return an interval as its ends, rounded outward; one number if it has no width."""
+    if interval.lower == interval.upper:
         return plain(interval.estimate)
-    return f"{outward(interval.lower, down=True)} to {outward(interval.upper, down=False)}"
+    return between(interval.lower, interval.upper)

@@ -39,7 +39,16 @@ def assess(report: Report, table: RiskTable) -> Risk | None:
     if curve.by_warmup and warmup is None:
         return replace(found, reason="the chance hangs on the warm-up, which is not known (--warmup)")
     ranges = curve.ranges if curve.by_warmup else {name: r for name, r in curve.ranges.items() if name != "warmup"}
-    if outside := _outside(ranges, {"lr": lr, "warmup": warmup, **_measures(report, value)}, curve.figure):
+    values = {"lr": lr, "warmup": warmup, **_measures(report, value)}
+
+    # A plan may leave out how the gradient is clipped and Adam's beta2. Those that it gives must be the runs' own.
+    for name in _OPTIONAL:
+        given = getattr(report.plan, name)
+        if given is None:
+            ranges = {key: span for key, span in ranges.items() if key != name}
+        values[name] = given
+
+    if outside := _outside(ranges, values, curve.figure):
         return replace(found, reason=f"outside the calibrated range: {'; '.join(outside)}")
     chance, lower, upper = curve.chance(value, lr, warmup)
     return replace(found, chance=chance, lower=lower, upper=upper)
@@ -56,8 +65,8 @@ def ranged(curve: RiskCurve) -> str:
 
 
 def within(curve: RiskCurve, report: Report, value: float) -> bool:
-    """Whether a model lies inside of what the runs spanned, whatever its learning rate and warm-up."""
-    ranges = {name: span for name, span in curve.ranges.items() if name not in ("lr", "warmup")}
+    """Return whether a model lies inside of what the runs spanned, whatever its optimizer is set to."""
+    ranges = {name: span for name, span in curve.ranges.items() if name not in ("lr", "warmup", *_OPTIONAL)}
     return not _outside(ranges, _measures(report, value))
 
 
@@ -78,11 +87,25 @@ def _measures(report: Report, value: float) -> dict[str, float | None]:
     return {"figure": value, "width": report.model.width, "layers": report.model.layers}
 
 
-_WORDS = {"figure": "the figure", "lr": "lr", "warmup": "warm-up", "width": "d", "layers": "layers"}
+_OPTIONAL = ("clip", "beta2")  # of the plan: factors that are only judged if they are given
+_WORDS = {
+    "figure": "the figure",
+    "lr": "lr",
+    "warmup": "warm-up",
+    "width": "d",
+    "layers": "layers",
+    "clip": "clip",
+    "beta2": "beta2",
+}
 
 
 def _ranges(ranges: Mapping[str, list[float]]) -> str:
-    return ", ".join(f"{_WORDS[name]} {_short(low)} to {_short(high)}" for name, (low, high) in ranges.items())
+    return ", ".join(f"{_WORDS[name]} {_span(low, high)}" for name, (low, high) in ranges.items())
+
+
+def _span(low: float, high: float) -> str:
+    """Return "20 to 400", or "1" if all runs had the same."""
+    return _short(low) if low == high else f"{_short(low)} to {_short(high)}"
 
 
 def _outside(ranges: Mapping[str, list[float]], values: Mapping[str, float | None], figure: str = "") -> list[str]:
@@ -92,7 +115,8 @@ def _outside(ranges: Mapping[str, list[float]], values: Mapping[str, float | Non
         value = values.get(name)
         if value is None or not low <= value <= high:
             told = "not known" if value is None or math.isnan(value) else _short(value)
-            found.append(f"{words[name]} {told}, {_short(low)} to {_short(high)} were run")
+            verb = "was" if low == high else "were"
+            found.append(f"{words[name]} {told}, {_span(low, high)} {verb} run")
     return found
 
 

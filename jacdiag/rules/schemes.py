@@ -138,6 +138,8 @@ def checked_contract(pinned: Mapping[str, object] | None) -> dict[str, str]:
     """
     found = {}
     for key, value in (pinned or {}).items():
+        if not isinstance(key, str):
+            raise UsageError("an init contract maps roles to formulas", got=repr(key), hint='{"W_O": "0.02"}')
         if key not in (*ROLES, "matrix") and "." not in key and "*" not in key:
             near = get_close_matches(key, (*ROLES, "matrix"), n=3, cutoff=0.0)
             hint = f"closest: {', '.join(near)}; or a name pattern such as 'h.*.mlp.c_proj.weight'"

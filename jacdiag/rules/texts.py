@@ -101,7 +101,8 @@ With --lr and --warmup: a logistic curve in one figure of the untrained model, t
 steps of warm-up, one for each placement of the norm, fitted on recorded runs (examples/spike_lab, jacdiag
 backtest). Wrong means that the loss diverged, spiked, or stayed 0.4 above what the same or a lower rate
 reached. The interval is over resampled inits: what other inits might have shown. Outside of the widths, depths,
-rates, warm-ups and figures that were run there is no chance, and the report says which one is outside. A
+rates, warm-ups and figures that were run there is no chance, and the report says which one is outside. The same
+holds for --clip and --beta2 if they are given: the runs of the curves that ship clip at 1 and have beta2 0.95. A
 warning where the whole interval lies above 30%, an error where above one half. In a run, jacdiag.watch asks the
 same curve at the highest rate so far, with the warm-up that its steepest rise comes to, and speaks once a
 level; there a longer rise than any that was run counts as the longest, a shorter one as the shortest.""",
@@ -155,8 +156,8 @@ Gains and shortcut sizes depend on the input. Levels are capped at warning with 
     example="""\
 jacdiag audit trained.pt                 (no tokenizer beside the file)""",
     remedy="""\
---tokens FILE with a few thousand real tokens (.npy, .bin, .txt, .pt), or a Hugging Face folder with its
-tokenizer.""",
+--tokens FILE with a few thousand real tokens (.npy, .bin, .pt), or with text (.txt, .md, .jsonl) for a Hugging
+Face folder with its tokenizer.""",
 )
 
 NO_MATCH = Text(
@@ -187,7 +188,9 @@ model.eval(), or a fixed seed inside the forward.""",
 NON_FINITE = Text(
     summary="weights hold NaN or Inf: the sub-layers they belong to cannot be measured",
     what="""\
-Every parameter is checked; the names are listed, and the sub-layers that they reach become unknown.""",
+Every parameter is checked; the names are listed, and the sub-layers that they reach become unknown. A mask or a
+distance table may hold -inf on purpose: it counts only if an activation is not finite. Buffers are named if they
+make one so. A weight that the forward does not read is a note.""",
     why="""\
 One NaN spreads to everything behind it.""",
     example="""\

@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor, nn
 
 from jacdiag.errors import SourceError, clipped, printable
+from jacdiag.sources.candidates import Candidate, find_candidates, split_flat
+from jacdiag.sources.choice import Choice, choose_by_model, choose_by_name, strip_wrappers
+from jacdiag.sources.contents import check_chosen, check_contents
 from jacdiag.sources.formats import safetensors_file, torch_file
-from jacdiag.sources.formats.guard import Stub
-from jacdiag.sources.stored import StoredWeights
-from jacdiag.sources.wrapped import plain_name
+from jacdiag.sources.formats.other import check_format
+from jacdiag.sources.stored import Piece, StoredWeights
 
-Entry = TypeVar("Entry")  # a tensor, or where it lies
+__all__ = ["Checkpoint", "Contents", "open_checkpoint", "read_contents", "strip_wrappers"]
+
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
-_MODEL_KEYS = (
-    "state_dict",
-    "model_state_dict",
-    "model",
-    "model_state",
-    "module",
-    "net",
-    "network",
-    "params",
-    "weights",
-)
 _SMALL = 1 << 20  # bytes that need no file
-_STEP_KEYS = ("iter_num", "global_step", "step", "iteration", "num_steps", "steps", "iter")
-_NOT_WEIGHTS = ("optim", "sched", "scaler", "rng", "loss", "ema_decay")
+_STEP_KEYS = ("iter_num", "global_step", "global_steps", "step", "iteration", "num_steps", "steps", "iter")
+_LARGEST_JSON = 1 << 26
 
 
 @dataclass
@@ -50,6 +44,7 @@ class Checkpoint:
         whole_module: the file held a module, of which only the weights were read.
         unread: classes in the file that were not imported.
         weights: the same as `state`, read tensor by tensor, where the format allows.
+        others: what else the file holds, in words.
     """
 
     path: Path
@@ -63,24 +58,145 @@ class Checkpoint:
     unread: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     weights: StoredWeights | None = None
+    others: list[str] = field(default_factory=list)
 
 
-def open_checkpoint(path: Path, *, trust_pickle: bool = False) -> Checkpoint:
-    """Reads a checkpoint file of any supported format.
+@dataclass
+class Contents:
+    """All that a file holds, before one set of tensors is chosen.
+
+    Attributes:
+        path: the file, or a folder of torch.distributed.checkpoint.
+        candidates: the sets of tensors in it.
+        format: "torch-save", "safetensors" or "torch-distributed".
+        top: the outermost mapping of a file of torch.save.
+        described: what it holds in a few words, for messages.
+        step: training steps so far, if it says so.
+        unread: classes that were not imported.
+        tensors: of a safetensors file, the tensors by name, mapped into memory.
+    """
+
+    path: Path
+    candidates: list[Candidate]
+    format: str
+    top: Mapping[Any, Any] = field(default_factory=dict)
+    described: str = ""
+    step: int | None = None
+    unread: list[str] = field(default_factory=list)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def stored(self) -> bool:
+        """Whether tensors can be read one by one."""
+        return self.format != "torch-save"
+
+    def choose(self, key: str | None = None, model: nn.Module | None = None) -> Checkpoint:
+        """Choose one set of tensors.
+
+        Args:
+            key: of `--key`.
+            model: the module that they belong to, if it is known.
+
+        Raises:
+            SourceError: there are no weights, there are several and none stands out, or they cannot be used.
+        """
+        check_contents(self.path, self.candidates, self.top)
+        if not self.candidates:
+            raise _no_weights(self.path, self.described)
+        if model is None:
+            choice = choose_by_name(self.path, self.candidates, key)
+        else:
+            choice = choose_by_model(self.path, self.candidates, model, key)
+        fitted = model is not None and set(choice.entries) == set(model.state_dict(keep_vars=True))
+        check_chosen(self.path, choice.entries, fitted=fitted)
+        _check_weights(self.path, self.described, choice.entries)
+        return self._checkpoint(choice, fills_model=model is not None)
+
+    def _checkpoint(self, choice: Choice, *, fills_model: bool) -> Checkpoint:
+        args = self.top.get("model_args")
+        made = Checkpoint(
+            self.path,
+            {},
+            self.format,
+            where=choice.key,
+            module=choice.candidate.module,
+            model_args=dict(args) if isinstance(args, Mapping) else None,
+            step=self.step,
+            whole_module=choice.candidate.whole_module,
+            unread=self.unread,
+            notes=choice.notes,
+            others=choice.others,
+        )
+        if self.stored:
+            pieces: dict[str, Piece] = choice.entries
+            made.weights = StoredWeights(pieces)
+            if self.tensors:
+                names = {id(entry): name for c in self.candidates for name, entry in c.entries.items()}
+                made.state = {name: self.tensors[names[id(piece)]] for name, piece in pieces.items()}
+        elif made.module is None or fills_model:
+            _check_sizes(self.path, choice.entries)
+            made.state = choice.entries
+        return made
+
+
+def open_checkpoint(path: Path, *, trust_pickle: bool = False, key: str | None = None) -> Checkpoint:
+    """Read the weights of a checkpoint file of any supported format, without a model.
+
+    Args:
+        path: the file.
+        trust_pickle: let its pickle run code.
+        key: which set of tensors to read, if the file holds several.
 
     Raises:
         SourceError: missing, empty, truncated, unsafe, of an unknown format, or without weights.
     """
+    return read_contents(path, trust_pickle=trust_pickle).choose(key)
+
+
+def read_contents(path: Path, *, trust_pickle: bool = False) -> Contents:
+    """Read what a checkpoint file of any supported format holds, and choose nothing.
+
+    Args:
+        path: the file.
+        trust_pickle: let its pickle run code.
+
+    Raises:
+        SourceError: missing, empty, truncated, unsafe or of an unknown format.
+    """
     _check_file(path)
     if path.suffix == ".safetensors":
-        tensors, metadata = safetensors_file.read(path)
-        step = metadata.get("step", metadata.get("global_step", ""))
-        return Checkpoint(
-            path, strip_wrappers(tensors), "safetensors", step=int(step) if step.isdecimal() else None,
-            weights=StoredWeights(strip_wrappers(safetensors_file.spans(path)[0])),
-        )  # fmt: skip
-    found, unread = torch_file.read(path, trust_pickle=trust_pickle)
-    return _unpacked(path, found, unread)
+        spans, metadata = safetensors_file.spans(path)
+        tensors, _ = safetensors_file.read(path)
+        candidates = split_flat(spans)
+        step = _metadata_step(metadata)
+        held = ", ".join(spans) or "no tensors"
+        contents = Contents(path, candidates, "safetensors", described=held, step=step, tensors=tensors)
+    else:
+        tree, unread = torch_file.read(path, trust_pickle=trust_pickle)
+        top: Mapping[Any, Any] = tree if isinstance(tree, Mapping) else {}
+        described = ", ".join(map(str, top)) if isinstance(tree, Mapping) else f"one {type(tree).__name__}"
+        candidates = find_candidates(tree)
+        contents = Contents(path, candidates, "torch-save", top, described or "an empty dict", _step(top), unread)
+    if contents.step is None:
+        contents.step = trainer_step(path.parent)
+    return contents
+
+
+def trainer_step(folder: Path) -> int | None:
+    """Return the step in the `trainer_state.json` that the Trainer of transformers wrote into a folder, if any."""
+    path = folder / "trainer_state.json"
+    try:
+        if not path.is_file() or path.stat().st_size > _LARGEST_JSON:
+            return None
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return _step({"global_step": state.get("global_step")}) if isinstance(state, dict) else None
+
+
+def _metadata_step(metadata: Mapping[str, str]) -> int | None:
+    step = str(metadata.get("step", metadata.get("global_step", "")))
+    return int(step) if step.isdecimal() and len(step) < 19 else None
 
 
 def _check_file(path: Path) -> None:
@@ -97,6 +213,7 @@ def _check_file(path: Path) -> None:
         raise SourceError(f"cannot read '{path}'", got="no permission")
     if size == 0:
         raise SourceError(f"'{path}' is empty", got="0 bytes", hint="copy or save it again")
+    check_format(path)
     if path.suffix not in SUFFIXES:
         known = f"known: {', '.join(SUFFIXES)}"
         raise SourceError(
@@ -108,40 +225,28 @@ def _check_file(path: Path) -> None:
         )
 
 
-def _unpacked(path: Path, found: Any, unread: list[str]) -> Checkpoint:
-    kind = "torch-save"
-    if isinstance(found, nn.Module):
-        return Checkpoint(path, {}, kind, module=found)
-    top: Mapping[Any, Any] = found if isinstance(found, Mapping) else {}
-    where, weights = _weights_in(found)
-    if not weights:
-        whole = next(((str(key), value) for key, value in top.items() if isinstance(value, nn.Module)), None)
-        if whole is not None:
-            return Checkpoint(path, {}, kind, where=whole[0], module=whole[1], step=_step(top))
-    _check_weights(path, found, weights)
-    _check_sizes(path, weights)
-    args = top.get("model_args")
-    return Checkpoint(
-        path,
-        strip_wrappers(weights),
-        kind,
-        where=where,
-        model_args=dict(args) if isinstance(args, Mapping) else None,
-        step=_step(top),
-        whole_module=_pickled_module(found) or _pickled_module(top.get(where)),
-        unread=unread,
-    )
+def _no_weights(path: Path, described: str) -> SourceError:
+    neighbours = weight_files(path.parent)
+    hint = "expected a state dict, or a dict that holds one"
+    if neighbours:
+        hint += f"; next to it: {clipped(', '.join(neighbours), 160)}"
+    return SourceError(f"'{path}' holds no weights", got=clipped(described, 200), hint=hint)
 
 
-def _check_weights(path: Path, found: Any, weights: Mapping[str, Tensor]) -> None:
-    if not any(t.is_floating_point() for t in weights.values()):
-        keys = ", ".join(map(str, found)) if isinstance(found, Mapping) else f"one {type(found).__name__}"
-        raise SourceError(
-            f"'{path}' holds no weights",
-            got=clipped(keys, 200) or "an empty dict",
-            hint="expected a state dict, or a dict that holds one",
-        )
-    empty = [name for name, t in weights.items() if t.is_meta]
+def weight_files(folder: Path) -> list[str]:
+    """Return the names of files in a folder that are called as weights usually are."""
+    usual = ("model", "pytorch_model", "adapter_model", "consolidated")
+    try:
+        names = sorted(file.name for file in folder.iterdir() if file.suffix in SUFFIXES)
+    except OSError:
+        return []
+    return [name for name in names if name.startswith(usual)]
+
+
+def _check_weights(path: Path, described: str, weights: Mapping[str, Any]) -> None:
+    if not any(t.dtype.is_floating_point or t.dtype.is_complex for t in weights.values()):
+        raise _no_weights(path, described)
+    empty = [name for name, t in weights.items() if isinstance(t, Tensor) and t.is_meta]
     if empty:
         raise SourceError(
             f"'{path}' holds names and shapes, no numbers",
@@ -165,81 +270,10 @@ def _check_sizes(path: Path, weights: Mapping[str, Tensor]) -> None:
 def _step(top: Mapping[Any, Any]) -> int | None:
     for key in _STEP_KEYS:
         value = top.get(key)
-        if isinstance(value, Tensor) and value.numel() == 1:
+        if isinstance(value, Tensor | np.generic | np.ndarray) and math.prod(value.shape) == 1:
             value = value.item()
-        if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63:
             return value
     return None
-
-
-def _weights_in(found: Any) -> tuple[str, dict[str, Tensor]]:
-    """The mapping that holds the weights: the file itself, one of the usual keys, or else the one with most numbers."""
-    own = _tensors(found)
-    if isinstance(found, Stub):
-        return "", own
-    if not isinstance(found, Mapping):
-        return "", {}
-    if sum(isinstance(v, Tensor) for v in found.values()) > len(found) / 2:
-        return "", {k: v for k, v in own.items() if "." not in k or k in found}
-    for key in _MODEL_KEYS:
-        inside = _tensors(found.get(key))
-        if inside:
-            return key, inside
-    best = max(
-        ((str(key), _tensors(value)) for key, value in found.items() if not _foreign(key)),
-        key=lambda pair: sum(t.numel() for t in pair[1].values()),
-        default=("", {}),
-    )
-    return best
-
-
-def _foreign(key: Any) -> bool:
-    return any(part in str(key).lower() for part in _NOT_WEIGHTS)
-
-
-def _tensors(value: Any) -> dict[str, Tensor]:
-    """All tensors below a mapping with string keys, or below the stub of a whole module, by dotted name."""
-    return dict(_walk(value, ""))
-
-
-def _walk(value: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        plain = value.detach()
-        yield prefix, plain if plain.layout == torch.strided else plain.to_dense()
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            if isinstance(key, str) and not _foreign(key):
-                yield from _walk(item, f"{prefix}.{key}" if prefix else key)
-    elif _pickled_module(value):
-        for part in ("_parameters", "_buffers", "_modules"):  # an nn.Module that was pickled whole
-            for key, item in (value.state.get(part) or {}).items():
-                yield from _walk(item, f"{prefix}.{key}" if prefix else key)
-
-
-def _pickled_module(value: Any) -> bool:
-    """Whether a stub stands for an nn.Module that was pickled whole."""
-    return isinstance(value, Stub) and isinstance(value.state, Mapping) and "_parameters" in value.state
-
-
-def weights_below(pieces: Mapping[str, Entry]) -> dict[str, Entry]:
-    """Of flattened names, the weights of the model: not an optimiser's, and without the keys that stand above them."""
-    found = {name: piece for name, piece in pieces.items() if not any(map(_foreign, name.split(".")[:2]))}
-    while found:
-        heads = {name.partition(".")[0] for name in found}
-        inner = {name.partition(".")[2] for name in found}
-        # `model.` may be the model's own first name: it is taken off where the usual key, or nothing else, is above it.
-        if len(heads) > 1 or "" in inner or not heads <= {*_MODEL_KEYS, "app"}:
-            break
-        found = {name.partition(".")[2]: piece for name, piece in found.items()}
-    return strip_wrappers(found)
-
-
-def strip_wrappers(state: Mapping[str, Entry]) -> dict[str, Entry]:
-    """Takes the names that wrappers add off every key; `module.` only where all keys begin with it.
-
-    A name is shown on terminals: what is not printable in it is written as an escape.
-    """
-    names = [plain_name(printable(name)) for name in state]
-    while names and all(name.startswith("module.") for name in names):
-        names = [name.removeprefix("module.") for name in names]
-    return dict(zip(names, state.values(), strict=True))

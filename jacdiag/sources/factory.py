@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import jacdiag
-from jacdiag.errors import JacdiagError, SourceError
+from jacdiag.errors import JacdiagError, SourceError, TraceError
 from jacdiag.sources.empty import empty_parameters
 
 
@@ -36,25 +37,77 @@ def there(path: Path) -> bool:
         return False
 
 
-def resolve(spec: str) -> Callable[..., Any]:
-    """Imports what a factory string names.
+Factory = str | Callable[..., Any]  # how a factory is named, or the function itself
+
+
+def name_of(spec: Any) -> str:
+    """Return the name of a factory for messages and reports: its text, or the name of a function."""
+    if isinstance(spec, str | bytes | os.PathLike):
+        return os.fsdecode(spec)
+    module, name = getattr(spec, "__module__", None), getattr(spec, "__qualname__", None)
+    return f"{module}.{name}" if module and name else type(spec).__name__
+
+
+def resolve(spec: Factory) -> Callable[..., Any]:
+    """Return the function that a factory string names; a function is returned as it is.
 
     Raises:
         SourceError: no such module or file, its import raised, or it has no such callable.
     """
+    if isinstance(spec, bytes | os.PathLike):
+        spec = os.fsdecode(spec)
+    if not isinstance(spec, str):
+        if callable(spec) and not isinstance(spec, nn.Module):
+            return spec
+        got = f"type {type(spec).__name__}"
+        raise SourceError("a factory is a function that builds a model, or its name", got=got, hint=_HOW_WRITTEN)
+
     place, _, name = spec.rpartition(":")
     if not place or not name:
-        raise SourceError("a factory is written 'package.module:callable' or 'file.py:callable'", got=repr(spec))
+        raise SourceError(f"a factory is written {_HOW_WRITTEN}", got=repr(spec), hint=_without_name(spec))
     module = _from_file(Path(place)) if place.endswith(".py") else _from_package(place)
     found: Any = module
     for part in name.split("."):
         if not hasattr(found, part):
-            near = get_close_matches(part, [n for n in dir(found) if not n.startswith("_")], n=3)
-            raise SourceError(f"'{place}' has no '{name}'", hint=f"closest: {', '.join(near)}" if near else None)
+            raise SourceError(f"'{place}' has no '{name}'", hint=_candidates(place, found, part))
         found = getattr(found, part)
     if not callable(found):
-        raise SourceError(f"'{spec}' cannot be called", got=f"type {type(found).__name__}")
+        got = f"type {type(found).__name__}"
+        raise SourceError(f"'{spec}' cannot be called", got=got, hint=_candidates(place, module, name))
     return found  # type: ignore[no-any-return]
+
+
+def _without_name(spec: str) -> str | None:
+    """Return what to try if only a file or a module was named."""
+    place = spec.rstrip(":")
+    if not place.endswith(".py") or not Path(place).is_file():
+        return None
+    return _candidates(place, _from_file(Path(place)), "")
+
+
+def _candidates(place: str, found: Any, name: str) -> str | None:
+    """Return the names that a factory may have: the callables that the file or module defines, nearest name first."""
+    own = getattr(found, "__name__", None)
+    names = []
+    for candidate in vars(found) if hasattr(found, "__dict__") else ():
+        value = getattr(found, candidate, None)
+        if candidate.startswith("_") or not callable(value):
+            continue
+        if inspect.ismodule(found) and getattr(value, "__module__", own) != own:
+            continue  # imported there, not defined there
+        names.append(candidate)
+    if not names:
+        return f"'{place}' defines no function or class that could build a model"
+
+    near = get_close_matches(name, names, n=len(names))
+    ordered = [*near, *(other for other in names if other not in near)]
+    shown = ", ".join(ordered[:_LISTED])
+    more = f" and {len(ordered) - _LISTED} more" if len(ordered) > _LISTED else ""
+    return f"{place}:NAME with one of {shown}{more}"
+
+
+_HOW_WRITTEN = "'package.module:callable' or 'file.py:callable'"
+_LISTED = 8  # names in a hint
 
 
 def _from_file(path: Path) -> ModuleType:
@@ -64,8 +117,12 @@ def _from_file(path: Path) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickles look their module up there
-    with _on_path(path.resolve().parent), _blaming(f"importing '{path}'"):
-        spec.loader.exec_module(module)
+    with _on_path(path.resolve().parent):
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            what = f"importing '{path}' failed"
+            raise SourceError(what, got=own_frames(error), hint=_import_hint(error, path)) from error
     return module
 
 
@@ -87,6 +144,24 @@ def _from_package(name: str) -> ModuleType:
             raise SourceError(f"importing '{name}' failed", got=own_frames(error)) from error
 
 
+def _import_hint(error: Exception, path: Path) -> str | None:
+    """Return what helps a file that cannot be imported alone: one that is part of a package names its package."""
+    if not isinstance(error, ImportError) or "relative import" not in str(error):
+        return None
+    whole = path.resolve()
+    parts = [whole.stem]
+    folder = whole.parent
+    while (folder / "__init__.py").is_file() and folder.name.isidentifier():
+        parts.insert(0, folder.name)
+        folder = folder.parent
+    if len(parts) == 1:
+        # A folder without __init__.py is a package too, if it is imported by its name.
+        parts.insert(0, whole.parent.name)
+        folder = whole.parent.parent
+    dotted = ".".join(parts)
+    return f"from {folder}, name it as a module: {dotted}:CALLABLE (a file alone has no package to import from)"
+
+
 @contextmanager
 def _on_path(folder: Path) -> Iterator[None]:
     """Code beside a factory's file can be imported by it, as if it were run from there."""
@@ -98,12 +173,25 @@ def _on_path(folder: Path) -> Iterator[None]:
             sys.path.remove(str(folder))
 
 
+def is_foreign(error: BaseException) -> bool:
+    """Whether an error was raised by code that is neither jacdiag's nor torch's: by the model's own."""
+    ours = str(Path(jacdiag.__file__ or "").parent)
+    not_its_own = (str(Path(torch.__file__ or "").parent), "<frozen")
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(not_its_own)]
+    return bool(frames) and not frames[-1].filename.startswith(ours)
+
+
 @contextmanager
-def _blaming(doing: str) -> Iterator[None]:
+def model_code() -> Iterator[None]:
+    """Turn what the model's own code raises, in a run after the first, into a TraceError with its frames."""
     try:
         yield
+    except (JacdiagError, torch.OutOfMemoryError, MemoryError):
+        raise
     except Exception as error:
-        raise SourceError(f"{doing} failed", got=own_frames(error)) from error
+        if not is_foreign(error):
+            raise
+        raise TraceError("the model's code raised when it was run again", got=own_frames(error)) from error
 
 
 def own_frames(error: BaseException, limit: int = 3) -> str:
@@ -118,42 +206,67 @@ def own_frames(error: BaseException, limit: int = 3) -> str:
     return "\n".join([*lines, *at])
 
 
-def build(spec: str, model_args: dict[str, Any] | None = None, seed: int = 0, *, init: bool = True) -> nn.Module:
+def build(spec: Factory, model_args: dict[str, Any] | None = None, seed: int = 0, *, init: bool = True) -> nn.Module:
     """Calls a factory with seeded random numbers; a model on the meta device is given memory and, if `init`, weights.
 
     Raises:
         SourceError: the call raises, or returns no nn.Module.
     """
-    if spec.startswith("hf:"):
+    if isinstance(spec, str) and spec.startswith("hf:"):
         return _of_config(spec, model_args, seed)
-    made = call(resolve(spec), spec, model_args or {}, seed)
+    function, spec = resolve(spec), name_of(spec)
+    made = call(function, spec, model_args or {}, seed)
     if not isinstance(made, nn.Module):
-        raise SourceError(f"'{spec}' returned no nn.Module", got=f"type {type(made).__name__}")
+        raise not_a_module(spec, made)
     if any(t.is_meta for t in [*made.parameters(), *made.buffers()]):
         with seeded(seed):
             materialise(made, spec, init=init)
     return made
 
 
-def build_empty(spec: str, model_args: dict[str, Any] | None = None, seed: int = 0) -> nn.Module:
+def not_a_module(spec: str, made: Any) -> SourceError:
+    """Return the error for a factory that returned something else, with what to change in it."""
+    got = f"type {type(made).__name__}"
+    hint = "the function must return the model, a torch.nn.Module"
+    if made is None:
+        hint = "it ends without `return`, or returns None: end it with `return model`"
+    elif isinstance(made, type) and issubclass(made, nn.Module):
+        got, hint = f"the class {made.__name__}", f"return an instance: `return {made.__name__}(...)`"
+    elif isinstance(made, tuple | list):
+        got = f"a {type(made).__name__} of {', '.join(type(item).__name__ for item in made) or 'nothing'}"
+        places = [k for k, item in enumerate(made) if isinstance(item, nn.Module)]
+        if places:
+            hint = f"return the model alone, such as `lambda: {spec.rpartition(':')[2]}()[{places[0]}]`"
+    elif isinstance(made, dict):
+        got = f"a dict with {', '.join(repr(key) for key in list(made)[:4]) or 'nothing'}"
+        keys = [key for key, item in made.items() if isinstance(item, nn.Module)]
+        if keys:
+            hint = f"return the model alone, such as `lambda: {spec.rpartition(':')[2]}()[{keys[0]!r}]`"
+        elif made and all(isinstance(item, Tensor) for item in made.values()):
+            hint = "these are weights: build the module, load_state_dict() them, and return the module"
+    return SourceError(f"'{spec}' returned no nn.Module", got=got, hint=hint)
+
+
+def build_empty(spec: Factory, model_args: dict[str, Any] | None = None, seed: int = 0) -> nn.Module:
     """Calls a factory whose parameters are to be read from a file: they take no memory, its buffers are computed.
 
     Raises:
         SourceError: the call raises, or returns no nn.Module.
     """
-    if spec.startswith("hf:"):
+    if isinstance(spec, str) and spec.startswith("hf:"):
         with empty_parameters():
             return _of_config(spec, model_args, seed)
+    function, name = resolve(spec), name_of(spec)
     try:
         with empty_parameters():
-            made = call(resolve(spec), spec, model_args or {}, seed)
+            made = call(function, name, model_args or {}, seed)
     except SourceError:  # an initialisation that needs numbers
         return build(spec, model_args, seed, init=False)
     if not isinstance(made, nn.Module):
-        raise SourceError(f"'{spec}' returned no nn.Module", got=f"type {type(made).__name__}")
+        raise not_a_module(name, made)
     if any(buffer.is_meta for buffer in made.buffers()):
         with seeded(seed):
-            _compute_buffers(made, spec)
+            _compute_buffers(made, name)
     return made
 
 
@@ -177,6 +290,8 @@ def _compute_buffers(model: nn.Module, spec: str) -> None:
 
 def call(factory: Callable[..., Any], spec: str, arguments: dict[str, Any], seed: int) -> Any:
     """Calls foreign code; what it raises is shown with its own frames."""
+    if not isinstance(arguments, dict) or not all(isinstance(key, str) for key in arguments):
+        raise SourceError("the arguments of a factory are a dict by name", got=repr(arguments)[:80])
     try:
         inspect.signature(factory).bind(**arguments)
     except TypeError as error:

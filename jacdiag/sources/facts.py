@@ -17,6 +17,7 @@ _LENGTHS = (
     "n_ctx", "seq_len",
 )  # fmt: skip
 
+_POSITION_TABLE = re.compile(r"^(wpe|pos|pos_?emb\w*|pos_?embed\w*|position\w*|embed_positions)$", re.IGNORECASE)
 _POSITIONS = re.compile(r"pos|wpe|segment|token_type", re.IGNORECASE)
 
 
@@ -24,13 +25,21 @@ def configs(model: nn.Module) -> Iterator[Any]:
     """The objects on which models keep their sizes: the model's config or args, and those of a text part."""
     model = unwrap(model)
     for name in ("config", "cfg", "args", "model_args", "params", "hparams"):
-        found = getattr(model, name, None)
+        found = _attribute(model, name)
         if found is not None and not callable(found):
             yield found
             inner = getattr(found, "text_config", None)
             if inner is not None:
                 yield inner
     yield model
+
+
+def _attribute(model: nn.Module, name: str) -> Any:
+    """Return an attribute of a model; None if there is none, or if the model's own property raises."""
+    try:
+        return getattr(model, name, None)
+    except Exception:
+        return None
 
 
 def _number(model: nn.Module, names: tuple[str, ...]) -> int | None:
@@ -74,6 +83,18 @@ def vocabulary(model: nn.Module) -> int | None:
 def longest_sequence(model: nn.Module) -> int | None:
     """Longest sequence that the model says it takes."""
     return _number(model, _LENGTHS)
+
+
+def position_rows(model: nn.Module) -> int | None:
+    """Return how many rows the model's table of positions has; None if it has none that is known by its name."""
+    rows = []
+    for name, module in unwrap(model).named_modules():
+        if isinstance(module, nn.Embedding) and _POSITION_TABLE.search(name.rpartition(".")[2]):
+            rows.append(module.num_embeddings)
+    for name, parameter in unwrap(model).named_parameters():
+        if parameter.dim() in (2, 3) and _POSITION_TABLE.search(name.rpartition(".")[2]):
+            rows.append(parameter.shape[-2])
+    return min(rows, default=None)
 
 
 def main_input(model: nn.Module) -> str:

@@ -104,7 +104,7 @@ def _check_precision(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], 
     if odd:
         kinds = sorted({str(state[name].dtype).removeprefix("torch.") for name in odd})
         raise SourceError(
-            f"weights in {where} are stored as {', '.join(kinds)}, which is read only together with its scales",
+            f"weights in {where} are quantised: stored as {', '.join(kinds)}, read only together with its scales",
             got=_listed("such", odd),
             hint="save them in float32, bfloat16 or float16",
         )

@@ -147,12 +147,12 @@ class GPT(nn.Module):
 Std = Callable[[str, Tensor, GPTConfig], float]
 
 
-def gpt2_std(name: str, weight: Tensor, config: GPTConfig) -> float:
+def gpt2_std(name: str, _weight: Tensor, config: GPTConfig) -> float:
     """GPT-2's own: 0.02, residual projections divided by sqrt(2N)."""
     return 0.02 / math.sqrt(2 * config.n_layer) if _residual(name) else 0.02
 
 
-def vanilla_std(name: str, weight: Tensor, config: GPTConfig) -> float:
+def vanilla_std(name: str, _weight: Tensor, config: GPTConfig) -> float:
     """s = sqrt(2 / (5 d)) everywhere (Nguyen & Salazar 2019), W_2 and W_O / sqrt(2N) (Shoeybi et al. 2020)."""
     s = math.sqrt(2 / (5 * config.n_embd))
     return s / math.sqrt(2 * config.n_layer) if _residual(name) else s
@@ -177,14 +177,14 @@ class Recipe:
     """An initialisation: the std of every matrix, and what happens to the embedding."""
 
     std: Std
-    change: Callable[[GPTConfig], Mapping[str, Any]] = lambda config: {}
+    change: Callable[[GPTConfig], Mapping[str, Any]] = lambda _config: {}
 
 
 RECIPES: dict[str, Recipe] = {
     "vanilla": Recipe(vanilla_std),
     "xavier": Recipe(xavier_std),
-    "embed-detach": Recipe(vanilla_std, lambda config: {"embed_grad": 0.1}),
-    "embed-ln": Recipe(vanilla_std, lambda config: {"embed_norm": True}),
+    "embed-detach": Recipe(vanilla_std, lambda _config: {"embed_grad": 0.1}),
+    "embed-ln": Recipe(vanilla_std, lambda _config: {"embed_norm": True}),
     "scaled-embed": Recipe(vanilla_std, lambda config: {"embed_scale": math.sqrt(config.n_embd)}),
     "gpt2": Recipe(gpt2_std),
 }

@@ -12,13 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jacdiag.errors import ProbeError, TraceError
+from jacdiag.errors import ProbeError, TraceError, UsageError
 from jacdiag.report import ProbeRecord
-from jacdiag.sources import factory, facts
+from jacdiag.sources import factory, facts, text
 from jacdiag.sources.source import Source
 from jacdiag.sources.wrapped import unwrap
 
+OWN_TEXT = "text through its own tokenizer"  # the text that ships with jacdiag
+
 _DEFAULT_SEQ = 128
+_READABLE = ".npy, .bin (uint16) or .pt with token ids, or text in .txt, .md or .jsonl"
 _LENGTHWISE = r"sequence|seq_?len|length|position|context|block_?size"
 _ROWS = 4096  # of an embedding at a time: a table may be large, and stored in less than float32
 _DEAD = 0.1  # a row whose std is under this share of the median row's was never trained, or is padding
@@ -39,12 +42,13 @@ class Probe:
     token_ids: Tensor | None
     record: ProbeRecord
     notes: list[str] = field(default_factory=list)
+    limit: int | None = None  # rows of the model's table of positions
 
     @classmethod
     def of_inputs(cls, inputs: Any, seed: int = 0) -> Probe:
         """Takes what a user handed in: a tensor, a tuple of arguments, or a dict of keyword arguments."""
         if isinstance(inputs, dict):
-            args, kwargs = (), dict(inputs)
+            args, kwargs = (), _by_name(inputs)
         elif hasattr(inputs, "keys") and hasattr(inputs, "data"):  # a tokenizer's BatchEncoding
             args, kwargs = (), dict(inputs.items())
         else:
@@ -56,6 +60,9 @@ class Probe:
                 got=f"a {type(inputs).__name__}",
                 hint="a tensor, a tuple of arguments, or a dict of keyword arguments",
             )
+        if not tensors[0].numel():
+            got = f"a tensor of shape {tuple(tensors[0].shape)}"
+            raise ProbeError("the probe input is empty", got=got, hint="at least one sequence of one token")
         ids = next((t for t in tensors if t.dim() == 2 and not t.is_floating_point() and t.dtype != torch.bool), None)
         shape = (ids if ids is not None else tensors[0]).shape
         record = ProbeRecord(shape[0] if shape else 1, shape[1] if len(shape) > 1 else None, seed, tokens="inputs")
@@ -84,6 +91,8 @@ class Probe:
                 raise
             length = self.record.seq or 0
             hint = f"if the model takes less than the probe's {length} tokens a sequence: --seq {length // 2}"
+            if self.limit is not None and self.limit < length:
+                hint = f"--seq {self.limit}: the model's table of positions has {self.limit} rows"
             raise TraceError(error.what, got=error.got, hint=hint) from error.__cause__
 
     def _may_be_too_long(self, error: BaseException | None) -> bool:
@@ -95,6 +104,15 @@ class Probe:
         return isinstance(error, AssertionError | IndexError) or (
             isinstance(error, RuntimeError | ValueError) and told is not None
         )
+
+
+def _by_name(inputs: dict[Any, Any]) -> dict[str, Any]:
+    """Return keyword arguments; raise if a key is no name."""
+    wrong = [key for key in inputs if not isinstance(key, str)]
+    if wrong:
+        hint = "a dict of keyword arguments, such as {'input_ids': ids}"
+        raise ProbeError("the probe input is a dict with keys that are no names", got=repr(wrong[0]), hint=hint)
+    return dict(inputs)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -114,6 +132,7 @@ def build_probe(
     seed: int = 0,
     tokens: str | None = None,
     inputs: str | None = None,
+    trust_code: bool = False,
 ) -> Probe:
     """Builds the probe for a source.
 
@@ -121,10 +140,13 @@ def build_probe(
         source: with a model.
         batch, seq: of random tokens; `seq` is 128, or what the model allows if that is less.
         seed: of random tokens.
-        tokens: a file of token ids: .npy, .bin (uint16), .txt (bytes), .pt.
+        tokens: a file of token ids (.npy, .bin in uint16, .pt), or of text (.txt, .md, .jsonl), which goes through the
+            source's tokenizer. Bytes are ids for a vocabulary of 256 to 264 without a tokenizer.
         inputs: a factory of the probe input, for a model that takes no token ids.
+        trust_code: let a tokenizer's own Python code run.
 
     Raises:
+        UsageError: both `tokens` and `inputs` are given.
         ProbeError: tokens out of the vocabulary, a sequence too long, an input that cannot be guessed.
 
     Example:
@@ -135,8 +157,9 @@ def build_probe(
     """
     model = source.model
     assert model is not None
+    check_one_probe(tokens=tokens, input_factory=inputs)
     if inputs is not None:
-        made = factory.call(factory.resolve(inputs), inputs, {}, seed)
+        made = factory.call(factory.resolve(inputs), factory.name_of(inputs), {}, seed)
         return Probe.of_inputs(made, seed)
     kind = facts.main_input(model)
     if kind == "pixels" and tokens is None:
@@ -148,10 +171,37 @@ def build_probe(
             hint="--inputs FACTORY builds the probe input; in Python: jacdiag.audit(model, inputs)",
         )
     length = _length(source, seq)
-    ids, name, excluded = _ids(source, model, batch, length, seed, tokens, given=seq is not None)
-    record = ProbeRecord(ids.shape[0], ids.shape[1], seed, tokens=name, excluded_rows=excluded)
+    if tokens is not None:
+        path = Path(tokens)
+        chosen = _of_file(path, source, batch, length, given=seq is not None, trust_code=trust_code)
+    else:
+        chosen = _of_no_file(source, batch, length, seed, trust_code=trust_code)
+    ids = chosen.ids
+    record = ProbeRecord(ids.shape[0], ids.shape[1], seed, tokens=chosen.name, excluded_rows=chosen.excluded_rows)
     args, kwargs = _call(model, ids)
-    return Probe(args, kwargs, ids, record)
+    return Probe(args, kwargs, ids, record, chosen.notes, limit=facts.position_rows(model))
+
+
+def check_one_probe(*, tokens: Any = None, input_factory: Any = None, inputs: Any = None) -> None:
+    """Raise if the probe is given in more than one way: one of them would be left out in silence.
+
+    Args:
+        tokens: a file of tokens or text.
+        input_factory: a factory of the probe input.
+        inputs: the probe itself.
+
+    Raises:
+        UsageError: more than one is given.
+    """
+    given = []
+    if tokens is not None:
+        given.append(f"--tokens {tokens}")
+    if input_factory is not None:
+        given.append(f"--inputs {factory.name_of(input_factory)}")
+    if inputs is not None:
+        given.append("inputs that were passed")
+    if len(given) > 1:
+        raise UsageError("the probe is given twice", got=" and ".join(given), hint="give one of them")
 
 
 def _length(source: Source, seq: int | None) -> int:
@@ -165,20 +215,47 @@ def _length(source: Source, seq: int | None) -> int:
     return seq or min(_DEFAULT_SEQ, most or _DEFAULT_SEQ)
 
 
-def _ids(
-    source: Source, model: nn.Module, batch: int, length: int, seed: int, tokens: str | None, *, given: bool
-) -> tuple[Tensor, str, int]:
+@dataclass(frozen=True, kw_only=True)
+class _Chosen:
+    """Token ids (B, T) with what the report says about them."""
+
+    ids: Tensor
+    name: str
+    excluded_rows: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+def _of_file(path: Path, source: Source, batch: int, length: int, *, given: bool, trust_code: bool) -> _Chosen:
+    """The ids of a file, or of its text."""
     vocab = source.vocab_size
     assert vocab is not None
-    if tokens is not None:
-        return _checked(_from_file(Path(tokens), batch, length, given), vocab, tokens), Path(tokens).name, 0
-    if source.folder is not None and (source.folder / "tokenizer.json").is_file() and source.step != 0:
-        ids = _text(source.folder, batch, length, vocab)
+    if not path.is_file():
+        raise ProbeError(
+            f"no such token file: '{path}'", hint=f"{_READABLE}; without it the probe is random tokens"
+        )
+    if not text.is_text(path):
+        ids = _rows(_read_tokens(path), path, batch, length, given=given)
+        return _Chosen(ids=_checked(ids, vocab, path.name), name=path.name)
+    tokenized = text.tokenize_file(path, source, vocab, batch * length, trust_code=trust_code)
+    ids = _rows(tokenized.ids, path, batch, length, given=given)
+    notes = list(tokenized.notes)
+    if len(ids) < batch:
+        notes.append(f"'{path.name}' has {len(tokenized.ids)} tokens: they fill {len(ids)} of {batch} sequences")
+    return _Chosen(ids=_checked(ids, vocab, tokenized.name), name=tokenized.name, notes=notes)
+
+
+def _of_no_file(source: Source, batch: int, length: int, seed: int, *, trust_code: bool) -> _Chosen:
+    """The text that ships, if the source has a tokenizer for it; else random tokens."""
+    vocab, folder = source.vocab_size, source.folder
+    assert vocab is not None
+    if folder is not None and source.step != 0 and text.has_tokenizer(folder):
+        ids = text.tokenize_sample(folder, vocab, batch * length, trust_code=trust_code)
         if ids is not None:
-            return ids, "text through its own tokenizer", 0
+            return _Chosen(ids=ids.view(batch, length), name=OWN_TEXT)
     alive = living_rows(source, vocab)
     generator = torch.Generator().manual_seed(seed)
-    return alive[torch.randint(len(alive), (batch, length), generator=generator)], "random", vocab - len(alive)
+    drawn = alive[torch.randint(len(alive), (batch, length), generator=generator)]
+    return _Chosen(ids=drawn, name="random", excluded_rows=vocab - len(alive))
 
 
 def living_rows(source: Source, vocab: int) -> Tensor:
@@ -231,13 +308,8 @@ def _pixels(model: nn.Module, batch: int, seed: int) -> Probe:
 
 
 # -- files and text ---------------------------------------------------------------------------------------------------
-def _from_file(path: Path, batch: int, length: int, given: bool) -> Tensor:
-    if not path.is_file():
-        raise ProbeError(
-            f"no such token file: '{path}'",
-            hint=".npy, .bin (uint16), .txt (bytes) or .pt; without it the probe is random tokens",
-        )
-    ids = _read_tokens(path)
+def _rows(ids: Tensor, path: Path, batch: int, length: int, *, given: bool) -> Tensor:
+    """Cut ids into sequences: at most `batch` of them, (B, T); a table keeps its own where no length was given."""
     if ids.dtype.is_floating_point or ids.dtype == torch.bool:
         raise ProbeError(
             f"'{path}' holds no token ids", got=f"{ids.dtype}".removeprefix("torch."), hint="integers are expected"
@@ -271,8 +343,6 @@ def _read_tokens(path: Path) -> Tensor:
             )
         if path.suffix == ".bin":
             return torch.from_numpy(np.fromfile(path, dtype="<u2", count=1 << 22).astype("int64"))
-        if path.suffix == ".txt":
-            return torch.from_numpy(np.fromfile(path, dtype="u1", count=1 << 22).astype("int64"))
         if path.suffix == ".pt":
             found = torch.load(path, map_location="cpu", weights_only=True)
             if not isinstance(found, Tensor):
@@ -280,9 +350,7 @@ def _read_tokens(path: Path) -> Tensor:
             return found
     except Exception as error:
         raise ProbeError(f"cannot read tokens from '{path}'", got=_said(error)) from error
-    raise ProbeError(
-        f"'{path}' is no token file", got=path.suffix or "no suffix", hint=".npy, .bin (uint16), .txt (bytes) or .pt"
-    )
+    raise ProbeError(f"'{path}' is no token file", got=path.suffix or "no suffix", hint=_READABLE)
 
 
 def _said(error: Exception) -> str:
@@ -300,19 +368,3 @@ def _checked(ids: Tensor, vocab: int, name: str) -> Tensor:
             f"the model knows 0 to {vocab - 1}",
         )
     return ids
-
-
-def _text(folder: Path, batch: int, length: int, vocab: int) -> Tensor | None:
-    """The first tokens of the text that ships, through the model's tokenizer; None where it cannot be loaded."""
-    try:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        text = (Path(__file__).parent / "probe.txt").read_text(encoding="utf-8")
-        ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
-    except Exception:  # a tokenizer is foreign code; random tokens are left, and the report says off-distribution
-        return None
-    if not len(ids) or int(ids.max()) >= vocab:
-        return None
-    repeats = -(-batch * length // len(ids))
-    return ids.repeat(repeats)[: batch * length].view(batch, length)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from jacdiag.errors import SourceError, UsageError, clipped
 from jacdiag.sources import factory, gpt
-from jacdiag.sources.checkpoint import Checkpoint, open_checkpoint, weights_below
+from jacdiag.sources.candidates import split_flat
+from jacdiag.sources.checkpoint import Checkpoint, Contents, read_contents
 from jacdiag.sources.facts import longest_sequence, vocabulary
 from jacdiag.sources.fit import fit
 from jacdiag.sources.formats import dcp, folders, huggingface
@@ -95,12 +97,13 @@ class Source:
 
 
 def load(
-    source: str,
+    source: str | bytes | os.PathLike[str],
     *,
-    model: str | None = None,
+    model: factory.Factory | None = None,
     model_args: dict[str, Any] | None = None,
     trust_pickle: bool = False,
     seed: int = 0,
+    key: str | None = None,
 ) -> Source:
     """Opens whatever SOURCE names.
 
@@ -110,6 +113,8 @@ def load(
         model_args: keyword arguments for a factory, or fields of the config of a folder or of `hf:`.
         trust_pickle: let a pickle that holds more than tensors run code.
         seed: of random initialisations.
+        key: the dotted path of the weights in a checkpoint file that holds several sets, such as "ema" or
+            "state_dict.model".
 
     Raises:
         SourceError: it cannot be read, is unsafe, or does not fit; the message says what, got, try.
@@ -118,29 +123,44 @@ def load(
         >>> load("jacdiag.sources.gpt:build", model_args={"n_layer": 1, "n_embd": 12}).vocab_size
         50304
     """
+    if not isinstance(source, str | bytes | os.PathLike):
+        hint = "a path or a SOURCE string; jacdiag.audit takes modules and functions too"
+        raise SourceError("this names no source", got=f"type {type(source).__name__}", hint=hint)
+    source = os.fsdecode(source)
+    if "\0" in source or not source.strip():
+        hint = "SOURCE is a checkpoint, a folder, module:callable or hf:CONFIG"
+        raise SourceError(f"no such file or folder: {source!r}", hint=hint)
     if source.startswith("hf:"):
         _no_model(model, source)
+        _no_key(key, source)
         built = huggingface.from_config(source.removeprefix("hf:"), model_args or {}, seed)
         return Source(built, {"format": "hf-config", "factory": source}, source, fresh=True)
     if factory.is_factory(source):
         _no_model(model, source)
+        _no_key(key, source)
         info = {"format": "factory", "factory": source, **({"model_args": model_args} if model_args else {})}
         return Source(factory.build(source, model_args, seed), info, source)
     path = Path(source)
     if factory.there(path) and path.is_dir():
         if dcp.is_folder(path) and not huggingface.is_folder(path):
-            return _from_file(_open_chunked(path, model), model, model_args, seed)
+            return _from_file(_open_chunked(path, model), model, model_args, seed, key)
+        _no_key(key, "a folder")
         return _from_folder(path, model, model_args, trust_pickle, seed)
-    return _from_file(open_checkpoint(path, trust_pickle=trust_pickle), model, model_args, seed)
+    return _from_file(read_contents(path, trust_pickle=trust_pickle), model, model_args, seed, key)
 
 
-def _no_model(model: str | None, source: str) -> None:
+def _no_model(model: factory.Factory | None, source: str) -> None:
     if model is not None:
         raise UsageError("--model belongs to a checkpoint file or a folder", got=f"--model {model} beside {source}")
 
 
+def _no_key(key: str | None, source: str) -> None:
+    if key is not None:
+        raise UsageError("--key belongs to a checkpoint file", got=f"--key {key} with {source}")
+
+
 def _from_folder(
-    path: Path, model: str | None, model_args: dict[str, Any] | None, trust_pickle: bool, seed: int
+    path: Path, model: factory.Factory | None, model_args: dict[str, Any] | None, trust_pickle: bool, seed: int
 ) -> Source:
     if model is not None:
         return _folder_into(path, model, model_args, trust_pickle, seed)
@@ -169,7 +189,9 @@ def _of_folder(path: Path, loaded: huggingface.Loaded, info: dict[str, Any]) -> 
     )
 
 
-def _folder_into(path: Path, model: str, model_args: dict[str, Any] | None, trust_pickle: bool, seed: int) -> Source:
+def _folder_into(
+    path: Path, model: factory.Factory, model_args: dict[str, Any] | None, trust_pickle: bool, seed: int
+) -> Source:
     """The weights of a folder, in a model that a factory or a config elsewhere builds."""
     files = folders.weight_files(path)
     if not files:
@@ -178,14 +200,14 @@ def _folder_into(path: Path, model: str, model_args: dict[str, Any] | None, trus
         "path": str(path),
         "format": "folder",
         "files": [file.name for file in files],
-        "factory": model,
+        "factory": factory.name_of(model),
     }
     if model_args:
         info["model_args"] = model_args
 
     # One .bin file may hold more than a state dict: it is opened like any checkpoint file.
     if len(files) == 1 and files[0].suffix == ".bin":
-        found = _from_file(open_checkpoint(files[0], trust_pickle=trust_pickle), model, model_args, seed)
+        found = _from_file(read_contents(files[0], trust_pickle=trust_pickle), model, model_args, seed, None)
         loaded = huggingface.Loaded(found.model or nn.Module(), {}, found.weights, found.notes)
         source = _of_folder(path, loaded, found.info | info)
         source.step = found.step if source.step is None else source.step
@@ -196,14 +218,14 @@ def _folder_into(path: Path, model: str, model_args: dict[str, Any] | None, trus
 
 
 def _into_model(
-    model: str,
+    model: factory.Factory,
     model_args: dict[str, Any] | None,
     seed: int,
     stored: huggingface.StoredState,
     built: nn.Module | None = None,
 ) -> huggingface.Loaded:
     """Build what --model names, unless it is built already, and fill it with weights."""
-    if model.startswith("hf:"):  # the weights say which class, where the config does not
+    if isinstance(model, str) and model.startswith("hf:"):  # the weights say which class, where the config does not
         return huggingface.load_stored(huggingface.config_path(model), stored, overrides=model_args)
     if built is None and stored.lazy:
         built = factory.build_empty(model, model_args, seed)
@@ -212,9 +234,9 @@ def _into_model(
     return huggingface.fill(built, stored)
 
 
-def _open_chunked(path: Path, model: str | None) -> Checkpoint:
+def _open_chunked(path: Path, model: factory.Factory | None) -> Contents:
     """A folder of torch.distributed.checkpoint, like a checkpoint file whose tensors stay where they are."""
-    pieces = weights_below(dcp.chunked(path))
+    pieces = dcp.chunked(path)
     if not pieces:
         raise SourceError(f"'{path}' holds no weights", hint="expected a state dict, or a dict that holds one")
     if model is None:
@@ -223,10 +245,25 @@ def _open_chunked(path: Path, model: str | None) -> Checkpoint:
             got=f"{len(pieces)} tensors: {clipped(', '.join(pieces), 200)}",
             hint="--model FACTORY builds the module that they belong to",
         )
-    return Checkpoint(path, {}, "torch-distributed", weights=StoredWeights(pieces))
+    return Contents(path, split_flat(pieces), "torch-distributed", described=", ".join(pieces))
 
 
-def _from_file(found: Checkpoint, model: str | None, model_args: dict[str, Any] | None, seed: int) -> Source:
+def _from_file(
+    contents: Contents, model: factory.Factory | None, model_args: dict[str, Any] | None, seed: int, key: str | None
+) -> Source:
+    """Choose the weights of a file, and put them into their module if it is known."""
+    if model is None and model_args is not None:
+        raise UsageError("--model-args needs --model", hint="--model package.module:callable")
+
+    # 1. Build the module first: the weights are chosen by whether they fit it.
+    built: nn.Module | None = None
+    if model is not None and contents.stored:
+        built = factory.build_empty(model, model_args, seed)
+    elif model is not None:
+        built = factory.build(model, model_args, seed, init=False)
+    found = contents.choose(key, built)
+
+    # 2. Say what was read, and what else is in the file.
     info: dict[str, Any] = {"path": str(found.path), "format": found.format, "step": found.step}
     made = Source(None, info, found.path.name, step=found.step)
     if found.unread:
@@ -235,18 +272,22 @@ def _from_file(found: Checkpoint, model: str | None, model_args: dict[str, Any] 
         made.notes.append(f"left unread in the file, as it is no tensor: {shown}")
     if found.where:
         info["key"] = found.where
-    if model is not None:
-        info |= {"factory": model, **({"model_args": model_args} if model_args else {})}
+    if found.others:
+        info["others"] = found.others
+    made.notes += found.notes
+
+    # 3. Fill the module.
+    if built is not None:
+        info |= {"factory": factory.name_of(model), **({"model_args": model_args} if model_args else {})}
+        made.model = built
         if found.weights is not None:
             stored = huggingface.StoredState(found.weights.pieces, True, found.path)
         else:
-            state = found.state or dict(found.module.state_dict() if found.module is not None else {})
-            stored = huggingface.StoredState(state, False, found.path)
-        loaded = _into_model(model, model_args, seed, stored)
+            stored = huggingface.StoredState(found.state, False, found.path)
+        assert model is not None
+        loaded = _into_model(model, model_args, seed, stored, built)
         made.model, made.weights = loaded.model, loaded.weights
         made.notes += loaded.notes
-    elif model_args is not None:
-        raise UsageError("--model-args needs --model", hint="--model package.module:callable")
     elif found.module is not None:
         made.model = found.module
     else:

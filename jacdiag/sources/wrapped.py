@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
@@ -9,13 +10,14 @@ WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "
 
 def unwrap(module: nn.Module) -> nn.Module:
     """Returns the module that a wrapper (compile, FSDP, activation checkpointing, Fabric, DDP, DataParallel) holds."""
-    while True:
+    while not isinstance(module, torch.jit.ScriptModule):  # its dict of modules is another
         inner = next((module._modules[a] for a in WRAPPERS if module._modules.get(a) is not None), None)
         if inner is None and isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             inner = module.module
         if inner is None:
             return module
         module = inner
+    return module
 
 
 def plain_name(name: str) -> str:

@@ -84,7 +84,9 @@ class Bidiagonalisation:
         A backward marked @once_differentiable is cut off in silence when it is differentiated, and A v comes out too
         small: without this check a wrong norm would be certified.
         """
-        if not alpha.any() and np.isfinite(alpha).all():
+        if not np.isfinite(alpha).all() or not bool(torch.isfinite(pulled).all()):
+            return  # the solver stops there, and says that a product was not finite
+        if not alpha.any():
             probe = torch.ones_like(self.u).cumsum(1).cos()
             self.products += 1
             wrong = bool(self.operator.pull(probe).abs().max() > 0)
@@ -93,9 +95,23 @@ class Bidiagonalisation:
             size = torch.linalg.vector_norm(pulled, dim=1, dtype=torch.float64).cpu().numpy()
             wrong = bool((np.abs(inner - alpha) > 1e-3 * np.maximum(size, alpha)).any())
         if wrong:
-            raise RuntimeError(
-                "J u and J^T w do not belong to one matrix: a backward in it has no derivative (@once_differentiable)"
-            )
+            raise RuntimeError(self._adjoint_cause())
+
+    def _adjoint_cause(self) -> str:
+        """Say why J u and J^T w do not belong to one matrix, as far as it can be told.
+
+        A linear map scales with its argument. One that does not has left the range of its dtype on the way.
+        """
+        small = self.v * _SHRUNK
+        pushed, scaled = self.operator.push(self.v).double(), self.operator.push(small).double() / _SHRUNK
+        self.products += 2
+        off = float((pushed - scaled).abs().max())
+        what = "J u and J^T w do not belong to one matrix"
+        if not off <= 1e-2 * float(pushed.abs().max()):
+            name = str(self.operator.dtype).removeprefix("torch.")
+            way = "" if name == "float64" else "; --dtype float64 may hold it"
+            return f"{what}: a product leaves the range of {name} on the way{way}"
+        return f"{what}: a backward in it has no derivative (@once_differentiable), or depends on more than its input"
 
     def _coefficient(self, w: Tensor, last: bool) -> Array:
         """The norm of a new direction; 0, and the problem is exact from here on, at a breakdown."""
@@ -164,3 +180,4 @@ def _reorthogonalised(w: Tensor, basis: Tensor, k: int) -> Tensor:
 
 
 _MUCH = 0.5**0.5
+_SHRUNK = 2.0**-20  # a power of two: scaling by it rounds nothing

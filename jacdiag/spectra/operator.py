@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from jacdiag.errors import MeasureError
 from jacdiag.spectra.rounding import full_precision
 
 Map = Callable[[Tensor], Tensor]
@@ -99,8 +100,23 @@ class JacobianOperator(Operator):
         self.set_batch_dims(batch_dims)
 
     def set_batch_dims(self, dims: Sequence[int]) -> None:
-        """Says anew over which dimensions problems are independent; nothing is built again."""
-        self.dims = tuple(sorted(d % len(self.x_shape) for d in dims))
+        """Set which dimensions are independent, without rebuilding the operator.
+
+        Raises:
+            MeasureError: the output has no such dimension of the same size, so that problems cannot be told apart.
+        """
+        rank = len(self.x_shape)
+        y_shape = self.value.shape
+        if any(not -rank <= d < rank for d in dims):
+            raise MeasureError("batch_dims name a dimension that x does not have", got=f"{tuple(dims)} of {rank}")
+
+        self.dims = tuple(sorted({d % rank for d in dims}))
+        if any(d >= len(y_shape) or y_shape[d] != self.x_shape[d] for d in self.dims):
+            raise MeasureError(
+                "the output does not keep the batch dimensions",
+                got=f"dimensions {self.dims} of {tuple(self.x_shape)}, beside {tuple(y_shape)}",
+                hint="batch_dims=() makes one problem of everything",
+            )
         self.problems = math.prod(self.x_shape[d] for d in self.dims)
         self.domain = self.x_shape.numel() // self.problems
         self.codomain = self.value.numel() // self.problems
@@ -111,7 +127,7 @@ class JacobianOperator(Operator):
         with torch.no_grad(), full_precision():
             return self._pull_map(w)
 
-    def steps(self, way: Way, vector: Tensor) -> Steps:
+    def steps(self, way: Way, vector: Tensor) -> Steps:  # noqa: ARG002  (of Operator; a single map has one way)
         return (yield self, vector)
 
     @property
@@ -172,15 +188,23 @@ def _released(_: Tensor) -> Tensor:
     raise RuntimeError("this operator was released")
 
 
+def _checked(value: object) -> Tensor:
+    """Return what a function gave back; raise unless it is a floating tensor."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = f"{value.dtype}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
+        raise MeasureError("the function returned no floating tensor", got=got)
+    return value
+
+
 def _transposes(fn: Map, x: Tensor) -> tuple[Tensor, Map, Map]:
-    value, vjp = torch.func.vjp(fn, x)  # type: ignore[misc]
+    value, vjp = torch.func.vjp(lambda x: _checked(fn(x)), x)  # type: ignore[misc]
     _, transposed = torch.func.vjp(lambda w: vjp(w)[0], torch.zeros_like(value))  # type: ignore[misc]
     return value.detach(), lambda w: vjp(w)[0], lambda u: transposed(u)[0]
 
 
 def _transposes_by_autograd(fn: Map, x: Tensor) -> tuple[Tensor, Map, Map]:
     x = x.requires_grad_()
-    value = fn(x)
+    value = _checked(fn(x))
     w0 = torch.zeros_like(value).requires_grad_()
 
     def grad(y: Tensor, at: Tensor, w: Tensor, create: bool = False) -> Tensor:
@@ -202,11 +226,12 @@ def independent_dims(
     device: torch.device,
     generator: torch.Generator,
 ) -> tuple[int, ...]:
-    """Finds the dimensions over which a Jacobian is block diagonal, with two pulls and no assumption on dimension 0.
+    """Find the dimensions over which a Jacobian is block diagonal, without an assumption on dimension 0.
 
+    Two pulls are spent, or three if two candidate dimensions have the same size.
     A cotangent lives on one index of every dimension but features: a middle one, then the last (under a causal mask the
     first token reaches only itself, which says nothing). Where its pull is exactly zero off that index along a
-    dimension, both times, the dimension is independent.
+    dimension, every time, the dimension is independent.
 
     Args:
         pull: J^T w in the shapes of x and y.
@@ -219,14 +244,29 @@ def independent_dims(
     if len(x_shape) != len(y_shape):
         return ()
     found = {d for d in range(len(x_shape)) if d != feature and x_shape[d] == y_shape[d]}
-    for place in (lambda n: n // 2, lambda n: n - 1):
+    for places in _places_to_look_at(y_shape, found):
         w = torch.zeros(y_shape, dtype=dtype, device=device)
-        index = tuple(slice(None) if d == feature else place(n) for d, n in enumerate(y_shape))
+        index = tuple(slice(None) if d == feature else place for d, place in enumerate(places))
         w[index] = torch.randn(w[index].shape, generator=generator, dtype=torch.float64).to(w)
         touched = pull(w) != 0
         for d in list(found):
             along = touched.movedim(d, 0).flatten(1).any(1)
-            along[place(x_shape[d])] = False
+            along[places[d]] = False
             if bool(along.any()):
                 found.discard(d)
     return tuple(sorted(found))
+
+
+def _places_to_look_at(shape: torch.Size, candidates: set[int]) -> list[list[int]]:
+    """Return one index per dimension for every pull: the middle, the end, and a place off the diagonal.
+
+    The third is needed only if two candidates have the same size: a map that swaps them (a transpose of batch and
+    tokens) leaves the diagonal where it is, and looks independent there.
+    """
+    middle = [n // 2 for n in shape]
+    end = [n - 1 for n in shape]
+    sizes = [shape[d] for d in candidates if shape[d] > 1]
+    if len(set(sizes)) == len(sizes):
+        return [middle, end]
+    off_diagonal = [(n - 1 - d) % n for d, n in enumerate(shape)]
+    return [middle, end, off_diagonal]

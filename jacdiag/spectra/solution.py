@@ -20,7 +20,7 @@ class Stop(enum.Enum):
     DECIDED = "the rules are decided"
     EXACT = "an invariant subspace was found: the value is exact up to rounding"
     BUDGET = "the budget of products is spent; raise max_products or tol"
-    NON_FINITE = "a product was not finite"
+    NON_FINITE = "a product was not finite: it left the range of the dtype (try float64), or a derivative is NaN or Inf"
     INHERITED = "it follows from another norm of the sub-layer and one product"
 
 

@@ -177,7 +177,7 @@ class Anatomist:
             if z.numel() != x.numel() or not z.is_floating_point():
                 return None
             if x.is_meta:
-                return self._norm_by_structure(x, z, spot, normalise, node)
+                return self._norm_by_structure(z, spot, normalise, node)
             if where is Where.NORMALISED:
                 return self._factor(x, z, spot, normalise)
             unit = 2.0**12 / x.double().square().mean().sqrt().clamp_min(1e-30).item()  # eps must not count
@@ -193,7 +193,7 @@ class Anatomist:
         return replace(norm, value=norm.normalise(x), gain=torch.full_like(norm.gain, math.nan))
 
     def _norm_by_structure(
-        self, x: Tensor, z: Tensor, spot: Spot, normalise: Callable[[Tensor], Tensor], node: int
+        self, z: Tensor, spot: Spot, normalise: Callable[[Tensor], Tensor], node: int
     ) -> Norm | None:
         """A norm as its operations show it, without values; its gain is not known."""
         name = self.graph.nodes[node].name

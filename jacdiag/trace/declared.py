@@ -73,6 +73,8 @@ def declare(*, shortcut: str, branch: str) -> Declaration:
 
 def declarations(given: Iterable[Declaration | Mapping[str, Any]] | Mapping[str, Any]) -> list[Declaration]:
     """Reads declarations as a configuration file holds them: tables of `shortcut` and `branch`, by any name."""
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise UsageError("declared is a list of declarations", got=repr(given), hint="jacdiag.declare(...)")
     named = given.items() if isinstance(given, Mapping) else ((f"number {k + 1}", one) for k, one in enumerate(given))
     found = []
     for name, one in named:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from jacdiag.trace.tracer import Tracer
 
 
+_PRINTED = 24  # sub-layers that `print(sites)` lists
+
+
 class Sites(Sequence[Sublayer]):
     """The sub-layers of one recorded forward, in the order of the stream, and what surrounds them.
 
@@ -51,6 +54,18 @@ class Sites(Sequence[Sublayer]):
         self.hidden: list[str] = tracer.hidden
         self.left_out: list[LeftOut] = tracer.left_out
         self.dtype: torch.dtype = tracer.dtype
+
+    def __str__(self) -> str:
+        """Return one line a sub-layer, of a long model the first of them."""
+        count = len(self)
+        noun = "sub-layer" if count == 1 else "sub-layers"
+        lines = [f"{count} {noun}, {self.layers} deep", *(f"  {site}" for site in self._sublayers[:_PRINTED])]
+        if count > _PRINTED:
+            lines.append(f"  ... and {count - _PRINTED} more")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"<Sites: {len(self)} sub-layers, {self.layers} deep>"
 
     @overload
     def __getitem__(self, index: int) -> Sublayer: ...

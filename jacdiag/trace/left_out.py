@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from jacdiag.trace.graph import Graph
 from jacdiag.trace.residual import Finder, Site
 
+_SELECTS = {"__getitem__", "index_select", "gather", "take_along_dim", "narrow", "select"}
+_WRITES = {"__setitem__", "index_copy", "index_copy_", "scatter", "scatter_", "index_put", "index_put_"}
 _SUMS = {"sum", "mean", "einsum", "matmul", "__matmul__", "bmm", "tensordot"}
 
 
@@ -38,7 +40,8 @@ def left_out(graph: Graph, finder: Finder, sites: Sequence[Site]) -> list[LeftOu
     listed |= {graph.values[site.output].node for site in sites}
     streams = _Streams(graph, finder, sites)
     for site, reason in finder.dropped:
-        if site.addition not in listed and streams.goes_on(site.output):
+        on_stream = streams.goes_on(site.output) or streams.is_stream(site.shortcut)
+        if site.addition not in listed and on_stream:
             reasons[site.addition] = reason
 
     # 2. Additions and mixes on a stream whose branch does not read their own shortcut.
@@ -47,6 +50,8 @@ def left_out(graph: Graph, finder: Finder, sites: Sequence[Site]) -> list[LeftOu
             continue
         if node.terms is not None and streams.adds_to_another(node.index):
             reasons[node.index] = "the branch does not read this sum's own shortcut"
+        elif node.terms is not None and streams.adds_to_part(node.index):
+            reasons[node.index] = "the branch is added to some positions only, which are then written back"
         elif node.name == "stack" and streams.mixes(node.index):
             count = len(node.operands)
             reasons[node.index] = f"a weighted sum of {count} earlier outputs, not a shortcut and a branch"
@@ -65,18 +70,40 @@ class _Streams:
     def __init__(self, graph: Graph, finder: Finder, sites: Sequence[Site]) -> None:
         self.graph = graph
         self.finder = finder
-        self.sites = sites
+        self.sites = [*sites, *(site for site, _ in finder.dropped)]
+        self.sums = {graph.values[site.output].node for site in self.sites}
+        self.lines = {graph.nodes[node].line for node in self.sums}
 
     def adds_to_another(self, node: int) -> bool:
         """Return whether a sum adds a function of something else to a stream that goes on."""
         record = self.graph.nodes[node]
-        terms = [term for term in record.terms or () if self.finder._full(node, term)]
+        terms = [term for term in record.terms or () if self.finder.is_full(node, term)]
         if len(terms) != 2 or not record.outputs or not self.goes_on(record.outputs[0]):
             return False
         for shortcut, branch in (terms, terms[::-1]):
             if shortcut.operand is None or shortcut.product:
                 continue
-            if self._is_stream(shortcut.operand) and self._is_function(shortcut.operand, branch.values):
+            # The first pass through a loop or a layer class has no sum before it, but the same source line.
+            on_stream = self.is_stream(shortcut.operand) or record.line in self.lines
+            if on_stream and self._is_function(shortcut.operand, branch.values):
+                return True
+        return False
+
+    def adds_to_part(self, node: int) -> bool:
+        """Return whether a branch is added to selected positions of its shortcut, and the sum is written back."""
+        record = self.graph.nodes[node]
+        terms = [term for term in record.terms or () if self.finder.is_full(node, term)]
+        if len(terms) != 2 or not record.outputs:
+            return False
+        readers = {reader for made in record.outputs for reader in self.graph.values[made].consumers}
+        if not any(self.graph.nodes[reader].name in _WRITES for reader in readers):
+            return False
+        for shortcut, branch in (terms, terms[::-1]):
+            maker = -1 if shortcut.operand is None else self.graph.values[shortcut.operand].node
+            if maker < 0 or self.graph.nodes[maker].name not in _SELECTS:
+                continue
+            whole = self.graph.nodes[maker].inputs[0]
+            if self.finder.is_branch(whole, branch):
                 return True
         return False
 
@@ -87,10 +114,10 @@ class _Streams:
         shapes = {self.graph.values[v].shape for v in members}
         if len(members) < 2 or len(shapes) != 1:
             return False
-        depend = self.finder.reaches(members[0], members[1:], through_products=True)
-        direct = self.finder.reaches(members[0], members[1:], through_products=False, statistics=False)
+        between = self.finder.cone(members[0], members[1:])
+        depend = any(self.finder.is_product(call) for call in between)
         output = self._reduced(record.outputs[0], shapes.pop())
-        return depend and not direct and output is not None and self.goes_on(output)
+        return depend and output is not None and self.goes_on(output)
 
     def _reduced(self, value: int, shape: tuple[int, ...]) -> int | None:
         """Return the first sum of that shape that a stack leads to without a parameter's product."""
@@ -114,7 +141,7 @@ class _Streams:
         later = [site.shortcut for site in self.sites if self.graph.values[site.shortcut].shape == shape]
         return bool(later) and self.finder.reaches(output, later, through_products=False, statistics=False)
 
-    def _is_stream(self, value: int) -> bool:
+    def is_stream(self, value: int) -> bool:
         """Return whether a value continues the output of a listed sum with no product between."""
         shape = self.graph.values[value].shape
         for site in self.sites:
@@ -135,7 +162,7 @@ class _Streams:
             seen.add(node)
             if self.finder.is_product(node):
                 return True
-            if node in {self.graph.values[site.output].node for site in self.sites}:
+            if node in self.sums:
                 continue
             stack.extend(value.index for value in self.graph.float_inputs(node))
         return False

@@ -98,7 +98,7 @@ class _NoCheckpoint:
     """Stands in for the Function of reentrant checkpointing: the code runs once, in the open."""
 
     @staticmethod
-    def apply(run_function: Any, preserve_rng_state: Any, *args: Any) -> Any:
+    def apply(run_function: Any, _preserve_rng_state: Any, *args: Any) -> Any:
         return run_function(*args)
 
 

@@ -194,7 +194,7 @@ class Replayer:
             kept[key] = tensor.clone() if clone else tensor
             return tensor
 
-        def hook(module: Any, args: Any, kwargs: Any) -> None:
+        def hook(_module: Any, args: Any, kwargs: Any) -> None:
             nonlocal count
             if count in invocations:
                 if graph.start is not None:

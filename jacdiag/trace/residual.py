@@ -94,7 +94,7 @@ class Finder(Walks):
 
     def _note_hidden(self, node: int) -> None:
         """An addition that autograd does not see is no site; it is reported by name."""
-        terms = [(node, k, t) for k, t in enumerate(self.graph.nodes[node].terms or ()) if self._full(node, t)]
+        terms = [(node, k, t) for k, t in enumerate(self.graph.nodes[node].terms or ()) if self.is_full(node, t)]
         found = self._pair(terms) if len(terms) >= 2 else None
         if found is not None:
             shortcut, _, branches = found
@@ -104,14 +104,14 @@ class Finder(Walks):
         """A recurrent cell that takes a branch as its input and the shortcut as its state is a gate, in one call."""
         read = [v.index for v in self.graph.float_inputs(node)]
         for f, state in ((f, s) for f in read for s in read if f != s):
-            shortcut = next((x for x in self.carriers(state) if self._is_branch(x, Term((f,), f))), None)
+            shortcut = next((x for x in self.carriers(state) if self.is_branch(x, Term((f,), f))), None)
             if shortcut is not None:
                 self.hidden.append((node, shortcut, f))
                 return
 
     # -- one addition ----------------------------------------------------------------------------------------------
     def _consider(self, node: int) -> None:
-        terms = [(node, k, t) for k, t in enumerate(self.graph.nodes[node].terms or ()) if self._full(node, t)]
+        terms = [(node, k, t) for k, t in enumerate(self.graph.nodes[node].terms or ()) if self.is_full(node, t)]
         if len(terms) < 2:
             return
         found = self._pair(terms)
@@ -140,7 +140,7 @@ class Finder(Walks):
                 mixed = self._is_mixed(shortcut, cone)
                 self.sites.append(Site(addition, position, term, shortcut, carrier, scaled, cone, output, group, mixed))
 
-    def _full(self, node: int, term: Term) -> bool:
+    def is_full(self, node: int, term: Term) -> bool:
         """A term of the stream: differentiable, and of the sum's own shape."""
         values = [self.graph.values[v] for v in term.values]
         made = self.graph.values[self.graph.nodes[node].outputs[0]] if self.graph.nodes[node].outputs else None
@@ -157,7 +157,7 @@ class Finder(Walks):
                     continue
                 start = carrier.operand if carrier.operand is not None else carrier.values[0]
                 for candidate in carriers(start):
-                    branches = [t for t in others if self._is_branch(candidate, t[2])]
+                    branches = [t for t in others if self.is_branch(candidate, t[2])]
                     if branches and len(branches) == len(others):
                         return candidate, terms[k], branches
                     if branches:
@@ -236,7 +236,7 @@ class Finder(Walks):
         one = (*shape[:-2], shape[-1])
         return any(v.shape == one for n in cone if self.is_product(n) for v in self.graph.float_inputs(n))
 
-    def _is_branch(self, shortcut: int, term: Term) -> bool:
+    def is_branch(self, shortcut: int, term: Term) -> bool:
         """Whether a product lies on a path from the shortcut, and on every path that carries more than a statistic."""
         if shortcut in term.values or not self.reaches(shortcut, term.values, through_products=True):
             return False
@@ -262,7 +262,7 @@ class Finder(Walks):
             if node.name in SCATTERS:  # the experts of one MoE layer are one branch
                 return None
             if node.terms is not None and node.invocation == owner:
-                parts = [(node.index, j, t) for j, t in enumerate(node.terms) if self._full(node.index, t)]
+                parts = [(node.index, j, t) for j, t in enumerate(node.terms) if self.is_full(node.index, t)]
                 return parts if len(parts) >= 2 else None
             if node.name not in _SHAPE_ONLY or node.invocation != owner:
                 return None
@@ -273,7 +273,7 @@ class Finder(Walks):
     def _split(self, shortcut: int, branch: Leaf) -> list[Leaf]:
         """Takes a branch that is itself a sum of two branches apart (x + (a + m)); shared products keep it whole."""
         inner = self._inner_sum(branch[2], self.graph.nodes[branch[0]].invocation)
-        if inner is None or not all(self._is_branch(shortcut, t) for _, _, t in inner):
+        if inner is None or not all(self.is_branch(shortcut, t) for _, _, t in inner):
             return [branch]
         products = [{n for n in self.cone(shortcut, t.values) if self.is_product(n)} for _, _, t in inner]
         if any(a & b for i, a in enumerate(products) for b in products[:i]):

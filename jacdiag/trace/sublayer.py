@@ -91,6 +91,17 @@ class Sublayer:
     valueless: bool = False
     looks_token_wise: bool | None = None
 
+    def __str__(self) -> str:
+        """Return one line: name, kind, placement of the norm, depth, shape of the shortcut, number of parameters."""
+        norm = "no norm" if self.placement == "none" else f"{self.placement}-norm"
+        shape = " x ".join(str(size) for size in self.shortcut.shape)
+        count = len(self.parameters)
+        parameters = "1 parameter tensor" if count == 1 else f"{count} parameter tensors"
+        return f"{self.name}: {self.kind}, {norm}, depth {self.depth}, shortcut {shape}, {parameters}"
+
+    def __repr__(self) -> str:
+        return f"<Sublayer {self}>"
+
     @property
     def has_input_norm(self) -> bool:
         return self.input_norm is not None

@@ -49,23 +49,24 @@ def _scaled(tensor: Any, factor: Any) -> Part | None:
     return _plain(tensor) if factor == 1 else Part((tensor,), lambda: tensor * factor)
 
 
-def _add(a: Any, b: Any = None, *, other: Any = None, alpha: Any = 1, out: Any = None, **_: Any) -> list[Part | None]:
+# `out` is one of torch's own arguments: the sum is the same whether it is given or not.
+def _add(a: Any, b: Any = None, *, other: Any = None, alpha: Any = 1, out: Any = None, **_: Any) -> list[Part | None]:  # noqa: ARG001
     return [_plain(a), _scaled(b if b is not None else other, alpha)]
 
 
-def _sub(a: Any, b: Any = None, *, other: Any = None, alpha: Any = 1, out: Any = None, **_: Any) -> list[Part | None]:
+def _sub(a: Any, b: Any = None, *, other: Any = None, alpha: Any = 1, out: Any = None, **_: Any) -> list[Part | None]:  # noqa: ARG001
     return [_plain(a), _scaled(b if b is not None else other, -alpha)]
 
 
-def _addcmul(a: Any, x: Any, y: Any, *, value: Any = 1, out: Any = None) -> list[Part | None]:
+def _addcmul(a: Any, x: Any, y: Any, *, value: Any = 1, out: Any = None) -> list[Part | None]:  # noqa: ARG001
     return [_plain(a), Part((x, y), lambda: x * y if value == 1 else value * x * y)]
 
 
-def _addmm(a: Any, x: Any, y: Any, *, beta: Any = 1, alpha: Any = 1, out: Any = None) -> list[Part | None]:
+def _addmm(a: Any, x: Any, y: Any, *, beta: Any = 1, alpha: Any = 1, out: Any = None) -> list[Part | None]:  # noqa: ARG001
     return [_scaled(a, beta), Part((x, y), lambda: alpha * (x @ y) if alpha != 1 else x @ y, product=True)]
 
 
-def _lerp(a: Any, b: Any, weight: Any, *, out: Any = None) -> list[Part | None]:
+def _lerp(a: Any, b: Any, weight: Any, *, out: Any = None) -> list[Part | None]:  # noqa: ARG001
     return [
         Part((a,), lambda: a * (1 - weight)),
         Part((b, weight) if isinstance(weight, Tensor) else (b,), lambda: b * weight),
@@ -73,11 +74,13 @@ def _lerp(a: Any, b: Any, weight: Any, *, out: Any = None) -> list[Part | None]:
 
 
 # Calls that add rows to a tensor at given positions. What they add is the second term, with zeros elsewhere.
-SCATTERS = frozenset(("index_add", "index_add_", "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_"))
+SCATTERS = frozenset(
+    """index_add index_add_ scatter_add scatter_add_ scatter_reduce scatter_reduce_ index_put index_put_""".split()
+)
 
 
 def _index_add(
-    a: Any, dim: int, index: Any, source: Any, *, alpha: Any = 1, out: Any = None
+    a: Any, dim: int, index: Any, source: Any, *, alpha: Any = 1, **_: Any
 ) -> list[Part | None]:
     def added() -> Tensor:
         return torch.zeros_like(a).index_add(dim, index, source, alpha=alpha)
@@ -85,7 +88,7 @@ def _index_add(
     return [_plain(a), Part((source,), added)]
 
 
-def _scatter_add(a: Any, dim: int, index: Any, src: Any, *, out: Any = None) -> list[Part | None]:
+def _scatter_add(a: Any, dim: int, index: Any, src: Any, **_: Any) -> list[Part | None]:
     def added() -> Tensor:
         return torch.zeros_like(a).scatter_add(dim, index, src)
 
@@ -93,12 +96,22 @@ def _scatter_add(a: Any, dim: int, index: Any, src: Any, *, out: Any = None) -> 
 
 
 def _scatter_reduce(
-    a: Any, dim: int, index: Any, src: Any, reduce: str = "", *, include_self: bool = True, out: Any = None
+    a: Any, dim: int, index: Any, src: Any, reduce: str = "", *, include_self: bool = True, **_: Any
 ) -> list[Part | None]:
     # Without its own values, or with a maximum, a scatter adds nothing to `a`.
     if reduce != "sum" or not include_self:
         return []
     return _scatter_add(a, dim, index, src)
+
+
+def _index_put(a: Any, indices: Any, values: Any, accumulate: bool = False) -> list[Part | None]:
+    if not accumulate or not isinstance(values, Tensor):
+        return []
+
+    def added() -> Tensor:
+        return torch.zeros_like(a).index_put(indices, values, accumulate=True)
+
+    return [_plain(a), Part((values,), added)]
 
 
 FORMS: dict[str, Callable[..., list[Part | None]]] = {
@@ -109,6 +122,7 @@ FORMS: dict[str, Callable[..., list[Part | None]]] = {
     **dict.fromkeys(("lerp", "lerp_"), _lerp),
     **dict.fromkeys(("index_add", "index_add_"), _index_add),
     **dict.fromkeys(("scatter_add", "scatter_add_"), _scatter_add),
+    **dict.fromkeys(("index_put", "index_put_"), _index_put),
     **dict.fromkeys(("scatter_reduce", "scatter_reduce_"), _scatter_reduce),
 }
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from jacdiag.errors import SourceError, TraceError
 from jacdiag.report.schema import Placement
-from jacdiag.sources.factory import own_frames
+from jacdiag.sources.factory import model_code, own_frames
+from jacdiag.sources.given import check_module
 from jacdiag.sources.wrapped import unwrap
 from jacdiag.trace.anatomy import Anatomist, Norm
 from jacdiag.trace.calls import Call, prepared
@@ -68,6 +69,19 @@ def sites(
     return Tracer(model, args, kwargs, dtype or torch.float32, declarations(declared), weights).trace()
 
 
+def _check_inputs(model: nn.Module, inputs: Any) -> None:
+    """Raise for what cannot be recorded: parameters without a shape, inputs without an element."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            hint = "run the model once on an input: lazy modules take their shape from it"
+            raise TraceError(f"parameter '{name}' has no shape yet", hint=hint)
+    tensors: list[Tensor] = []
+    collect_deep(inputs, tensors)
+    if tensors and not tensors[0].numel():
+        got = f"a tensor of shape {tuple(tensors[0].shape)}"
+        raise TraceError("the input is empty", got=got, hint="at least one sequence of one token")
+
+
 class Tracer:
     """The steps of `sites`, in order; each leaves what it found in an attribute."""
 
@@ -80,8 +94,10 @@ class Tracer:
         declared: Sequence[Declaration] = (),
         weights: Mapping[str, Tensor] | None = None,
     ) -> None:
+        check_module(model, "jacdiag.sites")
         refuse_flat_shards(model)  # before unwrapping: only the wrapper knows
         self.model, self.declared = unwrap(model), declared
+        _check_inputs(self.model, (args, kwargs))
         doubles = any(p.dtype is torch.float64 for p in self.model.parameters())
         self.dtype = torch.float64 if doubles else dtype
         self.notes: list[str] = []
@@ -94,7 +110,7 @@ class Tracer:
         self.args, self.kwargs = prepared(self.model, args, kwargs, self.dtype)
 
     def trace(self) -> Sites:
-        with torch.inference_mode(False), torch.no_grad(), borrowed():
+        with model_code(), torch.inference_mode(False), torch.no_grad(), borrowed():
             self._record()
             if self.compare:
                 self._follow_guest()

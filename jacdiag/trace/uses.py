@@ -72,7 +72,7 @@ def uses_of(sites: Sites) -> dict[str, Use]:
                 found[name] = replace(use, layer=site.depth, sublayer=site.name)
     found |= {name: use for name, use in _outside(sites).items() if name not in found}
     outlines = sites.skeleton.outlines
-    return {name: found.get(name) or _like(name, outlines, found) for name in outlines}
+    return {name: found.get(name) or _like(name, found) for name in outlines}
 
 
 def pattern(name: str) -> str:
@@ -91,7 +91,7 @@ def tied_to_head(sites: Sites) -> set[str]:
     return set(parameters_of(sites.graph, after, sites.skeleton)) & set(sites.coverage.embedding)
 
 
-def _like(name: str, outlines: Mapping[str, object], found: Mapping[str, Use]) -> Use:
+def _like(name: str, found: Mapping[str, Use]) -> Use:
     """The use of a parameter of the same name but for its numbers."""
     same = NUMBER.sub("*", name)
     twin = next((u for other, u in found.items() if NUMBER.sub("*", other) == same), None)

@@ -12,6 +12,7 @@ from torch import nn
 from jacdiag.errors import UsageError
 from jacdiag.report.runlog import Alert
 from jacdiag.report.thresholds import load_thresholds
+from jacdiag.sources.given import check_module, path_text
 from jacdiag.sources.wrapped import unwrap
 from jacdiag.watching.cadence import Cadence
 from jacdiag.watching.hook import Watch
@@ -94,9 +95,12 @@ def watch(
     """
     if not isinstance(log_every, int) or log_every < 1:
         raise UsageError(f"log_every cannot be {log_every!r}", hint="a number of steps, such as 10")
+    if not isinstance(keep_batches, int) or keep_batches < 0:
+        raise UsageError(f"keep_batches cannot be {keep_batches!r}", hint="a number of batches, 0 for none")
     if not (on_alert in ("log", "raise") or callable(on_alert)):
         raise UsageError(f"on_alert cannot be {on_alert!r}", hint="'log', 'raise', or a function of the alert")
     cadences = Cadence.of(every, "every"), Cadence.of(stats_every, "stats_every")
+    check_module(model, "jacdiag.watch")
     check_supported(model)
     optimisers = optimisers_of(optimizer)
     names = names_of(model)
@@ -104,9 +108,9 @@ def watch(
     other = _WATCHED.get(unwrap(model), lambda: None)()
     if other is not None and not other.closed:
         raise UsageError("this model is watched already", hint="close() the other watch first")
-    limits = load_thresholds(thresholds, None if risk is None else str(risk))
+    limits = load_thresholds(thresholds, risk)
     together = Together(is_sharded(model), timeout)
-    folder = Path(log_dir) if log_dir is not None else None
+    folder = Path(path_text(log_dir)) if log_dir is not None else None
     record = Record(
         folder if together.lead else None, resume=resume, on_alert=on_alert, strict=strict, thresholds=limits,
         sinks=sinks if together.lead else (), recorder=recorder, quiet=quiet or not together.lead,

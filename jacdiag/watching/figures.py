@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jacdiag.errors import UsageError
 from jacdiag.watching.grouping import Groups, Member
 from jacdiag.watching.norms import square_sums, widest
 from jacdiag.watching.optimisers import local
@@ -104,7 +105,11 @@ class Figures:
             value = value.to(self.device, self.table.dtype, non_blocking=True)
             self.table[self.slot, column] = value.reshape(()) if value.numel() == 1 else value.mean()
         else:
-            self.table[self.slot, column] = float(value)
+            try:
+                self.table[self.slot, column] = float(value)
+            except (TypeError, ValueError) as error:
+                got = f"type {type(value).__name__}"
+                raise UsageError("a loss or a norm is one number", got=got, hint="a tensor or a float") from error
 
     def close_row(self, step: int, time: float, lr: float | None, tokens: int | None) -> None:
         """Ends the step at hand."""

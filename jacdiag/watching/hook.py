@@ -65,6 +65,14 @@ class Watch:
         self._at_exit = partial(_close, weakref.ref(self))  # a loop may end without close(), and lines may wait
         atexit.register(self._at_exit)
 
+    def __str__(self) -> str:
+        """Return how far the watch is, and what it said in this session."""
+        state = "closed" if self.closed else "running"
+        steps = "1 step" if self.count == 1 else f"{self.count} steps"
+        alerts = [f"  {alert}" for alert in self.alerts]
+        said = "1 alert" if len(alerts) == 1 else f"{len(alerts)} alerts"
+        return "\n".join([f"Watch, {state}: {steps}, {said}", *alerts])
+
     # -- the loop --------------------------------------------------------------------------------------------------
     def step(self, loss: Any, *, grad_norm: Any = None, lr: float | None = None, tokens: int | None = None) -> None:
         """To be called once per optimiser step, behind it.

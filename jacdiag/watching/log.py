@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import stat
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ _MOST_WAITING = 10_000  # blocks of lines; a disk that is that far behind will n
 
 
 class RunFile:
-    """Appends to `run.jsonl` in a folder.
+    """Appends to `run.jsonl` in a folder. Links are followed; a device or a pipe of that name is written through.
 
     Args:
         folder: made if it is not there.
@@ -32,14 +33,20 @@ class RunFile:
         self.failed, self.error = failed, False
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            there = self.path.exists() and self.path.stat().st_size > 0
+            mode = self.path.stat().st_mode if self.path.exists() else stat.S_IFREG
+            if stat.S_ISDIR(mode):
+                raise UsageError(f"cannot write a log in '{folder}'", got=f"a folder named {RUN_FILE}")
+            self._regular = stat.S_ISREG(mode)  # else a device or a pipe, which is written through
+            there = self._regular and self.path.exists() and self.path.stat().st_size > 0
             if there and not resume:
                 raise UsageError(
                     f"'{folder}' holds the log of a run already", got=RUN_FILE,
                     hint="resume=True goes on with it; another log_dir begins a new one",
                 )  # fmt: skip
             self.last_step = last_step(self.path) if there else None
-            self._handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            # A pipe is opened for reading too: the training must not wait here for a reader.
+            access = os.O_RDWR if stat.S_ISFIFO(mode) else os.O_WRONLY
+            self._handle = os.open(self.path, access | os.O_CREAT | os.O_APPEND, 0o666)
             if there:
                 _drop_torn_line(self.path, self._handle)
         except OSError as error:
@@ -96,7 +103,8 @@ class RunFile:
             while rest:
                 rest = rest[os.write(self._handle, rest) :]
         except OSError:
-            os.ftruncate(self._handle, size)
+            if self._regular:
+                os.ftruncate(self._handle, size)
             raise
 
 

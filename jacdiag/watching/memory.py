@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
+from jacdiag.sources.host_memory import free_host_memory
 from jacdiag.trace import Sites
 
 _BASIS = 2 * 8  # vectors of the right and the left basis of 16 products, each as large as the shortcut
@@ -32,24 +31,8 @@ def needed(found: Sites, weights: int = 0) -> int:
 
 
 def available(device: torch.device) -> int | None:
-    """Bytes that are free on a device; None where it cannot be told."""
+    """Return the bytes that are free on a device; None if they cannot be read."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return _of_host()
-
-
-def _of_host() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        return None
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
-        stat = Path("/sys/fs/cgroup/memory.stat").read_text(encoding="ascii").splitlines()
-        cache = next((int(line.split()[1]) for line in stat if line.startswith("inactive_file ")), 0)
-        return min(free, int(limit) - used + cache) if limit != "max" else free
-    except (OSError, ValueError):
-        return free
+    return free_host_memory()

@@ -15,6 +15,7 @@ from torch import nn
 
 import jacdiag
 from jacdiag.errors import ProbeError, TraceError
+from jacdiag.measure.finite import non_finite_state
 from jacdiag.measure.model import model_record
 from jacdiag.measure.norms import Effort
 from jacdiag.measure.state import detect_state
@@ -162,12 +163,12 @@ class LiveProbe:
         assert self.probe is not None
         solver = partial(WarmSolver, memory=self.memory)
         effort = Effort(0.0, CONFIDENCE, PRODUCTS, self.seed, _to_budget, early=True, solver=solver)
-        return measure_group(members, effort, self.probe.token_ids, state, lambda name: None)
+        return measure_group(members, effort, self.probe.token_ids, state, lambda _name: None)
 
     def _report(self, found: Sites, records: list[SublayerRecord], state: Any, step: int, begun: float) -> Report:
         assert self.probe is not None
-        off = state == "trained" and self.probe.record.tokens == "random"
-        checks = {"deterministic": found.deterministic, "non_finite": found.skeleton.non_finite()}
+        off = state == "trained" and self.probe.record.is_random
+        checks = {"deterministic": found.deterministic, "non_finite": non_finite_state(found).names}
         return Report(
             source={"format": "live", "step": step},
             tier="measured",
@@ -195,10 +196,10 @@ def _to_budget(site: Sublayer) -> Mapping[str, Callable[[float, float], bool]]:
     norm = site.input_norm
     follows = norm is not None and norm.closed_form and norm.aligned and norm.value.shape == site.shortcut.shape
 
-    def always(lower: float, upper: float) -> bool:
+    def always(_lower: float, _upper: float) -> bool:
         return True
 
-    def never(lower: float, upper: float) -> bool:
+    def never(_lower: float, _upper: float) -> bool:
         return False
 
     return {"core_norm": never, "branch_norm": always if follows else never, "residual_norm": always}

@@ -68,6 +68,10 @@ def open_sinks(wanted: Iterable[str | Sink], folder: Path) -> list[tuple[str, Si
     Raises:
         UsageError: an unknown name, or a library that is not installed.
     """
+    if isinstance(wanted, str):
+        wanted = (wanted,)
+    if not isinstance(wanted, Iterable):
+        raise UsageError("sinks is a list", got=f"type {type(wanted).__name__}", hint='sinks=["tensorboard"]')
     found: list[tuple[str, Sink]] = []
     for one in wanted:
         if isinstance(one, str):

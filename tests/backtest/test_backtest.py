@@ -192,3 +192,22 @@ def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFi
     assert "no run was found" in capsys.readouterr().err
     assert main(["backtest", str(tmp_path), "--column", "cost"]) == 2
     assert "--column takes NAME=COLUMN" in capsys.readouterr().err
+
+
+def test_outputs_of_every_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [str(written(tmp_path, run)) for run in made(12)]
+    command = ["backtest", *files, "--column", "loss=train/loss", "--column", "step=_step", "--figure", "gain",
+               "--resamples", "5"]  # fmt: skip
+    (tmp_path / "link.json").symlink_to("real.json")
+    assert main([*command, "--json", str(tmp_path / "link.json"), "--pack", "/dev/null"]) == 0
+    said = capsys.readouterr().err
+    assert f"wrote {tmp_path / 'link.json'}\n" in said and "wrote /dev/null\n" in said
+    assert (tmp_path / "link.json").is_symlink() and (tmp_path / "real.json").read_text().startswith("{")
+
+    assert main([*command, "--json", "-"]) == 0
+    left = capsys.readouterr()
+    assert json.loads(left.out)["rankings"] and "gain" in left.err and "wrote" not in left.err
+    assert main([*command, "--markdown", "/dev/full"]) == 2 and "No space left" in capsys.readouterr().err
+    assert main([*command, "--json", files[0]]) == 2
+    assert "would write over a run that is read" in capsys.readouterr().err
+    assert Path(files[0]).read_text().startswith("_step")

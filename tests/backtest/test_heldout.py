@@ -185,7 +185,7 @@ def test_what_is_not_packed_is_named(tmp_path: Path) -> None:
 
 
 def test_the_command_holds_out_packs_and_writes_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    known = named(made(120))
+    known = [replace(run, factors={**run.factors, "clip": 1.0, "beta2": 0.95}) for run in named(made(120))]
     path = tmp_path / "all.runs"
     path.write_bytes(encoded(known, path))
     options = ["--hold-out", "width", "--resamples", "20", "--write-risk", str(tmp_path / "risk.toml"), "--pack",
@@ -198,6 +198,8 @@ def test_the_command_holds_out_packs_and_writes_curves(tmp_path: Path, capsys: p
     assert report.curves == backtest(read_packed(path), times=20).curves
     table = load_risk(tmp_path / "risk.toml")
     assert set(table.curves) == {"pre", "post"} and table.curves["pre"].ranges["width"] == [32.0, 128.0]
+    for written_curve in table.curves.values():
+        assert (written_curve.ranges["clip"], written_curve.ranges["beta2"]) == ([1.0, 1.0], [0.95, 0.95])
     assert len(read_packed(tmp_path / "again.runs.gz")) == 120
     assert "## Held out" in (tmp_path / "b.md").read_text()
 

@@ -61,7 +61,7 @@ def test_the_default_fails_on_errors_only(jd: Run, stub: Stub) -> None:
         (("plot", "gone.jsonl"), "cannot read the run log 'gone.jsonl'", "log_dir"),
         (("plot", "gone.json"), "cannot read 'gone.json'", "a report from --json, or a run.jsonl"),
         (("backtest", "gone.csv"), "cannot read the run 'gone.csv'", "a CSV or JSONL with a row a step"),
-        (("audit", "FACTORY", "--tokens", "gone.txt"), "no such token file: 'gone.txt'", ".txt (bytes)"),
+        (("audit", "FACTORY", "--tokens", "gone.txt"), "no such token file: 'gone.txt'", "text in .txt"),
     ],
 )
 def test_a_file_that_is_not_there_gets_a_hint(

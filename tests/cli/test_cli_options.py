@@ -63,7 +63,8 @@ def test_what_reaches_the_audit(jd: Run, stub: Stub) -> None:
     asked = dict(stub.asked)
     assert asked.pop("progress") is not None
     assert asked == {
-        "source": "run.pt", "model": "b.py:f", "model_args": {"n": 1}, "trust_pickle": True, "tokens": "t.npy",
+        "source": "run.pt", "model": "b.py:f", "model_args": {"n": 1}, "key": None,
+        "trust_pickle": True, "tokens": "t.npy",
         "input_factory": "b.py:g", "batch": 3, "seq": 9, "seed": 5, "device": "cpu", "dtype": "float64", "tol": 0.1,
         "confidence": 0.99, "decide": True, "max_products": 50, "state": "trained", "lr": 3e-4, "warmup": 10,
         "clip": 1.0, "beta2": 0.95, "profile": "paper", "select": ("JD101", "JD102", "JD9"), "ignore": ("JD104",),

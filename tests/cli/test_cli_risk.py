@@ -61,7 +61,8 @@ def test_a_file_of_something_else_is_no_file_of_curves(tmp_path: Path, capsys: p
     assert "holds no curve" in told and "--write-risk" in told
 
 
-def test_the_help_says_which_parts_of_a_plan_are_only_recorded(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_says_what_reads_the_parts_of_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["audit", "--help"]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    assert shown.count("(recorded, read by no rule)") == 2 and "warm-up steps; nothing without --lr" in shown
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert shown.count("JD105 gives no chance for one that was not run") == 2
+    assert "warm-up steps; nothing without --lr" in shown

@@ -243,7 +243,7 @@ def test_a_build_that_raises() -> None:
     def broken() -> torch.nn.Module:
         raise RuntimeError("no such layer")
 
-    with pytest.raises(SourceError, match="builds the model raised"):
+    with pytest.raises(SourceError, match="broken' raised"):
         gate(broken, seeds=1)
     with pytest.raises(SourceError, match=r"no nn\.Module"):
         gate(lambda: 3, seeds=1)  # type: ignore[arg-type,return-value]
@@ -256,3 +256,23 @@ def test_the_callers_random_numbers_are_left_alone() -> None:
     before = torch.get_rng_state()
     gate(net.model, torch.randint(0, 256, (1, 16), generator=torch.Generator().manual_seed(0)), seeds=1, products=False)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_baseline_goes_through_links_and_to_stdout(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "init.json").symlink_to("real.json")
+    code, _, err = run("net.py:model", *FAST, "--seeds", "1", "--baseline", "init.json", "--write-baseline")
+    assert code == 0 and "wrote init.json" in err
+    assert (tmp_path / "init.json").is_symlink() and "sublayers" in json.loads((tmp_path / "real.json").read_text())
+    code, out, err = run("net.py:model", *FAST, "--seeds", "1", "--baseline", "-", "--write-baseline")
+    assert code == 0 and json.loads(out)["sublayers"] and "gate: PASS" in err and "wrote" not in err
+    code, _, err = run("net.py:model", *FAST, "--seeds", "1", "--baseline", "/dev/full", "--write-baseline")
+    assert code == 2 and "No space left" in err and Path("/dev/full").is_char_device()
+
+
+def test_a_report_does_not_write_over_the_baseline(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "init.json").write_text("{}")
+    code, _, err = run("net.py:model", "--baseline", "init.json", "--json", "init.json")
+    assert code == 2 and "would write over what --baseline reads" in err
+    code, _, err = run("net.py:model", "--baseline", "init.json", "--write-baseline", "--json", "init.json")
+    assert code == 2 and "--json and --baseline name the same file" in err
+    assert (tmp_path / "init.json").read_text() == "{}"

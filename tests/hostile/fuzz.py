@@ -1,9 +1,10 @@
-"""`make fuzz`: many damaged files, read in children that are watched.
+"""`make fuzz`: many damaged files, read in children that are watched; and outputs to paths of every kind.
 
     python tests/hostile/fuzz.py --files 20000
 
 A file must be read or refused with a message: no other exception, no death, nothing that takes over 10 s, no more than
 1 GiB above its size, nothing started, written or connected to. What breaks that is kept in tests/hostile/corpus.
+After every tenth file something is written to a device, a pipe, a link, a full disk and so on: see outputs.py.
 """
 
 from __future__ import annotations
@@ -27,11 +28,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from hostile.outputs import verdict_on_output
 from hostile.seeds import damaged, honest, honest_folders
 
 CORPUS = Path(__file__).parent / "corpus"
 FILES = ("zip.pt", "step.pt", "old.pt", "x.safetensors", "plain.bin")
 SECONDS, MEMORY, BATCH = 10.0, 2**30, 250
+START = 300.0  # seconds until the first file: imports, on a machine that has other work
+OUTPUT_EVERY = 10  # files
+RIGHT = ("read", "refused", "output written", "output refused")
 _FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "subprocess.Popen", "socket.connect",
               "os.remove", "os.rename", "shutil.rmtree", "webbrowser.open", "ctypes.dlopen")  # fmt: skip
 
@@ -109,6 +114,10 @@ def child(folder: str, seed: int, count: int, pipe: Connection) -> None:
         pipe.send(("end", str(path), said))
         if said in ("read", "refused"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if k % OUTPUT_EVERY == 0:
+            pipe.send(("begin", str(root / "outputs"), ""))
+            said = verdict_on_output(root, rng)
+            pipe.send(("end", str(root / "outputs"), f"output {said}" if said in ("written", "refused") else said))
     pipe.send(("done", "", ""))
 
 
@@ -131,7 +140,7 @@ def batch(seed: int, count: int) -> Counter[str]:
         process = multiprocessing.get_context("fork").Process(target=child, args=(folder, seed, count, theirs))
         process.start()
         theirs.close()
-        at, wait = "", 60.0
+        at, wait = "", START
         while True:
             try:
                 if not ours.poll(wait):
@@ -144,7 +153,7 @@ def batch(seed: int, count: int) -> Counter[str]:
             if kind == "done":
                 break
             at, wait = path, SECONDS
-            if kind == "end" and said in ("read", "refused"):
+            if kind == "end" and said in RIGHT:
                 counts[said] += 1
             elif kind == "end":
                 keep(Path(path), said, counts)
@@ -155,7 +164,7 @@ def batch(seed: int, count: int) -> Counter[str]:
 
 def keep(path: Path, why: str, counts: Counter[str]) -> None:
     counts[why] += 1
-    if not path.exists():
+    if not path.name or not path.exists():  # no name: it was over before the first file
         return
     CORPUS.mkdir(exist_ok=True)
     content = b"".join(f.read_bytes() for f in sorted(path.rglob("*"))) if path.is_dir() else path.read_bytes()
@@ -184,11 +193,14 @@ def main() -> int:
     for k in range(0, options.files, BATCH):
         counts += batch(options.seed * 1_000_003 + k, min(BATCH, options.files - k))
     seconds = time.perf_counter() - begun
-    found = {key: n for key, n in counts.items() if key not in ("read", "refused")}
-    print(f"{sum(counts.values())} files in {seconds:.0f} s: {counts['read']} read, {counts['refused']} refused, "
-          f"{sum(found.values())} wrong {found or ''}")  # fmt: skip
+    found = {key: n for key, n in counts.items() if key not in RIGHT}
+    outputs = sum(n for key, n in counts.items() if key.startswith("output"))
+    files = sum(counts.values()) - outputs
+    print(f"{files} files in {seconds:.0f} s: {counts['read']} read, {counts['refused']} refused; {outputs} outputs: "
+          f"{counts['output written']} written, {counts['output refused']} refused; {sum(found.values())} wrong "
+          f"{found or ''}")  # fmt: skip
     if options.json:
-        result = {"files": sum(counts.values()), "counts": dict(counts), "seconds": round(seconds, 1)}
+        result = {"files": files, "outputs": outputs, "counts": dict(counts), "seconds": round(seconds, 1)}
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     return int(bool(found))
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import random
 import resource
 import struct
 import time
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from hostile import outputs
 from hostile.fuzz import CORPUS, verdict_on
 from hostile.seeds import WEIGHTS, honest, honest_folders
 from jacdiag_cli.app import main
@@ -135,3 +137,23 @@ def test_what_the_fuzzer_found(path: Path, capsys: pytest.CaptureFixture[str]) -
     assert main(["audit", str(path)]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and "Traceback" not in said
+
+
+@pytest.mark.parametrize("kind", outputs.KINDS)
+def test_output_paths_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(outputs, "KINDS", (kind,))
+    rng = random.Random(1)
+    assert {outputs.verdict_on_output(tmp_path, rng) for _ in range(8)} <= {"written", "refused"}
+
+
+def test_an_output_that_replaces_devices_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check itself: the write of before, by renaming, is called wrong."""
+
+    def rename(path: str, data: bytes) -> None:
+        Path(f"{path}.part").write_bytes(data)
+        Path(f"{path}.part").replace(path)
+
+    monkeypatch.setattr("jacdiag.render.files.write_output", rename)
+    for kind in ("link", "pipe", "descriptor"):
+        monkeypatch.setattr(outputs, "KINDS", (kind,))
+        assert outputs.verdict_on_output(tmp_path, random.Random(1)).startswith(f"output {kind}: ")

@@ -321,3 +321,19 @@ def test_a_chance_calls_for_a_remedy_and_counts_only_where_it_is_given(tmp_path:
         assert not any(r.sufficient for r in report.remedies)
     else:
         assert best(report).name == "scaled-embed" and best(report).after.fired == []
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("share", "tried"), [(0.9, False), (1.1, True)])
+def test_a_copy_is_made_only_if_memory_is_free(share: float, tried: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = sum(p.numel() * p.element_size() for p in fresh("vanilla").parameters())
+    needed = 1.5 * size  # a copy, and the work on it
+    monkeypatch.setattr("jacdiag.auditing.remedied.free_host_memory", lambda: int(share * needed))
+    report = audited("vanilla")
+    said = [note for note in report.notes if "GB of memory" in note]
+    assert bool(report.remedies) == tried
+    if tried:
+        assert not said
+    else:
+        (note,) = said
+        assert f"needs {needed / 1e9:.2g} GB of memory, {int(share * needed) / 1e9:.2g} GB are free" in note

@@ -151,7 +151,7 @@ def test_a_failure_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Figure if step == "savefig" else Path, step, full)
     before, path = dict(matplotlib.rcParams), tmp_path / "gain.svg"
     path.write_text("old")
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises((OSError, JacdiagError), match="No space"):
         save(synthetic.vanilla(2), path)
     assert [file.name for file in tmp_path.iterdir()] == ["gain.svg"] and path.read_text() == "old"
     assert dict(matplotlib.rcParams) == before
@@ -224,9 +224,8 @@ def test_thresholds_are_drawn_where_the_report_has_them() -> None:
 
 
 def test_the_title_is_the_verdict_in_words() -> None:
-    assert "Large shortcut not met, small sub-layers met: worst branch gain 22.5 at transformer.h.0.attn" in texts(
-        draw(synthetic.vanilla(12))
-    )
+    title = "Large shortcut not met, small sub-layers met: worst branch gain 22.4 to 23.3 at transformer.h.0.attn"
+    assert title in texts(draw(synthetic.vanilla(12)))
     assert "JD906: transformer.h.0.mlp.c_fc.weight holds 3 NaN" in texts(draw(synthetic.broken()))
 
 

@@ -29,11 +29,11 @@ def test_the_recommended_one_with_before_and_after_and_price() -> None:
     advice = lines.to_do(with_remedies(POOR, GOOD))
     assert advice == [
         "multiply the embedding by 27.7 (scaled-embed)   jacdiag explain JD102",
-        "tried on a copy, on seeds 0 to 2: worst branch gain 23.1 → 1.00 to 1.40, 1/σ gain 35.7 → 1.60, "
+        "tried on a copy, on seeds 0 to 2: worst branch gain 23.1 to 23.5 → 1.00 to 1.40, 1/σ gain 35.7 → 1.60, "
         "both conditions met",
         "price: no parameter; the change as code: --patch FILE",
-        "also tried: small-init: worst branch gain 23.1 → 9.00, small sub-layers met, large shortcut not met "
-        "(left JD102)",
+        "also tried: small-init: worst branch gain 23.1 to 23.5 → 9.00 to 9.10, small sub-layers met, "
+        "large shortcut not met (left JD102)",
     ]
 
 
@@ -57,8 +57,8 @@ def test_an_unverified_fix_of_a_condition_is_not_shown() -> None:
 
 def test_the_document_has_a_row_for_each_and_code_for_the_best() -> None:
     text = document(with_remedies(POOR, GOOD))
-    assert "| (as it is) | 23.1 | 35.7 | JD102, JD103 |" in text
-    assert "| small-init | 9.00 | 35.7 | JD102 | no | anew |" in text
+    assert "| (as it is) | 23.1 to 23.5 | 35.7 | JD102, JD103 |" in text
+    assert "| small-init | 9.00 to 9.10 | 35.7 | JD102 | no | anew |" in text
     assert "| scaled-embed | 1.00 to 1.40 | 1.60 | no warning or error | yes |" in text, "an info may be left"
     assert "### PyTorch\n\n```python\nx = 1\n```" in text and "### Megatron-LM\n\n```sh\n--f 1\n```" in text
     assert "None was tried: no finding asks for one." in document(synthetic.clean())

@@ -241,12 +241,10 @@ def test_nested_sublayers_are_left_out() -> None:
 
 
 def test_decision_points_are_the_cuts_in_the_fields_own_units() -> None:
-    points = decision_points(
-        kind="mlp", placement="pre", state="init", layers=LAYERS, parallel=False, thresholds=LIMITS
-    )  # fmt: skip
+    points = decision_points(kind="mlp", placement="pre", layers=LAYERS, thresholds=LIMITS)
     assert points["branch_norm"] == (1.0, 5.0)
     assert points["core_norm"] == pytest.approx((2.0 / SCALE, 4.0 / SCALE))
-    post = decision_points(kind="mlp", placement="post", state="init", layers=2, parallel=False, thresholds=LIMITS)
+    post = decision_points(kind="mlp", placement="post", layers=2, thresholds=LIMITS)
     assert "core_norm" not in post
 
 
@@ -254,6 +252,6 @@ def test_decision_points_are_the_cuts_in_the_fields_own_units() -> None:
 def test_the_ends_in_a_finding_are_those_of_the_renderings_and_hold_the_real_ones(lower: float, upper: float) -> None:
     interval = Interval(math.sqrt(lower * upper), lower, upper, 0.999)
     ends = span(interval).split(" to ")
-    assert spoken(interval) == f"[{ends[0]}, {ends[1]}]"
+    assert spoken(interval) == span(interval)
     low, high = (float(end.replace(",", "")) for end in ends)
     assert low <= lower and upper <= high

@@ -103,3 +103,57 @@ def test_the_warm_up_enters_where_the_curve_asks_for_it(warmup: int | None, told
         assert found.chance is None and told in found.reason
     else:
         assert found.chance == pytest.approx(told, abs=1e-4)
+
+
+def in_the_lab(plan: Plan, **ranges: list[float]) -> Report:
+    """Judge a plan by curves of runs that all clipped at 1 and had a beta2 of 0.95, unless `ranges` says otherwise."""
+    limit = limits(2.0)
+    spans = {**RANGES, "clip": [1.0, 1.0], "beta2": [0.95, 0.95], **ranges}
+    curve = replace(limit.risk.curves["pre"], ranges=spans)
+    made = report(healthy())
+    made = replace(made, plan=plan, model=replace(made.model, width=64))
+    return evaluate(made, thresholds=replace(limit, risk=RiskTable({"pre": curve})), select=["JD105"])
+
+
+@pytest.mark.parametrize(
+    ("plan", "reason"),
+    [
+        (Plan(lr=1.0, clip=0.5), "outside the calibrated range: clip 0.5, 1 was run"),
+        (Plan(lr=1.0, beta2=0.999), "outside the calibrated range: beta2 0.999, 0.95 was run"),
+        (Plan(lr=1.0, clip=2.0, beta2=0.9), "clip 2, 1 was run; beta2 0.9, 0.95 was run"),
+    ],
+)
+def test_another_clip_or_beta2_than_the_runs_had_has_no_chance(plan: Plan, reason: str) -> None:
+    judged = in_the_lab(plan)
+    assert judged.risk is not None
+    assert judged.risk.chance is None and judged.risk.reason.endswith(reason)
+    assert not judged.findings and judged.rules[0].status == "not-applicable"
+    assert judged.rules[0].note == judged.risk.reason
+
+
+@pytest.mark.parametrize("plan", [Plan(lr=1.0), Plan(lr=1.0, clip=1.0), Plan(lr=1.0, clip=1.0, beta2=0.95)])
+def test_the_runs_own_clip_and_beta2_or_none_given_have_a_chance(plan: Plan) -> None:
+    judged = in_the_lab(plan)
+    assert judged.risk is not None and judged.risk.chance is not None
+    assert judged.findings
+    assert "clip 1, beta2 0.95" in judged.risk.range
+
+
+def test_a_clip_between_those_that_were_run_has_a_chance() -> None:
+    inside = in_the_lab(Plan(lr=1.0, clip=0.5), clip=[0.1, 1.0]).risk
+    outside = in_the_lab(Plan(lr=1.0, clip=5.0), clip=[0.1, 1.0]).risk
+    assert inside is not None and inside.chance is not None
+    assert outside is not None and outside.reason.endswith("clip 5, 0.1 to 1 were run")
+
+
+def test_curves_that_do_not_say_the_clip_of_their_runs_ask_for_none() -> None:
+    made = report(healthy())
+    made = replace(made, plan=Plan(lr=1.0, clip=7.0, beta2=0.5), model=replace(made.model, width=64))
+    risk = evaluate(made, thresholds=limits(2.0), select=["JD105"]).risk
+    assert risk is not None and risk.chance is not None
+
+
+def test_the_curves_that_ship_say_the_clip_and_beta2_of_their_runs() -> None:
+    for curve in load_thresholds().risk.curves.values():
+        assert curve.ranges["clip"] == [1.0, 1.0]
+        assert curve.ranges["beta2"] == [0.95, 0.95]

@@ -187,7 +187,7 @@ def garbage(folder: Path) -> None:
         ("text.pt", "is no file of torch.save"),
         ("text.safetensors", "as safetensors"),
         ("lfs.bin", "Git LFS pointer"),
-        ("weights.npz", "no suffix that says"),
+        ("weights.npz", "a file of NumPy"),
         ("cut.pt", "truncated"),
         ("cut-early.pt", "truncated"),
         ("cut-legacy.pt", "truncated"),

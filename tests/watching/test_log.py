@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from watching.rig import adam, batch, lines, plain_step, small
 
 import jacdiag
 from jacdiag.errors import SourceError, UsageError
-from jacdiag.report.runlog import KINDS, RUN_SCHEMA_VERSION, read_run, to_line
+from jacdiag.report.runlog import KINDS, RUN_FILE, RUN_SCHEMA_VERSION, read_run, to_line
+from jacdiag.watching.log import RunFile
 
 OPTIONS: dict[str, Any] = {"every": 10, "stats_every": 5, "log_every": 4, "quiet": True, "strict": True}
 
@@ -249,3 +252,43 @@ def test_a_fresh_layer_in_the_optimiser_is_grouped_anew(tmp_path: Path, caplog: 
         w.step(loss)
         go(model, optimizer, w, range(4, 7))
     assert "parameters changed" in caplog.text
+
+
+def appended(folder: Path) -> tuple[bytes, list[Exception]]:
+    """Writes two lines through a RunFile and returns them with its faults."""
+    faults: list[Exception] = []
+    file = RunFile(folder, resume=False, failed=faults.append)
+    rows = [{"step": 1, "text": "a"}, {"step": 2, "text": "b"}]
+    file.write("note", rows)
+    file.close()
+    return b"".join(to_line("note", row) for row in rows), faults
+
+
+def test_a_log_that_is_a_link_is_written_behind_it(tmp_path: Path) -> None:
+    (tmp_path / RUN_FILE).symlink_to("elsewhere.jsonl")
+    expected, faults = appended(tmp_path)
+    assert (tmp_path / "elsewhere.jsonl").read_bytes() == expected and not faults
+    assert (tmp_path / RUN_FILE).is_symlink()
+
+
+def test_a_log_that_is_a_pipe_does_not_wait_for_its_reader(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / RUN_FILE)
+    holder = os.open(tmp_path / RUN_FILE, os.O_RDONLY | os.O_NONBLOCK)
+    expected, faults = appended(tmp_path)
+    assert os.read(holder, 10_000) == expected and not faults
+    os.close(holder)
+    assert stat.S_ISFIFO((tmp_path / RUN_FILE).stat().st_mode)
+    assert not appended(tmp_path)[1], "nobody reads, and the training goes on"
+
+
+def test_a_log_on_a_full_device_is_a_fault_and_the_device_stays(tmp_path: Path) -> None:
+    (tmp_path / RUN_FILE).symlink_to("/dev/full")
+    faults = appended(tmp_path)[1]
+    assert len(faults) == 1 and "No space left" in str(faults[0])
+    assert stat.S_ISCHR(Path("/dev/full").stat().st_mode)
+
+
+def test_a_folder_in_place_of_the_log(tmp_path: Path) -> None:
+    (tmp_path / RUN_FILE).mkdir()
+    with pytest.raises(UsageError, match=r"a folder named run\.jsonl"):
+        appended(tmp_path)

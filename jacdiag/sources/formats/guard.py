@@ -70,7 +70,7 @@ class Stub(metaclass=_Inert):
     state: Any
     entries: dict[Any, Any]
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Stub:
+    def __new__(cls, *args: Any, **_kwargs: Any) -> Stub:
         self = object.__new__(cls)
         self.given, self.state, self.entries = args, {}, {}
         return self
@@ -92,7 +92,7 @@ class Stub(metaclass=_Inert):
 
     add = append
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Stub:
+    def __call__(self, *args: Any, **_kwargs: Any) -> Stub:
         """A nested class, got by attribute from a stub, is called like a class: that gives one more stub."""
         return type(self).__new__(type(self), *args)
 
@@ -186,7 +186,7 @@ _BOUNDED: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
-def _plain_tensor(func: Any, kind: Any, args: Any, state: Any) -> Any:
+def _plain_tensor(func: Any, _kind: Any, args: Any, _state: Any) -> Any:
     """A tensor subclass comes back as the plain tensor in it: its own __setstate__ is foreign code."""
     return func(*args)
 

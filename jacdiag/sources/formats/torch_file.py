@@ -12,6 +12,7 @@ import torch
 
 from jacdiag.errors import SourceError, one_line
 from jacdiag.sources.formats.guard import GuardedPickle, Unsafe, refusal
+from jacdiag.sources.formats.other import torchscript
 
 _ZIP = b"PK\x03\x04"
 
@@ -102,9 +103,7 @@ def _check(path: Path) -> bool:
             )
         names = _entries(path)
         if any(name.endswith("/constants.pkl") for name in names):
-            raise SourceError(
-                f"'{path}' is a TorchScript archive", hint="save the state dict of the Python module instead"
-            )
+            raise torchscript(path)
         if not any(name.endswith("data.pkl") for name in names):
             raise SourceError(
                 f"'{path}' is a zip, but not one of torch.save", got=f"{len(names)} entries, none of them data.pkl"

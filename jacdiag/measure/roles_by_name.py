@@ -1,0 +1,850 @@
+"""Roles of weights by their names, for a state dict whose model is not known.
+
+This is the only place that reads a role from a name. The table of sub-layers, the init contract
+and the bound of Eq. 15 all use it. It works on names and shapes alone, in five steps:
+
+1. Find the sub-layer that a name lies in: the module path and a word such as `self_attn`, `mlp`
+   or `mixer`.
+2. Give each weight of a sub-layer a role: the first rule of a table that matches its name and
+   those of its siblings.
+3. Number the layers, as the measured tier does.
+4. Find the width: the size that most matrices of a layer share.
+5. Give weights outside all sub-layers a role, and every matrix its fan-in and fan-out.
+
+A name that no rule knows has the role "". Nothing is guessed from it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jacdiag.report.schema import Kind
+from jacdiag.trace.uses import Use
+
+Shape = tuple[int, ...]
+SublayerKind = Literal["attention", "cross-attention", "mlp", "moe", "mixer", "conv"]
+
+
+@dataclass(frozen=True)
+class RoleRule:
+    """A name inside a sub-layer, and the role that it stands for.
+
+    Attributes:
+        role: as `jacdiag.trace.uses.Use.role`.
+        words: regular expression of the whole name inside the sub-layer, without ".weight" and
+            expert numbers.
+        sibling: regular expression; if given, the rule holds only where a weight of the same
+            sub-layer matches it.
+    """
+
+    role: str
+    words: str
+    sibling: str = ""
+
+    def matches(self, inner: str, siblings: Iterable[str]) -> bool:
+        """Return whether the rule holds for a name among its siblings."""
+        if not re.fullmatch(self.words, inner):
+            return False
+        return not self.sibling or any(re.fullmatch(self.sibling, name) for name in siblings)
+
+
+# -- The data: names and what they mean ------------------------------------------------------------
+# Modules that hold one sub-layer. BERT's `crossattention`, T5's `EncDecAttention`, torch's
+# `multihead_attn`, diffusers' `attn2`.
+_CROSS_MODULE = re.compile(
+    r"(?i)cross_?(attn|attention)|encdecattention|encoder_(attn|attention)|"
+    r"src_attn|multihead_attn|attn2|xattn"
+)
+_ATTENTION_MODULE = re.compile(r"(?i)(?!post_)\w*(attn|attention)s?_?\d*|mha|att")
+_MLP_MODULE = re.compile(
+    r"(?i)(shared_|dense_|block_sparse_|layernorm_)?"
+    r"(mlp|ffn|ff|feed_?forward|densereludense|moe)s?_?\d*(_block|_layer)?|"
+    r"net|experts?|shared_experts?"
+)
+# Mamba, Jamba, Qwen3-Next, RecurrentGemma, LFM2.
+_MIXER_MODULE = re.compile(
+    r"(?i)mixer|mamba\d*|ssm|linear_attn|temporal_block|time_mix\w*|short_conv|conv|self_mamba"
+)
+# Weights that only a recurrent or convolutional mixer has, whatever its module is called
+# (RWKV's is `attention`).
+_MIXER_SIGN = (
+    r"receptance|x_proj|dt_proj|A_log|conv_?1d|time_decay|in_proj_(qkvz|ba)|dwconv(\.\w+)?|"
+    r"time_mix_\w+|time_mixing\.\w+"
+)
+# A stack of experts: `experts.3`, `experts.expert_3`, `experts.mlp` (DBRX), `shared_experts`
+# (DeepSeek).
+_EXPERT = re.compile(
+    r"experts|expert_\d+|local_experts|shared_experts?|shared_mlp|deepspeed_(moe|experts)"
+)
+# BERT's `attention.self.query`, GPT-Neo's `attn.attention.q_proj`.
+_SELF = r"(\w*(self|attention|attn)\.)?"
+_MAP = r"(to_|linear_|w|W)?_?"
+
+_ATTENTION_RULES = (
+    # One fused matrix. GPT-2's cross-attention holds keys and values in `c_attn` and the query
+    # in `q_attn`.
+    RoleRule("W_KV", r"c_attn", sibling=r"q_attn"),
+    RoleRule("W_QKV", r"c_attn|att_proj|attn"),  # GPT-2, OLMo, litgpt
+    # timm, Phi-3, MPT, Megatron-core, x-transformers.
+    RoleRule("W_QKV", r"(to_|linear_|layernorm_|c_|w|W)?_?qkv(_proj|_mat|_lin)?"),
+    # BLOOM, Falcon, NeoX; Baichuan; torch, DeBERTa.
+    RoleRule("W_QKV", r"query_key_value|W_pack|(self\.)?in_proj"),
+    # Low-rank factors of DeepSeek's latent attention: "_a" reads the stream.
+    RoleRule("W_Q_a", r"q_a_proj|wq_a|(linear_)?q_down_proj"),
+    RoleRule("W_KV_a", r"kv_a_proj(_with_mqa)?|wkv_a|(linear_)?kv_down_proj"),
+    RoleRule("W_Q", r"q_b_proj|wq_b|(linear_)?q_up_proj"),
+    RoleRule("W_KV", r"kv_b_proj|wkv_b|(linear_)?kv_up_proj"),
+    RoleRule("W_KV", r"(to_|linear_|c_|w|W)?_?kv(_proj)?|key_value(_proj)?"),
+    # Separate matrices: Llama, BART, DistilBERT (`q_lin`), T5 (`q`), x-transformers (`to_q`);
+    # BERT.
+    RoleRule("W_Q", rf"{_SELF}{_MAP}q(_proj|_lin|_head|_attn)?"),
+    RoleRule("W_K", rf"{_SELF}{_MAP}k(_proj|_lin|_head)?"),
+    RoleRule("W_V", rf"{_SELF}{_MAP}v(_proj|_lin|_head)?"),
+    RoleRule("W_Q", rf"{_SELF}(query(_proj)?|projection_query)"),
+    RoleRule("W_K", rf"{_SELF}(key(_proj)?|projection_key)"),
+    RoleRule("W_V", rf"{_SELF}(value(_proj)?|projection_value)"),
+    # The output: Llama, BART, GPT-2, timm, BERT and NeoX (`dense`), XLM, Megatron-core.
+    RoleRule("W_O", rf"{_SELF}(w|W)?_?o(_proj|_net|_lin)?"),
+    RoleRule("W_O", rf"{_SELF}(out_proj|c_proj|proj|dense|out_lin|linear_proj|out|linear_out)"),
+    # x-transformers, BERT, OLMo, Funnel, SqueezeBERT.
+    RoleRule("W_O", r"to_out(\.\d+)?|output(\.dense)?|attn_out|linear_o|post_proj"),
+    RoleRule("W_O", r"post_attention\.conv1d"),
+    RoleRule("positions", r"(\w+\.)?relative_attention_bias"),
+    # JetMoE: experts of an attention.
+    RoleRule("W_Q", r"input_linear", sibling=r"expert .*"),
+    RoleRule("W_O", r"output_linear", sibling=r"expert .*"),
+    RoleRule("router", r"router(\.layer)?"),
+)
+_MLP_RULES = (
+    # A `gate` beside experts chooses between them (Mixtral, Qwen-MoE); beside `up` it is the
+    # gated factor.
+    RoleRule("router", r"(gate|wg)(\.(wg|weight|gate|linear))?", sibling=r"expert .*"),
+    RoleRule("router", r"\w*router(\.(classifier|layer|linear))?|shared_expert_gate"),
+    RoleRule("W_gate_up", r"gate_up(_proj)?|gate_and_up(_proj)?|w12|weights_in"),
+    # Qwen-1: c_proj(w1(x) * silu(w2(x))). Meta-Llama and Mixtral: w2(silu(w1(x)) * w3(x)); DBRX
+    # calls w3 v1.
+    RoleRule("W_gate", r"w2", sibling=r"c_proj"),
+    RoleRule("W_gate", r"w1", sibling=r"w3|v1"),
+    # litgpt: proj(silu(fc_1(x)) * fc_2(x)); timm: fc2(silu(fc1_g(x)) * fc1_x(x)).
+    RoleRule("W_gate", r"fc_1", sibling=r"proj"),
+    RoleRule("W_1", r"fc_2", sibling=r"proj"),
+    RoleRule("W_gate", r"gate_proj|wi_0|gate|w_gate|gate_lin|linear_gate|fc1_g"),
+    # GPT-2, Llama, NeoX, litgpt, BART, GPT-J, timm, DistilBERT, torch, XLNet, Meta-Llama, DBRX.
+    RoleRule(
+        "W_1", r"c_fc|up_proj|dense_h_to_4h|fc|fc_?1|fc_in|fc1_x|lin_?1|linear_?1|layer_1"
+    ),
+    RoleRule("W_1", r"w_?1|w3|v1|pwconv1"),
+    # Megatron-core, T5, ModernBERT, ALBERT, OLMo, BERT, SqueezeBERT, Granite.
+    RoleRule("W_1", r"linear_fc1|[Ww]i|wi_1|up|ffn|ff_proj|intermediate(\.(dense|conv1d))?"),
+    RoleRule("W_1", r"input_linear"),
+    # The same code bases, in the same order.
+    RoleRule("W_2", r"c_proj|down_proj|dense_4h_to_h|fc_?2|fc_out|lin_?2|linear_?2|layer_2"),
+    RoleRule("W_2", r"w_?2|[Ww]o|proj|pwconv2"),
+    RoleRule("W_2", r"linear_fc2|down|ffn_output|ff_out|output(\.(dense|conv1d))?"),
+    RoleRule("W_2", r"output_linear"),
+)
+# Everything inside a state-space mixer passes a non-linearity and multiplies: the gated factor.
+_MIXER_RULES = (
+    RoleRule("W_O", r"out_proj|linear_out|output|fc2|pwconv2"),
+    RoleRule("W_gate", r"in_proj(_\w+)?|x_proj|dt_proj|conv_?1d|linear_y|receptance|gate"),
+    # RWKV: in its time mixing `output` ends the branch, in its channel mixing `value` does.
+    RoleRule("W_1", r"value", sibling=r"output"),
+    RoleRule("W_O", r"value"),
+    RoleRule("W_1", r"key|linear_x|fc1|pwconv1|dwconv(\.\w+)?"),
+)
+_RULES: dict[str, tuple[RoleRule, ...]] = {
+    "attention": _ATTENTION_RULES,
+    "cross-attention": _ATTENTION_RULES,
+    "mlp": _MLP_RULES,
+    "moe": _MLP_RULES,
+    "mixer": _MIXER_RULES,
+    "conv": (),
+}
+# Names that say which sub-layer they belong to without a module of their own: BART's `fc1`,
+# BERT's `output.dense`.
+_BARE_NAMES: tuple[tuple[SublayerKind, re.Pattern[str]], ...] = (
+    ("mixer", re.compile(r"[dp]wconv\d?")),
+    ("conv", re.compile(r"conv\d|convolution|conv\d\.conv")),
+    (
+        "attention",
+        re.compile(
+            r"(to_|w|W)?qkv(_proj)?|to_(q|k|v|kv|out)(\.\d+)?|[qkvo]_proj|w[qkvo]|att_proj|"
+            r"attn_out|c_attn|query_key_value|(self\.)?(query|key|value)|in_proj|out_proj|"
+            r"post_attention\.conv1d"
+        ),
+    ),
+    (
+        "mlp",
+        re.compile(
+            r"fc_?[12]|fc_in|fc_out|lin(ear)?_?[12]|intermediate\.(dense|conv1d)|"
+            r"output\.(dense|conv1d)|ff_proj|ff_out|ffn|ffn_output|gate_proj|up_proj|down_proj|"
+            r"gate_up_proj|c_fc|dense_h_to_4h|dense_4h_to_h|w_?[123]|wi(_[01])?|linear_fc[12]"
+        ),
+    ),
+)
+# Tables and maps outside all sub-layers: the first that matches a name without ".weight".
+# `_END` says that the word is the weight's own module, or a list of such modules
+# (`classifier.1`, adaptive embeddings).
+_START, _END = r"(?:^|\.)", r"(?:\.\d+)*$"
+_ANYWHERE_RULES = (
+    ("positions", rf"{_START}(wpe|pos_?emb\w*|\w*positions?_?emb\w*|embed_positions){_END}"),
+    (
+        "positions",
+        rf"{_START}(positions_embed|positional_emb\w*|relative_attention_bias){_END}",
+    ),
+    ("positions", rf"{_START}(token_type_emb\w*|segment_emb\w*){_END}"),
+    ("projection", rf"{_START}(patch_emb\w*|embeddings?)\.(\w+\.)*proj(ection)?$"),
+)
+_OUTSIDE_RULES = (
+    ("positions", rf"{_START}(cls|class|dist\w*)_token$"),
+    ("projection", rf"{_START}(patch_emb\w*|conv_proj|conv_stem)(\.|$)"),
+    ("projection", rf"{_START}(embedding_hidden_mapping_in|embedding_transformation)$"),
+    ("projection", rf"{_START}(transform|pooler|pre_classifier|vocab_transform)(\.|$)"),
+    ("projection", rf"{_START}(project_in|project_out|emb_projs){_END}"),
+    ("projection", rf"{_START}(lm_head|head|\w*predictions|classifier)\.dense$"),
+    (
+        "projection",
+        rf"{_START}embed_tokens\.embeddings\.\d+\.1$",
+    ),  # fairseq: adaptive embeddings
+    ("embedding", rf"{_START}(wte|(tok|word|token|input)_?emb\w*|embed_in|tokens_embed){_END}"),
+    ("embedding", rf"{_START}(embed_tokens(\.embeddings)?|shared|emb_layers){_END}"),
+    ("embedding", rf"{_START}(embed|emb|embedding|embeddings|w){_END}"),
+    ("head", rf"{_START}(lm_head|head|heads|embed_out|output|output_layer){_END}"),
+    ("head", rf"{_START}(output_projection|unembed\w*|score|classifier|decoder){_END}"),
+    ("head", rf"{_START}(qa_outputs|vocab_projector|classifier\.out_proj){_END}"),
+    ("head", rf"{_START}(generator_lm_head|pred_layer\.proj){_END}"),
+)
+# Weights inside a state-space mixer, which neither read nor write the stream.
+_INNER = re.compile(r"x_proj|dt_proj|conv_?1d|A_log|\.D$|q_b_proj|kv_b_proj")
+_WRAPPERS = {"fn", "module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_NUMBERED = re.compile(r"(?i)\d+|(encoder_|decoder_)?(layer|block|stage)s?_?\d+")
+_GAIN = re.compile(r"norm|(?:^|[._])ln(?:[._]|$|_?\w)", re.I)
+_SCALE = re.compile(r"layer_?scale|(?:^|[._])(gamma|lambda|ls)_?\d?(?:[._]|$)", re.I)
+# Masks and tables of angles that a module keeps as buffers: no weights.
+_BUFFER = re.compile(
+    r"(?:^|\.)(bias|masked_bias|inv_freq|position_ids|attn_mask|mask|freqs_cis|cos|sin)(_cached)?$"
+)
+
+
+# -- What the names say ----------------------------------------------------------------------------
+@dataclass(frozen=True)
+class NamedWeight:
+    """What a name says about one parameter.
+
+    Attributes:
+        role: as `jacdiag.trace.uses.Use.role`; "" where the name does not say.
+        layer: number of its layer, counted over all stacks; None outside all layers.
+        stack: module path of the list of layers, such as "model.decoder.layers"; "" outside.
+        kind: of the sub-layer that it lies in; "" outside.
+        sublayer: name of that sub-layer; "" outside.
+        fan_in, fan_out: sizes of the linear map that it makes, whichever way it is stored; None
+            for a vector.
+    """
+
+    role: str
+    layer: int | None = None
+    stack: str = ""
+    kind: SublayerKind | Literal[""] = ""
+    sublayer: str = ""
+    fan_in: int | None = None
+    fan_out: int | None = None
+
+    @property
+    def use(self) -> Use:
+        """Return what the init contract reads of it."""
+        return Use(self.role, self.layer, self.sublayer, self.fan_in, self.fan_out)
+
+
+@dataclass
+class NamedSublayer:
+    """A sub-layer that names show.
+
+    Attributes:
+        name: module path that its matrices share.
+        stack: module path of the list of layers.
+        numbers: the numbers in the path of its layer, outer first.
+        kind: attention, cross-attention, mlp, moe, mixer or conv.
+        layer: number of its layer, counted over all stacks.
+        roles: matrix name -> role.
+    """
+
+    name: str
+    stack: str
+    numbers: tuple[int, ...]
+    kind: SublayerKind
+    layer: int = 0
+    roles: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def report_kind(self) -> Kind:
+        """Return the kind as a report has it, where cross-attention is an attention."""
+        return "attention" if self.kind == "cross-attention" else self.kind
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """What the names and shapes of a state dict say.
+
+    Attributes:
+        weights: every parameter, in the order of the state dict.
+        sublayers: in the order of the stream.
+        width: features of the stream; None where the shapes do not agree on one.
+    """
+
+    weights: dict[str, NamedWeight]
+    sublayers: list[NamedSublayer]
+    width: int | None
+
+    @property
+    def layers(self) -> int:
+        """Return the number of layers, counted over all stacks."""
+        return len({sublayer.layer for sublayer in self.sublayers})
+
+    def with_role(self, role: str) -> list[str]:
+        """Return the names of all weights of a role."""
+        return [name for name, weight in self.weights.items() if weight.role == role]
+
+
+def read_names(shapes: Mapping[str, Sequence[int]]) -> NamedModel:
+    """Return what a state dict shows by its names and shapes: sub-layers, roles, layers and width.
+
+    Args:
+        shapes: shape of every floating tensor, by name.
+
+    Example:
+        >>> model = read_names({"h.0.mlp.c_fc.weight": (64, 16), "h.0.mlp.c_proj.weight": (16, 64),
+        ...                     "h.0.ln.weight": (16,)})
+        >>> model.width, [weight.role for weight in model.weights.values()]
+        (16, ['W_1', 'W_2', 'norm_gain'])
+        >>> model.weights["h.0.mlp.c_proj.weight"].fan_in
+        64
+    """
+    sizes = {name: tuple(int(n) for n in shape) for name, shape in shapes.items()}
+    # 1. and 2. Sub-layers, and the roles inside them.
+    places = find_places(sizes)
+    candidates = [_build_sublayer(group, sizes) for group in _group_by_sublayer(places)]
+    # 3. Layers.
+    sublayers = _in_stream_order([sublayer for sublayer in candidates if sublayer is not None])
+    _number_layers(sublayers)
+    # 4. Width, and what only shows once it is known.
+    width = find_width(sublayers, sizes)
+    for sublayer in sublayers:
+        _mark_fused_gates(sublayer, sizes, width)
+    # 5. Every weight.
+    weights = _describe_weights(sizes, sublayers, width)
+    return NamedModel(weights, sublayers, width)
+
+
+# -- Step 1: the sub-layer that a name lies in -----------------------------------------------------
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter lies.
+
+    Attributes:
+        parameter: its name.
+        block: module path down to the innermost numbered module around the sub-layer.
+        module: path of the sub-layer's own module, the block's path where it has none.
+        kind: as the module's name or the parameter's own says.
+        inner: its name inside the sub-layer, without ".weight", wrappers and numbers of
+            experts.
+        expert: one of several experts, or shared by all tokens next to them.
+    """
+
+    parameter: str
+    block: str
+    module: str
+    kind: SublayerKind
+    inner: str
+    expert: bool = False
+
+
+def find_places(sizes: Mapping[str, Shape]) -> list[Place]:
+    """Return the place of every parameter that lies in a sub-layer, as far as its name says."""
+    everything = (_place_of(name, anywhere=False) for name in sizes)
+    places = [place for place in everything if place is not None]
+    if any(place.block for place in places):
+        return places
+    # A single layer on its own has no numbers in its names.
+    everything = (_place_of(name, anywhere=True) for name in sizes)
+    return [place for place in everything if place is not None]
+
+
+def _place_of(name: str, anywhere: bool) -> Place | None:
+    """Return the place of one parameter; `anywhere` reads names without a number too."""
+    tokens = [token for token in name.split(".") if token not in _WRAPPERS]
+    if tokens[-1] in ("weight", "bias", "gamma", "beta"):
+        tokens.pop()
+    else:
+        tokens[-1] = re.sub(r"_(weight|bias)$", "", tokens[-1])
+    if "bottleneck" in tokens:
+        return None  # MobileBERT: maps between the stream and a narrower layer
+    found = _module_of(tokens)
+    if found is not None:
+        return _place_in_module(name, tokens, *found)
+    end = _end_of_block(tokens)
+    if not end and not anywhere:
+        return None
+    block, inner = ".".join(tokens[:end]), ".".join(tokens[end:])
+    kind = next((kind for kind, words in _BARE_NAMES if words.fullmatch(inner)), None)
+    if kind == "conv" and re.search(r"\.layer\.\d+$", block):
+        block = block.rpartition(".layer.")[
+            0
+        ]  # ResNet: `layers.0.layer.1.convolution` is the second of one branch
+    return None if kind is None else Place(name, block, block, kind, inner)
+
+
+def _module_of(tokens: Sequence[str]) -> tuple[int, SublayerKind] | None:
+    """Return the position and the kind of the module that is the sub-layer."""
+    numbered = (position for position, token in enumerate(tokens) if _NUMBERED.fullmatch(token))
+    first = next(numbered, None)
+    kinds: list[tuple[int, SublayerKind]] = []
+    for position, token in enumerate(tokens[:-1]):
+        kind = _kind_of_module(token)
+        if kind is not None:
+            kinds.append((position, kind))
+    inside = [(position, kind) for position, kind in kinds if first is None or position > first]
+    if not inside:
+        # XLM's lists of sub-layers: `attentions.0.q_lin`.
+        return next(
+            ((position, kind) for position, kind in kinds if position + 1 == first), None
+        )
+    # An MLP inside a cross-attention layer (Perceiver) is a sub-layer of its own; experts of an
+    # attention are not.
+    position = inside[0][0]
+    nested = (position + 1, "mlp")
+    if (
+        "attention" in inside[0][1]
+        and nested in inside
+        and not _EXPERT.fullmatch(tokens[position + 1])
+    ):
+        return inside[inside.index(nested)]
+    return inside[0]
+
+
+def _kind_of_module(token: str) -> SublayerKind | None:
+    if _CROSS_MODULE.fullmatch(token):
+        return "cross-attention"
+    if _MIXER_MODULE.fullmatch(token):
+        return "mixer"
+    if _MLP_MODULE.fullmatch(token):
+        return "mlp"
+    return "attention" if _ATTENTION_MODULE.fullmatch(token) else None
+
+
+def _place_in_module(
+    name: str, tokens: Sequence[str], position: int, kind: SublayerKind
+) -> Place:
+    """Return the place of a parameter whose sub-layer is the module at a position of its path."""
+    end_of_block = _end_of_block(tokens[: position + 1])
+    end_of_module = position + 1
+    after = tokens[end_of_module:]
+    is_list = not end_of_block and len(after) > 1 and after[0].isdigit()
+    if is_list:  # `attentions.0.q_lin`: the number of the sub-layer is that of its layer
+        end_of_module += 1
+        end_of_block, after = end_of_module, after[1:]
+    is_expert = any(_EXPERT.fullmatch(token) for token in tokens[position:])
+    if _EXPERT.fullmatch(
+        tokens[position]
+    ):  # experts without a module around them and their router
+        end_of_module = position
+        after = tokens[position:]
+    return Place(
+        parameter=name,
+        block=".".join(tokens[:end_of_block]),
+        module=".".join(tokens[:end_of_module]),
+        kind=kind,
+        inner=".".join(_without_experts(after)),
+        expert=is_expert,
+    )
+
+
+def _without_experts(tokens: Sequence[str]) -> list[str]:
+    """Drop what numbers and names an expert: `experts.3.w1` becomes `w1`."""
+    kept: list[str] = []
+    in_expert = False
+    for token in tokens:
+        is_number = token.isdigit() and in_expert
+        if _EXPERT.fullmatch(token):
+            in_expert = True
+        elif not is_number and not (in_expert and _MLP_MODULE.fullmatch(token)):
+            kept.append(token)
+    return kept
+
+
+def _end_of_block(tokens: Sequence[str]) -> int:
+    """Return how many tokens lead to the innermost numbered module.
+
+    A number that ends a path is that of a weight in a list, such as `to_out.0`.
+    """
+    end = 0
+    for position, token in enumerate(tokens):
+        is_last = all(later.isdigit() for later in tokens[position + 1 :])
+        if _NUMBERED.fullmatch(token) and not is_last:
+            end = position + 1
+    return end
+
+
+# -- Step 2: roles inside a sub-layer --------------------------------------------------------------
+def _group_by_sublayer(places: Sequence[Place]) -> list[list[Place]]:
+    """Return the places of each sub-layer: those of its module, and loose names of its block."""
+    groups: dict[tuple[str, str, str], list[Place]] = {}
+    for place in places:
+        groups.setdefault((place.block, place.kind, place.module), []).append(place)
+    merged: dict[tuple[str, str, str], list[Place]] = {}
+    for (block, kind, module), members in groups.items():
+        target = (block, kind, module)
+        others = [key for key in groups if key[:2] == (block, kind) and key != target]
+        # SqueezeBERT's `post_attention.conv1d` ends the attention; Granite's `shared_mlp` is
+        # added to its experts.
+        is_loose = module == block
+        is_shared = any(place.expert for place in members) and _EXPERT.fullmatch(
+            module.rpartition(".")[2]
+        )
+        if len(others) == 1 and (is_loose or is_shared):
+            target = others[0]
+        merged.setdefault(target, []).extend(members)
+    return list(merged.values())
+
+
+def _build_sublayer(group: Sequence[Place], sizes: Mapping[str, Shape]) -> NamedSublayer | None:
+    """Return a sub-layer with the roles of its matrices; None where no name in it is known."""
+    kind = _kind_of_group(group)
+    matrices = [place for place in group if is_matrix(place.parameter, sizes[place.parameter])]
+    siblings = {place.inner for place in group} | {
+        f"expert {place.inner}" for place in group if place.expert
+    }
+    roles = {place.parameter: _role_of(kind, place.inner, siblings) for place in matrices}
+    if kind in ("mlp", "moe") and not any(roles.values()):
+        roles |= _roles_in_sequence(matrices, sizes)
+    if not matrices or (kind != "conv" and not any(roles.values())):
+        return None
+    block = group[0].block.split(".") if group[0].block else []
+    stack, numbers = _stack_and_numbers(block)
+    return NamedSublayer(
+        _shared_path([place.parameter for place in matrices]), stack, numbers, kind, roles=roles
+    )
+
+
+def _kind_of_group(group: Sequence[Place]) -> SublayerKind:
+    kind = group[0].kind
+    if any(re.fullmatch(_MIXER_SIGN, place.inner) for place in group):
+        return "mixer"
+    if kind == "mlp" and any(place.expert or "router" in place.inner for place in group):
+        return "moe"
+    return kind
+
+
+def _role_of(kind: SublayerKind, inner: str, siblings: Iterable[str]) -> str:
+    """Return the role of the first rule that holds, "" if none does."""
+    return next((rule.role for rule in _RULES[kind] if rule.matches(inner, siblings)), "")
+
+
+def _roles_in_sequence(matrices: Sequence[Place], sizes: Mapping[str, Shape]) -> dict[str, str]:
+    """Return the roles of two matrices in an `nn.Sequential`, which numbers by order of use."""
+    if len(matrices) != 2 or any(re.search(r"\d", place.inner) is None for place in matrices):
+        return {}
+    first, second = sorted(matrices, key=lambda place: _numbers_in(place.inner))
+    into, out = sorted(sizes[first.parameter]), sorted(sizes[second.parameter])
+    shares_a_size = bool(set(into) & set(out))
+    if len(into) != 2 or len(out) != 2 or not shares_a_size:
+        return {}
+    return {first.parameter: "W_1", second.parameter: "W_2"}
+
+
+def _numbers_in(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", text))
+
+
+def _stack_and_numbers(block: Sequence[str]) -> tuple[str, tuple[int, ...]]:
+    """Return the path of a block's list of layers, and the numbers in the block's path."""
+    positions = [position for position, token in enumerate(block) if _NUMBERED.fullmatch(token)]
+    if not positions:
+        return "", ()
+    end = positions[0]
+    if end and _kind_of_module(block[end - 1]) is not None:
+        end -= 1  # lists of attentions and of MLPs share a stack
+    return ".".join(block[:end]), tuple(
+        _numbers_in(block[position])[-1] for position in positions
+    )
+
+
+def _shared_path(names: Sequence[str]) -> str:
+    """Return the module path that all parameters of a sub-layer share."""
+    paths = [_module_path(name) for name in names]
+    shared = paths[0]
+    for path in paths[1:]:
+        length = 0
+        while length < min(len(shared), len(path)) and shared[length] == path[length]:
+            length += 1
+        shared = shared[:length]
+    return ".".join(shared)
+
+
+def _module_path(name: str) -> list[str]:
+    """Return the path of the module around the one that holds a parameter."""
+    tokens = name.split(".")
+    return tokens[:-2] if tokens[-1] == "weight" else tokens[:-1]
+
+
+def is_matrix(name: str, shape: Sequence[int]) -> bool:
+    """Return whether a tensor is the weight of a linear map: no vector, bias or mask."""
+    return len(shape) >= 2 and not _BUFFER.search(name) and not name.endswith("bias")
+
+
+# -- Step 3: layers --------------------------------------------------------------------------------
+_RANK_IN_LAYER = {
+    "attention": 0,
+    "mixer": 0,
+    "conv": 0,
+    "cross-attention": 1,
+    "mlp": 2,
+    "moe": 2,
+}
+
+
+def _in_stream_order(sublayers: Sequence[NamedSublayer]) -> list[NamedSublayer]:
+    """Return the sub-layers by stack, layer and kind.
+
+    The order in the file says little: many files are sorted by name.
+    """
+    stacks = list(dict.fromkeys(sublayer.stack for sublayer in sublayers))
+
+    def position(sublayer: NamedSublayer) -> tuple[bool, int, tuple[int, ...], int]:
+        is_decoder = "decoder" in sublayer.stack.split(".")
+        return (
+            is_decoder,
+            stacks.index(sublayer.stack),
+            sublayer.numbers,
+            _RANK_IN_LAYER[sublayer.kind],
+        )
+
+    ordered = sorted(sublayers, key=position)
+    counts = Counter(sublayer.name for sublayer in ordered)
+    for sublayer in ordered:
+        if counts[sublayer.name] > 1:
+            sublayer.name = f"{sublayer.name}:{sublayer.report_kind}"
+    return ordered
+
+
+def _number_layers(sublayers: Sequence[NamedSublayer]) -> None:
+    """Number the layers as `jacdiag.trace.naming.depths_of` does for a model that runs.
+
+    A layer is a module at the level of numbers at which most modules hold two sub-layers or
+    more. Where none does (a list of attentions and one of MLPs), a layer is one period of the
+    repeating kinds.
+    """
+    levels = [[_key_of_layer(sublayer, level) for sublayer in sublayers] for level in range(3)]
+    full = [sum(count >= 2 for count in Counter(keys).values()) for keys in levels]
+    keys = levels[full.index(max(full))]
+    if sublayers and not max(full):
+        keys = _keys_by_period(keys, [sublayer.report_kind for sublayer in sublayers])
+    order = {key: layer for layer, key in enumerate(dict.fromkeys(keys))}
+    for sublayer, key in zip(sublayers, keys, strict=True):
+        sublayer.layer = order[key]
+
+
+def _key_of_layer(sublayer: NamedSublayer, level: int) -> tuple[object, ...]:
+    if not sublayer.numbers:
+        return (sublayer.name.rpartition(".")[0],)  # a layer on its own
+    is_listed = (
+        _kind_of_module(sublayer.name.split(".")[len(sublayer.stack.split("."))]) is not None
+    )
+    own_list = sublayer.kind if is_listed else ""
+    return (sublayer.stack, own_list, sublayer.numbers[: level + 1])
+
+
+def _keys_by_period(
+    keys: list[tuple[object, ...]], kinds: Sequence[str]
+) -> list[tuple[object, ...]]:
+    """Return keys of layers from the shortest pattern that the kinds repeat."""
+    count = len(kinds)
+    if len(set(kinds)) == count:
+        return [("layer", 0)] * count
+    if len(set(kinds)) == 1:
+        return keys
+    for period in range(2, count // 2 + 1):
+        repeats = all(kinds[index] == kinds[index % period] for index in range(count))
+        if count % period == 0 and repeats:
+            return [("layer", index // period) for index in range(count)]
+    return keys
+
+
+# -- Step 4: the width, and what it shows ----------------------------------------------------------
+def find_width(sublayers: Sequence[NamedSublayer], sizes: Mapping[str, Shape]) -> int | None:
+    """Return the width at the first layer: the size that most of its matrices have.
+
+    Every matrix that reads or writes the stream has the width as one of its two sizes. An
+    embedding may be narrower (ALBERT) or in several parts (adaptive), so that it only decides
+    where two sizes are equally frequent.
+    """
+    first = [sublayer for sublayer in sublayers if sublayer.layer == 0]
+    if not first or any("bottleneck" in name.split(".") for name in sizes):
+        return None  # MobileBERT: most matrices of a layer are narrower than the stream
+    votes: Counter[int] = Counter()
+    for sublayer in first:
+        for name, role in sublayer.roles.items():
+            is_split_by_heads = (
+                len(sizes[name]) == 3 and "attention" in sublayer.kind
+            )  # XLNet: (d, H, d_head)
+            if role and not is_split_by_heads and not _INNER.search(name):
+                votes.update(set(_sides(sizes[name])))
+    if not votes:
+        return None
+    most = max(votes.values())
+    leaders = [size for size, count in votes.items() if count == most]
+    if len(leaders) == 1:
+        return leaders[0]
+    # A tie: gains of norms and biases of outputs have the width, and so has an embedding.
+    paths = {
+        path for sublayer in first for name in sublayer.roles for path in _numbered_paths(name)
+    }
+    rest: Counter[int] = Counter()
+    for name, shape in sizes.items():
+        is_near = not _numbered_paths(name) or bool(paths & set(_numbered_paths(name)))
+        if is_near and shape and shape[-1] in leaders and not _INNER.search(name):
+            rest[shape[-1]] += 1
+    ranked = rest.most_common(2)
+    is_clear = len(ranked) == 1 or (len(ranked) == 2 and ranked[0][1] > ranked[1][1])
+    return ranked[0][0] if is_clear else None
+
+
+def _sides(shape: Shape) -> tuple[int, int]:
+    """Return the two sizes of a linear map: (out, in) as `nn.Linear` and `nn.Conv*d` store it.
+
+    For a stack of experts these are the sizes of one of them.
+    """
+    is_kernel = len(shape) >= 4 or (len(shape) == 3 and shape[-1] <= 4 < shape[0])
+    if not is_kernel:
+        return shape[-2], shape[-1]
+    is_depthwise = shape[1] == 1
+    return (shape[0], shape[0]) if is_depthwise else (shape[0], shape[1])
+
+
+def _mark_fused_gates(
+    sublayer: NamedSublayer, sizes: Mapping[str, Shape], width: int | None
+) -> None:
+    """Turn W_1 into W_gate_up where it makes twice the features that W_2 reads (Megatron)."""
+    if width is None or "W_gate" in sublayer.roles.values():
+        return
+    out = next((name for name, role in sublayer.roles.items() if role == "W_2"), None)
+    if out is None:
+        return
+    inside = _other_side(sizes[out], width)
+    for name, role in sublayer.roles.items():
+        if role == "W_1" and _other_side(sizes[name], width) == 2 * inside:
+            sublayer.roles[name] = "W_gate_up"
+
+
+def _other_side(shape: Shape, width: int) -> int:
+    """Return the size of a matrix that is not the width; the width for a square one."""
+    rows, columns = _sides(shape)
+    return columns if rows == width else rows
+
+
+# -- Step 5: every weight --------------------------------------------------------------------------
+def _describe_weights(
+    sizes: Mapping[str, Shape], sublayers: Sequence[NamedSublayer], width: int | None
+) -> dict[str, NamedWeight]:
+    home = {name: sublayer for sublayer in sublayers for name in sublayer.roles}
+    layer_of_path = _layers_by_path(sublayers)
+    weights = {}
+    for name, shape in sizes.items():
+        sublayer = home.get(name)
+        if sublayer is not None:
+            role = sublayer.roles[name]
+            is_split_by_heads = len(shape) == 3 and "attention" in sublayer.kind
+            fans = (None, None) if is_split_by_heads else fans_of(role, shape, width)
+            weights[name] = NamedWeight(
+                role,
+                sublayer.layer,
+                sublayer.stack,
+                sublayer.kind,
+                sublayer.name,
+                fans[0],
+                fans[1],
+            )
+            continue
+        layer, stack = _layer_around(name, layer_of_path)
+        role = role_outside(name, shape, layer is not None)
+        fans = fans_of(role, shape, width) if is_matrix(name, shape) else (None, None)
+        weights[name] = NamedWeight(role, layer, stack, fan_in=fans[0], fan_out=fans[1])
+    return weights
+
+
+def _layers_by_path(sublayers: Sequence[NamedSublayer]) -> dict[str, tuple[int, str]]:
+    """Return the layer and the stack of every numbered module path that lies in one layer only."""
+    found: dict[str, set[tuple[int, str]]] = {}
+    for sublayer in sublayers:
+        for name in sublayer.roles:
+            for path in _numbered_paths(name):
+                found.setdefault(path, set()).add((sublayer.layer, sublayer.stack))
+    return {path: next(iter(layers)) for path, layers in found.items() if len(layers) == 1}
+
+
+def _layer_around(
+    name: str, layer_of_path: Mapping[str, tuple[int, str]]
+) -> tuple[int | None, str]:
+    for path in reversed(_numbered_paths(name)):
+        if path in layer_of_path:
+            return layer_of_path[path]
+    return None, ""
+
+
+def _numbered_paths(name: str) -> list[str]:
+    """Return the paths of the numbered modules that a parameter lies in, outer first."""
+    tokens = name.split(".")
+    positions = [
+        position for position, token in enumerate(tokens[:-1]) if _NUMBERED.fullmatch(token)
+    ]
+    return [".".join(tokens[: position + 1]) for position in positions]
+
+
+def role_outside(name: str, shape: Shape, in_layer: bool) -> str:
+    """Return the role of a vector, or of a matrix outside all sub-layers."""
+    if len(shape) < 2:
+        return _role_of_vector(name)
+    if not is_matrix(name, shape):
+        return ""
+    path = name.removesuffix(".weight")
+    is_numbered = in_layer or _end_of_block(path.split(".")) > 0
+    rules = _ANYWHERE_RULES if is_numbered else _ANYWHERE_RULES + _OUTSIDE_RULES
+    return next((role for role, words in rules if re.search(words, path)), "")
+
+
+def _role_of_vector(name: str) -> str:
+    if name.endswith(("bias", "beta")):
+        return "bias"
+    if _SCALE.search(name) and not _GAIN.search(name):
+        return "scale"
+    is_gain = (
+        name.endswith(("weight", "gamma", "scale", ".g")) and _GAIN.search(name) is not None
+    )
+    return "norm_gain" if is_gain else ""
+
+
+def fans_of(role: str, shape: Shape, width: int | None) -> tuple[int | None, int | None]:
+    """Return fan-in and fan-out. The role says which is which: a matrix may be stored either way.
+
+    Args:
+        role: of the matrix.
+        shape: as stored.
+        width: features of the stream.
+    """
+    if not role or len(shape) < 2:
+        return None, None
+    if role in ("embedding", "positions"):
+        return shape[-2], shape[-1]
+    rows, columns = _sides(shape)
+    writes = role in (
+        "W_O",
+        "W_2",
+    )  # of the two sizes, the width is where a matrix reads or writes the stream
+    is_clear = width is not None and (rows == width) != (columns == width)
+    if not is_clear or width is None:
+        return columns, rows
+    other = columns if rows == width else rows
+    return (other, width) if writes else (width, other)

@@ -1,0 +1,109 @@
+"""Formats that are recognised and not read: each is refused by its name, with the way to a file that can be read."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+from jacdiag.errors import SourceError
+
+_TORCH_WAY = "audit the PyTorch checkpoint that it was made from"
+
+# Suffix -> what it is, and the way out.
+_BY_SUFFIX = {
+    ".onnx": ("an ONNX graph", f"{_TORCH_WAY} (the file that torch.onnx.export was given the model of)"),
+    ".h5": ("an HDF5 file of Keras or TensorFlow", _TORCH_WAY),
+    ".hdf5": ("an HDF5 file of Keras or TensorFlow", _TORCH_WAY),
+    ".keras": ("a model of Keras", _TORCH_WAY),
+    ".msgpack": ("a msgpack file of Flax", _TORCH_WAY),
+    ".tflite": ("a model of TensorFlow Lite", _TORCH_WAY),
+    ".pb": ("a graph of TensorFlow", _TORCH_WAY),
+    ".engine": ("an engine of TensorRT", _TORCH_WAY),
+    ".pdparams": ("a file of PaddlePaddle", _TORCH_WAY),
+    ".jit": ("a TorchScript archive", ""),
+    ".ts": ("a TorchScript archive", ""),
+    ".torchscript": ("a TorchScript archive", ""),
+}
+
+
+def check_format(path: Path) -> None:
+    """Raise if a file is in a format that jacdiag does not read, by its first bytes or its suffix.
+
+    Args:
+        path: a plain file that is not empty.
+
+    Raises:
+        SourceError: it is; the message names the format and the way out.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise SourceError(f"cannot read '{path}'", got=error.strerror) from error
+    _check_head(path, head)
+    _check_suffix(path)
+
+
+def _check_head(path: Path, head: bytes) -> None:
+    if head.startswith((b"GGUF", b"ggml", b"ggjt", b"lmgg", b"tjgg")):
+        raise _refused(
+            path,
+            "a GGUF file of llama.cpp",
+            "audit the checkpoint that it was converted from; transformers turns many back: "
+            f"from_pretrained(FOLDER, gguf_file='{path.name}').save_pretrained('checkpoint')",
+        )
+    if path.suffix != ".safetensors" and _is_onnx(head):
+        raise _refused(path, *_BY_SUFFIX[".onnx"])
+    if head.startswith(b"\x89HDF\r\n\x1a\n"):
+        raise _refused(path, *_BY_SUFFIX[".h5"])
+    if head[4:8] == b"TFL3":
+        raise _refused(path, *_BY_SUFFIX[".tflite"])
+    if head.startswith(b"\x93NUMPY"):
+        way = f"torch.save({{'weight': torch.from_numpy(numpy.load('{path.name}'))}}, 'weights.pt')"
+        raise _refused(path, "one array of NumPy", way)
+    if head.startswith(b"PK\x03\x04") and _holds_arrays(path):
+        way = f"torch.save({{k: torch.from_numpy(v) for k, v in numpy.load('{path.name}').items()}}, 'weights.pt')"
+        raise _refused(path, "an archive of NumPy arrays", way)
+
+
+def _is_onnx(head: bytes) -> bool:
+    """Return whether bytes begin as a ModelProto does: its version of the format, then the producer's name."""
+    return len(head) > 4 and head[0] == 0x08 and 1 <= head[1] <= 0x20 and head[2] in (0x12, 0x3A)
+
+
+def _holds_arrays(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except Exception:  # damaged bytes may raise anything; the reader of torch files names the damage
+        return False
+    return bool(names) and all(name.endswith(".npy") for name in names)
+
+
+def _check_suffix(path: Path) -> None:
+    name = path.name
+    if path.suffix in (".jit", ".ts", ".torchscript"):
+        raise torchscript(path)
+    if path.suffix in _BY_SUFFIX:
+        raise _refused(path, *_BY_SUFFIX[path.suffix])
+    if name.endswith(".index.json"):
+        raise _refused(path, "the index of a checkpoint in shards", f"audit the folder: {path.parent}")
+    if ".data-0000" in name or path.suffix == ".index":
+        raise _refused(path, "a part of a TensorFlow checkpoint", _TORCH_WAY)
+    if name.startswith("random_states_") and path.suffix == ".pkl":
+        way = "its weights are in model.safetensors or pytorch_model.bin of the same folder"
+        raise _refused(path, "the random states of a run with accelerate", way)
+    if path.suffix in (".pkl", ".pickle"):
+        raise _refused(path, "a pickle", "save the state dict with torch.save, as a .pt file")
+    if path.suffix in (".npz", ".npy"):
+        raise _refused(path, "a file of NumPy", "save the weights with torch.save, as a .pt file")
+
+
+def torchscript(path: Path) -> SourceError:
+    """Return the error for a TorchScript archive."""
+    way = f"torch.save(torch.jit.load('{path.name}').state_dict(), 'weights.pt'), then weights.pt with --model FACTORY"
+    return SourceError(f"'{path}' is a TorchScript archive, which holds code besides weights", hint=way)
+
+
+def _refused(path: Path, what: str, way: str) -> SourceError:
+    return SourceError(f"'{path}' is {what}, which jacdiag does not read", hint=way)

@@ -1,0 +1,55 @@
+"""The cause that is named for an inconsistent Jacobian is the true one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from jacdiag.spectra import JacobianOperator, Operator, Stop, top_singular
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return 3 * x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: object, g: Tensor) -> Tensor:
+        return 3 * g
+
+
+class Overflowing(Operator):
+    """A diagonal whose products clip at the range of float32 on the way to J u, not on the way to J^T w."""
+
+    problems, domain, codomain, dtype, device = 1, 4, 4, torch.float32, torch.device("cpu")
+
+    def _push(self, u: Tensor) -> Tensor:
+        return (u * 3e38).clamp(-1e38, 1e38) / 1e38
+
+    def _pull(self, w: Tensor) -> Tensor:
+        return 3 * w
+
+
+def test_once_differentiable_is_named_for_what_it_does() -> None:
+    operator = JacobianOperator(lambda x: Once.apply(x) + x, torch.randn(1, 4))
+    with pytest.raises(RuntimeError, match="once_differentiable") as refused:
+        top_singular(operator)
+    assert "float64" not in str(refused.value)
+
+
+def test_a_product_out_of_range_is_named_so() -> None:
+    with pytest.raises(RuntimeError, match=r"leaves the range of float32.*--dtype float64") as refused:
+        top_singular(Overflowing())
+    assert "once_differentiable" not in str(refused.value)
+
+
+def test_overflow_to_inf_is_no_matter_of_derivatives() -> None:
+    operator = JacobianOperator(lambda x: x * 1e30 * 1e30, torch.randn(1, 4))
+    solution = top_singular(operator)
+    assert solution.stop is Stop.NON_FINITE
+    assert "float64" in solution.sentence
+    wide = JacobianOperator(lambda x: x * 1e30 * 1e30, torch.randn(1, 4, dtype=torch.float64))
+    assert top_singular(wide).converged
