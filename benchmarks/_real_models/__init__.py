@@ -1,0 +1,1 @@
+"""Trained models that packages of the registry ship, and independent references for their norms."""
