@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import reduce
@@ -23,7 +24,8 @@ def full_precision() -> Iterator[None]:
     'highest'
     """
     try:
-        products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        with _without_advice():
+            products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     except RuntimeError:
         before = [(backend, backend.fp32_precision) for backend in map(_backend, _BACKENDS)]
         try:
@@ -35,12 +37,24 @@ def full_precision() -> Iterator[None]:
                 backend.fp32_precision = precision
         return
     try:
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = False
+        _set_flags("highest", False)
         yield
     finally:
+        _set_flags(products, convolutions)
+
+
+def _set_flags(products: str, convolutions: bool) -> None:
+    with _without_advice():
         torch.set_float32_matmul_precision(products)
         torch.backends.cudnn.allow_tf32 = convolutions
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Keep the advice of torch 2.9 to use the other set of flags off the terminal: the choice is the process's."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Please use the new API settings to control TF32")
+        yield
 
 
 def _backend(path: str) -> Any:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
+import torch
+
+from jacdiag.spectra.rounding import full_precision
 
 LEGACY = """
 torch.set_float32_matmul_precision(MODE)
@@ -67,3 +71,24 @@ def test_products_are_float32_under_the_old_flags(mode: str) -> None:
 
 def test_products_are_float32_under_the_flags_per_backend() -> None:
     run("if not hasattr(torch.backends, 'fp32_precision'):\n    raise SystemExit\n" + PER_BACKEND)
+
+
+def test_advice_on_the_flags_is_kept_off_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.9 warns whenever the older flags are read or written; other warnings pass."""
+    read = torch.get_float32_matmul_precision
+    advice = "Please use the new API settings to control TF32 behavior, such as ..."
+
+    def advise(text: str) -> str:
+        warnings.warn(text, UserWarning, stacklevel=2)
+        return read()
+
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: advise(advice))
+        with full_precision():
+            pass
+        assert not seen
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: advise("something else"))
+        with full_precision():
+            pass
+        assert [str(warning.message) for warning in seen] == ["something else"]
