@@ -67,7 +67,9 @@ class Thresholds:
         }
 
 
-def load_thresholds(overrides: Mapping[str, Any] | None = None, risk: str | os.PathLike[str] | None = None) -> Thresholds:
+def load_thresholds(
+    overrides: Mapping[str, Any] | None = None, risk: str | os.PathLike[str] | None = None
+) -> Thresholds:
     """Reads the thresholds that ship, with a user's own on top.
 
     Args:

@@ -133,7 +133,15 @@ class Residual(nn.Module):
 
 @pytest.mark.parametrize(
     "result",
-    [lambda y: [], lambda y: 3, lambda y: {}, lambda y: "x", lambda y: y > 0, lambda y: y.argmax(-1), lambda y: y.sum()],
+    [
+        lambda y: [],
+        lambda y: 3,
+        lambda y: {},
+        lambda y: "x",
+        lambda y: y > 0,
+        lambda y: y.argmax(-1),
+        lambda y: y.sum(),
+    ],
 )
 def test_outputs_without_a_loss_are_a_note(result: Any) -> None:
     report = jacdiag.audit(Residual(result), torch.randn(2, 3, 8), max_products=4)
