@@ -92,7 +92,7 @@ PROBE = [
         "--seed",
         type=click.IntRange(0, 2**62),
         default=0,
-        show_default="0",
+        show_default=True,
         help="Of the probe and the solver.",
     ),
     click.option("--device", type=Device(), show_default="cuda if there, else cpu", help="Where products run."),
