@@ -99,7 +99,13 @@ PROBE = [
     click.option(
         "--seq", type=click.IntRange(1), show_default="128, or what the model allows", help="Tokens per sequence."
     ),
-    click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the probe and the solver."),
+    click.option(
+        "--seed",
+        type=click.IntRange(0, 2**62),
+        default=0,
+        show_default=True,
+        help="Of the probe and the solver.",
+    ),
     click.option("--device", type=Device(), show_default="cuda if there, else cpu", help="Where products run."),
     click.option(
         "--dtype",

@@ -135,11 +135,11 @@ def test_help_is_no_failure(jd: Run, args: list[str]) -> None:
     ("args", "message"),
     [
         ([], "Usage: jacdiag"),
-        (["adit", "x.pt"], "No such command 'adit'"),
-        (["audit"], "Missing argument 'SOURCE'"),
+        (["adit", "x.pt"], "no such command 'adit'"),
+        (["audit"], "missing argument 'SOURCE'"),
         (["audit", "a.pt", "b.pt"], "unexpected extra argument"),
-        (["audit", "a.pt", "--fial-on", "never"], "No such option"),
-        (["explain"], "Missing argument 'CODE'"),
+        (["audit", "a.pt", "--fial-on", "never"], "no such option"),
+        (["explain"], "missing argument 'CODE'"),
     ],
 )
 def test_usage(jd: Run, stub: Stub, args: list[str], message: str) -> None:

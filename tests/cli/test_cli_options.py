@@ -47,7 +47,7 @@ Run = Callable[..., Done]
 def test_a_value_without_meaning(jd: Run, stub: Stub, tmp_path: Path, args: list[str], named: str) -> None:
     done = jd("audit", "x.pt", *args, "--json", "report.json")
     assert (done.code, done.out, stub.calls) == (2, "", 0)
-    assert f"Invalid value for '{named}'" in done.err and args[-1] in done.err
+    assert f"invalid value for '{named}'" in done.err and args[-1] in done.err
     assert files(tmp_path) == set()
 
 
