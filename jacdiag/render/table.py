@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich.cells import cell_len, chop_cells
 from rich.console import Console
 from rich.text import Text

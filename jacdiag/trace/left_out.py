@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from jacdiag.trace.graph import Graph
@@ -10,6 +10,7 @@ from jacdiag.trace.residual import Finder, Site
 
 _SELECTS = {"__getitem__", "index_select", "gather", "take_along_dim", "narrow", "select"}
 _WRITES = {"__setitem__", "index_copy", "index_copy_", "scatter", "scatter_", "index_put", "index_put_"}
+_MOST_STEPS = 64  # of a walk back from a term
 _SUMS = {"sum", "mean", "einsum", "matmul", "__matmul__", "bmm", "tensordot"}
 
 
@@ -44,7 +45,14 @@ def left_out(graph: Graph, finder: Finder, sites: Sequence[Site]) -> list[LeftOu
         if site.addition not in listed and on_stream:
             reasons[site.addition] = reason
 
-    # 2. Additions and mixes on a stream whose branch does not read their own shortcut.
+    # 2. Sums whose shortcut is gated. One inside a branch is measured as part of it.
+    inside = {node for site in sites for node in site.cone}
+    for node in graph.nodes:
+        is_open = node.index not in listed | inside and not node.function
+        if node.terms is not None and is_open and streams.gates_its_shortcut(node.index):
+            reasons[node.index] = "a gate or another function changes the shortcut on its way into the sum"
+
+    # 3. Additions and mixes on a stream whose branch does not read their own shortcut.
     for node in graph.nodes:
         if node.index in listed or node.index in reasons or node.function:
             continue
@@ -89,6 +97,44 @@ class _Streams:
                 return True
         return False
 
+    def gates_its_shortcut(self, node: int) -> bool:
+        """Return whether one value reaches a term through elementwise functions, and another term by a branch.
+
+        An example is a highway gate, x * (1 - g) + g * f(x).
+        """
+        record = self.graph.nodes[node]
+        terms = [term for term in record.terms or () if self.finder.is_full(node, term)]
+        if len(terms) != 2 or not record.outputs:
+            return False
+        shape = self.graph.values[record.outputs[0]].shape
+        for shortcut, branch in (terms, terms[::-1]):
+            for source in self._elementwise_sources(shortcut.values, shape):
+                if source not in branch.values and self._passes_product(source, branch.values):
+                    return True
+        return False
+
+    def _elementwise_sources(self, values: Sequence[int], shape: tuple[int, ...]) -> Iterator[int]:
+        """Yield the values of a shape that lead to `values` with no product between, nearest first."""
+        queue, seen = list(values), set(values)
+        steps = 0
+        while queue and steps < _MOST_STEPS:
+            steps += 1
+            value = self.graph.values[queue.pop(0)]
+            if value.shape == shape and value.live and value.is_float:
+                yield value.index
+            if value.node < 0 or value.node in self.sums or self.finder.is_product(value.node):
+                continue
+            for read in self.graph.float_inputs(value.node):
+                if read.index not in seen:
+                    seen.add(read.index)
+                    queue.append(read.index)
+
+    def _passes_product(self, source: int, values: Sequence[int]) -> bool:
+        """Return whether a path from a value to `values` passes a product with a parameter."""
+        if not self.finder.reaches(source, values, through_products=True):
+            return False
+        return any(self.finder.is_product(call) for call in self.finder.cone(source, values))
+
     def adds_to_part(self, node: int) -> bool:
         """Return whether a branch is added to selected positions of its shortcut, and the sum is written back."""
         record = self.graph.nodes[node]
@@ -117,7 +163,9 @@ class _Streams:
         between = self.finder.cone(members[0], members[1:])
         depend = any(self.finder.is_product(call) for call in between)
         output = self._reduced(record.outputs[0], shapes.pop())
-        return depend and output is not None and self.goes_on(output)
+        if not depend or output is None:
+            return False
+        return self.goes_on(output) or any(self.is_stream(member) for member in members)
 
     def _reduced(self, value: int, shape: tuple[int, ...]) -> int | None:
         """Return the first sum of that shape that a stack leads to without a parameter's product."""

@@ -100,6 +100,39 @@ class DepthAttention(nn.Module):
         return outputs[-1]
 
 
+class Highway(nn.Module):
+    """A plain sub-layer, then one whose shortcut is gated; a mix of all outputs at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.ModuleList([mlp() for _ in range(2)])
+        self.gated = nn.ModuleList([mlp() for _ in range(2)])
+        self.gates = nn.ModuleList([nn.Linear(D, D) for _ in range(2)])
+        self.weights = nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = [x]
+        for plain, gated, gate in zip(self.plain, self.gated, self.gates, strict=True):
+            x = x + plain(x)
+            open_share = torch.sigmoid(gate(x))
+            x = x * (1 - open_share) + open_share * gated(x)
+            outputs.append(x)
+        return (torch.stack(outputs) * self.weights.softmax(0).view(3, 1, 1, 1)).sum(0)
+
+
+class GatedInside(nn.Module):
+    """The gate is inside the branch: it is measured as part of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.gate = nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        open_share = torch.sigmoid(self.gate(x))
+        hidden = self.inner(x)
+        return x + (hidden * (1 - open_share) + open_share * hidden.tanh())
+
+
 class PlainWithOtherAdditions(nn.Module):
     """Embedding sum, rotation, attention mask, bias and a hand-written GELU: none is a residual sum."""
 
@@ -158,6 +191,19 @@ def test_a_mix_of_earlier_outputs_is_named() -> None:
     found = jacdiag.sites(DepthAttention().eval(), torch.randn(2, 5, D))
     assert len(found) == 3
     assert ["weighted sum" in item.reason for item in found.left_out] == [True, True]
+
+
+def test_gated_shortcuts_and_a_last_mix_are_named() -> None:
+    found = jacdiag.sites(Highway().eval(), torch.randn(2, 5, D))
+    assert len(found) == 2
+    assert ["gate" in item.reason for item in found.left_out] == [True, True, False]
+    assert "weighted sum of 3" in found.left_out[-1].reason
+
+
+def test_a_gate_inside_a_branch_is_not_named() -> None:
+    found = jacdiag.sites(GatedInside().eval(), torch.randn(2, 5, D))
+    assert len(found) == 1
+    assert not found.left_out
 
 
 def test_other_additions_are_not_named() -> None:
