@@ -164,7 +164,7 @@ def read_contents(path: Path, *, trust_pickle: bool = False) -> Contents:
         SourceError: missing, empty, truncated, unsafe or of an unknown format.
     """
     _check_file(path)
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" or (path.suffix not in SUFFIXES and safetensors_file.is_safetensors(path)):
         spans, metadata = safetensors_file.spans(path)
         tensors, _ = safetensors_file.read(path)
         candidates = split_flat(spans)
@@ -214,7 +214,8 @@ def _check_file(path: Path) -> None:
     if size == 0:
         raise SourceError(f"'{path}' is empty", got="0 bytes", hint="copy or save it again")
     check_format(path)
-    if path.suffix not in SUFFIXES:
+    known_by_content = torch_file.is_torch_zip(path) or safetensors_file.is_safetensors(path)
+    if path.suffix not in SUFFIXES and not known_by_content:
         known = f"known: {', '.join(SUFFIXES)}"
         raise SourceError(
             f"'{path}' has no suffix that says what it is",

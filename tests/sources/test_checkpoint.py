@@ -32,6 +32,20 @@ def test_a_state_dict(tmp_path: Path, suffix: str, zipped: bool) -> None:
     assert (found.format, found.where, found.module, found.unread) == ("torch-save", "", None, [])
 
 
+@pytest.mark.parametrize("name", ["trained.weights", "model-000500", "params.torch"])
+def test_a_file_of_another_suffix_is_known_by_its_content(tmp_path: Path, name: str) -> None:
+    assert same(open_checkpoint(save(tmp_path / name, weights())).state, weights())
+    separate = {key: t.clone() for key, t in weights().items()}
+    save_file(separate, tmp_path / f"{name}.st")
+    assert same(open_checkpoint(tmp_path / f"{name}.st").state, separate)
+
+
+def test_a_file_of_another_suffix_and_content_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.weights").write_text("{ a story }")
+    with pytest.raises(SourceError, match="no suffix that says"):
+        open_checkpoint(tmp_path / "notes.weights")
+
+
 @pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict", "module", "my_own_name"])
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_a_training_checkpoint(tmp_path: Path, key: str, zipped: bool) -> None:

@@ -48,6 +48,17 @@ class Span:
         return tensor
 
 
+def is_safetensors(path: Path) -> bool:
+    """Return whether a file, whatever its name, begins as this format does: a length, then JSON of that length."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+        length = int.from_bytes(start[:8], "little")
+        return len(start) == 9 and start[8:] == b"{" and 2 <= length <= path.stat().st_size - 8
+    except OSError:
+        return False
+
+
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Returns the tensors by name (memory-mapped) and the file's own metadata.
 

@@ -42,6 +42,15 @@ def read(path: Path, *, trust_pickle: bool = False) -> tuple[Any, list[str]]:
         raise SourceError(f"cannot read '{path}'", got=got, hint=_hint(error, trust_pickle)) from error
 
 
+def is_torch_zip(path: Path) -> bool:
+    """Return whether a file, whatever its name, is a zip that torch.save wrote."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/data.pkl") for name in archive.namelist())
+    except Exception:  # damaged bytes may raise anything
+        return False
+
+
 def _load(path: Path, zipped: bool, guard: GuardedPickle, trust_pickle: bool) -> tuple[Any, list[str]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of source code that torch could not find for a stub, of old storages
