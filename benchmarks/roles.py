@@ -18,10 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "critical"}
 
-from _coverage.build import build
+# Only while it is imported, for tests import this file: the folder holds modules that are called as folders of tests are.
+sys.path.insert(0, str(Path(__file__).parent))
+try:
+    from _coverage.build import build
+finally:
+    sys.path.remove(str(Path(__file__).parent))
 
 import jacdiag
 from jacdiag.measure.roles_by_name import NamedModel, read_names

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from jacdiag.render.files import write_atomic
+from jacdiag.render.files import write_output
 
 if TYPE_CHECKING:
     from matplotlib.figure import FigureBase
@@ -78,9 +78,9 @@ class Part:
 def write(part: Part, data: Data, folder: Path) -> None:
     """Writes `<part>.json`, `.md` and `.png`."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / f"{part.name}.json", (json.dumps(data, indent=1) + "\n").encode())
-    write_atomic(folder / f"{part.name}.md", markdown(part, data).encode())
-    write_atomic(folder / f"{part.name}.png", picture(part, data))
+    write_output(folder / f"{part.name}.json", (json.dumps(data, indent=1) + "\n").encode())
+    write_output(folder / f"{part.name}.md", markdown(part, data).encode())
+    write_output(folder / f"{part.name}.png", picture(part, data))
 
 
 def markdown(part: Part, data: Data) -> str:

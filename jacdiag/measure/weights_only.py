@@ -15,7 +15,7 @@ from torch import Tensor
 from jacdiag.measure.contract import TABLES, record_of
 from jacdiag.measure.draws import draw_of, std_of
 from jacdiag.measure.figures import spread_of
-from jacdiag.measure.finite import NonFinite, non_finite_weights
+from jacdiag.measure.finite import non_finite_weights
 from jacdiag.measure.roles_by_name import NamedModel, NamedSublayer, is_matrix, read_names
 from jacdiag.measure.state import detect_state
 from jacdiag.measure.weights import bound_ffn, weight_stats
@@ -80,7 +80,7 @@ def weights_report(source: Source) -> Report:
         build_sublayer(index, sublayer, model, stats, phase, embedding)
         for index, sublayer in enumerate(model.sublayers)
     ]
-    broken = find_non_finite(state)
+    broken = non_finite_weights(state)
     notes = [f"weights only: {source.why_weights}"] if source.why_weights else []
     return Report(
         source=source.info,
@@ -150,16 +150,6 @@ def summarise_embedding(state: Mapping[str, Tensor], model: NamedModel) -> Embed
 
 def _is_norm_of_embedding(name: str, role: str) -> bool:
     return role == "norm_gain" and _NORM_OF_EMBEDDING.search(name) is not None
-
-
-def find_non_finite(state: Mapping[str, Tensor]) -> NonFinite:
-    """Return the weights that hold NaN or Inf; a mask or a table may hold -inf on purpose."""
-    weights = {
-        name: tensor
-        for name, tensor in state.items()
-        if tensor.dim() < 2 or is_matrix(name, tensor.shape)
-    }
-    return non_finite_weights(weights)
 
 
 # -- Build -----------------------------------------------------------------------------------------

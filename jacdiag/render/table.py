@@ -66,7 +66,8 @@ def show_report(report: Report, width: int | None = None, **options: Any) -> Non
         width: characters a line; that of the terminal if not given.
         options: of `print_report`.
     """
-    console = Console(width=width)
+    # With a width, the table is laid out as for a terminal of that width, wherever it goes.
+    console = Console() if width is None else Console(width=width, force_terminal=True, no_color=True)
     with console.capture() as capture:
         print_report(report, console, **options)
     console.file.write(spelled(capture.get(), console.encoding))

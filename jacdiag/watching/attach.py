@@ -12,7 +12,7 @@ from torch import nn
 from jacdiag.errors import UsageError
 from jacdiag.report.runlog import Alert
 from jacdiag.report.thresholds import load_thresholds
-from jacdiag.sources.given import check_module, path_text
+from jacdiag.sources.given import path_text
 from jacdiag.sources.wrapped import unwrap
 from jacdiag.watching.cadence import Cadence
 from jacdiag.watching.hook import Watch
@@ -100,7 +100,6 @@ def watch(
     if not (on_alert in ("log", "raise") or callable(on_alert)):
         raise UsageError(f"on_alert cannot be {on_alert!r}", hint="'log', 'raise', or a function of the alert")
     cadences = Cadence.of(every, "every"), Cadence.of(stats_every, "stats_every")
-    check_module(model, "jacdiag.watch")
     check_supported(model)
     optimisers = optimisers_of(optimizer)
     names = names_of(model)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from jacdiag.errors import UsageError
+from jacdiag.sources.given import check_module
 from jacdiag.sources.wrapped import plain_name, unwrap
 
 _FOREIGN = {
@@ -66,8 +67,7 @@ def check_supported(model: Any) -> None:
     if isinstance(model, list | tuple) or type(model).__module__.startswith("torch.distributed.pipelining"):
         raise UsageError("pipeline stages are not supported", got=f"a {type(model).__name__}",
                          hint="watch takes one nn.Module that holds the whole model")  # fmt: skip
-    if not isinstance(model, nn.Module):
-        raise UsageError("watch takes an nn.Module", got=f"a {type(model).__name__}")
+    check_module(model, "jacdiag.watch")
     for cls in type(model).__mro__:
         why = _FOREIGN.get(cls.__module__.split(".")[0])
         if why is not None and cls.__name__.endswith("Engine"):

@@ -16,10 +16,14 @@ import jacdiag
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "benchmarks" / "_real_models"
-sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from _real_models import page, reference  # noqa: E402
-from _real_models.branches import BUILDERS  # noqa: E402
+# Only while it is imported: the folder holds modules that are called as folders of tests are.
+sys.path.insert(0, str(ROOT / "benchmarks"))
+try:
+    from _real_models import page, reference
+    from _real_models.branches import BUILDERS
+finally:
+    sys.path.remove(str(ROOT / "benchmarks"))
 
 TABLE = tomllib.loads((DATA / "models.toml").read_text())
 TOKENS = torch.tensor([[3, 7, 1, 9, 4]])

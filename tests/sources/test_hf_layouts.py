@@ -239,6 +239,14 @@ def test_the_kind_of_model_is_asked_for_by_name(tmp_path: Path) -> None:
     assert type(found.model) is hf.LlamaForCausalLM
 
 
+def test_the_names_of_several_kinds_are_named_in_the_hint(tmp_path: Path) -> None:
+    folder = saved(new(hf.BertModel, BERT), tmp_path, model_type=None, architectures=None)
+    with pytest.raises(SourceError, match="may be of bert or roberta") as refused:
+        load(str(folder))
+    assert '{"model_type": "bert"}' in str(refused.value.hint)
+    assert type(load(str(folder), model_args={"model_type": "bert"}).model) is hf.BertModel
+
+
 # -- weights that do not fit, and hints that work ----------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("make", "fields", "got", "change"),

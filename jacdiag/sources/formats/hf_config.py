@@ -21,7 +21,8 @@ _BY_NAMES = {
     "gpt_neox": (r"^(gpt_neox\.)?layers\.\d+\.attention\.query_key_value\.weight$",),
     "bloom": (r"^(transformer\.)?word_embeddings_layernorm\.weight$",),
     "opt": (r"^(model\.)?decoder\.layers\.\d+\.fc1\.weight$", r"^(model\.)?decoder\.embed_positions\.weight$"),
-    "bert": (r"^bert\.encoder\.layer\.\d+\.attention\.self\.query\.weight$",),
+    "bert": (r"^(bert\.)?encoder\.layer\.\d+\.attention\.self\.query\.weight$",),
+    "roberta": (r"^encoder\.layer\.\d+\.attention\.self\.query\.weight$",),  # bare, it has the names of BERT
     "electra": (r"^electra\.encoder\.layer\.\d+\.attention\.self\.query\.weight$",),
     "distilbert": (r"^(distilbert\.)?transformer\.layer\.\d+\.attention\.q_lin\.weight$",),
     "albert": (r"^(albert\.)?encoder\.albert_layer_groups\.\d+\.albert_layers\.\d+\.ffn\.weight$",),
@@ -162,12 +163,15 @@ def _infer(transformers: Any, data: Mapping[str, Any], names: Collection[str], f
     if len(fitting) == 1:
         return fitting[0], "the names of the weights"
     got = "it has no model_type, and no architectures that this transformers knows"
+    hint = """name the kind as transformers does, --model-args '{"model_type": "KIND"}'; or --model FACTORY"""
     if len(fitting) > 1:
         got = f"it has no model_type, and the weights may be of {' or '.join(fitting)}"
+        named = f"""--model-args '{{"model_type": "{fitting[0]}"}}'"""
+        hint = f"name it, {named} if it is {fitting[0]}; or --model FACTORY"
     raise SourceError(
         f"'{file}' is no config of transformers that says its kind of model",
         got=got,
-        hint="""name it, for instance --model-args '{"model_type": "gpt2"}'; or --model FACTORY""",
+        hint=hint,
     )
 
 

@@ -90,7 +90,7 @@ def spans(path: Path) -> tuple[dict[str, Span], dict[str, str]]:
             header = json.loads(file.read(length))
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise _broken(path, error) from error
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None) or {}
     found = {}
     for name, entry in header.items():
         dtype = _DTYPES.get(entry["dtype"])
