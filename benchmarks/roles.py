@@ -20,7 +20,7 @@ from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "critical"}
 
-# Only while it is imported, for tests import this file: the folder holds modules that are called as folders of tests are.
+# Only while this is imported: tests import it, and the folder holds modules that are called as folders of tests are.
 sys.path.insert(0, str(Path(__file__).parent))
 try:
     from _coverage.build import build

@@ -74,6 +74,15 @@ def test_safetensors(tmp_path: Path) -> None:
     assert same(found.state, state) and (found.format, found.step) == ("safetensors", 12)
 
 
+def test_safetensors_whose_metadata_is_null(tmp_path: Path) -> None:
+    """The library reads such a file; so do we."""
+    header = b'{"__metadata__":null,"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    found = open_checkpoint(path)
+    assert list(found.state) == ["a"] and found.step is None
+
+
 @pytest.mark.parametrize(
     "prefix",
     ["module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module._orig_mod.module."],
