@@ -105,3 +105,13 @@ def test_a_plain_pickle_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "plain.pt").write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(SourceError, match="a pickle, but not one of"):
         open_checkpoint(tmp_path / "plain.pt")
+
+
+def test_a_bytearray_is_read_and_one_that_claims_too_much_is_refused(tmp_path: Path) -> None:
+    saved = {"weight": torch.ones(2), "comment": bytearray(b"text")}
+    torch.save(saved, tmp_path / "good.pt", pickle_protocol=5)
+    assert list(open_checkpoint(tmp_path / "good.pt").state) == ["weight"]
+    claim = (1 << 33).to_bytes(8, "little")
+    (tmp_path / "bad.bin").write_bytes(b"\x80\x05\x96" + claim + b"text.")
+    with pytest.raises(SourceError, match="longer than the file"):
+        open_checkpoint(tmp_path / "bad.bin")

@@ -100,6 +100,15 @@ class Stub(metaclass=_Inert):
         return id(self)
 
 
+def _load_bytearray(unpickler: Any) -> None:
+    """Read a bytearray. Python's own reader fills one of the claimed length before it looks for the bytes."""
+    length = int.from_bytes(unpickler.read(8), "little")
+    data = unpickler.read(length)
+    if len(data) < length:
+        raise EOFError("a bytearray that is longer than the file")
+    unpickler.append(bytearray(data))
+
+
 class GuardedPickle:
     """What `torch.load` takes as `pickle_module`; `unread` collects the names of classes that became stubs."""
 
@@ -109,6 +118,8 @@ class GuardedPickle:
 
         # Python's own, not the C one: there an index of the memo takes as much memory as it says.
         class Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
+            dispatch = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: _load_bytearray}  # type: ignore[attr-defined]
+
             def find_class(self, module: str, name: str) -> Any:
                 return guard.find(module, name)
 
