@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -95,8 +94,6 @@ def check_model(entry: dict[str, Any], pins: dict[str, Any], cache: Path) -> dic
     with tempfile.TemporaryDirectory() as temporary:
         report_path = Path(temporary) / "report.json"
         source = package / entry["path"]
-        if "copied_to" in entry:
-            source = Path(shutil.copy(source, Path(temporary) / entry["copied_to"]))
         arguments = [str(source), "--batch", "1", "--no-decide"]
         arguments += ["--remedies", "none", "--fail-on", "never", "--json", str(report_path)]
         if "factory" in entry:
@@ -116,7 +113,6 @@ def check_model(entry: dict[str, Any], pins: dict[str, Any], cache: Path) -> dic
         "name": entry["name"],
         "package": f"{entry['package']} {pin['version']}",
         "path": entry["path"],
-        "copied_to": entry.get("copied_to"),
         "factory": entry.get("factory"),
         "model_args": entry.get("model_args"),
         "counted": entry["sublayers"],

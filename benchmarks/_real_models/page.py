@@ -78,8 +78,6 @@ def _model_line(row: Row) -> str:
     opened = f"`--model {row['factory']}`" if row["factory"] else "the path alone"
     if row.get("model_args"):
         opened = f"`--model-args '{row['model_args']}'`"
-    if row.get("copied_to"):
-        opened += f", a copy named `{row['copied_to']}`"
     parameters = f"{row['parameters'] / 1e6:.3g}M" if "parameters" in row else "–"
     cells = [row["name"], row["package"], row.get("class", "–"), parameters]
     cells += [_shown(row["listed"]), row["counted"], opened]
