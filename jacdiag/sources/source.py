@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from jacdiag.errors import SourceError, UsageError, clipped
 from jacdiag.sources import factory, gpt
 from jacdiag.sources.candidates import split_flat
-from jacdiag.sources.checkpoint import Checkpoint, Contents, read_contents
+from jacdiag.sources.checkpoint import Checkpoint, Contents, read_contents, trainer_step
 from jacdiag.sources.facts import longest_sequence, vocabulary
 from jacdiag.sources.fit import fit
 from jacdiag.sources.formats import dcp, folders, huggingface
@@ -175,7 +175,7 @@ def _from_folder(
 
 def _of_folder(path: Path, loaded: huggingface.Loaded, info: dict[str, Any]) -> Source:
     """The source of a model out of a folder, with the step that a trainer wrote there."""
-    step = folders.step_of(path)
+    step = trainer_step(path)
     if step is not None:
         info["step"] = step
     return Source(

@@ -100,17 +100,6 @@ def _indexed(path: Path, index: Path) -> list[Path]:
     return [path / name for name in names]
 
 
-def step_of(path: Path) -> int | None:
-    """Return the step that a trainer wrote into the folder (trainer_state.json), or None."""
-    try:
-        state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    step = state.get("global_step") if isinstance(state, dict) else None
-    is_step = isinstance(step, int) and not isinstance(step, bool) and step >= 0
-    return step if is_step else None
-
-
 def quantised_names(pieces: Mapping[str, Any]) -> list[str]:
     """Return the names of tensors that are quantised weights or their scales.
 
