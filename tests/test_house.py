@@ -379,3 +379,8 @@ def test_a_client_is_type_checked_against_the_wheel(wheel: Path, tmp_path: Path)
     kinds = [line.rpartition("[")[2].rstrip("]") for line in complaints]
     assert kinds[:3] == ["assignment", "call-arg", "attr-defined"]
     assert kinds.count("arg-type") == 2
+
+
+def test_no_test_leaves_the_benchmarks_folder_importable() -> None:
+    """Folders of tests and modules of benchmarks share names: the wrong one would be imported, and only at times."""
+    assert str(ROOT / "benchmarks") not in sys.path

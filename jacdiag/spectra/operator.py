@@ -125,7 +125,7 @@ class JacobianOperator(Operator):
         """J^T w in the shapes of fn: w like fn(x), result like x. Counts as a product."""
         self.products += 1
         with torch.no_grad(), full_precision():
-            return self._pull_map(w)
+            return self._pull_map(_laid_out(w))
 
     def steps(self, way: Way, vector: Tensor) -> Steps:  # noqa: ARG002  (of Operator; a single map has one way)
         return (yield self, vector)
@@ -181,7 +181,17 @@ def shaped(rows: Tensor, dims: Sequence[int], shape: torch.Size) -> Tensor:
     """(P, rest) -> shape; undoes `flat`."""
     lead = [shape[d] for d in dims]
     rest = [n for d, n in enumerate(shape) if d not in dims]
-    return rows.reshape(*lead, *rest).movedim(tuple(range(len(dims))), tuple(dims))
+    return _laid_out(rows.reshape(*lead, *rest).movedim(tuple(range(len(dims))), tuple(dims)))
+
+
+def _laid_out(vector: Tensor) -> Tensor:
+    """Return a copy whose strides are those of a new tensor.
+
+    A permuted view can have strides that no gradient has in training, and kernels read them wrongly: on the CPU, the
+    backward of a batch norm in eval mode returns wrong numbers for a gradient of shape (1, C, H, W) whose first stride
+    is not C * H * W (torch 2.6 to 2.13). `contiguous()` is not enough, because it keeps the stride of a dimension of 1.
+    """
+    return vector.clone(memory_format=torch.contiguous_format)
 
 
 def _released(_: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from jacdiag.spectra import (
     independent_dims,
     top_singular,
 )
+from jacdiag.spectra.operator import flat
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -140,6 +141,30 @@ def _dims(fn: Callable[[Tensor], Tensor], shape: tuple[int, ...], feature_dim: i
     x = torch.randn(shape, dtype=torch.float64, generator=generator(9))
     op = JacobianOperator(fn, x, ())
     return independent_dims(op.pull_shaped, x.shape, op.value.shape, feature_dim, x.dtype, x.device, generator())
+
+
+@pytest.mark.parametrize("dims", [(), (0,), (0, 2), (0, 2, 3)])
+@pytest.mark.parametrize("shape", [(1, 4, 5, 5), (2, 4, 5, 5), (1, 4, 1, 7), (1, 4, 1, 1)])
+def test_products_do_not_depend_on_how_vectors_are_laid_out(shape: tuple[int, ...], dims: tuple[int, ...]) -> None:
+    """The backward of a batch norm in eval mode misreads a gradient with the strides of a permuted view."""
+    norm = nn.BatchNorm2d(4).double().eval()
+    norm.running_var.copy_(torch.rand(4, dtype=torch.float64, generator=generator(1)) + 0.5)
+    norm.requires_grad_(False)
+    x = torch.randn(shape, dtype=torch.float64, generator=generator(2))
+    scales = (norm.weight / (norm.running_var + norm.eps).sqrt()).view(1, 4, 1, 1)
+
+    op = JacobianOperator(norm, x, dims)
+    w = torch.randn(shape, dtype=torch.float64, generator=generator(3))
+    for order in ((0, 1, 2, 3), (0, 2, 3, 1), (2, 3, 0, 1), (0, 3, 1, 2)):
+        back = tuple(torch.tensor(order).argsort().tolist())
+        vector = w.permute(order).contiguous().permute(back)
+        assert torch.allclose(op.pull_shaped(vector), w * scales)
+        rows = flat(vector, dims)
+        assert torch.allclose(op.pull(rows), flat(w * scales, dims))
+        assert torch.allclose(op.push(rows), flat(w * scales, dims))
+        several = op.products_of("pull", [rows, -rows])
+        assert torch.allclose(several[0], flat(w * scales, dims))
+        assert torch.equal(several[1], -several[0])
 
 
 def test_independent_dimensions() -> None:
