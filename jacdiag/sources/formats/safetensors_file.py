@@ -88,7 +88,7 @@ def spans(path: Path) -> tuple[dict[str, Span], dict[str, str]]:
     Raises:
         SourceError: truncated, not in this format, or of a dtype that torch does not have.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     try:
         length, header = _header(path)
