@@ -29,8 +29,12 @@ _SCALES = re.compile(
     r"|absmax|weight\.absmax|weight\.quant_map|weight\.quant_state\..+)$|_proj_(blocks|scales)$"
 )
 _QUANTISED = (
-    torch.int8, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz,
-)  # fmt: skip
+    torch.int8,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2fnuz,
+)
 
 
 def weight_files(path: Path) -> list[Path]:
