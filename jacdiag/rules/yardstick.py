@@ -1,0 +1,267 @@
+"""A scheme held against the weights of one model: what it expects of each, and whether they agree.
+
+A fused matrix is judged part by part where the scheme treats its parts differently. Output
+matrices that are zero in all layers alike are not judged by a scheme that the model was found to
+follow: branches that start at zero are an init of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from jacdiag.report import ContractRecord, WeightRecord
+from jacdiag.report.formula import Formula
+from jacdiag.rules.schemes import (
+    INNER,
+    MATRICES,
+    OUTSIDE,
+    RESIDUAL,
+    VECTORS,
+    Scheme,
+    beside_any_scheme,
+)
+
+Spread = tuple[float, float]  # interval of a base std, relative
+TABLES = ("embedding", "positions", "head")
+# Sub-layers whose matrices a scheme speaks of; "" in reports from before the kind was kept. Inside a
+# recurrent or convolutional mixer every part has an init of its own.
+_KINDS = ("", "attention", "cross-attention", "mlp", "moe")
+# An embedding or positions so small were meant to be: a norm follows them (RWKV 1e-4,
+# x-transformers 1e-5, a class token of 1e-6). If none does, JD102 reports the small stream.
+_TINY = 1.0001e-4
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What is compared with one value: a whole weight, or the rows of a fused one that play one role.
+
+    Attributes:
+        weight: The record, of these rows alone if `part` says so.
+        part: Their role; "" for a whole weight.
+    """
+
+    weight: WeightRecord
+    part: str = ""
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """A piece that is not what was expected.
+
+    Attributes:
+        piece: The weight, or its part.
+        value: The expected std (or value), the nearest if there are several.
+        formula: Where it comes from.
+    """
+
+    piece: Piece
+    value: float
+    formula: Formula
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """A scheme with its base std, for one model.
+
+    Attributes:
+        contract: The model's weights.
+        scheme: What they are compared with.
+        s: The base std where the scheme leaves it open.
+        spread: Interval of `s`, relative.
+        found: Whether the model was found to follow the scheme. If not, the scheme is that of its
+            family, or was pinned: then every weight is held against it, without exception.
+        judges_tables: Whether embedding, positions and head are judged.
+    """
+
+    contract: ContractRecord
+    scheme: Scheme
+    s: float | None = None
+    spread: Spread = (1.0, 1.0)
+    found: bool = True
+    judges_tables: bool = True
+
+    @classmethod
+    def given(cls, contract: ContractRecord, scheme: Scheme) -> Yardstick:
+        """Return the yardstick of a scheme that was given: pinned, or published for the family."""
+        return cls(contract, scheme, found=False)
+
+    @cached_property
+    def zero_outputs(self) -> frozenset[str]:
+        """Names of the output matrices that are zero in all layers alike."""
+        return zero_outputs(self.contract)
+
+    def mismatches(self, weight: WeightRecord) -> list[Mismatch] | None:
+        """Return what about a weight is not as the scheme says: [] if it agrees, None if the scheme says nothing."""
+        if not self._judges(weight):
+            return None
+        fewest: list[Mismatch] | None = None
+        for pieces in self._readings(weight):
+            found = self._compare(pieces)
+            if found is None:
+                continue
+            if fewest is None or len(found) < len(fewest):
+                fewest = found
+        return fewest
+
+    def values(self, weight: WeightRecord) -> dict[Formula, float]:
+        """Return the values that the scheme itself states for a whole weight or a part of one."""
+        known = variables(self.contract, weight, self.s)
+        values = {formula: formula.value(known) for formula in self.scheme.of(weight)}
+        return {formula: value for formula, value in values.items() if value is not None}
+
+    def agrees_by_itself(self, weight: WeightRecord) -> bool:
+        """Return whether a whole weight has a value that the scheme itself states."""
+        return any(holds(weight, value, self.spread) for value in self.values(weight).values())
+
+    def _judges(self, weight: WeightRecord) -> bool:
+        if not self.found:
+            return True
+        if weight.role in TABLES and not self.judges_tables:
+            return False
+        if weight.role == "positions" and not _is_lookup(weight):
+            return False
+        if weight.role in MATRICES and not is_projection(weight):
+            return False
+        return weight.parameter not in self.zero_outputs
+
+    def _readings(self, weight: WeightRecord) -> Iterator[list[Piece]]:
+        """Yield the ways to take a weight: whole, or as its parts.
+
+        Open are the order of the halves of a gated FFN, and whether fan_out is that of the part or
+        of the whole matrix.
+        """
+        named = bool(self.scheme.named(weight))
+        roles = [part.role for part in weight.parts]
+        apart = any(role in self.scheme.formulas for role in roles)
+        if named or not apart:
+            yield [Piece(weight)]
+        depends = any("fan_out" in formula.names for formula in self.scheme.of(weight))
+        if not roles or not (apart or depends) or (named and not self.found):
+            return
+        orders = [roles]
+        if weight.role == "W_gate_up":
+            orders.append(roles[::-1])
+        for order in orders:
+            yield list(_pieces(weight, order))
+            yield list(_pieces(weight, order, fan_out=weight.fan_out))
+
+    def _compare(self, pieces: Iterable[Piece]) -> list[Mismatch] | None:
+        found, stated = [], False
+        for piece in pieces:
+            values = self.values(piece.weight)
+            if not values:
+                continue
+            stated = True
+            if not self._agrees(piece.weight, values):
+                formula = min(values, key=lambda f: _distance(piece.weight, values[f]))
+                found.append(Mismatch(piece, values[formula], formula))
+        return found if stated else None
+
+    def _agrees(self, weight: WeightRecord, values: Mapping[Formula, float]) -> bool:
+        if any(holds(weight, value, self.spread) for value in values.values()):
+            return True
+        if not self.found:
+            return False
+        known = variables(self.contract, weight, self.s)
+        others = [formula.value(known) for formula in beside_any_scheme().get(weight.role, ())]
+        if any(value is not None and holds(weight, value) for value in others):
+            return True
+        is_table = weight.role in ("embedding", "positions")
+        return is_table and weight.std is not None and weight.std <= _TINY
+
+
+def _distance(weight: WeightRecord, value: float) -> float:
+    """Return how far a weight is from a value, as a ratio; infinite for the value zero."""
+    return abs(math.log(max(weight.std or 0.0, 1e-30) / value)) if value > 0 else math.inf
+
+
+def _pieces(
+    weight: WeightRecord, order: Iterable[str], fan_out: int | None = None
+) -> Iterator[Piece]:
+    """Yield the parts of a fused matrix as weights of their own, with their own fan_out unless one is given."""
+    for part, role in zip(weight.parts, order, strict=True):
+        rows = replace(
+            weight,
+            role=role,
+            fan_out=fan_out or part.fan_out,
+            family=part.family,
+            std=part.std,
+            lower=part.lower,
+            upper=part.upper,
+            mean=part.mean,
+            truncation=part.truncation,
+            parts=[],
+        )
+        yield Piece(rows, role)
+
+
+def is_projection(weight: WeightRecord) -> bool:
+    """Return whether a matrix is the linear map of an attention or FFN that a scheme speaks of.
+
+    Its sizes are those of the map. A depthwise kernel, a table of relative positions or a
+    matrix that acts along the sequence has others, and an init of its own.
+    """
+    if weight.kind not in _KINDS:
+        return False
+    sizes = [size for size in weight.shape if size > 1]
+    if len(sizes) < 2 or weight.fan_in is None or weight.fan_out is None:
+        return len(sizes) >= 2
+    return sorted(sizes[-2:]) == sorted((weight.fan_in, weight.fan_out))
+
+
+def _is_lookup(weight: WeightRecord) -> bool:
+    """Return whether positions are a drawn table that is looked up.
+
+    Positions, class tokens and the like that are added as they stand have no default of a library:
+    what they hold was written at that place. A table of sinusoids was not drawn.
+    """
+    return weight.fan_in is not None and weight.family not in ("sinusoid", "other")
+
+
+def zero_outputs(contract: ContractRecord) -> frozenset[str]:
+    """Return the names of output matrices that are zero in all layers alike, in sub-layers that are not all zero."""
+    patterns: dict[str, list[WeightRecord]] = {}
+    alive = set()
+    for weight in contract.weights:
+        if weight.role in RESIDUAL:
+            patterns.setdefault(weight.pattern, []).append(weight)
+        elif weight.role in INNER and weight.family != "zero":
+            alive.add(weight.sublayer)
+    found = set()
+    for group in patterns.values():
+        if all(weight.family == "zero" and weight.sublayer in alive for weight in group):
+            found |= {weight.parameter for weight in group}
+    return frozenset(found)
+
+
+def variables(
+    contract: ContractRecord, weight: WeightRecord, s: float | None = None
+) -> dict[str, float]:
+    """Return what a formula may use for one weight."""
+    known = dict(contract.sizes)
+    own = {"fan_in": weight.fan_in, "fan_out": weight.fan_out, "l": weight.layer, "s": s}
+    known |= {name: float(value) for name, value in own.items() if value is not None}
+    return known
+
+
+def holds(weight: WeightRecord, value: float, spread: Spread = (1.0, 1.0)) -> bool:
+    """Return whether a weight can have been drawn with the std `value` (or, a vector, be that value)."""
+    if weight.role in VECTORS or len(weight.shape) < 2:
+        exact = weight.family in ("zero", "constant") and weight.mean is not None
+        return exact and math.isclose(weight.mean or 0.0, value, rel_tol=1e-3, abs_tol=1e-12)
+    if weight.lower is None or weight.upper is None:
+        return True  # not measured: another rule reports that
+    if value == 0 or weight.family in ("zero", "constant"):
+        return weight.family == "zero" and value == 0
+    low, high = weight.lower / spread[1], weight.upper / spread[0]
+    return low <= value <= high or low <= value * weight.truncation <= high
+
+
+def judged_by_schemes(contract: ContractRecord) -> list[WeightRecord]:
+    """Return the weights that tell which scheme a model follows."""
+    measured = [weight for weight in contract.weights if weight.lower is not None]
+    inside = [w for w in measured if w.role in MATRICES and is_projection(w)]
+    return inside + [w for w in measured if w.role in OUTSIDE]
