@@ -125,6 +125,8 @@ class Yardstick:
             return False
         if weight.role in MATRICES and not is_projection(weight):
             return False
+        if _is_open_gate(weight):
+            return False
         return weight.parameter not in self.zero_outputs
 
     def _readings(self, weight: WeightRecord) -> Iterator[list[Piece]]:
@@ -210,6 +212,12 @@ def is_projection(weight: WeightRecord) -> bool:
     if len(sizes) < 2 or weight.fan_in is None or weight.fan_out is None:
         return len(sizes) >= 2
     return sorted(sizes[-2:]) == sorted((weight.fan_in, weight.fan_out))
+
+
+def _is_open_gate(weight: WeightRecord) -> bool:
+    """Return whether a gate on what an attention returns starts at zero: its bias alone then sets how far it is open."""
+    is_attention = weight.kind in ("attention", "cross-attention")
+    return is_attention and weight.role == "W_gate" and weight.family == "zero"
 
 
 def _is_lookup(weight: WeightRecord) -> bool:
