@@ -87,11 +87,13 @@ def _fit(yardstick: Yardstick, weights: Sequence[WeightRecord]) -> Followed | No
         if mismatches is None:
             continue
         agrees = not mismatches
-        agree += agrees
         if weight.role in MATRICES:
             inside.append(agrees)
+            agree += agrees
         elif weight.role in TABLES:
-            tables += _vote(yardstick, weight, agrees)
+            vote = _vote(yardstick, weight, agrees)
+            tables += vote
+            agree += vote > 0
         if agrees:
             values |= _values_held(yardstick, weight)
         elif weight.role in MATRICES:
