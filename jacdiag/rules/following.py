@@ -27,7 +27,7 @@ class Followed:
 
     Attributes:
         yardstick: The scheme, with its base std.
-        share: Share of the matrices inside the sub-layers that agree.
+        share: Share of the matrices inside the sub-layers that agree, of those that are not zero.
         agree: How many weights agree.
         mistakes: How many mistakes are left to explain: groups of matrices that differ. A scaling
             that went to the wrong matrix is one mistake, not two.
@@ -88,8 +88,9 @@ def _fit(yardstick: Yardstick, weights: Sequence[WeightRecord]) -> Followed | No
             continue
         agrees = not mismatches
         if weight.role in MATRICES:
-            inside.append(agrees)
             agree += agrees
+            if agrees or weight.family != "zero":  # zeros do not tell how the others were drawn
+                inside.append(agrees)
         elif weight.role in TABLES:
             vote = _vote(yardstick, weight, agrees)
             tables += vote

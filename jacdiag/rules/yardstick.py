@@ -125,7 +125,8 @@ class Yardstick:
             return False
         if weight.role == "positions" and not _is_lookup(weight):
             return False
-        if weight.role in MATRICES and not is_projection(weight):
+        width = int(self.contract.sizes.get("d", 0))
+        if weight.role in MATRICES and not is_projection(weight, width):
             return False
         if _is_open_gate(weight):
             return False
@@ -202,11 +203,16 @@ def _pieces(
         yield Piece(rows, role)
 
 
-def is_projection(weight: WeightRecord) -> bool:
+def is_projection(weight: WeightRecord, width: int = 0) -> bool:
     """Return whether a matrix is the linear map of an attention or FFN that a scheme speaks of.
 
     Its sizes are those of the map. A depthwise kernel, a table of relative positions or a
     matrix that acts along the sequence has others, and an init of its own.
+
+    Args:
+        weight: The matrix.
+        width: Of the model; 0 if it is not known. A stack of matrices of an attention, one per
+            head, must read or make so many features.
     """
     if weight.kind not in _KINDS:
         return False
@@ -217,6 +223,9 @@ def is_projection(weight: WeightRecord) -> bool:
         return True
     if weight.role.endswith("_a") and weight.fan_out >= weight.fan_in:
         return False  # the first of two factors narrows; this one makes shifts and scales (adaLN)
+    by_head = len(sizes) == 3 and weight.kind in ("attention", "cross-attention")
+    if by_head and width and width not in (weight.fan_in, weight.fan_out):
+        return False
     return sorted(sizes[-2:]) == sorted((weight.fan_in, weight.fan_out))
 
 
@@ -291,5 +300,6 @@ def holds(weight: WeightRecord, value: float, spread: Spread = (1.0, 1.0)) -> bo
 def judged_by_schemes(contract: ContractRecord) -> list[WeightRecord]:
     """Return the weights that tell which scheme a model follows."""
     measured = [weight for weight in contract.weights if weight.lower is not None]
-    inside = [w for w in measured if w.role in MATRICES and is_projection(w)]
+    width = int(contract.sizes.get("d", 0))
+    inside = [w for w in measured if w.role in MATRICES and is_projection(w, width)]
     return inside + [w for w in measured if w.role in OUTSIDE]
