@@ -29,6 +29,7 @@ class Shape:
         key_heads: Heads of keys and values; fewer than `heads` share them.
         gated: SwiGLU; `fused_gate` keeps gate and up in one matrix, `gate_last` with the gate second.
         parallel: Attention and FFN read one norm, in one sum.
+        joined: One matrix makes queries, keys, values and the FFN's hidden features.
         tied: The head reads the embedding.
         positions: "" for none, "table" for a learned one, "free" for a parameter that is added, "sines".
         token: A class token stands before the sequence.
@@ -50,6 +51,7 @@ class Shape:
     fused_gate: bool = False
     gate_last: bool = False
     parallel: bool = False
+    joined: bool = False
     tied: bool = False
     positions: str = ""
     token: bool = False
@@ -66,7 +68,9 @@ class Block(nn.Module):
         self.shape = shape
         width, hidden = shape.width, shape.hidden
         keys = width // shape.heads * shape.key_heads
-        if shape.fused:
+        if shape.joined:
+            self.qkv_up = nn.Linear(width, width + 2 * keys + hidden, bias=False)
+        elif shape.fused:
             self.qkv = nn.Linear(width, width + 2 * keys, bias=False)
         else:
             self.q = nn.Linear(width, width, bias=False)
@@ -75,7 +79,7 @@ class Block(nn.Module):
         self.o = nn.Linear(width, width, bias=False)
         if shape.fused_gate:
             self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
-        else:
+        elif not shape.joined:
             self.up = nn.Linear(width, hidden, bias=False)
             if shape.gated:
                 self.gate = nn.Linear(width, hidden, bias=False)
@@ -92,9 +96,9 @@ class Block(nn.Module):
             self.modulation2 = nn.Linear(width, 3 * width)
 
     def attend(self, x: Tensor) -> Tensor:
-        batch, length, width = x.shape
         heads, groups = self.shape.heads, self.shape.key_heads
-        size = width // heads
+        size = x.shape[-1] // heads
+        batch, length, width = x.shape
         if not self.shape.fused:
             q, k, v = self.q(x), self.k(x), self.v(x)
         elif self.shape.interleaved:
@@ -103,6 +107,13 @@ class Block(nn.Module):
             k, v = k.flatten(2), v.flatten(2)
         else:
             q, k, v = self.qkv(x).split([width, groups * size, groups * size], dim=-1)
+        return self.mix(q, k, v)
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return what the heads mix, through W_O."""
+        batch, length, width = q.shape
+        heads, groups = self.shape.heads, self.shape.key_heads
+        size = width // heads
         q = q.reshape(batch, length, heads, size).transpose(1, 2)
         k = k.reshape(batch, length, groups, size).transpose(1, 2)
         v = v.reshape(batch, length, groups, size).transpose(1, 2)
@@ -132,6 +143,11 @@ class Block(nn.Module):
             x = x + gate * self.attend(self.norm1(x) * (1 + scale) + shift)
             shift, scale, gate = second.chunk(3, dim=-1)
             return x + gate * self.feed(self.norm2(x) * (1 + scale) + shift)
+        if shape.joined:
+            width = shape.width
+            keys = width // shape.heads * shape.key_heads
+            q, k, v, hidden = self.qkv_up(self.norm1(x)).split([width, keys, keys, shape.hidden], dim=-1)
+            return x + self.mix(q, k, v) + self.down(F.gelu(hidden))
         if shape.post_norm:
             x = self.norm1(shape.alpha * x + self.attend(x))
             return self.norm2(shape.alpha * x + self.feed(x))
@@ -269,8 +285,12 @@ def initialise(recipe: Recipe, name: str, weight: Tensor) -> None:
 def split(recipe: Recipe, role: str, weight: Tensor) -> list[tuple[str, Tensor]]:
     """Return the parts of a matrix that are drawn for themselves, as views of it."""
     shape = recipe.shape
-    if recipe.whole or role not in ("qkv", "gate_up"):
-        return [({"qkv": "q", "gate_up": "up"}.get(role, role), weight)]
+    if recipe.whole or role not in ("qkv", "gate_up", "qkv_up"):
+        return [({"qkv": "q", "gate_up": "up", "qkv_up": "q"}.get(role, role), weight)]
+    if role == "qkv_up":
+        keys = shape.width // shape.heads * shape.key_heads
+        sizes = [shape.width, keys, keys, shape.hidden]
+        return list(zip(("q", "k", "v", "up"), weight.split(sizes), strict=True))
     if role == "gate_up":
         roles = ("up", "gate") if shape.gate_last else ("gate", "up")
         return list(zip(roles, weight.chunk(2), strict=True))
@@ -491,6 +511,15 @@ RECIPES: dict[str, Recipe] = {
         source="one by one", std=xavier, shape=Shape(fused=True, key_heads=2)
     ),
     "fairseq": Recipe(source="fairseq TransformerModel", std=fairseq, shape=Shape(positions="sines", tied=True)),
+    "Xavier, attention and FFN in one matrix": Recipe(
+        source="one by one", std=xavier, shape=Shape(joined=True)
+    ),
+    "T-Fixup, attention and FFN in one matrix": Recipe(
+        source="Huang et al. 2020", std=t_fixup, shape=Shape(joined=True, key_heads=2)
+    ),
+    "GPT-2, attention and FFN in one matrix": Recipe(
+        source="ViT-22B's block", std=gpt2, shape=Shape(joined=True)
+    ),
     # Depth.
     "GPT-2": Recipe(source="Radford et al. 2019", std=gpt2, shape=Shape(fused=True, positions="table", tied=True)),
     "GPT-2, gated": Recipe(source="Llama by Megatron-LM", std=gpt2, shape=Shape(gated=True, key_heads=2)),

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from jacdiag.measure.draws import Draw, Draws
 from jacdiag.measure.parts import FUSED, is_sinusoid, parts_of, widths_of_heads
 from jacdiag.report.contract import ContractRecord, WeightRecord
+from jacdiag.trace.coverage import parameters_of
 from jacdiag.trace.found import Sites
 from jacdiag.trace.uses import Use, pattern, tied_to_head, uses_of
 
 TABLES = ("embedding", "positions")
+_CUTS = {"split", "split_with_sizes", "chunk", "tensor_split"}
 _PACKED = ("W_Q", "W_K", "W_V", "W_KV", "W_QKV")
 # Where an adapter stands beside the weight that it adapts: peft keeps that one as `base_layer`,
 # loralib and its descendants name their factors lora_A and lora_B.
@@ -60,7 +62,7 @@ def contract_of(
     return ContractRecord(
         family=family_of(model),
         sizes=sizes,
-        weights=with_parts(weights, draws.params, sizes.get("d_head")),
+        weights=with_parts(weights, draws.params, sizes.get("d_head"), cuts_of(sites, weights)),
         tied=sorted(tied_to_head(sites)),
         logits_std=_logits_std(sites.output, vocabulary),
         pinned=dict(pinned or {}),
@@ -142,8 +144,26 @@ def without_adapters(uses: Mapping[str, Use]) -> dict[str, Use]:
     return found
 
 
+def cuts_of(sites: Sites, weights: Iterable[WeightRecord]) -> dict[str, list[int]]:
+    """Return into which sizes the model cuts the result of each fused matrix, where the next call does so."""
+    fused = {weight.parameter for weight in weights if weight.role in FUSED}
+    graph, found = sites.graph, dict[str, list[int]]()
+    for node in graph.nodes:
+        if not sites.finder.is_product(node.index):
+            continue
+        for name in fused.intersection(parameters_of(graph, (node.index,), sites.skeleton)):
+            for consumer in graph.values[node.outputs[0]].consumers:
+                pieces = [graph.values[value].shape for value in graph.nodes[consumer].outputs]
+                if graph.nodes[consumer].name in _CUTS and all(pieces):
+                    found.setdefault(name, [shape[-1] for shape in pieces])
+    return found
+
+
 def with_parts(
-    weights: Sequence[WeightRecord], tensors: Mapping[str, Tensor], head: float | None = None
+    weights: Sequence[WeightRecord],
+    tensors: Mapping[str, Tensor],
+    head: float | None = None,
+    cuts: Mapping[str, Sequence[int]] | None = None,
 ) -> list[WeightRecord]:
     """Return the records with the parts of fused matrices, and tables of sinusoids named as such.
 
@@ -151,6 +171,7 @@ def with_parts(
         weights: Every parameter.
         tensors: Their values by name; only those of fused matrices and positions are read.
         head: Width of one head, if known.
+        cuts: Name of a fused matrix -> the sizes into which the model cuts its result.
     """
     widths = widths_of_heads([(w.role, w.sublayer, w.fan_in) for w in weights])
     found = []
@@ -162,6 +183,7 @@ def with_parts(
                 weight.fan_out,
                 heads_width=widths.get(weight.sublayer),
                 head=head,
+                splits=(cuts or {}).get(weight.parameter, ()),
             )
             weight = replace(weight, parts=parts)
         elif weight.role == "positions" and weight.std and is_sinusoid(tensors[weight.parameter]):

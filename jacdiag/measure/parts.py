@@ -58,6 +58,7 @@ def parts_of(
     *,
     heads_width: int | None = None,
     head: float | None = None,
+    splits: Sequence[int] = (),
 ) -> list[PartRecord]:
     """Measure the parts of a fused matrix.
 
@@ -68,6 +69,7 @@ def parts_of(
         heads_width: How many features W_O reads: the width of all queries. A third of the outputs
             if it is not known.
         head: Width of one head, if known.
+        splits: The sizes into which the model cuts the result, if it does so at once.
 
     Returns:
         One record per role, in order; [] if the sizes fit no known layout.
@@ -80,11 +82,15 @@ def parts_of(
     if tensor.is_meta or not tensor.is_floating_point():
         return []
     dim = _output_dim(tensor, fan_out)
-    layout = None if dim is None else _plain_layout(role, fan_out or 0, heads_width)
-    if dim is None or layout is None:
+    if dim is None or fan_out is None:
+        return []
+    layout = _cut_layout(role, splits) if sum(splits) == fan_out else None
+    is_cut = layout is not None
+    layout = layout or _plain_layout(role, fan_out, heads_width)
+    if layout is None:
         return []
     matrix = tensor.detach()
-    if role == "W_QKV" and matrix.dim() == 2:
+    if role == "W_QKV" and matrix.dim() == 2 and not is_cut:
         layout = _likeliest(matrix if dim == 0 else matrix.T, layout, head)
     return [
         _measure(matrix, dim, layout, index, role) for index, role in enumerate(layout.roles)
@@ -99,6 +105,29 @@ def _output_dim(tensor: Tensor, fan_out: int | None) -> int | None:
         if tensor.shape[dim] == fan_out:
             return dim
     return None
+
+
+def _cut_layout(role: str, splits: Sequence[int]) -> Layout | None:
+    """Return the layout that the model's own cuts show.
+
+    A block that computes attention and FFN from one matrix cuts more than the three: queries, keys
+    and values stand at one end, and what is left belongs to the FFN.
+    """
+    if role != "W_QKV" or len(splits) < 3 or min(splits) < 1:
+        return None
+    names = FUSED[role]
+    rest = ["W_1"] * (len(splits) - 3)
+    if _are_heads(splits[:3]):
+        return Layout((*names, *rest), tuple(splits))
+    if _are_heads(splits[-3:]):
+        return Layout((*rest, *names), tuple(splits))
+    return None
+
+
+def _are_heads(sizes: Sequence[int]) -> bool:
+    """Return whether sizes may be those of queries, keys and values."""
+    queries, keys, values = sizes
+    return keys == values and queries % keys == 0
 
 
 def _plain_layout(role: str, fan_out: int, heads_width: int | None) -> Layout | None:
