@@ -25,7 +25,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "critical"}
 
 import torch
@@ -190,10 +191,11 @@ def page(rows: list[Row], versions: dict[str, str], seeds: int) -> str:
         lines.append(f"| {group} | {counts[group]} | {confirmed[group]} | {alarms[group]} |")
     total = f"| all | {len(audited)} | {confirmed.total()} | {alarms.total()} |"
     lines += [total, "", "## Findings", ""]
-    told = [(row, sentence) for row in audited for sentence in row.findings]
-    for row, sentence in told:
+    findings = [(row, sentence) for row in audited for sentence in row.findings]
+    for row, sentence in findings:
         verdict = "confirmed by the loss" if sentence in row.true else "false alarm"
-        lines.append(f"- {row.group}, {row.name}: {sentence} ({verdict})")
+        origin = f"{row.group}, {row.name}"
+        lines.append(f"- {origin}: {sentence} ({verdict})")
     lines += ["", "## Not audited", ""]
     lines += [f"- {row.name}: {row.status}" for row in rows if row.status != "audited"]
     return "\n".join(lines) + "\n"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from jacdiag.measure.draws import Draw, Draws
-from jacdiag.measure.parts import FUSED, is_sinusoid, parts_of, widths_of_heads
+from jacdiag.measure.sections import FUSED, is_sinusoid, sections_of, widths_of_heads
 from jacdiag.report.contract import ContractRecord, WeightRecord
 from jacdiag.trace.coverage import parameters_of
 from jacdiag.trace.found import Sites
@@ -21,7 +21,7 @@ from jacdiag.trace.uses import Use, pattern, tied_to_head, uses_of
 TABLES = ("embedding", "positions")
 _CUTS = {"split", "split_with_sizes", "chunk", "tensor_split"}
 _PACKED = ("W_Q", "W_K", "W_V", "W_KV", "W_QKV")
-# Where an adapter stands beside the weight that it adapts: peft keeps that one as `base_layer`,
+# Where an adapter stands next to the weight that it adapts: peft keeps that one as `base_layer`,
 # loralib and its descendants name their factors lora_A and lora_B.
 _BASE = ".base_layer."
 _ADAPTER = re.compile(r"(^|\.)lora_\w+(\.|$)")
@@ -62,7 +62,7 @@ def contract_of(
     return ContractRecord(
         family=family_of(model),
         sizes=sizes,
-        weights=with_parts(weights, draws.params, sizes.get("d_head"), cuts_of(sites, weights)),
+        weights=with_sections(weights, draws.params, sizes.get("d_head"), cuts_of(sites, weights)),
         tied=sorted(tied_to_head(sites)),
         logits_std=_logits_std(sites.output, vocabulary),
         pinned=dict(pinned or {}),
@@ -130,7 +130,7 @@ def whole_map(use: Use, shape: Sequence[int]) -> Use:
 
 
 def without_adapters(uses: Mapping[str, Use]) -> dict[str, Use]:
-    """Return the uses with the role "adapter" for matrices that stand beside the weight they adapt.
+    """Return the uses with the role "adapter" for matrices that stand next to the weight they adapt.
 
     An adapter has an init of its own (one factor zero, so that it changes nothing at first), and no
     scheme of the model speaks of it.
@@ -138,8 +138,8 @@ def without_adapters(uses: Mapping[str, Use]) -> dict[str, Use]:
     adapted = tuple(name.partition(_BASE)[0] + "." for name in uses if _BASE in name)
     found = dict(uses)
     for name, use in uses.items():
-        beside = _BASE not in name and name.startswith(adapted)
-        if beside or _ADAPTER.search(name):
+        adapts = _BASE not in name and name.startswith(adapted)
+        if adapts or _ADAPTER.search(name):
             found[name] = replace(use, role="adapter")
     return found
 
@@ -159,13 +159,13 @@ def cuts_of(sites: Sites, weights: Iterable[WeightRecord]) -> dict[str, list[int
     return found
 
 
-def with_parts(
+def with_sections(
     weights: Sequence[WeightRecord],
     tensors: Mapping[str, Tensor],
     head: float | None = None,
     cuts: Mapping[str, Sequence[int]] | None = None,
 ) -> list[WeightRecord]:
-    """Return the records with the parts of fused matrices, and tables of sinusoids named as such.
+    """Return the records with the sections of fused matrices, and tables of sinusoids named as such.
 
     Args:
         weights: Every parameter.
@@ -177,7 +177,7 @@ def with_parts(
     found = []
     for weight in weights:
         if weight.role in FUSED and weight.std:
-            parts = parts_of(
+            sections = sections_of(
                 tensors[weight.parameter],
                 weight.role,
                 weight.fan_out,
@@ -185,7 +185,7 @@ def with_parts(
                 head=head,
                 splits=(cuts or {}).get(weight.parameter, ()),
             )
-            weight = replace(weight, parts=parts)
+            weight = replace(weight, sections=sections)
         elif weight.role == "positions" and weight.std and is_sinusoid(tensors[weight.parameter]):
             weight = replace(weight, family="sinusoid")
         found.append(weight)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from jacdiag.measure.contract import TABLES, record_of, with_parts, without_adapters
+from jacdiag.measure.contract import TABLES, record_of, with_sections, without_adapters
 from jacdiag.measure.draws import draw_of, std_of
 from jacdiag.measure.figures import spread_of
 from jacdiag.measure.finite import non_finite_weights
@@ -300,7 +300,7 @@ def build_contract(state: Mapping[str, Tensor], model: NamedModel) -> ContractRe
         )
         for name, weight in model.weights.items()
     ]
-    return ContractRecord(family="", sizes=sizes, weights=with_parts(weights, state))
+    return ContractRecord(family="", sizes=sizes, weights=with_sections(weights, state))
 
 
 def _notes_on_layers(model: NamedModel) -> list[str]:

@@ -9,7 +9,7 @@ from jacdiag.report.record import SCHEMA_VERSION, Record
 
 
 @dataclass(frozen=True)
-class PartRecord(Record):
+class SectionRecord(Record):
     """The rows of a fused matrix that play one role: the queries, the keys or the values of a W_QKV.
 
     Attributes:
@@ -46,7 +46,7 @@ class WeightRecord(Record):
         decayed: in a parameter group with weight decay; None where no optimizer was given.
         kind: of the sub-layer that reads it (attention, mlp, moe, mixer, conv ...); "" outside all, and
             in reports from before it was kept.
-        parts: of a fused matrix, the rows of each role; empty if it is not fused or its layout is not known.
+        sections: of a fused matrix, the rows of each role; empty if it is not fused or its layout is not known.
     """
 
     parameter: str
@@ -66,7 +66,7 @@ class WeightRecord(Record):
     zero_rows: int = 0
     decayed: bool | None = None
     kind: str = ""
-    parts: list[PartRecord] = field(default_factory=list)
+    sections: list[SectionRecord] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

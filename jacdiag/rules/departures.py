@@ -24,9 +24,9 @@ class Departure:
         kind: "depth" (scaling with depth missing, twice, or on the wrong matrix), "layers" (some layers only), "plain".
         looks: the mistake that it looks like, "" for none.
         of: how many weights have the same name pattern.
-        part: the role whose rows of a fused matrix are meant; "" for the whole weight. Then the
+        section: the role whose rows of a fused matrix are meant; "" for the entire weight. Then the
             figures of `weight` are those of these rows.
-        beside: whether the weight was compared with the other layers alone.
+        by_layers: whether the weight was compared with the other layers alone.
     """
 
     weight: WeightRecord
@@ -35,8 +35,8 @@ class Departure:
     kind: str
     looks: str = ""
     of: int = 1
-    part: str = ""
-    beside: bool = False
+    section: str = ""
+    by_layers: bool = False
 
 
 def departures(yardstick: Yardstick) -> tuple[int, list[Departure]]:
@@ -67,7 +67,7 @@ def departures(yardstick: Yardstick) -> tuple[int, list[Departure]]:
             formula = _shown(mismatch.formula.text, yardstick.s)
             piece = mismatch.piece
             departure = Departure(
-                piece.weight, mismatch.value, formula, kind, looks, len(of), piece.part
+                piece.weight, mismatch.value, formula, kind, looks, len(of), piece.section
             )
             found.append(departure)
     return len(stated), found
@@ -103,18 +103,18 @@ def _looks(yardstick: Yardstick, mismatch: Mismatch) -> str:
 def told(group: Sequence[Departure], by: str) -> tuple[str, dict[str, Any]]:
     """The sentence and the evidence of one finding: weights of one name pattern, layers folded."""
     first, weights = group[0], [d.weight for d in group]
-    if first.beside:
+    if first.by_layers:
         by = "the other layers have"
     name = first.weight.pattern.removesuffix(".weight")
-    if first.part:
-        name = f"the {first.part} rows of {name}"
+    if first.section:
+        name = f"the {first.section} rows of {name}"
     count = f" ({len(group)} of {first.of}{_layers(weights, first.of)})" if first.of > 1 else ""
     vector = len(first.weight.shape) < 2
     figures = [w.mean if vector else w.std for w in weights]
     measured = _range(figures)
     wanted = sorted({d.value for d in group})
     aim = plain(wanted[0]) if len(wanted) == 1 else f"{plain(wanted[0])} to {plain(wanted[-1])}"
-    stated = "" if first.beside or _is_number(first.formula) else f"{first.formula} = "
+    stated = "" if first.by_layers or _is_number(first.formula) else f"{first.formula} = "
     figure = "value" if vector else "std"
     if vector and first.weight.family not in ("zero", "constant"):
         measured = f"not constant, about {measured}"
@@ -126,8 +126,8 @@ def told(group: Sequence[Departure], by: str) -> tuple[str, dict[str, Any]]:
         "value": figures[0], "lower": first.weight.lower, "upper": first.weight.upper,
         "expected": first.value, "formula": first.formula, "kind": first.kind, "looks": looks,
     }  # fmt: skip
-    if first.part:
-        evidence["part"] = first.part
+    if first.section:
+        evidence["section"] = first.section
     return what, evidence
 
 
@@ -173,7 +173,7 @@ def layers_that_differ(weights: Iterable[WeightRecord]) -> tuple[int, list[Depar
             for weight in off:
                 value = _at(weight, course)
                 found.append(
-                    Departure(weight, value, text, "layers", of=len(group), beside=True)
+                    Departure(weight, value, text, "layers", of=len(group), by_layers=True)
                 )
     return sum(map(len, several)), found
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from jacdiag.report import ContractRecord, Finding, WeightRecord
 from jacdiag.rules import contract_texts as texts
 from jacdiag.rules.departures import Departure, departures, layers_that_differ, told
+from jacdiag.rules.following import followed
 from jacdiag.rules.numbers import plain
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
-from jacdiag.rules.following import followed
 from jacdiag.rules.schemes import MATRICES, Scheme, formulas_of, published_for
 from jacdiag.rules.yardstick import Yardstick
 
@@ -53,13 +53,13 @@ def judged(contract: ContractRecord) -> Judged:
         note = f"follows {yardstick.scheme.title}{base}"
     count, found = departures(yardstick)
     silent = [weight for weight in contract.weights if yardstick.mismatches(weight) is None]
-    more, beside = layers_that_differ(silent)
+    more, uneven = layers_that_differ(silent)
     published = scheme is not None
-    return Judged(yardstick.scheme, published, yardstick.s, count + more, [*found, *beside], note)
+    return Judged(yardstick.scheme, published, yardstick.s, count + more, [*found, *uneven], note)
 
 
 def departures_of(contract: ContractRecord) -> list[Departure]:
-    """Return every weight that departs from the pinned contract, and of the others every one that departs from the rest."""
+    """Return every weight that differs from the pinned contract, and of the others those that differ from the rest."""
     pinned: list[Departure] = []
     if contract.pinned:
         pinned = departures(Yardstick.given(contract, _pinned_scheme(contract)))[1]
@@ -82,13 +82,13 @@ def _findings(
     """One finding per name pattern: which layers, measured, expected, and what it looks like."""
     groups: dict[tuple[str, str], list[Departure]] = {}
     for one in found:
-        groups.setdefault((one.weight.pattern, one.part), []).append(one)
+        groups.setdefault((one.weight.pattern, one.section), []).append(one)
     made = []
     for group in groups.values():
         what, evidence = told(group, by)
         where = list(dict.fromkeys(d.weight.sublayer or d.weight.parameter for d in group))
         fix = ""
-        if group[0].beside:
+        if group[0].by_layers:
             fix = "initialise it as the other layers"
         elif len(group[0].weight.shape) > 1:
             fix = f"initialise it with std {group[0].formula}"

@@ -79,9 +79,9 @@ def catalogue() -> tuple[tuple[Scheme, ...], tuple[Scheme, ...]]:
 
 
 @cache
-def beside_any_scheme() -> Mapping[str, tuple[Formula, ...]]:
+def allowed_with_any_scheme() -> Mapping[str, tuple[Formula, ...]]:
     """Return what embedding, positions and head may be instead, whichever scheme the matrices follow."""
-    return formulas_of(_data()["beside"])
+    return formulas_of(_data()["allowed"])
 
 
 def _schemes(data: Mapping[str, Mapping[str, object]]) -> Iterable[Scheme]:

@@ -1,9 +1,10 @@
 """A scheme held against the weights of one model: what it expects of each, and whether they agree.
 
-A fused matrix is judged part by part where the scheme treats its parts differently. Output
+A fused matrix is judged section by section (queries, keys, values) where the scheme treats them
+differently. Output
 matrices that are zero in all layers alike are not judged by a scheme that the model was found to
 follow: branches that start at zero are an init of their own. So are matrices that start at zero
-beside another that does their work, such as the modulation of adaLN-zero.
+next to another that does their work, such as the modulation of adaLN-zero.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from jacdiag.rules.schemes import (
     RESIDUAL,
     VECTORS,
     Scheme,
-    beside_any_scheme,
+    allowed_with_any_scheme,
 )
 
 Spread = tuple[float, float]  # interval of a base std, relative
 TABLES = ("embedding", "positions", "head")
 # Sub-layers whose matrices a scheme speaks of; "" in reports from before the kind was kept. Inside a
-# recurrent or convolutional mixer every part has an init of its own.
+# recurrent or convolutional mixer every section has an init of its own.
 _KINDS = ("", "attention", "cross-attention", "mlp", "moe")
 # An embedding or positions so small were meant to be: a norm follows them (RWKV 1e-4,
 # x-transformers 1e-5). If none does, JD102 reports the small stream. The limit lies between 1e-4
@@ -38,15 +39,15 @@ _TINY = 2e-4
 
 @dataclass(frozen=True)
 class Piece:
-    """What is compared with one value: a whole weight, or the rows of a fused one that play one role.
+    """What is compared with one value: an entire weight, or the rows of a fused one that play one role.
 
     Attributes:
-        weight: The record, of these rows alone if `part` says so.
-        part: Their role; "" for a whole weight.
+        weight: The record, of these rows alone if `section` says so.
+        section: Their role; "" for an entire weight.
     """
 
     weight: WeightRecord
-    part: str = ""
+    section: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Mismatch:
     """A piece that is not what was expected.
 
     Attributes:
-        piece: The weight, or its part.
+        piece: The weight, or its section.
         value: The expected std (or value), the nearest if there are several.
         formula: Where it comes from.
     """
@@ -109,13 +110,13 @@ class Yardstick:
         return fewest
 
     def values(self, weight: WeightRecord) -> dict[Formula, float]:
-        """Return the values that the scheme itself states for a whole weight or a part of one."""
+        """Return the values that the scheme itself states for an entire weight or a section of one."""
         known = variables(self.contract, weight, self.s)
         values = {formula: formula.value(known) for formula in self.scheme.of(weight)}
         return {formula: value for formula, value in values.items() if value is not None}
 
     def agrees_by_itself(self, weight: WeightRecord) -> bool:
-        """Return whether a whole weight has a value that the scheme itself states."""
+        """Return whether an entire weight has a value that the scheme itself states."""
         return any(holds(weight, value, self.spread) for value in self.values(weight).values())
 
     def _judges(self, weight: WeightRecord) -> bool:
@@ -133,13 +134,13 @@ class Yardstick:
         return weight.parameter not in self.zero_on_purpose
 
     def _readings(self, weight: WeightRecord) -> Iterator[list[Piece]]:
-        """Yield the ways to take a weight: whole, or as its parts.
+        """Yield the ways to take a weight: as it is, or as its sections.
 
-        Open are the order of the halves of a gated FFN, and whether fan_out is that of the part or
-        of the whole matrix.
+        Open are the order of the halves of a gated FFN, and whether fan_out is that of the section or
+        of the entire matrix.
         """
         named = bool(self.scheme.named(weight))
-        roles = [part.role for part in weight.parts]
+        roles = [section.role for section in weight.sections]
         apart = any(role in self.scheme.formulas for role in roles)
         if named or not apart:
             yield [Piece(weight)]
@@ -171,7 +172,7 @@ class Yardstick:
         if not self.found:
             return False
         known = variables(self.contract, weight, self.s)
-        others = [formula.value(known) for formula in beside_any_scheme().get(weight.role, ())]
+        others = [formula.value(known) for formula in allowed_with_any_scheme().get(weight.role, ())]
         if any(value is not None and holds(weight, value) for value in others):
             return True
         is_table = weight.role in ("embedding", "positions")
@@ -186,19 +187,19 @@ def _distance(weight: WeightRecord, value: float) -> float:
 def _pieces(
     weight: WeightRecord, order: Iterable[str], fan_out: int | None = None
 ) -> Iterator[Piece]:
-    """Yield the parts of a fused matrix as weights of their own, with their own fan_out unless one is given."""
-    for part, role in zip(weight.parts, order, strict=True):
+    """Yield the sections of a fused matrix as weights of their own, with their own fan_out unless one is given."""
+    for section, role in zip(weight.sections, order, strict=True):
         rows = replace(
             weight,
             role=role,
-            fan_out=fan_out or part.fan_out,
-            family=part.family,
-            std=part.std,
-            lower=part.lower,
-            upper=part.upper,
-            mean=part.mean,
-            truncation=part.truncation,
-            parts=[],
+            fan_out=fan_out or section.fan_out,
+            family=section.family,
+            std=section.std,
+            lower=section.lower,
+            upper=section.upper,
+            mean=section.mean,
+            truncation=section.truncation,
+            sections=[],
         )
         yield Piece(rows, role)
 
@@ -230,7 +231,7 @@ def is_projection(weight: WeightRecord, width: int = 0) -> bool:
 
 
 def _is_open_gate(weight: WeightRecord) -> bool:
-    """Return whether a gate on what an attention returns starts at zero: its bias alone then sets how far it is open."""
+    """Return whether a gate of an attention starts at zero: then its bias alone sets how far it is open."""
     is_attention = weight.kind in ("attention", "cross-attention")
     return is_attention and weight.role == "W_gate" and weight.family == "zero"
 
@@ -248,7 +249,7 @@ def zero_on_purpose(contract: ContractRecord) -> frozenset[str]:
     """Return the names of the matrices whose zeros are an init of their own.
 
     Such a matrix is zero in all layers alike, in sub-layers that are not all zero. It writes to the
-    shortcut, so that the branch starts at zero; or it stands beside another of its role, so that
+    shortcut, so that the branch starts at zero; or it stands next to another of its role, so that
     the sub-layer works without it. An expert stands for itself.
     """
     patterns: dict[str, list[WeightRecord]] = {}

@@ -132,7 +132,7 @@ class _Branch:
         return found
 
     def _in_order(self, names: list[str]) -> list[str]:
-        """The matrices of torch's fused attention in order of use: its signature has W_O before separate W_Q, W_K, W_V."""
+        """Return the matrices of torch's fused attention in order of use; separate W_Q, W_K, W_V come after W_O."""
         matrices = [name for name in names if self._rank(name) == 2]  # rows added to keys and values have rank 3
         return matrices if len(matrices) < 4 else [*matrices[1:], matrices[0]]
 

@@ -17,7 +17,7 @@ import jacdiag
 from benchmarks._fresh import libraries, recipes
 from benchmarks._fresh.recipes import RECIPES, Decoder, Place, Recipe
 from jacdiag.measure.contract import whole_map, without_adapters
-from jacdiag.measure.parts import is_sinusoid, parts_of
+from jacdiag.measure.sections import is_sinusoid, sections_of
 from jacdiag.report import Finding, Report, WeightRecord
 from jacdiag.rules.yardstick import is_projection
 from jacdiag.trace.uses import Use
@@ -143,7 +143,7 @@ def test_values_of_a_fused_deepnorm_without_beta_are_named() -> None:
             values_of(block.get_submodule("qkv").weight).mul_(48**0.25)  # type: ignore[arg-type]
     (finding,) = warnings_of(audit(model))
     assert finding.what.startswith("the W_V rows of blocks.*.qkv (6 of 6): std 0.12")
-    assert finding.evidence["part"] == "W_V" and finding.evidence["of"] == 6
+    assert finding.evidence["section"] == "W_V" and finding.evidence["of"] == 6
 
 
 def test_a_fused_matrix_is_not_drawn_anew_for_the_sake_of_a_part() -> None:
@@ -266,7 +266,7 @@ def fused(*stds: float, rows: int = 64, columns: int = 64) -> Tensor:
 
 def stds_of(tensor: Tensor, **options: Any) -> list[tuple[str, int, float]]:
     fan_out = options.pop("fan_out", tensor.shape[0])
-    parts = parts_of(tensor, "W_QKV", fan_out, **options)
+    parts = sections_of(tensor, "W_QKV", fan_out, **options)
     return [(part.role, part.fan_out, round(2 * (part.std or 0.0)) / 2) for part in parts]
 
 

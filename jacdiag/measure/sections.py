@@ -1,4 +1,4 @@
-"""The parts of fused matrices: which outputs are queries, keys and values, and how each was drawn.
+"""The sections of fused matrices: which outputs are queries, keys and values, and how each was drawn.
 
 The layout is read from sizes. A fused attention has as many queries as W_O reads; keys and values
 share the rest. Heads may follow one another, each with its queries, keys and values: of the
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from jacdiag.measure.draws import draw_of
-from jacdiag.report.contract import PartRecord
+from jacdiag.report.contract import SectionRecord
 
 FUSED = {
     "W_QKV": ("W_Q", "W_K", "W_V"),
@@ -51,7 +51,7 @@ class Layout:
         return (starts[:, None] + torch.arange(self.sizes[index])).flatten()
 
 
-def parts_of(
+def sections_of(
     tensor: Tensor,
     role: str,
     fan_out: int | None,
@@ -59,8 +59,8 @@ def parts_of(
     heads_width: int | None = None,
     head: float | None = None,
     splits: Sequence[int] = (),
-) -> list[PartRecord]:
-    """Measure the parts of a fused matrix.
+) -> list[SectionRecord]:
+    """Measure the sections of a fused matrix.
 
     Args:
         tensor: (out, in), (in, out), or a stack of either.
@@ -75,8 +75,8 @@ def parts_of(
         One record per role, in order; [] if the sizes fit no known layout.
 
     Example:
-        >>> parts = parts_of(torch.randn(96, 32), "W_QKV", 96)
-        >>> [(part.role, part.fan_out) for part in parts]
+        >>> sections = sections_of(torch.randn(96, 32), "W_QKV", 96)
+        >>> [(section.role, section.fan_out) for section in sections]
         [('W_Q', 32), ('W_K', 32), ('W_V', 32)]
     """
     if tensor.is_meta or not tensor.is_floating_point():
@@ -156,7 +156,7 @@ def _interleaved(plain: Layout, head: float | None) -> Iterator[Layout]:
 
 
 def _likeliest(rows: Tensor, plain: Layout, head: float | None) -> Layout:
-    """Return the layout whose parts are the most alike inside, the plain one unless another is clearly better."""
+    """Return the layout whose sections are the most alike inside, the plain one unless another is clearly better."""
     squares = torch.cat([piece.double().square().mean(dim=1) for piece in rows.split(1024)])
     squares = squares.cpu()
     best, most = plain, _likelihood(squares, rows.shape[1], plain) + _CLEARLY
@@ -168,7 +168,7 @@ def _likeliest(rows: Tensor, plain: Layout, head: float | None) -> Layout:
 
 
 def _likelihood(squares: Tensor, columns: int, layout: Layout) -> float:
-    """Return the log-likelihood of normal draws with one std per part, up to a constant."""
+    """Return the log-likelihood of normal draws with one std per section, up to a constant."""
     total = 0.0
     for index in range(len(layout.roles)):
         own = squares[layout.outputs_of(index)]
@@ -177,18 +177,18 @@ def _likelihood(squares: Tensor, columns: int, layout: Layout) -> float:
     return total
 
 
-def _measure(matrix: Tensor, dim: int, layout: Layout, index: int, role: str) -> PartRecord:
+def _measure(matrix: Tensor, dim: int, layout: Layout, index: int, role: str) -> SectionRecord:
     """Measure the outputs of one role."""
     if layout.groups == 1:
         start = sum(layout.sizes[:index])
-        part = matrix.narrow(dim, start, layout.sizes[index])
+        section = matrix.narrow(dim, start, layout.sizes[index])
     else:
-        part = matrix.index_select(dim, layout.outputs_of(index).to(matrix.device))
+        section = matrix.index_select(dim, layout.outputs_of(index).to(matrix.device))
     fan_out = layout.sizes[index] * layout.groups
-    draw = draw_of(part)
+    draw = draw_of(section)
     if draw is None:
-        return PartRecord(role, fan_out)
-    return PartRecord(
+        return SectionRecord(role, fan_out)
+    return SectionRecord(
         role,
         fan_out,
         family=draw.family,
