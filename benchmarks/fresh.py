@@ -64,6 +64,14 @@ class Row:
     def false_alarms(self) -> int:
         return len(self.findings) - len(self.true)
 
+    def as_lines(self) -> list[str]:
+        """Return a line of the page per finding."""
+        confirmed = dict.fromkeys(self.true, "confirmed by the loss")
+        return [
+            f"- {self.group}, {self.name}: {finding} ({confirmed.get(finding, 'false alarm')})"
+            for finding in self.findings
+        ]
+
 
 # -- the models ------------------------------------------------------------------------------------
 def models() -> Iterator[tuple[str, str, Build]]:
@@ -187,15 +195,12 @@ def page(rows: list[Row], versions: dict[str, str], seeds: int) -> str:
         "| models | audits | confirmed findings | false alarms |",
         "|---|---|---|---|",
     ]
-    for group in dict.fromkeys(row.group for row in rows):
-        lines.append(f"| {group} | {counts[group]} | {confirmed[group]} | {alarms[group]} |")
+    groups = dict.fromkeys(row.group for row in rows)
+    lines += [f"| {name} | {counts[name]} | {confirmed[name]} | {alarms[name]} |" for name in groups]
     total = f"| all | {len(audited)} | {confirmed.total()} | {alarms.total()} |"
     lines += [total, "", "## Findings", ""]
-    findings = [(row, sentence) for row in audited for sentence in row.findings]
-    for row, sentence in findings:
-        verdict = "confirmed by the loss" if sentence in row.true else "false alarm"
-        origin = f"{row.group}, {row.name}"
-        lines.append(f"- {origin}: {sentence} ({verdict})")
+    for row in audited:
+        lines += row.as_lines()
     lines += ["", "## Not audited", ""]
     lines += [f"- {row.name}: {row.status}" for row in rows if row.status != "audited"]
     return "\n".join(lines) + "\n"
