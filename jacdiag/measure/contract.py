@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from jacdiag.measure.draws import Draw, Draws
-from jacdiag.measure.sections import FUSED, is_sinusoid, sections_of, widths_of_heads
-from jacdiag.report.contract import ContractRecord, WeightRecord
+from jacdiag.measure.sections import is_sinusoid, sections_of, widths_of_heads
+from jacdiag.report.contract import FUSED, ContractRecord, WeightRecord
 from jacdiag.trace.coverage import parameters_of
 from jacdiag.trace.found import Sites
 from jacdiag.trace.uses import Use, pattern, tied_to_head, uses_of

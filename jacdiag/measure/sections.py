@@ -15,15 +15,8 @@ import torch
 from torch import Tensor
 
 from jacdiag.measure.draws import draw_of
-from jacdiag.report.contract import SectionRecord
+from jacdiag.report.contract import FUSED, SectionRecord
 
-FUSED = {
-    "W_QKV": ("W_Q", "W_K", "W_V"),
-    "W_QK": ("W_Q", "W_K"),
-    "W_QV": ("W_Q", "W_V"),
-    "W_KV": ("W_K", "W_V"),
-    "W_gate_up": ("W_gate", "W_1"),
-}
 # Log-likelihood by which an interleaved layout must beat the plain one. Some twenty layouts are
 # tried, and each gains about one by chance; e^-30 leaves no chance of it.
 _CLEARLY = 30.0

@@ -7,6 +7,15 @@ from typing import Any
 
 from jacdiag.report.record import SCHEMA_VERSION, Record
 
+# Roles of matrices that do the work of several, and these in the usual order.
+FUSED = {
+    "W_QKV": ("W_Q", "W_K", "W_V"),
+    "W_QK": ("W_Q", "W_K"),
+    "W_QV": ("W_Q", "W_V"),
+    "W_KV": ("W_K", "W_V"),
+    "W_gate_up": ("W_gate", "W_1"),
+}
+
 
 @dataclass(frozen=True)
 class SectionRecord(Record):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from jacdiag.report import ContractRecord, WeightRecord
+from jacdiag.report.contract import FUSED
 from jacdiag.report.formula import Formula
 from jacdiag.rules.schemes import (
     INNER,
@@ -141,7 +142,8 @@ class Yardstick:
         """
         named = bool(self.scheme.named(weight))
         roles = [section.role for section in weight.sections]
-        apart = any(role in self.scheme.formulas for role in roles)
+        usual = FUSED.get(weight.role, ()) if self.found else ()
+        apart = any(role in self.scheme.formulas for role in (*roles, *usual))
         if named or not apart:
             yield [Piece(weight)]
         depends = any("fan_out" in formula.names for formula in self.scheme.of(weight))
@@ -176,7 +178,7 @@ class Yardstick:
         if any(value is not None and holds(weight, value) for value in others):
             return True
         is_table = weight.role in ("embedding", "positions")
-        return is_table and weight.std is not None and weight.std <= _TINY
+        return is_table and weight.std is not None and 0 < weight.std <= _TINY
 
 
 def _distance(weight: WeightRecord, value: float) -> float:

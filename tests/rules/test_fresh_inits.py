@@ -18,7 +18,8 @@ from benchmarks._fresh import libraries, recipes
 from benchmarks._fresh.recipes import RECIPES, Decoder, Place, Recipe
 from jacdiag.measure.contract import whole_map, without_adapters
 from jacdiag.measure.sections import is_sinusoid, sections_of
-from jacdiag.report import Finding, Report, WeightRecord
+from jacdiag.report import ContractRecord, Finding, Report, WeightRecord
+from jacdiag.rules.init_contract import judged
 from jacdiag.rules.yardstick import is_projection
 from jacdiag.trace.uses import Use
 
@@ -233,6 +234,8 @@ def test_zeros_that_nobody_meant_are_named(
     [
         ("GPT-2, gated", "head", 0.072, True),  # left at the default of nn.Linear
         ("GPT-2, gated", "head", 0.0, False),
+        ("GPT-2, gated", "embedding", 0.0, True),
+        ("GPT-2, gated", "embedding", 1e-5, False),
         ("GPT-2", "positions", 1.0, True),  # left at the default of nn.Embedding
         ("GPT-2", "positions", 0.0, False),
         ("GPT-2", "embedding", 0.0004, True),  # the variance for the std
@@ -294,6 +297,31 @@ def test_parts_of_one_std_are_taken_as_blocks() -> None:
     layouts = [stds_of(0.5 * torch.randn(192, 64, generator=torch.Generator().manual_seed(k)))
                for k in range(20)]  # fmt: skip
     assert layouts == [[("W_Q", 64, 0.5), ("W_K", 64, 0.5), ("W_V", 64, 0.5)]] * 20
+
+
+def test_a_fused_matrix_of_unknown_layout_is_not_judged_where_its_sections_differ() -> None:
+    report = audit(recipes.build(RECIPES["DeepNorm, fused"]))
+    assert report.contract is not None
+    bare = [replace(weight, sections=[]) for weight in report.contract.weights]
+    assert not judged(replace(report.contract, weights=bare)).found
+    report = audit(recipes.build(RECIPES["GPT-2"]))
+    assert report.contract is not None
+    wrong = [replace(w, sections=[], std=1.0, lower=0.9, upper=1.1) if w.role == "W_QKV" else w
+             for w in report.contract.weights]  # fmt: skip
+    found = judged(replace(report.contract, weights=wrong)).found
+    assert {one.weight.role for one in found} == {"W_QKV"}
+
+
+def test_sections_survive_json_and_older_reports_have_none() -> None:
+    contract = audit(recipes.build(RECIPES["DeepNorm, fused"])).contract
+    assert contract is not None
+    data = contract.to_dict()
+    assert ContractRecord.from_dict(data) == contract
+    for weight in data["weights"]:
+        del weight["sections"], weight["kind"]
+    older = ContractRecord.from_dict(data)
+    assert not any(weight.sections or weight.kind for weight in older.weights)
+    assert not judged(older).found
 
 
 def test_sinusoids() -> None:
