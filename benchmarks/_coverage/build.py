@@ -55,8 +55,16 @@ def facts_of(task: str, family: str) -> dict[str, Any]:
     return {**placed, **table.get(family, {}), **table.get(f"{family}:{task}", {})}
 
 
-def build(task: str, family: str, seed: int = 0) -> Built:
-    """Builds a family's tiny model; raises CannotBuild with the reason."""
+def build(task: str, family: str, seed: int = 0, *, disturb: bool = True) -> Built:
+    """Build a family's tiny model; raise CannotBuild with the reason.
+
+    Args:
+        task: A key of `TASKS`.
+        family: A model type.
+        seed: For the random weights.
+        disturb: Replace parameters that the init left constant by random values. False keeps the
+            family's own init.
+    """
     facts = facts_of(task, family)
     if "unbuildable" in facts:
         raise CannotBuild(facts["unbuildable"])
@@ -64,7 +72,8 @@ def build(task: str, family: str, seed: int = 0) -> Built:
         config = config_of(family, facts)
         with seeded(seed):
             model = model_of(task, family, config).eval()
-            _disturb(model)
+            if disturb:
+                _disturb(model)
         inputs = inputs_of(model, config, facts)
         with torch.no_grad(), seeded(seed):
             copy.deepcopy(model)(**inputs)  # a forward may leave caches behind

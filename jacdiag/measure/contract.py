@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from jacdiag.measure.draws import Draw, Draws
-from jacdiag.report.contract import ContractRecord, WeightRecord
+from jacdiag.measure.sections import is_sinusoid, sections_of, widths_of_heads
+from jacdiag.report.contract import FUSED, ContractRecord, WeightRecord
+from jacdiag.trace.coverage import parameters_of
 from jacdiag.trace.found import Sites
 from jacdiag.trace.uses import Use, pattern, tied_to_head, uses_of
 
 TABLES = ("embedding", "positions")
+_CUTS = {"split", "split_with_sizes", "chunk", "tensor_split"}
+_PACKED = ("W_Q", "W_K", "W_V", "W_KV", "W_QKV")
+# Where an adapter stands next to the weight that it adapts: peft keeps that one as `base_layer`,
+# loralib and its descendants name their factors lora_A and lora_B.
+_BASE = ".base_layer."
+_ADAPTER = re.compile(r"(^|\.)lora_\w+(\.|$)")
 _FROM_CONFIG = {  # variable -> what configs call it
     "initializer_range": ("initializer_range", "init_std"),
     "initializer_factor": ("initializer_factor",),
@@ -39,14 +49,20 @@ def contract_of(
     """
     outlines, first = sites.skeleton.outlines, sites.skeleton.aliases
     decay = None if decayed is None else {first.get(name, name) for name in decayed}
-    weights = [
-        record_of(name, outlines[name].shape, use, draws.of(name, table=use.role in TABLES), decay)
-        for name, use in uses_of(sites).items()
-    ]
+    sizes = sizes_of(model, layers, width, vocabulary)
+    uses = without_adapters(uses_of(sites))
+    kinds = {site.name: site.kind for site in sites}
+    weights = []
+    for name, use in uses.items():
+        draw = draws.of(name, table=use.role in TABLES)
+        shape = outlines[name].shape
+        use = whole_map(use, shape)
+        record = record_of(name, shape, use, draw, decay, kinds.get(use.sublayer, ""))
+        weights.append(record)
     return ContractRecord(
         family=family_of(model),
-        sizes=sizes_of(model, layers, width, vocabulary),
-        weights=weights,
+        sizes=sizes,
+        weights=with_sections(weights, draws.params, sizes.get("d_head"), cuts_of(sites, weights)),
         tied=sorted(tied_to_head(sites)),
         logits_std=_logits_std(sites.output, vocabulary),
         pinned=dict(pinned or {}),
@@ -54,19 +70,126 @@ def contract_of(
 
 
 def record_of(
-    name: str, shape: Sequence[int], use: Use, draw: Draw | None, decayed: set[str] | None = None
+    name: str,
+    shape: Sequence[int],
+    use: Use,
+    draw: Draw | None,
+    decayed: set[str] | None = None,
+    kind: str = "",
 ) -> WeightRecord:
-    """The record of one parameter."""
-    base = WeightRecord(
-        name, list(shape), use.role, pattern(name) if use.layer is not None else name, use.layer, use.sublayer,
-        use.fan_in, use.fan_out, decayed=None if decayed is None else name in decayed,
-    )  # fmt: skip
+    """Return the record of one parameter.
+
+    Args:
+        name, shape: Of the parameter.
+        use: What the model does with it.
+        draw: How it was drawn; None if that is not known.
+        decayed: Names of the parameters that an optimizer lets decay; None without an optimizer.
+        kind: Of the sub-layer that reads it.
+    """
+    record = WeightRecord(
+        name,
+        list(shape),
+        use.role,
+        pattern(name) if use.layer is not None else name,
+        use.layer,
+        use.sublayer,
+        use.fan_in,
+        use.fan_out,
+        decayed=None if decayed is None else name in decayed,
+        kind=kind,
+    )
     if draw is None:
-        return base
-    return WeightRecord(**{
-        **vars(base), "family": draw.family, "std": draw.std, "lower": draw.lower, "upper": draw.upper,
-        "mean": draw.mean, "truncation": draw.truncation, "zero_rows": draw.zero_rows,
-    })  # fmt: skip
+        return record
+    return replace(
+        record,
+        family=draw.family,
+        std=draw.std,
+        lower=draw.lower,
+        upper=draw.upper,
+        mean=draw.mean,
+        truncation=draw.truncation,
+        zero_rows=draw.zero_rows,
+    )
+
+
+def whole_map(use: Use, shape: Sequence[int]) -> Use:
+    """Return the use of all rows of a packed matrix of which the call that was seen reads only some.
+
+    The packed matrix of a cross-attention makes the queries in one call, keys and values in another.
+
+    Example:
+        >>> whole_map(Use("W_Q", fan_in=64, fan_out=64), (192, 64))
+        Use(role='W_QKV', layer=None, sublayer='', fan_in=64, fan_out=192)
+    """
+    if len(shape) != 2 or use.role not in _PACKED or use.fan_out is None:
+        return use
+    rows, columns = shape
+    if use.fan_in != columns or not use.fan_out < rows or rows % use.fan_out:
+        return use
+    return replace(use, role="W_QKV", fan_out=rows)
+
+
+def without_adapters(uses: Mapping[str, Use]) -> dict[str, Use]:
+    """Return the uses with the role "adapter" for matrices that stand next to the weight they adapt.
+
+    An adapter has an init of its own (one factor zero, so that it changes nothing at first), and no
+    scheme of the model speaks of it.
+    """
+    adapted = tuple(name.partition(_BASE)[0] + "." for name in uses if _BASE in name)
+    found = dict(uses)
+    for name, use in uses.items():
+        adapts = _BASE not in name and name.startswith(adapted)
+        if adapts or _ADAPTER.search(name):
+            found[name] = replace(use, role="adapter")
+    return found
+
+
+def cuts_of(sites: Sites, weights: Iterable[WeightRecord]) -> dict[str, list[int]]:
+    """Return into which sizes the model cuts the result of each fused matrix, where the next call does so."""
+    fused = {weight.parameter for weight in weights if weight.role in FUSED}
+    graph, found = sites.graph, dict[str, list[int]]()
+    for node in graph.nodes:
+        if not sites.finder.is_product(node.index):
+            continue
+        for name in fused.intersection(parameters_of(graph, (node.index,), sites.skeleton)):
+            for consumer in graph.values[node.outputs[0]].consumers:
+                pieces = [graph.values[value].shape for value in graph.nodes[consumer].outputs]
+                if graph.nodes[consumer].name in _CUTS and all(pieces):
+                    found.setdefault(name, [shape[-1] for shape in pieces])
+    return found
+
+
+def with_sections(
+    weights: Sequence[WeightRecord],
+    tensors: Mapping[str, Tensor],
+    head: float | None = None,
+    cuts: Mapping[str, Sequence[int]] | None = None,
+) -> list[WeightRecord]:
+    """Return the records with the sections of fused matrices, and tables of sinusoids named as such.
+
+    Args:
+        weights: Every parameter.
+        tensors: Their values by name; only those of fused matrices and positions are read.
+        head: Width of one head, if known.
+        cuts: Name of a fused matrix -> the sizes into which the model cuts its result.
+    """
+    widths = widths_of_heads([(w.role, w.sublayer, w.fan_in) for w in weights])
+    found = []
+    for weight in weights:
+        if weight.role in FUSED and weight.std:
+            sections = sections_of(
+                tensors[weight.parameter],
+                weight.role,
+                weight.fan_out,
+                heads_width=widths.get(weight.sublayer),
+                head=head,
+                splits=(cuts or {}).get(weight.parameter, ()),
+            )
+            weight = replace(weight, sections=sections)
+        elif weight.role == "positions" and weight.std and is_sinusoid(tensors[weight.parameter]):
+            weight = replace(weight, family="sinusoid")
+        found.append(weight)
+    return found
 
 
 def family_of(model: nn.Module) -> str:

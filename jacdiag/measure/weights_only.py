@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from jacdiag.measure.contract import TABLES, record_of
+from jacdiag.measure.contract import TABLES, record_of, with_sections, without_adapters
 from jacdiag.measure.draws import draw_of, std_of
 from jacdiag.measure.figures import spread_of
 from jacdiag.measure.finite import non_finite_weights
@@ -289,16 +289,18 @@ def build_contract(state: Mapping[str, Tensor], model: NamedModel) -> ContractRe
     ]
     if tables:
         sizes["V"] = max(tables)
+    uses = without_adapters({name: weight.use for name, weight in model.weights.items()})
     weights = [
         record_of(
             name,
             state[name].shape,
-            weight.use,
+            uses[name],
             draw_of(state[name], table=weight.role in TABLES),
+            kind=weight.kind,
         )
         for name, weight in model.weights.items()
     ]
-    return ContractRecord(family="", sizes=sizes, weights=weights)
+    return ContractRecord(family="", sizes=sizes, weights=with_sections(weights, state))
 
 
 def _notes_on_layers(model: NamedModel) -> list[str]:

@@ -203,6 +203,8 @@ def _contract(contract: ContractRecord, codes: Sequence[str]) -> Remedy | None:
         return None
     found: dict[tuple[str, float], list[Departure]] = {}
     for one in departures_of(contract):
+        if one.section:
+            continue  # to draw the entire matrix again would change its other rows
         found.setdefault((one.weight.pattern, one.value), []).append(one)
     changes, names = list[Change](), [w.parameter for w in contract.weights]
     for (pattern, value), group in found.items():

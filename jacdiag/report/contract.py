@@ -7,6 +7,35 @@ from typing import Any
 
 from jacdiag.report.record import SCHEMA_VERSION, Record
 
+# Roles of matrices that do the work of several, and these in the usual order.
+FUSED = {
+    "W_QKV": ("W_Q", "W_K", "W_V"),
+    "W_QK": ("W_Q", "W_K"),
+    "W_QV": ("W_Q", "W_V"),
+    "W_KV": ("W_K", "W_V"),
+    "W_gate_up": ("W_gate", "W_1"),
+}
+
+
+@dataclass(frozen=True)
+class SectionRecord(Record):
+    """The rows of a fused matrix that play one role: the queries, the keys or the values of a W_QKV.
+
+    Attributes:
+        role: As that of a weight.
+        fan_out: How many outputs these rows make.
+        family, std, lower, upper, mean, truncation: As those of a weight, over these rows alone.
+    """
+
+    role: str
+    fan_out: int
+    family: str = "other"
+    std: float | None = None
+    lower: float | None = None
+    upper: float | None = None
+    mean: float | None = None
+    truncation: float = 1.0
+
 
 @dataclass(frozen=True)
 class WeightRecord(Record):
@@ -17,12 +46,16 @@ class WeightRecord(Record):
         role: embedding, positions, W_Q, W_K, W_V, W_O, W_1, W_gate, W_2, router, head, norm_gain, bias ...; "" unknown.
         layer, sublayer: None and "" outside all sub-layers.
         fan_in, fan_out: of the linear map that it makes, whichever way it is stored.
-        family: normal, truncated, uniform, orthogonal, zero, constant or other.
+        family: normal, truncated, uniform, orthogonal, zero, constant, sinusoid (a table of sines and
+            cosines, which nobody drew) or other.
         std: over all elements; rows of a table that are exactly zero (padding) are left out and counted.
         lower, upper: sampling interval of the std that it was drawn with, at 1 - `alpha` of the contract.
         mean: over all elements; the value itself for a constant.
         truncation: for a truncated normal, std over that of the normal before it was cut.
         decayed: in a parameter group with weight decay; None where no optimizer was given.
+        kind: of the sub-layer that reads it (attention, mlp, moe, mixer, conv ...); "" outside all, and
+            in reports from before it was kept.
+        sections: of a fused matrix, the rows of each role; empty if it is not fused or its layout is not known.
     """
 
     parameter: str
@@ -41,6 +74,8 @@ class WeightRecord(Record):
     truncation: float = 1.0
     zero_rows: int = 0
     decayed: bool | None = None
+    kind: str = ""
+    sections: list[SectionRecord] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

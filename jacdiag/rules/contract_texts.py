@@ -57,11 +57,18 @@ renamed.""",
 )
 
 CONSISTENT = Text(
-    summary="a weight departs from the scheme that the rest of the model follows",
+    summary="a weight differs from the scheme that the rest of the model follows",
     what="""\
-The scheme that most weights agree with is found among the published ones (GPT-2, small init, GPT-NeoX, Xavier, Kaiming,
-PyTorch's default, DeepNorm, T-Fixup, muP, torchtitan, OLMo, plain) with the model's own base std where that is free.
-Each weight that does not agree is reported. A model that follows none is not judged by this rule.""",
+Of the published schemes (GPT-2, small init, GPT-NeoX, Xavier, Kaiming, PyTorch's default, DeepNorm, T-Fixup, muP,
+torchtitan, OLMo, CLIP, plain) the one is found that leaves the fewest mistakes to explain, with the model's own base
+std where that is free. Each matrix of an attention or FFN that does not agree is reported. In a fused matrix queries,
+keys and values are judged one by one where the scheme treats them differently.
+
+Not reported are output matrices (W_O, W_2) that are zero in all layers alike, nor matrices that start at zero next to
+another of their role (adaLN-zero). Embedding, positions and head are judged only where one of them agrees with the
+scheme; nn.Embedding's N(0, 1), positions of zero or 0.02 and a head of zero are right with any scheme. A matrix inside
+a recurrent or convolutional mixer, a depthwise kernel and an adapter are compared with the other layers only (JD205).
+A model that follows no scheme is not judged by this rule.""",
     why="""\
 A matrix that a new module brought along, with the default of its library, is the usual way for an init to break.""",
     example="""\

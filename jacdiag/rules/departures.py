@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jacdiag.report import ContractRecord, WeightRecord
+from jacdiag.report import WeightRecord
+from jacdiag.rules.following import depth_factor
 from jacdiag.rules.numbers import plain
-from jacdiag.rules.schemes import INNER, RESIDUAL, Scheme, expected, holds, variables
-
-Spread = tuple[float, float]
+from jacdiag.rules.schemes import INNER, RESIDUAL
+from jacdiag.rules.yardstick import Mismatch, Yardstick, holds
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,9 @@ class Departure:
         kind: "depth" (scaling with depth missing, twice, or on the wrong matrix), "layers" (some layers only), "plain".
         looks: the mistake that it looks like, "" for none.
         of: how many weights have the same name pattern.
+        section: the role whose rows of a fused matrix are meant; "" for the entire weight. Then the
+            figures of `weight` are those of these rows.
+        by_layers: whether the weight was compared with the other layers alone.
     """
 
     weight: WeightRecord
@@ -32,26 +35,41 @@ class Departure:
     kind: str
     looks: str = ""
     of: int = 1
+    section: str = ""
+    by_layers: bool = False
 
 
-def departures(
-    contract: ContractRecord, scheme: Scheme, s: float | None, spread: Spread = (1.0, 1.0)
-) -> tuple[int, list[Departure]]:
-    """Returns how many weights the scheme speaks of, and those that depart from it."""
-    stated = [(w, values) for w in contract.weights if (values := expected(contract, w, scheme, s))]
-    sizes: dict[str, list[bool]] = {}
-    for w, values in stated:
-        sizes.setdefault(w.pattern, []).append(any(holds(w, v, spread) for v in values))
+def departures(yardstick: Yardstick) -> tuple[int, list[Departure]]:
+    """Return how many weights a scheme speaks of, and those that depart from it."""
+    # 1. Compare every weight that the scheme speaks of.
+    stated: list[tuple[WeightRecord, list[Mismatch]]] = []
+    for weight in yardstick.contract.weights:
+        mismatches = yardstick.mismatches(weight)
+        if mismatches is not None:
+            stated.append((weight, mismatches))
+
+    # 2. Note which layers of each name agree: a mistake of all layers is another than that of one.
+    agreeing: dict[str, list[bool]] = {}
+    for weight, mismatches in stated:
+        agreeing.setdefault(weight.pattern, []).append(not mismatches)
+
+    # 3. Say what each mismatch looks like.
     found = []
-    for w, values in stated:
-        if any(holds(w, v, spread) for v in values):
-            continue
-        value = min(values, key=lambda v: abs(math.log(max(w.std or 0, 1e-30) / v)) if v > 0 else math.inf)
-        formula = next((f for f in scheme.of(w) if f.value(variables(contract, w, s)) == value), scheme.of(w)[0])
-        looks = _looks(contract, w, value, spread)
-        some = any(sizes[w.pattern]) and len(sizes[w.pattern]) > 1
-        kind = "depth" if "depth" in looks else "layers" if some else "plain"
-        found.append(Departure(w, value, _shown(formula.text, s), kind, looks, len(sizes[w.pattern])))
+    for weight, mismatches in stated:
+        of = agreeing[weight.pattern]
+        for mismatch in mismatches:
+            looks = _looks(yardstick, mismatch)
+            kind = "plain"
+            if "depth" in looks:
+                kind = "depth"
+            elif any(of) and len(of) > 1:
+                kind = "layers"
+            formula = _shown(mismatch.formula.text, yardstick.s)
+            piece = mismatch.piece
+            departure = Departure(
+                piece.weight, mismatch.value, formula, kind, looks, len(of), piece.section
+            )
+            found.append(departure)
     return len(stated), found
 
 
@@ -59,27 +77,25 @@ def _shown(formula: str, s: float | None) -> str:
     return formula if s is None else f"{formula} with s = {plain(s)}"
 
 
-def _looks(contract: ContractRecord, w: WeightRecord, value: float, spread: Spread) -> str:
-    """The mistake that turns `value` into what was measured."""
-    if w.family == "zero":
+def _looks(yardstick: Yardstick, mismatch: Mismatch) -> str:
+    """Return the mistake that turns the expected value into what was measured, "" if none is known."""
+    weight, value, spread = mismatch.piece.weight, mismatch.value, yardstick.spread
+    if weight.family == "zero":
         return "all of it is zero"
-    if w.family == "constant" or value <= 0:
+    if weight.family == "constant" or value <= 0:
         return ""
-    layers, layer = contract.sizes.get("N", 0.0), w.layer
-    factors = {math.sqrt(2 * layers), *((math.sqrt(2 * (layer + 1)),) if layer is not None else ())}
-    for factor in sorted(f for f in factors if f > 1):
-        if holds(w, value * factor, spread) and w.role in RESIDUAL:
-            return "the scaling with depth is missing"
-        if holds(w, value / factor, spread):
-            if w.role in RESIDUAL:
-                return "scaled with depth once too often"
-            if w.role in INNER:
-                return "scaled with depth, and writes to no shortcut"
-    if holds(w, value * value, spread) or holds(w, math.sqrt(value), spread):
+    factor = depth_factor(yardstick, mismatch)
+    if factor == "missing" and weight.role in RESIDUAL:
+        return "the scaling with depth is missing"
+    if factor == "extra" and weight.role in RESIDUAL:
+        return "scaled with depth once too often"
+    if factor == "extra" and weight.role in INNER:
+        return "scaled with depth, and writes to no shortcut"
+    if holds(weight, value * value, spread) or holds(weight, math.sqrt(value), spread):
         return "std and variance confused"
-    if w.fan_in and w.fan_out and w.fan_in != w.fan_out:
-        ratio = math.sqrt(w.fan_in / w.fan_out)
-        if holds(w, value * ratio, spread) or holds(w, value / ratio, spread):
+    if weight.fan_in and weight.fan_out and weight.fan_in != weight.fan_out:
+        ratio = math.sqrt(weight.fan_in / weight.fan_out)
+        if holds(weight, value * ratio, spread) or holds(weight, value / ratio, spread):
             return "fan_in and fan_out confused"
     return ""
 
@@ -87,14 +103,18 @@ def _looks(contract: ContractRecord, w: WeightRecord, value: float, spread: Spre
 def told(group: Sequence[Departure], by: str) -> tuple[str, dict[str, Any]]:
     """The sentence and the evidence of one finding: weights of one name pattern, layers folded."""
     first, weights = group[0], [d.weight for d in group]
+    if first.by_layers:
+        by = "the other layers have"
     name = first.weight.pattern.removesuffix(".weight")
+    if first.section:
+        name = f"the {first.section} rows of {name}"
     count = f" ({len(group)} of {first.of}{_layers(weights, first.of)})" if first.of > 1 else ""
     vector = len(first.weight.shape) < 2
     figures = [w.mean if vector else w.std for w in weights]
     measured = _range(figures)
     wanted = sorted({d.value for d in group})
     aim = plain(wanted[0]) if len(wanted) == 1 else f"{plain(wanted[0])} to {plain(wanted[-1])}"
-    stated = "" if _is_number(first.formula) else f"{first.formula} = "
+    stated = "" if first.by_layers or _is_number(first.formula) else f"{first.formula} = "
     figure = "value" if vector else "std"
     if vector and first.weight.family not in ("zero", "constant"):
         measured = f"not constant, about {measured}"
@@ -106,6 +126,8 @@ def told(group: Sequence[Departure], by: str) -> tuple[str, dict[str, Any]]:
         "value": figures[0], "lower": first.weight.lower, "upper": first.weight.upper,
         "expected": first.value, "formula": first.formula, "kind": first.kind, "looks": looks,
     }  # fmt: skip
+    if first.section:
+        evidence["section"] = first.section
     return what, evidence
 
 
@@ -126,14 +148,17 @@ def _layers(weights: Sequence[WeightRecord], of: int) -> str:
     return f", layer {', '.join(layers[:8])}" if layers and len(layers) < of else ""
 
 
-# -- no scheme: the layers beside each other ---------------------------------------------------------------------------
-def layers_that_differ(contract: ContractRecord) -> tuple[int, list[Departure]]:
-    """Layers of one name pattern whose std leaves a smooth course over depth (constant, or a power of l + 1).
+# -- no scheme: the layers compared with each other ----------------------------------------------------
+def layers_that_differ(weights: Iterable[WeightRecord]) -> tuple[int, list[Departure]]:
+    """Return the layers of one name whose std leaves a smooth course over depth (constant, or a power of l + 1).
 
     Nothing is said where no such course passes through two thirds of the layers.
+
+    Args:
+        weights: Those that no scheme speaks of.
     """
     groups: dict[str, list[WeightRecord]] = {}
-    for w in contract.weights:
+    for w in weights:
         if w.layer is not None and w.lower and w.upper and w.std and len(w.shape) >= 2:
             groups.setdefault(w.pattern, []).append(w)
     found = []
@@ -142,8 +167,14 @@ def layers_that_differ(contract: ContractRecord) -> tuple[int, list[Departure]]:
         course = max(_courses(group), key=lambda c: sum(_on(w, c) for w in group))
         off = [w for w in group if not _on(w, course)]
         if off and len(off) * 3 <= len(group):
-            text = f"the others' course over depth, (l + 1)^{course[1]:.2g}" if course[1] else "the std of the others"
-            found += [Departure(w, _at(w, course), text, "layers", "", len(group)) for w in off]
+            text = "the std of the other layers"
+            if course[1]:
+                text = f"a course over depth of (l + 1)^{course[1]:.2g}"
+            for weight in off:
+                value = _at(weight, course)
+                found.append(
+                    Departure(weight, value, text, "layers", of=len(group), by_layers=True)
+                )
     return sum(map(len, several)), found
 
 

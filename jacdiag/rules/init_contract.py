@@ -8,14 +8,25 @@ from dataclasses import dataclass
 from jacdiag.report import ContractRecord, Finding, WeightRecord
 from jacdiag.rules import contract_texts as texts
 from jacdiag.rules.departures import Departure, departures, layers_that_differ, told
+from jacdiag.rules.following import followed
 from jacdiag.rules.numbers import plain
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
-from jacdiag.rules.schemes import MATRICES, Scheme, followed, formulas_of, published_for
+from jacdiag.rules.schemes import MATRICES, Scheme, formulas_of, published_for
+from jacdiag.rules.yardstick import Yardstick
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A model beside the authority that speaks for it: its published init, else the scheme that most of it follows."""
+    """A model compared with the scheme that speaks for it: that of its family, else the one that most of it follows.
+
+    Attributes:
+        scheme: None if the model follows none; then only its layers are compared with each other.
+        published: Whether it is the published init of the model's family.
+        s: The base std where the scheme leaves it open.
+        count: How many weights were compared.
+        found: Those that depart.
+        note: Which scheme it is, in words.
+    """
 
     scheme: Scheme | None
     published: bool
@@ -26,23 +37,32 @@ class Judged:
 
 
 def judged(contract: ContractRecord) -> Judged:
-    """Compares every weight with what its family, or the rest of the model, says."""
+    """Compare every weight with what its family, or the rest of the model, says."""
     scheme = published_for(contract.family)
     if scheme is not None:
-        count, found = departures(contract, scheme, None)
-        return Judged(scheme, True, None, count, found, f"published init of {contract.family}: {scheme.title}")
-    own = followed(contract)
-    if own is not None:
-        count, found = departures(contract, own.scheme, own.s, own.spread)
-        base = f", s = {plain(own.s)}" if own.s is not None else ""
-        return Judged(own.scheme, False, own.s, count, found, f"follows {own.scheme.title}{base}")
-    count, found = layers_that_differ(contract)
-    return Judged(None, False, None, count, found, "follows no known scheme; layers are compared with each other")
+        yardstick = Yardstick.given(contract, scheme)
+        note = f"published init of {contract.family}: {scheme.title}"
+    else:
+        followed_one = followed(contract)
+        if followed_one is None:
+            count, found = layers_that_differ(contract.weights)
+            note = "follows no known scheme; layers are compared with each other"
+            return Judged(None, False, None, count, found, note)
+        yardstick = followed_one
+        base = f", s = {plain(yardstick.s)}" if yardstick.s is not None else ""
+        note = f"follows {yardstick.scheme.title}{base}"
+    count, found = departures(yardstick)
+    silent = [weight for weight in contract.weights if yardstick.mismatches(weight) is None]
+    more, uneven = layers_that_differ(silent)
+    published = scheme is not None
+    return Judged(yardstick.scheme, published, yardstick.s, count + more, [*found, *uneven], note)
 
 
 def departures_of(contract: ContractRecord) -> list[Departure]:
-    """Every weight that departs from the pinned contract, and of the others every one that departs from the rest."""
-    pinned = departures(contract, _pinned_scheme(contract), None)[1] if contract.pinned else []
+    """Return every weight that differs from the pinned contract, and of the others those that differ from the rest."""
+    pinned: list[Departure] = []
+    if contract.pinned:
+        pinned = departures(Yardstick.given(contract, _pinned_scheme(contract)))[1]
     spoken = {one.weight.parameter for one in pinned}
     return [*pinned, *(one for one in judged(contract).found if one.weight.parameter not in spoken)]
 
@@ -60,14 +80,18 @@ def _findings(
     context: Context, rule: Rule, found: Iterable[Departure], by: str
 ) -> list[Finding]:
     """One finding per name pattern: which layers, measured, expected, and what it looks like."""
-    groups: dict[str, list[Departure]] = {}
+    groups: dict[tuple[str, str], list[Departure]] = {}
     for one in found:
-        groups.setdefault(one.weight.pattern, []).append(one)
+        groups.setdefault((one.weight.pattern, one.section), []).append(one)
     made = []
     for group in groups.values():
         what, evidence = told(group, by)
         where = list(dict.fromkeys(d.weight.sublayer or d.weight.parameter for d in group))
-        fix = f"initialise it with std {group[0].formula}" if len(group[0].weight.shape) > 1 else ""
+        fix = ""
+        if group[0].by_layers:
+            fix = "initialise it as the other layers"
+        elif len(group[0].weight.shape) > 1:
+            fix = f"initialise it with std {group[0].formula}"
         made.append(Finding(rule.code, context.level(rule, rule.level), where, what, evidence, rule.summary, fix))
     return made
 
@@ -80,7 +104,7 @@ def _pinned(context: Context, rule: Rule) -> Outcome:
     own = _pinned_scheme(contract)
     unmatched = [k for k in contract.pinned if not any(k in _keys(own, w) for w in contract.weights)]
     note = f"nothing in this model matches {', '.join(unmatched)}" if unmatched else ""
-    count, found = departures(contract, own, None)
+    count, found = departures(Yardstick.given(contract, own))
     return Outcome(count, _findings(context, rule, found, "the pinned contract expects"), note=note)
 
 

@@ -24,6 +24,7 @@ from jacdiag.trace.walks import REDUCTIONS
 
 _SOFTMAX = {"softmax", "log_softmax", "_softmax", "softmax_"}
 _SDPA = {"scaled_dot_product_attention"}
+_TORCH_ATTENTION = "multi_head_attention_forward"
 _BILINEAR = {"matmul", "bmm", "einsum", "__matmul__", "baddbmm", "baddbmm_"}
 _TIMES = {"mul", "__mul__", "__rmul__", "mul_", "__imul__", "multiply"}
 _PARTS = {"chunk", "split", "split_with_sizes", "tensor_split", "unbind", "__getitem__", "narrow"}
@@ -123,10 +124,17 @@ class _Branch:
             if len(names) == 1:
                 found.setdefault(names[0], Use(self._role(node, fan_out), fan_in=fan_in, fan_out=fan_out))
                 continue
+            if self.graph.nodes[node].name == _TORCH_ATTENTION:
+                names = self._in_order(names)
             for role, name in roles_of(self.site.kind, names).items():  # several in one fused call
                 rows, columns = self.sites.skeleton.outlines[name].shape[-2:]
                 found.setdefault(name, Use(role, fan_in=columns, fan_out=rows))
         return found
+
+    def _in_order(self, names: list[str]) -> list[str]:
+        """Return the matrices of torch's fused attention in order of use; separate W_Q, W_K, W_V come after W_O."""
+        matrices = [name for name in names if self._rank(name) == 2]  # rows added to keys and values have rank 3
+        return matrices if len(matrices) < 4 else [*matrices[1:], matrices[0]]
 
     def _calls(self) -> list[int]:
         """The branch's calls, and those of its module that read something else: keys and values of another sequence."""
@@ -229,6 +237,8 @@ class _Branch:
         letters = "".join(letter for letter in "QKV" if letter in self.tags[node] | behind)
         if letters:  # "_a": the first of two factors, a low-rank projection
             return f"W_{letters}_a" if behind else f"W_{letters}"
+        if "gate" in self.tags[node] and self.followed[node]:
+            return "W_gate"
         return "W_O" if not self.followed[node] else "W_V"
 
 
