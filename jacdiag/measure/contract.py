@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from jacdiag.measure.draws import Draw, Draws
+from jacdiag.measure.draws import Draw, Draws, copies_of, pieces_of
 from jacdiag.report.contract import ContractRecord, WeightRecord
 from jacdiag.trace.found import Sites
 from jacdiag.trace.uses import Use, pattern, tied_to_head, uses_of
@@ -39,9 +40,17 @@ def contract_of(
     """
     outlines, first = sites.skeleton.outlines, sites.skeleton.aliases
     decay = None if decayed is None else {first.get(name, name) for name in decayed}
+    uses = uses_of(sites)
+    found = {name: draws.of(name, table=use.role in TABLES) for name, use in uses.items()}
+    copies = copies_of(found, draws.params)
+    pieces = pieces_of(_unexplained(uses, found), draws.params)
     weights = [
-        record_of(name, outlines[name].shape, use, draws.of(name, table=use.role in TABLES), decay)
-        for name, use in uses_of(sites).items()
+        replace(
+            record_of(name, outlines[name].shape, use, found[name], decay),
+            same_as=copies.get(name, ""),
+            piece_of=pieces.get(name, ""),
+        )
+        for name, use in uses.items()
     ]
     return ContractRecord(
         family=family_of(model),
@@ -59,14 +68,26 @@ def record_of(
     """The record of one parameter."""
     base = WeightRecord(
         name, list(shape), use.role, pattern(name) if use.layer is not None else name, use.layer, use.sublayer,
-        use.fan_in, use.fan_out, decayed=None if decayed is None else name in decayed,
+        use.fan_in, use.fan_out, decayed=None if decayed is None else name in decayed, offset=use.offset,
     )  # fmt: skip
     if draw is None:
         return base
     return WeightRecord(**{
         **vars(base), "family": draw.family, "std": draw.std, "lower": draw.lower, "upper": draw.upper,
         "mean": draw.mean, "truncation": draw.truncation, "zero_rows": draw.zero_rows,
+        "largest": draw.largest, "tiny": draw.tiny,
     })  # fmt: skip
+
+
+def _unexplained(uses: Mapping[str, Use], found: Mapping[str, Draw | None]) -> list[str]:
+    """Return gains, scales and biases that are not constant, where most of their role are."""
+    names: list[str] = []
+    for role in ("norm_gain", "scale", "bias"):
+        draws = {name: draw for name, use in uses.items() if use.role == role and (draw := found[name]) is not None}
+        drawn = [name for name, draw in draws.items() if draw.family not in ("zero", "constant")]
+        if len(drawn) < len(draws) / 2:
+            names += drawn
+    return names
 
 
 def family_of(model: nn.Module) -> str:

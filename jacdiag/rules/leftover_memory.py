@@ -1,0 +1,94 @@
+"""JD211: parameters that hold what was in the memory before, since no init wrote them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from jacdiag.report import ContractRecord, Finding, WeightRecord
+from jacdiag.rules.numbers import plain
+from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
+from jacdiag.rules.texts import Text
+
+# Over the fresh families of transformers the largest number of any parameter is 128 (benchmarks/vectors.py). Published
+# tables of state space models reach some thousands. Random bits read as float32 exceed this in four of ten numbers.
+LARGEST = 1e6
+
+TEXT = Text(
+    summary="a parameter holds leftover memory: numbers that no initialisation writes",
+    what="""\
+Each parameter is searched for three things. Numbers that are not zero and closer to it than 1e-30: no generator returns
+them, and integers that are read as float32 look like that. Numbers beyond 1e6, far outside any published init. And, for
+gains, scales and biases that are not constant, the numbers of a piece of another parameter. A parameter of zeros alone
+may be leftover memory too, and cannot be told from one that was zeroed.""",
+    why="""\
+torch.empty and to_empty() hand out memory as it is. Where no init writes to it, the model starts from whatever lay
+there: another one each time, often harmless in a test and not in the run.""",
+    example="""\
+    self.weight = nn.Parameter(torch.empty(d))           # and no reset_parameters()
+    with torch.device("meta"):
+        model = Model()
+    model.to_empty(device="cuda")                        # and no init after it""",
+    remedy="""\
+Initialise the parameter where it is made. After to_empty(), call the init of every module, those written by hand
+included.""",
+)
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A parameter with numbers that no init writes, and the sign that it is known by."""
+
+    weight: WeightRecord
+    sign: str
+
+
+def leftovers(contract: ContractRecord) -> list[Leftover]:
+    """Return the parameters that hold leftover memory.
+
+    Args:
+        contract: of a model at its init.
+    """
+    return list(_leftovers(contract))
+
+
+def _leftovers(contract: ContractRecord) -> Iterator[Leftover]:
+    for weight in contract.weights:
+        if weight.tiny:
+            numbers = "number" if weight.tiny == 1 else "numbers"
+            yield Leftover(weight, f"{weight.tiny} {numbers} closer to zero than 1e-30 and not zero")
+        elif weight.largest is not None and weight.largest > LARGEST:
+            yield Leftover(weight, f"numbers as large as {plain(weight.largest)}")
+        elif weight.piece_of:
+            yield Leftover(weight, f"the numbers of a piece of {weight.piece_of}")
+
+
+def _check(context: Context, rule: Rule) -> Outcome:
+    contract = context.report.contract
+    if contract is None or context.report.state not in rule.states:
+        return NOT_APPLICABLE
+    known = [weight for weight in contract.weights if weight.largest is not None]
+    groups: dict[tuple[str, str], list[Leftover]] = {}
+    for leftover in leftovers(contract):
+        groups.setdefault((leftover.weight.pattern, leftover.sign), []).append(leftover)
+    return Outcome(len(known), [_finding(context, rule, group) for group in groups.values()])
+
+
+def _finding(context: Context, rule: Rule, group: list[Leftover]) -> Finding:
+    weights = [leftover.weight for leftover in group]
+    more = f" and {len(weights) - 3} more" if len(weights) > 3 else ""
+    names = ", ".join(weight.parameter for weight in weights[:3]) + more
+    evidence = {
+        "parameters": [weight.parameter for weight in weights],
+        "role": weights[0].role,
+        "tiny": weights[0].tiny,
+        "largest": weights[0].largest,
+        "piece_of": weights[0].piece_of,
+    }
+    where = list(dict.fromkeys(weight.sublayer or weight.parameter for weight in weights))
+    what = f"{names}: {group[0].sign}; no init writes these"
+    fix = "initialise it where it is made, or after to_empty()"
+    return Finding(rule.code, context.level(rule, rule.level), where, what, evidence, rule.summary, fix)
+
+
+RULE = Rule("JD211", "leftover-memory", "warning", **TEXT, check=_check, states=("init",))
