@@ -103,12 +103,20 @@ def sizes_of(model: nn.Module, layers: int, width: int, vocabulary: int | None) 
         sizes["V"] = vocabulary
     config = getattr(model, "config", None)
     for variable, names in _FROM_CONFIG.items():
-        value = next((v for name in names if _is_number(v := getattr(config, name, None))), None)
+        value = next((v for name in names if _is_number(v := _setting(config, name))), None)
         if value is not None:
             sizes[variable] = value
     if "H" in sizes and "d_head" not in sizes and sizes["H"] > 0:
         sizes["d_head"] = width / sizes["H"]
     return sizes
+
+
+def _setting(config: Any, name: str) -> Any:
+    """Return a number of a config; None where it has none, or one for each layer, which raises an error of its own."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return None
 
 
 def _is_number(value: Any) -> bool:

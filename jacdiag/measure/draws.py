@@ -127,7 +127,8 @@ def copies_of(found: Mapping[str, Draw | None], params: Mapping[str, Tensor]) ->
     """Return which weights hold the very numbers of another one: name -> the first of that content.
 
     Only weights whose figures agree to the last digit are compared number by number, so that nothing is read twice in a
-    model without copies. Weights that are constant, and names of one and the same memory, are no copies.
+    model without copies. Weights that are constant, and names of one and the same memory, are no copies. A stack of
+    matrices (experts) of which one repeats another is a copy of itself.
 
     Args:
         found: the draws of the weights by name.
@@ -148,6 +149,8 @@ def copies_of(found: Mapping[str, Draw | None], params: Mapping[str, Tensor]) ->
         first = next((other for other in alike if _same_numbers(params[name], params[other])), None)
         if first is None:
             alike.append(name)
+            if _repeats_a_matrix(params[name]):
+                copies[name] = name
         elif not _same_memory(params[name], params[first]):
             copies[name] = first
     return copies
@@ -156,6 +159,18 @@ def copies_of(found: Mapping[str, Draw | None], params: Mapping[str, Tensor]) ->
 def _same_numbers(tensor: Tensor, other: Tensor) -> bool:
     """Whether two tensors have one shape and the same numbers."""
     return tensor.shape == other.shape and torch.equal(tensor.to(other.device), other)
+
+
+def _repeats_a_matrix(tensor: Tensor) -> bool:
+    """Whether a stack of matrices holds one of them twice; their first rows tell which to compare."""
+    if tensor.dim() != 3 or len(tensor) < 2:
+        return False
+    beginnings: dict[tuple[float, ...], int] = {}
+    for index, numbers in enumerate(tensor[:, 0, :8].tolist()):
+        earlier = beginnings.setdefault(tuple(numbers), index)
+        if earlier != index and torch.equal(tensor[earlier], tensor[index]):
+            return True
+    return False
 
 
 def _same_memory(tensor: Tensor, other: Tensor) -> bool:

@@ -53,7 +53,7 @@ def copies(contract: ContractRecord) -> tuple[int, list[Copy]]:
         contract: of a model at its init.
     """
     by_name = {weight.parameter: weight for weight in contract.weights}
-    drawn = [weight for weight in contract.weights if _is_drawn(weight) and _NUMBER.search(weight.parameter)]
+    drawn = [weight for weight in contract.weights if _is_drawn(weight)]
     found = []
     for weight in drawn:
         original = by_name.get(weight.same_as)
@@ -84,11 +84,24 @@ def _check(context: Context, rule: Rule) -> Outcome:
     if contract is None or context.report.state not in rule.states:
         return NOT_APPLICABLE
     count, found = copies(contract)
+    repeating = [weight for weight in contract.weights if _is_drawn(weight) and weight.same_as == weight.parameter]
     stacks: dict[tuple[str, int], list[Copy]] = {}
     for copy in found:
         stacks.setdefault((_NUMBER.sub("*", copy.stack), copy.original_number), []).append(copy)
     findings = [_finding(context, rule, contract, stack, group) for (stack, _), group in stacks.items()]
+    if repeating:
+        findings.append(_finding_of_stacks(context, rule, repeating))
     return Outcome(count, findings)
+
+
+def _finding_of_stacks(context: Context, rule: Rule, repeating: list[WeightRecord]) -> Finding:
+    names = [weight.parameter for weight in repeating]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    what = f"{', '.join(names[:3])}{more}: one matrix of the stack is bit-identical to another"
+    where = list(dict.fromkeys(weight.sublayer or weight.parameter for weight in repeating))
+    evidence = {"parameters": names, "same_as": names}
+    fix = "draw each matrix of the stack anew"
+    return Finding(rule.code, context.level(rule, rule.level), where, what, evidence, rule.summary, fix)
 
 
 def _finding(context: Context, rule: Rule, contract: ContractRecord, stack: str, group: list[Copy]) -> Finding:
@@ -97,7 +110,7 @@ def _finding(context: Context, rule: Rule, contract: ContractRecord, stack: str,
     drawn = [w for w in contract.weights if _is_drawn(w) and w.parameter.startswith(prefixes)]
     shown = ", ".join(map(str, numbers[:8])) + (" ..." if len(numbers) > 8 else "")
     what = (
-        f"{stack or 'the model'}: {shown} bit-identical to {group[0].original_number} in {len(group)} of their "
+        f"{stack or 'the model'}: {shown} bit-identical to {group[0].original_number}, in {len(group)} of their "
         f"{len(drawn)} drawn weights"
     )
     evidence = {

@@ -13,6 +13,7 @@ from jacdiag.rules.numbers import plain
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 from jacdiag.rules.schemes import INNER, Scheme, formulas_of
 from jacdiag.rules.texts import Text
+from jacdiag.rules.vectors import differences
 
 _Z = 4.9  # errors of a std at a chance of 1e-6
 _RARE = math.log(1e-7)
@@ -90,9 +91,10 @@ def unlike_routers(contract: ContractRecord) -> tuple[int, list[Routers]]:
             groups.setdefault(weight.pattern, []).append(weight)
     left_out = _judged_elsewhere(contract)
     compared, found = 0, []
-    for members in groups.values():
-        rest = _readers_of_the_same(contract, members[0])
-        if not rest or any(weight.parameter in left_out for weight in members):
+    for group in groups.values():
+        members = [weight for weight in group if weight.parameter not in left_out]
+        rest = _readers_of_the_same(contract, members[0]) if members else []
+        if not rest:
             continue
         compared += len(members)
         routers = _pool(members, rest)
@@ -102,13 +104,14 @@ def unlike_routers(contract: ContractRecord) -> tuple[int, list[Routers]]:
 
 
 def _judged_elsewhere(contract: ContractRecord) -> set[str]:
-    """Return the routers that the user pinned, and those that a scheme of the model speaks of."""
+    """Return the routers that the user pinned, that a scheme speaks of, or that differ from those of other layers."""
     pinned = Scheme("pinned", "", "", formulas_of(contract.pinned))
     scheme = judged(contract).scheme
     named = {one.weight.parameter for one in departures_of(contract)}
     routers = [weight for weight in contract.weights if weight.role == "router"]
     stated = {w.parameter for w in routers if pinned.of(w) or (scheme is not None and scheme.of(w))}
-    return named | stated
+    unlike = {one.weight.parameter for one in differences(contract)[1]}
+    return named | stated | unlike
 
 
 def _readers_of_the_same(contract: ContractRecord, router: WeightRecord) -> list[WeightRecord]:

@@ -121,8 +121,8 @@ def _differences_in(group: Group) -> Iterator[Difference]:
         unlike = [weight for weight in group.members if not same_value(weight, usual)]
     else:
         value = None
-        others = "the others were drawn at random"
         unlike = _not_drawn_alike(group)
+        others = f"the others were drawn with std {plain(_middle_std(group))}"
     for weight in unlike:
         yield Difference(weight, group.pattern, len(group.members), others, value)
 
@@ -137,22 +137,31 @@ def _follows_layer_scale(group: Group) -> bool:
 
 
 def _not_drawn_alike(group: Group) -> list[WeightRecord]:
-    """Members of a group of draws that are constant, or whose mean or std is not that of the others."""
+    """Members of a group of draws that are constant, or whose mean or std is not that of the others.
+
+    Nothing is said where fewer than two thirds of the members agree with a middle one: decay rates and LayerScale may
+    change from layer to layer on purpose.
+    """
     drawn = [weight for weight in group.members if weight.family in DRAWN]
-    if len(drawn) < MAJORITY * len(group.members):
+    enough = MAJORITY * len(group.members)
+    if len(drawn) < enough:
         return []
-    constant = [weight for weight in group.members if is_constant(weight)]
-    return [*constant, *(weight for weight in drawn if not _drawn_like(weight, group, drawn))]
+    unlike = [weight for weight in group.members if is_constant(weight)]
+    middle_of_means = sorted(drawn, key=lambda weight: weight.mean or 0.0)[len(drawn) // 2]
+    middle_of_stds = sorted(drawn, key=lambda weight: weight.std or 0.0)[len(drawn) // 2]
+    others = {
+        "mean": [weight for weight in drawn if not _means_agree(weight, middle_of_means)],
+        "std": [weight for weight in drawn if not _stds_agree(weight, middle_of_stds)],
+    }
+    if any(len(drawn) - len(exceptions) < enough for exceptions in others.values()):
+        return []
+    unlike += others["mean"]
+    return unlike + [weight for weight in others["std"] if weight not in unlike]
 
 
-def _drawn_like(weight: WeightRecord, group: Group, drawn: list[WeightRecord]) -> bool:
-    """Whether a draw agrees with most of the others, at the same std or at one that is a power of the layer."""
-    others = [other for other in drawn if other is not weight]
-    if sum(_means_agree(weight, other) for other in others) < len(others) / 2:
-        return False
-    if sum(_stds_agree(weight, other) for other in others) >= len(others) / 2:
-        return True
-    return not _on_a_course(group, drawn)
+def _middle_std(group: Group) -> float:
+    stds = sorted(weight.std or 0.0 for weight in group.members if weight.family in DRAWN)
+    return stds[len(stds) // 2] if stds else 0.0
 
 
 def _means_agree(weight: WeightRecord, other: WeightRecord) -> bool:
@@ -170,13 +179,6 @@ def _stds_agree(weight: WeightRecord, other: WeightRecord) -> bool:
     if weight.lower is None or weight.upper is None or other.lower is None or other.upper is None:
         return True
     return weight.lower <= other.upper and other.lower <= weight.upper
-
-
-def _on_a_course(group: Group, drawn: list[WeightRecord]) -> bool:
-    """Whether most draws have one std, so that those that do not are exceptions and no course over depth."""
-    reference = sorted(drawn, key=lambda weight: weight.std or 0.0)[len(drawn) // 2]
-    alike = sum(_stds_agree(weight, reference) for weight in drawn)
-    return alike >= MAJORITY * len(group.members)
 
 
 # -- gains of the whole model ----------------------------------------------------------------------
