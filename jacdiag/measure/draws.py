@@ -23,6 +23,7 @@ _CHUNK = 1 << 18  # in float64 it stays in a core's cache
 _ROUNDING = 1e-4  # what generators and low precisions may move a std by, relative
 UNIFORM_KURTOSIS = 1.8
 _MOST_SEARCHED = 16
+_SHARDS = (2, 3, 4, 8)  # equal blocks that a matrix is searched for
 # No generator returns a number this close to zero: float32 samples have steps of 2^-24 or 2^-32, and the smallest
 # constant of a published init is 1e-6. Memory that nobody wrote to is full of them: integers, read as float32.
 TINY = 1e-30
@@ -128,7 +129,7 @@ def copies_of(found: Mapping[str, Draw | None], params: Mapping[str, Tensor]) ->
 
     Only weights whose figures agree to the last digit are compared number by number, so that nothing is read twice in a
     model without copies. Weights that are constant, and names of one and the same memory, are no copies. A stack of
-    matrices (experts) of which one repeats another is a copy of itself.
+    matrices (experts) of which one repeats another is a copy of itself, and so is a matrix of equal blocks (shards).
 
     Args:
         found: the draws of the weights by name.
@@ -149,7 +150,7 @@ def copies_of(found: Mapping[str, Draw | None], params: Mapping[str, Tensor]) ->
         first = next((other for other in alike if _same_numbers(params[name], params[other])), None)
         if first is None:
             alike.append(name)
-            if _repeats_a_matrix(params[name]):
+            if _repeats_a_part(params[name]):
                 copies[name] = name
         elif not _same_memory(params[name], params[first]):
             copies[name] = first
@@ -161,16 +162,33 @@ def _same_numbers(tensor: Tensor, other: Tensor) -> bool:
     return tensor.shape == other.shape and torch.equal(tensor.to(other.device), other)
 
 
-def _repeats_a_matrix(tensor: Tensor) -> bool:
-    """Whether a stack of matrices holds one of them twice; their first rows tell which to compare."""
-    if tensor.dim() != 3 or len(tensor) < 2:
+def _repeats_a_part(tensor: Tensor) -> bool:
+    """Whether a stack of matrices holds one of them twice, or a matrix is one block of rows or columns over and over."""
+    if tensor.dim() == 3:
+        return _repeats_a_matrix(tensor)
+    if tensor.dim() != 2:
         return False
+    return any(_repeats_a_block(matrix, count) for matrix in (tensor, tensor.T) for count in _SHARDS)
+
+
+def _repeats_a_matrix(stack: Tensor) -> bool:
     beginnings: dict[tuple[float, ...], int] = {}
-    for index, numbers in enumerate(tensor[:, 0, :8].tolist()):
+    for index, numbers in enumerate(stack[:, 0, :8].tolist()):
         earlier = beginnings.setdefault(tuple(numbers), index)
-        if earlier != index and torch.equal(tensor[earlier], tensor[index]):
+        if earlier != index and torch.equal(stack[earlier], stack[index]):
             return True
     return False
+
+
+def _repeats_a_block(matrix: Tensor, count: int) -> bool:
+    """Whether a matrix is `count` times the same block of rows."""
+    rows, columns = matrix.shape
+    if rows % count or rows < 2 * count or columns < 2:
+        return False
+    length = rows // count
+    if not torch.equal(matrix[0], matrix[length]):
+        return False
+    return all(torch.equal(matrix[:length], block) for block in matrix.split(length)[1:])
 
 
 def _same_memory(tensor: Tensor, other: Tensor) -> bool:

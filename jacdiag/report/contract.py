@@ -26,7 +26,7 @@ class WeightRecord(Record):
         largest: largest magnitude; None in older reports.
         tiny: numbers that are not zero and closer to it than any generator's (1e-30).
         same_as: the first parameter with the very same numbers, "" for none; constants are no copies. The parameter's
-            own name for a stack of matrices (experts) that holds one of them twice.
+            own name for a stack of matrices (experts) that holds one of them twice, and a matrix of equal blocks.
         piece_of: a parameter that holds the numbers of this gain, scale or bias as a piece of its own; "" for none.
         offset: the number that the model adds before it uses a gain, 1 for one stored as 1 + w.
         decayed: in a parameter group with weight decay; None where no optimizer was given.

@@ -20,9 +20,9 @@ TEXT = Text(
     summary="layers or experts start with bit-identical weights: one was copied from the other",
     what="""\
 Matrices of sub-layers that were drawn at random are compared number by number with those whose name differs in numbers
-only. A layer
-whose weights are those of another is named, with how many of its matrices are. Weights that are constant, tables that
-are computed, and layers that share one parameter (ALBERT) are no copies.""",
+only. A layer whose weights are those of another is named, with how many of its matrices are. A stack of matrices that
+holds one twice, and a matrix of two, three, four or eight equal blocks (shards drawn from one seed), are named too.
+Weights that are constant, tables that are computed, and layers that share one parameter (ALBERT) are no copies.""",
     why="""\
 copy.deepcopy of one layer, or a seed that is set before each, draws once for all layers. Layers of one content start as
 one function, and experts of one content get one gradient each time that they are chosen together. PyTorch's own
@@ -90,17 +90,17 @@ def _check(context: Context, rule: Rule) -> Outcome:
         stacks.setdefault((_NUMBER.sub("*", copy.stack), copy.original_number), []).append(copy)
     findings = [_finding(context, rule, contract, stack, group) for (stack, _), group in stacks.items()]
     if repeating:
-        findings.append(_finding_of_stacks(context, rule, repeating))
+        findings.append(_finding_of_parts(context, rule, repeating))
     return Outcome(count, findings)
 
 
-def _finding_of_stacks(context: Context, rule: Rule, repeating: list[WeightRecord]) -> Finding:
+def _finding_of_parts(context: Context, rule: Rule, repeating: list[WeightRecord]) -> Finding:
     names = [weight.parameter for weight in repeating]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    what = f"{', '.join(names[:3])}{more}: one matrix of the stack is bit-identical to another"
+    what = f"{', '.join(names[:3])}{more}: one matrix of the stack, or block of the matrix, is bit-identical to another"
     where = list(dict.fromkeys(weight.sublayer or weight.parameter for weight in repeating))
     evidence = {"parameters": names, "same_as": names}
-    fix = "draw each matrix of the stack anew"
+    fix = "draw each matrix of a stack, and each shard of a matrix, with numbers of its own"
     return Finding(rule.code, context.level(rule, rule.level), where, what, evidence, rule.summary, fix)
 
 

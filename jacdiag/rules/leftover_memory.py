@@ -19,7 +19,8 @@ TEXT = Text(
 Each parameter is searched for three things. Numbers that are not zero and closer to it than 1e-30: no generator returns
 them, and integers that are read as float32 look like that. Numbers beyond 1e6, far outside any published init. And, for
 gains, scales and biases that are not constant, the numbers of a piece of another parameter. A parameter of zeros alone
-may be leftover memory too, and cannot be told from one that was zeroed.""",
+may be leftover memory too, and cannot be told from one that was zeroed; where every matrix of the model is zero, all of
+them are named.""",
     why="""\
 torch.empty and to_empty() hand out memory as it is. Where no init writes to it, the model starts from whatever lay
 there: another one each time, often harmless in a test and not in the run.""",
@@ -48,6 +49,10 @@ def leftovers(contract: ContractRecord) -> list[Leftover]:
     Args:
         contract: of a model at its init.
     """
+    matrices = [weight for weight in contract.weights if len(weight.shape) >= 2]
+    if matrices and all(weight.family == "zero" for weight in matrices):
+        zero = [weight for weight in contract.weights if weight.family == "zero"]
+        return [Leftover(weight, "zeros, as every matrix of the model does") for weight in zero]
     found = []
     for weight in contract.weights:
         sign = _sign_of(weight)
@@ -97,7 +102,7 @@ def _finding(context: Context, rule: Rule, sign: str, weights: list[WeightRecord
         "piece_of": weights[0].piece_of,
     }
     verb = "holds" if len(weights) == 1 else "hold"
-    what = f"{names} {verb} {sign}, which no init writes"
+    what = f"{names} {verb} {sign}: no init wrote this"
     where = list(dict.fromkeys(weight.sublayer or weight.parameter for weight in weights))
     fix = "initialise each where it is made, and once more after to_empty()"
     return Finding(rule.code, context.level(rule, rule.level), where, what, evidence, rule.summary, fix)

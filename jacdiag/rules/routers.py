@@ -24,9 +24,9 @@ TEXT = Text(
 The routers of one name are pooled over the layers, and their std is compared with that of the matrices that read the
 same stream (W_Q, W_1 and others of the same fan_in), directly and as Xavier would scale it to a router's fan_out. A
 warning is given where the routers hold a framework's own init and the rest does not: uniform with std 1/√(3 fan_in), as
-nn.Linear leaves it, or std 1, as torch.randn does. Any other difference is an info, since routers of their own std are
-published practice: zero in AFMoE, 1 in Switch Transformers, Megatron-LM forks with a Kaiming option. Families with a
-known practice are not named, and neither are routers of zero. DeepSeek's own code leaves its gate at the default of
+nn.Linear leaves it, or std 1, as torch.randn does; and where they are all zero. Any other difference is an info, since
+routers of their own std are published practice: 1 in Switch Transformers, zero in AFMoE, Megatron-LM forks with a
+Kaiming option. Families with a known practice are not named. DeepSeek's own code leaves its gate at the default of
 nn.Linear; under model types that begin with "deepseek" that is not named.""",
     why="""\
 A gate written as a bare nn.Parameter is skipped by an init that goes by the type of modules, and keeps the draw of its
@@ -67,7 +67,7 @@ class Routers:
     Attributes:
         members: the routers.
         std: over all their numbers; `lower` and `upper` bound that of the distribution.
-        looks: whose init it is: "nn.Linear", "torch.randn", or "" for neither.
+        looks: whose init it is: "nn.Linear", "torch.randn", "zero", or "" for none of these.
         rest: std of the matrices that read the same stream, and of how many numbers it was taken.
     """
 
@@ -87,7 +87,7 @@ def unlike_routers(contract: ContractRecord) -> tuple[int, list[Routers]]:
     """
     groups: dict[str, list[WeightRecord]] = {}
     for weight in contract.weights:
-        if weight.role == "router" and weight.family in DRAWN and weight.std and weight.fan_in:
+        if weight.role == "router" and weight.family in (*DRAWN, "zero") and weight.fan_in:
             groups.setdefault(weight.pattern, []).append(weight)
     left_out = _judged_elsewhere(contract)
     compared, found = 0, []
@@ -97,7 +97,8 @@ def unlike_routers(contract: ContractRecord) -> tuple[int, list[Routers]]:
         if not rest:
             continue
         compared += len(members)
-        routers = _pool(members, rest)
+        zero = [weight for weight in members if weight.family == "zero"]
+        routers = _zero_routers(members, rest) if len(zero) == len(members) else _pool(members, rest)
         if not _drawn_as(routers, rest) and not _is_published(contract.family, routers):
             found.append(routers)
     return compared, found
@@ -136,8 +137,15 @@ def _pool(members: list[WeightRecord], rest: list[WeightRecord]) -> Routers:
         looks = "nn.Linear"
     elif not uniform and lower <= 1.0 <= upper:
         looks = "torch.randn"
-    middle = sorted(weight.std or 0.0 for weight in rest)[len(rest) // 2]
-    return Routers(tuple(members), std, lower, upper, looks, middle)
+    return Routers(tuple(members), std, lower, upper, looks, _middle(rest))
+
+
+def _zero_routers(members: list[WeightRecord], rest: list[WeightRecord]) -> Routers:
+    return Routers(tuple(members), 0.0, 0.0, 0.0, "zero", _middle(rest))
+
+
+def _middle(rest: list[WeightRecord]) -> float:
+    return sorted(weight.std or 0.0 for weight in rest)[len(rest) // 2]
 
 
 def _pooled_std(weights: list[WeightRecord]) -> float:
@@ -197,17 +205,7 @@ def _finding(context: Context, rule: Rule, routers: Routers) -> Finding:
     first = routers.members[0]
     name = first.pattern.removesuffix(".weight")
     level: Level = "warning" if routers.looks else "info"
-    ratio = routers.std / routers.rest
-    times = f"{plain(ratio)} times" if ratio >= 1 else f"1/{plain(1 / ratio)} of"
-    origin = {
-        "nn.Linear": ", uniform as nn.Linear leaves it",
-        "torch.randn": ", as torch.randn leaves it",
-        "": "",
-    }[routers.looks]
-    what = (
-        f"{name} ({len(routers.members)} routers): std {plain(routers.std)}{origin}, {times} that of the matrices that "
-        f"read the same stream ({plain(routers.rest)})"
-    )
+    what = f"{name} ({len(routers.members)} routers): {_sentence(routers)}"
     evidence = {
         "parameters": [weight.parameter for weight in routers.members],
         "role": "router",
@@ -221,6 +219,20 @@ def _finding(context: Context, rule: Rule, routers: Routers) -> Finding:
     where = list(dict.fromkeys(weight.sublayer or weight.parameter for weight in routers.members))
     fix = "initialise the routers as the rest, or pin a contract that says what is meant"
     return Finding(rule.code, context.level(rule, level), where, what, evidence, rule.summary, fix)
+
+
+def _sentence(routers: Routers) -> str:
+    if routers.looks == "zero":
+        return "all zero, so that a token gets one score from all experts, but for a bias"
+    ratio = routers.std / routers.rest
+    times = f"{plain(ratio)} times" if ratio >= 1 else f"1/{plain(1 / ratio)} of"
+    origin = f", as {routers.looks} leaves it" if routers.looks else ""
+    if routers.looks == "nn.Linear":
+        origin = ", uniform as nn.Linear leaves it"
+    return (
+        f"std {plain(routers.std)}{origin}, {times} that of the matrices that read the same stream "
+        f"({plain(routers.rest)})"
+    )
 
 
 RULE = Rule("JD209", "router-scale", "warning", **TEXT, check=_check, states=("init",))

@@ -23,6 +23,8 @@ from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 from jacdiag.rules.schemes import MATRICES, Scheme, formulas_of
 from jacdiag.rules.texts import Text
 
+# A mean of so many numbers tells a draw around 0 from old PyTorch's gains, uniform between 0 and 1.
+_LEAST_SIZE = 32
 _LEAST = 3  # layers: of two that differ nobody can say which is usual
 # LayerScale by depth: CaiT starts it at 0.1 in the first 18 layers, at 1e-5 up to the 24th, at 1e-6 beyond (Touvron et
 # al. 2021, table of section 2); written per layer, one model holds all three.
@@ -36,12 +38,14 @@ TEXT = Text(
     what="""\
 Parameters that are no matrix of a sub-layer (norm gains, biases, LayerScale, gates, routers, tables of positions) are
 compared over the layers. Where two thirds of the layers hold one constant, or one table, the others are named. Where
-two thirds were drawn, a layer is named if it is constant, or if its mean or std lies outside the others' sampling
-interval; where the std changes from layer to layer, nothing is said of it. A norm gain of the model's width that no other layer has, such as that of
-the last norm, is compared with the gains of the whole model: it is named if it is zero, or holds numbers around another value.
-For a gain that the model uses as 1 + w, the gain is 1 + w: it is named where it is 2, since w was then initialised as
-a gain of its own (Nemotron does so on purpose, and is not named). Layers that are all alike are never named: gains of zero at the end of every branch are a published
-init.""",
+two thirds were drawn alike, a layer is named if it is constant, or if its mean or std lies outside the others' sampling
+interval; where mean or std change from layer to layer, nothing is said. LayerScale may fall with depth through the
+steps of CaiT (0.1, 1e-5, 1e-6).
+A norm gain of the model's width that no other layer has, such as that of the last norm, is compared with the gains of
+the whole model: it is named if it is zero, or holds numbers around another value. For a gain that the model uses as
+1 + w, the gain is 1 + w: it is named where it is 2, since w was then initialised as a gain of its own (Nemotron does so
+on purpose, and is not named). A gain that was drawn around 0 is named in any case, and so are all gains if every one is
+zero. Other layers that are all alike are not named: gains of zero at the end of every branch are a published init.""",
     why="""\
 A zero gain cuts its branch off: neither it nor the matrices before it get a gradient. A gain that was never initialised
 holds what was in the memory. Neither changes a shape, and the other layers hide both from a loss curve.""",
@@ -94,7 +98,8 @@ def differences(contract: ContractRecord) -> tuple[int, list[Difference]]:
     lonely = [gain for gain in gains if gain.parameter not in compared and gain.shape == [width]]
     compared.update(gain.parameter for gain in lonely)
     doubled = () if contract.family in _USED_AS_TWO else _doubled(gains)
-    for difference in (*doubled, *_unlike_the_model(lonely, gains)):
+    broken = [*_around_zero(gains), *_all_zero(gains)]
+    for difference in (*doubled, *broken, *_biases_beside(broken, weights), *_unlike_the_model(lonely, gains)):
         found.setdefault(difference.weight.parameter, difference)
 
     named = _named_elsewhere(contract)
@@ -189,6 +194,36 @@ def _doubled(gains: list[WeightRecord]) -> Iterator[Difference]:
             same = [other for other in gains if other.pattern == gain.pattern]
             others = "the model uses it as 1 + w, so that the gain is 2: a w of 0 is a gain of 1"
             yield Difference(gain, gain.pattern, len(same), others, 0.0)
+
+
+def _around_zero(gains: list[WeightRecord]) -> Iterator[Difference]:
+    """Gains that were drawn around zero, as matrices are: a gain is drawn around 1 if at all."""
+    for gain in gains:
+        size = math.prod(gain.shape)
+        if gain.offset != 0 or gain.family not in DRAWN or size < _LEAST_SIZE:
+            continue
+        if abs(gain.mean or 0.0) <= 5 * (gain.std or 0.0) / math.sqrt(size):
+            same = [other for other in gains if other.pattern == gain.pattern]
+            others = "a gain is 1, or drawn around 1; this one was drawn around 0 as a matrix is"
+            yield Difference(gain, gain.pattern, len(same), others, 1.0)
+
+
+def _all_zero(gains: list[WeightRecord]) -> Iterator[Difference]:
+    """The gains of a model in which no norm has any other: every norm returns its bias, or nothing."""
+    if len(gains) < 2 or not all(is_constant(gain) and gain.offset + (gain.mean or 0.0) == 0 for gain in gains):
+        return
+    for gain in gains:
+        same = [other for other in gains if other.pattern == gain.pattern]
+        yield Difference(gain, gain.pattern, len(same), "every gain of the model is zero", 1.0 - gain.offset)
+
+
+def _biases_beside(broken: list[Difference], weights: list[WeightRecord]) -> Iterator[Difference]:
+    """Biases that are not zero in the norms whose gain is wrong: both went through the same code."""
+    norms = {difference.weight.parameter.rpartition(".")[0] for difference in broken}
+    beside = [w for w in weights if w.role == "bias" and w.parameter.rpartition(".")[0] in norms and w.family != "zero"]
+    for bias in beside:
+        same = [other for other in beside if other.pattern == bias.pattern]
+        yield Difference(bias, bias.pattern, len(same), "the gain of the same norm is wrong too; a norm's bias is 0", 0.0)
 
 
 def _unlike_the_model(lonely: list[WeightRecord], gains: list[WeightRecord]) -> Iterator[Difference]:
