@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jacdiag.measure.draws import Draw, Draws
+from jacdiag.measure.draws import Draw, Draws, copies_of, pieces_of
 from jacdiag.measure.sections import is_sinusoid, sections_of, widths_of_heads
 from jacdiag.report.contract import FUSED, ContractRecord, WeightRecord
 from jacdiag.trace.coverage import parameters_of
@@ -52,13 +52,15 @@ def contract_of(
     sizes = sizes_of(model, layers, width, vocabulary)
     uses = without_adapters(uses_of(sites))
     kinds = {site.name: site.kind for site in sites}
+    found = {name: draws.of(name, table=use.role in TABLES) for name, use in uses.items()}
+    copies = copies_of(found, draws.params)
+    pieces = pieces_of(_unexplained(uses, found), draws.params)
     weights = []
     for name, use in uses.items():
-        draw = draws.of(name, table=use.role in TABLES)
         shape = outlines[name].shape
         use = whole_map(use, shape)
-        record = record_of(name, shape, use, draw, decay, kinds.get(use.sublayer, ""))
-        weights.append(record)
+        record = record_of(name, shape, use, found[name], decay, kinds.get(use.sublayer, ""))
+        weights.append(replace(record, same_as=copies.get(name, ""), piece_of=pieces.get(name, "")))
     return ContractRecord(
         family=family_of(model),
         sizes=sizes,
@@ -97,6 +99,7 @@ def record_of(
         use.fan_out,
         decayed=None if decayed is None else name in decayed,
         kind=kind,
+        offset=use.offset,
     )
     if draw is None:
         return record
@@ -109,6 +112,8 @@ def record_of(
         mean=draw.mean,
         truncation=draw.truncation,
         zero_rows=draw.zero_rows,
+        largest=draw.largest,
+        tiny=draw.tiny,
     )
 
 
@@ -192,6 +197,17 @@ def with_sections(
     return found
 
 
+def _unexplained(uses: Mapping[str, Use], found: Mapping[str, Draw | None]) -> list[str]:
+    """Return gains, scales and biases that are not constant, where most of their role are."""
+    names: list[str] = []
+    for role in ("norm_gain", "scale", "bias"):
+        draws = {name: draw for name, use in uses.items() if use.role == role and (draw := found[name]) is not None}
+        drawn = [name for name, draw in draws.items() if draw.family not in ("zero", "constant")]
+        if len(drawn) < len(draws) / 2:
+            names += drawn
+    return names
+
+
 def family_of(model: nn.Module) -> str:
     """The model type of a Hugging Face config, else the name of the class."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
@@ -205,12 +221,20 @@ def sizes_of(model: nn.Module, layers: int, width: int, vocabulary: int | None) 
         sizes["V"] = vocabulary
     config = getattr(model, "config", None)
     for variable, names in _FROM_CONFIG.items():
-        value = next((v for name in names if _is_number(v := getattr(config, name, None))), None)
+        value = next((v for name in names if _is_number(v := _setting(config, name))), None)
         if value is not None:
             sizes[variable] = value
     if "H" in sizes and "d_head" not in sizes and sizes["H"] > 0:
         sizes["d_head"] = width / sizes["H"]
     return sizes
+
+
+def _setting(config: Any, name: str) -> Any:
+    """Return a number of a config; None where it has none, or one for each layer, which raises an error of its own."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return None
 
 
 def _is_number(value: Any) -> bool:

@@ -11,7 +11,7 @@ and chi^2 with the degrees of freedom that give this variance takes its place. A
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,11 +22,24 @@ ALPHA = 1e-6
 _CHUNK = 1 << 18  # in float64 it stays in a core's cache
 _ROUNDING = 1e-4  # what generators and low precisions may move a std by, relative
 UNIFORM_KURTOSIS = 1.8
+_MOST_SEARCHED = 16
+_SHARDS = (2, 3, 4, 8)  # equal blocks that a matrix is searched for
+# No generator returns a number this close to zero: float32 samples have steps of 2^-24 or 2^-32, and the smallest
+# constant of a published init is 1e-6. Memory that nobody wrote to is full of them: integers, read as float32.
+TINY = 1e-30
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Figures of a tensor in one pass: count, mean, population std, kurtosis, largest magnitude, rows of zeros."""
+    """Figures of a tensor in one pass.
+
+    Attributes:
+        count, mean, std, kurtosis: of the numbers; the std is that of the population.
+        largest: largest magnitude.
+        zero_rows: rows of a table that are exactly zero.
+        tiny: numbers closer to zero than `TINY`, and not zero.
+        furthest: largest distance from the mean.
+    """
 
     count: int
     mean: float
@@ -34,6 +47,8 @@ class Moments:
     kurtosis: float
     largest: float
     zero_rows: int
+    tiny: int = 0
+    furthest: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -46,6 +61,8 @@ class Draw:
         mean: as measured.
         truncation: std of the truncated normal over that of the normal before the cut; 1 for other families.
         zero_rows: rows left out, because they are exactly zero.
+        largest: largest magnitude.
+        tiny: numbers closer to zero than `TINY`, and not zero.
     """
 
     family: str
@@ -55,6 +72,8 @@ class Draw:
     mean: float
     truncation: float = 1.0
     zero_rows: int = 0
+    largest: float = 0.0
+    tiny: int = 0
 
 
 def draw_of(tensor: Tensor, *, table: bool = False, alpha: float = ALPHA) -> Draw | None:
@@ -81,14 +100,14 @@ def draw_of(tensor: Tensor, *, table: bool = False, alpha: float = ALPHA) -> Dra
     if found.largest == 0.0:
         return Draw("zero", 0.0, 0.0, 0.0, 0.0)
     if found.std <= 1e-7 * abs(found.mean):
-        return Draw("constant", 0.0, 0.0, 0.0, found.mean)
+        return Draw("constant", 0.0, 0.0, 0.0, found.mean, largest=found.largest, tiny=found.tiny)
     rows = found.zero_rows
     if tensor.dim() == 2 and not rows and _orthogonal(tensor.detach()):
         low, high = found.std * (1 - 1e-3), found.std * (1 + 1e-3)
-        return Draw("orthogonal", found.std, low, high, found.mean)
+        return Draw("orthogonal", found.std, low, high, found.mean, largest=found.largest, tiny=found.tiny)
     family, kurtosis, cut = _family(found)
     lower, upper = interval(found.std, found.count, kurtosis, alpha)
-    return Draw(family, found.std, lower, upper, found.mean, cut, rows)
+    return Draw(family, found.std, lower, upper, found.mean, cut, rows, found.largest, found.tiny)
 
 
 class Draws:
@@ -105,6 +124,130 @@ class Draws:
         return self._found[key]
 
 
+def copies_of(found: Mapping[str, Draw | None], params: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return which weights hold the very numbers of another one: name -> the first of that content.
+
+    Only weights whose figures agree to the last digit are compared number by number, so that nothing is read twice in a
+    model without copies. Weights that are constant, and names of one and the same memory, are no copies. A stack of
+    matrices (experts) of which one repeats another is a copy of itself, and so is a matrix of equal blocks (shards).
+
+    Args:
+        found: the draws of the weights by name.
+        params: the weights themselves.
+
+    Example:
+        >>> weight = torch.randn(4, 4)
+        >>> params = {"a": weight, "b": weight.clone(), "tied": weight, "c": torch.ones(4), "d": torch.ones(4)}
+        >>> copies_of({name: draw_of(tensor) for name, tensor in params.items()}, params)
+        {'b': 'a'}
+    """
+    firsts: dict[tuple[float, ...], list[str]] = {}
+    copies: dict[str, str] = {}
+    for name, draw in found.items():
+        if draw is None or draw.family in ("zero", "constant"):
+            continue
+        alike = firsts.setdefault((draw.mean, draw.std, draw.largest), [])
+        first = next((other for other in alike if _same_numbers(params[name], params[other])), None)
+        if first is None:
+            alike.append(name)
+            if _repeats_a_part(params[name]):
+                copies[name] = name
+        elif not _same_memory(params[name], params[first]):
+            copies[name] = first
+    return copies
+
+
+def _same_numbers(tensor: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have one shape and the same numbers."""
+    return tensor.shape == other.shape and torch.equal(tensor.to(other.device), other)
+
+
+def _repeats_a_part(tensor: Tensor) -> bool:
+    """Whether a stack of matrices holds one of them twice, or a matrix is one block of rows or columns over and over."""
+    if tensor.dim() == 3:
+        return _repeats_a_matrix(tensor)
+    if tensor.dim() != 2:
+        return False
+    return any(_repeats_a_block(matrix, count) for matrix in (tensor, tensor.T) for count in _SHARDS)
+
+
+def _repeats_a_matrix(stack: Tensor) -> bool:
+    beginnings: dict[tuple[float, ...], int] = {}
+    for index, numbers in enumerate(stack[:, 0, :8].tolist()):
+        earlier = beginnings.setdefault(tuple(numbers), index)
+        if earlier != index and torch.equal(stack[earlier], stack[index]):
+            return True
+    return False
+
+
+def _repeats_a_block(matrix: Tensor, count: int) -> bool:
+    """Whether a matrix is `count` times the same block of rows."""
+    rows, columns = matrix.shape
+    if rows % count or rows < 2 * count or columns < 2:
+        return False
+    length = rows // count
+    if not torch.equal(matrix[0], matrix[length]):
+        return False
+    return all(torch.equal(matrix[:length], block) for block in matrix.split(length)[1:])
+
+
+def _same_memory(tensor: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape are one; both are held, so that neither can take a freed one's place."""
+    return tensor.data_ptr() == other.data_ptr()
+
+
+def pieces_of(names: Iterable[str], params: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return which vectors hold the numbers of a piece of a matrix: name -> the matrix.
+
+    Memory that is handed out again often holds a piece of a tensor that lay there before. Every matrix is read for each
+    vector, so that only those that no init explains should be asked for; of many, the first 16 are searched.
+
+    Args:
+        names: the vectors. Those of less than 8 numbers, and constant ones, are left out.
+        params: all parameters by name.
+
+    Example:
+        >>> matrix = torch.randn(8, 8)
+        >>> pieces_of(["gain"], {"weight": matrix, "gain": matrix.flatten()[5:21].clone()})
+        {'gain': 'weight'}
+    """
+    vectors = {name: params[name].detach().flatten() for name in names}
+    vectors = {name: vector for name, vector in vectors.items() if vector.numel() >= 8 and bool((vector != vector[0]).any())}
+    chosen = dict(list(vectors.items())[:_MOST_SEARCHED])
+    pieces: dict[str, str] = {}
+    if not chosen:
+        return pieces
+    for other in params:
+        tensor = params[other]
+        if tensor.dim() < 2 or not tensor.is_floating_point():
+            continue
+        for name, vector in chosen.items():
+            if name not in pieces and _holds_piece(tensor.detach(), vector):
+                pieces[name] = other
+    return pieces
+
+
+def _holds_piece(tensor: Tensor, vector: Tensor) -> bool:
+    """Whether a tensor, row by row, holds the numbers of a vector in their order, in memory of its own."""
+    flat, length = tensor.reshape(-1), vector.numel()
+    places = flat.numel() - length + 1
+    if places < 1 or flat.dtype != vector.dtype or _storage(tensor) == _storage(vector):
+        return False
+    matching = flat[:places] == vector[0].to(flat.device)
+    if not bool(matching.any()):
+        return False
+    starts = matching.nonzero().flatten()
+    for offset in range(1, length):
+        starts = starts[flat[starts + offset] == vector[offset].to(flat.device)]
+        if not starts.numel():
+            return False
+    return True
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
 def std_of(tensor: Tensor, correction: int = 0) -> float:
     """Standard deviation over all elements in float64, without a copy of the tensor in float64; NaN of too few."""
     found = moments(tensor.detach()) if tensor.numel() > correction else None
@@ -115,7 +258,9 @@ def moments(tensor: Tensor, table: bool = False) -> Moments:
     """Figures of a tensor, in float64, piece by piece."""
     flat = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor.reshape(1, -1)
     rows = max(1, _CHUNK // max(1, flat.shape[1]))
-    count, sums, largest, zero_rows = 0, torch.zeros(4, dtype=torch.float64), 0.0, 0
+    count, zero_rows, tiny = 0, 0, 0
+    low, high = math.inf, -math.inf
+    sums = torch.zeros(4, dtype=torch.float64)
     shift = float(flat[0, : min(64, flat.shape[1])].double().mean())
     for piece in flat.split(rows):
         if table:
@@ -124,7 +269,9 @@ def moments(tensor: Tensor, table: bool = False) -> Moments:
             piece = kept
         if not piece.numel():
             continue
-        largest = max(largest, *(abs(float(end)) for end in torch.aminmax(piece)))
+        ends = torch.aminmax(piece)
+        low, high = min(low, float(ends.min)), max(high, float(ends.max))
+        tiny += _count_tiny(piece)
         centred = piece.flatten().to(torch.float64, copy=True).sub_(shift)
         square = centred * centred
         powers = centred.sum(), centred @ centred, square @ centred, square @ square
@@ -136,7 +283,25 @@ def moments(tensor: Tensor, table: bool = False) -> Moments:
     variance = max(m2 - m1 * m1, 0.0)
     fourth = m4 - 4 * m1 * m3 + 6 * m1 * m1 * m2 - 3 * m1**4
     kurtosis = fourth / variance**2 if variance > 0 else 0.0
-    return Moments(count, m1 + shift, math.sqrt(variance), kurtosis, largest, zero_rows)
+    mean = m1 + shift
+    return Moments(
+        count,
+        mean,
+        math.sqrt(variance),
+        kurtosis,
+        largest=max(abs(low), abs(high)),
+        zero_rows=zero_rows,
+        tiny=tiny,
+        furthest=max(high - mean, mean - low),
+    )
+
+
+def _count_tiny(piece: Tensor) -> int:
+    """Return how many numbers are closer to zero than `TINY`, and not zero."""
+    if piece.dtype == torch.float16:  # its smallest number is 6e-8
+        return 0
+    close = piece.abs() < TINY
+    return int(close.sum() - (piece == 0).sum()) if bool(close.any()) else 0
 
 
 def interval(std: float, count: int, kurtosis: float, alpha: float = ALPHA) -> tuple[float, float]:
@@ -173,10 +338,10 @@ def truncated(cut: float) -> tuple[float, float]:
 def _family(found: Moments) -> tuple[str, float, float]:
     """Family, kurtosis of that family, and std over that before truncation.
 
-    A normal sample of that size reaches a largest magnitude that hardly varies: one that stays far below is bounded,
+    A normal sample of that size reaches a largest distance from its mean that hardly varies: one that stays far below is bounded,
     one far above is a mixture. Each of the tests errs with a chance below 1e-6.
     """
-    n, reach = found.count, found.largest / found.std
+    n, reach = found.count, found.furthest / found.std
     error = 6 * math.sqrt(24 / n)
     bounded = n * math.log(max(math.erf(reach / math.sqrt(2)), 1e-300)) < math.log(1e-7)
     if bounded:

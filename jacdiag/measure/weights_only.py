@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from jacdiag.measure.contract import TABLES, record_of, with_sections, without_adapters
-from jacdiag.measure.draws import draw_of, std_of
+from jacdiag.measure.draws import copies_of, draw_of, std_of
 from jacdiag.measure.figures import spread_of
 from jacdiag.measure.finite import non_finite_weights
 from jacdiag.measure.roles_by_name import NamedModel, NamedSublayer, is_matrix, read_names
@@ -290,13 +290,15 @@ def build_contract(state: Mapping[str, Tensor], model: NamedModel) -> ContractRe
     if tables:
         sizes["V"] = max(tables)
     uses = without_adapters({name: weight.use for name, weight in model.weights.items()})
+    draws = {
+        name: draw_of(state[name], table=weight.role in TABLES)
+        for name, weight in model.weights.items()
+    }
+    copies = copies_of(draws, state)
     weights = [
-        record_of(
-            name,
-            state[name].shape,
-            uses[name],
-            draw_of(state[name], table=weight.role in TABLES),
-            kind=weight.kind,
+        replace(
+            record_of(name, state[name].shape, uses[name], draws[name], kind=weight.kind),
+            same_as=copies.get(name, ""),
         )
         for name, weight in model.weights.items()
     ]

@@ -43,7 +43,8 @@ class WeightRecord(Record):
 
     Attributes:
         parameter, shape: `pattern` is its name with the layer number as "*".
-        role: embedding, positions, W_Q, W_K, W_V, W_O, W_1, W_gate, W_2, router, head, norm_gain, bias ...; "" unknown.
+        role: embedding, positions, cls, W_Q, W_K, W_V, W_O, W_1, W_gate, W_2, router, head, norm_gain, scale, bias ...;
+            "" unknown.
         layer, sublayer: None and "" outside all sub-layers.
         fan_in, fan_out: of the linear map that it makes, whichever way it is stored.
         family: normal, truncated, uniform, orthogonal, zero, constant, sinusoid (a table of sines and
@@ -52,6 +53,12 @@ class WeightRecord(Record):
         lower, upper: sampling interval of the std that it was drawn with, at 1 - `alpha` of the contract.
         mean: over all elements; the value itself for a constant.
         truncation: for a truncated normal, std over that of the normal before it was cut.
+        largest: largest magnitude; None in older reports.
+        tiny: numbers that are not zero and closer to it than any generator's (1e-30).
+        same_as: the first parameter with the very same numbers, "" for none; constants are no copies. The parameter's
+            own name for a stack of matrices (experts) that holds one of them twice, and a matrix of equal blocks.
+        piece_of: a parameter that holds the numbers of this gain, scale or bias as a piece of its own; "" for none.
+        offset: the number that the model adds before it uses a gain, 1 for one stored as 1 + w.
         decayed: in a parameter group with weight decay; None where no optimizer was given.
         kind: of the sub-layer that reads it (attention, mlp, moe, mixer, conv ...); "" outside all, and
             in reports from before it was kept.
@@ -76,6 +83,11 @@ class WeightRecord(Record):
     decayed: bool | None = None
     kind: str = ""
     sections: list[SectionRecord] = field(default_factory=list)
+    largest: float | None = None
+    tiny: int = 0
+    same_as: str = ""
+    piece_of: str = ""
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from jacdiag.report import ContractRecord, Finding, WeightRecord
 from jacdiag.rules import contract_texts as texts
 from jacdiag.rules.departures import Departure, departures, layers_that_differ, told
 from jacdiag.rules.following import followed
+from jacdiag.rules.leftover_memory import without_leftovers
 from jacdiag.rules.numbers import plain
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 from jacdiag.rules.schemes import MATRICES, Scheme, formulas_of, published_for
@@ -38,6 +39,7 @@ class Judged:
 
 def judged(contract: ContractRecord) -> Judged:
     """Compare every weight with what its family, or the rest of the model, says."""
+    contract = without_leftovers(contract)
     scheme = published_for(contract.family)
     if scheme is not None:
         yardstick = Yardstick.given(contract, scheme)

@@ -19,7 +19,7 @@ RESIDUAL = ("W_O", "W_2")  # the matrices that write to the shortcut
 INNER = ("W_Q", "W_K", "W_V", "W_QK", "W_QV", "W_KV", "W_QKV", "W_Q_a", "W_K_a", "W_V_a", "W_KV_a", "W_QKV_a", "W_1",
          "W_gate", "W_gate_up")  # fmt: skip
 MATRICES = (*INNER, *RESIDUAL)
-OUTSIDE = ("embedding", "positions", "head", "projection", "router")
+OUTSIDE = ("embedding", "positions", "cls", "head", "projection", "router")
 VECTORS = ("norm_gain", "scale", "bias")
 ROLES = (*MATRICES, *OUTSIDE, *VECTORS)
 VARIABLES = frozenset({"N", "d", "V", "H", "d_head", "fan_in", "fan_out", "l", "initializer_range",

@@ -51,7 +51,8 @@ class Node:
     """One torch call: what it read (value indices), what it made, where it stood.
 
     `operands` are the tensors among its arguments, in order. `function` names the custom autograd.Function whose
-    forward made the call: autograd does not see what happens there, so that no value inside can be replaced.
+    forward made the call: autograd does not see what happens there, so that no value inside can be replaced. `added`
+    is the number that an addition adds to a tensor, 1 in `1 + weight`.
     """
 
     index: int
@@ -64,6 +65,7 @@ class Node:
     line: str = ""
     operands: tuple[int, ...] = ()
     function: str = ""
+    added: float = 0.0
 
 
 @dataclass(slots=True)

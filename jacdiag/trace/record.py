@@ -23,7 +23,7 @@ from jacdiag.trace.opaque import custom_function, plain_run, unseen_code
 from jacdiag.trace.precision import Precision
 from jacdiag.trace.randomness import RandomState, borrowed
 from jacdiag.trace.skeleton import Skeleton
-from jacdiag.trace.sums import terms_of
+from jacdiag.trace.sums import number_added, terms_of
 from jacdiag.trace.tensors import collect, collect_deep, is_float, storage_of, version_of, writes_in_place
 
 _TORCH_DIR = torch.__file__.rsplit("/", 1)[0]
@@ -165,6 +165,7 @@ class Recorder(TorchFunctionMode):
         node = Node(index, name, key, inputs, (), self.stack[-1] if self.stack else 0)
         node.operands = tuple(by_id[id(t)][-1] for t in read)
         node.function = custom_function()
+        node.added = number_added(name, args, kwargs)
         self.nodes.append(node)
         for v in inputs:
             self.values[v].consumers.append(index)

@@ -6,7 +6,7 @@ new way of adding is one entry here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,6 +154,29 @@ def terms_of(
         values = tuple(v for v in map(value_of, part.tensors) if v is not None)
         terms.append(Term(values, values[0] if part.plain and values else None, part.product))
     return tuple(terms)
+
+
+def number_added(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
+    """Return the number that a call adds to a tensor, 0 if it adds none.
+
+    Args:
+        name: of the call.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+
+    Example:
+        >>> number_added("__radd__", (torch.zeros(2), 1.0), {})
+        1.0
+    """
+    form = FORMS.get(name)
+    if form not in (_add, _sub):
+        return 0.0
+    given = (*args[:2], kwargs.get("other"))
+    numbers = [value for value in given if isinstance(value, int | float) and not isinstance(value, bool)]
+    if len(numbers) != 1:
+        return 0.0
+    number = float(numbers[0] * kwargs.get("alpha", 1))
+    return number if form is _add else -number
 
 
 def term_tensor(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], position: int) -> Tensor:

@@ -29,6 +29,11 @@ _BILINEAR = {"matmul", "bmm", "einsum", "__matmul__", "baddbmm", "baddbmm_"}
 _TIMES = {"mul", "__mul__", "__rmul__", "mul_", "__imul__", "multiply"}
 _PARTS = {"chunk", "split", "split_with_sizes", "tensor_split", "unbind", "__getitem__", "narrow"}
 _CHOICE = {"topk", "softmax", "sigmoid", "argsort", "sort", "gather"}
+# Calls after which a parameter's number is another one, so that a gain of 1 is no longer a parameter of 1.
+_CHANGES = _TIMES | ACTIVATIONS | {"div", "__truediv__", "exp", "exp_", "log", "sqrt", "pow", "__pow__", "square", "neg",
+                                   "abs", "clamp", "softmax", "normalize", "logsigmoid"}  # fmt: skip
+_JOINS = {"cat", "concat", "concatenate"}
+_NORMS_WITH_GAIN = FUSED_NORMS | {"batch_norm", "group_norm", "instance_norm"}
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
@@ -38,10 +43,12 @@ class Use:
 
     Attributes:
         role: embedding, positions, W_Q, W_K, W_V, W_QKV, W_KV, W_O, W_1, W_gate, W_gate_up, W_2, router, head,
-            projection, norm_gain, scale, bias, or "" where the dataflow does not tell.
+            projection, cls, norm_gain, scale, bias, or "" where the dataflow does not tell. A scale is a LayerScale, a
+            gate or a temperature; cls is any token that joins those of the input.
         layer: depth of the sub-layer that reads it, None outside all.
         sublayer: its name, "" outside all.
         fan_in, fan_out: sizes of the linear map that it makes, whichever way it is stored; None for a vector.
+        offset: the number that is added to a gain or a scale before it multiplies: 1 in `x * (1 + weight)`.
     """
 
     role: str
@@ -49,6 +56,7 @@ class Use:
     sublayer: str = ""
     fan_in: int | None = None
     fan_out: int | None = None
+    offset: float = 0.0
 
 
 def uses_of(sites: Sites) -> dict[str, Use]:
@@ -69,7 +77,7 @@ def uses_of(sites: Sites) -> dict[str, Use]:
         roles = _Branch(sites, site, raw).roles()
         for name in site.parameters:
             if name not in found:
-                use = roles.get(name) or Use(_small_role(sites, name))
+                use = roles.get(name) or _small_use(sites, name)
                 found[name] = replace(use, layer=site.depth, sublayer=site.name)
     found |= {name: use for name, use in _outside(sites).items() if name not in found}
     outlines = sites.skeleton.outlines
@@ -259,8 +267,10 @@ def _outside(sites: Sites) -> dict[str, Use]:
     for name in (*coverage.embedding, *coverage.head, *coverage.norms, *coverage.uncovered):
         if name in found or name not in outlines:
             continue
-        if outlines[name].dim() < 2:
-            found[name] = Use(_small_role(sites, name))
+        if _joins_the_input(sites, name):
+            found[name] = Use("cls")
+        elif outlines[name].dim() < 2:
+            found[name] = _small_use(sites, name)
         elif name in coverage.uncovered:
             continue
         else:
@@ -280,42 +290,85 @@ def _outer_matrix(sites: Sites, name: str) -> Use:
     return Use(role, fan_in=read.shape[-1] if read.shape else None, fan_out=made.shape[-1] if made.shape else None)
 
 
-def _small_role(sites: Sites, name: str) -> str:
+def _joins_the_input(sites: Sites, name: str) -> bool:
+    """Whether a parameter is a token of its own: it is put beside the tokens of the input."""
+    use = _first_use(sites.graph, name)
+    if use is None or sites.graph.nodes[use.node].name not in _JOINS:
+        return False
+    result = sites.graph.values[sites.graph.nodes[use.node].outputs[0]]
+    shape = sites.skeleton.outlines[name].shape
+    return len(result.shape) >= 3 and len(shape) >= 1 and shape[-1] == result.shape[-1]
+
+
+def _small_use(sites: Sites, name: str) -> Use:
     """A vector is what the call that reads it makes of it: the gain or bias of a norm, a bias, a scale."""
-    graph, outlines = sites.graph, sites.skeleton.outlines
+    graph, shape = sites.graph, sites.skeleton.outlines[name].shape
     if any(name in _state_read(graph, n.index) for n in graph.nodes if n.name == "embedding"):
-        return "positions"
-    if math.prod(outlines[name].shape) > 1 and outlines[name].dim() >= 2 and min(outlines[name].shape) > 1:
-        return ""
-    node = _reader(graph, name)
-    if node is None:
-        return ""
-    record = graph.nodes[node]
-    if record.name in FUSED_NORMS or record.name == "batch_norm":
+        return Use("positions")
+    if math.prod(shape) > 1 and len(shape) >= 2 and min(shape) > 1:
+        return Use("")
+    use = _first_use(graph, name)
+    if use is None:
+        return Use("")
+    record = graph.nodes[use.node]
+    if record.name in _NORMS_WITH_GAIN:
         vectors = [v for v in record.operands if graph.values[v].from_state and not graph.values[v].live]
         mine = [k for k, v in enumerate(vectors) if _made_of(graph, v, name)]
-        return "norm_gain" if mine and mine[0] == max(0, len(vectors) - 2) * (len(vectors) > 2) else "bias"
+        is_gain = mine and mine[0] == max(0, len(vectors) - 2) * (len(vectors) > 2)
+        return Use("norm_gain", offset=use.added) if is_gain else Use("bias")
     if record.name in _TIMES or record.name in ("div", "__truediv__"):
-        return "norm_gain" if _in_norm(graph, node) else "scale"
-    return "bias"
+        role = "norm_gain" if _in_norm(graph, use.node) and not use.changed else "scale"
+        return Use(role, offset=use.added + _times_one_more(graph, use.node))
+    return Use("bias")
 
 
 def _state_read(graph: Graph, node: int) -> set[str]:
     return {graph.values[v].name for v in graph.nodes[node].inputs if graph.values[v].node == STATE}
 
 
-def _reader(graph: Graph, name: str) -> int | None:
-    """The first call that reads a parameter together with something live."""
-    stack = [v.index for v in graph.values if v.node == STATE and v.name == name]
+@dataclass(frozen=True)
+class _FirstUse:
+    """The first call that reads a parameter together with something live.
+
+    Attributes:
+        node: the call.
+        added: the number that was added to the parameter before.
+        changed: it passed through a function before (exp, softplus), or was multiplied.
+    """
+
+    node: int
+    added: float
+    changed: bool
+
+
+def _first_use(graph: Graph, name: str) -> _FirstUse | None:
+    """Follow a parameter through the calls that read nothing live, `1 + weight` and casts, to the first that does."""
+    waiting = [(v.index, 0.0, False) for v in graph.values if v.node == STATE and v.name == name]
     seen: set[int] = set()
-    while stack:
-        value = stack.pop(0)
+    while waiting:
+        value, added, changed = waiting.pop(0)
         for node in graph.values[value].consumers:
-            if any(graph.values[v].live for v in graph.nodes[node].inputs):
-                return node
-            stack += [v for v in graph.nodes[node].outputs if v not in seen]
-            seen.update(graph.nodes[node].outputs)
+            record = graph.nodes[node]
+            if any(graph.values[v].live for v in record.inputs):
+                return _FirstUse(node, added, changed)
+            now_changed = changed or record.name in _CHANGES
+            waiting += [(v, added + record.added, now_changed) for v in record.outputs if v not in seen]
+            seen.update(record.outputs)
     return None
+
+
+def _times_one_more(graph: Graph, node: int) -> float:
+    """Return 1 where a product with a parameter is added to what it multiplied: `x + x * weight`; else 0."""
+    record = graph.nodes[node]
+    if record.name not in _TIMES:
+        return 0.0
+    multiplied = {v for v in record.operands if graph.values[v].live}
+    for output in record.outputs:
+        for consumer in graph.values[output].consumers:
+            terms = graph.nodes[consumer].terms or ()
+            if {output} | multiplied == {term.operand for term in terms}:
+                return 1.0
+    return 0.0
 
 
 def _made_of(graph: Graph, value: int, name: str) -> bool:

@@ -1,0 +1,86 @@
+"""Parameters that stand at the same place of different layers, as groups that may be compared."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from jacdiag.report import WeightRecord
+
+# A part of a name that is a number, with two names or more after it: `blocks.3.norm1.weight`, and not `mlp.2.weight`,
+# whose number is a place in a sequence of unlike modules.
+_LAYER_NUMBER = re.compile(r"(?<![^.])\d+(?=\.[^.]+\.)")
+_SAME = 1e-3  # relative: what low precisions move a constant by
+DRAWN = ("normal", "truncated", "uniform", "orthogonal")
+CONSTANT = ("zero", "constant")
+MAJORITY = 2 / 3  # of a group: fewer do not say what is usual
+
+
+@dataclass(frozen=True)
+class Group:
+    """The same parameter of several layers.
+
+    Attributes:
+        pattern: their name, with "*" for the number that differs.
+        numbers: the numbers, ascending.
+        members: in the order of the numbers.
+    """
+
+    pattern: str
+    numbers: tuple[int, ...]
+    members: tuple[WeightRecord, ...]
+
+
+def layer_groups(weights: Iterable[WeightRecord], least: int = 2) -> Iterator[Group]:
+    """Yield the groups of parameters that differ in one layer number only.
+
+    Members have one shape, and the other parameters of their modules have too: a bias is drawn by the size of its
+    matrix, so that those of unlike matrices may differ.
+
+    Args:
+        weights: all parameters of a model.
+        least: members that a group needs.
+    """
+    weights = list(weights)
+    siblings: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    for weight in weights:
+        module, _, name = weight.parameter.rpartition(".")
+        siblings.setdefault(module, []).append((name, tuple(weight.shape)))
+    groups: dict[tuple[Any, ...], list[tuple[int, WeightRecord]]] = {}
+    for weight in weights:
+        around = frozenset(siblings[weight.parameter.rpartition(".")[0]])
+        for match in _LAYER_NUMBER.finditer(weight.parameter):
+            pattern = f"{weight.parameter[: match.start()]}*{weight.parameter[match.end() :]}"
+            key = (pattern, weight.role, weight.offset, around)
+            groups.setdefault(key, []).append((int(match[0]), weight))
+    for (pattern, *_), numbered in groups.items():
+        if len(numbered) >= least:
+            ascending = sorted(numbered, key=lambda pair: pair[0])
+            yield Group(pattern, tuple(number for number, _ in ascending), tuple(weight for _, weight in ascending))
+
+
+def is_constant(weight: WeightRecord) -> bool:
+    """Whether all numbers of a parameter are one."""
+    return weight.family in CONSTANT
+
+
+def same_value(weight: WeightRecord, other: WeightRecord) -> bool:
+    """Whether two parameters hold the same constant, or the very same numbers."""
+    if is_constant(weight) and is_constant(other):
+        return math.isclose(weight.mean or 0.0, other.mean or 0.0, rel_tol=_SAME)
+    origins = (weight.same_as or weight.parameter, other.same_as or other.parameter)
+    return origins[0] == origins[1]
+
+
+def usual_value(weights: Iterable[WeightRecord]) -> WeightRecord | None:
+    """Return a parameter whose value two thirds of the given ones have, or None."""
+    weights = list(weights)
+    counts = Counter({k: sum(same_value(w, other) for other in weights) for k, w in enumerate(weights)})
+    if not counts:
+        return None
+    index, count = counts.most_common(1)[0]
+    return weights[index] if count >= MAJORITY * len(weights) else None

@@ -1,0 +1,111 @@
+"""JD211: parameters that hold what was in the memory before, since no init wrote them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from jacdiag.report import ContractRecord, Finding, WeightRecord
+from jacdiag.rules.numbers import plain
+from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
+from jacdiag.rules.texts import Text
+
+# Over the fresh families of transformers the largest number of any parameter is 10 (benchmarks/results/vectors.json).
+# This is a hundred thousand times as large. Random bits read as float32 exceed it in four of ten numbers.
+LARGEST = 1e6
+
+TEXT = Text(
+    summary="a parameter holds leftover memory: numbers that no initialisation writes",
+    what="""\
+Each parameter is searched for three things. Numbers that are not zero and closer to it than 1e-30: no generator returns
+them, and integers that are read as float32 look like that. Numbers beyond 1e6, far outside any published init. And, for
+gains, scales and biases that are not constant, the numbers of a piece of another parameter. A parameter of zeros alone
+may be leftover memory too, and cannot be told from one that was zeroed; where every matrix of the model is zero, all of
+them are named.""",
+    why="""\
+torch.empty and to_empty() hand out memory as it is. Where no init writes to it, the model starts from whatever lay
+there: another one each time, often harmless in a test and not in the run.""",
+    example="""\
+    self.weight = nn.Parameter(torch.empty(d))           # and no reset_parameters()
+    with torch.device("meta"):
+        model = Model()
+    model.to_empty(device="cuda")                        # and no init after it""",
+    remedy="""\
+Initialise the parameter where it is made. After to_empty(), call the init of every module, those written by hand
+included.""",
+)
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A parameter with numbers that no init writes, and the sign that it is known by."""
+
+    weight: WeightRecord
+    sign: str
+
+
+def leftovers(contract: ContractRecord) -> list[Leftover]:
+    """Return the parameters that hold leftover memory.
+
+    Args:
+        contract: of a model at its init.
+    """
+    matrices = [weight for weight in contract.weights if len(weight.shape) >= 2]
+    if matrices and all(weight.family == "zero" for weight in matrices):
+        zero = [weight for weight in contract.weights if weight.family == "zero"]
+        return [Leftover(weight, "zeros, as every matrix of the model does") for weight in zero]
+    found = []
+    for weight in contract.weights:
+        sign = _sign_of(weight)
+        if sign:
+            found.append(Leftover(weight, sign))
+    return found
+
+
+def without_leftovers(contract: ContractRecord) -> ContractRecord:
+    """Return the contract of the parameters that an init wrote: what the others hold says nothing of a scheme."""
+    left = {leftover.weight.parameter for leftover in leftovers(contract)}
+    if not left:
+        return contract
+    return replace(contract, weights=[weight for weight in contract.weights if weight.parameter not in left])
+
+
+def _sign_of(weight: WeightRecord) -> str:
+    if weight.tiny:
+        return "numbers that are not zero and closer to it than 1e-30"
+    if weight.largest is not None and weight.largest > LARGEST:
+        return f"numbers beyond {plain(LARGEST)}"
+    if weight.piece_of:
+        return f"the numbers of a piece of {weight.piece_of}"
+    return ""
+
+
+def _check(context: Context, rule: Rule) -> Outcome:
+    contract = context.report.contract
+    if contract is None or context.report.state not in rule.states:
+        return NOT_APPLICABLE
+    known = [weight for weight in contract.weights if weight.largest is not None]
+    groups: dict[str, list[WeightRecord]] = {}
+    for leftover in leftovers(contract):
+        groups.setdefault(leftover.sign, []).append(leftover.weight)
+    findings = [_finding(context, rule, sign, weights) for sign, weights in groups.items()]
+    return Outcome(len(known), findings)
+
+
+def _finding(context: Context, rule: Rule, sign: str, weights: list[WeightRecord]) -> Finding:
+    more = f" and {len(weights) - 3} more" if len(weights) > 3 else ""
+    names = ", ".join(weight.parameter for weight in weights[:3]) + more
+    evidence = {
+        "parameters": [weight.parameter for weight in weights],
+        "role": weights[0].role,
+        "tiny": [weight.tiny for weight in weights],
+        "largest": [weight.largest for weight in weights],
+        "piece_of": weights[0].piece_of,
+    }
+    verb = "holds" if len(weights) == 1 else "hold"
+    what = f"{names} {verb} {sign}: no init wrote this"
+    where = list(dict.fromkeys(weight.sublayer or weight.parameter for weight in weights))
+    fix = "initialise each where it is made, and once more after to_empty()"
+    return Finding(rule.code, context.level(rule, rule.level), where, what, evidence, rule.summary, fix)
+
+
+RULE = Rule("JD211", "leftover-memory", "warning", **TEXT, check=_check, states=("init",))
