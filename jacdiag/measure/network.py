@@ -16,6 +16,7 @@ from jacdiag.report.flow import BackwardRecord, DeadBranch, DeadPath, ForwardRec
 from jacdiag.report.schema import Growth, Interval, NetworkRecord, SublayerRecord
 from jacdiag.spectra import JacobianOperator, independent_dims, top_singular
 from jacdiag.trace import Sites, Sublayer
+from jacdiag.trace.coverage import parameters_of
 from jacdiag.trace.tap import Spot, Where
 
 _ASKED = 2  # sub-layers that are asked what they mix: attention and FFN, mostly
@@ -131,7 +132,8 @@ def backward_record(
     if not tables:
         missing = dict.fromkeys(("embedding_norm", "others_median"), "no embedding lies before the first sub-layer")
         return BackwardRecord(dead=dead, not_finite=broken, notes={**missing, **notes})
-    table = max(tables, key=lambda name: outlines[name].numel())
+    by_ids = _tables_read_by_ids(sites)
+    table = max(tables, key=lambda name: (name in by_ids, outlines[name].numel()))
     others = [
         value
         for name, value in gradients.items()
@@ -141,6 +143,14 @@ def backward_record(
     if median is None:
         notes = {**notes, "others_median": "no other matrix has a gradient"}
     return BackwardRecord(table, gradients[table], median, dead, broken, notes)
+
+
+def _tables_read_by_ids(sites: Sites) -> set[str]:
+    """Return the embeddings whose rows the input picks; positions are picked by constants."""
+    graph = sites.graph
+    picked = [node.index for node in graph.nodes if node.name == "embedding"]
+    live = [node for node in picked if any(graph.values[value].live for value in graph.nodes[node].inputs)]
+    return set(parameters_of(graph, live, sites.skeleton))
 
 
 def with_flow(

@@ -11,12 +11,15 @@ from typing import Any
 from jacdiag.errors import UsageError
 from jacdiag.report import Conditions, Finding, Report, RuleResult, Status, Verdict
 from jacdiag.report.thresholds import CUTS, Thresholds
-from jacdiag.rules import conditions, init_contract, live, measurement, regression, risk
+from jacdiag.rules import backward, conditions, forward, init_contract, live, measurement, regression, risk
 from jacdiag.rules.compare import overall
 from jacdiag.rules.profile import profile_of
 from jacdiag.rules.rule import Context, Outcome, Rule
 
-RULES: tuple[Rule, ...] = (*conditions.RULES, *risk.RULES, *regression.RULES, *init_contract.RULES, *measurement.RULES)
+RULES: tuple[Rule, ...] = (
+    *conditions.RULES, *risk.RULES, *regression.RULES, *init_contract.RULES, *forward.RULES, *backward.RULES,
+    *measurement.RULES,
+)  # fmt: skip
 # With those that speak in a run only.
 EVERY: tuple[Rule, ...] = tuple(sorted((*RULES, *live.RULES), key=lambda one: one.code))
 _CODES = tuple(rule.code for rule in RULES)
