@@ -11,6 +11,7 @@ import copy
 import json
 import logging
 import math
+import signal
 import sys
 import time
 import traceback
@@ -29,6 +30,7 @@ from jacdiag.sources.factory import seeded
 
 RESULTS = Path(__file__).parent / "results"
 CODES = ("JD3", "JD4")
+LIMIT = 60  # seconds per family
 RECIPES = ("vanilla", "xavier", "embed-detach", "embed-ln", "scaled-embed")
 
 
@@ -75,6 +77,7 @@ def families(names: list[str]) -> list[dict[str, Any]]:
             continue
         row: dict[str, Any] = {"family": label}
         started = time.perf_counter()
+        signal.alarm(LIMIT)
         try:
             row |= _of_family(building, task, family)
         except building.CannotBuild as error:
@@ -82,6 +85,8 @@ def families(names: list[str]) -> list[dict[str, Any]]:
         except Exception as error:
             row["failed"] = f"{type(error).__name__}: {str(error)[:200]}"
             traceback.print_exc()
+        finally:
+            signal.alarm(0)
         row["seconds"] = round(time.perf_counter() - started, 2)
         rows.append(row)
         print(json.dumps(row), flush=True)
@@ -131,8 +136,13 @@ def fresh(building: Any, task: str, family: str) -> tuple[torch.nn.Module, dict[
     return model, inputs
 
 
+def _too_long(*_: Any) -> None:
+    raise TimeoutError(f"more than {LIMIT} s")
+
+
 def main() -> None:
     """Run the part that the first argument names and write its results."""
+    signal.signal(signal.SIGALRM, _too_long)
     warnings.simplefilter("ignore")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     part = sys.argv[1] if len(sys.argv) > 1 else "recipes"

@@ -7,7 +7,6 @@ gradient arrives. Where neither does, the cause is unknown.
 
 from __future__ import annotations
 
-import re
 import sys
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -31,7 +30,6 @@ from jacdiag.trace.tensors import collect, collect_deep, is_float
 _PACKAGE = __file__.rsplit("/", 2)[0]
 _PLUMBING = (torch.__path__[0], f"{_PACKAGE}/trace/", f"{_PACKAGE}/measure/")
 _MOST = 12  # parameters that are tried one by one
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 Alive = Callable[[], bool]
 
 
@@ -140,7 +138,8 @@ def _stream_path(
     own = None
     if profile.parameters is not None and all(name in profile.parameters for name in causes):
         own = sum(profile.parameters[name] ** 2 for name in causes) ** 0.5
-    return replace(path, cause="zero", parameters=causes, together=together, head=head, own_gradient=own)
+    values = constants(sites.skeleton, causes)
+    return replace(path, cause="zero", parameters=causes, values=values, together=together, head=head, own_gradient=own)
 
 
 def _is_head(sites: Sites, name: str) -> bool:
@@ -151,6 +150,8 @@ def _branch_path(sites: Sites, token_ids: Tensor | None, index: int, frozen: Col
     site = sites[index]
     is_frozen = set(site.parameters) <= set(frozen)
     path = DeadPath([site.name], stream=False, cause="unknown", frozen=is_frozen)
+    if not bool(site.shortcut.any()):
+        return replace(path, cause="input")
     raw = sites.raw[index]
     term = raw.result if raw.result is not None else raw.term.operand
     watched = [name for name in site.parameters if sites.skeleton.params[name].is_floating_point()]
@@ -165,7 +166,10 @@ def _branch_path(sites: Sites, token_ids: Tensor | None, index: int, frozen: Col
         causes, together = reviving(sites.skeleton, site.parameters, alive)
     except (JacdiagError, RuntimeError):
         return path
-    return replace(path, cause="zero", parameters=causes, together=together, own_gradient=0.0) if causes else path
+    if not causes:
+        return path
+    values = constants(sites.skeleton, causes)
+    return replace(path, cause="zero", parameters=causes, values=values, together=together, own_gradient=0.0)
 
 
 # -- from one value to another ----------------------------------------------------------------------------------------
@@ -366,11 +370,11 @@ def other_values(skeleton: Skeleton, names: Sequence[str]) -> Iterator[None]:
 
 # -- branches that are zero -------------------------------------------------------------------------------------------
 def find_dead_branches(sites: Sites, records: Sequence[SublayerRecord]) -> dict[int, DeadBranch]:
-    """Return the branches that have parameters and whose value and Jacobian are exactly zero, by index.
+    """Return the branches that have parameters and do not depend on their input at all, by index.
 
     Args:
         sites: of one recorded forward.
-        records: their figures; a branch whose norm was not measured is left out.
+        records: their figures. A branch whose norm was not measured is left out, and one that reads a stream of zeros.
     """
     norms = {record.index: record.branch_norm for record in records}
     found = {}
@@ -378,7 +382,7 @@ def find_dead_branches(sites: Sites, records: Sequence[SublayerRecord]) -> dict[
         interval = norms.get(site.index)
         if site.nested or not site.parameters or interval is None or interval.upper != 0:
             continue
-        if bool((site.value == 0).all()):
+        if bool(site.shortcut.any()):
             found[site.index] = _dead_branch(sites, site)
     return found
 
@@ -387,22 +391,45 @@ def _dead_branch(sites: Sites, site: Sublayer) -> DeadBranch:
     skeleton = sites.skeleton
 
     def alive() -> bool:
-        with torch.no_grad():
-            return bool((site.branch(site.shortcut) != 0).any())
+        """Return whether the branch depends on its input now; a bias at its end makes it no less dead."""
+        with torch.enable_grad():
+            x = site.shortcut.detach().clone().requires_grad_()
+            value = site.branch(x)
+            if not value.requires_grad:
+                return False
+            (gradient,) = torch.autograd.grad(value.square().sum() + value.sum(), x, allow_unused=True)
+        return gradient is not None and bool((gradient != 0).any())
 
-    if skeleton.stored is not None:
-        return DeadBranch()
-    zeros = [name for name in site.parameters if _is_zero(skeleton.params[name])]
-    causes, together = reviving(skeleton, zeros, alive)
-    alike = bool(causes) and all(_zero_in_every_layer(skeleton, name) for name in causes)
-    return DeadBranch(causes, together, alike)
+    is_zero = not bool(site.value.any())
+    try:
+        causes, together = reviving(skeleton, site.parameters, alive)
+    except (JacdiagError, RuntimeError):
+        return DeadBranch(is_zero)
+    alike = bool(causes) and all(_zero_in_every_layer(sites, site, name) for name in causes)
+    return DeadBranch(is_zero, causes, constants(skeleton, causes), together, alike)
+
+
+def constants(skeleton: Skeleton, names: Iterable[str]) -> list[float]:
+    """Return the value of each constant parameter."""
+    return [float(skeleton.params[name].detach().flatten()[0]) for name in names]
+
+
+def _zero_in_every_layer(sites: Sites, site: Sublayer, name: str) -> bool:
+    """Return whether a parameter and its namesakes in the other sub-layers are all zero.
+
+    Namesakes differ in one number of their name: "layers.3.w2" and "layers.4.w2", not "layers.4.w1".
+    """
+    elsewhere = {other for one in sites if one is not site for other in one.parameters} - set(site.parameters)
+    namesakes = [other for other in elsewhere if _one_number_apart(name, other)]
+    return all(_is_zero(sites.skeleton.params[other]) for other in (name, *namesakes))
+
+
+def _one_number_apart(first: str, second: str) -> bool:
+    pairs = list(zip(first.split("."), second.split("."), strict=False))
+    different = [(a, b) for a, b in pairs if a != b]
+    same_length = first.count(".") == second.count(".")
+    return same_length and len(different) == 1 and all(part.isdigit() for part in different[0])
 
 
 def _is_zero(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and not bool(tensor.detach().any())
-
-
-def _zero_in_every_layer(skeleton: Skeleton, name: str) -> bool:
-    """Return whether all parameters whose name differs from this one in numbers only are zero."""
-    pattern = _NUMBER.sub("*", name)
-    return all(_is_zero(t) for other, t in skeleton.params.items() if _NUMBER.sub("*", other) == pattern)

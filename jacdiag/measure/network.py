@@ -119,7 +119,9 @@ def backward_record(
         return BackwardRecord(notes=notes)
     if dead is None and "dead" not in notes:
         notes = {**notes, "dead": "the record does not show that the loss depends on the residual stream"}
-    broken = [f"stream at point {k}" for k, value in enumerate(profile.norms) if not math.isfinite(value)]
+    points = [sites[sites.streams.groups[k].sites[0]].name for k in sites.streams.main]
+    places = [*(f"the stream at {name}" for name in points), "the stream's end"]
+    broken = [place for place, value in zip(places, profile.norms, strict=False) if not math.isfinite(value)]
     gradients = profile.parameters
     if gradients is None:
         why = profile.why.get("parameters", "no gradient of a parameter was measured")

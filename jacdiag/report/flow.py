@@ -7,7 +7,7 @@ from typing import Literal
 
 from jacdiag.report.record import Record
 
-Cause = Literal["zero", "cut", "unknown"]
+Cause = Literal["zero", "cut", "input", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,10 @@ class DeadPath(Record):
     Attributes:
         where: names of its sub-layers.
         stream: the residual stream itself gets none there; else only the parameters of one sub-layer.
-        cause: "zero" for parameters, "cut" for calls without a derivative, "unknown" if neither was proved.
-        parameters: for "zero". With other values in them a gradient arrived; that was tried.
+        cause: "zero" for parameters, "cut" for calls without a derivative, "input" for a stream of zeros, "unknown" if
+            nothing was proved.
+        parameters: for "zero". Each is constant, and with other values in them a gradient arrived; that was tried.
+        values: the constants that they hold.
         together: no single one of them is enough, only all of them.
         calls: for "cut", such as "detach in model.py:12".
         head: the only cause is the matrix of the output head.
@@ -87,6 +89,7 @@ class DeadPath(Record):
     stream: bool
     cause: Cause
     parameters: list[str] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
     together: bool = False
     calls: list[str] = field(default_factory=list)
     head: bool = False
@@ -96,15 +99,19 @@ class DeadPath(Record):
 
 @dataclass(frozen=True)
 class DeadBranch(Record):
-    """A branch that is exactly zero for every token of the probe.
+    """A branch that does not depend on its input: its Jacobian is exactly zero at the probe.
 
     Attributes:
-        parameters: parameters that are all zero and make it so. With other values in them the branch was not zero.
+        zero: its value is zero for every token as well; else it is a constant, such as a bias.
+        parameters: constant parameters. With other values in them the branch depended on its input; that was tried.
+        values: the constants that they hold.
         together: no single one of them is enough, only all of them.
-        alike: each of them is zero in every layer that has one.
+        alike: each of them is zero, in every layer that has one.
     """
 
+    zero: bool = True
     parameters: list[str] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
     together: bool = False
     alike: bool = False
 

@@ -126,7 +126,7 @@ class SublayerRecord(Record):
 
     `placement` is None where no model was run (tier "weights"). `joint_residual_norm` is that of the shortcut plus all
     parallel branches on it (None unless `parallel`). `gradient_norm` is that of the loss over the branch's parameters.
-    `dead_branch` is set if the branch is exactly zero.
+    `dead_branch` is set if the branch does not depend on its input.
     """
 
     name: str

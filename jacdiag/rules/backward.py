@@ -66,16 +66,21 @@ def _subject(path: DeadPath) -> str:
 def _cause(path: DeadPath) -> str:
     if path.cause == "cut":
         return f"every way from there to the loss passes {_listed(path.calls)}"
+    if path.cause == "input":
+        return "the stream that it reads is zero for every token"
     if path.cause == "unknown":
         return "the cause is not known"
-    names = " and ".join(path.parameters[:_NAMED])
+    held = f"{_held(path.parameters, path.values)} in every element"
     if path.together:
-        held = f"{names} are all constant, and none of them alone is the cause"
-    elif len(path.parameters) > 1:
-        held = f"{names} are constant, and other values in any one of them let it through"
-    else:
-        held = f"{names} is constant, and other values in it let it through"
-    return held + _outlook(path)
+        return f"{held}, and only other values in all of them let it through{_outlook(path)}"
+    which = "it" if len(path.parameters) == 1 else "any one of them"
+    return f"{held}, and other values in {which} let it through{_outlook(path)}"
+
+
+def _held(names: Sequence[str], values: Sequence[float]) -> str:
+    """Return "a.weight is 0" or "a.weight is 0, b.bias is -100"."""
+    told = [f"{clipped(name, 100)} is {value:g}" for name, value in zip(names, values, strict=False)]
+    return _listed(told)
 
 
 def _outlook(path: DeadPath) -> str:
@@ -83,8 +88,8 @@ def _outlook(path: DeadPath) -> str:
     if path.own_gradient is None:
         return ""
     if path.own_gradient == 0:
-        return "; it gets no gradient either, so that no step changes this"
-    return "; it gets a gradient itself, so that the first step changes this"
+        return "; no gradient reaches these values either, so that no step changes them"
+    return "; these values get a gradient themselves, so that the first step changes them"
 
 
 def _fix(path: DeadPath) -> str:
@@ -116,11 +121,13 @@ def _dead_branch(context: Context, rule: Rule) -> Outcome:
 def _branches(context: Context, rule: Rule, rows: Sequence[SublayerRecord], level: Level) -> Finding:
     names = [row.name for row in rows]
     parameters = [name for row in rows if row.dead_branch is not None for name in row.dead_branch.parameters]
+    values = [value for row in rows if row.dead_branch is not None for value in row.dead_branch.values]
     unknown = [row.name for row in rows if row.dead_branch is not None and not row.dead_branch.parameters]
+    zero = all(row.dead_branch is not None and row.dead_branch.zero for row in rows)
     verb = "is" if len(names) == 1 else "are"
-    what = f"{_listed(names)} {verb} exactly zero, value and Jacobian"
+    what = f"{_listed(names)} {verb} {'exactly zero, value and Jacobian' if zero else 'constant: the Jacobian is zero'}"
     if parameters:
-        what += f"; zero, and the cause: {_listed(parameters)}, {_how_far(level, parameters)}"
+        what += f"; the cause: {_held(parameters, values)} in every element, {_how_far(level, values)}"
     if unknown:
         what += f"; the cause is not known for {_listed(unknown)}"
     fix = f"draw {_listed(parameters)} as in the other layers" if parameters and level != "info" else ""
@@ -128,12 +135,12 @@ def _branches(context: Context, rule: Rule, rows: Sequence[SublayerRecord], leve
     return Finding(rule.code, context.level(rule, level), names, what, evidence, why=rule.summary, fix=fix)
 
 
-def _how_far(level: Level, parameters: Sequence[str]) -> str:
+def _how_far(level: Level, values: Sequence[float]) -> str:
     if level == "info":
         return "as in every layer (a zero-initialised branch)"
-    if len(parameters) == 1:
-        return "and not so in every layer"
-    return "and not all of them so in every layer"
+    if any(values):
+        return "which is no zero-initialised branch"
+    return "but not so in every layer"
 
 
 # -- JD403 ------------------------------------------------------------------------------------------------------------
@@ -209,7 +216,9 @@ def _not_finite(context: Context, rule: Rule) -> Outcome:
         return Outcome(0, note=network.notes.get("gradient_norms", ""))
     if not record.not_finite:
         return Outcome(1)
-    what = f"the gradient holds NaN or Inf although the forward is finite: {_listed(record.not_finite)}"
+    loss = (network.loss or {}).get("value")
+    contrast = " although the loss is finite" if isinstance(loss, float) and math.isfinite(loss) else ""
+    what = f"the gradient holds NaN or Inf{contrast}: {_listed(record.not_finite)}"
     evidence = {"names": list(record.not_finite)}
     fix = "add an epsilon inside a root or a quotient; torch.autograd.set_detect_anomaly(True) names the operation"
     return Outcome(1, [Finding(rule.code, context.level(rule, "warning"), [], what, evidence, why=rule.summary, fix=fix)])

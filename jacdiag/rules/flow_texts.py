@@ -104,11 +104,11 @@ Set the named gain to one, draw the named matrix, or remove the named detach or 
 )
 
 DEAD_BRANCH = Text(
-    summary="dead branch: a branch with parameters is exactly zero, value and Jacobian",
+    summary="dead branch: a branch with parameters does not depend on its input at all",
     what="""\
-The branch is zero for every token of the probe, and so is its Jacobian. Parameters are named if they are all zero and
-the branch is not zero with other values in them. It is an info if each of them is zero in every layer that has
-it, as in zero-initialised W_O and W_2, ReZero, LayerScale or adaLN-zero.""",
+The branch has a Jacobian of exactly zero at the probe: its value is zero, or constant. A parameter is named if it is constant and the
+branch depends on its input with other values in it. It is an info if each named one is zero in every layer that
+has it, as in zero-initialised W_O and W_2, ReZero, LayerScale or adaLN-zero.""",
     why="""\
 A gain of 0 reads like a small sub-layer, the best that there is. It is an init on purpose, or a lost weight.""",
     example="""\
@@ -165,7 +165,7 @@ A warm-up, a lower rate, or larger matrices.""",
 )
 
 NOT_FINITE_GRADIENT = Text(
-    summary="gradient not finite: the backward gives NaN or Inf although the forward is finite",
+    summary="gradient not finite: the backward of the loss gives NaN or Inf",
     what="""\
 The gradients of the stream and of the parameters, from one backward of the loss.""",
     why="""\
