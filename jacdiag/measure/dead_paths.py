@@ -333,11 +333,13 @@ def reviving(skeleton: Skeleton, names: Iterable[str], alive: Alive) -> tuple[li
     if alone:
         return alone, False
 
-    # 2. Else take away what is not needed.
+    # 2. Else take away what is not needed. Too many to try all: no cause is named.
+    if len(suspects) > 2 * _MOST:
+        return [], False
     needed = list(suspects)
     for name in reversed(suspects):
         fewer = [other for other in needed if other != name]
-        if fewer and len(suspects) <= 2 * _MOST and _alive_with(skeleton, fewer, alive):
+        if fewer and _alive_with(skeleton, fewer, alive):
             needed = fewer
     return needed, len(needed) > 1
 
