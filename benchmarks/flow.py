@@ -51,17 +51,19 @@ def recipes() -> list[dict[str, Any]]:
             assert stream.variance is not None and stream.token_cosine is not None
             variance = stream.variance
             attention = list(profile.attention.values())
-            rows.append({
-                "recipe": recipe,
-                "layers": layers,
-                "gradient_growth_whole": math.log(profile.norms[0] / profile.norms[-1]),
-                "activation_growth_whole": math.log(profile.activations[-1] / profile.activations[0]),
-                "embedding_share": backward_record(sites, profile, [], {}).embedding_share,
-                "variance_end_over_middle": variance[-1] / variance[len(variance) // 2],
-                "token_cosine": max(stream.token_cosine),
-                "attention_logit": max(record.max_logit or 0.0 for record in attention),
-                "entropy_share": min(record.entropy_share or 0.0 for record in attention),
-            })
+            rows.append(
+                {
+                    "recipe": recipe,
+                    "layers": layers,
+                    "gradient_growth_whole": math.log(profile.norms[0] / profile.norms[-1]),
+                    "activation_growth_whole": math.log(profile.activations[-1] / profile.activations[0]),
+                    "embedding_share": backward_record(sites, profile, [], {}).embedding_share,
+                    "variance_end_over_middle": variance[-1] / variance[len(variance) // 2],
+                    "token_cosine": max(stream.token_cosine),
+                    "attention_logit": max(record.max_logit or 0.0 for record in attention),
+                    "entropy_share": min(record.entropy_share or 0.0 for record in attention),
+                }
+            )
             print(json.dumps(rows[-1]), flush=True)
     return rows
 

@@ -193,8 +193,8 @@ class Audit:
             cost = sum(params[name].numel() for site in members for name in site.products)
             jobs.append(Job(members[0].name, "sub-layers", len(members), cost, partial(sublayers, members)))
         if not self.broken:
-            share = 0.1 if r.decide else 0.4
-            jobs.append(Job("whole network", "network", share * len(self.sites), math.inf, partial(self._through, probe)))
+            units = len(self.sites) * (0.1 if r.decide else 0.4)
+            jobs.append(Job("whole network", "network", units, math.inf, partial(self._through, probe)))
         return jobs
 
     def _through(self, probe: Probe) -> Share:

@@ -31,7 +31,7 @@ _AT_ONCE = 2**22  # scores that are held together
 _STEPS = 24  # calls between a softmax and the products before and after it: scale, bias, mask, cast, dropout
 
 
-# -- which calls belong to which sub-layer ----------------------------------------------------------------------------
+# -- which calls belong to which sub-layer ---------------------------------------------
 def attention_calls(sites: Sites) -> dict[int, int]:
     """Return the place of each attention call among all calls named in `CALLS` -> index of its sub-layer.
 
@@ -43,9 +43,7 @@ def attention_calls(sites: Sites) -> dict[int, int]:
         owners |= dict.fromkeys(sites.raw[index].cone, index)
     named = [node.index for node in sites.graph.nodes if node.name in CALLS]
     return {
-        place: owners[node]
-        for place, node in enumerate(named)
-        if node in owners and is_attention(sites.graph, node)
+        place: owners[node] for place, node in enumerate(named) if node in owners and is_attention(sites.graph, node)
     }
 
 
@@ -88,7 +86,7 @@ def _mixes(graph: Graph, node: int) -> bool:
     return sum(value.live and value.is_float for value in operands) >= 2
 
 
-# -- reading them -------------------------------------------------------------------------------------------------------
+# -- reading them ---------------------------------------------
 @dataclass
 class Tally:
     """Sums over the rows of scores of one sub-layer."""
@@ -99,7 +97,10 @@ class Tally:
     most: float = 0.0
 
     def add(self, scores: Tensor) -> None:
-        """Add scores (..., queries, keys) as they enter a softmax over the keys; (batch, heads, ...) keep heads apart."""
+        """Add scores (..., queries, keys) as they enter a softmax over the keys.
+
+        Heads are kept apart where the scores are (batch, heads, queries, keys).
+        """
         scores = scores.detach()
         visible = scores > MASKED
         self.max_logit = max(self.max_logit, float(scores.masked_fill(~visible, -math.inf).max()))
@@ -144,7 +145,7 @@ class AttentionWatch(TorchFunctionMode):
         self.tallies: dict[int, Tally] = {}
         self.why: dict[int, str] = {}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name in CALLS:

@@ -113,9 +113,13 @@ def _sublayers_before(sites: Sites, values: Sequence[int], place: int, dead: Col
 
 
 def _stream_path(
-    sites: Sites, token_ids: Tensor | None, profile: GradientProfile, ends: tuple[int, int], below: set[int],
+    sites: Sites,
+    token_ids: Tensor | None,
+    profile: GradientProfile,
+    ends: tuple[int, int],
+    below: set[int],
     frozen: Collection[str],
-) -> DeadPath:  # fmt: skip
+) -> DeadPath:
     source, sink = ends
     names = [sites[index].name for index in sorted(below)]
     part = {name for index in below for name in sites[index].parameters} | set(sites.coverage.embedding)
@@ -172,7 +176,7 @@ def _branch_path(sites: Sites, token_ids: Tensor | None, index: int, frozen: Col
     return replace(path, cause="zero", parameters=causes, values=values, together=together, own_gradient=0.0)
 
 
-# -- from one value to another ----------------------------------------------------------------------------------------
+# -- from one value to another ---------------------------------------------
 def loss_value(sites: Sites) -> int | None:
     """Return the index of the value that the loss is computed from; None if it is not an output as it stands."""
     target = loss_input(sites.output)
@@ -224,7 +228,7 @@ class Cuts(TorchFunctionMode):
         reference, calls = self.lost.get(id(tensor), (None, frozenset()))
         return calls if reference is not None and reference() is tensor else frozenset()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         read: list[Tensor] = []
@@ -312,7 +316,7 @@ def _output_of_run(sites: Sites, source: int, cuts: Cuts) -> Tensor:
     return result
 
 
-# -- other values in parameters ---------------------------------------------------------------------------------------
+# -- other values in parameters ---------------------------------------------
 def reviving(skeleton: Skeleton, names: Iterable[str], alive: Alive) -> tuple[list[str], bool]:
     """Return the constant parameters that are the cause, and whether only all of them together are.
 
@@ -370,7 +374,7 @@ def other_values(skeleton: Skeleton, names: Sequence[str]) -> Iterator[None]:
         skeleton.params.update(before)
 
 
-# -- branches that are zero -------------------------------------------------------------------------------------------
+# -- branches that are zero ---------------------------------------------
 def find_dead_branches(sites: Sites, records: Sequence[SublayerRecord]) -> dict[int, DeadBranch]:
     """Return the branches that have parameters and do not depend on their input at all, by index.
 

@@ -142,7 +142,7 @@ def watchable_parameters(skeleton: Skeleton) -> tuple[list[str], str]:
     return [name for name, t in skeleton.params.items() if t.is_floating_point()], ""
 
 
-# -- one run ------------------------------------------------------------------------------------------------------------
+# -- one run ---------------------------------------------
 @dataclass
 class Backward:
     """What one forward and one backward gave, by value index and by parameter; absent where no gradient arrived."""

@@ -156,9 +156,11 @@ def _tables_read_by_ids(sites: Sites) -> set[str]:
 
 
 def with_flow(
-    records: Sequence[SublayerRecord], profile: GradientProfile | None, branches: Mapping[int, DeadBranch],
+    records: Sequence[SublayerRecord],
+    profile: GradientProfile | None,
+    branches: Mapping[int, DeadBranch],
     notes: Mapping[str, str],
-) -> list[SublayerRecord]:  # fmt: skip
+) -> list[SublayerRecord]:
     """Return the records with attention figures, gradient norms of parameters, and branches that are zero.
 
     Args:

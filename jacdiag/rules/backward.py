@@ -26,7 +26,7 @@ def _backward(context: Context) -> BackwardRecord | None:
     return network.backward if network is not None else None
 
 
-# -- JD401 ------------------------------------------------------------------------------------------------------------
+# -- JD401 ---------------------------------------------
 def _no_gradient(context: Context, rule: Rule) -> Outcome:
     record = _backward(context)
     if record is None:
@@ -47,9 +47,13 @@ def _meant(path: DeadPath) -> bool:
 def _dead_path(context: Context, rule: Rule, path: DeadPath) -> Finding:
     level: Level = "info" if path.head else "warning"
     evidence = {
-        "stream": path.stream, "cause": path.cause, "parameters": path.parameters, "calls": path.calls,
-        "own_gradient": path.own_gradient, "count": len(path.where),
-    }  # fmt: skip
+        "stream": path.stream,
+        "cause": path.cause,
+        "parameters": path.parameters,
+        "calls": path.calls,
+        "own_gradient": path.own_gradient,
+        "count": len(path.where),
+    }
     what = f"{_subject(path)} {_cause(path)}"
     return Finding(rule.code, context.level(rule, level), path.where, what, evidence, why=rule.summary, fix=_fix(path))
 
@@ -102,7 +106,7 @@ def _fix(path: DeadPath) -> str:
     return ""
 
 
-# -- JD402 ------------------------------------------------------------------------------------------------------------
+# -- JD402 ---------------------------------------------
 def _dead_branch(context: Context, rule: Rule) -> Outcome:
     rows = [row for row in context.rows(rule) if row.branch_norm is not None]
     if not rows:
@@ -143,7 +147,7 @@ def _how_far(level: Level, values: Sequence[float]) -> str:
     return "but not so in every layer"
 
 
-# -- JD403 ------------------------------------------------------------------------------------------------------------
+# -- JD403 ---------------------------------------------
 def _growth(context: Context, rule: Rule) -> Outcome:
     network = context.report.network
     if network is None:
@@ -167,7 +171,7 @@ def _growth(context: Context, rule: Rule) -> Outcome:
     return Outcome(len(known), findings)
 
 
-# -- JD404 ------------------------------------------------------------------------------------------------------------
+# -- JD404 ---------------------------------------------
 def _embedding(context: Context, rule: Rule) -> Outcome:
     record = _backward(context)
     if record is None:
@@ -183,7 +187,7 @@ def _embedding(context: Context, rule: Rule) -> Outcome:
     return Outcome(1, loudest(context, rule, [measured], "embedding_gradient", sentence))
 
 
-# -- JD405 ------------------------------------------------------------------------------------------------------------
+# -- JD405 ---------------------------------------------
 def _update(context: Context, rule: Rule) -> Outcome:
     plan = context.report.plan
     rows = context.rows(rule)
@@ -206,7 +210,7 @@ def _update(context: Context, rule: Rule) -> Outcome:
     return Outcome(len(figures), found)
 
 
-# -- JD406 ------------------------------------------------------------------------------------------------------------
+# -- JD406 ---------------------------------------------
 def _not_finite(context: Context, rule: Rule) -> Outcome:
     record = _backward(context)
     network = context.report.network
@@ -221,7 +225,9 @@ def _not_finite(context: Context, rule: Rule) -> Outcome:
     what = f"the gradient holds NaN or Inf{contrast}: {_listed(record.not_finite)}"
     evidence = {"names": list(record.not_finite)}
     fix = "add an epsilon inside a root or a quotient; torch.autograd.set_detect_anomaly(True) names the operation"
-    return Outcome(1, [Finding(rule.code, context.level(rule, "warning"), [], what, evidence, why=rule.summary, fix=fix)])
+    return Outcome(
+        1, [Finding(rule.code, context.level(rule, "warning"), [], what, evidence, why=rule.summary, fix=fix)]
+    )
 
 
 RULES = (

@@ -17,9 +17,14 @@ from jacdiag.rules.profile import profile_of
 from jacdiag.rules.rule import Context, Outcome, Rule
 
 RULES: tuple[Rule, ...] = (
-    *conditions.RULES, *risk.RULES, *regression.RULES, *init_contract.RULES, *forward.RULES, *backward.RULES,
+    *conditions.RULES,
+    *risk.RULES,
+    *regression.RULES,
+    *init_contract.RULES,
+    *forward.RULES,
+    *backward.RULES,
     *measurement.RULES,
-)  # fmt: skip
+)
 # With those that speak in a run only.
 EVERY: tuple[Rule, ...] = tuple(sorted((*RULES, *live.RULES), key=lambda one: one.code))
 _CODES = tuple(rule.code for rule in RULES)

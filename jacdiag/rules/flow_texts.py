@@ -106,9 +106,9 @@ Set the named gain to one, draw the named matrix, or remove the named detach or 
 DEAD_BRANCH = Text(
     summary="dead branch: a branch with parameters does not depend on its input at all",
     what="""\
-The branch has a Jacobian of exactly zero at the probe: its value is zero, or constant. A parameter is named if it is constant and the
-branch depends on its input with other values in it. It is an info if each named one is zero in every layer that
-has it, as in zero-initialised W_O and W_2, ReZero, LayerScale or adaLN-zero.""",
+The branch has a Jacobian of exactly zero at the probe: its value is zero, or constant. A parameter is named if it is
+constant and the branch depends on its input with other values in it. It is an info if each named one is zero in
+every layer that has it, as in zero-initialised W_O and W_2, ReZero, LayerScale or adaLN-zero.""",
     why="""\
 A gain of 0 reads like a small sub-layer, the best that there is. It is an init on purpose, or a lost weight.""",
     example="""\

@@ -29,8 +29,14 @@ def beyond(limits: Limits, value: float) -> Level | None:
     return passed[-1] if passed else None
 
 
-def loudest(context: Context, rule: Rule, figures: Sequence[Measured], figure: str, sentence: Callable[[Measured], str],
-            fix: str = "") -> list[Finding]:  # fmt: skip
+def loudest(
+    context: Context,
+    rule: Rule,
+    figures: Sequence[Measured],
+    figure: str,
+    sentence: Callable[[Measured], str],
+    fix: str = "",
+) -> list[Finding]:
     """Return one finding for the largest figure, with the names of all that lie above the same cut."""
     limits = context.thresholds.limits(figure)
     known = [measured for measured in figures if math.isfinite(measured.value)]
@@ -103,9 +109,18 @@ def _massive(context: Context, rule: Rule) -> Outcome:
     if not massive:
         return Outcome(len(record.peaks))
     point, worst = max(massive, key=lambda pair: pair[1].value)
-    what = f"{plain(worst.value)} at {point}, feature {worst.feature}{_place(worst)}; the median is {plain(worst.median)}"
-    evidence = {"field": "massive_value", "value": worst.value, "median": worst.median, "feature": worst.feature,
-                "threshold": least, "ratio": ratio, "count": len(massive)}  # fmt: skip
+    what = (
+        f"{plain(worst.value)} at {point}, feature {worst.feature}{_place(worst)}; the median is {plain(worst.median)}"
+    )
+    evidence = {
+        "field": "massive_value",
+        "value": worst.value,
+        "median": worst.median,
+        "feature": worst.feature,
+        "threshold": least,
+        "ratio": ratio,
+        "count": len(massive),
+    }
     where = [name for name, _ in massive]
     return Outcome(
         len(record.peaks), [Finding(rule.code, context.level(rule, "info"), where, what, evidence, why=rule.summary)]
@@ -119,8 +134,9 @@ def _place(peak: Peak) -> str:
     return f", position {peak.position}{token}"
 
 
-def _attention(context: Context, rule: Rule, value: Callable[[Any], float | None], figure: str,
-               sentence: Callable[[Measured], str]) -> Outcome:  # fmt: skip
+def _attention(
+    context: Context, rule: Rule, value: Callable[[Any], float | None], figure: str, sentence: Callable[[Measured], str]
+) -> Outcome:
     rows = [row for row in context.rows(rule) if row.attention is not None]
     if not rows:
         return Outcome(0, note=_why_no_attention(context.rows(rule)))

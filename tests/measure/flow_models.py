@@ -68,7 +68,7 @@ class Decoder(nn.Module):
         if tied:
             self.head.weight = self.wte.weight
 
-    def between(self, x: Tensor, index: int) -> Tensor:  # noqa: ARG002
+    def between(self, x: Tensor, index: int) -> Tensor:
         return x
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -112,9 +112,7 @@ def test_grouped_keys_a_scale_and_a_mask_equal_a_plain_call() -> None:
     query, key = torch.randn(2, 4, 7, 8), torch.randn(2, 2, 9, 8)
     mask = torch.randn(7, 9)
     tally = Tally()
-    attention._read_sdpa(
-        tally, (query, key, key), {"attn_mask": mask, "scale": 0.7, "enable_gqa": True}
-    )
+    attention._read_sdpa(tally, (query, key, key), {"attn_mask": mask, "scale": 0.7, "enable_gqa": True})
     scores = query @ key.repeat_interleave(2, 1).transpose(-2, -1) * 0.7 + mask
     logit, entropy, share = by_hand(scores)
     record = tally.record()

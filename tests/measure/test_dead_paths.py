@@ -25,7 +25,7 @@ def found(model: nn.Module, code: str = "JD401", **options: object) -> list[Find
     return [finding for finding in audited(model, **options).findings if finding.code == code]
 
 
-# -- figures ------------------------------------------------------------------------------------------------------------
+# -- figures ---------------------------------------------
 @pytest.mark.parametrize("tied", [False, True])
 def test_gradients_of_parameters_are_those_of_a_plain_backward(tied: bool) -> None:
     model, ids = models.decoder(tied=tied), models.ids()
@@ -69,7 +69,7 @@ def test_low_precision_has_a_reason_and_still_a_stream() -> None:
     assert all(row.gradient_norm is None and "raised" in row.notes["gradient_norm"] for row in report.sublayers)
 
 
-# -- weights ------------------------------------------------------------------------------------------------------------
+# -- weights ---------------------------------------------
 def zero(*names: str) -> nn.Module:
     model = models.decoder()
     with torch.no_grad():
@@ -123,7 +123,7 @@ def test_a_cause_that_is_no_constant_is_not_guessed() -> None:
     assert finding.evidence["parameters"] == [] and finding.fix == ""
 
 
-# -- code ---------------------------------------------------------------------------------------------------------------
+# -- code ---------------------------------------------
 def cut_by(cut: Callable[[Tensor], Tensor]) -> type[Decoder]:
     class Cut(Decoder):
         def between(self, x: Tensor, index: int) -> Tensor:
@@ -201,7 +201,7 @@ def test_a_stream_beside_the_loss_is_not_blamed() -> None:
     assert rule.status == "not-applicable" and "loss" in rule.note
 
 
-# -- branches -----------------------------------------------------------------------------------------------------------
+# -- branches ---------------------------------------------
 def test_zero_initialised_outputs_of_all_layers_are_an_info() -> None:
     names = [f"h.{k}.{part}" for k in range(3) for part in ("attn.o.weight", "mlp.w2.weight", "mlp.w2.bias")]
     model = zero(*names)
@@ -222,9 +222,7 @@ class Gated(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.gates = nn.ParameterList(nn.Parameter(torch.zeros(())) for _ in range(3))
-        self.parts = nn.ModuleList(
-            nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)) for _ in range(3)
-        )
+        self.parts = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)) for _ in range(3))
         self.embed, self.head = nn.Embedding(models.VOCABULARY, 16), nn.Linear(16, models.VOCABULARY)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -298,7 +296,7 @@ def test_a_zero_gain_in_the_middle_of_a_post_norm_model() -> None:
     assert not found(model, "JD402")
 
 
-# -- not finite -----------------------------------------------------------------------------------------------------------
+# -- not finite ---------------------------------------------
 def test_a_gradient_of_nan_is_not_called_zero() -> None:
     class Root(Decoder):
         def between(self, x: Tensor, index: int) -> Tensor:

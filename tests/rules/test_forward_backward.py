@@ -42,7 +42,7 @@ def backward(**fields: object) -> NetworkRecord:
     return NetworkRecord(gradient_norms=[1.0, 1.0], backward=BackwardRecord(**fields))  # type: ignore[arg-type]
 
 
-# -- forward ------------------------------------------------------------------------------------------------------------
+# -- forward ---------------------------------------------
 LINEAR = [1.0, 2.0, 3.0, 4.0, 5.0]
 
 
@@ -133,7 +133,7 @@ def test_without_a_network_nothing_is_said() -> None:
     assert made.verdict == "pass"
 
 
-# -- backward -----------------------------------------------------------------------------------------------------------
+# -- backward ---------------------------------------------
 WHERE = ["h.0.attn", "h.0.mlp"]
 
 
@@ -231,7 +231,7 @@ def test_a_gradient_that_is_not_finite() -> None:
     assert "although" not in found(judged(broken), "JD406")[0].what
 
 
-# -- the report ---------------------------------------------------------------------------------------------------------
+# -- the report ---------------------------------------------
 def test_there_and_back_and_without_the_new_keys() -> None:
     network = replace(
         forward(variance=LINEAR, peaks=[Peak(1.0, 1.0, 0)], token_cosine=[0.1]),
