@@ -63,7 +63,11 @@ def find_dead_paths(
         found.append(_stream_path(sites, token_ids, profile, ends, below, frozen))
         dead -= below
 
-    # 2. Sub-layers behind which the stream is cut off, by the calls that do it.
+    # 2. Embeddings that are cut off before the first shortcut.
+    if broken is None:
+        found += _embeddings_cut_off(sites, profile, sink, frozen)
+
+    # 3. Sub-layers behind which the stream is cut off, by the calls that do it.
     rest = [k for k in sorted(dead) if not sites[k].nested and leads(sites, sites.raw[k].output, sink)]
     groups: dict[tuple[str, ...], list[int]] = {}
     for index in rest:
@@ -72,8 +76,26 @@ def find_dead_paths(
         if calls:
             found.append(_cut_off(sites, members, list(calls), frozen))
 
-    # 3. Single sub-layers.
+    # 4. Single sub-layers.
     return found + [_branch_path(sites, token_ids, index, frozen) for index in groups.get((), [])]
+
+
+def _embeddings_cut_off(
+    sites: Sites, profile: GradientProfile, sink: int, frozen: Collection[str]
+) -> list[DeadPath]:
+    found = []
+    graph = sites.graph
+    for name in sites.coverage.embedding:
+        if profile.parameters is None or profile.parameters.get(name) != 0 or sites.skeleton.outlines[name].dim() < 2:
+            continue
+        readers = [node for node in graph.nodes if name in parameters_of(graph, (node.index,), sites.skeleton)]
+        made = [value for node in readers for value in node.outputs if graph.values[value].live]
+        if not made or not leads(sites, made[0], sink):
+            continue
+        calls = cutting_calls(sites, made[0], sink)
+        if calls:
+            found.append(DeadPath([name], stream=True, cause="cut", calls=calls, frozen=name in frozen))
+    return found
 
 
 def _cut_off(sites: Sites, members: Sequence[int], calls: list[str], frozen: Collection[str]) -> DeadPath:
@@ -123,7 +145,9 @@ def _stream_path(
     source, sink = ends
     names = [sites[index].name for index in sorted(below)]
     part = {name for index in below for name in sites[index].parameters} | set(sites.coverage.embedding)
-    path = DeadPath(names, stream=True, cause="unknown", frozen=bool(part) and part <= set(frozen))
+    elsewhere = profile.parameters is not None and all(profile.parameters.get(name) for name in part)
+    is_frozen = bool(part) and part <= set(frozen)
+    path = DeadPath(names, stream=True, cause="unknown", elsewhere=elsewhere, frozen=is_frozen)
     try:
         calls = cutting_calls(sites, source, sink)
         if calls:

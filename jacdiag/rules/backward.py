@@ -45,7 +45,7 @@ def _meant(path: DeadPath) -> bool:
 
 
 def _dead_path(context: Context, rule: Rule, path: DeadPath) -> Finding:
-    level: Level = "info" if path.head else "warning"
+    level: Level = "info" if path.head or path.elsewhere else "warning"
     evidence = {
         "stream": path.stream,
         "cause": path.cause,
@@ -55,6 +55,8 @@ def _dead_path(context: Context, rule: Rule, path: DeadPath) -> Finding:
         "count": len(path.where),
     }
     what = f"{_subject(path)} {_cause(path)}"
+    if path.elsewhere:
+        what += "; its parameters get a gradient where the model uses them again"
     return Finding(rule.code, context.level(rule, level), path.where, what, evidence, why=rule.summary, fix=_fix(path))
 
 
@@ -97,7 +99,7 @@ def _outlook(path: DeadPath) -> str:
 
 
 def _fix(path: DeadPath) -> str:
-    if path.head:
+    if path.head or path.elsewhere:
         return ""
     if path.cause == "cut":
         return f"let the gradient through at {_listed(path.calls)}, or freeze what lies before it"

@@ -91,7 +91,8 @@ One forward and one backward of the loss. The rule fires if the gradient at the 
 no parameter of a sub-layer gets any, although the loss depends on it. A cause is named only if it was tried: with
 other values in the named parameters a gradient arrives, or all ways to the loss pass the named calls. Otherwise
 the report says that the cause is not known. Parameters that are frozen (requires_grad=False) behind a detach are
-left out. A zero matrix of the output head alone is an info: it is a published init, and gets a gradient itself.""",
+left out. Two cases are an info: a zero matrix of the output head alone, which is a published init and gets a gradient
+itself, and a part whose parameters are used again where a gradient reaches them.""",
     why="""\
 Such a part learns nothing at the first step, and often never does. No figure of a Jacobian shows it: the
 sub-layers below a zero final gain have perfect norms.""",

@@ -159,6 +159,38 @@ def test_what_is_frozen_below_a_cut_is_not_blamed(name: str) -> None:
     assert "frozen" in next(r.note for r in report.rules if r.code == "JD401")
 
 
+def test_an_embedding_that_is_cut_off_is_named() -> None:
+    class Cut(Decoder):
+        def between(self, x: Tensor, index: int) -> Tensor:
+            return x.detach() if index == 0 else x
+
+    [finding] = found(models.decoder(Cut))
+    assert finding.level == "warning" and finding.where == ["wte.weight"]
+    assert finding.evidence["calls"][0].startswith("detach in ")
+    model = models.decoder(Cut)
+    model.wte.requires_grad_(False)
+    assert not found(model)
+
+
+def test_blocks_that_run_again_with_a_gradient_are_an_info() -> None:
+    """All but the last of several cycles through the same weights run without a gradient, on purpose."""
+
+    class Cycles(Decoder):
+        def forward(self, ids: Tensor) -> Tensor:
+            tokens = self.wte(ids)
+            x = tokens
+            with torch.no_grad():
+                for block in self.h:
+                    x = block(x)
+            x = x + tokens
+            for block in self.h:
+                x = block(x)
+            return self.head(self.norm(x))
+
+    for finding in found(models.decoder(Cycles)):
+        assert finding.level == "info" and "used again" in finding.what.replace("uses them again", "used again")
+
+
 def test_a_frozen_model_is_not_blamed_and_stays_frozen() -> None:
     model = models.decoder().requires_grad_(False)
     assert not found(model)
