@@ -144,8 +144,9 @@ def _stream_path(
 ) -> DeadPath:
     source, sink = ends
     names = [sites[index].name for index in sorted(below)]
-    part = {name for index in below for name in sites[index].parameters} | set(sites.coverage.embedding)
-    elsewhere = profile.parameters is not None and all(profile.parameters.get(name) for name in part)
+    inside = {name for index in below for name in sites[index].parameters}
+    part = inside | set(sites.coverage.embedding)
+    elsewhere = bool(inside) and profile.parameters is not None and all(profile.parameters.get(n) for n in inside)
     is_frozen = bool(part) and part <= set(frozen)
     path = DeadPath(names, stream=True, cause="unknown", elsewhere=elsewhere, frozen=is_frozen)
     try:

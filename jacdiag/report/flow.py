@@ -82,7 +82,7 @@ class DeadPath(Record):
         calls: for "cut", such as "detach in model.py:12".
         head: the only cause is the matrix of the output head.
         own_gradient: norm of the gradient of `parameters`. 0 means that no step changes them.
-        elsewhere: all its parameters get a gradient all the same, where the model uses them again.
+        elsewhere: all parameters of its sub-layers get a gradient all the same, where the model uses them again.
         frozen: all parameters of this part are frozen in the model that was passed (requires_grad=False).
     """
 

@@ -56,7 +56,7 @@ def _dead_path(context: Context, rule: Rule, path: DeadPath) -> Finding:
     }
     what = f"{_subject(path)} {_cause(path)}"
     if path.elsewhere:
-        what += "; its parameters get a gradient where the model uses them again"
+        what += "; all their parameters get a gradient where the model uses them again"
     return Finding(rule.code, context.level(rule, level), path.where, what, evidence, why=rule.summary, fix=_fix(path))
 
 

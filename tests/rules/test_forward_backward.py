@@ -201,9 +201,12 @@ def test_growth_over_the_whole_depth(name: str, whole: float, fires: bool) -> No
         assert ("grows" if whole > 0 else "shrinks") in found(made, "JD403")[0].what
 
 
-@pytest.mark.parametrize(("share", "fires"), [(15.0, False), (150.0, False), (151.0, True)])
-def test_the_embeddings_gradient(share: float, fires: bool) -> None:
-    made = judged(backward(dead=[], embedding="wte.weight", embedding_norm=share, others_median=1.0))
+@pytest.mark.parametrize(("share", "fires"), [(15.0, False), (50.0, False), (51.0, True)])
+def test_the_embeddings_gradient_has_a_threshold_of_the_user_only(share: float, fires: bool) -> None:
+    network = backward(dead=[], embedding="wte.weight", embedding_norm=share, others_median=1.0)
+    assert levels(judged(network), "JD404") == []
+    own = load_thresholds({"embedding_gradient": {"info": 50.0}})
+    made = evaluate(report(healthy(), network=network), thresholds=own)
     assert levels(made, "JD404") == (["info"] if fires else [])
 
 
