@@ -35,7 +35,8 @@ def verdict_lines(report: Report) -> list[Line]:
         if code not in (*CONDITIONS, "JD104", "JD105", "JD902"):  # these have lines of their own
             text = "; ".join(_with_where(finding) for finding in found)
             lines.append(Line(named.get(code, "") or code, text, level=found[0].level, code=code))
-    lines += [line for line in (_risk(report), _depth(report), _gradients(report), _attention(report), _others(report)) if line]
+    figures = (_risk(report), _depth(report), _gradients(report), _attention(report), _others(report))
+    lines += [line for line in figures if line]
     lines += [line for line in (_open(report), _uncovered(report)) if line]
     return lines + [Line("note", note) for note in report.notes]
 
