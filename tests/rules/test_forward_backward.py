@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rules.test_conditions import healthy, report
@@ -12,7 +13,7 @@ from rules.test_conditions import healthy, report
 from jacdiag.report import Finding, Growth, NetworkRecord, Plan, Report, SublayerRecord
 from jacdiag.report.flow import AttentionRecord, BackwardRecord, DeadBranch, DeadPath, ForwardRecord, Peak
 from jacdiag.report.thresholds import load_thresholds
-from jacdiag.rules import RULES, evaluate
+from jacdiag.rules import EVERY, RULES, evaluate
 
 LIMITS = load_thresholds()
 POINTS = ["h.0.attn", "h.0.mlp", "h.1.attn", "h.1.mlp", "end"]
@@ -260,3 +261,9 @@ def test_the_contracts_codes_are_there() -> None:
     codes = {rule.code for rule in RULES}
     assert {"JD301", "JD302", "JD303", "JD304", "JD305"} <= codes
     assert {f"JD40{k}" for k in range(1, 7)} <= codes
+
+
+def test_every_rule_is_in_the_list_of_rules() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "rules.md").read_text(encoding="utf-8")
+    missing = [rule.code for rule in EVERY if f"| {rule.code} | {rule.name} |" not in page]
+    assert not missing, "docs/rules.md has one line per rule: code, name, level, summary"
