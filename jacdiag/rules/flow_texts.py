@@ -130,7 +130,7 @@ compares the whole, which hardly depends on the number of layers.""",
 Exponents near 0 keep signals of one size over depth and width. OLMo 2 chose its init by them. They follow from JD102
 and JD104 in most models, so this is an observation.""",
     example="""\
-The recipes of "Spike No More" on a GPT of width 256: embed-ln 0.07, scaled-embed 0.17, vanilla 2.0, xavier 4.""",
+The recipes of "Spike No More" on a GPT of width 256: embed-ln 0.06, scaled-embed 0.16, vanilla 2.0, xavier 4.""",
     remedy="""\
 As for JD101 and JD102.""",
 )
