@@ -19,22 +19,27 @@ from jacdiag.auditing.request import Request
 from jacdiag.auditing.stamp import peak_memory_mb, stamp
 from jacdiag.errors import MeasureError, SourceError, TraceError, UsageError, one_line
 from jacdiag.measure.contract import contract_of, decayed_by
+from jacdiag.measure.dead_paths import find_dead_branches, find_dead_paths
 from jacdiag.measure.draws import Draws, std_of
 from jacdiag.measure.finite import non_finite_state
+from jacdiag.measure.forward import forward_record
+from jacdiag.measure.gradients import GradientProfile, gradient_profile
 from jacdiag.measure.model import model_record
-from jacdiag.measure.network import end_to_end, gradient_profile, network_record, verify_replay
+from jacdiag.measure.network import backward_record, end_to_end, network_record, verify_replay, with_flow
 from jacdiag.measure.norms import Effort
 from jacdiag.measure.state import detect_state
 from jacdiag.measure.sublayer import measure_group
 from jacdiag.measure.weights import weight_stats
 from jacdiag.ranks import Fingerprint, Share, Use, fingerprint, merged
 from jacdiag.report import Cost, Interval, NetworkRecord, Report, SublayerRecord, WeightStats
+from jacdiag.report.flow import DeadPath
 from jacdiag.report.probes import facts_of, options, parting, spoken
 from jacdiag.report.thresholds import load_healthy
 from jacdiag.rules import decision_points
 from jacdiag.sources import Probe, build_probe
 from jacdiag.sources.device import pick
 from jacdiag.sources.factory import model_code
+from jacdiag.sources.wrapped import plain_name
 from jacdiag.trace import Sublayer, sites
 from jacdiag.trace.declared import nothing_found
 from jacdiag.trace.tensors import collect_deep
@@ -93,7 +98,8 @@ class Audit:
         found, network = Share(), None
         if self.sites.deterministic and self.request.products:  # else nothing is spent on products
             found = self._measure(probe, checks)
-            network = self._network(found)
+            found = self._with_flow(found)
+            network = self._network(found, probe)
         return self._report(probe, found, network, checks)
 
     def _check_values(self) -> None:
@@ -186,31 +192,53 @@ class Audit:
         for members in self.sites.by_shortcut():
             cost = sum(params[name].numel() for site in members for name in site.products)
             jobs.append(Job(members[0].name, "sub-layers", len(members), cost, partial(sublayers, members)))
-        if not r.decide and not self.broken:
-            jobs.append(Job("end to end", "network", 0.4 * len(self.sites), math.inf, partial(self._through, probe)))
+        if not self.broken:
+            units = len(self.sites) * (0.1 if r.decide else 0.4)
+            jobs.append(Job("whole network", "network", units, math.inf, partial(self._through, probe)))
         return jobs
 
     def _through(self, probe: Probe) -> Share:
         """The figures that need the whole network: the gradient at every depth, the end-to-end norm."""
-        r, profile = self.request, None
+        r, profile, dead = self.request, None, None
         why: dict[str, str] = {}
         try:
             profile = gradient_profile(self.sites, probe.token_ids)
+            dead = self._dead_paths(probe, profile)
         except MeasureError as error:  # the output has no loss; the norms do not need one
             why["gradient_norms"] = one_line(error)
         except (RuntimeError, NotImplementedError, TraceError) as error:
-            return Share(why={"end_to_end": one_line(error)})
+            return Share(why=dict.fromkeys(("gradient_norms", "end_to_end"), one_line(error)))
+        if r.decide:  # one forward and one backward are cheap; the chain is not
+            return Share(profile=profile, dead=dead, why=why)
         try:
             through = end_to_end(self.sites, r.tol, r.confidence, r.max_products, r.seed)
         except (RuntimeError, NotImplementedError, MeasureError, TraceError) as error:
-            return Share(profile=profile, why={**why, "end_to_end": one_line(error)})
-        return Share(profile=profile, through=through, why=why)
+            return Share(profile=profile, dead=dead, why={**why, "end_to_end": one_line(error)})
+        return Share(profile=profile, through=through, dead=dead, why=why)
 
-    def _network(self, found: Share) -> NetworkRecord:
+    def _dead_paths(self, probe: Probe, profile: GradientProfile | None) -> list[DeadPath] | None:
+        if profile is None:
+            return None
+        frozen = {plain_name(name) for name, p in self.model.named_parameters() if not p.requires_grad}
+        return find_dead_paths(self.sites, probe.token_ids, profile, frozen)
+
+    def _network(self, found: Share, probe: Probe) -> NetworkRecord:
         notes = dict(found.why)
         if self.request.decide:
-            notes |= dict.fromkeys(("end_to_end", "gradient_norms"), "not measured with --decide")
-        return network_record(self.sites, found.records, found.profile, found.through, self.layers, notes)
+            notes["end_to_end"] = "not measured with --decide"
+        if self.broken:
+            notes |= dict.fromkeys(("end_to_end", "gradient_norms"), "weights hold NaN or Inf")
+        missing = {"dead": notes["gradient_norms"]} if "gradient_norms" in notes else {}
+        backward = backward_record(self.sites, found.profile, found.dead, missing)
+        forward = forward_record(self.sites, probe.token_ids)
+        return network_record(
+            self.sites, found.records, found.profile, found.through, self.layers, notes, forward, backward
+        )
+
+    def _with_flow(self, found: Share) -> Share:
+        """The sub-layers' records with what one forward and one backward of the whole model say of them."""
+        branches = find_dead_branches(self.sites, found.records)
+        return replace(found, records=with_flow(found.records, found.profile, branches, found.why))
 
     def _decider(self) -> Callable[[Sublayer], Mapping[str, Callable[[float, float], bool]]]:
         def decided(site: Sublayer) -> Mapping[str, Callable[[float, float], bool]]:

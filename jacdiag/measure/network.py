@@ -3,98 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+import statistics
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from jacdiag.errors import MeasureError
-from jacdiag.report.record import Record
+from jacdiag.measure.gradients import GradientProfile, end_of
+from jacdiag.report.flow import BackwardRecord, DeadBranch, DeadPath, ForwardRecord
 from jacdiag.report.schema import Growth, Interval, NetworkRecord, SublayerRecord
 from jacdiag.spectra import JacobianOperator, independent_dims, top_singular
 from jacdiag.trace import Sites, Sublayer
+from jacdiag.trace.coverage import parameters_of
 from jacdiag.trace.tap import Spot, Where
-from jacdiag.trace.tensors import collect_deep
 
 _ASKED = 2  # sub-layers that are asked what they mix: attention and FFN, mostly
-
-
-@dataclass(frozen=True)
-class GradientProfile(Record):
-    """Norm of dL/dx along the main stream (first shortcut first, the stream's end last), from one backward."""
-
-    norms: list[float]
-    activations: list[float]
-    kind: str
-    loss: float
-
-
-def language_model_loss(output: Any, token_ids: Tensor | None, seed: int = 0) -> tuple[Tensor, str]:
-    """Returns a scalar loss and what it is.
-
-    Next-token cross entropy where the output holds logits over a vocabulary for (B, T) token ids; for a model that
-    gives logits of the last position only, cross entropy against random tokens; else a random linear functional.
-    """
-    logits = _logits(output)
-    if logits is None:
-        raise MeasureError("the model's output holds no floating tensor: it has no loss")
-    generator = torch.Generator().manual_seed(seed)
-    if token_ids is not None and logits.dim() == 3 and logits.shape[0] == token_ids.shape[0]:
-        if logits.shape[1] == token_ids.shape[1] > 1 and int(token_ids.max()) < logits.shape[2]:
-            targets = token_ids[:, 1:].reshape(-1).to(logits.device).long()
-            return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets), "next-token cross entropy"
-        if logits.shape[1] == 1:
-            targets = torch.randint(logits.shape[2], (logits.shape[0],), generator=generator).to(logits.device)
-            return torch.nn.functional.cross_entropy(logits[:, 0], targets), "cross entropy of the last position"
-    weight = torch.randn(logits.shape, generator=generator).to(logits)
-    return (weight * logits).sum() / logits.numel() ** 0.5, "random linear functional of the output"
-
-
-def _logits(output: Any) -> Tensor | None:
-    named = getattr(output, "logits", None)
-    if isinstance(named, Tensor):
-        return named
-    found: list[Tensor] = []
-    collect_deep(output, found)
-    return next((t for t in found if t.is_floating_point() and t.dim() >= 1), None)
-
-
-def gradient_profile(sites: Sites, token_ids: Tensor | None) -> GradientProfile | None:
-    """Runs the model forward and backward once and reads the gradient at each depth of the main stream."""
-    groups = [sites.streams.groups[k] for k in sites.streams.main]
-    if not groups:
-        return None
-    values = list(dict.fromkeys([*(g.shortcut for g in groups), _end_of(sites)]))
-    met: dict[int, Tensor] = {}
-    spots = {v: sites.replayer.spot_of(v, 0) for v in values}
-    order = {id(spot): v for v, spot in spots.items()}
-    first = values[0]
-
-    def visit(spot: Spot, tensor: Tensor) -> Tensor:
-        value = order[id(spot)]
-        if value != first:
-            met[value] = tensor
-            return tensor
-        met[value] = tensor.detach().requires_grad_()
-        return met[value].clone()
-
-    replaced: dict[int, Tensor] = {}
-    if spots[first].where is Where.ARGUMENT:
-        met[first] = sites.replayer.calls[0].tensors[first].detach().clone().requires_grad_()
-        replaced[first] = met[first]
-    results = [spot for spot in spots.values() if spot.where is not Where.ARGUMENT]
-    with torch.enable_grad(), sites.replayer.whole_graph():
-        output = sites.replayer.tapped(results, visit, replaced=replaced)
-        loss, kind = language_model_loss(output, token_ids)
-        held = [v for v in values if v in met and met[v].requires_grad]
-        if not loss.requires_grad or not held:
-            return None
-        grads = torch.autograd.grad(loss, [met[v] for v in held], allow_unused=True)
-    by_value = dict(zip(held, grads, strict=True))
-    norms = [_norm(g) if (g := by_value.get(v)) is not None else math.nan for v in values]
-    return GradientProfile(norms, [_norm(met[v].detach()) for v in values if v in met], kind, float(loss.detach()))
 
 
 def _norm(t: Tensor) -> float:
@@ -107,7 +32,7 @@ def end_to_end(sites: Sites, tol: float, confidence: float, max_products: int, s
     if not groups:
         return None
     source = sites.replayer.spot_of(groups[0].shortcut, 0)
-    segment = sites.replayer.segment(0, source, sites.replayer.spot_of(_end_of(sites), 0))
+    segment = sites.replayer.segment(0, source, sites.replayer.spot_of(end_of(sites), 0))
     first = sites[groups[0].sites[0]]
     generator = torch.Generator().manual_seed(seed)
     with sites.replayer.whole_graph():
@@ -142,15 +67,9 @@ def _keeps(dims: tuple[int, ...], shape: torch.Size) -> bool:
     return all(d < len(shape) and shape[d] == 1 for d in dims)
 
 
-def _end_of(sites: Sites) -> int:
-    """The end of the main stream: the last sum, or the norm behind it for post-norm (a final norm is the head's)."""
-    last = sites.streams.groups[sites.streams.main[-1]]
-    return last.after if any(sites[k].post_norm is not None for k in last.sites) else last.output
-
-
 def network_record(
     sites: Sites, records: Sequence[SublayerRecord], profile: GradientProfile | None, whole: Interval | None,
-    layers: int, notes: dict[str, str],
+    layers: int, notes: dict[str, str], forward: ForwardRecord | None = None, backward: BackwardRecord | None = None,
 ) -> NetworkRecord:  # fmt: skip
     """Puts the network's figures together.
 
@@ -169,7 +88,7 @@ def network_record(
             for factor in reversed(known):
                 predicted.insert(0, predicted[0] * factor)
         growth = Growth(
-            _exponent(profile.activations[0], profile.activations[-1], layers),
+            _exponent(profile.activations[0], profile.activations[-1], layers) if profile.activations else None,
             _exponent(profile.norms[-1], profile.norms[0], layers),
         )
     return NetworkRecord(
@@ -179,8 +98,100 @@ def network_record(
         predicted_gradient_norms=predicted,
         growth=growth or Growth(),
         loss={"kind": profile.kind, "value": profile.loss} if profile else None,
+        forward=forward,
+        backward=backward,
         notes=notes,
     )
+
+
+def backward_record(
+    sites: Sites, profile: GradientProfile | None, dead: list[DeadPath] | None, notes: dict[str, str]
+) -> BackwardRecord:
+    """Compare the embedding's gradient with those of the other matrices; list what is dead or not finite.
+
+    Args:
+        sites: of one recorded forward.
+        profile: None if it was not measured.
+        dead: from `find_dead_paths`.
+        notes: field -> why it is missing.
+    """
+    if profile is None:
+        return BackwardRecord(notes=notes)
+    if dead is None and "dead" not in notes:
+        notes = {**notes, "dead": "the record does not show that the loss depends on the residual stream"}
+    points = [sites[sites.streams.groups[k].sites[0]].name for k in sites.streams.main]
+    places = [*(f"the stream at {name}" for name in points), "the stream's end"]
+    broken = [place for place, value in zip(places, profile.norms, strict=False) if not math.isfinite(value)]
+    gradients = profile.parameters
+    if gradients is None:
+        why = profile.why.get("parameters", "no gradient of a parameter was measured")
+        missing = dict.fromkeys(("embedding_norm", "others_median"), why)
+        return BackwardRecord(dead=dead, not_finite=broken, notes={**missing, **notes})
+
+    broken += [name for name, value in gradients.items() if not math.isfinite(value)]
+    outlines = sites.skeleton.outlines
+    tables = [name for name in sites.coverage.embedding if name in gradients and outlines[name].dim() >= 2]
+    if not tables:
+        missing = dict.fromkeys(("embedding_norm", "others_median"), "no embedding lies before the first sub-layer")
+        return BackwardRecord(dead=dead, not_finite=broken, notes={**missing, **notes})
+    by_ids = _tables_read_by_ids(sites)
+    table = max(tables, key=lambda name: (name in by_ids, outlines[name].numel()))
+    others = [
+        value
+        for name, value in gradients.items()
+        if name not in tables and outlines[name].dim() >= 2 and value > 0 and math.isfinite(value)
+    ]
+    median = statistics.median(others) if others else None
+    if median is None:
+        notes = {**notes, "others_median": "no other matrix has a gradient"}
+    return BackwardRecord(table, gradients[table], median, dead, broken, notes)
+
+
+def _tables_read_by_ids(sites: Sites) -> set[str]:
+    """Return the embeddings whose rows the input picks; positions are picked by constants."""
+    graph = sites.graph
+    picked = [node.index for node in graph.nodes if node.name == "embedding"]
+    live = [node for node in picked if any(graph.values[value].live for value in graph.nodes[node].inputs)]
+    return set(parameters_of(graph, live, sites.skeleton))
+
+
+def with_flow(
+    records: Sequence[SublayerRecord],
+    profile: GradientProfile | None,
+    branches: Mapping[int, DeadBranch],
+    notes: Mapping[str, str],
+) -> list[SublayerRecord]:
+    """Return the records with attention figures, gradient norms of parameters, and branches that are zero.
+
+    Args:
+        records: of sub-layers.
+        profile: None if it was not measured.
+        branches: from `find_dead_branches`.
+        notes: why the profile is missing: the note of "gradient_norms" counts.
+    """
+    missing = notes.get("gradient_norms") or notes.get("end_to_end") or "the model was not run backward"
+    return [_with_flow(record, profile, branches.get(record.index), missing) for record in records]
+
+
+def _with_flow(
+    record: SublayerRecord, profile: GradientProfile | None, branch: DeadBranch | None, missing: str
+) -> SublayerRecord:
+    notes = dict(record.notes)
+    attention = None
+    gradient = None
+    if profile is not None:
+        attention = profile.attention.get(str(record.index))
+        if profile.parameters is not None:
+            squares = [profile.parameters[name] ** 2 for name in record.parameters if name in profile.parameters]
+            gradient = math.sqrt(sum(squares)) if squares else None
+    if attention is None and record.kind == "attention":
+        unseen = "no call of scaled_dot_product_attention or softmax over scores was recorded in it"
+        reason = unseen if profile is not None else missing
+        notes["attention"] = reason if profile is None else profile.why.get(f"attention {record.index}", reason)
+    if gradient is None:
+        none = "its parameters have no gradient" if profile is not None else missing
+        notes["gradient_norm"] = none if profile is None else profile.why.get("parameters", none)
+    return replace(record, attention=attention, gradient_norm=gradient, dead_branch=branch, notes=notes)
 
 
 def _residual_of(records: Sequence[SublayerRecord], members: Sequence[int]) -> float | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 
-from jacdiag.measure.network import GradientProfile
+from jacdiag.measure.gradients import GradientProfile
+from jacdiag.report.flow import DeadPath
 from jacdiag.report.record import Record
 from jacdiag.report.schema import Interval, SublayerRecord
 
@@ -31,6 +32,7 @@ class Share(Record):
             which plain data no longer shows).
         errors: of the check of replay, by sub-layer.
         profile, through: figures of the whole network; `why` they are missing.
+        dead: parts that no gradient reaches; None if that was not looked at.
         uses: one per rank.
     """
 
@@ -39,6 +41,7 @@ class Share(Record):
     errors: dict[str, float] = field(default_factory=dict)
     profile: GradientProfile | None = None
     through: Interval | None = None
+    dead: list[DeadPath] | None = None
     why: dict[str, str] = field(default_factory=dict)
     uses: list[Use] = field(default_factory=list)
 
@@ -53,6 +56,7 @@ def merged(shares: Iterable[Share]) -> Share:
         errors={name: e for errors in by_name["errors"] for name, e in errors.items()},
         profile=next((p for p in by_name["profile"] if p is not None), None),
         through=next((i for i in by_name["through"] if i is not None), None),
+        dead=next((d for d in by_name["dead"] if d is not None), None),
         why={name: text for why in by_name["why"] for name, text in why.items()},
         uses=[use for uses in by_name["uses"] for use in uses],
     )

@@ -35,7 +35,8 @@ def verdict_lines(report: Report) -> list[Line]:
         if code not in (*CONDITIONS, "JD104", "JD105", "JD902"):  # these have lines of their own
             text = "; ".join(_with_where(finding) for finding in found)
             lines.append(Line(named.get(code, "") or code, text, level=found[0].level, code=code))
-    lines += [line for line in (_risk(report), _depth(report), _gradients(report), _others(report)) if line]
+    figures = (_risk(report), _depth(report), _gradients(report), _attention(report), _others(report))
+    lines += [line for line in figures if line]
     lines += [line for line in (_open(report), _uncovered(report)) if line]
     return lines + [Line("note", note) for note in report.notes]
 
@@ -141,6 +142,17 @@ def _gradients(report: Report) -> Line | None:
         f"{three(ratio)} times that at the top" if ratio >= 1 else f"{three(1 / ratio)} times smaller than at the top"
     )
     return Line("gradient", f"at the first shortcut {three(norms[0])}, {change} ({three(norms[-1])})")
+
+
+def _attention(report: Report) -> Line | None:
+    """The largest logit and the least entropy of attention, over the sub-layers in which they were read."""
+    read = [row.attention for row in report.sublayers if row.attention is not None]
+    logits = [record.max_logit for record in read if record.max_logit is not None]
+    shares = [record.entropy_share for record in read if record.entropy_share is not None]
+    if not logits or not shares:
+        return None
+    text = f"logits at most {three(max(logits))}, entropy at least {three(100 * min(shares))}% of uniform"
+    return Line("attention", text)
 
 
 def _others(report: Report) -> Line | None:

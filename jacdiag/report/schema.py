@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 from jacdiag.report.contract import ContractRecord, FiguresRecord
+from jacdiag.report.flow import AttentionRecord, BackwardRecord, DeadBranch, ForwardRecord
 from jacdiag.report.numbers import between
 from jacdiag.report.record import SCHEMA_VERSION, Record
 from jacdiag.report.remedy import RemedyRecord
@@ -124,7 +125,8 @@ class SublayerRecord(Record):
     """All figures of one sub-layer. `notes` holds, for each field that is None, the reason (field name -> sentence).
 
     `placement` is None where no model was run (tier "weights"). `joint_residual_norm` is that of the shortcut plus all
-    parallel branches on it (None unless `parallel`).
+    parallel branches on it (None unless `parallel`). `gradient_norm` is that of the loss over the branch's parameters.
+    `dead_branch` is set if the branch does not depend on its input.
     """
 
     name: str
@@ -150,6 +152,9 @@ class SublayerRecord(Record):
     weights: dict[str, WeightStats] = field(default_factory=dict)
     parameters: list[str] = field(default_factory=list)
     problems: str = ""
+    attention: AttentionRecord | None = None
+    gradient_norm: float | None = None
+    dead_branch: DeadBranch | None = None
     notes: dict[str, str] = field(default_factory=dict)
     cost: float | None = None
 
@@ -172,6 +177,8 @@ class NetworkRecord(Record):
         gradient_norms: norm of dL/dx at each depth, first shortcut first, the last output of the stack at the end.
         predicted_gradient_norms: the upper profile of Eq. 7 from the sub-layer norms and the last gradient.
         loss: {"kind": ..., "value": ...}: what was differentiated.
+        forward: the residual stream over depth.
+        backward: gradients of the parameters, and parts without one.
     """
 
     gain_product_log: float | None = None
@@ -180,6 +187,8 @@ class NetworkRecord(Record):
     predicted_gradient_norms: list[float] | None = None
     growth: Growth = field(default_factory=Growth)
     loss: dict[str, Any] | None = None
+    forward: ForwardRecord | None = None
+    backward: BackwardRecord | None = None
     notes: dict[str, str] = field(default_factory=dict)
 
 

@@ -12,7 +12,9 @@ from jacdiag.errors import UsageError
 from jacdiag.report import Conditions, Finding, Report, RuleResult, Status, Verdict
 from jacdiag.report.thresholds import CUTS, Thresholds
 from jacdiag.rules import (
+    backward,
     conditions,
+    forward,
     identical_layers,
     init_contract,
     leftover_memory,
@@ -34,6 +36,8 @@ RULES: tuple[Rule, ...] = (
     *regression.RULES,
     *init_contract.RULES,
     *SMALL_ROLES,
+    *forward.RULES,
+    *backward.RULES,
     *measurement.RULES,
 )
 # With those that speak in a run only.

@@ -1,0 +1,267 @@
+"""Logits and entropy of attention, from the calls that a forward makes, whatever module makes them.
+
+Three calls are read: `scaled_dot_product_attention`, `multi_head_attention_forward`, and a softmax that stands between
+two products of the stream with itself, as in attention that is written by hand.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from jacdiag.report.flow import AttentionRecord
+from jacdiag.trace import Sites
+from jacdiag.trace.graph import Graph
+from jacdiag.trace.tensors import is_float
+from jacdiag.trace.walks import PRODUCTS
+
+FUSED = {"scaled_dot_product_attention", "multi_head_attention_forward"}
+SOFTMAX = {"softmax", "_softmax", "softmax_"}
+CALLS = FUSED | SOFTMAX
+MASKED = -9000.0  # masks are written as -inf, the least float, -1e9 or -1e4 plus the score
+_AT_ONCE = 2**22  # scores that are held together
+_STEPS = 24  # calls between a softmax and the products before and after it: scale, bias, mask, cast, dropout
+
+
+# -- which calls belong to which sub-layer ---------------------------------------------
+def attention_calls(sites: Sites) -> dict[int, int]:
+    """Return the place of each attention call among all calls named in `CALLS` -> index of its sub-layer.
+
+    A call inside two branches belongs to the inner one.
+    """
+    owners: dict[int, int] = {}
+    by_size = sorted(range(len(sites.raw)), key=lambda k: -len(sites.raw[k].cone))
+    for index in by_size:
+        owners |= dict.fromkeys(sites.raw[index].cone, index)
+    named = [node.index for node in sites.graph.nodes if node.name in CALLS]
+    return {
+        place: owners[node] for place, node in enumerate(named) if node in owners and is_attention(sites.graph, node)
+    }
+
+
+def is_attention(graph: Graph, node: int) -> bool:
+    """Return whether a call is attention: fused, or a softmax between two products of live values."""
+    if graph.nodes[node].name in FUSED:
+        return True
+    return _meets(graph, node, _makers) and _meets(graph, node, _readers)
+
+
+def _meets(graph: Graph, node: int, neighbours: Callable[[Graph, int], list[int]]) -> bool:
+    """Return whether a product of two live values is met in one direction, before any product with a weight."""
+    seen = {node}
+    frontier = [node]
+    for _ in range(_STEPS):
+        frontier = [n for here in frontier for n in neighbours(graph, here) if n not in seen]
+        seen.update(frontier)
+        for candidate in frontier:
+            if _mixes(graph, candidate):
+                return True
+        frontier = [n for n in frontier if graph.nodes[n].name not in PRODUCTS]
+    return False
+
+
+def _makers(graph: Graph, node: int) -> list[int]:
+    makers = [value.node for value in graph.float_inputs(node)]
+    return [n for n in makers if n >= 0]
+
+
+def _readers(graph: Graph, node: int) -> list[int]:
+    return [n for value in graph.nodes[node].outputs for n in graph.values[value].consumers]
+
+
+def _mixes(graph: Graph, node: int) -> bool:
+    """Return whether a call multiplies two live tensors as matrices."""
+    record = graph.nodes[node]
+    if record.name not in PRODUCTS:
+        return False
+    operands = [graph.values[value] for value in record.operands]
+    return sum(value.live and value.is_float for value in operands) >= 2
+
+
+# -- reading them ---------------------------------------------
+@dataclass
+class Tally:
+    """Sums over the rows of scores of one sub-layer."""
+
+    max_logit: float = -math.inf
+    entropy: dict[int, Tensor] = field(default_factory=dict)  # number of heads -> sum per head
+    rows: dict[int, Tensor] = field(default_factory=dict)
+    most: float = 0.0
+
+    def add(self, scores: Tensor) -> None:
+        """Add scores (..., queries, keys) as they enter a softmax over the keys.
+
+        Heads are kept apart where the scores are (batch, heads, queries, keys).
+        """
+        scores = scores.detach()
+        visible = scores > MASKED
+        self.max_logit = max(self.max_logit, float(scores.masked_fill(~visible, -math.inf).max()))
+        keys = visible.sum(-1)
+        several = keys > 1
+        entropy = torch.special.entr(scores.softmax(-1)).sum(-1).double()
+        entropy = entropy.masked_fill(~several, 0.0)
+        self.most += float(keys.clamp_min(1).double().log().sum())
+
+        # Other layouts (grouped heads, heads folded into the batch) are not told apart.
+        heads = scores.shape[1] if scores.dim() == 4 else 1
+        per_head = entropy.reshape(-1, heads, entropy.shape[-1]) if heads > 1 else entropy.reshape(1, 1, -1)
+        counted = several.reshape(per_head.shape)
+        self.entropy[heads] = self.entropy.get(heads, 0) + per_head.sum((0, 2))
+        self.rows[heads] = self.rows.get(heads, 0) + counted.sum((0, 2))
+
+    def record(self) -> AttentionRecord:
+        """Return the figures of all rows."""
+        max_logit = self.max_logit if self.max_logit > -math.inf else None
+        rows = sum(int(count.sum()) for count in self.rows.values())
+        if not rows:
+            return AttentionRecord(max_logit)
+        total = sum(float(part.sum()) for part in self.entropy.values())
+        lowest = None
+        if len(self.rows) == 1 and next(iter(self.rows)) > 1:
+            [(sums, counts)] = zip(self.entropy.values(), self.rows.values(), strict=True)
+            lowest = float((sums / counts.clamp_min(1)).min())
+        return AttentionRecord(max_logit, total / rows, total / self.most if self.most else None, lowest, rows)
+
+
+class AttentionWatch(TorchFunctionMode):
+    """Reads the attention calls of a run. Enter it around `Replayer.tapped`.
+
+    Args:
+        wanted: place of a call among those named in `CALLS` -> index of its sub-layer.
+    """
+
+    def __init__(self, wanted: Mapping[int, int]) -> None:
+        super().__init__()
+        self.wanted = wanted
+        self.count = 0
+        self.tallies: dict[int, Tally] = {}
+        self.why: dict[int, str] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in CALLS:
+            index = self.wanted.get(self.count)
+            self.count += 1
+            if index is not None:
+                self._read(index, name, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _read(self, index: int, name: str, args: Any, kwargs: Any) -> None:
+        tally = self.tallies.setdefault(index, Tally())
+        with torch.no_grad():
+            try:
+                _READERS.get(name, _read_softmax)(tally, args, kwargs)
+            except (NotReadable, RuntimeError, TypeError, IndexError) as error:
+                self.why[index] = f"an attention call could not be read: {str(error).splitlines()[0]}"
+
+    def records(self, expected: int) -> dict[int, AttentionRecord]:
+        """Return the figures by sub-layer; none if the run made another number of calls than the record has."""
+        if self.count != expected:
+            return {}
+        return {index: tally.record() for index, tally in self.tallies.items() if index not in self.why}
+
+
+class NotReadable(Exception):
+    """An attention call of a form that is not read."""
+
+
+def _read_softmax(tally: Tally, args: Any, kwargs: Any) -> None:
+    scores = args[0] if args else kwargs["input"]
+    dim = args[1] if len(args) > 1 else kwargs.get("dim")
+    if dim not in (-1, scores.dim() - 1):
+        raise NotReadable(f"a softmax over dimension {dim} of {scores.dim()}")
+    if not is_float(scores):
+        raise NotReadable("scores that are no floats")
+    keys = max(scores.shape[-1], 1)
+    if scores.dim() < 2:
+        tally.add(scores[None])
+        return
+    per_query = max(scores.numel() // (keys * scores.shape[-2]) * keys, 1)
+    for part in scores.split(max(_AT_ONCE // per_query, 1), dim=-2):
+        tally.add(part)
+
+
+def _read_sdpa(tally: Tally, args: Any, kwargs: Any) -> None:
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    query, key = given["query"], given["key"]
+    if given.get("enable_gqa") and query.shape[-3] != key.shape[-3]:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
+    add_products(tally, query, key, given.get("attn_mask"), bool(given.get("is_causal")), given.get("scale"))
+
+
+def add_products(
+    tally: Tally, query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scale: float | None
+) -> None:
+    """Add the scores of queries (..., L, E) with keys (..., S, E), some queries at a time."""
+    length, keys = query.shape[-2], key.shape[-2]
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    per_query = max(math.prod(query.shape[:-2]) * keys, 1)
+    step = max(_AT_ONCE // per_query, 1)
+    columns = torch.arange(keys, device=query.device)
+    for start in range(0, length, step):
+        rows = torch.arange(start, min(start + step, length), device=query.device)
+        scores = (query[..., rows, :] @ key.transpose(-2, -1)) * scale
+        if causal:
+            scores = scores.masked_fill(columns > rows[:, None], -math.inf)
+        if mask is not None:
+            part = mask[..., rows, :] if mask.dim() >= 2 and mask.shape[-2] == length else mask
+            scores = scores.masked_fill(~part, -math.inf) if part.dtype is torch.bool else scores + part
+        tally.add(scores)
+
+
+def _read_multi_head(tally: Tally, args: Any, kwargs: Any) -> None:
+    """Read torch's own multi-head attention: project queries and keys, then as above."""
+    call = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs)
+    call.apply_defaults()
+    given = call.arguments
+    if given["bias_k"] is not None or given["static_k"] is not None or given["add_zero_attn"]:
+        raise NotReadable("multi-head attention with keys of its own")
+    query, key, width = given["query"], given["key"], given["embed_dim_to_check"]
+    if query.dim() == 2:
+        query, key = query[:, None], key[:, None]
+
+    # 1. Project: three weights, or one that holds them all.
+    if given["use_separate_proj_weight"]:
+        weights = given["q_proj_weight"], given["k_proj_weight"]
+    else:
+        weights = given["in_proj_weight"][:width], given["in_proj_weight"][width : 2 * width]
+    biases = (None, None)
+    if given["in_proj_bias"] is not None:
+        biases = given["in_proj_bias"][:width], given["in_proj_bias"][width : 2 * width]
+    heads = given["num_heads"]
+
+    def split(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        length, batch, _ = x.shape
+        return F.linear(x, weight, bias).view(length, batch, heads, -1).permute(1, 2, 0, 3)
+
+    query, key = split(query, weights[0], biases[0]), split(key, weights[1], biases[1])
+
+    # 2. Put the masks together: True is masked here, unlike above.
+    mask = None
+    for part, shape in ((given["attn_mask"], None), (given["key_padding_mask"], (-1, 1, 1, key.shape[-2]))):
+        if part is None:
+            continue
+        if part.dtype is torch.bool:
+            part = torch.zeros(part.shape, dtype=query.dtype, device=part.device).masked_fill(part, -math.inf)
+        if shape is not None:
+            part = part.reshape(shape)
+        elif part.dim() == 3:
+            part = part.view(-1, heads, *part.shape[-2:])
+        mask = part if mask is None else mask + part
+    add_products(tally, query, key, mask, False, None)
+
+
+_READERS: dict[str, Callable[[Tally, Any, Any], None]] = {
+    "scaled_dot_product_attention": _read_sdpa,
+    "multi_head_attention_forward": _read_multi_head,
+}

@@ -1,0 +1,466 @@
+"""Parts of a model that no gradient reaches, branches that are exactly zero, and the cause where it can be proved.
+
+A cause is proved by trying it. Calls without a derivative: a run in which the part's input has a gradient, and all that
+leads from it to the other end has none behind these calls. Parameters: a run in which they hold other values, and the
+gradient arrives. Where neither does, the cause is unknown.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from jacdiag.errors import JacdiagError
+from jacdiag.measure.gradients import GradientProfile, loss_input, run_backward, stream_values
+from jacdiag.report.flow import DeadBranch, DeadPath
+from jacdiag.report.schema import SublayerRecord
+from jacdiag.trace import Sites, Sublayer
+from jacdiag.trace.coverage import parameters_of
+from jacdiag.trace.skeleton import Skeleton
+from jacdiag.trace.tensors import collect, collect_deep, is_float
+
+_PACKAGE = __file__.rsplit("/", 2)[0]
+_PLUMBING = (torch.__path__[0], f"{_PACKAGE}/trace/", f"{_PACKAGE}/measure/")
+_MOST = 12  # parameters that are tried one by one
+Alive = Callable[[], bool]
+
+
+def find_dead_paths(
+    sites: Sites, token_ids: Tensor | None, profile: GradientProfile, frozen: Collection[str] = ()
+) -> list[DeadPath] | None:
+    """Return the parts of the model that no gradient of the loss reaches.
+
+    Args:
+        sites: of one recorded forward.
+        token_ids: targets of the loss.
+        profile: of the same model.
+        frozen: names of parameters that are frozen in the model that was passed.
+
+    Returns:
+        One entry for the stream below a break, one for each other sub-layer whose parameters get no gradient. None if
+        the record does not show that the loss depends on the stream.
+    """
+    sink = loss_value(sites)
+    values = stream_values(sites)
+    if sink is None or not leads(sites, values[-1], sink):
+        return None
+    dead = {k for k, site in enumerate(sites) if _without_gradient(site.parameters, profile.parameters)}
+    found = []
+
+    # 1. The main stream, up to the last point that gets nothing.
+    broken = _break_in(profile.norms)
+    if broken is not None:
+        below = _sublayers_before(sites, values, broken, dead)
+        ends = (values[broken], values[broken + 1] if broken + 1 < len(values) else sink)
+        found.append(_stream_path(sites, token_ids, profile, ends, below, frozen))
+        dead -= below
+
+    # 2. Embeddings that are cut off before the first shortcut.
+    if broken is None:
+        found += _embeddings_cut_off(sites, profile, sink, frozen)
+
+    # 3. Sub-layers behind which the stream is cut off, by the calls that do it.
+    rest = [k for k in sorted(dead) if not sites[k].nested and leads(sites, sites.raw[k].output, sink)]
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for index in rest:
+        groups.setdefault(tuple(cutting_calls(sites, sites.raw[index].output, sink)), []).append(index)
+    for calls, members in groups.items():
+        if calls:
+            found.append(_cut_off(sites, members, list(calls), frozen))
+
+    # 4. Single sub-layers.
+    return found + [_branch_path(sites, token_ids, index, frozen) for index in groups.get((), [])]
+
+
+def _embeddings_cut_off(
+    sites: Sites, profile: GradientProfile, sink: int, frozen: Collection[str]
+) -> list[DeadPath]:
+    found = []
+    graph = sites.graph
+    for name in sites.coverage.embedding:
+        if profile.parameters is None or profile.parameters.get(name) != 0 or sites.skeleton.outlines[name].dim() < 2:
+            continue
+        readers = [node for node in graph.nodes if name in parameters_of(graph, (node.index,), sites.skeleton)]
+        made = [value for node in readers for value in node.outputs if graph.values[value].live]
+        if not made or not leads(sites, made[0], sink):
+            continue
+        calls = cutting_calls(sites, made[0], sink)
+        if calls:
+            found.append(DeadPath([name], stream=True, cause="cut", calls=calls, frozen=name in frozen))
+    return found
+
+
+def _cut_off(sites: Sites, members: Sequence[int], calls: list[str], frozen: Collection[str]) -> DeadPath:
+    part = {name for index in members for name in sites[index].parameters}
+    names = [sites[index].name for index in members]
+    return DeadPath(names, stream=True, cause="cut", calls=calls, frozen=part <= set(frozen))
+
+
+def _break_in(norms: Sequence[float]) -> int | None:
+    """Return the last of the points from the first on that have no gradient; None if the first one has."""
+    last = None
+    for place, value in enumerate(norms):
+        if value != 0:  # NaN is not zero
+            break
+        last = place
+    return last
+
+
+def _without_gradient(names: Sequence[str], gradients: Mapping[str, float] | None) -> bool:
+    if gradients is None:
+        return False
+    known = [gradients[name] for name in names if name in gradients]
+    return bool(known) and all(value == 0 for value in known)
+
+
+def _sublayers_before(sites: Sites, values: Sequence[int], place: int, dead: Collection[int]) -> set[int]:
+    """Return the sub-layers of the main stream up to a point.
+
+    Those that read the last point itself are among them only if their parameters get nothing: the break lies behind the
+    point, and what reads it may be past the break.
+    """
+    groups = [sites.streams.groups[k] for k in sites.streams.main]
+    surely = values[:place]
+    found = {index for group in groups if group.shortcut in surely for index in group.sites}
+    last = {index for group in groups if group.shortcut == values[place] for index in group.sites}
+    return found | last.intersection(dead)
+
+
+def _stream_path(
+    sites: Sites,
+    token_ids: Tensor | None,
+    profile: GradientProfile,
+    ends: tuple[int, int],
+    below: set[int],
+    frozen: Collection[str],
+) -> DeadPath:
+    source, sink = ends
+    names = [sites[index].name for index in sorted(below)]
+    inside = {name for index in below for name in sites[index].parameters}
+    part = inside | set(sites.coverage.embedding)
+    elsewhere = bool(inside) and profile.parameters is not None and all(profile.parameters.get(n) for n in inside)
+    is_frozen = bool(part) and part <= set(frozen)
+    path = DeadPath(names, stream=True, cause="unknown", elsewhere=elsewhere, frozen=is_frozen)
+    try:
+        calls = cutting_calls(sites, source, sink)
+        if calls:
+            return replace(path, cause="cut", calls=calls)
+
+        def alive() -> bool:
+            return run_backward(sites, token_ids, [source]).norms.get(source, 0.0) > 0
+
+        zone = calls_between(sites, source, sink)
+        causes, together = reviving(sites.skeleton, parameters_of(sites.graph, zone, sites.skeleton), alive)
+    except (JacdiagError, RuntimeError):
+        return path
+    if not causes:
+        return path
+    head = not together and all(_is_head(sites, name) for name in causes)
+    own = None
+    if profile.parameters is not None and all(name in profile.parameters for name in causes):
+        own = sum(profile.parameters[name] ** 2 for name in causes) ** 0.5
+    values = constants(sites.skeleton, causes)
+    return replace(path, cause="zero", parameters=causes, values=values, together=together, head=head, own_gradient=own)
+
+
+def _is_head(sites: Sites, name: str) -> bool:
+    return name in sites.coverage.head and sites.skeleton.outlines[name].dim() >= 2
+
+
+def _branch_path(sites: Sites, token_ids: Tensor | None, index: int, frozen: Collection[str]) -> DeadPath:
+    site = sites[index]
+    is_frozen = set(site.parameters) <= set(frozen)
+    path = DeadPath([site.name], stream=False, cause="unknown", frozen=is_frozen)
+    if not bool(site.shortcut.any()):
+        return replace(path, cause="input")
+    raw = sites.raw[index]
+    term = raw.result if raw.result is not None else raw.term.operand
+    watched = [name for name in site.parameters if sites.skeleton.params[name].is_floating_point()]
+    try:
+        calls = [] if term is None else cutting_calls(sites, raw.shortcut, term)
+        if calls:
+            return replace(path, cause="cut", calls=calls)
+
+        def alive() -> bool:
+            return any(run_backward(sites, token_ids, [], watched).parameters.values())
+
+        causes, together = reviving(sites.skeleton, site.parameters, alive)
+    except (JacdiagError, RuntimeError):
+        return path
+    if not causes:
+        return path
+    values = constants(sites.skeleton, causes)
+    return replace(path, cause="zero", parameters=causes, values=values, together=together, own_gradient=0.0)
+
+
+# -- from one value to another ---------------------------------------------
+def loss_value(sites: Sites) -> int | None:
+    """Return the index of the value that the loss is computed from; None if it is not an output as it stands."""
+    target = loss_input(sites.output)
+    made: list[Tensor] = []
+    collect_deep(sites.output, made)
+    for tensor, value in zip(made, sites.graph.outputs, strict=False):
+        if tensor is target:
+            return value
+    return None
+
+
+def leads(sites: Sites, source: int, sink: int) -> bool:
+    """Return whether a value reaches another, also through calls that have no derivative."""
+    return source == sink or bool(calls_between(sites, source, sink))
+
+
+def calls_between(sites: Sites, source: int, sink: int) -> list[int]:
+    """Return the calls that lead from one value to another, also those without a derivative, ascending."""
+    graph = sites.graph
+    floor = graph.values[source].node
+    behind: set[int] = set()
+    stack = [sink]
+    while stack:
+        node = graph.values[stack.pop()].node
+        if node > floor and node >= 0 and node not in behind:
+            behind.add(node)
+            stack += [value for value in graph.nodes[node].inputs if graph.values[value].live]
+    reached = {source}
+    between = []
+    for node in sorted(behind):
+        if reached.intersection(graph.nodes[node].inputs):
+            between.append(node)
+            reached.update(graph.nodes[node].outputs)
+    return between
+
+
+class Cuts(TorchFunctionMode):
+    """Follows what lost its gradient through a forward: tensor -> the calls that took it.
+
+    A call takes the gradient if it reads a float that has one, or had one, and makes a float that has none.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lost: dict[int, tuple[weakref.ref[Tensor], frozenset[str]]] = {}
+
+    def calls_behind(self, tensor: Tensor) -> frozenset[str]:
+        """Return the calls that took the gradient from what leads to a tensor."""
+        reference, calls = self.lost.get(id(tensor), (None, frozenset()))
+        return calls if reference is not None and reference() is tensor else frozenset()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        read: list[Tensor] = []
+        collect((args, kwargs), read)
+        made: list[Tensor] = []
+        collect(result, made)
+        if not made:
+            return result
+        inherited = frozenset().union(*(self.calls_behind(tensor) for tensor in read))
+        had_gradient = any(tensor.requires_grad for tensor in read)
+        for tensor in made:
+            if not is_float(tensor) or any(tensor is other for other in read):
+                continue
+            calls = inherited
+            if had_gradient and not tensor.requires_grad:
+                calls = calls | {_name_cut(func)}
+            if calls:
+                self.lost[id(tensor)] = (weakref.ref(tensor), calls)
+        return result
+
+
+def _name_cut(func: Any) -> str:
+    name = getattr(func, "__name__", str(func))
+    if name == "__get__":
+        name = getattr(getattr(func, "__self__", None), "__name__", "an attribute")
+    if not torch.is_grad_enabled():
+        name = "no_grad"
+    return f"{name} in {_line_of_the_model()}"
+
+
+def _line_of_the_model() -> str:
+    """Return "file.py:12" of the innermost frame outside torch and the code that runs the model again."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PLUMBING):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def cutting_calls(sites: Sites, source: int, sink: int) -> list[str]:
+    """Return the calls that take the gradient on every way from one value to another; [] if a way is left.
+
+    Args:
+        sites: of one recorded forward.
+        source: value that is given a gradient. Nothing before it has one.
+        sink: value that is looked at: a point of the run, or the loss's input.
+    """
+    cuts = Cuts()
+    found: list[frozenset[str]] = []
+    left = False
+    at_loss = sink == loss_value(sites)
+
+    def visit(value: int, tensor: Tensor) -> None:
+        nonlocal left
+        if value == sink:
+            left = left or tensor.requires_grad
+            found.append(cuts.calls_behind(tensor))
+
+    if at_loss:
+        result = _output_of_run(sites, source, cuts)
+        left = result.requires_grad
+        found.append(cuts.calls_behind(result))
+    else:
+        run_backward(sites, None, [source, sink], watch=cuts, visit=visit, backward=False)
+    if left or not found:
+        return []
+    return sorted(found[-1])
+
+
+def _output_of_run(sites: Sites, source: int, cuts: Cuts) -> Tensor:
+    """Return the loss's input of a run in which `source` alone has a gradient."""
+    spot = sites.replayer.spot_of(source, 0)
+
+    def visit(_spot: Any, tensor: Tensor) -> Tensor:
+        return tensor.detach().requires_grad_().clone()
+
+    replaced = {}
+    spots = [spot]
+    if spot.key is None:
+        replaced[source] = visit(spot, sites.replayer.calls[0].tensors[source].detach().clone())
+        spots = []
+    with torch.enable_grad(), sites.replayer.whole_graph(), cuts:
+        output = sites.replayer.tapped(spots, visit, replaced=replaced)
+    result = loss_input(output)
+    assert result is not None
+    return result
+
+
+# -- other values in parameters ---------------------------------------------
+def reviving(skeleton: Skeleton, names: Iterable[str], alive: Alive) -> tuple[list[str], bool]:
+    """Return the constant parameters that are the cause, and whether only all of them together are.
+
+    Args:
+        skeleton: of the model. Its tensors are swapped for others and put back; the model's own are not touched.
+        names: parameters that may be the cause. Those with two different elements are left out.
+        alive: whether the gradient arrives now, or the branch is not zero now.
+    """
+    if skeleton.stored is not None:
+        return [], False
+    suspects = [name for name in dict.fromkeys(names) if _is_constant(skeleton.params[name])]
+    if not suspects or not _alive_with(skeleton, suspects, alive):
+        return [], False
+
+    # 1. One alone may be enough.
+    suspects.sort(key=lambda name: bool(skeleton.params[name].flatten()[0]))  # zeros first; the order is kept
+    alone = [name for name in suspects[:_MOST] if _alive_with(skeleton, [name], alive)]
+    if alone:
+        return alone, False
+
+    # 2. Else take away what is not needed. Too many to try all: no cause is named.
+    if len(suspects) > 2 * _MOST:
+        return [], False
+    needed = list(suspects)
+    for name in reversed(suspects):
+        fewer = [other for other in needed if other != name]
+        if fewer and _alive_with(skeleton, fewer, alive):
+            needed = fewer
+    return needed, len(needed) > 1
+
+
+def _is_constant(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point() or not tensor.numel():
+        return False
+    flat = tensor.detach().reshape(-1)
+    return bool((flat == flat[0]).all())
+
+
+def _alive_with(skeleton: Skeleton, names: Sequence[str], alive: Alive) -> bool:
+    with other_values(skeleton, names):
+        return alive()
+
+
+@contextmanager
+def other_values(skeleton: Skeleton, names: Sequence[str]) -> Iterator[None]:
+    """Let random numbers stand in for parameters of the skeleton."""
+    assert isinstance(skeleton.params, dict)
+    before = {name: skeleton.params[name] for name in names}
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for name, tensor in before.items():
+            skeleton.params[name] = torch.randn(tensor.shape, generator=generator).to(tensor)
+        yield
+    finally:
+        skeleton.params.update(before)
+
+
+# -- branches that are zero ---------------------------------------------
+def find_dead_branches(sites: Sites, records: Sequence[SublayerRecord]) -> dict[int, DeadBranch]:
+    """Return the branches that have parameters and do not depend on their input at all, by index.
+
+    Args:
+        sites: of one recorded forward.
+        records: their figures. A branch whose norm was not measured is left out, and one that reads a stream of zeros.
+    """
+    norms = {record.index: record.branch_norm for record in records}
+    found = {}
+    for site in sites:
+        interval = norms.get(site.index)
+        if site.nested or not site.parameters or interval is None or interval.upper != 0:
+            continue
+        if bool(site.shortcut.any()):
+            found[site.index] = _dead_branch(sites, site)
+    return found
+
+
+def _dead_branch(sites: Sites, site: Sublayer) -> DeadBranch:
+    skeleton = sites.skeleton
+
+    def alive() -> bool:
+        """Return whether the branch depends on its input now; a bias at its end makes it no less dead."""
+        with torch.enable_grad():
+            x = site.shortcut.detach().clone().requires_grad_()
+            value = site.branch(x)
+            if not value.requires_grad:
+                return False
+            (gradient,) = torch.autograd.grad(value.square().sum() + value.sum(), x, allow_unused=True)
+        return gradient is not None and bool((gradient != 0).any())
+
+    is_zero = not bool(site.value.any())
+    try:
+        causes, together = reviving(skeleton, site.parameters, alive)
+    except (JacdiagError, RuntimeError):
+        return DeadBranch(is_zero)
+    alike = bool(causes) and all(_zero_in_every_layer(sites, site, name) for name in causes)
+    return DeadBranch(is_zero, causes, constants(skeleton, causes), together, alike)
+
+
+def constants(skeleton: Skeleton, names: Iterable[str]) -> list[float]:
+    """Return the value of each constant parameter."""
+    return [float(skeleton.params[name].detach().flatten()[0]) for name in names]
+
+
+def _zero_in_every_layer(sites: Sites, site: Sublayer, name: str) -> bool:
+    """Return whether a parameter and its namesakes in the other sub-layers are all zero.
+
+    Namesakes differ in one number of their name: "layers.3.w2" and "layers.4.w2", not "layers.4.w1".
+    """
+    elsewhere = {other for one in sites if one is not site for other in one.parameters} - set(site.parameters)
+    namesakes = [other for other in elsewhere if _one_number_apart(name, other)]
+    return all(_is_zero(sites.skeleton.params[other]) for other in (name, *namesakes))
+
+
+def _one_number_apart(first: str, second: str) -> bool:
+    pairs = list(zip(first.split("."), second.split("."), strict=False))
+    different = [(a, b) for a, b in pairs if a != b]
+    same_length = first.count(".") == second.count(".")
+    return same_length and len(different) == 1 and all(part.isdigit() for part in different[0])
+
+
+def _is_zero(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and not bool(tensor.detach().any())

@@ -1,0 +1,242 @@
+"""JD401 to JD406: what one backward of the loss shows, and branches that are exactly zero."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from jacdiag.errors import clipped
+from jacdiag.report import Finding, Level, SublayerRecord
+from jacdiag.report.flow import BackwardRecord, DeadPath
+from jacdiag.rules import flow_texts
+from jacdiag.rules.forward import Measured, loudest
+from jacdiag.rules.numbers import plain
+from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
+
+_NAMED = 3
+
+
+def _listed(names: Sequence[str]) -> str:
+    text = ", ".join(clipped(name, 100) for name in names[:_NAMED])
+    return text if len(names) <= _NAMED else f"{text} and {len(names) - _NAMED} more"
+
+
+def _backward(context: Context) -> BackwardRecord | None:
+    network = context.report.network
+    return network.backward if network is not None else None
+
+
+# -- JD401 ---------------------------------------------
+def _no_gradient(context: Context, rule: Rule) -> Outcome:
+    record = _backward(context)
+    if record is None:
+        return NOT_APPLICABLE
+    if record.dead is None:
+        return Outcome(0, note=record.notes.get("dead", ""))
+    findings = [_dead_path(context, rule, path) for path in record.dead if not _meant(path)]
+    left_out = [name for path in record.dead if _meant(path) for name in path.where]
+    note = f"frozen, and cut off by the model's code: {_listed(left_out)}" if left_out else ""
+    return Outcome(max(len(context.rows(rule)), 1), findings, note=note)
+
+
+def _meant(path: DeadPath) -> bool:
+    """Return whether a part is cut off on purpose: its parameters are frozen, and the code detaches it."""
+    return path.frozen and path.cause == "cut"
+
+
+def _dead_path(context: Context, rule: Rule, path: DeadPath) -> Finding:
+    level: Level = "info" if path.head or path.elsewhere else "warning"
+    evidence = {
+        "stream": path.stream,
+        "cause": path.cause,
+        "parameters": path.parameters,
+        "calls": path.calls,
+        "own_gradient": path.own_gradient,
+        "count": len(path.where),
+    }
+    what = f"{_subject(path)} {_cause(path)}"
+    if path.elsewhere:
+        what += "; all their parameters get a gradient where the model uses them again"
+    return Finding(rule.code, context.level(rule, level), path.where, what, evidence, why=rule.summary, fix=_fix(path))
+
+
+def _subject(path: DeadPath) -> str:
+    if not path.stream:
+        return f"no parameter of {_listed(path.where)} gets a gradient:"
+    count = len(path.where)
+    if count == 0:
+        return "no gradient reaches the first shortcut:"
+    return f"no gradient reaches {_listed(path.where)}:"
+
+
+def _cause(path: DeadPath) -> str:
+    if path.cause == "cut":
+        return f"every way from there to the loss passes {_listed(path.calls)}"
+    if path.cause == "input":
+        return "the stream that it reads is zero for every token"
+    if path.cause == "unknown":
+        return "the cause is not known"
+    held = f"{_held(path.parameters, path.values)} in every element"
+    if path.together:
+        return f"{held}, and only other values in all of them let it through{_outlook(path)}"
+    which = "it" if len(path.parameters) == 1 else "any one of them"
+    return f"{held}, and other values in {which} let it through{_outlook(path)}"
+
+
+def _held(names: Sequence[str], values: Sequence[float]) -> str:
+    """Return "a.weight is 0" or "a.weight is 0, b.bias is -100"."""
+    told = [f"{clipped(name, 100)} is {value:g}" for name, value in zip(names, values, strict=False)]
+    return _listed(told)
+
+
+def _outlook(path: DeadPath) -> str:
+    """Say whether the cause can end by itself."""
+    if path.own_gradient is None:
+        return ""
+    if path.own_gradient == 0:
+        return "; no gradient reaches these values either, so that no step changes them"
+    return "; these values get a gradient themselves, so that the first step changes them"
+
+
+def _fix(path: DeadPath) -> str:
+    if path.head or path.elsewhere:
+        return ""
+    if path.cause == "cut":
+        return f"let the gradient through at {_listed(path.calls)}, or freeze what lies before it"
+    if path.cause == "zero":
+        return f"set gains to one and draw matrices: {_listed(path.parameters)}"
+    return ""
+
+
+# -- JD402 ---------------------------------------------
+def _dead_branch(context: Context, rule: Rule) -> Outcome:
+    rows = [row for row in context.rows(rule) if row.branch_norm is not None]
+    if not rows:
+        return NOT_APPLICABLE
+    dead = [row for row in rows if row.dead_branch is not None]
+    alike = [row for row in dead if row.dead_branch is not None and row.dead_branch.alike]
+    single = [row for row in dead if row not in alike]
+    findings = []
+    if single:
+        findings.append(_branches(context, rule, single, "warning"))
+    if alike:
+        findings.append(_branches(context, rule, alike, "info"))
+    return Outcome(len(rows), findings)
+
+
+def _branches(context: Context, rule: Rule, rows: Sequence[SublayerRecord], level: Level) -> Finding:
+    names = [row.name for row in rows]
+    parameters = [name for row in rows if row.dead_branch is not None for name in row.dead_branch.parameters]
+    values = [value for row in rows if row.dead_branch is not None for value in row.dead_branch.values]
+    unknown = [row.name for row in rows if row.dead_branch is not None and not row.dead_branch.parameters]
+    zero = all(row.dead_branch is not None and row.dead_branch.zero for row in rows)
+    verb = "is" if len(names) == 1 else "are"
+    what = f"{_listed(names)} {verb} {'exactly zero, value and Jacobian' if zero else 'constant: the Jacobian is zero'}"
+    if parameters:
+        what += f"; the cause: {_held(parameters, values)} in every element, {_how_far(level, values)}"
+    if unknown:
+        what += f"; the cause is not known for {_listed(unknown)}"
+    fix = f"draw {_listed(parameters)} as in the other layers" if parameters and level != "info" else ""
+    evidence = {"parameters": parameters, "count": len(names), "alike": level == "info"}
+    return Finding(rule.code, context.level(rule, level), names, what, evidence, why=rule.summary, fix=fix)
+
+
+def _how_far(level: Level, values: Sequence[float]) -> str:
+    if level == "info":
+        return "as in every layer (a zero-initialised branch)"
+    if any(values):
+        return "which is no zero-initialised branch"
+    return "but not so in every layer"
+
+
+# -- JD403 ---------------------------------------------
+def _growth(context: Context, rule: Rule) -> Outcome:
+    network = context.report.network
+    if network is None:
+        return NOT_APPLICABLE
+    layers = context.report.model.layers
+    exponents = {"activation": network.growth.activation, "gradient": network.growth.gradient}
+    known = {name: value for name, value in exponents.items() if value is not None}
+    if not known:
+        return Outcome(0, note=network.notes.get("gradient_norms", ""))
+    findings = []
+    for name, exponent in known.items():
+        whole = exponent * layers
+        limits = context.thresholds.limits("growth", name)
+        if limits.info is None or not abs(whole) > limits.info:
+            continue
+        way = "upwards" if name == "activation" else "towards the input"
+        verb = "grows" if whole > 0 else "shrinks"
+        what = f"the {name} norm {verb} {plain(math.exp(abs(whole)))}-fold {way}, exponent {plain(exponent)} a layer"
+        evidence = {"field": f"growth.{name}", "value": exponent, "whole": whole, "threshold": limits.info}
+        findings.append(Finding(rule.code, context.level(rule, "info"), [], what, evidence, why=rule.summary))
+    return Outcome(len(known), findings)
+
+
+# -- JD404 ---------------------------------------------
+def _embedding(context: Context, rule: Rule) -> Outcome:
+    record = _backward(context)
+    if record is None:
+        return NOT_APPLICABLE
+    share = record.embedding_share
+    if share is None:
+        return Outcome(0, note=record.notes.get("embedding_norm") or record.notes.get("others_median", ""))
+
+    def sentence(worst: Measured) -> str:
+        return f"the gradient of {worst.where} is {plain(worst.value)} times the median of the other matrices"
+
+    measured = Measured(record.embedding or "", share)
+    return Outcome(1, loudest(context, rule, [measured], "embedding_gradient", sentence))
+
+
+# -- JD405 ---------------------------------------------
+def _update(context: Context, rule: Rule) -> Outcome:
+    plan = context.report.plan
+    rows = context.rows(rule)
+    if not rows or plan.lr is None:
+        return Outcome(0, note="" if not rows else "no learning rate was given")
+    rate = plan.lr / max(plan.warmup or 1, 1)
+    figures = {}
+    for row in rows:
+        for weight in row.weights.values():
+            if weight.std:
+                figures[weight.parameter] = Measured(weight.parameter, rate / weight.std)
+
+    def sentence(worst: Measured) -> str:
+        return (
+            f"the first step of Adam at rate {plain(rate)} changes {worst.where} by {plain(100 * worst.value)}% "
+            "(norm of update / norm of weight; that the optimizer is Adam is assumed)"
+        )
+
+    found = loudest(context, rule, list(figures.values()), "first_update", sentence)
+    return Outcome(len(figures), found)
+
+
+# -- JD406 ---------------------------------------------
+def _not_finite(context: Context, rule: Rule) -> Outcome:
+    record = _backward(context)
+    network = context.report.network
+    if record is None or network is None:
+        return NOT_APPLICABLE
+    if network.gradient_norms is None:
+        return Outcome(0, note=network.notes.get("gradient_norms", ""))
+    if not record.not_finite:
+        return Outcome(1)
+    loss = (network.loss or {}).get("value")
+    contrast = " although the loss is finite" if isinstance(loss, float) and math.isfinite(loss) else ""
+    what = f"the gradient holds NaN or Inf{contrast}: {_listed(record.not_finite)}"
+    evidence = {"names": list(record.not_finite)}
+    fix = "add an epsilon inside a root or a quotient; torch.autograd.set_detect_anomaly(True) names the operation"
+    return Outcome(
+        1, [Finding(rule.code, context.level(rule, "warning"), [], what, evidence, why=rule.summary, fix=fix)]
+    )
+
+
+RULES = (
+    Rule("JD401", "no-gradient", "warning", **flow_texts.NO_GRADIENT, check=_no_gradient),
+    Rule("JD402", "dead-branch", "warning", **flow_texts.DEAD_BRANCH, check=_dead_branch),
+    Rule("JD403", "growth-exponents", "info", **flow_texts.GROWTH, check=_growth),
+    Rule("JD404", "embedding-gradient", "info", **flow_texts.EMBEDDING_GRADIENT, check=_embedding),
+    Rule("JD405", "update-ratio", "info", **flow_texts.UPDATE, check=_update, states=("init",)),
+    Rule("JD406", "gradient-not-finite", "warning", **flow_texts.NOT_FINITE_GRADIENT, check=_not_finite),
+)
