@@ -164,7 +164,8 @@ NO_MATCH = Text(
     summary="no rule about the model applied: nothing was checked",
     what="""\
 None of the selected rules JD1xx matched a sub-layer, because of the state, the placements, or the
-selection. Where no norm was asked for (--contract-only, --select JD2) one of the init contract's rules is enough.""",
+selection. If no norm was asked for (--contract-only, --select JD2) one of the init contract's rules is enough. A gate
+in which this fires exits with 3, unless something else made it fail.""",
     why="""\
 A check that matches nothing and passes is worse than none.""",
     example="""\
