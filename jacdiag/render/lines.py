@@ -259,7 +259,8 @@ def to_do(report: Report) -> list[str]:
     lines = remedied(report)
     advice: dict[str, str] = {}
     for finding in _by_level(report.findings):
-        if finding.fix and not finding.code.startswith(("JD1", "JD2")):
+        is_comparison = finding.code == "JD110" and report.against is not None
+        if finding.fix and (is_comparison or not finding.code.startswith(("JD1", "JD2"))):
             advice.setdefault(finding.fix, finding.code)
         elif finding.fix and finding.verified and finding.code not in answered:
             advice.setdefault(f"{finding.fix} (tried on a copy of this model: it helps)", finding.code)

@@ -97,7 +97,7 @@ def _nothing_to_compare_with(context: Context) -> Outcome:
 # -- two checkpoints, of which at least one is trained -----------------------------------------------------------------
 def _growth_in_training(context: Context, rule: Rule, against: AgainstRecord) -> Outcome:
     """Judge the growth of branch norms beyond both intervals; training lets them grow, up to what healthy runs show."""
-    limits = context.thresholds.limits("checkpoint_growth")
+    limits = context.thresholds.limits("checkpoint_growth", against.state)
     groups: dict[Level, list[ChangeRecord]] = {}
     for change in against.changes:
         if change.figure == "branch_norm" and change.grew:
@@ -128,12 +128,12 @@ def _growth_finding(
     text = f"{worst.where}: branch ‖J‖ {plain(worst.earlier[1])} -> {plain(worst.now[1])}"
     limit = getattr(limits, "warning" if level == "info" else level)
     grown = f"1 + ‖J‖ is at least {plain(worst.amplification)} times that of {against.source}"
-    if level == "info":
-        text += f"; {grown}" + (f", as in healthy training ({plain(limit)} at most)" if limit is not None else "")
-    else:
+    if level != "info":
         text += f"; {grown} ({level} above {plain(limit)})"
+    elif limit is not None:
+        text += f"; {grown} (warning above {plain(limit)})"
     if len(group) > 1:
-        text += f"; {len(group)} of {against.compared} branches in all"
+        text += f"; {len(group)} of {against.compared} branches grew so"
     changes = [
         {"where": c.where, "field": c.figure, "old": c.earlier[1], "new": c.now[1]} for c in group
     ]
