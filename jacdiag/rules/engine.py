@@ -119,10 +119,11 @@ def _verdict(
     if any(f.level == "warning" and f.code not in ("JD901", "JD904") for f in findings):
         return "warn"
     report = context.report
+    measured = report.tier == "measured" and measurement.norms_asked(report, outcomes)
+    if report.state == "trained" and measured:
+        return _trained_verdict(context, results, outcomes)
     if not measurement.applied(report, outcomes):
         return "unknown"
-    if report.state == "trained":
-        return _trained_verdict(context, results, outcomes)
     open_ones = any(r.status == "unknown" or outcomes[r.code].undecided for r in results)
     return "unknown" if open_ones else "pass"
 

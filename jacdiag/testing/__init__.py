@@ -39,7 +39,8 @@ def assert_stable_init(
         can fail one, and a warning says that nothing was asserted.
 
     Raises:
-        AssertionError: the gate failed, stayed undecided, or no rule applied: which rule, which weights, expected and measured.
+        AssertionError: the gate failed, stayed undecided, or no rule applied. The message names the rule, the weights,
+            what was expected and what was measured.
         JacdiagError: the gate cannot run.
 
     Example:
