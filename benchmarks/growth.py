@@ -31,6 +31,8 @@ RECIPES = ("vanilla", "scaled-embed")
 RATES = (1e-3, 8e-3)
 STEPS, WARMUP, WRECKED_AT, FACTOR = 400, 20, 200, 100.0
 CHECKPOINTS = (0, 50, 100, 200, 400)
+WORSE = 0.4  # in nats: as in `jacdiag backtest`
+END_TO_END = "end to end"
 PROBE_STEP = 1_000_000  # a batch of the text that no run has trained on
 
 
@@ -49,7 +51,7 @@ def audit(model: nn.Module) -> dict[str, list[float]]:
     report = jacdiag.audit(model, ids, state="trained", tol=0.1)
     norms = {row.name: row.branch_norm for row in report.sublayers}
     if report.network is not None:
-        norms["end to end"] = report.network.end_to_end
+        norms[END_TO_END] = report.network.end_to_end
     return {name: [norm.lower, norm.upper] for name, norm in norms.items() if norm is not None}
 
 
@@ -73,25 +75,58 @@ def train(placement: str, recipe: str, peak: float, *, wrecked: bool = False, se
             break
         if step in CHECKPOINTS:
             norms[step] = audit(model)
+    last = losses[-20:]
     return {
         "placement": placement, "recipe": recipe, "lr": peak, "wrecked": wrecked, "seed": seed,
-        "loss": sum(losses[-20:]) / len(losses[-20:]), "worst_loss_after_100": max(losses[100:], default=math.nan),
-        "growth": growth(norms), "norms": {str(step): figures for step, figures in norms.items()},
+        "loss": sum(last) / len(last) if math.isfinite(sum(last)) else None,
+        "growth": growth(norms),
+        "worst": {
+            str(step): max(upper for name, (_, upper) in ends.items() if name != END_TO_END)
+            for step, ends in norms.items()
+        },
     }  # fmt: skip
 
 
-def growth(norms: dict[int, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
-    """The largest growth over sub-layers, and that of the end-to-end norm, for each pair "earlier-later"."""
+def growth(norms: dict[int, dict[str, list[float]]]) -> dict[str, float]:
+    """The largest growth of 1 + |J| over the sub-layers for each pair "earlier-later", beyond both intervals."""
     pairs = {}
     for earlier, later in itertools.combinations(sorted(norms), 2):
-        ratios = {
-            name: ends[0] / norms[earlier][name][1]
-            for name, ends in norms[later].items()
-            if name in norms[earlier] and norms[earlier][name][1] > 0
-        }
-        whole = ratios.pop("end to end", math.nan)
-        pairs[f"{earlier}-{later}"] = {"branch": max(ratios.values(), default=math.nan), "end_to_end": whole}
+        before = norms[earlier]
+        ratios = [
+            (1 + lower) / (1 + before[name][1])
+            for name, (lower, _) in norms[later].items()
+            if name in before and name != END_TO_END
+        ]
+        pairs[f"{earlier}-{later}"] = float(f"{max(ratios):.4g}")
     return pairs
+
+
+def calibrate(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The largest growth of healthy runs and the smallest of wrecked ones, by placement and state of the earlier model.
+
+    Healthy is a run that ends within `WORSE` of the best of its placement. A wrecked run counts from a checkpoint before
+    the rate rose to the last one; one that became NaN has none.
+    """
+    finite = [run for run in runs if run["loss"] is not None]
+    best = {p: min(r["loss"] for r in finite if r["placement"] == p and not r["wrecked"]) for p in PLACEMENTS}
+    table: dict[str, dict[str, Any]] = {}
+    for placement, from_init in itertools.product(PLACEMENTS, (False, True)):
+        healthy, wrecked = [], []
+        for run in (run for run in finite if run["placement"] == placement):
+            for pair, value in run["growth"].items():
+                earlier, later = map(int, pair.split("-"))
+                if (earlier == 0) != from_init:
+                    continue
+                if run["wrecked"] and earlier <= WRECKED_AT and later == STEPS:
+                    wrecked.append(value)
+                elif not run["wrecked"] and run["loss"] <= best[placement] + WORSE:
+                    healthy.append(value)
+        name = f"{placement}, earlier {'at init' if from_init else 'trained'}"
+        table[name] = {
+            "healthy_max": max(healthy), "healthy_pairs": len(healthy),
+            "wrecked_min": min(wrecked, default=None), "wrecked_pairs": len(wrecked),
+        }  # fmt: skip
+    return table
 
 
 def settings(quick: bool) -> list[dict[str, Any]]:
@@ -120,10 +155,10 @@ def main() -> None:
         begun = time.perf_counter()
         run = train(**setting)
         runs.append(run)
-        later = run["growth"].get("100-400", {})
-        print(setting, f"loss {run['loss']:.2f}", later, f"{time.perf_counter() - begun:.0f} s", flush=True)
-        if not quick:
-            RESULTS.write_text(json.dumps({"torch": torch.__version__, "runs": runs}) + "\n", encoding="utf-8")
+        print(setting, f"loss {run['loss']}", run["growth"].get("100-400"), f"{time.perf_counter() - begun:.0f} s", flush=True)
+    if not quick:
+        data = {"torch": torch.__version__, "calibration": calibrate(runs), "runs": runs}
+        RESULTS.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -85,7 +85,9 @@ def _instead(report: Report) -> Line | None:
     parts = []
     worst = worst_branch(report)
     if worst is not None:
-        parts.append(f"branch gain {spoken(worst[1])} at {worst[0].name} (JD103, for each placement)")
+        rule = next((rule for rule in report.rules if rule.code == "JD103"), None)
+        judged = "judged by no rule" if rule is None or not rule.matched else "JD103 judges it by its placement"
+        parts.append(f"branch gain {spoken(worst[1])} at {worst[0].name} ({judged})")
     gained = [(row.out_norm_gain, row) for row in rows if row.out_norm_gain is not None]
     if gained:
         gain, row = max(gained, key=lambda pair: pair[0].estimate)

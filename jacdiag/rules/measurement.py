@@ -99,8 +99,11 @@ def _no_match(context: Context, rule: Rule) -> Outcome:
     why = "the weights alone carry no Jacobian" if report.tier == "weights" else _unmatched(context)
     if not norms_asked(report, context.outcomes):
         why = "no norm was asked for, and no rule of the init contract applied"
+    fix = ""
+    if contract and norms_asked(report, context.outcomes):
+        fix = "--select JD2 judges the init contract alone; thresholds of your own judge norms ([tool.jacdiag])"
     level = context.level(rule, "warning")
-    return Outcome(1, [Finding(rule.code, level, [], f"{subject}: {why}", {}, rule.summary)])
+    return Outcome(1, [Finding(rule.code, level, [], f"{subject}: {why}", {}, rule.summary, fix)])
 
 
 def _unmatched(context: Context) -> str:
