@@ -102,10 +102,10 @@ def growth(norms: dict[int, dict[str, list[float]]]) -> dict[str, float]:
 
 
 def calibrate(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The largest growth of healthy runs and the smallest of wrecked ones, by placement and state of the earlier model.
+    """The largest growth of healthy runs and the smallest of wrecked ones, by placement and state of the earlier one.
 
-    Healthy is a run that ends within `WORSE` of the best of its placement. A wrecked run counts from a checkpoint before
-    the rate rose to the last one; one that became NaN has none.
+    A run is healthy if it ends within `WORSE` of the best of its placement. A wrecked run counts from a checkpoint
+    before the rate rose to the last one. One that became NaN has none.
     """
     finite = [run for run in runs if run["loss"] is not None]
     best = {p: min(r["loss"] for r in finite if r["placement"] == p and not r["wrecked"]) for p in PLACEMENTS}
@@ -155,7 +155,8 @@ def main() -> None:
         begun = time.perf_counter()
         run = train(**setting)
         runs.append(run)
-        print(setting, f"loss {run['loss']}", run["growth"].get("100-400"), f"{time.perf_counter() - begun:.0f} s", flush=True)
+        seconds = time.perf_counter() - begun
+        print(setting, f"loss {run['loss']}", run["growth"].get("100-400"), f"{seconds:.0f} s", flush=True)
     if not quick:
         data = {"torch": torch.__version__, "calibration": calibrate(runs), "runs": runs}
         RESULTS.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

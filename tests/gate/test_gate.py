@@ -278,7 +278,7 @@ def test_a_report_does_not_write_over_the_baseline(run: Any, tmp_path: Path) -> 
     assert (tmp_path / "init.json").read_text() == "{}"
 
 
-# -- what a gate says when no rule could fail ---------------------------------------------------------------------------
+# -- what a gate says if no rule can fail ------------------------------------------------------------------------------
 def test_a_gate_in_which_no_rule_applied_is_no_pass(run: Any, tmp_path: Path) -> None:
     """Rules of pre-norm on a post-norm model; a trained model under the contract alone; weights without a model."""
     torch.save({"layer.weight": torch.randn(16, 16).pow(3)}, tmp_path / "bare.pt")
