@@ -259,7 +259,7 @@ def test_the_ends_in_a_finding_are_those_of_the_renderings_and_hold_the_real_one
     assert low <= lower and upper <= high
 
 
-# -- placements of which the paper says nothing -------------------------------------------------------------------------
+# -- placements of which the paper says nothing ------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("placement", "words"),
     [("post", "post-norm"), ("sandwich", "sandwich-norm"), ("reordered", "reordered-norm"), ("none", "no norm")],
