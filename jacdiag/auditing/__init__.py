@@ -153,8 +153,9 @@ def audit(
         )
         earlier = None
         if against is not None:
-            earlier = open_earlier(against, model=model, model_args=model_args, key=key, trust_pickle=trust_pickle,
-                                   seed=seed)  # fmt: skip
+            earlier = open_earlier(
+                against, model=model, model_args=model_args, key=key, trust_pickle=trust_pickle, seed=seed
+            )
         request = Request(
             loaded, inputs, tokens, input_factory, batch, seq, seed, device, precision, tol, confidence, decide,
             state, Plan(lr, warmup, clip, beta2), profile, selected, ignored, limits, max_products,

@@ -45,8 +45,15 @@ class Earlier:
     source: Source | None = None
 
 
-def open_earlier(given: Given, *, model: Any, model_args: dict[str, Any] | None, key: str | None,
-                 trust_pickle: bool, seed: int) -> Earlier:  # fmt: skip
+def open_earlier(
+    given: Given,
+    *,
+    model: Any,
+    model_args: dict[str, Any] | None,
+    key: str | None,
+    trust_pickle: bool,
+    seed: int,
+) -> Earlier:
     """Open what a model is to be compared with; a source is loaded, and not yet measured.
 
     Args:

@@ -129,10 +129,16 @@ def gate(
     applied = measurement.applied(told, {r.code: r for r in told.rules})
     code = _exit_code(findings, fail_on, bool(undecided) or runs.short or not applied)
     about = {
-        "exit_code": code, "seeds": len(reports), "same_weights": runs.same, "budget_ran_out": runs.short,
-        "undecided": undecided, "rule_applied": applied, "seconds": time.perf_counter() - runs.started,
-        "fail_on": fail_on, "baseline": str(baseline) if baseline is not None else None,
-    }  # fmt: skip
+        "exit_code": code,
+        "seeds": len(reports),
+        "same_weights": runs.same,
+        "budget_ran_out": runs.short,
+        "undecided": undecided,
+        "rule_applied": applied,
+        "seconds": time.perf_counter() - runs.started,
+        "fail_on": fail_on,
+        "baseline": str(baseline) if baseline is not None else None,
+    }
     settings = {**told.settings, "gate": about, "command": command, "remedies": options.get("remedies", "none")}
     notes = [*told.notes, *runs.notes]
     return Outcome(replace(told, findings=findings, settings=settings, notes=notes), code, figures)

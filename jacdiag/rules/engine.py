@@ -74,8 +74,13 @@ def evaluate(
     outcomes = outcomes | {r.code: r.check(context, r) for r in chosen if r.after}
     results = [_result(r, outcomes[r.code]) for r in chosen]
     findings = [finding for r in chosen for finding in outcomes[r.code].findings]
-    settings = {**report.settings, "thresholds": _shown(report, thresholds), "profile": context.profile.name,
-                "levels": dict(context.profile.levels), "stratum": _usual_placement(report)}  # fmt: skip
+    settings = {
+        **report.settings,
+        "thresholds": _shown(report, thresholds),
+        "profile": context.profile.name,
+        "levels": dict(context.profile.levels),
+        "stratum": _usual_placement(report),
+    }
     return replace(
         report,
         conditions=_conditions(report, outcomes),

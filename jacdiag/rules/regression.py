@@ -179,10 +179,13 @@ def _finding(context: Context, rule: Rule, group: list[Change], what: str) -> Fi
     if len(group) > 1:
         text += f"; {len(group)} {what} in all"
     evidence = {
-        "field": worst.figure, "value": worst.new, "baseline": worst.old, "threshold": worst.bound,
+        "field": worst.figure,
+        "value": worst.new,
+        "baseline": worst.old,
+        "threshold": worst.bound,
         "parameters": [c.where for c in group if c.figure not in FIGURES],
         "changes": [{"where": c.where, "field": c.figure, "old": c.old, "new": c.new} for c in group],
-    }  # fmt: skip
+    }
     fix = "undo the change, or accept it: the same command with --write-baseline"
     if against is not None:
         fix = "undo the change; `jacdiag diff A B --all` lists every figure"
