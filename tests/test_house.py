@@ -28,12 +28,12 @@ FLOORS = {
     "spectra": 3,
     "measure": 4,
     "rules": 5,
+    "compare": 5,
     "ranks": 5,
     "remedies": 6,
     "render": 6,
     "auditing": 7,
     "watching": 7,
-    "compare": 7,
     "backtest": 7,
     "gate": 8,
     "testing": 9,
@@ -51,7 +51,7 @@ COMMANDS = {
         "--model", "--model-args", "--trust-pickle", "--tokens", "--inputs", "--batch", "--seq", "--seed", "--device",
         "--dtype", "--tol", "--confidence", "--decide", "--no-decide", "--max-products", "--state", "--lr", "--warmup",
         "--clip", "--beta2", "--profile", "--select", "--ignore", "--fail-on", "--format", "--json", "--plot", "--all",
-        "--sort", "--replay", "--contract", "--remedies", "--patch", "--risk",
+        "--sort", "--replay", "--contract", "--remedies", "--patch", "--risk", "--against",
     },
     "gate": {
         "--key",
@@ -89,7 +89,7 @@ PUBLIC = ["JacdiagError", "Report", "__version__", "audit", "declare", "sites", 
 JSON_KEYS = {
     "schema_version", "jacdiag", "torch", "created", "source", "tier", "state", "probe", "plan", "conditions",
     "verdict", "model", "sublayers", "network", "findings", "rules", "cost", "settings", "ladder", "notes",
-    "contract", "figures", "baseline", "remedies", "risk",
+    "contract", "figures", "baseline", "remedies", "risk", "against",
 }  # fmt: skip
 
 

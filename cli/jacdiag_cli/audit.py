@@ -12,7 +12,7 @@ import click
 
 from jacdiag.errors import UsageError
 from jacdiag_cli.config import Configured, Profile, current, resolve_profile, toml_text
-from jacdiag_cli.options import JUDGEMENT, OUTPUT, PROBE, REPLAY, SOLVER, SOURCE, add, remedies
+from jacdiag_cli.options import AGAINST, JUDGEMENT, OUTPUT, PROBE, REPLAY, SOLVER, SOURCE, add, remedies
 from jacdiag_cli.output import Invocation, console, emit, guest_talk, say, show
 from jacdiag_cli.outputs import any_on_stdout, plan_outputs, say_written, write_data
 from jacdiag_cli.progress import bar
@@ -28,7 +28,7 @@ _ASKED = (
 
 
 @click.command(cls=Configured)
-@add(SOURCE, PROBE, REPLAY, SOLVER, JUDGEMENT, remedies("first"), OUTPUT)
+@add(SOURCE, PROBE, REPLAY, SOLVER, JUDGEMENT, AGAINST, remedies("first"), OUTPUT)
 @click.pass_obj
 def audit(invocation: Invocation, source: str, **given: Any) -> int:
     """Measures every sub-layer of a model and says what stands out.
@@ -37,7 +37,8 @@ def audit(invocation: Invocation, source: str, **given: Any) -> int:
     (package.module:callable or file.py:callable), or hf:CONFIG for a fresh model of that config.
 
     The exit code is 0, 1 (findings at or above --fail-on) or 2 (cannot run). The verdict "unknown" exits 0; at init it
-    comes with a warning, which --fail-on warning makes 1.
+    comes with a warning, which --fail-on warning makes 1. A trained model without --against is at best "observed", and
+    exits 0: its norms alone do not tell a good run from a wrecked one.
 
     Of the output files, - is stdout: the table then goes to stderr, and a second output for stdout is refused. A file
     is replaced whole or not at all; links are followed; devices and pipes are written through.
@@ -47,6 +48,7 @@ def audit(invocation: Invocation, source: str, **given: Any) -> int:
       jacdiag audit checkpoint.pt
       jacdiag audit build.py:model --plot gain.png --json report.json
       jacdiag audit weights.safetensors --model build.py:model --tokens text.txt
+      jacdiag audit step-20000.pt --against step-10000.pt --tokens text.txt
       torchrun --nproc-per-node 2 -m jacdiag_cli audit checkpoint.pt      (shared out over processes)
     """
     files = output_files(source, given) if invocation.heard else {}
@@ -72,6 +74,7 @@ def audit(invocation: Invocation, source: str, **given: Any) -> int:
             remedies=given["remedies"],
             progress=progress,
             ranks=invocation.team or False,
+            against=given["against"],
         )
     invocation.heed()
     command = shlex.join(["jacdiag", *invocation.args])
@@ -153,6 +156,7 @@ def output_files(source: str, given: dict[str, Any], **others: str | None) -> di
         ("the factory of --model", (given["model"] or "").rpartition(":")[0]),
         ("the factory of --inputs", (given["inputs"] or "").rpartition(":")[0]),
         *((f"what --{option} reads", given[option]) for option in ("tokens", "contract", "risk")),
+        ("what --against reads", given.get("against")),
     ]
     if "baseline" in given and "baseline" not in others:
         inputs.append(("what --baseline reads", given["baseline"]))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from jacdiag.errors import SourceError
 from jacdiag_cli.config import Configured
 from jacdiag_cli.options import PROBE, SOLVER, add
 from jacdiag_cli.output import Column, Invocation, emit, grid, guest_talk, room
@@ -16,8 +14,6 @@ from jacdiag_cli.output import Column, Invocation, emit, grid, guest_talk, room
 if TYPE_CHECKING:
     from jacdiag.compare import Comparison
     from jacdiag.report import Report
-
-_LARGEST = 256 * 2**20
 
 
 @click.command(cls=Configured, short_help="Compares two models, checkpoints or reports.")
@@ -59,9 +55,11 @@ def diff(invocation: Invocation, a: str, b: str, output_format: str, all_rows: b
 
 def _report(source: str, given: dict[str, Any]) -> Report:
     """A report from its file, or of an audit."""
+    from jacdiag.compare import read_report
+
     path = Path(source)
     if path.suffix == ".json" and path.is_file():
-        return _read(path)
+        return read_report(path)
     from jacdiag.auditing import audit
     from jacdiag.sources.factory import is_factory
 
@@ -71,18 +69,6 @@ def _report(source: str, given: dict[str, Any]) -> Report:
     key = given["key"] if is_file else None
     products = not given["contract_only"]
     return audit(source, **options, model=model, key=key, input_factory=given["inputs"], products=products)
-
-
-def _read(path: Path) -> Report:
-    from jacdiag.report import Report
-
-    try:
-        if path.stat().st_size > _LARGEST:
-            raise ValueError(f"{path.stat().st_size:,} bytes")
-        return Report.from_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, json.JSONDecodeError) as error:
-        hint = "a report that `jacdiag audit --json` wrote; a config is written hf:FILE"
-        raise SourceError(f"'{path}' is no report", got=str(error), hint=hint) from error
 
 
 def _show(found: Comparison, output_format: str, all_rows: bool) -> None:

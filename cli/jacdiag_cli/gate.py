@@ -42,8 +42,8 @@ def gate(invocation: Invocation, source: str, **given: Any) -> int:
     """Audits a freshly initialised model over several seeds, and decides whether it may pass.
 
     SOURCE is as for `jacdiag audit`; a factory or hf:CONFIG is built anew for each seed. The exit code is 0 (passed), 1
-    (findings at or above --fail-on), 2 (cannot run) or 3 (nothing fired, but a rule stayed undecided or the budget ran
-    out).
+    (findings at or above --fail-on), 2 (cannot run) or 3 (nothing fired, but a rule stayed undecided, no rule applied,
+    or the budget ran out). A trained model without --baseline is observed, and exits with 0.
 
     An init contract is pinned in pyproject.toml or jacdiag.toml, by role or by name pattern; formulas may use N, d, V,
     fan_in, fan_out and l:

@@ -172,6 +172,14 @@ JUDGEMENT = [
         help="Exit with 1 at a finding of this level or above.",
     ),
 ]
+AGAINST = [
+    click.option(
+        "--against",
+        metavar="EARLIER",
+        help="Compare with an earlier checkpoint of the same model, measured with the same probe, or with its JSON "
+        "report.",
+    ),
+]
 OUTPUT = [
     click.option(
         "--format",

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from jacdiag.auditing.arguments import check_arguments, codes_of
+from jacdiag.auditing.earlier import Earlier, Given, judge_against, measure_earlier, open_earlier
 from jacdiag.auditing.measured import Audit
 from jacdiag.auditing.remedied import check_way, with_remedies
 from jacdiag.auditing.request import Progress, Request
@@ -81,6 +82,7 @@ def audit(
     progress: Progress | None = None,
     ranks: Ranks | bool = False,
     key: str | None = None,
+    against: Given | None = None,
 ) -> AuditReport:
     """Audits a model: the norms of every sub-layer with their intervals, the network's figures, a verdict.
 
@@ -114,6 +116,8 @@ def audit(
         ranks: share the work with the other processes that torchrun started; each must call this, with the same
             arguments, and each gets the whole report. Never done unasked: a training loop may audit on one rank only.
         key: the dotted path of the weights in a checkpoint file that holds several sets, such as "ema".
+        against: an earlier checkpoint of the same model (anything that `source` may be), or its report (as an object,
+            or the path of its JSON). Both are measured with one probe. JD110 says what is worse beyond both intervals.
 
     Raises:
         JacdiagError: the source, the probe or the model cannot be used; the message says what, got, try.
@@ -140,12 +144,18 @@ def audit(
                  lr=lr, warmup=warmup, clip=clip, beta2=beta2)  # fmt: skip
     seed = int(seed)
     check_way(remedies)
+    _check_against(against, baseline=baseline, products=products)
     check_one_probe(tokens=tokens, input_factory=input_factory, inputs=inputs)
     limits = load_thresholds(thresholds, risk)
     with enlisted(ranks) as crew, torch.inference_mode(False), current(pick(device := crew.device(device))):
         loaded = source_of(
             source, model=model, model_args=model_args, key=key, trust_pickle=trust_pickle, seed=seed
         )
+        earlier = None
+        if against is not None:
+            earlier = open_earlier(
+                against, model=model, model_args=model_args, key=key, trust_pickle=trust_pickle, seed=seed
+            )
         request = Request(
             loaded, inputs, tokens, input_factory, batch, seq, seed, device, precision, tol, confidence, decide,
             state, Plan(lr, warmup, clip, beta2), profile, selected, ignored, limits, max_products,
@@ -153,11 +163,37 @@ def audit(
             baseline, trust_pickle,
         )  # fmt: skip
         made = None if loaded.model is None else Audit(request)
-        report = _weights_only(request) if made is None else made.run()
-        report = request.judged(report)
+        if earlier is None:
+            report = _weights_only(request) if made is None else made.run()
+            report = request.judged(report)
+        else:
+            request, report = _compared(request, made, earlier)
         if made is not None:
             report = with_remedies(request, made, report)
     return AuditReport(**{f.name: getattr(report, f.name) for f in fields(Report)})
+
+
+def _check_against(against: Given | None, *, baseline: FiguresRecord | None, products: bool) -> None:
+    """Raise if a comparison is asked for twice, or without the norms that it needs."""
+    if against is None:
+        return
+    if baseline is not None:
+        raise UsageError("against and baseline both say what to compare with", hint="give one of them")
+    if not products:
+        hint = "leave products=False out; `jacdiag diff --contract-only` compares weights"
+        raise UsageError("against compares norms", got="products=False, which measures none", hint=hint)
+
+
+def _compared(request: Request, now: Audit | None, earlier: Earlier) -> tuple[Request, Report]:
+    """Measure the earlier model, then the one that is audited, and judge it compared with the earlier one."""
+    if now is None:
+        hint = "--model FACTORY builds the model; `jacdiag diff --contract-only` compares weights"
+        raise UsageError("weights alone cannot be compared with an earlier model", hint=hint)
+    # Norms are compared as intervals: they are measured to `tol`, not only until the rules are decided.
+    request = now.request = replace(request, decide=False)
+    now.trace()
+    before = measure_earlier(earlier, request, now)
+    return judge_against(request, now.run(), before, earlier.name)
 
 
 def _weights_only(request: Request) -> Report:

@@ -61,9 +61,17 @@ class Job:
 class Audit:
     """The measured tier, step by step."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, probe: Probe | None = None) -> None:
+        """Prepare an audit.
+
+        Args:
+            request: what to do.
+            probe: the input to run the model on; built as the request says if not given.
+        """
         assert request.source.model is not None
         self.request = request
+        self._given_probe = probe
+        self._traced = False
         self.model: nn.Module = request.source.model
         self.started = time.perf_counter()
         self.phases: dict[str, float] = {}
@@ -74,10 +82,17 @@ class Audit:
         with model_code():
             return self._run()
 
-    def _run(self) -> Report:
+    def trace(self) -> None:
+        """Record the model on its probe and find its sub-layers; nothing is measured."""
+        with model_code():
+            self._trace()
+
+    def _trace(self) -> None:
+        if self._traced:
+            return
         self._check_values()
         self._place()
-        probe = self._probe()
+        probe = self.probe = self._probe()
         self._check_baseline(probe)
         with self._phase("record"), probe.suspected():
             self.sites = sites(self.model, *probe.args, dtype=self.request.dtype, declared=self.request.declared,
@@ -86,6 +101,11 @@ class Audit:
         self.notes += [f"residual sum left out: {item}" for item in self.sites.left_out]
         if not self.sites:
             raise nothing_found(self.sites)
+        self._traced = True
+
+    def _run(self) -> Report:
+        self._trace()
+        probe = self.probe
         self.state = self._state()
         self.layers = self.sites.layers
         self.draws = Draws(self.sites.skeleton.params)
@@ -118,6 +138,8 @@ class Audit:
 
     def _probe(self) -> Probe:
         r = self.request
+        if self._given_probe is not None:
+            return self._given_probe.to(r.source.device)
         if r.inputs is not None:
             probe = Probe.of_inputs(r.inputs, seed=r.seed)
             return probe.to(pick(r.device)) if r.source.owned else probe
@@ -283,7 +305,7 @@ class Audit:
             source=r.source.info,
             tier="measured",
             state=self.state,
-            probe=replace(probe.record, off_distribution=off),
+            probe=replace(probe.described, off_distribution=off),
             model=model,
             sublayers=found.records,
             network=network,

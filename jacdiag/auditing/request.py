@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from jacdiag.ranks import Ranks
-from jacdiag.report import FiguresRecord, Plan, Report
+from jacdiag.report import AgainstRecord, FiguresRecord, Plan, Report
 from jacdiag.report.seeds import figures_of
 from jacdiag.report.thresholds import Thresholds
 from jacdiag.rules import evaluate
@@ -54,17 +54,18 @@ class Request:
     remedies: str = "none"
     baseline: FiguresRecord | None = None
     trust_code: bool = False  # of a tokenizer
+    against: AgainstRecord | None = None
 
     def options(self) -> dict[str, Any]:
         """What must be the same on every rank, beside the model and the probe."""
         its_own = ("source", "inputs", "tokens", "input_factory", "device", "progress", "ranks", "optimizer",
-                   "remedies", "baseline")  # fmt: skip
+                   "remedies", "baseline", "against")  # fmt: skip
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in its_own}
 
     def judged(self, report: Report) -> Report:
         """The report with the verdict of the rules; beside the baseline, if there is one."""
         if self.baseline is not None:
             figures = figures_of([report], self.thresholds.limits("regression").warning or 0.0)
-            report = replace(report, figures=figures, baseline=self.baseline)
+            report = replace(report, figures=figures, baseline=self.baseline, against=self.against)
         return evaluate(report, thresholds=self.thresholds, profile=self.profile, select=self.select,
                         ignore=self.ignore)  # fmt: skip

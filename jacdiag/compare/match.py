@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 from jacdiag.errors import UsageError
 from jacdiag.report import Interval, Report, SublayerRecord, WeightRecord
@@ -101,7 +102,7 @@ def _place(pair: Pair) -> tuple[float, int, int]:
 
 # -- sub-layers -------------------------------------------------------------------------------------------------------
 def _sublayer_pairs(a: Report, b: Report) -> Iterable[Pair]:
-    ours, theirs = _numbered_rows(a), _numbered_rows(b)
+    ours, theirs = numbered_rows(a.sublayers), numbered_rows(b.sublayers)
     if not ours or not theirs:  # weights alone on one side
         return
     for key in dict.fromkeys((*ours, *theirs)):
@@ -113,24 +114,43 @@ def _sublayer_pairs(a: Report, b: Report) -> Iterable[Pair]:
             yield Pair(row.depth, row.kind, "sub-layer", *names, None, None, True)
             continue
         for figure in FIGURES:
-            old, new = _ends(one, figure), _ends(other, figure)
+            old, new = ends_of(one, figure), ends_of(other, figure)
             if old is not None or new is not None:
-                yield Pair(row.depth, row.kind, figure, *names, old, new, _apart(old, new))
+                yield Pair(row.depth, row.kind, figure, *names, old, new, are_apart(old, new))
 
 
-def _numbered_rows(report: Report) -> dict[Key, SublayerRecord]:
+class Placed(Protocol):
+    """What a sub-layer is matched by: a record of a report, or a sub-layer that was found and not yet measured."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def depth(self) -> int: ...
+    @property
+    def kind(self) -> Any: ...
+    @property
+    def placement(self) -> Any: ...
+    @property
+    def nested(self) -> bool: ...
+
+
+Row = TypeVar("Row", bound=Placed)
+
+
+def numbered_rows(rows: Iterable[Row]) -> dict[Key, Row]:
+    """Return the sub-layers on the stream by depth, kind, and number among those of that kind at that depth."""
     seen: dict[Key, int] = {}
-    found: dict[Key, SublayerRecord] = {}
-    for row in report.sublayers:
+    numbered: dict[Key, Row] = {}
+    for row in rows:
         if row.placement is None or row.nested:
             continue
         key: Key = (row.depth, row.kind)
         seen[key] = seen.get(key, 0) + 1
-        found[(*key, seen[key])] = row
-    return found
+        numbered[(*key, seen[key])] = row
+    return numbered
 
 
-def _ends(row: SublayerRecord, figure: str) -> Ends | None:
+def ends_of(row: SublayerRecord, figure: str) -> Ends | None:
     value = getattr(row, figure)
     if value is None:
         return None
@@ -141,7 +161,7 @@ def _ends(row: SublayerRecord, figure: str) -> Ends | None:
     return (value.min, value.median, value.max)  # over tokens
 
 
-def _apart(old: Ends | None, new: Ends | None) -> bool:
+def are_apart(old: Ends | None, new: Ends | None) -> bool:
     if old is None or new is None:
         return False  # not measured on one side: nothing is said
     if any(math.isnan(x) for x in (*old, *new)):
@@ -151,7 +171,7 @@ def _apart(old: Ends | None, new: Ends | None) -> bool:
 
 # -- weights ----------------------------------------------------------------------------------------------------------
 def _weight_pairs(a: Report, b: Report) -> Iterable[Pair]:
-    ours, theirs = _like_each_other(_numbered_weights(a), _numbered_weights(b))
+    ours, theirs = _like_each_other(numbered_weights(a), numbered_weights(b))
     if not ours or not theirs:
         return
     for key in dict.fromkeys((*ours, *theirs)):
@@ -161,10 +181,11 @@ def _weight_pairs(a: Report, b: Report) -> Iterable[Pair]:
         names = (one.parameter if one else "", other.parameter if other else "")
         old, new = _std(one), _std(other)
         missing = (one is None or other is None) and weight.role not in ("bias", "norm_gain", "scale", "")
-        yield Pair(weight.layer, weight.role, "std", *names, old, new, missing or _apart(old, new))
+        yield Pair(weight.layer, weight.role, "std", *names, old, new, missing or are_apart(old, new))
 
 
-def _numbered_weights(report: Report) -> dict[Key, WeightRecord]:
+def numbered_weights(report: Report) -> dict[Key, WeightRecord]:
+    """Return the weights that have a role by layer, role, and number among those of that role in that layer."""
     seen: dict[Key, int] = {}
     found: dict[Key, WeightRecord] = {}
     for weight in report.contract.weights if report.contract is not None else ():

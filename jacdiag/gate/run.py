@@ -22,7 +22,7 @@ from jacdiag.report.ranges import check_ranges
 from jacdiag.report.remedy import with_fixes
 from jacdiag.report.seeds import figures_of
 from jacdiag.report.thresholds import load_thresholds
-from jacdiag.rules import evaluate, selected
+from jacdiag.rules import evaluate, measurement, selected
 from jacdiag.sources import Source
 from jacdiag.sources.given import path_text, source_of
 
@@ -37,7 +37,8 @@ class Outcome:
 
     Attributes:
         report: that of the first seed, with the findings of all, `figures`, `baseline`, and settings["gate"].
-        exit_code: 0 pass, 1 findings at or above `fail_on`, 3 nothing fired but something stayed undecided.
+        exit_code: 0 pass, 1 findings at or above `fail_on`, 3 nothing fired, but something stayed undecided or no rule
+            about the model applied. A trained model without a baseline is observed, and exits with 0.
         figures: what `--write-baseline` writes.
     """
 
@@ -48,7 +49,10 @@ class Outcome:
     def __str__(self) -> str:
         """Return how the gate came out, and the summary of the report."""
         words = {0: "passed", 1: "failed", 3: "undecided"}
-        return f"Gate {words.get(self.exit_code, '')} (exit code {self.exit_code})\n{self.report}"
+        word = words.get(self.exit_code, "")
+        if self.exit_code == PASS and self.report.verdict == "observed":
+            word = "observed a trained model"
+        return f"Gate {word} (exit code {self.exit_code})\n{self.report}"
 
 
 def gate(
@@ -122,12 +126,19 @@ def gate(
     told = _together([judged, *reports[1:]])
     findings = located(with_fixes(told.findings, told.remedies), runs.model, runs.spec)
     undecided = sorted({r.code for r in told.rules if r.status == "unknown"})
-    code = _exit_code(findings, fail_on, bool(undecided) or runs.short)
+    applied = measurement.applied(told, {r.code: r for r in told.rules})
+    code = _exit_code(findings, fail_on, bool(undecided) or runs.short or not applied)
     about = {
-        "exit_code": code, "seeds": len(reports), "same_weights": runs.same, "budget_ran_out": runs.short,
-        "undecided": undecided, "seconds": time.perf_counter() - runs.started, "fail_on": fail_on,
+        "exit_code": code,
+        "seeds": len(reports),
+        "same_weights": runs.same,
+        "budget_ran_out": runs.short,
+        "undecided": undecided,
+        "rule_applied": applied,
+        "seconds": time.perf_counter() - runs.started,
+        "fail_on": fail_on,
         "baseline": str(baseline) if baseline is not None else None,
-    }  # fmt: skip
+    }
     settings = {**told.settings, "gate": about, "command": command, "remedies": options.get("remedies", "none")}
     notes = [*told.notes, *runs.notes]
     return Outcome(replace(told, findings=findings, settings=settings, notes=notes), code, figures)
@@ -227,7 +238,7 @@ def _together(reports: list[Report]) -> Report:
         others = [r for report in reports for r in report.rules if r.code == one.code]
         worst = min(others, key=lambda r: order.index(r.status))
         rules.append(RuleResult(one.code, worst.status, one.matched, one.name, one.note or worst.note))
-    verdicts: tuple[Verdict, ...] = ("fail", "warn", "unknown", "pass")
+    verdicts: tuple[Verdict, ...] = ("fail", "warn", "unknown", "observed", "pass")
     verdict = min((r.verdict for r in reports), key=verdicts.index)
     codes = [r.code for r in rules]
     findings = sorted(merged.values(), key=lambda f: codes.index(f.code))

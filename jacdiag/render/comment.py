@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jacdiag.render.folded import Note, accepting, counted, failing, not_applicable, notes, outcome
+from jacdiag.render.folded import Note, accepting, counted, failing, not_applicable, notes, outcome, reservations
 from jacdiag.render.markdown import _safe
 from jacdiag.render.numbers import three
 from jacdiag.render.remedies import remedied
@@ -21,9 +21,11 @@ def render(report: Report) -> str:
     seeds = int(about.get("seeds", 1))
     head = f"{_safe(source_name(report))} · {_safe(model_words(report))} · {seeds} {'seed' if seeds == 1 else 'seeds'}"
     fatal = {n.code for n in failing(report)}
-    parts = [f"### {_SIGNS.get(word, '·')} jacdiag gate: {word}", head, _table(notes(report), fatal), _changes(report)]
+    command = "gate" if "gate" in report.settings else "audit"
+    title = f"### {_SIGNS.get(word, '·')} jacdiag {command}: {word}"
+    parts = [title, head, _table(notes(report), fatal), _changes(report)]
     parts.append(f"{counted(report)}.")
-    parts += ["\n".join(f"- {_safe(line)}" for line in [*not_applicable(report), *report.notes])]
+    parts += ["\n".join(f"- {_safe(line)}" for line in [*reservations(report), *not_applicable(report), *report.notes])]
     if report.remedies:
         parts.append("**What to do**\n\n" + "\n".join(f"- {_safe(line)}" for line in remedied(report)))
     command = accepting(report)

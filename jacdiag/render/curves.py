@@ -66,6 +66,7 @@ def gains(report: Report) -> list[Curve]:
     """The upper panel: branch norms per kind with their bands, and the paper's bound per kind, dashed."""
     curves = [_intervals(report, look, "branch_norm", look.label) for look in LOOKS]
     curves += [_bound(report, look) for look in LOOKS]
+    curves += [_earlier(report, look) for look in LOOKS]
     return [curve for curve in curves if curve.finite]
 
 
@@ -139,6 +140,16 @@ def _single(report: Report, key: str, label: str) -> Curve:
     points = _pick(report, everything, key)
     colour, dashed = (PALE, True) if key == "out_norm_gain" else (INK, False)
     return Curve(label, [x for x, _ in points], [value.estimate for _, value in points], colour, dashed=dashed)
+
+
+def _earlier(report: Report, look: Look) -> Curve:
+    """The branch norms of the model that this one is compared with, dashed; empty without a comparison."""
+    at = places(report)
+    norms = report.against.branch_norms if report.against is not None else {}
+    rows = [row for row in report.sublayers if row.kind in look.kinds and row.name in norms]
+    values = [norms[row.name][1] for row in rows]
+    drawn = [value if _drawn(value) else math.nan for value in values]
+    return Curve("earlier", [at[row.name] for row in rows], drawn, look.colour, dashed=True)
 
 
 def _bound(report: Report, look: Look) -> Curve:

@@ -9,6 +9,10 @@ from typing import Any
 from jacdiag.render.words import legible
 from jacdiag.report import LEVELS, Finding, Level, Report
 
+NOT_COMPARED = (
+    "a trained model that was compared with nothing: no rule tells it from a wrecked one "
+    "(jacdiag audit --against EARLIER, or jacdiag gate --baseline FILE)"
+)
 _SHOWN = 4  # sentences of one rule; the rest are counted
 
 
@@ -92,14 +96,27 @@ def not_applicable(report: Report) -> Iterable[str]:
 
 
 def outcome(report: Report) -> str:
-    """ "FAIL", "PASS" or "UNDECIDED"."""
+    """ "FAIL", "PASS", "UNDECIDED" or "OBSERVED"."""
     code = report.settings.get("gate", {}).get("exit_code")
+    if code == 0 and report.verdict == "observed":
+        return "OBSERVED"
     return {0: "PASS", 1: "FAIL", 3: "UNDECIDED"}.get(code, report.verdict.upper())
+
+
+def reservations(report: Report) -> list[str]:
+    """What a gate's word does not say by itself: that no rule applied, or that a trained model was only observed."""
+    about = report.settings.get("gate", {})
+    lines = []
+    if about.get("rule_applied") is False:
+        lines.append("no rule applied, so nothing can pass (jacdiag explain JD904)")
+    if report.verdict == "observed":
+        lines.append(NOT_COMPARED)
+    return lines
 
 
 def accepting(report: Report) -> str:
     """The command that accepts what is new, where a baseline refused it; else ""."""
-    if not any(f.code == "JD110" for f in report.findings):
+    if "gate" not in report.settings or not any(f.code == "JD110" for f in report.findings):
         return ""
     command = str(report.settings.get("command") or "jacdiag gate SOURCE --baseline FILE")
     return command if "--write-baseline" in command else f"{command} --write-baseline"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jacdiag.render.folded import accepting, counted, failing, not_applicable, notes, outcome
+from jacdiag.render.folded import accepting, counted, failing, not_applicable, notes, outcome, reservations
 from jacdiag.render.words import legible, source_name
 from jacdiag.report import Report
 
@@ -31,7 +31,7 @@ def render(report: Report) -> str:
         if note.fix and note.code in fatal:
             lines.append(f"{'':27}try: {note.fix}")
     lines.append(f"✓ {counted(report)}{_baseline(report)}")
-    lines += [f"  {line}" for line in not_applicable(report)]
+    lines += [f"  {line}" for line in [*reservations(report), *not_applicable(report)]]
     lines += [f"  note: {line}" for line in report.notes]
     command = accepting(report)
     if command:

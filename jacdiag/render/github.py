@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jacdiag.render.folded import Note, counted, failing, notes, outcome
+from jacdiag.render.folded import Note, counted, failing, notes, outcome, reservations
 from jacdiag.report import Report
 
 _COMMANDS = {"error": "error", "warning": "warning", "info": "notice"}
@@ -18,7 +18,8 @@ def render(report: Report) -> str:
     fatal = {n.code for n in failing(report)}
     lines = [_command(note, note.code in fatal) for note in notes(report)]
     command = "gate" if "gate" in report.settings else "audit"
-    return "\n".join([*lines, f"{command}: {outcome(report)}: {counted(report)}"]) + "\n"
+    summary = "; ".join([counted(report), *reservations(report)])
+    return "\n".join([*lines, f"{command}: {outcome(report)}: {summary}"]) + "\n"
 
 
 def _command(note: Note, fatal: bool) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from jacdiag.render.marks import LOUDNESS, SIGNS, guilty, marks
 from jacdiag.render.numbers import ABSENT, aligned, bar, spoken, three
-from jacdiag.report import Interval, Report, SublayerRecord
+from jacdiag.report import AgainstRecord, Interval, Report, SublayerRecord
 
 _SHOWN_WHOLE = 16  # a table this long needs no folding
 _HEAD, _TAIL, _NOTABLE = 6, 2, 4
@@ -144,9 +144,20 @@ def _columns(report: Report, rows: list[SublayerRecord], levels: dict[tuple[str,
             cells = aligned([text(row) for row in rows])
             interest = _BOUND_ALONE if key == "bound" and report.tier == "weights" else interest
             columns.append(Column(key, title, interest, cells, [levels.get((row.name, key), "") for row in rows]))
+    if report.against is not None:
+        columns.append(_earlier(report.against, rows))
     if any(row.name in who for row in rows):
         columns.append(Column("who", "who", 80, [who.get(row.name, "") for row in rows], [""] * len(rows), left=True))
     return [_with_bars(column, rows) if column.key == "shortcut_std" else column for column in columns]
+
+
+def _earlier(against: AgainstRecord, rows: list[SublayerRecord]) -> Column:
+    """The branch norms of the earlier model."""
+    texts = []
+    for row in rows:
+        ends = against.branch_norms.get(row.name)
+        texts.append(ABSENT if ends is None else spoken(Interval(ends[1], ends[0], ends[2])))
+    return Column("earlier", "earlier ‖J‖", 90, aligned(texts), [""] * len(rows))
 
 
 def _has(row: SublayerRecord, key: str, tier: str) -> bool:

@@ -25,6 +25,8 @@ def render(report: Report) -> str:
     shared = {key: str(value) for key, value in counts.items()}
     root = ElementTree.Element("testsuites", {"name": "jacdiag", "time": seconds, **shared})
     suite = ElementTree.SubElement(root, "testsuite", {"name": _clean(source_name(report)), "time": seconds, **shared})
+    properties = ElementTree.SubElement(suite, "properties")
+    ElementTree.SubElement(properties, "property", {"name": "verdict", "value": report.verdict})
     for rule in report.rules:
         case = ElementTree.SubElement(suite, "testcase", classname="jacdiag", name=f"{rule.code} {rule.name}", time="0")
         note = found.get(rule.code)

@@ -30,6 +30,7 @@ class Line:
 def verdict_lines(report: Report) -> list[Line]:
     """Verdict by condition, what the other rules say, depth, other models, what was not covered."""
     lines = [_condition(report, code) for code in CONDITIONS]
+    lines += [line for line in (_instead(report), _against(report)) if line]
     named = {rule.code: rule.name for rule in report.rules}
     for code, found in _by_code(report.findings).items():
         if code not in (*CONDITIONS, "JD104", "JD105", "JD902"):  # these have lines of their own
@@ -74,6 +75,41 @@ def _condition(report: Report, code: str) -> Line:
     note = next((rule.note for rule in report.rules if rule.code == code and rule.note), "")
     text = note or (_largest_core(report) if code == "JD101" else _smallest_shortcut(report))
     return Line(label, text, status, "undecided" if status == "unknown" else "")
+
+
+def _instead(report: Report) -> Line | None:
+    """What is looked at where no sub-layer is pre-norm: the paper states its conditions for pre-norm alone."""
+    rows = [row for row in report.sublayers if not row.nested]
+    placements = {row.placement for row in rows}
+    if report.tier != "measured" or not rows or "pre" in placements or None in placements:
+        return None
+    parts = []
+    worst = worst_branch(report)
+    if worst is not None:
+        rule = next((rule for rule in report.rules if rule.code == "JD103"), None)
+        judged = "judged by no rule" if rule is None or not rule.matched else "JD103 judges it by its placement"
+        parts.append(f"branch gain {spoken(worst[1])} at {worst[0].name} ({judged})")
+    gained = [(row.out_norm_gain, row) for row in rows if row.out_norm_gain is not None]
+    if gained:
+        gain, row = max(gained, key=lambda pair: pair[0].estimate)
+        place = "the norm after the sum" if row.placement == "post" else "the norm at the branch's end"
+        parts.append(f"gain of {place} {spoken(gain)} at {row.name} (1/σ of what it reads; no cut-off is published)")
+    return Line("looked at", "; ".join(parts) or "nothing could be measured")
+
+
+def _against(report: Report) -> Line | None:
+    """The comparison with an earlier model: how many figures differ, and the end-to-end norm."""
+    against = report.against
+    if against is None:
+        return None
+    branches = [change for change in against.changes if change.figure == "branch_norm"]
+    grew = sum(change.grew for change in branches)
+    text = f"{against.source} ({against.state}): of {against.compared} branch gains {grew} grew and "
+    text += f"{len(branches) - grew} shrank beyond both intervals"
+    network = next((change for change in against.changes if change.figure == "end_to_end"), None)
+    if network is not None:
+        text += f"; true end-to-end gain {three(network.earlier[1])} -> {three(network.now[1])}"
+    return Line("against", text)
 
 
 def _largest_core(report: Report) -> str:
@@ -237,12 +273,23 @@ def to_do(report: Report) -> list[str]:
     lines = remedied(report)
     advice: dict[str, str] = {}
     for finding in _by_level(report.findings):
-        if finding.fix and not finding.code.startswith(("JD1", "JD2")):
+        is_comparison = finding.code == "JD110" and report.against is not None
+        if finding.fix and (is_comparison or not finding.code.startswith(("JD1", "JD2"))):
             advice.setdefault(finding.fix, finding.code)
         elif finding.fix and finding.verified and finding.code not in answered:
             advice.setdefault(f"{finding.fix} (tried on a copy of this model: it helps)", finding.code)
     lines += [f"{text}   jacdiag explain {code}" for text, code in advice.items()]
+    if report.state == "trained" and report.tier == "measured" and report.baseline is None:
+        lines.append(_offer_comparison(report))
     return lines or [_without_remedy(report)]
+
+
+def _offer_comparison(report: Report) -> str:
+    """What a trained model can be judged by, as a command."""
+    command = str(report.settings.get("command") or "")
+    if not command.startswith("jacdiag audit"):
+        command = "jacdiag audit NOW"
+    return f"compare it with an earlier checkpoint, or its JSON report: {command} --against EARLIER"
 
 
 def _without_remedy(report: Report) -> str:

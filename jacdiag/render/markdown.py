@@ -7,7 +7,7 @@ from jacdiag.render.grid import Grid, build
 from jacdiag.render.marks import SIGNS
 from jacdiag.report import Report
 
-_SIGNS = {"pass": "✓", "warn": "▲", "fail": "●", "unknown": "?"}
+_SIGNS = {"pass": "✓", "warn": "▲", "fail": "●", "unknown": "?", "observed": "·"}
 
 
 def render(report: Report, *, all_rows: bool = False, sort: str = "depth") -> str:

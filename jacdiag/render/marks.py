@@ -45,6 +45,26 @@ def threshold(report: Report, field: str, level: str) -> float | None:
     return float(value) if value is not None else None
 
 
+def drawn_threshold(report: Report, field: str, level: str) -> float | None:
+    """A threshold that a rule compares with to speak at its level: what a picture may draw.
+
+    On a trained model the rules about norms observe, whatever the value, unless the profile makes them decide. A rule
+    that was not selected, or that matched no sub-layer for its placement, compares nothing.
+
+    Args:
+        report: what is drawn.
+        field: branch_norm, core_norm or norm_gain.
+        level: warning or error.
+    """
+    code = next(code for code, figure in FIELD_OF_RULE.items() if figure == field)
+    decides = report.state != "trained" or code in report.settings.get("levels", ())
+    if not decides:
+        return None
+    if report.rules and not any(rule.code == code and rule.matched for rule in report.rules):
+        return None
+    return threshold(report, field, level)
+
+
 def is_across(report: Report, row: SublayerRecord, field: str) -> bool:
     """Whether the interval of a figure holds one of its thresholds, so that no rule can decide."""
     value = getattr(row, field)

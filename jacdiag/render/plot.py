@@ -14,7 +14,7 @@ from jacdiag.errors import UsageError
 from jacdiag.render import words
 from jacdiag.render.curves import INK, PALE, Curve, extent, factors, gains, is_split, missing, places, zeros
 from jacdiag.render.files import is_streamed, leads_to_stdout, write_output
-from jacdiag.render.marks import threshold
+from jacdiag.render.marks import drawn_threshold
 from jacdiag.render.numbers import spoken
 from jacdiag.report import Report
 
@@ -98,7 +98,7 @@ def draw(report: Report) -> Figure:
     _at_foot(panels[0], missing(report), "x", "no finite value")
     _at_foot(panels[0], zeros(report), "v", "0")
     if lower and is_split(report):
-        _panel(panels[1], lower, "its two factors", report, "norm_gain" if report.state == "init" else None)
+        _panel(panels[1], lower, "its two factors", report, "norm_gain")
     elif lower:
         _panel(panels[1], lower, "residual map", report, None)
     _depth_axis(panels[-1], report)
@@ -188,14 +188,15 @@ def _thresholds(axes: Axes, report: Report, field: str, span: tuple[float, float
     low, high = span
     at_left = field == "branch_norm" and not _leftish(report)  # where the worst branch's label is not
     for level in ("warning", "error"):
-        value = threshold(report, field, level)
+        value = drawn_threshold(report, field, level)
         if value is None or not low / 10 <= value <= high * 10:
             continue
         bottom, top = axes.get_ylim()
         axes.set_ylim(min(bottom, value / 1.3), max(top, value * 1.5))
         axes.axhline(value, color=INK, linewidth=0.8, linestyle="-" if level == "error" else (0, (1, 2)))
-        what = {"norm_gain": "1/σ, ", "branch_norm": ""}[field]
-        below = level == "warning" and threshold(report, field, "error") is not None  # apart, however near they lie
+        what = {"norm_gain": "1/σ, ", "branch_norm": _stratum(report)}[field]
+        # The two labels are set apart, however near their thresholds lie.
+        below = level == "warning" and drawn_threshold(report, field, "error") is not None
         axes.annotate(
             f"{what}{level} above {_tick(float(f'{value:.3g}'))}",
             (0.0 if at_left else 1.0, value),
@@ -207,6 +208,15 @@ def _thresholds(axes: Axes, report: Report, field: str, span: tuple[float, float
             fontsize=9,
             color=INK,
         )
+
+
+def _stratum(report: Report) -> str:
+    """Which placement of the norm the threshold on branch norms is for, if the model has several; else ""."""
+    kinds = {row.placement for row in report.sublayers if row.placement is not None}
+    if len(kinds) < 2:
+        return ""
+    usual = report.settings.get("stratum")
+    return f"{usual}-norm, " if usual else "the most frequent placement, "
 
 
 def _worst(axes: Axes, report: Report) -> None:

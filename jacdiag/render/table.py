@@ -16,7 +16,7 @@ from jacdiag.render.marks import SIGNS
 from jacdiag.report import Report
 
 _STYLES = {"error": "bold red", "warning": "yellow", "undecided": "cyan", "info": "", "": ""}
-_VERDICTS = {"pass": "green", "warn": "yellow", "fail": "bold red", "unknown": "cyan"}
+_VERDICTS = {"pass": "green", "warn": "yellow", "fail": "bold red", "unknown": "cyan", "observed": "cyan"}
 _GAP = "  "
 _INDENT = "  "
 _JOINT = "  ·  "

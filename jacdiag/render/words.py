@@ -153,7 +153,7 @@ def headline(report: Report) -> str:
     if errors:
         return f"{errors[0].code}: {errors[0].what}"
     if report.state == "trained":
-        return f"Trained model: {gain or 'no branch could be measured'}"
+        return f"Trained model: {gain or 'no branch could be measured'}{_comparison(report)}"
     small, large = condition(report, "JD101"), condition(report, "JD102")
     if report.settings.get("products") is False:
         return "The init contract alone: no norm was measured"
@@ -170,6 +170,14 @@ def headline(report: Report) -> str:
     else:
         words = f"Large shortcut {large}, small sub-layers {small}"
     return f"{words}: {gain}" if gain else words
+
+
+def _comparison(report: Report) -> str:
+    """How a trained model compares, as the end of a sentence; "" where the verdict has another reason."""
+    against = report.against
+    if against is not None:
+        return f"; compared with {against.source}"
+    return "; nothing to compare it with" if report.verdict == "observed" else ""
 
 
 def _weights_headline(report: Report) -> str:

@@ -1,5 +1,6 @@
 """Plain data that every other room speaks: the report and its parts, and the thresholds. No torch here."""
 
+from jacdiag.report.against import AgainstRecord, ChangeRecord
 from jacdiag.report.contract import ContractRecord, FiguresRecord, WeightRecord
 from jacdiag.report.record import SCHEMA_VERSION
 from jacdiag.report.remedy import Outlook, RemedyRecord
@@ -33,6 +34,8 @@ from jacdiag.report.schema import (
 __all__ = [
     "LEVELS",
     "SCHEMA_VERSION",
+    "AgainstRecord",
+    "ChangeRecord",
     "Condition",
     "Conditions",
     "ContractRecord",

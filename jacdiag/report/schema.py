@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
+from jacdiag.report.against import AgainstRecord
 from jacdiag.report.contract import ContractRecord, FiguresRecord
 from jacdiag.report.flow import AttentionRecord, BackwardRecord, DeadBranch, ForwardRecord
 from jacdiag.report.numbers import between
@@ -23,7 +24,7 @@ from jacdiag.report.summary import source_name, summary
 Level = Literal["info", "warning", "error"]
 Status = Literal["fired", "clean", "unknown", "not-applicable"]
 Condition = Literal["met", "partly", "not met", "unknown", "not applicable"]
-Verdict = Literal["pass", "warn", "fail", "unknown"]
+Verdict = Literal["pass", "warn", "fail", "unknown", "observed"]
 Kind = Literal["attention", "mlp", "moe", "mixer", "conv", "other"]
 Placement = Literal["pre", "post", "sandwich", "reordered", "none"]
 
@@ -222,6 +223,7 @@ class ProbeRecord(Record):
 
     `tokens` says where the token ids come from: "random", "random pixels", "inputs", a file, a file and the tokenizer
     that its text went through ("text.txt through GPT2Tokenizer of FOLDER"), or "text through its own tokenizer".
+    `digest` is a hash of the input itself; "" in reports from before it was kept.
     """
 
     batch: int
@@ -230,6 +232,7 @@ class ProbeRecord(Record):
     tokens: str = "random"
     excluded_rows: int = 0
     off_distribution: bool = False
+    digest: str = ""
 
     @property
     def is_random(self) -> bool:
@@ -316,6 +319,7 @@ class Report(Record):
     baseline: FiguresRecord | None = None
     remedies: list[RemedyRecord] = field(default_factory=list)
     risk: Risk | None = None
+    against: AgainstRecord | None = None
     created: str = ""
     torch: str = ""
     jacdiag: str = ""

@@ -10,7 +10,7 @@ from jacdiag.report.thresholds import CUTS, Limits
 from jacdiag.rules import texts
 from jacdiag.rules.compare import Placed, placed
 from jacdiag.rules.numbers import plain, span
-from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
+from jacdiag.rules.rule import ALL_PLACEMENTS, NOT_APPLICABLE, Context, Outcome, Rule
 
 Value = Callable[[SublayerRecord], Interval | None]
 Cut = Callable[[SublayerRecord], Limits]
@@ -24,7 +24,7 @@ def _judged(context: Context, rule: Rule, value: Value, limits: Cut, sentence: S
     """
     rows = context.rows(rule)
     if not rows:
-        return NOT_APPLICABLE
+        return Outcome(0, note=_why_not(context, rule))
     known = [(row, limits(row)) for row in rows if limits(row).cuts or row.branch_norm is None]
     measured = [row for row in rows if not limits(row).cuts and row.branch_norm is not None]
     without = sorted({f"{row.kind} ({row.placement})" for row in measured})
@@ -37,6 +37,18 @@ def _judged(context: Context, rule: Rule, value: Value, limits: Cut, sentence: S
             findings.append(sentence(context, rule, group, level))
     undecided = [p.row.name for p in every if p.value is None or p.across]
     return Outcome(len(every), findings, undecided, note, {p.row.name: p.condition for p in every})
+
+
+def _why_not(context: Context, rule: Rule) -> str:
+    """Why a rule applies to no sub-layer, if that is for the placement of the norms; "" otherwise."""
+    others = sorted({_norm_words(r.placement) for r in context.report.sublayers if not r.nested and r.placement})
+    if context.report.tier != "measured" or not others or set(rule.placements) == set(ALL_PLACEMENTS):
+        return ""
+    return f"the paper states it for pre-norm; this model has {' and '.join(others)}"
+
+
+def _norm_words(placement: str | None) -> str:
+    return "no norm" if placement in (None, "none") else f"{placement}-norm"
 
 
 def _trusted(context: Context, row: SublayerRecord, value: Value) -> Interval | None:
@@ -180,7 +192,7 @@ def _amplification(context: Context, rule: Rule) -> Outcome:
         worst = _worst(group)
         assert worst.value is not None
         limit = getattr(limits(worst.row), cut)
-        norm = "no norm" if worst.row.placement == "none" else f"{worst.row.placement}-norm"
+        norm = _norm_words(worst.row.placement)
         at = f"{norm} at init" if context.report.state == "trained" else norm
         what = (
             f"branch ‖J‖ is {span(worst.value)} at {worst.row.name} ({at}: {cut} above {plain(limit)}); "

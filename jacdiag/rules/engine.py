@@ -97,13 +97,19 @@ def evaluate(
     outcomes = outcomes | {r.code: r.check(context, r) for r in chosen if r.after}
     results = [_result(r, outcomes[r.code]) for r in chosen]
     findings = [finding for r in chosen for finding in outcomes[r.code].findings]
-    settings = {**report.settings, "thresholds": _shown(report, thresholds), "profile": context.profile.name}
+    settings = {
+        **report.settings,
+        "thresholds": _shown(report, thresholds),
+        "profile": context.profile.name,
+        "levels": dict(context.profile.levels),
+        "stratum": _usual_placement(report),
+    }
     return replace(
         report,
         conditions=_conditions(report, outcomes),
         findings=findings,
         rules=results,
-        verdict=_verdict(report, findings, results, outcomes),
+        verdict=_verdict(context, findings, results, outcomes),
         settings=settings,
     )
 
@@ -129,22 +135,48 @@ def _conditions(report: Report, outcomes: Mapping[str, Outcome]) -> Conditions:
 
 
 def _verdict(
-    report: Report, findings: list[Finding], results: list[RuleResult], outcomes: Mapping[str, Outcome]
+    context: Context, findings: list[Finding], results: list[RuleResult], outcomes: Mapping[str, Outcome]
 ) -> Verdict:
-    """Fail for an error, warn for a warning; what was not decided, or did not apply at all, is never a pass."""
+    """Fail for an error, warn for a warning; what was not decided, or did not apply at all, is never a pass.
+
+    A trained model passes only compared with an earlier one. Without one it is observed: no level of its norms tells a
+    good run from a wrecked one.
+    """
     if any(f.level == "error" for f in findings):
         return "fail"
     if any(f.level == "warning" and f.code not in ("JD901", "JD904") for f in findings):
         return "warn"
+    report = context.report
+    measured = report.tier == "measured" and measurement.norms_asked(report, outcomes)
+    if report.state == "trained" and measured:
+        return _trained_verdict(context, results, outcomes)
+    if not measurement.applied(report, outcomes):
+        return "unknown"
     open_ones = any(r.status == "unknown" or outcomes[r.code].undecided for r in results)
-    return "unknown" if open_ones or not measurement.applied(report, outcomes) else "pass"
+    return "unknown" if open_ones else "pass"
+
+
+def _trained_verdict(context: Context, results: list[RuleResult], outcomes: Mapping[str, Outcome]) -> Verdict:
+    """The verdict of a trained model for which no warning fired."""
+    # 1. A norm that could not be measured may hide anything.
+    unmeasured = [row for row in context.report.sublayers if not row.nested and row.branch_norm is None]
+    if unmeasured:
+        return "unknown"
+
+    # 2. Observations decide nothing: an interval across a threshold that holds at init leaves nothing open.
+    observations = {r.code for r in RULES if r.observation_when_trained and r.code not in context.profile.levels}
+    if any(outcomes[r.code].undecided for r in results if r.code not in observations):
+        return "unknown"
+
+    # 3. Without a comparison nothing was judged.
+    compared = outcomes.get("JD110")
+    return "pass" if compared is not None and compared.matched else "observed"
 
 
 def _shown(report: Report, thresholds: Thresholds) -> dict[str, dict[str, float]]:
     """The cuts of this report's figures, in the figures' own units, for renderings to draw."""
     scale = math.sqrt(2 * max(report.model.layers, 1))
-    placements = [row.placement or "pre" for row in report.sublayers]
-    usual = max(set(placements), key=placements.count) if placements else "pre"
+    usual = _usual_placement(report)
 
     def cuts(figure: str, stratum: str, factor: float = 1.0) -> dict[str, float]:
         limits = thresholds.limits(figure, stratum)
@@ -155,6 +187,12 @@ def _shown(report: Report, thresholds: Thresholds) -> dict[str, dict[str, float]
         "core_norm": cuts("core_norm", "", 1 / scale),
         "norm_gain": cuts("norm_gain", ""),
     }
+
+
+def _usual_placement(report: Report) -> str:
+    """The placement of the norm that most sub-layers have; the first of several."""
+    placements = [row.placement or "pre" for row in report.sublayers]
+    return max(dict.fromkeys(placements), key=placements.count) if placements else "pre"
 
 
 def decision_points(

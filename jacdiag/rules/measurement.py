@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from jacdiag.errors import clipped
-from jacdiag.report import Finding, Level, Report
+from jacdiag.report import Finding, Level, Report, RuleResult
 from jacdiag.rules import texts
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 
@@ -79,8 +79,13 @@ def norms_asked(report: Report, codes: Iterable[str]) -> bool:
     return report.settings.get("products") is not False and any(code.startswith("JD1") for code in codes)
 
 
-def applied(report: Report, outcomes: Mapping[str, Outcome]) -> bool:
-    """Whether a rule about the model applied: one of JD1xx, or of the contract where no norm was asked for."""
+def applied(report: Report, outcomes: Mapping[str, Outcome | RuleResult]) -> bool:
+    """Whether a rule about the model applied: one of JD1xx, or of the contract where no norm was asked for.
+
+    Args:
+        report: of which model.
+        outcomes: of the selected rules, by code; the results that a report keeps say as much.
+    """
     kinds = ("JD1",) if norms_asked(report, outcomes) else ("JD1", "JD2")
     return any(outcome.matched for code, outcome in outcomes.items() if code.startswith(kinds))
 
@@ -89,12 +94,23 @@ def _no_match(context: Context, rule: Rule) -> Outcome:
     report = context.report
     if applied(report, context.outcomes) or _checks(context).get("deterministic") is False:
         return Outcome(1)
-    why = "the weights alone carry no Jacobian" if report.tier == "weights" else "no sub-layer matched"
+    contract = any(outcome.matched for code, outcome in context.outcomes.items() if code.startswith("JD2"))
+    subject = "no rule about norms applied" if contract else "no rule applied"
+    why = "the weights alone carry no Jacobian" if report.tier == "weights" else _unmatched(context)
     if not norms_asked(report, context.outcomes):
         why = "no norm was asked for, and no rule of the init contract applied"
-    return Outcome(
-        1, [Finding(rule.code, context.level(rule, "warning"), [], f"no rule applied: {why}", {}, rule.summary)]
-    )
+    fix = ""
+    if contract and norms_asked(report, context.outcomes):
+        fix = "--select JD2 judges the init contract alone; thresholds of your own judge norms ([tool.jacdiag])"
+    level = context.level(rule, "warning")
+    return Outcome(1, [Finding(rule.code, level, [], f"{subject}: {why}", {}, rule.summary, fix)])
+
+
+def _unmatched(context: Context) -> str:
+    """Why the rules about norms matched no sub-layer, in their own words where they gave a reason."""
+    notes = [outcome.note for code, outcome in context.outcomes.items() if code in ("JD101", "JD102", "JD103")]
+    reasons = list(dict.fromkeys(note for note in notes if note))
+    return "; ".join(reasons) or "no sub-layer matched"
 
 
 def _non_deterministic(context: Context, rule: Rule) -> Outcome:

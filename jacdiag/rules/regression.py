@@ -1,4 +1,4 @@
-"""JD110: a figure is worse than the recorded baseline, beyond both intervals."""
+"""JD110: a figure is worse than in the baseline, or in the earlier model, beyond both intervals."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jacdiag.report import FiguresRecord, Finding
+from jacdiag.report import LEVELS, AgainstRecord, ChangeRecord, FiguresRecord, Finding, Level
+from jacdiag.report.thresholds import Limits
 from jacdiag.rules.numbers import plain
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 from jacdiag.rules.texts import Text
@@ -65,9 +66,11 @@ def _shown(entry: Mapping[str, Any]) -> float:
 
 
 def _check(context: Context, rule: Rule) -> Outcome:
-    now, before = context.report.figures, context.report.baseline
+    now, before, against = context.report.figures, context.report.baseline, context.report.against
     if now is None or before is None:
-        return NOT_APPLICABLE
+        return _nothing_to_compare_with(context)
+    if against is not None and against.training:
+        return _growth_in_training(context, rule, against)
     count = len(now.sublayers.keys() & before.sublayers.keys()) + len(now.weights.keys() & before.weights.keys())
     findings = []
     for role, group in _by_role(now, weight_changes(now, before)).items():  # the cause before its effects
@@ -85,6 +88,82 @@ def _check(context: Context, rule: Rule) -> Outcome:
     return Outcome(count, findings, note=note)
 
 
+def _nothing_to_compare_with(context: Context) -> Outcome:
+    if context.report.state != "trained":
+        return NOT_APPLICABLE
+    return Outcome(0, note="a trained model, and nothing to compare it with (--against EARLIER)")
+
+
+# -- two checkpoints, of which at least one is trained -----------------------------------------------------------------
+def _growth_in_training(context: Context, rule: Rule, against: AgainstRecord) -> Outcome:
+    """Judge the growth of branch norms beyond both intervals; training lets them grow, up to what healthy runs show."""
+    figure = "growth_from_init" if against.state == "init" else "checkpoint_growth"
+    limits = {
+        row.name: context.thresholds.limits(figure, row.placement or "")
+        for row in context.report.sublayers
+        if row.name in against.branch_norms
+    }
+
+    # 1. Sort what grew by how loud it is.
+    groups: dict[Level, list[ChangeRecord]] = {}
+    for change in against.changes:
+        if change.figure == "branch_norm" and change.grew and change.where in limits:
+            groups.setdefault(_level_of_growth(change, limits[change.where]), []).append(change)
+
+    # 2. One finding per level.
+    findings = []
+    for level in LEVELS[::-1]:
+        group = groups.get(level)
+        if group:
+            worst = max(group, key=lambda change: change.amplification)
+            findings.append(_growth_finding(context, rule, group, worst, level, limits[worst.where]))
+
+    # 3. Where healthy growth is not known, a comparison shows what changed and cannot pass.
+    judged = [name for name, limit in limits.items() if limit.info is not None]
+    unjudged = {row.placement for row in context.report.sublayers if row.name in limits and row.name not in judged}
+    names = sorted("no norm" if placement in ("none", None) else f"{placement}-norm" for placement in unjudged)
+    note = f"how much healthy training grows is not known for {' and '.join(names)}" if names else ""
+    return Outcome(len(judged), findings, list(against.missing), note)
+
+
+def _level_of_growth(change: ChangeRecord, limits: Limits) -> Level:
+    """Beyond `warning` an error, as every regression; between what healthy and wrecked runs show a warning."""
+    if limits.warning is not None and change.amplification > limits.warning:
+        return "error"
+    if limits.info is not None and change.amplification > limits.info:
+        return "warning"
+    return "info"
+
+
+def _growth_finding(
+    context: Context, rule: Rule, group: list[ChangeRecord], worst: ChangeRecord, level: Level, limits: Limits
+) -> Finding:
+    against = context.report.against
+    assert against is not None
+    limit = limits.warning if level == "error" else limits.info
+    text = f"{worst.where}: branch ‖J‖ {plain(worst.earlier[1])} -> {plain(worst.now[1])}"
+    text += f"; 1 + ‖J‖ is at least {plain(worst.amplification)} times that of {against.source}"
+    if limit is not None:
+        text += f" ({'warning' if level == 'info' else level} above {plain(limit)})"
+    if len(group) > 1:
+        text += f"; {len(group)} of {against.compared} branches grew so"
+    changes = [{"where": c.where, "field": c.figure, "old": c.earlier[1], "new": c.now[1]} for c in group]
+    evidence = {
+        "field": "branch_norm",
+        "sublayer": worst.where,
+        "value": worst.now[1],
+        "lower": worst.now[0],
+        "earlier": worst.earlier[1],
+        "growth": worst.amplification,
+        "threshold": limit,
+        "changes": changes,
+    }
+    fix = "" if level == "info" else "go back to the earlier checkpoint; `jacdiag diff A B --all` lists every figure"
+    where = [change.where for change in group]
+    return Finding(rule.code, context.level(rule, level), where, text, evidence, rule.summary, fix)
+
+
+# -- a baseline, or an earlier model at init ---------------------------------------------------------------------------
 def _by_role(now: FiguresRecord, changes: Iterable[Change]) -> dict[str, list[Change]]:
     groups: dict[str, list[Change]] = {}
     for change in changes:
@@ -94,33 +173,51 @@ def _by_role(now: FiguresRecord, changes: Iterable[Change]) -> dict[str, list[Ch
 
 def _finding(context: Context, rule: Rule, group: list[Change], what: str) -> Finding:
     worst = max(group, key=lambda c: c.new / c.old if c.old > 0 else c.new)
-    text = f"{worst.words} (baseline up to {plain(worst.bound)})"
+    against = context.report.against
+    reference = "baseline" if against is None else against.source
+    text = f"{worst.words} ({reference} up to {plain(worst.bound)})"
     if len(group) > 1:
         text += f"; {len(group)} {what} in all"
     evidence = {
-        "field": worst.figure, "value": worst.new, "baseline": worst.old, "threshold": worst.bound,
+        "field": worst.figure,
+        "value": worst.new,
+        "baseline": worst.old,
+        "threshold": worst.bound,
         "parameters": [c.where for c in group if c.figure not in FIGURES],
         "changes": [{"where": c.where, "field": c.figure, "old": c.old, "new": c.new} for c in group],
-    }  # fmt: skip
+    }
     fix = "undo the change, or accept it: the same command with --write-baseline"
+    if against is not None:
+        fix = "undo the change; `jacdiag diff A B --all` lists every figure"
     return Finding(rule.code, context.level(rule, "error"), [c.where for c in group], text, evidence, rule.summary, fix)
 
 
 TEXT = Text(
-    summary="worse than the recorded baseline, beyond both intervals",
+    summary="worse than the recorded baseline, or than the earlier model, beyond both intervals",
     what="""\
 A baseline holds, for every sub-layer and weight, the interval in which another seed's figure lies. Sub-layers must not
 lie above theirs (branch_norm, core_norm, norm_gain); the std of a weight must share a value with its own. Norms depend
-on the probe: figures of another batch, seq, tokens or dtype are refused.""",
+on the probe: figures of another batch, seq, tokens or dtype are refused.
+
+`jacdiag audit NOW --against EARLIER` measures both models with one probe, or takes the JSON report of the earlier one.
+Two models at init are compared as with a baseline of one seed. If one of them is trained, only branch norms are
+judged: weights and the two factors are meant to change. A branch norm that grew beyond both intervals is info, as in
+healthy training. What counts is 1 + branch_norm, by which a branch multiplies a gradient at most (Eq. 9). Above the
+threshold `info` of checkpoint_growth (growth_from_init if the earlier model is at init) its growth is a warning, above
+`warning` an error. They lie between what healthy and wrecked runs showed (benchmarks/growth.py: GPTs of 6 layers, width
+64, 400 steps). Sandwich, reordered and no norm have no such boundary: there the verdict stays observed, but for growth
+far beyond any that was seen. A branch that shrank is listed by `jacdiag diff` and in the JSON, and is no finding.""",
     why="""\
 A change that leaves every test green may still change what a model is at step 0. A different seed passes, a different
 std does not.""",
     example="""\
     jacdiag gate build.py:model --baseline init.json --write-baseline        # once, committed
-    jacdiag gate build.py:model --baseline init.json                         # in CI""",
+    jacdiag gate build.py:model --baseline init.json                         # in CI
+    jacdiag audit step-20000.pt --against step-10000.pt --tokens text.txt    # a run that may have been damaged""",
     remedy="""\
-Undo the change. Where it is meant: the same command with --write-baseline, and commit the file. With --remedies
-first the weights are drawn as they were in the baseline, or the paper's recipes tried, and what helps is shown.""",
+Undo the change. If it is meant: the same command with --write-baseline, and commit the file. With --remedies
+first the weights are drawn as they were in the baseline, or the paper's recipes tried, and what helps is shown. For a
+run: go back to the earlier checkpoint, and look at the learning rate and the data between the two.""",
 )
 REGRESSION = Rule("JD110", "regression", "error", **TEXT, check=_check)
 RULES = (REGRESSION,)

@@ -21,7 +21,8 @@ SMALL = Text(
 core_norm is the spectral norm of d f / d z, z the normalised shortcut: what a pre-norm branch does to a
 perturbation after its norm, its learned gain included. It falls like 1/√(2N) with depth N where W_O and W_2
 are scaled by depth, so core_norm·√(2N) is compared; the thresholds were measured on the recipes of the
-paper.""",
+paper. The paper states this condition for pre-norm. It is not applicable to post-norm, sandwich, reordered and no
+norm: there the branch norm (JD103) is looked at, and the out-norm gain is shown.""",
     why="""\
 The gradient norm is bounded by a product over sub-layers (Eq. 7), whose factors are 1 + core_norm / sigma_x
 (Eq. 10, 18; for an FFN 1 + s1 s2 C_ffn / sigma_x', C_ffn = (√d + √d_ffn)^2, Eq. 15). Sub-layers that are
@@ -43,7 +44,10 @@ LARGE = Text(
     summary="large shortcut: its std must be near 1, or every norm on it multiplies the gradient by 1/sigma",
     what="""\
 norm_gain is 1/√(sigma_x^2 + eps), the gain of a branch's input norm without its learned gain, per token;
-the 99th percentile over tokens is compared. At the first layer sigma_x is the std of the embedding.""",
+the 99th percentile over tokens is compared. At the first layer sigma_x is the std of the embedding. The paper
+states this condition for pre-norm. In post-norm the norm reads x + f(x), in sandwich and reordered also the
+branch's end: its 1/sigma is shown as out-norm gain. No cut-off is published for it, so the condition is not
+applicable there, and no rule judges it.""",
     why="""\
 The Jacobian of LayerNorm is (1/sigma_x)(I - z z^T / d) (Eq. 12, 14): its norm is about 1/sigma_x. With an
 embedding of std 0.02 the first sub-layers multiply a perturbation by up to 50. "Spike No More" (arXiv
@@ -65,7 +69,9 @@ AMPLIFICATION = Text(
     what="""\
 branch_norm is the spectral norm of J = d f / d x, the Jacobian of the whole branch. Unlike its two factors
 it is a property of the function: dividing a norm's gain by 10 and multiplying the next matrix by 10 changes
-nothing. Each placement of the norm (pre, post, sandwich, reordered, none) has thresholds of its own.""",
+nothing. Each placement of the norm has thresholds of its own: pre-norm a warning, post, sandwich and reordered
+an info at three times what a mainstream model has at init, no norm none. On a trained model they are shown as
+observations.""",
     why="""\
 dL/dx = (I + J)^T dL/dy (Eq. 8, 9, 16, 17): a branch norm far above 1 at many depths lets the gradient grow
 by that factor at each. At the first layer only it is common, also in runs that finish; where it persists
@@ -75,7 +81,8 @@ A Llama-shaped SwiGLU with plain N(0, 0.02) and an embedding of std 0.02 has a b
 hundred at layer 0.""",
     remedy="""\
 At init: see which factor is large, the sub-layer (JD101) or the shortcut (JD102), and change that one. On a
-trained model: compare with an earlier checkpoint; the level alone proves nothing.""",
+trained model: compare with an earlier checkpoint (jacdiag audit NOW --against EARLIER); the level alone proves
+nothing, and without a comparison the verdict is observed.""",
 )
 
 PRODUCT = Text(
@@ -164,7 +171,8 @@ NO_MATCH = Text(
     summary="no rule about the model applied: nothing was checked",
     what="""\
 None of the selected rules JD1xx matched a sub-layer, because of the state, the placements, or the
-selection. Where no norm was asked for (--contract-only, --select JD2) one of the init contract's rules is enough.""",
+selection. If no norm was asked for (--contract-only, --select JD2) one of the init contract's rules is enough. A gate
+in which this fires exits with 3, unless something else made it fail.""",
     why="""\
 A check that matches nothing and passes is worse than none.""",
     example="""\

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,6 +68,33 @@ class Probe:
         shape = (ids if ids is not None else tensors[0]).shape
         record = ProbeRecord(shape[0] if shape else 1, shape[1] if len(shape) > 1 else None, seed, tokens="inputs")
         return cls(args, kwargs, ids, record)
+
+    @property
+    def described(self) -> ProbeRecord:
+        """The record with the digest of the input, so that two reports can tell whether they saw the same."""
+        return replace(self.record, digest=self.digest())
+
+    def digest(self) -> str:
+        """Return a hash of the token ids, or of all tensors of the input where it is no token ids."""
+        tensors = [self.token_ids] if self.token_ids is not None else list(_tensors((self.args, self.kwargs)))
+        hashed = hashlib.sha256()
+        for tensor in tensors:
+            plain = tensor.detach().cpu()
+            plain = plain.double() if plain.is_floating_point() else plain.long()
+            hashed.update(str(tuple(plain.shape)).encode())
+            hashed.update(plain.contiguous().numpy().tobytes())
+        return hashed.hexdigest()[:16]
+
+    def for_model(self, model: nn.Module) -> Probe:
+        """Return the same input, handed in as another model takes it.
+
+        Args:
+            model: the model to run; token ids that were chosen here are passed by the name that it has for them.
+        """
+        if self.token_ids is None or self.record.tokens == "inputs":
+            return self
+        args, kwargs = _call(model, self.token_ids)
+        return replace(self, args=args, kwargs=kwargs)
 
     def to(self, device: torch.device | str) -> Probe:
         """The same probe on another device."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,10 +35,12 @@ def assert_stable_init(
         **options: of `jacdiag.gate.gate`: contract, select, ignore, thresholds, profile, products ...
 
     Returns:
-        The report, for further assertions.
+        The report, for further assertions. Its verdict is "observed" for a trained model without a baseline: no rule
+        can fail one, and a warning says that nothing was asserted.
 
     Raises:
-        AssertionError: the gate failed, or stayed undecided: which rule, which weights, expected and measured.
+        AssertionError: the gate failed, stayed undecided, or no rule applied. The message names the rule, the weights,
+            what was expected and what was measured.
         JacdiagError: the gate cannot run.
 
     Example:
@@ -61,6 +64,9 @@ def assert_stable_init(
         write(path, outcome.figures)
     if outcome.exit_code:
         raise AssertionError("the initialisation does not pass\n\n" + render(outcome.report))
+    if outcome.report.verdict == "observed":
+        message = "jacdiag: the model is trained, and was compared with nothing: its initialisation was not asserted"
+        warnings.warn(message, stacklevel=2)
     return outcome.report
 
 

@@ -276,3 +276,34 @@ def test_a_report_does_not_write_over_the_baseline(run: Any, tmp_path: Path) -> 
     code, _, err = run("net.py:model", "--baseline", "init.json", "--write-baseline", "--json", "init.json")
     assert code == 2 and "--json and --baseline name the same file" in err
     assert (tmp_path / "init.json").read_text() == "{}"
+
+
+# -- what a gate says if no rule can fail ------------------------------------------------------------------------------
+def test_a_gate_in_which_no_rule_applied_is_no_pass(run: Any, tmp_path: Path) -> None:
+    """Rules of pre-norm on a post-norm model; a trained model under the contract alone; weights without a model."""
+    torch.save({"layer.weight": torch.randn(16, 16).pow(3)}, tmp_path / "bare.pt")
+    shutil.copy(Path(__file__).parent / "post.py", tmp_path / "post.py")
+    for args in (
+        ("post.py:model", *FAST, "--seeds", "1", "--select", "JD101,JD102"),
+        ("net.py:model", *FAST, "--seeds", "1", "--contract-only", "--state", "trained"),
+        ("net.py:model", *FAST, "--seeds", "1", "--select", "JD906"),
+        ("bare.pt",),
+    ):
+        code, out, _ = run(*args)
+        assert code == 3 and "gate: UNDECIDED" in out and "no rule applied, so nothing can pass" in out, args
+        assert "PASS" not in out
+    code, out, _ = run("post.py:model", *FAST, "--seeds", "1")
+    assert code == 0 and "gate: PASS" in out and "no rule applied" not in out
+    assert "JD101: the paper states it for pre-norm; this model has post-norm" in out
+
+
+def test_a_trained_model_without_a_baseline_is_observed(run: Any) -> None:
+    args = ("net.py:model", *FAST, "--seeds", "1", "--state", "trained", "--ignore", "JD903")
+    code, out, _ = run(*args)
+    assert code == 0 and "gate: OBSERVED" in out and "compared with nothing" in out and "PASS" not in out
+    for name in ("markdown", "github", "junit", "sarif", "json"):
+        code, out, err = run(*args, "--format", name)
+        assert code == 0 and "observed" in out.lower() and "gate: OBSERVED" in err, name
+    assert run(*args, "--baseline", "b.json", "--write-baseline")[0] == 0
+    code, out, _ = run(*args, "--baseline", "b.json")
+    assert code == 0 and "gate: PASS" in out

@@ -94,7 +94,7 @@ def test_a_long_model_is_folded_and_whole_on_request() -> None:
 def test_heading_and_last_block(name: str) -> None:
     report = KINDS[name](2)
     text = render(report)
-    signs = {"pass": "✓", "warn": "▲", "fail": "●", "unknown": "?"}
+    signs = {"pass": "✓", "warn": "▲", "fail": "●", "unknown": "?", "observed": "·"}
     assert text.startswith(f"### {signs[report.verdict]} {report.verdict.upper()}: ")
     places = [
         text.index(part) for part in ("| **small sub-layers**", "| **large shortcut**", "**What to do**", "**Cost**")

@@ -23,7 +23,7 @@ from render import synthetic
 
 from jacdiag.errors import JacdiagError
 from jacdiag.render.plot import _STYLE, draw, save
-from jacdiag.report import Interval, Report
+from jacdiag.report import AgainstRecord, Interval, Report
 
 MAGIC = {".png": b"\x89PNG\r\n\x1a\n", ".svg": b"<?xml", ".pdf": b"%PDF-"}
 KINDS: dict[str, Callable[[int], Report]] = {
@@ -221,6 +221,49 @@ def test_thresholds_are_drawn_where_the_report_has_them() -> None:
     assert "1/σ, warning above 8.8" in [text.get_text() for text in bottom.texts]
     far = draw(with_thresholds(synthetic.vanilla(4), warning=1e7)).axes[0]
     assert far.get_ylim()[1] < 1e4, "a threshold far away does not flatten the data"
+
+
+def thresholds_drawn(report: Report) -> list[str]:
+    return [text for text in texts(draw(report)) if " above " in text and ":" not in text]
+
+
+def mixed(layers: int) -> Report:
+    """Half of the sub-layers in pre-norm, half in sandwich-norm."""
+    base = with_thresholds(synthetic.vanilla(layers), warning=12.5)
+    rows = [dataclasses.replace(row, placement="sandwich") if row.index % 2 else row for row in base.sublayers]
+    return dataclasses.replace(base, sublayers=rows, settings={**base.settings, "stratum": "pre"})
+
+
+def test_no_threshold_is_drawn_that_no_rule_uses() -> None:
+    """By state, by placement and by selection: a line that no rule compares with is a claim that is false."""
+    init = with_thresholds(synthetic.vanilla(4), warning=12.5)
+    assert thresholds_drawn(init) == ["warning above 12.5", "1/σ, warning above 8.8"]
+
+    # 1. On a trained model the rules observe, unless a profile makes one decide.
+    trained = dataclasses.replace(init, state="trained")
+    assert thresholds_drawn(trained) == []
+    strict = dataclasses.replace(trained, settings={**trained.settings, "levels": {"JD102": "error"}})
+    assert thresholds_drawn(strict) == ["1/σ, warning above 8.8"]
+
+    # 2. A rule that matched no sub-layer for its placement, or was not selected.
+    unmatched = [dataclasses.replace(r, matched=0) if r.code == "JD102" else r for r in init.rules]
+    assert thresholds_drawn(dataclasses.replace(init, rules=unmatched)) == ["warning above 12.5"]
+    selected = [rule for rule in init.rules if rule.code == "JD102"]
+    assert thresholds_drawn(dataclasses.replace(init, rules=selected)) == ["1/σ, warning above 8.8"]
+
+    # 3. Several placements: the line says which one it is for.
+    assert thresholds_drawn(mixed(4)) == ["pre-norm, warning above 12.5", "1/σ, warning above 8.8"]
+
+
+def test_the_earlier_norms_are_drawn_dashed() -> None:
+    base = synthetic.trained(4)
+    norms = {row.name: [1.0 + row.index, 2.0 + row.index, 3.0 + row.index] for row in base.sublayers}
+    report = dataclasses.replace(base, against=AgainstRecord("earlier.pt", "trained", branch_norms=norms))
+    top = draw(report).axes[0]
+    values = [2.0 + row.index for row in report.sublayers if row.kind == "attention"]
+    [line] = lines_of(top, values)
+    assert line.get_linestyle() == "--" and "- - earlier" in [text.get_text() for text in top.texts]
+    assert_within(report)
 
 
 def test_the_title_is_the_verdict_in_words() -> None:

@@ -11,7 +11,17 @@ from render import synthetic
 
 from jacdiag.render import lines, words
 from jacdiag.render.numbers import aligned, between, outward, share, spoken, three
-from jacdiag.report import Conditions, Finding, Interval, Plan, ProbeRecord, Report, RuleResult
+from jacdiag.report import (
+    AgainstRecord,
+    Conditions,
+    FiguresRecord,
+    Finding,
+    Interval,
+    Plan,
+    ProbeRecord,
+    Report,
+    RuleResult,
+)
 
 NAN, INF = float("nan"), float("inf")
 
@@ -125,6 +135,19 @@ def test_an_error_beside_the_conditions_comes_first() -> None:
     assert words.headline(synthetic.broken()) == "JD906: transformer.h.0.mlp.c_fc.weight holds 3 NaN"
     assert words.headline(synthetic.trained()).startswith("Trained model: worst branch gain 6.33 to 6.56 at")
     assert words.headline(synthetic.weights_tier()).startswith("From the weights alone: the paper's bound is 40.3 at")
+
+
+def test_a_trained_model_that_was_compared_with_nothing_offers_the_comparison() -> None:
+    alone = dataclasses.replace(synthetic.trained(), verdict="observed", findings=[])
+    assert words.headline(alone).endswith("; nothing to compare it with")
+    [offer] = lines.to_do(alone)
+    assert offer.endswith("jacdiag audit checkpoint.pt --seed 0 --against EARLIER")
+    gated = dataclasses.replace(alone, settings={**alone.settings, "command": "jacdiag gate build.py:model"})
+    assert lines.to_do(gated)[0].endswith("jacdiag audit NOW --against EARLIER")
+    against = AgainstRecord("earlier.pt", "trained", compared=24)
+    compared = dataclasses.replace(alone, verdict="pass", against=against, baseline=FiguresRecord("GPT", 1, 1, 1, 1))
+    assert words.headline(compared).endswith("; compared with earlier.pt")
+    assert lines.to_do(compared) == ["nothing: no rule fired"]
 
 
 def test_the_worst_branch_is_the_largest_finite_one() -> None:

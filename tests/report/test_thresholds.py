@@ -51,6 +51,24 @@ def test_a_placement_without_recipes_is_worth_an_info_at_three_times_the_ladder(
     assert limits.info == pytest.approx(3 * largest, rel=0.02) and limits.warning is None
 
 
+@pytest.mark.parametrize(
+    ("figure", "state"), [("checkpoint_growth", "earlier trained"), ("growth_from_init", "earlier at init")]
+)
+def test_growth_is_cut_between_healthy_and_wrecked_runs(figure: str, state: str) -> None:
+    data = json.loads((ROOT / "benchmarks" / "results" / "growth.json").read_text())["calibration"]
+    limits = {name: load_thresholds().limits(figure, name) for name in ("pre", "post", "sandwich", "reordered", "none")}
+    for placement in ("pre", "post"):
+        healthy, wrecked = (data[f"{placement}, {state}"][key] for key in ("healthy_max", "wrecked_min"))
+        assert limits[placement].info == pytest.approx(healthy * (wrecked / healthy) ** (1 / 3), rel=0.01)
+        assert limits[placement].warning == pytest.approx(healthy * (wrecked / healthy) ** (2 / 3), rel=0.01)
+    largest = max(entry["healthy_max"] for entry in data.values())
+    for placement in ("sandwich", "reordered", "none"):
+        # Healthy and wrecked runs overlap, or no wrecked one stayed finite: no growth is known to be healthy.
+        wrecked = data[f"{placement}, {state}"]["wrecked_min"]
+        assert wrecked is None or wrecked < data[f"{placement}, {state}"]["healthy_max"]
+        assert limits[placement].info is None and limits[placement].warning == pytest.approx(3 * largest, rel=0.01)
+
+
 def test_no_threshold_is_an_error_by_itself_but_a_chance() -> None:
     """A chance is calibrated for the given learning rate, and absent elsewhere."""
     data = tomllib.loads(TOML.read_text(encoding="utf-8"))
