@@ -268,11 +268,18 @@ class Audit:
                 "name": r.source.name, "checks": checks,
                 **({"ranks": [use.to_dict() for use in found.uses]} if r.ranks.size > 1 else {}),
             },
-            ladder=load_healthy(model.width) if self.state == "init" else [],
+            ladder=self._ladder(found.records, model.width),
             notes=[*self.notes, *probe.notes],
             contract=contract,
             **stamp(),
         )  # fmt: skip
+
+    def _ladder(self, records: list[SublayerRecord], width: int | None) -> list[dict[str, Any]]:
+        """Return the inits that this model may be compared with: untrained ones with the same placement."""
+        placements = {record.placement for record in records if record.branch_norm is not None}
+        if self.state != "init" or len(placements) != 1:
+            return []
+        return load_healthy(width, placements.pop())
 
     def _cost(self, found: Share) -> Cost:
         through = found.through.products if found.through else 0

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from jacdiag.errors import clipped
 from jacdiag.render.numbers import ABSENT, memory, seconds, share, spoken, three
 from jacdiag.render.remedies import remedied
-from jacdiag.render.words import condition, worst_branch
+from jacdiag.render.words import condition, placement_words, worst_branch
 from jacdiag.report import LEVELS, Finding, Report
+from jacdiag.report.thresholds import load_healthy
 
 CONDITIONS = {"JD101": "small sub-layers", "JD102": "large shortcut"}
 TIED = "\u00a0"  # a space at which no line is broken
@@ -144,19 +146,38 @@ def _gradients(report: Report) -> Line | None:
 
 
 def _others(report: Report) -> Line | None:
-    """The ladder: entries {"name": str, "worst_branch_gain": float, "width": int}, yours among them."""
+    """Return the ladder of inits with the placement of this model, with its own rung among them.
+
+    The ladder's entries are {"name": str, "placement": str, "worst_branch_gain": float, "width": int}.
+    """
     worst = worst_branch(report)
-    if worst is None or not report.ladder or report.state != "init":
+    if worst is None or report.state != "init":
         return None
-    entries = [(float(rung["worst_branch_gain"]), str(rung["name"]), rung.get("width")) for rung in report.ladder]
-    steps = sorted([*((gain, name) for gain, name, _ in entries), (worst[1].estimate, "▸yours")])
-    widths = {width for _, _, width in entries if width}
-    at = "at init"
-    if widths:
-        same = widths == {report.model.width}
-        at += ", same width" if same else f", width {_range(widths)}; yours {report.model.width or 'unknown'}"
-    rungs = " · ".join(f"{name} {two(gain)}".replace(" ", TIED) for gain, name in _nearest(steps))
-    return Line("beside others", f"worst branch gain  {rungs}  ({at})")
+    placements = sorted({str(row.placement) for row in report.sublayers if row.branch_norm is not None})
+    if len(placements) > 1:
+        several = " and ".join(placement_words(placement) for placement in placements)
+        return Line("beside others", f"nothing is compared: the sub-layers differ in placement ({several})")
+
+    # A report may hold rungs of every placement: older versions wrote them all.
+    kind = placement_words(placements[0])
+    rungs = [rung for rung in report.ladder if rung.get("placement") == placements[0]]
+    if not rungs and load_healthy(placement=placements[0]):
+        return None  # a report without a ladder, such as that of a probe in a run
+    if not rungs:
+        return Line("beside others", f"nothing is compared: no init of another model with {kind} was measured")
+    steps = [(float(rung["worst_branch_gain"]), str(rung["name"])) for rung in rungs]
+    steps = sorted([*steps, (worst[1].estimate, "▸yours")])
+    shown = " · ".join(f"{name} {two(gain)}".replace(" ", TIED) for gain, name in _nearest(steps))
+    return Line("beside others", f"worst branch gain  {shown}  ({kind}, at init{_widths(report, rungs)})")
+
+
+def _widths(report: Report, rungs: list[dict[str, Any]]) -> str:
+    widths = {rung["width"] for rung in rungs if rung.get("width")}
+    if not widths:
+        return ""
+    if widths == {report.model.width}:
+        return ", same width"
+    return f", width {_range(widths)}; yours {report.model.width or 'unknown'}"
 
 
 def _nearest(steps: list[tuple[float, str]]) -> list[tuple[float, str]]:

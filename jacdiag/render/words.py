@@ -82,9 +82,14 @@ def state_words(report: Report) -> str:
     """ "init, pre-norm"; several placements are all named, the most frequent first."""
     placements = [row.placement for row in report.sublayers]
     kinds = sorted(set(placements), key=lambda kind: -placements.count(kind))
-    norms = " and ".join("no norm" if kind == "none" else f"{kind}-norm" for kind in kinds)
+    norms = " and ".join(placement_words(str(kind)) for kind in kinds)
     known = report.tier == "measured" and norms
     return ", ".join(part for part in (report.state or "state unknown", known and norms) if part)
+
+
+def placement_words(placement: str) -> str:
+    """Return a placement as a noun: "pre-norm", "no norm"."""
+    return "no norm" if placement == "none" else f"{placement}-norm"
 
 
 def left_out(titles: Sequence[str], other: str = "markdown") -> str:
