@@ -12,7 +12,7 @@ from torch import Tensor
 
 from jacdiag.errors import MeasureError
 from jacdiag.report.record import Record
-from jacdiag.report.schema import Growth, Interval, NetworkRecord, SublayerRecord
+from jacdiag.report.schema import PRODUCT_ALONE, Growth, Interval, NetworkRecord, SublayerRecord
 from jacdiag.spectra import JacobianOperator, independent_dims, top_singular
 from jacdiag.trace import Sites, Sublayer
 from jacdiag.trace.tap import Spot, Where
@@ -162,6 +162,8 @@ def network_record(
     if len(known) < len(factors):
         notes = {"gain_product_log": "not every residual norm was measured to its width"} | notes
     log = sum(math.log(f) if f > 0 else -math.inf for f in known) if factors and len(known) == len(factors) else None
+    if log is not None and whole is None:
+        notes = {**notes, "gain_product_log": PRODUCT_ALONE}
     predicted = growth = None
     if profile is not None:
         if len(known) == len(factors):

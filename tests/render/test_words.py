@@ -142,7 +142,7 @@ def test_the_header_names_model_probe_and_plan() -> None:
         "init, pre-norm",
     ]
     assert second[0] == "probe: 2 x 128 random tokens, seed 0, 12 dead rows left out"
-    assert second[1:] == ["float32 on cpu", "24 sub-layers, intervals at 99.9%", "no learning rate given"]
+    assert second[1:] == ["float32 on cpu", "24 sub-layers, each interval at 99.9%", "no learning rate given"]
     plan = Plan(lr=3e-4, warmup=2000, beta2=0.95)
     given = dataclasses.replace(synthetic.vanilla(1), plan=plan, probe=ProbeRecord(4, None, 0, "sample.txt"))
     assert words.header(given)[1][0] == "probe: batch 4 tokens of sample.txt"
@@ -224,7 +224,7 @@ def test_inits_of_another_placement_are_not_compared() -> None:
 def test_where_no_init_of_the_placement_is_known_nothing_is_compared() -> None:
     line = line_of(placed("none"), "beside others")
     assert line is not None
-    assert line.text == "nothing is compared: no init of another model with no norm was measured"
+    assert line.text == "nothing is compared: no init of another model without norms was measured"
     mixed = line_of(placed("pre", "post"), "beside others")
     assert mixed is not None and mixed.text.startswith("nothing is compared: the sub-layers differ in placement")
     without = dataclasses.replace(placed("pre"), ladder=[])
