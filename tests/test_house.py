@@ -51,7 +51,7 @@ COMMANDS = {
         "--model", "--model-args", "--trust-pickle", "--tokens", "--inputs", "--batch", "--seq", "--seed", "--device",
         "--dtype", "--tol", "--confidence", "--decide", "--no-decide", "--max-products", "--state", "--lr", "--warmup",
         "--clip", "--beta2", "--profile", "--select", "--ignore", "--fail-on", "--format", "--json", "--plot", "--all",
-        "--sort", "--replay", "--contract", "--remedies", "--patch", "--risk",
+        "--sort", "--replay", "--contract", "--remedies", "--patch", "--risk", "--confidence-all", "--probes",
     },
     "gate": {
         "--key",
@@ -59,7 +59,7 @@ COMMANDS = {
         "--dtype", "--tol", "--confidence", "--decide", "--no-decide", "--max-products", "--state", "--lr", "--warmup",
         "--clip", "--beta2", "--profile", "--select", "--ignore", "--fail-on", "--format", "--json", "--plot", "--all",
         "--sort", "--contract", "--seeds", "--budget", "--baseline", "--write-baseline", "--contract-only",
-        "--remedies", "--patch", "--risk",
+        "--remedies", "--patch", "--risk", "--confidence-all",
     },
     "sites": {
         "--key",

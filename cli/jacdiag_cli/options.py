@@ -144,8 +144,8 @@ TOGETHER = [
     click.option(
         "--confidence-all",
         type=Number(**_SHARE),
-        help="Probability with which all intervals of the report hold together, in place of --confidence. The chance of "
-        "a miss is divided by the number of intervals (Bonferroni): each becomes a little wider or dearer.",
+        help="Probability with which all intervals of the report hold together, in place of --confidence. The chance "
+        "of a miss is divided by the number of intervals (Bonferroni), so that each takes more products.",
     ),
 ]
 PROBES = [
@@ -155,8 +155,8 @@ PROBES = [
         default=1,
         show_default=True,
         help="Repeat the audit on this many probes, other random tokens or the next parts of --tokens, and report the "
-        "smallest and largest estimate of each norm. Each probe costs one more audit. Findings and verdict are those of "
-        "the first.",
+        "smallest and largest estimate of each norm. Each probe costs one more audit. Findings and verdict are those "
+        "of the first.",
     ),
 ]
 JUDGEMENT = [
@@ -255,7 +255,7 @@ DECIDING = click.option("--decide/--no-decide", default=True, show_default=True,
                         help="Stop each sub-layer as soon as its rules are decided (without a baseline).")  # fmt: skip
 
 
-def confidences(context: click.Context) -> dict[str, float | None]:
+def confidences(context: click.Context) -> dict[str, Any]:
     """Return --confidence and --confidence-all, of which one is given at most; None for one that is not.
 
     One on the command line wins over the other in the configuration.
@@ -274,9 +274,7 @@ def confidences(context: click.Context) -> dict[str, float | None]:
         )
     if len(named) == 2:
         named = [name for name in named if source[name] is click.core.ParameterSource.COMMANDLINE]
-    if "confidence_all" in named:
-        return {"confidence": None, "confidence_all": given["confidence_all"]}
-    return {"confidence": given["confidence"], "confidence_all": None}
+    return {name: value if name in named else None for name, value in given.items()}
 
 
 def add(*groups: list[Callable[[F], F]]) -> Callable[[F], F]:

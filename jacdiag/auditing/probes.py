@@ -79,9 +79,8 @@ def with_probes(request: Request, audit: Audit, report: Report) -> Report:
 
 def _with_spread(row: SublayerRecord, others: Iterable[Report]) -> SublayerRecord:
     """Return a sub-layer's record with the spread of its figures; a sub-layer is known by its name."""
-    rows: list[SublayerRecord | None] = [row]
-    for report in others:
-        rows.append(next((other for other in report.sublayers if other.name == row.name), None))
+    by_name = [{other.name: other for other in report.sublayers} for report in others]
+    rows = [row, *(names.get(row.name) for names in by_name)]
     spreads = {}
     for figure in FIGURES:
         spread = spread_of([getattr(other, figure, None) for other in rows])

@@ -29,8 +29,8 @@ class Family:
     def each(self) -> float:
         """Return the confidence of each interval.
 
-        By Bonferroni's inequality the chance that any of n intervals misses is at most the sum of their chances, however
-        they depend on each other.
+        By Bonferroni's inequality the chance that any of n intervals misses is at most the sum of their chances,
+        however they depend on each other.
         """
         return 1.0 - (1.0 - self.level) / max(self.intervals, 1)
 

@@ -146,13 +146,15 @@ def _over_probes(report: Report) -> Line | None:
     probes = report.settings.get("probes")
     if not probes:
         return None
-    spreads = {row.name: spread for row in report.sublayers if (spread := row.over_probes.get("branch_norm"))}
+    rows = [row for row in report.sublayers if "branch_norm" in row.over_probes]
+    spreads = {row.name: row.over_probes["branch_norm"] for row in rows}
     verdicts = Counter(probes["verdicts"])
     said = ", ".join(f"{verdict} at {count} of {probes['count']}" for verdict, count in verdicts.most_common())
     if not spreads:
         return Line("over probes", f"no branch gain was measured on more than one probe; verdict {said}")
 
-    worst = [max(_known(values)) for values in zip(*(s.estimates for s in spreads.values()), strict=True) if _known(values)]
+    by_probe = zip(*(spread.estimates for spread in spreads.values()), strict=True)
+    worst = [max(known) for values in by_probe if (known := _known(values))]
     ratios = {name: spread.most / spread.least for name, spread in spreads.items() if spread.least > 0}
     apart = ""
     if ratios:
@@ -197,7 +199,8 @@ def _others(report: Report) -> Line | None:
         return Line("beside others", f"nothing is compared: the sub-layers differ in placement ({several})")
 
     # A report may hold rungs of every placement: older versions wrote them all.
-    kind = "without norms" if placements[0] == "none" else f"with {placement_words(placements[0])}"
+    norms = placement_words(placements[0])
+    kind = "without norms" if placements[0] == "none" else f"with {norms}"
     rungs = [rung for rung in report.ladder if rung.get("placement") == placements[0]]
     if not rungs and load_healthy(placement=placements[0]):
         return None  # a report without a ladder, such as that of a probe in a run
@@ -206,7 +209,7 @@ def _others(report: Report) -> Line | None:
     steps = [(float(rung["worst_branch_gain"]), str(rung["name"])) for rung in rungs]
     steps = sorted([*steps, (worst[1].estimate, "▸yours")])
     shown = " · ".join(f"{name} {two(gain)}".replace(" ", TIED) for gain, name in _nearest(steps))
-    return Line("beside others", f"worst branch gain  {shown}  ({placement_words(placements[0])}, at init{_widths(report, rungs)})")
+    return Line("beside others", f"worst branch gain  {shown}  ({norms}, at init{_widths(report, rungs)})")
 
 
 def _widths(report: Report, rungs: list[dict[str, Any]]) -> str:

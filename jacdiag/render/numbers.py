@@ -11,7 +11,8 @@ from jacdiag.report import Interval
 from jacdiag.report.numbers import ABSENT, between, outward, three
 
 __all__ = [
-    "ABSENT", "aligned", "bar", "between", "counted", "level", "memory", "outward", "seconds", "share", "spoken", "three",
+    "ABSENT", "aligned", "bar", "between", "counted", "level", "memory", "outward", "seconds", "share", "spoken",
+    "three",
 ]  # fmt: skip
 
 _TO = " to "  # between the ends of an interval

@@ -190,8 +190,8 @@ class NetworkRecord(Record):
     """Figures of the whole network.
 
     Attributes:
-        gain_product_log: natural logarithm of the product of `residual_norm` over depth (Eq. 7). It is an upper bound on
-            the logarithm of `end_to_end`, up to the width of the intervals, and usually far above it.
+        gain_product_log: natural logarithm of the product of `residual_norm` over depth (Eq. 7). It is an upper bound
+            on the logarithm of `end_to_end`, up to the width of the intervals, and usually far above it.
         end_to_end: spectral norm of d y_N / d x_1, with the cancellation that the product hides.
         gradient_norms: norm of dL/dx at each depth, first shortcut first, the last output of the stack at the end.
         predicted_gradient_norms: the upper profile of Eq. 7 from the sub-layer norms and the last gradient.

@@ -229,7 +229,7 @@ def check_varied(probes: Sequence[Probe], factory_given: Any) -> None:
             raise UsageError(
                 "--probes needs an input that varies",
                 got=f"--inputs {factory.name_of(factory_given)} gives the same tensors with another seed ({number})",
-                hint="draw the input with torch's random numbers, which are seeded for each probe; or leave --probes out",
+                hint="draw the input with torch's random numbers, seeded anew for each probe; or leave --probes out",
             )
 
 
