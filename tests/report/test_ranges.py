@@ -21,7 +21,10 @@ WRONG = [
     ("tol", math.inf), ("tol", "0.1"), ("max_products", 0), ("max_products", 3), ("max_products", 8.5),
     ("max_products", True),
 ]  # fmt: skip
-PLAN = [("probes", 0), ("probes", 1.5), ("confidence_all", 1), ("confidence_all", 0.0), ("batch", 0), ("seq", 0), ("seed", -1), ("lr", 0), ("warmup", -1), ("clip", 0.0), ("beta2", 1)]
+PLAN = [
+    ("batch", 0), ("seq", 0), ("seed", -1), ("lr", 0), ("warmup", -1), ("clip", 0.0), ("beta2", 1), ("probes", 0),
+    ("probes", 1.5), ("confidence_all", 1), ("confidence_all", 0.0),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "value"), [*WRONG, *PLAN])
