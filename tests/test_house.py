@@ -52,6 +52,7 @@ COMMANDS = {
         "--dtype", "--tol", "--confidence", "--decide", "--no-decide", "--max-products", "--state", "--lr", "--warmup",
         "--clip", "--beta2", "--profile", "--select", "--ignore", "--fail-on", "--format", "--json", "--plot", "--all",
         "--sort", "--replay", "--contract", "--remedies", "--patch", "--risk", "--against",
+        "--confidence-all", "--probes",
     },
     "gate": {
         "--key",
@@ -59,7 +60,7 @@ COMMANDS = {
         "--dtype", "--tol", "--confidence", "--decide", "--no-decide", "--max-products", "--state", "--lr", "--warmup",
         "--clip", "--beta2", "--profile", "--select", "--ignore", "--fail-on", "--format", "--json", "--plot", "--all",
         "--sort", "--contract", "--seeds", "--budget", "--baseline", "--write-baseline", "--contract-only",
-        "--remedies", "--patch", "--risk",
+        "--remedies", "--patch", "--risk", "--confidence-all",
     },
     "sites": {
         "--key",

@@ -12,7 +12,20 @@ import click
 
 from jacdiag.errors import UsageError
 from jacdiag_cli.config import Configured, Profile, current, resolve_profile, toml_text
-from jacdiag_cli.options import AGAINST, JUDGEMENT, OUTPUT, PROBE, REPLAY, SOLVER, SOURCE, add, remedies
+from jacdiag_cli.options import (
+    AGAINST,
+    JUDGEMENT,
+    OUTPUT,
+    PROBE,
+    PROBES,
+    REPLAY,
+    SOLVER,
+    SOURCE,
+    TOGETHER,
+    add,
+    confidences,
+    remedies,
+)
 from jacdiag_cli.output import Invocation, console, emit, guest_talk, say, show
 from jacdiag_cli.outputs import any_on_stdout, plan_outputs, say_written, write_data
 from jacdiag_cli.progress import bar
@@ -23,12 +36,12 @@ if TYPE_CHECKING:
 
 _ASKED = (
     "model", "model_args", "key", "trust_pickle", "tokens", "batch", "seq", "seed", "device", "dtype", "tol",
-    "confidence", "decide", "max_products", "state", "lr", "warmup", "clip", "beta2", "risk",
+    "decide", "max_products", "probes", "state", "lr", "warmup", "clip", "beta2", "risk",
 )  # fmt: skip
 
 
 @click.command(cls=Configured)
-@add(SOURCE, PROBE, REPLAY, SOLVER, JUDGEMENT, AGAINST, remedies("first"), OUTPUT)
+@add(SOURCE, PROBE, PROBES, REPLAY, SOLVER, TOGETHER, JUDGEMENT, AGAINST, remedies("first"), OUTPUT)
 @click.pass_obj
 def audit(invocation: Invocation, source: str, **given: Any) -> int:
     """Measures every sub-layer of a model and says what stands out.
@@ -53,6 +66,7 @@ def audit(invocation: Invocation, source: str, **given: Any) -> int:
     """
     files = output_files(source, given) if invocation.heard else {}
     _check_probe(given)
+    confidence = confidences(click.get_current_context())
     profile = resolve_profile(click.get_current_context(), current())
     check_rules(profile, given["risk"])
     warn_of_trust(given["trust_pickle"])
@@ -63,6 +77,7 @@ def audit(invocation: Invocation, source: str, **given: Any) -> int:
         report = run(
             source,
             **{name: given[name] for name in _ASKED},
+            **confidence,
             inputs=_kept_batch(given["replay"]),
             input_factory=given["inputs"],
             profile=profile.levels,  # type: ignore[arg-type]

@@ -139,7 +139,10 @@ def all_options() -> list[str]:
     """The names of every option that a command takes, for which a configuration may hold a value."""
     from jacdiag_cli import options
 
-    groups = (options.SOURCE, options.PROBE, options.SOLVER, options.JUDGEMENT, options.OUTPUT, options.GATE)
+    groups = (
+        options.SOURCE, options.PROBE, options.PROBES, options.SOLVER, options.TOGETHER, options.JUDGEMENT,
+        options.OUTPUT, options.GATE,
+    )  # fmt: skip
     command = click.command()(options.add(*groups)(lambda: None))
     opts = [option for param in command.params if isinstance(param, click.Option) for option in param.opts]
     return [option.removeprefix("--") for option in opts if option.startswith("--")]

@@ -20,7 +20,19 @@ from jacdiag_cli.audit import (
     write_files,
 )
 from jacdiag_cli.config import Configured, current, resolve_profile
-from jacdiag_cli.options import DECIDING, GATE, JUDGEMENT, OUTPUT, PROBE, SOLVER, SOURCE, add, remedies
+from jacdiag_cli.options import (
+    DECIDING,
+    GATE,
+    JUDGEMENT,
+    OUTPUT,
+    PROBE,
+    SOLVER,
+    SOURCE,
+    TOGETHER,
+    add,
+    confidences,
+    remedies,
+)
 from jacdiag_cli.output import Invocation, emit, guest_talk, say, show
 from jacdiag_cli.outputs import any_on_stdout, say_written
 from jacdiag_cli.progress import bar
@@ -30,13 +42,13 @@ if TYPE_CHECKING:
 
 _PASSED_ON = (
     "model", "model_args", "key", "trust_pickle", "tokens", "batch", "seq", "seed", "device", "dtype", "tol",
-    "confidence", "decide",
+    "decide",
     "max_products", "state", "lr", "warmup", "clip", "beta2", "risk", "seeds", "budget", "remedies",
 )  # fmt: skip
 
 
 @click.command(cls=Configured, short_help="Decides whether a fresh model may pass: exit 0, 1, 2 or 3.")
-@add(SOURCE, PROBE, [*SOLVER[:2], DECIDING, *SOLVER[3:]], JUDGEMENT, GATE, remedies("none"), OUTPUT)
+@add(SOURCE, PROBE, [*SOLVER[:2], DECIDING, *SOLVER[3:]], TOGETHER, JUDGEMENT, GATE, remedies("none"), OUTPUT)
 @click.pass_obj
 def gate(invocation: Invocation, source: str, **given: Any) -> int:
     """Audits a freshly initialised model over several seeds, and decides whether it may pass.
@@ -60,6 +72,7 @@ def gate(invocation: Invocation, source: str, **given: Any) -> int:
       jacdiag gate hf:config.json --baseline init.json --format github
     """
     _check(given)
+    confidence = confidences(click.get_current_context())
     config = current()
     if given["trust_pickle"] and _in_ci() and not config.allow_trust_pickle:
         raise UsageError("--trust-pickle is refused in CI", got=f"CI={os.environ['CI']}",
@@ -74,7 +87,7 @@ def gate(invocation: Invocation, source: str, **given: Any) -> int:
         from jacdiag.gate import write_baseline
 
         invocation.heed()
-        options = {name: given[name] for name in _PASSED_ON}
+        options = {name: given[name] for name in _PASSED_ON} | confidence
         options["decide"] = given["decide"] and write is None
         outcome = run(
             source,

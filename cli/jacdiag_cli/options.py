@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import click
 
+from jacdiag.errors import UsageError
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -123,7 +125,11 @@ SOLVER = [
         "--tol", type=Number(**_ABOVE_0), default=0.05, show_default=True, help="Relative width asked of an interval."
     ),
     click.option(
-        "--confidence", type=Number(**_SHARE), default=0.999, show_default=True, help="Of an interval's upper end."
+        "--confidence",
+        type=Number(**_SHARE),
+        default=0.999,
+        show_default=True,
+        help="Probability with which each interval holds, taken for itself.",
     ),
     click.option("--decide/--no-decide", default=False, help="Stop each sub-layer as soon as its rules are decided."),
     click.option(
@@ -132,6 +138,25 @@ SOLVER = [
         default=200,
         show_default=True,
         help="Budget of products with J per norm.",
+    ),
+]
+TOGETHER = [
+    click.option(
+        "--confidence-all",
+        type=Number(**_SHARE),
+        help="Probability with which all intervals of the report hold together, in place of --confidence. The chance "
+        "of a miss is divided by the number of intervals (Bonferroni), so that each takes more products.",
+    ),
+]
+PROBES = [
+    click.option(
+        "--probes",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        help="Repeat the audit on this many probes, other random tokens or the next parts of --tokens, and report the "
+        "smallest and largest estimate of each norm. Each probe costs one more audit. Findings and verdict are those "
+        "of the first.",
     ),
 ]
 JUDGEMENT = [
@@ -236,6 +261,28 @@ GATE = [
 ]
 DECIDING = click.option("--decide/--no-decide", default=True, show_default=True,
                         help="Stop each sub-layer as soon as its rules are decided (without a baseline).")  # fmt: skip
+
+
+def confidences(context: click.Context) -> dict[str, Any]:
+    """Return --confidence and --confidence-all, of which one is given at most; None for one that is not.
+
+    One on the command line wins over the other in the configuration.
+
+    Raises:
+        UsageError: both are given in the same place.
+    """
+    given = {name: context.params[name] for name in ("confidence", "confidence_all")}
+    source = {name: context.get_parameter_source(name) for name in given}
+    named = [name for name in given if source[name] is not click.core.ParameterSource.DEFAULT]
+    if len(named) == 2 and source["confidence"] is source["confidence_all"]:
+        raise UsageError(
+            "the confidence is given twice",
+            got=f"--confidence {given['confidence']:g} and --confidence-all {given['confidence_all']:g}",
+            hint="give one: --confidence is said of each interval, --confidence-all of all of them together",
+        )
+    if len(named) == 2:
+        named = [name for name in named if source[name] is click.core.ParameterSource.COMMANDLINE]
+    return {name: value if name in named else None for name, value in given.items()}
 
 
 def add(*groups: list[Callable[[F], F]]) -> Callable[[F], F]:

@@ -10,9 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from jacdiag.auditing.arguments import check_arguments, codes_of
+from jacdiag.auditing.arguments import check_arguments, check_one_confidence, codes_of
 from jacdiag.auditing.earlier import Earlier, Given, judge_against, measure_earlier, open_earlier
 from jacdiag.auditing.measured import Audit
+from jacdiag.auditing.probes import check_probes, with_probes
 from jacdiag.auditing.remedied import check_way, with_remedies
 from jacdiag.auditing.request import Progress, Request
 from jacdiag.auditing.stamp import stamp
@@ -32,6 +33,7 @@ from jacdiag.trace.declared import declarations
 
 __all__ = ["AuditReport", "Progress", "audit"]
 
+CONFIDENCE = 0.999  # of each interval, taken for itself
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -56,10 +58,12 @@ def audit(
     batch: int = 2,
     seq: int | None = None,
     seed: int = 0,
+    probes: int = 1,
     device: str | torch.device | None = None,
     dtype: Literal["float32", "float64"] | torch.dtype = "float32",
     tol: float = 0.05,
-    confidence: float = 0.999,
+    confidence: float | None = None,
+    confidence_all: float | None = None,
     decide: bool = False,
     state: Literal["init", "trained"] | None = None,
     lr: float | None = None,
@@ -96,7 +100,12 @@ def audit(
         tokens, input_factory: a file of probe tokens or of text; a factory of the probe input. Give one way to a probe.
         batch, seq, seed: the random probe. `seq` is 128, or what the model allows if that is less.
         device, dtype: where, and in what precision products run ("float64", or torch.float64).
-        tol, confidence: relative width of the intervals that is asked for, and their confidence.
+        probes: measure on this many probes, and report how far the estimates lie apart. Each costs one more audit.
+            The intervals, the findings and the verdict are those of the first probe.
+        tol: relative width of the intervals that is asked for.
+        confidence: probability with which each interval holds, taken for itself; 0.999 if not given.
+        confidence_all: probability with which all intervals of the report hold together, in place of `confidence`. The
+            chance of a miss is divided by the number of intervals (Bonferroni); `settings["confidence_all"]` shows it.
         decide: stop each norm as soon as the rules are decided.
         state: "init" or "trained"; detected if not given.
         lr, warmup, clip, beta2: the plan of the run.
@@ -130,7 +139,7 @@ def audit(
         ('mlp', True)
     """
     check_arguments(
-        batch=batch, seed=seed, tol=tol, confidence=confidence, max_products=max_products, tokens=tokens, state=state,
+        batch=batch, seed=seed, tol=tol, max_products=max_products, probes=probes, tokens=tokens, state=state,
         device=device, dtype=dtype, remedies=remedies, profile=profile, model_args=model_args, baseline=baseline,
         contract=contract, declared=declared, progress=progress, optimizer=optimizer,
     )  # fmt: skip
@@ -140,8 +149,11 @@ def audit(
     precision = DTYPES.get(str(dtype).removeprefix("torch."))
     if precision is None:
         raise UsageError("unknown dtype", got=str(dtype), hint=f"by name or torch's own: {', '.join(DTYPES)}")
-    check_ranges(tol=tol, confidence=confidence, max_products=max_products, batch=batch, seq=seq, seed=seed,
-                 lr=lr, warmup=warmup, clip=clip, beta2=beta2)  # fmt: skip
+    check_ranges(tol=tol, confidence=confidence, confidence_all=confidence_all, max_products=max_products,
+                 batch=batch, seq=seq, seed=seed, probes=probes, lr=lr, warmup=warmup, clip=clip,
+                 beta2=beta2)  # fmt: skip
+    check_one_confidence(confidence, confidence_all)
+    check_probes(probes, inputs=inputs, products=products)
     seed = int(seed)
     check_way(remedies)
     _check_against(against, baseline=baseline, products=products)
@@ -157,10 +169,11 @@ def audit(
                 against, model=model, model_args=model_args, key=key, trust_pickle=trust_pickle, seed=seed
             )
         request = Request(
-            loaded, inputs, tokens, input_factory, batch, seq, seed, device, precision, tol, confidence, decide,
+            loaded, inputs, tokens, input_factory, batch, seq, seed, device, precision, tol,
+            CONFIDENCE if confidence is None else confidence, decide,
             state, Plan(lr, warmup, clip, beta2), profile, selected, ignored, limits, max_products,
             tuple(declarations(declared)), progress, crew, checked_contract(contract), optimizer, products, remedies,
-            baseline, trust_pickle,
+            baseline, trust_pickle, confidence_all, int(probes),
         )  # fmt: skip
         made = None if loaded.model is None else Audit(request)
         if earlier is None:
@@ -169,6 +182,7 @@ def audit(
         else:
             request, report = _compared(request, made, earlier)
         if made is not None:
+            report = with_probes(request, made, report)
             report = with_remedies(request, made, report)
     return AuditReport(**{f.name: getattr(report, f.name) for f in fields(Report)})
 
@@ -197,6 +211,9 @@ def _compared(request: Request, now: Audit | None, earlier: Earlier) -> tuple[Re
 
 
 def _weights_only(request: Request) -> Report:
+    if request.probes > 1:
+        hint = "--model FACTORY, which builds the model; or leave --probes out"
+        raise UsageError("--probes needs a model that runs", got="weights alone: nothing is probed", hint=hint)
     request.ranks.agree(lambda: fingerprint(None, request.source.state.items(), (), request.options(), {}))
     report = weights_report(request.source)
     if request.tokens is not None:

@@ -12,7 +12,7 @@ from jacdiag.errors import UsageError
 from jacdiag.report import FiguresRecord
 from jacdiag.sources.given import kind_of
 
-_NEVER_NONE = ("batch", "seed", "tol", "confidence", "max_products")
+_NEVER_NONE = ("batch", "seed", "tol", "max_products", "probes")
 _PATHS = ("tokens",)
 _STATES = ("init", "trained")
 
@@ -46,6 +46,18 @@ def check_arguments(**given: Any) -> None:
     if progress is not None and not all(hasattr(progress, name) for name in ("start", "advance", "stop")):
         raise UsageError("progress needs start, advance and stop", got=kind_of(progress))
     _check_optimizer(given["optimizer"])
+
+
+def check_one_confidence(confidence: float | None, confidence_all: float | None) -> None:
+    """Raise if both a confidence per interval and a family-wise one are given: the second sets the first.
+
+    Raises:
+        UsageError: both are given.
+    """
+    if confidence is not None and confidence_all is not None:
+        got = f"--confidence {confidence:g} and --confidence-all {confidence_all:g}"
+        hint = "give one of them: --confidence is said of each interval, --confidence-all of all of them together"
+        raise UsageError("the confidence is given twice", got=got, hint=hint)
 
 
 def codes_of(name: str, given: Any) -> tuple[str, ...]:

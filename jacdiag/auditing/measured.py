@@ -21,6 +21,7 @@ from jacdiag.errors import MeasureError, SourceError, TraceError, UsageError, on
 from jacdiag.measure.contract import contract_of, decayed_by
 from jacdiag.measure.dead_paths import find_dead_branches, find_dead_paths
 from jacdiag.measure.draws import Draws, std_of
+from jacdiag.measure.family import Family, count_intervals
 from jacdiag.measure.finite import non_finite_state
 from jacdiag.measure.forward import forward_record
 from jacdiag.measure.gradients import GradientProfile, gradient_profile
@@ -40,6 +41,7 @@ from jacdiag.sources import Probe, build_probe
 from jacdiag.sources.device import pick
 from jacdiag.sources.factory import model_code
 from jacdiag.sources.wrapped import plain_name
+from jacdiag.sources.probe import check_varied
 from jacdiag.trace import Sublayer, sites
 from jacdiag.trace.declared import nothing_found
 from jacdiag.trace.tensors import collect_deep
@@ -72,10 +74,12 @@ class Audit:
         self.request = request
         self._given_probe = probe
         self._traced = False
+        self.further: list[Probe] = []
         self.model: nn.Module = request.source.model
         self.started = time.perf_counter()
         self.phases: dict[str, float] = {}
         self.notes = list(request.source.notes)
+        self.family: Family | None = None
         self._stats: dict[str, WeightStats | None] = {}
 
     def run(self) -> Report:
@@ -93,6 +97,9 @@ class Audit:
         self._check_values()
         self._place()
         probe = self.probe = self._probe()
+        if self.request.probes > 1 and self._given_probe is None:
+            self.further = [self._probe(number) for number in range(1, self.request.probes)]
+            check_varied([probe, *self.further], self.request.input_factory)
         self._check_baseline(probe)
         with self._phase("record"), probe.suspected():
             self.sites = sites(self.model, *probe.args, dtype=self.request.dtype, declared=self.request.declared,
@@ -108,6 +115,7 @@ class Audit:
         probe = self.probe
         self.state = self._state()
         self.layers = self.sites.layers
+        self._share_confidence()
         self.draws = Draws(self.sites.skeleton.params)
         broken = non_finite_state(self.sites)
         self.broken = broken.names
@@ -130,13 +138,26 @@ class Audit:
         hint = "build it on the CPU, or name its factory (build.py:model); jacdiag.sites() takes it as it is"
         raise SourceError("the model is on the meta device: it has shapes and no values", hint=hint)
 
+    def share_stats(self, other: Audit) -> None:
+        """Take over the figures of weights that another audit of the same model has measured."""
+        self._stats = other._stats
+
     # -- steps -----------------------------------------------------------------------------------------------------
     def _place(self) -> None:
         """Moves a model that was loaded here to the device; a module that was handed in stays where it is."""
         if self.request.source.owned:
             self.request.source.to(pick(self.request.device))
 
-    def _probe(self) -> Probe:
+    def _share_confidence(self) -> None:
+        """Set the confidence of each interval, if one for all of them was asked for."""
+        if self.request.confidence_all is None:
+            return
+        level, _ = self.request.split_level()
+        count = count_intervals(self.sites.by_shortcut(), early=self.request.decide, state=self.state)
+        self.family = Family(level, count)
+        self.request = replace(self.request, confidence=self.family.each)
+
+    def _probe(self, number: int = 0) -> Probe:
         r = self.request
         if self._given_probe is not None:
             return self._given_probe.to(r.source.device)
@@ -144,7 +165,7 @@ class Audit:
             probe = Probe.of_inputs(r.inputs, seed=r.seed)
             return probe.to(pick(r.device)) if r.source.owned else probe
         probe = build_probe(r.source, batch=r.batch, seq=r.seq, seed=r.seed, tokens=r.tokens, inputs=r.input_factory,
-                            trust_code=r.trust_code)  # fmt: skip
+                            trust_code=r.trust_code, number=number)  # fmt: skip
         return probe if r.source.device.type == "cpu" else probe.to(r.source.device)
 
     def _check_baseline(self, probe: Probe) -> None:
@@ -317,12 +338,26 @@ class Audit:
                 "decide": r.decide, "remedies": r.remedies, "profile": r.profile,
                 "name": r.source.name, "checks": checks,
                 **({"ranks": [use.to_dict() for use in found.uses]} if r.ranks.size > 1 else {}),
+                **self._family_settings(),
             },
-            ladder=load_healthy(model.width) if self.state == "init" else [],
+            ladder=self._ladder(found.records, model.width),
             notes=[*self.notes, *probe.notes],
             contract=contract,
             **stamp(),
         )  # fmt: skip
+
+    def _family_settings(self) -> dict[str, Any]:
+        if self.family is None:
+            return {}
+        shared = {"level": self.request.confidence_all, "shared_with_remedies": self.request.remedies != "none"}
+        return {"confidence_all": {**shared, **self.family.to_dict()}}
+
+    def _ladder(self, records: list[SublayerRecord], width: int | None) -> list[dict[str, Any]]:
+        """Return the inits that this model may be compared with: untrained ones with the same placement."""
+        placements = {record.placement for record in records if record.branch_norm is not None}
+        if self.state != "init" or len(placements) != 1:
+            return []
+        return load_healthy(width, placements.pop())
 
     def _cost(self, found: Share) -> Cost:
         through = found.through.products if found.through else 0

@@ -14,7 +14,8 @@ from jacdiag.auditing.measured import Audit
 from jacdiag.auditing.request import Request
 from jacdiag.errors import JacdiagError, MeasureError, UsageError
 from jacdiag.measure.contract import decayed_by
-from jacdiag.remedies import Bench, aims, remedies_for, tried
+from jacdiag.measure.family import Family
+from jacdiag.remedies import Bench, aims, most_trials, remedies_for, tried
 from jacdiag.report import Report
 from jacdiag.report.remedy import with_fixes
 from jacdiag.sources import Source, load
@@ -51,7 +52,7 @@ def with_remedies(request: Request, audit: Audit, report: Report) -> Report:
         return replace(report, notes=[*report.notes, f"no remedy was tried: {error.what}"])
     begun_at = time.perf_counter()
     remedies = remedies_for(report, audit.model, request.thresholds, begun=begun)
-    bench = _bench(request, audit, report)
+    bench = _bench(request, audit, report, len(remedies))
     records, notes = tried(report, audit.model, remedies, bench, every=request.remedies != "first",
                            told=_teller(request, len(remedies)))  # fmt: skip
     if request.progress is not None:
@@ -81,9 +82,13 @@ def _teller(request: Request, count: int) -> Any:
     return lambda name: request.progress.advance(1, name)  # type: ignore[union-attr]
 
 
-def _bench(request: Request, audit: Audit, report: Report) -> Bench:
+def _bench(request: Request, audit: Audit, report: Report, count: int) -> Bench:
     decayed = [] if request.optimizer is None else decayed_by(audit.model, request.optimizer)
     decide = not {"JD104", "JD105", "JD110"} & set(aims(report))  # these rest on figures of their full width
+
+    level = request.confidence_all
+    if level is not None:  # each trial may miss as often as any other
+        level = Family(request.split_level()[1], most_trials(count)).each
 
     def again(model: nn.Module, spared: Iterable[str], seed: int) -> tuple[Report, Any]:
         source = replace(request.source, model=model, notes=[])
@@ -92,7 +97,7 @@ def _bench(request: Request, audit: Audit, report: Report) -> Bench:
             kept = set(decayed) - set(spared)
             optimizer = [{"params": [p for n, p in model.named_parameters() if n in kept], "weight_decay": 1.0}]
         changed = replace(request, source=source, seed=seed, decide=decide, state=report.state, optimizer=optimizer,
-                          progress=None, remedies="none")  # fmt: skip
+                          progress=None, remedies="none", probes=1, confidence_all=level)  # fmt: skip
         made = Audit(changed)
         return changed.judged(made.run()), made.sites.output
 

@@ -54,7 +54,20 @@ class Request:
     remedies: str = "none"
     baseline: FiguresRecord | None = None
     trust_code: bool = False  # of a tokenizer
+    confidence_all: float | None = None
+    probes: int = 1
     against: AgainstRecord | None = None
+
+    def split_level(self) -> tuple[float, float]:
+        """Return the family-wise level of this model's own intervals, and that of the intervals of all remedies.
+
+        The chance of a miss is shared equally between the two. Without remedies the model has all of it.
+        """
+        assert self.confidence_all is not None
+        if self.remedies == "none":
+            return self.confidence_all, 1.0
+        half = (1.0 + self.confidence_all) / 2
+        return half, half
 
     def options(self) -> dict[str, Any]:
         """What must be the same on every rank, beside the model and the probe."""

@@ -17,6 +17,7 @@ from jacdiag.auditing.arguments import codes_of
 from jacdiag.errors import UsageError
 from jacdiag.gate.baseline import check_comparable, read_baseline
 from jacdiag.gate.locate import located
+from jacdiag.measure.family import Family
 from jacdiag.report import LEVELS, FiguresRecord, Finding, Report, RuleResult, Verdict
 from jacdiag.report.ranges import check_ranges
 from jacdiag.report.remedy import with_fixes
@@ -108,6 +109,10 @@ def gate(
         raise UsageError("unknown level", got=str(fail_on), hint=f"one of {', '.join((*LEVELS, 'never'))}")
     before = read_baseline(baseline) if baseline is not None else None
     select, ignore = codes_of("select", select), codes_of("ignore", ignore)
+    together = options.get("confidence_all")
+    check_ranges(confidence_all=together)
+    if together is not None:  # each seed may miss as often as any other
+        options["confidence_all"] = Family(together, seeds).each
     if all(rule.code.startswith("JD2") for rule in selected(select, ignore)):  # nothing that is selected asks for norms
         options["products"] = False
     runs = _Runs(
@@ -140,6 +145,8 @@ def gate(
         "baseline": str(baseline) if baseline is not None else None,
     }
     settings = {**told.settings, "gate": about, "command": command, "remedies": options.get("remedies", "none")}
+    if together is not None and "confidence_all" in settings:
+        settings["confidence_all"] = {**settings["confidence_all"], "level": together, "seeds": seeds}
     notes = [*told.notes, *runs.notes]
     return Outcome(replace(told, findings=findings, settings=settings, notes=notes), code, figures)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jacdiag.measure.gradients import GradientProfile, end_of
 from jacdiag.report.flow import BackwardRecord, DeadBranch, DeadPath, ForwardRecord
-from jacdiag.report.schema import Growth, Interval, NetworkRecord, SublayerRecord
+from jacdiag.report.schema import PRODUCT_ALONE, Growth, Interval, NetworkRecord, SublayerRecord
 from jacdiag.spectra import JacobianOperator, independent_dims, top_singular
 from jacdiag.trace import Sites, Sublayer
 from jacdiag.trace.coverage import parameters_of
@@ -81,6 +81,8 @@ def network_record(
     if len(known) < len(factors):
         notes = {"gain_product_log": "not every residual norm was measured to its width"} | notes
     log = sum(math.log(f) if f > 0 else -math.inf for f in known) if factors and len(known) == len(factors) else None
+    if log is not None and whole is None:
+        notes = {**notes, "gain_product_log": PRODUCT_ALONE}
     predicted = growth = None
     if profile is not None:
         if len(known) == len(factors):

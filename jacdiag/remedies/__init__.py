@@ -2,7 +2,7 @@
 
 from jacdiag.remedies.patches import DIALECTS
 from jacdiag.remedies.recipes import Remedy, remedies_for
-from jacdiag.remedies.trial import Bench, sufficient, tried
+from jacdiag.remedies.trial import Bench, most_trials, sufficient, tried
 from jacdiag.report.remedy import aims
 
-__all__ = ["DIALECTS", "Bench", "Remedy", "aims", "remedies_for", "sufficient", "tried"]
+__all__ = ["DIALECTS", "Bench", "Remedy", "aims", "most_trials", "remedies_for", "sufficient", "tried"]

@@ -85,6 +85,11 @@ def tried(
     return records, notes
 
 
+def most_trials(remedies: int) -> int:
+    """Return how many audits of copies so many remedies may take: each on the report's seed and on further ones."""
+    return min(remedies, _MOST) * (1 + _FURTHER)
+
+
 def _trial(report: Report, model: nn.Module, remedy: Remedy, bench: Bench) -> RemedyRecord:
     spared = [name for change in remedy.changes if isinstance(change, Spare) for name in change.names]
     after, output = bench.again(_changed(model, remedy, bench.seed), spared, bench.seed)

@@ -135,6 +135,7 @@ def _count(rows: list[SublayerRecord], loud: dict[str, str], level: str) -> int:
 
 def _columns(report: Report, rows: list[SublayerRecord], levels: dict[tuple[str, str], str]) -> list[Column]:
     who = guilty(report)
+    probes = report.settings.get("probes", {}).get("count")
     columns = [
         Column("depth", "depth", 100, [f"{row.depth:>2}" for row in rows], [""] * len(rows)),
         Column("name", "sub-layer", 100, [row.name for row in rows], [""] * len(rows), left=True),
@@ -144,6 +145,8 @@ def _columns(report: Report, rows: list[SublayerRecord], levels: dict[tuple[str,
             cells = aligned([text(row) for row in rows])
             interest = _BOUND_ALONE if key == "bound" and report.tier == "weights" else interest
             columns.append(Column(key, title, interest, cells, [levels.get((row.name, key), "") for row in rows]))
+        if key == "branch_norm" and probes:
+            columns.append(_over_probes(rows, probes))
     if report.against is not None:
         columns.append(_earlier(report.against, rows))
     if any(row.name in who for row in rows):
@@ -158,6 +161,13 @@ def _earlier(against: AgainstRecord, rows: list[SublayerRecord]) -> Column:
         ends = against.branch_norms.get(row.name)
         texts.append(ABSENT if ends is None else spoken(Interval(ends[1], ends[0], ends[2])))
     return Column("earlier", "earlier ‖J‖", 90, aligned(texts), [""] * len(rows))
+
+
+def _over_probes(rows: list[SublayerRecord], probes: int) -> Column:
+    """Return the column next to the branch norm: its smallest to largest estimate over several probes."""
+    spreads = [row.over_probes.get("branch_norm") for row in rows]
+    cells = aligned([ABSENT if spread is None else str(spread) for spread in spreads])
+    return Column("over_probes", f"over {probes} probes", _SPREAD, cells, [""] * len(rows))
 
 
 def _has(row: SublayerRecord, key: str, tier: str) -> bool:
@@ -200,6 +210,7 @@ def _norm(key: str) -> Callable[[SublayerRecord], str]:
     return text
 
 
+_SPREAD = 65  # it was asked for and paid for
 _BOUND_ALONE = 70  # without a measurement the bound is the most that is known
 
 # key, title, interest, text. The shortcut's std is the smallest over tokens: the one that 1/σ belongs to.

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from jacdiag.errors import clipped
-from jacdiag.render.numbers import ABSENT, memory, seconds, share, spoken, three
+from jacdiag.render.numbers import ABSENT, between, memory, seconds, share, spoken, three
 from jacdiag.render.remedies import remedied
-from jacdiag.render.words import condition, worst_branch
+from jacdiag.render.words import condition, placement_words, worst_branch
 from jacdiag.report import LEVELS, Finding, Report
+from jacdiag.report.schema import PRODUCT_ALONE
+from jacdiag.report.thresholds import load_healthy
 
 CONDITIONS = {"JD101": "small sub-layers", "JD102": "large shortcut"}
 TIED = "\u00a0"  # a space at which no line is broken
@@ -36,7 +41,14 @@ def verdict_lines(report: Report) -> list[Line]:
         if code not in (*CONDITIONS, "JD104", "JD105", "JD902"):  # these have lines of their own
             text = "; ".join(_with_where(finding) for finding in found)
             lines.append(Line(named.get(code, "") or code, text, level=found[0].level, code=code))
-    figures = (_risk(report), _depth(report), _gradients(report), _attention(report), _others(report))
+    figures = (
+        _risk(report),
+        _depth(report),
+        _gradients(report),
+        _attention(report),
+        _over_probes(report),
+        _others(report),
+    )
     lines += [line for line in figures if line]
     lines += [line for line in (_open(report), _uncovered(report)) if line]
     return lines + [Line("note", note) for note in report.notes]
@@ -155,12 +167,48 @@ def _depth(report: Report) -> Line | None:
     text = f"product of gains {_power_of_e(network.gain_product_log)}"
     if network.end_to_end:
         text += f", true end-to-end gain {spoken(network.end_to_end)}"
+        spread = network.over_probes.get("end_to_end")
+        if spread is not None:
+            text += f" ({spread} over {len(spread.estimates)} probes)"
         if network.gain_product_log > math.log(max(network.end_to_end.upper, 1e-300)) + math.log(2):
             text += " (the rest cancels)"
+    else:
+        reason = network.notes.get("end_to_end")
+        why = f" ({reason})" if reason else ""
+        text += f", {PRODUCT_ALONE}{why}"
     finding = next((finding for finding in report.findings if finding.code == "JD104"), None)
     if finding is None:
         return Line("over depth", text)
-    return Line("over depth", f"{text}; {finding.what}", level=finding.level, code=finding.code)
+    limit = finding.evidence.get("threshold")
+    beyond = finding.what if limit is None else f"the product is above e^{limit:g}"
+    return Line("over depth", f"{text}; {beyond}", level=finding.level, code=finding.code)
+
+
+def _over_probes(report: Report) -> Line | None:
+    """Return what several probes gave: the worst branch gain of each, where they differ most, their verdicts."""
+    probes = report.settings.get("probes")
+    if not probes:
+        return None
+    rows = [row for row in report.sublayers if "branch_norm" in row.over_probes]
+    spreads = {row.name: row.over_probes["branch_norm"] for row in rows}
+    verdicts = Counter(probes["verdicts"])
+    said = ", ".join(f"{verdict} at {count} of {probes['count']}" for verdict, count in verdicts.most_common())
+    if not spreads:
+        return Line("over probes", f"no branch gain was measured on more than one probe; verdict {said}")
+
+    by_probe = zip(*(spread.estimates for spread in spreads.values()), strict=True)
+    worst = [max(known) for values in by_probe if (known := _known(values))]
+    ratios = {name: spread.most / spread.least for name, spread in spreads.items() if spread.least > 0}
+    apart = ""
+    if ratios:
+        name = max(ratios, key=ratios.__getitem__)
+        apart = f", at most {three(ratios[name])} times apart at one sub-layer ({name})"
+    text = f"worst branch gain {between(min(worst), max(worst))} on {probes['count']} probes{apart}; verdict {said}; "
+    return Line("over probes", text + "what other data give, not an error of the measurement")
+
+
+def _known(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None and not math.isnan(value)]
 
 
 def _power_of_e(log: float) -> str:
@@ -192,19 +240,39 @@ def _attention(report: Report) -> Line | None:
 
 
 def _others(report: Report) -> Line | None:
-    """The ladder: entries {"name": str, "worst_branch_gain": float, "width": int}, yours among them."""
+    """Return the ladder of inits with the placement of this model, with its own rung among them.
+
+    The ladder's entries are {"name": str, "placement": str, "worst_branch_gain": float, "width": int}.
+    """
     worst = worst_branch(report)
-    if worst is None or not report.ladder or report.state != "init":
+    if worst is None or report.state != "init":
         return None
-    entries = [(float(rung["worst_branch_gain"]), str(rung["name"]), rung.get("width")) for rung in report.ladder]
-    steps = sorted([*((gain, name) for gain, name, _ in entries), (worst[1].estimate, "▸yours")])
-    widths = {width for _, _, width in entries if width}
-    at = "at init"
-    if widths:
-        same = widths == {report.model.width}
-        at += ", same width" if same else f", width {_range(widths)}; yours {report.model.width or 'unknown'}"
-    rungs = " · ".join(f"{name} {two(gain)}".replace(" ", TIED) for gain, name in _nearest(steps))
-    return Line("beside others", f"worst branch gain  {rungs}  ({at})")
+    placements = sorted({str(row.placement) for row in report.sublayers if row.branch_norm is not None})
+    if len(placements) > 1:
+        several = " and ".join(placement_words(placement) for placement in placements)
+        return Line("beside others", f"nothing is compared: the sub-layers differ in placement ({several})")
+
+    # A report may hold rungs of every placement: older versions wrote them all.
+    norms = placement_words(placements[0])
+    kind = "without norms" if placements[0] == "none" else f"with {norms}"
+    rungs = [rung for rung in report.ladder if rung.get("placement") == placements[0]]
+    if not rungs and load_healthy(placement=placements[0]):
+        return None  # a report without a ladder, such as that of a probe in a run
+    if not rungs:
+        return Line("beside others", f"nothing is compared: no init of another model {kind} was measured")
+    steps = [(float(rung["worst_branch_gain"]), str(rung["name"])) for rung in rungs]
+    steps = sorted([*steps, (worst[1].estimate, "▸yours")])
+    shown = " · ".join(f"{name} {two(gain)}".replace(" ", TIED) for gain, name in _nearest(steps))
+    return Line("beside others", f"worst branch gain  {shown}  ({norms}, at init{_widths(report, rungs)})")
+
+
+def _widths(report: Report, rungs: list[dict[str, Any]]) -> str:
+    widths = {rung["width"] for rung in rungs if rung.get("width")}
+    if not widths:
+        return ""
+    if widths == {report.model.width}:
+        return ", same width"
+    return f", width {_range(widths)}; yours {report.model.width or 'unknown'}"
 
 
 def _nearest(steps: list[tuple[float, str]]) -> list[tuple[float, str]]:
@@ -320,6 +388,8 @@ def cost(report: Report) -> str:
     parts = [f"{spent.forward_equivalents:,.0f} forwards of one sub-layer"] if spent.forward_equivalents else []
     tried = spent.phases.get("remedies")
     more = f" (remedies {seconds(tried)})" if tried else ""
+    probes = spent.phases.get("probes")
+    more += f" (further probes {seconds(probes)})" if probes else ""
     parts += [seconds(spent.seconds) + more] if spent.seconds is not None else []
     parts += [f"peak {memory(spent.peak_memory_mb)}"] if spent.peak_memory_mb else []
     return ", ".join(parts) or ABSENT

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from decimal import ROUND_FLOOR, Decimal
 
 from jacdiag.report import Interval
 from jacdiag.report.numbers import ABSENT, between, outward, three
 
 __all__ = [
-    "ABSENT", "aligned", "bar", "between", "counted", "memory", "outward", "seconds", "share", "spoken", "three",
+    "ABSENT", "aligned", "bar", "between", "counted", "level", "memory", "outward", "seconds", "share", "spoken",
+    "three",
 ]  # fmt: skip
 
 _TO = " to "  # between the ends of an interval
@@ -93,6 +95,22 @@ def share(part: int, whole: int) -> str:
     if part >= whole or part <= 0:
         return "100%" if part >= whole else "0%"
     return f"{min(max(percent, 0.01), 99.99):.{2 if percent > 99.9 or percent < 0.1 else 1}f}%"
+
+
+def level(probability: float) -> str:
+    """Return a confidence in percent, rounded down so that it never says more than it is.
+
+    >>> level(0.999), level(0.9999767), level(0.95), level(1 - 1e-9)
+    ('99.9%', '99.9976%', '95%', '99.9999999%')
+    """
+    if not 0 < probability < 1:
+        return f"{100 * probability:g}%"
+    # Two digits of the chance to miss, of the decimals that the number is written with.
+    percent = Decimal(repr(probability)) * 100
+    places = max(0, 1 - (100 - percent).adjusted())
+    rounded = percent.quantize(Decimal(1).scaleb(-places), rounding=ROUND_FLOOR)
+    text = f"{rounded:f}"
+    return f"{text.rstrip('0').rstrip('.') if '.' in text else text}%"
 
 
 def seconds(value: float | None) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from jacdiag.render.grid import badness
 from jacdiag.render.marks import FIELD_OF_RULE
-from jacdiag.render.numbers import counted, share, spoken, three
+from jacdiag.render.numbers import counted, level, share, spoken, three
 from jacdiag.report import Interval, Report, SublayerRecord
 from jacdiag.report.record import Record
 
@@ -82,9 +82,14 @@ def state_words(report: Report) -> str:
     """ "init, pre-norm"; several placements are all named, the most frequent first."""
     placements = [row.placement for row in report.sublayers]
     kinds = sorted(set(placements), key=lambda kind: -placements.count(kind))
-    norms = " and ".join("no norm" if kind == "none" else f"{kind}-norm" for kind in kinds)
+    norms = " and ".join(placement_words(str(kind)) for kind in kinds)
     known = report.tier == "measured" and norms
     return ", ".join(part for part in (report.state or "state unknown", known and norms) if part)
+
+
+def placement_words(placement: str) -> str:
+    """Return a placement as a noun: "pre-norm", "no norm"."""
+    return "no norm" if placement == "none" else f"{placement}-norm"
 
 
 def left_out(titles: Sequence[str], other: str = "markdown") -> str:
@@ -121,9 +126,32 @@ def _probe(report: Report) -> list[str]:
     if probe.off_distribution:
         what += ", off-distribution"
     where = " on ".join(str(settings[key]) for key in ("dtype", "device") if settings.get(key))
-    sure = settings.get("confidence")
-    count = plural(len(report.sublayers), "sub-layer") + (f", intervals at {100 * sure:g}%" if sure else "")
+    several = settings.get("probes")
+    if several:
+        what += f", the first of {several['count']} probes"
+    sure = confidence_words(settings)
+    count = ", ".join(part for part in (plural(len(report.sublayers), "sub-layer"), sure) if part)
     return [part for part in (f"probe: {what}", where, count, plan) if part]
+
+
+def confidence_words(settings: Mapping[str, Any]) -> str:
+    """Return what the intervals hold with: each for itself, and all together if that was asked for.
+
+    >>> confidence_words({"confidence": 0.999})
+    'each interval at 99.9%'
+    >>> together = {"level": 0.99, "intervals": 20}
+    >>> confidence_words({"confidence": 0.9995, "confidence_all": together})
+    'each interval at 99.95%, all 20 together at 99% (Bonferroni)'
+    """
+    each, together = settings.get("confidence"), settings.get("confidence_all")
+    if not each:
+        return ""
+    words = f"each interval at {level(each)}"
+    if not together:
+        return words
+    also = " and those of remedies" if together.get("shared_with_remedies") else ""
+    also += f" and of {together['seeds']} seeds" if together.get("seeds", 1) > 1 else ""
+    return f"{words}, all {together['intervals']}{also} together at {level(together['level'])} (Bonferroni)"
 
 
 def _plan(report: Report) -> str:

@@ -36,7 +36,8 @@ class Range:
 
 _ABOVE_0, _SHARE = Range(0, open=True), Range(0, 1, open=True)
 RANGES = {
-    "tol": _ABOVE_0, "confidence": _SHARE, "max_products": Range(4, whole=True),
+    "tol": _ABOVE_0, "confidence": _SHARE, "confidence_all": _SHARE, "max_products": Range(4, whole=True),
+    "probes": Range(1, whole=True),
     "batch": Range(1, whole=True), "seq": Range(1, whole=True), "seed": Range(0, 2**62, whole=True),
     "lr": _ABOVE_0, "warmup": Range(0, whole=True), "clip": _ABOVE_0, "beta2": _SHARE,
 }  # fmt: skip

@@ -28,6 +28,9 @@ Verdict = Literal["pass", "warn", "fail", "unknown", "observed"]
 Kind = Literal["attention", "mlp", "moe", "mixer", "conv", "other"]
 Placement = Literal["pre", "post", "sandwich", "reordered", "none"]
 
+# What stands next to a product over depth, if the norm that it bounds was not measured.
+PRODUCT_ALONE = "an upper bound whose true value, the end-to-end gain, was not measured"
+
 LEVELS: tuple[Level, ...] = ("info", "warning", "error")
 
 
@@ -122,12 +125,31 @@ class WeightStats(Record):
 
 
 @dataclass(frozen=True)
+class ProbeSpread(Record):
+    """One figure on several probes (`--probes`): how much it depends on the data, not how well it was measured.
+
+    Attributes:
+        least, most: smallest and largest of the estimates.
+        estimates: one for each probe, that of the report itself first; None where it was not measured.
+    """
+
+    least: float
+    most: float
+    estimates: list[float | None] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        """Return smallest and largest estimate: "5.71 to 6.02"."""
+        return between(self.least, self.most)
+
+
+@dataclass(frozen=True)
 class SublayerRecord(Record):
     """All figures of one sub-layer. `notes` holds, for each field that is None, the reason (field name -> sentence).
 
     `placement` is None where no model was run (tier "weights"). `joint_residual_norm` is that of the shortcut plus all
     parallel branches on it (None unless `parallel`). `gradient_norm` is that of the loss over the branch's parameters.
-    `dead_branch` is set if the branch does not depend on its input.
+    `dead_branch` is set if the branch does not depend on its input. `over_probes` holds the spread of figures over
+    several probes by field name; it is empty if there was one probe.
     """
 
     name: str
@@ -157,6 +179,7 @@ class SublayerRecord(Record):
     gradient_norm: float | None = None
     dead_branch: DeadBranch | None = None
     notes: dict[str, str] = field(default_factory=dict)
+    over_probes: dict[str, ProbeSpread] = field(default_factory=dict)
     cost: float | None = None
 
 
@@ -173,13 +196,15 @@ class NetworkRecord(Record):
     """Figures of the whole network.
 
     Attributes:
-        gain_product_log: natural logarithm of the product of `residual_norm` over depth (Eq. 7).
+        gain_product_log: natural logarithm of the product of `residual_norm` over depth (Eq. 7). It is an upper bound
+            on the logarithm of `end_to_end`, up to the width of the intervals, and usually far above it.
         end_to_end: spectral norm of d y_N / d x_1, with the cancellation that the product hides.
         gradient_norms: norm of dL/dx at each depth, first shortcut first, the last output of the stack at the end.
         predicted_gradient_norms: the upper profile of Eq. 7 from the sub-layer norms and the last gradient.
         loss: {"kind": ..., "value": ...}: what was differentiated.
         forward: the residual stream over depth.
         backward: gradients of the parameters, and parts without one.
+        over_probes: spread of `end_to_end` over several probes, by field name.
     """
 
     gain_product_log: float | None = None
@@ -191,6 +216,7 @@ class NetworkRecord(Record):
     forward: ForwardRecord | None = None
     backward: BackwardRecord | None = None
     notes: dict[str, str] = field(default_factory=dict)
+    over_probes: dict[str, ProbeSpread] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -233,6 +259,11 @@ class ProbeRecord(Record):
     excluded_rows: int = 0
     off_distribution: bool = False
     digest: str = ""
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether the input depends on the seed; tokens of a file do not."""
+        return self.is_random or self.tokens == "inputs"
 
     @property
     def is_random(self) -> bool:

@@ -146,13 +146,28 @@ def _overridden(limits: Limits, name: str, value: Mapping[str, Any]) -> Limits:
     return made
 
 
-def load_healthy(width: int | None = None) -> list[dict[str, Any]]:
-    """Returns the ladder: mainstream inits as measured, {"name", "worst_branch_gain", "width", "layers"} each.
+def load_healthy(width: int | None = None, placement: str | None = None) -> list[dict[str, Any]]:
+    """Return the ladder: mainstream inits as measured, {"name", "worst_branch_gain", "width", "layers"} each.
+
+    Only inits of one placement of the norms are compared with a model. A norm after the branch takes most of the
+    branch's gain away again, so a branch norm of 100 is usual there and large in pre-norm.
 
     Args:
         width: of the model at hand; of each name, the rung nearest to it is returned. All of them if not given.
+        placement: of the model at hand; only rungs with this placement are returned. All of them if not given.
+
+    Returns:
+        The rungs; none if no init with this placement was measured.
+
+    Example:
+        >>> [rung["name"] for rung in load_healthy(256, "sandwich")]
+        ['Gemma 2']
+        >>> load_healthy(256, "none")
+        []
     """
     rungs = tomllib.loads((_HERE / "healthy.toml").read_text(encoding="utf-8")).get("rung", [])
+    if placement is not None:
+        rungs = [rung for rung in rungs if rung["placement"] == placement]
     if width is None:
         return rungs
     nearest: dict[str, dict[str, Any]] = {}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from jacdiag.report import Finding, Interval, Level, SublayerRecord
+from jacdiag.report.schema import PRODUCT_ALONE
 from jacdiag.report.thresholds import CUTS, Limits
 from jacdiag.rules import texts
 from jacdiag.rules.compare import Placed, placed
@@ -213,8 +215,13 @@ def _product(context: Context, rule: Rule) -> Outcome:
     if not beyond:
         return Outcome(1)
     limit = getattr(limits, beyond[-1])
-    evidence = {"field": "gain_product_log", "value": log, "threshold": limit}
-    what = f"the gains multiply to e^{log:.1f} (Eq. 7), more than e^{limit:g}"
+    whole = network.end_to_end
+    evidence: dict[str, Any] = {"field": "gain_product_log", "value": log, "threshold": limit, "end_to_end": None}
+    true = PRODUCT_ALONE
+    if whole is not None:
+        evidence["end_to_end"] = [whole.lower, whole.upper]
+        true = f"the true end-to-end gain is {span(whole)}"
+    what = f"the gains multiply to e^{log:.1f} (Eq. 7), more than e^{limit:g}; {true}"
     return Outcome(1, [Finding(rule.code, context.level(rule, beyond[-1]), [], what, evidence, why=rule.summary)])
 
 

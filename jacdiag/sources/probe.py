@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -161,6 +161,7 @@ def build_probe(
     tokens: str | None = None,
     inputs: str | None = None,
     trust_code: bool = False,
+    number: int = 0,
 ) -> Probe:
     """Builds the probe for a source.
 
@@ -172,6 +173,8 @@ def build_probe(
             source's tokenizer. Bytes are ids for a vocabulary of 256 to 264 without a tokenizer.
         inputs: a factory of the probe input, for a model that takes no token ids.
         trust_code: let a tokenizer's own Python code run.
+        number: which of several probes, from 0. Random input is drawn with the seed plus this number. Of a file, each
+            probe is the next part.
 
     Raises:
         UsageError: both `tokens` and `inputs` are given.
@@ -186,6 +189,7 @@ def build_probe(
     model = source.model
     assert model is not None
     check_one_probe(tokens=tokens, input_factory=inputs)
+    seed += number
     if inputs is not None:
         made = factory.call(factory.resolve(inputs), factory.name_of(inputs), {}, seed)
         return Probe.of_inputs(made, seed)
@@ -201,9 +205,11 @@ def build_probe(
     length = _length(source, seq)
     if tokens is not None:
         path = Path(tokens)
-        chosen = _of_file(path, source, batch, length, given=seq is not None, trust_code=trust_code)
+        size = _Size(batch=batch, length=length, given=seq is not None, number=number)
+        chosen = _of_file(path, source, size, trust_code=trust_code)
     else:
-        chosen = _of_no_file(source, batch, length, seed, trust_code=trust_code)
+        size = _Size(batch=batch, length=length, number=number)
+        chosen = _of_no_file(source, size, seed, trust_code=trust_code)
     ids = chosen.ids
     record = ProbeRecord(ids.shape[0], ids.shape[1], seed, tokens=chosen.name, excluded_rows=chosen.excluded_rows)
     args, kwargs = _call(model, ids)
@@ -232,6 +238,37 @@ def check_one_probe(*, tokens: Any = None, input_factory: Any = None, inputs: An
         raise UsageError("the probe is given twice", got=" and ".join(given), hint="give one of them")
 
 
+def check_varied(probes: Sequence[Probe], factory_given: Any) -> None:
+    """Raise if two of several probes are the same input: their spread would say nothing.
+
+    Args:
+        probes: all that are measured.
+        factory_given: what `--inputs` named, None if nothing.
+
+    Raises:
+        UsageError: the factory of the input gives the same tensors with another seed.
+    """
+    if factory_given is None:
+        return
+    first = _inputs_of(probes[0])
+    for number, probe in enumerate(probes[1:], start=1):
+        others = _inputs_of(probe)
+        if len(first) == len(others) and all(map(_same, first, others)):
+            raise UsageError(
+                "--probes needs an input that varies",
+                got=f"--inputs {factory.name_of(factory_given)} gives the same tensors with another seed ({number})",
+                hint="draw the input with torch's random numbers, seeded anew for each probe; or leave --probes out",
+            )
+
+
+def _inputs_of(probe: Probe) -> list[Tensor]:
+    return list(_tensors((probe.args, probe.kwargs)))
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other)
+
+
 def _length(source: Source, seq: int | None) -> int:
     most = source.max_seq
     if seq is not None and most is not None and seq > most:
@@ -244,6 +281,27 @@ def _length(source: Source, seq: int | None) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Size:
+    """How many tokens a probe takes, and of several probes which one it is.
+
+    Attributes:
+        batch, length: sequences, and tokens of each.
+        given: the length was asked for; else a table of ids keeps its own.
+        number: from 0; each probe takes the tokens after those of the one before.
+    """
+
+    batch: int
+    length: int
+    given: bool = False
+    number: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Return how many tokens this probe and those before it take."""
+        return (self.number + 1) * self.batch * self.length
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Chosen:
     """Token ids (B, T) with what the report says about them."""
 
@@ -253,7 +311,7 @@ class _Chosen:
     notes: list[str] = field(default_factory=list)
 
 
-def _of_file(path: Path, source: Source, batch: int, length: int, *, given: bool, trust_code: bool) -> _Chosen:
+def _of_file(path: Path, source: Source, size: _Size, *, trust_code: bool) -> _Chosen:
     """The ids of a file, or of its text."""
     vocab = source.vocab_size
     assert vocab is not None
@@ -262,27 +320,29 @@ def _of_file(path: Path, source: Source, batch: int, length: int, *, given: bool
             f"no such token file: '{path}'", hint=f"{_READABLE}; without it the probe is random tokens"
         )
     if not text.is_text(path):
-        ids = _rows(_read_tokens(path), path, batch, length, given=given)
+        ids = _rows(_read_tokens(path), path, size)
         return _Chosen(ids=_checked(ids, vocab, path.name), name=path.name)
-    tokenized = text.tokenize_file(path, source, vocab, batch * length, trust_code=trust_code)
-    ids = _rows(tokenized.ids, path, batch, length, given=given)
+    tokenized = text.tokenize_file(path, source, vocab, size.tokens, trust_code=trust_code)
+    ids = _rows(tokenized.ids, path, size)
     notes = list(tokenized.notes)
-    if len(ids) < batch:
-        notes.append(f"'{path.name}' has {len(tokenized.ids)} tokens: they fill {len(ids)} of {batch} sequences")
+    if len(ids) < size.batch:
+        notes.append(f"'{path.name}' has {len(tokenized.ids)} tokens: they fill {len(ids)} of {size.batch} sequences")
     return _Chosen(ids=_checked(ids, vocab, tokenized.name), name=tokenized.name, notes=notes)
 
 
-def _of_no_file(source: Source, batch: int, length: int, seed: int, *, trust_code: bool) -> _Chosen:
+def _of_no_file(source: Source, size: _Size, seed: int, *, trust_code: bool) -> _Chosen:
     """The text that ships, if the source has a tokenizer for it; else random tokens."""
     vocab, folder = source.vocab_size, source.folder
     assert vocab is not None
     if folder is not None and source.step != 0 and text.has_tokenizer(folder):
-        ids = text.tokenize_sample(folder, vocab, batch * length, trust_code=trust_code)
+        ids = text.tokenize_sample(folder, vocab, size.tokens, repeat=size.number == 0, trust_code=trust_code)
+        if ids is not None and len(ids) < size.tokens:
+            raise _too_few(len(ids), "the text that ships with jacdiag", size, "--tokens FILE with more text")
         if ids is not None:
-            return _Chosen(ids=ids.view(batch, length), name=OWN_TEXT)
+            return _Chosen(ids=ids[-size.batch * size.length :].view(size.batch, size.length), name=OWN_TEXT)
     alive = living_rows(source, vocab)
     generator = torch.Generator().manual_seed(seed)
-    drawn = alive[torch.randint(len(alive), (batch, length), generator=generator)]
+    drawn = alive[torch.randint(len(alive), (size.batch, size.length), generator=generator)]
     return _Chosen(ids=drawn, name="random", excluded_rows=vocab - len(alive))
 
 
@@ -336,16 +396,20 @@ def _pixels(model: nn.Module, batch: int, seed: int) -> Probe:
 
 
 # -- files and text ---------------------------------------------------------------------------------------------------
-def _rows(ids: Tensor, path: Path, batch: int, length: int, *, given: bool) -> Tensor:
-    """Cut ids into sequences: at most `batch` of them, (B, T); a table keeps its own where no length was given."""
+def _rows(ids: Tensor, path: Path, size: _Size) -> Tensor:
+    """Cut ids into sequences: at most `size.batch` of them, (B, T); a table keeps its own if no length was given."""
+    batch, length = size.batch, size.length
     if ids.dtype.is_floating_point or ids.dtype == torch.bool:
         raise ProbeError(
             f"'{path}' holds no token ids", got=f"{ids.dtype}".removeprefix("torch."), hint="integers are expected"
         )
     ids = ids.long()
-    if ids.dim() == 2 and ids.numel() and not given:
-        return ids[:batch, :length]
+    if ids.dim() == 2 and ids.numel() and not size.given:
+        return _table_rows(ids[:, :length], path, size)
     flat = ids.flatten()
+    if size.number and len(flat) < size.tokens:
+        raise _too_few(len(flat), f"'{path}'", size, "more tokens")
+    flat = flat[size.tokens - batch * length :]
     if len(flat) < length:
         raise ProbeError(
             f"'{path}' has too few tokens",
@@ -354,6 +418,25 @@ def _rows(ids: Tensor, path: Path, batch: int, length: int, *, given: bool) -> T
         )
     rows = min(batch, len(flat) // length)
     return flat[: rows * length].view(rows, length)
+
+
+def _table_rows(rows: Tensor, path: Path, size: _Size) -> Tensor:
+    """Return the rows of a table of ids that a probe takes."""
+    start = size.number * size.batch
+    if size.number and len(rows) < start + size.batch:
+        fit = len(rows) // size.batch
+        hint = f"--probes {fit}, or a smaller --batch" if fit > 1 else "more rows, or a smaller --batch"
+        got = f"{len(rows)} rows; the first {size.number + 1} probes take {start + size.batch}"
+        raise ProbeError(f"'{path}' has too few sequences for so many probes", got=got, hint=hint)
+    return rows[start : start + size.batch]
+
+
+def _too_few(have: int, what: str, size: _Size, more: str) -> ProbeError:
+    """Return the error of a text that does not fill another probe."""
+    fit = have // (size.batch * size.length)
+    hint = f"--probes {fit}, or {more}" if fit > 1 else f"{more}, or a smaller --batch or --seq"
+    got = f"{have} tokens; the first {size.number + 1} probes of {size.batch} x {size.length} take {size.tokens}"
+    return ProbeError(f"{what} has too few tokens for so many probes", got=got, hint=hint)
 
 
 def _read_tokens(path: Path) -> Tensor:

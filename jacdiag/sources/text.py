@@ -91,7 +91,9 @@ def tokenize_file(path: Path, source: Source, vocabulary: int, tokens: int, *, t
     return _through(tokenizer, folder, path, tokens)
 
 
-def tokenize_sample(folder: Path, vocabulary: int, tokens: int, *, trust_code: bool) -> Tensor | None:
+def tokenize_sample(
+    folder: Path, vocabulary: int, tokens: int, *, trust_code: bool, repeat: bool = True
+) -> Tensor | None:
     """Return the first tokens of the text that ships with jacdiag, repeated if there are too few.
 
     Args:
@@ -99,6 +101,7 @@ def tokenize_sample(folder: Path, vocabulary: int, tokens: int, *, trust_code: b
         vocabulary: how many ids the model knows.
         tokens: how many are wanted.
         trust_code: let a tokenizer's own Python code run.
+        repeat: fill up with the text again; else fewer tokens are returned if there are too few.
 
     Returns:
         The ids (tokens,), or None if this tokenizer cannot be loaded, does not know the text, or is another model's.
@@ -111,6 +114,8 @@ def tokenize_sample(folder: Path, vocabulary: int, tokens: int, *, trust_code: b
         return None
     if not len(ids) or int(ids.max()) >= vocabulary or _unknown(tokenizer, ids) > _MOSTLY_UNKNOWN:
         return None
+    if not repeat:
+        return ids[:tokens]
     repeats = -(-tokens // len(ids))
     return ids.repeat(repeats)[:tokens]
 

@@ -29,6 +29,11 @@ Run = Callable[..., Done]
         (["--tol", "inf"], "--tol"),
         (["--confidence", "1"], "--confidence"),
         (["--confidence", "0"], "--confidence"),
+        (["--confidence-all", "1"], "--confidence-all"),
+        (["--confidence-all", "0"], "--confidence-all"),
+        (["--confidence-all", "nan"], "--confidence-all"),
+        (["--probes", "0"], "--probes"),
+        (["--probes", "2.5"], "--probes"),
         (["--max-products", "3"], "--max-products"),
         (["--lr", "0"], "--lr"),
         (["--lr", "-0.5"], "--lr"),
@@ -69,8 +74,34 @@ def test_what_reaches_the_audit(jd: Run, stub: Stub) -> None:
         "confidence": 0.99, "decide": True, "max_products": 50, "state": "trained", "lr": 3e-4, "warmup": 10,
         "clip": 1.0, "beta2": 0.95, "profile": "paper", "select": ("JD101", "JD102", "JD9"), "ignore": ("JD104",),
         "thresholds": None, "declared": (), "contract": None, "ranks": False, "inputs": None,
-        "remedies": "all", "risk": None,
+        "remedies": "all", "risk": None, "confidence_all": None, "probes": 1,
     }  # fmt: skip
+
+
+def test_a_confidence_of_all_intervals_stands_in_place_of_that_of_each(jd: Run, stub: Stub) -> None:
+    assert jd("audit", "run.pt", "--confidence-all", 0.99, "--probes", 3).code == 0
+    assert (stub.asked["confidence"], stub.asked["confidence_all"], stub.asked["probes"]) == (None, 0.99, 3)
+
+
+@pytest.mark.parametrize("command", ["audit", "gate"])
+@pytest.mark.parametrize("each", ["0.99", "0.999"])  # the second is the default, given all the same
+def test_both_confidences_are_refused(jd: Run, stub: Stub, command: str, each: str) -> None:
+    done = jd(command, "run.pt", "--confidence", each, "--confidence-all", "0.99")
+    assert (done.code, done.out, stub.calls) == (2, "", 0)
+    assert "the confidence is given twice" in done.err and "--confidence-all 0.99" in done.err
+
+
+def test_a_confidence_on_the_command_line_wins_over_the_other_one_in_a_file(
+    jd: Run, stub: Stub, tmp_path: Path
+) -> None:
+    (tmp_path / "jacdiag.toml").write_text("confidence = 0.9\n")
+    assert jd("audit", "run.pt", "--confidence-all", 0.99).code == 0
+    assert (stub.asked["confidence"], stub.asked["confidence_all"]) == (None, 0.99)
+    (tmp_path / "jacdiag.toml").write_text("confidence-all = 0.9\n")
+    assert jd("audit", "run.pt", "--confidence", 0.99).code == 0
+    assert (stub.asked["confidence"], stub.asked["confidence_all"]) == (0.99, None)
+    (tmp_path / "jacdiag.toml").write_text("confidence-all = 0.9\nconfidence = 0.9\n")
+    assert jd("audit", "run.pt").code == 2
 
 
 def test_defaults_are_the_librarys(jd: Run, stub: Stub) -> None:

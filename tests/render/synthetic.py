@@ -35,11 +35,12 @@ THRESHOLDS = {
     "branch_norm": {"warning": 10.0, "error": None},
 }
 LADDER = [
-    {"name": "embed-ln", "worst_branch_gain": 0.71, "width": 768},
-    {"name": "scaled-embed", "worst_branch_gain": 1.12, "width": 768},
-    {"name": "OLMo 2 shape", "worst_branch_gain": 5.04, "width": 768},
-    {"name": "GPT-2", "worst_branch_gain": 24.1, "width": 768},
-    {"name": "Llama 3 shape", "worst_branch_gain": 212.0, "width": 768},
+    {"name": "embed-ln", "placement": "pre", "worst_branch_gain": 0.71, "width": 768},
+    {"name": "scaled-embed", "placement": "pre", "worst_branch_gain": 1.12, "width": 768},
+    {"name": "Pythia shape", "placement": "pre", "worst_branch_gain": 5.04, "width": 768},
+    {"name": "GPT-2", "placement": "pre", "worst_branch_gain": 24.1, "width": 768},
+    {"name": "Llama 3 shape", "placement": "pre", "worst_branch_gain": 212.0, "width": 768},
+    {"name": "OLMo 2", "placement": "reordered", "worst_branch_gain": 397.0, "width": 1024},
 ]
 
 

@@ -165,7 +165,7 @@ def test_the_header_names_model_probe_and_plan() -> None:
         "init, pre-norm",
     ]
     assert second[0] == "probe: 2 x 128 random tokens, seed 0, 12 dead rows left out"
-    assert second[1:] == ["float32 on cpu", "24 sub-layers, intervals at 99.9%", "no learning rate given"]
+    assert second[1:] == ["float32 on cpu", "24 sub-layers, each interval at 99.9%", "no learning rate given"]
     plan = Plan(lr=3e-4, warmup=2000, beta2=0.95)
     given = dataclasses.replace(synthetic.vanilla(1), plan=plan, probe=ProbeRecord(4, None, 0, "sample.txt"))
     assert words.header(given)[1][0] == "probe: batch 4 tokens of sample.txt"
@@ -221,8 +221,37 @@ def test_your_rung_on_the_ladder_stands_between_its_neighbours() -> None:
     line = line_of(synthetic.vanilla(), "beside others")
     assert line is not None
     text = line.text.replace(lines.TIED, " ")
-    assert "OLMo 2 shape 5 · ▸yours 22 · GPT-2 24" in text and text.endswith("(at init, same width)")
+    assert "Pythia shape 5 · ▸yours 22 · GPT-2 24" in text and text.endswith("(pre-norm, at init, same width)")
     assert line_of(synthetic.trained(), "beside others") is None
+
+
+def placed(*placements: str) -> Report:
+    """A report whose sub-layers have these placements in turn."""
+    base = synthetic.vanilla()
+    rows = [
+        dataclasses.replace(row, placement=placements[place % len(placements)])
+        for place, row in enumerate(base.sublayers)
+    ]
+    return dataclasses.replace(base, sublayers=rows)
+
+
+def test_inits_of_another_placement_are_not_compared() -> None:
+    """A norm behind the branch takes its gain away again: OLMo 2's 397 is no large value, and no pre-norm one."""
+    pre, reordered = (line_of(report, "beside others") for report in (placed("pre"), placed("reordered")))
+    assert pre is not None and "OLMo" not in pre.text
+    assert reordered is not None and "GPT-2" not in reordered.text
+    text = reordered.text.replace(lines.TIED, " ")
+    assert "▸yours 22 · OLMo 2 400" in text and "(reordered-norm, at init, width 1024; yours 768)" in text
+
+
+def test_where_no_init_of_the_placement_is_known_nothing_is_compared() -> None:
+    line = line_of(placed("none"), "beside others")
+    assert line is not None
+    assert line.text == "nothing is compared: no init of another model without norms was measured"
+    mixed = line_of(placed("pre", "post"), "beside others")
+    assert mixed is not None and mixed.text.startswith("nothing is compared: the sub-layers differ in placement")
+    without = dataclasses.replace(placed("pre"), ladder=[])
+    assert line_of(without, "beside others") is None, "inits of this placement are known: the other sentence is false"
 
 
 def test_reasons_for_what_is_missing_are_said_once() -> None:

@@ -9,7 +9,7 @@ import click
 import numpy as np
 import pytest
 import torch
-from jacdiag_cli.options import JUDGEMENT, PROBE, SOLVER, add
+from jacdiag_cli.options import JUDGEMENT, PROBE, PROBES, SOLVER, TOGETHER, add
 from torch import nn
 
 import jacdiag
@@ -21,7 +21,10 @@ WRONG = [
     ("tol", math.inf), ("tol", "0.1"), ("max_products", 0), ("max_products", 3), ("max_products", 8.5),
     ("max_products", True),
 ]  # fmt: skip
-PLAN = [("batch", 0), ("seq", 0), ("seed", -1), ("lr", 0), ("warmup", -1), ("clip", 0.0), ("beta2", 1)]
+PLAN = [
+    ("batch", 0), ("seq", 0), ("seed", -1), ("lr", 0), ("warmup", -1), ("clip", 0.0), ("beta2", 1), ("probes", 0),
+    ("probes", 1.5), ("confidence_all", 1), ("confidence_all", 0.0),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "value"), [*WRONG, *PLAN])
@@ -43,7 +46,7 @@ def test_what_lies_inside_is_taken() -> None:
 
 
 def test_the_command_line_has_the_same_ranges() -> None:
-    command = click.command()(add(SOLVER, JUDGEMENT, PROBE)(lambda: None))
+    command = click.command()(add(SOLVER, TOGETHER, JUDGEMENT, PROBE, PROBES)(lambda: None))
     found = {p.name: p.type for p in command.params if isinstance(p.type, click.IntRange | click.FloatRange)}
     assert set(found) == set(RANGES)
     for name, kind in found.items():

@@ -43,6 +43,12 @@ def test_the_ladder_is_that_of_the_measurement() -> None:
     assert len(near) == len({r["name"] for r in measured}) and {r["width"] for r in near} == {512}
 
 
+def test_a_ladder_has_one_placement() -> None:
+    assert {r["name"] for r in load_healthy(256, "reordered")} == {"OLMo 2"}
+    assert {r["placement"] for r in load_healthy(256, "pre")} == {"pre"} and len(load_healthy(256, "pre")) > 4
+    assert load_healthy(256, "none") == []
+
+
 @pytest.mark.parametrize("placement", ["post", "sandwich", "reordered"])
 def test_a_placement_without_recipes_is_worth_an_info_at_three_times_the_ladder(placement: str) -> None:
     rungs = json.loads((ROOT / "benchmarks" / "results" / "ladder.json").read_text())

@@ -226,6 +226,16 @@ def test_depth_product(log: float | None, fires: bool | None) -> None:
     assert all(f.level == "info" for f in findings(made, "JD104"))
 
 
+def test_a_depth_product_stands_next_to_the_true_norm_or_says_that_it_was_not_measured() -> None:
+    alone = findings(judged(healthy(), network=NetworkRecord(gain_product_log=11.0, growth=Growth())), "JD104")[0]
+    assert alone.what.endswith("an upper bound whose true value, the end-to-end gain, was not measured")
+    assert alone.evidence["end_to_end"] is None
+    whole = NetworkRecord(gain_product_log=11.0, end_to_end=Interval(31.0, 30.5, 32.0), growth=Growth())
+    both = findings(judged(healthy(), network=whole), "JD104")[0]
+    assert both.what.endswith("the true end-to-end gain is 30.5 to 32.0") and "not measured" not in both.what
+    assert both.evidence["end_to_end"] == [30.5, 32.0]
+
+
 @pytest.mark.parametrize(
     ("log", "level"), [(10.0, None), (10.1, "info"), (20.0, "info"), (20.1, "warning"), (30.1, "error")]
 )
