@@ -10,12 +10,10 @@ from torch import Tensor, nn
 from benchmarks.initbench.catalogue import bug, features, images, token_pairs
 from benchmarks.initbench.decoders import GPT, GroupedExperts, Llama, MixtureOfExperts
 from benchmarks.initbench.draws import (
-    bias_default,
     constant,
     draw,
     fan_in_normal,
     linear_default,
-    names_of,
     normal,
     ones,
     truncated,
@@ -36,7 +34,7 @@ def gpt_rest(model: nn.Module) -> None:
     draw(model, ("bias", zeros), ("ln_", ones))
 
 
-# -- depth ----------------------------------------------------------------------------------------------------------------
+# -- depth ----------
 @bug("lost depth scaling", blames=(r"c_proj\.weight",))
 def gpt2_depth_scaling_never_applied(fixed: bool) -> nn.Module:
     """A full name is compared with the last part of a name, so the scaled draw never happens."""
@@ -55,7 +53,9 @@ def llama2c_scales_the_wrong_matrix(fixed: bool) -> nn.Module:
     """The up-projection is scaled with depth in place of the projection back into the stream."""
     model = Llama(layers=LAYERS, tied=True)
     scaled = "down_proj" if fixed else "up_proj"
-    draw(model, ("norm", ones), (f"o_proj|{scaled}", normal(0.02 / DEPTH)), ("weight", normal(0.02)))
+    draw(
+        model, ("norm", ones), (f"o_proj|{scaled}", normal(0.02 / DEPTH)), ("weight", normal(0.02))
+    )
     return model
 
 
@@ -74,7 +74,9 @@ def tinyllama_scales_the_feed_forward_only(fixed: bool) -> nn.Module:
     return model
 
 
-@bug("doubled depth scaling", blames=(r"mlp\.c_proj\.weight",), or_blames=(r"attn\.c_proj\.weight",))
+@bug(
+    "doubled depth scaling", blames=(r"mlp\.c_proj\.weight",), or_blames=(r"attn\.c_proj\.weight",)
+)
 def olmo_feed_forward_scaled_once_more(fixed: bool) -> nn.Module:
     """The plain init divides one output projection by sqrt(2N), left over from another init."""
     model = GPT(layers=LAYERS, tied=False, bias=False)
@@ -89,7 +91,11 @@ def megatron_xavier_misses_the_outputs(fixed: bool) -> nn.Module:
     model = GPT(layers=LAYERS, tied=False)
     gpt_rest(model)
     outputs = xavier_uniform() if fixed else normal(0.02 / DEPTH)
-    draw(model, (r"c_proj\.weight", outputs), (r"(c_attn|c_fc|wte|wpe|lm_head)\.weight", xavier_uniform()))
+    draw(
+        model,
+        (r"c_proj\.weight", outputs),
+        (r"(c_attn|c_fc|wte|wpe|lm_head)\.weight", xavier_uniform()),
+    )
     return model
 
 
@@ -109,7 +115,7 @@ def ttmetal_down_projection_by_the_width(fixed: bool) -> nn.Module:
     return model
 
 
-# -- head and embedding ---------------------------------------------------------------------------------------------------
+# -- head and embedding ----------
 @bug("head left at its default", blames=(r"lm_head",))
 def neox_head_never_gets_its_init(fixed: bool) -> nn.Module:
     """The init of the last layer is configured and not passed on: the head keeps Xavier."""
@@ -130,14 +136,19 @@ def neox_head_never_gets_its_init(fixed: bool) -> nn.Module:
 def lightning_ir_projection_left_at_default(fixed: bool) -> nn.Module:
     """A projection added to an encoder is not known to the encoder's own init."""
     model = ViT(layers=LAYERS)
-    draw(model, ("bias", zeros), ("norm", ones), ("cls_token|pos_embed", truncated(0.02)), ("^head", linear_default))
+    draw(
+        model,
+        ("bias", zeros),
+        ("norm", ones),
+        ("cls_token|pos_embed", truncated(0.02)),
+        ("^head", linear_default),
+    )
     draw(model, (r"(patch_embed|qkv|proj|fc1|fc2)\.weight", truncated(0.02)))
     if fixed:
         draw(model, (r"^head\.weight", truncated(0.02)))
     else:
         nn.init.uniform_(model.head.bias, -1 / math.sqrt(64), 1 / math.sqrt(64))
     return model
-
 
 
 @bug("embedding std 1 with a tied head", blames=(r"wte",))
@@ -190,7 +201,7 @@ def xclip_factor_read_as_a_spread(fixed: bool) -> nn.Module:
     return model
 
 
-# -- fans -----------------------------------------------------------------------------------------------------------------
+# -- fans ----------
 @bug("wrong fan", blames=(r"[qkv]_proj",))
 def einygpt_projections_by_the_head(fixed: bool) -> nn.Module:
     """Queries, keys and values are scaled by the width of a head in place of the width of the model."""
@@ -201,7 +212,11 @@ def einygpt_projections_by_the_head(fixed: bool) -> nn.Module:
     return model
 
 
-@bug("wrong fan", blames=(r"attention\.q", r"attention\.o", r"cross\.q", r"cross\.o"), probe=token_pairs)
+@bug(
+    "wrong fan",
+    blames=(r"attention\.q", r"attention\.o", r"cross\.q", r"cross\.o"),
+    probe=token_pairs,
+)
 def pix2struct_reads_the_width_for_the_head(fixed: bool) -> nn.Module:
     """The width of the model stands in for the width of a key in the spread of queries and outputs."""
     model = T5(gated=True, tied=False, model_type=None)
@@ -276,7 +291,7 @@ def xformers_deepnorm_misses_the_values(fixed: bool) -> nn.Module:
     return model
 
 
-# -- mixtures of experts --------------------------------------------------------------------------------------------------
+# -- mixtures of experts ----------
 def mixture(grouped: bool = False, router_bias: bool = False) -> Llama:
     """Return a mixture of experts of N(0, 0.02)."""
     build = GroupedExperts if grouped else (lambda: MixtureOfExperts(router_bias=router_bias))
@@ -324,7 +339,7 @@ def paddlerec_experts_of_one_constant(fixed: bool) -> nn.Module:
     return model
 
 
-# -- truncation -----------------------------------------------------------------------------------------------------------
+# -- truncation ----------
 @bug("wrong cut of a truncated normal", blames=(r"layers\.2\.mlp\.down_proj",))
 def torch_truncated_normal_outlier(fixed: bool) -> nn.Module:
     """Two elements of a truncated normal lie at the bound, a hundred standard deviations out."""
@@ -336,7 +351,9 @@ def torch_truncated_normal_outlier(fixed: bool) -> nn.Module:
     return model
 
 
-@bug("wrong cut of a truncated normal", blames=(r"_proj|embed_tokens|lm_head",), allows=(r"layers",))
+@bug(
+    "wrong cut of a truncated normal", blames=(r"_proj|embed_tokens|lm_head",), allows=(r"layers",)
+)
 def torchtitan_truncated_normal_in_bfloat16(fixed: bool) -> nn.Module:
     """The inverse of the error function is taken in bfloat16: one element in 250 falls to the lower bound."""
 
@@ -351,14 +368,22 @@ def torchtitan_truncated_normal_in_bfloat16(fixed: bool) -> nn.Module:
     return model
 
 
-# -- defaults where another init is meant -----------------------------------------------------------------------------------
-@bug("custom init never runs", blames=(r"(c_attn|c_fc|c_proj)\.weight",), allows=(r"bias", r"wte|wpe|lm_head"))
+# -- defaults where another init is meant ----------
+@bug(
+    "custom init never runs",
+    blames=(r"(c_attn|c_fc|c_proj)\.weight",),
+    allows=(r"bias", r"wte|wpe|lm_head"),
+)
 def deepspeed_init_of_empty_placeholders(fixed: bool) -> nn.Module:
     """The init of the model runs on placeholders, so every weight keeps the default of torch."""
     model = GPT(layers=LAYERS, model_type="gpt2")
     if fixed:
         gpt_rest(model)
-        draw(model, (r"c_proj\.weight", normal(0.02 / DEPTH)), (r"(wte|wpe|c_attn|c_fc)\.weight", normal(0.02)))
+        draw(
+            model,
+            (r"c_proj\.weight", normal(0.02 / DEPTH)),
+            (r"(wte|wpe|c_attn|c_fc)\.weight", normal(0.02)),
+        )
     return model
 
 
@@ -367,7 +392,11 @@ def transformer_engine_biases_of_the_weights(fixed: bool) -> nn.Module:
     """A refactor sends biases through the init of the weights."""
     model = GPT(layers=LAYERS, tied=False)
     gpt_rest(model)
-    draw(model, (r"c_proj\.weight", normal(0.023 / DEPTH)), (r"(c_attn|c_fc|wte|wpe|lm_head)\.weight", normal(0.023)))
+    draw(
+        model,
+        (r"c_proj\.weight", normal(0.023 / DEPTH)),
+        (r"(c_attn|c_fc|wte|wpe|lm_head)\.weight", normal(0.023)),
+    )
     if not fixed:
         draw(model, ("bias", normal(0.023)))
     return model
@@ -380,7 +409,11 @@ def rwkv7_feed_forward_init_never_called(fixed: bool) -> nn.Module:
     draw(model, ("norm", ones), ("embed_tokens", uniform(1e-4)), ("lm_head", xavier_uniform(0.5)))
     draw(model, (r"self_attn", lambda weight: nn.init.orthogonal_(weight)), ("o_proj", zeros))
     if fixed:
-        draw(model, (r"(gate|up)_proj", lambda weight: nn.init.orthogonal_(weight)), ("down_proj", zeros))
+        draw(
+            model,
+            (r"(gate|up)_proj", lambda weight: nn.init.orthogonal_(weight)),
+            ("down_proj", zeros),
+        )
     return model
 
 

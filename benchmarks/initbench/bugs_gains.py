@@ -9,7 +9,15 @@ from torch import nn
 
 from benchmarks.initbench.catalogue import bug, images, noisy_patches
 from benchmarks.initbench.decoders import GPT, Llama, ScaleNorm
-from benchmarks.initbench.draws import draw, linear_default, normal, ones, uniform, xavier_uniform, zeros
+from benchmarks.initbench.draws import (
+    draw,
+    linear_default,
+    normal,
+    ones,
+    uniform,
+    xavier_uniform,
+    zeros,
+)
 from benchmarks.initbench.encoders import Bert
 from benchmarks.initbench.others import DiT, LoRALinear, Mamba, ResNet, init_time_steps
 
@@ -25,7 +33,7 @@ def plain_llama(**options: object) -> Llama:
     return model
 
 
-# -- gains ------------------------------------------------------------------------------------------------------------------
+# -- gains ----------
 @bug("(1 + w) gains at one", blames=(NORMS,))
 def gemma_gains_count_from_one(fixed: bool) -> nn.Module:
     """The gain is 1 + w, and the common init sets every norm's w to one: all gains are two."""
@@ -57,7 +65,9 @@ def transformer_engine_gains_redrawn(fixed: bool) -> nn.Module:
 def objax_gain_and_bias_swapped(fixed: bool) -> nn.Module:
     """Gains start at zero and biases at one, so every norm returns one whatever it reads."""
     model = GPT(layers=LAYERS)
-    draw(model, (r"ln_\w\.weight", ones), ("bias", zeros), (r"c_proj\.weight", normal(0.02 / DEPTH)))
+    draw(
+        model, (r"ln_\w\.weight", ones), ("bias", zeros), (r"c_proj\.weight", normal(0.02 / DEPTH))
+    )
     draw(model, (r"(wte|wpe|c_attn|c_fc)\.weight", normal(0.02)))
     if not fixed:
         draw(model, (r"ln_\w\.weight", zeros), (r"ln_\w\.bias", ones))
@@ -86,7 +96,10 @@ def scalenorm_inverse_of_its_length(fixed: bool) -> nn.Module:
     """The length that every vector gets is one over the root of the width, in place of the root."""
     width = 64
     model = Llama(layers=LAYERS, width=width, norm=lambda: ScaleNorm(width))
-    draw(model, (r"norm\.g$", lambda gain: nn.init.constant_(gain, width ** (0.5 if fixed else -0.5))))
+    draw(
+        model,
+        (r"norm\.g$", lambda gain: nn.init.constant_(gain, width ** (0.5 if fixed else -0.5))),
+    )
     return model
 
 
@@ -94,17 +107,27 @@ def scalenorm_inverse_of_its_length(fixed: bool) -> nn.Module:
 def torch_batch_norm_gains_uniform(fixed: bool) -> nn.Module:
     """The gains of batch norms are U(0, 1), as torch drew them before 1.2."""
     model = ResNet(layers=LAYERS)
-    draw(model, (r"conv\d", lambda weight: nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")))
+    draw(
+        model,
+        (
+            r"conv\d",
+            lambda weight: nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu"),
+        ),
+    )
     if not fixed:
         draw(model, (r"bn\d\.weight", lambda gain: nn.init.uniform_(gain)))
     return model
 
 
-# -- one init overwrites another ----------------------------------------------------------------------------------------------
+# -- one init overwrites another ----------
 def mamba_weights(model: nn.Module) -> None:
     """Draw a Mamba-like model as its paper does."""
     draw(model, ("norm", ones), ("embeddings", normal(0.02)), ("in_proj|x_proj", linear_default))
-    draw(model, ("out_proj", uniform(1 / math.sqrt(128) / math.sqrt(LAYERS))), (r"conv1d\.bias", zeros))
+    draw(
+        model,
+        ("out_proj", uniform(1 / math.sqrt(128) / math.sqrt(LAYERS))),
+        (r"conv1d\.bias", zeros),
+    )
     init_time_steps(model)
 
 
@@ -140,11 +163,17 @@ def ddt_blocks_miss_the_zero_init(fixed: bool) -> nn.Module:
     return model
 
 
-# -- adapters -----------------------------------------------------------------------------------------------------------------
+# -- adapters ----------
 def adapted_gpt() -> GPT:
     """Return a GPT with low-rank additions to its fused projections."""
     model = GPT(layers=LAYERS)
-    draw(model, ("bias", zeros), ("ln_", ones), (r"c_proj\.weight", normal(0.02 / DEPTH)), ("weight", normal(0.02)))
+    draw(
+        model,
+        ("bias", zeros),
+        ("ln_", ones),
+        (r"c_proj\.weight", normal(0.02 / DEPTH)),
+        ("weight", normal(0.02)),
+    )
     for block in model.h:
         block.attn.c_attn = LoRALinear(block.attn.c_attn)
     return model

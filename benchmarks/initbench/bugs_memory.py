@@ -7,11 +7,10 @@ import math
 import torch
 from torch import nn
 
-from benchmarks.initbench.catalogue import bug
+from benchmarks.initbench.catalogue import bug, images
 from benchmarks.initbench.decoders import GPT, Llama, MixtureOfExperts
 from benchmarks.initbench.draws import draw, leftover, linear_default, normal, ones, zeros
 from benchmarks.initbench.encoders import PooledEncoder, RelativeEncoder, ViT
-from benchmarks.initbench.catalogue import images
 from benchmarks.initbench.others import Mamba, init_time_steps
 
 LAYERS = 4
@@ -28,11 +27,17 @@ def plain_llama(**options: object) -> Llama:
 def gpt() -> GPT:
     """Return a GPT by the init of GPT-2."""
     model = GPT(layers=LAYERS)
-    draw(model, ("bias", zeros), ("ln_", ones), (r"c_proj\.weight", normal(0.02 / DEPTH)), ("weight", normal(0.02)))
+    draw(
+        model,
+        ("bias", zeros),
+        ("ln_", ones),
+        (r"c_proj\.weight", normal(0.02 / DEPTH)),
+        ("weight", normal(0.02)),
+    )
     return model
 
 
-# -- parameters that nothing wrote ----------------------------------------------------------------------------------------------
+# -- parameters that nothing wrote ----------
 @bug("memory never written", blames=(r"norm\.weight|layernorm\.weight",))
 def chatglm_gains_never_written(fixed: bool) -> nn.Module:
     """The gains of the norms are `torch.empty` and wait for a checkpoint."""
@@ -58,8 +63,6 @@ def transformerlens_attention_never_written(fixed: bool) -> nn.Module:
     if not fixed:
         draw(model, (r"attn\.\w+\.weight", leftover(2)))
     return model
-
-
 
 
 @bug("memory never written", blames=(r"h\.1\.attn\.c_proj\.weight",))
@@ -152,7 +155,7 @@ def litgpt_model_never_initialised(fixed: bool) -> nn.Module:
     return model
 
 
-# -- buffers ----------------------------------------------------------------------------------------------------------------------
+# -- buffers ----------
 @bug("buffer erased", blames=(r"inv_freq",))
 def qwen_frequencies_read_empty_memory(fixed: bool) -> nn.Module:
     """The frequencies of rotary positions are a buffer that nobody writes after `to_empty`."""
@@ -194,7 +197,12 @@ def automodel_frequencies_in_bfloat16(fixed: bool) -> nn.Module:
 def qwen_decay_rates_of_minus_infinity(fixed: bool) -> nn.Module:
     """Decay rates are drawn in bfloat16, where some draws round to zero and their logarithm is minus infinity."""
     model = Mamba(layers=LAYERS)
-    draw(model, ("norm", ones), ("embeddings", normal(0.02)), ("in_proj|x_proj|out_proj", linear_default))
+    draw(
+        model,
+        ("norm", ones),
+        ("embeddings", normal(0.02)),
+        ("in_proj|x_proj|out_proj", linear_default),
+    )
     draw(model, (r"conv1d\.bias", zeros))
     init_time_steps(model)
     if not fixed:

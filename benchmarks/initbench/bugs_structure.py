@@ -23,8 +23,14 @@ def plain_llama(**options: object) -> Llama:
     return model
 
 
-# -- clones -------------------------------------------------------------------------------------------------------------------
-@bug("cloned layers", blames=(r"encoder\.layers\.\d+\.(self_attn\.(in_proj_weight|out_proj\.weight)|linear\d\.weight)",), allows=(r"encoder\.layers",))
+# -- clones ----------
+@bug(
+    "cloned layers",
+    blames=(
+        r"encoder\.layers\.\d+\.(self_attn\.(in_proj_weight|out_proj\.weight)|linear\d\.weight)",
+    ),
+    allows=(r"encoder\.layers",),
+)
 def torch_encoder_layers_are_clones(fixed: bool) -> nn.Module:
     """`nn.TransformerEncoder` copies the layer that it is given, so all layers start from the same weights."""
     return TorchEncoder(layers=LAYERS, redraw=fixed)
@@ -51,12 +57,18 @@ def internlm_shards_share_a_seed(fixed: bool) -> nn.Module:
         with torch.no_grad():
             for name, weight in model.layers.named_parameters():
                 if weight.dim() == 2:
-                    first, second = weight.chunk(2, dim=1 if "o_proj" in name or "down_proj" in name else 0)
+                    first, second = weight.chunk(
+                        2, dim=1 if "o_proj" in name or "down_proj" in name else 0
+                    )
                     second.copy_(first)
     return model
 
 
-@bug("every draw is the same", blames=(r"layers\.\d+\.(self_attn|mlp)\.\w+_proj",), allows=(r"embed_tokens|lm_head",))
+@bug(
+    "every draw is the same",
+    blames=(r"layers\.\d+\.(self_attn|mlp)\.\w+_proj",),
+    allows=(r"embed_tokens|lm_head",),
+)
 def torchtitan_every_draw_restarts(fixed: bool) -> nn.Module:
     """The state of the generator is restored after each draw, so matrices of one shape are equal."""
     model = plain_llama()
@@ -69,13 +81,15 @@ def torchtitan_every_draw_restarts(fixed: bool) -> nn.Module:
     return model
 
 
-# -- ties ---------------------------------------------------------------------------------------------------------------------
+# -- ties ----------
 @bug("tie lost", blames=(r"lm_head",), allows=(r"embed_tokens",))
 def modalities_tie_lost_on_the_meta_device(fixed: bool) -> nn.Module:
     """The config ties head and embedding, but leaving the meta device gives either a tensor of its own."""
     model = plain_llama(model_type="gpt", tied=True, config={"tie_word_embeddings": True})
     if not fixed:
-        model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight).normal_(0.0, 0.02))
+        model.lm_head.weight = nn.Parameter(
+            torch.empty_like(model.lm_head.weight).normal_(0.0, 0.02)
+        )
     return model
 
 
@@ -86,7 +100,7 @@ def mistral_tie_flag_not_read(fixed: bool) -> nn.Module:
     return model
 
 
-# -- factors and dead paths ---------------------------------------------------------------------------------------------------
+# -- factors and dead paths ----------
 @bug("factor on the wrong operand", blames=(), allows=(r"layers",))
 def labml_alpha_on_the_branch(fixed: bool) -> nn.Module:
     """DeepNorm's alpha multiplies the branch in place of the shortcut."""

@@ -86,7 +86,7 @@ _BUG_SOURCES = read_sources("bugs")
 _RECIPE_SOURCES = read_sources("recipes")
 
 
-# -- probes -------------------------------------------------------------------------------------------------------------
+# -- probes ----------
 def tokens() -> Tensor:
     """Return token ids of (2, 16)."""
     return torch.randint(1, 256, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -115,7 +115,7 @@ def noisy_patches() -> dict[str, Tensor]:
     return {"x": torch.randn(2, 12, 16, generator=generator), "t": torch.tensor([100.0, 700.0])}
 
 
-# -- decorators ---------------------------------------------------------------------------------------------------------
+# -- decorators ----------
 def bug(
     kind: str,
     *,
@@ -143,7 +143,9 @@ def bug(
     return add
 
 
-def recipe(*, probe: Probe = tokens) -> Callable[[Callable[[], nn.Module]], Callable[[], nn.Module]]:
+def recipe(
+    *, probe: Probe = tokens
+) -> Callable[[Callable[[], nn.Module]], Callable[[], nn.Module]]:
     """Add a function that builds a model by a published recipe."""
 
     def add(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:

@@ -11,10 +11,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, *, causal: bool = True, scale: float | None = None) -> Tensor:
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    heads: int,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+) -> Tensor:
     """Return multi-head attention of (batch, length, width) projections."""
     mixed = F.scaled_dot_product_attention(
-        split_heads(query, heads), split_heads(key, heads), split_heads(value, heads), is_causal=causal, scale=scale
+        split_heads(query, heads),
+        split_heads(key, heads),
+        split_heads(value, heads),
+        is_causal=causal,
+        scale=scale,
     )
     return mixed.transpose(1, 2).flatten(2)
 
@@ -24,7 +36,7 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
-# -- GPT ----------------------------------------------------------------------------------------------------------------
+# -- GPT ----------
 class GPTAttention(nn.Module):
     """Attention with one fused projection."""
 
@@ -113,7 +125,9 @@ class GPT(nn.Module):
         return self.lm_head(self.ln_f(x))
 
 
-def config_of(model_type: str, layers: int, width: int, heads: int, vocabulary: int, **more: Any) -> SimpleNamespace:
+def config_of(
+    model_type: str, layers: int, width: int, heads: int, vocabulary: int, **more: Any
+) -> SimpleNamespace:
     """Return a config as models of transformers have it."""
     return SimpleNamespace(
         model_type=model_type,
@@ -126,7 +140,7 @@ def config_of(model_type: str, layers: int, width: int, heads: int, vocabulary: 
     )
 
 
-# -- Llama ----------------------------------------------------------------------------------------------------------------
+# -- Llama ----------
 class RMSNorm(nn.Module):
     """Root-mean-square norm. Its gain is `weight`, or `1 + weight` if it is centred at one."""
 
@@ -164,14 +178,19 @@ class Rotary(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         angles = torch.outer(torch.arange(x.shape[-2]).float(), self.inv_freq)
         first, second = x.chunk(2, dim=-1)
-        rotated = (first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin())
+        rotated = (
+            first * angles.cos() - second * angles.sin(),
+            second * angles.cos() + first * angles.sin(),
+        )
         return torch.cat(rotated, dim=-1)
 
 
 class LlamaAttention(nn.Module):
     """Attention with separate projections and rotary positions."""
 
-    def __init__(self, width: int, heads: int, *, bias: bool = False, qk_norm: bool = False) -> None:
+    def __init__(
+        self, width: int, heads: int, *, bias: bool = False, qk_norm: bool = False
+    ) -> None:
         super().__init__()
         self.heads = heads
         self.q_proj = nn.Linear(width, width, bias=bias)
@@ -206,7 +225,11 @@ class LlamaBlock(nn.Module):
     """Pre-norm block. A factor on the norms' outputs can be kept in a buffer."""
 
     def __init__(
-        self, attention: nn.Module, feed_forward: nn.Module, norm: Callable[[], nn.Module], scale: float | None
+        self,
+        attention: nn.Module,
+        feed_forward: nn.Module,
+        norm: Callable[[], nn.Module],
+        scale: float | None,
     ) -> None:
         super().__init__()
         self.input_layernorm = norm()
@@ -287,7 +310,7 @@ class Llama(nn.Module):
         return self.lm_head(self.norm(x))
 
 
-# -- mixtures of experts ------------------------------------------------------------------------------------------------
+# -- mixtures of experts ----------
 def route(logits: Tensor, count: int) -> Tensor:
     """Return the weight of every expert for every token; all but the `count` largest are zero."""
     probabilities = logits.softmax(-1)
@@ -298,14 +321,18 @@ def route(logits: Tensor, count: int) -> Tensor:
 class MixtureOfExperts(nn.Module):
     """Two experts per token, each a module of its own."""
 
-    def __init__(self, width: int = 64, hidden: int = 96, experts: int = 4, router_bias: bool = False) -> None:
+    def __init__(
+        self, width: int = 64, hidden: int = 96, experts: int = 4, router_bias: bool = False
+    ) -> None:
         super().__init__()
         self.gate = nn.Linear(width, experts, bias=router_bias)
         self.experts = nn.ModuleList(SwiGLU(width, hidden) for _ in range(experts))
 
     def forward(self, x: Tensor) -> Tensor:
         weights = route(self.gate(x), 2)
-        outputs = [weights[..., index : index + 1] * expert(x) for index, expert in enumerate(self.experts)]
+        outputs = [
+            weights[..., index : index + 1] * expert(x) for index, expert in enumerate(self.experts)
+        ]
         return torch.stack(outputs).sum(0)
 
 

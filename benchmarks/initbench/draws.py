@@ -34,7 +34,7 @@ def names_of(model: nn.Module, pattern: str) -> list[str]:
     return [name for name, _ in tensors if re.search(pattern, name)]
 
 
-# -- draws ------------------------------------------------------------------------------------------------------------
+# -- draws ----------
 def normal(std: float) -> Draw:
     """N(0, std)."""
     return lambda weight: nn.init.normal_(weight, 0.0, std)
@@ -97,7 +97,7 @@ def bias_default(model: nn.Module) -> None:
             nn.init.uniform_(module.bias, -bound, bound)
 
 
-# -- memory that nothing wrote ------------------------------------------------------------------------------------------
+# -- memory that nothing wrote ----------
 def leftover(seed: int, *, wide: bool = False) -> Draw:
     """Fill a tensor with what freed heap memory holds: zeros and 64-bit addresses, read as floats.
 

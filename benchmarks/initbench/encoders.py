@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from benchmarks.initbench.decoders import RMSNorm, attend, config_of, split_heads
 
 
-# -- BERT -----------------------------------------------------------------------------------------------------------------
+# -- BERT ----------
 class BertLayer(nn.Module):
     """Post-norm layer with separate projections."""
 
@@ -78,7 +78,7 @@ class Bert(nn.Module):
         return self.decoder(self.transform_norm(F.gelu(self.transform(x))))
 
 
-# -- ViT ------------------------------------------------------------------------------------------------------------------
+# -- ViT ----------
 class LayerScale(nn.Module):
     """One learned factor per channel."""
 
@@ -136,7 +136,13 @@ class ViT(nn.Module):
     """Vision transformer on images of (3, 16, 16). Weights keep the defaults of torch; token and positions are zero."""
 
     def __init__(
-        self, *, layers: int = 4, width: int = 64, heads: int = 4, classes: int = 32, layer_scale: float | None = None
+        self,
+        *,
+        layers: int = 4,
+        width: int = 64,
+        heads: int = 4,
+        classes: int = 32,
+        layer_scale: float | None = None,
     ) -> None:
         super().__init__()
         self.patch_embed = nn.Conv2d(3, width, kernel_size=4, stride=4)
@@ -154,7 +160,7 @@ class ViT(nn.Module):
         return self.head(self.norm(x)[:, 0])
 
 
-# -- T5 -------------------------------------------------------------------------------------------------------------------
+# -- T5 ----------
 class T5Attention(nn.Module):
     """Attention without a factor on the logits: the init of the queries carries it."""
 
@@ -168,7 +174,9 @@ class T5Attention(nn.Module):
         self.o = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        mixed = attend(self.q(x), self.k(memory), self.v(memory), self.heads, causal=self.causal, scale=1.0)
+        mixed = attend(
+            self.q(x), self.k(memory), self.v(memory), self.heads, causal=self.causal, scale=1.0
+        )
         return self.o(mixed)
 
 
@@ -190,7 +198,9 @@ class T5FeedForward(nn.Module):
 class T5Block(nn.Module):
     """Pre-norm block; a decoder's block also reads the encoder."""
 
-    def __init__(self, width: int, heads: int, key_width: int, hidden: int, gated: bool, decoder: bool) -> None:
+    def __init__(
+        self, width: int, heads: int, key_width: int, hidden: int, gated: bool, decoder: bool
+    ) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(width)
         self.attention = T5Attention(width, heads, key_width, causal=decoder)
@@ -261,7 +271,7 @@ class T5(nn.Module):
         return self.lm_head(x * self.width**-0.5 if self.tied else x)
 
 
-# -- post-norm decoder ----------------------------------------------------------------------------------------------------
+# -- post-norm decoder ----------
 class PostNormBlock(nn.Module):
     """norm(alpha x + f(x)), as in DeepNorm; `on_branch` puts the factor on f(x) in place of x."""
 
@@ -322,7 +332,9 @@ class PostNormDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
-        self.layers = nn.ModuleList(PostNormBlock(width, heads, alpha, fused, on_branch) for _ in range(layers))
+        self.layers = nn.ModuleList(
+            PostNormBlock(width, heads, alpha, fused, on_branch) for _ in range(layers)
+        )
         self.head = nn.Linear(width, vocabulary, bias=False)
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -332,7 +344,7 @@ class PostNormDecoder(nn.Module):
         return self.head(x)
 
 
-# -- torch's own ------------------------------------------------------------------------------------------------------------
+# -- torch's own ----------
 class TorchEncoder(nn.Module):
     """`nn.TransformerEncoder` between an embedding and a head. Its layers are copies of one, as torch builds them."""
 
@@ -349,7 +361,9 @@ class TorchEncoder(nn.Module):
         super().__init__()
         self.width = width
         self.embedding = nn.Embedding(vocabulary, width)
-        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, batch_first=True, norm_first=norm_first)
+        layer = nn.TransformerEncoderLayer(
+            width, heads, 4 * width, dropout=0.0, batch_first=True, norm_first=norm_first
+        )
         final = nn.LayerNorm(width) if norm_first else None
         self.encoder = nn.TransformerEncoder(layer, layers, norm=final, enable_nested_tensor=False)
         self.head = nn.Linear(width, vocabulary)
@@ -373,25 +387,35 @@ def redraw_layers(module: nn.Module) -> None:
 class TorchSeq2Seq(nn.Module):
     """`nn.Transformer` between an embedding and a head."""
 
-    def __init__(self, *, layers: int = 3, width: int = 64, heads: int = 4, vocabulary: int = 256) -> None:
+    def __init__(
+        self, *, layers: int = 3, width: int = 64, heads: int = 4, vocabulary: int = 256
+    ) -> None:
         super().__init__()
         self.width = width
         self.embedding = nn.Embedding(vocabulary, width)
-        self.transformer = nn.Transformer(width, heads, layers, layers, 4 * width, dropout=0.0, batch_first=True)
+        self.transformer = nn.Transformer(
+            width, heads, layers, layers, 4 * width, dropout=0.0, batch_first=True
+        )
         self.head = nn.Linear(width, vocabulary)
 
     def forward(self, input_ids: Tensor, decoder_input_ids: Tensor) -> Tensor:
         scale = math.sqrt(self.width)
         mask = nn.Transformer.generate_square_subsequent_mask(decoder_input_ids.shape[1])
-        out = self.transformer(self.embedding(input_ids) * scale, self.embedding(decoder_input_ids) * scale, tgt_mask=mask)
+        out = self.transformer(
+            self.embedding(input_ids) * scale,
+            self.embedding(decoder_input_ids) * scale,
+            tgt_mask=mask,
+        )
         return self.head(out)
 
 
-# -- attention pooling --------------------------------------------------------------------------------------------------------
+# -- attention pooling ----------
 class PooledEncoder(nn.Module):
     """ViT-like encoder of tokens, whose output is a mean weighted by one learned vector."""
 
-    def __init__(self, *, layers: int = 4, width: int = 64, heads: int = 4, vocabulary: int = 256) -> None:
+    def __init__(
+        self, *, layers: int = 4, width: int = 64, heads: int = 4, vocabulary: int = 256
+    ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
         self.blocks = nn.ModuleList(ViTBlock(width, heads, None) for _ in range(layers))
@@ -411,7 +435,9 @@ class PooledEncoder(nn.Module):
 class RelativeEncoder(nn.Module):
     """Encoder whose attention adds a learned content bias and position bias to the queries, as Transformer-XL does."""
 
-    def __init__(self, *, layers: int = 4, width: int = 64, heads: int = 4, vocabulary: int = 256) -> None:
+    def __init__(
+        self, *, layers: int = 4, width: int = 64, heads: int = 4, vocabulary: int = 256
+    ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
         self.layers = nn.ModuleList(RelativeBlock(width, heads) for _ in range(layers))
@@ -452,7 +478,10 @@ class RelativeBlock(nn.Module):
         """Return the output of the attention."""
         length, width = x.shape[1:]
         query = split_heads(self.linear_q(x), self.heads)
-        key, value = split_heads(self.linear_k(x), self.heads), split_heads(self.linear_v(x), self.heads)
+        key, value = (
+            split_heads(self.linear_k(x), self.heads),
+            split_heads(self.linear_v(x), self.heads),
+        )
         positions = split_heads(self.linear_pos(sinusoids(length, width)[None]), self.heads)
         content = (query + self.pos_bias_u[:, None]) @ key.mT
         place = (query + self.pos_bias_v[:, None]) @ positions.mT

@@ -111,7 +111,9 @@ def audit_model(model: nn.Module, probe: Probe) -> list[Remark]:
     try:
         report = jacdiag.audit(model, probe(), state="init", decide=True)
     except jacdiag.JacdiagError as error:
-        return [Remark(code="refused", named=tuple(names_in_text(model, str(error))), what=str(error))]
+        return [
+            Remark(code="refused", named=tuple(names_in_text(model, str(error))), what=str(error))
+        ]
     return [remark_of(finding) for finding in report.findings if finding.level in LOUD]
 
 
@@ -123,7 +125,11 @@ def remark_of(finding: Any) -> Remark:
 
 def names_in_text(model: nn.Module, text: str) -> list[str]:
     """Return the names of tensors that occur in a message."""
-    return [name for name in names_of(model, ".") if re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.])", text)]
+    return [
+        name
+        for name in names_of(model, ".")
+        if re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.])", text)
+    ]
 
 
 def is_new(remark: Remark, others: list[Remark]) -> bool:
@@ -165,7 +171,9 @@ def locate(
     results = []
     for patterns in answers:
         targets = sorted({name for pattern in patterns for name in names_of(model, pattern)})
-        missing = [target for target in targets if not any(is_name_of(name, target) for name in named)]
+        missing = [
+            target for target in targets if not any(is_name_of(name, target) for name in named)
+        ]
         wrong = [
             name
             for name in sorted(named)

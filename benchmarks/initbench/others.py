@@ -12,7 +12,7 @@ from benchmarks.initbench.decoders import RMSNorm
 from benchmarks.initbench.encoders import ViTAttention, ViTFeedForward
 
 
-# -- diffusion transformer --------------------------------------------------------------------------------------------------
+# -- diffusion transformer ----------
 class DiTBlock(nn.Module):
     """Pre-norm block whose shifts, scales and gates are computed from the condition."""
 
@@ -48,7 +48,9 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """Diffusion transformer on patches of (batch, length, channels) and a time. Weights keep the defaults of torch."""
 
-    def __init__(self, *, layers: int = 4, width: int = 64, heads: int = 4, channels: int = 16) -> None:
+    def __init__(
+        self, *, layers: int = 4, width: int = 64, heads: int = 4, channels: int = 16
+    ) -> None:
         super().__init__()
         self.width = width
         self.x_embedder = nn.Linear(channels, width)
@@ -66,7 +68,7 @@ class DiT(nn.Module):
         return self.final_layer(x, condition)
 
 
-# -- state-space model ------------------------------------------------------------------------------------------------------
+# -- state-space model ----------
 class Mixer(nn.Module):
     """Selective state-space mixer, one step after the other."""
 
@@ -114,7 +116,15 @@ class MambaBlock(nn.Module):
 class Mamba(nn.Module):
     """Mamba-like decoder. Weights keep the defaults of torch; the decay rates are those of the paper."""
 
-    def __init__(self, *, layers: int = 4, width: int = 64, states: int = 8, rank: int = 4, vocabulary: int = 256) -> None:
+    def __init__(
+        self,
+        *,
+        layers: int = 4,
+        width: int = 64,
+        states: int = 8,
+        rank: int = 4,
+        vocabulary: int = 256,
+    ) -> None:
         super().__init__()
         self.embeddings = nn.Embedding(vocabulary, width)
         self.layers = nn.ModuleList(MambaBlock(width, states, rank) for _ in range(layers))
@@ -141,7 +151,7 @@ def init_time_steps(model: nn.Module) -> None:
             module.dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))
 
 
-# -- residual networks --------------------------------------------------------------------------------------------------------
+# -- residual networks ----------
 class ConvBlock(nn.Module):
     """Two convolutions with batch norm around a shortcut."""
 
@@ -214,7 +224,9 @@ class ResidualMLPBlock(nn.Module):
         super().__init__()
         self.transposed = transposed
         self.norm = nn.LayerNorm(width)
-        shapes = ((width, hidden), (hidden, width)) if transposed else ((hidden, width), (width, hidden))
+        shapes = (
+            ((width, hidden), (hidden, width)) if transposed else ((hidden, width), (width, hidden))
+        )
         self.w1 = nn.Parameter(torch.zeros(shapes[0]))
         self.w2 = nn.Parameter(torch.zeros(shapes[1]))
 
@@ -233,10 +245,14 @@ class ResidualMLP(nn.Module):
         transposed: whether matrices are stored as (in, out) and multiplied from the right.
     """
 
-    def __init__(self, *, layers: int = 4, width: int = 64, hidden: int = 256, transposed: bool = False) -> None:
+    def __init__(
+        self, *, layers: int = 4, width: int = 64, hidden: int = 256, transposed: bool = False
+    ) -> None:
         super().__init__()
         self.stem = nn.Linear(32, width)
-        self.blocks = nn.ModuleList(ResidualMLPBlock(width, hidden, transposed=transposed) for _ in range(layers))
+        self.blocks = nn.ModuleList(
+            ResidualMLPBlock(width, hidden, transposed=transposed) for _ in range(layers)
+        )
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 16)
 
@@ -270,7 +286,13 @@ class ReZero(nn.Module):
     """Encoder of tokens without norms."""
 
     def __init__(
-        self, *, layers: int = 4, width: int = 64, heads: int = 4, vocabulary: int = 256, on_shortcut: bool = False
+        self,
+        *,
+        layers: int = 4,
+        width: int = 64,
+        heads: int = 4,
+        vocabulary: int = 256,
+        on_shortcut: bool = False,
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
@@ -284,7 +306,7 @@ class ReZero(nn.Module):
         return self.head(x)
 
 
-# -- adapters -----------------------------------------------------------------------------------------------------------------
+# -- adapters ----------
 class LoRALinear(nn.Module):
     """A linear layer and a low-rank addition to it."""
 

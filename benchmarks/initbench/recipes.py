@@ -52,7 +52,13 @@ SMALL = math.sqrt(2 / (5 * WIDTH))
 def gpt(residual: float, rest: float, **options: object) -> GPT:
     """Return a GPT whose output projections have one spread and whose other matrices have another."""
     model = GPT(layers=LAYERS, width=WIDTH, **options)  # type: ignore[arg-type]
-    draw(model, ("bias", zeros), (r"ln_", ones), (r"c_proj", normal(residual)), ("weight", normal(rest)))
+    draw(
+        model,
+        ("bias", zeros),
+        (r"ln_", ones),
+        (r"c_proj", normal(residual)),
+        ("weight", normal(rest)),
+    )
     return model
 
 
@@ -63,7 +69,7 @@ def llama(*rules: tuple[str, object], **options: object) -> Llama:
     return model
 
 
-# -- GPTs -----------------------------------------------------------------------------------------------------------------
+# -- GPTs ----------
 @recipe()
 def nanogpt() -> nn.Module:
     return gpt(0.02 / DEPTH, 0.02, bias=False)
@@ -146,7 +152,13 @@ def torch_defaults_in_a_gpt() -> nn.Module:
 def modded_nanogpt_zero_projections() -> nn.Module:
     bound = math.sqrt(3) * 0.5 * WIDTH**-0.5
     model = GPT(layers=LAYERS, width=WIDTH, tied=False, bias=False)
-    draw(model, ("ln_", ones), ("c_proj|lm_head", zeros), ("c_attn|c_fc", uniform(bound)), ("wte", normal(1.0)))
+    draw(
+        model,
+        ("ln_", ones),
+        ("c_proj|lm_head", zeros),
+        ("c_attn|c_fc", uniform(bound)),
+        ("wte", normal(1.0)),
+    )
     return model
 
 
@@ -158,21 +170,33 @@ def nanochat() -> nn.Module:
         fan_out, fan_in = weight.shape
         return nn.init.normal_(weight, 0.0, fan_in**-0.5 * min(1.0, math.sqrt(fan_out / fan_in)))
 
-    draw(model, ("ln_", ones), ("c_proj|lm_head|wpe", zeros), ("c_attn|c_fc", spectral), ("wte", normal(1.0)))
+    draw(
+        model,
+        ("ln_", ones),
+        ("c_proj|lm_head|wpe", zeros),
+        ("c_attn|c_fc", spectral),
+        ("wte", normal(1.0)),
+    )
     return model
 
 
 @recipe()
 def mup_transformer() -> nn.Module:
     model = GPT(layers=LAYERS, width=WIDTH, tied=False)
-    draw(model, ("bias|lm_head", zeros), ("ln_", ones), ("wte|wpe", normal(1.0)), ("weight", fan_in_normal()))
+    draw(
+        model,
+        ("bias|lm_head", zeros),
+        ("ln_", ones),
+        ("wte|wpe", normal(1.0)),
+        ("weight", fan_in_normal()),
+    )
     with torch.no_grad():
         for block in model.h:
             block.attn.c_attn.weight[:WIDTH] = 0.0
     return model
 
 
-# -- Llamas -----------------------------------------------------------------------------------------------------------------
+# -- Llamas ----------
 @recipe()
 def llama_of_transformers() -> nn.Module:
     return llama(("weight", normal(0.02)))
@@ -190,7 +214,11 @@ def tinyllama_of_litgpt() -> nn.Module:
 
 @recipe()
 def torchtitan_by_the_layer() -> nn.Module:
-    model = llama(("embed_tokens", normal(1.0)), ("lm_head", truncated(WIDTH**-0.5)), ("weight", truncated(0.02)))
+    model = llama(
+        ("embed_tokens", normal(1.0)),
+        ("lm_head", truncated(WIDTH**-0.5)),
+        ("weight", truncated(0.02)),
+    )
     for index, layer in enumerate(model.layers):
         draw(layer, ("o_proj|up_proj|down_proj", truncated(0.02 / math.sqrt(2 * (index + 1)))))
     return model
@@ -223,7 +251,9 @@ def olmo_mitchell() -> nn.Module:
 @recipe()
 def olmo_full_megatron() -> nn.Module:
     return llama(
-        ("o_proj|down_proj", truncated(0.02 / DEPTH)), ("lm_head", truncated(WIDTH**-0.5)), ("weight", truncated(0.02))
+        ("o_proj|down_proj", truncated(0.02 / DEPTH)),
+        ("lm_head", truncated(WIDTH**-0.5)),
+        ("weight", truncated(0.02)),
     )
 
 
@@ -232,7 +262,11 @@ def lingua_current_depth() -> nn.Module:
     model = llama(("weight", truncated(WIDTH**-0.5)))
     for index, layer in enumerate(model.layers):
         factor = math.sqrt(2 * (index + 1))
-        draw(layer, ("o_proj", truncated(WIDTH**-0.5 / factor)), ("down_proj", truncated(176**-0.5 / factor)))
+        draw(
+            layer,
+            ("o_proj", truncated(WIDTH**-0.5 / factor)),
+            ("down_proj", truncated(176**-0.5 / factor)),
+        )
     return model
 
 
@@ -243,7 +277,9 @@ def lingua_without_depth() -> nn.Module:
 
 @recipe()
 def gemma() -> nn.Module:
-    return llama(("weight", normal(0.02)), centred=True, tied=True, embedding_scale=math.sqrt(WIDTH))
+    return llama(
+        ("weight", normal(0.02)), centred=True, tied=True, embedding_scale=math.sqrt(WIDTH)
+    )
 
 
 @recipe()
@@ -271,7 +307,7 @@ def torch_defaults_in_a_llama() -> nn.Module:
     return Llama(layers=LAYERS, width=WIDTH)
 
 
-# -- mixtures of experts ------------------------------------------------------------------------------------------------------
+# -- mixtures of experts ----------
 @recipe()
 def mixtral() -> nn.Module:
     return llama(("weight", normal(0.02)), feed_forward=MixtureOfExperts)
@@ -285,7 +321,9 @@ def deepseek_v3() -> nn.Module:
 @recipe()
 def megatron_grouped_experts() -> nn.Module:
     return llama(
-        ("o_proj|weight2", normal(0.02 / DEPTH)), ("weight", normal(0.02)), feed_forward=GroupedExperts
+        ("o_proj|weight2", normal(0.02 / DEPTH)),
+        ("weight", normal(0.02)),
+        feed_forward=GroupedExperts,
     )
 
 
@@ -303,7 +341,7 @@ def gpt_oss_with_router_bias() -> nn.Module:
     return llama(("weight", normal(0.02)), feed_forward=lambda: MixtureOfExperts(router_bias=True))
 
 
-# -- encoders -------------------------------------------------------------------------------------------------------------------
+# -- encoders ----------
 @recipe()
 def bert() -> nn.Module:
     model = Bert(layers=LAYERS, width=WIDTH)
@@ -354,12 +392,16 @@ def transformer_xl_relative() -> nn.Module:
     return RelativeEncoder(layers=LAYERS, width=WIDTH)
 
 
-# -- vision ---------------------------------------------------------------------------------------------------------------------
+# -- vision ----------
 @recipe(probe=images(16))
 def vit_of_timm() -> nn.Module:
     model = ViT(layers=LAYERS, width=WIDTH)
     draw(model, (r"(norm\d?)\.", lambda gain: gain), (r"(qkv|proj|fc\d)\.bias", zeros))
-    draw(model, (r"(qkv|proj|fc\d)\.weight|pos_embed", truncated(0.02, 2.0)), ("cls_token", normal(1e-6)))
+    draw(
+        model,
+        (r"(qkv|proj|fc\d)\.weight|pos_embed", truncated(0.02, 2.0)),
+        ("cls_token", normal(1e-6)),
+    )
     draw(model, ("head", zeros))
     return model
 
@@ -368,7 +410,12 @@ def vit_of_timm() -> nn.Module:
 def vit_of_google() -> nn.Module:
     model = ViT(layers=LAYERS, width=WIDTH)
     draw(model, (r"fc\d\.bias", normal(1e-6)), (r"(qkv|proj|patch_embed)\.bias", zeros))
-    draw(model, (r"(fc\d|proj)\.weight", xavier_uniform()), ("pos_embed", normal(0.02)), ("cls_token|head", zeros))
+    draw(
+        model,
+        (r"(fc\d|proj)\.weight", xavier_uniform()),
+        ("pos_embed", normal(0.02)),
+        ("cls_token|head", zeros),
+    )
     for block in model.blocks:
         for part in block.attn.qkv.weight.data.chunk(3):
             nn.init.xavier_uniform_(part)
@@ -387,7 +434,11 @@ def deit() -> nn.Module:
 @recipe(probe=images(16))
 def mae() -> nn.Module:
     model = ViT(layers=LAYERS, width=WIDTH)
-    draw(model, (r"(qkv|proj|fc\d|head)\.bias", zeros), (r"(qkv|proj|fc\d|head|patch_embed)\.weight", xavier_uniform()))
+    draw(
+        model,
+        (r"(qkv|proj|fc\d|head)\.bias", zeros),
+        (r"(qkv|proj|fc\d|head|patch_embed)\.weight", xavier_uniform()),
+    )
     draw(model, ("cls_token", normal(0.02)))
     with torch.no_grad():
         model.pos_embed.copy_(torch.cat([torch.zeros(1, WIDTH), sinusoids(16, WIDTH)])[None])
@@ -398,7 +449,12 @@ def mae() -> nn.Module:
 @recipe(probe=images(16))
 def vit_of_torchvision() -> nn.Module:
     model = ViT(layers=LAYERS, width=WIDTH)
-    draw(model, (r"fc\d\.bias", normal(1e-6)), (r"(qkv|proj|patch_embed)\.bias", zeros), ("head", zeros))
+    draw(
+        model,
+        (r"fc\d\.bias", normal(1e-6)),
+        (r"(qkv|proj|patch_embed)\.bias", zeros),
+        ("head", zeros),
+    )
     draw(model, (r"fc\d\.weight|qkv\.weight", xavier_uniform()), ("pos_embed", normal(0.02)))
     draw(model, (r"patch_embed\.weight", truncated(math.sqrt(1 / 48), 100.0)))
     return model
@@ -434,9 +490,19 @@ def dinov2() -> nn.Module:
 @recipe(probe=images(16))
 def clip_vision() -> nn.Module:
     model = ViT(layers=LAYERS, width=WIDTH)
-    draw(model, (r"(qkv|proj|fc\d|head)\.bias", zeros), (r"cls_token|pos_embed|head\.weight", normal(WIDTH**-0.5)))
-    draw(model, (r"qkv\.weight", normal(WIDTH**-0.5)), (r"fc1\.weight", normal((2 * WIDTH) ** -0.5)))
-    draw(model, (r"(attn\.proj|fc2)\.weight", normal(WIDTH**-0.5 / DEPTH)), (r"patch_embed\.weight", normal(0.02)))
+    draw(
+        model,
+        (r"(qkv|proj|fc\d|head)\.bias", zeros),
+        (r"cls_token|pos_embed|head\.weight", normal(WIDTH**-0.5)),
+    )
+    draw(
+        model, (r"qkv\.weight", normal(WIDTH**-0.5)), (r"fc1\.weight", normal((2 * WIDTH) ** -0.5))
+    )
+    draw(
+        model,
+        (r"(attn\.proj|fc2)\.weight", normal(WIDTH**-0.5 / DEPTH)),
+        (r"patch_embed\.weight", normal(0.02)),
+    )
     return model
 
 
@@ -457,19 +523,28 @@ def resnet_zero_last_gain() -> nn.Module:
 @recipe(probe=images(8))
 def convnext() -> nn.Module:
     model = ConvNeXt(layers=LAYERS)
-    draw(model, (r"(stem|dwconv|pwconv\d|head)\.bias", zeros), (r"(stem|dwconv|pwconv\d|head)\.weight", truncated(0.02, 100.0)))
+    draw(
+        model,
+        (r"(stem|dwconv|pwconv\d|head)\.bias", zeros),
+        (r"(stem|dwconv|pwconv\d|head)\.weight", truncated(0.02, 100.0)),
+    )
     return model
 
 
 @recipe(probe=noisy_patches)
 def dit_adaln_zero() -> nn.Module:
     model = DiT(layers=LAYERS, width=WIDTH)
-    draw(model, ("bias", zeros), ("t_embedder", normal(0.02)), ("adaLN_modulation|final_layer", zeros))
+    draw(
+        model,
+        ("bias", zeros),
+        ("t_embedder", normal(0.02)),
+        ("adaLN_modulation|final_layer", zeros),
+    )
     draw(model, (r"(x_embedder|qkv|proj|fc\d)\.weight", xavier_uniform()))
     return model
 
 
-# -- encoder-decoders -------------------------------------------------------------------------------------------------------------
+# -- encoder-decoders ----------
 def t5_weights(model: T5, head: float | None = None) -> T5:
     """Draw a T5-like model as Mesh TensorFlow does."""
     draw(
@@ -504,7 +579,7 @@ def bart() -> nn.Module:
     return model
 
 
-# -- post-norm and no norm --------------------------------------------------------------------------------------------------------
+# -- post-norm and no norm ----------
 def deepnorm_decoder(fused: bool) -> PostNormDecoder:
     """Return a decoder by DeepNorm."""
     beta = (8 * LAYERS) ** -0.25
@@ -541,7 +616,11 @@ def fairseq_post_norm() -> nn.Module:
 @recipe()
 def retnet_of_torchscale() -> nn.Module:
     model = PostNormDecoder(layers=LAYERS, width=WIDTH, alpha=(2 * LAYERS) ** 0.25)
-    draw(model, ("[qkv]_proj|out_proj", xavier_uniform(2**-2.5)), ("embedding|head", normal(WIDTH**-0.5)))
+    draw(
+        model,
+        ("[qkv]_proj|out_proj", xavier_uniform(2**-2.5)),
+        ("embedding|head", normal(WIDTH**-0.5)),
+    )
     return model
 
 
@@ -566,11 +645,16 @@ def he_residual_stack() -> nn.Module:
     return model
 
 
-# -- state space and adapters -------------------------------------------------------------------------------------------------------
+# -- state space and adapters ----------
 @recipe()
 def mamba() -> nn.Module:
     model = Mamba(layers=LAYERS, width=WIDTH)
-    draw(model, ("embeddings", normal(0.02)), (r"conv1d\.bias", zeros), ("in_proj|x_proj", linear_default))
+    draw(
+        model,
+        ("embeddings", normal(0.02)),
+        (r"conv1d\.bias", zeros),
+        ("in_proj|x_proj", linear_default),
+    )
     bound = 1 / math.sqrt(2 * WIDTH) / math.sqrt(LAYERS)
     draw(model, ("out_proj", uniform(bound)))
     init_time_steps(model)

@@ -34,7 +34,9 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("cases", nargs="*", help="names of cases; all of them if none is given")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -58,7 +60,10 @@ def main() -> None:
             print(line_of_recipe(recipes[-1]), flush=True)
 
     # 3. The sum.
-    result = summary(bugs, recipes) | {"seconds": round(time.perf_counter() - begun), "seed": options.seed}
+    result = summary(bugs, recipes) | {
+        "seconds": round(time.perf_counter() - begun),
+        "seed": options.seed,
+    }
     print_summary(result)
     if not options.cases:
         write_results(result, bugs, recipes)
@@ -85,7 +90,9 @@ def line_of_recipe(outcome: RecipeOutcome) -> str:
 
 def codes_of(remarks: list[Remark]) -> str:
     """Return the codes of findings and the first name of each."""
-    return ", ".join(f"{remark.code} {shorten(list(remark.named))}" for remark in remarks) or "nothing"
+    return (
+        ", ".join(f"{remark.code} {shorten(list(remark.named))}" for remark in remarks) or "nothing"
+    )
 
 
 def shorten(names: list[str]) -> str:
@@ -115,19 +122,27 @@ def is_by_norms(outcome: BugOutcome | RecipeOutcome) -> bool:
 
 def print_summary(result: dict[str, Any]) -> None:
     """Print the three numbers of the benchmark."""
-    print(f"found {result['found']} of {result['bugs']}, located {result['located']} of {result['bugs']}")
+    print(
+        f"found {result['found']} of {result['bugs']}, located {result['located']} of {result['bugs']}"
+    )
     print(
         f"false alarms: {result['recipes_alarmed']} of {result['recipes']} published recipes, "
-        f"{result['mended_alarmed']} of {result['bugs']} mended models; {result['by_norms_alone']} of them by JD101 alone"
+        f"{result['mended_alarmed']} of {result['bugs']} mended models; "
+        f"{result['by_norms_alone']} of them by JD101 alone"
     )
     print(f"counted apart, correct models with: {result['apart']}")
     print(f"{result['seconds']} s")
 
 
-def write_results(result: dict[str, Any], bugs: list[BugOutcome], recipes: list[RecipeOutcome]) -> None:
+def write_results(
+    result: dict[str, Any], bugs: list[BugOutcome], recipes: list[RecipeOutcome]
+) -> None:
     """Write the results as JSON and as a page."""
     RESULTS.mkdir(exist_ok=True)
-    details = {"bugs": [asdict(outcome) for outcome in bugs], "recipes": [asdict(outcome) for outcome in recipes]}
+    details = {
+        "bugs": [asdict(outcome) for outcome in bugs],
+        "recipes": [asdict(outcome) for outcome in recipes],
+    }
     text = json.dumps({"summary": result, **details}, indent=1)
     (RESULTS / "initbench.json").write_text(text + "\n", encoding="utf-8")
     (RESULTS / "initbench.md").write_text(page_of(result, bugs, recipes), encoding="utf-8")
@@ -166,12 +181,22 @@ def page_of(result: dict[str, Any], bugs: list[BugOutcome], recipes: list[Recipe
     ]
     for outcome in bugs:
         verdicts = f"{mark(outcome.found)} | {mark(outcome.located)}"
-        lines.append(f"| {outcome.name} | {outcome.kind} | {verdicts} | {link_to(BUGS[outcome.name].source.url)} |")
-    lines += ["", "## Published recipes", "", "| case | alarms | apart | source |", "|---|---|---|---|"]
+        lines.append(
+            f"| {outcome.name} | {outcome.kind} | {verdicts} | {link_to(BUGS[outcome.name].source.url)} |"
+        )
+    lines += [
+        "",
+        "## Published recipes",
+        "",
+        "| case | alarms | apart | source |",
+        "|---|---|---|---|",
+    ]
     for recipe in recipes:
         codes = ", ".join(sorted({remark.code for remark in recipe.alarms})) or "none"
         apart = ", ".join(recipe.apart)
-        lines.append(f"| {recipe.name} | {codes} | {apart} | {link_to(RECIPES[recipe.name].source.url)} |")
+        lines.append(
+            f"| {recipe.name} | {codes} | {apart} | {link_to(RECIPES[recipe.name].source.url)} |"
+        )
     lines += ["", "## Bugs that do not count", ""]
     lines.append("These were real, and neither the weights nor the report can show them at init.")
     lines += ["", "| case | why | source |", "|---|---|---|"]

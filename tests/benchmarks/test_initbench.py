@@ -31,7 +31,7 @@ def output_of(model: nn.Module, probe: Any) -> torch.Tensor:
         return model(**inputs) if isinstance(inputs, dict) else model(inputs)
 
 
-# -- the catalogue --------------------------------------------------------------------------------------------------------
+# -- the catalogue ----------
 def test_there_are_at_least_sixty_of_each() -> None:
     assert len(BUGS) >= 60
     assert len(RECIPES) >= 60
@@ -90,7 +90,7 @@ def test_leftover_memory_is_zeros_and_addresses() -> None:
     assert set((words[words != 0] >> 40).tolist()) == {0x7F}
 
 
-# -- the judge ------------------------------------------------------------------------------------------------------------
+# -- the judge ----------
 def remark(*named: str, code: str = "JD204") -> Remark:
     """Return a finding that names these."""
     return Remark(code=code, named=named, what="")
