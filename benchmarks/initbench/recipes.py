@@ -106,10 +106,11 @@ def gpt_neox_20b() -> nn.Module:
 
 @recipe()
 def gpt_j() -> nn.Module:
-    model = GPT(layers=LAYERS, width=WIDTH, tied=False, parallel=True)
-    draw(model, ("bias", zeros), ("ln_", ones), ("wte|wpe", truncated(WIDTH**-0.5, 2.0)))
+    vocabulary = 256
+    model = GPT(layers=LAYERS, width=WIDTH, vocabulary=vocabulary, tied=False, parallel=True)
+    draw(model, ("bias", zeros), ("ln_", ones), ("wte", truncated(vocabulary**-0.5, 2.0)))
+    draw(model, ("wpe", truncated(0.02, 2.0)), (r"(c_attn|c_fc|lm_head)\.weight", truncated(WIDTH**-0.5, 2.0)))
     draw(model, (r"c_proj\.weight", truncated(2 / (LAYERS * math.sqrt(WIDTH)), 2.0)))
-    draw(model, (r"(c_attn|c_fc|lm_head)\.weight", truncated(WIDTH**-0.5, 2.0)))
     return model
 
 
@@ -137,9 +138,9 @@ def gpt_small_init_and_scaled_outputs() -> nn.Module:
 @recipe()
 def mpt_kaiming_normal() -> nn.Module:
     model = GPT(layers=LAYERS, width=WIDTH, bias=False)
+    gain = math.sqrt(2)
     draw(model, ("ln_", ones), ("wte|wpe", normal(0.02)))
-    draw(model, ("c_proj", fan_in_normal(1 / DEPTH)), ("c_fc|c_attn", fan_in_normal(math.sqrt(2))))
-    draw(model, ("c_attn", fan_in_normal()))
+    draw(model, ("c_proj", fan_in_normal(gain / DEPTH)), ("c_fc|c_attn", fan_in_normal(gain)))
     return model
 
 
@@ -615,13 +616,12 @@ def fairseq_post_norm() -> nn.Module:
 
 @recipe()
 def retnet_of_torchscale() -> nn.Module:
-    model = PostNormDecoder(layers=LAYERS, width=WIDTH, alpha=(2 * LAYERS) ** 0.25)
-    draw(
-        model,
-        ("[qkv]_proj|out_proj", xavier_uniform(2**-2.5)),
-        ("embedding|head", normal(WIDTH**-0.5)),
+    return llama(
+        ("[qkv]_proj", xavier_uniform(2**-2.5)),
+        ("o_proj", xavier_uniform(2**-1)),
+        ("embed_tokens|lm_head", normal(WIDTH**-0.5)),
+        embedding_scale=math.sqrt(WIDTH),
     )
-    return model
 
 
 @recipe()
