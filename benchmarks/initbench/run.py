@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+# At the end, so that a jacdiag of PYTHONPATH comes first.
+sys.path.append(str(Path(__file__).parents[2]))
 
 from benchmarks.initbench.catalogue import BUGS, RECIPES, SOURCES, load_cases
 from benchmarks.initbench.judge import BugOutcome, RecipeOutcome, Remark, judge_bug, judge_recipe
@@ -39,6 +40,7 @@ def main() -> None:
     )
     parser.add_argument("cases", nargs="*", help="names of cases; all of them if none is given")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -66,7 +68,7 @@ def main() -> None:
     }
     print_summary(result)
     if not options.cases:
-        write_results(result, bugs, recipes)
+        write_results(options.out, result, bugs, recipes)
 
 
 def line_of_bug(outcome: BugOutcome) -> str:
@@ -135,17 +137,17 @@ def print_summary(result: dict[str, Any]) -> None:
 
 
 def write_results(
-    result: dict[str, Any], bugs: list[BugOutcome], recipes: list[RecipeOutcome]
+    out: Path, result: dict[str, Any], bugs: list[BugOutcome], recipes: list[RecipeOutcome]
 ) -> None:
     """Write the results as JSON and as a page."""
-    RESULTS.mkdir(exist_ok=True)
+    out.mkdir(exist_ok=True)
     details = {
         "bugs": [asdict(outcome) for outcome in bugs],
         "recipes": [asdict(outcome) for outcome in recipes],
     }
     text = json.dumps({"summary": result, **details}, indent=1)
-    (RESULTS / "initbench.json").write_text(text + "\n", encoding="utf-8")
-    (RESULTS / "initbench.md").write_text(page_of(result, bugs, recipes), encoding="utf-8")
+    (out / "initbench.json").write_text(text + "\n", encoding="utf-8")
+    (out / "initbench.md").write_text(page_of(result, bugs, recipes), encoding="utf-8")
 
 
 def page_of(result: dict[str, Any], bugs: list[BugOutcome], recipes: list[RecipeOutcome]) -> str:
