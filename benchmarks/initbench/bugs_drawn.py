@@ -253,8 +253,8 @@ def nielsen_spread_by_the_outputs(fixed: bool) -> nn.Module:
 
 
 @bug("transposed layout", blames=(r"blocks\.\d+\.w[12]",), probe=features)
-def torch_init_of_a_transposed_matrix(fixed: bool) -> nn.Module:
-    """He's init takes the second dimension for the inputs, but the matrix is stored as (in, out)."""
+def lasagne_fan_of_a_transposed_layer(fixed: bool) -> nn.Module:
+    """He's init takes the second dimension for the inputs; a transposed layer is stored as (in, out)."""
     model = ResidualMLP(layers=LAYERS, transposed=True)
 
     def fill(weight: Tensor) -> object:

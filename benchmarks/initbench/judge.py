@@ -151,11 +151,12 @@ def codes_apart(remarks: list[Remark]) -> list[str]:
 
 
 def locate(
-    model: nn.Module, remarks: list[Remark], answers: list[tuple[str, ...]], allows: tuple[str, ...]
+    model: nn.Module,
+    remarks: list[Remark],
+    answers: list[tuple[str, ...]],
+    allows: tuple[str, ...],
 ) -> tuple[bool, list[str], list[str]]:
     """Compare the names of the findings with the tensors that are wrong.
-
-    A finding may name a tensor, the module that owns it, or a pattern with `*` for the layers.
 
     Args:
         model: the model with the bug.
@@ -167,26 +168,34 @@ def locate(
         Whether one answer is named in full and nothing else; what is missing and what is wrong for the
         answer that comes closest.
     """
-    named = {name for remark in remarks for name in remark.named}
+    named = sorted({name for remark in remarks for name in remark.named})
     results = []
     for patterns in answers:
-        targets = sorted({name for pattern in patterns for name in names_of(model, pattern)})
-        missing = [
-            target for target in targets if not any(is_name_of(name, target) for name in named)
-        ]
-        wrong = [
-            name
-            for name in sorted(named)
-            if not any(is_name_of(name, target) for target in targets)
-            and not any(re.search(pattern, name) for pattern in allows)
-        ]
+        targets = {name for pattern in patterns for name in names_of(model, pattern)}
+        covered = {name: tensors_named(model, name, targets, allows) for name in named}
+        missing = sorted(targets.difference(*covered.values()))
+        wrong = [name for name in named if not covered[name] and not is_allowed(name, allows)]
         is_empty = not targets and not named
         results.append((not missing and not wrong and not is_empty, missing, wrong))
     return min(results, key=lambda result: (not result[0], len(result[1]) + len(result[2])))
 
 
-def is_name_of(name: str, target: str) -> bool:
-    """Whether a name stands for a tensor: its own, its module's, or a pattern of either."""
-    owner = target.rpartition(".")[0]
+def tensors_named(
+    model: nn.Module, name: str, targets: set[str], allows: tuple[str, ...]
+) -> set[str]:
+    """Return the wrong tensors that a name stands for.
+
+    A name is that of a tensor, of the module that owns it, or of an outer module all of whose tensors are
+    wrong. A `*` stands for the number of a layer.
+    """
     expression = re.escape(name).replace(r"\*", r"\d+")
-    return any(re.fullmatch(expression, candidate) for candidate in (target, owner) if candidate)
+    inside = [tensor for tensor in names_of(model, ".") if re.match(rf"{expression}(\.|$)", tensor)]
+    owned = {tensor for tensor in inside if re.fullmatch(rf"{expression}(\.[^.]+)?", tensor)}
+    if all(tensor in targets or is_allowed(tensor, allows) for tensor in inside):
+        return targets.intersection(inside)
+    return targets & owned
+
+
+def is_allowed(name: str, allows: tuple[str, ...]) -> bool:
+    """Whether a name is neither right nor wrong."""
+    return any(re.search(pattern, name) for pattern in allows)

@@ -109,7 +109,11 @@ def gpt_j() -> nn.Module:
     vocabulary = 256
     model = GPT(layers=LAYERS, width=WIDTH, vocabulary=vocabulary, tied=False, parallel=True)
     draw(model, ("bias", zeros), ("ln_", ones), ("wte", truncated(vocabulary**-0.5, 2.0)))
-    draw(model, ("wpe", truncated(0.02, 2.0)), (r"(c_attn|c_fc|lm_head)\.weight", truncated(WIDTH**-0.5, 2.0)))
+    draw(
+        model,
+        ("wpe", truncated(0.02, 2.0)),
+        (r"(c_attn|c_fc|lm_head)\.weight", truncated(WIDTH**-0.5, 2.0)),
+    )
     draw(model, (r"c_proj\.weight", truncated(2 / (LAYERS * math.sqrt(WIDTH)), 2.0)))
     return model
 

@@ -45,7 +45,7 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     load_cases()
-    begun = time.perf_counter()
+    start = time.perf_counter()
 
     # 1. Pairs with a bug.
     bugs = []
@@ -63,7 +63,7 @@ def main() -> None:
 
     # 3. The sum.
     result = summary(bugs, recipes) | {
-        "seconds": round(time.perf_counter() - begun),
+        "seconds": round(time.perf_counter() - start),
         "seed": options.seed,
     }
     print_summary(result)

@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks.initbench.catalogue import BUGS, RECIPES, SOURCES, Bug, Recipe, load_cases
 from benchmarks.initbench.draws import leftover, names_of
-from benchmarks.initbench.judge import Remark, blaming, is_name_of, judge_bug, locate
+from benchmarks.initbench.judge import Remark, blaming, judge_bug, locate, tensors_named
 
 load_cases()
 TABLE = tomllib.loads(SOURCES.read_text(encoding="utf-8"))
@@ -122,12 +122,32 @@ def test_nothing_said_is_not_located(two_layers: nn.Module) -> None:
     assert not locate(two_layers, [], [()], ())[0]
 
 
-def test_a_name_is_a_tensor_its_module_or_a_pattern() -> None:
-    assert is_name_of("layers.2.norm.weight", "layers.2.norm.weight")
-    assert is_name_of("layers.2.norm", "layers.2.norm.weight")
-    assert is_name_of("layers.*.norm", "layers.2.norm.weight")
-    assert not is_name_of("layers.2", "layers.2.norm.weight")
-    assert not is_name_of("layers.1.norm", "layers.2.norm.weight")
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        ("0.weight", {"0.weight"}),
+        ("0", {"0.weight"}),
+        ("*.weight", {"0.weight", "1.weight"}),
+        ("2", set()),
+        ("2.weight", set()),
+        ("10", set()),
+    ],
+)
+def test_a_name_stands_for_a_tensor_or_its_module(
+    two_layers: nn.Module, name: str, named: set[str]
+) -> None:
+    assert tensors_named(two_layers, name, {"0.weight", "1.weight"}, ()) == named
+
+
+def test_an_outer_module_counts_if_all_of_it_is_wrong() -> None:
+    model = nn.ModuleDict(
+        {"blocks": nn.ModuleList([nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))])}
+    )
+    weights = {"blocks.0.0.weight", "blocks.0.1.weight"}
+    every = weights | {"blocks.0.0.bias", "blocks.0.1.bias"}
+    assert tensors_named(model, "blocks.0", every, ()) == every
+    assert tensors_named(model, "blocks.0", weights, (r"bias",)) == weights
+    assert tensors_named(model, "blocks.0", weights, ()) == set()
 
 
 def test_conditions_on_norms_and_incomplete_audits_blame_no_init() -> None:
