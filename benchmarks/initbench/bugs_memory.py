@@ -146,7 +146,7 @@ def torchtitan_router_bias_never_written(fixed: bool) -> nn.Module:
     return model
 
 
-@bug("meta device never initialised", blames=(r".",))
+@bug("meta device never initialised", blames=(r".",), one_is_enough=True)
 def litgpt_model_never_initialised(fixed: bool) -> nn.Module:
     """The model is built empty on one device and the init never runs: the loss stays at ln(vocabulary)."""
     model = plain_llama()

@@ -116,7 +116,7 @@ def rezero_factor_on_the_shortcut(fixed: bool) -> nn.Module:
     return model
 
 
-@bug("branch dead for ever", blames=(r"blocks\.\d+\.w[12]",), allows=(r"blocks",), probe=features)
+@bug("branch dead for ever", blames=(r"blocks\.\d+\.w1",), allows=(r"blocks",), probe=features)
 def naivegaflux_branch_all_zero(fixed: bool) -> nn.Module:
     """All layers of a residual branch are zero, so none of them ever gets a gradient."""
     model = ResidualMLP(layers=LAYERS)

@@ -42,6 +42,7 @@ class Bug:
         blames: patterns of the tensors that are wrong; a report must name all of them.
         allows: patterns of tensors that a report may name too.
         or_blames: patterns of another set of tensors that explains the same weights as well.
+        one_is_enough: whether it is enough to name one of them, because every tensor is wrong.
         source: the issue or pull request.
     """
 
@@ -52,6 +53,7 @@ class Bug:
     blames: tuple[str, ...]
     allows: tuple[str, ...]
     or_blames: tuple[str, ...]
+    one_is_enough: bool
     source: Source
 
 
@@ -122,6 +124,7 @@ def bug(
     blames: tuple[str, ...],
     allows: tuple[str, ...] = (),
     or_blames: tuple[str, ...] = (),
+    one_is_enough: bool = False,
     probe: Probe = tokens,
 ) -> Callable[[Callable[[bool], nn.Module]], Callable[[bool], nn.Module]]:
     """Add a function that builds a model with or without a bug; see `Bug` for the arguments."""
@@ -136,6 +139,7 @@ def bug(
             blames=blames,
             allows=allows,
             or_blames=or_blames,
+            one_is_enough=one_is_enough,
             source=_BUG_SOURCES[name],
         )
         return build

@@ -86,6 +86,8 @@ def judge_bug(case: Bug, seed: int = 0) -> BugOutcome:
     naming = [remark for remark in remarks if remark.code not in NORMS]
     answers = [case.blames, case.or_blames] if case.or_blames else [case.blames]
     is_located, missing, wrong = locate(broken, naming, answers, case.allows)
+    if case.one_is_enough:
+        is_located = bool(naming) and not wrong
     return BugOutcome(
         name=case.name,
         kind=case.kind,
