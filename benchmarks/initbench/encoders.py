@@ -376,7 +376,7 @@ class TorchEncoder(nn.Module):
 
 
 def redraw_layers(module: nn.Module) -> None:
-    """Draw every linear layer and attention anew, as its own class does."""
+    """Draw every linear layer and attention again, as its own class does."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             part.reset_parameters()
