@@ -17,6 +17,7 @@ import argparse
 import json
 import sys
 import time
+import tomllib
 import warnings
 from collections import Counter
 from dataclasses import asdict
@@ -132,8 +133,13 @@ def print_summary(result: dict[str, Any]) -> None:
         f"{result['mended_alarmed']} of {result['bugs']} mended models; "
         f"{result['by_norms_alone']} of them by JD101 alone"
     )
-    print(f"counted apart, correct models with: {result['apart']}")
+    print(f"counted apart, correct models with {counts_of(result)}")
     print(f"{result['seconds']} s")
+
+
+def counts_of(result: dict[str, Any]) -> str:
+    """Return the codes that are counted apart and how many correct models have them."""
+    return ", ".join(f"{code} {count}" for code, count in sorted(result["apart"].items())) or "none"
 
 
 def write_results(
@@ -152,8 +158,6 @@ def write_results(
 
 def page_of(result: dict[str, Any], bugs: list[BugOutcome], recipes: list[RecipeOutcome]) -> str:
     """Return the page with every case, its verdict and its source."""
-    import tomllib
-
     undecidable = tomllib.loads(SOURCES.read_text(encoding="utf-8"))["undecidable"]
     lines = [
         "# InitBench",
@@ -171,7 +175,7 @@ def page_of(result: dict[str, Any], bugs: list[BugOutcome], recipes: list[Recipe
         "",
         "JD102 and JD103 are a paper's conditions on norms of sub-layers. A correct init may truly miss them, so",
         "they are no false alarm here. JD901, JD902 and JD904 say that an audit is not complete. Correct models",
-        f"with these codes: {result['apart']}.",
+        f"with these codes: {counts_of(result)}.",
         "",
         "The models have 3 to 4 layers and a width of 64. The size of a bug is that of its source: a factor that",
         "the source states, or the default that was left in place. No size was chosen by what the audit can see.",
