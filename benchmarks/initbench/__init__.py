@@ -1,0 +1,1 @@
+"""InitBench: init bugs of public trackers, rebuilt as pairs, and correct inits of published recipes."""
