@@ -56,6 +56,7 @@ def is_attention(graph: Graph, node: int) -> bool:
 
 def _meets(graph: Graph, node: int, neighbours: Callable[[Graph, int], list[int]]) -> bool:
     """Return whether a product of two live values is met in one direction, before any product with a weight."""
+    # Breadth first; a product with a weight ends the search on its way.
     seen = {node}
     frontier = [node]
     for _ in range(_STEPS):
@@ -102,15 +103,18 @@ class Tally:
         Heads are kept apart where the scores are (batch, heads, queries, keys).
         """
         scores = scores.detach()
+        # 1. Masked keys count for nothing.
         visible = scores > MASKED
         self.max_logit = max(self.max_logit, float(scores.masked_fill(~visible, -math.inf).max()))
         keys = visible.sum(-1)
         several = keys > 1
+        # 2. Entropy per query; entr(0) is 0.
         entropy = torch.special.entr(scores.softmax(-1)).sum(-1).double()
         entropy = entropy.masked_fill(~several, 0.0)
         self.most += float(keys.clamp_min(1).double().log().sum())
 
         # Other layouts (grouped heads, heads folded into the batch) are not told apart.
+        # 3. One sum per head.
         heads = scores.shape[1] if scores.dim() == 4 else 1
         per_head = entropy.reshape(-1, heads, entropy.shape[-1]) if heads > 1 else entropy.reshape(1, 1, -1)
         counted = several.reshape(per_head.shape)

@@ -220,6 +220,7 @@ def leads(sites: Sites, source: int, sink: int) -> bool:
 
 def calls_between(sites: Sites, source: int, sink: int) -> list[int]:
     """Return the calls that lead from one value to another, also those without a derivative, ascending."""
+    # 1. All that leads to the sink.
     graph = sites.graph
     floor = graph.values[source].node
     behind: set[int] = set()
@@ -229,6 +230,7 @@ def calls_between(sites: Sites, source: int, sink: int) -> list[int]:
         if node > floor and node >= 0 and node not in behind:
             behind.add(node)
             stack += [value for value in graph.nodes[node].inputs if graph.values[value].live]
+    # 2. Of that, what the source reaches.
     reached = {source}
     between = []
     for node in sorted(behind):
@@ -262,6 +264,7 @@ class Cuts(TorchFunctionMode):
         collect(result, made)
         if not made:
             return result
+        # What lost its gradient before passes the loss on to its results.
         inherited = frozenset().union(*(self.calls_behind(tensor) for tensor in read))
         had_gradient = any(tensor.requires_grad for tensor in read)
         for tensor in made:
@@ -352,6 +355,7 @@ def reviving(skeleton: Skeleton, names: Iterable[str], alive: Alive) -> tuple[li
     """
     if skeleton.stored is not None:
         return [], False
+    # A weight that was drawn is no suspect: it has two different elements.
     suspects = [name for name in dict.fromkeys(names) if _is_constant(skeleton.params[name])]
     if not suspects or not _alive_with(skeleton, suspects, alive):
         return [], False

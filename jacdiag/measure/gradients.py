@@ -104,6 +104,7 @@ def gradient_profile(sites: Sites, token_ids: Tensor | None) -> GradientProfile 
     """
     if not sites.streams.main:
         return None
+    # Attention is read in the same forward.
     values = stream_values(sites)
     watch = AttentionWatch(attention_calls(sites))
     why: dict[str, str] = {}
@@ -119,6 +120,7 @@ def gradient_profile(sites: Sites, token_ids: Tensor | None) -> GradientProfile 
         why["parameters"] = f"the backward failed with parameters: {str(error).splitlines()[0]}"
         names, watch = [], AttentionWatch(attention_calls(sites))
         found = run_backward(sites, token_ids, values, names, watch=watch)
+    # The run must have made the calls of the record, or figures would go to other sub-layers.
     calls = sum(node.name in CALLS for node in sites.graph.nodes)
     attention = watch.records(calls)
     why |= {f"attention {index}": text for index, text in watch.why.items()}
@@ -179,6 +181,7 @@ def run_backward(
     replayer = sites.replayer
     spots = {value: replayer.spot_of(value, 0) for value in values}
     order = {id(spot): value for value, spot in spots.items()}
+    # 1. What is done with each point of the stream as the forward meets it.
     leaves: list[Tensor] = []
     squares: dict[int, Tensor] = {}
 
@@ -194,6 +197,7 @@ def run_backward(
         tensor.register_hook(lambda gradient: squares.__setitem__(value, sum_of_squares(gradient)))
         return out
 
+    # 2. Points that are inputs of the model are replaced before it runs.
     replaced = {}
     for value, spot in spots.items():
         if spot.where is Where.ARGUMENT:
@@ -204,6 +208,7 @@ def run_backward(
     def met(spot: Spot, tensor: Tensor) -> Tensor:
         return enter(order[id(spot)], tensor)
 
+    # 3. One forward, one loss, one backward.
     with torch.enable_grad(), replayer.whole_graph(), gradients_of(sites.skeleton, parameters) as (weights, found):
         with watch or nullcontext():
             output = replayer.tapped(results, met, replaced=replaced)
@@ -229,6 +234,7 @@ def gradients_of(skeleton: Skeleton, names: Collection[str]) -> Iterator[tuple[l
 
     def take(name: str) -> Callable[[Tensor], None]:
         def taken(weight: Tensor) -> None:
+            # Dropped at once: the backward never holds more than one of them.
             if weight.grad is not None:
                 found[name] = sum_of_squares(weight.grad)
                 weight.grad = None

@@ -132,12 +132,14 @@ def backward_record(
 
     broken += [name for name, value in gradients.items() if not math.isfinite(value)]
     outlines = sites.skeleton.outlines
+    # The embedding is the table that token ids pick from; positions come second.
     tables = [name for name in sites.coverage.embedding if name in gradients and outlines[name].dim() >= 2]
     if not tables:
         missing = dict.fromkeys(("embedding_norm", "others_median"), "no embedding lies before the first sub-layer")
         return BackwardRecord(dead=dead, not_finite=broken, notes={**missing, **notes})
     by_ids = _tables_read_by_ids(sites)
     table = max(tables, key=lambda name: (name in by_ids, outlines[name].numel()))
+    # Matrices without a gradient (experts without tokens) would lower the median.
     others = [
         value
         for name, value in gradients.items()

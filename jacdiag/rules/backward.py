@@ -113,6 +113,7 @@ def _dead_branch(context: Context, rule: Rule) -> Outcome:
     rows = [row for row in context.rows(rule) if row.branch_norm is not None]
     if not rows:
         return NOT_APPLICABLE
+    # All layers alike is an init; some of them is a fault.
     dead = [row for row in rows if row.dead_branch is not None]
     alike = [row for row in dead if row.dead_branch is not None and row.dead_branch.alike]
     single = [row for row in dead if row not in alike]
@@ -195,6 +196,7 @@ def _update(context: Context, rule: Rule) -> Outcome:
     rows = context.rows(rule)
     if not rows or plan.lr is None:
         return Outcome(0, note="" if not rows else "no learning rate was given")
+    # A linear warm-up from zero: the first step has one part of it.
     rate = plan.lr / max(plan.warmup or 1, 1)
     figures = {}
     for row in rows:

@@ -39,6 +39,7 @@ def loudest(
 ) -> list[Finding]:
     """Return one finding for the largest figure, with the names of all that lie above the same cut."""
     limits = context.thresholds.limits(figure)
+    # What is not finite is another rule's.
     known = [measured for measured in figures if math.isfinite(measured.value)]
     if not known:
         return []
@@ -105,6 +106,7 @@ def _massive(context: Context, rule: Rule) -> Outcome:
     if least is None or ratio is None:
         return Outcome(len(record.peaks))
     pairs = list(zip(record.points, record.peaks, strict=False))
+    # Both must be passed: large by itself, and far above the rest.
     massive = [(point, peak) for point, peak in pairs if peak.value > least and peak.value > ratio * peak.median]
     if not massive:
         return Outcome(len(record.peaks))
