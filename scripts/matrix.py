@@ -9,15 +9,15 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import tomllib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -109,28 +109,32 @@ def measure(version: str, python: Path, tests: tuple[str, ...]) -> Row:
     environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'cli'}", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
     ask = "import torch; print(torch.__version__)"
     asked = subprocess.run([str(python), "-c", ask], capture_output=True, text=True)
+    outcomes = python.parent / "outcomes.xml"
     begun = time.perf_counter()
     done = subprocess.run(
-        [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+        [str(python), "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={outcomes}", *tests],
         capture_output=True, text=True, cwd=ROOT, env=environment,
     )  # fmt: skip
     seconds = time.perf_counter() - begun
+    if done.returncode:
+        print(done.stdout[-4000:], done.stderr[-2000:], flush=True)
     quiet = subprocess.run(
         [str(python), "-W", "error", "-c", QUIET], capture_output=True, text=True, cwd=ROOT, env=environment
     )
     last = (quiet.stderr.strip().splitlines() or [""])[-1]
-    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)}
-    return Row(
+    known = Row(
         asked=version,
         torch=asked.stdout.strip(),
         python=platform.python_version(),
-        passed=counts.get("passed", 0),
-        failed=counts.get("failed", 0) + counts.get("error", 0),
-        skipped=counts.get("skipped", 0),
         warnings=last if quiet.returncode else "",
         seconds=round(seconds, 1),
-        note="" if counts else "the tests did not run to their end",
     )
+    if not outcomes.exists():
+        return replace(known, note="the tests did not run to their end")
+    suite = ElementTree.parse(outcomes).getroot()[0].attrib
+    failed = int(suite["failures"]) + int(suite["errors"])
+    skipped = int(suite["skipped"])
+    return replace(known, passed=int(suite["tests"]) - failed - skipped, failed=failed, skipped=skipped)
 
 
 def write(rows: list[Row]) -> None:

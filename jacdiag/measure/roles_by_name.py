@@ -220,6 +220,7 @@ _OUTSIDE_RULES = (
 )
 # Weights inside a state-space mixer, which neither read nor write the stream.
 _INNER = re.compile(r"x_proj|dt_proj|conv_?1d|A_log|\.D$|q_b_proj|kv_b_proj")
+_EMBEDDING_MODULE = re.compile(r"(?i)embed|emb($|_)")
 _WRAPPERS = {"fn", "module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _NUMBERED = re.compile(r"(?i)\d+|(encoder_|decoder_)?(layer|block|stage)s?_?\d+")
 _GAIN = re.compile(r"norm|(?:^|[._])ln(?:[._]|$|_?\w)", re.I)
@@ -383,6 +384,8 @@ def _place_of(name: str, anywhere: bool) -> Place | None:
     if "bottleneck" in tokens:
         return None  # MobileBERT: maps between the stream and a narrower layer
     found = _module_of(tokens)
+    if found is not None and _is_part_of_embedding(tokens[: found[0]]):
+        return None
     if found is not None:
         return _place_in_module(name, tokens, *found)
     end = _end_of_block(tokens)
@@ -395,6 +398,13 @@ def _place_of(name: str, anywhere: bool) -> Place | None:
             0
         ]  # ResNet: `layers.0.layer.1.convolution` is the second of one branch
     return None if kind is None else Place(name, block, block, kind, inner)
+
+
+def _is_part_of_embedding(path: Sequence[str]) -> bool:
+    """Return whether a path leads into an embedding and not into a layer: `pos_embed.mlp`, `time_embedder.mlp`."""
+    if any(_NUMBERED.fullmatch(token) for token in path):
+        return False
+    return any(_EMBEDDING_MODULE.search(token) for token in path)
 
 
 def _module_of(tokens: Sequence[str]) -> tuple[int, SublayerKind] | None:

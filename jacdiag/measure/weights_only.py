@@ -302,7 +302,12 @@ def build_contract(state: Mapping[str, Tensor], model: NamedModel) -> ContractRe
 
 
 def _notes_on_layers(model: NamedModel) -> list[str]:
-    """Return a note where the names show that layers share weights (ALBERT)."""
+    """Return a note where layers share weights (ALBERT), or where no name is that of a residual layer."""
+    if not model.sublayers:
+        return [
+            "no weight has a name that is known from a residual layer, so no layer is counted: their roles come "
+            "from the model itself with --model FACTORY"
+        ]
     if any("layer_groups" in sublayer.stack for sublayer in model.sublayers):
         return [
             "layers that share their weights are counted once: how often they run is not in the weights"

@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from jacdiag.errors import SourceError, clipped, printable
+from jacdiag.sources.adapters import adapter_names, take_base_model
 from jacdiag.sources.candidates import Candidate, find_candidates, split_flat
 from jacdiag.sources.choice import Choice, choose_by_model, choose_by_name, strip_wrappers
 from jacdiag.sources.contents import check_chosen, check_contents
@@ -103,14 +104,28 @@ class Contents:
         check_contents(self.path, self.candidates, self.top)
         if not self.candidates:
             raise _no_weights(self.path, self.described)
+        candidates, notes = self._base_models(model)
         if model is None:
-            choice = choose_by_name(self.path, self.candidates, key)
+            choice = choose_by_name(self.path, candidates, key)
         else:
-            choice = choose_by_model(self.path, self.candidates, model, key)
+            choice = choose_by_model(self.path, candidates, model, key)
+        choice.notes += notes
         fitted = model is not None and set(choice.entries) == set(model.state_dict(keep_vars=True))
         check_chosen(self.path, choice.entries, fitted=fitted)
         _check_weights(self.path, self.described, choice.entries)
         return self._checkpoint(choice, fills_model=model is not None)
+
+    def _base_models(self, model: nn.Module | None) -> tuple[list[Candidate], list[str]]:
+        """Return the candidates without LoRA adapters, and notes; a model that has an adapter itself gets it."""
+        if model is not None and adapter_names(model.state_dict(keep_vars=True)):
+            return self.candidates, []
+        candidates: list[Candidate] = []
+        notes: dict[str, None] = {}
+        for candidate in self.candidates:
+            base, said = take_base_model(candidate)
+            candidates.append(base)
+            notes |= dict.fromkeys(said)
+        return candidates, list(notes)
 
     def _checkpoint(self, choice: Choice, *, fills_model: bool) -> Checkpoint:
         args = self.top.get("model_args")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from jacdiag.errors import SourceError, clipped
+from jacdiag.sources.adapters import adapter_names
 from jacdiag.sources.candidates import Candidate, Kind
 
 _SHOWN = 160
@@ -24,7 +25,6 @@ _SCALES = re.compile(
     r"(^|[._])(weight_scale(_inv|_2)?|scale_inv|SCB|absmax|quant_state|quant_map|nested_absmax|qzeros|g_idx|zero_point"
     r"|zeros?|scales?|weight_shape|weight_global_scale)([._]|$)"
 )
-_LORA = re.compile(r"(^|\.)lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.|$)")
 
 
 def check_contents(path: Path, candidates: Sequence[Candidate], top: Mapping[Any, Any]) -> None:
@@ -174,7 +174,7 @@ def _scheme(entries: Mapping[str, Any], odd: Sequence[str]) -> str:
 
 
 def _check_adapter(path: Path, entries: Mapping[str, Any]) -> None:
-    lora = [name for name in entries if _LORA.search(name)]
+    lora = adapter_names(entries)
     if len(lora) <= len(entries) / 2:
         return
     raise SourceError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +21,7 @@ from jacdiag.trace.tap import Spot, Where
 from jacdiag.trace.valueless import looks_like_norm
 
 FUSED_NORMS = {"layer_norm", "rms_norm"}
+PRODUCTS_BY_ELEMENT = {"mul", "__mul__", "__rmul__", "multiply"}
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Norm:
         centred: the mean is taken off first (LayerNorm).
         feature_dim: the dimension of its input that holds the features; -1 for the last, in which case z is laid out as
             the input is. A norm of channels-first data is given a transposed one.
+        gain_before: the learned gain where it is applied before the division, as in g * (x - mean) / (std + eps), one
+            number per feature; the value at `spot` is then gain_before * z. None where it comes after z.
     """
 
     spot: Spot
@@ -43,6 +46,11 @@ class Norm:
     gain: Tensor
     centred: bool
     feature_dim: int = -1
+    gain_before: Tensor | None = None
+
+    def with_gain(self, z: Tensor) -> Tensor:
+        """Return the value at `spot` that belongs to z."""
+        return z if self.gain_before is None else z * self.gain_before
 
     @property
     def aligned(self) -> bool:
@@ -95,17 +103,20 @@ class Anatomist:
         candidates = []
         for node in waists(self.graph, site.cone, site.shortcut):
             name = self.graph.nodes[node].name
-            if any(reads_state(self.graph, n) for n in site.cone if n < node):
+            before = [n for n in site.cone if n < node and reads_state(self.graph, n)]
+            gain_call = self._gain_call(before)
+            if before and gain_call is None:
                 break
             if name in FUSED_NORMS:
-                candidates.append((node, Where.NORMALISED))
+                if not before:
+                    candidates.append((node, Where.NORMALISED, None))
                 break
             if reads_state(self.graph, node):
                 break
-            candidates.append((node, Where.RESULT))
+            candidates.append((node, Where.RESULT, gain_call))
         source = self.replayer.spot_of(site.shortcut, owner)
-        for node, where in reversed(candidates):
-            norm = self._norm(owner, source, x, node, where)
+        for node, where, gain in reversed(candidates):
+            norm = self._norm(owner, source, x, node, where, gain)
             if norm is not None:
                 return norm
         return None
@@ -130,10 +141,18 @@ class Anatomist:
             fused = self.graph.nodes[node].name in FUSED_NORMS
             if not fused and reads_state(self.graph, node):
                 return None
-            norm = self._norm(owner, source, y, node, Where.NORMALISED if fused else Where.RESULT)
+            before = [n for n in cone if n < node and reads_state(self.graph, n)]
+            gain_call = None if fused else self._gain_call(before)
+            norm = self._norm(owner, source, y, node, Where.NORMALISED if fused else Where.RESULT, gain_call)
             if norm is not None or fused:
                 return norm
         return None
+
+    def _gain_call(self, reading_state: Sequence[int]) -> int | None:
+        """Return the only call that reads a parameter, if it is a product by element: it may apply a norm's gain."""
+        if len(reading_state) != 1 or self.graph.nodes[reading_state[0]].name not in PRODUCTS_BY_ELEMENT:
+            return None
+        return reading_state[0]
 
     def _norm_of_operand(self, owner: int, source: Spot, x: Tensor, node: int) -> tuple[Norm, Spot] | None:
         operand = self.replayer.spot_at(Where.OPERAND, node, owner)
@@ -158,36 +177,71 @@ class Anatomist:
             entry = self.replayer.spot_of(self.graph.nodes[start].outputs[0], owner)
             h = self.replayer.run(owner, source, x, entry) if later else x
             for node in later:
-                norm = self._norm(owner, entry, h, node, Where.RESULT)
+                before = [n for n in cone if start < n < node and reads_state(self.graph, n)]
+                norm = self._norm(owner, entry, h, node, Where.RESULT, self._gain_call(before))
                 if norm is not None:
                     return norm, entry
         return None
 
-    def _norm(self, owner: int, source: Spot, x: Tensor, node: int, where: Where) -> Norm | None:
-        """Tests whether the value at a call is a norm of x."""
+    def _norm(
+        self, owner: int, source: Spot, x: Tensor, node: int, where: Where, gain_call: int | None = None
+    ) -> Norm | None:
+        """Test whether the value at a call is a norm of x.
+
+        Args:
+            owner: module call that is run again.
+            source: where x is met.
+            x: what may be normalised.
+            node: the call.
+            where: at the call, which value.
+            gain_call: a call before it that multiplies by a learned gain, which is taken off the value again.
+        """
         spot = self.replayer.spot_at(where, node, owner)
         same = source.key == spot.key and source.occurrence == spot.occurrence
         if same and source.where is not Where.READ:
             return None
-        normalise = self.replayer.segment(owner, source, spot)
+        segment = self.replayer.segment(owner, source, spot)
+        if gain_call is None:
+            return self._tested(x, node, spot, segment)
+        gain = self._gain_of(owner, source, x, gain_call)
+        if gain is None:
+            return None
+        norm = self._tested(x, node, spot, lambda x: segment(x) / gain)
+        return None if norm is None else replace(norm, gain_before=gain)
+
+    def _gain_of(self, owner: int, source: Spot, x: Tensor, call: int) -> Tensor | None:
+        """Return the parameter that a call multiplies by: one number per feature of x, none of them 0. Else None."""
+        operands = [self.graph.values[v] for v in self.graph.nodes[call].operands]
+        learned = [k for k, value in enumerate(operands) if value.from_state and not value.live]
+        if len(operands) != 2 or len(learned) != 1 or operands[learned[0]].shape != x.shape[-1:]:
+            return None
+        spot = replace(self.replayer.spot_at(Where.OPERAND, call, owner, learned[0]), shape=x.shape[-1:])
+        with torch.no_grad():
+            gain = self.replayer.run(owner, source, x, spot).detach()
+        return gain if gain.is_meta or bool((gain != 0).all()) else None
+
+    def _tested(self, x: Tensor, node: int, spot: Spot, normalise: Callable[[Tensor], Tensor]) -> Norm | None:
+        """Test a function of x, whose value is met at a spot: is it a norm?"""
         with torch.no_grad():
             if not x.is_meta and not bool(torch.isfinite(x).all()):
-                return self._norm_without_numbers(owner, source, x, node, where)
+                return self._norm_without_numbers(x, node, spot, normalise)
             z = normalise(x)
             if z.numel() != x.numel() or not z.is_floating_point():
                 return None
             if x.is_meta:
                 return self._norm_by_structure(z, spot, normalise, node)
-            if where is Where.NORMALISED:
+            if spot.where is Where.NORMALISED:
                 return self._factor(x, z, spot, normalise)
             unit = 2.0**12 / x.double().square().mean().sqrt().clamp_min(1e-30).item()  # eps must not count
             big, bigger = (normalise(x * (unit * k)) for k in (1, 2))
         return self._factor(x, z, spot, normalise) if _close(big, bigger, 1e-3) else None
 
-    def _norm_without_numbers(self, owner: int, source: Spot, x: Tensor, node: int, where: Where) -> Norm | None:
+    def _norm_without_numbers(
+        self, x: Tensor, node: int, spot: Spot, normalise: Callable[[Tensor], Tensor]
+    ) -> Norm | None:
         """A norm of an x with NaN or Inf, tested on random numbers in its place; its gain is not known."""
         other = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-        norm = self._norm(owner, source, other, node, where)
+        norm = self._tested(other, node, spot, normalise)
         if norm is None:
             return None
         return replace(norm, value=norm.normalise(x), gain=torch.full_like(norm.gain, math.nan))

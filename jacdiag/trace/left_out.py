@@ -57,7 +57,10 @@ def left_out(graph: Graph, finder: Finder, sites: Sequence[Site]) -> list[LeftOu
         if node.index in listed or node.index in reasons or node.function:
             continue
         if node.terms is not None and streams.adds_to_another(node.index):
-            reasons[node.index] = "the branch does not read this sum's own shortcut"
+            if streams.projects_its_shortcut(node.index):
+                reasons[node.index] = "a product with weights changes the shortcut on its way into the sum"
+            else:
+                reasons[node.index] = "the branch does not read this sum's own shortcut"
         elif node.terms is not None and streams.adds_to_part(node.index):
             reasons[node.index] = "the branch is added to some positions only, which are then written back"
         elif node.name == "stack" and streams.mixes(node.index):
@@ -96,6 +99,40 @@ class _Streams:
             if on_stream and self._is_function(shortcut.operand, branch.values):
                 return True
         return False
+
+    def projects_its_shortcut(self, node: int) -> bool:
+        """Return whether both terms are products of one value with weights, as in a ResNet block that changes width."""
+        record = self.graph.nodes[node]
+        terms = [term for term in record.terms or () if self.finder.is_full(node, term)]
+        if len(terms) != 2:
+            return False
+        for shortcut, branch in (terms, terms[::-1]):
+            product = self._last_product(shortcut.values)
+            if product is None or self._made_by(product, branch.values):
+                continue
+            if any(self._passes_product(read.index, branch.values) for read in self.graph.float_inputs(product)):
+                return True
+        return False
+
+    def _made_by(self, node: int, values: Sequence[int]) -> bool:
+        """Return whether a call's results lead to one of `values`."""
+        results = self.graph.nodes[node].outputs
+        return any(self.finder.reaches(result, values, through_products=True) for result in results)
+
+    def _last_product(self, values: Sequence[int]) -> int | None:
+        """Return the nearest product before `values`; None if a sum of the stream comes after it."""
+        queue, seen = list(values), set(values)
+        while queue:
+            maker = self.graph.values[queue.pop(0)].node
+            if maker < 0 or maker in self.sums:
+                return None
+            if self.finder.is_product(maker):
+                return maker
+            for read in self.graph.float_inputs(maker):
+                if read.index not in seen:
+                    seen.add(read.index)
+                    queue.append(read.index)
+        return None
 
     def gates_its_shortcut(self, node: int) -> bool:
         """Return whether one value reaches a term through elementwise functions, and another term by a branch.

@@ -16,6 +16,7 @@ from jacdiag.errors import TraceError
 from jacdiag.trace.graph import CallKey
 from jacdiag.trace.precision import Precision, map_leaves
 from jacdiag.trace.record import signature
+from jacdiag.trace.regular_gradients import with_regular_gradient
 from jacdiag.trace.sums import term_tensor
 from jacdiag.trace.tensors import is_identity, operand_at, pick
 
@@ -96,7 +97,8 @@ class Tap(TorchFunctionMode):
                 term = spot.where is Where.TERM
                 found = term_tensor(name, *read, spot.position) if term else operand_at(*read, spot.position)
                 self.visit(spot, _checked(found, spot))
-        return self._after(key, self.precision.call(func, args, kwargs), (args, kwargs), func)
+        result = with_regular_gradient(name, self.precision.call(func, args, kwargs))
+        return self._after(key, result, (args, kwargs), func)
 
     def _replaced(self, key: CallKey, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Shows operands that are met here for the first time; what `visit` returns takes their place from now on."""

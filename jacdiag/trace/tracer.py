@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -223,6 +223,13 @@ class Tracer:
             site.depth = depth
         return made
 
+    def _core(self, owner: int, norm: Norm, end: Spot) -> Callable[[Tensor], Tensor]:
+        """Return the branch behind its input norm as a function of z, the learned gain included."""
+        segment = self.replayer.segment(owner, norm.spot, end)
+        if norm.gain_before is None:
+            return segment
+        return lambda z: segment(norm.with_gain(z))
+
     def _sublayer(self, k: int, anatomist: Anatomist) -> Sublayer:
         site, owner = self.sites[k], self.owners[k]
         x = self.kept[site.shortcut]
@@ -248,7 +255,7 @@ class Tracer:
             branch=self.replayer.segment(owner, source, end),
             carry=self._carry(site, owner, source) if site.scaled else None,
             input_norm=entry,
-            core_of_norm=None if entry is None else self.replayer.segment(owner, entry.spot, end),
+            core_of_norm=None if entry is None else self._core(owner, entry, end),
             output_norm=exit_[0] if exit_ else None,
             before_output_norm=self.replayer.segment(owner, source, exit_[1]) if exit_ else None,
             heads=None,

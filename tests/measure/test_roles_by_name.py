@@ -396,6 +396,23 @@ def test_adaptive_embeddings_are_no_layers() -> None:
     assert {model.weights[name].role for name in parts if ".1.weight" in name} == {"projection"}
 
 
+@pytest.mark.parametrize("module", ["posEmbedBuilder", "pos_embed", "time_embedder", "t_embed", "timeEmbedding"])
+def test_the_mlp_of_an_embedding_is_no_layer(module: str) -> None:
+    parts = {f"{module}.mlp.0.weight": (4 * D, 3), f"{module}.mlp.2.weight": (D, 4 * D)}
+    alone = read_names({**parts, "layers.0.unknown.weight": (D, D)})
+    assert (alone.layers, alone.sublayers) == (0, [])
+
+    model = read_names({**parts, **shapes_of(NAMINGS["fairseq"])})
+    assert model.layers == 2
+    assert not [sublayer for sublayer in model.sublayers if module in sublayer.name]
+
+
+@pytest.mark.parametrize("prefix", ["embedder.", "text_embedding_model.", "remembered.", ""])
+def test_layers_of_an_embedding_model_are_layers(prefix: str) -> None:
+    named = {f"{prefix}{name}": shape for name, shape in shapes_of(NAMINGS["fairseq"]).items()}
+    assert read_names(named).layers == 2
+
+
 def test_sizes_that_do_not_agree_give_no_width() -> None:
     """Two matrices, each of which could write to the stream."""
     assert (

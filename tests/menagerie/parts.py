@@ -80,6 +80,25 @@ class HandLayerNorm(nn.Module):
         return (x - mean) / torch.sqrt(var + self.eps) * self.weight + self.bias
 
 
+class AnnotatedLayerNorm(nn.Module):
+    """LayerNorm as in the Annotated Transformer: the sample's std plus eps, and the gain before the division."""
+
+    centred = True
+
+    def __init__(self, d: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = nn.Parameter(torch.ones(d)), nn.Parameter(torch.zeros(d)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(-1, keepdim=True)
+        std = x.std(-1, keepdim=True)
+        return self.weight * (x - mean) / (std + self.eps) + self.bias
+
+    def factor(self, x: Tensor) -> Tensor:
+        """What the centred x is multiplied by, one number per token."""
+        return 1 / (x.std(-1) + self.eps)
+
+
 def rotate_half(x: Tensor) -> Tensor:
     a, b = x.chunk(2, dim=-1)
     return torch.cat((-b, a), dim=-1)

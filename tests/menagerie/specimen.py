@@ -40,6 +40,8 @@ class Norm:
     def gain(self, model: Model, x: Tensor) -> Tensor:
         """1 / sqrt(var + eps) per token (mean square for RMSNorm)."""
         norm = self.module(model)
+        if hasattr(norm, "factor"):
+            return norm.factor(x)
         base = x - x.mean(-1, keepdim=True) if centred(norm) else x
         return (base.square().mean(-1) + epsilon(norm, x)).rsqrt()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import sys
 from collections import OrderedDict
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from jacdiag.errors import SourceError
 from jacdiag.sources.checkpoint import open_checkpoint, strip_wrappers
+from jacdiag.sources.formats import safetensors_file
 
 NOISE = {"optimizer": {"state": {0: {"exp_avg": torch.ones(100_000)}}}, "epoch": 3, "loss": torch.tensor(2.0)}
 
@@ -81,6 +83,35 @@ def test_safetensors_whose_metadata_is_null(tmp_path: Path) -> None:
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
     found = open_checkpoint(path)
     assert list(found.state) == ["a"] and found.step is None
+
+
+def one_tensor(path: Path, dtype: str, size: int) -> Path:
+    """Write a safetensors file with one tensor of 4 x 4 values."""
+    entry = {"dtype": dtype, "shape": [4, 4], "data_offsets": [0, size]}
+    header = json.dumps({"blocks.0.weight": entry}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+    return path
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("F4", 8), ("F6_E2M3", 12), ("F6_E3M2", 12), ("F8_E8M0", 16)])
+def test_safetensors_with_values_of_few_bits_is_quantised(tmp_path: Path, dtype: str, size: int) -> None:
+    with pytest.raises(SourceError, match="are quantised") as refused:
+        open_checkpoint(one_tensor(tmp_path / "w.safetensors", dtype, size))
+    assert dtype in (refused.value.got or "")
+    assert "truncated" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("U16", 32), ("U32", 64), ("U64", 128), ("F16", 32), ("F64", 128)])
+def test_safetensors_of_every_dtype_of_torch_is_opened(tmp_path: Path, dtype: str, size: int) -> None:
+    path = one_tensor(tmp_path / "w.safetensors", dtype, size)
+    spans, _ = safetensors_file.spans(path)
+    assert tuple(spans["blocks.0.weight"].read().shape) == (4, 4)
+
+
+def test_safetensors_of_a_dtype_that_the_library_does_not_know(tmp_path: Path) -> None:
+    with pytest.raises(SourceError) as refused:
+        open_checkpoint(one_tensor(tmp_path / "w.safetensors", "F2", 4))
+    assert "update safetensors" in (refused.value.hint or "")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from jacdiag_cli.app import main
 from safetensors.torch import save_file
-from sources.rig import BUILD, SIZES, save, weights
+from sources.rig import BUILD, SIZES, same, save, weights, whole
 from torch import Tensor
 
 from jacdiag.errors import SourceError
@@ -150,6 +150,48 @@ def test_a_lora_adapter(tmp_path: Path, suffix: str, options: dict[str, Any]) ->
     with pytest.raises(SourceError, match="LoRA adapter") as caught:
         load(str(path), **options)
     assert "merge_and_unload" in (caught.value.hint or "")
+
+
+def unmerged() -> dict[str, Tensor]:
+    """Return a model with a LoRA adapter on every matrix and a head that was trained in full, as PEFT saves them."""
+    state = {}
+    for name, t in weights().items():
+        place = f"base_model.model.{name}"
+        stem = place.removesuffix(".weight")
+        if name in matrices():
+            state[f"{stem}.base_layer.weight"] = t
+            state[f"{stem}.lora_A.default.weight"] = torch.ones(2, t.shape[1])
+            state[f"{stem}.lora_B.default.weight"] = torch.zeros(t.shape[0], 2)
+        elif name == "lm_head.weight":
+            state[f"{stem}.original_module.weight"] = torch.zeros_like(t)
+            state[f"{stem}.modules_to_save.default.weight"] = t
+        else:
+            state[place] = t
+    return state
+
+
+@pytest.mark.parametrize("key", ["", "model"], ids=["flat", "under a key"])
+@pytest.mark.parametrize("options", OPTIONS, ids=["alone", "with a model"])
+def test_a_lora_adapter_beside_its_base_is_left_out_and_named(
+    tmp_path: Path, options: dict[str, Any], key: str
+) -> None:
+    state: dict[str, Any] = unmerged()
+    path = save(tmp_path / "w.pt", {key: state} if key else state)
+    source = load(str(path), **options)
+    if options:
+        assert source.model is not None
+        assert same(dict(whole(source).state_dict()), weights())
+    else:
+        assert same(source.state, weights())
+    (note,) = [note for note in source.notes if "LoRA" in note]
+    assert f"({2 * len(matrices())} tensors) were not applied" in note
+
+
+def test_no_adapter_is_named_where_there_is_none(tmp_path: Path) -> None:
+    plain = {name.replace(".mlp.", ".base_layer."): t for name, t in weights().items()}
+    source = load(str(save(tmp_path / "w.pt", plain)))
+    assert same(source.state, plain)
+    assert not [note for note in source.notes if "LoRA" in note]
 
 
 @pytest.mark.parametrize(

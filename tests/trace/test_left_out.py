@@ -48,6 +48,34 @@ class SomePositions(nn.Module):
         return x + layer(x)
 
 
+class WideLayer(nn.Module):
+    """A residual layer whose shortcut is projected where the width changes."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.Linear(before, 12), nn.GELU(), nn.Linear(12, after))
+        self.project: nn.Module = nn.Identity()
+        if before != after:
+            self.project = nn.Sequential(nn.Linear(before, after), nn.LayerNorm(after))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(x) + self.branch(x)
+
+
+class Widening(nn.Module):
+    """Two layers of one width, one that widens, two of the new width, as a ResNet has stages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = [D, D, D, 2 * D, 2 * D, 2 * D]
+        self.layers = nn.ModuleList(map(WideLayer, widths[:-1], widths[1:]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
 class Reversible(nn.Module):
     """x1 + f(x2), then x2 + g(x1): the first sum's branch does not read its own shortcut."""
 
@@ -185,6 +213,13 @@ def test_a_branch_of_another_stream_is_named() -> None:
     found = jacdiag.sites(Towers().eval(), torch.randn(2, 5, D), torch.randn(2, 5, D))
     assert len(found) == 4
     assert [item.reason for item in found.left_out] == ["the branch does not read this sum's own shortcut"]
+
+
+def test_a_projected_shortcut_is_named() -> None:
+    found = jacdiag.sites(Widening().eval(), torch.randn(2, 5, D))
+    assert len(found) == 4
+    reason = "a product with weights changes the shortcut on its way into the sum"
+    assert [(item.module, item.reason) for item in found.left_out] == [("layers.2", reason)]
 
 
 def test_a_mix_of_earlier_outputs_is_named() -> None:

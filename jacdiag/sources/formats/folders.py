@@ -28,7 +28,13 @@ _SCALES = re.compile(
     r"\.(qweight|qzeros|SCB|weight_scale|weight_scale_inv|weight_packed|input_scale"
     r"|absmax|weight\.absmax|weight\.quant_map|weight\.quant_state\..+)$|_proj_(blocks|scales)$"
 )
-_QUANTISED = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+_QUANTISED = (
+    torch.int8,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2fnuz,
+)
 
 
 def weight_files(path: Path) -> list[Path]:

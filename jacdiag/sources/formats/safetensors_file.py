@@ -7,18 +7,25 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from jacdiag.errors import SourceError
+from jacdiag.errors import SourceError, printable
 from jacdiag.sources.stored import failed
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
+    "C64": torch.complex64,
 }  # fmt: skip
+
+# Dtypes of the format that hold a part of a quantised weight: packed values of less than 8 bits, and powers of two as
+# scales of blocks.
+_QUANTISED = ("F8_E8M0", "F4", "F6_E2M3", "F6_E3M2")
 _BLOCK = 1 << 28  # one call of the system reads no more than 2 GiB
 
 
@@ -63,11 +70,12 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Returns the tensors by name (memory-mapped) and the file's own metadata.
 
     Raises:
-        SourceError: truncated, or not in this format.
+        SourceError: truncated, not in this format, or of a dtype that torch does not have.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
+        _header(path)
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, KeyError) as error:
@@ -80,22 +88,16 @@ def spans(path: Path) -> tuple[dict[str, Span], dict[str, str]]:
     Raises:
         SourceError: truncated, not in this format, or of a dtype that torch does not have.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     try:
-        with safe_open(path, framework="pt", device="cpu"):
-            pass  # the library's own check of the header: sizes, order, overlap, the file's length
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
+        length, header = _header(path)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise _broken(path, error) from error
     metadata = header.pop("__metadata__", None) or {}
     found = {}
     for name, entry in header.items():
-        dtype = _DTYPES.get(entry["dtype"])
-        if dtype is None:
-            raise _broken(path, ValueError(f"'{name}' has the dtype {entry['dtype']}, which is not known"))
+        dtype = _DTYPES[entry["dtype"]]
         begin, end = entry["data_offsets"]
         if end - begin != math.prod(entry["shape"]) * dtype.itemsize:
             raise _broken(path, ValueError(f"the size of '{name}' does not fit its shape"))
@@ -103,9 +105,43 @@ def spans(path: Path) -> tuple[dict[str, Span], dict[str, str]]:
     return found, metadata
 
 
+def _header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Return the length of a file's header and the header.
+
+    Raises:
+        SourceError: a tensor has a dtype that torch does not have.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt", device="cpu"):
+        pass  # the library's own check of the header: sizes, order, overlap, the file's length
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(length))
+    for name, entry in header.items():
+        if name != "__metadata__" and entry["dtype"] not in _DTYPES:
+            raise _unreadable(path, name, entry["dtype"])
+    return length, header
+
+
+def _unreadable(path: Path, name: str, dtype: str) -> SourceError:
+    """Return the error for a tensor of a dtype that is not read."""
+    got = f"'{printable(name)}' has the dtype {printable(dtype)}"
+    if dtype not in _QUANTISED:
+        return SourceError(
+            f"'{path}' holds a tensor that jacdiag cannot read", got=got, hint="save it in bfloat16 or float32"
+        )
+    return SourceError(
+        f"the weights in '{path}' are quantised, and jacdiag reads only weights in floating point",
+        got=got,
+        hint="audit the model that was quantised, or save a dequantised copy in bfloat16 or float32",
+    )
+
+
 def _broken(path: Path, error: Exception) -> SourceError:
+    newer = "unknown variant" in str(error)
     return SourceError(
         f"cannot read '{path}' as safetensors",
         got=f"{path.stat().st_size:,} bytes: {error}",
-        hint="it may be truncated: copy or save it again",
+        hint="update safetensors, or copy the file again" if newer else "it may be truncated: copy or save it again",
     )
