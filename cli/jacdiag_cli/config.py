@@ -140,9 +140,15 @@ def all_options() -> list[str]:
     from jacdiag_cli import options
 
     groups = (
-        options.SOURCE, options.PROBE, options.PROBES, options.SOLVER, options.TOGETHER, options.JUDGEMENT,
-        options.OUTPUT, options.GATE,
-    )  # fmt: skip
+        options.SOURCE,
+        options.PROBE,
+        options.PROBES,
+        options.SOLVER,
+        options.TOGETHER,
+        options.JUDGEMENT,
+        options.OUTPUT,
+        options.GATE,
+    )
     command = click.command()(options.add(*groups)(lambda: None))
     opts = [option for param in command.params if isinstance(param, click.Option) for option in param.opts]
     return [option.removeprefix("--") for option in opts if option.startswith("--")]

@@ -90,7 +90,8 @@ PRODUCT = Text(
     what="""\
 gain_product_log is the natural logarithm of the product of residual_norm over depth, the norm of a I + J
 (followed by the norm behind the sum for post-norm). Beside it stands the true end-to-end norm of d y_N / d
-x_1, by Lanczos on the chain.""",
+x_1, by Lanczos on the chain. Where that was not measured, the product is called an upper bound whose true value is
+not known.""",
     why="""\
 Eq. 7 bounds the gradient at the embedding by this product. The end-to-end norm shows how much of it is
 real: singular directions of neighbouring layers do not line up, and the rest cancels.""",

@@ -1,4 +1,4 @@
-"""Linear algebra of Jacobians: operators known by their products, and the norm of each with a certified interval."""
+"""Linear algebra of Jacobians: operators known by their products, and the norm of each with an interval."""
 
 from __future__ import annotations
 
