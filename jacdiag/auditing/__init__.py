@@ -162,7 +162,7 @@ def audit(
 
 def _weights_only(request: Request) -> Report:
     request.ranks.agree(lambda: fingerprint(None, request.source.state.items(), (), request.options(), {}))
-    report = weights_report(request.source)
+    report = weights_report(request.source, request.state)
     if request.tokens is not None:
         report = replace(report, notes=[*report.notes, f"--tokens {request.tokens} was not read: no model was run"])
     settings = {**report.settings, "name": request.source.name, "profile": request.profile, "seed": request.seed,
