@@ -132,16 +132,19 @@ def _balanced(matrix: Tensor) -> Tensor | None:
     if min(matrix.shape) < LEAST_SIDE:
         return None
 
-    size = matrix.abs().max()
-    matrix = matrix - matrix.mean(dim=1, keepdim=True)
-    matrix = matrix - matrix.mean(dim=0, keepdim=True)
-    if not bool(matrix.abs().max() > 1e-5 * size):  # rounding, of equal rows or equal columns
+    # 1. Without a value for each row and one for each column, is anything left?
+    centred = matrix - matrix.mean(dim=1, keepdim=True)
+    centred = centred - centred.mean(dim=0, keepdim=True)
+    if not bool(centred.abs().max() > 1e-5 * matrix.abs().max()):  # rounding, of equal rows or equal columns
         return None
 
-    for _ in range(_ROUNDS):
-        for side in (1, 0):
-            scale = matrix.square().mean(dim=side, keepdim=True).sqrt()
-            if bool((scale < 1e-6 * scale.max()).any()):
-                return None
-            matrix = matrix / scale
+    # 2. Scale first: the mean of a column would carry large rows into small ones.
+    for centre in (False, True):
+        for _ in range(_ROUNDS):
+            for side in (1, 0):
+                mean = matrix.mean(dim=side, keepdim=True)
+                scale = (matrix - mean).square().mean(dim=side, keepdim=True).sqrt()
+                if bool((scale < 1e-6 * scale.max()).any()):
+                    return None
+                matrix = (matrix - mean) / scale if centre else matrix / scale
     return matrix

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 Basis = Literal["given", "built", "file", "name", "weights"]
 
+_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".weights")
 _DEEPEST = 4  # levels of a file at which an optimizer may stand
 # File names that say nothing: the folder around the file has the name.
 _PLAIN_NAME = re.compile(
@@ -74,7 +75,7 @@ def name_says(path: str) -> History | None:
         ('trained', 'init', None)
     """
     pure = PurePath(path)
-    name = pure.stem if pure.suffix.lower() in (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".weights") else pure.name
+    name = pure.stem if pure.suffix.lower() in _SUFFIXES else pure.name
     if _PLAIN_NAME.fullmatch(name.lower()):
         name = pure.parent.name
     lowered = name.lower()
