@@ -89,7 +89,7 @@ def leftovers(shape: Shape) -> Weights:
     """Gains and biases that hold what other tensors left in memory."""
     weights = plain(shape, normal)
     other = torch.randn(4096).cumsum(0)
-    for name, tensor in weights.items():
+    for tensor in weights.values():
         if tensor.dim() == 1:
             start = int(torch.randint(0, 3000, (1,)))
             tensor.copy_(other[start : start + len(tensor)])

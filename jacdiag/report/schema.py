@@ -286,9 +286,9 @@ class Cost(Record):
 class Report(Record):
     """A whole audit. See `interface`: the JSON keys are a contract, add to them, never change or remove one.
 
-    `state_reason` says why `state` is what it is. `state_basis` says what the reason rests on: the state was "given", the
-    model was "built" here, a fact stands in the "file", or it is a guess from the "name" or the "weights". Both are ""
-    in reports of older versions.
+    `state_reason` says why `state` is what it is. `state_basis` says what the reason rests on: the state was "given",
+    the model was "built" here, a fact stands in the "file", or it is a guess from the "name" or the "weights". Both
+    are "" in reports of older versions.
     """
 
     source: dict[str, Any]

@@ -22,7 +22,9 @@ _PLAIN_NAME = re.compile(
     r"(pytorch_)?(model|weights|state_dict|checkpoint|ckpt|consolidated|adapter_model|mp_rank_\d+_model_states)"
     r"([-_.]?\d+(-of-\d+)?)?"
 )
-_COUNT = re.compile(r"(?:^|[^a-z0-9])(?:global_?)?(steps?|iter(?:ation)?s?|checkpoint|ckpt|epochs?)[-_=]?(\d+)(?![a-z0-9])")
+_COUNT = re.compile(
+    r"(?:^|[^a-z0-9])(?:global_?)?(steps?|iter(?:ation)?s?|checkpoint|ckpt|epochs?)[-_=]?(\d+)(?![a-z0-9])"
+)
 _WORD = re.compile(r"[a-z]+")
 _TRAINED = frozenset("trained pretrained finetuned finetune tuned converged best final last".split())
 _FRESH = frozenset("init initial initialised initialized untrained fresh random".split())
@@ -54,7 +56,8 @@ def history_of(source: Source) -> History | None:
     if source.info.get("format") in ("factory", "hf-config"):
         return History(state="init", reason=f"built here by {source.info.get('factory', source.name)}", basis="built")
     if source.stepped:
-        return History(state="trained", reason="the file holds the state of an optimizer that has stepped", basis="file")
+        reason = "the file holds the state of an optimizer that has stepped"
+        return History(state="trained", reason=reason, basis="file")
     if source.step is not None:
         state: Literal["init", "trained"] = "trained" if source.step else "init"
         return History(state=state, reason=f"saved at step {source.step:,}", basis="file")
