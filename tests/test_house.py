@@ -89,7 +89,7 @@ PUBLIC = ["JacdiagError", "Report", "__version__", "audit", "declare", "sites", 
 JSON_KEYS = {
     "schema_version", "jacdiag", "torch", "created", "source", "tier", "state", "probe", "plan", "conditions",
     "verdict", "model", "sublayers", "network", "findings", "rules", "cost", "settings", "ladder", "notes",
-    "contract", "figures", "baseline", "remedies", "risk",
+    "contract", "figures", "baseline", "remedies", "risk", "state_reason", "state_basis",
 }  # fmt: skip
 
 
