@@ -91,6 +91,7 @@ JSON_KEYS = {
     "schema_version", "jacdiag", "torch", "created", "source", "tier", "state", "probe", "plan", "conditions",
     "verdict", "model", "sublayers", "network", "findings", "rules", "cost", "settings", "ladder", "notes",
     "contract", "figures", "baseline", "remedies", "risk", "against",
+    "state_reason", "state_basis",
 }  # fmt: skip
 
 

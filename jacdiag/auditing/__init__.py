@@ -215,7 +215,7 @@ def _weights_only(request: Request) -> Report:
         hint = "--model FACTORY, which builds the model; or leave --probes out"
         raise UsageError("--probes needs a model that runs", got="weights alone: nothing is probed", hint=hint)
     request.ranks.agree(lambda: fingerprint(None, request.source.state.items(), (), request.options(), {}))
-    report = weights_report(request.source)
+    report = weights_report(request.source, request.state)
     if request.tokens is not None:
         report = replace(report, notes=[*report.notes, f"--tokens {request.tokens} was not read: no model was run"])
     settings = {**report.settings, "name": request.source.name, "profile": request.profile, "seed": request.seed,

@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from jacdiag.auditing.request import Request
 from jacdiag.auditing.stamp import peak_memory_mb, stamp
-from jacdiag.errors import MeasureError, SourceError, TraceError, UsageError, one_line
+from jacdiag.errors import JacdiagError, MeasureError, SourceError, TraceError, UsageError, one_line
 from jacdiag.measure.contract import contract_of, decayed_by
 from jacdiag.measure.dead_paths import find_dead_branches, find_dead_paths
 from jacdiag.measure.draws import Draws, std_of
@@ -28,7 +28,7 @@ from jacdiag.measure.gradients import GradientProfile, gradient_profile
 from jacdiag.measure.model import model_record
 from jacdiag.measure.network import backward_record, end_to_end, network_record, verify_replay, with_flow
 from jacdiag.measure.norms import Effort
-from jacdiag.measure.state import detect_state
+from jacdiag.measure.state import StateDecision, WeightEvidence, decide_state, judge_weights, same_weights
 from jacdiag.measure.sublayer import measure_group
 from jacdiag.measure.weights import weight_stats
 from jacdiag.ranks import Fingerprint, Share, Use, fingerprint, merged
@@ -42,6 +42,8 @@ from jacdiag.sources.device import pick
 from jacdiag.sources.factory import model_code
 from jacdiag.sources.wrapped import plain_name
 from jacdiag.sources.probe import check_varied
+from jacdiag.sources.history import history_of
+from jacdiag.sources.host_memory import free_host_memory
 from jacdiag.trace import Sublayer, sites
 from jacdiag.trace.declared import nothing_found
 from jacdiag.trace.tensors import collect_deep
@@ -113,7 +115,11 @@ class Audit:
     def _run(self) -> Report:
         self._trace()
         probe = self.probe
-        self.state = self._state()
+        with self._phase("state"):
+            self.decision = self._decide_state()
+        self.state = self.decision.state
+        if self.decision.note:
+            self.notes.append(self.decision.note)
         self.layers = self.sites.layers
         self._share_confidence()
         self.draws = Draws(self.sites.skeleton.params)
@@ -181,13 +187,29 @@ class Audit:
                              f"{spoken(now)}", hint=f"{options(before.probe, apart)}, as in the baseline; or write one "
                              "anew with --write-baseline")  # fmt: skip
 
-    def _state(self) -> Literal["init", "trained"]:
-        if self.request.state is not None:
-            return self.request.state
-        if self.request.source.fresh or self.request.source.step == 0:
-            return "init"
-        matrices = [name for site in self.sites for name in site.products]
-        return detect_state(self.sites.skeleton.params, matrices, self.sites.skeleton.outlines)
+    def _decide_state(self) -> StateDecision:
+        """Decide whether the model is freshly initialised or trained."""
+        skeleton, source = self.sites.skeleton, self.request.source
+        return decide_state(
+            self.request.state,
+            history_of(source),
+            lambda: judge_weights(skeleton.params, skeleton.outlines),
+            settled=source.fresh,
+            draws_again=self._draws_again if source.rebuild is not None else None,
+        )
+
+    def _draws_again(self, evidence: WeightEvidence) -> bool:
+        """Return whether the factory builds other weights with another seed; False if there is no room to try."""
+        source, params = self.request.source, self.sites.skeleton.params
+        needed = sum(t.numel() * t.element_size() for t in self.sites.skeleton.outlines.values())
+        free = free_host_memory()
+        if source.rebuild is None or (free is not None and 2 * needed > free):
+            return False
+        try:
+            other = source.rebuild(self.request.seed + 1)
+        except JacdiagError:
+            return False
+        return not same_weights(params, other, evidence.failed)
 
     def _fingerprint(self, probe: Probe) -> Fingerprint:
         skeleton, tensors = self.sites.skeleton, []  # type: ignore[var-annotated]
@@ -326,6 +348,8 @@ class Audit:
             source=r.source.info,
             tier="measured",
             state=self.state,
+            state_reason=self.decision.reason,
+            state_basis=self.decision.basis,
             probe=replace(probe.described, off_distribution=off),
             model=model,
             sublayers=found.records,

@@ -30,6 +30,7 @@ from jacdiag.sources.given import path_text, source_of
 PASS, FINDINGS, UNDECIDED = 0, 1, 3
 _MORE = 4  # times the products, where a rule stayed undecided
 _MOST = 4000
+_BUILT = ("factory", "hf-config", "module")  # formats of sources that a gate takes as freshly initialised
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ def gate(
         baseline: a file of `write_baseline`; norms are then measured to `tol` instead of until decided.
         fail_on: the least level that fails: info, warning, error or never.
         max_products: per norm at first; more are spent where a rule stays undecided.
+        state: "init" or "trained". If not given, a model that is built or passed as a module is fresh, for every
+            seed; a file is judged as by `jacdiag.audit`.
         command: for the report.
         **options: of `jacdiag.audit`.
 
@@ -188,6 +191,7 @@ class _Runs:
                 self.notes.append(f"the budget of {self.budget:g} s ran out after {len(reports)} of the seeds")
                 break
             loaded = self.open(seed)
+            loaded.fresh = loaded.fresh or loaded.info.get("format") in _BUILT
             if self.model is None:
                 self.model = loaded.model
             reports.append(self._decided(loaded, seed))

@@ -17,11 +17,12 @@ from jacdiag.measure.draws import copies_of, draw_of, std_of
 from jacdiag.measure.figures import spread_of
 from jacdiag.measure.finite import non_finite_weights
 from jacdiag.measure.roles_by_name import NamedModel, NamedSublayer, is_matrix, read_names
-from jacdiag.measure.state import detect_state
+from jacdiag.measure.state import State, decide_state, judge_weights
 from jacdiag.measure.weights import bound_ffn, weight_stats
 from jacdiag.report.contract import ContractRecord
 from jacdiag.report.schema import ModelRecord, Report, Spread, SublayerRecord, WeightStats
 from jacdiag.sources import Source
+from jacdiag.sources.history import history_of
 
 NOT_MEASURED = (
     "shortcut_std",
@@ -57,7 +58,7 @@ class EmbeddingFacts:
     note: str
 
 
-def weights_report(source: Source) -> Report:
+def weights_report(source: Source, given: State | None = None) -> Report:
     """Return the report of a state dict without a model.
 
     Nothing is run, so that no Jacobian is measured and placements are unknown. Eq. 15 is given
@@ -65,6 +66,7 @@ def weights_report(source: Source) -> Report:
 
     Args:
         source: holds the state dict; its model is None.
+        given: the state, if the user said it.
     """
     state = {
         name: tensor for name, tensor in source.state.items() if tensor.is_floating_point()
@@ -72,7 +74,10 @@ def weights_report(source: Source) -> Report:
     # 1. Classify.
     model = read_names({name: tuple(tensor.shape) for name, tensor in state.items()})
     # 2. Summarise.
-    phase = "init" if source.step == 0 else detect_state(state, _matrices_of_sublayers(model))
+    decision = decide_state(
+        given, history_of(source), lambda: judge_weights({name: state[name] for name in _matrices(model)})
+    )
+    phase = decision.state
     embedding = summarise_embedding(state, model)
     stats = summarise_weights(state, model)
     # 3. Build.
@@ -86,6 +91,8 @@ def weights_report(source: Source) -> Report:
         source=source.info,
         tier="weights",
         state=phase,
+        state_reason=decision.reason,
+        state_basis=decision.basis,
         probe=None,
         model=build_model(state, model, stats),
         sublayers=records,
@@ -96,6 +103,12 @@ def weights_report(source: Source) -> Report:
 
 
 # -- Summarise -------------------------------------------------------------------------------------
+def _matrices(model: NamedModel) -> list[str]:
+    """Return the matrices of sub-layers and those around them, not what the model computes."""
+    outside = [name for name, weight in model.weights.items() if weight.role in OUTSIDE]
+    return list(dict.fromkeys([*_matrices_of_sublayers(model), *outside]))
+
+
 def _matrices_of_sublayers(model: NamedModel) -> list[str]:
     return [name for sublayer in model.sublayers for name in sublayer.roles]
 

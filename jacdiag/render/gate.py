@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jacdiag.render.folded import accepting, counted, failing, not_applicable, notes, outcome, reservations
-from jacdiag.render.words import legible, source_name
+from jacdiag.render.words import legible, source_name, why_state
 from jacdiag.report import Report
 
 _SIGNS = {"error": "✗", "warning": "▲", "info": "·"}
@@ -32,6 +32,7 @@ def render(report: Report) -> str:
             lines.append(f"{'':27}try: {note.fix}")
     lines.append(f"✓ {counted(report)}{_baseline(report)}")
     lines += [f"  {line}" for line in [*reservations(report), *not_applicable(report)]]
+    lines += [f"  state: {line}" for line in [why_state(report)] if line]
     lines += [f"  note: {line}" for line in report.notes]
     command = accepting(report)
     if command:

@@ -38,6 +38,9 @@ def header(report: Report) -> list[list[str]]:
         [f"jacdiag {report.jacdiag}".strip(), source_name(report), model_words(report), state_words(report)],
         _probe(report),
     ]
+    why = why_state(report)
+    if why:
+        lines.insert(1, [why])
     read = read_words(report.source)
     return [*lines, read] if read else lines
 
@@ -90,6 +93,17 @@ def state_words(report: Report) -> str:
 def placement_words(placement: str) -> str:
     """Return a placement as a noun: "pre-norm", "no norm"."""
     return "no norm" if placement == "none" else f"{placement}-norm"
+
+
+def why_state(report: Report) -> str:
+    """Return why a model counts as freshly initialised or trained, and what overrides it; "" if the user said it.
+
+    For example "trained (41 of 48 matrices are no draw of an init); --state init overrides".
+    """
+    if not report.state_reason or report.state_basis == "given":
+        return ""
+    other = "trained" if report.state == "init" else "init"
+    return f"{report.state} ({report.state_reason}); --state {other} overrides"
 
 
 def left_out(titles: Sequence[str], other: str = "markdown") -> str:

@@ -327,7 +327,12 @@ class Cost(Record):
 
 @dataclass(frozen=True)
 class Report(Record):
-    """A whole audit. See `interface`: the JSON keys are a contract, add to them, never change or remove one."""
+    """A whole audit. See `interface`: the JSON keys are a contract, add to them, never change or remove one.
+
+    `state_reason` says why `state` is what it is. `state_basis` says what the reason rests on: the state was "given",
+    the model was "built" here, a fact stands in the "file", or it is a guess from the "name" or the "weights". Both
+    are "" in reports of older versions.
+    """
 
     source: dict[str, Any]
     tier: Literal["weights", "measured"]
@@ -351,6 +356,8 @@ class Report(Record):
     remedies: list[RemedyRecord] = field(default_factory=list)
     risk: Risk | None = None
     against: AgainstRecord | None = None
+    state_reason: str = ""
+    state_basis: str = ""
     created: str = ""
     torch: str = ""
     jacdiag: str = ""

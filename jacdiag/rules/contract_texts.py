@@ -10,7 +10,10 @@ PINNED = Text(
 For each role (embedding, positions, W_Q, W_K, W_V, W_O, W_1, W_gate, W_2, router, head, norm_gain, bias, or "matrix"
 for every matrix of a sub-layer) or name pattern of the contract, the std of every weight of it must lie within the
 sampling interval of its size: chi-square for a normal, by its known kurtosis for the other families, at a chance of a
-false alarm of 1e-6 per weight. Gains and biases must have the value itself.""",
+false alarm of 1e-6 per weight. Gains and biases must have the value itself.
+
+The contract is left out for weights that are known to be trained: by --state trained, or by a step or an optimizer
+state in their file. Where the state is a guess, from the name of the file or from the weights, it is judged.""",
     why="""\
 A refactor that drops an exemption or a factor changes no test and no shape. The contract is the one place that says
 what was meant.""",

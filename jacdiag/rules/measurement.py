@@ -69,7 +69,7 @@ def _off_distribution(context: Context, rule: Rule) -> Outcome:
         return Outcome(1)
     pixels = probe.tokens == "random pixels"
     real = "--inputs FACTORY with real images" if pixels else "--tokens FILE with real text or tokens"
-    fix = f"{real}; levels are capped at warning until then"
+    fix = real if context.profile.levels else f"{real}; levels are capped at warning until then"
     what = f"a trained model was probed with random {'pixels' if pixels else 'tokens'}"
     return Outcome(1, [Finding(rule.code, context.level(rule, "warning"), [], what, {}, rule.summary, fix)])
 

@@ -160,7 +160,8 @@ OFF_DISTRIBUTION = Text(
 At init random tokens see everything. A trained model has learned what text looks like; random tokens are
 far from it.""",
     why="""\
-Gains and shortcut sizes depend on the input. Levels are capped at warning with such a probe.""",
+Gains and shortcut sizes depend on the input. Levels are capped at warning with such a probe, unless the profile
+names a level for the rule.""",
     example="""\
 jacdiag audit trained.pt                 (no tokenizer beside the file)""",
     remedy="""\

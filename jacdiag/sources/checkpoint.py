@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from jacdiag.errors import SourceError, clipped, printable
 from jacdiag.sources.adapters import adapter_names, take_base_model
-from jacdiag.sources.candidates import Candidate, find_candidates, split_flat
+from jacdiag.sources.candidates import Candidate, Kind, find_candidates, split_flat
 from jacdiag.sources.choice import Choice, choose_by_model, choose_by_name, strip_wrappers
 from jacdiag.sources.contents import check_chosen, check_contents
 from jacdiag.sources.formats import safetensors_file, torch_file
 from jacdiag.sources.formats.other import check_format
+from jacdiag.sources.history import optimizer_stepped
 from jacdiag.sources.stored import Piece, StoredWeights
 
 __all__ = ["Checkpoint", "Contents", "open_checkpoint", "read_contents", "strip_wrappers"]
@@ -90,6 +91,12 @@ class Contents:
     def stored(self) -> bool:
         """Whether tensors can be read one by one."""
         return self.format != "torch-save"
+
+    @property
+    def optimizer_stepped(self) -> bool:
+        """Whether the file holds the state of an optimizer that has taken a step."""
+        flat = [c.entries for c in self.candidates if c.kind is Kind.OPTIMIZER] if self.stored else []
+        return optimizer_stepped(self.top, {name: entry for entries in flat for name, entry in entries.items()})
 
     def choose(self, key: str | None = None, model: nn.Module | None = None) -> Checkpoint:
         """Choose one set of tensors.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,8 +43,8 @@ def source_of(
         name = factory.name_of(given)
         if model is not None:
             raise UsageError("model= belongs to a checkpoint file", got=f"model={model!r} with the function {name}")
-        built = factory.build(given, model_args, seed)
-        return Source(built, {"format": "factory", "factory": name}, name)
+        rebuild = partial(factory.build, given, model_args)
+        return Source(rebuild(seed), {"format": "factory", "factory": name}, name, rebuild=rebuild)
     raise SourceError("this is no model that can be audited", got=kind_of(given), hint=_way_from(given))
 
 

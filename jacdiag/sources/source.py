@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ class Source:
         model: None in the weights-only tier; `state` then holds the weights, `why_weights` says why.
         info: what the report says about the source: path or factory, format, step, unread classes.
         name: short name for a header.
-        fresh: randomly initialised just now, for certain (a factory may load trained weights).
+        fresh: randomly initialised just now, for certain: `hf:CONFIG`, and every model that a gate builds.
         step: training steps so far, where the source says so.
+        stepped: the file holds the state of an optimizer that has taken a step.
+        rebuild: builds the model once more, with another seed; None where it holds one set of weights.
         owned: loaded here, so that it may be moved to a device; a module that was handed in may not.
         folder: a Hugging Face folder, which may have a tokenizer.
         weights: the values of the model's parameters, where these are on the meta device and stay in their files.
@@ -43,6 +46,8 @@ class Source:
     state: dict[str, Tensor] = field(default_factory=dict)
     fresh: bool = False
     step: int | None = None
+    stepped: bool = False
+    rebuild: Callable[[int], nn.Module] | None = None
     owned: bool = True
     why_weights: str = ""
     folder: Path | None = None
@@ -139,7 +144,8 @@ def load(
         _no_model(model, source)
         _no_key(key, source)
         info = {"format": "factory", "factory": source, **({"model_args": model_args} if model_args else {})}
-        return Source(factory.build(source, model_args, seed), info, source)
+        rebuild = partial(factory.build, source, model_args)
+        return Source(rebuild(seed), info, source, rebuild=rebuild)
     path = Path(source)
     if factory.there(path) and path.is_dir():
         if dcp.is_folder(path) and not huggingface.is_folder(path):
@@ -211,6 +217,7 @@ def _folder_into(
         loaded = huggingface.Loaded(found.model or nn.Module(), {}, found.weights, found.notes)
         source = _of_folder(path, loaded, found.info | info)
         source.step = found.step if source.step is None else source.step
+        source.stepped = found.stepped
         return source
 
     stored = huggingface.read_files(path, files, trust_pickle)
@@ -265,7 +272,7 @@ def _from_file(
 
     # 2. Say what was read, and what else is in the file.
     info: dict[str, Any] = {"path": str(found.path), "format": found.format, "step": found.step}
-    made = Source(None, info, found.path.name, step=found.step)
+    made = Source(None, info, found.path.name, step=found.step, stepped=contents.optimizer_stepped)
     if found.unread:
         info["unread"] = found.unread
         shown = clipped(", ".join(found.unread), 200)

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from jacdiag.errors import ProbeError, TraceError
 from jacdiag.measure.finite import non_finite_state
 from jacdiag.measure.model import model_record
 from jacdiag.measure.norms import Effort
-from jacdiag.measure.state import detect_state
+from jacdiag.measure.state import State, StateDecision, decide_state, judge_weights
 from jacdiag.measure.sublayer import measure_group
 from jacdiag.report import Cost, Report, SublayerRecord
 from jacdiag.report.thresholds import Thresholds
@@ -65,6 +65,7 @@ class LiveProbe:
     probe: Probe | None = None
     report: Report | None = None
     blocks: Blocks | None = None
+    decision: StateDecision | None = None
 
     def choose(self, first: tuple[tuple[Any, ...], dict[str, Any]] | None, sharded: bool = False) -> None:
         """Settles on the probe: the user's own, else the first sequences of the stream, else random tokens.
@@ -155,24 +156,29 @@ class LiveProbe:
             "stable_rank": self.ranks.look(found),
         }
 
-    def state_of(self, found: Sites) -> Literal["init", "trained"]:
-        names = [name for site in found for name in site.products]
-        return detect_state(found.skeleton.params, names, found.skeleton.outlines)
+    def state_of(self, found: Sites) -> State:
+        """Return the state that the weights show; a model that was trained once stays so."""
+        if self.decision is None or self.decision.state == "init":
+            skeleton = found.skeleton
+            self.decision = decide_state(None, None, lambda: judge_weights(skeleton.params, skeleton.outlines))
+        return self.decision.state
 
-    def _measured(self, members: list[Sublayer], state: Literal["init", "trained"]) -> list[SublayerRecord]:
+    def _measured(self, members: list[Sublayer], state: State) -> list[SublayerRecord]:
         assert self.probe is not None
         solver = partial(WarmSolver, memory=self.memory)
         effort = Effort(0.0, CONFIDENCE, PRODUCTS, self.seed, _to_budget, early=True, solver=solver)
         return measure_group(members, effort, self.probe.token_ids, state, lambda _name: None)
 
     def _report(self, found: Sites, records: list[SublayerRecord], state: Any, step: int, begun: float) -> Report:
-        assert self.probe is not None
+        assert self.probe is not None and self.decision is not None
         off = state == "trained" and self.probe.record.is_random
         checks = {"deterministic": found.deterministic, "non_finite": non_finite_state(found).names}
         return Report(
             source={"format": "live", "step": step},
             tier="measured",
             state=state,
+            state_reason=self.decision.reason,
+            state_basis=self.decision.basis,
             probe=replace(self.probe.record, off_distribution=off),
             model=model_record(self.model, found),
             sublayers=records,

@@ -176,9 +176,16 @@ def test_on_a_trained_model_the_conditions_are_observations() -> None:
 def test_off_distribution_caps_levels_at_warning() -> None:
     probe = ProbeRecord(2, 8, 0, off_distribution=True)
     rows = [replace(r, norm_gain=gain(20.0)) for r in healthy()]
-    made = judged(rows, "paper", state="trained", probe=probe)
+    made = judged(rows, state="trained", probe=probe)
     assert "error" not in {f.level for f in made.findings}
     assert findings(made, "JD903")[0].level == "warning"
+
+
+def test_a_condition_that_is_not_met_fails_under_the_paper_profile_in_any_state() -> None:
+    rows = [replace(r, norm_gain=gain(20.0)) for r in healthy()]
+    for state, off_distribution in (("init", False), ("trained", False), ("trained", True)):
+        made = judged(rows, "paper", state=state, probe=ProbeRecord(2, 8, 0, off_distribution=off_distribution))
+        assert made.conditions.large_shortcut == "not met" and made.verdict == "fail"
 
 
 @pytest.mark.parametrize("placement", ["post", "sandwich", "reordered", "none"])
