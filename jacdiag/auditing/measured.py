@@ -40,10 +40,10 @@ from jacdiag.rules import decision_points
 from jacdiag.sources import Probe, build_probe
 from jacdiag.sources.device import pick
 from jacdiag.sources.factory import model_code
-from jacdiag.sources.wrapped import plain_name
-from jacdiag.sources.probe import check_varied
 from jacdiag.sources.history import history_of
 from jacdiag.sources.host_memory import free_host_memory
+from jacdiag.sources.probe import check_varied
+from jacdiag.sources.wrapped import plain_name
 from jacdiag.trace import Sublayer, sites
 from jacdiag.trace.declared import nothing_found
 from jacdiag.trace.tensors import collect_deep
