@@ -110,7 +110,8 @@ def decide_state(
         return StateDecision(state="trained" if evidence.trained else "init", reason=evidence.words, basis="weights")
 
     # 3. It should be fresh. Do the weights agree?
-    reason, basis = ("a gate judges a fresh model", "built") if history is None else (history.reason, history.basis)
+    reason = "a gate judges a fresh model" if history is None else history.reason
+    basis: Basis = "built" if history is None else history.basis
     if not evidence.trained:
         return StateDecision(state="init", reason=reason, basis=basis)
     against = f"{evidence.words}: if it holds trained weights, pass --state trained"

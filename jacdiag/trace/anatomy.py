@@ -100,7 +100,7 @@ class Anatomist:
 
     def input_norm(self, site: Site, owner: int, x: Tensor) -> Norm | None:
         """The last point that every path passes, with no parameter before it, that is a norm of the shortcut."""
-        candidates = []
+        candidates: list[tuple[int, Where, int | None]] = []
         for node in waists(self.graph, site.cone, site.shortcut):
             name = self.graph.nodes[node].name
             before = [n for n in site.cone if n < node and reads_state(self.graph, n)]
