@@ -61,11 +61,12 @@ def layer_groups(weights: Iterable[WeightRecord], least: int = 2) -> Iterator[Gr
     for (pattern, *_), numbered in groups.items():
         if len(numbered) >= least:
             ascending = sorted(numbered, key=lambda pair: pair[0])
-            yield Group(pattern, tuple(number for number, _ in ascending), tuple(weight for _, weight in ascending))
+            numbers, members = zip(*ascending, strict=True)
+            yield Group(pattern, numbers, members)
 
 
 def _blocks_of(weights: Iterable[WeightRecord]) -> set[str]:
-    """Return the numbered modules that hold modules: `blocks.3`, and not `mlp.2`, a place in a row of unlike modules."""
+    """Return the numbered modules that hold modules: `blocks.3`, not `mlp.2`, a place in a row of unlike modules."""
     return {
         weight.parameter[: match.end()]
         for weight in weights

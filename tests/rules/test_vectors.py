@@ -219,7 +219,8 @@ def zero_last_gains(model: Model) -> None:
 
 def gains_by_depth(model: Model) -> None:
     for layer in range(6):
-        fill(model, lambda gain, layer=layer: nn.init.constant_(gain, (layer + 1) ** -0.5), f"layers.{layer}.norm1.weight")
+        value = (layer + 1) ** -0.5
+        fill(model, lambda gain, value=value: nn.init.constant_(gain, value), f"layers.{layer}.norm1.weight")
 
 
 def layer_scale_by_depth(model: Model) -> None:
