@@ -1,4 +1,4 @@
-"""JD208 to JD211 on models that are as they should be: every family that transformers registers, fresh, and other inits.
+"""JD208 to JD211 on models that are as they should be: every family that transformers registers, and other inits.
 
     python benchmarks/vectors.py [FAMILY ...] [--layers 4] [--seeds 20]
 
@@ -20,14 +20,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "critical"}
 
 import torch
+from _coverage import build, shrink
 from torch import nn
 
 import jacdiag
-from _coverage import build, shrink
 
 CODES = ("JD208", "JD209", "JD210", "JD211")
 RESULTS = Path(__file__).parent / "results" / "vectors.json"

@@ -163,7 +163,7 @@ def _same_numbers(tensor: Tensor, other: Tensor) -> bool:
 
 
 def _repeats_a_part(tensor: Tensor) -> bool:
-    """Whether a stack of matrices holds one of them twice, or a matrix is one block of rows or columns over and over."""
+    """Whether a stack of matrices holds one of them twice, or a matrix is one block of rows or columns repeated."""
     if tensor.dim() == 3:
         return _repeats_a_matrix(tensor)
     if tensor.dim() != 2:
@@ -212,8 +212,8 @@ def pieces_of(names: Iterable[str], params: Mapping[str, Tensor]) -> dict[str, s
         {'gain': 'weight'}
     """
     vectors = {name: params[name].detach().flatten() for name in names}
-    vectors = {name: vector for name, vector in vectors.items() if vector.numel() >= 8 and bool((vector != vector[0]).any())}
-    chosen = dict(list(vectors.items())[:_MOST_SEARCHED])
+    suited = [n for n, vector in vectors.items() if vector.numel() >= 8 and bool((vector != vector[0]).any())]
+    chosen = {name: vectors[name] for name in suited[:_MOST_SEARCHED]}
     pieces: dict[str, str] = {}
     if not chosen:
         return pieces
@@ -338,8 +338,8 @@ def truncated(cut: float) -> tuple[float, float]:
 def _family(found: Moments) -> tuple[str, float, float]:
     """Family, kurtosis of that family, and std over that before truncation.
 
-    A normal sample of that size reaches a largest distance from its mean that hardly varies: one that stays far below is bounded,
-    one far above is a mixture. Each of the tests errs with a chance below 1e-6.
+    A normal sample of that size reaches a largest distance from its mean that hardly varies: one that stays far below
+    is bounded, one far above is a mixture. Each of the tests errs with a chance below 1e-6.
     """
     n, reach = found.count, found.furthest / found.std
     error = 6 * math.sqrt(24 / n)

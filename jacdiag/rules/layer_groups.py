@@ -11,9 +11,7 @@ from typing import Any
 
 from jacdiag.report import WeightRecord
 
-# A part of a name that is a number, with two names or more after it: `blocks.3.norm1.weight`, and not `mlp.2.weight`,
-# whose number is a place in a sequence of unlike modules.
-_LAYER_NUMBER = re.compile(r"(?<![^.])\d+(?=\.[^.]+\.)")
+_NUMBER = re.compile(r"(?<![^.])\d+(?=\.)")
 _SAME = 1e-3  # relative: what low precisions move a constant by
 DRAWN = ("normal", "truncated", "uniform", "orthogonal")
 CONSTANT = ("zero", "constant")
@@ -46,6 +44,7 @@ def layer_groups(weights: Iterable[WeightRecord], least: int = 2) -> Iterator[Gr
         least: members that a group needs.
     """
     weights = list(weights)
+    blocks = _blocks_of(weights)
     siblings: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
     for weight in weights:
         module, _, name = weight.parameter.rpartition(".")
@@ -53,14 +52,27 @@ def layer_groups(weights: Iterable[WeightRecord], least: int = 2) -> Iterator[Gr
     groups: dict[tuple[Any, ...], list[tuple[int, WeightRecord]]] = {}
     for weight in weights:
         around = frozenset(siblings[weight.parameter.rpartition(".")[0]])
-        for match in _LAYER_NUMBER.finditer(weight.parameter):
+        for match in _NUMBER.finditer(weight.parameter):
+            if weight.parameter[: match.end()] not in blocks:
+                continue
             pattern = f"{weight.parameter[: match.start()]}*{weight.parameter[match.end() :]}"
             key = (pattern, weight.role, weight.offset, around)
             groups.setdefault(key, []).append((int(match[0]), weight))
     for (pattern, *_), numbered in groups.items():
         if len(numbered) >= least:
             ascending = sorted(numbered, key=lambda pair: pair[0])
-            yield Group(pattern, tuple(number for number, _ in ascending), tuple(weight for _, weight in ascending))
+            numbers, members = zip(*ascending, strict=True)
+            yield Group(pattern, numbers, members)
+
+
+def _blocks_of(weights: Iterable[WeightRecord]) -> set[str]:
+    """Return the numbered modules that hold modules: `blocks.3`, not `mlp.2`, a place in a row of unlike modules."""
+    return {
+        weight.parameter[: match.end()]
+        for weight in weights
+        for match in _NUMBER.finditer(weight.parameter)
+        if "." in weight.parameter[match.end() + 1 :]
+    }
 
 
 def is_constant(weight: WeightRecord) -> bool:

@@ -17,6 +17,8 @@ from jacdiag.rules.vectors import differences
 
 _Z = 4.9  # errors of a std at a chance of 1e-6
 _RARE = math.log(1e-7)
+# Std of a normal after its numbers beyond two std were cut: of a small router nobody can tell whether that was done.
+_TRUNCATED = 0.8796
 
 TEXT = Text(
     summary="routers were left at a framework's default, or drawn wider or narrower than the rest",
@@ -171,7 +173,7 @@ def _drawn_as(routers: Routers, rest: list[WeightRecord]) -> bool:
         ratio = 1.0
         if weight.fan_in and weight.fan_out and router.fan_in and router.fan_out:
             ratio = math.sqrt((weight.fan_in + weight.fan_out) / (router.fan_in + router.fan_out))
-        for factor in (1.0, ratio):
+        for factor in (1.0, ratio, _TRUNCATED, 1 / _TRUNCATED):
             lower, upper = (weight.lower or 0.0) * factor, (weight.upper or math.inf) * factor
             if lower <= routers.upper and routers.lower <= upper:
                 return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ _LEAST = 3  # layers: of two that differ nobody can say which is usual
 _LAYER_SCALE_STEPS = (0.1, 1e-5, 1e-6)
 
 # Model types whose published code initialises the w of 1 + w with 1.
+_DRAWN_AROUND_ZERO = ("efficientnet", "mobilevit", "mobilevitv2")  # batch norms, in transformers' _init_weights
 _USED_AS_TWO = ("nemotron",)  # transformers, models/nemotron, PreTrainedModel._init_weights
 
 TEXT = Text(
@@ -45,7 +47,8 @@ A norm gain of the model's width that no other layer has, such as that of the la
 the whole model: it is named if it is zero, or holds numbers around another value. For a gain that the model uses as
 1 + w, the gain is 1 + w: it is named where it is 2, since w was then initialised as a gain of its own (Nemotron does so
 on purpose, and is not named). A gain that was drawn around 0 is named in any case, and so are all gains if every one is
-zero. Other layers that are all alike are not named: gains of zero at the end of every branch are a published init.""",
+zero (transformers draws the batch norms of EfficientNet and MobileViT around 0; those are not named). Other layers that
+are all alike are not named: gains of zero at the end of every branch are a published init.""",
     why="""\
 A zero gain cuts its branch off: neither it nor the matrices before it get a gradient. A gain that was never initialised
 holds what was in the memory. Neither changes a shape, and the other layers hide both from a loss curve.""",
@@ -98,7 +101,8 @@ def differences(contract: ContractRecord) -> tuple[int, list[Difference]]:
     lonely = [gain for gain in gains if gain.parameter not in compared and gain.shape == [width]]
     compared.update(gain.parameter for gain in lonely)
     doubled = () if contract.family in _USED_AS_TWO else _doubled(gains)
-    broken = [*_around_zero(gains), *_all_zero(gains)]
+    around_zero = () if contract.family in _DRAWN_AROUND_ZERO else _around_zero(gains)
+    broken = [*around_zero, *_all_zero(gains)]
     for difference in (*doubled, *broken, *_biases_beside(broken, weights), *_unlike_the_model(lonely, gains)):
         found.setdefault(difference.weight.parameter, difference)
 
@@ -137,8 +141,9 @@ def _follows_layer_scale(group: Group) -> bool:
     if not all(weight.role == "scale" and weight.family == "constant" for weight in group.members):
         return False
     values = [weight.mean or 0.0 for weight in group.members]
-    falls = all(later <= earlier for earlier, later in zip(values, values[1:], strict=False))
-    return falls and all(any(math.isclose(value, step, rel_tol=1e-2) for step in _LAYER_SCALE_STEPS) for value in values)
+    falls = all(later <= earlier for earlier, later in itertools.pairwise(values))
+    on_a_step = (any(math.isclose(value, step, rel_tol=1e-2) for step in _LAYER_SCALE_STEPS) for value in values)
+    return falls and all(on_a_step)
 
 
 def _not_drawn_alike(group: Group) -> list[WeightRecord]:
@@ -223,14 +228,16 @@ def _biases_beside(broken: list[Difference], weights: list[WeightRecord]) -> Ite
     beside = [w for w in weights if w.role == "bias" and w.parameter.rpartition(".")[0] in norms and w.family != "zero"]
     for bias in beside:
         same = [other for other in beside if other.pattern == bias.pattern]
-        yield Difference(bias, bias.pattern, len(same), "the gain of the same norm is wrong too; a norm's bias is 0", 0.0)
+        others = "the gain of the same norm is wrong too; a norm's bias is 0"
+        yield Difference(bias, bias.pattern, len(same), others, 0.0)
 
 
 def _unlike_the_model(lonely: list[WeightRecord], gains: list[WeightRecord]) -> Iterator[Difference]:
     """Gains without their like in other layers that are zero, or hold numbers around another value than all gains."""
     ordinary = [gain for gain in gains if is_constant(gain)]
     values = [gain.offset + (gain.mean or 0.0) for gain in ordinary]
-    usual = next((v for v in values if sum(math.isclose(v, x, rel_tol=1e-3) for x in values) >= MAJORITY * len(gains)), None)
+    enough = MAJORITY * len(gains)
+    usual = next((v for v in values if sum(math.isclose(v, x, rel_tol=1e-3) for x in values) >= enough), None)
     if usual is None or usual == 0 or len(gains) < _LEAST:
         return
     for gain in lonely:
@@ -276,7 +283,9 @@ def _finding(context: Context, rule: Rule, group: list[Difference]) -> Finding:
         "offset": weights[0].offset,
     }
     where = list(dict.fromkeys(weight.sublayer or weight.parameter for weight in weights))
-    fix = f"initialise it with {plain(first.value)}" if first.value is not None else "initialise it as in the other layers"
+    fix = "initialise it as in the other layers"
+    if first.value is not None:
+        fix = f"initialise it with {plain(first.value)}"
     what = f"{name}{count} holds {shown}; {first.others}"
     return Finding(rule.code, context.level(rule, rule.level), where, what, evidence, rule.summary, fix)
 

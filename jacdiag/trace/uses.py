@@ -30,9 +30,10 @@ _TIMES = {"mul", "__mul__", "__rmul__", "mul_", "__imul__", "multiply"}
 _PARTS = {"chunk", "split", "split_with_sizes", "tensor_split", "unbind", "__getitem__", "narrow"}
 _CHOICE = {"topk", "softmax", "sigmoid", "argsort", "sort", "gather"}
 # Calls after which a parameter's number is another one, so that a gain of 1 is no longer a parameter of 1.
-_CHANGES = _TIMES | ACTIVATIONS | {"div", "__truediv__", "exp", "exp_", "log", "sqrt", "pow", "__pow__", "square", "neg",
-                                   "abs", "clamp", "softmax", "normalize", "logsigmoid"}  # fmt: skip
+_CHANGES = _TIMES | ACTIVATIONS | set("div __truediv__ exp exp_ log sqrt pow __pow__ square neg abs clamp".split())
+_CHANGES |= {"softmax", "normalize", "logsigmoid"}
 _JOINS = {"cat", "concat", "concatenate"}
+_NORMALISING = REDUCTIONS | FUSED_NORMS | {"rsqrt", "normalize"}
 _NORMS_WITH_GAIN = FUSED_NORMS | {"batch_norm", "group_norm", "instance_norm"}
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
@@ -81,7 +82,8 @@ def uses_of(sites: Sites) -> dict[str, Use]:
                 found[name] = replace(use, layer=site.depth, sublayer=site.name)
     found |= {name: use for name, use in _outside(sites).items() if name not in found}
     outlines = sites.skeleton.outlines
-    return {name: found.get(name) or _like(name, found) for name in outlines}
+    ranks = {name: outline.dim() for name, outline in outlines.items()}
+    return {name: found.get(name) or _like(name, found, ranks) for name in outlines}
 
 
 def pattern(name: str) -> str:
@@ -100,10 +102,11 @@ def tied_to_head(sites: Sites) -> set[str]:
     return set(parameters_of(sites.graph, after, sites.skeleton)) & set(sites.coverage.embedding)
 
 
-def _like(name: str, found: Mapping[str, Use]) -> Use:
-    """The use of a parameter of the same name but for its numbers."""
+def _like(name: str, found: Mapping[str, Use], ranks: Mapping[str, int]) -> Use:
+    """The use of a parameter of as many dimensions and of the same name but for its numbers."""
     same = NUMBER.sub("*", name)
-    twin = next((u for other, u in found.items() if NUMBER.sub("*", other) == same), None)
+    alike = (u for other, u in found.items() if ranks.get(other) == ranks[name] and NUMBER.sub("*", other) == same)
+    twin = next(alike, None)
     if twin is None:
         return Use("")
     layer = re.search(NUMBER, name)
@@ -317,7 +320,7 @@ def _small_use(sites: Sites, name: str) -> Use:
         is_gain = mine and mine[0] == max(0, len(vectors) - 2) * (len(vectors) > 2)
         return Use("norm_gain", offset=use.added) if is_gain else Use("bias")
     if record.name in _TIMES or record.name in ("div", "__truediv__"):
-        role = "norm_gain" if _in_norm(graph, use.node) and not use.changed else "scale"
+        role = "norm_gain" if _in_norm(sites, use.node) and not use.changed else "scale"
         return Use(role, offset=use.added + _times_one_more(graph, use.node))
     return Use("bias")
 
@@ -378,8 +381,21 @@ def _made_of(graph: Graph, value: int, name: str) -> bool:
     return record.node >= 0 and any(_made_of(graph, v, name) for v in graph.nodes[record.node].inputs)
 
 
-def _in_norm(graph: Graph, node: int) -> bool:
-    """Whether the same module call takes a mean or a norm, or the factor comes from a fused one."""
-    call = graph.invocations[graph.nodes[node].invocation]
-    names = {graph.nodes[n].name for n in range(call.start, min(call.end, len(graph.nodes)))}
-    return bool(names & (REDUCTIONS | FUSED_NORMS | {"rsqrt", "normalize"}))
+def _in_norm(sites: Sites, node: int) -> bool:
+    """Whether what a call multiplies was just normalised: by a mean or a norm, with no matrix or sum of two since."""
+    graph = sites.graph
+    waiting = [v for v in graph.nodes[node].inputs if graph.values[v].live]
+    seen: set[int] = set()
+    while waiting:
+        made_by = graph.values[waiting.pop()].node
+        if made_by < 0 or made_by in seen:
+            continue
+        seen.add(made_by)
+        record = graph.nodes[made_by]
+        if record.name in _NORMALISING:
+            return True
+        weighted = any(graph.values[v].from_state and not graph.values[v].live for v in record.inputs)
+        adds_two = record.terms is not None and "sub" not in record.name
+        if not (weighted or adds_two or sites.finder.is_product(made_by)):
+            waiting += [v for v in record.inputs if graph.values[v].live]
+    return False
