@@ -1,8 +1,8 @@
 """The `jacdiag` command: its group, and how everything that can go wrong becomes a message and an exit code.
 
 Exit codes: 0 clean, 1 findings at or above --fail-on (diff: a figure differs), 2 cannot run, 3 (gate) undecided or no
-rule applied, 130 after Ctrl-C; 70 is a bug in jacdiag. Several ranks under torchrun end with one code: that of rank 0, or
-of the rank that failed (2, or 130).
+rule applied, 130 after Ctrl-C; 70 is a bug in jacdiag. Several ranks under torchrun end with one code: that of rank 0,
+or of the rank that failed (2, or 130).
 """
 
 from __future__ import annotations
