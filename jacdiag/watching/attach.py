@@ -19,6 +19,7 @@ from jacdiag.watching.hook import Watch
 from jacdiag.watching.optimisers import check_belongs, check_supported, names_of, optimizer_tree
 from jacdiag.watching.record import Record
 from jacdiag.watching.sinks import Sink
+from jacdiag.watching.step_hooks import check_attachable
 from jacdiag.watching.tiers import Tiers
 from jacdiag.watching.together import Together, is_sharded
 
@@ -104,6 +105,7 @@ def watch(
     check_supported(model)
     optimizers = optimizer_tree(optimizer)
     optimisers = optimizers.leaves
+    check_attachable(optimizers)
     names = names_of(model)
     left = check_belongs(optimisers, names)
     other = _WATCHED.get(unwrap(model), lambda: None)()

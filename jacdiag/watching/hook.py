@@ -60,7 +60,6 @@ class Watch:
         self.closed = False
         self.usage = Usage(optimizers.leaves, record.warn)
         self.turn: UpdateTurn | None = None
-        self.comparison = RankComparison.begin(together, optimizers.leaves, record.warn)
         self._running: list[int] = []  # ids of the optimizers whose step is running, the outermost first
         self._stepped: set[int] = set()  # numbers of the leaves that stepped since the last call of `step`
         self._read: set[int] = set()  # ids of the parameters whose gradients are in the row at hand
@@ -69,6 +68,7 @@ class Watch:
         self._compiled = False
         self._versions = _count_changes(optimizers.leaves)
         self.inert = not together.lead and not together.sharded  # every rank knows the same: one of them speaks
+        self.comparison = RankComparison.begin(together, optimizers.leaves, record.warn, attach=self.inert)
         self.batches: Batches | None = None
         self.hooks: StepHooks | None = None
         if not self.inert:
@@ -274,6 +274,8 @@ class Watch:
         self._running.append(id(optimizer))
         if number is not None:
             self._note_step(number, optimizer)
+            if self.comparison is not None:
+                self.comparison.see(closure)
         # 2. Read the gradients that this optimizer is going to use.
         if not closure:
             self._gradients(optimizer, number)
@@ -310,7 +312,7 @@ class Watch:
         return None
 
     def _note_step(self, number: int, optimizer: Any) -> None:
-        """Note that an optimizer steps; if it has stepped since the last call of `step`, the earlier step is dropped."""
+        """Note that an optimizer steps; drop the step before it if nobody has called `step` in between."""
         if number in self._stepped:
             self._stepped.clear()
             self._read.clear()

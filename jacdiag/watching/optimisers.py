@@ -18,7 +18,7 @@ _FOREIGN = {
     "megatron": "Megatron's optimiser classes step on master weights of their own",
     "colossalai": "ColossalAI's optimisers step on flat partitions",
 }
-_PLAIN_WAY = "pass the torch.optim optimizer that steps, or an object with param_groups (dicts with 'params') and step()"
+_PLAIN_WAY = "pass the torch.optim optimizer that steps, or any object with step() and param_groups"
 _FORWARDING = ("accelerate", "lightning", "pytorch_lightning", "lightning_fabric", "transformers")
 
 

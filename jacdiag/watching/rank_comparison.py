@@ -33,9 +33,19 @@ class RankComparison:
         together: the ranks.
         leaves: the optimizers.
         warn: called with (topic, text) on the leading rank.
+        store: of the process group, in which each rank leaves its numbers.
+        attach: put hooks on the optimizers; otherwise the caller calls `see` before each step.
     """
 
-    def __init__(self, together: Together, leaves: Sequence[Any], warn: Callable[[str, str], None], store: Any) -> None:
+    def __init__(
+        self,
+        together: Together,
+        leaves: Sequence[Any],
+        warn: Callable[[str, str], None],
+        store: Any,
+        *,
+        attach: bool,
+    ) -> None:
         global _created
         _created += 1
         self.together, self.warn, self.store = together, warn, store
@@ -45,11 +55,13 @@ class RankComparison:
         self.before: Tensor | None = None
         self.steps = 0
         self.sent: list[float] | None = None
-        self.hooks: StepHooks | None = StepHooks(OptimizerTree(leaves=list(leaves)), self._see, _ignore)
+        self.hooks: StepHooks | None = None
+        if attach:
+            self.hooks = StepHooks(OptimizerTree(leaves=list(leaves)), self._before, _ignore)
 
     @classmethod
     def begin(
-        cls, together: Together, leaves: Sequence[Any], warn: Callable[[str, str], None]
+        cls, together: Together, leaves: Sequence[Any], warn: Callable[[str, str], None], *, attach: bool
     ) -> RankComparison | None:
         """Return a comparison if there are other ranks to compare with, or None."""
         if together.size < 2 or together.sharded:
@@ -57,12 +69,15 @@ class RankComparison:
         try:
             from torch.distributed.distributed_c10d import _get_default_store
 
-            return cls(together, leaves, warn, _get_default_store())
+            return cls(together, leaves, warn, _get_default_store(), attach=attach)
         except Exception:  # a store that is not there: there is nothing to compare with
             return None
 
-    def _see(self, optimizer: Any, closure: bool) -> None:
-        """Take the numbers before the first step of the first optimizer."""
+    def _before(self, _optimizer: Any, closure: bool) -> None:
+        self.see(closure)
+
+    def see(self, closure: bool) -> None:
+        """Take the numbers before the first step of the first optimizer; with a closure there are none yet."""
         if self.before is not None:
             return
         try:

@@ -148,6 +148,11 @@ class CoveredStep:
         return getattr, (self.optimizer, "step")
 
 
+def check_attachable(tree: OptimizerTree) -> None:
+    """Raise UsageError if the steps of an optimizer cannot be seen; leaves nothing on it."""
+    StepHooks(tree, _do_nothing, _do_nothing).remove()
+
+
 def runs_torch_hooks(optimizer: Any) -> bool:
     """Return whether the object's class runs torch's step hooks: a subclass may have left `super().__init__()` out."""
     if not isinstance(optimizer, Optimizer) or "_optimizer_step_pre_hooks" not in vars(optimizer):

@@ -45,13 +45,14 @@ class Usage:
         self.count, self.warn = len(optimizers), warn
         self.stepped, self.called, self.ever = 0, False, False
         self._unseen = self._without = 0
+        self._seen = False  # a hook ran
         self._calls = 0  # calls since the last one that had a step before it
         self._run, self._repeats = 0, 0
 
     def optimizer_steps(self) -> None:
         """Count a step of one optimizer."""
         self.stepped += 1
-        self.ever = True
+        self.ever = self._seen = True
         if self.stepped == 100 * self.count:
             self.warn("use", "100 optimizer steps without a call of step: call w.step(loss) once per optimizer step")
 
@@ -103,11 +104,15 @@ class Usage:
         )
 
     def _unseen_text(self) -> str:
-        what = "the weights change, but" if not self.ever else "the weights still change, but since a few steps"
+        if self._seen:
+            return (
+                f"no optimizer step seen: step() of {self.kinds} has not been called for {_UNSEEN} steps, though the "
+                "weights change. If another optimizer has taken over, call w.set_optimizer(optimizer)"
+            )
         return (
-            f"no optimizer step seen: {what} step() of {self.kinds} is not called. Either it steps by methods of its "
-            "own, or another optimizer steps. Gradient norms are read at w.step() if the gradients are still there. "
-            "Pass the optimizer whose step() is called: to w.set_optimizer(optimizer) if it was replaced during the run"
+            f"no optimizer step seen: the weights change, but step() of {self.kinds} is not called. Gradient norms are "
+            "read at w.step() if the gradients are still there then: clear them after it. Update norms need the "
+            "optimizer whose step() is called"
         )
 
     def _never_text(self) -> str:
