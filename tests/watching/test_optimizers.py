@@ -276,6 +276,32 @@ def test_kinds_of_optimizers(kind: str, tmp_path: Path, caplog: pytest.LogCaptur
     assert "step" not in vars(stepping)
 
 
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_optimizers_give_the_same_bits(kind: str) -> None:
+    def run(watched: bool) -> list[Tensor]:
+        torch.manual_seed(1)
+        model = small()
+        optimizer = KINDS[kind](model)
+        stepping = optimizer[0] if isinstance(optimizer, list) else optimizer
+        w = jacdiag.watch(model, optimizer, **OPTIONS) if watched else None
+        losses = []
+        for number in range(12):
+            _, loss = model(*batch(number))
+            loss.backward()
+            stepping.step()
+            stepping.zero_grad()
+            losses.append(loss.detach())
+            if w is not None:
+                w.step(loss.detach())
+        if w is not None:
+            w.close()
+        return [*losses, *(p.detach().clone() for p in model.parameters()), torch.rand(())]
+
+    for plain, watched in zip(run(False), run(True), strict=True):
+        assert torch.equal(plain, watched)
+
+
 def test_a_covered_step_is_pickled_and_copied_as_the_objects_own() -> None:
     model = small()
     optimizer = Plain(model.parameters(), 0.1)
