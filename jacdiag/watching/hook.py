@@ -345,6 +345,9 @@ class Watch:
             figures = self.tiers.prepared(self.count, self.log_every)
             if number is None:
                 return  # the optimizers inside are going to step with them
+            if len(self.optimizers.leaves) == 1:
+                figures.gradients(None, *scaling(optimizer))
+                return
             own = {id(p) for p in self.optimizers.own_parameters(optimizer)}
             figures.gradients(own - self._read, *scaling(optimizer))
             self._read |= own
