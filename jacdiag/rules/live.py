@@ -37,7 +37,8 @@ class StepFigures:
         loss: None where the loop does not tell it.
         gradient: global gradient norm: before clipping where that is known, else after it.
         sublayers: gradient norm per sub-layer, in the order of `names`.
-        skipped: the optimiser did not step (a loss scaler found inf).
+        skipped: the optimiser did not step.
+        overflow: it did not step because a gradient was not finite; False where the cause is not known.
         nonfinite: sub-layers with a gradient that is not finite.
         update: (sub-layer, update norm / weight norm) of the sub-layer whose turn it was.
     """
@@ -48,6 +49,7 @@ class StepFigures:
     lr: float = math.nan
     sublayers: Sequence[float] = ()
     skipped: bool = False
+    overflow: bool = False
     nonfinite: Sequence[str] = ()
     update: tuple[str, float] | None = None
 
@@ -63,7 +65,8 @@ class StepFigures:
             gradient=number(gradient),
             lr=number(row["lr"]),
             sublayers=[number(g) * ratio for g in row["grad"] or ()],
-            skipped=row["skipped"],
+            skipped=bool(row["skipped"]),
+            overflow=row.get("skipped_for") == "inf",
             nonfinite=row["nonfinite"] if not row["skipped"] else (),
             update=(update["where"], number(update["ratio"])) if update and update["ratio"] is not None else None,
         )
@@ -100,7 +103,7 @@ class LiveRules:
         self.median, self.z = RollingMedian(), Exponential()
         self.drift, self.updates = Drift(thresholds), UpdateJump(thresholds)
         self.joint, self.rate = Joint(thresholds), RisingRate(thresholds)
-        self.skipped = self.seen = 0
+        self.skipped = self.overflows = self.seen = 0
         self.spikes = {"loss": 0, "gradient": 0}
         self.spoken: dict[str, int] = {}
         self.suppressed: dict[str, int] = {}
@@ -166,6 +169,7 @@ class LiveRules:
 
     def _non_finite(self, f: StepFigures, verdict: Verdict) -> None:
         self.skipped = self.skipped + 1 if f.skipped else 0
+        self.overflows = self.overflows + 1 if f.skipped and f.overflow else 0
         lost = f.loss is not None and not math.isfinite(f.loss)
         broken = lost or (not f.skipped and (math.isinf(f.gradient) or bool(f.nonfinite)))
         if f.skipped and self.skipped < SKIPPED_IN_A_ROW and not lost:
@@ -173,7 +177,12 @@ class LiveRules:
         if not broken and self.skipped < SKIPPED_IN_A_ROW:
             return
         which = "the loss is" if lost else "gradients are"
-        what = f"{which} not finite" if broken else f"{self.skipped} steps in a row were skipped for inf gradients"
+        if broken:
+            what = f"{which} not finite"
+        elif self.overflows == self.skipped:
+            what = f"{self.skipped} steps in a row were skipped for inf gradients"
+        else:
+            what = f"the optimizer made no step in {self.skipped} steps in a row"
         where = list(f.nonfinite)
         evidence = {"loss": f.loss, "gradient": f.gradient, "skipped_in_a_row": self.skipped}
         self._speak(verdict, Alert(f.step, "JD505", "error", what + _first(where), where, evidence))

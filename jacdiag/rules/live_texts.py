@@ -70,8 +70,8 @@ Compare checkpoints on both sides of that step (jacdiag audit); look at that sub
 NON_FINITE = Text(
     summary="the loss or a gradient is not finite, or a loss scaler skips step after step",
     what="""\
-NaN or Inf in the loss, in the gradient of a step that was made, or ten skipped steps in a row. A few skipped steps are
-how a loss scaler finds its scale, and say nothing.""",
+NaN or Inf in the loss, in the gradient of a step that was made, or ten steps in a row that the optimizer did not make.
+A few skipped steps are how a loss scaler finds its scale, and say nothing.""",
     why="""\
 One NaN in a step that is made is in every weight after it.""",
     example="""\

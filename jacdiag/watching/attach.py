@@ -16,9 +16,10 @@ from jacdiag.sources.given import path_text
 from jacdiag.sources.wrapped import unwrap
 from jacdiag.watching.cadence import Cadence
 from jacdiag.watching.hook import Watch
-from jacdiag.watching.optimisers import check_belongs, check_supported, names_of, optimisers_of
+from jacdiag.watching.optimisers import check_belongs, check_supported, names_of, optimizer_tree
 from jacdiag.watching.record import Record
 from jacdiag.watching.sinks import Sink
+from jacdiag.watching.step_hooks import check_attachable
 from jacdiag.watching.tiers import Tiers
 from jacdiag.watching.together import Together, is_sharded
 
@@ -50,7 +51,8 @@ def watch(
 
     Args:
         model: the module that the loop calls, wrapped or not.
-        optimizer: one optimiser, a list of them, or a wrapper or container of them.
+        optimizer: one optimizer, a list of them, or a wrapper or container of them. It needs no torch class:
+            `param_groups` and `step` are enough.
         log_dir: folder of `run.jsonl` and of what the flight recorder keeps; None writes nothing.
         every: cadence of the Jacobian probe: steps, a share of the training time such as "1%", or None.
         stats_every: cadence of shortcut and branch sizes, activations and attention logits: as `every`.
@@ -101,7 +103,9 @@ def watch(
         raise UsageError(f"on_alert cannot be {on_alert!r}", hint="'log', 'raise', or a function of the alert")
     cadences = Cadence.of(every, "every"), Cadence.of(stats_every, "stats_every")
     check_supported(model)
-    optimisers = optimisers_of(optimizer)
+    optimizers = optimizer_tree(optimizer)
+    optimisers = optimizers.leaves
+    check_attachable(optimizers)
     names = names_of(model)
     left = check_belongs(optimisers, names)
     other = _WATCHED.get(unwrap(model), lambda: None)()
@@ -113,6 +117,7 @@ def watch(
     record = Record(
         folder if together.lead else None, resume=resume, on_alert=on_alert, strict=strict, thresholds=limits,
         sinks=sinks if together.lead else (), recorder=recorder, quiet=quiet or not together.lead,
+        speaks=together.lead,
     )  # fmt: skip
     tiers = Tiers(model, optimisers, names, together, record, probe=probe, thresholds=limits, cadences=cadences)
     if left and len(left) < len(names):
@@ -120,6 +125,6 @@ def watch(
     if recorder and 0 < keep_batches < log_every:
         record.warn("keep", f"an alert may speak of a step {log_every - 1} before it: keep_batches={log_every} (times "
                     f"the micro-batches of a step) keeps its batch, keep_batches={keep_batches} may not")  # fmt: skip
-    made = Watch(model, optimisers, together, record, tiers, log_every, updates, keep_batches)
+    made = Watch(model, optimizers, together, record, tiers, log_every, updates, keep_batches)
     _WATCHED[unwrap(model)] = weakref.ref(made)
     return made

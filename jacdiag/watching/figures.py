@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from jacdiag.watching.norms import square_sums, widest
 from jacdiag.watching.optimisers import local
 
 LOSS, GIVEN, GIVEN_PART, INF, UPDATE, WEIGHT, FIRST = range(7)  # columns; the sub-layers' squares follow
+_OVERDUE = 4  # intervals that an optimizer may be late before nothing waits for it
 
 
 @dataclass
@@ -25,6 +27,10 @@ class Row:
         made: an optimiser stepped (its gradients are in the table).
         update: the sub-layer whose update norm was taken.
         told: the loop gave its loss.
+        rates: the learning rates that the step used, one per parameter group; None where a group had no step.
+        optimizer_step: how the step was seen, see `usage`.
+        stepped_before: a step of the optimizers was seen earlier in the run.
+        late: the gradients were read after the step: zeros are gradients that were cleared.
     """
 
     step: int = 0
@@ -34,6 +40,10 @@ class Row:
     made: bool = False
     update: str = ""
     told: bool = False
+    rates: list[float | Tensor | None] = field(default_factory=list)
+    optimizer_step: str = "seen"
+    stepped_before: bool = False
+    late: bool = False
 
 
 @dataclass
@@ -119,56 +129,133 @@ class Figures:
 
     def read(self) -> tuple[list[Row], Tensor]:
         """The filled rows, (rows, columns) on the host: the one look at the device; the buffer is empty then."""
-        rows, found = self.rows, self.table[: len(self.rows)].to("cpu", torch.float64, copy=True)
+        rows, width = self.rows, self.table.shape[1]
+        # 1. Learning rates that lie on the device travel with the table.
+        where = [(row, k) for row in rows for k, rate in enumerate(row.rates) if isinstance(rate, Tensor)]
+        rates = [row.rates[k].reshape(()).to(self.table) for row, k in where]  # type: ignore[union-attr]
+        flat = self.table[: len(rows)].flatten()
+        flat = torch.cat([flat, torch.stack(rates)]) if rates else flat
+        # 2. Look at the device.
+        found = flat.to("cpu", torch.float64, copy=True)
         self.looks += self.device.type != "cpu"
+        split = len(rows) * width
+        for (row, k), rate in zip(where, found[split:].tolist(), strict=True):
+            row.rates[k] = rate
+        # 3. Empty the buffer; a step that is being made while it is read stays.
         self.rows = []
         pending = self.table[len(rows)].clone() if self.now.made and len(rows) < self.capacity else None
         self.table.fill_(torch.nan)
-        if pending is not None:  # a step that is being made while the buffer is read
+        if pending is not None:
             self.table[0] = pending
-        return rows, found
+        return rows, found[:split].view(len(rows), width)
+
+
+class Rhythm:
+    """At which windows an optimizer steps: it may do so at every second one, or have stopped."""
+
+    def __init__(self) -> None:
+        self.last, self.interval = 0, 1
+
+    def stepped(self, window: int) -> None:
+        if window > self.last:
+            self.interval, self.last = window - self.last, window
+
+    def is_due(self, window: int) -> bool:
+        """Whether it steps in this window, if it goes on as it has; one that is long overdue is not waited for."""
+        return self.interval <= window - self.last <= _OVERDUE * self.interval
 
 
 class UpdateTurn:
-    """The update norm of one sub-layer a step, in turn: a copy of that one's weights, for the time of the step."""
+    """The update norm of one sub-layer a step, in turn: over all optimizers that hold a part of it.
 
-    def __init__(self, groups: Groups) -> None:
-        self.groups, self.turn = groups, -1
-        self.before: list[tuple[Member, Tensor]] = []
-        self.label = ""
+    A window begins with the first optimizer that steps after `Watch.step` and ends with the next `Watch.step`. At its
+    beginning a copy is made of the weights of the sub-layer whose turn it is. What an optimizer moved is summed when
+    its outermost step ends, so that the moves of a wrapper around it count. The copy is then let go.
 
-    def open(self, stepping: Iterable[Tensor], closure: bool = False) -> None:
-        """Before a step: keeps the next sub-layer's weights, if the optimiser that steps holds it.
+    Args:
+        groups: the sub-layers.
+        holders: id of a parameter -> the number of the optimizer that updates it.
+        count: how many optimizers there are.
+    """
 
-        What has no gradient does not move, and has no turn; with a closure, gradients are still to be made.
+    def __init__(self, groups: Groups, holders: Mapping[int, int], count: int) -> None:
+        self.groups, self.holders = groups, holders
+        self.queue = deque(range(len(groups.labels)))
+        self.rhythms = [Rhythm() for _ in range(count)]
+        self.window = 0
+        self.chosen: int | None = None
+        self.before: dict[int, tuple[Member, Tensor]] = {}  # place in the group -> the member, its weights
+        self.moved: list[Tensor] = []
+        self.stepped: set[int] = set()
+        self.opened = self.touched = False
+
+    def open(self, stepping: int | None = None, closure: bool = False) -> None:
+        """Begin a window, if none is open: choose a sub-layer and keep its weights.
+
+        Args:
+            stepping: the optimizer that steps now; None for a wrapper around several.
+            closure: gradients are still to be computed.
         """
-        held = {id(p) for p in stepping}
-        for _ in self.groups.labels:
-            self.turn = (self.turn + 1) % len(self.groups.labels)
-            members = [m for m in self.groups.of(self.turn) if id(m.parameter) in held]
-            members = [m for m in members if closure or m.parameter.grad is not None]
-            if members:
-                self.label = self.groups.labels[self.turn]
-                self.before = [(m, local(m.parameter.detach()).clone()) for m in members]
+        if self.opened:
+            return
+        self.opened = True
+        self.window += 1
+        for group in list(self.queue):
+            members = [m for m in self.groups.of(group) if m.parameter.requires_grad]
+            if any(self._may_move(member, stepping, closure) for member in members):
+                self.chosen = group
+                copies = [(m, local(m.parameter.detach()).clone()) for m in members]
+                self.before = dict(enumerate(copies))
                 return
 
-    def close(self, figures: Figures) -> None:
-        """Behind the step: puts the sums of squares of the update and of the weights into the row at hand."""
-        if not self.before:
+    def _may_move(self, member: Member, stepping: int | None, closure: bool) -> bool:
+        """Whether a member has a gradient, or an optimizer that may compute one before it steps in this window."""
+        holder = self.holders.get(id(member.parameter))
+        if holder is None:
+            return False
+        if stepping is None or holder == stepping:
+            return closure or member.parameter.grad is not None
+        return self.rhythms[holder].is_due(self.window)
+
+    def note_step(self, optimizer: int) -> None:
+        """Note that an optimizer steps in this window."""
+        if optimizer not in self.stepped:
+            self.stepped.add(optimizer)
+            self.rhythms[optimizer].stepped(self.window)
+
+    def measure(self, figures: Figures) -> None:
+        """Sum what the optimizers that stepped have moved of the copied weights; call when a step has ended."""
+        done = [place for place, (m, _) in self.before.items() if self.holders.get(id(m.parameter)) in self.stepped]
+        if not done:
             return
-        weights = [local(m.parameter.detach()) for m, _ in self.before]
-        members = [m for m, _ in self.before]
-        size = square_sums(weights, figures.device)
+        pairs = [self.before.pop(place) for place in done]
+        members = [member for member, _ in pairs]
+        self.touched |= any(member.parameter.grad is not None for member in members)
         with torch.no_grad():
-            steps = [old.sub_(new) for (_, old), new in zip(self.before, weights, strict=True)]
-        moved = square_sums(steps, figures.device)
-        figures.put(UPDATE, _counted(moved, members))
-        figures.put(WEIGHT, _counted(size, members))
-        figures.now.update = self.label
-        self.before = []
+            steps = [old.sub_(local(member.parameter.detach())) for member, old in pairs]
+        self.moved.append(_counted(square_sums(steps, figures.device), members))
+
+    def close(self, figures: Figures) -> None:
+        """End the window: put the sums of squares of the update and of the weights into the row at hand."""
+        if not self.opened:
+            return
+        if self.chosen is not None and self.moved:
+            self.queue.remove(self.chosen)
+            self.queue.append(self.chosen)
+        if self.chosen is not None and self.moved and self.touched:
+            members = [m for m in self.groups.of(self.chosen) if m.parameter.requires_grad]
+            weights = [local(m.parameter.detach()) for m in members]
+            figures.put(UPDATE, torch.stack(self.moved).sum())
+            figures.put(WEIGHT, _counted(square_sums(weights, figures.device), members))
+            figures.now.update = self.groups.labels[self.chosen]
+        self.drop()
 
     def drop(self) -> None:
-        self.before = []
+        """End the window without figures."""
+        self.before.clear()
+        self.moved.clear()
+        self.stepped.clear()
+        self.chosen, self.opened, self.touched = None, False, False
 
 
 def _counted(sums: Tensor, members: Iterable[Member]) -> Tensor:

@@ -3,35 +3,41 @@
 from __future__ import annotations
 
 import atexit
+import math
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
-import torch
-from torch import nn
-from torch.optim import Optimizer
+from torch import Tensor, nn
 
 from jacdiag.errors import UsageError
 from jacdiag.report.runlog import Alert
 from jacdiag.watching.batches import Batches
 from jacdiag.watching.cadence import Clock
-from jacdiag.watching.figures import GIVEN, GIVEN_PART, LOSS, UpdateTurn
-from jacdiag.watching.guards import Guards, quietly
+from jacdiag.watching.figures import GIVEN, GIVEN_PART, LOSS, Figures, Row, UpdateTurn
+from jacdiag.watching.guards import Guards, logger, quietly
 from jacdiag.watching.optimisers import (
-    StepHooks,
+    OptimizerTree,
+    check_belongs,
     learning_rates,
+    names_of,
+    optimizer_tree,
+    parameters_of,
     scaling,
 )
+from jacdiag.watching.rank_comparison import RankComparison
 from jacdiag.watching.record import Record
+from jacdiag.watching.step_hooks import StepHooks
 from jacdiag.watching.tiers import Tiers
 from jacdiag.watching.together import Together
-from jacdiag.watching.usage import Usage
+from jacdiag.watching.usage import Outcome, Usage
 
 _NO_FIGURES = "no figures of single steps from now on"
 _NO_UPDATES = "no update norms from now on"
+_SAMPLE = 32  # parameters whose count of changes is looked at
 
 
 class Watch:
@@ -44,23 +50,31 @@ class Watch:
     """
 
     def __init__(
-        self, model: nn.Module, optimisers: list[Optimizer], together: Together, record: Record, tiers: Tiers,
+        self, model: nn.Module, optimizers: OptimizerTree, together: Together, record: Record, tiers: Tiers,
         log_every: int, updates: bool, keep_batches: int,
     ) -> None:  # fmt: skip
-        self.optimisers, self.together, self.record, self.tiers = optimisers, together, record, tiers
+        self.optimizers, self.together, self.record, self.tiers = optimizers, together, record, tiers
         self.guards: Guards = record.guards
         self.count, self.log_every, self.updates = record.resumed_at, log_every, updates
         self.clock = Clock()
         self.closed = False
-        self.usage = Usage(len(optimisers), record.warn)
+        self.usage = Usage(optimizers.leaves, record.warn)
         self.turn: UpdateTurn | None = None
+        self._running: list[int] = []  # ids of the optimizers whose step is running, the outermost first
+        self._stepped: set[int] = set()  # numbers of the leaves that stepped since the last call of `step`
+        self._read: set[int] = set()  # ids of the parameters whose gradients are in the row at hand
+        self._rates: dict[int, list[float | Tensor | None]] = {}  # of the leaves that stepped
+        self._first_rate: float | None = None
+        self._compiled = False
+        self._versions = _count_changes(optimizers.leaves)
         self.inert = not together.lead and not together.sharded  # every rank knows the same: one of them speaks
+        self.comparison = RankComparison.begin(together, optimizers.leaves, record.warn, attach=self.inert)
         self.batches: Batches | None = None
         self.hooks: StepHooks | None = None
         if not self.inert:
             keeps = record.recorder is not None
             self.batches = Batches(model, fingerprints=keeps, keep=keep_batches if keeps else 0)
-            self.hooks = StepHooks(optimisers, self._before, self._behind)
+            self.hooks = StepHooks(optimizers, self._before, self._after)
         tiers.batches = record.batches = self.batches
         self._at_exit = partial(_close, weakref.ref(self))  # a loop may end without close(), and lines may wait
         atexit.register(self._at_exit)
@@ -80,7 +94,7 @@ class Watch:
         Args:
             loss: of this step, a tensor or a number; None where the loop does not know it.
             grad_norm: what `clip_grad_norm_` returned, if the loop clips.
-            lr: the learning rate; that of the optimiser's first group if not given.
+            lr: the learning rate; the one that the first parameter group of the step used if not given.
             tokens: tokens so far, or in this step; written to the log as it is.
 
         Raises:
@@ -90,7 +104,8 @@ class Watch:
         if self.closed:
             raise UsageError("step of a watch that is closed", hint="call it inside the `with` block")
         self.count += 1
-        self.usage.step_called()
+        if self.comparison is not None:
+            self._compare_ranks()
         if self.inert:
             return
         begun = time.perf_counter()
@@ -98,6 +113,7 @@ class Watch:
         with self.guards.part("figures", _NO_FIGURES):
             if self.guards.on("figures"):
                 self._put(loss, grad_norm, lr, tokens, passed)
+        self._begin_window()
         self._batch_seen()
         self.clock.charge("figures", time.perf_counter() - begun)
         figures = self.tiers.figures
@@ -119,7 +135,16 @@ class Watch:
                 self.tiers.prepared(self.count, self.log_every)
 
     def _put(self, loss: Any, grad_norm: Any, lr: float | None, tokens: int | None, passed: float | None) -> None:
-        figures = self.tiers.prepared(self.count - 1, self.log_every)
+        outcome = self._outcome()
+        self.usage.step_called(outcome, overflow=_is_overflow(grad_norm))
+        unseen = outcome in (Outcome.COMPILED, Outcome.UNSEEN)
+        figures = self.tiers.prepared(self.count if unseen else self.count - 1, self.log_every)
+        figures.now.optimizer_step, figures.now.stepped_before = outcome, self.usage.ever
+        if unseen:
+            self._read_late(figures)
+        with self.guards.part("updates", _NO_UPDATES):
+            if self.turn is not None and self.guards.on("updates"):
+                self._close_turn(self.turn, figures, outcome)
         if loss is not None:
             figures.put(LOSS, loss)
             figures.now.told = True
@@ -129,8 +154,104 @@ class Watch:
                 figures.put(GIVEN_PART, grad_norm.to_local().detach().square())
             else:
                 figures.put(GIVEN, grad_norm)
-        rate = lr if lr is not None else next(learning_rates(self.optimisers), None)
-        figures.close_row(self.count, float("nan") if passed is None else passed, rate, tokens)
+        figures.now.rates = self._rates_of_groups(outcome)
+        figures.close_row(self.count, float("nan") if passed is None else passed, self._rate(lr, figures.now), tokens)
+
+    # -- what was seen of the optimizers ---------------------------------------------------------------------------
+    def _outcome(self) -> Outcome:
+        """What was seen of the optimizers since the last call; reads no device."""
+        before, self._versions = self._versions, _count_changes(self.optimizers.leaves)
+        compiled = self.hooks is not None and self.hooks.mark.ran
+        if self.hooks is not None:
+            self.hooks.mark.ran = False
+        if compiled:
+            self._compiled = True
+            return Outcome.COMPILED
+        if self._stepped:
+            return Outcome.SEEN
+        return Outcome.UNSEEN if self._versions != before else Outcome.NONE
+
+    def _read_late(self, figures: Figures) -> None:
+        """Take the gradients after a step that was not seen, as far as they are still there."""
+        parameters = parameters_of(self.optimizers.leaves)
+        if any(p.grad is not None for p in parameters):
+            figures.gradients(None, None, None)
+            figures.now.late = True
+
+    def _close_turn(self, turn: UpdateTurn, figures: Figures, outcome: Outcome) -> None:
+        if outcome is Outcome.COMPILED and turn.opened:
+            for number in range(len(self.optimizers.leaves)):
+                turn.note_step(number)
+            turn.measure(figures)
+            turn.touched = True
+        turn.close(figures)
+
+    def _rates_of_groups(self, outcome: Outcome) -> list[float | Tensor | None]:
+        """The learning rate of each parameter group, as the step used it; None for an optimizer that did not step."""
+        rates: list[float | Tensor | None] = []
+        unseen = outcome in (Outcome.COMPILED, Outcome.UNSEEN)
+        for number, leaf in enumerate(self.optimizers.leaves):
+            if number in self._rates:
+                rates += self._rates[number]
+            elif unseen:
+                rates += learning_rates(leaf)
+            else:
+                rates += [None] * len(leaf.param_groups)
+        return rates
+
+    def _rate(self, given: float | None, row: Row) -> float | None:
+        """The rate of the step: the one passed, or that of the first group when it last stepped."""
+        if given is not None:
+            return given
+        first = row.rates[0] if row.rates else None
+        if isinstance(first, Tensor):
+            return None  # known when the device is read
+        self._first_rate = first if first is not None else self._first_rate
+        return self._first_rate if self._stepped or first is not None else None
+
+    def _begin_window(self) -> None:
+        """Forget the step that has ended."""
+        self._running.clear()
+        self._stepped.clear()
+        self._read.clear()
+        self._rates.clear()
+        if self._compiled and self.updates:  # no hook will run before the next step
+            with self.guards.part("updates", _NO_UPDATES):
+                self._open_turn(None, closure=True)
+
+    def set_optimizer(self, optimizer: Any) -> None:
+        """Watch another optimizer from now on; call after it has replaced the one that was watched.
+
+        Args:
+            optimizer: as for `jacdiag.watch`. It has to hold parameters of the watched model.
+
+        Raises:
+            UsageError: the watch is closed, or the optimizer cannot be watched.
+        """
+        if self.closed:
+            raise UsageError("set_optimizer of a watch that is closed", hint="call it inside the `with` block")
+        tree = optimizer_tree(optimizer)
+        check_belongs(tree.leaves, names_of(self.tiers.model))
+        self.flush()
+        if self.hooks is not None:
+            self.hooks.remove()
+            self.hooks = StepHooks(tree, self._before, self._after)
+        self.optimizers, self.turn, self._compiled = tree, None, False
+        self.usage = Usage(tree.leaves, self.record.warn)
+        self._versions = _count_changes(tree.leaves)
+        self._begin_window()
+        if not self.inert:
+            with self.guards.part("figures", _NO_FIGURES):
+                self.tiers.set_optimisers(tree.leaves, self.count)
+
+    def _compare_ranks(self) -> None:
+        """Compare gradients across ranks, once per run; look at the result when the other ranks have answered."""
+        try:
+            if self.comparison is not None and self.comparison.step_ended():
+                self.comparison = None
+        except Exception as error:
+            self.comparison = None
+            logger.debug("jacdiag.watch: gradients could not be compared across ranks: %s", error)
 
     def _batch_seen(self) -> None:
         if self.batches is None:
@@ -143,39 +264,93 @@ class Watch:
                 self.batches.remove()
                 raise error
 
-    # -- hooks of the optimisers ------------------------------------------------------------------------------------
-    def _before(self, optimiser: Optimizer, closure: bool) -> None:
+    # -- hooks of the optimizers ------------------------------------------------------------------------------------
+    def _before(self, optimizer: Any, closure: bool) -> None:
         begun = time.perf_counter()
-        self.usage.optimiser_steps()
+        number = self._number(optimizer)
+        # 1. Place the call: an optimizer of its own, or the step of one inside another.
+        if id(optimizer) in self._running:  # its last step ended with an exception
+            self._running = self._running[: self._running.index(id(optimizer))]
+        self._running.append(id(optimizer))
+        if number is not None:
+            self._note_step(number, optimizer)
+            if self.comparison is not None:
+                self.comparison.see(closure)
+        # 2. Read the gradients that this optimizer is going to use.
         if not closure:
-            self._gradients(optimiser)
+            self._gradients(optimizer, number)
         taken = time.perf_counter()
         self.clock.charge("figures", taken - begun)
-        figures = self.tiers.figures
+        # 3. Keep the weights of the sub-layer whose turn it is.
         with self.guards.part("updates", _NO_UPDATES):
-            if figures is not None and self.updates and self.guards.on("updates") and self.guards.on("figures"):
-                if self.turn is None or self.turn.groups is not figures.groups:
-                    self.turn = UpdateTurn(figures.groups)
-                self.turn.open(_held(optimiser), closure)
+            self._open_turn(number, closure)
+            if self.turn is not None and number is not None:
+                self.turn.note_step(number)
         self.clock.charge("updates", time.perf_counter() - taken)
 
-    def _behind(self, optimiser: Optimizer, closure: bool) -> None:
+    def _after(self, optimizer: Any, closure: bool) -> None:
         begun = time.perf_counter()
-        if closure:
-            self._gradients(optimiser)
+        number = self._number(optimizer)
+        if closure and number is not None:
+            self._gradients(optimizer, number)
+        if id(optimizer) in self._running:
+            self._running = self._running[: self._running.index(id(optimizer))]
         with self.guards.part("updates", _NO_UPDATES):
-            if self.turn is not None and self.tiers.figures is not None and self.guards.on("updates"):
-                self.turn.close(self.tiers.figures)
+            figures = self.tiers.figures
+            if self.turn is not None and figures is not None and self.guards.on("updates") and not self._running:
+                if self._stepped:
+                    self.turn.measure(figures)
+                else:
+                    self.turn.drop()  # a wrapper that did not step, as in a micro-batch
         self.clock.charge("updates", time.perf_counter() - begun)
 
-    def _gradients(self, optimiser: Optimizer) -> None:
+    def _number(self, optimizer: Any) -> int | None:
+        """The place of an optimizer among those that update parameters; None for a wrapper."""
+        for number, leaf in enumerate(self.optimizers.leaves):
+            if leaf is optimizer:
+                return number
+        return None
+
+    def _note_step(self, number: int, optimizer: Any) -> None:
+        """Note that an optimizer steps; drop the step before it if nobody has called `step` in between."""
+        if number in self._stepped:
+            self._stepped.clear()
+            self._read.clear()
+            self._rates.clear()
+            if self.turn is not None:
+                self.turn.drop()
+            if self.tiers.figures is not None:
+                self.tiers.figures.now.made = False
+        self._stepped.add(number)
+        self.usage.optimizer_steps()
+        self._rates[number] = learning_rates(optimizer)
+
+    def _open_turn(self, number: int | None, closure: bool) -> None:
+        figures = self.tiers.figures
+        if figures is None or not self.updates or not self.guards.on("updates") or not self.guards.on("figures"):
+            return
+        if self.turn is None or self.turn.groups is not figures.groups:
+            leaves = self.optimizers.leaves
+            holders: dict[int, int] = {}
+            for place, leaf in enumerate(leaves):
+                for parameter in self.optimizers.own_parameters(leaf):
+                    holders.setdefault(id(parameter), place)
+            self.turn = UpdateTurn(figures.groups, holders, len(leaves))
+        self.turn.open(number, closure)
+
+    def _gradients(self, optimizer: Any, number: int | None) -> None:
         with self.guards.part("figures", _NO_FIGURES):
-            if self.guards.on("figures"):
-                figures = self.tiers.prepared(self.count, self.log_every)
-                if self.usage.untold:
-                    figures.now.made = False  # the figures of the last step stand
-                several = len(self.optimisers) > 1
-                figures.gradients({id(p) for p in _held(optimiser)} if several else None, *scaling(optimiser))
+            if not self.guards.on("figures"):
+                return
+            figures = self.tiers.prepared(self.count, self.log_every)
+            if number is None:
+                return  # the optimizers inside are going to step with them
+            if len(self.optimizers.leaves) == 1:
+                figures.gradients(None, *scaling(optimizer))
+                return
+            own = {id(p) for p in self.optimizers.own_parameters(optimizer)}
+            figures.gradients(own - self._read, *scaling(optimizer))
+            self._read |= own
 
     # -- the log ---------------------------------------------------------------------------------------------------
     def _flush(self) -> None:
@@ -229,7 +404,7 @@ class Watch:
             self.usage.ended()
             quietly(self._flush)
         self.closed = True
-        for part in (self.hooks, self.batches):
+        for part in (self.hooks, self.batches, self.comparison):
             if part is not None:
                 quietly(part.remove)
         if not self.inert:
@@ -237,8 +412,9 @@ class Watch:
         quietly(self.tiers.close)
         quietly(self.together.close)
         # Whoever keeps a closed watch does not keep the model with it.
-        self.turn = self.hooks = self.batches = self.record.batches = None
-        self.optimisers = []
+        self.turn = self.hooks = self.batches = self.record.batches = self.comparison = None
+        self.optimizers = OptimizerTree()
+        self._rates.clear()
         atexit.unregister(self._at_exit)
 
     def __enter__(self) -> Self:
@@ -259,5 +435,17 @@ def _close(ref: weakref.ref[Watch]) -> None:
         watch.close()
 
 
-def _held(optimiser: Optimizer) -> list[torch.Tensor]:
-    return [p for group in optimiser.param_groups for p in group["params"]]
+def _count_changes(leaves: Sequence[Any]) -> list[int]:
+    """How often PyTorch has counted a change of some parameters in place; reads no device."""
+    parameters = [p for p in parameters_of(list(leaves)) if p.requires_grad]
+    chosen = parameters[:: max(len(parameters) // _SAMPLE, 1)]
+    return [p._version for p in chosen]
+
+
+def _is_overflow(grad_norm: Any) -> bool:
+    """Whether the gradient norm that the loop passed is known not to be finite; a tensor on a device is not read."""
+    if isinstance(grad_norm, Tensor):
+        if grad_norm.device.type != "cpu" or grad_norm.numel() != 1 or hasattr(grad_norm, "placements"):
+            return False
+        return not math.isfinite(float(grad_norm))
+    return isinstance(grad_norm, float) and not math.isfinite(grad_norm)

@@ -1,13 +1,13 @@
-"""Which optimisers a user handed in, what of them is supported, and the hooks on their step."""
+"""Which optimizers a user passed, what of them is supported, and what is read from them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from jacdiag.errors import UsageError
 from jacdiag.sources.given import check_module
@@ -18,48 +18,129 @@ _FOREIGN = {
     "megatron": "Megatron's optimiser classes step on master weights of their own",
     "colossalai": "ColossalAI's optimisers step on flat partitions",
 }
-_PLAIN_WAY = "pass the torch.optim optimiser that steps on the model's own parameters"
+_PLAIN_WAY = "pass the torch.optim optimizer that steps, or any object with step() and param_groups"
+_FORWARDING = ("accelerate", "lightning", "pytorch_lightning", "lightning_fabric", "transformers")
 
 
-def optimisers_of(given: Any) -> list[Optimizer]:
-    """Returns the plain torch optimisers in what a user handed in: one, a list, a dict, a wrapper or a container.
+@dataclass(frozen=True)
+class OptimizerTree:
+    """The optimizers in what a user passed.
+
+    Attributes:
+        leaves: those that update parameters themselves, in the user's order.
+        shells: wrappers and containers of others, which may move the weights as well, such as Lookahead.
+        inner: id of a leaf that holds other optimizers -> ids of the parameters that those update.
+    """
+
+    leaves: list[Any] = field(default_factory=list)
+    shells: list[Any] = field(default_factory=list)
+    inner: dict[int, set[int]] = field(default_factory=dict)
+
+    def own_parameters(self, leaf: Any) -> list[Tensor]:
+        """Return the parameters that a leaf updates itself."""
+        inner = self.inner.get(id(leaf), set())
+        return [p for p in held_parameters(leaf) if id(p) not in inner]
+
+
+def optimisers_of(given: Any) -> list[Any]:
+    """Return the optimizers that update parameters in what a user passed: one, several, a wrapper or a container.
 
     Raises:
         UsageError: there is none, or it is of a kind that is not supported; the message names it.
     """
-    found: list[Optimizer] = []
-    _collect(given, found, set())
-    if not found:
-        raise UsageError(
-            "optimizer holds no torch.optim optimiser", got=f"a {type(given).__name__}", hint=_PLAIN_WAY
-        )  # fmt: skip
-    return found
+    return optimizer_tree(given).leaves
 
 
-def _collect(given: Any, found: list[Optimizer], seen: set[int]) -> None:
+def optimizer_tree(given: Any) -> OptimizerTree:
+    """Find the optimizers in what a user passed.
+
+    Args:
+        given: an optimizer, a list, tuple, set or dict of them, a wrapper around them, or a container of them. An
+            optimizer needs no torch class: `param_groups` and `step` are enough.
+
+    Raises:
+        UsageError: there is none, or it is of a kind that is not supported; the message names it.
+    """
+    tree = OptimizerTree()
+    _collect(given, tree, set())
+    if not tree.leaves:
+        raise UsageError("optimizer holds no torch.optim optimiser", got=f"a {type(given).__name__}", hint=_PLAIN_WAY)
+    return tree
+
+
+def _collect(given: Any, tree: OptimizerTree, seen: set[int]) -> None:
     if id(given) in seen:
         return
     seen.add(id(given))
+    _refuse_foreign(given)
+    known = len(tree.leaves)
+    for child in _children(given):
+        _collect(child, tree, seen)
+    if not _steps_parameters(given):
+        return
+    inner = {id(p) for leaf in tree.leaves[known:] for p in held_parameters(leaf)}
+    if not {id(p) for p in held_parameters(given)} <= inner:
+        tree.leaves.append(given)  # such as ZeroRedundancyOptimizer, whose inner one holds a part
+        if inner:
+            tree.inner[id(given)] = inner
+    elif type(given).__module__.split(".")[0] not in _FORWARDING:
+        tree.shells.append(given)
+
+
+def _refuse_foreign(given: Any) -> None:
     for cls in type(given).__mro__:
         why = _FOREIGN.get(cls.__module__.split(".")[0])
         if why is not None:
             raise UsageError(f"{type(given).__name__} is not supported", got=why, hint=_PLAIN_WAY)
     if type(given).__name__ == "OptimizersInBackwardContainer":
-        raise UsageError("an optimiser that steps inside the backward is not supported", got=type(given).__name__,
-                         hint="there is no moment at which all gradients are there; switch it off")  # fmt: skip
-    inner = getattr(given, "optimizer", None)  # accelerate, Lightning, many a scheduler-like wrapper
-    several = getattr(given, "optimizers", None)  # a container, such as torchtitan's
+        raise UsageError(
+            "an optimiser that steps inside the backward is not supported",
+            got=type(given).__name__,
+            hint="there is no moment at which all gradients are there; switch it off",
+        )
+
+
+def _children(given: Any) -> list[Any]:
+    """The optimizers inside an object: members of a collection, or what its attributes hold."""
     if isinstance(given, dict):
-        several = list(given.values())
-    elif isinstance(given, list | tuple | set):
-        several = list(given)
+        return list(given.values())
+    if isinstance(given, list | tuple | set):
+        return list(given)
+    if isinstance(given, nn.Module):
+        return []
+    # 1. The names that trainers and containers use; what they hold is looked into whatever it is.
+    children: list[Any] = []
+    several = getattr(given, "optimizers", None)
+    if isinstance(several, dict):
+        several = list(several.values())
     if isinstance(several, list | tuple):
-        for one in several:
-            _collect(one, found, seen)
-    elif inner is not None and inner is not given:
-        _collect(inner, found, seen)
-    elif isinstance(given, Optimizer):
-        found.append(given)
+        children.extend(several)
+    inner = getattr(given, "optimizer", None)
+    if inner is not None and inner is not given:
+        children.append(inner)
+    # 2. Any other attribute that holds an optimizer, or a list or dict of them.
+    for name, value in list(getattr(given, "__dict__", {}).items()):
+        if name in ("param_groups", "state", "defaults", "optimizer", "optimizers"):
+            continue
+        members = value.values() if isinstance(value, dict) else value
+        if isinstance(value, list | tuple | dict):
+            children.extend(member for member in members if _steps_parameters(member))
+        elif _steps_parameters(value):
+            children.append(value)
+    return [child for child in children if child is not given]
+
+
+def _steps_parameters(value: Any) -> bool:
+    """Whether an object is an optimizer as a training loop needs it: parameter groups and a step."""
+    if isinstance(value, type | nn.Module | Tensor):
+        return False
+    try:
+        groups, step = getattr(value, "param_groups", None), getattr(value, "step", None)
+    except Exception:  # a property of somebody else's object
+        return False
+    if not callable(step) or not isinstance(groups, list | tuple) or not groups:
+        return False
+    return all(isinstance(group, dict) and "params" in group for group in groups)
 
 
 def check_supported(model: Any) -> None:
@@ -91,13 +172,13 @@ def names_of(model: nn.Module) -> dict[int, str]:
     return found
 
 
-def parameters_of(optimisers: list[Optimizer]) -> list[Tensor]:
+def parameters_of(optimisers: list[Any]) -> list[Tensor]:
     """All parameters of optimisers, each once."""
     every = {id(p): p for o in optimisers for group in o.param_groups for p in group["params"]}
     return list(every.values())
 
 
-def check_belongs(optimisers: list[Optimizer], names: dict[int, str]) -> list[str]:
+def check_belongs(optimisers: list[Any], names: dict[int, str]) -> list[str]:
     """Raises UsageError for optimisers without a parameter of the model; returns names of those that none holds."""
     held = {id(p) for p in parameters_of(optimisers)}
     if not held & names.keys():
@@ -109,36 +190,7 @@ def check_belongs(optimisers: list[Optimizer], names: dict[int, str]) -> list[st
     return [name for key, name in names.items() if key not in held]
 
 
-class StepHooks:
-    """Hooks before and behind the step of every optimiser; gone after `remove`.
-
-    Each is called with the optimiser and whether the step was given a closure: then the gradients are made inside the
-    step, and stand behind it, not before it.
-    """
-
-    def __init__(
-        self,
-        optimisers: list[Optimizer],
-        before: Callable[[Optimizer, bool], None],
-        behind: Callable[[Optimizer, bool], None],
-    ) -> None:
-        self._handles: list[Any] = []
-        for optimiser in optimisers:
-            self._handles.append(optimiser.register_step_pre_hook(lambda o, a, k: before(o, _closure(a, k))))
-            self._handles.append(optimiser.register_step_post_hook(lambda o, a, k: behind(o, _closure(a, k))))
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-
-def _closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a step was given a closure; `args` may begin with the optimiser itself."""
-    return callable(kwargs.get("closure")) or any(callable(a) and not isinstance(a, Optimizer) for a in args)
-
-
-def scaling(optimiser: Optimizer) -> tuple[Tensor | None, Tensor | None]:
+def scaling(optimiser: Any) -> tuple[Tensor | None, Tensor | None]:
     """(scale, found_inf) of a fused optimiser inside GradScaler.step: it is given scaled gradients and unscales them.
 
     Others are stepped with gradients that the scaler has unscaled, and not at all where one of them is inf.
@@ -147,16 +199,33 @@ def scaling(optimiser: Optimizer) -> tuple[Tensor | None, Tensor | None]:
     return (scale if isinstance(scale, Tensor) else None), (inf if isinstance(inf, Tensor) else None)
 
 
-def learning_rates(optimisers: list[Optimizer]) -> Iterator[float]:
-    """The learning rates that need no look at the device."""
-    for optimiser in optimisers:
-        for group in optimiser.param_groups:
-            lr = group.get("lr")
-            if isinstance(lr, Tensor):
-                if lr.device.type == "cpu":
-                    yield float(lr)
-            elif lr is not None:
-                yield float(lr)
+def learning_rates(optimizer: Any) -> list[float | Tensor | None]:
+    """Return the learning rate of each parameter group: a number, or a copy on the device where it lies there."""
+    rates: list[float | Tensor | None] = []
+    for group in optimizer.param_groups:
+        rate = group.get("lr")
+        if isinstance(rate, Tensor):
+            rates.append(float(rate) if rate.device.type == "cpu" else rate.detach().clone())
+        else:
+            rates.append(None if rate is None else float(rate))
+    return rates
+
+
+def group_names(optimizers: Sequence[Any]) -> list[str]:
+    """Return a name for each parameter group of some optimizers, such as "AdamW 0", or the name the group has."""
+    kinds = [type(optimizer).__name__ for optimizer in optimizers]
+    names: list[str] = []
+    for place, (optimizer, kind) in enumerate(zip(optimizers, kinds, strict=True)):
+        unique = kind if kinds.count(kind) == 1 else f"{kind} ({place})"
+        for number, group in enumerate(optimizer.param_groups):
+            given = group.get("name")
+            names.append(f"{unique} {given if isinstance(given, str) else number}")
+    return names
+
+
+def held_parameters(optimizer: Any) -> list[Tensor]:
+    """Return the parameters of an optimizer, as its groups hold them now."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ class Record:
         folder: of the run; None on ranks that do not write.
         on_alert: "log", "raise" or a function.
         recorder: steps that the flight recorder keeps.
+        speaks: warn about how the watch is used; one rank does.
 
     Attributes:
         live: the live rules.
@@ -39,9 +40,9 @@ class Record:
 
     def __init__(
         self, folder: Path | None, *, resume: bool, on_alert: str | Callable[[Alert], Any], strict: bool,
-        thresholds: Thresholds, sinks: Iterable[str | Sink], recorder: int, quiet: bool,
+        thresholds: Thresholds, sinks: Iterable[str | Sink], recorder: int, quiet: bool, speaks: bool = True,
     ) -> None:  # fmt: skip
-        self.on_alert, self.quiet = on_alert, quiet
+        self.on_alert, self.quiet, self.speaks = on_alert, quiet, speaks
         self.guards = Guards(strict, self._fault)
         self.live = LiveRules(thresholds)
         self.alerts: list[Alert] = []
@@ -179,7 +180,7 @@ class Record:
 
     def warn(self, what: str, text: str) -> None:
         """Says something about how the watch is used, once."""
-        if what in self._told:
+        if what in self._told or not self.speaks:
             return
         self._told.add(what)
         logger.warning("jacdiag.watch: %s", text)

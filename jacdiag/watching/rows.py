@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jacdiag.watching.figures import FIRST, GIVEN, GIVEN_PART, INF, LOSS, UPDATE, WEIGHT, Row
+from jacdiag.watching.usage import Outcome
 
 _CLIPPED = 5e-3  # a norm summed in float32 on a CPU is off by up to 3e-3: a difference below this is no clipping
 
@@ -23,12 +24,21 @@ def row_of(row: Row, values: Sequence[float], labels: Sequence[str]) -> dict[str
     given = values[GIVEN] if not math.isnan(values[GIVEN]) else _root(values[GIVEN_PART])
     pre = None if given is None or math.isnan(given) else given
     ratio = pre / post if pre is not None and post is not None and post > 0 and math.isfinite(pre) else None
-    skipped = not row.made or values[INF] > 0
+    if row.late and post == 0:  # the gradients were cleared before anyone could read them
+        row.made, post = False, None
+        ratio = None
+    given_up = values[INF] > 0
+    overflow = given_up or (pre is not None and not math.isfinite(pre))
+    skipped = _is_skipped(row, given_up, overflow)
     nonfinite = [label for label, s in zip(labels, squares, strict=True) if not math.isfinite(s)] if row.made else []
+    rate = row.lr
+    if rate is None and row.rates:
+        rate = row.rates[0]  # type: ignore[assignment]
     found: dict[str, Any] = {
         "step": row.step,
         "loss": values[LOSS] if row.told else None,
-        "lr": row.lr,
+        "lr": rate,
+        "lrs": row.rates if len(row.rates) > 1 else None,
         "tokens": row.tokens,
         "step_seconds": None if math.isnan(row.time) else row.time,
         "grad_norm": pre,
@@ -36,6 +46,8 @@ def row_of(row: Row, values: Sequence[float], labels: Sequence[str]) -> dict[str
         "clipped": None if ratio is None else ratio > 1 + _CLIPPED,
         "clip_ratio": ratio,
         "skipped": skipped,
+        "skipped_for": "inf" if skipped and overflow else None,
+        "optimizer_step": row.optimizer_step,
         "nonfinite": nonfinite,
         "grad": [_root(s) for s in squares] if row.made else None,
         "update": None,
@@ -46,6 +58,24 @@ def row_of(row: Row, values: Sequence[float], labels: Sequence[str]) -> dict[str
             ratio = moved / size if size else None
             found["update"] = {"where": row.update, "norm": moved, "weight": size, "ratio": ratio}
     return found
+
+
+def _is_skipped(row: Row, given_up: bool, overflow: bool) -> bool | None:
+    """Whether the optimizer made no step; None if that is not known.
+
+    A loss scaler that meets an overflow does not call the optimizer, so that no hook runs. The same is seen of an
+    optimizer that steps by methods of its own and writes to `.data`: that one has never been seen to step.
+
+    Args:
+        row: the step.
+        given_up: the optimizer was called and told of an overflow.
+        overflow: a norm was not finite.
+    """
+    if row.optimizer_step != Outcome.NONE:
+        return given_up
+    if row.stepped_before or overflow:
+        return True
+    return None
 
 
 def _root(square: float) -> float | None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from jacdiag.errors import TraceError
 from jacdiag.report import Report
@@ -21,7 +20,7 @@ from jacdiag.watching.blocks import Blocks, is_shard
 from jacdiag.watching.cadence import Cadence, Clock
 from jacdiag.watching.figures import GIVEN_PART, Figures
 from jacdiag.watching.grouping import by_names, by_sites, grouped
-from jacdiag.watching.optimisers import local, names_of, parameters_of
+from jacdiag.watching.optimisers import group_names, local, names_of, parameters_of
 from jacdiag.watching.probe import LiveProbe, Price
 from jacdiag.watching.record import Record
 from jacdiag.watching.rows import row_of
@@ -45,7 +44,7 @@ class Tiers:
     """
 
     def __init__(
-        self, model: nn.Module, optimisers: list[Optimizer], names: dict[int, str], together: Together, record: Record,
+        self, model: nn.Module, optimisers: list[Any], names: dict[int, str], together: Together, record: Record,
         *, probe: Any, thresholds: Thresholds, cadences: tuple[Cadence, Cadence],
     ) -> None:  # fmt: skip
         self.model, self.optimisers, self.names, self.together, self.record = model, optimisers, names, together, record
@@ -86,7 +85,7 @@ class Tiers:
             homes, order = self.together.share((homes, order))
         used = [homes.get(self.names[id(p)], "") for p in parameters_of(self.optimisers) if id(p) in self.names]
         labels = [*[label for label in order if label in used], *sorted(set(used) - set(order))]
-        self.record.begin({**header, "groups": labels})
+        self.record.begin({**header, "groups": labels, "lr_groups": group_names(self.optimisers)})
         if found is not None:
             self._announce(found, seconds)
             self._measure(found, step, seconds, probe=not self.every.never)
@@ -163,6 +162,13 @@ class Tiers:
         capacity = self.figures.capacity if self.figures is not None else 1
         self.figures = None
         self.prepared(-1, capacity)
+
+    def set_optimisers(self, optimisers: list[Any], step: int) -> None:
+        """Group the parameters of other optimizers from now on."""
+        self.optimisers = optimisers
+        if self.figures is not None:
+            capacity, self.figures = self.figures.capacity, None
+            self.prepared(step, capacity)
 
     # -- statistics and probe --------------------------------------------------------------------------------------
     def run(self, step: int, clock: Clock) -> None:

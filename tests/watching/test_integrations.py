@@ -176,6 +176,26 @@ def test_hugging_face_trainer(accumulate: int, tmp_path: Path) -> None:
     assert not watched[0].model._forward_hooks and not watched[0].model._forward_pre_hooks
 
 
+def test_hugging_face_learning_rates_are_those_of_the_step(tmp_path: Path) -> None:
+    """The Trainer's scheduler steps before its callbacks are told of the step."""
+    from transformers import TrainerCallback
+
+    from jacdiag.watching.huggingface import WatchCallback
+
+    class Rates(TrainerCallback):
+        def __init__(self) -> None:
+            self.seen: list[float] = []
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.seen.append(kwargs["optimizer"].param_groups[0]["lr"])
+
+    rates = Rates()
+    hf_train(tmp_path / "a", [WatchCallback(log_dir=tmp_path / "log", **OPTIONS), rates], warmup_steps=6)
+    rows = lines(tmp_path / "log", "step")
+    assert [row["lr"] for row in rows] == pytest.approx(rates.seen, rel=1e-6) and len(set(rates.seen)) > 8
+    assert all(len(row["lrs"]) == 2 for row in rows)  # with weight decay and without
+
+
 def test_hugging_face_resume(tmp_path: Path) -> None:
     from jacdiag.report.runlog import read_run
     from jacdiag.watching.huggingface import WatchCallback
@@ -310,6 +330,54 @@ def test_lightning_resume(tmp_path: Path) -> None:
     lightning_run(tmp_path, [WatchCallback("model", **options)], None, resume=tmp_path / "at.ckpt")
     run = read_run(tmp_path / "log")
     assert run.resumes == [6] and [row["step"] for row in run.steps] == list(range(1, 13))
+
+
+@needs_lightning
+def test_lightning_learning_rates_and_updates_of_two_optimizers(tmp_path: Path) -> None:
+    """By hand in a loop of the module's own, in which the scheduler steps before the callback is told of the step."""
+    from lightning.pytorch import LightningModule, Trainer
+    from torch.utils.data import DataLoader
+
+    from jacdiag.watching.lightning import WatchCallback
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.model = small(dropout=0.0)
+            self.rates: list[list[float]] = []
+            self.moved: list[float] = []
+
+        def training_step(self, ids: Tensor, index: int) -> Tensor:
+            _, loss = self.model(ids[:, :-1], ids[:, 1:])
+            self.manual_backward(loss)
+            self.rates.append([o.param_groups[0]["lr"] for o in self.optimizers()])
+            before = [p.detach().clone() for p in self.model.parameters()]
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
+            self.moved.append(exact(p - q for p, q in zip(self.model.parameters(), before, strict=True)))
+            self.lr_schedulers().step()
+            return loss.detach()
+
+        def configure_optimizers(self) -> Any:
+            matrices = [p for p in self.parameters() if p.dim() == 2]
+            others = [p for p in self.parameters() if p.dim() != 2]
+            first, second = torch.optim.SGD(matrices, lr=0.3), torch.optim.AdamW(others, lr=1e-3)
+            return [first, second], [torch.optim.lr_scheduler.LinearLR(first, 0.01, 1.0, 10)]
+
+    module = Module()
+    data = DataLoader([torch.cat([batch(k, 1)[0][0], batch(k, 1)[1][0][-1:]]) for k in range(48)], batch_size=4)
+    trainer = Trainer(
+        max_epochs=1, callbacks=[WatchCallback("model", log_dir=tmp_path / "log", **OPTIONS)], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+        devices=1, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(module, data)
+    rows = lines(tmp_path / "log", "step")
+    assert [row["lrs"] for row in rows] == [pytest.approx(rates, rel=1e-6) for rates in module.rates]
+    assert len(rows) == 12 and all(0 < row["update"]["norm"] < module.moved[row["step"] - 1] for row in rows)
+    assert len({row["update"]["where"] for row in rows}) >= 5
 
 
 @needs_lightning

@@ -211,7 +211,7 @@ def test_step_called_without_a_step_of_the_optimiser(caplog: pytest.LogCaptureFi
             loss, _ = plain_step(model, optimizer, step)
             w.step(loss)
             w.step(loss)
-    assert caplog.text.count("once per optimiser step") == 1
+    assert caplog.text.count("once per optimizer step") == 1
 
 
 def test_step_after_the_end_and_late_states() -> None:
