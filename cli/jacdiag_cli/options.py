@@ -164,8 +164,9 @@ JUDGEMENT = [
         "--state",
         type=click.Choice(["init", "trained"]),
         show_default="detected",
-        help="Of the weights: decides which rules apply. Detected: what is built here is fresh; a file goes by its step, its "
-        "optimizer or its name; what is left by the share of matrices that are no draw of an init. The header says why.",
+        help="Of the weights: decides which rules apply. Detected: what is built here is fresh; a file goes by its "
+        "step, its optimizer or its name; what is left by the share of matrices that are no draw of an init. The "
+        "header says why.",
     ),
     click.option("--lr", type=Number(**_ABOVE_0), help="Plan of the run: learning rate."),
     click.option("--warmup", type=click.IntRange(0), help="Plan of the run: warm-up steps; nothing without --lr."),
