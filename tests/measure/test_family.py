@@ -45,7 +45,7 @@ def test_the_chance_of_a_miss_is_divided_by_the_number_of_intervals() -> None:
     assert report.settings["confidence"] == told["each"]
     intervals = probabilistic(report)
     assert len(intervals) == 13 and {interval.confidence for interval in intervals} == {told["each"]}
-    line = " ".join(header(report)[1])
+    line = " ".join(header(report)[-1])
     assert "each interval at 99.933%, all 15 together at 99% (Bonferroni)" in line
 
 
@@ -77,7 +77,7 @@ def test_the_trials_of_remedies_have_half_of_the_chance() -> None:
     told = report.settings["confidence_all"]
     assert report.remedies and told["shared_with_remedies"] is True
     assert told["each"] == pytest.approx(1 - 0.005 / 15)
-    assert "all 15 and those of remedies together at 99% (Bonferroni)" in " ".join(header(report)[1])
+    assert "all 15 and those of remedies together at 99% (Bonferroni)" in " ".join(header(report)[-1])
 
 
 def test_the_seeds_of_a_gate_share_it() -> None:
@@ -85,12 +85,12 @@ def test_the_seeds_of_a_gate_share_it() -> None:
     told = outcome.report.settings["confidence_all"]
     assert (told["level"], told["seeds"]) == (0.99, 2)
     assert told["each"] == pytest.approx(1 - 0.005 / 15)
-    assert "and of 2 seeds together at 99%" in " ".join(header(outcome.report)[1])
+    assert "and of 2 seeds together at 99%" in " ".join(header(outcome.report)[-1])
 
 
 def test_without_it_the_header_speaks_of_each_interval_only() -> None:
     report = jacdiag.audit(GPT, **SMALL)
-    line = " ".join(header(report)[1])
+    line = " ".join(header(report)[-1])
     assert "each interval at 99.9%" in line and "together" not in line and "confidence_all" not in report.settings
 
 
