@@ -103,7 +103,6 @@ DIFFERENCES = (
         "maps the stream to positions: no role by name",
     ),
     Difference("gpt_oss", r"sinks", "attention sinks are no bias: no role by name"),
-    Difference("clip", r"class_embedding", "a learned token, added as a bias would be"),
     Difference("siglip", r"head\.probe", "a learned query: no role by name"),
     Difference(
         "swinv2", r"logit_scale", "the temperature of an attention is no gain of a norm"

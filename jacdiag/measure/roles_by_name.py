@@ -200,7 +200,7 @@ _ANYWHERE_RULES = (
     ("projection", rf"{_START}(patch_emb\w*|embeddings?)\.(\w+\.)*proj(ection)?$"),
 )
 _OUTSIDE_RULES = (
-    ("positions", rf"{_START}(cls|class|dist\w*)_token$"),
+    ("cls", rf"{_START}(cls|class|dist\w*)_token$"),
     ("projection", rf"{_START}(patch_emb\w*|conv_proj|conv_stem)(\.|$)"),
     ("projection", rf"{_START}(embedding_hidden_mapping_in|embedding_transformation)$"),
     ("projection", rf"{_START}(transform|pooler|pre_classifier|vocab_transform)(\.|$)"),

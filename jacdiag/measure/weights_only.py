@@ -34,7 +34,7 @@ NOT_MEASURED = (
     "bound",
     "tightness",
 )
-OUTSIDE = ("embedding", "positions", "projection", "head")
+OUTSIDE = ("embedding", "positions", "cls", "projection", "head")
 NO_ROLE = "no role could be told from its name and shape"
 NO_WEIGHT = "a mask or a table that the model computes, as its name says"
 # BERT's `embeddings.LayerNorm`, BLOOM's `word_embeddings_layernorm`, BART's
