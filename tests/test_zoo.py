@@ -108,6 +108,12 @@ def test_shipped_checkpoints(name: str) -> None:
 
 
 def test_a_trained_model_on_random_tokens_says_so() -> None:
-    report = jacdiag.audit(str(EXAMPLES / "vanilla-trained.pt"), batch=1, profile="paper")
+    report = jacdiag.audit(str(EXAMPLES / "vanilla-trained.pt"), batch=1)
     assert report.probe.off_distribution
     assert not [f for f in report.findings if f.level == "error"]
+
+
+def test_a_profile_that_asks_for_errors_gets_them_in_any_state() -> None:
+    report = jacdiag.audit(str(EXAMPLES / "vanilla-trained.pt"), batch=1, profile="paper")
+    assert report.conditions.small_sublayers == "not met"
+    assert {f.code for f in report.findings if f.level == "error"} == {"JD101"}

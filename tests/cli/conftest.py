@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import types
 from collections.abc import Callable
@@ -28,7 +29,8 @@ def jd(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_
 
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> Stub:
-    """Puts a made-up audit in place of the real one; torch is not needed for it."""
+    """Put a made-up audit in place of the real one."""
+    importlib.import_module("jacdiag.auditing")  # so that the same module, with its parts, is there again afterwards
     made, module = Stub(), types.ModuleType("jacdiag.auditing")
     module.audit = made  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "jacdiag.auditing", module)

@@ -380,7 +380,10 @@ def test_published_practice_of_a_family(family: str, is_named: bool) -> None:
 def test_one_router_is_a_layer_that_differs() -> None:
     model = build(mlp=Experts)
     fill(model, lambda w: nn.init.kaiming_uniform_(w, a=math.sqrt(5)), "layers.3.mlp.gate.weight")
-    assert named(judge(model)) == {"JD208": {"layers.3.mlp.gate.weight"}}
+    assert not judge(model)
+    probe = torch.randint(128, (2, 12), generator=torch.Generator().manual_seed(0))
+    report = jacdiag.audit(model, probe, state="init", select=["JD2"], products=False, remedies="none")
+    assert named(report.findings) == {"JD205": {"layers.3.mlp.gate.weight"}}
 
 
 def test_a_pinned_router_is_the_users_own() -> None:

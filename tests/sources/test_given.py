@@ -81,7 +81,7 @@ def test_sites_and_watch_ask_for_a_module(given: Any) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"tokens": 3}, {"batch": None}, {"seed": None}, {"seed": 2**70}, {"tol": None}, {"confidence": None},
+        {"tokens": 3}, {"batch": None}, {"seed": None}, {"seed": 2**70}, {"tol": None}, {"confidence": "high"},
         {"device": []}, {"dtype": 3}, {"state": "foo"}, {"profile": None}, {"profile": []}, {"select": 3},
         {"select": [3]}, {"ignore": None}, {"thresholds": 3}, {"thresholds": "x"}, {"risk": 3}, {"max_products": None},
         {"declared": 3}, {"contract": 3}, {"contract": {1: 2}}, {"optimizer": 3}, {"optimizer": "x"},
