@@ -114,6 +114,15 @@ def _like(name: str, found: Mapping[str, Use], ranks: Mapping[str, int]) -> Use:
 
 
 Label = tuple[int, frozenset[str]]  # a product, and what happened to its result since
+# Labels of one value. A loop that cuts a value and joins the pieces doubles them each time it runs.
+_MOST_LABELS = 512
+
+
+def _without_parts_if_many(labels: set[Label]) -> set[Label]:
+    """Return labels that no longer tell parts of a value apart, if there are too many of them."""
+    if len(labels) <= _MOST_LABELS:
+        return labels
+    return {(product, frozenset(word for word in seen if not word.startswith("part "))) for product, seen in labels}
 
 
 class _Branch:
@@ -191,7 +200,7 @@ class _Branch:
         mark = self._mark(record.name)
         for value in record.outputs:
             part = {f"part {value}"} if record.name in _PARTS else set()
-            self.labels[value] = {(p, seen | mark | part) for p, seen in together}
+            self.labels[value] = _without_parts_if_many({(p, seen | mark | part) for p, seen in together})
         if record.name in _SOFTMAX:
             self._tag({label for label in together if "left" in label[1]}, "Q")
             self._tag({label for label in together if "right" in label[1]}, "K")

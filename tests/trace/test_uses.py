@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import jacdiag
 from benchmarks._families import CONFIGS, family, recipe
@@ -115,3 +115,26 @@ def test_the_reference_gpt() -> None:
 def test_pattern_stars_the_layer_only() -> None:
     assert pattern("h.3.mlp.experts.1.w2.weight") == "h.*.mlp.experts.1.w2.weight"
     assert pattern("fc1.weight") == "fc1.weight"
+
+
+def test_a_loop_of_cuts_and_joins_is_followed_in_short_time() -> None:
+    """Each of its rounds doubles the ways on which a result can have come, as in the chunks of linear attention."""
+
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(8, 8)
+            self.outer = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.inner(x)
+            for _ in range(40):
+                first, second = y.chunk(2, -1)
+                y = torch.cat([first + second, first - second], -1) / 2**0.5
+            return x + self.outer(y)
+
+    sites = jacdiag.sites(nn.Sequential(Mixer(), Mixer()), torch.randn(2, 5, 8))
+    assert len(sites) == 2
+    uses = uses_of(sites)
+    assert uses["0.outer.weight"].role == "W_2"
+    assert uses["0.inner.weight"].role == "W_1"
