@@ -70,6 +70,9 @@ class Difference:
 
 DIFFERENCES = (
     # The name says less.
+    Difference("clip", r"class_embedding", "a token that joins those of the image; the name may be a table of classes"),
+    Difference("pvt", r"cls_token", "the name lies in a numbered patch embedding, which is read as a layer"),
+    Difference("prophetnet", r"ngram_embeddings", "rows that join the stream; the name does not say how they are used"),
     Difference(
         "mamba2?|falcon_mamba|falcon_h1|jamba|bamba|qwen3_next",
         r"A_log|\.D$",
