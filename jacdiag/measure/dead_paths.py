@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -292,7 +293,13 @@ def _line_of_the_model() -> str:
     frame = sys._getframe(2)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PLUMBING):
         frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    return f"{_readable_path(frame.f_code.co_filename)}:{frame.f_lineno}"
+
+
+def _readable_path(file: str) -> str:
+    """Return a file's path inside its installed package, or below the current folder; else the whole path."""
+    _, installed, inside = file.rpartition("site-packages/")
+    return inside if installed else file.removeprefix(f"{Path.cwd()}/")
 
 
 def cutting_calls(sites: Sites, source: int, sink: int) -> list[str]:
