@@ -30,8 +30,8 @@ def jd(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> Stub:
     """Put a made-up audit in place of the real one."""
-    importlib.import_module("jacdiag.auditing")  # so that the same module, with its parts, is there again afterwards
-    made, module = Stub(), types.ModuleType("jacdiag.auditing")
+    auditing = importlib.import_module("jacdiag.auditing")  # so that the same module, with its parts, returns
+    made, module = Stub(real=auditing.audit), types.ModuleType("jacdiag.auditing")
     module.audit = made  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "jacdiag.auditing", module)
     return made

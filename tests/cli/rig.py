@@ -111,6 +111,7 @@ class Stub:
     during: Callable[[dict[str, Any]], None] | None = None
     asked: dict[str, Any] = field(default_factory=dict)
     calls: int = 0
+    real: Callable[..., Report] | None = None  # the audit whose place it takes
 
     def __call__(self, source: str, **options: Any) -> Report:
         self.asked, self.calls = {"source": source, **options}, self.calls + 1
