@@ -13,10 +13,10 @@ import jacdiag
 from benchmarks.initbench.catalogue import Bug, Probe, Recipe
 from benchmarks.initbench.draws import names_of
 
-# Conditions of a paper on norms of sub-layers. A correct init may truly miss them, so they are listed apart.
-PAPER = ("JD102", "JD103")
-# These name sub-layers by their norms, never a tensor: they are no part of what is located.
-NORMS = ("JD101", *PAPER)
+# Conditions of a paper on norms of sub-layers. A correct init may truly miss them (a Xavier init without a factor for
+# the depth has core norms beyond the first), so they are listed apart. They name sub-layers, never a tensor, so they
+# are no part of what is located.
+PAPER = ("JD101", "JD102", "JD103")
 # These say that an audit is not complete. They say nothing about the init.
 INCOMPLETE = ("JD901", "JD902", "JD904")
 LOUD = ("warning", "error")
@@ -83,7 +83,7 @@ def judge_bug(case: Bug, seed: int = 0) -> BugOutcome:
 
     remarks = [remark for remark in before if remark.code not in INCOMPLETE]
     is_found = any(is_new(remark, after) for remark in remarks)
-    naming = [remark for remark in remarks if remark.code not in NORMS]
+    naming = [remark for remark in remarks if remark.code not in PAPER]
     answers = [case.blames, case.or_blames] if case.or_blames else [case.blames]
     is_located, missing, wrong = locate(broken, naming, answers, case.allows)
     if case.one_is_enough:
@@ -137,7 +137,7 @@ def names_in_text(model: nn.Module, text: str) -> list[str]:
 def is_new(remark: Remark, others: list[Remark]) -> bool:
     """Whether a finding is not among others. A condition on norms is compared by its code alone."""
     same_code = [other for other in others if other.code == remark.code]
-    if remark.code in NORMS:
+    if remark.code in PAPER:
         return not same_code
     return all(other.named != remark.named for other in same_code)
 
