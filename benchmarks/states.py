@@ -1,9 +1,11 @@
 """Count fresh models that are called trained, and trained models that are called fresh, by their weights alone.
 
-    python benchmarks/states.py [--seeds N] [--families N] [--checkpoints FOLDER]
+    python benchmarks/states.py [--seeds N] [--families N] [--checkpoints FOLDER] [--only PART ...]
 
-Three parts: models of many inits and shapes, whose tensors are drawn and never run; every family of transformers that
-can be built here; and checkpoints below a folder, which are all trained. Writes results/states.json and .md.
+Five parts: models of many inits and shapes, whose tensors are drawn and never run (inits); every family of
+transformers that can be built here (families); checkpoints below a folder, which are all trained (checkpoints); short
+training runs, and the steps after which their weights show it (runs); and what the decision costs (times). Writes
+results/states.json and .md.
 """
 
 from __future__ import annotations
@@ -13,16 +15,18 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "critical"}
 
 import torch
 from _coverage import build
-from _states.fresh import INITS, SHAPES
+from _states.fresh import INITS, SHAPES, normal, plain
+from _states.runs import LOOKS, training_runs
 
 from jacdiag.errors import JacdiagError
 from jacdiag.measure.state import WeightEvidence, judge_weights
@@ -37,12 +41,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=60, help="of each init and shape")
     parser.add_argument("--families", type=int, default=1, help="seeds of each family of transformers")
     parser.add_argument("--checkpoints", type=Path, default=Path("out/real-models"), help="folder of trained models")
-    options = parser.parse_args()
-    parts = {
-        "inits": list(drawn_models(options.seeds)),
-        "families": list(family_models(options.families)),
-        "checkpoints": list(trained_models(options.checkpoints)),
+    makers: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
+        "inits": lambda: drawn_models(options.seeds),
+        "families": lambda: family_models(options.families),
+        "checkpoints": lambda: trained_models(options.checkpoints),
+        "runs": training_runs,
+        "times": timed_models,
     }
+    parser.add_argument("--only", nargs="+", choices=makers, default=list(makers), help="the others stay as they are")
+    options = parser.parse_args()
+    earlier = json.loads((RESULTS / "states.json").read_text()) if len(options.only) < len(makers) else {}
+    parts = {name: list(make()) if name in options.only else earlier[name] for name, make in makers.items()}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "states.json").write_text(json.dumps(parts, indent=1) + "\n")
     (RESULTS / "states.md").write_text(page(parts))
@@ -96,6 +105,19 @@ def trained_models(folder: Path) -> Iterator[dict[str, Any]]:
             yield row("/".join(file.parts[-2:]), [judge_weights(weights)])
 
 
+def timed_models() -> Iterator[dict[str, Any]]:
+    """Yield what the decision costs for models of a few sizes, in memory."""
+    torch.manual_seed(0)
+    for width, layers in [(64, 4), (768, 12), (2048, 16)]:
+        with torch.no_grad():
+            weights = plain((width, layers, 4, 50_257), normal)
+        begun = time.perf_counter()
+        judged = judge_weights(weights)
+        seconds = time.perf_counter() - begun
+        size = sum(tensor.numel() for tensor in weights.values())
+        yield {"parameters": size, "matrices": judged.tested, "seconds": round(seconds, 2)}
+
+
 def row(name: str, judged: list[WeightEvidence]) -> dict[str, Any]:
     """Return what became of models of one kind."""
     worst = max(judged, key=lambda one: len(one.failed) / max(one.tested, 1))
@@ -133,6 +155,19 @@ def page(parts: dict[str, list[dict[str, Any]]]) -> str:
         "## Trained: checkpoints of packages and of the examples",
         "",
         *table(parts["checkpoints"]),
+        "",
+        "## Trained for a few steps",
+        "",
+        "Matrices that failed, of 18 or 26, after so many steps of small GPTs on text; **bold** where the model",
+        "counts as trained.",
+        "",
+        *table_of_runs(parts["runs"]),
+        "",
+        "## What the decision costs",
+        "",
+        "| parameters | matrices tested | seconds, one thread |",
+        "|---|---|---|",
+        *(f"| {r['parameters']:,} | {r['matrices']} | {r['seconds']} |" for r in parts["times"]),
     ]
     return "\n".join(lines) + "\n"
 
@@ -141,6 +176,19 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     """Return the lines of a table."""
     head = ["| models | count | called trained | matrices that failed |", "|---|---|---|---|"]
     return head + [f"| {r['name']} | {r['models']} | {r['trained']} | {r['most_failed']} of {r['of']} |" for r in rows]
+
+
+def table_of_runs(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the lines of the table of training runs, a column for each look."""
+    head = [
+        "| optimizer | width | layers |" + "".join(f" {step} |" for step in LOOKS),
+        "|---|---|---|" + "---|" * len(LOOKS),
+    ]
+    body = []
+    for one in rows:
+        cells = [f"**{look['failed']}**" if look["trained"] else str(look["failed"]) for look in one["looks"]]
+        body.append(f"| {one['optimizer']} | {one['width']} | {one['layers']} | " + " | ".join(cells) + " |")
+    return head + body
 
 
 if __name__ == "__main__":
