@@ -88,6 +88,22 @@ def _mixes(graph: Graph, node: int) -> bool:
 
 
 # -- reading them ---------------------------------------------
+def attention_records(sites: Sites) -> dict[str, AttentionRecord]:
+    """Read the attention of every sub-layer in one more run of the model on the probe.
+
+    Returns:
+        Sub-layer -> its figures; one whose calls could not be read is not in it.
+    """
+    calls = attention_calls(sites)
+    if not calls:
+        return {}
+    watch = AttentionWatch(calls)
+    with torch.no_grad(), watch:
+        sites.replayer.tapped([], lambda _spot, tensor: tensor)
+    found = watch.records(sum(node.name in CALLS for node in sites.graph.nodes))
+    return {sites[index].name: record for index, record in found.items()}
+
+
 @dataclass
 class Tally:
     """Sums over the rows of scores of one sub-layer."""
@@ -95,6 +111,7 @@ class Tally:
     max_logit: float = -math.inf
     entropy: dict[int, Tensor] = field(default_factory=dict)  # number of heads -> sum per head
     rows: dict[int, Tensor] = field(default_factory=dict)
+    tops: dict[int, Tensor] = field(default_factory=dict)  # number of heads -> largest score per head
     most: float = 0.0
 
     def add(self, scores: Tensor) -> None:
@@ -105,7 +122,8 @@ class Tally:
         scores = scores.detach()
         # 1. Masked keys count for nothing.
         visible = scores > MASKED
-        self.max_logit = max(self.max_logit, float(scores.masked_fill(~visible, -math.inf).max()))
+        shown = scores.masked_fill(~visible, -math.inf)
+        self.max_logit = max(self.max_logit, float(shown.max()))
         keys = visible.sum(-1)
         several = keys > 1
         # 2. Entropy per query; entr(0) is 0.
@@ -118,6 +136,9 @@ class Tally:
         heads = scores.shape[1] if scores.dim() == 4 else 1
         per_head = entropy.reshape(-1, heads, entropy.shape[-1]) if heads > 1 else entropy.reshape(1, 1, -1)
         counted = several.reshape(per_head.shape)
+        if heads > 1:
+            top = shown.amax(dim=(0, 2, 3))
+            self.tops[heads] = torch.maximum(self.tops.get(heads, top), top)
         self.entropy[heads] = self.entropy.get(heads, 0) + per_head.sum((0, 2))
         self.rows[heads] = self.rows.get(heads, 0) + counted.sum((0, 2))
 
@@ -132,7 +153,9 @@ class Tally:
         if len(self.rows) == 1 and next(iter(self.rows)) > 1:
             [(sums, counts)] = zip(self.entropy.values(), self.rows.values(), strict=True)
             lowest = float((sums / counts.clamp_min(1)).min())
-        return AttentionRecord(max_logit, total / rows, total / self.most if self.most else None, lowest, rows)
+        share = total / self.most if self.most else None
+        tops = next(iter(self.tops.values())).tolist() if len(self.rows) == 1 and self.tops else None
+        return AttentionRecord(max_logit, total / rows, share, lowest, rows, tops)
 
 
 class AttentionWatch(TorchFunctionMode):

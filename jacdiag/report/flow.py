@@ -20,6 +20,7 @@ class AttentionRecord(Record):
         entropy_share: that mean, divided by the mean of ln(visible keys) over the same queries. 1 is uniform.
         lowest_head: the least mean entropy of a head. None where the calls do not keep heads apart.
         queries: number of (head, query) pairs behind the means.
+        head_logits: largest score of each head. None where the calls do not keep heads apart.
     """
 
     max_logit: float | None = None
@@ -27,6 +28,7 @@ class AttentionRecord(Record):
     entropy_share: float | None = None
     lowest_head: float | None = None
     queries: int = 0
+    head_logits: list[float] | None = None
 
 
 @dataclass(frozen=True)

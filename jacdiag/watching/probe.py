@@ -29,7 +29,7 @@ from jacdiag.trace.declared import nothing_found
 from jacdiag.trace.wrappers import gathered
 from jacdiag.watching.blocks import Blocks
 from jacdiag.watching.memory import available, needed
-from jacdiag.watching.statistics import StableRanks, forward_figures
+from jacdiag.watching.statistics import ForwardFigures, StableRanks, forward_figures
 from jacdiag.watching.warm import Memory, WarmSolver
 
 PRODUCTS = 16  # per solved norm: a fixed price, and an interval of 3 to 10% (measured on GPT-2's shape)
@@ -103,7 +103,7 @@ class LiveProbe:
             raise nothing_found(found)
         return found
 
-    def statistics(self, found: Sites) -> dict[str, dict[str, float | None]]:
+    def statistics(self, found: Sites) -> ForwardFigures:
         return forward_figures(found)
 
     # -- norms -----------------------------------------------------------------------------------------------------

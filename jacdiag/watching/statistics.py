@@ -1,81 +1,68 @@
-"""Figures of the probe's forward: sizes of shortcut and branch, largest activation, attention logits, stable ranks."""
+"""Figures of the probe's forward: sizes of shortcut and branch, activations, attention, routers, stable ranks."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from jacdiag.measure.attention import attention_records
 from jacdiag.trace import Sites
-from jacdiag.trace.tap import Spot, Where
 from jacdiag.watching.norms import square_sums
+from jacdiag.watching.routing import routing_of
 
-_ATTENTION = "scaled_dot_product_attention"
 
+@dataclass(frozen=True, kw_only=True)
+class ForwardFigures:
+    """What one forward on the probe shows.
 
-def forward_figures(sites: Sites) -> dict[str, dict[str, float | None]]:
-    """Returns figure -> sub-layer -> value.
-
-    `shortcut_std` and `branch_std` are medians over tokens, `max_activation` the largest element of either. `logit` is
-    the largest q k / sqrt(d_head) over heads, queries and keys (those behind a causal mask included), or the largest
-    element that a softmax of the branch reads; null where a kernel hides it.
+    Attributes:
+        figures: figure -> sub-layer -> value, None where it could not be read. `shortcut_std` and `branch_std` are
+            medians over tokens, `max_activation` the largest element of either. `logit` is the largest score that
+            enters a softmax over visible keys, `attention_entropy` the mean entropy of attention as a share of
+            uniform attention. For a mixture of experts: `router_entropy` (a share of log of the experts),
+            `router_imbalance` (the largest load over the mean) and `unused_experts` (without a token of the probe).
+        heads: sub-layer -> the largest score of each head.
+        experts: sub-layer -> each expert's share of the choices.
     """
-    found: dict[str, dict[str, float | None]] = {"shortcut_std": {}, "branch_std": {}, "max_activation": {}}
+
+    figures: dict[str, dict[str, float | None]]
+    heads: dict[str, list[float]] = field(default_factory=dict)
+    experts: dict[str, list[float]] = field(default_factory=dict)
+
+
+def forward_figures(sites: Sites) -> ForwardFigures:
+    """Measure what the probe's forward shows of every sub-layer."""
+    figures: dict[str, dict[str, float | None]] = {"shortcut_std": {}, "branch_std": {}, "max_activation": {}}
+    # 1. Sizes.
     for site in sites:
         x, f = site.shortcut.detach(), site.value.detach()
-        found["shortcut_std"][site.name] = _spread(x, site.feature_dim)
-        found["branch_std"][site.name] = _spread(f, site.feature_dim) if f.shape == x.shape else None
-        found["max_activation"][site.name] = float(torch.maximum(x.abs().max(), f.abs().max()))
-    found["logit"] = dict(attention_logits(sites))
-    return found
+        figures["shortcut_std"][site.name] = _spread(x, site.feature_dim)
+        figures["branch_std"][site.name] = _spread(f, site.feature_dim) if f.shape == x.shape else None
+        figures["max_activation"][site.name] = float(torch.maximum(x.abs().max(), f.abs().max()))
+
+    # 2. Attention.
+    attention = attention_records(sites)
+    names = [site.name for site in sites if site.kind == "attention"]
+    figures["logit"] = {name: attention[name].max_logit if name in attention else None for name in names}
+    shares = {name: record.entropy_share for name, record in attention.items()}
+    figures["attention_entropy"] = {name: shares.get(name) for name in names}
+    heads = {name: record.head_logits for name, record in attention.items() if record.head_logits}
+
+    # 3. Routers.
+    routing = routing_of(sites)
+    if routing:
+        figures["router_entropy"] = {name: one.entropy for name, one in routing.items()}
+        figures["router_imbalance"] = {name: one.imbalance for name, one in routing.items()}
+        figures["unused_experts"] = {name: float(one.unused) for name, one in routing.items()}
+    experts = {name: one.load for name, one in routing.items()}
+    return ForwardFigures(figures=figures, heads=heads, experts=experts)
 
 
 def _spread(x: Tensor, feature_dim: int) -> float:
     return float(x.float().std(dim=feature_dim, correction=0).median())
-
-
-def attention_logits(sites: Sites) -> dict[str, float | None]:
-    """The largest attention logit of every attention sub-layer, from one more run of the model."""
-    wanted: dict[Spot, tuple[str, str]] = {}
-    for site, raw in zip(sites, sites.raw, strict=True):
-        if site.kind != "attention":
-            continue
-        for index in raw.cone:
-            node = sites.graph.nodes[index]
-            if node.name == _ATTENTION:
-                for position, what in ((0, "query"), (1, "key")):
-                    wanted[sites.replayer.spot_at(Where.OPERAND, index, 0, position)] = (site.name, what)
-            elif node.name == "softmax":
-                wanted[sites.replayer.spot_at(Where.OPERAND, index, 0)] = (site.name, "logits")
-    found: dict[str, float | None] = {site.name: None for site in sites if site.kind == "attention"}
-    queries: dict[str, Tensor] = {}
-
-    def visit(spot: Spot, tensor: Tensor) -> Tensor:
-        name, what = wanted[spot]
-        with torch._C.DisableTorchFunction():
-            if what == "query":
-                queries[name] = tensor
-                return tensor
-            top = _largest(tensor) if what == "logits" else _product(queries.pop(name), tensor)
-            found[name] = max(top, found[name] or -math.inf)
-        return tensor
-
-    if wanted:
-        with torch.no_grad():
-            sites.replayer.tapped(list(wanted), visit)
-    return found
-
-
-def _largest(logits: Tensor) -> float:
-    return float(logits.detach().float().max())
-
-
-def _product(q: Tensor, k: Tensor) -> float:
-    q, k = q.detach().float(), k.detach().float()
-    if q.dim() == 4 and k.shape[1] != q.shape[1]:
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    return float((q @ k.transpose(-1, -2)).max() / math.sqrt(q.shape[-1]))
 
 
 class StableRanks:

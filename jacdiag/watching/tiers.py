@@ -245,12 +245,14 @@ class Tiers:
         begun = time.perf_counter()
         with self.guards.part("probe", _NO_PROBE), self._undisturbed():
             with self.together.in_step():
-                figures = self.live.statistics(found)
+                shown = self.live.statistics(found)
             self.stats_price = tracing + time.perf_counter() - begun
             self.stats_every.last = step
             if self.together.lead:
-                self.record.line("stats", {"step": step, "seconds": self.stats_price, "figures": figures})
-                self.record.publish(step, lambda: slashed_series(figures))
+                row = {"step": step, "seconds": self.stats_price, "figures": shown.figures}
+                lists = {"heads": shown.heads, "experts": shown.experts}
+                self.record.line("stats", row | {name: values for name, values in lists.items() if values})
+                self.record.publish(step, lambda: slashed_series(shown.figures))
             if not probe:
                 return
             begun -= tracing

@@ -14,6 +14,7 @@ from watching.rig import T, V, adam, batch, lines, small
 import jacdiag
 from jacdiag.watching.norms import square_sums
 from jacdiag.watching.optimisers import optimisers_of
+from jacdiag.watching.statistics import StableRanks, forward_figures
 
 
 def exact(tensors: Any) -> float:
@@ -255,22 +256,25 @@ def test_statistics_and_norms_are_the_audits_own(tmp_path: Path) -> None:
 
 
 def test_attention_logits_against_the_definition() -> None:
-    from jacdiag.watching.statistics import attention_logits
-
     model = small("vanilla", n_layer=1, dropout=0.0).eval()
     ids, _ = batch(3)
-    found = attention_logits(jacdiag.sites(model, ids))
+    shown = forward_figures(jacdiag.sites(model, ids))
     block = model.transformer["h"][0]
     with torch.no_grad():
         x = model.transformer["wte"](ids) + model.transformer["wpe"](torch.arange(T))
         q, k, _ = (t.view(4, T, 2, 8).transpose(1, 2) for t in block.attn.c_attn(block.ln_1(x)).split(16, dim=2))
-        wanted = float((q @ k.transpose(-1, -2)).max() / math.sqrt(8))
-    assert found == {"transformer.h.0.attn": pytest.approx(wanted, rel=1e-5)}
+        scores = (q @ k.transpose(-1, -2) / math.sqrt(8)).masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+        weights = scores.softmax(-1)
+    name = "transformer.h.0.attn"
+    assert shown.figures["logit"] == {name: pytest.approx(float(scores.max()), rel=1e-5)}
+    assert shown.heads == {name: pytest.approx(scores.amax(dim=(0, 2, 3)).tolist(), rel=1e-5)}
+    entropy = torch.special.entr(weights).sum(-1)[..., 1:].mean() / torch.arange(2, T + 1).log().mean()
+    assert shown.figures["attention_entropy"] == {name: pytest.approx(float(entropy), rel=1e-5)}
+
+
 
 
 def test_stable_ranks_against_svd() -> None:
-    from jacdiag.watching.statistics import StableRanks
-
     model = small("vanilla")
     sites, ranks = jacdiag.sites(model, batch(0)[0]), StableRanks()
     for _ in range(20):
