@@ -15,6 +15,7 @@ from jacdiag.report.thresholds import load_thresholds
 from jacdiag.sources.given import path_text
 from jacdiag.sources.wrapped import unwrap
 from jacdiag.watching.cadence import Cadence
+from jacdiag.watching.histograms import Histograms
 from jacdiag.watching.hook import Watch
 from jacdiag.watching.optimisers import check_belongs, check_supported, names_of, optimizer_tree
 from jacdiag.watching.record import Record
@@ -42,6 +43,7 @@ def watch(
     recorder: int = 200,
     keep_batches: int = 0,
     sinks: Iterable[str | Sink] = (),
+    histograms_every: int | None = None,
     thresholds: Mapping[str, Any] | None = None,
     risk: str | Path | None = None,
     timeout: float = 60.0,
@@ -68,6 +70,8 @@ def watch(
             written once something happens. Live rules look every `log_every` steps, so that many (times the
             micro-batches of a step) reach back to the batch of whatever step they speak of. 0 for none.
         sinks: "tensorboard", "wandb", or objects with write(step, figures) and close().
+        histograms_every: steps between two histograms of the weights and of the gradients that the optimizer gets, one
+            of each per sub-layer, for the sinks "tensorboard" and "wandb"; None for none. Each looks at the device.
         thresholds: the user's own, see thresholds.toml.
         risk: a file of `jacdiag backtest --write-risk`: the curves that JD105 asks at every learning rate,
             in place of those that ship (models of width 32 to 128).
@@ -99,6 +103,8 @@ def watch(
         raise UsageError(f"log_every cannot be {log_every!r}", hint="a number of steps, such as 10")
     if not isinstance(keep_batches, int) or keep_batches < 0:
         raise UsageError(f"keep_batches cannot be {keep_batches!r}", hint="a number of batches, 0 for none")
+    if histograms_every is not None and (not isinstance(histograms_every, int) or histograms_every < 1):
+        raise UsageError(f"histograms_every cannot be {histograms_every!r}", hint="a number of steps, or None")
     if not (on_alert in ("log", "raise") or callable(on_alert)):
         raise UsageError(f"on_alert cannot be {on_alert!r}", hint="'log', 'raise', or a function of the alert")
     cadences = Cadence.of(every, "every"), Cadence.of(stats_every, "stats_every")
@@ -125,6 +131,7 @@ def watch(
     if recorder and 0 < keep_batches < log_every:
         record.warn("keep", f"an alert may speak of a step {log_every - 1} before it: keep_batches={log_every} (times "
                     f"the micro-batches of a step) keeps its batch, keep_batches={keep_batches} may not")  # fmt: skip
-    made = Watch(model, optimizers, together, record, tiers, log_every, updates, keep_batches)
+    histograms = Histograms(histograms_every if together.lead else None)
+    made = Watch(model, optimizers, together, record, tiers, log_every, updates, keep_batches, histograms)
     _WATCHED[unwrap(model)] = weakref.ref(made)
     return made

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from jacdiag.trace.precision import map_leaves
 from jacdiag.trace.randomness import RandomState
+from jacdiag.watching.noise_scale import MicroBatches
 
 _SEQUENCES, _LENGTH = 2, 128
 
@@ -29,6 +30,7 @@ class Batches:
     """
 
     def __init__(self, model: nn.Module, *, fingerprints: bool, keep: int) -> None:
+        self.micro_batches: MicroBatches | None = None  # looks at the gradients whenever a batch begins
         self.model, self.fingerprints, self.keep = model, fingerprints, keep
         self.first: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.prints: list[Tensor] = []  # of the micro-batches of the step at hand
@@ -64,6 +66,8 @@ class Batches:
         try:
             if not module.training:  # an evaluation inside the loop is no batch of the training
                 return
+            if self.micro_batches is not None:
+                self.micro_batches.forward_begins(args, kwargs)
             if self.first is None:
                 self.first = _few(args, kwargs)
             if self.fingerprints:

@@ -15,7 +15,7 @@ from jacdiag.watching.grouping import Groups, Member
 from jacdiag.watching.norms import square_sums, widest
 from jacdiag.watching.optimisers import local
 
-LOSS, GIVEN, GIVEN_PART, INF, UPDATE, WEIGHT, FIRST = range(7)  # columns; the sub-layers' squares follow
+MICRO, MICRO_SUM, LOSS, GIVEN, GIVEN_PART, INF, UPDATE, WEIGHT, FIRST = range(9)  # columns; sub-layers follow
 _OVERDUE = 4  # intervals that an optimizer may be late before nothing waits for it
 
 
@@ -31,6 +31,8 @@ class Row:
         optimizer_step: how the step was seen, see `usage`.
         stepped_before: a step of the optimizers was seen earlier in the run.
         late: the gradients were read after the step: zeros are gradients that were cleared.
+        micro_batches: how many are summed in the column MICRO_SUM; 0 if it holds nothing.
+        sequences: in each of them.
     """
 
     step: int = 0
@@ -44,6 +46,8 @@ class Row:
     optimizer_step: str = "seen"
     stepped_before: bool = False
     late: bool = False
+    micro_batches: int = 0
+    sequences: int = 0
 
 
 @dataclass
@@ -120,6 +124,11 @@ class Figures:
             except (TypeError, ValueError) as error:
                 got = f"type {type(value).__name__}"
                 raise UsageError("a loss or a norm is one number", got=got, hint="a tensor or a float") from error
+
+    def put_micro_batches(self, sums: Tensor, count: int, sequences: int) -> None:
+        """Write the two sums of squares of a step that accumulates gradients, see `noise_scale`."""
+        self.table[self.slot, MICRO : MICRO_SUM + 1] = sums.to(self.device, self.table.dtype, non_blocking=True)
+        self.now.micro_batches, self.now.sequences = count, sequences
 
     def close_row(self, step: int, time: float, lr: float | None, tokens: int | None) -> None:
         """Ends the step at hand."""

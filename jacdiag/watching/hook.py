@@ -19,6 +19,8 @@ from jacdiag.watching.batches import Batches
 from jacdiag.watching.cadence import Clock
 from jacdiag.watching.figures import GIVEN, GIVEN_PART, LOSS, Figures, Row, UpdateTurn
 from jacdiag.watching.guards import Guards, logger, quietly
+from jacdiag.watching.histograms import Histograms
+from jacdiag.watching.noise_scale import MicroBatches
 from jacdiag.watching.optimisers import (
     OptimizerTree,
     check_belongs,
@@ -51,11 +53,12 @@ class Watch:
 
     def __init__(
         self, model: nn.Module, optimizers: OptimizerTree, together: Together, record: Record, tiers: Tiers,
-        log_every: int, updates: bool, keep_batches: int,
+        log_every: int, updates: bool, keep_batches: int, histograms: Histograms,
     ) -> None:  # fmt: skip
         self.optimizers, self.together, self.record, self.tiers = optimizers, together, record, tiers
         self.guards: Guards = record.guards
         self.count, self.log_every, self.updates = record.resumed_at, log_every, updates
+        self.histograms = histograms
         self.clock = Clock()
         self.closed = False
         self.usage = Usage(optimizers.leaves, record.warn)
@@ -74,6 +77,10 @@ class Watch:
         if not self.inert:
             keeps = record.recorder is not None
             self.batches = Batches(model, fingerprints=keeps, keep=keep_batches if keeps else 0)
+            if keeps and not together.sharded:
+                self.batches.micro_batches = MicroBatches(
+                    model, lambda: parameters_of(self.optimizers.leaves), log_every
+                )
             self.hooks = StepHooks(optimizers, self._before, self._after)
         tiers.batches = record.batches = self.batches
         self._at_exit = partial(_close, weakref.ref(self))  # a loop may end without close(), and lines may wait
@@ -113,6 +120,7 @@ class Watch:
         with self.guards.part("figures", _NO_FIGURES):
             if self.guards.on("figures"):
                 self._put(loss, grad_norm, lr, tokens, passed)
+        self._show_histograms()
         self._begin_window()
         self._batch_seen()
         self.clock.charge("figures", time.perf_counter() - begun)
@@ -122,6 +130,14 @@ class Watch:
         self.tiers.run(self.count, self.clock)
         self.clock.begin(time.perf_counter())
         self.record.raise_alert()
+
+    def _show_histograms(self) -> None:
+        """Send histograms to the sinks at a step at which they are due."""
+        figures = self.tiers.figures
+        if figures is None or not self.histograms.is_due(self.count) or not self.guards.on("histograms"):
+            return
+        with self.guards.part("histograms", "no histograms from now on"):
+            self.record.publish_histograms(self.count, self.histograms.finish(figures.groups))
 
     def prepare(self) -> None:
         """Finds the sub-layers and runs the first probe now, before the first update; done at that update otherwise.
@@ -145,6 +161,9 @@ class Watch:
         with self.guards.part("updates", _NO_UPDATES):
             if self.turn is not None and self.guards.on("updates"):
                 self._close_turn(self.turn, figures, outcome)
+        micro_batches = self.batches.micro_batches if self.batches is not None else None
+        if micro_batches is not None and (read := micro_batches.step_ended()) is not None:
+            figures.put_micro_batches(*read)
         if loss is not None:
             figures.put(LOSS, loss)
             figures.now.told = True
@@ -345,12 +364,14 @@ class Watch:
             figures = self.tiers.prepared(self.count, self.log_every)
             if number is None:
                 return  # the optimizers inside are going to step with them
-            if len(self.optimizers.leaves) == 1:
-                figures.gradients(None, *scaling(optimizer))
-                return
-            own = {id(p) for p in self.optimizers.own_parameters(optimizer)}
-            figures.gradients(own - self._read, *scaling(optimizer))
-            self._read |= own
+            stepping: set[int] | None = None
+            if len(self.optimizers.leaves) > 1:
+                own = {id(p) for p in self.optimizers.own_parameters(optimizer)}
+                stepping = own - self._read
+                self._read |= own
+            figures.gradients(stepping, *scaling(optimizer))
+            if self.histograms.is_due(self.count + 1):
+                self.histograms.take_gradients(figures.groups, stepping)
 
     # -- the log ---------------------------------------------------------------------------------------------------
     def _flush(self) -> None:

@@ -19,7 +19,9 @@ from jacdiag.rules.live import LiveRules, StepFigures
 from jacdiag.watching.batches import Batches
 from jacdiag.watching.cadence import Clock
 from jacdiag.watching.guards import AlertRaised, Guards, logger, say
+from jacdiag.watching.histograms import Histogram
 from jacdiag.watching.log import RunFile
+from jacdiag.watching.noise_scale import MicroBatchNorms, NoiseScale
 from jacdiag.watching.recorder import Recorder
 from jacdiag.watching.sinks import Sink, open_sinks, slashed
 
@@ -55,6 +57,7 @@ class Record:
         self.going_on = self.file is not None and self.file.last_step is not None
         self.resumed_at = (self.file.last_step or 0) if self.file is not None else 0
         self.totals = {"steps": 0, "skipped": 0, "clipped": 0, "with_clip": 0}
+        self.noise = NoiseScale()
         self._told: set[str] = set()
         self._raise: Alert | None = None
         self._begun = time.time()
@@ -106,6 +109,7 @@ class Record:
                     verdict = self.live.step(StepFigures.of(row))
                     alerts += verdict.alerts
                     row["votes"], row["scores"] = verdict.votes, verdict.scores
+            row["noise_scale"] = self._noise_scale(row.pop("noise"))
             if self.recorder is not None:
                 self.recorder.add(row)
         self._write("step", rows)  # type: ignore[arg-type]
@@ -114,6 +118,13 @@ class Record:
             self.publish(row["step"], partial(slashed, row, groups))
         for alert in alerts:
             self.alert(alert)
+
+    def _noise_scale(self, norms: MicroBatchNorms | None) -> float | None:
+        """The gradient noise scale in sequences, at the steps whose micro-batches were read."""
+        if norms is None:
+            return None
+        self.noise.add(norms)
+        return self.noise.value
 
     def _count(self, row: Mapping[str, Any]) -> None:
         self.totals["steps"] += 1
@@ -138,6 +149,15 @@ class Record:
             with self.guards.part(f"sink {name}", f"nothing more is sent to {name}"):
                 if self.guards.on(f"sink {name}"):
                     sink.write(step, figures())
+
+    def publish_histograms(self, step: int, shown: Mapping[str, Histogram]) -> None:
+        """Sends histograms to every sink that shows them and still works."""
+        for name, sink in self.sinks:
+            write = getattr(sink, "write_histograms", None)
+            if write is None or not self.guards.on(f"sink {name}"):
+                continue
+            with self.guards.part(f"sink {name}", f"nothing more is sent to {name}"):
+                write(step, shown)
 
     # -- alerts, faults, notes -------------------------------------------------------------------------------------
     def alert(self, alert: Alert) -> None:

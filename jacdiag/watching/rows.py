@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from jacdiag.watching.figures import FIRST, GIVEN, GIVEN_PART, INF, LOSS, UPDATE, WEIGHT, Row
+from jacdiag.watching.figures import FIRST, GIVEN, GIVEN_PART, INF, LOSS, MICRO, MICRO_SUM, UPDATE, WEIGHT, Row
+from jacdiag.watching.noise_scale import MicroBatchNorms
 from jacdiag.watching.usage import Outcome
 
 _CLIPPED = 5e-3  # a norm summed in float32 on a CPU is off by up to 3e-3: a difference below this is no clipping
@@ -51,6 +52,7 @@ def row_of(row: Row, values: Sequence[float], labels: Sequence[str]) -> dict[str
         "nonfinite": nonfinite,
         "grad": [_root(s) for s in squares] if row.made else None,
         "update": None,
+        "noise": micro_batch_norms(row, values),
     }
     if row.update and not skipped:
         moved, size = _root(values[UPDATE]), _root(values[WEIGHT])
@@ -58,6 +60,14 @@ def row_of(row: Row, values: Sequence[float], labels: Sequence[str]) -> dict[str
             ratio = moved / size if size else None
             found["update"] = {"where": row.update, "norm": moved, "weight": size, "ratio": ratio}
     return found
+
+
+def micro_batch_norms(row: Row, values: Sequence[float]) -> MicroBatchNorms | None:
+    """What the step's micro-batches say of the noise of the gradient; None if they were not read or not finite."""
+    first, summed = values[MICRO], values[MICRO_SUM]
+    if not row.micro_batches or not math.isfinite(first) or not math.isfinite(summed) or first <= 0:
+        return None
+    return MicroBatchNorms(first=first, summed=summed, count=row.micro_batches, rows=row.sequences)
 
 
 def _is_skipped(row: Row, given_up: bool, overflow: bool) -> bool | None:

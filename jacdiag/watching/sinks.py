@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from jacdiag.errors import UsageError
+from jacdiag.watching.histograms import Histogram, moments
 
 
 class Sink(Protocol):
-    """Takes slash-named figures, such as {"jacdiag/gain/transformer.h.0.attn": 1.2}."""
+    """Takes slash-named figures, such as {"jacdiag/gain/transformer.h.0.attn": 1.2}.
+
+    One that has a method `write_histograms(step, shown)` gets histograms too, if `histograms_every` asks for them.
+    """
 
     def write(self, step: int, figures: Mapping[str, float]) -> None: ...
     def close(self) -> None: ...
@@ -30,6 +34,21 @@ class TensorBoard:
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         for name, value in figures.items():
             self.writer.add_scalar(name, value, step)
+
+    def write_histograms(self, step: int, shown: Mapping[str, Histogram]) -> None:
+        for name, one in shown.items():
+            total, squares = moments(one)
+            self.writer.add_histogram_raw(
+                name,
+                min=one.edges[0],
+                max=one.edges[-1],
+                num=sum(one.counts),
+                sum=total,
+                sum_squares=squares,
+                bucket_limits=one.edges[1:],
+                bucket_counts=one.counts,
+                global_step=step,
+            )
 
     def close(self) -> None:
         self.writer.close()
@@ -53,6 +72,14 @@ class WeightsAndBiases:
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         self.run.log({"jacdiag/step": step, **figures})
+
+    def write_histograms(self, step: int, shown: Mapping[str, Histogram]) -> None:
+        import numpy as np
+        import wandb
+
+        pairs = {name: (np.array(one.counts), np.array(one.edges)) for name, one in shown.items()}
+        made = {name: wandb.Histogram(np_histogram=pair) for name, pair in pairs.items()}
+        self.run.log({"jacdiag/step": step, **made})
 
     def close(self) -> None:
         if self.own:
@@ -88,13 +115,16 @@ def open_sinks(wanted: Iterable[str | Sink], folder: Path) -> list[tuple[str, Si
 def slashed(row: Mapping[str, Any], groups: Iterable[str]) -> dict[str, float]:
     """The figures of a step under slash-separated names."""
     found: dict[str, float] = {}
-    for key in ("loss", "lr", "grad_norm", "grad_norm_post", "step_seconds"):
+    for key in ("loss", "lr", "grad_norm", "grad_norm_post", "step_seconds", "noise_scale"):
         value = row.get(key)
         if isinstance(value, int | float):
             found[f"jacdiag/{key}"] = float(value)
     for name, value in zip(groups, row.get("grad") or [], strict=False):
         if isinstance(value, int | float):
             found[f"jacdiag/grad/{name}"] = float(value)
+    for place, rate in enumerate(row.get("lrs") or []):
+        if isinstance(rate, int | float):
+            found[f"jacdiag/lr/{place}"] = float(rate)
     update = row.get("update")
     if update:
         found[f"jacdiag/update/{update['where']}"] = float(update["ratio"])

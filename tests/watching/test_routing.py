@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from watching.rig import lines
 
 import jacdiag
 from jacdiag.sources.gpt import build
@@ -115,11 +117,28 @@ def test_families_of_transformers(family: str) -> None:
         )  # fmt: skip
     else:
         config = transformers.SwitchTransformersConfig(
-            vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, num_experts=4, num_sparse_encoder_layers=1
-        )
+            vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, num_experts=4,
+            num_sparse_encoder_layers=1,
+        )  # fmt: skip
     name = family + ("Model" if family.endswith("Encoder") else "ForCausalLM")
     model = getattr(transformers, name)(config).eval()
     found = routing_of(jacdiag.sites(model, input_ids=IDS))
     assert found
     for routing in found.values():
         assert sum(routing.load) == pytest.approx(1.0) and 0 <= routing.entropy <= 1 + 1e-6
+
+
+def test_the_log_of_a_watch_holds_them_and_the_heads(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with jacdiag.watch(model, optimizer, every=None, log_dir=tmp_path, quiet=True) as watch:
+        loss = model(IDS).square().mean()
+        loss.backward()
+        optimizer.step()
+        watch.step(loss)
+    [stats] = lines(tmp_path, "stats")
+    [name] = stats["figures"]["router_entropy"]
+    assert len(stats["experts"][name]) == EXPERTS
+    assert stats["figures"]["unused_experts"] == {name: 0.0}
+    assert "heads" not in stats, "this model has no attention"
