@@ -86,7 +86,7 @@ class Histograms:
 
     def finish(self, groups: Groups) -> Mapping[str, Histogram]:
         """Return what was taken in this step under slash-separated names, with the weights after it."""
-        shown = {f"jacdiag/gradients/{label}": one for label, one in self.gradients.items()}
+        shown = {f"jacdiag/gradients/{label}": histogram for label, histogram in self.gradients.items()}
         self.gradients = {}
         for place, label in enumerate(groups.labels):
             weights = [local(member.parameter.detach()) for member in groups.of(place)]

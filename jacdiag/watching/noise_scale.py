@@ -75,8 +75,8 @@ class NoiseScale:
         """B_simple in sequences; None before LEAST_LOOKS steps, or while noise hides the gradient."""
         if len(self.looks) < LEAST_LOOKS:
             return None
-        squared_mean = sum(one.squared_mean for one in self.looks)
-        variance = sum(one.variance for one in self.looks)
+        squared_mean = sum(norms.squared_mean for norms in self.looks)
+        variance = sum(norms.variance for norms in self.looks)
         return variance / squared_mean if squared_mean > 0 else None
 
 
@@ -130,12 +130,12 @@ class MicroBatches:
             The two sums of squares as a tensor (first, summed) on their device, the number of micro-batches that are
             summed, and the sequences in each. None if the step was not read, or had fewer than LEAST micro-batches.
         """
-        made = None
+        sums = None
         if self.first is not None and self.summed is not None and self.is_known and self.forwards >= LEAST:
-            made = (torch.stack([self.first, self.summed]), self.forwards - 1, self.rows)
+            sums = (torch.stack([self.first, self.summed]), self.forwards - 1, self.rows)
         self.step += 1
         self._begin()
-        return made
+        return sums
 
 
 def _rows(args: Any, kwargs: Any) -> int | None:

@@ -36,17 +36,17 @@ class TensorBoard:
             self.writer.add_scalar(name, value, step)
 
     def write_histograms(self, step: int, shown: Mapping[str, Histogram]) -> None:
-        for name, one in shown.items():
-            total, squares = moments(one)
+        for name, histogram in shown.items():
+            total, squares = moments(histogram)
             self.writer.add_histogram_raw(
                 name,
-                min=one.edges[0],
-                max=one.edges[-1],
-                num=sum(one.counts),
+                min=histogram.edges[0],
+                max=histogram.edges[-1],
+                num=sum(histogram.counts),
                 sum=total,
                 sum_squares=squares,
-                bucket_limits=one.edges[1:],
-                bucket_counts=one.counts,
+                bucket_limits=histogram.edges[1:],
+                bucket_counts=histogram.counts,
                 global_step=step,
             )
 
@@ -77,9 +77,9 @@ class WeightsAndBiases:
         import numpy as np
         import wandb
 
-        pairs = {name: (np.array(one.counts), np.array(one.edges)) for name, one in shown.items()}
-        made = {name: wandb.Histogram(np_histogram=pair) for name, pair in pairs.items()}
-        self.run.log({"jacdiag/step": step, **made})
+        pairs = {name: (np.array(histogram.counts), np.array(histogram.edges)) for name, histogram in shown.items()}
+        panels = {name: wandb.Histogram(np_histogram=pair) for name, pair in pairs.items()}
+        self.run.log({"jacdiag/step": step, **panels})
 
     def close(self) -> None:
         if self.own:

@@ -54,10 +54,10 @@ def forward_figures(sites: Sites) -> ForwardFigures:
     # 3. Routers.
     routing = routing_of(sites)
     if routing:
-        figures["router_entropy"] = {name: one.entropy for name, one in routing.items()}
-        figures["router_imbalance"] = {name: one.imbalance for name, one in routing.items()}
-        figures["unused_experts"] = {name: float(one.unused) for name, one in routing.items()}
-    experts = {name: one.load for name, one in routing.items()}
+        figures["router_entropy"] = {name: router.entropy for name, router in routing.items()}
+        figures["router_imbalance"] = {name: router.imbalance for name, router in routing.items()}
+        figures["unused_experts"] = {name: float(router.unused) for name, router in routing.items()}
+    experts = {name: router.load for name, router in routing.items()}
     return ForwardFigures(figures=figures, heads=heads, experts=experts)
 
 
