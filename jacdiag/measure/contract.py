@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from jacdiag.measure.draws import Draw, Draws, copies_of, pieces_of
+from jacdiag.measure.padding import padding_rows
+from jacdiag.measure.repeats import streams_of
 from jacdiag.measure.sections import is_sinusoid, sections_of, widths_of_heads
 from jacdiag.report.contract import FUSED, ContractRecord, WeightRecord
 from jacdiag.trace.coverage import parameters_of
 from jacdiag.trace.found import Sites
-from jacdiag.trace.uses import Use, pattern, tied_to_head, uses_of
+from jacdiag.trace.uses import Use, length_divided_by, pattern, tied_to_head, uses_of
 
 TABLES = ("embedding", "positions")
 _CUTS = {"split", "split_with_sizes", "chunk", "tensor_split"}
@@ -55,12 +57,20 @@ def contract_of(
     found = {name: draws.of(name, table=use.role in TABLES) for name, use in uses.items()}
     copies = copies_of(found, draws.params)
     pieces = pieces_of(_unexplained(uses, found), draws.params)
+    streams = streams_of(found, draws.params)
+    padding = padding_rows(model, first)
     weights = []
     for name, use in uses.items():
         shape = outlines[name].shape
         use = whole_map(use, shape)
         record = record_of(name, shape, use, found[name], decay, kinds.get(use.sublayer, ""))
-        weights.append(replace(record, same_as=copies.get(name, ""), piece_of=pieces.get(name, "")))
+        record = replace(record, same_as=copies.get(name, ""), piece_of=pieces.get(name, ""))
+        if name in padding:
+            row = padding[name]
+            record = replace(record, padding_row=row.index, padding_size=row.largest)
+        if use.role == "norm_gain" and math.prod(shape) == 1:
+            record = replace(record, norm_length=length_divided_by(sites.graph, name))
+        weights.append(replace(record, stream_of=streams.get(name, "")))
     return ContractRecord(
         family=family_of(model),
         sizes=sizes,

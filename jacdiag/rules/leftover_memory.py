@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from jacdiag.report import ContractRecord, Finding, WeightRecord
+from jacdiag.rules.differences import draw_in_words, names_of
+from jacdiag.rules.layer_groups import CONSTANT
 from jacdiag.rules.numbers import plain
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 from jacdiag.rules.texts import Text
@@ -91,9 +93,33 @@ def _check(context: Context, rule: Rule) -> Outcome:
     return Outcome(len(known), findings)
 
 
+def _fix_for(context: Context, left: list[WeightRecord]) -> str:
+    """Return what to set or draw each parameter to, as far as its role or its like in another layer says."""
+    contract = context.report.contract
+    others = [] if contract is None else without_leftovers(contract).weights
+    steps: dict[str, list[WeightRecord]] = {}
+    for weight in left:
+        steps.setdefault(_step_for(weight, others), []).append(weight)
+    return "; ".join(step.format(names_of(weights)) for step, weights in steps.items())
+
+
+def _step_for(weight: WeightRecord, others: list[WeightRecord]) -> str:
+    """Return what to do about one parameter, with "{}" for its name."""
+    alike = [other for other in others if other.pattern == weight.pattern and other.role == weight.role]
+    for other in alike:
+        if other.family in CONSTANT:
+            return f"set {{}} to {other.mean or 0.0:.4g}"
+        if other.family in ("normal", "truncated", "uniform"):
+            return f"draw {{}} {draw_in_words(other)}, as {other.parameter}"
+    if weight.role == "norm_gain" and weight.norm_length is None:
+        return f"set {{}} to {1.0 - weight.offset:.4g}"
+    if weight.role == "bias":
+        return "set {} to 0"
+    return "initialise {} as the model's paper or config says"
+
+
 def _finding(context: Context, rule: Rule, sign: str, weights: list[WeightRecord]) -> Finding:
-    more = f" and {len(weights) - 3} more" if len(weights) > 3 else ""
-    names = ", ".join(weight.parameter for weight in weights[:3]) + more
+    names = names_of(weights)
     evidence = {
         "parameters": [weight.parameter for weight in weights],
         "role": weights[0].role,
@@ -104,7 +130,7 @@ def _finding(context: Context, rule: Rule, sign: str, weights: list[WeightRecord
     verb = "holds" if len(weights) == 1 else "hold"
     what = f"{names} {verb} {sign}: no init wrote this"
     where = list(dict.fromkeys(weight.sublayer or weight.parameter for weight in weights))
-    fix = "initialise each where it is made, and once more after to_empty()"
+    fix = f"{_fix_for(context, weights)}; after to_empty(), run the init of the whole model"
     return Finding(rule.code, context.level(rule, rule.level), where, what, evidence, rule.summary, fix)
 
 
