@@ -74,8 +74,8 @@ def wrong_biases(weights: Sequence[WeightRecord]) -> Iterator[Difference]:
         yield from _norm_biases(weights, inner)
         return
 
-    # 2. Drawn around another number.
-    off_zero = [group for group in drawn if group.is_off_zero]
+    # 2. Drawn around another number. The error of a mean is known for any size.
+    off_zero = [group for group in groups if group.is_drawn and group.is_off_zero]
     if len(off_zero) >= 2 and len(off_zero) >= MAJORITY * len(groups):
         for group in off_zero:
             others = f"it was drawn around {plain(group.mean)}; the bias of a linear layer is 0, or drawn around 0"

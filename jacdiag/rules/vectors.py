@@ -57,7 +57,8 @@ Other gains that are all alike are not named: gains of zero at the end of every 
 left out by its name. In transformers 5.24 the norms of Nemotron start w at 1 and use 1 + w, and the batch norms of
 EfficientNet and MobileViT are drawn around 0. They are named, since the code that these models come from does neither:
 Megatron-LM (`FusedLayerNorm.reset_parameters`) starts such a w at 0, and pytorch-image-models (`_init_weight_goog`) and
-ml-cvnets (`initialize_norm_layers`) start the gains at 1.""",
+ml-cvnets (`initialize_norm_layers`) start the gains at 1. ModernBERT is named for its padding row: transformers sets it
+to 0, and then draws the whole table again.""",
     why="""\
 A zero gain cuts its branch off: neither it nor the matrices before it get a gradient. A gain that was never initialised
 holds what was in the memory. A padding row that is not zero adds its numbers wherever padding stands, and never
