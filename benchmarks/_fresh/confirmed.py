@@ -7,8 +7,8 @@ _BATCH_NORMS = (
 )
 _CVNETS = "apple/ml-cvnets at 0c0f798, cvnets/misc/init_utils.py, initialize_norm_layers"
 _MODERNBERT = (
-    "PreTrainedModel._init_weights sets the padding row to 0, and the model's own init, which runs on the module around "
-    "it, draws the whole table again"
+    "PreTrainedModel._init_weights sets the padding row to 0, and the model's own init, which runs on the module "
+    "around it, draws the whole table again"
 )
 # Family -> rule -> what the source says. Read in transformers 5.24.
 _CONFIRMED = {
@@ -24,6 +24,7 @@ _CONFIRMED = {
     "mobilevitv2": {"JD208": _BATCH_NORMS + _CVNETS},
     "modernbert": {"JD208": _MODERNBERT},
     "modernbert-decoder": {"JD208": _MODERNBERT},
+    "modernvbert": {"JD208": _MODERNBERT},  # its text model
 }
 
 

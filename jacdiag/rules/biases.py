@@ -19,6 +19,7 @@ _ERRORS = 4.9  # standard errors, a chance of 1e-6
 # A uniform draw ends at √3 std. Of 100 normal numbers at least one lies beyond 1.9 std, but for a chance of 0.3 %.
 # nn.Linear draws weight and bias from one uniform distribution, which is published and is not named.
 _BEYOND_UNIFORM = 1.9
+_AS_MATRICES = "that is the std of the matrices, and the numbers are not uniform as nn.Linear draws a bias"
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def wrong_biases(weights: Sequence[WeightRecord]) -> Iterator[Difference]:
     in_all = sum(group.count for group in alike)
     if alike and in_all >= _LEAST_IN_ALL and len(alike) >= MAJORITY * len(drawn):
         for group in alike:
-            yield from _differences_of(group, "it was drawn as the matrices are; the bias of a linear layer is 0")
+            yield from _differences_of(group, _AS_MATRICES)
         yield from _norm_biases(weights, inner)
         return
 
@@ -78,7 +79,7 @@ def wrong_biases(weights: Sequence[WeightRecord]) -> Iterator[Difference]:
     off_zero = [group for group in groups if group.is_drawn and group.is_off_zero]
     if len(off_zero) >= 2 and len(off_zero) >= MAJORITY * len(groups):
         for group in off_zero:
-            others = f"it was drawn around {plain(group.mean)}; the bias of a linear layer is 0, or drawn around 0"
+            others = f"drawn around {plain(group.mean)}; a linear layer's bias usually starts at 0, or is drawn around 0"
             yield from _differences_of(group, others)
 
 
@@ -140,7 +141,7 @@ def _norm_biases(weights: Sequence[WeightRecord], inner: float) -> Iterator[Diff
     for members in by_pattern.values():
         group = _pool([(bias, bias) for bias in members])
         if not group.is_off_zero and _has_std(group, inner):
-            yield from _differences_of(group, "it was drawn as the matrices are; the bias of a norm is 0")
+            yield from _differences_of(group, _AS_MATRICES)
 
 
 def _differences_of(group: BiasGroup, others: str) -> Iterator[Difference]:

@@ -47,7 +47,7 @@ def gains_unlike_the_model(lonely: Sequence[WeightRecord], gains: Sequence[Weigh
     for gain in lonely:
         value = gain.offset + (gain.mean or 0.0)
         if value == 0 or (not is_constant(gain) and abs(value - usual) > error_of_mean(gain)):
-            others = f"the model's other gains are {plain(usual)}"
+            others = f"two thirds or more of the model's gains are {plain(usual)}"
             yield Difference(gain, gain.pattern, 1, others, usual - gain.offset)
 
 
@@ -84,7 +84,7 @@ def _not_around_one(gains: Sequence[WeightRecord]) -> Iterator[Difference]:
         around = f"around {plain(offset + mean)}"
         if offset == 0 and abs(mean) <= error:
             around = "around 0 as a matrix is"
-        others = f"a gain is 1, or drawn around 1; this one was drawn {around}"
+        others = f"a gain starts at 1, or is drawn around 1; this one was drawn {around}"
         for gain in members:
             yield Difference(gain, pattern, _count_alike(gain, gains), others, 1.0 - offset)
 

@@ -110,6 +110,11 @@ def _origin_of(weight: WeightRecord) -> str:
     return weight.stream_of or (weight.same_as if weight.same_as != own else "") or own
 
 
+def _content_of(weight: WeightRecord) -> str:
+    """Return the name of the first weight that is bit-identical."""
+    return weight.same_as or weight.parameter
+
+
 def _stack_of(weight: WeightRecord) -> str:
     """Return the name before the first number: that of the stack of layers; the module's for a name without one."""
     match = _NUMBER.search(weight.parameter)
@@ -121,7 +126,7 @@ def _stack_of(weight: WeightRecord) -> str:
 def _copy_of(weight: WeightRecord, earlier: Sequence[WeightRecord]) -> Copy:
     """Return which of the earlier weights one repeats: that of its own name in another layer, else the first."""
     for original in earlier:
-        is_exact = weight.shape == original.shape and weight.std == original.std
+        is_exact = _content_of(weight) == _content_of(original)
         copy = _compare_names(weight, original) if is_exact else None
         if copy is not None:
             return copy
@@ -196,8 +201,8 @@ def _finding_of_others(context: Context, rule: Rule, group: list[Copy]) -> Findi
 def _finding_of_constants(context: Context, rule: Rule, value: str, weights: list[WeightRecord]) -> Finding:
     verb = "holds" if len(weights) == 1 else "hold"
     what = (
-        f"{names_of(weights)} {verb} {value} throughout: all rows of a matrix are one, so that all its outputs are the "
-        "same number, but for a bias"
+        f"{names_of(weights)} {verb} {value} throughout: all rows of such a matrix are the same, and so are all its "
+        "outputs, but for a bias"
     )
     where = list(dict.fromkeys(weight.sublayer or weight.parameter for weight in weights))
     evidence = {"parameters": [weight.parameter for weight in weights], "value": weights[0].mean}
@@ -207,7 +212,7 @@ def _finding_of_constants(context: Context, rule: Rule, value: str, weights: lis
 
 def _finding_of_parts(context: Context, rule: Rule, repeating: list[WeightRecord]) -> Finding:
     names = [weight.parameter for weight in repeating]
-    what = f"{names_of(repeating)}: one matrix of the stack, or block of the matrix, is bit-identical to another"
+    what = f"{names_of(repeating)}: a matrix of the stack, or a block of the matrix, is bit-identical to another one"
     where = list(dict.fromkeys(weight.sublayer or weight.parameter for weight in repeating))
     evidence = {"parameters": names, "same_as": names}
     fix = f"draw {names_of(repeating)} anew, each matrix of the stack and each shard with numbers of its own"

@@ -14,15 +14,16 @@ from jacdiag.rules.texts import Text
 # Over the fresh families of transformers the largest number of any parameter is 10 (benchmarks/results/vectors.json).
 # This is a hundred thousand times as large. Random bits read as float32 exceed it in four of ten numbers.
 LARGEST = 1e6
+_ALL_ZERO = "zeros, as every matrix of the model does"
 
 TEXT = Text(
     summary="a parameter holds leftover memory: numbers that no initialisation writes",
     what="""\
 Each parameter is searched for three things. Numbers that are not zero and closer to it than 1e-30: no generator returns
-them, and integers that are read as float32 look like that. Numbers beyond 1e6, far outside any published init. And, for
-gains, scales and biases that are not constant, the numbers of a piece of another parameter. A parameter of zeros alone
-may be leftover memory too, and cannot be told from one that was zeroed; where every matrix of the model is zero, all of
-them are named.""",
+them, and integers that are read as float32 look like that. Numbers beyond 1e6, far outside any published init, unless
+they are all the same, as in a mask of -1e9. And, for gains, scales and biases that are not constant, the numbers of a
+piece of another parameter. A parameter of zeros alone may be leftover memory too, and cannot be told from one that was
+zeroed; where every matrix of the model is zero, all of them are named.""",
     why="""\
 torch.empty and to_empty() hand out memory as it is. Where no init writes to it, the model starts from whatever lay
 there: another one each time, often harmless in a test and not in the run.""",
@@ -54,7 +55,7 @@ def leftovers(contract: ContractRecord) -> list[Leftover]:
     matrices = [weight for weight in contract.weights if len(weight.shape) >= 2]
     if matrices and all(weight.family == "zero" for weight in matrices):
         zero = [weight for weight in contract.weights if weight.family == "zero"]
-        return [Leftover(weight, "zeros, as every matrix of the model does") for weight in zero]
+        return [Leftover(weight, _ALL_ZERO) for weight in zero]
     found = []
     for weight in contract.weights:
         sign = _sign_of(weight)
@@ -74,7 +75,8 @@ def without_leftovers(contract: ContractRecord) -> ContractRecord:
 def _sign_of(weight: WeightRecord) -> str:
     if weight.tiny:
         return "numbers that are not zero and closer to it than 1e-30"
-    if weight.largest is not None and weight.largest > LARGEST:
+    is_written = weight.family == "constant"  # memory hardly ever holds one number throughout; a mask of -1e9 does
+    if weight.largest is not None and weight.largest > LARGEST and not is_written:
         return f"numbers beyond {plain(LARGEST)}"
     if weight.piece_of:
         return f"the numbers of a piece of {weight.piece_of}"
@@ -128,7 +130,8 @@ def _finding(context: Context, rule: Rule, sign: str, weights: list[WeightRecord
         "piece_of": weights[0].piece_of,
     }
     verb = "holds" if len(weights) == 1 else "hold"
-    what = f"{names} {verb} {sign}: no init wrote this"
+    claim = "no init drew them" if sign == _ALL_ZERO else "no init wrote this"
+    what = f"{names} {verb} {sign}: {claim}"
     where = list(dict.fromkeys(weight.sublayer or weight.parameter for weight in weights))
     fix = f"{_fix_for(context, weights)}; after to_empty(), run the init of the whole model"
     return Finding(rule.code, context.level(rule, rule.level), where, what, evidence, rule.summary, fix)

@@ -225,7 +225,7 @@ def _finding(context: Context, rule: Rule, routers: Routers) -> Finding:
 def _sentence(routers: Routers) -> str:
     if routers.looks == "zero":
         excuse = f"; {routers.excuse}" if routers.excuse else ""
-        return f"all zero, so that an expert gets one score from every token{excuse}"
+        return f"all zero, so that every token gives an expert the same score{excuse}"
     ratio = routers.std / routers.rest
     times = f"{plain(ratio)} times" if ratio >= 1 else f"1/{plain(1 / ratio)} of"
     origin = f", as {routers.looks} leaves it" if routers.looks else ""

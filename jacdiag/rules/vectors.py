@@ -129,7 +129,7 @@ def _differences_in(group: Group) -> Iterator[Difference]:
         value = None
         unlike = _not_drawn_alike(group)
         like = _middle_draw(group)
-        others = f"the others were drawn {draw_in_words(like)}" if like else ""
+        others = f"most of the others were drawn {draw_in_words(like)}" if like else ""
     for weight in unlike:
         yield Difference(weight, group.pattern, len(group.members), others, value, like)
 

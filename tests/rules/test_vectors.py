@@ -329,6 +329,17 @@ def test_gains_are_drawn_around_one_if_at_all(how: Fill, words: str) -> None:
     assert all(words in finding.what for finding in found)
 
 
+def test_factors_that_were_computed_are_no_drawn_gains() -> None:
+    """RWKV mixes a token with the one before by factors that rise over the channels, behind a norm."""
+    model = build(layers=3)
+    ascending = torch.linspace(0, 1, WIDTH)
+    fill(model, lambda gain: gain.copy_(ascending**0.7), *(f"layers.{k}.norm1.weight" for k in range(3)))
+    assert not judge(model)
+    gains = {f"layers.{k}.norm1.weight" for k in range(3)}
+    fill(model, lambda gain: gain.copy_(ascending[torch.randperm(WIDTH)]), *gains)
+    assert named(judge(model)) == {"JD208": gains}
+
+
 @pytest.mark.parametrize(("layers", "is_named"), [(1, False), (2, True)])
 def test_how_many_numbers_say_that_a_gain_was_not_drawn_around_one(layers: int, is_named: bool) -> None:
     """Gains of 8 numbers: one layer is too few to say, two are 16."""
@@ -404,7 +415,7 @@ def test_biases_that_were_drawn_as_the_matrices() -> None:
     fill(model, lambda bias: nn.init.normal_(bias, 0.0, 0.02), *biases_of(model))
     found = judge(model)
     assert named(found) == {"JD208": biases_of(model)}
-    assert all("drawn as the matrices are" in finding.what for finding in found)
+    assert all("that is the std of the matrices" in finding.what for finding in found)
 
 
 def default_bias(bias: Tensor) -> object:
@@ -512,7 +523,7 @@ def test_what_another_rule_names_is_named_once() -> None:
     [
         (lambda w: nn.init.kaiming_uniform_(w, a=math.sqrt(5)), "warning", "uniform as nn.Linear leaves it, 3.5"),
         (lambda w: nn.init.normal_(w, 0.0, 1.0), "warning", "as torch.randn leaves it"),
-        (nn.init.zeros_, "warning", "all zero"),
+        (nn.init.zeros_, "warning", "all zero, so that every token gives an expert the same score"),
         (lambda w: nn.init.normal_(w, 0.0, 0.07), "info", "times that of the matrices"),
         (lambda w: nn.init.normal_(w, 0.0, 0.002), "info", "of that of the matrices"),
         (lambda w: nn.init.normal_(w, 0.0, 0.02), "", ""),
@@ -813,6 +824,11 @@ def test_a_model_on_the_meta_device_that_was_never_initialised() -> None:
 def test_the_boundaries_of_leftovers(tiny: int, largest: float | None, is_named: bool) -> None:
     weight = WeightRecord("w", [8], "bias", "w", tiny=tiny, largest=largest)
     assert bool(leftovers(ContractRecord("x", {}, [weight]))) is is_named
+
+
+def test_a_mask_of_one_large_number_was_written() -> None:
+    mask = WeightRecord("mask", [8], "bias", "mask", family="constant", mean=-1e9, largest=1e9)
+    assert not leftovers(ContractRecord("x", {}, [mask]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
