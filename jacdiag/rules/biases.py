@@ -79,7 +79,8 @@ def wrong_biases(weights: Sequence[WeightRecord]) -> Iterator[Difference]:
     off_zero = [group for group in groups if group.is_drawn and group.is_off_zero]
     if len(off_zero) >= 2 and len(off_zero) >= MAJORITY * len(groups):
         for group in off_zero:
-            others = f"drawn around {plain(group.mean)}; a linear layer's bias usually starts at 0, or is drawn around 0"
+            around = f"drawn around {plain(group.mean)}"
+            others = f"{around}; the bias of a linear layer usually starts at 0, or is drawn around 0"
             yield from _differences_of(group, others)
 
 
