@@ -6,6 +6,7 @@ The models: every family that transformers registers, from its default config ma
 init; the defaults of torch.nn, x-transformers and peft; published recipes written onto a small
 decoder. Each is audited with `state="init"`, and every finding of the contract (JD2xx) at warning is
 listed. A finding that a tied embedding makes large logits (JD206) is compared with the loss itself.
+Where the init of transformers differs from the code that a model comes from, the finding is true (_fresh/confirmed.py).
 Results: benchmarks/results/fresh.json and fresh.md.
 """
 
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 
 import jacdiag
 from benchmarks._fresh import libraries, recipes
+from benchmarks._fresh.confirmed import source_of
 from jacdiag.report import Report
 
 RESULTS = Path(__file__).parent / "results"
@@ -50,7 +52,7 @@ class Row:
         status: "audited", or why it was not.
         scheme: The scheme that it was found to follow, or that of its family.
         findings: JD2xx at warning or error, as "code: what".
-        true: Those of them that a measurement of the loss confirms.
+        true: Those of them that a measurement of the loss, or the code that the model comes from, confirms.
     """
 
     group: str
@@ -67,6 +69,10 @@ class Row:
     def as_lines(self) -> list[str]:
         """Return a line of the page per finding."""
         confirmed = dict.fromkeys(self.true, "confirmed by the loss")
+        for finding in self.true:
+            source = source_of(self.name.rpartition(" ")[2], finding)
+            if source:
+                confirmed[finding] = f"confirmed: {source}"
         return [
             f"- {self.group}, {self.name}: {finding} ({confirmed.get(finding, 'false alarm')})"
             for finding in self.findings
@@ -128,6 +134,8 @@ def examine(group: str, name: str, build: Build, seed: int) -> Row:
             continue
         sentence = f"{finding.code}: {finding.what}"
         row.findings.append(sentence)
+        if source_of(name.rpartition(" ")[2], sentence):
+            row.true.append(sentence)
         if finding.code == "JD206":
             loss = first_loss(model, inputs) if loss is None else loss
             if loss is not None and loss > finding.evidence["value"] ** 2 / 4:
@@ -189,8 +197,8 @@ def page(rows: list[Row], versions: dict[str, str], seeds: int) -> str:
         "# Fresh models and the init contract",
         "",
         "Written by `benchmarks/fresh.py`. Every model is at its own init; a finding of the contract at",
-        "warning is a false alarm, unless a measurement of the loss confirms it: on random targets it",
-        "lies at least half as far above ln V as the finding says.",
+        "warning is a false alarm, unless a measurement of the loss confirms it (on random targets it",
+        "lies at least half as far above ln V as the finding says), or the code that the model comes from.",
         f"Versions: {', '.join(f'{name} {version}' for name, version in versions.items())}. Seeds: {seeds}.",
         "",
         "| models | audits | confirmed findings | false alarms |",

@@ -2,8 +2,9 @@
 
     python benchmarks/vectors.py [FAMILY ...] [--layers 4] [--seeds 20]
 
-Without names it writes results/vectors.json: how many models each rule compared something in, what it said, and the
-largest number of any parameter. A family whose config does not take that many layers is built with two.
+Without names it writes results/vectors.json: how many models each rule compared something in, what it said, which of it
+a source confirms (_fresh/confirmed.py), and the largest number of any parameter. A family whose config does not take
+that many layers is built with two.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from _coverage import build, shrink
 from torch import nn
 
 import jacdiag
+from benchmarks._fresh.confirmed import source_of
 
 CODES = ("JD208", "JD209", "JD210", "JD211")
 RESULTS = Path(__file__).parent / "results" / "vectors.json"
@@ -173,12 +175,14 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the counts over a list of results."""
     ran = [row for row in rows if "error" not in row]
     said = [line for row in ran for line in row["findings"]]
+    confirmed = [line for row in ran for line in row["findings"] if source_of(row.get("family", ""), line)]
     compared = Counter(code for row in ran for code in row["compared"])
     return {
         "models": len(ran),
         "not built": len(rows) - len(ran),
         "compared": {code: compared[code] for code in CODES},
         "warnings": sum(" warning:" in line for line in said),
+        "confirmed": len(confirmed),
         "infos": sum(" info:" in line for line in said),
         "largest": max((row["largest"] for row in ran), default=0.0),
     }

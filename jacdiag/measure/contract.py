@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from jacdiag.measure.draws import Draw, Draws, copies_of, pieces_of
+from jacdiag.measure.padding import padding_rows
+from jacdiag.measure.repeats import streams_of
 from jacdiag.measure.sections import is_sinusoid, sections_of, widths_of_heads
 from jacdiag.report.contract import FUSED, ContractRecord, WeightRecord
 from jacdiag.trace.coverage import parameters_of
 from jacdiag.trace.found import Sites
-from jacdiag.trace.uses import Use, pattern, tied_to_head, uses_of
+from jacdiag.trace.uses import Use, length_divided_by, pattern, tied_to_head, uses_of
 
 TABLES = ("embedding", "positions")
 _CUTS = {"split", "split_with_sizes", "chunk", "tensor_split"}
@@ -55,12 +57,22 @@ def contract_of(
     found = {name: draws.of(name, table=use.role in TABLES) for name, use in uses.items()}
     copies = copies_of(found, draws.params)
     pieces = pieces_of(_unexplained(uses, found), draws.params)
+    streams = streams_of(found, draws.params)
+    padding = padding_rows(model, first)
     weights = []
     for name, use in uses.items():
         shape = outlines[name].shape
         use = whole_map(use, shape)
         record = record_of(name, shape, use, found[name], decay, kinds.get(use.sublayer, ""))
-        weights.append(replace(record, same_as=copies.get(name, ""), piece_of=pieces.get(name, "")))
+        record = replace(record, same_as=copies.get(name, ""), piece_of=pieces.get(name, ""))
+        if name in padding:
+            row = padding[name]
+            record = replace(record, padding_row=row.index, padding_size=row.largest)
+        if use.role == "norm_gain" and is_sorted(draws.params[name]):
+            record = replace(record, family="other")
+        if use.role == "norm_gain" and math.prod(shape) == 1:
+            record = replace(record, norm_length=length_divided_by(sites.graph, name))
+        weights.append(replace(record, stream_of=streams.get(name, "")))
     return ContractRecord(
         family=family_of(model),
         sizes=sizes,
@@ -132,6 +144,22 @@ def whole_map(use: Use, shape: Sequence[int]) -> Use:
     if use.fan_in != columns or not use.fan_out < rows or rows % use.fan_out:
         return use
     return replace(use, role="W_QKV", fan_out=rows)
+
+
+def is_sorted(vector: Tensor) -> bool:
+    """Return whether the numbers of a vector rise or fall throughout: it was computed, as RWKV's mixing factors are.
+
+    Sixteen numbers that were drawn stand in order with a chance below 1e-13.
+
+    Example:
+        >>> is_sorted(torch.linspace(0, 1, 16)), is_sorted(torch.ones(16))
+        (True, False)
+    """
+    flat = vector.detach().reshape(-1)
+    if flat.numel() < 16:
+        return False
+    steps = flat.diff()
+    return bool((steps >= 0).all() or (steps <= 0).all()) and bool(flat[0] != flat[-1])
 
 
 def without_adapters(uses: Mapping[str, Use]) -> dict[str, Use]:

@@ -16,6 +16,7 @@ from jacdiag.measure.contract import TABLES, record_of, with_sections, without_a
 from jacdiag.measure.draws import copies_of, draw_of, std_of
 from jacdiag.measure.figures import spread_of
 from jacdiag.measure.finite import non_finite_weights
+from jacdiag.measure.repeats import streams_of
 from jacdiag.measure.roles_by_name import NamedModel, NamedSublayer, is_matrix, read_names
 from jacdiag.measure.state import State, decide_state, judge_weights
 from jacdiag.measure.weights import bound_ffn, weight_stats
@@ -308,10 +309,12 @@ def build_contract(state: Mapping[str, Tensor], model: NamedModel) -> ContractRe
         for name, weight in model.weights.items()
     }
     copies = copies_of(draws, state)
+    streams = streams_of(draws, state)
     weights = [
         replace(
             record_of(name, state[name].shape, uses[name], draws[name], kind=weight.kind),
             same_as=copies.get(name, ""),
+            stream_of=streams.get(name, ""),
         )
         for name, weight in model.weights.items()
     ]

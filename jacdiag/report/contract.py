@@ -58,6 +58,11 @@ class WeightRecord(Record):
         same_as: the first parameter with the very same numbers, "" for none; constants are no copies. The parameter's
             own name for a stack of matrices (experts) that holds one of them twice, and a matrix of equal blocks.
         piece_of: a parameter that holds the numbers of this gain, scale or bias as a piece of its own; "" for none.
+        stream_of: the first matrix whose numbers this one repeats, up to a factor and over the shorter of both; "" for
+            none.
+        padding_row, padding_size: the row of a table that padding reads, and its largest magnitude; None without one.
+        norm_length: for a gain of one number, how many numbers its norm divides by their length (ScaleNorm); None for
+            any other norm.
         offset: the number that the model adds before it uses a gain, 1 for one stored as 1 + w.
         decayed: in a parameter group with weight decay; None where no optimizer was given.
         kind: of the sub-layer that reads it (attention, mlp, moe, mixer, conv ...); "" outside all, and
@@ -88,6 +93,10 @@ class WeightRecord(Record):
     same_as: str = ""
     piece_of: str = ""
     offset: float = 0.0
+    stream_of: str = ""
+    padding_row: int | None = None
+    padding_size: float | None = None
+    norm_length: int | None = None
 
 
 @dataclass(frozen=True)

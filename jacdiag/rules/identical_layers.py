@@ -1,12 +1,16 @@
-"""JD210: layers or experts whose weights are bit for bit those of another one."""
+"""JD210: weights whose random numbers are those of another one: layers, experts, shards, matrices of one layer."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from jacdiag.report import ContractRecord, Finding, WeightRecord
+from jacdiag.rules.differences import names_of
+from jacdiag.rules.init_contract import departures_of
 from jacdiag.rules.layer_groups import DRAWN
+from jacdiag.rules.numbers import plain
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 from jacdiag.rules.schemes import MATRICES
 from jacdiag.rules.texts import Text
@@ -14,15 +18,22 @@ from jacdiag.rules.texts import Text
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 # Tables that are computed, such as the decay rates of a state space model, are alike in all layers on purpose and may
 # look like a draw. These roles are never computed.
-_ROLES = (*MATRICES, "router")
+_ROLES = (*MATRICES, "router", "adapter")
+_OUTSIDE = ("embedding", "head", "projection")  # searched for shards too; two of them may be one on purpose
 
 TEXT = Text(
-    summary="layers or experts start with bit-identical weights: one was copied from the other",
+    summary="weights start with the random numbers of others: they were copied, or drawn from one seed",
     what="""\
-Matrices of sub-layers that were drawn at random are compared number by number with those whose name differs in numbers
-only. A layer whose weights are those of another is named, with how many of its matrices are. A stack of matrices that
-holds one twice, and a matrix of two, three, four or eight equal blocks (shards drawn from one seed), are named too.
-Weights that are constant, tables that are computed, and layers that share one parameter (ALBERT) are no copies.""",
+Matrices of sub-layers and adapters that were drawn at random are compared number by number. Three findings are told
+apart. A layer or an expert whose weights are those of another is named, with how many of its matrices are. A matrix
+that repeats the numbers of a matrix with another name in the same stack of layers, up to a factor and over the shorter
+of both, is named: a generator that is set back before each draw gives all of them one content. A stack of matrices that
+holds one twice is named, and so is a matrix of two, three, four or eight equal blocks (shards that were drawn from one
+seed); for these, embedding and head are searched too. A matrix that holds one number other than zero throughout is
+named, since all its rows are one.
+
+Weights of zeros, tables that are computed, layers that share one parameter (ALBERT), and copies in another stack (a
+teacher and its student) are no copies.""",
     why="""\
 copy.deepcopy of one layer, or a seed that is set before each, draws once for all layers. Layers of one content start as
 one function, and experts of one content get one gradient each time that they are chosen together. PyTorch's own
@@ -31,40 +42,95 @@ nn.TransformerEncoder copies its layer so, and its documentation asks for a new 
     layers = nn.ModuleList(copy.deepcopy(layer) for _ in range(n))                         # fires
     layers = nn.ModuleList(Layer(config) for _ in range(n))                                # clean""",
     remedy="""\
-Build each layer anew, or initialise the whole model once more after it was built.""",
+Build each layer anew, or initialise the whole model once more after it was built. Seed the generator once, before the
+first draw, with a number of its own on each rank that holds other weights.""",
 )
 
 
 @dataclass(frozen=True)
 class Copy:
-    """A weight, the one that it repeats, and where their names differ."""
+    """A weight, the one that it repeats, and where their names differ.
+
+    Attributes:
+        weight, original: the two.
+        stack: the name before the first number that differs, "" if the names differ in more than numbers.
+        number, original_number: that number in either name, -1 if the names differ in more than numbers.
+    """
 
     weight: WeightRecord
     original: WeightRecord
-    stack: str
-    number: int
-    original_number: int
+    stack: str = ""
+    number: int = -1
+    original_number: int = -1
+
+    @property
+    def is_of_a_layer(self) -> bool:
+        """Whether the names differ in numbers only, so that one layer or expert repeats another."""
+        return self.number >= 0
 
 
 def copies(contract: ContractRecord) -> tuple[int, list[Copy]]:
-    """Return how many weights were drawn and may be compared, and those that are copies of another layer's.
+    """Return how many weights were drawn and may be compared, and those that repeat another one of their stack.
 
     Args:
         contract: of a model at its init.
     """
-    by_name = {weight.parameter: weight for weight in contract.weights}
     drawn = [weight for weight in contract.weights if _is_drawn(weight)]
-    found = []
+    groups: dict[tuple[str, str], list[WeightRecord]] = {}
     for weight in drawn:
-        original = by_name.get(weight.same_as)
-        copy = _compare_names(weight, original) if original is not None else None
-        if copy is not None:
-            found.append(copy)
+        groups.setdefault((_origin_of(weight), _stack_of(weight)), []).append(weight)
+    found = []
+    for members in groups.values():
+        for position, weight in enumerate(members[1:], start=1):
+            found.append(_copy_of(weight, members[:position]))
     return len(drawn), found
+
+
+def constant_matrices(contract: ContractRecord) -> list[WeightRecord]:
+    """Return the matrices of sub-layers that hold one number other than zero throughout."""
+    named = {departure.weight.parameter for departure in departures_of(contract)}
+    return [
+        weight
+        for weight in contract.weights
+        if weight.role in MATRICES
+        and weight.family == "constant"
+        and len(weight.shape) >= 2
+        and min(weight.shape[-2:]) >= 2
+        and weight.parameter not in named
+    ]
 
 
 def _is_drawn(weight: WeightRecord) -> bool:
     return weight.role in _ROLES and len(weight.shape) >= 2 and weight.family in DRAWN
+
+
+def _origin_of(weight: WeightRecord) -> str:
+    """Return the name of the first weight of a model that holds these random numbers."""
+    own = weight.parameter
+    return weight.stream_of or (weight.same_as if weight.same_as != own else "") or own
+
+
+def _content_of(weight: WeightRecord) -> str:
+    """Return the name of the first weight that is bit-identical."""
+    return weight.same_as or weight.parameter
+
+
+def _stack_of(weight: WeightRecord) -> str:
+    """Return the name before the first number: that of the stack of layers; the module's for a name without one."""
+    match = _NUMBER.search(weight.parameter)
+    if match is None:
+        return weight.parameter.rpartition(".")[0].rpartition(".")[0]
+    return weight.parameter[: match.start()]
+
+
+def _copy_of(weight: WeightRecord, earlier: Sequence[WeightRecord]) -> Copy:
+    """Return which of the earlier weights one repeats: that of its own name in another layer, else the first."""
+    for original in earlier:
+        is_exact = _content_of(weight) == _content_of(original)
+        copy = _compare_names(weight, original) if is_exact else None
+        if copy is not None:
+            return copy
+    return Copy(weight, earlier[0])
 
 
 def _compare_names(weight: WeightRecord, original: WeightRecord) -> Copy | None:
@@ -79,28 +145,77 @@ def _compare_names(weight: WeightRecord, original: WeightRecord) -> Copy | None:
     return None
 
 
+# -- the rule --------------------------------------------------------------------------------------
 def _check(context: Context, rule: Rule) -> Outcome:
     contract = context.report.contract
     if contract is None or context.report.state not in rule.states:
         return NOT_APPLICABLE
     count, found = copies(contract)
-    repeating = [weight for weight in contract.weights if _is_drawn(weight) and weight.same_as == weight.parameter]
     stacks: dict[tuple[str, int], list[Copy]] = {}
+    others: dict[str, list[Copy]] = {}
     for copy in found:
-        stacks.setdefault((_NUMBER.sub("*", copy.stack), copy.original_number), []).append(copy)
+        if copy.is_of_a_layer:
+            stacks.setdefault((_NUMBER.sub("*", copy.stack), copy.original_number), []).append(copy)
+        else:
+            others.setdefault(copy.original.parameter, []).append(copy)
     findings = [_finding(context, rule, contract, stack, group) for (stack, _), group in stacks.items()]
-    if repeating:
-        findings.append(_finding_of_parts(context, rule, repeating))
+    findings += [_finding_of_others(context, rule, group) for group in others.values()]
+    findings += _findings_alone(context, rule, contract)
     return Outcome(count, findings)
+
+
+def _findings_alone(context: Context, rule: Rule, contract: ContractRecord) -> Iterator[Finding]:
+    """Yield what is said of weights that repeat a part of themselves."""
+    repeating = [
+        weight
+        for weight in contract.weights
+        if weight.same_as == weight.parameter
+        and (_is_drawn(weight) or (weight.role in _OUTSIDE and weight.family in DRAWN))
+    ]
+    if repeating:
+        yield _finding_of_parts(context, rule, repeating)
+    by_value: dict[str, list[WeightRecord]] = {}
+    for weight in constant_matrices(contract):
+        by_value.setdefault(plain(weight.mean), []).append(weight)
+    for value, weights in by_value.items():
+        yield _finding_of_constants(context, rule, value, weights)
+
+
+def _finding_of_others(context: Context, rule: Rule, group: list[Copy]) -> Finding:
+    weights = [copy.weight for copy in group]
+    original = group[0].original
+    verb = "repeats" if len(weights) == 1 else "repeat"
+    what = (
+        f"{names_of(weights)} {verb} the random numbers of {original.parameter}, up to a factor and over the shorter: "
+        "they were copied, or drawn from one seed"
+    )
+    where = list(dict.fromkeys(weight.sublayer or weight.parameter for weight in weights))
+    evidence = {
+        "parameters": [weight.parameter for weight in weights],
+        "same_as": [original.parameter] * len(weights),
+    }
+    fix = f"draw {names_of(weights)} anew, without setting the generator back to a seed before each"
+    return Finding(rule.code, context.level(rule, rule.level), where, what, evidence, rule.summary, fix)
+
+
+def _finding_of_constants(context: Context, rule: Rule, value: str, weights: list[WeightRecord]) -> Finding:
+    verb = "holds" if len(weights) == 1 else "hold"
+    what = (
+        f"{names_of(weights)} {verb} {value} throughout: all rows of such a matrix are the same, and so are all its "
+        "outputs, but for a bias"
+    )
+    where = list(dict.fromkeys(weight.sublayer or weight.parameter for weight in weights))
+    evidence = {"parameters": [weight.parameter for weight in weights], "value": weights[0].mean}
+    fix = f"draw {names_of(weights)} at random"
+    return Finding(rule.code, context.level(rule, rule.level), where, what, evidence, rule.summary, fix)
 
 
 def _finding_of_parts(context: Context, rule: Rule, repeating: list[WeightRecord]) -> Finding:
     names = [weight.parameter for weight in repeating]
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    what = f"{', '.join(names[:3])}{more}: one matrix of the stack, or block of the matrix, is bit-identical to another"
+    what = f"{names_of(repeating)}: a matrix of the stack, or a block of the matrix, is bit-identical to another one"
     where = list(dict.fromkeys(weight.sublayer or weight.parameter for weight in repeating))
     evidence = {"parameters": names, "same_as": names}
-    fix = "draw each matrix of a stack, and each shard of a matrix, with numbers of its own"
+    fix = f"draw {names_of(repeating)} anew, each matrix of the stack and each shard with numbers of its own"
     return Finding(rule.code, context.level(rule, rule.level), where, what, evidence, rule.summary, fix)
 
 
@@ -121,7 +236,7 @@ def _finding(context: Context, rule: Rule, contract: ContractRecord, stack: str,
         "of": len(drawn),
     }
     where = list(dict.fromkeys(copy.weight.sublayer or copy.weight.parameter for copy in group))
-    fix = "build each layer anew, or initialise the whole model once more"
+    fix = f"draw {names_of([copy.weight for copy in group])} anew: build each layer by itself, not as a copy"
     return Finding(rule.code, context.level(rule, rule.level), where, what, evidence, rule.summary, fix)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from jacdiag.report import ContractRecord, Finding, WeightRecord
+from jacdiag.rules.differences import draw_in_words, names_of
+from jacdiag.rules.layer_groups import CONSTANT
 from jacdiag.rules.numbers import plain
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 from jacdiag.rules.texts import Text
@@ -12,15 +14,16 @@ from jacdiag.rules.texts import Text
 # Over the fresh families of transformers the largest number of any parameter is 10 (benchmarks/results/vectors.json).
 # This is a hundred thousand times as large. Random bits read as float32 exceed it in four of ten numbers.
 LARGEST = 1e6
+_ALL_ZERO = "zeros, as every matrix of the model does"
 
 TEXT = Text(
     summary="a parameter holds leftover memory: numbers that no initialisation writes",
     what="""\
 Each parameter is searched for three things. Numbers that are not zero and closer to it than 1e-30: no generator returns
-them, and integers that are read as float32 look like that. Numbers beyond 1e6, far outside any published init. And, for
-gains, scales and biases that are not constant, the numbers of a piece of another parameter. A parameter of zeros alone
-may be leftover memory too, and cannot be told from one that was zeroed; where every matrix of the model is zero, all of
-them are named.""",
+them, and integers that are read as float32 look like that. Numbers beyond 1e6, far outside any published init, unless
+they are all the same, as in a mask of -1e9. And, for gains, scales and biases that are not constant, the numbers of a
+piece of another parameter. A parameter of zeros alone may be leftover memory too, and cannot be told from one that was
+zeroed; where every matrix of the model is zero, all of them are named.""",
     why="""\
 torch.empty and to_empty() hand out memory as it is. Where no init writes to it, the model starts from whatever lay
 there: another one each time, often harmless in a test and not in the run.""",
@@ -52,7 +55,7 @@ def leftovers(contract: ContractRecord) -> list[Leftover]:
     matrices = [weight for weight in contract.weights if len(weight.shape) >= 2]
     if matrices and all(weight.family == "zero" for weight in matrices):
         zero = [weight for weight in contract.weights if weight.family == "zero"]
-        return [Leftover(weight, "zeros, as every matrix of the model does") for weight in zero]
+        return [Leftover(weight, _ALL_ZERO) for weight in zero]
     found = []
     for weight in contract.weights:
         sign = _sign_of(weight)
@@ -72,7 +75,8 @@ def without_leftovers(contract: ContractRecord) -> ContractRecord:
 def _sign_of(weight: WeightRecord) -> str:
     if weight.tiny:
         return "numbers that are not zero and closer to it than 1e-30"
-    if weight.largest is not None and weight.largest > LARGEST:
+    is_written = weight.family == "constant"  # memory hardly ever holds one number throughout; a mask of -1e9 does
+    if weight.largest is not None and weight.largest > LARGEST and not is_written:
         return f"numbers beyond {plain(LARGEST)}"
     if weight.piece_of:
         return f"the numbers of a piece of {weight.piece_of}"
@@ -91,9 +95,33 @@ def _check(context: Context, rule: Rule) -> Outcome:
     return Outcome(len(known), findings)
 
 
+def _fix_for(context: Context, left: list[WeightRecord]) -> str:
+    """Return what to set or draw each parameter to, as far as its role or its like in another layer says."""
+    contract = context.report.contract
+    others = [] if contract is None else without_leftovers(contract).weights
+    steps: dict[str, list[WeightRecord]] = {}
+    for weight in left:
+        steps.setdefault(_step_for(weight, others), []).append(weight)
+    return "; ".join(step.format(names_of(weights)) for step, weights in steps.items())
+
+
+def _step_for(weight: WeightRecord, others: list[WeightRecord]) -> str:
+    """Return what to do about one parameter, with "{}" for its name."""
+    alike = [other for other in others if other.pattern == weight.pattern and other.role == weight.role]
+    for other in alike:
+        if other.family in CONSTANT:
+            return f"set {{}} to {other.mean or 0.0:.4g}"
+        if other.family in ("normal", "truncated", "uniform"):
+            return f"draw {{}} {draw_in_words(other)}, as {other.parameter}"
+    if weight.role == "norm_gain" and weight.norm_length is None:
+        return f"set {{}} to {1.0 - weight.offset:.4g}"
+    if weight.role == "bias":
+        return "set {} to 0"
+    return "initialise {} as the model's paper or config says"
+
+
 def _finding(context: Context, rule: Rule, sign: str, weights: list[WeightRecord]) -> Finding:
-    more = f" and {len(weights) - 3} more" if len(weights) > 3 else ""
-    names = ", ".join(weight.parameter for weight in weights[:3]) + more
+    names = names_of(weights)
     evidence = {
         "parameters": [weight.parameter for weight in weights],
         "role": weights[0].role,
@@ -102,9 +130,10 @@ def _finding(context: Context, rule: Rule, sign: str, weights: list[WeightRecord
         "piece_of": weights[0].piece_of,
     }
     verb = "holds" if len(weights) == 1 else "hold"
-    what = f"{names} {verb} {sign}: no init wrote this"
+    claim = "no init drew them" if sign == _ALL_ZERO else "no init wrote this"
+    what = f"{names} {verb} {sign}: {claim}"
     where = list(dict.fromkeys(weight.sublayer or weight.parameter for weight in weights))
-    fix = "initialise each where it is made, and once more after to_empty()"
+    fix = f"{_fix_for(context, weights)}; after to_empty(), run the init of the whole model"
     return Finding(rule.code, context.level(rule, rule.level), where, what, evidence, rule.summary, fix)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jacdiag.report import ContractRecord, Finding, Level, WeightRecord
+from jacdiag.rules.differences import names_of
 from jacdiag.rules.init_contract import departures_of, judged
 from jacdiag.rules.layer_groups import DRAWN
 from jacdiag.rules.numbers import plain
@@ -25,40 +25,23 @@ TEXT = Text(
     what="""\
 The routers of one name are pooled over the layers, and their std is compared with that of the matrices that read the
 same stream (W_Q, W_1 and others of the same fan_in), directly and as Xavier would scale it to a router's fan_out. A
-warning is given where the routers hold a framework's own init and the rest does not: uniform with std 1/√(3 fan_in), as
-nn.Linear leaves it, or std 1, as torch.randn does; and where they are all zero. Any other difference is an info, since
-routers of their own std are published practice: 1 in Switch Transformers, zero in AFMoE, Megatron-LM forks with a
-Kaiming option. Families with a known practice are not named. DeepSeek's own code leaves its gate at the default of
-nn.Linear; under model types that begin with "deepseek" that is not named.""",
+warning is given in three cases. The routers are uniform with std 1/√(3 fan_in), as nn.Linear leaves them, and the rest
+is not. Their std is 1, as torch.randn leaves it, and no embedding or head has that std too. They are all zero, and no
+other parameter tells the experts apart, such as the bias per expert by which a load is balanced (AFMoE starts its
+routers at zero with one). Any other difference is an info, since routers of their own std are published practice.
+
+No model is left out by its name. The code that DeepSeek publishes (deepseek-ai/DeepSeek-VL2, class MoEGate) leaves its
+routers at the default of nn.Linear, and many models copied it. That is named: the report of DeepSeek-V2 (section 3.1.2)
+says that all learnable parameters were drawn with a std of 0.006.""",
     why="""\
 A gate written as a bare nn.Parameter is skipped by an init that goes by the type of modules, and keeps the draw of its
-constructor. The std of a router sets how sharply tokens choose experts from the first step on.""",
+constructor. The std of a router sets how sharply tokens choose experts from the first step on. Routers of zero send all
+tokens to the same experts until a gradient tells the experts apart.""",
     example="""\
     every matrix N(0, 0.02), the gates nn.Linear(64, 8) as built: uniform of std 0.072""",
     remedy="""\
-Initialise the router as the rest, or pin a contract that says what is meant (router = "1/sqrt(3*fan_in)").""",
-)
-
-
-@dataclass(frozen=True)
-class Practice:
-    """A published init of routers that is not that of the other matrices.
-
-    Attributes:
-        families: beginnings of model types.
-        std: the published std, None for nn.Linear's own.
-        source: where it was published.
-    """
-
-    families: tuple[str, ...]
-    std: float | None
-    source: str
-
-
-PRACTICES = (
-    Practice(("switch_transformers",), 1.0, "transformers, models/switch_transformers: initializer_factor"),
-    Practice(("afmoe",), 0.0, "transformers, models/afmoe"),
-    Practice(("deepseek", "kimi_k2"), None, "modeling_deepseek.py of DeepSeek-V2: MoEGate.reset_parameters"),
+Draw the routers with the std that the finding states, or pin a contract that says what is meant
+(router = "1/sqrt(3*fan_in)").""",
 )
 
 
@@ -70,7 +53,8 @@ class Routers:
         members: the routers.
         std: over all their numbers; `lower` and `upper` bound that of the distribution.
         looks: whose init it is: "nn.Linear", "torch.randn", "zero", or "" for none of these.
-        rest: std of the matrices that read the same stream, and of how many numbers it was taken.
+        rest: the middle std of the matrices that read the same stream.
+        excuse: why a look of theirs may be meant, as words; "" if nothing in the model says so.
     """
 
     members: tuple[WeightRecord, ...]
@@ -79,6 +63,7 @@ class Routers:
     upper: float
     looks: str
     rest: float
+    excuse: str = ""
 
 
 def unlike_routers(contract: ContractRecord) -> tuple[int, list[Routers]]:
@@ -101,8 +86,8 @@ def unlike_routers(contract: ContractRecord) -> tuple[int, list[Routers]]:
         compared += len(members)
         zero = [weight for weight in members if weight.family == "zero"]
         routers = _zero_routers(members, rest) if len(zero) == len(members) else _pool(members, rest)
-        if not _drawn_as(routers, rest) and not _is_published(contract.family, routers):
-            found.append(routers)
+        if not _drawn_as(routers, rest):
+            found.append(replace(routers, excuse=_excuse_of(contract, routers)))
     return compared, found
 
 
@@ -180,18 +165,29 @@ def _drawn_as(routers: Routers, rest: list[WeightRecord]) -> bool:
     return False
 
 
-def _is_published(family: str, routers: Routers) -> bool:
-    return any(_agrees(practice, routers) for practice in _practices_of(family))
+def _excuse_of(contract: ContractRecord, routers: Routers) -> str:
+    """Return what in the model says that its routers are meant to look so, "" if nothing does."""
+    if routers.looks == "torch.randn":
+        for weight in contract.weights:
+            bounds = (weight.lower, weight.upper)
+            is_outside = weight.role in ("embedding", "head") and weight.family in DRAWN
+            if is_outside and bounds[0] is not None and bounds[1] is not None and bounds[0] <= 1.0 <= bounds[1]:
+                return f"{weight.parameter} has that std too"
+    if routers.looks == "zero":
+        bias = _balancing_bias(contract, routers.members[0])
+        if bias is not None:
+            return f"{bias.parameter} has one number for each expert"
+    return ""
 
 
-def _practices_of(family: str) -> Iterator[Practice]:
-    return (practice for practice in PRACTICES if family.lower().startswith(practice.families))
-
-
-def _agrees(practice: Practice, routers: Routers) -> bool:
-    if practice.std is None:
-        return routers.looks == "nn.Linear"
-    return routers.lower <= practice.std <= routers.upper
+def _balancing_bias(contract: ContractRecord, router: WeightRecord) -> WeightRecord | None:
+    """Return a vector of one number per expert in the router's sub-layer that is no bias of its linear map."""
+    own = f"{router.parameter.rpartition('.')[0]}.bias"
+    for weight in contract.weights:
+        is_vector = weight.shape == [router.fan_out] and weight.parameter != own
+        if is_vector and router.sublayer and weight.sublayer == router.sublayer:
+            return weight
+    return None
 
 
 # -- the rule --------------------------------------------------------------------------------------
@@ -206,7 +202,7 @@ def _check(context: Context, rule: Rule) -> Outcome:
 def _finding(context: Context, rule: Rule, routers: Routers) -> Finding:
     first = routers.members[0]
     name = first.pattern.removesuffix(".weight")
-    level: Level = "warning" if routers.looks else "info"
+    level: Level = "warning" if routers.looks and not routers.excuse else "info"
     what = f"{name} ({len(routers.members)} routers): {_sentence(routers)}"
     evidence = {
         "parameters": [weight.parameter for weight in routers.members],
@@ -219,21 +215,26 @@ def _finding(context: Context, rule: Rule, routers: Routers) -> Finding:
         "looks": routers.looks,
     }
     where = list(dict.fromkeys(weight.sublayer or weight.parameter for weight in routers.members))
-    fix = "initialise the routers as the rest, or pin a contract that says what is meant"
+    fix = (
+        f"draw {names_of(routers.members)} with std {plain(routers.rest)}, as the matrices that read the same stream, "
+        "or pin a contract that says what is meant"
+    )
     return Finding(rule.code, context.level(rule, level), where, what, evidence, rule.summary, fix)
 
 
 def _sentence(routers: Routers) -> str:
     if routers.looks == "zero":
-        return "all zero, so that a token gets one score from all experts, but for a bias"
+        excuse = f"; {routers.excuse}" if routers.excuse else ""
+        return f"all zero, so that every token gives an expert the same score{excuse}"
     ratio = routers.std / routers.rest
     times = f"{plain(ratio)} times" if ratio >= 1 else f"1/{plain(1 / ratio)} of"
     origin = f", as {routers.looks} leaves it" if routers.looks else ""
     if routers.looks == "nn.Linear":
         origin = ", uniform as nn.Linear leaves it"
+    excuse = f"; {routers.excuse}" if routers.excuse else ""
     return (
         f"std {plain(routers.std)}{origin}, {times} that of the matrices that read the same stream "
-        f"({plain(routers.rest)})"
+        f"({plain(routers.rest)}){excuse}"
     )
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 from jacdiag.report import ContractRecord, Finding, WeightRecord
+from jacdiag.rules.biases import wrong_biases
+from jacdiag.rules.differences import Difference, draw_in_words, fix_for
+from jacdiag.rules.gains import error_of_mean, gains_unlike_the_model, wrong_gains
 from jacdiag.rules.init_contract import departures_of
 from jacdiag.rules.layer_groups import (
     DRAWN,
@@ -24,59 +26,50 @@ from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 from jacdiag.rules.schemes import MATRICES, Scheme, formulas_of
 from jacdiag.rules.texts import Text
 
-# A mean of so many numbers tells a draw around 0 from old PyTorch's gains, uniform between 0 and 1.
-_LEAST_SIZE = 32
 _LEAST = 3  # layers: of two that differ nobody can say which is usual
 # LayerScale by depth: CaiT starts it at 0.1 in the first 18 layers, at 1e-5 up to the 24th, at 1e-6 beyond (Touvron et
 # al. 2021, table of section 2); written per layer, one model holds all three.
 _LAYER_SCALE_STEPS = (0.1, 1e-5, 1e-6)
 
-# Model types whose published code initialises the w of 1 + w with 1.
-_DRAWN_AROUND_ZERO = ("efficientnet", "mobilevit", "mobilevitv2")  # batch norms, in transformers' _init_weights
-_USED_AS_TWO = ("nemotron",)  # transformers, models/nemotron, PreTrainedModel._init_weights
-
 TEXT = Text(
-    summary="a gain, bias, gate or other small parameter of some layers differs from that of the others",
+    summary="a gain, bias, gate or other small parameter holds what no init means, or differs from the other layers",
     what="""\
 Parameters that are no matrix of a sub-layer (norm gains, biases, LayerScale, gates, routers, tables of positions) are
 compared over the layers. Where two thirds of the layers hold one constant, or one table, the others are named. Where
 two thirds were drawn alike, a layer is named if it is constant, or if its mean or std lies outside the others' sampling
 interval; where mean or std change from layer to layer, nothing is said. LayerScale may fall with depth through the
 steps of CaiT (0.1, 1e-5, 1e-6).
-A norm gain of the model's width that no other layer has, such as that of the last norm, is compared with the gains of
-the whole model: it is named if it is zero, or holds numbers around another value. For a gain that the model uses as
-1 + w, the gain is 1 + w: it is named where it is 2, since w was then initialised as a gain of its own (Nemotron does so
-on purpose, and is not named). A gain that was drawn around 0 is named in any case, and so are all gains if every one is
-zero (transformers draws the batch norms of EfficientNet and MobileViT around 0; those are not named). Other layers that
-are all alike are not named: gains of zero at the end of every branch are a published init.""",
+
+These are named even if all layers agree:
+
+- A norm gain that was drawn, and not around 1. PyTorch before 1.2 drew the gains of batch norms between 0 and 1.
+- A norm gain that the model uses as 1 + w, if w is 1 and the gain so 2; the gain of every norm, if all are zero.
+- The gain of a norm that divides by the length of a vector of d numbers (ScaleNorm), if its outputs have a root mean
+  square below 1/2 or above 2. The authors of ScaleNorm start the gain at √d.
+- A norm gain of the model's width that no other layer has, such as that of the last norm, if it is zero, or holds
+  numbers around another value than two thirds of the model's gains.
+- Biases of linear layers with the std of the matrices, unless they are uniform as nn.Linear draws them, and biases that
+  were drawn around another number than 0. In either case two thirds of the names must agree: a single layer may have a
+  bias with a meaning, such as a time step, and the bias of a router may be drawn (gpt-oss).
+- A row of an nn.Embedding that is its padding_idx and not zero, where the table was drawn.
+
+Other gains that are all alike are not named: gains of zero at the end of every branch are a published init. No model is
+left out by its name. In transformers 5.24 the norms of Nemotron start w at 1 and use 1 + w, and the batch norms of
+EfficientNet and MobileViT are drawn around 0. They are named, since the code that these models come from does neither:
+Megatron-LM (`FusedLayerNorm.reset_parameters`) starts such a w at 0, and pytorch-image-models (`_init_weight_goog`) and
+ml-cvnets (`initialize_norm_layers`) start the gains at 1. ModernBERT is named for its padding row: transformers sets it
+to 0, and then draws the whole table again.""",
     why="""\
 A zero gain cuts its branch off: neither it nor the matrices before it get a gradient. A gain that was never initialised
-holds what was in the memory. Neither changes a shape, and the other layers hide both from a loss curve.""",
+holds what was in the memory. A padding row that is not zero adds its numbers wherever padding stands, and never
+changes. None of these changes a shape, and most are hidden from a loss curve.""",
     example="""\
-    layers.*.ffn_norm.weight: zero in layer 2, one in the others""",
+    layers.*.ffn_norm.weight: zero in layer 2, one in the others
+    nn.init.normal_(embedding.weight, std=0.02)          # overwrites the row of padding_idx""",
     remedy="""\
-Initialise it by the same code as in the other layers. After model.to_empty(), call reset_parameters() of every module:
-it is easily missed for a norm that was written by hand. If the difference is meant, pin a contract that says so.""",
+Each finding says which parameter to set to what. After model.to_empty(), call reset_parameters() of every module: it is
+easily missed for a norm that was written by hand. If the difference is meant, pin a contract that says so.""",
 )
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A parameter that is not what the others are.
-
-    Attributes:
-        weight: the parameter.
-        pattern: its name, with "*" for the layer.
-        of: parameters of that pattern.
-        others: what the others are, as words.
-        value: the constant that the others have, None if they have none.
-    """
-
-    weight: WeightRecord
-    pattern: str
-    of: int
-    others: str
-    value: float | None = None
 
 
 def differences(contract: ContractRecord) -> tuple[int, list[Difference]]:
@@ -95,19 +88,22 @@ def differences(contract: ContractRecord) -> tuple[int, list[Difference]]:
         for difference in _differences_in(group):
             found.setdefault(difference.weight.parameter, difference)
 
-    # 2. Norm gains that no other layer has, against all gains.
+    # 2. Norm gains and biases that are wrong in whichever layer they stand, and padding rows.
     gains = [weight for weight in weights if weight.role == "norm_gain"]
+    wrong = list(wrong_gains(gains))
+    tables = [weight for weight in weights if weight.padding_size]
+    compared.update(table.parameter for table in tables)
+    alone = (*wrong, *_biases_beside(wrong, weights), *wrong_biases(contract.weights), *_padding(tables))
+
+    # 3. Norm gains that no other layer has, against all gains.
     width = contract.sizes.get("d")
     lonely = [gain for gain in gains if gain.parameter not in compared and gain.shape == [width]]
     compared.update(gain.parameter for gain in lonely)
-    doubled = () if contract.family in _USED_AS_TWO else _doubled(gains)
-    around_zero = () if contract.family in _DRAWN_AROUND_ZERO else _around_zero(gains)
-    broken = [*around_zero, *_all_zero(gains)]
-    for difference in (*doubled, *broken, *_biases_beside(broken, weights), *_unlike_the_model(lonely, gains)):
+    for difference in (*alone, *gains_unlike_the_model(lonely, gains)):
         found.setdefault(difference.weight.parameter, difference)
 
     named = _named_elsewhere(contract)
-    return len(compared), [one for name, one in found.items() if name not in named]
+    return len(compared), [one for name, one in found.items() if name not in named or one.part]
 
 
 def _named_elsewhere(contract: ContractRecord) -> set[str]:
@@ -126,14 +122,16 @@ def _differences_in(group: Group) -> Iterator[Difference]:
         if _follows_layer_scale(group):
             return
         value = usual.mean if is_constant(usual) else None
+        like: WeightRecord | None = usual
         others = f"the others hold {_content(usual)}"
         unlike = [weight for weight in group.members if not same_value(weight, usual)]
     else:
         value = None
         unlike = _not_drawn_alike(group)
-        others = f"the others were drawn with std {plain(_middle_std(group))}"
+        like = _middle_draw(group)
+        others = f"most of the others were drawn {draw_in_words(like)}" if like else ""
     for weight in unlike:
-        yield Difference(weight, group.pattern, len(group.members), others, value)
+        yield Difference(weight, group.pattern, len(group.members), others, value, like)
 
 
 def _follows_layer_scale(group: Group) -> bool:
@@ -169,19 +167,15 @@ def _not_drawn_alike(group: Group) -> list[WeightRecord]:
     return unlike + [weight for weight in others["std"] if weight not in unlike]
 
 
-def _middle_std(group: Group) -> float:
-    stds = sorted(weight.std or 0.0 for weight in group.members if weight.family in DRAWN)
-    return stds[len(stds) // 2] if stds else 0.0
+def _middle_draw(group: Group) -> WeightRecord | None:
+    """Return the member of a group of draws whose std is the middle one."""
+    drawn = sorted((w for w in group.members if w.family in DRAWN), key=lambda weight: weight.std or 0.0)
+    return drawn[len(drawn) // 2] if drawn else None
 
 
 def _means_agree(weight: WeightRecord, other: WeightRecord) -> bool:
-    error = math.hypot(_error_of_mean(weight), _error_of_mean(other))
+    error = math.hypot(error_of_mean(weight), error_of_mean(other))
     return abs((weight.mean or 0.0) - (other.mean or 0.0)) <= error
-
-
-def _error_of_mean(weight: WeightRecord) -> float:
-    """Return how far the mean of a draw may lie from that of its distribution: five errors of the widest std."""
-    return 5 * (weight.upper or 0.0) / math.sqrt(math.prod(weight.shape))
 
 
 def _stds_agree(weight: WeightRecord, other: WeightRecord) -> bool:
@@ -191,40 +185,10 @@ def _stds_agree(weight: WeightRecord, other: WeightRecord) -> bool:
     return weight.lower <= other.upper and other.lower <= weight.upper
 
 
-# -- gains of the whole model ----------------------------------------------------------------------
-def _doubled(gains: list[WeightRecord]) -> Iterator[Difference]:
-    """Gains used as 1 + w whose w is 1."""
-    for gain in gains:
-        if gain.offset == 1 and gain.family == "constant" and math.isclose(gain.mean or 0.0, 1.0, rel_tol=1e-3):
-            same = [other for other in gains if other.pattern == gain.pattern]
-            others = "the model uses it as 1 + w, so that the gain is 2: a w of 0 is a gain of 1"
-            yield Difference(gain, gain.pattern, len(same), others, 0.0)
-
-
-def _around_zero(gains: list[WeightRecord]) -> Iterator[Difference]:
-    """Gains that were drawn around zero, as matrices are: a gain is drawn around 1 if at all."""
-    for gain in gains:
-        size = math.prod(gain.shape)
-        if gain.offset != 0 or gain.family not in DRAWN or size < _LEAST_SIZE:
-            continue
-        if abs(gain.mean or 0.0) <= 5 * (gain.std or 0.0) / math.sqrt(size):
-            same = [other for other in gains if other.pattern == gain.pattern]
-            others = "a gain is 1, or drawn around 1; this one was drawn around 0 as a matrix is"
-            yield Difference(gain, gain.pattern, len(same), others, 1.0)
-
-
-def _all_zero(gains: list[WeightRecord]) -> Iterator[Difference]:
-    """The gains of a model in which no norm has any other: every norm returns its bias, or nothing."""
-    if len(gains) < 2 or not all(is_constant(gain) and gain.offset + (gain.mean or 0.0) == 0 for gain in gains):
-        return
-    for gain in gains:
-        same = [other for other in gains if other.pattern == gain.pattern]
-        yield Difference(gain, gain.pattern, len(same), "every gain of the model is zero", 1.0 - gain.offset)
-
-
-def _biases_beside(broken: list[Difference], weights: list[WeightRecord]) -> Iterator[Difference]:
+# -- alone -----------------------------------------------------------------------------------------
+def _biases_beside(wrong: list[Difference], weights: list[WeightRecord]) -> Iterator[Difference]:
     """Biases that are not zero in the norms whose gain is wrong: both went through the same code."""
-    norms = {difference.weight.parameter.rpartition(".")[0] for difference in broken}
+    norms = {difference.weight.parameter.rpartition(".")[0] for difference in wrong}
     beside = [w for w in weights if w.role == "bias" and w.parameter.rpartition(".")[0] in norms and w.family != "zero"]
     for bias in beside:
         same = [other for other in beside if other.pattern == bias.pattern]
@@ -232,19 +196,15 @@ def _biases_beside(broken: list[Difference], weights: list[WeightRecord]) -> Ite
         yield Difference(bias, bias.pattern, len(same), others, 0.0)
 
 
-def _unlike_the_model(lonely: list[WeightRecord], gains: list[WeightRecord]) -> Iterator[Difference]:
-    """Gains without their like in other layers that are zero, or hold numbers around another value than all gains."""
-    ordinary = [gain for gain in gains if is_constant(gain)]
-    values = [gain.offset + (gain.mean or 0.0) for gain in ordinary]
-    enough = MAJORITY * len(gains)
-    usual = next((v for v in values if sum(math.isclose(v, x, rel_tol=1e-3) for x in values) >= enough), None)
-    if usual is None or usual == 0 or len(gains) < _LEAST:
-        return
-    for gain in lonely:
-        value = gain.offset + (gain.mean or 0.0)
-        if value == 0 or (not is_constant(gain) and abs(value - usual) > _error_of_mean(gain)):
-            others = f"the model's other gains are {plain(usual)}"
-            yield Difference(gain, gain.pattern, 1, others, usual - gain.offset)
+def _padding(tables: list[WeightRecord]) -> Iterator[Difference]:
+    """Tables that were drawn, their padding row included: nn.Embedding sets that row to zero."""
+    for table in tables:
+        if table.family not in DRAWN:
+            continue
+        holds = f"numbers up to {plain(table.padding_size)} in row {table.padding_row}"
+        others = "that is its padding_idx, a row that nn.Embedding sets to 0 and passes no gradient to"
+        part = f"row {table.padding_row} of "
+        yield Difference(table, table.pattern, 1, others, 0.0, holds=holds, part=part)
 
 
 # -- the rule --------------------------------------------------------------------------------------
@@ -267,7 +227,7 @@ def _check(context: Context, rule: Rule) -> Outcome:
 
 def _finding(context: Context, rule: Rule, group: list[Difference]) -> Finding:
     first, weights = group[0], [one.weight for one in group]
-    contents = list(dict.fromkeys(_content(weight) for weight in weights))
+    contents = list(dict.fromkeys(one.holds or _content(one.weight) for one in group))
     shown = contents[0] if len(contents) == 1 else f"{contents[0]} and others"
     name = first.pattern.removesuffix(".weight")
     count = f" ({len(group)} of {first.of}{_layers(weights, first.of)})" if first.of > 1 else ""
@@ -283,11 +243,8 @@ def _finding(context: Context, rule: Rule, group: list[Difference]) -> Finding:
         "offset": weights[0].offset,
     }
     where = list(dict.fromkeys(weight.sublayer or weight.parameter for weight in weights))
-    fix = "initialise it as in the other layers"
-    if first.value is not None:
-        fix = f"initialise it with {plain(first.value)}"
     what = f"{name}{count} holds {shown}; {first.others}"
-    return Finding(rule.code, context.level(rule, rule.level), where, what, evidence, rule.summary, fix)
+    return Finding(rule.code, context.level(rule, rule.level), where, what, evidence, rule.summary, fix_for(group))
 
 
 def _layers(weights: Iterable[WeightRecord], of: int) -> str:

@@ -34,6 +34,10 @@ _CHANGES = _TIMES | ACTIVATIONS | set("div __truediv__ exp exp_ log sqrt pow __p
 _CHANGES |= {"softmax", "normalize", "logsigmoid"}
 _JOINS = {"cat", "concat", "concatenate"}
 _NORMALISING = REDUCTIONS | FUSED_NORMS | {"rsqrt", "normalize"}
+_LENGTHS = {"normalize", "norm", "vector_norm", "linalg_vector_norm"}
+# Calls that keep the size of what a norm returns, but for the guard against a division by zero.
+_KEEP_THE_SIZE = {"div", "__truediv__", "clamp", "clamp_min", "clamp_min_", "maximum", "expand_as", "to", "float"}
+_KEEP_THE_SIZE |= {"type_as", "contiguous", "expand", "unsqueeze"}
 _NORMS_WITH_GAIN = FUSED_NORMS | {"batch_norm", "group_norm", "instance_norm"}
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
@@ -408,3 +412,35 @@ def _in_norm(sites: Sites, node: int) -> bool:
         if not (weighted or adds_two or sites.finder.is_product(made_by)):
             waiting += [v for v in record.inputs if graph.values[v].live]
     return False
+
+
+def length_divided_by(graph: Graph, name: str) -> int | None:
+    """Return how many numbers the norm of a gain divides by their length; None for any other norm.
+
+    A norm by the mean square, or one that multiplies by a constant too, is another norm.
+
+    Args:
+        graph: of the forward.
+        name: of the gain.
+    """
+    use = _first_use(graph, name)
+    if use is None or use.changed:
+        return None
+    waiting = [v for v in graph.nodes[use.node].inputs if graph.values[v].live]
+    seen: set[int] = set()
+    length = None
+    while waiting:
+        made_by = graph.values[waiting.pop()].node
+        if made_by < 0 or made_by in seen:
+            continue
+        seen.add(made_by)
+        record = graph.nodes[made_by]
+        live = [v for v in record.inputs if graph.values[v].live]
+        if record.name in _LENGTHS and live:
+            length = graph.values[live[0]].shape[-1]
+            continue
+        is_division = record.name in ("div", "__truediv__")
+        if record.name not in _KEEP_THE_SIZE or (is_division and len(live) != 2):
+            continue
+        waiting += live
+    return length

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -164,7 +165,7 @@ def test_a_gain_unlike_the_others_is_named(name: str, what: str) -> None:
         assert not found  # a last norm of its own size may be meant
         return
     assert named(found) == {"JD208": {name}} and found[0].level == "warning"
-    assert found[0].fix == "initialise it with 1.00"
+    assert found[0].fix == f"set {name} to 1"
 
 
 def test_the_sentence_says_which_layer_what_it_holds_and_what_the_others_hold() -> None:
@@ -292,7 +293,7 @@ def test_gains_of_one_plus_w_that_hold_ones_are_named(form: str) -> None:
     fill(model, nn.init.ones_, *gains)
     found = judge(model)
     assert named(found) == {"JD208": gains}
-    assert all("the gain is 2" in finding.what and finding.fix == "initialise it with 0" for finding in found)
+    assert all("the gain is 2" in finding.what and finding.fix.endswith(" to 0") for finding in found)
 
 
 def test_ones_that_are_no_gain_of_two() -> None:
@@ -309,10 +310,189 @@ def test_gains_drawn_around_zero(form: str) -> None:
     assert named(judge(model)) == ({"JD208": gains} if form == "plain" else {})  # else they are around 1
 
 
-def test_gains_drawn_between_zero_and_one_as_old_torch_did() -> None:
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (nn.init.uniform_, "drawn around 0."),  # what PyTorch before 1.2 drew for batch norms
+        (lambda gain: nn.init.uniform_(gain, -0.05, 0.05), "around 0 as a matrix is"),
+        (lambda gain: nn.init.normal_(gain, 0.5, 0.02), "drawn around 0."),
+        (lambda gain: nn.init.normal_(gain, 1.0, 0.02), ""),  # DCGAN
+        (lambda gain: nn.init.uniform_(gain, 0.5, 1.5), ""),
+    ],
+)
+def test_gains_are_drawn_around_one_if_at_all(how: Fill, words: str) -> None:
     model = build(layers=3)
-    fill(model, nn.init.uniform_, *(name for name, _ in model.named_parameters() if "norm" in name))
+    gains = {name for name, _ in model.named_parameters() if "norm" in name}
+    fill(model, how, *gains)
+    found = judge(model)
+    assert named(found) == ({"JD208": gains} if words else {})
+    assert all(words in finding.what for finding in found)
+
+
+def test_factors_that_were_computed_are_no_drawn_gains() -> None:
+    """RWKV mixes a token with the one before by factors that rise over the channels, behind a norm."""
+    model = build(layers=3)
+    ascending = torch.linspace(0, 1, WIDTH)
+    fill(model, lambda gain: gain.copy_(ascending**0.7), *(f"layers.{k}.norm1.weight" for k in range(3)))
     assert not judge(model)
+    gains = {f"layers.{k}.norm1.weight" for k in range(3)}
+    fill(model, lambda gain: gain.copy_(ascending[torch.randperm(WIDTH)]), *gains)
+    assert named(judge(model)) == {"JD208": gains}
+
+
+@pytest.mark.parametrize(("layers", "is_named"), [(1, False), (2, True)])
+def test_how_many_numbers_say_that_a_gain_was_not_drawn_around_one(layers: int, is_named: bool) -> None:
+    """Gains of 8 numbers: one layer is too few to say, two are 16."""
+    gains = [WeightRecord(f"l.{k}.n.w", [8], "norm_gain", "l.*.n.w", k, family="uniform", mean=0.1, std=0.1,
+                          lower=0.05, upper=0.3) for k in range(layers)]  # fmt: skip
+    assert bool(differences(ContractRecord("x", {}, gains))[1]) is is_named
+
+
+# -- JD208: norms that divide by a length ----------------------------------------------------------
+class LengthNorm(nn.Module):
+    """g x / |x|, written in one of several ways."""
+
+    def __init__(self, value: float, form: str) -> None:
+        super().__init__()
+        self.g = nn.Parameter(torch.tensor([value]))
+        self.form = form
+
+    def forward(self, x: Tensor) -> Tensor:
+        match self.form:
+            case "normalize":
+                return F.normalize(x, dim=-1) * self.g
+            case "clamp":
+                return x / x.norm(dim=-1, keepdim=True).clamp(min=1e-5) * self.g
+            case "1 + g":
+                return F.normalize(x, dim=-1) * (1 + self.g)
+            case "root mean square":  # the factor makes it another norm
+                return x / (x.norm(dim=-1, keepdim=True) * WIDTH**-0.5).clamp(min=1e-5) * self.g
+            case _:
+                return F.normalize(x, dim=-1) * WIDTH**0.5 * self.g
+
+
+def with_length_norms(value: float, form: str) -> Model:
+    model = build(layers=3)
+    for layer in model.layers:
+        layer.norm1, layer.norm2 = LengthNorm(value, form), LengthNorm(value, form)  # type: ignore[union-attr]
+    model.norm = LengthNorm(value, form)  # type: ignore[assignment]
+    return model
+
+
+@pytest.mark.parametrize("form", ["normalize", "clamp"])
+@pytest.mark.parametrize(("value", "is_named"), [(8.0, False), (1.0, True), (1 / 8, True), (4.1, False), (3.9, True)])
+def test_a_scale_norm_starts_at_the_root_of_the_width(form: str, value: float, is_named: bool) -> None:
+    found = judge(with_length_norms(value, form))
+    assert bool(found) is is_named
+    for finding in found:
+        assert finding.fix.endswith("to 8") and "√64 = 8.00" in finding.what
+
+
+def test_the_root_mean_square_of_a_scale_norm_is_what_the_sentence_says() -> None:
+    model = with_length_norms(1.0, "normalize")
+    out = model.norm(torch.randn(5, WIDTH)).detach()
+    assert float(out.square().mean().sqrt()) == pytest.approx(0.125)
+    assert all("a root mean square of 0.125" in finding.what for finding in judge(model))
+
+
+@pytest.mark.parametrize("form", ["root mean square", "factor"])
+def test_a_norm_with_a_factor_of_its_own_is_no_scale_norm(form: str) -> None:
+    assert not judge(with_length_norms(1.0, form))
+
+
+def test_a_scale_norm_stored_around_one() -> None:
+    assert not judge(with_length_norms(7.0, "1 + g"))
+    assert all(finding.fix.endswith("to 7") for finding in judge(with_length_norms(0.0, "1 + g")))
+
+
+# -- JD208: biases -----------------------------------------------------------------------------------
+def biases_of(model: nn.Module) -> set[str]:
+    return {name for name, _ in model.named_parameters() if name.endswith("bias")}
+
+
+def test_biases_that_were_drawn_as_the_matrices() -> None:
+    model = build(layers=4)
+    fill(model, lambda bias: nn.init.normal_(bias, 0.0, 0.02), *biases_of(model))
+    found = judge(model)
+    assert named(found) == {"JD208": biases_of(model)}
+    assert all("that is the std of the matrices" in finding.what for finding in found)
+
+
+def default_bias(bias: Tensor) -> object:
+    return nn.init.uniform_(bias, -1 / math.sqrt(WIDTH), 1 / math.sqrt(WIDTH))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda bias: nn.init.normal_(bias, 0.0, 1e-6),  # ViT
+        default_bias,  # nn.Linear's, beside matrices that were drawn anew
+        lambda bias: nn.init.uniform_(bias, -0.02 * math.sqrt(3), 0.02 * math.sqrt(3)),  # of that std, but uniform
+        lambda bias: nn.init.normal_(bias, 0.0, 0.05),
+    ],
+)
+def test_biases_of_other_draws_are_not_named(how: Fill) -> None:
+    model = build(layers=4)
+    fill(model, how, *biases_of(model))
+    assert not judge(model)
+
+
+def test_torchs_own_biases_have_the_std_of_their_matrices_and_are_not_named() -> None:
+    for seed in range(3):
+        model = build(seed, layers=4)
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+        assert not judge(model)
+
+
+def test_the_bias_of_one_router_may_be_drawn() -> None:
+    model = build(layers=6, mlp=Experts)
+    for layer in model.layers:
+        layer.mlp.gate = nn.Linear(WIDTH, 4)  # type: ignore[union-attr]
+        nn.init.normal_(layer.mlp.gate.weight, 0.0, 0.02)  # type: ignore[union-attr, arg-type]
+        nn.init.normal_(layer.mlp.gate.bias, 0.0, 0.02)  # type: ignore[union-attr, arg-type]
+    assert not judge(model)
+
+
+def test_biases_drawn_around_another_number() -> None:
+    model = build(layers=4)
+    fill(model, lambda bias: nn.init.normal_(bias, -0.1, 0.1), *biases_of(model))
+    found = judge(model)
+    assert named(found) == {"JD208": biases_of(model)}
+    assert all("drawn around -0." in finding.what for finding in found)
+    one = build(layers=4)  # a layer whose bias has a meaning
+    fill(one, lambda bias: nn.init.normal_(bias, -4.6, 1.2), *(f"layers.{k}.proj.bias" for k in range(4)))
+    assert not judge(one)
+
+
+# -- JD208: padding ----------------------------------------------------------------------------------
+def padded(index: int = 0) -> Model:
+    model = build(layers=3)
+    model.embedding.padding_idx = index
+    with torch.no_grad():
+        model.embedding.weight[index].zero_()
+    return model
+
+
+def test_a_padding_row_is_zero() -> None:
+    for index in (0, 5):
+        model = padded(index)
+        assert not judge(model)
+        with torch.no_grad():
+            model.embedding.weight[index].normal_(0.0, 0.02)
+        [finding] = judge(model)
+        assert named([finding]) == {"JD208": {"embedding.weight"}}
+        assert f"in row {index}" in finding.what and finding.fix == f"set row {index} of embedding.weight to 0"
+    assert not judge(build(layers=3))  # no padding_idx, no row of zeros
+
+
+def test_torch_gives_a_padding_row_no_gradient() -> None:
+    embedding = nn.Embedding(4, 3, padding_idx=1)
+    nn.init.normal_(embedding.weight)
+    embedding(torch.tensor([0, 1])).sum().backward()
+    assert embedding.weight.grad is not None
+    assert embedding.weight.grad[1].abs().max() == 0 and embedding.weight.grad[0].abs().max() == 1
 
 
 def test_all_gains_zero_are_named_and_those_of_gemma_are_not() -> None:
@@ -343,7 +523,7 @@ def test_what_another_rule_names_is_named_once() -> None:
     [
         (lambda w: nn.init.kaiming_uniform_(w, a=math.sqrt(5)), "warning", "uniform as nn.Linear leaves it, 3.5"),
         (lambda w: nn.init.normal_(w, 0.0, 1.0), "warning", "as torch.randn leaves it"),
-        (nn.init.zeros_, "warning", "all zero"),
+        (nn.init.zeros_, "warning", "all zero, so that every token gives an expert the same score"),
         (lambda w: nn.init.normal_(w, 0.0, 0.07), "info", "times that of the matrices"),
         (lambda w: nn.init.normal_(w, 0.0, 0.002), "info", "of that of the matrices"),
         (lambda w: nn.init.normal_(w, 0.0, 0.02), "", ""),
@@ -368,13 +548,45 @@ def test_a_default_router_in_a_default_model_is_as_the_rest() -> None:
     assert not judge(model)
 
 
-@pytest.mark.parametrize(("family", "is_named"), [("deepseek_v3", False), ("somebody", True)])
-def test_published_practice_of_a_family(family: str, is_named: bool) -> None:
+@pytest.mark.parametrize("family", ["deepseek_v3", "kimi_k2", "switch_transformers", "afmoe", "somebody"])
+@pytest.mark.parametrize("how", [lambda w: nn.init.kaiming_uniform_(w, a=math.sqrt(5)), nn.init.zeros_])
+def test_a_router_is_judged_alike_under_every_name(family: str, how: Fill) -> None:
     model = build(mlp=Experts)
     model.config = type("Config", (), {"model_type": family})()  # type: ignore[assignment]
-    for layer in model.layers:
-        layer.mlp.gate.reset_parameters()  # type: ignore[union-attr, operator]
-    assert bool(judge(model)) is is_named
+    fill(model, how, *(f"layers.{layer}.mlp.gate.weight" for layer in range(6)))
+    [finding] = judge(model)
+    assert finding.code == "JD209" and finding.level == "warning"
+
+
+def test_a_router_of_std_one_beside_an_embedding_of_std_one() -> None:
+    """Switch Transformers draws both so; with an embedding of another std the routers alone stand out."""
+    model = build(mlp=Experts)
+    fill(model, lambda w: nn.init.normal_(w, 0.0, 1.0), *(f"layers.{layer}.mlp.gate.weight" for layer in range(6)))
+    assert [finding.level for finding in judge(model)] == ["warning"]
+    fill(model, nn.init.normal_, "embedding.weight")
+    [finding] = judge(model)
+    assert finding.level == "info" and finding.what.endswith("embedding.weight has that std too")
+
+
+class BalancedExperts(Experts):
+    """A bias per expert joins the scores for the choice, as in AFMoE and DeepSeek-V3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expert_bias = nn.Parameter(torch.zeros(4), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.gate(x).sigmoid()
+        chosen = (weights + self.expert_bias).topk(2, dim=-1).indices
+        sparse = torch.zeros_like(weights).scatter(-1, chosen, weights.gather(-1, chosen))
+        return torch.stack([sparse[..., k : k + 1] * expert(x) for k, expert in enumerate(self.experts)]).sum(0)
+
+
+def test_routers_of_zero_beside_a_bias_that_balances_the_experts() -> None:
+    model = build(mlp=BalancedExperts)
+    fill(model, nn.init.zeros_, *(f"layers.{layer}.mlp.gate.weight" for layer in range(6)))
+    [finding] = judge(model)
+    assert finding.level == "info" and "expert_bias has one number for each expert" in finding.what
 
 
 def test_one_router_is_a_layer_that_differs() -> None:
@@ -502,6 +714,66 @@ def test_other_names_are_no_layers() -> None:
     assert copies(ContractRecord("x", {}, weights)) == (3, [])
 
 
+@torch.no_grad()
+def restart(model: nn.Module, scale: Callable[[str], float]) -> None:
+    """Draw every matrix from a generator that starts at one seed."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            parameter.normal_(0.0, scale(name), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.mark.parametrize("scale", [lambda name: 0.02, lambda name: 0.01 if "proj" in name else 0.02])
+def test_one_seed_before_every_draw(scale: Callable[[str], float]) -> None:
+    model = build(layers=3)
+    restart(model, scale)
+    found = judge(model)
+    matrices = {name for name, p in model.named_parameters() if name.startswith("layers") and p.dim() == 2}
+    first = "layers.0.qkv.weight"  # the first of the stack keeps its numbers
+    assert named(found) == {"JD210": matrices - {first}}
+    assert any(f"repeat the random numbers of {first}, up to a factor" in finding.what for finding in found)
+
+
+def test_one_matrix_that_repeats_another_of_its_layer() -> None:
+    model = build(layers=3)
+    with torch.no_grad():
+        model.layers[1].proj.weight.copy_(2 * model.layers[1].qkv.weight[WIDTH : 2 * WIDTH])  # type: ignore[union-attr]
+    assert not judge(model)  # a piece from the middle is no common start
+    with torch.no_grad():
+        model.layers[1].proj.weight.copy_(2 * model.layers[1].qkv.weight[:WIDTH])  # type: ignore[union-attr]
+    assert named(judge(model)) == {"JD210": {"layers.1.proj.weight"}}
+
+
+def test_low_precision_keeps_the_stream() -> None:
+    model = build(layers=3)
+    restart(model, lambda name: 0.02)
+    assert "layers.0.proj.weight" in named(judge(model.bfloat16().float()))["JD210"]
+
+
+def test_a_copy_in_another_stack_may_be_meant() -> None:
+    weights = [
+        WeightRecord(name, [8, 8], "W_1", name, 0, "a", family="normal", std=1.0, same_as=same, stream_of=same)
+        for name, same in (("student.0.q.w", ""), ("teacher.0.q.w", "student.0.q.w"), ("teacher.0.k.w", ""))
+    ]
+    assert copies(ContractRecord("x", {}, weights)) == (3, [])
+
+
+def test_matrices_of_one_number() -> None:
+    model = build(layers=3)
+    fill(model, lambda w: nn.init.constant_(w, 0.1), *(f"layers.{k}.mlp.{j}.weight" for k in range(3) for j in (0, 2)))
+    [finding] = judge(model)
+    assert named([finding])["JD210"] == {f"layers.{k}.mlp.{j}.weight" for k in range(3) for j in (0, 2)}
+    assert "hold 0.100 throughout" in finding.what
+    out = model.layers[0].mlp[0](torch.randn(2, WIDTH))  # type: ignore[union-attr, index, operator]
+    assert torch.allclose(out, out[:, :1].expand_as(out), atol=1e-6)
+
+
+def test_an_embedding_of_equal_blocks() -> None:
+    model = build(layers=3)
+    with torch.no_grad():
+        model.embedding.weight[64:] = model.embedding.weight[:64].clone()
+    assert named(judge(model)) == {"JD210": {"embedding.weight"}}
+
+
 # -- JD211: leftover memory ------------------------------------------------------------------------
 def integers(tensor: Tensor) -> object:
     """Fill a tensor with the bits of small integers, as a freed index tensor leaves them."""
@@ -554,6 +826,11 @@ def test_the_boundaries_of_leftovers(tiny: int, largest: float | None, is_named:
     assert bool(leftovers(ContractRecord("x", {}, [weight]))) is is_named
 
 
+def test_a_mask_of_one_large_number_was_written() -> None:
+    mask = WeightRecord("mask", [8], "bias", "mask", family="constant", mean=-1e9, largest=1e9)
+    assert not leftovers(ContractRecord("x", {}, [mask]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_draws_of_any_precision_hold_no_leftovers(dtype: torch.dtype) -> None:
     assert not judge(build(layers=3).to(dtype).float())
@@ -583,3 +860,97 @@ FAMILIES = ["gpt2", "llama", "gpt_neox", "opt", "bloom", "olmo2", "t5", "gemma"]
 def test_families_are_silent(name: str) -> None:
     subject = family(name, 7)
     assert not judge(subject.model, subject.probe)
+
+
+# -- the fixes ---------------------------------------------------------------------------------------
+def is_in(name: str, words: str) -> bool:
+    return re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.])", words) is not None
+
+
+@torch.no_grad()
+def follow(fix: str, model: nn.Module) -> None:
+    """Do what a fix says, each of its steps by itself."""
+    for step in fix.replace("; after to_empty(), run the init of the whole model", "").split("; "):
+        words = step.partition(", as ")[0]
+        names = [name for name, _ in model.named_parameters() if is_in(name, words)]
+        row = re.match(r"set row (\d+) of ", words)
+        value = re.search(r" to (-?[\d.e-]+)$", words)
+        std = re.search(r"std ([\d.e-]+)", words)
+        mean = re.search(r"mean (-?[\d.e-]+)", words)
+        assert names, step
+        for name in names:
+            parameter = model.get_parameter(name)
+            if row:
+                parameter[int(row[1])] = float(value[1])  # type: ignore[index]
+            elif value:
+                parameter.fill_(float(value[1]))
+            else:
+                parameter.normal_(float(mean[1]) if mean else 0.0, float(std[1]) if std else 0.02)
+
+
+def uncut(finding: Finding) -> str:
+    """Return the fix with all names, where the sentence counts the rest."""
+    names = finding.evidence["parameters"]
+    return re.sub(r"(\S+, ){2}\S+ and \d+ more", ", ".join(names), finding.fix)
+
+
+def broken(kind: str) -> nn.Module:
+    model: nn.Module = build(layers=4, mlp=Experts if "router" in kind else None)
+    gates = [f"layers.{layer}.mlp.gate.weight" for layer in range(4)]
+    match kind:
+        case "gain of one layer":
+            fill(model, nn.init.zeros_, "layers.2.norm2.weight")
+        case "all gains":
+            fill(model, nn.init.uniform_, *(name for name, _ in model.named_parameters() if "norm" in name))
+        case "drawn biases":
+            fill(model, lambda bias: nn.init.normal_(bias, 0.0, 0.02), *biases_of(model))
+        case "one drawn scale":
+            fill(model, lambda scale: nn.init.normal_(scale, 0.5, 0.02), *(f"layers.{k}.scale" for k in range(4)))
+            fill(model, nn.init.zeros_, "layers.1.scale")
+        case "scale norm":
+            model = with_length_norms(1.0, "normalize")
+        case "padding":
+            model = padded()
+            with torch.no_grad():
+                model.embedding.weight[0].normal_(0.0, 0.02)  # type: ignore[union-attr, index, operator]
+        case "router at its default":
+            fill(model, lambda w: nn.init.kaiming_uniform_(w, a=math.sqrt(5)), *gates)
+        case "router of zero":
+            fill(model, nn.init.zeros_, *gates)
+        case "copied layer":
+            model.layers[2].load_state_dict(model.layers[1].state_dict())  # type: ignore[operator, union-attr, index]
+        case "one seed":
+            restart(model, lambda name: 0.02)
+        case "one number":
+            matrices = [f"layers.{layer}.mlp.{place}.weight" for layer in range(4) for place in (0, 2)]
+            fill(model, lambda w: nn.init.constant_(w, 0.1), *matrices)
+        case "leftover gain":
+            fill(model, integers, "layers.2.norm2.weight", "layers.2.proj.weight", "norm.weight", "layers.1.proj.bias")
+    return model
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "gain of one layer",
+        "all gains",
+        "drawn biases",
+        "one drawn scale",
+        "scale norm",
+        "padding",
+        "router at its default",
+        "router of zero",
+        "copied layer",
+        "one seed",
+        "one number",
+        "leftover gain",
+    ],
+)
+def test_a_fix_that_is_followed_makes_the_finding_go_away(kind: str) -> None:
+    model = broken(kind)
+    found = judge(model)
+    assert found and all(finding.fix for finding in found)
+    torch.manual_seed(99)
+    for finding in found:
+        follow(uncut(finding), model)
+    assert not judge(model)
