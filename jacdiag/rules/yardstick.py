@@ -169,6 +169,9 @@ class Yardstick:
         return found if stated else None
 
     def _agrees(self, weight: WeightRecord, values: Mapping[Formula, float]) -> bool:
+        wanted = self.scheme.family
+        if wanted and weight.role in MATRICES and weight.family != wanted:
+            return False
         if any(holds(weight, value, self.spread) for value in values.values()):
             return True
         if not self.found:
