@@ -121,6 +121,8 @@ def record_of(
         zero_rows=draw.zero_rows,
         largest=draw.largest,
         tiny=draw.tiny,
+        outliers=draw.outliers,
+        core_std=draw.core_std,
     )
 
 

@@ -58,6 +58,8 @@ class WeightRecord(Record):
         same_as: the first parameter with the very same numbers, "" for none; constants are no copies. The parameter's
             own name for a stack of matrices (experts) that holds one of them twice, and a matrix of equal blocks.
         piece_of: a parameter that holds the numbers of this gain, scale or bias as a piece of its own; "" for none.
+        outliers: numbers further from the rest than any draw reaches; in matrices and tables only.
+        core_std: std of the rest; None without outliers.
         offset: the number that the model adds before it uses a gain, 1 for one stored as 1 + w.
         decayed: in a parameter group with weight decay; None where no optimizer was given.
         kind: of the sub-layer that reads it (attention, mlp, moe, mixer, conv ...); "" outside all, and
@@ -88,6 +90,8 @@ class WeightRecord(Record):
     same_as: str = ""
     piece_of: str = ""
     offset: float = 0.0
+    outliers: int = 0
+    core_std: float | None = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from jacdiag.report import ContractRecord, WeightRecord
+from jacdiag.rules.no_draw import is_of_unit_spread
 from jacdiag.rules.schemes import INNER, MATRICES, RESIDUAL, Scheme, catalogue
 from jacdiag.rules.yardstick import (
     TABLES,
@@ -108,7 +109,9 @@ def _fit(yardstick: Yardstick, weights: Sequence[WeightRecord]) -> Followed | No
         agrees = not mismatches
         if weight.role in MATRICES:
             agree += agrees
-            if agrees or weight.family != "zero":  # zeros do not tell how the others were drawn
+            # Zeros do not tell how the others were drawn, nor does the default of torch.nn.init.normal_.
+            tells = weight.family != "zero" and not is_of_unit_spread(weight)
+            if agrees or tells:
                 inside.append(agrees)
         elif weight.role in TABLES:
             vote = _vote(yardstick, weight, agrees)
@@ -121,7 +124,7 @@ def _fit(yardstick: Yardstick, weights: Sequence[WeightRecord]) -> Followed | No
                 inner_values |= held
         elif weight.role in MATRICES:
             groups.setdefault(weight.pattern, []).extend(mismatches)
-    if not inside:
+    if not any(inside):
         return None
     share = sum(inside) / len(inside)
     mistakes = _count_mistakes(groups) - _swapped(yardstick, groups.values())

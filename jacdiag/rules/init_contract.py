@@ -10,6 +10,7 @@ from jacdiag.rules import contract_texts as texts
 from jacdiag.rules.departures import Departure, departures, layers_that_differ, told
 from jacdiag.rules.following import followed
 from jacdiag.rules.leftover_memory import without_leftovers
+from jacdiag.rules.no_draw import NoDraw, find_no_draws, without_no_draws
 from jacdiag.rules.numbers import plain
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 from jacdiag.rules.schemes import MATRICES, Scheme, formulas_of, published_for
@@ -39,7 +40,7 @@ class Judged:
 
 def judged(contract: ContractRecord) -> Judged:
     """Compare every weight with what its family, or the rest of the model, says."""
-    contract = without_leftovers(contract)
+    contract = without_no_draws(without_leftovers(contract))
     scheme = published_for(contract.family)
     if scheme is not None:
         yardstick = Yardstick.given(contract, scheme)
@@ -131,6 +132,11 @@ def _by_kind(kind: str) -> Callable[[Context, Rule], Outcome]:
         if contract is None:
             return NOT_APPLICABLE
         result = judged(contract)
+        unlike_any = _no_draw_findings(context, rule, contract, result) if kind == "own" else []
+        if unlike_any:
+            found = [d for d in result.found if d.kind in ("own", "plain") and not result.published]
+            more = _findings(context, rule, found, "the scheme of the rest expects")
+            return Outcome(max(result.count, len(unlike_any)), [*unlike_any, *more], note=result.note)
         elsewhere = kind in ("published", "own") and (kind == "published") != result.published
         if not result.count or elsewhere:
             return Outcome(0, note=result.note if kind == "own" and not result.published else "")
@@ -143,6 +149,32 @@ def _by_kind(kind: str) -> Callable[[Context, Rule], Outcome]:
         return Outcome(matched, _findings(context, rule, mine, by), note=result.note)
 
     return check
+
+
+def _no_draw_findings(
+    context: Context, rule: Rule, contract: ContractRecord, result: Judged
+) -> list[Finding]:
+    """Return one finding per name pattern and sign for weights that no init draws."""
+    contract = without_leftovers(contract)
+    # A head of unit spread may be what the family publishes (T5 of transformers).
+    limit = None if result.published else context.thresholds.limits("logits_std").warning
+    groups: dict[tuple[str, str], list[NoDraw]] = {}
+    for one in find_no_draws(contract, limit):
+        groups.setdefault((one.weight.pattern, one.fix), []).append(one)
+    findings = []
+    for (pattern, fix), group in groups.items():
+        first, names = group[0].weight, [one.weight.parameter for one in group]
+        of = sum(weight.pattern == pattern for weight in contract.weights)
+        count = f" ({len(group)} of {of})" if of > 1 else ""
+        what = f"{pattern.removesuffix('.weight')}{count}: {group[0].sign}"
+        evidence = {
+            "parameters": names, "role": first.role, "pattern": pattern, "family": first.family,
+            "value": first.std, "outliers": [one.weight.outliers for one in group], "looks": "no init draws this",
+        }  # fmt: skip
+        where = list(dict.fromkeys(one.weight.sublayer or one.weight.parameter for one in group))
+        level = context.level(rule, rule.level)
+        findings.append(Finding(rule.code, level, where, what, evidence, rule.summary, fix))
+    return findings
 
 
 def _matched(kind: str, contract: ContractRecord, result: Judged) -> int:
