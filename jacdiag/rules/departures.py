@@ -15,6 +15,9 @@ from jacdiag.rules.schemes import INNER, RESIDUAL
 from jacdiag.rules.yardstick import Mismatch, Yardstick, holds
 
 
+_PROJECTIONS = ("W_Q", "W_K", "W_V", "W_QK", "W_QV", "W_KV", "W_QKV")
+
+
 @dataclass(frozen=True)
 class Departure:
     """One weight that is not what it should be.
@@ -84,6 +87,14 @@ def _looks(yardstick: Yardstick, mismatch: Mismatch) -> str:
         return "all of it is zero"
     if weight.family == "constant" or value <= 0:
         return ""
+    if yardstick.looks:
+        return yardstick.looks
+    if holds(weight, 1.0) and value < 1.0:
+        return "the default std of torch.nn.init.normal_ is 1"
+    head = yardstick.contract.sizes.get("d_head")
+    if head and weight.fan_in and holds(weight, value * math.sqrt(weight.fan_in / head), spread):
+        if weight.role in _PROJECTIONS and weight.fan_in != head:
+            return "scaled by the width of a head, not by that of its input"
     factor = depth_factor(yardstick, mismatch)
     if factor == "missing" and weight.role in RESIDUAL:
         return "the scaling with depth is missing"

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from jacdiag.report import ContractRecord, WeightRecord
-from jacdiag.rules.no_draw import is_of_unit_spread
 from jacdiag.rules.schemes import INNER, MATRICES, RESIDUAL, Scheme, catalogue
 from jacdiag.rules.yardstick import (
     TABLES,
@@ -15,6 +14,7 @@ from jacdiag.rules.yardstick import (
     Spread,
     Yardstick,
     holds,
+    is_of_unit_spread,
     judged_by_schemes,
 )
 

@@ -10,6 +10,7 @@ from jacdiag.rules import contract_texts as texts
 from jacdiag.rules.departures import Departure, departures, layers_that_differ, told
 from jacdiag.rules.following import followed
 from jacdiag.rules.leftover_memory import without_leftovers
+from jacdiag.rules.mistaken import find_mistaken
 from jacdiag.rules.no_draw import NoDraw, find_no_draws, without_no_draws
 from jacdiag.rules.numbers import plain
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
@@ -28,6 +29,7 @@ class Judged:
         count: How many weights were compared.
         found: Those that depart.
         note: Which scheme it is, in words.
+        mistake: Made with the formula of the scheme in the entire model; "" for none.
     """
 
     scheme: Scheme | None
@@ -36,6 +38,7 @@ class Judged:
     count: int
     found: list[Departure]
     note: str
+    mistake: str = ""
 
 
 def judged(contract: ContractRecord) -> Judged:
@@ -46,7 +49,7 @@ def judged(contract: ContractRecord) -> Judged:
         yardstick = Yardstick.given(contract, scheme)
         note = f"published init of {contract.family}: {scheme.title}"
     else:
-        followed_one = followed(contract)
+        followed_one = followed(contract) or find_mistaken(contract)
         if followed_one is None:
             count, found = layers_that_differ(contract.weights)
             note = "follows no known scheme; layers are compared with each other"
@@ -54,11 +57,16 @@ def judged(contract: ContractRecord) -> Judged:
         yardstick = followed_one
         base = f", s = {plain(yardstick.s)}" if yardstick.s is not None else ""
         note = f"follows {yardstick.scheme.title}{base}"
+        if yardstick.looks:
+            note += f", with {yardstick.looks}"
     count, found = departures(yardstick)
     silent = [weight for weight in contract.weights if yardstick.mismatches(weight) is None]
     more, uneven = layers_that_differ(silent)
     published = scheme is not None
-    return Judged(yardstick.scheme, published, yardstick.s, count + more, [*found, *uneven], note)
+    mistake = yardstick.looks
+    return Judged(
+        yardstick.scheme, published, yardstick.s, count + more, [*found, *uneven], note, mistake
+    )
 
 
 def departures_of(contract: ContractRecord) -> list[Departure]:
@@ -141,6 +149,8 @@ def _by_kind(kind: str) -> Callable[[Context, Rule], Outcome]:
         if not result.count or elsewhere:
             return Outcome(0, note=result.note if kind == "own" and not result.published else "")
         who = f"the published init of {contract.family}" if result.published else "the scheme of the rest"
+        if result.mistake:
+            who = "the formula of literature"
         by = f"{who} expects"
         mine = [d for d in result.found if d.kind == kind or (d.kind == "plain" and kind in ("published", "own"))]
         matched = _matched(kind, contract, result)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from jacdiag.report import ContractRecord, WeightRecord
 from jacdiag.rules.numbers import plain
 from jacdiag.rules.schemes import MATRICES
-from jacdiag.rules.yardstick import holds, is_projection
+from jacdiag.rules.yardstick import is_of_unit_spread, is_projection
 
 _TABLES = ("embedding", "head", "projection")
 # Of so few inputs a layer may have std 1 by LeCun's or Xavier's formula.
@@ -59,14 +59,6 @@ def without_no_draws(contract: ContractRecord) -> ContractRecord:
         return contract
     kept = [weight for weight in contract.weights if weight.parameter not in left]
     return replace(contract, weights=kept)
-
-
-def is_of_unit_spread(weight: WeightRecord) -> bool:
-    """Return whether a matrix has std 1, the default of torch.nn.init.normal_, and too many inputs for it."""
-    if weight.fan_in is None or weight.fan_in < _FEW_INPUTS:
-        return False
-    drawn = weight.family not in ("zero", "constant") and bool(weight.std)
-    return drawn and holds(weight, 1.0)
 
 
 def _is_inside(weight: WeightRecord, contract: ContractRecord) -> bool:
