@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jacdiag.report import WeightRecord
 from jacdiag.rules.following import depth_factor
 from jacdiag.rules.numbers import plain
-from jacdiag.rules.schemes import INNER, RESIDUAL
+from jacdiag.rules.schemes import INNER, MATRICES, RESIDUAL
 from jacdiag.rules.yardstick import Mismatch, Yardstick, holds
 
 
@@ -74,6 +74,44 @@ def departures(yardstick: Yardstick) -> tuple[int, list[Departure]]:
             )
             found.append(departure)
     return len(stated), found
+
+
+def head_left_at_default(yardstick: Yardstick) -> list[Departure]:
+    """Return the head, if it alone keeps the default of nn.Linear in a model that was drawn otherwise.
+
+    Patch embeddings are left at their default by published inits (timm), and so is the output of
+    an attention (torchvision): they are not looked at here.
+
+    Args:
+        yardstick: A scheme that the model was found to follow.
+    """
+    # 1. Every matrix inside the sub-layers agrees, and none is at the default itself.
+    for weight in yardstick.contract.weights:
+        if weight.role not in MATRICES:
+            continue
+        if yardstick.mismatches(weight) or is_linear_default(weight):
+            return []
+    # 2. The head is a uniform draw with just the bounds of nn.Linear.
+    heads = [w for w in yardstick.contract.weights if w.role == "head" and is_linear_default(w)]
+    tied = yardstick.contract.tied
+    found = []
+    for head in heads:
+        as_inside = replace(head, role="W_1")
+        values = yardstick.values(as_inside)
+        if head.parameter in tied or yardstick.agrees_by_itself(head) or not values:
+            continue
+        formula, value = next(iter(values.items()))
+        if not holds(head, value, yardstick.spread):
+            text = _shown(formula.text, yardstick.s)
+            found.append(Departure(head, value, text, "plain", "PyTorch's default for nn.Linear"))
+    return found
+
+
+def is_linear_default(weight: WeightRecord) -> bool:
+    """Return whether a weight is a uniform draw between -1/sqrt(fan_in) and 1/sqrt(fan_in)."""
+    if weight.family != "uniform" or not weight.fan_in:
+        return False
+    return holds(weight, 1 / math.sqrt(3 * weight.fan_in))
 
 
 def _shown(formula: str, s: float | None) -> str:

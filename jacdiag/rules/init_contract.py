@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from jacdiag.report import ContractRecord, Finding, Report, WeightRecord
 from jacdiag.rules import contract_texts as texts
-from jacdiag.rules.departures import Departure, departures, layers_that_differ, told
+from jacdiag.rules.departures import Departure, departures, head_left_at_default, layers_that_differ, told
 from jacdiag.rules.following import followed
 from jacdiag.rules.leftover_memory import without_leftovers
 from jacdiag.rules.mistaken import find_mistaken
@@ -60,6 +60,9 @@ def judged(contract: ContractRecord) -> Judged:
         if yardstick.looks:
             note += f", with {yardstick.looks}"
     count, found = departures(yardstick)
+    if scheme is None and not yardstick.looks:
+        spoken = {departure.weight.parameter for departure in found}
+        found += [d for d in head_left_at_default(yardstick) if d.weight.parameter not in spoken]
     silent = [weight for weight in contract.weights if yardstick.mismatches(weight) is None]
     more, uneven = layers_that_differ(silent)
     published = scheme is not None
