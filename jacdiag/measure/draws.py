@@ -27,6 +27,7 @@ _MOST_SEARCHED = 16
 # 7 standard deviations, of 10^8 Laplace numbers at 18.
 _OUTLIER = 20.0
 _MOST_OUTLIERS = 0.01  # of all numbers; where more are far away, the draw is a mixture
+_DENSE = 0.25  # of a row or column: then it was drawn larger as a whole
 _SAMPLE = 1 << 16  # numbers that tell the spread of the rest
 _SHARDS = (2, 3, 4, 8)  # equal blocks that a matrix is searched for
 # No generator returns a number this close to zero: float32 samples have steps of 2^-24 or 2^-32, and the smallest
@@ -142,8 +143,8 @@ def find_outliers(tensor: Tensor, largest: float) -> tuple[int, float | None]:
         largest: its largest magnitude.
 
     Returns:
-        (0, None) if there are none, if more than one number in a hundred is far away, or if there is
-        just one in every row and column, as in an identity matrix with noise.
+        (0, None) if there are none, if more than one number in a hundred is far away, if they fill a
+        row or column, or if there is just one in each, as in an identity matrix with noise.
 
     Example:
         >>> weight = 0.02 * torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
@@ -179,8 +180,11 @@ def find_outliers(tensor: Tensor, largest: float) -> tuple[int, float | None]:
     # 3. Patterns that somebody meant.
     is_mixture = count > _MOST_OUTLIERS * flat.numel()
     in_rows = torch.cat(per_row)
-    is_diagonal = count == min(rows.shape) and int(in_rows.max()) == 1 == int(per_column.max())
-    if not count or is_mixture or is_diagonal:
+    most_in_row, most_in_column = int(in_rows.max()), int(per_column.max())
+    fills_row = most_in_row > max(1, _DENSE * rows.shape[1])
+    fills_column = most_in_column > max(1, _DENSE * rows.shape[0])
+    is_diagonal = count == min(rows.shape) and most_in_row == 1 == most_in_column
+    if not count or is_mixture or is_diagonal or fills_row or fills_column:
         return 0, None
     left = flat.numel() - count
     return count, math.sqrt(max(squares / left - (total / left) ** 2, 0.0))

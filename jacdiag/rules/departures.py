@@ -11,10 +11,10 @@ from typing import Any
 from jacdiag.report import WeightRecord
 from jacdiag.rules.following import depth_factor
 from jacdiag.rules.numbers import plain
-from jacdiag.rules.schemes import INNER, MATRICES, RESIDUAL
+from jacdiag.rules.schemes import INNER, MATRICES, OUTSIDE, RESIDUAL
 from jacdiag.rules.yardstick import Mismatch, Yardstick, holds
 
-
+_LINEAR_DEFAULT = "PyTorch's default for nn.Linear"
 _PROJECTIONS = ("W_Q", "W_K", "W_V", "W_QK", "W_QV", "W_KV", "W_QKV")
 
 
@@ -85,11 +85,11 @@ def head_left_at_default(yardstick: Yardstick) -> list[Departure]:
     Args:
         yardstick: A scheme that the model was found to follow.
     """
-    # 1. Every matrix inside the sub-layers agrees, and none is at the default itself.
+    # 1. Every matrix inside the sub-layers agrees, and nothing else keeps the default of its class.
     for weight in yardstick.contract.weights:
-        if weight.role not in MATRICES:
-            continue
-        if yardstick.mismatches(weight) or is_linear_default(weight):
+        if weight.role in MATRICES and yardstick.mismatches(weight):
+            return []
+        if weight.role != "head" and _is_default(weight):
             return []
     # 2. The head is a uniform draw with just the bounds of nn.Linear.
     heads = [w for w in yardstick.contract.weights if w.role == "head" and is_linear_default(w)]
@@ -103,8 +103,15 @@ def head_left_at_default(yardstick: Yardstick) -> list[Departure]:
         formula, value = next(iter(values.items()))
         if not holds(head, value, yardstick.spread):
             text = _shown(formula.text, yardstick.s)
-            found.append(Departure(head, value, text, "plain", "PyTorch's default for nn.Linear"))
+            found.append(Departure(head, value, text, "plain", _LINEAR_DEFAULT))
     return found
+
+
+def _is_default(weight: WeightRecord) -> bool:
+    """Return whether a weight keeps the default of nn.Linear or nn.Embedding."""
+    if weight.role in ("embedding", "positions"):
+        return weight.family == "normal" and holds(weight, 1.0)
+    return weight.role in (*MATRICES, *OUTSIDE) and is_linear_default(weight)
 
 
 def is_linear_default(weight: WeightRecord) -> bool:
@@ -146,7 +153,7 @@ def _looks(yardstick: Yardstick, mismatch: Mismatch) -> str:
         ratio = math.sqrt(weight.fan_in / weight.fan_out)
         if holds(weight, value * ratio, spread) or holds(weight, value / ratio, spread):
             return "fan_in and fan_out confused"
-    return ""
+    return _LINEAR_DEFAULT if is_linear_default(weight) else ""
 
 
 def told(group: Sequence[Departure], by: str) -> tuple[str, dict[str, Any]]:

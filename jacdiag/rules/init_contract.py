@@ -49,7 +49,10 @@ def judged(contract: ContractRecord) -> Judged:
         yardstick = Yardstick.given(contract, scheme)
         note = f"published init of {contract.family}: {scheme.title}"
     else:
-        followed_one = followed(contract) or find_mistaken(contract)
+        followed_one = followed(contract)
+        if followed_one is None or followed_one.scheme.free:
+            # A formula without a base std that explains every matrix comes before one with it.
+            followed_one = find_mistaken(contract) or followed_one
         if followed_one is None:
             count, found = layers_that_differ(contract.weights)
             note = "follows no known scheme; layers are compared with each other"
@@ -145,7 +148,14 @@ def _by_kind(kind: str) -> Callable[[Context, Rule], Outcome]:
         result = judged(contract)
         unlike_any = _no_draw_findings(context, rule, contract, result) if kind == "own" else []
         if unlike_any:
-            found = [d for d in result.found if d.kind in ("own", "plain") and not result.published]
+            spoken = {name for finding in unlike_any for name in finding.evidence["parameters"]}
+            found = [
+                departure
+                for departure in result.found
+                if departure.kind in ("own", "plain")
+                and not result.published
+                and departure.weight.parameter not in spoken
+            ]
             more = _findings(context, rule, found, "the scheme of the rest expects")
             return Outcome(max(result.count, len(unlike_any)), [*unlike_any, *more], note=result.note)
         elsewhere = kind in ("published", "own") and (kind == "published") != result.published
