@@ -136,10 +136,8 @@ def _looks(yardstick: Yardstick, mismatch: Mismatch) -> str:
         return yardstick.looks
     if holds(weight, 1.0) and value < 1.0:
         return "the default std of torch.nn.init.normal_ is 1"
-    head = yardstick.contract.sizes.get("d_head")
-    if head and weight.fan_in and holds(weight, value * math.sqrt(weight.fan_in / head), spread):
-        if weight.role in _PROJECTIONS and weight.fan_in != head:
-            return "scaled by the width of a head, not by that of its input"
+    if _is_scaled_by_head(yardstick, mismatch):
+        return "scaled by the width of a head, not by that of its input"
     factor = depth_factor(yardstick, mismatch)
     if factor == "missing" and weight.role in RESIDUAL:
         return "the scaling with depth is missing"
@@ -154,6 +152,15 @@ def _looks(yardstick: Yardstick, mismatch: Mismatch) -> str:
         if holds(weight, value * ratio, spread) or holds(weight, value / ratio, spread):
             return "fan_in and fan_out confused"
     return _LINEAR_DEFAULT if is_linear_default(weight) else ""
+
+
+def _is_scaled_by_head(yardstick: Yardstick, mismatch: Mismatch) -> bool:
+    """Return whether queries, keys or values have the std of an input as wide as one head."""
+    weight, head = mismatch.piece.weight, yardstick.contract.sizes.get("d_head")
+    if weight.role not in _PROJECTIONS or not head or not weight.fan_in or weight.fan_in == head:
+        return False
+    value = mismatch.value * math.sqrt(weight.fan_in / head)
+    return holds(weight, value, yardstick.spread)
 
 
 def told(group: Sequence[Departure], by: str) -> tuple[str, dict[str, Any]]:

@@ -139,7 +139,10 @@ def _count_mistakes(groups: Mapping[str, Sequence[Mismatch]]) -> int:
         siblings = next((roles for roles in _SIBLINGS if first.piece.weight.role in roles), None)
         parent = pattern.removesuffix(".weight").rpartition(".")[0]
         key = (parent, siblings[0]) if siblings else (pattern, "")
-        ratio = (first.piece.weight.std or 0.0) / (first.value or 1.0)
+        factors = [(one.piece.weight.std or 0.0) / (one.value or 1.0) for one in mismatches]
+        ratio = factors[0]
+        if not all(math.isclose(ratio, other, rel_tol=_SAME_FACTOR) for other in factors):
+            key = (pattern, "")  # another factor in each layer
         ratios = mistakes.setdefault(key, [])
         if not any(math.isclose(ratio, other, rel_tol=_SAME_FACTOR) for other in ratios):
             ratios.append(ratio)

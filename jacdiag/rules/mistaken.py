@@ -46,7 +46,7 @@ def _is_drawn_map(weight: WeightRecord) -> bool:
 def _follows(
     contract: ContractRecord, weights: list[WeightRecord], scheme: Scheme, wrong: Wrong
 ) -> bool:
-    """Return whether every matrix has the value of a mistaken formula, and several show that it is not the right one."""
+    """Return whether every matrix has the value of a mistaken formula, and several prove it."""
     telling: list[float] = []
     (formula,) = scheme.formulas["matrix"]
     for weight in weights:
