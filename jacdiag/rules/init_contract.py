@@ -191,9 +191,16 @@ def _no_draw_findings(
         count = f" ({len(group)} of {of})" if of > 1 else ""
         what = f"{pattern.removesuffix('.weight')}{count}: {group[0].sign}"
         evidence = {
-            "parameters": names, "role": first.role, "pattern": pattern, "family": first.family,
-            "value": first.std, "outliers": [one.weight.outliers for one in group], "looks": "no init draws this",
-        }  # fmt: skip
+            "parameters": names,
+            "role": first.role,
+            "pattern": pattern,
+            "family": first.family,
+            "value": first.std,
+            "outliers": [one.weight.outliers for one in group],
+            "looks": "no init draws this",
+        }
+        if first.role == "head" and "logits" in group[0].sign:
+            evidence["logits_std"] = contract.logits_std
         where = list(dict.fromkeys(one.weight.sublayer or one.weight.parameter for one in group))
         level = context.level(rule, rule.level)
         findings.append(Finding(rule.code, level, where, what, evidence, rule.summary, fix))
