@@ -101,6 +101,8 @@ def head_left_at_default(yardstick: Yardstick) -> list[Departure]:
         if head.parameter in tied or yardstick.agrees_by_itself(head) or not values:
             continue
         formula, value = next(iter(values.items()))
+        if not formula.names <= {"s"}:
+            continue  # a formula of the sub-layers' sizes says nothing of the head (T-Fixup)
         if not holds(head, value, yardstick.spread):
             text = _shown(formula.text, yardstick.s)
             found.append(Departure(head, value, text, "plain", _LINEAR_DEFAULT))
