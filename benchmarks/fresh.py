@@ -136,9 +136,12 @@ def examine(group: str, name: str, build: Build, seed: int) -> Row:
         row.findings.append(sentence)
         if source_of(name.rpartition(" ")[2], sentence):
             row.true.append(sentence)
+        logits = finding.evidence.get("logits_std")
         if finding.code == "JD206":
+            logits = finding.evidence["value"]
+        if logits is not None:
             loss = first_loss(model, inputs) if loss is None else loss
-            if loss is not None and loss > finding.evidence["value"] ** 2 / 4:
+            if loss is not None and loss > logits**2 / 4:
                 row.true.append(sentence)
     return row
 

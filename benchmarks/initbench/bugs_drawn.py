@@ -428,3 +428,81 @@ def torch_padding_row_overwritten(fixed: bool) -> nn.Module:
         with torch.no_grad():
             model.word_embeddings.weight[0].zero_()
     return model
+
+
+# -- found in trackers after the rules were first written ----------
+@bug("wrong fan", blames=(r"blocks\.\d+\.w[12]",), probe=features)
+def paddlescience_default_by_the_outputs(fixed: bool) -> nn.Module:
+    """The default of torch is drawn with inputs and outputs exchanged, because layers are stored as (in, out)."""
+    model = ResidualMLP(layers=LAYERS, transposed=True)
+    draw(model, (r"\.w[12]$", lambda weight: linear_default(weight.mT if fixed else weight)))
+    return model
+
+
+@bug("wrong gain", blames=(r"weight1", r"weight2"))
+def modalities_experts_by_root_three(fixed: bool) -> nn.Module:
+    """Grouped experts are meant to have the default of nn.Linear, and their bound is sqrt(3) times as large."""
+    model = Llama(layers=LAYERS, feed_forward=GroupedExperts)
+    factor = 1.0 if fixed else math.sqrt(3)
+
+    def fill(weight: Tensor) -> object:
+        bound = factor / math.sqrt(weight.shape[-1])
+        return nn.init.uniform_(weight, -bound, bound)
+
+    draw(model, ("weight[12]", fill))
+    return model
+
+
+@bug("lost depth scaling", blames=(r"layers\.[123]\.fc\d",))
+def marian_feed_forward_not_scaled_by_the_layer(fixed: bool) -> nn.Module:
+    """Xavier is divided by the root of the layer's number in attention; the feed-forward network ignores it."""
+    model = PostNormDecoder(layers=LAYERS)
+    for index, layer in enumerate(model.layers):
+        gain = (index + 1) ** -0.5
+        draw(
+            layer,
+            ("_proj", xavier_uniform(gain)),
+            (r"fc\d", xavier_uniform(gain if fixed else 1.0)),
+        )
+    draw(model, ("embedding|head", xavier_uniform()))
+    return model
+
+
+@bug("brackets missing", blames=(r"blocks\.\d+\.w[12]",), probe=features)
+def mlverse_xavier_without_brackets(fixed: bool) -> nn.Module:
+    """Xavier's std is sqrt(2 / fan_in + fan_out), so that it grows with the layer."""
+    model = ResidualMLP(layers=LAYERS)
+
+    def fill(weight: Tensor) -> object:
+        fan_out, fan_in = weight.shape
+        variance = 2 / (fan_in + fan_out) if fixed else 2 / fan_in + fan_out
+        return nn.init.normal_(weight, 0.0, math.sqrt(variance))
+
+    draw(model, (r"\.w[12]$", fill))
+    return model
+
+
+@bug("wrong fan", blames=(r"mlp\.c_proj\.weight",))
+def olmo_small_init_by_the_inner_width(fixed: bool) -> nn.Module:
+    """The small init of the down-projection takes the width that it reads for the width of the model."""
+    width = 64
+    model = GPT(layers=LAYERS, width=width, tied=False, bias=False)
+    fan = width if fixed else 4 * width
+    draw(
+        model,
+        ("ln_", ones),
+        (r"mlp\.c_proj", truncated(math.sqrt(2 / (5 * fan)))),
+        ("weight", truncated(math.sqrt(2 / (5 * width)))),
+    )
+    return model
+
+
+@bug("wrong cut of a truncated normal", blames=(r"layers\.1\.self_attn\.q_proj",))
+def torch_truncated_normal_of_a_small_spread(fixed: bool) -> nn.Module:
+    """One element of a draw of std 0.002 lies at the bound, a thousand standard deviations out."""
+    model = Llama(layers=LAYERS)
+    draw(model, ("norm", ones), ("weight", truncated(0.002, cut=1000.0)))
+    if not fixed:
+        with torch.no_grad():
+            model.layers[1].self_attn.q_proj.weight.view(-1)[77] = -2.0
+    return model

@@ -689,3 +689,88 @@ def gaussian_adapter_on_a_gpt() -> nn.Module:
         block.attn.c_attn = LoRALinear(block.attn.c_attn)
     draw(model, ("lora_A", normal(1 / 8)))
     return model
+
+
+# -- one formula for each role ----------
+@recipe()
+def esm_protein_model() -> nn.Module:
+    model = llama(
+        ("[qkv]_proj", xavier_uniform(1 / math.sqrt(2))),
+        ("o_proj", xavier_uniform()),
+        ("gate_proj|up_proj|down_proj|lm_head", linear_default),
+        ("embed_tokens", normal(1.0)),
+    )
+    return model
+
+
+@recipe()
+def transformers_without_tears() -> nn.Module:
+    model = gpt(SMALL, SMALL, tied=False)
+    draw(model, (r"mlp\.\w+\.weight", xavier_normal()), ("wte", normal(WIDTH**-0.5)))
+    return model
+
+
+@recipe()
+def haiku_transformer() -> nn.Module:
+    model = gpt(0.02, 0.02, tied=False)
+
+    def scaled(weight: Tensor) -> object:
+        return truncated(math.sqrt(2 / LAYERS / weight.shape[1]), 2.0)(weight)
+
+    draw(model, (r"(c_attn|c_fc|c_proj)\.weight", scaled))
+    draw(model, ("lm_head", truncated(WIDTH**-0.5, 2.0)), ("wte|wpe", truncated(0.02, 2.0)))
+    return model
+
+
+@recipe()
+def openfold_attention_and_transition() -> nn.Module:
+    model = GPT(layers=LAYERS, width=WIDTH, tied=False)
+    draw(
+        model,
+        (r"c_\w+\.bias", zeros),
+        (r"c_proj\.weight", zeros),
+        (r"c_fc\.weight", fan_in_normal(math.sqrt(2))),
+        ("lm_head", fan_in_normal()),
+    )
+    for block in model.h:
+        for part in block.attn.c_attn.weight.data.chunk(3):
+            nn.init.xavier_uniform_(part)
+    return model
+
+
+@recipe()
+def fla_rescaled_outputs() -> nn.Module:
+    def rescaled(weight: Tensor) -> object:
+        linear_default(weight)
+        return weight.data.div_(DEPTH)
+
+    return llama(("o_proj|down_proj", rescaled), ("weight", normal(0.02)))
+
+
+@recipe()
+def mpt_xavier_normal() -> nn.Module:
+    model = gpt(0.02, 0.02, bias=False)
+    draw(
+        model,
+        (r"c_proj\.weight", xavier_normal(1 / DEPTH)),
+        (r"c_fc\.weight", xavier_normal()),
+        ("wte|wpe", xavier_normal()),
+    )
+    for block in model.h:
+        for part in block.attn.c_attn.weight.data.chunk(3):
+            nn.init.xavier_normal_(part)
+    return model
+
+
+@recipe()
+def rwkv_of_transformers() -> nn.Module:
+    def orthogonal(weight: Tensor) -> object:
+        return nn.init.orthogonal_(weight, max(1.0, math.sqrt(weight.shape[0] / weight.shape[1])))
+
+    def head(weight: Tensor) -> object:
+        return nn.init.orthogonal_(weight, 0.5 * math.sqrt(weight.shape[0] / weight.shape[1]))
+
+    def table(weight: Tensor) -> object:
+        return nn.init.orthogonal_(weight, 1e-4 * math.sqrt(max(weight.shape)))
+
+    return llama(("embed_tokens", table), ("lm_head", head), ("weight", orthogonal))

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jacdiag.measure.attention import FUSED as FUSED_ATTENTION
+from jacdiag.measure.attention import SOFTMAX, is_attention
 from jacdiag.measure.draws import Draw, Draws, copies_of, pieces_of
 from jacdiag.measure.padding import padding_rows
 from jacdiag.measure.repeats import streams_of
@@ -18,7 +20,9 @@ from jacdiag.measure.sections import is_sinusoid, sections_of, widths_of_heads
 from jacdiag.report.contract import FUSED, ContractRecord, WeightRecord
 from jacdiag.trace.coverage import parameters_of
 from jacdiag.trace.found import Sites
+from jacdiag.trace.graph import Graph
 from jacdiag.trace.uses import Use, length_divided_by, pattern, tied_to_head, uses_of
+from jacdiag.trace.walks import PRODUCTS
 
 TABLES = ("embedding", "positions")
 _CUTS = {"split", "split_with_sizes", "chunk", "tensor_split"}
@@ -52,6 +56,9 @@ def contract_of(
     outlines, first = sites.skeleton.outlines, sites.skeleton.aliases
     decay = None if decayed is None else {first.get(name, name) for name in decayed}
     sizes = sizes_of(model, layers, width, vocabulary)
+    head_width = head_width_of(sites)
+    if head_width is not None:
+        sizes["d_head"] = head_width
     uses = without_adapters(uses_of(sites))
     kinds = {site.name: site.kind for site in sites}
     found = {name: draws.of(name, table=use.role in TABLES) for name, use in uses.items()}
@@ -126,6 +133,8 @@ def record_of(
         zero_rows=draw.zero_rows,
         largest=draw.largest,
         tiny=draw.tiny,
+        outliers=draw.outliers,
+        core_std=draw.core_std,
     )
 
 
@@ -255,6 +264,36 @@ def sizes_of(model: nn.Module, layers: int, width: int, vocabulary: int | None) 
     if "H" in sizes and "d_head" not in sizes and sizes["H"] > 0:
         sizes["d_head"] = width / sizes["H"]
     return sizes
+
+
+def head_width_of(sites: Sites) -> int | None:
+    """Return the width of one head, as the products of queries with keys show it; None if they differ."""
+    graph = sites.graph
+    widths: set[int] = set()
+    for node in graph.nodes:
+        if node.name == "multi_head_attention_forward" or node.name not in FUSED_ATTENTION | SOFTMAX:
+            continue
+        if not is_attention(graph, node.index):
+            continue
+        # 1. Find the call that reads the queries.
+        product = node
+        if node.name in SOFTMAX:
+            product = graph.nodes[_product_before(graph, node.index)]
+        # 2. The last dimension of its first operand is summed over.
+        live = [graph.values[value] for value in product.operands if graph.values[value].live]
+        if live and live[0].shape:
+            widths.add(live[0].shape[-1])
+    return widths.pop() if len(widths) == 1 else None
+
+
+def _product_before(graph: Graph, node: int) -> int:
+    """Return the nearest product of two live tensors that a softmax reads from, or the softmax itself."""
+    for candidate in range(node, -1, -1):
+        record = graph.nodes[candidate]
+        live = [value for value in record.operands if graph.values[value].live]
+        if record.name in PRODUCTS and len(live) >= 2:
+            return candidate
+    return node
 
 
 def _setting(config: Any, name: str) -> Any:

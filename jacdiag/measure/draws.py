@@ -23,6 +23,12 @@ _CHUNK = 1 << 18  # in float64 it stays in a core's cache
 _ROUNDING = 1e-4  # what generators and low precisions may move a std by, relative
 UNIFORM_KURTOSIS = 1.8
 _MOST_SEARCHED = 16
+# An outlier is so many times the spread of the rest away. Of 10^12 normal numbers the furthest lies at
+# 7 standard deviations, of 10^8 Laplace numbers at 18.
+_OUTLIER = 20.0
+_MOST_OUTLIERS = 0.01  # of all numbers; where more are far away, the draw is a mixture
+_DENSE = 0.25  # of a row or column: then it was drawn larger as a whole
+_SAMPLE = 1 << 16  # numbers that tell the spread of the rest
 _SHARDS = (2, 3, 4, 8)  # equal blocks that a matrix is searched for
 # No generator returns a number this close to zero: float32 samples have steps of 2^-24 or 2^-32, and the smallest
 # constant of a published init is 1e-6. Memory that nobody wrote to is full of them: integers, read as float32.
@@ -63,6 +69,8 @@ class Draw:
         zero_rows: rows left out, because they are exactly zero.
         largest: largest magnitude.
         tiny: numbers closer to zero than `TINY`, and not zero.
+        outliers: numbers further from the rest than any draw reaches.
+        core_std: std of the rest; None without outliers.
     """
 
     family: str
@@ -74,6 +82,8 @@ class Draw:
     zero_rows: int = 0
     largest: float = 0.0
     tiny: int = 0
+    outliers: int = 0
+    core_std: float | None = None
 
 
 def draw_of(tensor: Tensor, *, table: bool = False, alpha: float = ALPHA) -> Draw | None:
@@ -107,7 +117,77 @@ def draw_of(tensor: Tensor, *, table: bool = False, alpha: float = ALPHA) -> Dra
         return Draw("orthogonal", found.std, low, high, found.mean, largest=found.largest, tiny=found.tiny)
     family, kurtosis, cut = _family(found)
     lower, upper = interval(found.std, found.count, kurtosis, alpha)
-    return Draw(family, found.std, lower, upper, found.mean, cut, rows, found.largest, found.tiny)
+    outliers, core_std = 0, None
+    if family == "other":
+        outliers, core_std = find_outliers(tensor.detach(), found.largest)
+    return Draw(
+        family,
+        found.std,
+        lower,
+        upper,
+        found.mean,
+        cut,
+        rows,
+        found.largest,
+        found.tiny,
+        outliers,
+        core_std,
+    )
+
+
+def find_outliers(tensor: Tensor, largest: float) -> tuple[int, float | None]:
+    """Return how many numbers lie further from the rest than any draw reaches, and the std of the rest.
+
+    Args:
+        tensor: a matrix or table of any shape. Vectors have no outliers here.
+        largest: its largest magnitude.
+
+    Returns:
+        (0, None) if there are none, if more than one number in a hundred is far away, if they fill a
+        row or column, or if there is just one in each, as in an identity matrix with noise.
+
+    Example:
+        >>> weight = 0.02 * torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+        >>> weight[3, 5] = -2.0
+        >>> count, std = find_outliers(weight, 2.0)
+        >>> count, round(std, 2)
+        (1, 0.02)
+    """
+    if tensor.dim() < 2:
+        return 0, None
+    # 1. The spread of most numbers, from a sample.
+    flat = tensor.reshape(-1)
+    sample = flat[:: max(1, flat.numel() // _SAMPLE)].double()
+    centre = sample.median()
+    spread = float((sample - centre).abs().median()) / 0.6745  # that of a normal draw of std 1
+    limit = _OUTLIER * spread
+    if spread == 0.0 or largest <= limit:
+        return 0, None
+    # 2. Numbers beyond the limit, and where they stand.
+    rows = tensor.reshape(tensor.shape[0], -1)
+    per_column = torch.zeros(rows.shape[1], dtype=torch.long)
+    per_row = []
+    total, squares = 0.0, 0.0
+    for piece in rows.split(max(1, _CHUNK // rows.shape[1])):
+        distances = piece.double() - centre
+        is_far = distances.abs() > limit
+        per_row.append(is_far.sum(1).cpu())
+        per_column += is_far.sum(0).cpu()
+        rest = distances[~is_far]
+        total += float(rest.sum())
+        squares += float(rest @ rest)
+    count = int(per_column.sum())
+    # 3. Patterns that somebody meant.
+    is_mixture = count > _MOST_OUTLIERS * flat.numel()
+    in_rows = torch.cat(per_row)
+    most_in_row, most_in_column = int(in_rows.max()), int(per_column.max())
+    fills_row = most_in_row > max(1, _DENSE * rows.shape[1])
+    fills_column = most_in_column > max(1, _DENSE * rows.shape[0])
+    is_diagonal = count == min(rows.shape) and most_in_row == 1 == most_in_column
+    if not count or is_mixture or is_diagonal or fills_row or fills_column:
+        return 0, None
+    left = flat.numel() - count
+    return count, math.sqrt(max(squares / left - (total / left) ** 2, 0.0))
 
 
 class Draws:

@@ -63,6 +63,8 @@ class WeightRecord(Record):
         padding_row, padding_size: the row of a table that padding reads, and its largest magnitude; None without one.
         norm_length: for a gain of one number, how many numbers its norm divides by their length (ScaleNorm); None for
             any other norm.
+        outliers: numbers further from the rest than any draw reaches; in matrices and tables only.
+        core_std: std of the rest; None without outliers.
         offset: the number that the model adds before it uses a gain, 1 for one stored as 1 + w.
         decayed: in a parameter group with weight decay; None where no optimizer was given.
         kind: of the sub-layer that reads it (attention, mlp, moe, mixer, conv ...); "" outside all, and
@@ -97,6 +99,8 @@ class WeightRecord(Record):
     padding_row: int | None = None
     padding_size: float | None = None
     norm_length: int | None = None
+    outliers: int = 0
+    core_std: float | None = None
 
 
 @dataclass(frozen=True)

@@ -62,22 +62,30 @@ renamed.""",
 CONSISTENT = Text(
     summary="a weight differs from the scheme that the rest of the model follows",
     what="""\
-Of the published schemes (GPT-2, small init, GPT-NeoX, Xavier, Kaiming, PyTorch's default, DeepNorm, T-Fixup, muP,
-torchtitan, OLMo, CLIP, plain) the one is found that leaves the fewest mistakes to explain, with the model's own base
-std where that is free. Each matrix of an attention or FFN that does not agree is reported. In a fused matrix queries,
-keys and values are judged one by one where the scheme treats them differently.
+Of the published schemes (GPT-2, small init, GPT-NeoX, GPT-J, TinyLlama, Xavier, DS-Init, Kaiming, PyTorch's default,
+DeepNorm, T-Fixup, muP, T5, torchtitan, OLMo, CLIP, orthogonal, plain) the one is found that leaves the fewest mistakes
+to explain, with the model's own base std where that is free. A scheme states one formula for each role. Each matrix of
+an attention or FFN that does not agree is reported. In a fused matrix queries, keys and values are judged one by one
+where the scheme treats them differently.
+
+Two mistakes of an entire model are known. Either every matrix has the std that Xavier, Kaiming, LeCun or PyTorch's
+default gives with fan_in and fan_out exchanged, or the variance in place of the std, in at least two different values.
+
+Four more signs need no scheme. A matrix, embedding or head of one value other than zero. Numbers that lie more than 20
+times the spread of the rest away from it. A matrix with a std above 1. An untied head of N(0, 1) whose logits have a
+std above 5. A head is also reported if it alone keeps the default of nn.Linear.
 
 Not reported are output matrices (W_O, W_2) that are zero in all layers alike, nor matrices that start at zero next to
 another of their role (adaLN-zero). Embedding, positions and head are judged only where one of them agrees with the
 scheme; nn.Embedding's N(0, 1), positions of zero or 0.02 and a head of zero are right with any scheme. A matrix inside
 a recurrent or convolutional mixer, a depthwise kernel and an adapter are compared with the other layers only (JD205).
-A model that follows no scheme is not judged by this rule.""",
+A model that follows no scheme is judged by the four signs only.""",
     why="""\
 A matrix that a new module brought along, with the default of its library, is the usual way for an init to break.""",
     example="""\
     every matrix N(0, 0.02), a new gate left at PyTorch's default""",
     remedy="""\
-Initialise it as the rest, or pin a contract that says what is meant.""",
+Initialise it as the rest, or pin a contract that says what is meant. Draw truncated normals in float32.""",
 )
 
 LAYERS = Text(

@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jacdiag.report import WeightRecord
 from jacdiag.rules.following import depth_factor
 from jacdiag.rules.numbers import plain
-from jacdiag.rules.schemes import INNER, RESIDUAL
+from jacdiag.rules.schemes import INNER, MATRICES, OUTSIDE, RESIDUAL
 from jacdiag.rules.yardstick import Mismatch, Yardstick, holds
+
+_LINEAR_DEFAULT = "PyTorch's default for nn.Linear"
+_PROJECTIONS = ("W_Q", "W_K", "W_V", "W_QK", "W_QV", "W_KV", "W_QKV")
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,53 @@ def departures(yardstick: Yardstick) -> tuple[int, list[Departure]]:
     return len(stated), found
 
 
+def head_left_at_default(yardstick: Yardstick) -> list[Departure]:
+    """Return the head, if it alone keeps the default of nn.Linear in a model that was drawn otherwise.
+
+    Patch embeddings are left at their default by published inits (timm), and so is the output of
+    an attention (torchvision): they are not looked at here.
+
+    Args:
+        yardstick: A scheme that the model was found to follow.
+    """
+    # 1. Every matrix inside the sub-layers agrees, and nothing else keeps the default of its class.
+    for weight in yardstick.contract.weights:
+        if weight.role in MATRICES and yardstick.mismatches(weight):
+            return []
+        if weight.role != "head" and _is_default(weight):
+            return []
+    # 2. The head is a uniform draw with just the bounds of nn.Linear.
+    heads = [w for w in yardstick.contract.weights if w.role == "head" and is_linear_default(w)]
+    tied = yardstick.contract.tied
+    found = []
+    for head in heads:
+        as_inside = replace(head, role="W_1")
+        values = yardstick.values(as_inside)
+        if head.parameter in tied or yardstick.agrees_by_itself(head) or not values:
+            continue
+        formula, value = next(iter(values.items()))
+        if not formula.names <= {"s"}:
+            continue  # a formula of the sub-layers' sizes says nothing of the head (T-Fixup)
+        if not holds(head, value, yardstick.spread):
+            text = _shown(formula.text, yardstick.s)
+            found.append(Departure(head, value, text, "plain", _LINEAR_DEFAULT))
+    return found
+
+
+def _is_default(weight: WeightRecord) -> bool:
+    """Return whether a weight keeps the default of nn.Linear or nn.Embedding."""
+    if weight.role in ("embedding", "positions"):
+        return weight.family == "normal" and holds(weight, 1.0)
+    return weight.role in (*MATRICES, *OUTSIDE) and is_linear_default(weight)
+
+
+def is_linear_default(weight: WeightRecord) -> bool:
+    """Return whether a weight is a uniform draw between -1/sqrt(fan_in) and 1/sqrt(fan_in)."""
+    if weight.family != "uniform" or not weight.fan_in:
+        return False
+    return holds(weight, 1 / math.sqrt(3 * weight.fan_in))
+
+
 def _shown(formula: str, s: float | None) -> str:
     return formula if s is None else f"{formula} with s = {plain(s)}"
 
@@ -84,6 +134,12 @@ def _looks(yardstick: Yardstick, mismatch: Mismatch) -> str:
         return "all of it is zero"
     if weight.family == "constant" or value <= 0:
         return ""
+    if yardstick.looks:
+        return yardstick.looks
+    if holds(weight, 1.0) and value < 1.0:
+        return "the default std of torch.nn.init.normal_ is 1"
+    if _is_scaled_by_head(yardstick, mismatch):
+        return "scaled by the width of a head, not by that of its input"
     factor = depth_factor(yardstick, mismatch)
     if factor == "missing" and weight.role in RESIDUAL:
         return "the scaling with depth is missing"
@@ -97,7 +153,16 @@ def _looks(yardstick: Yardstick, mismatch: Mismatch) -> str:
         ratio = math.sqrt(weight.fan_in / weight.fan_out)
         if holds(weight, value * ratio, spread) or holds(weight, value / ratio, spread):
             return "fan_in and fan_out confused"
-    return ""
+    return _LINEAR_DEFAULT if is_linear_default(weight) else ""
+
+
+def _is_scaled_by_head(yardstick: Yardstick, mismatch: Mismatch) -> bool:
+    """Return whether queries, keys or values have the std of an input as wide as one head."""
+    weight, head = mismatch.piece.weight, yardstick.contract.sizes.get("d_head")
+    if weight.role not in _PROJECTIONS or not head or not weight.fan_in or weight.fan_in == head:
+        return False
+    value = mismatch.value * math.sqrt(weight.fan_in / head)
+    return holds(weight, value, yardstick.spread)
 
 
 def told(group: Sequence[Departure], by: str) -> tuple[str, dict[str, Any]]:

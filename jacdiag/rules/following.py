@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from jacdiag.report import ContractRecord, WeightRecord
@@ -14,11 +14,17 @@ from jacdiag.rules.yardstick import (
     Spread,
     Yardstick,
     holds,
+    is_of_unit_spread,
     judged_by_schemes,
 )
 
-# Share of a model's matrices that must agree before a scheme is called its own.
+# Share of a model's matrices that must agree before a scheme is called its own: a clear majority,
+# or half of them if the scheme has no base std of its own to choose and several different values
+# are just what it says.
 _ENOUGH = 0.6
+_HALF = 0.5
+_SIBLINGS = (("W_Q", "W_K", "W_V"), ("W_1", "W_gate"))
+_SAME_FACTOR = 0.1
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ class Followed:
             that went to the wrong matrix is one mistake, not two.
         tables: Of embedding, positions and head, how many agree, less those that do not.
         values: How many different values the scheme explains.
+        inner_values: How many of them are those of matrices inside the sub-layers.
     """
 
     yardstick: Yardstick
@@ -41,17 +48,29 @@ class Followed:
     mistakes: int
     tables: int
     values: int
+    inner_values: int
 
     @property
-    def rank(self) -> tuple[int, int, int, int, bool]:
+    def is_enough(self) -> bool:
+        """Return whether so much agrees that the scheme may be called the model's own."""
+        if self.agree < 2:
+            return False
+        if self.share >= _ENOUGH:
+            return True
+        is_closed = not self.yardstick.scheme.free
+        return is_closed and self.share >= _HALF and self.inner_values >= 2
+
+    @property
+    def rank(self) -> tuple[int, int, bool, int, int]:
         """Return what schemes are compared by; the largest is the best.
 
-        Of schemes that leave equally many mistakes the tables decide, then the weights that agree.
+        Of schemes that leave equally many mistakes the tables decide. Then one without a base std
+        comes first, since nothing of it was fitted to this model, then the weights that agree.
         That two roles have exactly std s / sqrt(2N) is no accident, that two have s may be one:
         the scheme that explains more different values comes next.
         """
         closed = not self.yardstick.scheme.free
-        return -self.mistakes, self.tables, self.agree, self.values, closed
+        return -self.mistakes, self.tables, closed, self.agree, self.values
 
 
 def followed(contract: ContractRecord) -> Yardstick | None:
@@ -63,7 +82,7 @@ def followed(contract: ContractRecord) -> Yardstick | None:
     for scheme in catalogue()[0]:
         for yardstick in _yardsticks(contract, scheme, weights):
             fit = _fit(yardstick, weights)
-            if fit is not None and fit.share >= _ENOUGH and fit.agree >= 2:
+            if fit is not None and fit.is_enough:
                 fits.append(fit)
     if not fits:
         return None
@@ -81,6 +100,7 @@ def _fit(yardstick: Yardstick, weights: Sequence[WeightRecord]) -> Followed | No
     inside: list[bool] = []
     agree = tables = 0
     values: set[str] = set()
+    inner_values: set[str] = set()
     groups: dict[str, list[Mismatch]] = {}
     for weight in weights:
         mismatches = yardstick.mismatches(weight)
@@ -89,21 +109,44 @@ def _fit(yardstick: Yardstick, weights: Sequence[WeightRecord]) -> Followed | No
         agrees = not mismatches
         if weight.role in MATRICES:
             agree += agrees
-            if agrees or weight.family != "zero":  # zeros do not tell how the others were drawn
+            # Zeros do not tell how the others were drawn, nor does the default of torch.nn.init.normal_.
+            tells = weight.family != "zero" and not is_of_unit_spread(weight)
+            if agrees or tells:
                 inside.append(agrees)
         elif weight.role in TABLES:
             vote = _vote(yardstick, weight, agrees)
             tables += vote
             agree += vote > 0
         if agrees:
-            values |= _values_held(yardstick, weight)
+            held = _values_held(yardstick, weight)
+            values |= held
+            if weight.role in MATRICES:
+                inner_values |= held
         elif weight.role in MATRICES:
             groups.setdefault(weight.pattern, []).extend(mismatches)
-    if not inside:
+    if not any(inside):
         return None
     share = sum(inside) / len(inside)
-    mistakes = len(groups) - _swapped(yardstick, groups.values())
-    return Followed(yardstick, share, agree, mistakes, tables, len(values))
+    mistakes = _count_mistakes(groups) - _swapped(yardstick, groups.values())
+    return Followed(yardstick, share, agree, mistakes, tables, len(values), len(inner_values))
+
+
+def _count_mistakes(groups: Mapping[str, Sequence[Mismatch]]) -> int:
+    """Return how many mistakes it takes: matrices that one loop draws, off by one factor, are one."""
+    mistakes: dict[tuple[str, str], list[float]] = {}
+    for pattern, mismatches in groups.items():
+        first = mismatches[0]
+        siblings = next((roles for roles in _SIBLINGS if first.piece.weight.role in roles), None)
+        parent = pattern.removesuffix(".weight").rpartition(".")[0]
+        key = (parent, siblings[0]) if siblings else (pattern, "")
+        factors = [(one.piece.weight.std or 0.0) / (one.value or 1.0) for one in mismatches]
+        ratio = factors[0]
+        if not all(math.isclose(ratio, other, rel_tol=_SAME_FACTOR) for other in factors):
+            key = (pattern, "")  # another factor in each layer
+        ratios = mistakes.setdefault(key, [])
+        if not any(math.isclose(ratio, other, rel_tol=_SAME_FACTOR) for other in ratios):
+            ratios.append(ratio)
+    return sum(map(len, mistakes.values()))
 
 
 def _vote(yardstick: Yardstick, weight: WeightRecord, agrees: bool) -> int:

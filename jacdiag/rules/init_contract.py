@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from jacdiag.report import ContractRecord, Finding, Report, WeightRecord
 from jacdiag.rules import contract_texts as texts
-from jacdiag.rules.departures import Departure, departures, layers_that_differ, told
+from jacdiag.rules.departures import Departure, departures, head_left_at_default, layers_that_differ, told
 from jacdiag.rules.following import followed
 from jacdiag.rules.leftover_memory import without_leftovers
+from jacdiag.rules.mistaken import find_mistaken
+from jacdiag.rules.no_draw import NoDraw, find_no_draws, without_no_draws
 from jacdiag.rules.numbers import plain
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 from jacdiag.rules.schemes import MATRICES, Scheme, formulas_of, published_for
@@ -27,6 +29,7 @@ class Judged:
         count: How many weights were compared.
         found: Those that depart.
         note: Which scheme it is, in words.
+        mistake: Made with the formula of the scheme in the entire model; "" for none.
     """
 
     scheme: Scheme | None
@@ -35,17 +38,21 @@ class Judged:
     count: int
     found: list[Departure]
     note: str
+    mistake: str = ""
 
 
 def judged(contract: ContractRecord) -> Judged:
     """Compare every weight with what its family, or the rest of the model, says."""
-    contract = without_leftovers(contract)
+    contract = without_no_draws(without_leftovers(contract))
     scheme = published_for(contract.family)
     if scheme is not None:
         yardstick = Yardstick.given(contract, scheme)
         note = f"published init of {contract.family}: {scheme.title}"
     else:
         followed_one = followed(contract)
+        if followed_one is None or followed_one.scheme.free:
+            # A formula without a base std that explains every matrix comes before one with it.
+            followed_one = find_mistaken(contract) or followed_one
         if followed_one is None:
             count, found = layers_that_differ(contract.weights)
             note = "follows no known scheme; layers are compared with each other"
@@ -53,11 +60,19 @@ def judged(contract: ContractRecord) -> Judged:
         yardstick = followed_one
         base = f", s = {plain(yardstick.s)}" if yardstick.s is not None else ""
         note = f"follows {yardstick.scheme.title}{base}"
+        if yardstick.looks:
+            note += f", with {yardstick.looks}"
     count, found = departures(yardstick)
+    if scheme is None and not yardstick.looks:
+        spoken = {departure.weight.parameter for departure in found}
+        found += [d for d in head_left_at_default(yardstick) if d.weight.parameter not in spoken]
     silent = [weight for weight in contract.weights if yardstick.mismatches(weight) is None]
     more, uneven = layers_that_differ(silent)
     published = scheme is not None
-    return Judged(yardstick.scheme, published, yardstick.s, count + more, [*found, *uneven], note)
+    mistake = yardstick.looks
+    return Judged(
+        yardstick.scheme, published, yardstick.s, count + more, [*found, *uneven], note, mistake
+    )
 
 
 def departures_of(contract: ContractRecord) -> list[Departure]:
@@ -131,10 +146,24 @@ def _by_kind(kind: str) -> Callable[[Context, Rule], Outcome]:
         if contract is None:
             return NOT_APPLICABLE
         result = judged(contract)
+        unlike_any = _no_draw_findings(context, rule, contract, result) if kind == "own" else []
+        if unlike_any:
+            spoken = {name for finding in unlike_any for name in finding.evidence["parameters"]}
+            found = [
+                departure
+                for departure in result.found
+                if departure.kind in ("own", "plain")
+                and not result.published
+                and departure.weight.parameter not in spoken
+            ]
+            more = _findings(context, rule, found, "the scheme of the rest expects")
+            return Outcome(max(result.count, len(unlike_any)), [*unlike_any, *more], note=result.note)
         elsewhere = kind in ("published", "own") and (kind == "published") != result.published
         if not result.count or elsewhere:
             return Outcome(0, note=result.note if kind == "own" and not result.published else "")
         who = f"the published init of {contract.family}" if result.published else "the scheme of the rest"
+        if result.mistake:
+            who = "the formula of literature"
         by = f"{who} expects"
         mine = [d for d in result.found if d.kind == kind or (d.kind == "plain" and kind in ("published", "own"))]
         matched = _matched(kind, contract, result)
@@ -143,6 +172,39 @@ def _by_kind(kind: str) -> Callable[[Context, Rule], Outcome]:
         return Outcome(matched, _findings(context, rule, mine, by), note=result.note)
 
     return check
+
+
+def _no_draw_findings(
+    context: Context, rule: Rule, contract: ContractRecord, result: Judged
+) -> list[Finding]:
+    """Return one finding per name pattern and sign for weights that no init draws."""
+    contract = without_leftovers(contract)
+    # A head of unit spread may be what the family publishes (T5 of transformers).
+    limit = None if result.published else context.thresholds.limits("logits_std").warning
+    groups: dict[tuple[str, str], list[NoDraw]] = {}
+    for one in find_no_draws(contract, limit):
+        groups.setdefault((one.weight.pattern, one.fix), []).append(one)
+    findings = []
+    for (pattern, fix), group in groups.items():
+        first, names = group[0].weight, [one.weight.parameter for one in group]
+        of = sum(weight.pattern == pattern for weight in contract.weights)
+        count = f" ({len(group)} of {of})" if of > 1 else ""
+        what = f"{pattern.removesuffix('.weight')}{count}: {group[0].sign}"
+        evidence = {
+            "parameters": names,
+            "role": first.role,
+            "pattern": pattern,
+            "family": first.family,
+            "value": first.std,
+            "outliers": [one.weight.outliers for one in group],
+            "looks": "no init draws this",
+        }
+        if first.role == "head" and "logits" in group[0].sign:
+            evidence["logits_std"] = contract.logits_std
+        where = list(dict.fromkeys(one.weight.sublayer or one.weight.parameter for one in group))
+        level = context.level(rule, rule.level)
+        findings.append(Finding(rule.code, level, where, what, evidence, rule.summary, fix))
+    return findings
 
 
 def _matched(kind: str, contract: ContractRecord, result: Judged) -> int:

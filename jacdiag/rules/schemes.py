@@ -35,6 +35,7 @@ class Scheme:
         formulas: role -> its std (its value for a gain or a bias); several where there are variants. "matrix" stands
             for every matrix of a sub-layer that has none of its own.
         families: model types or classes whose published init it is.
+        family: of the draws of its matrices, where only one will do (orthogonal); "" for any.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Scheme:
     source: str
     formulas: Mapping[str, tuple[Formula, ...]]
     families: tuple[str, ...] = ()
+    family: str = ""
 
     @property
     def free(self) -> bool:
@@ -86,9 +88,16 @@ def allowed_with_any_scheme() -> Mapping[str, tuple[Formula, ...]]:
 
 def _schemes(data: Mapping[str, Mapping[str, object]]) -> Iterable[Scheme]:
     for name, entry in data.items():
-        own = {k: v for k, v in entry.items() if k not in ("title", "source", "families")}
+        own = {k: v for k, v in entry.items() if k not in ("title", "source", "families", "family")}
         families: Any = entry.get("families", ())
-        yield Scheme(name, str(entry["title"]), str(entry["source"]), formulas_of(own), tuple(families))
+        yield Scheme(
+            name,
+            str(entry["title"]),
+            str(entry["source"]),
+            formulas_of(own),
+            tuple(families),
+            str(entry.get("family", "")),
+        )
 
 
 def formulas_of(data: Mapping[str, object]) -> dict[str, tuple[Formula, ...]]:

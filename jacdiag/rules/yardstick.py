@@ -32,6 +32,8 @@ TABLES = ("embedding", "positions", "head")
 # Sub-layers whose matrices a scheme speaks of; "" in reports from before the kind was kept. Inside a
 # recurrent or convolutional mixer every section has an init of its own.
 _KINDS = ("", "attention", "cross-attention", "mlp", "moe")
+# Of so few inputs a layer may have std 1 by LeCun's or Xavier's formula.
+_FEW_INPUTS = 16
 # An embedding or positions so small were meant to be: a norm follows them (RWKV 1e-4,
 # x-transformers 1e-5). If none does, JD102 reports the small stream. The limit lies between 1e-4
 # and 4e-4, the variance of 0.02 taken for its std.
@@ -78,6 +80,7 @@ class Yardstick:
         found: Whether the model was found to follow the scheme. If not, the scheme is that of its
             family, or was pinned: then every weight is held against it, without exception.
         judges_tables: Whether embedding, positions and head are judged.
+        looks: The mistake that the entire model was made with; "" for none.
     """
 
     contract: ContractRecord
@@ -86,6 +89,7 @@ class Yardstick:
     spread: Spread = (1.0, 1.0)
     found: bool = True
     judges_tables: bool = True
+    looks: str = ""
 
     @classmethod
     def given(cls, contract: ContractRecord, scheme: Scheme) -> Yardstick:
@@ -96,6 +100,16 @@ class Yardstick:
     def zero_on_purpose(self) -> frozenset[str]:
         """Names of the matrices whose zeros are an init of their own."""
         return zero_on_purpose(self.contract)
+
+    @cached_property
+    def has_unit_draws(self) -> bool:
+        """Whether matrices have std 1, where the scheme says something else.
+
+        The default of torch.nn.init.normal_ is right for positions in some models. Where it was drawn into
+        matrices by mistake, positions with it are part of the mistake.
+        """
+        inside = [w for w in self.contract.weights if w.role in MATRICES and is_of_unit_spread(w)]
+        return any(not self.agrees_by_itself(weight) for weight in inside)
 
     def mismatches(self, weight: WeightRecord) -> list[Mismatch] | None:
         """Return what about a weight is not as the scheme says: [] if it agrees, None if the scheme says nothing."""
@@ -122,6 +136,8 @@ class Yardstick:
 
     def _judges(self, weight: WeightRecord) -> bool:
         if not self.found:
+            return True
+        if weight.role == "positions" and self.has_unit_draws and is_of_unit_spread(weight):
             return True
         if weight.role in TABLES and not self.judges_tables:
             return False
@@ -169,6 +185,9 @@ class Yardstick:
         return found if stated else None
 
     def _agrees(self, weight: WeightRecord, values: Mapping[Formula, float]) -> bool:
+        wanted = self.scheme.family
+        if wanted and weight.role in MATRICES and weight.family != wanted:
+            return False
         if any(holds(weight, value, self.spread) for value in values.values()):
             return True
         if not self.found:
@@ -298,6 +317,14 @@ def holds(weight: WeightRecord, value: float, spread: Spread = (1.0, 1.0)) -> bo
         return weight.family == "zero" and value == 0
     low, high = weight.lower / spread[1], weight.upper / spread[0]
     return low <= value <= high or low <= value * weight.truncation <= high
+
+
+def is_of_unit_spread(weight: WeightRecord) -> bool:
+    """Return whether a weight has std 1, the default of torch.nn.init.normal_, and too many inputs for it."""
+    if weight.fan_in is not None and weight.fan_in < _FEW_INPUTS:
+        return False
+    drawn = weight.family not in ("zero", "constant") and bool(weight.std)
+    return drawn and holds(weight, 1.0)
 
 
 def judged_by_schemes(contract: ContractRecord) -> list[WeightRecord]:
