@@ -1,4 +1,4 @@
-"""Correct inits with computed tables, adapters and factors: rotary scalings, ALiBi, Mamba-2, two conventions of LoRA."""
+"""Correct inits with computed tables, adapters and factors: rotary scalings, ALiBi, Mamba-2, LoRA."""
 
 from __future__ import annotations
 
