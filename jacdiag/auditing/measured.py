@@ -303,7 +303,7 @@ class Audit:
 
     def _with_flow(self, found: Share) -> Share:
         """The sub-layers' records with what one forward and one backward of the whole model say of them."""
-        branches = find_dead_branches(self.sites, found.records)
+        branches = find_dead_branches(self.sites, found.records, found.profile)
         return replace(found, records=with_flow(found.records, found.profile, branches, found.why))
 
     def _decider(self) -> Callable[[Sublayer], Mapping[str, Callable[[float, float], bool]]]:

@@ -84,6 +84,7 @@ class DeadPath(Record):
         own_gradient: norm of the gradient of `parameters`. 0 means that no step changes them.
         elsewhere: all parameters of its sub-layers get a gradient all the same, where the model uses them again.
         frozen: all parameters of this part are frozen in the model that was passed (requires_grad=False).
+        learned: none of `parameters` is a buffer, which no step changes.
     """
 
     where: list[str]
@@ -97,6 +98,7 @@ class DeadPath(Record):
     own_gradient: float | None = None
     elsewhere: bool = False
     frozen: bool = False
+    learned: bool = True
 
 
 @dataclass(frozen=True)
@@ -105,10 +107,13 @@ class DeadBranch(Record):
 
     Attributes:
         zero: its value is zero for every token as well; else it is a constant, such as a bias.
-        parameters: constant parameters. With other values in them the branch depended on its input; that was tried.
+        parameters: constant parameters and buffers. With other values in them the branch depended on its input; that was
+            tried. They may lie outside the branch, where a gate is computed from a condition.
         values: the constants that they hold.
         together: no single one of them is enough, only all of them.
         alike: each of them is zero, in every layer that has one.
+        own_gradient: norm of the gradient of `parameters`; None if it was not measured.
+        learned: none of `parameters` is a buffer, which no step changes.
     """
 
     zero: bool = True
@@ -116,6 +121,8 @@ class DeadBranch(Record):
     values: list[float] = field(default_factory=list)
     together: bool = False
     alike: bool = False
+    own_gradient: float | None = None
+    learned: bool = True
 
 
 @dataclass(frozen=True)
