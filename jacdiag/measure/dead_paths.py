@@ -33,6 +33,7 @@ from jacdiag.trace.tensors import collect, collect_deep, is_float
 _PACKAGE = __file__.rsplit("/", 2)[0]
 _PLUMBING = (torch.__path__[0], f"{_PACKAGE}/trace/", f"{_PACKAGE}/measure/")
 _MOST = 12  # parameters that are tried one by one
+_MOST_UNCOVERED = 24  # products outside all sub-layers that are asked what cuts them off
 _GATES = 2  # weight and bias of what computes a gate outside a branch; each try is a run of the whole model
 Alive = Callable[[], bool]
 
@@ -81,7 +82,37 @@ def find_dead_paths(
             found.append(_cut_off(sites, members, list(calls), frozen))
 
     # 4. Single sub-layers.
-    return found + [_branch_path(sites, token_ids, index, frozen) for index in groups.get((), [])]
+    found += [_branch_path(sites, token_ids, index, frozen) for index in groups.get((), [])]
+
+    # 5. Matrices outside all sub-layers: a branch that is detached as a whole is none to the tracer.
+    return found + _uncovered_cut_off(sites, profile, sink, frozen)
+
+
+def _uncovered_cut_off(
+    sites: Sites, profile: GradientProfile, sink: int, frozen: Collection[str]
+) -> list[DeadPath]:
+    """Return the parts outside all sub-layers whose products lead to the loss through calls without a derivative."""
+    if profile.parameters is None:
+        return []
+    graph, finder = sites.graph, sites.finder
+    names = [name for name in sites.coverage.uncovered if profile.parameters.get(name) == 0]
+    readers: dict[int, list[str]] = {}
+    for node in graph.nodes:
+        mine = [name for name in parameters_of(graph, (node.index,), sites.skeleton) if name in names]
+        if mine and finder.is_product(node.index):
+            readers[node.index] = mine
+    # One run for each product; a model has few outside its sub-layers.
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for index in list(readers)[:_MOST_UNCOVERED]:
+        made = next((value for value in graph.nodes[index].outputs if graph.values[value].live), None)
+        if made is not None and leads(sites, made, sink):
+            groups.setdefault(tuple(cutting_calls(sites, made, sink)), []).extend(readers[index])
+    found = []
+    for calls, members in groups.items():
+        if calls:
+            is_frozen = set(members) <= set(frozen)
+            found.append(DeadPath(members, stream=True, cause="cut", calls=list(calls), frozen=is_frozen))
+    return found
 
 
 def _embeddings_cut_off(

@@ -102,6 +102,19 @@ class DeadPath(Record):
 
 
 @dataclass(frozen=True)
+class CutShortcut(Record):
+    """A residual addition whose shortcut passes a call without a derivative, so that it carries no gradient.
+
+    Attributes:
+        where: the module that makes the addition, or its line if that is the model itself.
+        call: such as "detach in model.py:12".
+    """
+
+    where: str
+    call: str
+
+
+@dataclass(frozen=True)
 class DeadBranch(Record):
     """A branch that does not depend on its input: its Jacobian is exactly zero at the probe.
 
@@ -136,6 +149,7 @@ class BackwardRecord(Record):
         dead: parts that no gradient reaches. None if that was not looked at.
         not_finite: parameters and points of the stream whose gradient holds NaN or Inf.
         notes: field -> why it is missing.
+        cut_shortcuts: residual additions whose shortcut carries no gradient.
     """
 
     embedding: str | None = None
@@ -144,6 +158,7 @@ class BackwardRecord(Record):
     dead: list[DeadPath] | None = None
     not_finite: list[str] = field(default_factory=list)
     notes: dict[str, str] = field(default_factory=dict)
+    cut_shortcuts: list[CutShortcut] = field(default_factory=list)
 
     @property
     def embedding_share(self) -> float | None:

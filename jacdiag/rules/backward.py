@@ -1,4 +1,4 @@
-"""JD401 to JD406: what one backward of the loss shows, and branches that are exactly zero."""
+"""JD401 to JD406 and JD409: what one backward of the loss shows, and branches that are exactly zero."""
 
 from __future__ import annotations
 
@@ -262,6 +262,23 @@ def _not_finite(context: Context, rule: Rule) -> Outcome:
     )
 
 
+# -- JD409 ---------------------------------------------
+def _cut_shortcut(context: Context, rule: Rule) -> Outcome:
+    record = _backward(context)
+    if record is None:
+        return NOT_APPLICABLE
+    cut = record.cut_shortcuts
+    if not cut:
+        return Outcome(max(len(context.rows(rule)), 1))
+    where = [shortcut.where for shortcut in cut]
+    calls = list(dict.fromkeys(shortcut.call for shortcut in cut))
+    what = f"the shortcut of {_listed(where)} passes {_listed(calls)}: the gradient goes through the branch alone there"
+    evidence = {"calls": calls, "count": len(cut)}
+    fix = f"add the shortcut itself, without {_listed(calls)}"
+    finding = Finding(rule.code, context.level(rule, "warning"), where, what, evidence, why=rule.summary, fix=fix)
+    return Outcome(max(len(context.rows(rule)), 1), [finding])
+
+
 RULES = (
     Rule("JD401", "no-gradient", "warning", **flow_texts.NO_GRADIENT, check=_no_gradient),
     Rule("JD402", "dead-branch", "warning", **flow_texts.DEAD_BRANCH, check=_dead_branch),
@@ -269,4 +286,5 @@ RULES = (
     Rule("JD404", "embedding-gradient", "info", **flow_texts.EMBEDDING_GRADIENT, check=_embedding),
     Rule("JD405", "update-ratio", "info", **flow_texts.UPDATE, check=_update, states=("init",)),
     Rule("JD406", "gradient-not-finite", "warning", **flow_texts.NOT_FINITE_GRADIENT, check=_not_finite),
+    Rule("JD409", "cut-shortcut", "warning", **flow_texts.CUT_SHORTCUT, check=_cut_shortcut),
 )

@@ -178,3 +178,19 @@ The first step writes NaN into the weights. The forward does not show it: the de
     remedy="""\
 Add an epsilon inside the root or the quotient, or select the argument before the function.""",
 )
+
+CUT_SHORTCUT = Text(
+    summary="cut shortcut: a residual addition whose shortcut carries no gradient",
+    what="""\
+An addition of a value and a function of it, where the value passes a detach on its way into the sum. The forward is
+that of a residual branch. The tracer finds no sub-layer there, since no gradient takes the shortcut. A straight-through
+estimator is not named: no matrix product lies on its way.""",
+    why="""\
+The gradient that reaches the layers below is multiplied by the branch's Jacobian in place of one plus it. Over a few such
+layers it vanishes, and the loss does not show why.""",
+    example="""\
+    x = x.detach() + f(norm(x))          # fires
+    x = x + (quantised - x).detach()     # clean""",
+    remedy="""\
+Remove the detach.""",
+)
