@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -18,14 +19,16 @@ _SLACK = 1e-3  # of float32 through softplus and its inverse
 _DECAY = re.compile(r"(^|\.)A_?logs?$")
 _TIMES = {"mul", "__mul__", "__rmul__", "mul_", "multiply", "einsum", "matmul", "__matmul__", "bmm"}
 _ADDS = {"add", "__add__", "__radd__", "add_", "__iadd__"}
-_SHAPES = {"__getitem__", "unsqueeze", "squeeze", "transpose", "permute", "view", "reshape", "to", "float", "expand",
-           "contiguous", "type", "clamp", "clamp_", "clip", "chunk", "split", "repeat_interleave", "repeat"}  # fmt: skip
+_SHAPES = set(
+    """__getitem__ unsqueeze squeeze transpose permute view reshape to float expand contiguous type clamp clamp_ clip
+    chunk split repeat_interleave repeat""".split()
+)
 
 
 def rates_of(sites: Sites) -> list[RateRecord]:
     """Return the records of the parameters that set time steps and decay rates.
 
-    A time step is the softplus of a sum with a bias, in a module that has decay rates too, and it multiplies two things:
+    A time step is the softplus of a sum with a bias, in a module that has decay rates too. It multiplies two things:
     the rates and the input. In a gated delta rule it multiplies the rates alone, and no published range is known.
 
     Args:
@@ -73,7 +76,7 @@ def _ends(values: Tensor) -> tuple[float | None, float | None]:
     return float(values.min()), float(values.max())
 
 
-def time_step_biases(graph: Graph, params: object) -> list[str]:
+def time_step_biases(graph: Graph, params: Collection[str]) -> list[str]:
     """Return the vectors that are added to what enters a softplus whose result multiplies two things."""
     found: dict[str, None] = {}
     for node in graph.nodes:
@@ -98,7 +101,7 @@ def _count_products(graph: Graph, value: int) -> int:
     return len(products)
 
 
-def _bias_before(graph: Graph, value: int, params: object) -> str:
+def _bias_before(graph: Graph, value: int, params: Collection[str]) -> str:
     """Return the vector that the last addition or linear map before a value adds, "" for none."""
     for _ in range(8):
         made_by = graph.values[value].node
@@ -110,7 +113,8 @@ def _bias_before(graph: Graph, value: int, params: object) -> str:
             continue
         if node.name not in _ADDS and node.name != "linear":
             return ""
-        vectors = [name for name in map(lambda v: _vector_of(graph, v), node.inputs) if name in params]  # type: ignore[operator]
+        read = [_vector_of(graph, index) for index in node.inputs]
+        vectors = [name for name in read if name in params]
         return vectors[-1] if vectors else ""
     return ""
 

@@ -29,13 +29,19 @@ def with_structure(
         model: asked for its config and accessors only.
         records: figures of the sub-layers.
     """
-    return replace(
+    contract = replace(
         contract,
         tables=tables_of(sites),
         rates=rates_of(sites),
-        adapters=[] if sites.skeleton.stored is not None else adapters_of(sites.skeleton.params),
-        tie=None if sites.skeleton.stored is not None else tie_of(model, sites.skeleton, contract.weights, contract.tied),
         zero_shortcuts=zero_shortcuts_of(sites, records),
+    )
+    # Weights that are read from a file are those of a checkpoint, not of an init.
+    if sites.skeleton.stored is not None:
+        return contract
+    return replace(
+        contract,
+        adapters=adapters_of(sites.skeleton.params),
+        tie=tie_of(model, sites.skeleton, contract.weights, contract.tied),
     )
 
 

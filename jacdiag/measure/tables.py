@@ -115,9 +115,9 @@ def _series_of(numbers: Tensor) -> tuple[float | None, float | None]:
 def narrower_type(values: Tensor) -> str:
     """Return the 16-bit type to which wider numbers were rounded, "" if they were not.
 
-    Numbers with short binary fractions (1, 0.5, 12, 0.375) are numbers of every type, and evenly spaced ones are of many.
-    So at least two numbers need a fraction of more than four bits, and the steps between them must differ. A float32 that
-    was not rounded is a bfloat16 with a chance of 2^-16.
+    Numbers with short binary fractions (1, 0.5, 12, 0.375) are numbers of every type, and evenly spaced ones are of
+    many. So at least two numbers need a fraction of more than four bits, and the steps between them must differ. A
+    float32 that was not rounded is a bfloat16 with a chance of 2^-16.
 
     Args:
         values: of one dimension.
@@ -139,5 +139,3 @@ def narrower_type(values: Tensor) -> str:
         if torch.equal(values.to(dtype).to(values.dtype), values):
             return str(dtype).removeprefix("torch.")
     return ""
-
-

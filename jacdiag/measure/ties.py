@@ -48,8 +48,8 @@ def tie_of(
 def declared_tie(model: nn.Module) -> tuple[bool | None, str]:
     """Return whether a model says that head and embedding are one tensor, and where; None if it does not say.
 
-    A class of transformers that names no tied weights cannot tie them, whatever its config holds: nothing is said then. Nor
-    is anything said by two configs, an outer and an inner one, that differ.
+    A class of transformers that names no tied weights cannot tie them, whatever its config holds: nothing is said then.
+    Nor is anything said by two configs, an outer and an inner one, that differ.
     """
     config = getattr(model, "config", None)
     keys = getattr(model, "_tied_weights_keys", _FLAG)

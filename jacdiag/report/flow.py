@@ -120,8 +120,8 @@ class DeadBranch(Record):
 
     Attributes:
         zero: its value is zero for every token as well; else it is a constant, such as a bias.
-        parameters: constant parameters and buffers. With other values in them the branch depended on its input; that was
-            tried. They may lie outside the branch, where a gate is computed from a condition.
+        parameters: constant parameters and buffers. With other values in them the branch depended on its input; that
+            was tried. They may lie outside the branch, where a gate is computed from a condition.
         values: the constants that they hold.
         together: no single one of them is enough, only all of them.
         alike: each of them is zero, in every layer that has one.

@@ -12,12 +12,13 @@ from jacdiag.rules.texts import Text
 TEXT = Text(
     summary="adapter: neither factor of a low-rank addition is zero at its start, or both are",
     what="""\
-Pairs of parameters called lora_A and lora_B (or lora_down and lora_up). One factor should be zero, it does not matter which:
-the product is then zero, and both get a gradient after the first step. Pairs of which one factor has vectors at right angles
-are left out: PiSSA, OLoRA and LoftQ decompose the weight, and take their product out of it.""",
+Pairs of parameters called lora_A and lora_B (or lora_down and lora_up). One factor should be zero, it does not
+matter which: the product is then zero, and both get a gradient after the first step. Pairs of which one factor
+has vectors at right angles are left out: PiSSA, OLoRA and LoftQ decompose the weight, and take their product out
+of it.""",
     why="""\
-With both factors drawn the adapted model starts as another one than its base, and the first steps go into undoing that.
-With both factors zero the gradient of each is a product with the other: neither ever changes.""",
+With both factors drawn the adapted model starts as another one than its base, and the first steps go into undoing
+that. With both factors zero the gradient of each is a product with the other: neither ever changes.""",
     example="""\
     nn.init.kaiming_uniform_(lora_A); nn.init.zeros_(lora_B)                # clean
     nn.init.kaiming_uniform_(lora_A); nn.init.kaiming_uniform_(lora_B)      # fires
@@ -43,7 +44,8 @@ def _check(context: Context, rule: Rule) -> Outcome:
         findings.append(_finding(context, rule, evidence, what, fix))
     if both_drawn:
         firsts, seconds = _names(both_drawn)
-        what = f"{_listed(seconds)} and the other factor of each are not zero: the adapted model is not its base at the start"
+        state = "the adapted model is not its base at the start"
+        what = f"{_listed(seconds)} and the other factor of each are not zero: {state}"
         evidence = {"parameters": seconds, "others": firsts, "count": len(both_drawn)}
         findings.append(_finding(context, rule, evidence, what, f"set {_listed(seconds)} to zero"))
     return Outcome(len(pairs), findings)

@@ -168,7 +168,7 @@ def _fix_of_branches(branches: Sequence[DeadBranch], parameters: Sequence[str], 
 
 def _how_far(branches: Sequence[DeadBranch], level: Level) -> str:
     if all(_is_dead_for_ever(branch) for branch in branches):
-        return "in every layer; only other values in all of a branch's let it through, and no gradient reaches any of them"
+        return "in every layer; only other values in all of a branch's let it through, no gradient reaches any of them"
     if level == "info":
         return "as in every layer (a zero-initialised branch)"
     if any(value for branch in branches for value in branch.values):

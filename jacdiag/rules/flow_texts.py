@@ -123,9 +123,9 @@ Draw the named parameters as in the other layers.""",
 GROWTH = Text(
     summary="growth exponents: activations and gradients that grow or shrink over depth",
     what="""\
-ln(norm at the last point / norm at the first) of the stream's activations, and of the gradients from the top down.
-Divided by the number of layers it is the growth exponent of OLMo 2 (arXiv 2501.00656); the report holds that. The rule
-compares the whole, which hardly depends on the number of layers.""",
+ln(norm at the last point / norm at the first) of the stream's activations, and of the gradients from the top
+down. Divided by the number of layers it is the growth exponent of OLMo 2 (arXiv 2501.00656); the report holds
+that. The rule compares the whole, which hardly depends on the number of layers.""",
     why="""\
 Exponents near 0 keep signals of one size over depth and width. OLMo 2 chose its init by them. They follow from JD102
 and JD104 in most models, so this is an observation.""",
@@ -153,9 +153,9 @@ See JD102. A tied head adds its own gradient to the embedding's.""",
 UPDATE = Text(
     summary="update ratio: how much the first step of Adam changes each weight matrix",
     what="""\
-Applies if --lr is given. The first step of Adam changes every entry by the learning rate, whatever the gradient is, so
-norm of update / norm of weight is lr / rms(W) for each matrix. With --warmup W the first rate is lr / W. It
-assumes Adam or AdamW, and is not measured.""",
+Applies if --lr is given. The first step of Adam changes every entry by the learning rate, whatever the gradient
+is, so norm of update / norm of weight is lr / rms(W) for each matrix. With --warmup W the first rate is lr / W.
+It assumes Adam or AdamW, and is not measured.""",
     why="""\
 A ratio of about 1e-3 is usual, above 1e-2 is an alarm (folklore; WeSaR, arXiv 2410.05052). Later steps are smaller:
 Adam's entries are below the rate once gradients change sign. So it is an observation; in a run, jacdiag.watch
@@ -182,12 +182,12 @@ Add an epsilon inside the root or the quotient, or select the argument before th
 CUT_SHORTCUT = Text(
     summary="cut shortcut: a residual addition whose shortcut carries no gradient",
     what="""\
-An addition of a value and a function of it, where the value passes a detach on its way into the sum. The forward is
-that of a residual branch. The tracer finds no sub-layer there, since no gradient takes the shortcut. A straight-through
-estimator is not named: no matrix product lies on its way.""",
+An addition of a value and a function of it, where the value passes a detach on its way into the sum. The forward
+is that of a residual branch. The tracer finds no sub-layer there, since no gradient takes the shortcut. A
+straight-through estimator is not named: no matrix product lies on its way.""",
     why="""\
-The gradient that reaches the layers below is multiplied by the branch's Jacobian in place of one plus it. Over a few such
-layers it vanishes, and the loss does not show why.""",
+The gradient that reaches the layers below is multiplied by the branch's Jacobian in place of one plus it. Over a
+few such layers it vanishes, and the loss does not show why.""",
     example="""\
     x = x.detach() + f(norm(x))          # fires
     x = x + (quantised - x).detach()     # clean""",

@@ -16,12 +16,12 @@ _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 TEXT = Text(
     summary="modulation: some maps from the condition start at zero, and those of the same name elsewhere do not",
     what="""\
-Matrices whose name holds adaLN, AdaNorm or modulation, and whose last module has the same name. If all of one place are
-zero (the last layer's) and all of another were drawn (the blocks'), those that were drawn are named. Models whose
-modulations were all drawn, or are all zero, are clean.""",
+Matrices whose name holds adaLN, AdaNorm or modulation, and whose last module has the same name. If all of one
+place are zero (the last layer's) and all of another were drawn (the blocks'), those that were drawn are named.
+Models whose modulations were all drawn, or are all zero, are clean.""",
     why="""\
-adaLN-zero (DiT) starts every block as the identity. If the loop over the blocks is missing from the init, the blocks start
-with random gates, and the last layer's zeros do not show it. Some authors mean it so: then pin it.""",
+adaLN-zero (DiT) starts every block as the identity. If the loop over the blocks is missing from the init, the
+blocks start with random gates, and the last layer's zeros do not show it. Some authors mean it so: then pin it.""",
     example="""\
     nn.init.zeros_(model.final_layer.adaLN_modulation[-1].weight)              # fires, if the loop is missing
     for block in model.blocks: nn.init.zeros_(block.adaLN_modulation[-1].weight)""",

@@ -27,24 +27,26 @@ _WORDS = {
 TEXT = Text(
     summary="a computed table is wrong: erased, rounded to 16 bits, or never computed",
     what="""\
-Looks at the buffers of a fresh model. Frequencies are known by the dataflow: their products with positions enter a sine
-and a cosine. Tables of sines and cosines, positions, ALiBi slopes, running variances and masks are known by their names.
-A table is named if it holds NaN or Inf, zeros alone, or numbers that are not zero and closer to it than 1e-30. Frequencies
-are named too if float32 holds numbers of bfloat16 or float16. A running variance is named if one element is not positive. A
-mask is named if all its elements are one number, since it masks nothing or everything. Slopes are named if they form a
-geometric series that starts at one: those of ALiBi start at its ratio. The course of frequencies is not judged, since
-scalings such as NTK, YaRN, llama3 and LongRoPE change it. A plain attribute that is no buffer is not seen.""",
+Looks at the buffers of a fresh model. Frequencies are known by the dataflow: their products with positions enter
+a sine and a cosine. Tables of sines and cosines, positions, ALiBi slopes, running variances and masks are known
+by their names. A table is named if it holds NaN or Inf, zeros alone, or numbers that are not zero and closer to
+it than 1e-30. Frequencies are named too if float32 holds numbers of bfloat16 or float16. A running variance is
+named if one element is not positive. A mask is named if all its elements are one number, since it masks nothing
+or everything. Slopes are named if they form a geometric series that starts at one: those of ALiBi start at its
+ratio. The course of frequencies is not judged, since scalings such as NTK, YaRN, llama3 and LongRoPE change it. A
+plain attribute that is no buffer is not seen.""",
     why="""\
-A buffer that is not in the checkpoint is computed once, when the model is built. On the meta device nothing is computed,
-and to_empty() leaves what lay in memory. A cast of the whole model to bfloat16 rounds frequencies to 3 digits, and a cast
-back does not restore them: at position 4,000 the angle is off by up to 8 radians. The model still runs.""",
+A buffer that is not in the checkpoint is computed once, when the model is built. On the meta device nothing is
+computed, and to_empty() leaves what lay in memory. A cast of the whole model to bfloat16 rounds frequencies to 3
+digits, and a cast back does not restore them: at position 4,000 an angle is off by several radians. The model
+still runs.""",
     example="""\
     with torch.device("meta"): model = Model()
     model.to_empty(device="cuda"); model.init_weights()        # fires, if that leaves out inv_freq
     model.bfloat16().float()                                   # fires""",
     remedy="""\
-Compute the table once more after to_empty(), or in the forward. Keep frequencies out of casts, or compute them anew in
-float32 after the cast.""",
+Compute the table once more after to_empty(), or in the forward. Keep frequencies out of casts, or compute them
+anew in float32 after the cast.""",
 )
 
 

@@ -48,7 +48,7 @@ class Model(nn.Module):
         self.layers = nn.ModuleList(Branch() for _ in range(layers))
         self.head = nn.Linear(WIDTH, 64, bias=False)
 
-    def combine(self, x: Tensor, branch: Tensor, k: int) -> Tensor:  # noqa: ARG002
+    def combine(self, x: Tensor, branch: Tensor, k: int) -> Tensor:
         return x + branch
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ class Rotated(Model):
         self.both = both
         self.register_buffer("steps", values, persistent=False)
 
-    def combine(self, x: Tensor, branch: Tensor, k: int) -> Tensor:  # noqa: ARG002
+    def combine(self, x: Tensor, branch: Tensor, k: int) -> Tensor:
         angles = torch.arange(x.shape[1])[:, None].float() * self.steps
         turned = branch * angles.cos()
         return x + (turned + branch * angles.sin() if self.both else turned)
@@ -512,9 +512,7 @@ def test_names_of_factors(first: str, second: str) -> None:
 
 # -- JD216: modulations ----------
 def modulations(blocks: str, last: str, name: str = "adaLN_modulation.1.weight") -> ContractRecord:
-    weights = [
-        WeightRecord(f"blocks.{k}.{name}", [8, 8], "", f"blocks.*.{name}", family=blocks) for k in range(3)
-    ]
+    weights = [WeightRecord(f"blocks.{k}.{name}", [8, 8], "", f"blocks.*.{name}", family=blocks) for k in range(3)]
     return ContractRecord("x", {}, [*weights, WeightRecord(f"final_layer.{name}", [8, 8], "", "", family=last)])
 
 
