@@ -330,6 +330,16 @@ def test_overwritten_time_steps_are_named(bias: Tensor | float) -> None:
     assert "inverse softplus" in finding.fix
 
 
+@pytest.mark.parametrize(("family", "level"), [("jamba", "info"), ("mamba", "warning")])
+def test_families_whose_code_writes_constants_are_observed(family: str, level: str) -> None:
+    model = with_biases(0.0)
+    model.config = SimpleNamespace(model_type=family)  # type: ignore[assignment]
+    (finding,) = found(model, "JD213")
+    assert finding.level == level
+    assert (f"the code of {family} in transformers writes them so" in finding.what) is (level == "info")
+    assert bool(finding.fix) is (level == "warning")
+
+
 @pytest.mark.parametrize(
     ("step", "fires"),
     [(0.1, False), (0.11, True), (1e-4, False), (0.9e-4, True), (0.01, False)],
