@@ -87,12 +87,14 @@ Keep the shortcut, and scale branches down with depth (1/√(2N)).""",
 NO_GRADIENT = Text(
     summary="no gradient: a part of the model gets none at all",
     what="""\
-One forward and one backward of the loss. The rule fires if the gradient at the first shortcut is exactly zero, or if
-no parameter of a sub-layer gets any, although the loss depends on it. A cause is named only if it was tried: with
-other values in the named parameters a gradient arrives, or all ways to the loss pass the named calls. Otherwise
-the report says that the cause is not known. Parameters that are frozen (requires_grad=False) behind a detach are
-left out. Two cases are an info: a zero matrix of the output head alone, which is a published init and gets a gradient
-itself, and a part whose parameters are used again where a gradient reaches them.""",
+One forward and one backward of the loss. The rule fires if the gradient at the first shortcut is exactly zero, or
+if no parameter of a sub-layer gets any, although the loss depends on it. Matrices outside all sub-layers are
+named too, if all their ways to the loss pass a call without a derivative: a branch that is detached as a whole is
+no sub-layer. A cause is named only if it was tried: with other values in the named parameters a gradient arrives,
+or all ways to the loss pass the named calls. Otherwise the report says that the cause is not known. Parameters
+that are frozen (requires_grad=False) behind a detach are left out. Two cases are an info: a zero matrix of the
+output head alone, which is a published init and gets a gradient itself, and a part whose parameters are used
+again where a gradient reaches them.""",
     why="""\
 Such a part learns nothing at the first step, and often never does. No figure of a Jacobian shows it: the
 sub-layers below a zero final gain have perfect norms.""",
@@ -107,14 +109,18 @@ Set the named gain to one, draw the named matrix, or remove the named detach or 
 DEAD_BRANCH = Text(
     summary="dead branch: a branch with parameters does not depend on its input at all",
     what="""\
-The branch has a Jacobian of exactly zero at the probe: its value is zero, or constant. A parameter is named if it is
-constant and the branch depends on its input with other values in it. It is an info if each named one is zero in
-every layer that has it, as in zero-initialised W_O and W_2, ReZero, LayerScale or adaLN-zero.""",
+The branch has a Jacobian of exactly zero at the probe: its value is zero, or constant. A parameter is named if it
+is constant and the branch depends on its input with other values in it. Buffers of the branch are tried as well,
+and weight and bias of a gate that is computed outside the branch from a condition. It is an info if each named
+one is a parameter and zero in every layer that has it, as in zero-initialised W_O and W_2, ReZero, LayerScale or
+adaLN-zero. It is a warning if several zeros of one branch block one another: only all of them together let
+anything through, and no gradient of the loss reaches any.""",
     why="""\
 A gain of 0 reads like a small sub-layer, the best that there is. It is an init on purpose, or a lost weight.""",
     example="""\
     for block in blocks: nn.init.zeros_(block.mlp.w2.weight)        # info
     nn.init.zeros_(blocks[2].mlp.w2.weight)                         # fires
+    for block in blocks: block.scale.zero_()      a buffer          # fires
     nn.init.constant_(blocks[2].mlp.w1.bias, -100)    before a ReLU # fires""",
     remedy="""\
 Draw the named parameters as in the other layers.""",
