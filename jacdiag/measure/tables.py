@@ -47,7 +47,9 @@ def meaning_of(graph: Graph, name: str, buffer: Tensor) -> str:
     """Return what a buffer is: by what the model does with it, else by its name; "" if neither tells."""
     if buffer.is_floating_point() and enters_sine_and_cosine(graph, name):
         return "frequencies"
-    meaning = next((meaning for meaning, names in _NAMES if names.search(name)), "")
+    # The buffer's own name counts, not that of its module: a module of positions may hold other buffers.
+    own_name = name.rpartition(".")[2]
+    meaning = next((meaning for meaning, names in _NAMES if names.search(own_name)), "")
     is_square = buffer.dim() >= 2 and buffer.shape[-1] == buffer.shape[-2] > 1
     if meaning == "mask":
         return "mask" if is_square else ""

@@ -275,6 +275,15 @@ def test_meanings_by_name(name: str, shape: tuple[int, ...], meaning: str) -> No
     assert [record.meaning for record in records] == [meaning]
 
 
+def test_the_name_of_the_module_does_not_count() -> None:
+    """I-BERT keeps zeros for the quantised weights of its position embeddings."""
+    model = build()
+    model.position_embeddings = nn.Module()
+    model.position_embeddings.register_buffer("weight_integer", torch.zeros(8, 8))
+    assert [record.meaning for record in tables_of(jacdiag.sites(model, tokens()))] == [""]
+    assert not found(model, "JD212")
+
+
 # -- JD213: time steps and decay rates ----------
 class Recurrent(nn.Module):
     """Branch with a decay and a drive, both multiplied by a time step; `delta` leaves the drive out of it."""
