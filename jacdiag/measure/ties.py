@@ -41,6 +41,10 @@ def tie_of(
     if first.shape != second.shape:
         return None
     shared = head == embedding or first.data_ptr() == second.data_ptr()
+    # A model of encoder and decoder has two tables: the head may share that of the decoder (T5Gemma).
+    names = sum(name == head for name in skeleton.aliases.values())
+    if said and names > 1:
+        shared, embedding = True, head
     equal = shared or bool(torch.equal(first, second.to(first.device)))
     return TieRecord(said, by, head, embedding, shared, equal)
 

@@ -433,6 +433,15 @@ def test_the_accessors_of_the_model_say_which_tensors_are_meant() -> None:
     assert finding.evidence["parameters"] == ["head.weight", "embed.weight"]
 
 
+def test_a_head_that_shares_another_table_is_tied() -> None:
+    model = tied(True, shared=False)
+    model.decoder_embed = nn.Embedding(64, WIDTH)
+    model.head.weight = model.decoder_embed.weight
+    model.get_input_embeddings = lambda: model.embed
+    model.get_output_embeddings = lambda: model.head
+    assert not found(model, "JD214")
+
+
 @pytest.mark.parametrize(
     ("outer", "inner", "keys", "expected"),
     [
