@@ -40,6 +40,8 @@ from jacdiag.report import Report
 
 RESULTS = Path(__file__).parent / "results"
 Build = Callable[[int], tuple[nn.Module, Any]]
+# JD208 to JD211 have a benchmark of their own (vectors.py).
+CODES = ["JD20", "JD212", "JD213", "JD214", "JD215", "JD216"]
 
 
 @dataclass
@@ -122,7 +124,7 @@ def examine(group: str, name: str, build: Build, seed: int) -> Row:
         return row
     try:
         report = jacdiag.audit(
-            model, inputs, products=False, state="init", select=["JD20"], remedies="none"
+            model, inputs, products=False, state="init", select=CODES, remedies="none"
         )
     except Exception as error:
         row.status = f"not traced: {_first_line(error)}"

@@ -162,4 +162,13 @@ def recipe(
 
 def load_cases() -> None:
     """Import every file of cases, so that the catalogue is complete."""
-    from benchmarks.initbench import bugs_drawn, bugs_gains, bugs_memory, bugs_structure, bugs_vectors, recipes  # noqa: F401
+    from benchmarks.initbench import (  # noqa: F401
+        bugs_drawn,
+        bugs_gains,
+        bugs_memory,
+        bugs_structure,
+        bugs_tables,
+        bugs_vectors,
+        recipes,
+        recipes_tables,
+    )

@@ -29,6 +29,7 @@ from jacdiag.measure.model import model_record
 from jacdiag.measure.network import backward_record, end_to_end, network_record, verify_replay, with_flow
 from jacdiag.measure.norms import Effort
 from jacdiag.measure.state import StateDecision, WeightEvidence, decide_state, judge_weights, same_weights
+from jacdiag.measure.structure import with_structure
 from jacdiag.measure.sublayer import measure_group
 from jacdiag.measure.weights import weight_stats
 from jacdiag.ranks import Fingerprint, Share, Use, fingerprint, merged
@@ -302,7 +303,7 @@ class Audit:
 
     def _with_flow(self, found: Share) -> Share:
         """The sub-layers' records with what one forward and one backward of the whole model say of them."""
-        branches = find_dead_branches(self.sites, found.records)
+        branches = find_dead_branches(self.sites, found.records, found.profile)
         return replace(found, records=with_flow(found.records, found.profile, branches, found.why))
 
     def _decider(self) -> Callable[[Sublayer], Mapping[str, Callable[[float, float], bool]]]:
@@ -343,6 +344,8 @@ class Audit:
         with self._phase("contract"):
             contract = contract_of(self.sites, self.draws, self.model, self.layers, model.width or 0, model.vocabulary,
                                    r.contract, decayed)  # fmt: skip
+            if contract is not None:  # a benchmark of other rules leaves it out
+                contract = with_structure(contract, self.sites, self.model, found.records)
         off = self.state == "trained" and probe.record.is_random
         return Report(
             source=r.source.info,

@@ -23,14 +23,18 @@ from jacdiag.errors import JacdiagError
 from jacdiag.measure.gradients import GradientProfile, loss_input, run_backward, stream_values
 from jacdiag.report.flow import DeadBranch, DeadPath
 from jacdiag.report.schema import SublayerRecord
-from jacdiag.trace import Sites, Sublayer
+from jacdiag.trace import Sites
 from jacdiag.trace.coverage import parameters_of
+from jacdiag.trace.graph import STATE
 from jacdiag.trace.skeleton import Skeleton
+from jacdiag.trace.tap import Spot, Where
 from jacdiag.trace.tensors import collect, collect_deep, is_float
 
 _PACKAGE = __file__.rsplit("/", 2)[0]
 _PLUMBING = (torch.__path__[0], f"{_PACKAGE}/trace/", f"{_PACKAGE}/measure/")
 _MOST = 12  # parameters that are tried one by one
+_MOST_UNCOVERED = 24  # products outside all sub-layers that are asked what cuts them off
+_GATES = 2  # weight and bias of what computes a gate outside a branch; each try is a run of the whole model
 Alive = Callable[[], bool]
 
 
@@ -78,7 +82,37 @@ def find_dead_paths(
             found.append(_cut_off(sites, members, list(calls), frozen))
 
     # 4. Single sub-layers.
-    return found + [_branch_path(sites, token_ids, index, frozen) for index in groups.get((), [])]
+    found += [_branch_path(sites, token_ids, index, frozen) for index in groups.get((), [])]
+
+    # 5. Matrices outside all sub-layers: a branch that is detached as a whole is none to the tracer.
+    return found + _uncovered_cut_off(sites, profile, sink, frozen)
+
+
+def _uncovered_cut_off(
+    sites: Sites, profile: GradientProfile, sink: int, frozen: Collection[str]
+) -> list[DeadPath]:
+    """Return the parts outside all sub-layers whose products lead to the loss through calls without a derivative."""
+    if profile.parameters is None:
+        return []
+    graph, finder = sites.graph, sites.finder
+    names = [name for name in sites.coverage.uncovered if profile.parameters.get(name) == 0]
+    readers: dict[int, list[str]] = {}
+    for node in graph.nodes:
+        mine = [name for name in parameters_of(graph, (node.index,), sites.skeleton) if name in names]
+        if mine and finder.is_product(node.index):
+            readers[node.index] = mine
+    # One run for each product; a model has few outside its sub-layers.
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for index in list(readers)[:_MOST_UNCOVERED]:
+        made = next((value for value in graph.nodes[index].outputs if graph.values[value].live), None)
+        if made is not None and leads(sites, made, sink):
+            groups.setdefault(tuple(cutting_calls(sites, made, sink)), []).extend(readers[index])
+    found = []
+    for calls, members in groups.items():
+        if calls:
+            is_frozen = set(members) <= set(frozen)
+            found.append(DeadPath(members, stream=True, cause="cut", calls=list(calls), frozen=is_frozen))
+    return found
 
 
 def _embeddings_cut_off(
@@ -193,13 +227,22 @@ def _branch_path(sites: Sites, token_ids: Tensor | None, index: int, frozen: Col
         def alive() -> bool:
             return any(run_backward(sites, token_ids, [], watched).parameters.values())
 
-        causes, together = reviving(sites.skeleton, site.parameters, alive)
+        causes, together = reviving(sites.skeleton, suspects_of(sites, index), alive)
     except (JacdiagError, RuntimeError):
         return path
     if not causes:
         return path
     values = constants(sites.skeleton, causes)
-    return replace(path, cause="zero", parameters=causes, values=values, together=together, own_gradient=0.0)
+    learned = all(name in sites.skeleton.params for name in causes)
+    return replace(
+        path,
+        cause="zero",
+        parameters=causes,
+        values=values,
+        together=together,
+        own_gradient=0.0 if learned else None,
+        learned=learned,
+    )
 
 
 # -- from one value to another ---------------------------------------------
@@ -357,18 +400,18 @@ def reviving(skeleton: Skeleton, names: Iterable[str], alive: Alive) -> tuple[li
 
     Args:
         skeleton: of the model. Its tensors are swapped for others and put back; the model's own are not touched.
-        names: parameters that may be the cause. Those with two different elements are left out.
+        names: parameters and buffers that may be the cause. Those with two different elements are left out.
         alive: whether the gradient arrives now, or the branch is not zero now.
     """
     if skeleton.stored is not None:
         return [], False
     # A weight that was drawn is no suspect: it has two different elements.
-    suspects = [name for name in dict.fromkeys(names) if _is_constant(skeleton.params[name])]
+    suspects = [name for name in dict.fromkeys(names) if _is_constant(tensor_of(skeleton, name))]
     if not suspects or not _alive_with(skeleton, suspects, alive):
         return [], False
 
     # 1. One alone may be enough.
-    suspects.sort(key=lambda name: bool(skeleton.params[name].flatten()[0]))  # zeros first; the order is kept
+    suspects.sort(key=lambda name: bool(tensor_of(skeleton, name).flatten()[0]))  # zeros first; the order is kept
     alone = [name for name in suspects[:_MOST] if _alive_with(skeleton, [name], alive)]
     if alone:
         return alone, False
@@ -398,39 +441,68 @@ def _alive_with(skeleton: Skeleton, names: Sequence[str], alive: Alive) -> bool:
 
 @contextmanager
 def other_values(skeleton: Skeleton, names: Sequence[str]) -> Iterator[None]:
-    """Let random numbers stand in for parameters of the skeleton."""
+    """Let random numbers stand in for parameters and buffers of the skeleton."""
     assert isinstance(skeleton.params, dict)
-    before = {name: skeleton.params[name] for name in names}
+    params = {name: skeleton.params[name] for name in names if name in skeleton.params}
+    buffers = {name: skeleton.buffers[name] for name in names if name not in params}
     generator = torch.Generator().manual_seed(0)
     try:
-        for name, tensor in before.items():
-            skeleton.params[name] = torch.randn(tensor.shape, generator=generator).to(tensor)
+        for name in names:
+            tensor = params[name] if name in params else buffers[name]
+            held = skeleton.params if name in params else skeleton.buffers
+            held[name] = torch.randn(tensor.shape, generator=generator).to(tensor)
         yield
     finally:
-        skeleton.params.update(before)
+        skeleton.params.update(params)
+        skeleton.buffers.update(buffers)
+
+
+def tensor_of(skeleton: Skeleton, name: str) -> Tensor:
+    """Return a parameter or a buffer of the skeleton."""
+    return skeleton.params[name] if name in skeleton.params else skeleton.buffers[name]
+
+
+def suspects_of(sites: Sites, index: int) -> list[str]:
+    """Return the parameters of a branch and the buffers that its calls read."""
+    graph, skeleton = sites.graph, sites.skeleton
+    read = [value for call in sites.raw[index].calls for value in graph.nodes[call].inputs]
+    names = {graph.values[value].name: None for value in read if graph.values[value].node == STATE}
+    buffers = [name for name in names if name in skeleton.buffers and skeleton.buffers[name].is_floating_point()]
+    return [*sites[index].parameters, *buffers]
 
 
 # -- branches that are zero ---------------------------------------------
-def find_dead_branches(sites: Sites, records: Sequence[SublayerRecord]) -> dict[int, DeadBranch]:
+def find_dead_branches(
+    sites: Sites, records: Sequence[SublayerRecord], profile: GradientProfile | None = None
+) -> dict[int, DeadBranch]:
     """Return the branches that have parameters and do not depend on their input at all, by index.
 
     Args:
         sites: of one recorded forward.
         records: their figures. A branch whose norm was not measured is left out, and one that reads a stream of zeros.
+        profile: gradients of the same model, as far as they were measured.
     """
     norms = {record.index: record.branch_norm for record in records}
+    gradients = profile.parameters if profile is not None else None
     found = {}
-    for site in sites:
+    for position, site in enumerate(sites):
         interval = norms.get(site.index)
         if site.nested or not site.parameters or interval is None or interval.upper != 0:
             continue
         if bool(site.shortcut.any()):
-            found[site.index] = _dead_branch(sites, site)
+            found[site.index] = _with_gradient(_dead_branch(sites, position), gradients)
     return found
 
 
-def _dead_branch(sites: Sites, site: Sublayer) -> DeadBranch:
-    skeleton = sites.skeleton
+def _with_gradient(branch: DeadBranch, gradients: Mapping[str, float] | None) -> DeadBranch:
+    """Return a dead branch with the norm of the gradient of its causes, where it was measured."""
+    if not branch.parameters or gradients is None or any(name not in gradients for name in branch.parameters):
+        return branch
+    return replace(branch, own_gradient=sum(gradients[name] ** 2 for name in branch.parameters) ** 0.5)
+
+
+def _dead_branch(sites: Sites, position: int) -> DeadBranch:
+    skeleton, site = sites.skeleton, sites[position]
 
     def alive() -> bool:
         """Return whether the branch depends on its input now; a bias at its end makes it no less dead."""
@@ -443,27 +515,81 @@ def _dead_branch(sites: Sites, site: Sublayer) -> DeadBranch:
         return gradient is not None and bool((gradient != 0).any())
 
     is_zero = not bool(site.value.any())
+    inside = True
     try:
-        causes, together = reviving(skeleton, site.parameters, alive)
+        causes, together = reviving(skeleton, suspects_of(sites, position), alive)
+        if not causes:
+            # A gate may be computed outside the branch, from a condition.
+            inside = False
+            causes, together = reviving(skeleton, _gates_outside(sites, position), lambda: _depends(sites, position))
     except (JacdiagError, RuntimeError):
         return DeadBranch(is_zero)
-    alike = bool(causes) and all(_zero_in_every_layer(sites, site, name) for name in causes)
-    return DeadBranch(is_zero, causes, constants(skeleton, causes), together, alike)
+    names = {name for other in sites if other is not site for name in other.parameters} - set(site.parameters)
+    pool = names if inside else set(skeleton.params)
+    learned = all(name in skeleton.params for name in causes)
+    alike = bool(causes) and learned and all(_zero_in_every_layer(skeleton, name, pool) for name in causes)
+    return DeadBranch(is_zero, causes, constants(skeleton, causes), together, alike, learned=learned)
+
+
+def _gates_outside(sites: Sites, position: int) -> list[str]:
+    """Return the nearest constant parameters of what a branch reads besides its shortcut, at most `_GATES`."""
+    graph, raw = sites.graph, sites.raw[position]
+    cone = set(raw.calls)
+    read = {value for call in cone for value in graph.nodes[call].inputs if graph.values[value].live}
+    stack = [value for value in read if value != raw.shortcut and graph.values[value].node not in cone]
+    behind: set[int] = set()
+    while stack:
+        call = graph.values[stack.pop()].node
+        if call >= 0 and call not in behind and call not in cone:
+            behind.add(call)
+            stack += [value for value in graph.nodes[call].inputs if graph.values[value].live]
+    names: list[str] = []
+    for call in sorted(behind, reverse=True):
+        for name in parameters_of(graph, (call,), sites.skeleton):
+            if name not in names and _is_constant(sites.skeleton.params[name]):
+                names.append(name)
+        if len(names) >= _GATES:
+            break
+    return names[:_GATES]
+
+
+def _depends(sites: Sites, position: int) -> bool:
+    """Return whether a branch depends on its shortcut in a run of the whole model with the weights of this moment."""
+    raw, replayer = sites.raw[position], sites.replayer
+    source, end = replayer.spot_of(raw.shortcut, 0), replayer.end_of(raw, 0)
+    if source.where is Where.ARGUMENT:
+        return False
+    leaves: list[Tensor] = []
+    depends = False
+
+    def visit(spot: Spot, tensor: Tensor) -> Tensor:
+        nonlocal depends
+        if spot is source:
+            leaves.append(tensor.detach().requires_grad_())
+            return leaves[-1].clone()
+        if leaves and tensor.requires_grad:
+            total = tensor.square().sum() + tensor.sum()
+            (gradient,) = torch.autograd.grad(total, leaves[-1], retain_graph=True, allow_unused=True)
+            depends = depends or (gradient is not None and bool((gradient != 0).any()))
+        return tensor
+
+    with torch.enable_grad(), replayer.whole_graph():
+        replayer.tapped([source, end], visit)
+    return depends
 
 
 def constants(skeleton: Skeleton, names: Iterable[str]) -> list[float]:
-    """Return the value of each constant parameter."""
-    return [float(skeleton.params[name].detach().flatten()[0]) for name in names]
+    """Return the value of each constant parameter or buffer."""
+    return [float(tensor_of(skeleton, name).detach().flatten()[0]) for name in names]
 
 
-def _zero_in_every_layer(sites: Sites, site: Sublayer, name: str) -> bool:
+def _zero_in_every_layer(skeleton: Skeleton, name: str, elsewhere: Iterable[str]) -> bool:
     """Return whether a parameter and its namesakes in the other sub-layers are all zero.
 
     Namesakes differ in one number of their name: "layers.3.w2" and "layers.4.w2", not "layers.4.w1".
     """
-    elsewhere = {other for one in sites if one is not site for other in one.parameters} - set(site.parameters)
     namesakes = [other for other in elsewhere if _one_number_apart(name, other)]
-    return all(_is_zero(sites.skeleton.params[other]) for other in (name, *namesakes))
+    return all(_is_zero(skeleton.params[other]) for other in (name, *namesakes))
 
 
 def _one_number_apart(first: str, second: str) -> bool:

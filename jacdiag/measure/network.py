@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from jacdiag.measure.gradients import GradientProfile, end_of
-from jacdiag.report.flow import BackwardRecord, DeadBranch, DeadPath, ForwardRecord
+from jacdiag.report.flow import BackwardRecord, CutShortcut, DeadBranch, DeadPath, ForwardRecord
 from jacdiag.report.schema import PRODUCT_ALONE, Growth, Interval, NetworkRecord, SublayerRecord
 from jacdiag.spectra import JacobianOperator, independent_dims, top_singular
 from jacdiag.trace import Sites, Sublayer
 from jacdiag.trace.coverage import parameters_of
+from jacdiag.trace.cuts import cut_additions
 from jacdiag.trace.tap import Spot, Where
 
 _ASKED = 2  # sub-layers that are asked what they mix: attention and FFN, mostly
@@ -117,6 +118,21 @@ def backward_record(
         dead: from `find_dead_paths`.
         notes: field -> why it is missing.
     """
+    return replace(_backward_record(sites, profile, dead, notes), cut_shortcuts=_cut_shortcuts(sites))
+
+
+def _cut_shortcuts(sites: Sites) -> list[CutShortcut]:
+    """Return the additions whose shortcut was detached; a detached branch is a part without a gradient."""
+    return [
+        CutShortcut(cut.module or cut.line, f"detach in {cut.line}")
+        for cut in cut_additions(sites.graph, sites.finder)
+        if cut.operand == "shortcut"
+    ]
+
+
+def _backward_record(
+    sites: Sites, profile: GradientProfile | None, dead: list[DeadPath] | None, notes: dict[str, str]
+) -> BackwardRecord:
     if profile is None:
         return BackwardRecord(notes=notes)
     if dead is None and "dead" not in notes:

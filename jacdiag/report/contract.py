@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jacdiag.report.record import SCHEMA_VERSION, Record
+from jacdiag.report.tables import AdapterRecord, RateRecord, TableRecord, TieRecord, ZeroShortcut
 
 # Roles of matrices that do the work of several, and these in the usual order.
 FUSED = {
@@ -115,6 +116,11 @@ class ContractRecord(Record):
         logits_std: std of the model's output where that is logits over the vocabulary, else None.
         alpha: chance that a weight drawn as expected falls outside its interval, per test.
         pinned: the user's contract: role or name pattern -> formula.
+        tables: buffers that are computed when the model is built.
+        rates: parameters of time steps and decay rates.
+        adapters: pairs of factors of low-rank additions.
+        tie: what the model says of its head and embedding, and what they are; None if it says nothing.
+        zero_shortcuts: sub-layers whose shortcut is multiplied by zero.
     """
 
     family: str
@@ -124,6 +130,11 @@ class ContractRecord(Record):
     logits_std: float | None = None
     alpha: float = 1e-6
     pinned: dict[str, str] = field(default_factory=dict)
+    tables: list[TableRecord] = field(default_factory=list)
+    rates: list[RateRecord] = field(default_factory=list)
+    adapters: list[AdapterRecord] = field(default_factory=list)
+    tie: TieRecord | None = None
+    zero_shortcuts: list[ZeroShortcut] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

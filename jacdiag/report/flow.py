@@ -86,6 +86,7 @@ class DeadPath(Record):
         own_gradient: norm of the gradient of `parameters`. 0 means that no step changes them.
         elsewhere: all parameters of its sub-layers get a gradient all the same, where the model uses them again.
         frozen: all parameters of this part are frozen in the model that was passed (requires_grad=False).
+        learned: none of `parameters` is a buffer, which no step changes.
     """
 
     where: list[str]
@@ -99,6 +100,20 @@ class DeadPath(Record):
     own_gradient: float | None = None
     elsewhere: bool = False
     frozen: bool = False
+    learned: bool = True
+
+
+@dataclass(frozen=True)
+class CutShortcut(Record):
+    """A residual addition whose shortcut passes a call without a derivative, so that it carries no gradient.
+
+    Attributes:
+        where: the module that makes the addition, or its line if that is the model itself.
+        call: such as "detach in model.py:12".
+    """
+
+    where: str
+    call: str
 
 
 @dataclass(frozen=True)
@@ -107,10 +122,13 @@ class DeadBranch(Record):
 
     Attributes:
         zero: its value is zero for every token as well; else it is a constant, such as a bias.
-        parameters: constant parameters. With other values in them the branch depended on its input; that was tried.
+        parameters: constant parameters and buffers. With other values in them the branch depended on its input; that
+            was tried. They may lie outside the branch, where a gate is computed from a condition.
         values: the constants that they hold.
         together: no single one of them is enough, only all of them.
         alike: each of them is zero, in every layer that has one.
+        own_gradient: norm of the gradient of `parameters`; None if it was not measured.
+        learned: none of `parameters` is a buffer, which no step changes.
     """
 
     zero: bool = True
@@ -118,6 +136,8 @@ class DeadBranch(Record):
     values: list[float] = field(default_factory=list)
     together: bool = False
     alike: bool = False
+    own_gradient: float | None = None
+    learned: bool = True
 
 
 @dataclass(frozen=True)
@@ -131,6 +151,7 @@ class BackwardRecord(Record):
         dead: parts that no gradient reaches. None if that was not looked at.
         not_finite: parameters and points of the stream whose gradient holds NaN or Inf.
         notes: field -> why it is missing.
+        cut_shortcuts: residual additions whose shortcut carries no gradient.
     """
 
     embedding: str | None = None
@@ -139,6 +160,7 @@ class BackwardRecord(Record):
     dead: list[DeadPath] | None = None
     not_finite: list[str] = field(default_factory=list)
     notes: dict[str, str] = field(default_factory=dict)
+    cut_shortcuts: list[CutShortcut] = field(default_factory=list)
 
     @property
     def embedding_share(self) -> float | None:

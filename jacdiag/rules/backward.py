@@ -1,4 +1,4 @@
-"""JD401 to JD406: what one backward of the loss shows, and branches that are exactly zero."""
+"""JD401 to JD406 and JD409: what one backward of the loss shows, and branches that are exactly zero."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Sequence
 
 from jacdiag.errors import clipped
 from jacdiag.report import Finding, Level, SublayerRecord
-from jacdiag.report.flow import BackwardRecord, DeadPath
+from jacdiag.report.flow import BackwardRecord, DeadBranch, DeadPath
 from jacdiag.rules import flow_texts
 from jacdiag.rules.forward import Measured, loudest
 from jacdiag.rules.numbers import plain
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 
 _NAMED = 3
+_RECOMPUTE = "no step changes a buffer; compute it once more after to_empty(), or in the forward"
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -103,6 +104,8 @@ def _fix(path: DeadPath) -> str:
         return ""
     if path.cause == "cut":
         return f"let the gradient through at {_listed(path.calls)}, or freeze what lies before it"
+    if path.cause == "zero" and not path.learned:
+        return f"{_RECOMPUTE}: {_listed(path.parameters)}"
     if path.cause == "zero":
         return f"set gains to one and draw matrices: {_listed(path.parameters)}"
     return ""
@@ -113,40 +116,65 @@ def _dead_branch(context: Context, rule: Rule) -> Outcome:
     rows = [row for row in context.rows(rule) if row.branch_norm is not None]
     if not rows:
         return NOT_APPLICABLE
+    dead = [(row, row.dead_branch) for row in rows if row.dead_branch is not None]
     # All layers alike is an init; some of them is a fault.
-    dead = [row for row in rows if row.dead_branch is not None]
-    alike = [row for row in dead if row.dead_branch is not None and row.dead_branch.alike]
-    single = [row for row in dead if row not in alike]
+    for_ever = [row for row, branch in dead if _is_dead_for_ever(branch)]
+    alike = [row for row, branch in dead if branch.alike and row not in for_ever]
+    single = [row for row, _ in dead if row not in alike and row not in for_ever]
     findings = []
     if single:
         findings.append(_branches(context, rule, single, "warning"))
+    if for_ever:
+        findings.append(_branches(context, rule, for_ever, "warning"))
     if alike:
         findings.append(_branches(context, rule, alike, "info"))
     return Outcome(len(rows), findings)
 
 
+def _is_dead_for_ever(branch: DeadBranch) -> bool:
+    """Return whether several zeros stand in one another's way: only all of them together let anything through."""
+    return branch.alike and branch.together and branch.own_gradient == 0
+
+
 def _branches(context: Context, rule: Rule, rows: Sequence[SublayerRecord], level: Level) -> Finding:
     names = [row.name for row in rows]
-    parameters = [name for row in rows if row.dead_branch is not None for name in row.dead_branch.parameters]
-    values = [value for row in rows if row.dead_branch is not None for value in row.dead_branch.values]
+    branches = [row.dead_branch for row in rows if row.dead_branch is not None]
+    held: dict[str, float] = {}
+    for branch in branches:
+        held |= dict(zip(branch.parameters, branch.values, strict=False))
+    parameters, values = list(held), list(held.values())
     unknown = [row.name for row in rows if row.dead_branch is not None and not row.dead_branch.parameters]
-    zero = all(row.dead_branch is not None and row.dead_branch.zero for row in rows)
+    zero = all(branch.zero for branch in branches)
     verb = "is" if len(names) == 1 else "are"
     what = f"{_listed(names)} {verb} {'exactly zero, value and Jacobian' if zero else 'constant: the Jacobian is zero'}"
     if parameters:
-        what += f"; the cause: {_held(parameters, values)} in every element, {_how_far(level, values)}"
+        what += f"; the cause: {_held(parameters, values)} in every element, {_how_far(branches, level)}"
     if unknown:
         what += f"; the cause is not known for {_listed(unknown)}"
-    fix = f"draw {_listed(parameters)} as in the other layers" if parameters and level != "info" else ""
     evidence = {"parameters": parameters, "count": len(names), "alike": level == "info"}
+    fix = _fix_of_branches(branches, parameters, level)
     return Finding(rule.code, context.level(rule, level), names, what, evidence, why=rule.summary, fix=fix)
 
 
-def _how_far(level: Level, values: Sequence[float]) -> str:
+def _fix_of_branches(branches: Sequence[DeadBranch], parameters: Sequence[str], level: Level) -> str:
+    if not parameters or level == "info":
+        return ""
+    if all(_is_dead_for_ever(branch) for branch in branches):
+        return "draw all but one of the zero matrices of each branch"
+    if not all(branch.learned for branch in branches):
+        return f"{_RECOMPUTE}: {_listed(parameters)}"
+    return f"draw {_listed(parameters)} as in the other layers"
+
+
+def _how_far(branches: Sequence[DeadBranch], level: Level) -> str:
+    if all(_is_dead_for_ever(branch) for branch in branches):
+        return "in every layer; only other values in all of a branch's let it through, no gradient reaches any of them"
     if level == "info":
         return "as in every layer (a zero-initialised branch)"
-    if any(values):
+    if any(value for branch in branches for value in branch.values):
         return "which is no zero-initialised branch"
+    if not all(branch.learned for branch in branches):
+        return "in a buffer, which no step changes"
     return "but not so in every layer"
 
 
@@ -234,6 +262,23 @@ def _not_finite(context: Context, rule: Rule) -> Outcome:
     )
 
 
+# -- JD409 ---------------------------------------------
+def _cut_shortcut(context: Context, rule: Rule) -> Outcome:
+    record = _backward(context)
+    if record is None:
+        return NOT_APPLICABLE
+    cut = record.cut_shortcuts
+    if not cut:
+        return Outcome(max(len(context.rows(rule)), 1))
+    where = [shortcut.where for shortcut in cut]
+    calls = list(dict.fromkeys(shortcut.call for shortcut in cut))
+    what = f"the shortcut of {_listed(where)} passes {_listed(calls)}: the gradient goes through the branch alone there"
+    evidence = {"calls": calls, "count": len(cut)}
+    fix = f"add the shortcut itself, without {_listed(calls)}"
+    finding = Finding(rule.code, context.level(rule, "warning"), where, what, evidence, why=rule.summary, fix=fix)
+    return Outcome(max(len(context.rows(rule)), 1), [finding])
+
+
 RULES = (
     Rule("JD401", "no-gradient", "warning", **flow_texts.NO_GRADIENT, check=_no_gradient),
     Rule("JD402", "dead-branch", "warning", **flow_texts.DEAD_BRANCH, check=_dead_branch),
@@ -241,4 +286,5 @@ RULES = (
     Rule("JD404", "embedding-gradient", "info", **flow_texts.EMBEDDING_GRADIENT, check=_embedding),
     Rule("JD405", "update-ratio", "info", **flow_texts.UPDATE, check=_update, states=("init",)),
     Rule("JD406", "gradient-not-finite", "warning", **flow_texts.NOT_FINITE_GRADIENT, check=_not_finite),
+    Rule("JD409", "cut-shortcut", "warning", **flow_texts.CUT_SHORTCUT, check=_cut_shortcut),
 )

@@ -12,6 +12,7 @@ from jacdiag.errors import UsageError
 from jacdiag.report import Conditions, Finding, Report, RuleResult, Status, Verdict
 from jacdiag.report.thresholds import CUTS, Thresholds
 from jacdiag.rules import (
+    adapters,
     backward,
     conditions,
     forward,
@@ -20,9 +21,14 @@ from jacdiag.rules import (
     leftover_memory,
     live,
     measurement,
+    modulation,
+    rates,
     regression,
     risk,
     routers,
+    shortcuts,
+    tables,
+    ties,
     vectors,
 )
 from jacdiag.rules.compare import overall
@@ -30,14 +36,17 @@ from jacdiag.rules.profile import profile_of
 from jacdiag.rules.rule import Context, Outcome, Rule
 
 SMALL_ROLES = (vectors.RULE, routers.RULE, identical_layers.RULE, leftover_memory.RULE)
+STRUCTURE = (tables.RULE, rates.RULE, ties.RULE, adapters.RULE, modulation.RULE)
 RULES: tuple[Rule, ...] = (
     *conditions.RULES,
     *risk.RULES,
     *regression.RULES,
     *init_contract.RULES,
     *SMALL_ROLES,
+    *STRUCTURE,
     *forward.RULES,
     *backward.RULES,
+    *shortcuts.RULES,
     *measurement.RULES,
 )
 # With those that speak in a run only.

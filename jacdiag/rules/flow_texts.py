@@ -87,12 +87,14 @@ Keep the shortcut, and scale branches down with depth (1/√(2N)).""",
 NO_GRADIENT = Text(
     summary="no gradient: a part of the model gets none at all",
     what="""\
-One forward and one backward of the loss. The rule fires if the gradient at the first shortcut is exactly zero, or if
-no parameter of a sub-layer gets any, although the loss depends on it. A cause is named only if it was tried: with
-other values in the named parameters a gradient arrives, or all ways to the loss pass the named calls. Otherwise
-the report says that the cause is not known. Parameters that are frozen (requires_grad=False) behind a detach are
-left out. Two cases are an info: a zero matrix of the output head alone, which is a published init and gets a gradient
-itself, and a part whose parameters are used again where a gradient reaches them.""",
+One forward and one backward of the loss. The rule fires if the gradient at the first shortcut is exactly zero, or
+if no parameter of a sub-layer gets any, although the loss depends on it. Matrices outside all sub-layers are
+named too, if all their ways to the loss pass a call without a derivative: a branch that is detached as a whole is
+no sub-layer. A cause is named only if it was tried: with other values in the named parameters a gradient arrives,
+or all ways to the loss pass the named calls. Otherwise the report says that the cause is not known. Parameters
+that are frozen (requires_grad=False) behind a detach are left out. Two cases are an info: a zero matrix of the
+output head alone, which is a published init and gets a gradient itself, and a part whose parameters are used
+again where a gradient reaches them.""",
     why="""\
 Such a part learns nothing at the first step, and often never does. No figure of a Jacobian shows it: the
 sub-layers below a zero final gain have perfect norms.""",
@@ -107,14 +109,18 @@ Set the named gain to one, draw the named matrix, or remove the named detach or 
 DEAD_BRANCH = Text(
     summary="dead branch: a branch with parameters does not depend on its input at all",
     what="""\
-The branch has a Jacobian of exactly zero at the probe: its value is zero, or constant. A parameter is named if it is
-constant and the branch depends on its input with other values in it. It is an info if each named one is zero in
-every layer that has it, as in zero-initialised W_O and W_2, ReZero, LayerScale or adaLN-zero.""",
+The branch has a Jacobian of exactly zero at the probe: its value is zero, or constant. A parameter is named if it
+is constant and the branch depends on its input with other values in it. Buffers of the branch are tried as well,
+and weight and bias of a gate that is computed outside the branch from a condition. It is an info if each named
+one is a parameter and zero in every layer that has it, as in zero-initialised W_O and W_2, ReZero, LayerScale or
+adaLN-zero. It is a warning if several zeros of one branch block one another: only all of them together let
+anything through, and no gradient of the loss reaches any.""",
     why="""\
 A gain of 0 reads like a small sub-layer, the best that there is. It is an init on purpose, or a lost weight.""",
     example="""\
     for block in blocks: nn.init.zeros_(block.mlp.w2.weight)        # info
     nn.init.zeros_(blocks[2].mlp.w2.weight)                         # fires
+    for block in blocks: block.scale.zero_()      a buffer          # fires
     nn.init.constant_(blocks[2].mlp.w1.bias, -100)    before a ReLU # fires""",
     remedy="""\
 Draw the named parameters as in the other layers.""",
@@ -123,9 +129,9 @@ Draw the named parameters as in the other layers.""",
 GROWTH = Text(
     summary="growth exponents: activations and gradients that grow or shrink over depth",
     what="""\
-ln(norm at the last point / norm at the first) of the stream's activations, and of the gradients from the top down.
-Divided by the number of layers it is the growth exponent of OLMo 2 (arXiv 2501.00656); the report holds that. The rule
-compares the whole, which hardly depends on the number of layers.""",
+ln(norm at the last point / norm at the first) of the stream's activations, and of the gradients from the top
+down. Divided by the number of layers it is the growth exponent of OLMo 2 (arXiv 2501.00656); the report holds
+that. The rule compares the whole, which hardly depends on the number of layers.""",
     why="""\
 Exponents near 0 keep signals of one size over depth and width. OLMo 2 chose its init by them. They follow from JD102
 and JD104 in most models, so this is an observation.""",
@@ -153,9 +159,9 @@ See JD102. A tied head adds its own gradient to the embedding's.""",
 UPDATE = Text(
     summary="update ratio: how much the first step of Adam changes each weight matrix",
     what="""\
-Applies if --lr is given. The first step of Adam changes every entry by the learning rate, whatever the gradient is, so
-norm of update / norm of weight is lr / rms(W) for each matrix. With --warmup W the first rate is lr / W. It
-assumes Adam or AdamW, and is not measured.""",
+Applies if --lr is given. The first step of Adam changes every entry by the learning rate, whatever the gradient
+is, so norm of update / norm of weight is lr / rms(W) for each matrix. With --warmup W the first rate is lr / W.
+It assumes Adam or AdamW, and is not measured.""",
     why="""\
 A ratio of about 1e-3 is usual, above 1e-2 is an alarm (folklore; WeSaR, arXiv 2410.05052). Later steps are smaller:
 Adam's entries are below the rate once gradients change sign. So it is an observation; in a run, jacdiag.watch
@@ -177,4 +183,20 @@ The first step writes NaN into the weights. The forward does not show it: the de
     torch.where(mask, x / y, 0)  with y = 0 where the mask is False   # fires""",
     remedy="""\
 Add an epsilon inside the root or the quotient, or select the argument before the function.""",
+)
+
+CUT_SHORTCUT = Text(
+    summary="cut shortcut: a residual addition whose shortcut carries no gradient",
+    what="""\
+An addition of a value and a function of it, where the value passes a detach on its way into the sum. The forward
+is that of a residual branch. The tracer finds no sub-layer there, since no gradient takes the shortcut. A
+straight-through estimator is not named: no matrix product lies on its way.""",
+    why="""\
+The gradient that reaches the layers below is multiplied by the branch's Jacobian in place of one plus it. Over a
+few such layers it vanishes, and the loss does not show why.""",
+    example="""\
+    x = x.detach() + f(norm(x))          # fires
+    x = x + (quantised - x).detach()     # clean""",
+    remedy="""\
+Remove the detach.""",
 )

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from jacdiag.errors import TraceError, UsageError
+from jacdiag.trace.cuts import cut_additions
 from jacdiag.trace.graph import Graph
 from jacdiag.trace.residual import Finder, Site
 from jacdiag.trace.sums import Term
@@ -165,10 +166,14 @@ def _sum_of(graph: Graph, x: int, f: int) -> int | None:
 
 def nothing_found(sites: Sites) -> TraceError:
     """The error of a model without any sub-layer: what was looked for, and what may hide it."""
+    cut = [
+        f"\na detach at {found.line} cuts the {found.operand} of an addition in {found.module or 'the model'}"
+        for found in cut_additions(sites.graph, sites.finder)
+    ]
     return TraceError(
         "no residual sub-layer was found",
         got=f"{len(sites.graph.nodes)} recorded calls, none of them an addition of a value and a function of it with a "
-        "matrix product between" + "".join(f"\nhidden: {line}" for line in sites.hidden),
+        "matrix product between" + "".join(f"\nhidden: {line}" for line in sites.hidden) + "".join(cut[:3]),
         hint="jacdiag looks for y = a x + f(x) in the dataflow; `jacdiag sites SOURCE` shows what was recorded, and "
         "jacdiag.declare (or [tool.jacdiag.sites]) names what a fused operation hides",
     )

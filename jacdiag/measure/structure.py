@@ -1,0 +1,60 @@
+"""What the init contract says of tables, time steps, ties, adapters and factors on the shortcut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from torch import nn
+
+from jacdiag.measure.adapters import adapters_of
+from jacdiag.measure.rates import rates_of
+from jacdiag.measure.tables import tables_of
+from jacdiag.measure.ties import tie_of
+from jacdiag.report.contract import ContractRecord
+from jacdiag.report.schema import SublayerRecord
+from jacdiag.report.tables import ZeroShortcut
+from jacdiag.trace import Sites
+from jacdiag.trace.coverage import parameters_of
+
+
+def with_structure(
+    contract: ContractRecord, sites: Sites, model: nn.Module, records: Iterable[SublayerRecord]
+) -> ContractRecord:
+    """Return the contract with the records of tables, rates, adapters, the tie and zero shortcuts.
+
+    Args:
+        contract: of the weights.
+        sites: of one recorded forward.
+        model: asked for its config and accessors only.
+        records: figures of the sub-layers.
+    """
+    contract = replace(
+        contract,
+        tables=tables_of(sites),
+        rates=rates_of(sites),
+        zero_shortcuts=zero_shortcuts_of(sites, records),
+    )
+    # Weights that are read from a file are those of a checkpoint, not of an init.
+    if sites.skeleton.stored is not None:
+        return contract
+    return replace(
+        contract,
+        adapters=adapters_of(sites.skeleton.params),
+        tie=tie_of(model, sites.skeleton, contract.weights, contract.tied),
+    )
+
+
+def zero_shortcuts_of(sites: Sites, records: Iterable[SublayerRecord]) -> list[ZeroShortcut]:
+    """Return the sub-layers whose shortcut is multiplied by exactly zero, with the zero parameters on its way."""
+    gains = {record.index: record.shortcut_gain for record in records if record.branch_norm is not None}
+    found = []
+    for site, raw in zip(sites, sites.raw, strict=True):
+        if site.nested or gains.get(site.index) != 0 or not bool(site.shortcut.any()):
+            continue
+        terms = sites.graph.nodes[raw.carrier[0]].terms or ()
+        calls = sites.finder.cone(raw.shortcut, terms[raw.carrier[1]].values) if terms else ()
+        names = parameters_of(sites.graph, calls, sites.skeleton)
+        zero = [name for name in names if not bool(sites.skeleton.params[name].any())]
+        found.append(ZeroShortcut(site.name, zero))
+    return found
