@@ -25,6 +25,10 @@ _CONFIRMED = {
     "modernbert": {"JD208": _MODERNBERT},
     "modernbert-decoder": {"JD208": _MODERNBERT},
     "modernvbert": {"JD208": _MODERNBERT},  # its text model
+    "luke": {
+        "JD214": "config.tie_word_embeddings is true, and get_output_embeddings() returns a matrix of its own: "
+        "_tied_weights_keys of LukeForMaskedLM names the table of entities only"
+    },
 }
 
 
