@@ -29,7 +29,7 @@ _MOST_WAITING = 100  # alerts
 _MOST_LOST = 3  # alerts in a row that did not arrive: then the address is given up
 _REFUSED = (400, 401, 403, 404, 405, 410)  # to ask again will not help
 _LONGEST = 1500  # characters of an alert's sentence; Discord takes 2,000 in all, Slack 3,000 in a block
-_HINT = "such as https://hooks.slack.com/services/..., or slack+https://, discord+https://, json+https:// to name the form"
+_HINT = "such as https://hooks.slack.com/services/...; slack+https://, discord+https:// or json+https:// name the form"
 
 
 class Webhook:
@@ -60,7 +60,7 @@ class Webhook:
         self._address, self._form = address, form
         self.name = f"{form if form != 'json' else 'webhook'} at {host}"
         self.timeout, self.pauses = timeout, pauses
-        self.failed: Callable[[str], None] = lambda reason: None
+        self.failed: Callable[[str], None] = _ignore
         self._queue: queue.Queue[bytes | None] = queue.Queue(_MOST_WAITING)
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
@@ -143,8 +143,12 @@ class Webhook:
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """A redirect would send the alert, and the secret with it, to somebody else."""
 
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+    def redirect_request(self, *_args: Any, **_kwargs: Any) -> None:
         return None
+
+
+def _ignore(_reason: str) -> None:
+    return None
 
 
 def is_address(text: str) -> bool:

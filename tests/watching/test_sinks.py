@@ -81,9 +81,6 @@ def trackio_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     pytest.importorskip("trackio")
     folder = tmp_path / "trackio"
     monkeypatch.setenv("TRACKIO_DIR", str(folder))
-    import trackio.sqlite_storage
-    import trackio.utils
-
     for name in ("trackio.utils", "trackio.sqlite_storage", "trackio"):  # the folder is read at import
         module = importlib.import_module(name)
         if hasattr(module, "TRACKIO_DIR"):
