@@ -20,8 +20,11 @@ def is_of_report(row: Mapping[str, Any]) -> bool:
 def report_at_start(run: RunLog) -> list[dict[str, Any]]:
     """Return what the first probe's report says: lines with step, code, level, what and where; louder ones first.
 
-    The findings of the report itself are taken; a log without them has the alerts that were made of them.
+    The lines `finding` of the log are taken, else the findings of the report itself, else the alerts of an older log.
     """
+    lines = getattr(run, "findings", [])
+    if lines:
+        return sorted(lines, key=lambda row: (row.get("level") != "error", str(row.get("code"))))
     if not run.probes:
         return []
     first = run.probes[0]

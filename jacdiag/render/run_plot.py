@@ -287,7 +287,8 @@ def _smoothed(panel: Axes, values: Series, one: _Drawn, several: bool, *, dots: 
     short = one.window <= 1 or plain
     if dots:
         dotted = values.sampled()
-        panel.plot(dotted.x, dotted.y, ".", color=one.colour, alpha=_RAW, ms=3, mew=0)
+        size = 3 if dotted.x.size > 100 else 6
+        panel.plot(dotted.x, dotted.y, ".", color=one.colour, alpha=_RAW, ms=size, mew=0, clip_on=False)
         if not short:
             _line(panel, values.smoothed(max(one.window, 10)), one.colour, 1.6)
         return
@@ -439,6 +440,8 @@ def _step_axis(panel: Axes, first: float, last: float) -> None:
     ticks = [t for t in MaxNLocator(5, integer=True).tick_values(first, last) if first <= t <= last]
     near = 0.08 * (last - first)
     ticks = [t for t in ticks if last - t > near]
+    if not ticks or ticks[0] - first > near:
+        ticks.insert(0, first)
     panel.set_xticks([*ticks, last] if last > first else [first])
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
@@ -451,10 +454,11 @@ def _head(figure: Figure, drawn: Sequence[_Drawn], options: RunPlot) -> None:
     room = int(options.size[0] * 9)
     figure.suptitle(clipped(title, room), x=0.01, ha="left", fontsize="large")
     if len(drawn) > 1:
-        short = told_apart([printable(one.name) for one in drawn], 40)
+        short = told_apart([printable(one.name) for one in drawn], min(40, room // 2))
         handles = [Line2D([], [], color=one.colour, lw=2.5) for one in drawn]
         labels = [f"{name}: {one.run.steps[-1]['step']:,} steps" for name, one in zip(short, drawn, strict=True)]
-        figure.legend(handles, labels, loc="outside upper right", ncols=min(len(drawn), 4), frameon=False)
+        fitting = max((room - 10) // (max(map(len, labels)) + 6), 1)
+        figure.legend(handles, labels, loc="outside upper right", ncols=min(len(drawn), fitting, 4), frameon=False)
         return
     if drawn[0].window > 1:
         handle = Line2D([], [], color=INK, lw=2.0)
