@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="Draws runs, or a report, as PNG, SVG or PDF.")
-@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
+@click.argument("source", metavar="SOURCE...", nargs=-1, required=True)
 @click.option(
     "-o",
     "--output",
@@ -45,9 +45,14 @@ if TYPE_CHECKING:
     help="slide (16:9), page (upright), wide, or inches such as 12.8x7.2.",
 )
 def plot(
-    sources: tuple[str, ...], output: str | None, figures: str | None, first: int | None, last: int | None,
-    smooth: int | None, size: str,
-) -> None:  # fmt: skip
+    source: tuple[str, ...],
+    output: str | None,
+    figures: str | None,
+    first: int | None,
+    last: int | None,
+    smooth: int | None,
+    size: str,
+) -> None:
     """Draws the log of a run (run.jsonl, or its folder), or a JSON report of `jacdiag audit`.
 
     Several runs are drawn over each other, each in a colour of its own.
@@ -60,7 +65,7 @@ def plot(
     """
     from jacdiag.render.run_plot import RunPlot, parse_figures, parse_size
 
-    paths = [_log_in(source) for source in sources]
+    paths = [_log_in(given) for given in source]
     runs = [path for path in paths if path.suffix == ".jsonl"]
     if len(paths) > 1 and len(runs) < len(paths):
         raise UsageError("several sources are drawn over each other only if all are runs", hint="jacdiag plot A B")
@@ -68,8 +73,11 @@ def plot(
         raise UsageError("several runs need a name for their picture", hint="add -o FILE.png")
     options = RunPlot(
         figures=parse_figures(figures) if figures is not None else (),
-        size=parse_size(size), first=first, last=last, smooth=smooth,
-    )  # fmt: skip
+        size=parse_size(size),
+        first=first,
+        last=last,
+        smooth=smooth,
+    )
     target = output if output is not None else str(paths[0].with_suffix(".png"))
     plan_outputs({"-o": target}, inputs=[("what is drawn", str(path)) for path in paths])
     if runs:

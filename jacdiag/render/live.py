@@ -107,8 +107,10 @@ def _curves(run: RunLog, width: int) -> list[tuple[str, list[float]]]:
     shortcuts = _over_sublayers(run, "shortcut_std", largest=False)
     updates = [number(row["update"].get("ratio")) for row in run.steps if row.get("update")]
     for label, short, values in (
-        ("largest logit", "logit", logits), ("least shortcut", "shortcut", shortcuts), ("update/weight", "upd", updates)
-    ):  # fmt: skip
+        ("largest logit", "logit", logits),
+        ("least shortcut", "shortcut", shortcuts),
+        ("update/weight", "upd", updates),
+    ):
         finite = [value for value in values if math.isfinite(value)]
         if finite:
             last = three(finite[-1])

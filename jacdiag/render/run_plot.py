@@ -50,12 +50,18 @@ _FONT = 12.0  # points, of a picture as wide as a slide
 _STYLE = {"font.family": "DejaVu Sans", "svg.hashsalt": "jacdiag", "svg.fonttype": "path"}
 _ALERT = {"error": "#b3261e", "warning": "#c77700", "info": PALE}
 _RUNS = ("#17406d", "#d1701c", "#3a8a58", "#8a3a86", "#6b6b6b", "#b3a100", "#2a9db0", "#a33a3a")
+_RAW_OF_SEVERAL = 0.2
 _RAW = 0.35  # opacity of what was measured, under its mean
 _TITLES = {
-    "loss": "loss", "gradient": "gradient norm", "gain": "branch gain ‖J‖", "lr": "learning rate",
-    "update": "update / weight norm", "shortcut": "shortcut std", "logits": "largest attention logit",
+    "loss": "loss",
+    "gradient": "gradient norm",
+    "gain": "branch gain ‖J‖",
+    "lr": "learning rate",
+    "update": "update / weight norm",
+    "shortcut": "shortcut std",
+    "logits": "largest attention logit",
     "clip": "clipped steps, %",
-}  # fmt: skip
+}
 _LOG_SCALE = ("gradient", "update", "shortcut", "logits", "gain")
 
 
@@ -126,9 +132,7 @@ def parse_figures(text: str) -> tuple[str, ...]:
     return names
 
 
-def save_run(
-    run: RunLog | Mapping[str, RunLog], path: str | os.PathLike[str], options: RunPlot = RunPlot()
-) -> None:
+def save_run(run: RunLog | Mapping[str, RunLog], path: str | os.PathLike[str], options: RunPlot = RunPlot()) -> None:
     """Draw a run, or several by name, and write the picture; the suffix (.png, .svg, .pdf) chooses the format.
 
     Args:
@@ -165,8 +169,11 @@ def draw_run(run: RunLog | Mapping[str, RunLog], options: RunPlot = RunPlot()) -
     drawn = [_prepared(name, log, options, first, last, k) for k, (name, log) in enumerate(runs.items())]
     names = [name for name in options.figures or FIGURES if any(name in one.panels for one in drawn)]
     if not names:
-        raise UsageError("there is nothing to draw", got=f"no {', '.join(options.figures)} in the log",
-                         hint="jacdiag plot RUN without --figures draws what there is")  # fmt: skip
+        raise UsageError(
+            "there is nothing to draw",
+            got=f"no {', '.join(options.figures)} in the log",
+            hint="jacdiag plot RUN without --figures draws what there is",
+        )
 
     # 2. The panels: one column, or two if there are many.
     wide = options.size[0] >= options.size[1]
@@ -258,7 +265,8 @@ def _panel(figure: Figure, panel: Axes, name: str, drawn: Sequence[_Drawn], firs
         if isinstance(values, Band):
             largest = name != "shortcut"
             _band(panel, values, one, several, largest=largest)
-            note = f"{'largest' if largest else 'smallest'}{'' if several else ', median and range'} over sub-layers"
+            end = "largest" if largest else "smallest"
+            note = f"{end} over sub-layers" if several else f"{end}, median and range over sub-layers"
         elif values is not None and name == "clip":
             _line(panel, values.smoothed(max(one.window, 20)), one.colour, 1.6)
         elif values is not None:
@@ -292,9 +300,12 @@ def _smoothed(panel: Axes, values: Series, one: _Drawn, several: bool, *, dots: 
         if not short:
             _line(panel, values.smoothed(max(one.window, 10)), one.colour, 1.6)
         return
-    _line(panel, values, one.colour, 1.4 if short else 0.7, alpha=1.0 if short else _RAW * (0.6 if several else 1.0))
-    if not short:
-        _line(panel, values.smoothed(one.window), one.colour, 1.8)
+    if short:
+        _line(panel, values, one.colour, 1.4)
+        return
+    pale = _RAW_OF_SEVERAL if several else _RAW
+    _line(panel, values, one.colour, 0.7, alpha=pale)
+    _line(panel, values.smoothed(one.window), one.colour, 1.8)
 
 
 def _second_gradient(panel: Axes, one: _Drawn, first: float, last: float) -> bool:
@@ -391,7 +402,10 @@ def _heat(figure: Figure, panel: Axes, heat: Heat, first: float, last: float) ->
 def _edges(steps: list[float], first: float, last: float) -> list[float]:
     """Each probe's column reaches half-way to its neighbours; the axis cuts the outer ones."""
     middles = [(a + b) / 2 for a, b in itertools.pairwise(steps)]
-    half = max((steps[-1] - steps[-2]) / 2 if len(steps) > 1 else (last - first) / 40, 0.5)
+    half = (last - first) / 40
+    if len(steps) > 1:
+        half = (steps[-1] - steps[-2]) / 2
+    half = max(half, 0.5)
     return [steps[0] - half, *middles, steps[-1] + half]
 
 
@@ -402,11 +416,11 @@ def _mark(panel: Axes, drawn: Sequence[_Drawn], first: float, last: float, *, la
     span = (last - first) or 1.0
     taken: list[tuple[float, str]] = []
     for one in drawn:
-        for step in one.run.resumes:
-            if first <= step <= last:
-                panel.axvline(step, color=PALE, lw=0.9, ls=":")
+        for resumed in one.run.resumes:
+            if first <= resumed <= last:
+                panel.axvline(resumed, color=PALE, lw=0.9, ls=":")
                 if labelled:
-                    _at_head(panel, taken, float(step), "resumed", PALE, last, span)
+                    _at_head(panel, taken, float(resumed), "resumed", PALE, last, span)
         for row in alerts_of_run(one.run):
             step, level = float(row["step"]), str(row.get("level"))
             if not first <= step <= last:
@@ -427,10 +441,18 @@ def _at_head(
     taken.append((step, text))
     at_right = step > last - 0.15 * span
     panel.annotate(
-        text, (step, 0.97), xycoords=panel.get_xaxis_transform(), xytext=(-3 if at_right else 3, -13 * len(near)),
-        textcoords="offset points", ha="right" if at_right else "left", va="top", fontsize="small", color=colour,
-        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.8}, zorder=5,
-    )  # fmt: skip
+        text,
+        (step, 0.97),
+        xycoords=panel.get_xaxis_transform(),
+        xytext=(-3 if at_right else 3, -13 * len(near)),
+        textcoords="offset points",
+        ha="right" if at_right else "left",
+        va="top",
+        fontsize="small",
+        color=colour,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.8},
+        zorder=5,
+    )
 
 
 def _step_axis(panel: Axes, first: float, last: float) -> None:
@@ -462,8 +484,13 @@ def _head(figure: Figure, drawn: Sequence[_Drawn], options: RunPlot) -> None:
         return
     if drawn[0].window > 1:
         handle = Line2D([], [], color=INK, lw=2.0)
-        figure.legend([handle], [f"mean of the last {drawn[0].window:,} steps"], loc="outside lower right",
-                      frameon=False, fontsize="small")  # fmt: skip
+        figure.legend(
+            [handle],
+            [f"mean of the last {drawn[0].window:,} steps"],
+            loc="outside lower right",
+            frameon=False,
+            fontsize="small",
+        )
 
 
 def _title(run: RunLog) -> str:

@@ -40,7 +40,23 @@ class AlertMoment:
     @property
     def run(self) -> str:
         """The name of the run: that of its folder, empty without one."""
-        return "" if self.log_dir is None else self.log_dir.resolve().name
+        if self.log_dir is None:
+            return ""
+        return self.log_dir.resolve().name
+
+    @property
+    def model_name(self) -> str:
+        """The class of the model, empty if it is not known."""
+        if self.model is None:
+            return ""
+        return type(self.model).__name__
+
+    @property
+    def flight_name(self) -> str:
+        """The name of the flight's folder, empty if there is none."""
+        if self.flight is None:
+            return ""
+        return self.flight.name
 
 
 def call_handler(handler: Callable[..., Any], alert: Alert, moment: AlertMoment) -> None:

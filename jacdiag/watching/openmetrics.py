@@ -44,7 +44,9 @@ class OpenMetrics:
 
     def __init__(self, path: str | Path, run: str = "", every: float = _EVERY) -> None:
         path = Path(path)
-        self.path = path / METRICS_FILE if path.is_dir() else path
+        if path.is_dir():
+            path = path / METRICS_FILE
+        self.path = path
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -102,7 +104,9 @@ class OpenMetrics:
         # 2. Its figures: jacdiag/NAME, or jacdiag/NAME/SUB-LAYER.
         for key, value in sorted(self.values.items()):
             name, _, where = key.removeprefix("jacdiag/").partition("/")
-            labels = {"sublayer": where} if where else {}
+            labels = {}
+            if where:
+                labels["sublayer"] = where
             add(_metric_name(name), value, _HELP.get(name, name), **labels)
 
         lines: list[str] = []
@@ -127,6 +131,8 @@ def _escaped(text: str) -> str:
 def _number(value: float) -> str:
     if math.isnan(value):
         return "NaN"
-    if math.isinf(value):
-        return "+Inf" if value > 0 else "-Inf"
+    if value == math.inf:
+        return "+Inf"
+    if value == -math.inf:
+        return "-Inf"
     return repr(float(value))

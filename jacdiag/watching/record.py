@@ -169,7 +169,9 @@ class Record:
                     call_handler(self.on_alert, alert, moment)
 
     def _moment(self, alert: Alert, flight: Path | None) -> AlertMoment:
-        tiers = self.tiers() if self.tiers is not None else None
+        tiers = None
+        if self.tiers is not None:
+            tiers = self.tiers()
         return AlertMoment(
             step=max(self.last_step, alert.step),
             alerts=tuple(self.alerts),

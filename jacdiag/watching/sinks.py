@@ -134,7 +134,10 @@ class MLflow:
             return
         # A run of its own is not made active: a start_run of the loop would be refused.
         experiment = self.client.get_experiment_by_name("jacdiag")
-        number = experiment.experiment_id if experiment is not None else self.client.create_experiment("jacdiag")
+        if experiment is None:
+            number = self.client.create_experiment("jacdiag")
+        else:
+            number = experiment.experiment_id
         self.run_id = self.client.create_run(number, run_name=_run_name(folder)).info.run_id
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
@@ -231,7 +234,7 @@ def open_alert_sinks(
     names: set[str] = set()
     for given in wanted:
         sink = _alert_sink(given)
-        base = sink.name if isinstance(sink, Webhook) else type(sink).__name__
+        base = getattr(sink, "name", type(sink).__name__)
         name, number = base, 1
         while name in names:
             number += 1
@@ -251,8 +254,7 @@ def _alert_sink(given: str | AlertSink) -> AlertSink:
         return Webhook(given)
     if callable(getattr(given, "alert", None)):
         return given
-    raise UsageError("alerts_to takes addresses and objects with alert(alert, moment)",
-                     got=f"a {type(given).__name__}")  # fmt: skip
+    raise UsageError("alerts_to takes addresses and objects with alert(alert, moment)", got=f"a {type(given).__name__}")
 
 
 def _with_name(failed: Callable[[str, str], None], name: str) -> Callable[[str], None]:

@@ -29,6 +29,7 @@ _MOST_WAITING = 100  # alerts
 _MOST_LOST = 3  # alerts in a row that did not arrive: then the address is given up
 _REFUSED = (400, 401, 403, 404, 405, 410)  # to ask again will not help
 _LONGEST = 1500  # characters of an alert's sentence; Discord takes 2,000 in all, Slack 3,000 in a block
+_CALLED = {"slack": "slack", "discord": "discord", "json": "webhook"}
 _HINT = "such as https://hooks.slack.com/services/...; slack+https://, discord+https:// or json+https:// name the form"
 
 
@@ -58,7 +59,7 @@ class Webhook:
     def __init__(self, url: str, *, timeout: float = _TIMEOUT, pauses: tuple[float, ...] = _PAUSES) -> None:
         form, address, host = _parsed(url)
         self._address, self._form = address, form
-        self.name = f"{form if form != 'json' else 'webhook'} at {host}"
+        self.name = f"{_CALLED[form]} at {host}"
         self.timeout, self.pauses = timeout, pauses
         self.failed: Callable[[str], None] = _ignore
         self._queue: queue.Queue[bytes | None] = queue.Queue(_MOST_WAITING)
@@ -176,8 +177,10 @@ def _parsed(url: str) -> tuple[str, str, str]:
     if not address.isascii() or not address.isprintable() or " " in address:
         raise UsageError(f"the address of the webhook at {host} holds a character that no address may", hint=_HINT)
     if parts.username is not None or parts.password is not None:
-        raise UsageError(f"the address of the webhook at {host} holds a user name or a password",
-                         hint="use an address with its secret in the path or in the query")  # fmt: skip
+        raise UsageError(
+            f"the address of the webhook at {host} holds a user name or a password",
+            hint="use an address with its secret in the path or in the query",
+        )
     if named:
         return form, address, host
     if host == "hooks.slack.com":
@@ -206,8 +209,9 @@ def _without_address(error: Exception) -> str:
     reason = getattr(error, "reason", error)
     if isinstance(reason, TimeoutError):
         return "no answer in time"
-    message = reason.strerror if isinstance(reason, OSError) else None
-    return message or type(reason if isinstance(reason, Exception) else error).__name__
+    if isinstance(reason, OSError) and reason.strerror:
+        return reason.strerror
+    return type(error).__name__
 
 
 # -- the forms of the message ------------------------------------------------------------------------------------------
@@ -220,24 +224,27 @@ def lines_of(alert: Alert, moment: AlertMoment) -> list[str]:
     """Return what a message says below its head: the sentence, the sub-layers, the flight, the next command."""
     lines = [clipped(printable(alert.what), _LONGEST)]
     if alert.where:
-        more = f" and {len(alert.where) - 1} more" if len(alert.where) > 1 else ""
-        lines.append(f"where: {clipped(printable(alert.where[0]), 200)}{more}")
-    if moment.flight is not None:
-        lines.append(f"flight recorder: {clipped(printable(moment.flight.name), 100)} in the folder of the run")
+        line = f"where: {clipped(printable(alert.where[0]), 200)}"
+        if len(alert.where) > 1:
+            line += f" and {len(alert.where) - 1} more"
+        lines.append(line)
+    if moment.flight_name:
+        lines.append(f"flight recorder: {clipped(printable(moment.flight_name), 100)} in the folder of the run")
     lines.append(f"next: jacdiag explain {alert.code}")
     return lines
 
 
 def _about(moment: AlertMoment) -> str:
-    """Return the run and the model, as far as they have names."""
-    model = "" if moment.model is None else type(moment.model).__name__
-    return clipped(printable(", ".join(name for name in (moment.run, model) if name)), 100)
+    """Return the run and the model in brackets, as far as they have names."""
+    names = ", ".join(name for name in (moment.run, moment.model_name) if name)
+    if not names:
+        return ""
+    return f" ({clipped(printable(names), 100)})"
 
 
 def _slack(alert: Alert, moment: AlertMoment) -> dict[str, Any]:
-    sign = ":red_circle:" if alert.level == "error" else ":warning:"
-    about = _about(moment)
-    head = f"{sign} *{title_of(alert)}*" + (f" ({_slack_escaped(about)})" if about else "")
+    sign = {"error": ":red_circle:"}.get(alert.level, ":warning:")
+    head = f"{sign} *{title_of(alert)}*{_slack_escaped(_about(moment))}"
     return {"text": "\n".join([head, *(_slack_escaped(line) for line in lines_of(alert, moment))])}
 
 
@@ -247,25 +254,23 @@ def _slack_escaped(text: str) -> str:
 
 
 def _discord(alert: Alert, moment: AlertMoment) -> dict[str, Any]:
-    about = _about(moment)
-    head = f"**{title_of(alert)}**" + (f" ({about})" if about else "")
+    head = f"**{title_of(alert)}**{_about(moment)}"
     text = clipped("\n".join([head, *lines_of(alert, moment)]), 2000)
     return {"content": text, "allowed_mentions": {"parse": []}}
 
 
 def _generic(alert: Alert, moment: AlertMoment) -> dict[str, Any]:
-    flight = None if moment.flight is None else moment.flight.name
     data = {
         "schema_version": 1,
         "source": "jacdiag",
         "version": jacdiag.__version__,
         "run": moment.run or None,
-        "model": None if moment.model is None else type(moment.model).__name__,
+        "model": moment.model_name or None,
         "title": title_of(alert),
         "text": "\n".join(lines_of(alert, moment)),
         "alert": alert.to_dict(),
         "step": moment.step,
-        "flight": flight,
+        "flight": moment.flight_name or None,
     }
     plain_data: dict[str, Any] = plain(data)
     return plain_data
