@@ -355,7 +355,7 @@ def _notes(run: RunLog, width: int) -> list[tuple[str, str]]:
     """Parts that are switched off, with the reason; rules that wait; the newest notes."""
     lines: list[tuple[str, str]] = []
     for row in run.faults:
-        lines.append((f"× {printable(str(row.get('part')))} is off", "yellow"))
+        lines += [(line, "yellow") for line in _wrapped(f"× {printable(str(row.get('part')))} is off", width)]
         reason = f"{row.get('error', '')}; {row.get('off', '')}"
         lines += [(line, "") for line in _wrapped(printable(reason), width)]
     waits: Mapping[str, str] = getattr(run, "waits", {})

@@ -350,7 +350,7 @@ def _positive(drawn: Sequence[_Drawn], name: str) -> bool:
 
 def _log_ticks(axis: Axis, limits: tuple[float, float]) -> None:
     """Write a few ticks as plain numbers: the default labels of a short log axis cover each other."""
-    from matplotlib.ticker import FixedLocator, NullLocator
+    from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
     low, high = limits
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -359,6 +359,8 @@ def _log_ticks(axis: Axis, limits: tuple[float, float]) -> None:
         inside = [tick for tick in ticks if low <= tick <= high]
         if len(inside) >= 3:
             break
+    if len(inside) < 3:  # a range so short that its log scale is nearly a linear one
+        inside = [tick for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
     axis.set_major_locator(FixedLocator(inside[:: -(-len(inside) // 5)] if inside else [low, high]))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(lambda value, _: f"{value:.3g}")

@@ -124,6 +124,20 @@ def test_no_text_leaves_the_picture(size: str, kind: str) -> None:
     assert whole.x1 <= inches[0] + 0.02 and whole.y1 <= inches[1] + 0.02
 
 
+@pytest.mark.parametrize("high", [1.04, 1.3, 2.5, 9.0, 300.0, 1e7])
+def test_a_log_axis_has_ticks_that_can_be_read_whatever_its_range(high: float) -> None:
+    run = run_log(50)
+    for k, row in enumerate(run.steps):
+        row["grad_norm"] = high if k == 30 else 1.0
+    panel = panel_of(draw_run(run, RunPlot(smooth=1)), "gradient norm")
+    bottom, top = panel.get_ylim()
+    ticks = panel.get_yticks()
+    assert panel.get_yscale() == "log" and 2 <= len(ticks) <= 8
+    assert all(bottom <= tick <= top for tick in ticks)
+    labels = [panel.yaxis.get_major_formatter()(tick) for tick in ticks]
+    assert len(set(labels)) == len(labels)
+
+
 # -- alerts ------------------------------------------------------------------------------------------------------------
 def test_alerts_carry_their_code_and_the_report_at_the_start_is_no_alert() -> None:
     figure = draw_run(run_log(400, spike=300, findings=FINDINGS, resume=50))
