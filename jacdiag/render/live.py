@@ -184,7 +184,7 @@ def chart(values: Sequence[float], width: int, rows: int) -> list[str]:
     """Return a series as bars of several lines, from the top; each bar is the mean of its share of the values.
 
     >>> chart([1.0, 2.0, 3.0], 3, 2)
-    ['  █', '▁██']
+    [' ▁█', '▁██']
     """
     empty = [""] * rows
     if not values or width < 1:
