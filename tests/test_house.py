@@ -79,8 +79,8 @@ COMMANDS = {
         "--all", "--json", "--markdown", "--plot", "--hold-out", "--worse", "--write-risk", "--pack", "--rejudge",
         "--risk",
     },
-    "live": {"--once", "--refresh"},
-    "plot": {"-o", "--output"},
+    "live": {"--once", "--refresh", "--lines"},
+    "plot": {"-o", "--output", "--figures", "--from", "--to", "--smooth", "--size"},
 }  # fmt: skip
 DEFAULTS = {
     "batch": 2, "seq": None, "seed": 0, "device": None, "dtype": "float32", "tol": 0.05, "confidence": 0.999,

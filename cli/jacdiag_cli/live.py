@@ -16,14 +16,16 @@ if TYPE_CHECKING:
     from jacdiag.report.runlog import RunLog
 
 _FRAME = 24  # lines of a frame that goes to a pipe
+_LEAST_PAUSE = 10  # times what the last frame took
 
 
 @click.command(short_help="Follows a run on a screen: loss, gradient norm, gains, alerts.")
 @click.argument("run")
 @click.option("--once", is_flag=True, help="Print one frame and leave; so it is where stdout is no terminal.")
 @click.option("--refresh", type=click.FloatRange(0.1, 60), default=1.0, show_default=True, help="Seconds per frame.")
+@click.option("--lines", type=click.IntRange(12, 500), help="Height of a frame; that of the terminal if not given.")
 @click.pass_obj
-def live(invocation: Invocation, run: str, once: bool, refresh: float) -> int:
+def live(invocation: Invocation, run: str, once: bool, refresh: float, lines: int | None) -> int:
     """Follows the log of a run that `jacdiag.watch` writes. RUN is a run.jsonl, or the folder that holds one.
 
     Only reads: the run goes on whether anybody looks or not. Works over ssh, in 80 x 24.
@@ -41,21 +43,30 @@ def live(invocation: Invocation, run: str, once: bool, refresh: float) -> int:
     terminal = console()
     if once or not sys.stdout.isatty():
         with terminal.capture() as held:
-            terminal.print(screen(follower.run, str(path), terminal.width, _FRAME), height=_FRAME)
+            height = lines if lines is not None else _FRAME
+            terminal.print(screen(follower.run, str(path), terminal.width, height), height=height)
         emit(held.get())
         return 0
     from rich.live import Live
 
+    from jacdiag.render.gain_cells import GainCells
+
+    cells = GainCells()
+
     def frame() -> Any:
-        return screen(follower.run, str(path), terminal.width, terminal.height)
+        width, height = terminal.width, lines if lines is not None else terminal.height
+        return screen(follower.run, str(path), width, height, cells=cells, idle=follower.idle())
 
     try:
         with Live(frame(), console=terminal, screen=True, auto_refresh=False) as view:
+            spent = 0.0
             while True:
-                time.sleep(refresh)
+                time.sleep(max(refresh, _LEAST_PAUSE * spent))  # a long log must not take a core from the training
                 invocation.heed()
+                begun = time.monotonic()
                 follower.read()
                 view.update(frame(), refresh=True)
+                spent = time.monotonic() - begun
     except KeyboardInterrupt:  # how the screen says that one leaves: the code of Ctrl-C, and no error
         return interrupted()
 
@@ -67,11 +78,11 @@ class Follower:
         from jacdiag.report.runlog import read_run
 
         self.path, self.offset = path, 0
-        self.run: RunLog = type(read_run(path))()
+        self.run: RunLog = type(read_run(path, light=True))()
 
     def read(self) -> None:
         """Raises SourceError where the log has gone."""
-        from jacdiag.report.runlog import WHERE_LOGS_ARE, parsed
+        from jacdiag.report.runlog import WHERE_LOGS_ARE, lightened, parsed
 
         try:
             with self.path.open("rb") as file:
@@ -84,4 +95,11 @@ class Follower:
         whole = data[: data.rfind(b"\n") + 1]
         self.offset += len(whole)
         for row in parsed(whole.splitlines(keepends=True)):
-            self.run.add(row)
+            self.run.add(lightened(row, self.run))
+
+    def idle(self) -> float | None:
+        """Seconds since the log was last written to; None if that cannot be known."""
+        try:
+            return max(time.time() - self.path.stat().st_mtime, 0.0)
+        except OSError:
+            return None

@@ -1,52 +1,137 @@
-"""`jacdiag plot RUN.jsonl|REPORT.json`: the picture of a run or of a report."""
+"""`jacdiag plot RUN...|REPORT.json`: the picture of a run, of several runs, or of a report."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from jacdiag.errors import SourceError
+from jacdiag.errors import SourceError, UsageError
 from jacdiag_cli.outputs import plan_outputs, say_written
 
+if TYPE_CHECKING:
+    from jacdiag.render.run_plot import RunPlot
 
-@click.command(short_help="Draws a run, or a report, as PNG, SVG or PDF.")
-@click.argument("source")
+
+@click.command(short_help="Draws runs, or a report, as PNG, SVG or PDF.")
+@click.argument("source", metavar="SOURCE...", nargs=-1, required=True)
 @click.option(
     "-o",
     "--output",
     metavar="FILE",
     help="Where to: .png, .svg, .pdf; - is stdout, as PNG; next to SOURCE if not given.",
 )
-def plot(source: str, output: str | None) -> None:
+@click.option(
+    "--figures",
+    metavar="NAMES",
+    help="Panels of a run, with commas: loss, gradient, gain, lr, update, shortcut, logits, clip. "
+    "All that the log has data for if not given.",
+)
+@click.option("--from", "first", type=click.IntRange(0), metavar="STEP", help="First step to draw.")
+@click.option("--to", "last", type=click.IntRange(0), metavar="STEP", help="Last step to draw.")
+@click.option(
+    "--smooth",
+    type=click.IntRange(1),
+    metavar="STEPS",
+    help="Steps that the bold line is the mean of; 1 for none. A fiftieth of the steps if not given.",
+)
+@click.option(
+    "--size",
+    metavar="SIZE",
+    default="slide",
+    show_default=True,
+    help="slide (16:9), page (upright), wide, or inches such as 12.8x7.2.",
+)
+def plot(
+    source: tuple[str, ...],
+    output: str | None,
+    figures: str | None,
+    first: int | None,
+    last: int | None,
+    smooth: int | None,
+    size: str,
+) -> None:
     """Draws the log of a run (run.jsonl, or its folder), or a JSON report of `jacdiag audit`.
+
+    Several runs are drawn over each other, each in a colour of its own.
 
     \b
     Examples:
       jacdiag plot runs/a -o run.svg
+      jacdiag plot runs/a runs/b --figures loss,gradient --from 1000 -o both.png
       jacdiag plot report.json
     """
+    from jacdiag.render.run_plot import RunPlot, parse_figures, parse_size
+
+    paths = [_log_in(given) for given in source]
+    runs = [path for path in paths if path.suffix == ".jsonl"]
+    if len(paths) > 1 and len(runs) < len(paths):
+        raise UsageError("several sources are drawn over each other only if all are runs", hint="jacdiag plot A B")
+    if len(paths) > 1 and output is None:
+        raise UsageError("several runs need a name for their picture", hint="add -o FILE.png")
+    options = RunPlot(
+        figures=parse_figures(figures) if figures is not None else (),
+        size=parse_size(size),
+        first=first,
+        last=last,
+        smooth=smooth,
+    )
+    target = output if output is not None else str(paths[0].with_suffix(".png"))
+    plan_outputs({"-o": target}, inputs=[("what is drawn", str(path)) for path in paths])
+    if runs:
+        _draw_runs(runs, target, options)
+    else:
+        if options != RunPlot():
+            hint = "leave them out; they choose what is drawn of a run"
+            raise UsageError("--figures, --from, --to, --smooth and --size are for runs", got="a report", hint=hint)
+        _draw_report(paths[0], target)
+    say_written(target)
+
+
+def _log_in(source: str) -> Path:
     from jacdiag.report.runlog import RUN_FILE
 
-    path = Path(source) / RUN_FILE if Path(source).is_dir() else Path(source)
-    target = output if output is not None else str(path.with_suffix(".png"))
-    plan_outputs({"-o": target}, inputs=[("what is drawn", str(path))])
-    if path.suffix == ".jsonl":
-        from jacdiag.render.run_plot import save_run
-        from jacdiag.report.runlog import read_run
+    return Path(source) / RUN_FILE if Path(source).is_dir() else Path(source)
 
-        save_run(read_run(path), target)
-    else:
-        from jacdiag.render.plot import save
-        from jacdiag.report import Report
 
-        hint = "a report from --json, or a run.jsonl"
-        try:
-            report = Report.from_json(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise SourceError(f"cannot read '{path}'", got=error.strerror, hint=hint) from error
-        except (ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise SourceError(f"'{path}' is no report of jacdiag", got=str(error)[:200], hint=hint) from error
-        save(report, target)
-    say_written(target)
+def _draw_runs(paths: list[Path], target: str, options: RunPlot) -> None:
+    from jacdiag.render.run_plot import save_run
+    from jacdiag.report.runlog import read_run
+
+    if len(paths) == 1:
+        save_run(read_run(paths[0], light=True), target, options)
+        return
+    save_run({_run_name(path, paths): read_run(path, light=True) for path in paths}, target, options)
+
+
+def _run_name(path: Path, others: list[Path]) -> str:
+    """Return as many of the last parts of a path as tell it from the others; run.jsonl is no part."""
+    parts = _parts(path)
+    rest = [_parts(other) for other in others if other != path]
+    count = 1
+    while count < len(parts) and any(other[-count:] == parts[-count:] for other in rest):
+        count += 1
+    return "/".join(parts[-count:])
+
+
+def _parts(path: Path) -> tuple[str, ...]:
+    from jacdiag.report.runlog import RUN_FILE
+
+    whole = path.resolve()
+    return (whole.parent if whole.name == RUN_FILE else whole).parts
+
+
+def _draw_report(path: Path, target: str) -> None:
+    from jacdiag.render.plot import save
+    from jacdiag.report import Report
+
+    hint = "a report from --json, or a run.jsonl"
+    try:
+        report = Report.from_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SourceError(f"cannot read '{path}'", got=error.strerror, hint=hint) from error
+    except (ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise SourceError(f"'{path}' is no report of jacdiag", got=str(error)[:200], hint=hint) from error
+    save(report, target)

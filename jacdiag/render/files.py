@@ -82,7 +82,7 @@ def write_output(path: OutputPath, data: bytes) -> None:
         elif output.streamed:
             _write_stream(output.target, data)
         else:
-            _replace(output.target, data)
+            replace_file(output.target, data)
     except BrokenPipeError:
         return
     except OSError as error:
@@ -224,7 +224,16 @@ def _refused_write(path: OutputPath, error: OSError) -> UsageError:
     return UsageError(f"cannot write the result to '{os.fspath(path)}'", got=error.strerror or str(error), hint=hint)
 
 
-def _replace(target: Path, data: bytes) -> None:
+def replace_file(target: Path, data: bytes) -> None:
+    """Write a regular file under a temporary name next to it, then rename it: a reader sees the old one or the new one.
+
+    Args:
+        target: the file; links are not followed.
+        data: its whole content.
+
+    Raises:
+        OSError: it cannot be written; the old file is still there.
+    """
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=".jacdiag.", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:

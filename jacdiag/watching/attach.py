@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 
 from jacdiag.errors import UsageError
-from jacdiag.report.runlog import Alert
 from jacdiag.report.thresholds import load_thresholds
 from jacdiag.sources.given import path_text
 from jacdiag.sources.wrapped import unwrap
@@ -19,7 +18,7 @@ from jacdiag.watching.histograms import Histograms
 from jacdiag.watching.hook import Watch
 from jacdiag.watching.optimisers import check_belongs, check_supported, names_of, optimizer_tree
 from jacdiag.watching.record import Record
-from jacdiag.watching.sinks import Sink
+from jacdiag.watching.sinks import AlertSink, Sink
 from jacdiag.watching.step_hooks import check_attachable
 from jacdiag.watching.tiers import Tiers
 from jacdiag.watching.together import Together, is_sharded
@@ -35,7 +34,7 @@ def watch(
     every: int | str | None = 200,
     stats_every: int | str | None = 100,
     log_every: int = 10,
-    on_alert: str | Callable[[Alert], Any] = "log",
+    on_alert: str | Callable[..., Any] = "log",
     strict: bool = False,
     probe: Any = None,
     resume: bool = False,
@@ -44,6 +43,7 @@ def watch(
     keep_batches: int = 0,
     sinks: Iterable[str | Sink] = (),
     histograms_every: int | None = None,
+    alerts_to: str | AlertSink | Iterable[str | AlertSink] = (),
     thresholds: Mapping[str, Any] | None = None,
     risk: str | Path | None = None,
     timeout: float = 60.0,
@@ -59,7 +59,8 @@ def watch(
         every: cadence of the Jacobian probe: steps, a share of the training time such as "1%", or None.
         stats_every: cadence of shortcut and branch sizes, activations and attention logits: as `every`.
         log_every: steps between two looks at the device and two writes.
-        on_alert: "log", "raise" (AlertRaised from `step`), or a function of the alert.
+        on_alert: "log", "raise" (AlertRaised from `step`), or a function. It is called with the alert; one that takes
+            two arguments also gets an `AlertMoment`: step, findings, model, optimizers and the folder of the flight.
         strict: raise a fault of the watch itself; else the part that failed is switched off, said once.
         probe: what the probe runs on: token ids (B, T), a tuple of arguments or a dict of keyword arguments. The first
             sequences of the stream if not given.
@@ -69,7 +70,10 @@ def watch(
         keep_batches: how many whole batches it keeps, with the random states, on the device they are on; they are
             written once something happens. Live rules look every `log_every` steps, so that many (times the
             micro-batches of a step) reach back to the batch of whatever step they speak of. 0 for none.
-        sinks: "tensorboard", "wandb", or objects with write(step, figures) and close().
+        sinks: "tensorboard", "wandb", "trackio", "mlflow", "openmetrics" (a text file for Prometheus, `jacdiag.prom`
+            in `log_dir`), "openmetrics:FILE", or objects with write(step, figures) and close(). They get alerts too.
+        alerts_to: addresses that alerts are sent to, such as a Slack webhook, or objects with alert(alert, moment).
+            The training does not wait for them, and messages name no more of an address than its host.
         histograms_every: steps between two histograms of the weights and of the gradients that the optimizer gets, one
             of each per sub-layer, for the sinks "tensorboard" and "wandb"; None for none. Each looks at the device.
         thresholds: the user's own, see thresholds.toml.
@@ -123,9 +127,10 @@ def watch(
     record = Record(
         folder if together.lead else None, resume=resume, on_alert=on_alert, strict=strict, thresholds=limits,
         sinks=sinks if together.lead else (), recorder=recorder, quiet=quiet or not together.lead,
-        speaks=together.lead,
+        speaks=together.lead, alerts_to=alerts_to if together.lead else (),
     )  # fmt: skip
     tiers = Tiers(model, optimisers, names, together, record, probe=probe, thresholds=limits, cadences=cadences)
+    record.tiers = weakref.ref(tiers)
     if left and len(left) < len(names):
         record.note(f"{len(left)} parameters are in no optimizer, such as '{left[0]}'")
     if recorder and 0 < keep_batches < log_every:

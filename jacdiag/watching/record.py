@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -21,9 +22,10 @@ from jacdiag.watching.cadence import Clock
 from jacdiag.watching.guards import AlertRaised, Guards, logger, say
 from jacdiag.watching.histograms import Histogram
 from jacdiag.watching.log import RunFile
+from jacdiag.watching.moment import AlertMoment, call_handler
 from jacdiag.watching.noise_scale import MicroBatchNorms, NoiseScale
 from jacdiag.watching.recorder import Recorder
-from jacdiag.watching.sinks import Sink, open_sinks, slashed
+from jacdiag.watching.sinks import AlertSink, Sink, open_alert_sinks, open_sinks, slashed
 
 
 class Record:
@@ -32,6 +34,7 @@ class Record:
     Args:
         folder: of the run; None on ranks that do not write.
         on_alert: "log", "raise" or a function.
+        alerts_to: addresses of webhooks and objects with alert(alert, moment).
         recorder: steps that the flight recorder keeps.
         speaks: warn about how the watch is used; one rank does.
 
@@ -41,8 +44,9 @@ class Record:
     """
 
     def __init__(
-        self, folder: Path | None, *, resume: bool, on_alert: str | Callable[[Alert], Any], strict: bool,
+        self, folder: Path | None, *, resume: bool, on_alert: str | Callable[..., Any], strict: bool,
         thresholds: Thresholds, sinks: Iterable[str | Sink], recorder: int, quiet: bool, speaks: bool = True,
+        alerts_to: str | AlertSink | Iterable[str | AlertSink] = (),
     ) -> None:  # fmt: skip
         self.on_alert, self.quiet, self.speaks = on_alert, quiet, speaks
         self.guards = Guards(strict, self._fault)
@@ -50,7 +54,10 @@ class Record:
         self.alerts: list[Alert] = []
         self.header: dict[str, Any] = {}
         self.file = RunFile(folder, resume=resume, failed=self._log_failed) if folder is not None else None
+        self.alert_sinks = open_alert_sinks(alerts_to, self._webhook_failed)
         self.sinks = open_sinks(sinks, folder or Path())
+        self.folder, self.last_step = folder, 0
+        self.tiers: weakref.ref[Any] | None = None  # who holds the model, the optimizers and the last report
         self.recorder = Recorder(folder, recorder) if folder is not None and recorder else None
         self.batches: Batches | None = None
         self.prints: list[list[torch.Tensor]] = []
@@ -104,6 +111,7 @@ class Record:
         alerts: list[Alert] = []
         for row in rows:
             self._count(row)
+            self.last_step = row["step"]
             with self.guards.part("detectors", "the live rules are silent from now on"):
                 if self.guards.on("detectors"):
                     verdict = self.live.step(StepFigures.of(row))
@@ -168,14 +176,47 @@ class Record:
         log("jacdiag.watch: %s", alert)
         if alert.level == "info":
             return
+        flight = None
         if alert.code.startswith("JD5"):  # what JD1xx sees is in the checkpoint
-            self.dump(alert.step, str(alert))
+            flight = self.dump(alert.step, str(alert))
+        moment = self._moment(alert, flight)
+        self._send(alert, moment)
         if self.on_alert == "raise":
             self._raise = self._raise or alert
         elif callable(self.on_alert):
             with self.guards.part("on_alert", "the function is called no more"):
                 if self.guards.on("on_alert"):
-                    self.on_alert(alert)
+                    call_handler(self.on_alert, alert, moment)
+
+    def _moment(self, alert: Alert, flight: Path | None) -> AlertMoment:
+        tiers = None
+        if self.tiers is not None:
+            tiers = self.tiers()
+        return AlertMoment(
+            step=max(self.last_step, alert.step),
+            alerts=tuple(self.alerts),
+            findings=tuple(getattr(tiers, "findings", ())),
+            model=getattr(tiers, "model", None),
+            optimizers=tuple(getattr(tiers, "optimisers", ())),
+            log_dir=self.folder,
+            flight=flight,
+        )
+
+    def _send(self, alert: Alert, moment: AlertMoment) -> None:
+        """Send an alert to every sink that takes alerts and still works."""
+        for name, alert_sink in self.alert_sinks:
+            part = f"alerts to {name}"
+            with self.guards.part(part, f"no alert is sent to {name} from now on"):
+                if self.guards.on(part):
+                    call_handler(alert_sink.alert, alert, moment)
+        for name, sink in self.sinks:
+            tell = getattr(sink, "alert", None)
+            with self.guards.part(f"sink {name}", f"nothing more is sent to {name}"):
+                if callable(tell) and self.guards.on(f"sink {name}"):
+                    call_handler(tell, alert, moment)
+
+    def _webhook_failed(self, name: str, reason: str) -> None:
+        self.guards.fail(f"alerts to {name}", reason, f"no alert is sent to {name} from now on")
 
     def raise_alert(self) -> None:
         """Raises what `on_alert="raise"` asked for; outside of every guard."""
@@ -183,14 +224,17 @@ class Record:
         if alert is not None:
             raise AlertRaised(alert)
 
-    def dump(self, step: int, why: str) -> None:
+    def dump(self, step: int, why: str) -> Path | None:
+        """Have the flight recorder write what it keeps; return the folder, or None if it wrote none."""
         if self.recorder is None:
-            return
+            return None
         with self.guards.part("recorder", "the flight recorder writes nothing more"):
             if self.guards.on("recorder"):
                 folder = self.recorder.dump(step, why, self.batches, self.header)
                 if folder is not None:
                     self.line("note", {"step": step, "text": f"flight recorder: {folder.name}"})
+                return folder
+        return None
 
     def crashed(self, step: int, error: BaseException) -> None:
         """The loop was left by an exception."""
@@ -241,5 +285,10 @@ class Record:
         for name, sink in self.sinks:
             with self.guards.part(f"sink {name}", f"{name} could not be closed"):
                 sink.close()
+        for name, alert_sink in self.alert_sinks:
+            close = getattr(alert_sink, "close", None)
+            with self.guards.part(f"alerts to {name}", f"{name} could not be closed"):
+                if callable(close):
+                    close()
         if self.file is not None:
             self.file.close()

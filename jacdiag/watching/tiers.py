@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from jacdiag.errors import TraceError
-from jacdiag.report import Report
+from jacdiag.report import Finding, Report
 from jacdiag.report.runlog import Alert
 from jacdiag.report.thresholds import Thresholds
 from jacdiag.trace import Sites
@@ -57,6 +57,7 @@ class Tiers:
         self.stats_price = 0.0
         self.looks = 0
         self.fired: set[str] = set()
+        self.findings: list[Finding] = []  # of the last probe's report
         self._told_share = False
 
     # -- the first step --------------------------------------------------------------------------------------------
@@ -275,6 +276,7 @@ class Tiers:
         announced: float | None,
     ) -> None:  # fmt: skip
         self.record.live.know(report)
+        self.findings = report.findings
         verdict = self.record.live.probe(step, series)
         row = {"step": step, "seconds": seconds, "announced": announced, "figures": series, "votes": verdict.votes}
         self.record.line("probe", {**row, "report": report.to_dict()})
