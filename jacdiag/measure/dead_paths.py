@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from jacdiag.errors import JacdiagError
 from jacdiag.measure.gradients import GradientProfile, loss_input, run_backward, stream_values
-from jacdiag.report.flow import DeadBranch, DeadPath
+from jacdiag.report.flow import NEGLIGIBLE, DeadBranch, DeadPath
 from jacdiag.report.schema import SublayerRecord
 from jacdiag.trace import Sites
 from jacdiag.trace.coverage import parameters_of
@@ -400,13 +400,14 @@ def reviving(skeleton: Skeleton, names: Iterable[str], alive: Alive) -> tuple[li
 
     Args:
         skeleton: of the model. Its tensors are swapped for others and put back; the model's own are not touched.
-        names: parameters and buffers that may be the cause. Those with two different elements are left out.
+        names: parameters and buffers that may be the cause. Those with two different elements are left out, unless all
+            are below `NEGLIGIBLE`: two factors of that size vanish in float32.
         alive: whether the gradient arrives now, or the branch is not zero now.
     """
     if skeleton.stored is not None:
         return [], False
-    # A weight that was drawn is no suspect: it has two different elements.
-    suspects = [name for name in dict.fromkeys(names) if _is_constant(tensor_of(skeleton, name))]
+    # A weight that was drawn is no suspect: it has two different elements of a usual size.
+    suspects = [name for name in dict.fromkeys(names) if _can_block(tensor_of(skeleton, name))]
     if not suspects or not _alive_with(skeleton, suspects, alive):
         return [], False
 
@@ -427,6 +428,13 @@ def reviving(skeleton: Skeleton, names: Iterable[str], alive: Alive) -> tuple[li
     return needed, len(needed) > 1
 
 
+def _can_block(tensor: Tensor) -> bool:
+    """Return whether a tensor may stop a signal: it holds one number, or numbers next to nothing."""
+    if _is_constant(tensor):
+        return True
+    return tensor.is_floating_point() and bool(tensor.detach().abs().max() < NEGLIGIBLE)
+
+
 def _is_constant(tensor: Tensor) -> bool:
     if not tensor.is_floating_point() or not tensor.numel():
         return False
@@ -441,16 +449,22 @@ def _alive_with(skeleton: Skeleton, names: Sequence[str], alive: Alive) -> bool:
 
 @contextmanager
 def other_values(skeleton: Skeleton, names: Sequence[str]) -> Iterator[None]:
-    """Let random numbers stand in for parameters and buffers of the skeleton."""
+    """Let random numbers stand in for parameters and buffers of the skeleton.
+
+    Those of buffers are positive: a variance below zero would make a branch NaN, which is not zero either.
+    """
     assert isinstance(skeleton.params, dict)
     params = {name: skeleton.params[name] for name in names if name in skeleton.params}
     buffers = {name: skeleton.buffers[name] for name in names if name not in params}
     generator = torch.Generator().manual_seed(0)
     try:
         for name in names:
-            tensor = params[name] if name in params else buffers[name]
-            held = skeleton.params if name in params else skeleton.buffers
-            held[name] = torch.randn(tensor.shape, generator=generator).to(tensor)
+            if name in params:
+                tensor = params[name]
+                skeleton.params[name] = torch.randn(tensor.shape, generator=generator).to(tensor)
+            else:
+                tensor = buffers[name]
+                skeleton.buffers[name] = (0.5 + torch.rand(tensor.shape, generator=generator)).to(tensor)
         yield
     finally:
         skeleton.params.update(params)
@@ -546,7 +560,7 @@ def _gates_outside(sites: Sites, position: int) -> list[str]:
     names: list[str] = []
     for call in sorted(behind, reverse=True):
         for name in parameters_of(graph, (call,), sites.skeleton):
-            if name not in names and _is_constant(sites.skeleton.params[name]):
+            if name not in names and _can_block(sites.skeleton.params[name]):
                 names.append(name)
         if len(names) >= _GATES:
             break
@@ -579,8 +593,12 @@ def _depends(sites: Sites, position: int) -> bool:
 
 
 def constants(skeleton: Skeleton, names: Iterable[str]) -> list[float]:
-    """Return the value of each constant parameter or buffer."""
-    return [float(tensor_of(skeleton, name).detach().flatten()[0]) for name in names]
+    """Return the value of each constant parameter or buffer, and the largest magnitude of one that is not constant."""
+    values = []
+    for name in names:
+        tensor = tensor_of(skeleton, name).detach()
+        values.append(float(tensor.flatten()[0] if _is_constant(tensor) else tensor.abs().max()))
+    return values
 
 
 def _zero_in_every_layer(skeleton: Skeleton, name: str, elsewhere: Iterable[str]) -> bool:

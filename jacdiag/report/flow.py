@@ -69,6 +69,9 @@ class ForwardRecord(Record):
     notes: dict[str, str] = field(default_factory=dict)
 
 
+NEGLIGIBLE = 1e-19  # the square of anything below vanishes in float32; no init draws such numbers
+
+
 @dataclass(frozen=True)
 class DeadPath(Record):
     """A part of the model that no gradient of the loss reaches.
@@ -78,8 +81,9 @@ class DeadPath(Record):
         stream: the residual stream itself gets none there; else only the parameters of one sub-layer.
         cause: "zero" for parameters, "cut" for calls without a derivative, "input" for a stream of zeros, "unknown" if
             nothing was proved.
-        parameters: for "zero". Each is constant, and with other values in them a gradient arrived; that was tried.
-        values: the constants that they hold.
+        parameters: for "zero". Each is constant, or has only elements below `NEGLIGIBLE`, and with other values in them
+            a gradient arrived; that was tried.
+        values: the constants that they hold; below `NEGLIGIBLE`, the largest magnitude in a parameter.
         together: no single one of them is enough, only all of them.
         calls: for "cut", such as "detach in model.py:12".
         head: the only cause is the matrix of the output head.
@@ -122,9 +126,10 @@ class DeadBranch(Record):
 
     Attributes:
         zero: its value is zero for every token as well; else it is a constant, such as a bias.
-        parameters: constant parameters and buffers. With other values in them the branch depended on its input; that
-            was tried. They may lie outside the branch, where a gate is computed from a condition.
-        values: the constants that they hold.
+        parameters: parameters and buffers that are constant or next to zero. With other values in them the branch
+            depended on its input; that was tried. They may lie outside the branch, where a gate is computed from a
+            condition.
+        values: the constants that they hold; below `NEGLIGIBLE`, the largest magnitude in a parameter.
         together: no single one of them is enough, only all of them.
         alike: each of them is zero, in every layer that has one.
         own_gradient: norm of the gradient of `parameters`; None if it was not measured.

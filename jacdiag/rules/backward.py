@@ -7,13 +7,14 @@ from collections.abc import Sequence
 
 from jacdiag.errors import clipped
 from jacdiag.report import Finding, Level, SublayerRecord
-from jacdiag.report.flow import BackwardRecord, DeadBranch, DeadPath
+from jacdiag.report.flow import NEGLIGIBLE, BackwardRecord, DeadBranch, DeadPath
 from jacdiag.rules import flow_texts
 from jacdiag.rules.forward import Measured, loudest
 from jacdiag.rules.numbers import plain
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 
 _NAMED = 3
+_NEVER_WRITTEN = "no init writes such numbers; initialise"
 _RECOMPUTE = "no step changes a buffer; compute it once more after to_empty(), or in the forward"
 
 
@@ -85,9 +86,17 @@ def _cause(path: DeadPath) -> str:
 
 
 def _held(names: Sequence[str], values: Sequence[float]) -> str:
-    """Return "a.weight is 0" or "a.weight is 0, b.bias is -100"."""
-    told = [f"{clipped(name, 100)} is {value:g}" for name, value in zip(names, values, strict=False)]
+    """Return "a.weight is 0", "a.weight is 0, b.bias is -100" or "a.weight is at most 3e-41 in size"."""
+    told = []
+    for name, value in zip(names, values, strict=False):
+        held = f"at most {abs(value):.1g} in size" if _is_negligible(value) else f"{value:g}"
+        told.append(f"{clipped(name, 100)} is {held}")
     return _listed(told)
+
+
+def _is_negligible(value: float) -> bool:
+    """Return whether a number is not zero and so small that no init means it."""
+    return 0 < abs(value) < NEGLIGIBLE
 
 
 def _outlook(path: DeadPath) -> str:
@@ -106,6 +115,8 @@ def _fix(path: DeadPath) -> str:
         return f"let the gradient through at {_listed(path.calls)}, or freeze what lies before it"
     if path.cause == "zero" and not path.learned:
         return f"{_RECOMPUTE}: {_listed(path.parameters)}"
+    if path.cause == "zero" and any(map(_is_negligible, path.values)):
+        return f"{_NEVER_WRITTEN}: {_listed(path.parameters)}"
     if path.cause == "zero":
         return f"set gains to one and draw matrices: {_listed(path.parameters)}"
     return ""
@@ -163,6 +174,8 @@ def _fix_of_branches(branches: Sequence[DeadBranch], parameters: Sequence[str], 
         return "draw all but one of the zero matrices of each branch"
     if not all(branch.learned for branch in branches):
         return f"{_RECOMPUTE}: {_listed(parameters)}"
+    if any(_is_negligible(value) for branch in branches for value in branch.values):
+        return f"{_NEVER_WRITTEN}: {_listed(parameters)}"
     return f"draw {_listed(parameters)} as in the other layers"
 
 

@@ -339,3 +339,58 @@ def test_a_gradient_of_nan_is_not_called_zero() -> None:
     assert finding.level == "warning" and "the stream at h.0.attn" in finding.evidence["names"]
     assert "although the loss is finite" in finding.what
     assert not found(model)
+
+
+# -- numbers next to nothing ---------------------------------------------
+def with_tiny(*names: str) -> nn.Module:
+    """Return a model whose named parameters hold what empty memory may hold: numbers below 1e-25."""
+    model = models.decoder()
+    with torch.no_grad():
+        for name in names:
+            parameter = model.get_parameter(name)
+            parameter.copy_(torch.rand_like(parameter) * 1e-25)
+    return model
+
+
+def test_numbers_next_to_nothing_are_a_cause_and_their_size_is_said() -> None:
+    matrices = ["h.1.mlp.w1.weight", "h.1.mlp.w2.weight"]
+    [finding] = found(with_tiny(*matrices, "h.1.mlp.w1.bias"), "JD402")
+    assert finding.level == "warning" and finding.where == ["h.1.mlp"]
+    assert finding.evidence["parameters"] == matrices
+    assert "h.1.mlp.w2.weight is at most 1e-25 in size" in finding.what
+    assert finding.fix == "no init writes such numbers; initialise: h.1.mlp.w1.weight, h.1.mlp.w2.weight"
+
+
+def test_numbers_next_to_nothing_that_are_not_the_cause_are_not_named() -> None:
+    model = with_tiny("h.1.mlp.w2.bias")
+    with torch.no_grad():
+        model.h[1].mlp.w1.bias.fill_(-100.0)
+    [finding] = found(model, "JD402")
+    assert finding.evidence["parameters"] == ["h.1.mlp.w1.bias"] and "in size" not in finding.what
+
+
+def test_small_numbers_that_let_a_gradient_through_have_no_finding() -> None:
+    model = models.decoder()
+    with torch.no_grad():
+        model.h[1].mlp.w2.weight.mul_(1e-10)
+    assert not found(model, "JD402") and not found(model)
+
+
+def test_a_zero_gain_beside_batch_norms_names_no_running_variance() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(8, 8, 3, padding=1, bias=False)
+            self.norm = nn.BatchNorm1d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.norm(self.conv(x))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(), Block(), Block()).eval()
+    for block in model:
+        nn.init.zeros_(block.norm.weight)
+    report = jacdiag.audit(model, torch.randn(2, 8, 12), decide=True, state="init")
+    [finding] = [finding for finding in report.findings if finding.code == "JD402"]
+    assert finding.level == "info"
+    assert finding.evidence["parameters"] == [f"{k}.norm.weight" for k in range(3)]
