@@ -175,7 +175,7 @@ class Watch:
         """Take the gradients after a step that was not seen, as far as they are still there."""
         parameters = parameters_of(self.optimizers.leaves)
         if any(p.grad is not None for p in parameters):
-            figures.gradients(None, None, None)
+            figures.gradients(None, None, None, before=False)
             figures.now.late = True
 
     def _close_turn(self, turn: UpdateTurn, figures: Figures, outcome: Outcome) -> None:
@@ -292,7 +292,7 @@ class Watch:
         begun = time.perf_counter()
         number = self._number(optimizer)
         if closure and number is not None:
-            self._gradients(optimizer, number)
+            self._gradients(optimizer, number, before=False)
         if id(optimizer) in self._running:
             self._running = self._running[: self._running.index(id(optimizer))]
         with self.guards.part("updates", _NO_UPDATES):
@@ -320,7 +320,7 @@ class Watch:
             if self.turn is not None:
                 self.turn.drop()
             if self.tiers.figures is not None:
-                self.tiers.figures.now.made = False
+                self.tiers.figures.now.made = self.tiers.figures.now.weights_seen = False
         self._stepped.add(number)
         self.usage.optimizer_steps()
         self._rates[number] = learning_rates(optimizer)
@@ -338,7 +338,7 @@ class Watch:
             self.turn = UpdateTurn(figures.groups, holders, len(leaves))
         self.turn.open(number, closure)
 
-    def _gradients(self, optimizer: Any, number: int | None) -> None:
+    def _gradients(self, optimizer: Any, number: int | None, *, before: bool = True) -> None:
         with self.guards.part("figures", _NO_FIGURES):
             if not self.guards.on("figures"):
                 return
@@ -346,10 +346,10 @@ class Watch:
             if number is None:
                 return  # the optimizers inside are going to step with them
             if len(self.optimizers.leaves) == 1:
-                figures.gradients(None, *scaling(optimizer))
+                figures.gradients(None, *scaling(optimizer), before=before)
                 return
             own = {id(p) for p in self.optimizers.own_parameters(optimizer)}
-            figures.gradients(own - self._read, *scaling(optimizer))
+            figures.gradients(own - self._read, *scaling(optimizer), before=before)
             self._read |= own
 
     # -- the log ---------------------------------------------------------------------------------------------------
