@@ -70,6 +70,7 @@ def _figures(run: RunLog, width: int, height: int) -> RenderableType:
     lines += [f"skipped  {skipped}"] if skipped else []
     lines += _cost(run, width)
     lines += [f"off      {row['part']}" for row in run.faults]
+    lines += _waits(run, width)
     return Text("\n".join(clipped(printable(line), width) for line in lines[:height]), no_wrap=True)
 
 
@@ -103,6 +104,13 @@ def _lost_since(measured: Sequence[tuple[int, float]]) -> int | None:
             break
         since = step
     return since
+
+
+def _waits(run: RunLog, width: int) -> list[str]:
+    """The live rules that are not ready yet: a run is not guarded by those."""
+    if not run.waits or run.ended is not None:
+        return []
+    return _wrapped(f"waiting  {' '.join(run.waits)}", width)
 
 
 def _fitting(width: int, *texts: str) -> str:
@@ -205,9 +213,14 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 # -- right, bottom -----------------------------------------------------------------------------------------------------
 def _alerts(run: RunLog, width: int, height: int) -> RenderableType:
-    """The newest first: what happened, the sub-layer that moved first, and as much of the sentence as there is room."""
+    """The newest first: what happened, the sub-layer that moved first, and as much of the sentence as there is room.
+
+    What the model came with stands below, apart: a report is no alert.
+    """
+    report = _report(run, width)
     if not run.alerts:
-        return Text("none")
+        return Text("\n".join(["none", *([""] if report else []), *report][:height]), no_wrap=True)
+    height -= len(report)
     blocks: list[RenderableType] = []
     shown = list(reversed(run.alerts))[: max(height // 3, 1)]
     spare = height - 3 * len(shown)
@@ -223,7 +236,17 @@ def _alerts(run: RunLog, width: int, height: int) -> RenderableType:
         blocks.append(Text(clipped(f"{mark} {row['code']} at {row['step']:,}", width), style=style, no_wrap=True))
         blocks.append(Text(_ending(where, width), no_wrap=True))
         blocks.append(Text("\n".join(text[:room]), style="dim", no_wrap=True))
+    if report:
+        blocks.append(Text("\n".join(report), no_wrap=True))
     return Group(*blocks)
+
+
+def _report(run: RunLog, width: int) -> list[str]:
+    """The codes of what the first probe said of the model as the watch found it."""
+    if not run.findings:
+        return []
+    codes = dict.fromkeys(str(row.get("code")) for row in run.findings)
+    return _wrapped(f"as found: {' '.join(codes)}", width)
 
 
 def _ending(name: str, width: int) -> str:

@@ -85,7 +85,8 @@ class Watch:
         steps = "1 step" if self.count == 1 else f"{self.count} steps"
         alerts = [f"  {alert}" for alert in self.alerts]
         said = "1 alert" if len(alerts) == 1 else f"{len(alerts)} alerts"
-        return "\n".join([f"Watch, {state}: {steps}, {said}", *alerts])
+        findings = [f"  as it was found: {finding}" for finding in self.findings]
+        return "\n".join([f"Watch, {state}: {steps}, {said}", *findings, *alerts])
 
     # -- the loop --------------------------------------------------------------------------------------------------
     def step(self, loss: Any, *, grad_norm: Any = None, lr: float | None = None, tokens: int | None = None) -> None:
@@ -394,6 +395,11 @@ class Watch:
     @property
     def alerts(self) -> list[Alert]:
         return list(self.record.alerts)
+
+    @property
+    def findings(self) -> list[Alert]:
+        """What the first probe says of the model as the watch found it: a report, no alerts."""
+        return list(self.record.findings)
 
     # -- the end ---------------------------------------------------------------------------------------------------
     def close(self) -> None:

@@ -35,6 +35,8 @@ class Record:
 
     Attributes:
         live: the live rules.
+        findings: what the first probe says of the model as the watch found it.
+        waits: what each live rule still waits for, as far as it was told.
         resumed_at: the step that a log on disk ends with.
     """
 
@@ -46,6 +48,8 @@ class Record:
         self.guards = Guards(strict, self._fault)
         self.live = LiveRules(thresholds)
         self.alerts: list[Alert] = []
+        self.findings: list[Alert] = []
+        self.waits: dict[str, str] = {}
         self.header: dict[str, Any] = {}
         self.file = RunFile(folder, resume=resume, failed=self._log_failed) if folder is not None else None
         self.sinks = open_sinks(sinks, folder or Path())
@@ -70,6 +74,8 @@ class Record:
         }
         if self.live.names != list(header["groups"]):
             self.live.set_names(header["groups"])
+        self.waits = self.live.waits()
+        self.header["waits"] = dict(self.waits)
         self.line("run", self.header)
         if self.going_on:
             self.line("resume", {"step": self.resumed_at})
@@ -99,6 +105,7 @@ class Record:
         """Takes the steps since the last look: live rules, log, sinks, recorder, alerts."""
         self._fingerprints(rows)
         alerts: list[Alert] = []
+        ready: list[Mapping[str, Any]] = []
         for row in rows:
             self._count(row)
             with self.guards.part("detectors", "the live rules are silent from now on"):
@@ -106,14 +113,26 @@ class Record:
                     verdict = self.live.step(StepFigures.of(row))
                     alerts += verdict.alerts
                     row["votes"], row["scores"] = verdict.votes, verdict.scores
+                    ready += self._newly_ready(row["step"])
             if self.recorder is not None:
                 self.recorder.add(row)
         self._write("step", rows)  # type: ignore[arg-type]
+        self._write("ready", ready)
         groups = self.header.get("groups", [])
         for row in rows:
             self.publish(row["step"], partial(slashed, row, groups))
         for alert in alerts:
             self.alert(alert)
+
+    def _newly_ready(self, step: int) -> list[Mapping[str, Any]]:
+        """Return a line for each live rule that has become ready since the last look."""
+        before, self.waits = self.waits, self.live.waits()
+        codes = [code for code in before if code not in self.waits]
+        return [{"step": step, "code": code, "waited_for": before[code]} for code in codes]
+
+    def note_ready(self, step: int) -> None:
+        """Say which live rules statistics or a probe have made ready."""
+        self._write("ready", self._newly_ready(step))
 
     def _count(self, row: Mapping[str, Any]) -> None:
         self.totals["steps"] += 1
@@ -138,6 +157,12 @@ class Record:
             with self.guards.part(f"sink {name}", f"nothing more is sent to {name}"):
                 if self.guards.on(f"sink {name}"):
                     sink.write(step, figures())
+
+    def finding(self, finding: Alert) -> None:
+        """Tell what the first probe says of the model: a report, which raises nothing and calls nobody."""
+        self.findings.append(finding)
+        self.line("finding", finding.to_dict())
+        logger.warning("jacdiag.watch: the model as it was found: %s", finding)
 
     # -- alerts, faults, notes -------------------------------------------------------------------------------------
     def alert(self, alert: Alert) -> None:
@@ -196,9 +221,9 @@ class Record:
         if not self.quiet:
             say(f"jacdiag.watch: {text}")
 
-    def _fault(self, part: str, error: str, loses: str) -> None:
+    def _fault(self, part: str, error: str, loses: str, cure: str) -> None:
         if part != "log":
-            self.line("fault", {"part": part, "error": error, "off": loses})
+            self.line("fault", {"part": part, "error": error, "off": loses, "cure": cure})
 
     # -- the end ---------------------------------------------------------------------------------------------------
     def wait(self) -> None:

@@ -58,6 +58,8 @@ class Tiers:
         self.stats_price = 0.0
         self.looks = 0
         self.fired: set[str] = set()
+        self.reported: set[str] = set()  # codes of the first report: the model came with them
+        self._first_report = True
         self._told_share = False
 
     # -- the first step --------------------------------------------------------------------------------------------
@@ -280,6 +282,9 @@ class Tiers:
             if self.together.lead:
                 self.record.line("stats", {"step": step, "seconds": self.stats_price, "figures": figures})
                 self.record.publish(step, lambda: slashed_series(figures))
+                for alert in self.record.live.statistics(step, figures).alerts:
+                    self.record.alert(alert)
+                self.record.note_ready(step)
             if not probe:
                 return
             begun -= tracing
@@ -307,13 +312,30 @@ class Tiers:
         self.record.line("probe", {**row, "report": report.to_dict()})
         gains = {key: series[key] for key in ("branch_norm", "core_norm", "stable_rank")}
         self.record.publish(step, lambda: slashed_series(gains))
-        findings = [f for f in report.findings if f.level != "info" and f.code < "JD900"]
-        for f in findings:
-            if f.code not in self.fired:
-                self.record.alert(Alert(step, f.code, f.level, f.what, f.where, f.evidence))
-        self.fired = {f.code for f in findings}
+        self._tell_findings(report, step)
         for alert in verdict.alerts:
             self.record.alert(alert)
+        self.record.note_ready(step)
+
+    def _tell_findings(self, report: Report, step: int) -> None:
+        """Tell what rules JD1xx newly say of the model.
+
+        What they say of it as the watch found it is a report. Nothing has happened then, and a warning at the init of a
+        model that trains well must not end its run. An error is an alert: a rule speaks so only of something broken, or
+        by the user's own threshold.
+        """
+        findings = [f for f in report.findings if f.level != "info" and f.code < "JD900"]
+        for finding in findings:
+            if finding.code in self.fired or (finding.code in self.reported and finding.level != "error"):
+                continue
+            told = Alert(step, finding.code, finding.level, finding.what, finding.where, finding.evidence)
+            if self._first_report and finding.level != "error":
+                self.reported.add(finding.code)
+                self.record.finding(told)
+            else:
+                self.record.alert(told)
+        self.fired = {finding.code for finding in findings}
+        self._first_report = False
 
     # -- memory ----------------------------------------------------------------------------------------------------
     def fixed_probe(self) -> dict[str, Any] | None:
