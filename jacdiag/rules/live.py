@@ -49,6 +49,7 @@ class StepFigures:
         bad_gradients: parameters whose gradient was not finite; None if nobody looked.
         with_gradient: how many parameters had a gradient; None if nobody looked.
         weights_seen: somebody looked whether the weights were finite.
+        after_clipping: `gradient` is the norm after clipping, and says nothing of a spike if the loop clips.
     """
 
     step: int
@@ -64,6 +65,7 @@ class StepFigures:
     bad_gradients: Sequence[str] | None = None
     with_gradient: int | None = None
     weights_seen: bool = False
+    after_clipping: bool = False
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> StepFigures:
@@ -85,6 +87,7 @@ class StepFigures:
             bad_gradients=row.get("nonfinite_gradients"),
             with_gradient=row.get("with_gradient"),
             weights_seen=bool(row.get("weights_seen")),
+            after_clipping=row["grad_norm"] is None,
         )
 
 
@@ -191,14 +194,17 @@ class LiveRules:
         """Whether loss and gradient norm stand out of the last 48 steps at this very step.
 
         The loss has to: batches differ in their gradient norm by much more than in their loss. Over 375,000 steps of
-        the lab's healthy runs this is true once.
+        the lab's healthy runs this is true once. Without the gradient norm, which is left out if it is only known after
+        clipping, it is true twice.
         """
         loss, gradient, usual = scores.loss_recent, scores.gradient_recent, self.recent_loss.usual()
-        if f.loss is None or loss is None or gradient is None or usual is None:
+        if f.loss is None or loss is None or usual is None:
             return False
-        if f.loss <= usual + self._cut("median_spike", "info"):
+        if f.loss <= usual + self._cut("median_spike", "info") or loss <= self._cut("joint_one", "warning"):
             return False
-        return loss > self._cut("joint_one", "warning") and gradient > self._cut("gradient_z", "info")
+        if f.after_clipping:
+            return True
+        return gradient is not None and gradient > self._cut("gradient_z", "info")
 
     def _together(self, f: StepFigures, spoken: Spoken, verdict: Verdict) -> None:
         what = f"{spoken.what}{self._usual(f)}"
@@ -224,7 +230,8 @@ class LiveRules:
         if f.loss is not None and loss is not None:
             known.append(f"loss {plain(f.loss)}, usually {plain(loss)}")
         if gradient is not None:
-            known.append(f"gradient norm {plain(f.gradient)}, usually {plain(gradient)}")
+            clipped = " after clipping" if f.after_clipping else ""
+            known.append(f"gradient norm{clipped} {plain(f.gradient)}, usually {plain(gradient)}")
         return f" ({'; '.join(known)})" if known else ""
 
     def _evidence(self, since: int) -> dict[str, Any]:
