@@ -215,7 +215,7 @@ def _wrapped(text: str, width: int) -> list[str]:
 def _alerts(run: RunLog, width: int, height: int) -> RenderableType:
     """The newest first: what happened, the sub-layer that moved first, and as much of the sentence as there is room.
 
-    What the model came with stands below, apart: a report is no alert.
+    What the probes say of the init stands below, apart: a report is no alert.
     """
     report = _report(run, width)
     if not run.alerts:
@@ -242,11 +242,11 @@ def _alerts(run: RunLog, width: int, height: int) -> RenderableType:
 
 
 def _report(run: RunLog, width: int) -> list[str]:
-    """The codes of what the first probe said of the model as the watch found it."""
+    """The codes of what the probes said of the model's init."""
     if not run.findings:
         return []
     codes = dict.fromkeys(str(row.get("code")) for row in run.findings)
-    return _wrapped(f"as found: {' '.join(codes)}", width)
+    return _wrapped(f"init: {' '.join(codes)}", width)
 
 
 def _ending(name: str, width: int) -> str:

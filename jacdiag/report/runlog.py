@@ -56,7 +56,7 @@ class RunLog:
         header: the first line: model, groups (names of the sub-layers that per-step arrays follow), settings.
         steps: per-step figures, ascending and without doubles.
         stats, probes, alerts, faults, notes: the other lines, in order.
-        findings: what the first probe said of the model as the watch found it.
+        findings: what the probes said of the model's init: a report, no alerts.
         ready: live rules that have become ready, and at which step.
         ended: how the run ended, if it said so.
     """

@@ -85,7 +85,7 @@ class Watch:
         steps = "1 step" if self.count == 1 else f"{self.count} steps"
         alerts = [f"  {alert}" for alert in self.alerts]
         said = "1 alert" if len(alerts) == 1 else f"{len(alerts)} alerts"
-        findings = [f"  as it was found: {finding}" for finding in self.findings]
+        findings = [f"  finding: {finding}" for finding in self.findings]
         return "\n".join([f"Watch, {state}: {steps}, {said}", *findings, *alerts])
 
     # -- the loop --------------------------------------------------------------------------------------------------
@@ -398,7 +398,7 @@ class Watch:
 
     @property
     def findings(self) -> list[Alert]:
-        """What the first probe says of the model as the watch found it: a report, no alerts."""
+        """What the probes say of the model's init: a report, no alerts."""
         return list(self.record.findings)
 
     # -- the end ---------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ class Record:
 
     Attributes:
         live: the live rules.
-        findings: what the first probe says of the model as the watch found it.
+        findings: what the probes say of the model's init.
         waits: what each live rule still waits for, as far as it was told.
         resumed_at: the step that a log on disk ends with.
     """
@@ -159,10 +159,10 @@ class Record:
                     sink.write(step, figures())
 
     def finding(self, finding: Alert) -> None:
-        """Tell what the first probe says of the model: a report, which raises nothing and calls nobody."""
+        """Tell what a probe says of the model's init: a report, which raises nothing and calls nobody."""
         self.findings.append(finding)
         self.line("finding", finding.to_dict())
-        logger.warning("jacdiag.watch: the model as it was found: %s", finding)
+        logger.warning("jacdiag.watch: a finding, no alert: %s", finding)
 
     # -- alerts, faults, notes -------------------------------------------------------------------------------------
     def alert(self, alert: Alert) -> None:

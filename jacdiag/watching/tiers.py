@@ -58,7 +58,7 @@ class Tiers:
         self.stats_price = 0.0
         self.looks = 0
         self.fired: set[str] = set()
-        self.reported: set[str] = set()  # codes of the first report: the model came with them
+        self.told: set[str] = set()  # findings that are no alerts, each told once
         self._first_report = True
         self._told_share = False
 
@@ -318,23 +318,26 @@ class Tiers:
         self.record.note_ready(step)
 
     def _tell_findings(self, report: Report, step: int) -> None:
-        """Tell what rules JD1xx newly say of the model.
+        """Tell what the rules newly say of the model on the probe.
 
-        What they say of it as the watch found it is a report. Nothing has happened then, and a warning at the init of a
-        model that trains well must not end its run. An error is an alert: a rule speaks so only of something broken, or
-        by the user's own threshold.
+        What they say of it as the watch found it is a report: nothing has happened then. Rules JD1xx and JD2xx judge an
+        init, and a model in a run leaves it: what they newly say later is a finding too. A warning of theirs must not
+        end the run of a model that trains well. An error is an alert: a rule speaks so only of something broken, or by
+        the user's own threshold.
         """
         findings = [f for f in report.findings if f.level != "info" and f.code < "JD900"]
         for finding in findings:
-            if finding.code in self.fired or (finding.code in self.reported and finding.level != "error"):
+            key = f"{finding.code} {finding.level}"
+            if key in self.told or key in self.fired:
                 continue
             told = Alert(step, finding.code, finding.level, finding.what, finding.where, finding.evidence)
-            if self._first_report and finding.level != "error":
-                self.reported.add(finding.code)
+            of_init = self._first_report or finding.code < "JD300"
+            if of_init and finding.level != "error":
+                self.told.add(key)
                 self.record.finding(told)
             else:
                 self.record.alert(told)
-        self.fired = {finding.code for finding in findings}
+        self.fired = {f"{finding.code} {finding.level}" for finding in findings}
         self._first_report = False
 
     # -- memory ----------------------------------------------------------------------------------------------------

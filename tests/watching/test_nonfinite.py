@@ -200,5 +200,6 @@ def test_the_log_has_the_names_only_where_something_is_wrong(tmp_path: Path) -> 
     go(write(NAME, math.nan), log_dir=tmp_path)
     rows = {row["step"]: row for row in lines(tmp_path, "step")}
     assert "nonfinite_weights" not in rows[BAD - 1] and rows[BAD - 1]["weights_seen"] is False
-    assert rows[BAD]["nonfinite_weights"] == [NAME] and rows[BAD]["with_gradient"] == len(rows[BAD]["nonfinite_gradients"])
+    assert rows[BAD]["nonfinite_weights"] == [NAME]
+    assert rows[BAD]["with_gradient"] == len(rows[BAD]["nonfinite_gradients"])
     assert len(rows[BAD + 1]["nonfinite_weights"]) > 10  # by then the optimizer has spread it
