@@ -1,4 +1,4 @@
-"""Which faults do the live rules find, how late, and at which age of a run? Five faults at 20 positions from step 80 on.
+"""Which faults do the live rules find, how late, and at which age of a run? Five faults at 20 positions each.
 
 One healthy run of a small GPT goes on under a watch. At each position it is forked once per fault: the copy gets the
 fault and trains on until an alert or for 75 steps. So every fault meets the very same run, and the run itself counts
@@ -22,6 +22,7 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -130,7 +131,7 @@ def train_to(last: int, run: Run, data: Tensor, positions: Iterable[int]) -> dic
         for step in range(1, last + 1):
             if step in wanted:
                 for name, fault in FAULTS.items():
-                    trial = _forked(lambda fault=fault: _try(training, watch, losses, step, fault))  # type: ignore[misc]
+                    trial = _forked(partial(_try, training, watch, losses, step, fault))
                     trials.append({"fault": name, "at": step, **trial})
                 print(f"{run.name}: step {step}, {len(alerts)} alerts so far", flush=True)
             loss, norm = training.step(step, training.batch())

@@ -95,7 +95,8 @@ class RunLog:
         row, kind = dict(line), line.get("type")
         if kind == "run":
             self.header = self.header or row
-            self.header = {**self.header, "groups": row.get("groups", []), "waits": row.get("waits", {})}
+            latest = {"groups": row.get("groups", []), "waits": row.get("waits", {})}
+            self.header = {**self.header, **latest}
             self.ready = [row for row in self.ready if row.get("code") not in self.header["waits"]]
         elif kind == "resume":
             self._forget_after(int(row["step"]))
@@ -105,7 +106,8 @@ class RunLog:
             self.ended = row
         elif kind in KINDS:
             places = {"step": self.steps, "stats": self.stats, "probe": self.probes, "alert": self.alerts,
-                      "fault": self.faults, "note": self.notes, "price": self.prices, "finding": self.findings, "ready": self.ready}  # fmt: skip
+                      "fault": self.faults, "note": self.notes, "price": self.prices,
+                      "finding": self.findings, "ready": self.ready}  # fmt: skip
             places[kind].append(row)
 
     def _forget_after(self, step: int) -> None:
