@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +94,7 @@ class Movers:
         each = [series.state() for series in self.each]
         return {"each": each, "risen": list(self.risen), "usual": list(self.usual)}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: Mapping[str, Any]) -> None:
         """Go on from a state of the same sub-layers."""
         for series, saved in zip(self.each, state["each"], strict=True):
             series.load(saved)

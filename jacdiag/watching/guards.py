@@ -18,7 +18,7 @@ logger = logging.getLogger("jacdiag.watch")
 
 _SHOWS_TRACE = "jacdiag.watch(..., strict=True) raises it with its traceback"
 _CURES = {
-    "probe": "probe=INPUTS names arguments that the model's forward takes (without it those of the first batch are used); "
+    "probe": "probe=INPUTS names arguments that the model's forward takes (else those of the first batch are used); "
     f"every=None, stats_every=None leave the probe out; {_SHOWS_TRACE}",
     "updates": f"updates=False leaves them out; {_SHOWS_TRACE}",
     "batches": f"keep_batches=0 and recorder=0 leave them out; {_SHOWS_TRACE}",
