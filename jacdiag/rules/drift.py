@@ -189,9 +189,13 @@ def _alert(step: int, figure: str, values: Mapping[str, float], departures: Mapp
     if len(where) > 1:
         what += f"; {len(where) - 1} more sub-layers with it, which of them first is not known"
     evidence = {
-        "figure": figure, "times": times, "value": values[most], "count": len(where), "since": departure.since,
+        "figure": figure,
+        "times": times,
+        "value": values[most],
+        "count": len(where),
+        "since": departure.since,
         "usual": departure.usual,
-    }  # fmt: skip
+    }
     return Alert(step, "JD504", "warning", what, where, evidence)
 
 

@@ -217,10 +217,15 @@ class LiveRules:
         what = f"the loss stands {plain(scores.loss_recent)} and the gradient norm {plain(gradient)} standard "
         what += f"deviations above the line of the last {WINDOW} steps{self._usual(f)}"
         evidence = {
-            "loss": f.loss, "gradient": f.gradient, "median": self.median.median(), "loss_z": scores.loss,
-            "gradient_ema_z": scores.gradient_ema, "loss_recent_z": scores.loss_recent,
-            "gradient_recent_z": scores.gradient_recent, **self._evidence(f.step),
-        }  # fmt: skip
+            "loss": f.loss,
+            "gradient": f.gradient,
+            "median": self.median.median(),
+            "loss_z": scores.loss,
+            "gradient_ema_z": scores.gradient_ema,
+            "loss_recent_z": scores.loss_recent,
+            "gradient_recent_z": scores.gradient_recent,
+            **self._evidence(f.step),
+        }
         self._speak(verdict, self._alert(f.step, "JD502", "warning", what, evidence))
 
     def _usual(self, f: StepFigures) -> str:
@@ -266,15 +271,20 @@ class LiveRules:
             alert = Alert(f.step, "JD505", "error", what, [], {**evidence, "since": since})
             self._speak(verdict, alert)
             return
-        found = NonFinite(
-            loss=f.loss, groups=f.nonfinite, weights=f.bad_weights, gradients=f.bad_gradients,
-            parameters=f.with_gradient, ordered=[name for name in self.names if not name.startswith("(")],
-            previous=self.finite[0] if self.finite is not None else None,
-            weights_before=self.finite is not None and self.finite[1],
-        )  # fmt: skip
-        said = explain_nonfinite(found)
-        evidence |= {"first": said.first, "since": f.step, "sublayers": list(f.nonfinite)}
-        self._speak(verdict, Alert(f.step, "JD505", "error", said.what, said.where, evidence))
+        previous, weights_before = self.finite or (None, False)
+        nonfinite = NonFinite(
+            loss=f.loss,
+            groups=f.nonfinite,
+            weights=f.bad_weights,
+            gradients=f.bad_gradients,
+            parameters=f.with_gradient,
+            ordered=[name for name in self.names if not name.startswith("(")],
+            previous=previous,
+            weights_before=weights_before,
+        )
+        explanation = explain_nonfinite(nonfinite)
+        evidence |= {"first": explanation.first, "since": f.step, "sublayers": list(f.nonfinite)}
+        self._speak(verdict, Alert(f.step, "JD505", "error", explanation.what, explanation.where, evidence))
 
     def moved_first(self) -> list[Moved]:
         """Sub-layers whose gradient is high now, the one that has been so for longest first."""
