@@ -5,7 +5,8 @@ fault and trains on until an alert or for 75 steps. So every fault meets the ver
 the false alarms.
 
 A fault counts as found in time within 10 steps if the loss shows it by then: a loss stands 2 above the median of the
-last 201, or the mean of ten losses 0.3 above it. A fault that the loss does not show has two rounds of statistics.
+last 201, or the mean of ten losses 0.3 above it. A fault that the loss does not show has two rounds of statistics, the
+first one after it and the next.
 
     python benchmarks/faults.py              about 10 minutes on one core; writes benchmarks/results/faults.json
     python benchmarks/faults.py --quick      two positions; prints only
@@ -187,8 +188,10 @@ def judge(trial: dict[str, Any]) -> bool:
     """Return whether a fault was found in time."""
     if trial["delay"] is None:
         return False
-    by_loss = trial["shown"] is not None and trial["shown"] <= WITHIN
-    return bool(trial["delay"] <= (WITHIN if by_loss else LONGEST))
+    if trial["shown"] is not None and trial["shown"] <= WITHIN:
+        return bool(trial["delay"] <= WITHIN)
+    first_round = -(-trial["at"] // STATISTICS) * STATISTICS
+    return bool(trial["at"] + trial["delay"] <= first_round + STATISTICS)
 
 
 def summed(runs: dict[str, Any]) -> dict[str, Any]:
