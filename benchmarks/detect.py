@@ -20,7 +20,7 @@ import sysconfig
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import jacdiag
+from jacdiag.report.runlog import Alert
 from jacdiag.sources import gpt
 from jacdiag.sources.factory import seeded
 
@@ -172,11 +173,15 @@ def watched(run: Run, steps: int, data: Tensor, fault: Fault | None, every: int)
                     left = step if not (value < middle + FAR and fmean(last) < middle + LEFT) else None
                 window.append(value)
             w.flush()
-            alerts = [{"step": a.step, "code": a.code, "what": a.what, "where": a.where[:1]} for a in w.alerts]
+            alerts, findings = _rows_of(w.alerts), _rows_of(w.findings)
     finally:
         F.scaled_dot_product_attention = real
-    return {"alerts": alerts, "loss_left_its_median": left, "last_loss": round(value, 3),
+    return {"alerts": alerts, "findings": findings, "loss_left_its_median": left, "last_loss": round(value, 3),
             "seconds": round(time.perf_counter() - begun, 1)}  # fmt: skip
+
+
+def _rows_of(alerts: Sequence[Alert]) -> list[dict[str, Any]]:
+    return [{"step": a.step, "code": a.code, "what": a.what, "where": a.where[:1]} for a in alerts]
 
 
 def main() -> None:
@@ -196,7 +201,8 @@ def main() -> None:
         for seed in range(1 if quick else 3):
             made = watched(replace(run, seed=seed), AT + 800, data, fault, every=100)
             start = AT if fault is not None else 0
-            first = next((a for a in made["alerts"] if a["step"] >= start), None)
+            told = made["alerts"] if fault is not None else [*made["findings"], *made["alerts"]]
+            first = next((a for a in told if a["step"] >= start), None)
             left = made["loss_left_its_median"]
             made["first"] = first
             made["lead"] = left - first["step"] if first is not None and left is not None else None

@@ -7,6 +7,8 @@ from jacdiag.report.runlog import Alert, RunLog
 from jacdiag.report.thresholds import Thresholds
 from jacdiag.rules.live import LiveRules, StepFigures
 
+_STEP, _STATISTICS, _PROBE = range(3)  # the order within a step
+
 
 def rejudged(log: RunLog, thresholds: Thresholds) -> list[Alert]:
     """Plays a log of `jacdiag.watch` through the live rules, step by step and probe by probe.
@@ -19,9 +21,16 @@ def rejudged(log: RunLog, thresholds: Thresholds) -> list[Alert]:
     """
     rules, alerts = LiveRules(thresholds, log.groups), list[Alert]()
     resumes = set(log.resumes)
-    lines = [*((row["step"], 0, row) for row in log.steps), *((row["step"], 1, row) for row in log.probes)]
-    for step, is_probe, row in sorted(lines, key=lambda line: line[:2]):
-        if is_probe:
+    lines = [
+        *((row["step"], _STEP, row) for row in log.steps),
+        *((row["step"], _STATISTICS, row) for row in log.stats),
+        *((row["step"], _PROBE, row) for row in log.probes),
+    ]
+    for step, kind, row in sorted(lines, key=lambda line: line[:2]):
+        if kind == _STATISTICS:
+            alerts += rules.statistics(step, row["figures"]).alerts
+            continue
+        if kind == _PROBE:
             if step == 0 and row.get("report"):
                 rules.know(Report.from_dict(row["report"]))
             alerts += rules.probe(step, row["figures"]).alerts

@@ -22,7 +22,7 @@ def report_at_start(run: RunLog) -> list[dict[str, Any]]:
 
     The lines `finding` of the log are taken, else the findings of the report itself, else the alerts of an older log.
     """
-    lines = getattr(run, "findings", [])
+    lines = run.findings
     if lines:
         return sorted(lines, key=lambda row: (row.get("level") != "error", str(row.get("code"))))
     if not run.probes:

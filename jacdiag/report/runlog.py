@@ -22,9 +22,9 @@ from jacdiag.report.schema import Level
 
 RUN_SCHEMA_VERSION = 1
 RUN_FILE = "run.jsonl"
-KINDS = ("run", "resume", "price", "step", "stats", "probe", "alert", "fault", "note", "end")
+KINDS = ("run", "resume", "price", "step", "stats", "probe", "alert", "fault", "note", "end", "finding", "ready")
 WHERE_LOGS_ARE = "a run is the log_dir that jacdiag.watch was given, or the run.jsonl in it"
-_STEPPED = ("step", "stats", "probe", "alert")
+_STEPPED = ("step", "stats", "probe", "alert", "finding", "ready")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Alert(Record):
 
     Attributes:
         step: the optimiser step at which the figures were seen.
-        where: sub-layers; the one that moved first stands first.
+        where: sub-layers, or the weights or gradients that were not finite; what moved first stands first.
         suppressed: alerts of the same rule since the last one that was shown.
     """
 
@@ -57,6 +57,8 @@ class RunLog:
         header: the first line: model, groups (names of the sub-layers that per-step arrays follow), settings.
         steps: per-step figures, ascending and without doubles.
         stats, probes, alerts, faults, notes: the other lines, in order.
+        findings: what the probes said of the model's init: a report, no alerts.
+        ready: live rules that have become ready, and at which step.
         ended: how the run ended, if it said so.
     """
 
@@ -68,6 +70,8 @@ class RunLog:
     faults: list[dict[str, Any]] = field(default_factory=list)
     notes: list[dict[str, Any]] = field(default_factory=list)
     prices: list[dict[str, Any]] = field(default_factory=list)
+    findings: list[dict[str, Any]] = field(default_factory=list)
+    ready: list[dict[str, Any]] = field(default_factory=list)
     resumes: list[int] = field(default_factory=list)
     ended: dict[str, Any] | None = None
 
@@ -75,6 +79,13 @@ class RunLog:
     def groups(self) -> list[str]:
         """Names that the arrays `grad` of the steps follow."""
         return list(self.header.get("groups", []))
+
+    @property
+    def waits(self) -> dict[str, str]:
+        """Live rules that are not ready, and what each waits for; empty for a log that does not say."""
+        ready = {str(row.get("code")) for row in self.ready}
+        waits = self.header.get("waits") or {}
+        return {str(code): str(what) for code, what in waits.items() if code not in ready}
 
     def column(self, key: str) -> list[float]:
         """One figure of all steps, nan where it was not measured."""
@@ -85,7 +96,9 @@ class RunLog:
         row, kind = dict(line), line.get("type")
         if kind == "run":
             self.header = self.header or row
-            self.header = {**self.header, "groups": row.get("groups", [])}
+            latest = {"groups": row.get("groups", []), "waits": row.get("waits", {})}
+            self.header = {**self.header, **latest}
+            self.ready = [row for row in self.ready if row.get("code") not in self.header["waits"]]
         elif kind == "resume":
             self._forget_after(int(row["step"]))
             self.resumes.append(int(row["step"]))
@@ -94,11 +107,12 @@ class RunLog:
             self.ended = row
         elif kind in KINDS:
             places = {"step": self.steps, "stats": self.stats, "probe": self.probes, "alert": self.alerts,
-                      "fault": self.faults, "note": self.notes, "price": self.prices}  # fmt: skip
+                      "fault": self.faults, "note": self.notes, "price": self.prices,
+                      "finding": self.findings, "ready": self.ready}  # fmt: skip
             places[kind].append(row)
 
     def _forget_after(self, step: int) -> None:
-        for rows in (self.steps, self.stats, self.probes, self.alerts):
+        for rows in (self.steps, self.stats, self.probes, self.alerts, self.findings, self.ready):
             rows[:] = [row for row in rows if row.get("step", 0) <= step]
 
 

@@ -11,29 +11,44 @@ Both over 6 standard deviations of a rolling window of 1,000 steps, or one of th
 after 60 steps. Values that stand out are kept out of the window. What no single step shows: the means of the last 4 or
 16 steps, both over 5 standard deviations of such means, or one over 8 and the other over 2.5; they are held against the
 median of 201 steps before them, so that neither a fall nor a slow rise counts. And updates: of three sub-layers in a
-row, in turn, over 1e-2 of the weights and ten times the usual, with a vote of loss or gradient norm.""",
+row, in turn, over 1e-2 of the weights and ten times the usual, with a vote of loss or gradient norm.
+
+A young run's first fall spoils the mean of 1,000 steps. So the same is asked of the line through the last 48 steps:
+both over 6 deviations, or one over 8 and the other over 2.5, three steps in a row. The rule is ready after 60
+steps.""",
     why="""\
 A single threshold alarms all the time: one z-score over 2.5 alarms 62 times in 10,000 Gaussian steps, and one
 threshold on the loss from step 0 on alarmed in 4 of 6 healthy public runs. The published pair of 6 and 8 alarmed in
-none of them; the means and the updates were not held against those runs.""",
+none of them; the means and the updates were not held against those runs. The line through the last 48 steps, three
+steps in a row, is passed by none of 375,000 healthy steps of the lab.""",
     example="""\
-step 4210: loss 9.1 and gradient norm 31 standard deviations above ..., 3 steps in a row; h.0.attn first""",
+step 4210: loss 9.1 and gradient norm 31 standard deviations above their last 1,000 steps, 3 steps in a row since step
+4208 (loss 7.2, usually 2.9; gradient norm 18, usually 0.6); h.0.attn moved first (gradient norm 9, usually 0.2, since
+step 4206)""",
     remedy="""\
 Look at the sub-layer that moved first, and at the batch, which the flight recorder keeps with keep_batches=10 (jacdiag
 audit CHECKPOINT --replay DIR). A lower learning rate or a checkpoint from before the alert are the usual ways on.""",
 )
 
 LOSS_SPIKE = Text(
-    summary="one step on which three published signals agree: a spike of the loss that the gradient feels",
+    summary="one step on which several signals agree: a spike of the loss that the gradient feels",
     what="""\
-Loss at least 7 standard deviations over the rolling mean of the last 1,000 (OLMo 2), over the rolling median of
+Either of two. Loss more than 8 standard deviations over the line through the last 48 steps and over their usual value
+by 0.1, with the gradient norm more than 2.5 over its own line. If the gradient norm is only known after clipping, it
+has no say. The line is Tukey's resistant line, and the deviation comes from the median distance to it: ready after 60
+steps.
+
+Or loss at least 7 standard deviations over the rolling mean of the last 1,000 (OLMo 2), over the rolling median of
 201 steps by 0.1 (arXiv 2608.30320), and the gradient norm at z > 2.5 of its exponential average (ZClip), in one step.
 Each of them alone is a vote in the log and no alert.""",
     why="""\
 A corrupted batch lasts for one step: a rule that waits for three does not see it, and one signal alone sees too
-much.""",
+much. In a young run the loss falls by more than a corrupted batch lifts it, so that it is compared with its own line.
+In 375,000 steps of the lab's healthy runs the first of the two is true once.""",
     example="""\
-step 812: loss 7.9, 5.3 over its median and 44 standard deviations over its mean, with the gradient norm at z 19""",
+step 190: the loss stands 31 and the gradient norm 35 standard deviations above the line of the last 48 steps (loss
+5.81, usually 1.19; gradient norm 31.9, usually 1.74); none moved first: all sub-layers that stand out have since step
+190""",
     remedy="""\
 Look at the batch, kept with jacdiag.watch(..., keep_batches=10): jacdiag audit CHECKPOINT --replay DIR, or the tokens
 in DIR/batch.pt themselves.""",
@@ -54,15 +69,18 @@ its init.""",
 )
 
 DRIFT = Text(
-    summary="a sub-layer's gain, or the size of its shortcut, leaves the run's own trend",
+    summary="a sub-layer's gain, the size of its branch or shortcut, or its logits leave the run's own trend",
     what="""\
-A straight line through the logarithm of the last 8 probes foretells the next one. A figure at twice or half of that,
-beyond six standard errors of what the line foretells, at two probes in a row, is a departure.""",
+A straight line through the logarithm of the last 3 to 8 rounds predicts the next one. A figure at twice or half of
+that, and of its last value, beyond six standard errors of the prediction, at two rounds in a row, is a departure. Of
+fewer than six rounds the scatter is that of the figure in all sub-layers. Gains are compared at every probe, branch
+and shortcut sizes and the largest attention logits at every round of statistics.""",
     why="""\
 The level of a trained model's gains proves nothing, and a slow monotone drift is normal; a sudden change of one
 sub-layer is what comes before the loss moves.""",
     example="""\
-step 3400: branch ‖J‖ of transformer.h.3.mlp is 3.1 times what its own trend foretold""",
+step 3400: branch ‖J‖ of transformer.h.3.mlp is 3.1 times what its own trend predicted: 4.4 now, 1.4 before step 3200,
+since which it has been so""",
     remedy="""\
 Compare checkpoints on both sides of that step (jacdiag audit); look at that sub-layer's update norms and gradient.""",
 )
@@ -71,11 +89,15 @@ NON_FINITE = Text(
     summary="the loss or a gradient is not finite, or a loss scaler skips step after step",
     what="""\
 NaN or Inf in the loss, in the gradient of a step that was made, or ten steps in a row that the optimizer did not make.
-A few skipped steps are how a loss scaler finds its scale, and say nothing.""",
+A few skipped steps are how a loss scaler finds its scale, and say nothing. Gradients and weights are looked at before
+the optimizer's step, which spreads what is not finite: a weight is named if it was not finite then, a gradient if it is
+the only one. If clipping has spread one gradient to all, or the forward made it, the sentence says so and names
+none.""",
     why="""\
 One NaN in a step that is made is in every weight after it.""",
     example="""\
-step 96: gradients are not finite; transformer.h.5.attn first""",
+step 96: the weight transformer.h.5.attn.c_proj.weight was not finite before the optimizer's step, every other weight
+was; the loss and the gradients of step 95 were finite""",
     remedy="""\
 Go back to a checkpoint from before it; the flight recorder holds the last steps, and the batch with
 keep_batches=10.""",

@@ -143,22 +143,40 @@ class Trend:
         self.steps: deque[float] = deque(maxlen=points)
         self.logs: deque[float] = deque(maxlen=points)
 
-    def departure(self, step: float, value: float) -> tuple[float, float] | None:
-        """ln(value / foretold), and the standard error of what was foretold; None for too few points.
+    def departure(self, step: float, value: float, least_scatter: float = 0.0) -> tuple[float, float] | None:
+        """Return ln(value / predicted) and the standard error of the prediction; None for too few points.
 
         The error is that of a prediction: the scatter of the points around their line, and how badly a line through so
         few of them is known where it is drawn out to the next step.
+
+        Args:
+            step: of the value.
+            value: to compare with the prediction.
+            least_scatter: the scatter is taken to be at least this, since that of few points is known badly.
         """
         n = len(self.logs)
         if n < self.least or not (math.isfinite(value) and value > 0):
             return None
+        mx, my, sxx, slope = self._line()
+        scatter = max(math.sqrt(self.residual_square() / max(n - 2, 1)), least_scatter)
+        distance = (step - mx) ** 2 / sxx if sxx else 0.0
+        error = scatter * math.sqrt(1 + 1 / n + distance)
+        return math.log(value) - my - slope * (step - mx), error
+
+    def residual_square(self) -> float:
+        """Return the sum of squares of the points' distances from their line."""
+        mx, my, _, slope = self._line()
+        rest = [y - my - slope * (x - mx) for x, y in zip(self.steps, self.logs, strict=True)]
+        return math.fsum(r * r for r in rest)
+
+    def _line(self) -> tuple[float, float, float, float]:
+        """Mean step, mean logarithm, spread of the steps, and slope of the least-squares line."""
+        n = len(self.logs)
         mx, my = math.fsum(self.steps) / n, math.fsum(self.logs) / n
         sxx = math.fsum((x - mx) ** 2 for x in self.steps)
-        slope = math.fsum((x - mx) * (y - my) for x, y in zip(self.steps, self.logs, strict=True)) / sxx if sxx else 0.0
-        rest = [y - my - slope * (x - mx) for x, y in zip(self.steps, self.logs, strict=True)]
-        scatter = math.sqrt(math.fsum(r * r for r in rest) / max(n - 2, 1))
-        error = scatter * math.sqrt(1 + 1 / n + ((step - mx) ** 2 / sxx if sxx else 0.0))
-        return math.log(value) - my - slope * (step - mx), error
+        covariance = math.fsum((x - mx) * (y - my) for x, y in zip(self.steps, self.logs, strict=True))
+        slope = covariance / sxx if sxx else 0.0
+        return mx, my, sxx, slope
 
     def add(self, step: float, value: float) -> None:
         if math.isfinite(value) and value > 0:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from jacdiag.errors import UsageError
 from jacdiag.watching.grouping import Groups, Member
-from jacdiag.watching.norms import square_sums, widest
+from jacdiag.watching.norms import find_nonfinite, square_sums, widest
 from jacdiag.watching.optimisers import local
 
 MICRO, MICRO_SUM, LOSS, GIVEN, GIVEN_PART, INF, UPDATE, WEIGHT, FIRST = range(9)  # columns; sub-layers follow
@@ -33,6 +33,8 @@ class Row:
         late: the gradients were read after the step: zeros are gradients that were cleared.
         micro_batches: how many are summed in the column MICRO_SUM; 0 if it holds nothing.
         sequences: in each of them.
+        weights_seen: before the step somebody looked whether the weights are finite.
+        with_gradient: parameters that had a gradient.
     """
 
     step: int = 0
@@ -48,6 +50,8 @@ class Row:
     late: bool = False
     micro_batches: int = 0
     sequences: int = 0
+    weights_seen: bool = False
+    with_gradient: int = 0
 
 
 @dataclass
@@ -76,6 +80,10 @@ class Figures:
         self.index = torch.tensor([m.group for m in members], dtype=torch.long, device=self.device)
         self.shares = torch.tensor([m.share for m in members], dtype=dtype, device=self.device)
         self.now = Row()
+        # Which parameters have a gradient, and which are a weight, that is not finite: (steps, parameters).
+        self.bad_gradients = torch.zeros(self.capacity, len(members), dtype=torch.bool, device=self.device)
+        self.bad_weights = torch.zeros_like(self.bad_gradients)
+        self._read_flags = (self.bad_gradients[:0], self.bad_weights[:0])
 
     @property
     def slot(self) -> int:
@@ -86,22 +94,25 @@ class Figures:
     def full(self) -> bool:
         return len(self.rows) >= self.capacity
 
-    def gradients(self, stepping: set[int] | None, scale: Tensor | None, inf: Tensor | None) -> None:
+    def gradients(
+        self, stepping: set[int] | None, scale: Tensor | None, inf: Tensor | None, *, before: bool = True
+    ) -> None:
         """Takes the squares of all gradients, before a step.
 
         Args:
             stepping: ids of the parameters of the optimiser that steps now; None for all.
             scale: by which the gradients are still multiplied.
             inf: 1.0 where a loss scaler found inf.
+            before: the step has not been made: the weights are those that the gradients belong to.
         """
-        found = square_sums(
-            [
-                None if m.parameter.grad is None or (stepping is not None and id(m.parameter) not in stepping)
-                else local(m.parameter.grad)
-                for m in self.groups.members
-            ],
-            self.device,
-        )  # fmt: skip
+        gradients: list[Tensor | None] = []
+        for member in self.groups.members:
+            steps = stepping is None or id(member.parameter) in stepping
+            gradient = member.parameter.grad
+            gradients.append(local(gradient) if steps and gradient is not None else None)
+        found = square_sums(gradients, self.device)
+        self._note_nonfinite(found, before)
+        self.now.with_gradient += sum(gradient is not None for gradient in gradients)
         if scale is not None:
             found = found / scale.to(self.device, found.dtype).square()
         row = self.table[self.slot]
@@ -111,6 +122,36 @@ class Figures:
         if inf is not None:
             row[INF] = inf.reshape(()).to(self.device, row.dtype)
         self.now.made = True
+
+    def _note_nonfinite(self, squares: Tensor, before: bool) -> None:
+        """Note which gradients are not finite and, before the first step of a row, which weights.
+
+        The weights are read at every step on a device that may not be waited for. On a CPU, where the gradients are
+        known at once, they are read only if a gradient is not finite.
+        """
+        bad = squares.isfinite().logical_not()
+        if not self.now.made:
+            self.bad_gradients[self.slot] = False
+            self.bad_weights[self.slot] = False
+            self.now.with_gradient = 0
+        self.bad_gradients[self.slot] |= bad
+        if not before or self.now.weights_seen:
+            return
+        on_cpu = self.device.type == "cpu"
+        if (on_cpu and not bool(bad.any())) or (not on_cpu and self.now.made):
+            return
+        weights = [local(member.parameter.detach()) for member in self.groups.members]
+        self.bad_weights[self.slot] = find_nonfinite(weights, self.device)
+        self.now.weights_seen = True
+
+    def nonfinite(self) -> tuple[Tensor, Tensor]:
+        """Return which gradients and which weights were not finite in the rows read last: (rows, parameters) each.
+
+        Looks at the device; call it only for rows that are known not to be finite.
+        """
+        gradients, weights = self._read_flags
+        self.looks += self.device.type != "cpu"
+        return gradients.cpu(), weights.cpu()
 
     def put(self, column: int, value: Any) -> None:
         """Writes a scalar, wherever it lies, without a look at it."""
@@ -152,10 +193,14 @@ class Figures:
             row.rates[k] = rate
         # 3. Empty the buffer; a step that is being made while it is read stays.
         self.rows = []
-        pending = self.table[len(rows)].clone() if self.now.made and len(rows) < self.capacity else None
+        self._read_flags = (self.bad_gradients[: len(rows)].clone(), self.bad_weights[: len(rows)].clone())
+        is_pending = self.now.made and len(rows) < self.capacity
+        pending = self.table[len(rows)].clone() if is_pending else None
         self.table.fill_(torch.nan)
         if pending is not None:
             self.table[0] = pending
+            self.bad_gradients[0] = self.bad_gradients[len(rows)].clone()
+            self.bad_weights[0] = self.bad_weights[len(rows)].clone()
         return rows, found[:split].view(len(rows), width)
 
 

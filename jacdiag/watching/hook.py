@@ -92,7 +92,8 @@ class Watch:
         steps = "1 step" if self.count == 1 else f"{self.count} steps"
         alerts = [f"  {alert}" for alert in self.alerts]
         said = "1 alert" if len(alerts) == 1 else f"{len(alerts)} alerts"
-        return "\n".join([f"Watch, {state}: {steps}, {said}", *alerts])
+        findings = [f"  finding: {finding}" for finding in self.findings]
+        return "\n".join([f"Watch, {state}: {steps}, {said}", *findings, *alerts])
 
     # -- the loop --------------------------------------------------------------------------------------------------
     def step(self, loss: Any, *, grad_norm: Any = None, lr: float | None = None, tokens: int | None = None) -> None:
@@ -194,7 +195,7 @@ class Watch:
         """Take the gradients after a step that was not seen, as far as they are still there."""
         parameters = parameters_of(self.optimizers.leaves)
         if any(p.grad is not None for p in parameters):
-            figures.gradients(None, None, None)
+            figures.gradients(None, None, None, before=False)
             figures.now.late = True
 
     def _close_turn(self, turn: UpdateTurn, figures: Figures, outcome: Outcome) -> None:
@@ -311,7 +312,7 @@ class Watch:
         begun = time.perf_counter()
         number = self._number(optimizer)
         if closure and number is not None:
-            self._gradients(optimizer, number)
+            self._gradients(optimizer, number, before=False)
         if id(optimizer) in self._running:
             self._running = self._running[: self._running.index(id(optimizer))]
         with self.guards.part("updates", _NO_UPDATES):
@@ -339,7 +340,7 @@ class Watch:
             if self.turn is not None:
                 self.turn.drop()
             if self.tiers.figures is not None:
-                self.tiers.figures.now.made = False
+                self.tiers.figures.now.made = self.tiers.figures.now.weights_seen = False
         self._stepped.add(number)
         self.usage.optimizer_steps()
         self._rates[number] = learning_rates(optimizer)
@@ -357,7 +358,7 @@ class Watch:
             self.turn = UpdateTurn(figures.groups, holders, len(leaves))
         self.turn.open(number, closure)
 
-    def _gradients(self, optimizer: Any, number: int | None) -> None:
+    def _gradients(self, optimizer: Any, number: int | None, *, before: bool = True) -> None:
         with self.guards.part("figures", _NO_FIGURES):
             if not self.guards.on("figures"):
                 return
@@ -369,7 +370,7 @@ class Watch:
                 own = {id(p) for p in self.optimizers.own_parameters(optimizer)}
                 stepping = own - self._read
                 self._read |= own
-            figures.gradients(stepping, *scaling(optimizer))
+            figures.gradients(stepping, *scaling(optimizer), before=before)
             if self.histograms.is_due(self.count + 1):
                 self.histograms.take_gradients(figures.groups, stepping)
 
@@ -415,6 +416,11 @@ class Watch:
     @property
     def alerts(self) -> list[Alert]:
         return list(self.record.alerts)
+
+    @property
+    def findings(self) -> list[Alert]:
+        """What the probes say of the model's init: a report, no alerts."""
+        return list(self.record.findings)
 
     # -- the end ---------------------------------------------------------------------------------------------------
     def close(self) -> None:

@@ -40,6 +40,8 @@ class Record:
 
     Attributes:
         live: the live rules.
+        findings: what the probes say of the model's init.
+        waits: what each live rule still waits for, as far as it was told.
         resumed_at: the step that a log on disk ends with.
     """
 
@@ -52,6 +54,8 @@ class Record:
         self.guards = Guards(strict, self._fault)
         self.live = LiveRules(thresholds)
         self.alerts: list[Alert] = []
+        self.findings: list[Alert] = []
+        self.waits: dict[str, str] = {}
         self.header: dict[str, Any] = {}
         self.file = RunFile(folder, resume=resume, failed=self._log_failed) if folder is not None else None
         self.alert_sinks = open_alert_sinks(alerts_to, self._webhook_failed)
@@ -80,6 +84,8 @@ class Record:
         }
         if self.live.names != list(header["groups"]):
             self.live.set_names(header["groups"])
+        self.waits = self.live.waits()
+        self.header["waits"] = dict(self.waits)
         self.line("run", self.header)
         if self.going_on:
             self.line("resume", {"step": self.resumed_at})
@@ -109,6 +115,7 @@ class Record:
         """Takes the steps since the last look: live rules, log, sinks, recorder, alerts."""
         self._fingerprints(rows)
         alerts: list[Alert] = []
+        ready: list[Mapping[str, Any]] = []
         for row in rows:
             self._count(row)
             self.last_step = row["step"]
@@ -117,10 +124,12 @@ class Record:
                     verdict = self.live.step(StepFigures.of(row))
                     alerts += verdict.alerts
                     row["votes"], row["scores"] = verdict.votes, verdict.scores
+                    ready += self._newly_ready(row["step"])
             row["noise_scale"] = self._noise_scale(row.pop("noise"))
             if self.recorder is not None:
                 self.recorder.add(row)
         self._write("step", rows)  # type: ignore[arg-type]
+        self._write("ready", ready)
         groups = self.header.get("groups", [])
         for row in rows:
             self.publish(row["step"], partial(slashed, row, groups))
@@ -133,6 +142,16 @@ class Record:
             return None
         self.noise.add(norms)
         return self.noise.value
+
+    def _newly_ready(self, step: int) -> list[Mapping[str, Any]]:
+        """Return a line for each live rule that has become ready since the last look."""
+        before, self.waits = self.waits, self.live.waits()
+        codes = [code for code in before if code not in self.waits]
+        return [{"step": step, "code": code, "waited_for": before[code]} for code in codes]
+
+    def note_ready(self, step: int) -> None:
+        """Say which live rules statistics or a probe have made ready."""
+        self._write("ready", self._newly_ready(step))
 
     def _count(self, row: Mapping[str, Any]) -> None:
         self.totals["steps"] += 1
@@ -166,6 +185,12 @@ class Record:
                 continue
             with self.guards.part(f"sink {name}", f"nothing more is sent to {name}"):
                 write(step, shown)
+
+    def finding(self, finding: Alert) -> None:
+        """Tell what a probe says of the model's init: a report, which raises nothing and calls nobody."""
+        self.findings.append(finding)
+        self.line("finding", finding.to_dict())
+        logger.warning("jacdiag.watch: a finding, no alert: %s", finding)
 
     # -- alerts, faults, notes -------------------------------------------------------------------------------------
     def alert(self, alert: Alert) -> None:
@@ -260,9 +285,9 @@ class Record:
         if not self.quiet:
             say(f"jacdiag.watch: {text}")
 
-    def _fault(self, part: str, error: str, loses: str) -> None:
+    def _fault(self, part: str, error: str, loses: str, cure: str) -> None:
         if part != "log":
-            self.line("fault", {"part": part, "error": error, "off": loses})
+            self.line("fault", {"part": part, "error": error, "off": loses, "cure": cure})
 
     # -- the end ---------------------------------------------------------------------------------------------------
     def wait(self) -> None:

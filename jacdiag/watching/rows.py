@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from jacdiag.watching.figures import FIRST, GIVEN, GIVEN_PART, INF, LOSS, MICRO, MICRO_SUM, UPDATE, WEIGHT, Row
@@ -13,8 +14,23 @@ from jacdiag.watching.usage import Outcome
 _CLIPPED = 5e-3  # a norm summed in float32 on a CPU is off by up to 3e-3: a difference below this is no clipping
 
 
-def row_of(row: Row, values: Sequence[float], labels: Sequence[str]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class BadNames:
+    """Names of what was not finite at a step, before the optimizer's step.
+
+    Attributes:
+        gradients: parameters whose gradient was not.
+        weights: parameters that were not; None if nobody looked.
+    """
+
+    gradients: list[str]
+    weights: list[str] | None
+
+
+def row_of(row: Row, values: Sequence[float], labels: Sequence[str], bad: BadNames | None = None) -> dict[str, Any]:
     """One step as the log tells it; what was not measured is null.
+
+    A step with a gradient that is not finite also has `nonfinite_weights`, `nonfinite_gradients` and `with_gradient`.
 
     `grad_norm` is what `clip_grad_norm_` returned (before clipping), if it was given; `grad_norm_post` and `grad` (one
     per group) are what the optimiser saw. Under clipping by the global norm a group's norm before it is `grad` times
@@ -50,10 +66,14 @@ def row_of(row: Row, values: Sequence[float], labels: Sequence[str]) -> dict[str
         "skipped_for": "inf" if skipped and overflow else None,
         "optimizer_step": row.optimizer_step,
         "nonfinite": nonfinite,
+        "weights_seen": row.weights_seen,
         "grad": [_root(s) for s in squares] if row.made else None,
         "update": None,
         "noise": micro_batch_norms(row, values),
     }
+    if bad is not None:
+        found |= {"nonfinite_gradients": bad.gradients, "nonfinite_weights": bad.weights}
+        found["with_gradient"] = row.with_gradient
     if row.update and not skipped:
         moved, size = _root(values[UPDATE]), _root(values[WEIGHT])
         if moved is not None and size is not None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from jacdiag.errors import TraceError
 from jacdiag.report import Finding, Report
@@ -18,12 +18,13 @@ from jacdiag.trace.wrappers import has_foreign_hooks
 from jacdiag.watching.batches import Batches
 from jacdiag.watching.blocks import Blocks, is_shard
 from jacdiag.watching.cadence import Cadence, Clock
-from jacdiag.watching.figures import GIVEN_PART, Figures
+from jacdiag.watching.figures import FIRST, GIVEN_PART, Figures, Row
 from jacdiag.watching.grouping import by_names, by_sites, grouped
+from jacdiag.watching.norms import find_nonfinite
 from jacdiag.watching.optimisers import group_names, local, names_of, parameters_of
 from jacdiag.watching.probe import LiveProbe, Price
 from jacdiag.watching.record import Record
-from jacdiag.watching.rows import row_of
+from jacdiag.watching.rows import BadNames, row_of
 from jacdiag.watching.sinks import slashed_series
 from jacdiag.watching.together import Together
 
@@ -58,6 +59,8 @@ class Tiers:
         self.looks = 0
         self.fired: set[str] = set()
         self.findings: list[Finding] = []  # of the last probe's report
+        self.told: set[str] = set()  # findings that are no alerts, each told once
+        self._first_report = True
         self._told_share = False
 
     # -- the first step --------------------------------------------------------------------------------------------
@@ -127,11 +130,39 @@ class Tiers:
                 whole = self.together.total(table[:, GIVEN_PART:])
                 whole[:, 1] = table[:, GIVEN_PART + 1]  # found_inf is everybody's
                 table = torch.cat([table[:, :GIVEN_PART], whole], dim=1)
+            names = self._name_nonfinite(self.figures, rows, table)
             if rows and self.together.lead:
                 labels = self.figures.groups.labels
-                self.record.steps([row_of(row, v, labels) for row, v in zip(rows, table.tolist(), strict=True)])
+                values = table.tolist()
+                self.record.steps([row_of(row, values[k], labels, names.get(k)) for k, row in enumerate(rows)])
             self._tell_share(clock)
             self._check_model()
+
+    def _name_nonfinite(self, figures: Figures, rows: list[Row], table: Tensor) -> dict[int, BadNames]:
+        """Name the gradients and the weights of each row that has a gradient that is not finite.
+
+        Weights that no optimizer holds are looked at now: nothing has changed them since.
+        """
+        broken = table[:, FIRST:].isfinite().all(dim=1).logical_not() if rows else torch.zeros(0, dtype=torch.bool)
+        broken &= torch.tensor([row.made for row in rows], dtype=torch.bool)
+        if not bool(broken.any()):
+            return {}
+        # 1. The parameters that an optimizer holds, as they were before its step.
+        gradients, weights = (self.together.total(flags.float()) > 0 for flags in figures.nonfinite())
+        held = [member.name for member in figures.groups.members]
+        # 2. All others.
+        known = {id(member.parameter) for member in figures.groups.members}
+        others = [(self.names[id(p)], local(p.detach())) for p in self.model.parameters() if id(p) not in known]
+        flags = find_nonfinite([weight for _, weight in others], torch.device("cpu")) if others else torch.zeros(0)
+        frozen_bad = self.together.total(flags.float()) > 0
+        frozen = [name for (name, _), is_bad in zip(others, frozen_bad.tolist(), strict=True) if is_bad]
+        # 3. Names.
+        found: dict[int, BadNames] = {}
+        for place in broken.nonzero().flatten().tolist():
+            bad_weights = frozen + _picked(held, weights[place])
+            seen = rows[place].weights_seen
+            found[place] = BadNames(_picked(held, gradients[place]), bad_weights if seen else None)
+        return found
 
     def _all_have_figures(self) -> bool:
         mine = self.guards.on("figures") and self.figures is not None
@@ -254,6 +285,9 @@ class Tiers:
                 lists = {"heads": shown.heads, "experts": shown.experts}
                 self.record.line("stats", row | {name: values for name, values in lists.items() if values})
                 self.record.publish(step, lambda: slashed_series(shown.figures))
+                for alert in self.record.live.statistics(step, shown.figures).alerts:
+                    self.record.alert(alert)
+                self.record.note_ready(step)
             if not probe:
                 return
             begun -= tracing
@@ -282,13 +316,33 @@ class Tiers:
         self.record.line("probe", {**row, "report": report.to_dict()})
         gains = {key: series[key] for key in ("branch_norm", "core_norm", "stable_rank")}
         self.record.publish(step, lambda: slashed_series(gains))
-        findings = [f for f in report.findings if f.level != "info" and f.code < "JD900"]
-        for f in findings:
-            if f.code not in self.fired:
-                self.record.alert(Alert(step, f.code, f.level, f.what, f.where, f.evidence))
-        self.fired = {f.code for f in findings}
+        self._tell_findings(report, step)
         for alert in verdict.alerts:
             self.record.alert(alert)
+        self.record.note_ready(step)
+
+    def _tell_findings(self, report: Report, step: int) -> None:
+        """Tell what the rules newly say of the model on the probe.
+
+        What they say of it as the watch found it is a report: nothing has happened then. Rules JD1xx and JD2xx judge an
+        init, and a model in a run leaves it: what they newly say later is a finding too. A warning of theirs must not
+        end the run of a model that trains well. An error is an alert: a rule speaks so only of something broken, or by
+        the user's own threshold.
+        """
+        findings = [f for f in report.findings if f.level != "info" and f.code < "JD900"]
+        for finding in findings:
+            key = f"{finding.code} {finding.level}"
+            if key in self.told or key in self.fired:
+                continue
+            told = Alert(step, finding.code, finding.level, finding.what, finding.where, finding.evidence)
+            of_init = self._first_report or finding.code < "JD300"
+            if of_init and finding.level != "error":
+                self.told.add(key)
+                self.record.finding(told)
+            else:
+                self.record.alert(told)
+        self.fired = {f"{finding.code} {finding.level}" for finding in findings}
+        self._first_report = False
 
     # -- memory ----------------------------------------------------------------------------------------------------
     def fixed_probe(self) -> dict[str, Any] | None:
@@ -305,6 +359,10 @@ class Tiers:
         self.figures, self.batches = None, None
         self.live.close()
         del self.model, self.optimisers
+
+
+def _picked(names: Sequence[str], flags: Tensor) -> list[str]:
+    return [name for name, flag in zip(names, flags.tolist(), strict=True) if flag]
 
 
 def _often(cadence: Cadence) -> str:

@@ -114,7 +114,28 @@ def test_the_sub_layer_that_moved_first_is_named() -> None:
     live.step(spike(501, 2.9, 1.2, (0.7, 9.0, 9.0)))
     alerts = [a for s in (502, 503, 504) for a in live.step(spike(s, 9.0, 40.0, (9.0, 9.0, 9.0))).alerts]
     assert {a.code for a in alerts} == {"JD501", "JD502"}
-    assert all(a.where == ["b", "c", "a"] for a in alerts) and "b first" in alerts[0].what
+    assert all(a.where == ["b", "c", "a"] for a in alerts)
+    assert "; b moved first (gradient norm 9.00, usually 0.9" in alerts[0].what and "since step 500" in alerts[0].what
+    assert [moved["since"] for moved in alerts[0].evidence["moved"]] == [500, 501, 502]
+
+
+def test_no_sub_layer_is_called_the_first_where_none_was() -> None:
+    """All at the same step, none at all, one by a chance vote before the others, and sub-layers that are not known."""
+    live = fed()
+    (alert,) = live.step(spike(500, 9.0, 40.0, (9.0, 9.0, 9.0))).alerts
+    assert "none moved first: all sub-layers that stand out have since step 500" in alert.what
+    live = fed()
+    (alert,) = live.step(spike(500, 9.0, 40.0, (0.7, 0.7, 0.7))).alerts
+    assert alert.where == [] and "no sub-layer's gradient norm stands out" in alert.what
+    live = fed()
+    live.step(spike(500, 2.9, 1.2, (0.7, 1.7, 0.7)))  # 3 to 4 standard deviations
+    (alert,) = live.step(spike(501, 9.0, 40.0, (9.0, 9.0, 9.0))).alerts
+    assert "moved first (" not in alert.what and "since step 501" in alert.what
+    live = LiveRules(LIMITS)
+    for f in healthy(500):
+        live.step(f)
+    (alert,) = live.step(StepFigures(500, 9.0, 40.0)).alerts
+    assert alert.where == [] and "sub-layer" not in alert.what
 
 
 def test_alerts_are_rate_limited_and_what_was_held_back_is_counted() -> None:
@@ -133,7 +154,7 @@ def test_non_finite_speaks_at_once_and_a_scaler_that_looks_for_its_scale_does_no
     assert (alert.code, alert.level) == ("JD505", "error")
     live = LiveRules(LIMITS, ["a"])
     (alert,) = live.step(StepFigures(1, 2.0, math.nan, nonfinite=["a"])).alerts
-    assert alert.where == ["a"] and "a first" in alert.what
+    assert alert.where == ["a"] and "only in a" in alert.what and "first" not in alert.what
     live = LiveRules(LIMITS, ["a"])
     skips = [StepFigures(step, 2.0, math.inf, skipped=True, nonfinite=["a"]) for step in range(12)]
     assert codes(live, skips) == [(9, "JD505")]

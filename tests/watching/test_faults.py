@@ -20,8 +20,10 @@ from torch import nn
 from watching.rig import adam, assert_same_state, lines, plain_step, small, trained
 
 import jacdiag
+from jacdiag.errors import TraceError
 from jacdiag.report.runlog import read_run
 from jacdiag.watching import figures, hook, log, probe, record, recorder, statistics, tiers
+from jacdiag.watching.guards import Guards, describe_cause
 
 OPTIONS: dict[str, Any] = {"every": 6, "stats_every": 3, "log_every": 4, "keep_batches": 1}
 STEPS = 24
@@ -257,3 +259,55 @@ def test_memory_that_does_not_fit_skips_the_probe(tmp_path: Path, monkeypatch: p
     assert sum("free" in row["text"] for row in lines(tmp_path, "note")) == 1
 
 
+
+
+# -- cause and cure ----------------------------------------------------------------------------------------------------
+def test_a_probe_that_cannot_run_the_model_says_the_models_own_error_and_what_helps(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = small(dropout=0.0)
+    optimizer = adam(model)
+    wrong = torch.full((1, 4), 10**6)  # far beyond the vocabulary
+    with caplog.at_level(logging.WARNING, "jacdiag.watch"), jacdiag.watch(
+        model, optimizer, log_dir=tmp_path, probe=wrong, quiet=True
+    ) as w:
+        for step in range(1, 3):
+            loss, norm = plain_step(model, optimizer, step)
+            w.step(loss, grad_norm=norm)
+    (said,) = [r.getMessage() for r in caplog.records if "probe failed" in r.getMessage()]
+    assert "What helps: " in said and "The training goes on." in said
+    (row,) = lines(tmp_path, "fault")
+    assert row["cure"] and row["error"] in said and row["cure"] in said
+
+
+@pytest.mark.parametrize(
+    ("part", "error", "cause", "cure"),
+    [
+        ("probe", TraceError("the model's forward raised", got="RuntimeError: no mask\nat model.py:7 in forward: x"),
+         "no mask; at model.py:7 in forward", "probe=INPUTS"),
+        ("probe", TraceError("nothing found", hint="declare= names them"), "nothing found", "declare= names them"),
+        ("probe", torch.OutOfMemoryError("2 GB"), "2 GB", "give the probe less"),
+        ("log", OSError("No space left on device"), "No space left", "resume=True"),
+        ("on_alert", KeyError("x"), "KeyError", "mend the function"),
+        ("sink Wandb", RuntimeError("offline"), "offline", "check what the sink writes to"),
+        ("figures", ValueError("odd"), "odd", "strict=True"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)  # fmt: skip
+def test_every_fault_has_its_cause_and_its_cure(part: str, error: Exception, cause: str, cure: str) -> None:
+    told: list[tuple[str, ...]] = []
+    Guards(strict=False, told=lambda *given: told.append(given)).fail(part, error, "nothing from now on")
+    ((name, said, loses, helps),) = told
+    assert (name, loses) == (part, "nothing from now on") and cause in said and cure in helps
+
+
+def test_a_cause_is_one_line_and_what_it_came_from_is_in_it() -> None:
+    try:
+        try:
+            raise KeyError("mask")
+        except KeyError as error:
+            raise TraceError("a copy could not be made") from error
+    except TraceError as error:
+        said = describe_cause(error)
+    assert said == "TraceError: a copy could not be made; KeyError: 'mask'"
+    assert "\n" not in describe_cause(TraceError("a", got="b\nc" * 500)) and len(describe_cause(ValueError())) < 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 from pathlib import Path
 from typing import Any
@@ -195,10 +196,35 @@ def test_tied_frozen_and_idle_parameters(tmp_path: Path) -> None:
 def test_an_alert_that_raises_leaves_nothing_behind() -> None:
     model = small("vanilla", n_embd=64)
     optimizer = adam(model)
-    with pytest.raises(AlertRaised, match="JD102") as caught, jacdiag.watch(
-        model, optimizer, on_alert="raise", quiet=True
+    with pytest.raises(AlertRaised, match="JD505") as caught, jacdiag.watch(
+        model, optimizer, on_alert="raise", log_every=1, quiet=True
+    ) as w:
+        for step in range(1, 4):
+            loss, norm = plain_step(model, optimizer, step)
+            w.step(loss * (math.nan if step == 3 else 1.0), grad_norm=norm)
+    assert caught.value.alert.step == 3
+    assert not model._forward_pre_hooks and not optimizer._optimizer_step_pre_hooks
+
+
+def test_what_the_model_came_with_is_a_report_and_raises_nothing(tmp_path: Path) -> None:
+    """GPT-2's own init does not meet the large shortcut: said once, in the log and in `findings`; the run goes on."""
+    model = small("vanilla", n_embd=64)
+    optimizer = adam(model)
+    with jacdiag.watch(model, optimizer, on_alert="raise", log_dir=tmp_path, every=2, quiet=True) as w:
+        for step in range(1, 6):
+            loss, norm = plain_step(model, optimizer, step)
+            w.step(loss, grad_norm=norm)
+        assert [(found.code, found.step) for found in w.findings if found.code == "JD102"] == [("JD102", 0)]
+        assert w.alerts == []
+    assert "JD102" in {row["code"] for row in lines(tmp_path, "finding")} and not lines(tmp_path, "alert")
+
+
+def test_an_error_by_the_users_own_threshold_is_an_alert_from_the_first_probe_on() -> None:
+    model = small("vanilla", n_embd=64)
+    optimizer = adam(model)
+    limits = {"norm_gain": {"error": 9.0}}
+    with pytest.raises(AlertRaised, match="JD102 error"), jacdiag.watch(
+        model, optimizer, on_alert="raise", thresholds=limits, quiet=True
     ) as w:
         loss, norm = plain_step(model, optimizer, 1)
         w.step(loss, grad_norm=norm)
-    assert caught.value.alert.step == 0
-    assert not model._forward_pre_hooks and not optimizer._optimizer_step_pre_hooks
