@@ -90,6 +90,7 @@ def audit(invocation: Invocation, source: str, **given: Any) -> int:
             progress=progress,
             ranks=invocation.team or False,
             against=given["against"],
+            replay=given["replay"],
         )
     invocation.heed()
     command = shlex.join(["jacdiag", *invocation.args])
