@@ -227,6 +227,8 @@ def _decide(
             before=before.get(name),
             at_checkpoint=at_checkpoint.get(name),
             then=_then(others, name, run, onset, checkpoint),
+            sequences_out=_places_out(suspects, others, name),
+            sequences=sum(len(item.figures.sequences) for item in suspects if item.figures is not None),
         )
         for name in (LOSS, GRADIENT)
     ]
@@ -292,6 +294,15 @@ def _sequences_out(item: _Measured, reference: Iterable[_Measured], name: str) -
     values = [getattr(sequence, name) for sequence in item.figures.sequences]
     others = [getattr(s, name) for other in reference if other.figures is not None for s in other.figures.sequences]
     return out_of_range(values, others, logarithm=name == GRADIENT)
+
+
+def _places_out(suspects: Iterable[_Measured], others: Sequence[_Measured], name: str) -> list[int]:
+    """Return which sequences of the suspects are out of the range of the other batches' sequences."""
+    places: list[int] = []
+    for item in suspects:
+        if item.figures is not None:
+            places += [place for place, out in enumerate(_sequences_out(item, others, name)) if out]
+    return places
 
 
 def _largest_tokens(suspects: Iterable[_Measured]) -> list[TokenReplay]:

@@ -44,6 +44,8 @@ class Figure:
         at_checkpoint: the usual value in the run when it had the weights of the checkpoint; None if that is not known.
         then: what the run logged for each of the others at its own step, before the one that is looked at; None
             where that cannot be compared. Each batch is then compared with itself.
+        sequences_out: the sequences of the suspects that are out of the range of the other batches' sequences.
+        sequences: how many sequences the suspects have.
     """
 
     name: str
@@ -53,6 +55,8 @@ class Figure:
     before: LevelRecord | None = None
     at_checkpoint: LevelRecord | None = None
     then: Sequence[float | None] = ()
+    sequences_out: Sequence[int] = ()
+    sequences: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,10 +253,10 @@ def _judge(figure: Figure) -> Judged:
         found.batch_out, found.batch_share, found.jumped = True, 1.0, True
         return found
 
-    # 3. The suspects compared with the other batches, on the same weights.
+    # 3. The suspects compared with the other batches, on the same weights; and their sequences with the others'.
     center, spread = fmean(others), _floor(stdev(others), fmean(others), logarithm)
     limit = _quantile(FALSE_ALARMS / len(suspects), len(others) - 1) * spread * math.sqrt(1 + 1 / len(others))
-    found.batch_out = max(suspects) - center > limit
+    found.batch_out = max(suspects) - center > limit or bool(figure.sequences_out)
     if found.jump is not None and math.isfinite(found.jump) and found.jump > 0:
         found.batch_share = (fmean(suspects) - center) / found.jump
 
@@ -262,6 +266,11 @@ def _judge(figure: Figure) -> Judged:
         found.weights_out = rise.mean > _quantile(FALSE_ALARMS, rise.count - 1) * rise.error
         if found.jump is not None and found.jump > 0 and math.isfinite(found.jump):
             found.weights_share = rise.mean / found.jump
+
+    # 5. The suspect compared with the run, which has more values than the flight has batches.
+    level = figure.at_checkpoint
+    if level is not None and rise is not None and not found.weights_out and len(suspects) == 1:
+        found.batch_out = found.batch_out or is_out(figure.suspects[0], level, logarithm=logarithm)
     return found
 
 
@@ -329,6 +338,8 @@ _SAVE_THE_STEP = "the checkpoint does not say its step, so that it may be an ear
 def _batch_sentence(figure: Figure, context: Context) -> str:
     what, size = _WORDS[figure.name], three(max(figure.suspects))
     text = f"The batch: on {_weights(context)} its {what} is {size}, and {_range(figure)}"
+    if figure.sequences_out:
+        text += f". Of its {figure.sequences} sequences {len(figure.sequences_out)} are out of the range of theirs"
     if figure.at_step is not None and figure.before is not None:
         text += f". The run had {three(figure.at_step)} at step {context.step}, and {_center(figure.before, figure)} before"
     return text + "."
@@ -361,24 +372,45 @@ def _neither_sentence(
     figures: Sequence[Figure], judged: dict[str, Judged], out: Sequence[Figure], context: Context
 ) -> str:
     known = [figure for figure in figures if judged[figure.name].jumped is not None]
-    if known and not any(judged[figure.name].jumped for figure in known):
+    jumped = [figure for figure in known if judged[figure.name].jumped]
+    start = f"Not decided: on {_weights(context)} the batch of step {context.step} is"
+    if known and not jumped:
         values = " and ".join(f"{_WORDS[f.name]} {three(f.at_step)}" for f in known)
-        text = f"Not decided: the run's {values} at step {context.step} {'are' if len(known) > 1 else 'is'} usual for it"
+        verb = "are" if len(known) > 1 else "is"
+        text = f"Not decided: the run's {values} at step {context.step} {verb} usual for it"
         if out:
             return f"{text}, while the batch is out of the range of the others on {_weights(context)}."
-        return f"{text}. Neither the batch nor the weights have a jump to explain."
-    ordinary = f"on {_weights(context)} the batch of step {context.step} "
+        return f"{text}. There is no jump to explain."
     if out:
-        return f"Not decided: {ordinary}is out of the range of the others, by less than half of the run's jump."
+        return f"{start} out of the range of the others, by less than half of the run's jump."
     if not known:
-        return f"Not decided: {ordinary}is not out of the range of the others, and the run's own values are not known."
+        return f"{start} not out of the range of the others, and the run's own values are not known."
+    same = [figure for figure in jumped if (judged[figure.name].batch_share or 0.0) >= HALF]
+    if same:
+        hint = "with more kept batches this range would be known better"
+        return f"{start} {_above(same[0])}, as in the run, and not out of the range of the others; {hint}."
+    return f"{start} not out of the range of the others, and these are as usual; {_what_decides(jumped[0], context)}."
+
+
+def _above(figure: Figure) -> str:
+    return f"above the others ({_WORDS[figure.name]} {three(max(figure.suspects))})"
+
+
+def _what_decides(figure: Figure, context: Context) -> str:
+    """Return what to look at if neither the batch nor the weights show the jump."""
     if context.checkpoint_step is None or context.step is None:
-        hint = "a checkpoint that says its step, from right before or after that step, would decide"
-    elif context.checkpoint_step < context.step - 1:
-        hint = f"the weights changed between step {context.checkpoint_step} and it: a later checkpoint would decide"
-    else:
-        hint = f"a checkpoint of step {context.step - 1}, the weights that the batch met, would decide"
-    return f"Not decided: {ordinary}is not out of the range of the others, and these are as usual; {hint}."
+        return "a checkpoint that says its step, from right before or after that step, would decide"
+    if context.checkpoint_step < context.step - 1:
+        apart = context.step - context.checkpoint_step
+        return f"these weights are from {apart} steps before that step, and a later checkpoint would decide"
+    if context.checkpoint_step >= context.step:
+        return f"a checkpoint of step {context.step - 1}, the weights that the batch met, would decide"
+    what = _WORDS[figure.name]
+    return (
+        f"the run had a {what} of {three(figure.at_step)} with this batch and these weights, and the replay has "
+        f"{three(max(figure.suspects))}: what made the jump is in neither (dropout, a loss outside the model, a fault "
+        "that came and went, weights changed by hand)"
+    )
 
 
 def _weights(context: Context) -> str:

@@ -22,6 +22,7 @@ from jacdiag.watching.guards import AlertRaised, Guards, logger, say
 from jacdiag.watching.log import RunFile
 from jacdiag.watching.recorder import Recorder
 from jacdiag.watching.sinks import Sink, open_sinks, slashed
+from jacdiag.watching.skip_list import SkipList
 
 
 class Record:
@@ -51,6 +52,7 @@ class Record:
         self.sinks = open_sinks(sinks, folder or Path())
         self.recorder = Recorder(folder, recorder) if folder is not None and recorder else None
         self.batches: Batches | None = None
+        self.skip_list: SkipList | None = None
         self.prints: list[list[torch.Tensor]] = []
         self.going_on = self.file is not None and self.file.last_step is not None
         self.resumed_at = (self.file.last_step or 0) if self.file is not None else 0
@@ -148,6 +150,10 @@ class Record:
         log("jacdiag.watch: %s", alert)
         if alert.level == "info":
             return
+        if self.skip_list is not None:
+            with self.guards.part("skip list", "no batch is added to the skip list from now on"):
+                if self.guards.on("skip list"):
+                    self.skip_list.add(alert)
         if alert.code.startswith("JD5"):  # what JD1xx sees is in the checkpoint
             self.dump(alert.step, str(alert))
         if self.on_alert == "raise":
