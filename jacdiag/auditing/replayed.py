@@ -18,12 +18,10 @@ from jacdiag.measure.sequences import (
     BatchFigures,
     LossReader,
     TokenLosses,
-    count_sequences,
     find_loss,
     measure_batch,
     prepared,
     ready_for_gradients,
-    sequence_of,
 )
 from jacdiag.report import Report
 from jacdiag.report.replay import BatchReplay, LevelRecord, NormChange, ReplayRecord, SequenceReplay, TokenReplay
@@ -40,8 +38,8 @@ from jacdiag.rules.replay import (
     out_of_range,
     usual_value,
 )
-from jacdiag.sources.flight import Flight, KeptBatch, read_flight
 from jacdiag.sources.factory import model_code
+from jacdiag.sources.flight import Flight, KeptBatch, read_flight
 
 _TOKENS_SHOWN = 8
 _CUT = 0.999  # the share of the other batches' tokens that is below the cut
@@ -131,7 +129,7 @@ def _measure(request: Request, model: nn.Module, flight: Flight) -> tuple[list[_
                 arguments = prepared(item.kept.load(), _device(parameters), dtype)
                 try:
                     if reader is None:
-                        reader = find_loss(used, sequence_of(arguments, 0, count_sequences(arguments)))
+                        reader = find_loss(used, arguments)
                     item.figures = measure_batch(used, arguments, reader, parameters)
                 except (MeasureError, RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
                     item.why = _reason(error)
@@ -227,6 +225,7 @@ def _decide(
             before=before.get(name),
             at_checkpoint=at_checkpoint.get(name),
             then=_then(others, name, run, onset, checkpoint),
+            met=_met([*suspects, *others], name, run, checkpoint),
             sequences_out=_places_out(suspects, others, name),
             sequences=sum(len(item.figures.sequences) for item in suspects if item.figures is not None),
         )
@@ -257,6 +256,17 @@ def _then(
             step = item.kept.step
             logged.append(read(run.by_step.get(step, {})) if step is not None and step < onset else None)
     return logged
+
+
+def _met(
+    measured: Iterable[_Measured], name: str, run: _Run, checkpoint: int | None
+) -> tuple[float, float] | None:
+    """Return the figure of the batch of the step after the checkpoint, now and in the run."""
+    if checkpoint is None or (name == GRADIENT and run.note):
+        return None
+    logged = (_loss_of if name == LOSS else _gradient_of)(run.by_step.get(checkpoint + 1, {}))
+    values = [v for item in measured if item.kept.step == checkpoint + 1 for v in _values([item], name)]
+    return (values[0], logged) if len(values) == 1 and logged is not None else None
 
 
 def _batch(item: _Measured, suspect: bool, others: Sequence[_Measured], run: _Run) -> BatchReplay:
@@ -349,7 +359,8 @@ def _about_checkpoint(checkpoint: int | None, step: int | None) -> str:
         return f"the checkpoint is of step {checkpoint:,}: the weights right after the batch of that step"
     apart = abs(checkpoint - step)
     side = "before" if checkpoint < step else "after"
-    return f"the checkpoint is of step {checkpoint:,}, {apart:,} steps {side} step {step:,}: not the weights of the flight"
+    where = f"{apart:,} steps {side} step {step:,}"
+    return f"the checkpoint is of step {checkpoint:,}, {where}: not the weights of the flight"
 
 
 # -- the run's own values ----------------------------------------------------------------------------------------------
@@ -406,8 +417,10 @@ def _onset(flight: Flight, run: _Run) -> int | None:
     """Return the first step that stands out without a gap up to the step of the flight."""
     if flight.step is None:
         return flight.batches[0].step if flight.batches else None
-    first = first_out(run.losses, flight.step, logarithm=False)
-    return min(first, first_out(run.gradients, flight.step, logarithm=True))
+    by_loss = first_out(run.losses, flight.step, logarithm=False)
+    by_gradient = first_out(run.gradients, flight.step, logarithm=True)
+    # Gradient norms scatter more: they say where a jump begins only if the loss has none.
+    return by_loss or by_gradient or flight.step
 
 
 def _levels(

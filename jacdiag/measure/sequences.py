@@ -110,18 +110,35 @@ class LossReader:
 
 
 def find_loss(model: nn.Module, arguments: Arguments) -> LossReader:
-    """Decide how the loss of a model is read, by running it once on a batch.
+    """Decide how the loss of a model is read, by running it on the first sequence of a batch that has a loss.
 
     A loss that the model returns is taken as it is. The losses of its tokens are those whose mean is that loss: which
     of the integer inputs are the targets, and whether they are shifted, is tried out and not assumed.
 
     Args:
         model: in evaluation mode.
-        arguments: a batch, or the first sequence of one.
+        arguments: a batch.
 
     Raises:
         MeasureError: the model returns no loss, and the batch holds nothing that could be its targets.
     """
+    rows = count_sequences(arguments)
+    reader = None
+    for row in range(rows):
+        part = sequence_of(arguments, row, rows)
+        reader = _find_loss(model, part)
+        # The mean over a sequence of padding is not finite, and tells nothing.
+        if reader.targets is not None or not reader.own:
+            return reader
+        with torch.no_grad():
+            loss, _ = reader.read(model(*part[0], **part[1]), part)
+        if bool(torch.isfinite(loss)):
+            return reader
+    assert reader is not None
+    return reader
+
+
+def _find_loss(model: nn.Module, arguments: Arguments) -> LossReader:
     with torch.no_grad():
         output = model(*arguments[0], **arguments[1])
     loss = own_loss(output)
@@ -259,8 +276,9 @@ def measure_batch(
         if _weight(figures):
             total.add(gradients, _weight(figures))
     if not total.weight:
-        raise MeasureError("no target of the batch counts: all are masked")
-    loss, gradient = total.loss(sequences), total.norm()
+        return BatchFigures(math.nan, math.nan, sequences, "no target of the batch counts: all are masked")
+    loss = total.loss(sequences)
+    gradient = total.norm() if math.isfinite(loss) else math.nan
 
     # 2. Whether the batch is the sum of its sequences: in one forward of the whole.
     try:
@@ -320,7 +338,10 @@ def _run(
             gradients = [None for _ in parameters]
     if tokens is not None:
         tokens = TokenLosses(tokens.losses.detach().cpu(), tokens.positions.cpu(), tokens.targets.cpu())
-    return SequenceFigures(float(loss.detach()), _norm(gradients), tokens), gradients
+    value = float(loss.detach())
+    # A mean over no target is not finite, and has a gradient of zeros.
+    gradient = _norm(gradients) if math.isfinite(value) else math.nan
+    return SequenceFigures(value, gradient, tokens), gradients
 
 
 def _norm(gradients: list[Tensor | None]) -> float:

@@ -157,7 +157,8 @@ def _token(token: TokenReplay) -> str:
 
 def _norms(replay: ReplayRecord) -> str:
     finite = [norm for norm in replay.norms if math.isfinite(norm.ratio) and norm.ratio > 0]
-    start = f"branch norms on the batch of step {replay.probed_step} compared with the probe of step {replay.probe_step}"
+    start = f"branch norms on the batch of step {replay.probed_step}"
+    start += f" compared with the probe of step {replay.probe_step}"
     if not finite:
         return f"{start}: none can be compared"
     finite.sort(key=lambda norm: -abs(math.log(norm.ratio)))

@@ -118,7 +118,7 @@ class ReplayRecord(Record):
         sentence: the verdict in words, with its reason and what would decide.
         about_checkpoint: the step of the checkpoint compared with that of the flight, in words.
         batches: the kept ones, the latest first.
-        before: figure -> its usual value in the run before the onset.
+        before: figure -> its usual value in the run before the onset; of the gradient norm, its logarithm.
         at_checkpoint: figure -> its usual value in the run when it had the weights of the checkpoint.
         tokens: of the suspect batches, the ones with the largest loss.
         token_cut: the loss that one in 1,000 tokens of the other batches exceeds; None if they have too few.

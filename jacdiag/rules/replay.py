@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import fmean, median, stdev
 from typing import Any
 
@@ -46,6 +47,7 @@ class Figure:
             where that cannot be compared. Each batch is then compared with itself.
         sequences_out: the sequences of the suspects that are out of the range of the other batches' sequences.
         sequences: how many sequences the suspects have.
+        met: of the batch that met these very weights in the run: its value now, and the one that the run logged.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Figure:
     then: Sequence[float | None] = ()
     sequences_out: Sequence[int] = ()
     sequences: int = 0
+    met: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +143,7 @@ def usual_value(rows: Sequence[tuple[int, float]]) -> LevelRecord | None:
     if len(finite) < LEAST_ROWS:
         return None
     values = [value for _, value in finite]
-    differences = [abs(later - earlier) for earlier, later in zip(values, values[1:], strict=False)]
+    differences = [abs(later - earlier) for earlier, later in pairwise(values)]
     spread = _NORMAL * median(differences) / math.sqrt(2)
     return LevelRecord(median(values), spread, len(values), finite[0][0], finite[-1][0])
 
@@ -155,8 +158,8 @@ def is_out(value: float, level: LevelRecord, *, logarithm: bool) -> bool:
     return value - level.center > _quantile(FALSE_ALARMS, level.count - 1) * error
 
 
-def first_out(rows: Sequence[tuple[int, float]], step: int, *, logarithm: bool) -> int:
-    """Return the first of the steps up to an alert that stand out without a gap, or the step of the alert.
+def first_out(rows: Sequence[tuple[int, float]], step: int, *, logarithm: bool) -> int | None:
+    """Return the first of the steps up to an alert that stand out without a gap; None if that of the alert does not.
 
     An alert may need several steps. The batch that matters is that of the first.
 
@@ -168,8 +171,8 @@ def first_out(rows: Sequence[tuple[int, float]], step: int, *, logarithm: bool) 
     calm = [(at, value) for at, value in rows if at <= step - LONGEST_ONSET]
     level = usual_value(calm)
     if level is None:
-        return step
-    first = step
+        return None
+    first: int | None = None
     error = _floor(level.spread, level.center, logarithm) * math.sqrt(1 + _MEDIAN_ERROR**2 / level.count)
     for at, value in reversed([row for row in rows if step - LONGEST_ONSET < row[0] <= step]):
         if math.isfinite(value) and value - level.center <= _quantile(FALSE_ALARMS, level.count - 1) * error:
@@ -207,7 +210,7 @@ def decide(figures: Sequence[Figure], context: Context) -> Decision:
     if batch and not weights:
         return Decision("batch", _batch_sentence(batch[0], context), evidence)
     if weights and not out:
-        open_question = _not_the_run_itself(weights[0], context)
+        open_question = _not_these_weights(weights, judged, context) or _not_the_run_itself(weights[0], context)
         if open_question:
             return Decision("not decided", f"Not decided: {open_question}.", evidence)
         return Decision("weights", _weights_sentence(weights[0], context), evidence)
@@ -316,6 +319,34 @@ def out_of_range(values: Sequence[float], others: Sequence[float], *, logarithm:
     return [not math.isfinite(v) or (_log(v) if logarithm else v) - center > limit for v in values]
 
 
+def _not_these_weights(figures: Sequence[Figure], judged: dict[str, Judged], context: Context) -> str:
+    """Return why the model that was run cannot be that of the run; "" if it can be.
+
+    The step after the checkpoint was made with its weights. A run that was usual there had usual weights.
+    """
+    if context.checkpoint_step is None or context.step is None:
+        return ""
+    hint = "is this the checkpoint of this run, and the model built as it was there?"
+    what = _WORDS[figures[0].name]
+    if context.checkpoint_step < context.step - 1:
+        low, high = three(min(figures[0].others)), three(max(figures[0].others))
+        return (
+            f"ordinary batches have a {what} of {low} to {high} on {_weights(context)}, and the run was still usual "
+            f"with them at the next step; {hint}"
+        )
+    for figure in figures:
+        jump = judged[figure.name].jump
+        if figure.met is None or jump is None or not math.isfinite(jump):
+            continue
+        now, then = (_log(value) if figure.name == GRADIENT else value for value in figure.met)
+        if not abs(now - then) < HALF * jump:
+            return (
+                f"the batch that met {_weights(context)} in the run had a {_WORDS[figure.name]} of "
+                f"{three(figure.met[1])} there, and has {three(figure.met[0])} now; {hint}"
+            )
+    return ""
+
+
 def _not_the_run_itself(figure: Figure, context: Context) -> str:
     """Return why the figures may be those of an earlier part of the run; "" if they cannot be."""
     if context.checkpoint_step is not None:
@@ -341,7 +372,8 @@ def _batch_sentence(figure: Figure, context: Context) -> str:
     if figure.sequences_out:
         text += f". Of its {figure.sequences} sequences {len(figure.sequences_out)} are out of the range of theirs"
     if figure.at_step is not None and figure.before is not None:
-        text += f". The run had {three(figure.at_step)} at step {context.step}, and {_center(figure.before, figure)} before"
+        usual = _center(figure.before, figure)
+        text += f". The run had {three(figure.at_step)} at step {context.step}, and {usual} before"
     return text + "."
 
 

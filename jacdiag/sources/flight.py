@@ -132,9 +132,8 @@ def _batches(path: Path, about: Mapping[str, Any]) -> list[KeptBatch]:
     if (path / _LATEST).is_file():
         step = about.get("batch_step")
         found.append((0, KeptBatch(path / _LATEST, step if isinstance(step, int) else None)))
-    for file in path.glob("batch-*.pt"):
-        if match := _EARLIER.fullmatch(file.name):
-            found.append((int(match[1]), KeptBatch(file, int(match[2]))))
+    matches = [(file, _EARLIER.fullmatch(file.name)) for file in path.glob("batch-*.pt")]
+    found += [(int(match[1]), KeptBatch(file, int(match[2]))) for file, match in matches if match]
     return [batch for _, batch in sorted(found, key=lambda pair: pair[0])]
 
 

@@ -56,8 +56,12 @@ class _Ledger:
 _LEDGERS: dict[str, _Ledger] = {}  # by the path of the list: how a loop's loader and its watch find each other
 
 
+def _key(path: str) -> str:
+    return str(Path(path).resolve())
+
+
 def _ledger(path: str) -> _Ledger:
-    return _LEDGERS.setdefault(os.path.abspath(path), _Ledger())
+    return _LEDGERS.setdefault(_key(path), _Ledger())
 
 
 # -- the watch writes --------------------------------------------------------------------------------------------------
@@ -71,7 +75,7 @@ class SkipList:
 
     def __init__(self, path: str | os.PathLike[str], run: str = "") -> None:
         self.path, self.run = path_text(path), run
-        self._ledger = _LEDGERS[os.path.abspath(self.path)] = _Ledger()
+        self._ledger = _LEDGERS[_key(self.path)] = _Ledger()
 
     def step_ended(self, step: int) -> None:
         """Note that the batches since the last call belong to this step."""
