@@ -273,9 +273,18 @@ def _batch(item: _Measured, suspect: bool, others: Sequence[_Measured], run: _Ru
     step = item.kept.step
     row = run.by_step.get(step, {}) if step is not None else {}
     figures = item.figures
-    logged = {"logged_loss": _loss_of(row), "logged_gradient": _gradient_of(row)}
+    plain = BatchReplay(
+        file=item.kept.file.name,
+        step=step or 0,
+        suspect=suspect,
+        loss=None,
+        gradient=None,
+        logged_loss=_loss_of(row),
+        logged_gradient=_gradient_of(row),
+        note=item.why,
+    )
     if figures is None:
-        return BatchReplay(item.kept.file.name, step or 0, suspect, None, None, note=item.why, **logged)
+        return plain
     reference = [other for other in others if other is not item and other.figures is not None]
     outlying = {name: _sequences_out(item, reference, name) for name in (LOSS, GRADIENT)}
     sequences = [
@@ -287,16 +296,7 @@ def _batch(item: _Measured, suspect: bool, others: Sequence[_Measured], run: _Ru
         )
         for place, sequence in enumerate(figures.sequences)
     ]
-    return BatchReplay(
-        item.kept.file.name,
-        step or 0,
-        suspect,
-        figures.loss,
-        figures.gradient,
-        sequences=sequences,
-        note=figures.note,
-        **logged,
-    )
+    return replace(plain, loss=figures.loss, gradient=figures.gradient, sequences=sequences, note=figures.note)
 
 
 def _sequences_out(item: _Measured, reference: Iterable[_Measured], name: str) -> list[bool]:
@@ -382,7 +382,7 @@ def _logged(flight: Flight, micro: int) -> _Run:
         if gradient is not None:
             logarithm = math.log(gradient) if 0 < gradient < math.inf else gradient
             gradients.append((row["step"], logarithm))
-    by_step = {row["step"]: row for row in flight.rows}
+    by_step: dict[int, Mapping[str, Any]] = {row["step"]: row for row in flight.rows}
     return _Run(losses, gradients, by_step, _why_other_gradients(flight, micro))
 
 
