@@ -43,11 +43,11 @@ class Fault:
 
     Attributes:
         name: of the fault.
-        false: the verdict that names the wrong one; None if either would be wrong.
+        false: the verdict that names the wrong one.
     """
 
     name: str
-    false: str | None
+    false: str
 
 
 FAULTS = [
@@ -56,7 +56,7 @@ FAULTS = [
     Fault("one sequence of random bytes", "weights"),
     Fault("learning rate x 30", "batch"),
     Fault("attention weights x 8", "batch"),
-    Fault("none", None),
+    Fault("none", "weights"),  # a batch may be unusual by nature: naming it is true then
 ]
 
 
@@ -146,8 +146,7 @@ def false_ones(counts: dict[str, dict[str, Counter[str]]]) -> int:
     total = 0
     for fault in FAULTS:
         for count in counts[fault.name].values():
-            wrong = [fault.false] if fault.false else ["batch", "weights"]
-            total += sum(count[verdict] for verdict in wrong)
+            total += count[fault.false]
     return total
 
 

@@ -77,6 +77,12 @@ class _Run:
     by_step: dict[int, Mapping[str, Any]] = field(default_factory=dict)
     note: str = ""
 
+    def row(self, step: int | None) -> Mapping[str, Any]:
+        """Return what the run logged at a step; empty if it logged nothing."""
+        if step is None:
+            return {}
+        return self.by_step.get(step, {})
+
 
 def with_replay(request: Request, audit: Audit | None, report: Report) -> Report:
     """Run the batches of a flight on the audited weights, and add what came out of it.
@@ -149,7 +155,7 @@ def _measure(request: Request, model: nn.Module, flight: Flight) -> tuple[list[_
 
 
 def _device(parameters: Sequence[Tensor]) -> torch.device:
-    return parameters[0].device if parameters else torch.device("cpu")
+    return next((parameter.device for parameter in parameters), torch.device("cpu"))
 
 
 def _reason(error: BaseException) -> str:
@@ -198,7 +204,7 @@ def _record(
         tokens_counted=len(losses),
         norms=norms,
         probe_step=probe_step,
-        probed_step=flight.batches[0].step if flight.batches else None,
+        probed_step=next((kept.step for kept in flight.batches), None),
         evidence=decision.evidence,
         notes=notes,
     )
@@ -214,7 +220,7 @@ def _decide(
     before: Mapping[str, LevelRecord],
     at_checkpoint: Mapping[str, LevelRecord],
 ) -> Decision:
-    row = run.by_step.get(onset, {}) if onset is not None else {}
+    row = run.row(onset)
     logged = {LOSS: _loss_of(row), GRADIENT: None if run.note else _gradient_of(row)}
     figures = [
         Figure(
@@ -271,7 +277,7 @@ def _met(
 
 def _batch(item: _Measured, suspect: bool, others: Sequence[_Measured], run: _Run) -> BatchReplay:
     step = item.kept.step
-    row = run.by_step.get(step, {}) if step is not None else {}
+    row = run.row(step)
     figures = item.figures
     plain = BatchReplay(
         file=item.kept.file.name,
@@ -404,19 +410,24 @@ def _why_other_gradients(flight: Flight, micro: int) -> str:
 
 
 def _loss_of(row: Mapping[str, Any]) -> float | None:
-    return None if row.get("loss") is None else number(row["loss"])
+    if row.get("loss") is None:
+        return None
+    return number(row["loss"])
 
 
 def _gradient_of(row: Mapping[str, Any]) -> float | None:
     value = row.get("grad_norm")
-    value = row.get("grad_norm_post") if value is None else value
-    return None if value is None else number(value)
+    if value is None:
+        value = row.get("grad_norm_post")
+    if value is None:
+        return None
+    return number(value)
 
 
 def _onset(flight: Flight, run: _Run) -> int | None:
     """Return the first step that stands out without a gap up to the step of the flight."""
     if flight.step is None:
-        return flight.batches[0].step if flight.batches else None
+        return next((kept.step for kept in flight.batches), None)
     by_loss = first_out(run.losses, flight.step, logarithm=False)
     by_gradient = first_out(run.gradients, flight.step, logarithm=True)
     # Gradient norms scatter more: they say where a jump begins only if the loss has none.

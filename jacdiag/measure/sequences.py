@@ -98,8 +98,11 @@ class LossReader:
         Raises:
             MeasureError: the output holds no loss.
         """
-        tokens = None if self.targets is None else token_losses(output, arguments, self.targets)
-        loss = own_loss(output) if self.own else None
+        tokens, loss = None, None
+        if self.targets is not None:
+            tokens = token_losses(output, arguments, self.targets)
+        if self.own:
+            loss = own_loss(output)
         if self.own and loss is None:
             raise MeasureError("the model returned a loss for another batch, and none for this one")
         if loss is None:
@@ -159,7 +162,9 @@ def _find_loss(model: nn.Module, arguments: Arguments) -> LossReader:
         if not targets.shift and (targets.key in _TARGET_NAMES or by_place):
             shifted = _is_copy_of_the_input(tensor, targets.key, arguments)
             name = f"argument {targets.key}" if by_place else f"'{targets.key}'"
-            words = f"cross entropy of the logits with {name}" + (", shifted by one" if shifted else "")
+            words = f"cross entropy of the logits with {name}"
+            if shifted:
+                words += ", shifted by one"
             return LossReader(False, Targets(targets.key, shifted), words)
     for targets in candidates:
         if targets.shift:
@@ -208,7 +213,9 @@ def token_losses(output: Any, arguments: Arguments, targets: Targets) -> TokenLo
 def argument(arguments: Arguments, key: int | str) -> Any:
     """Return one of the arguments of a call, by its place or its name."""
     args, kwargs = arguments
-    return args[key] if isinstance(key, int) else kwargs.get(key)
+    if isinstance(key, int):
+        return args[key]
+    return kwargs.get(key)
 
 
 def _candidates(output: Any, arguments: Arguments) -> Iterator[Targets]:
@@ -322,7 +329,9 @@ class _Sum:
 
 def _weight(figures: SequenceFigures) -> float:
     """Return how much a sequence counts in the mean of the batch: as many targets as it has, 0 for padding alone."""
-    return 1.0 if figures.tokens is None else float(len(figures.tokens.losses))
+    if figures.tokens is None:
+        return 1.0
+    return float(len(figures.tokens.losses))
 
 
 def _run(
@@ -354,7 +363,9 @@ def count_sequences(arguments: Arguments) -> int:
     tensors: list[Tensor] = []
     collect_deep(arguments, tensors)
     first = next((t for t in tensors if t.dim() >= 2), None)
-    return 1 if first is None else max(int(first.shape[0]), 1)
+    if first is None:
+        return 1
+    return max(int(first.shape[0]), 1)
 
 
 def sequence_of(arguments: Arguments, row: int, rows: int) -> Arguments:

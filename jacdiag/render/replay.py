@@ -32,7 +32,9 @@ def replay_table(replay: ReplayRecord, *, all_rows: bool = False) -> ReplayTable
         replay: of a report.
         all_rows: show every batch; else the suspects and the latest few of the others.
     """
-    others = replay.others if all_rows else replay.others[:_FOLDED]
+    others = replay.others
+    if not all_rows:
+        others = others[:_FOLDED]
     rows = [_batch_cells(batch, _batch_name(batch)) for batch in [*replay.suspects, *others]]
     hidden = replay.others[len(others) :]
     if hidden:
@@ -40,9 +42,11 @@ def replay_table(replay: ReplayRecord, *, all_rows: bool = False) -> ReplayTable
     if replay.before:
         rows.append(_level_cells(replay))
 
-    columns = [list(column) for column in zip(*rows, strict=True)] if rows else []
+    if not rows:
+        return ReplayTable(HEADER, [])
+    columns = [list(column) for column in zip(*rows, strict=True)]
     numbers = [aligned(column) for column in columns[1:5]]
-    texts = [columns[0], *numbers, columns[5]] if columns else []
+    texts = [columns[0], *numbers, columns[5]]
     return ReplayTable(HEADER, list(zip(*texts, strict=True)))
 
 
@@ -75,7 +79,9 @@ def replay_facts(replay: ReplayRecord) -> list[str]:
 
 
 def _batch_name(batch: BatchReplay) -> str:
-    return f"{batch.step:,}" + (" suspect" if batch.suspect else "")
+    if batch.suspect:
+        return f"{batch.step:,} suspect"
+    return f"{batch.step:,}"
 
 
 def _batch_cells(batch: BatchReplay, name: str) -> tuple[str, ...]:
@@ -93,7 +99,9 @@ def _batch_cells(batch: BatchReplay, name: str) -> tuple[str, ...]:
 def _range_cells(batches: list[BatchReplay]) -> tuple[str, ...]:
     def ends(values: list[float | None]) -> str:
         known = [value for value in values if value is not None]
-        return f"{three(min(known))} to {three(max(known))}" if known else three(None)
+        if not known:
+            return three(None)
+        return f"{three(min(known))} to {three(max(known))}"
 
     sequences = [sequence for batch in batches for sequence in batch.sequences]
     return (

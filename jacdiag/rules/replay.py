@@ -97,7 +97,6 @@ class Judged:
     batch_share: float | None = None
     weights_out: bool = False
     weights_share: float | None = None
-    chance: dict[str, float] = field(default_factory=dict)
 
     @property
     def says_batch(self) -> bool:
@@ -111,9 +110,13 @@ class Judged:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "jump": self.jump, "jumped": self.jumped, "batch_out": self.batch_out, "batch_share": self.batch_share,
-            "weights_out": self.weights_out, "weights_share": self.weights_share,
-        }  # fmt: skip
+            "jump": self.jump,
+            "jumped": self.jumped,
+            "batch_out": self.batch_out,
+            "batch_share": self.batch_share,
+            "weights_out": self.weights_out,
+            "weights_share": self.weights_share,
+        }
 
 
 @dataclass(frozen=True)
@@ -235,14 +238,13 @@ def _missing(figures: Sequence[Figure], context: Context) -> str:
 def _judge(figure: Figure) -> Judged:
     logarithm = figure.name == GRADIENT
     found = Judged()
-    suspects = [_log(v) if logarithm else v for v in figure.suspects]
-    others = [_log(v) if logarithm else v for v in figure.others]
+    suspects = _scaled(figure.suspects, logarithm)
+    others = _scaled(figure.others, logarithm)
     before, at_step = figure.before, figure.at_step
 
     # 1. The jump that is to be explained.
     if before is not None and at_step is not None:
-        value = _log(at_step) if logarithm else at_step
-        found.jump = value - before.center
+        found.jump = _scaled([at_step], logarithm)[0] - before.center
         found.jumped = is_out(at_step, before, logarithm=logarithm)
 
     # 2. Values that are not finite need no comparison of sizes.
@@ -250,7 +252,9 @@ def _judge(figure: Figure) -> Judged:
     if len(finite) < len(others):
         # Of other batches, most have to be so: one of them may be broken as well.
         found.weights_out = 2 * len(finite) < len(others)
-        found.weights_share, found.jumped = (1.0 if found.weights_out else None), True
+        found.jumped = True
+        if found.weights_out:
+            found.weights_share = 1.0
         return found
     if not all(math.isfinite(value) for value in suspects):
         found.batch_out, found.batch_share, found.jumped = True, 1.0, True
@@ -289,12 +293,13 @@ class _Rise:
 def _rise(figure: Figure, others: Sequence[float], center: float, spread: float) -> _Rise | None:
     """Compare each of the other batches with itself in the run; else all of them with the usual value of the run."""
     logarithm = figure.name == GRADIENT
-    pairs = [(now, _log(then) if logarithm else then) for now, then in zip(others, figure.then, strict=False)
-             if then is not None and math.isfinite(then)]  # fmt: skip
-    if len(pairs) >= LEAST_OTHERS:
-        differences = [now - then for now, then in pairs]
-        error = _floor(stdev(differences), center, logarithm) / math.sqrt(len(pairs))
-        return _Rise(fmean(differences), error, len(pairs))
+    differences = []
+    for now, then in zip(others, figure.then, strict=False):
+        if then is not None and math.isfinite(then):
+            differences.append(now - _scaled([then], logarithm)[0])
+    if len(differences) >= LEAST_OTHERS:
+        error = _floor(stdev(differences), center, logarithm) / math.sqrt(len(differences))
+        return _Rise(fmean(differences), error, len(differences))
     level = figure.at_checkpoint
     if level is None:
         return None
@@ -310,13 +315,13 @@ def out_of_range(values: Sequence[float], others: Sequence[float], *, logarithm:
         others: of the sequences of the other batches.
         logarithm: compare by the logarithm.
     """
-    finite = [_log(v) if logarithm else v for v in others if math.isfinite(v)]
+    finite = _scaled([v for v in others if math.isfinite(v)], logarithm)
     if len(finite) < LEAST_OTHERS:
         return [False for _ in values]
     center, spread = fmean(finite), _floor(stdev(finite), fmean(finite), logarithm)
     chance = FALSE_ALARMS / max(len(values), 1)
     limit = _quantile(chance, len(finite) - 1) * spread * math.sqrt(1 + 1 / len(finite))
-    return [not math.isfinite(v) or (_log(v) if logarithm else v) - center > limit for v in values]
+    return [not math.isfinite(v) or v - center > limit for v in _scaled(values, logarithm)]
 
 
 def _not_these_weights(figures: Sequence[Figure], judged: dict[str, Judged], context: Context) -> str:
@@ -338,7 +343,7 @@ def _not_these_weights(figures: Sequence[Figure], judged: dict[str, Judged], con
         jump = judged[figure.name].jump
         if figure.met is None or jump is None or not math.isfinite(jump):
             continue
-        now, then = (_log(value) if figure.name == GRADIENT else value for value in figure.met)
+        now, then = _scaled(figure.met, figure.name == GRADIENT)
         if not abs(now - then) < HALF * jump:
             return (
                 f"the batch that met {_weights(context)} in the run had a {_WORDS[figure.name]} of "
@@ -352,8 +357,10 @@ def _not_the_run_itself(figure: Figure, context: Context) -> str:
     if context.checkpoint_step is not None:
         return ""
     level = fmean(figure.others)
-    if figure.name != LOSS or not math.isfinite(level):
-        return "" if not math.isfinite(level) else _SAVE_THE_STEP
+    if not math.isfinite(level):
+        return ""
+    if figure.name != LOSS:
+        return _SAVE_THE_STEP
     if context.highest_before is None:
         return f"ordinary batches have a loss of {three(level)} on these weights, and {_SAVE_THE_STEP}"
     if level <= context.highest_before:
@@ -380,7 +387,8 @@ def _batch_sentence(figure: Figure, context: Context) -> str:
 def _weights_sentence(figure: Figure, context: Context) -> str:
     what, level = _WORDS[figure.name], figure.at_checkpoint
     text = f"The weights: on {_weights(context)} {_range(figure, what=True)}"
-    text += f", where the run had {_center(level, figure)}" if level is not None else ""
+    if level is not None:
+        text += f", where the run had {_center(level, figure)}"
     text += f". The batch of step {context.step} ({what} {three(max(figure.suspects))}) is not out of their range"
     if _holds_the_update(context):
         text += (
@@ -392,7 +400,9 @@ def _weights_sentence(figure: Figure, context: Context) -> str:
 
 def _both_sentence(weights: Figure, batch: Figure, context: Context) -> str:
     level = weights.at_checkpoint
-    run = f", where the run had {_center(level, weights)}" if level is not None else ""
+    run = ""
+    if level is not None:
+        run = f", where the run had {_center(level, weights)}"
     return (
         f"Not decided: on {_weights(context)} {_range(weights, what=True)}{run}, and the batch of step {context.step} "
         f"is out even among them ({_WORDS[batch.name]} {three(max(batch.suspects))}). "
@@ -408,7 +418,7 @@ def _neither_sentence(
     start = f"Not decided: on {_weights(context)} the batch of step {context.step} is"
     if known and not jumped:
         values = " and ".join(f"{_WORDS[f.name]} {three(f.at_step)}" for f in known)
-        verb = "are" if len(known) > 1 else "is"
+        verb = ("is", "are")[len(known) > 1]
         text = f"Not decided: the run's {values} at step {context.step} {verb} usual for it"
         if out:
             return f"{text}, while the batch is out of the range of the others on {_weights(context)}."
@@ -459,12 +469,16 @@ def _holds_the_update(context: Context) -> bool:
 
 def _range(figure: Figure, *, what: bool = False) -> str:
     low, high = three(min(figure.others)), three(max(figure.others))
-    name = f"a {_WORDS[figure.name]} of " if what else ""
+    name = ""
+    if what:
+        name = f"a {_WORDS[figure.name]} of "
     return f"the {len(figure.others)} other kept batches have {name}{low} to {high}"
 
 
 def _center(level: LevelRecord, figure: Figure) -> str:
-    return three(math.exp(level.center) if figure.name == GRADIENT else level.center)
+    if figure.name == GRADIENT:
+        return three(math.exp(level.center))
+    return three(level.center)
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
@@ -474,9 +488,18 @@ def _log(value: float) -> float:
     return math.log(max(value, 1e-300))
 
 
+def _scaled(values: Sequence[float], logarithm: bool) -> list[float]:
+    """Return values as they are compared: gradient norms by their logarithm."""
+    if logarithm:
+        return [_log(value) for value in values]
+    return list(values)
+
+
 def _floor(spread: float, center: float, logarithm: bool) -> float:
     """Return a spread, or what rounding alone makes of it."""
-    return max(spread, _ROUNDING if logarithm else _ROUNDING * abs(center))
+    if logarithm:
+        return max(spread, _ROUNDING)
+    return max(spread, _ROUNDING * abs(center))
 
 
 def _quantile(chance: float, freedom: int) -> float:

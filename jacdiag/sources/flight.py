@@ -100,7 +100,7 @@ def read_flight(folder: str | os.PathLike[str]) -> Flight:
         before = [row for row in log.steps if own and row["step"] < own[0]["step"]]
         rows = [*before, *own] if own else [row for row in log.steps if step is None or row["step"] <= step]
         probes = [row for row in log.probes if step is None or row["step"] <= step]
-        probe = probes[-1] if probes else None
+        probe = next(reversed(probes), None)
     return Flight(path, step, str(about.get("why", "")), _batches(path, about), rows, header, probe)
 
 

@@ -92,7 +92,9 @@ class SkipList:
         if not alert.code.startswith(CODES):
             return
         since = alert.evidence.get("since")
-        first = since if isinstance(since, int) and since <= alert.step else alert.step
+        first = alert.step
+        if isinstance(since, int):
+            first = min(since, alert.step)
         batches = [batch for step, several in self._ledger.steps if first <= step <= alert.step for batch in several]
         entry = {
             "v": SCHEMA,
@@ -217,7 +219,9 @@ def _places(entry: Mapping[str, Any], batches_per_step: int | None) -> tuple[lis
     places = [int(position) for position in entry.get("positions") or []]
     contents = list(entry.get("contents") or [])
     if places or batches_per_step is None or "step" not in entry:
-        return places, contents if len(contents) == len(places) else [None] * len(places)
+        if len(contents) != len(places):
+            contents = [None] * len(places)
+        return places, contents
     first = (int(entry.get("since", entry["step"])) - 1) * batches_per_step
     places = list(range(max(first, 0), int(entry["step"]) * batches_per_step))
     return places, [None] * len(places)
@@ -268,10 +272,9 @@ class Skipping:
         """Warn if another loader has handed out batches in this run, and this one counts from 0 again."""
         ledger = _ledger(self.path)
         if ledger.loader not in (None, id(self)) and not self.position:
-            logger.warning(
-                "jacdiag.skipping: a second loader reads %s, and its places begin at 0 again: make it once, before the "
-                "loop over epochs, or pass start=", self.path,
-            )  # fmt: skip
+            text = "a second loader reads %s, and its places begin at 0 again: make it once, before the loop over "
+            text += "epochs"
+            logger.warning(f"jacdiag.skipping: {text}, or pass start=", self.path)
         ledger.loader = id(self)
 
     def _is_bad(self, position: int, content: str | None) -> bool:
@@ -280,11 +283,9 @@ class Skipping:
         differs = listed and None not in (seen, content) and seen != content
         if differs and not self._warned:
             self._warned = True
-            kept = "it is not skipped" if self._alone else "it is skipped on every rank all the same"
-            logger.warning(
-                "jacdiag.skipping: batch %d has other content than the one on %s: the order of the data has changed, "
-                "and %s", position, self.path, kept,
-            )  # fmt: skip
+            text = "batch %d has other content than the one on %s: the order of the data has changed, and it is"
+            text += (" skipped on every rank all the same", " not skipped")[self._alone]
+            logger.warning(f"jacdiag.skipping: {text}", position, self.path)
         if not self._alone:
             # Each rank has content of its own, and all of them have to leave out the same places.
             return listed
@@ -367,10 +368,8 @@ def skipping(
         raise bad
     assert isinstance(bad, Bad)
     if bad.unplaced:
-        logger.warning(
-            "jacdiag.skipping: %d lines of %s name a step and no batch, such as step %d: batches_per_step= tells which "
-            "batches these are", len(bad.unplaced), path, bad.unplaced[0],
-        )  # fmt: skip
+        text = "%d lines of %s name a step and no batch, such as step %d: batches_per_step= tells which these are"
+        logger.warning(f"jacdiag.skipping: {text}", len(bad.unplaced), path, bad.unplaced[0])
     return Skipping(loader, path, bad, start)
 
 
@@ -408,8 +407,11 @@ def content_of(batch: Any) -> str | None:
         flat = leaf.detach().reshape(-1)
         flat = flat[:: max(flat.numel() // _ELEMENTS, 1)].contiguous()
         digest.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
-        digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+        if flat.numel():
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
         return leaf
 
     map_leaves(take, dict(batch) if isinstance(batch, Mapping) else batch)
-    return None if on_device else digest.hexdigest()
+    if on_device:
+        return None
+    return digest.hexdigest()
