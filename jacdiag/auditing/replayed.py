@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,12 +39,15 @@ from jacdiag.rules.replay import (
     out_of_range,
     usual_value,
 )
+from jacdiag.sources import Source
 from jacdiag.sources.factory import model_code
 from jacdiag.sources.flight import Flight, KeptBatch, read_flight
+from jacdiag.sources.host_memory import free_host_memory
 
 _TOKENS_SHOWN = 8
 _CUT = 0.999  # the share of the other batches' tokens that is below the cut
 _LEAST_TOKENS = 1000  # fewer do not show where that is
+_COPIES = 4  # of the weights: themselves, two gradients, and what a format or a precision takes on the way
 _CLIPPED_ALIKE = 5e-3  # norms this close to the largest one were clipped to it
 
 
@@ -101,13 +105,12 @@ def with_replay(request: Request, audit: Audit | None, report: Report) -> Report
     if request.replay is None:
         return report
     flight = read_flight(request.replay)
-    model = request.source.model
-    if audit is None or model is None or request.source.weights is not None:
-        reason = "no model was run" if model is None else "the weights stay in their files, and are read call by call"
+    reason = _why_not(request) if audit is not None else "no model was run"
+    if reason:
         return replace(report, notes=[*report.notes, f"the batches of {flight.folder} were not run: {reason}"])
     begun = time.perf_counter()
     with model_code():
-        measured, computed, notes = _measure(request, model, flight)
+        measured, computed, notes = _measure(request, _whole_model(request.source), flight)
     record = _record(request, report, flight, measured, computed, notes)
     seconds = time.perf_counter() - begun
     cost = replace(
@@ -116,6 +119,41 @@ def with_replay(request: Request, audit: Audit | None, report: Report) -> Report
         phases={**report.cost.phases, "replay": seconds},
     )
     return replace(report, replay=replace(record, seconds=seconds), cost=cost)
+
+
+def _why_not(request: Request) -> str:
+    """Return why the model cannot be run with gradients; "" if it can be."""
+    source = request.source
+    if source.model is None:
+        return "no model was run"
+    if source.weights is None:
+        return ""
+    size = sum(p.numel() * p.element_size() for p in source.model.parameters())
+    free = free_host_memory()
+    if free is not None and _COPIES * size > free:
+        gib = _COPIES * size / 2**30
+        return f"the weights stay in their files; with gradients they would take {gib:.1f} GiB, and less is free"
+    return ""
+
+
+def _whole_model(source: Source) -> nn.Module:
+    """Return the model; a copy in memory if its weights stay in their files."""
+    model = source.model
+    assert model is not None
+    if source.weights is None:
+        return model
+    whole = copy.deepcopy(model)
+    values: dict[int, nn.Parameter] = {}  # by the parameter that they belong to: tied ones stay tied
+    for module, target in zip(model.modules(), whole.modules(), strict=True):
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in values:
+                value = source.value_of(parameter)
+                assert value is not None
+                values[id(parameter)] = nn.Parameter(value.to(source.device), requires_grad=parameter.requires_grad)
+            target._parameters[name] = values[id(parameter)]
+    return whole
 
 
 # -- the batches -------------------------------------------------------------------------------------------------------

@@ -240,6 +240,42 @@ def test_a_module_that_is_handed_in_is_as_it_was(runs: dict[str, Path]) -> None:
     assert torch.equal(random_state, torch.get_rng_state())
 
 
+def test_a_hugging_face_folder_with_masked_labels_and_autocast(tmp_path: Path) -> None:
+    """The weights of a folder stay in their files; the run was in bfloat16, with dropout."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": V, "n_positions": T, "resid_pdrop": 0.1}
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    options: dict[str, Any] = {"every": None, "stats_every": None, "quiet": True, "keep_batches": 8}
+    with jacdiag.watch(model, optimizer, log_dir=tmp_path, **options) as w:
+        for step in range(1, AT + 1):
+            ids, _ = noise() if step == AT else sentences(step)
+            labels = ids.clone()
+            labels[0, :4] = -100
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            if step == AT:
+                model.save_pretrained(tmp_path / "folder")
+                state = json.dumps({"global_step": AT - 1})
+                (tmp_path / "folder" / "trainer_state.json").write_text(state)
+            optimizer.step()
+            optimizer.zero_grad()
+            w.step(loss.detach(), grad_norm=norm)
+        w.flush()
+        w.record.dump(AT, "a flight of the test")
+    for dtype in (torch.float32, torch.bfloat16):
+        replay = replayed(tmp_path, tmp_path / "folder")
+        (suspect,) = replay.suspects
+        assert replay.verdict == "batch" and replay.checkpoint_step == AT - 1
+        assert [sequence.tokens for sequence in suspect.sequences] == [T - 4, *[T - 1] * 7]
+        assert suspect.loss == pytest.approx(suspect.logged_loss, rel=0.1)  # without dropout, in float32
+        assert any("float32 copy" in note for note in replay.notes) == (dtype is torch.bfloat16)
+        model.to(torch.bfloat16).save_pretrained(tmp_path / "folder")
+
+
 # -- what a person and a program read ----------------------------------------------------------------------------------
 def test_the_page_and_the_json(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from jacdiag_cli.app import main
