@@ -302,9 +302,7 @@ def _then(
     return logged
 
 
-def _met(
-    measured: Iterable[_Measured], name: str, run: _Run, checkpoint: int | None
-) -> tuple[float, float] | None:
+def _met(measured: Iterable[_Measured], name: str, run: _Run, checkpoint: int | None) -> tuple[float, float] | None:
     """Return the figure of the batch of the step after the checkpoint, now and in the run."""
     if checkpoint is None or (name == GRADIENT and run.note):
         return None

@@ -255,9 +255,7 @@ def _same(a: float, b: float) -> bool:
 
 
 # -- one batch ---------------------------------------------------------------------------------------------------------
-def measure_batch(
-    model: nn.Module, arguments: Arguments, reader: LossReader, parameters: list[Tensor]
-) -> BatchFigures:
+def measure_batch(model: nn.Module, arguments: Arguments, reader: LossReader, parameters: list[Tensor]) -> BatchFigures:
     """Measure a batch and each sequence in it.
 
     Args:
@@ -425,5 +423,3 @@ def ready_for_gradients(model: nn.Module) -> Iterator[tuple[nn.Module, list[Tens
             parameter.requires_grad_(False)
         for module, training in modes:
             module.training = training
-
-
