@@ -14,12 +14,13 @@ _HOMES = {
     "audit": "jacdiag.auditing",
     "declare": "jacdiag.trace",
     "sites": "jacdiag.trace",
+    "skipping": "jacdiag.watching",
     "spectral_norm": "jacdiag.spectra",
     "watch": "jacdiag.watching",  # not jacdiag.watch: a package of that name would stand in the function's place
     "Report": "jacdiag.report",
     "JacdiagError": "jacdiag.errors",
 }
-__all__ = ["JacdiagError", "Report", "__version__", "audit", "declare", "sites", "spectral_norm", "watch"]
+__all__ = ["JacdiagError", "Report", "__version__", "audit", "declare", "sites", "skipping", "spectral_norm", "watch"]
 
 if TYPE_CHECKING:
     from jacdiag.auditing import audit
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from jacdiag.report import Report
     from jacdiag.spectra import spectral_norm
     from jacdiag.trace import declare, sites
-    from jacdiag.watching import watch
+    from jacdiag.watching import skipping, watch
 
 
 def __getattr__(name: str) -> Any:

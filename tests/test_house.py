@@ -86,12 +86,12 @@ DEFAULTS = {
     "batch": 2, "seq": None, "seed": 0, "device": None, "dtype": "float32", "tol": 0.05, "confidence": 0.999,
     "decide": False, "profile": "default", "fail_on": "error", "output_format": "pretty", "state": None,
 }  # fmt: skip
-PUBLIC = ["JacdiagError", "Report", "__version__", "audit", "declare", "sites", "spectral_norm", "watch"]
+PUBLIC = ["JacdiagError", "Report", "__version__", "audit", "declare", "sites", "skipping", "spectral_norm", "watch"]
 JSON_KEYS = {
     "schema_version", "jacdiag", "torch", "created", "source", "tier", "state", "probe", "plan", "conditions",
     "verdict", "model", "sublayers", "network", "findings", "rules", "cost", "settings", "ladder", "notes",
     "contract", "figures", "baseline", "remedies", "risk", "against",
-    "state_reason", "state_basis",
+    "state_reason", "state_basis", "replay",
 }  # fmt: skip
 
 

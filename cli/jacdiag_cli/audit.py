@@ -62,6 +62,7 @@ def audit(invocation: Invocation, source: str, **given: Any) -> int:
       jacdiag audit build.py:model --plot gain.png --json report.json
       jacdiag audit weights.safetensors --model build.py:model --tokens text.txt
       jacdiag audit step-20000.pt --against step-10000.pt --tokens text.txt
+      jacdiag audit step-4200.pt --replay runs/a/flight-4210              (was it the batch?)
       torchrun --nproc-per-node 2 -m jacdiag_cli audit checkpoint.pt      (shared out over processes)
     """
     files = output_files(source, given) if invocation.heard else {}
@@ -90,6 +91,7 @@ def audit(invocation: Invocation, source: str, **given: Any) -> int:
             progress=progress,
             ranks=invocation.team or False,
             against=given["against"],
+            replay=given["replay"],
         )
     invocation.heed()
     command = shlex.join(["jacdiag", *invocation.args])

@@ -118,7 +118,12 @@ PROBE = [
     ),
 ]
 REPLAY = [
-    click.option("--replay", metavar="DIR", help="Probe with the batch that a flight recorder kept (flight-STEP)."),
+    click.option(
+        "--replay",
+        metavar="DIR",
+        help="Probe with the batch that a flight recorder kept (flight-STEP), and run all batches that it kept: was it "
+        "the batch, or the weights?",
+    ),
 ]
 SOLVER = [
     click.option(

@@ -15,6 +15,7 @@ from jacdiag.auditing.earlier import Earlier, Given, judge_against, measure_earl
 from jacdiag.auditing.measured import Audit
 from jacdiag.auditing.probes import check_probes, with_probes
 from jacdiag.auditing.remedied import check_way, with_remedies
+from jacdiag.auditing.replayed import with_replay
 from jacdiag.auditing.request import Progress, Request
 from jacdiag.auditing.stamp import stamp
 from jacdiag.errors import UsageError
@@ -26,6 +27,7 @@ from jacdiag.report.thresholds import load_thresholds
 from jacdiag.rules import checked_contract
 from jacdiag.sources import Source
 from jacdiag.sources.device import current, pick
+from jacdiag.sources.flight import latest_batch
 from jacdiag.sources.given import path_text, source_of
 from jacdiag.sources.probe import check_one_probe
 from jacdiag.trace import Declaration
@@ -87,6 +89,7 @@ def audit(
     ranks: Ranks | bool = False,
     key: str | None = None,
     against: Given | None = None,
+    replay: str | os.PathLike[str] | None = None,
 ) -> AuditReport:
     """Audits a model: the norms of every sub-layer with their intervals, the network's figures, a verdict.
 
@@ -127,6 +130,9 @@ def audit(
         key: the dotted path of the weights in a checkpoint file that holds several sets, such as "ema".
         against: an earlier checkpoint of the same model (anything that `source` may be), or its report (as an object,
             or the path of its JSON). Both are measured with one probe. JD110 says what is worse beyond both intervals.
+        replay: folder of a flight recorder (`flight-STEP` in a `log_dir`). Its latest batch is the probe, unless
+            `inputs` are given. Every kept batch is run on these weights; `report.replay` says whether the batch or the
+            weights stand out.
 
     Raises:
         JacdiagError: the source, the probe or the model cannot be used; the message says what, got, try.
@@ -158,6 +164,8 @@ def audit(
     check_way(remedies)
     _check_against(against, baseline=baseline, products=products)
     check_one_probe(tokens=tokens, input_factory=input_factory, inputs=inputs)
+    if replay is not None:
+        replay, inputs = path_text(replay), _kept_batch(replay, inputs, tokens=tokens, input_factory=input_factory)
     limits = load_thresholds(thresholds, risk)
     with enlisted(ranks) as crew, torch.inference_mode(False), current(pick(device := crew.device(device))):
         loaded = source_of(
@@ -173,7 +181,7 @@ def audit(
             CONFIDENCE if confidence is None else confidence, decide,
             state, Plan(lr, warmup, clip, beta2), profile, selected, ignored, limits, max_products,
             tuple(declarations(declared)), progress, crew, checked_contract(contract), optimizer, products, remedies,
-            baseline, trust_pickle, confidence_all, int(probes),
+            baseline, trust_pickle, confidence_all, int(probes), replay=replay,
         )  # fmt: skip
         made = None if loaded.model is None else Audit(request)
         if earlier is None:
@@ -184,7 +192,21 @@ def audit(
         if made is not None:
             report = with_probes(request, made, report)
             report = with_remedies(request, made, report)
+        report = with_replay(request, made, report)
     return AuditReport(**{f.name: getattr(report, f.name) for f in fields(Report)})
+
+
+def _kept_batch(folder: str | os.PathLike[str], inputs: Any, *, tokens: str | None, input_factory: Any) -> Any:
+    """Return the probe of a replay: the latest batch of the flight, unless the caller passes a part of it.
+
+    Raises:
+        UsageError: the probe is given in another way, too.
+        SourceError: the folder is no flight, or holds no batch.
+    """
+    if tokens is not None or input_factory is not None:
+        other = "tokens" if tokens is not None else "input_factory"
+        raise UsageError("the probe is given twice", got=f"replay and {other}", hint="give one of them")
+    return latest_batch(folder) if inputs is None else inputs
 
 
 def _check_against(against: Given | None, *, baseline: FiguresRecord | None, products: bool) -> None:

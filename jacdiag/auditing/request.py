@@ -57,6 +57,7 @@ class Request:
     confidence_all: float | None = None
     probes: int = 1
     against: AgainstRecord | None = None
+    replay: str | None = None  # a folder of a flight recorder
 
     def split_level(self) -> tuple[float, float]:
         """Return the family-wise level of this model's own intervals, and that of the intervals of all remedies.
@@ -72,7 +73,7 @@ class Request:
     def options(self) -> dict[str, Any]:
         """What must be the same on every rank, beside the model and the probe."""
         its_own = ("source", "inputs", "tokens", "input_factory", "device", "progress", "ranks", "optimizer",
-                   "remedies", "baseline", "against")  # fmt: skip
+                   "remedies", "baseline", "against", "replay")  # fmt: skip
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in its_own}
 
     def judged(self, report: Report) -> Report:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from jacdiag.render import lines, words
 from jacdiag.render.grid import Grid, build
 from jacdiag.render.marks import SIGNS
+from jacdiag.render.replay import replay_facts, replay_table
 from jacdiag.report import Report
 
 _SIGNS = {"pass": "✓", "warn": "▲", "fail": "●", "unknown": "?", "observed": "·"}
@@ -28,6 +29,7 @@ def render(report: Report, *, all_rows: bool = False, sort: str = "depth") -> st
         _table(build(report, all_rows=all_rows, sort=sort)),
         _bullets(lines.footnotes(report)),
         _verdict(report),
+        _replay(report, all_rows=all_rows),
         "**What to do**\n\n" + _bullets(lines.to_do(report)),
         _closing(report),
     ]
@@ -56,6 +58,17 @@ def _verdict(report: Report) -> str:
         code = f" `{line.code}`" if line.code else ""
         rows.append(f"| **{_safe(line.label)}** | {status} | {_safe(line.text)}{code} |")
     return "\n".join(rows)
+
+
+def _replay(report: Report, *, all_rows: bool) -> str:
+    """The replay of a flight: the sentence, the table of its batches, what stands out in them."""
+    if report.replay is None:
+        return ""
+    table = replay_table(report.replay, all_rows=all_rows)
+    rows = ["| " + " | ".join(map(_safe, row)) + " |" for row in [table.header, *table.rows]]
+    rows.insert(1, "|:---|" + "---:|" * (len(table.header) - 1))
+    sentence = f"**Replay** {_safe(report.replay.sentence)}"
+    return "\n\n".join([sentence, "\n".join(rows), _bullets(replay_facts(report.replay))])
 
 
 def _closing(report: Report) -> str:

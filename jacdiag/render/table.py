@@ -13,6 +13,7 @@ from jacdiag.render import words
 from jacdiag.render.grid import Column, Gap, Grid, build
 from jacdiag.render.letters import spelled
 from jacdiag.render.marks import SIGNS
+from jacdiag.render.replay import replay_facts, replay_table, table_lines
 from jacdiag.report import Report
 
 _STYLES = {"error": "bold red", "warning": "yellow", "undecided": "cyan", "info": "", "": ""}
@@ -51,7 +52,7 @@ def print_report(report: Report, console: Console, *, all_rows: bool = False, so
     dropped = [column.title for column in grid.columns if column.key not in shown]
     for note in [*([words.left_out(dropped)] if dropped and grid.rows else []), *below.footnotes(report)]:
         lines += _hanging(Text(f"{_INDENT}– "), note, width, "dim")
-    lines += [Text(), *_verdict(report, width), Text(), *_closing(report, width)]
+    lines += [Text(), *_verdict(report, width), *_replay(report, width, all_rows), Text(), *_closing(report, width)]
     for line in lines:
         line.rstrip()
         line = Text(line.plain) if console.no_color else line
@@ -183,6 +184,21 @@ def _verdict(report: Report, width: int | None) -> list[Text]:
         head = Text(f"{_INDENT}{row.label:<{label}}  ")
         head.append(f"{_status(row):<{status}}  ", style=_STYLES[row.level])
         lines += _hanging(head, row.text + (f"   {row.code}" if row.code not in ("", row.label) else ""), width)
+    return lines
+
+
+def _replay(report: Report, width: int | None, all_rows: bool) -> list[Text]:
+    """The replay of a flight: the sentence, the table of its batches, what stands out in them."""
+    if report.replay is None:
+        return []
+    lines = [Text(), *_hanging(Text(f"{_INDENT}Replay  ", style="bold"), report.replay.sentence, width)]
+    for place, row in enumerate(table_lines(replay_table(report.replay, all_rows=all_rows))):
+        lines.append(Text(_INDENT * 2 + row, style="" if place else "dim"))
+    for line in lines[2:]:
+        if width is not None:
+            line.truncate(width, overflow="ellipsis")
+    for fact in replay_facts(report.replay):
+        lines += _hanging(Text(f"{_INDENT}– "), fact, width, "dim")
     return lines
 
 

@@ -4,6 +4,7 @@ from jacdiag.report.against import AgainstRecord, ChangeRecord
 from jacdiag.report.contract import ContractRecord, FiguresRecord, WeightRecord
 from jacdiag.report.record import SCHEMA_VERSION
 from jacdiag.report.remedy import Outlook, RemedyRecord
+from jacdiag.report.replay import BatchReplay, NormChange, ReplayRecord, SequenceReplay, TokenReplay
 from jacdiag.report.risk import Risk
 from jacdiag.report.schema import (
     LEVELS,
@@ -36,6 +37,7 @@ __all__ = [
     "LEVELS",
     "SCHEMA_VERSION",
     "AgainstRecord",
+    "BatchReplay",
     "ChangeRecord",
     "Condition",
     "Conditions",
@@ -49,6 +51,7 @@ __all__ = [
     "Level",
     "ModelRecord",
     "NetworkRecord",
+    "NormChange",
     "Outlook",
     "PerToken",
     "Placement",
@@ -56,13 +59,16 @@ __all__ = [
     "ProbeRecord",
     "ProbeSpread",
     "RemedyRecord",
+    "ReplayRecord",
     "Report",
     "Risk",
     "RuleResult",
+    "SequenceReplay",
     "Spread",
     "Status",
     "SublayerRecord",
     "TokenAt",
+    "TokenReplay",
     "Verdict",
     "WeightRecord",
     "WeightStats",

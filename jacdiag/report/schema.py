@@ -18,6 +18,7 @@ from jacdiag.report.flow import AttentionRecord, BackwardRecord, DeadBranch, For
 from jacdiag.report.numbers import between
 from jacdiag.report.record import SCHEMA_VERSION, Record
 from jacdiag.report.remedy import RemedyRecord
+from jacdiag.report.replay import ReplayRecord
 from jacdiag.report.risk import Risk
 from jacdiag.report.summary import source_name, summary
 
@@ -358,6 +359,7 @@ class Report(Record):
     against: AgainstRecord | None = None
     state_reason: str = ""
     state_basis: str = ""
+    replay: ReplayRecord | None = None
     created: str = ""
     torch: str = ""
     jacdiag: str = ""

@@ -3,5 +3,6 @@
 from jacdiag.watching.attach import watch
 from jacdiag.watching.guards import AlertRaised
 from jacdiag.watching.hook import Watch
+from jacdiag.watching.skip_list import Skipping, skipping
 
-__all__ = ["AlertRaised", "Watch", "watch"]
+__all__ = ["AlertRaised", "Skipping", "Watch", "skipping", "watch"]

@@ -19,6 +19,7 @@ from jacdiag.watching.hook import Watch
 from jacdiag.watching.optimisers import check_belongs, check_supported, names_of, optimizer_tree
 from jacdiag.watching.record import Record
 from jacdiag.watching.sinks import AlertSink, Sink
+from jacdiag.watching.skip_list import SkipList
 from jacdiag.watching.step_hooks import check_attachable
 from jacdiag.watching.tiers import Tiers
 from jacdiag.watching.together import Together, is_sharded
@@ -48,6 +49,7 @@ def watch(
     risk: str | Path | None = None,
     timeout: float = 60.0,
     quiet: bool = False,
+    skip_list: str | Path | None = None,
 ) -> Watch:
     """Watches a training run: call `step(loss)` once per optimiser step. The training is not changed by one bit.
 
@@ -81,6 +83,8 @@ def watch(
             in place of those that ship (models of width 32 to 128).
         timeout: seconds to wait for another rank.
         quiet: do not announce the price on stderr.
+        skip_list: a file to which the batches of steps with an alert of the loss or the gradient are appended. Wrap the
+            loader in `jacdiag.skipping(loader, FILE)`, which leaves them out in the next run.
 
     Raises:
         UsageError: the model or the optimiser is of a kind that is not supported, does not belong to the other, or is
@@ -129,6 +133,8 @@ def watch(
         sinks=sinks if together.lead else (), recorder=recorder, quiet=quiet or not together.lead,
         speaks=together.lead, alerts_to=alerts_to if together.lead else (),
     )  # fmt: skip
+    if skip_list is not None and together.lead:
+        record.skip_list = SkipList(skip_list, str(folder or ""))
     tiers = Tiers(model, optimisers, names, together, record, probe=probe, thresholds=limits, cadences=cadences)
     record.tiers = weakref.ref(tiers)
     if left and len(left) < len(names):

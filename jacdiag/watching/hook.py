@@ -116,6 +116,8 @@ class Watch:
             self._compare_ranks()
         if self.inert:
             return
+        if self.record.skip_list is not None:
+            self.record.skip_list.step_ended(self.count)
         begun = time.perf_counter()
         passed = self.clock.step_ended(begun)
         with self.guards.part("figures", _NO_FIGURES):

@@ -26,6 +26,7 @@ from jacdiag.watching.moment import AlertMoment, call_handler
 from jacdiag.watching.noise_scale import MicroBatchNorms, NoiseScale
 from jacdiag.watching.recorder import Recorder
 from jacdiag.watching.sinks import AlertSink, Sink, open_alert_sinks, open_sinks, slashed
+from jacdiag.watching.skip_list import SkipList
 
 
 class Record:
@@ -64,6 +65,7 @@ class Record:
         self.tiers: weakref.ref[Any] | None = None  # who holds the model, the optimizers and the last report
         self.recorder = Recorder(folder, recorder) if folder is not None and recorder else None
         self.batches: Batches | None = None
+        self.skip_list: SkipList | None = None
         self.prints: list[list[torch.Tensor]] = []
         self.going_on = self.file is not None and self.file.last_step is not None
         self.resumed_at = (self.file.last_step or 0) if self.file is not None else 0
@@ -201,6 +203,10 @@ class Record:
         log("jacdiag.watch: %s", alert)
         if alert.level == "info":
             return
+        if self.skip_list is not None:
+            with self.guards.part("skip list", "no batch is added to the skip list from now on"):
+                if self.guards.on("skip list"):
+                    self.skip_list.add(alert)
         flight = None
         if alert.code.startswith("JD5"):  # what JD1xx sees is in the checkpoint
             flight = self.dump(alert.step, str(alert))
