@@ -40,7 +40,7 @@ def watch(
     resume: bool = False,
     updates: bool = True,
     recorder: int = 200,
-    keep_batches: int = 0,
+    keep_batches: int | None = None,
     sinks: Iterable[str | Sink] = (),
     thresholds: Mapping[str, Any] | None = None,
     risk: str | Path | None = None,
@@ -66,7 +66,8 @@ def watch(
         recorder: how many steps the flight recorder keeps; 0 for none.
         keep_batches: how many whole batches it keeps, with the random states, on the device they are on; they are
             written once something happens. Live rules look every `log_every` steps, so that many (times the
-            micro-batches of a step) reach back to the batch of whatever step they speak of. 0 for none.
+            micro-batches of a step) reach back to the batch of whatever step they speak of. If not given, the
+            batches of so many steps are kept where they take at most 64 MB. 0 for none.
         sinks: "tensorboard", "wandb", or objects with write(step, figures) and close().
         thresholds: the user's own, see thresholds.toml.
         risk: a file of `jacdiag backtest --write-risk`: the curves that JD105 asks at every learning rate,
@@ -97,7 +98,7 @@ def watch(
     """
     if not isinstance(log_every, int) or log_every < 1:
         raise UsageError(f"log_every cannot be {log_every!r}", hint="a number of steps, such as 10")
-    if not isinstance(keep_batches, int) or keep_batches < 0:
+    if keep_batches is not None and (not isinstance(keep_batches, int) or keep_batches < 0):
         raise UsageError(f"keep_batches cannot be {keep_batches!r}", hint="a number of batches, 0 for none")
     if not (on_alert in ("log", "raise") or callable(on_alert)):
         raise UsageError(f"on_alert cannot be {on_alert!r}", hint="'log', 'raise', or a function of the alert")
@@ -122,7 +123,7 @@ def watch(
     tiers = Tiers(model, optimisers, names, together, record, probe=probe, thresholds=limits, cadences=cadences)
     if left and len(left) < len(names):
         record.note(f"{len(left)} parameters are in no optimizer, such as '{left[0]}'")
-    if recorder and 0 < keep_batches < log_every:
+    if recorder and keep_batches is not None and 0 < keep_batches < log_every:
         record.warn("keep", f"an alert may speak of a step {log_every - 1} before it: keep_batches={log_every} (times "
                     f"the micro-batches of a step) keeps its batch, keep_batches={keep_batches} may not")  # fmt: skip
     made = Watch(model, optimizers, together, record, tiers, log_every, updates, keep_batches)

@@ -21,6 +21,7 @@ from jacdiag.watching.cadence import Clock
 from jacdiag.watching.guards import AlertRaised, Guards, logger, say
 from jacdiag.watching.log import RunFile
 from jacdiag.watching.recorder import Recorder
+from jacdiag.watching.silence import Silence
 from jacdiag.watching.sinks import Sink, open_sinks, slashed
 
 
@@ -54,6 +55,7 @@ class Record:
         self.prints: list[list[torch.Tensor]] = []
         self.going_on = self.file is not None and self.file.last_step is not None
         self.resumed_at = (self.file.last_step or 0) if self.file is not None else 0
+        self.silence = Silence(self.warn, self.note)
         self.totals = {"steps": 0, "skipped": 0, "clipped": 0, "with_clip": 0}
         self._told: set[str] = set()
         self._raise: Alert | None = None
@@ -98,6 +100,7 @@ class Record:
     def steps(self, rows: list[dict[str, Any]]) -> None:
         """Takes the steps since the last look: live rules, log, sinks, recorder, alerts."""
         self._fingerprints(rows)
+        self.silence.look_at_rows(rows)
         alerts: list[Alert] = []
         for row in rows:
             self._count(row)

@@ -55,23 +55,6 @@ def test_torch_compile(how: str, tmp_path: Path) -> None:
     assert all(row["grad_norm_post"] > 0 for row in rows)
 
 
-def test_compiled_after_it_is_watched(tmp_path: Path) -> None:
-    """The hook is on the inner model, inside what is compiled: no graph break, and no batch is seen."""
-    torch._dynamo.reset()
-    model = small(dropout=0.0)
-    optimizer = adam(model)
-    with jacdiag.watch(model, optimizer, log_dir=tmp_path, **OPTIONS) as w:
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-        for step in range(1, 8):
-            _, loss = compiled(*batch(step))
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            w.step(loss)
-    probes = lines(tmp_path, "probe")
-    assert len(probes) == 2 and probes[0]["report"]["probe"]["tokens"] == "random"
-
-
 class Checkpointed(nn.Module):
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
