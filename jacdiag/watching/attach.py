@@ -123,7 +123,7 @@ def watch(
     tiers = Tiers(model, optimisers, names, together, record, probe=probe, thresholds=limits, cadences=cadences)
     if left and len(left) < len(names):
         record.note(f"{len(left)} parameters are in no optimizer, such as '{left[0]}'")
-    if recorder and keep_batches is not None and 0 < keep_batches < log_every:
+    if record.recorder is not None and keep_batches is not None and 0 < keep_batches < log_every:
         record.warn("keep", f"an alert may speak of a step {log_every - 1} before it: keep_batches={log_every} (times "
                     f"the micro-batches of a step) keeps its batch, keep_batches={keep_batches} may not")  # fmt: skip
     made = Watch(model, optimizers, together, record, tiers, log_every, updates, keep_batches)

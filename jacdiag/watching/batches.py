@@ -132,8 +132,9 @@ class Batches:
         """Return the fingerprints of the step that has ended; batches from now on belong to `step`."""
         self.take_compiled()
         prints, self.prints, self.step = self.prints, [], step
-        if self.first is not None and not self.fingerprints and self.kept is None:
-            self.remove()  # the first batch was all that was wanted
+        only_first = not self.fingerprints and self.kept is None
+        if only_first and self.first is not None and not self.in_compiled:
+            self.remove()  # compiled code that holds the hook would be compiled again
         return prints
 
 

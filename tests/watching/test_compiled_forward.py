@@ -156,3 +156,19 @@ def test_many_watches_of_one_compiled_function_compile_nothing_again(tmp_path: P
                 w.step(loss)
         assert all(row["batches"] for row in lines(tmp_path / str(number), "step"))
     assert counter.frame_count <= 2
+
+
+def test_a_watch_that_writes_nothing_compiles_nothing_again() -> None:
+    """It needs the first batch only, but compiled code holds its hook."""
+    torch._dynamo.reset()
+    model, counter = small(dropout=0.0), CompileCounter()
+    optimizer = adam(model)
+    with jacdiag.watch(model, optimizer, **OPTIONS) as w:
+        model.compile(backend=counter)
+        for step in range(1, 8):
+            loss = model(*batch(step))[1]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            w.step(loss)
+    assert counter.frame_count == 1
