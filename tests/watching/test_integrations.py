@@ -152,7 +152,9 @@ def test_hugging_face_trainer(accumulate: int, tmp_path: Path) -> None:
     rows = lines(tmp_path / "log", "step")
     assert [row["step"] for row in rows] == list(range(1, more["steps"] + 1))
     assert [row["grad_norm_post"] for row in rows] == pytest.approx(watched[2], rel=1e-5)
-    assert all(row["grad_norm"] is None for row in rows)  # not told, not guessed
+    logged = [row for row in watched[0].state.log_history if "grad_norm" in row]
+    assert [row["grad_norm"] for row in rows] == pytest.approx([row["grad_norm"] for row in logged], rel=1e-5)
+    assert all(row["clipped"] for row in rows) == all(row["grad_norm"] > 1.01 for row in logged)
     for row in rows:
         assert row["loss"] == pytest.approx(watched[3][row["step"]], rel=1e-3)
     assert len(lines(tmp_path / "log", "probe")) == 3 and not lines(tmp_path / "log", "fault")
