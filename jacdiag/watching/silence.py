@@ -13,8 +13,8 @@ from torch import Tensor
 from jacdiag.watching.batches import Batches
 
 FIRST_STEPS = 5  # a loop that evaluates or warms up before it trains has trained by then
-_WINDOW = 10  # rows in which a ceiling of the gradient norm is looked for
-_AT_CEILING = 5  # of them have to lie at it; norms of five different batches do not agree by themselves
+_WINDOW = 20  # rows in which a ceiling of the gradient norm is looked for
+_AT_CEILING = 10  # of them have to lie at it; norms of ten different batches do not agree by themselves
 _SAME_NORM = 1e-3  # clip_grad_norm_ divides by (norm + 1e-6), and a norm in float32 is off by less than this
 _OTHER_LOSS = 1e-2  # relative spread of the loss that only other batches or other weights have
 
