@@ -103,7 +103,7 @@ class LiveProbe:
             except TraceError as error:
                 if not self.probe.record.is_random:
                     raise
-                what = "no batch was seen, and the model cannot run on random tokens: pass probe=input_ids"
+                what = "no batch was seen, and a run on random tokens failed: pass probe=input_ids"
                 raise ProbeError(what, got=str(error)) from error
         if not found:
             raise nothing_found(found)

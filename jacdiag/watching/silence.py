@@ -93,8 +93,8 @@ class Silence:
             return
         self.warn(
             "no batch",
-            f"the forward of {kind} was not called in the first {self.steps} steps, or only in compiled code that "
-            "leaves hooks out: no batch is kept. Watch the module that the loop calls",
+            f"the forward of {kind} was not called in the first {self.steps} steps, or past its hooks: no batch is "
+            "kept. Watch the module that the loop calls, and call it as model(...), not model.forward(...)",
         )
 
     def look_at_gradients(

@@ -109,9 +109,19 @@ def test_a_forward_that_is_not_called_is_said_to_be(tmp_path: Path, caplog: pyte
     run(tmp_path / "c", model=Outer(), call=inner, probe=batch(1)[0])
     (text,) = messages(caplog)
     assert "was not called" in text and "random" not in text
+
+
+def test_a_forward_that_is_called_past_the_hooks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def past_hooks(model: nn.Module, step: int) -> Tensor:
+        loss: Tensor = model.forward(*batch(step))[1]
+        return loss
+
+    run(tmp_path, call=past_hooks)
+    first, second = messages(caplog)
+    assert "the forward of GPT was not called" in first and "random tokens, not on data of the run" in second
     caplog.clear()
     # Nothing is kept and nothing is probed: nothing is missing.
-    run(None, model=Outer(), call=inner, every=None, stats_every=None)
+    run(None, call=past_hooks, every=None, stats_every=None)
     assert not messages(caplog)
 
 
