@@ -25,7 +25,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "critical", "TOKENIZERS_PARALLELISM": "false"}
-warnings.simplefilter("ignore")
 
 import torch
 from _trainers.checks import CELLS, Trainer, check
@@ -42,7 +41,11 @@ TITLES = {
     "resume": "resume",
     "crash": "crash",
 }
-PACKAGES = {"lion_pytorch": "lion-pytorch", "pytorch_optimizer": "pytorch-optimizer", "x_transformers": "x-transformers"}
+PACKAGES = {
+    "lion_pytorch": "lion-pytorch",
+    "pytorch_optimizer": "pytorch-optimizer",
+    "x_transformers": "x-transformers",
+}
 
 
 def main() -> None:
@@ -50,17 +53,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", default=[], help="names of trainers; the other rows stay as they are")
     options = parser.parse_args()
+    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     known = {row["trainer"]: row for row in json.loads(RESULTS.read_text())["rows"]} if RESULTS.is_file() else {}
-    table: list[dict[str, Any]] = []
-    for trainer in (*LOOPS, *LIBRARIES):
+    trainers = (*LOOPS, *LIBRARIES)
+    table = {trainer.name: known.get(trainer.name) or empty(trainer) for trainer in trainers}
+    for trainer in trainers:
         if options.only and trainer.name not in options.only:
-            table.append(known.get(trainer.name) or empty(trainer))
             continue
-        table.append(measured(trainer))
-        print(line_of(table[-1]), *table[-1]["wrong"].items(), flush=True)
-    RESULTS.write_text(json.dumps({"torch": torch.__version__, "rows": table}, indent=1) + "\n", encoding="utf-8")
-    PAGE.write_text(page(table), encoding="utf-8")
+        row = table[trainer.name] = measured(trainer)
+        print(line_of(row), *row["wrong"].items(), flush=True)
+        rows = list(table.values())  # written after each row: a run that is interrupted loses one
+        RESULTS.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        PAGE.write_text(page(rows), encoding="utf-8")
     print(f"wrote {RESULTS.name} and {PAGE.name}", file=sys.stderr)
 
 
@@ -69,7 +74,7 @@ def measured(trainer: Trainer) -> dict[str, Any]:
     if importlib.util.find_spec(trainer.library) is None:
         return empty(trainer)
     begun = time.perf_counter()
-    with open(os.devnull, "w") as nothing, redirect_stdout(nothing), redirect_stderr(nothing):  # of the libraries
+    with Path(os.devnull).open("w") as nothing, redirect_stdout(nothing), redirect_stderr(nothing):
         cells = check(trainer)
     seconds = round(time.perf_counter() - begun, 1)
     version = importlib.metadata.version(PACKAGES.get(trainer.library, trainer.library))
@@ -98,11 +103,11 @@ def page(table: list[dict[str, Any]]) -> str:
         "as its users write it. The cells say:",
         "",
         "- **bit-identical**: losses and weights after 14 steps equal those without the watch.",
-        "- **figures right**: loss, learning rate, gradient norm before and after clipping, and update norms equal those",
-        "  computed by hand, within 0.2%.",
+        "- **figures right**: loss, learning rate, gradient norm before and after clipping, and update norms equal",
+        "  those computed by hand, within 0.2%.",
         "- **no false message**: nothing is said in a healthy run. Reports on the init (JD1xx, JD2xx) are left out.",
-        "- **faults found**: a NaN in one weight is reported at its step or the next one, and a corrupted batch at step 90",
-        "  within ten steps, with no alert before it.",
+        "- **faults found**: a NaN in one weight is reported at its step or the next one, and a corrupted batch at",
+        "  step 90 within ten steps, with no alert before it.",
         "- **resume**: a run that goes on from a checkpoint holds every step once.",
         "- **crash**: an exception in the loop leaves a flight with the batch of its step.",
         "",

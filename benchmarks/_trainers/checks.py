@@ -54,7 +54,8 @@ class Plan:
 
     @property
     def options(self) -> dict[str, Any]:
-        return {**OPTIONS, "log_dir": self.log_dir, "resume": self.resume}
+        cadence = {"every": 50, "stats_every": 25} if self.steps > HEALTHY else {}
+        return {**OPTIONS, **cadence, "log_dir": self.log_dir, "resume": self.resume}
 
     def is_broken(self, step: int) -> bool:
         return self.fault == "batch" and step == self.at

@@ -265,9 +265,10 @@ def x_transformers_loss(model: Any) -> Loss:
 
 
 def x_transformers_parts(where: str, names: list[str]) -> list[str]:
-    """A sub-layer is named by its module, layers.N.1, and its norms are those of layers.N."""
-    layer = where.rpartition(".")[0]
-    return [n for n in names if n.startswith(layer + ".")] if ".layers." in where else []
+    """A sub-layer is named by its module, such as layers.N.1.ff, and its norm lies in layers.N.0."""
+    before, layers, rest = where.partition(".layers.")
+    number = rest.partition(".")[0]
+    return [n for n in names if n.startswith(f"{before}{layers}{number}.")] if layers else []
 
 
 def compiled(model: Any) -> Any:

@@ -40,9 +40,9 @@ class AttachedHook:
 
     def __init__(self, module: nn.Module, hook: ModelHook, *, after: bool = False) -> None:
         self.module, self.hook, self.after = module, hook, after
-        register = module.register_forward_hook if after else module.register_forward_pre_hook
-        self._handle: Any = register(hook, with_kwargs=True)  # type: ignore[operator]
-        _LeftOut.begin(type(module))
+        register: Any = module.register_forward_hook if after else module.register_forward_pre_hook
+        self._handle: Any = register(hook, with_kwargs=True)
+        _begin_to_leave_out(type(module))
         self._counted = True
 
     def suspend(self) -> None:
@@ -58,47 +58,45 @@ class AttachedHook:
         self._handle.remove()
         if self._counted:
             self._counted = False
-            _LeftOut.end(type(self.module))
+            _end_to_leave_out(type(self.module))
 
     def _hooks(self) -> dict[int, Any]:
         hooks: dict[int, Any] = getattr(self.module, _FORWARD_HOOKS if self.after else _PRE_HOOKS)
         return hooks
 
 
-class _LeftOut:
-    """The classes of modules that carry hooks of a watch, and what `copyreg` held for them before."""
+# The classes of modules that carry hooks of a watch: how many there are, and what `copyreg` held before.
+_COUNTS: Counter[type] = Counter()
+_EARLIER: dict[type, Callable[[Any], Any]] = {}
 
-    counts: Counter[type] = Counter()
-    earlier: dict[type, Callable[[Any], Any]] = {}
 
-    @classmethod
-    def begin(cls, kind: type) -> None:
-        cls.counts[kind] += 1
-        if cls.counts[kind] > 1:
-            return
-        before = copyreg.dispatch_table.get(kind)
-        if before is not None:
-            cls.earlier[kind] = before
-        copyreg.dispatch_table[kind] = reduce_without_hooks
+def _begin_to_leave_out(kind: type) -> None:
+    _COUNTS[kind] += 1
+    if _COUNTS[kind] > 1:
+        return
+    before = copyreg.dispatch_table.get(kind)
+    if before is not None:
+        _EARLIER[kind] = before
+    copyreg.dispatch_table[kind] = reduce_without_hooks
 
-    @classmethod
-    def end(cls, kind: type) -> None:
-        cls.counts[kind] -= 1
-        if cls.counts[kind] > 0:
-            return
-        del cls.counts[kind]
-        before = cls.earlier.pop(kind, None)
-        if copyreg.dispatch_table.get(kind) is not reduce_without_hooks:
-            return  # somebody has registered a function of their own since
-        if before is None:
-            del copyreg.dispatch_table[kind]
-        else:
-            copyreg.dispatch_table[kind] = before
+
+def _end_to_leave_out(kind: type) -> None:
+    _COUNTS[kind] -= 1
+    if _COUNTS[kind] > 0:
+        return
+    del _COUNTS[kind]
+    before = _EARLIER.pop(kind, None)
+    if copyreg.dispatch_table.get(kind) is not reduce_without_hooks:
+        return  # somebody has registered a function of their own since
+    if before is None:
+        del copyreg.dispatch_table[kind]
+    else:
+        copyreg.dispatch_table[kind] = before
 
 
 def reduce_without_hooks(module: nn.Module) -> str | Reduced:
     """Return what the module gives to `pickle` and `copy`, without the hooks of a watch."""
-    earlier = _LeftOut.earlier.get(type(module))
+    earlier = _EARLIER.get(type(module))
     reduced = earlier(module) if earlier is not None else module.__reduce_ex__(_PROTOCOL)
     if isinstance(reduced, str) or len(reduced) < 3:
         return reduced

@@ -1,4 +1,4 @@
-"""Under the Trainers of Hugging Face, TRL and PEFT: their own figures, a flight after an exception, no false message."""
+"""Under the Trainers of Hugging Face, TRL and PEFT: their own figures, a flight after an exception, nothing false."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def test_the_network_is_found_without_its_name(
 def test_parts_outside_of_the_network_are_named(
     clip: float | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Their gradients are in the Trainer's norm, and not in the figures: the share of clipping is right all the same."""
+    """Their gradients are in the Trainer's norm, and not in the figures: the share of clipping is right."""
     module = TwoParts()
     fit(tmp_path, module, [WatchCallback(log_dir=tmp_path / "log", **OPTIONS)], gradient_clip_val=clip)
     (text,) = messages(caplog)

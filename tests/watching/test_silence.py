@@ -66,7 +66,8 @@ def test_a_model_in_eval_mode_is_said_to_be(tmp_path: Path, caplog: pytest.LogCa
     first, second = messages(caplog)
     assert "GPT ran in eval mode in the first 5 steps" in first and "probe=input_ids" in first
     assert "random tokens, not on data of the run" in second
-    assert [row["text"] for row in lines(tmp_path, "note")] == [m.removeprefix("jacdiag.watch: ") for m in (first, second)]
+    in_log = [f"jacdiag.watch: {row['text']}" for row in lines(tmp_path, "note")]
+    assert in_log == [first, second]
 
 
 def test_evaluations_in_the_first_steps_are_no_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
