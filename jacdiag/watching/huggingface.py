@@ -158,9 +158,13 @@ class CoveredMethod:
     """
 
     def __init__(
-        self, owner: Any, name: str, *, returned: Callable[[Any], None] | None = None,
+        self,
+        owner: Any,
+        name: str,
+        *,
+        returned: Callable[[Any], None] | None = None,
         raised: Callable[[BaseException], None] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.owner, self.name, self.returned, self.raised = owner, name, returned, raised
         self.method = getattr(owner, name)
         self.own = name in vars(owner)  # another library has covered it before

@@ -48,8 +48,10 @@ class WatchCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if isinstance(trainer.strategy, FSDPStrategy):  # its wrapper is outside of the LightningModule, and not seen
-            raise UsageError("Lightning's FSDPStrategy (FSDP1) is not supported: its parameters are flat shards",
-                             hint="ModelParallelStrategy with fully_shard (FSDP2) is")  # fmt: skip
+            raise UsageError(
+                "Lightning's FSDPStrategy (FSDP1) is not supported: its parameters are flat shards",
+                hint="ModelParallelStrategy with fully_shard (FSDP2) is",
+            )
         network = NetworkPart(pl_module.get_submodule(self.part)) if self.part else find_network(pl_module, trainer)
         options = {"resume": self._state is not None, **self.options}
         self.watch = watch(network.module, trainer.optimizers, **options)
