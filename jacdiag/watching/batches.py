@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,78 +11,149 @@ import torch
 from torch import Tensor, nn
 
 from jacdiag.trace.precision import map_leaves
-from jacdiag.trace.randomness import RandomState
+from jacdiag.watching.kept_batches import KeptBatches
+from jacdiag.watching.model_hooks import AttachedHook, ModelHook
 from jacdiag.watching.noise_scale import MicroBatches
 
 _SEQUENCES, _LENGTH = 2, 128
+# Without this function (torch before 2.7) code that is compiled cannot be told from code that is exported.
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
+
+class CompiledCall:
+    """The last call of a forward that was compiled together with the hook.
+
+    `torch.compile` keeps the assignments to these attributes and nothing else of the hook. They are never read while
+    the forward is traced, so that no guard depends on them and nothing is compiled again.
+    """
+
+    def __init__(self) -> None:
+        self.args: tuple[Any, ...] | None = None
+        self.kwargs: dict[str, Any] = {}
+
+
+class BatchHook(ModelHook):
+    """The forward pre-hook. It changes nothing.
+
+    Args:
+        batches: gets each call that is not compiled.
+        compiled: gets the arguments of a call that is.
+    """
+
+    def __init__(self, batches: Batches, compiled: CompiledCall) -> None:
+        self.batches, self.compiled = batches, compiled
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            if not _is_exporting() and torch.is_grad_enabled():
+                compiled = self.compiled
+                compiled.args = args
+                compiled.kwargs = kwargs
+            return
+        self.batches.see(module, args, kwargs)
 
 
 class Batches:
-    """A forward pre-hook on the model that looks at its arguments and changes nothing.
-
-    While `torch.compile` traces the model the hook is not there: it asks whether it is being compiled and returns.
+    """Looks at the arguments of the model's forward and changes nothing.
 
     Args:
         model: the module that the loop calls, wrapped or not.
         fingerprints: keep a fingerprint of every batch (two sums on its device, no look at it).
-        keep: how many whole batches to keep, with the random states they met.
+        keep: what keeps whole batches, with the random states they met; None keeps none.
+
+    Attributes:
+        first: a few sequences of the first batch: positional and keyword arguments.
+        seen: forwards in train mode.
+        in_eval: forwards in eval mode with gradients.
+        in_compiled: steps whose batch is that of a compiled forward.
+        failed: what went wrong in the hook, for the watch to say.
     """
 
-    def __init__(self, model: nn.Module, *, fingerprints: bool, keep: int) -> None:
+    def __init__(self, model: nn.Module, *, fingerprints: bool, keep: KeptBatches | None = None) -> None:
         self.micro_batches: MicroBatches | None = None  # looks at the gradients whenever a batch begins
-        self.model, self.fingerprints, self.keep = model, fingerprints, keep
+        self.model, self.fingerprints = model, fingerprints
+        self.kept = keep if keep is not None and keep.wanted else None
         self.first: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.prints: list[Tensor] = []  # of the micro-batches of the step at hand
-        self.kept: deque[tuple[int, dict[str, Any], RandomState]] = deque(maxlen=max(keep, 1))
         self.step = 1
+        self.seen = self.in_eval = self.in_compiled = 0
         self.failed: Exception | None = None
-        self._handle: Any = None
-        self.attach()
-
-    def attach(self) -> None:
-        if self._handle is None:
-            self._handle = self.model.register_forward_pre_hook(self._see, with_kwargs=True)
+        self.compiled = CompiledCall()
+        self._hook: AttachedHook | None = AttachedHook(model, BatchHook(self, self.compiled))
 
     def remove(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        """Take the hook off the model; what was kept stays."""
+        hook, self._hook = self._hook, None
+        if hook is not None:
+            hook.remove()
 
     @contextmanager
     def away(self) -> Iterator[None]:
         """Inside, the hook is not on the model: the audit's own runs are no batches of the training."""
-        there = self._handle is not None
-        self.remove()
+        hook = self._hook
+        if hook is None:
+            yield
+            return
+        hook.suspend()
         try:
             yield
         finally:
-            if there:
-                self.attach()
+            hook.resume()
 
-    def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling() or self.failed is not None:
+    def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take a call of the forward that is not compiled."""
+        if self.failed is not None or _is_being_recorded():
             return
-        try:
-            if not module.training:  # an evaluation inside the loop is no batch of the training
-                return
-            if self.micro_batches is not None:
+        if not module.training:  # an evaluation inside the loop is no batch of the training
+            self.in_eval += torch.is_grad_enabled()
+            return
+        self.seen += 1
+        self._take(module, args, kwargs)
+        if self.micro_batches is not None and self.failed is None:
+            try:
                 self.micro_batches.forward_begins(args, kwargs)
+            except Exception as error:  # told by the watch at its next step
+                self.failed = error
+
+    def take_compiled(self) -> None:
+        """Take the last call of a compiled forward, if there was one since the last call of this method."""
+        args, kwargs = self.compiled.args, self.compiled.kwargs
+        self.compiled.args, self.compiled.kwargs = None, {}
+        if args is None or self.failed is not None:
+            return
+        self.in_compiled += 1
+        self._take(self.model, args, kwargs)
+
+    def _take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        try:
             if self.first is None:
                 self.first = _few(args, kwargs)
             if self.fingerprints:
                 self.prints.append(fingerprint((args, kwargs)))
-            if self.keep:
-                batch = named_arguments(module, args, kwargs)
-                self.kept.append((self.step, map_leaves(_copied, batch), RandomState.now()))
+            if self.kept is not None:
+                self.kept.add(self.step, named_arguments(module, args, kwargs))
         except Exception as error:  # told by the watch at its next step
             self.failed = error
 
     def next_step(self, step: int) -> list[Tensor]:
-        """The fingerprints of the step that has ended; batches from now on belong to `step`."""
+        """Return the fingerprints of the step that has ended; batches from now on belong to `step`."""
+        self.take_compiled()
         prints, self.prints, self.step = self.prints, [], step
-        if self.first is not None and not self.fingerprints and not self.keep:
-            self.remove()  # the first batch was all that was wanted
+        only_first = not self.fingerprints and self.kept is None
+        if only_first and self.first is not None and not self.in_compiled:
+            self.remove()  # compiled code that holds the hook would be compiled again
         return prints
+
+
+def _is_being_recorded() -> bool:
+    """Whether the forward runs to be recorded, by jit, by make_fx, or into a CUDA graph: then it has no batch."""
+    if torch.jit.is_tracing():
+        return True
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    if get_proxy_mode() is not None:
+        return True
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def fingerprint(value: Any) -> Tensor:

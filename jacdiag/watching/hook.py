@@ -20,6 +20,7 @@ from jacdiag.watching.cadence import Clock
 from jacdiag.watching.figures import GIVEN, GIVEN_PART, LOSS, Figures, Row, UpdateTurn
 from jacdiag.watching.guards import Guards, logger, quietly
 from jacdiag.watching.histograms import Histograms
+from jacdiag.watching.kept_batches import KeptBatches
 from jacdiag.watching.noise_scale import MicroBatches
 from jacdiag.watching.optimisers import (
     OptimizerTree,
@@ -53,7 +54,7 @@ class Watch:
 
     def __init__(
         self, model: nn.Module, optimizers: OptimizerTree, together: Together, record: Record, tiers: Tiers,
-        log_every: int, updates: bool, keep_batches: int, histograms: Histograms,
+        log_every: int, updates: bool, keep_batches: int | None, histograms: Histograms,
     ) -> None:  # fmt: skip
         self.optimizers, self.together, self.record, self.tiers = optimizers, together, record, tiers
         self.guards: Guards = record.guards
@@ -76,12 +77,14 @@ class Watch:
         self.hooks: StepHooks | None = None
         if not self.inert:
             keeps = record.recorder is not None
-            self.batches = Batches(model, fingerprints=keeps, keep=keep_batches if keeps else 0)
+            kept = KeptBatches(keep_batches, log_every) if keeps else None
+            self.batches = Batches(model, fingerprints=keeps, keep=kept)
             if keeps and not together.sharded:
                 self.batches.micro_batches = MicroBatches(
                     model, lambda: parameters_of(self.optimizers.leaves), log_every
                 )
             self.hooks = StepHooks(optimizers, self._before, self._after)
+            self.batches.step = self.count + 1
         tiers.batches = record.batches = self.batches
         self._at_exit = partial(_close, weakref.ref(self))  # a loop may end without close(), and lines may wait
         atexit.register(self._at_exit)
@@ -285,6 +288,9 @@ class Watch:
                 error, self.batches.failed = self.batches.failed, None
                 self.batches.remove()
                 raise error
+        with self.guards.part("silence", "what the watch does not see is not said"):
+            kind = type(self.tiers.model).__name__
+            self.record.silence.step_ended(kind, self.batches, self.tiers.probe_state())
 
     # -- hooks of the optimizers ------------------------------------------------------------------------------------
     def _before(self, optimizer: Any, closure: bool) -> None:
@@ -365,6 +371,9 @@ class Watch:
             if not self.guards.on("figures"):
                 return
             figures = self.tiers.prepared(self.count, self.log_every)
+            self.record.silence.look_at_gradients(
+                self.tiers.names, self.tiers.model.parameters, parameters_of(self.optimizers.leaves)
+            )
             if number is None:
                 return  # the optimizers inside are going to step with them
             stepping: set[int] | None = None
@@ -406,14 +415,19 @@ class Watch:
             raise UsageError("load_state_dict after a step", hint="call it right after jacdiag.watch(..., resume=True)")
         if state.get("version") != 1:
             raise UsageError("a watch cannot go on from this state", got=f"version {state.get('version')!r}")
-        self.count = int(state["step"])
+        self._go_to(int(state["step"]))
         self.record.go_on(self.count, state["live"])
         self.tiers.set_probe(state["probe"])
 
     def resume_at(self, step: int) -> None:
         """Goes on from a step without a state: the live rules begin anew, the log goes on there."""
-        self.count = step
+        self._go_to(step)
         self.record.go_on(step, None)
+
+    def _go_to(self, step: int) -> None:
+        self.count = step
+        if self.batches is not None:
+            self.batches.step = step + 1
 
     @property
     def alerts(self) -> list[Alert]:

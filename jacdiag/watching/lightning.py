@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy
-from torch import Tensor
+from torch import Tensor, nn
 
 from jacdiag.errors import UsageError
 from jacdiag.watching.attach import watch
@@ -29,8 +30,9 @@ class WatchCallback(Callback):
     is not known, and not guessed. FSDPStrategy (FSDP1) is refused.
 
     Args:
-        model: which part of the LightningModule to watch, by attribute name; the whole of it if not given. The part
-            that is called with the batch is what the probe can be kept from.
+        model: which part of the LightningModule to watch, by its name. If not given, it is the part that holds
+            all the parameters that are trained. If no part holds them all, it is the LightningModule itself; where
+            that implements no `forward`, it is the part that holds most of them, and that is said.
         options: those of `jacdiag.watch`.
     """
 
@@ -40,15 +42,24 @@ class WatchCallback(Callback):
         self._state: Mapping[str, Any] | None = None
         self._losses: list[Tensor] = []
         self._norm: Tensor | None = None
+        self._watched: set[int] = set()  # ids of the parameters of the part that is watched
+        self._clips = False
         self._seen = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if isinstance(trainer.strategy, FSDPStrategy):  # its wrapper is outside of the LightningModule, and not seen
-            raise UsageError("Lightning's FSDPStrategy (FSDP1) is not supported: its parameters are flat shards",
-                             hint="ModelParallelStrategy with fully_shard (FSDP2) is")  # fmt: skip
-        model = getattr(pl_module, self.part) if self.part else pl_module
+            raise UsageError(
+                "Lightning's FSDPStrategy (FSDP1) is not supported: its parameters are flat shards",
+                hint="ModelParallelStrategy with fully_shard (FSDP2) is",
+            )
+        network = NetworkPart(pl_module.get_submodule(self.part)) if self.part else find_network(pl_module, trainer)
         options = {"resume": self._state is not None, **self.options}
-        self.watch = watch(model, trainer.optimizers, **options)
+        self.watch = watch(network.module, trainer.optimizers, **options)
+        if network.others:
+            self.watch.record.warn("part", _others_text(pl_module, network))
+        self._watched = {id(p) for p in network.module.parameters()}
+        own_clipping = type(pl_module).configure_gradient_clipping is not LightningModule.configure_gradient_clipping
+        self._clips = bool(trainer.gradient_clip_val) or own_clipping
         self._seen = trainer.global_step
         if self._state is not None:
             self.watch.load_state_dict(self._state)
@@ -56,9 +67,10 @@ class WatchCallback(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         if self.watch is not None:
             self.watch.prepare()
-        if trainer.gradient_clip_val and self.watch is not None and not self.watch.together.sharded:
-            grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            self._norm = square_sums(grads).sum().sqrt()
+        if self._clips and self.watch is not None and not self.watch.together.sharded:
+            parameters = [p for group in optimizer.param_groups for p in group["params"] if id(p) in self._watched]
+            grads = [p.grad for p in parameters if p.grad is not None]
+            self._norm = square_sums(grads).sum().sqrt() if grads else None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -86,3 +98,68 @@ class WatchCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._state = state_dict or None
+
+
+@dataclass(frozen=True)
+class NetworkPart:
+    """The part of a LightningModule that is watched.
+
+    Attributes:
+        module: the part.
+        name: its name in the LightningModule; "" for the LightningModule itself.
+        others: names of parts that are trained as well and are outside of it.
+    """
+
+    module: nn.Module
+    name: str = ""
+    others: tuple[str, ...] = ()
+
+
+def find_network(pl_module: nn.Module, trainer: Any) -> NetworkPart:
+    """Return the part of a LightningModule that its training step calls with the batch, as far as parameters tell.
+
+    Args:
+        pl_module: the LightningModule.
+        trainer: whose optimizers hold the parameters that are trained. A frozen teacher and a moving average are in
+            none of them.
+    """
+    trained = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    sizes: dict[str, int] = {}
+    for name, part in _parts_with_forward(pl_module):
+        size = sum(p.numel() for p in part.parameters() if id(p) in trained)
+        if size:
+            sizes[name] = size
+    if not sizes:
+        return NetworkPart(pl_module)
+    largest = max(sizes, key=lambda name: sizes[name])
+    module = pl_module.get_submodule(largest)
+    inside = {id(p) for p in module.parameters()}
+    if all(id(p) in inside for p in pl_module.parameters() if id(p) in trained):
+        return NetworkPart(module, largest)
+    if implements_forward(pl_module):
+        return NetworkPart(pl_module)
+    return NetworkPart(module, largest, tuple(name for name in sizes if name != largest))
+
+
+def implements_forward(module: nn.Module) -> bool:
+    """Return whether a module can be called: ModuleList and many LightningModules have no forward of their own."""
+    forward = getattr(type(module).forward, "__func__", type(module).forward)
+    return forward not in (nn.Module.forward, LightningModule.forward)
+
+
+def _parts_with_forward(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The outermost modules inside of one that can be called."""
+    for name, child in module.named_children():
+        if implements_forward(child):
+            yield f"{prefix}{name}", child
+        else:
+            yield from _parts_with_forward(child, f"{prefix}{name}.")
+
+
+def _others_text(pl_module: nn.Module, network: NetworkPart) -> str:
+    names = ", ".join(f"'{name}'" for name in network.others[:3])
+    more = ", ..." if len(network.others) > 3 else ""
+    return (
+        f"'{network.name}' of {type(pl_module).__name__} is watched, the part with the most parameters. {names}{more} "
+        "are trained as well and are not in the figures. WatchCallback(model=NAME) watches another part"
+    )

@@ -98,7 +98,13 @@ class LiveProbe:
         assert self.probe is not None
         blocks = self.blocks
         with gathered(blocks.outlines if blocks is not None else {}):
-            found = sites(self.model, *self.probe.args, weights=blocks, **self.probe.kwargs)
+            try:
+                found = sites(self.model, *self.probe.args, weights=blocks, **self.probe.kwargs)
+            except TraceError as error:
+                if not self.probe.record.is_random:
+                    raise
+                what = "no batch was seen, and a run on random tokens failed: pass probe=input_ids"
+                raise ProbeError(what, got=str(error)) from error
         if not found:
             raise nothing_found(found)
         return found

@@ -25,6 +25,7 @@ from jacdiag.watching.log import RunFile
 from jacdiag.watching.moment import AlertMoment, call_handler
 from jacdiag.watching.noise_scale import MicroBatchNorms, NoiseScale
 from jacdiag.watching.recorder import Recorder
+from jacdiag.watching.silence import Silence
 from jacdiag.watching.sinks import AlertSink, Sink, open_alert_sinks, open_sinks, slashed
 from jacdiag.watching.skip_list import SkipList
 
@@ -69,6 +70,7 @@ class Record:
         self.prints: list[list[torch.Tensor]] = []
         self.going_on = self.file is not None and self.file.last_step is not None
         self.resumed_at = (self.file.last_step or 0) if self.file is not None else 0
+        self.silence = Silence(self.warn, self.note)
         self.totals = {"steps": 0, "skipped": 0, "clipped": 0, "with_clip": 0}
         self.noise = NoiseScale()
         self._told: set[str] = set()
@@ -116,6 +118,7 @@ class Record:
     def steps(self, rows: list[dict[str, Any]]) -> None:
         """Takes the steps since the last look: live rules, log, sinks, recorder, alerts."""
         self._fingerprints(rows)
+        self.silence.look_at_rows(rows)
         alerts: list[Alert] = []
         ready: list[Mapping[str, Any]] = []
         for row in rows:

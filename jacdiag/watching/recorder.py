@@ -48,15 +48,16 @@ class Recorder:
         target.mkdir(parents=True)
         (target / STEPS_FILE).write_bytes(b"".join(to_line("step", row) for row in self.rows))
         about: dict[str, Any] = {"schema_version": 1, "step": step, "why": why, "groups": header.get("groups", [])}
-        kept = list(batches.kept) if batches is not None and batches.keep else []
-        chosen = [entry for entry in kept if entry[0] <= step] or kept
+        kept = batches.kept if batches is not None else None
+        chosen = kept.chosen(step) if kept is not None else []
         if chosen:
-            at, batch, state = chosen[-1]
-            about["batch_step"] = at
-            torch.save(map_leaves(_on_cpu, batch), target / BATCH_FILE)
-            torch.save(_plain_state(state), target / RANDOM_FILE)
-            for number, (other, earlier, _) in enumerate(reversed(chosen[:-1]), start=1):
-                torch.save(map_leaves(_on_cpu, earlier), target / f"batch-{number}-before-at-{other}.pt")
+            last = chosen[-1]
+            about["batch_step"] = last.step
+            torch.save(map_leaves(_on_cpu, last.arguments), target / BATCH_FILE)
+            torch.save(_plain_state(last.random_state), target / RANDOM_FILE)
+            for number, earlier in enumerate(reversed(chosen[:-1]), start=1):
+                file = target / f"batch-{number}-before-at-{earlier.step}.pt"
+                torch.save(map_leaves(_on_cpu, earlier.arguments), file)
         (target / ABOUT_FILE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         return target
 

@@ -25,6 +25,7 @@ from jacdiag.watching.optimisers import group_names, local, names_of, parameters
 from jacdiag.watching.probe import LiveProbe, Price
 from jacdiag.watching.record import Record
 from jacdiag.watching.rows import BadNames, row_of
+from jacdiag.watching.silence import ProbeState
 from jacdiag.watching.sinks import slashed_series
 from jacdiag.watching.together import Together
 
@@ -234,10 +235,23 @@ class Tiers:
                     made = self._found_in_step()
                 found = made
             elif self.guards.on("probe"):
-                self.live.choose(self.batches.first if self.batches is not None else None)
+                self.live.choose(self._first_batch())
                 with self._undisturbed():
                     found = self.live.sites()
         return found, time.perf_counter() - begun
+
+    def _first_batch(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self.batches is None:
+            return None
+        if self.batches.first is None:
+            self.batches.take_compiled()
+        return self.batches.first
+
+    def probe_state(self) -> ProbeState:
+        """Return what the probe runs on, and whether anything is measured on it."""
+        probe = self.live.probe
+        is_needed = self.guards.on("probe") and not (self.every.never and self.stats_every.never)
+        return ProbeState(is_random=probe is not None and probe.record.is_random, is_needed=is_needed)
 
     def _found_in_step(self) -> Sites:
         """Agree, settle on the leading rank's probe, run the skeleton: its weights are gathered block by block."""
@@ -250,7 +264,7 @@ class Tiers:
             if any(map(is_shard, self.model.buffers())):
                 raise TraceError("a buffer of the model is sharded, and only weights are gathered")
             if lead:
-                self.live.choose(self.batches.first if self.batches is not None else None, sharded=True)
+                self.live.choose(self._first_batch(), sharded=True)
             mine = self.live.probe.to("cpu") if lead and self.live.probe is not None else None
         except Exception as failed:
             error = error or failed

@@ -23,10 +23,17 @@ CASES = {
     "hf": ["watch_huggingface.py", "12"],
     "accelerate": ["watch_huggingface.py", "12", "accelerate"],
     "lightning": ["watch_lightning.py", "12"],
+    "fabric": ["watch_others.py", "12", "fabric"],
+    "litgpt": ["watch_others.py", "12", "litgpt"],
+    "x-transformers": ["watch_others.py", "12", "x-transformers"],
+    "torchtitan": ["watch_others.py", "12", "torchtitan"],
 }
+# What an example needs beyond torch, if it may be missing.
+NEEDS = {"lightning": "lightning", "fabric": "lightning", "litgpt": "litgpt", "x-transformers": "x_transformers",
+         "torchtitan": "torchtitan"}  # fmt: skip
 
 
-LONG = {"amp", "fsdp", "accelerate", "lightning"}
+LONG = {"amp", "fsdp", "accelerate", "lightning", "fabric", "litgpt", "torchtitan"}
 
 
 def ended(command: list[str], folder: Path, seconds: float = 240) -> tuple[int, str]:
@@ -47,8 +54,8 @@ def ended(command: list[str], folder: Path, seconds: float = 240) -> tuple[int, 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long) if n in LONG else n for n in CASES])
 def test_example(name: str, tmp_path: Path) -> None:
     script, *args = CASES[name]
-    if name == "lightning" and importlib.util.find_spec("lightning") is None:
-        pytest.skip("lightning is not installed")
+    if name in NEEDS and importlib.util.find_spec(NEEDS[name]) is None:
+        pytest.skip(f"{NEEDS[name]} is not installed")
     command = [sys.executable, str(EXAMPLES / script), *args]
     if script == "watch_fsdp.py":
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

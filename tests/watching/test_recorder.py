@@ -15,6 +15,7 @@ from watching.rig import V, adam, batch, lines, plain_step, small
 import jacdiag
 from jacdiag.errors import SourceError
 from jacdiag.watching.batches import fingerprint
+from jacdiag.watching.kept_batches import SMALL, KeptBatches
 from jacdiag.watching.recorder import read_batch
 
 OPTIONS: dict[str, Any] = {"every": None, "stats_every": None, "log_every": 5, "quiet": True, "strict": True}
@@ -61,7 +62,7 @@ def test_an_alert_dumps_the_batch_that_went_wrong(tmp_path: Path) -> None:
 def test_a_crash_dumps_too_and_without_batches_it_says_how_to_keep_them(tmp_path: Path) -> None:
     model = small()
     optimizer = adam(model)
-    options = {"log_dir": tmp_path, "recorder": 3, **OPTIONS}
+    options = {"log_dir": tmp_path, "recorder": 3, "keep_batches": 0, **OPTIONS}
     with pytest.raises(ZeroDivisionError), jacdiag.watch(model, optimizer, **options) as w:
         for step in range(1, 8):
             w.step(plain_step(model, optimizer, step)[0])
@@ -84,8 +85,49 @@ def test_evaluation_in_the_loop_is_no_batch(tmp_path: Path) -> None:
             model.eval()
             model(batch(100)[0])
             model.train()
-        assert w.batches is not None and len(w.batches.kept) == 4
+        assert w.batches is not None and w.batches.kept is not None and len(w.batches.kept) == 4
     assert all(len(row["batches"]) == 1 for row in lines(tmp_path, "step"))
+
+
+def test_small_batches_are_kept_without_being_asked_for(tmp_path: Path) -> None:
+    """The batch of the alert, though the rules look at it up to nine steps later."""
+    _, given = go(tmp_path, 160, corrupt=142, log_every=10)
+    folder = tmp_path / "flight-142"
+    assert json.loads((folder / "about.json").read_text())["batch_step"] == 142
+    kept = read_batch(folder)
+    assert isinstance(kept, dict) and torch.equal(kept["idx"], given[142][0])
+    assert torch.equal(torch.load(folder / "random.pt", weights_only=True)["cpu"], given[142][2])
+    assert not list(folder.glob("batch-*-before-*.pt"))  # that of the step is what --replay needs
+
+
+def test_batches_that_are_kept_by_themselves_stay_small(tmp_path: Path) -> None:
+    """Never more than 64 MB, no step twice as old as needed, and nothing of batches that are too large."""
+    kept = KeptBatches(None, log_every=10)
+    for step in range(1, 60):
+        for _ in range(3):
+            kept.add(step, {"x": torch.zeros(1000), "n": 3})
+    assert len(kept) == 60 and kept.queue[0].step == 40 and kept.bytes == 60 * 4000
+    assert [entry.step for entry in kept.chosen(45)] == [45, 45, 45]
+
+    limit = SMALL // 10  # bytes of one step, at log_every=10
+    for size, stays in ((limit, True), (limit + 8, False)):
+        kept = KeptBatches(None, log_every=10)
+        for step in range(1, 40):
+            kept.add(step, {"x": torch.zeros(size, dtype=torch.uint8)})
+        assert (len(kept) > 0) is stays and kept.bytes <= SMALL
+        assert kept.step_bytes == (None if stays else size)
+        assert len(kept.chosen(35)) == (1 if stays else 0)
+
+    model = small()
+    optimizer = adam(model)
+    large = torch.zeros(SMALL // 4, dtype=torch.uint8)
+    with jacdiag.watch(model, optimizer, log_dir=tmp_path, **OPTIONS) as w:
+        for step in range(1, 8):
+            assert w.batches is not None and w.batches.kept is not None
+            w.batches.kept.add(step, {"x": large})
+            w.step(plain_step(model, optimizer, step)[0])
+    (note,) = lines(tmp_path, "note")
+    assert "batches are not kept: those of a step take 16 MB" in note["text"] and "keep_batches=N" in note["text"]
 
 
 def test_fingerprints_tell_batches_apart() -> None:
