@@ -17,6 +17,8 @@ from benchmarks.initbench.draws import names_of
 # the depth has core norms beyond the first), so they are listed apart. They name sub-layers, never a tensor, so they
 # are no part of what is located.
 PAPER = ("JD101", "JD102", "JD103")
+# These describe the stream and name places of it, never a tensor: no part of what is located either.
+STREAM = ("JD301", "JD302", "JD303", "JD304", "JD305")
 # These say that an audit is not complete. They say nothing about the init.
 INCOMPLETE = ("JD901", "JD902", "JD904")
 LOUD = ("warning", "error")
@@ -83,7 +85,7 @@ def judge_bug(case: Bug, seed: int = 0) -> BugOutcome:
 
     remarks = [remark for remark in before if remark.code not in INCOMPLETE]
     is_found = any(is_new(remark, after) for remark in remarks)
-    naming = [remark for remark in remarks if remark.code not in PAPER]
+    naming = [remark for remark in remarks if remark.code not in (*PAPER, *STREAM)]
     answers = [case.blames, case.or_blames] if case.or_blames else [case.blames]
     is_located, missing, wrong = locate(broken, naming, answers, case.allows)
     if case.one_is_enough:
