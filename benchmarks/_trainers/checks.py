@@ -68,8 +68,9 @@ class Plan:
     def put_nan(self, weight: Tensor, step: int) -> None:
         """Call before the forward of a step."""
         if self.fault == "nan" and step == self.at:
-            with torch.no_grad():
-                weight.view(-1)[0] = math.nan
+            with torch.no_grad():  # a sharded weight gets it in the piece of each rank
+                piece = weight.to_local() if hasattr(weight, "to_local") else weight
+                piece.view(-1)[0] = math.nan
 
 
 @dataclass
