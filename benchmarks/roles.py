@@ -118,11 +118,6 @@ DIFFERENCES = (
     ),
     # The dataflow says something else.
     Difference(
-        "beit|convnext",
-        r"lambda_\d|layer_scale",
-        "a layer scale: the dataflow sees a factor next to a norm",
-    ),
-    Difference(
         "convnext(v2)?",
         r"downsampling_layer",
         "between stages: the dataflow takes it for a gain",

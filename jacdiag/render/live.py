@@ -358,7 +358,8 @@ def _notes(run: RunLog, width: int) -> list[tuple[str, str]]:
         lines += [(line, "yellow") for line in _wrapped(f"× {printable(str(row.get('part')))} is off", width)]
         reason = f"{row.get('error', '')}; {row.get('off', '')}"
         lines += [(line, "") for line in _wrapped(printable(reason), width)]
-    for code, what in run.waits.items():
+    waits = run.waits if run.ended is None else {}
+    for code, what in waits.items():
         lines += [(line, "dim") for line in _wrapped(printable(f"{code} waits for {what}"), width)]
     for row in reversed(run.notes):
         at = f"{row['step']:,}: " if isinstance(row.get("step"), int) else ""

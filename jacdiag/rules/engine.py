@@ -45,8 +45,7 @@ RULES: tuple[Rule, ...] = (
     *SMALL_ROLES,
     *STRUCTURE,
     *forward.RULES,
-    *backward.RULES,
-    *shortcuts.RULES,
+    *sorted((*backward.RULES, *shortcuts.RULES), key=lambda rule: rule.code),
     *measurement.RULES,
 )
 # With those that speak in a run only.

@@ -301,9 +301,6 @@ def slashed(row: Mapping[str, Any], groups: Iterable[str]) -> dict[str, float]:
     for name, value in zip(groups, row.get("grad") or [], strict=False):
         if isinstance(value, int | float):
             found[f"jacdiag/grad/{name}"] = float(value)
-    for place, rate in enumerate(row.get("lrs") or []):
-        if isinstance(rate, int | float):
-            found[f"jacdiag/lr/{place}"] = float(rate)
     update = row.get("update")
     if update and update["ratio"] is not None:
         found[f"jacdiag/update/{update['where']}"] = float(update["ratio"])

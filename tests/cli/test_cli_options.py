@@ -74,7 +74,7 @@ def test_what_reaches_the_audit(jd: Run, stub: Stub) -> None:
         "confidence": 0.99, "decide": True, "max_products": 50, "state": "trained", "lr": 3e-4, "warmup": 10,
         "clip": 1.0, "beta2": 0.95, "profile": "paper", "select": ("JD101", "JD102", "JD9"), "ignore": ("JD104",),
         "thresholds": None, "declared": (), "contract": None, "ranks": False, "inputs": None,
-        "remedies": "all", "risk": None, "confidence_all": None, "probes": 1, "against": None,
+        "remedies": "all", "risk": None, "confidence_all": None, "probes": 1, "against": None, "replay": None,
     }  # fmt: skip
 
 

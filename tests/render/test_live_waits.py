@@ -28,18 +28,20 @@ def shown(log: RunLog) -> str:
 
 
 def test_rules_that_wait_are_listed_until_they_are_ready() -> None:
-    assert "waiting  JD502 JD504" in shown(run())
+    text = shown(run())
+    assert "JD502 waits for" in text and "JD504 waits for" in text
     ready = {"type": "ready", "step": 60, "code": "JD502", "waited_for": "60 steps with a loss"}
-    assert run(ready).waits == {"JD504": "3 rounds"} and "waiting  JD504" in shown(run(ready))
-    assert "waiting" not in shown(run(ready, {**ready, "code": "JD504"}))
-    assert "waiting" not in shown(run({"type": "end", "step": 5}))
+    text = shown(run(ready))
+    assert run(ready).waits == {"JD504": "3 rounds"} and "JD504 waits for" in text and "JD502 waits" not in text
+    assert "waits for" not in shown(run(ready, {**ready, "code": "JD504"}))
+    assert "waits for" not in shown(run({"type": "end", "step": 5}))
 
 
 def test_a_log_of_an_older_version_waits_for_nothing() -> None:
     log = RunLog()
     log.add({"type": "run", "groups": []})
     log.add({"type": "step", "step": 1, "loss": 2.0, "grad_norm": 1.0})
-    assert log.waits == {} and "waiting" not in shown(log)
+    assert log.waits == {} and "waits for" not in shown(log)
 
 
 def test_a_run_that_begins_anew_waits_anew() -> None:
@@ -51,7 +53,7 @@ def test_a_run_that_begins_anew_waits_anew() -> None:
 def test_what_is_said_of_the_init_is_no_alert() -> None:
     finding = {"type": "finding", "step": 0, "code": "JD102", "level": "warning", "what": "x", "where": ["h.0.attn"]}
     text = shown(run(finding))
-    assert "init: JD102" in text and "none" in text and "JD102 at" not in text
+    assert "report at step 0" in text and "JD102" in text and "none" in text and "JD102 at" not in text
     alert = {"type": "alert", "step": 4, "code": "JD502", "level": "warning", "what": "loss", "where": []}
     text = shown(run(finding, alert))
-    assert "init: JD102" in text and "JD502 at 4" in text
+    assert "report at step 0" in text and "JD502 at 4" in text

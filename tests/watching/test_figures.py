@@ -14,7 +14,6 @@ from watching.rig import T, V, adam, batch, lines, small
 import jacdiag
 from jacdiag.watching.norms import square_sums
 from jacdiag.watching.optimisers import optimisers_of
-from jacdiag.watching.sinks import slashed
 from jacdiag.watching.statistics import StableRanks, forward_figures
 
 
@@ -284,9 +283,3 @@ def test_stable_ranks_against_svd() -> None:
         w = dict(model.named_parameters())[name].detach().double()
         wanted = float(w.square().sum() / torch.linalg.matrix_norm(w, 2) ** 2)
         assert value == pytest.approx(wanted, rel=0.02), name
-
-
-def test_sinks_get_the_learning_rate_of_every_group() -> None:
-    row = {"loss": 2.0, "lr": 0.1, "lrs": [0.1, None, 0.3], "grad": None}
-    named = slashed(row, [])
-    assert named["jacdiag/lr/0"] == 0.1 and named["jacdiag/lr/2"] == 0.3 and "jacdiag/lr/1" not in named
