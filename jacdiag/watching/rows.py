@@ -36,14 +36,16 @@ def row_of(row: Row, values: Sequence[float], labels: Sequence[str], bad: BadNam
     per group) are what the optimiser saw. Under clipping by the global norm a group's norm before it is `grad` times
     `clip_ratio`.
     """
+    # 1. Gradient norms before and after clipping.
     squares = list(values[FIRST:])
-    post = _root(math.fsum(squares) if all(map(math.isfinite, squares)) else sum(squares)) if row.made else None
-    given = values[GIVEN] if not math.isnan(values[GIVEN]) else _root(values[GIVEN_PART])
-    pre = None if given is None or math.isnan(given) else given
-    ratio = pre / post if pre is not None and post is not None and post > 0 and math.isfinite(pre) else None
+    post = _total_norm(squares) if row.made else None
     if row.late and post == 0:  # the gradients were cleared before anyone could read them
         row.made, post = False, None
-        ratio = None
+    pre = _given_norm(values)
+    is_known = pre is not None and math.isfinite(pre) and post is not None and post > 0
+    ratio = pre / post if is_known else None  # type: ignore[operator]
+
+    # 2. Whether the optimizer made a step, and with which rate.
     given_up = values[INF] > 0
     overflow = given_up or (pre is not None and not math.isfinite(pre))
     skipped = _is_skipped(row, given_up, overflow)
@@ -51,6 +53,8 @@ def row_of(row: Row, values: Sequence[float], labels: Sequence[str], bad: BadNam
     rate = row.lr
     if rate is None and row.rates:
         rate = row.rates[0]  # type: ignore[assignment]
+
+    # 3. The line of the log.
     found: dict[str, Any] = {
         "step": row.step,
         "loss": values[LOSS] if row.told else None,
@@ -75,11 +79,28 @@ def row_of(row: Row, values: Sequence[float], labels: Sequence[str], bad: BadNam
         found |= {"nonfinite_gradients": bad.gradients, "nonfinite_weights": bad.weights}
         found["with_gradient"] = row.with_gradient
     if row.update and not skipped:
-        moved, size = _root(values[UPDATE]), _root(values[WEIGHT])
-        if moved is not None and size is not None:
-            ratio = moved / size if size else None
-            found["update"] = {"where": row.update, "norm": moved, "weight": size, "ratio": ratio}
+        found["update"] = _update(row.update, values)
     return found
+
+
+def _total_norm(squares: Sequence[float]) -> float | None:
+    """Return the norm over all sub-layers; inf or nan where one of them is."""
+    finite = all(map(math.isfinite, squares))
+    return _root(math.fsum(squares) if finite else sum(squares))
+
+
+def _given_norm(values: Sequence[float]) -> float | None:
+    """Return the norm that the loop passed; None if it passed none."""
+    given = values[GIVEN] if not math.isnan(values[GIVEN]) else _root(values[GIVEN_PART])
+    return None if given is None or math.isnan(given) else given
+
+
+def _update(where: str, values: Sequence[float]) -> dict[str, Any] | None:
+    """Return how far a sub-layer moved in the step; None if it was not measured."""
+    moved, size = _root(values[UPDATE]), _root(values[WEIGHT])
+    if moved is None or size is None:
+        return None
+    return {"where": where, "norm": moved, "weight": size, "ratio": moved / size if size else None}
 
 
 def micro_batch_norms(row: Row, values: Sequence[float]) -> MicroBatchNorms | None:
