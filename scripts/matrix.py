@@ -75,6 +75,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("versions", nargs="*", default=VERSIONS)
     parser.add_argument("--tests", nargs="+", default=TESTS)
+    parser.add_argument("--disk", type=float, default=15.0, help="GB that must be free; 3 are enough for CPU builds")
     options = parser.parse_args()
 
     # Versions that an earlier call ran stay in the table.
@@ -82,16 +83,16 @@ def main() -> int:
     rows = {row["asked"]: Row(**row) for row in json.loads(path.read_text())} if path.exists() else {}
     for version in options.versions:
         with tempfile.TemporaryDirectory(prefix="jacdiag-matrix-") as folder:
-            rows[version] = run(version, Path(folder), options.tests)
+            rows[version] = run(version, Path(folder), options.tests, options.disk)
         print(rows[version], flush=True)
         write([rows[known] for known in VERSIONS if known in rows])
     return int(any(row.failed or row.note for row in rows.values()))
 
 
-def run(version: str, folder: Path, tests: tuple[str, ...]) -> Row:
-    """Install one version and run the tests with it."""
-    if shutil.disk_usage(folder).free < 15e9:
-        return Row(asked=version, note="not run: less than 15 GB of disk are free")
+def run(version: str, folder: Path, tests: tuple[str, ...], disk: float) -> Row:
+    """Install one version and run the tests with it, if at least `disk` GB are free."""
+    if shutil.disk_usage(folder).free < disk * 1e9:
+        return Row(asked=version, note=f"not run: less than {disk:g} GB of disk are free")
     python = folder / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import click
 import pytest
+import yaml
 
 import jacdiag
 
@@ -386,3 +388,28 @@ def test_a_client_is_type_checked_against_the_wheel(wheel: Path, tmp_path: Path)
 def test_no_test_leaves_the_benchmarks_folder_importable() -> None:
     """Folders of tests and modules of benchmarks share names: the wrong one would be imported, and only at times."""
     assert str(ROOT / "benchmarks") not in sys.path
+
+
+def test_the_citation_names_the_version_of_the_package() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == jacdiag.__version__
+    assert citation["license"] == "Apache-2.0"
+
+
+def test_the_workflows_run_targets_and_files_that_exist() -> None:
+    """Every `make` target, and every script, that a workflow names."""
+    targets = set(re.findall(r"^([\w./-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    workflows = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    assert workflows
+    for path in workflows:
+        jobs = yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"]
+        commands = "\n".join(step.get("run", "") for job in jobs.values() for step in job["steps"])
+        assert set(re.findall(r"\bmake ([\w./-]+)", commands)) <= targets
+        for script in re.findall(r"(?:scripts|benchmarks)/\w+\.py", commands):
+            assert (ROOT / script).is_file(), f"{path.name}: {script}"
+
+
+def test_contributing_lists_every_folder_of_the_package() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    missing = [folder for folder in FLOORS if folder != "jacdiag_cli" and f"`{folder}/`" not in text]
+    assert missing == []
