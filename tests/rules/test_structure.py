@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import jacdiag
+from jacdiag.errors import TraceError
 from jacdiag.measure.adapters import adapters_of
 from jacdiag.measure.rates import rates_of
 from jacdiag.measure.tables import narrower_type, table_of, tables_of
@@ -736,6 +737,9 @@ class Detached(Model):
     def __init__(self, what: str, everywhere: bool = False) -> None:
         super().__init__()
         self.what, self.everywhere = what, everywhere
+        if what == "inner":
+            cut = range(len(self.layers)) if everywhere else [1]
+            self.extra = nn.ModuleDict({str(k): nn.Linear(WIDTH, WIDTH) for k in cut})
 
     def combine(self, x: Tensor, branch: Tensor, k: int) -> Tensor:
         if k != 1 and not self.everywhere:
@@ -745,6 +749,12 @@ class Detached(Model):
                 return x.detach() + branch
             case "branch":
                 return x + branch.detach()
+            case "data":
+                return x + branch.data
+            case "inner":
+                return x + self.extra[str(k)](branch.detach())
+            case "input":
+                return x + self.layers[k](x.detach())
             case "straight-through":
                 return x + branch + (x.round() - x).detach()
             case _:
@@ -774,6 +784,62 @@ def test_a_detached_branch_that_is_frozen_is_meant() -> None:
 def test_a_model_of_detached_operands_alone_is_told_so(what: str) -> None:
     with pytest.raises(jacdiag.JacdiagError, match=f"cuts the {what} of an addition"):
         audited(build(Detached, what=what, everywhere=True))
+
+
+def without_gradient(model: nn.Module) -> set[str]:
+    """Return the parameters in training that autograd gives no gradient."""
+    model.zero_grad()
+    model(tokens()).square().mean().backward()
+    return {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
+
+
+def refusal(model: nn.Module) -> TraceError:
+    with pytest.raises(TraceError) as caught:
+        audited(model)
+    return caught.value
+
+
+@pytest.mark.parametrize("what", ["branch", "data", "inner"])
+def test_a_refusal_names_the_parameters_behind_a_detach(what: str) -> None:
+    model = build(Detached, what=what, everywhere=True)
+    error = refusal(model)
+    assert set(error.parameters) == without_gradient(model) != set()
+    assert "no gradient arrives: layers.*." in str(error) and "without the detach" in str(error)
+
+
+@pytest.mark.parametrize("what", ["branch", "data", "inner"])
+def test_all_parameters_of_a_detached_branch_are_named(what: str) -> None:
+    model = build(Detached, what=what)
+    (finding,) = found(model, "JD401")
+    assert finding.level == "warning" and set(finding.where) == without_gradient(model)
+
+
+def test_a_refusal_blames_no_frozen_branch() -> None:
+    model = build(Detached, what="branch", everywhere=True)
+    model.layers.requires_grad_(False)
+    error = refusal(model)
+    assert error.parameters == [] and "no gradient" not in str(error) and "without the detach" not in str(error)
+
+    # Only the trained part of a branch misses its gradient.
+    model.layers[0].norm.requires_grad_(True)
+    assert set(refusal(model).parameters) == without_gradient(model) == {"layers.0.norm.weight", "layers.0.norm.bias"}
+
+
+@pytest.mark.parametrize("what", ["shortcut", "input"])
+def test_a_refusal_names_no_parameter_that_learns(what: str) -> None:
+    """Behind a cut shortcut, and in a branch that reads a detached stream, all parameters learn."""
+    model = build(Detached, what=what, everywhere=True)
+    assert not without_gradient(model)
+    error = refusal(model)
+    assert error.parameters == [] and "no gradient" not in str(error)
+
+
+def test_a_parameter_that_is_read_twice_is_not_cut_off() -> None:
+    model = build(Detached, what="branch", everywhere=True)
+    model.head.weight = model.layers[0].up.weight
+    named = set(refusal(model).parameters)
+    assert named == without_gradient(model)
+    assert "layers.0.up.weight" not in named and "layers.0.up.bias" in named
 
 
 # -- the report ----------
