@@ -184,7 +184,8 @@ def nothing_found(sites: Sites, frozen: Collection[str] | None = None) -> TraceE
         *_lines_of_cuts(cuts),
     ]
     if lost:
-        lines.append(f"every recorded way to the output passes a detach, so that no gradient arrives: {_patterns(lost)}")
+        which = _patterns(lost)
+        lines.append(f"every recorded way to the output passes a detach, so that no gradient arrives: {which}")
     hint = (
         "jacdiag looks for y = a x + f(x) in the dataflow; `jacdiag sites SOURCE` shows what was recorded, and "
         "jacdiag.declare (or [tool.jacdiag.sites]) names what a fused operation hides"
@@ -192,13 +193,19 @@ def nothing_found(sites: Sites, frozen: Collection[str] | None = None) -> TraceE
     # A frozen branch behind a detach is meant, and then there is nothing to add.
     is_fault = bool(lost) or frozen is None or any(cut.operand == "shortcut" for cut in cuts)
     if cuts and is_fault:
-        hint = f"add the {cuts[0].operand} itself, without the detach; if the detach is meant, freeze what lies before it"
+        hint = (
+            f"add the {cuts[0].operand} itself, without the detach; "
+            "if the detach is meant, freeze what lies before it"
+        )
     return TraceError("no residual sub-layer was found", got="\n".join(lines), hint=hint, parameters=lost)
 
 
 def _lines_of_cuts(cuts: Sequence[CutAddition]) -> list[str]:
     """Return a line for each detached operand, at most three of them."""
-    lines = [f"a detach at {cut.line} cuts the {cut.operand} of an addition in {cut.module or 'the model'}" for cut in cuts]
+    lines = [
+        f"a detach at {cut.line} cuts the {cut.operand} of an addition in {cut.module or 'the model'}"
+        for cut in cuts
+    ]
     more = len(lines) - _MOST_CUTS
     return lines if more <= 0 else [*lines[:_MOST_CUTS], f"and {more} more"]
 

@@ -147,7 +147,7 @@ class Recorder(TorchFunctionMode):
         mutated = [t for t, version in zip(tensors, before, strict=True) if version_of(t) != version]
         return self._note(func, args, kwargs, result, mutated, key)
 
-    def _note(self, func: Any, args: Any, kwargs: Any, result: Any, mutated: list[Tensor], key: CallKey) -> Any:  # noqa: ARG002  (the check for determinism overrides it and reads func)
+    def _note(self, func: Any, args: Any, kwargs: Any, result: Any, mutated: list[Tensor], key: CallKey) -> Any:
         made: list[Tensor] = []
         collect(result, made)
         if not made and not mutated:
