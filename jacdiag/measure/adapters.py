@@ -11,6 +11,7 @@ from torch import Tensor
 from jacdiag.report.tables import AdapterRecord
 
 _FIRST = re.compile(r"(^|[._])(lora_(?:embedding_)?)(A|a|down)(?=$|[._])")
+_START = re.compile(r"(^|[._])lora_(?:embedding_)?")
 _OTHER = {"A": "B", "a": "b", "down": "up"}
 _RIGHT_ANGLE = 1e-3  # of a decomposition in float32; draws of 8 vectors of 64 numbers have cosines of 0.1
 
@@ -23,18 +24,43 @@ def adapters_of(params: Mapping[str, Tensor]) -> list[AdapterRecord]:
         >>> [pair.second for pair in adapters_of(factors)]
         ['q.lora_B.weight']
     """
+    # 1. Parameters by what their names begin with, up to "lora_".
+    additions: dict[str, list[str]] = {}
+    for name in params:
+        start = _START.search(name)
+        if start is not None:
+            additions.setdefault(name[: start.end()], []).append(name)
+
+    # 2. Pairs of factors, and a third one between them.
     pairs = []
     for name in params:
         match = _FIRST.search(name)
         if match is None:
             continue
-        other = f"{name[: match.start(3)]}{_OTHER[match[3]]}{name[match.end(3) :]}"
+        before, after = name[: match.start(3)], name[match.end(3) :]
+        other = f"{before}{_OTHER[match[3]]}{after}"
         if other not in params:
             continue
         first, second = params[name], params[other]
         decomposed = _has_right_angles(first) or _has_right_angles(second)
-        pairs.append(AdapterRecord(name, other, _is_zero(first), _is_zero(second), decomposed))
+        others = [one for one in additions[before] if one not in (name, other) and one.endswith(after)]
+        words = {one: one[len(before) : len(one) - len(after)] for one in others}
+        between = [one for one, word in words.items() if _can_stand_between(word, params[one], min(first.shape))]
+        zero_between = next((one for one in between if _is_zero(params[one])), "")
+        pairs.append(AdapterRecord(name, other, _is_zero(first), _is_zero(second), decomposed, zero_between))
     return pairs
+
+
+def _can_stand_between(word: str, tensor: Tensor, rank: int) -> bool:
+    """Return whether a tensor can be a factor between two others: lora_E in lora_B lora_E lora_A.
+
+    Args:
+        word: what its name has where theirs have A and B.
+        tensor: its value. One of its sides is the rank.
+        rank: of the two others.
+    """
+    is_bias = "bias" in word or not word.isidentifier()
+    return not is_bias and tensor.dim() >= 2 and rank in tensor.shape
 
 
 def _is_zero(tensor: Tensor) -> bool:

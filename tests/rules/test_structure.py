@@ -539,6 +539,43 @@ def test_names_of_factors(first: str, second: str) -> None:
     assert [(pair.first, pair.second) for pair in pairs] == [(first, second)]
 
 
+class Diagonal(Adapted):
+    """A low-rank addition with a factor for each of its ranks, as AdaLoRA has it."""
+
+    def __init__(self, base: nn.Linear, middle: str) -> None:
+        super().__init__(base)
+        self.middle = middle
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        self.lora_A["default"] = nn.Parameter(torch.randn(8, base.in_features) * 0.02)
+        self.lora_B["default"] = nn.Parameter(torch.randn(base.out_features, 8) * 0.02)
+        holder = nn.ParameterDict({"default": nn.Parameter(torch.randn(8, 1) * 0.02)})
+        setattr(self, middle, holder)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scales = getattr(self, self.middle)["default"]
+        return self.base_layer(x) + x @ (self.lora_A["default"] * scales).T @ self.lora_B["default"].T
+
+
+def three_factors(*zeros: str, middle: str = "lora_E") -> set[str]:
+    """Return the words of JD215 for AdaLoRA's product of three factors, some of them zero."""
+    model = build()
+    for layer in model.layers:
+        layer.up = Diagonal(layer.up, middle)
+        for name, parameter in layer.up.named_parameters():
+            if name.removesuffix(".default") in zeros:
+                nn.init.zeros_(parameter)
+    return {finding.what.rpartition(": ")[2] for finding in found(model, "JD215")}
+
+
+def test_adapters_of_three_factors() -> None:
+    dead, changed = "no gradient can reach either", "the adapted model is not its base at the start"
+    assert three_factors("lora_E") == three_factors("lora_B") == set()
+    assert three_factors() == {changed}
+    assert three_factors("lora_A", "lora_E") == three_factors("lora_B", "lora_E") == {dead}
+    # A zero bias of the addition is no factor.
+    assert three_factors("lora_bias", middle="lora_bias") == {changed}
+
+
 # -- JD216: modulations ----------
 def modulations(blocks: str, last: str, name: str = "adaLN_modulation.1.weight") -> ContractRecord:
     weights = [WeightRecord(f"blocks.{k}.{name}", [8, 8], "", f"blocks.*.{name}", family=blocks) for k in range(3)]
