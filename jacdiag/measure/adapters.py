@@ -44,10 +44,13 @@ def adapters_of(params: Mapping[str, Tensor]) -> list[AdapterRecord]:
         first, second = params[name], params[other]
         rank = min(first.shape, default=0)
         decomposed = _has_right_angles(first) or _has_right_angles(second)
-        others = [one for one in additions[before] if one not in (name, other) and one.endswith(after)]
-        words = {one: one[len(before) : len(one) - len(after)] for one in others}
-        between = [one for one, word in words.items() if _can_stand_between(word, params[one], rank)]
-        zero_between = next((one for one in between if _is_zero(params[one])), "")
+        zero_between = ""
+        for third in additions[before]:
+            word = third[len(before) : len(third) - len(after)]
+            is_relative = third not in (name, other) and third.endswith(after)
+            if is_relative and _can_stand_between(word, params[third], rank) and _is_zero(params[third]):
+                zero_between = third
+                break
         pairs.append(AdapterRecord(name, other, _is_zero(first), _is_zero(second), decomposed, zero_between))
     return pairs
 

@@ -79,18 +79,18 @@ def cut_off_parts(graph: Graph, names: Collection[str]) -> list[list[str]]:
 
 def _calls_before(graph: Graph, values: Iterable[int], *, through_detach: bool) -> set[int]:
     """Return the calls that lead to some values by floats; a call without a derivative ends a way."""
-    found: set[int] = set()
+    calls: set[int] = set()
     stack = list(values)
     while stack:
         call = graph.values[stack.pop()].node
-        if call < 0 or call in found:
+        if call < 0 or call in calls:
             continue
-        found.add(call)
+        calls.add(call)
         name = graph.nodes[call].name
         is_open = name not in CUTS or (through_detach and name in _DETACHES)
         if is_open:
             stack += [value for value in graph.nodes[call].inputs if graph.values[value].is_float]
-    return found
+    return calls
 
 
 def _connected_calls(graph: Graph, calls: Collection[int]) -> list[set[int]]:

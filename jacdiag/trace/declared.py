@@ -220,9 +220,9 @@ def _parameters_cut_off(sites: Sites, frozen: Collection[str]) -> list[str]:
 
 def _patterns(names: Iterable[str]) -> str:
     """Return names in a sentence, those that differ in numbers alone as one."""
-    found = list(dict.fromkeys(_NUMBER.sub("*", name) for name in names))
-    more = len(found) - _MOST_PATTERNS
-    text = ", ".join(found[:_MOST_PATTERNS])
+    patterns = list(dict.fromkeys(_NUMBER.sub("*", name) for name in names))
+    more = len(patterns) - _MOST_PATTERNS
+    text = ", ".join(patterns[:_MOST_PATTERNS])
     return text if more <= 0 else f"{text} and {more} more"
 
 
