@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 def printable(text: str) -> str:
     """Text of a stranger's file made fit for a terminal: control characters become escapes, line ends stay."""
@@ -42,7 +44,18 @@ class ProbeError(JacdiagError):
 
 
 class TraceError(JacdiagError):
-    """The model's forward cannot be recorded or run again."""
+    """The model's forward cannot be recorded or run again.
+
+    Args:
+        what, got, hint: as in every error.
+        parameters: names of the parameters that the message is about.
+    """
+
+    def __init__(
+        self, what: str, *, got: str | None = None, hint: str | None = None, parameters: Iterable[str] = ()
+    ) -> None:
+        super().__init__(what, got=got, hint=hint)
+        self.parameters = list(parameters)
 
 
 class MeasureError(JacdiagError):

@@ -115,9 +115,8 @@ def audit_model(model: nn.Module, probe: Probe) -> list[Remark]:
     try:
         report = jacdiag.audit(model, probe(), state="init", decide=True)
     except jacdiag.JacdiagError as error:
-        return [
-            Remark(code="refused", named=tuple(names_in_text(model, str(error))), what=str(error))
-        ]
+        named = getattr(error, "parameters", None) or names_in_text(model, str(error))
+        return [Remark(code="refused", named=tuple(named), what=str(error))]
     return [remark_of(finding) for finding in report.findings if finding.level in LOUD]
 
 

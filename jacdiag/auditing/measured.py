@@ -110,7 +110,7 @@ class Audit:
         self.notes += [*self.sites.notes, *(f"hidden from the dataflow: {line}" for line in self.sites.hidden)]
         self.notes += [f"residual sum left out: {item}" for item in self.sites.left_out]
         if not self.sites:
-            raise nothing_found(self.sites)
+            raise nothing_found(self.sites, self._frozen())
         self._traced = True
 
     def _run(self) -> Report:
@@ -285,8 +285,11 @@ class Audit:
     def _dead_paths(self, probe: Probe, profile: GradientProfile | None) -> list[DeadPath] | None:
         if profile is None:
             return None
-        frozen = {plain_name(name) for name, p in self.model.named_parameters() if not p.requires_grad}
-        return find_dead_paths(self.sites, probe.token_ids, profile, frozen)
+        return find_dead_paths(self.sites, probe.token_ids, profile, self._frozen())
+
+    def _frozen(self) -> set[str]:
+        """Return the names of the parameters that are frozen in the model that was passed."""
+        return {plain_name(name) for name, p in self.model.named_parameters() if not p.requires_grad}
 
     def _network(self, found: Share, probe: Probe) -> NetworkRecord:
         notes = dict(found.why)

@@ -25,6 +25,7 @@ from jacdiag.report.flow import NEGLIGIBLE, DeadBranch, DeadPath
 from jacdiag.report.schema import SublayerRecord
 from jacdiag.trace import Sites
 from jacdiag.trace.coverage import parameters_of
+from jacdiag.trace.cuts import cut_off_parts
 from jacdiag.trace.graph import STATE
 from jacdiag.trace.skeleton import Skeleton
 from jacdiag.trace.tap import Spot, Where
@@ -108,11 +109,21 @@ def _uncovered_cut_off(
         if made is not None and leads(sites, made, sink):
             groups.setdefault(tuple(cutting_calls(sites, made, sink)), []).extend(readers[index])
     found = []
+    silent = {name for name, norm in profile.parameters.items() if norm == 0}
+    parts = cut_off_parts(graph, silent) if any(groups) else []
     for calls, members in groups.items():
         if calls:
             is_frozen = set(members) <= set(frozen)
-            found.append(DeadPath(members, stream=True, cause="cut", calls=list(calls), frozen=is_frozen))
+            where = members if is_frozen else _whole_part(members, parts, frozen)
+            found.append(DeadPath(where, stream=True, cause="cut", calls=list(calls), frozen=is_frozen))
     return found
+
+
+def _whole_part(members: Sequence[str], parts: Sequence[Sequence[str]], frozen: Collection[str]) -> list[str]:
+    """Return the parameters in training of the parts that hold some of `members`: also their gains and biases."""
+    known = set(members)
+    inside = [name for part in parts if known.intersection(part) for name in part]
+    return [name for name in dict.fromkeys([*members, *inside]) if name not in frozen]
 
 
 def _embeddings_cut_off(

@@ -96,6 +96,7 @@ class AdapterRecord(Record):
         first_zero, second_zero: Whether every element is zero.
         decomposed: Whether the vectors of a factor stand at right angles, as those of a singular value
             decomposition of the weight do.
+        zero_between: Name of a third factor that is zero in every element (AdaLoRA's lora_E); "" if there is none.
     """
 
     first: str
@@ -103,6 +104,19 @@ class AdapterRecord(Record):
     first_zero: bool
     second_zero: bool
     decomposed: bool = False
+    zero_between: str = ""
+
+    @property
+    def zero_factors(self) -> list[str]:
+        """Names of the factors that are zero: one is right, two never get a gradient."""
+        zeros = []
+        if self.first_zero:
+            zeros.append(self.first)
+        if self.zero_between:
+            zeros.append(self.zero_between)
+        if self.second_zero:
+            zeros.append(self.second)
+        return zeros
 
 
 @dataclass(frozen=True)

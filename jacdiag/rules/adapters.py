@@ -13,7 +13,8 @@ TEXT = Text(
     summary="adapter: neither factor of a low-rank addition is zero at its start, or both are",
     what="""\
 Pairs of parameters called lora_A and lora_B (or lora_down and lora_up). One factor should be zero, it does not
-matter which: the product is then zero, and both get a gradient after the first step. Pairs of which one factor
+matter which: the product is then zero, and both get a gradient after the first step. A third factor between them
+counts too (AdaLoRA's lora_E). Pairs of which one factor
 has vectors at right angles are left out: PiSSA, OLoRA and LoftQ decompose the weight, and take their product out
 of it.""",
     why="""\
@@ -33,13 +34,14 @@ def _check(context: Context, rule: Rule) -> Outcome:
     if contract is None or context.report.state not in rule.states or not contract.adapters:
         return NOT_APPLICABLE
     pairs = contract.adapters
-    both_zero = [pair for pair in pairs if pair.first_zero and pair.second_zero]
-    both_drawn = [pair for pair in pairs if not (pair.first_zero or pair.second_zero or pair.decomposed)]
+    several_zero = [pair for pair in pairs if len(pair.zero_factors) > 1]
+    both_drawn = [pair for pair in pairs if not (pair.zero_factors or pair.decomposed)]
     findings = []
-    if both_zero:
-        firsts, seconds = _names(both_zero)
-        what = f"{_listed(firsts)} and the other factor of each are zero in every element: no gradient can reach either"
-        evidence = {"parameters": [*firsts, *seconds], "count": len(both_zero)}
+    if several_zero:
+        firsts = [pair.zero_factors[0] for pair in several_zero]
+        others = [name for pair in several_zero for name in pair.zero_factors[1:]]
+        what = f"{_listed(firsts)} and another factor of each are zero in every element: no gradient can reach either"
+        evidence = {"parameters": [*firsts, *others], "count": len(several_zero)}
         fix = f"draw {_listed(firsts)}, after all other inits"
         findings.append(_finding(context, rule, evidence, what, fix))
     if both_drawn:

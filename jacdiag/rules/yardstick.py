@@ -10,7 +10,8 @@ next to another that does their work, such as the modulation of adaLN-zero.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -27,6 +28,8 @@ from jacdiag.rules.schemes import (
     allowed_with_any_scheme,
 )
 
+# One attention draws these alike: by one variant of a formula, never each by another.
+_TOGETHER = ("W_Q", "W_K", "W_V")
 Spread = tuple[float, float]  # interval of a base std, relative
 TABLES = ("embedding", "positions", "head")
 # Sub-layers whose matrices a scheme speaks of; "" in reports from before the kind was kept. Inside a
@@ -126,9 +129,41 @@ class Yardstick:
 
     def values(self, weight: WeightRecord) -> dict[Formula, float]:
         """Return the values that the scheme itself states for an entire weight or a section of one."""
+        return self._values_of(weight, self._variants.get(_attention_of(weight), frozenset()))
+
+    def _values_of(self, weight: WeightRecord, variants: Collection[int]) -> dict[Formula, float]:
+        """Return the values of some variants of the formula for queries, keys or values; of all if none is listed."""
         known = variables(self.contract, weight, self.s)
-        values = {formula: formula.value(known) for formula in self.scheme.of(weight)}
-        return {formula: value for formula, value in values.items() if value is not None}
+        values = {}
+        for number, formula in enumerate(self.scheme.of(weight)):
+            is_chosen = not variants or number in variants or weight.role not in _TOGETHER
+            value = formula.value(known)
+            if is_chosen and value is not None:
+                values[formula] = value
+        return values
+
+    @cached_property
+    def _variants(self) -> Mapping[str, frozenset[int]]:
+        """The variants that an attention may have been drawn by, by its name."""
+        attentions: dict[str, list[WeightRecord]] = {}
+        for weight in self.contract.weights:
+            if weight.role in _TOGETHER:
+                attentions.setdefault(_attention_of(weight), []).append(weight)
+        return {name: self._usual_variants(weights) for name, weights in attentions.items()}
+
+    def _usual_variants(self, weights: Sequence[WeightRecord]) -> frozenset[int]:
+        """Return the variants with which most of these queries, keys and values agree; none if all are open."""
+        counts = {len(self.scheme.of(weight)) for weight in weights}
+        if not self.found or len(counts) != 1:
+            return frozenset()
+        votes: Counter[int] = Counter()
+        for weight in weights:
+            known = variables(self.contract, weight, self.s)
+            for number, formula in enumerate(self.scheme.of(weight)):
+                value = formula.value(known)
+                votes[number] += value is not None and holds(weight, value, self.spread)
+        most = max(votes.values(), default=0)
+        return frozenset(number for number, count in votes.items() if count == most)
 
     def agrees_by_itself(self, weight: WeightRecord) -> bool:
         """Return whether an entire weight has a value that the scheme itself states."""
@@ -174,8 +209,11 @@ class Yardstick:
 
     def _compare(self, pieces: Iterable[Piece]) -> list[Mismatch] | None:
         found, stated = [], False
+        pieces = list(pieces)
+        sections = [piece.weight for piece in pieces if piece.section in _TOGETHER]
+        together = self._usual_variants(sections)
         for piece in pieces:
-            values = self.values(piece.weight)
+            values = self._values_of(piece.weight, together) if sections else self.values(piece.weight)
             if not values:
                 continue
             stated = True
@@ -198,6 +236,11 @@ class Yardstick:
             return True
         is_table = weight.role in ("embedding", "positions")
         return is_table and weight.std is not None and 0 < weight.std <= _TINY
+
+
+def _attention_of(weight: WeightRecord) -> str:
+    """Return the name of the module whose projections a weight is one of."""
+    return weight.parameter.removesuffix(".weight").rpartition(".")[0]
 
 
 def _distance(weight: WeightRecord, value: float) -> float:

@@ -1,12 +1,12 @@
-"""Residual additions of which one operand was detached: the tracer finds no sub-layer there."""
+"""Residual additions of which one operand was detached, and parameters that lie behind a detach."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from jacdiag.trace.graph import Graph
+from jacdiag.trace.graph import CUTS, STATE, Graph
 from jacdiag.trace.residual import Finder
 
 _DETACHES = {"detach", "detach_"}
@@ -52,6 +52,64 @@ def cut_additions(graph: Graph, finder: Finder) -> list[CutAddition]:
                 found.append(CutAddition(operand, module, _line_of(graph, detach)))
                 break
     return found
+
+
+def cut_off_parts(graph: Graph, names: Collection[str]) -> list[list[str]]:
+    """Return the parameters whose every recorded way to the output passes a detach, one list for each part.
+
+    A part is a set of calls that read one another's results. It ends where the value of another call comes in.
+
+    Args:
+        graph: what one forward did.
+        names: parameters that may be listed.
+    """
+    # 1. Split the calls that lead to the output by whether a way without a detach is left.
+    with_gradient = _calls_before(graph, graph.outputs, through_detach=False)
+    cut_off = _calls_before(graph, graph.outputs, through_detach=True) - with_gradient
+    if not cut_off:
+        return []
+
+    # 2. A parameter that a call with a gradient reads too is not cut off.
+    live_calls = [call for call in with_gradient if graph.nodes[call].name not in CUTS]
+    reached = set(_parameters_read(graph, live_calls))
+    parts = [_parameters_read(graph, sorted(part)) for part in _connected_calls(graph, cut_off)]
+    listed = [[name for name in part if name in names and name not in reached] for part in parts]
+    return [part for part in listed if part]
+
+
+def _calls_before(graph: Graph, values: Iterable[int], *, through_detach: bool) -> set[int]:
+    """Return the calls that lead to some values by floats; a call without a derivative ends a way."""
+    calls: set[int] = set()
+    stack = list(values)
+    while stack:
+        call = graph.values[stack.pop()].node
+        if call < 0 or call in calls:
+            continue
+        calls.add(call)
+        name = graph.nodes[call].name
+        is_open = name not in CUTS or (through_detach and name in _DETACHES)
+        if is_open:
+            stack += [value for value in graph.nodes[call].inputs if graph.values[value].is_float]
+    return calls
+
+
+def _connected_calls(graph: Graph, calls: Collection[int]) -> list[set[int]]:
+    """Return groups of calls that read one another's results."""
+    groups: list[set[int]] = []
+    for call in sorted(calls):
+        makers = {graph.values[value].node for value in graph.nodes[call].inputs}
+        joined = {call}
+        for group in [group for group in groups if group & makers]:
+            joined |= group
+            groups.remove(group)
+        groups.append(joined)
+    return groups
+
+
+def _parameters_read(graph: Graph, calls: Iterable[int]) -> list[str]:
+    """Return the names of the parameters and buffers that calls read themselves, in order."""
+    read = [graph.values[value] for call in calls for value in graph.nodes[call].inputs]
+    return list(dict.fromkeys(value.name for value in read if value.node == STATE))
 
 
 def _operand_that_was_cut(finder: Finder, source: int, other: int) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from jacdiag.errors import TraceError, UsageError
-from jacdiag.trace.cuts import cut_additions
+from jacdiag.trace.cuts import CutAddition, cut_additions, cut_off_parts
 from jacdiag.trace.graph import Graph
 from jacdiag.trace.residual import Finder, Site
 from jacdiag.trace.sums import Term
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from jacdiag.trace.found import Sites
 
 _ENDS = ("in", "out")
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+_MOST_CUTS = 3
+_MOST_PATTERNS = 8
 
 
 @dataclass(frozen=True)
@@ -164,19 +167,63 @@ def _sum_of(graph: Graph, x: int, f: int) -> int | None:
     return None
 
 
-def nothing_found(sites: Sites) -> TraceError:
-    """The error of a model without any sub-layer: what was looked for, and what may hide it."""
-    cut = [
-        f"\na detach at {found.line} cuts the {found.operand} of an addition in {found.module or 'the model'}"
-        for found in cut_additions(sites.graph, sites.finder)
+def nothing_found(sites: Sites, frozen: Collection[str] | None = None) -> TraceError:
+    """Return the error of a model without any sub-layer: what was looked for, and what may hide it.
+
+    Args:
+        sites: the record.
+        frozen: names of the parameters that take no part in training. Without them, no parameter is said to
+            miss its gradient.
+    """
+    cuts = cut_additions(sites.graph, sites.finder)
+    lost = [] if frozen is None else _parameters_cut_off(sites, frozen)
+    lines = [
+        f"{len(sites.graph.nodes)} recorded calls, none of them an addition of a value and a function of it with a "
+        "matrix product between",
+        *(f"hidden: {line}" for line in sites.hidden),
+        *_lines_of_cuts(cuts),
     ]
-    return TraceError(
-        "no residual sub-layer was found",
-        got=f"{len(sites.graph.nodes)} recorded calls, none of them an addition of a value and a function of it with a "
-        "matrix product between" + "".join(f"\nhidden: {line}" for line in sites.hidden) + "".join(cut[:3]),
-        hint="jacdiag looks for y = a x + f(x) in the dataflow; `jacdiag sites SOURCE` shows what was recorded, and "
-        "jacdiag.declare (or [tool.jacdiag.sites]) names what a fused operation hides",
+    if lost:
+        which = _patterns(lost)
+        lines.append(f"every recorded way to the output passes a detach, so that no gradient arrives: {which}")
+    hint = (
+        "jacdiag looks for y = a x + f(x) in the dataflow; `jacdiag sites SOURCE` shows what was recorded, and "
+        "jacdiag.declare (or [tool.jacdiag.sites]) names what a fused operation hides"
     )
+    # A frozen branch behind a detach is meant, and then there is nothing to add.
+    is_fault = bool(lost) or frozen is None or any(cut.operand == "shortcut" for cut in cuts)
+    if cuts and is_fault:
+        hint = (
+            f"add the {cuts[0].operand} itself, without the detach; "
+            "if the detach is meant, freeze what lies before it"
+        )
+    return TraceError("no residual sub-layer was found", got="\n".join(lines), hint=hint, parameters=lost)
+
+
+def _lines_of_cuts(cuts: Sequence[CutAddition]) -> list[str]:
+    """Return a line for each detached operand, at most three of them."""
+    lines = [
+        f"a detach at {cut.line} cuts the {cut.operand} of an addition in {cut.module or 'the model'}"
+        for cut in cuts
+    ]
+    more = len(lines) - _MOST_CUTS
+    return lines if more <= 0 else [*lines[:_MOST_CUTS], f"and {more} more"]
+
+
+def _parameters_cut_off(sites: Sites, frozen: Collection[str]) -> list[str]:
+    """Return the parameters in training that lie behind a detach; none if code that was not recorded ran too."""
+    if sites.graph.foreign:
+        return []
+    trained = set(sites.skeleton.params) - set(frozen)
+    return [name for part in cut_off_parts(sites.graph, trained) for name in part]
+
+
+def _patterns(names: Iterable[str]) -> str:
+    """Return names in a sentence, those that differ in numbers alone as one."""
+    patterns = list(dict.fromkeys(_NUMBER.sub("*", name) for name in names))
+    more = len(patterns) - _MOST_PATTERNS
+    text = ", ".join(patterns[:_MOST_PATTERNS])
+    return text if more <= 0 else f"{text} and {more} more"
 
 
 def _boundary(graph: Graph, node: int, values: set[int], which: str) -> str | None:

@@ -45,6 +45,12 @@ def signature(func: Callable[..., Any], depth: int = 2) -> CallKey:
     return (getattr(func, "__name__", str(func)), frame.f_code.co_filename, frame.f_lineno)
 
 
+def _name_of_call(func: Callable[..., Any], key: CallKey) -> str:
+    """Return the name of a call; reading `.data` is a detach."""
+    reads_data = key[0] == "__get__" and getattr(getattr(func, "__self__", None), "__name__", "") == "data"
+    return "detach" if reads_data else key[0]
+
+
 def user_line(depth: int = 2) -> str:
     """Returns 'file.py:12' of the innermost frame outside torch."""
     frame = sys._getframe(depth)
@@ -141,7 +147,7 @@ class Recorder(TorchFunctionMode):
         mutated = [t for t, version in zip(tensors, before, strict=True) if version_of(t) != version]
         return self._note(func, args, kwargs, result, mutated, key)
 
-    def _note(self, func: Any, args: Any, kwargs: Any, result: Any, mutated: list[Tensor], key: CallKey) -> Any:  # noqa: ARG002  (the check for determinism overrides it and reads func)
+    def _note(self, func: Any, args: Any, kwargs: Any, result: Any, mutated: list[Tensor], key: CallKey) -> Any:
         made: list[Tensor] = []
         collect(result, made)
         if not made and not mutated:
@@ -154,7 +160,7 @@ class Recorder(TorchFunctionMode):
         by_id = {id(t): self.lookup(t) for t in read}
         if not mutated and all(id(t) in by_id for t in made):
             return result  # an identity: x.to(x.dtype), contiguous(), eval-mode dropout written by hand
-        name, index = key[0], len(self.nodes)
+        name, index = _name_of_call(func, key), len(self.nodes)
         inputs = tuple(dict.fromkeys(v for found in by_id.values() for v in found))
         metadata = name in _METADATA_ONLY
         live = not metadata and any(self.values[v].live for v in inputs)

@@ -299,6 +299,34 @@ def test_attention_of_fairseq_beside_the_default_is_an_init() -> None:
         assert not warnings_of(report) and note_of(report).startswith("follows PyTorch")
 
 
+@pytest.mark.parametrize("name", ["q_proj", "v_proj"])
+def test_one_projection_alone_by_another_variant_is_a_mistake(name: str) -> None:
+    """Each of these inits exists, but no attention draws one projection by one of them and the rest by another."""
+    for gain in (1.0, 1 / math.sqrt(2)):
+        model = llama(
+            (name, xavier_uniform(gain)), ("embed_tokens", normal(1.0)), ("weight", linear_default)
+        )
+        found = warnings_of(audit(model))
+        assert {f.evidence["pattern"] for f in found} == {f"layers.*.self_attn.{name}.weight"}
+        assert all(f.code == "JD204" for f in found)
+
+
+def test_one_section_of_a_fused_attention_by_another_variant_is_a_mistake() -> None:
+    def build(gain: float) -> nn.Module:
+        torch.manual_seed(0)
+        model = GPT(layers=4, tied=False, bias=False)
+        draw(model, ("ln_", ones), ("wte", normal(1.0)), ("weight", linear_default))
+        with torch.no_grad():
+            for block in model.h:
+                block.attn.c_attn.weight[2 * WIDTH :] *= gain
+        return model
+
+    assert not warnings_of(audit(build(1.0)))
+    # 1/sqrt(3d) by the root of 3/2 is fairseq's 1/sqrt(2d).
+    (finding,) = warnings_of(audit(build(math.sqrt(1.5))))
+    assert finding.code == "JD204" and finding.evidence["parameters"] == [f"h.{k}.attn.c_attn.weight" for k in range(4)]
+
+
 def test_an_orthogonal_scheme_wants_orthogonal_draws() -> None:
     def orthogonal(weight: Tensor) -> object:
         return nn.init.orthogonal_(weight)

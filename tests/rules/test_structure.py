@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import jacdiag
+from jacdiag.errors import TraceError
 from jacdiag.measure.adapters import adapters_of
 from jacdiag.measure.rates import rates_of
 from jacdiag.measure.tables import narrower_type, table_of, tables_of
@@ -538,6 +539,43 @@ def test_names_of_factors(first: str, second: str) -> None:
     assert [(pair.first, pair.second) for pair in pairs] == [(first, second)]
 
 
+class Diagonal(Adapted):
+    """A low-rank addition with a factor for each of its ranks, as AdaLoRA has it."""
+
+    def __init__(self, base: nn.Linear, middle: str) -> None:
+        super().__init__(base)
+        self.middle = middle
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        self.lora_A["default"] = nn.Parameter(torch.randn(8, base.in_features) * 0.02)
+        self.lora_B["default"] = nn.Parameter(torch.randn(base.out_features, 8) * 0.02)
+        holder = nn.ParameterDict({"default": nn.Parameter(torch.randn(8, 1) * 0.02)})
+        setattr(self, middle, holder)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scales = getattr(self, self.middle)["default"]
+        return self.base_layer(x) + x @ (self.lora_A["default"] * scales).T @ self.lora_B["default"].T
+
+
+def three_factors(*zeros: str, middle: str = "lora_E") -> set[str]:
+    """Return the words of JD215 for AdaLoRA's product of three factors, some of them zero."""
+    model = build()
+    for layer in model.layers:
+        layer.up = Diagonal(layer.up, middle)
+        for name, parameter in layer.up.named_parameters():
+            if name.removesuffix(".default") in zeros:
+                nn.init.zeros_(parameter)
+    return {finding.what.rpartition(": ")[2] for finding in found(model, "JD215")}
+
+
+def test_adapters_of_three_factors() -> None:
+    dead, changed = "no gradient can reach either", "the adapted model is not its base at the start"
+    assert three_factors("lora_E") == three_factors("lora_B") == set()
+    assert three_factors() == {changed}
+    assert three_factors("lora_A", "lora_E") == three_factors("lora_B", "lora_E") == {dead}
+    # A zero bias of the addition is no factor.
+    assert three_factors("lora_bias", middle="lora_bias") == {changed}
+
+
 # -- JD216: modulations ----------
 def modulations(blocks: str, last: str, name: str = "adaLN_modulation.1.weight") -> ContractRecord:
     weights = [WeightRecord(f"blocks.{k}.{name}", [8, 8], "", f"blocks.*.{name}", family=blocks) for k in range(3)]
@@ -736,6 +774,9 @@ class Detached(Model):
     def __init__(self, what: str, everywhere: bool = False) -> None:
         super().__init__()
         self.what, self.everywhere = what, everywhere
+        if what == "inner":
+            cut = range(len(self.layers)) if everywhere else [1]
+            self.extra = nn.ModuleDict({str(k): nn.Linear(WIDTH, WIDTH) for k in cut})
 
     def combine(self, x: Tensor, branch: Tensor, k: int) -> Tensor:
         if k != 1 and not self.everywhere:
@@ -745,6 +786,12 @@ class Detached(Model):
                 return x.detach() + branch
             case "branch":
                 return x + branch.detach()
+            case "data":
+                return x + branch.data
+            case "inner":
+                return x + self.extra[str(k)](branch.detach())
+            case "input":
+                return x + self.layers[k](x.detach())
             case "straight-through":
                 return x + branch + (x.round() - x).detach()
             case _:
@@ -774,6 +821,62 @@ def test_a_detached_branch_that_is_frozen_is_meant() -> None:
 def test_a_model_of_detached_operands_alone_is_told_so(what: str) -> None:
     with pytest.raises(jacdiag.JacdiagError, match=f"cuts the {what} of an addition"):
         audited(build(Detached, what=what, everywhere=True))
+
+
+def without_gradient(model: nn.Module) -> set[str]:
+    """Return the parameters in training that autograd gives no gradient."""
+    model.zero_grad()
+    model(tokens()).square().mean().backward()
+    return {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
+
+
+def refusal(model: nn.Module) -> TraceError:
+    with pytest.raises(TraceError) as caught:
+        audited(model)
+    return caught.value
+
+
+@pytest.mark.parametrize("what", ["branch", "data", "inner"])
+def test_a_refusal_names_the_parameters_behind_a_detach(what: str) -> None:
+    model = build(Detached, what=what, everywhere=True)
+    error = refusal(model)
+    assert set(error.parameters) == without_gradient(model) != set()
+    assert "no gradient arrives: layers.*." in str(error) and "without the detach" in str(error)
+
+
+@pytest.mark.parametrize("what", ["branch", "data", "inner"])
+def test_all_parameters_of_a_detached_branch_are_named(what: str) -> None:
+    model = build(Detached, what=what)
+    (finding,) = found(model, "JD401")
+    assert finding.level == "warning" and set(finding.where) == without_gradient(model)
+
+
+def test_a_refusal_blames_no_frozen_branch() -> None:
+    model = build(Detached, what="branch", everywhere=True)
+    model.layers.requires_grad_(False)
+    error = refusal(model)
+    assert error.parameters == [] and "no gradient" not in str(error) and "without the detach" not in str(error)
+
+    # Only the trained part of a branch misses its gradient.
+    model.layers[0].norm.requires_grad_(True)
+    assert set(refusal(model).parameters) == without_gradient(model) == {"layers.0.norm.weight", "layers.0.norm.bias"}
+
+
+@pytest.mark.parametrize("what", ["shortcut", "input"])
+def test_a_refusal_names_no_parameter_that_learns(what: str) -> None:
+    """Behind a cut shortcut, and in a branch that reads a detached stream, all parameters learn."""
+    model = build(Detached, what=what, everywhere=True)
+    assert not without_gradient(model)
+    error = refusal(model)
+    assert error.parameters == [] and "no gradient" not in str(error)
+
+
+def test_a_parameter_that_is_read_twice_is_not_cut_off() -> None:
+    model = build(Detached, what="branch", everywhere=True)
+    model.head.weight = model.layers[0].up.weight
+    named = set(refusal(model).parameters)
+    assert named == without_gradient(model)
+    assert "layers.0.up.weight" not in named and "layers.0.up.bias" in named
 
 
 # -- the report ----------
