@@ -1,7 +1,7 @@
 """The log of a watched run: one JSON object a line, and what a reader makes of it.
 
-Lines are only ever appended. A run that goes on from a checkpoint writes a line `resume` with the step it goes on from;
-whatever an earlier part logged beyond that step was done again, and `read_run` leaves it out. The last line of a run
+Lines are only ever appended. A run that goes on from a checkpoint, or a loop that goes back to one, writes a line
+`resume` with the step it goes on from; whatever was logged beyond that step was done again, and `read_run` leaves it out. The last line of a run
 that was killed may be torn; it is left out too.
 """
 
@@ -99,6 +99,7 @@ class RunLog:
             latest = {"groups": row.get("groups", []), "waits": row.get("waits", {})}
             self.header = {**self.header, **latest}
             self.ready = [row for row in self.ready if row.get("code") not in self.header["waits"]]
+            self.ended = None
         elif kind == "resume":
             self._forget_after(int(row["step"]))
             self.resumes.append(int(row["step"]))

@@ -18,6 +18,7 @@ class Cadence:
         steps: between two runs; None where a budget decides.
         budget: share of the training time, such as 0.01.
         last: the step of the last run; -1 before the first.
+        asked: the last step that `due` was asked about; a multiple of `steps` may lie between two steps.
 
     Example:
         >>> Cadence.of(200, "every").due(400), Cadence.of("1%", "every").budget
@@ -27,6 +28,7 @@ class Cadence:
     steps: int | None
     budget: float | None = None
     last: int = -1
+    asked: int | None = None
 
     @classmethod
     def of(cls, given: int | str | None, name: str) -> Cadence:
@@ -57,8 +59,10 @@ class Cadence:
             price: seconds that one run takes; None before it is known: then it is time.
             step_seconds: of one training step.
         """
+        before, self.asked = self.asked, step
         if self.steps is not None:
-            return step % self.steps == 0 and step != self.last
+            is_passed = before is not None and before < step and step // self.steps > before // self.steps
+            return (step % self.steps == 0 or is_passed) and step != self.last
         if self.budget is None:
             return False
         if self.last < 0 or price is None or not step_seconds:
@@ -100,3 +104,7 @@ class Clock:
     def step_seconds(self) -> float | None:
         """Median of the last steps."""
         return median(self.steps) if self.steps else None
+
+    def usual_seconds(self) -> float | None:
+        """Return the median of the last steps."""
+        return self.step_seconds
