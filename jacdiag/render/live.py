@@ -29,6 +29,7 @@ _LOOK_BACK = 1000  # steps in which a last value is looked for first
 _NARROW = 22  # columns of the heat map: below, its key is short
 _SILENT = 60.0  # seconds without a line in the log
 _MARKS = {"error": "●", "warning": "▲", "info": "·"}
+_LEAST_PATH = 12  # columns of a path that still tells something
 _RATE = 50  # steps that steps per second are taken over
 
 
@@ -408,8 +409,12 @@ def _ending(name: str, width: int) -> str:
 def _keys(run: RunLog, path: str, width: int, idle: float | None, state: RunState | None) -> RenderableType:
     text, goes_on = _state_text(run, idle, state)
     leave = "Ctrl-C leaves; the run goes on" if goes_on else "Ctrl-C leaves"
-    room = max(width - len(f" {text}  ·    ·  {leave}"), 12)
-    line = f" {printable(text)}  ·  {_end_of(printable(path), room)}  ·  {leave}"
+    head, tail = f" {printable(text)}", f"  ·  {leave}"
+    room = width - len(head) - len(tail) - len("  ·  ")
+    if room >= _LEAST_PATH:
+        line = f"{head}  ·  {_end_of(printable(path), room)}{tail}"
+    else:  # what is known of the run matters most
+        line = _fitting(width, head + tail, head)
     return Text(clipped(line, width), style="reverse")
 
 
