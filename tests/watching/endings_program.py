@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 import jacdiag
 from jacdiag.sources.gpt import build
+from jacdiag.watching.endings import ENDINGS as UNDERWAY
 
 ENDLESS = 100_000
 READY = 12  # steps before the parent sends a signal
@@ -47,7 +48,7 @@ def step(model: Any, optimizer: Any, w: Any) -> None:
     w.step(loss)
 
 
-def train(folder: Path, parts: tuple[Any, Any, Any], steps: int = ENDLESS, pause: float = 0.005) -> None:
+def train(folder: Path, parts: tuple[Any, Any, Any], steps: int = ENDLESS, pause: float = 0.02) -> None:
     for _ in range(steps):
         step(*parts)
         if parts[2].count == READY:
@@ -113,7 +114,7 @@ def own_handler(folder: Path) -> None:
         train(folder, parts, 1)
     train(folder, parts, 2, 0)
     parts[2].close()
-    assert signal.getsignal(signal.SIGTERM) is mine
+    os._exit(0 if signal.getsignal(signal.SIGTERM) is mine else 9)  # the end of the interpreter takes a second
 
 
 def handler_exits(folder: Path) -> None:
@@ -131,7 +132,7 @@ def killed_at_work(folder: Path) -> None:
         run(*args)
         if parts[2].count == READY:
             (folder / "ready").touch()
-            for _ in range(100):
+            while UNDERWAY.pending is None:
                 time.sleep(0.01)
             (folder / "finished").touch()
 
@@ -159,6 +160,7 @@ def workers(folder: Path) -> None:
         os.waitpid(pid, 0)
     step(*parts)
     parts[2].close()
+    os._exit(0)
 
 
 def thread(folder: Path) -> None:
@@ -171,6 +173,7 @@ def thread(folder: Path) -> None:
     worker = threading.Thread(target=run)
     worker.start()
     worker.join()
+    os._exit(0)
 
 
 def no_close(folder: Path) -> None:
@@ -222,9 +225,12 @@ def wait_for(file: Path, pid: int) -> bool:
 
 def main() -> None:
     root = Path(sys.argv[1])
-    found: dict[str, tuple[int, float]] = {}
+    warm = watched(root)  # what is imported at the first use is imported here, once
+    train(root, warm, 2, 0)
+    warm[2].close()
+    # 1. Begin all of them.
+    begun_at = {}
     for name in sys.argv[2:]:
-        function, signals = ENDINGS[name]
         folder = root / name
         folder.mkdir()
         pid = os.fork()
@@ -233,11 +239,15 @@ def main() -> None:
             said = os.open(folder / "stderr", os.O_WRONLY | os.O_CREAT)
             os.dup2(said, 2)
             os.dup2(said, 1)
-            function(folder)
+            ENDINGS[name][0](folder)
             return
+        begun_at[name] = pid
+    # 2. Send the signals, and wait for the ends.
+    found: dict[str, tuple[int, float]] = {}
+    for name, pid in begun_at.items():
         begun = time.monotonic()
-        for file, number in signals:
-            if not wait_for(folder / file, pid):
+        for file, number in ENDINGS[name][1]:
+            if not wait_for(root / name / file, pid):
                 break
             begun = time.monotonic()
             os.kill(pid, number)
