@@ -143,12 +143,11 @@ def killed_at_work(folder: Path) -> None:
 def workers(folder: Path) -> None:
     """Workers end by a signal, and a child by an exception, an exit and a signal; the run goes on."""
     parts = watched(folder)
-    for _ in range(2):
-        iterator = iter(DataLoader(list(range(8)), batch_size=2, num_workers=2))
-        for _batch in iterator:
-            step(*parts)
-        for worker in iterator._workers:  # type: ignore[attr-defined]
-            worker.terminate()
+    iterator = iter(DataLoader(list(range(8)), batch_size=1, num_workers=2))
+    for _batch in iterator:
+        step(*parts)
+    for worker in iterator._workers:  # type: ignore[attr-defined]
+        worker.terminate()
     for way in ("raise", "exit", "signal"):
         pid = os.fork()
         if pid == 0:
