@@ -27,6 +27,7 @@ from typing import Any, Protocol
 
 from jacdiag.errors import one_line
 from jacdiag.watching.guards import logger, quietly
+from jacdiag.watching.watchdog import Watchdog
 
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 _PATIENCE = 10.0  # seconds for the last writes after a signal; torchrun and Kubernetes wait for 30
@@ -98,6 +99,7 @@ class Endings:
         self.thread_hook: Callable[..., Any] = threading.__excepthook__
         self.shell: Any = None  # of IPython
         self.pending: int | None = None  # a signal that came while a watch was at work
+        self.watchdog = Watchdog(self.deadly, _PATIENCE)
         self.counts: dict[int, int] = {}  # steps of each watch when the last cell of a notebook ended
         self._covers_errors = self._covers_threads = False
         self._knows_forks = False
@@ -176,6 +178,12 @@ class Endings:
                 continue
             signal.signal(number, _on_signal)
             self.handlers[number] = before
+        if self.deadly():
+            quietly(self.watchdog.start)
+
+    def deadly(self) -> set[int]:
+        """The signals that end the process, as nobody else handles them."""
+        return {number for number, before in self.handlers.items() if not callable(before)}
 
     def _uncover(self) -> None:
         """Give back what is still ours. What somebody else has covered since only calls through from now on."""
@@ -190,6 +198,8 @@ class Endings:
                 if signal.getsignal(number) is _on_signal:
                     signal.signal(number, before)
                     del self.handlers[number]
+            if not self.handlers:
+                quietly(self.watchdog.stop)
         shell, self.shell = self.shell, None
         if shell is not None:
             quietly(shell.events.unregister, "post_run_cell", _on_cell_end)
@@ -200,6 +210,7 @@ class Endings:
         self.counts.clear()
         self.shell = self.pending = None
         self._finalizes = False
+        self.watchdog.forget()
         self._uncover()
 
     # -- what happens ----------------------------------------------------------------------------------------------

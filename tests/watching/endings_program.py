@@ -5,6 +5,7 @@ Usage: endings_program.py FOLDER NAME...; prints a JSON object, name -> exit cod
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing
 import os
@@ -140,6 +141,17 @@ def killed_at_work(folder: Path) -> None:
     train(folder, parts)
 
 
+def hung(folder: Path) -> None:
+    """The main thread waits for ever outside of the interpreter, for a lock that it holds itself."""
+    parts = watched(folder)
+    UNDERWAY.watchdog.patience = 1.0
+    train(folder, parts, 5, 0)
+    (folder / "ready").touch()
+    lock = ctypes.create_string_buffer(64)
+    for _ in range(2):
+        ctypes.CDLL(None).pthread_mutex_lock(lock)
+
+
 def workers(folder: Path) -> None:
     """Workers end by a signal, and a child by an exception, an exit and a signal; the run goes on."""
     parts = watched(folder)
@@ -202,6 +214,7 @@ ENDINGS: dict[str, tuple[Callable[[Path], None], list[tuple[str, int]]]] = {
     "interrupted": (interrupted, [("ready", signal.SIGINT)]),
     "killed twice": (killed_twice, [("ready", signal.SIGTERM), ("writing", signal.SIGTERM)]),
     "interrupted twice": (interrupted_twice, [("ready", signal.SIGINT), ("writing", signal.SIGINT)]),
+    "hung": (hung, [("ready", signal.SIGTERM)]),
     "own handler": (own_handler, [("ready", signal.SIGTERM)]),
     "handler exits": (handler_exits, [("ready", signal.SIGTERM)]),
     "killed at work": (killed_at_work, [("ready", signal.SIGTERM)]),

@@ -21,7 +21,7 @@ from jacdiag.watching.endings import ENDINGS
 from jacdiag_cli.live import Follower
 
 PROGRAM = Path(__file__).parent / "endings_program.py"
-OFTEN = ("killed", "interrupted", "killed twice", "interrupted twice", "own handler", "crash", "workers", "thread",
+OFTEN = ("hung", "killed", "interrupted", "killed twice", "interrupted twice", "own handler", "crash", "workers", "thread",
          "no close")  # fmt: skip
 SELDOM = ("hung up", "handler exits", "killed at work", "kill -9", "process")
 HANGS = 60.0  # seconds that a flight takes in the programs whose flights hang
@@ -101,11 +101,16 @@ def test_a_second_signal_ends_the_process_while_the_flight_is_written(often: Run
     assert (often.root / name / "writing").exists() and often.flights(name) == []
 
 
+def test_a_process_that_hangs_outside_of_the_interpreter_still_ends(often: Run) -> None:
+    assert often.code("hung") == -signal.SIGTERM and often.seconds("hung") < HANGS / 2
+    assert often.state("hung").endswith("is gone"), "no flight, and no line"
+
+
 def test_a_handler_of_the_trainer_decides_what_happens(often: Run) -> None:
     assert often.code("own handler") == 0
     end = lines(often.log("own handler"))[-1]
     flights = [int(name.removeprefix("flight-")) for name in often.flights("own handler")]
-    assert len(flights) == 1 and flights[0] <= end["step"] - 2, "the loop went on after it"
+    assert len(flights) == 1 and flights[0] < end["step"], "the loop went on after it"
     assert "SIGTERM came" in " ".join(row["text"] for row in lines(often.log("own handler"), "note"))
     assert often.state("own handler") == f"ended at step {end['step']}"
 
@@ -165,6 +170,7 @@ def test_everything_is_given_back() -> None:
     assert covered() != before
     watches[1].close()
     assert covered() == before and not ENDINGS.watches
+    assert signal.set_wakeup_fd(-1) == -1
 
 
 def test_what_somebody_else_has_covered_since_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
