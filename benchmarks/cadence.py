@@ -15,6 +15,7 @@ import logging
 import os
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def measure(every: int | str, step_seconds: float, width: int, seconds: float, d
         "probe_seconds": [row["seconds"] for row in log.probes],
         "probe_share_after_the_first": spent.get("probe", 0.0) / passed,
         "probes": len(at),
-        "steps_between": [later - earlier for earlier, later in zip(at, at[1:], strict=False)],
+        "steps_between": [later - earlier for earlier, later in pairwise(at)],
         "found_after_steps": min(alerts) - steps // 2 if alerts else None,
         "codes": sorted({row["code"] for row in log.alerts if row["step"] >= steps // 2}),
         "alerts_before": len(log.alerts) - len(alerts),

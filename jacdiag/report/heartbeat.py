@@ -23,7 +23,7 @@ class Heartbeat:
     Attributes:
         session: names one process's part of a run; the line `end` of the log has the same.
         pid: the process.
-        born: when the process started, as the system counts; tells it from a later one with its number.
+        born: when the process started, as the system counts; a later process may have its number.
         host: name of its machine.
         place: what identifies the machine since it was booted, and the name space of the number; empty if not known.
         started: when the watch began, in seconds since 1970.
@@ -73,7 +73,7 @@ def place_of_process() -> str:
     """Return what identifies this machine since its start, and the name space of process numbers; "" if not known."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:
         return ""
 

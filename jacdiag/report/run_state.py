@@ -44,10 +44,10 @@ class RunState:
 
 
 def state_of_run(run: RunLog, beat: Heartbeat | None, alive: bool | None, now: float) -> RunState | None:
-    """Return the state of a run; None if neither the log nor a heartbeat tells.
+    """Return the state of a run; None if neither the log nor a heartbeat says it.
 
     Args:
-        run: the log. Read it after `alive` was asked for: the last lines are written before a process ends.
+        run: the log. Read it after `alive` is known: the last lines are written before a process ends.
         beat: the last sign of life.
         alive: whether its process exists; None if that cannot be seen.
         now: seconds since 1970.
@@ -93,8 +93,8 @@ def _clock(moment: float, now: float) -> str:
     >>> _clock(0.0, 10 * 86400.0)[:10]
     '1970-01-01'
     """
-    then = datetime.datetime.fromtimestamp(moment)  # noqa: DTZ006 (the reader's own clock)
-    is_today = then.date() == datetime.datetime.fromtimestamp(now).date()  # noqa: DTZ006
+    then = datetime.datetime.fromtimestamp(moment)
+    is_today = then.date() == datetime.datetime.fromtimestamp(now).date()
     return then.strftime("%H:%M:%S" if is_today else "%Y-%m-%d %H:%M")
 
 

@@ -1,8 +1,8 @@
 """The log of a watched run: one JSON object a line, and what a reader makes of it.
 
 Lines are only ever appended. A run that goes on from a checkpoint, or a loop that goes back to one, writes a line
-`resume` with the step it goes on from; whatever was logged beyond that step was done again, and `read_run` leaves it out. The last line of a run
-that was killed may be torn; it is left out too.
+`resume` with the step it goes on from. Whatever was logged beyond that step was done again, and `read_run` leaves it
+out. The last line of a run that was killed may be torn; it is left out too.
 """
 
 from __future__ import annotations

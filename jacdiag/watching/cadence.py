@@ -18,7 +18,7 @@ class Cadence:
         steps: between two runs; None where a budget decides.
         budget: share of the training time, such as 0.01.
         last: the step of the last run; -1 before the first.
-        asked: the last step that `due` was asked about; a multiple of `steps` may lie between two steps.
+        looked: the last step that `due` was called with; a multiple of `steps` may lie between two steps.
 
     Example:
         >>> Cadence.of(200, "every").due(400), Cadence.of("1%", "every").budget
@@ -28,7 +28,7 @@ class Cadence:
     steps: int | None
     budget: float | None = None
     last: int = -1
-    asked: int | None = None
+    looked: int | None = None
 
     @classmethod
     def of(cls, given: int | str | None, name: str) -> Cadence:
@@ -59,7 +59,7 @@ class Cadence:
             price: seconds that one run takes; None before it is known: then it is time.
             step_seconds: of one training step.
         """
-        before, self.asked = self.asked, step
+        before, self.looked = self.looked, step
         if self.steps is not None:
             is_passed = before is not None and before < step and step // self.steps > before // self.steps
             return (step % self.steps == 0 or is_passed) and step != self.last

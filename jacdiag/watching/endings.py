@@ -41,7 +41,7 @@ class Ending:
         how: "closed", "exit" (the program ended without `close`), "crash", "interrupt" (Ctrl-C) or "signal".
         reason: the exception in one line, or the name of the signal; empty if there is none.
         has_flight: a flight is to be written.
-        is_alone: other ranks are not asked for their part of the figures: they may be somewhere else.
+        is_alone: leave out what other ranks know of the figures: they may be at another place.
     """
 
     how: str
@@ -61,13 +61,16 @@ class Ending:
 
 
 class OpenWatch(Protocol):
-    """What the endings ask of a watch."""
+    """What the endings need of a watch."""
 
     closed: bool
     inert: bool
     busy: bool
-    count: int
     thread: int
+
+    @property
+    def count(self) -> int:
+        """Steps so far."""
 
     def left_by(self, error: BaseException) -> None:
         """Write the flight and close, because of an exception."""
@@ -125,8 +128,8 @@ class Endings:
         """The watches of this process that are open."""
         if os.getpid() != self.pid:
             return []
-        found = [ref() for ref in self.watches.values()]
-        return [watch for watch in found if watch is not None and not watch.closed]
+        watches = [ref() for ref in self.watches.values()]
+        return [watch for watch in watches if watch is not None and not watch.closed]
 
     # -- covering --------------------------------------------------------------------------------------------------
     def _cover(self) -> None:

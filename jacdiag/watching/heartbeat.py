@@ -66,4 +66,4 @@ def _replace_file(path: Path, beat: Heartbeat) -> None:
     with suppress(OSError):
         passing = path.with_name(f".{path.name}.{beat.pid}")
         passing.write_bytes(beat.to_bytes())
-        os.replace(passing, path)
+        passing.replace(path)

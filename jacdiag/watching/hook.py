@@ -189,7 +189,9 @@ class Watch:
     def _show_histograms(self) -> None:
         """Send histograms to the sinks at a step at which they are due."""
         figures = self.tiers.figures
-        if figures is None or not self.histograms.is_due(self.count, self.numbers.stride) or not self.guards.on("histograms"):
+        if figures is None or not self.guards.on("histograms"):
+            return
+        if not self.histograms.is_due(self.count, self.numbers.stride):
             return
         with self.guards.part("histograms", "no histograms from now on"):
             self.record.publish_histograms(self.count, self.histograms.finish(figures.groups))
@@ -504,7 +506,7 @@ class Watch:
             if not (ending.is_alone and self.together.sharded):
                 quietly(self._flush)
             if self._signal and not ending.reason:
-                ending = replace(ending, reason=f"{self._signal}", has_flight=True)
+                ending = replace(ending, reason=self._signal, has_flight=True)
             quietly(self.record.left, self.count, ending)
         self.closed = True
         for part in (self.hooks, self.batches, self.comparison):

@@ -117,8 +117,8 @@ class Record:
         before, after = self.resumed_at, max(base, 0)
         if before != after:
             self.live.renumber(before, after)
-            for told in (self.alerts, self.findings):
-                told[:] = [replace(one, step=after) if one.step == before else one for one in told]
+            for alerts in (self.alerts, self.findings):
+                alerts[:] = [replace(alert, step=after) if alert.step == before else alert for alert in alerts]
         held, self._held = self._held or [], None
         for kind, row in held:
             moved = {**row, "step": after} if row.get("step") == before else row

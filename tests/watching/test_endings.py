@@ -12,17 +12,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from jacdiag_cli.live import Follower
 from watching.rig import adam, lines, plain_step, small
 
 import jacdiag
 from jacdiag.report.run_state import state_of_run
 from jacdiag.report.runlog import read_run
 from jacdiag.watching.endings import ENDINGS
-from jacdiag_cli.live import Follower
 
 PROGRAM = Path(__file__).parent / "endings_program.py"
-OFTEN = ("hung", "killed", "interrupted", "killed twice", "interrupted twice", "own handler", "crash", "workers", "thread",
-         "no close")  # fmt: skip
+SIGNALS = ("hung", "killed", "interrupted", "killed twice", "interrupted twice", "own handler")
+OFTEN = (*SIGNALS, "crash", "workers", "thread", "no close")
 SELDOM = ("hung up", "handler exits", "killed at work", "kill -9", "process")
 HANGS = 60.0  # seconds that a flight takes in the programs whose flights hang
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jacdiag_cli.live import Follower
 from rich.console import Console
 
 from jacdiag.render.live import screen
@@ -18,7 +20,6 @@ from jacdiag.report.heartbeat import Heartbeat, birth_of, is_alive, place_of_pro
 from jacdiag.report.run_state import Kind, RunState, state_of_run
 from jacdiag.report.runlog import RunLog, read_run, to_line
 from jacdiag.watching.heartbeat import INTERVAL, Pulse
-from jacdiag_cli.live import Follower
 
 NOW = 1_800_000_000.0
 BEAT = Heartbeat(
@@ -141,7 +142,7 @@ def test_the_screen_says_it_in_its_last_line(tmp_path: Path) -> None:
     assert state == RunState(Kind.RUNNING, "running")
 
     def last_line(text: str, kind: Kind, width: int) -> str:
-        console = Console(width=width, height=12, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+        console = Console(width=width, height=12, record=True, file=io.StringIO())
         console.print(screen(RunLog(), "runs/a/run.jsonl", width, 12, state=RunState(kind, text)), height=12)
         return console.export_text().rstrip("\n").splitlines()[-1].strip()
 

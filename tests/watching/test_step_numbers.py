@@ -1,4 +1,4 @@
-"""`w.step(loss, step=it)`: the trainer's own numbers, resumed runs, loops that go back, and numbers that cannot be used."""
+"""`w.step(loss, step=it)`: the trainer's own numbers, resumed runs, loops that go back, numbers of no use."""
 
 from __future__ import annotations
 
