@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -245,3 +246,27 @@ def test_in_a_notebook_a_cell_leaves_a_flight_and_the_loop_goes_on(
     w.close()
     assert shell.calls == [] and [row["step"] for row in lines(tmp_path, "step")] == [1, 2, 3, 4, 5]
     assert state_of_run(read_run(tmp_path), None, None, 0.0).text == "ended at step 5"  # type: ignore[union-attr]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["hugging_face", "lightning", "ranks"])
+def test_trainers_that_are_killed_leave_one_flight(kind: str, tmp_path: Path) -> None:
+    """SIGTERM to the process, or to torchrun, which passes it on to both ranks."""
+    launcher = [sys.executable]
+    if kind == "ranks":
+        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-backend",
+                     "c10d", "--rdzv-endpoint", "127.0.0.1:0"]  # fmt: skip
+    program = str(PROGRAM.parent / "killed_trainers.py")
+    process = subprocess.Popen([*launcher, program, kind, str(tmp_path)], stderr=subprocess.PIPE, text=True)
+    limit = time.monotonic() + 120
+    while not (tmp_path / "ready").exists() and process.poll() is None and time.monotonic() < limit:
+        time.sleep(0.05)
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    end = lines(tmp_path / "log")[-1]
+    assert process.returncode not in (0, None) and end["type"] == "end", said
+    flights = [path.name for path in (tmp_path / "log").glob("flight-*")]
+    assert flights == [end["flight"]] and (tmp_path / "log" / flights[0] / "batch.pt").is_file(), said
+    assert [row["step"] for row in lines(tmp_path / "log", "step")] == list(range(1, end["step"] + 1))
+    if kind != "lightning":  # Lightning handles the signal, and raises an exception of its own
+        assert (end["how"], end["reason"]) == ("signal", "SIGTERM")
