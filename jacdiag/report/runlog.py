@@ -24,6 +24,7 @@ RUN_SCHEMA_VERSION = 1
 RUN_FILE = "run.jsonl"
 KINDS = ("run", "resume", "price", "step", "stats", "probe", "alert", "fault", "note", "end", "finding", "ready")
 WHERE_LOGS_ARE = "a run is the log_dir that jacdiag.watch was given, or the run.jsonl in it"
+_MEASURED = ("stats", "probe")
 _STEPPED = ("step", "stats", "probe", "alert", "finding", "ready")
 
 
@@ -110,7 +111,10 @@ class RunLog:
             places = {"step": self.steps, "stats": self.stats, "probe": self.probes, "alert": self.alerts,
                       "fault": self.faults, "note": self.notes, "price": self.prices,
                       "finding": self.findings, "ready": self.ready}  # fmt: skip
-            places[kind].append(row)
+            rows = places[kind]
+            if kind in _MEASURED and rows and rows[-1].get("step") == row.get("step"):
+                rows.pop()  # a run that goes on measures the weights of its checkpoint again
+            rows.append(row)
 
     def _forget_after(self, step: int) -> None:
         for rows in (self.steps, self.stats, self.probes, self.alerts, self.findings, self.ready):

@@ -39,13 +39,14 @@ def logged(folder: Path) -> list[int]:
 
 def test_a_resumed_run_doubles_no_row_and_loses_none(tmp_path: Path) -> None:
     """From a checkpoint before the last row, and then after a gap; the log itself is only appended to."""
-    go(tmp_path, range(1, 15))
+    go(tmp_path, range(1, 15), every=10)
     first = (tmp_path / "run.jsonl").read_bytes()
     go(tmp_path, range(11, 20), resume=True, every=200)
     run = read_run(tmp_path)
     assert logged(tmp_path) == list(range(1, 20)) and run.resumes == [10]
     assert (tmp_path / "run.jsonl").read_bytes().startswith(first)
-    assert [row["step"] for row in run.probes] == [10], "of the weights that the checkpoint has"
+    assert [row["step"] for row in run.probes] == [0, 10], "of the weights that the checkpoint has, and once"
+    assert [row["step"] for row in lines(tmp_path, "probe")] == [0, 10, 10]
     raw = [row["step"] for row in lines(tmp_path, "step")]
     assert raw == [*range(1, 15), *range(11, 20)]
     w = go(tmp_path, range(31, 34), resume=True)
