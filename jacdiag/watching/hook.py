@@ -556,6 +556,7 @@ class Watch:
             quietly(self._flush)
         quietly(self.record.left, self.count, Ending(how="signal", reason=name, has_flight=True))
         quietly(self.record.end, self.count, self.clock, self.tiers.looks)
+        quietly(self.record.wait)
         quietly(self.record.close_sinks)
 
     def noticed(self, name: str) -> None:

@@ -306,7 +306,6 @@ class Record:
             if folder is None and there is not None and there.is_dir():
                 folder = there  # an alert at this step has written it
             self.ending_flight = folder.name if folder is not None else None
-        self.wait()
 
     def dump(self, step: int, why: str) -> Path | None:
         """Have the flight recorder write what it keeps; return the folder, or None if it wrote none."""
@@ -349,7 +348,7 @@ class Record:
             self.file.flush()
 
     def end(self, step: int, clock: Clock, looks: int) -> None:
-        """Write the last line, and have it on the disk."""
+        """Write the last line."""
         seen = max(self.live.seen, 1)
         with_clip = self.totals["with_clip"]
         self.settle(step)
@@ -364,7 +363,6 @@ class Record:
                 "session": self.pulse.session if self.pulse is not None else None,
             },
         )  # fmt: skip
-        self.wait()
 
     def close_sinks(self) -> None:
         """Close what figures and alerts are sent to."""
