@@ -3,7 +3,7 @@
 A small GPT is trained; each step is padded by a sleep to the duration that is asked for. So one model stands for many:
 its probe costs the same at every duration. Halfway the attention weights are multiplied by 8.
 
-    python benchmarks/cadence.py            about 5 minutes; writes benchmarks/results/cadence.json
+    python benchmarks/cadence.py            about 4 minutes; writes benchmarks/results/cadence.json
     python benchmarks/cadence.py --quick    a few seconds each; prints only
 """
 
@@ -28,7 +28,7 @@ from jacdiag.report.runlog import read_run
 
 RESULTS = Path(__file__).parent / "results" / "cadence.json"
 # Seconds of a step, sub-layers' width, and how long the run is watched.
-DURATIONS = ((0.005, 16, 30.0), (0.014, 16, 30.0), (0.060, 48, 40.0), (1.0, 48, 60.0))
+DURATIONS = ((0.005, 16, 20.0), (0.014, 16, 20.0), (0.060, 48, 30.0), (1.0, 48, 45.0))
 CADENCES: tuple[int | str, ...] = (200, "1%")
 
 

@@ -9,6 +9,8 @@ from statistics import median
 
 from jacdiag.errors import UsageError
 
+_RETRY = 200  # steps until a run with a budget is tried again that had not the memory
+
 
 @dataclass
 class Cadence:
@@ -56,8 +58,8 @@ class Cadence:
 
         Args:
             step: number of steps that are done.
-            price: seconds that one run takes; None before it is known: then it is time.
-            step_seconds: of one training step.
+            price: seconds that one run takes; None before it is known.
+            step_seconds: of one training step; None before it is known: then only the first run is due.
         """
         before, self.looked = self.looked, step
         if self.steps is not None:
@@ -65,8 +67,12 @@ class Cadence:
             return (step % self.steps == 0 or is_passed) and step != self.last
         if self.budget is None:
             return False
-        if self.last < 0 or price is None or not step_seconds:
+        if self.last < 0:
             return True
+        if price is None:  # it could not be run; another try is as rare as by default
+            return step - self.last >= _RETRY
+        if not step_seconds:
+            return False
         return (step - self.last) * step_seconds * self.budget >= price
 
     def interval(self, price: float, step_seconds: float) -> float:

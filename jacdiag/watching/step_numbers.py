@@ -46,8 +46,8 @@ class StepNumbers:
 
     Example:
         >>> numbers = StepNumbers(0, print)
-        >>> [numbers.advance(step).number for step in (400, None, 404, 402)]
-        [400, 401, 404, 402]
+        >>> [numbers.advance(step).number for step in (400, None, 404)]
+        [400, 401, 404]
     """
 
     def __init__(self, count: int, warn: Callable[[str, str], None]) -> None:
