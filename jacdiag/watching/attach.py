@@ -61,7 +61,8 @@ def watch(
         optimizer: one optimizer, a list of them, or a wrapper or container of them. It needs no torch class:
             `param_groups` and `step` are enough.
         log_dir: folder of `run.jsonl` and of what the flight recorder keeps; None writes nothing.
-        every: cadence of the Jacobian probe: steps, a share of the training time such as "1%", or None.
+        every: cadence of the Jacobian probe: steps, a share of the training time such as "1%", or None. With a share
+            the steps at which it runs depend on the machine, and differ between two runs; on short steps they are rare.
         stats_every: cadence of shortcut and branch sizes, activations and attention logits: as `every`.
         log_every: steps between two looks at the device and two writes.
         on_alert: "log", "raise" (AlertRaised from `step`), or a function. It is called with the alert; one that takes
