@@ -88,10 +88,10 @@ class KeptBatches:
 
     def drop_between(self, base: int, current: int) -> None:
         """Drop the batches of steps after `base`, but those of the step at hand."""
-        rest = [kept for kept in self.queue if kept.step <= base or kept.step == current]
-        self.queue = deque(rest, maxlen=self.queue.maxlen)
+        batches = [batch for batch in self.queue if batch.step <= base or batch.step == current]
+        self.queue = deque(batches, maxlen=self.queue.maxlen)
         if self.automatic:
-            self.bytes = sum(_size(kept.arguments) for kept in rest)
+            self.bytes = sum(_size(batch.arguments) for batch in batches)
 
     def chosen(self, step: int) -> list[KeptBatch]:
         """Return what a flight about a step holds, in order: the batch of that step comes last.
