@@ -13,6 +13,7 @@ from jacdiag.errors import SourceError
 from jacdiag_cli.output import Invocation, console, emit, interrupted
 
 if TYPE_CHECKING:
+    from jacdiag.report.run_state import RunState
     from jacdiag.report.runlog import RunLog
 
 _FRAME = 24  # lines of a frame that goes to a pipe
@@ -28,7 +29,8 @@ _LEAST_PAUSE = 10  # times what the last frame took
 def live(invocation: Invocation, run: str, once: bool, refresh: float, lines: int | None) -> int:
     """Follows the log of a run that `jacdiag.watch` writes. RUN is a run.jsonl, or the folder that holds one.
 
-    Only reads: the run goes on whether anybody looks or not. Works over ssh, in 80 x 24.
+    Only reads: the run goes on whether anybody looks or not. Works over ssh, in 80 x 24. The last line says whether the
+    run goes on, is slow, has ended, or is dead: the process is looked for if it runs on this machine.
 
     \b
     Example:
@@ -39,12 +41,13 @@ def live(invocation: Invocation, run: str, once: bool, refresh: float, lines: in
 
     path = Path(run) / RUN_FILE if Path(run).is_dir() else Path(run)
     follower = Follower(path)
-    follower.read()
+    state = follower.follow()
     terminal = console()
     if once or not sys.stdout.isatty():
         with terminal.capture() as held:
             height = lines if lines is not None else _FRAME
-            terminal.print(screen(follower.run, str(path), terminal.width, height), height=height)
+            frame_text = screen(follower.run, str(path), terminal.width, height, state=state)
+            terminal.print(frame_text, height=height)
         emit(held.get())
         return 0
     from rich.live import Live
@@ -55,7 +58,8 @@ def live(invocation: Invocation, run: str, once: bool, refresh: float, lines: in
 
     def frame() -> Any:
         width, height = terminal.width, lines if lines is not None else terminal.height
-        return screen(follower.run, str(path), width, height, cells=cells, idle=follower.idle())
+        idle = follower.idle()
+        return screen(follower.run, str(path), width, height, cells=cells, idle=idle, state=state)
 
     try:
         with Live(frame(), console=terminal, screen=True, auto_refresh=False) as view:
@@ -64,7 +68,7 @@ def live(invocation: Invocation, run: str, once: bool, refresh: float, lines: in
                 time.sleep(max(refresh, _LEAST_PAUSE * spent))  # a long log must not take a core from the training
                 invocation.heed()
                 begun = time.monotonic()
-                follower.read()
+                state = follower.follow()
                 view.update(frame(), refresh=True)
                 spent = time.monotonic() - begun
     except KeyboardInterrupt:  # how the screen says that one leaves: the code of Ctrl-C, and no error
@@ -96,6 +100,17 @@ class Follower:
         self.offset += len(whole)
         for row in parsed(whole.splitlines(keepends=True)):
             self.run.add(lightened(row, self.run))
+
+    def follow(self) -> RunState | None:
+        """Read on, and return the state of the run; None if there is no sign of life beside the log."""
+        from jacdiag.report.heartbeat import is_alive, read_heartbeat
+        from jacdiag.report.run_state import state_of_run
+
+        # The process first, then the log: a process that has ended wrote its last line before.
+        beat = read_heartbeat(self.path.parent)
+        alive = is_alive(beat) if beat is not None else None
+        self.read()
+        return state_of_run(self.run, beat, alive, time.time())
 
     def idle(self) -> float | None:
         """Seconds since the log was last written to; None if that cannot be known."""

@@ -17,6 +17,7 @@ from jacdiag.render.gain_cells import CUTS, SHADES, GainCells, loudest
 from jacdiag.render.lines import TIED
 from jacdiag.render.numbers import seconds, three
 from jacdiag.render.run_alerts import alerts_of_run, report_at_start
+from jacdiag.report.run_state import Kind, RunState
 from jacdiag.report.runlog import RunLog, number
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -28,11 +29,19 @@ _LOOK_BACK = 1000  # steps in which a last value is looked for first
 _NARROW = 22  # columns of the heat map: below, its key is short
 _SILENT = 60.0  # seconds without a line in the log
 _MARKS = {"error": "●", "warning": "▲", "info": "·"}
+_LEAST_PATH = 12  # columns of a path that still tells something
 _RATE = 50  # steps that steps per second are taken over
 
 
 def screen(
-    run: RunLog, path: str, width: int, height: int, *, cells: GainCells | None = None, idle: float | None = None
+    run: RunLog,
+    path: str,
+    width: int,
+    height: int,
+    *,
+    cells: GainCells | None = None,
+    idle: float | None = None,
+    state: RunState | None = None,
 ) -> RenderableType:
     """Build one frame.
 
@@ -42,11 +51,12 @@ def screen(
         width, height: of the terminal, in characters.
         cells: those of the frame before, which are then not made anew.
         idle: seconds since the log was last written to, if known.
+        state: of the run, if there is a sign of life beside its log.
     """
     cells = cells if cells is not None else GainCells()
     cells.update(run)
     layout = Layout()
-    layout.split_column(Layout(name="body"), Layout(_keys(run, path, width, idle), size=1))
+    layout.split_column(Layout(name="body"), Layout(_keys(run, path, width, idle, state), size=1))
     left, right = max(width * 34 // 100, 24), max(width * 32 // 100, 22)
     middle = width - left - right
     inside = height - 3
@@ -396,15 +406,27 @@ def _ending(name: str, width: int) -> str:
     return _fitting(width, *(_last_parts(name, most) for most in (3, 2)), _cut(_last_parts(name, 2), 0, width))
 
 
-def _keys(run: RunLog, path: str, width: int, idle: float | None) -> RenderableType:
-    state = f"ended at step {run.ended['step']:,}" if run.ended is not None else "running"
-    if run.ended is None and idle is not None and idle >= _SILENT:
-        state = f"no line for {seconds(idle)}"  # a dead run, or a slow one: the log does not tell
-    leave = "Ctrl-C leaves" if run.ended is not None else "Ctrl-C leaves; the run goes on"
-    if state.startswith("no line"):
-        leave = "Ctrl-C leaves"
-    room = max(width - len(f" {state}  ·    ·  {leave}"), 12)
-    return Text(clipped(f" {state}  ·  {_end_of(printable(path), room)}  ·  {leave}", width), style="reverse")
+def _keys(run: RunLog, path: str, width: int, idle: float | None, state: RunState | None) -> RenderableType:
+    text, goes_on = _state_text(run, idle, state)
+    leave = "Ctrl-C leaves; the run goes on" if goes_on else "Ctrl-C leaves"
+    head, tail = f" {printable(text)}", f"  ·  {leave}"
+    room = width - len(head) - len(tail) - len("  ·  ")
+    if room >= _LEAST_PATH:
+        line = f"{head}  ·  {_end_of(printable(path), room)}{tail}"
+    else:  # what is known of the run matters most
+        line = _fitting(width, head + tail, head)
+    return Text(clipped(line, width), style="reverse")
+
+
+def _state_text(run: RunLog, idle: float | None, state: RunState | None) -> tuple[str, bool]:
+    """What is known of the run, and whether it goes on."""
+    if state is not None:
+        return state.text, state.kind is Kind.RUNNING
+    if run.ended is not None:
+        return f"ended at step {run.ended['step']:,}", False
+    if idle is not None and idle >= _SILENT:
+        return f"no line for {seconds(idle)}", False  # a dead run, or a slow one: the log does not tell
+    return "running", True
 
 
 def _end_of(path: str, width: int) -> str:

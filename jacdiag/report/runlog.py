@@ -1,8 +1,8 @@
 """The log of a watched run: one JSON object a line, and what a reader makes of it.
 
-Lines are only ever appended. A run that goes on from a checkpoint writes a line `resume` with the step it goes on from;
-whatever an earlier part logged beyond that step was done again, and `read_run` leaves it out. The last line of a run
-that was killed may be torn; it is left out too.
+Lines are only ever appended. A run that goes on from a checkpoint, or a loop that goes back to one, writes a line
+`resume` with the step it goes on from. Whatever was logged beyond that step was done again, and `read_run` leaves it
+out. The last line of a run that was killed may be torn; it is left out too.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ RUN_SCHEMA_VERSION = 1
 RUN_FILE = "run.jsonl"
 KINDS = ("run", "resume", "price", "step", "stats", "probe", "alert", "fault", "note", "end", "finding", "ready")
 WHERE_LOGS_ARE = "a run is the log_dir that jacdiag.watch was given, or the run.jsonl in it"
+_MEASURED = ("stats", "probe")
 _STEPPED = ("step", "stats", "probe", "alert", "finding", "ready")
 
 
@@ -99,6 +100,7 @@ class RunLog:
             latest = {"groups": row.get("groups", []), "waits": row.get("waits", {})}
             self.header = {**self.header, **latest}
             self.ready = [row for row in self.ready if row.get("code") not in self.header["waits"]]
+            self.ended = None
         elif kind == "resume":
             self._forget_after(int(row["step"]))
             self.resumes.append(int(row["step"]))
@@ -109,7 +111,10 @@ class RunLog:
             places = {"step": self.steps, "stats": self.stats, "probe": self.probes, "alert": self.alerts,
                       "fault": self.faults, "note": self.notes, "price": self.prices,
                       "finding": self.findings, "ready": self.ready}  # fmt: skip
-            places[kind].append(row)
+            rows = places[kind]
+            if kind in _MEASURED and rows and rows[-1].get("step") == row.get("step"):
+                rows.pop()  # a run that goes on measures the weights of its checkpoint again
+            rows.append(row)
 
     def _forget_after(self, step: int) -> None:
         for rows in (self.steps, self.stats, self.probes, self.alerts, self.findings, self.ready):

@@ -81,6 +81,14 @@ class Drift:
         self.votes: list[str] = []
         self.looks, self._last_step = 0, -1
 
+    def renumber(self, old: int, new: int) -> None:
+        """Give the points of step `old` another number."""
+        self._last_step = new if self._last_step == old else self._last_step
+        for trend in self.trends.values():
+            moved = [new if step == old else step for step in trend.steps]
+            trend.steps.clear()
+            trend.steps.extend(moved)
+
     def look(self, step: int, series: Mapping[str, Mapping[str, float]]) -> list[Alert]:
         """Take the figures of one round; return what stands out, one alert per figure."""
         self.votes, alerts = [], []

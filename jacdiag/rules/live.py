@@ -320,6 +320,16 @@ class LiveRules:
         self.updates.mute()
         self.joint.resumed()
 
+    def renumber(self, old: int, new: int) -> None:
+        """Give what was looked at as step `old` another number: the loop has said where it is."""
+        self.drift.renumber(old, new)
+        self.spoken = {key: new if step == old else step for key, step in self.spoken.items()}
+
+    def rewind(self, base: int) -> None:
+        """The loop goes on from an earlier step, and does the steps after it again."""
+        self.resumed()
+        self.spoken = {key: min(step, base) for key, step in self.spoken.items()}
+
     # -- speaking --------------------------------------------------------------------------------------------------
     def _speak(self, verdict: Verdict, alert: Alert) -> None:
         """One alert of a rule in `QUIET` steps; those in between are counted. The louder level is never held back."""

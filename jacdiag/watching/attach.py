@@ -53,12 +53,16 @@ def watch(
 ) -> Watch:
     """Watches a training run: call `step(loss)` once per optimiser step. The training is not changed by one bit.
 
+    No `with` is needed. An exception that nobody catches, SIGTERM and Ctrl-C leave a flight, and the log is closed at
+    the end of the program. `close()` or `with` end the watch earlier. See `docs/flights.md`.
+
     Args:
         model: the module that the loop calls, wrapped or not.
         optimizer: one optimizer, a list of them, or a wrapper or container of them. It needs no torch class:
             `param_groups` and `step` are enough.
         log_dir: folder of `run.jsonl` and of what the flight recorder keeps; None writes nothing.
-        every: cadence of the Jacobian probe: steps, a share of the training time such as "1%", or None.
+        every: cadence of the Jacobian probe: steps, a share of the training time such as "1%", or None. With a share
+            the steps at which it runs depend on the machine, and differ between two runs; on short steps they are rare.
         stats_every: cadence of shortcut and branch sizes, activations and attention logits: as `every`.
         log_every: steps between two looks at the device and two writes.
         on_alert: "log", "raise" (AlertRaised from `step`), or a function. It is called with the alert; one that takes
@@ -96,17 +100,18 @@ def watch(
         >>> from jacdiag.sources.gpt import build
         >>> model = build(n_layer=1, n_head=2, n_embd=16, vocab_size=32, block_size=8)
         >>> optimizer = torch.optim.AdamW(model.parameters())
-        >>> with watch(model, optimizer, every=None, quiet=True) as w:
-        ...     for _ in range(3):
-        ...         ids = torch.randint(32, (2, 9))
-        ...         _, loss = model(ids[:, :-1], ids[:, 1:])
-        ...         loss.backward()
-        ...         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        ...         optimizer.step()
-        ...         optimizer.zero_grad()
-        ...         w.step(loss, grad_norm=norm)
+        >>> w = watch(model, optimizer, every=None, quiet=True)
+        >>> for it in range(401, 404):
+        ...     ids = torch.randint(32, (2, 9))
+        ...     _, loss = model(ids[:, :-1], ids[:, 1:])
+        ...     loss.backward()
+        ...     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        ...     w.step(loss, grad_norm=norm, step=it)
         >>> w.count
-        3
+        403
+        >>> w.close()
     """
     if not isinstance(log_every, int) or log_every < 1:
         raise UsageError(f"log_every cannot be {log_every!r}", hint="a number of steps, such as 10")

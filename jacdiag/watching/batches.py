@@ -135,9 +135,22 @@ class Batches:
         except Exception as error:  # told by the watch at its next step
             self.failed = error
 
+    def renumber(self, step: int) -> None:
+        """Give the batches of the step at hand another number than was expected."""
+        if self.kept is not None:
+            self.kept.renumber(self.step, step)
+        self.step = step
+
+    def rewind(self, base: int) -> None:
+        """Let go of the batches of steps that are going to be done again."""
+        if self.kept is not None:
+            self.kept.drop_between(base, self.step)
+
     def next_step(self, step: int) -> list[Tensor]:
         """Return the fingerprints of the step that has ended; batches from now on belong to `step`."""
         self.take_compiled()
+        if self.kept is not None:
+            self.kept.stride = max(step - self.step, 1)
         prints, self.prints, self.step = self.prints, [], step
         only_first = not self.fingerprints and self.kept is None
         if only_first and self.first is not None and not self.in_compiled:

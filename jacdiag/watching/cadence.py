@@ -9,6 +9,8 @@ from statistics import median
 
 from jacdiag.errors import UsageError
 
+_RETRY = 200  # steps until a run with a budget is tried again that had not the memory
+
 
 @dataclass
 class Cadence:
@@ -18,6 +20,7 @@ class Cadence:
         steps: between two runs; None where a budget decides.
         budget: share of the training time, such as 0.01.
         last: the step of the last run; -1 before the first.
+        looked: the last step that `due` was called with; a multiple of `steps` may lie between two steps.
 
     Example:
         >>> Cadence.of(200, "every").due(400), Cadence.of("1%", "every").budget
@@ -27,6 +30,7 @@ class Cadence:
     steps: int | None
     budget: float | None = None
     last: int = -1
+    looked: int | None = None
 
     @classmethod
     def of(cls, given: int | str | None, name: str) -> Cadence:
@@ -54,15 +58,21 @@ class Cadence:
 
         Args:
             step: number of steps that are done.
-            price: seconds that one run takes; None before it is known: then it is time.
-            step_seconds: of one training step.
+            price: seconds that one run takes; None before it is known.
+            step_seconds: of one training step; None before it is known: then only the first run is due.
         """
+        before, self.looked = self.looked, step
         if self.steps is not None:
-            return step % self.steps == 0 and step != self.last
+            is_passed = before is not None and before < step and step // self.steps > before // self.steps
+            return (step % self.steps == 0 or is_passed) and step != self.last
         if self.budget is None:
             return False
-        if self.last < 0 or price is None or not step_seconds:
+        if self.last < 0:
             return True
+        if price is None:  # it could not be run; another try is as rare as by default
+            return step - self.last >= _RETRY
+        if not step_seconds:
+            return False
         return (step - self.last) * step_seconds * self.budget >= price
 
     def interval(self, price: float, step_seconds: float) -> float:
@@ -100,3 +110,7 @@ class Clock:
     def step_seconds(self) -> float | None:
         """Median of the last steps."""
         return median(self.steps) if self.steps else None
+
+    def usual_seconds(self) -> float | None:
+        """Return the median of the last steps."""
+        return self.step_seconds

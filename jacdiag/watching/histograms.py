@@ -65,8 +65,9 @@ class Histograms:
         self.every = every
         self.gradients: dict[str, Histogram] = {}
 
-    def is_due(self, step: int) -> bool:
-        return self.every is not None and step % self.every == 0
+    def is_due(self, step: int, stride: int = 1) -> bool:
+        """Return whether a multiple of `every` lies in the last `stride` numbers."""
+        return self.every is not None and step % self.every < stride
 
     def take_gradients(self, groups: Groups, stepping: set[int] | None) -> None:
         """Take the gradients as an optimizer is going to use them.

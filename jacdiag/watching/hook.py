@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import atexit
 import math
+import os
+import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 from torch import Tensor, nn
 
-from jacdiag.errors import UsageError
+from jacdiag.errors import UsageError, one_line
 from jacdiag.report.runlog import Alert
 from jacdiag.watching.batches import Batches
 from jacdiag.watching.cadence import Clock
+from jacdiag.watching.endings import ENDINGS, Ending
 from jacdiag.watching.figures import GIVEN, GIVEN_PART, LOSS, Figures, Row, UpdateTurn
-from jacdiag.watching.guards import Guards, logger, quietly
+from jacdiag.watching.guards import AlertRaised, Guards, logger, quietly
 from jacdiag.watching.histograms import Histograms
 from jacdiag.watching.kept_batches import KeptBatches
 from jacdiag.watching.noise_scale import MicroBatches
@@ -34,12 +38,14 @@ from jacdiag.watching.optimisers import (
 from jacdiag.watching.rank_comparison import RankComparison
 from jacdiag.watching.record import Record
 from jacdiag.watching.step_hooks import StepHooks
+from jacdiag.watching.step_numbers import StepMove, StepNumbers
 from jacdiag.watching.tiers import Tiers
 from jacdiag.watching.together import Together
 from jacdiag.watching.usage import Outcome, Usage
 
 _NO_FIGURES = "no figures of single steps from now on"
 _NO_UPDATES = "no update norms from now on"
+_TRIES = 300  # of 10 ms
 _SAMPLE = 32  # parameters whose count of changes is looked at
 
 
@@ -47,7 +53,7 @@ class Watch:
     """A running watch; see `jacdiag.watch`.
 
     Attributes:
-        count: optimiser steps so far, skipped ones included.
+        count: optimiser steps so far, skipped ones included; the number of the last one where the loop passes numbers.
         alerts: those of this session.
         closed: nothing of it is left on the model and the optimisers.
     """
@@ -58,10 +64,13 @@ class Watch:
     ) -> None:  # fmt: skip
         self.optimizers, self.together, self.record, self.tiers = optimizers, together, record, tiers
         self.guards: Guards = record.guards
-        self.count, self.log_every, self.updates = record.resumed_at, log_every, updates
+        self.numbers = StepNumbers(record.resumed_at, record.warn)
+        self.log_every, self.updates = log_every, updates
         self.histograms = histograms
         self.clock = Clock()
-        self.closed = False
+        self.closed = self.busy = False
+        self.process, self.thread = os.getpid(), threading.get_ident()  # those that train
+        self._signal = ""  # one that came, and that somebody else handles
         self.usage = Usage(optimizers.leaves, record.warn)
         self.turn: UpdateTurn | None = None
         self._running: list[int] = []  # ids of the optimizers whose step is running, the outermost first
@@ -88,6 +97,11 @@ class Watch:
         tiers.batches = record.batches = self.batches
         self._at_exit = partial(_close, weakref.ref(self))  # a loop may end without close(), and lines may wait
         atexit.register(self._at_exit)
+        ENDINGS.open(self)
+
+    @property
+    def count(self) -> int:
+        return self.numbers.count
 
     def __str__(self) -> str:
         """Return how far the watch is, and what it said in this session."""
@@ -99,33 +113,54 @@ class Watch:
         return "\n".join([f"Watch, {state}: {steps}, {said}", *findings, *alerts])
 
     # -- the loop --------------------------------------------------------------------------------------------------
-    def step(self, loss: Any, *, grad_norm: Any = None, lr: float | None = None, tokens: int | None = None) -> None:
-        """To be called once per optimiser step, behind it.
+    def step(
+        self,
+        loss: Any,
+        *,
+        grad_norm: Any = None,
+        lr: float | None = None,
+        tokens: int | None = None,
+        step: int | None = None,
+    ) -> None:
+        """Take one optimizer step; call it once per step, after `optimizer.step()`.
 
         Args:
             loss: of this step, a tensor or a number; None where the loop does not know it.
             grad_norm: what `clip_grad_norm_` returned, if the loop clips.
             lr: the learning rate; the one that the first parameter group of the step used if not given.
             tokens: tokens so far, or in this step; written to the log as it is.
+            step: the trainer's own number of the step. Log, alerts, flights and cadences use it. The first number of a
+                process says where the run is: a run that goes on from a checkpoint of step 400 passes 401, and what the
+                log has from there on is done again. Counted from 1 if not given.
 
         Raises:
-            UsageError: the watch is closed.
+            UsageError: the watch is closed, or `step` is no whole number.
             AlertRaised: an alert, with `on_alert="raise"`.
         """
         if self.closed:
-            raise UsageError("step of a watch that is closed", hint="call it inside the `with` block")
-        self.count += 1
+            raise UsageError("step of a watch that is closed", hint="call it before close(), inside the `with` block")
+        self.thread, self.busy = threading.get_ident(), True
+        try:
+            self._step(loss, grad_norm, lr, tokens, self.numbers.advance(step))
+        finally:
+            self.busy = False
+            ENDINGS.settle()
+        self.record.raise_alert()
+
+    def _step(self, loss: Any, grad_norm: Any, lr: float | None, tokens: int | None, move: StepMove) -> None:
         if self.comparison is not None:
             self._compare_ranks()
         if self.inert:
             return
-        if self.record.skip_list is not None:
-            self.record.skip_list.step_ended(self.count)
         begun = time.perf_counter()
         passed = self.clock.step_ended(begun)
+        self._place(move)
+        if self.record.skip_list is not None:
+            self.record.skip_list.step_ended(self.count)
         with self.guards.part("figures", _NO_FIGURES):
             if self.guards.on("figures"):
                 self._put(loss, grad_norm, lr, tokens, passed)
+        self.record.settle(move.base)
         self._show_histograms()
         self._begin_window()
         self._batch_seen()
@@ -134,13 +169,29 @@ class Watch:
         if figures is not None and (figures.full or self.guards.off.get("figures")):
             self._flush()
         self.tiers.run(self.count, self.clock)
+        if self.record.pulse is not None:
+            self.record.pulse.step_ended(self.count, begun, self.clock.usual_seconds)
+        self._write_flight_of_signal()
         self.clock.begin(time.perf_counter())
-        self.record.raise_alert()
+
+    def _place(self, move: StepMove) -> None:
+        """Follow the numbers of the trainer, before anything of the step is noted."""
+        if move.is_rewind:
+            self._flush()
+            self.record.rewind(move.base)
+            if self.batches is not None:
+                self.batches.rewind(move.base)
+            if self.record.skip_list is not None:
+                self.record.skip_list.rewind(move.base)
+        if self.batches is not None and self.batches.step != move.number:
+            self.batches.renumber(move.number)
 
     def _show_histograms(self) -> None:
         """Send histograms to the sinks at a step at which they are due."""
         figures = self.tiers.figures
-        if figures is None or not self.histograms.is_due(self.count) or not self.guards.on("histograms"):
+        if figures is None or not self.guards.on("histograms"):
+            return
+        if not self.histograms.is_due(self.count, self.numbers.stride):
             return
         with self.guards.part("histograms", "no histograms from now on"):
             self.record.publish_histograms(self.count, self.histograms.finish(figures.groups))
@@ -282,7 +333,7 @@ class Watch:
         if self.batches is None:
             return
         with self.guards.part("batches", "no batch fingerprints and no kept batches from now on"):
-            prints = self.batches.next_step(self.count + 1)
+            prints = self.batches.next_step(self.numbers.coming)
             self.record.prints.append(prints)
             if self.batches.failed is not None:
                 error, self.batches.failed = self.batches.failed, None
@@ -382,7 +433,7 @@ class Watch:
                 stepping = own - self._read
                 self._read |= own
             figures.gradients(stepping, *scaling(optimizer), before=before)
-            if self.histograms.is_due(self.count + 1):
+            if self.histograms.is_due(self.numbers.coming, self.numbers.stride):
                 self.histograms.take_gradients(figures.groups, stepping)
 
     # -- the log ---------------------------------------------------------------------------------------------------
@@ -425,7 +476,7 @@ class Watch:
         self.record.go_on(step, None)
 
     def _go_to(self, step: int) -> None:
-        self.count = step
+        self.numbers.count = step
         if self.batches is not None:
             self.batches.step = step + 1
 
@@ -441,11 +492,22 @@ class Watch:
     # -- the end ---------------------------------------------------------------------------------------------------
     def close(self) -> None:
         """Writes what is left and takes everything off the model and the optimisers. May be called twice."""
+        self._close(Ending(how="closed"))
+
+    def _close(self, ending: Ending) -> None:
         if self.closed:
             return
+        if os.getpid() != self.process:  # a copy that a fork has made: the run is the parent's
+            self.closed = True
+            return
+        self.busy = True
         if not self.inert:
             self.usage.ended()
-            quietly(self._flush)
+            if not (ending.is_alone and self.together.sharded):
+                quietly(self._flush)
+            if self._signal and not ending.reason:
+                ending = replace(ending, reason=self._signal, has_flight=True)
+            quietly(self.record.left, self.count, ending)
         self.closed = True
         for part in (self.hooks, self.batches, self.comparison):
             if part is not None:
@@ -459,6 +521,9 @@ class Watch:
         self.optimizers = OptimizerTree()
         self._rates.clear()
         atexit.unregister(self._at_exit)
+        self.busy = False
+        ENDINGS.close(self)
+        ENDINGS.settle()
 
     def __enter__(self) -> Self:
         return self
@@ -466,16 +531,69 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and not self.inert and not self.closed:
+        if error is None:
+            self.close()
+            return
+        has_flight = not isinstance(error, AlertRaised)  # the alert has one
+        self._close(Ending.by_error(error, has_flight=has_flight))
+
+    # -- ends without close, see jacdiag.watching.endings ----------------------------------------------------------
+    def left_by(self, error: BaseException) -> None:
+        """Write the flight and close, because an exception was caught by nobody."""
+        has_flight = not isinstance(error, AlertRaised)
+        self._close(Ending.by_error(error, has_flight=has_flight, is_alone=True))
+
+    def killed_by(self, name: str) -> None:
+        """Write the flight and the last lines, because a signal is going to end the process."""
+        if self.closed or self.inert:
+            return
+        for _ in range(_TRIES):  # of another thread, that trains; it is not waited for for ever
+            if not self.busy:
+                break
+            time.sleep(0.01)
+        self.closed = True
+        if not self.together.sharded:
             quietly(self._flush)
-            quietly(self.record.crashed, self.count, error)
-        self.close()
+        quietly(self.record.left, self.count, Ending(how="signal", reason=name, has_flight=True))
+        quietly(self.record.end, self.count, self.clock, self.tiers.looks)
+        quietly(self.record.wait)
+        quietly(self.record.close_sinks)
+
+    def noticed(self, name: str) -> None:
+        """Note a signal that the trainer handles: the flight is written when the step at hand has ended."""
+        if not self.inert:
+            self._signal = name
+            self.record.line("note", {"step": self.count, "text": f"{name} came; the trainer handles it"})
+
+    def _write_flight_of_signal(self) -> None:
+        if self._signal:
+            name, self._signal = self._signal, ""
+            self._flush()
+            self.record.dump(self.count, name)
+
+    def interrupted_by(self, error: BaseException) -> None:
+        """Write a flight and stay open: in an interactive session the loop may go on."""
+        if self.inert or self.closed:
+            return
+        if not self.together.sharded:
+            quietly(self._flush)
+        self.record.line("note", {"step": self.count, "text": f"the loop was left by {one_line(error)}"})
+        quietly(self.record.dump, self.count, one_line(error))
+        quietly(self.record.wait)
+
+    def ended_with_process(self) -> None:
+        """Close, because the program ends without `close`."""
+        self._close(Ending(how="exit"))
+
+    def note(self, text: str) -> None:
+        """Write a note to the log."""
+        self.record.note(text)
 
 
 def _close(ref: weakref.ref[Watch]) -> None:
     watch = ref()
     if watch is not None:
-        watch.close()
+        watch.ended_with_process()
 
 
 def _count_changes(leaves: Sequence[Any]) -> list[int]:

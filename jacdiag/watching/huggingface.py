@@ -111,7 +111,8 @@ class WatchCallback(TrainerCallback):
         loss = torch.stack(losses).sum() if losses else None
         if loss is not None and self._is_mean:
             loss = loss / len(losses)
-        self.watch.step(loss, grad_norm=norm, tokens=getattr(state, "num_input_tokens_seen", None) or None)
+        tokens = getattr(state, "num_input_tokens_seen", None) or None
+        self.watch.step(loss, grad_norm=norm, tokens=tokens, step=state.global_step)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"

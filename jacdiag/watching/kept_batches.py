@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ class KeptBatches:
         automatic: the number was left to this class.
         bytes: of the tensors that are kept.
         step_bytes: of the batches of one step, if they are too large to be kept by themselves.
+        stride: between the numbers of two steps.
     """
 
     def __init__(self, count: int | None, log_every: int) -> None:
@@ -49,6 +50,7 @@ class KeptBatches:
         self.queue: deque[KeptBatch] = deque(maxlen=count)
         self.bytes = 0
         self.step_bytes: int | None = None
+        self.stride = 1
 
     def __len__(self) -> int:
         return len(self.queue)
@@ -61,7 +63,7 @@ class KeptBatches:
         if self.step_bytes is not None:
             return
         # 1. Drop steps that no alert can speak of any more.
-        while self.queue and self.queue[0].step <= step - 2 * self.log_every:
+        while self.queue and self.queue[0].step <= step - 2 * self.log_every * self.stride:
             self.bytes -= _size(self.queue.popleft().arguments)
         # 2. Give up if one interval of the live rules does not fit.
         size = _size(arguments)
@@ -76,6 +78,20 @@ class KeptBatches:
         self.bytes += size
         while self.bytes > SMALL:
             self.bytes -= _size(self.queue.popleft().arguments)
+
+    def renumber(self, old: int, new: int) -> None:
+        """Give the latest batches, those of step `old`, the number `new`."""
+        for place in reversed(range(len(self.queue))):
+            if self.queue[place].step != old:
+                return
+            self.queue[place] = replace(self.queue[place], step=new)
+
+    def drop_between(self, base: int, current: int) -> None:
+        """Drop the batches of steps after `base`, but those of the step at hand."""
+        batches = [batch for batch in self.queue if batch.step <= base or batch.step == current]
+        self.queue = deque(batches, maxlen=self.queue.maxlen)
+        if self.automatic:
+            self.bytes = sum(_size(batch.arguments) for batch in batches)
 
     def chosen(self, step: int) -> list[KeptBatch]:
         """Return what a flight about a step holds, in order: the batch of that step comes last.

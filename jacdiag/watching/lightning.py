@@ -83,7 +83,7 @@ class WatchCallback(Callback):
         self._seen = trainer.global_step
         losses, self._losses = self._losses, []
         norm, self._norm = self._norm, None
-        self.watch.step(sum(losses) if losses else None, grad_norm=norm)
+        self.watch.step(sum(losses) if losses else None, grad_norm=norm, step=self._seen)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self.watch is not None:

@@ -51,7 +51,7 @@ class RunFile:
                 _drop_torn_line(self.path, self._handle)
         except OSError as error:
             raise UsageError(f"cannot write a log in '{folder}'", got=error.strerror) from error
-        self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[bytes | threading.Event | Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write_all, name="jacdiag-log", daemon=True)
         self._thread.start()
 
@@ -63,10 +63,14 @@ class RunFile:
             raise OSError("the disk is too slow: ten thousand blocks of lines wait to be written")
         self._queue.put(b"".join(to_line(kind, row) for row in rows))
 
+    def submit(self, call: Callable[[], None]) -> None:
+        """Have the writing thread call a function that does not raise."""
+        self._queue.put(call)
+
     def flush(self, seconds: float = 5.0) -> None:
         """Waits until what was handed over is written, but no longer than that."""
         done = threading.Event()
-        self._queue.put(done)  # type: ignore[arg-type]
+        self._queue.put(done)
         done.wait(seconds)
 
     def close(self) -> None:
@@ -78,11 +82,14 @@ class RunFile:
 
     def _write_all(self) -> None:
         while True:
-            block: Any = self._queue.get()
+            block = self._queue.get()
             if block is None:
                 return
             if isinstance(block, threading.Event):
                 block.set()
+                continue
+            if not isinstance(block, bytes):
+                block()
                 continue
             if self.error:
                 continue

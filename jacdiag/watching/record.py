@@ -6,6 +6,7 @@ import datetime
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from typing import Any
 import torch
 
 import jacdiag
-from jacdiag.errors import one_line
 from jacdiag.report.runlog import Alert
 from jacdiag.report.thresholds import Thresholds
 from jacdiag.rules.live import LiveRules, StepFigures
 from jacdiag.watching.batches import Batches
 from jacdiag.watching.cadence import Clock
+from jacdiag.watching.endings import Ending
 from jacdiag.watching.guards import AlertRaised, Guards, logger, say
+from jacdiag.watching.heartbeat import Pulse
 from jacdiag.watching.histograms import Histogram
 from jacdiag.watching.log import RunFile
 from jacdiag.watching.moment import AlertMoment, call_handler
@@ -63,11 +65,15 @@ class Record:
         self.alert_sinks = open_alert_sinks(alerts_to, self._webhook_failed)
         self.sinks = open_sinks(sinks, folder or Path())
         self.folder, self.last_step = folder, 0
+        self.pulse = Pulse(folder, self.file.submit) if folder is not None and self.file is not None else None
+        self.ending = Ending(how="closed")
+        self.ending_flight: str | None = None
         self.tiers: weakref.ref[Any] | None = None  # who holds the model, the optimizers and the last report
         self.recorder = Recorder(folder, recorder) if folder is not None and recorder else None
         self.batches: Batches | None = None
         self.skip_list: SkipList | None = None
         self.prints: list[list[torch.Tensor]] = []
+        self._is_placed = False
         self.going_on = self.file is not None and self.file.last_step is not None
         self.resumed_at = (self.file.last_step or 0) if self.file is not None else 0
         self.silence = Silence(self.warn, self.note)
@@ -75,6 +81,7 @@ class Record:
         self.noise = NoiseScale()
         self._told: set[str] = set()
         self._raise: Alert | None = None
+        self._held: list[tuple[str, Mapping[str, Any]]] | None = None  # lines until the first step has a number
         self._begun = time.time()
 
     # -- lines -----------------------------------------------------------------------------------------------------
@@ -91,10 +98,36 @@ class Record:
         self.waits = self.live.waits()
         self.header["waits"] = dict(self.waits)
         self.line("run", self.header)
+        if not self._is_placed:
+            self._held = []
+
+    def settle(self, base: int) -> None:
+        """Write what was held back until the first step of this process had a number; later calls do nothing.
+
+        Args:
+            base: the step that the weights were at when the first probe saw them.
+        """
+        if self._is_placed or not self.header:
+            return
+        self._is_placed = True
         if self.going_on:
-            self.line("resume", {"step": self.resumed_at})
+            self.line("resume", {"step": base}, at_once=True)
             self.live.resumed()
             self.going_on = False
+        before, after = self.resumed_at, max(base, 0)
+        if before != after:
+            self.live.renumber(before, after)
+            for alerts in (self.alerts, self.findings):
+                alerts[:] = [replace(alert, step=after) if alert.step == before else alert for alert in alerts]
+        held, self._held = self._held or [], None
+        for kind, row in held:
+            moved = {**row, "step": after} if row.get("step") == before else row
+            self.line(kind, moved)
+
+    def rewind(self, base: int) -> None:
+        """The loop has gone back within the process: steps after `base` are done again."""
+        self.line("resume", {"step": base})
+        self.live.rewind(base)
 
     def go_on(self, step: int, live: Mapping[str, Any] | None) -> None:
         """Goes on from a checkpoint: what the log has beyond its step is done again."""
@@ -102,10 +135,13 @@ class Record:
         if live is not None:
             self.live.load(live)
 
-    def line(self, kind: str, row: Mapping[str, Any]) -> None:
-        self._write(kind, [row])
+    def line(self, kind: str, row: Mapping[str, Any], *, at_once: bool = False) -> None:
+        self._write(kind, [row], at_once=at_once)
 
-    def _write(self, kind: str, rows: list[Mapping[str, Any]]) -> None:
+    def _write(self, kind: str, rows: list[Mapping[str, Any]], *, at_once: bool = False) -> None:
+        if self._held is not None and not at_once and any("step" in row for row in rows):
+            self._held += [(kind, row) for row in rows]
+            return
         if self.file is None or not self.guards.on("log"):
             return
         with self.guards.part("log", "nothing more is written to the run log"):
@@ -258,6 +294,19 @@ class Record:
         if alert is not None:
             raise AlertRaised(alert)
 
+    def left(self, step: int, ending: Ending) -> None:
+        """Note how the loop was left, with a flight if it is to have one."""
+        self.settle(step)
+        self.ending = ending
+        if ending.how in ("crash", "interrupt", "signal"):
+            self.line("note", {"step": step, "text": f"the loop was left by {ending.reason}"})
+        if ending.has_flight:
+            folder = self.dump(step, ending.reason)
+            there = self.folder / f"flight-{step}" if self.folder is not None else None
+            if folder is None and there is not None and there.is_dir():
+                folder = there  # an alert at this step has written it
+            self.ending_flight = folder.name if folder is not None else None
+
     def dump(self, step: int, why: str) -> Path | None:
         """Have the flight recorder write what it keeps; return the folder, or None if it wrote none."""
         if self.recorder is None:
@@ -269,12 +318,6 @@ class Record:
                     self.line("note", {"step": step, "text": f"flight recorder: {folder.name}"})
                 return folder
         return None
-
-    def crashed(self, step: int, error: BaseException) -> None:
-        """The loop was left by an exception."""
-        self.line("note", {"step": step, "text": f"the loop was left by {one_line(error)}"})
-        if not isinstance(error, KeyboardInterrupt | AlertRaised):
-            self.dump(step, one_line(error))
 
     def warn(self, what: str, text: str) -> None:
         """Says something about how the watch is used, once."""
@@ -304,9 +347,11 @@ class Record:
         if self.file is not None:
             self.file.flush()
 
-    def close(self, step: int, clock: Clock, looks: int) -> None:
+    def end(self, step: int, clock: Clock, looks: int) -> None:
+        """Write the last line."""
         seen = max(self.live.seen, 1)
         with_clip = self.totals["with_clip"]
+        self.settle(step)
         self.line(
             "end",
             {
@@ -314,8 +359,13 @@ class Record:
                 "skipped": self.totals["skipped"], "off": dict(self.guards.off), "alerts": len(self.alerts),
                 "clip_fraction": self.totals["clipped"] / with_clip if with_clip else None,
                 "spike_score": {key: count / seen for key, count in self.live.spikes.items()},
+                "how": self.ending.how, "reason": self.ending.reason, "flight": self.ending_flight,
+                "session": self.pulse.session if self.pulse is not None else None,
             },
         )  # fmt: skip
+
+    def close_sinks(self) -> None:
+        """Close what figures and alerts are sent to."""
         for name, sink in self.sinks:
             with self.guards.part(f"sink {name}", f"{name} could not be closed"):
                 sink.close()
@@ -324,5 +374,9 @@ class Record:
             with self.guards.part(f"alerts to {name}", f"{name} could not be closed"):
                 if callable(close):
                     close()
+
+    def close(self, step: int, clock: Clock, looks: int) -> None:
+        self.end(step, clock, looks)
+        self.close_sinks()
         if self.file is not None:
             self.file.close()

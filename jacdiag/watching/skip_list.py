@@ -83,6 +83,13 @@ class SkipList:
         ledger.steps.append((step, list(ledger.waiting)))
         ledger.waiting.clear()
 
+    def rewind(self, base: int) -> None:
+        """Forget which batches belong to steps after `base`: they are going to be done again."""
+        ledger = self._ledger
+        earlier = [entry for entry in ledger.steps if entry[0] <= base]
+        ledger.steps.clear()
+        ledger.steps.extend(earlier)
+
     def add(self, alert: Alert) -> None:
         """Append the batches of an alert's steps, if it is about the loss or the gradient of single steps.
 

@@ -308,6 +308,7 @@ class Tiers:
             with self.together.in_step():
                 why = self.live.fits(found)
                 if not self.together.fits(not why):
+                    self.every.last = step
                     self.record.warn("memory", f"the probe is skipped: {why or 'another rank has not the memory'}")
                     return
                 report = self.live.measure(found, step, begun)

@@ -103,6 +103,8 @@ def test_a_budget_keeps_the_probe_within_its_share(tmp_path: Path, monkeypatch: 
     cadence = Cadence.of("2%", "every")
     assert cadence.due(0)
     cadence.last = 0
+    assert not cadence.due(1, price=1.0, step_seconds=None), "not known yet"
+    assert next(step for step in range(1, 500) if cadence.due(step, price=None)) == 200, "it had not the memory"
     due = [step for step in range(1, 1000) if cadence.due(step, price=1.0, step_seconds=0.5)]
     assert due[0] == 100  # 1 s in 100 steps of 0.5 s
 

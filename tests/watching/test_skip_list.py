@@ -262,7 +262,7 @@ folder, bad = sys.argv[1], sys.argv[2]
 path = f"{folder}/skip.jsonl" if rank == 0 else f"{folder}/nowhere.jsonl"
 try:
     kept = list(jacdiag.skipping([f"{rank}-{place}" for place in range(6)], path))
-    print(rank, *kept)
+    sys.stdout.write(" ".join([str(rank), *kept]) + "\\n")  # whole: the ranks share a pipe
 except jacdiag.JacdiagError as error:
     print(rank, error)
 dist.destroy_process_group()
