@@ -15,7 +15,8 @@ from jacdiag.watching.grouping import Groups, Member
 from jacdiag.watching.norms import find_nonfinite, square_sums, widest
 from jacdiag.watching.optimisers import local
 
-MICRO, MICRO_SUM, LOSS, GIVEN, GIVEN_PART, INF, UPDATE, WEIGHT, FIRST = range(9)  # columns; sub-layers follow
+# Columns; sub-layers follow. Those from GIVEN_PART on are summed over ranks.
+MICRO, MICRO_SUM, LOSS, WRITTEN, GIVEN, GIVEN_PART, INF, UPDATE, WEIGHT, FIRST = range(10)
 _OVERDUE = 4  # intervals that an optimizer may be late before nothing waits for it
 
 
@@ -35,6 +36,7 @@ class Row:
         sequences: in each of them.
         weights_seen: before the step somebody looked whether the weights are finite.
         with_gradient: parameters that had a gradient.
+        written_after: the step whose weights were compared with those before this one; 0 if none were.
     """
 
     step: int = 0
@@ -52,6 +54,7 @@ class Row:
     sequences: int = 0
     weights_seen: bool = False
     with_gradient: int = 0
+    written_after: int = 0
 
 
 @dataclass

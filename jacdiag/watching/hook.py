@@ -37,9 +37,11 @@ from jacdiag.watching.step_hooks import StepHooks
 from jacdiag.watching.tiers import Tiers
 from jacdiag.watching.together import Together
 from jacdiag.watching.usage import Outcome, Usage
+from jacdiag.watching.writes import WeightWrites
 
 _NO_FIGURES = "no figures of single steps from now on"
 _NO_UPDATES = "no update norms from now on"
+_NO_WRITES = "writes to weights between the steps are not looked for from now on"
 _SAMPLE = 32  # parameters whose count of changes is looked at
 
 
@@ -164,6 +166,8 @@ class Watch:
         figures.now.optimizer_step, figures.now.stepped_before = outcome, self.usage.ever
         if unseen:
             self._read_late(figures)
+            if self.tiers.writes is not None:
+                self.tiers.writes.forget()
         with self.guards.part("updates", _NO_UPDATES):
             if self.turn is not None and self.guards.on("updates"):
                 self._close_turn(self.turn, figures, outcome)
@@ -299,6 +303,7 @@ class Watch:
         # 1. Place the call: an optimizer of its own, or the step of one inside another.
         if id(optimizer) in self._running:  # its last step ended with an exception
             self._running = self._running[: self._running.index(id(optimizer))]
+        is_outermost = not self._running
         self._running.append(id(optimizer))
         if number is not None:
             self._note_step(number, optimizer)
@@ -314,6 +319,10 @@ class Watch:
             self._open_turn(number, closure)
             if self.turn is not None and number is not None:
                 self.turn.note_step(number)
+        # 4. Compare the weights with what the last step has left.
+        if is_outermost:
+            with self.guards.part("writes", _NO_WRITES):
+                self._look_for_writes(number)
         self.clock.charge("updates", time.perf_counter() - taken)
 
     def _after(self, optimizer: Any, closure: bool) -> None:
@@ -330,7 +339,35 @@ class Watch:
                     self.turn.measure(figures)
                 else:
                     self.turn.drop()  # a wrapper that did not step, as in a micro-batch
+        if not self._running:
+            with self.guards.part("writes", _NO_WRITES):
+                self._keep_weights(number)
         self.clock.charge("updates", time.perf_counter() - begun)
+
+    def _look_for_writes(self, number: int | None) -> None:
+        """Look for weights that were written since the last step of an optimizer, or of all inside a wrapper."""
+        figures = self.tiers.figures
+        if figures is None or not self.guards.on("writes") or not self.guards.on("figures"):
+            return
+        writes = self.tiers.writes
+        if writes is None or writes.groups is not figures.groups:
+            count = len(self.optimizers.leaves)
+            writes = WeightWrites(figures.groups, self._holders(), count, figures.device, figures.capacity)
+            self.tiers.writes = writes
+        for place in self._stepping(number):
+            writes.begin(place, figures)
+
+    def _keep_weights(self, number: int | None) -> None:
+        """Keep a sample of what the step has left."""
+        writes = self.tiers.writes
+        if writes is None or not self.guards.on("writes"):
+            return
+        for place in self._stepping(number):
+            writes.end(place, self.count + 1)
+
+    def _stepping(self, number: int | None) -> Sequence[int]:
+        """The optimizers whose weights the outermost step may move."""
+        return range(len(self.optimizers.leaves)) if number is None else (number,)
 
     def _number(self, optimizer: Any) -> int | None:
         """The place of an optimizer among those that update parameters; None for a wrapper."""
@@ -358,13 +395,16 @@ class Watch:
         if figures is None or not self.updates or not self.guards.on("updates") or not self.guards.on("figures"):
             return
         if self.turn is None or self.turn.groups is not figures.groups:
-            leaves = self.optimizers.leaves
-            holders: dict[int, int] = {}
-            for place, leaf in enumerate(leaves):
-                for parameter in self.optimizers.own_parameters(leaf):
-                    holders.setdefault(id(parameter), place)
-            self.turn = UpdateTurn(figures.groups, holders, len(leaves))
+            self.turn = UpdateTurn(figures.groups, self._holders(), len(self.optimizers.leaves))
         self.turn.open(number, closure)
+
+    def _holders(self) -> dict[int, int]:
+        """Id of a parameter -> the number of the optimizer that updates it."""
+        holders: dict[int, int] = {}
+        for place, leaf in enumerate(self.optimizers.leaves):
+            for parameter in self.optimizers.own_parameters(leaf):
+                holders.setdefault(id(parameter), place)
+        return holders
 
     def _gradients(self, optimizer: Any, number: int | None, *, before: bool = True) -> None:
         with self.guards.part("figures", _NO_FIGURES):
