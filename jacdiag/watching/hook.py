@@ -150,13 +150,19 @@ class Watch:
     def prepare(self) -> None:
         """Finds the sub-layers and runs the first probe now, before the first update; done at that update otherwise.
 
-        For loops whose gradients are made inside the optimiser's step: there the first update comes too early.
+        For loops whose gradients are made inside the optimiser's step: there the first update comes too early. Called
+        there at each step, after the backward and before the update, it also looks for what is not finite by then.
         """
         if self.inert or self.closed:
             return
         with self.guards.part("figures", _NO_FIGURES):
             if self.guards.on("figures"):
-                self.tiers.prepared(self.count, self.log_every)
+                figures = self.tiers.prepared(self.count, self.log_every)
+                if self._running and self._stepped:
+                    figures.look_before_update()
+        with self.guards.part("writes", _NO_WRITES):
+            if self._running and self.tiers.writes is not None and self.tiers.figures is not None:
+                self.tiers.writes.look_again(self.tiers.figures)
 
     def _put(self, loss: Any, grad_norm: Any, lr: float | None, tokens: int | None, passed: float | None) -> None:
         outcome = self._outcome()

@@ -62,10 +62,16 @@ class WeightWrites:
         if not places:
             return
         with torch.no_grad():
+            if optimizer in self.views:  # the last step was left by an exception
+                self.before.pop(optimizer, None)
             self.views[optimizer] = [_strided(self.groups.members[place]) for place in places]
-            before = self.before.pop(optimizer, None)
-            if before is not None:
-                self._compare(optimizer, before, figures)
+            self._compare(optimizer, figures)
+
+    def look_again(self, figures: Figures) -> None:
+        """Compare once more; call inside a step with a closure, after the closure and before the update."""
+        with torch.no_grad():
+            for optimizer in self.views:
+                self._compare(optimizer, figures)
 
     def end(self, optimizer: int, step: int) -> None:
         """Read the weights that a step has left.
@@ -89,9 +95,13 @@ class WeightWrites:
         self.before.clear()
         self.views.clear()
 
-    def _compare(self, optimizer: int, before: Tensor, figures: Figures) -> None:
+    def _compare(self, optimizer: int, figures: Figures) -> None:
+        """Compare with the last sample, if there is one; the new one takes its place."""
+        before = self.before.pop(optimizer, None)
+        if before is None:
+            return
         views = self.views[optimizer]
-        after = torch.cat(views)
+        after = self.before[optimizer] = torch.cat(views)
         if after.shape != before.shape or (self.device.type == "cpu" and torch.equal(before, after)):
             return
         # 1. Sums of squares of each weight's sample.
