@@ -138,8 +138,9 @@ begins. A weight whose sample has changed by at least its own norm (the smaller 
 from outside: a doubling, a halving, a new draw. A change of 1 to 100 percent is a note in the log, once in a run. One
 that is undone before the next step, as an average that is swapped in for an evaluation, is not seen.
 
-Not looked at: vectors, weights that no watched optimizer holds, the step after one that was compiled, and the first
-step after the watch was attached or a run was resumed. Of sharded weights those of the leading rank are.""",
+A run that goes on from a checkpoint with the watch's own state compares the weights with those that the state was made
+with. Not looked at: vectors, weights that no watched optimizer holds, the step after one that was compiled, and the
+first step after the watch was attached. Of sharded weights those of the leading rank are, and not across a resume.""",
     why="""\
 The loss may not show for hundreds of steps that a scaling was lost, a layer was drawn anew, or another checkpoint was
 loaded. No optimizer is involved, so that neither learning rate nor clipping bounds it.""",

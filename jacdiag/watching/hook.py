@@ -360,6 +360,9 @@ class Watch:
             count = len(self.optimizers.leaves)
             writes = WeightWrites(figures.groups, self._holders(), count, figures.device, figures.capacity)
             self.tiers.writes = writes
+            saved, self.tiers.saved_weights = self.tiers.saved_weights, None
+            if saved is not None and not self.together.sharded:
+                writes.load(*saved)
         for place in self._stepping(number):
             writes.begin(place, figures)
 
@@ -449,7 +452,13 @@ class Watch:
         Plain containers and tensors. Where weights are sharded, every rank has to ask.
         """
         self.flush()
-        return {"version": 1, "step": self.count, "live": self.record.live.state(), "probe": self.tiers.fixed_probe()}
+        return {
+            "version": 1,
+            "step": self.count,
+            "live": self.record.live.state(),
+            "probe": self.tiers.fixed_probe(),
+            "weights": self.tiers.weights_state(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from `state_dict`; to be called before the first step.
@@ -464,6 +473,9 @@ class Watch:
         self._go_to(int(state["step"]))
         self.record.go_on(self.count, state["live"])
         self.tiers.set_probe(state["probe"])
+        samples = state.get("weights")  # a state of an older version has none
+        if samples:
+            self.tiers.saved_weights = (dict(samples), self.count)
 
     def resume_at(self, step: int) -> None:
         """Goes on from a step without a state: the live rules begin anew, the log goes on there."""

@@ -57,6 +57,7 @@ class Tiers:
         self.batches: Batches | None = None
         self.figures: Figures | None = None
         self.writes: WeightWrites | None = None
+        self.saved_weights: tuple[dict[str, Tensor], int] | None = None  # samples of a checkpoint, and its step
         self.price: Price | None = None
         self.stats_price = 0.0
         self.looks = 0
@@ -372,6 +373,10 @@ class Tiers:
         self._first_report = False
 
     # -- memory ----------------------------------------------------------------------------------------------------
+    def weights_state(self) -> dict[str, Tensor]:
+        """Samples of the weights; none where they are sharded, since the next run may cut them otherwise."""
+        return self.writes.state() if self.writes is not None and not self.together.sharded else {}
+
     def fixed_probe(self) -> dict[str, Any] | None:
         probe = self.live.probe
         return None if probe is None else {"args": probe.args, "kwargs": probe.kwargs}

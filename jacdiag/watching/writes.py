@@ -90,6 +90,33 @@ class WeightWrites:
             self.before[optimizer] = torch.cat(views)
             self.ended[optimizer] = step
 
+    def state(self) -> dict[str, Tensor]:
+        """Return the samples at the end of the last steps, by the names of the weights; looks at the device."""
+        samples: dict[str, Tensor] = {}
+        for optimizer, before in self.before.items():
+            members = [self.groups.members[place] for place in self.parts[optimizer]]
+            with torch.no_grad():
+                counts = [len(_strided(member)) for member in members]
+            for member, sample in zip(members, before.float().cpu().split(counts), strict=True):
+                samples[member.name] = sample.clone()
+        return samples
+
+    def load(self, samples: Mapping[str, Tensor], step: int) -> None:
+        """Go on from the samples that a checkpoint was made with; optimizers whose weights have others are left out.
+
+        Args:
+            samples: what `state` returned.
+            step: the step that it was made after.
+        """
+        for optimizer, places in self.parts.items():
+            members = [self.groups.members[place] for place in places]
+            known = [samples.get(member.name) for member in members]
+            with torch.no_grad():
+                counts = [len(_strided(member)) for member in members]
+            if [None if sample is None else len(sample) for sample in known] == counts:
+                self.before[optimizer] = torch.cat(known).to(self.device)  # type: ignore[arg-type]
+                self.ended[optimizer] = step
+
     def forget(self) -> None:
         """Compare nothing with what was read so far: a step was made that nobody saw."""
         self.before.clear()
