@@ -10,11 +10,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from _faults.trials import LAYERS, LONGEST, PROBE, STATISTICS, Target, Trainscope, Trials
 from detect import LENGTH, ROWS, VOCABULARY, Run, Training
 from torch import Tensor
 
 import jacdiag
+from _faults.trials import LAYERS, LONGEST, PROBE, STATISTICS, Target, Trainscope, Trials
 
 WIDTH, HEADS, STEPS = 48, 4, 10_000
 CADENCE: dict[str, Any] = {"every": PROBE, "stats_every": STATISTICS, "log_every": 5, "quiet": True, "strict": True}

@@ -207,10 +207,14 @@ class LiveRules:
         loss, gradient, usual = scores.loss_recent, scores.gradient_recent, self.recent_loss.usual()
         if f.loss is None or loss is None or usual is None:
             return False
-        if f.loss <= usual + self._cut("median_spike", "info") or loss <= self._cut("joint_one", "warning"):
+        far = self._cut("joint_one", "warning")
+        if loss <= far:
             return False
+        is_high = f.loss > usual + self._cut("median_spike", "info")
         if f.after_clipping:
-            return True
+            return is_high
+        if not is_high:  # a model of which little is trained: its loss hardly moves, and hardly scatters
+            return gradient is not None and gradient > far
         return gradient is not None and gradient > self._cut("gradient_z", "info")
 
     def _together(self, f: StepFigures, spoken: Spoken, verdict: Verdict) -> None:
