@@ -30,7 +30,7 @@ from typing import Any
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "critical", "TOKENIZERS_PARALLELISM": "false"}
 
 import torch
-from _faults.runs import HAS_TRAINSCOPE, hugging_face, lightning, plain_loop
+from _faults.runs import hugging_face, lightning, plain_loop
 from _faults.trials import FAULTS, NAN_WEIGHT, WITHIN, count_found
 from detect import text
 
@@ -58,13 +58,14 @@ def summed(runs: Iterable[dict[str, Any]]) -> dict[str, Any]:
     for name in FAULTS:
         trials = [trial for trial in every if trial["fault"] == name]
         delays = sorted(trial["delay"] for trial in trials if trial.get("delay") is not None)
+        peer = any("trainscope" in trial for trial in trials)
         shown = [trial for trial in trials if trial.get("shown") is not None and trial["shown"] <= WITHIN]
         table[name] = {
             "trials": len(trials),
             "loss_shows": len(shown),
             "found": count_found(trials),
             "found_without_JD508": count_found(trials, "without_writes"),
-            "found_by_trainscope": count_found(trials, "trainscope") if HAS_TRAINSCOPE else None,
+            "found_by_trainscope": count_found(trials, "trainscope") if peer else None,
             "within_10": sum(delay <= WITHIN for delay in delays),
             "median_delay": median(delays) if delays else None,
             "largest_delay": max(delays, default=None),
@@ -138,7 +139,8 @@ def main() -> None:
 
 
 def _write(found: dict[str, Any], runs: dict[str, Any]) -> None:
-    found |= {"torch": torch.__version__, "trainscope": HAS_TRAINSCOPE, "runs": runs, "table": summed(runs.values())}
+    found |= {"torch": torch.__version__, "runs": runs, "table": summed(runs.values())}
+    found.pop("seconds", None)
     found["by_run"] = {name: summed([run]) for name, run in runs.items()}
     RESULTS.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -45,7 +45,7 @@ def test_a_young_run_without_a_fault_is_silent(seed: int) -> None:
 
 
 def test_one_figure_alone_is_no_corrupted_batch() -> None:
-    """The gradient norm alone, the loss alone, and both by less than a tenth of a nat."""
+    """The gradient norm alone, the loss alone, and the loss by less than 0.1 with a gradient norm that is not far out."""
     for loss, gradient in ((0.0, 20.0), (3.0, 1.0)):
         live = LiveRules(LIMITS)
         steps = list(young(0, 121))
@@ -53,7 +53,7 @@ def test_one_figure_alone_is_no_corrupted_batch() -> None:
         assert codes(live, [*steps[:-1], bad]) == []
     live = LiveRules(LIMITS)
     still = [StepFigures(k, 2.0 + 1e-3 * (k % 3), 1.0 + 0.01 * (k % 5), 1e-3) for k in range(120)]
-    assert codes(live, [*still, StepFigures(120, 2.09, 5.0, 1e-3)]) == []
+    assert codes(live, [*still, StepFigures(120, 2.09, 1.08, 1e-3)]) == []  # 0.09 higher, and the gradient not by 8
 
 
 def test_a_gradient_norm_that_is_known_after_clipping_only_has_no_say() -> None:
