@@ -200,9 +200,9 @@ class LiveRules:
     def _is_recent_spike(self, f: StepFigures, scores: Scores) -> bool:
         """Whether loss and gradient norm stand out of the last 48 steps at this very step.
 
-        By 0.1 as well, unless the gradient norm stands as far out as the loss. The loss has to: batches differ in their gradient norm by much more than in their loss. Over 375,000 steps of
-        the lab's healthy runs this is true once. Without the gradient norm, which is left out if it is only known after
-        clipping, it is true twice.
+        The loss by 0.1 as well, unless the gradient norm stands as far out as the loss. The loss has to: batches differ
+        in their gradient norm by much more than in their loss. Over 375,000 steps of the lab's healthy runs this is
+        true once. Without the gradient norm, which is left out if it is only known after clipping, it is true twice.
         """
         loss, gradient, usual = scores.loss_recent, scores.gradient_recent, self.recent_loss.usual()
         if f.loss is None or loss is None or usual is None:

@@ -36,8 +36,8 @@ LOSS_SPIKE = Text(
 Either of two. Loss more than 8 standard deviations over the line through the last 48 steps and over their usual value
 by 0.1, with the gradient norm more than 2.5 over its own line. If both stand more than 8 over their lines, the 0.1 is
 not asked for: the loss of a model of which little is trained hardly moves. If the gradient norm is only known after
-clipping, it has no say. The line is Tukey's resistant line, and the deviation comes from the median distance to it: ready after 60
-steps.
+clipping, it has no say. The line is Tukey's resistant line, and the deviation comes from the median distance to
+it: ready after 60 steps.
 
 Or loss at least 7 standard deviations over the rolling mean of the last 1,000 (OLMo 2), over the rolling median of
 201 steps by 0.1 (arXiv 2608.30320), and the gradient norm at z > 2.5 of its exponential average (ZClip), in one step.

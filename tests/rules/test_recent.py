@@ -45,7 +45,7 @@ def test_a_young_run_without_a_fault_is_silent(seed: int) -> None:
 
 
 def test_one_figure_alone_is_no_corrupted_batch() -> None:
-    """The gradient norm alone, the loss alone, and the loss by less than 0.1 with a gradient norm that is not far out."""
+    """The gradient norm alone, the loss alone, and the loss by less than 0.1 with a gradient not far out."""
     for loss, gradient in ((0.0, 20.0), (3.0, 1.0)):
         live = LiveRules(LIMITS)
         steps = list(young(0, 121))

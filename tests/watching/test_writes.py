@@ -301,7 +301,7 @@ def test_a_step_that_raised_is_not_compared_with_the_one_before(caplog: pytest.L
             loss.backward()
             try:
                 optimizer.step()
-            except RuntimeError:  # noqa: PERF203
+            except RuntimeError:
                 continue
             w.step(loss)
         w.flush()
