@@ -81,6 +81,7 @@ class Training:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=run.lr, betas=(0.9, 0.95))
         self.generator = torch.Generator().manual_seed(run.seed)
         self.factor = 1.0
+        self.before_update: Callable[[Tensor], None] | None = None  # called with the loss, after the backward
 
     def rate(self, step: int) -> float:
         decay = 0.55 + 0.45 * math.cos(math.pi * step / self.steps)
@@ -96,6 +97,8 @@ class Training:
         _, loss = self.model(ids[:, :-1], ids[:, 1:])
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if self.before_update is not None:
+            self.before_update(loss.detach())
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.detach(), norm

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,11 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 def call_model(model: Any) -> Loss:
     return lambda ids, targets: model(ids, targets)
+
+
+def own_file(plan: Plan) -> Path:
+    """The checkpoint of this process: ranks that write to one file at a time spoil it."""
+    return plan.checkpoint.with_name(f"{plan.checkpoint.name}-{os.environ.get('RANK', '0')}")
 
 
 @dataclass(kw_only=True)
@@ -70,7 +77,7 @@ class Loop:
         saved: dict[str, Any] = {}
         first = 1
         if plan.resume:
-            saved = torch.load(plan.checkpoint, weights_only=False)
+            saved = torch.load(own_file(plan), weights_only=False)
             model.load_state_dict(saved["model"])
             for optimizer, state in zip(optimizers, saved["optimizers"], strict=False):
                 optimizer.load_state_dict(state)
@@ -96,7 +103,7 @@ class Loop:
                 if step == plan.save_at:
                     states = [optimizer.state_dict() for optimizer in optimizers]
                     state = {"model": model.state_dict(), "optimizers": states, "step": step}
-                    torch.save({**state, "watch": watch.state_dict() if watch is not None else {}}, plan.checkpoint)
+                    torch.save({**state, "watch": watch.state_dict() if watch is not None else {}}, own_file(plan))
         self.end(optimizers)
         result.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
         return result

@@ -1,4 +1,4 @@
-"""JD501 to JD507, and JD105 at each learning rate: a run while it goes on. Signals vote; the joint detectors speak.
+"""JD501 to JD508, and JD105 at each learning rate: a run while it goes on. Signals vote; the joint detectors speak.
 
 One z-score over 2.5 alarms 62 times in 10,000 Gaussian steps. So the published single signals (a spike of OLMo 2's
 score, of the rolling median, of ZClip's z-score) are votes in the log, and an alert takes several of them at once or
@@ -28,6 +28,7 @@ from jacdiag.rules.rising_rate import RisingRate
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 from jacdiag.rules.series import Exponential, Rolling, RollingMedian
 from jacdiag.rules.updates import UpdateJump
+from jacdiag.rules.written import Written, describe_written
 
 SKIPPED_IN_A_ROW = 10  # a loss scaler halves its scale at every skip: ten in a row are a factor of 1,000
 QUIET = 200  # steps in which a rule that has spoken says nothing more
@@ -49,6 +50,7 @@ class StepFigures:
         bad_gradients: parameters whose gradient was not finite; None if nobody looked.
         with_gradient: how many parameters had a gradient; None if nobody looked.
         weights_seen: somebody looked whether the weights were finite.
+        written: weights that were written outside the optimizer before the step; None if none is known.
         after_clipping: `gradient` is the norm after clipping, and says nothing of a spike if the loop clips.
     """
 
@@ -66,6 +68,7 @@ class StepFigures:
     with_gradient: int | None = None
     weights_seen: bool = False
     after_clipping: bool = False
+    written: Written | None = None
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> StepFigures:
@@ -88,16 +91,18 @@ class StepFigures:
             with_gradient=row.get("with_gradient"),
             weights_seen=bool(row.get("weights_seen")),
             after_clipping=row["grad_norm"] is None,
+            written=Written.of_row(row),
         )
 
 
 @dataclass
 class Verdict:
-    """What a step gave: codes that voted, z-scores, alerts."""
+    """What a step gave: codes that voted, z-scores, alerts, and notes for the log alone."""
 
     votes: list[str] = field(default_factory=list)
     scores: dict[str, float] = field(default_factory=dict)
     alerts: list[Alert] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 class LiveRules:
@@ -126,6 +131,7 @@ class LiveRules:
         self.skipped = self.overflows = self.seen = self.probes = 0
         self.finite: tuple[int, bool] | None = None  # last step with a finite loss and gradients; weights seen finite
         self.spikes = {"loss": 0, "gradient": 0}
+        self.noted_write = False
         self.spoken: dict[str, int] = {}
         self.suppressed: dict[str, int] = {}
         self.set_names(names)
@@ -139,6 +145,7 @@ class LiveRules:
     def step(self, figures: StepFigures) -> Verdict:
         """Looks at one step. Steps must come in order."""
         verdict = Verdict(alerts=self.rate.look(figures.step, figures.lr))
+        self._written(figures, verdict)
         self._non_finite(figures, verdict)
         loss = figures.loss
         if figures.skipped or (loss is not None and not math.isfinite(loss)):
@@ -193,17 +200,21 @@ class LiveRules:
     def _is_recent_spike(self, f: StepFigures, scores: Scores) -> bool:
         """Whether loss and gradient norm stand out of the last 48 steps at this very step.
 
-        The loss has to: batches differ in their gradient norm by much more than in their loss. Over 375,000 steps of
-        the lab's healthy runs this is true once. Without the gradient norm, which is left out if it is only known after
-        clipping, it is true twice.
+        The loss by 0.1 as well, unless the gradient norm stands as far out as the loss. The loss has to: batches differ
+        in their gradient norm by much more than in their loss. Over 375,000 steps of the lab's healthy runs this is
+        true once. Without the gradient norm, which is left out if it is only known after clipping, it is true twice.
         """
         loss, gradient, usual = scores.loss_recent, scores.gradient_recent, self.recent_loss.usual()
         if f.loss is None or loss is None or usual is None:
             return False
-        if f.loss <= usual + self._cut("median_spike", "info") or loss <= self._cut("joint_one", "warning"):
+        far = self._cut("joint_one", "warning")
+        if loss <= far:
             return False
+        is_high = f.loss > usual + self._cut("median_spike", "info")
         if f.after_clipping:
-            return True
+            return is_high
+        if not is_high:  # a model of which little is trained: its loss hardly moves, and hardly scatters
+            return gradient is not None and gradient > far
         return gradient is not None and gradient > self._cut("gradient_z", "info")
 
     def _together(self, f: StepFigures, spoken: Spoken, verdict: Verdict) -> None:
@@ -251,6 +262,27 @@ class LiveRules:
     def _alert(self, step: int, code: str, level: Level, what: str, evidence: dict[str, Any]) -> Alert:
         where = [moved.where for moved in self.moved_first()]
         return Alert(step, code, level, what + self.movers.sentence(), where, evidence)
+
+    def _written(self, f: StepFigures, verdict: Verdict) -> None:
+        """Weights that changed by as much as they are, between two steps; smaller writes are a note, once."""
+        if f.written is None:
+            return
+        what = describe_written(f.written, f.step)
+        largest = f.written.weights[0]
+        if largest.change < self._cut("weight_write", "warning"):
+            if largest.change >= self._cut("weight_write", "info") and not self.noted_write:
+                self.noted_write = True
+                verdict.notes.append(f"{what}. Later writes as small as this one are not told")
+            return
+        evidence = {
+            "since": f.step,
+            "after": f.written.after,
+            "change": largest.change,
+            "times": largest.times,
+            "count": f.written.count,
+        }
+        where = [weight.name for weight in f.written.weights]
+        self._speak(verdict, Alert(f.step, "JD508", "warning", what, where, evidence))
 
     def _non_finite(self, f: StepFigures, verdict: Verdict) -> None:
         self.skipped = self.skipped + 1 if f.skipped else 0
@@ -391,5 +423,6 @@ RULES = tuple(
         ("JD505", "non-finite-run", "error", live_texts.NON_FINITE),
         ("JD506", "update-jump", "info", live_texts.UPDATE_JUMP),
         ("JD507", "stable-rank-fall", "info", live_texts.STABLE_RANK),
+        ("JD508", "written-weights", "warning", live_texts.WRITTEN),
     )
 )

@@ -34,9 +34,10 @@ LOSS_SPIKE = Text(
     summary="one step on which several signals agree: a spike of the loss that the gradient feels",
     what="""\
 Either of two. Loss more than 8 standard deviations over the line through the last 48 steps and over their usual value
-by 0.1, with the gradient norm more than 2.5 over its own line. If the gradient norm is only known after clipping, it
-has no say. The line is Tukey's resistant line, and the deviation comes from the median distance to it: ready after 60
-steps.
+by 0.1, with the gradient norm more than 2.5 over its own line. If both stand more than 8 over their lines, the 0.1 is
+not asked for: the loss of a model of which little is trained hardly moves. If the gradient norm is only known after
+clipping, it has no say. The line is Tukey's resistant line, and the deviation comes from the median distance to
+it: ready after 60 steps.
 
 Or loss at least 7 standard deviations over the rolling mean of the last 1,000 (OLMo 2), over the rolling median of
 201 steps by 0.1 (arXiv 2608.30320), and the gradient norm at z > 2.5 of its exponential average (ZClip), in one step.
@@ -128,4 +129,26 @@ threshold was published.""",
 {"type": "probe", "step": 20000, "votes": ["JD507:transformer.h.1.mlp.c_proj.weight"], ...}""",
     remedy="""\
 Nothing by itself: an observation to set beside the others.""",
+)
+
+WRITTEN = Text(
+    summary="weights changed by as much as they are, between two steps of the optimizer",
+    what="""\
+A sample of 128 elements of each weight matrix is read when the optimizer's step has ended, and again when the next one
+begins. A weight whose sample has changed by at least its own norm (the smaller one of before and after) is written
+from outside: a doubling, a halving, a new draw. A change of 1 to 100 percent is a note in the log, once in a run. One
+that is undone before the next step, as an average that is swapped in for an evaluation, is not seen.
+
+A run that goes on from a checkpoint with the watch's own state compares the weights with those that the state was made
+with. Not looked at: vectors, weights that no watched optimizer holds, the step after one that was compiled, and the
+first step after the watch was attached. Of sharded weights those of the leading rank are, and not across a resume.""",
+    why="""\
+The loss may not show for hundreds of steps that a scaling was lost, a layer was drawn anew, or another checkpoint was
+loaded. No optimizer is involved, so that neither learning rate nor clipping bounds it.""",
+    example="""\
+step 250: 6 of 14 weight matrices were written outside the optimizer, after its step 249 and before step 250:
+h.0.attn.c_proj.weight, h.0.mlp.c_proj.weight, h.1.attn.c_proj.weight and 3 more, each multiplied by 2.45""",
+    remedy="""\
+If the loop writes weights there on purpose (a reset, a merge of adapters, pruning), nothing is wrong. Otherwise look
+for what runs between the two steps: callbacks, a load_state_dict, an average that was not swapped back.""",
 )

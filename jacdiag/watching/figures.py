@@ -15,7 +15,8 @@ from jacdiag.watching.grouping import Groups, Member
 from jacdiag.watching.norms import find_nonfinite, square_sums, widest
 from jacdiag.watching.optimisers import local
 
-MICRO, MICRO_SUM, LOSS, GIVEN, GIVEN_PART, INF, UPDATE, WEIGHT, FIRST = range(9)  # columns; sub-layers follow
+# Columns; sub-layers follow. Those from GIVEN_PART on are summed over ranks.
+MICRO, MICRO_SUM, LOSS, WRITTEN, GIVEN, GIVEN_PART, INF, UPDATE, WEIGHT, FIRST = range(10)
 _OVERDUE = 4  # intervals that an optimizer may be late before nothing waits for it
 
 
@@ -35,6 +36,7 @@ class Row:
         sequences: in each of them.
         weights_seen: before the step somebody looked whether the weights are finite.
         with_gradient: parameters that had a gradient.
+        written_after: the step whose weights were compared with those before this one; 0 if none were.
     """
 
     step: int = 0
@@ -52,6 +54,7 @@ class Row:
     sequences: int = 0
     weights_seen: bool = False
     with_gradient: int = 0
+    written_after: int = 0
 
 
 @dataclass
@@ -129,6 +132,8 @@ class Figures:
         The weights are read at every step on a device that may not be waited for. On a CPU, where the gradients are
         known at once, they are read only if a gradient is not finite.
         """
+        if self.now.weights_seen and not before:
+            return  # they were looked at before the update, and before clipping
         bad = squares.isfinite().logical_not()
         if not self.now.made:
             self.bad_gradients[self.slot] = False
@@ -140,9 +145,25 @@ class Figures:
         on_cpu = self.device.type == "cpu"
         if (on_cpu and not bool(bad.any())) or (not on_cpu and self.now.made):
             return
+        self._look_at_weights()
+
+    def _look_at_weights(self) -> None:
         weights = [local(member.parameter.detach()) for member in self.groups.members]
         self.bad_weights[self.slot] = find_nonfinite(weights, self.device)
         self.now.weights_seen = True
+
+    def look_before_update(self) -> None:
+        """Note what is not finite, inside a step with a closure: after the backward, before clipping and the update.
+
+        The squares of the gradients are those after the step. On a CPU the weights are read as `_note_nonfinite` does.
+        """
+        gradients = [member.parameter.grad for member in self.groups.members]
+        present = [local(g) if g is not None else None for g in gradients]
+        bad = square_sums(present, self.device).isfinite().logical_not()
+        if self.device.type == "cpu" and not bool(bad.any()):
+            return
+        self.bad_gradients[self.slot] = bad
+        self._look_at_weights()
 
     def nonfinite(self) -> tuple[Tensor, Tensor]:
         """Return which gradients and which weights were not finite in the rows read last: (rows, parameters) each.

@@ -42,10 +42,12 @@ from jacdiag.watching.step_numbers import StepMove, StepNumbers
 from jacdiag.watching.tiers import Tiers
 from jacdiag.watching.together import Together
 from jacdiag.watching.usage import Outcome, Usage
+from jacdiag.watching.writes import WeightWrites
 
 _NO_FIGURES = "no figures of single steps from now on"
 _NO_UPDATES = "no update norms from now on"
 _TRIES = 300  # of 10 ms
+_NO_WRITES = "writes to weights between the steps are not looked for from now on"
 _SAMPLE = 32  # parameters whose count of changes is looked at
 
 
@@ -199,13 +201,19 @@ class Watch:
     def prepare(self) -> None:
         """Finds the sub-layers and runs the first probe now, before the first update; done at that update otherwise.
 
-        For loops whose gradients are made inside the optimiser's step: there the first update comes too early.
+        For loops whose gradients are made inside the optimiser's step: there the first update comes too early. Called
+        there at each step, after the backward and before the update, it also looks for what is not finite by then.
         """
         if self.inert or self.closed:
             return
         with self.guards.part("figures", _NO_FIGURES):
             if self.guards.on("figures"):
-                self.tiers.prepared(self.count, self.log_every)
+                figures = self.tiers.prepared(self.count, self.log_every)
+                if self._running and self._stepped:
+                    figures.look_before_update()
+        with self.guards.part("writes", _NO_WRITES):
+            if self._running and self.tiers.writes is not None and self.tiers.figures is not None:
+                self.tiers.writes.look_again(self.tiers.figures)
 
     def _put(self, loss: Any, grad_norm: Any, lr: float | None, tokens: int | None, passed: float | None) -> None:
         outcome = self._outcome()
@@ -215,6 +223,8 @@ class Watch:
         figures.now.optimizer_step, figures.now.stepped_before = outcome, self.usage.ever
         if unseen:
             self._read_late(figures)
+            if self.tiers.writes is not None:
+                self.tiers.writes.forget()
         with self.guards.part("updates", _NO_UPDATES):
             if self.turn is not None and self.guards.on("updates"):
                 self._close_turn(self.turn, figures, outcome)
@@ -350,6 +360,7 @@ class Watch:
         # 1. Place the call: an optimizer of its own, or the step of one inside another.
         if id(optimizer) in self._running:  # its last step ended with an exception
             self._running = self._running[: self._running.index(id(optimizer))]
+        is_outermost = not self._running
         self._running.append(id(optimizer))
         if number is not None:
             self._note_step(number, optimizer)
@@ -365,6 +376,10 @@ class Watch:
             self._open_turn(number, closure)
             if self.turn is not None and number is not None:
                 self.turn.note_step(number)
+        # 4. Compare the weights with what the last step has left.
+        if is_outermost:
+            with self.guards.part("writes", _NO_WRITES):
+                self._look_for_writes(number)
         self.clock.charge("updates", time.perf_counter() - taken)
 
     def _after(self, optimizer: Any, closure: bool) -> None:
@@ -381,7 +396,38 @@ class Watch:
                     self.turn.measure(figures)
                 else:
                     self.turn.drop()  # a wrapper that did not step, as in a micro-batch
+        if not self._running:
+            with self.guards.part("writes", _NO_WRITES):
+                self._keep_weights(number)
         self.clock.charge("updates", time.perf_counter() - begun)
+
+    def _look_for_writes(self, number: int | None) -> None:
+        """Look for weights that were written since the last step of an optimizer, or of all inside a wrapper."""
+        figures = self.tiers.figures
+        if figures is None or not self.guards.on("writes") or not self.guards.on("figures"):
+            return
+        writes = self.tiers.writes
+        if writes is None or writes.groups is not figures.groups:
+            count = len(self.optimizers.leaves)
+            writes = WeightWrites(figures.groups, self._holders(), count, figures.device, figures.capacity)
+            self.tiers.writes = writes
+            saved, self.tiers.saved_weights = self.tiers.saved_weights, None
+            if saved is not None and not self.together.sharded:
+                writes.load(*saved)
+        for place in self._stepping(number):
+            writes.begin(place, figures)
+
+    def _keep_weights(self, number: int | None) -> None:
+        """Keep a sample of what the step has left."""
+        writes = self.tiers.writes
+        if writes is None or not self.guards.on("writes"):
+            return
+        for place in self._stepping(number):
+            writes.end(place, self.count + 1)
+
+    def _stepping(self, number: int | None) -> Sequence[int]:
+        """The optimizers whose weights the outermost step may move."""
+        return range(len(self.optimizers.leaves)) if number is None else (number,)
 
     def _number(self, optimizer: Any) -> int | None:
         """The place of an optimizer among those that update parameters; None for a wrapper."""
@@ -409,13 +455,16 @@ class Watch:
         if figures is None or not self.updates or not self.guards.on("updates") or not self.guards.on("figures"):
             return
         if self.turn is None or self.turn.groups is not figures.groups:
-            leaves = self.optimizers.leaves
-            holders: dict[int, int] = {}
-            for place, leaf in enumerate(leaves):
-                for parameter in self.optimizers.own_parameters(leaf):
-                    holders.setdefault(id(parameter), place)
-            self.turn = UpdateTurn(figures.groups, holders, len(leaves))
+            self.turn = UpdateTurn(figures.groups, self._holders(), len(self.optimizers.leaves))
         self.turn.open(number, closure)
+
+    def _holders(self) -> dict[int, int]:
+        """Id of a parameter -> the number of the optimizer that updates it."""
+        holders: dict[int, int] = {}
+        for place, leaf in enumerate(self.optimizers.leaves):
+            for parameter in self.optimizers.own_parameters(leaf):
+                holders.setdefault(id(parameter), place)
+        return holders
 
     def _gradients(self, optimizer: Any, number: int | None, *, before: bool = True) -> None:
         with self.guards.part("figures", _NO_FIGURES):
@@ -454,7 +503,13 @@ class Watch:
         Plain containers and tensors. Where weights are sharded, every rank has to ask.
         """
         self.flush()
-        return {"version": 1, "step": self.count, "live": self.record.live.state(), "probe": self.tiers.fixed_probe()}
+        return {
+            "version": 1,
+            "step": self.count,
+            "live": self.record.live.state(),
+            "probe": self.tiers.fixed_probe(),
+            "weights": self.tiers.weights_state(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from `state_dict`; to be called before the first step.
@@ -469,6 +524,9 @@ class Watch:
         self._go_to(int(state["step"]))
         self.record.go_on(self.count, state["live"])
         self.tiers.set_probe(state["probe"])
+        samples = state.get("weights")  # a state of an older version has none
+        if samples:
+            self.tiers.saved_weights = (dict(samples), self.count)
 
     def resume_at(self, step: int) -> None:
         """Goes on from a step without a state: the live rules begin anew, the log goes on there."""

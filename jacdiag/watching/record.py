@@ -164,6 +164,8 @@ class Record:
                 if self.guards.on("detectors"):
                     verdict = self.live.step(StepFigures.of(row))
                     alerts += verdict.alerts
+                    for note in verdict.notes:
+                        self.note(note)
                     row["votes"], row["scores"] = verdict.votes, verdict.scores
                     ready += self._newly_ready(row["step"])
             row["noise_scale"] = self._noise_scale(row.pop("noise"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +27,17 @@ class BadNames:
     weights: list[str] | None
 
 
-def row_of(row: Row, values: Sequence[float], labels: Sequence[str], bad: BadNames | None = None) -> dict[str, Any]:
+def row_of(
+    row: Row,
+    values: Sequence[float],
+    labels: Sequence[str],
+    bad: BadNames | None = None,
+    written: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """One step as the log tells it; what was not measured is null.
 
     A step with a gradient that is not finite also has `nonfinite_weights`, `nonfinite_gradients` and `with_gradient`.
+    A step before which weights were written outside the optimizer has `written`.
 
     `grad_norm` is what `clip_grad_norm_` returned (before clipping), if it was given; `grad_norm_post` and `grad` (one
     per group) are what the optimiser saw. Under clipping by the global norm a group's norm before it is `grad` times
@@ -78,6 +85,8 @@ def row_of(row: Row, values: Sequence[float], labels: Sequence[str], bad: BadNam
     if bad is not None:
         found |= {"nonfinite_gradients": bad.gradients, "nonfinite_weights": bad.weights}
         found["with_gradient"] = row.with_gradient
+    if written is not None:
+        found["written"] = {"after": row.written_after, **written}
     if row.update and not skipped:
         found["update"] = _update(row.update, values)
     return found

@@ -18,7 +18,7 @@ from jacdiag.trace.wrappers import has_foreign_hooks
 from jacdiag.watching.batches import Batches
 from jacdiag.watching.blocks import Blocks, is_shard
 from jacdiag.watching.cadence import Cadence, Clock
-from jacdiag.watching.figures import FIRST, GIVEN_PART, Figures, Row
+from jacdiag.watching.figures import FIRST, GIVEN_PART, WRITTEN, Figures, Row
 from jacdiag.watching.grouping import by_names, by_sites, grouped
 from jacdiag.watching.norms import find_nonfinite
 from jacdiag.watching.optimisers import group_names, local, names_of, parameters_of
@@ -28,6 +28,7 @@ from jacdiag.watching.rows import BadNames, row_of
 from jacdiag.watching.silence import ProbeState
 from jacdiag.watching.sinks import slashed_series
 from jacdiag.watching.together import Together
+from jacdiag.watching.writes import NOTED, WeightWrites
 
 _NO_PROBE = "no Jacobian norms and no statistics from now on"
 _OPEN = 10**6 + 2  # the place at which ranks begin a probe
@@ -55,6 +56,8 @@ class Tiers:
         self.live = LiveProbe(model, thresholds, probe)
         self.batches: Batches | None = None
         self.figures: Figures | None = None
+        self.writes: WeightWrites | None = None
+        self.saved_weights: tuple[dict[str, Tensor], int] | None = None  # samples of a checkpoint, and its step
         self.price: Price | None = None
         self.stats_price = 0.0
         self.looks = 0
@@ -126,6 +129,8 @@ class Tiers:
             if self.figures is None or not self.guards.on("figures"):
                 return
             rows, table = self.figures.read()
+            if self.writes is not None:
+                self.writes.keep_read(len(rows))
             self.looks = self.figures.looks
             if self.together.sharded:
                 whole = self.together.total(table[:, GIVEN_PART:])
@@ -135,9 +140,18 @@ class Tiers:
             if rows and self.together.lead:
                 labels = self.figures.groups.labels
                 values = table.tolist()
-                self.record.steps([row_of(row, values[k], labels, names.get(k)) for k, row in enumerate(rows)])
+                written = self._describe_writes(table)
+                lines = [row_of(row, values[k], labels, names.get(k), written.get(k)) for k, row in enumerate(rows)]
+                self.record.steps(lines)
             self._tell_share(clock)
             self._check_model()
+
+    def _describe_writes(self, table: Tensor) -> dict[int, dict[str, Any]]:
+        """Return what was written outside the optimizer, by the row before whose step it was."""
+        if self.writes is None:
+            return {}
+        places = (table[:, WRITTEN] >= NOTED).nonzero().flatten().tolist()
+        return {place: self.writes.describe(place) for place in places}
 
     def _name_nonfinite(self, figures: Figures, rows: list[Row], table: Tensor) -> dict[int, BadNames]:
         """Name the gradients and the weights of each row that has a gradient that is not finite.
@@ -360,6 +374,10 @@ class Tiers:
         self._first_report = False
 
     # -- memory ----------------------------------------------------------------------------------------------------
+    def weights_state(self) -> dict[str, Tensor]:
+        """Samples of the weights; none where they are sharded, since the next run may cut them otherwise."""
+        return self.writes.state() if self.writes is not None and not self.together.sharded else {}
+
     def fixed_probe(self) -> dict[str, Any] | None:
         probe = self.live.probe
         return None if probe is None else {"args": probe.args, "kwargs": probe.kwargs}
@@ -371,7 +389,7 @@ class Tiers:
 
     def close(self) -> None:
         """Lets go of the model and the optimisers; what can still be asked for is the probe."""
-        self.figures, self.batches = None, None
+        self.figures, self.batches, self.writes = None, None, None
         self.live.close()
         del self.model, self.optimisers
 
