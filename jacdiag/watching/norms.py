@@ -41,7 +41,7 @@ def square_sums(tensors: Sequence[Tensor | None], device: torch.device | None = 
 
 
 def largest_elements(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
-    """Return a number for each tensor that is finite if all its elements are: (len(tensors),), float32.
+    """Return a number for each tensor that is finite if all its elements are: (len(tensors),).
 
     On a GPU it is the largest absolute value. On a CPU it is 0 or inf, which takes one pass less.
 
@@ -53,7 +53,7 @@ def largest_elements(tensors: Sequence[Tensor | None], device: torch.device) -> 
         return torch.zeros(0, device=device)
     known = [t if t is not None and t.dtype in _WITH_NORM and t.numel() else None for t in tensors]
     with torch.no_grad():
-        return torch.stack(_by_kind(known, device, _largest)).float()
+        return torch.stack(_by_kind(known, device, _largest))
 
 
 def find_nonfinite(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
