@@ -51,8 +51,9 @@ def largest_elements(tensors: Sequence[Tensor | None], device: torch.device) -> 
     """
     if not tensors:
         return torch.zeros(0, device=device)
-    known = [t if t is not None and t.dtype in _WITH_NORM and t.numel() else None for t in tensors]
     with torch.no_grad():
+        values = [None if t is None else _values(t) for t in tensors]
+        known = [t if t is not None and t.dtype in _WITH_NORM and t.numel() else None for t in values]
         return torch.stack(_by_kind(known, device, _largest))
 
 
