@@ -122,6 +122,9 @@ class Watch:
         if self.record.skip_list is not None:
             self.record.skip_list.step_ended(self.count)
         begun = time.perf_counter()
+        if self.batches is not None:  # what its hook took lies within the step
+            self.clock.charge("batches", self.batches.seconds)
+            self.batches.seconds = 0.0
         passed = self.clock.step_ended(begun)
         with self.guards.part("figures", _NO_FIGURES):
             if self.guards.on("figures"):
@@ -372,7 +375,7 @@ class Watch:
                 return
             figures = self.tiers.prepared(self.count, self.log_every)
             self.record.silence.look_at_gradients(
-                self.tiers.names, self.tiers.model.parameters, parameters_of(self.optimizers.leaves)
+                self.tiers.names, self.tiers.model.parameters, lambda: parameters_of(self.optimizers.leaves)
             )
             if number is None:
                 return  # the optimizers inside are going to step with them
