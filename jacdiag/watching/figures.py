@@ -131,7 +131,7 @@ class Figures:
         row = self.squares[self.slot]
         if not self.now.made:
             self.now.with_gradient = 0
-        self.now.with_gradient += len(gradients) - gradients.count(None)
+        self.now.with_gradient += sum(gradient is not None for gradient in gradients)
         if places is None:
             row.copy_(squares)
         else:
