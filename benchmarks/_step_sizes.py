@@ -1,4 +1,4 @@
-"""What a watch at its default options costs on training steps of about 14 ms and 60 ms, in pairs and by its own account.
+"""What a watch at its default options costs on steps of about 14 ms and 60 ms, in pairs and by its own account.
 
 Identical models train in one process, one of them plain, and take turns in blocks of steps. Each block is compared with
 the plain block of the same turn. Probes and statistics fall into few blocks: the mean over all blocks pays for them,

@@ -58,7 +58,7 @@ def _numpy_state() -> Any:
     A read takes numpy about as long as an optimizer needs for ten small weights. With a normal number in store the
     state is read in any case: to take that number out moves nothing else.
     """
-    generator = np.random.get_bit_generator()
+    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
     if type(generator) is not np.random.MT19937:
         return np.random.get_state()  # noqa: NPY002
     key = (id(generator), ctypes.string_at(generator.ctypes.state_address, _MERSENNE_BYTES))
