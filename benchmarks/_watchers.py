@@ -98,3 +98,8 @@ WATCHERS = [
     Watcher("wandb.watch(log='all'), every step", _wandb(1)),
     Watcher("hook per module with .item()", _items, before=True),
 ]
+# The library that each needs, and what stands beside a watch on small steps.
+SMALL_STEPS: list[tuple[str | None, Watcher]] = [
+    ("trainscope", Watcher("trainscope, defaults", _trainscope, before=True)),
+    ("wandb", Watcher("wandb.watch(log='all'), every step", _wandb(1))),
+]

@@ -6,6 +6,7 @@ does not drown in the noise of a machine that is shared.
 
     python benchmarks/watch.py            about 10 minutes; prints, and writes benchmarks/results/watch.json
     python benchmarks/watch.py --quick    a small shape, seconds; prints only
+    python benchmarks/watch.py --steps    steps of about 14 ms and 60 ms only, about 5 minutes; see _step_sizes.py
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _step_sizes import BLOCK, SIZES, measure_size
 from _watchers import WATCHERS, Watcher
 from torch import Tensor, nn
 
@@ -36,6 +38,7 @@ SHAPES: dict[str, Any] = {
     "quick": {"n_layer": 2, "n_embd": 96, "n_head": 4, "vocab_size": 512, "block_size": 32},
 }
 EVERY, STATS_EVERY = 200, 100
+TURNS, QUICK_TURNS = 100, 2  # of 20 steps each, for every contestant on small steps
 NEEDS = {"trainscope, defaults": "trainscope", "wandb.watch(log='all'), every step": "wandb"}
 
 
@@ -140,7 +143,12 @@ def probes(loop: Loop, folder: Path, times: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
-    quick = parser.parse_args().quick
+    parser.add_argument("--steps", action="store_true", help="measure small steps only, and keep the other results")
+    options = parser.parse_args()
+    quick = options.quick
+    if options.steps:
+        _write_step_sizes(TURNS)
+        return
     loop = Loop("quick" if quick else "full")
     rounds, steps = (2, 4) if quick else (5, 4)
     for _ in range(2):
@@ -165,6 +173,31 @@ def main() -> None:
     _print(found)
     if not quick:
         RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        _write_step_sizes(TURNS)
+    else:
+        measure_step_sizes(QUICK_TURNS)
+
+
+def measure_step_sizes(turns: int) -> dict[str, Any]:
+    """Measure every step size, and print it."""
+    found: dict[str, Any] = {}
+    for size in SIZES:
+        with tempfile.TemporaryDirectory() as name:
+            found[size.name] = sizes = measure_size(size, turns, Path(name))
+        print(f"{size.name}: plain {sizes['plain_step_seconds']:.4f} s, own account {sizes['own_account_total']:.1%}",
+              {part: f"{share:.2%}" for part, share in sizes["own_account"].items()})  # fmt: skip
+        for contestant, shares in sizes["paired"].items():
+            low, high = shares["interval"]
+            print(f"  {contestant:40} {shares['median']:+.1%} [{low:+.1%}, {high:+.1%}], mean {shares['mean']:+.1%}")
+    return found
+
+
+def _write_step_sizes(turns: int) -> None:
+    """Put the step sizes into the results, next to what is there."""
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    about = {"threads": torch.get_num_threads(), "block": BLOCK, "load_at_start": os.getloadavg()[0]}
+    results["step_sizes"] = about | measure_step_sizes(turns)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def _print(found: dict[str, Any]) -> None:

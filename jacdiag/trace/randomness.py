@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,9 +27,10 @@ class RandomState:
     def now(cls) -> RandomState:
         started = torch.cuda.is_available() and torch.cuda.is_initialized()
         cuda = tuple(torch.cuda.get_rng_state_all()) if started else ()
-        return cls(torch.get_rng_state(), cuda, np.random.get_state(), random.getstate())  # noqa: NPY002
+        return cls(torch.get_rng_state(), cuda, _numpy_state(), random.getstate())
 
     def restore(self) -> None:
+        _NUMPY_STATES.clear()
         torch.set_rng_state(self.cpu)
         if self.cuda:
             torch.cuda.set_rng_state_all(list(self.cuda))
@@ -44,6 +46,30 @@ class RandomState:
             and self.numpy[2:] == other.numpy[2:]
             and np.array_equal(self.numpy[1], other.numpy[1])
         )
+
+
+_MERSENNE_BYTES = 4 * 624 + 4  # of numpy's mt19937_state: the key and the place in it
+_NUMPY_STATES: dict[tuple[int, bytes], Any] = {}  # the last state that was read, by the bytes that it was read from
+
+
+def _numpy_state() -> Any:
+    """The state of numpy's global generator; one that has not moved since it was last read is not read again.
+
+    A read takes numpy about as long as an optimizer needs for ten small weights. With a normal number in store the
+    state is read in any case: to take that number out moves nothing else.
+    """
+    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
+    if type(generator) is not np.random.MT19937:
+        return np.random.get_state()  # noqa: NPY002
+    key = (id(generator), ctypes.string_at(generator.ctypes.state_address, _MERSENNE_BYTES))
+    state: Any = _NUMPY_STATES.get(key)
+    if state is None:
+        state = np.random.get_state()  # noqa: NPY002
+        _NUMPY_STATES.clear()
+        has_normal_in_store = bool(state[3])
+        if not has_normal_in_store:
+            _NUMPY_STATES[key] = state
+    return state
 
 
 @contextmanager

@@ -32,8 +32,8 @@ def watch(
     optimizer: Any,
     *,
     log_dir: str | Path | None = None,
-    every: int | str | None = 200,
-    stats_every: int | str | None = 100,
+    every: int | str | None = "200, 1%",
+    stats_every: int | str | None = "100, 1%",
     log_every: int = 10,
     on_alert: str | Callable[..., Any] = "log",
     strict: bool = False,
@@ -61,8 +61,9 @@ def watch(
         optimizer: one optimizer, a list of them, or a wrapper or container of them. It needs no torch class:
             `param_groups` and `step` are enough.
         log_dir: folder of `run.jsonl` and of what the flight recorder keeps; None writes nothing.
-        every: cadence of the Jacobian probe: steps, a share of the training time such as "1%", or None. With a share
-            the steps at which it runs depend on the machine, and differ between two runs; on short steps they are rare.
+        every: cadence of the Jacobian probe: steps, a share of the training time such as "1%", both, or None. With
+            "200, 1%" it runs every 200 steps, and where steps are so short that this takes more than 1% of the time,
+            at a multiple of 200 steps that does not. With a share, the steps at which it runs depend on the machine.
         stats_every: cadence of shortcut and branch sizes, activations and attention logits: as `every`.
         log_every: steps between two looks at the device and two writes.
         on_alert: "log", "raise" (AlertRaised from `step`), or a function. It is called with the alert; one that takes

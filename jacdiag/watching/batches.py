@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ from jacdiag.watching.model_hooks import AttachedHook, ModelHook
 from jacdiag.watching.noise_scale import MicroBatches
 
 _SEQUENCES, _LENGTH = 2, 128
+_MOST_SIZES = 16  # sizes of a batch whose weights of a fingerprint are kept
 # Without this function (torch before 2.7) code that is compiled cannot be told from code that is exported.
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
@@ -50,7 +52,9 @@ class BatchHook(ModelHook):
                 compiled.args = args
                 compiled.kwargs = kwargs
             return
+        begun = time.perf_counter()
         self.batches.see(module, args, kwargs)
+        self.batches.seconds += time.perf_counter() - begun
 
 
 class Batches:
@@ -67,6 +71,7 @@ class Batches:
         in_eval: forwards in eval mode with gradients.
         in_compiled: steps whose batch is that of a compiled forward.
         failed: what went wrong in the hook, for the watch to say.
+        seconds: that the hook took since they were last charged.
     """
 
     def __init__(self, model: nn.Module, *, fingerprints: bool, keep: KeptBatches | None = None) -> None:
@@ -78,6 +83,8 @@ class Batches:
         self.step = 1
         self.seen = self.in_eval = self.in_compiled = 0
         self.failed: Exception | None = None
+        self.seconds = 0.0
+        self._place_weights, self._signatures = PlaceWeights(), Signatures()
         self.compiled = CompiledCall()
         self._hook: AttachedHook | None = AttachedHook(model, BatchHook(self, self.compiled))
 
@@ -129,9 +136,9 @@ class Batches:
             if self.first is None:
                 self.first = _few(args, kwargs)
             if self.fingerprints:
-                self.prints.append(fingerprint((args, kwargs)))
+                self.prints.append(fingerprint((args, kwargs), self._place_weights))
             if self.kept is not None:
-                self.kept.add(self.step, named_arguments(module, args, kwargs))
+                self.kept.add(self.step, named_arguments(module, args, kwargs, self._signatures))
         except Exception as error:  # told by the watch at its next step
             self.failed = error
 
@@ -169,30 +176,76 @@ def _is_being_recorded() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def fingerprint(value: Any) -> Tensor:
-    """A number that tells batches apart, on their device: a sum of the elements weighted by their place, mod 2^61."""
+class PlaceWeights:
+    """The weight of each place in a fingerprint, kept for the sizes that come again at every step."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, torch.device], Tensor] = {}
+
+    def of(self, count: int, device: torch.device) -> Tensor:
+        """Return the weights of some places, on a device."""
+        weights = self._known.get((count, device))
+        if weights is None:
+            if len(self._known) >= _MOST_SIZES:
+                self._known.clear()
+            weights = torch.arange(1, count + 1, device=device) * 2654435761
+            self._known[count, device] = weights
+        return weights
+
+
+def fingerprint(value: Any, weights: PlaceWeights | None = None) -> Tensor:
+    """A number that tells batches apart, on their device: a sum of the elements weighted by their place, mod 2^61.
+
+    Args:
+        value: nested containers of tensors.
+        weights: remembered from other batches.
+    """
+    places = weights if weights is not None else PlaceWeights()
     found: list[Tensor] = []
 
     def note(leaf: Any) -> Any:
         if isinstance(leaf, Tensor) and leaf.numel() and not leaf.is_complex():
             flat = leaf.detach().reshape(-1)
             flat = flat.long() if not flat.is_floating_point() else flat.double().view(torch.int64)
-            weights = torch.arange(1, flat.numel() + 1, device=flat.device) * 2654435761
-            found.append(((flat + 1) * weights).sum() & 0x1FFFFFFFFFFFFFFF)
+            weighted = (flat + 1) * places.of(flat.numel(), flat.device)
+            found.append(weighted.sum() & 0x1FFFFFFFFFFFFFFF)
         return leaf
 
     map_leaves(note, value)
     if not found:
         return torch.zeros((), dtype=torch.int64)
+    if len(found) == 1:
+        return found[0]
     return torch.stack([f.to(found[0].device) for f in found]).sum() & 0x1FFFFFFFFFFFFFFF
 
 
-def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+class Signatures:
+    """The signature of a class's forward, which is asked for at every batch."""
+
+    def __init__(self) -> None:
+        self._known: dict[type, tuple[Any, inspect.Signature]] = {}
+
+    def of(self, kind: type[nn.Module]) -> inspect.Signature:
+        """Return the signature of the forward that a class has now.
+
+        Raises:
+            TypeError, ValueError: it has none.
+        """
+        forward, signature = self._known.get(kind, (None, None))
+        if signature is None or forward is not kind.forward:
+            signature = inspect.signature(kind.forward)
+            self._known[kind] = (kind.forward, signature)
+        return signature
+
+
+def named_arguments(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], signatures: Signatures | None = None
+) -> dict[str, Any]:
     """The arguments by name, as the module's own forward calls them; positions where it does not say."""
     from jacdiag.sources.wrapped import unwrap
 
     try:
-        bound = inspect.signature(type(unwrap(module)).forward).bind(None, *args, **kwargs)
+        bound = (signatures or Signatures()).of(type(unwrap(module))).bind(None, *args, **kwargs)
     except (TypeError, ValueError):
         return {**{str(k): value for k, value in enumerate(args)}, **kwargs}
     named: dict[str, Any] = {}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +13,12 @@ from torch import Tensor
 
 from jacdiag.errors import UsageError
 from jacdiag.watching.grouping import Groups, Member
-from jacdiag.watching.norms import find_nonfinite, square_sums, widest
+from jacdiag.watching.norms import largest_elements, square_sums, widest
 from jacdiag.watching.optimisers import local
 
 # Columns; sub-layers follow. Those from GIVEN_PART on are summed over ranks.
 MICRO, MICRO_SUM, LOSS, WRITTEN, GIVEN, GIVEN_PART, INF, UPDATE, WEIGHT, FIRST = range(10)
+_MOST_SETS = 64  # sets of parameters whose places are kept on the device
 _OVERDUE = 4  # intervals that an optimizer may be late before nothing waits for it
 
 
@@ -37,6 +39,7 @@ class Row:
         weights_seen: before the step somebody looked whether the weights are finite.
         with_gradient: parameters that had a gradient.
         written_after: the step whose weights were compared with those before this one; 0 if none were.
+        values: column -> a figure that was known on the host at once, as every one is on a CPU.
     """
 
     step: int = 0
@@ -55,6 +58,7 @@ class Row:
     weights_seen: bool = False
     with_gradient: int = 0
     written_after: int = 0
+    values: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -77,16 +81,20 @@ class Figures:
     def __post_init__(self) -> None:
         members = self.groups.members
         self.device = local(members[0].parameter).device if members else torch.device("cpu")
+        self.is_on_cpu = self.device.type == "cpu"
         dtype = widest(self.device)
-        width = FIRST + len(self.groups.labels)
-        self.table = torch.full((self.capacity, width), torch.nan, dtype=dtype, device=self.device)
+        shape = (self.capacity, len(members))
+        self.table = torch.full((self.capacity, FIRST), torch.nan, dtype=dtype, device=self.device)
+        # The sum of squares of each gradient, and whether each weight is finite: (steps, parameters).
+        self.squares = torch.full(shape, torch.nan, dtype=dtype, device=self.device)
+        self.weights = torch.zeros(shape, dtype=dtype, device=self.device)
         self.index = torch.tensor([m.group for m in members], dtype=torch.long, device=self.device)
         self.shares = torch.tensor([m.share for m in members], dtype=dtype, device=self.device)
+        self.parameters = [member.parameter for member in members]
         self.now = Row()
-        # Which parameters have a gradient, and which are a weight, that is not finite: (steps, parameters).
-        self.bad_gradients = torch.zeros(self.capacity, len(members), dtype=torch.bool, device=self.device)
-        self.bad_weights = torch.zeros_like(self.bad_gradients)
-        self._read_flags = (self.bad_gradients[:0], self.bad_weights[:0])
+        self._places: dict[tuple[int, ...], Tensor] = {}
+        self._unclipped: dict[int, Tensor] = {}  # row -> squares of its gradients before they were clipped
+        self._read_flags = (self.squares[:0], self.weights[:0])
 
     @property
     def slot(self) -> int:
@@ -108,84 +116,113 @@ class Figures:
             inf: 1.0 where a loss scaler found inf.
             before: the step has not been made: the weights are those that the gradients belong to.
         """
-        gradients: list[Tensor | None] = []
-        for member in self.groups.members:
-            steps = stepping is None or id(member.parameter) in stepping
-            gradient = member.parameter.grad
-            gradients.append(local(gradient) if steps and gradient is not None else None)
-        found = square_sums(gradients, self.device)
-        self._note_nonfinite(found, before)
-        self.now.with_gradient += sum(gradient is not None for gradient in gradients)
+        # 1. Sum the squares of each gradient.
+        places: tuple[int, ...] | None = None
+        parameters = self.parameters
+        if stepping is not None:
+            places = tuple(k for k, p in enumerate(parameters) if id(p) in stepping)
+            parameters = [parameters[k] for k in places]
+        gradients = [None if p.grad is None else local(p.grad) for p in parameters]
+        squares = square_sums(gradients, self.device)
         if scale is not None:
-            found = found / scale.to(self.device, found.dtype).square()
-        row = self.table[self.slot]
+            squares = squares / scale.to(self.device, squares.dtype).square()
+
+        # 2. Look at the weights while they are those of the gradients.
+        if before:
+            self._look_at_weights(squares)
+
+        # 3. Put the sums where they belong in the row at hand.
+        row = self.squares[self.slot]
         if not self.now.made:
-            row[FIRST:] = 0.0
-        row[FIRST:].index_add_(0, self.index, found * self.shares)
+            self.now.with_gradient = 0
+        self.now.with_gradient += sum(gradient is not None for gradient in gradients)
+        if places is None:
+            row.copy_(squares)
+        else:
+            if not self.now.made:
+                row.zero_()
+            row.index_copy_(0, self._index_of(places), squares)
         if inf is not None:
-            row[INF] = inf.reshape(()).to(self.device, row.dtype)
+            self.put(INF, inf)
         self.now.made = True
 
-    def _note_nonfinite(self, squares: Tensor, before: bool) -> None:
-        """Note which gradients are not finite and, before the first step of a row, which weights.
+    def _index_of(self, places: tuple[int, ...]) -> Tensor:
+        """Some places on the device; sent there once for each optimizer, and not at every step."""
+        index = self._places.get(places)
+        if index is None:
+            if len(self._places) >= _MOST_SETS:
+                self._places.clear()
+            index = torch.tensor(places, dtype=torch.long).to(self.device)
+            self._places[places] = index
+        return index
+
+    def _look_at_weights(self, squares: Tensor) -> None:
+        """Note which weights are not finite, once in a row.
 
         The weights are read at every step on a device that may not be waited for. On a CPU, where the gradients are
         known at once, they are read only if a gradient is not finite.
         """
-        if self.now.weights_seen and not before:
-            return  # they were looked at before the update, and before clipping
-        bad = squares.isfinite().logical_not()
-        if not self.now.made:
-            self.bad_gradients[self.slot] = False
-            self.bad_weights[self.slot] = False
-            self.now.with_gradient = 0
-        self.bad_gradients[self.slot] |= bad
-        if not before or self.now.weights_seen:
+        if self.now.weights_seen:
             return
-        on_cpu = self.device.type == "cpu"
-        if (on_cpu and not bool(bad.any())) or (not on_cpu and self.now.made):
+        if self.is_on_cpu:
+            if math.isfinite(float(squares.sum())):
+                return
+        elif self.now.made:
             return
-        self._look_at_weights()
+        self._read_weights()
 
-    def _look_at_weights(self) -> None:
-        weights = [local(member.parameter.detach()) for member in self.groups.members]
-        self.bad_weights[self.slot] = find_nonfinite(weights, self.device)
+    def _read_weights(self) -> None:
+        """Put a number into the row at hand for each weight, which is finite if the weight is."""
+        weights = [_local_weight(p) for p in self.parameters]
+        self.weights[self.slot] = largest_elements(weights, self.device)
         self.now.weights_seen = True
 
     def look_before_update(self) -> None:
         """Note what is not finite, inside a step with a closure: after the backward, before clipping and the update.
 
-        The squares of the gradients are those after the step. On a CPU the weights are read as `_note_nonfinite` does.
+        The squares of the gradients in the row are those after the step. On a CPU the weights are read only if a
+        gradient is not finite.
         """
-        gradients = [member.parameter.grad for member in self.groups.members]
-        present = [local(g) if g is not None else None for g in gradients]
-        bad = square_sums(present, self.device).isfinite().logical_not()
-        if self.device.type == "cpu" and not bool(bad.any()):
+        self._unclipped.pop(self.slot, None)
+        gradients = [None if p.grad is None else local(p.grad) for p in self.parameters]
+        squares = square_sums(gradients, self.device)
+        if self.is_on_cpu and math.isfinite(float(squares.sum())):
             return
-        self.bad_gradients[self.slot] = bad
-        self._look_at_weights()
+        self._unclipped[self.slot] = squares
+        self._read_weights()
 
     def nonfinite(self) -> tuple[Tensor, Tensor]:
         """Return which gradients and which weights were not finite in the rows read last: (rows, parameters) each.
 
         Looks at the device; call it only for rows that are known not to be finite.
         """
-        gradients, weights = self._read_flags
-        self.looks += self.device.type != "cpu"
-        return gradients.cpu(), weights.cpu()
+        squares, weights = self._read_flags
+        self.looks += not self.is_on_cpu
+        return squares.isfinite().logical_not().cpu(), weights.isfinite().logical_not().cpu()
 
     def put(self, column: int, value: Any) -> None:
-        """Writes a scalar, wherever it lies, without a look at it."""
-        if isinstance(value, Tensor):
-            value = local(value.detach())
-            value = value.to(self.device, self.table.dtype, non_blocking=True)
-            self.table[self.slot, column] = value.reshape(()) if value.numel() == 1 else value.mean()
-        else:
+        """Writes a scalar, wherever it lies, without a look at it; one on a CPU is known at once."""
+        if not isinstance(value, Tensor):
             try:
-                self.table[self.slot, column] = float(value)
+                self.now.values[column] = float(value)
             except (TypeError, ValueError) as error:
                 got = f"type {type(value).__name__}"
                 raise UsageError("a loss or a norm is one number", got=got, hint="a tensor or a float") from error
+            return
+        value = local(value.detach())
+        scalar = value.reshape(()) if value.numel() == 1 else value.mean()
+        if scalar.device.type == "cpu":
+            self.now.values[column] = float(scalar)
+        else:
+            self.table[self.slot, column] = scalar
+
+    def put_update(self, moved: Tensor, weight: Tensor) -> None:
+        """Write the sum of squares of an update and that of the weights that it moved."""
+        if self.is_on_cpu:
+            self.now.values[UPDATE] = float(moved)
+            self.now.values[WEIGHT] = float(weight)
+        else:
+            self.table[self.slot, UPDATE : WEIGHT + 1] = torch.stack([moved, weight])
 
     def put_micro_batches(self, sums: Tensor, count: int, sequences: int) -> None:
         """Write the two sums of squares of a step that accumulates gradients, see `noise_scale`."""
@@ -200,29 +237,58 @@ class Figures:
 
     def read(self) -> tuple[list[Row], Tensor]:
         """The filled rows, (rows, columns) on the host: the one look at the device; the buffer is empty then."""
-        rows, width = self.rows, self.table.shape[1]
-        # 1. Learning rates that lie on the device travel with the table.
+        rows, labels = self.rows, len(self.groups.labels)
+        count = len(rows)
+        if not rows:
+            self._read_flags = (self.squares[:0], self.weights[:0])
+            return [], torch.zeros(0, FIRST + labels, dtype=torch.float64)
+
+        # 1. Sum the squares of each sub-layer. Learning rates that lie on the device travel with the table.
+        sums = self.table.new_zeros(count, labels)
+        sums.index_add_(1, self.index, self.squares[:count] * self.shares)
         where = [(row, k) for row in rows for k, rate in enumerate(row.rates) if isinstance(rate, Tensor)]
-        rates = [row.rates[k].reshape(()).to(self.table) for row, k in where]  # type: ignore[union-attr]
-        flat = self.table[: len(rows)].flatten()
-        flat = torch.cat([flat, torch.stack(rates)]) if rates else flat
+        rates = [row.rates[k].reshape(1).to(self.table) for row, k in where]  # type: ignore[union-attr]
+        flat = torch.cat([self.table[:count].flatten(), sums.flatten(), *rates])
+
         # 2. Look at the device.
-        found = flat.to("cpu", torch.float64, copy=True)
-        self.looks += self.device.type != "cpu"
-        split = len(rows) * width
-        for (row, k), rate in zip(where, found[split:].tolist(), strict=True):
+        found = flat.to("cpu", torch.float64)
+        self.looks += not self.is_on_cpu
+        columns, squares, read_rates = found.split([count * FIRST, count * labels, len(rates)])
+        for (row, k), rate in zip(where, read_rates.tolist(), strict=True):
             row.rates[k] = rate
-        # 3. Empty the buffer; a step that is being made while it is read stays.
+
+        # 3. Add what was known on the host.
+        known = torch.tensor([_columns(row.values) for row in rows], dtype=torch.float64)
+        columns = torch.where(known.isnan(), columns.view(count, FIRST), known)
+        self._empty(count)
+        return rows, torch.cat([columns, squares.view(count, labels)], dim=1)
+
+    def _empty(self, count: int) -> None:
+        """Empty the buffer after its first rows were read; a step that is being made while it is read stays."""
         self.rows = []
-        self._read_flags = (self.bad_gradients[: len(rows)].clone(), self.bad_weights[: len(rows)].clone())
-        is_pending = self.now.made and len(rows) < self.capacity
-        pending = self.table[len(rows)].clone() if is_pending else None
+        squares = self.squares[:count].clone()
+        for place in range(count):
+            if place in self._unclipped:
+                squares[place] = self._unclipped.pop(place)
+        self._read_flags = (squares, self.weights[:count].clone())
+        pending_squares = self._unclipped.pop(count, None)
+        self._unclipped = {} if pending_squares is None else {0: pending_squares}
+        is_pending = self.now.made and count < self.capacity
+        pending = [table[count].clone() for table in (self.table, self.squares, self.weights)] if is_pending else []
         self.table.fill_(torch.nan)
-        if pending is not None:
-            self.table[0] = pending
-            self.bad_gradients[0] = self.bad_gradients[len(rows)].clone()
-            self.bad_weights[0] = self.bad_weights[len(rows)].clone()
-        return rows, found[:split].view(len(rows), width)
+        self.squares.fill_(torch.nan)
+        self.weights.zero_()
+        for table, row in zip((self.table, self.squares, self.weights), pending, strict=False):
+            table[0] = row
+
+
+def _columns(values: Mapping[int, float]) -> list[float]:
+    return [values.get(column, math.nan) for column in range(FIRST)]
+
+
+def _local_weight(parameter: Tensor) -> Tensor:
+    """The part of a weight that lies on this rank, outside of autograd; a plain one is that itself."""
+    return local(parameter.detach()) if hasattr(parameter, "to_local") else parameter
 
 
 class Rhythm:
@@ -261,6 +327,7 @@ class UpdateTurn:
         self.chosen: int | None = None
         self.before: dict[int, tuple[Member, Tensor]] = {}  # place in the group -> the member, its weights
         self.moved: list[Tensor] = []
+        self.weight: Tensor | None = None  # the weights after the step, if all of them were measured in one go
         self.stepped: set[int] = set()
         self.opened = self.touched = False
 
@@ -279,7 +346,8 @@ class UpdateTurn:
             members = [m for m in self.groups.of(group) if m.parameter.requires_grad]
             if any(self._may_move(member, stepping, closure) for member in members):
                 self.chosen = group
-                copies = [(m, local(m.parameter.detach()).clone()) for m in members]
+                with torch.no_grad():
+                    copies = [(m, _local_weight(m.parameter).clone()) for m in members]
                 self.before = dict(enumerate(copies))
                 return
 
@@ -303,12 +371,20 @@ class UpdateTurn:
         done = [place for place, (m, _) in self.before.items() if self.holders.get(id(m.parameter)) in self.stepped]
         if not done:
             return
+        is_whole = not self.moved and len(done) == len(self.before)
         pairs = [self.before.pop(place) for place in done]
         members = [member for member, _ in pairs]
         self.touched |= any(member.parameter.grad is not None for member in members)
         with torch.no_grad():
-            steps = [old.sub_(local(member.parameter.detach())) for member, old in pairs]
-        self.moved.append(_counted(square_sums(steps, figures.device), members))
+            weights = [_local_weight(member.parameter) for member in members]
+            steps = [old for _, old in pairs]
+            torch._foreach_sub_(steps, weights)
+        if not is_whole:
+            self.moved.append(_counted(square_sums(steps, figures.device), members))
+            return
+        sums = square_sums([*steps, *weights], figures.device)
+        self.moved.append(_counted(sums[: len(members)], members))
+        self.weight = _counted(sums[len(members) :], members)
 
     def close(self, figures: Figures) -> None:
         """End the window: put the sums of squares of the update and of the weights into the row at hand."""
@@ -319,9 +395,12 @@ class UpdateTurn:
             self.queue.append(self.chosen)
         if self.chosen is not None and self.moved and self.touched:
             members = [m for m in self.groups.of(self.chosen) if m.parameter.requires_grad]
-            weights = [local(m.parameter.detach()) for m in members]
-            figures.put(UPDATE, torch.stack(self.moved).sum())
-            figures.put(WEIGHT, _counted(square_sums(weights, figures.device), members))
+            weight = self.weight
+            if weight is None:
+                weights = [_local_weight(m.parameter) for m in members]
+                weight = _counted(square_sums(weights, figures.device), members)
+            moved = self.moved[0] if len(self.moved) == 1 else torch.stack(self.moved).sum()
+            figures.put_update(moved, weight)
             figures.now.update = self.groups.labels[self.chosen]
         self.drop()
 
@@ -329,10 +408,13 @@ class UpdateTurn:
         """End the window without figures."""
         self.before.clear()
         self.moved.clear()
+        self.weight = None
         self.stepped.clear()
         self.chosen, self.opened, self.touched = None, False, False
 
 
-def _counted(sums: Tensor, members: Iterable[Member]) -> Tensor:
+def _counted(sums: Tensor, members: Sequence[Member]) -> Tensor:
     """The sum over tensors, each with the share that this rank counts."""
+    if all(member.share == 1.0 for member in members):
+        return sums.sum()
     return torch.stack([value * m.share for value, m in zip(sums.unbind(), members, strict=True)]).sum()

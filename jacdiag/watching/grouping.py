@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -35,8 +36,17 @@ class Groups:
     labels: tuple[str, ...]
     members: tuple[Member, ...]
 
+    @cached_property
+    def by_label(self) -> list[list[Member]]:
+        """The members of each group, in the order of the labels."""
+        found: list[list[Member]] = [[] for _ in self.labels]
+        for member in self.members:
+            found[member.group].append(member)
+        return found
+
     def of(self, group: int) -> list[Member]:
-        return [member for member in self.members if member.group == group]
+        """Return the members of a group."""
+        return self.by_label[group]
 
 
 def by_sites(sites: Sites) -> dict[str, str]:

@@ -155,6 +155,9 @@ class Watch:
         if self.inert:
             return
         begun = time.perf_counter()
+        if self.batches is not None:  # what its hook took lies within the step
+            self.clock.charge("batches", self.batches.seconds)
+            self.batches.seconds = 0.0
         passed = self.clock.step_ended(begun)
         self._place(move)
         if self.record.skip_list is not None:
@@ -472,7 +475,7 @@ class Watch:
                 return
             figures = self.tiers.prepared(self.count, self.log_every)
             self.record.silence.look_at_gradients(
-                self.tiers.names, self.tiers.model.parameters, parameters_of(self.optimizers.leaves)
+                self.tiers.names, self.tiers.model.parameters, lambda: parameters_of(self.optimizers.leaves)
             )
             if number is None:
                 return  # the optimizers inside are going to step with them

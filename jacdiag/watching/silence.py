@@ -98,19 +98,22 @@ class Silence:
         )
 
     def look_at_gradients(
-        self, names: Mapping[int, str], parameters: Callable[[], Iterable[Tensor]], watched: Iterable[Tensor]
+        self,
+        names: Mapping[int, str],
+        parameters: Callable[[], Iterable[Tensor]],
+        watched: Callable[[], Iterable[Tensor]],
     ) -> None:
         """Look for gradients that no watched optimizer uses, once, before a step.
 
         Args:
             names: id of a parameter -> its name.
             parameters: returns those of the model.
-            watched: those that the watched optimizers hold.
+            watched: returns those that the watched optimizers hold.
         """
         if self._looked_at_gradients or self.steps < FIRST_STEPS - 1:
             return
         self._looked_at_gradients = True
-        held = {id(p) for p in watched}
+        held = {id(p) for p in watched()}
         others = [p for p in parameters() if p.grad is not None and id(p) not in held]
         if not others:
             return

@@ -226,7 +226,8 @@ class Tiers:
         probe = self.every.due(step, self.price.seconds if self.price else None, seconds)
         stats = self.stats_every.due(step, self.stats_price, seconds)
         if self.together.sharded and (self.every.budget or self.stats_every.budget):
-            if step % self.figures.capacity:
+            capacity = self.figures.capacity
+            if not any(cadence.may_be_due(step, capacity) for cadence in (self.every, self.stats_every)):
                 return
             with self.guards.part("probe", _NO_PROBE):
                 probe, stats = self.together.share((probe, stats))
@@ -401,6 +402,9 @@ def _picked(names: Sequence[str], flags: Tensor) -> list[str]:
 def _often(cadence: Cadence) -> str:
     if cadence.never:
         return "(switched off)"
-    return f"every {cadence.steps} steps" if cadence.steps else f"for at most {cadence.budget:.3g} of the time"
-
-
+    words: list[str] = []
+    if cadence.steps:
+        words.append(f"every {cadence.steps} steps")
+    if cadence.budget:
+        words.append(f"for at most {cadence.budget:.1%} of the time")
+    return ", ".join(words)

@@ -109,6 +109,18 @@ def test_a_budget_keeps_the_probe_within_its_share(tmp_path: Path, monkeypatch: 
     assert due[0] == 100  # 1 s in 100 steps of 0.5 s
 
 
+@pytest.mark.parametrize(("step_seconds", "first"), [(1.0, 200), (0.5, 200), (0.4, 400), (0.1, 1000)])
+def test_steps_with_a_budget_keep_both(step_seconds: float, first: int) -> None:
+    from jacdiag.watching.cadence import Cadence
+
+    cadence = Cadence.of("200, 1%", "every")
+    assert cadence.due(0)
+    cadence.last = 0
+    due = [step for step in range(1, 1001) if cadence.due(step, price=1.0, step_seconds=step_seconds)]
+    assert due[0] == first and cadence.interval(1.0, step_seconds) == first
+    assert not any(step % 200 for step in due)
+
+
 def test_a_reader_that_meets_another_version_or_no_log(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="cannot read"):
         read_run(tmp_path)
