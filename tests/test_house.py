@@ -373,6 +373,7 @@ def strictly_typed(program: str, wheel: Path, folder: Path) -> list[str]:
     return [line for line in done.stdout.splitlines() if line.startswith(client.name) and ": error:" in line]
 
 
+@pytest.mark.long
 def test_a_client_is_type_checked_against_the_wheel(wheel: Path, tmp_path: Path) -> None:
     pytest.importorskip("mypy")
     (tmp_path / "right").mkdir()

@@ -75,9 +75,9 @@ def test_folders_are_audited_like_the_model_in_memory(name: str, tmp_path: Path)
     ("recipe", "fires", "small", "large"),
     [
         ("vanilla", {"JD102"}, "met", "not met"),
-        ("embed-detach", {"JD102"}, "met", "not met"),
+        pytest.param("embed-detach", {"JD102"}, "met", "not met", marks=pytest.mark.long),
         ("xavier", {"JD101", "JD102"}, "not met", "not met"),
-        ("embed-ln", set(), "met", "met"),
+        pytest.param("embed-ln", set(), "met", "met", marks=pytest.mark.long),
         ("scaled-embed", set(), "met", "met"),
     ],
 )

@@ -19,9 +19,13 @@ from jacdiag.report import Interval, Report, SublayerRecord
 SPECIMENS = [s for s in CORE if s.groups() and all(e.body is not None for e in s.expected if not e.nested)]
 WRITTEN = [s for s in STYLES if s.groups() and all(e.body is not None for e in s.expected if not e.nested)]
 DTYPES = ("float64", "float32")
-cases = pytest.mark.parametrize(
-    ("specimen", "dtype"), [(s, d) for s in SPECIMENS for d in DTYPES], ids=lambda v: str(v)
-)
+# Each in float64; every third in float32 too, and the rest of these in the long tests.
+CASES = [
+    pytest.param(specimen, dtype, marks=[pytest.mark.long] if dtype == "float32" and place % 3 else [])
+    for place, specimen in enumerate(SPECIMENS)
+    for dtype in DTYPES
+]
+cases = pytest.mark.parametrize(("specimen", "dtype"), CASES, ids=lambda v: str(v))
 
 
 @cache

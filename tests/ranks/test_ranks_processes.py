@@ -48,6 +48,7 @@ def test_torchrun_gives_the_report_of_one_process(tmp_path: Path) -> None:
     assert "ranks" not in one["settings"]
 
 
+@pytest.mark.long
 def test_remedies_are_tried_by_all_ranks_together(tmp_path: Path) -> None:
     done = by_torchrun(tmp_path, "audit", "build.py:fine", "--remedies", "first", "--json", "two.json")
     assert done.code == 0, done.err
@@ -83,6 +84,7 @@ def test_three_ranks_with_decide_and_fewer_jobs_than_could_be(tmp_path: Path) ->
     assert figures(json.loads(ended[0].out)) == figures(plain(tmp_path, *sizes))
 
 
+@pytest.mark.long
 def test_findings_are_one_exit_code_for_all(tmp_path: Path) -> None:
     ended = as_ranks(tmp_path, *CLI, "build.py:fine", "--fail-on", "warning", "--json", "r.json")
     assert [one.code for one in ended] == [1, 1]
@@ -138,6 +140,7 @@ def test_different_files_are_named_before_any_product(tmp_path: Path, what: str,
     assert {"other_weight": "'transformer.h.1.mlp.c_fc.weight'", "other_heads": "n_head"}.get(what, "") in ended[0].err
 
 
+@pytest.mark.long
 def test_different_weights_without_a_model(tmp_path: Path) -> None:
     for rank in (0, 1):
         (tmp_path / str(rank)).mkdir()
@@ -147,6 +150,7 @@ def test_different_weights_without_a_model(tmp_path: Path) -> None:
     assert [one.code for one in ended] == [2, 2] and "other weights" in ended[0].err
 
 
+@pytest.mark.long
 def test_weights_that_stay_in_their_file(tmp_path: Path) -> None:
     """Each rank reads a file of its own: the report of one process, and a refusal where one bit differs."""
     from safetensors.torch import save_file
@@ -212,6 +216,7 @@ def test_ctrl_c_on_torchrun(tmp_path: Path) -> None:
     assert not (tmp_path / "r.json").exists()
 
 
+@pytest.mark.long
 def test_stopped_from_outside(tmp_path: Path) -> None:
     def stop(processes: list[subprocess.Popen[str]]) -> None:
         until_measuring(tmp_path, 0, 1)
@@ -258,6 +263,7 @@ def test_python_inside_a_process_group_of_its_own(tmp_path: Path) -> None:
     assert [(one.code, one.out) for one in ended] == [(0, "2\n")] * 2, ended
 
 
+@pytest.mark.long
 def test_python_says_whose_error_it_was(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(
         "import os, jacdiag\n"

@@ -49,6 +49,7 @@ def test_all_matrices_are_all_of_them() -> None:
         assert float(model.get_parameter(name).detach().std()) == pytest.approx(S, rel=0.05)
 
 
+@pytest.mark.long
 def test_two_that_change_one_table_agree_on_it() -> None:
     report = jacdiag.audit(xavier(0.02), remedies="all", **PROBE)
     found = {r.name: r for r in report.remedies}

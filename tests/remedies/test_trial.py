@@ -59,7 +59,9 @@ def patched(model: nn.Module, remedy: RemedyRecord) -> nn.Module:
     [
         ("vanilla", "scaled-embed", ["JD102", "JD103"]),
         ("embed-detach", "scaled-embed", ["JD102", "JD103"]),
-        ("xavier", "unit-embed + depth-scaling", ["JD101", "JD102", "JD103"]),
+        pytest.param(
+            "xavier", "unit-embed + depth-scaling", ["JD101", "JD102", "JD103"], marks=pytest.mark.long
+        ),
     ],
 )
 def test_the_patch_makes_a_failing_recipe_pass_on_a_new_seed(recipe: str, name: str, codes: list[str]) -> None:
@@ -193,6 +195,7 @@ class Drifted(gpt.GPT):
         self.transformer["h"][1].mlp.c_proj.bias.data.fill_(0.1)
 
 
+@pytest.mark.long
 def test_weights_that_left_the_baseline_are_drawn_as_they_were(tmp_path: Path) -> None:
     options: dict[str, Any] = {**GATED, "seeds": 1, "baseline": baseline(tmp_path / "b.json"), "select": ["JD110"]}
     out = gate(Drifted, seed=5, remedies="first", **options)
@@ -307,7 +310,7 @@ def test_a_product_beyond_a_cut_of_the_user_gets_a_remedy() -> None:
 
 
 # -- the chance at a learning rate -------------------------------------------------------------------------------------
-@pytest.mark.parametrize("least", [0.01, 3.0])
+@pytest.mark.parametrize("least", [0.01, pytest.param(3.0, marks=pytest.mark.long)])
 def test_a_chance_calls_for_a_remedy_and_counts_only_where_it_is_given(tmp_path: Path, least: float) -> None:
     """Of a figure that the curve does not know after the change, nothing is claimed."""
     ranges = {"figure": [least, 100.0], "lr": [1e-3, 1.0]}

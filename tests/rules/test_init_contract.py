@@ -51,7 +51,10 @@ def test_unchanged_models_are_silent(label: str) -> None:
         assert not blamed(judged(build(name, seed)))
 
 
-@pytest.mark.parametrize("label", ["transformers gpt2", "transformers t5", "recipe vanilla", "scheme torchtitan-depth"])
+SLOW = [pytest.param(label, marks=pytest.mark.long) for label in ("transformers t5", "scheme torchtitan-depth")]
+
+
+@pytest.mark.parametrize("label", ["transformers gpt2", "recipe vanilla", *SLOW])
 def test_mutants_are_found_and_located(label: str) -> None:
     build, name = BUILDERS[label]
     count = len(list(mutations(build(name, 0), name)))

@@ -61,8 +61,13 @@ NOISE = {
 }  # fmt: skip
 
 
+# Every shape of noise, once without memory and once with it; the fast tests take the two most common.
+COMMON = ("Gaussian", "Student t, 3")
+SHAPES = [*COMMON, *(pytest.param(name, marks=pytest.mark.long) for name in NOISE if name not in COMMON)]
+
+
 @pytest.mark.parametrize("memory", [0.0, 0.8])
-@pytest.mark.parametrize("noise", NOISE)
+@pytest.mark.parametrize("noise", SHAPES)
 def test_noise_of_any_tail_is_silent_and_so_is_one_that_hangs_together(noise: str, memory: float) -> None:
     """20,000 steps. Without memory loss and gradient norm are one and the same number, which is the worst case.
 

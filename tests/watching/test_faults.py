@@ -62,7 +62,9 @@ PARTS = {
 
 
 @pytest.mark.parametrize("name", PARTS)
-@pytest.mark.parametrize("error", [broken, out_of_memory], ids=["error", "memory"])
+@pytest.mark.parametrize(
+    "error", [broken, pytest.param(out_of_memory, marks=pytest.mark.long)], ids=["error", "memory"]
+)
 def test_a_part_that_fails_is_switched_off_and_said_once(
     name: str, error: Any, plain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
