@@ -7,7 +7,9 @@ checkpoint, an average that was swapped in, an edit in place.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from functools import cache
 from math import gcd
 from typing import Any
 
@@ -213,8 +215,14 @@ def _piece(member: Member) -> Tensor:
 def _strided(member: Member) -> Tensor:
     """A view of elements that lie evenly in a weight, and not in one of its columns alone."""
     piece = _piece(member)
-    flat = piece.as_strided((piece.numel(),), (1,))  # in the order of memory
-    stride = max(flat.numel() // SAMPLE, 1)
-    while stride > 1 and gcd(stride, piece.shape[-1]) > 1:
+    count, stride = _sample_layout(piece.numel(), piece.shape[-1])
+    return piece.as_strided((count,), (stride,))  # in the order of memory
+
+
+@cache
+def _sample_layout(elements: int, columns: int) -> tuple[int, int]:
+    """How many elements of a matrix are sampled, and how far apart they lie in memory."""
+    stride = max(elements // SAMPLE, 1)
+    while stride > 1 and gcd(stride, columns) > 1:
         stride -= 1
-    return flat[::stride][:SAMPLE]
+    return min(math.ceil(elements / stride), SAMPLE), stride
