@@ -61,7 +61,8 @@ def test_the_same_rules_say_the_same(folder: Path) -> None:
 
 def test_other_thresholds_and_curves_say_other_things(folder: Path) -> None:
     log = read_run(folder)
-    silent = {f: {"warning": 1e9} for f in ("joint_one", "joint_both", "lift_both", "update_ratio", "gain_drift")}
+    names = ("joint_one", "joint_both", "lift_both", "update_ratio", "gain_drift", "weight_write")
+    silent = {name: {"warning": 1e9} for name in names}
     calm = {"spike_score": {"info": 1e9}}
     assert rejudged(log, load_thresholds({**silent, **calm})) == []
     rates = [row["lr"] for row in log.steps]
