@@ -200,9 +200,10 @@ class LiveRules:
     def _is_recent_spike(self, f: StepFigures, scores: Scores) -> bool:
         """Whether loss and gradient norm stand out of the last 48 steps at this very step.
 
-        The loss by 0.1 as well, unless the gradient norm stands as far out as the loss. The loss has to: batches differ
-        in their gradient norm by much more than in their loss. Over 375,000 steps of the lab's healthy runs this is
-        true once. Without the gradient norm, which is left out if it is only known after clipping, it is true twice.
+        The loss has to stand out, because batches differ in their gradient norm by much more than in their loss. It has
+        to be 0.1 above its usual value too, unless the gradient norm stands as far out as the loss. Over 375,000 steps
+        of the lab's healthy runs this is true once. Without the gradient norm it is true twice. The gradient norm is
+        left out if it is only known after clipping.
         """
         loss, gradient, usual = scores.loss_recent, scores.gradient_recent, self.recent_loss.usual()
         if f.loss is None or loss is None or usual is None:
@@ -264,7 +265,7 @@ class LiveRules:
         return Alert(step, code, level, what + self.movers.sentence(), where, evidence)
 
     def _written(self, f: StepFigures, verdict: Verdict) -> None:
-        """Weights that changed by as much as they are, between two steps; smaller writes are a note, once."""
+        """Alert on weights that changed between two steps by their own norm; note smaller changes once in a run."""
         if f.written is None:
             return
         what = describe_written(f.written, f.step)

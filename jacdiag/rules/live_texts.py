@@ -135,9 +135,10 @@ WRITTEN = Text(
     summary="weights changed by as much as they are, between two steps of the optimizer",
     what="""\
 A sample of 128 elements of each weight matrix is read when the optimizer's step has ended, and again when the next one
-begins. A weight whose sample has changed by at least its own norm (the smaller one of before and after) is written
-from outside: a doubling, a halving, a new draw. A change of 1 to 100 percent is a note in the log, once in a run. One
-that is undone before the next step, as an average that is swapped in for an evaluation, is not seen.
+begins. The rule fires if the sample of a weight has changed by at least its own norm, the smaller of before and after:
+a doubling, a halving, a new draw. The factors in the sentence are those of the samples. A change of 1 to 100 percent
+is a note in the log, once in a run. One that is undone before the next step is not seen, such as an average that is
+swapped in for an evaluation.
 
 A run that goes on from a checkpoint with the watch's own state compares the weights with those that the state was made
 with. Not looked at: vectors, weights that no watched optimizer holds, the step after one that was compiled, and the
@@ -146,8 +147,9 @@ first step after the watch was attached. Of sharded weights those of the leading
 The loss may not show for hundreds of steps that a scaling was lost, a layer was drawn anew, or another checkpoint was
 loaded. No optimizer is involved, so that neither learning rate nor clipping bounds it.""",
     example="""\
-step 250: 6 of 14 weight matrices were written outside the optimizer, after its step 249 and before step 250:
-h.0.attn.c_proj.weight, h.0.mlp.c_proj.weight, h.1.attn.c_proj.weight and 3 more, each multiplied by 2.45""",
+step 250: 6 of 14 weight matrices were written outside the optimizer, after its step 249 and before step 250, as
+samples of their elements show: h.0.attn.c_proj.weight, h.0.mlp.c_proj.weight, h.1.attn.c_proj.weight and 3 more,
+each multiplied by 2.45""",
     remedy="""\
 If the loop writes weights there on purpose (a reset, a merge of adapters, pruning), nothing is wrong. Otherwise look
 for what runs between the two steps: callbacks, a load_state_dict, an average that was not swapped back.""",

@@ -67,7 +67,8 @@ class Written:
 def describe_written(written: Written, step: int) -> str:
     """Return which weights were written, when and how far: what is known, and nothing about who did it."""
     some = "1 weight was" if written.count == 1 else f"{written.count} of {written.of} weight matrices were"
-    what = f"{some} written outside the optimizer, after its step {written.after} and before step {step}: "
+    when = f"after its step {written.after} and before step {step}"
+    what = f"{some} written outside the optimizer, {when}, as samples of their elements show: "
     if _is_one_factor(written):
         factor = plain(written.weights[0].times)
         names = ", ".join(weight.name for weight in written.weights[:_SHOWN])
@@ -83,7 +84,8 @@ def _describe_one(weight: WrittenWeight) -> str:
         return f"{weight.name} multiplied by {plain(weight.times)}"
     if weight.change == float("inf"):
         return f"{weight.name}, zero before"
-    return f"{weight.name} changed by {plain(weight.change)} of its norm (norm times {plain(weight.times)})"
+    change, factor = plain(weight.change), plain(weight.times)
+    return f"{weight.name} changed by {change} times the smaller of its norms before and after (norm times {factor})"
 
 
 def _is_one_factor(written: Written) -> bool:

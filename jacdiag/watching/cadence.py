@@ -61,7 +61,7 @@ class Cadence:
         return self.steps is None and self.budget is None
 
     def due(self, step: int, price: float | None = None, step_seconds: float | None = None) -> bool:
-        """Whether to run at this step.
+        """Return whether to run at this step; call once per step, since it remembers the step before.
 
         Args:
             step: number of steps that are done.

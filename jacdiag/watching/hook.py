@@ -46,7 +46,7 @@ from jacdiag.watching.writes import WeightWrites
 
 _NO_FIGURES = "no figures of single steps from now on"
 _NO_UPDATES = "no update norms from now on"
-_TRIES = 300  # of 10 ms
+_LOOKS, _PAUSE = 300, 0.01  # how often, and after how many seconds, a step in another thread is asked for its end
 _NO_WRITES = "writes to weights between the steps are not looked for from now on"
 _SAMPLE = 32  # parameters whose count of changes is looked at
 
@@ -608,10 +608,10 @@ class Watch:
         """Write the flight and the last lines, because a signal is going to end the process."""
         if self.closed or self.inert:
             return
-        for _ in range(_TRIES):  # of another thread, that trains; it is not waited for for ever
+        for _ in range(_LOOKS):  # the loop may run in another thread: wait for the end of its step, but not for ever
             if not self.busy:
                 break
-            time.sleep(0.01)
+            time.sleep(_PAUSE)
         self.closed = True
         if not self.together.sharded:
             quietly(self._flush)

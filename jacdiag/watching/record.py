@@ -21,11 +21,11 @@ from jacdiag.watching.batches import Batches
 from jacdiag.watching.cadence import Clock
 from jacdiag.watching.endings import Ending
 from jacdiag.watching.guards import AlertRaised, Guards, logger, say
-from jacdiag.watching.heartbeat import Pulse
 from jacdiag.watching.histograms import Histogram
 from jacdiag.watching.log import RunFile
 from jacdiag.watching.moment import AlertMoment, call_handler
 from jacdiag.watching.noise_scale import MicroBatchNorms, NoiseScale
+from jacdiag.watching.pulse import Pulse
 from jacdiag.watching.recorder import Recorder
 from jacdiag.watching.silence import Silence
 from jacdiag.watching.sinks import AlertSink, Sink, open_alert_sinks, open_sinks, slashed

@@ -19,7 +19,7 @@ from jacdiag.render.live import screen
 from jacdiag.report.heartbeat import Heartbeat, birth_of, is_alive, place_of_process, read_heartbeat
 from jacdiag.report.run_state import Kind, RunState, state_of_run
 from jacdiag.report.runlog import RunLog, read_run, to_line
-from jacdiag.watching.heartbeat import INTERVAL, Pulse
+from jacdiag.watching.pulse import INTERVAL, Pulse
 
 NOW = 1_800_000_000.0
 BEAT = Heartbeat(
@@ -124,7 +124,9 @@ def test_the_sign_of_life_is_written_once_a_second_at_most(tmp_path: Path) -> No
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
-    Pulse(tmp_path / "no", lambda call: call())
+    pulse = Pulse(tmp_path / "no", lambda call: call())
+    pulse.step_ended(1, 100.0, lambda: None)
+    assert read_heartbeat(tmp_path / "no") is None and not (tmp_path / "no").exists()
 
 
 def test_a_run_that_goes_on_is_not_over_before_its_first_step(tmp_path: Path) -> None:

@@ -74,7 +74,8 @@ def test_weights_that_are_scaled_are_named_with_their_factor_at_their_step() -> 
     (alert,) = train(scale(2.45, "up.weight", "head.weight"))
     assert (alert.step, alert.level, alert.where) == (AT, "warning", ["up.weight", "head.weight"])
     assert alert.what == (
-        "2 of 3 weight matrices were written outside the optimizer, after its step 4 and before step 5: "
+        "2 of 3 weight matrices were written outside the optimizer, after its step 4 and before step 5, "
+        "as samples of their elements show: "
         "up.weight, head.weight, each multiplied by 2.45"
     )
     assert alert.evidence["after"] == AT - 1 and alert.evidence["change"] == pytest.approx(1.45, rel=1e-3)
@@ -358,4 +359,4 @@ def test_a_checkpoint_that_was_changed_on_its_way_is_seen_at_the_first_step(fact
         assert not alerts
         return
     assert [alert.where for alert in alerts] == [["down.weight"]]
-    assert "after its step 3 and before step 4: down.weight" in alerts[0].what
+    assert "after its step 3 and before step 4, as samples of their elements show: down.weight" in alerts[0].what
