@@ -1,4 +1,6 @@
-"""Small models at their own init: families of transformers, recipes of the paper, and schemes written onto a Llama."""
+"""Small models at their own init: families of transformers, recipes of the paper, and schemes
+written onto a Llama.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +18,32 @@ _SIZES = {"num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "
 _GATED = {**_SIZES, "intermediate_size": 160, "num_key_value_heads": 2, "head_dim": 16}
 _IDS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "gpt2": ("GPT2Config", {"n_layer": 4, "n_embd": 64, "n_head": 4, "vocab_size": 256, "n_positions": 32}),
+    "gpt2": (
+        "GPT2Config",
+        {"n_layer": 4, "n_embd": 64, "n_head": 4, "vocab_size": 256, "n_positions": 32},
+    ),
     "llama": ("LlamaConfig", _GATED),
     "gpt_neox": ("GPTNeoXConfig", {**_SIZES, "intermediate_size": 256}),
-    "opt": ("OPTConfig", {**_SIZES, "ffn_dim": 256, "max_position_embeddings": 64, "word_embed_proj_dim": 64}),
+    "opt": (
+        "OPTConfig",
+        {**_SIZES, "ffn_dim": 256, "max_position_embeddings": 64, "word_embed_proj_dim": 64},
+    ),
     "bloom": ("BloomConfig", {"n_layer": 4, "hidden_size": 64, "n_head": 4, "vocab_size": 256}),
     "olmo2": ("Olmo2Config", {**_SIZES, "intermediate_size": 160}),
-    "t5": ("T5Config", {"num_layers": 3, "d_model": 64, "d_kv": 24, "d_ff": 200, "num_heads": 4, "vocab_size": 256,
-                        "decoder_start_token_id": 0}),
+    "t5": (
+        "T5Config",
+        {
+            "num_layers": 3,
+            "d_model": 64,
+            "d_kv": 24,
+            "d_ff": 200,
+            "num_heads": 4,
+            "vocab_size": 256,
+            "decoder_start_token_id": 0,
+        },
+    ),
     "gemma": ("GemmaConfig", _GATED),
-}  # fmt: skip
+}
 RECIPES = ("vanilla", "xavier", "embed-detach", "embed-ln", "scaled-embed", "gpt2")
 
 
@@ -45,18 +63,24 @@ def family(name: str, seed: int, model_type: str | None = None) -> Subject:
     config = getattr(transformers, kind)(**{**_IDS, **sizes})
     torch.manual_seed(seed)
     if name == "t5":
-        model = transformers.T5ForConditionalGeneration._from_config(config, attn_implementation="eager")
+        model = transformers.T5ForConditionalGeneration._from_config(
+            config, attn_implementation="eager"
+        )
     else:
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     ids = torch.randint(3, 256, (2, 24), generator=torch.Generator().manual_seed(seed))
-    return Subject(model, {"input_ids": ids, "decoder_input_ids": ids} if name == "t5" else {"input_ids": ids})
+    return Subject(
+        model, {"input_ids": ids, "decoder_input_ids": ids} if name == "t5" else {"input_ids": ids}
+    )
 
 
 def recipe(name: str, seed: int, layers: int = 4, width: int = 64) -> Subject:
     """The reference GPT by a recipe of the paper."""
     torch.manual_seed(seed)
     model = gpt.build(name, n_layer=layers, n_embd=width, n_head=4, vocab_size=256, block_size=64)
-    return Subject(model, torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(seed)))
+    return Subject(
+        model, torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(seed))
+    )
 
 
 Std = Callable[[str, int, torch.Tensor], float]
@@ -95,9 +119,14 @@ def _own(role: str, layer: int, w: torch.Tensor) -> float:
 
 
 SCHEMES: dict[str, Std] = {
-    "torchtitan-depth": _torchtitan, "pytorch": _pytorch, "small-init": _small_init, "neox": _neox, "xavier": _xavier,
-    "deepnorm": _deepnorm, "own-depth": _own,
-}  # fmt: skip
+    "torchtitan-depth": _torchtitan,
+    "pytorch": _pytorch,
+    "small-init": _small_init,
+    "neox": _neox,
+    "xavier": _xavier,
+    "deepnorm": _deepnorm,
+    "own-depth": _own,
+}
 
 
 def written(name: str, seed: int) -> Subject:

@@ -1,8 +1,10 @@
-"""Who stands beside jacdiag in `spectral.py`: SciPy's svds and power iteration, each on one sequence of one sub-layer.
+"""Who stands beside jacdiag in `spectral.py`: SciPy's svds and power iteration, each on one
+sequence of one sub-layer.
 
-Every contender must come within 1% of the float64 truth, and each is favoured: a hand-written branch, a pullback built
-once, for svds the loosest tolerance that gets there. Power iteration cannot know that it has arrived, and a Lanczos run
-would go on to certify; both are stopped from outside at the moment they are within 1%.
+Every contender must come within 1% of the float64 truth, and each is favoured: a hand-written
+branch, a pullback built once, for svds the loosest tolerance that gets there. Power iteration
+cannot know that it has arrived, and a Lanczos run would go on to certify; both are stopped from
+outside at the moment they are within 1%.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import jacdiag
-from jacdiag.measure.linearise import linearise
+from jacdiag.measure.linearization import linearise
 from jacdiag.sources import gpt
 from jacdiag.spectra import JacobianOperator, Solution, top_singular
 from jacdiag.spectra.interval import ritz_values
@@ -48,7 +50,7 @@ def median_time(fn: Callable[[], Any], rounds: int = 7) -> float:
     return statistics.median(times)
 
 
-# -- the peers, on one sequence ---------------------------------------------------------------------------------------
+# -- the peers, on one sequence --------------------------------------------------------------------
 class Products:
     """J v and J^T w of a branch at x, on NumPy vectors of one sequence, counted."""
 
@@ -58,7 +60,9 @@ class Products:
     def _apply(self, which: int, v: Any) -> Any:
         self.count += 1
         with torch.no_grad():
-            y = self.maps[which](torch.from_numpy(np.ascontiguousarray(v)).to(self.like).view_as(self.like))
+            y = self.maps[which](
+                torch.from_numpy(np.ascontiguousarray(v)).to(self.like).view_as(self.like)
+            )
         return y.reshape(-1).numpy()
 
     def push(self, v: Any) -> Any:
@@ -77,16 +81,29 @@ def by_jvp(fn: Branch, x: Tensor) -> Products:
 def by_own(fn: Branch, x: Tensor) -> Products:
     operator = JacobianOperator(fn, x)
     flat = operator.problems, -1
-    return Products(lambda v: operator.push(v.reshape(flat)), lambda w: operator.pull(w.reshape(flat)), x)
+    return Products(
+        lambda v: operator.push(v.reshape(flat)), lambda w: operator.pull(w.reshape(flat)), x
+    )
 
 
-def run_svds(products: Products, tol: float = SVDS_TOLERANCE, seed: int = 0, solver: str = "arpack") -> float:
+def run_svds(
+    products: Products, tol: float = SVDS_TOLERANCE, seed: int = 0, solver: str = "arpack"
+) -> float:
     n = products.like.numel()
     dtype = np.float64 if products.like.dtype == torch.float64 else np.float32
     matrix = LinearOperator((n, n), matvec=products.push, rmatvec=products.pull, dtype=dtype)
     start = np.random.default_rng(seed).standard_normal(n).astype(dtype)
-    return float(svds(matrix, k=1, tol=tol, v0=start, return_singular_vectors=False, solver=solver,
-                      maxiter=200 if solver == "propack" else None)[0])  # fmt: skip
+    return float(
+        svds(
+            matrix,
+            k=1,
+            tol=tol,
+            v0=start,
+            return_singular_vectors=False,
+            solver=solver,
+            maxiter=200 if solver == "propack" else None,
+        )[0]
+    )
 
 
 def run_power(products: Products, truth: float, seed: int = 0) -> float:
@@ -111,9 +128,13 @@ class Contest:
     truths: list[float]  # float64, one per sequence
 
     def solve(self, seed: int = 0, **options: Any) -> Solution:
-        """Linearises and solves. That sequences (and tokens) are independent is known, as it is to the peers."""
+        """Linearises and solves. That sequences (and tokens) are independent is known, as it is to
+        the peers.
+        """
         one = linearise(self.site)
-        solution = top_singular(one.branch, generator=torch.Generator().manual_seed(seed), **options)
+        solution = top_singular(
+            one.branch, generator=torch.Generator().manual_seed(seed), **options
+        )
         one.release()
         return solution
 
@@ -121,7 +142,9 @@ class Contest:
         return values.reshape(len(self.truths), -1).max(1)
 
     def enough(self, seed: int) -> int:
-        """The least number of products with which all sequences are within 1% of the truth, from this start."""
+        """The least number of products with which all sequences are within 1% of the truth, from
+        this start.
+        """
         solution = self.solve(seed, tol=1e-3)
         for spent in range(1, solution.products + 1):
             alphas, betas = solution.alphas[:, : (spent + 1) // 2], solution.betas[:, : spent // 2]
@@ -131,7 +154,9 @@ class Contest:
         raise AssertionError(f"{self.name}: not within 1% after {solution.products} products")
 
     def play(self, rounds: int) -> dict[str, Any]:
-        """Each round has a random start of its own: ours to 1%, ours to a certified 5%, each peer on one sequence."""
+        """Each round has a random start of its own: ours to 1%, ours to a certified 5%, each peer
+        on one sequence.
+        """
         batch, x = len(self.truths), self.site.shortcut
         self.site.independent()
         enough = [self.enough(seed) for seed in range(rounds)]
@@ -152,29 +177,58 @@ class Contest:
             row = turn % batch
             for peer in PEERS:
                 with timed(times.setdefault(peer, [])):
-                    value, products = self._peer(peer, x[row : row + 1].contiguous(), self.truths[row], turn)
+                    value, products = self._peer(
+                        peer, x[row : row + 1].contiguous(), self.truths[row], turn
+                    )
                 counts.setdefault(peer, []).append(products)
                 errors[peer] = max(errors[peer], self._error(value, self.truths[row]))
         forward = median_time(self.forward, 15)
         ours = statistics.median(times["ours"])
         return {
-            "sub_layer": self.name, "forward_ms": round(1e3 * forward, 2),
-            "ours": {"products": counts["ours"], "seconds_per_sequence": round(ours / batch, 4),
-                     "true_error": errors["ours"], "forwards": round(ours / forward, 1)},
-            "certified": {"products": counts["certified"], "width": round(float(high / low - 1), 4),
-                          "forwards": round(statistics.median(times["certified"]) / forward, 1),
-                          "true_error": self._error(self.per_sequence(certified.estimate), np.array(self.truths))},
-            "ratio": {peer: round(statistics.median(
-                t * batch / o for t, o in zip(times[peer], times["ours"], strict=True)), 2) for peer in PEERS},
-            "peers": {peer: {"products": counts[peer], "seconds": round(statistics.median(times[peer]), 3),
-                             "true_error": errors[peer]} for peer in PEERS},
-        }  # fmt: skip
+            "sub_layer": self.name,
+            "forward_ms": round(1e3 * forward, 2),
+            "ours": {
+                "products": counts["ours"],
+                "seconds_per_sequence": round(ours / batch, 4),
+                "true_error": errors["ours"],
+                "forwards": round(ours / forward, 1),
+            },
+            "certified": {
+                "products": counts["certified"],
+                "width": round(float(high / low - 1), 4),
+                "forwards": round(statistics.median(times["certified"]) / forward, 1),
+                "true_error": self._error(
+                    self.per_sequence(certified.estimate), np.array(self.truths)
+                ),
+            },
+            "ratio": {
+                peer: round(
+                    statistics.median(
+                        t * batch / o for t, o in zip(times[peer], times["ours"], strict=True)
+                    ),
+                    2,
+                )
+                for peer in PEERS
+            },
+            "peers": {
+                peer: {
+                    "products": counts[peer],
+                    "seconds": round(statistics.median(times[peer]), 3),
+                    "true_error": errors[peer],
+                }
+                for peer in PEERS
+            },
+        }
 
     def _peer(self, peer: str, one: Tensor, truth: float, seed: int) -> tuple[float, int]:
         method, by = peer.split(", ")
         with sdpa_kernel(SDPBackend.MATH):
             products = by_jvp(self.plain, one) if by == "jvp" else by_own(self.plain, one)
-            value = run_svds(products, seed=seed) if method == "svds" else run_power(products, truth, seed)
+            value = (
+                run_svds(products, seed=seed)
+                if method == "svds"
+                else run_power(products, truth, seed)
+            )
         return value, products.count
 
     @staticmethod
@@ -187,7 +241,9 @@ class Contest:
 
 
 def branches(model: gpt.GPT, sites: Any) -> list[tuple[Any, Branch, Any]]:
-    """Every sub-layer of a reference GPT with its branch written by hand, and the block that it lies in."""
+    """Every sub-layer of a reference GPT with its branch written by hand, and the block that it
+    lies in.
+    """
     found = []
     for layer, block in enumerate(model.transformer["h"]):  # type: ignore[arg-type]
         for part, norm in (("attn", "ln_1"), ("mlp", "ln_2")):

@@ -1,8 +1,9 @@
-"""What a watch at its default options costs on steps of about 14 ms and 60 ms, in pairs and by its own account.
+"""What a watch at its default options costs on steps of about 14 ms and 60 ms, in pairs and by its
+own account.
 
-Identical models train in one process, one of them plain, and take turns in blocks of steps. Each block is compared with
-the plain block of the same turn. Probes and statistics fall into few blocks: the mean over all blocks pays for them,
-the median does not. The watch's own account has both.
+Identical models train in one process, one of them plain, and take turns in blocks of steps. Each
+block is compared with the plain block of the same turn. Probes and statistics fall into few blocks:
+the mean over all blocks pays for them, the median does not. The watch's own account has both.
 """
 
 from __future__ import annotations
@@ -51,7 +52,12 @@ class SmallLoop:
     def __init__(self, size: StepSize, batch: int) -> None:
         with seeded(0):
             self.model = gpt.build(
-                "gpt2", n_layer=size.layers, n_embd=size.width, n_head=4, vocab_size=256, block_size=size.length
+                "gpt2",
+                n_layer=size.layers,
+                n_embd=size.width,
+                n_head=4,
+                vocab_size=256,
+                block_size=size.length,
             ).train()
             self.ids = torch.randint(256, (batch, size.length + 1))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
@@ -107,7 +113,9 @@ def measure_size(size: StepSize, turns: int, folder: Path) -> dict[str, Any]:
         if library is None or importlib.util.find_spec(library) is not None:
             loops[watcher.name] = loop = SmallLoop(size, batch)
             closers.append(_attach(loop, watcher, folder / f"{size.name} {place}"))
-    watch = jacdiag.watch(watched.model, watched.optimizer, log_dir=folder / size.name, quiet=True, strict=True)
+    watch = jacdiag.watch(
+        watched.model, watched.optimizer, log_dir=folder / size.name, quiet=True, strict=True
+    )
     watched.call = lambda loss, norm: watch.step(loss, grad_norm=norm)
     loops = {"watch, defaults": watched, **loops}
     for loop in (plain, *loops.values()):
@@ -130,17 +138,24 @@ def measure_size(size: StepSize, turns: int, folder: Path) -> dict[str, Any]:
     # 3. Sum up.
     steps = turns * BLOCK
     step_seconds = watch.clock.step_seconds or float("nan")
-    own = {part: round(spent / steps / step_seconds, 5) for part, spent in watch.clock.spent.items()}
+    own = {
+        part: round(spent / steps / step_seconds, 5) for part, spent in watch.clock.spent.items()
+    }
     watch.close()
     for close in closers:
         close()
     return {
-        "layers": size.layers, "width": size.width, "length": size.length, "batch": batch, "steps": steps,
+        "layers": size.layers,
+        "width": size.width,
+        "length": size.length,
+        "batch": batch,
+        "steps": steps,
         "plain_step_seconds": round(statistics.median(of_plain) / BLOCK, 5),
         "watched_step_seconds": round(step_seconds, 5),
-        "own_account": own, "own_account_total": round(sum(own.values()), 5),
+        "own_account": own,
+        "own_account_total": round(sum(own.values()), 5),
         "paired": {name: _summary(shares) for name, shares in ratios.items()},
-    }  # fmt: skip
+    }
 
 
 def _attach(loop: SmallLoop, watcher: Watcher, folder: Path) -> Callable[[], None]:

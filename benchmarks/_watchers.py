@@ -1,7 +1,9 @@
-"""Who stands beside jacdiag in `watch.py`: trainscope and wandb.watch at their defaults, and a hook on every module.
+"""Who stands beside jacdiag in `watch.py`: trainscope and wandb.watch at their defaults, and a hook
+on every module.
 
-Each is a function that takes (model, optimizer, folder) and returns (step, close): what a loop calls once per step, and
-what takes it off again. `before` says that the step is called between backward and optimiser, as trainscope asks.
+Each is a function that takes (model, optimizer, folder) and returns (step, close): what a loop
+calls once per step, and what takes it off again. `before` says that the step is called between
+backward and optimiser, as trainscope asks.
 """
 
 from __future__ import annotations
@@ -66,7 +68,9 @@ def _wandb(log_freq: int) -> Callable[[nn.Module, Any, Path], tuple[Step, Callab
 
 
 def _items(model: nn.Module, optimizer: Any, folder: Path) -> tuple[Step, Callable[[], None]]:
-    """What a first version looks like: the norm of every module's output, read at once; and of every gradient."""
+    """What a first version looks like: the norm of every module's output, read at once; and of
+    every gradient.
+    """
     seen: dict[str, float] = {}
 
     def hook(name: str) -> Callable[..., None]:
@@ -76,7 +80,11 @@ def _items(model: nn.Module, optimizer: Any, folder: Path) -> tuple[Step, Callab
 
         return note
 
-    handles = [m.register_forward_hook(hook(name)) for name, m in model.named_modules() if not list(m.children())]
+    handles = [
+        m.register_forward_hook(hook(name))
+        for name, m in model.named_modules()
+        if not list(m.children())
+    ]
 
     def step(loss: Any, norm: Any) -> None:
         for name, p in model.named_parameters():

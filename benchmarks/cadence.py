@@ -1,7 +1,9 @@
-"""Does `every="1%"` keep its share of the time, and what does it find, beside `every=200`? At four durations of a step.
+"""Does `every="1%"` keep its share of the time, and what does it find, beside `every=200`? At four
+durations of a step.
 
-A small GPT is trained; each step is padded by a sleep to the duration that is asked for. So one model stands for many:
-its probe costs the same at every duration. Halfway the attention weights are multiplied by 8.
+A small GPT is trained; each step is padded by a sleep to the duration that is asked for. So one
+model stands for many: its probe costs the same at every duration. Halfway the attention weights are
+multiplied by 8.
 
     python benchmarks/cadence.py            about 4 minutes; writes benchmarks/results/cadence.json
     python benchmarks/cadence.py --quick    a few seconds each; prints only
@@ -24,7 +26,7 @@ from detect import Run, Training, text
 from faults import scale_attention
 
 import jacdiag
-from jacdiag.report.runlog import read_run
+from jacdiag.records.run_log import read_run
 
 RESULTS = Path(__file__).parent / "results" / "cadence.json"
 # Seconds of a step, sub-layers' width, and how long the run is watched.
@@ -32,13 +34,17 @@ DURATIONS = ((0.005, 16, 20.0), (0.014, 16, 20.0), (0.060, 48, 30.0), (1.0, 48, 
 CADENCES: tuple[int | str, ...] = (200, "1%")
 
 
-def measure(every: int | str, step_seconds: float, width: int, seconds: float, data: torch.Tensor) -> dict[str, Any]:
+def measure(
+    every: int | str, step_seconds: float, width: int, seconds: float, data: torch.Tensor
+) -> dict[str, Any]:
     """Train for some time under a watch and return what the probe cost and found."""
     run = Run("padded", layers=1 if width < 32 else 3, width=width)
     training = Training(run, 100_000, data)
     steps = max(int(seconds / step_seconds), 20)
     with tempfile.TemporaryDirectory() as folder:
-        watch = jacdiag.watch(training.model, training.optimizer, every=every, log_dir=folder, quiet=True)
+        watch = jacdiag.watch(
+            training.model, training.optimizer, every=every, log_dir=folder, quiet=True
+        )
         begun = time.perf_counter()
         first = 0.0
         for step in range(1, steps + 1):
@@ -83,17 +89,23 @@ def main() -> None:
     rows = []
     for step_seconds, width, seconds in DURATIONS:
         for every in CADENCES:
-            row = measure(every, step_seconds, width, seconds / 6 if options.quick else seconds, data)
+            row = measure(
+                every, step_seconds, width, seconds / 6 if options.quick else seconds, data
+            )
             rows.append(row)
             print(
-                f"step {step_seconds:g} s ({row['measured_step_seconds'] or 0:.3g}), every={every}: "
+                f"step {step_seconds:g} s ({row['measured_step_seconds'] or 0:.3g}), "
+                f"every={every}: "
                 f"{row['probe_share_after_the_first']:.2%} of the time, {row['probes']} probes of "
-                f"{max(row['probe_seconds'], default=0):.2g} s, at most every {max(row['steps_between'], default=0)} "
+                f"{max(row['probe_seconds'], default=0):.2g} s, at most every "
+                f"{max(row['steps_between'], default=0)} "
                 f"steps; found after {row['found_after_steps']} ({', '.join(row['codes'])})",
                 flush=True,
             )
     if not options.quick:
-        RESULTS.write_text(json.dumps({"load": os.getloadavg(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        RESULTS.write_text(
+            json.dumps({"load": os.getloadavg(), "rows": rows}, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""Measures the recipes of the paper, and derives from them the thresholds of JD101 to JD103 in report/thresholds.toml.
+"""Measures the recipes of the paper, and derives from them the thresholds of JD101 to JD103 in
+report/thresholds.toml.
 
-For each figure, `a` is the largest value among the recipes that meet a condition, `b` the smallest worst-sub-layer
-value among those that do not. "Met" ends a third of the way from a to b on a log scale, "not met" begins at two thirds.
+For each figure, `a` is the largest value among the recipes that meet a condition, `b` the smallest
+worst-sub-layer value among those that do not. "Met" ends a third of the way from a to b on a log
+scale, "not met" begins at two thirds.
 
-    python benchmarks/calibrate.py              all sizes, writes benchmarks/results/calibration.json (about 10 minutes)
-    python benchmarks/calibrate.py --quick      the smallest size, prints only
+    python benchmarks/calibrate.py              all sizes, writes
+    benchmarks/results/calibration.json (about 10 minutes) python benchmarks/calibrate.py --quick
+    the smallest size, prints only
 """
 
 from __future__ import annotations
@@ -31,23 +34,46 @@ RESULTS = Path(__file__).parent / "results" / "calibration.json"
 
 def measure(recipe: str, layers: int, width: int, seed: int) -> list[dict[str, Any]]:
     """One audit of one recipe: the figures of every sub-layer."""
-    sizes = {"n_layer": layers, "n_embd": width, "n_head": max(2, width // 64), "vocab_size": 4096, "block_size": 64}
+    sizes = {
+        "n_layer": layers,
+        "n_embd": width,
+        "n_head": max(2, width // 64),
+        "vocab_size": 4096,
+        "block_size": 64,
+    }
     report = jacdiag.audit(
-        "jacdiag.sources.gpt:build", model_args={"recipe": recipe, **sizes}, batch=1, seq=64, seed=seed, state="init"
+        "jacdiag.sources.gpt:build",
+        model_args={"recipe": recipe, **sizes},
+        batch=1,
+        seq=64,
+        seed=seed,
+        state="init",
     )
     product = report.network.gain_product_log
     return [
         {
-            "recipe": recipe, "layers": layers, "width": width, "seed": seed, "name": row.name, "depth": row.depth,
-            "kind": row.kind, "core": row.core_norm.estimate * math.sqrt(2 * layers),
-            "branch": row.branch_norm.estimate, "gain_p99": row.norm_gain.per_token.p99, "product_log": product,
+            "recipe": recipe,
+            "layers": layers,
+            "width": width,
+            "seed": seed,
+            "name": row.name,
+            "depth": row.depth,
+            "kind": row.kind,
+            "core": row.core_norm.estimate * math.sqrt(2 * layers),
+            "branch": row.branch_norm.estimate,
+            "gain_p99": row.norm_gain.per_token.p99,
+            "product_log": product,
         }
         for row in report.sublayers
-    ]  # fmt: skip
+    ]
 
 
-def worst(rows: list[dict[str, Any]], figure: str, recipes: tuple[str, ...], kind: str | None, pick: Any) -> float:
-    """`pick` over models of the largest value in each: max for the recipes that meet, min for those that do not."""
+def worst(
+    rows: list[dict[str, Any]], figure: str, recipes: tuple[str, ...], kind: str | None, pick: Any
+) -> float:
+    """`pick` over models of the largest value in each: max for the recipes that meet, min for those
+    that do not.
+    """
     models: dict[tuple[Any, ...], float] = {}
     for row in rows:
         if row["recipe"] in recipes and kind in (None, row["kind"]):
@@ -67,7 +93,9 @@ def derive(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
         table[f"core_norm.{kind}"] = cuts(
             worst(rows, "core", SMALL, kind, max), worst(rows, "core", NOT_SMALL, kind, min)
         )
-    table["norm_gain"] = cuts(worst(rows, "gain_p99", LARGE, None, max), worst(rows, "gain_p99", NOT_LARGE, None, min))
+    table["norm_gain"] = cuts(
+        worst(rows, "gain_p99", LARGE, None, max), worst(rows, "gain_p99", NOT_LARGE, None, min)
+    )
     table["branch_norm.pre"] = cuts(
         worst(rows, "branch", LARGE, None, max), worst(rows, "branch", NOT_LARGE, None, min)
     )
@@ -91,21 +119,32 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the smallest size and one seed; nothing is written")
+    parser.add_argument(
+        "--quick", action="store_true", help="the smallest size and one seed; nothing is written"
+    )
     quick = parser.parse_args().quick
     begun, rows = time.perf_counter(), []
     for layers, width in SIZES[:1] if quick else SIZES:
         for recipe in RECIPES:
             for seed in SEEDS[:1] if quick else SEEDS:
                 rows += measure(recipe, layers, width, seed)
-            print(f"{time.perf_counter() - begun:6.0f} s  {layers} layers, d {width}, {recipe}", file=sys.stderr)
+            print(
+                f"{time.perf_counter() - begun:6.0f} s  {layers} layers, d {width}, {recipe}",
+                file=sys.stderr,
+            )
     table, lines = derive(rows), summary(rows)
     for line in lines:
         print("  ".join(f"{k} {v}" for k, v in line.items()))
     for name, values in table.items():
         print(f"[{name}]  " + "  ".join(f"{k} = {v:.3g}" for k, v in values.items()))
     if not quick:
-        result = {"torch": torch.__version__, "sizes": SIZES, "seeds": SEEDS, "cuts": table, "recipes": lines}
+        result = {
+            "torch": torch.__version__,
+            "sizes": SIZES,
+            "seeds": SEEDS,
+            "cuts": table,
+            "recipes": lines,
+        }
         RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 

@@ -1,9 +1,11 @@
-"""Does "any PyTorch model, no adapters" hold? Every family that transformers registers, checked one by one.
+"""Does "any PyTorch model, no adapters" hold? Every family that transformers registers, checked one
+by one.
 
     python benchmarks/coverage.py [FAMILY ...] [--task TASK] [--workers N] [--limit SECONDS]
 
-Without names it runs them all (about 330, from default configs made tiny, random weights, no network) and writes
-results/coverage.json and results/coverage.md; with names it prints what fails and writes nothing.
+Without names it runs them all (about 330, from default configs made tiny, random weights, no
+network) and writes results/coverage.json and results/coverage.md; with names it prints what fails
+and writes nothing.
 """
 
 from __future__ import annotations
@@ -34,21 +36,38 @@ def options() -> argparse.Namespace:
 
 def lost(job: tuple[str, str], reason: str) -> dict[str, Any]:
     """The result of a family whose worker was cut off."""
-    return {"task": job[0], "family": job[1], "status": "failed", "reason": reason, "expected": 0, "found": 0,
-            "covered": 0.0, "dense": 0, "interpreted": False,
-            "sublayers": [], "problems": {"time": reason}, "notes": []}  # fmt: skip
+    return {
+        "task": job[0],
+        "family": job[1],
+        "status": "failed",
+        "reason": reason,
+        "expected": 0,
+        "found": 0,
+        "covered": 0.0,
+        "dense": 0,
+        "interpreted": False,
+        "sublayers": [],
+        "problems": {"time": reason},
+        "notes": [],
+    }
 
 
 def main() -> None:
     chosen = options()
-    jobs = [(task, family) for task, family in build.families()
-            if chosen.task in (None, task) and (not chosen.family or family in chosen.family)]  # fmt: skip
+    jobs = [
+        (task, family)
+        for task, family in build.families()
+        if chosen.task in (None, task) and (not chosen.family or family in chosen.family)
+    ]
     rows = []
     for row in pool.run(jobs, chosen.workers, chosen.limit, lost):
         rows.append(row)
         shown = "; ".join(f"{k}: {v}" for k, v in row["problems"].items()) or row["reason"]
-        print(f"[{len(rows)}/{len(jobs)}] {row['task']} {row['family']}: {row['status']} "
-              f"{row['found']}/{row['expected']} {shown}", flush=True)  # fmt: skip
+        print(
+            f"[{len(rows)}/{len(jobs)}] {row['task']} {row['family']}: {row['status']} "
+            f"{row['found']}/{row['expected']} {shown}",
+            flush=True,
+        )
     if not chosen.family and not chosen.task:
         write(sorted(rows, key=lambda r: jobs.index((r["task"], r["family"]))))
     ran = [r for r in rows if r["status"] != "not built"]

@@ -1,13 +1,16 @@
-"""Are the live rules quiet on healthy runs, and do they see what is broken? Small GPTs on bytes of Python's library.
+"""Are the live rules quiet on healthy runs, and do they see what is broken? Small GPTs on bytes of
+Python's library.
 
-Healthy: six runs of 10,000 steps, of different recipes, sizes, learning rates and seeds; every alert is counted.
-Broken: the same runs with one fault each, put in at a known step (or from the start); the first alert after it is held
-against the step at which the loss itself shows it: the mean of ten losses stands 0.3 above their rolling median of 201
-steps (a batch of 256 tokens scatters by 0.23, such a mean by 0.07), or one loss by 2. Each fault is put into runs of
-three seeds.
+Healthy: six runs of 10,000 steps, of different recipes, sizes, learning rates and seeds; every
+alert is counted.
+Broken: the same runs with one fault each, put in at a known step (or from the start); the first
+alert after it is held against the step at which the loss itself shows it: the mean of ten losses
+stands 0.3 above their rolling median of 201 steps (a batch of 256 tokens scatters by 0.23, such a
+mean by 0.07), or one loss by 2. Each fault is put into runs of three seeds.
 
-    python benchmarks/detect.py            about 45 minutes; prints, and writes benchmarks/results/detect.json
-    python benchmarks/detect.py --quick    one healthy run of 600 steps and every fault once; prints only
+    python benchmarks/detect.py            about 45 minutes; prints, and writes
+    benchmarks/results/detect.json python benchmarks/detect.py --quick    one healthy run of 600
+    steps and every fault once; prints only
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import jacdiag
-from jacdiag.report.runlog import Alert
+from jacdiag.records.run_log import Alert
 from jacdiag.sources import gpt
 from jacdiag.sources.factory import seeded
 
@@ -42,7 +45,9 @@ AT = 1200  # the step of a fault that comes later
 
 @dataclass(frozen=True)
 class Run:
-    """A training run. `embed` scales the embedding, `residual` the std of W_O and W_2, both at init."""
+    """A training run. `embed` scales the embedding, `residual` the std of W_O and W_2, both at
+    init.
+    """
 
     name: str
     recipe: str = "scaled-embed"
@@ -55,18 +60,26 @@ class Run:
 
 
 HEALTHY = [
-    Run("scaled-embed"), Run("scaled-embed, another seed", seed=1), Run("embed-ln", "embed-ln"),
-    Run("deeper", layers=8, width=32), Run("wider", layers=2, width=128, seed=2), Run("careful", lr=2e-4, seed=3),
-]  # fmt: skip
+    Run("scaled-embed"),
+    Run("scaled-embed, another seed", seed=1),
+    Run("embed-ln", "embed-ln"),
+    Run("deeper", layers=8, width=32),
+    Run("wider", layers=2, width=128, seed=2),
+    Run("careful", lr=2e-4, seed=3),
+]
 
 
 def text() -> Tensor:
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:80]
-    return torch.frombuffer(bytearray(b"".join(f.read_bytes() for f in files)), dtype=torch.uint8).long()
+    return torch.frombuffer(
+        bytearray(b"".join(f.read_bytes() for f in files)), dtype=torch.uint8
+    ).long()
 
 
 class Training:
-    """A run step by step, with warm-up over 100 steps, clipping at 1 and a cosine decay to a tenth."""
+    """A run step by step, with warm-up over 100 steps, clipping at 1 and a cosine decay to a
+    tenth.
+    """
 
     def __init__(self, run: Run, steps: int, data: Tensor) -> None:
         self.run, self.steps, self.data = run, steps, data
@@ -81,7 +94,8 @@ class Training:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=run.lr, betas=(0.9, 0.95))
         self.generator = torch.Generator().manual_seed(run.seed)
         self.factor = 1.0
-        self.before_update: Callable[[Tensor], None] | None = None  # called with the loss, after the backward
+        # called with the loss, after the backward
+        self.before_update: Callable[[Tensor], None] | None = None
 
     def rate(self, step: int) -> float:
         decay = 0.55 + 0.45 * math.cos(math.pi * step / self.steps)
@@ -104,7 +118,7 @@ class Training:
         return loss.detach(), norm
 
 
-# -- faults ------------------------------------------------------------------------------------------------------------
+# -- faults ----------------------------------------------------------------------------------------
 def rate_times_30(training: Training, step: int, ids: Tensor) -> Tensor:
     training.factor = 30.0
     return ids
@@ -125,7 +139,9 @@ def corrupted_batch(training: Training, step: int, ids: Tensor) -> Tensor:
 
 
 def biased_softmax(training: Training, step: int, ids: Tensor) -> Tensor:
-    """Attention weights in bf16, cut off instead of rounded: a bias to one side, in every layer from now on."""
+    """Attention weights in bf16, cut off instead of rounded: a bias to one side, in every layer
+    from now on.
+    """
 
     def attention(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
         T = q.shape[-2]
@@ -160,9 +176,18 @@ def watched(run: Run, steps: int, data: Tensor, fault: Fault | None, every: int)
     real = F.scaled_dot_product_attention
     begun = time.perf_counter()
     try:
-        with tempfile.TemporaryDirectory() as folder, jacdiag.watch(
-            training.model, training.optimizer, log_dir=folder, every=every, stats_every=None, quiet=True, strict=True
-        ) as w:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            jacdiag.watch(
+                training.model,
+                training.optimizer,
+                log_dir=folder,
+                every=every,
+                stats_every=None,
+                quiet=True,
+                strict=True,
+            ) as w,
+        ):
             for step in range(1, steps + 1):
                 ids = training.batch()
                 if fault is not None and step >= AT:
@@ -173,14 +198,21 @@ def watched(run: Run, steps: int, data: Tensor, fault: Fault | None, every: int)
                 last.append(value)
                 if left is None and step >= AT:
                     middle = median(window)
-                    left = step if not (value < middle + FAR and fmean(last) < middle + LEFT) else None
+                    left = (
+                        step if not (value < middle + FAR and fmean(last) < middle + LEFT) else None
+                    )
                 window.append(value)
             w.flush()
             alerts, findings = _rows_of(w.alerts), _rows_of(w.findings)
     finally:
         F.scaled_dot_product_attention = real
-    return {"alerts": alerts, "findings": findings, "loss_left_its_median": left, "last_loss": round(value, 3),
-            "seconds": round(time.perf_counter() - begun, 1)}  # fmt: skip
+    return {
+        "alerts": alerts,
+        "findings": findings,
+        "loss_left_its_median": left,
+        "last_loss": round(value, 3),
+        "seconds": round(time.perf_counter() - begun, 1),
+    }
 
 
 def _rows_of(alerts: Sequence[Alert]) -> list[dict[str, Any]]:
@@ -198,8 +230,12 @@ def main() -> None:
     for run in HEALTHY[: 1 if quick else None]:
         made = watched(run, 600 if quick else 10_000, data, None, every=200)
         found["healthy"][run.name] = made
-        print(f"healthy: {run.name:28} loss {made['last_loss']:.2f}, {len(made['alerts'])} alerts, {made['seconds']} s",
-              *(f"\n    {a['step']} {a['code']} {a['what']}" for a in made["alerts"]), flush=True)  # fmt: skip
+        print(
+            f"healthy: {run.name:28} loss {made['last_loss']:.2f}, {len(made['alerts'])} alerts, "
+            f"{made['seconds']} s",
+            *(f"\n    {a['step']} {a['code']} {a['what']}" for a in made["alerts"]),
+            flush=True,
+        )
     for name, (run, fault) in FAULTS.items():
         for seed in range(1 if quick else 3):
             made = watched(replace(run, seed=seed), AT + 800, data, fault, every=100)
@@ -212,8 +248,16 @@ def main() -> None:
             made["early"] = [a for a in made["alerts"] if a["step"] < start]
             found["faults"].setdefault(name, []).append(made)
             told = f"{first['code']} after {first['step'] - start} steps" if first else "NOT FOUND"
-            shown = f"the loss shows it after {left - start}" if left is not None else "the loss never shows it"
-            print(f"{name:40} {told}; {shown}; lead {made['lead']}; before the fault {len(made['early'])}", flush=True)
+            shown = (
+                f"the loss shows it after {left - start}"
+                if left is not None
+                else "the loss never shows it"
+            )
+            print(
+                f"{name:40} {told}; {shown}; lead {made['lead']}; before the fault "
+                f"{len(made['early'])}",
+                flush=True,
+            )
     if not quick:
         RESULTS.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

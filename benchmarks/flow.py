@@ -1,7 +1,9 @@
-"""Figures of the forward and backward rules: on the recipes of the paper, and on fresh families of transformers.
+"""Figures of the forward and backward rules: on the recipes of the paper, and on fresh families of
+transformers.
 
-Run as `python benchmarks/flow.py recipes` or `python benchmarks/flow.py families [NAME ...]`. Both write to
-benchmarks/results/. The families are built as transformers initialises them, tiny, from their default configs.
+Run as `python benchmarks/flow.py recipes` or `python benchmarks/flow.py families [NAME ...]`. Both
+write to benchmarks/results/. The families are built as transformers initialises them, tiny, from
+their default configs.
 """
 
 from __future__ import annotations
@@ -22,11 +24,11 @@ from typing import Any
 import torch
 
 import jacdiag
-from jacdiag.auditing import measured
-from jacdiag.measure.forward import forward_record
 from jacdiag.measure.gradients import gradient_profile
 from jacdiag.measure.network import backward_record
-from jacdiag.report import Report
+from jacdiag.measure.stream_statistics import forward_record
+from jacdiag.pipeline import measured_audit as measured
+from jacdiag.records import Report
 from jacdiag.sources.factory import seeded
 
 RESULTS = Path(__file__).parent / "results"
@@ -57,7 +59,9 @@ def recipes() -> list[dict[str, Any]]:
                     "recipe": recipe,
                     "layers": layers,
                     "gradient_growth_whole": math.log(profile.norms[0] / profile.norms[-1]),
-                    "activation_growth_whole": math.log(profile.activations[-1] / profile.activations[0]),
+                    "activation_growth_whole": math.log(
+                        profile.activations[-1] / profile.activations[0]
+                    ),
                     "embedding_share": backward_record(sites, profile, [], {}).embedding_share,
                     "variance_end_over_middle": variance[-1] / variance[len(variance) // 2],
                     "token_cosine": max(stream.token_cosine),
@@ -70,7 +74,9 @@ def recipes() -> list[dict[str, Any]]:
 
 
 def families(names: list[str]) -> list[dict[str, Any]]:
-    """Audit every family that builds, in gate mode, and keep what the forward and backward rules say."""
+    """Audit every family that builds, in gate mode, and keep what the forward and backward rules
+    say.
+    """
     from _coverage import build as building
 
     rows = []
@@ -99,11 +105,15 @@ def families(names: list[str]) -> list[dict[str, Any]]:
 def _of_family(building: Any, task: str, family: str) -> dict[str, Any]:
     model, inputs = fresh(building, task, family)
     measured.contract_of = lambda *_: None  # type: ignore[assignment]  # another benchmark's, and slow for some
-    report = jacdiag.audit(model, inputs, decide=True, state="init", remedies="none", max_products=4, tol=0.5)
+    report = jacdiag.audit(
+        model, inputs, decide=True, state="init", remedies="none", max_products=4, tol=0.5
+    )
     return {
         "placements": sorted({str(row.placement) for row in report.sublayers}),
         "findings": [
-            {"code": f.code, "level": f.level, "what": f.what} for f in report.findings if f.code.startswith(CODES)
+            {"code": f.code, "level": f.level, "what": f.what}
+            for f in report.findings
+            if f.code.startswith(CODES)
         ],
         "rules": {rule.code: rule.status for rule in report.rules if rule.code.startswith(CODES)},
         "attention": _attention(report),
@@ -156,7 +166,10 @@ def main() -> None:
         path = RESULTS / f"flow_{part}.json"
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
-        path.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        path.write_text(
+            json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n",
+            encoding="utf-8",
+        )
         print(f"wrote {path.name}", file=sys.stderr)
 
 

@@ -4,10 +4,10 @@
 
 The models: every family that transformers registers, from its default config made tiny and its own
 init; the defaults of torch.nn, x-transformers and peft; published recipes written onto a small
-decoder. Each is audited with `state="init"`, and every finding of the contract (JD2xx) at warning is
-listed. A finding that a tied embedding makes large logits (JD206) is compared with the loss itself.
-Where the init of transformers differs from the code that a model comes from, the finding is true (_fresh/confirmed.py).
-Results: benchmarks/results/fresh.json and fresh.md.
+decoder. Each is audited with `state="init"`, and every finding of the contract (JD2xx) at warning
+is listed. A finding that a tied embedding makes large logits (JD206) is compared with the loss
+itself. Where the init of transformers differs from the code that a model comes from, the finding is
+true (_fresh/confirmed.py). Results: benchmarks/results/fresh.json and fresh.md.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 import jacdiag
 from benchmarks._fresh import libraries, recipes
 from benchmarks._fresh.confirmed import source_of
-from jacdiag.report import Report
+from jacdiag.records import Report
 
 RESULTS = Path(__file__).parent / "results"
 Build = Callable[[int], tuple[nn.Module, Any]]
@@ -54,7 +54,8 @@ class Row:
         status: "audited", or why it was not.
         scheme: The scheme that it was found to follow, or that of its family.
         findings: JD2xx at warning or error, as "code: what".
-        true: Those of them that a measurement of the loss, or the code that the model comes from, confirms.
+        true: Those of them that a measurement of the loss, or the code that the model comes from,
+            confirms.
     """
 
     group: str
@@ -149,7 +150,9 @@ def examine(group: str, name: str, build: Build, seed: int) -> Row:
 
 
 def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error) else ''}"
+    return (
+        f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error) else ''}"
+    )
 
 
 def scheme_of(report: Report) -> str:
@@ -159,7 +162,9 @@ def scheme_of(report: Report) -> str:
 
 
 def first_loss(model: nn.Module, inputs: Any) -> float | None:
-    """Return how far the loss on random targets lies above ln V; None if the model has no logits."""
+    """Return how far the loss on random targets lies above ln V; None if the model has no
+    logits.
+    """
     with torch.no_grad():
         output = model(**inputs) if isinstance(inputs, dict) else model(inputs)
     logits = getattr(output, "logits", output)
@@ -201,16 +206,22 @@ def page(rows: list[Row], versions: dict[str, str], seeds: int) -> str:
     lines = [
         "# Fresh models and the init contract",
         "",
-        "Written by `benchmarks/fresh.py`. Every model is at its own init; a finding of the contract at",
-        "warning is a false alarm, unless a measurement of the loss confirms it (on random targets it",
-        "lies at least half as far above ln V as the finding says), or the code that the model comes from.",
-        f"Versions: {', '.join(f'{name} {version}' for name, version in versions.items())}. Seeds: {seeds}.",
+        "Written by `benchmarks/fresh.py`. Every model is at its own init; a finding of the "
+        "contract at",
+        "warning is a false alarm, unless a measurement of the loss confirms it (on random "
+        "targets it",
+        "lies at least half as far above ln V as the finding says), or the code that the model "
+        "comes from.",
+        f"Versions: {', '.join(f'{name} {version}' for name, version in versions.items())}. "
+        f"Seeds: {seeds}.",
         "",
         "| models | audits | confirmed findings | false alarms |",
         "|---|---|---|---|",
     ]
     groups = dict.fromkeys(row.group for row in rows)
-    lines += [f"| {name} | {counts[name]} | {confirmed[name]} | {alarms[name]} |" for name in groups]
+    lines += [
+        f"| {name} | {counts[name]} | {confirmed[name]} | {alarms[name]} |" for name in groups
+    ]
     total = f"| all | {len(audited)} | {confirmed.total()} | {alarms.total()} |"
     lines += [total, "", "## Findings", ""]
     for row in audited:
@@ -222,7 +233,9 @@ def page(rows: list[Row], versions: dict[str, str], seeds: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="models whose group or name holds this; nothing is written")
+    parser.add_argument(
+        "--only", default="", help="models whose group or name holds this; nothing is written"
+    )
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--limit", type=float, default=120.0, help="seconds per model")
     options = parser.parse_args()

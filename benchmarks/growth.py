@@ -1,9 +1,10 @@
 """How much do branch norms grow between two checkpoints of a run, healthy or wrecked?
 
-`jacdiag audit NOW --against EARLIER` has to tell the growth of ordinary training from damage. Small GPTs of every
-placement of the norm are trained on bytes. At several steps each is audited on text, always with the same probe. For
-every pair of steps the largest growth over the sub-layers is kept: lower end later over upper end earlier, which is
-what lies beyond both intervals. A wrecked run is a healthy one whose learning rate is multiplied by 100 half-way.
+`jacdiag audit NOW --against EARLIER` has to tell the growth of ordinary training from damage. Small
+GPTs of every placement of the norm are trained on bytes. At several steps each is audited on text,
+always with the same probe. For every pair of steps the largest growth over the sub-layers is kept:
+lower end later over upper end earlier, which is what lies beyond both intervals. A wrecked run is a
+healthy one whose learning rate is multiplied by 100 half-way.
 
     python benchmarks/growth.py                 30 runs, about 20 minutes on one core
     python benchmarks/growth.py --quick         two runs; prints only
@@ -37,7 +38,9 @@ PROBE_STEP = 1_000_000  # a batch of the text that no run has trained on
 
 
 def learning_rate(step: int, peak: float, *, wrecked: bool) -> float:
-    """Linear warm-up, then a cosine to a tenth; times `FACTOR` from `WRECKED_AT` on in a wrecked run."""
+    """Linear warm-up, then a cosine to a tenth; times `FACTOR` from `WRECKED_AT` on in a wrecked
+    run.
+    """
     factor = FACTOR if wrecked and step > WRECKED_AT else 1.0
     if step <= WARMUP:
         return peak * step / WARMUP
@@ -55,7 +58,9 @@ def audit(model: nn.Module) -> dict[str, list[float]]:
     return {name: [norm.lower, norm.upper] for name, norm in norms.items() if norm is not None}
 
 
-def train(placement: str, recipe: str, peak: float, *, wrecked: bool = False, seed: int = 0) -> dict[str, Any]:
+def train(
+    placement: str, recipe: str, peak: float, *, wrecked: bool = False, seed: int = 0
+) -> dict[str, Any]:
     """One run with its norms at every checkpoint."""
     torch.manual_seed(seed)
     model = Model(Shape(placement=placement, recipe=recipe))
@@ -77,18 +82,24 @@ def train(placement: str, recipe: str, peak: float, *, wrecked: bool = False, se
             norms[step] = audit(model)
     last = losses[-20:]
     return {
-        "placement": placement, "recipe": recipe, "lr": peak, "wrecked": wrecked, "seed": seed,
+        "placement": placement,
+        "recipe": recipe,
+        "lr": peak,
+        "wrecked": wrecked,
+        "seed": seed,
         "loss": sum(last) / len(last) if math.isfinite(sum(last)) else None,
         "growth": growth(norms),
         "worst": {
             str(step): max(upper for name, (_, upper) in ends.items() if name != END_TO_END)
             for step, ends in norms.items()
         },
-    }  # fmt: skip
+    }
 
 
 def growth(norms: dict[int, dict[str, list[float]]]) -> dict[str, float]:
-    """The largest growth of 1 + |J| over the sub-layers for each pair "earlier-later", beyond both intervals."""
+    """The largest growth of 1 + |J| over the sub-layers for each pair "earlier-later", beyond both
+    intervals.
+    """
     pairs = {}
     for earlier, later in itertools.combinations(sorted(norms), 2):
         before = norms[earlier]
@@ -102,13 +113,17 @@ def growth(norms: dict[int, dict[str, list[float]]]) -> dict[str, float]:
 
 
 def calibrate(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The largest growth of healthy runs and the smallest of wrecked ones, by placement and state of the earlier one.
+    """The largest growth of healthy runs and the smallest of wrecked ones, by placement and state
+    of the earlier one.
 
-    A run is healthy if it ends within `WORSE` of the best of its placement. A wrecked run counts from a checkpoint
-    before the rate rose to the last one. One that became NaN has none.
+    A run is healthy if it ends within `WORSE` of the best of its placement. A wrecked run counts
+    from a checkpoint before the rate rose to the last one. One that became NaN has none.
     """
     finite = [run for run in runs if run["loss"] is not None]
-    best = {p: min(r["loss"] for r in finite if r["placement"] == p and not r["wrecked"]) for p in PLACEMENTS}
+    best = {
+        p: min(r["loss"] for r in finite if r["placement"] == p and not r["wrecked"])
+        for p in PLACEMENTS
+    }
     table: dict[str, dict[str, Any]] = {}
     for placement, from_init in itertools.product(PLACEMENTS, (False, True)):
         healthy, wrecked = [], []
@@ -123,9 +138,11 @@ def calibrate(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
                     healthy.append(value)
         name = f"{placement}, earlier {'at init' if from_init else 'trained'}"
         table[name] = {
-            "healthy_max": max(healthy), "healthy_pairs": len(healthy),
-            "wrecked_min": min(wrecked, default=None), "wrecked_pairs": len(wrecked),
-        }  # fmt: skip
+            "healthy_max": max(healthy),
+            "healthy_pairs": len(healthy),
+            "wrecked_min": min(wrecked, default=None),
+            "wrecked_pairs": len(wrecked),
+        }
     return table
 
 
@@ -146,7 +163,9 @@ def settings(quick: bool) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true")
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
@@ -156,7 +175,13 @@ def main() -> None:
         run = train(**setting)
         runs.append(run)
         seconds = time.perf_counter() - begun
-        print(setting, f"loss {run['loss']}", run["growth"].get("100-400"), f"{seconds:.0f} s", flush=True)
+        print(
+            setting,
+            f"loss {run['loss']}",
+            run["growth"].get("100-400"),
+            f"{seconds:.0f} s",
+            flush=True,
+        )
     if not quick:
         data = {"torch": torch.__version__, "calibration": calibrate(runs), "runs": runs}
         RESULTS.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

@@ -1,11 +1,12 @@
-"""Do published checkpoints open? The layouts of well-known repositories, imitated with tiny weights.
+"""Do published checkpoints open? The layouts of well-known repositories, imitated with tiny
+weights.
 
     python benchmarks/layouts.py [NAME ...]
 
-No file of a repository is downloaded: a tiny model of the same class is saved, and its weights are renamed, added,
-left out, cast and sharded as the published files have them. Each folder goes through `jacdiag audit FOLDER`. Without
-names all of them run, and results/layouts.json and results/layouts.md are written. With names (parts of them will do)
-nothing is written.
+No file of a repository is downloaded: a tiny model of the same class is saved, and its weights are
+renamed, added, left out, cast and sharded as the published files have them. Each folder goes
+through `jacdiag audit FOLDER`. Without names all of them run, and results/layouts.json and
+results/layouts.md are written. With names (parts of them will do) nothing is written.
 """
 
 from __future__ import annotations
@@ -57,23 +58,29 @@ def _write(rows: list[dict[str, Any]], refused: list[dict[str, Any]]) -> None:
     (RESULTS / "layouts.md").write_text(_page(rows, refused, versions))
 
 
-def _page(rows: list[dict[str, Any]], refused: list[dict[str, Any]], versions: dict[str, str]) -> str:
+def _page(
+    rows: list[dict[str, Any]], refused: list[dict[str, Any]], versions: dict[str, str]
+) -> str:
     passed = sum(not row["problems"] for row in rows)
     right = sum(not row["problems"] for row in refused)
     lines = [
         "# Layouts of published checkpoints",
         "",
         f"transformers {versions['transformers']}, torch {versions['torch']}.",
-        f"**{passed} of {len(rows)} layouts pass.** {right} of {len(refused)} folders that hold no whole model of "
+        f"**{passed} of {len(rows)} layouts pass.** {right} of {len(refused)} folders that hold "
+        "no whole model of "
         "PyTorch in floating point are refused with the right words.",
         "",
-        "The layouts are imitated: no file was downloaded. A tiny model of the same class was saved. Its weights were",
-        "renamed, added, left out, cast and sharded as the published files are known to have them. Each folder went",
+        "The layouts are imitated: no file was downloaded. A tiny model of the same class was "
+        "saved. Its weights were",
+        "renamed, added, left out, cast and sharded as the published files are known to have "
+        "them. Each folder went",
         "through `jacdiag audit FOLDER`. A layout passes if all of this holds:",
         "",
         "- The exit code is 0, and every sub-layer that the config promises is there.",
         "- Every weight equals that of `from_pretrained` to the bit.",
-        "- Weights that are left out are named in a note, where transformers reports them as unexpected.",
+        "- Weights that are left out are named in a note, where transformers reports them as "
+        "unexpected.",
         "",
         "| layout | what is special | files | class | sub-layers | weights | passes |",
         "|---|---|---|---|---|---|---|",
@@ -81,7 +88,15 @@ def _page(rows: list[dict[str, Any]], refused: list[dict[str, Any]], versions: d
     for row in rows:
         verdict = "; ".join(row["problems"]).replace("|", "/").replace("\n", " ") or "yes"
         sublayers = f"{row['found']} of {row['expected']}"
-        cells = [row["name"], row["shows"], row["files"], row["architecture"], sublayers, row["weights"], verdict]
+        cells = [
+            row["name"],
+            row["shows"],
+            row["files"],
+            row["architecture"],
+            sublayers,
+            row["weights"],
+            verdict,
+        ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     lines += ["", "## Refused", "", "| folder | error | passes |", "|---|---|---|"]
     for row in refused:

@@ -1,11 +1,13 @@
-"""Does a replay tell a bad batch from bad weights? Small GPTs on bytes of Python's library, one fault each.
+"""Does a replay tell a bad batch from bad weights? Small GPTs on bytes of Python's library, one
+fault each.
 
-Each run has one fault, and checkpoints around it. A flight is written a few steps after the fault, whether or not a
-live rule fires, so that the replay is measured and not the rules. Then every checkpoint is replayed, and the verdict is
-counted by fault and by where the checkpoint is: long before the fault, right before it, after it.
+Each run has one fault, and checkpoints around it. A flight is written a few steps after the fault,
+whether or not a live rule fires, so that the replay is measured and not the rules. Then every
+checkpoint is replayed, and the verdict is counted by fault and by where the checkpoint is: long
+before the fault, right before it, after it.
 
-    python benchmarks/replay.py            about 20 minutes; prints, and writes benchmarks/results/replay.json
-    python benchmarks/replay.py --quick    one seed; prints only
+    python benchmarks/replay.py            about 20 minutes; prints, and writes
+    benchmarks/results/replay.json python benchmarks/replay.py --quick    one seed; prints only
 """
 
 from __future__ import annotations
@@ -63,7 +65,9 @@ FAULTS = [
 def corpus() -> Tensor:
     """The source of Python's own library, as bytes."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:120]
-    return torch.frombuffer(bytearray(b"".join(file.read_bytes() for file in files)), dtype=torch.uint8).long()
+    return torch.frombuffer(
+        bytearray(b"".join(file.read_bytes() for file in files)), dtype=torch.uint8
+    ).long()
 
 
 def batch_of(data: Tensor, step: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -91,9 +95,20 @@ def train(data: Tensor, fault: Fault, at: int, seed: int, folder: Path) -> dict[
     with seeded(seed):
         model = gpt.build("scaled-embed", **SIZES, dropout=0.0).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    places = {at // 10: "long before", at - 20: "before", at - 1: "right before", at: "right after", at + 2: "after"}
+    places = {
+        at // 10: "long before",
+        at - 20: "before",
+        at - 1: "right before",
+        at: "right after",
+        at + 2: "after",
+    }
     saved: dict[str, Path] = {}
-    options: dict[str, Any] = {"every": None, "stats_every": None, "quiet": True, "keep_batches": KEPT}
+    options: dict[str, Any] = {
+        "every": None,
+        "stats_every": None,
+        "quiet": True,
+        "keep_batches": KEPT,
+    }
     with jacdiag.watch(model, optimizer, log_dir=folder, **options) as w:
         for step in range(1, at + LATE + 1):
             x, y = batch_of(data, step, seed)
@@ -113,10 +128,13 @@ def train(data: Tensor, fault: Fault, at: int, seed: int, folder: Path) -> dict[
             optimizer.zero_grad()
             w.step(loss.detach(), grad_norm=norm)
             if step in places:
-                # Weights that a fault changes at the beginning of a step are saved as the batch of that step met them.
+                # Weights that a fault changes at the beginning of a step are saved as the batch of
+                # that step met them.
                 path = folder / f"{places[step].replace(' ', '-')}.pt"
                 arguments = {**SIZES, "embed_scale": SIZES["n_embd"] ** 0.5}
-                torch.save({"model": model.state_dict(), "model_args": arguments, "step": step}, path)
+                torch.save(
+                    {"model": model.state_dict(), "model_args": arguments, "step": step}, path
+                )
                 saved[places[step]] = path
         w.flush()
         w.record.dumps = 0
@@ -137,7 +155,11 @@ def verdicts(data: Tensor, seeds: range) -> dict[str, dict[str, Counter[str]]]:
                     report = jacdiag.audit(str(path), replay=flight, products=False)
                     assert report.replay is not None
                     counts[fault.name].setdefault(place, Counter())[report.replay.verdict] += 1
-        print(fault.name, {place: dict(count) for place, count in counts[fault.name].items()}, flush=True)
+        print(
+            fault.name,
+            {place: dict(count) for place, count in counts[fault.name].items()},
+            flush=True,
+        )
     return counts
 
 
@@ -151,8 +173,10 @@ def false_ones(counts: dict[str, dict[str, Counter[str]]]) -> int:
 
 
 def cost() -> dict[str, float]:
-    """Seconds and memory of a replay: GPT-2's shape cut to 6 layers, 10 batches of 4 sequences of 128 tokens."""
-    from jacdiag.measure.sequences import find_loss, measure_batch, ready_for_gradients
+    """Seconds and memory of a replay: GPT-2's shape cut to 6 layers, 10 batches of 4 sequences of
+    128 tokens.
+    """
+    from jacdiag.measure.sequence_losses import find_loss, measure_batch, ready_for_gradients
 
     with seeded(0):
         sizes = {"n_layer": 6, "n_head": 12, "n_embd": 768, "vocab_size": 50304, "block_size": 128}
@@ -192,7 +216,10 @@ def main() -> None:
     quick = parser.parse_args().quick
     logging.getLogger("jacdiag.watch").setLevel(logging.ERROR)
     counts = verdicts(corpus(), range(1 if quick else SEEDS))
-    table = {fault: {place: dict(count) for place, count in places.items()} for fault, places in counts.items()}
+    table = {
+        fault: {place: dict(count) for place, count in places.items()}
+        for fault, places in counts.items()
+    }
     results = {"verdicts": table, "false": false_ones(counts), "cost": {} if quick else cost()}
     print(json.dumps(results["cost"], indent=1), "false verdicts:", results["false"])
     if not quick:

@@ -20,7 +20,8 @@ from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "critical"}
 
-# Only while this is imported: tests import it, and the folder holds modules that are called as folders of tests are.
+# Only while this is imported: tests import it, and the folder holds modules that are called as
+# folders of tests are.
 sys.path.insert(0, str(Path(__file__).parent))
 try:
     from _coverage.build import build
@@ -30,7 +31,7 @@ finally:
 import jacdiag
 from jacdiag.measure.roles_by_name import NamedModel, read_names
 from jacdiag.trace import Sites
-from jacdiag.trace.uses import uses_of
+from jacdiag.trace.discovery.weight_roles import uses_of
 
 RESULTS = Path(__file__).parent / "results"
 FAMILIES = {
@@ -38,18 +39,25 @@ FAMILIES = {
         "gpt2 llama gpt_neox opt bloom gptj mixtral qwen2_moe falcon mpt deepseek_v3 mamba gpt_neo "
         "mistral qwen2 gemma2 phi phi3 olmo2 deepseek_v2 codegen gpt_bigcode rwkv jamba stablelm "
         "starcoder2 persimmon cohere granitemoe "
-        "mamba2 xglm biogpt ctrl openai-gpt nemotron glm dbrx jetmoe recurrent_gemma olmoe qwen3_moe gemma3_text "
+        "mamba2 xglm biogpt ctrl openai-gpt nemotron glm dbrx jetmoe recurrent_gemma olmoe "
+        "qwen3_moe gemma3_text "
         "gpt_oss falcon_mamba falcon_h1 exaone4 xlnet qwen3_next lfm2 llama4_text phimoe bamba"
     ).split(),
     "masked-lm": (
-        "bert roberta distilbert albert electra deberta deberta-v2 esm modernbert mpnet mobilebert fnet nystromformer "
-        "convbert xlm roformer xlm-roberta longformer funnel ibert squeezebert megatron-bert data2vec-text layoutlm "
+        "bert roberta distilbert albert electra deberta deberta-v2 esm modernbert mpnet "
+        "mobilebert fnet nystromformer "
+        "convbert xlm roformer xlm-roberta longformer funnel ibert squeezebert megatron-bert "
+        "data2vec-text layoutlm "
         "flaubert"
     ).split(),
     "seq2seq": (
-        "t5 bart umt5 mbart pegasus marian m2m_100 blenderbot led prophetnet longt5 switch_transformers fsmt nllb-moe"
+        "t5 bart umt5 mbart pegasus marian m2m_100 blenderbot led prophetnet longt5 "
+        "switch_transformers fsmt nllb-moe"
     ).split(),
-    "image": "vit deit beit swin swinv2 convnext convnextv2 dinov2 resnet segformer vit_msn pvt clip siglip".split(),
+    "image": (
+        "vit deit beit swin swinv2 convnext convnextv2 dinov2 resnet segformer vit_msn pvt "
+        "clip siglip"
+    ).split(),
 }
 
 
@@ -70,20 +78,29 @@ class Difference:
 
 DIFFERENCES = (
     # The name says less.
-    Difference("clip", r"class_embedding", "a token that joins those of the image; the name may be a table of classes"),
-    Difference("pvt", r"cls_token", "the name lies in a numbered patch embedding, which is read as a layer"),
-    Difference("prophetnet", r"ngram_embeddings", "rows that join the stream; the name does not say how they are used"),
+    Difference(
+        "clip",
+        r"class_embedding",
+        "a token that joins those of the image; the name may be a table of classes",
+    ),
+    Difference(
+        "pvt", r"cls_token", "the name lies in a numbered patch embedding, which is read as a layer"
+    ),
+    Difference(
+        "prophetnet",
+        r"ngram_embeddings",
+        "rows that join the stream; the name does not say how they are used",
+    ),
     Difference(
         "mamba2?|falcon_mamba|falcon_h1|jamba|bamba|qwen3_next",
         r"A_log|\.D$",
-        "decay and skip of a state-space layer are no gain of a norm, no scale and no bias: no role by name",
+        "decay and skip of a state-space layer are no gain of a norm, no scale and no bias: no "
+        "role by name",
     ),
     Difference(
         "rwkv", r"time_(mix_\w+|decay|first)$", "vectors of the time mixing: no role by name"
     ),
-    Difference(
-        "recurrent_gemma", r"rg_lru", "inner weights of the recurrence: no role by name"
-    ),
+    Difference("recurrent_gemma", r"rg_lru", "inner weights of the recurrence: no role by name"),
     Difference(
         "convbert",
         r"key_conv_attn_layer|conv_kernel_layer|conv_out_layer",
@@ -107,9 +124,7 @@ DIFFERENCES = (
     ),
     Difference("gpt_oss", r"sinks", "attention sinks are no bias: no role by name"),
     Difference("siglip", r"head\.probe", "a learned query: no role by name"),
-    Difference(
-        "swinv2", r"logit_scale", "the temperature of an attention is no gain of a norm"
-    ),
+    Difference("swinv2", r"logit_scale", "the temperature of an attention is no gain of a norm"),
     Difference("convnextv2", r"grn\.", "a norm over space inside the FFN: no role by name"),
     Difference(
         "resnet",
@@ -147,9 +162,7 @@ DIFFERENCES = (
         r"encoder\.embed_tokens",
         "of two embeddings the dataflow calls the second positions",
     ),
-    Difference(
-        "xlm-roberta", r"lm_head\.decoder", "tied to the embedding: both names are right"
-    ),
+    Difference("xlm-roberta", r"lm_head\.decoder", "tied to the embedding: both names are right"),
     Difference(
         "funnel",
         r"[kv]_head",
@@ -219,10 +232,10 @@ def compare_family(task: str, family: str) -> Outcome:
     return outcome
 
 
-def compare_roles(
-    outcome: Outcome, sites: Sites, named: NamedModel, dims: dict[str, int]
-) -> None:
-    """Compare the role, the layer and the fan-in of every weight to which the dataflow gives a role."""
+def compare_roles(outcome: Outcome, sites: Sites, named: NamedModel, dims: dict[str, int]) -> None:
+    """Compare the role, the layer and the fan-in of every weight to which the dataflow gives a
+    role.
+    """
     for name, use in uses_of(sites).items():
         weight = named.weights.get(name)
         if weight is None or not use.role:
@@ -284,8 +297,10 @@ def write_table(outcomes: list[Outcome]) -> None:
     lines = [
         "# Roles by name against roles by dataflow",
         "",
-        f"{len(outcomes)} families of transformers {transformers.__version__}, torch {torch.__version__}. "
-        f"{compared} weights have a role by dataflow. `python benchmarks/roles.py` makes this file.",
+        f"{len(outcomes)} families of transformers {transformers.__version__}, torch "
+        f"{torch.__version__}. "
+        f"{compared} weights have a role by dataflow. `python benchmarks/roles.py` makes this "
+        "file.",
         "",
         "| Family | Task | Weights compared | Unexplained | Explained | Why |",
         "|---|---|---|---|---|---|",

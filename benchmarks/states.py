@@ -1,11 +1,12 @@
-"""Count fresh models that are called trained, and trained models that are called fresh, by their weights alone.
+"""Count fresh models that are called trained, and trained models that are called fresh, by their
+weights alone.
 
     python benchmarks/states.py [--seeds N] [--families N] [--checkpoints FOLDER] [--only PART ...]
 
-Five parts: models of many inits and shapes, whose tensors are drawn and never run (inits); every family of
-transformers that can be built here (families); checkpoints below a folder, which are all trained (checkpoints); short
-training runs, and the steps after which their weights show it (runs); and what the decision costs (times). Writes
-results/states.json and .md.
+Five parts: models of many inits and shapes, whose tensors are drawn and never run (inits); every
+family of transformers that can be built here (families); checkpoints below a folder, which are all
+trained (checkpoints); short training runs, and the steps after which their weights show it (runs);
+and what the decision costs (times). Writes results/states.json and .md.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from _states.fresh import INITS, SHAPES, normal, plain
 from _states.runs import LOOKS, training_runs
 
 from jacdiag.errors import JacdiagError
-from jacdiag.measure.state import WeightEvidence, judge_weights
+from jacdiag.measure.init_or_trained import WeightEvidence, judge_weights
 from jacdiag.sources.checkpoint import open_checkpoint
 
 RESULTS = Path(__file__).parent / "results"
@@ -39,8 +40,12 @@ def main() -> None:
     """Run the three parts and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=60, help="of each init and shape")
-    parser.add_argument("--families", type=int, default=1, help="seeds of each family of transformers")
-    parser.add_argument("--checkpoints", type=Path, default=Path("out/real-models"), help="folder of trained models")
+    parser.add_argument(
+        "--families", type=int, default=1, help="seeds of each family of transformers"
+    )
+    parser.add_argument(
+        "--checkpoints", type=Path, default=Path("out/real-models"), help="folder of trained models"
+    )
     makers: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
         "inits": lambda: drawn_models(options.seeds),
         "families": lambda: family_models(options.families),
@@ -48,10 +53,21 @@ def main() -> None:
         "runs": training_runs,
         "times": timed_models,
     }
-    parser.add_argument("--only", nargs="+", choices=makers, default=list(makers), help="the others stay as they are")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=makers,
+        default=list(makers),
+        help="the others stay as they are",
+    )
     options = parser.parse_args()
-    earlier = json.loads((RESULTS / "states.json").read_text()) if len(options.only) < len(makers) else {}
-    parts = {name: list(make()) if name in options.only else earlier[name] for name, make in makers.items()}
+    earlier = (
+        json.loads((RESULTS / "states.json").read_text()) if len(options.only) < len(makers) else {}
+    )
+    parts = {
+        name: list(make()) if name in options.only else earlier[name]
+        for name, make in makers.items()
+    }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "states.json").write_text(json.dumps(parts, indent=1) + "\n")
     (RESULTS / "states.md").write_text(page(parts))
@@ -95,7 +111,10 @@ def trained_models(folder: Path) -> Iterator[dict[str, Any]]:
     examples = Path(__file__).parent.parent / "examples" / "checkpoints"
     files = [file for place in (folder, examples) for file in sorted(place.rglob("*"))]
     for file in files:
-        if file.suffix not in (".pt", ".bin", ".ckpt", ".safetensors", ".weights") or "step0" in file.name:
+        if (
+            file.suffix not in (".pt", ".bin", ".ckpt", ".safetensors", ".weights")
+            or "step0" in file.name
+        ):
             continue
         try:
             weights = open_checkpoint(file).state
@@ -139,14 +158,17 @@ def page(parts: dict[str, list[dict[str, Any]]]) -> str:
     lines = [
         "# Fresh or trained, by the weights alone",
         "",
-        "Written by `python benchmarks/states.py`. A model counts as trained if at least a third of its matrices, and",
-        "two, are no draw of an init. The last column shows the model of each row with the largest share.",
+        "Written by `python benchmarks/states.py`. A model counts as trained if at least a third "
+        "of its matrices, and",
+        "two, are no draw of an init. The last column shows the model of each row with the "
+        "largest share.",
         "",
         "## Fresh: inits and shapes",
         "",
         *table(parts["inits"]),
         "",
-        f"## Fresh: {len(families)} families of transformers, {models} models, {alarms} called trained",
+        f"## Fresh: {len(families)} families of transformers, {models} models, {alarms} called "
+        "trained",
         "",
         "Families in which a matrix failed:",
         "",
@@ -158,7 +180,8 @@ def page(parts: dict[str, list[dict[str, Any]]]) -> str:
         "",
         "## Trained for a few steps",
         "",
-        "Matrices that failed, of 18 or 26, after so many steps of small GPTs on text; **bold** where the model",
+        "Matrices that failed, of 18 or 26, after so many steps of small GPTs on text; **bold** "
+        "where the model",
         "counts as trained.",
         "",
         *table_of_runs(parts["runs"]),
@@ -175,7 +198,10 @@ def page(parts: dict[str, list[dict[str, Any]]]) -> str:
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """Return the lines of a table."""
     head = ["| models | count | called trained | matrices that failed |", "|---|---|---|---|"]
-    return head + [f"| {r['name']} | {r['models']} | {r['trained']} | {r['most_failed']} of {r['of']} |" for r in rows]
+    return head + [
+        f"| {r['name']} | {r['models']} | {r['trained']} | {r['most_failed']} of {r['of']} |"
+        for r in rows
+    ]
 
 
 def table_of_runs(rows: list[dict[str, Any]]) -> list[str]:
@@ -186,8 +212,13 @@ def table_of_runs(rows: list[dict[str, Any]]) -> list[str]:
     ]
     body = []
     for one in rows:
-        cells = [f"**{look['failed']}**" if look["trained"] else str(look["failed"]) for look in one["looks"]]
-        body.append(f"| {one['optimizer']} | {one['width']} | {one['layers']} | " + " | ".join(cells) + " |")
+        cells = [
+            f"**{look['failed']}**" if look["trained"] else str(look["failed"])
+            for look in one["looks"]
+        ]
+        body.append(
+            f"| {one['optimizer']} | {one['width']} | {one['layers']} | " + " | ".join(cells) + " |"
+        )
     return head + body
 
 

@@ -1,10 +1,11 @@
-"""JD208 to JD211 on models that are as they should be: every family that transformers registers, and other inits.
+"""JD208 to JD211 on models that are as they should be: every family that transformers registers,
+and other inits.
 
     python benchmarks/vectors.py [FAMILY ...] [--layers 4] [--seeds 20]
 
-Without names it writes results/vectors.json: how many models each rule compared something in, what it said, which of it
-a source confirms (_fresh/confirmed.py), and the largest number of any parameter. A family whose config does not take
-that many layers is built with two.
+Without names it writes results/vectors.json: how many models each rule compared something in, what
+it said, which of it a source confirms (_fresh/confirmed.py), and the largest number of any
+parameter. A family whose config does not take that many layers is built with two.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ LIMIT = 60  # seconds for a family
 
 # -- families of transformers ----------------------------------------------------------------------
 def fresh(task: str, family: str, layers: int, seed: int = 0) -> tuple[Any, dict[str, Any]]:
-    """Build a family's tiny model just as transformers initialises it, and the inputs of one forward.
+    """Build a family's tiny model just as transformers initialises it, and the inputs of one
+    forward.
 
     Args:
         task: of `_coverage.build.TASKS`.
@@ -110,7 +112,9 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = nn.MultiheadAttention(width, 2, batch_first=True)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
         self.scale = nn.Parameter(torch.full((width,), 1e-5))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -152,7 +156,13 @@ def audit_inits(seeds: int) -> Iterator[dict[str, Any]]:
             for seed in range(seeds):
                 torch.manual_seed(seed)
                 report = audit(make(width, layers), torch.randn(1, 3, width))
-                yield {"init": name, "width": width, "layers": layers, "seed": seed, **judged(report)}
+                yield {
+                    "init": name,
+                    "width": width,
+                    "layers": layers,
+                    "seed": seed,
+                    **judged(report),
+                }
 
 
 # -- both ------------------------------------------------------------------------------------------
@@ -162,11 +172,15 @@ def audit(model: nn.Module, inputs: Any) -> jacdiag.Report:
 
 
 def judged(report: jacdiag.Report) -> dict[str, Any]:
-    """Return the rules that compared something, their findings, and the largest number of any parameter."""
+    """Return the rules that compared something, their findings, and the largest number of any
+    parameter.
+    """
     assert report.contract is not None
     return {
         "compared": [rule.code for rule in report.rules if rule.code in CODES and rule.matched],
-        "findings": [f"{one.code} {one.level}: {one.what}" for one in report.findings if one.code in CODES],
+        "findings": [
+            f"{one.code} {one.level}: {one.what}" for one in report.findings if one.code in CODES
+        ],
         "largest": max((weight.largest or 0.0 for weight in report.contract.weights), default=0.0),
     }
 
@@ -175,7 +189,9 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the counts over a list of results."""
     ran = [row for row in rows if "error" not in row]
     said = [line for row in ran for line in row["findings"]]
-    confirmed = [line for row in ran for line in row["findings"] if source_of(row.get("family", ""), line)]
+    confirmed = [
+        line for row in ran for line in row["findings"] if source_of(row.get("family", ""), line)
+    ]
     compared = Counter(code for row in ran for code in row["compared"])
     return {
         "models": len(ran),

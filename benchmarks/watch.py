@@ -1,12 +1,14 @@
-"""What a watch costs in a training step, beside others. GPT-2 124M's shape cut to 6 layers, B 4, T 128, AdamW.
+"""What a watch costs in a training step, beside others. GPT-2 124M's shape cut to 6 layers, B 4, T
+128, AdamW.
 
-Contestants take turns within a round, each with plain steps of its own right before and after it, and what is given is
-the median over rounds of (with / without - 1). The watch also keeps its own account (the time inside its hooks), which
-does not drown in the noise of a machine that is shared.
+Contestants take turns within a round, each with plain steps of its own right before and after it,
+and what is given is the median over rounds of (with / without - 1). The watch also keeps its own
+account (the time inside its hooks), which does not drown in the noise of a machine that is shared.
 
-    python benchmarks/watch.py            about 30 minutes; prints, and writes benchmarks/results/watch.json
-    python benchmarks/watch.py --quick    a small shape, seconds; prints only
-    python benchmarks/watch.py --steps    steps of about 14 ms and 60 ms only, about 20 minutes; see _step_sizes.py
+    python benchmarks/watch.py            about 30 minutes; prints, and writes
+    benchmarks/results/watch.json python benchmarks/watch.py --quick    a small shape, seconds;
+    prints only python benchmarks/watch.py --steps    steps of about 14 ms and 60 ms only, about 20
+    minutes; see _step_sizes.py
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from _watchers import WATCHERS, Watcher
 from torch import Tensor, nn
 
 import jacdiag
-from jacdiag.report.runlog import read_run
+from jacdiag.records.run_log import read_run
 from jacdiag.sources import gpt
 from jacdiag.sources.factory import seeded
 
@@ -82,13 +84,20 @@ def contest(loop: Loop, watcher: Watcher, rounds: int, steps: int, folder: Path)
         after = [loop.step() for _ in range(steps)]
         shares.append(statistics.median(mine) / statistics.median(before + after) - 1)
         times.append(statistics.median(mine))
-    return {"overhead": round(statistics.median(shares), 4), "all": [round(s, 4) for s in shares],
-            "step_seconds": round(statistics.median(times), 4)}  # fmt: skip
+    return {
+        "overhead": round(statistics.median(shares), 4),
+        "all": [round(s, 4) for s in shares],
+        "step_seconds": round(statistics.median(times), 4),
+    }
 
 
 def own_account(loop: Loop, steps: int, folder: Path) -> dict[str, Any]:
-    """The watch's own account of per-step figures and update norms, over a whole turn of all sub-layers."""
-    with jacdiag.watch(loop.model, loop.optimizer, log_dir=folder, every=None, stats_every=None, quiet=True) as w:
+    """The watch's own account of per-step figures and update norms, over a whole turn of all
+    sub-layers.
+    """
+    with jacdiag.watch(
+        loop.model, loop.optimizer, log_dir=folder, every=None, stats_every=None, quiet=True
+    ) as w:
         loop.step(lambda loss, norm: w.step(loss, grad_norm=norm))
         w.clock.spent.clear()
         labels = len(w.tiers.figures.groups.labels)  # type: ignore[union-attr]
@@ -96,13 +105,20 @@ def own_account(loop: Loop, steps: int, folder: Path) -> dict[str, Any]:
         opened = [loop.step(lambda loss, norm: w.step(loss, grad_norm=norm)) for _ in range(turns)]
         spent, plain = dict(w.clock.spent), w.clock.step_seconds
     syncs = read_run(folder).ended or {}
-    return {"steps": turns, "seconds_per_step": {k: round(v / turns, 5) for k, v in spent.items()},
-            "share": {k: round(v / turns / plain, 5) for k, v in spent.items()}, "step_seconds": round(plain, 4),
-            "host_syncs": syncs.get("host_syncs"), "wall": round(statistics.median(opened), 4)}  # fmt: skip
+    return {
+        "steps": turns,
+        "seconds_per_step": {k: round(v / turns, 5) for k, v in spent.items()},
+        "share": {k: round(v / turns / plain, 5) for k, v in spent.items()},
+        "step_seconds": round(plain, 4),
+        "host_syncs": syncs.get("host_syncs"),
+        "wall": round(statistics.median(opened), 4),
+    }
 
 
 def reading(loop: Loop, steps: int) -> dict[str, Any]:
-    """The floor of per-step figures: every gradient read once, by `torch.sum`, where the watch would read it."""
+    """The floor of per-step figures: every gradient read once, by `torch.sum`, where the watch
+    would read it.
+    """
     spent: list[float] = []
 
     def read(loss: Tensor, norm: Tensor) -> None:
@@ -119,7 +135,9 @@ def reading(loop: Loop, steps: int) -> dict[str, Any]:
 
 def probes(loop: Loop, folder: Path, times: int) -> dict[str, Any]:
     """Statistics and probes as a run pays for them: announced, and measured on every other step."""
-    with jacdiag.watch(loop.model, loop.optimizer, log_dir=folder, every=2, stats_every=1, quiet=True) as w:
+    with jacdiag.watch(
+        loop.model, loop.optimizer, log_dir=folder, every=2, stats_every=1, quiet=True
+    ) as w:
         for _ in range(2 * times):
             loop.step(lambda loss, norm: w.step(loss, grad_norm=norm))
         plain = w.clock.step_seconds
@@ -128,22 +146,31 @@ def probes(loop: Loop, folder: Path, times: int) -> dict[str, Any]:
     spent = [row["seconds"] for row in run.probes]
     stats = [row["seconds"] for row in run.stats if row["step"] % 2]
     probe, stat = statistics.median(spent), statistics.median(stats)
-    widths = [s["core_norm"]["upper"] / s["core_norm"]["lower"] - 1
-              for row in run.probes for s in row["report"]["sublayers"] if s["core_norm"]]  # fmt: skip
+    widths = [
+        s["core_norm"]["upper"] / s["core_norm"]["lower"] - 1
+        for row in run.probes
+        for s in row["report"]["sublayers"]
+        if s["core_norm"]
+    ]
     return {
-        "step_seconds": round(plain, 4), "probe_seconds": [round(s, 3) for s in spent],
-        "announced_seconds": round(announced, 3), "announced_over_median": round(announced / probe, 3),
+        "step_seconds": round(plain, 4),
+        "probe_seconds": [round(s, 3) for s in spent],
+        "announced_seconds": round(announced, 3),
+        "announced_over_median": round(announced / probe, 3),
         "probe_share_at_default": round(probe / (EVERY * plain), 4),
-        "statistics_seconds": round(stat, 3), "statistics_share_at_default": round(stat / (STATS_EVERY * plain), 4),
+        "statistics_seconds": round(stat, 3),
+        "statistics_share_at_default": round(stat / (STATS_EVERY * plain), 4),
         "announced_peak_mb": round(run.prices[0]["probe_peak_bytes"] / 2**20),
         "interval_width_median": round(statistics.median(widths), 4),
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--steps", action="store_true", help="measure small steps only, and keep the other results")
+    parser.add_argument(
+        "--steps", action="store_true", help="measure small steps only, and keep the other results"
+    )
     options = parser.parse_args()
     quick = options.quick
     if options.steps:
@@ -154,10 +181,14 @@ def main() -> None:
     for _ in range(2):
         loop.step()
     found: dict[str, Any] = {
-        "shape": SHAPES["quick" if quick else "full"], "batch": 4, "torch": torch.__version__,
-        "machine": platform.machine(), "threads": torch.get_num_threads(), "cpus": os.cpu_count(),
+        "shape": SHAPES["quick" if quick else "full"],
+        "batch": 4,
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
         "load_at_start": os.getloadavg()[0],
-    }  # fmt: skip
+    }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         found["own_account"] = own_account(loop, 2 if quick else 8, folder / "own")
@@ -169,7 +200,10 @@ def main() -> None:
             there = library is None or importlib.util.find_spec(library) is not None
             made = contest(loop, watcher, rounds, steps, folder / str(k)) if there else None
             found["contests"][watcher.name] = made
-            print(f"{watcher.name:40}", "not installed" if made is None else f"{made['overhead']:+.1%} of a step")
+            print(
+                f"{watcher.name:40}",
+                "not installed" if made is None else f"{made['overhead']:+.1%} of a step",
+            )
     _print(found)
     if not quick:
         RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -184,29 +218,45 @@ def measure_step_sizes(turns: int) -> dict[str, Any]:
     for size in SIZES:
         with tempfile.TemporaryDirectory() as name:
             found[size.name] = sizes = measure_size(size, turns, Path(name))
-        print(f"{size.name}: plain {sizes['plain_step_seconds']:.4f} s, own account {sizes['own_account_total']:.1%}",
-              {part: f"{share:.2%}" for part, share in sizes["own_account"].items()})  # fmt: skip
+        print(
+            f"{size.name}: plain {sizes['plain_step_seconds']:.4f} s, own account "
+            f"{sizes['own_account_total']:.1%}",
+            {part: f"{share:.2%}" for part, share in sizes["own_account"].items()},
+        )
         for contestant, shares in sizes["paired"].items():
             low, high = shares["interval"]
-            print(f"  {contestant:40} {shares['median']:+.1%} [{low:+.1%}, {high:+.1%}], mean {shares['mean']:+.1%}")
+            print(
+                f"  {contestant:40} {shares['median']:+.1%} [{low:+.1%}, {high:+.1%}], mean "
+                f"{shares['mean']:+.1%}"
+            )
     return found
 
 
 def _write_step_sizes(turns: int) -> None:
     """Put the step sizes into the results, next to what is there."""
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    about = {"threads": torch.get_num_threads(), "block": BLOCK, "load_at_start": os.getloadavg()[0]}
+    about = {
+        "threads": torch.get_num_threads(),
+        "block": BLOCK,
+        "load_at_start": os.getloadavg()[0],
+    }
     results["step_sizes"] = about | measure_step_sizes(turns)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def _print(found: dict[str, Any]) -> None:
     own, probe = found["own_account"], found["probe"]
-    print("own account:", ", ".join(f"{k} {v:.2%}" for k, v in own["share"].items()), f"of {own['step_seconds']} s;",
-          f"reading all gradients once {found['reading_gradients_once']['share']:.2%}")  # fmt: skip
-    print(f"statistics {probe['statistics_share_at_default']:.2%} at every {STATS_EVERY} steps, "
-          f"probe {probe['probe_share_at_default']:.2%} at every {EVERY}; announced / measured "
-          f"{probe['announced_over_median']}, intervals {probe['interval_width_median']:.1%} wide")  # fmt: skip
+    print(
+        "own account:",
+        ", ".join(f"{k} {v:.2%}" for k, v in own["share"].items()),
+        f"of {own['step_seconds']} s;",
+        f"reading all gradients once {found['reading_gradients_once']['share']:.2%}",
+    )
+    print(
+        f"statistics {probe['statistics_share_at_default']:.2%} at every {STATS_EVERY} steps, "
+        f"probe {probe['probe_share_at_default']:.2%} at every {EVERY}; announced / measured "
+        f"{probe['announced_over_median']}, intervals {probe['interval_width_median']:.1%} wide"
+    )
 
 
 if __name__ == "__main__":

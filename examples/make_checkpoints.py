@@ -1,7 +1,9 @@
-"""Trains the two small GPTs whose checkpoints ship in examples/checkpoints/: `vanilla` and `scaled-embed`.
+"""Trains the two small GPTs whose checkpoints ship in examples/checkpoints/: `vanilla` and
+`scaled-embed`.
 
-Bytes of the Python standard library, 6 layers, width 112, nanoGPT's checkpoint layout, bfloat16 weights. Each is
-saved at step 0 and after training; the log of each run is written beside them, one JSON object per line.
+Bytes of the Python standard library, 6 layers, width 112, nanoGPT's checkpoint layout, bfloat16
+weights. Each is saved at step 0 and after training; the log of each run is written beside them, one
+JSON object per line.
 
     python examples/make_checkpoints.py [FOLDER]        about 4 minutes on 2 cores
 """
@@ -29,7 +31,9 @@ LOG_EVERY, VALIDATION_BATCHES = 20, 20
 
 
 def corpus() -> tuple[Tensor, Tensor]:
-    """Bytes of the standard library's top-level modules in the order of their names; the last twentieth validates."""
+    """Bytes of the standard library's top-level modules in the order of their names; the last
+    twentieth validates.
+    """
     folder = Path(os.__file__).parent
     data = b"\n".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
     tokens = torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
@@ -66,9 +70,23 @@ def save(model: GPT, step: int, recipe: str, path: Path) -> None:
     """nanoGPT's layout: `model`, `model_args`, `iter_num`, `config`."""
     state = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
     state["lm_head.weight"] = state["transformer.wte.weight"]  # tied: stored once
-    config = {"recipe": recipe, "steps": STEPS, "batch": BATCH, "lr": LR, "warmup": WARMUP, "clip": CLIP, "seed": SEED}
+    config = {
+        "recipe": recipe,
+        "steps": STEPS,
+        "batch": BATCH,
+        "lr": LR,
+        "warmup": WARMUP,
+        "clip": CLIP,
+        "seed": SEED,
+    }
     torch.save(
-        {"model": state, "model_args": dataclasses.asdict(model.config), "iter_num": step, "config": config}, path
+        {
+            "model": state,
+            "model_args": dataclasses.asdict(model.config),
+            "iter_num": step,
+            "config": config,
+        },
+        path,
     )
 
 
@@ -94,9 +112,11 @@ def train(recipe: str, folder: Path) -> None:
             optimizer.zero_grad(set_to_none=True)
             if step % LOG_EVERY == 0 or step == STEPS - 1:
                 entry: dict[str, Any] = {
-                    "step": step, "loss": round(loss.item(), 4), "grad_norm": round(norm.item(), 4),
+                    "step": step,
+                    "loss": round(loss.item(), 4),
+                    "grad_norm": round(norm.item(), 4),
                     "lr": round(learning_rate(step), 6),
-                }  # fmt: skip
+                }
                 if step % 200 == 0 or step == STEPS - 1:
                     entry["validation"] = round(validate(model, validation), 4)
                     print(recipe, entry, flush=True)

@@ -20,7 +20,9 @@ def main(steps: int = 20, folder: str = "runs/amp") -> None:
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     low = torch.float16 if device == "cuda" else torch.bfloat16
-    model = build("scaled-embed", n_layer=2, n_head=4, n_embd=64, vocab_size=64, block_size=32).to(device)
+    model = build("scaled-embed", n_layer=2, n_head=4, n_embd=64, vocab_size=64, block_size=32).to(
+        device
+    )
     blocks = model.transformer["h"]
     for k, block in enumerate(blocks):  # type: ignore[arg-type,var-annotated]
         blocks[k] = checkpoint_wrapper(block)  # type: ignore[index,operator]

@@ -1,4 +1,5 @@
-"""Watches a model sharded with fully_shard (FSDP2), or with DDP: the norms are those of the whole, rank 0 writes.
+"""Watches a model sharded with fully_shard (FSDP2), or with DDP: the norms are those of the whole,
+rank 0 writes.
 
 torchrun --nproc-per-node 2 examples/watch_fsdp.py [STEPS] [ddp]
 """
@@ -23,8 +24,10 @@ def main(steps: int = 20, how: str = "fsdp", folder: str = "runs/fsdp") -> None:
     dist.init_process_group("nccl" if cuda else "gloo")
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # A DDP model must be gone before its process group is: if its reducer is the last to hold a gloo group, torch ends
-    # the group's threads without giving up Python's lock, and a thread that still wants it is waited for for ever.
+    # A DDP model must be gone before its process group is: if its reducer is the last to hold a
+    # gloo group, torch ends
+    # the group's threads without giving up Python's lock, and a thread that still wants it is
+    # waited for for ever.
     train(steps, how, folder, "cuda" if cuda else "cpu")
     dist.destroy_process_group()
 
@@ -35,7 +38,9 @@ def train(steps: int, how: str, folder: str, device: str) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     dist.barrier()
     torch.manual_seed(0)
-    model: nn.Module = build("scaled-embed", n_layer=2, n_head=4, n_embd=64, vocab_size=64, block_size=32).to(device)
+    model: nn.Module = build(
+        "scaled-embed", n_layer=2, n_head=4, n_embd=64, vocab_size=64, block_size=32
+    ).to(device)
     if how == "ddp":
         model = nn.parallel.DistributedDataParallel(model)
     else:
@@ -45,7 +50,8 @@ def train(steps: int, how: str, folder: str, device: str) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
     torch.manual_seed(rank)
-    with jacdiag.watch(model, optimizer, log_dir=folder, every=10, stats_every=5) as w:  # on every rank
+    # on every rank
+    with jacdiag.watch(model, optimizer, log_dir=folder, every=10, stats_every=5) as w:
         for _ in range(steps):
             ids = torch.randint(64, (8, 33), device=device).cumsum(1) % 64
             _, loss = model(ids[:, :-1], ids[:, 1:])

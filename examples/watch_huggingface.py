@@ -13,10 +13,17 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 import jacdiag
-from jacdiag.watching.huggingface import WatchCallback
+from jacdiag.monitor.integrations.huggingface import WatchCallback
 
-SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 64, "vocab_size": 64, "n_positions": 32,
-         "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
+SIZES = {
+    "n_layer": 2,
+    "n_head": 4,
+    "n_embd": 64,
+    "vocab_size": 64,
+    "n_positions": 32,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 
 
 def data() -> list[dict[str, Any]]:
@@ -26,10 +33,16 @@ def data() -> list[dict[str, Any]]:
 
 def trainer(model: Any, steps: int, folder: str) -> None:
     args = TrainingArguments(
-        f"{folder}/out", max_steps=steps, per_device_train_batch_size=8, report_to=[], disable_tqdm=True,
+        f"{folder}/out",
+        max_steps=steps,
+        per_device_train_batch_size=8,
+        report_to=[],
+        disable_tqdm=True,
         logging_steps=10,
-    )  # fmt: skip
-    Trainer(model, args, train_dataset=data(), callbacks=[WatchCallback(log_dir=folder, every=10)]).train()
+    )
+    Trainer(
+        model, args, train_dataset=data(), callbacks=[WatchCallback(log_dir=folder, every=10)]
+    ).train()
 
 
 def accelerate(model: Any, steps: int, folder: str) -> None:
@@ -45,7 +58,11 @@ def accelerate(model: Any, steps: int, folder: str) -> None:
                 with accelerator.accumulate(model):
                     loss = model(**rows).loss
                     accelerator.backward(loss)
-                    norm = accelerator.clip_grad_norm_(model.parameters(), 1.0) if accelerator.sync_gradients else None
+                    norm = (
+                        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                        if accelerator.sync_gradients
+                        else None
+                    )
                     optimizer.step()
                     optimizer.zero_grad()
                 if accelerator.sync_gradients:
@@ -55,7 +72,9 @@ def accelerate(model: Any, steps: int, folder: str) -> None:
 def main(steps: int = 20, how: str = "trainer", folder: str = "runs/hf") -> None:
     shutil.rmtree(folder, ignore_errors=True)
     torch.manual_seed(0)
-    {"trainer": trainer, "accelerate": accelerate}[how](GPT2LMHeadModel(GPT2Config(**SIZES)), steps, folder)
+    {"trainer": trainer, "accelerate": accelerate}[how](
+        GPT2LMHeadModel(GPT2Config(**SIZES)), steps, folder
+    )
     print(f"the log is {folder}/run.jsonl")
 
 

@@ -1,4 +1,5 @@
-"""Watches loops and models of other libraries: Fabric, litgpt's GPT, x-transformers, torchtitan's optimizers.
+"""Watches loops and models of other libraries: Fabric, litgpt's GPT, x-transformers, torchtitan's
+optimizers.
 
 python examples/watch_others.py [STEPS] [fabric | litgpt | x-transformers | torchtitan]
 """
@@ -42,7 +43,14 @@ def fabric(steps: int, folder: str) -> None:
 def litgpt(steps: int, folder: str) -> None:
     from litgpt import GPT, Config
 
-    sizes = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "vocab_size": 64, "padded_vocab_size": 64}
+    sizes = {
+        "n_layer": 2,
+        "n_head": 4,
+        "n_embd": 64,
+        "block_size": 32,
+        "vocab_size": 64,
+        "padded_vocab_size": 64,
+    }
     model = GPT(Config.from_name("pythia-14m", **sizes))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     train(model, optimizer, steps, folder)
@@ -51,7 +59,9 @@ def litgpt(steps: int, folder: str) -> None:
 def x_transformers(steps: int, folder: str) -> None:
     from x_transformers import Decoder, TransformerWrapper
 
-    model = TransformerWrapper(num_tokens=64, max_seq_len=32, attn_layers=Decoder(dim=64, depth=2, heads=4))
+    model = TransformerWrapper(
+        num_tokens=64, max_seq_len=32, attn_layers=Decoder(dim=64, depth=2, heads=4)
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     train(model, optimizer, steps, folder)
 
@@ -87,7 +97,12 @@ def train(model: nn.Module, optimizer: Any, steps: int, folder: str) -> None:
 def main(steps: int = 20, how: str = "fabric", folder: str = "runs/others") -> None:
     shutil.rmtree(folder, ignore_errors=True)
     torch.manual_seed(0)
-    ways = {"fabric": fabric, "litgpt": litgpt, "x-transformers": x_transformers, "torchtitan": torchtitan}
+    ways = {
+        "fabric": fabric,
+        "litgpt": litgpt,
+        "x-transformers": x_transformers,
+        "torchtitan": torchtitan,
+    }
     ways[how](steps, folder)
     print(f"the log is {folder}/run.jsonl")
 

@@ -1,4 +1,5 @@
-"""Watches a plain training loop: gradient accumulation, clipping, a checkpoint that the log goes on from.
+"""Watches a plain training loop: gradient accumulation, clipping, a checkpoint that the log goes on
+from.
 
 python examples/watch_plain.py [STEPS]       then: jacdiag live runs/plain, jacdiag plot runs/plain
 """
@@ -20,11 +21,15 @@ ACCUMULATE = 2
 def main(steps: int = 60, folder: str = "runs/plain") -> None:
     shutil.rmtree(folder, ignore_errors=True)
     torch.manual_seed(0)
-    model = build("scaled-embed", n_layer=4, n_head=4, n_embd=64, vocab_size=64, block_size=32, dropout=0.1)
+    model = build(
+        "scaled-embed", n_layer=4, n_head=4, n_embd=64, vocab_size=64, block_size=32, dropout=0.1
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
-    # One line before the loop, one line in it. A crash, SIGTERM or Ctrl-C leaves a flight in the folder.
-    # Alerts are noticed every log_every=10 steps: so many steps' batches are kept, for `jacdiag audit --replay`.
+    # One line before the loop, one line in it. A crash, SIGTERM or Ctrl-C leaves a flight in the
+    # folder.
+    # Alerts are noticed every log_every=10 steps: so many steps' batches are kept, for `jacdiag
+    # audit --replay`.
     kept = 10 * ACCUMULATE
     w = jacdiag.watch(model, optimizer, log_dir=folder, every=20, stats_every=10, keep_batches=kept)
     for step in range(1, steps + 1):
@@ -39,7 +44,11 @@ def main(steps: int = 60, folder: str = "runs/plain") -> None:
         optimizer.zero_grad()
         w.step(total, grad_norm=norm, step=step)
         if step == steps // 2:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "watch": w.state_dict()}
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "watch": w.state_dict(),
+            }
             torch.save(state, Path(folder) / "checkpoint.pt")
     w.close()
     print(f"{w.count} steps, {len(w.alerts)} alerts; the log is {folder}/run.jsonl")

@@ -11,24 +11,35 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "audit": "jacdiag.auditing",
+    "audit": "jacdiag.pipeline.audit",
     "declare": "jacdiag.trace",
     "sites": "jacdiag.trace",
-    "skipping": "jacdiag.watching",
+    "skipping": "jacdiag.monitor",
     "spectral_norm": "jacdiag.spectra",
-    "watch": "jacdiag.watching",  # not jacdiag.watch: a package of that name would stand in the function's place
-    "Report": "jacdiag.report",
+    # not jacdiag.watch: a package of that name would stand in the function's place
+    "watch": "jacdiag.monitor",
+    "Report": "jacdiag.records",
     "JacdiagError": "jacdiag.errors",
 }
-__all__ = ["JacdiagError", "Report", "__version__", "audit", "declare", "sites", "skipping", "spectral_norm", "watch"]
+__all__ = [
+    "JacdiagError",
+    "Report",
+    "__version__",
+    "audit",
+    "declare",
+    "sites",
+    "skipping",
+    "spectral_norm",
+    "watch",
+]
 
 if TYPE_CHECKING:
-    from jacdiag.auditing import audit
     from jacdiag.errors import JacdiagError
-    from jacdiag.report import Report
+    from jacdiag.monitor import skipping, watch
+    from jacdiag.pipeline.audit import audit
+    from jacdiag.records import Report
     from jacdiag.spectra import spectral_norm
     from jacdiag.trace import declare, sites
-    from jacdiag.watching import skipping, watch
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,6 @@
-"""The few ways in which jacdiag refuses. Each message says what is wrong, what was found, and what to try."""
+"""The few ways in which jacdiag refuses. Each message says what is wrong, what was found, and what
+to try.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +8,12 @@ from collections.abc import Iterable
 
 
 def printable(text: str) -> str:
-    """Text of a stranger's file made fit for a terminal: control characters become escapes, line ends stay."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    """Text of a stranger's file made fit for a terminal: control characters become escapes, line
+    ends stay.
+    """
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def clipped(text: str, most: int) -> str:
@@ -22,7 +28,8 @@ def one_line(error: BaseException) -> str:
 
 
 class JacdiagError(Exception):
-    """Base of every error that jacdiag raises on purpose; the command line turns it into exit code 2.
+    """Base of every error that jacdiag raises on purpose; the command line turns it into exit code
+    2.
 
     Args:
         what: one sentence: what cannot be done.
@@ -40,7 +47,9 @@ class SourceError(JacdiagError):
 
 
 class ProbeError(JacdiagError):
-    """The probe input does not fit the model: out of the vocabulary, too long, of the wrong kind."""
+    """The probe input does not fit the model: out of the vocabulary, too long, of the wrong
+    kind.
+    """
 
 
 class TraceError(JacdiagError):
@@ -52,7 +61,12 @@ class TraceError(JacdiagError):
     """
 
     def __init__(
-        self, what: str, *, got: str | None = None, hint: str | None = None, parameters: Iterable[str] = ()
+        self,
+        what: str,
+        *,
+        got: str | None = None,
+        hint: str | None = None,
+        parameters: Iterable[str] = (),
     ) -> None:
         super().__init__(what, got=got, hint=hint)
         self.parameters = list(parameters)
@@ -67,7 +81,9 @@ class UsageError(JacdiagError):
 
 
 class Stopped(BaseException):
-    """SIGTERM, or another rank has failed: unwinds the main thread past `except Exception`, as Ctrl-C does."""
+    """SIGTERM, or another rank has failed: unwinds the main thread past `except Exception`, as
+    Ctrl-C does.
+    """
 
 
 class RankError(JacdiagError):
@@ -78,6 +94,8 @@ class RankError(JacdiagError):
         trace: the traceback of an error that was not raised on purpose.
     """
 
-    def __init__(self, what: str, *, got: str | None = None, hint: str | None = None, trace: str = "") -> None:
+    def __init__(
+        self, what: str, *, got: str | None = None, hint: str | None = None, trace: str = ""
+    ) -> None:
         super().__init__(what, got=got, hint=hint)
         self.trace = trace

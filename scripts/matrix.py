@@ -1,7 +1,8 @@
 """Run a fast part of the tests with every version of torch that is supported; `make matrix`.
 
-Each version gets a virtual environment of its own in a temporary folder, which is removed afterwards: the CUDA builds
-that the index holds take about 7 GB each. A version that cannot be installed stands in the table as such.
+Each version gets a virtual environment of its own in a temporary folder, which is removed
+afterwards: the CUDA builds that the index holds take about 7 GB each. A version that cannot be
+installed stands in the table as such.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ TESTS = (
     "tests/sources/test_factory.py",
     "tests/sources/test_host_memory.py",
     "tests/cli/test_cli_exit.py",
-    "tests/watching/test_figures.py",
+    "tests/monitor/test_figures.py",
     "tests/test_prints.py",
 )
 
@@ -75,12 +76,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("versions", nargs="*", default=VERSIONS)
     parser.add_argument("--tests", nargs="+", default=TESTS)
-    parser.add_argument("--disk", type=float, default=15.0, help="GB that must be free; 3 are enough for CPU builds")
+    parser.add_argument(
+        "--disk", type=float, default=15.0, help="GB that must be free; 3 are enough for CPU builds"
+    )
     options = parser.parse_args()
 
     # Versions that an earlier call ran stay in the table.
     path = RESULTS / "matrix.json"
-    rows = {row["asked"]: Row(**row) for row in json.loads(path.read_text())} if path.exists() else {}
+    rows = (
+        {row["asked"]: Row(**row) for row in json.loads(path.read_text())} if path.exists() else {}
+    )
     for version in options.versions:
         with tempfile.TemporaryDirectory(prefix="jacdiag-matrix-") as folder:
             rows[version] = run(version, Path(folder), options.tests, options.disk)
@@ -97,7 +102,17 @@ def run(version: str, folder: Path, tests: tuple[str, ...], disk: float) -> Row:
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     others = [line for line in project["dependencies"] if not line.startswith("torch")]
-    command = [str(python), "-m", "pip", "install", "-q", "--no-cache-dir", f"torch=={version}.*", *others, *TOOLS]
+    command = [
+        str(python),
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-cache-dir",
+        f"torch=={version}.*",
+        *others,
+        *TOOLS,
+    ]
     installed = subprocess.run(command, capture_output=True, text=True)
     if installed.returncode != 0:
         last = (installed.stderr.strip().splitlines() or ["no message"])[-1]
@@ -107,20 +122,31 @@ def run(version: str, folder: Path, tests: tuple[str, ...], disk: float) -> Row:
 
 def measure(version: str, python: Path, tests: tuple[str, ...]) -> Row:
     """Run the tests, and one audit in which no warning may appear."""
-    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'cli'}", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
+    environment = {
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'cli'}",
+        "OMP_NUM_THREADS": "1",
+        "PATH": "/usr/bin:/bin",
+    }
     ask = "import torch; print(torch.__version__)"
     asked = subprocess.run([str(python), "-c", ask], capture_output=True, text=True)
     outcomes = python.parent / "outcomes.xml"
     begun = time.perf_counter()
     done = subprocess.run(
         [str(python), "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={outcomes}", *tests],
-        capture_output=True, text=True, cwd=ROOT, env=environment,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+    )
     seconds = time.perf_counter() - begun
     if done.returncode:
         print(done.stdout[-4000:], done.stderr[-2000:], flush=True)
     quiet = subprocess.run(
-        [str(python), "-W", "error", "-c", QUIET], capture_output=True, text=True, cwd=ROOT, env=environment
+        [str(python), "-W", "error", "-c", QUIET],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
     )
     last = (quiet.stderr.strip().splitlines() or [""])[-1]
     known = Row(
@@ -135,21 +161,32 @@ def measure(version: str, python: Path, tests: tuple[str, ...]) -> Row:
     suite = ElementTree.parse(outcomes).getroot()[0].attrib
     failed = int(suite["failures"]) + int(suite["errors"])
     skipped = int(suite["skipped"])
-    return replace(known, passed=int(suite["tests"]) - failed - skipped, failed=failed, skipped=skipped)
+    return replace(
+        known, passed=int(suite["tests"]) - failed - skipped, failed=failed, skipped=skipped
+    )
 
 
 def write(rows: list[Row]) -> None:
     """Write the table and the figures behind it."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "matrix.json").write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
-    lines = ["# Versions of torch", "", "Written by `make matrix`: a fast part of the tests, and an audit under"]
-    lines += ["`python -W error`.", "", "| torch | Python | passed | failed | skipped | warnings | note |"]
+    lines = [
+        "# Versions of torch",
+        "",
+        "Written by `make matrix`: a fast part of the tests, and an audit under",
+    ]
+    lines += [
+        "`python -W error`.",
+        "",
+        "| torch | Python | passed | failed | skipped | warnings | note |",
+    ]
     lines.append("|---|---|---:|---:|---:|---|---|")
     for row in rows:
         name = row.torch or row.asked
         said = row.warnings or ("none" if row.torch else "–")
         lines.append(
-            f"| {name} | {row.python} | {row.passed} | {row.failed} | {row.skipped} | {said} | {row.note} |"
+            f"| {name} | {row.python} | {row.passed} | {row.failed} | {row.skipped} | {said} | "
+            f"{row.note} |"
         )
     (RESULTS / "matrix.md").write_text("\n".join(lines) + "\n")
 

@@ -1,4 +1,6 @@
-"""`jacdiag audit NOW --against EARLIER`: a run that was wrecked fails, the same run unharmed passes."""
+"""`jacdiag audit NOW --against EARLIER`: a run that was wrecked fails, the same run unharmed
+passes.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +11,28 @@ from typing import Any
 
 import pytest
 import torch
-from jacdiag_cli.app import main
+from jacdiag_cli.main import main
 
 import jacdiag
-from jacdiag.compare import compare
+from jacdiag.comparison import compare
 from jacdiag.errors import SourceError, UsageError
-from jacdiag.report import Report
+from jacdiag.records import Report
 from jacdiag.sources.gpt import GPT, build
 
-SIZES: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 64, "block_size": 16}
+SIZES: dict[str, Any] = {
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 32,
+    "vocab_size": 64,
+    "block_size": 16,
+}
 RATE, STEPS, WRECK = 3e-3, 60, 100.0
 
 
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sequences that can be learned: each token is the one before plus a step that the sequence keeps."""
+    """Sequences that can be learned: each token is the one before plus a step that the sequence
+    keeps.
+    """
     generator = torch.Generator().manual_seed(step)
     starts = torch.randint(64, (8, 1), generator=generator)
     strides = torch.randint(1, 4, (8, 1), generator=generator)
@@ -47,7 +57,9 @@ def save(model: GPT, step: int, path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """step0.pt, early.pt, and after it later.pt of the same run, and wrecked.pt at 100 times the learning rate."""
+    """step0.pt, early.pt, and after it later.pt of the same run, and wrecked.pt at 100 times the
+    learning rate.
+    """
     home = tmp_path_factory.mktemp("runs")
     torch.manual_seed(0)
     model = build("vanilla", **SIZES)
@@ -78,39 +90,75 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
 def test_a_wrecked_run_alone_is_observed(run: Any) -> None:
     code, out, _ = run("audit", "wrecked.pt", "--state", "trained")
-    assert code == 0 and "  OBSERVED  Trained model" in out and "PASS" not in out and "nothing to do" not in out
+    assert (
+        code == 0
+        and "  OBSERVED  Trained model" in out
+        and "PASS" not in out
+        and "nothing to do" not in out
+    )
     assert "jacdiag audit wrecked.pt --state trained --tokens tokens.pt --against EARLIER" in out
 
 
 def test_compared_with_an_earlier_step_it_fails(run: Any, folder: Path) -> None:
-    code, out, _ = run("audit", "wrecked.pt", "--against", "early.pt", "--state", "trained", "--json", "wrecked.json")
+    code, out, _ = run(
+        "audit",
+        "wrecked.pt",
+        "--against",
+        "early.pt",
+        "--state",
+        "trained",
+        "--json",
+        "wrecked.json",
+    )
     assert code == 1 and "  FAIL  JD110: " in out and "times that of early.pt (error above" in out
     assert "earlier ‖J‖" in out and "go back to the earlier checkpoint" in out
     report = Report.from_json((folder / "wrecked.json").read_text())
     assert report.verdict == "fail" and report.against is not None and report.against.compared == 4
     assert report.conditions.small_sublayers in ("met", "partly", "not met")
-    code, out, _ = run("audit", "wrecked.pt", "--against", "early.pt", "--state", "trained", "--format", "markdown")
+    code, out, _ = run(
+        "audit", "wrecked.pt", "--against", "early.pt", "--state", "trained", "--format", "markdown"
+    )
     assert code == 1 and out.startswith("### ● FAIL: JD110") and "| **against** |" in out
-    code, out, _ = run("audit", "wrecked.pt", "--against", "early.pt", "--state", "trained", "--fail-on", "never")
+    code, out, _ = run(
+        "audit", "wrecked.pt", "--against", "early.pt", "--state", "trained", "--fail-on", "never"
+    )
     assert code == 0
 
 
 def test_the_same_run_unharmed_passes(run: Any) -> None:
-    for now, earlier in (("later.pt", "early.pt"), ("early.pt", "early.pt"), ("early.pt", "step0.pt")):
+    for now, earlier in (
+        ("later.pt", "early.pt"),
+        ("early.pt", "early.pt"),
+        ("early.pt", "step0.pt"),
+    ):
         code, out, _ = run("audit", now, "--against", earlier, "--state", "trained")
-        assert code == 0 and "  PASS  Trained model" in out and f"compared with {earlier}" in out, (now, earlier)
+        assert code == 0 and "  PASS  Trained model" in out and f"compared with {earlier}" in out, (
+            now,
+            earlier,
+        )
 
 
 def test_it_agrees_with_diff(folder: Path) -> None:
     tokens = torch.load(folder / "tokens.pt")
     reports = {
-        name: jacdiag.audit(folder / f"{name}.pt", tokens, state="trained") for name in ("early", "later", "wrecked")
+        name: jacdiag.audit(folder / f"{name}.pt", tokens, state="trained")
+        for name in ("early", "later", "wrecked")
     }
     for now in ("early", "later", "wrecked"):
-        made = jacdiag.audit(folder / f"{now}.pt", tokens, state="trained", against=reports["early"])
+        made = jacdiag.audit(
+            folder / f"{now}.pt", tokens, state="trained", against=reports["early"]
+        )
         assert made.against is not None
-        listed = [(p.b, p.figure) for p in compare(reports["early"], reports[now]).parted if p.part != p.figure]
-        norms = [(name, figure) for name, figure in listed if figure in ("branch_norm", "core_norm", "norm_gain")]
+        listed = [
+            (p.b, p.figure)
+            for p in compare(reports["early"], reports[now]).parted
+            if p.part != p.figure
+        ]
+        norms = [
+            (name, figure)
+            for name, figure in listed
+            if figure in ("branch_norm", "core_norm", "norm_gain")
+        ]
         kept = [(c.where, c.figure) for c in made.against.changes]
         assert [pair for pair in norms if pair not in kept] == []
         worse = [f for f in made.findings if f.code == "JD110" and f.level == "error"]
@@ -122,13 +170,15 @@ def test_a_json_report_and_a_checkpoint_say_the_same(run: Any, folder: Path) -> 
     assert run("audit", "early.pt", "--state", "trained", "--json", "early.json")[0] == 0
     found = []
     for earlier in ("early.json", "early.pt"):
-        code, out, _ = run("audit", "wrecked.pt", "--against", earlier, "--state", "trained", "--format", "json")
+        code, out, _ = run(
+            "audit", "wrecked.pt", "--against", earlier, "--state", "trained", "--format", "json"
+        )
         report = json.loads(out)
         found.append((code, report["against"]["branch_norms"], report["verdict"]))
     assert found[0] == found[1] and found[0][2] == "fail"
 
 
-# -- what cannot be compared -------------------------------------------------------------------------------------------
+# -- what cannot be compared -----------------------------------------------------------------------
 def test_another_architecture_is_refused(run: Any, folder: Path) -> None:
     sizes = {**SIZES, "n_layer": 3}
     save(build("vanilla", **sizes), 0, folder / "deeper.pt")
@@ -161,7 +211,9 @@ def test_a_report_of_another_probe_is_refused(run: Any, folder: Path) -> None:
     assert run("audit", "early.pt", "--against", "old.json", "--state", "trained")[0] == 0
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema_version": 1}', '{"schema_version": 99}', "\x00"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"schema_version": 1}', '{"schema_version": 99}', "\x00"]
+)
 def test_a_file_that_is_no_report_is_refused(run: Any, folder: Path, text: str) -> None:
     (folder / "bad.json").write_text(text)
     code, _, err = run("audit", "later.pt", "--against", "bad.json")
@@ -171,7 +223,11 @@ def test_a_file_that_is_no_report_is_refused(run: Any, folder: Path, text: str) 
 def test_what_holds_no_norm_is_refused(run: Any, folder: Path) -> None:
     torch.save({"a.weight": torch.randn(8, 8), "b.weight": torch.randn(8, 8)}, folder / "bare.pt")
     code, _, err = run("audit", "later.pt", "--against", "bare.pt")
-    assert code == 2 and "there is nothing to compare with in 'bare.pt'" in err and "--model FACTORY" in err
+    assert (
+        code == 2
+        and "there is nothing to compare with in 'bare.pt'" in err
+        and "--model FACTORY" in err
+    )
     code, _, err = run("audit", "bare.pt", "--against", "later.pt", "--tokens", "tokens.pt")
     assert code == 2 and "weights alone cannot be compared" in err
     code, _, err = run("audit", "later.pt", "--against", "missing.pt")
@@ -188,7 +244,11 @@ def test_in_python_one_comparison_at_a_time(folder: Path) -> None:
         jacdiag.audit(folder / "later.pt", tokens, against=3)  # type: ignore[arg-type]
     model = build("vanilla", **SIZES)
     report = jacdiag.audit(model, tokens, state="init", against=model)
-    assert report.verdict in ("pass", "warn") and report.against is not None and report.against.changes == []
+    assert (
+        report.verdict in ("pass", "warn")
+        and report.against is not None
+        and report.against.changes == []
+    )
 
 
 def test_an_earlier_model_with_other_names_is_matched_by_role_and_depth(folder: Path) -> None:
@@ -208,13 +268,21 @@ def test_an_earlier_model_with_other_names_is_matched_by_role_and_depth(folder: 
 
 
 def test_a_dead_row_does_not_change_the_random_probe_of_both(folder: Path) -> None:
-    """Random tokens leave out rows of the embedding that were never trained; both models see the tokens of now."""
+    """Random tokens leave out rows of the embedding that were never trained; both models see the
+    tokens of now.
+    """
     state = torch.load(folder / "early.pt")
     state["model"]["transformer.wte.weight"][5:20] = 0
     torch.save(state, folder / "dead.pt")
-    report = jacdiag.audit(folder / "early.pt", state="trained", batch=1, seq=8, against=folder / "dead.pt")
+    report = jacdiag.audit(
+        folder / "early.pt", state="trained", batch=1, seq=8, against=folder / "dead.pt"
+    )
     alone = jacdiag.audit(folder / "early.pt", state="trained", batch=1, seq=8)
-    assert report.probe is not None and alone.probe is not None and report.probe.digest == alone.probe.digest
+    assert (
+        report.probe is not None
+        and alone.probe is not None
+        and report.probe.digest == alone.probe.digest
+    )
     dead = jacdiag.audit(folder / "dead.pt", state="trained", batch=1, seq=8)
     assert dead.probe is not None and dead.probe.digest != alone.probe.digest
     with pytest.raises(UsageError, match="measured with another probe"):

@@ -1,4 +1,6 @@
-"""`jacdiag diff`: one model under several names is the same model; a mutant parts where it was changed."""
+"""`jacdiag diff`: one model under several names is the same model; a mutant parts where it was
+changed.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from jacdiag_cli.app import main
+from jacdiag_cli.main import main
 from torch import Tensor
 
 import jacdiag
 from benchmarks._families import CONFIGS, Subject, family, recipe
-from jacdiag.compare import compare
+from jacdiag.comparison import compare
 from jacdiag.measure.roles_by_name import read_names
-from jacdiag.trace.uses import uses_of
+from jacdiag.trace.discovery.weight_roles import uses_of
 
 
 def audit(subject: Subject, **options: Any) -> Any:
@@ -52,13 +54,17 @@ def as_megatron(state: dict[str, Tensor], core: bool) -> dict[str, Tensor]:
 
 
 def hugging_face_twin(model: torch.nn.Module) -> Subject:
-    """transformers' GPT-2 with the weights of the reference GPT: other names, its matrices the other way round."""
+    """transformers' GPT-2 with the weights of the reference GPT: other names, its matrices the
+    other way round.
+    """
     twin = family("gpt2", 0)
     ours = dict(model.named_parameters())
     with torch.no_grad():
         for name, p in twin.model.named_parameters():
             w = ours[name]
-            p.copy_(w[: p.shape[0]] if "wpe" in name else w.T if p.dim() == 2 and ".h." in name else w)
+            p.copy_(
+                w[: p.shape[0]] if "wpe" in name else w.T if p.dim() == 2 and ".h." in name else w
+            )
     return twin
 
 
@@ -70,7 +76,16 @@ def test_transformers_and_nanogpt_names() -> None:
     b = jacdiag.audit(twin.model, {"input_ids": ids}, tol=0.01)
     found = compare(a, b)
     assert found.first is None and len(found.pairs) == 4 * 4 + 8 * 4 + 2
-    assert {p.part for p in found.pairs} == {"embedding", "positions", "W_QKV", "W_O", "W_1", "W_2", "attention", "mlp"}
+    assert {p.part for p in found.pairs} == {
+        "embedding",
+        "positions",
+        "W_QKV",
+        "W_O",
+        "W_1",
+        "W_2",
+        "attention",
+        "mlp",
+    }
 
 
 @pytest.mark.parametrize("core", [True, False])
@@ -80,10 +95,16 @@ def test_megatron_names(tmp_path: Path, core: bool) -> None:
     renamed = as_megatron(state, core)
     found = compare(audit(model, products=False), weights_only(tmp_path, "m.pt", renamed))
     assert found.first is None and len(found.pairs) == 18
-    key = "decoder.layers.2.mlp.linear_fc2.weight" if core else "encoder.layers.2.mlp.dense_4h_to_h.weight"
+    key = (
+        "decoder.layers.2.mlp.linear_fc2.weight"
+        if core
+        else "encoder.layers.2.mlp.dense_4h_to_h.weight"
+    )
     renamed[key] = renamed[key] * math.sqrt(8)
     found = compare(audit(model, products=False), weights_only(tmp_path, "m.pt", renamed))
-    assert [(p.depth, p.part, p.a, p.b) for p in found.parted] == [(2, "W_2", "transformer.h.2.mlp.c_proj.weight", key)]
+    assert [(p.depth, p.part, p.a, p.b) for p in found.parted] == [
+        (2, "W_2", "transformer.h.2.mlp.c_proj.weight", key)
+    ]
 
 
 def test_fused_beside_separate(tmp_path: Path) -> None:
@@ -99,12 +120,22 @@ def test_fused_beside_separate(tmp_path: Path) -> None:
         fused[f"{stem}.mlp.gate_up_proj.weight"] = torch.cat(both)
     found = compare(audit(subject, products=False), weights_only(tmp_path, "f.pt", fused))
     assert found.first is None
-    assert {p.part for p in found.pairs} == {"embedding", "W_QKV", "W_O", "W_gate_up", "W_2", "head"}
+    assert {p.part for p in found.pairs} == {
+        "embedding",
+        "W_QKV",
+        "W_O",
+        "W_gate_up",
+        "W_2",
+        "head",
+    }
 
 
 def test_they_part_where_the_change_is() -> None:
     a, b = recipe("scaled-embed", 0), recipe("scaled-embed", 0)
-    assert compare(audit(a, products=False), audit(recipe("scaled-embed", 1), products=False)).first is None
+    assert (
+        compare(audit(a, products=False), audit(recipe("scaled-embed", 1), products=False)).first
+        is None
+    )
     with torch.no_grad():
         b.model.get_parameter("transformer.h.1.attn.c_proj.weight").mul_(3)
     first = compare(audit(a), audit(b)).first
@@ -113,7 +144,9 @@ def test_they_part_where_the_change_is() -> None:
 
 
 def test_missing_layers_part() -> None:
-    found = compare(audit(recipe("gpt2", 0), products=False), audit(recipe("gpt2", 0, layers=3), products=False))
+    found = compare(
+        audit(recipe("gpt2", 0), products=False), audit(recipe("gpt2", 0, layers=3), products=False)
+    )
     missing = [p for p in found.parted if p.new is None]
     assert {p.depth for p in missing} == {3} and {p.b for p in missing} == {""}
 
@@ -126,12 +159,16 @@ def test_names_say_what_the_dataflow_says(name: str) -> None:
     wrong = {}
     for parameter, use in uses.items():
         said = named.weights[parameter]
-        if said.role != use.role or (use.fan_in != use.fan_out and use.fan_in and said.fan_in != use.fan_in):
+        if said.role != use.role or (
+            use.fan_in != use.fan_out and use.fan_in and said.fan_in != use.fan_in
+        ):
             wrong[parameter] = (use, said)
     assert not wrong
 
 
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     sizes = {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 64, "block_size": 16}
     build = "jacdiag.sources.gpt:build"
@@ -150,10 +187,17 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     (tmp_path / "longer.json").write_text(longer.to_json())
     weights = [p for p in compare(longer, longer).pairs if p.figure == "std"]
     assert weights and compare(longer, longer).notes == ()
-    for form, start in (("pretty", "\nnote: "), ("markdown", "\nNote: "), ("json", '"notes": [\n    "')):
+    for form, start in (
+        ("pretty", "\nnote: "),
+        ("markdown", "\nNote: "),
+        ("json", '"notes": [\n    "'),
+    ):
         main(["diff", "gpt2.json", "longer.json", "--format", form])
         out = capsys.readouterr().out
-        assert f"{start}the probes differ" in out and "1 x 8 random tokens, float32, seed 0 of A" in out
+        assert (
+            f"{start}the probes differ" in out
+            and "1 x 8 random tokens, float32, seed 0 of A" in out
+        )
     for text in ("{", "[]", '{"schema_version": 7}', '{"schema_version": 1}', "[" * 99_999):
         (tmp_path / "bad.json").write_text(text)
         assert main(["diff", "gpt2.json", "bad.json"]) == 2

@@ -1,4 +1,6 @@
-"""Nothing of the guest changes: not a bit of a parameter, no hook, no mode, no random stream, no global flag."""
+"""Nothing of the guest changes: not a bit of a parameter, no hook, no mode, no random stream, no
+global flag.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,13 @@ from jacdiag.sources import gpt
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
+    hooks = (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_backward_hooks",
+        "_backward_pre_hooks",
+        "_state_dict_hooks",
+    )
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return {
         "tensors": {n: (id(t), t._version, t.detach().clone()) for n, t in tensors},
@@ -28,12 +36,16 @@ def state_of(model: nn.Module) -> dict[str, Any]:
         "attributes": {n: sorted(vars(m)) for n, m in model.named_modules()},
         "rng": torch.get_rng_state(),
         "flags": (
-            torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads(),
-            torch.are_deterministic_algorithms_enabled(), torch.backends.mkldnn.enabled,
-            torch.backends.cuda.math_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled(),
+            torch.is_grad_enabled(),
+            torch.get_default_dtype(),
+            torch.get_num_threads(),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.backends.mkldnn.enabled,
+            torch.backends.cuda.math_sdp_enabled(),
+            torch.backends.cuda.flash_sdp_enabled(),
             torch.is_inference_mode_enabled(),
         ),
-    }  # fmt: skip
+    }
 
 
 def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
@@ -63,7 +75,10 @@ def small() -> gpt.GPT:
 def test_sites_leave_every_specimen_as_it_was(specimen: Any) -> None:
     model = specimen.build()
     args, kwargs = specimen.arguments()
-    unchanged(model, lambda: [site.branch(site.shortcut) for site in jacdiag.sites(model, *args, **kwargs)])
+    unchanged(
+        model,
+        lambda: [site.branch(site.shortcut) for site in jacdiag.sites(model, *args, **kwargs)],
+    )
 
 
 @pytest.mark.parametrize("mode", ["train", "eval", "mixed"])

@@ -22,7 +22,8 @@ import jacdiag
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "jacdiag"
 
-# Data flows one way, from a model to a verdict: a room imports only rooms with a smaller number, or itself.
+# Data flows one way, from a model to a verdict: a room imports only rooms with a smaller number, or
+# itself.
 FLOORS = {
     "report": 1,
     "sources": 2,
@@ -41,60 +42,212 @@ FLOORS = {
     "testing": 9,
     "jacdiag_cli": 9,
 }
-# These are not at once: a sub-layer asks which dimensions are independent when it is first asked, not when imported.
-# A report prints itself as the table when it is asked to: the renderer is imported then, not before.
-EXEMPT = {("jacdiag/trace/sublayer.py", "spectra"), ("jacdiag/report/schema.py", "render")}
+# These are not at once: a sub-layer asks which dimensions are independent when it is first asked,
+# not when imported.
+# A report prints itself as the table when it is asked to: the renderer is imported then, not
+# before.
+EXEMPT = {("jacdiag/trace/sublayer.py", "spectra"), ("jacdiag/records/report.py", "render")}
 EVERYBODY = {"errors", "__init__"}
 WITHOUT_TORCH = ("report", "rules", "render")
 
 COMMANDS = {
     "audit": {
         "--key",
-        "--model", "--model-args", "--trust-pickle", "--tokens", "--inputs", "--batch", "--seq", "--seed", "--device",
-        "--dtype", "--tol", "--confidence", "--decide", "--no-decide", "--max-products", "--state", "--lr", "--warmup",
-        "--clip", "--beta2", "--profile", "--select", "--ignore", "--fail-on", "--format", "--json", "--plot", "--all",
-        "--sort", "--replay", "--contract", "--remedies", "--patch", "--risk", "--against",
-        "--confidence-all", "--probes",
+        "--model",
+        "--model-args",
+        "--trust-pickle",
+        "--tokens",
+        "--inputs",
+        "--batch",
+        "--seq",
+        "--seed",
+        "--device",
+        "--dtype",
+        "--tol",
+        "--confidence",
+        "--decide",
+        "--no-decide",
+        "--max-products",
+        "--state",
+        "--lr",
+        "--warmup",
+        "--clip",
+        "--beta2",
+        "--profile",
+        "--select",
+        "--ignore",
+        "--fail-on",
+        "--format",
+        "--json",
+        "--plot",
+        "--all",
+        "--sort",
+        "--replay",
+        "--contract",
+        "--remedies",
+        "--patch",
+        "--risk",
+        "--against",
+        "--confidence-all",
+        "--probes",
     },
     "gate": {
         "--key",
-        "--model", "--model-args", "--trust-pickle", "--tokens", "--inputs", "--batch", "--seq", "--seed", "--device",
-        "--dtype", "--tol", "--confidence", "--decide", "--no-decide", "--max-products", "--state", "--lr", "--warmup",
-        "--clip", "--beta2", "--profile", "--select", "--ignore", "--fail-on", "--format", "--json", "--plot", "--all",
-        "--sort", "--contract", "--seeds", "--budget", "--baseline", "--write-baseline", "--contract-only",
-        "--remedies", "--patch", "--risk", "--confidence-all",
+        "--model",
+        "--model-args",
+        "--trust-pickle",
+        "--tokens",
+        "--inputs",
+        "--batch",
+        "--seq",
+        "--seed",
+        "--device",
+        "--dtype",
+        "--tol",
+        "--confidence",
+        "--decide",
+        "--no-decide",
+        "--max-products",
+        "--state",
+        "--lr",
+        "--warmup",
+        "--clip",
+        "--beta2",
+        "--profile",
+        "--select",
+        "--ignore",
+        "--fail-on",
+        "--format",
+        "--json",
+        "--plot",
+        "--all",
+        "--sort",
+        "--contract",
+        "--seeds",
+        "--budget",
+        "--baseline",
+        "--write-baseline",
+        "--contract-only",
+        "--remedies",
+        "--patch",
+        "--risk",
+        "--confidence-all",
     },
     "sites": {
         "--key",
-        "--model", "--model-args", "--trust-pickle", "--tokens", "--inputs", "--batch", "--seq", "--seed", "--device",
-        "--dtype", "--format",
+        "--model",
+        "--model-args",
+        "--trust-pickle",
+        "--tokens",
+        "--inputs",
+        "--batch",
+        "--seq",
+        "--seed",
+        "--device",
+        "--dtype",
+        "--format",
     },
     "diff": {
         "--key",
-        "--model", "--contract-only", "--all", "--tokens", "--inputs", "--batch", "--seq", "--seed", "--device",
-        "--dtype", "--tol", "--confidence", "--decide", "--no-decide", "--max-products", "--format",
+        "--model",
+        "--contract-only",
+        "--all",
+        "--tokens",
+        "--inputs",
+        "--batch",
+        "--seq",
+        "--seed",
+        "--device",
+        "--dtype",
+        "--tol",
+        "--confidence",
+        "--decide",
+        "--no-decide",
+        "--max-products",
+        "--format",
     },
     "rules": {"--format"},
     "explain": set(),
     "backtest": {
-        "--column", "--figure", "--stratum", "--peers", "--bad", "--false-alarms", "--lead", "--resamples", "--format",
-        "--all", "--json", "--markdown", "--plot", "--hold-out", "--worse", "--write-risk", "--pack", "--rejudge",
+        "--column",
+        "--figure",
+        "--stratum",
+        "--peers",
+        "--bad",
+        "--false-alarms",
+        "--lead",
+        "--resamples",
+        "--format",
+        "--all",
+        "--json",
+        "--markdown",
+        "--plot",
+        "--hold-out",
+        "--worse",
+        "--write-risk",
+        "--pack",
+        "--rejudge",
         "--risk",
     },
     "live": {"--once", "--refresh", "--lines"},
     "plot": {"-o", "--output", "--figures", "--from", "--to", "--smooth", "--size"},
-}  # fmt: skip
+}
 DEFAULTS = {
-    "batch": 2, "seq": None, "seed": 0, "device": None, "dtype": "float32", "tol": 0.05, "confidence": 0.999,
-    "decide": False, "profile": "default", "fail_on": "error", "output_format": "pretty", "state": None,
-}  # fmt: skip
-PUBLIC = ["JacdiagError", "Report", "__version__", "audit", "declare", "sites", "skipping", "spectral_norm", "watch"]
+    "batch": 2,
+    "seq": None,
+    "seed": 0,
+    "device": None,
+    "dtype": "float32",
+    "tol": 0.05,
+    "confidence": 0.999,
+    "decide": False,
+    "profile": "default",
+    "fail_on": "error",
+    "output_format": "pretty",
+    "state": None,
+}
+PUBLIC = [
+    "JacdiagError",
+    "Report",
+    "__version__",
+    "audit",
+    "declare",
+    "sites",
+    "skipping",
+    "spectral_norm",
+    "watch",
+]
 JSON_KEYS = {
-    "schema_version", "jacdiag", "torch", "created", "source", "tier", "state", "probe", "plan", "conditions",
-    "verdict", "model", "sublayers", "network", "findings", "rules", "cost", "settings", "ladder", "notes",
-    "contract", "figures", "baseline", "remedies", "risk", "against",
-    "state_reason", "state_basis", "replay",
-}  # fmt: skip
+    "schema_version",
+    "jacdiag",
+    "torch",
+    "created",
+    "source",
+    "tier",
+    "state",
+    "probe",
+    "plan",
+    "conditions",
+    "verdict",
+    "model",
+    "sublayers",
+    "network",
+    "findings",
+    "rules",
+    "cost",
+    "settings",
+    "ladder",
+    "notes",
+    "contract",
+    "figures",
+    "baseline",
+    "remedies",
+    "risk",
+    "against",
+    "state_reason",
+    "state_basis",
+    "replay",
+}
 
 
 def sources(folder: Path) -> list[Path]:
@@ -126,7 +279,11 @@ def room(module: str) -> str | None:
 
 
 def home(path: Path) -> str:
-    parts = path.relative_to(PACKAGE if path.is_relative_to(PACKAGE) else ROOT / "cli").with_suffix("").parts
+    parts = (
+        path.relative_to(PACKAGE if path.is_relative_to(PACKAGE) else ROOT / "cli")
+        .with_suffix("")
+        .parts
+    )
     return parts[0]
 
 
@@ -157,7 +314,9 @@ def test_floors() -> None:
 
 
 def test_errors_import_nothing_of_ours() -> None:
-    assert [module for module, _ in imported(PACKAGE / "errors.py") if module.startswith("jacdiag")] == []
+    assert [
+        module for module, _ in imported(PACKAGE / "errors.py") if module.startswith("jacdiag")
+    ] == []
 
 
 @pytest.mark.parametrize("name", WITHOUT_TORCH)
@@ -171,7 +330,9 @@ def test_rooms_that_know_no_torch(name: str) -> None:
 
 @pytest.mark.parametrize("name", WITHOUT_TORCH)
 def test_rooms_do_not_load_torch_by_a_side_door(name: str) -> None:
-    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sources(PACKAGE / name)]
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sources(PACKAGE / name)
+    ]
     names = ", ".join(module.removesuffix(".__init__") for module in modules)
     done = run(f"import {names}\nimport sys\nassert 'torch' not in sys.modules")
     assert done.returncode == 0, done.stderr
@@ -179,7 +340,11 @@ def test_rooms_do_not_load_torch_by_a_side_door(name: str) -> None:
 
 def test_import_is_silent_and_light() -> None:
     heavy = ("torch", "numpy", "scipy", "matplotlib", "rich", "click")
-    done = run(f"import jacdiag, sys; print([name for name in {heavy} if name in sys.modules])", "-W", "error")
+    done = run(
+        f"import jacdiag, sys; print([name for name in {heavy} if name in sys.modules])",
+        "-W",
+        "error",
+    )
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "[]", "")
 
 
@@ -188,10 +353,12 @@ def test_import_is_fast() -> None:
     assert min(float(run(code).stdout) for _ in range(3)) < 0.2
 
 
-@pytest.mark.parametrize("args", [["-h"], ["--version"], ["rules"], ["explain", "JD102"], ["audit", "-h"]])
+@pytest.mark.parametrize(
+    "args", [["-h"], ["--version"], ["rules"], ["explain", "JD102"], ["audit", "-h"]]
+)
 def test_light_commands_load_no_torch(args: list[str]) -> None:
     code = (
-        f"import sys; from jacdiag_cli.app import main; code = main({args!r}); "
+        f"import sys; from jacdiag_cli.main import main; code = main({args!r}); "
         "heavy = {'torch', 'numpy', 'scipy', 'matplotlib'} & set(sys.modules); "
         "sys.exit(f'loaded {heavy}' if heavy else code)"
     )
@@ -201,10 +368,13 @@ def test_light_commands_load_no_torch(args: list[str]) -> None:
 
 
 def test_frozen_commands() -> None:
-    from jacdiag_cli.app import cli
+    from jacdiag_cli.main import cli
 
     found = {
-        name: {option for param in command.params for option in (*param.opts, *param.secondary_opts)} - {"source"}
+        name: {
+            option for param in command.params for option in (*param.opts, *param.secondary_opts)
+        }
+        - {"source"}
         for name, command in cli.commands.items()
     }
     found["explain"].discard("code")
@@ -215,9 +385,10 @@ def test_frozen_commands() -> None:
 
 
 def test_frozen_defaults() -> None:
-    from jacdiag_cli.app import cli
+    from jacdiag_cli.main import cli
 
-    parent = click.Context(cli, **cli.context_settings)  # a command keeps the help option of its first context
+    # a command keeps the help option of its first context
+    parent = click.Context(cli, **cli.context_settings)
     found = cli.commands["audit"].make_context("audit", ["checkpoint.pt"], parent=parent).params
     assert {name: found[name] for name in DEFAULTS} == DEFAULTS
 
@@ -232,18 +403,29 @@ def test_frozen_python_names() -> None:
 def test_frozen_json_keys() -> None:
     import dataclasses
 
-    schema = json.loads((ROOT / "tests" / "data" / "report.schema.json").read_text(encoding="utf-8"))
+    schema = json.loads(
+        (ROOT / "tests" / "data" / "report.schema.json").read_text(encoding="utf-8")
+    )
     assert {field.name for field in dataclasses.fields(jacdiag.Report)} == JSON_KEYS
     assert set(schema["required"]) <= JSON_KEYS == set(schema["properties"])
 
 
-# -- the package -------------------------------------------------------------------------------------------------------
+# -- the package -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(folder),
+        str(ROOT),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     (built,) = folder.glob("*.whl")
@@ -260,7 +442,9 @@ def test_wheel_has_two_packages_and_nothing_else(wheel: Path) -> None:
 
 def test_wheel_has_every_module_and_data_file(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    files = [path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    files = [
+        path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    ]
     assert {path.relative_to(ROOT).as_posix() for path in files} <= names
     assert {path.relative_to(ROOT / "cli").as_posix() for path in sources(ROOT / "cli")} <= names
 
@@ -268,7 +452,12 @@ def test_wheel_has_every_module_and_data_file(wheel: Path) -> None:
 def test_no_requirement_has_an_upper_bound() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     groups = [project["dependencies"], *project["optional-dependencies"].values()]
-    capped = [line for group in groups for line in group if any(sign in line for sign in ("<", "==", "~=", "!="))]
+    capped = [
+        line
+        for group in groups
+        for line in group
+        if any(sign in line for sign in ("<", "==", "~=", "!="))
+    ]
     assert not capped
     assert any(line.startswith("torch>=") for line in project["dependencies"])
 
@@ -277,9 +466,12 @@ def fake_torch(folder: Path, version: str) -> None:
     """A wheel that calls itself a newer torch: an installer that wants the newest would take it."""
     info = f"torch-{version}.dist-info"
     with zipfile.ZipFile(folder / f"torch-{version}-py3-none-any.whl", "w") as archive:
-        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
         archive.writestr(
-            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n"
+        )
+        archive.writestr(
+            f"{info}/WHEEL",
+            "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         )
         archive.writestr(f"{info}/RECORD", "")
 
@@ -287,11 +479,23 @@ def fake_torch(folder: Path, version: str) -> None:
 def planned(wheel: Path, folder: Path, *more: str) -> dict[str, str]:
     """What pip would install, by its own resolver, without a network: {name: version}."""
     report = folder / "plan.json"
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--dry-run", "--no-index"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "install",
+        "--dry-run",
+        "--no-index",
+    ]
     command += ["--find-links", str(folder), "--report", str(report), "--quiet", *more, str(wheel)]
     clean = {key: value for key, value in os.environ.items() if not key.startswith("PIP_")}
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**clean, "PIP_CONFIG_FILE": os.devnull}
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**clean, "PIP_CONFIG_FILE": os.devnull},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     plan = json.loads(report.read_text(encoding="utf-8"))
@@ -306,13 +510,15 @@ def test_installing_replaces_no_torch_that_is_there(wheel: Path, tmp_path: Path)
 
 
 def test_the_fake_torch_would_be_taken_by_who_asks_for_it(wheel: Path, tmp_path: Path) -> None:
-    """Proves that the test above can fail: where an upgrade is asked for, pip does take the newer wheel."""
+    """Proves that the test above can fail: where an upgrade is asked for, pip does take the newer
+    wheel.
+    """
     fake_torch(tmp_path, "99.0")
     eager = planned(wheel, tmp_path, "--upgrade", "--upgrade-strategy", "eager")
     assert eager.get("torch") == "99.0"
 
 
-# -- types -------------------------------------------------------------------------------------------------------------
+# -- types -----------------------------------------------------------------------------------------
 CLIENT = """
 from pathlib import Path
 
@@ -352,7 +558,9 @@ jacdiag.spectral_norm("not a function", 3)
 
 
 def strictly_typed(program: str, wheel: Path, folder: Path) -> list[str]:
-    """Check a program with mypy --strict against an installed wheel; return the lines that complain about it."""
+    """Check a program with mypy --strict against an installed wheel; return the lines that complain
+    about it.
+    """
     installed = folder / "site"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(installed)
@@ -360,17 +568,34 @@ def strictly_typed(program: str, wheel: Path, folder: Path) -> list[str]:
     client.write_text(program, encoding="utf-8")
     (folder / "mypy.ini").write_text("[mypy]\n", encoding="utf-8")
 
-    # mypy reads a package on MYPYPATH whatever it ships; one in site-packages is typed only if it ships py.typed.
+    # mypy reads a package on MYPYPATH whatever it ships; one in site-packages is typed only if it
+    # ships py.typed.
     assert (installed / "jacdiag" / "py.typed").is_file()
     assert (installed / "jacdiag_cli" / "py.typed").is_file()
-    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--config-file", "mypy.ini"]
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--strict",
+        "--follow-imports=silent",
+        "--config-file",
+        "mypy.ini",
+    ]
     environment = {**os.environ, "MYPYPATH": str(installed), "PYTHONPATH": ""}
     done = subprocess.run(
         [*command, "--cache-dir", str(folder / "cache"), client.name],
-        capture_output=True, text=True, cwd=folder, env=environment, timeout=900,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment,
+        timeout=900,
+    )
     assert not done.stderr, done.stderr
-    return [line for line in done.stdout.splitlines() if line.startswith(client.name) and ": error:" in line]
+    return [
+        line
+        for line in done.stdout.splitlines()
+        if line.startswith(client.name) and ": error:" in line
+    ]
 
 
 @pytest.mark.long
@@ -387,7 +612,9 @@ def test_a_client_is_type_checked_against_the_wheel(wheel: Path, tmp_path: Path)
 
 
 def test_no_test_leaves_the_benchmarks_folder_importable() -> None:
-    """Folders of tests and modules of benchmarks share names: the wrong one would be imported, and only at times."""
+    """Folders of tests and modules of benchmarks share names: the wrong one would be imported, and
+    only at times.
+    """
     assert str(ROOT / "benchmarks") not in sys.path
 
 
@@ -399,7 +626,9 @@ def test_the_citation_names_the_version_of_the_package() -> None:
 
 def test_the_workflows_run_targets_and_files_that_exist() -> None:
     """Every `make` target, and every script, that a workflow names."""
-    targets = set(re.findall(r"^([\w./-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    targets = set(
+        re.findall(r"^([\w./-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    )
     workflows = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
     assert workflows
     for path in workflows:
@@ -412,5 +641,7 @@ def test_the_workflows_run_targets_and_files_that_exist() -> None:
 
 def test_contributing_lists_every_folder_of_the_package() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    missing = [folder for folder in FLOORS if folder != "jacdiag_cli" and f"`{folder}/`" not in text]
+    missing = [
+        folder for folder in FLOORS if folder != "jacdiag_cli" and f"`{folder}/`" not in text
+    ]
     assert missing == []

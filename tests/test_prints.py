@@ -11,7 +11,7 @@ from torch import nn
 
 import jacdiag
 from jacdiag.gate.run import Outcome
-from jacdiag.report import FiguresRecord, Interval
+from jacdiag.records import FiguresRecord, Interval
 from tests.render import synthetic
 
 
@@ -29,7 +29,10 @@ class Net(nn.Module):
 def test_a_report_is_a_few_lines() -> None:
     report = synthetic.vanilla()
     text = str(report)
-    worst = max((row for row in report.sublayers if row.branch_norm), key=lambda row: row.branch_norm.estimate)  # type: ignore[union-attr]
+    worst = max(
+        (row for row in report.sublayers if row.branch_norm),
+        key=lambda row: row.branch_norm.estimate,
+    )  # type: ignore[union-attr]
     assert len(text.splitlines()) < 12
     assert f"Report of checkpoint.pt ({report.state}, measured)" in text
     assert f"verdict   {report.verdict}" in text

@@ -14,9 +14,11 @@ import jsonschema
 import pytest
 from render import synthetic
 
-from jacdiag.report import Interval, Report, RuleResult, SublayerRecord
+from jacdiag.records import Interval, Report, RuleResult, SublayerRecord
 
-SCHEMA = json.loads((Path(__file__).parent / "data" / "report.schema.json").read_text(encoding="utf-8"))
+SCHEMA = json.loads(
+    (Path(__file__).parent / "data" / "report.schema.json").read_text(encoding="utf-8")
+)
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 BUILDERS = [
     synthetic.vanilla,
@@ -76,7 +78,15 @@ def test_no_bare_nan_or_infinity_is_ever_written() -> None:
 
 def test_what_was_not_measured_is_null_and_never_zero() -> None:
     row = plain(synthetic.weights_tier())["sublayers"][0]
-    for key in ("branch_norm", "residual_norm", "core_norm", "norm_gain", "shortcut_std", "tightness", "token_wise"):
+    for key in (
+        "branch_norm",
+        "residual_norm",
+        "core_norm",
+        "norm_gain",
+        "shortcut_std",
+        "tightness",
+        "token_wise",
+    ):
         assert row[key] is None
 
 

@@ -1,4 +1,6 @@
-"""The reproduction of the paper: golden numbers, the stream in closed form, layers one at a time, what is written."""
+"""The reproduction of the paper: golden numbers, the stream in closed form, layers one at a time,
+what is written.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +21,29 @@ from examples.reproduce_spike_no_more.paper import BREAK, FIGURE2, KEEP, LENGTH,
 from examples.reproduce_spike_no_more.stream import closed_form, gelu, moment
 from examples.reproduce_spike_no_more.trainings import Trial, agreed, gaps, outcomes, thinned
 from examples.spike_lab.run import Setting
-from jacdiag.measure.norms import Effort
-from jacdiag.measure.weights import initial_bound
+from jacdiag.measure.branch_norms import Effort
+from jacdiag.measure.weight_statistics import initial_bound
 from jacdiag.sources import gpt
 
 RESULTS = Path(part.__file__).parent / "results"
 WRITTEN = sorted(path.stem for path in RESULTS.glob("*.json"))
-TINY: dict[str, Any] = {"layers": 2, "width": 16, "heads": 2, "length": 16, "steps": 12, "rows": 2, "lr": 1e-2}
+TINY: dict[str, Any] = {
+    "layers": 2,
+    "width": 16,
+    "heads": 2,
+    "length": 16,
+    "steps": 12,
+    "rows": 2,
+    "lr": 1e-2,
+}
 
 
-# -- Figure 2 --------------------------------------------------------------------------------------------------------
+# -- Figure 2 --------------------------------------------------------------------------------------
 def test_the_anchors_at_the_first_ffn_of_the_large_shape() -> None:
-    found = {recipe: initial_bound(recipe, SHAPE_1_7B["n_layer"], SHAPE_1_7B["n_embd"]) for recipe in FIGURE2}
+    found = {
+        recipe: initial_bound(recipe, SHAPE_1_7B["n_layer"], SHAPE_1_7B["n_embd"])
+        for recipe in FIGURE2
+    }
     golden = {"vanilla": 40.4, "xavier": 274, "scaled-embed": 1.82, "embed-ln": 1.52}
     assert {recipe: float(f"{value:.3g}") for recipe, value in found.items()} == golden
 
@@ -42,17 +55,22 @@ def test_the_order_holds_at_every_layer_of_the_shallow_third() -> None:
     for k in range(config.n_layer // 3):
         excess = {recipe: rows[k].bound - 1 for recipe, rows in found.items()}
         ratios.append(min(excess[r] for r in BREAK) / max(excess[r] for r in KEEP))
-    assert ratios[0] > 30 and min(ratios) > 1.6  # the least is xavier's at layer 8, whose stream grows the fastest
+    # the least is xavier's at layer 8, whose stream grows the fastest
+    assert ratios[0] > 30 and min(ratios) > 1.6
 
 
 @pytest.mark.parametrize("recipe", FIGURE2)
 def test_the_stream_grows_as_its_closed_form_says(recipe: str) -> None:
-    config = gpt.config_of({"n_layer": 4, "n_embd": 256, "n_head": 4, "block_size": 64, "vocab_size": 64})
+    config = gpt.config_of(
+        {"n_layer": 4, "n_embd": 256, "n_head": 4, "block_size": 64, "vocab_size": 64}
+    )
     torch.manual_seed(0)
     model = gpt.build(recipe, n_layer=4, n_embd=256, n_head=4, block_size=64, vocab_size=64)
     seen: list[float] = []
     for block in model.transformer["h"]:  # type: ignore[union-attr]
-        block.ln_2.register_forward_pre_hook(lambda _, args: seen.append(float(args[0].std(-1).median())))
+        block.ln_2.register_forward_pre_hook(
+            lambda _, args: seen.append(float(args[0].std(-1).median()))
+        )
     with torch.no_grad():
         model(torch.randperm(64)[None])
     told = [row.sigma_ffn for row in closed_form(recipe, config, 64)]
@@ -67,27 +85,40 @@ def test_moments_of_two_correlated_normals() -> None:
 
 
 def test_a_layer_alone_measures_as_it_does_in_the_whole_stack() -> None:
-    config = gpt.config_of({"n_layer": 2, "n_embd": 32, "n_head": 2, "block_size": 8, "vocab_size": 64})
+    config = gpt.config_of(
+        {"n_layer": 2, "n_embd": 32, "n_head": 2, "block_size": 8, "vocab_size": 64}
+    )
     effort = Effort(tol=0.01)
     std = gpt.RECIPES["vanilla"].std
     whole = nn.Sequential(*(_block(std, config, k, seed=3) for k in range(2)))
     together = sublayers(whole, _embedded("vanilla", config, 8, seed=3), effort=effort)
-    alone = [r for _, records in layer_by_layer("vanilla", config, 8, (0, 1), 3, effort) for r in records]
+    alone = [
+        r for _, records in layer_by_layer("vanilla", config, 8, (0, 1), 3, effort) for r in records
+    ]
     for one, other in zip(alone, together, strict=True):
         assert one.branch_norm is not None and other.branch_norm is not None
         assert one.branch_norm.estimate == pytest.approx(other.branch_norm.estimate, rel=0.01)
-        assert one.shortcut_std is not None and other.shortcut_std is not None and one.kind == other.kind
+        assert (
+            one.shortcut_std is not None
+            and other.shortcut_std is not None
+            and one.kind == other.kind
+        )
         assert one.shortcut_std.median == pytest.approx(other.shortcut_std.median, rel=1e-5)
-    assert [r.bound for r in alone if r.kind == "mlp"] == pytest.approx([r.bound for r in together if r.kind == "mlp"])
+    assert [r.bound for r in alone if r.kind == "mlp"] == pytest.approx(
+        [r.bound for r in together if r.kind == "mlp"]
+    )
     only = dict(layer_by_layer("vanilla", config, 8, (1,), 3, effort))
     assert list(only) == [1] and only[1][1].branch_norm == alone[3].branch_norm
 
 
-# -- training ----------------------------------------------------------------------------------------------------------
-def test_a_trial_gives_the_same_numbers_again_and_its_scales_touch_one_layer(tmp_path: Path) -> None:
+# -- training --------------------------------------------------------------------------------------
+def test_a_trial_gives_the_same_numbers_again_and_its_scales_touch_one_layer(
+    tmp_path: Path,
+) -> None:
     trial = Trial("one", Setting.of({**TINY, "recipe": "scaled-embed"}), ((1, 3.0),))
     (tmp_path / "b" / trial.folder).mkdir(parents=True)
-    (tmp_path / "b" / trial.folder / "run.jsonl").write_text('{"type": "run"}\n')  # was cut short at its first step
+    # was cut short at its first step
+    (tmp_path / "b" / trial.folder / "run.jsonl").write_text('{"type": "run"}\n')
     first, again = (outcomes([trial], part.Options(runs=tmp_path / name))[0] for name in ("a", "b"))
     assert first == again and len(first["loss"]) == TINY["steps"] and len(first["shares"]) == 2
     plain, scaled = Trial("zero", trial.setting).model().state_dict(), trial.model().state_dict()
@@ -102,12 +133,20 @@ def test_one_layer_is_scaled_until_the_product_is_met() -> None:
 
 
 def test_seeds_are_compared_with_themselves() -> None:
-    ours, theirs = [{"seed": 0, "final": 2.0}, {"seed": 1, "final": 3.0}], [{"seed": 1, "final": 2.5}]
-    assert gaps(ours, theirs) == [0.5] and not agreed([0.5]) and agreed([0.5, 0.1]) and not agreed([0.5, -0.1])
+    ours, theirs = (
+        [{"seed": 0, "final": 2.0}, {"seed": 1, "final": 3.0}],
+        [{"seed": 1, "final": 2.5}],
+    )
+    assert (
+        gaps(ours, theirs) == [0.5]
+        and not agreed([0.5])
+        and agreed([0.5, 0.1])
+        and not agreed([0.5, -0.1])
+    )
     assert thinned([3.0, 1.0, 2.0, 9.0], 2) == [3.0, 9.0]
 
 
-# -- blocks ------------------------------------------------------------------------------------------------------------
+# -- blocks ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", blocks.KINDS)
 def test_every_kind_of_block_gets_a_closed_form(kind: str) -> None:
     pytest.importorskip("transformers")
@@ -118,24 +157,37 @@ def test_every_kind_of_block_gets_a_closed_form(kind: str) -> None:
 
 
 def test_ranks_of_a_bound_that_orders_and_of_one_that_does_not() -> None:
-    rows = [{"blocks": "parallel", "kind": "mlp", "init": str(k), "bound": k + 1.0, "branch": float(k), "odd": 9.0 - k}
-            for k in range(1, 5)]  # fmt: skip
+    rows = [
+        {
+            "blocks": "parallel",
+            "kind": "mlp",
+            "init": str(k),
+            "bound": k + 1.0,
+            "branch": float(k),
+            "odd": 9.0 - k,
+        }
+        for k in range(1, 5)
+    ]
     data = {"rows": rows, "inits": list("1234")}
     assert blocks.ranks(data, "parallel", "mlp", "bound")["all"] == 1
     assert blocks.ranks(data, "parallel", "mlp", "odd")["inits"] == -1
     assert blocks.ranks(data, "SwiGLU", "mlp", "bound")["all"] is None
 
 
-# -- what is written ---------------------------------------------------------------------------------------------------
+# -- what is written -------------------------------------------------------------------------------
 def test_a_part_tells_its_time_first_and_draws_again_from_its_numbers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(figure2, "SMALL", {"n_layer": 3, "n_embd": 16, "n_head": 2, "vocab_size": 64})
+    monkeypatch.setattr(
+        figure2, "SMALL", {"n_layer": 3, "n_embd": 16, "n_head": 2, "vocab_size": 64}
+    )
     monkeypatch.setattr(figure2, "PROBE", 4)
     monkeypatch.setattr(figure2, "_sizes", lambda quick: (figure2.SMALL, (0, 2)))
     run(figure2.PART, part.Options(runs=tmp_path / "runs", quick=True), tmp_path)
     assert capsys.readouterr().out.splitlines()[0].startswith("figure2: about ")
-    files = {suffix: (tmp_path / f"figure2{suffix}").read_bytes() for suffix in (".json", ".md", ".png")}
+    files = {
+        suffix: (tmp_path / f"figure2{suffix}").read_bytes() for suffix in (".json", ".md", ".png")
+    }
     run(figure2.PART, part.Options(runs=tmp_path / "runs"), tmp_path, redraw=True)
     assert files == {suffix: (tmp_path / f"figure2{suffix}").read_bytes() for suffix in files}
 
@@ -158,6 +210,17 @@ def test_all_parts_are_there_and_none_foretells() -> None:
 
 
 def test_numbers_are_plain_and_short() -> None:
-    assert part.rounded({"a": [1.23456789, math.inf, 3, "x", None]}) == {"a": [1.23457, "inf", 3, "x", None]}
-    assert [part.three(v) for v in (1234.5, 12.345, 0.012345, 0.0, None)] == ["1,234", "12.3", "0.0123", "0.00", "–"]
-    assert part.span([1.0, 2.0]) == "1.00 to 2.00" and part.mean_spread([1.0, 3.0]) == (2.0, math.sqrt(2))
+    assert part.rounded({"a": [1.23456789, math.inf, 3, "x", None]}) == {
+        "a": [1.23457, "inf", 3, "x", None]
+    }
+    assert [part.three(v) for v in (1234.5, 12.345, 0.012345, 0.0, None)] == [
+        "1,234",
+        "12.3",
+        "0.0123",
+        "0.00",
+        "–",
+    ]
+    assert part.span([1.0, 2.0]) == "1.00 to 2.00" and part.mean_spread([1.0, 3.0]) == (
+        2.0,
+        math.sqrt(2),
+    )

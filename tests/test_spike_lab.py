@@ -1,4 +1,6 @@
-"""The spike lab: its plan, that a run depends on its setting alone, that one which was stopped goes on as if not."""
+"""The spike lab: its plan, that a run depends on its setting alone, that one which was stopped goes
+on as if not.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,23 @@ from examples.spike_lab.model import PLACEMENTS, Model, Shape
 from examples.spike_lab.run import FAULTS, Setting, train
 from jacdiag.backtest import read_runs
 
-TINY: dict[str, Any] = {"layers": 1, "width": 16, "heads": 2, "length": 16, "steps": 8, "rows": 2, "warmup": 2}
+TINY: dict[str, Any] = {
+    "layers": 1,
+    "width": 16,
+    "heads": 2,
+    "length": 16,
+    "steps": 8,
+    "rows": 2,
+    "warmup": 2,
+}
 
 
 def log(folder: Path) -> list[Any]:
-    return [(r["loss"], r["grad_norm"]) for r in map(json.loads, (folder / "run.jsonl").open()) if r["type"] == "step"]
+    return [
+        (r["loss"], r["grad_norm"])
+        for r in map(json.loads, (folder / "run.jsonl").open())
+        if r["type"] == "step"
+    ]
 
 
 def test_the_plan_is_as_large_as_it_says() -> None:
@@ -48,12 +62,17 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     while not train(setting, tmp_path / "torn", limit_s=0.0):
         pauses += 1
     assert pauses == TINY["steps"] - 1
-    assert log(tmp_path / "torn") == log(tmp_path / "whole") and len(log(tmp_path / "whole")) == TINY["steps"]
+    assert (
+        log(tmp_path / "torn") == log(tmp_path / "whole")
+        and len(log(tmp_path / "whole")) == TINY["steps"]
+    )
     assert not (tmp_path / "torn" / "state.pt").exists() and train(setting, tmp_path / "torn")
     (run,) = read_runs([tmp_path / "whole"])
     assert run.factors["recipe"] == "scaled-embed" and run.figures["end-to-end norm x lr"] > 0
     assert run.figures["sum of excess x width"] == pytest.approx(16 * run.figures["sum of excess"])
-    assert len(run.loss) == TINY["steps"] and math.isfinite(run.figures["mean bound, Eq. 15 and 20"])
+    assert len(run.loss) == TINY["steps"] and math.isfinite(
+        run.figures["mean bound, Eq. 15 and 20"]
+    )
 
 
 def test_a_run_that_was_killed_before_its_first_state_begins_again(tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 @pytest.fixture
-def sweep(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def sweep(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
     def run(*args: str) -> str:
         script = str(EXAMPLES / "sweep_checkpoints.py")
         monkeypatch.setattr(sys, "argv", [script, *args])
@@ -25,10 +27,17 @@ def sweep(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
     return run
 
 
-def test_a_series_is_swept_goes_on_and_gives_rungs(tmp_path: Path, sweep: Callable[..., str]) -> None:
+def test_a_series_is_swept_goes_on_and_gives_rungs(
+    tmp_path: Path, sweep: Callable[..., str]
+) -> None:
     out, folder = str(tmp_path / "s.jsonl"), EXAMPLES / "checkpoints"
     sweep(f"step0={folder / 'vanilla-step0.pt'}", "--out", out, "--seq", "8")
-    again = [f"step0={folder / 'vanilla-step0.pt'}", f"end={folder / 'vanilla-trained.pt'}", "--seq", "8"]
+    again = [
+        f"step0={folder / 'vanilla-step0.pt'}",
+        f"end={folder / 'vanilla-trained.pt'}",
+        "--seq",
+        "8",
+    ]
     second = sweep(*again, "--out", out)
     assert "step0" not in second and "end trained" in second
     rows = [json.loads(line) for line in Path(out).read_text().splitlines()]
@@ -36,4 +45,8 @@ def test_a_series_is_swept_goes_on_and_gives_rungs(tmp_path: Path, sweep: Callab
     low, high = rows[0]["worst_branch_norm"]
     assert 3 < low <= high < 1.06 * low < 12 and rows[1]["worst_branch_norm"][0] > high
     [rung] = tomllib.loads(sweep("--out", out, "--rungs", "vanilla"))["rung"]
-    assert rung["placement"] == "pre" and rung["layers"] == 6 and low <= rung["worst_branch_gain"] <= high
+    assert (
+        rung["placement"] == "pre"
+        and rung["layers"] == 6
+        and low <= rung["worst_branch_gain"] <= high
+    )

@@ -1,4 +1,6 @@
-"""Whole audits of real models: transformers' own, saved as folders; the paper's recipes; the checkpoints that ship."""
+"""Whole audits of real models: transformers' own, saved as folders; the paper's recipes; the
+checkpoints that ship.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +30,32 @@ CAUSAL = {
     "OPT": hf.OPTConfig(**LONG, ffn_dim=128, word_embed_proj_dim=64),
 }
 OTHERS = {
-    "T5": (hf.T5ForConditionalGeneration, hf.T5Config(d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
-                                                      vocab_size=96, decoder_start_token_id=0)),
+    "T5": (
+        hf.T5ForConditionalGeneration,
+        hf.T5Config(
+            d_model=64,
+            d_kv=16,
+            d_ff=128,
+            num_layers=2,
+            num_heads=4,
+            vocab_size=96,
+            decoder_start_token_id=0,
+        ),
+    ),
     "BERT": (hf.BertForMaskedLM, hf.BertConfig(**LONG, intermediate_size=128)),
-}  # fmt: skip
+}
 EXPECTED = {  # sub-layers, placement
-    "GPT-2": (4, "pre"), "Llama": (4, "pre"), "Qwen3": (4, "pre"), "OLMo 2": (4, "reordered"), "GPT-NeoX": (4, "pre"),
-    "Mixtral": (4, "pre"), "BLOOM": (4, "pre"), "OPT": (4, "pre"), "T5": (10, "pre"), "BERT": (4, "post"),
-}  # fmt: skip
+    "GPT-2": (4, "pre"),
+    "Llama": (4, "pre"),
+    "Qwen3": (4, "pre"),
+    "OLMo 2": (4, "reordered"),
+    "GPT-NeoX": (4, "pre"),
+    "Mixtral": (4, "pre"),
+    "BLOOM": (4, "pre"),
+    "OPT": (4, "pre"),
+    "T5": (10, "pre"),
+    "BERT": (4, "post"),
+}
 
 
 def build(name: str) -> torch.nn.Module:
@@ -53,7 +73,9 @@ def test_default_inits_get_no_error(name: str) -> None:
     assert len(report.sublayers) == count
     assert {row.placement for row in report.sublayers} == {placement}
     assert report.state == "init"
-    assert report.verdict in ("pass", "warn") and not [f for f in report.findings if f.level == "error"]
+    assert report.verdict in ("pass", "warn") and not [
+        f for f in report.findings if f.level == "error"
+    ]
     assert all(row.branch_norm.converged for row in report.sublayers)
     assert report.network.end_to_end.converged and report.network.gradient_norms
 
@@ -98,7 +120,9 @@ def test_the_recipes_of_the_paper(recipe: str, fires: set[str], small: str, larg
 @pytest.mark.parametrize("name", ["vanilla", "scaled-embed"])
 def test_shipped_checkpoints(name: str) -> None:
     fresh = jacdiag.audit(str(EXAMPLES / f"{name}-step0.pt"), batch=1)
-    assert fresh.state == "init" and fresh.source["format"] == "nanogpt" and fresh.source["step"] == 0
+    assert (
+        fresh.state == "init" and fresh.source["format"] == "nanogpt" and fresh.source["step"] == 0
+    )
     assert fresh.conditions.large_shortcut == ("met" if name == "scaled-embed" else "not met")
     options = {"batch": 1, "tokens": str(EXAMPLES / "sample.txt")}
     trained = jacdiag.audit(str(EXAMPLES / f"{name}-trained.pt"), **options)

@@ -1,1 +1,3 @@
-"""Every model family that transformers registers, built tiny from its default config, traced and checked strictly."""
+"""Every model family that transformers registers, built tiny from its default config, traced and
+checked strictly.
+"""

@@ -31,7 +31,9 @@ class CannotBuild(Exception):
 
 @dataclass
 class Built:
-    """A model in eval mode, its config, the keyword arguments of one forward, and what the data file says of it."""
+    """A model in eval mode, its config, the keyword arguments of one forward, and what the data
+    file says of it.
+    """
 
     model: Any
     config: Any
@@ -43,14 +45,20 @@ def families() -> list[tuple[str, str]]:
     """(task, family) of everything that the installed transformers registers."""
     from transformers.models.auto import modeling_auto
 
-    return [(task, family) for task, (names, _) in TASKS.items() for family in getattr(modeling_auto, names)]
+    return [
+        (task, family)
+        for task, (names, _) in TASKS.items()
+        for family in getattr(modeling_auto, names)
+    ]
 
 
 def facts_of(task: str, family: str) -> dict[str, Any]:
     """What the data file says: for the family, then for the family in this task."""
     table = tomllib.loads(_FACTS.read_text(encoding="utf-8"))
     lists = table.pop("placement")
-    where = next((where for where, names in lists.items() if {family, f"{family}:{task}"} & set(names)), None)
+    where = next(
+        (where for where, names in lists.items() if {family, f"{family}:{task}"} & set(names)), None
+    )
     placed = {} if where is None else {"placement": where}
     return {**placed, **table.get(family, {}), **table.get(f"{family}:{task}", {})}
 
@@ -117,17 +125,27 @@ def model_of(task: str, family: str, config: Any) -> Any:
 
 
 def _disturb(model: torch.nn.Module) -> None:
-    """Gives every parameter that an init left constant (gains 1, biases and gates 0) values that a test can see."""
+    """Gives every parameter that an init left constant (gains 1, biases and gates 0) values that a
+    test can see.
+    """
     for parameter in model.parameters():
         flat = parameter.detach().flatten()
-        if parameter.is_floating_point() and flat.numel() and bool((flat == flat[0]).all() | ~flat.isfinite().all()):
+        if (
+            parameter.is_floating_point()
+            and flat.numel()
+            and bool((flat == flat[0]).all() | ~flat.isfinite().all())
+        ):
             start = flat[0] if bool(flat[0].isfinite()) else flat.new_zeros(())
             with torch.no_grad():
                 parameter.copy_(start + 0.1 * torch.randn_like(parameter))
 
 
-def inputs_of(model: Any, config: Any, facts: dict[str, Any], batch: int = 1, tokens: int = 0) -> dict[str, Any]:
-    """The keyword arguments of a forward: token ids or pixels, and the decoder's where there is one."""
+def inputs_of(
+    model: Any, config: Any, facts: dict[str, Any], batch: int = 1, tokens: int = 0
+) -> dict[str, Any]:
+    """The keyword arguments of a forward: token ids or pixels, and the decoder's where there is
+    one.
+    """
     tokens = tokens or facts.get("tokens", TOKENS)
     generator = torch.Generator().manual_seed(1)
     known = inspect.signature(model.forward).parameters
@@ -138,7 +156,9 @@ def inputs_of(model: Any, config: Any, facts: dict[str, Any], batch: int = 1, to
         size = facts.get("image", getattr(config, "image_size", 32) or 32)
         height, width = (size, size) if isinstance(size, int) else size
         channels = getattr(config, "num_channels", 3)
-        made["pixel_values"] = torch.randn((4, channels, height, width), generator=generator)[:batch]
+        made["pixel_values"] = torch.randn((4, channels, height, width), generator=generator)[
+            :batch
+        ]
     elif "input_ids" in known or not known.keys() & {"inputs", "input_features", "input_values"}:
         made["input_ids"] = ids
     elif "inputs" in known:
@@ -153,7 +173,9 @@ def inputs_of(model: Any, config: Any, facts: dict[str, Any], batch: int = 1, to
 
 
 def _extra(name: str, shape: Any, generator: torch.Generator, batch: int) -> dict[str, Any]:
-    """An input that the data file asks for: a list is a shape of floats, behind the batch; "none" leaves it out."""
+    """An input that the data file asks for: a list is a shape of floats, behind the batch; "none"
+    leaves it out.
+    """
     if shape == "none":
         return {name: None}
     if isinstance(shape, list):

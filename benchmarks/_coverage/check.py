@@ -1,4 +1,6 @@
-"""One family, strictly: what is found, whether it replays, and whether its norms are those of the dense Jacobian."""
+"""One family, strictly: what is found, whether it replays, and whether its norms are those of the
+dense Jacobian.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ INTERPRETING = {"per_layer", "by", "layers", "stacks", "plus", "nested", "told",
 
 @dataclass
 class Outcome:
-    """What one family showed. `problems` maps a strict check to what went wrong; empty means that all held."""
+    """What one family showed. `problems` maps a strict check to what went wrong; empty means that
+    all held.
+    """
 
     task: str
     family: str
@@ -56,7 +60,9 @@ def check(task: str, family: str) -> dict[str, Any]:
         out.expected = expected.count
         sites = jacdiag.sites(built.model, **built.inputs)
     except Exception as error:
-        out.problems["sites"] = f"{type(error).__name__}: {error} ({getattr(error, 'got', '')})"[:300]
+        out.problems["sites"] = f"{type(error).__name__}: {error} ({getattr(error, 'got', '')})"[
+            :300
+        ]
     else:
         _compare(out, sites, built, expected)
     out.status = "failed" if out.problems else "ok"
@@ -67,29 +73,49 @@ def _compare(out: Outcome, sites: Any, built: Built, expected: Expected) -> None
     out.found = sum(not s.nested for s in sites)
     nested = sum(s.nested for s in sites)
     if (out.found, nested) != (expected.count, expected.nested):
-        out.problems["count"] = f"{out.found}+{nested} nested instead of {expected.count}+{expected.nested}"
+        out.problems["count"] = (
+            f"{out.found}+{nested} nested instead of {expected.count}+{expected.nested}"
+        )
     out.covered = _covered(sites, built.model)
     by_norms = norms.placements(list(sites), norms.calls_of(built.model, built.inputs))
-    out.sublayers = [{**_row(s, built, expected), "placement_norms": p} for s, p in zip(sites, by_norms, strict=True)]
+    out.sublayers = [
+        {**_row(s, built, expected), "placement_norms": p}
+        for s, p in zip(sites, by_norms, strict=True)
+    ]
     out.norms_why = built.facts.get("norms_why", "")
     fields = ("kind", "placement", "token_wise")
-    wrong = [f"{r['name']}: {r[k]} not {r[f'{k}_told']}" for r in out.sublayers for k in fields
-             if r[f"{k}_told"] is not None and r[k] != r[f"{k}_told"]]  # fmt: skip
+    wrong = [
+        f"{r['name']}: {r[k]} not {r[f'{k}_told']}"
+        for r in out.sublayers
+        for k in fields
+        if r[f"{k}_told"] is not None and r[k] != r[f"{k}_told"]
+    ]
     if wrong:
         out.problems["told"] = "; ".join(wrong)[:400]
     tests: dict[str, Callable[[], str]] = {
-        "replay": lambda: _replay(sites), "adjoint": lambda: _adjoint(sites), "whole run": lambda: _whole(sites),
+        "replay": lambda: _replay(sites),
+        "adjoint": lambda: _adjoint(sites),
+        "whole run": lambda: _whole(sites),
         "dense": lambda: _dense(built, out),
-    }  # fmt: skip
+    }
     out.problems |= guest.failing(tests) | guest.problems(built, sites)
 
 
 def _row(site: Any, built: Built, expected: Expected) -> dict[str, Any]:
     kind = told_by_class(site.name, built.model, built.facts)
     wise = None if kind in (None, "conv") else kind in ("mlp", "moe") or told_cross(site.name)
-    return {"name": site.name, "kind": site.kind, "kind_told": kind, "placement": site.placement,
-            "placement_told": expected.placement_of(site, kind), "token_wise": site.token_wise, "token_wise_told": wise,
-            "nested": site.nested, "parallel": site.parallel, "line": site.line.rsplit("/", 1)[-1]}  # fmt: skip
+    return {
+        "name": site.name,
+        "kind": site.kind,
+        "kind_told": kind,
+        "placement": site.placement,
+        "placement_told": expected.placement_of(site, kind),
+        "token_wise": site.token_wise,
+        "token_wise_told": wise,
+        "nested": site.nested,
+        "parallel": site.parallel,
+        "line": site.line.rsplit("/", 1)[-1],
+    }
 
 
 def _covered(sites: Any, model: Any) -> float:
@@ -98,7 +124,7 @@ def _covered(sites: Any, model: Any) -> float:
     return sum(n for name, n in sizes.items() if name in covered) / max(1, sum(sizes.values()))
 
 
-# -- the strict checks: each returns what is wrong, or nothing ---------------------------------------------------------
+# -- the strict checks: each returns what is wrong, or nothing -------------------------------------
 def _replay(sites: Any) -> str:
     if not sites.deterministic:
         return "two runs of the model differ"
@@ -128,7 +154,9 @@ def _whole(sites: Any) -> str:
 
 
 def _dense(built: Built, out: Outcome) -> str:
-    """The interval of two sub-layers of each kind against the singular values of the whole Jacobian, all in float64."""
+    """The interval of two sub-layers of each kind against the singular values of the whole
+    Jacobian, all in float64.
+    """
     wrong: list[str] = []
     seen: dict[tuple[str, str], int] = {}
     for site in jacdiag.sites(built.model, dtype=torch.float64, **built.inputs):
@@ -140,9 +168,17 @@ def _dense(built: Built, out: Outcome) -> str:
         truth = _dense_norm(site)
         operator = JacobianOperator(site.branch, site.shortcut, ())
         generator = torch.Generator().manual_seed(0)
-        dims = independent_dims(operator.pull_shaped, site.shortcut.shape, site.value.shape, site.feature_dim,
-                                site.shortcut.dtype, site.shortcut.device, generator)  # fmt: skip
-        # A thousand intervals at 0.999 would be expected to miss once; here a miss is to mean a mistake.
+        dims = independent_dims(
+            operator.pull_shaped,
+            site.shortcut.shape,
+            site.value.shape,
+            site.feature_dim,
+            site.shortcut.dtype,
+            site.shortcut.device,
+            generator,
+        )
+        # A thousand intervals at 0.999 would be expected to miss once; here a miss is to mean a
+        # mistake.
         norm = spectral_norm(site.branch, site.shortcut, batch_dims=dims, confidence=1 - 1e-6)
         lower, upper = float(norm.lower.max()), float(norm.upper.max())
         if not lower <= truth * (1 + 1e-9) or not truth <= upper * (1 + 1e-9):

@@ -1,7 +1,9 @@
-"""How many sub-layers a config promises, and where their norms stand; nothing of this is asked from the tracer.
+"""How many sub-layers a config promises, and where their norms stand; nothing of this is asked from
+the tracer.
 
-The defaults need no table: a decoder or an encoder layer holds attention and an MLP, a decoder layer behind an encoder
-also cross-attention. Only where a config needs interpretation does `families.toml` say how to read it.
+The defaults need no table: a decoder or an encoder layer holds attention and an MLP, a decoder
+layer behind an encoder also cross-attention. Only where a config needs interpretation does
+`families.toml` say how to read it.
 """
 
 from __future__ import annotations
@@ -9,7 +11,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers", "num_blocks", "depth")
+_LAYERS = (
+    "num_hidden_layers",
+    "n_layer",
+    "num_layers",
+    "n_layers",
+    "encoder_layers",
+    "num_blocks",
+    "depth",
+)
 _DECODER = ("decoder_layers", "num_decoder_layers", "decoder_num_hidden_layers")
 _ENCODER = ("encoder_layers", "num_encoder_layers", "num_layers", "num_hidden_layers")
 _PLACEMENT = {"causal-lm": "pre", "masked-lm": "post", "seq2seq": "post", "image": "pre"}
@@ -17,18 +27,28 @@ _PLACEMENT = {"causal-lm": "pre", "masked-lm": "post", "seq2seq": "post", "image
 
 @dataclass(frozen=True)
 class Expected:
-    """Sub-layers on the stream, those inside another's branch, and the norm's placement (None: nothing tells)."""
+    """Sub-layers on the stream, those inside another's branch, and the norm's placement (None:
+    nothing tells).
+    """
 
     count: int
     nested: int = 0
     placement: str | dict[str, str] | None = None
 
     def placement_of(self, site: Any, kind: str | None) -> str | None:
-        """What the config or the class tells of one sub-layer; a table tells it by kind, or by a part of the name."""
+        """What the config or the class tells of one sub-layer; a table tells it by kind, or by a
+        part of the name.
+        """
         if not isinstance(self.placement, dict):
             return None if site.nested else self.placement
-        by_name = next((where for part, where in self.placement.items()
-                        if part == site.name or (part.endswith(".") and part in f".{site.name}.")), None)  # fmt: skip
+        by_name = next(
+            (
+                where
+                for part, where in self.placement.items()
+                if part == site.name or (part.endswith(".") and part in f".{site.name}.")
+            ),
+            None,
+        )
         told = by_name or self.placement.get(kind or "") or self.placement.get("rest")
         return None if told == "unknown" else told
 
@@ -41,10 +61,21 @@ def expected_of(task: str, config: Any, facts: dict[str, Any]) -> Expected:
     elif task in ("seq2seq", "masked-lm") and getattr(config, "is_encoder_decoder", False):
         count = 2 * _number(config, _ENCODER) + 3 * _number(config, _DECODER)
     else:
-        count = _stack(config, {"per_layer": facts.get("per_layer", 2), "by": facts.get("by"),
-                                "layers": facts.get("layers")}, causal=task in ("causal-lm", "seq2seq"))  # fmt: skip
+        count = _stack(
+            config,
+            {
+                "per_layer": facts.get("per_layer", 2),
+                "by": facts.get("by"),
+                "layers": facts.get("layers"),
+            },
+            causal=task in ("causal-lm", "seq2seq"),
+        )
     placement = facts.get("placement", _PLACEMENT[task])
-    return Expected(count + facts.get("plus", 0), _nested(config, facts), None if placement == "unknown" else placement)
+    return Expected(
+        count + facts.get("plus", 0),
+        _nested(config, facts),
+        None if placement == "unknown" else placement,
+    )
 
 
 def _text_part(task: str, config: Any, facts: dict[str, Any]) -> Any:
@@ -58,7 +89,9 @@ def _text_part(task: str, config: Any, facts: dict[str, Any]) -> Any:
 
 
 def _stack(config: Any, stack: dict[str, Any], causal: bool = False) -> int:
-    """layers x per_layer; with `by`, per_layer is a table from what that list of the config says to a number."""
+    """layers x per_layer; with `by`, per_layer is a table from what that list of the config says to
+    a number.
+    """
     at = _dotted(config, stack["part"]) if "part" in stack else config
     per_layer, by = stack.get("per_layer", 2), stack.get("by")
     if by:

@@ -1,4 +1,6 @@
-"""Whether the guest is left as it was, and whether what is found depends on anything but the model and its input."""
+"""Whether the guest is left as it was, and whether what is found depends on anything but the model
+and its input.
+"""
 
 from __future__ import annotations
 
@@ -43,23 +45,43 @@ def failing(tests: dict[str, Callable[[], str]]) -> dict[str, str]:
 
 def state_of(model: nn.Module) -> dict[str, Any]:
     """Everything of a guest and of the process that a measurement must leave alone."""
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    tensors = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
     return {
-        "tensors": [(n, t.data_ptr(), t._version, t.requires_grad, t.grad is None) for n, t in tensors],
+        "tensors": [
+            (n, t.data_ptr(), t._version, t.requires_grad, t.grad is None) for n, t in tensors
+        ],
         "values": [t.detach().clone() for _, t in tensors],
         "modules": [(n, m.training, sorted(vars(m)), type(m)) for n, m in model.named_modules()],
-        "hooks": [sum(len(v) for k, v in vars(m).items() if k.endswith("hooks")) for m in model.modules()],
-        "flags": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(),
-                  torch.are_deterministic_algorithms_enabled(), torch.get_num_threads(),
-                  torch.is_autocast_enabled("cpu"), torch.backends.cuda.math_sdp_enabled(),
-                  torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()),
-        "rng": (torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()),  # noqa: NPY002
-    }  # fmt: skip
+        "hooks": [
+            sum(len(v) for k, v in vars(m).items() if k.endswith("hooks")) for m in model.modules()
+        ],
+        "flags": (
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            torch.get_default_dtype(),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.get_num_threads(),
+            torch.is_autocast_enabled("cpu"),
+            torch.backends.cuda.math_sdp_enabled(),
+            torch.backends.cuda.flash_sdp_enabled(),
+            torch.backends.cuda.mem_efficient_sdp_enabled(),
+        ),
+        "rng": (
+            torch.get_rng_state().tolist(),
+            random.getstate(),
+            np.random.get_state()[1].tolist(),
+        ),  # noqa: NPY002
+    }
 
 
 def _differences(before: dict[str, Any], after: dict[str, Any]) -> str:
-    same = all(torch.equal(a.nan_to_num(), b.nan_to_num()) if a.is_floating_point() else torch.equal(a, b)
-               for a, b in zip(before.pop("values"), after.pop("values"), strict=True))  # fmt: skip
+    same = all(
+        torch.equal(a.nan_to_num(), b.nan_to_num()) if a.is_floating_point() else torch.equal(a, b)
+        for a, b in zip(before.pop("values"), after.pop("values"), strict=True)
+    )
     changed = [] if same else ["values"]
     return ", ".join([*changed, *(key for key in before if before[key] != after[key])])
 
@@ -99,7 +121,9 @@ def _unchanged_by_an_error(built: Built) -> str:
 
 
 def _repeat(built: Built, sites: Any) -> str:
-    """The same records and bits again, whatever the caller's grad mode and the model's train flag."""
+    """The same records and bits again, whatever the caller's grad mode and the model's train
+    flag.
+    """
     for mode in (torch.no_grad, torch.inference_mode):
         built.model.train(mode is torch.no_grad)
         with mode():
@@ -108,13 +132,23 @@ def _repeat(built: Built, sites: Any) -> str:
         if [_record(s) for s in again] != [_record(s) for s in sites]:
             return f"other records under {mode.__name__}"
         pairs = zip(sites, again, strict=True)
-        if not all(torch.equal(a.shortcut, b.shortcut) and torch.equal(a.value, b.value) for a, b in pairs):
+        if not all(
+            torch.equal(a.shortcut, b.shortcut) and torch.equal(a.value, b.value) for a, b in pairs
+        ):
             return f"other values under {mode.__name__}"
     return ""
 
 
 def _record(site: Any) -> tuple[Any, ...]:
-    return (site.name, site.kind, site.placement, site.parallel, site.nested, site.depth, tuple(site.parameters))
+    return (
+        site.name,
+        site.kind,
+        site.placement,
+        site.parallel,
+        site.nested,
+        site.depth,
+        tuple(site.parameters),
+    )
 
 
 def _batch(built: Built, sites: Any) -> str:

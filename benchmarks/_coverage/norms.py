@@ -1,7 +1,8 @@
-"""Where the norm of a sub-layer stands by the model's own norm modules: an answer that the tracer has no part in.
+"""Where the norm of a sub-layer stands by the model's own norm modules: an answer that the tracer
+has no part in.
 
-Every module whose class is called a norm says what it was given and what it made; both are compared, value by value,
-with the shortcut, the branch and the sum of each sub-layer.
+Every module whose class is called a norm says what it was given and what it made; both are
+compared, value by value, with the shortcut, the branch and the sum of each sub-layer.
 """
 
 from __future__ import annotations
@@ -36,13 +37,17 @@ def calls_of(model: nn.Module, inputs: dict[str, Any]) -> list[Call]:
 
 
 def _normalises_tokens(module: nn.Module) -> bool:
-    """By name. A batch norm in eval mode is affine, a group norm goes over positions, MobileBERT's NoNorm is none."""
+    """By name. A batch norm in eval mode is affine, a group norm goes over positions, MobileBERT's
+    NoNorm is none.
+    """
     name = type(module).__name__
     return bool(re.search("norm", name, re.I)) and not re.search("batch|group|nonorm", name, re.I)
 
 
 def placements(sites: Sequence[Any], calls: Sequence[Call]) -> list[str | None]:
-    """The placement of every sub-layer, None where the norm modules leave it open (behind the last sum)."""
+    """The placement of every sub-layer, None where the norm modules leave it open (behind the last
+    sum).
+    """
     if not calls:
         return [None] * len(sites)
     return [_placement(site, sites, calls) for site in sites]
@@ -61,7 +66,9 @@ def _placement(site: Any, sites: Sequence[Any], calls: Sequence[Call]) -> str | 
 
 
 def _same(a: Tensor, b: Tensor, *, scaled: bool = False) -> bool:
-    """Whether two tensors hold the same numbers, in whatever shape; or, `scaled`, one number times the same."""
+    """Whether two tensors hold the same numbers, in whatever shape; or, `scaled`, one number times
+    the same.
+    """
     if a.numel() != b.numel() or not a.is_floating_point():
         return False
     a, b = a.flatten().double(), b.flatten().double()

@@ -14,7 +14,11 @@ Job = tuple[str, str]
 
 def _serve(connection: Connection) -> None:
     """A worker's life: jobs in, results out."""
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "critical", "OMP_NUM_THREADS": "1"}
+    os.environ |= {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "critical",
+        "OMP_NUM_THREADS": "1",
+    }
     import warnings
 
     import torch
@@ -50,8 +54,12 @@ class _Worker:
         self.connection.close()
 
 
-def run(jobs: Sequence[Job], workers: int, limit: float, lost: Callable[[Job, str], Any]) -> Iterator[Any]:
-    """Yields a result per job, in the order they come. `lost(job, reason)` makes one for a job that was cut off."""
+def run(
+    jobs: Sequence[Job], workers: int, limit: float, lost: Callable[[Job, str], Any]
+) -> Iterator[Any]:
+    """Yields a result per job, in the order they come. `lost(job, reason)` makes one for a job that
+    was cut off.
+    """
     left, busy = list(jobs), [_Worker() for _ in range(min(workers, len(jobs)))]
     try:
         while True:
@@ -70,7 +78,11 @@ def run(jobs: Sequence[Job], workers: int, limit: float, lost: Callable[[Job, st
                         worker.job, job = None, worker.job
                     except EOFError:
                         job, result = worker.job, None
-                    yield result if isinstance(result, dict) else lost(job, result or "the process died")
+                    yield (
+                        result
+                        if isinstance(result, dict)
+                        else lost(job, result or "the process died")
+                    )
                     if worker.job is None:
                         continue
                 elif time.monotonic() - worker.started <= limit:

@@ -1,4 +1,6 @@
-"""What a sub-layer is by the name of its class, to be held against what the tracer says from the dataflow."""
+"""What a sub-layer is by the name of its class, to be held against what the tracer says from the
+dataflow.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +9,36 @@ from typing import Any
 
 from torch import nn
 
-# In this order: a class called SparseMoeBlock holds MLPs, an attention block may hold a convolution.
+# In this order: a class called SparseMoeBlock holds MLPs, an attention block may hold a
+# convolution.
 _KINDS = [
     ("moe", r"moe|sparse|expert"),
-    ("mixer", r"mamba|mixer|rwkv|lstm|deltanet|recurrent|ssm|lightning|fourier|hyena|shortc"
-              r"onv(?!ol)|kda|delta|linear_?attention|pooling"),
+    (
+        "mixer",
+        r"mamba|mixer|rwkv|lstm|deltanet|recurrent|ssm|lightning|fourier|hyena|shortc"
+        r"onv(?!ol)|kda|delta|linear_?attention|pooling",
+    ),
     ("attention", r"attention|attn"),
     ("mlp", r"mlp|ffn|feed_?forward|intermediate|densereludense|gateddense|boomer|\bff\b"),
     ("conv", r"conv"),
-]  # fmt: skip
+]
 
 
 def told_by_class(name: str, model: nn.Module, facts: dict[str, Any]) -> str | None:
-    """Returns the kind that the class of a sub-layer's module tells, or None if it tells nothing clear.
+    """Returns the kind that the class of a sub-layer's module tells, or None if it tells nothing
+    clear.
 
-    A name with a suffix (":mlp") belongs to a module that holds more than one sub-layer: its class tells nothing.
+    A name with a suffix (":mlp") belongs to a module that holds more than one sub-layer: its class
+    tells nothing.
     """
-    by_name = next((kind for part, kind in facts.get("told", {}).items() if name.endswith(part)), None)
-    if by_name is not None or ":" in name or any(name.endswith(part) for part in facts.get("not_told", ())):
+    by_name = next(
+        (kind for part, kind in facts.get("told", {}).items() if name.endswith(part)), None
+    )
+    if (
+        by_name is not None
+        or ":" in name
+        or any(name.endswith(part) for part in facts.get("not_told", ()))
+    ):
         return by_name
     try:
         module = model.get_submodule(name.split("@")[0])
@@ -36,7 +50,9 @@ def told_by_class(name: str, model: nn.Module, facts: dict[str, Any]) -> str | N
     told = [kind for kind, pattern in _KINDS if re.search(pattern, cls, re.I)]
     if re.search(r"layer$|block$|stage$|model$", cls, re.I) and told != ["moe"]:
         return None
-    if told[:1] == ["mlp"] and any(re.search(r"router|expert", type(m).__name__, re.I) for m in module.modules()):
+    if told[:1] == ["mlp"] and any(
+        re.search(r"router|expert", type(m).__name__, re.I) for m in module.modules()
+    ):
         return "moe"
     return told[0] if told else None
 
@@ -50,5 +66,7 @@ def _without_family(cls: str, model: str) -> str:
 
 
 def told_cross(name: str) -> bool:
-    """Whether a module's name says cross-attention, in which the tokens of the shortcut do not meet each other."""
+    """Whether a module's name says cross-attention, in which the tokens of the shortcut do not meet
+    each other.
+    """
     return bool(re.search(r"encoder_?attn|cross|encdec", name, re.I))

@@ -17,7 +17,13 @@ import jacdiag
 from _faults.trials import LAYERS, LONGEST, PROBE, STATISTICS, Target, Trainscope, Trials
 
 WIDTH, HEADS, STEPS = 48, 4, 10_000
-CADENCE: dict[str, Any] = {"every": PROBE, "stats_every": STATISTICS, "log_every": 5, "quiet": True, "strict": True}
+CADENCE: dict[str, Any] = {
+    "every": PROBE,
+    "stats_every": STATISTICS,
+    "log_every": 5,
+    "quiet": True,
+    "strict": True,
+}
 HAS_TRAINSCOPE = importlib.util.find_spec("trainscope") is not None
 
 
@@ -42,7 +48,9 @@ def plain_loop(name: str, seed: int, data: Tensor, positions: frozenset[int]) ->
     trials = Trials(name, positions, Target(training.model, set_factor), lambda: watch, scope)
     for step in range(1, last + 1):
         ids = trials.begin_step(step, training.batch())
-        training.before_update = (lambda loss, at=step: scope.step(at, float(loss))) if scope is not None else None
+        training.before_update = (
+            (lambda loss, at=step: scope.step(at, float(loss))) if scope is not None else None
+        )
         loss, norm = training.step(step, ids)
         watch.step(loss, grad_norm=norm)
         trials.end_step(step, float(loss))
@@ -73,7 +81,13 @@ def gpt2() -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    sizes = {"n_layer": LAYERS, "n_head": HEADS, "n_embd": WIDTH, "vocab_size": VOCABULARY, "n_positions": LENGTH}
+    sizes = {
+        "n_layer": LAYERS,
+        "n_head": HEADS,
+        "n_embd": WIDTH,
+        "vocab_size": VOCABULARY,
+        "n_positions": LENGTH,
+    }
     dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
     return GPT2LMHeadModel(GPT2Config(**sizes, **dropout, bos_token_id=0, eos_token_id=0)).train()
 
@@ -82,7 +96,7 @@ def hugging_face(name: str, seed: int, data: Tensor, positions: frozenset[int]) 
     """The Trainer of transformers, with its scheduler and its clipping."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from jacdiag.watching.huggingface import WatchCallback
+    from jacdiag.monitor.integrations.huggingface import WatchCallback
 
     model, last = gpt2(), max(positions) + LONGEST
     watcher = WatchCallback(**CADENCE)
@@ -100,9 +114,13 @@ def hugging_face(name: str, seed: int, data: Tensor, positions: frozenset[int]) 
 
         loss = 0.0
 
-        def training_step(self, model: Any, inputs: dict[str, Tensor], *rest: Any, **options: Any) -> Tensor:
+        def training_step(
+            self, model: Any, inputs: dict[str, Tensor], *rest: Any, **options: Any
+        ) -> Tensor:
             ids = trials.begin_step(self.state.global_step + 1, inputs["input_ids"])
-            loss: Tensor = super().training_step(model, {"input_ids": ids, "labels": ids}, *rest, **options)
+            loss: Tensor = super().training_step(
+                model, {"input_ids": ids, "labels": ids}, *rest, **options
+            )
             self.loss = float(loss)
             return loss
 
@@ -123,10 +141,22 @@ def hugging_face(name: str, seed: int, data: Tensor, positions: frozenset[int]) 
 
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
-            output_dir=folder, per_device_train_batch_size=ROWS, max_steps=STEPS, learning_rate=1e-3, warmup_steps=100,
-            lr_scheduler_type="cosine", max_grad_norm=1.0, logging_strategy="no", save_strategy="no", report_to=[],
-            use_cpu=True, disable_tqdm=True, seed=seed, adam_beta2=0.95, dataloader_num_workers=0,
-        )  # fmt: skip
+            output_dir=folder,
+            per_device_train_batch_size=ROWS,
+            max_steps=STEPS,
+            learning_rate=1e-3,
+            warmup_steps=100,
+            lr_scheduler_type="cosine",
+            max_grad_norm=1.0,
+            logging_strategy="no",
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            seed=seed,
+            adam_beta2=0.95,
+            dataloader_num_workers=0,
+        )
         rows = Rows(data, ROWS * (last + 1), seed)
         trainer = Forked(model, settings, train_dataset=rows, callbacks=[watcher, Ends()])
         trainer.train()
@@ -135,10 +165,12 @@ def hugging_face(name: str, seed: int, data: Tensor, positions: frozenset[int]) 
 
 
 def lightning(name: str, seed: int, data: Tensor, positions: frozenset[int]) -> dict[str, Any]:
-    """Lightning with automatic optimisation, clipping by the Trainer, and a module without a forward of its own."""
+    """Lightning with automatic optimisation, clipping by the Trainer, and a module without a
+    forward of its own.
+    """
     from lightning.pytorch import Callback, LightningModule, Trainer
 
-    from jacdiag.watching.lightning import WatchCallback
+    from jacdiag.monitor.integrations.lightning import WatchCallback
 
     training = Training(Run(name, layers=LAYERS, width=WIDTH, seed=seed), STEPS, data)
     model, last = training.model, max(positions) + LONGEST
@@ -186,10 +218,17 @@ def lightning(name: str, seed: int, data: Tensor, positions: frozenset[int]) -> 
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = Trainer(
-            max_steps=last, callbacks=[watcher, Ends()], logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False, accelerator="cpu", devices=1, gradient_clip_val=1.0,
+            max_steps=last,
+            callbacks=[watcher, Ends()],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            accelerator="cpu",
+            devices=1,
+            gradient_clip_val=1.0,
             default_root_dir=folder,
-        )  # fmt: skip
+        )
         loader = torch.utils.data.DataLoader(Rows(data, ROWS * (last + 1), seed), batch_size=ROWS)
         trainer.fit(Module(), loader)
     assert watcher.watch is not None

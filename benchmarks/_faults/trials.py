@@ -1,8 +1,8 @@
 """Five faults, and the copies of a run that get them.
 
-A healthy run goes on in this process. Before the forward of a step at a wanted position it is forked once per fault.
-The copy gets the fault, goes on in the very same trainer, and reports what its watchers said. So every fault meets the
-same run, whatever the trainer is.
+A healthy run goes on in this process. Before the forward of a step at a wanted position it is
+forked once per fault. The copy gets the fault, goes on in the very same trainer, and reports what
+its watchers said. So every fault meets the same run, whatever the trainer is.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Target:
     raise_rate: Callable[[float], None]
 
 
-# -- the faults --------------------------------------------------------------------------------------------------------
+# -- the faults ------------------------------------------------------------------------------------
 def corrupt_batch(target: Target, ids: Tensor) -> Tensor:
     """One batch of random bytes."""
     return torch.randint(VOCABULARY, ids.shape)
@@ -96,7 +96,7 @@ FAULTS: dict[str, Callable[[Target, Tensor], Tensor]] = {
 }
 
 
-# -- who looks on ------------------------------------------------------------------------------------------------------
+# -- who looks on ----------------------------------------------------------------------------------
 class Losses:
     """When the loss itself shows a fault."""
 
@@ -144,7 +144,9 @@ class Trainscope:
     def part_from_parent(self) -> None:
         """In a copy: write to a folder of its own, not into the files of the run that goes on."""
         writer = type(self.scope._writer)
-        self.scope._writer = writer(Path(tempfile.mkdtemp(prefix="trainscope-")), self.scope._config)
+        self.scope._writer = writer(
+            Path(tempfile.mkdtemp(prefix="trainscope-")), self.scope._config
+        )
 
 
 class _Count(logging.Handler):
@@ -159,7 +161,7 @@ class _Count(logging.Handler):
             self.owner.alerts.append(self.owner.step_at_hand)
 
 
-# -- the copies --------------------------------------------------------------------------------------------------------
+# -- the copies ------------------------------------------------------------------------------------
 @dataclass
 class Trial:
     """One fault at one position, in a copy of the process."""
@@ -176,7 +178,9 @@ class Trial:
 
 
 def second_round(at: int) -> int:
-    """Return the step of the second round of statistics that a fault has; the first may be at its own step."""
+    """Return the step of the second round of statistics that a fault has; the first may be at its
+    own step.
+    """
     return -(-at // STATISTICS) * STATISTICS + STATISTICS
 
 
@@ -205,7 +209,9 @@ class Trials:
     trial: Trial | None = None
 
     def begin_step(self, step: int, ids: Tensor) -> Tensor:
-        """Call with the batch, before the forward. Returns the batch to train on; returns once more in each copy."""
+        """Call with the batch, before the forward. Returns the batch to train on; returns once more
+        in each copy.
+        """
         if self.trial is not None or step not in self.positions:
             return ids
         for fault, put in FAULTS.items():
@@ -220,7 +226,9 @@ class Trials:
         return ids
 
     def end_step(self, step: int, loss: float) -> None:
-        """Call when the step is done and the watch has been told. In a copy that has seen enough it does not return."""
+        """Call when the step is done and the watch has been told. In a copy that has seen enough it
+        does not return.
+        """
         shows = self.losses.shows(loss)
         trial = self.trial
         if trial is None:
@@ -237,7 +245,9 @@ class Trials:
         return peer and any(alert.code != CODE_OF_WRITES for alert in since)
 
     def _fork(self, fault: str, step: int) -> Trial | None:
-        """Return the trial in the copy; in the parent wait for what the copy reports, and return None."""
+        """Return the trial in the copy; in the parent wait for what the copy reports, and return
+        None.
+        """
         reading, writing = os.pipe()
         child = os.fork()
         if child == 0:
@@ -263,10 +273,17 @@ class Trials:
         result: dict[str, Any] = {"shown": trial.shown, "delay": None}
         if alerts:
             first = min(alerts, key=lambda alert: alert.step)
-            result |= {"delay": first.step - trial.at, "code": first.code, "where": first.where[:1], "what": first.what}
+            result |= {
+                "delay": first.step - trial.at,
+                "code": first.code,
+                "where": first.where[:1],
+                "what": first.what,
+            }
         result["without_writes"] = min((alert.step for alert in others), default=None)
         if self.scope is not None:
-            result["trainscope"] = min((step for step in self.scope.alerts if step >= trial.at), default=None)
+            result["trainscope"] = min(
+                (step for step in self.scope.alerts if step >= trial.at), default=None
+            )
         for key in ("without_writes", "trainscope"):
             if result.get(key) is not None:
                 result[key] -= trial.at
@@ -275,9 +292,11 @@ class Trials:
         os._exit(0)
 
 
-# -- judgement ---------------------------------------------------------------------------------------------------------
+# -- judgement -------------------------------------------------------------------------------------
 def is_in_time(trial: dict[str, Any], delay: int | None) -> bool:
-    """Return whether a delay is short enough: ten steps if the loss shows the fault by then, else two rounds."""
+    """Return whether a delay is short enough: ten steps if the loss shows the fault by then, else
+    two rounds.
+    """
     if delay is None:
         return False
     if trial.get("shown") is not None and trial["shown"] <= WITHIN:

@@ -1,13 +1,17 @@
-"""Findings on models of transformers that its own code, or the code that a model comes from, shows to be true."""
+"""Findings on models of transformers that its own code, or the code that a model comes from, shows
+to be true.
+"""
 
 from __future__ import annotations
 
 _BATCH_NORMS = (
-    "transformers draws the gains of its batch norms around 0; the code that the model comes from starts them at 1: "
+    "transformers draws the gains of its batch norms around 0; the code that the model "
+    "comes from starts them at 1: "
 )
 _CVNETS = "apple/ml-cvnets at 0c0f798, cvnets/misc/init_utils.py, initialize_norm_layers"
 _MODERNBERT = (
-    "PreTrainedModel._init_weights sets the padding row to 0, and the model's own init, which runs on the module "
+    "PreTrainedModel._init_weights sets the padding row to 0, and the model's own init, which "
+    "runs on the module "
     "around it, draws the whole table again"
 )
 # Family -> rule -> what the source says. Read in transformers 5.24.
@@ -26,7 +30,8 @@ _CONFIRMED = {
     "modernbert-decoder": {"JD208": _MODERNBERT},
     "modernvbert": {"JD208": _MODERNBERT},  # its text model
     "luke": {
-        "JD214": "config.tie_word_embeddings is true, and get_output_embeddings() returns a matrix of its own: "
+        "JD214": "config.tie_word_embeddings is true, and get_output_embeddings() returns a "
+        "matrix of its own: "
         "_tied_weights_keys of LukeForMaskedLM names the table of entities only"
     },
 }

@@ -1,4 +1,6 @@
-"""The default inits of torch.nn, x-transformers and peft: models that nobody initialised by hand."""
+"""The default inits of torch.nn, x-transformers and peft: models that nobody initialised by
+hand.
+"""
 
 from __future__ import annotations
 
@@ -189,8 +191,16 @@ def _pair_of_x() -> Fresh:
     return Fresh(x_transformers.XTransformer(dim=WIDTH, **options).eval(), (_ids(), _ids()))
 
 
-_OUTER = {"tie_embedding", "scaled_sinu_pos_emb", "num_memory_tokens", "emb_frac_gradient",
-          "post_emb_norm", "emb_dim", "use_abs_pos_emb", "l2norm_embed"}  # fmt: skip
+_OUTER = {
+    "tie_embedding",
+    "scaled_sinu_pos_emb",
+    "num_memory_tokens",
+    "emb_frac_gradient",
+    "post_emb_norm",
+    "emb_dim",
+    "use_abs_pos_emb",
+    "l2norm_embed",
+}
 X_OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "post-norm": {"pre_norm": False},
@@ -216,7 +226,10 @@ X_OPTIONS: dict[str, dict[str, Any]] = {
     "relu squared": {"ff_relu_squared": True},
 }
 X_TRANSFORMERS: dict[str, Callable[[], Fresh]] = {
-    **{name: (lambda options=options: _decoder_of_x(**options)) for name, options in X_OPTIONS.items()},
+    **{
+        name: (lambda options=options: _decoder_of_x(**options))
+        for name, options in X_OPTIONS.items()
+    },
     "vision": _vision_of_x,
     "encoder and decoder": _pair_of_x,
 }
@@ -228,9 +241,16 @@ def _adapted(name: str, **options: Any) -> Fresh:
     import transformers
 
     config = transformers.LlamaConfig(
-        hidden_size=WIDTH, num_hidden_layers=4, num_attention_heads=HEADS, vocab_size=VOCABULARY,
-        intermediate_size=160, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        hidden_size=WIDTH,
+        num_hidden_layers=4,
+        num_attention_heads=HEADS,
+        vocab_size=VOCABULARY,
+        intermediate_size=160,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     base = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     targets = options.pop("target_modules", ["q_proj", "v_proj", "up_proj", "down_proj"])
     settings = getattr(peft, name)(target_modules=targets, **options)

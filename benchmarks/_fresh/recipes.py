@@ -1,4 +1,5 @@
-"""Published initialisations, each written onto a small decoder in our own code: none of them is a fault.
+"""Published initialisations, each written onto a small decoder in our own code: none of them is a
+fault.
 
 A recipe gives the std of every role. A fused matrix is drawn part by part unless the recipe says
 otherwise, so that its queries, keys and values may differ.
@@ -27,11 +28,13 @@ class Shape:
         fused: Q, K and V in one matrix.
         interleaved: In the fused matrix every head has its own queries, keys and values.
         key_heads: Heads of keys and values; fewer than `heads` share them.
-        gated: SwiGLU; `fused_gate` keeps gate and up in one matrix, `gate_last` with the gate second.
+        gated: SwiGLU; `fused_gate` keeps gate and up in one matrix, `gate_last` with the gate
+            second.
         parallel: Attention and FFN read one norm, in one sum.
         joined: One matrix makes queries, keys, values and the FFN's hidden features.
         tied: The head reads the embedding.
-        positions: "" for none, "table" for a learned one, "free" for a parameter that is added, "sines".
+        positions: "" for none, "table" for a learned one, "free" for a parameter that is added,
+            "sines".
         token: A class token stands before the sequence.
         scale: Factor on each branch that is learned: its first value; None for no such factor.
         modulated: Shift, scale and gate of each branch come from a condition (adaLN). "once" by one
@@ -146,7 +149,9 @@ class Block(nn.Module):
         if shape.joined:
             width = shape.width
             keys = width // shape.heads * shape.key_heads
-            q, k, v, hidden = self.qkv_up(self.norm1(x)).split([width, keys, keys, shape.hidden], dim=-1)
+            q, k, v, hidden = self.qkv_up(self.norm1(x)).split(
+                [width, keys, keys, shape.hidden], dim=-1
+            )
             return x + self.mix(q, k, v) + self.down(F.gelu(hidden))
         if shape.post_norm:
             x = self.norm1(shape.alpha * x + self.attend(x))
@@ -264,7 +269,9 @@ def build(recipe: Recipe, seed: int = 0) -> Decoder:
         torch.manual_seed(seed)
         model = Decoder(recipe.shape)
         for name, weight in model.named_parameters():
-            if weight.dim() >= 2 and not (name == "positions" and recipe.shape.positions == "sines"):
+            if weight.dim() >= 2 and not (
+                name == "positions" and recipe.shape.positions == "sines"
+            ):
                 initialise(recipe, name, weight)
     return model.eval()
 
@@ -468,32 +475,45 @@ RECIPES: dict[str, Recipe] = {
     "ReZero": Recipe(source="Bachlechner et al. 2020", std=xavier, shape=Shape(scale=0.0)),
     "SkipInit on defaults": Recipe(source="De & Smith 2020", std=default, shape=Shape(scale=0.0)),
     "LayerScale": Recipe(
-        source="Touvron et al. 2021", std=vision, shape=Shape(scale=1e-5, positions="free", token=True),
+        source="Touvron et al. 2021",
+        std=vision,
+        shape=Shape(scale=1e-5, positions="free", token=True),
         draw="truncated",
     ),
     "adaLN-zero": Recipe(
-        source="Peebles & Xie 2022", std=adaln_zero, shape=Shape(modulated="once", positions="sines"), draw="uniform"
+        source="Peebles & Xie 2022",
+        std=adaln_zero,
+        shape=Shape(modulated="once", positions="sines"),
+        draw="uniform",
     ),
     "adaLN-zero, one per branch": Recipe(
-        source="Peebles & Xie 2022", std=adaln_zero, shape=Shape(modulated="each", positions="sines"), draw="uniform"
+        source="Peebles & Xie 2022",
+        std=adaln_zero,
+        shape=Shape(modulated="each", positions="sines"),
+        draw="uniform",
     ),
     # Factors on some roles.
     "DeepNorm": Recipe(
         source="Wang et al. 2022", std=deepnorm, shape=Shape(post_norm=True, alpha=12**0.25)
     ),
     "DeepNorm, fused": Recipe(
-        source="Wang et al. 2022", std=deepnorm, shape=Shape(post_norm=True, alpha=12**0.25, fused=True)
+        source="Wang et al. 2022",
+        std=deepnorm,
+        shape=Shape(post_norm=True, alpha=12**0.25, fused=True),
     ),
     "DeepNorm, heads interleaved": Recipe(
-        source="Wang et al. 2022", std=deepnorm,
+        source="Wang et al. 2022",
+        std=deepnorm,
         shape=Shape(post_norm=True, alpha=12**0.25, fused=True, interleaved=True),
     ),
     "DeepNorm, grouped queries, fused": Recipe(
-        source="Wang et al. 2022", std=deepnorm,
+        source="Wang et al. 2022",
+        std=deepnorm,
         shape=Shape(post_norm=True, alpha=12**0.25, fused=True, key_heads=2),
     ),
     "DeepNorm, gated, fused": Recipe(
-        source="Wang et al. 2022", std=deepnorm,
+        source="Wang et al. 2022",
+        std=deepnorm,
         shape=Shape(post_norm=True, alpha=12**0.25, fused=True, fused_gate=True),
     ),
     "T-Fixup": Recipe(source="Huang et al. 2020", std=t_fixup, shape=_SMALL),
@@ -501,8 +521,11 @@ RECIPES: dict[str, Recipe] = {
     # Xavier and its kin.
     "Xavier": Recipe(source="Glorot & Bengio 2010", std=xavier, shape=_SMALL, draw="uniform"),
     "Xavier, fused whole": Recipe(
-        source="nn.init.xavier_uniform_ on every matrix", std=xavier,
-        shape=Shape(fused=True, fused_gate=True), draw="uniform", whole=True,
+        source="nn.init.xavier_uniform_ on every matrix",
+        std=xavier,
+        shape=Shape(fused=True, fused_gate=True),
+        draw="uniform",
+        whole=True,
     ),
     "Xavier, fused by part": Recipe(
         source="one by one, as fairseq", std=xavier, shape=Shape(fused=True, fused_gate=True)
@@ -510,7 +533,9 @@ RECIPES: dict[str, Recipe] = {
     "Xavier, grouped queries, fused by part": Recipe(
         source="one by one", std=xavier, shape=Shape(fused=True, key_heads=2)
     ),
-    "fairseq": Recipe(source="fairseq TransformerModel", std=fairseq, shape=Shape(positions="sines", tied=True)),
+    "fairseq": Recipe(
+        source="fairseq TransformerModel", std=fairseq, shape=Shape(positions="sines", tied=True)
+    ),
     "Xavier, attention and FFN in one matrix": Recipe(
         source="one by one", std=xavier, shape=Shape(joined=True)
     ),
@@ -521,40 +546,71 @@ RECIPES: dict[str, Recipe] = {
         source="ViT-22B's block", std=gpt2, shape=Shape(joined=True)
     ),
     # Depth.
-    "GPT-2": Recipe(source="Radford et al. 2019", std=gpt2, shape=Shape(fused=True, positions="table", tied=True)),
-    "GPT-2, gated": Recipe(source="Llama by Megatron-LM", std=gpt2, shape=Shape(gated=True, key_heads=2)),
-    "GPT-2, gate and up fused": Recipe(source="Megatron-LM", std=gpt2, shape=Shape(fused=True, fused_gate=True)),
-    "GPT-2, parallel": Recipe(source="GPT-J's block", std=gpt2, shape=Shape(fused=True, parallel=True)),
+    "GPT-2": Recipe(
+        source="Radford et al. 2019",
+        std=gpt2,
+        shape=Shape(fused=True, positions="table", tied=True),
+    ),
+    "GPT-2, gated": Recipe(
+        source="Llama by Megatron-LM", std=gpt2, shape=Shape(gated=True, key_heads=2)
+    ),
+    "GPT-2, gate and up fused": Recipe(
+        source="Megatron-LM", std=gpt2, shape=Shape(fused=True, fused_gate=True)
+    ),
+    "GPT-2, parallel": Recipe(
+        source="GPT-J's block", std=gpt2, shape=Shape(fused=True, parallel=True)
+    ),
     "small init": Recipe(source="Nguyen & Salazar 2019", std=small_init, shape=_SMALL),
     "GPT-NeoX": Recipe(
-        source="small_init and wang_init", std=neox, shape=Shape(fused=True, interleaved=True, parallel=True)
+        source="small_init and wang_init",
+        std=neox,
+        shape=Shape(fused=True, interleaved=True, parallel=True),
     ),
     "Mitchell": Recipe(source="OLMo, init_fn mitchell", std=mitchell, shape=_GATED),
-    "torchtitan": Recipe(source="torchtitan llama3", std=torchtitan, shape=Shape(gated=True, key_heads=2)),
+    "torchtitan": Recipe(
+        source="torchtitan llama3", std=torchtitan, shape=Shape(gated=True, key_heads=2)
+    ),
     "torchtitan, gate and up fused": Recipe(
         source="torchtitan's rule on fused matrices", std=torchtitan, shape=Shape(fused_gate=True)
     ),
     "torchtitan, gate second": Recipe(
-        source="torchtitan's rule on fused matrices", std=torchtitan,
+        source="torchtitan's rule on fused matrices",
+        std=torchtitan,
         shape=Shape(fused_gate=True, gate_last=True),
     ),
     # Width.
     "muP": Recipe(source="Yang et al. 2022", std=mup, shape=_SMALL),
     "muP, small head": Recipe(source="Yang et al. 2022", std=mup_plain, shape=_SMALL),
-    "CLIP": Recipe(source="Radford et al. 2021", std=clip, shape=Shape(fused=True, positions="table")),
+    "CLIP": Recipe(
+        source="Radford et al. 2021", std=clip, shape=Shape(fused=True, positions="table")
+    ),
     # Defaults, tables and tokens.
     "nn.Linear": Recipe(source="torch", std=default, shape=Shape(fused=True, positions="table")),
     "nn.Linear, positions 0.02": Recipe(
-        source="torch, nanoGPT's positions", std=default_with_positions,
+        source="torch, nanoGPT's positions",
+        std=default_with_positions,
         shape=Shape(positions="table", token=True),
     ),
-    "plain": Recipe(source="BERT", std=plain, shape=Shape(positions="table", post_norm=True), draw="truncated"),
-    "ViT": Recipe(source="timm", std=vision, shape=Shape(fused=True, positions="free", token=True), draw="truncated"),
+    "plain": Recipe(
+        source="BERT", std=plain, shape=Shape(positions="table", post_norm=True), draw="truncated"
+    ),
+    "ViT": Recipe(
+        source="timm",
+        std=vision,
+        shape=Shape(fused=True, positions="free", token=True),
+        draw="truncated",
+    ),
     "untied embedding N(0, 1)": Recipe(source="nn.Embedding left alone", std=untied, shape=_GATED),
     "untied embedding N(0, 1), depth": Recipe(
-        source="nn.Embedding left alone", std=lambda p: 1.0 if p.role == "embedding" else gpt2(p), shape=_GATED
+        source="nn.Embedding left alone",
+        std=lambda p: 1.0 if p.role == "embedding" else gpt2(p),
+        shape=_GATED,
     ),
     "tiny embedding": Recipe(source="RWKV", std=tiny_embedding, shape=_SMALL),
-    "positions N(0, 1)": Recipe(source="vit-pytorch", std=free_positions, shape=Shape(positions="free", token=True)),
-    "positions zero": Recipe(source="ViT", std=zero_positions, shape=Shape(positions="table", token=True)),
-}  # fmt: skip
+    "positions N(0, 1)": Recipe(
+        source="vit-pytorch", std=free_positions, shape=Shape(positions="free", token=True)
+    ),
+    "positions zero": Recipe(
+        source="ViT", std=zero_positions, shape=Shape(positions="table", token=True)
+    ),
+}

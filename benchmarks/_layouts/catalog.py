@@ -15,7 +15,10 @@ from _layouts.edits import Edit, Files, add, beside, cast, copy, drop, keep, ren
 SAFE, BIN = Files(), Files(kind="bin")
 SAFE_SHARDS, BIN_SHARDS = Files(shards=3), Files(kind="bin", shards=2)
 F16, BF16 = cast(torch.float16), cast(torch.bfloat16)
-LEGACY_NORMS = (rename(r"LayerNorm\.weight", "LayerNorm.gamma"), rename(r"LayerNorm\.bias", "LayerNorm.beta"))
+LEGACY_NORMS = (
+    rename(r"LayerNorm\.weight", "LayerNorm.gamma"),
+    rename(r"LayerNorm\.bias", "LayerNorm.beta"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +77,11 @@ MASKED = [
         saved="BertForPreTraining",
         opened="BertForMaskedLM",
         note="cls.seq_relationship",
-        edits=(*LEGACY_NORMS, drop(r"predictions\.decoder"), position_ids("bert.embeddings.position_ids")),
+        edits=(
+            *LEGACY_NORMS,
+            drop(r"predictions\.decoder"),
+            position_ids("bert.embeddings.position_ids"),
+        ),
         shows="norms called gamma and beta, two more heads, a pooler, position_ids, no decoder",
     ),
     Layout(
@@ -215,7 +222,10 @@ MASKED = [
         family="mpnet",
         saved="MPNetForMaskedLM",
         files=BIN,
-        edits=(position_ids("mpnet.embeddings.position_ids"), add("mpnet.pooler.dense.weight", 32, 32)),
+        edits=(
+            position_ids("mpnet.embeddings.position_ids"),
+            add("mpnet.pooler.dense.weight", 32, 32),
+        ),
         note="mpnet.pooler",
         shows="a pooler that the class lacks",
     ),
@@ -325,7 +335,9 @@ CAUSAL = [
         saved="GPTNeoForCausalLM",
         edits=(
             drop("^lm_head"),
-            beside(r"attention\.q_proj\.weight$", "attention.bias", 1, 1, 64, 64, dtype=torch.uint8),
+            beside(
+                r"attention\.q_proj\.weight$", "attention.bias", 1, 1, 64, 64, dtype=torch.uint8
+            ),
             beside(r"attention\.q_proj\.weight$", "attention.masked_bias"),
         ),
         note="attn.attention.bias",
@@ -372,7 +384,10 @@ CAUSAL = [
         family="codegen",
         saved="CodeGenForCausalLM",
         files=BIN,
-        edits=(F16, beside(r"attn\.qkv_proj\.weight$", "attn.causal_mask", 1, 1, 64, 64, dtype=torch.uint8)),
+        edits=(
+            F16,
+            beside(r"attn\.qkv_proj\.weight$", "attn.causal_mask", 1, 1, 64, 64, dtype=torch.uint8),
+        ),
         shows="causal_mask per layer",
     ),
     Layout(
@@ -594,7 +609,12 @@ SEQ2SEQ = [
         family="t5",
         saved="T5ForConditionalGeneration",
         edits=(
-            copy("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"),
+            copy(
+                "shared.weight",
+                "encoder.embed_tokens.weight",
+                "decoder.embed_tokens.weight",
+                "lm_head.weight",
+            ),
             add("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight", 32, 4),
         ),
         shows="one table under four names, a bias that no class has",
@@ -606,7 +626,9 @@ SEQ2SEQ = [
         saved="T5ForConditionalGeneration",
         config={"tie_word_embeddings": False},
         files=BIN,
-        edits=(copy("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),),
+        edits=(
+            copy("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
+        ),
         shows="a head that is not tied",
     ),
     Layout(
@@ -615,7 +637,9 @@ SEQ2SEQ = [
         family="bart",
         saved="BartModel",
         files=BIN,
-        edits=(copy("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),),
+        edits=(
+            copy("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
+        ),
         shows="no prefix, one table under three names",
     ),
     Layout(
@@ -711,8 +735,18 @@ def quantised(method: str) -> dict[str, str]:
 
 
 REFUSED = [
-    Refused(name="TheBloke/Llama-2-7B-GPTQ", files=quantised("gptq"), edits=_GPTQ, says=("quantised", "gptq")),
-    Refused(name="TheBloke/Llama-2-7B-AWQ", files=quantised("awq"), edits=_GPTQ, says=("quantised", "awq")),
+    Refused(
+        name="TheBloke/Llama-2-7B-GPTQ",
+        files=quantised("gptq"),
+        edits=_GPTQ,
+        says=("quantised", "gptq"),
+    ),
+    Refused(
+        name="TheBloke/Llama-2-7B-AWQ",
+        files=quantised("awq"),
+        edits=_GPTQ,
+        says=("quantised", "awq"),
+    ),
     Refused(
         name="deepseek-ai/DeepSeek-V3 (fp8)",
         files=quantised("fp8"),
@@ -755,12 +789,18 @@ REFUSED = [
         says=("ONNX",),
     ),
     Refused(
-        name="a Flax model", files={"flax_model.msgpack": "x", "config.json": '{"model_type": "gpt2"}'}, says=("Flax",)
+        name="a Flax model",
+        files={"flax_model.msgpack": "x", "config.json": '{"model_type": "gpt2"}'},
+        says=("Flax",),
     ),
     Refused(
         name="meta-llama/Llama-2-7b (original)",
         files={"params.json": "{}", "consolidated.00.pth": "x"},
         says=("params.json", "consolidated.00.pth"),
     ),
-    Refused(name="a hub cache", files={"snapshots/abc/config.json": "{}", "refs/main": "abc"}, says=("snapshots/abc",)),
+    Refused(
+        name="a hub cache",
+        files={"snapshots/abc/config.json": "{}", "refs/main": "abc"},
+        says=("snapshots/abc",),
+    ),
 ]

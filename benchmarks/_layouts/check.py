@@ -1,4 +1,6 @@
-"""One layout, checked: `jacdiag audit FOLDER` opens it, and its weights are those of `from_pretrained`."""
+"""One layout, checked: `jacdiag audit FOLDER` opens it, and its weights are those of
+`from_pretrained`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 from _coverage.build import facts_of
 from _coverage.expect import expected_of
-from jacdiag_cli.app import main
+from jacdiag_cli.main import main
 from torch import nn
 
 from _layouts.catalog import Layout, Refused
@@ -50,7 +52,10 @@ def check_layout(layout: Layout) -> dict[str, Any]:
         folder = Path(temporary) / "folder"
         folder.mkdir()
         config = write_layout(layout, folder)
-        out.expected = layout.count or expected_of(layout.task, config, facts_of(layout.task, layout.family)).count
+        out.expected = (
+            layout.count
+            or expected_of(layout.task, config, facts_of(layout.task, layout.family)).count
+        )
         _audit(out, folder)
         if out.exit_code == 0:
             _compare(out, layout, folder)
@@ -87,13 +92,17 @@ def _compare(out: Outcome, layout: Layout, folder: Path) -> None:
         out.problems.append("a note says that weights are left out")
 
     kind = getattr(transformers, wanted)
-    expected = kind.from_pretrained(folder, config=_config_of(kind, folder), dtype=torch.float32, local_files_only=True)
+    expected = kind.from_pretrained(
+        folder, config=_config_of(kind, folder), dtype=torch.float32, local_files_only=True
+    )
     ours = _all_weights(load(str(folder)))
     theirs = expected.state_dict()
     differing = [name for name, tensor in theirs.items() if not _equal(ours.get(name), tensor)]
     out.weights = len(theirs)
     if differing:
-        out.problems.append(f"{len(differing)} weights differ from from_pretrained: {', '.join(differing[:3])}")
+        out.problems.append(
+            f"{len(differing)} weights differ from from_pretrained: {', '.join(differing[:3])}"
+        )
 
 
 def _equal(ours: torch.Tensor | None, theirs: torch.Tensor) -> bool:
@@ -128,5 +137,9 @@ def check_refused(case: Refused) -> dict[str, Any]:
         out.notes = [text]
         if out.exit_code != 2:
             out.problems.append(f"exit code {out.exit_code}, not 2")
-        out.problems += [f"the error does not say {word!r}: {text[:300]}" for word in case.says if word not in text]
+        out.problems += [
+            f"the error does not say {word!r}: {text[:300]}"
+            for word in case.says
+            if word not in text
+        ]
     return asdict(out)

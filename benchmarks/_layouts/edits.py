@@ -20,12 +20,16 @@ def rename(pattern: str, new: str) -> Edit:
 
 def drop(pattern: str) -> Edit:
     """Leave out every weight whose name matches."""
-    return lambda state: {name: tensor for name, tensor in state.items() if not re.search(pattern, name)}
+    return lambda state: {
+        name: tensor for name, tensor in state.items() if not re.search(pattern, name)
+    }
 
 
 def keep(pattern: str) -> Edit:
     """Keep the weights whose names match."""
-    return lambda state: {name: tensor for name, tensor in state.items() if re.search(pattern, name)}
+    return lambda state: {
+        name: tensor for name, tensor in state.items() if re.search(pattern, name)
+    }
 
 
 def add(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Edit:
@@ -59,7 +63,9 @@ def beside(pattern: str, new: str, *shape: int, dtype: torch.dtype = torch.float
 
 def cast(dtype: torch.dtype) -> Edit:
     """Store every number in floating point in another precision."""
-    return lambda state: {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+    return lambda state: {
+        name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,6 @@
-"""Writes a layout into a folder: a tiny model of the family, its weights renamed and stored as published."""
+"""Writes a layout into a folder: a tiny model of the family, its weights renamed and stored as
+published.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ def write_layout(layout: Layout, folder: Path) -> Any:
 
 def write_weights(state: dict[str, Tensor], folder: Path, files: Files) -> None:
     """Write the weights into one file, or into shards with an index."""
-    stem, suffix = ("model", "safetensors") if files.kind == "safetensors" else ("pytorch_model", "bin")
+    stem, suffix = (
+        ("model", "safetensors") if files.kind == "safetensors" else ("pytorch_model", "bin")
+    )
     names = sorted(state)
     weight_map = {}
     for number in range(files.shards):
@@ -83,13 +87,18 @@ def write_refused(case: Refused, folder: Path) -> None:
     """Write a folder that cannot be opened as it is."""
     method = case.files.get("quantization_config")
     if case.edits:
-        llama = Layout(name="", task="causal-lm", family="llama", saved="LlamaForCausalLM", edits=case.edits)
+        llama = Layout(
+            name="", task="causal-lm", family="llama", saved="LlamaForCausalLM", edits=case.edits
+        )
         write_layout(llama, folder)
         config = folder / "config.json"
         if method is None:
             config.unlink()
         else:
-            changed = {**json.loads(config.read_text()), "quantization_config": {"quant_method": method}}
+            changed = {
+                **json.loads(config.read_text()),
+                "quantization_config": {"quant_method": method},
+            }
             config.write_text(json.dumps(changed))
     for name, text in case.files.items():
         file = folder / name

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Only while this is imported: a test imports it, and the folder holds modules that are called as folders of tests are.
+# Only while this is imported: a test imports it, and the folder holds modules that are called as
+# folders of tests are.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 try:
     from _real_models.branches import BUILDERS, Branch, Run

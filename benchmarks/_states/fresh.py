@@ -1,4 +1,6 @@
-"""Fresh models of many inits and shapes, as dicts of named parameters. Nothing is run, so that thousands are cheap."""
+"""Fresh models of many inits and shapes, as dicts of named parameters. Nothing is run, so that
+thousands are cheap.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,27 @@ from torch import Tensor, nn
 
 # Width, layers, size of the FFN over the width, vocabulary.
 SHAPES = [
-    (16, 2, 4, 64), (16, 12, 2, 32), (24, 4, 4, 100), (32, 1, 4, 64), (32, 2, 4, 256), (32, 6, 3, 128),
-    (32, 24, 2, 64), (48, 4, 4, 256), (64, 2, 4, 256), (64, 4, 4, 512), (64, 12, 4, 128), (64, 24, 2, 64),
-    (80, 3, 4, 300), (96, 6, 4, 256), (112, 6, 4, 256), (128, 2, 4, 1000), (128, 8, 3, 256), (192, 4, 4, 500),
-    (256, 2, 4, 256), (384, 2, 2, 400),
-]  # fmt: skip
+    (16, 2, 4, 64),
+    (16, 12, 2, 32),
+    (24, 4, 4, 100),
+    (32, 1, 4, 64),
+    (32, 2, 4, 256),
+    (32, 6, 3, 128),
+    (32, 24, 2, 64),
+    (48, 4, 4, 256),
+    (64, 2, 4, 256),
+    (64, 4, 4, 512),
+    (64, 12, 4, 128),
+    (64, 24, 2, 64),
+    (80, 3, 4, 300),
+    (96, 6, 4, 256),
+    (112, 6, 4, 256),
+    (128, 2, 4, 1000),
+    (128, 8, 3, 256),
+    (192, 4, 4, 500),
+    (256, 2, 4, 256),
+    (384, 2, 2, 400),
+]
 
 Shape = tuple[int, int, int, int]
 Weights = dict[str, Tensor]
@@ -62,12 +80,16 @@ def sines(rows: int, columns: int) -> Tensor:
 def torch_layers(shape: Shape) -> Weights:
     width, layers, ratio, _ = shape
     layer = nn.TransformerEncoderLayer
-    stack = [layer(width, 2, ratio * width, norm_first=True, batch_first=True) for _ in range(layers)]
+    stack = [
+        layer(width, 2, ratio * width, norm_first=True, batch_first=True) for _ in range(layers)
+    ]
     return dict(nn.Sequential(*stack).named_parameters())
 
 
 def drawn_vectors(shape: Shape) -> Weights:
-    """Class token, sinks, gains around 1, biases, and the vectors of state space and recurrent models."""
+    """Class token, sinks, gains around 1, biases, and the vectors of state space and recurrent
+    models.
+    """
     width, layers, _, _ = shape
     weights = plain(shape, normal, fill_vector=lambda gain: gain.normal_(1.0, 0.02))
     weights["cls_token"] = torch.randn(1, 1, width) * 0.02
@@ -150,7 +172,9 @@ def experts(shape: Shape) -> Weights:
     width, layers, ratio, _ = shape
     weights = plain(shape, normal)
     for layer in range(layers):
-        weights[f"layers.{layer}.experts.up"] = torch.empty(4, ratio * width, width).normal_(std=0.02)
+        weights[f"layers.{layer}.experts.up"] = torch.empty(4, ratio * width, width).normal_(
+            std=0.02
+        )
         weights[f"layers.{layer}.router.weight"] = torch.empty(4, width).uniform_(-0.1, 0.1)
     return weights
 
@@ -160,7 +184,9 @@ def convolutions(shape: Shape) -> Weights:
     weights: Weights = {"stem.weight": nn.Conv2d(3, width, 7).weight.detach()}
     for layer in range(layers):
         weights[f"blocks.{layer}.conv.weight"] = nn.Conv2d(width, width, 3).weight.detach()
-        weights[f"blocks.{layer}.depthwise.weight"] = nn.Conv2d(width, width, 7, groups=width).weight.detach()
+        weights[f"blocks.{layer}.depthwise.weight"] = nn.Conv2d(
+            width, width, 7, groups=width
+        ).weight.detach()
         weights[f"blocks.{layer}.norm.weight"] = torch.empty(width).normal_(1.0, 0.02)
     return weights
 
@@ -170,7 +196,9 @@ def by_layer(shape: Shape) -> Weights:
     weights = plain(shape, nn.init.kaiming_uniform_)
     for index, tensor in enumerate(weights.values()):
         if tensor.dim() == 2:
-            tensor.mul_(0.5 ** (index % 7)).add_(torch.randn(len(tensor), 1)).add_(torch.randn(tensor.shape[1]))
+            tensor.mul_(0.5 ** (index % 7)).add_(torch.randn(len(tensor), 1)).add_(
+                torch.randn(tensor.shape[1])
+            )
     return weights
 
 
@@ -181,14 +209,18 @@ def in_bfloat16(shape: Shape) -> Weights:
 INITS: dict[str, Callable[[Shape], Weights]] = {
     "layers of torch": torch_layers,
     "normal": lambda shape: plain(shape, normal),
-    "truncated normal": lambda shape: plain(shape, lambda t: nn.init.trunc_normal_(t, std=0.02, a=-0.04, b=0.04)),
+    "truncated normal": lambda shape: plain(
+        shape, lambda t: nn.init.trunc_normal_(t, std=0.02, a=-0.04, b=0.04)
+    ),
     "uniform": lambda shape: plain(shape, lambda t: t.uniform_(-0.1, 0.1)),
     "uniform from 0 to 1": lambda shape: plain(shape, lambda t: t.uniform_()),
     "kaiming normal": lambda shape: plain(shape, nn.init.kaiming_normal_),
     "xavier uniform": lambda shape: plain(shape, nn.init.xavier_uniform_),
     "orthogonal": lambda shape: plain(shape, nn.init.orthogonal_),
     "sparse": lambda shape: plain(shape, lambda t: nn.init.sparse_(t, 0.5)),
-    "Laplace": lambda shape: plain(shape, lambda t: t.exponential_().mul_(torch.randn_like(t).sign())),
+    "Laplace": lambda shape: plain(
+        shape, lambda t: t.exponential_().mul_(torch.randn_like(t).sign())
+    ),
     "drawn vectors": drawn_vectors,
     "leftovers in vectors": leftovers,
     "computed tables": computed_tables,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from examples.spike_lab.text import batch
-from jacdiag.measure.state import judge_weights
+from jacdiag.measure.init_or_trained import judge_weights
 from jacdiag.sources.gpt import build
 
 LOOKS = (1, 3, 10, 30, 100, 300, 1000)  # steps after which the weights are judged
@@ -51,17 +51,25 @@ def training_runs() -> Iterator[dict[str, Any]]:
     """Yield a row for each optimizer and size."""
     for name, make in OPTIMIZERS.items():
         for width, layers in SIZES:
-            yield {"optimizer": name, "width": width, "layers": layers, "looks": looks_at_run(make, width, layers)}
+            yield {
+                "optimizer": name,
+                "width": width,
+                "layers": layers,
+                "looks": looks_at_run(make, width, layers),
+            }
 
 
 def looks_at_run(make: MakeOptimizer, width: int, layers: int) -> list[dict[str, Any]]:
     """Train a GPT on text of bytes and judge its weights now and then.
 
     Returns:
-        For each of LOOKS: the step, the loss, how many matrices failed and of how many, and the verdict.
+        For each of LOOKS: the step, the loss, how many matrices failed and of how many, and the
+            verdict.
     """
     torch.manual_seed(0)
-    model = build("scaled-embed", n_layer=layers, n_head=4, n_embd=width, vocab_size=256, block_size=CONTEXT)
+    model = build(
+        "scaled-embed", n_layer=layers, n_head=4, n_embd=width, vocab_size=256, block_size=CONTEXT
+    )
     optimizers = make(model)
     looks = []
     for step in range(1, LOOKS[-1] + 1):

@@ -1,1 +1,3 @@
-"""Trainers of other people, each as one small function, and what is checked of a watch in all of them."""
+"""Trainers of other people, each as one small function, and what is checked of a watch in all of
+them.
+"""

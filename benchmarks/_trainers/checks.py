@@ -37,7 +37,8 @@ class Plan:
     Attributes:
         steps: of the optimizer.
         log_dir: of the watch; None trains without it.
-        fault: "", "nan" (in one weight before the step), "batch" (a corrupted one) or "crash" (an exception after it).
+        fault: "", "nan" (in one weight before the step), "batch" (a corrupted one) or "crash" (an
+            exception after it).
         at: step of the fault.
         save_at: step after which the state is saved into `checkpoint`; 0 for never.
         checkpoint: folder for the state.
@@ -108,7 +109,9 @@ class Trainer:
     library: str
     run: Callable[[Plan], Result]
     cells: tuple[str, ...] = CELLS
-    parts: Callable[[str, list[str]], list[str]] = lambda where, names: [n for n in names if n.startswith(where + ".")]
+    parts: Callable[[str, list[str]], list[str]] = lambda where, names: [
+        n for n in names if n.startswith(where + ".")
+    ]
 
 
 @contextmanager
@@ -156,7 +159,9 @@ def check(trainer: Trainer) -> dict[str, Any]:
             cell = {"check_healthy": CELLS[0], "check_faults": CELLS[3], "check_resume": CELLS[4]}
             frame = traceback.extract_tb(error.__traceback__)[-1]
             text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            wrong[cell.get(group.__name__, CELLS[5])] = [f"{text} ({Path(frame.filename).name}:{frame.lineno})"]
+            wrong[cell.get(group.__name__, CELLS[5])] = [
+                f"{text} ({Path(frame.filename).name}:{frame.lineno})"
+            ]
     cells = {cell: (not wrong[cell] if cell in wrong else None) for cell in CELLS}
     return {**cells, "wrong": {cell: texts for cell, texts in wrong.items() if texts}}
 
@@ -171,13 +176,16 @@ def check_healthy(trainer: Trainer) -> dict[str, list[str]]:
         probes = rows(place / "log", "probe")
     found: dict[str, list[str]] = {"bit_identical": [], "figures": [], "no_false_message": []}
     same = plain.losses == watched.losses and plain.weights.keys() == watched.weights.keys()
-    if not same or not all(torch.equal(plain.weights[name], value) for name, value in watched.weights.items()):
+    if not same or not all(
+        torch.equal(plain.weights[name], value) for name, value in watched.weights.items()
+    ):
         found["bit_identical"].append("losses or weights differ")
     found["figures"] = wrong_figures(trainer, watched, steps)
     if not probes:
         found["figures"].append("no probe ran")
     said += watched.said
-    of_the_init = [text for text in said if ": JD1" in text or ": JD2" in text]  # reports on the model, not on the run
+    # reports on the model, not on the run
+    of_the_init = [text for text in said if ": JD1" in text or ": JD2" in text]
     found["no_false_message"] = [text for text in said if text not in of_the_init]
     found["no_false_message"] += [f"fault: {row['error']}" for row in faults]
     return {cell: texts for cell, texts in found.items() if cell in trainer.cells}
@@ -200,22 +208,29 @@ def wrong_figures(trainer: Trainer, result: Result, steps: list[dict[str, Any]])
             wanted["grad_norm_post"] = by_hand.used[step - 1]
         if by_hand.before_clipping and result.clips:
             wanted["grad_norm"] = by_hand.before_clipping[step - 1]
-        wrong += [f"step {step}: {key} {row[key]}, by hand {value}" for key, value in wanted.items()
-                  if not is_close(row[key], value)]  # fmt: skip
+        wrong += [
+            f"step {step}: {key} {row[key]}, by hand {value}"
+            for key, value in wanted.items()
+            if not is_close(row[key], value)
+        ]
         update = row["update"]
         belongs = trainer.parts(update["where"], names) if update else []
         if belongs:
             compared += 1
             value = by_hand.move_of(step, belongs)
             if not is_close(update["norm"], value):
-                wrong.append(f"step {step}: update of {update['where']} {update['norm']}, by hand {value}")
+                wrong.append(
+                    f"step {step}: update of {update['where']} {update['norm']}, by hand {value}"
+                )
     if compared < len(steps) // 3:
         wrong.append(f"update norms of {compared} of {len(steps)} steps could be compared")
     return wrong[:4]
 
 
 def is_close(value: Any, wanted: float) -> bool:
-    return isinstance(value, int | float) and math.isclose(value, wanted, rel_tol=TOLERANCE, abs_tol=1e-9)
+    return isinstance(value, int | float) and math.isclose(
+        value, wanted, rel_tol=TOLERANCE, abs_tol=1e-9
+    )
 
 
 def check_faults(trainer: Trainer) -> dict[str, list[str]]:
@@ -226,12 +241,16 @@ def check_faults(trainer: Trainer) -> dict[str, list[str]]:
     with folder() as place, messages():
         trainer.run(Plan(steps=NAN + 3, log_dir=place / "log", fault="nan", at=NAN))
         alerts = rows(place / "log", "alert")
-    named = [alert for alert in alerts if alert["code"] == "JD505" and NAN <= alert["step"] <= NAN + 1]
+    named = [
+        alert for alert in alerts if alert["code"] == "JD505" and NAN <= alert["step"] <= NAN + 1
+    ]
     if not named:
         wrong.append(f"NaN in a weight at step {NAN}: {[(a['step'], a['code']) for a in alerts]}")
     with folder() as place, messages():
         trainer.run(Plan(steps=SPIKE + WITHIN, log_dir=place / "log", fault="batch", at=SPIKE))
-        alerts = [alert for alert in rows(place / "log", "alert") if alert["code"].startswith("JD50")]
+        alerts = [
+            alert for alert in rows(place / "log", "alert") if alert["code"].startswith("JD50")
+        ]
     if not any(SPIKE <= alert["step"] <= SPIKE + WITHIN for alert in alerts):
         wrong.append(f"corrupted batch at step {SPIKE}: {[(a['step'], a['code']) for a in alerts]}")
     early = [(alert["step"], alert["code"]) for alert in alerts if alert["step"] < SPIKE]
@@ -246,10 +265,12 @@ def check_resume(trainer: Trainer) -> dict[str, list[str]]:
         return {}
     wrong: list[str] = []
     with folder() as place, messages() as said:
-        plan = Plan(steps=SAVED + 3, log_dir=place / "log", save_at=SAVED, checkpoint=place / "checkpoint")
+        plan = Plan(
+            steps=SAVED + 3, log_dir=place / "log", save_at=SAVED, checkpoint=place / "checkpoint"
+        )
         trainer.run(plan)
         trainer.run(replace(plan, steps=HEALTHY, save_at=0, resume=True))
-        from jacdiag.report.runlog import read_run
+        from jacdiag.records.run_log import read_run
 
         run = read_run(place / "log")
         faults = run.faults
@@ -273,7 +294,9 @@ def check_crash(trainer: Trainer) -> dict[str, list[str]]:
             pass
         flight = place / "log" / f"flight-{CRASH}"
         if not (flight / "batch.pt").is_file():
-            wrong.append(f"no batch in {[p.name for p in (place / 'log').glob('flight-*')] or 'any flight'}")
+            wrong.append(
+                f"no batch in {[p.name for p in (place / 'log').glob('flight-*')] or 'any flight'}"
+            )
         else:
             about = json.loads((flight / "about.json").read_text(encoding="utf-8"))
             if about.get("batch_step") != CRASH or about.get("why") != "CrashError":

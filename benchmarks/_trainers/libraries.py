@@ -1,4 +1,6 @@
-"""Trainers that have a loop of their own: Hugging Face, TRL, PEFT, Lightning, Fabric, Accelerate, DDP and FSDP2."""
+"""Trainers that have a loop of their own: Hugging Face, TRL, PEFT, Lightning, Fabric, Accelerate,
+DDP and FSDP2.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from _trainers.model import HEADS, LAYERS, LENGTH, VOCABULARY, WIDTH, ByHand, Mo
 BATCH = 8
 
 
-# -- Hugging Face, TRL, PEFT -------------------------------------------------------------------------------------------
+# -- Hugging Face, TRL, PEFT -----------------------------------------------------------------------
 class Rows(torch.utils.data.Dataset[Any]):
     """The rows of all steps, in the order of the steps."""
 
@@ -38,7 +40,13 @@ def gpt2() -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    sizes = {"n_layer": LAYERS, "n_head": HEADS, "n_embd": WIDTH, "vocab_size": VOCABULARY, "n_positions": LENGTH}
+    sizes = {
+        "n_layer": LAYERS,
+        "n_head": HEADS,
+        "n_embd": WIDTH,
+        "vocab_size": VOCABULARY,
+        "n_positions": LENGTH,
+    }
     dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
     return GPT2LMHeadModel(GPT2Config(**sizes, **dropout, bos_token_id=0, eos_token_id=0))
 
@@ -61,7 +69,7 @@ def train_into(output: Path, plan: Plan, model: nn.Module, make: Any, weight: st
     """Run it with a folder for what it writes."""
     from transformers import TrainerCallback
 
-    from jacdiag.watching.huggingface import WatchCallback
+    from jacdiag.monitor.integrations.huggingface import WatchCallback
 
     result = Result(by_hand=ByHand(model))
 
@@ -89,14 +97,27 @@ def train_into(output: Path, plan: Plan, model: nn.Module, make: Any, weight: st
         callbacks.insert(0, WatchCallback(**options))
     settings = {
         "output_dir": str(output),
-        "per_device_train_batch_size": BATCH, "max_steps": plan.steps, "learning_rate": 3e-3, "logging_steps": 1,
-        "lr_scheduler_type": "constant", "max_grad_norm": CLIP, "report_to": [], "use_cpu": True, "disable_tqdm": True,
-        "save_strategy": "steps" if plan.save_at else "no", "save_steps": plan.save_at or 500,
-        "save_only_model": False, "logging_nan_inf_filter": False,
-    }  # fmt: skip
+        "per_device_train_batch_size": BATCH,
+        "max_steps": plan.steps,
+        "learning_rate": 3e-3,
+        "logging_steps": 1,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": CLIP,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "steps" if plan.save_at else "no",
+        "save_steps": plan.save_at or 500,
+        "save_only_model": False,
+        "logging_nan_inf_filter": False,
+    }
     trainer = make(settings, callbacks)
-    trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(trainer.train_dataset)
-    trainer.train(resume_from_checkpoint=str(output / f"checkpoint-{SAVED}") if plan.resume else None)
+    trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(
+        trainer.train_dataset
+    )
+    trainer.train(
+        resume_from_checkpoint=str(output / f"checkpoint-{SAVED}") if plan.resume else None
+    )
     logged = [row for row in trainer.state.log_history if "loss" in row]
     result.losses = [row["loss"] for row in logged]
     assert result.by_hand is not None
@@ -122,7 +143,9 @@ def hugging_face(plan: Plan) -> Result:
 def adapted() -> Any:
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=["c_attn", "c_fc", "c_proj"], fan_in_fan_out=True)
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=["c_attn", "c_fc", "c_proj"], fan_in_fan_out=True
+    )
     return get_peft_model(gpt2(), config)
 
 
@@ -137,7 +160,9 @@ def peft_lora(plan: Plan) -> Result:
             model, TrainingArguments(**settings), train_dataset=Rows(plan), callbacks=callbacks
         )
 
-    return train_hugging_face(plan, model, make, "base_model.model.transformer.h.1.mlp.c_fc.lora_A.default.weight")
+    return train_hugging_face(
+        plan, model, make, "base_model.model.transformer.h.1.mlp.c_fc.lora_A.default.weight"
+    )
 
 
 def trl_sft(plan: Plan) -> Result:
@@ -151,22 +176,26 @@ def trl_sft(plan: Plan) -> Result:
     special = {"eos_token": "t0", "pad_token": "t0", "unk_token": "t0"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **special)
     rows = Rows(plan)
-    data = Dataset.from_list([{"input_ids": rows[index]["input_ids"].tolist()} for index in range(len(rows))])
+    data = Dataset.from_list(
+        [{"input_ids": rows[index]["input_ids"].tolist()} for index in range(len(rows))]
+    )
     model = gpt2()
 
     def make(settings: dict[str, Any], callbacks: list[Any]) -> Any:
         args = SFTConfig(**settings, max_length=LENGTH, bf16=False, shuffle_dataset=False)
-        return SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer, callbacks=callbacks)
+        return SFTTrainer(
+            model, args, train_dataset=data, processing_class=tokenizer, callbacks=callbacks
+        )
 
     return train_hugging_face(plan, model, make, "transformer.h.1.mlp.c_fc.weight")
 
 
-# -- Lightning ---------------------------------------------------------------------------------------------------------
+# -- Lightning -------------------------------------------------------------------------------------
 def lightning_trainer(plan: Plan) -> Result:
     from lightning.pytorch import Callback, LightningModule
     from lightning.pytorch import Trainer as LightningTrainer
 
-    from jacdiag.watching.lightning import WatchCallback
+    from jacdiag.monitor.integrations.lightning import WatchCallback
 
     torch.manual_seed(0)
     model = Model()
@@ -215,17 +244,28 @@ def lightning_trainer(plan: Plan) -> Result:
         callbacks.append(WatchCallback(**options))
     data = [rows_of(step, BATCH, broken=plan.is_broken(step)) for step in range(1, plan.steps + 1)]
     trainer = LightningTrainer(
-        max_steps=plan.steps, callbacks=[*callbacks, Ends()], logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, accelerator="cpu", devices=1,
+        max_steps=plan.steps,
+        callbacks=[*callbacks, Ends()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+        devices=1,
         default_root_dir=str(plan.checkpoint.parent),
-    )  # fmt: skip
+    )
     loader = torch.utils.data.DataLoader(data, batch_size=None)
-    trainer.fit(Module(), loader, ckpt_path=str(plan.checkpoint) if plan.resume else None, weights_only=False)
+    trainer.fit(
+        Module(),
+        loader,
+        ckpt_path=str(plan.checkpoint) if plan.resume else None,
+        weights_only=False,
+    )
     result.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     return result
 
 
-# -- Fabric and Accelerate ---------------------------------------------------------------------------------------------
+# -- Fabric and Accelerate -------------------------------------------------------------------------
 def fabric(plan: Plan) -> Result:
     from lightning.fabric import Fabric
 
@@ -257,7 +297,9 @@ def accelerate(plan: Plan) -> Result:
     return wrapped_loop(plan, model, wrapped, optimizer, accelerator.backward, clip)
 
 
-def wrapped_loop(plan: Plan, model: Model, wrapped: Any, optimizer: Any, backward: Any, clip: Any) -> Result:
+def wrapped_loop(
+    plan: Plan, model: Model, wrapped: Any, optimizer: Any, backward: Any, clip: Any
+) -> Result:
     """A loop around a model and an optimizer that a library has wrapped."""
     hand = ByHand(model)
     result = Result(by_hand=hand)
@@ -298,7 +340,7 @@ def wrapped_loop(plan: Plan, model: Model, wrapped: Any, optimizer: Any, backwar
     return result
 
 
-# -- several processes -------------------------------------------------------------------------------------------------
+# -- several processes -----------------------------------------------------------------------------
 def data_parallel(model: nn.Module) -> Any:
     return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
 
@@ -318,7 +360,8 @@ def sharded(model: nn.Module) -> Any:
 
 
 class Ranks:
-    """A loop on two processes, each with its share of the rows; what is compared is that of the first.
+    """A loop on two processes, each with its share of the rows; what is compared is that of the
+    first.
 
     Args:
         kind: name of the loop in `RANK_LOOPS`.
@@ -349,7 +392,12 @@ def run_rank(rank: int, kind: str, plan: Plan, port: int, out: Path) -> None:
 
     from _trainers.checks import messages
 
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "WORLD_SIZE": "2",
+    }
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     dist.init_process_group("gloo")
@@ -360,7 +408,10 @@ def run_rank(rank: int, kind: str, plan: Plan, port: int, out: Path) -> None:
         except CrashError:
             crashed = True
     result.said = said
-    whole = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in result.weights.items()}
+    whole = {
+        name: t.full_tensor() if hasattr(t, "full_tensor") else t
+        for name, t in result.weights.items()
+    }
     everybody: list[Any] = [None, None]
     dist.all_gather_object(everybody, said)
     if rank == 0:
@@ -379,7 +430,9 @@ RANK_LOOPS = {
 }
 
 LIBRARIES = [
-    Trainer(name="Hugging Face Trainer", library="transformers", run=hugging_face, parts=gpt2_parts),
+    Trainer(
+        name="Hugging Face Trainer", library="transformers", run=hugging_face, parts=gpt2_parts
+    ),
     Trainer(name="PEFT LoRA", library="peft", run=peft_lora, parts=gpt2_parts),
     Trainer(name="TRL SFT", library="trl", run=trl_sft, parts=gpt2_parts),
     Trainer(name="Lightning", library="lightning", run=lightning_trainer),

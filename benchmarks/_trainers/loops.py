@@ -1,4 +1,6 @@
-"""Trainers that are loops: one loop with its variations, and the optimizers of other libraries in it."""
+"""Trainers that are loops: one loop with its variations, and the optimizers of other libraries in
+it.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,10 @@ class Loop:
     wrap: Callable[[nn.Module], Any] = lambda model: model
     wraps_first: bool = False
     wrap_later: Callable[[Any], Any] = lambda wrapped: wrapped
-    watched: Callable[[Any, list[Any]], tuple[Any, Any]] = lambda wrapped, optimizers: (wrapped, optimizers)
+    watched: Callable[[Any, list[Any]], tuple[Any, Any]] = lambda wrapped, optimizers: (
+        wrapped,
+        optimizers,
+    )
     loss: Callable[[Any], Loss] = call_model
     accumulate: int = 1
     autocast: bool = False
@@ -95,7 +100,9 @@ class Loop:
         with watch if watch is not None else nullcontext():
             for step in range(first, plan.steps + 1):
                 plan.put_nan(model.get_parameter(self.weight), step)
-                loss, norm = self._step(plan, step, loss_of, wrapped, model, optimizers, scaler, result)
+                loss, norm = self._step(
+                    plan, step, loss_of, wrapped, model, optimizers, scaler, result
+                )
                 result.losses.append(float(loss))
                 if watch is not None:
                     watch.step(loss, grad_norm=norm)
@@ -103,15 +110,25 @@ class Loop:
                 if step == plan.save_at:
                     states = [optimizer.state_dict() for optimizer in optimizers]
                     state = {"model": model.state_dict(), "optimizers": states, "step": step}
-                    torch.save({**state, "watch": watch.state_dict() if watch is not None else {}}, own_file(plan))
+                    torch.save(
+                        {**state, "watch": watch.state_dict() if watch is not None else {}},
+                        own_file(plan),
+                    )
         self.end(optimizers)
         result.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
         return result
 
     def _step(
-        self, plan: Plan, step: int, loss_of: Loss, wrapped: Any, model: nn.Module, optimizers: list[Any],
-        scaler: Any, result: Result,
-    ) -> tuple[Tensor, Any]:  # fmt: skip
+        self,
+        plan: Plan,
+        step: int,
+        loss_of: Loss,
+        wrapped: Any,
+        model: nn.Module,
+        optimizers: list[Any],
+        scaler: Any,
+        result: Result,
+    ) -> tuple[Tensor, Any]:
         hand = result.by_hand
         assert hand is not None
         if self.closure:
@@ -165,7 +182,7 @@ class Loop:
         return losses[0]
 
 
-# -- optimizers --------------------------------------------------------------------------------------------------------
+# -- optimizers ------------------------------------------------------------------------------------
 def one(make: Callable[[Any], Any]) -> Callable[[nn.Module], list[Any]]:
     return lambda model: [make(model.parameters())]
 
@@ -236,7 +253,7 @@ def titan_container(model: nn.Module) -> list[Any]:
     return [optimizers_of(model)]
 
 
-# -- models of other libraries -----------------------------------------------------------------------------------------
+# -- models of other libraries ---------------------------------------------------------------------
 def litgpt_model() -> nn.Module:
     from litgpt import GPT, Config
     from litgpt.utils import chunked_cross_entropy
@@ -249,7 +266,14 @@ def litgpt_model() -> nn.Module:
             loss: Tensor = chunked_cross_entropy(logits, targets, chunk_size=0)
             return loss
 
-    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "vocab_size": 64, "padded_vocab_size": 64}
+    sizes = {
+        "n_layer": 2,
+        "n_head": 2,
+        "n_embd": 32,
+        "block_size": 16,
+        "vocab_size": 64,
+        "padded_vocab_size": 64,
+    }
     return WithLoss(Config.from_name("pythia-14m", **sizes))
 
 
@@ -264,7 +288,9 @@ def x_transformers_model() -> nn.Module:
     from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 
     decoder = Decoder(dim=32, depth=2, heads=2, attn_dim_head=16)
-    return AutoregressiveWrapper(TransformerWrapper(num_tokens=64, max_seq_len=17, attn_layers=decoder))
+    return AutoregressiveWrapper(
+        TransformerWrapper(num_tokens=64, max_seq_len=17, attn_layers=decoder)
+    )
 
 
 def x_transformers_loss(model: Any) -> Loss:
@@ -272,7 +298,9 @@ def x_transformers_loss(model: Any) -> Loss:
 
 
 def x_transformers_parts(where: str, names: list[str]) -> list[str]:
-    """A sub-layer is named by its module, such as layers.N.1.ff, and its norm lies in layers.N.0."""
+    """A sub-layer is named by its module, such as layers.N.1.ff, and its norm lies in
+    layers.N.0.
+    """
     before, layers, rest = where.partition(".layers.")
     number = rest.partition(".")[0]
     return [n for n in names if n.startswith(f"{before}{layers}{number}.")] if layers else []
@@ -299,30 +327,79 @@ def inside(wrapped: Any, optimizers: list[Any]) -> tuple[Any, Any]:
 
 LOOPS = [
     Trainer(name="plain loop", library="torch", run=Loop(optimizers=one(adamw))),
-    Trainer(name="gradient accumulation", library="torch", run=Loop(optimizers=one(adamw), accumulate=3)),
-    Trainer(name="AMP with a GradScaler", library="torch", run=Loop(optimizers=one(adamw), autocast=True)),
-    Trainer(name="compiled, then watched", library="torch", run=Loop(optimizers=one(adamw), wrap=compiled)),
-    Trainer(name="watched, then compiled", library="torch", run=Loop(optimizers=one(adamw), wrap_later=compiled)),
-    Trainer(name="watched, then model.compile()", library="torch",
-            run=Loop(optimizers=one(adamw), wrap_later=compiled_in_place)),
+    Trainer(
+        name="gradient accumulation", library="torch", run=Loop(optimizers=one(adamw), accumulate=3)
+    ),
+    Trainer(
+        name="AMP with a GradScaler",
+        library="torch",
+        run=Loop(optimizers=one(adamw), autocast=True),
+    ),
+    Trainer(
+        name="compiled, then watched",
+        library="torch",
+        run=Loop(optimizers=one(adamw), wrap=compiled),
+    ),
+    Trainer(
+        name="watched, then compiled",
+        library="torch",
+        run=Loop(optimizers=one(adamw), wrap_later=compiled),
+    ),
+    Trainer(
+        name="watched, then model.compile()",
+        library="torch",
+        run=Loop(optimizers=one(adamw), wrap_later=compiled_in_place),
+    ),
     Trainer(name="Muon + AdamW", library="torch", run=Loop(optimizers=muon_and_adamw)),
     Trainer(name="LBFGS", library="torch", run=Loop(optimizers=one(lbfgs), closure=True)),
-    Trainer(name="SAM", library="pytorch_optimizer", run=Loop(optimizers=one(sharpness_aware), closure=True)),
+    Trainer(
+        name="SAM",
+        library="pytorch_optimizer",
+        run=Loop(optimizers=one(sharpness_aware), closure=True),
+    ),
     Trainer(name="Lookahead", library="pytorch_optimizer", run=Loop(optimizers=one(lookahead))),
-    Trainer(name="SOAP", library="pytorch_optimizer",
-            run=Loop(optimizers=one(from_pytorch_optimizer("SOAP", lr=3e-3)))),
-    Trainer(name="Shampoo", library="pytorch_optimizer",
-            run=Loop(optimizers=one(from_pytorch_optimizer("ScalableShampoo", lr=3e-3)))),
+    Trainer(
+        name="SOAP",
+        library="pytorch_optimizer",
+        run=Loop(optimizers=one(from_pytorch_optimizer("SOAP", lr=3e-3))),
+    ),
+    Trainer(
+        name="Shampoo",
+        library="pytorch_optimizer",
+        run=Loop(optimizers=one(from_pytorch_optimizer("ScalableShampoo", lr=3e-3))),
+    ),
     Trainer(name="Lion", library="lion_pytorch", run=Loop(optimizers=one(lion))),
     Trainer(name="Prodigy", library="prodigyopt", run=Loop(optimizers=one(prodigy))),
-    Trainer(name="schedule-free", library="schedulefree", run=Loop(optimizers=one(schedule_free), begin=is_training)),
+    Trainer(
+        name="schedule-free",
+        library="schedulefree",
+        run=Loop(optimizers=one(schedule_free), begin=is_training),
+    ),
     Trainer(name="torchao 8-bit AdamW", library="torchao", run=Loop(optimizers=one(eight_bit))),
-    Trainer(name="torchtitan's optimizers", library="torchtitan",
-            run=Loop(optimizers=titan_container, watched=inside,
-                     rate=lambda optimizers: optimizers[0].optimizers[0].param_groups[0]["lr"])),
-    Trainer(name="litgpt", library="litgpt", parts=litgpt_parts,
-            run=Loop(optimizers=one(adamw), build=litgpt_model, weight="transformer.h.1.mlp.fc.weight")),
-    Trainer(name="x-transformers", library="x_transformers", parts=x_transformers_parts,
-            run=Loop(optimizers=one(adamw), build=x_transformers_model, loss=x_transformers_loss,
-                     weight="net.attn_layers.layers.1.1.ff.0.0.weight")),
-]  # fmt: skip
+    Trainer(
+        name="torchtitan's optimizers",
+        library="torchtitan",
+        run=Loop(
+            optimizers=titan_container,
+            watched=inside,
+            rate=lambda optimizers: optimizers[0].optimizers[0].param_groups[0]["lr"],
+        ),
+    ),
+    Trainer(
+        name="litgpt",
+        library="litgpt",
+        parts=litgpt_parts,
+        run=Loop(optimizers=one(adamw), build=litgpt_model, weight="transformer.h.1.mlp.fc.weight"),
+    ),
+    Trainer(
+        name="x-transformers",
+        library="x_transformers",
+        parts=x_transformers_parts,
+        run=Loop(
+            optimizers=one(adamw),
+            build=x_transformers_model,
+            loss=x_transformers_loss,
+            weight="net.attn_layers.layers.1.1.ff.0.0.weight",
+        ),
+    ),
+]

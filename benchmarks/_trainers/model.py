@@ -84,7 +84,8 @@ class Model(nn.Module):
 
 
 def rows_of(step: int, rows: int = 8, *, broken: bool = False) -> Tensor:
-    """Return sequences that a model can learn, (rows, LENGTH + 1); noise with a single label at the end if broken.
+    """Return sequences that a model can learn, (rows, LENGTH + 1); noise with a single label at the
+    end if broken.
 
     Most tokens are their predecessor plus one.
     """
@@ -141,7 +142,9 @@ class ByHand:
     def begin_step(self, rate: float) -> None:
         """Call right before the optimizers step."""
         self.rates.append(float(rate))
-        self._weights = {name: _whole(p).detach().clone() for name, p in self.model.named_parameters()}
+        self._weights = {
+            name: _whole(p).detach().clone() for name, p in self.model.named_parameters()
+        }
 
     def end_step(self) -> None:
         """Call right after."""

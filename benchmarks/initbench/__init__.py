@@ -1,1 +1,3 @@
-"""InitBench: init bugs of public trackers, rebuilt as pairs, and correct inits of published recipes."""
+"""InitBench: init bugs of public trackers, rebuilt as pairs, and correct inits of published
+recipes.
+"""

@@ -87,7 +87,9 @@ def olmo_feed_forward_scaled_once_more(fixed: bool) -> nn.Module:
 
 @bug("wrong init of the outputs", blames=(r"c_proj\.weight",))
 def megatron_xavier_misses_the_outputs(fixed: bool) -> nn.Module:
-    """Xavier is chosen, but the option for the output layers is set under a name that nobody reads."""
+    """Xavier is chosen, but the option for the output layers is set under a name that nobody
+    reads.
+    """
     model = GPT(layers=LAYERS, tied=False)
     gpt_rest(model)
     outputs = xavier_uniform() if fixed else normal(0.02 / DEPTH)
@@ -101,7 +103,9 @@ def megatron_xavier_misses_the_outputs(fixed: bool) -> nn.Module:
 
 @bug("wrong fan", blames=(r"down_proj",))
 def ttmetal_down_projection_by_the_width(fixed: bool) -> nn.Module:
-    """The down-projection is scaled by the width of the stream, not by the wider one that it reads."""
+    """The down-projection is scaled by the width of the stream, not by the wider one that it
+    reads.
+    """
     width, hidden = 64, 176
     model = Llama(layers=LAYERS, width=width, hidden=hidden)
     fan = hidden if fixed else width
@@ -153,7 +157,9 @@ def lightning_ir_projection_left_at_default(fixed: bool) -> nn.Module:
 
 @bug("embedding std 1 with a tied head", blames=(r"wte",))
 def tied_head_on_a_default_embedding(fixed: bool) -> nn.Module:
-    """The head is tied to an embedding that keeps N(0, 1): the first loss is 107 in place of 4.4."""
+    """The head is tied to an embedding that keeps N(0, 1): the first loss is 107 in place of
+    4.4.
+    """
     model = GPT(layers=LAYERS)
     gpt_rest(model)
     draw(model, (r"(wpe|c_attn|c_fc|c_proj)\.weight", normal(0.02)))
@@ -163,7 +169,9 @@ def tied_head_on_a_default_embedding(fixed: bool) -> nn.Module:
 
 @bug("head of unit spread", blames=(r"lm_head",), probe=token_pairs)
 def t5_untied_head_of_unit_spread(fixed: bool) -> nn.Module:
-    """The untied head of T5 is N(0, 1), so logits have the variance of the width and the first loss is 110."""
+    """The untied head of T5 is N(0, 1), so logits have the variance of the width and the first loss
+    is 110.
+    """
     model = T5(gated=True, tied=False, model_type=None)
     t5_weights(model)
     draw(model, ("lm_head", normal(64**-0.5 if fixed else 1.0)))
@@ -191,7 +199,9 @@ def gotch_normal_of_mean_zero_is_constant(fixed: bool) -> nn.Module:
 
 @bug("factor read as a spread", blames=(r"pos_embed", r"mlp\.fc\d\.weight"), probe=images(16))
 def xclip_factor_read_as_a_spread(fixed: bool) -> nn.Module:
-    """The factor of the init, 1, is passed as a standard deviation: positions and linear layers are N(0, 1)."""
+    """The factor of the init, 1, is passed as a standard deviation: positions and linear layers are
+    N(0, 1).
+    """
     model = ViT(layers=LAYERS)
     factor = 1.0
     std = 0.02 * factor if fixed else factor
@@ -204,7 +214,9 @@ def xclip_factor_read_as_a_spread(fixed: bool) -> nn.Module:
 # -- fans ----------
 @bug("wrong fan", blames=(r"[qkv]_proj",))
 def einygpt_projections_by_the_head(fixed: bool) -> nn.Module:
-    """Queries, keys and values are scaled by the width of a head in place of the width of the model."""
+    """Queries, keys and values are scaled by the width of a head in place of the width of the
+    model.
+    """
     width, heads = 64, 4
     model = Llama(layers=LAYERS, width=width, heads=heads)
     fan = width if fixed else width // heads
@@ -218,7 +230,9 @@ def einygpt_projections_by_the_head(fixed: bool) -> nn.Module:
     probe=token_pairs,
 )
 def pix2struct_reads_the_width_for_the_head(fixed: bool) -> nn.Module:
-    """The width of the model stands in for the width of a key in the spread of queries and outputs."""
+    """The width of the model stands in for the width of a key in the spread of queries and
+    outputs.
+    """
     model = T5(gated=True, tied=False, model_type=None)
     t5_weights(model, key_width=24 if fixed else 64)
     draw(model, ("lm_head", normal(64**-0.5)))
@@ -254,7 +268,9 @@ def nielsen_spread_by_the_outputs(fixed: bool) -> nn.Module:
 
 @bug("transposed layout", blames=(r"blocks\.\d+\.w[12]",), probe=features)
 def lasagne_fan_of_a_transposed_layer(fixed: bool) -> nn.Module:
-    """He's init takes the second dimension for the inputs; a transposed layer is stored as (in, out)."""
+    """He's init takes the second dimension for the inputs; a transposed layer is stored as (in,
+    out).
+    """
     model = ResidualMLP(layers=LAYERS, transposed=True)
 
     def fill(weight: Tensor) -> object:
@@ -355,7 +371,9 @@ def torch_truncated_normal_outlier(fixed: bool) -> nn.Module:
     "wrong cut of a truncated normal", blames=(r"_proj|embed_tokens|lm_head",), allows=(r"layers",)
 )
 def torchtitan_truncated_normal_in_bfloat16(fixed: bool) -> nn.Module:
-    """The inverse of the error function is taken in bfloat16: one element in 250 falls to the lower bound."""
+    """The inverse of the error function is taken in bfloat16: one element in 250 falls to the lower
+    bound.
+    """
 
     def fill(weight: Tensor) -> object:
         low = torch.empty(weight.shape, dtype=torch.float32 if fixed else torch.bfloat16)
@@ -433,7 +451,9 @@ def torch_padding_row_overwritten(fixed: bool) -> nn.Module:
 # -- found in trackers after the rules were first written ----------
 @bug("wrong fan", blames=(r"blocks\.\d+\.w[12]",), probe=features)
 def paddlescience_default_by_the_outputs(fixed: bool) -> nn.Module:
-    """The default of torch is drawn with inputs and outputs exchanged, because layers are stored as (in, out)."""
+    """The default of torch is drawn with inputs and outputs exchanged, because layers are stored as
+    (in, out).
+    """
     model = ResidualMLP(layers=LAYERS, transposed=True)
     draw(model, (r"\.w[12]$", lambda weight: linear_default(weight.mT if fixed else weight)))
     return model
@@ -441,7 +461,9 @@ def paddlescience_default_by_the_outputs(fixed: bool) -> nn.Module:
 
 @bug("wrong gain", blames=(r"weight1", r"weight2"))
 def modalities_experts_by_root_three(fixed: bool) -> nn.Module:
-    """Grouped experts are meant to have the default of nn.Linear, and their bound is sqrt(3) times as large."""
+    """Grouped experts are meant to have the default of nn.Linear, and their bound is sqrt(3) times
+    as large.
+    """
     model = Llama(layers=LAYERS, feed_forward=GroupedExperts)
     factor = 1.0 if fixed else math.sqrt(3)
 
@@ -455,7 +477,9 @@ def modalities_experts_by_root_three(fixed: bool) -> nn.Module:
 
 @bug("lost depth scaling", blames=(r"layers\.[123]\.fc\d",))
 def marian_feed_forward_not_scaled_by_the_layer(fixed: bool) -> nn.Module:
-    """Xavier is divided by the root of the layer's number in attention; the feed-forward network ignores it."""
+    """Xavier is divided by the root of the layer's number in attention; the feed-forward network
+    ignores it.
+    """
     model = PostNormDecoder(layers=LAYERS)
     for index, layer in enumerate(model.layers):
         gain = (index + 1) ** -0.5
@@ -484,7 +508,9 @@ def mlverse_xavier_without_brackets(fixed: bool) -> nn.Module:
 
 @bug("wrong fan", blames=(r"mlp\.c_proj\.weight",))
 def olmo_small_init_by_the_inner_width(fixed: bool) -> nn.Module:
-    """The small init of the down-projection takes the width that it reads for the width of the model."""
+    """The small init of the down-projection takes the width that it reads for the width of the
+    model.
+    """
     width = 64
     model = GPT(layers=LAYERS, width=width, tied=False, bias=False)
     fan = width if fixed else 4 * width

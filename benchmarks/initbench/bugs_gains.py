@@ -54,7 +54,9 @@ def bert_gains_drawn_like_weights(fixed: bool) -> nn.Module:
 
 @bug("gains drawn like weights", blames=(r"layers.*layernorm\.weight",))
 def transformer_engine_gains_redrawn(fixed: bool) -> nn.Module:
-    """After the meta device, the gains that are fused with a linear layer get the draw of its weight."""
+    """After the meta device, the gains that are fused with a linear layer get the draw of its
+    weight.
+    """
     model = plain_llama()
     if not fixed:
         draw(model, (r"layernorm", normal(0.023)))
@@ -84,7 +86,9 @@ def timesfm_gains_at_zero(fixed: bool) -> nn.Module:
 
 @bug("gains at zero", blames=(r"^norm\.weight",))
 def torchtitan_final_gain_at_zero(fixed: bool) -> nn.Module:
-    """The last norm inherits the zero init of the centred norms, but its gain is the weight itself."""
+    """The last norm inherits the zero init of the centred norms, but its gain is the weight
+    itself.
+    """
     model = plain_llama(centred=True)
     model.norm.centred = False
     draw(model, (r"^norm\.weight", ones if fixed else zeros))
@@ -133,7 +137,9 @@ def mamba_weights(model: nn.Module) -> None:
 
 @bug("special init overwritten", blames=(r"dt_proj\.bias",), allows=(r"dt_proj\.weight",))
 def madlab_time_steps_overwritten(fixed: bool) -> nn.Module:
-    """The model's own init runs over the time steps: weights of 0.02 and zero biases, so every step is 0.69."""
+    """The model's own init runs over the time steps: weights of 0.02 and zero biases, so every step
+    is 0.69.
+    """
     model = Mamba(layers=LAYERS)
     mamba_weights(model)
     draw(model, (r"(in_proj|x_proj|out_proj)", normal(0.02)))
@@ -144,7 +150,9 @@ def madlab_time_steps_overwritten(fixed: bool) -> nn.Module:
 
 @bug("special init lost", blames=(r"dt_proj\.bias",))
 def mamba_time_steps_of_one(fixed: bool) -> nn.Module:
-    """The biases of the time steps are ones unless the outer model's init runs: every step is 1.3."""
+    """The biases of the time steps are ones unless the outer model's init runs: every step is
+    1.3.
+    """
     model = Mamba(layers=LAYERS)
     mamba_weights(model)
     if not fixed:
@@ -154,7 +162,9 @@ def mamba_time_steps_of_one(fixed: bool) -> nn.Module:
 
 @bug("zero init lost", blames=(r"blocks.*adaLN_modulation\.1\.weight",), probe=noisy_patches)
 def ddt_blocks_miss_the_zero_init(fixed: bool) -> nn.Module:
-    """Only the last layer's modulation is set to zero; the blocks' keeps the init of the other layers."""
+    """Only the last layer's modulation is set to zero; the blocks' keeps the init of the other
+    layers.
+    """
     model = DiT(layers=LAYERS)
     draw(model, ("bias", zeros), ("t_embedder", normal(0.02)), ("weight", xavier_uniform()))
     draw(model, (r"final_layer", zeros))
@@ -181,7 +191,9 @@ def adapted_gpt() -> GPT:
 
 @bug("adapter not zero", blames=(r"lora_B",))
 def fastvideo_adapter_starts_at_random(fixed: bool) -> nn.Module:
-    """Both factors of the low-rank addition are drawn, so the adapted model differs from its base at once."""
+    """Both factors of the low-rank addition are drawn, so the adapted model differs from its base
+    at once.
+    """
     model = adapted_gpt()
     if not fixed:
         draw(model, ("lora_B", linear_default))
@@ -199,7 +211,9 @@ def cosmos_adapter_zero_on_both_sides(fixed: bool) -> nn.Module:
 
 @bug("cloned layers", blames=(r"h\.[1-9]\..*lora_A",), allows=(r"lora_A",))
 def torchtune_adapters_cloned(fixed: bool) -> nn.Module:
-    """Layers are deep copies of one, adapters included, and no checkpoint overwrites the adapters."""
+    """Layers are deep copies of one, adapters included, and no checkpoint overwrites the
+    adapters.
+    """
     model = adapted_gpt()
     if not fixed:
         with torch.no_grad():

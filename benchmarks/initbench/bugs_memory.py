@@ -49,7 +49,9 @@ def chatglm_gains_never_written(fixed: bool) -> nn.Module:
 
 @bug("meta device never initialised", blames=(r"norm\.weight|layernorm\.weight",))
 def llmfoundry_norms_skipped_after_meta(fixed: bool) -> nn.Module:
-    """After the meta device the model's init knows linear layers and embeddings only; norms become NaN."""
+    """After the meta device the model's init knows linear layers and embeddings only; norms become
+    NaN.
+    """
     model = plain_llama()
     if not fixed:
         draw(model, ("norm", lambda gain: nn.init.constant_(gain, math.nan)))
@@ -139,7 +141,9 @@ def kgrec_query_matrix_never_written(fixed: bool) -> nn.Module:
 
 @bug("memory never written", blames=(r"gate\.bias",))
 def torchtitan_router_bias_never_written(fixed: bool) -> nn.Module:
-    """The init of the router draws its weight and leaves its bias, which deterministic mode fills with NaN."""
+    """The init of the router draws its weight and leaves its bias, which deterministic mode fills
+    with NaN.
+    """
     model = plain_llama(feed_forward=lambda: MixtureOfExperts(router_bias=True))
     if not fixed:
         draw(model, (r"gate\.bias", lambda bias: nn.init.constant_(bias, math.nan)))
@@ -148,7 +152,9 @@ def torchtitan_router_bias_never_written(fixed: bool) -> nn.Module:
 
 @bug("meta device never initialised", blames=(r".",), one_is_enough=True)
 def litgpt_model_never_initialised(fixed: bool) -> nn.Module:
-    """The model is built empty on one device and the init never runs: the loss stays at ln(vocabulary)."""
+    """The model is built empty on one device and the init never runs: the loss stays at
+    ln(vocabulary).
+    """
     model = plain_llama()
     if not fixed:
         draw(model, (r".", zeros))
@@ -167,7 +173,9 @@ def qwen_frequencies_read_empty_memory(fixed: bool) -> nn.Module:
 
 @bug("buffer erased", blames=(r"inv_freq",))
 def executorch_frequencies_zeroed(fixed: bool) -> nn.Module:
-    """Every buffer of the meta device becomes zero, rotary frequencies included: no position is rotated."""
+    """Every buffer of the meta device becomes zero, rotary frequencies included: no position is
+    rotated.
+    """
     model = plain_llama()
     if not fixed:
         model.rotary.inv_freq.zero_()
@@ -186,7 +194,9 @@ def olmo_norm_scale_erased(fixed: bool) -> nn.Module:
 
 @bug("low precision", blames=(r"inv_freq",))
 def automodel_frequencies_in_bfloat16(fixed: bool) -> nn.Module:
-    """A cast of the whole model rounds the rotary frequencies, and no later cast brings the digits back."""
+    """A cast of the whole model rounds the rotary frequencies, and no later cast brings the digits
+    back.
+    """
     model = plain_llama()
     if not fixed:
         model.rotary.inv_freq = model.rotary.inv_freq.bfloat16().float()
@@ -195,7 +205,9 @@ def automodel_frequencies_in_bfloat16(fixed: bool) -> nn.Module:
 
 @bug("low precision", blames=(r"A_log",))
 def qwen_decay_rates_of_minus_infinity(fixed: bool) -> nn.Module:
-    """Decay rates are drawn in bfloat16, where some draws round to zero and their logarithm is minus infinity."""
+    """Decay rates are drawn in bfloat16, where some draws round to zero and their logarithm is
+    minus infinity.
+    """
     model = Mamba(layers=LAYERS)
     draw(
         model,

@@ -1,4 +1,6 @@
-"""Bugs of structure: clones, lost ties, factors on the wrong operand, paths that carry no gradient."""
+"""Bugs of structure: clones, lost ties, factors on the wrong operand, paths that carry no
+gradient.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def plain_llama(**options: object) -> Llama:
     allows=(r"encoder\.layers",),
 )
 def torch_encoder_layers_are_clones(fixed: bool) -> nn.Module:
-    """`nn.TransformerEncoder` copies the layer that it is given, so all layers start from the same weights."""
+    """`nn.TransformerEncoder` copies the layer that it is given, so all layers start from the same
+    weights.
+    """
     return TorchEncoder(layers=LAYERS, redraw=fixed)
 
 
@@ -68,7 +72,9 @@ def internlm_shards_share_a_seed(fixed: bool) -> nn.Module:
     allows=(r"layers\.0|embed_tokens|lm_head",),
 )
 def torchtitan_every_draw_restarts(fixed: bool) -> nn.Module:
-    """The state of the generator is restored after each draw, so matrices of one shape are equal."""
+    """The state of the generator is restored after each draw, so matrices of one shape are
+    equal.
+    """
     model = plain_llama()
     if not fixed:
         with torch.no_grad():
@@ -82,7 +88,9 @@ def torchtitan_every_draw_restarts(fixed: bool) -> nn.Module:
 # -- ties ----------
 @bug("tie lost", blames=(r"lm_head",), allows=(r"embed_tokens",))
 def modalities_tie_lost_on_the_meta_device(fixed: bool) -> nn.Module:
-    """The config ties head and embedding, but leaving the meta device gives either a tensor of its own."""
+    """The config ties head and embedding, but leaving the meta device gives either a tensor of its
+    own.
+    """
     model = plain_llama(model_type="gpt", tied=True, config={"tie_word_embeddings": True})
     if not fixed:
         model.lm_head.weight = nn.Parameter(
@@ -93,7 +101,9 @@ def modalities_tie_lost_on_the_meta_device(fixed: bool) -> nn.Module:
 
 @bug("tie lost", blames=(r"lm_head",), allows=(r"embed_tokens",))
 def mistral_tie_flag_not_read(fixed: bool) -> nn.Module:
-    """The flag that ties the head stands in an inner config, and the outer one decides: the head is random."""
+    """The flag that ties the head stands in an inner config, and the outer one decides: the head is
+    random.
+    """
     model = plain_llama(model_type="mistral", tied=fixed, config={"tie_word_embeddings": True})
     return model
 
@@ -110,7 +120,9 @@ def labml_alpha_on_the_branch(fixed: bool) -> nn.Module:
 
 @bug("factor on the wrong operand", blames=(r"alpha_",), allows=(r"blocks",))
 def rezero_factor_on_the_shortcut(fixed: bool) -> nn.Module:
-    """The factor that starts at zero multiplies the shortcut in place of the branch: no stream is left."""
+    """The factor that starts at zero multiplies the shortcut in place of the branch: no stream is
+    left.
+    """
     model = ReZero(layers=LAYERS, on_shortcut=not fixed)
     draw(model, ("alpha", zeros), (r"bias", zeros), (r"(qkv|proj|fc\d)\.weight", xavier_normal()))
     return model

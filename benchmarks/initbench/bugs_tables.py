@@ -63,7 +63,8 @@ class TableDecoder(nn.Module):
     """Decoder whose positions come from one table.
 
     Args:
-        positions: "rotary" (tables of cosines and sines), "alibi" (slopes of the heads) or "sinusoid".
+        positions: "rotary" (tables of cosines and sines), "alibi" (slopes of the heads) or
+            "sinusoid".
         heads: number of heads.
     """
 
@@ -114,7 +115,9 @@ class TableDecoder(nn.Module):
 
 
 def slopes_of(heads: int) -> Tensor:
-    """Return the slopes of ALiBi: powers of 2^(-8/n), and for other counts every second one of twice as many."""
+    """Return the slopes of ALiBi: powers of 2^(-8/n), and for other counts every second one of
+    twice as many.
+    """
     nearest = 2 ** math.floor(math.log2(heads))
     slopes = [2 ** (-8 * (index + 1) / nearest) for index in range(nearest)]
     finer = [2 ** (-4 * (index + 1) / nearest) for index in range(2 * nearest)]
@@ -130,7 +133,9 @@ def sinusoids(length: int, width: int) -> Tensor:
 
 @bug("buffer erased", blames=(r"^cos$", r"^sin$"))
 def nanochat_tables_left_on_meta(fixed: bool) -> nn.Module:
-    """The tables of cosines and sines are computed on the meta device, and init_weights fills them no more."""
+    """The tables of cosines and sines are computed on the meta device, and init_weights fills them
+    no more.
+    """
     model = TableDecoder("rotary")
     if not fixed:
         leftover(20)(model.cos)
@@ -158,7 +163,9 @@ def mosaic_causal_mask_zeroed(fixed: bool) -> nn.Module:
 
 @bug("wrong table", blames=(r"alibi_slopes",))
 def aprender_slopes_start_at_one(fixed: bool) -> nn.Module:
-    """The exponent of the slopes counts heads from zero: 2^(-8 h / n), so that the first slope is one."""
+    """The exponent of the slopes counts heads from zero: 2^(-8 h / n), so that the first slope is
+    one.
+    """
     model = TableDecoder("alibi", heads=8)
     if not fixed:
         model.alibi_slopes.copy_(2.0 ** -torch.arange(8).float())
@@ -303,7 +310,9 @@ def plain_gpt(*, tied: bool, config_says: bool) -> GPT:
 
 @bug("tie denied", blames=(r"wte",), or_blames=(r"lm_head",), allows=(r"wte|lm_head",))
 def fms_config_denies_the_tie(fixed: bool) -> nn.Module:
-    """The wrapper's config says that head and embedding are two tensors, and the model inside ties them."""
+    """The wrapper's config says that head and embedding are two tensors, and the model inside ties
+    them.
+    """
     return plain_gpt(tied=True, config_says=fixed)
 
 
@@ -372,7 +381,9 @@ class ControlledBlock(nn.Module):
 
 
 class Controlled(nn.Module):
-    """Decoder of such blocks. `detached` names the operand of the addition that loses its gradient, or is empty."""
+    """Decoder of such blocks. `detached` names the operand of the addition that loses its gradient,
+    or is empty.
+    """
 
     def __init__(self, *, layers: int = 4, width: int = 64, detached: str = "") -> None:
         super().__init__()
@@ -412,5 +423,7 @@ def coca_branch_loses_its_gradient(fixed: bool) -> nn.Module:
 
 @bug("gradient cut off", blames=(), allows=(r"^h\.|^wte",), one_is_enough=True)
 def entrenar_shortcut_without_gradient(fixed: bool) -> nn.Module:
-    """The backward of the second addition forgets the shortcut: the gradient passes through branches alone."""
+    """The backward of the second addition forgets the shortcut: the gradient passes through
+    branches alone.
+    """
     return Controlled(layers=LAYERS, detached="" if fixed else "shortcut")

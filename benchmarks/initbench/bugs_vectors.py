@@ -52,7 +52,9 @@ def plain_gpt(**options: object) -> GPT:
 # -- gains ----------
 @bug("gains drawn at random", blames=(r"bn\d\.weight",), probe=images(8))
 def keras_batch_norm_gains_uniform(fixed: bool) -> nn.Module:
-    """The gains of batch norms are U(-0.05, 0.05), the uniform draw of the library's other weights."""
+    """The gains of batch norms are U(-0.05, 0.05), the uniform draw of the library's other
+    weights.
+    """
     model = ResNet(layers=LAYERS)
     if not fixed:
         draw(model, (r"bn\d\.weight", uniform(0.05)))
@@ -61,7 +63,9 @@ def keras_batch_norm_gains_uniform(fixed: bool) -> nn.Module:
 
 @bug("wrong size of a gain", blames=(r"norm\.g$",))
 def neox_scalenorm_of_one(fixed: bool) -> nn.Module:
-    """The length that every vector gets is one, where the paper starts from the root of the width."""
+    """The length that every vector gets is one, where the paper starts from the root of the
+    width.
+    """
     model = plain_llama(norm=lambda: ScaleNorm(WIDTH))
     if not fixed:
         draw(model, (r"norm\.g$", ones))
@@ -69,7 +73,12 @@ def neox_scalenorm_of_one(fixed: bool) -> nn.Module:
 
 
 # -- biases and rows ----------
-@bug("biases not zero", blames=(r"blocks.*conv\d?\.bias",), allows=(r"(stem|head)\.bias",), probe=images(8))
+@bug(
+    "biases not zero",
+    blames=(r"blocks.*conv\d?\.bias",),
+    allows=(r"(stem|head)\.bias",),
+    probe=images(8),
+)
 def dlwpt_biases_around_a_bound(fixed: bool) -> nn.Module:
     """Biases are drawn with the bound as std and its negative as mean, left from a uniform draw."""
     model = ConvNeXt(layers=LAYERS)
@@ -121,7 +130,9 @@ def olmo_core_shards_of_one_seed(fixed: bool) -> nn.Module:
 
 @bug("cloned layers", blames=(r"layers\.[23]\..*_proj",), allows=(r"layers\.1",))
 def modalities_pipeline_stages_of_one_seed(fixed: bool) -> nn.Module:
-    """Every stage of a pipeline starts from one seed; the first stage draws its embedding before its layer."""
+    """Every stage of a pipeline starts from one seed; the first stage draws its embedding before
+    its layer.
+    """
     model = plain_llama()
     if not fixed:
         parts: list[list[nn.Module]] = [[layer] for layer in model.layers]
@@ -162,7 +173,9 @@ def restarted(std: float) -> Draw:
 # -- memory that nothing wrote ----------
 @bug("memory never written", blames=(r"wpe\.weight", r"lm_head\.weight"))
 def clip_positions_and_projection_empty(fixed: bool) -> nn.Module:
-    """The learned positions and the last projection are `torch.empty` in a model that is trained from scratch."""
+    """The learned positions and the last projection are `torch.empty` in a model that is trained
+    from scratch.
+    """
     model = plain_gpt(tied=False)
     if not fixed:
         draw(model, (r"wpe|lm_head", leftover(21)))

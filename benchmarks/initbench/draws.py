@@ -19,7 +19,8 @@ def draw(model: nn.Module, *rules: Rule) -> None:
 
     Args:
         model: the model whose parameters are overwritten.
-        rules: pairs of a regular expression and a draw. A parameter that no rule matches keeps its value.
+        rules: pairs of a regular expression and a draw. A parameter that no rule matches keeps its
+            value.
     """
     for name, parameter in model.named_parameters():
         for pattern, fill in rules:
@@ -101,8 +102,8 @@ def bias_default(model: nn.Module) -> None:
 def leftover(seed: int, *, wide: bool = False) -> Draw:
     """Fill a tensor with what freed heap memory holds: zeros and 64-bit addresses, read as floats.
 
-    The upper half of an address reads as about 4.6e-41. The lower half reads as about 1e-22 if all addresses
-    are of one arena, and as anything if they are not.
+    The upper half of an address reads as about 4.6e-41. The lower half reads as about 1e-22 if all
+    addresses are of one arena, and as anything if they are not.
 
     Args:
         seed: of the addresses, so that a case is the same in every run.

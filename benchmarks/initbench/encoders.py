@@ -1,4 +1,6 @@
-"""Encoders and encoder-decoders: BERT, ViT, T5, post-norm stacks, and torch's own nn.Transformer."""
+"""Encoders and encoder-decoders: BERT, ViT, T5, post-norm stacks, and torch's own
+nn.Transformer.
+"""
 
 from __future__ import annotations
 
@@ -133,7 +135,9 @@ class ViTBlock(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision transformer on images of (3, 16, 16). Weights keep the defaults of torch; token and positions are zero."""
+    """Vision transformer on images of (3, 16, 16). Weights keep the defaults of torch; token and
+    positions are zero.
+    """
 
     def __init__(
         self,
@@ -224,7 +228,8 @@ class T5(nn.Module):
     Args:
         layers, width, heads, key_width, hidden, vocabulary: sizes; `layers` on either side.
         gated: whether the feed-forward network is gated, as in version 1.1.
-        tied: whether the head shares the embedding's weight; its output is then divided by sqrt(width).
+        tied: whether the head shares the embedding's weight; its output is then divided by
+            sqrt(width).
         model_type: the family that the model's config names.
     """
 
@@ -346,7 +351,9 @@ class PostNormDecoder(nn.Module):
 
 # -- torch's own ----------
 class TorchEncoder(nn.Module):
-    """`nn.TransformerEncoder` between an embedding and a head. Its layers are copies of one, as torch builds them."""
+    """`nn.TransformerEncoder` between an embedding and a head. Its layers are copies of one, as
+    torch builds them.
+    """
 
     def __init__(
         self,
@@ -433,7 +440,9 @@ class PooledEncoder(nn.Module):
 
 
 class RelativeEncoder(nn.Module):
-    """Encoder whose attention adds a learned content bias and position bias to the queries, as Transformer-XL does."""
+    """Encoder whose attention adds a learned content bias and position bias to the queries, as
+    Transformer-XL does.
+    """
 
     def __init__(
         self, *, layers: int = 4, width: int = 64, heads: int = 4, vocabulary: int = 256

@@ -13,11 +13,14 @@ import jacdiag
 from benchmarks.initbench.catalogue import Bug, Probe, Recipe
 from benchmarks.initbench.draws import names_of
 
-# Conditions of a paper on norms of sub-layers. A correct init may truly miss them (a Xavier init without a factor for
-# the depth has core norms beyond the first), so they are listed apart. They name sub-layers, never a tensor, so they
+# Conditions of a paper on norms of sub-layers. A correct init may truly miss them (a Xavier init
+# without a factor for
+# the depth has core norms beyond the first), so they are listed apart. They name sub-layers, never
+# a tensor, so they
 # are no part of what is located.
 PAPER = ("JD101", "JD102", "JD103")
-# These describe the stream and name places of it, never a tensor: no part of what is located either.
+# These describe the stream and name places of it, never a tensor: no part of what is located
+# either.
 STREAM = ("JD301", "JD302", "JD303", "JD304", "JD305")
 # These say that an audit is not complete. They say nothing about the init.
 INCOMPLETE = ("JD901", "JD902", "JD904")
@@ -168,8 +171,8 @@ def locate(
         allows: patterns of names that are neither right nor wrong.
 
     Returns:
-        Whether one answer is named in full and nothing else; what is missing and what is wrong for the
-        answer that comes closest.
+        Whether one answer is named in full and nothing else; what is missing and what is wrong for
+        the answer that comes closest.
     """
     named = sorted({name for remark in remarks for name in remark.named})
     results = []
@@ -188,8 +191,8 @@ def tensors_named(
 ) -> set[str]:
     """Return the wrong tensors that a name stands for.
 
-    A name is that of a tensor, of the module that owns it, or of an outer module all of whose tensors are
-    wrong. A `*` stands for the number of a layer.
+    A name is that of a tensor, of the module that owns it, or of an outer module all of whose
+    tensors are wrong. A `*` stands for the number of a layer.
     """
     expression = re.escape(name).replace(r"\*", r"\d+")
     inside = [tensor for tensor in names_of(model, ".") if re.match(rf"{expression}(\.|$)", tensor)]

@@ -46,7 +46,9 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """Diffusion transformer on patches of (batch, length, channels) and a time. Weights keep the defaults of torch."""
+    """Diffusion transformer on patches of (batch, length, channels) and a time. Weights keep the
+    defaults of torch.
+    """
 
     def __init__(
         self, *, layers: int = 4, width: int = 64, heads: int = 4, channels: int = 16
@@ -114,7 +116,9 @@ class MambaBlock(nn.Module):
 
 
 class Mamba(nn.Module):
-    """Mamba-like decoder. Weights keep the defaults of torch; the decay rates are those of the paper."""
+    """Mamba-like decoder. Weights keep the defaults of torch; the decay rates are those of the
+    paper.
+    """
 
     def __init__(
         self,
@@ -141,7 +145,9 @@ class Mamba(nn.Module):
 
 @torch.no_grad()
 def init_time_steps(model: nn.Module) -> None:
-    """Draw the time steps as the paper does: log-uniform in [0.001, 0.1], through the inverse of softplus."""
+    """Draw the time steps as the paper does: log-uniform in [0.001, 0.1], through the inverse of
+    softplus.
+    """
     for module in model.modules():
         if isinstance(module, Mixer):
             bound = module.rank**-0.5
@@ -238,7 +244,8 @@ class ResidualMLPBlock(nn.Module):
 
 
 class ResidualMLP(nn.Module):
-    """Residual stack of feed-forward networks on vectors of 32. The blocks' matrices are zero until they are drawn.
+    """Residual stack of feed-forward networks on vectors of 32. The blocks' matrices are zero until
+    they are drawn.
 
     Args:
         layers, width, hidden: sizes.
@@ -264,7 +271,9 @@ class ResidualMLP(nn.Module):
 
 
 class ReZeroBlock(nn.Module):
-    """ReZero: x + alpha f(x), with alpha zero at the start; `on_shortcut` multiplies x in place of f(x)."""
+    """ReZero: x + alpha f(x), with alpha zero at the start; `on_shortcut` multiplies x in place of
+    f(x).
+    """
 
     def __init__(self, width: int, heads: int, on_shortcut: bool) -> None:
         super().__init__()

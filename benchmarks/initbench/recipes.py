@@ -50,7 +50,9 @@ SMALL = math.sqrt(2 / (5 * WIDTH))
 
 
 def gpt(residual: float, rest: float, **options: object) -> GPT:
-    """Return a GPT whose output projections have one spread and whose other matrices have another."""
+    """Return a GPT whose output projections have one spread and whose other matrices have
+    another.
+    """
     model = GPT(layers=LAYERS, width=WIDTH, **options)  # type: ignore[arg-type]
     draw(
         model,

@@ -1,4 +1,6 @@
-"""Correct inits with computed tables, adapters and factors: rotary scalings, ALiBi, Mamba-2, LoRA."""
+"""Correct inits with computed tables, adapters and factors: rotary scalings, ALiBi, Mamba-2,
+LoRA.
+"""
 
 from __future__ import annotations
 

@@ -1,12 +1,13 @@
-"""InitBench: how many init bugs of public trackers are found and located, and how many correct inits are blamed.
+"""InitBench: how many init bugs of public trackers are found and located, and how many correct
+inits are blamed.
 
     python -m benchmarks.initbench.run [CASE ...]
 
 Each bug is rebuilt as a pair of models. A bug is found if the audit of the model with the bug has a
-finding at warning or above that the mended model has not. It is located if the findings name the right
-tensors and no other. A false alarm is a finding at warning or above on a mended model or on a published
-recipe. JD101 to JD103 are conditions of a paper that a correct init may truly miss, and JD901, JD902 and
-JD904 say that an audit is not complete: these are counted apart.
+finding at warning or above that the mended model has not. It is located if the findings name the
+right tensors and no other. A false alarm is a finding at warning or above on a mended model or on a
+published recipe. JD101 to JD103 are conditions of a paper that a correct init may truly miss, and
+JD901, JD902 and JD904 say that an audit is not complete: these are counted apart.
 
 Without names it writes results/initbench.json and results/initbench.md.
 """
@@ -120,7 +121,8 @@ def summary(bugs: list[BugOutcome], recipes: list[RecipeOutcome]) -> dict[str, A
 def print_summary(result: dict[str, Any]) -> None:
     """Print the three numbers of the benchmark."""
     print(
-        f"found {result['found']} of {result['bugs']}, located {result['located']} of {result['bugs']}"
+        f"found {result['found']} of {result['bugs']}, located {result['located']} of "
+        f"{result['bugs']}"
     )
     print(
         f"false alarms: {result['recipes_alarmed']} of {result['recipes']} published recipes, "
@@ -155,22 +157,29 @@ def page_of(result: dict[str, Any], bugs: list[BugOutcome], recipes: list[Recipe
     lines = [
         "# InitBench",
         "",
-        "Init bugs of public trackers, each rebuilt as a pair of small models, and correct inits of published",
+        "Init bugs of public trackers, each rebuilt as a pair of small models, and correct inits "
+        "of published",
         "recipes. The audit runs with its default options on a model that was just built.",
         "",
         "| | count | of |",
         "|---|---|---|",
         f"| bugs found | {result['found']} | {result['bugs']} |",
-        f"| bugs located: the right tensors and no other | {result['located']} | {result['bugs']} |",
-        f"| false alarms on published recipes | {result['recipes_alarmed']} | {result['recipes']} |",
+        f"| bugs located: the right tensors and no other | {result['located']} | {result['bugs']} "
+        "|",
+        f"| false alarms on published recipes | {result['recipes_alarmed']} | {result['recipes']} "
+        "|",
         f"| false alarms on mended models | {result['mended_alarmed']} | {result['bugs']} |",
         "",
-        "JD101 to JD103 are a paper's conditions on norms of sub-layers. A correct init may truly miss them, so",
-        "they are no false alarm here. JD901, JD902 and JD904 say that an audit is not complete. Correct models",
+        "JD101 to JD103 are a paper's conditions on norms of sub-layers. A correct init may truly "
+        "miss them, so",
+        "they are no false alarm here. JD901, JD902 and JD904 say that an audit is not complete. "
+        "Correct models",
         f"with these codes: {counts_of(result)}.",
         "",
-        "The models have 3 to 4 layers and a width of 64. The size of a bug is that of its source: a factor that",
-        "the source states, or the default that was left in place. No size was chosen by what the audit can see.",
+        "The models have 3 to 4 layers and a width of 64. The size of a bug is that of its "
+        "source: a factor that",
+        "the source states, or the default that was left in place. No size was chosen by what the "
+        "audit can see.",
         "",
         "## Bugs",
         "",
@@ -180,7 +189,8 @@ def page_of(result: dict[str, Any], bugs: list[BugOutcome], recipes: list[Recipe
     for outcome in bugs:
         verdicts = f"{mark(outcome.found)} | {mark(outcome.located)}"
         lines.append(
-            f"| {outcome.name} | {outcome.kind} | {verdicts} | {link_to(BUGS[outcome.name].source.url)} |"
+            f"| {outcome.name} | {outcome.kind} | {verdicts} | "
+            f"{link_to(BUGS[outcome.name].source.url)} |"
         )
     lines += [
         "",

@@ -1,1 +1,3 @@
-"""The command line of jacdiag, one file per command: options in, library call, renderer out, exit code."""
+"""The command line of jacdiag, one file per command: options in, library call, renderer out, exit
+code.
+"""

@@ -2,6 +2,6 @@
 
 import sys
 
-from jacdiag_cli.app import main
+from jacdiag_cli.main import main
 
 sys.exit(main())

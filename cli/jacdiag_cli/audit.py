@@ -26,18 +26,36 @@ from jacdiag_cli.options import (
     confidences,
     remedies,
 )
-from jacdiag_cli.output import Invocation, console, emit, guest_talk, say, show
-from jacdiag_cli.outputs import any_on_stdout, plan_outputs, say_written, write_data
+from jacdiag_cli.output_files import any_on_stdout, plan_outputs, say_written, write_data
 from jacdiag_cli.progress import bar
+from jacdiag_cli.streams import Invocation, console, emit, guest_talk, say, show
 
 if TYPE_CHECKING:
-    from jacdiag.render.letters import Form
-    from jacdiag.report import Report
+    from jacdiag.records import Report
+    from jacdiag.render.ascii_symbols import Form
 
 _ASKED = (
-    "model", "model_args", "key", "trust_pickle", "tokens", "batch", "seq", "seed", "device", "dtype", "tol",
-    "decide", "max_products", "probes", "state", "lr", "warmup", "clip", "beta2", "risk",
-)  # fmt: skip
+    "model",
+    "model_args",
+    "key",
+    "trust_pickle",
+    "tokens",
+    "batch",
+    "seq",
+    "seed",
+    "device",
+    "dtype",
+    "tol",
+    "decide",
+    "max_products",
+    "probes",
+    "state",
+    "lr",
+    "warmup",
+    "clip",
+    "beta2",
+    "risk",
+)
 
 
 @click.command(cls=Configured)
@@ -49,12 +67,14 @@ def audit(invocation: Invocation, source: str, **given: Any) -> int:
     SOURCE is a checkpoint (.pt .pth .bin .ckpt .safetensors), a Hugging Face folder, a factory
     (package.module:callable or file.py:callable), or hf:CONFIG for a fresh model of that config.
 
-    The exit code is 0, 1 (findings at or above --fail-on) or 2 (cannot run). The verdict "unknown" exits 0; at init it
-    comes with a warning, which --fail-on warning makes 1. A trained model without --against is at best "observed", and
-    exits 0: its norms alone do not tell a good run from a wrecked one.
+    The exit code is 0, 1 (findings at or above --fail-on) or 2 (cannot run). The verdict "unknown"
+    exits 0; at init it comes with a warning, which --fail-on warning makes 1. A trained model
+    without --against is at best "observed", and exits 0: its norms alone do not tell a good run
+    from a wrecked one.
 
-    Of the output files, - is stdout: the table then goes to stderr, and a second output for stdout is refused. A file
-    is replaced whole or not at all; links are followed; devices and pipes are written through.
+    Of the output files, - is stdout: the table then goes to stderr, and a second output for stdout
+    is refused. A file is replaced whole or not at all; links are followed; devices and pipes are
+    written through.
 
     \b
     Examples:
@@ -63,7 +83,8 @@ def audit(invocation: Invocation, source: str, **given: Any) -> int:
       jacdiag audit weights.safetensors --model build.py:model --tokens text.txt
       jacdiag audit step-20000.pt --against step-10000.pt --tokens text.txt
       jacdiag audit step-4200.pt --replay runs/a/flight-4210              (was it the batch?)
-      torchrun --nproc-per-node 2 -m jacdiag_cli audit checkpoint.pt      (shared out over processes)
+      torchrun --nproc-per-node 2 -m jacdiag_cli audit checkpoint.pt      (shared out over
+      processes)
     """
     files = output_files(source, given) if invocation.heard else {}
     _check_probe(given)
@@ -72,7 +93,7 @@ def audit(invocation: Invocation, source: str, **given: Any) -> int:
     check_rules(profile, given["risk"])
     warn_of_trust(given["trust_pickle"])
     with guest_talk(), bar("reading the model", invocation.heed) as progress:
-        from jacdiag.auditing import audit as run
+        from jacdiag.pipeline.audit import audit as run
 
         invocation.heed()
         report = run(
@@ -100,7 +121,13 @@ def audit(invocation: Invocation, source: str, **given: Any) -> int:
         told = _replayed(told, given["replay"])
     if invocation.heard:
         write_files(told, files)
-        _show(told, given["output_format"], given["all_rows"], given["sort"], aside=any_on_stdout(files))
+        _show(
+            told,
+            given["output_format"],
+            given["all_rows"],
+            given["sort"],
+            aside=any_on_stdout(files),
+        )
     return _exit_code(told, profile.fail_on)
 
 
@@ -113,10 +140,12 @@ def _check_probe(given: dict[str, Any]) -> None:
 
 
 def _kept_batch(folder: str | None) -> Any:
-    """The batch of a flight recorder; as many of its sequences as --batch says, all of them if it says nothing."""
+    """The batch of a flight recorder; as many of its sequences as --batch says, all of them if it
+    says nothing.
+    """
     if folder is None:
         return None
-    from jacdiag.watching.recorder import read_batch
+    from jacdiag.monitor.log.flight_recorder import read_batch
 
     context = click.get_current_context()
     given = context.get_parameter_source("batch") is click.core.ParameterSource.COMMANDLINE
@@ -124,8 +153,10 @@ def _kept_batch(folder: str | None) -> Any:
 
 
 def _replayed(report: Report, folder: str) -> Report:
-    """The report with where its batch is from: the step, and whether that is the one the folder is about."""
-    from jacdiag.watching.recorder import told_of
+    """The report with where its batch is from: the step, and whether that is the one the folder is
+    about.
+    """
+    from jacdiag.monitor.log.flight_recorder import told_of
 
     about = told_of(folder)
     settings = {**report.settings, "replayed": {"folder": folder, **about}}
@@ -133,8 +164,10 @@ def _replayed(report: Report, folder: str) -> Report:
     notes = list(report.notes)
     if None not in (at, of) and at != of:
         notes.append(
-            f"the batch is of step {of}, not of step {at} that {Path(folder).name} is about: keep_batches of "
-            "jacdiag.watch did not reach back (log_every of it do, 10 by default, times the micro-batches of a step)"
+            f"the batch is of step {of}, not of step {at} that {Path(folder).name} is about: "
+            "keep_batches of "
+            "jacdiag.watch did not reach back (log_every of it do, 10 by default, times the "
+            "micro-batches of a step)"
         )
     return dataclasses.replace(report, settings=settings, notes=notes)
 
@@ -144,10 +177,12 @@ def flat(groups: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
 
 
 def check_rules(profile: Profile, risk: str | None) -> None:
-    """Refuses levels, thresholds and curves without meaning here, rather than when everything has been measured."""
-    from jacdiag.report.thresholds import load_thresholds
+    """Refuses levels, thresholds and curves without meaning here, rather than when everything has
+    been measured.
+    """
     from jacdiag.rules import RULES
     from jacdiag.rules.profile import profile_of
+    from jacdiag.rules.thresholds import load_thresholds
 
     profile_of(profile.levels, tuple(rule.code for rule in RULES))
     load_thresholds(profile.thresholds, risk)
@@ -179,7 +214,7 @@ def output_files(source: str, given: dict[str, Any], **others: str | None) -> di
         inputs.append(("what --baseline reads", given["baseline"]))
     files = plan_outputs(named, inputs=inputs, output_format=given["output_format"])
     if "--plot" in files:
-        from jacdiag.render.plot import check_suffix
+        from jacdiag.render.plots.report_plot import check_suffix
 
         check_suffix(files["--plot"])
     if "--patch" in files:
@@ -188,12 +223,15 @@ def output_files(source: str, given: dict[str, Any], **others: str | None) -> di
 
 
 def _check_markdown(path: str) -> None:
-    from jacdiag.render.files import is_streamed
+    from jacdiag.records.output_file import is_streamed
 
     suffix = Path(path).suffix
     if suffix.lower() != ".md" and not is_streamed(path):
-        raise UsageError(f"cannot write remedies to '{path}'", got=f"suffix '{suffix}'",
-                         hint="they are Markdown: end it in .md")  # fmt: skip
+        raise UsageError(
+            f"cannot write remedies to '{path}'",
+            got=f"suffix '{suffix}'",
+            hint="they are Markdown: end it in .md",
+        )
 
 
 def write_files(report: Report, files: dict[str, str]) -> None:
@@ -201,12 +239,12 @@ def write_files(report: Report, files: dict[str, str]) -> None:
     if "--json" in files:
         write_data(files["--json"], (report.to_json() + "\n").encode())
     if "--plot" in files:
-        from jacdiag.render import plot
+        from jacdiag.render.plots import report_plot as plot
 
         plot.save(report, files["--plot"])
         say_written(files["--plot"])
     if "--patch" in files:
-        from jacdiag.render.remedies import document
+        from jacdiag.render.terminal.remedies import document
 
         write_data(files["--patch"], document(report).encode())
 
@@ -221,7 +259,7 @@ def _show(report: Report, output_format: str, all_rows: bool, sort: str, *, asid
         aside: stdout is taken by an output file: the table goes to stderr.
     """
     if output_format == "pretty":
-        from jacdiag.render.table import print_report
+        from jacdiag.render.terminal.table import print_report
 
         terminal = console(stderr=aside)
         with terminal.capture() as held:
@@ -229,12 +267,12 @@ def _show(report: Report, output_format: str, all_rows: bool, sort: str, *, asid
         show(held.get(), aside=aside)
         return
     if output_format == "markdown":
-        from jacdiag.render.markdown import render
+        from jacdiag.render.formats.markdown import render
 
         emit(render(report, all_rows=all_rows, sort=sort), "markdown")
     else:
         emit(machine_text(report, output_format), form_of(output_format))
-    from jacdiag.render.words import headline
+    from jacdiag.render.terminal.sentences import headline
 
     say(f"{report.verdict}: {headline(report)}")
 
@@ -282,6 +320,8 @@ def contract_given(path: str | None) -> dict[str, Any] | None:
 
 
 def _exit_code(report: Report, fail_on: str) -> int:
-    from jacdiag.render.marks import at_least
+    from jacdiag.render.terminal.severity import at_least
 
-    return int(fail_on != "never" and any(at_least(finding.level, fail_on) for finding in report.findings))
+    return int(
+        fail_on != "never" and any(at_least(finding.level, fail_on) for finding in report.findings)
+    )

@@ -6,8 +6,8 @@ import textwrap
 
 import click
 
-from jacdiag_cli.output import emit, room
 from jacdiag_cli.rules import applies_to
+from jacdiag_cli.streams import emit, room
 
 _WIDEST = 96
 
@@ -15,7 +15,8 @@ _WIDEST = 96
 @click.command(short_help="Explains a rule: what, why, an example, a remedy.")
 @click.argument("code")
 def explain(code: str) -> None:
-    """Explains a rule: what it looks at, why that matters (with the equation), an example, a remedy.
+    """Explains a rule: what it looks at, why that matters (with the equation), an example, a
+    remedy.
 
     \b
     Example:
@@ -27,7 +28,11 @@ def explain(code: str) -> None:
     parts = [
         f"{found.code} {found.name}  (at most {found.level}; {applies_to(found)})",
         _wrapped(found.summary, ""),
-        *(f"{title}\n{_wrapped(text, '  ', title != 'Example')}" for title, text in _sections(found) if text.strip()),
+        *(
+            f"{title}\n{_wrapped(text, '  ', title != 'Example')}"
+            for title, text in _sections(found)
+            if text.strip()
+        ),
     ]
     emit("\n\n".join(parts) + "\n")
 
@@ -38,7 +43,9 @@ def _sections(found: object) -> list[tuple[str, str]]:
 
 
 def _wrapped(text: str, indent: str, prose: bool = True) -> str:
-    """Wraps paragraphs to the terminal; code, and a paragraph with an indented line (an equation), stay as they are."""
+    """Wraps paragraphs to the terminal; code, and a paragraph with an indented line (an equation),
+    stay as they are.
+    """
     width = min(room() or _WIDEST, _WIDEST)
     paragraphs = []
     for paragraph in textwrap.dedent(text).strip("\n").split("\n\n"):
@@ -46,6 +53,14 @@ def _wrapped(text: str, indent: str, prose: bool = True) -> str:
         if not prose or any(line.startswith(" ") for line in lines):
             paragraphs.append("\n".join(indent + line if line else "" for line in lines))
         else:
-            paragraphs.append(textwrap.fill(paragraph, width, initial_indent=indent, subsequent_indent=indent,
-                                            break_on_hyphens=False, break_long_words=False))  # fmt: skip
+            paragraphs.append(
+                textwrap.fill(
+                    paragraph,
+                    width,
+                    initial_indent=indent,
+                    subsequent_indent=indent,
+                    break_on_hyphens=False,
+                    break_long_words=False,
+                )
+            )
     return "\n\n".join(paragraphs)

@@ -33,32 +33,63 @@ from jacdiag_cli.options import (
     confidences,
     remedies,
 )
-from jacdiag_cli.output import Invocation, emit, guest_talk, say, show
-from jacdiag_cli.outputs import any_on_stdout, say_written
+from jacdiag_cli.output_files import any_on_stdout, say_written
 from jacdiag_cli.progress import bar
+from jacdiag_cli.streams import Invocation, emit, guest_talk, say, show
 
 if TYPE_CHECKING:
-    from jacdiag.report import Report
+    from jacdiag.records import Report
 
 _PASSED_ON = (
-    "model", "model_args", "key", "trust_pickle", "tokens", "batch", "seq", "seed", "device", "dtype", "tol",
+    "model",
+    "model_args",
+    "key",
+    "trust_pickle",
+    "tokens",
+    "batch",
+    "seq",
+    "seed",
+    "device",
+    "dtype",
+    "tol",
     "decide",
-    "max_products", "state", "lr", "warmup", "clip", "beta2", "risk", "seeds", "budget", "remedies",
-)  # fmt: skip
+    "max_products",
+    "state",
+    "lr",
+    "warmup",
+    "clip",
+    "beta2",
+    "risk",
+    "seeds",
+    "budget",
+    "remedies",
+)
 
 
-@click.command(cls=Configured, short_help="Decides whether a fresh model may pass: exit 0, 1, 2 or 3.")
-@add(SOURCE, PROBE, [*SOLVER[:2], DECIDING, *SOLVER[3:]], TOGETHER, JUDGEMENT, GATE, remedies("none"), OUTPUT)
+@click.command(
+    cls=Configured, short_help="Decides whether a fresh model may pass: exit 0, 1, 2 or 3."
+)
+@add(
+    SOURCE,
+    PROBE,
+    [*SOLVER[:2], DECIDING, *SOLVER[3:]],
+    TOGETHER,
+    JUDGEMENT,
+    GATE,
+    remedies("none"),
+    OUTPUT,
+)
 @click.pass_obj
 def gate(invocation: Invocation, source: str, **given: Any) -> int:
     """Audits a freshly initialised model over several seeds, and decides whether it may pass.
 
-    SOURCE is as for `jacdiag audit`; a factory or hf:CONFIG is built anew for each seed. The exit code is 0 (passed), 1
-    (findings at or above --fail-on), 2 (cannot run) or 3 (nothing fired, but a rule stayed undecided, no rule applied,
-    or the budget ran out). A trained model without --baseline is observed, and exits with 0.
+    SOURCE is as for `jacdiag audit`; a factory or hf:CONFIG is built anew for each seed. The exit
+    code is 0 (passed), 1 (findings at or above --fail-on), 2 (cannot run) or 3 (nothing fired, but
+    a rule stayed undecided, no rule applied, or the budget ran out). A trained model without
+    --baseline is observed, and exits with 0.
 
-    An init contract is pinned in pyproject.toml or jacdiag.toml, by role or by name pattern; formulas may use N, d, V,
-    fan_in, fan_out and l:
+    An init contract is pinned in pyproject.toml or jacdiag.toml, by role or by name pattern;
+    formulas may use N, d, V, fan_in, fan_out and l:
 
     \b
       [tool.jacdiag.contract]
@@ -75,8 +106,11 @@ def gate(invocation: Invocation, source: str, **given: Any) -> int:
     confidence = confidences(click.get_current_context())
     config = current()
     if given["trust_pickle"] and _in_ci() and not config.allow_trust_pickle:
-        raise UsageError("--trust-pickle is refused in CI", got=f"CI={os.environ['CI']}",
-                         hint="allow-trust-pickle = true in [tool.jacdiag], reviewed like code")  # fmt: skip
+        raise UsageError(
+            "--trust-pickle is refused in CI",
+            got=f"CI={os.environ['CI']}",
+            hint="allow-trust-pickle = true in [tool.jacdiag], reviewed like code",
+        )
     write = given["baseline"] if given["write_baseline"] else None
     files = output_files(source, given, **({"baseline": write} if write is not None else {}))
     profile = resolve_profile(click.get_current_context(), config)
@@ -127,13 +161,13 @@ def _in_ci() -> bool:
 
 def _show(report: Report, output_format: str, *, aside: bool) -> None:
     """The result to stdout; beside a machine's format, the gate's own screen to stderr."""
-    from jacdiag.render.gate import render
+    from jacdiag.render.terminal.gate import render
 
     if output_format == "pretty":
         show(render(report), aside=aside)
         return
     if output_format == "markdown":
-        from jacdiag.render.comment import render as comment
+        from jacdiag.render.formats.pr_comment import render as comment
 
         emit(comment(report), "markdown")
     else:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jacdiag.errors import SourceError
-from jacdiag_cli.output import Invocation, console, emit, interrupted
+from jacdiag_cli.streams import Invocation, console, emit, interrupted
 
 if TYPE_CHECKING:
-    from jacdiag.report.run_state import RunState
-    from jacdiag.report.runlog import RunLog
+    from jacdiag.records.run_log import RunLog
+    from jacdiag.records.run_state import RunState
 
 _FRAME = 24  # lines of a frame that goes to a pipe
 _LEAST_PAUSE = 10  # times what the last frame took
@@ -22,22 +22,36 @@ _LEAST_PAUSE = 10  # times what the last frame took
 
 @click.command(short_help="Follows a run on a screen: loss, gradient norm, gains, alerts.")
 @click.argument("run")
-@click.option("--once", is_flag=True, help="Print one frame and leave; so it is where stdout is no terminal.")
-@click.option("--refresh", type=click.FloatRange(0.1, 60), default=1.0, show_default=True, help="Seconds per frame.")
-@click.option("--lines", type=click.IntRange(12, 500), help="Height of a frame; that of the terminal if not given.")
+@click.option(
+    "--once", is_flag=True, help="Print one frame and leave; so it is where stdout is no terminal."
+)
+@click.option(
+    "--refresh",
+    type=click.FloatRange(0.1, 60),
+    default=1.0,
+    show_default=True,
+    help="Seconds per frame.",
+)
+@click.option(
+    "--lines",
+    type=click.IntRange(12, 500),
+    help="Height of a frame; that of the terminal if not given.",
+)
 @click.pass_obj
 def live(invocation: Invocation, run: str, once: bool, refresh: float, lines: int | None) -> int:
-    """Follows the log of a run that `jacdiag.watch` writes. RUN is a run.jsonl, or the folder that holds one.
+    """Follows the log of a run that `jacdiag.watch` writes. RUN is a run.jsonl, or the folder that
+    holds one.
 
-    Only reads: the run goes on whether anybody looks or not. Works over ssh, in 80 x 24. The last line says whether the
-    run goes on, is slow, has ended, or is dead: the process is looked for if it runs on this machine.
+    Only reads: the run goes on whether anybody looks or not. Works over ssh, in 80 x 24. The last
+    line says whether the run goes on, is slow, has ended, or is dead: the process is looked for if
+    it runs on this machine.
 
     \b
     Example:
       jacdiag live runs/a
     """
-    from jacdiag.render.live import screen
-    from jacdiag.report.runlog import RUN_FILE
+    from jacdiag.records.run_log import RUN_FILE
+    from jacdiag.render.terminal.run_screen import screen
 
     path = Path(run) / RUN_FILE if Path(run).is_dir() else Path(run)
     follower = Follower(path)
@@ -52,7 +66,7 @@ def live(invocation: Invocation, run: str, once: bool, refresh: float, lines: in
         return 0
     from rich.live import Live
 
-    from jacdiag.render.gain_cells import GainCells
+    from jacdiag.render.terminal.gain_cells import GainCells
 
     cells = GainCells()
 
@@ -65,13 +79,15 @@ def live(invocation: Invocation, run: str, once: bool, refresh: float, lines: in
         with Live(frame(), console=terminal, screen=True, auto_refresh=False) as view:
             spent = 0.0
             while True:
-                time.sleep(max(refresh, _LEAST_PAUSE * spent))  # a long log must not take a core from the training
+                # a long log must not take a core from the training
+                time.sleep(max(refresh, _LEAST_PAUSE * spent))
                 invocation.heed()
                 begun = time.monotonic()
                 state = follower.follow()
                 view.update(frame(), refresh=True)
                 spent = time.monotonic() - begun
-    except KeyboardInterrupt:  # how the screen says that one leaves: the code of Ctrl-C, and no error
+    # how the screen says that one leaves: the code of Ctrl-C, and no error
+    except KeyboardInterrupt:
         return interrupted()
 
 
@@ -79,14 +95,14 @@ class Follower:
     """Reads what a log has grown by; only whole lines are taken."""
 
     def __init__(self, path: Path) -> None:
-        from jacdiag.report.runlog import read_run
+        from jacdiag.records.run_log import read_run
 
         self.path, self.offset = path, 0
         self.run: RunLog = type(read_run(path, light=True))()
 
     def read(self) -> None:
         """Raises SourceError where the log has gone."""
-        from jacdiag.report.runlog import WHERE_LOGS_ARE, lightened, parsed
+        from jacdiag.records.run_log import WHERE_LOGS_ARE, lightened, parsed
 
         try:
             with self.path.open("rb") as file:
@@ -102,9 +118,11 @@ class Follower:
             self.run.add(lightened(row, self.run))
 
     def follow(self) -> RunState | None:
-        """Read on, and return the state of the run; None if there is no sign of life beside the log."""
-        from jacdiag.report.heartbeat import is_alive, read_heartbeat
-        from jacdiag.report.run_state import state_of_run
+        """Read on, and return the state of the run; None if there is no sign of life beside the
+        log.
+        """
+        from jacdiag.records.heartbeat import is_alive, read_heartbeat
+        from jacdiag.records.run_state import state_of_run
 
         # The process first, then the log: a process that has ended wrote its last line before.
         beat = read_heartbeat(self.path.parent)

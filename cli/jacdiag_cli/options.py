@@ -18,7 +18,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Number(click.FloatRange):
     """A finite number in a range: click's own lets nan through."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
         number: float = super().convert(value, param, ctx)
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number.", param, ctx)
@@ -30,7 +32,9 @@ class JsonObject(click.ParamType):
 
     name = "json"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> dict[str, Any]:
         if isinstance(value, dict):
             return value
         try:
@@ -58,7 +62,9 @@ class Codes(click.ParamType):
 
     name = "codes"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
         from jacdiag.rules import RULES
 
         codes = tuple(code.strip().upper() for code in str(value).split(",") if code.strip())
@@ -77,29 +83,55 @@ SOURCE = [
     click.option(
         "--model",
         metavar="FACTORY",
-        help="Builds the module that the weights of a file or a folder belong to; hf:CONFIG builds it from a config. "
+        help="Builds the module that the weights of a file or a folder belong to; hf:CONFIG "
+        "builds it from a config. "
         "A factory that loads its own weights is a SOURCE itself, with --state trained.",
     ),
     click.option(
         "--model-args",
         type=JsonObject(),
         metavar="JSON",
-        help="Keyword arguments for the factory, or fields of the config of a Hugging Face folder or of hf:CONFIG.",
+        help=(
+            "Keyword arguments for the factory, or fields of the config of a Hugging Face folder "
+            "or of hf:CONFIG."
+        ),
     ),
-    click.option("--key", metavar="NAME", help="Which weights to read, if a file holds several sets: ema, model.net."),
-    click.option("--trust-pickle", is_flag=True, help="Let a file whose pickle holds more than tensors run code."),
+    click.option(
+        "--key",
+        metavar="NAME",
+        help="Which weights to read, if a file holds several sets: ema, model.net.",
+    ),
+    click.option(
+        "--trust-pickle",
+        is_flag=True,
+        help="Let a file whose pickle holds more than tensors run code.",
+    ),
 ]
 PROBE = [
     click.option(
         "--tokens",
         metavar="FILE",
-        help="Probe tokens (.npy, .bin in uint16, .pt), or text (.txt, .md, .jsonl) for the tokenizer in the model's "
+        help="Probe tokens (.npy, .bin in uint16, .pt), or text (.txt, .md, .jsonl) for the "
+        "tokenizer in the model's "
         "folder; without one, bytes are ids for a vocabulary of bytes.",
     ),
-    click.option("--inputs", metavar="FACTORY", help="Builds the probe input of a model that takes no token ids."),
-    click.option("--batch", type=click.IntRange(1), default=2, show_default=True, help="Sequences of the probe."),
     click.option(
-        "--seq", type=click.IntRange(1), show_default="128, or what the model allows", help="Tokens per sequence."
+        "--inputs",
+        metavar="FACTORY",
+        help="Builds the probe input of a model that takes no token ids.",
+    ),
+    click.option(
+        "--batch",
+        type=click.IntRange(1),
+        default=2,
+        show_default=True,
+        help="Sequences of the probe.",
+    ),
+    click.option(
+        "--seq",
+        type=click.IntRange(1),
+        show_default="128, or what the model allows",
+        help="Tokens per sequence.",
     ),
     click.option(
         "--seed",
@@ -108,7 +140,12 @@ PROBE = [
         show_default=True,
         help="Of the probe and the solver.",
     ),
-    click.option("--device", type=Device(), show_default="cuda if there, else cpu", help="Where products run."),
+    click.option(
+        "--device",
+        type=Device(),
+        show_default="cuda if there, else cpu",
+        help="Where products run.",
+    ),
     click.option(
         "--dtype",
         type=click.Choice(["float32", "float64"]),
@@ -121,13 +158,18 @@ REPLAY = [
     click.option(
         "--replay",
         metavar="DIR",
-        help="Probe with the batch that a flight recorder kept (flight-STEP), and run all batches that it kept: was it "
+        help="Probe with the batch that a flight recorder kept (flight-STEP), and run all batches "
+        "that it kept: was it "
         "the batch, or the weights?",
     ),
 ]
 SOLVER = [
     click.option(
-        "--tol", type=Number(**_ABOVE_0), default=0.05, show_default=True, help="Relative width asked of an interval."
+        "--tol",
+        type=Number(**_ABOVE_0),
+        default=0.05,
+        show_default=True,
+        help="Relative width asked of an interval.",
     ),
     click.option(
         "--confidence",
@@ -136,7 +178,11 @@ SOLVER = [
         show_default=True,
         help="Probability with which each interval holds, taken for itself.",
     ),
-    click.option("--decide/--no-decide", default=False, help="Stop each sub-layer as soon as its rules are decided."),
+    click.option(
+        "--decide/--no-decide",
+        default=False,
+        help="Stop each sub-layer as soon as its rules are decided.",
+    ),
     click.option(
         "--max-products",
         type=click.IntRange(4),
@@ -149,8 +195,10 @@ TOGETHER = [
     click.option(
         "--confidence-all",
         type=Number(**_SHARE),
-        help="Probability with which all intervals of the report hold together, in place of --confidence. The chance "
-        "of a miss is divided by the number of intervals (Bonferroni), so that each takes more products.",
+        help="Probability with which all intervals of the report hold together, in place of "
+        "--confidence. The chance "
+        "of a miss is divided by the number of intervals (Bonferroni), so that each takes more "
+        "products.",
     ),
 ]
 PROBES = [
@@ -159,8 +207,10 @@ PROBES = [
         type=click.IntRange(1),
         default=1,
         show_default=True,
-        help="Repeat the audit on this many probes, other random tokens or the next parts of --tokens, and report the "
-        "smallest and largest estimate of each norm. Each probe costs one more audit. Findings and verdict are those "
+        help="Repeat the audit on this many probes, other random tokens or the next parts of "
+        "--tokens, and report the "
+        "smallest and largest estimate of each norm. Each probe costs one more audit. Findings "
+        "and verdict are those "
         "of the first.",
     ),
 ]
@@ -169,23 +219,36 @@ JUDGEMENT = [
         "--state",
         type=click.Choice(["init", "trained"]),
         show_default="detected",
-        help="Of the weights: decides which rules apply. Detected: what is built here is fresh; a file goes by its "
-        "step, its optimizer or its name; what is left by the share of matrices that are no draw of an init. The "
+        help="Of the weights: decides which rules apply. Detected: what is built here is fresh; a "
+        "file goes by its "
+        "step, its optimizer or its name; what is left by the share of matrices that are no draw "
+        "of an init. The "
         "header says why.",
     ),
     click.option("--lr", type=Number(**_ABOVE_0), help="Plan of the run: learning rate."),
-    click.option("--warmup", type=click.IntRange(0), help="Plan of the run: warm-up steps; nothing without --lr."),
+    click.option(
+        "--warmup",
+        type=click.IntRange(0),
+        help="Plan of the run: warm-up steps; nothing without --lr.",
+    ),
     click.option(
         "--clip",
         type=Number(**_ABOVE_0),
-        help="Plan of the run: gradient norm clipped at; JD105 gives no chance for one that was not run.",
+        help=(
+            "Plan of the run: gradient norm clipped at; JD105 gives no chance for one that was "
+            "not run."
+        ),
     ),
     click.option(
         "--beta2",
         type=Number(**_SHARE),
         help="Plan of the run: Adam's beta2; JD105 gives no chance for one that was not run.",
     ),
-    click.option("--risk", metavar="FILE", help="Curves of the chance at --lr, from `jacdiag backtest --write-risk`."),
+    click.option(
+        "--risk",
+        metavar="FILE",
+        help="Curves of the chance at --lr, from `jacdiag backtest --write-risk`.",
+    ),
     click.option(
         "--profile",
         default="default",
@@ -193,9 +256,25 @@ JUDGEMENT = [
         metavar="NAME",
         help="default, paper (the paper's conditions as errors), or one from the configuration.",
     ),
-    click.option("--select", type=Codes(), multiple=True, metavar="CODES", help="Only these rules or prefixes."),
-    click.option("--ignore", type=Codes(), multiple=True, metavar="CODES", help="Not these rules or prefixes."),
-    click.option("--contract", metavar="FILE", help="Pinned init contract: TOML, role or name pattern = formula."),
+    click.option(
+        "--select",
+        type=Codes(),
+        multiple=True,
+        metavar="CODES",
+        help="Only these rules or prefixes.",
+    ),
+    click.option(
+        "--ignore",
+        type=Codes(),
+        multiple=True,
+        metavar="CODES",
+        help="Not these rules or prefixes.",
+    ),
+    click.option(
+        "--contract",
+        metavar="FILE",
+        help="Pinned init contract: TOML, role or name pattern = formula.",
+    ),
     click.option(
         "--fail-on",
         type=click.Choice(["info", "warning", "error", "never"]),
@@ -208,7 +287,8 @@ AGAINST = [
     click.option(
         "--against",
         metavar="EARLIER",
-        help="Compare with an earlier checkpoint of the same model, measured with the same probe, or with its JSON "
+        help="Compare with an earlier checkpoint of the same model, measured with the same probe, "
+        "or with its JSON "
         "report.",
     ),
 ]
@@ -247,31 +327,58 @@ OUTPUT = [
 def remedies(default: str) -> list[Callable[[F], F]]:
     """The options on remedies; a gate tries none unless it is asked to."""
     return [
-        click.option("--remedies", type=click.Choice(["first", "all", "begun", "none"]), default=default,
-                     show_default=True, help="What to try on copies of a model with findings: up to the first change "
-                     "that is enough, every one, those that a run that has begun can take, or none."),
-        click.option("--patch", "patch_file", metavar="FILE", help="Write the remedies, with the change as code: .md; "
-                     "- is stdout."),
-    ]  # fmt: skip
+        click.option(
+            "--remedies",
+            type=click.Choice(["first", "all", "begun", "none"]),
+            default=default,
+            show_default=True,
+            help="What to try on copies of a model with findings: up to the first change "
+            "that is enough, every one, those that a run that has begun can take, or none.",
+        ),
+        click.option(
+            "--patch",
+            "patch_file",
+            metavar="FILE",
+            help="Write the remedies, with the change as code: .md; - is stdout.",
+        ),
+    ]
 
 
 GATE = [
-    click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="How many initialisations."),
-    click.option("--budget", type=Number(**_ABOVE_0), metavar="SECONDS", help="Stop, undecided, after this time."),
+    click.option(
+        "--seeds",
+        type=click.IntRange(1),
+        default=3,
+        show_default=True,
+        help="How many initialisations.",
+    ),
+    click.option(
+        "--budget",
+        type=Number(**_ABOVE_0),
+        metavar="SECONDS",
+        help="Stop, undecided, after this time.",
+    ),
     click.option("--baseline", metavar="FILE", help="Recorded figures to compare with."),
     click.option(
         "--write-baseline",
         is_flag=True,
         help="Write the baseline instead of comparing with it; with --baseline - to stdout.",
     ),
-    click.option("--contract-only", is_flag=True, help="The init contract alone, tensor by tensor."),
+    click.option(
+        "--contract-only", is_flag=True, help="The init contract alone, tensor by tensor."
+    ),
 ]
-DECIDING = click.option("--decide/--no-decide", default=True, show_default=True,
-                        help="Stop each sub-layer as soon as its rules are decided (without a baseline).")  # fmt: skip
+DECIDING = click.option(
+    "--decide/--no-decide",
+    default=True,
+    show_default=True,
+    help="Stop each sub-layer as soon as its rules are decided (without a baseline).",
+)
 
 
 def confidences(context: click.Context) -> dict[str, Any]:
-    """Return --confidence and --confidence-all, of which one is given at most; None for one that is not.
+    """Return --confidence and --confidence-all, of which one is given at most; None for one that is
+    not.
 
     One on the command line wins over the other in the configuration.
 
@@ -284,8 +391,14 @@ def confidences(context: click.Context) -> dict[str, Any]:
     if len(named) == 2 and source["confidence"] is source["confidence_all"]:
         raise UsageError(
             "the confidence is given twice",
-            got=f"--confidence {given['confidence']:g} and --confidence-all {given['confidence_all']:g}",
-            hint="give one: --confidence is said of each interval, --confidence-all of all of them together",
+            got=(
+                f"--confidence {given['confidence']:g} and --confidence-all "
+                f"{given['confidence_all']:g}"
+            ),
+            hint=(
+                "give one: --confidence is said of each interval, --confidence-all of all of "
+                "them together"
+            ),
         )
     if len(named) == 2:
         named = [name for name in named if source[name] is click.core.ParameterSource.COMMANDLINE]

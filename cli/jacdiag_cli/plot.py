@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import click
 
 from jacdiag.errors import SourceError, UsageError
-from jacdiag_cli.outputs import plan_outputs, say_written
+from jacdiag_cli.output_files import plan_outputs, say_written
 
 if TYPE_CHECKING:
-    from jacdiag.render.run_plot import RunPlot
+    from jacdiag.render.plots.run_plot import RunPlot
 
 
 @click.command(short_help="Draws runs, or a report, as PNG, SVG or PDF.")
@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     "--smooth",
     type=click.IntRange(1),
     metavar="STEPS",
-    help="Steps that the bold line is the mean of; 1 for none. A fiftieth of the steps if not given.",
+    help=(
+        "Steps that the bold line is the mean of; 1 for none. A fiftieth of the steps if not given."
+    ),
 )
 @click.option(
     "--size",
@@ -63,12 +65,15 @@ def plot(
       jacdiag plot runs/a runs/b --figures loss,gradient --from 1000 -o both.png
       jacdiag plot report.json
     """
-    from jacdiag.render.run_plot import RunPlot, parse_figures, parse_size
+    from jacdiag.render.plots.run_plot import RunPlot, parse_figures, parse_size
 
     paths = [_log_in(given) for given in source]
     runs = [path for path in paths if path.suffix == ".jsonl"]
     if len(paths) > 1 and len(runs) < len(paths):
-        raise UsageError("several sources are drawn over each other only if all are runs", hint="jacdiag plot A B")
+        raise UsageError(
+            "several sources are drawn over each other only if all are runs",
+            hint="jacdiag plot A B",
+        )
     if len(paths) > 1 and output is None:
         raise UsageError("several runs need a name for their picture", hint="add -o FILE.png")
     options = RunPlot(
@@ -85,29 +90,37 @@ def plot(
     else:
         if options != RunPlot():
             hint = "leave them out; they choose what is drawn of a run"
-            raise UsageError("--figures, --from, --to, --smooth and --size are for runs", got="a report", hint=hint)
+            raise UsageError(
+                "--figures, --from, --to, --smooth and --size are for runs",
+                got="a report",
+                hint=hint,
+            )
         _draw_report(paths[0], target)
     say_written(target)
 
 
 def _log_in(source: str) -> Path:
-    from jacdiag.report.runlog import RUN_FILE
+    from jacdiag.records.run_log import RUN_FILE
 
     return Path(source) / RUN_FILE if Path(source).is_dir() else Path(source)
 
 
 def _draw_runs(paths: list[Path], target: str, options: RunPlot) -> None:
-    from jacdiag.render.run_plot import save_run
-    from jacdiag.report.runlog import read_run
+    from jacdiag.records.run_log import read_run
+    from jacdiag.render.plots.run_plot import save_run
 
     if len(paths) == 1:
         save_run(read_run(paths[0], light=True), target, options)
         return
-    save_run({_run_name(path, paths): read_run(path, light=True) for path in paths}, target, options)
+    save_run(
+        {_run_name(path, paths): read_run(path, light=True) for path in paths}, target, options
+    )
 
 
 def _run_name(path: Path, others: list[Path]) -> str:
-    """Return as many of the last parts of a path as tell it from the others; run.jsonl is no part."""
+    """Return as many of the last parts of a path as tell it from the others; run.jsonl is no
+    part.
+    """
     parts = _parts(path)
     rest = [_parts(other) for other in others if other != path]
     count = 1
@@ -117,15 +130,15 @@ def _run_name(path: Path, others: list[Path]) -> str:
 
 
 def _parts(path: Path) -> tuple[str, ...]:
-    from jacdiag.report.runlog import RUN_FILE
+    from jacdiag.records.run_log import RUN_FILE
 
     whole = path.resolve()
     return (whole.parent if whole.name == RUN_FILE else whole).parts
 
 
 def _draw_report(path: Path, target: str) -> None:
-    from jacdiag.render.plot import save
-    from jacdiag.report import Report
+    from jacdiag.records import Report
+    from jacdiag.render.plots.report_plot import save
 
     hint = "a report from --json, or a run.jsonl"
     try:
@@ -133,5 +146,7 @@ def _draw_report(path: Path, target: str) -> None:
     except OSError as error:
         raise SourceError(f"cannot read '{path}'", got=error.strerror, hint=hint) from error
     except (ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise SourceError(f"'{path}' is no report of jacdiag", got=str(error)[:200], hint=hint) from error
+        raise SourceError(
+            f"'{path}' is no report of jacdiag", got=str(error)[:200], hint=hint
+        ) from error
     save(report, target)

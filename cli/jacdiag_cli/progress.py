@@ -12,14 +12,18 @@ if TYPE_CHECKING:
 
 
 class Bar:
-    """What `jacdiag.auditing.Progress` asks for, drawn by rich. Without a display it does nothing."""
+    """What `jacdiag.pipeline.audit.Progress` asks for, drawn by rich. Without a display it does
+    nothing.
+    """
 
     def __init__(self, display: Progress | None, text: str, heed: Callable[[], None]) -> None:
         self.display, self.heed = display, heed
         self.task = None if display is None else display.add_task(text, total=None)
 
     def start(self, total: float, text: str) -> None:
-        """Says how much work there is; the estimate begins to count here, also after an earlier `stop`."""
+        """Says how much work there is; the estimate begins to count here, also after an earlier
+        `stop`.
+        """
         self.heed()
         if self.display is not None and self.task is not None:
             self.display.start()
@@ -39,7 +43,8 @@ class Bar:
 
 @contextmanager
 def bar(text: str, heed: Callable[[], None]) -> Iterator[Bar]:
-    """Shows a bar for as long as the block runs, first without an end (loading has none that is known).
+    """Shows a bar for as long as the block runs, first without an end (loading has none that is
+    known).
 
     Args:
         text: what goes on at first.
@@ -49,7 +54,14 @@ def bar(text: str, heed: Callable[[], None]) -> Iterator[Bar]:
         yield Bar(None, text, heed)
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        SpinnerColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+    )
     from rich.text import Text
 
     class Left(TimeRemainingColumn):

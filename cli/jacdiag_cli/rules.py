@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from jacdiag_cli.output import Column, emit, grid, room
+from jacdiag_cli.streams import Column, emit, grid, room
 
 if TYPE_CHECKING:
     from jacdiag.rules import Rule
@@ -29,7 +29,10 @@ def rules(output_format: str) -> None:
     from jacdiag.rules import EVERY
 
     if output_format == "json":
-        emit(json.dumps([_plain(rule) for rule in EVERY], indent=2, ensure_ascii=False) + "\n", "json")
+        emit(
+            json.dumps([_plain(rule) for rule in EVERY], indent=2, ensure_ascii=False) + "\n",
+            "json",
+        )
         return
     columns = [
         Column("code", [rule.code for rule in EVERY]),
@@ -38,11 +41,16 @@ def rules(output_format: str) -> None:
         Column("applies to", [applies_to(rule) for rule in EVERY], 2),
         Column("what it says", [rule.summary for rule in EVERY], 1),
     ]
-    emit(grid(columns, room(), "json") + "\njacdiag explain CODE says why, with an example and a remedy.\n")
+    emit(
+        grid(columns, room(), "json")
+        + "\njacdiag explain CODE says why, with an example and a remedy.\n"
+    )
 
 
 def applies_to(rule: Rule) -> str:
-    """The states and placements of a rule in words: "pre, sandwich; init"; "any model" where it has no limit."""
+    """The states and placements of a rule in words: "pre, sandwich; init"; "any model" where it has
+    no limit.
+    """
     placements = "" if set(rule.placements) >= _PLACEMENTS else ", ".join(rule.placements)
     states = "" if set(rule.states) >= _STATES else ", ".join(rule.states)
     norms = f"{placements} norm" if placements else ""

@@ -14,8 +14,8 @@ import click
 from jacdiag.errors import SourceError
 from jacdiag_cli.config import Configured, current
 from jacdiag_cli.options import PROBE, SOURCE, add
-from jacdiag_cli.output import Column, Invocation, clipped, emit, grid, guest_talk, room, say
 from jacdiag_cli.progress import bar
+from jacdiag_cli.streams import Column, Invocation, clipped, emit, grid, guest_talk, room, say
 
 if TYPE_CHECKING:
     from jacdiag.sources import Source
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 _GROUPS = {"embedding": "embedding", "head": "head", "norms": "norms outside"}
 
 
-@click.command(cls=Configured, short_help="Shows the sub-layers found, and where parameters belong.")
+@click.command(
+    cls=Configured, short_help="Shows the sub-layers found, and where parameters belong."
+)
 @add(SOURCE, PROBE)
 @click.option(
     "--format",
@@ -38,12 +40,14 @@ _GROUPS = {"embedding": "embedding", "head": "head", "norms": "norms outside"}
 def sites(invocation: Invocation, source: str, output_format: str, **given: Any) -> None:
     """Shows the residual sub-layers of a model, and where each of its parameters belongs.
 
-    Nothing is measured: the model runs a few times on the probe. SOURCE is as for `jacdiag audit`. What was recorded is
-    shown also where there is no sub-layer in it; a line on stderr then says that an audit cannot run.
+    Nothing is measured: the model runs a few times on the probe. SOURCE is as for `jacdiag audit`.
+    What was recorded is shown also where there is no sub-layer in it; a line on stderr then says
+    that an audit cannot run.
 
-    A fused operation may hide a sub-layer from the dataflow. Declare it in pyproject.toml or jacdiag.toml, its shortcut
-    by the module that is given it, its branch by the module that returns it ("PATH:in" and "PATH:out" say which end is
-    meant; "*" is one part of a path, the same in both):
+    A fused operation may hide a sub-layer from the dataflow. Declare it in pyproject.toml or
+    jacdiag.toml, its shortcut by the module that is given it, its branch by the module that returns
+    it ("PATH:in" and "PATH:out" say which end is meant; "*" is one part of a path, the same in
+    both):
 
     \b
       [tool.jacdiag.sites.attention]
@@ -63,21 +67,30 @@ def sites(invocation: Invocation, source: str, output_format: str, **given: Any)
     else:
         emit(_page(data, room()))
     if not data["sublayers"]:
-        way = "declare what is hidden, in [tool.jacdiag.sites]" if data["hidden"] else "see what was recorded"
-        say(f"no sub-layer was found: `jacdiag audit` cannot run on this model (exit code 2); {way}")
+        way = (
+            "declare what is hidden, in [tool.jacdiag.sites]"
+            if data["hidden"]
+            else "see what was recorded"
+        )
+        say(
+            f"no sub-layer was found: `jacdiag audit` cannot run on this model (exit code 2); {way}"
+        )
 
 
 def _trace(source: str, given: dict[str, Any]) -> tuple[Source, Sites]:
     import torch
 
     from jacdiag.sources import build_probe, load
-    from jacdiag.sources.device import pick
+    from jacdiag.sources.device_choice import pick
     from jacdiag.sources.probe import check_one_probe
     from jacdiag.trace import sites as trace
 
     check_one_probe(tokens=given["tokens"], input_factory=given["inputs"])
     device = pick(given["device"])
-    loaded = load(source, **{name: given[name] for name in ("model", "model_args", "key", "trust_pickle", "seed")})
+    loaded = load(
+        source,
+        **{name: given[name] for name in ("model", "model_args", "key", "trust_pickle", "seed")},
+    )
     if loaded.model is None:
         raise SourceError(
             f"'{source}' holds weights, and no model that they belong to is known",
@@ -92,12 +105,21 @@ def _trace(source: str, given: dict[str, Any]) -> tuple[Source, Sites]:
     declared = current().sites
     weights = loaded.weights
     with probe.suspected():
-        found = trace(loaded.model, *probe.args, dtype=dtype, declared=declared, weights=weights, **probe.kwargs)
+        found = trace(
+            loaded.model,
+            *probe.args,
+            dtype=dtype,
+            declared=declared,
+            weights=weights,
+            **probe.kwargs,
+        )
     return loaded, found
 
 
 def describe(loaded: Source, found: Sites) -> dict[str, Any]:
-    """All that the command prints, as plain data: the sub-layers, and every parameter in one of the groups."""
+    """All that the command prints, as plain data: the sub-layers, and every parameter in one of the
+    groups.
+    """
     params, coverage = found.skeleton.outlines, found.coverage
     covered = coverage.covered()
     return {
@@ -123,9 +145,13 @@ def describe(loaded: Source, found: Sites) -> dict[str, Any]:
             }
             for site in found
         ],
-        **{key: {name: list(params[name].shape) for name in getattr(coverage, key)} for key in _GROUPS},
+        **{
+            key: {name: list(params[name].shape) for name in getattr(coverage, key)}
+            for key in _GROUPS
+        },
         "uncovered": {
-            name: {"shape": list(params[name].shape), "reason": why} for name, why in coverage.uncovered.items()
+            name: {"shape": list(params[name].shape), "reason": why}
+            for name, why in coverage.uncovered.items()
         },
         "deterministic": found.deterministic,
         "culprit": found.culprit or None,
@@ -137,12 +163,14 @@ def describe(loaded: Source, found: Sites) -> dict[str, Any]:
 
 
 def _page(data: dict[str, Any], width: int | None) -> str:
-    from jacdiag.render.table import packed
-    from jacdiag.render.words import read_words
+    from jacdiag.render.terminal.sentences import read_words
+    from jacdiag.render.terminal.table import packed
 
     head = [*packed(_head(data), width), *packed(read_words(data["source"]), width)]
     parts = ["".join(f"{line}\n" for line in head if line)]
-    parts.append(grid(_columns(data["sublayers"]), width, "json") if data["sublayers"] else _nothing(data))
+    parts.append(
+        grid(_columns(data["sublayers"]), width, "json") if data["sublayers"] else _nothing(data)
+    )
     parts.append(_elsewhere(data, width))
     if data["uncovered"]:
         parts.append(_uncovered(data["uncovered"], width))
@@ -151,14 +179,15 @@ def _page(data: dict[str, Any], width: int | None) -> str:
 
 
 def _head(data: dict[str, Any]) -> list[str]:
-    from jacdiag.render.numbers import share
-    from jacdiag.render.words import plural
+    from jacdiag.render.terminal.number_cells import share
+    from jacdiag.render.terminal.sentences import plural
 
     model = data["model"]
     parts = [
         model["class"],
         f"{plural(len(data['sublayers']), 'sub-layer')} in {plural(model['layers'], 'layer')}",
-        f"{model['parameters']:,} parameters, {share(model['covered_parameters'], model['parameters'])} covered",
+        f"{model['parameters']:,} parameters, "
+        f"{share(model['covered_parameters'], model['parameters'])} covered",
     ]
     if data["left_out"]:
         parts.append(f"{plural(len(data['left_out']), 'residual sum')} left out")
@@ -173,7 +202,9 @@ def _columns(rows: list[dict[str, Any]]) -> list[Column]:
         Column("norm", [row["placement"] for row in rows], 8),
         Column("parallel", [_both(row) for row in rows], 5),
         Column("shape", [_times(row["shape"]) for row in rows], 4),
-        Column("parameters", [f"{_count(row['parameters'].values()):,}" for row in rows], 7, right=True),
+        Column(
+            "parameters", [f"{_count(row['parameters'].values()):,}" for row in rows], 7, right=True
+        ),
         Column("added at", [_near(row["line"]) for row in rows], 3),
     ]
 
@@ -193,7 +224,8 @@ def _both(row: dict[str, Any]) -> str:
 def _nothing(data: dict[str, Any]) -> str:
     calls = ", ".join(f"{name} {count}" for name, count in list(data["calls"].items())[:12])
     return (
-        "No residual sub-layer was found. Looked for y = a x + f(x) in the dataflow, f with a matrix product in it.\n"
+        "No residual sub-layer was found. Looked for y = a x + f(x) in the dataflow, f with a "
+        "matrix product in it.\n"
         f"{sum(data['calls'].values())} calls were recorded: {calls}\n"
     )
 
@@ -202,7 +234,11 @@ def _elsewhere(data: dict[str, Any], width: int | None) -> str:
     lines = []
     for key, title in _GROUPS.items():
         if data[key]:
-            lines.append(clipped(f"{title:<13}  {_count(data[key].values()):>13,}  {', '.join(data[key])}", width))
+            lines.append(
+                clipped(
+                    f"{title:<13}  {_count(data[key].values()):>13,}  {', '.join(data[key])}", width
+                )
+            )
     return "".join(f"{line}\n" for line in lines)
 
 
@@ -217,7 +253,9 @@ def _uncovered(uncovered: dict[str, dict[str, Any]], width: int | None) -> str:
 
 
 def _remarks(data: dict[str, Any]) -> str:
-    """What was hidden, with the way to declare it, and what else the reader must know; never cut off."""
+    """What was hidden, with the way to declare it, and what else the reader must know; never cut
+    off.
+    """
     unlike = [f"two runs differ: {data['culprit']}"] if data["culprit"] else []
     left_out = [
         f"left out: {item['module'] or 'the model itself'} at {item['line']}: {item['reason']}"

@@ -2,10 +2,11 @@
 
     python -m examples.reproduce_spike_no_more figure2 --out out/paper             one part
     python -m examples.reproduce_spike_no_more all --out out/paper --jobs 2        everything
-    python -m examples.reproduce_spike_no_more all --out /tmp/paper --quick        a minute or two: does it work?
+    python -m examples.reproduce_spike_no_more all --out /tmp/paper --quick        a minute or two:
+    does it work?
 
-Each part says first what time it will take, and writes PART.json, PART.md and PART.png. The same seeds give the same
-numbers on the same machine.
+Each part says first what time it will take, and writes PART.json, PART.md and PART.png. The same
+seeds give the same numbers on the same machine.
 """
 
 from __future__ import annotations
@@ -19,19 +20,26 @@ from . import figure2, figures34, questions
 from .part import Data, Options, Part, single_thread, write
 
 PARTS: dict[str, Part] = {
-    part.name: part for part in (figure2.PART, figures34.PART, questions.PART, *questions.PARTS.values())
+    part.name: part
+    for part in (figure2.PART, figures34.PART, questions.PART, *questions.PARTS.values())
 }
 WHOLE = ("figure2", "figures34", "questions")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("part", choices=[*PARTS, "all"])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--runs", type=Path, help="folder of the training runs, kept between calls; OUT/runs")
+    parser.add_argument(
+        "--runs", type=Path, help="folder of the training runs, kept between calls; OUT/runs"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="processes at once, one thread each")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works")
-    parser.add_argument("--redraw", action="store_true", help="tables, sentences and picture again, from PART.json")
+    parser.add_argument(
+        "--redraw", action="store_true", help="tables, sentences and picture again, from PART.json"
+    )
     asked = parser.parse_args()
     options = Options(runs=asked.runs or asked.out / "runs", jobs=asked.jobs, quick=asked.quick)
     single_thread()
@@ -40,12 +48,18 @@ def main() -> None:
 
 
 def run(part: Part, options: Options, out: Path, *, redraw: bool = False) -> Data:
-    """Runs one part, or makes its tables and picture again from the numbers that are there; returns them."""
+    """Runs one part, or makes its tables and picture again from the numbers that are there; returns
+    them.
+    """
     if redraw:
         data = kept(part, out)
     else:
         seconds = part.estimate(options)
-        print(f"{part.name}: about {told(seconds)} of one core; {options.jobs} at once, if they are free", flush=True)
+        print(
+            f"{part.name}: about {told(seconds)} of one core; {options.jobs} at once, if they are "
+            "free",
+            flush=True,
+        )
         begun = time.perf_counter()
         if part.measure is not None:
             data = part.measure(options)

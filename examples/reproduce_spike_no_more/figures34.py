@@ -1,4 +1,6 @@
-"""Figures 3 and 4 and the order of Table 1 at a small scale: loss and gradient norm of the recipes, with seeds."""
+"""Figures 3 and 4 and the order of Table 1 at a small scale: loss and gradient norm of the recipes,
+with seeds.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,14 @@ from .part import Data, Options, Part, Table, mean_spread, rounded, three
 from .trainings import Trial, agreed, by, gaps, listed, outcomes, seconds_of, thinned
 
 RATES = (4e-3, 3.2e-2)
-SIZES: dict[str, Any] = {"layers": 6, "width": 64, "heads": 4, "length": 64, "steps": 250, "rows": 8}
+SIZES: dict[str, Any] = {
+    "layers": 6,
+    "width": 64,
+    "heads": 4,
+    "length": 64,
+    "steps": 250,
+    "rows": 8,
+}
 SMALL: dict[str, Any] = {"layers": 2, "width": 16, "heads": 2, "length": 16, "steps": 40, "rows": 2}
 SEEDS = (0, 1)
 SHOWN = 40  # points of a curve
@@ -24,8 +33,12 @@ SHOWN = 40  # points of a curve
 
 def trials(quick: bool) -> list[Trial]:
     sizes = SMALL if quick else SIZES
-    return [Trial(f"recipe={recipe}", Setting.of({**sizes, "recipe": recipe, "lr": lr, "seed": seed}))
-            for seed in SEEDS[: 1 if quick else None] for recipe in ALL for lr in RATES]  # fmt: skip
+    return [
+        Trial(f"recipe={recipe}", Setting.of({**sizes, "recipe": recipe, "lr": lr, "seed": seed}))
+        for seed in SEEDS[: 1 if quick else None]
+        for recipe in ALL
+        for lr in RATES
+    ]
 
 
 def estimate(options: Options) -> float:
@@ -36,13 +49,15 @@ def measure(options: Options) -> Data:
     runs = outcomes(trials(options.quick), options)
     for run in runs:
         run["recipe"] = run.pop("name").removeprefix("recipe=")
-        grads = sorted(g for g in run["grad_norm"][len(run["grad_norm"]) // 10 :] if math.isfinite(g))
+        grads = sorted(
+            g for g in run["grad_norm"][len(run["grad_norm"]) // 10 :] if math.isfinite(g)
+        )
         run["grad_median"], run["grad_max"] = grads[len(grads) // 2], grads[-1]
         run["loss"], run["grad_norm"] = thinned(run["loss"]), thinned(run["grad_norm"])
     return rounded({"sizes": SMALL if options.quick else SIZES, "rates": list(RATES), "runs": runs})
 
 
-# -- words -----------------------------------------------------------------------------------------------------------
+# -- words -----------------------------------------------------------------------------------------
 def _finals(data: Data, recipe: str, lr: float) -> list[float]:
     return [float(run["final"]) for run in by(data["runs"], recipe=recipe, lr=lr)]
 
@@ -50,11 +65,16 @@ def _finals(data: Data, recipe: str, lr: float) -> list[float]:
 def setup(data: Data) -> list[str]:
     s, seeds = data["sizes"], listed(data["runs"], "seed")
     return [
-        f"{len(data['runs'])} runs: {len(ALL)} recipes, learning rates {' and '.join(f'{lr:g}' for lr in RATES)}, "
-        f"{len(seeds)} seeds. {s['layers']} layers, width {s['width']}, {s['length']} bytes of the Python standard "
-        f"library a sequence, {s['rows']} sequences a step, {s['steps']} steps (the paper: 350M to 13B parameters, "
-        f"50,000 steps), AdamW (0.9, 0.95), weight decay 0.1, clipping at 1. Final loss: the median over the last "
-        f"tenth of the run, of batches that are seen for the first time; ± is the standard deviation over seeds."
+        f"{len(data['runs'])} runs: {len(ALL)} recipes, learning rates "
+        f"{' and '.join(f'{lr:g}' for lr in RATES)}, "
+        f"{len(seeds)} seeds. {s['layers']} layers, width {s['width']}, {s['length']} bytes of "
+        "the Python standard "
+        f"library a sequence, {s['rows']} sequences a step, {s['steps']} steps (the paper: 350M "
+        "to 13B parameters, "
+        "50,000 steps), AdamW (0.9, 0.95), weight decay 0.1, clipping at 1. Final loss: the "
+        "median over the last "
+        "tenth of the run, of batches that are seen for the first time; ± is the standard "
+        "deviation over seeds."
     ]
 
 
@@ -73,13 +93,18 @@ def tell(data: Data) -> list[str]:
 def _beside_paper(data: Data, lr: float, mean: dict[str, tuple[float, float]]) -> str:
     told = []
     for size, table in TABLE1.items():
-        rho = spearmanr([mean[r][0] for r in table], [perplexities[0] for perplexities in table.values()]).statistic
+        rho = spearmanr(
+            [mean[r][0] for r in table], [perplexities[0] for perplexities in table.values()]
+        ).statistic
         told.append(f"{rho:.2f} ({size})")
     same = sum(_same_side(mean, a, b) for a, b in combinations(TABLE1["1.7B"], 2))
-    clear = sum(agreed(gaps(*(by(data["runs"], recipe=r, lr=lr) for r in pair)))
-                for pair in combinations(TABLE1["1.7B"], 2))  # fmt: skip
+    clear = sum(
+        agreed(gaps(*(by(data["runs"], recipe=r, lr=lr) for r in pair)))
+        for pair in combinations(TABLE1["1.7B"], 2)
+    )
     return (
-        f"Rank correlation with Table 1's WikiText perplexity over its four methods: {', '.join(told)}; {same} of 6 "
+        "Rank correlation with Table 1's WikiText perplexity over its four methods: "
+        f"{', '.join(told)}; {same} of 6 "
         f"pairs stand as at 1.7B, {clear} of 6 stand the same way round at every seed here."
     )
 
@@ -93,10 +118,21 @@ def _same_side(mean: dict[str, tuple[float, float]], a: str, b: str) -> bool:
 def _conditions(data: Data, lr: float) -> str:
     """The recipes that meet both conditions against those that do not, seed by seed."""
     of = {r: by(data["runs"], recipe=r, lr=lr) for r in ALL}
-    won = [max(gap) < 0 for good in KEEP for bad in ALL if bad not in KEEP and (gap := gaps(of[good], of[bad]))]
-    lost = [min(gap) > 0 for good in KEEP for bad in ALL if bad not in KEEP and (gap := gaps(of[good], of[bad]))]
+    won = [
+        max(gap) < 0
+        for good in KEEP
+        for bad in ALL
+        if bad not in KEEP and (gap := gaps(of[good], of[bad]))
+    ]
+    lost = [
+        min(gap) > 0
+        for good in KEEP
+        for bad in ALL
+        if bad not in KEEP and (gap := gaps(of[good], of[bad]))
+    ]
     return (
-        f"of {len(won)} comparisons of a recipe that meets both conditions with one that does not, {sum(won)} are won "
+        f"of {len(won)} comparisons of a recipe that meets both conditions with one that does "
+        f"not, {sum(won)} are won "
         f"at every seed and {sum(lost)} lost at every seed."
     )
 
@@ -107,24 +143,51 @@ def _spikes(data: Data, lr: float) -> str:
         runs = by(data["runs"], recipe=recipe, lr=lr)
         wrong = sum(run["outcome"] != "healthy" for run in runs)
         ratio = mean_spread([run["grad_max"] / run["grad_median"] for run in runs])
-        told.append(f"{recipe} {wrong} of {len(runs)} (gradient's maximum {ratio[0]:.1f} times its median)")
+        told.append(
+            f"{recipe} {wrong} of {len(runs)} (gradient's maximum {ratio[0]:.1f} times its median)"
+        )
     return "runs that spiked or diverged: " + ", ".join(told) + "."
 
 
 def tables(data: Data) -> list[Table]:
-    head = ["recipe", "conditions", "lr", "final loss", "gradient norm, median", "maximum", "spiked or diverged"]
+    head = [
+        "recipe",
+        "conditions",
+        "lr",
+        "final loss",
+        "gradient norm, median",
+        "maximum",
+        "spiked or diverged",
+    ]
     rows = []
     for lr in data["rates"]:
         for recipe in ALL:
             runs = by(data["runs"], recipe=recipe, lr=lr)
-            figures = [mean_spread([run[key] for run in runs]) for key in ("final", "grad_median", "grad_max")]
+            figures = [
+                mean_spread([run[key] for run in runs])
+                for key in ("final", "grad_median", "grad_max")
+            ]
             wrong = sum(run["outcome"] != "healthy" for run in runs)
             told = [f"{mean:.3f} ± {spread:.3f}" for mean, spread in figures]
-            rows.append([recipe, "met" if recipe in KEEP else "not met", f"{lr:g}", *told, f"{wrong} of {len(runs)}"])
-    theirs = [[f"{size}", *(f"{three(table[r][0])} / {three(table[r][1])}" for r in table)]
-              for size, table in TABLE1.items()]  # fmt: skip
-    return [Table("Here", head, rows),
-            Table("The paper's Table 1: perplexity on WikiText / LAMBADA", ["", *TABLE1["1.7B"]], theirs)]  # fmt: skip
+            rows.append(
+                [
+                    recipe,
+                    "met" if recipe in KEEP else "not met",
+                    f"{lr:g}",
+                    *told,
+                    f"{wrong} of {len(runs)}",
+                ]
+            )
+    theirs = [
+        [f"{size}", *(f"{three(table[r][0])} / {three(table[r][1])}" for r in table)]
+        for size, table in TABLE1.items()
+    ]
+    return [
+        Table("Here", head, rows),
+        Table(
+            "The paper's Table 1: perplexity on WikiText / LAMBADA", ["", *TABLE1["1.7B"]], theirs
+        ),
+    ]
 
 
 def draw(data: Data, figure: Any) -> None:
@@ -133,7 +196,10 @@ def draw(data: Data, figure: Any) -> None:
         for row, (key, label) in enumerate((("loss", "loss"), ("grad_norm", "gradient norm"))):
             axes = panels[row][column]
             for recipe in ALL:
-                curves = [thinned(list(map(float, run[key])), SHOWN) for run in by(data["runs"], recipe=recipe, lr=lr)]
+                curves = [
+                    thinned(list(map(float, run[key])), SHOWN)
+                    for run in by(data["runs"], recipe=recipe, lr=lr)
+                ]
                 pictures.band(axes, curves, data["sizes"]["steps"], pictures.LOOKS[recipe].colour)
             if column == 0:
                 axes.set_ylabel(label)
@@ -145,5 +211,14 @@ def draw(data: Data, figure: Any) -> None:
     pictures.legend(figure, ALL)
 
 
-PART = Part("figures34", "Figures 3 and 4 and the order of Table 1, at a small scale", estimate, measure, setup, tell,
-            tables, draw, (11.0, 6.6))  # fmt: skip
+PART = Part(
+    "figures34",
+    "Figures 3 and 4 and the order of Table 1, at a small scale",
+    estimate,
+    measure,
+    setup,
+    tell,
+    tables,
+    draw,
+    (11.0, 6.6),
+)

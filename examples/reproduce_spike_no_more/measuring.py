@@ -1,4 +1,6 @@
-"""jacdiag's own figures of one untrained model, or of one that is too large to stand in memory, a layer at a time."""
+"""jacdiag's own figures of one untrained model, or of one that is too large to stand in memory, a
+layer at a time.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jacdiag.measure.norms import Effort
-from jacdiag.measure.sublayer import measure_group
-from jacdiag.measure.weights import weight_stats
-from jacdiag.report import SublayerRecord, WeightStats
+from jacdiag.measure.branch_norms import Effort
+from jacdiag.measure.sublayer_norms import measure_group
+from jacdiag.measure.weight_statistics import weight_stats
+from jacdiag.records import SublayerRecord, WeightStats
 from jacdiag.sources import gpt
 from jacdiag.trace import sites
 
@@ -24,7 +26,8 @@ EFFORT = Effort(tol=0.1)
 def sublayers(
     model: nn.Module, *inputs: Any, effort: Effort = EFFORT, weight_norms: bool = False
 ) -> list[SublayerRecord]:
-    """The records of all sub-layers, as an audit gives them, without the figures of the network as a whole.
+    """The records of all sub-layers, as an audit gives them, without the figures of the network as
+    a whole.
 
     Args:
         weight_norms: measure |W| of every matrix too, for `bound_norms`.
@@ -35,16 +38,27 @@ def sublayers(
         return weight_stats(name, found.skeleton.params[name], norm=weight_norms)
 
     groups = found.by_shortcut()
-    return [record for members in groups for record in measure_group(members, effort, None, "init", figures)]
+    return [
+        record
+        for members in groups
+        for record in measure_group(members, effort, None, "init", figures)
+    ]
 
 
 def layer_by_layer(
-    recipe: str, config: gpt.GPTConfig, length: int, layers: Collection[int], seed: int, effort: Effort = EFFORT
+    recipe: str,
+    config: gpt.GPTConfig,
+    length: int,
+    layers: Collection[int],
+    seed: int,
+    effort: Effort = EFFORT,
 ) -> Iterator[tuple[int, list[SublayerRecord]]]:
-    """Measures chosen layers of an untrained GPT of which one block exists at a time; the stream runs through all.
+    """Measures chosen layers of an untrained GPT of which one block exists at a time; the stream
+    runs through all.
 
-    Only the embedding's rows that a sequence of `length` different tokens needs are drawn. The first layer gets the
-    norms of its weights as well, where the recipe is one of the two that draw them differently.
+    Only the embedding's rows that a sequence of `length` different tokens needs are drawn. The
+    first layer gets the norms of its weights as well, where the recipe is one of the two that draw
+    them differently.
 
     Yields:
         The layer's number from 0, and the records of its attention and its FFN.
@@ -71,7 +85,9 @@ def _embedded(recipe: str, config: gpt.GPTConfig, length: int, seed: int) -> Ten
 
 @torch.no_grad()
 def _block(std: gpt.Std, config: gpt.GPTConfig, k: int, seed: int) -> gpt.Block:
-    """One block with weights of its own seed, so that a layer is the same whichever others are measured."""
+    """One block with weights of its own seed, so that a layer is the same whichever others are
+    measured.
+    """
     generator = torch.Generator().manual_seed(1_000_003 * seed + k + 1)
     with torch.device("meta"):  # no draw of torch's own
         block = gpt.Block(config)

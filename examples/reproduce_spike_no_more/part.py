@@ -1,4 +1,6 @@
-"""A part of the reproduction, and how it is written down: data as JSON, tables and sentences as Markdown, a picture."""
+"""A part of the reproduction, and how it is written down: data as JSON, tables and sentences as
+Markdown, a picture.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from jacdiag.render.files import write_output
+from jacdiag.records.output_file import write_output
 
 if TYPE_CHECKING:
     from matplotlib.figure import FigureBase
@@ -22,7 +24,12 @@ if TYPE_CHECKING:
 Data = dict[str, Any]
 Item = TypeVar("Item")
 Made = TypeVar("Made")
-_STYLE = {"font.size": 10.0, "font.family": "DejaVu Sans", "axes.spines.top": False, "axes.spines.right": False}
+_STYLE = {
+    "font.size": 10.0,
+    "font.family": "DejaVu Sans",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +54,19 @@ class Table:
     rows: Sequence[Sequence[str]]
 
     def markdown(self) -> str:
-        lines = ["| " + " | ".join(self.head) + " |", "|" + "|".join([":---"] + ["---:"] * (len(self.head) - 1)) + "|"]
-        return "\n".join([f"**{self.caption}**", "", *lines, *("| " + " | ".join(row) + " |" for row in self.rows), ""])
+        lines = [
+            "| " + " | ".join(self.head) + " |",
+            "|" + "|".join([":---"] + ["---:"] * (len(self.head) - 1)) + "|",
+        ]
+        return "\n".join(
+            [
+                f"**{self.caption}**",
+                "",
+                *lines,
+                *("| " + " | ".join(row) + " |" for row in self.rows),
+                "",
+            ]
+        )
 
 
 @dataclass(frozen=True)
@@ -57,10 +75,12 @@ class Part:
 
     Attributes:
         estimate: seconds of one core, from a short trial on this machine.
-        measure: does the work; plain data, the same for the same options on the same machine. None where `parts` do.
-        setup, tell, tables, draw: of that data alone, so that a picture can be made again without the work.
+        measure: does the work; plain data, the same for the same options on the same machine. None
+        where `parts` do. setup, tell, tables, draw: of that data alone, so that a picture can be
+        made again without the work.
         size: of the picture in inches.
-        parts: what this one is put together from, by the keys of its data; then nothing is measured beside them.
+        parts: what this one is put together from, by the keys of its data; then nothing is measured
+            beside them.
     """
 
     name: str
@@ -103,9 +123,13 @@ def picture(part: Part, data: Data) -> bytes:
     return buffer.getvalue()
 
 
-# -- work ------------------------------------------------------------------------------------------------------------
-def in_parallel(function: Callable[[Item], Made], items: Sequence[Item], jobs: int) -> Iterator[Made]:
-    """The function's results in the order of the items; processes of one thread each where `jobs` is over 1."""
+# -- work ------------------------------------------------------------------------------------------
+def in_parallel(
+    function: Callable[[Item], Made], items: Sequence[Item], jobs: int
+) -> Iterator[Made]:
+    """The function's results in the order of the items; processes of one thread each where `jobs`
+    is over 1.
+    """
     if jobs <= 1 or len(items) <= 1:
         yield from map(function, items)
         return
@@ -119,9 +143,11 @@ def single_thread() -> None:
     torch.use_deterministic_algorithms(True)
 
 
-# -- words -----------------------------------------------------------------------------------------------------------
+# -- words -----------------------------------------------------------------------------------------
 def rounded(value: Any) -> Any:
-    """Six significant digits in all numbers of plain data; what is not finite becomes text, as JSON has no word."""
+    """Six significant digits in all numbers of plain data; what is not finite becomes text, as JSON
+    has no word.
+    """
     if isinstance(value, dict):
         return {key: rounded(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -149,5 +175,9 @@ def span(values: Iterable[float]) -> str:
 def mean_spread(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation; 0 spread for one value."""
     mean = math.fsum(values) / len(values)
-    spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else 0.0
+    spread = (
+        math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+        if len(values) > 1
+        else 0.0
+    )
     return mean, spread

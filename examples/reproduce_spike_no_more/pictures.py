@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jacdiag.render.curves import INK, PALE
+from jacdiag.render.plots.depth_curves import INK, PALE
 
 __all__ = ["INK", "LOOKS", "PALE", "Look", "band", "legend", "logarithmic"]
 
@@ -30,8 +30,13 @@ def legend(figure: Any, recipes: Iterable[str], **more: Any) -> None:
     """One legend below all panels."""
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color=LOOKS[r].colour, marker=LOOKS[r].marker, markersize=5, label=r) for r in recipes]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, **more)
+    handles = [
+        Line2D([], [], color=LOOKS[r].colour, marker=LOOKS[r].marker, markersize=5, label=r)
+        for r in recipes
+    ]
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, **more
+    )
 
 
 def logarithmic(axes: Any, which: str = "y") -> None:
@@ -54,4 +59,6 @@ def band(axes: Any, curves: Sequence[Sequence[float]], steps: int, colour: str) 
     columns = [[float(value) for value in column] for column in zip(*curves, strict=False)]
     x = [(k + 0.5) * steps / len(columns) for k in range(len(columns))]
     axes.plot(x, [sum(column) / len(column) for column in columns], color=colour, linewidth=1.2)
-    axes.fill_between(x, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.18, linewidth=0)
+    axes.fill_between(
+        x, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.18, linewidth=0
+    )

@@ -1,4 +1,6 @@
-"""The questions that reviewers asked, as one part: (a) embedding.py, (b) blocks.py, (c) depth.py."""
+"""The questions that reviewers asked, as one part: (a) embedding.py, (b) blocks.py, (c)
+depth.py.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,17 @@ def setup(data: Data) -> list[str]:
 
 
 def tell(data: Data) -> list[str]:
-    return [f"({key}) {sentence}" for key, part in PARTS.items() for sentence in part.tell(data[key])]
+    return [
+        f"({key}) {sentence}" for key, part in PARTS.items() for sentence in part.tell(data[key])
+    ]
 
 
 def tables(data: Data) -> list[Table]:
-    return [Table(f"({key}) {table.caption}", table.head, table.rows)
-            for key, part in PARTS.items() for table in part.tables(data[key])]  # fmt: skip
+    return [
+        Table(f"({key}) {table.caption}", table.head, table.rows)
+        for key, part in PARTS.items()
+        for table in part.tables(data[key])
+    ]
 
 
 def draw(data: Data, figure: Any) -> None:
@@ -36,5 +43,15 @@ def draw(data: Data, figure: Any) -> None:
         part.draw(data[key], row)
 
 
-PART = Part("questions", "Questions that the paper leaves open", estimate, None, setup, tell, tables, draw,
-            (11.0, 12.0), PARTS)  # fmt: skip
+PART = Part(
+    "questions",
+    "Questions that the paper leaves open",
+    estimate,
+    None,
+    setup,
+    tell,
+    tables,
+    draw,
+    (11.0, 12.0),
+    PARTS,
+)

@@ -1,12 +1,14 @@
-"""How the residual stream's std grows with depth, from the weights' std and sizes alone: sigma_x' of Eq. 15.
+"""How the residual stream's std grows with depth, from the weights' std and sizes alone: sigma_x'
+of Eq. 15.
 
-Mean field: weights are independent normals, so that after every sub-layer the stream is described by two numbers, the
-variance q of a feature and the covariance c of that feature between two tokens.
+Mean field: weights are independent normals, so that after every sub-layer the stream is described
+by two numbers, the variance q of a feature and the covariance c of that feature between two tokens.
 
-    FFN        q += d_ffn s_2^2 E[phi(h)^2],  c += d_ffn s_2^2 E[phi(h) phi(h')],  h and h' normal, of variance d s_1^2
-               and correlation c / q
-    attention  q += d s_O^2 d s_V^2 (p + (1 - p) c / q),  p = exp(v) / t the chance that two draws from one softmax over
-               t tokens meet, v the variance of its logits; the covariance of two tokens likewise, with p = 1 / t
+    FFN        q += d_ffn s_2^2 E[phi(h)^2],  c += d_ffn s_2^2 E[phi(h) phi(h')],  h and h' normal,
+               of variance d s_1^2 and correlation c / q
+    attention  q += d s_O^2 d s_V^2 (p + (1 - p) c / q),  p = exp(v) / t the chance that two draws
+               from one softmax over t tokens meet, v the variance of its logits; the covariance of
+               two tokens likewise, with p = 1 / t
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.special import erf
 
-from jacdiag.measure.weights import bound_ffn
+from jacdiag.measure.weight_statistics import bound_ffn
 from jacdiag.sources import gpt
 
 _NODES = 24
@@ -59,7 +61,11 @@ def closed_form(recipe: str, config: gpt.GPTConfig, length: int) -> list[Depth]:
     s_2 = std("transformer.h.0.mlp.c_proj.weight", d, 4 * d)
     embedding = std("transformer.wte.weight", config.vocab_size, d)
     positions = std("transformer.wpe.weight", config.block_size, d)
-    q, c = (1.0, 0.0) if config.embed_norm else ((embedding * config.embed_scale) ** 2 + positions**2, 0.0)
+    q, c = (
+        (1.0, 0.0)
+        if config.embed_norm
+        else ((embedding * config.embed_scale) ** 2 + positions**2, 0.0)
+    )
     found, seen, hidden = [], (length + 1) / 2, d * s_1**2
     for _ in range(config.n_layer):
         sigma, rho = math.sqrt(q), c / q
@@ -72,7 +78,9 @@ def closed_form(recipe: str, config: gpt.GPTConfig, length: int) -> list[Depth]:
     return found
 
 
-def moment(phi: Callable[[NDArray[np.float64]], NDArray[np.float64]], variance: float, rho: float) -> float:
+def moment(
+    phi: Callable[[NDArray[np.float64]], NDArray[np.float64]], variance: float, rho: float
+) -> float:
     """E[phi(h) phi(h')] for two normals of one variance and correlation rho.
 
     Example:

@@ -14,10 +14,10 @@ import torch
 from examples.spike_lab.model import Model
 from examples.spike_lab.run import Setting, train
 from examples.spike_lab.text import batch
-from jacdiag.auditing import audit
 from jacdiag.backtest import label, read_runs
-from jacdiag.report import Report
-from jacdiag.report.runlog import RUN_FILE, RunLog, number, read_run
+from jacdiag.pipeline.audit import audit
+from jacdiag.records import Report
+from jacdiag.records.run_log import RUN_FILE, RunLog, number, read_run
 
 from .part import Data, Options, in_parallel
 
@@ -30,7 +30,8 @@ class Trial:
 
     Attributes:
         name: of the run's folder; the seed and the learning rate are added.
-        scales: (layer, factor) on the output matrices of that layer's attention and FFN, before the first step.
+        scales: (layer, factor) on the output matrices of that layer's attention and FFN, before the
+            first step.
     """
 
     name: str
@@ -63,11 +64,19 @@ def untrained(trial: Trial, *, tol: float = 0.1) -> Report:
 
 
 def outcomes(trials: Sequence[Trial], options: Options) -> list[Data]:
-    """Runs all trials and reads their logs: loss and gradient norm of every step, label, gradient of the branches."""
+    """Runs all trials and reads their logs: loss and gradient norm of every step, label, gradient
+    of the branches.
+    """
     asked = [(trial, options.runs / trial.folder) for trial in trials]
     found = []
-    for done, (trial, outcome) in enumerate(zip(trials, in_parallel(_run, asked, options.jobs), strict=True), 1):
-        print(f"  {done} of {len(trials)}: {trial.folder}, {outcome['outcome']}, {outcome['final']:.3f}", flush=True)
+    for done, (trial, outcome) in enumerate(
+        zip(trials, in_parallel(_run, asked, options.jobs), strict=True), 1
+    ):
+        print(
+            f"  {done} of {len(trials)}: {trial.folder}, {outcome['outcome']}, "
+            f"{outcome['final']:.3f}",
+            flush=True,
+        )
         found.append(outcome)
     return found
 
@@ -81,27 +90,41 @@ def _run(asked: tuple[Trial, Path]) -> Data:
     said = label(run.loss)
     final = said.final if math.isfinite(said.final) else math.nan
     return {
-        "name": trial.name, "lr": trial.setting.lr, "seed": trial.setting.seed,
-        "outcome": said.outcome, "final": final, "spike_rate": said.spike_rate,
-        "loss": list(map(float, run.loss)), "grad_norm": list(map(float, run.grad_norm)),
-        "shares": [_share(row["figures"]) for row in log.stats], "branch_gradient": _branch_gradient(log),
-    }  # fmt: skip
+        "name": trial.name,
+        "lr": trial.setting.lr,
+        "seed": trial.setting.seed,
+        "outcome": said.outcome,
+        "final": final,
+        "spike_rate": said.spike_rate,
+        "loss": list(map(float, run.loss)),
+        "grad_norm": list(map(float, run.grad_norm)),
+        "shares": [_share(row["figures"]) for row in log.stats],
+        "branch_gradient": _branch_gradient(log),
+    }
 
 
 def _share(figures: Data) -> float:
-    """Std of a branch over that of its shortcut, the mean over sub-layers: what a sub-layer adds to the stream."""
+    """Std of a branch over that of its shortcut, the mean over sub-layers: what a sub-layer adds to
+    the stream.
+    """
     branch, shortcut = figures["branch_std"], figures["shortcut_std"]
     return math.fsum(branch[name] / shortcut[name] for name in branch) / len(branch)
 
 
 def _branch_gradient(log: RunLog) -> float:
     """Norm of the gradient of all matrices in the sub-layers at the first step."""
-    inside = (g for name, g in zip(log.groups, log.steps[0]["grad"], strict=False) if name.startswith("sublayers."))
+    inside = (
+        g
+        for name, g in zip(log.groups, log.steps[0]["grad"], strict=False)
+        if name.startswith("sublayers.")
+    )
     return math.hypot(*map(number, inside))
 
 
 def seconds_of(trials: Sequence[Trial], options: Options) -> float:
-    """What runs that are not whole yet will take on one core: a few steps, and so many times that."""
+    """What runs that are not whole yet will take on one core: a few steps, and so many times
+    that.
+    """
     left = [trial for trial in trials if not (options.runs / trial.folder / "done").exists()]
     if not left:
         return 0.0
@@ -115,7 +138,8 @@ def seconds_of(trials: Sequence[Trial], options: Options) -> float:
         optimizer.step()
         optimizer.zero_grad()
     each = (time.process_time() - begun) / _TRIED
-    return sum(1.3 * each * trial.setting.steps + 1.0 for trial in left)  # the watch's share, and the start
+    # the watch's share, and the start
+    return sum(1.3 * each * trial.setting.steps + 1.0 for trial in left)
 
 
 def thinned(values: Sequence[float], parts: int = 100) -> list[float]:
@@ -136,11 +160,15 @@ def listed(runs: Sequence[Data], key: str) -> list[Any]:
 
 
 def gaps(runs: Sequence[Data], others: Sequence[Data]) -> list[float]:
-    """Final losses less those of other runs, seed by seed: runs of one seed see the same batches."""
+    """Final losses less those of other runs, seed by seed: runs of one seed see the same
+    batches.
+    """
     theirs = {run["seed"]: float(run["final"]) for run in others}
     return [float(run["final"]) - theirs[run["seed"]] for run in runs if run["seed"] in theirs]
 
 
 def agreed(differences: Sequence[float]) -> bool:
     """Whether several seeds all say which of two is better."""
-    return len(differences) > 1 and (all(d > 0 for d in differences) or all(d < 0 for d in differences))
+    return len(differences) > 1 and (
+        all(d > 0 for d in differences) or all(d < 0 for d in differences)
+    )

@@ -1,8 +1,9 @@
-"""The spike lab: trains a grid of small GPTs, each with an audit before its first step and a watch beside it.
+"""The spike lab: trains a grid of small GPTs, each with an audit before its first step and a watch
+beside it.
 
     python -m examples.spike_lab smoke --out /tmp/lab          seconds
-    python -m examples.spike_lab cpu --out runs/lab --jobs 2   an hour or two on 2 cores; goes on where it was stopped
-    python -m examples.spike_lab gpu --out runs/gpu --device cuda --minutes 9
+    python -m examples.spike_lab cpu --out runs/lab --jobs 2   an hour or two on 2 cores; goes on
+    where it was stopped python -m examples.spike_lab gpu --out runs/gpu --device cuda --minutes 9
 
 Then: jacdiag backtest runs/lab
 """
@@ -41,18 +42,27 @@ def _combinations(table: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def name_of(factors: dict[str, Any]) -> str:
     """A folder's name that tells the setting."""
-    parts = (f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in factors.items())
+    parts = (
+        f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
+        for key, value in factors.items()
+    )
     return "_".join(sorted(parts))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("grid")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each on a CPU")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at once, one thread each on a CPU"
+    )
     parser.add_argument("--part", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this time, to go on later")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="stop after this time, to go on later"
+    )
     options = parser.parse_args()
     if options.jobs > 1:
         sys.exit(_several(options))
@@ -61,10 +71,22 @@ def main() -> None:
 
 def _several(options: argparse.Namespace) -> int:
     """One process per job, each with its share of the runs."""
-    command = [sys.executable, "-m", "examples.spike_lab", options.grid, "--out", str(options.out),
-               "--device", options.device, "--minutes", str(options.minutes)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "examples.spike_lab",
+        options.grid,
+        "--out",
+        str(options.out),
+        "--device",
+        options.device,
+        "--minutes",
+        str(options.minutes),
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "LAB_JOBS": str(options.jobs)}
-    jobs = [subprocess.Popen([*command, "--part", str(part)], env=env) for part in range(options.jobs)]
+    jobs = [
+        subprocess.Popen([*command, "--part", str(part)], env=env) for part in range(options.jobs)
+    ]
     try:
         return max(job.wait() for job in jobs)
     except KeyboardInterrupt:
@@ -85,7 +107,10 @@ def _some(options: argparse.Namespace) -> None:
     print(f"part {options.part}: {len(todo)} of {len(runs)} runs to do", flush=True)
     begun = time.perf_counter()
     for done, factors in enumerate(todo, 1):
-        left, folder = 60 * options.minutes - (time.perf_counter() - begun), options.out / name_of(factors)
+        left, folder = (
+            60 * options.minutes - (time.perf_counter() - begun),
+            options.out / name_of(factors),
+        )
         if left <= 0 or not train(Setting.of(factors), folder, device=options.device, limit_s=left):
             print("stopped for lack of time; the same command goes on", flush=True)
             return

@@ -1,4 +1,6 @@
-"""A small GPT whose stability can be spoilt: placement of the norm, the paper's recipes, and sizes as factors."""
+"""A small GPT whose stability can be spoilt: placement of the norm, the paper's recipes, and sizes
+as factors.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ class Shape:
     """What a model is made of.
 
     Attributes:
-        placement: of the norms, see `jacdiag`; a norm behind the last layer where the stream has none of its own.
+        placement: of the norms, see `jacdiag`; a norm behind the last layer where the stream has
+            none of its own.
         recipe: of the paper: what is done to the embedding, and how matrices are drawn.
         embed_std: factor on the std of the embedding's draw.
         branch_std: factor on the std of the matrices of the sub-layers.
@@ -48,7 +51,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, t, d = x.shape
-        q, k, v = (part.view(b, t, self.heads, -1).transpose(1, 2) for part in self.qkv(x).split(d, dim=2))
+        q, k, v = (
+            part.view(b, t, self.heads, -1).transpose(1, 2) for part in self.qkv(x).split(d, dim=2)
+        )
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         out: Tensor = self.out(y.transpose(1, 2).reshape(b, t, d))
         return out
@@ -95,7 +100,9 @@ class Model(nn.Module):
         self.shape = shape
         self.embedding = nn.Embedding(shape.vocabulary, shape.width)
         self.positions = nn.Embedding(shape.length, shape.width)
-        self.norm_embedding = nn.LayerNorm(shape.width) if shape.recipe == "embed-ln" else nn.Identity()
+        self.norm_embedding = (
+            nn.LayerNorm(shape.width) if shape.recipe == "embed-ln" else nn.Identity()
+        )
         cores = [kind(shape) for _ in range(shape.layers) for kind in (Attention, FeedForward)]
         self.sublayers = nn.ModuleList([SubLayer(core, shape) for core in cores])
         self.norm = nn.Identity() if shape.placement == "post" else nn.LayerNorm(shape.width)
@@ -104,7 +111,9 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def _draw(self) -> None:
-        """The paper's: s = sqrt(2 / (5 d)), W_O and W_2 by sqrt(2 N); Xavier without depth scaling for `xavier`."""
+        """The paper's: s = sqrt(2 / (5 d)), W_O and W_2 by sqrt(2 N); Xavier without depth scaling
+        for `xavier`.
+        """
         shape = self.shape
         s = math.sqrt(2 / (5 * shape.width))
         for name, weight in self.named_parameters():
@@ -133,4 +142,6 @@ class Model(nn.Module):
         for sublayer in self.sublayers:
             x = sublayer(x)
         logits: Tensor = self.head(self.norm(x))
-        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return (
+            logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        )

@@ -1,7 +1,9 @@
-"""One training run: deterministic from its setting, resumable, an audit before its first step, a watch beside it.
+"""One training run: deterministic from its setting, resumable, an audit before its first step, a
+watch beside it.
 
-A run is a folder: `factors.json` (the setting), `audit.json` (jacdiag's report of the untrained model), `run.jsonl`
-(the watch's log), `state.pt` (to resume from; gone when the run has ended), `done` (the run is whole).
+A run is a folder: `factors.json` (the setting), `audit.json` (jacdiag's report of the untrained
+model), `run.jsonl` (the watch's log), `state.pt` (to resume from; gone when the run has ended),
+`done` (the run is whole).
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import jacdiag
-from jacdiag.report.runlog import RUN_FILE
+from jacdiag.records.run_log import RUN_FILE
 
 from .model import Model, Shape
 from .text import VOCABULARY, batch
@@ -33,7 +35,8 @@ class Setting:
 
     Attributes:
         shape: of the model.
-        lr, warmup, beta2, clip: AdamW with a linear warm-up and a cosine to a tenth; clip 0 for no clipping.
+        lr, warmup, beta2, clip: AdamW with a linear warm-up and a cosine to a tenth; clip 0 for no
+            clipping.
         every: steps between two probes of the watch; 0 for none.
         fault: "" for none, or one of FAULTS; it strikes at step `at`.
     """
@@ -59,7 +62,10 @@ class Setting:
     def of(cls, factors: dict[str, Any]) -> Setting:
         """Rebuilds a setting from its factors; raises TypeError for an unknown one."""
         sizes = {f.name for f in dataclasses.fields(Shape)}
-        shape = Shape(vocabulary=VOCABULARY, **{k: v for k, v in factors.items() if k in sizes and k != "vocabulary"})
+        shape = Shape(
+            vocabulary=VOCABULARY,
+            **{k: v for k, v in factors.items() if k in sizes and k != "vocabulary"},
+        )
         return cls(shape=shape, **{k: v for k, v in factors.items() if k not in sizes})
 
     def rate(self, step: int) -> float:
@@ -70,7 +76,7 @@ class Setting:
         return self.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
-# -- faults ------------------------------------------------------------------------------------------------------------
+# -- faults ----------------------------------------------------------------------------------------
 def _rate_up(setting: Setting, model: Model, step: int) -> float:
     return 30.0 if step >= setting.at else 1.0
 
@@ -94,8 +100,12 @@ def _scale(model: nn.Module, ending: str, factor: float) -> None:
             weight.mul_(factor)
 
 
-FAULTS = {"rate x 30": _rate_up, "residual scaling removed": _residual_up, "tiny embedding": _embedding_down,
-          "corrupted batch": lambda setting, model, step: 1.0}  # fmt: skip
+FAULTS = {
+    "rate x 30": _rate_up,
+    "residual scaling removed": _residual_up,
+    "tiny embedding": _embedding_down,
+    "corrupted batch": lambda setting, model, step: 1.0,
+}
 
 
 def _batch(setting: Setting, step: int) -> tuple[Tensor, Tensor]:
@@ -106,12 +116,19 @@ def _batch(setting: Setting, step: int) -> tuple[Tensor, Tensor]:
     return ids, targets
 
 
-# -- the run -----------------------------------------------------------------------------------------------------------
+# -- the run ---------------------------------------------------------------------------------------
 def train(
-    setting: Setting, folder: Path, *, device: str = "cpu", limit_s: float = math.inf, stats_every: int | None = None,
-    audit: bool = True, prepare: Callable[[Model], Any] | None = None,
-) -> bool:  # fmt: skip
-    """Runs, or goes on with, one setting. Returns whether it is whole; False where `limit_s` seconds were not enough.
+    setting: Setting,
+    folder: Path,
+    *,
+    device: str = "cpu",
+    limit_s: float = math.inf,
+    stats_every: int | None = None,
+    audit: bool = True,
+    prepare: Callable[[Model], Any] | None = None,
+) -> bool:
+    """Runs, or goes on with, one setting. Returns whether it is whole; False where `limit_s`
+    seconds were not enough.
 
     Args:
         folder: of this run; made if need be.
@@ -123,26 +140,46 @@ def train(
         return True
     begun = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "factors.json").write_text(json.dumps(setting.factors(), indent=1) + "\n", encoding="utf-8")
+    (folder / "factors.json").write_text(
+        json.dumps(setting.factors(), indent=1) + "\n", encoding="utf-8"
+    )
     torch.manual_seed(setting.seed)
     model = Model(setting.shape).to(device)
     if prepare is not None:
         prepare(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=setting.lr, betas=(0.9, setting.beta2), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=setting.lr, betas=(0.9, setting.beta2), weight_decay=0.1
+    )
     if audit and not (folder / "audit.json").exists():
         ids, _ = batch(0, setting.seed, 2, setting.shape.length)
-        report = jacdiag.audit(model, ids.to(device), seed=setting.seed, lr=setting.lr, warmup=setting.warmup,
-                               beta2=setting.beta2, state="init", tol=0.1)  # fmt: skip
+        report = jacdiag.audit(
+            model,
+            ids.to(device),
+            seed=setting.seed,
+            lr=setting.lr,
+            warmup=setting.warmup,
+            beta2=setting.beta2,
+            state="init",
+            tol=0.1,
+        )
         (folder / "audit.json").write_text(report.to_json() + "\n", encoding="utf-8")
     first, held = 1, _load(folder)
     if held is None:
-        (folder / RUN_FILE).unlink(missing_ok=True)  # cut short before its first state: there is nothing to go on from
+        # cut short before its first state: there is nothing to go on from
+        (folder / RUN_FILE).unlink(missing_ok=True)
     else:
         model.load_state_dict(held["model"])
         optimizer.load_state_dict(held["optimizer"])
         first = held["step"] + 1
-    with jacdiag.watch(model, optimizer, log_dir=folder, every=setting.every or None, stats_every=stats_every,
-                       quiet=True, resume=held is not None) as w:  # fmt: skip
+    with jacdiag.watch(
+        model,
+        optimizer,
+        log_dir=folder,
+        every=setting.every or None,
+        stats_every=stats_every,
+        quiet=True,
+        resume=held is not None,
+    ) as w:
         if held is not None:
             w.load_state_dict(held["watch"])
         for step in range(first, setting.steps + 1):
@@ -150,8 +187,15 @@ def train(
             w.step(loss, grad_norm=norm)
             late = time.perf_counter() - begun > limit_s
             if step < setting.steps and (late or step % SAVE_EVERY == 0):
-                _save(folder, {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                               "watch": w.state_dict()})  # fmt: skip
+                _save(
+                    folder,
+                    {
+                        "step": step,
+                        "model": model.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "watch": w.state_dict(),
+                    },
+                )
             if late and step < setting.steps:
                 return False
             if not math.isfinite(float(loss.detach())):

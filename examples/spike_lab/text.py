@@ -14,7 +14,8 @@ VOCABULARY = 256
 
 @cache
 def corpus(least: int = 4_000_000) -> Tensor:
-    """The bytes of the library's modules in the order of their names, at least `least` of them where there are as many.
+    """The bytes of the library's modules in the order of their names, at least `least` of them
+    where there are as many.
 
     Returns:
         uint8, one dimension. The same for the same version of Python.
@@ -29,7 +30,9 @@ def corpus(least: int = 4_000_000) -> Tensor:
 
 
 def batch(step: int, seed: int, rows: int, length: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets of a step, each (rows, length): step and seed decide, so that a run can go on."""
+    """Inputs and targets of a step, each (rows, length): step and seed decide, so that a run can go
+    on.
+    """
     text = corpus()
     generator = torch.Generator().manual_seed(1_000_003 * seed + step)
     starts = torch.randint(len(text) - length - 1, (rows,), generator=generator)

@@ -1,8 +1,10 @@
-"""Verdicts against outcomes: recorded runs, labelled, and how well figures and live rules foretold their ends."""
+"""Verdicts against outcomes: recorded runs, labelled, and how well figures and live rules foretold
+their ends.
+"""
 
 from jacdiag.backtest.analysis import backtest
-from jacdiag.backtest.labels import label
-from jacdiag.backtest.run import Run
-from jacdiag.backtest.runs import read_runs
+from jacdiag.backtest.outcomes import label
+from jacdiag.backtest.recorded_run import Run
+from jacdiag.backtest.run_files import read_runs
 
 __all__ = ["Run", "backtest", "label", "read_runs"]

@@ -1,11 +1,13 @@
-"""What the live rules say of a recorded run as they are today: its log holds all that they look at."""
+"""What the live rules say of a recorded run as they are today: its log holds all that they look
+at.
+"""
 
 from __future__ import annotations
 
-from jacdiag.report import Report
-from jacdiag.report.runlog import Alert, RunLog
-from jacdiag.report.thresholds import Thresholds
-from jacdiag.rules.live import LiveRules, StepFigures
+from jacdiag.detectors.live_rules import LiveRules, StepFigures
+from jacdiag.records import Report
+from jacdiag.records.run_log import Alert, RunLog
+from jacdiag.rules.thresholds import Thresholds
 
 _STEP, _STATISTICS, _PROBE = range(3)  # the order within a step
 
@@ -14,8 +16,8 @@ def rejudged(log: RunLog, thresholds: Thresholds) -> list[Alert]:
     """Plays a log of `jacdiag.watch` through the live rules, step by step and probe by probe.
 
     Example:
-        >>> from jacdiag.report.runlog import read_run
-        >>> from jacdiag.report.thresholds import load_thresholds
+        >>> from jacdiag.records.run_log import read_run
+        >>> from jacdiag.rules.thresholds import load_thresholds
         >>> rejudged(read_run("runs/a"), load_thresholds({"joint_both": {"warning": 8}}))     # doctest: +SKIP
         [Alert(step=812, code='JD502', ...)]
     """

@@ -12,25 +12,26 @@ from typing import Any
 
 from torch import nn
 
-from jacdiag.auditing import audit
-from jacdiag.auditing.arguments import codes_of
+from jacdiag.comparison.baseline_file import check_comparable, read_baseline
+from jacdiag.comparison.seed_spread import figures_of
 from jacdiag.errors import UsageError
-from jacdiag.gate.baseline import check_comparable, read_baseline
-from jacdiag.gate.locate import located
-from jacdiag.measure.family import Family
-from jacdiag.report import LEVELS, FiguresRecord, Finding, Report, RuleResult, Verdict
-from jacdiag.report.ranges import check_ranges
-from jacdiag.report.remedy import with_fixes
-from jacdiag.report.seeds import figures_of
-from jacdiag.report.thresholds import load_thresholds
+from jacdiag.gate.source_location import located
+from jacdiag.measure.family_confidence import Family
+from jacdiag.pipeline.argument_types import codes_of
+from jacdiag.pipeline.audit import audit
+from jacdiag.records import LEVELS, FiguresRecord, Finding, Report, RuleResult, Verdict
+from jacdiag.records.option_ranges import check_ranges
+from jacdiag.records.remedy import with_fixes
 from jacdiag.rules import evaluate, measurement, selected
+from jacdiag.rules.thresholds import load_thresholds
 from jacdiag.sources import Source
-from jacdiag.sources.given import path_text, source_of
+from jacdiag.sources.python_source import path_text, source_of
 
 PASS, FINDINGS, UNDECIDED = 0, 1, 3
 _MORE = 4  # times the products, where a rule stayed undecided
 _MOST = 4000
-_BUILT = ("factory", "hf-config", "module")  # formats of sources that a gate takes as freshly initialised
+# formats of sources that a gate takes as freshly initialised
+_BUILT = ("factory", "hf-config", "module")
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,11 @@ class Outcome:
     """How a gate came out.
 
     Attributes:
-        report: that of the first seed, with the findings of all, `figures`, `baseline`, and settings["gate"].
-        exit_code: 0 pass, 1 findings at or above `fail_on`, 3 nothing fired, but something stayed undecided or no rule
-            about the model applied. A trained model without a baseline is observed, and exits with 0.
+        report: that of the first seed, with the findings of all, `figures`, `baseline`, and
+            settings["gate"].
+        exit_code: 0 pass, 1 findings at or above `fail_on`, 3 nothing fired, but something stayed
+            undecided or no rule about the model applied. A trained model without a baseline is
+            observed, and exits with 0.
         figures: what `--write-baseline` writes.
     """
 
@@ -85,17 +88,20 @@ def gate(
         source: as for `jacdiag.audit`, or a callable that returns a new module.
         inputs: the probe, as for `jacdiag.audit`.
         seeds: how many initialisations; a checkpoint or a module in memory has one.
-        budget: seconds; seeds and products that do not fit are left out, and then nothing is called a pass.
-        baseline: a file of `write_baseline`; norms are then measured to `tol` instead of until decided.
+        budget: seconds; seeds and products that do not fit are left out, and then nothing is called
+            a pass.
+        baseline: a file of `write_baseline`; norms are then measured to `tol` instead of until
+            decided.
         fail_on: the least level that fails: info, warning, error or never.
         max_products: per norm at first; more are spent where a rule stays undecided.
-        state: "init" or "trained". If not given, a model that is built or passed as a module is fresh, for every
-            seed; a file is judged as by `jacdiag.audit`.
+        state: "init" or "trained". If not given, a model that is built or passed as a module is
+            fresh, for every seed; a file is judged as by `jacdiag.audit`.
         command: for the report.
         **options: of `jacdiag.audit`.
 
     Raises:
-        JacdiagError: as `jacdiag.audit`; also a baseline that cannot be read or is of another model.
+        JacdiagError: as `jacdiag.audit`; also a baseline that cannot be read or is of another
+            model.
 
     Example:
         >>> out = gate("jacdiag.sources.gpt:build", seeds=2, batch=1, seq=8,
@@ -104,26 +110,44 @@ def gate(
         (0, 2)
     """
     if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
-        raise UsageError(f"seeds cannot be {seeds!r}", hint="a number of initialisations, from 1 on")
-    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int | float) or not budget > 0):
+        raise UsageError(
+            f"seeds cannot be {seeds!r}", hint="a number of initialisations, from 1 on"
+        )
+    if budget is not None and (
+        isinstance(budget, bool) or not isinstance(budget, int | float) or not budget > 0
+    ):
         raise UsageError(f"budget cannot be {budget!r}", hint="seconds, above 0")
     check_ranges(seed=seed)
     if fail_on not in (*LEVELS, "never"):
-        raise UsageError("unknown level", got=str(fail_on), hint=f"one of {', '.join((*LEVELS, 'never'))}")
+        raise UsageError(
+            "unknown level", got=str(fail_on), hint=f"one of {', '.join((*LEVELS, 'never'))}"
+        )
     before = read_baseline(baseline) if baseline is not None else None
     select, ignore = codes_of("select", select), codes_of("ignore", ignore)
     together = options.get("confidence_all")
     check_ranges(confidence_all=together)
     if together is not None:  # each seed may miss as often as any other
         options["confidence_all"] = Family(together, seeds).each
-    if all(rule.code.startswith("JD2") for rule in selected(select, ignore)):  # nothing that is selected asks for norms
+    # nothing that is selected asks for norms
+    if all(rule.code.startswith("JD2") for rule in selected(select, ignore)):
         options["products"] = False
     runs = _Runs(
-        _opener(source, model, model_args, key, trust_pickle), inputs, budget,
-        {**options, "profile": profile, "select": select, "ignore": ignore, "thresholds": thresholds,
-         "decide": options.get("decide", True) and before is None, "state": state, "trust_pickle": trust_pickle},
-        max_products, before,
-    )  # fmt: skip
+        _opener(source, model, model_args, key, trust_pickle),
+        inputs,
+        budget,
+        {
+            **options,
+            "profile": profile,
+            "select": select,
+            "ignore": ignore,
+            "thresholds": thresholds,
+            "decide": options.get("decide", True) and before is None,
+            "state": state,
+            "trust_pickle": trust_pickle,
+        },
+        max_products,
+        before,
+    )
     reports = runs.all(range(seed, seed + seeds))
     limits = load_thresholds(thresholds, options.get("risk"))
     figures = figures_of(reports, limits.limits("regression").warning or 0.0, command)
@@ -147,9 +171,18 @@ def gate(
         "fail_on": fail_on,
         "baseline": str(baseline) if baseline is not None else None,
     }
-    settings = {**told.settings, "gate": about, "command": command, "remedies": options.get("remedies", "none")}
+    settings = {
+        **told.settings,
+        "gate": about,
+        "command": command,
+        "remedies": options.get("remedies", "none"),
+    }
     if together is not None and "confidence_all" in settings:
-        settings["confidence_all"] = {**settings["confidence_all"], "level": together, "seeds": seeds}
+        settings["confidence_all"] = {
+            **settings["confidence_all"],
+            "level": together,
+            "seeds": seeds,
+        }
     notes = [*told.notes, *runs.notes]
     return Outcome(replace(told, findings=findings, settings=settings, notes=notes), code, figures)
 
@@ -174,8 +207,15 @@ def _opener(
 class _Runs:
     """The audits, one per seed."""
 
-    def __init__(self, opener: tuple[Opener, str], inputs: Any, budget: float | None, options: dict[str, Any],
-                 products: int, baseline: FiguresRecord | None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        opener: tuple[Opener, str],
+        inputs: Any,
+        budget: float | None,
+        options: dict[str, Any],
+        products: int,
+        baseline: FiguresRecord | None,
+    ) -> None:
         (self.open, self.spec), self.inputs, self.budget = opener, inputs, budget
         self.options, self.products, self.baseline = options, products, baseline
         self.started = time.perf_counter()
@@ -188,7 +228,9 @@ class _Runs:
         for seed in seeds:
             if reports and self._late(len(reports)):
                 self.short = True
-                self.notes.append(f"the budget of {self.budget:g} s ran out after {len(reports)} of the seeds")
+                self.notes.append(
+                    f"the budget of {self.budget:g} s ran out after {len(reports)} of the seeds"
+                )
                 break
             loaded = self.open(seed)
             loaded.fresh = loaded.fresh or loaded.info.get("format") in _BUILT
@@ -199,15 +241,22 @@ class _Runs:
                 break  # a file, or a module in memory: it holds one set of weights
             if len(reports) == 2 and _fingerprint(reports[0]) == _fingerprint(reports[1]):
                 self.same = True
-                self.notes.append("two seeds gave the same weights: the factory seeds itself; they count as one")
+                self.notes.append(
+                    "two seeds gave the same weights: the factory seeds itself; they count as one"
+                )
                 return reports[:1]
         return reports
 
     def _decided(self, loaded: Source, seed: int) -> Report:
-        """Audits, and spends more products for as long as a rule is undecided and the budget lasts."""
+        """Audits, and spends more products for as long as a rule is undecided and the budget
+        lasts.
+        """
         products = self.products
         while True:
-            options = {**self.options, **({"remedies": "none"} if self.tried else {"baseline": self.baseline})}
+            options = {
+                **self.options,
+                **({"remedies": "none"} if self.tried else {"baseline": self.baseline}),
+            }
             report = audit(loaded, self.inputs, seed=seed, max_products=products, **options)
             self.tried = self.tried or bool(report.remedies)
             across = any(r.status == "unknown" and r.code.startswith("JD1") for r in report.rules)
@@ -238,17 +287,22 @@ def _together(reports: list[Report]) -> Report:
         count: Counter[tuple[str, str]] = Counter()
         for finding in report.findings:
             alike = (finding.code, str(finding.evidence.get("pattern", finding.level)))
-            key = (*alike, count[alike])  # several of one report stay several, such as JD110's, one per figure
+            # several of one report stay several, such as JD110's, one per figure
+            key = (*alike, count[alike])
             count[alike] += 1
             held = merged.get(key)
             seen = [*held.evidence["seeds"], k] if held is not None else [k]
-            merged[key] = replace(held or finding, evidence={**(held or finding).evidence, "seeds": seen})
+            merged[key] = replace(
+                held or finding, evidence={**(held or finding).evidence, "seeds": seen}
+            )
     order = ("fired", "unknown", "clean", "not-applicable")
     rules = []
     for one in first.rules:
         others = [r for report in reports for r in report.rules if r.code == one.code]
         worst = min(others, key=lambda r: order.index(r.status))
-        rules.append(RuleResult(one.code, worst.status, one.matched, one.name, one.note or worst.note))
+        rules.append(
+            RuleResult(one.code, worst.status, one.matched, one.name, one.note or worst.note)
+        )
     verdicts: tuple[Verdict, ...] = ("fail", "warn", "unknown", "observed", "pass")
     verdict = min((r.verdict for r in reports), key=verdicts.index)
     codes = [r.code for r in rules]

@@ -1,1 +1,3 @@
-"""From a sub-layer and its Jacobian to figures: norms with intervals, the network, bounds, the weights alone."""
+"""From a sub-layer and its Jacobian to figures: norms with intervals, the network, bounds, the
+weights alone.
+"""

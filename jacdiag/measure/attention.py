@@ -1,7 +1,7 @@
 """Logits and entropy of attention, from the calls that a forward makes, whatever module makes them.
 
-Three calls are read: `scaled_dot_product_attention`, `multi_head_attention_forward`, and a softmax that stands between
-two products of the stream with itself, as in attention that is written by hand.
+Three calls are read: `scaled_dot_product_attention`, `multi_head_attention_forward`, and a softmax
+that stands between two products of the stream with itself, as in attention that is written by hand.
 """
 
 from __future__ import annotations
@@ -17,23 +17,25 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from jacdiag.report.flow import AttentionRecord
+from jacdiag.records.signal_propagation import AttentionRecord
 from jacdiag.trace import Sites
-from jacdiag.trace.graph import Graph
-from jacdiag.trace.tensors import is_float
-from jacdiag.trace.walks import PRODUCTS
+from jacdiag.trace.execution.tensors import is_float
+from jacdiag.trace.graph.graph import Graph
+from jacdiag.trace.graph.reachability import PRODUCTS
 
 FUSED = {"scaled_dot_product_attention", "multi_head_attention_forward"}
 SOFTMAX = {"softmax", "_softmax", "softmax_"}
 CALLS = FUSED | SOFTMAX
 MASKED = -9000.0  # masks are written as -inf, the least float, -1e9 or -1e4 plus the score
 _AT_ONCE = 2**22  # scores that are held together
-_STEPS = 24  # calls between a softmax and the products before and after it: scale, bias, mask, cast, dropout
+# calls between a softmax and the products before and after it: scale, bias, mask, cast, dropout
+_STEPS = 24
 
 
 # -- which calls belong to which sub-layer ---------------------------------------------
 def attention_calls(sites: Sites) -> dict[int, int]:
-    """Return the place of each attention call among all calls named in `CALLS` -> index of its sub-layer.
+    """Return the place of each attention call among all calls named in `CALLS` -> index of its
+    sub-layer.
 
     A call inside two branches belongs to the inner one.
     """
@@ -43,19 +45,25 @@ def attention_calls(sites: Sites) -> dict[int, int]:
         owners |= dict.fromkeys(sites.raw[index].cone, index)
     named = [node.index for node in sites.graph.nodes if node.name in CALLS]
     return {
-        place: owners[node] for place, node in enumerate(named) if node in owners and is_attention(sites.graph, node)
+        place: owners[node]
+        for place, node in enumerate(named)
+        if node in owners and is_attention(sites.graph, node)
     }
 
 
 def is_attention(graph: Graph, node: int) -> bool:
-    """Return whether a call is attention: fused, or a softmax between two products of live values."""
+    """Return whether a call is attention: fused, or a softmax between two products of live
+    values.
+    """
     if graph.nodes[node].name in FUSED:
         return True
     return _meets(graph, node, _makers) and _meets(graph, node, _readers)
 
 
 def _meets(graph: Graph, node: int, neighbours: Callable[[Graph, int], list[int]]) -> bool:
-    """Return whether a product of two live values is met in one direction, before any product with a weight."""
+    """Return whether a product of two live values is met in one direction, before any product with
+    a weight.
+    """
     # Breadth first; a product with a weight ends the search on its way.
     seen = {node}
     frontier = [node]
@@ -111,7 +119,8 @@ class Tally:
     max_logit: float = -math.inf
     entropy: dict[int, Tensor] = field(default_factory=dict)  # number of heads -> sum per head
     rows: dict[int, Tensor] = field(default_factory=dict)
-    tops: dict[int, Tensor] = field(default_factory=dict)  # number of heads -> largest score per head
+    # number of heads -> largest score per head
+    tops: dict[int, Tensor] = field(default_factory=dict)
     most: float = 0.0
 
     def add(self, scores: Tensor) -> None:
@@ -134,7 +143,11 @@ class Tally:
         # Other layouts (grouped heads, heads folded into the batch) are not told apart.
         # 3. One sum per head.
         heads = scores.shape[1] if scores.dim() == 4 else 1
-        per_head = entropy.reshape(-1, heads, entropy.shape[-1]) if heads > 1 else entropy.reshape(1, 1, -1)
+        per_head = (
+            entropy.reshape(-1, heads, entropy.shape[-1])
+            if heads > 1
+            else entropy.reshape(1, 1, -1)
+        )
         counted = several.reshape(per_head.shape)
         if heads > 1:
             top = shown.amax(dim=(0, 2, 3))
@@ -154,7 +167,9 @@ class Tally:
             [(sums, counts)] = zip(self.entropy.values(), self.rows.values(), strict=True)
             lowest = float((sums / counts.clamp_min(1)).min())
         share = total / self.most if self.most else None
-        tops = next(iter(self.tops.values())).tolist() if len(self.rows) == 1 and self.tops else None
+        tops = (
+            next(iter(self.tops.values())).tolist() if len(self.rows) == 1 and self.tops else None
+        )
         return AttentionRecord(max_logit, total / rows, share, lowest, rows, tops)
 
 
@@ -188,13 +203,19 @@ class AttentionWatch(TorchFunctionMode):
             try:
                 _READERS.get(name, _read_softmax)(tally, args, kwargs)
             except (NotReadable, RuntimeError, TypeError, IndexError) as error:
-                self.why[index] = f"an attention call could not be read: {str(error).splitlines()[0]}"
+                self.why[index] = (
+                    f"an attention call could not be read: {str(error).splitlines()[0]}"
+                )
 
     def records(self, expected: int) -> dict[int, AttentionRecord]:
-        """Return the figures by sub-layer; none if the run made another number of calls than the record has."""
+        """Return the figures by sub-layer; none if the run made another number of calls than the
+        record has.
+        """
         if self.count != expected:
             return {}
-        return {index: tally.record() for index, tally in self.tallies.items() if index not in self.why}
+        return {
+            index: tally.record() for index, tally in self.tallies.items() if index not in self.why
+        }
 
 
 class NotReadable(Exception):
@@ -223,7 +244,9 @@ def _read_sdpa(tally: Tally, args: Any, kwargs: Any) -> None:
     query, key = given["query"], given["key"]
     if given.get("enable_gqa") and query.shape[-3] != key.shape[-3]:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
-    add_products(tally, query, key, given.get("attn_mask"), bool(given.get("is_causal")), given.get("scale"))
+    add_products(
+        tally, query, key, given.get("attn_mask"), bool(given.get("is_causal")), given.get("scale")
+    )
 
 
 def add_products(
@@ -242,7 +265,9 @@ def add_products(
             scores = scores.masked_fill(columns > rows[:, None], -math.inf)
         if mask is not None:
             part = mask[..., rows, :] if mask.dim() >= 2 and mask.shape[-2] == length else mask
-            scores = scores.masked_fill(~part, -math.inf) if part.dtype is torch.bool else scores + part
+            scores = (
+                scores.masked_fill(~part, -math.inf) if part.dtype is torch.bool else scores + part
+            )
         tally.add(scores)
 
 
@@ -275,11 +300,16 @@ def _read_multi_head(tally: Tally, args: Any, kwargs: Any) -> None:
 
     # 2. Put the masks together: True is masked here, unlike above.
     mask = None
-    for part, shape in ((given["attn_mask"], None), (given["key_padding_mask"], (-1, 1, 1, key.shape[-2]))):
+    for part, shape in (
+        (given["attn_mask"], None),
+        (given["key_padding_mask"], (-1, 1, 1, key.shape[-2])),
+    ):
         if part is None:
             continue
         if part.dtype is torch.bool:
-            part = torch.zeros(part.shape, dtype=query.dtype, device=part.device).masked_fill(part, -math.inf)
+            part = torch.zeros(part.shape, dtype=query.dtype, device=part.device).masked_fill(
+                part, -math.inf
+            )
         if shape is not None:
             part = part.reshape(shape)
         elif part.dim() == 3:

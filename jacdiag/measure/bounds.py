@@ -1,20 +1,32 @@
-"""The paper's closed-form bounds for one measured sub-layer (Eq. 15 and 20), and the ones that really bound."""
+"""The paper's closed-form bounds for one measured sub-layer (Eq. 15 and 20), and the ones that
+really bound.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from jacdiag.measure.weights import bound_attention, bound_ffn
-from jacdiag.report.schema import Interval, Spread, WeightStats
+from jacdiag.measure.weight_statistics import bound_attention, bound_ffn
+from jacdiag.records.report import Interval, Spread, WeightStats
 
 # Largest slope of the activation; the product of norms bounds the FFN with this factor.
-LIPSCHITZ = {"relu": 1.0, "tanh": 1.0, "gelu": 1.13, "silu": 1.1, "sigmoid": 0.25, "relu6": 1.0, "leaky_relu": 1.0}
+LIPSCHITZ = {
+    "relu": 1.0,
+    "tanh": 1.0,
+    "gelu": 1.13,
+    "silu": 1.1,
+    "sigmoid": 0.25,
+    "relu6": 1.0,
+    "leaky_relu": 1.0,
+}
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """`bound`: as published. `bound_norms`: with measured norms in place of the estimates; this one does bound."""
+    """`bound`: as published. `bound_norms`: with measured norms in place of the estimates; this one
+    does bound.
+    """
 
     bound: float | None = None
     bound_norms: float | None = None
@@ -32,7 +44,8 @@ def closed_form_bounds(
     norm_gain: Interval | None,
     heads_norm: Interval | None,
 ) -> Bounds:
-    """Evaluates Eq. 15 (FFN) or Eq. 20 (attention) where they have a footing: pre-norm, at init, two-matrix FFN.
+    """Evaluates Eq. 15 (FFN) or Eq. 20 (attention) where they have a footing: pre-norm, at init,
+    two-matrix FFN.
 
     Args:
         weights: by role; W_1 and W_2, or W_O, are read.
@@ -41,7 +54,9 @@ def closed_form_bounds(
     """
     why = _no_footing(kind, placement, state, weights)
     if why or shortcut_std is None or norm_gain is None:
-        return Bounds(notes=dict.fromkeys(("bound", "bound_norms", "tightness"), why or "no input norm"))
+        return Bounds(
+            notes=dict.fromkeys(("bound", "bound_norms", "tightness"), why or "no input norm")
+        )
     if kind == "mlp":
         return _ffn(weights["W_1"], weights["W_2"], activations, shortcut_std, norm_gain)
     return _attention(weights["W_O"], shortcut_std, norm_gain, heads_norm)
@@ -59,7 +74,9 @@ def _no_footing(kind: str, placement: str, state: str, weights: Mapping[str, Wei
     return f"the paper has no closed form for kind {kind}"
 
 
-def _ffn(w1: WeightStats, w2: WeightStats, activations: Sequence[str], spread: Spread, gain: Interval) -> Bounds:
+def _ffn(
+    w1: WeightStats, w2: WeightStats, activations: Sequence[str], spread: Spread, gain: Interval
+) -> Bounds:
     notes = {}
     d = min(w1.shape)
     bound = norms = None
@@ -73,13 +90,19 @@ def _ffn(w1: WeightStats, w2: WeightStats, activations: Sequence[str], spread: S
     elif not slope:
         notes["bound_norms"] = f"no Lipschitz factor is known for {', '.join(activations)}"
     if slope not in (0.0, 1.0):
-        notes["bound_norms_factor"] = f"the activation's largest slope {slope} is part of bound_norms"
+        notes["bound_norms_factor"] = (
+            f"the activation's largest slope {slope} is part of bound_norms"
+        )
     return Bounds(bound, norms, notes)
 
 
-def _attention(wo: WeightStats, spread: Spread, gain: Interval, heads_norm: Interval | None) -> Bounds:
+def _attention(
+    wo: WeightStats, spread: Spread, gain: Interval, heads_norm: Interval | None
+) -> Bounds:
     if heads_norm is None:
-        return Bounds(notes=dict.fromkeys(("bound", "bound_norms", "tightness"), "|J^Z| was not measured"))
+        return Bounds(
+            notes=dict.fromkeys(("bound", "bound_norms", "tightness"), "|J^Z| was not measured")
+        )
     bound = None
     if wo.std is not None and spread.median > 0:
         bound = bound_attention(wo.std, spread.median, min(wo.shape), heads_norm.estimate)

@@ -1,4 +1,6 @@
-"""One forward and one backward of the whole model: gradients of the stream and of the parameters, and attention."""
+"""One forward and one backward of the whole model: gradients of the stream and of the parameters,
+and attention.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,12 @@ from torch.overrides import TorchFunctionMode
 
 from jacdiag.errors import MeasureError
 from jacdiag.measure.attention import CALLS, AttentionWatch, attention_calls
-from jacdiag.report.flow import AttentionRecord
-from jacdiag.report.record import Record
+from jacdiag.records.base import Record
+from jacdiag.records.signal_propagation import AttentionRecord
 from jacdiag.trace import Sites
-from jacdiag.trace.skeleton import Skeleton
-from jacdiag.trace.tap import Spot, Where
-from jacdiag.trace.tensors import collect_deep
+from jacdiag.trace.execution.skeleton import Skeleton
+from jacdiag.trace.execution.tap import Spot, Where
+from jacdiag.trace.execution.tensors import collect_deep
 
 _CHUNK = 2**20  # elements whose squares are summed in float64 together
 
@@ -29,7 +31,8 @@ class GradientProfile(Record):
     """What one forward and one backward gave.
 
     Attributes:
-        norms: norm of dL/dx along the main stream, first shortcut first, the stream's end last. 0 where none arrives.
+        norms: norm of dL/dx along the main stream, first shortcut first, the stream's end last. 0
+            where none arrives.
         activations: norm of x at the same points.
         kind, loss: what was differentiated, and its value.
         parameters: name -> norm of its gradient, 0 where none arrives. None if it was not measured.
@@ -49,8 +52,9 @@ class GradientProfile(Record):
 def language_model_loss(output: Any, token_ids: Tensor | None, seed: int = 0) -> tuple[Tensor, str]:
     """Returns a scalar loss and what it is.
 
-    Next-token cross entropy where the output holds logits over a vocabulary for (B, T) token ids; for a model that
-    gives logits of the last position only, cross entropy against random tokens; else a random linear functional.
+    Next-token cross entropy where the output holds logits over a vocabulary for (B, T) token ids;
+    for a model that gives logits of the last position only, cross entropy against random tokens;
+    else a random linear functional.
     """
     logits = loss_input(output)
     if logits is None:
@@ -59,10 +63,16 @@ def language_model_loss(output: Any, token_ids: Tensor | None, seed: int = 0) ->
     if token_ids is not None and logits.dim() == 3 and logits.shape[0] == token_ids.shape[0]:
         if logits.shape[1] == token_ids.shape[1] > 1 and int(token_ids.max()) < logits.shape[2]:
             targets = token_ids[:, 1:].reshape(-1).to(logits.device).long()
-            return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets), "next-token cross entropy"
+            return torch.nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1), targets
+            ), "next-token cross entropy"
         if logits.shape[1] == 1:
-            targets = torch.randint(logits.shape[2], (logits.shape[0],), generator=generator).to(logits.device)
-            return torch.nn.functional.cross_entropy(logits[:, 0], targets), "cross entropy of the last position"
+            targets = torch.randint(logits.shape[2], (logits.shape[0],), generator=generator).to(
+                logits.device
+            )
+            return torch.nn.functional.cross_entropy(
+                logits[:, 0], targets
+            ), "cross entropy of the last position"
     weight = torch.randn(logits.shape, generator=generator).to(logits)
     return (weight * logits).sum() / logits.numel() ** 0.5, "random linear functional of the output"
 
@@ -78,7 +88,9 @@ def loss_input(output: Any) -> Tensor | None:
 
 
 def end_of(sites: Sites) -> int:
-    """The end of the main stream: the last sum, or the norm behind it for post-norm (a final norm is the head's)."""
+    """The end of the main stream: the last sum, or the norm behind it for post-norm (a final norm
+    is the head's).
+    """
     last = sites.streams.groups[sites.streams.main[-1]]
     return last.after if any(sites[k].post_norm is not None for k in last.sites) else last.output
 
@@ -90,7 +102,8 @@ def stream_values(sites: Sites) -> list[int]:
 
 
 def gradient_profile(sites: Sites, token_ids: Tensor | None) -> GradientProfile | None:
-    """Run the model forward and backward once; read the stream, the parameters and the attention calls on the way.
+    """Run the model forward and backward once; read the stream, the parameters and the attention
+    calls on the way.
 
     Args:
         sites: of one recorded forward.
@@ -140,14 +153,20 @@ def watchable_parameters(skeleton: Skeleton) -> tuple[list[str], str]:
     if skeleton.stored is not None:
         return [], "the weights are read from the file call by call"
     if skeleton.light:
-        return [], "the weights are raised call by call: their gradients would keep a raised copy of the model"
+        return (
+            [],
+            "the weights are raised call by call: their gradients would keep a raised copy of the "
+            "model",
+        )
     return [name for name, t in skeleton.params.items() if t.is_floating_point()], ""
 
 
 # -- one run ---------------------------------------------
 @dataclass
 class Backward:
-    """What one forward and one backward gave, by value index and by parameter; absent where no gradient arrived."""
+    """What one forward and one backward gave, by value index and by parameter; absent where no
+    gradient arrived.
+    """
 
     norms: dict[int, float] = field(default_factory=dict)
     activations: dict[int, float] = field(default_factory=dict)
@@ -166,7 +185,8 @@ def run_backward(
     visit: Callable[[int, Tensor], None] | None = None,
     backward: bool = True,
 ) -> Backward:
-    """Run the whole model once, then the backward of the loss. Norms are taken as the gradients come by; none is kept.
+    """Run the whole model once, then the backward of the loss. Norms are taken as the gradients
+    come by; none is kept.
 
     Args:
         sites: of one recorded forward.
@@ -209,7 +229,11 @@ def run_backward(
         return enter(order[id(spot)], tensor)
 
     # 3. One forward, one loss, one backward.
-    with torch.enable_grad(), replayer.whole_graph(), gradients_of(sites.skeleton, parameters) as (weights, found):
+    with (
+        torch.enable_grad(),
+        replayer.whole_graph(),
+        gradients_of(sites.skeleton, parameters) as (weights, found),
+    ):
         with watch or nullcontext():
             output = replayer.tapped(results, met, replaced=replaced)
         loss, result.kind = language_model_loss(output, token_ids)
@@ -223,10 +247,14 @@ def run_backward(
 
 
 @contextmanager
-def gradients_of(skeleton: Skeleton, names: Collection[str]) -> Iterator[tuple[list[Tensor], dict[str, Tensor]]]:
-    """Let a backward inside take the sums of squares of these parameters' gradients; each is dropped at once.
+def gradients_of(
+    skeleton: Skeleton, names: Collection[str]
+) -> Iterator[tuple[list[Tensor], dict[str, Tensor]]]:
+    """Let a backward inside take the sums of squares of these parameters' gradients; each is
+    dropped at once.
 
-    The skeleton's tensors share the memory of the model's own and nothing else: the model is not touched.
+    The skeleton's tensors share the memory of the model's own and nothing else: the model is not
+    touched.
     """
     found: dict[str, Tensor] = {}
     weights = [skeleton.params[name] for name in names]

@@ -1,4 +1,6 @@
-"""Figures of the whole network: the gradient at every depth, the end-to-end map, growth, and the check of replay."""
+"""Figures of the whole network: the gradient at every depth, the end-to-end map, growth, and the
+check of replay.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,19 @@ import torch
 from torch import Tensor
 
 from jacdiag.measure.gradients import GradientProfile, end_of
-from jacdiag.report.flow import BackwardRecord, CutShortcut, DeadBranch, DeadPath, ForwardRecord
-from jacdiag.report.schema import PRODUCT_ALONE, Growth, Interval, NetworkRecord, SublayerRecord
+from jacdiag.records.report import PRODUCT_ALONE, Growth, Interval, NetworkRecord, SublayerRecord
+from jacdiag.records.signal_propagation import (
+    BackwardRecord,
+    CutShortcut,
+    DeadBranch,
+    DeadPath,
+    ForwardRecord,
+)
 from jacdiag.spectra import JacobianOperator, independent_dims, top_singular
 from jacdiag.trace import Sites, Sublayer
-from jacdiag.trace.coverage import parameters_of
-from jacdiag.trace.cuts import cut_additions
-from jacdiag.trace.tap import Spot, Where
+from jacdiag.trace.discovery.coverage import parameters_of
+from jacdiag.trace.discovery.detached import cut_additions
+from jacdiag.trace.execution.tap import Spot, Where
 
 _ASKED = 2  # sub-layers that are asked what they mix: attention and FFN, mostly
 
@@ -27,7 +35,9 @@ def _norm(t: Tensor) -> float:
     return float(torch.linalg.vector_norm(t.detach().double()))
 
 
-def end_to_end(sites: Sites, tol: float, confidence: float, max_products: int, seed: int) -> Interval | None:
+def end_to_end(
+    sites: Sites, tol: float, confidence: float, max_products: int, seed: int
+) -> Interval | None:
     """Spectral norm of d y_N / d x_1 over the main stream, by Lanczos on the chain itself."""
     groups = [sites.streams.groups[k] for k in sites.streams.main]
     if not groups:
@@ -40,20 +50,30 @@ def end_to_end(sites: Sites, tol: float, confidence: float, max_products: int, s
         operator = JacobianOperator(segment, first.shortcut, batch_dims=())
     dims = _trivially_independent([sites[k] for group in groups for k in group.sites])
     if dims is None or not _keeps(dims, operator.value.shape):
-        dims = independent_dims(operator.pull_shaped, first.shortcut.shape, operator.value.shape, first.feature_dim,
-                                first.shortcut.dtype, first.shortcut.device, generator)  # fmt: skip
+        dims = independent_dims(
+            operator.pull_shaped,
+            first.shortcut.shape,
+            operator.value.shape,
+            first.feature_dim,
+            first.shortcut.dtype,
+            first.shortcut.device,
+            generator,
+        )
     operator.set_batch_dims(dims)
-    solution = top_singular(operator, tol=tol, confidence=confidence, max_products=max_products, generator=generator)
+    solution = top_singular(
+        operator, tol=tol, confidence=confidence, max_products=max_products, generator=generator
+    )
     interval = solution.interval()
     operator.release()
     return interval
 
 
 def _trivially_independent(members: Sequence[Sublayer]) -> tuple[int, ...] | None:
-    """The dimensions of size 1, where the first sub-layers leave no others; None where the chain itself must be asked.
+    """The dimensions of size 1, where the first sub-layers leave no others; None where the chain
+    itself must be asked.
 
-    What a sub-layer mixes, the chain is taken to mix: that is always safe, and asking the chain costs two products
-    with all of it.
+    What a sub-layer mixes, the chain is taken to mix: that is always safe, and asking the chain
+    costs two products with all of it.
     """
     shape = members[0].shortcut.shape
     ones = tuple(d for d in range(len(shape)) if shape[d] == 1)
@@ -64,24 +84,37 @@ def _trivially_independent(members: Sequence[Sublayer]) -> tuple[int, ...] | Non
 
 
 def _keeps(dims: tuple[int, ...], shape: torch.Size) -> bool:
-    """Whether dimensions of size 1 have size 1 at the stream's end too: some models flatten in between."""
+    """Whether dimensions of size 1 have size 1 at the stream's end too: some models flatten in
+    between.
+    """
     return all(d < len(shape) and shape[d] == 1 for d in dims)
 
 
 def network_record(
-    sites: Sites, records: Sequence[SublayerRecord], profile: GradientProfile | None, whole: Interval | None,
-    layers: int, notes: dict[str, str], forward: ForwardRecord | None = None, backward: BackwardRecord | None = None,
-) -> NetworkRecord:  # fmt: skip
+    sites: Sites,
+    records: Sequence[SublayerRecord],
+    profile: GradientProfile | None,
+    whole: Interval | None,
+    layers: int,
+    notes: dict[str, str],
+    forward: ForwardRecord | None = None,
+    backward: BackwardRecord | None = None,
+) -> NetworkRecord:
     """Puts the network's figures together.
 
-    Growth exponents are ln(last / first) / layers: of activations from the first shortcut to the stream's end, of
-    gradients from the stream's end down to the first shortcut, so that both are positive where things grow.
+    Growth exponents are ln(last / first) / layers: of activations from the first shortcut to the
+    stream's end, of gradients from the stream's end down to the first shortcut, so that both are
+    positive where things grow.
     """
     factors = [_residual_of(records, sites.streams.groups[k].sites) for k in sites.streams.main]
     known = [f for f in factors if f is not None]
     if len(known) < len(factors):
         notes = {"gain_product_log": "not every residual norm was measured to its width"} | notes
-    log = sum(math.log(f) if f > 0 else -math.inf for f in known) if factors and len(known) == len(factors) else None
+    log = (
+        sum(math.log(f) if f > 0 else -math.inf for f in known)
+        if factors and len(known) == len(factors)
+        else None
+    )
     if log is not None and whole is None:
         notes = {**notes, "gain_product_log": PRODUCT_ALONE}
     predicted = growth = None
@@ -91,7 +124,9 @@ def network_record(
             for factor in reversed(known):
                 predicted.insert(0, predicted[0] * factor)
         growth = Growth(
-            _exponent(profile.activations[0], profile.activations[-1], layers) if profile.activations else None,
+            _exponent(profile.activations[0], profile.activations[-1], layers)
+            if profile.activations
+            else None,
             _exponent(profile.norms[-1], profile.norms[0], layers),
         )
     return NetworkRecord(
@@ -108,9 +143,13 @@ def network_record(
 
 
 def backward_record(
-    sites: Sites, profile: GradientProfile | None, dead: list[DeadPath] | None, notes: dict[str, str]
+    sites: Sites,
+    profile: GradientProfile | None,
+    dead: list[DeadPath] | None,
+    notes: dict[str, str],
 ) -> BackwardRecord:
-    """Compare the embedding's gradient with those of the other matrices; list what is dead or not finite.
+    """Compare the embedding's gradient with those of the other matrices; list what is dead or not
+    finite.
 
     Args:
         sites: of one recorded forward.
@@ -118,11 +157,15 @@ def backward_record(
         dead: from `find_dead_paths`.
         notes: field -> why it is missing.
     """
-    return replace(_backward_record(sites, profile, dead, notes), cut_shortcuts=_cut_shortcuts(sites))
+    return replace(
+        _backward_record(sites, profile, dead, notes), cut_shortcuts=_cut_shortcuts(sites)
+    )
 
 
 def _cut_shortcuts(sites: Sites) -> list[CutShortcut]:
-    """Return the additions whose shortcut was detached; a detached branch is a part without a gradient."""
+    """Return the additions whose shortcut was detached; a detached branch is a part without a
+    gradient.
+    """
     return [
         CutShortcut(cut.module or cut.line, f"detach in {cut.line}")
         for cut in cut_additions(sites.graph, sites.finder)
@@ -131,15 +174,25 @@ def _cut_shortcuts(sites: Sites) -> list[CutShortcut]:
 
 
 def _backward_record(
-    sites: Sites, profile: GradientProfile | None, dead: list[DeadPath] | None, notes: dict[str, str]
+    sites: Sites,
+    profile: GradientProfile | None,
+    dead: list[DeadPath] | None,
+    notes: dict[str, str],
 ) -> BackwardRecord:
     if profile is None:
         return BackwardRecord(notes=notes)
     if dead is None and "dead" not in notes:
-        notes = {**notes, "dead": "the record does not show that the loss depends on the residual stream"}
+        notes = {
+            **notes,
+            "dead": "the record does not show that the loss depends on the residual stream",
+        }
     points = [sites[sites.streams.groups[k].sites[0]].name for k in sites.streams.main]
     places = [*(f"the stream at {name}" for name in points), "the stream's end"]
-    broken = [place for place, value in zip(places, profile.norms, strict=False) if not math.isfinite(value)]
+    broken = [
+        place
+        for place, value in zip(places, profile.norms, strict=False)
+        if not math.isfinite(value)
+    ]
     gradients = profile.parameters
     if gradients is None:
         why = profile.why.get("parameters", "no gradient of a parameter was measured")
@@ -149,9 +202,13 @@ def _backward_record(
     broken += [name for name, value in gradients.items() if not math.isfinite(value)]
     outlines = sites.skeleton.outlines
     # The embedding is the table that token ids pick from; positions come second.
-    tables = [name for name in sites.coverage.embedding if name in gradients and outlines[name].dim() >= 2]
+    tables = [
+        name for name in sites.coverage.embedding if name in gradients and outlines[name].dim() >= 2
+    ]
     if not tables:
-        missing = dict.fromkeys(("embedding_norm", "others_median"), "no embedding lies before the first sub-layer")
+        missing = dict.fromkeys(
+            ("embedding_norm", "others_median"), "no embedding lies before the first sub-layer"
+        )
         return BackwardRecord(dead=dead, not_finite=broken, notes={**missing, **notes})
     by_ids = _tables_read_by_ids(sites)
     table = max(tables, key=lambda name: (name in by_ids, outlines[name].numel()))
@@ -171,7 +228,11 @@ def _tables_read_by_ids(sites: Sites) -> set[str]:
     """Return the embeddings whose rows the input picks; positions are picked by constants."""
     graph = sites.graph
     picked = [node.index for node in graph.nodes if node.name == "embedding"]
-    live = [node for node in picked if any(graph.values[value].live for value in graph.nodes[node].inputs)]
+    live = [
+        node
+        for node in picked
+        if any(graph.values[value].live for value in graph.nodes[node].inputs)
+    ]
     return set(parameters_of(graph, live, sites.skeleton))
 
 
@@ -181,7 +242,8 @@ def with_flow(
     branches: Mapping[int, DeadBranch],
     notes: Mapping[str, str],
 ) -> list[SublayerRecord]:
-    """Return the records with attention figures, gradient norms of parameters, and branches that are zero.
+    """Return the records with attention figures, gradient norms of parameters, and branches that
+    are zero.
 
     Args:
         records: of sub-layers.
@@ -189,7 +251,9 @@ def with_flow(
         branches: from `find_dead_branches`.
         notes: why the profile is missing: the note of "gradient_norms" counts.
     """
-    missing = notes.get("gradient_norms") or notes.get("end_to_end") or "the model was not run backward"
+    missing = (
+        notes.get("gradient_norms") or notes.get("end_to_end") or "the model was not run backward"
+    )
     return [_with_flow(record, profile, branches.get(record.index), missing) for record in records]
 
 
@@ -202,16 +266,24 @@ def _with_flow(
     if profile is not None:
         attention = profile.attention.get(str(record.index))
         if profile.parameters is not None:
-            squares = [profile.parameters[name] ** 2 for name in record.parameters if name in profile.parameters]
+            squares = [
+                profile.parameters[name] ** 2
+                for name in record.parameters
+                if name in profile.parameters
+            ]
             gradient = math.sqrt(sum(squares)) if squares else None
     if attention is None and record.kind == "attention":
         unseen = "no call of scaled_dot_product_attention or softmax over scores was recorded in it"
         reason = unseen if profile is not None else missing
-        notes["attention"] = reason if profile is None else profile.why.get(f"attention {record.index}", reason)
+        notes["attention"] = (
+            reason if profile is None else profile.why.get(f"attention {record.index}", reason)
+        )
     if gradient is None:
         none = "its parameters have no gradient" if profile is not None else missing
         notes["gradient_norm"] = none if profile is None else profile.why.get("parameters", none)
-    return replace(record, attention=attention, gradient_norm=gradient, dead_branch=branch, notes=notes)
+    return replace(
+        record, attention=attention, gradient_norm=gradient, dead_branch=branch, notes=notes
+    )
 
 
 def _residual_of(records: Sequence[SublayerRecord], members: Sequence[int]) -> float | None:
@@ -226,11 +298,15 @@ def _exponent(first: float, last: float, layers: int) -> float | None:
     return math.log(last / first) / layers
 
 
-def verify_replay(sites: Sites, seed: int = 0, only: Collection[int] | None = None) -> dict[str, float]:
-    """Compares J^T w of every branch with that of a whole-model re-run; returns the relative error by name.
+def verify_replay(
+    sites: Sites, seed: int = 0, only: Collection[int] | None = None
+) -> dict[str, float]:
+    """Compares J^T w of every branch with that of a whole-model re-run; returns the relative error
+    by name.
 
-    In the whole-model run each shortcut is a tensor to differentiate by, so that one forward and one backward through
-    each branch suffice. A recorded cache, or a value that reaches the branch past its shortcut, shows here alone.
+    In the whole-model run each shortcut is a tensor to differentiate by, so that one forward and
+    one backward through each branch suffice. A recorded cache, or a value that reaches the branch
+    past its shortcut, shows here alone.
 
     Args:
         sites: of one recorded forward.
@@ -254,10 +330,13 @@ def verify_replay(sites: Sites, seed: int = 0, only: Collection[int] | None = No
         if kind == "term":  # at once: code that adds in place spoils the graph a moment later
             leaf = leaves.get(raw[key].shortcut)
             if leaf is not None and (key not in pulled or key in cut_off):
-                pulled[key] = _pull(tensor, leaf, _cotangent(sites[key], seed).reshape(tensor.shape))
+                pulled[key] = _pull(
+                    tensor, leaf, _cotangent(sites[key], seed).reshape(tensor.shape)
+                )
                 (cut_off.discard if tensor.requires_grad else cut_off.add)(key)
             return tensor
-        # A shortcut may lie on another's way into its branch (a norm of the stream with a branch of its own).
+        # A shortcut may lie on another's way into its branch (a norm of the stream with a branch of
+        # its own).
         leaves[key] = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
         return leaves[key].clone()
 
@@ -274,7 +353,9 @@ def verify_replay(sites: Sites, seed: int = 0, only: Collection[int] | None = No
     errors = {}
     for k in chosen:
         site, mine = sites[k], pulled.get(k)
-        errors[site.name] = math.inf if mine is None else _relative(mine, _own_pull(site, _cotangent(site, seed)))
+        errors[site.name] = (
+            math.inf if mine is None else _relative(mine, _own_pull(site, _cotangent(site, seed)))
+        )
     return errors
 
 

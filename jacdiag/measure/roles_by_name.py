@@ -22,8 +22,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jacdiag.report.schema import Kind
-from jacdiag.trace.uses import Use
+from jacdiag.records.report import Kind
+from jacdiag.trace.discovery.weight_roles import Use
 
 Shape = tuple[int, ...]
 SublayerKind = Literal["attention", "cross-attention", "mlp", "moe", "mixer", "conv"]
@@ -34,7 +34,7 @@ class RoleRule:
     """A name inside a sub-layer, and the role that it stands for.
 
     Attributes:
-        role: as `jacdiag.trace.uses.Use.role`.
+        role: as `jacdiag.trace.discovery.weight_roles.Use.role`.
         words: regular expression of the whole name inside the sub-layer, without ".weight" and
             expert numbers.
         sibling: regular expression; if given, the rule holds only where a weight of the same
@@ -134,9 +134,7 @@ _MLP_RULES = (
     RoleRule("W_1", r"fc_2", sibling=r"proj"),
     RoleRule("W_gate", r"gate_proj|wi_0|gate|w_gate|gate_lin|linear_gate|fc1_g"),
     # GPT-2, Llama, NeoX, litgpt, BART, GPT-J, timm, DistilBERT, torch, XLNet, Meta-Llama, DBRX.
-    RoleRule(
-        "W_1", r"c_fc|up_proj|dense_h_to_4h|fc|fc_?1|fc_in|fc1_x|lin_?1|linear_?1|layer_1"
-    ),
+    RoleRule("W_1", r"c_fc|up_proj|dense_h_to_4h|fc|fc_?1|fc_in|fc1_x|lin_?1|linear_?1|layer_1"),
     RoleRule("W_1", r"w_?1|w3|v1|pwconv1"),
     # Megatron-core, T5, ModernBERT, ALBERT, OLMo, BERT, SqueezeBERT, Granite.
     RoleRule("W_1", r"linear_fc1|[Ww]i|wi_1|up|ffn|ff_proj|intermediate(\.(dense|conv1d))?"),
@@ -237,7 +235,7 @@ class NamedWeight:
     """What a name says about one parameter.
 
     Attributes:
-        role: as `jacdiag.trace.uses.Use.role`; "" where the name does not say.
+        role: as `jacdiag.trace.discovery.weight_roles.Use.role`; "" where the name does not say.
         layer: number of its layer, counted over all stacks; None outside all layers.
         stack: module path of the list of layers, such as "model.decoder.layers"; "" outside.
         kind: of the sub-layer that it lies in; "" outside.
@@ -401,7 +399,9 @@ def _place_of(name: str, anywhere: bool) -> Place | None:
 
 
 def _is_part_of_embedding(path: Sequence[str]) -> bool:
-    """Return whether a path leads into an embedding and not into a layer: `pos_embed.mlp`, `time_embedder.mlp`."""
+    """Return whether a path leads into an embedding and not into a layer: `pos_embed.mlp`,
+    `time_embedder.mlp`.
+    """
     if any(_NUMBERED.fullmatch(token) for token in path):
         return False
     return any(_EMBEDDING_MODULE.search(token) for token in path)
@@ -419,9 +419,7 @@ def _module_of(tokens: Sequence[str]) -> tuple[int, SublayerKind] | None:
     inside = [(position, kind) for position, kind in kinds if first is None or position > first]
     if not inside:
         # XLM's lists of sub-layers: `attentions.0.q_lin`.
-        return next(
-            ((position, kind) for position, kind in kinds if position + 1 == first), None
-        )
+        return next(((position, kind) for position, kind in kinds if position + 1 == first), None)
     # An MLP inside a cross-attention layer (Perceiver) is a sub-layer of its own; experts of an
     # attention are not.
     position = inside[0][0]
@@ -445,9 +443,7 @@ def _kind_of_module(token: str) -> SublayerKind | None:
     return "attention" if _ATTENTION_MODULE.fullmatch(token) else None
 
 
-def _place_in_module(
-    name: str, tokens: Sequence[str], position: int, kind: SublayerKind
-) -> Place:
+def _place_in_module(name: str, tokens: Sequence[str], position: int, kind: SublayerKind) -> Place:
     """Return the place of a parameter whose sub-layer is the module at a position of its path."""
     end_of_block = _end_of_block(tokens[: position + 1])
     end_of_module = position + 1
@@ -457,9 +453,7 @@ def _place_in_module(
         end_of_module += 1
         end_of_block, after = end_of_module, after[1:]
     is_expert = any(_EXPERT.fullmatch(token) for token in tokens[position:])
-    if _EXPERT.fullmatch(
-        tokens[position]
-    ):  # experts without a module around them and their router
+    if _EXPERT.fullmatch(tokens[position]):  # experts without a module around them and their router
         end_of_module = position
         after = tokens[position:]
     return Place(
@@ -577,9 +571,7 @@ def _stack_and_numbers(block: Sequence[str]) -> tuple[str, tuple[int, ...]]:
     end = positions[0]
     if end and _kind_of_module(block[end - 1]) is not None:
         end -= 1  # lists of attentions and of MLPs share a stack
-    return ".".join(block[:end]), tuple(
-        _numbers_in(block[position])[-1] for position in positions
-    )
+    return ".".join(block[:end]), tuple(_numbers_in(block[position])[-1] for position in positions)
 
 
 def _shared_path(names: Sequence[str]) -> str:
@@ -641,7 +633,7 @@ def _in_stream_order(sublayers: Sequence[NamedSublayer]) -> list[NamedSublayer]:
 
 
 def _number_layers(sublayers: Sequence[NamedSublayer]) -> None:
-    """Number the layers as `jacdiag.trace.naming.depths_of` does for a model that runs.
+    """Number the layers as `jacdiag.trace.discovery.naming.depths_of` does for a model that runs.
 
     A layer is a module at the level of numbers at which most modules hold two sub-layers or
     more. Where none does (a list of attentions and one of MLPs), a layer is one period of the
@@ -830,9 +822,7 @@ def _role_of_vector(name: str) -> str:
         return "bias"
     if _SCALE.search(name) and not _GAIN.search(name):
         return "scale"
-    is_gain = (
-        name.endswith(("weight", "gamma", "scale", ".g")) and _GAIN.search(name) is not None
-    )
+    is_gain = name.endswith(("weight", "gamma", "scale", ".g")) and _GAIN.search(name) is not None
     return "norm_gain" if is_gain else ""
 
 

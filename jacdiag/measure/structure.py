@@ -7,15 +7,15 @@ from dataclasses import replace
 
 from torch import nn
 
-from jacdiag.measure.adapters import adapters_of
-from jacdiag.measure.rates import rates_of
-from jacdiag.measure.tables import tables_of
-from jacdiag.measure.ties import tie_of
-from jacdiag.report.contract import ContractRecord
-from jacdiag.report.schema import SublayerRecord
-from jacdiag.report.tables import ZeroShortcut
+from jacdiag.measure.computed_tables import tables_of
+from jacdiag.measure.low_rank_adapters import adapters_of
+from jacdiag.measure.state_space_rates import rates_of
+from jacdiag.measure.tied_weights import tie_of
+from jacdiag.records.init_contract import ContractRecord
+from jacdiag.records.report import SublayerRecord
+from jacdiag.records.structure import ZeroShortcut
 from jacdiag.trace import Sites
-from jacdiag.trace.coverage import parameters_of
+from jacdiag.trace.discovery.coverage import parameters_of
 
 
 def with_structure(
@@ -46,8 +46,12 @@ def with_structure(
 
 
 def zero_shortcuts_of(sites: Sites, records: Iterable[SublayerRecord]) -> list[ZeroShortcut]:
-    """Return the sub-layers whose shortcut is multiplied by exactly zero, with the zero parameters on its way."""
-    gains = {record.index: record.shortcut_gain for record in records if record.branch_norm is not None}
+    """Return the sub-layers whose shortcut is multiplied by exactly zero, with the zero parameters
+    on its way.
+    """
+    gains = {
+        record.index: record.shortcut_gain for record in records if record.branch_norm is not None
+    }
     found = []
     for site, raw in zip(sites, sites.raw, strict=True):
         if site.nested or gains.get(site.index) != 0 or not bool(site.shortcut.any()):

@@ -1,8 +1,19 @@
-"""Remedies: the recipes of the paper and of the init contract, tried on a copy of the model and measured again."""
+"""Remedies: the recipes of the paper and of the init contract, tried on a copy of the model and
+measured again.
+"""
 
+from jacdiag.records.remedy import aims
+from jacdiag.remedies.candidates import Remedy, remedies_for
 from jacdiag.remedies.patches import DIALECTS
-from jacdiag.remedies.recipes import Remedy, remedies_for
 from jacdiag.remedies.trial import Bench, most_trials, sufficient, tried
-from jacdiag.report.remedy import aims
 
-__all__ = ["DIALECTS", "Bench", "Remedy", "aims", "most_trials", "remedies_for", "sufficient", "tried"]
+__all__ = [
+    "DIALECTS",
+    "Bench",
+    "Remedy",
+    "aims",
+    "most_trials",
+    "remedies_for",
+    "sufficient",
+    "tried",
+]

@@ -1,7 +1,9 @@
-"""What a remedy does to a module, one small step each: the step itself, and the same as lines of PyTorch.
+"""What a remedy does to a module, one small step each: the step itself, and the same as lines of
+PyTorch.
 
-Each step works in place and draws from torch's global generator. Scaled and normed outputs are forward hooks: they
-need no change of the module's class, and say in the patch exactly what was tried.
+Each step works in place and draws from torch's global generator. Scaled and normed outputs are
+forward hooks: they need no change of the module's class, and say in the patch exactly what was
+tried.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ class Weights:
     role: str = ""
 
     @classmethod
-    def of(cls, names: Sequence[str], pattern: str, everything: Iterable[str], role: str = "") -> Weights:
+    def of(
+        cls, names: Sequence[str], pattern: str, everything: Iterable[str], role: str = ""
+    ) -> Weights:
         """Keeps the pattern only if it matches these names and no other of the model's."""
         just = {name for name in everything if fnmatchcase(name, pattern)} == set(names)
         return cls(tuple(names), pattern if just else "", role)
@@ -55,8 +59,16 @@ class Weights:
     def loop(self, body: str) -> list[str]:
         if len(self.names) == 1:
             return [f"weight = model.get_parameter({self.names[0]!r})", body]
-        test = f"fnmatchcase(name, {self.pattern!r})" if self.pattern else f"name in {sorted(self.names)!r}"
-        return ["for name, weight in model.named_parameters():", f"    if {test}:", f"        {body}"]
+        test = (
+            f"fnmatchcase(name, {self.pattern!r})"
+            if self.pattern
+            else f"name in {sorted(self.names)!r}"
+        )
+        return [
+            "for name, weight in model.named_parameters():",
+            f"    if {test}:",
+            f"        {body}",
+        ]
 
 
 @dataclass(frozen=True)
@@ -78,7 +90,8 @@ class Scale:
 
 @dataclass(frozen=True)
 class Draw:
-    """Draws weights anew with a given std, from the family that they had (a uniform one, else a normal one).
+    """Draws weights anew with a given std, from the family that they had (a uniform one, else a
+    normal one).
 
     Rows of a table that were exactly zero (padding) stay so.
     """
@@ -101,7 +114,11 @@ class Draw:
 
     def lines(self) -> list[str]:
         edge = self.std * ROOT3
-        call = f"weight.uniform_(-{edge!r}, {edge!r})" if self.uniform else f"weight.normal_(0.0, {self.std!r})"
+        call = (
+            f"weight.uniform_(-{edge!r}, {edge!r})"
+            if self.uniform
+            else f"weight.normal_(0.0, {self.std!r})"
+        )
         return self.weights.loop(f"{call}  # std {self.formula}")
 
 
@@ -139,7 +156,9 @@ class ScaleOutput:
             module = model.get_submodule(name)
             if self.learned:
                 like = next(module.parameters(), torch.empty(()))
-                module.register_parameter("scale", nn.Parameter(torch.full((), self.factor).to(like)))
+                module.register_parameter(
+                    "scale", nn.Parameter(torch.full((), self.factor).to(like))
+                )
                 module.register_forward_hook(_times_parameter)
             else:
                 module.register_forward_hook(_Times(self.factor))
@@ -150,12 +169,17 @@ class ScaleOutput:
             hook = f"lambda module, args, output: output * {self.factor!r}"
             return [*head, f"    module.register_forward_hook({hook})  # {self.formula}"]
         scale = f"nn.Parameter(torch.full((), {self.factor!r}).to(next(module.parameters())))"
-        return [*head, f"    module.scale = {scale}",
-                "    module.register_forward_hook(lambda module, args, output: output * module.scale)"]  # fmt: skip
+        return [
+            *head,
+            f"    module.scale = {scale}",
+            "    module.register_forward_hook(lambda module, args, output: output * module.scale)",
+        ]
 
 
 class _Times:
-    """A forward hook; a class and not a closure, so that a model can still be copied and pickled."""
+    """A forward hook; a class and not a closure, so that a model can still be copied and
+    pickled.
+    """
 
     def __init__(self, factor: float) -> None:
         self.factor = factor
@@ -196,7 +220,8 @@ def _normed(module: nn.Module, _args: object, output: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Reparametrise:
-    """W = gain * V with one learned gain per matrix, V of a std near `base` (WeSaR, arXiv 2410.05052).
+    """W = gain * V with one learned gain per matrix, V of a std near `base` (WeSaR, arXiv
+    2410.05052).
 
     The gain begins as a power of two, so that W stays what it is to the last bit.
     """
@@ -218,7 +243,8 @@ class Reparametrise:
             '    owner, _, attribute = name.rpartition(".")',
             "    module = model.get_submodule(owner)",
             "    weight = module.get_parameter(attribute)",
-            f"    gain = 2.0 ** round(math.log2(float(weight.detach().std()) / {self.base!r}))  # W keeps its bits",
+            f"    gain = 2.0 ** round(math.log2(float(weight.detach().std()) / {self.base!r}))  # "
+            "W keeps its bits",
             "    parametrize.register_parametrization(module, attribute, Gain(gain, weight))",
         ]
 
@@ -237,7 +263,7 @@ class Gain(nn.Module):
         return weight / self.gain
 
 
-GAIN_CODE = '''\
+GAIN_CODE = """\
 class Gain(nn.Module):
     def __init__(self, gain, like):
         super().__init__()
@@ -248,12 +274,14 @@ class Gain(nn.Module):
 
     def right_inverse(self, weight):
         return weight / self.gain
-'''
+"""
 
 
 @dataclass(frozen=True)
 class Spare:
-    """Takes parameters out of weight decay. The model stays as it is: the optimizer's groups change."""
+    """Takes parameters out of weight decay. The model stays as it is: the optimizer's groups
+    change.
+    """
 
     names: tuple[str, ...]
 
@@ -265,6 +293,7 @@ class Spare:
             f"spared = {sorted(self.names)!r}",
             "groups = [",
             '    {"params": [p for n, p in model.named_parameters() if n not in spared]},',
-            '    {"params": [p for n, p in model.named_parameters() if n in spared], "weight_decay": 0.0},',
+            '    {"params": [p for n, p in model.named_parameters() if n in spared], '
+            '"weight_decay": 0.0},',
             "]  # for the optimizer",
         ]

@@ -1,7 +1,9 @@
-"""A remedy written out for the places where people initialise: PyTorch, Hugging Face, Megatron-LM, torchtitan.
+"""A remedy written out for the places where people initialise: PyTorch, Hugging Face, Megatron-LM,
+torchtitan.
 
-The lines for PyTorch are the very steps that were tried. Those for Hugging Face call them from a subclass; Megatron-LM
-is spoken to by flags, torchtitan by `param_init`, as far as these can say it, and else it is said that they cannot.
+The lines for PyTorch are the very steps that were tried. Those for Hugging Face call them from a
+subclass; Megatron-LM is spoken to by flags, torchtitan by `param_init`, as far as these can say it,
+and else it is said that they cannot.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from jacdiag.records import Report
+from jacdiag.remedies.candidates import Remedy
 from jacdiag.remedies.changes import (
     GAIN_CODE,
     Change,
@@ -22,13 +26,15 @@ from jacdiag.remedies.changes import (
     ScaleOutput,
     Spare,
 )
-from jacdiag.remedies.recipes import Remedy
-from jacdiag.report import Report
-from jacdiag.rules.numbers import plain
+from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.schemes import INNER, RESIDUAL
 
-DIALECTS = {"pytorch": "PyTorch", "huggingface": "Hugging Face transformers", "megatron": "Megatron-LM",
-            "torchtitan": "torchtitan"}  # fmt: skip
+DIALECTS = {
+    "pytorch": "PyTorch",
+    "huggingface": "Hugging Face transformers",
+    "megatron": "Megatron-LM",
+    "torchtitan": "torchtitan",
+}
 
 
 def patches(report: Report, model: nn.Module, remedy: Remedy) -> dict[str, str]:
@@ -37,14 +43,17 @@ def patches(report: Report, model: nn.Module, remedy: Remedy) -> dict[str, str]:
     transformers = kind.__module__.startswith("transformers.")
     return {
         "pytorch": pytorch(remedy),
-        "huggingface": huggingface(remedy, kind.__name__ if transformers else "YourModelForCausalLM",
-                                   getattr(model, "config", None)),
+        "huggingface": huggingface(
+            remedy,
+            kind.__name__ if transformers else "YourModelForCausalLM",
+            getattr(model, "config", None),
+        ),
         "megatron": "\n".join(_megatron(report, remedy.changes)),
         "torchtitan": "\n".join(_torchtitan(report, remedy.changes)),
-    }  # fmt: skip
+    }
 
 
-# -- PyTorch ----------------------------------------------------------------------------------------------------------
+# -- PyTorch ---------------------------------------------------------------------------------------
 def pytorch(remedy: Remedy) -> str:
     """A module of Python with one function, `remedy(model)`."""
     body = [line for change in remedy.changes for line in change.lines()]
@@ -56,17 +65,24 @@ def pytorch(remedy: Remedy) -> str:
     imports += ["from torch.nn.utils import parametrize"] if "parametrize." in text else []
     parts = ["\n".join(imports), *([GAIN_CODE.rstrip()] if "Gain(" in text else [])]
     ends = "return groups" if any(isinstance(c, Spare) for c in remedy.changes) else "return model"
-    head = f'@torch.no_grad()\ndef remedy(model):\n    """{remedy.title}. Once, after the model\'s own init."""\n'
+    head = (
+        f'@torch.no_grad()\ndef remedy(model):\n    """{remedy.title}. Once, after the '
+        'model\'s own init."""\n'
+    )
     parts.append(head + textwrap.indent(f"{text}\n{ends}", "    "))
     return "\n\n\n".join(parts) + "\n"
 
 
-# -- Hugging Face -----------------------------------------------------------------------------------------------------
+# -- Hugging Face ----------------------------------------------------------------------------------
 def huggingface(remedy: Remedy, kind: str, config: object) -> str:
-    """A subclass whose fresh models carry the remedy; lines of the config where a field says the same."""
+    """A subclass whose fresh models carry the remedy; lines of the config where a field says the
+    same.
+    """
     lines = [f"# config: {line}" for line in _fields(remedy.changes, config)]
     if all(isinstance(change, Spare) for change in remedy.changes):
-        names = [name for change in remedy.changes if isinstance(change, Spare) for name in change.names]
+        names = [
+            name for change in remedy.changes if isinstance(change, Spare) for name in change.names
+        ]
         return "\n".join(
             [
                 "from transformers import Trainer",
@@ -75,14 +91,16 @@ def huggingface(remedy: Remedy, kind: str, config: object) -> str:
                 "class NoDecayTrainer(Trainer):",
                 "    def get_decay_parameter_names(self, model):",
                 f"        spared = {sorted(names)!r}",
-                "        return [n for n in super().get_decay_parameter_names(model) if n not in spared]",
+                "        return [n for n in super().get_decay_parameter_names(model) if n not in "
+                "spared]",
                 "",
             ]
         )
     lines += [
         f"from transformers import {kind}",
         "",
-        "# remedy(model): the function for PyTorch. An override of `_init_weights` sees a module without its name, and",
+        "# remedy(model): the function for PyTorch. An override of `_init_weights` sees a module "
+        "without its name, and",
         "# not those of a model inside the model.",
         "",
         "",
@@ -96,15 +114,26 @@ def huggingface(remedy: Remedy, kind: str, config: object) -> str:
 
 def _fields(changes: Iterable[Change], config: object) -> Iterable[str]:
     for change in changes:
-        if isinstance(change, ScaleOutput) and "sqrt(d)" in change.formula and hasattr(config, "scale_embedding"):
+        if (
+            isinstance(change, ScaleOutput)
+            and "sqrt(d)" in change.formula
+            and hasattr(config, "scale_embedding")
+        ):
             yield "scale_embedding = True says the same; then leave the hook out"
-    drawn = {c.std for c in changes if isinstance(c, Draw) and c.weights.role in (*INNER, *RESIDUAL)}
+    drawn = {
+        c.std for c in changes if isinstance(c, Draw) and c.weights.role in (*INNER, *RESIDUAL)
+    }
     if len(drawn) == 1 and hasattr(config, "initializer_range"):
-        yield f"initializer_range = {plain(next(iter(drawn)))} draws every matrix so, the embedding and the head too"
+        yield (
+            f"initializer_range = {plain(next(iter(drawn)))} draws every matrix so, the "
+            "embedding and the head too"
+        )
 
 
-# -- Megatron-LM ------------------------------------------------------------------------------------------------------
-_BY_DEFAULT = "# W_O and W_2 get init_method_std / sqrt(2 * num_layers) by default (output_layer_init_method)"
+# -- Megatron-LM -----------------------------------------------------------------------------------
+_BY_DEFAULT = (
+    "# W_O and W_2 get init_method_std / sqrt(2 * num_layers) by default (output_layer_init_method)"
+)
 
 
 def _megatron(report: Report, changes: Iterable[Change]) -> Iterable[str]:
@@ -114,10 +143,19 @@ def _megatron(report: Report, changes: Iterable[Change]) -> Iterable[str]:
     inner = {c.std for c in changes if isinstance(c, Draw) and c.weights.role in INNER}
     for change in _without_scaled_tables(report, changes):
         match change:
-            case Draw(std=std) if std in inner and change.weights.role in ("embedding", "positions", "head"):
+            case Draw(std=std) if std in inner and change.weights.role in (
+                "embedding",
+                "positions",
+                "head",
+            ):
                 found.append(f"# --init-method-std draws the {change.weights.role} too")
-            case ScaleOutput(factor=factor, learned=False) if _on_embedding(report, change) and table:
-                found.append("# no flag scales the embedding; a table of that std gives the same stream at init")
+            case ScaleOutput(factor=factor, learned=False) if (
+                _on_embedding(report, change) and table
+            ):
+                found.append(
+                    "# no flag scales the embedding; a table of that std gives the same stream at "
+                    "init"
+                )
                 found.append(_table_flags(table * factor))
             case Draw(std=std) if change.weights.role == "embedding":
                 found += [_table_flags(std), "# it also spares the embedding weight decay"]
@@ -126,9 +164,14 @@ def _megatron(report: Report, changes: Iterable[Change]) -> Iterable[str]:
             case Draw() | Scale() if change.weights.role in RESIDUAL:
                 found.append(_BY_DEFAULT)
             case NormOutput():
-                found.append("# no flag puts a norm on the embedding; Megatron-DeepSpeed: --embed-layernorm")
+                found.append(
+                    "# no flag puts a norm on the embedding; Megatron-DeepSpeed: --embed-layernorm"
+                )
             case Spare():
-                found.append("# gains and biases are spared already; --embedding-init-method-std spares the embedding")
+                found.append(
+                    "# gains and biases are spared already; --embedding-init-method-std spares "
+                    "the embedding"
+                )
             case _:
                 found.append(f"# no flag says this: {_words(change)}")
     return list(dict.fromkeys(found))
@@ -138,9 +181,20 @@ def _table_flags(std: float) -> str:
     return f"--embedding-init-method-std {plain(std)} --untie-embeddings-and-output-weights"
 
 
-# -- torchtitan -------------------------------------------------------------------------------------------------------
-_TITAN = {"embedding": "tok_embeddings", "head": "output", "W_Q": "wq", "W_K": "wk", "W_V": "wv", "W_QKV": "wqkv",
-          "W_O": "wo", "W_1": "w1", "W_gate": "w3", "W_2": "w2", "router": "gate"}  # fmt: skip
+# -- torchtitan ------------------------------------------------------------------------------------
+_TITAN = {
+    "embedding": "tok_embeddings",
+    "head": "output",
+    "W_Q": "wq",
+    "W_K": "wk",
+    "W_V": "wv",
+    "W_QKV": "wqkv",
+    "W_O": "wo",
+    "W_1": "w1",
+    "W_gate": "w3",
+    "W_2": "w2",
+    "router": "gate",
+}
 
 
 def _torchtitan(report: Report, changes: Iterable[Change]) -> Iterable[str]:
@@ -150,30 +204,44 @@ def _torchtitan(report: Report, changes: Iterable[Change]) -> Iterable[str]:
     stds = {w.parameter: w.std for w in (report.contract.weights if report.contract else [])}
     for change in _without_scaled_tables(report, changes):
         match change:
-            case ScaleOutput(factor=factor, learned=False) if _on_embedding(report, change) and table:
-                lines[f"# param_init of tok_embeddings; the head must not be tied to it\n"
-                      f'{{"weight": partial(nn.init.normal_, std={plain(table * factor)})}}'] = None  # fmt: skip
+            case ScaleOutput(factor=factor, learned=False) if (
+                _on_embedding(report, change) and table
+            ):
+                lines[
+                    f"# param_init of tok_embeddings; the head must not be tied to it\n"
+                    f'{{"weight": partial(nn.init.normal_, std={plain(table * factor)})}}'
+                ] = None
             case Draw(std=std) if change.weights.role:
                 lines[_param_init(change.weights.role, plain(std), change.formula)] = None
-            case Scale() if change.weights.role in RESIDUAL and (base := stds.get(change.weights.names[0])):
+            case Scale() if change.weights.role in RESIDUAL and (
+                base := stds.get(change.weights.names[0])
+            ):
                 formula = f"{plain(base)} / math.sqrt(2 * {layers})"
                 told = "depth_scaled_std(std, layer_id) follows the layer"
                 lines[_param_init(change.weights.role, formula, told)] = None
             case Fill(value=value):
-                lines[f'{{"weight": partial(nn.init.constant_, val={value!r})}}  # {_words(change)}'] = None
+                lines[
+                    f'{{"weight": partial(nn.init.constant_, val={value!r})}}  # {_words(change)}'
+                ] = None
             case _:
                 lines[f"# no param_init says this: {_words(change)}"] = None
     head = ["import math"] if any("math." in line for line in lines) else []
-    head += ["from functools import partial", "from torch import nn"] if any("partial(" in x for x in lines) else []
+    head += (
+        ["from functools import partial", "from torch import nn"]
+        if any("partial(" in x for x in lines)
+        else []
+    )
     return [*head, *lines]
 
 
 def _param_init(role: str, std: str, formula: str) -> str:
-    return (f"# param_init of {_TITAN.get(role, role)}: {formula}\n"
-            f'{{"weight": partial(nn.init.normal_, std={std})}}')  # fmt: skip
+    return (
+        f"# param_init of {_TITAN.get(role, role)}: {formula}\n"
+        f'{{"weight": partial(nn.init.normal_, std={std})}}'
+    )
 
 
-# -- shared -----------------------------------------------------------------------------------------------------------
+# -- shared ----------------------------------------------------------------------------------------
 def _table_std(report: Report, changes: Iterable[Change]) -> float | None:
     """The std of the embedding, as it is or as it is drawn anew."""
     weights = report.contract.weights if report.contract is not None else []
@@ -184,8 +252,12 @@ def _table_std(report: Report, changes: Iterable[Change]) -> float | None:
 
 def _without_scaled_tables(report: Report, changes: Sequence[Change]) -> list[Change]:
     """Without the draws of an embedding whose output is scaled: a dialect says both by one std."""
-    scaled = any(isinstance(c, ScaleOutput) and not c.learned and _on_embedding(report, c) for c in changes)
-    return [c for c in changes if not (scaled and isinstance(c, Draw) and c.weights.role == "embedding")]
+    scaled = any(
+        isinstance(c, ScaleOutput) and not c.learned and _on_embedding(report, c) for c in changes
+    )
+    return [
+        c for c in changes if not (scaled and isinstance(c, Draw) and c.weights.role == "embedding")
+    ]
 
 
 def _on_embedding(report: Report, change: ScaleOutput) -> bool:
@@ -197,7 +269,9 @@ def _on_embedding(report: Report, change: ScaleOutput) -> bool:
 def _words(change: Change) -> str:
     match change:
         case ScaleOutput(modules=modules, factor=factor, learned=learned):
-            return f"{', '.join(modules[:3])} times {'a learned scalar' if learned else plain(factor)}"
+            return (
+                f"{', '.join(modules[:3])} times {'a learned scalar' if learned else plain(factor)}"
+            )
         case Reparametrise():
             return "W = gain * V with a learned gain"
         case Draw(std=std):

@@ -6,11 +6,16 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from jacdiag.render.letters import Form, spelled
-from jacdiag.report import Report
+from jacdiag.records import Report
+from jacdiag.render.ascii_symbols import Form, spelled
 
 FORMATS = ("gate", "comment", "markdown", "github", "sarif", "junit")
-_FORMS: dict[str, Form] = {"comment": "markdown", "markdown": "markdown", "sarif": "json", "junit": "xml"}
+_FORMS: dict[str, Form] = {
+    "comment": "markdown",
+    "markdown": "markdown",
+    "sarif": "json",
+    "junit": "xml",
+}
 
 
 def main(args: list[str]) -> int:

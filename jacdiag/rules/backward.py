@@ -1,4 +1,6 @@
-"""JD401 to JD406 and JD409: what one backward of the loss shows, and branches that are exactly zero."""
+"""JD401 to JD406 and JD409: what one backward of the loss shows, and branches that are exactly
+zero.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +8,11 @@ import math
 from collections.abc import Sequence
 
 from jacdiag.errors import clipped
-from jacdiag.report import Finding, Level, SublayerRecord
-from jacdiag.report.flow import NEGLIGIBLE, BackwardRecord, DeadBranch, DeadPath
-from jacdiag.rules import flow_texts
+from jacdiag.records import Finding, Level, SublayerRecord
+from jacdiag.records.signal_propagation import NEGLIGIBLE, BackwardRecord, DeadBranch, DeadPath
+from jacdiag.rules import forward_backward_texts as flow_texts
+from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.forward import Measured, loudest
-from jacdiag.rules.numbers import plain
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 
 _NAMED = 3
@@ -42,7 +44,9 @@ def _no_gradient(context: Context, rule: Rule) -> Outcome:
 
 
 def _meant(path: DeadPath) -> bool:
-    """Return whether a part is cut off on purpose: its parameters are frozen, and the code detaches it."""
+    """Return whether a part is cut off on purpose: its parameters are frozen, and the code detaches
+    it.
+    """
     return path.frozen and path.cause == "cut"
 
 
@@ -59,7 +63,15 @@ def _dead_path(context: Context, rule: Rule, path: DeadPath) -> Finding:
     what = f"{_subject(path)} {_cause(path)}"
     if path.elsewhere:
         what += "; all their parameters get a gradient where the model uses them again"
-    return Finding(rule.code, context.level(rule, level), path.where, what, evidence, why=rule.summary, fix=_fix(path))
+    return Finding(
+        rule.code,
+        context.level(rule, level),
+        path.where,
+        what,
+        evidence,
+        why=rule.summary,
+        fix=_fix(path),
+    )
 
 
 def _subject(path: DeadPath) -> str:
@@ -86,7 +98,9 @@ def _cause(path: DeadPath) -> str:
 
 
 def _held(names: Sequence[str], values: Sequence[float]) -> str:
-    """Return "a.weight is 0", "a.weight is 0, b.bias is -100" or "a.weight is at most 3e-41 in size"."""
+    """Return "a.weight is 0", "a.weight is 0, b.bias is -100" or "a.weight is at most 3e-41 in
+    size".
+    """
     told = []
     for name, value in zip(names, values, strict=False):
         held = f"at most {abs(value):.1g} in size" if _is_negligible(value) else f"{value:g}"
@@ -143,31 +157,47 @@ def _dead_branch(context: Context, rule: Rule) -> Outcome:
 
 
 def _is_dead_for_ever(branch: DeadBranch) -> bool:
-    """Return whether several zeros stand in one another's way: only all of them together let anything through."""
+    """Return whether several zeros stand in one another's way: only all of them together let
+    anything through.
+    """
     return branch.alike and branch.together and branch.own_gradient == 0
 
 
-def _branches(context: Context, rule: Rule, rows: Sequence[SublayerRecord], level: Level) -> Finding:
+def _branches(
+    context: Context, rule: Rule, rows: Sequence[SublayerRecord], level: Level
+) -> Finding:
     names = [row.name for row in rows]
     branches = [row.dead_branch for row in rows if row.dead_branch is not None]
     held: dict[str, float] = {}
     for branch in branches:
         held |= dict(zip(branch.parameters, branch.values, strict=False))
     parameters, values = list(held), list(held.values())
-    unknown = [row.name for row in rows if row.dead_branch is not None and not row.dead_branch.parameters]
+    unknown = [
+        row.name for row in rows if row.dead_branch is not None and not row.dead_branch.parameters
+    ]
     zero = all(branch.zero for branch in branches)
     verb = "is" if len(names) == 1 else "are"
-    what = f"{_listed(names)} {verb} {'exactly zero, value and Jacobian' if zero else 'constant: the Jacobian is zero'}"
+    what = (
+        f"{_listed(names)} {verb} "
+        f"{'exactly zero, value and Jacobian' if zero else 'constant: the Jacobian is zero'}"
+    )
     if parameters:
-        what += f"; the cause: {_held(parameters, values)} in every element, {_how_far(branches, level)}"
+        what += (
+            f"; the cause: {_held(parameters, values)} in every element, "
+            f"{_how_far(branches, level)}"
+        )
     if unknown:
         what += f"; the cause is not known for {_listed(unknown)}"
     evidence = {"parameters": parameters, "count": len(names), "alike": level == "info"}
     fix = _fix_of_branches(branches, parameters, level)
-    return Finding(rule.code, context.level(rule, level), names, what, evidence, why=rule.summary, fix=fix)
+    return Finding(
+        rule.code, context.level(rule, level), names, what, evidence, why=rule.summary, fix=fix
+    )
 
 
-def _fix_of_branches(branches: Sequence[DeadBranch], parameters: Sequence[str], level: Level) -> str:
+def _fix_of_branches(
+    branches: Sequence[DeadBranch], parameters: Sequence[str], level: Level
+) -> str:
     if not parameters or level == "info":
         return ""
     if all(_is_dead_for_ever(branch) for branch in branches):
@@ -181,7 +211,10 @@ def _fix_of_branches(branches: Sequence[DeadBranch], parameters: Sequence[str], 
 
 def _how_far(branches: Sequence[DeadBranch], level: Level) -> str:
     if all(_is_dead_for_ever(branch) for branch in branches):
-        return "in every layer; only other values in all of a branch's let it through, no gradient reaches any of them"
+        return (
+            "in every layer; only other values in all of a branch's let it through, no "
+            "gradient reaches any of them"
+        )
     if level == "info":
         return "as in every layer (a zero-initialised branch)"
     if any(value for branch in branches for value in branch.values):
@@ -209,9 +242,19 @@ def _growth(context: Context, rule: Rule) -> Outcome:
             continue
         way = "upwards" if name == "activation" else "towards the input"
         verb = "grows" if whole > 0 else "shrinks"
-        what = f"the {name} norm {verb} {plain(math.exp(abs(whole)))}-fold {way}, exponent {plain(exponent)} a layer"
-        evidence = {"field": f"growth.{name}", "value": exponent, "whole": whole, "threshold": limits.info}
-        findings.append(Finding(rule.code, context.level(rule, "info"), [], what, evidence, why=rule.summary))
+        what = (
+            f"the {name} norm {verb} {plain(math.exp(abs(whole)))}-fold {way}, exponent "
+            f"{plain(exponent)} a layer"
+        )
+        evidence = {
+            "field": f"growth.{name}",
+            "value": exponent,
+            "whole": whole,
+            "threshold": limits.info,
+        }
+        findings.append(
+            Finding(rule.code, context.level(rule, "info"), [], what, evidence, why=rule.summary)
+        )
     return Outcome(len(known), findings)
 
 
@@ -222,10 +265,15 @@ def _embedding(context: Context, rule: Rule) -> Outcome:
         return NOT_APPLICABLE
     share = record.embedding_share
     if share is None:
-        return Outcome(0, note=record.notes.get("embedding_norm") or record.notes.get("others_median", ""))
+        return Outcome(
+            0, note=record.notes.get("embedding_norm") or record.notes.get("others_median", "")
+        )
 
     def sentence(worst: Measured) -> str:
-        return f"the gradient of {worst.where} is {plain(worst.value)} times the median of the other matrices"
+        return (
+            f"the gradient of {worst.where} is {plain(worst.value)} times the median of the "
+            "other matrices"
+        )
 
     measured = Measured(record.embedding or "", share)
     return Outcome(1, loudest(context, rule, [measured], "embedding_gradient", sentence))
@@ -247,7 +295,8 @@ def _update(context: Context, rule: Rule) -> Outcome:
 
     def sentence(worst: Measured) -> str:
         return (
-            f"the first step of Adam at rate {plain(rate)} changes {worst.where} by {plain(100 * worst.value)}% "
+            f"the first step of Adam at rate {plain(rate)} changes {worst.where} by "
+            f"{plain(100 * worst.value)}% "
             "(norm of update / norm of weight; that the optimizer is Adam is assumed)"
         )
 
@@ -266,12 +315,28 @@ def _not_finite(context: Context, rule: Rule) -> Outcome:
     if not record.not_finite:
         return Outcome(1)
     loss = (network.loss or {}).get("value")
-    contrast = " although the loss is finite" if isinstance(loss, float) and math.isfinite(loss) else ""
+    contrast = (
+        " although the loss is finite" if isinstance(loss, float) and math.isfinite(loss) else ""
+    )
     what = f"the gradient holds NaN or Inf{contrast}: {_listed(record.not_finite)}"
     evidence = {"names": list(record.not_finite)}
-    fix = "add an epsilon inside a root or a quotient; torch.autograd.set_detect_anomaly(True) names the operation"
+    fix = (
+        "add an epsilon inside a root or a quotient; torch.autograd.set_detect_anomaly(True) "
+        "names the operation"
+    )
     return Outcome(
-        1, [Finding(rule.code, context.level(rule, "warning"), [], what, evidence, why=rule.summary, fix=fix)]
+        1,
+        [
+            Finding(
+                rule.code,
+                context.level(rule, "warning"),
+                [],
+                what,
+                evidence,
+                why=rule.summary,
+                fix=fix,
+            )
+        ],
     )
 
 
@@ -285,10 +350,15 @@ def _cut_shortcut(context: Context, rule: Rule) -> Outcome:
         return Outcome(max(len(context.rows(rule)), 1))
     where = [shortcut.where for shortcut in cut]
     calls = list(dict.fromkeys(shortcut.call for shortcut in cut))
-    what = f"the shortcut of {_listed(where)} passes {_listed(calls)}: the gradient goes through the branch alone there"
+    what = (
+        f"the shortcut of {_listed(where)} passes {_listed(calls)}: the gradient goes through "
+        "the branch alone there"
+    )
     evidence = {"calls": calls, "count": len(cut)}
     fix = f"add the shortcut itself, without {_listed(calls)}"
-    finding = Finding(rule.code, context.level(rule, "warning"), where, what, evidence, why=rule.summary, fix=fix)
+    finding = Finding(
+        rule.code, context.level(rule, "warning"), where, what, evidence, why=rule.summary, fix=fix
+    )
     return Outcome(max(len(context.rows(rule)), 1), [finding])
 
 
@@ -298,6 +368,12 @@ RULES = (
     Rule("JD403", "growth-exponents", "info", **flow_texts.GROWTH, check=_growth),
     Rule("JD404", "embedding-gradient", "info", **flow_texts.EMBEDDING_GRADIENT, check=_embedding),
     Rule("JD405", "update-ratio", "info", **flow_texts.UPDATE, check=_update, states=("init",)),
-    Rule("JD406", "gradient-not-finite", "warning", **flow_texts.NOT_FINITE_GRADIENT, check=_not_finite),
+    Rule(
+        "JD406",
+        "gradient-not-finite",
+        "warning",
+        **flow_texts.NOT_FINITE_GRADIENT,
+        check=_not_finite,
+    ),
     Rule("JD409", "cut-shortcut", "warning", **flow_texts.CUT_SHORTCUT, check=_cut_shortcut),
 )

@@ -1,4 +1,6 @@
-"""Biases that went through the draw of the matrices, or were drawn around another number than zero."""
+"""Biases that went through the draw of the matrices, or were drawn around another number than
+zero.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +8,24 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from jacdiag.report import WeightRecord
-from jacdiag.rules.differences import Difference
+from jacdiag.records import WeightRecord
+from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.layer_groups import CONSTANT, MAJORITY
-from jacdiag.rules.numbers import plain
+from jacdiag.rules.odd_parameter import Difference
 from jacdiag.rules.schemes import INNER
 
 _DRAWN = ("normal", "truncated", "uniform")
 _LEAST_SIZE = 100  # biases of one name, over all layers
 _LEAST_IN_ALL = 256  # biases of a model: with fewer, a std is known to a fifth at best
 _ERRORS = 4.9  # standard errors, a chance of 1e-6
-# A uniform draw ends at √3 std. Of 100 normal numbers at least one lies beyond 1.9 std, but for a chance of 0.3 %.
-# nn.Linear draws weight and bias from one uniform distribution, which is published and is not named.
+# A uniform draw ends at √3 std. Of 100 normal numbers at least one lies beyond 1.9 std, but for a
+# chance of 0.3 %.
+# nn.Linear draws weight and bias from one uniform distribution, which is published and is not
+# named.
 _BEYOND_UNIFORM = 1.9
-_AS_MATRICES = "that is the std of the matrices, and the numbers are not uniform as nn.Linear draws a bias"
+_AS_MATRICES = (
+    "that is the std of the matrices, and the numbers are not uniform as nn.Linear draws a bias"
+)
 
 
 @dataclass(frozen=True)
@@ -53,10 +59,11 @@ class BiasGroup:
 
 
 def wrong_biases(weights: Sequence[WeightRecord]) -> Iterator[Difference]:
-    """Yield biases of linear layers that were drawn as their matrices are, or around another number than zero.
+    """Yield biases of linear layers that were drawn as their matrices are, or around another number
+    than zero.
 
-    Nothing is said of single layers whose bias has a meaning of its own (time steps, gates, routers): two thirds of the
-    names must agree.
+    Nothing is said of single layers whose bias has a meaning of its own (time steps, gates,
+    routers): two thirds of the names must agree.
 
     Args:
         weights: all parameters of a model.
@@ -80,12 +87,16 @@ def wrong_biases(weights: Sequence[WeightRecord]) -> Iterator[Difference]:
     if len(off_zero) >= 2 and len(off_zero) >= MAJORITY * len(groups):
         for group in off_zero:
             around = f"drawn around {plain(group.mean)}"
-            others = f"{around}; the bias of a linear layer usually starts at 0, or is drawn around 0"
+            others = (
+                f"{around}; the bias of a linear layer usually starts at 0, or is drawn around 0"
+            )
             yield from _differences_of(group, others)
 
 
 def bias_groups(weights: Sequence[WeightRecord]) -> list[BiasGroup]:
-    """Return the biases beside a matrix that was drawn, by their name over the layers. Routers are left out."""
+    """Return the biases beside a matrix that was drawn, by their name over the layers. Routers are
+    left out.
+    """
     by_name = {weight.parameter: weight for weight in weights}
     pairs: dict[str, list[tuple[WeightRecord, WeightRecord]]] = {}
     for bias in weights:
@@ -98,7 +109,9 @@ def bias_groups(weights: Sequence[WeightRecord]) -> list[BiasGroup]:
 
 
 def _name_of_matrix(bias: str) -> str:
-    """Return the name of the matrix that a bias stands beside, as nn.Linear and nn.MultiheadAttention name them."""
+    """Return the name of the matrix that a bias stands beside, as nn.Linear and
+    nn.MultiheadAttention name them.
+    """
     module, _, name = bias.rpartition(".")
     matrix = name.replace("bias", "weight") if "bias" in name else ""
     return f"{module}.{matrix}" if module else matrix
@@ -122,8 +135,12 @@ def _middle_std(weights: Sequence[WeightRecord]) -> float:
 
 
 def _drawn_as_matrices(group: BiasGroup, inner: float) -> bool:
-    """Whether biases have the std of their own matrices, or of those that read the stream, and are not uniform."""
-    own = math.sqrt(sum((matrix.std or 0.0) ** 2 for matrix in group.matrices) / len(group.matrices))
+    """Whether biases have the std of their own matrices, or of those that read the stream, and are
+    not uniform.
+    """
+    own = math.sqrt(
+        sum((matrix.std or 0.0) ** 2 for matrix in group.matrices) / len(group.matrices)
+    )
     return any(_has_std(group, std) for std in (own, inner))
 
 
@@ -133,11 +150,19 @@ def _has_std(group: BiasGroup, std: float) -> bool:
 
 
 def _norm_biases(weights: Sequence[WeightRecord], inner: float) -> Iterator[Difference]:
-    """Yield the biases of norms that have the std of the matrices: they went through the same code."""
-    norms = {weight.parameter.rpartition(".")[0] for weight in weights if weight.role == "norm_gain"}
+    """Yield the biases of norms that have the std of the matrices: they went through the same
+    code.
+    """
+    norms = {
+        weight.parameter.rpartition(".")[0] for weight in weights if weight.role == "norm_gain"
+    }
     by_pattern: dict[str, list[WeightRecord]] = {}
     for bias in weights:
-        if bias.role == "bias" and bias.parameter.rpartition(".")[0] in norms and bias.family in _DRAWN:
+        if (
+            bias.role == "bias"
+            and bias.parameter.rpartition(".")[0] in norms
+            and bias.family in _DRAWN
+        ):
             by_pattern.setdefault(bias.pattern, []).append(bias)
     for members in by_pattern.values():
         group = _pool([(bias, bias) for bias in members])

@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jacdiag.report import Finding, Interval, Level, SublayerRecord
-from jacdiag.report.schema import PRODUCT_ALONE
-from jacdiag.report.thresholds import CUTS, Limits
+from jacdiag.records import Finding, Interval, Level, SublayerRecord
+from jacdiag.records.report import PRODUCT_ALONE
 from jacdiag.rules import texts
-from jacdiag.rules.compare import Placed, placed
-from jacdiag.rules.numbers import plain, span
+from jacdiag.rules.finding_numbers import plain, span
+from jacdiag.rules.interval_status import Placed, placed
 from jacdiag.rules.rule import ALL_PLACEMENTS, NOT_APPLICABLE, Context, Outcome, Rule
+from jacdiag.rules.thresholds import CUTS, Limits
 
 Value = Callable[[SublayerRecord], Interval | None]
 Cut = Callable[[SublayerRecord], Limits]
@@ -20,9 +20,11 @@ Sentence = Callable[[Context, Rule, Sequence[Placed], Level], Finding]
 
 
 def _judged(context: Context, rule: Rule, value: Value, limits: Cut, sentence: Sentence) -> Outcome:
-    """Places every sub-layer's figure, and makes one finding per level out of those that lie beyond a cut.
+    """Places every sub-layer's figure, and makes one finding per level out of those that lie beyond
+    a cut.
 
-    One that has no cut is left out if it was measured; what could not be measured is undecided in any case.
+    One that has no cut is left out if it was measured; what could not be measured is undecided in
+    any case.
     """
     rows = context.rows(rule)
     if not rows:
@@ -42,9 +44,17 @@ def _judged(context: Context, rule: Rule, value: Value, limits: Cut, sentence: S
 
 
 def _why_not(context: Context, rule: Rule) -> str:
-    """Why a rule applies to no sub-layer, if that is for the placement of the norms; "" otherwise."""
-    others = sorted({_norm_words(r.placement) for r in context.report.sublayers if not r.nested and r.placement})
-    if context.report.tier != "measured" or not others or set(rule.placements) == set(ALL_PLACEMENTS):
+    """Why a rule applies to no sub-layer, if that is for the placement of the norms; ""
+    otherwise.
+    """
+    others = sorted(
+        {_norm_words(r.placement) for r in context.report.sublayers if not r.nested and r.placement}
+    )
+    if (
+        context.report.tier != "measured"
+        or not others
+        or set(rule.placements) == set(ALL_PLACEMENTS)
+    ):
         return ""
     return f"the paper states it for pre-norm; this model has {' and '.join(others)}"
 
@@ -62,7 +72,9 @@ def _worst(group: Sequence[Placed]) -> Placed:
 
 
 def _extent(context: Context, group: Sequence[Placed]) -> str:
-    """Which depths a group covers: an excess at the first layer only is another thing than one that persists."""
+    """Which depths a group covers: an excess at the first layer only is another thing than one that
+    persists.
+    """
     depths = sorted({p.row.depth for p in group})
     last = context.report.model.layers - 1
     if depths == [0]:
@@ -71,7 +83,10 @@ def _extent(context: Context, group: Sequence[Placed]) -> str:
         return "at every depth"
     if depths == list(range(depths[-1] + 1)):
         return f"persists to depth {depths[-1]} of {last}"
-    return f"at depths {', '.join(map(str, depths[:6]))}{' ...' if len(depths) > 6 else ''} of 0 to {last}"
+    return (
+        f"at depths {', '.join(map(str, depths[:6]))}{' ...' if len(depths) > 6 else ''} of 0 "
+        f"to {last}"
+    )
 
 
 def _share(context: Context, rule: Rule, group: Sequence[Placed]) -> str:
@@ -91,16 +106,28 @@ def _finding(
     worst = _worst(group)
     assert worst.value is not None
     evidence = {
-        "field": field, "sublayer": worst.row.name, "value": worst.value.estimate, "lower": worst.value.lower,
-        "upper": worst.value.upper, "threshold": limit, "depths": sorted({p.row.depth for p in group}),
-        "count": len(group), "of": len(context.rows(rule)),
-    }  # fmt: skip
+        "field": field,
+        "sublayer": worst.row.name,
+        "value": worst.value.estimate,
+        "lower": worst.value.lower,
+        "upper": worst.value.upper,
+        "threshold": limit,
+        "depths": sorted({p.row.depth for p in group}),
+        "count": len(group),
+        "of": len(context.rows(rule)),
+    }
     return Finding(
-        rule.code, context.level(rule, cut), [p.row.name for p in group], what, evidence, why=rule.summary, fix=fix
+        rule.code,
+        context.level(rule, cut),
+        [p.row.name for p in group],
+        what,
+        evidence,
+        why=rule.summary,
+        fix=fix,
     )
 
 
-# -- JD101 ------------------------------------------------------------------------------------------------------------
+# -- JD101 -----------------------------------------------------------------------------------------
 def _small(context: Context, rule: Rule) -> Outcome:
     scale = math.sqrt(2 * max(context.report.model.layers, 1))
 
@@ -119,7 +146,9 @@ def _small(context: Context, rule: Rule) -> Outcome:
             what = f"partly met {_extent(context, group)}: {most} (met up to {plain(limit)})"
         else:
             what = f"{most} (not met above {plain(limit)}); {_share(context, rule, group)}"
-        return _finding(context, rule, group, cut, limit, what, _smaller(context, worst.row), "core_norm")
+        return _finding(
+            context, rule, group, cut, limit, what, _smaller(context, worst.row), "core_norm"
+        )
 
     return _judged(context, rule, value, limits, sentence)
 
@@ -142,7 +171,7 @@ def _smaller(context: Context, row: SublayerRecord) -> str:
     return f"{advice}: {seen}"
 
 
-# -- JD102 ------------------------------------------------------------------------------------------------------------
+# -- JD102 -----------------------------------------------------------------------------------------
 def _large(context: Context, rule: Rule) -> Outcome:
     limits = context.thresholds.limits("norm_gain")
 
@@ -158,7 +187,9 @@ def _large(context: Context, rule: Rule) -> Outcome:
         spread = worst.row.shortcut_std
         sigma = worst.row.name
         if spread is not None:
-            sigma = f"σ_x {plain(spread.min)} at {sigma} (median over tokens {plain(spread.median)})"
+            sigma = (
+                f"σ_x {plain(spread.min)} at {sigma} (median over tokens {plain(spread.median)})"
+            )
         if cut == "info":
             what = f"partly met {_extent(context, group)}: {sigma}"
         else:
@@ -185,7 +216,7 @@ def _larger(context: Context) -> str:
     return f"multiply the embedding by {factor} (scaled-embed), or put a LayerNorm on it (embed-ln)"
 
 
-# -- JD103 ------------------------------------------------------------------------------------------------------------
+# -- JD103 -----------------------------------------------------------------------------------------
 def _amplification(context: Context, rule: Rule) -> Outcome:
     def limits(row: SublayerRecord) -> Limits:
         return context.thresholds.limits("branch_norm", row.placement or "")
@@ -197,7 +228,8 @@ def _amplification(context: Context, rule: Rule) -> Outcome:
         norm = _norm_words(worst.row.placement)
         at = f"{norm} at init" if context.report.state == "trained" else norm
         what = (
-            f"branch ‖J‖ is {span(worst.value)} at {worst.row.name} ({at}: {cut} above {plain(limit)}); "
+            f"branch ‖J‖ is {span(worst.value)} at {worst.row.name} ({at}: {cut} above "
+            f"{plain(limit)}); "
             f"{_extent(context, group)}"
         )
         return _finding(context, rule, group, cut, limit, what, "", "branch_norm")
@@ -205,7 +237,7 @@ def _amplification(context: Context, rule: Rule) -> Outcome:
     return _judged(context, rule, lambda row: row.branch_norm, limits, sentence)
 
 
-# -- JD104 ------------------------------------------------------------------------------------------------------------
+# -- JD104 -----------------------------------------------------------------------------------------
 def _product(context: Context, rule: Rule) -> Outcome:
     network = context.report.network
     if network is None or network.gain_product_log is None:
@@ -216,13 +248,21 @@ def _product(context: Context, rule: Rule) -> Outcome:
         return Outcome(1)
     limit = getattr(limits, beyond[-1])
     whole = network.end_to_end
-    evidence: dict[str, Any] = {"field": "gain_product_log", "value": log, "threshold": limit, "end_to_end": None}
+    evidence: dict[str, Any] = {
+        "field": "gain_product_log",
+        "value": log,
+        "threshold": limit,
+        "end_to_end": None,
+    }
     true = PRODUCT_ALONE
     if whole is not None:
         evidence["end_to_end"] = [whole.lower, whole.upper]
         true = f"the true end-to-end gain is {span(whole)}"
     what = f"the gains multiply to e^{log:.1f} (Eq. 7), more than e^{limit:g}; {true}"
-    return Outcome(1, [Finding(rule.code, context.level(rule, beyond[-1]), [], what, evidence, why=rule.summary)])
+    return Outcome(
+        1,
+        [Finding(rule.code, context.level(rule, beyond[-1]), [], what, evidence, why=rule.summary)],
+    )
 
 
 SMALL = Rule(
@@ -244,7 +284,12 @@ LARGE = Rule(
     observation_when_trained=True,
 )
 AMPLIFICATION = Rule(
-    "JD103", "amplification", "warning", **texts.AMPLIFICATION, check=_amplification, observation_when_trained=True
+    "JD103",
+    "amplification",
+    "warning",
+    **texts.AMPLIFICATION,
+    check=_amplification,
+    observation_when_trained=True,
 )
 PRODUCT = Rule("JD104", "depth-product", "info", **texts.PRODUCT, check=_product)
 RULES = (SMALL, LARGE, AMPLIFICATION, PRODUCT)

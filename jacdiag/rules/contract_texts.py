@@ -102,7 +102,10 @@ Initialise every layer by the same code.""",
 )
 
 TIED = Text(
-    summary="an embedding that was scaled up in its weights is tied to the head: logits are far too large",
+    summary=(
+        "an embedding that was scaled up in its weights is tied to the head: logits are far "
+        "too large"
+    ),
     what="""\
 Where the head reads the embedding's weights, the std of the logits at init is taken from the model's own output, else
 from the std of the embedding times √d.""",

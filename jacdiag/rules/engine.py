@@ -8,32 +8,32 @@ from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
+from jacdiag.detectors import live_rules as live
 from jacdiag.errors import UsageError
-from jacdiag.report import Conditions, Finding, Report, RuleResult, Status, Verdict
-from jacdiag.report.thresholds import CUTS, Thresholds
+from jacdiag.records import Conditions, Finding, Report, RuleResult, Status, Verdict
 from jacdiag.rules import (
-    adapters,
     backward,
     conditions,
     forward,
     identical_layers,
     init_contract,
     leftover_memory,
-    live,
     measurement,
     modulation,
-    rates,
     regression,
-    risk,
     routers,
-    shortcuts,
-    tables,
-    ties,
-    vectors,
 )
-from jacdiag.rules.compare import overall
+from jacdiag.rules import computed_tables as tables
+from jacdiag.rules import low_rank_adapters as adapters
+from jacdiag.rules import risk_at_lr as risk
+from jacdiag.rules import shortcut_factors as shortcuts
+from jacdiag.rules import small_parameters as vectors
+from jacdiag.rules import state_space_rates as rates
+from jacdiag.rules import tied_weights as ties
+from jacdiag.rules.interval_status import overall
 from jacdiag.rules.profile import profile_of
 from jacdiag.rules.rule import Context, Outcome, Rule
+from jacdiag.rules.thresholds import CUTS, Thresholds
 
 SMALL_ROLES = (vectors.RULE, routers.RULE, identical_layers.RULE, leftover_memory.RULE)
 STRUCTURE = (tables.RULE, rates.RULE, ties.RULE, adapters.RULE, modulation.RULE)
@@ -60,7 +60,8 @@ def rule(code: str) -> Rule:
             return one
     near = get_close_matches(code.upper(), [one.code for one in EVERY], n=3, cutoff=0.4)
     raise UsageError(
-        f"no rule has the code '{code}'", hint=f"closest: {', '.join(near)}" if near else "`jacdiag rules` lists all"
+        f"no rule has the code '{code}'",
+        hint=f"closest: {', '.join(near)}" if near else "`jacdiag rules` lists all",
     )
 
 
@@ -73,7 +74,9 @@ def selected(select: Iterable[str] = (), ignore: Iterable[str] = ()) -> tuple[Ru
     wanted, unwanted = tuple(select), tuple(ignore)
     for prefix in (*wanted, *unwanted):
         if not any(code.startswith(prefix) for code in _CODES):
-            raise UsageError(f"no rule begins with '{prefix}'", hint=f"the rules are {', '.join(_CODES)}")
+            raise UsageError(
+                f"no rule begins with '{prefix}'", hint=f"the rules are {', '.join(_CODES)}"
+            )
     kept = [r for r in RULES if not wanted or r.code.startswith(wanted)]
     return tuple(r for r in kept if not unwanted or not r.code.startswith(unwanted))
 
@@ -90,7 +93,7 @@ def evaluate(
 
     Args:
         report: measured, or of the weights-only tier.
-        thresholds: see `jacdiag.report.thresholds`.
+        thresholds: see `jacdiag.rules.thresholds`.
         profile: "default", "paper", or a table.
         select, ignore: codes or prefixes.
 
@@ -143,12 +146,16 @@ def _conditions(report: Report, outcomes: Mapping[str, Outcome]) -> Conditions:
 
 
 def _verdict(
-    context: Context, findings: list[Finding], results: list[RuleResult], outcomes: Mapping[str, Outcome]
+    context: Context,
+    findings: list[Finding],
+    results: list[RuleResult],
+    outcomes: Mapping[str, Outcome],
 ) -> Verdict:
-    """Fail for an error, warn for a warning; what was not decided, or did not apply at all, is never a pass.
+    """Fail for an error, warn for a warning; what was not decided, or did not apply at all, is
+    never a pass.
 
-    A trained model passes only compared with an earlier one. Without one it is observed: no level of its norms tells a
-    good run from a wrecked one.
+    A trained model passes only compared with an earlier one. Without one it is observed: no level
+    of its norms tells a good run from a wrecked one.
     """
     if any(f.level == "error" for f in findings):
         return "fail"
@@ -164,15 +171,22 @@ def _verdict(
     return "unknown" if open_ones else "pass"
 
 
-def _trained_verdict(context: Context, results: list[RuleResult], outcomes: Mapping[str, Outcome]) -> Verdict:
+def _trained_verdict(
+    context: Context, results: list[RuleResult], outcomes: Mapping[str, Outcome]
+) -> Verdict:
     """The verdict of a trained model for which no warning fired."""
     # 1. A norm that could not be measured may hide anything.
-    unmeasured = [row for row in context.report.sublayers if not row.nested and row.branch_norm is None]
+    unmeasured = [
+        row for row in context.report.sublayers if not row.nested and row.branch_norm is None
+    ]
     if unmeasured:
         return "unknown"
 
-    # 2. Observations decide nothing: an interval across a threshold that holds at init leaves nothing open.
-    observations = {r.code for r in RULES if r.observation_when_trained and r.code not in context.profile.levels}
+    # 2. Observations decide nothing: an interval across a threshold that holds at init leaves
+    # nothing open.
+    observations = {
+        r.code for r in RULES if r.observation_when_trained and r.code not in context.profile.levels
+    }
     if any(outcomes[r.code].undecided for r in results if r.code not in observations):
         return "unknown"
 
@@ -223,5 +237,7 @@ def decision_points(
     points = {"branch_norm": thresholds.limits("branch_norm", placement).cuts}
     if placement in conditions.SMALL.placements:
         scale = math.sqrt(2 * max(layers, 1))
-        points["core_norm"] = tuple(cut / scale for cut in thresholds.limits("core_norm", kind).cuts)
+        points["core_norm"] = tuple(
+            cut / scale for cut in thresholds.limits("core_norm", kind).cuts
+        )
     return points

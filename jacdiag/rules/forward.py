@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jacdiag.report import Finding, Level, SublayerRecord
-from jacdiag.report.flow import ForwardRecord, Peak
-from jacdiag.report.thresholds import CUTS, Limits
-from jacdiag.rules import flow_texts
-from jacdiag.rules.numbers import plain
+from jacdiag.records import Finding, Level, SublayerRecord
+from jacdiag.records.signal_propagation import ForwardRecord, Peak
+from jacdiag.rules import forward_backward_texts as flow_texts
+from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
+from jacdiag.rules.thresholds import CUTS, Limits
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,9 @@ def loudest(
     sentence: Callable[[Measured], str],
     fix: str = "",
 ) -> list[Finding]:
-    """Return one finding for the largest figure, with the names of all that lie above the same cut."""
+    """Return one finding for the largest figure, with the names of all that lie above the same
+    cut.
+    """
     limits = context.thresholds.limits(figure)
     # What is not finite is another rule's.
     known = [measured for measured in figures if math.isfinite(measured.value)]
@@ -49,13 +51,21 @@ def loudest(
         return []
     limit = getattr(limits, cut)
     where = [measured.where for measured in known if measured.value > limit]
-    evidence = {"field": figure, "at": worst.where, "value": worst.value, "threshold": limit, "count": len(where)}
+    evidence = {
+        "field": figure,
+        "at": worst.where,
+        "value": worst.value,
+        "threshold": limit,
+        "count": len(where),
+    }
     level = context.level(rule, cut)
     return [Finding(rule.code, level, where, sentence(worst), evidence, why=rule.summary, fix=fix)]
 
 
 def _stream(context: Context, field: str) -> tuple[ForwardRecord | None, Outcome]:
-    """Return the stream's record if it holds a field, else the outcome "not applicable" with the reason."""
+    """Return the stream's record if it holds a field, else the outcome "not applicable" with the
+    reason.
+    """
     network = context.report.network
     record = network.forward if network is not None else None
     if record is None:
@@ -70,16 +80,31 @@ def _variance(context: Context, rule: Rule) -> Outcome:
     if record is None or not record.variance:
         return otherwise
     findings = _superlinear(context, rule, record.points, record.variance)
-    tops = [Measured(point, peak.value) for point, peak in zip(record.points, record.peaks or [], strict=False)]
+    tops = [
+        Measured(point, peak.value)
+        for point, peak in zip(record.points, record.peaks or [], strict=False)
+    ]
 
     def sentence(worst: Measured) -> str:
-        return f"the largest activation of the stream is {plain(worst.value)} at {worst.where}: Inf in float16"
+        return (
+            f"the largest activation of the stream is {plain(worst.value)} at {worst.where}: "
+            "Inf in float16"
+        )
 
-    findings += loudest(context, rule, tops, "stream_peak", sentence, "train in bfloat16, or scale the branches down")
+    findings += loudest(
+        context,
+        rule,
+        tops,
+        "stream_peak",
+        sentence,
+        "train in bfloat16, or scale the branches down",
+    )
     return Outcome(len(record.variance), findings)
 
 
-def _superlinear(context: Context, rule: Rule, points: Sequence[str], variances: Sequence[float]) -> list[Finding]:
+def _superlinear(
+    context: Context, rule: Rule, points: Sequence[str], variances: Sequence[float]
+) -> list[Finding]:
     """The variance at the end over that in the middle. A stream of two points has no middle."""
     middle = len(variances) // 2
     if len(variances) < 3 or variances[middle] <= 0:
@@ -88,13 +113,17 @@ def _superlinear(context: Context, rule: Rule, points: Sequence[str], variances:
 
     def sentence(worst: Measured) -> str:
         return (
-            f"the stream's variance grows {plain(worst.value)}-fold from {points[middle]} to the end "
+            f"the stream's variance grows {plain(worst.value)}-fold from {points[middle]} to the "
+            "end "
             "(linear growth gives at most 2)"
         )
 
     found = loudest(context, rule, [measured], "variance_growth", sentence)
     first, last = variances[0], variances[-1]
-    return [Finding(rule.code, f.level, [], f.what, {**f.evidence, "first": first, "last": last}, f.why) for f in found]
+    return [
+        Finding(rule.code, f.level, [], f.what, {**f.evidence, "first": first, "last": last}, f.why)
+        for f in found
+    ]
 
 
 def _massive(context: Context, rule: Rule) -> Outcome:
@@ -107,12 +136,17 @@ def _massive(context: Context, rule: Rule) -> Outcome:
         return Outcome(len(record.peaks))
     pairs = list(zip(record.points, record.peaks, strict=False))
     # Both must be passed: large by itself, and far above the rest.
-    massive = [(point, peak) for point, peak in pairs if peak.value > least and peak.value > ratio * peak.median]
+    massive = [
+        (point, peak)
+        for point, peak in pairs
+        if peak.value > least and peak.value > ratio * peak.median
+    ]
     if not massive:
         return Outcome(len(record.peaks))
     point, worst = max(massive, key=lambda pair: pair[1].value)
     what = (
-        f"{plain(worst.value)} at {point}, feature {worst.feature}{_place(worst)}; the median is {plain(worst.median)}"
+        f"{plain(worst.value)} at {point}, feature {worst.feature}{_place(worst)}; the median "
+        f"is {plain(worst.median)}"
     )
     evidence = {
         "field": "massive_value",
@@ -125,7 +159,8 @@ def _massive(context: Context, rule: Rule) -> Outcome:
     }
     where = [name for name, _ in massive]
     return Outcome(
-        len(record.peaks), [Finding(rule.code, context.level(rule, "info"), where, what, evidence, why=rule.summary)]
+        len(record.peaks),
+        [Finding(rule.code, context.level(rule, "info"), where, what, evidence, why=rule.summary)],
     )
 
 
@@ -137,13 +172,21 @@ def _place(peak: Peak) -> str:
 
 
 def _attention(
-    context: Context, rule: Rule, value: Callable[[Any], float | None], figure: str, sentence: Callable[[Measured], str]
+    context: Context,
+    rule: Rule,
+    value: Callable[[Any], float | None],
+    figure: str,
+    sentence: Callable[[Measured], str],
 ) -> Outcome:
     rows = [row for row in context.rows(rule) if row.attention is not None]
     if not rows:
         return Outcome(0, note=_why_no_attention(context.rows(rule)))
-    figures = [Measured(row.name, number) for row in rows if (number := value(row.attention)) is not None]
-    unread = [row.name for row in context.rows(rule) if row.attention is None and row.kind == "attention"]
+    figures = [
+        Measured(row.name, number) for row in rows if (number := value(row.attention)) is not None
+    ]
+    unread = [
+        row.name for row in context.rows(rule) if row.attention is None and row.kind == "attention"
+    ]
     note = f"not read at {len(unread)} attention sub-layers" if unread else ""
     return Outcome(len(figures), loudest(context, rule, figures, figure, sentence), note=note)
 
@@ -165,7 +208,10 @@ def _entropy(context: Context, rule: Rule) -> Outcome:
         return None if record.entropy_share is None else 1 - record.entropy_share
 
     def sentence(worst: Measured) -> str:
-        return f"attention at {worst.where} has {plain(100 * (1 - worst.value))}% of the entropy of uniform attention"
+        return (
+            f"attention at {worst.where} has {plain(100 * (1 - worst.value))}% of the entropy "
+            "of uniform attention"
+        )
 
     return _attention(context, rule, focus, "attention_focus", sentence)
 
@@ -174,10 +220,16 @@ def _rank(context: Context, rule: Rule) -> Outcome:
     record, otherwise = _stream(context, "token_cosine")
     if record is None or not record.token_cosine:
         return otherwise
-    figures = [Measured(point, value) for point, value in zip(record.points, record.token_cosine, strict=False)]
+    figures = [
+        Measured(point, value)
+        for point, value in zip(record.points, record.token_cosine, strict=False)
+    ]
 
     def sentence(worst: Measured) -> str:
-        return f"the mean cosine between tokens is {plain(worst.value)} at {worst.where} (1 is one direction for all)"
+        return (
+            f"the mean cosine between tokens is {plain(worst.value)} at {worst.where} (1 is "
+            "one direction for all)"
+        )
 
     return Outcome(len(figures), loudest(context, rule, figures, "token_cosine", sentence))
 

@@ -1,4 +1,6 @@
-"""JD210: weights whose random numbers are those of another one: layers, experts, shards, matrices of one layer."""
+"""JD210: weights whose random numbers are those of another one: layers, experts, shards, matrices
+of one layer.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +8,27 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from jacdiag.report import ContractRecord, Finding, WeightRecord
-from jacdiag.rules.differences import names_of
+from jacdiag.records import ContractRecord, Finding, WeightRecord
+from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.init_contract import departures_of
 from jacdiag.rules.layer_groups import DRAWN
-from jacdiag.rules.numbers import plain
+from jacdiag.rules.odd_parameter import names_of
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 from jacdiag.rules.schemes import MATRICES
 from jacdiag.rules.texts import Text
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
-# Tables that are computed, such as the decay rates of a state space model, are alike in all layers on purpose and may
+# Tables that are computed, such as the decay rates of a state space model, are alike in all layers
+# on purpose and may
 # look like a draw. These roles are never computed.
 _ROLES = (*MATRICES, "router", "adapter")
-_OUTSIDE = ("embedding", "head", "projection")  # searched for shards too; two of them may be one on purpose
+# searched for shards too; two of them may be one on purpose
+_OUTSIDE = ("embedding", "head", "projection")
 
 TEXT = Text(
-    summary="weights start with the random numbers of others: they were copied, or drawn from one seed",
+    summary=(
+        "weights start with the random numbers of others: they were copied, or drawn from one seed"
+    ),
     what="""\
 Matrices of sub-layers and adapters that were drawn at random are compared number by number. Three findings are told
 apart. A layer or an expert whose weights are those of another is named, with how many of its matrices are. A matrix
@@ -53,8 +59,9 @@ class Copy:
 
     Attributes:
         weight, original: the two.
-        stack: the name before the first number that differs, "" if the names differ in more than numbers.
-        number, original_number: that number in either name, -1 if the names differ in more than numbers.
+        stack: the name before the first number that differs, "" if the names differ in more than
+        numbers. number, original_number: that number in either name, -1 if the names differ in more
+        than numbers.
     """
 
     weight: WeightRecord
@@ -70,7 +77,8 @@ class Copy:
 
 
 def copies(contract: ContractRecord) -> tuple[int, list[Copy]]:
-    """Return how many weights were drawn and may be compared, and those that repeat another one of their stack.
+    """Return how many weights were drawn and may be compared, and those that repeat another one of
+    their stack.
 
     Args:
         contract: of a model at its init.
@@ -116,7 +124,9 @@ def _content_of(weight: WeightRecord) -> str:
 
 
 def _stack_of(weight: WeightRecord) -> str:
-    """Return the name before the first number: that of the stack of layers; the module's for a name without one."""
+    """Return the name before the first number: that of the stack of layers; the module's for a name
+    without one.
+    """
     match = _NUMBER.search(weight.parameter)
     if match is None:
         return weight.parameter.rpartition(".")[0].rpartition(".")[0]
@@ -124,7 +134,9 @@ def _stack_of(weight: WeightRecord) -> str:
 
 
 def _copy_of(weight: WeightRecord, earlier: Sequence[WeightRecord]) -> Copy:
-    """Return which of the earlier weights one repeats: that of its own name in another layer, else the first."""
+    """Return which of the earlier weights one repeats: that of its own name in another layer, else
+    the first.
+    """
     for original in earlier:
         is_exact = _content_of(weight) == _content_of(original)
         copy = _compare_names(weight, original) if is_exact else None
@@ -134,10 +146,14 @@ def _copy_of(weight: WeightRecord, earlier: Sequence[WeightRecord]) -> Copy:
 
 
 def _compare_names(weight: WeightRecord, original: WeightRecord) -> Copy | None:
-    """Return the copy if two names differ in numbers only; `stack` is the name before the first that differs."""
+    """Return the copy if two names differ in numbers only; `stack` is the name before the first
+    that differs.
+    """
     if _NUMBER.sub("*", weight.parameter) != _NUMBER.sub("*", original.parameter):
         return None
-    pairs = zip(_NUMBER.finditer(weight.parameter), _NUMBER.finditer(original.parameter), strict=True)
+    pairs = zip(
+        _NUMBER.finditer(weight.parameter), _NUMBER.finditer(original.parameter), strict=True
+    )
     for own, other in pairs:
         if own[0] != other[0]:
             stack = weight.parameter[: own.start()].removesuffix(".")
@@ -158,7 +174,9 @@ def _check(context: Context, rule: Rule) -> Outcome:
             stacks.setdefault((_NUMBER.sub("*", copy.stack), copy.original_number), []).append(copy)
         else:
             others.setdefault(copy.original.parameter, []).append(copy)
-    findings = [_finding(context, rule, contract, stack, group) for (stack, _), group in stacks.items()]
+    findings = [
+        _finding(context, rule, contract, stack, group) for (stack, _), group in stacks.items()
+    ]
     findings += [_finding_of_others(context, rule, group) for group in others.values()]
     findings += _findings_alone(context, rule, contract)
     return Outcome(count, findings)
@@ -186,7 +204,8 @@ def _finding_of_others(context: Context, rule: Rule, group: list[Copy]) -> Findi
     original = group[0].original
     verb = "repeats" if len(weights) == 1 else "repeat"
     what = (
-        f"{names_of(weights)} {verb} the random numbers of {original.parameter}, up to a factor and over the shorter: "
+        f"{names_of(weights)} {verb} the random numbers of {original.parameter}, up to a factor "
+        "and over the shorter: "
         "they were copied, or drawn from one seed"
     )
     where = list(dict.fromkeys(weight.sublayer or weight.parameter for weight in weights))
@@ -195,37 +214,57 @@ def _finding_of_others(context: Context, rule: Rule, group: list[Copy]) -> Findi
         "same_as": [original.parameter] * len(weights),
     }
     fix = f"draw {names_of(weights)} anew, without setting the generator back to a seed before each"
-    return Finding(rule.code, context.level(rule, rule.level), where, what, evidence, rule.summary, fix)
+    return Finding(
+        rule.code, context.level(rule, rule.level), where, what, evidence, rule.summary, fix
+    )
 
 
-def _finding_of_constants(context: Context, rule: Rule, value: str, weights: list[WeightRecord]) -> Finding:
+def _finding_of_constants(
+    context: Context, rule: Rule, value: str, weights: list[WeightRecord]
+) -> Finding:
     verb = "holds" if len(weights) == 1 else "hold"
     what = (
-        f"{names_of(weights)} {verb} {value} throughout: all rows of such a matrix are the same, and so are all its "
+        f"{names_of(weights)} {verb} {value} throughout: all rows of such a matrix are the same, "
+        "and so are all its "
         "outputs, but for a bias"
     )
     where = list(dict.fromkeys(weight.sublayer or weight.parameter for weight in weights))
     evidence = {"parameters": [weight.parameter for weight in weights], "value": weights[0].mean}
     fix = f"draw {names_of(weights)} at random"
-    return Finding(rule.code, context.level(rule, rule.level), where, what, evidence, rule.summary, fix)
+    return Finding(
+        rule.code, context.level(rule, rule.level), where, what, evidence, rule.summary, fix
+    )
 
 
 def _finding_of_parts(context: Context, rule: Rule, repeating: list[WeightRecord]) -> Finding:
     names = [weight.parameter for weight in repeating]
-    what = f"{names_of(repeating)}: a matrix of the stack, or a block of the matrix, is bit-identical to another one"
+    what = (
+        f"{names_of(repeating)}: a matrix of the stack, or a block of the matrix, is "
+        "bit-identical to another one"
+    )
     where = list(dict.fromkeys(weight.sublayer or weight.parameter for weight in repeating))
     evidence = {"parameters": names, "same_as": names}
-    fix = f"draw {names_of(repeating)} anew, each matrix of the stack and each shard with numbers of its own"
-    return Finding(rule.code, context.level(rule, rule.level), where, what, evidence, rule.summary, fix)
+    fix = (
+        f"draw {names_of(repeating)} anew, each matrix of the stack and each shard with numbers "
+        "of its own"
+    )
+    return Finding(
+        rule.code, context.level(rule, rule.level), where, what, evidence, rule.summary, fix
+    )
 
 
-def _finding(context: Context, rule: Rule, contract: ContractRecord, stack: str, group: list[Copy]) -> Finding:
+def _finding(
+    context: Context, rule: Rule, contract: ContractRecord, stack: str, group: list[Copy]
+) -> Finding:
     numbers = sorted({copy.number for copy in group})
-    prefixes = tuple(f"{prefix}.{number}." for prefix in {copy.stack for copy in group} for number in numbers)
+    prefixes = tuple(
+        f"{prefix}.{number}." for prefix in {copy.stack for copy in group} for number in numbers
+    )
     drawn = [w for w in contract.weights if _is_drawn(w) and w.parameter.startswith(prefixes)]
     shown = ", ".join(map(str, numbers[:8])) + (" ..." if len(numbers) > 8 else "")
     what = (
-        f"{stack or 'the model'}: {shown} bit-identical to {group[0].original_number}, in {len(group)} of their "
+        f"{stack or 'the model'}: {shown} bit-identical to {group[0].original_number}, in "
+        f"{len(group)} of their "
         f"{len(drawn)} drawn weights"
     )
     evidence = {
@@ -236,8 +275,13 @@ def _finding(context: Context, rule: Rule, contract: ContractRecord, stack: str,
         "of": len(drawn),
     }
     where = list(dict.fromkeys(copy.weight.sublayer or copy.weight.parameter for copy in group))
-    fix = f"draw {names_of([copy.weight for copy in group])} anew: build each layer by itself, not as a copy"
-    return Finding(rule.code, context.level(rule, rule.level), where, what, evidence, rule.summary, fix)
+    fix = (
+        f"draw {names_of([copy.weight for copy in group])} anew: build each layer by itself, "
+        "not as a copy"
+    )
+    return Finding(
+        rule.code, context.level(rule, rule.level), where, what, evidence, rule.summary, fix
+    )
 
 
 RULE = Rule("JD210", "identical-layers", "warning", **TEXT, check=_check, states=("init",))

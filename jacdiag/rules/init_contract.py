@@ -1,26 +1,35 @@
-"""JD201 to JD207: how every weight was initialised, against a pinned contract, a published init, the model itself."""
+"""JD201 to JD207: how every weight was initialised, against a pinned contract, a published init,
+the model itself.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from jacdiag.report import ContractRecord, Finding, Report, WeightRecord
+from jacdiag.records import ContractRecord, Finding, Report, WeightRecord
 from jacdiag.rules import contract_texts as texts
-from jacdiag.rules.departures import Departure, departures, head_left_at_default, layers_that_differ, told
-from jacdiag.rules.following import followed
+from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.leftover_memory import without_leftovers
-from jacdiag.rules.mistaken import find_mistaken
-from jacdiag.rules.no_draw import NoDraw, find_no_draws, without_no_draws
-from jacdiag.rules.numbers import plain
+from jacdiag.rules.mistaken_formulas import find_mistaken
+from jacdiag.rules.never_drawn import NoDraw, find_no_draws, without_no_draws
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
+from jacdiag.rules.scheme_choice import followed
+from jacdiag.rules.scheme_deviations import (
+    Departure,
+    departures,
+    head_left_at_default,
+    layers_that_differ,
+    told,
+)
+from jacdiag.rules.scheme_fit import Yardstick
 from jacdiag.rules.schemes import MATRICES, Scheme, formulas_of, published_for
-from jacdiag.rules.yardstick import Yardstick
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A model compared with the scheme that speaks for it: that of its family, else the one that most of it follows.
+    """A model compared with the scheme that speaks for it: that of its family, else the one that
+    most of it follows.
 
     Attributes:
         scheme: None if the model follows none; then only its layers are compared with each other.
@@ -76,7 +85,9 @@ def judged(contract: ContractRecord) -> Judged:
 
 
 def departures_of(contract: ContractRecord) -> list[Departure]:
-    """Return every weight that differs from the pinned contract, and of the others those that differ from the rest."""
+    """Return every weight that differs from the pinned contract, and of the others those that
+    differ from the rest.
+    """
     pinned: list[Departure] = []
     if contract.pinned:
         pinned = departures(Yardstick.given(contract, _pinned_scheme(contract)))[1]
@@ -85,7 +96,9 @@ def departures_of(contract: ContractRecord) -> list[Departure]:
 
 
 def _pinned_scheme(contract: ContractRecord) -> Scheme:
-    return Scheme("pinned", "the pinned contract", "given by the user", formulas_of(contract.pinned))
+    return Scheme(
+        "pinned", "the pinned contract", "given by the user", formulas_of(contract.pinned)
+    )
 
 
 def _contract(context: Context, rule: Rule) -> ContractRecord | None:
@@ -93,9 +106,7 @@ def _contract(context: Context, rule: Rule) -> ContractRecord | None:
     return contract if contract is not None and context.report.state in rule.states else None
 
 
-def _findings(
-    context: Context, rule: Rule, found: Iterable[Departure], by: str
-) -> list[Finding]:
+def _findings(context: Context, rule: Rule, found: Iterable[Departure], by: str) -> list[Finding]:
     """One finding per name pattern: which layers, measured, expected, and what it looks like."""
     groups: dict[tuple[str, str], list[Departure]] = {}
     for one in found:
@@ -109,28 +120,43 @@ def _findings(
             fix = "initialise it as the other layers"
         elif len(group[0].weight.shape) > 1:
             fix = f"initialise it with std {group[0].formula}"
-        made.append(Finding(rule.code, context.level(rule, rule.level), where, what, evidence, rule.summary, fix))
+        made.append(
+            Finding(
+                rule.code, context.level(rule, rule.level), where, what, evidence, rule.summary, fix
+            )
+        )
     return made
 
 
-# -- JD201 ------------------------------------------------------------------------------------------------------------
+# -- JD201 -----------------------------------------------------------------------------------------
 def _pinned(context: Context, rule: Rule) -> Outcome:
     contract = context.report.contract
     if contract is None or not contract.pinned:
         return NOT_APPLICABLE
     if _known_to_be_trained(context.report):
-        return Outcome(0, note=f"the pinned contract is for an init; trained ({context.report.state_reason})")
+        return Outcome(
+            0, note=f"the pinned contract is for an init; trained ({context.report.state_reason})"
+        )
     own = _pinned_scheme(contract)
-    unmatched = [k for k in contract.pinned if not any(k in _keys(own, w) for w in contract.weights)]
+    unmatched = [
+        k for k in contract.pinned if not any(k in _keys(own, w) for w in contract.weights)
+    ]
     notes = [f"nothing in this model matches {', '.join(unmatched)}"] if unmatched else []
     if context.report.state == "trained":
-        notes.append("applied although the weights look trained, which is a guess; --state trained leaves it out")
+        notes.append(
+            "applied although the weights look trained, which is a guess; --state trained leaves "
+            "it out"
+        )
     count, found = departures(Yardstick.given(contract, own))
-    return Outcome(count, _findings(context, rule, found, "the pinned contract expects"), note="; ".join(notes))
+    return Outcome(
+        count, _findings(context, rule, found, "the pinned contract expects"), note="; ".join(notes)
+    )
 
 
 def _known_to_be_trained(report: Report) -> bool:
-    """Return whether somebody said that the weights are trained, or their file does. A guess is not enough."""
+    """Return whether somebody said that the weights are trained, or their file does. A guess is not
+    enough.
+    """
     return report.state == "trained" and report.state_basis in ("given", "file")
 
 
@@ -139,7 +165,7 @@ def _keys(scheme: Scheme, weight: WeightRecord) -> list[str]:
     return [key for key, value in scheme.formulas.items() if formulas and value is formulas]
 
 
-# -- JD202 to JD205 ---------------------------------------------------------------------------------------------------
+# -- JD202 to JD205 --------------------------------------------------------------------------------
 def _by_kind(kind: str) -> Callable[[Context, Rule], Outcome]:
     def check(context: Context, rule: Rule) -> Outcome:
         contract = _contract(context, rule)
@@ -157,15 +183,25 @@ def _by_kind(kind: str) -> Callable[[Context, Rule], Outcome]:
                 and departure.weight.parameter not in spoken
             ]
             more = _findings(context, rule, found, "the scheme of the rest expects")
-            return Outcome(max(result.count, len(unlike_any)), [*unlike_any, *more], note=result.note)
+            return Outcome(
+                max(result.count, len(unlike_any)), [*unlike_any, *more], note=result.note
+            )
         elsewhere = kind in ("published", "own") and (kind == "published") != result.published
         if not result.count or elsewhere:
             return Outcome(0, note=result.note if kind == "own" and not result.published else "")
-        who = f"the published init of {contract.family}" if result.published else "the scheme of the rest"
+        who = (
+            f"the published init of {contract.family}"
+            if result.published
+            else "the scheme of the rest"
+        )
         if result.mistake:
             who = "the formula of literature"
         by = f"{who} expects"
-        mine = [d for d in result.found if d.kind == kind or (d.kind == "plain" and kind in ("published", "own"))]
+        mine = [
+            d
+            for d in result.found
+            if d.kind == kind or (d.kind == "plain" and kind in ("published", "own"))
+        ]
         matched = _matched(kind, contract, result)
         if not matched:
             return NOT_APPLICABLE
@@ -208,7 +244,9 @@ def _no_draw_findings(
 
 
 def _matched(kind: str, contract: ContractRecord, result: Judged) -> int:
-    """What a rule had to look at: for depth, matrices under a scheme; for layers, patterns of several."""
+    """What a rule had to look at: for depth, matrices under a scheme; for layers, patterns of
+    several.
+    """
     if kind == "depth":
         return sum(w.role in MATRICES for w in contract.weights) if result.scheme is not None else 0
     if kind == "layers":
@@ -217,7 +255,7 @@ def _matched(kind: str, contract: ContractRecord, result: Judged) -> int:
     return result.count
 
 
-# -- JD206 ------------------------------------------------------------------------------------------------------------
+# -- JD206 -----------------------------------------------------------------------------------------
 def _tied(context: Context, rule: Rule) -> Outcome:
     contract = _contract(context, rule)
     if contract is None or not contract.tied:
@@ -231,24 +269,43 @@ def _tied(context: Context, rule: Rule) -> Outcome:
         logits = contract.logits_std if contract.logits_std is not None else weight.std * width**0.5
         if logits > limit:
             what = (
-                f"{weight.parameter} has std {plain(weight.std)} and is the head too: logits of std {plain(logits)} "
+                f"{weight.parameter} has std {plain(weight.std)} and is the head too: logits of "
+                f"std {plain(logits)} "
                 f"at init, so that the first loss is about ln V + {plain(logits**2 / 2)}"
             )
-            evidence = {"parameters": [weight.parameter], "value": logits, "threshold": limit, "std": weight.std}
+            evidence = {
+                "parameters": [weight.parameter],
+                "value": logits,
+                "threshold": limit,
+                "std": weight.std,
+            }
             fix = "scale the embedding in the forward instead of in its weights, or untie the head"
-            findings.append(Finding(rule.code, context.level(rule, "warning"), [weight.parameter], what, evidence,
-                                    rule.summary, fix))  # fmt: skip
+            findings.append(
+                Finding(
+                    rule.code,
+                    context.level(rule, "warning"),
+                    [weight.parameter],
+                    what,
+                    evidence,
+                    rule.summary,
+                    fix,
+                )
+            )
     return Outcome(len(contract.tied), findings)
 
 
-# -- JD207 ------------------------------------------------------------------------------------------------------------
+# -- JD207 -----------------------------------------------------------------------------------------
 def _decay(context: Context, rule: Rule) -> Outcome:
     contract = context.report.contract
     if contract is None or not any(w.decayed is not None for w in contract.weights):
         return NOT_APPLICABLE
     spared = [w for w in contract.weights if w.role in ("embedding", "norm_gain", "bias")]
     findings = []
-    for role, words in (("embedding", "the embedding"), ("norm_gain", "norm gains"), ("bias", "biases")):
+    for role, words in (
+        ("embedding", "the embedding"),
+        ("norm_gain", "norm gains"),
+        ("bias", "biases"),
+    ):
         names = [w.parameter for w in spared if w.role == role and w.decayed]
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -260,8 +317,14 @@ def _decay(context: Context, rule: Rule) -> Outcome:
     return Outcome(len(spared), findings)
 
 
-def _rule(code: str, name: str, level: str, text: texts.Text, check: Callable[[Context, Rule], Outcome],
-          states: tuple[str, ...] = ("init",)) -> Rule:  # fmt: skip
+def _rule(
+    code: str,
+    name: str,
+    level: str,
+    text: texts.Text,
+    check: Callable[[Context, Rule], Outcome],
+    states: tuple[str, ...] = ("init",),
+) -> Rule:
     return Rule(code, name, level, **text, check=check, states=states)  # type: ignore[arg-type]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from jacdiag.report import WeightRecord
+from jacdiag.records import WeightRecord
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?=\.)")
 _SAME = 1e-3  # relative: what low precisions move a constant by
@@ -36,8 +36,8 @@ class Group:
 def layer_groups(weights: Iterable[WeightRecord], least: int = 2) -> Iterator[Group]:
     """Yield the groups of parameters that differ in one layer number only.
 
-    Members have one shape, and the other parameters of their modules have too: a bias is drawn by the size of its
-    matrix, so that those of unlike matrices may differ.
+    Members have one shape, and the other parameters of their modules have too: a bias is drawn by
+    the size of its matrix, so that those of unlike matrices may differ.
 
     Args:
         weights: all parameters of a model.
@@ -66,7 +66,9 @@ def layer_groups(weights: Iterable[WeightRecord], least: int = 2) -> Iterator[Gr
 
 
 def _blocks_of(weights: Iterable[WeightRecord]) -> set[str]:
-    """Return the numbered modules that hold modules: `blocks.3`, not `mlp.2`, a place in a row of unlike modules."""
+    """Return the numbered modules that hold modules: `blocks.3`, not `mlp.2`, a place in a row of
+    unlike modules.
+    """
     return {
         weight.parameter[: match.end()]
         for weight in weights
@@ -91,7 +93,9 @@ def same_value(weight: WeightRecord, other: WeightRecord) -> bool:
 def usual_value(weights: Iterable[WeightRecord]) -> WeightRecord | None:
     """Return a parameter whose value two thirds of the given ones have, or None."""
     weights = list(weights)
-    counts = Counter({k: sum(same_value(w, other) for other in weights) for k, w in enumerate(weights)})
+    counts = Counter(
+        {k: sum(same_value(w, other) for other in weights) for k, w in enumerate(weights)}
+    )
     if not counts:
         return None
     index, count = counts.most_common(1)[0]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from jacdiag.report import ContractRecord, Finding, WeightRecord
-from jacdiag.rules.differences import draw_in_words, names_of
+from jacdiag.records import ContractRecord, Finding, WeightRecord
+from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.layer_groups import CONSTANT
-from jacdiag.rules.numbers import plain
+from jacdiag.rules.odd_parameter import draw_in_words, names_of
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 from jacdiag.rules.texts import Text
 
-# Over the fresh families of transformers the largest number of any parameter is 10 (benchmarks/results/vectors.json).
-# This is a hundred thousand times as large. Random bits read as float32 exceed it in four of ten numbers.
+# Over the fresh families of transformers the largest number of any parameter is 10
+# (benchmarks/results/vectors.json).
+# This is a hundred thousand times as large. Random bits read as float32 exceed it in four of ten
+# numbers.
 LARGEST = 1e6
 _ALL_ZERO = "zeros, as every matrix of the model does"
 
@@ -65,17 +67,22 @@ def leftovers(contract: ContractRecord) -> list[Leftover]:
 
 
 def without_leftovers(contract: ContractRecord) -> ContractRecord:
-    """Return the contract of the parameters that an init wrote: what the others hold says nothing of a scheme."""
+    """Return the contract of the parameters that an init wrote: what the others hold says nothing
+    of a scheme.
+    """
     left = {leftover.weight.parameter for leftover in leftovers(contract)}
     if not left:
         return contract
-    return replace(contract, weights=[weight for weight in contract.weights if weight.parameter not in left])
+    return replace(
+        contract, weights=[weight for weight in contract.weights if weight.parameter not in left]
+    )
 
 
 def _sign_of(weight: WeightRecord) -> str:
     if weight.tiny:
         return "numbers that are not zero and closer to it than 1e-30"
-    is_written = weight.family == "constant"  # memory hardly ever holds one number throughout; a mask of -1e9 does
+    # memory hardly ever holds one number throughout; a mask of -1e9 does
+    is_written = weight.family == "constant"
     if weight.largest is not None and weight.largest > LARGEST and not is_written:
         return f"numbers beyond {plain(LARGEST)}"
     if weight.piece_of:
@@ -96,7 +103,9 @@ def _check(context: Context, rule: Rule) -> Outcome:
 
 
 def _fix_for(context: Context, left: list[WeightRecord]) -> str:
-    """Return what to set or draw each parameter to, as far as its role or its like in another layer says."""
+    """Return what to set or draw each parameter to, as far as its role or its like in another layer
+    says.
+    """
     contract = context.report.contract
     others = [] if contract is None else without_leftovers(contract).weights
     steps: dict[str, list[WeightRecord]] = {}
@@ -107,7 +116,9 @@ def _fix_for(context: Context, left: list[WeightRecord]) -> str:
 
 def _step_for(weight: WeightRecord, others: list[WeightRecord]) -> str:
     """Return what to do about one parameter, with "{}" for its name."""
-    alike = [other for other in others if other.pattern == weight.pattern and other.role == weight.role]
+    alike = [
+        other for other in others if other.pattern == weight.pattern and other.role == weight.role
+    ]
     for other in alike:
         if other.family in CONSTANT:
             return f"set {{}} to {other.mean or 0.0:.4g}"
@@ -134,7 +145,9 @@ def _finding(context: Context, rule: Rule, sign: str, weights: list[WeightRecord
     what = f"{names} {verb} {sign}: {claim}"
     where = list(dict.fromkeys(weight.sublayer or weight.parameter for weight in weights))
     fix = f"{_fix_for(context, weights)}; after to_empty(), run the init of the whole model"
-    return Finding(rule.code, context.level(rule, rule.level), where, what, evidence, rule.summary, fix)
+    return Finding(
+        rule.code, context.level(rule, rule.level), where, what, evidence, rule.summary, fix
+    )
 
 
 RULE = Rule("JD211", "leftover-memory", "warning", **TEXT, check=_check, states=("init",))

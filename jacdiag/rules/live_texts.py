@@ -70,7 +70,10 @@ its init.""",
 )
 
 DRIFT = Text(
-    summary="a sub-layer's gain, the size of its branch or shortcut, or its logits leave the run's own trend",
+    summary=(
+        "a sub-layer's gain, the size of its branch or shortcut, or its logits leave the "
+        "run's own trend"
+    ),
     what="""\
 A straight line through the logarithm of the last 3 to 8 rounds predicts the next one. A figure at twice or half of
 that, and of its last value, beyond six standard errors of the prediction, at two rounds in a row, is a departure. Of
@@ -105,7 +108,10 @@ keep_batches=10.""",
 )
 
 UPDATE_JUMP = Text(
-    summary="a sub-layer's update norm, over weight norm and learning rate, doubles against its own median: a vote",
+    summary=(
+        "a sub-layer's update norm, over weight norm and learning rate, doubles against its "
+        "own median: a vote"
+    ),
     what="""\
 |delta W| / |W| / learning rate of one sub-layer a step, in turn, against the median of its last 32 samples. Silent
 while the learning rate moves and after a resume.""",

@@ -1,11 +1,13 @@
-"""JD901 to JD907: what the measurement itself has to say: undecided, not covered, off distribution, broken."""
+"""JD901 to JD907: what the measurement itself has to say: undecided, not covered, off distribution,
+broken.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
 from jacdiag.errors import clipped
-from jacdiag.report import Finding, Level, Report, RuleResult
+from jacdiag.records import Finding, Level, Report, RuleResult
 from jacdiag.rules import texts
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 
@@ -30,18 +32,29 @@ def _undecided(context: Context, rule: Rule) -> Outcome:
     level: Level = "warning" if context.report.state != "trained" else "info"
     evidence = {"rules": {code: list(names) for code, names in open_ones.items()}}
     fix = _decide_by(context, where)
-    return Outcome(matched, [Finding(rule.code, context.level(rule, level), where, what, evidence, rule.summary, fix)])
+    return Outcome(
+        matched,
+        [Finding(rule.code, context.level(rule, level), where, what, evidence, rule.summary, fix)],
+    )
 
 
 def _decide_by(context: Context, names: list[str]) -> str:
-    """What decides what is open: products where there is an interval; where NaN came in between, no number of them."""
+    """What decides what is open: products where there is an interval; where NaN came in between, no
+    number of them.
+    """
     rows = {row.name: row for row in context.report.sublayers}
     unmeasured = [rows[name] for name in names if name in rows and rows[name].branch_norm is None]
     ways = []
     if any("not finite" in row.notes.get("branch_norm", "") for row in unmeasured):
         broken = _checks(context).get("non_finite")
-        from_ = f"mend {_listed(broken)}" if isinstance(broken, list) and broken else "find the call that makes it"
-        ways.append(f"NaN or Inf hides {'them' if len(unmeasured) > 1 else 'it'} whatever is spent: {from_}")
+        from_ = (
+            f"mend {_listed(broken)}"
+            if isinstance(broken, list) and broken
+            else "find the call that makes it"
+        )
+        ways.append(
+            f"NaN or Inf hides {'them' if len(unmeasured) > 1 else 'it'} whatever is spent: {from_}"
+        )
     if len(unmeasured) < len(names):
         ways.append("more products (--max-products), or --dtype float64")
     return "; ".join([*ways, "the table says what could not be measured"])
@@ -58,7 +71,9 @@ def _uncovered(context: Context, rule: Rule) -> Outcome:
     level: Level = "warning" if limit is not None and share >= limit else "info"
     what = f"{share:.1%} of the parameters are not covered: {_listed(model.uncovered)}"
     evidence = {"share": share, "threshold": limit, "names": list(model.uncovered)}
-    return Outcome(1, [Finding(rule.code, context.level(rule, level), [], what, evidence, rule.summary)])
+    return Outcome(
+        1, [Finding(rule.code, context.level(rule, level), [], what, evidence, rule.summary)]
+    )
 
 
 def _off_distribution(context: Context, rule: Rule) -> Outcome:
@@ -68,19 +83,26 @@ def _off_distribution(context: Context, rule: Rule) -> Outcome:
     if not probe.off_distribution:
         return Outcome(1)
     pixels = probe.tokens == "random pixels"
-    real = "--inputs FACTORY with real images" if pixels else "--tokens FILE with real text or tokens"
+    real = (
+        "--inputs FACTORY with real images" if pixels else "--tokens FILE with real text or tokens"
+    )
     fix = real if context.profile.levels else f"{real}; levels are capped at warning until then"
     what = f"a trained model was probed with random {'pixels' if pixels else 'tokens'}"
-    return Outcome(1, [Finding(rule.code, context.level(rule, "warning"), [], what, {}, rule.summary, fix)])
+    return Outcome(
+        1, [Finding(rule.code, context.level(rule, "warning"), [], what, {}, rule.summary, fix)]
+    )
 
 
 def norms_asked(report: Report, codes: Iterable[str]) -> bool:
     """Whether a rule that judges norms was selected, and norms were not left out."""
-    return report.settings.get("products") is not False and any(code.startswith("JD1") for code in codes)
+    return report.settings.get("products") is not False and any(
+        code.startswith("JD1") for code in codes
+    )
 
 
 def applied(report: Report, outcomes: Mapping[str, Outcome | RuleResult]) -> bool:
-    """Whether a rule about the model applied: one of JD1xx, or of the contract where no norm was asked for.
+    """Whether a rule about the model applied: one of JD1xx, or of the contract where no norm was
+    asked for.
 
     Args:
         report: of which model.
@@ -94,21 +116,32 @@ def _no_match(context: Context, rule: Rule) -> Outcome:
     report = context.report
     if applied(report, context.outcomes) or _checks(context).get("deterministic") is False:
         return Outcome(1)
-    contract = any(outcome.matched for code, outcome in context.outcomes.items() if code.startswith("JD2"))
+    contract = any(
+        outcome.matched for code, outcome in context.outcomes.items() if code.startswith("JD2")
+    )
     subject = "no rule about norms applied" if contract else "no rule applied"
     why = "the weights alone carry no Jacobian" if report.tier == "weights" else _unmatched(context)
     if not norms_asked(report, context.outcomes):
         why = "no norm was asked for, and no rule of the init contract applied"
     fix = ""
     if contract and norms_asked(report, context.outcomes):
-        fix = "--select JD2 judges the init contract alone; thresholds of your own judge norms ([tool.jacdiag])"
+        fix = (
+            "--select JD2 judges the init contract alone; thresholds of your own judge norms "
+            "([tool.jacdiag])"
+        )
     level = context.level(rule, "warning")
     return Outcome(1, [Finding(rule.code, level, [], f"{subject}: {why}", {}, rule.summary, fix)])
 
 
 def _unmatched(context: Context) -> str:
-    """Why the rules about norms matched no sub-layer, in their own words where they gave a reason."""
-    notes = [outcome.note for code, outcome in context.outcomes.items() if code in ("JD101", "JD102", "JD103")]
+    """Why the rules about norms matched no sub-layer, in their own words where they gave a
+    reason.
+    """
+    notes = [
+        outcome.note
+        for code, outcome in context.outcomes.items()
+        if code in ("JD101", "JD102", "JD103")
+    ]
     reasons = list(dict.fromkeys(note for note in notes if note))
     return "; ".join(reasons) or "no sub-layer matched"
 
@@ -119,7 +152,9 @@ def _non_deterministic(context: Context, rule: Rule) -> Outcome:
     if _checks(context)["deterministic"]:
         return Outcome(1)
     culprit = _checks(context).get("culprit")
-    what = "two runs on the same probe differ: no norm was measured" + (f"; {culprit}" if culprit else "")
+    what = "two runs on the same probe differ: no norm was measured" + (
+        f"; {culprit}" if culprit else ""
+    )
     fix = "model.eval(), or a fixed seed inside the forward"
     evidence = {"culprit": culprit} if culprit else {}
     return Outcome(1, [Finding(rule.code, "error", [], what, evidence, rule.summary, fix)])
@@ -134,7 +169,9 @@ def _non_finite(context: Context, rule: Rule) -> Outcome:
     what = f"NaN or Inf in {_listed(names, 5)}"
     where = [r.name for r in context.report.sublayers if set(r.parameters) & set(names)]
     fix = "an earlier checkpoint; check the file's hash"
-    return Outcome(1, [Finding(rule.code, "error", where, what, {"parameters": names}, rule.summary, fix)])
+    return Outcome(
+        1, [Finding(rule.code, "error", where, what, {"parameters": names}, rule.summary, fix)]
+    )
 
 
 def _replay(context: Context, rule: Rule) -> Outcome:
@@ -143,10 +180,21 @@ def _replay(context: Context, rule: Rule) -> Outcome:
         return NOT_APPLICABLE
     if not wrong:
         return Outcome(len(context.report.sublayers))
-    what = f"J^T w of {_listed(list(wrong))} differs from the whole model's; its figures are not used"
+    what = (
+        f"J^T w of {_listed(list(wrong))} differs from the whole model's; its figures are not used"
+    )
     return Outcome(
         len(context.report.sublayers),
-        [Finding(rule.code, context.level(rule, "warning"), list(wrong), what, {"errors": wrong}, rule.summary)],
+        [
+            Finding(
+                rule.code,
+                context.level(rule, "warning"),
+                list(wrong),
+                what,
+                {"errors": wrong},
+                rule.summary,
+            )
+        ],
     )
 
 
@@ -154,10 +202,17 @@ RULES = (
     Rule("JD901", "undecided", "warning", **texts.UNDECIDED, check=_undecided, after=True),
     Rule("JD902", "uncovered", "warning", **texts.UNCOVERED, check=_uncovered),
     Rule(
-        "JD903", "off-distribution", "warning", **texts.OFF_DISTRIBUTION, check=_off_distribution, states=("trained",)
+        "JD903",
+        "off-distribution",
+        "warning",
+        **texts.OFF_DISTRIBUTION,
+        check=_off_distribution,
+        states=("trained",),
     ),
     Rule("JD904", "no-match", "warning", **texts.NO_MATCH, check=_no_match, after=True),
-    Rule("JD905", "non-deterministic", "error", **texts.NON_DETERMINISTIC, check=_non_deterministic),
+    Rule(
+        "JD905", "non-deterministic", "error", **texts.NON_DETERMINISTIC, check=_non_deterministic
+    ),
     Rule("JD906", "non-finite-weights", "error", **texts.NON_FINITE, check=_non_finite),
     Rule("JD907", "replay-differs", "warning", **texts.REPLAY, check=_replay),
 )

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import re
 
-from jacdiag.report import ContractRecord, Finding, WeightRecord
+from jacdiag.records import ContractRecord, Finding, WeightRecord
 from jacdiag.rules.layer_groups import DRAWN
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 from jacdiag.rules.texts import Text
 
-# What code calls the map from the condition to shifts, scales and gates: DiT and its descendants, PixArt, SD3, Flux.
-_MODULATION = re.compile(r"(^|[._])(ada_?ln\w*|adaln\w*|ada_?norm\w*|\w*modulation)([._]|$)", re.IGNORECASE)
+# What code calls the map from the condition to shifts, scales and gates: DiT and its descendants,
+# PixArt, SD3, Flux.
+_MODULATION = re.compile(
+    r"(^|[._])(ada_?ln\w*|adaln\w*|ada_?norm\w*|\w*modulation)([._]|$)", re.IGNORECASE
+)
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 TEXT = Text(
-    summary="modulation: some maps from the condition start at zero, and those of the same name elsewhere do not",
+    summary=(
+        "modulation: some maps from the condition start at zero, and those of the same name "
+        "elsewhere do not"
+    ),
     what="""\
 Matrices whose name holds adaLN, AdaNorm or modulation, and whose last module has the same name. If all of one
 place are zero (the last layer's) and all of another were drawn (the blocks'), those that were drawn are named.
@@ -30,8 +36,12 @@ Set the blocks' modulations to zero as well, or leave the rule out (--ignore JD2
 )
 
 
-def drawn_beside_zero(contract: ContractRecord) -> list[tuple[list[WeightRecord], list[WeightRecord]]]:
-    """Return groups of modulations that were drawn, each with those of the same name that are zero."""
+def drawn_beside_zero(
+    contract: ContractRecord,
+) -> list[tuple[list[WeightRecord], list[WeightRecord]]]:
+    """Return groups of modulations that were drawn, each with those of the same name that are
+    zero.
+    """
     kinds: dict[str, dict[str, list[WeightRecord]]] = {}
     for weight in contract.weights:
         match = _MODULATION.search(weight.parameter)
@@ -42,8 +52,12 @@ def drawn_beside_zero(contract: ContractRecord) -> list[tuple[list[WeightRecord]
         kinds.setdefault(tail, {}).setdefault(place, []).append(weight)
     found = []
     for places in kinds.values():
-        zero = [w for group in places.values() if all(w.family == "zero" for w in group) for w in group]
-        drawn = [w for group in places.values() if all(w.family in DRAWN for w in group) for w in group]
+        zero = [
+            w for group in places.values() if all(w.family == "zero" for w in group) for w in group
+        ]
+        drawn = [
+            w for group in places.values() if all(w.family in DRAWN for w in group) for w in group
+        ]
         if zero and drawn:
             found.append((drawn, zero))
     return found
@@ -58,10 +72,17 @@ def _check(context: Context, rule: Rule) -> Outcome:
     for drawn, zero in drawn_beside_zero(contract):
         names = [weight.parameter for weight in drawn]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        what = f"{', '.join(names[:3])}{more} were drawn, and {zero[0].parameter} of the same name is zero"
+        what = (
+            f"{', '.join(names[:3])}{more} were drawn, and {zero[0].parameter} of the same "
+            "name is zero"
+        )
         evidence = {"parameters": names, "zero": [weight.parameter for weight in zero]}
         fix = f"set {names[0]} and the others to zero too, or leave this rule out if it is meant"
-        findings.append(Finding(rule.code, context.level(rule, "warning"), names, what, evidence, rule.summary, fix))
+        findings.append(
+            Finding(
+                rule.code, context.level(rule, "warning"), names, what, evidence, rule.summary, fix
+            )
+        )
     return Outcome(count, findings)
 
 

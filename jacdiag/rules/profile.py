@@ -7,29 +7,37 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jacdiag.errors import UsageError
-from jacdiag.report import LEVELS, Level
+from jacdiag.records import LEVELS, Level
 
 
 @dataclass(frozen=True)
 class Profile:
-    """A profile: for some rules, the level that they speak at where a value lies beyond `warning`."""
+    """A profile: for some rules, the level that they speak at where a value lies beyond
+    `warning`.
+    """
 
     name: str
     levels: Mapping[str, Level] = field(default_factory=dict)
 
     def promoted(self, code: str, cut: Level) -> Level:
-        """The level for a value beyond a cut; what is beyond `info` only rises by as much as `warning` does."""
+        """The level for a value beyond a cut; what is beyond `info` only rises by as much as
+        `warning` does.
+        """
         if code not in self.levels:
             return cut
         shift = LEVELS.index(self.levels[code]) - LEVELS.index("warning")
         return LEVELS[min(max(LEVELS.index(cut) + shift, 0), len(LEVELS) - 1)]
 
 
-BUILT_IN = {"default": Profile("default"), "paper": Profile("paper", {"JD101": "error", "JD102": "error"})}
+BUILT_IN = {
+    "default": Profile("default"),
+    "paper": Profile("paper", {"JD101": "error", "JD102": "error"}),
+}
 
 
 def profile_of(wanted: str | Mapping[str, Any], codes: tuple[str, ...]) -> Profile:
-    """Returns a profile by name, or the one that a table describes: {"name": ..., "levels": {"JD103": "error"}}.
+    """Returns a profile by name, or the one that a table describes: {"name": ..., "levels":
+    {"JD103": "error"}}.
 
     Raises:
         UsageError: unknown name, rule code or level.
@@ -52,6 +60,8 @@ def profile_of(wanted: str | Mapping[str, Any], codes: tuple[str, ...]) -> Profi
     for code, level in levels.items():
         if code not in codes or level not in LEVELS:
             raise UsageError(
-                "a profile maps rule codes to levels", got=f"{code} = {level!r}", hint=f"levels: {', '.join(LEVELS)}"
+                "a profile maps rule codes to levels",
+                got=f"{code} = {level!r}",
+                hint=f"levels: {', '.join(LEVELS)}",
             )
     return Profile(str(wanted.get("name", "custom")), dict(levels))

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jacdiag.report import LEVELS, AgainstRecord, ChangeRecord, FiguresRecord, Finding, Level
-from jacdiag.report.thresholds import Limits
-from jacdiag.rules.numbers import plain
+from jacdiag.records import LEVELS, AgainstRecord, ChangeRecord, FiguresRecord, Finding, Level
+from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 from jacdiag.rules.texts import Text
+from jacdiag.rules.thresholds import Limits
 
 FIGURES = {"branch_norm": "branch ‖J‖", "core_norm": "core ‖J‖", "norm_gain": "1/σ gain"}
 
@@ -27,11 +27,16 @@ class Change:
 
     @property
     def words(self) -> str:
-        return f"{self.where}: {FIGURES.get(self.figure, self.figure)} {plain(self.old)} -> {plain(self.new)}"
+        return (
+            f"{self.where}: {FIGURES.get(self.figure, self.figure)} {plain(self.old)} -> "
+            f"{plain(self.new)}"
+        )
 
 
 def sublayer_changes(now: FiguresRecord, before: FiguresRecord) -> list[Change]:
-    """Sub-layers whose figure lies, for every seed, above what another seed of the baseline would reach."""
+    """Sub-layers whose figure lies, for every seed, above what another seed of the baseline would
+    reach.
+    """
     found = []
     for name, figures in now.sublayers.items():
         for figure in FIGURES:
@@ -50,8 +55,15 @@ def weight_changes(now: FiguresRecord, before: FiguresRecord) -> list[Change]:
             continue
         if _constant(new) or _constant(old):
             if new["family"] != old["family"] or new.get("value") != old.get("value"):
-                found.append(Change(name, "value" if _constant(new) and _constant(old) else "std",
-                                    _shown(old), _shown(new), _shown(old)))  # fmt: skip
+                found.append(
+                    Change(
+                        name,
+                        "value" if _constant(new) and _constant(old) else "std",
+                        _shown(old),
+                        _shown(new),
+                        _shown(old),
+                    )
+                )
         elif new["lower"] > old["upper"] or new["upper"] < old["lower"]:
             found.append(Change(name, "std", old["std"], new["std"], old["upper"]))
     return found
@@ -71,17 +83,28 @@ def _check(context: Context, rule: Rule) -> Outcome:
         return _nothing_to_compare_with(context)
     if against is not None and against.training:
         return _growth_in_training(context, rule, against)
-    count = len(now.sublayers.keys() & before.sublayers.keys()) + len(now.weights.keys() & before.weights.keys())
+    count = len(now.sublayers.keys() & before.sublayers.keys()) + len(
+        now.weights.keys() & before.weights.keys()
+    )
     findings = []
-    for role, group in _by_role(now, weight_changes(now, before)).items():  # the cause before its effects
+    # the cause before its effects
+    for role, group in _by_role(now, weight_changes(now, before)).items():
         findings.append(_finding(context, rule, group, f"weights ({role})" if role else "weights"))
     worse = sublayer_changes(now, before)
     for figure in FIGURES:
         group = [c for c in worse if c.figure == figure]
         if group:
             findings.append(_finding(context, rule, group, "sub-layers"))
-    gone = [n for n in (*before.sublayers, *before.weights) if n not in now.sublayers and n not in now.weights]
-    added = [n for n in (*now.sublayers, *now.weights) if n not in before.sublayers and n not in before.weights]
+    gone = [
+        n
+        for n in (*before.sublayers, *before.weights)
+        if n not in now.sublayers and n not in now.weights
+    ]
+    added = [
+        n
+        for n in (*now.sublayers, *now.weights)
+        if n not in before.sublayers and n not in before.weights
+    ]
     note = ""
     if (gone and now.sublayers) or added:
         note = f"{len(added)} names are not in the baseline, {len(gone)} of it are gone"
@@ -94,9 +117,11 @@ def _nothing_to_compare_with(context: Context) -> Outcome:
     return Outcome(0, note="a trained model, and nothing to compare it with (--against EARLIER)")
 
 
-# -- two checkpoints, of which at least one is trained -----------------------------------------------------------------
+# -- two checkpoints, of which at least one is trained ---------------------------------------------
 def _growth_in_training(context: Context, rule: Rule, against: AgainstRecord) -> Outcome:
-    """Judge the growth of branch norms beyond both intervals; training lets them grow, up to what healthy runs show."""
+    """Judge the growth of branch norms beyond both intervals; training lets them grow, up to what
+    healthy runs show.
+    """
     figure = "growth_from_init" if against.state == "init" else "checkpoint_growth"
     limits = {
         row.name: context.thresholds.limits(figure, row.placement or "")
@@ -116,18 +141,30 @@ def _growth_in_training(context: Context, rule: Rule, against: AgainstRecord) ->
         group = groups.get(level)
         if group:
             worst = max(group, key=lambda change: change.amplification)
-            findings.append(_growth_finding(context, rule, group, worst, level, limits[worst.where]))
+            findings.append(
+                _growth_finding(context, rule, group, worst, level, limits[worst.where])
+            )
 
     # 3. Where healthy growth is not known, a comparison shows what changed and cannot pass.
     judged = [name for name, limit in limits.items() if limit.info is not None]
-    unjudged = {row.placement for row in context.report.sublayers if row.name in limits and row.name not in judged}
-    names = sorted("no norm" if placement in ("none", None) else f"{placement}-norm" for placement in unjudged)
-    note = f"how much healthy training grows is not known for {' and '.join(names)}" if names else ""
+    unjudged = {
+        row.placement
+        for row in context.report.sublayers
+        if row.name in limits and row.name not in judged
+    }
+    names = sorted(
+        "no norm" if placement in ("none", None) else f"{placement}-norm" for placement in unjudged
+    )
+    note = (
+        f"how much healthy training grows is not known for {' and '.join(names)}" if names else ""
+    )
     return Outcome(len(judged), findings, list(against.missing), note)
 
 
 def _level_of_growth(change: ChangeRecord, limits: Limits) -> Level:
-    """Beyond `warning` an error, as every regression; between what healthy and wrecked runs show a warning."""
+    """Beyond `warning` an error, as every regression; between what healthy and wrecked runs show a
+    warning.
+    """
     if limits.warning is not None and change.amplification > limits.warning:
         return "error"
     if limits.info is not None and change.amplification > limits.info:
@@ -136,7 +173,12 @@ def _level_of_growth(change: ChangeRecord, limits: Limits) -> Level:
 
 
 def _growth_finding(
-    context: Context, rule: Rule, group: list[ChangeRecord], worst: ChangeRecord, level: Level, limits: Limits
+    context: Context,
+    rule: Rule,
+    group: list[ChangeRecord],
+    worst: ChangeRecord,
+    level: Level,
+    limits: Limits,
 ) -> Finding:
     against = context.report.against
     assert against is not None
@@ -147,7 +189,9 @@ def _growth_finding(
         text += f" ({'warning' if level == 'info' else level} above {plain(limit)})"
     if len(group) > 1:
         text += f"; {len(group)} of {against.compared} branches grew so"
-    changes = [{"where": c.where, "field": c.figure, "old": c.earlier[1], "new": c.now[1]} for c in group]
+    changes = [
+        {"where": c.where, "field": c.figure, "old": c.earlier[1], "new": c.now[1]} for c in group
+    ]
     evidence = {
         "field": "branch_norm",
         "sublayer": worst.where,
@@ -158,12 +202,16 @@ def _growth_finding(
         "threshold": limit,
         "changes": changes,
     }
-    fix = "" if level == "info" else "go back to the earlier checkpoint; `jacdiag diff A B --all` lists every figure"
+    fix = (
+        ""
+        if level == "info"
+        else "go back to the earlier checkpoint; `jacdiag diff A B --all` lists every figure"
+    )
     where = [change.where for change in group]
     return Finding(rule.code, context.level(rule, level), where, text, evidence, rule.summary, fix)
 
 
-# -- a baseline, or an earlier model at init ---------------------------------------------------------------------------
+# -- a baseline, or an earlier model at init -------------------------------------------------------
 def _by_role(now: FiguresRecord, changes: Iterable[Change]) -> dict[str, list[Change]]:
     groups: dict[str, list[Change]] = {}
     for change in changes:
@@ -184,12 +232,22 @@ def _finding(context: Context, rule: Rule, group: list[Change], what: str) -> Fi
         "baseline": worst.old,
         "threshold": worst.bound,
         "parameters": [c.where for c in group if c.figure not in FIGURES],
-        "changes": [{"where": c.where, "field": c.figure, "old": c.old, "new": c.new} for c in group],
+        "changes": [
+            {"where": c.where, "field": c.figure, "old": c.old, "new": c.new} for c in group
+        ],
     }
     fix = "undo the change, or accept it: the same command with --write-baseline"
     if against is not None:
         fix = "undo the change; `jacdiag diff A B --all` lists every figure"
-    return Finding(rule.code, context.level(rule, "error"), [c.where for c in group], text, evidence, rule.summary, fix)
+    return Finding(
+        rule.code,
+        context.level(rule, "error"),
+        [c.where for c in group],
+        text,
+        evidence,
+        rule.summary,
+        fix,
+    )
 
 
 TEXT = Text(

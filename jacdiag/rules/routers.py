@@ -1,23 +1,26 @@
-"""JD209: routers of a mixture of experts that were not drawn as the matrices that read the same stream."""
+"""JD209: routers of a mixture of experts that were not drawn as the matrices that read the same
+stream.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
 
-from jacdiag.report import ContractRecord, Finding, Level, WeightRecord
-from jacdiag.rules.differences import names_of
+from jacdiag.records import ContractRecord, Finding, Level, WeightRecord
+from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.init_contract import departures_of, judged
 from jacdiag.rules.layer_groups import DRAWN
-from jacdiag.rules.numbers import plain
+from jacdiag.rules.odd_parameter import names_of
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 from jacdiag.rules.schemes import INNER, Scheme, formulas_of
+from jacdiag.rules.small_parameters import differences
 from jacdiag.rules.texts import Text
-from jacdiag.rules.vectors import differences
 
 _Z = 4.9  # errors of a std at a chance of 1e-6
 _RARE = math.log(1e-7)
-# Std of a normal after its numbers beyond two std were cut: of a small router nobody can tell whether that was done.
+# Std of a normal after its numbers beyond two std were cut: of a small router nobody can tell
+# whether that was done.
 _TRUNCATED = 0.8796
 
 TEXT = Text(
@@ -85,14 +88,18 @@ def unlike_routers(contract: ContractRecord) -> tuple[int, list[Routers]]:
             continue
         compared += len(members)
         zero = [weight for weight in members if weight.family == "zero"]
-        routers = _zero_routers(members, rest) if len(zero) == len(members) else _pool(members, rest)
+        routers = (
+            _zero_routers(members, rest) if len(zero) == len(members) else _pool(members, rest)
+        )
         if not _drawn_as(routers, rest):
             found.append(replace(routers, excuse=_excuse_of(contract, routers)))
     return compared, found
 
 
 def _judged_elsewhere(contract: ContractRecord) -> set[str]:
-    """Return the routers that the user pinned, that a scheme speaks of, or that differ from those of other layers."""
+    """Return the routers that the user pinned, that a scheme speaks of, or that differ from those
+    of other layers.
+    """
     pinned = Scheme("pinned", "", "", formulas_of(contract.pinned))
     scheme = judged(contract).scheme
     named = {one.weight.parameter for one in departures_of(contract)}
@@ -106,7 +113,10 @@ def _readers_of_the_same(contract: ContractRecord, router: WeightRecord) -> list
     return [
         weight
         for weight in contract.weights
-        if weight.role in INNER and weight.fan_in == router.fan_in and weight.family in DRAWN and weight.std
+        if weight.role in INNER
+        and weight.fan_in == router.fan_in
+        and weight.family in DRAWN
+        and weight.std
     ]
 
 
@@ -137,11 +147,14 @@ def _middle(rest: list[WeightRecord]) -> float:
 
 def _pooled_std(weights: list[WeightRecord]) -> float:
     count = sum(math.prod(weight.shape) for weight in weights)
-    return math.sqrt(sum(math.prod(weight.shape) * (weight.std or 0.0) ** 2 for weight in weights) / count)
+    return math.sqrt(
+        sum(math.prod(weight.shape) * (weight.std or 0.0) ** 2 for weight in weights) / count
+    )
 
 
 def _is_uniform(members: list[WeightRecord], std: float, count: int) -> bool:
-    """Whether numbers are bounded as a uniform distribution's: a normal's largest of so many would lie further out.
+    """Whether numbers are bounded as a uniform distribution's: a normal's largest of so many would
+    lie further out.
 
     A router of few experts is too small to tell alone, all layers together are not.
     """
@@ -152,7 +165,9 @@ def _is_uniform(members: list[WeightRecord], std: float, count: int) -> bool:
 
 
 def _drawn_as(routers: Routers, rest: list[WeightRecord]) -> bool:
-    """Whether some matrix of the rest has the routers' std, as it is or as Xavier scales it to their fan_out."""
+    """Whether some matrix of the rest has the routers' std, as it is or as Xavier scales it to
+    their fan_out.
+    """
     router = routers.members[0]
     for weight in rest:
         ratio = 1.0
@@ -171,7 +186,12 @@ def _excuse_of(contract: ContractRecord, routers: Routers) -> str:
         for weight in contract.weights:
             bounds = (weight.lower, weight.upper)
             is_outside = weight.role in ("embedding", "head") and weight.family in DRAWN
-            if is_outside and bounds[0] is not None and bounds[1] is not None and bounds[0] <= 1.0 <= bounds[1]:
+            if (
+                is_outside
+                and bounds[0] is not None
+                and bounds[1] is not None
+                and bounds[0] <= 1.0 <= bounds[1]
+            ):
                 return f"{weight.parameter} has that std too"
     if routers.looks == "zero":
         bias = _balancing_bias(contract, routers.members[0])
@@ -181,7 +201,9 @@ def _excuse_of(contract: ContractRecord, routers: Routers) -> str:
 
 
 def _balancing_bias(contract: ContractRecord, router: WeightRecord) -> WeightRecord | None:
-    """Return a vector of one number per expert in the router's sub-layer that is no bias of its linear map."""
+    """Return a vector of one number per expert in the router's sub-layer that is no bias of its
+    linear map.
+    """
     own = f"{router.parameter.rpartition('.')[0]}.bias"
     for weight in contract.weights:
         is_vector = weight.shape == [router.fan_out] and weight.parameter != own
@@ -216,7 +238,8 @@ def _finding(context: Context, rule: Rule, routers: Routers) -> Finding:
     }
     where = list(dict.fromkeys(weight.sublayer or weight.parameter for weight in routers.members))
     fix = (
-        f"draw {names_of(routers.members)} with std {plain(routers.rest)}, as the matrices that read the same stream, "
+        f"draw {names_of(routers.members)} with std {plain(routers.rest)}, as the matrices that "
+        "read the same stream, "
         "or pin a contract that says what is meant"
     )
     return Finding(rule.code, context.level(rule, level), where, what, evidence, rule.summary, fix)

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from jacdiag.report import LEVELS, Condition, Finding, Level, Report, SublayerRecord
-from jacdiag.report.thresholds import Thresholds
+from jacdiag.records import LEVELS, Condition, Finding, Level, Report, SublayerRecord
 from jacdiag.rules.profile import Profile
+from jacdiag.rules.thresholds import Thresholds
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a check sees: the report so far, the thresholds, the profile, for some rules the outcomes of the others."""
+    """What a check sees: the report so far, the thresholds, the profile, for some rules the
+    outcomes of the others.
+    """
 
     report: Report
     thresholds: Thresholds
@@ -34,8 +36,8 @@ class Context:
     def level(self, rule: Rule, cut: Level) -> Level:
         """Return the level at which a rule may fire.
 
-        A level that the profile asks for holds in any state. Otherwise a rule may be an observation on a trained model,
-        and a norm that was measured off distribution is no error.
+        A level that the profile asks for holds in any state. Otherwise a rule may be an observation
+        on a trained model, and a norm that was measured off distribution is no error.
         """
         level = self.profile.promoted(rule.code, cut)
         if rule.code in self.profile.levels:
@@ -53,7 +55,8 @@ class Outcome:
     """How a check came out.
 
     Attributes:
-        matched: how many sub-layers (or other things) it applied to; 0 is "not applicable", never a pass.
+        matched: how many sub-layers (or other things) it applied to; 0 is "not applicable", never a
+            pass.
         undecided: names whose interval lies across a threshold, or that could not be measured.
         conditions: per sub-layer, for the two conditions of the paper.
     """

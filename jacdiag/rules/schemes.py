@@ -12,18 +12,45 @@ from pathlib import Path
 from typing import Any
 
 from jacdiag.errors import UsageError
-from jacdiag.report import WeightRecord
-from jacdiag.report.formula import Formula
+from jacdiag.records import WeightRecord
+from jacdiag.rules.formula import Formula
 
 RESIDUAL = ("W_O", "W_2")  # the matrices that write to the shortcut
-INNER = ("W_Q", "W_K", "W_V", "W_QK", "W_QV", "W_KV", "W_QKV", "W_Q_a", "W_K_a", "W_V_a", "W_KV_a", "W_QKV_a", "W_1",
-         "W_gate", "W_gate_up")  # fmt: skip
+INNER = (
+    "W_Q",
+    "W_K",
+    "W_V",
+    "W_QK",
+    "W_QV",
+    "W_KV",
+    "W_QKV",
+    "W_Q_a",
+    "W_K_a",
+    "W_V_a",
+    "W_KV_a",
+    "W_QKV_a",
+    "W_1",
+    "W_gate",
+    "W_gate_up",
+)
 MATRICES = (*INNER, *RESIDUAL)
 OUTSIDE = ("embedding", "positions", "cls", "head", "projection", "router")
 VECTORS = ("norm_gain", "scale", "bias")
 ROLES = (*MATRICES, *OUTSIDE, *VECTORS)
-VARIABLES = frozenset({"N", "d", "V", "H", "d_head", "fan_in", "fan_out", "l", "initializer_range",
-                       "initializer_factor"})  # fmt: skip
+VARIABLES = frozenset(
+    {
+        "N",
+        "d",
+        "V",
+        "H",
+        "d_head",
+        "fan_in",
+        "fan_out",
+        "l",
+        "initializer_range",
+        "initializer_factor",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -32,8 +59,8 @@ class Scheme:
 
     Attributes:
         title, source: its name, and where it was published.
-        formulas: role -> its std (its value for a gain or a bias); several where there are variants. "matrix" stands
-            for every matrix of a sub-layer that has none of its own.
+        formulas: role -> its std (its value for a gain or a bias); several where there are
+            variants. "matrix" stands for every matrix of a sub-layer that has none of its own.
         families: model types or classes whose published init it is.
         family: of the draws of its matrices, where only one will do (orthogonal); "" for any.
     """
@@ -51,7 +78,9 @@ class Scheme:
         return any("s" in f.names for fs in self.formulas.values() for f in fs)
 
     def of(self, weight: WeightRecord) -> tuple[Formula, ...]:
-        """Return the formulas for a weight: by name, by role, else that of every matrix; () if it states none."""
+        """Return the formulas for a weight: by name, by role, else that of every matrix; () if it
+        states none.
+        """
         named = self.named(weight)
         if named:
             return named
@@ -75,14 +104,18 @@ def _data() -> dict[str, Any]:
 
 @cache
 def catalogue() -> tuple[tuple[Scheme, ...], tuple[Scheme, ...]]:
-    """Return the schemes that ship: those that a model may be found to follow, and the published inits of families."""
+    """Return the schemes that ship: those that a model may be found to follow, and the published
+    inits of families.
+    """
     data = _data()
     return tuple(_schemes(data["scheme"])), tuple(_schemes(data["published"]))
 
 
 @cache
 def allowed_with_any_scheme() -> Mapping[str, tuple[Formula, ...]]:
-    """Return what embedding, positions and head may be instead, whichever scheme the matrices follow."""
+    """Return what embedding, positions and head may be instead, whichever scheme the matrices
+    follow.
+    """
     return formulas_of(_data()["allowed"])
 
 
@@ -113,7 +146,8 @@ def checked_contract(pinned: Mapping[str, object] | None) -> dict[str, str]:
     """A pinned contract as texts.
 
     Raises:
-        UsageError: a key that is neither a role nor a name pattern, a value that is no formula, an unknown variable.
+        UsageError: a key that is neither a role nor a name pattern, a value that is no formula, an
+            unknown variable.
 
     Example:
         >>> checked_contract({"W_O": "0.02/sqrt(2*N)", "norm_gain": 1})
@@ -122,14 +156,19 @@ def checked_contract(pinned: Mapping[str, object] | None) -> dict[str, str]:
     found = {}
     for key, value in (pinned or {}).items():
         if not isinstance(key, str):
-            raise UsageError("an init contract maps roles to formulas", got=repr(key), hint='{"W_O": "0.02"}')
+            raise UsageError(
+                "an init contract maps roles to formulas", got=repr(key), hint='{"W_O": "0.02"}'
+            )
         if key not in (*ROLES, "matrix") and "." not in key and "*" not in key:
             near = get_close_matches(key, (*ROLES, "matrix"), n=3, cutoff=0.0)
             hint = f"closest: {', '.join(near)}; or a name pattern such as 'h.*.mlp.c_proj.weight'"
             raise UsageError(f"an init contract has no role '{key}'", hint=hint)
         if isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise UsageError(f"'{key}' of the init contract takes a formula", got=repr(value),
-                             hint='for example "0.02/sqrt(2*N)"')  # fmt: skip
+            raise UsageError(
+                f"'{key}' of the init contract takes a formula",
+                got=repr(value),
+                hint='for example "0.02/sqrt(2*N)"',
+            )
         text = str(value)
         Formula.read(text).check(VARIABLES)
         found[key] = text

@@ -1,4 +1,6 @@
-"""What `jacdiag explain CODE` teaches: for each rule what it measures, why it matters, an example, a remedy."""
+"""What `jacdiag explain CODE` teaches: for each rule what it measures, why it matters, an example,
+a remedy.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,10 @@ class Text(TypedDict):
 
 
 SMALL = Text(
-    summary="small sub-layers: a branch behind its norm must have a small Jacobian, or gradients grow layer by layer",
+    summary=(
+        "small sub-layers: a branch behind its norm must have a small Jacobian, or gradients "
+        "grow layer by layer"
+    ),
     what="""\
 core_norm is the spectral norm of d f / d z, z the normalised shortcut: what a pre-norm branch does to a
 perturbation after its norm, its learned gain included. It falls like 1/√(2N) with depth N where W_O and W_2
@@ -41,7 +46,10 @@ observation.""",
 )
 
 LARGE = Text(
-    summary="large shortcut: its std must be near 1, or every norm on it multiplies the gradient by 1/sigma",
+    summary=(
+        "large shortcut: its std must be near 1, or every norm on it multiplies the gradient "
+        "by 1/sigma"
+    ),
     what="""\
 norm_gain is 1/√(sigma_x^2 + eps), the gain of a branch's input norm without its learned gain, per token;
 the 99th percentile over tokens is compared. At the first layer sigma_x is the std of the embedding. The paper
@@ -65,7 +73,9 @@ embedding out of weight decay.""",
 )
 
 AMPLIFICATION = Text(
-    summary="a branch multiplies a perturbation of its shortcut by more than is usual for its placement",
+    summary=(
+        "a branch multiplies a perturbation of its shortcut by more than is usual for its placement"
+    ),
     what="""\
 branch_norm is the spectral norm of J = d f / d x, the Jacobian of the whole branch. Unlike its two factors
 it is a property of the function: dividing a norm's gain by 10 and multiplying the next matrix by 10 changes
@@ -103,7 +113,10 @@ its own (gain_product = { warning = 20 }), the remedies of both are tried agains
 )
 
 RISK = Text(
-    summary="the chance that a run at the planned learning rate goes wrong, as recorded small runs tell it",
+    summary=(
+        "the chance that a run at the planned learning rate goes wrong, as recorded small "
+        "runs tell it"
+    ),
     what="""\
 With --lr and --warmup: a logistic curve in one figure of the untrained model, the peak learning rate and the
 steps of warm-up, one for each placement of the norm, fitted on recorded runs (examples/spike_lab, jacdiag
@@ -126,7 +139,10 @@ jacdiag backtest RUN... --write-risk FILE, and name the file as `risk` in [tool.
 )
 
 UNDECIDED = Text(
-    summary="an interval lies across a threshold, or a figure could not be measured: the rule has no answer",
+    summary=(
+        "an interval lies across a threshold, or a figure could not be measured: the rule has "
+        "no answer"
+    ),
     what="""\
 A spectral norm is an interval: the lower end is a Ritz value, the upper end holds with the asked
 confidence. A rule whose threshold lies inside has no answer; neither has one whose figure could not be
@@ -141,7 +157,10 @@ the table says why.""",
 )
 
 UNCOVERED = Text(
-    summary="parameters that belong to no sub-layer, embedding, head or norm: nothing was said about them",
+    summary=(
+        "parameters that belong to no sub-layer, embedding, head or norm: nothing was said "
+        "about them"
+    ),
     what="""\
 Every parameter belongs to a sub-layer, the embedding, the head, a norm outside, or is listed as not
 covered.""",

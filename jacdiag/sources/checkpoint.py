@@ -1,4 +1,6 @@
-"""One door for checkpoint files: what is in the file, where in it the weights are, and what it says about itself."""
+"""One door for checkpoint files: what is in the file, where in it the weights are, and what it says
+about itself.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +17,29 @@ import numpy as np
 from torch import Tensor, nn
 
 from jacdiag.errors import SourceError, clipped, printable
-from jacdiag.sources.adapters import adapter_names, take_base_model
-from jacdiag.sources.candidates import Candidate, Kind, find_candidates, split_flat
-from jacdiag.sources.choice import Choice, choose_by_model, choose_by_name, strip_wrappers
-from jacdiag.sources.contents import check_chosen, check_contents
 from jacdiag.sources.formats import safetensors_file, torch_file
 from jacdiag.sources.formats.other import check_format
-from jacdiag.sources.history import optimizer_stepped
-from jacdiag.sources.stored import Piece, StoredWeights
+from jacdiag.sources.lazy_tensors import Piece, StoredWeights
+from jacdiag.sources.lora_adapters import adapter_names, take_base_model
+from jacdiag.sources.tensor_sets import Candidate, Kind, find_candidates, split_flat
+from jacdiag.sources.training_history import optimizer_stepped
+from jacdiag.sources.unusable_tensors import check_chosen, check_contents
+from jacdiag.sources.weights_choice import Choice, choose_by_model, choose_by_name, strip_wrappers
 
 __all__ = ["Checkpoint", "Contents", "open_checkpoint", "read_contents", "strip_wrappers"]
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 _SMALL = 1 << 20  # bytes that need no file
-_STEP_KEYS = ("iter_num", "global_step", "global_steps", "step", "iteration", "num_steps", "steps", "iter")
+_STEP_KEYS = (
+    "iter_num",
+    "global_step",
+    "global_steps",
+    "step",
+    "iteration",
+    "num_steps",
+    "steps",
+    "iter",
+)
 _LARGEST_JSON = 1 << 26
 
 
@@ -95,8 +106,12 @@ class Contents:
     @property
     def optimizer_stepped(self) -> bool:
         """Whether the file holds the state of an optimizer that has taken a step."""
-        flat = [c.entries for c in self.candidates if c.kind is Kind.OPTIMIZER] if self.stored else []
-        return optimizer_stepped(self.top, {name: entry for entries in flat for name, entry in entries.items()})
+        flat = (
+            [c.entries for c in self.candidates if c.kind is Kind.OPTIMIZER] if self.stored else []
+        )
+        return optimizer_stepped(
+            self.top, {name: entry for entries in flat for name, entry in entries.items()}
+        )
 
     def choose(self, key: str | None = None, model: nn.Module | None = None) -> Checkpoint:
         """Choose one set of tensors.
@@ -106,7 +121,8 @@ class Contents:
             model: the module that they belong to, if it is known.
 
         Raises:
-            SourceError: there are no weights, there are several and none stands out, or they cannot be used.
+            SourceError: there are no weights, there are several and none stands out, or they cannot
+                be used.
         """
         check_contents(self.path, self.candidates, self.top)
         if not self.candidates:
@@ -123,7 +139,9 @@ class Contents:
         return self._checkpoint(choice, fills_model=model is not None)
 
     def _base_models(self, model: nn.Module | None) -> tuple[list[Candidate], list[str]]:
-        """Return the candidates without LoRA adapters, and notes; a model that has an adapter itself gets it."""
+        """Return the candidates without LoRA adapters, and notes; a model that has an adapter
+        itself gets it.
+        """
         if model is not None and adapter_names(model.state_dict(keep_vars=True)):
             return self.candidates, []
         candidates: list[Candidate] = []
@@ -153,15 +171,21 @@ class Contents:
             pieces: dict[str, Piece] = choice.entries
             made.weights = StoredWeights(pieces)
             if self.tensors:
-                names = {id(entry): name for c in self.candidates for name, entry in c.entries.items()}
-                made.state = {name: self.tensors[names[id(piece)]] for name, piece in pieces.items()}
+                names = {
+                    id(entry): name for c in self.candidates for name, entry in c.entries.items()
+                }
+                made.state = {
+                    name: self.tensors[names[id(piece)]] for name, piece in pieces.items()
+                }
         elif made.module is None or fills_model:
             _check_sizes(self.path, choice.entries)
             made.state = choice.entries
         return made
 
 
-def open_checkpoint(path: Path, *, trust_pickle: bool = False, key: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: Path, *, trust_pickle: bool = False, key: str | None = None
+) -> Checkpoint:
     """Read the weights of a checkpoint file of any supported format, without a model.
 
     Args:
@@ -186,26 +210,36 @@ def read_contents(path: Path, *, trust_pickle: bool = False) -> Contents:
         SourceError: missing, empty, truncated, unsafe or of an unknown format.
     """
     _check_file(path)
-    if path.suffix == ".safetensors" or (path.suffix not in SUFFIXES and safetensors_file.is_safetensors(path)):
+    if path.suffix == ".safetensors" or (
+        path.suffix not in SUFFIXES and safetensors_file.is_safetensors(path)
+    ):
         spans, metadata = safetensors_file.spans(path)
         tensors, _ = safetensors_file.read(path)
         candidates = split_flat(spans)
         step = _metadata_step(metadata)
         held = ", ".join(spans) or "no tensors"
-        contents = Contents(path, candidates, "safetensors", described=held, step=step, tensors=tensors)
+        contents = Contents(
+            path, candidates, "safetensors", described=held, step=step, tensors=tensors
+        )
     else:
         tree, unread = torch_file.read(path, trust_pickle=trust_pickle)
         top: Mapping[Any, Any] = tree if isinstance(tree, Mapping) else {}
-        described = ", ".join(map(str, top)) if isinstance(tree, Mapping) else f"one {type(tree).__name__}"
+        described = (
+            ", ".join(map(str, top)) if isinstance(tree, Mapping) else f"one {type(tree).__name__}"
+        )
         candidates = find_candidates(tree)
-        contents = Contents(path, candidates, "torch-save", top, described or "an empty dict", _step(top), unread)
+        contents = Contents(
+            path, candidates, "torch-save", top, described or "an empty dict", _step(top), unread
+        )
     if contents.step is None:
         contents.step = trainer_step(path.parent)
     return contents
 
 
 def trainer_step(folder: Path) -> int | None:
-    """Return the step in the `trainer_state.json` that the Trainer of transformers wrote into a folder, if any."""
+    """Return the step in the `trainer_state.json` that the Trainer of transformers wrote into a
+    folder, if any.
+    """
     path = folder / "trainer_state.json"
     try:
         if not path.is_file() or path.stat().st_size > _LARGEST_JSON:
@@ -230,7 +264,9 @@ def _check_file(path: Path) -> None:
     except OSError as error:
         raise SourceError(f"cannot read '{path}'", got=error.strerror) from error
     if not stat.S_ISREG(mode):  # a pipe would be waited on for ever, and cannot be read twice
-        raise SourceError(f"'{path}' is no plain file", hint="save what comes out of it to a file first")
+        raise SourceError(
+            f"'{path}' is no plain file", hint="save what comes out of it to a file first"
+        )
     if not os.access(path, os.R_OK):
         raise SourceError(f"cannot read '{path}'", got="no permission")
     if size == 0:
@@ -242,9 +278,10 @@ def _check_file(path: Path) -> None:
         raise SourceError(
             f"'{path}' has no suffix that says what it is",
             got=path.suffix or "none",
-            hint={".py": f"a factory in it: {path}:CALLABLE", ".json": f"a fresh model of a config: hf:{path}"}.get(
-                path.suffix, known
-            ),
+            hint={
+                ".py": f"a factory in it: {path}:CALLABLE",
+                ".json": f"a fresh model of a config: hf:{path}",
+            }.get(path.suffix, known),
         )
 
 
@@ -273,13 +310,18 @@ def _check_weights(path: Path, described: str, weights: Mapping[str, Any]) -> No
     if empty:
         raise SourceError(
             f"'{path}' holds names and shapes, no numbers",
-            got=f"{len(empty)} of {len(weights)} tensors on the meta device: {clipped(', '.join(empty), 120)}",
+            got=(
+                f"{len(empty)} of {len(weights)} tensors on the meta device: "
+                f"{clipped(', '.join(empty), 120)}"
+            ),
             hint="save the model from where its weights are",
         )
 
 
 def _check_sizes(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """Refuses tensors that claim more numbers than the file can hold: a view of few may say that it is many."""
+    """Refuses tensors that claim more numbers than the file can hold: a view of few may say that it
+    is many.
+    """
     honest = path.stat().st_size
     for name, t in weights.items():
         if t.numel() * t.element_size() > max(4 * honest, _SMALL):

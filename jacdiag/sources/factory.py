@@ -20,13 +20,19 @@ from torch import Tensor, nn
 
 import jacdiag
 from jacdiag.errors import JacdiagError, SourceError, TraceError
-from jacdiag.sources.empty import empty_parameters
+from jacdiag.sources.meta_build import empty_parameters
 
 
 def is_factory(source: str) -> bool:
-    """Whether a SOURCE names a callable: "module:name" or "file.py:name" (and no file of that whole name exists)."""
+    """Whether a SOURCE names a callable: "module:name" or "file.py:name" (and no file of that whole
+    name exists).
+    """
     place, _, name = source.rpartition(":")
-    return bool(place) and all(part.isidentifier() for part in name.split(".")) and not there(Path(source))
+    return (
+        bool(place)
+        and all(part.isidentifier() for part in name.split("."))
+        and not there(Path(source))
+    )
 
 
 def there(path: Path) -> bool:
@@ -41,7 +47,9 @@ Factory = str | Callable[..., Any]  # how a factory is named, or the function it
 
 
 def name_of(spec: Any) -> str:
-    """Return the name of a factory for messages and reports: its text, or the name of a function."""
+    """Return the name of a factory for messages and reports: its text, or the name of a
+    function.
+    """
     if isinstance(spec, str | bytes | os.PathLike):
         return os.fsdecode(spec)
     module, name = getattr(spec, "__module__", None), getattr(spec, "__qualname__", None)
@@ -60,11 +68,15 @@ def resolve(spec: Factory) -> Callable[..., Any]:
         if callable(spec) and not isinstance(spec, nn.Module):
             return spec
         got = f"type {type(spec).__name__}"
-        raise SourceError("a factory is a function that builds a model, or its name", got=got, hint=_HOW_WRITTEN)
+        raise SourceError(
+            "a factory is a function that builds a model, or its name", got=got, hint=_HOW_WRITTEN
+        )
 
     place, _, name = spec.rpartition(":")
     if not place or not name:
-        raise SourceError(f"a factory is written {_HOW_WRITTEN}", got=repr(spec), hint=_without_name(spec))
+        raise SourceError(
+            f"a factory is written {_HOW_WRITTEN}", got=repr(spec), hint=_without_name(spec)
+        )
     module = _from_file(Path(place)) if place.endswith(".py") else _from_package(place)
     found: Any = module
     for part in name.split("."):
@@ -73,7 +85,9 @@ def resolve(spec: Factory) -> Callable[..., Any]:
         found = getattr(found, part)
     if not callable(found):
         got = f"type {type(found).__name__}"
-        raise SourceError(f"'{spec}' cannot be called", got=got, hint=_candidates(place, module, name))
+        raise SourceError(
+            f"'{spec}' cannot be called", got=got, hint=_candidates(place, module, name)
+        )
     return found  # type: ignore[no-any-return]
 
 
@@ -86,7 +100,9 @@ def _without_name(spec: str) -> str | None:
 
 
 def _candidates(place: str, found: Any, name: str) -> str | None:
-    """Return the names that a factory may have: the callables that the file or module defines, nearest name first."""
+    """Return the names that a factory may have: the callables that the file or module defines,
+    nearest name first.
+    """
     own = getattr(found, "__name__", None)
     names = []
     for candidate in vars(found) if hasattr(found, "__dict__") else ():
@@ -112,7 +128,9 @@ _LISTED = 8  # names in a hint
 
 def _from_file(path: Path) -> ModuleType:
     if not path.is_file():
-        raise SourceError(f"no such file: '{path}'", hint="a factory is written path/to/file.py:callable")
+        raise SourceError(
+            f"no such file: '{path}'", hint="a factory is written path/to/file.py:callable"
+        )
     spec = importlib.util.spec_from_file_location(f"_jacdiag_factory_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -122,14 +140,17 @@ def _from_file(path: Path) -> ModuleType:
             spec.loader.exec_module(module)
         except Exception as error:
             what = f"importing '{path}' failed"
-            raise SourceError(what, got=own_frames(error), hint=_import_hint(error, path)) from error
+            raise SourceError(
+                what, got=own_frames(error), hint=_import_hint(error, path)
+            ) from error
     return module
 
 
 def _from_package(name: str) -> ModuleType:
     if not all(part.isidentifier() for part in name.split(".")):
         raise SourceError(
-            f"'{name}' is no module name", hint="a factory is written package.module:callable or file.py:callable"
+            f"'{name}' is no module name",
+            hint="a factory is written package.module:callable or file.py:callable",
         )
     with _on_path(Path.cwd()):
         try:
@@ -137,7 +158,8 @@ def _from_package(name: str) -> ModuleType:
         except ModuleNotFoundError as error:
             if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
                 raise SourceError(
-                    f"no module named '{error.name}'", hint="modules are looked for in the current folder too"
+                    f"no module named '{error.name}'",
+                    hint="modules are looked for in the current folder too",
                 ) from error
             raise SourceError(f"importing '{name}' failed", got=own_frames(error)) from error
         except Exception as error:
@@ -145,7 +167,9 @@ def _from_package(name: str) -> ModuleType:
 
 
 def _import_hint(error: Exception, path: Path) -> str | None:
-    """Return what helps a file that cannot be imported alone: one that is part of a package names its package."""
+    """Return what helps a file that cannot be imported alone: one that is part of a package names
+    its package.
+    """
     if not isinstance(error, ImportError) or "relative import" not in str(error):
         return None
     whole = path.resolve()
@@ -159,7 +183,10 @@ def _import_hint(error: Exception, path: Path) -> str | None:
         parts.insert(0, whole.parent.name)
         folder = whole.parent.parent
     dotted = ".".join(parts)
-    return f"from {folder}, name it as a module: {dotted}:CALLABLE (a file alone has no package to import from)"
+    return (
+        f"from {folder}, name it as a module: {dotted}:CALLABLE (a file alone has no package "
+        "to import from)"
+    )
 
 
 @contextmanager
@@ -174,16 +201,24 @@ def _on_path(folder: Path) -> Iterator[None]:
 
 
 def is_foreign(error: BaseException) -> bool:
-    """Whether an error was raised by code that is neither jacdiag's nor torch's: by the model's own."""
+    """Whether an error was raised by code that is neither jacdiag's nor torch's: by the model's
+    own.
+    """
     ours = str(Path(jacdiag.__file__ or "").parent)
     not_its_own = (str(Path(torch.__file__ or "").parent), "<frozen")
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(not_its_own)]
+    frames = [
+        f
+        for f in traceback.extract_tb(error.__traceback__)
+        if not f.filename.startswith(not_its_own)
+    ]
     return bool(frames) and not frames[-1].filename.startswith(ours)
 
 
 @contextmanager
 def model_code() -> Iterator[None]:
-    """Turn what the model's own code raises, in a run after the first, into a TraceError with its frames."""
+    """Turn what the model's own code raises, in a run after the first, into a TraceError with its
+    frames.
+    """
     try:
         yield
     except (JacdiagError, torch.OutOfMemoryError, MemoryError):
@@ -191,23 +226,36 @@ def model_code() -> Iterator[None]:
     except Exception as error:
         if not is_foreign(error):
             raise
-        raise TraceError("the model's code raised when it was run again", got=own_frames(error)) from error
+        raise TraceError(
+            "the model's code raised when it was run again", got=own_frames(error)
+        ) from error
 
 
 def own_frames(error: BaseException, limit: int = 3) -> str:
-    """An exception of foreign code as text: the error, then its own last frames, innermost first, torch's left out."""
+    """An exception of foreign code as text: the error, then its own last frames, innermost first,
+    torch's left out.
+    """
     lines = traceback.format_exception_only(error)[-1].strip().splitlines()[:8]
-    if isinstance(error, SyntaxError) and error.filename:  # its frames end where the file was to be compiled
+    # its frames end where the file was to be compiled
+    if isinstance(error, SyntaxError) and error.filename:
         lines.append(f"at {Path(error.filename).name}:{error.lineno}: {(error.text or '').strip()}")
-    not_its_own = tuple(str(Path(module.__file__ or "").parent) for module in (jacdiag, torch, importlib))
+    not_its_own = tuple(
+        str(Path(module.__file__ or "").parent) for module in (jacdiag, torch, importlib)
+    )
     foreign = traceback.extract_tb(error.__traceback__)
     frames = [f for f in foreign if not f.filename.startswith((*not_its_own, "<frozen"))]
-    at = [f"at {Path(f.filename).name}:{f.lineno} in {f.name}: {f.line}" for f in reversed(frames[-limit:])]
+    at = [
+        f"at {Path(f.filename).name}:{f.lineno} in {f.name}: {f.line}"
+        for f in reversed(frames[-limit:])
+    ]
     return "\n".join([*lines, *at])
 
 
-def build(spec: Factory, model_args: dict[str, Any] | None = None, seed: int = 0, *, init: bool = True) -> nn.Module:
-    """Calls a factory with seeded random numbers; a model on the meta device is given memory and, if `init`, weights.
+def build(
+    spec: Factory, model_args: dict[str, Any] | None = None, seed: int = 0, *, init: bool = True
+) -> nn.Module:
+    """Calls a factory with seeded random numbers; a model on the meta device is given memory and,
+    if `init`, weights.
 
     Raises:
         SourceError: the call raises, or returns no nn.Module.
@@ -231,24 +279,41 @@ def not_a_module(spec: str, made: Any) -> SourceError:
     if made is None:
         hint = "it ends without `return`, or returns None: end it with `return model`"
     elif isinstance(made, type) and issubclass(made, nn.Module):
-        got, hint = f"the class {made.__name__}", f"return an instance: `return {made.__name__}(...)`"
+        got, hint = (
+            f"the class {made.__name__}",
+            f"return an instance: `return {made.__name__}(...)`",
+        )
     elif isinstance(made, tuple | list):
-        got = f"a {type(made).__name__} of {', '.join(type(item).__name__ for item in made) or 'nothing'}"
+        got = (
+            f"a {type(made).__name__} of "
+            f"{', '.join(type(item).__name__ for item in made) or 'nothing'}"
+        )
         places = [k for k, item in enumerate(made) if isinstance(item, nn.Module)]
         if places:
-            hint = f"return the model alone, such as `lambda: {spec.rpartition(':')[2]}()[{places[0]}]`"
+            hint = (
+                "return the model alone, such as `lambda: "
+                f"{spec.rpartition(':')[2]}()[{places[0]}]`"
+            )
     elif isinstance(made, dict):
         got = f"a dict with {', '.join(repr(key) for key in list(made)[:4]) or 'nothing'}"
         keys = [key for key, item in made.items() if isinstance(item, nn.Module)]
         if keys:
-            hint = f"return the model alone, such as `lambda: {spec.rpartition(':')[2]}()[{keys[0]!r}]`"
+            hint = (
+                "return the model alone, such as `lambda: "
+                f"{spec.rpartition(':')[2]}()[{keys[0]!r}]`"
+            )
         elif made and all(isinstance(item, Tensor) for item in made.values()):
-            hint = "these are weights: build the module, load_state_dict() them, and return the module"
+            hint = (
+                "these are weights: build the module, load_state_dict() them, and return the module"
+            )
     return SourceError(f"'{spec}' returned no nn.Module", got=got, hint=hint)
 
 
-def build_empty(spec: Factory, model_args: dict[str, Any] | None = None, seed: int = 0) -> nn.Module:
-    """Calls a factory whose parameters are to be read from a file: they take no memory, its buffers are computed.
+def build_empty(
+    spec: Factory, model_args: dict[str, Any] | None = None, seed: int = 0
+) -> nn.Module:
+    """Calls a factory whose parameters are to be read from a file: they take no memory, its buffers
+    are computed.
 
     Raises:
         SourceError: the call raises, or returns no nn.Module.
@@ -278,14 +343,18 @@ def _of_config(spec: str, model_args: dict[str, Any] | None, seed: int) -> nn.Mo
 
 
 def _compute_buffers(model: nn.Module, spec: str) -> None:
-    """Gives buffers on the meta device memory, and the numbers that the model's own initialisation gives them."""
+    """Gives buffers on the meta device memory, and the numbers that the model's own initialisation
+    gives them.
+    """
     for module in model.modules():
         for key, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
                 module._buffers[key] = torch.empty_like(buffer, device="cpu").fill_(_mark(buffer))
     with torch.no_grad():
         _initialise(model, spec)
-    _check_touched(model, spec, {name for name, _ in model.named_buffers()} - set(model.state_dict()))
+    _check_touched(
+        model, spec, {name for name, _ in model.named_buffers()} - set(model.state_dict())
+    )
 
 
 def call(factory: Callable[..., Any], spec: str, arguments: dict[str, Any], seed: int) -> Any:
@@ -320,12 +389,15 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def materialise(model: nn.Module, spec: str, *, init: bool = True) -> None:
-    """Gives a model on the meta device memory and weights, through its own `init_weights` or `reset_parameters`.
+    """Gives a model on the meta device memory and weights, through its own `init_weights` or
+    `reset_parameters`.
 
-    Every tensor is first filled with a mark, so that one that nothing initialised is found and named.
+    Every tensor is first filled with a mark, so that one that nothing initialised is found and
+    named.
 
     Args:
-        init: False where a checkpoint is to fill the parameters; then only buffers must be initialised.
+        init: False where a checkpoint is to fill the parameters; then only buffers must be
+            initialised.
     """
     model.to_empty(device="cpu")
     tensors = [*model.named_parameters(), *model.named_buffers()]
@@ -343,8 +415,13 @@ def _check_touched(model: nn.Module, spec: str, wanted: set[str]) -> None:
     if left:
         raise SourceError(
             f"'{spec}' builds on the meta device, and not all of its tensors are initialised",
-            got=f"{len(left)} of {len(tensors)}: " + ", ".join(left[:5]) + (" ..." if len(left) > 5 else ""),
-            hint="give it an init_weights(), or its modules reset_parameters(), that fills them; or build on the CPU",
+            got=f"{len(left)} of {len(tensors)}: "
+            + ", ".join(left[:5])
+            + (" ..." if len(left) > 5 else ""),
+            hint=(
+                "give it an init_weights(), or its modules reset_parameters(), that fills them; "
+                "or build on the CPU"
+            ),
         )
 
 
@@ -355,11 +432,15 @@ def _initialise(model: nn.Module, spec: str) -> None:
             own()
             return
         for module in model.modules():
-            reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+            reset = getattr(module, "reset_parameters", None) or getattr(
+                module, "_reset_parameters", None
+            )
             if callable(reset):
                 reset()
     except Exception as error:
-        raise SourceError(f"initialising what '{spec}' built failed", got=own_frames(error)) from error
+        raise SourceError(
+            f"initialising what '{spec}' built failed", got=own_frames(error)
+        ) from error
 
 
 def _mark(t: Tensor) -> float | int | bool:
@@ -371,4 +452,8 @@ def _mark(t: Tensor) -> float | int | bool:
 def _untouched(t: Tensor) -> bool:
     if t.dtype == torch.bool:
         return False  # two values leave no room for a mark
-    return bool(torch.isnan(t).any()) if t.is_floating_point() or t.is_complex() else bool((t == _mark(t)).all())
+    return (
+        bool(torch.isnan(t).any())
+        if t.is_floating_point() or t.is_complex()
+        else bool((t == _mark(t)).all())
+    )

@@ -1,4 +1,6 @@
-"""What a flight recorder left behind: the steps before an alert, the batches, and the log of the run around it."""
+"""What a flight recorder left behind: the steps before an alert, the batches, and the log of the
+run around it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 
 from jacdiag.errors import SourceError, one_line
-from jacdiag.report.runlog import RUN_FILE, RunLog, parsed, read_run
+from jacdiag.records.run_log import RUN_FILE, RunLog, parsed, read_run
 
 _ABOUT, _STEPS, _LATEST = "about.json", "steps.jsonl", "batch.pt"
 _EARLIER = re.compile(r"batch-(\d+)-before-at-(\d+)\.pt")
@@ -55,7 +57,8 @@ class Flight:
         step: the step that it is about.
         why: why it was written.
         batches: the latest first.
-        rows: the steps that the run logged, in order: those of its log up to the flight, else the flight's own.
+        rows: the steps that the run logged, in order: those of its log up to the flight, else the
+            flight's own.
         header: the first line of the run's log.
         probe: the last probe of the run up to the step, as its log has it; None if there is none.
         complete: the rows begin with the first step of the run.
@@ -78,7 +81,8 @@ def read_flight(folder: str | os.PathLike[str]) -> Flight:
     """Read what a flight recorder left behind. Batches are listed and not loaded.
 
     Args:
-        folder: `flight-STEP` of a run. The log of the run, in the folder above, is read if it is there.
+        folder: `flight-STEP` of a run. The log of the run, in the folder above, is read if it is
+            there.
 
     Raises:
         SourceError: it is no folder of a flight recorder.
@@ -93,19 +97,25 @@ def read_flight(folder: str | os.PathLike[str]) -> Flight:
     own = _rows(path / _STEPS)
     log = _log_around(path)
 
-    # The log of the whole run has more steps. What a resumed run did again is not what the flight saw.
+    # The log of the whole run has more steps. What a resumed run did again is not what the flight
+    # saw.
     rows, header, probe = own, {}, None
     if log is not None:
         header = log.header
         before = [row for row in log.steps if own and row["step"] < own[0]["step"]]
-        rows = [*before, *own] if own else [row for row in log.steps if step is None or row["step"] <= step]
+        rows = (
+            [*before, *own]
+            if own
+            else [row for row in log.steps if step is None or row["step"] <= step]
+        )
         probes = [row for row in log.probes if step is None or row["step"] <= step]
         probe = next(reversed(probes), None)
     return Flight(path, step, str(about.get("why", "")), _batches(path, about), rows, header, probe)
 
 
 def latest_batch(folder: str | os.PathLike[str]) -> dict[str, Any] | tuple[Any, ...]:
-    """Return the latest batch of a flight: keyword arguments of the model's forward, or a tuple of its arguments.
+    """Return the latest batch of a flight: keyword arguments of the model's forward, or a tuple of
+    its arguments.
 
     Raises:
         SourceError: it is no folder of a flight recorder, or it holds no batch.
@@ -123,7 +133,9 @@ def _about(path: Path) -> dict[str, Any]:
         about = json.loads((path / _ABOUT).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         hint = "it is flight-STEP in the log_dir"
-        raise SourceError(f"'{path}' is no folder of a flight recorder", got=one_line(error), hint=hint) from error
+        raise SourceError(
+            f"'{path}' is no folder of a flight recorder", got=one_line(error), hint=hint
+        ) from error
     return about if isinstance(about, dict) else {}
 
 

@@ -1,7 +1,9 @@
-"""The small reference GPT that checkpoints in nanoGPT's layout are rebuilt with, and the recipes of the paper.
+"""The small reference GPT that checkpoints in nanoGPT's layout are rebuilt with, and the recipes of
+the paper.
 
-Parameter names and shapes are nanoGPT's (`transformer.wte`, `transformer.h.0.attn.c_attn`, ...). Unlike nanoGPT, the
-logits of every position are returned, so that a language-model loss can be differentiated without targets at hand.
+Parameter names and shapes are nanoGPT's (`transformer.wte`, `transformer.h.0.attn.c_attn`, ...).
+Unlike nanoGPT, the logits of every position are returned, so that a language-model loss can be
+differentiated without targets at hand.
 """
 
 from __future__ import annotations
@@ -44,7 +46,10 @@ class GPTConfig:
         if min(self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd) < 1:
             raise UsageError("a GPT needs sizes of at least 1", got=str(self))
         if self.n_embd % self.n_head:
-            raise UsageError("n_embd must be a multiple of n_head", got=f"n_embd {self.n_embd}, n_head {self.n_head}")
+            raise UsageError(
+                "n_embd must be a multiple of n_head",
+                got=f"n_embd {self.n_embd}, n_head {self.n_head}",
+            )
 
 
 class Attention(nn.Module):
@@ -59,7 +64,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, d = x.shape
-        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).split(d, dim=2))
+        q, k, v = (
+            t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).split(d, dim=2)
+        )
         rate = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=rate, is_causal=True)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, d)))
@@ -97,7 +104,8 @@ class GPT(nn.Module):
     """A GPT in nanoGPT's layout, with tied embedding and head.
 
     Args:
-        config: sizes. Weights are N(0, 0.02), residual projections N(0, 0.02 / sqrt(2 n_layer)), as in GPT-2.
+        config: sizes. Weights are N(0, 0.02), residual projections N(0, 0.02 / sqrt(2 n_layer)), as
+            in GPT-2.
 
     Example:
         >>> import torch
@@ -114,7 +122,11 @@ class GPT(nn.Module):
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
                 "wpe": nn.Embedding(config.block_size, config.n_embd),
                 "drop": nn.Dropout(config.dropout),
-                **({"ln_e": nn.LayerNorm(config.n_embd, bias=config.bias)} if config.embed_norm else {}),
+                **(
+                    {"ln_e": nn.LayerNorm(config.n_embd, bias=config.bias)}
+                    if config.embed_norm
+                    else {}
+                ),
                 "h": nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
                 "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
             }
@@ -124,7 +136,9 @@ class GPT(nn.Module):
         initialise(self, gpt2_std)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Any:
-        """Returns logits (B, T, vocabulary), or (logits, mean cross entropy) where targets (B, T) are given."""
+        """Returns logits (B, T, vocabulary), or (logits, mean cross entropy) where targets (B, T)
+        are given.
+        """
         parts = self.transformer
         x = parts["wte"](idx)
         if self.config.embed_scale != 1.0:
@@ -143,7 +157,7 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
 
-# -- the recipes of the paper (arXiv 2312.16903, sections 3 and 4) --------------------------------------------------
+# -- the recipes of the paper (arXiv 2312.16903, sections 3 and 4) ---------------------------------
 Std = Callable[[str, Tensor, GPTConfig], float]
 
 
@@ -153,7 +167,9 @@ def gpt2_std(name: str, _weight: Tensor, config: GPTConfig) -> float:
 
 
 def vanilla_std(name: str, _weight: Tensor, config: GPTConfig) -> float:
-    """s = sqrt(2 / (5 d)) everywhere (Nguyen & Salazar 2019), W_2 and W_O / sqrt(2N) (Shoeybi et al. 2020)."""
+    """s = sqrt(2 / (5 d)) everywhere (Nguyen & Salazar 2019), W_2 and W_O / sqrt(2N) (Shoeybi et
+    al. 2020).
+    """
     s = math.sqrt(2 / (5 * config.n_embd))
     return s / math.sqrt(2 * config.n_layer) if _residual(name) else s
 
@@ -213,12 +229,16 @@ def build(recipe: str = "gpt2", **sizes: Any) -> GPT:
 
 
 def config_of(sizes: Mapping[str, Any]) -> GPTConfig:
-    """Returns the config of nanoGPT's `model_args`. Raises UsageError for a key that it does not know."""
+    """Returns the config of nanoGPT's `model_args`. Raises UsageError for a key that it does not
+    know.
+    """
     known = {f.name for f in fields(GPTConfig)}
     unknown = sorted(set(sizes) - known)
     if unknown:
         raise UsageError(
-            "unknown size of the reference GPT", got=", ".join(unknown), hint=f"it knows {', '.join(sorted(known))}"
+            "unknown size of the reference GPT",
+            got=", ".join(unknown),
+            hint=f"it knows {', '.join(sorted(known))}",
         )
     return GPTConfig(**sizes)
 

@@ -1,8 +1,9 @@
 """Read how much memory of this machine is free for this process: the one place that knows.
 
-A container or a batch job is a control group of Linux with a limit of its own. The limit may stand on the group itself
-or on any group around it, so every level is asked. Version 1 and version 2 of the interface name their files
-differently (https://docs.kernel.org/admin-guide/cgroup-v2.html, section "Memory Interface Files").
+A container or a batch job is a control group of Linux with a limit of its own. The limit may stand
+on the group itself or on any group around it, so every level is asked. Version 1 and version 2 of
+the interface name their files differently (https://docs.kernel.org/admin-guide/cgroup-v2.html,
+section "Memory Interface Files").
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ _V2 = _Interface(
 
 @dataclass(frozen=True, kw_only=True)
 class _Mount:
-    """Describe where a hierarchy of groups is visible: the group `root` of it lies at the folder `point`."""
+    """Describe where a hierarchy of groups is visible: the group `root` of it lies at the folder
+    `point`.
+    """
 
     root: PurePosixPath
     point: PurePosixPath
@@ -58,8 +61,8 @@ def free_host_memory(root: Path = Path("/")) -> int | None:
         root: folder that holds `proc` and `sys`; another one than `/` is for tests.
 
     Returns:
-        The memory that the kernel calls available, or what the tightest control group leaves if that is less. None if
-        neither can be read (`/proc` exists on Linux only).
+        The memory that the kernel calls available, or what the tightest control group leaves if
+        that is less. None if neither can be read (`/proc` exists on Linux only).
     """
     rooms = [*_available(root), *_rooms_of_groups(root)]
     return max(min(rooms), 0) if rooms else None
@@ -92,11 +95,14 @@ def _rooms_of_groups(root: Path) -> Iterator[int]:
 
 
 def _folders(root: Path, interface: _Interface, group: PurePosixPath) -> Iterator[Path]:
-    """Yield the folders of a group and of the groups around it, as far as they are visible from here."""
+    """Yield the folders of a group and of the groups around it, as far as they are visible from
+    here.
+    """
     mount = _mount(root, interface)
     point = root / mount.point.relative_to("/")
 
-    # A container sees its own group as the root of the mount. A path that leads out of it names nothing visible.
+    # A container sees its own group as the root of the mount. A path that leads out of it names
+    # nothing visible.
     inside = group.is_relative_to(mount.root) and ".." not in group.parts
     below = group.relative_to(mount.root) if inside else PurePosixPath()
 

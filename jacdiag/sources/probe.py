@@ -1,4 +1,6 @@
-"""Probe inputs: random tokens over the rows that are alive, tokens of a file, text, or what a factory builds."""
+"""Probe inputs: random tokens over the rows that are alive, tokens of a file, text, or what a
+factory builds.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from jacdiag.errors import ProbeError, TraceError, UsageError
-from jacdiag.report import ProbeRecord
-from jacdiag.sources import factory, facts, text
+from jacdiag.records import ProbeRecord
+from jacdiag.sources import factory
+from jacdiag.sources import input_facts as facts
+from jacdiag.sources import text_probe as text
+from jacdiag.sources.module_wrappers import unwrap
 from jacdiag.sources.source import Source
-from jacdiag.sources.wrapped import unwrap
 
 OWN_TEXT = "text through its own tokenizer"  # the text that ships with jacdiag
 
@@ -25,7 +29,8 @@ _DEFAULT_SEQ = 128
 _READABLE = ".npy, .bin (uint16) or .pt with token ids, or text in .txt, .md or .jsonl"
 _LENGTHWISE = r"sequence|seq_?len|length|position|context|block_?size"
 _ROWS = 4096  # of an embedding at a time: a table may be large, and stored in less than float32
-_DEAD = 0.1  # a row whose std is under this share of the median row's was never trained, or is padding
+# a row whose std is under this share of the median row's was never trained, or is padding
+_DEAD = 0.1
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,9 @@ class Probe:
 
     @classmethod
     def of_inputs(cls, inputs: Any, seed: int = 0) -> Probe:
-        """Takes what a user handed in: a tensor, a tuple of arguments, or a dict of keyword arguments."""
+        """Takes what a user handed in: a tensor, a tuple of arguments, or a dict of keyword
+        arguments.
+        """
         if isinstance(inputs, dict):
             args, kwargs = (), _by_name(inputs)
         elif hasattr(inputs, "keys") and hasattr(inputs, "data"):  # a tokenizer's BatchEncoding
@@ -63,20 +70,39 @@ class Probe:
             )
         if not tensors[0].numel():
             got = f"a tensor of shape {tuple(tensors[0].shape)}"
-            raise ProbeError("the probe input is empty", got=got, hint="at least one sequence of one token")
-        ids = next((t for t in tensors if t.dim() == 2 and not t.is_floating_point() and t.dtype != torch.bool), None)
+            raise ProbeError(
+                "the probe input is empty", got=got, hint="at least one sequence of one token"
+            )
+        ids = next(
+            (
+                t
+                for t in tensors
+                if t.dim() == 2 and not t.is_floating_point() and t.dtype != torch.bool
+            ),
+            None,
+        )
         shape = (ids if ids is not None else tensors[0]).shape
-        record = ProbeRecord(shape[0] if shape else 1, shape[1] if len(shape) > 1 else None, seed, tokens="inputs")
+        record = ProbeRecord(
+            shape[0] if shape else 1, shape[1] if len(shape) > 1 else None, seed, tokens="inputs"
+        )
         return cls(args, kwargs, ids, record)
 
     @property
     def described(self) -> ProbeRecord:
-        """The record with the digest of the input, so that two reports can tell whether they saw the same."""
+        """The record with the digest of the input, so that two reports can tell whether they saw
+        the same.
+        """
         return replace(self.record, digest=self.digest())
 
     def digest(self) -> str:
-        """Return a hash of the token ids, or of all tensors of the input where it is no token ids."""
-        tensors = [self.token_ids] if self.token_ids is not None else list(_tensors((self.args, self.kwargs)))
+        """Return a hash of the token ids, or of all tensors of the input where it is no token
+        ids.
+        """
+        tensors = (
+            [self.token_ids]
+            if self.token_ids is not None
+            else list(_tensors((self.args, self.kwargs)))
+        )
         hashed = hashlib.sha256()
         for tensor in tensors:
             plain = tensor.detach().cpu()
@@ -89,7 +115,8 @@ class Probe:
         """Return the same input, handed in as another model takes it.
 
         Args:
-            model: the model to run; token ids that were chosen here are passed by the name that it has for them.
+            model: the model to run; token ids that were chosen here are passed by the name that it
+                has for them.
         """
         if self.token_ids is None or self.record.tokens == "inputs":
             return self
@@ -107,7 +134,9 @@ class Probe:
             return value.to(device) if isinstance(value, Tensor) else value
 
         kwargs = {k: moved(v) for k, v in self.kwargs.items()}
-        return replace(self, args=tuple(map(moved, self.args)), kwargs=kwargs, token_ids=moved(self.token_ids))
+        return replace(
+            self, args=tuple(map(moved, self.args)), kwargs=kwargs, token_ids=moved(self.token_ids)
+        )
 
     @contextmanager
     def suspected(self) -> Iterator[None]:
@@ -118,13 +147,18 @@ class Probe:
             if error.hint or not self._may_be_too_long(error.__cause__):
                 raise
             length = self.record.seq or 0
-            hint = f"if the model takes less than the probe's {length} tokens a sequence: --seq {length // 2}"
+            hint = (
+                f"if the model takes less than the probe's {length} tokens a sequence: --seq "
+                f"{length // 2}"
+            )
             if self.limit is not None and self.limit < length:
                 hint = f"--seq {self.limit}: the model's table of positions has {self.limit} rows"
             raise TraceError(error.what, got=error.got, hint=hint) from error.__cause__
 
     def _may_be_too_long(self, error: BaseException | None) -> bool:
-        """Whether an error can be about the length of the tokens that were chosen here; most kinds cannot."""
+        """Whether an error can be about the length of the tokens that were chosen here; most kinds
+        cannot.
+        """
         length = self.record.seq or 0
         if self.token_ids is None or self.record.tokens == "inputs" or length < 2:
             return False
@@ -139,7 +173,9 @@ def _by_name(inputs: dict[Any, Any]) -> dict[str, Any]:
     wrong = [key for key in inputs if not isinstance(key, str)]
     if wrong:
         hint = "a dict of keyword arguments, such as {'input_ids': ids}"
-        raise ProbeError("the probe input is a dict with keys that are no names", got=repr(wrong[0]), hint=hint)
+        raise ProbeError(
+            "the probe input is a dict with keys that are no names", got=repr(wrong[0]), hint=hint
+        )
     return dict(inputs)
 
 
@@ -169,16 +205,18 @@ def build_probe(
         source: with a model.
         batch, seq: of random tokens; `seq` is 128, or what the model allows if that is less.
         seed: of random tokens.
-        tokens: a file of token ids (.npy, .bin in uint16, .pt), or of text (.txt, .md, .jsonl), which goes through the
-            source's tokenizer. Bytes are ids for a vocabulary of 256 to 264 without a tokenizer.
+        tokens: a file of token ids (.npy, .bin in uint16, .pt), or of text (.txt, .md, .jsonl),
+            which goes through the source's tokenizer. Bytes are ids for a vocabulary of 256 to 264
+            without a tokenizer.
         inputs: a factory of the probe input, for a model that takes no token ids.
         trust_code: let a tokenizer's own Python code run.
-        number: which of several probes, from 0. Random input is drawn with the seed plus this number. Of a file, each
-            probe is the next part.
+        number: which of several probes, from 0. Random input is drawn with the seed plus this
+            number. Of a file, each probe is the next part.
 
     Raises:
         UsageError: both `tokens` and `inputs` are given.
-        ProbeError: tokens out of the vocabulary, a sequence too long, an input that cannot be guessed.
+        ProbeError: tokens out of the vocabulary, a sequence too long, an input that cannot be
+            guessed.
 
     Example:
         >>> from jacdiag.sources import load
@@ -211,7 +249,9 @@ def build_probe(
         size = _Size(batch=batch, length=length, number=number)
         chosen = _of_no_file(source, size, seed, trust_code=trust_code)
     ids = chosen.ids
-    record = ProbeRecord(ids.shape[0], ids.shape[1], seed, tokens=chosen.name, excluded_rows=chosen.excluded_rows)
+    record = ProbeRecord(
+        ids.shape[0], ids.shape[1], seed, tokens=chosen.name, excluded_rows=chosen.excluded_rows
+    )
     args, kwargs = _call(model, ids)
     return Probe(args, kwargs, ids, record, chosen.notes, limit=facts.position_rows(model))
 
@@ -235,7 +275,9 @@ def check_one_probe(*, tokens: Any = None, input_factory: Any = None, inputs: An
     if inputs is not None:
         given.append("inputs that were passed")
     if len(given) > 1:
-        raise UsageError("the probe is given twice", got=" and ".join(given), hint="give one of them")
+        raise UsageError(
+            "the probe is given twice", got=" and ".join(given), hint="give one of them"
+        )
 
 
 def check_varied(probes: Sequence[Probe], factory_given: Any) -> None:
@@ -256,8 +298,14 @@ def check_varied(probes: Sequence[Probe], factory_given: Any) -> None:
         if len(first) == len(others) and all(map(_same, first, others)):
             raise UsageError(
                 "--probes needs an input that varies",
-                got=f"--inputs {factory.name_of(factory_given)} gives the same tensors with another seed ({number})",
-                hint="draw the input with torch's random numbers, seeded anew for each probe; or leave --probes out",
+                got=(
+                    f"--inputs {factory.name_of(factory_given)} gives the same tensors with "
+                    f"another seed ({number})"
+                ),
+                hint=(
+                    "draw the input with torch's random numbers, seeded anew for each probe; or "
+                    "leave --probes out"
+                ),
             )
 
 
@@ -317,7 +365,8 @@ def _of_file(path: Path, source: Source, size: _Size, *, trust_code: bool) -> _C
     assert vocab is not None
     if not path.is_file():
         raise ProbeError(
-            f"no such token file: '{path}'", hint=f"{_READABLE}; without it the probe is random tokens"
+            f"no such token file: '{path}'",
+            hint=f"{_READABLE}; without it the probe is random tokens",
         )
     if not text.is_text(path):
         ids = _rows(_read_tokens(path), path, size)
@@ -326,7 +375,10 @@ def _of_file(path: Path, source: Source, size: _Size, *, trust_code: bool) -> _C
     ids = _rows(tokenized.ids, path, size)
     notes = list(tokenized.notes)
     if len(ids) < size.batch:
-        notes.append(f"'{path.name}' has {len(tokenized.ids)} tokens: they fill {len(ids)} of {size.batch} sequences")
+        notes.append(
+            f"'{path.name}' has {len(tokenized.ids)} tokens: they fill {len(ids)} of {size.batch} "
+            "sequences"
+        )
     return _Chosen(ids=_checked(ids, vocab, tokenized.name), name=tokenized.name, notes=notes)
 
 
@@ -335,11 +387,17 @@ def _of_no_file(source: Source, size: _Size, seed: int, *, trust_code: bool) -> 
     vocab, folder = source.vocab_size, source.folder
     assert vocab is not None
     if folder is not None and source.step != 0 and text.has_tokenizer(folder):
-        ids = text.tokenize_sample(folder, vocab, size.tokens, repeat=size.number == 0, trust_code=trust_code)
+        ids = text.tokenize_sample(
+            folder, vocab, size.tokens, repeat=size.number == 0, trust_code=trust_code
+        )
         if ids is not None and len(ids) < size.tokens:
-            raise _too_few(len(ids), "the text that ships with jacdiag", size, "--tokens FILE with more text")
+            raise _too_few(
+                len(ids), "the text that ships with jacdiag", size, "--tokens FILE with more text"
+            )
         if ids is not None:
-            return _Chosen(ids=ids[-size.batch * size.length :].view(size.batch, size.length), name=OWN_TEXT)
+            return _Chosen(
+                ids=ids[-size.batch * size.length :].view(size.batch, size.length), name=OWN_TEXT
+            )
     alive = living_rows(source, vocab)
     generator = torch.Generator().manual_seed(seed)
     drawn = alive[torch.randint(len(alive), (size.batch, size.length), generator=generator)]
@@ -347,7 +405,9 @@ def _of_no_file(source: Source, size: _Size, seed: int, *, trust_code: bool) -> 
 
 
 def living_rows(source: Source, vocab: int) -> Tensor:
-    """Ids of the embedding rows that a probe may draw from: not special, not padding, not near zero, not twins."""
+    """Ids of the embedding rows that a probe may draw from: not special, not padding, not near
+    zero, not twins.
+    """
     model = source.model
     assert model is not None
     keep = torch.ones(vocab, dtype=torch.bool)
@@ -367,14 +427,18 @@ def living_rows(source: Source, vocab: int) -> Tensor:
 
 def _twins(rows: Tensor) -> Tensor:
     """Rows that equal another one to the bit: added to fill up a table, and never trained."""
-    mark = torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mark = torch.randn(
+        rows.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     key = torch.cat([part.cpu().double() @ mark for part in rows.split(_ROWS)])
     _, place, count = key.unique(return_inverse=True, return_counts=True)
     return count[place] > 1
 
 
 def _call(model: nn.Module, ids: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """How the ids are handed in: by name for transformers' models, with caches off; else as the first argument."""
+    """How the ids are handed in: by name for transformers' models, with caches off; else as the
+    first argument.
+    """
     if not facts.takes(model, "input_ids"):
         return (ids,), {}
     kwargs: dict[str, Any] = {"input_ids": ids}
@@ -395,13 +459,17 @@ def _pixels(model: nn.Module, batch: int, seed: int) -> Probe:
     return Probe((), {"pixel_values": pixels}, None, record)
 
 
-# -- files and text ---------------------------------------------------------------------------------------------------
+# -- files and text --------------------------------------------------------------------------------
 def _rows(ids: Tensor, path: Path, size: _Size) -> Tensor:
-    """Cut ids into sequences: at most `size.batch` of them, (B, T); a table keeps its own if no length was given."""
+    """Cut ids into sequences: at most `size.batch` of them, (B, T); a table keeps its own if no
+    length was given.
+    """
     batch, length = size.batch, size.length
     if ids.dtype.is_floating_point or ids.dtype == torch.bool:
         raise ProbeError(
-            f"'{path}' holds no token ids", got=f"{ids.dtype}".removeprefix("torch."), hint="integers are expected"
+            f"'{path}' holds no token ids",
+            got=f"{ids.dtype}".removeprefix("torch."),
+            hint="integers are expected",
         )
     ids = ids.long()
     if ids.dim() == 2 and ids.numel() and not size.given:
@@ -425,7 +493,11 @@ def _table_rows(rows: Tensor, path: Path, size: _Size) -> Tensor:
     start = size.number * size.batch
     if size.number and len(rows) < start + size.batch:
         fit = len(rows) // size.batch
-        hint = f"--probes {fit}, or a smaller --batch" if fit > 1 else "more rows, or a smaller --batch"
+        hint = (
+            f"--probes {fit}, or a smaller --batch"
+            if fit > 1
+            else "more rows, or a smaller --batch"
+        )
         got = f"{len(rows)} rows; the first {size.number + 1} probes take {start + size.batch}"
         raise ProbeError(f"'{path}' has too few sequences for so many probes", got=got, hint=hint)
     return rows[start : start + size.batch]
@@ -435,7 +507,10 @@ def _too_few(have: int, what: str, size: _Size, more: str) -> ProbeError:
     """Return the error of a text that does not fill another probe."""
     fit = have // (size.batch * size.length)
     hint = f"--probes {fit}, or {more}" if fit > 1 else f"{more}, or a smaller --batch or --seq"
-    got = f"{have} tokens; the first {size.number + 1} probes of {size.batch} x {size.length} take {size.tokens}"
+    got = (
+        f"{have} tokens; the first {size.number + 1} probes of {size.batch} x {size.length} "
+        f"take {size.tokens}"
+    )
     return ProbeError(f"{what} has too few tokens for so many probes", got=got, hint=hint)
 
 
@@ -475,7 +550,8 @@ def _checked(ids: Tensor, vocab: int, name: str) -> Tensor:
         row, column = bad[0].tolist()
         raise ProbeError(
             f"'{name}' holds tokens out of the vocabulary",
-            got=f"id {int(ids[row, column])} at position {column} of sequence {row}, {len(bad)} in all; "
+            got=f"id {int(ids[row, column])} at position {column} of sequence {row}, {len(bad)} "
+            "in all; "
             f"the model knows 0 to {vocab - 1}",
         )
     return ids

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from jacdiag.errors import SourceError, UsageError, clipped
 from jacdiag.sources import factory, gpt
-from jacdiag.sources.candidates import split_flat
 from jacdiag.sources.checkpoint import Checkpoint, Contents, read_contents, trainer_step
-from jacdiag.sources.facts import longest_sequence, vocabulary
-from jacdiag.sources.fit import fit
 from jacdiag.sources.formats import dcp, folders, huggingface
-from jacdiag.sources.stored import StoredWeights
+from jacdiag.sources.input_facts import longest_sequence, vocabulary
+from jacdiag.sources.lazy_tensors import StoredWeights
+from jacdiag.sources.load_weights import fit
+from jacdiag.sources.tensor_sets import split_flat
 
 
 @dataclass
@@ -27,16 +27,21 @@ class Source:
     """A model, or the weights of one that could not be built.
 
     Attributes:
-        model: None in the weights-only tier; `state` then holds the weights, `why_weights` says why.
+        model: None in the weights-only tier; `state` then holds the weights, `why_weights` says
+            why.
         info: what the report says about the source: path or factory, format, step, unread classes.
         name: short name for a header.
-        fresh: randomly initialised just now, for certain: `hf:CONFIG`, and every model that a gate builds.
+        fresh: randomly initialised just now, for certain: `hf:CONFIG`, and every model that a gate
+            builds.
         step: training steps so far, where the source says so.
         stepped: the file holds the state of an optimizer that has taken a step.
-        rebuild: builds the model once more, with another seed; None where it holds one set of weights.
-        owned: loaded here, so that it may be moved to a device; a module that was handed in may not.
+        rebuild: builds the model once more, with another seed; None where it holds one set of
+            weights.
+        owned: loaded here, so that it may be moved to a device; a module that was handed in may
+            not.
         folder: a Hugging Face folder, which may have a tokenizer.
-        weights: the values of the model's parameters, where these are on the meta device and stay in their files.
+        weights: the values of the model's parameters, where these are on the meta device and stay
+            in their files.
         notes: what a reader of the report should know about how it was read.
     """
 
@@ -58,7 +63,11 @@ class Source:
     @property
     def device(self) -> torch.device:
         """Where the model runs."""
-        held = next(self.model.parameters(), None) if self.model is not None and self.weights is None else None
+        held = (
+            next(self.model.parameters(), None)
+            if self.model is not None and self.weights is None
+            else None
+        )
         return self._device or (torch.device("cpu") if held is None else held.device)
 
     def to(self, device: torch.device) -> None:
@@ -73,7 +82,9 @@ class Source:
                 module._buffers[key] = None if buffer is None else buffer.to(device)
 
     def value_of(self, parameter: Tensor) -> Tensor | None:
-        """A parameter's values: the parameter itself, or what its file holds; None where it has a shape only."""
+        """A parameter's values: the parameter itself, or what its file holds; None where it has a
+        shape only.
+        """
         if not parameter.is_meta:
             return parameter.detach()
         if self.model is None or self.weights is None:
@@ -113,13 +124,16 @@ def load(
     """Opens whatever SOURCE names.
 
     Args:
-        source: a checkpoint file, a Hugging Face folder, "package.module:callable", "file.py:callable", "hf:CONFIG".
-        model: a factory, or "hf:CONFIG", of the module that the weights of a file or a folder belong to.
-        model_args: keyword arguments for a factory, or fields of the config of a folder or of `hf:`.
+        source: a checkpoint file, a Hugging Face folder, "package.module:callable",
+            "file.py:callable", "hf:CONFIG".
+        model: a factory, or "hf:CONFIG", of the module that the weights of a file or a folder
+            belong to.
+        model_args: keyword arguments for a factory, or fields of the config of a folder or of
+            `hf:`.
         trust_pickle: let a pickle that holds more than tensors run code.
         seed: of random initialisations.
-        key: the dotted path of the weights in a checkpoint file that holds several sets, such as "ema" or
-            "state_dict.model".
+        key: the dotted path of the weights in a checkpoint file that holds several sets, such as
+            "ema" or "state_dict.model".
 
     Raises:
         SourceError: it cannot be read, is unsafe, or does not fit; the message says what, got, try.
@@ -143,7 +157,11 @@ def load(
     if factory.is_factory(source):
         _no_model(model, source)
         _no_key(key, source)
-        info = {"format": "factory", "factory": source, **({"model_args": model_args} if model_args else {})}
+        info = {
+            "format": "factory",
+            "factory": source,
+            **({"model_args": model_args} if model_args else {}),
+        }
         rebuild = partial(factory.build, source, model_args)
         return Source(rebuild(seed), info, source, rebuild=rebuild)
     path = Path(source)
@@ -157,7 +175,10 @@ def load(
 
 def _no_model(model: factory.Factory | None, source: str) -> None:
     if model is not None:
-        raise UsageError("--model belongs to a checkpoint file or a folder", got=f"--model {model} beside {source}")
+        raise UsageError(
+            "--model belongs to a checkpoint file or a folder",
+            got=f"--model {model} beside {source}",
+        )
 
 
 def _no_key(key: str | None, source: str) -> None:
@@ -166,7 +187,11 @@ def _no_key(key: str | None, source: str) -> None:
 
 
 def _from_folder(
-    path: Path, model: factory.Factory | None, model_args: dict[str, Any] | None, trust_pickle: bool, seed: int
+    path: Path,
+    model: factory.Factory | None,
+    model_args: dict[str, Any] | None,
+    trust_pickle: bool,
+    seed: int,
 ) -> Source:
     if model is not None:
         return _folder_into(path, model, model_args, trust_pickle, seed)
@@ -196,7 +221,11 @@ def _of_folder(path: Path, loaded: huggingface.Loaded, info: dict[str, Any]) -> 
 
 
 def _folder_into(
-    path: Path, model: factory.Factory, model_args: dict[str, Any] | None, trust_pickle: bool, seed: int
+    path: Path,
+    model: factory.Factory,
+    model_args: dict[str, Any] | None,
+    trust_pickle: bool,
+    seed: int,
 ) -> Source:
     """The weights of a folder, in a model that a factory or a config elsewhere builds."""
     files = folders.weight_files(path)
@@ -213,7 +242,9 @@ def _folder_into(
 
     # One .bin file may hold more than a state dict: it is opened like any checkpoint file.
     if len(files) == 1 and files[0].suffix == ".bin":
-        found = _from_file(read_contents(files[0], trust_pickle=trust_pickle), model, model_args, seed, None)
+        found = _from_file(
+            read_contents(files[0], trust_pickle=trust_pickle), model, model_args, seed, None
+        )
         loaded = huggingface.Loaded(found.model or nn.Module(), {}, found.weights, found.notes)
         source = _of_folder(path, loaded, found.info | info)
         source.step = found.step if source.step is None else source.step
@@ -232,7 +263,8 @@ def _into_model(
     built: nn.Module | None = None,
 ) -> huggingface.Loaded:
     """Build what --model names, unless it is built already, and fill it with weights."""
-    if isinstance(model, str) and model.startswith("hf:"):  # the weights say which class, where the config does not
+    # the weights say which class, where the config does not
+    if isinstance(model, str) and model.startswith("hf:"):
         return huggingface.load_stored(huggingface.config_path(model), stored, overrides=model_args)
     if built is None and stored.lazy:
         built = factory.build_empty(model, model_args, seed)
@@ -242,10 +274,14 @@ def _into_model(
 
 
 def _open_chunked(path: Path, model: factory.Factory | None) -> Contents:
-    """A folder of torch.distributed.checkpoint, like a checkpoint file whose tensors stay where they are."""
+    """A folder of torch.distributed.checkpoint, like a checkpoint file whose tensors stay where
+    they are.
+    """
     pieces = dcp.chunked(path)
     if not pieces:
-        raise SourceError(f"'{path}' holds no weights", hint="expected a state dict, or a dict that holds one")
+        raise SourceError(
+            f"'{path}' holds no weights", hint="expected a state dict, or a dict that holds one"
+        )
     if model is None:
         raise SourceError(
             f"'{path}' holds weights only",
@@ -256,7 +292,11 @@ def _open_chunked(path: Path, model: factory.Factory | None) -> Contents:
 
 
 def _from_file(
-    contents: Contents, model: factory.Factory | None, model_args: dict[str, Any] | None, seed: int, key: str | None
+    contents: Contents,
+    model: factory.Factory | None,
+    model_args: dict[str, Any] | None,
+    seed: int,
+    key: str | None,
 ) -> Source:
     """Choose the weights of a file, and put them into their module if it is known."""
     if model is None and model_args is not None:
@@ -285,7 +325,10 @@ def _from_file(
 
     # 3. Fill the module.
     if built is not None:
-        info |= {"factory": factory.name_of(model), **({"model_args": model_args} if model_args else {})}
+        info |= {
+            "factory": factory.name_of(model),
+            **({"model_args": model_args} if model_args else {}),
+        }
         made.model = built
         if found.weights is not None:
             stored = huggingface.StoredState(found.weights.pieces, True, found.path)
@@ -306,25 +349,40 @@ def _from_file(
 
 
 def _rebuilt(found: Checkpoint, info: dict[str, Any]) -> tuple[nn.Module | None, str]:
-    """A checkpoint in nanoGPT's layout becomes the reference GPT; anything else stays a heap of weights."""
+    """A checkpoint in nanoGPT's layout becomes the reference GPT; anything else stays a heap of
+    weights.
+    """
     if found.model_args is None:
         if found.whole_module:
             return None, (
-                "the file holds a whole module, of which only the weights were read; --trust-pickle lets its code run, "
+                "the file holds a whole module, of which only the weights were read; "
+                "--trust-pickle lets its code run, "
                 "or --model FACTORY builds the module"
             )
         return None, (
-            "the file holds weights only, and not in a layout that is known; --model FACTORY builds their module"
+            "the file holds weights only, and not in a layout that is known; --model FACTORY "
+            "builds their module"
         )
     try:
         config = gpt.config_of(found.model_args)
     except (UsageError, TypeError) as error:
-        return None, f"its model_args are not nanoGPT's ({_reason(error)}); --model FACTORY builds the module"
+        return (
+            None,
+            f"its model_args are not nanoGPT's ({_reason(error)}); --model FACTORY builds the "
+            "module",
+        )
     with factory.seeded(0):
         model = gpt.GPT(config)
     # Older nanoGPT files carry the causal mask of every layer as a buffer.
-    state = {k: t for k, t in found.state.items() if not (k.endswith(".attn.bias") and t.dim() == 4)}
-    fit(model, state, f"'{found.path}'", hint="its model_args are nanoGPT's, its weights are not: --model FACTORY")
+    state = {
+        k: t for k, t in found.state.items() if not (k.endswith(".attn.bias") and t.dim() == 4)
+    }
+    fit(
+        model,
+        state,
+        f"'{found.path}'",
+        hint="its model_args are nanoGPT's, its weights are not: --model FACTORY",
+    )
     info |= {"format": "nanogpt", "model_args": _plain(found.model_args)}
     return model, ""
 
@@ -335,4 +393,7 @@ def _reason(error: Exception) -> str:
 
 
 def _plain(args: Mapping[str, Any]) -> dict[str, Any]:
-    return {str(k): v if isinstance(v, str | int | float | bool) or v is None else str(v) for k, v in args.items()}
+    return {
+        str(k): v if isinstance(v, str | int | float | bool) or v is None else str(v)
+        for k, v in args.items()
+    }

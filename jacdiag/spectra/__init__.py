@@ -1,4 +1,6 @@
-"""Linear algebra of Jacobians: operators known by their products, and the norm of each with an interval."""
+"""Linear algebra of Jacobians: operators known by their products, and the norm of each with an
+interval.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +11,14 @@ import torch
 from torch import Tensor
 
 from jacdiag.errors import UsageError
-from jacdiag.report.numbers import between
-from jacdiag.report.ranges import check_ranges
+from jacdiag.records.number_format import between
+from jacdiag.records.option_ranges import check_ranges
 from jacdiag.spectra.algebra import Composed, DenseOperator, NormJacobian, Shifted, Summed
 from jacdiag.spectra.dense import dense_jacobian, dense_norm
+from jacdiag.spectra.joint_products import products_together
 from jacdiag.spectra.operator import JacobianOperator, Operator, independent_dims
 from jacdiag.spectra.solution import Solution, Stop
 from jacdiag.spectra.solve import Question, in_step, inherited, top_singular
-from jacdiag.spectra.together import products_together
 
 __all__ = [
     "Composed",
@@ -46,7 +48,9 @@ _PRINTED = 8  # norms that `print` lists
 
 @dataclass(frozen=True)
 class SpectralNorm:
-    """Norms of Jacobians, one per problem, each with its interval; `stop` says why the solver stopped."""
+    """Norms of Jacobians, one per problem, each with its interval; `stop` says why the solver
+    stopped.
+    """
 
     estimate: Tensor
     lower: Tensor
@@ -57,7 +61,9 @@ class SpectralNorm:
     stop: str
 
     def __str__(self) -> str:
-        """Return the interval of every norm (of many, the largest), what was spent, and why the solver stopped."""
+        """Return the interval of every norm (of many, the largest), what was spent, and why the
+        solver stopped.
+        """
         lowers, uppers = self.lower.flatten().tolist(), self.upper.flatten().tolist()
         ends = [between(low, high) for low, high in zip(lowers, uppers, strict=True)]
         if len(ends) > _PRINTED:
@@ -107,12 +113,17 @@ def spectral_norm(
     if not isinstance(generator, torch.Generator):
         got = f"type {type(generator).__name__}"
         raise UsageError("generator is of the wrong type", got=got, hint="torch.Generator")
-    solution = top_singular(operator, tol=tol, confidence=confidence, max_products=max_products, generator=generator)
+    solution = top_singular(
+        operator, tol=tol, confidence=confidence, max_products=max_products, generator=generator
+    )
     lead = [x.shape[d] for d in operator.dims]
     estimate, lower, upper = (
-        torch.from_numpy(a.copy()).reshape(lead) for a in (solution.estimate, solution.lower, solution.upper)
+        torch.from_numpy(a.copy()).reshape(lead)
+        for a in (solution.estimate, solution.lower, solution.upper)
     )
-    return SpectralNorm(estimate, lower, upper, confidence, solution.products, solution.converged, solution.sentence)
+    return SpectralNorm(
+        estimate, lower, upper, confidence, solution.products, solution.converged, solution.sentence
+    )
 
 
 def _check_point(fn: Callable[[Tensor], Tensor], x: Tensor, batch_dims: Sequence[int]) -> None:
@@ -121,11 +132,17 @@ def _check_point(fn: Callable[[Tensor], Tensor], x: Tensor, batch_dims: Sequence
         hint = "spectral_norm(lambda x: ..., x); jacdiag.audit takes models and files"
         raise UsageError("fn is no function", got=f"type {type(fn).__name__}", hint=hint)
     if not isinstance(x, Tensor):
-        raise UsageError("x is no tensor", got=f"type {type(x).__name__}", hint="a float32 or float64 tensor")
+        raise UsageError(
+            "x is no tensor", got=f"type {type(x).__name__}", hint="a float32 or float64 tensor"
+        )
     if x.dtype not in (torch.float32, torch.float64) or x.is_meta:
         got = "the meta device" if x.is_meta else str(x.dtype)
-        raise UsageError("x cannot be differentiated by", got=got, hint="x.float(), on a device with values")
+        raise UsageError(
+            "x cannot be differentiated by", got=got, hint="x.float(), on a device with values"
+        )
     if not x.numel():
         raise UsageError("x is empty", got=f"shape {tuple(x.shape)}")
     if not isinstance(batch_dims, Sequence) or not all(isinstance(d, int) for d in batch_dims):
-        raise UsageError("batch_dims is a tuple of dimensions", got=repr(batch_dims), hint="(0,), or () for none")
+        raise UsageError(
+            "batch_dims is a tuple of dimensions", got=repr(batch_dims), hint="(0,), or () for none"
+        )

@@ -12,10 +12,11 @@ from jacdiag.spectra.operator import JacobianOperator, Operator, Steps, Way, fla
 
 
 class NormJacobian(Operator):
-    """The Jacobian of a LayerNorm or RMSNorm without its learned gain, in closed form: g (I - 1 1^T / d - z z^T / d).
+    """The Jacobian of a LayerNorm or RMSNorm without its learned gain, in closed form: g (I - 1 1^T
+    / d - z z^T / d).
 
-    Eq. 12 with eps kept, which is inside g = 1 / sqrt(var + eps); without the term 1 1^T / d for RMSNorm. It is
-    symmetric, and block diagonal over tokens.
+    Eq. 12 with eps kept, which is inside g = 1 / sqrt(var + eps); without the term 1 1^T / d for
+    RMSNorm. It is symmetric, and block diagonal over tokens.
 
     Args:
         z: the norm's output, features last.
@@ -29,7 +30,9 @@ class NormJacobian(Operator):
         tensor([[0., 0.]])
     """
 
-    def __init__(self, z: Tensor, gain: Tensor, *, centred: bool, batch_dims: Sequence[int] = (0,)) -> None:
+    def __init__(
+        self, z: Tensor, gain: Tensor, *, centred: bool, batch_dims: Sequence[int] = (0,)
+    ) -> None:
         self.z, self.centred = z, centred
         self.gain = gain.to(z).reshape(*z.shape[:-1], 1)
         self.dtype, self.device = z.dtype, z.device
@@ -133,7 +136,9 @@ class Shifted(Made):
 
 
 class DenseOperator(Operator):
-    """Matrices given outright, (P, m, n) or (m, n); for weights, and for tests with a chosen spectrum."""
+    """Matrices given outright, (P, m, n) or (m, n); for weights, and for tests with a chosen
+    spectrum.
+    """
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix if matrix.dim() == 3 else matrix.unsqueeze(0)

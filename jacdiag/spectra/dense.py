@@ -15,7 +15,8 @@ def dense_jacobian(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def dense_norm(fn: Callable[[Tensor], Tensor], x: Tensor) -> float:
-    """Returns the spectral norm of the Jacobian by a dense SVD; cost grows as the cube of x.numel().
+    """Returns the spectral norm of the Jacobian by a dense SVD; cost grows as the cube of
+    x.numel().
 
     >>> round(dense_norm(lambda x: 3 * x, torch.ones(2, 2, dtype=torch.float64)), 12)
     3.0

@@ -11,10 +11,11 @@ from jacdiag.spectra.operator import Operator, Way
 
 
 class Bidiagonalisation:
-    """A v_j = beta_{j-1} u_{j-1} + alpha_j u_j, A^T u_j = alpha_j v_j + beta_j v_{j+1}, for P problems at once.
+    """A v_j = beta_{j-1} u_{j-1} + alpha_j u_j, A^T u_j = alpha_j v_j + beta_j v_{j+1}, for P
+    problems at once.
 
-    A coefficient below 10 u sqrt(max(m, n)) of the largest one seen is a breakdown: it is set to 0 and the problem is
-    frozen, because an invariant subspace has been found.
+    A coefficient below 10 u sqrt(max(m, n)) of the largest one seen is a breakdown: it is set to 0
+    and the problem is frozen, because an invariant subspace has been found.
     """
 
     def __init__(self, operator: Operator, generator: torch.Generator | None) -> None:
@@ -22,7 +23,9 @@ class Bidiagonalisation:
         shape = (operator.problems, operator.domain)
         start = torch.randn(shape, generator=generator).to(operator.device, operator.dtype)
         self.v = start / norms(start).unsqueeze(1).to(start)
-        self.u = torch.zeros(operator.problems, operator.codomain, dtype=operator.dtype, device=operator.device)
+        self.u = torch.zeros(
+            operator.problems, operator.codomain, dtype=operator.dtype, device=operator.device
+        )
         self.right = _stored(self.v.new_empty(operator.problems, 0, operator.domain), 0, self.v)
         self.left = self.u.new_empty(operator.problems, 0, operator.codomain)
         self.steps = self.products = 0
@@ -79,10 +82,11 @@ class Bidiagonalisation:
         self.betas = np.concatenate([self.betas, beta[:, None]], axis=1)
 
     def _check_adjoint(self, alpha: Array, pulled: Tensor) -> None:
-        """<v, A^T u> = alpha = <A v, u>, for nothing; where A v = 0, one more product tells whether A^T is 0 too.
+        """<v, A^T u> = alpha = <A v, u>, for nothing; where A v = 0, one more product tells whether
+        A^T is 0 too.
 
-        A backward marked @once_differentiable is cut off in silence when it is differentiated, and A v comes out too
-        small: without this check a wrong norm would be certified.
+        A backward marked @once_differentiable is cut off in silence when it is differentiated, and
+        A v comes out too small: without this check a wrong norm would be certified.
         """
         if not np.isfinite(alpha).all() or not bool(torch.isfinite(pulled).all()):
             return  # the solver stops there, and says that a product was not finite
@@ -100,10 +104,14 @@ class Bidiagonalisation:
     def _adjoint_cause(self) -> str:
         """Say why J u and J^T w do not belong to one matrix, as far as it can be told.
 
-        A linear map scales with its argument. One that does not has left the range of its dtype on the way.
+        A linear map scales with its argument. One that does not has left the range of its dtype on
+        the way.
         """
         small = self.v * _SHRUNK
-        pushed, scaled = self.operator.push(self.v).double(), self.operator.push(small).double() / _SHRUNK
+        pushed, scaled = (
+            self.operator.push(self.v).double(),
+            self.operator.push(small).double() / _SHRUNK,
+        )
         self.products += 2
         off = float((pushed - scaled).abs().max())
         what = "J u and J^T w do not belong to one matrix"
@@ -111,7 +119,10 @@ class Bidiagonalisation:
             name = str(self.operator.dtype).removeprefix("torch.")
             way = "" if name == "float64" else "; --dtype float64 may hold it"
             return f"{what}: a product leaves the range of {name} on the way{way}"
-        return f"{what}: a backward in it has no derivative (@once_differentiable), or depends on more than its input"
+        return (
+            f"{what}: a backward in it has no derivative (@once_differentiable), or depends on "
+            "more than its input"
+        )
 
     def _coefficient(self, w: Tensor, last: bool) -> Array:
         """The norm of a new direction; 0, and the problem is exact from here on, at a breakdown."""
@@ -143,7 +154,8 @@ _SMALL = 1e-12
 def norms(w: Tensor) -> Tensor:
     """Norms of the rows of (P, n) in float64.
 
-    Chunks are summed in the dtype of w where they divide n, for speed; not where a square might leave its range.
+    Chunks are summed in the dtype of w where they divide n, for speed; not where a square might
+    leave its range.
     """
     if w.shape[1] and w.shape[1] % _CHUNK == 0:
         chunks = torch.linalg.vector_norm(w.reshape(w.shape[0], -1, _CHUNK), dim=2)
@@ -164,14 +176,17 @@ def _stored(basis: Tensor, k: int, vector: Tensor) -> Tensor:
 
 
 def _reorthogonalised(w: Tensor, basis: Tensor, k: int) -> Tensor:
-    """Classical Gram-Schmidt against the first k vectors, again where the first pass took much away.
+    """Classical Gram-Schmidt against the first k vectors, again where the first pass took much
+    away.
 
-    Rounding leaves what is u |before| / |after| of the result inside the basis, so that one pass is enough where the
-    norm did not fall much, and two always are (Daniel, Gragg, Kaufman, Stewart 1976). One alone is measurably not.
+    Rounding leaves what is u |before| / |after| of the result inside the basis, so that one pass is
+    enough where the norm did not fall much, and two always are (Daniel, Gragg, Kaufman, Stewart
+    1976). One alone is measurably not.
     """
     if k == 0:
         return w
-    span, row = basis[:, :k], w.unsqueeze(1)  # row times matrix: ten times faster on a CPU than matrix times column
+    # row times matrix: ten times faster on a CPU than matrix times column
+    span, row = basis[:, :k], w.unsqueeze(1)
     before = norms(w)
     row = torch.baddbmm(row, torch.bmm(row, span.transpose(1, 2)), span, alpha=-1)
     if not bool((norms(row.squeeze(1)) >= _MUCH * before).all()):

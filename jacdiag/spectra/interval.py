@@ -1,20 +1,23 @@
 """From the coefficients of a bidiagonalisation to an interval that holds the spectral norm.
 
-The lower end is the largest singular value of the bidiagonal matrix. The upper end is probabilistic, in the manner of
-van Dorsselaer, Hochstenbach and van der Vorst (2000): a start drawn uniformly from the sphere has, but for an event of
-probability eps, a component of at least delta along the top singular vector, and the coefficients limit how far out
-such a component can have stayed unseen. It needs no further product.
+The lower end is the largest singular value of the bidiagonal matrix. The upper end is
+probabilistic, in the manner of van Dorsselaer, Hochstenbach and van der Vorst (2000): a start drawn
+uniformly from the sphere has, but for an event of probability eps, a component of at least delta
+along the top singular vector, and the coefficients limit how far out such a component can have
+stayed unseen. It needs no further product.
 
-They use the last orthonormal polynomial alone, delta^2 p_k(x)^2 <= 1. All of them together say more at the same price:
-the spectral measure mu of the start has an atom of at least delta^2 at x = norm^2, and no measure with these
-coefficients has a larger atom at x than the Christoffel function 1 / sum_{j<=k} p_j(x)^2.
+They use the last orthonormal polynomial alone, delta^2 p_k(x)^2 <= 1. All of them together say more
+at the same price: the spectral measure mu of the start has an atom of at least delta^2 at x =
+norm^2, and no measure with these coefficients has a larger atom at x than the Christoffel function
+1 / sum_{j<=k} p_j(x)^2.
 
-Every product moves both ends. After A^T u_k the moments 0..2k of mu are known, which are those of p_0..p_k. After
-A v_k only 0..2k-1 are, which is one more than p_0..p_{k-1} can use; but mu lies on t >= 0, so that d nu = t d mu /
-alpha_1^2 is a probability measure as well, its moments 0..2k-2 are known, its Jacobi matrix is B B^T (it is the measure
-of u_1 = A v_1 / alpha_1), and its atom at x is at least delta^2 x / alpha_1^2. Hence delta^2 x / alpha_1^2 <= 1 /
-sum_{j<k} q_j(x)^2 with the q_j of nu. From below, A V_k = U_k B_k (k x k) after A v_k, and after A^T u_k also
-A^T U_k = V_{k+1} [B_k, beta_k e_k]^T, whose norm is the larger one.
+Every product moves both ends. After A^T u_k the moments 0..2k of mu are known, which are those of
+p_0..p_k. After A v_k only 0..2k-1 are, which is one more than p_0..p_{k-1} can use; but mu lies on
+t >= 0, so that d nu = t d mu / alpha_1^2 is a probability measure as well, its moments 0..2k-2 are
+known, its Jacobi matrix is B B^T (it is the measure of u_1 = A v_1 / alpha_1), and its atom at x is
+at least delta^2 x / alpha_1^2. Hence delta^2 x / alpha_1^2 <= 1 / sum_{j<k} q_j(x)^2 with the q_j
+of nu. From below, A V_k = U_k B_k (k x k) after A v_k, and after A^T u_k also A^T U_k = V_{k+1}
+[B_k, beta_k e_k]^T, whose norm is the larger one.
 """
 
 from __future__ import annotations
@@ -63,25 +66,28 @@ def upper_ends(
 ) -> Array:
     """Returns the upper end per problem: the root x of sum_j p_j(x)^2 = delta^-2, as sqrt(x).
 
-    p_j are the orthonormal polynomials of the start's spectral measure, whose Jacobi matrix is B^T B; delta = eps
-    sqrt(pi / (2 n)). Where the last product was A v_k, q_j and B B^T stand in their places, and x / alpha_1^2 before
-    the sum (see above).
+    p_j are the orthonormal polynomials of the start's spectral measure, whose Jacobi matrix is B^T
+    B; delta = eps sqrt(pi / (2 n)). Where the last product was A v_k, q_j and B B^T stand in their
+    places, and x / alpha_1^2 before the sum (see above).
 
     Args:
         top: (P,) largest Ritz values.
         alphas, betas: (P, k) and (P, k - 1) or (P, k) coefficients.
-        exact: (P,) problems whose factorisation broke down: an invariant subspace, `top` is the norm.
+        exact: (P,) problems whose factorisation broke down: an invariant subspace, `top` is the
+            norm.
         domain: n, the size of the domain of one problem.
         eps: probability of failure.
-        known: (P,) upper ends of fewer products, or inf. They hold as well, since the event is the start's alone: the
-            lower of the two is returned, and found in less time. One that `top` has passed is known to be false.
+        known: (P,) upper ends of fewer products, or inf. They hold as well, since the event is the
+            start's alone: the lower of the two is returned, and found in less time. One that `top`
+            has passed is known to be false.
     """
     top = top.copy()
     open_ = ~exact & (top > 0)
     if not open_.any():
         return top
     scale = top[open_, None]
-    a, b = alphas[open_] / scale, betas[open_] / scale  # in units of `top`: x = 1 + s, and nothing overflows
+    # in units of `top`: x = 1 + s, and nothing overflows
+    a, b = alphas[open_] / scale, betas[open_] / scale
     half = b.shape[1] < a.shape[1]
     diagonal, off = (a[:, :-1] ** 2 + b**2, b * a[:, 1:]) if half else (a**2, a * b)
     if not half:
@@ -89,13 +95,16 @@ def upper_ends(
     right = -math.log(eps * math.sqrt(math.pi / (2 * domain))) + (np.log(a[:, 0]) if half else 0.0)
     weight = 0.5 if half else 0.0
 
-    def every(t: Array) -> tuple[Array, Array]:  # half the log of the sum of squares, and of x before it
+    # half the log of the sum of squares, and of x before it
+    def every(t: Array) -> tuple[Array, Array]:
         s = np.exp(t)
         value, slope = _half_log_sum(1.0 + s, diagonal, off)
         return value + weight * np.log1p(s) - right, (slope + weight / (1.0 + s)) * s
 
-    # It is convex in t = log s, and rises. No zero of a polynomial is above `top`, so that the last one is at least
-    # s^degree / prod off. There, or at a known end, Newton's method begins at or above the root, comes down to it and
+    # It is convex in t = log s, and rises. No zero of a polynomial is above `top`, so that the last
+    # one is at least
+    # s^degree / prod off. There, or at a known end, Newton's method begins at or above the root,
+    # comes down to it and
     # never passes it. From a known end it does not move where that is the lower one.
     known = np.full_like(top, np.inf) if known is None else np.where(known > top, known, np.inf)
     t = (right + np.log(off).sum(1)) / (off.shape[1] + weight)
@@ -107,7 +116,9 @@ def upper_ends(
 
 
 def _newton(function: Callable[[Array], tuple[Array, Array]], t: Array) -> Array:
-    """Comes down to the roots of convex functions from above; where there is no root, to `_LOWEST`."""
+    """Comes down to the roots of convex functions from above; where there is no root, to
+    `_LOWEST`.
+    """
     t = np.clip(t, _LOWEST, _HIGHEST)
     for _ in range(60):
         value, slope = function(t)
@@ -122,10 +133,12 @@ _LOWEST, _HIGHEST = -80.0, 700.0  # logs of an s that is nothing beside 1, and o
 
 
 def _half_log_sum(x: Array, diagonal: Array, off: Array) -> tuple[Array, Array]:
-    """log(sum_j p_j(x)^2) / 2 and its derivative, by the three-term recurrence, which is stable outside the spectrum.
+    """log(sum_j p_j(x)^2) / 2 and its derivative, by the three-term recurrence, which is stable
+    outside the spectrum.
 
     Args:
-        x: (P,) points; diagonal, off: (P, k) of the Jacobi matrix, off[:, j] right of diagonal[:, j].
+        x: (P,) points; diagonal, off: (P, k) of the Jacobi matrix, off[:, j] right of diagonal[:,
+            j].
     """
     before, p = np.zeros_like(x), np.ones_like(x)
     d_before, d = np.zeros_like(x), np.zeros_like(x)
@@ -134,14 +147,21 @@ def _half_log_sum(x: Array, diagonal: Array, off: Array) -> tuple[Array, Array]:
     for j in range(off.shape[1]):
         shifted, here = x - diagonal[:, j], off[:, j]
         before, p, d_before, d = (
-            p, (shifted * p - back * before) / here, d, (p + shifted * d - back * d_before) / here,
-        )  # fmt: skip
+            p,
+            (shifted * p - back * before) / here,
+            d,
+            (p + shifted * d - back * d_before) / here,
+        )
         back = here
         size = np.maximum(np.abs(p), np.abs(d))
         if size.max() > _LARGE:  # a problem is scaled down where it grows beyond what squares bear
             scale = np.where(size > _LARGE, size, 1.0)
             before, p, d_before, d = before / scale, p / scale, d_before / scale, d / scale
-            total, d_total, logs = total / scale / scale, d_total / scale / scale, logs + np.log(scale)
+            total, d_total, logs = (
+                total / scale / scale,
+                d_total / scale / scale,
+                logs + np.log(scale),
+            )
         total += p * p
         d_total += p * d
     return np.log(total) / 2 + logs, d_total / total

@@ -1,4 +1,6 @@
-"""The Jacobian as a batched linear operator: J u and J^T w for one forward each, built once, products counted."""
+"""The Jacobian as a batched linear operator: J u and J^T w for one forward each, built once,
+products counted.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ class Operator:
         raise NotImplementedError
 
     def steps(self, way: Way, vector: Tensor) -> Steps:
-        """The product as a routine that asks for products with Jacobians instead of making them (`together.py`)."""
+        """The product as a routine that asks for products with Jacobians instead of making them
+        (`together.py`).
+        """
         return self._push(vector) if way == "push" else self._pull(vector)
         yield  # never reached: it makes this a routine, one that asks for nothing
 
@@ -67,19 +71,22 @@ class Operator:
 class JacobianOperator(Operator):
     """The Jacobian of `fn` at `x`, as one problem per index of the batch dimensions.
 
-    `pull` is the vjp of one forward, `push` the vjp of that pull at zero (the transpose of the transpose), so that only
-    a differentiable backward is needed and the primal is never computed again. Where torch.func refuses the function (a
-    custom autograd.Function without setup_context, saved-tensor hooks), the same two transposes are made with
-    torch.autograd.
+    `pull` is the vjp of one forward, `push` the vjp of that pull at zero (the transpose of the
+    transpose), so that only a differentiable backward is needed and the primal is never computed
+    again. Where torch.func refuses the function (a custom autograd.Function without setup_context,
+    saved-tensor hooks), the same two transposes are made with torch.autograd.
 
     Args:
-        fn: the function; its output may have another shape than x, with the batch dimensions at the same places.
+        fn: the function; its output may have another shape than x, with the batch dimensions at the
+            same places.
         x: the point.
-        batch_dims: dimensions over which problems are independent; () makes one problem of everything.
+        batch_dims: dimensions over which problems are independent; () makes one problem of
+            everything.
 
     Attributes:
         value: fn(x).
-        stacks: whether its products can be made of several vectors in one call; found out by trying.
+        stacks: whether its products can be made of several vectors in one call; found out by
+            trying.
 
     Example:
         >>> x = torch.tensor([[1.0, 2.0]])
@@ -103,12 +110,15 @@ class JacobianOperator(Operator):
         """Set which dimensions are independent, without rebuilding the operator.
 
         Raises:
-            MeasureError: the output has no such dimension of the same size, so that problems cannot be told apart.
+            MeasureError: the output has no such dimension of the same size, so that problems cannot
+                be told apart.
         """
         rank = len(self.x_shape)
         y_shape = self.value.shape
         if any(not -rank <= d < rank for d in dims):
-            raise MeasureError("batch_dims name a dimension that x does not have", got=f"{tuple(dims)} of {rank}")
+            raise MeasureError(
+                "batch_dims name a dimension that x does not have", got=f"{tuple(dims)} of {rank}"
+            )
 
         self.dims = tuple(sorted({d % rank for d in dims}))
         if any(d >= len(y_shape) or y_shape[d] != self.x_shape[d] for d in self.dims):
@@ -137,12 +147,16 @@ class JacobianOperator(Operator):
     def products_of(self, way: Way, vectors: Sequence[Tensor]) -> list[Tensor]:
         """Products with several vectors in one call, as many at once as are narrow together."""
         self.products += len(vectors)
-        product, shape = (self._push_map, self.x_shape) if way == "push" else (self._pull_map, self.value.shape)
+        product, shape = (
+            (self._push_map, self.x_shape) if way == "push" else (self._pull_map, self.value.shape)
+        )
         few = max(1, _NARROW // max(1, shape.numel())) if self.stacks else 1
         made: list[Tensor] = []
         with torch.no_grad(), full_precision():
             for first in range(0, len(vectors), few):
-                stack = torch.stack([shaped(v, self.dims, shape) for v in vectors[first : first + few]])
+                stack = torch.stack(
+                    [shaped(v, self.dims, shape) for v in vectors[first : first + few]]
+                )
                 made += self._stacked(product, stack)
         return [flat(t, self.dims) for t in made]
 
@@ -150,7 +164,8 @@ class JacobianOperator(Operator):
         if len(stack) > 1 and self.stacks:
             try:
                 with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", message=".*batching rule")  # one by one then, inside torch
+                    # one by one then, inside torch
+                    warnings.filterwarnings("ignore", message=".*batching rule")
                     return torch.func.vmap(product)(stack).unbind()
             except RuntimeError:  # code that looks at values, or writes into tensors of its own
                 self.stacks = False
@@ -168,7 +183,8 @@ class JacobianOperator(Operator):
         self._push_map = self._pull_map = _released
 
 
-_NARROW = 1 << 20  # numbers in vectors that are worth stacking; wider products gain nothing, and memory would grow
+# numbers in vectors that are worth stacking; wider products gain nothing, and memory would grow
+_NARROW = 1 << 20
 
 
 def flat(t: Tensor, dims: Sequence[int]) -> Tensor:
@@ -187,9 +203,10 @@ def shaped(rows: Tensor, dims: Sequence[int], shape: torch.Size) -> Tensor:
 def _laid_out(vector: Tensor) -> Tensor:
     """Return a copy whose strides are those of a new tensor.
 
-    A permuted view can have strides that no gradient has in training, and kernels read them wrongly: on the CPU, the
-    backward of a batch norm in eval mode returns wrong numbers for a gradient of shape (1, C, H, W) whose first stride
-    is not C * H * W (torch 2.6 to 2.13). `contiguous()` is not enough, because it keeps the stride of a dimension of 1.
+    A permuted view can have strides that no gradient has in training, and kernels read them
+    wrongly: on the CPU, the backward of a batch norm in eval mode returns wrong numbers for a
+    gradient of shape (1, C, H, W) whose first stride is not C * H * W (torch 2.6 to 2.13).
+    `contiguous()` is not enough, because it keeps the stride of a dimension of 1.
     """
     return vector.clone(memory_format=torch.contiguous_format)
 
@@ -220,7 +237,9 @@ def _transposes_by_autograd(fn: Map, x: Tensor) -> tuple[Tensor, Map, Map]:
     def grad(y: Tensor, at: Tensor, w: Tensor, create: bool = False) -> Tensor:
         if not y.requires_grad:
             return torch.zeros_like(at)
-        (g,) = torch.autograd.grad(y, at, w, retain_graph=True, create_graph=create, allow_unused=True)
+        (g,) = torch.autograd.grad(
+            y, at, w, retain_graph=True, create_graph=create, allow_unused=True
+        )
         return torch.zeros_like(at) if g is None else g
 
     pulled = grad(value, x, w0, create=True)
@@ -236,12 +255,13 @@ def independent_dims(
     device: torch.device,
     generator: torch.Generator,
 ) -> tuple[int, ...]:
-    """Find the dimensions over which a Jacobian is block diagonal, without an assumption on dimension 0.
+    """Find the dimensions over which a Jacobian is block diagonal, without an assumption on
+    dimension 0.
 
     Two pulls are spent, or three if two candidate dimensions have the same size.
-    A cotangent lives on one index of every dimension but features: a middle one, then the last (under a causal mask the
-    first token reaches only itself, which says nothing). Where its pull is exactly zero off that index along a
-    dimension, every time, the dimension is independent.
+    A cotangent lives on one index of every dimension but features: a middle one, then the last
+    (under a causal mask the first token reaches only itself, which says nothing). Where its pull is
+    exactly zero off that index along a dimension, every time, the dimension is independent.
 
     Args:
         pull: J^T w in the shapes of x and y.
@@ -268,10 +288,11 @@ def independent_dims(
 
 
 def _places_to_look_at(shape: torch.Size, candidates: set[int]) -> list[list[int]]:
-    """Return one index per dimension for every pull: the middle, the end, and a place off the diagonal.
+    """Return one index per dimension for every pull: the middle, the end, and a place off the
+    diagonal.
 
-    The third is needed only if two candidates have the same size: a map that swaps them (a transpose of batch and
-    tokens) leaves the diagonal where it is, and looks independent there.
+    The third is needed only if two candidates have the same size: a map that swaps them (a
+    transpose of batch and tokens) leaves the diagonal where it is, and looks independent there.
     """
     middle = [n // 2 for n in shape]
     end = [n - 1 for n in shape]

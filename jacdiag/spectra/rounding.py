@@ -1,4 +1,6 @@
-"""float32 products in float32, whatever the process allows: TF32 and bfloat16 round more than the ends are padded."""
+"""float32 products in float32, whatever the process allows: TF32 and bfloat16 round more than the
+ends are padded.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,11 @@ _BACKENDS = ("cuda.matmul", "mkldnn.matmul", "cudnn.conv", "mkldnn.conv", "cudnn
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Inside, neither TF32 nor bfloat16 stands in for float32; afterwards the flags are as they were.
+    """Inside, neither TF32 nor bfloat16 stands in for float32; afterwards the flags are as they
+    were.
 
-    torch has two sets of these flags and raises where both were written: the set that the process uses is borrowed.
+    torch has two sets of these flags and raises where both were written: the set that the process
+    uses is borrowed.
 
     >>> with full_precision():
     ...     torch.get_float32_matmul_precision()
@@ -25,7 +29,10 @@ def full_precision() -> Iterator[None]:
     """
     try:
         with _without_advice():
-            products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+            products, convolutions = (
+                torch.get_float32_matmul_precision(),
+                torch.backends.cudnn.allow_tf32,
+            )
     except RuntimeError:
         before = [(backend, backend.fp32_precision) for backend in map(_backend, _BACKENDS)]
         try:
@@ -51,7 +58,9 @@ def _set_flags(products: str, convolutions: bool) -> None:
 
 @contextmanager
 def _without_advice() -> Iterator[None]:
-    """Keep the advice of torch 2.9 to use the other set of flags off the terminal: the choice is the process's."""
+    """Keep the advice of torch 2.9 to use the other set of flags off the terminal: the choice is
+    the process's.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Please use the new API settings to control TF32")
         yield

@@ -1,4 +1,6 @@
-"""What a solve of spectral norms gives back: the ends of every problem, why it stopped, the top singular vectors."""
+"""What a solve of spectral norms gives back: the ends of every problem, why it stopped, the top
+singular vectors.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jacdiag.report.schema import Interval, PerToken, TokenAt
+from jacdiag.records.report import Interval, PerToken, TokenAt
 from jacdiag.spectra.interval import Array, bidiagonal
 
 
@@ -20,7 +22,10 @@ class Stop(enum.Enum):
     DECIDED = "the rules are decided"
     EXACT = "an invariant subspace was found: the value is exact up to rounding"
     BUDGET = "the budget of products is spent; raise max_products or tol"
-    NON_FINITE = "a product was not finite: it left the range of the dtype (try float64), or a derivative is NaN or Inf"
+    NON_FINITE = (
+        "a product was not finite: it left the range of the dtype (try float64), or a "
+        "derivative is NaN or Inf"
+    )
     INHERITED = "it follows from another norm of the sub-layer and one product"
 
 
@@ -29,10 +34,13 @@ class Solution:
     """Norms of P problems with their ends.
 
     Attributes:
-        lower, upper, estimate: (P,) float64; estimate is the largest Ritz value, the ends include the rounding pad.
+        lower, upper, estimate: (P,) float64; estimate is the largest Ritz value, the ends include
+            the rounding pad.
         confidence: probability with which all upper ends of the maximum hold.
-        products, steps: what was spent; a step is a product with J and one with J^T, the last may be half.
-        stop: why the solver stopped; `converged`: the width asked for, or the exact value, was reached.
+        products, steps: what was spent; a step is a product with J and one with J^T, the last may
+            be half.
+        stop: why the solver stopped; `converged`: the width asked for, or the exact value, was
+            reached.
     """
 
     lower: Array
@@ -66,7 +74,8 @@ class Solution:
     def interval(self, lead: tuple[int, ...] = (), token_ids: Tensor | None = None) -> Interval:
         """The interval of the maximum over problems: the largest lower and the largest upper end.
 
-        No union bound is needed: the problem that attains the maximum is fixed by J, not by the starts.
+        No union bound is needed: the problem that attains the maximum is fixed by J, not by the
+        starts.
 
         Args:
             lead: sizes of the independent dimensions, to report sequences and tokens apart.

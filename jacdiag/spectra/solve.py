@@ -1,4 +1,6 @@
-"""Largest singular values: Lanczos runs, alone or several in step, each stopped by its own interval."""
+"""Largest singular values: Lanczos runs, alone or several in step, each stopped by its own
+interval.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from jacdiag.spectra.ends import Ends
 from jacdiag.spectra.golub_kahan import Bidiagonalisation, norms
 from jacdiag.spectra.interval import PAD, Array
+from jacdiag.spectra.interval_ends import Ends
+from jacdiag.spectra.joint_products import products_together
 from jacdiag.spectra.operator import Operator
 from jacdiag.spectra.solution import Solution, Stop
-from jacdiag.spectra.together import products_together
 
 Decide = Callable[[float, float], bool]
 
@@ -26,8 +28,10 @@ class Question:
 
     Attributes:
         operator: P problems (m, n).
-        generator: of the random start (CPU). The upper end needs it: a warm start certifies nothing.
-        decide: predicate on (lower, upper) of the maximum: the question that the norm is to answer is answered.
+        generator: of the random start (CPU). The upper end needs it: a warm start certifies
+            nothing.
+        decide: predicate on (lower, upper) of the maximum: the question that the norm is to answer
+            is answered.
     """
 
     operator: Operator
@@ -53,17 +57,21 @@ def top_singular(
         tol: stop when the interval of the maximum over problems has this relative width.
         confidence: of the upper end.
         max_products: budget.
-        early: stop as soon as `decide` says so, however wide the interval is; else go on to `tol`, and beyond `tol`
-            until it says so.
+        early: stop as soon as `decide` says so, however wide the interval is; else go on to `tol`,
+            and beyond `tol` until it says so.
         pad: rounding pad; that of the operator's dtype if not given.
 
     Returns:
         A `Solution`; running out of budget is a value of `stop`, not an exception.
     """
     (solution,) = in_step(
-        [Question(operator, generator, decide)], tol=tol, confidence=confidence, max_products=max_products,
-        early=early, pad=pad,
-    )  # fmt: skip
+        [Question(operator, generator, decide)],
+        tol=tol,
+        confidence=confidence,
+        max_products=max_products,
+        early=early,
+        pad=pad,
+    )
     return solution
 
 
@@ -78,7 +86,8 @@ def in_step(
 ) -> list[Solution]:
     """Solves several norms in step: their products with the same Jacobian are made in one call.
 
-    Each has a start of its own and stops for itself, as it would alone. Arguments as in `top_singular`.
+    Each has a start of its own and stops for itself, as it would alone. Arguments as in
+    `top_singular`.
     """
     runs = [_Run(q, tol, 1.0 - confidence, max_products, early, pad) for q in questions]
     while going := [run for run in runs if run.stop is None]:
@@ -94,7 +103,13 @@ class _Run:
     """One Lanczos run, product by product."""
 
     def __init__(
-        self, question: Question, tol: float, eps: float, max_products: int, early: bool, pad: float | None
+        self,
+        question: Question,
+        tol: float,
+        eps: float,
+        max_products: int,
+        early: bool,
+        pad: float | None,
     ) -> None:
         self.operator, self.decide = question.operator, question.decide
         self.tol, self.max_products, self.early = tol, max_products, early
@@ -112,9 +127,16 @@ class _Run:
         if lanczos.finite and (asked or last or ends.due(self.tol)):
             ends.update()
         self.stop = _stop(
-            lanczos.finite, lanczos.exact, ends.low, ends.high, self.tol, self.decide, self.early,
-            lanczos.products, self.max_products,
-        )  # fmt: skip
+            lanczos.finite,
+            lanczos.exact,
+            ends.low,
+            ends.high,
+            self.tol,
+            self.decide,
+            self.early,
+            lanczos.products,
+            self.max_products,
+        )
 
     def solution(self, confidence: float) -> Solution:
         assert self.stop is not None
@@ -122,13 +144,25 @@ class _Run:
         top, low, high = ends.final(lanczos.finite)
         converged = self.stop is Stop.EXACT or _narrow(ends.low, ends.high, self.tol)
         return Solution(
-            low, high, top, confidence, lanczos.products, lanczos.steps, self.stop, converged,
-            lanczos.right, lanczos.alphas, lanczos.betas,
-        )  # fmt: skip
+            low,
+            high,
+            top,
+            confidence,
+            lanczos.products,
+            lanczos.steps,
+            self.stop,
+            converged,
+            lanczos.right,
+            lanczos.alphas,
+            lanczos.betas,
+        )
 
 
-def inherited(operator: Operator, vectors: Tensor, upper: Array, *, confidence: float, tol: float) -> Solution:
-    """Ends that one product gives: |A v| / |v| from below, and from above what is known from another operator.
+def inherited(
+    operator: Operator, vectors: Tensor, upper: Array, *, confidence: float, tol: float
+) -> Solution:
+    """Ends that one product gives: |A v| / |v| from below, and from above what is known from
+    another operator.
 
     Args:
         operator: P problems (m, n).
@@ -137,20 +171,38 @@ def inherited(operator: Operator, vectors: Tensor, upper: Array, *, confidence: 
         tol: relative width that counts as converged.
     """
     pad = PAD[str(operator.dtype).removeprefix("torch.")]
-    unit = vectors / norms(vectors).clamp_min(torch.finfo(vectors.dtype).tiny).unsqueeze(1).to(vectors)
+    unit = vectors / norms(vectors).clamp_min(torch.finfo(vectors.dtype).tiny).unsqueeze(1).to(
+        vectors
+    )
     reached = norms(operator.push(unit)).cpu().numpy()
     low, high = reached * (1 - pad), np.maximum(upper, reached) * (1 + pad)
     nothing = np.zeros((len(reached), 0))
     return Solution(
-        low, high, reached, confidence, 1, 1, Stop.INHERITED, _narrow(low, high, tol), unit.unsqueeze(1),
-        reached[:, None], nothing,
-    )  # fmt: skip
+        low,
+        high,
+        reached,
+        confidence,
+        1,
+        1,
+        Stop.INHERITED,
+        _narrow(low, high, tol),
+        unit.unsqueeze(1),
+        reached[:, None],
+        nothing,
+    )
 
 
 def _stop(
-    finite: bool, exact: NDArray[np.bool_], low: Array, high: Array, tol: float,
-    decide: Decide | None, early: bool, products: int, budget: int,
-) -> Stop | None:  # fmt: skip
+    finite: bool,
+    exact: NDArray[np.bool_],
+    low: Array,
+    high: Array,
+    tol: float,
+    decide: Decide | None,
+    early: bool,
+    products: int,
+    budget: int,
+) -> Stop | None:
     if not finite:
         return Stop.NON_FINITE
     lower, upper = float(low.max()), float(high.max())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-    from jacdiag.report import Report
+    from jacdiag.records import Report
 
 
 def assert_stable_init(
@@ -26,21 +26,23 @@ def assert_stable_init(
     """Asserts that a model's initialisation passes the gate.
 
     Args:
-        build: a callable that returns a new model (it is called once per seed, with torch's generators seeded), a
-            module, or a SOURCE string as for `jacdiag.audit`.
+        build: a callable that returns a new model (it is called once per seed, with torch's
+            generators seeded), a module, or a SOURCE string as for `jacdiag.audit`.
         inputs: the probe, as for `jacdiag.audit`; random token ids if not given.
         fail_on: the least level that fails: "info", "warning", "error".
-        baseline: a file of recorded figures to compare with; written if it is missing and `write_baseline`, or anew.
+        baseline: a file of recorded figures to compare with; written if it is missing and
+            `write_baseline`, or anew.
         seeds: how many initialisations.
-        **options: of `jacdiag.gate.gate`: contract, select, ignore, thresholds, profile, products ...
+        **options: of `jacdiag.gate.gate`: contract, select, ignore, thresholds, profile, products
+            ...
 
     Returns:
-        The report, for further assertions. Its verdict is "observed" for a trained model without a baseline: no rule
-        can fail one, and a warning says that nothing was asserted.
+        The report, for further assertions. Its verdict is "observed" for a trained model without a
+        baseline: no rule can fail one, and a warning says that nothing was asserted.
 
     Raises:
-        AssertionError: the gate failed, stayed undecided, or no rule applied. The message names the rule, the weights,
-            what was expected and what was measured.
+        AssertionError: the gate failed, stayed undecided, or no rule applied. The message names the
+            rule, the weights, what was expected and what was measured.
         JacdiagError: the gate cannot run.
 
     Example:
@@ -53,7 +55,7 @@ def assert_stable_init(
     __tracebackhide__ = True  # pytest then shows the line of the test
     from jacdiag.gate import gate
     from jacdiag.gate import write_baseline as write
-    from jacdiag.render.gate import render
+    from jacdiag.render.terminal.gate import render
 
     path = Path(baseline) if baseline is not None else None
     compared = None if write_baseline else path
@@ -65,7 +67,10 @@ def assert_stable_init(
     if outcome.exit_code:
         raise AssertionError("the initialisation does not pass\n\n" + render(outcome.report))
     if outcome.report.verdict == "observed":
-        message = "jacdiag: the model is trained, and was compared with nothing: its initialisation was not asserted"
+        message = (
+            "jacdiag: the model is trained, and was compared with nothing: its "
+            "initialisation was not asserted"
+        )
         warnings.warn(message, stacklevel=2)
     return outcome.report
 

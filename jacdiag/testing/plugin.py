@@ -1,7 +1,8 @@
-"""The pytest plugin: `pytest --jacdiag` runs the tests that use the fixture `jacdiag_gate`, and sums them up.
+"""The pytest plugin: `pytest --jacdiag` runs the tests that use the fixture `jacdiag_gate`, and
+sums them up.
 
-Without the option such tests are skipped: they take seconds, and are meant for a job of their own. Importing this
-module loads neither torch nor the rest of jacdiag.
+Without the option such tests are skipped: they take seconds, and are meant for a job of their own.
+Importing this module loads neither torch nor the rest of jacdiag.
 """
 
 from __future__ import annotations
@@ -18,10 +19,20 @@ _LINES = pytest.StashKey[list[str]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("jacdiag", "jacdiag: gate on model initialisation")
-    group.addoption("--jacdiag", action="store_true", help="run tests that use the fixture jacdiag_gate")
-    group.addoption("--jacdiag-write-baselines", action="store_true",
-                    help="write the baselines of jacdiag_gate instead of comparing with them")  # fmt: skip
-    group.addoption("--jacdiag-seeds", type=int, default=None, help="initialisations per model (default: the test's)")
+    group.addoption(
+        "--jacdiag", action="store_true", help="run tests that use the fixture jacdiag_gate"
+    )
+    group.addoption(
+        "--jacdiag-write-baselines",
+        action="store_true",
+        help="write the baselines of jacdiag_gate instead of comparing with them",
+    )
+    group.addoption(
+        "--jacdiag-seeds",
+        type=int,
+        default=None,
+        help="initialisations per model (default: the test's)",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,7 +41,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def jacdiag_gate(request: pytest.FixtureRequest) -> Callable[..., Any]:
-    """A function like `jacdiag.testing.assert_stable_init`; a relative baseline lies beside the test's file.
+    """A function like `jacdiag.testing.assert_stable_init`; a relative baseline lies beside the
+    test's file.
 
     Example:
         def test_init(jacdiag_gate):

@@ -1,7 +1,7 @@
 """What happens in one forward: record it, find the residual sub-layers, run parts of it again."""
 
-from jacdiag.trace.declared import Declaration, declare
-from jacdiag.trace.found import Sites
+from jacdiag.trace.discovery.declarations import Declaration, declare
+from jacdiag.trace.site_list import Sites
 from jacdiag.trace.sublayer import Sublayer
 from jacdiag.trace.tracer import sites
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from jacdiag.errors import TraceError
-from jacdiag.report.schema import Kind, Placement
-from jacdiag.trace.anatomy import Norm
+from jacdiag.records.report import Kind, Placement
+from jacdiag.trace.discovery.norms import Norm
 
 Map = Callable[[Tensor], Tensor]
 
@@ -22,25 +22,29 @@ class Sublayer:
 
     Attributes:
         name: from the modules, e.g. "transformer.h.0.attn".
-        index: position among all sub-layers; `depth`: layer number; `group`: parallel branches share it.
+        index: position among all sub-layers; `depth`: layer number; `group`: parallel branches
+            share it.
         kind: attention, mlp, moe, mixer, conv or other.
         placement: of the norm: pre, post, sandwich, reordered or none.
         parallel: shares its shortcut and sum with another branch.
         nested: lies inside another sub-layer's branch; left out of products over depth.
         shortcut: x, the residual stream where the branch reads it, as recorded.
         value: f(x), as recorded.
-        branch: f as a function; `branch(shortcut)` equals `value` bit for bit, and to rounding the model's own where
-            its attention is fused (it is run in its plain form).
+        branch: f as a function; `branch(shortcut)` equals `value` bit for bit, and to rounding the
+            model's own where its attention is fused (it is run in its plain form).
         carry: the shortcut's way into the sum (a x); None where that is x itself.
         input_norm: the norm at the branch's beginning, if any; `core` is what follows it.
         output_norm, before_output_norm: the norm at the branch's end, and the branch up to it.
-        heads: for attention behind an input norm: z -> the concatenated heads that W_O reads (J^Z of Eq. 20).
-        post_norm, after: the norm behind the sum, and the map from the sum to the next shortcut (post-norm).
+        heads: for attention behind an input norm: z -> the concatenated heads that W_O reads (J^Z
+        of Eq. 20). post_norm, after: the norm behind the sum, and the map from the sum to the next
+        shortcut (post-norm).
         parameters: names of the parameters that the branch reads.
-        products: names of the parameters of its matrix products, in order of use; `roles`: the same by role.
+        products: names of the parameters of its matrix products, in order of use; `roles`: the same
+            by role.
         activations: names of the elementwise non-linearities in it.
         functions: names of the custom autograd.Functions in it.
-        feature_dim: which dimension of x holds the features; `stream_dim`: which tells parallel streams apart, if any.
+        feature_dim: which dimension of x holds the features; `stream_dim`: which tells parallel
+            streams apart, if any.
         dims: what `independent` found, None before.
         valueless: recorded on the meta device.
         looks_token_wise: all that the operations tell, where there are no values or NaN among them.
@@ -92,12 +96,16 @@ class Sublayer:
     looks_token_wise: bool | None = None
 
     def __str__(self) -> str:
-        """Return one line: name, kind, placement of the norm, depth, shape of the shortcut, number of parameters."""
+        """Return one line: name, kind, placement of the norm, depth, shape of the shortcut, number
+        of parameters.
+        """
         norm = "no norm" if self.placement == "none" else f"{self.placement}-norm"
         shape = " x ".join(str(size) for size in self.shortcut.shape)
         count = len(self.parameters)
         parameters = "1 parameter tensor" if count == 1 else f"{count} parameter tensors"
-        return f"{self.name}: {self.kind}, {norm}, depth {self.depth}, shortcut {shape}, {parameters}"
+        return (
+            f"{self.name}: {self.kind}, {norm}, depth {self.depth}, shortcut {shape}, {parameters}"
+        )
 
     def __repr__(self) -> str:
         return f"<Sublayer {self}>"
@@ -118,7 +126,8 @@ class Sublayer:
     def core(self, z: Tensor) -> Tensor:
         """The branch behind its input norm, the learned gain included: f(x) = core(norm(x)).
 
-        Without an input norm it is the branch itself; for a reordered norm, the branch before its output norm.
+        Without an input norm it is the branch itself; for a reordered norm, the branch before its
+        output norm.
         """
         if self.core_of_norm is not None:
             return self.core_of_norm(z)
@@ -133,7 +142,9 @@ class Sublayer:
 
     @cached_property
     def shortcut_gain(self) -> float | Tensor | None:
-        """a, the gain on the shortcut: a number, a tensor for a learned diagonal gain, None if it is no diagonal."""
+        """a, the gain on the shortcut: a number, a tensor for a learned diagonal gain, None if it
+        is no diagonal.
+        """
         if self.carry is None:
             return 1.0
         with torch.enable_grad():
@@ -155,7 +166,9 @@ class Sublayer:
 
     @property
     def token_wise(self) -> bool | None:
-        """Whether the branch treats tokens one by one: pulled cotangents of two tokens stay on their tokens."""
+        """Whether the branch treats tokens one by one: pulled cotangents of two tokens stay on
+        their tokens.
+        """
         if self.valueless or not self.finite:
             return self.looks_token_wise
         return None if self.shortcut.dim() < 2 else self.splits_tokens(self.independent())
@@ -163,11 +176,14 @@ class Sublayer:
     def splits_tokens(self, dims: Iterable[int]) -> bool:
         """Whether independent dimensions are all but the features' (and the streams')."""
         rank = self.shortcut.dim()
-        inner = {self.feature_dim % rank} | ({self.stream_dim % rank} if self.stream_dim is not None else set())
+        inner = {self.feature_dim % rank} | (
+            {self.stream_dim % rank} if self.stream_dim is not None else set()
+        )
         return set(dims) >= set(range(rank)) - inner
 
     def independent(self, pull: Map | None = None, *, keep: bool = True) -> tuple[int, ...]:
-        """The dimensions of x over which the branch's Jacobian is block diagonal; found once, by two pulls.
+        """The dimensions of x over which the branch's Jacobian is block diagonal; found once, by
+        two pulls.
 
         Args:
             pull: J^T w of the branch, or of its core, where one is at hand; else one is built.
@@ -200,5 +216,7 @@ class Sublayer:
     @property
     def _norm(self) -> Norm:
         if self.input_norm is None:
-            raise TraceError(f"'{self.name}' has no norm at its beginning", got=f"placement '{self.placement}'")
+            raise TraceError(
+                f"'{self.name}' has no norm at its beginning", got=f"placement '{self.placement}'"
+            )
         return self.input_norm

@@ -9,32 +9,37 @@ import torch
 from torch import Tensor, nn
 
 from jacdiag.errors import SourceError, TraceError
-from jacdiag.report.schema import Placement
+from jacdiag.records.report import Placement
 from jacdiag.sources.factory import model_code, own_frames
-from jacdiag.sources.given import check_module
-from jacdiag.sources.wrapped import unwrap
-from jacdiag.trace.anatomy import Anatomist, Norm
-from jacdiag.trace.calls import Call, prepared
-from jacdiag.trace.coverage import cover
-from jacdiag.trace.declared import Declaration, declarations, declared_sites, hidden_lines
-from jacdiag.trace.determinism import culprit, same_output
-from jacdiag.trace.found import Sites
-from jacdiag.trace.graph import Graph
-from jacdiag.trace.guest import Guest
-from jacdiag.trace.left_out import left_out
-from jacdiag.trace.naming import depths_of, home_of, kind_of, names_of
-from jacdiag.trace.randomness import another_draw, borrowed
-from jacdiag.trace.record import Recorder, observe, record
-from jacdiag.trace.replay import Replayer
-from jacdiag.trace.residual import Finder, Site
-from jacdiag.trace.roles import ACTIVATIONS, roles_of
-from jacdiag.trace.skeleton import Skeleton
-from jacdiag.trace.stream import Streams, owner_of
+from jacdiag.sources.module_wrappers import unwrap
+from jacdiag.sources.python_source import check_module
+from jacdiag.trace.discovery.coverage import cover
+from jacdiag.trace.discovery.declarations import (
+    Declaration,
+    declarations,
+    declared_sites,
+    hidden_lines,
+)
+from jacdiag.trace.discovery.matrix_order import ACTIVATIONS, roles_of
+from jacdiag.trace.discovery.naming import depths_of, home_of, kind_of, names_of
+from jacdiag.trace.discovery.norms import Anatomist, Norm
+from jacdiag.trace.discovery.norms_by_structure import looks_token_wise
+from jacdiag.trace.discovery.residual import Finder, Site
+from jacdiag.trace.discovery.residual_stream import Streams, owner_of
+from jacdiag.trace.discovery.unlisted_sums import left_out
+from jacdiag.trace.execution.determinism import culprit, same_output
+from jacdiag.trace.execution.hook_parity import Guest
+from jacdiag.trace.execution.module_call import Call, prepared
+from jacdiag.trace.execution.replay import Replayer
+from jacdiag.trace.execution.rng_state import another_draw, borrowed
+from jacdiag.trace.execution.skeleton import Skeleton
+from jacdiag.trace.execution.tap import Spot, Where
+from jacdiag.trace.execution.tensors import collect_deep, device_of
+from jacdiag.trace.execution.wrappers import has_foreign_hooks, refuse_flat_shards
+from jacdiag.trace.graph.graph import Graph
+from jacdiag.trace.graph.recorder import Recorder, observe, record
+from jacdiag.trace.site_list import Sites
 from jacdiag.trace.sublayer import Map, Sublayer
-from jacdiag.trace.tap import Spot, Where
-from jacdiag.trace.tensors import collect_deep, device_of
-from jacdiag.trace.valueless import looks_token_wise
-from jacdiag.trace.wrappers import has_foreign_hooks, refuse_flat_shards
 
 
 def sites(
@@ -47,18 +52,23 @@ def sites(
 ) -> Sites:
     """Records `model(*args, **kwargs)` once and returns its residual sub-layers.
 
-    The model is not touched: its code runs on a structural copy, in eval mode, with its weights by reference.
+    The model is not touched: its code runs on a structural copy, in eval mode, with its weights by
+    reference.
 
     Args:
         model: any module; wrappers (compile, DDP, activation checkpointing) are seen through.
-        *args, **kwargs: the inputs of its forward. KV caches are switched off where the forward takes `use_cache`.
-        dtype: precision of the run, float32 (default) or float64; lower-precision weights are raised call by call.
+        *args, **kwargs: the inputs of its forward. KV caches are switched off where the forward
+            takes `use_cache`.
+        dtype: precision of the run, float32 (default) or float64; lower-precision weights are
+            raised call by call.
         declared: sub-layers that the dataflow does not show, from `jacdiag.declare`.
-        weights: the values of a model whose parameters are on the meta device, by name: each is asked for whenever a
-            call reads it, and dropped after it, so that the model may be larger than the memory.
+        weights: the values of a model whose parameters are on the meta device, by name: each is
+            asked for whenever a call reads it, and dropped after it, so that the model may be
+            larger than the memory.
 
     Raises:
-        TraceError: the forward raises (the model's own error is the cause), or nothing could be recorded.
+        TraceError: the forward raises (the model's own error is the cause), or nothing could be
+            recorded.
 
     Example:
         >>> import torch, jacdiag
@@ -66,7 +76,9 @@ def sites(
         >>> [site.kind for site in jacdiag.sites(layer, torch.randn(2, 4, 8))]
         ['attention', 'mlp']
     """
-    return Tracer(model, args, kwargs, dtype or torch.float32, declarations(declared), weights).trace()
+    return Tracer(
+        model, args, kwargs, dtype or torch.float32, declarations(declared), weights
+    ).trace()
 
 
 def _check_inputs(model: nn.Module, inputs: Any) -> None:
@@ -105,8 +117,12 @@ class Tracer:
         hooked = has_foreign_hooks(self.model)
         # A guest without values cannot be asked what it computes: its hooks are then its own.
         self.compare = hooked and weights is None
-        self.skeleton = Skeleton(self.model, keep_hooks=hooked and not self.compare, weights=weights,
-                                 device=device_of((args, kwargs)))  # fmt: skip
+        self.skeleton = Skeleton(
+            self.model,
+            keep_hooks=hooked and not self.compare,
+            weights=weights,
+            device=device_of((args, kwargs)),
+        )
         self.args, self.kwargs = prepared(self.model, args, kwargs, self.dtype)
 
     def trace(self) -> Sites:
@@ -134,8 +150,14 @@ class Tracer:
         except SourceError:  # the weights could not be read: not the model's doing
             raise
         except Exception as error:
-            hint = "its code may need values: the meta device has none" if self.skeleton.valueless else None
-            raise TraceError("the model's forward raised", got=own_frames(error), hint=hint) from error
+            hint = (
+                "its code may need values: the meta device has none"
+                if self.skeleton.valueless
+                else None
+            )
+            raise TraceError(
+                "the model's forward raised", got=own_frames(error), hint=hint
+            ) from error
         self.finder = Finder(self.graph)
         tensors: list[Tensor] = []
         collect_deep((self.args, self.kwargs), tensors)
@@ -143,22 +165,33 @@ class Tracer:
         self.replayer = Replayer(self.skeleton, self.graph, self.dtype, root)
 
     def _follow_guest(self) -> None:
-        """Compares the copy's output with the guest's; takes the hooks along if it must, or names who strays."""
+        """Compares the copy's output with the guest's; takes the hooks along if it must, or names
+        who strays.
+        """
         guest = Guest(self.model, self.replayer.root)
         if guest.agrees(self.output):
             return
         self.skeleton = Skeleton(self.model, keep_hooks=True)
         self._record()
         if guest.agrees(self.output):
-            self.notes.append("forward hooks change the model's output: they are part of what is measured")
+            self.notes.append(
+                "forward hooks change the model's output: they are part of what is measured"
+            )
             return
-        self.stray = guest.first_stray(self.skeleton.root, lambda: self.replayer.tapped([], lambda _, t: t))
+        self.stray = guest.first_stray(
+            self.skeleton.root, lambda: self.replayer.tapped([], lambda _, t: t)
+        )
         where = f"in '{self.stray}'" if self.stray else "in its own forward"
-        self.notes.append(f"outside its hooks the model computes something else, first {where}: that is not covered")
+        self.notes.append(
+            f"outside its hooks the model computes something else, first {where}: that is not "
+            "covered"
+        )
 
-    # -- second run ------------------------------------------------------------------------------------------------
+    # -- second run --------------------------------------------------------------------------------
     def _capture(self) -> None:
-        """Runs once more: snapshots the owners' arguments, keeps shortcuts and branches, compares the outputs."""
+        """Runs once more: snapshots the owners' arguments, keeps shortcuts and branches, compares
+        the outputs.
+        """
         self.owners = [self._owner(site) for site in self.sites]
         self.group_of = {k: g for g, group in enumerate(self.streams.groups) for k in group.sites}
         self.after_owner = {g: self._after_owner(g) for g in range(len(self.streams.groups))}
@@ -172,19 +205,26 @@ class Tracer:
         self.deterministic = same_output(output, self.output) and self._same_with_other_numbers()
 
     def _same_with_other_numbers(self) -> bool:
-        """Whether the random numbers that the model drew, if any, do not matter. Re-runs are given the same ones."""
+        """Whether the random numbers that the model drew, if any, do not matter. Re-runs are given
+        the same ones.
+        """
         if self.graph.start is None:
             return True
         another_draw()
         args, kwargs = self.replayer.root.arguments()
-        return same_output(observe(Recorder, self.skeleton, args, kwargs, self.dtype)[1], self.output)
+        return same_output(
+            observe(Recorder, self.skeleton, args, kwargs, self.dtype)[1], self.output
+        )
 
     def _strays(self, site: Site) -> bool:
         """Whether a site has to do with a module whose copy computes something else."""
         if not self.stray:
             return False
-        inside = {self.graph.path(i) for n in (*site.cone, site.addition)
-                  for i in self.graph.ancestors(self.graph.nodes[n].invocation)}  # fmt: skip
+        inside = {
+            self.graph.path(i)
+            for n in (*site.cone, site.addition)
+            for i in self.graph.ancestors(self.graph.nodes[n].invocation)
+        }
         return any(path == self.stray or path.startswith(f"{self.stray}.") for path in inside)
 
     def _capture_or_blame(self) -> None:
@@ -194,8 +234,11 @@ class Tracer:
             self.culprit = culprit(self.skeleton, self.replayer.root, self.dtype)
             if not self.culprit:
                 raise
-            raise TraceError("two runs on the same input do not make the same calls", got=self.culprit,
-                             hint="model.eval(), or a fixed seed inside the forward") from error  # fmt: skip
+            raise TraceError(
+                "two runs on the same input do not make the same calls",
+                got=self.culprit,
+                hint="model.eval(), or a fixed seed inside the forward",
+            ) from error
         if not self.deterministic:
             named = culprit(self.skeleton, self.replayer.root, self.dtype)
             self.culprit = named or "two more runs agreed: it comes and goes"
@@ -210,14 +253,16 @@ class Tracer:
         innermost = self.graph.nodes[made].invocation
         return owner_of(self.graph, innermost, made, max(made, node), members.output)
 
-    # -- dissection ------------------------------------------------------------------------------------------------
+    # -- dissection --------------------------------------------------------------------------------
     def _assemble(self) -> list[Sublayer]:
         anatomist = Anatomist(self.replayer, self.finder)
         self.post_groups: set[int] = set()
         groups = [site.group for site in self.sites]
         made = [self._sublayer(k, anatomist) for k in range(len(self.sites))]
         depths = depths_of(self.graph, self.homes, groups, [site.kind for site in made])
-        for site, name in zip(made, names_of(self.graph, self.homes, [s.kind for s in made]), strict=True):
+        for site, name in zip(
+            made, names_of(self.graph, self.homes, [s.kind for s in made]), strict=True
+        ):
             site.name = name
         for site, depth in zip(made, depths, strict=True):
             site.depth = depth
@@ -238,7 +283,9 @@ class Tracer:
         entry = anatomist.input_norm(site, owner, x)
         exit_ = anatomist.output_norm(site, owner, x)
         group = self.group_of.get(k)
-        behind, after = (None, None) if entry or exit_ or group is None else self._behind(group, anatomist)
+        behind, after = (
+            (None, None) if entry or exit_ or group is None else self._behind(group, anatomist)
+        )
         products = [n for n in site.calls if self.finder.is_product(n)]
         conv = bool(products) and self._channels_first(site, products[0])
         made = Sublayer(
@@ -266,13 +313,19 @@ class Tracer:
             products=_weights(self.graph, products, self.skeleton),
             roles={},
             activations=sorted({self.graph.nodes[n].name for n in site.cone} & ACTIVATIONS),
-            feature_dim=entry.feature_dim if entry is not None else 1 if conv and x.dim() > 2 else -1,
+            feature_dim=entry.feature_dim
+            if entry is not None
+            else 1
+            if conv and x.dim() > 2
+            else -1,
             stream_dim=-2 if site.mixed else None,
             functions=tuple(sorted({self.graph.nodes[n].function for n in site.cone} - {""})),
             line=self.graph.nodes[site.addition].line,
         )
         if x.is_meta:
-            made.notes["placement"] = "found by the operations alone: there are no values on the meta device"
+            made.notes["placement"] = (
+                "found by the operations alone: there are no values on the meta device"
+            )
             made.valueless = True
         if x.is_meta or not made.finite:
             made.looks_token_wise = looks_token_wise(self.graph, site.cone, tuple(x.shape))
@@ -283,8 +336,20 @@ class Tracer:
         return made
 
     def _channels_first(self, site: Site, product: int) -> bool:
-        """Whether the branch begins with a convolution of the shortcut as it stands, not of a transposed one."""
-        turned = {"transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "T", "mT", "adjoint"}
+        """Whether the branch begins with a convolution of the shortcut as it stands, not of a
+        transposed one.
+        """
+        turned = {
+            "transpose",
+            "permute",
+            "swapaxes",
+            "swapdims",
+            "movedim",
+            "moveaxis",
+            "T",
+            "mT",
+            "adjoint",
+        }
         before = {self.graph.nodes[n].name for n in site.cone if n < product}
         return self.graph.nodes[product].name.startswith("conv") and not before & turned
 
@@ -296,7 +361,9 @@ class Tracer:
 
     def _carry(self, site: Site, owner: int, source: Spot) -> Map:
         addition, position = site.carrier
-        return self.replayer.segment(owner, source, self.replayer.spot_at(Where.TERM, addition, owner, position))
+        return self.replayer.segment(
+            owner, source, self.replayer.spot_at(Where.TERM, addition, owner, position)
+        )
 
     def _behind(self, index: int, anatomist: Anatomist) -> tuple[Norm | None, Map | None]:
         """A norm between a sum and the next shortcut, and the map that it makes with its gain."""
@@ -308,13 +375,18 @@ class Tracer:
         if norm is None:
             return None, None
         self.post_groups.add(index)
-        source, sink = self.replayer.spot_of(group.output, owner), self.replayer.spot_of(group.after, owner)
+        source, sink = (
+            self.replayer.spot_of(group.output, owner),
+            self.replayer.spot_of(group.after, owner),
+        )
         return norm, self.replayer.segment(owner, source, sink)
 
     def _norm_is_the_layers(self, index: int) -> bool:
-        """Whether a norm behind a sum can be the sub-layer's own: behind the last sum it may be the model's final norm.
+        """Whether a norm behind a sum can be the sub-layer's own: behind the last sum it may be the
+        model's final norm.
 
-        The last sum is post-norm if the one before it is, or, alone on its stream, if its module makes both.
+        The last sum is post-norm if the one before it is, or, alone on its stream, if its module
+        makes both.
         """
         group = self.streams.groups[index]
         if group.following is not None:
@@ -335,7 +407,12 @@ def _placement(entry: Norm | None, exit_: Norm | None, behind: Norm | None) -> P
 
 def _weights(graph: Graph, products: list[int], skeleton: Skeleton) -> list[str]:
     """Names of the weight matrices of matrix products, in order of use; biases left out."""
-    from jacdiag.trace.coverage import parameters_of
+    from jacdiag.trace.discovery.coverage import parameters_of
 
-    names = [n for node in products for n in parameters_of(graph, (node,), skeleton) if skeleton.outlines[n].dim() >= 2]
+    names = [
+        n
+        for node in products
+        for n in parameters_of(graph, (node,), skeleton)
+        if skeleton.outlines[n].dim() >= 2
+    ]
     return list(dict.fromkeys(names))

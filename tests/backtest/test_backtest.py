@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from jacdiag_cli.app import main
+from jacdiag_cli.main import main
 
 from jacdiag.backtest import Run, backtest, read_runs
-from jacdiag.backtest.scores import auroc
+from jacdiag.backtest.metrics import auroc
 from jacdiag.errors import SourceError, UsageError
+from jacdiag.records.backtest import BacktestReport
 from jacdiag.render.backtest import by_stratum
-from jacdiag.report.backtest import BacktestReport
 
 
 def curve(bad: bool, seed: int, steps: int = 300) -> np.ndarray:
@@ -29,7 +29,9 @@ def curve(bad: bool, seed: int, steps: int = 300) -> np.ndarray:
 
 
 def made(count: int = 120, seed: int = 0) -> list[Run]:
-    """A signal that decides within architecture and learning rate; the rate alone decides a little; noise nothing."""
+    """A signal that decides within architecture and learning rate; the rate alone decides a little;
+    noise nothing.
+    """
     draw = np.random.default_rng(seed)
     runs = []
     for k in range(count):
@@ -40,7 +42,9 @@ def made(count: int = 120, seed: int = 0) -> list[Run]:
         steps = np.arange(300) + 1.0
         alerts = [(150, "JD501")] if bad and k % 3 else [(50, "JD502")] if k % 20 == 0 else []
         factors = {"placement": placement, "lr": lr, "seed": float(k)}
-        runs.append(Run(f"run {k}", factors, steps, curve(bad, k), np.full(300, 1.0), figures, alerts))
+        runs.append(
+            Run(f"run {k}", factors, steps, curve(bad, k), np.full(300, 1.0), figures, alerts)
+        )
     return runs
 
 
@@ -49,9 +53,13 @@ def test_a_figure_that_decides_is_found_and_noise_is_not() -> None:
     ranks = {r.name: r for r in found.rankings}
     assert found.best is not None and found.best.name == "signal"
     assert ranks["signal"].given_lr.value == 1.0 > ranks["signal"].over_all.value  # type: ignore[operator]
-    assert ranks["learning rate"].given_lr.value == 0.5 and ranks["learning rate"].within.value > 0.6  # type: ignore[operator]
+    assert (
+        ranks["learning rate"].given_lr.value == 0.5 and ranks["learning rate"].within.value > 0.6
+    )  # type: ignore[operator]
     architecture = ranks["architecture"]
-    assert architecture.within.value == 0.5 < architecture.over_all.value, "it knows nothing inside a stratum"  # type: ignore[operator]
+    assert architecture.within.value == 0.5 < architecture.over_all.value, (
+        "it knows nothing inside a stratum"
+    )  # type: ignore[operator]
     assert ranks["missing"].given_lr.value is None and ranks["missing"].measured == 0
     assert [r.trivial for r in found.rankings] == sorted(r.trivial for r in found.rankings)
 
@@ -60,7 +68,12 @@ def test_a_figure_that_is_right_about_few_runs_is_not_the_best() -> None:
     runs = []
     for k, run in enumerate(made()):
         signal = run.figures["signal"]
-        runs.append(replace(run, figures={"few": signal if k < 30 else math.nan, "close": signal + 0.3 * (k % 5)}))
+        runs.append(
+            replace(
+                run,
+                figures={"few": signal if k < 30 else math.nan, "close": signal + 0.3 * (k % 5)},
+            )
+        )
     found = backtest(runs, times=10, hold_out=["placement"])
     ranks = {r.name: r for r in found.rankings}
     assert ranks["few"].given_lr.value == 1.0 > ranks["close"].given_lr.value  # type: ignore[operator]
@@ -69,7 +82,10 @@ def test_a_figure_that_is_right_about_few_runs_is_not_the_best() -> None:
 
 
 def test_noise_ranks_nothing_on_average() -> None:
-    found = [{r.name: r for r in backtest(made(seed=k), times=1).rankings}["noise"].given_lr.value for k in range(6)]
+    found = [
+        {r.name: r for r in backtest(made(seed=k), times=1).rankings}["noise"].given_lr.value
+        for k in range(6)
+    ]
     assert np.mean(found) == pytest.approx(0.5, abs=4 * 0.08 / 6**0.5)  # type: ignore[arg-type]
 
 
@@ -77,18 +93,24 @@ def test_live_rules_are_counted_on_healthy_runs_and_timed_on_bad_ones() -> None:
     runs = made()
     found = {d.code: d for d in backtest(runs, times=10).detectors}
     one = found["JD501"]
-    assert one.found == one.ahead == sum(1 for r in runs if r.alerts and r.alerts[0][1] == "JD501") and one.alarms == 0
+    assert (
+        one.found == one.ahead == sum(1 for r in runs if r.alerts and r.alerts[0][1] == "JD501")
+        and one.alarms == 0
+    )
     assert all(49 <= lead <= 60 for lead in one.leads)
     healthy = [r for r in runs if r.alerts and r.alerts[0][1] == "JD502"]
     assert found["JD502"].alarms == len([r for r in healthy if np.median(r.loss[-30:]) < 2.5])
-    assert found["JD502"].alarms_per_10k == pytest.approx(1e4 * found["JD502"].alarms / found["JD502"].healthy_steps)
+    assert found["JD502"].alarms_per_10k == pytest.approx(
+        1e4 * found["JD502"].alarms / found["JD502"].healthy_steps
+    )
     assert found["any"].found >= one.found
 
 
 def test_what_an_audit_says_at_step_0_is_no_live_alert() -> None:
     runs = [replace(run, alerts=[(0, "JD103"), *run.alerts]) for run in made()]
     assert [d.to_dict() for d in backtest(runs, times=10).detectors] == [
-        d.to_dict() for d in backtest(made(), times=10).detectors]  # fmt: skip
+        d.to_dict() for d in backtest(made(), times=10).detectors
+    ]
 
 
 def test_leads_are_of_the_runs_that_count_as_wrong() -> None:
@@ -96,12 +118,15 @@ def test_leads_are_of_the_runs_that_count_as_wrong() -> None:
     spiked = curve(False, 999)
     spiked[250:254] += 1.0
     factors = {"placement": "pre", "lr": 1e-3, "seed": 999.0}
-    runs.append(Run("spiked", factors, runs[0].steps, spiked, runs[0].grad_norm, alerts=[(251, "JD502")]))
+    runs.append(
+        Run("spiked", factors, runs[0].steps, spiked, runs[0].grad_norm, alerts=[(251, "JD502")])
+    )
     found = {kind: backtest(runs, bad=kind, times=10).detectors[-1] for kind in ("any", "diverged")}
     assert found["any"].bad == found["diverged"].bad + 1
     diverged = found["diverged"].ahead_by_outcome["diverged"]
     assert diverged == [found["diverged"].ahead, found["diverged"].bad]
-    assert found["any"].ahead_by_outcome == {"diverged": diverged, "spiked": [0, 1]}  # said a step behind it
+    # said a step behind it
+    assert found["any"].ahead_by_outcome == {"diverged": diverged, "spiked": [0, 1]}
 
 
 def test_each_architecture_has_its_own_ranks_with_the_rate_given() -> None:
@@ -146,32 +171,66 @@ def test_runs_that_all_ended_alike_rank_nothing() -> None:
         backtest(healthy)
 
 
-# -- foreign logs and the command --------------------------------------------------------------------------------------
+# -- foreign logs and the command ------------------------------------------------------------------
 def written(folder: Path, run: Run) -> Path:
     path = folder / f"{run.name.replace(' ', '-')}.csv"
     with path.open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["_step", "train/loss", "gain", "placement", "lr", "note"])
         for step, loss in zip(run.steps, run.loss, strict=True):
-            rows.writerow([step, loss, run.figures["signal"] if step == 1 else "", run.factors["placement"],
-                           run.factors["lr"], "x" if step < 5 else "y"])  # fmt: skip
+            rows.writerow(
+                [
+                    step,
+                    loss,
+                    run.figures["signal"] if step == 1 else "",
+                    run.factors["placement"],
+                    run.factors["lr"],
+                    "x" if step < 5 else "y",
+                ]
+            )
     return path
 
 
-def test_a_foreign_csv_gives_the_same_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_foreign_csv_gives_the_same_ranks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     runs = made(60)
     files = [written(tmp_path, run) for run in runs]
     read = read_runs(files, {"loss": "train/loss", "step": "_step"}, ["gain"])
-    assert read[0].factors == {"placement": "pre", "lr": 1e-3} and read[0].figures["gain"] == runs[0].figures["signal"]
-    code = main(["backtest", *map(str, files), "--column", "loss=train/loss", "--column", "step=_step", "--figure",
-                 "gain", "--resamples", "50", "--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "b.png"),
-                 "--markdown", str(tmp_path / "b.md")])  # fmt: skip
+    assert (
+        read[0].factors == {"placement": "pre", "lr": 1e-3}
+        and read[0].figures["gain"] == runs[0].figures["signal"]
+    )
+    code = main(
+        [
+            "backtest",
+            *map(str, files),
+            "--column",
+            "loss=train/loss",
+            "--column",
+            "step=_step",
+            "--figure",
+            "gain",
+            "--resamples",
+            "50",
+            "--json",
+            str(tmp_path / "b.json"),
+            "--plot",
+            str(tmp_path / "b.png"),
+            "--markdown",
+            str(tmp_path / "b.md"),
+        ]
+    )
     out = capsys.readouterr().out
-    assert code == 0 and "best given the learning rate: gain, 1.00" in out and "(learning rate)" in out
+    assert (
+        code == 0 and "best given the learning rate: gain, 1.00" in out and "(learning rate)" in out
+    )
     report = BacktestReport.from_dict(json.loads((tmp_path / "b.json").read_text()))
     ours = {r.name: r.given_lr.value for r in backtest(runs, times=10).rankings}
     assert {r.name: r.given_lr.value for r in report.rankings}["gain"] == ours["signal"]
-    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG") and "| gain |" in (tmp_path / "b.md").read_text()
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG") and "| gain |" in (
+        tmp_path / "b.md"
+    ).read_text()
 
 
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
@@ -196,18 +255,33 @@ def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_outputs_of_every_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [str(written(tmp_path, run)) for run in made(12)]
-    command = ["backtest", *files, "--column", "loss=train/loss", "--column", "step=_step", "--figure", "gain",
-               "--resamples", "5"]  # fmt: skip
+    command = [
+        "backtest",
+        *files,
+        "--column",
+        "loss=train/loss",
+        "--column",
+        "step=_step",
+        "--figure",
+        "gain",
+        "--resamples",
+        "5",
+    ]
     (tmp_path / "link.json").symlink_to("real.json")
     assert main([*command, "--json", str(tmp_path / "link.json"), "--pack", "/dev/null"]) == 0
     said = capsys.readouterr().err
     assert f"wrote {tmp_path / 'link.json'}\n" in said and "wrote /dev/null\n" in said
-    assert (tmp_path / "link.json").is_symlink() and (tmp_path / "real.json").read_text().startswith("{")
+    assert (tmp_path / "link.json").is_symlink() and (
+        tmp_path / "real.json"
+    ).read_text().startswith("{")
 
     assert main([*command, "--json", "-"]) == 0
     left = capsys.readouterr()
     assert json.loads(left.out)["rankings"] and "gain" in left.err and "wrote" not in left.err
-    assert main([*command, "--markdown", "/dev/full"]) == 2 and "No space left" in capsys.readouterr().err
+    assert (
+        main([*command, "--markdown", "/dev/full"]) == 2
+        and "No space left" in capsys.readouterr().err
+    )
     assert main([*command, "--json", files[0]]) == 2
     assert "would write over a run that is read" in capsys.readouterr().err
     assert Path(files[0]).read_text().startswith("_step")

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from scipy.special import expit
 from scipy.stats import norm
 
-from jacdiag.backtest.fit import fit, logistic
+from jacdiag.backtest.risk_fit import fit, logistic
 from jacdiag.errors import UsageError
-from jacdiag.report.risk import RiskCurve, RiskTable, Z, load_risk, written
-from jacdiag.report.risk import logistic as plain_logistic
+from jacdiag.records.risk import RiskCurve, RiskTable, Z, load_risk, written
+from jacdiag.records.risk import logistic as plain_logistic
 
 TRUE = np.array([6.0, 1.5, 2.0])
 
@@ -44,7 +44,11 @@ def test_the_chosen_coefficients_are_found_and_their_spread_is_told() -> None:
 def test_runs_that_are_separated_give_a_finite_curve() -> None:
     lr = np.array([1e-3, 1e-2, 1e-1, 1.0])
     curve = fit(np.ones(4), lr, lr > 0.05, range(4), times=0)
-    assert curve is not None and np.all(np.isfinite(curve.coefficients)) and curve.coefficients[1] == 0.0
+    assert (
+        curve is not None
+        and np.all(np.isfinite(curve.coefficients))
+        and curve.coefficients[1] == 0.0
+    )
     chances = curve.chances(np.ones(4), lr)
     assert np.all(np.diff(chances) > 0) and chances[1] < 0.5 < chances[2]
 
@@ -59,22 +63,38 @@ def test_the_warm_up_enters_where_runs_differ_in_it() -> None:
     figure, lr, _ = drawn(4000)
     draw = np.random.default_rng(1)
     warmup = 10 ** draw.uniform(1, 3, size=4000)
-    bad = draw.random(4000) < expit(TRUE[0] + TRUE[1] * np.log(figure) + TRUE[2] * np.log(lr) - 0.8 * np.log(warmup))
+    bad = draw.random(4000) < expit(
+        TRUE[0] + TRUE[1] * np.log(figure) + TRUE[2] * np.log(lr) - 0.8 * np.log(warmup)
+    )
     curve = fit(figure, lr, bad, range(4000), warmup=warmup, times=40)
     assert curve is not None and curve.covariance.shape == (4, 4)
-    assert np.all(np.abs(curve.coefficients - [*TRUE, -0.8]) < 4 * np.sqrt(np.diag(curve.covariance)))
+    assert np.all(
+        np.abs(curve.coefficients - [*TRUE, -0.8]) < 4 * np.sqrt(np.diag(curve.covariance))
+    )
     longer = curve.chances(figure, lr, 2 * warmup)
-    assert np.all(longer < curve.chances(figure, lr, warmup)) and np.isnan(curve.chances(figure, lr)).all()
+    assert (
+        np.all(longer < curve.chances(figure, lr, warmup))
+        and np.isnan(curve.chances(figure, lr)).all()
+    )
     kept = RiskCurve("pre", "f", curve.coefficients.tolist(), curve.covariance.tolist(), {}, 1, 1)
     assert kept.by_warmup and kept.chance(figure[0], lr[0], warmup[0])[0] == pytest.approx(
-        curve.chances(figure, lr, warmup)[0])  # fmt: skip
+        curve.chances(figure, lr, warmup)[0]
+    )
 
 
-@pytest.mark.parametrize("warmup", [np.full(500, 20.0), np.where(np.arange(500) == 3, np.nan, np.arange(500.0))])
-def test_a_warm_up_that_is_always_the_same_or_not_always_known_does_not_enter(warmup: np.ndarray) -> None:
+@pytest.mark.parametrize(
+    "warmup", [np.full(500, 20.0), np.where(np.arange(500) == 3, np.nan, np.arange(500.0))]
+)
+def test_a_warm_up_that_is_always_the_same_or_not_always_known_does_not_enter(
+    warmup: np.ndarray,
+) -> None:
     figure, lr, bad = drawn(500)
     curve, plain = (fit(figure, lr, bad, range(500), warmup=w, times=0) for w in (warmup, None))
-    assert curve is not None and plain is not None and np.array_equal(curve.coefficients, plain.coefficients)
+    assert (
+        curve is not None
+        and plain is not None
+        and np.array_equal(curve.coefficients, plain.coefficients)
+    )
 
 
 def test_a_shorter_warm_up_is_never_better() -> None:
@@ -93,7 +113,10 @@ def test_what_was_not_measured_has_no_chance() -> None:
     figure[:3] = math.nan, 0.0, -1.0
     curve = fit(figure, lr, bad, range(200), times=0)
     assert curve is not None
-    assert np.isnan(curve.chances(figure, lr)[:3]).all() and not np.isnan(curve.chances(figure, lr)[3:]).any()
+    assert (
+        np.isnan(curve.chances(figure, lr)[:3]).all()
+        and not np.isnan(curve.chances(figure, lr)[3:]).any()
+    )
 
 
 @given(st.floats(-800, 800))
@@ -102,18 +125,30 @@ def test_the_logistic_does_not_overflow(x: float) -> None:
     assert float(logistic(np.array(x))) == pytest.approx(float(expit(x)), rel=1e-12, abs=1e-300)
 
 
-# -- as it is kept -----------------------------------------------------------------------------------------------------
-CURVE = RiskCurve("pre", "mean branch norm", [6.0, 1.5, 2.0],
-                  [[0.5, 0.1, 0.0], [0.1, 0.2, 0.0], [0.0, 0.0, 0.1]],
-                  {"figure": [0.5, 40.0], "lr": [1e-3, 0.25], "width": [32.0, 128.0]}, 120, 40, 'a "lab"')  # fmt: skip
+# -- as it is kept ---------------------------------------------------------------------------------
+CURVE = RiskCurve(
+    "pre",
+    "mean branch norm",
+    [6.0, 1.5, 2.0],
+    [[0.5, 0.1, 0.0], [0.1, 0.2, 0.0], [0.0, 0.0, 0.1]],
+    {"figure": [0.5, 40.0], "lr": [1e-3, 0.25], "width": [32.0, 128.0]},
+    120,
+    40,
+    'a "lab"',
+)
 
 
 def test_a_chance_has_the_interval_of_its_covariance() -> None:
     chance, lower, upper = CURVE.chance(3.0, 0.01)
     x = np.array([1.0, math.log(3.0), math.log(0.01)])
-    middle, half = x @ np.array(CURVE.coefficients), norm.ppf(0.975) * math.sqrt(x @ np.array(CURVE.covariance) @ x)
+    middle, half = (
+        x @ np.array(CURVE.coefficients),
+        norm.ppf(0.975) * math.sqrt(x @ np.array(CURVE.covariance) @ x),
+    )
     assert pytest.approx(Z, abs=1e-6) == norm.ppf(0.975)
-    assert (chance, lower, upper) == pytest.approx(tuple(expit([middle, middle - half, middle + half])), rel=1e-6)
+    assert (chance, lower, upper) == pytest.approx(
+        tuple(expit([middle, middle - half, middle + half])), rel=1e-6
+    )
 
 
 def test_curves_are_read_as_they_were_written(tmp_path: Path) -> None:
@@ -129,14 +164,30 @@ def test_curves_are_read_as_they_were_written(tmp_path: Path) -> None:
         ("curve = 3", "cannot read the curves"),
         ("[curve.pre]\nfigure = 'mean branch norm'", "cannot read the curves"),
         ("not toml", "cannot read the curves"),
-        (written(RiskTable({"pre": CURVE})).replace("mean branch norm", "the weather"), "unknown figure"),
+        (
+            written(RiskTable({"pre": CURVE})).replace("mean branch norm", "the weather"),
+            "unknown figure",
+        ),
         ("x = 1", "holds no curve"),
         ("", "holds no curve"),
         (written(RiskTable()), "holds no curve"),
-        *((written(RiskTable({"pre": replace(CURVE, ranges={**CURVE.ranges, name: span})})), f"ranges.{name} of")
-          for name, span in (("figure", [0.0, 40.0]), ("figure", [-1.0, 40.0]), ("lr", [0.0, 0.1]), ("lr", [0.1, 0.01]),
-                             ("lr", [0.1]))),
-        (written(RiskTable({"pre": replace(CURVE, ranges={"lr": [0.1, 0.2]})})), "ranges.figure of .* is None"),
+        *(
+            (
+                written(RiskTable({"pre": replace(CURVE, ranges={**CURVE.ranges, name: span})})),
+                f"ranges.{name} of",
+            )
+            for name, span in (
+                ("figure", [0.0, 40.0]),
+                ("figure", [-1.0, 40.0]),
+                ("lr", [0.0, 0.1]),
+                ("lr", [0.1, 0.01]),
+                ("lr", [0.1]),
+            )
+        ),
+        (
+            written(RiskTable({"pre": replace(CURVE, ranges={"lr": [0.1, 0.2]})})),
+            "ranges.figure of .* is None",
+        ),
     ],
 )
 def test_files_that_hold_no_curves_are_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -10,35 +10,47 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from jacdiag_cli.app import main
+from jacdiag_cli.main import main
 
 from jacdiag.backtest import Run, backtest
-from jacdiag.backtest.board import board
-from jacdiag.backtest.heldout import curves, foretelling
-from jacdiag.backtest.labels import label
-from jacdiag.backtest.packed import encoded, pack, read_packed, unpack
+from jacdiag.backtest.archive import encoded, pack, read_packed, unpack
+from jacdiag.backtest.cross_validation import curves, foretelling
+from jacdiag.backtest.dataset import board
+from jacdiag.backtest.outcomes import label
 from jacdiag.errors import SourceError, UsageError
-from jacdiag.report.backtest import BacktestReport
-from jacdiag.report.figures import CONDITIONS
-from jacdiag.report.risk import load_risk
+from jacdiag.records.backtest import BacktestReport
+from jacdiag.records.risk import load_risk
+from jacdiag.rules.risk_features import CONDITIONS
 from tests.backtest.test_backtest import curve
 
 
 def made(count: int = 240, seed: int = 0, leak: bool = False) -> list[Run]:
-    """Signal and learning rate decide, with noise; `leak` is a figure that tells the truth at width 128 only."""
+    """Signal and learning rate decide, with noise; `leak` is a figure that tells the truth at width
+    128 only.
+    """
     draw = np.random.default_rng(seed)
     runs = []
     for k in range(count):
         lr, width = (1e-3, 1e-2, 1e-1)[k % 3], (32.0, 64.0, 128.0)[k // 3 % 3]
         placement = ("pre", "post")[k // 9 % 2]
         signal = math.exp(draw.normal())
-        bad = bool(draw.random() < 1 / (1 + math.exp(-(6.0 + 3 * math.log(signal) + 1.3 * math.log(lr)))))
+        bad = bool(
+            draw.random() < 1 / (1 + math.exp(-(6.0 + 3 * math.log(signal) + 1.3 * math.log(lr))))
+        )
         figures = {"signal": signal, "noise": math.exp(draw.normal())}
         if leak:
             figures["leak"] = (10.0 if bad else 0.1) if width == 128.0 else math.exp(draw.normal())
-        factors = {"placement": placement, "lr": lr, "width": width, "layers": 6.0, "branch_std": float(k % 7)}
+        factors = {
+            "placement": placement,
+            "lr": lr,
+            "width": width,
+            "layers": 6.0,
+            "branch_std": float(k % 7),
+        }
         factors["seed"] = float(k % 5)
-        runs.append(Run(f"run {k}", factors, np.arange(300) + 1.0, curve(bad, k), np.ones(300), figures))
+        runs.append(
+            Run(f"run {k}", factors, np.arange(300) + 1.0, curve(bad, k), np.ones(300), figures)
+        )
     return runs
 
 
@@ -52,11 +64,21 @@ def test_a_signal_is_foretold_at_levels_that_were_not_seen() -> None:
     for one in found.held_out:
         assert {level.figure for level in one.levels.values()} == {"signal"}
         assert one.auroc.value is not None and one.auroc.value > 0.85
-        assert one.brier is not None and one.brier_rate_alone is not None and one.brier < one.brier_rate_alone
-        assert sum(b.runs for b in one.calibration) == sum(level.runs for level in one.levels.values()) == 240
+        assert (
+            one.brier is not None
+            and one.brier_rate_alone is not None
+            and one.brier < one.brier_rate_alone
+        )
+        assert (
+            sum(b.runs for b in one.calibration)
+            == sum(level.runs for level in one.levels.values())
+            == 240
+        )
         assert set(one.transfer) == {"pre", "post"}
     width = found.held_out[0]
-    assert all(abs(t.expected - t.observed) < 0.12 for t in width.transfer.values()), "chances carry over"  # type: ignore[operator]
+    assert all(abs(t.expected - t.observed) < 0.12 for t in width.transfer.values()), (
+        "chances carry over"
+    )  # type: ignore[operator]
     assert width.false_alarms is not None and width.false_alarms < 0.15 and width.recall is not None
 
 
@@ -81,15 +103,32 @@ def test_each_architecture_is_foretold_by_its_own_figure() -> None:
 
 
 def inits(smooth: str, bent: str) -> list[Run]:
-    """Six inits at six rates; both figures rank them alike, only of `smooth` one edge tells the next."""
+    """Six inits at six rates; both figures rank them alike, only of `smooth` one edge tells the
+    next.
+    """
     draw = np.random.default_rng(3)
     runs = []
     for k, lr, seed in itertools.product(range(6), 10 ** np.linspace(-3, 0, 6), range(2)):
         signal = math.exp(k - 2.5)
         bad = signal * lr * math.exp(0.5 * draw.normal()) > 0.03
         figures = {bent: 1.0 + 1e-3 * k if k < 5 else 1e6, smooth: signal}
-        factors = {"placement": "pre", "lr": float(lr), "branch_std": float(k), "seed": float(seed), "warmup": 20.0}
-        runs.append(Run(f"{k} {lr:g} {seed}", factors, np.arange(300) + 1.0, curve(bad, k), np.ones(300), figures))
+        factors = {
+            "placement": "pre",
+            "lr": float(lr),
+            "branch_std": float(k),
+            "seed": float(seed),
+            "warmup": 20.0,
+        }
+        runs.append(
+            Run(
+                f"{k} {lr:g} {seed}",
+                factors,
+                np.arange(300) + 1.0,
+                curve(bad, k),
+                np.ones(300),
+                figures,
+            )
+        )
     return runs
 
 
@@ -97,14 +136,24 @@ def inits(smooth: str, bent: str) -> list[Run]:
 def test_a_curve_rests_on_the_condition_that_foretells_inits_left_out(smooth: str) -> None:
     [bent] = set(CONDITIONS) - {smooth}
     runs = inits(smooth, bent)
-    cast = board(runs, [label(run.loss) for run in runs], bad="any", stratum=["placement"], peers=[],
-                 cluster_without=["seed"])  # fmt: skip
+    cast = board(
+        runs,
+        [label(run.loss) for run in runs],
+        bad="any",
+        stratum=["placement"],
+        peers=[],
+        cluster_without=["seed"],
+    )
     everything = np.ones(len(runs), dtype=bool)
-    assert len(set(cast.inits)) == 6 and cast.best(everything) == bent, "they rank alike: the first one is named"
+    assert len(set(cast.inits)) == 6 and cast.best(everything) == bent, (
+        "they rank alike: the first one is named"
+    )
     assert foretelling(cast, everything) == smooth
     assert backtest(runs, times=5).curves["pre"].figure == smooth
     one_init = np.array([run.factors["branch_std"] == 2.0 for run in runs])
-    assert foretelling(cast, one_init) == cast.best(one_init), "with nothing to leave out, the ranks"
+    assert foretelling(cast, one_init) == cast.best(one_init), (
+        "with nothing to leave out, the ranks"
+    )
 
 
 def test_figures_of_ones_own_are_ranked_and_make_no_curve_for_audits() -> None:
@@ -114,9 +163,17 @@ def test_figures_of_ones_own_are_ranked_and_make_no_curve_for_audits() -> None:
 
 
 def test_without_the_other_class_nothing_is_foretold() -> None:
-    runs = [replace(r, factors={**r.factors, "side": float(np.median(r.loss[-30:]) > 2.5)}) for r in made(60)]
+    runs = [
+        replace(r, factors={**r.factors, "side": float(np.median(r.loss[-30:]) > 2.5)})
+        for r in made(60)
+    ]
     [one] = backtest(runs, times=10, hold_out=["side"]).held_out
-    assert one.auroc.value is None and one.brier is None and one.recall is None and one.calibration == []
+    assert (
+        one.auroc.value is None
+        and one.brier is None
+        and one.recall is None
+        and one.calibration == []
+    )
 
 
 def test_a_placement_with_few_runs_of_one_outcome_has_no_curve() -> None:
@@ -130,10 +187,18 @@ def test_a_placement_with_few_runs_of_one_outcome_has_no_curve() -> None:
 
 def test_two_inits_tell_no_third_and_one_tells_itself() -> None:
     for stds, there in (((1.0,), {"pre", "post"}), ((1.0, 2.0), set())):
-        runs = [replace(r, factors={**r.factors, "width": 64.0, "branch_std": stds[k // 3 % len(stds)]})
-                for k, r in enumerate(named(made(120)))]  # fmt: skip
-        cast = board(runs, [label(run.loss) for run in runs], bad="any", stratum=["placement"], peers=[],
-                     cluster_without=["seed"])  # fmt: skip
+        runs = [
+            replace(r, factors={**r.factors, "width": 64.0, "branch_std": stds[k // 3 % len(stds)]})
+            for k, r in enumerate(named(made(120)))
+        ]
+        cast = board(
+            runs,
+            [label(run.loss) for run in runs],
+            bad="any",
+            stratum=["placement"],
+            peers=[],
+            cluster_without=["seed"],
+        )
         assert set(curves(cast, 10)) == there
 
 
@@ -150,7 +215,9 @@ def test_runs_that_did_not_end_are_left_out() -> None:
     runs = made(60)
     asked = {**runs[0].factors, "steps": 400.0}
     short = replace(runs[0], name="short", factors=asked)
-    broken = replace(runs[1], name="broken", factors=asked, loss=np.append(runs[1].loss[:-1], math.nan))
+    broken = replace(
+        runs[1], name="broken", factors=asked, loss=np.append(runs[1].loss[:-1], math.nan)
+    )
     found = backtest([*runs, short, broken], times=1)
     assert "short" not in found.bad and found.bad["broken"] and found.asked["not_whole"] == 1
 
@@ -160,46 +227,84 @@ def test_a_factor_that_no_run_has_is_refused() -> None:
         backtest(made(30), times=1, hold_out=["colour"])
 
 
-# -- files -------------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["a.runs", "a.runs.gz"])
 def test_packed_runs_come_back(tmp_path: Path, name: str) -> None:
     runs = made(20)
-    runs[3] = replace(runs[3], loss=np.append(runs[3].loss[:-1], math.inf), alerts=[(7, "JD501")],
-                      figures={"signal": math.nan, "noise": 2.0})  # fmt: skip
+    runs[3] = replace(
+        runs[3],
+        loss=np.append(runs[3].loss[:-1], math.inf),
+        alerts=[(7, "JD501")],
+        figures={"signal": math.nan, "noise": 2.0},
+    )
     path = tmp_path / name
     path.write_bytes(encoded(runs, path))
     assert encoded(runs, path) == path.read_bytes(), "the same runs give the same bytes"
     back = read_packed(path)
     for a, b in zip(runs, back, strict=True):
-        assert (a.name, dict(a.factors), list(a.alerts)) == (b.name, dict(b.factors), list(b.alerts))
+        assert (a.name, dict(a.factors), list(a.alerts)) == (
+            b.name,
+            dict(b.factors),
+            list(b.alerts),
+        )
         assert b.loss == pytest.approx(a.loss, rel=1e-3) and b.steps.tolist() == a.steps.tolist()
     assert back[3].figures == {"noise": 2.0}, "what was not measured is absent"
     assert pack(list(unpack(pack(back)))) == pack(back)
 
 
 def test_what_is_not_packed_is_named(tmp_path: Path) -> None:
-    for name, data in (("a.runs", b"{}\n"), ("b.runs.gz", b"no gzip"), ("c.runs", b'{"type": "step"}\n')):
+    for name, data in (
+        ("a.runs", b"{}\n"),
+        ("b.runs.gz", b"no gzip"),
+        ("c.runs", b'{"type": "step"}\n'),
+    ):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(SourceError, match="cannot read the runs"):
             read_packed(tmp_path / name)
 
 
-def test_the_command_holds_out_packs_and_writes_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    known = [replace(run, factors={**run.factors, "clip": 1.0, "beta2": 0.95}) for run in named(made(120))]
+def test_the_command_holds_out_packs_and_writes_curves(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = [
+        replace(run, factors={**run.factors, "clip": 1.0, "beta2": 0.95})
+        for run in named(made(120))
+    ]
     path = tmp_path / "all.runs"
     path.write_bytes(encoded(known, path))
-    options = ["--hold-out", "width", "--resamples", "20", "--write-risk", str(tmp_path / "risk.toml"), "--pack",
-               str(tmp_path / "again.runs.gz"), "--json", str(tmp_path / "b.json"), "--markdown",
-               str(tmp_path / "b.md")]  # fmt: skip
+    options = [
+        "--hold-out",
+        "width",
+        "--resamples",
+        "20",
+        "--write-risk",
+        str(tmp_path / "risk.toml"),
+        "--pack",
+        str(tmp_path / "again.runs.gz"),
+        "--json",
+        str(tmp_path / "b.json"),
+        "--markdown",
+        str(tmp_path / "b.md"),
+    ]
     assert main(["backtest", str(path), *options]) == 0
     out = capsys.readouterr().out
-    assert "held out by width" in out and "AUROC, learning rate given" in out and "chance → went wrong" in out
+    assert (
+        "held out by width" in out
+        and "AUROC, learning rate given" in out
+        and "chance → went wrong" in out
+    )
     report = BacktestReport.from_dict(json.loads((tmp_path / "b.json").read_text()))
     assert report.curves == backtest(read_packed(path), times=20).curves
     table = load_risk(tmp_path / "risk.toml")
-    assert set(table.curves) == {"pre", "post"} and table.curves["pre"].ranges["width"] == [32.0, 128.0]
+    assert set(table.curves) == {"pre", "post"} and table.curves["pre"].ranges["width"] == [
+        32.0,
+        128.0,
+    ]
     for written_curve in table.curves.values():
-        assert (written_curve.ranges["clip"], written_curve.ranges["beta2"]) == ([1.0, 1.0], [0.95, 0.95])
+        assert (written_curve.ranges["clip"], written_curve.ranges["beta2"]) == (
+            [1.0, 1.0],
+            [0.95, 0.95],
+        )
     assert len(read_packed(tmp_path / "again.runs.gz")) == 120
     assert "## Held out" in (tmp_path / "b.md").read_text()
 
@@ -212,4 +317,6 @@ def test_bad_names_of_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFi
     given = ["--stratum", "layers", "--resamples", "5", "--write-risk", str(tmp_path / "r.toml")]
     given += ["--json", str(tmp_path / "r.json")]
     assert main(["backtest", str(path), *given]) == 2
-    assert "there is no curve to write" in capsys.readouterr().err and not list(tmp_path.glob("r.*"))
+    assert "there is no curve to write" in capsys.readouterr().err and not list(
+        tmp_path.glob("r.*")
+    )

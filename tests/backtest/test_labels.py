@@ -7,12 +7,16 @@ import math
 import numpy as np
 import pytest
 
-from jacdiag.backtest.labels import Label, label
+from jacdiag.backtest.outcomes import Label, label
 
 
 def falling(steps: int = 1000, noise: float = 0.02, seed: int = 0) -> np.ndarray:
     k = np.arange(steps)
-    return 2.0 + 2.5 * np.exp(-k / (steps / 15)) + noise * np.random.default_rng(seed).normal(size=steps)
+    return (
+        2.0
+        + 2.5 * np.exp(-k / (steps / 15))
+        + noise * np.random.default_rng(seed).normal(size=steps)
+    )
 
 
 def test_a_falling_loss_is_healthy() -> None:
@@ -55,7 +59,9 @@ def test_one_low_step_of_a_noisy_loss_is_no_return() -> None:
 
 def test_a_step_counts_as_a_spike_where_both_definitions_see_it() -> None:
     loss = falling(noise=0.2, seed=3)
-    assert label(loss).spike_rate > 100 and label(loss).outcome == "healthy", "noise passes a median by 0.1"
+    assert label(loss).spike_rate > 100 and label(loss).outcome == "healthy", (
+        "noise passes a median by 0.1"
+    )
     loss[500] += 4.0
     assert (label(loss).outcome, label(loss).left) == ("spiked", 500)
 

@@ -1,4 +1,6 @@
-"""A log played through the live rules says what was said in the run; with other thresholds or curves, other things."""
+"""A log played through the live rules says what was said in the run; with other thresholds or
+curves, other things.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from watching.rig import adam, plain_step, small
+from monitor.rig import adam, plain_step, small
 
 import jacdiag
 from jacdiag.backtest import read_runs
-from jacdiag.backtest.packed import encoded
+from jacdiag.backtest.archive import encoded
 from jacdiag.backtest.rejudge import rejudged
-from jacdiag.report.risk import RiskCurve, RiskTable, written
-from jacdiag.report.runlog import RunLog, read_run
-from jacdiag.report.thresholds import load_thresholds
+from jacdiag.records.risk import RiskCurve, RiskTable, written
+from jacdiag.records.run_log import RunLog, read_run
+from jacdiag.rules.thresholds import load_thresholds
 
 RANGES = {"figure": [1e-9, 1e9], "lr": [1e-9, 1e9], "width": [1.0, 1e6], "layers": [1.0, 1e3]}
-CURVE = RiskCurve("pre", "worst branch norm", [0.0, 0.0, 1.0], [[0.0] * 3] * 3, RANGES, 100, 40, "made up")
+CURVE = RiskCurve(
+    "pre", "worst branch norm", [0.0, 0.0, 1.0], [[0.0] * 3] * 3, RANGES, 100, 40, "made up"
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +60,9 @@ def test_the_same_rules_say_the_same(folder: Path) -> None:
     log = read_run(folder)
     made = rejudged(log, load_thresholds())
     assert log.resumes == [60] and {"JD501", "JD504"} <= {code for _, code, _ in told(log)}
-    assert sorted((a.step, a.code) for a in made if a.code != "JD105") == sorted((s, c) for s, c, _ in told(log))
+    assert sorted((a.step, a.code) for a in made if a.code != "JD105") == sorted(
+        (s, c) for s, c, _ in told(log)
+    )
 
 
 def test_other_thresholds_and_curves_say_other_things(folder: Path) -> None:
@@ -67,7 +73,9 @@ def test_other_thresholds_and_curves_say_other_things(folder: Path) -> None:
     assert rejudged(log, load_thresholds({**silent, **calm})) == []
     rates = [row["lr"] for row in log.steps]
     path = folder / "louder.toml"
-    louder = RiskCurve("pre", CURVE.figure, [20.0, 0.0, 1.0], CURVE.covariance, RANGES, 100, 40, "made up")
+    louder = RiskCurve(
+        "pre", CURVE.figure, [20.0, 0.0, 1.0], CURVE.covariance, RANGES, 100, 40, "made up"
+    )
     path.write_text(written(RiskTable({"pre": louder})), encoding="utf-8")
     first = [a for a in rejudged(log, load_thresholds(risk=str(path))) if a.code == "JD105"]
     assert [(a.step, a.level) for a in first] == [(2, "error")] and rates[0] > 0
@@ -81,27 +89,35 @@ def test_runs_are_read_with_what_the_rules_say_now(folder: Path) -> None:
 
 
 def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from jacdiag_cli.app import main
+    from jacdiag_cli.main import main
 
     packed = tmp_path / "a.runs"
     packed.write_bytes(encoded(read_runs([folder]), packed))
     curves, calm = str(folder / "risk.toml"), tmp_path / "calm" / "run.jsonl"
     calm.parent.mkdir()
     lines = (folder / "run.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    calm.write_text("".join(line for line in lines if json.loads(line).get("step", 0) < 90), encoding="utf-8")
-    assert main(["backtest", str(folder), str(calm), "--rejudge", "--risk", curves, "--format", "json"]) == 0
+    calm.write_text(
+        "".join(line for line in lines if json.loads(line).get("step", 0) < 90), encoding="utf-8"
+    )
+    assert (
+        main(
+            ["backtest", str(folder), str(calm), "--rejudge", "--risk", curves, "--format", "json"]
+        )
+        == 0
+    )
     codes = [d["code"] for d in json.loads(capsys.readouterr().out)["detectors"]]
     assert "JD501" in codes and "JD103" not in codes
     assert main(["backtest", str(packed), "--rejudge"]) == 2
     assert "does not hold what the live rules look at" in capsys.readouterr().err
     poor = tmp_path / "poor" / "run.jsonl"
     poor.parent.mkdir()
-    poor.write_text('{"v":1,"type":"run","groups":[]}\n{"v":1,"type":"step","step":1,"loss":2.0}\n', encoding="utf-8")
+    poor.write_text(
+        '{"v":1,"type":"run","groups":[]}\n{"v":1,"type":"step","step":1,"loss":2.0}\n',
+        encoding="utf-8",
+    )
     assert main(["backtest", str(poor), "--rejudge"]) == 2
     assert "'poor' does not hold what the live rules look at" in capsys.readouterr().err
     assert main(["backtest", str(folder), "--risk", curves]) == 2
     assert "--risk is for --rejudge" in capsys.readouterr().err
     assert main(["backtest", str(folder), "--rejudge", "--risk", str(tmp_path / "none.toml")]) == 2
     assert "none.toml" in capsys.readouterr().err
-
-

@@ -1,4 +1,6 @@
-"""Logs as people have them: blanks, copies of one name, surplus fields, factors that are not known."""
+"""Logs as people have them: blanks, copies of one name, surplus fields, factors that are not
+known.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +14,12 @@ import numpy as np
 import pytest
 
 from jacdiag.backtest import Run, backtest, read_runs
-from jacdiag.backtest.board import board
-from jacdiag.backtest.heldout import curves
-from jacdiag.backtest.labels import label
-from jacdiag.backtest.packed import pack, unpack
+from jacdiag.backtest.archive import pack, unpack
+from jacdiag.backtest.cross_validation import curves
+from jacdiag.backtest.dataset import board
+from jacdiag.backtest.outcomes import label
 from jacdiag.errors import SourceError, UsageError
-from jacdiag.report.figures import CONDITIONS
+from jacdiag.rules.risk_features import CONDITIONS
 from tests.backtest.test_backtest import curve, made
 
 
@@ -31,7 +33,9 @@ def log(path: Path, rows: list[dict[str, object]]) -> Path:
 
 
 def sparse(bad: bool, every: int = 10) -> list[dict[str, object]]:
-    """The loss every tenth row, the rate in each, as loggers with more than one frequency write it."""
+    """The loss every tenth row, the rate in each, as loggers with more than one frequency write
+    it.
+    """
     losses = curve(bad, 1, 3000)[::every]
     rows: list[dict[str, object]] = []
     for k, loss in enumerate(losses):
@@ -51,7 +55,9 @@ def test_a_row_without_a_loss_is_no_broken_step(tmp_path: Path, bad: bool) -> No
 
 
 def test_a_loss_that_was_logged_as_nan_broke(tmp_path: Path) -> None:
-    rows: list[dict[str, object]] = [{"step": k, "loss": 3.0 if k < 150 else "nan"} for k in range(200)]
+    rows: list[dict[str, object]] = [
+        {"step": k, "loss": 3.0 if k < 150 else "nan"} for k in range(200)
+    ]
     [run] = read_runs([log(tmp_path / "a.csv", [*rows, {"step": 200, "loss": ""}])])
     assert (label(run.loss).outcome, label(run.loss).left) == ("diverged", 150)
 
@@ -103,7 +109,9 @@ def test_surplus_fields_of_a_csv_are_passed_over(tmp_path: Path) -> None:
 def test_a_factor_that_is_not_known_is_none(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [{"step": k, "loss": 3.0, "beta": "inf"} for k in range(20)]
     path = log(tmp_path / "a.csv", rows)
-    (tmp_path / "factors.json").write_text(json.dumps({"lr": 0.1, "warmup": None, "clip": math.inf}))
+    (tmp_path / "factors.json").write_text(
+        json.dumps({"lr": 0.1, "warmup": None, "clip": math.inf})
+    )
     runs = read_runs([path])
     assert runs[0].factors == {"lr": 0.1, "clip": "inf", "beta": "inf"}
     assert next(unpack(pack(runs))).factors == runs[0].factors
@@ -133,10 +141,31 @@ def test_a_figure_of_nothing_makes_no_range() -> None:
     for k in range(96):
         lr, signal = 10.0 ** (k % 4 - 3), 0.0 if k % 12 == 0 else 1.0 + k % 12
         bad = signal * lr > 0.05
-        factors = {"placement": "pre", "lr": lr, "branch_std": float(k % 12), "seed": float(k), "warmup": 20.0}
-        runs.append(Run(f"{k}", factors, np.arange(60) + 1.0, curve(bad, k, 60), np.ones(60), {CONDITIONS[0]: signal}))
+        factors = {
+            "placement": "pre",
+            "lr": lr,
+            "branch_std": float(k % 12),
+            "seed": float(k),
+            "warmup": 20.0,
+        }
+        runs.append(
+            Run(
+                f"{k}",
+                factors,
+                np.arange(60) + 1.0,
+                curve(bad, k, 60),
+                np.ones(60),
+                {CONDITIONS[0]: signal},
+            )
+        )
     wrong = np.array([run.figures[CONDITIONS[0]] * float(run.factors["lr"]) > 0.05 for run in runs])
-    cast = board(runs, [label(run.loss) for run in runs], bad="any", stratum=["placement"], peers=[],
-                 cluster_without=["seed"])  # fmt: skip
+    cast = board(
+        runs,
+        [label(run.loss) for run in runs],
+        bad="any",
+        stratum=["placement"],
+        peers=[],
+        cluster_without=["seed"],
+    )
     [found] = curves(replace(cast, wrong=wrong), 10).values()
     assert found.ranges["figure"][0] > 0 and found.runs == 88

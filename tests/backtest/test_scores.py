@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest, mannwhitneyu
 
-from jacdiag.backtest.scores import (
+from jacdiag.backtest.metrics import (
     LEAST_CLUSTERS,
     auroc,
     auroc_interval,
@@ -72,13 +72,20 @@ def test_a_stratum_that_explains_all_is_no_merit() -> None:
 
 
 @given(RUNS)
-def test_what_was_not_measured_ties_where_it_is_not_left_out(runs: list[tuple[int, bool, int]]) -> None:
+def test_what_was_not_measured_ties_where_it_is_not_left_out(
+    runs: list[tuple[int, bool, int]],
+) -> None:
     scores, bad, strata = arrays(runs)
     left, tied = auroc(scores, bad, strata), auroc(scores, bad, strata, missing_ties=True)
     assert (tied == pytest.approx(left)) if left is not None else tied is None
     scores[::2] = math.nan
-    pairs = [(i, j) for i in np.flatnonzero(bad) for j in np.flatnonzero(~bad) if strata[i] == strata[j]]
-    won = [0.5 if math.isnan(scores[i] - scores[j]) else (1 + np.sign(scores[i] - scores[j])) / 2 for i, j in pairs]
+    pairs = [
+        (i, j) for i in np.flatnonzero(bad) for j in np.flatnonzero(~bad) if strata[i] == strata[j]
+    ]
+    won = [
+        0.5 if math.isnan(scores[i] - scores[j]) else (1 + np.sign(scores[i] - scores[j])) / 2
+        for i, j in pairs
+    ]
     tied = auroc(scores, bad, strata, missing_ties=True)
     assert tied == (pytest.approx(np.mean(won)) if won else None)
 
@@ -98,21 +105,28 @@ def test_the_bootstrap_covers_the_truth_as_often_as_it_says() -> None:
 
 def test_clusters_are_drawn_together() -> None:
     bad, right = np.arange(100) % 2 == 0, np.arange(100) < 60
-    scores = np.where(right, bad, ~bad).astype(float)  # the first 60 are ranked rightly, the last 40 the other way
+    # the first 60 are ranked rightly, the last 40 the other way
+    scores = np.where(right, bad, ~bad).astype(float)
     apart = auroc_interval(scores, bad, None, range(100), times=300)
     tens = auroc_interval(scores, bad, None, [k // 10 for k in range(100)], times=300)
     assert apart.value == tens.value == auroc(scores, bad)
     assert apart.upper - apart.lower < 0.3 < 0.4 < tens.upper - tens.lower  # type: ignore[operator]
     two = auroc_interval(scores, bad, None, ["a"] * 60 + ["b"] * 40, times=300)
-    assert two.value == apart.value and two.lower is two.upper is None, "two clusters tell no interval"
+    assert two.value == apart.value and two.lower is two.upper is None, (
+        "two clusters tell no interval"
+    )
     assert auroc_interval(scores, bad & False, None, range(100)).value is None
 
 
 @given(st.lists(RUN, min_size=LEAST_CLUSTERS, max_size=30), st.integers(0, 5))
-def test_a_resample_weighs_pairs_as_drawing_runs_would(runs: list[tuple[int, bool, int]], seed: int) -> None:
+def test_a_resample_weighs_pairs_as_drawing_runs_would(
+    runs: list[tuple[int, bool, int]], seed: int
+) -> None:
     scores, bad, strata = arrays(runs)
     found = auroc_interval(scores, bad, strata, range(len(runs)), times=1, seed=seed)
-    assert found.value == (pytest.approx(auroc(scores, bad, strata)) if found.value is not None else None)
+    assert found.value == (
+        pytest.approx(auroc(scores, bad, strata)) if found.value is not None else None
+    )
     drawn = np.random.default_rng(seed).integers(len(runs), size=(1, len(runs)))[0]
     expected = auroc(scores[drawn], bad[drawn], [strata[k] for k in drawn])
     if found.value is not None and expected is not None:
@@ -135,7 +149,9 @@ def test_calibration_counts_every_run_once() -> None:
     chances = draw.random(500)
     bad = draw.random(500) < chances
     bins = calibration(chances, bad)
-    assert sum(b.runs for b in bins) == 500 and [b.chance for b in bins] == sorted(b.chance for b in bins)
+    assert sum(b.runs for b in bins) == 500 and [b.chance for b in bins] == sorted(
+        b.chance for b in bins
+    )
     assert all(b.lower <= b.chance <= b.upper for b in bins)
 
 

@@ -67,7 +67,8 @@ def test_a_pair_differs_in_a_tensor_that_it_blames(case: Bug) -> None:
     }
     targets = {name for pattern in case.blames for name in names_of(broken, pattern)}
 
-    # A factor on the wrong operand changes what is computed and no tensor; a detach or a config not even that.
+    # A factor on the wrong operand changes what is computed and no tensor; a detach or a config not
+    # even that.
     if case.kind in ("factor on the wrong operand", "gradient cut off", "tie denied"):
         is_equal = torch.equal(output_of(broken, case.probe), output_of(mended, case.probe))
         assert not differing

@@ -1,4 +1,6 @@
-"""Fixtures of the command line: run it in this process, with a made-up audit or with a real little model."""
+"""Fixtures of the command line: run it in this process, with a made-up audit or with a real little
+model.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,16 @@ from pathlib import Path
 
 import pytest
 from cli.rig import MODEL, Done, Stub
-from jacdiag_cli.app import main
+from jacdiag_cli.main import main
 
 
 @pytest.fixture
-def jd(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Done]:
-    """Runs a command in an empty folder (so that no configuration is near) and returns what it left."""
+def jd(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[..., Done]:
+    """Runs a command in an empty folder (so that no configuration is near) and returns what it
+    left.
+    """
     monkeypatch.chdir(tmp_path)
 
     def run(*args: object) -> Done:
@@ -30,10 +36,11 @@ def jd(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> Stub:
     """Put a made-up audit in place of the real one."""
-    auditing = importlib.import_module("jacdiag.auditing")  # so that the same module, with its parts, returns
-    made, module = Stub(real=auditing.audit), types.ModuleType("jacdiag.auditing")
+    # so that the same module, with its parts, returns
+    auditing = importlib.import_module("jacdiag.pipeline.audit")
+    made, module = Stub(real=auditing.audit), types.ModuleType("jacdiag.pipeline.audit")
     module.audit = made  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "jacdiag.auditing", module)
+    monkeypatch.setitem(sys.modules, "jacdiag.pipeline.audit", module)
     return made
 
 

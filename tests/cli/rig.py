@@ -1,4 +1,6 @@
-"""What the tests of the command line share: a little model as a factory file, a made-up audit, what a command left."""
+"""What the tests of the command line share: a little model as a factory file, a made-up audit, what
+a command left.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from typing import Any
 
 from render import synthetic
 
-from jacdiag.report import Report
+from jacdiag.records import Report
 
 MODEL = '''
 """A pre-norm transformer of two layers, vocabulary 64."""
@@ -131,28 +133,38 @@ ROOT = Path(__file__).parents[2]
 
 
 def stubbed(*args: str, during: str = "", layers: int = 12) -> str:
-    """Code for a process of its own that runs a command with a made-up audit, and something to do meanwhile."""
+    """Code for a process of its own that runs a command with a made-up audit, and something to do
+    meanwhile.
+    """
     return "\n".join(
         [
             "import os, signal, sys, types",
             f"sys.path[:0] = {[str(ROOT), str(ROOT / 'cli'), str(ROOT / 'tests')]!r}",
             "from render import synthetic",
-            "from jacdiag_cli.app import main",
+            "from jacdiag_cli.main import main",
             "def audit(source, **options):",
             textwrap.indent(textwrap.dedent(during), "    "),
             f"    return synthetic.vanilla({layers})",
-            "sys.modules['jacdiag.auditing'] = types.SimpleNamespace(audit=audit)",
+            "sys.modules['jacdiag.pipeline.audit'] = types.SimpleNamespace(audit=audit)",
             f"sys.exit(main({list(args)!r}))",
         ]
     )
 
 
-def on_terminal(code: str, folder: Path, *, columns: int, stdout_too: bool = True, **env: str) -> Done:
-    """Runs code on a terminal of that width; `stdout_too=False` leaves stdout a pipe, as in `jacdiag ... | jq`."""
+def on_terminal(
+    code: str, folder: Path, *, columns: int, stdout_too: bool = True, **env: str
+) -> Done:
+    """Runs code on a terminal of that width; `stdout_too=False` leaves stdout a pipe, as in
+    `jacdiag ... | jq`.
+    """
     ours, theirs = pty.openpty()
     piped = folder.parent / f"{folder.name}.stdout"
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-    clean = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "COLUMNS", "LINES")}
+    clean = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("NO_COLOR", "COLUMNS", "LINES")
+    }
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         stdin=theirs,

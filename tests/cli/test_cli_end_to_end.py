@@ -1,4 +1,6 @@
-"""The whole path on a real little model: what comes out, and what is said to input that cannot be used."""
+"""The whole path on a real little model: what comes out, and what is said to input that cannot be
+used.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ import pytest
 import torch
 from cli.rig import MODEL, ROOT, Done, files
 
-from jacdiag.report import Report
+from jacdiag.records import Report
 
 Run = Callable[..., Done]
 SHORT = ["--seq", "16", "--tol", "0.2"]
@@ -49,13 +51,17 @@ def test_a_factory(jd: Run, factory: str, tmp_path: Path) -> None:
 
 def test_the_same_twice(jd: Run, factory: str) -> None:
     def figures() -> list[Any]:
-        return json.loads(jd("audit", f"{factory}build", *SHORT, "--format", "json").out)["sublayers"]
+        return json.loads(jd("audit", f"{factory}build", *SHORT, "--format", "json").out)[
+            "sublayers"
+        ]
 
     assert figures() == figures()
 
 
 def test_thresholds_of_ones_own_fail(jd: Run, factory: str, tmp_path: Path) -> None:
-    (tmp_path / "jacdiag.toml").write_text("[thresholds.branch_norm]\ninfo = 0.01\nwarning = 0.02\nerror = 0.03\n")
+    (tmp_path / "jacdiag.toml").write_text(
+        "[thresholds.branch_norm]\ninfo = 0.01\nwarning = 0.02\nerror = 0.03\n"
+    )
     done = jd("audit", f"{factory}build", *SHORT, "--select", "JD103")
     assert done.code == 1 and "FAIL" in done.out
 
@@ -75,10 +81,28 @@ def test_a_state_dict_alone_gives_the_weights_tier(jd: Run, weights: Path) -> No
 
 
 def test_weights_that_do_not_fit(jd: Run, factory: str, weights: Path, tmp_path: Path) -> None:
-    done = jd("audit", weights, "--model", f"{factory}build", "--model-args", '{"d": 8}', "--json", "r.json", *SHORT)
+    done = jd(
+        "audit",
+        weights,
+        "--model",
+        f"{factory}build",
+        "--model-args",
+        '{"d": 8}',
+        "--json",
+        "r.json",
+        *SHORT,
+    )
     assert done.code == 2 and "wte.weight" in done.err and "shape" in done.err
     done = jd(
-        "audit", weights, "--model", f"{factory}build", "--model-args", '{"layers": 3}', "--json", "r.json", *SHORT
+        "audit",
+        weights,
+        "--model",
+        f"{factory}build",
+        "--model-args",
+        '{"layers": 3}',
+        "--json",
+        "r.json",
+        *SHORT,
     )
     assert done.code == 2 and "h.2.attn" in done.err
     assert "r.json" not in files(tmp_path)
@@ -94,7 +118,9 @@ def test_non_finite_weights_are_an_error(jd: Run, factory: str, tmp_path: Path) 
     assert [f.code for f in report.findings if f.level == "error"] == ["JD906"]
     assert "h.1.mlp.0.weight" in done.out and "no norm" not in done.out
     assert report.conditions.small_sublayers == "unknown"
-    assert "of 4 sub-layers" in next(line for line in done.out.splitlines() if "small sub-layers" in line)
+    assert "of 4 sub-layers" in next(
+        line for line in done.out.splitlines() if "small sub-layers" in line
+    )
 
 
 class Payload:
@@ -154,4 +180,8 @@ def test_bad_input(jd: Run, factory: str, tmp_path: Path, args: list[str], messa
 def test_cuda_that_is_not_there(jd: Run, factory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     done = jd("audit", f"{factory}build", "--device", "cuda:0", *SHORT)
-    assert done.code == 2 and "CUDA was asked for and is not there" in done.err and "--device cpu" in done.err
+    assert (
+        done.code == 2
+        and "CUDA was asked for and is not there" in done.err
+        and "--device cpu" in done.err
+    )

@@ -10,7 +10,7 @@ from cli.rig import Done, Stub
 from render import synthetic
 
 from jacdiag.errors import MeasureError, ProbeError, SourceError, TraceError, UsageError
-from jacdiag.report import Report
+from jacdiag.records import Report
 
 Run = Callable[..., Done]
 
@@ -21,7 +21,9 @@ CLEAN = synthetic.clean
 
 def info() -> Report:
     report = synthetic.vanilla()
-    return dataclasses.replace(report, findings=[dataclasses.replace(f, level="info") for f in report.findings])
+    return dataclasses.replace(
+        report, findings=[dataclasses.replace(f, level="info") for f in report.findings]
+    )
 
 
 @pytest.mark.parametrize(
@@ -60,8 +62,16 @@ def test_the_default_fails_on_errors_only(jd: Run, stub: Stub) -> None:
         (("live", "gone"), "cannot read the run log 'gone'", "log_dir"),
         (("plot", "gone.jsonl"), "cannot read the run log 'gone.jsonl'", "log_dir"),
         (("plot", "gone.json"), "cannot read 'gone.json'", "a report from --json, or a run.jsonl"),
-        (("backtest", "gone.csv"), "cannot read the run 'gone.csv'", "a CSV or JSONL with a row a step"),
-        (("audit", "FACTORY", "--tokens", "gone.txt"), "no such token file: 'gone.txt'", "text in .txt"),
+        (
+            ("backtest", "gone.csv"),
+            "cannot read the run 'gone.csv'",
+            "a CSV or JSONL with a row a step",
+        ),
+        (
+            ("audit", "FACTORY", "--tokens", "gone.txt"),
+            "no such token file: 'gone.txt'",
+            "text in .txt",
+        ),
     ],
 )
 def test_a_file_that_is_not_there_gets_a_hint(
@@ -82,7 +92,9 @@ def test_a_refusal_says_what_got_try(jd: Run, stub: Stub, kind: type[SourceError
 
 def test_a_refusal_of_many_lines_stays_aligned(jd: Run, stub: Stub) -> None:
     stub.error = SourceError("weights do not fit", got="missing a\nmissing b")
-    assert jd("audit", "x.pt").err == "error: weights do not fit\n  got: missing a\n       missing b\n"
+    assert (
+        jd("audit", "x.pt").err == "error: weights do not fit\n  got: missing a\n       missing b\n"
+    )
 
 
 def test_a_bug_is_told_apart(jd: Run, stub: Stub) -> None:
@@ -96,8 +108,13 @@ def test_a_bug_is_told_apart(jd: Run, stub: Stub) -> None:
     "error",
     [
         MemoryError(),
-        type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory. Tried to allocate 2 GiB"),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        type("OutOfMemoryError", (RuntimeError,), {})(
+            "CUDA out of memory. Tried to allocate 2 GiB"
+        ),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 "
+            "bytes"
+        ),
     ],
     ids=["python", "cuda", "cpu"],
 )
@@ -125,7 +142,9 @@ def test_the_end_of_a_guests_file_is_not_ctrl_c(jd: Run, stub: Stub) -> None:
     assert jd("audit", "x.pt").code == 70
 
 
-@pytest.mark.parametrize("args", [["-h"], ["--help"], ["--version"], ["audit", "-h"], ["sites", "-h"], ["rules", "-h"]])
+@pytest.mark.parametrize(
+    "args", [["-h"], ["--help"], ["--version"], ["audit", "-h"], ["sites", "-h"], ["rules", "-h"]]
+)
 def test_help_is_no_failure(jd: Run, args: list[str]) -> None:
     done = jd(*args)
     assert (done.code, done.err) == (0, "") and done.out

@@ -11,26 +11,51 @@ from pathlib import Path
 import pytest
 from cli.rig import MODEL, ROOT, files, stubbed
 
-ENV = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "cli")]), "OMP_NUM_THREADS": "1"}
+ENV = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "cli")]),
+    "OMP_NUM_THREADS": "1",
+}
 INTERRUPT = "os.kill(os.getpid(), signal.SIGINT)"
 
 
 def run(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, env=ENV, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=ENV,
+        timeout=60,
+    )
 
 
-def check(done: subprocess.CompletedProcess[str], folder: Path, left: set[str] | None = None) -> None:
+def check(
+    done: subprocess.CompletedProcess[str], folder: Path, left: set[str] | None = None
+) -> None:
     assert done.returncode == 130, done.stderr
-    assert "interrupted; no file was written or changed" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        "interrupted; no file was written or changed" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     assert files(folder) == (left or set())
 
 
 def test_from_outside_while_it_measures(tmp_path: Path) -> None:
     code = stubbed(
-        "audit", "c.pt", "--json", "r.json", during="print('measuring', flush=True); import time; time.sleep(50)"
+        "audit",
+        "c.pt",
+        "--json",
+        "r.json",
+        during="print('measuring', flush=True); import time; time.sleep(50)",
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=ENV
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env=ENV,
     )
     assert process.stderr is not None
     assert process.stderr.readline() == "measuring\n"
@@ -62,7 +87,11 @@ def test_an_old_file_survives(tmp_path: Path) -> None:
         from pathlib import Path
         Path.replace = lambda *args: {INTERRUPT}
     """
-    check(run(stubbed("audit", "c.pt", "--json", "r.json", during=during), tmp_path), tmp_path, {"r.json"})
+    check(
+        run(stubbed("audit", "c.pt", "--json", "r.json", during=during), tmp_path),
+        tmp_path,
+        {"r.json"},
+    )
     assert (tmp_path / "r.json").read_text() == "old"
 
 
@@ -71,14 +100,20 @@ def test_a_file_that_was_written_before_is_named(tmp_path: Path) -> None:
         from jacdiag.render import plot
         plot.save = lambda *args: {INTERRUPT}
     """
-    done = run(stubbed("audit", "c.pt", "--json", "r.json", "--plot", "r.png", during=during), tmp_path)
+    done = run(
+        stubbed("audit", "c.pt", "--json", "r.json", "--plot", "r.png", during=during), tmp_path
+    )
     assert done.returncode == 130 and files(tmp_path) == {"r.json"}
     assert "interrupted; written before that, and whole: r.json" in done.stderr
 
 
-@pytest.mark.parametrize("module", ["torch", "torch.nn", "numpy._core._multiarray_umath", "torch._tensor"])
+@pytest.mark.parametrize(
+    "module", ["torch", "torch.nn", "numpy._core._multiarray_umath", "torch._tensor"]
+)
 def test_while_torch_is_imported(tmp_path: Path, module: str) -> None:
-    """The signal arrives in the middle of the import, where a C extension may make another error of it."""
+    """The signal arrives in the middle of the import, where a C extension may make another error of
+    it.
+    """
     (tmp_path / "build.py").write_text(MODEL)
     code = "\n".join(
         [
@@ -87,7 +122,7 @@ def test_while_torch_is_imported(tmp_path: Path, module: str) -> None:
             "    def find_spec(self, name, path=None, target=None):",
             f"        if name == {module!r}: {INTERRUPT}",
             "sys.meta_path.insert(0, Finder())",
-            "from jacdiag_cli.app import main",
+            "from jacdiag_cli.main import main",
             "sys.exit(main(['audit', 'build.py:build', '--json', 'r.json']))",
         ]
     )
@@ -105,7 +140,8 @@ def test_in_the_models_own_code(tmp_path: Path) -> None:
         "        raise RuntimeError('a worker died')\n"
     )
     code = (
-        "from jacdiag_cli.app import main; import sys; sys.exit(main(['audit', 'build.py:build', '--json', 'r.json']))"
+        "from jacdiag_cli.main import main; import sys; sys.exit(main(['audit', "
+        "'build.py:build', '--json', 'r.json']))"
     )
     check(run(code, tmp_path), tmp_path, {"build.py"})
 
@@ -125,7 +161,9 @@ def test_swallowed_by_a_bare_except(tmp_path: Path) -> None:
 
 
 def test_inside_an_exec_of_text(tmp_path: Path) -> None:
-    """CPython notes such a Ctrl-C for good and would end by the signal itself; dataclasses are made by exec."""
+    """CPython notes such a Ctrl-C for good and would end by the signal itself; dataclasses are made
+    by exec.
+    """
     check(run(stubbed("audit", "c.pt", during=f"exec({INTERRUPT!r})"), tmp_path), tmp_path)
 
 
@@ -137,7 +175,7 @@ def test_ignored_where_the_caller_says_so(tmp_path: Path) -> None:
 
 
 def test_the_handler_is_given_back() -> None:
-    from jacdiag_cli.app import main
+    from jacdiag_cli.main import main
 
     before = signal.getsignal(signal.SIGINT)
     main(["--version"])

@@ -49,7 +49,9 @@ Run = Callable[..., Done]
     ],
     ids=" ".join,
 )
-def test_a_value_without_meaning(jd: Run, stub: Stub, tmp_path: Path, args: list[str], named: str) -> None:
+def test_a_value_without_meaning(
+    jd: Run, stub: Stub, tmp_path: Path, args: list[str], named: str
+) -> None:
     done = jd("audit", "x.pt", *args, "--json", "report.json")
     assert (done.code, done.out, stub.calls) == (2, "", 0)
     assert f"invalid value for '{named}'" in done.err and args[-1] in done.err
@@ -58,29 +60,104 @@ def test_a_value_without_meaning(jd: Run, stub: Stub, tmp_path: Path, args: list
 
 def test_what_reaches_the_audit(jd: Run, stub: Stub) -> None:
     done = jd(
-        "audit", "run.pt", "--model", "b.py:f", "--model-args", '{"n": 1}', "--trust-pickle", "--tokens", "t.npy",
-        "--inputs", "b.py:g", "--batch", 3, "--seq", 9, "--seed", 5, "--device", "cpu", "--dtype", "float64", "--tol",
-        0.1, "--confidence", 0.99, "--decide", "--max-products", 50, "--state", "trained", "--lr", 3e-4, "--warmup", 10,
-        "--clip", 1, "--beta2", 0.95, "--profile", "paper", "--select", "jd101,JD102", "--select", "JD9", "--ignore",
-        "JD104", "--remedies", "all",
-    )  # fmt: skip
+        "audit",
+        "run.pt",
+        "--model",
+        "b.py:f",
+        "--model-args",
+        '{"n": 1}',
+        "--trust-pickle",
+        "--tokens",
+        "t.npy",
+        "--inputs",
+        "b.py:g",
+        "--batch",
+        3,
+        "--seq",
+        9,
+        "--seed",
+        5,
+        "--device",
+        "cpu",
+        "--dtype",
+        "float64",
+        "--tol",
+        0.1,
+        "--confidence",
+        0.99,
+        "--decide",
+        "--max-products",
+        50,
+        "--state",
+        "trained",
+        "--lr",
+        3e-4,
+        "--warmup",
+        10,
+        "--clip",
+        1,
+        "--beta2",
+        0.95,
+        "--profile",
+        "paper",
+        "--select",
+        "jd101,JD102",
+        "--select",
+        "JD9",
+        "--ignore",
+        "JD104",
+        "--remedies",
+        "all",
+    )
     assert done.code == 0, done.err
     asked = dict(stub.asked)
     assert asked.pop("progress") is not None
     assert asked == {
-        "source": "run.pt", "model": "b.py:f", "model_args": {"n": 1}, "key": None,
-        "trust_pickle": True, "tokens": "t.npy",
-        "input_factory": "b.py:g", "batch": 3, "seq": 9, "seed": 5, "device": "cpu", "dtype": "float64", "tol": 0.1,
-        "confidence": 0.99, "decide": True, "max_products": 50, "state": "trained", "lr": 3e-4, "warmup": 10,
-        "clip": 1.0, "beta2": 0.95, "profile": "paper", "select": ("JD101", "JD102", "JD9"), "ignore": ("JD104",),
-        "thresholds": None, "declared": (), "contract": None, "ranks": False, "inputs": None,
-        "remedies": "all", "risk": None, "confidence_all": None, "probes": 1, "against": None, "replay": None,
-    }  # fmt: skip
+        "source": "run.pt",
+        "model": "b.py:f",
+        "model_args": {"n": 1},
+        "key": None,
+        "trust_pickle": True,
+        "tokens": "t.npy",
+        "input_factory": "b.py:g",
+        "batch": 3,
+        "seq": 9,
+        "seed": 5,
+        "device": "cpu",
+        "dtype": "float64",
+        "tol": 0.1,
+        "confidence": 0.99,
+        "decide": True,
+        "max_products": 50,
+        "state": "trained",
+        "lr": 3e-4,
+        "warmup": 10,
+        "clip": 1.0,
+        "beta2": 0.95,
+        "profile": "paper",
+        "select": ("JD101", "JD102", "JD9"),
+        "ignore": ("JD104",),
+        "thresholds": None,
+        "declared": (),
+        "contract": None,
+        "ranks": False,
+        "inputs": None,
+        "remedies": "all",
+        "risk": None,
+        "confidence_all": None,
+        "probes": 1,
+        "against": None,
+        "replay": None,
+    }
 
 
 def test_a_confidence_of_all_intervals_stands_in_place_of_that_of_each(jd: Run, stub: Stub) -> None:
     assert jd("audit", "run.pt", "--confidence-all", 0.99, "--probes", 3).code == 0
-    assert (stub.asked["confidence"], stub.asked["confidence_all"], stub.asked["probes"]) == (None, 0.99, 3)
+    assert (stub.asked["confidence"], stub.asked["confidence_all"], stub.asked["probes"]) == (
+        None,
+        0.99,
+        3,
+    )
 
 
 @pytest.mark.parametrize("command", ["audit", "gate"])
@@ -107,15 +184,18 @@ def test_a_confidence_on_the_command_line_wins_over_the_other_one_in_a_file(
 def test_defaults_are_the_librarys(jd: Run, stub: Stub) -> None:
     import inspect
 
-    from jacdiag.auditing import audit
+    from jacdiag.pipeline.audit import audit
 
     assert audit is stub
     jd("audit", "run.pt")
     del stub.asked["source"], stub.asked["progress"]
-    assert stub.asked.pop("remedies") == "first", "a person wants to know what to do; a program asks for it"
+    assert stub.asked.pop("remedies") == "first", (
+        "a person wants to know what to do; a program asks for it"
+    )
     real = inspect.signature(stub.real).parameters
     assert stub.asked == {name: real[name].default for name in stub.asked}
-    in_code_only = {"source", "inputs", "progress", "optimizer", "products", "remedies", "baseline"}  # said otherwise
+    # said otherwise
+    in_code_only = {"source", "inputs", "progress", "optimizer", "products", "remedies", "baseline"}
     missing = set(real) - set(stub.asked) - in_code_only
     assert not missing, f"the command line cannot say {missing}"
 
@@ -125,7 +205,10 @@ def test_configuration(jd: Run, stub: Stub, tmp_path: Path, name: str) -> None:
     table = "tool.jacdiag" if name == "pyproject.toml" else None
     head = f"[{table}]\n" if table else ""
     inner = f"[{table}.thresholds.norm_gain]" if table else "[thresholds.norm_gain]"
-    text = f'{head}tol = 0.2\nbatch = 4\nselect = ["JD1", "JD9"]\nfail-on = "warning"\nmodel = "sub/b.py:f"\n'
+    text = (
+        f'{head}tol = 0.2\nbatch = 4\nselect = ["JD1", "JD9"]\nfail-on = "warning"\nmodel = '
+        '"sub/b.py:f"\n'
+    )
     (tmp_path / name).write_text(f"{text}{inner}\nwarning = 30.0\n")
     assert jd("audit", "run.pt", "--batch", 1).code == 1
     asked = stub.asked
@@ -178,7 +261,9 @@ def test_jacdiag_toml_goes_first_and_parents_are_searched(
         ('plot = "gain.gif"', ".png, .svg or .pdf"),
     ],
 )
-def test_a_configuration_that_has_no_meaning(jd: Run, stub: Stub, tmp_path: Path, text: str, message: str) -> None:
+def test_a_configuration_that_has_no_meaning(
+    jd: Run, stub: Stub, tmp_path: Path, text: str, message: str
+) -> None:
     (tmp_path / "jacdiag.toml").write_text(text + "\n")
     done = jd("audit", "run.pt")
     assert (done.code, stub.calls) == (2, 0)
@@ -232,7 +317,9 @@ def test_the_command_line_wins_over_a_profile(jd: Run, stub: Stub, tmp_path: Pat
         ({"thresholds": "2"}, "must be a table"),
     ],
 )
-def test_a_profile_without_meaning(jd: Run, stub: Stub, tmp_path: Path, table: dict[str, Any], message: str) -> None:
+def test_a_profile_without_meaning(
+    jd: Run, stub: Stub, tmp_path: Path, table: dict[str, Any], message: str
+) -> None:
     lines = "".join(f"{key} = {value}\n" for key, value in table.items())
     (tmp_path / "jacdiag.toml").write_text(f"[profiles.p]\n{lines}")
     done = jd("audit", "run.pt", "--profile", "p")
@@ -241,7 +328,9 @@ def test_a_profile_without_meaning(jd: Run, stub: Stub, tmp_path: Path, table: d
 
 
 @pytest.mark.parametrize("text", ["[tool]\njacdiag = 3\n", "[[tool.jacdiag]]\nseed = 1\n"])
-def test_settings_of_a_pyproject_that_are_no_table(jd: Run, stub: Stub, tmp_path: Path, text: str) -> None:
+def test_settings_of_a_pyproject_that_are_no_table(
+    jd: Run, stub: Stub, tmp_path: Path, text: str
+) -> None:
     (tmp_path / "pyproject.toml").write_text(text)
     done = jd("audit", "run.pt")
     assert (done.code, stub.calls) == (2, 0) and "must be a table" in done.err

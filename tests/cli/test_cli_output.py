@@ -15,7 +15,7 @@ import pytest
 from cli.rig import Done, Stub, files, on_terminal, stubbed
 from render import synthetic
 
-from jacdiag.report import Report
+from jacdiag.records import Report
 
 Run = Callable[..., Done]
 ESCAPE = "\x1b["
@@ -92,7 +92,9 @@ def test_a_file_is_replaced_whole_and_keeps_its_mode(jd: Run, stub: Stub, tmp_pa
     ],
     ids=lambda part: " ".join(part) if isinstance(part, list) else None,
 )
-def test_refused_before_the_work(jd: Run, stub: Stub, tmp_path: Path, args: list[str], message: str) -> None:
+def test_refused_before_the_work(
+    jd: Run, stub: Stub, tmp_path: Path, args: list[str], message: str
+) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "checkpoint.pt").write_text("weights")
     done = jd("audit", "checkpoint.pt", *args)
@@ -114,7 +116,9 @@ def test_a_folder_without_permission(jd: Run, stub: Stub, tmp_path: Path) -> Non
     assert "no permission" in jd("audit", "x.pt", "--json", locked / "report.json").err
 
 
-def test_a_full_disk_leaves_no_half_file(jd: Run, stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_no_half_file(
+    jd: Run, stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(self: Path, target: Path) -> Path:
         raise OSError(28, "No space left on device")
 
@@ -128,7 +132,9 @@ def shell(line: str, folder: Path, *args: str) -> subprocess.CompletedProcess[st
     """Runs `$RUN` of a shell line: a command with a made-up audit, its streams as the line says."""
     env = {**os.environ, "CODE": stubbed("audit", "checkpoint.pt", *args), "PY": sys.executable}
     line = line.replace("$RUN", '"$PY" -c "$CODE"')
-    return subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=folder, env=env, timeout=60)
+    return subprocess.run(
+        ["bash", "-c", line], capture_output=True, text=True, cwd=folder, env=env, timeout=60
+    )
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&-", ">&- 2>&-"])
@@ -144,7 +150,9 @@ def test_closed_streams_are_no_error(tmp_path: Path, closed: str, args: tuple[st
 @pytest.mark.parametrize("args", [(), ("--format", "json"), ("--format", "markdown")], ids=" ".join)
 def test_no_room_for_the_result(tmp_path: Path, args: tuple[str, ...]) -> None:
     done = shell("$RUN >/dev/full", tmp_path, *args)
-    assert done.returncode == 2 and "No space left" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2 and "No space left" in done.stderr and "Traceback" not in done.stderr
+    )
     assert shell("$RUN 2>/dev/full", tmp_path, *args).returncode == 0
 
 
@@ -155,7 +163,15 @@ def test_json_to_a_file_and_talk_to_stderr(tmp_path: Path) -> None:
 
 
 def test_piped_output_does_not_depend_on_the_terminal(tmp_path: Path) -> None:
-    settings = ("", "COLUMNS=40", "COLUMNS=200", "TERM=dumb", "TERM=xterm-256color", "NO_COLOR=1", "LC_ALL=C")
+    settings = (
+        "",
+        "COLUMNS=40",
+        "COLUMNS=200",
+        "TERM=dumb",
+        "TERM=xterm-256color",
+        "NO_COLOR=1",
+        "LC_ALL=C",
+    )
     shown = {shell(f"env {setting} $RUN", tmp_path).stdout for setting in settings}
     assert len(shown) == 1 and "\x1b" not in shown.pop()
 
@@ -178,7 +194,7 @@ def test_no_bar_where_nobody_looks(jd: Run, stub: Stub) -> None:
     assert jd("audit", "checkpoint.pt").err == ""
 
 
-# -- terminals ---------------------------------------------------------------------------------------------------------
+# -- terminals -------------------------------------------------------------------------------------
 
 
 def test_a_terminal_gets_colours(tmp_path: Path) -> None:
@@ -194,14 +210,21 @@ def test_no_color(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("columns", [40, 60, 80, 200])
 def test_a_narrow_terminal_wraps_no_row(tmp_path: Path, columns: int) -> None:
-    done = on_terminal(stubbed("audit", "checkpoint.pt", "--all"), tmp_path, columns=columns, NO_COLOR="1")
+    done = on_terminal(
+        stubbed("audit", "checkpoint.pt", "--all"), tmp_path, columns=columns, NO_COLOR="1"
+    )
     plain = re.sub(r"\x1b\[[0-9;]*m", "", done.out)
     rows = [line for line in plain.splitlines() if re.match(r" +\d+  \S*\.attn ", line)]
     assert len(rows) == 12 and all(len(row) <= columns for row in rows)
 
 
 def test_a_bar_on_a_terminal_goes_away(tmp_path: Path) -> None:
-    code = stubbed("audit", "checkpoint.pt", "--format", "json", during="""
+    code = stubbed(
+        "audit",
+        "checkpoint.pt",
+        "--format",
+        "json",
+        during="""
         bar = options["progress"]
         bar.start(4, "measuring")
         import time
@@ -210,7 +233,8 @@ def test_a_bar_on_a_terminal_goes_away(tmp_path: Path) -> None:
             print("said by the model")
             time.sleep(0.2)
         bar.stop()
-    """)  # fmt: skip
+    """,
+    )
     done = on_terminal(code, tmp_path, columns=100, stdout_too=False)
     assert done.code == 0
     assert "h.0.mlp" in done.err and "said by the model" in done.err and f"{ESCAPE}2K" in done.err
@@ -230,8 +254,12 @@ def test_a_bar_says_what_is_left_once_it_knows(tmp_path: Path) -> None:
             bar.advance(1, "h.0.attn")
         bar.stop()
     """
-    done = on_terminal(stubbed("audit", "c.pt", "--format", "json", during=during), tmp_path, columns=100,
-                       stdout_too=False)  # fmt: skip
+    done = on_terminal(
+        stubbed("audit", "c.pt", "--format", "json", during=during),
+        tmp_path,
+        columns=100,
+        stdout_too=False,
+    )
     before, _, after = done.err.partition("now it moves")
     assert "reading the model" in before and "measuring" in before
     assert "left" not in before and "-:--" not in done.err
@@ -244,8 +272,12 @@ def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
 
     code = stubbed("audit", "checkpoint.pt", "--all", layers=400)
     first = "import sys; sys.stdout.write(sys.stdin.readline())"
-    command = f'"{sys.executable}" -c "$CODE" | "{sys.executable}" -c "{first}"; exit ${{PIPESTATUS[0]}}'
+    command = (
+        f'"{sys.executable}" -c "$CODE" | "{sys.executable}" -c "{first}"; exit ${{PIPESTATUS[0]}}'
+    )
     env = {**os.environ, "CODE": code}
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path, env=env, timeout=60)
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path, env=env, timeout=60
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("\n") == 1

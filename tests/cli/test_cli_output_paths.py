@@ -22,8 +22,10 @@ PNG = b"\x89PNG"
 def test_every_file_is_said_to_be_written(jd: Run, stub: Stub) -> None:
     done = jd("audit", "c.pt", "--json", "r.json", "--plot", "g.svg", "--patch", "p.md")
     assert [line for line in done.err.splitlines() if line.startswith("wrote")] == [
-        "wrote r.json", "wrote g.svg", "wrote p.md",
-    ]  # fmt: skip
+        "wrote r.json",
+        "wrote g.svg",
+        "wrote p.md",
+    ]
     assert "wrote" not in jd("audit", "c.pt").err
 
 
@@ -34,8 +36,16 @@ def test_a_full_device_is_an_error(jd: Run, stub: Stub) -> None:
 
 
 def test_null_takes_everything(jd: Run, stub: Stub) -> None:
-    done = jd("audit", "c.pt", *(part for o in ("--json", "--plot", "--patch") for part in (o, "/dev/null")))
-    assert done.code == 0 and done.err.count("wrote /dev/null") == 3 and "transformer.h.0.attn" in done.out
+    done = jd(
+        "audit",
+        "c.pt",
+        *(part for o in ("--json", "--plot", "--patch") for part in (o, "/dev/null")),
+    )
+    assert (
+        done.code == 0
+        and done.err.count("wrote /dev/null") == 3
+        and "transformer.h.0.attn" in done.out
+    )
 
 
 def test_a_dash_is_stdout_and_the_table_goes_to_stderr(jd: Run, stub: Stub, tmp_path: Path) -> None:
@@ -51,15 +61,29 @@ def test_a_dash_is_stdout_and_the_table_goes_to_stderr(jd: Run, stub: Stub, tmp_
         (("--json", "-", "--patch", "-"), "--json and --patch both write to stdout"),
         (("--json", "-", "--plot", "/dev/stdout"), "--json and --plot both write to stdout"),
         (("--json", "-", "--format", "json"), "--json and --format json both write to stdout"),
-        (("--patch", "-", "--format", "markdown"), "--patch and --format markdown both write to stdout"),
+        (
+            ("--patch", "-", "--format", "markdown"),
+            "--patch and --format markdown both write to stdout",
+        ),
         (("--json", "a.json", "--patch", "a.json"), "name the same file"),
         (("--json", ""), "an empty name"),
-        (("--json", "tokens.npy", "--tokens", "tokens.npy"), "would write over what --tokens reads"),
-        (("--json", "other-name.npy", "--tokens", "tokens.npy"), "would write over what --tokens reads"),
-        (("--json", "build.py", "--model", "build.py:f"), "would write over the factory of --model"),
+        (
+            ("--json", "tokens.npy", "--tokens", "tokens.npy"),
+            "would write over what --tokens reads",
+        ),
+        (
+            ("--json", "other-name.npy", "--tokens", "tokens.npy"),
+            "would write over what --tokens reads",
+        ),
+        (
+            ("--json", "build.py", "--model", "build.py:f"),
+            "would write over the factory of --model",
+        ),
     ],
 )
-def test_outputs_that_clash(jd: Run, stub: Stub, tmp_path: Path, args: tuple[str, ...], said: str) -> None:
+def test_outputs_that_clash(
+    jd: Run, stub: Stub, tmp_path: Path, args: tuple[str, ...], said: str
+) -> None:
     for name in ("tokens.npy", "build.py"):
         (tmp_path / name).write_text("old")
     (tmp_path / "other-name.npy").hardlink_to(tmp_path / "tokens.npy")
@@ -84,13 +108,17 @@ def test_a_link_stays_a_link(jd: Run, stub: Stub, tmp_path: Path) -> None:
     (tmp_path / "old.json").write_text("old")
     (tmp_path / "latest.json").symlink_to("old.json")
     assert jd("audit", "c.pt", "--json", "latest.json").code == 0
-    assert (tmp_path / "latest.json").is_symlink() and (tmp_path / "old.json").read_text().startswith("{")
+    assert (tmp_path / "latest.json").is_symlink() and (
+        tmp_path / "old.json"
+    ).read_text().startswith("{")
 
 
 def shell(line: str, folder: Path, *args: str) -> subprocess.CompletedProcess[bytes]:
     env = {**os.environ, "CODE": stubbed("audit", "c.pt", *args), "PY": sys.executable}
     line = line.replace("$RUN", '"$PY" -c "$CODE"')
-    return subprocess.run(["bash", "-c", line], cwd=folder, env=env, capture_output=True, timeout=60, check=False)
+    return subprocess.run(
+        ["bash", "-c", line], cwd=folder, env=env, capture_output=True, timeout=60, check=False
+    )
 
 
 def test_process_substitution(tmp_path: Path) -> None:
@@ -98,25 +126,37 @@ def test_process_substitution(tmp_path: Path) -> None:
     (tmp_path / "run.sh").write_text('CODE=${CODE/FILE/$1} && "$PY" -c "$CODE"\n')
     line = "source ./run.sh >(cat > copy.json) > table.txt && wait $! && sleep 0.2"
     done = shell(line, tmp_path, "--json", "FILE")
-    assert done.returncode == 0 and json.loads((tmp_path / "copy.json").read_text())["verdict"] == "warn"
+    assert (
+        done.returncode == 0
+        and json.loads((tmp_path / "copy.json").read_text())["verdict"] == "warn"
+    )
     assert b"wrote /dev/fd/" in done.stderr
 
 
 def test_stdout_into_a_file_by_its_path(tmp_path: Path) -> None:
     done = shell("$RUN > out.json", tmp_path, "--json", "/dev/stdout")
-    assert done.returncode == 0 and json.loads((tmp_path / "out.json").read_text())["verdict"] == "warn"
+    assert (
+        done.returncode == 0
+        and json.loads((tmp_path / "out.json").read_text())["verdict"] == "warn"
+    )
     assert b"transformer.h.0.attn" in done.stderr
 
 
 def test_a_picture_on_stdout(tmp_path: Path) -> None:
     done = shell("$RUN", tmp_path, "--plot", "-")
-    assert done.returncode == 0 and done.stdout.startswith(PNG) and b"transformer.h.0.attn" in done.stderr
+    assert (
+        done.returncode == 0
+        and done.stdout.startswith(PNG)
+        and b"transformer.h.0.attn" in done.stderr
+    )
 
 
 @pytest.mark.parametrize("option", ["--json", "--plot"])
 def test_a_full_stdout(tmp_path: Path, option: str) -> None:
     done = shell("$RUN > /dev/full", tmp_path, option, "-")
-    assert done.returncode == 2 and b"No space left" in done.stderr and b"Traceback" not in done.stderr
+    assert (
+        done.returncode == 2 and b"No space left" in done.stderr and b"Traceback" not in done.stderr
+    )
     assert b"Exception ignored" not in done.stderr
 
 
@@ -138,7 +178,9 @@ def test_plot_to_devices_and_links(jd: Run, report: str, tmp_path: Path) -> None
     assert full.code == 2 and "No space left" in full.err
     (tmp_path / "link.svg").symlink_to("target.svg")
     assert jd("plot", report, "-o", "link.svg").err == "wrote link.svg\n"
-    assert (tmp_path / "target.svg").read_text().startswith("<?xml") and (tmp_path / "link.svg").is_symlink()
+    assert (tmp_path / "target.svg").read_text().startswith("<?xml") and (
+        tmp_path / "link.svg"
+    ).is_symlink()
     assert jd("plot", report).err == "wrote report.png\n"
 
 

@@ -9,21 +9,42 @@ from typing import Any
 from rig import files
 
 Run = Any
-SMALL = '{"recipe": "vanilla", "n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 128, "block_size": 32}'
-SOURCE = ("jacdiag.sources.gpt:build", "--model-args", SMALL, "--batch", "1", "--seq", "16", "--decide")
+SMALL = (
+    '{"recipe": "vanilla", "n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 128, '
+    '"block_size": 32}'
+)
+SOURCE = (
+    "jacdiag.sources.gpt:build",
+    "--model-args",
+    SMALL,
+    "--batch",
+    "1",
+    "--seq",
+    "16",
+    "--decide",
+)
 
 
 def test_what_to_do_was_tried_and_the_patch_is_written(jd: Run, tmp_path: Path) -> None:
     done = jd("audit", *SOURCE, "--patch", "patch.md", "--json", "report.json")
     assert done.code == 0
     assert "What to do   multiply the embedding by √d = 8.00 (scaled-embed)" in done.out
-    assert "tried on a copy, on seeds 0 to 2: worst branch gain" in done.out and "--patch FILE" in done.out
+    assert (
+        "tried on a copy, on seeds 0 to 2: worst branch gain" in done.out
+        and "--patch FILE" in done.out
+    )
     patch = (tmp_path / "patch.md").read_text(encoding="utf-8")
-    assert "### PyTorch" in patch and "output * 8.0" in patch and "--embedding-init-method-std" in patch
+    assert (
+        "### PyTorch" in patch
+        and "output * 8.0" in patch
+        and "--embedding-init-method-std" in patch
+    )
     report = json.loads((tmp_path / "report.json").read_text())
     assert [r["name"] for r in report["remedies"] if r["recommended"]] == ["scaled-embed"]
     fixed = [f for f in report["findings"] if f["level"] == "warning"]
-    assert fixed and all(f["verified"] and f["fix"] == report["remedies"][0]["title"] for f in fixed)
+    assert fixed and all(
+        f["verified"] and f["fix"] == report["remedies"][0]["title"] for f in fixed
+    )
 
 
 def test_without_trying_nothing_is_called_a_remedy(jd: Run, tmp_path: Path) -> None:
@@ -31,7 +52,10 @@ def test_without_trying_nothing_is_called_a_remedy(jd: Run, tmp_path: Path) -> N
     assert done.code == 0
     assert "What to do   read on: jacdiag explain JD102" in done.out and "√d" not in done.out
     patch = (tmp_path / "patch.md").read_text()
-    assert "None was tried: JD102, JD103 ask for one, but remedies are switched off (--remedies none)" in patch
+    assert (
+        "None was tried: JD102, JD103 ask for one, but remedies are switched off (--remedies none)"
+        in patch
+    )
 
 
 def test_a_gate_tries_when_it_is_asked_to(jd: Run) -> None:
@@ -44,9 +68,12 @@ def test_a_gate_tries_when_it_is_asked_to(jd: Run) -> None:
 
 
 def test_a_file_for_the_patch_is_refused_before_the_work(jd: Run, tmp_path: Path) -> None:
-    for args, message in ((["--patch", "no/such/x.md"], "its folder does not exist"),
-                          (["--patch", "x.txt"], "end it in .md"), (["--patch", "x"], "end it in .md"),
-                          (["--patch", "a.json", "--json", "a.json"], "name the same file")):  # fmt: skip
+    for args, message in (
+        (["--patch", "no/such/x.md"], "its folder does not exist"),
+        (["--patch", "x.txt"], "end it in .md"),
+        (["--patch", "x"], "end it in .md"),
+        (["--patch", "a.json", "--json", "a.json"], "name the same file"),
+    ):
         done = jd("audit", *SOURCE, *args)
         assert done.code == 2 and message in done.err
     assert files(tmp_path) == set()
@@ -55,5 +82,3 @@ def test_a_file_for_the_patch_is_refused_before_the_work(jd: Run, tmp_path: Path
 def test_ways_are_checked(jd: Run) -> None:
     done = jd("audit", *SOURCE, "--remedies", "some")
     assert done.code == 2 and "'first', 'all', 'begun', 'none'" in done.err
-
-

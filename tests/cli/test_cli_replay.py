@@ -1,4 +1,6 @@
-"""`audit --replay`: runs with a known fault, checkpoints around it, and what the audit says of them."""
+"""`audit --replay`: runs with a known fault, checkpoints around it, and what the audit says of
+them.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +11,23 @@ from typing import Any
 
 import pytest
 import torch
+from monitor.rig import T, V, adam, small
 from torch import Tensor
-from watching.rig import T, V, adam, small
 
 import jacdiag
 from jacdiag.errors import SourceError, UsageError
-from jacdiag.render.markdown import render
-from jacdiag.report import ReplayRecord
+from jacdiag.records import ReplayRecord
+from jacdiag.render.formats.markdown import render
 
 AT = 120
-SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": V, "block_size": T, "embed_scale": 4.0}
+SIZES = {
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 16,
+    "vocab_size": V,
+    "block_size": T,
+    "embed_scale": 4.0,
+}
 
 
 def sentences(step: int) -> tuple[Tensor, Tensor]:
@@ -26,7 +35,9 @@ def sentences(step: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(step)
     columns = [torch.randint(V, (8, 1), generator=generator)]
     for _ in range(T):
-        jump = (torch.rand(8, 1, generator=generator) < 0.15) * torch.randint(V, (8, 1), generator=generator)
+        jump = (torch.rand(8, 1, generator=generator) < 0.15) * torch.randint(
+            V, (8, 1), generator=generator
+        )
         columns.append((columns[-1] * 3 + 1 + jump) % V)
     ids = torch.cat(columns, 1)
     return ids[:, :-1], ids[:, 1:]
@@ -58,7 +69,13 @@ def train(
     """
     model = small(dropout=0.0)
     optimizer = adam(model)
-    options: dict[str, Any] = {"every": 100, "stats_every": None, "log_every": 5, "quiet": True, "keep_batches": keep}
+    options: dict[str, Any] = {
+        "every": 100,
+        "stats_every": None,
+        "log_every": 5,
+        "quiet": True,
+        "keep_batches": keep,
+    }
     with jacdiag.watch(model, optimizer, log_dir=folder, **options) as w:
         for step in range(1, AT + 4):
             if step == AT and fault == "attention":
@@ -73,7 +90,10 @@ def train(
                 if step == AT and fault == "batch":
                     x, y = noise()
                 if step == AT and fault == "sequence":
-                    x, y = (torch.cat([bad, good[2:]]) for bad, good in zip(noise(2), (x, y), strict=True))
+                    x, y = (
+                        torch.cat([bad, good[2:]])
+                        for bad, good in zip(noise(2), (x, y), strict=True)
+                    )
                 if targets:
                     _, loss = model(x, y)
                 else:
@@ -110,7 +130,7 @@ def replayed(folder: Path, checkpoint: Path | int) -> ReplayRecord:
     return report.replay
 
 
-# -- the three verdicts ------------------------------------------------------------------------------------------------
+# -- the three verdicts ----------------------------------------------------------------------------
 @pytest.mark.parametrize("step", [AT - 40, AT - 1, AT + 3])
 def test_a_corrupted_batch_in_a_healthy_run_is_the_batch(runs: dict[str, Path], step: int) -> None:
     replay = replayed(runs["batch"], step)
@@ -118,7 +138,9 @@ def test_a_corrupted_batch_in_a_healthy_run_is_the_batch(runs: dict[str, Path], 
     assert (replay.step, replay.onset, replay.checkpoint_step) == (AT, AT, step)
     (suspect,) = replay.suspects
     assert suspect.step == AT and sum(bool(s.outlying) for s in suspect.sequences) >= 4
-    assert not any(s.outlying for batch in replay.others for s in batch.sequences if batch.step < AT)
+    assert not any(
+        s.outlying for batch in replay.others for s in batch.sequences if batch.step < AT
+    )
     if step == AT - 1:  # the very weights: the run's own numbers come back
         assert suspect.loss == pytest.approx(suspect.logged_loss, rel=1e-4)
         assert suspect.gradient == pytest.approx(suspect.logged_gradient, rel=1e-3)
@@ -144,7 +166,10 @@ def test_a_healthy_batch_after_the_weights_were_wrecked(runs: dict[str, Path], f
     assert "not the weights of the flight" in verdicts[AT - 40].about_checkpoint
     assert "a later checkpoint would decide" in verdicts[AT - 40].sentence
     if fault == "rate":  # the update of the step before made them so: the batch is not in them
-        assert verdicts[AT - 1].verdict == "weights" and "hold the update" not in verdicts[AT - 1].sentence
+        assert (
+            verdicts[AT - 1].verdict == "weights"
+            and "hold the update" not in verdicts[AT - 1].sentence
+        )
 
 
 @pytest.mark.parametrize("step", [10, AT])
@@ -153,7 +178,9 @@ def test_a_healthy_run_names_nothing(runs: dict[str, Path], step: int) -> None:
     assert replay.verdict == "not decided" and "usual for it" in replay.sentence
 
 
-def test_a_checkpoint_of_a_wrong_step_is_not_the_weights_fault(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_wrong_step_is_not_the_weights_fault(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
     """The loss of step 10 is far above that before the flight, as it was in the run."""
     for fault in ("attention", "batch"):
         early = replayed(runs[fault], 10)
@@ -165,7 +192,8 @@ def test_a_checkpoint_of_a_wrong_step_is_not_the_weights_fault(runs: dict[str, P
         unnamed = replayed(runs[fault], tmp_path / "unnamed.pt")
         assert unnamed.verdict == "not decided" and unnamed.checkpoint_step is None
         assert unnamed.about_checkpoint == "the checkpoint does not say its step"
-    # One that names another step than its own: ordinary batches do not have on it what they had in the run.
+    # One that names another step than its own: ordinary batches do not have on it what they had in
+    # the run.
     saved["step"] = AT
     torch.save(saved, tmp_path / "false.pt")
     false = replayed(runs["batch"], tmp_path / "false.pt")
@@ -180,7 +208,7 @@ def test_one_batch_kept_decides_nothing(tmp_path: Path) -> None:
         assert "keeps no other batch" in replay.sentence and "keep_batches" in replay.sentence
 
 
-# -- other loops -------------------------------------------------------------------------------------------------------
+# -- other loops -----------------------------------------------------------------------------------
 def test_micro_batches(tmp_path: Path) -> None:
     folder = train(tmp_path, "batch", micro=2, keep=24)
     replay = replayed(folder, AT - 1)
@@ -189,10 +217,14 @@ def test_micro_batches(tmp_path: Path) -> None:
 
 
 def test_a_loss_outside_the_model(tmp_path: Path) -> None:
-    """The kept batch holds no targets: the loss is that of its own next tokens, and the report says so."""
+    """The kept batch holds no targets: the loss is that of its own next tokens, and the report says
+    so.
+    """
     folder = train(tmp_path, "batch", targets=False)
     replay = replayed(folder, AT - 1)
-    assert "next-token cross entropy" in replay.computed and "may have been another" in replay.computed
+    assert (
+        "next-token cross entropy" in replay.computed and "may have been another" in replay.computed
+    )
     assert replay.verdict == "batch", replay.sentence
 
 
@@ -217,7 +249,9 @@ def test_a_batch_that_cannot_be_read_or_run(runs: dict[str, Path], tmp_path: Pat
     shutil.copytree(runs["batch"] / f"flight-{AT}", tmp_path / f"flight-{AT}")
     shutil.copy(runs["batch"] / f"{AT}.pt", tmp_path)
     bad = next((tmp_path / f"flight-{AT}").glob("batch-3-before-*.pt"))
-    torch.save({"idx": torch.full((8, T), V + 5), "targets": torch.zeros(8, T, dtype=torch.long)}, bad)
+    torch.save(
+        {"idx": torch.full((8, T), V + 5), "targets": torch.zeros(8, T, dtype=torch.long)}, bad
+    )
     replay = replayed(tmp_path, AT)
     assert replay.verdict == "batch"
     assert any(bad.name in note and "could not be run" in note for note in replay.notes)
@@ -243,9 +277,18 @@ def test_a_module_that_is_handed_in_is_as_it_was(runs: dict[str, Path]) -> None:
 def test_a_hugging_face_folder_with_masked_labels_and_autocast(tmp_path: Path) -> None:
     """The weights of a folder stay in their files; the run was in bfloat16, with dropout."""
     transformers = pytest.importorskip("transformers")
-    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": V, "n_positions": T, "resid_pdrop": 0.1}
+    sizes = {
+        "n_layer": 2,
+        "n_head": 2,
+        "n_embd": 32,
+        "vocab_size": V,
+        "n_positions": T,
+        "resid_pdrop": 0.1,
+    }
     torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).train()
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
+    ).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     options: dict[str, Any] = {"every": None, "stats_every": None, "quiet": True, "keep_batches": 8}
     with jacdiag.watch(model, optimizer, log_dir=tmp_path, **options) as w:
@@ -271,21 +314,40 @@ def test_a_hugging_face_folder_with_masked_labels_and_autocast(tmp_path: Path) -
         (suspect,) = replay.suspects
         assert replay.verdict == "batch" and replay.checkpoint_step == AT - 1
         assert [sequence.tokens for sequence in suspect.sequences] == [T - 4, *[T - 1] * 7]
-        assert suspect.loss == pytest.approx(suspect.logged_loss, rel=0.1)  # without dropout, in float32
+        # without dropout, in float32
+        assert suspect.loss == pytest.approx(suspect.logged_loss, rel=0.1)
         assert any("float32 copy" in note for note in replay.notes) == (dtype is torch.bfloat16)
         model.to(torch.bfloat16).save_pretrained(tmp_path / "folder")
 
 
-# -- what a person and a program read ----------------------------------------------------------------------------------
-def test_the_page_and_the_json(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from jacdiag_cli.app import main
+# -- what a person and a program read --------------------------------------------------------------
+def test_the_page_and_the_json(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from jacdiag_cli.main import main
 
     folder, path = runs["batch"], tmp_path / "report.json"
     flight = str(folder / f"flight-{AT}")
-    assert main(["audit", str(folder / f"{AT}.pt"), "--replay", flight, "--fail-on", "never", "--json", str(path)]) == 0
+    assert (
+        main(
+            [
+                "audit",
+                str(folder / f"{AT}.pt"),
+                "--replay",
+                flight,
+                "--fail-on",
+                "never",
+                "--json",
+                str(path),
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "  Replay  The batch: on these weights (step 120) its loss is" in out
-    assert re.search(r"\n +step +loss +in run +gradient +in run +sequences out\n +120 suspect ", out)
+    assert re.search(
+        r"\n +step +loss +in run +gradient +in run +sequences out\n +120 suspect ", out
+    )
     assert "the checkpoint is of step 120: the weights right after the batch of that step" in out
     assert "branch norms on the batch of step 120 compared with the probe of step 100" in out
 
@@ -294,7 +356,9 @@ def test_the_page_and_the_json(runs: dict[str, Path], tmp_path: Path, capsys: py
     report = jacdiag.Report.from_json(text)
     assert report.replay is not None and report.replay.verdict == "batch"
     assert report.replay.to_dict() == json.loads(text)["replay"]
-    assert len(report.replay.batches) == 12 and all(len(batch.sequences) == 8 for batch in report.replay.batches)
+    assert len(report.replay.batches) == 12 and all(
+        len(batch.sequences) == 8 for batch in report.replay.batches
+    )
     assert report.replay.probe_step == 100 and len(report.replay.norms) == 4
     data = json.loads(text)
     del data["replay"]

@@ -6,13 +6,26 @@ import json
 from pathlib import Path
 
 import pytest
-from jacdiag_cli.app import main
+from jacdiag_cli.main import main
 
-from jacdiag.report.risk import RiskCurve, RiskTable, written
+from jacdiag.records.risk import RiskCurve, RiskTable, written
 
-SIZES = '{"recipe": "vanilla", "n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 64, "block_size": 16}'
-AUDIT = ["audit", "jacdiag.sources.gpt:build", "--model-args", SIZES, "--batch", "1", "--seq", "8", "--remedies",
-         "none"]  # fmt: skip
+SIZES = (
+    '{"recipe": "vanilla", "n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 64, '
+    '"block_size": 16}'
+)
+AUDIT = [
+    "audit",
+    "jacdiag.sources.gpt:build",
+    "--model-args",
+    SIZES,
+    "--batch",
+    "1",
+    "--seq",
+    "8",
+    "--remedies",
+    "none",
+]
 
 
 @pytest.fixture
@@ -25,7 +38,9 @@ def curves(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_a_chance_is_told_with_its_range(curves: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_chance_is_told_with_its_range(
+    curves: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "r.json"
     code = main([*AUDIT, "--lr", "0.1", "--risk", curves, "--json", str(out)])
     shown = " ".join(capsys.readouterr().out.split())
@@ -33,7 +48,10 @@ def test_a_chance_is_told_with_its_range(curves: str, tmp_path: Path, capsys: py
     risk = json.loads(out.read_text())["risk"]
     told = (f"a chance of {risk['chance']:.0%}", "at lr 0.100", "JD105", "90 runs")
     assert all(part in shown for part in told)
-    assert 0.5 < risk["lower"] < risk["chance"] < risk["upper"] < 1 and risk["figure"] == "worst branch norm"
+    assert (
+        0.5 < risk["lower"] < risk["chance"] < risk["upper"] < 1
+        and risk["figure"] == "worst branch norm"
+    )
 
 
 def test_outside_the_reason_is_told(curves: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,19 +59,25 @@ def test_outside_the_reason_is_told(curves: str, capsys: pytest.CaptureFixture[s
     shown = " ".join(capsys.readouterr().out.split())
     assert "no chance is given: outside the calibrated range: lr 2, 0.0001 to 1 were run" in shown
     assert main([*AUDIT, "--lr", "0.1", "--decide", "--risk", curves]) == 0
-    assert "worst branch norm is measured to its width without --decide" in " ".join(capsys.readouterr().out.split())
+    assert "worst branch norm is measured to its width without --decide" in " ".join(
+        capsys.readouterr().out.split()
+    )
     assert main([*AUDIT, "--risk", curves]) == 0
     assert "no chance" not in capsys.readouterr().out, "no learning rate, no word of it"
 
 
-def test_a_file_without_curves_ends_it_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_without_curves_ends_it_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "bad.toml"
     path.write_text("curve = 3")
     assert main([*AUDIT, "--lr", "0.1", "--risk", str(path)]) == 2
     assert "cannot read the curves" in capsys.readouterr().err
 
 
-def test_a_file_of_something_else_is_no_file_of_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_of_something_else_is_no_file_of_curves(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "r.toml"
     path.write_text("x = 1")
     assert main([*AUDIT, "--lr", "0.1", "--risk", str(path)]) == 2

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from cli.rig import ROOT, Done, on_terminal
-from jacdiag_cli.output import Column, grid
+from jacdiag_cli.streams import Column, grid
 
 from jacdiag.rules import EVERY
 
@@ -33,7 +33,10 @@ def test_rules_as_json(jd: Run) -> None:
     rows = json.loads(jd("rules", "--format", "json").out)
     assert [row["code"] for row in rows] == CODES
     assert set(rows[0]) == {"code", "name", "level", "states", "placements", "summary"}
-    assert all(row["level"] in ("info", "warning", "error") and row["states"] and row["placements"] for row in rows)
+    assert all(
+        row["level"] in ("info", "warning", "error") and row["states"] and row["placements"]
+        for row in rows
+    )
 
 
 @pytest.mark.parametrize("columns", [20, 50, 80])
@@ -42,7 +45,7 @@ def test_rules_on_a_narrow_terminal(tmp_path: Path, columns: int) -> None:
         [
             "import sys",
             f"sys.path[:0] = {[str(ROOT), str(ROOT / 'cli')]!r}",
-            "from jacdiag_cli.app import main",
+            "from jacdiag_cli.main import main",
             "sys.exit(main(['rules']))",
         ]
     )
@@ -60,8 +63,9 @@ def test_a_table_names_the_columns_that_it_left_out() -> None:
     columns = [Column("name", ["a"]), Column("long", ["x" * 30], 2), Column("odd", ["y" * 20], 1)]
     assert grid(columns, 60).splitlines()[2:] == []
     assert grid(columns, 50).splitlines()[2:] == [
-        "1 column left out: odd; a wider terminal or", "  --format markdown shows all",
-    ]  # fmt: skip
+        "1 column left out: odd; a wider terminal or",
+        "  --format markdown shows all",
+    ]
     assert "2 columns left out: long, odd;" in grid(columns, 35).replace("\n ", "")
     assert "left out" not in grid(columns)  # piped output has them all
 
@@ -70,7 +74,9 @@ def test_a_table_names_the_columns_that_it_left_out() -> None:
 def test_explain(jd: Run, code: str) -> None:
     done = jd("explain", code.lower())
     assert (done.code, done.err) == (0, "")
-    titles = [line for line in done.out.splitlines() if line in ("What", "Why", "Example", "Remedy")]
+    titles = [
+        line for line in done.out.splitlines() if line in ("What", "Why", "Example", "Remedy")
+    ]
     assert titles == ["What", "Why", "Example", "Remedy"]
     assert done.out.startswith(f"{code} ")
 
@@ -83,7 +89,8 @@ def test_explain_keeps_the_lines_of_an_example(jd: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "closest"), [("JD111", "JD10"), ("102", "JD102"), ("JD9999", "JD90"), ("", "jacdiag rules")]
+    ("asked", "closest"),
+    [("JD111", "JD10"), ("102", "JD102"), ("JD9999", "JD90"), ("", "jacdiag rules")],
 )
 def test_explain_an_unknown_code(jd: Run, asked: str, closest: str) -> None:
     done = jd("explain", asked)
@@ -97,6 +104,9 @@ def test_light_commands_are_fast(tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "cli")])}
     begun = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", "jacdiag_cli", "explain", "JD101"], cwd=tmp_path, env=env, capture_output=True
+        [sys.executable, "-m", "jacdiag_cli", "explain", "JD101"],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
     )
     assert done.returncode == 0 and time.perf_counter() - begun < 2.0

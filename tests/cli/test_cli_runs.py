@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from jacdiag_cli.app import main
 from jacdiag_cli.live import Follower
+from jacdiag_cli.main import main
 from rich.console import Console
 
 import jacdiag
-from jacdiag.render.heat import heat_of
-from jacdiag.render.live import screen, spark
-from jacdiag.report.runlog import RunLog, read_run
+from jacdiag.records.run_log import RunLog, read_run
+from jacdiag.render.plots.run_heatmap import heat_of
+from jacdiag.render.terminal.run_screen import screen, spark
 from jacdiag.sources.gpt import build
 
 
@@ -49,7 +49,16 @@ def test_a_frame_fits_the_terminal_and_says_what_happened(run: Path, width: int)
     lines = held.get().splitlines()
     assert len(lines) <= 24 and max(map(len, lines)) <= width
     text = held.get()
-    for word in ("step 20", "loss", "gradient", "clipped", "h.0.attn", "‖J‖", "● JD505 at 19", "ended at step 20"):
+    for word in (
+        "step 20",
+        "loss",
+        "gradient",
+        "clipped",
+        "h.0.attn",
+        "‖J‖",
+        "● JD505 at 19",
+        "ended at step 20",
+    ):
         assert word in text, word
     assert "nan" not in text.lower().replace("jd505", "")
 
@@ -64,14 +73,25 @@ def shown(run: RunLog, width: int, height: int = 24) -> str:
 
 @pytest.mark.parametrize(("bad", "width"), [("nan", 60), ("nan", 80), ("inf", 80), ("-inf", 200)])
 def test_a_loss_that_is_lost_is_shown_with_the_step_since_when(bad: str, width: int) -> None:
-    """Not the last finite one; the log has null for a nan norm before clipping, and nan for the one behind it."""
-    steps = [{"step": k, "loss": 3.39, "grad_norm": 1.89, "grad_norm_post": 1.0} for k in range(1, 191)]
+    """Not the last finite one; the log has null for a nan norm before clipping, and nan for the one
+    behind it.
+    """
+    steps = [
+        {"step": k, "loss": 3.39, "grad_norm": 1.89, "grad_norm_post": 1.0} for k in range(1, 191)
+    ]
     lost = {"loss": bad, "grad_norm": None if bad == "nan" else bad, "grad_norm_post": bad}
     text = shown(RunLog(steps=[*steps, *({"step": k, **lost} for k in range(191, 201))]), width)
     assert f"loss {bad} since{' step' if width >= 80 else ''} 191" in text and "3.39" not in text
-    assert f"{'gradient' if width == 200 else 'grad'} {bad} since{' step' if width >= 80 else ''} 191" in text
-    text = shown(RunLog(steps=[*steps, {"step": 191, **lost}, {**steps[-1], "step": 192, "loss": None}]), width)
-    assert f"loss {bad} since" in text and "1.89" in text  # not measured is no recovery; a finite norm is one
+    assert (
+        f"{'gradient' if width == 200 else 'grad'} {bad} since{' step' if width >= 80 else ''} 191"
+        in text
+    )
+    text = shown(
+        RunLog(steps=[*steps, {"step": 191, **lost}, {**steps[-1], "step": 192, "loss": None}]),
+        width,
+    )
+    # not measured is no recovery; a finite norm is one
+    assert f"loss {bad} since" in text and "1.89" in text
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
@@ -85,11 +105,16 @@ NAMES = [f"model.layers.{k}.{part}" for k in range(12) for part in ("self_attn",
 
 @pytest.mark.parametrize("width", [60, 80, 120])
 @pytest.mark.parametrize(
-    "names", [NAMES, ["encoder.layers.0.attn", "decoder.layers.0.attn"], ["one.and.only.sublayer"], []]
+    "names",
+    [NAMES, ["encoder.layers.0.attn", "decoder.layers.0.attn"], ["one.and.only.sublayer"], []],
 )
 def test_sub_layers_can_be_told_apart_at_every_width(names: list[str], width: int) -> None:
     figures = {"branch_norm": {name: 1.0 + k for k, name in enumerate(names)}}
-    text = shown(RunLog(probes=[{"step": 0, "figures": figures}, {"step": 5000, "figures": figures}]), width, 40)
+    text = shown(
+        RunLog(probes=[{"step": 0, "figures": figures}, {"step": 5000, "figures": figures}]),
+        width,
+        40,
+    )
     rows = [line.split("││")[1].split(" ")[1] for line in text.splitlines()[1 : len(names) + 1]]
     assert len(set(rows)) == len(names) and "steps 0" in text
 
@@ -98,17 +123,27 @@ def test_sub_layers_can_be_told_apart_at_every_width(names: list[str], width: in
 def test_the_sentence_of_an_alert_is_wrapped_where_there_is_room(width: int) -> None:
     what = "loss 13.1, 10.1 over its median and 11.5 standard deviations over its mean"
     alerts = [
-        {"step": step, "code": "JD502", "level": "warning", "what": what, "where": ["layers.0.feed_forward"]}
+        {
+            "step": step,
+            "code": "JD502",
+            "level": "warning",
+            "what": what,
+            "where": ["layers.0.feed_forward"],
+        }
         for step in range(1, 20)
     ]
     text = shown(RunLog(alerts=alerts[:2]), width)
-    right = " ".join(" ".join(line.split("││")[2].strip(" │") for line in text.splitlines()[1:22]).split())
+    right = " ".join(
+        " ".join(line.split("││")[2].strip(" │") for line in text.splitlines()[1:22]).split()
+    )
     assert right.count(what) == 2 and right.count("0.feed_forward") == 2
     full = shown(RunLog(alerts=alerts), width)
     assert "JD502 at 19" in full and full.count("JD502") == 7 and full.count("loss 13.1") == 7
 
 
-def test_a_run_without_a_step_or_a_probe(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_a_step_or_a_probe(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     header = (run / "run.jsonl").read_bytes().splitlines(keepends=True)[0]
     (tmp_path / "run.jsonl").write_bytes(header)
     assert main(["live", str(tmp_path)]) == 0
@@ -133,7 +168,9 @@ def test_the_follower_takes_whole_lines_only(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
-def test_plot_of_a_run(run: Path, suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plot_of_a_run(
+    run: Path, suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     target = tmp_path / f"a.{suffix}"
     assert main(["plot", str(run), "-o", str(target)]) == 0
     first = target.read_bytes()
@@ -152,8 +189,11 @@ def test_plot_of_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         (tmp_path / name).write_text(text)
         assert main(["plot", str(tmp_path / name)]) == 2
     for command, *args in (
-        ["plot", "gone.json"], ["live", "gone"], ["live", "r.json"], ["plot", "r.json", "-o", "a.bmp"],
-    ):  # fmt: skip
+        ["plot", "gone.json"],
+        ["live", "gone"],
+        ["live", "r.json"],
+        ["plot", "r.json", "-o", "a.bmp"],
+    ):
         given = [a if a.startswith("-") else str(tmp_path / a) for a in args]
         assert main([command, *given]) == 2, given
     assert "bug" not in capsys.readouterr().err
@@ -165,7 +205,9 @@ def test_heat_is_thinned_and_keeps_the_last_probe(run: Path) -> None:
     thin = heat_of(read_run(run), columns=3)
     assert thin.steps == [0, 10, 20]
     low, high = heat.extent
-    assert heat.level(low, 5) == 0 and heat.level(high, 5) == 4 and heat.level(float("nan"), 5) is None
+    assert (
+        heat.level(low, 5) == 0 and heat.level(high, 5) == 4 and heat.level(float("nan"), 5) is None
+    )
 
 
 def test_spark() -> None:
@@ -182,9 +224,12 @@ def test_ctrl_c_leaves_the_screen(run: Path) -> None:
 
     leader, follower = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "jacdiag_cli", "live", str(run), "--refresh", "0.1"], stdout=follower, stderr=follower,
-        stdin=follower, env={**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24"},
-    )  # fmt: skip
+        [sys.executable, "-m", "jacdiag_cli", "live", str(run), "--refresh", "0.1"],
+        stdout=follower,
+        stderr=follower,
+        stdin=follower,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24"},
+    )
     seen, until, left = b"", time.monotonic() + 60, b""
     while b"ended at step" not in seen and time.monotonic() < until:
         seen += os.read(leader, 65536)
@@ -199,7 +244,8 @@ def test_ctrl_c_leaves_the_screen(run: Path) -> None:
     with contextlib.suppress(OSError):
         left += os.read(leader, 65536)
     assert process.wait(5) == 130 and b"ended at step" in seen
-    assert b"error" not in left and b"interrupted" not in left  # to leave as the screen says is no error
+    # to leave as the screen says is no error
+    assert b"error" not in left and b"interrupted" not in left
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
@@ -208,5 +254,9 @@ def test_the_last_line_says_how_to_leave_and_that_a_run_goes_on_while_it_does(wi
     for ended, wanted in ((None, "Ctrl-C leaves; the run goes on"), ({"step": 1}, "Ctrl-C leaves")):
         terminal = Console(width=width, height=24, force_terminal=False, file=io.StringIO())
         with terminal.capture() as held:
-            terminal.print(screen(RunLog(steps=steps, ended=ended), "a/long/path/" * 5 + "run.jsonl", width, 24))
+            terminal.print(
+                screen(
+                    RunLog(steps=steps, ended=ended), "a/long/path/" * 5 + "run.jsonl", width, 24
+                )
+            )
         assert held.get().rstrip().endswith(wanted), ended

@@ -35,7 +35,9 @@ def test_what_is_not_covered_is_listed_with_its_reason(jd: Run, factory: str) ->
 
 
 @pytest.mark.parametrize("command", ["sites", "audit"])
-def test_a_probe_longer_than_an_unspoken_limit_has_a_way_out(jd: Run, factory: str, command: str) -> None:
+def test_a_probe_longer_than_an_unspoken_limit_has_a_way_out(
+    jd: Run, factory: str, command: str
+) -> None:
     done = jd(command, f"{factory}build")
     assert done.code == 2 and "IndexError" in done.err
     assert "--seq 32: the model's table of positions has 32 rows" in done.err
@@ -59,18 +61,37 @@ def test_every_parameter_is_somewhere(jd: Run, factory: str) -> None:
 
 
 def test_json_describes_a_site(jd: Run, factory: str) -> None:
-    data = json.loads(jd("sites", f"{factory}build", "--seq", 16, "--batch", 3, "--format", "json").out)
+    data = json.loads(
+        jd("sites", f"{factory}build", "--seq", 16, "--batch", 3, "--format", "json").out
+    )
     site = data["sublayers"][1]
     assert site["shape"] == [3, 16, 16] and "build.py:" in site["line"]
     assert site["parameters"]["h.0.mlp.0.weight"] == [64, 16]
-    assert {key: site[key] for key in ("index", "name", "depth", "kind", "placement", "parallel", "nested")} == {
-        "index": 1, "name": "h.0.mlp", "depth": 0, "kind": "mlp", "placement": "pre", "parallel": False,
+    assert {
+        key: site[key]
+        for key in ("index", "name", "depth", "kind", "placement", "parallel", "nested")
+    } == {
+        "index": 1,
+        "name": "h.0.mlp",
+        "depth": 0,
+        "kind": "mlp",
+        "placement": "pre",
+        "parallel": False,
         "nested": False,
-    }  # fmt: skip
+    }
 
 
 def test_what_the_model_prints_is_talk(jd: Run, factory: str) -> None:
-    done = jd("sites", f"{factory}build", "--model-args", '{"talk": true}', "--seq", 16, "--format", "json")
+    done = jd(
+        "sites",
+        f"{factory}build",
+        "--model-args",
+        '{"talk": true}',
+        "--seq",
+        16,
+        "--format",
+        "json",
+    )
     json.loads(done.out)
     assert "number of parameters" in done.err
 
@@ -79,12 +100,22 @@ def test_nothing_found_says_what_was_looked_for(jd: Run, factory: str) -> None:
     done = jd("sites", f"{factory}no_residual", "--seq", 16)
     assert done.code == 0
     assert "No residual sub-layer was found" in done.out and "linear 1" in done.out
-    assert "no sub-layer was found" in done.err and "audit" in done.err and len(done.err.splitlines()) == 1
+    assert (
+        "no sub-layer was found" in done.err
+        and "audit" in done.err
+        and len(done.err.splitlines()) == 1
+    )
     done = jd("sites", f"{factory}no_residual", "--seq", 16, "--format", "json")
-    assert done.code == 0 and json.loads(done.out)["sublayers"] == [] and "no sub-layer was found" in done.err
+    assert (
+        done.code == 0
+        and json.loads(done.out)["sublayers"] == []
+        and "no sub-layer was found" in done.err
+    )
 
 
-@pytest.mark.parametrize(("name", "message"), [("raises", "the router lost its way"), ("leaves", "sys.exit(0)")])
+@pytest.mark.parametrize(
+    ("name", "message"), [("raises", "the router lost its way"), ("leaves", "sys.exit(0)")]
+)
 def test_a_model_that_does_not_run(jd: Run, factory: str, name: str, message: str) -> None:
     done = jd("sites", f"{factory}{name}", "--seq", 16)
     assert (done.code, done.out) == (2, "") and message in done.err
@@ -98,7 +129,7 @@ def test_cuda_that_is_not_there(jd: Run, factory: str, monkeypatch: pytest.Monke
     assert done.code == 2 and "CUDA was asked for" in done.err and "--device cpu" in done.err
 
 
-# -- what the dataflow does not show -----------------------------------------------------------------------------------
+# -- what the dataflow does not show ---------------------------------------------------------------
 FUSED = """
 import torch
 from torch import nn
@@ -158,10 +189,22 @@ def test_the_configuration_declares_sites_for_both_commands(jd: Run, tmp_path: P
     (tmp_path / "pyproject.toml").write_text(DECLARED)
     data = json.loads(jd("sites", "fused.py:build", "--seq", 8, "--format", "json").out)
     assert [(s["name"], s["kind"], s["placement"]) for s in data["sublayers"]] == [
-        ("1.ff", "mlp", "pre"), ("2.ff", "mlp", "pre"),
-    ]  # fmt: skip
+        ("1.ff", "mlp", "pre"),
+        ("2.ff", "mlp", "pre"),
+    ]
     assert data["hidden"] == [] and data["notes"] == [] and data["culprit"] is None
-    done = jd("audit", "fused.py:build", "--seq", 8, "--batch", 1, "--format", "json", "--fail-on", "never")
+    done = jd(
+        "audit",
+        "fused.py:build",
+        "--seq",
+        8,
+        "--batch",
+        1,
+        "--format",
+        "json",
+        "--fail-on",
+        "never",
+    )
     assert [row["name"] for row in json.loads(done.out)["sublayers"]] == ["1.ff", "2.ff"]
 
 
@@ -186,7 +229,10 @@ def test_help_says_how_to_declare(jd: Run) -> None:
 
 
 def test_a_model_that_draws_is_named_with_its_call(jd: Run, tmp_path: Path) -> None:
-    code = FUSED.replace("FusedAdd.apply(x, self.ff(self.norm(x)))", "x + nn.functional.dropout(self.ff(self.norm(x)))")
+    code = FUSED.replace(
+        "FusedAdd.apply(x, self.ff(self.norm(x)))",
+        "x + nn.functional.dropout(self.ff(self.norm(x)))",
+    )
     (tmp_path / "drops.py").write_text(code)
     out = jd("sites", "drops.py:build", "--seq", 8).out
     assert "two runs differ: dropout draws random numbers (in '1'" in out and "drops.py:" in out

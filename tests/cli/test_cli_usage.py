@@ -1,4 +1,6 @@
-"""Errors of click and of jacdiag have one style: `error:` and `try:`, exit code 2, nothing on stdout."""
+"""Errors of click and of jacdiag have one style: `error:` and `try:`, exit code 2, nothing on
+stdout.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,28 @@ Run = Callable[..., Done]
         (["audit", "--bath", "3", "x.pt"], "error: no such option: --bath", "try: --batch"),
         (["audit", "x.pt", "--zzzz"], "error: no such option: --zzzz", "try: jacdiag audit --help"),
         (["audit"], "error: missing argument 'SOURCE'", "try: jacdiag audit [OPTIONS] SOURCE"),
-        (["audit", "x.pt", "--batch", "no"], "error: invalid value for '--batch'", "try: jacdiag audit --help"),
-        (["audit", "x.pt", "--batch"], "error: option '--batch' requires an argument", "try: jacdiag --help"),
-        (["audit", "x.pt", "y.pt"], "error: got unexpected extra argument", "try: jacdiag audit --help"),
+        (
+            ["audit", "x.pt", "--batch", "no"],
+            "error: invalid value for '--batch'",
+            "try: jacdiag audit --help",
+        ),
+        (
+            ["audit", "x.pt", "--batch"],
+            "error: option '--batch' requires an argument",
+            "try: jacdiag --help",
+        ),
+        (
+            ["audit", "x.pt", "y.pt"],
+            "error: got unexpected extra argument",
+            "try: jacdiag audit --help",
+        ),
         (["audti"], "error: no such command 'audti'", "try: jacdiag --help"),
         (["diff", "a"], "error: missing argument 'B'", "try: jacdiag diff [OPTIONS] A B"),
     ],
 )
-def test_click_errors_have_the_style_of_all_errors(jd: Run, args: list[str], what: str, hint: str) -> None:
+def test_click_errors_have_the_style_of_all_errors(
+    jd: Run, args: list[str], what: str, hint: str
+) -> None:
     done = jd(*args)
     assert done.code == 2
     assert done.out == ""
@@ -69,7 +85,7 @@ def test_marks_are_letters_where_the_output_is_ascii(
 
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
-    from jacdiag_cli.app import main
+    from jacdiag_cli.main import main
 
     assert main(["audit", f"{factory}build", "--seq", "4", "--decide", "--remedies", "none"]) == 0
     sys.stdout.flush()

@@ -1,4 +1,6 @@
-"""A small GPT in a file of its own, as a user would have it: `model(broken=True)` has lost W_2's depth scaling."""
+"""A small GPT in a file of its own, as a user would have it: `model(broken=True)` has lost W_2's
+depth scaling.
+"""
 
 import math
 
@@ -15,7 +17,9 @@ class Attention(nn.Module):
     def forward(self, x):
         b, t, d = x.shape
         q, k, v = (p.view(b, t, 4, d // 4).transpose(1, 2) for p in self.c_attn(x).split(d, 2))
-        return self.c_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, t, d))
+        return self.c_proj(
+            F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, t, d)
+        )
 
 
 class MLP(nn.Module):
@@ -30,7 +34,12 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, d):
         super().__init__()
-        self.ln_1, self.attn, self.ln_2, self.mlp = nn.LayerNorm(d), Attention(d), nn.LayerNorm(d), MLP(d)
+        self.ln_1, self.attn, self.ln_2, self.mlp = (
+            nn.LayerNorm(d),
+            Attention(d),
+            nn.LayerNorm(d),
+            MLP(d),
+        )
 
     def forward(self, x):
         x = x + self.attn(self.ln_1(x))
@@ -58,4 +67,5 @@ class Net(nn.Module):
         return self.head(self.ln_f(x))
 
 
-def model(**kw): return Net(**kw)
+def model(**kw):
+    return Net(**kw)

@@ -18,4 +18,5 @@ class Net(net.Net):
         self.h = blocks
 
 
-def model(**kw): return Net(**kw)
+def model(**kw):
+    return Net(**kw)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from gate import net
-from jacdiag_cli.app import main
+from jacdiag_cli.main import main
 
 from jacdiag.errors import SourceError, UsageError
 from jacdiag.gate import gate, read_baseline, write_baseline
@@ -22,7 +22,9 @@ QUICK: dict[str, Any] = {"batch": 1, "seq": 16}
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Any]:
     shutil.copy(Path(net.__file__), tmp_path / "net.py")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CI", raising=False)
@@ -72,7 +74,7 @@ def test_a_contract_from_a_file(run: Any, tmp_path: Path) -> None:
     assert run("net.py:model", *FAST, "--contract", "missing.toml")[0] == 2
 
 
-# -- seeds and budget -------------------------------------------------------------------------------------------------
+# -- seeds and budget ------------------------------------------------------------------------------
 def test_seeds_that_are_none_count_as_one(run: Any) -> None:
     code, out, _ = run("net.py:model", "--model-args", '{"seeded": true}', *FAST, "--select", "JD2")
     assert code == 0 and "the factory seeds itself" in out and "over" not in out.splitlines()[-1]
@@ -84,16 +86,31 @@ def test_a_budget_that_ran_out_is_no_pass(run: Any) -> None:
 
 
 def test_undecided_is_no_pass(run: Any) -> None:
-    # A threshold inside the interval of so few products, and no way to spend more within the budget.
+    # A threshold inside the interval of so few products, and no way to spend more within the
+    # budget.
     limits = {"branch_norm": {"pre": {"info": 1.99, "warning": 2.0}}}
-    out = gate(net.model, torch.randint(0, 256, (1, 16)), seeds=1, thresholds=limits, max_products=6, budget=1e-3,
-               select=["JD103"])  # fmt: skip
+    out = gate(
+        net.model,
+        torch.randint(0, 256, (1, 16)),
+        seeds=1,
+        thresholds=limits,
+        max_products=6,
+        budget=1e-3,
+        select=["JD103"],
+    )
     assert out.exit_code == 3 and out.report.settings["gate"]["undecided"] == ["JD103"]
 
 
 def test_products_are_spent_until_decided() -> None:
     limits = {"branch_norm": {"pre": {"info": 1.99, "warning": 2.0}}}
-    out = gate(net.model, torch.randint(0, 256, (1, 16)), seeds=1, thresholds=limits, max_products=6, select=["JD103"])
+    out = gate(
+        net.model,
+        torch.randint(0, 256, (1, 16)),
+        seeds=1,
+        thresholds=limits,
+        max_products=6,
+        select=["JD103"],
+    )
     assert out.exit_code == 0 and not out.report.settings["gate"]["undecided"]
 
 
@@ -108,16 +125,24 @@ def test_every_seed_is_looked_at() -> None:
         built.append(made)
         return made
 
-    out = gate(sometimes, torch.randint(0, 256, (1, 16)), seeds=2, select=["JD2"], fail_on="warning")
+    out = gate(
+        sometimes, torch.randint(0, 256, (1, 16)), seeds=2, select=["JD2"], fail_on="warning"
+    )
     [one] = out.report.findings
-    assert out.exit_code == 1 and one.evidence["parameters"] == ["h.1.mlp.c_fc.weight"] and one.evidence["seeds"] == [1]
+    assert (
+        out.exit_code == 1
+        and one.evidence["parameters"] == ["h.1.mlp.c_fc.weight"]
+        and one.evidence["seeds"] == [1]
+    )
 
 
-# -- baseline ---------------------------------------------------------------------------------------------------------
+# -- baseline --------------------------------------------------------------------------------------
 def test_another_seed_passes_and_another_std_does_not(run: Any) -> None:
     assert run("net.py:model", *FAST, "--baseline", "init.json", "--write-baseline")[0] == 0
     for seed in ("10", "20"):
-        code, out, _ = run("net.py:model", *FAST, "--seeds", "1", "--seed", seed, "--baseline", "init.json")
+        code, out, _ = run(
+            "net.py:model", *FAST, "--seeds", "1", "--seed", seed, "--baseline", "init.json"
+        )
         assert code == 0 and "against the baseline of 20" in out
     args = ("net.py:model", "--model-args", '{"broken": true}', *FAST, "--baseline", "init.json")
     code, out, _ = run(*args)
@@ -133,13 +158,18 @@ def test_a_baseline_knows_its_probe(run: Any, tmp_path: Path) -> None:
     kept = json.loads((tmp_path / "init.json").read_text())
     assert kept["probe"] == {"batch": 1, "seq": 16, "tokens": "random", "dtype": "float32"}
     code, _, err = run(*args, "--seq", "8", "--batch", "3")
-    assert code == 2 and "another probe" in err and "1 x 16 random tokens, float32, beside 3 x 8" in err
+    assert (
+        code == 2
+        and "another probe" in err
+        and "1 x 16 random tokens, float32, beside 3 x 8" in err
+    )
     assert "--batch 1 --seq 16, as in the baseline" in err and "--write-baseline" in err
     code, _, err = run(*args, *FAST, "--dtype", "float64")
     assert code == 2 and "--dtype float32, as in" in err
     assert run(*args, "--seq", "8", "--contract-only")[0] == 0, "weights know no probe"
     del kept["probe"]
-    (tmp_path / "init.json").write_text(json.dumps(kept))  # as it was written before the probe was kept
+    # as it was written before the probe was kept
+    (tmp_path / "init.json").write_text(json.dumps(kept))
     assert run(*args, "--seq", "8", "--batch", "1")[0] in (0, 1)
     (tmp_path / "init.json").write_text(json.dumps({**kept, "probe": 3}))
     assert run(*args, *FAST)[0] == 2
@@ -177,8 +207,19 @@ def test_the_baseline_is_stable_text(tmp_path: Path) -> None:
     assert (tmp_path / "b.json").read_bytes() == first
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"sublayers": 1, "weights": 2}', "[" * 100_000, "\x00",
-                                  '{"sublayers": {}, "weights": {}, "schema_version": 1}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"sublayers": 1, "weights": 2}',
+        "[" * 100_000,
+        "\x00",
+        '{"sublayers": {}, "weights": {}, "schema_version": 1}',
+    ],
+)
 def test_files_that_are_no_baseline(run: Any, tmp_path: Path, text: str) -> None:
     (tmp_path / "b.json").write_text(text)
     code, _, err = run("net.py:model", *FAST, "--baseline", "b.json")
@@ -190,19 +231,35 @@ def test_baselines_that_cannot_be_used(run: Any, tmp_path: Path) -> None:
     assert run("net.py:model", "--write-baseline")[0] == 2
     with pytest.raises(SourceError, match="no such baseline"):
         read_baseline(tmp_path / "none.json")
-    (tmp_path / "new.json").write_text(json.dumps({"schema_version": 9, "sublayers": {}, "weights": {}}))
+    (tmp_path / "new.json").write_text(
+        json.dumps({"schema_version": 9, "sublayers": {}, "weights": {}})
+    )
     with pytest.raises(UsageError, match="another version"):
         read_baseline(tmp_path / "new.json")
 
 
 def test_a_baseline_of_another_model(tmp_path: Path) -> None:
-    write_baseline(tmp_path / "b.json", gate("jacdiag.sources.gpt:build", seeds=1, **QUICK, products=False, model_args={
-        "n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 64}).figures)  # fmt: skip
+    write_baseline(
+        tmp_path / "b.json",
+        gate(
+            "jacdiag.sources.gpt:build",
+            seeds=1,
+            **QUICK,
+            products=False,
+            model_args={"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 64},
+        ).figures,
+    )
     with pytest.raises(UsageError, match="of another model"):
-        gate(net.model, torch.randint(0, 256, (1, 16)), seeds=1, products=False, baseline=tmp_path / "b.json")
+        gate(
+            net.model,
+            torch.randint(0, 256, (1, 16)),
+            seeds=1,
+            products=False,
+            baseline=tmp_path / "b.json",
+        )
 
 
-# -- the contract alone, other sources, safeguards --------------------------------------------------------------------
+# -- the contract alone, other sources, safeguards -------------------------------------------------
 def test_the_contract_alone_spends_no_product(run: Any) -> None:
     code, out, _ = run("net.py:model", *FAST, "--contract-only", "--format", "json", "--seeds", "1")
     report = json.loads(out)
@@ -210,11 +267,22 @@ def test_the_contract_alone_spends_no_product(run: Any) -> None:
 
 
 def test_the_contract_alone_is_enough_where_no_norm_was_asked_for(run: Any) -> None:
-    args = ("net.py:model", *FAST, "--contract-only", "--format", "json", "--seeds", "1", "--fail-on", "warning")
+    args = (
+        "net.py:model",
+        *FAST,
+        "--contract-only",
+        "--format",
+        "json",
+        "--seeds",
+        "1",
+        "--fail-on",
+        "warning",
+    )
     code, out, err = run(*args)
     report = json.loads(out)
     assert (code, report["verdict"], report["findings"]) == (0, "pass", []) and "gate: PASS" in err
-    code, out, _ = run(*args, "--state", "trained")  # no rule of the contract applies to a trained model
+    # no rule of the contract applies to a trained model
+    code, out, _ = run(*args, "--state", "trained")
     assert code == 1 and "JD904" in {f["code"] for f in json.loads(out)["findings"]}
 
 
@@ -225,7 +293,9 @@ def test_a_checkpoint_has_one_set_of_weights(run: Any, tmp_path: Path) -> None:
     assert code == 0 and "seeds" not in out.splitlines()[-1]
 
 
-def test_trust_pickle_is_refused_in_ci(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trust_pickle_is_refused_in_ci(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.save(net.model().state_dict(), tmp_path / "w.pt")
     args = ("w.pt", "--model", "net.py:model", "--trust-pickle", *FAST, "--select", "JD2")
     code, _, err = run(*args)
@@ -254,18 +324,31 @@ def test_a_build_that_raises() -> None:
 def test_the_callers_random_numbers_are_left_alone() -> None:
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    gate(net.model, torch.randint(0, 256, (1, 16), generator=torch.Generator().manual_seed(0)), seeds=1, products=False)
+    gate(
+        net.model,
+        torch.randint(0, 256, (1, 16), generator=torch.Generator().manual_seed(0)),
+        seeds=1,
+        products=False,
+    )
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_a_baseline_goes_through_links_and_to_stdout(run: Any, tmp_path: Path) -> None:
     (tmp_path / "init.json").symlink_to("real.json")
-    code, _, err = run("net.py:model", *FAST, "--seeds", "1", "--baseline", "init.json", "--write-baseline")
+    code, _, err = run(
+        "net.py:model", *FAST, "--seeds", "1", "--baseline", "init.json", "--write-baseline"
+    )
     assert code == 0 and "wrote init.json" in err
-    assert (tmp_path / "init.json").is_symlink() and "sublayers" in json.loads((tmp_path / "real.json").read_text())
-    code, out, err = run("net.py:model", *FAST, "--seeds", "1", "--baseline", "-", "--write-baseline")
+    assert (tmp_path / "init.json").is_symlink() and "sublayers" in json.loads(
+        (tmp_path / "real.json").read_text()
+    )
+    code, out, err = run(
+        "net.py:model", *FAST, "--seeds", "1", "--baseline", "-", "--write-baseline"
+    )
     assert code == 0 and json.loads(out)["sublayers"] and "gate: PASS" in err and "wrote" not in err
-    code, _, err = run("net.py:model", *FAST, "--seeds", "1", "--baseline", "/dev/full", "--write-baseline")
+    code, _, err = run(
+        "net.py:model", *FAST, "--seeds", "1", "--baseline", "/dev/full", "--write-baseline"
+    )
     assert code == 2 and "No space left" in err and Path("/dev/full").is_char_device()
 
 
@@ -273,14 +356,18 @@ def test_a_report_does_not_write_over_the_baseline(run: Any, tmp_path: Path) -> 
     (tmp_path / "init.json").write_text("{}")
     code, _, err = run("net.py:model", "--baseline", "init.json", "--json", "init.json")
     assert code == 2 and "would write over what --baseline reads" in err
-    code, _, err = run("net.py:model", "--baseline", "init.json", "--write-baseline", "--json", "init.json")
+    code, _, err = run(
+        "net.py:model", "--baseline", "init.json", "--write-baseline", "--json", "init.json"
+    )
     assert code == 2 and "--json and --baseline name the same file" in err
     assert (tmp_path / "init.json").read_text() == "{}"
 
 
-# -- what a gate says if no rule can fail ------------------------------------------------------------------------------
+# -- what a gate says if no rule can fail ----------------------------------------------------------
 def test_a_gate_in_which_no_rule_applied_is_no_pass(run: Any, tmp_path: Path) -> None:
-    """Rules of pre-norm on a post-norm model; a trained model under the contract alone; weights without a model."""
+    """Rules of pre-norm on a post-norm model; a trained model under the contract alone; weights
+    without a model.
+    """
     torch.save({"layer.weight": torch.randn(16, 16).pow(3)}, tmp_path / "bare.pt")
     shutil.copy(Path(__file__).parent / "post.py", tmp_path / "post.py")
     for args in (
@@ -290,7 +377,9 @@ def test_a_gate_in_which_no_rule_applied_is_no_pass(run: Any, tmp_path: Path) ->
         ("bare.pt",),
     ):
         code, out, _ = run(*args)
-        assert code == 3 and "gate: UNDECIDED" in out and "no rule applied, so nothing can pass" in out, args
+        assert (
+            code == 3 and "gate: UNDECIDED" in out and "no rule applied, so nothing can pass" in out
+        ), args
         assert "PASS" not in out
     code, out, _ = run("post.py:model", *FAST, "--seeds", "1")
     assert code == 0 and "gate: PASS" in out and "no rule applied" not in out
@@ -300,7 +389,12 @@ def test_a_gate_in_which_no_rule_applied_is_no_pass(run: Any, tmp_path: Path) ->
 def test_a_trained_model_without_a_baseline_is_observed(run: Any) -> None:
     args = ("net.py:model", *FAST, "--seeds", "1", "--state", "trained", "--ignore", "JD903")
     code, out, _ = run(*args)
-    assert code == 0 and "gate: OBSERVED" in out and "compared with nothing" in out and "PASS" not in out
+    assert (
+        code == 0
+        and "gate: OBSERVED" in out
+        and "compared with nothing" in out
+        and "PASS" not in out
+    )
     for name in ("markdown", "github", "junit", "sarif", "json"):
         code, out, err = run(*args, "--format", name)
         assert code == 0 and "observed" in out.lower() and "gate: OBSERVED" in err, name

@@ -14,12 +14,14 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from gate import net
-from jacdiag_cli.app import main
+from jacdiag_cli.main import main
 
 from jacdiag.gate import gate
-from jacdiag.gate.locate import located
-from jacdiag.render import comment, folded, github, junit, sarif
-from jacdiag.report import Finding, Report
+from jacdiag.gate.source_location import located
+from jacdiag.records import Finding, Report
+from jacdiag.render.formats import github, junit, sarif
+from jacdiag.render.formats import grouped_findings as folded
+from jacdiag.render.formats import pr_comment as comment
 from jacdiag.rules import RULES
 
 WILD = "a|b*c_d`e<f>[g]&$%h:i,j\r\n::error::k \x1b[31m \ud83d"
@@ -27,7 +29,9 @@ WILD = "a|b*c_d`e<f>[g]&$%h:i,j\r\n::error::k \x1b[31m \ud83d"
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    out = gate(lambda: net.model(broken=True), torch.randint(0, 256, (1, 16)), seeds=1, fail_on="warning")
+    out = gate(
+        lambda: net.model(broken=True), torch.randint(0, 256, (1, 16)), seeds=1, fail_on="warning"
+    )
     assert out.exit_code == 1
     return out.report
 
@@ -37,8 +41,13 @@ def wild(report: Report) -> Report:
     """A report whose names and texts are somebody's attempt to break out of a format."""
     evidence = {"parameters": [WILD], "location": {"file": WILD, "line": 3}}
     bad = Finding("JD102", "error", [WILD], WILD, evidence, "", WILD)
-    return replace(report, findings=[bad, *report.findings], source={"path": WILD}, notes=[WILD],
-                   settings={**report.settings, "name": WILD, "command": WILD})  # fmt: skip
+    return replace(
+        report,
+        findings=[bad, *report.findings],
+        source={"path": WILD},
+        notes=[WILD],
+        settings={**report.settings, "name": WILD, "command": WILD},
+    )
 
 
 def test_one_note_per_rule_layers_folded(report: Report) -> None:
@@ -52,8 +61,16 @@ def test_one_note_per_rule_layers_folded(report: Report) -> None:
 
 def test_sarif_by_models_made_of_the_official_schema(report: Report, wild: Report) -> None:
     model = pytest.importorskip("pydantic_sarif.model")
-    kind = next(getattr(model, n) for n in ("StaticAnalysisResultsFormatSarifVersion210JsonSchema", "SarifLog", "Model",
-                "StaticAnalysisResultsFormatSARIFVersion210JSONSchema") if hasattr(model, n))  # fmt: skip
+    kind = next(
+        getattr(model, n)
+        for n in (
+            "StaticAnalysisResultsFormatSarifVersion210JsonSchema",
+            "SarifLog",
+            "Model",
+            "StaticAnalysisResultsFormatSARIFVersion210JSONSchema",
+        )
+        if hasattr(model, n)
+    )
     for one in (report, wild, replace(report, findings=[])):
         kind.model_validate_json(sarif.render(one))
     with pytest.raises(ValueError, match="validation error"):  # the models do refuse
@@ -64,28 +81,46 @@ def test_sarif_results(report: Report) -> None:
     log = json.loads(sarif.render(report))
     [run] = log["runs"]
     rules = run["tool"]["driver"]["rules"]
-    assert log["version"] == "2.1.0" and {r["ruleId"] for r in run["results"]} == {f.code for f in report.findings}
+    assert log["version"] == "2.1.0" and {r["ruleId"] for r in run["results"]} == {
+        f.code for f in report.findings
+    }
     for result in run["results"]:
         assert rules[result["ruleIndex"]]["id"] == result["ruleId"]
         [place] = result["locations"]
         uri = place["physicalLocation"]["artifactLocation"]["uri"]
-        assert not uri.startswith("/") and Path(uri).is_file() and place["physicalLocation"]["region"]["startLine"] >= 1
+        assert (
+            not uri.startswith("/")
+            and Path(uri).is_file()
+            and place["physicalLocation"]["region"]["startLine"] >= 1
+        )
         assert re.fullmatch("[0-9a-f]{64}", result["partialFingerprints"]["jacdiag/v1"])
 
 
 def test_fingerprints_stay_when_figures_move(report: Report) -> None:
     def prints(one: Report) -> list[str]:
-        return [r["partialFingerprints"]["jacdiag/v1"] for r in json.loads(sarif.render(one))["runs"][0]["results"]]
+        return [
+            r["partialFingerprints"]["jacdiag/v1"]
+            for r in json.loads(sarif.render(one))["runs"][0]["results"]
+        ]
 
-    moved = [replace(f, what=f.what + " 0.1", evidence={**f.evidence, "location": {"file": "x.py", "line": 9}})
-             for f in report.findings]  # fmt: skip
+    moved = [
+        replace(
+            f,
+            what=f.what + " 0.1",
+            evidence={**f.evidence, "location": {"file": "x.py", "line": 9}},
+        )
+        for f in report.findings
+    ]
     assert prints(report) == prints(replace(report, findings=moved))
 
 
 def test_sarif_location_without_a_file(report: Report) -> None:
     bare = [replace(f, evidence={}) for f in report.findings]
     for result in json.loads(sarif.render(replace(report, findings=bare)))["runs"][0]["results"]:
-        assert result["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] == "pyproject.toml"
+        assert (
+            result["locations"][0]["physicalLocation"]["artifactLocation"]["uri"]
+            == "pyproject.toml"
+        )
 
 
 def test_github_annotations(report: Report, wild: Report) -> None:
@@ -122,11 +157,15 @@ def test_comment(report: Report, wild: Report) -> None:
 
 def test_locations_fall_back_to_the_factory(tmp_path: Path) -> None:
     shutil.copy(Path(net.__file__), tmp_path / "net.py")
-    finding = Finding("JD203", "warning", ["h.0.mlp"], "x", {"parameters": ["h.0.mlp.c_proj.weight"]})
+    finding = Finding(
+        "JD203", "warning", ["h.0.mlp"], "x", {"parameters": ["h.0.mlp.c_proj.weight"]}
+    )
     [one] = located([finding], torch.nn.Linear(2, 2), f"{tmp_path / 'net.py'}:model", tmp_path)
     lines = (tmp_path / "net.py").read_text().splitlines()
-    assert one.evidence["location"] == {"file": "net.py", "line": 1 + next(
-        k for k, line in enumerate(lines) if line.startswith("def model"))}  # fmt: skip
+    assert one.evidence["location"] == {
+        "file": "net.py",
+        "line": 1 + next(k for k, line in enumerate(lines) if line.startswith("def model")),
+    }
     (tmp_path / "config.json").write_text("{}")
     [one] = located([finding], None, f"hf:{tmp_path}", tmp_path)
     assert one.evidence["location"] == {"file": "config.json", "line": 1}
@@ -140,9 +179,24 @@ def test_formats_on_the_command_line(
 ) -> None:
     shutil.copy(Path(net.__file__), tmp_path / "net.py")
     monkeypatch.chdir(tmp_path)
-    args = ["gate", "net.py:model", "--seq", "16", "--batch", "1", "--seeds", "1", "--select", "JD2"]
+    args = [
+        "gate",
+        "net.py:model",
+        "--seq",
+        "16",
+        "--batch",
+        "1",
+        "--seeds",
+        "1",
+        "--select",
+        "JD2",
+    ]
     code = main([*args, "--format", name])
     left = capsys.readouterr()
-    reads: dict[str, Callable[[str], Any]] = {"sarif": json.loads, "json": json.loads, "junit": ElementTree.fromstring}
+    reads: dict[str, Callable[[str], Any]] = {
+        "sarif": json.loads,
+        "json": json.loads,
+        "junit": ElementTree.fromstring,
+    }
     assert code == 0 and left.out and reads.get(name, str)(left.out) is not None
     assert "gate: PASS" in left.err

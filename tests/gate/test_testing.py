@@ -1,4 +1,6 @@
-"""`assert_stable_init`, the pytest plugin, the pre-commit hooks and the GitHub action, as far as one machine shows."""
+"""`assert_stable_init`, the pytest plugin, the pre-commit hooks and the GitHub action, as far as
+one machine shows.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,15 @@ def test_a_sound_model_returns_its_report() -> None:
 
 def test_the_message_can_be_read() -> None:
     with pytest.raises(AssertionError) as failed:
-        assert_stable_init(partial(net.model, broken=True), IDS, seeds=1, products=False, fail_on="warning")
+        assert_stable_init(
+            partial(net.model, broken=True), IDS, seeds=1, products=False, fail_on="warning"
+        )
     text = str(failed.value)
-    assert "✗ JD203 depth-scaling" in text and "expects 0.02/sqrt(2*N) = 0.00707" in text and "net.py:" in text
+    assert (
+        "✗ JD203 depth-scaling" in text
+        and "expects 0.02/sqrt(2*N) = 0.00707" in text
+        and "net.py:" in text
+    )
     assert "gate: FAIL" in text
 
 
@@ -44,8 +52,8 @@ def test_a_baseline_is_written_and_compared(tmp_path: Path) -> None:
         assert_stable_init(partial(net.model, broken=True), IDS, seeds=1, baseline=path)
 
 
-# -- the plugin -------------------------------------------------------------------------------------------------------
-SUITE = '''
+# -- the plugin ------------------------------------------------------------------------------------
+SUITE = """
     import torch
     from functools import partial
     import net
@@ -60,13 +68,23 @@ SUITE = '''
 
     def test_recorded(jacdiag_gate):
         jacdiag_gate(net.model, IDS, baseline="init.json")
-'''
+"""
 
 
 def pytest_run(folder: Path, *args: str) -> tuple[int, str]:
     shutil.copy(Path(net.__file__), folder / "net.py")
     (folder / "test_init.py").write_text(textwrap.dedent(SUITE), encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-rs", *args]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-rs",
+        *args,
+    ]
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     env["COLUMNS"] = "200"
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=env)
@@ -79,27 +97,38 @@ def test_without_the_option_they_are_skipped(tmp_path: Path) -> None:
 
 
 def test_with_it_they_run(tmp_path: Path) -> None:
-    code, out = pytest_run(tmp_path, "--jacdiag", "--jacdiag-seeds", "2", "--jacdiag-write-baselines")
-    assert code == 1 and "2 passed, 1 failed" in out.replace("1 failed, 2 passed", "2 passed, 1 failed")
+    code, out = pytest_run(
+        tmp_path, "--jacdiag", "--jacdiag-seeds", "2", "--jacdiag-write-baselines"
+    )
+    assert code == 1 and "2 passed, 1 failed" in out.replace(
+        "1 failed, 2 passed", "2 passed, 1 failed"
+    )
     assert (tmp_path / "init.json").is_file()
     # The traceback ends in the user's test, and the reason stands below it.
     assert "test_init.py:12: AssertionError" in out and "✗ JD203 depth-scaling" in out
     assert "jacdiag/testing" not in out.split("= FAILURES =")[1].split("= jacdiag gate =")[0]
-    assert "test_init.py::test_broken: failed in" in out and "test_init.py::test_sound: passed in" in out
+    assert (
+        "test_init.py::test_broken: failed in" in out
+        and "test_init.py::test_sound: passed in" in out
+    )
     assert pytest_run(tmp_path, "--jacdiag", "--jacdiag-seeds", "1", "-k", "recorded")[0] == 0
 
 
 def test_the_plugin_is_registered_and_light() -> None:
     from importlib.metadata import entry_points
 
-    assert [e.value for e in entry_points(group="pytest11", name="jacdiag")] == ["jacdiag.testing.plugin"]
+    assert [e.value for e in entry_points(group="pytest11", name="jacdiag")] == [
+        "jacdiag.testing.plugin"
+    ]
     code = "import jacdiag.testing.plugin, jacdiag.testing, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
-# -- pre-commit and the action ----------------------------------------------------------------------------------------
+# -- pre-commit and the action ---------------------------------------------------------------------
 def hooks() -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text(encoding="utf-8"))
+    found: list[dict[str, Any]] = yaml.safe_load(
+        (ROOT / ".pre-commit-hooks.yaml").read_text(encoding="utf-8")
+    )
     return found
 
 
@@ -108,7 +137,9 @@ def script(folder: Path, text: str, **env: str) -> subprocess.CompletedProcess[s
     clean = {k: v for k, v in os.environ.items() if k not in ("CI",)}
     command = ["bash", "-eo", "pipefail", "-c", text]
     whole = {**clean, "PATH": path, **env}
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=whole)
+    return subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=300, env=whole
+    )
 
 
 @pytest.mark.parametrize("broken", [pytest.param(False, marks=pytest.mark.long), True])
@@ -116,7 +147,17 @@ def script(folder: Path, text: str, **env: str) -> subprocess.CompletedProcess[s
 def test_hooks_do_what_pre_commit_would(hook: dict[str, Any], broken: bool, tmp_path: Path) -> None:
     assert {"id", "name", "entry", "language"} <= set(hook) and hook["pass_filenames"] is False
     shutil.copy(Path(net.__file__), tmp_path / "net.py")
-    args = ["net.py:model", "--seq", "16", "--batch", "1", "--fail-on", "warning", "--select", "JD2"]
+    args = [
+        "net.py:model",
+        "--seq",
+        "16",
+        "--batch",
+        "1",
+        "--fail-on",
+        "warning",
+        "--select",
+        "JD2",
+    ]
     args += ["--model-args", '{"broken": true}'] if broken else []
     done = script(tmp_path, f"{hook['entry']} {shlex.join(args)}")
     assert done.returncode == int(broken), done.stdout + done.stderr
@@ -127,13 +168,21 @@ def action() -> dict[str, Any]:
     return found
 
 
-def gate_step(folder: Path, args: str) -> tuple[subprocess.CompletedProcess[str], dict[str, str], str]:
+def gate_step(
+    folder: Path, args: str
+) -> tuple[subprocess.CompletedProcess[str], dict[str, str], str]:
     """Runs the action's own script as a runner would, with its files in a folder."""
     shutil.copy(Path(net.__file__), folder / "net.py")
     [step] = [s for s in action()["runs"]["steps"] if s.get("id") == "gate"]
     files = {name: folder / name.lower() for name in ("GITHUB_STEP_SUMMARY", "GITHUB_OUTPUT")}
-    done = script(folder, step["run"], SOURCE="net.py:model", ARGS=args, RUNNER_TEMP=str(folder / "temp"),
-                  **{name: str(path) for name, path in files.items()})  # fmt: skip
+    done = script(
+        folder,
+        step["run"],
+        SOURCE="net.py:model",
+        ARGS=args,
+        RUNNER_TEMP=str(folder / "temp"),
+        **{name: str(path) for name, path in files.items()},
+    )
     outputs = dict(line.split("=", 1) for line in files["GITHUB_OUTPUT"].read_text().splitlines())
     summary = files["GITHUB_STEP_SUMMARY"]
     return done, outputs, summary.read_text() if summary.exists() else ""
@@ -153,8 +202,12 @@ def test_the_action_passes(tmp_path: Path) -> None:
     assert (done.returncode, outputs["exit-code"]) == (0, "0") and "PASS" in summary
 
 
-def test_the_action_says_that_it_cannot_run_and_runs_nothing_of_its_arguments(tmp_path: Path) -> None:
-    done, outputs, summary = gate_step(tmp_path, "--nonsense '$(touch owned)' `touch owned`; touch owned")
+def test_the_action_says_that_it_cannot_run_and_runs_nothing_of_its_arguments(
+    tmp_path: Path,
+) -> None:
+    done, outputs, summary = gate_step(
+        tmp_path, "--nonsense '$(touch owned)' `touch owned`; touch owned"
+    )
     assert (done.returncode, outputs["exit-code"], summary) == (2, "2", "")
     assert not (tmp_path / "owned").exists()
 

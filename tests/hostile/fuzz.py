@@ -1,10 +1,12 @@
-"""`make fuzz`: many damaged files, read in children that are watched; and outputs to paths of every kind.
+"""`make fuzz`: many damaged files, read in children that are watched; and outputs to paths of every
+kind.
 
     python tests/hostile/fuzz.py --files 20000
 
-A file must be read or refused with a message: no other exception, no death, nothing that takes over 10 s, no more than
-1 GiB above its size, nothing started, written or connected to. What breaks that is kept in tests/hostile/corpus.
-After every tenth file something is written to a device, a pipe, a link, a full disk and so on: see outputs.py.
+A file must be read or refused with a message: no other exception, no death, nothing that takes over
+10 s, no more than 1 GiB above its size, nothing started, written or connected to. What breaks that
+is kept in tests/hostile/corpus. After every tenth file something is written to a device, a pipe, a
+link, a full disk and so on: see outputs.py.
 """
 
 from __future__ import annotations
@@ -37,8 +39,20 @@ SECONDS, MEMORY, BATCH = 10.0, 2**30, 250
 START = 300.0  # seconds until the first file: imports, on a machine that has other work
 OUTPUT_EVERY = 10  # files
 RIGHT = ("read", "refused", "output written", "output refused")
-_FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "subprocess.Popen", "socket.connect",
-              "os.remove", "os.rename", "shutil.rmtree", "webbrowser.open", "ctypes.dlopen")  # fmt: skip
+_FORBIDDEN = (
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.spawn",
+    "os.fork",
+    "subprocess.Popen",
+    "socket.connect",
+    "os.remove",
+    "os.rename",
+    "shutil.rmtree",
+    "webbrowser.open",
+    "ctypes.dlopen",
+)
 
 
 class Forbidden(BaseException):
@@ -117,7 +131,13 @@ def child(folder: str, seed: int, count: int, pipe: Connection) -> None:
         if k % OUTPUT_EVERY == 0:
             pipe.send(("begin", str(root / "outputs"), ""))
             said = verdict_on_output(root, rng)
-            pipe.send(("end", str(root / "outputs"), f"output {said}" if said in ("written", "refused") else said))
+            pipe.send(
+                (
+                    "end",
+                    str(root / "outputs"),
+                    f"output {said}" if said in ("written", "refused") else said,
+                )
+            )
     pipe.send(("done", "", ""))
 
 
@@ -137,7 +157,9 @@ def batch(seed: int, count: int) -> Counter[str]:
     counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
         ours, theirs = multiprocessing.Pipe(duplex=False)
-        process = multiprocessing.get_context("fork").Process(target=child, args=(folder, seed, count, theirs))
+        process = multiprocessing.get_context("fork").Process(
+            target=child, args=(folder, seed, count, theirs)
+        )
         process.start()
         theirs.close()
         at, wait = "", START
@@ -167,7 +189,11 @@ def keep(path: Path, why: str, counts: Counter[str]) -> None:
     if not path.name or not path.exists():  # no name: it was over before the first file
         return
     CORPUS.mkdir(exist_ok=True)
-    content = b"".join(f.read_bytes() for f in sorted(path.rglob("*"))) if path.is_dir() else path.read_bytes()
+    content = (
+        b"".join(f.read_bytes() for f in sorted(path.rglob("*")))
+        if path.is_dir()
+        else path.read_bytes()
+    )
     name = hashlib.sha256(content).hexdigest()[:12] + path.suffix
     with contextlib.suppress(OSError):
         (shutil.copytree if path.is_dir() else shutil.copy)(path, CORPUS / name)
@@ -196,11 +222,20 @@ def main() -> int:
     found = {key: n for key, n in counts.items() if key not in RIGHT}
     outputs = sum(n for key, n in counts.items() if key.startswith("output"))
     files = sum(counts.values()) - outputs
-    print(f"{files} files in {seconds:.0f} s: {counts['read']} read, {counts['refused']} refused; {outputs} outputs: "
-          f"{counts['output written']} written, {counts['output refused']} refused; {sum(found.values())} wrong "
-          f"{found or ''}")  # fmt: skip
+    print(
+        f"{files} files in {seconds:.0f} s: {counts['read']} read, {counts['refused']} refused; "
+        f"{outputs} outputs: "
+        f"{counts['output written']} written, {counts['output refused']} refused; "
+        f"{sum(found.values())} wrong "
+        f"{found or ''}"
+    )
     if options.json:
-        result = {"files": files, "outputs": outputs, "counts": dict(counts), "seconds": round(seconds, 1)}
+        result = {
+            "files": files,
+            "outputs": outputs,
+            "counts": dict(counts),
+            "seconds": round(seconds, 1),
+        }
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     return int(bool(found))
 

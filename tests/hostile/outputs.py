@@ -1,4 +1,6 @@
-"""Output paths of every kind, drawn at random: what may be replaced is replaced whole, and nothing else is touched."""
+"""Output paths of every kind, drawn at random: what may be replaced is replaced whole, and nothing
+else is touched.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 OLD = b"the old content"
-KINDS = ("new", "old", "link", "dangling", "chain", "pipe", "null", "full", "descriptor", "folder", "socket", "loop",
-         "missing", "long", "locked name", "small disk", "small disk, old", "small disk, link")  # fmt: skip
+KINDS = (
+    "new",
+    "old",
+    "link",
+    "dangling",
+    "chain",
+    "pipe",
+    "null",
+    "full",
+    "descriptor",
+    "folder",
+    "socket",
+    "loop",
+    "missing",
+    "long",
+    "locked name",
+    "small disk",
+    "small disk, old",
+    "small disk, link",
+)
 _REFUSED = ("full", "folder", "socket", "loop", "missing", "long", "locked name")
 
 
@@ -39,9 +59,11 @@ class Case:
 
 
 def verdict_on_output(folder: Path, rng: random.Random) -> str:
-    """Write to an output path of a random kind and return "written", "refused", or what went wrong."""
+    """Write to an output path of a random kind and return "written", "refused", or what went
+    wrong.
+    """
     from jacdiag.errors import JacdiagError
-    from jacdiag.render.files import write_output
+    from jacdiag.records.output_file import write_output
 
     kind, data = rng.choice(KINDS), rng.randbytes(rng.choice([0, 1, 5_000, 200_000]))
     place = folder / "outputs"
@@ -66,7 +88,9 @@ def verdict_on_output(folder: Path, rng: random.Random) -> str:
         shutil.rmtree(place)
 
 
-def _case(kind: str, place: Path, data: bytes, rng: random.Random, opened: contextlib.ExitStack) -> Case:
+def _case(
+    kind: str, place: Path, data: bytes, rng: random.Random, opened: contextlib.ExitStack
+) -> Case:
     """Make a place of that kind."""
     target, link = place / "target", place / "link"
     if kind.endswith(("old", "chain")) or kind in ("link", "small disk, link"):
@@ -84,7 +108,9 @@ def _case(kind: str, place: Path, data: bytes, rng: random.Random, opened: conte
     if kind == "pipe":
         os.mkfifo(target)
         case = Case(str(target))
-        case.reader = threading.Thread(target=lambda: case.read.append(target.read_bytes()), daemon=True)
+        case.reader = threading.Thread(
+            target=lambda: case.read.append(target.read_bytes()), daemon=True
+        )
         case.reader.start()
         return case
     if kind in ("null", "full"):
@@ -95,7 +121,8 @@ def _case(kind: str, place: Path, data: bytes, rng: random.Random, opened: conte
         return Case(f"/proc/self/fd/{file.fileno()}", target)
     if kind == "socket":
         server = opened.enter_context(socket.socket(socket.AF_UNIX))
-        holder = os.open(place, os.O_RDONLY)  # the name of a socket is short; that of the folder may not be
+        # the name of a socket is short; that of the folder may not be
+        holder = os.open(place, os.O_RDONLY)
         opened.callback(os.close, holder)
         server.bind(f"/proc/self/fd/{holder}/target")
         return Case(str(target))

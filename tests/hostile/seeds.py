@@ -14,15 +14,40 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-WEIGHTS = {"wte.weight": torch.ones(8, 4), "h.0.fc.weight": torch.full((4, 4), 0.5), "h.0.fc.bias": torch.zeros(4)}
-INTERESTING = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 2**40, 2**60, 2**63 - 1, 2**64 - 1)
+WEIGHTS = {
+    "wte.weight": torch.ones(8, 4),
+    "h.0.fc.weight": torch.full((4, 4), 0.5),
+    "h.0.fc.bias": torch.zeros(4),
+}
+INTERESTING = (
+    0,
+    1,
+    0x7F,
+    0x80,
+    0xFF,
+    0x7FFFFFFF,
+    0x80000000,
+    0xFFFFFFFF,
+    2**40,
+    2**60,
+    2**63 - 1,
+    2**64 - 1,
+)
 
 
 def honest(folder: Path) -> dict[str, bytes]:
     """File name -> bytes; the suffix says the format."""
     made: dict[str, bytes] = {}
-    step = {"model": WEIGHTS, "iter_num": 3, "optimizer": {"state": {0: {"exp_avg": torch.ones(4)}}}}
-    for name, zipped, held in (("zip.pt", True, WEIGHTS), ("step.pt", True, step), ("old.pt", False, WEIGHTS)):
+    step = {
+        "model": WEIGHTS,
+        "iter_num": 3,
+        "optimizer": {"state": {0: {"exp_avg": torch.ones(4)}}},
+    }
+    for name, zipped, held in (
+        ("zip.pt", True, WEIGHTS),
+        ("step.pt", True, step),
+        ("old.pt", False, WEIGHTS),
+    ):
         buffer = io.BytesIO()
         torch.save(held, buffer, _use_new_zipfile_serialization=zipped)
         made[name] = buffer.getvalue()
@@ -33,24 +58,38 @@ def honest(folder: Path) -> dict[str, bytes]:
 
 
 def honest_folders(folder: Path) -> dict[str, dict[str, bytes]]:
-    """Folder name -> its files: one of torch.distributed.checkpoint, one of Hugging Face, sharded."""
+    """Folder name -> its files: one of torch.distributed.checkpoint, one of Hugging Face,
+    sharded.
+    """
     import torch.distributed.checkpoint as dcp
 
     dcp.save(dict(WEIGHTS), checkpoint_id=folder / "dcp", no_dist=True)
     made = {"dcp": {f.name: f.read_bytes() for f in (folder / "dcp").iterdir()}}
-    config = {"model_type": "gpt2", "n_layer": 1, "n_embd": 4, "n_head": 1, "vocab_size": 8, "n_positions": 4,
-              "architectures": ["GPT2LMHeadModel"], "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
+    config = {
+        "model_type": "gpt2",
+        "n_layer": 1,
+        "n_embd": 4,
+        "n_head": 1,
+        "vocab_size": 8,
+        "n_positions": 4,
+        "architectures": ["GPT2LMHeadModel"],
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
     save_file(WEIGHTS, folder / "one.safetensors")
     index = {"metadata": {}, "weight_map": dict.fromkeys(WEIGHTS, "one.safetensors")}
     made["hf"] = {
-        "config.json": json.dumps(config).encode(), "model.safetensors.index.json": json.dumps(index).encode(),
+        "config.json": json.dumps(config).encode(),
+        "model.safetensors.index.json": json.dumps(index).encode(),
         "one.safetensors": (folder / "one.safetensors").read_bytes(),
-    }  # fmt: skip
+    }
     return made
 
 
 def damaged(name: str, data: bytes, rng: random.Random) -> bytes:
-    """One to four damages; inside the pickle of a zip or the header of safetensors half of the time."""
+    """One to four damages; inside the pickle of a zip or the header of safetensors half of the
+    time.
+    """
     for _ in range(rng.randint(1, 4)):
         inner = _INSIDE.get(Path(name).suffix) if rng.random() < 0.5 else None
         try:
@@ -115,11 +154,16 @@ def _in_header(data: bytes, rng: random.Random) -> bytes:
     elif kind == 2:
         entry["dtype"] = rng.choice(["F64", "F8_E4M3", "BOOL", "X", None, 3])
     elif kind == 3:
-        header[rng.choice(["__metadata__", "é\x00", "../a"])] = rng.choice([{"step": "9" * 4000}, [], entry, None])
+        header[rng.choice(["__metadata__", "é\x00", "../a"])] = rng.choice(
+            [{"step": "9" * 4000}, [], entry, None]
+        )
     else:
         del entry[rng.choice(sorted(entry))]
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + body
 
 
-_INSIDE: dict[str, Callable[[bytes, random.Random], bytes]] = {".pt": _in_zip, ".safetensors": _in_header}
+_INSIDE: dict[str, Callable[[bytes, random.Random], bytes]] = {
+    ".pt": _in_zip,
+    ".safetensors": _in_header,
+}

@@ -10,7 +10,9 @@ WIDTH, HEADS, VOCABULARY = 16, 2, 40
 
 
 class Attention(nn.Module):
-    """Causal attention; by hand, or by the fused call. It keeps its last queries and keys for tests."""
+    """Causal attention; by hand, or by the fused call. It keeps its last queries and keys for
+    tests.
+    """
 
     def __init__(self, by_hand: bool = False) -> None:
         super().__init__()

@@ -14,11 +14,13 @@ import jacdiag
 from jacdiag.measure import attention
 from jacdiag.measure.attention import Tally, add_products
 from jacdiag.measure.gradients import gradient_profile
-from jacdiag.report.flow import AttentionRecord
+from jacdiag.records.signal_propagation import AttentionRecord
 
 
 def by_hand(scores: Tensor) -> tuple[float, float, float]:
-    """Largest score, mean entropy, and that over uniform, of (B, H, T, S) with -inf where masked."""
+    """Largest score, mean entropy, and that over uniform, of (B, H, T, S) with -inf where
+    masked.
+    """
     weights = scores.double().softmax(-1)
     entropies, most = [], []
     for row, probabilities in zip(scores.flatten(0, -2), weights.flatten(0, -2), strict=True):
@@ -89,7 +91,12 @@ class TorchLayer(nn.Module):
         causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
         padding = torch.zeros(x.shape[:2], dtype=torch.bool)
         padding[0, -1] = True
-        return x + self.attn(z, z, z, key_padding_mask=padding, attn_mask=causal, need_weights=self.need_weights)[0]
+        return (
+            x
+            + self.attn(
+                z, z, z, key_padding_mask=padding, attn_mask=causal, need_weights=self.need_weights
+            )[0]
+        )
 
 
 @pytest.mark.parametrize("need_weights", [False, True])
@@ -101,8 +108,12 @@ def test_torchs_own_module_equals_the_weights_that_it_returns(need_weights: bool
     causal = torch.ones(5, 5, dtype=torch.bool).triu(1)
     padding = torch.zeros(2, 5, dtype=torch.bool)
     padding[0, -1] = True
-    _, weights = model.attn(z, z, z, key_padding_mask=padding, attn_mask=causal, average_attn_weights=False)
-    rows = [row[row > 0].double() for row in weights.detach().flatten(0, -2) if int((row > 0).sum()) > 1]
+    _, weights = model.attn(
+        z, z, z, key_padding_mask=padding, attn_mask=causal, average_attn_weights=False
+    )
+    rows = [
+        row[row > 0].double() for row in weights.detach().flatten(0, -2) if int((row > 0).sum()) > 1
+    ]
     entropy = sum(float(-(row * row.log()).sum()) for row in rows) / len(rows)
     assert found.entropy == pytest.approx(entropy, rel=1e-5) and found.queries == len(rows)
 
@@ -112,7 +123,9 @@ def test_grouped_keys_a_scale_and_a_mask_equal_a_plain_call() -> None:
     query, key = torch.randn(2, 4, 7, 8), torch.randn(2, 2, 9, 8)
     mask = torch.randn(7, 9)
     tally = Tally()
-    attention._read_sdpa(tally, (query, key, key), {"attn_mask": mask, "scale": 0.7, "enable_gqa": True})
+    attention._read_sdpa(
+        tally, (query, key, key), {"attn_mask": mask, "scale": 0.7, "enable_gqa": True}
+    )
     scores = query @ key.repeat_interleave(2, 1).transpose(-2, -1) * 0.7 + mask
     logit, entropy, share = by_hand(scores)
     record = tally.record()
@@ -144,7 +157,9 @@ class Mixture(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         z = self.norm(x)
         weights = self.router(z).softmax(-1)
-        return x + sum(weights[..., k : k + 1] * expert(z).relu() for k, expert in enumerate(self.experts))
+        return x + sum(
+            weights[..., k : k + 1] * expert(z).relu() for k, expert in enumerate(self.experts)
+        )
 
 
 class Linear(nn.Module):

@@ -1,4 +1,6 @@
-"""A norm of channels-first data works on a transposed shortcut, which may have the shape of the shortcut itself."""
+"""A norm of channels-first data works on a transposed shortcut, which may have the shape of the
+shortcut itself.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,10 @@ from jacdiag.spectra import dense_norm
 class ChannelsFirst(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.gain, self.bias = nn.Parameter(torch.rand(channels) + 0.5), nn.Parameter(torch.rand(channels))
+        self.gain, self.bias = (
+            nn.Parameter(torch.rand(channels) + 0.5),
+            nn.Parameter(torch.rand(channels)),
+        )
         self.up, self.down = nn.Linear(channels, 2 * channels), nn.Linear(2 * channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import jacdiag
 from jacdiag.measure.gradients import gradient_profile
-from jacdiag.report import Finding, Report
+from jacdiag.records import Finding, Report
 
 Decoder = models.Decoder
 
@@ -35,7 +35,9 @@ def test_gradients_of_parameters_are_those_of_a_plain_backward(tied: bool) -> No
     F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
-        assert profile.parameters[name] == pytest.approx(float(parameter.grad.norm()), rel=1e-4, abs=1e-7), name
+        assert profile.parameters[name] == pytest.approx(
+            float(parameter.grad.norm()), rel=1e-4, abs=1e-7
+        ), name
 
 
 def test_the_model_keeps_its_own_gradients() -> None:
@@ -51,7 +53,11 @@ def test_the_embedding_is_compared_with_the_median_of_the_other_matrices() -> No
     model, ids = models.decoder(), models.ids()
     report = audited(model)
     F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
-    norms = {name: float(p.grad.norm()) for name, p in model.named_parameters() if p.grad is not None and p.dim() > 1}
+    norms = {
+        name: float(p.grad.norm())
+        for name, p in model.named_parameters()
+        if p.grad is not None and p.dim() > 1
+    }
     own = norms.pop("wte.weight")
     others = sorted(norms.values())
     middle = len(others) // 2
@@ -66,7 +72,10 @@ def test_low_precision_has_a_reason_and_still_a_stream() -> None:
     assert report.network is not None and report.network.gradient_norms is not None
     assert report.network.backward is not None and report.network.backward.dead == []
     assert "raised" in report.network.backward.notes["embedding_norm"]
-    assert all(row.gradient_norm is None and "raised" in row.notes["gradient_norm"] for row in report.sublayers)
+    assert all(
+        row.gradient_norm is None and "raised" in row.notes["gradient_norm"]
+        for row in report.sublayers
+    )
 
 
 # -- weights ---------------------------------------------
@@ -99,7 +108,10 @@ def test_a_zero_head_alone_is_an_info() -> None:
 
 def test_a_zero_gain_and_a_zero_head_are_named_together() -> None:
     [finding] = found(zero("norm.weight", "head.weight"))
-    assert finding.level == "warning" and set(finding.evidence["parameters"]) == {"norm.weight", "head.weight"}
+    assert finding.level == "warning" and set(finding.evidence["parameters"]) == {
+        "norm.weight",
+        "head.weight",
+    }
     assert "all of them" in finding.what and "no step changes" in finding.what
 
 
@@ -173,7 +185,9 @@ def test_an_embedding_that_is_cut_off_is_named() -> None:
 
 
 def test_blocks_that_run_again_with_a_gradient_are_an_info() -> None:
-    """All but the last of several cycles through the same weights run without a gradient, on purpose."""
+    """All but the last of several cycles through the same weights run without a gradient, on
+    purpose.
+    """
 
     class Cycles(Decoder):
         def forward(self, ids: Tensor) -> Tensor:
@@ -234,17 +248,26 @@ def test_a_stream_beside_the_loss_is_not_blamed() -> None:
 
 # -- branches ---------------------------------------------
 def test_zero_initialised_outputs_of_all_layers_are_an_info() -> None:
-    names = [f"h.{k}.{part}" for k in range(3) for part in ("attn.o.weight", "mlp.w2.weight", "mlp.w2.bias")]
+    names = [
+        f"h.{k}.{part}"
+        for k in range(3)
+        for part in ("attn.o.weight", "mlp.w2.weight", "mlp.w2.bias")
+    ]
     model = zero(*names)
     [finding] = found(model, "JD402")
-    assert finding.level == "info" and len(finding.where) == 6 and "zero-initialised" in finding.what
+    assert (
+        finding.level == "info" and len(finding.where) == 6 and "zero-initialised" in finding.what
+    )
     assert not found(model)
 
 
 def test_one_zero_output_among_others_is_a_warning() -> None:
     [finding] = found(zero("h.1.mlp.w2.weight", "h.1.mlp.w2.bias"), "JD402")
     assert finding.level == "warning" and finding.where == ["h.1.mlp"]
-    assert finding.evidence["parameters"] == ["h.1.mlp.w2.weight"] and "not so in every layer" in finding.what
+    assert (
+        finding.evidence["parameters"] == ["h.1.mlp.w2.weight"]
+        and "not so in every layer" in finding.what
+    )
 
 
 class Gated(nn.Module):
@@ -253,8 +276,13 @@ class Gated(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.gates = nn.ParameterList(nn.Parameter(torch.zeros(())) for _ in range(3))
-        self.parts = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)) for _ in range(3))
-        self.embed, self.head = nn.Embedding(models.VOCABULARY, 16), nn.Linear(16, models.VOCABULARY)
+        self.parts = nn.ModuleList(
+            nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)) for _ in range(3)
+        )
+        self.embed, self.head = (
+            nn.Embedding(models.VOCABULARY, 16),
+            nn.Linear(16, models.VOCABULARY),
+        )
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed(ids)
@@ -267,7 +295,11 @@ def test_rezero_is_an_info_and_its_gates_learn() -> None:
     torch.manual_seed(0)
     model = Gated()
     [finding] = found(model, "JD402")
-    assert finding.level == "info" and finding.evidence["parameters"] == ["gates.0", "gates.1", "gates.2"]
+    assert finding.level == "info" and finding.evidence["parameters"] == [
+        "gates.0",
+        "gates.1",
+        "gates.2",
+    ]
     assert not found(model)
 
 
@@ -281,7 +313,8 @@ def test_rezero_with_zero_matrices_never_learns() -> None:
     dead = found(model)
     assert [f.where for f in dead] == [["parts.0"], ["parts.1"], ["parts.2"]]
     assert all(f.level == "warning" and "no step changes" in f.what for f in dead)
-    [branches] = found(model, "JD402")  # all layers alike, and yet no init: the zeros block one another
+    # all layers alike, and yet no init: the zeros block one another
+    [branches] = found(model, "JD402")
     assert branches.level == "warning" and "no gradient reaches any of them" in branches.what
 
 
@@ -343,7 +376,9 @@ def test_a_gradient_of_nan_is_not_called_zero() -> None:
 
 # -- numbers next to nothing ---------------------------------------------
 def with_tiny(*names: str) -> nn.Module:
-    """Return a model whose named parameters hold what empty memory may hold: numbers below 1e-25."""
+    """Return a model whose named parameters hold what empty memory may hold: numbers below
+    1e-25.
+    """
     model = models.decoder()
     with torch.no_grad():
         for name in names:
@@ -358,7 +393,10 @@ def test_numbers_next_to_nothing_are_a_cause_and_their_size_is_said() -> None:
     assert finding.level == "warning" and finding.where == ["h.1.mlp"]
     assert finding.evidence["parameters"] == matrices
     assert "h.1.mlp.w2.weight is at most 1e-25 in size" in finding.what
-    assert finding.fix == "no init writes such numbers; initialise: h.1.mlp.w1.weight, h.1.mlp.w2.weight"
+    assert (
+        finding.fix
+        == "no init writes such numbers; initialise: h.1.mlp.w1.weight, h.1.mlp.w2.weight"
+    )
 
 
 def test_numbers_next_to_nothing_that_are_not_the_cause_are_not_named() -> None:

@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from jacdiag.measure.draws import Draws, draw_of, interval, moments, truncated
+from jacdiag.measure.init_distribution import Draws, draw_of, interval, moments, truncated
 
 
 def generator(seed: int) -> torch.Generator:
@@ -35,20 +35,28 @@ FAMILIES = ("normal", "uniform", "truncated 2", "truncated 3")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("shape", [(64, 64), (48, 160), (256, 1024)])
 def test_families_are_told_apart(family: str, shape: tuple[int, int]) -> None:
-    # A normal of 4,096 numbers may well stay within 3 std (a chance of 6e-5): that cut shows in larger ones only.
+    # A normal of 4,096 numbers may well stay within 3 std (a chance of 6e-5): that cut shows in
+    # larger ones only.
     shows = family != "truncated 3" or math.prod(shape) > 20_000
     for seed in range(20):
         draw = draw_of(drawn(family, shape, 0.02, seed))
-        assert draw is not None and draw.family in (family.split()[0], *(() if shows else ("normal",)))
+        assert draw is not None and draw.family in (
+            family.split()[0],
+            *(() if shows else ("normal",)),
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_interval_holds_as_often_as_it_says(family: str) -> None:
-    """At alpha 0.05 over 2,000 small weights: a binomial with 100 expected, within 4 standard deviations."""
+    """At alpha 0.05 over 2,000 small weights: a binomial with 100 expected, within 4 standard
+    deviations.
+    """
     outside = 0
     for seed in range(2000):
         found = moments(drawn(family, (20, 20), 1.0, seed))
-        kurtosis = {"normal": 3.0, "uniform": 1.8}.get(family) or truncated(float(family.split()[1]))[1]
+        kurtosis = {"normal": 3.0, "uniform": 1.8}.get(family) or truncated(
+            float(family.split()[1])
+        )[1]
         low, high = interval(found.std, found.count, kurtosis, 0.05)
         outside += not low <= 1.0 <= high
     assert abs(outside - 100) < 4 * math.sqrt(2000 * 0.05 * 0.95)
@@ -58,7 +66,9 @@ def test_the_normal_interval_is_the_exact_one() -> None:
     for n in (2, 17, 4096, 10**7):
         low, high = interval(1.0, n, 3.0, 1e-6)
         exact = [math.sqrt(n / stats.chi2.ppf(q, n - 1)) for q in (1 - 5e-7, 5e-7)]
-        assert low == pytest.approx(exact[0], rel=3e-4) and high == pytest.approx(exact[1], rel=3e-4)
+        assert low == pytest.approx(exact[0], rel=3e-4) and high == pytest.approx(
+            exact[1], rel=3e-4
+        )
 
 
 def test_another_std_is_outside() -> None:
@@ -71,7 +81,9 @@ def test_another_std_is_outside() -> None:
 def test_truncated_moments(cut: float) -> None:
     exact = stats.truncnorm(-cut, cut)
     std, kurtosis = truncated(cut)
-    assert std == pytest.approx(exact.std()) and kurtosis - 3 == pytest.approx(float(exact.stats(moments="k")))
+    assert std == pytest.approx(exact.std()) and kurtosis - 3 == pytest.approx(
+        float(exact.stats(moments="k"))
+    )
     draw = draw_of(drawn(f"truncated {cut}", (300, 300), 0.02, 0))
     assert draw is not None and draw.truncation == pytest.approx(std, rel=1e-2)
 
@@ -82,14 +94,18 @@ def test_orthogonal_has_no_spread(shape: tuple[int, int], gain: float) -> None:
     w = torch.nn.init.orthogonal_(torch.empty(shape), gain, generator=generator(0))
     draw = draw_of(w)
     assert draw is not None and draw.family == "orthogonal"
-    assert draw.lower <= gain / math.sqrt(max(shape)) <= draw.upper and draw.upper / draw.lower < 1.003
+    assert (
+        draw.lower <= gain / math.sqrt(max(shape)) <= draw.upper and draw.upper / draw.lower < 1.003
+    )
 
 
 def test_zero_constant_and_mixtures() -> None:
     zero, ones = draw_of(torch.zeros(7)), draw_of(torch.full((5,), 0.1))
     assert zero is not None and ones is not None
     assert (zero.family, ones.family, ones.mean) == ("zero", "constant", pytest.approx(0.1))
-    mixed = draw_of(torch.cat([drawn("normal", (64, 64), 0.02, 0), drawn("normal", (64, 64), 0.1, 1)]))
+    mixed = draw_of(
+        torch.cat([drawn("normal", (64, 64), 0.02, 0), drawn("normal", (64, 64), 0.1, 1)])
+    )
     assert mixed is not None and mixed.family == "other"
 
 
@@ -103,13 +119,16 @@ def test_rows_of_padding_are_no_draws() -> None:
 
 
 def test_moments_are_numpys_in_any_layout() -> None:
-    w = drawn("normal", (700, 1900), 0.02, 0) + 5.0  # more than one piece; a mean that would cancel in float32
+    # more than one piece; a mean that would cancel in float32
+    w = drawn("normal", (700, 1900), 0.02, 0) + 5.0
     for tensor in (w, w.T, w.bfloat16(), w[None]):
         values = tensor.double().numpy()
         found = moments(tensor)
         assert found.std == pytest.approx(values.std(), rel=1e-7)
         assert found.mean == pytest.approx(values.mean(), rel=1e-12)
-        assert found.kurtosis == pytest.approx(float(stats.kurtosis(values.ravel(), fisher=False)), rel=1e-5)
+        assert found.kurtosis == pytest.approx(
+            float(stats.kurtosis(values.ravel(), fisher=False)), rel=1e-5
+        )
         assert found.largest == np.abs(values).max()
 
 

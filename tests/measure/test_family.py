@@ -10,8 +10,8 @@ from menagerie import CORE
 import jacdiag
 from jacdiag.errors import UsageError
 from jacdiag.gate import gate
-from jacdiag.render.words import header
-from jacdiag.report import Interval, Report
+from jacdiag.records import Interval, Report
+from jacdiag.render.terminal.sentences import header
 
 GPT = "jacdiag.sources.gpt:build"
 SMALL: dict[str, Any] = {
@@ -29,7 +29,9 @@ def probabilistic(report: Report) -> list[Interval]:
         if row.core_norm != row.branch_norm:  # without an input norm they are one map
             found.append(row.core_norm)
     # Parallel branches share one joint norm.
-    joint = [row.joint_residual_norm for row in report.sublayers if row.joint_residual_norm is not None]
+    joint = [
+        row.joint_residual_norm for row in report.sublayers if row.joint_residual_norm is not None
+    ]
     found += [one for place, one in enumerate(joint) if one not in joint[:place]]
     if report.network is not None:
         found.append(report.network.end_to_end)
@@ -44,7 +46,9 @@ def test_the_chance_of_a_miss_is_divided_by_the_number_of_intervals() -> None:
     assert told["each"] == pytest.approx(1 - 0.01 / 15) and told["shared_with_remedies"] is False
     assert report.settings["confidence"] == told["each"]
     intervals = probabilistic(report)
-    assert len(intervals) == 13 and {interval.confidence for interval in intervals} == {told["each"]}
+    assert len(intervals) == 13 and {interval.confidence for interval in intervals} == {
+        told["each"]
+    }
     line = " ".join(header(report)[-1])
     assert "each interval at 99.933%, all 15 together at 99% (Bonferroni)" in line
 
@@ -55,7 +59,9 @@ def test_it_is_the_audit_at_the_confidence_of_each() -> None:
     usual = jacdiag.audit(GPT, confidence=0.99, **SMALL)
     assert probabilistic(together) == probabilistic(alone)
     assert together.cost.products is not None and usual.cost.products is not None
-    assert together.cost.products > usual.cost.products, "all together are dearer than each for itself"
+    assert together.cost.products > usual.cost.products, (
+        "all together are dearer than each for itself"
+    )
 
 
 PLACEMENTS = ("pre", "post", "sandwich", "reordered", "none", "parallel left")
@@ -63,12 +69,15 @@ PLACEMENTS = ("pre", "post", "sandwich", "reordered", "none", "parallel left")
 
 @pytest.mark.parametrize("name", PLACEMENTS)
 def test_no_interval_is_left_out_of_the_count(name: str) -> None:
-    """Parallel branches have a joint norm too; a branch without an input norm has no core of its own."""
+    """Parallel branches have a joint norm too; a branch without an input norm has no core of its
+    own.
+    """
     specimen = next(one for one in CORE if one.name == name)
     args, kwargs = specimen.arguments()
     report = jacdiag.audit(specimen.build(), kwargs or args, confidence_all=0.9, state="init")
     count = report.settings["confidence_all"]["intervals"]
-    heads = sum(row.kind == "attention" for row in report.sublayers)  # Eq. 20 has one for each, which no row shows
+    # Eq. 20 has one for each, which no row shows
+    heads = sum(row.kind == "attention" for row in report.sublayers)
     assert count - heads <= len(probabilistic(report)) <= count
 
 
@@ -77,7 +86,9 @@ def test_the_trials_of_remedies_have_half_of_the_chance() -> None:
     told = report.settings["confidence_all"]
     assert report.remedies and told["shared_with_remedies"] is True
     assert told["each"] == pytest.approx(1 - 0.005 / 15)
-    assert "all 15 and those of remedies together at 99% (Bonferroni)" in " ".join(header(report)[-1])
+    assert "all 15 and those of remedies together at 99% (Bonferroni)" in " ".join(
+        header(report)[-1]
+    )
 
 
 def test_the_seeds_of_a_gate_share_it() -> None:
@@ -91,7 +102,11 @@ def test_the_seeds_of_a_gate_share_it() -> None:
 def test_without_it_the_header_speaks_of_each_interval_only() -> None:
     report = jacdiag.audit(GPT, **SMALL)
     line = " ".join(header(report)[-1])
-    assert "each interval at 99.9%" in line and "together" not in line and "confidence_all" not in report.settings
+    assert (
+        "each interval at 99.9%" in line
+        and "together" not in line
+        and "confidence_all" not in report.settings
+    )
 
 
 def test_both_are_refused() -> None:

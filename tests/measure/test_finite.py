@@ -1,4 +1,6 @@
-"""JD906: a mask or a table may hold -inf on purpose; what breaks an activation, or is a used weight, is named."""
+"""JD906: a mask or a table may hold -inf on purpose; what breaks an activation, or is a used
+weight, is named.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ class Masked(nn.Module):
         distance = (place[:, None] - place[None, :]).clamp(min=0)
         scores = self.mask[:tokens, :tokens] + self.table[distance]
         if self.fused:
-            mixed = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], attn_mask=scores)[:, 0]
+            mixed = F.scaled_dot_product_attention(
+                q[:, None], k[:, None], v[:, None], attn_mask=scores
+            )[:, 0]
         else:
             mixed = (q @ k.transpose(1, 2) / 8**0.5 + scores).softmax(-1) @ v
         return x + self.out(mixed)
@@ -80,7 +84,8 @@ def test_what_is_meant_is_no_finding(change: Callable[[Masked], None], fused: bo
     [
         (put("qkv.weight", (0, 0), NAN), "qkv.weight"),
         (put("qkv.weight", (0, 0), INF), "qkv.weight"),
-        (put("embed.weight", (15, 0), INF), "embed.weight"),  # a row that this probe does not look up
+        # a row that this probe does not look up
+        (put("embed.weight", (15, 0), INF), "embed.weight"),
         (put("norm.bias", 0, NAN), "norm.bias"),
         (put("mask", (0, 0), NAN), "mask"),
         (put("table", 0, NAN), "table"),
@@ -102,7 +107,9 @@ def test_a_weight_that_is_not_read_is_a_note() -> None:
 
 
 def of_file(tmp_path: Path, **extra: Tensor) -> tuple[list[str], str]:
-    weights = {f"layers.0.mlp.{name}.weight": torch.randn(8, 8) for name in ("up_proj", "down_proj")}
+    weights = {
+        f"layers.0.mlp.{name}.weight": torch.randn(8, 8) for name in ("up_proj", "down_proj")
+    }
     path = tmp_path / "weights.pt"
     torch.save(weights | extra, path)
     report = jacdiag.audit(path)
@@ -112,7 +119,9 @@ def of_file(tmp_path: Path, **extra: Tensor) -> tuple[list[str], str]:
 def test_weights_alone_take_masks_and_tables_for_what_they_are(tmp_path: Path) -> None:
     mask = torch.full((4, 4), -INF).triu(1)
     distances = torch.tensor([0.0, 1.0, INF])
-    names, notes = of_file(tmp_path, **{"layers.0.attn.bias": mask, "layers.0.attn.distances": distances})
+    names, notes = of_file(
+        tmp_path, **{"layers.0.attn.bias": mask, "layers.0.attn.distances": distances}
+    )
     assert names == []
     assert "layers.0.attn.bias" in notes and "on purpose" in notes
     assert "on purpose" not in of_file(tmp_path)[1]
@@ -123,5 +132,7 @@ def test_weights_alone_still_name_what_is_broken(tmp_path: Path) -> None:
     broken[0, 0] = -INF
     poisoned = torch.zeros(4, 4)
     poisoned[1, 1] = NAN
-    names, _ = of_file(tmp_path, **{"layers.0.attn.out.weight": broken, "layers.0.attn.mask": poisoned})
+    names, _ = of_file(
+        tmp_path, **{"layers.0.attn.out.weight": broken, "layers.0.attn.mask": poisoned}
+    )
     assert names == ["layers.0.attn.out.weight", "layers.0.attn.mask"]

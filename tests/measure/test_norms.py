@@ -1,4 +1,6 @@
-"""What one norm of a sub-layer inherits from another: ends that hold, for one product, taken where they decide."""
+"""What one norm of a sub-layer inherits from another: ends that hold, for one product, taken where
+they decide.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +8,9 @@ import pytest
 import torch
 
 import jacdiag
-from jacdiag.measure.linearise import linearise
-from jacdiag.measure.norms import Effort, Solver
-from jacdiag.report import Interval
+from jacdiag.measure.branch_norms import Effort, Solver
+from jacdiag.measure.linearization import linearise
+from jacdiag.records import Interval
 from jacdiag.sources import gpt
 from jacdiag.sources.factory import seeded
 from jacdiag.spectra import dense_norm
@@ -17,7 +19,11 @@ from jacdiag.trace import Sites
 
 def traced(recipe: str) -> Sites:
     with seeded(0):
-        model = gpt.build(recipe, n_layer=2, n_head=2, n_embd=16, vocab_size=32, block_size=6).double().eval()
+        model = (
+            gpt.build(recipe, n_layer=2, n_head=2, n_embd=16, vocab_size=32, block_size=6)
+            .double()
+            .eval()
+        )
         ids = torch.randint(32, (2, 6))
     return jacdiag.sites(model, ids, dtype=torch.float64)
 
@@ -44,11 +50,16 @@ def test_inherited_ends_hold_the_dense_norms(recipe: str) -> None:
             "residual": dense_norm(site.residual, x),
         }
         one = linearise(site)
-        norms = Solver(one, effort({"core_norm": truths["core"] / 3, "branch_norm": truths["branch"] / 3})).norms()
+        norms = Solver(
+            one, effort({"core_norm": truths["core"] / 3, "branch_norm": truths["branch"] / 3})
+        ).norms()
         one.release()
         for name, true in truths.items():
             interval = getattr(norms, name)
-            assert isinstance(interval, Interval) and interval.lower <= true <= interval.upper, (site.name, name)
+            assert isinstance(interval, Interval) and interval.lower <= true <= interval.upper, (
+                site.name,
+                name,
+            )
             taken += "follows from another norm" in interval.stop
     assert taken >= 4, "the point of the test is that ends were inherited"
 
@@ -60,7 +71,9 @@ def test_ends_that_do_not_decide_are_not_taken() -> None:
     norms = Solver(one, effort({"branch_norm": true * 1.02, "core_norm": 1e9})).norms()
     assert norms.branch is not None and "follows" not in norms.branch.stop
     assert norms.branch.upper <= true * 1.02, "solved until it lies on one side"
-    assert norms.residual is not None and norms.residual.products == 1, "no rule asks about the residual map"
+    assert norms.residual is not None and norms.residual.products == 1, (
+        "no rule asks about the residual map"
+    )
 
 
 def test_without_early_every_norm_is_solved_to_its_width() -> None:
@@ -69,16 +82,22 @@ def test_without_early_every_norm_is_solved_to_its_width() -> None:
     for interval in (norms.branch, norms.core, norms.residual):
         assert interval is not None and interval.converged and "follows" not in interval.stop
         assert interval.upper <= interval.lower * 1.05
-    assert norms.products == sum(i.products for i in (norms.branch, norms.core, norms.residual) if i)
+    assert norms.products == sum(
+        i.products for i in (norms.branch, norms.core, norms.residual) if i
+    )
 
 
 def test_deciding_costs_a_fraction() -> None:
     with seeded(0):
-        model = gpt.build("scaled-embed", n_layer=3, n_head=2, n_embd=32, vocab_size=64, block_size=16)
+        model = gpt.build(
+            "scaled-embed", n_layer=3, n_head=2, n_embd=32, vocab_size=64, block_size=16
+        )
         ids = torch.randint(64, (2, 16))
     full = jacdiag.audit(model, ids, state="init")
     short = jacdiag.audit(model, ids, state="init", decide=True)
     assert (short.verdict, short.conditions) == (full.verdict, full.conditions)
     assert short.cost is not None and full.cost is not None
     assert short.cost.products < full.cost.products / 3
-    assert all(row.bound is None or row.kind == "mlp" for row in short.sublayers), "Eq. 20 was not measured"
+    assert all(row.bound is None or row.kind == "mlp" for row in short.sublayers), (
+        "Eq. 20 was not measured"
+    )

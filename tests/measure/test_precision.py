@@ -36,20 +36,28 @@ def ids_for(model: gpt.GPT) -> torch.Tensor:
 def test_figures_are_those_of_the_raised_model(low: torch.dtype, dtype: Any, recipe: str) -> None:
     model = low_model(low, recipe)
     raised = copy.deepcopy(model).to(getattr(torch, dtype))
-    mine, theirs = (jacdiag.audit(m, ids_for(model), dtype=dtype, state="init") for m in (model, raised))
+    mine, theirs = (
+        jacdiag.audit(m, ids_for(model), dtype=dtype, state="init") for m in (model, raised)
+    )
     accuracy = 1e-4 if dtype == "float32" else 1e-9
     assert mine.network is not None and theirs.network is not None
     for a, b in zip(mine.sublayers, theirs.sublayers, strict=True):
         for field in ("branch_norm", "core_norm", "residual_norm", "norm_gain"):
-            assert getattr(a, field).estimate == pytest.approx(getattr(b, field).estimate, rel=accuracy), field
+            assert getattr(a, field).estimate == pytest.approx(
+                getattr(b, field).estimate, rel=accuracy
+            ), field
     assert mine.network.gradient_norms == pytest.approx(theirs.network.gradient_norms, rel=accuracy)
-    assert mine.network.end_to_end.estimate == pytest.approx(theirs.network.end_to_end.estimate, rel=accuracy)
+    assert mine.network.end_to_end.estimate == pytest.approx(
+        theirs.network.end_to_end.estimate, rel=accuracy
+    )
     assert {p.dtype for p in model.parameters()} == {low}
 
 
 class _Heap(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in
-                "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]  # fmt: skip
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
 
 
 def allocated() -> Callable[[], float]:

@@ -12,14 +12,20 @@ from torch import nn
 
 import jacdiag
 from jacdiag.errors import JacdiagError, ProbeError, UsageError
-from jacdiag.render import lines
-from jacdiag.render.grid import build
-from jacdiag.render.markdown import render
-from jacdiag.report import Interval, Report
+from jacdiag.records import Interval, Report
+from jacdiag.render.formats.markdown import render
+from jacdiag.render.terminal import verdict as lines
+from jacdiag.render.terminal.columns import build
 from jacdiag.sources import gpt
 from jacdiag.sources.factory import seeded
 
-SIZES: dict[str, Any] = {"n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 64, "block_size": 16}
+SIZES: dict[str, Any] = {
+    "n_layer": 1,
+    "n_embd": 32,
+    "n_head": 2,
+    "vocab_size": 64,
+    "block_size": 16,
+}
 
 
 def model() -> nn.Module:
@@ -41,21 +47,32 @@ def fixed_ids() -> torch.Tensor:
 
 def test_each_estimate_is_that_of_an_audit_on_that_probe() -> None:
     report = jacdiag.audit(model(), probes=3, batch=2, seq=16)
-    drawn = [torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(seed)) for seed in (0, 1, 2)]
+    drawn = [
+        torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(seed))
+        for seed in (0, 1, 2)
+    ]
     alone = [branch(jacdiag.audit(model(), ids)) for ids in drawn]
     for place, row in enumerate(report.sublayers):
         spread = row.over_probes["branch_norm"]
         assert spread.estimates == pytest.approx([estimates[place] for estimates in alone])
         assert (spread.least, spread.most) == (min(spread.estimates), max(spread.estimates))
         assert row.branch_norm is not None and spread.estimates[0] == row.branch_norm.estimate
-    assert report.settings["probes"] == {"count": 3, "seeds": [0, 1, 2], "verdicts": [report.verdict] * 3}
+    assert report.settings["probes"] == {
+        "count": 3,
+        "seeds": [0, 1, 2],
+        "verdicts": [report.verdict] * 3,
+    }
     assert report.network is not None and report.network.end_to_end is not None
-    assert report.network.over_probes["end_to_end"].estimates[0] == report.network.end_to_end.estimate
+    assert (
+        report.network.over_probes["end_to_end"].estimates[0] == report.network.end_to_end.estimate
+    )
 
 
 def test_intervals_findings_and_verdict_are_those_of_the_first_probe() -> None:
     one, three = (jacdiag.audit(model(), probes=probes, batch=2, seq=16) for probes in (1, 3))
-    assert [row.branch_norm for row in one.sublayers] == [row.branch_norm for row in three.sublayers]
+    assert [row.branch_norm for row in one.sublayers] == [
+        row.branch_norm for row in three.sublayers
+    ]
     assert (one.findings, one.verdict) == (three.findings, three.verdict)
     assert one.cost.products is not None and three.cost.products is not None
     assert three.cost.products > 2.5 * one.cost.products, "the price of all three"
@@ -66,7 +83,9 @@ def test_the_parts_of_a_file_are_the_probes(tmp_path: Path) -> None:
     ids = np.random.default_rng(0).integers(0, 64, 200).astype("uint16")
     ids.tofile(tmp_path / "ids.bin")
     report = jacdiag.audit(model(), tokens=tmp_path / "ids.bin", probes=3, batch=2, seq=16)
-    parts = [torch.from_numpy(ids[k * 32 : (k + 1) * 32].astype("int64")).view(2, 16) for k in range(3)]
+    parts = [
+        torch.from_numpy(ids[k * 32 : (k + 1) * 32].astype("int64")).view(2, 16) for k in range(3)
+    ]
     alone = [branch(jacdiag.audit(model(), part)) for part in parts]
     spread = report.sublayers[0].over_probes["branch_norm"]
     assert spread.estimates == pytest.approx([estimates[0] for estimates in alone])
@@ -136,16 +155,26 @@ def test_one_probe_has_no_such_column() -> None:
 
 
 def test_a_figure_that_one_probe_does_not_have() -> None:
-    from jacdiag.auditing.probes import spread_of
+    from jacdiag.pipeline.probe_spread import spread_of
 
     one, nan = Interval.exact(2.0), Interval.exact(float("nan"))
-    assert spread_of([None, one]) is None and spread_of([one, None]) is None and spread_of([one, nan]) is None
+    assert (
+        spread_of([None, one]) is None
+        and spread_of([one, None]) is None
+        and spread_of([one, nan]) is None
+    )
     spread = spread_of([one, None, Interval.exact(3.0)])
-    assert spread is not None and (spread.least, spread.most, spread.estimates) == (2.0, 3.0, [2.0, None, 3.0])
+    assert spread is not None and (spread.least, spread.most, spread.estimates) == (
+        2.0,
+        3.0,
+        [2.0, None, 3.0],
+    )
 
 
 def test_the_ladder_of_a_report_has_its_placement() -> None:
-    placements = {rung["placement"] for rung in jacdiag.audit(model(), batch=1, seq=8, decide=True).ladder}
+    placements = {
+        rung["placement"] for rung in jacdiag.audit(model(), batch=1, seq=8, decide=True).ladder
+    }
     assert placements == {"pre"}
     post = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
     report = jacdiag.audit(post, torch.randn(1, 6, 16), state="init", decide=True)

@@ -1,4 +1,6 @@
-"""Roles by name: other code bases' names, names that say nothing, and agreement with the dataflow."""
+"""Roles by name: other code bases' names, names that say nothing, and agreement with the
+dataflow.
+"""
 
 from __future__ import annotations
 
@@ -225,7 +227,9 @@ def numbered(name: str, layer: int) -> str:
 def shapes_of(
     naming: Mapping[str, tuple[tuple[int, ...], str]], layers: int = 2
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a naming with two layers, and the gain of a norm so that the width shows."""
+    """Return the shapes of a naming with two layers, and the gain of a norm so that the width
+    shows.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     for layer in range(layers):
         for name, (shape, _) in naming.items():
@@ -264,7 +268,9 @@ def test_names_of_other_code_bases(code_base: str) -> None:
 
 @pytest.mark.parametrize("code_base", NAMINGS)
 def test_the_order_in_the_file_does_not_matter(code_base: str) -> None:
-    """A safetensors file is sorted by name: decoders come before encoders, layer 10 before layer 2."""
+    """A safetensors file is sorted by name: decoders come before encoders, layer 10 before layer
+    2.
+    """
     shapes = shapes_of(NAMINGS[code_base], layers=11)
     as_built, as_sorted = read_names(shapes), read_names(dict(sorted(shapes.items())))
     assert as_built.weights == as_sorted.weights and as_built.layers == as_sorted.layers == 11
@@ -360,14 +366,13 @@ def test_gate_means_a_router_only_beside_experts() -> None:
     assert read_names(routed).sublayers[0].kind == "moe"
 
 
-# -- the width ---------------------------------------------------------------------------------------------------------
+# -- the width -------------------------------------------------------------------------------------
 def albert(embedding: int) -> NamedModel:
     layer = "albert.encoder.albert_layer_groups.0.albert_layers.0"
     shapes = {"albert.embeddings.word_embeddings.weight": (V, embedding)}
     shapes |= {"albert.encoder.embedding_hidden_mapping_in.weight": (D, embedding)}
     shapes |= {
-        f"{layer}.attention.{name}.weight": (D, D)
-        for name in ("query", "key", "value", "dense")
+        f"{layer}.attention.{name}.weight": (D, D) for name in ("query", "key", "value", "dense")
     }
     return read_names(
         {**shapes, f"{layer}.ffn.weight": (F, D), f"{layer}.ffn_output.weight": (D, F)}
@@ -377,8 +382,7 @@ def albert(embedding: int) -> NamedModel:
 def test_a_factorised_embedding_does_not_give_the_width() -> None:
     assert albert(8).width == D
     assert (
-        albert(8).weights["albert.encoder.embedding_hidden_mapping_in.weight"].role
-        == "projection"
+        albert(8).weights["albert.encoder.embedding_hidden_mapping_in.weight"].role == "projection"
     )
 
 
@@ -396,7 +400,9 @@ def test_adaptive_embeddings_are_no_layers() -> None:
     assert {model.weights[name].role for name in parts if ".1.weight" in name} == {"projection"}
 
 
-@pytest.mark.parametrize("module", ["posEmbedBuilder", "pos_embed", "time_embedder", "t_embed", "timeEmbedding"])
+@pytest.mark.parametrize(
+    "module", ["posEmbedBuilder", "pos_embed", "time_embedder", "t_embed", "timeEmbedding"]
+)
 def test_the_mlp_of_an_embedding_is_no_layer(module: str) -> None:
     parts = {f"{module}.mlp.0.weight": (4 * D, 3), f"{module}.mlp.2.weight": (D, 4 * D)}
     alone = read_names({**parts, "layers.0.unknown.weight": (D, D)})
@@ -415,9 +421,7 @@ def test_layers_of_an_embedding_model_are_layers(prefix: str) -> None:
 
 def test_sizes_that_do_not_agree_give_no_width() -> None:
     """Two matrices, each of which could write to the stream."""
-    assert (
-        read_names({"h.0.mlp.fc1.weight": (F, D), "h.0.mlp.fc2.weight": (D, F)}).width is None
-    )
+    assert read_names({"h.0.mlp.fc1.weight": (F, D), "h.0.mlp.fc2.weight": (D, F)}).width is None
 
 
 def test_patch_embeddings_are_no_embedding_of_tokens() -> None:
@@ -425,7 +429,7 @@ def test_patch_embeddings_are_no_embedding_of_tokens() -> None:
     assert model.with_role("embedding") == [] and model.width == D
 
 
-# -- the dataflow ------------------------------------------------------------------------------------------------------
+# -- the dataflow ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("task, family", FAST)
 def test_names_and_dataflow_agree(task: str, family: str) -> None:
     outcome = compare_family(task, family)
@@ -435,9 +439,7 @@ def test_names_and_dataflow_agree(task: str, family: str) -> None:
 @pytest.mark.long
 def test_names_and_dataflow_agree_on_all_families() -> None:
     outcomes = [
-        compare_family(task, family)
-        for task, families in FAMILIES.items()
-        for family in families
+        compare_family(task, family) for task, families in FAMILIES.items() for family in families
     ]
     assert len(outcomes) >= 100
     assert [sentence for outcome in outcomes for sentence in outcome.wrong] == []
@@ -449,7 +451,7 @@ def test_names_and_dataflow_agree_on_all_families() -> None:
     assert unused - reasons == set()
 
 
-# -- the weights-only tier against the measured tier -------------------------------------------------------------------
+# -- the weights-only tier against the measured tier -----------------------------------------------
 CONFIGS = {
     "llama": ("LlamaConfig", {"intermediate_size": 96, "num_key_value_heads": 2}),
     "gpt_neox": ("GPTNeoXConfig", {"intermediate_size": 128}),
@@ -476,9 +478,7 @@ def test_both_tiers_report_the_same_facts(family: str, tmp_path: Path) -> None:
     config = getattr(transformers, kind)(**sizes, **more, attn_implementation="eager")
     torch.manual_seed(0)
     auto = (
-        transformers.AutoModelForMaskedLM
-        if family == "bert"
-        else transformers.AutoModelForCausalLM
+        transformers.AutoModelForMaskedLM if family == "bert" else transformers.AutoModelForCausalLM
     )
     model = auto.from_config(config).eval()
     path = tmp_path / "weights.pt"
@@ -505,11 +505,15 @@ def test_both_tiers_report_the_same_facts(family: str, tmp_path: Path) -> None:
         }
 
 
-# -- Eq. 15 at the first FFN -------------------------------------------------------------------------------------------
+# -- Eq. 15 at the first FFN -----------------------------------------------------------------------
 def audit_alone(tmp_path: Path, shapes: Mapping[str, tuple[int, ...]]) -> jacdiag.Report:
     """Audit a state dict of random weights with these shapes."""
     generator = torch.Generator().manual_seed(0)
-    state = {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in shapes.items() if len(shape) > 1}
+    state = {
+        name: 0.02 * torch.randn(shape, generator=generator)
+        for name, shape in shapes.items()
+        if len(shape) > 1
+    }
     state |= {name: torch.ones(shape) for name, shape in shapes.items() if len(shape) == 1}
     torch.save(state, tmp_path / "weights.pt")
     return jacdiag.audit(str(tmp_path / "weights.pt"), state="init")
@@ -533,7 +537,9 @@ def test_no_bound_where_the_embedding_is_not_the_stream(tmp_path: Path) -> None:
     assert bound is None and "8 features" in why
     bound, why = first_ffn(audit_alone(tmp_path, {**shapes, "transformer.emb_norm.weight": (D,)}))
     assert bound is None and "a norm follows the embedding: transformer.emb_norm.weight" in why
-    bound, why = first_ffn(audit_alone(tmp_path, {k: v for k, v in shapes.items() if "wte" not in k}))
+    bound, why = first_ffn(
+        audit_alone(tmp_path, {k: v for k, v in shapes.items() if "wte" not in k})
+    )
     assert bound is None and "no weight's name is that of an embedding" in why
 
 
@@ -542,11 +548,17 @@ def test_experts_share_their_roles(tmp_path: Path) -> None:
     row = next(row for row in report.sublayers if row.kind == "moe")
     assert set(row.weights) == {"router", "W_gate", "W_1", "W_2"} and len(row.parameters) == 7
     assert "W_gate" in row.notes["weights"] and "router" not in row.notes["weights"]
-    assert all("weights" not in other.notes for other in report.sublayers if other.kind == "attention")
+    assert all(
+        "weights" not in other.notes for other in report.sublayers if other.kind == "attention"
+    )
 
 
 def test_a_mask_is_no_weight(tmp_path: Path) -> None:
-    shapes = {**shapes_of(NAMINGS["nanogpt"]), "transformer.h.0.attn.bias": (1, 1, 8, 8), "mystery.weight": (D, 7)}
+    shapes = {
+        **shapes_of(NAMINGS["nanogpt"]),
+        "transformer.h.0.attn.bias": (1, 1, 8, 8),
+        "mystery.weight": (D, 7),
+    }
     report = audit_alone(tmp_path, shapes)
     assert "mask" in report.model.uncovered_reasons["transformer.h.0.attn.bias"]
     assert "no role" in report.model.uncovered_reasons["mystery.weight"]
@@ -555,7 +567,14 @@ def test_a_mask_is_no_weight(tmp_path: Path) -> None:
 
 def test_layers_that_share_weights_are_named(tmp_path: Path) -> None:
     layer = "albert.encoder.albert_layer_groups.0.albert_layers.0"
-    shapes = {f"{layer}.attention.{name}.weight": (D, D) for name in ("query", "key", "value", "dense")}
-    shared = audit_alone(tmp_path, {**shapes, f"{layer}.ffn.weight": (F, D), f"{layer}.ffn_output.weight": (D, F)})
+    shapes = {
+        f"{layer}.attention.{name}.weight": (D, D) for name in ("query", "key", "value", "dense")
+    }
+    shared = audit_alone(
+        tmp_path, {**shapes, f"{layer}.ffn.weight": (F, D), f"{layer}.ffn_output.weight": (D, F)}
+    )
     assert any("share their weights" in note for note in shared.notes)
-    assert not any("share their weights" in note for note in audit_alone(tmp_path, shapes_of(NAMINGS["timm"])).notes)
+    assert not any(
+        "share their weights" in note
+        for note in audit_alone(tmp_path, shapes_of(NAMINGS["timm"])).notes
+    )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from jacdiag.errors import MeasureError
-from jacdiag.measure.sequences import (
+from jacdiag.measure.sequence_losses import (
     Arguments,
     BatchFigures,
     Targets,
@@ -69,7 +69,9 @@ def measured(model: nn.Module, arguments: Arguments) -> tuple[BatchFigures, str]
 
 
 def truth(model: nn.Module, loss: Tensor) -> float:
-    gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+    gradients = torch.autograd.grad(
+        loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True
+    )
     return float(torch.cat([g.double().flatten() for g in gradients if g is not None]).norm())
 
 
@@ -86,12 +88,16 @@ def check(model: nn.Module, figures: BatchFigures, losses: Callable[[slice], Ten
 
 
 @pytest.mark.parametrize("mask", [False, True])
-@pytest.mark.parametrize("form", ["tuple", "dict", "object", "scalar", "logits", "shifted", "place"])
+@pytest.mark.parametrize(
+    "form", ["tuple", "dict", "object", "scalar", "logits", "shifted", "place"]
+)
 def test_a_batch_of_any_form(form: str, mask: bool) -> None:
     answers: dict[str, Callable[[Tensor, Any], Any]] = {
         "tuple": lambda logits, y: (logits, mean(logits, y)),
         "dict": lambda logits, y: {"logits": logits, "aux": logits.mean(), "loss": mean(logits, y)},
-        "object": lambda logits, y: type("Output", (), {"loss": mean(logits, y), "logits": logits})(),
+        "object": lambda logits, y: type(
+            "Output", (), {"loss": mean(logits, y), "logits": logits}
+        )(),
         "scalar": lambda logits, y: mean(logits, y),
         "logits": lambda logits, y: logits,
         "shifted": lambda logits, y: (shifted(logits, y), logits),
@@ -105,13 +111,18 @@ def test_a_batch_of_any_form(form: str, mask: bool) -> None:
         wanted = masked(x) if mask else x
         if mask:
             wanted[-1, 1] = x[-1, 1]  # one target is left after the shift
-    arguments: Arguments = ((x, wanted), {}) if form == "place" else ((), {"idx": x, "targets": wanted})
+    arguments: Arguments = (
+        ((x, wanted), {}) if form == "place" else ((), {"idx": x, "targets": wanted})
+    )
     figures, words = measured(model, arguments)
 
     def losses(rows: slice) -> Tensor:
-        return loss_of(model.head(model.norm(model.mix(model.embed(x[rows])).cumsum(1).tanh())), wanted[rows])
+        return loss_of(
+            model.head(model.norm(model.mix(model.embed(x[rows])).cumsum(1).tanh())), wanted[rows]
+        )
 
-    if form == "scalar" and mask:  # no logits: how many targets a sequence has is not known, the whole is run
+    # no logits: how many targets a sequence has is not known, the whole is run
+    if form == "scalar" and mask:
         assert "run as a whole" in figures.note and "tokens are not known" in words
     else:
         assert not figures.note
@@ -119,7 +130,9 @@ def test_a_batch_of_any_form(form: str, mask: bool) -> None:
     assert ("returns" in words) == (form not in ("logits", "place"))
     if form != "scalar":
         counts = [len(s.tokens.losses) if s.tokens else None for s in figures.sequences]
-        assert counts == [int((w[1:] >= 0).sum() if form == "shifted" else (w >= 0).sum()) for w in wanted]
+        assert counts == [
+            int((w[1:] >= 0).sum() if form == "shifted" else (w >= 0).sum()) for w in wanted
+        ]
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -148,7 +161,11 @@ def test_classes_of_pictures() -> None:
     model = Classifier()
     pixels, labels = torch.randn(4, 3, 4), torch.tensor([0, 4, 2, 2])
     figures, _ = measured(model, ((), {"pixel_values": pixels, "labels": labels}))
-    check(model, figures, lambda rows: cross_entropy(model.head(pixels[rows].flatten(1)), labels[rows]))
+    check(
+        model,
+        figures,
+        lambda rows: cross_entropy(model.head(pixels[rows].flatten(1)), labels[rows]),
+    )
 
 
 def test_a_sequence_of_padding_alone_has_no_loss_and_does_not_count() -> None:
@@ -166,7 +183,8 @@ def test_a_sequence_of_padding_alone_has_no_loss_and_does_not_count() -> None:
     assert swapped.loss == pytest.approx(float(model(x[:1], y[:1])[1]), rel=1e-5)
     y[:] = -100
     nothing, _ = measured(model, ((), {"idx": x, "targets": y}))
-    assert nothing.loss != nothing.loss and nothing.gradient != nothing.gradient  # nan, as in the run
+    # nan, as in the run
+    assert nothing.loss != nothing.loss and nothing.gradient != nothing.gradient
 
 
 def test_sequences_that_change_each_other_are_told_of() -> None:
@@ -191,7 +209,8 @@ def test_half_precision_is_run_on_a_copy_and_the_model_is_as_it_was() -> None:
     model = Words(lambda logits, y: (logits, mean(logits, y)))
     x, y = ids()
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.float16).float()  # values that both precisions have
+        # values that both precisions have
+        parameter.data = parameter.data.to(torch.float16).float()
     reference, _ = measured(model, ((), {"idx": x, "targets": y}))
     low = Words(lambda logits, y: (logits, mean(logits, y))).half()
     low.load_state_dict(model.state_dict())
@@ -233,7 +252,10 @@ def test_the_count_of_a_trainer_is_left_out() -> None:
     x, _ = ids()
     kept = {"input_ids": x, "labels": x, "num_items_in_batch": torch.tensor(1000)}
     figures, words = measured(model, ((), kept))
-    assert figures.loss == pytest.approx(float(shifted(model.eval().words(x), x)), rel=1e-5) and "mean" in words
+    assert (
+        figures.loss == pytest.approx(float(shifted(model.eval().words(x), x)), rel=1e-5)
+        and "mean" in words
+    )
 
 
 def test_a_loss_is_known_by_its_name() -> None:

@@ -1,4 +1,6 @@
-"""Batches of one, sequences of one, and sizes that coincide: nothing may take one dimension for another."""
+"""Batches of one, sequences of one, and sizes that coincide: nothing may take one dimension for
+another.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ class Flattening(nn.Module):
         self.embed = nn.Embedding(32, width)
         self.norm, self.mix = nn.LayerNorm(width), Mixing(width)
         self.norm2 = nn.LayerNorm(width)
-        self.ffn = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
+        self.ffn = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width)
+        )
         self.restore = restore
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -49,7 +53,11 @@ class Transposing(nn.Module):
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
-        self.embed, self.norm, self.mix = nn.Embedding(32, width), nn.LayerNorm(width), Mixing(width)
+        self.embed, self.norm, self.mix = (
+            nn.Embedding(32, width),
+            nn.LayerNorm(width),
+            Mixing(width),
+        )
         self.norm2, self.ffn = nn.LayerNorm(width), nn.Linear(width, width)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -64,7 +72,9 @@ SHAPES = [(1, 6), (1, 1), (2, 1), (3, 3), (2, 8), (8, 8), (1, 8)]
 
 @pytest.mark.parametrize("batch,seq", SHAPES)
 @pytest.mark.parametrize("build", [Flattening, lambda: Flattening(restore=True), Transposing])
-def test_the_end_to_end_norm_is_that_of_the_dense_jacobian(build: type[nn.Module], batch: int, seq: int) -> None:
+def test_the_end_to_end_norm_is_that_of_the_dense_jacobian(
+    build: type[nn.Module], batch: int, seq: int
+) -> None:
     torch.manual_seed(0)
     model = build().double().requires_grad_(False)
     ids = torch.randint(32, (batch, seq))
@@ -91,7 +101,9 @@ def test_a_swap_of_batch_and_tokens_is_not_independent() -> None:
     x = torch.randn(4, 4, 3)
     operator = JacobianOperator(lambda x: x.transpose(0, 1) * 2, x, ())
     generator = torch.Generator().manual_seed(0)
-    dims = independent_dims(operator.pull_shaped, x.shape, operator.value.shape, -1, x.dtype, x.device, generator)
+    dims = independent_dims(
+        operator.pull_shaped, x.shape, operator.value.shape, -1, x.dtype, x.device, generator
+    )
     assert dims == ()
 
 
@@ -99,7 +111,9 @@ def test_equal_sizes_that_are_independent_are_still_seen() -> None:
     x = torch.randn(4, 4, 3)
     operator = JacobianOperator(lambda x: x**2, x, ())
     generator = torch.Generator().manual_seed(0)
-    dims = independent_dims(operator.pull_shaped, x.shape, operator.value.shape, -1, x.dtype, x.device, generator)
+    dims = independent_dims(
+        operator.pull_shaped, x.shape, operator.value.shape, -1, x.dtype, x.device, generator
+    )
     assert dims == (0, 1)
 
 

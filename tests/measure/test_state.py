@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 import jacdiag
 from jacdiag.gate import gate
-from jacdiag.measure.randomness import examine_draw
-from jacdiag.measure.state import decide_state, judge_weights, level_of_one
-from jacdiag.report import Report
-from jacdiag.sources.history import History, name_says, optimizer_stepped
+from jacdiag.measure.independence_test import examine_draw
+from jacdiag.measure.init_or_trained import decide_state, judge_weights, level_of_one
+from jacdiag.records import Report
+from jacdiag.sources.training_history import History, name_says, optimizer_stepped
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "checkpoints"
 BUILT = History(state="init", reason="built here by f", basis="built")
@@ -27,7 +27,10 @@ def drawn(count: int, width: int = 32, seed: int = 0) -> dict[str, Tensor]:
 def with_direction(weight: Tensor, size: float = 3.0) -> Tensor:
     """Add a matrix of rank one, as training does."""
     left, right = weight[:, 0], weight[0]
-    return weight + size * torch.outer(left / left.norm(), right / right.norm()) * max(weight.shape) ** 0.5
+    return (
+        weight
+        + size * torch.outer(left / left.norm(), right / right.norm()) * max(weight.shape) ** 0.5
+    )
 
 
 class Block(nn.Module):
@@ -65,7 +68,9 @@ def strange() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("scaled", ["as drawn", "rows", "columns", "offset", "bfloat16", "uniform", "orthogonal"])
+@pytest.mark.parametrize(
+    "scaled", ["as drawn", "rows", "columns", "offset", "bfloat16", "uniform", "orthogonal"]
+)
 def test_no_init_by_rows_or_columns_fails(scaled: str) -> None:
     for seed in range(20):
         weight = drawn(1, seed=seed)["w0"]
@@ -112,7 +117,8 @@ def test_copies_of_a_matrix_are_one_witness() -> None:
 
 
 def test_false_alarms_are_counted_over_all_matrices() -> None:
-    assert 6 * level_of_one(4, 2) ** 2 == pytest.approx(1e-9, rel=1e-3)  # two of four, by the binomial distribution
+    # two of four, by the binomial distribution
+    assert 6 * level_of_one(4, 2) ** 2 == pytest.approx(1e-9, rel=1e-3)
     assert level_of_one(1, 2) == 0.0
 
 
@@ -123,7 +129,9 @@ def test_what_is_known_comes_first() -> None:
 
     assert decide_state("init", saved, lambda: trained).basis == "given"
     assert decide_state(None, saved, lambda: untouched).reason == "saved at step 5"
-    assert decide_state(None, None, lambda: trained).reason == "6 of 6 matrices are no draw of an init"
+    assert (
+        decide_state(None, None, lambda: trained).reason == "6 of 6 matrices are no draw of an init"
+    )
     assert decide_state(None, None, lambda: untouched).state == "init"
     assert decide_state(None, BUILT, lambda: untouched).reason == "built here by f"
 
@@ -144,7 +152,9 @@ def test_a_gate_takes_every_seed_as_fresh() -> None:
 def test_a_guess_leaves_a_pinned_contract_on() -> None:
     def of_contract(**options: object) -> str:
         probe = torch.randn(1, 4, 16)
-        report = jacdiag.audit(loaded(), probe, contract={"matrix": "0.02"}, max_products=8, **options)
+        report = jacdiag.audit(
+            loaded(), probe, contract={"matrix": "0.02"}, max_products=8, **options
+        )
         assert report.state == "trained"
         return next(rule.status for rule in report.rules if rule.code == "JD201")
 
@@ -171,12 +181,19 @@ def test_examples_by_their_weights() -> None:
 @pytest.mark.parametrize(
     ("path", "state"),
     [
-        ("step0.pt", "init"), ("step-0000.pt", "init"), ("iter_100.pt", "trained"),
+        ("step0.pt", "init"),
+        ("step-0000.pt", "init"),
+        ("iter_100.pt", "trained"),
         ("run/checkpoint-5/model.pt", "trained"),
-        ("epoch=0.ckpt", None), ("epoch=3.ckpt", "trained"), ("tiny-random-gpt/model.safetensors", "init"),
-        ("untrained.pt", "init"), ("best-init.pt", None), ("llama-7b.pt", None), ("run1/model.pt", None),
+        ("epoch=0.ckpt", None),
+        ("epoch=3.ckpt", "trained"),
+        ("tiny-random-gpt/model.safetensors", "init"),
+        ("untrained.pt", "init"),
+        ("best-init.pt", None),
+        ("llama-7b.pt", None),
+        ("run1/model.pt", None),
     ],
-)  # fmt: skip
+)
 def test_what_a_name_says(path: str, state: str | None) -> None:
     said = name_says(path)
     assert (said.state if said is not None else None) == state

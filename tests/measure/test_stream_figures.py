@@ -1,4 +1,6 @@
-"""Variance, largest activation and cosine between tokens of the stream, compared with plain loops."""
+"""Variance, largest activation and cosine between tokens of the stream, compared with plain
+loops.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ import torch
 from measure import flow_models as models
 
 import jacdiag
-from jacdiag.measure import forward
-from jacdiag.measure.forward import forward_record, peak, token_cosine, variance
+from jacdiag.measure import stream_statistics as forward
+from jacdiag.measure.stream_statistics import forward_record, peak, token_cosine, variance
 
 
 def test_a_model_by_hand() -> None:
@@ -23,10 +25,18 @@ def test_a_model_by_hand() -> None:
         points.append(x)
         x = x + block.mlp(block.norm2(x))
         points.append(x)
-    assert record.points[0] == "h.0.attn" and record.points[-1] == "end" and len(record.points) == len(points)
-    assert record.variance is not None and record.peaks is not None and record.token_cosine is not None
+    assert (
+        record.points[0] == "h.0.attn"
+        and record.points[-1] == "end"
+        and len(record.points) == len(points)
+    )
+    assert (
+        record.variance is not None and record.peaks is not None and record.token_cosine is not None
+    )
     for k, point in enumerate(points):
-        by_token = [float(token.var(correction=0)) for token in point.detach().double().flatten(0, 1)]
+        by_token = [
+            float(token.var(correction=0)) for token in point.detach().double().flatten(0, 1)
+        ]
         assert record.variance[k] == pytest.approx(sum(by_token) / len(by_token), rel=1e-5)
         assert record.peaks[k].value == pytest.approx(float(point.detach().abs().max()), rel=1e-6)
 
@@ -68,6 +78,9 @@ def test_a_stream_with_nan_has_a_reason_in_place_of_figures() -> None:
 
     report = jacdiag.audit(models.decoder(Broken), models.ids(), decide=True)
     assert report.network is not None and report.network.forward is not None
-    assert report.network.forward.variance is None and "NaN" in report.network.forward.notes["variance"]
+    assert (
+        report.network.forward.variance is None
+        and "NaN" in report.network.forward.notes["variance"]
+    )
     status = {rule.code: rule.status for rule in report.rules}
     assert status["JD301"] == status["JD302"] == status["JD305"] == "not-applicable"

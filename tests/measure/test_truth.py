@@ -1,4 +1,6 @@
-"""Every figure of an audit against dense float64 linear algebra on models whose maps are written out by hand."""
+"""Every figure of an audit against dense float64 linear algebra on models whose maps are written
+out by hand.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,20 @@ from menagerie.specimen import Context
 from torch import Tensor, nn
 
 import jacdiag
-from jacdiag.report import Interval, Report, SublayerRecord
+from jacdiag.records import Interval, Report, SublayerRecord
 
-SPECIMENS = [s for s in CORE if s.groups() and all(e.body is not None for e in s.expected if not e.nested)]
-WRITTEN = [s for s in STYLES if s.groups() and all(e.body is not None for e in s.expected if not e.nested)]
+SPECIMENS = [
+    s for s in CORE if s.groups() and all(e.body is not None for e in s.expected if not e.nested)
+]
+WRITTEN = [
+    s for s in STYLES if s.groups() and all(e.body is not None for e in s.expected if not e.nested)
+]
 DTYPES = ("float64", "float32")
 # Each in float64; every third in float32 too, and the rest of these in the long tests.
 CASES = [
-    pytest.param(specimen, dtype, marks=[pytest.mark.long] if dtype == "float32" and place % 3 else [])
+    pytest.param(
+        specimen, dtype, marks=[pytest.mark.long] if dtype == "float32" and place % 3 else []
+    )
     for place, specimen in enumerate(SPECIMENS)
     for dtype in DTYPES
 ]
@@ -76,9 +84,12 @@ def records_of(report: Report, truth: Truth) -> list[tuple[SublayerRecord, Expec
     return pairs
 
 
-def assert_holds(interval: Interval | None, true: float, specimen: Specimen, dtype: str, what: str) -> None:
+def assert_holds(
+    interval: Interval | None, true: float, specimen: Specimen, dtype: str, what: str
+) -> None:
     assert interval is not None, what
-    # a model that casts to float32 by itself is only as exact as that, in its own run as in any other
+    # a model that casts to float32 by itself is only as exact as that, in its own run as in any
+    # other
     accuracy = 1e-3 if dtype == "float32" else 1e-5 if specimen.casts else 1e-6
     assert interval.converged, (what, interval.stop)
     assert interval.lower <= true <= interval.upper, (what, true, interval)
@@ -90,7 +101,9 @@ def test_branch_norms_however_the_residual_is_written(specimen: Specimen) -> Non
     """The dense norm lies inside the interval, computed with little effort."""
     truth = truth_of(specimen.name)
     args, kwargs = specimen.arguments()
-    report = jacdiag.audit(specimen.build(), kwargs if kwargs else args, dtype="float64", tol=1e-3, decide=True)
+    report = jacdiag.audit(
+        specimen.build(), kwargs if kwargs else args, dtype="float64", tol=1e-3, decide=True
+    )
     for record, one, x in records_of(report, truth):
         norm = dense(lambda x, one=one: one.branch(truth.model, x, truth.context), x)
         interval, slack = record.branch_norm, 1e-5 if specimen.casts else 1e-9
@@ -114,7 +127,9 @@ def test_branch_core_and_residual_norms(specimen: Specimen, dtype: str) -> None:
 
 
 @cases
-def test_joint_map_of_parallel_branches_and_the_product_over_depth(specimen: Specimen, dtype: str) -> None:
+def test_joint_map_of_parallel_branches_and_the_product_over_depth(
+    specimen: Specimen, dtype: str
+) -> None:
     truth, report = truth_of(specimen.name), report_of(specimen.name, dtype)
     log, by_name = 0.0, {r.name: r for r, _, _ in records_of(report, truth)}
     rows = iter(records_of(report, truth))
@@ -124,10 +139,14 @@ def test_joint_map_of_parallel_branches_and_the_product_over_depth(specimen: Spe
         members = [next(rows)[0].name for _ in group]
         if len(group) > 1:
             for name in members:
-                assert_holds(by_name[name].joint_residual_norm, norm, specimen, dtype, f"{name} joint")
+                assert_holds(
+                    by_name[name].joint_residual_norm, norm, specimen, dtype, f"{name} joint"
+                )
     assert report.network is not None
     if specimen.one_stream():
-        assert report.network.gain_product_log == pytest.approx(log, abs=1e-2 if dtype == "float32" else 1e-4)
+        assert report.network.gain_product_log == pytest.approx(
+            log, abs=1e-2 if dtype == "float32" else 1e-4
+        )
 
 
 @cases
@@ -145,13 +164,19 @@ def test_end_to_end_norm(specimen: Specimen, dtype: str) -> None:
         return x
 
     assert report.network is not None
-    assert_holds(report.network.end_to_end, dense(chain, truth.values[0]), specimen, dtype, "end to end")
+    assert_holds(
+        report.network.end_to_end, dense(chain, truth.values[0]), specimen, dtype, "end to end"
+    )
 
 
 @cases
 def test_gains_of_norms_and_spreads(specimen: Specimen, dtype: str) -> None:
     truth, report = truth_of(specimen.name), report_of(specimen.name, dtype)
-    model, context, accuracy = truth.model, truth.context, 1e-4 if dtype == "float32" or specimen.casts else 1e-9
+    model, context, accuracy = (
+        truth.model,
+        truth.context,
+        1e-4 if dtype == "float32" or specimen.casts else 1e-9,
+    )
     for record, one, x in records_of(report, truth):
         dim = 1 if record.kind == "conv" and x.dim() > 2 else -1
         spread = x.std(dim, correction=0)
@@ -172,7 +197,9 @@ def test_gains_of_norms_and_spreads(specimen: Specimen, dtype: str) -> None:
             gain = one.exit.gain(model, y)
         elif one.behind is not None:
             group = next(g for g in truth.specimen.groups() if one in g)
-            y = group[0].carried(model, x, context) + sum(e.branch(model, x, context) for e in group)
+            y = group[0].carried(model, x, context) + sum(
+                e.branch(model, x, context) for e in group
+            )
             gain = one.behind.gain(model, y)
         if y is None:
             assert record.out_norm_gain is None and record.notes["out_norm_gain"]
@@ -181,7 +208,9 @@ def test_gains_of_norms_and_spreads(specimen: Specimen, dtype: str) -> None:
             assert record.out_norm_gain.estimate == pytest.approx(gain.max().item(), rel=accuracy)
 
 
-@pytest.mark.parametrize("specimen", [s for s in SPECIMENS if s.one_stream() and s.finish is not None], ids=str)
+@pytest.mark.parametrize(
+    "specimen", [s for s in SPECIMENS if s.one_stream() and s.finish is not None], ids=str
+)
 def test_gradient_norms_come_from_one_backward_of_the_loss(specimen: Specimen) -> None:
     truth, report = truth_of(specimen.name), report_of(specimen.name, "float64")
     assert report.network is not None
@@ -195,21 +224,31 @@ def test_gradient_norms_come_from_one_backward_of_the_loss(specimen: Specimen) -
         for group in groups[start:]:
             h = residual(group, truth.model, h, truth.context)
             h = h if group[0].after is None else group[0].after(h)
-        (gradient,) = torch.autograd.grad(loss_of(specimen.finish(truth.model, h, truth.context)), x)  # type: ignore[misc]
-        assert norms[start] == pytest.approx(float(gradient.norm()), rel=1e-5 if specimen.casts else 1e-9), start
+        (gradient,) = torch.autograd.grad(
+            loss_of(specimen.finish(truth.model, h, truth.context)), x
+        )  # type: ignore[misc]
+        assert norms[start] == pytest.approx(
+            float(gradient.norm()), rel=1e-5 if specimen.casts else 1e-9
+        ), start
     predicted = report.network.predicted_gradient_norms
     assert predicted is not None
-    assert all(p >= n * (1 - 1e-6) for p, n in zip(predicted, norms, strict=True)), "Eq. 7 bounds the gradient"
+    assert all(p >= n * (1 - 1e-6) for p, n in zip(predicted, norms, strict=True)), (
+        "Eq. 7 bounds the gradient"
+    )
 
 
 def loss_by_hand(report: Report, truth: Truth) -> Callable[[Tensor], Tensor]:
     """The loss that the report names, written again."""
     assert report.network is not None and report.network.loss is not None
     kind = report.network.loss["kind"]
-    ids = next((a for a in truth.context.args if isinstance(a, Tensor) and not a.is_floating_point()), None)
+    ids = next(
+        (a for a in truth.context.args if isinstance(a, Tensor) and not a.is_floating_point()), None
+    )
     if kind == "next-token cross entropy":
         assert ids is not None
-        return lambda out: nn.functional.cross_entropy(out[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        return lambda out: nn.functional.cross_entropy(
+            out[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+        )
     assert kind == "random linear functional of the output"
 
     def functional(out: Tensor) -> Tensor:
@@ -225,9 +264,18 @@ def test_replay_is_verified_in_parts_as_in_whole() -> None:
     from jacdiag.sources import gpt
 
     torch.manual_seed(0)
-    model = gpt.build("vanilla", n_layer=3, n_embd=16, n_head=2, vocab_size=32, block_size=8).double()
+    model = gpt.build(
+        "vanilla", n_layer=3, n_embd=16, n_head=2, vocab_size=32, block_size=8
+    ).double()
     sites = jacdiag.sites(model, torch.randint(32, (2, 8)), dtype=torch.float64)
     whole = verify_replay(sites)
-    parts = [verify_replay(sites, only=part) for part in (range(2), range(2, 5), range(5, 6), range(0))]
-    assert [list(part) for part in parts] == [list(whole)[0:2], list(whole)[2:5], list(whole)[5:6], []]
+    parts = [
+        verify_replay(sites, only=part) for part in (range(2), range(2, 5), range(5, 6), range(0))
+    ]
+    assert [list(part) for part in parts] == [
+        list(whole)[0:2],
+        list(whole)[2:5],
+        list(whole)[5:6],
+        [],
+    ]
     assert all(error < 1e-9 for part in [whole, *parts] for error in part.values())

@@ -1,4 +1,6 @@
-"""Eq. 15 from std and sizes: the paper's three sizes and four recipes, and the tier that has weights only."""
+"""Eq. 15 from std and sizes: the paper's three sizes and four recipes, and the tier that has
+weights only.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from sources.rig import SIZES, save, weights
 
 import jacdiag
 from jacdiag.errors import UsageError
-from jacdiag.measure.weights import bound_ffn, initial_bound, weight_stats
+from jacdiag.measure.weight_statistics import bound_ffn, initial_bound, weight_stats
 from jacdiag.sources import gpt
 from jacdiag.sources.factory import seeded
 
@@ -25,7 +27,9 @@ GOLDEN = {  # Eq. 15 at the first FFN, to three digits
 
 
 def by_hand(recipe: str, layers: int, d: int) -> float:
-    """With d_ffn = 4 d: C = (1 + 2)^2 d = 9 d. N(0, 2 / 5 d) twice gives 3.6, Xavier's 2 / (d + 4 d) once the same."""
+    """With d_ffn = 4 d: C = (1 + 2)^2 d = 9 d. N(0, 2 / 5 d) twice gives 3.6, Xavier's 2 / (d + 4
+    d) once the same.
+    """
     s = math.sqrt(0.4 / d)
     sigma = {"vanilla": s, "xavier": s, "scaled-embed": s * math.sqrt(d), "embed-ln": 1.0}[recipe]
     depth = 1.0 if recipe == "xavier" else math.sqrt(2 * layers)
@@ -47,7 +51,9 @@ def test_an_unknown_recipe() -> None:
 
 
 def test_the_bound_bounds() -> None:
-    """Eq. 15 as it stands: 1 + |W_1| |W_2| / sigma, and Gaussian norms come near s (sqrt(m) + sqrt(n))."""
+    """Eq. 15 as it stands: 1 + |W_1| |W_2| / sigma, and Gaussian norms come near s (sqrt(m) +
+    sqrt(n)).
+    """
     generator = torch.Generator().manual_seed(0)
     one = 0.02 * torch.randn(256, 64, generator=generator)
     two = 0.02 * torch.randn(64, 256, generator=generator)
@@ -76,7 +82,7 @@ def test_what_has_no_norm() -> None:
     assert broken is not None and broken.std is None and broken.norm is None
 
 
-# -- the weights-only tier -------------------------------------------------------------------------------------------
+# -- the weights-only tier -------------------------------------------------------------------------
 @pytest.mark.parametrize("recipe", ["vanilla", "xavier"])
 def test_the_bound_from_the_weights_alone(tmp_path: Path, recipe: str) -> None:
     """At a size where the sampling error of every std is below 1%."""
@@ -94,7 +100,9 @@ def test_it_is_never_a_pass(tmp_path: Path) -> None:
         report = jacdiag.audit(path, profile=profile)
         assert (report.tier, report.verdict) == ("weights", "unknown")
         assert set(vars(report.conditions).values()) == {"unknown"}
-        assert not [rule for rule in report.rules if rule.code.startswith("JD1") and rule.status == "clean"]
+        assert not [
+            rule for rule in report.rules if rule.code.startswith("JD1") and rule.status == "clean"
+        ]
 
 
 def test_roles_std_and_norms(tmp_path: Path) -> None:

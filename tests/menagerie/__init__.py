@@ -1,7 +1,7 @@
 """Small models with known sub-layers and known Jacobians: the outside truth of the tests.
 
-`CORE` holds every placement, parallel branches and the usual kinds of sub-layers; `STYLES` holds the ways in which
-people write a residual, and the traps that are none.
+`CORE` holds every placement, parallel branches and the usual kinds of sub-layers; `STYLES` holds
+the ways in which people write a residual, and the traps that are none.
 """
 
 from menagerie.additions import ADDITIONS

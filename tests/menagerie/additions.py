@@ -18,7 +18,9 @@ ALPHA = 1.7  # DeepNorm's gain on the shortcut
 
 
 class InPlace(Block):
-    """x += f(x). Autograd cannot run through two of these in a row where the norm keeps its input."""
+    """x += f(x). Autograd cannot run through two of these in a row where the norm keeps its
+    input.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.clone()
@@ -195,12 +197,27 @@ def _minimax(layer: int) -> list[Expected]:
 
     first = Norm(lambda m: m.blocks[0].norm1)
     return [
-        Expected(f"blocks.{layer}.attn", "attention", "post", lambda m, h, c: m.blocks[layer].attn(h) * 1.3,
-                 behind=Norm(lambda m: m.blocks[layer].norm2), token_wise=False, shortcut_gain=0.9, layer=layer,
-                 start=(lambda m, c: first(m, begin(m, c))) if layer == 0 else None),
-        Expected(f"blocks.{layer}.mlp", "mlp", "post", lambda m, h, c: m.blocks[layer].mlp(h) * 1.3,
-                 behind=Norm(following), shortcut_gain=0.9, layer=layer),
-    ]  # fmt: skip
+        Expected(
+            f"blocks.{layer}.attn",
+            "attention",
+            "post",
+            lambda m, h, c: m.blocks[layer].attn(h) * 1.3,
+            behind=Norm(lambda m: m.blocks[layer].norm2),
+            token_wise=False,
+            shortcut_gain=0.9,
+            layer=layer,
+            start=(lambda m, c: first(m, begin(m, c))) if layer == 0 else None,
+        ),
+        Expected(
+            f"blocks.{layer}.mlp",
+            "mlp",
+            "post",
+            lambda m, h, c: m.blocks[layer].mlp(h) * 1.3,
+            behind=Norm(following),
+            shortcut_gain=0.9,
+            layer=layer,
+        ),
+    ]
 
 
 class Macaron(Block):
@@ -221,13 +238,33 @@ def _macaron(layer: int) -> list[Expected]:
         return m.blocks[layer]
 
     return [
-        Expected(f"blocks.{layer}.mlp", "mlp", "pre", lambda m, h, c: block(m).mlp(h) / 2,
-                 Norm(lambda m: block(m).norm1), layer=layer, start=begin if layer == 0 else None),
-        Expected(f"blocks.{layer}.attn", "attention", "pre", lambda m, h, c: block(m).attn(h),
-                 Norm(lambda m: block(m).norm2), token_wise=False, layer=layer),
-        Expected(f"blocks.{layer}.mlp2", "mlp", "pre", lambda m, h, c: block(m).mlp2(h) / 2,
-                 Norm(lambda m: block(m).norm3), layer=layer),
-    ]  # fmt: skip
+        Expected(
+            f"blocks.{layer}.mlp",
+            "mlp",
+            "pre",
+            lambda m, h, c: block(m).mlp(h) / 2,
+            Norm(lambda m: block(m).norm1),
+            layer=layer,
+            start=begin if layer == 0 else None,
+        ),
+        Expected(
+            f"blocks.{layer}.attn",
+            "attention",
+            "pre",
+            lambda m, h, c: block(m).attn(h),
+            Norm(lambda m: block(m).norm2),
+            token_wise=False,
+            layer=layer,
+        ),
+        Expected(
+            f"blocks.{layer}.mlp2",
+            "mlp",
+            "pre",
+            lambda m, h, c: block(m).mlp2(h) / 2,
+            Norm(lambda m: block(m).norm3),
+            layer=layer,
+        ),
+    ]
 
 
 class FusedProduct(nn.Module):
@@ -265,7 +302,9 @@ class ScaledSum(Block):
         return (x + self.mlp(self.norm2(x))) * 0.5**0.5
 
 
-def styled(name: str, block: Callable[[], nn.Module], placement: str = "pre", **options: Any) -> Specimen:
+def styled(
+    name: str, block: Callable[[], nn.Module], placement: str = "pre", **options: Any
+) -> Specimen:
     return decoder(name, block, placement, **options)
 
 
@@ -308,9 +347,15 @@ ADDITIONS: list[Specimen] = [
         lambda: seeded(lambda: Decoder(FusedProduct)),
         ((tokens(),), {}),
         [
-            Expected(f"blocks.{layer}", "mlp", "pre", lambda m, h, c, k=layer: m.blocks[k].body(h),
-                     Norm(lambda m, k=layer: m.blocks[k].norm), layer=layer,
-                     start=(lambda m, c: begin(m, c).flatten(0, 1)) if layer == 0 else None)
+            Expected(
+                f"blocks.{layer}",
+                "mlp",
+                "pre",
+                lambda m, h, c, k=layer: m.blocks[k].body(h),
+                Norm(lambda m, k=layer: m.blocks[k].norm),
+                layer=layer,
+                start=(lambda m, c: begin(m, c).flatten(0, 1)) if layer == 0 else None,
+            )
             for layer in range(LAYERS)
         ],
         lambda m, x, c: m.end(x).unflatten(0, (2, -1)),
@@ -319,7 +364,11 @@ ADDITIONS: list[Specimen] = [
         "scaled sum",
         lambda: seeded(lambda: Decoder(ScaledSum)),
         ((tokens(),), {}),
-        [replace(one, after=lambda y: y * 0.5**0.5) for layer in range(LAYERS) for one in pair("pre", layer)],
+        [
+            replace(one, after=lambda y: y * 0.5**0.5)
+            for layer in range(LAYERS)
+            for one in pair("pre", layer)
+        ],
         end,
     ),
-]  # fmt: skip
+]

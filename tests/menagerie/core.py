@@ -23,15 +23,19 @@ from menagerie.parts import (
     floats,
     seeded,
     tokens,
-)  # fmt: skip
+)
 from menagerie.specimen import Body, Context, Expected, Norm, Specimen
 
 
 class Block(nn.Module):
     """An attention, an MLP, and the norms that a placement asks for."""
 
-    def __init__(self, norm: Callable[[int], nn.Module] = nn.LayerNorm, attn: Callable[[], nn.Module] = Attention,
-                 mlp: Callable[[], nn.Module] = MLP) -> None:  # fmt: skip
+    def __init__(
+        self,
+        norm: Callable[[int], nn.Module] = nn.LayerNorm,
+        attn: Callable[[], nn.Module] = Attention,
+        mlp: Callable[[], nn.Module] = MLP,
+    ) -> None:
         super().__init__()
         self.norm1, self.norm2, self.attn, self.mlp = norm(D), norm(D), attn(), mlp()
 
@@ -103,14 +107,23 @@ def end(m: Any, x: Tensor, c: Context) -> Tensor:
 
 
 def pair(
-    placement: str, layer: int, *, norms: tuple[str, str] = ("norm1", "norm2"), exits: tuple[str, str] | None = None,
-    kind: str = "mlp", parallel: bool = False, mlp: Callable[[Any, Tensor], Tensor] | None = None,
-    gain: Any = 1.0, dress: Callable[[Any, int, Tensor], Tensor] | None = None,
+    placement: str,
+    layer: int,
+    *,
+    norms: tuple[str, str] = ("norm1", "norm2"),
+    exits: tuple[str, str] | None = None,
+    kind: str = "mlp",
+    parallel: bool = False,
+    mlp: Callable[[Any, Tensor], Tensor] | None = None,
+    gain: Any = 1.0,
+    dress: Callable[[Any, int, Tensor], Tensor] | None = None,
     names: tuple[str | None, str | None] | None = None,
-) -> list[Expected]:  # fmt: skip
-    """The two sub-layers of block `layer` of a Decoder: attn and mlp, with the norms at their places.
+) -> list[Expected]:
+    """The two sub-layers of block `layer` of a Decoder: attn and mlp, with the norms at their
+    places.
 
-    `gain` is a, or a function (block, 0 or 1) of the block; `dress` (block, 0 or 1, h) scales what a body returns.
+    `gain` is a, or a function (block, 0 or 1) of the block; `dress` (block, 0 or 1, h) scales what
+    a body returns.
     """
 
     def norm(which: str) -> Norm:
@@ -136,18 +149,36 @@ def pair(
             "post": {"behind": norm(norms[k])},
             "none": {},
         }[placement]
-        found.append(Expected(
-            name, kind if k else "attention", placement, body(k), parallel=parallel, token_wise=k == 1, layer=layer,
-            shortcut_gain=shortcut_gain(k), start=begin if layer == 0 and k == 0 else None, **place,
-        ))  # fmt: skip
+        found.append(
+            Expected(
+                name,
+                kind if k else "attention",
+                placement,
+                body(k),
+                parallel=parallel,
+                token_wise=k == 1,
+                layer=layer,
+                shortcut_gain=shortcut_gain(k),
+                start=begin if layer == 0 and k == 0 else None,
+                **place,
+            )
+        )
     return found
 
 
 def decoder(
-    name: str, block: Callable[[], nn.Module], placement: str, *, norm: Any = nn.LayerNorm, scale: float = 1.0,
-    casts: bool = False, model: Callable[..., nn.Module] = Decoder, seed: int = 0, uncovered: tuple[str, ...] = (),
+    name: str,
+    block: Callable[[], nn.Module],
+    placement: str,
+    *,
+    norm: Any = nn.LayerNorm,
+    scale: float = 1.0,
+    casts: bool = False,
+    model: Callable[..., nn.Module] = Decoder,
+    seed: int = 0,
+    uncovered: tuple[str, ...] = (),
     **options: Any,
-) -> Specimen:  # fmt: skip
+) -> Specimen:
     """A Decoder of two blocks with `pair`'s sub-layers."""
     final = None if placement == "post" else norm
     return Specimen(
@@ -165,8 +196,11 @@ def _fused_rms(d: int) -> nn.Module:
     return nn.RMSNorm(d, eps=1e-6)
 
 
-IDLE = tuple(f"blocks.{layer}.mlp.experts.4.{p}" for layer in range(LAYERS)
-             for p in ("up.weight", "up.bias", "down.weight", "down.bias"))  # fmt: skip
+IDLE = tuple(
+    f"blocks.{layer}.mlp.experts.4.{p}"
+    for layer in range(LAYERS)
+    for p in ("up.weight", "up.bias", "down.weight", "down.bias")
+)
 
 PLACEMENTS = [
     decoder("pre", Pre, "pre"),
@@ -180,24 +214,58 @@ PLACEMENTS = [
     decoder("fused RMSNorm, eps None", lambda: Pre(nn.RMSNorm), "pre", norm=nn.RMSNorm),
     decoder("hand-written RMSNorm", lambda: Pre(HandRMS), "pre", norm=HandRMS, casts=True),
     decoder("hand-written RMSNorm, post", lambda: Post(HandRMS), "post", casts=True),
-    decoder("hand-written RMSNorm, sandwich", lambda: Sandwich(HandRMS), "sandwich", norm=HandRMS,
-            exits=("norm3", "norm4"), casts=True),
-    decoder("hand-written RMSNorm, reordered", lambda: Reordered(HandRMS), "reordered", norm=HandRMS, casts=True),
+    decoder(
+        "hand-written RMSNorm, sandwich",
+        lambda: Sandwich(HandRMS),
+        "sandwich",
+        norm=HandRMS,
+        exits=("norm3", "norm4"),
+        casts=True,
+    ),
+    decoder(
+        "hand-written RMSNorm, reordered",
+        lambda: Reordered(HandRMS),
+        "reordered",
+        norm=HandRMS,
+        casts=True,
+    ),
     decoder("hand-written LayerNorm", lambda: Pre(HandLayerNorm), "pre", norm=HandLayerNorm),
     decoder("annotated LayerNorm", lambda: Pre(AnnotatedLayerNorm), "pre", norm=AnnotatedLayerNorm),
     decoder("annotated LayerNorm, post", lambda: Post(AnnotatedLayerNorm), "post"),
-    decoder("annotated LayerNorm, sandwich", lambda: Sandwich(AnnotatedLayerNorm), "sandwich",
-            norm=AnnotatedLayerNorm, exits=("norm3", "norm4")),
-    decoder("annotated LayerNorm, reordered", lambda: Reordered(AnnotatedLayerNorm), "reordered",
-            norm=AnnotatedLayerNorm),
-    decoder("grouped queries with rotary", lambda: Pre(HandRMS, lambda: Attention(D, 4, 2, turns=True, by_hand=True)),
-            "pre", norm=HandRMS, casts=True),
+    decoder(
+        "annotated LayerNorm, sandwich",
+        lambda: Sandwich(AnnotatedLayerNorm),
+        "sandwich",
+        norm=AnnotatedLayerNorm,
+        exits=("norm3", "norm4"),
+    ),
+    decoder(
+        "annotated LayerNorm, reordered",
+        lambda: Reordered(AnnotatedLayerNorm),
+        "reordered",
+        norm=AnnotatedLayerNorm,
+    ),
+    decoder(
+        "grouped queries with rotary",
+        lambda: Pre(HandRMS, lambda: Attention(D, 4, 2, turns=True, by_hand=True)),
+        "pre",
+        norm=HandRMS,
+        casts=True,
+    ),
     decoder("gated MLP", lambda: Pre(_fused_rms, mlp=GatedMLP), "pre", norm=_fused_rms),
-    # The seed is one that gives every expert a token but the idle one, which is then covered by nothing.
+    # The seed is one that gives every expert a token but the idle one, which is then covered by
+    # nothing.
     decoder("MoE", lambda: Pre(mlp=MoE), "pre", kind="moe", mlp=MoE.truth, seed=3, uncovered=IDLE),
-    decoder("MoE with a shared expert", lambda: Pre(mlp=lambda: MoE(shared=True)), "pre", kind="moe", mlp=MoE.truth,
-            seed=3, uncovered=IDLE),
-]  # fmt: skip
+    decoder(
+        "MoE with a shared expert",
+        lambda: Pre(mlp=lambda: MoE(shared=True)),
+        "pre",
+        kind="moe",
+        mlp=MoE.truth,
+        seed=3,
+        uncovered=IDLE,
+    ),
+]
 
 
 class ConvBlock(nn.Module):
@@ -237,9 +305,14 @@ class ConvNet(nn.Module):
 
 def _conv(layer: int) -> Expected:
     return Expected(
-        f"blocks.{layer}", "conv", "none", lambda m, x, c: m.blocks[layer].body(x), token_wise=False, layer=layer,
+        f"blocks.{layer}",
+        "conv",
+        "none",
+        lambda m, x, c: m.blocks[layer].body(x),
+        token_wise=False,
+        layer=layer,
         start=(lambda m, c: m.stem(c.args[0])) if layer == 0 else None,
-    )  # fmt: skip
+    )
 
 
 CONV = Specimen(
@@ -278,21 +351,45 @@ class CrossDecoder(Decoder):
         return self.end(x)
 
 
-def cross_triple(layer: int, blocks: str = "blocks", start: Any = begin,
-                 memory: Callable[[Context], Tensor] = lambda c: c.args[1]) -> list[Expected]:  # fmt: skip
+def cross_triple(
+    layer: int,
+    blocks: str = "blocks",
+    start: Any = begin,
+    memory: Callable[[Context], Tensor] = lambda c: c.args[1],
+) -> list[Expected]:
     """The three sub-layers of a CrossBlock."""
 
     def block(m: Any) -> Any:
         return getattr(m, blocks)[layer]
 
     return [
-        Expected(f"{blocks}.{layer}.attn", "attention", "pre", lambda m, h, c: block(m).attn(h),
-                 Norm(lambda m: block(m).norm1), token_wise=False, layer=layer, start=start if layer == 0 else None),
-        Expected(f"{blocks}.{layer}.cross", "attention", "pre", lambda m, h, c: block(m).cross(h, memory(c)),
-                 Norm(lambda m: block(m).norm2), layer=layer),
-        Expected(f"{blocks}.{layer}.mlp", "mlp", "pre", lambda m, h, c: block(m).mlp(h),
-                 Norm(lambda m: block(m).norm3), layer=layer),
-    ]  # fmt: skip
+        Expected(
+            f"{blocks}.{layer}.attn",
+            "attention",
+            "pre",
+            lambda m, h, c: block(m).attn(h),
+            Norm(lambda m: block(m).norm1),
+            token_wise=False,
+            layer=layer,
+            start=start if layer == 0 else None,
+        ),
+        Expected(
+            f"{blocks}.{layer}.cross",
+            "attention",
+            "pre",
+            lambda m, h, c: block(m).cross(h, memory(c)),
+            Norm(lambda m: block(m).norm2),
+            layer=layer,
+        ),
+        Expected(
+            f"{blocks}.{layer}.mlp",
+            "mlp",
+            "pre",
+            lambda m, h, c: block(m).mlp(h),
+            Norm(lambda m: block(m).norm3),
+            layer=layer,
+        ),
+    ]
 
 
 CROSS = Specimen(

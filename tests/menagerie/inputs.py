@@ -67,7 +67,9 @@ class Patches(nn.Module):
 
 
 class Normed(Block):
-    """BatchNorm on the way in: (B T, d), so that tokens are coupled in train mode and not in eval."""
+    """BatchNorm on the way in: (B T, d), so that tokens are coupled in train mode and not in
+    eval.
+    """
 
     def __init__(self) -> None:
         super().__init__(lambda d: nn.BatchNorm1d(d))
@@ -79,9 +81,13 @@ class Normed(Block):
 
 def _batch_normed(layer: int) -> Expected:
     return Expected(
-        f"blocks.{layer}.mlp", "mlp", "none", lambda m, x, c: m.blocks[layer].mlp(m.blocks[layer].norm2(x)),
-        layer=layer, start=(lambda m, c: c.args[0]) if layer == 0 else None,
-    )  # fmt: skip
+        f"blocks.{layer}.mlp",
+        "mlp",
+        "none",
+        lambda m, x, c: m.blocks[layer].mlp(m.blocks[layer].norm2(x)),
+        layer=layer,
+        start=(lambda m, c: c.args[0]) if layer == 0 else None,
+    )
 
 
 class BatchNormed(nn.Module):
@@ -106,13 +112,26 @@ def _as_is(m: Any, x: Tensor, c: Context) -> Tensor:
 _BF16 = decoder("bfloat16 weights", lambda: Pre(HandRMS), "pre", norm=HandRMS, casts=True)
 
 INPUTS: list[Specimen] = [
-    of_blocks("keyword-only inputs", lambda: KeywordOnly(Pre), ((), {"ids": tokens()}),
-              lambda m, c: m.begin(c.kwargs["ids"])),
-    of_blocks("a dict of tensors", lambda: DictInput(Pre), (({"ids": tokens(), "weight": floats(B, T)},), {}),
-              lambda m, c: m.begin(c.args[0]["ids"]) * c.args[0]["weight"][..., None]),
+    of_blocks(
+        "keyword-only inputs",
+        lambda: KeywordOnly(Pre),
+        ((), {"ids": tokens()}),
+        lambda m, c: m.begin(c.kwargs["ids"]),
+    ),
+    of_blocks(
+        "a dict of tensors",
+        lambda: DictInput(Pre),
+        (({"ids": tokens(), "weight": floats(B, T)},), {}),
+        lambda m, c: m.begin(c.args[0]["ids"]) * c.args[0]["weight"][..., None],
+    ),
     of_blocks("floats", FloatInput, ((floats(B, T, D),), {}), _float_start, _as_is),
     of_blocks("images", Patches, ((floats(2, 3, 4, 4),), {})),
-    Specimen("BatchNorm in eval", lambda: seeded(BatchNormed), ((floats(7, D),), {}),
-             [_batch_normed(k) for k in range(LAYERS)], _as_is),
+    Specimen(
+        "BatchNorm in eval",
+        lambda: seeded(BatchNormed),
+        ((floats(7, D),), {}),
+        [_batch_normed(k) for k in range(LAYERS)],
+        _as_is,
+    ),
     replace(_BF16, build=lambda: _BF16.build().to(torch.bfloat16)),
-]  # fmt: skip
+]

@@ -1,4 +1,6 @@
-"""Ways of arranging a model around its residuals: loops, layouts, containers, inputs that are no tokens."""
+"""Ways of arranging a model around its residuals: loops, layouts, containers, inputs that are no
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -17,31 +19,62 @@ from menagerie.specimen import Context, Expected, Norm, Specimen
 Place = Callable[[Any], Any]
 
 
-def two(layer: int, names: tuple[str | None, str | None], parts: Callable[[Any], tuple[Any, Any, Any, Any]],
-        start: Callable[[Any, Context], Tensor] | None = begin, **options: Any) -> list[Expected]:  # fmt: skip
+def two(
+    layer: int,
+    names: tuple[str | None, str | None],
+    parts: Callable[[Any], tuple[Any, Any, Any, Any]],
+    start: Callable[[Any, Context], Tensor] | None = begin,
+    **options: Any,
+) -> list[Expected]:
     """An attention and an MLP, pre-norm; `parts` (model) -> norm1, attn, norm2, mlp."""
     return [
-        Expected(names[0], "attention", "pre", lambda m, h, c: parts(m)[1](h), Norm(lambda m: parts(m)[0]),
-                 token_wise=False, layer=layer, start=start if layer == 0 else None, **options),
-        Expected(names[1], "mlp", "pre", lambda m, h, c: parts(m)[3](h), Norm(lambda m: parts(m)[2]), layer=layer,
-                 **options),
-    ]  # fmt: skip
+        Expected(
+            names[0],
+            "attention",
+            "pre",
+            lambda m, h, c: parts(m)[1](h),
+            Norm(lambda m: parts(m)[0]),
+            token_wise=False,
+            layer=layer,
+            start=start if layer == 0 else None,
+            **options,
+        ),
+        Expected(
+            names[1],
+            "mlp",
+            "pre",
+            lambda m, h, c: parts(m)[3](h),
+            Norm(lambda m: parts(m)[2]),
+            layer=layer,
+            **options,
+        ),
+    ]
 
 
-def of_blocks(name: str, model: Callable[[], nn.Module], inputs: Any = None, start: Any = begin, finish: Any = end,
-              **options: Any) -> Specimen:  # fmt: skip
+def of_blocks(
+    name: str,
+    model: Callable[[], nn.Module],
+    inputs: Any = None,
+    start: Any = begin,
+    finish: Any = end,
+    **options: Any,
+) -> Specimen:
     """A model whose blocks are `Pre` ones, arranged in some way."""
     expected = [
         replace(one, start=start if one.start is not None else None)
         for layer in range(LAYERS)
         for one in pair("pre", layer)
     ]
-    return Specimen(name, lambda: seeded(model), inputs or ((tokens(),), {}), expected, finish, **options)
+    return Specimen(
+        name, lambda: seeded(model), inputs or ((tokens(),), {}), expected, finish, **options
+    )
 
 
-# -- no blocks ---------------------------------------------------------------------------------------------------------
+# -- no blocks -------------------------------------------------------------------------------------
 class TopLevel(Decoder):
-    """Every addition stands in the model's own forward; attentions and MLPs lie in lists of their own."""
+    """Every addition stands in the model's own forward; attentions and MLPs lie in lists of their
+    own.
+    """
 
     def __init__(self) -> None:
         super().__init__(nn.Identity)
@@ -67,7 +100,9 @@ class Alternating(Decoder):
     def __init__(self) -> None:
         super().__init__(nn.Identity)
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(D), make()) for _ in range(LAYERS) for make in (Attention, MLP)
+            nn.Sequential(nn.LayerNorm(D), make())
+            for _ in range(LAYERS)
+            for make in (Attention, MLP)
         )
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -82,13 +117,21 @@ class Alternating(Decoder):
 
 
 class Stacked(nn.Module):
-    """Functional code over parameters stacked in one tensor per role; no module but the model itself."""
+    """Functional code over parameters stacked in one tensor per role; no module but the model
+    itself.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Parameter(torch.zeros(V, D))
-        self.qkv, self.out = nn.Parameter(torch.zeros(LAYERS, D, 3 * D)), nn.Parameter(torch.zeros(LAYERS, D, D))
-        self.up, self.down = nn.Parameter(torch.zeros(LAYERS, D, 12)), nn.Parameter(torch.zeros(LAYERS, 12, D))
+        self.qkv, self.out = (
+            nn.Parameter(torch.zeros(LAYERS, D, 3 * D)),
+            nn.Parameter(torch.zeros(LAYERS, D, D)),
+        )
+        self.up, self.down = (
+            nn.Parameter(torch.zeros(LAYERS, D, 12)),
+            nn.Parameter(torch.zeros(LAYERS, 12, D)),
+        )
         self.head = nn.Parameter(torch.zeros(D, V))
 
     def attn(self, h: Tensor, k: int) -> Tensor:
@@ -98,7 +141,9 @@ class Stacked(nn.Module):
         return scores.softmax(-1) @ v @ self.out[k]
 
     def mlp(self, h: Tensor, k: int) -> Tensor:
-        return torch.einsum("btf,fd->btd", torch.relu(torch.einsum("btd,df->btf", h, self.up[k])), self.down[k])
+        return torch.einsum(
+            "btf,fd->btd", torch.relu(torch.einsum("btd,df->btf", h, self.up[k])), self.down[k]
+        )
 
     def begin(self, ids: Tensor) -> Tensor:
         return self.embed[ids]
@@ -119,7 +164,9 @@ class Unbound(Stacked):
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.begin(ids)
-        for qkv, out, up, down in zip(*(w.unbind(0) for w in (self.qkv, self.out, self.up, self.down)), strict=True):
+        for qkv, out, up, down in zip(
+            *(w.unbind(0) for w in (self.qkv, self.out, self.up, self.down)), strict=True
+        ):
             x = _layer(x, qkv, out, up, down)
         return self.end(x)
 
@@ -136,13 +183,23 @@ def _plain_norm(m: Any) -> nn.Module:
 
 def _functional(layer: int) -> list[Expected]:
     return [
-        Expected(None, "attention", "pre", lambda m, h, c: m.attn(h, layer), Norm(_plain_norm), token_wise=False,
-                 layer=layer, start=begin if layer == 0 else None),
-        Expected(None, "mlp", "pre", lambda m, h, c: m.mlp(h, layer), Norm(_plain_norm), layer=layer),
-    ]  # fmt: skip
+        Expected(
+            None,
+            "attention",
+            "pre",
+            lambda m, h, c: m.attn(h, layer),
+            Norm(_plain_norm),
+            token_wise=False,
+            layer=layer,
+            start=begin if layer == 0 else None,
+        ),
+        Expected(
+            None, "mlp", "pre", lambda m, h, c: m.mlp(h, layer), Norm(_plain_norm), layer=layer
+        ),
+    ]
 
 
-# -- layers that run several times -------------------------------------------------------------------------------------
+# -- layers that run several times -----------------------------------------------------------------
 class Shared(Decoder):
     """ALBERT, Universal Transformer: one block, run twice."""
 
@@ -170,7 +227,7 @@ class Tied(Decoder):
         self.head.weight = self.embed.weight
 
 
-# -- layouts -----------------------------------------------------------------------------------------------------------
+# -- layouts ---------------------------------------------------------------------------------------
 class SequenceFirst(Decoder):
     """(T, B, d) throughout, as Megatron and fairseq have it."""
 
@@ -211,7 +268,7 @@ class FlattenedAttention(Attention):
         return super().forward(x.view(B, T, D)).reshape(-1, D)
 
 
-# -- containers --------------------------------------------------------------------------------------------------------
+# -- containers ------------------------------------------------------------------------------------
 class ListState(Decoder):
     """Every state is kept in a list, and the last one read back from it; the output is a dict."""
 
@@ -271,7 +328,9 @@ class Dataclass(Decoder):
 
 
 class TupleBlock(Block):
-    """hidden, residual: the sum is made at the beginning of the next norm (vLLM, Mamba, FlashAttention)."""
+    """hidden, residual: the sum is made at the beginning of the next norm (vLLM, Mamba,
+    FlashAttention).
+    """
 
     def forward(self, h: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         residual = h if residual is None else h + residual
@@ -292,17 +351,51 @@ class Deferred(Decoder):
 
 
 LAYOUTS: list[Specimen] = [
-    Specimen("loop in the model's forward", lambda: seeded(TopLevel), ((tokens(),), {}),
-             [e for k in range(LAYERS) for e in two(k, (f"attns.{k}", f"mlps.{k}"), lambda m, k=k: m.parts(k))], end),
-    Specimen("attention and MLP by turns", lambda: seeded(Alternating), ((tokens(),), {}),
-             [e for k in range(LAYERS)
-              for e in two(k, (f"blocks.{2 * k}.1", f"blocks.{2 * k + 1}.1"), lambda m, k=k: m.parts(k))], end),
-    Specimen("stacked parameters", lambda: seeded(Stacked), ((tokens(),), {}),
-             [e for k in range(LAYERS) for e in _functional(k)], end),
-    Specimen("stacked parameters, unbound", lambda: seeded(Unbound), ((tokens(),), {}),
-             [e for k in range(LAYERS) for e in _functional(k)], end),
-    Specimen("one block run twice", lambda: seeded(Shared), ((tokens(),), {}),
-             [e for k in range(LAYERS) for e in _shared(k)], end),
+    Specimen(
+        "loop in the model's forward",
+        lambda: seeded(TopLevel),
+        ((tokens(),), {}),
+        [
+            e
+            for k in range(LAYERS)
+            for e in two(k, (f"attns.{k}", f"mlps.{k}"), lambda m, k=k: m.parts(k))
+        ],
+        end,
+    ),
+    Specimen(
+        "attention and MLP by turns",
+        lambda: seeded(Alternating),
+        ((tokens(),), {}),
+        [
+            e
+            for k in range(LAYERS)
+            for e in two(
+                k, (f"blocks.{2 * k}.1", f"blocks.{2 * k + 1}.1"), lambda m, k=k: m.parts(k)
+            )
+        ],
+        end,
+    ),
+    Specimen(
+        "stacked parameters",
+        lambda: seeded(Stacked),
+        ((tokens(),), {}),
+        [e for k in range(LAYERS) for e in _functional(k)],
+        end,
+    ),
+    Specimen(
+        "stacked parameters, unbound",
+        lambda: seeded(Unbound),
+        ((tokens(),), {}),
+        [e for k in range(LAYERS) for e in _functional(k)],
+        end,
+    ),
+    Specimen(
+        "one block run twice",
+        lambda: seeded(Shared),
+        ((tokens(),), {}),
+        [e for k in range(LAYERS) for e in _shared(k)],
+        end,
+    ),
     of_blocks("tied embeddings", Tied),
     of_blocks("sequence first", SequenceFirst),
     of_blocks("flattened", Flattened),
@@ -310,4 +403,4 @@ LAYOUTS: list[Specimen] = [
     of_blocks("blocks that pass a dict", DictState),
     of_blocks("blocks that pass a dataclass", Dataclass),
     of_blocks("the sum is made in the next block", Deferred),
-]  # fmt: skip
+]

@@ -31,7 +31,11 @@ class Enc(nn.Module):
         super().__init__()
         self.scale = scale
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(d), nn.LayerNorm(d), nn.LayerNorm(d)
-        self.dropout1, self.dropout2, self.dropout3 = nn.Dropout(0.1), nn.Dropout(0.1), nn.Dropout(0.1)
+        self.dropout1, self.dropout2, self.dropout3 = (
+            nn.Dropout(0.1),
+            nn.Dropout(0.1),
+            nn.Dropout(0.1),
+        )
         self.W1, self.W2, self.W3 = nn.Linear(d + n_in, d), nn.Linear(d, d), nn.Linear(d, d)
         self.W11, self.W12, self.W13 = nn.Linear(d + n_in, d), nn.Linear(d, d), nn.Linear(d, d)
         self.dense = FF(d)
@@ -84,7 +88,9 @@ class MPNN(nn.Module):
         D = torch.sqrt(((X[:, None] - X[:, :, None]) ** 2).sum(-1) + 1e-6)
         dist, idx = torch.topk(D, self.k, dim=-1, largest=False)
         mu = torch.linspace(2.0, 22.0, 16)
-        E = self.norm_edges(self.edge_embedding(torch.exp(-(((dist.unsqueeze(-1) - mu) / 1.25) ** 2))))
+        E = self.norm_edges(
+            self.edge_embedding(torch.exp(-(((dist.unsqueeze(-1) - mu) / 1.25) ** 2)))
+        )
         h_V = torch.zeros(E.shape[0], E.shape[1], E.shape[-1])
         h_E = self.W_e(E)
         mask = torch.ones(X.shape[:2])

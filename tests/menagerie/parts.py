@@ -52,7 +52,9 @@ def floats(*shape: int, seed: int = 2) -> Tensor:
 
 
 class HandRMS(nn.Module):
-    """RMSNorm as transformers writes it: in float32 whatever the input is, the gain applied last."""
+    """RMSNorm as transformers writes it: in float32 whatever the input is, the gain applied
+    last.
+    """
 
     def __init__(self, d: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -72,7 +74,11 @@ class HandLayerNorm(nn.Module):
 
     def __init__(self, d: int, eps: float = 1e-5) -> None:
         super().__init__()
-        self.weight, self.bias, self.eps = nn.Parameter(torch.ones(d)), nn.Parameter(torch.zeros(d)), eps
+        self.weight, self.bias, self.eps = (
+            nn.Parameter(torch.ones(d)),
+            nn.Parameter(torch.zeros(d)),
+            eps,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         mean = x.mean(dim=-1, keepdim=True)
@@ -81,13 +87,19 @@ class HandLayerNorm(nn.Module):
 
 
 class AnnotatedLayerNorm(nn.Module):
-    """LayerNorm as in the Annotated Transformer: the sample's std plus eps, and the gain before the division."""
+    """LayerNorm as in the Annotated Transformer: the sample's std plus eps, and the gain before the
+    division.
+    """
 
     centred = True
 
     def __init__(self, d: int, eps: float = 1e-6) -> None:
         super().__init__()
-        self.weight, self.bias, self.eps = nn.Parameter(torch.ones(d)), nn.Parameter(torch.zeros(d)), eps
+        self.weight, self.bias, self.eps = (
+            nn.Parameter(torch.ones(d)),
+            nn.Parameter(torch.zeros(d)),
+            eps,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         mean = x.mean(-1, keepdim=True)
@@ -114,12 +126,20 @@ def rotary(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Attention(nn.Module):
-    """Multi-head attention with separate projections; grouped keys and rotary embedding on request."""
+    """Multi-head attention with separate projections; grouped keys and rotary embedding on
+    request.
+    """
 
     def __init__(
-        self, d: int = D, heads: int = 2, groups: int | None = None, *, causal: bool = True, turns: bool = False,
+        self,
+        d: int = D,
+        heads: int = 2,
+        groups: int | None = None,
+        *,
+        causal: bool = True,
+        turns: bool = False,
         by_hand: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.heads, self.groups, self.causal, self.turns, self.by_hand = (
             heads,
@@ -155,7 +175,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two matrices and a GELU."""
 
-    def __init__(self, d: int = D, hidden: int = 2 * D, act: Callable[[Tensor], Tensor] = F.gelu) -> None:
+    def __init__(
+        self, d: int = D, hidden: int = 2 * D, act: Callable[[Tensor], Tensor] = F.gelu
+    ) -> None:
         super().__init__()
         self.up, self.down, self.act = nn.Linear(d, hidden), nn.Linear(hidden, d), act
 
@@ -178,7 +200,9 @@ class GatedMLP(nn.Module):
 class MoE(nn.Module):
     """Top-k routing by a loop over experts with index_add; the last experts never get a token."""
 
-    def __init__(self, d: int = D, experts: int = 5, top: int = 2, idle: int = 1, *, shared: bool = False) -> None:
+    def __init__(
+        self, d: int = D, experts: int = 5, top: int = 2, idle: int = 1, *, shared: bool = False
+    ) -> None:
         super().__init__()
         self.router, self.top, self.idle = nn.Linear(d, experts), top, idle
         self.experts = nn.ModuleList(MLP(d, d) for _ in range(experts))
@@ -197,7 +221,9 @@ class MoE(nn.Module):
 
     def weights(self, flat: Tensor) -> Tensor:
         scores = self.router(flat)
-        scores = scores - 1e4 * (torch.arange(scores.shape[-1]) >= scores.shape[-1] - self.idle).to(scores.dtype)
+        scores = scores - 1e4 * (torch.arange(scores.shape[-1]) >= scores.shape[-1] - self.idle).to(
+            scores.dtype
+        )
         return torch.softmax(scores, dim=-1)
 
     def truth(self, x: Tensor) -> Tensor:
@@ -212,8 +238,12 @@ class MoE(nn.Module):
 class Decoder(nn.Module):
     """Embedding, blocks, final norm, head: tokens (B, T) -> logits (B, T, V)."""
 
-    def __init__(self, block: Callable[[], nn.Module], norm: Callable[[int], nn.Module] | None = nn.LayerNorm,
-                 layers: int = LAYERS) -> None:  # fmt: skip
+    def __init__(
+        self,
+        block: Callable[[], nn.Module],
+        norm: Callable[[int], nn.Module] | None = nn.LayerNorm,
+        layers: int = LAYERS,
+    ) -> None:
         super().__init__()
         self.embed, self.position = nn.Embedding(V, D), nn.Embedding(16, D)
         self.blocks = nn.ModuleList(block() for _ in range(layers))

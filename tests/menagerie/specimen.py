@@ -1,8 +1,8 @@
 """What a specimen is: a small model, and beside it, by explicit code, what is true of it.
 
-The truth is written on the model's own modules, but never asks jacdiag anything: a body, the norms around it, and how
-the shortcut enters the sum. From these follows all that a test compares
-with: branch, core, residual map, gains.
+The truth is written on the model's own modules, but never asks jacdiag anything: a body, the norms
+around it, and how the shortcut enters the sum. From these follows all that a test compares with:
+branch, core, residual map, gains.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ Getter = Callable[[Model], Any]
 
 @dataclass(frozen=True)
 class Context:
-    """What a branch reads besides its shortcut: the model's inputs, and what the specimen computed from them."""
+    """What a branch reads besides its shortcut: the model's inputs, and what the specimen computed
+    from them.
+    """
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -33,7 +35,9 @@ Body = Callable[[Model, Tensor, Context], Tensor]
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm in the dataflow, computed by formula: `module` finds the module that holds eps, gain and bias."""
+    """A norm in the dataflow, computed by formula: `module` finds the module that holds eps, gain
+    and bias.
+    """
 
     module: Getter
 
@@ -78,9 +82,11 @@ class Expected:
         kind, placement, parallel, token_wise, nested: as `jacdiag.sites` must report them.
         body: (model, h, context) -> what lies between the norms; None where no truth is given.
         entry, exit, behind: the norm at the branch's beginning, at its end, behind the sum.
-        shortcut_gain: a; a number, (model) -> tensor for a learned diagonal, None where the way in is no diagonal.
+        shortcut_gain: a; a number, (model) -> tensor for a learned diagonal, None where the way in
+            is no diagonal.
         carry: the shortcut's way into the sum where it is no diagonal.
-        after: what else happens to the sum before the next shortcut (an activation); not part of the residual map.
+        after: what else happens to the sum before the next shortcut (an activation); not part of
+            the residual map.
         layer: the depth; None where it has no clear meaning.
         start: begins a stream: (model, context) -> its first shortcut. The first one always has it.
     """
@@ -103,13 +109,21 @@ class Expected:
 
     def branch(self, model: Model, x: Tensor, context: Context) -> Tensor:
         """f(x), what is added to the shortcut."""
-        return self.core(model, x if self.entry is None else self.entry.normalise(model, x), context, whole=True)
+        return self.core(
+            model, x if self.entry is None else self.entry.normalise(model, x), context, whole=True
+        )
 
     def core(self, model: Model, z: Tensor, context: Context, *, whole: bool = False) -> Tensor:
-        """What follows the input norm, its gain included; for a reordered norm, what precedes it (unless `whole`)."""
+        """What follows the input norm, its gain included; for a reordered norm, what precedes it
+        (unless `whole`).
+        """
         assert self.body is not None
         h = self.body(model, z if self.entry is None else self.entry.affine(model, z), context)
-        return h if self.exit is None or (self.placement == "reordered" and not whole) else self.exit(model, h)
+        return (
+            h
+            if self.exit is None or (self.placement == "reordered" and not whole)
+            else self.exit(model, h)
+        )
 
     def carried(self, model: Model, x: Tensor, context: Context) -> Tensor:
         """a x."""
@@ -127,10 +141,13 @@ class Specimen:
     Attributes:
         build: returns a fresh model in eval mode, the same bits every time.
         inputs: (args, kwargs) of its forward.
-        expected: its sub-layers in the order of the stream, parallel ones side by side, nested ones anywhere.
-        finish: (model, last stream value, context) -> the model's output, to check the truth against the model.
+        expected: its sub-layers in the order of the stream, parallel ones side by side, nested ones
+            anywhere.
+        finish: (model, last stream value, context) -> the model's output, to check the truth
+            against the model.
         prepare: (model, args, kwargs) -> Context.extra: an encoder's output and the like.
-        casts: the model casts to float32 whatever its own dtype, so that float64 truth holds to 1e-5 only.
+        casts: the model casts to float32 whatever its own dtype, so that float64 truth holds to
+            1e-5 only.
         uncovered: parameters that belong to no sub-layer, embedding, head or norm.
     """
 
@@ -146,7 +163,9 @@ class Specimen:
     def __str__(self) -> str:
         return self.name
 
-    def arguments(self, dtype: torch.dtype = torch.float32) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def arguments(
+        self, dtype: torch.dtype = torch.float32
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The inputs, floating tensors in `dtype`."""
 
         def cast(value: Any) -> Any:
@@ -170,7 +189,12 @@ class Specimen:
         for one in self.expected:
             if one.nested:
                 continue
-            if one.parallel and groups and groups[-1][0].parallel and groups[-1][0].layer == one.layer:
+            if (
+                one.parallel
+                and groups
+                and groups[-1][0].parallel
+                and groups[-1][0].layer == one.layer
+            ):
                 groups[-1].append(one)
             else:
                 groups.append([one])
@@ -181,13 +205,17 @@ class Specimen:
 
 
 def residual(group: Sequence[Expected], model: Model, x: Tensor, context: Context) -> Tensor:
-    """The map from one shortcut to the next by the truth: a x + sum of branches, and the norm behind it."""
+    """The map from one shortcut to the next by the truth: a x + sum of branches, and the norm
+    behind it.
+    """
     y = group[0].carried(model, x, context) + sum(one.branch(model, x, context) for one in group)
     return y if group[0].behind is None else group[0].behind(model, y)
 
 
 def stream(specimen: Specimen, model: nn.Module, context: Context) -> list[Tensor]:
-    """The shortcut of every group by the truth, and the stream's end (of the last stream) at the end."""
+    """The shortcut of every group by the truth, and the stream's end (of the last stream) at the
+    end.
+    """
     values: list[Tensor] = []
     x: Tensor | None = None
     for group in specimen.groups():

@@ -29,12 +29,16 @@ class Biased(MoE):
     def weights(self, flat: Tensor) -> Tensor:
         scores = self.router(flat)
         scores = scores + self.balance.to(scores.dtype)
-        scores = scores - 1e4 * (torch.arange(scores.shape[-1]) >= scores.shape[-1] - self.idle).to(scores.dtype)
+        scores = scores - 1e4 * (torch.arange(scores.shape[-1]) >= scores.shape[-1] - self.idle).to(
+            scores.dtype
+        )
         return torch.softmax(scores, dim=-1)
 
 
 class Recurrent(nn.Module):
-    """A diagonal state-space mixer with a loop over time, a skip D u inside it, and a gate (Mamba)."""
+    """A diagonal state-space mixer with a loop over time, a skip D u inside it, and a gate
+    (Mamba).
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +65,12 @@ class Hybrid(nn.Module):
 
     def __init__(self, mixer: Callable[[], nn.Module]) -> None:
         super().__init__()
-        self.norm1, self.norm2, self.mixer, self.mlp = nn.LayerNorm(D), nn.LayerNorm(D), mixer(), MLP()
+        self.norm1, self.norm2, self.mixer, self.mlp = (
+            nn.LayerNorm(D),
+            nn.LayerNorm(D),
+            mixer(),
+            MLP(),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.mixer(self.norm1(x))
@@ -81,12 +90,25 @@ def _hybrid(layer: int) -> list[Expected]:
         return m.blocks[layer]
 
     return [
-        Expected(f"blocks.{layer}.mixer", "attention" if layer else "mixer", "pre",
-                 lambda m, h, c: block(m).mixer(h), Norm(lambda m: block(m).norm1), token_wise=False, layer=layer,
-                 start=None if layer else begin),
-        Expected(f"blocks.{layer}.mlp", "mlp", "pre", lambda m, h, c: block(m).mlp(h),
-                 Norm(lambda m: block(m).norm2), layer=layer),
-    ]  # fmt: skip
+        Expected(
+            f"blocks.{layer}.mixer",
+            "attention" if layer else "mixer",
+            "pre",
+            lambda m, h, c: block(m).mixer(h),
+            Norm(lambda m: block(m).norm1),
+            token_wise=False,
+            layer=layer,
+            start=None if layer else begin,
+        ),
+        Expected(
+            f"blocks.{layer}.mlp",
+            "mlp",
+            "pre",
+            lambda m, h, c: block(m).mlp(h),
+            Norm(lambda m: block(m).norm2),
+            layer=layer,
+        ),
+    ]
 
 
 class LoRA(nn.Module):
@@ -117,11 +139,15 @@ class OneHotPosition(Decoder):
         del self.position
 
     def begin(self, ids: Tensor) -> Tensor:
-        return self.embed(ids) + self.place(torch.eye(ids.shape[1], 5, dtype=self.place.weight.dtype))
+        return self.embed(ids) + self.place(
+            torch.eye(ids.shape[1], 5, dtype=self.place.weight.dtype)
+        )
 
 
 class EmbeddingMixer(Decoder):
-    """The embedding is projected, and a projection of the same ids by another table added: no shortcut yet."""
+    """The embedding is projected, and a projection of the same ids by another table added: no
+    shortcut yet.
+    """
 
     def __init__(self) -> None:
         super().__init__(Pre)
@@ -132,9 +158,11 @@ class EmbeddingMixer(Decoder):
         return self.embed(ids) + self.project(self.wide(ids))
 
 
-# -- sub-layers inside sub-layers --------------------------------------------------------------------------------------
+# -- sub-layers inside sub-layers ------------------------------------------------------------------
 class Adapter(nn.Module):
-    """h + up(relu(down(h))) behind a sub-layer (Houlsby): inside the branch it is a residual of its own."""
+    """h + up(relu(down(h))) behind a sub-layer (Houlsby): inside the branch it is a residual of its
+    own.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,11 +189,23 @@ def _adapted(layer: int) -> list[Expected]:
     attn, _ = pair("pre", layer)
     return [
         attn,
-        Expected(None, "mlp", "pre", lambda m, h, c: block(m).adapter(block(m).mlp(h)),
-                 Norm(lambda m: block(m).norm2), layer=layer),
-        Expected(f"blocks.{layer}.adapter", "mlp", "none",
-                 lambda m, h, c: block(m).adapter.up(torch.relu(block(m).adapter.down(h))), nested=True, layer=layer),
-    ]  # fmt: skip
+        Expected(
+            None,
+            "mlp",
+            "pre",
+            lambda m, h, c: block(m).adapter(block(m).mlp(h)),
+            Norm(lambda m: block(m).norm2),
+            layer=layer,
+        ),
+        Expected(
+            f"blocks.{layer}.adapter",
+            "mlp",
+            "none",
+            lambda m, h, c: block(m).adapter.up(torch.relu(block(m).adapter.down(h))),
+            nested=True,
+            layer=layer,
+        ),
+    ]
 
 
 class Dense(nn.Module):
@@ -206,27 +246,65 @@ def _nest(layer: int) -> list[Expected]:
         return m.blocks[layer]
 
     return [
-        Expected(None, "mlp", "none", lambda m, x, c: block(m).whole(x), layer=layer,
-                 start=(lambda m, c: c.args[0]) if layer == 0 else None),
-        Expected(None, "mlp", "none", lambda m, x, c: block(m).between(x), nested=True, layer=layer),
-        Expected(None, "mlp", "none", lambda m, x, c: block(m).deepest(x), nested=True, layer=layer),
-    ]  # fmt: skip
+        Expected(
+            None,
+            "mlp",
+            "none",
+            lambda m, x, c: block(m).whole(x),
+            layer=layer,
+            start=(lambda m, c: c.args[0]) if layer == 0 else None,
+        ),
+        Expected(
+            None, "mlp", "none", lambda m, x, c: block(m).between(x), nested=True, layer=layer
+        ),
+        Expected(
+            None, "mlp", "none", lambda m, x, c: block(m).deepest(x), nested=True, layer=layer
+        ),
+    ]
 
 
 NEW = decoder("gelu_new", lambda: Pre(mlp=lambda: MLP(act=gelu_new)), "pre")
-IDLE = tuple(f"blocks.{layer}.mlp.experts.4.{p}" for layer in range(LAYERS)
-             for p in ("up.weight", "up.bias", "down.weight", "down.bias"))  # fmt: skip
+IDLE = tuple(
+    f"blocks.{layer}.mlp.experts.4.{p}"
+    for layer in range(LAYERS)
+    for p in ("up.weight", "up.bias", "down.weight", "down.bias")
+)
 
 TRAPS: list[Specimen] = [
     NEW,
-    decoder("router bias", lambda: Pre(mlp=Biased), "pre", kind="moe", mlp=Biased.truth, seed=3, uncovered=IDLE),
+    decoder(
+        "router bias",
+        lambda: Pre(mlp=Biased),
+        "pre",
+        kind="moe",
+        mlp=Biased.truth,
+        seed=3,
+        uncovered=IDLE,
+    ),
     decoder("LoRA inside linears", LoRABlock, "pre"),
-    decoder("projected positions, rotary, mask", nn.Identity, "pre", model=lambda *_: OneHotPosition()),
+    decoder(
+        "projected positions, rotary, mask", nn.Identity, "pre", model=lambda *_: OneHotPosition()
+    ),
     decoder("two embeddings, one projected", nn.Identity, "pre", model=lambda *_: EmbeddingMixer()),
-    Specimen("attention and a scan with a skip", lambda: seeded(HybridStack), ((tokens(),), {}),
-             [one for layer in range(LAYERS) for one in _hybrid(layer)], end),
-    Specimen("adapters", lambda: seeded(lambda: Decoder(Adapted)), ((tokens(),), {}),
-             [one for layer in range(LAYERS) for one in _adapted(layer)], end),
-    Specimen("residuals in residuals", lambda: seeded(Nest), ((torch.linspace(-2, 2, 2 * 3 * D).view(2, 3, D),), {}),
-             [one for layer in range(LAYERS) for one in _nest(layer)], lambda m, x, c: x),
-]  # fmt: skip
+    Specimen(
+        "attention and a scan with a skip",
+        lambda: seeded(HybridStack),
+        ((tokens(),), {}),
+        [one for layer in range(LAYERS) for one in _hybrid(layer)],
+        end,
+    ),
+    Specimen(
+        "adapters",
+        lambda: seeded(lambda: Decoder(Adapted)),
+        ((tokens(),), {}),
+        [one for layer in range(LAYERS) for one in _adapted(layer)],
+        end,
+    ),
+    Specimen(
+        "residuals in residuals",
+        lambda: seeded(Nest),
+        ((torch.linspace(-2, 2, 2 * 3 * D).view(2, 3, D),), {}),
+        [one for layer in range(LAYERS) for one in _nest(layer)],
+        lambda m, x, c: x,
+    ),
+]

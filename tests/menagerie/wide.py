@@ -18,7 +18,9 @@ S = 3  # residual streams
 
 
 class Hyper(nn.Module):
-    """Hyper-connections: S streams, mixed by a small matrix; the branch reads one mixture and writes to all."""
+    """Hyper-connections: S streams, mixed by a small matrix; the branch reads one mixture and
+    writes to all.
+    """
 
     def __init__(self, body: Callable[[], nn.Module]) -> None:
         super().__init__()
@@ -100,26 +102,42 @@ def _hyper(layer: int, gain: float | None, body: str) -> list[Expected]:
         return m.blocks[layer][which]
 
     return [
-        Expected(f"blocks.{layer}.{which}{body}", kind, "none", lambda m, x, c, w=which: part(m, w).branch(x),
-                 token_wise=which == "mlp", shortcut_gain=gain, layer=layer,
-                 carry=lambda m, x, c, w=which: part(m, w).mixed(x),
-                 start=begin if (layer, which) == (0, "attn") else None)
+        Expected(
+            f"blocks.{layer}.{which}{body}",
+            kind,
+            "none",
+            lambda m, x, c, w=which: part(m, w).branch(x),
+            token_wise=which == "mlp",
+            shortcut_gain=gain,
+            layer=layer,
+            carry=lambda m, x, c, w=which: part(m, w).mixed(x),
+            start=begin if (layer, which) == (0, "attn") else None,
+        )
         for which, kind in (("attn", "attention"), ("mlp", "mlp"))
-    ]  # fmt: skip
+    ]
 
 
-def hyper(name: str, layer: Callable[..., nn.Module], gain: float | None = None, body: str = ".body") -> Specimen:
-    return Specimen(name, lambda: seeded(lambda: HyperModel(layer)), ((tokens(),), {}),
-                    [one for k in range(LAYERS) for one in _hyper(k, gain, body)], end)  # fmt: skip
+def hyper(
+    name: str, layer: Callable[..., nn.Module], gain: float | None = None, body: str = ".body"
+) -> Specimen:
+    return Specimen(
+        name,
+        lambda: seeded(lambda: HyperModel(layer)),
+        ((tokens(),), {}),
+        [one for k in range(LAYERS) for one in _hyper(k, gain, body)],
+        end,
+    )
 
 
-# -- two streams -------------------------------------------------------------------------------------------------------
+# -- two streams -----------------------------------------------------------------------------------
 class EncoderDecoder(Decoder):
     """An encoder's stream, and a decoder's that reads its end by cross attention."""
 
     def __init__(self) -> None:
         super().__init__(CrossBlock)
-        self.encoder = nn.ModuleList(Pre(attn=lambda: Attention(causal=False)) for _ in range(LAYERS))
+        self.encoder = nn.ModuleList(
+            Pre(attn=lambda: Attention(causal=False)) for _ in range(LAYERS)
+        )
         self.between = nn.LayerNorm(D)
 
     def encode(self, source: Tensor) -> Tensor:
@@ -140,9 +158,23 @@ def _encoder(layer: int) -> list[Expected]:
     found = []
     for one in pair("pre", layer):
         name = (one.name or "").replace("blocks", "encoder")
-        entry = None if one.entry is None else type(one.entry)(lambda m, e=one.entry: e.module(_Encoder(m)))
-        found.append(Expected(name, one.kind, "pre", lambda m, h, c, o=one: o.body(_Encoder(m), h, c), entry,
-                              token_wise=one.token_wise, layer=layer, start=begin if one.start else None))  # fmt: skip
+        entry = (
+            None
+            if one.entry is None
+            else type(one.entry)(lambda m, e=one.entry: e.module(_Encoder(m)))
+        )
+        found.append(
+            Expected(
+                name,
+                one.kind,
+                "pre",
+                lambda m, h, c, o=one: o.body(_Encoder(m), h, c),
+                entry,
+                token_wise=one.token_wise,
+                layer=layer,
+                start=begin if one.start else None,
+            )
+        )
     return found
 
 
@@ -158,7 +190,7 @@ def _decoder(layer: int) -> list[Expected]:
     return [replace(one, layer=LAYERS + layer) for one in found]
 
 
-# -- one call for autograd ---------------------------------------------------------------------------------------------
+# -- one call for autograd -------------------------------------------------------------------------
 class Squared(torch.autograd.Function):
     """relu(h)^2 with a hand-written backward, in the old style: torch.func refuses it."""
 
@@ -239,8 +271,13 @@ class AddedByFunction(Pre):
 
 
 def blocks(name: str, block: Callable[[], nn.Module]) -> Specimen:
-    return Specimen(name, lambda: seeded(lambda: Decoder(block)), ((tokens(),), {}),
-                    [one for layer in range(LAYERS) for one in pair("pre", layer)], end)  # fmt: skip
+    return Specimen(
+        name,
+        lambda: seeded(lambda: Decoder(block)),
+        ((tokens(),), {}),
+        [one for layer in range(LAYERS) for one in pair("pre", layer)],
+        end,
+    )
 
 
 WIDE: list[Specimen] = [
@@ -248,10 +285,20 @@ WIDE: list[Specimen] = [
     hyper("several streams, matmul", HyperMatmul, body=""),
     hyper("several streams, unmixed", HyperUnmixed, 1.0),
     hyper("several streams, mixed by themselves", HyperDynamic),
-    Specimen("encoder and decoder", lambda: seeded(EncoderDecoder), ((tokens(length=4, seed=9), tokens()), {}),
-             [*(e for k in range(LAYERS) for e in _encoder(k)), *(e for k in range(LAYERS) for e in _decoder(k))], end,
-             prepare=lambda m, args, kwargs: m.encode(args[0])),
+    Specimen(
+        "encoder and decoder",
+        lambda: seeded(EncoderDecoder),
+        ((tokens(length=4, seed=9), tokens()), {}),
+        [
+            *(e for k in range(LAYERS) for e in _encoder(k)),
+            *(e for k in range(LAYERS) for e in _decoder(k)),
+        ],
+        end,
+        prepare=lambda m, args, kwargs: m.encode(args[0]),
+    ),
     blocks("a custom Function as activation", lambda: Pre(mlp=lambda: MLP(act=Squared.apply))),
-    blocks("a custom Function with setup_context", lambda: Pre(mlp=lambda: MLP(act=SquaredNew.apply))),
+    blocks(
+        "a custom Function with setup_context", lambda: Pre(mlp=lambda: MLP(act=SquaredNew.apply))
+    ),
     blocks("matrix products in custom Functions", lambda: Pre(mlp=FunctionMLP)),
-]  # fmt: skip
+]

@@ -9,9 +9,19 @@ import pytest
 import torch
 from torch import nn
 
-from jacdiag.remedies.changes import Change, Draw, Fill, NormOutput, Reparametrise, Scale, ScaleOutput, Spare, Weights
+from jacdiag.remedies.candidates import Remedy
+from jacdiag.remedies.changes import (
+    Change,
+    Draw,
+    Fill,
+    NormOutput,
+    Reparametrise,
+    Scale,
+    ScaleOutput,
+    Spare,
+    Weights,
+)
 from jacdiag.remedies.patches import pytorch
-from jacdiag.remedies.recipes import Remedy
 from jacdiag.sources import gpt
 from jacdiag.sources.factory import seeded
 
@@ -23,7 +33,9 @@ ONE = Weights(ALL[:1])
 
 def small() -> gpt.GPT:
     with seeded(3):
-        return gpt.build("vanilla", n_layer=2, n_embd=16, n_head=2, vocab_size=32, block_size=8).eval()
+        return gpt.build(
+            "vanilla", n_layer=2, n_embd=16, n_head=2, vocab_size=32, block_size=8
+        ).eval()
 
 
 def by_patch(model: nn.Module, *changes: Change) -> Any:
@@ -41,7 +53,9 @@ CHANGES: dict[str, Change] = {
     "draw, uniform": Draw(Weights(ALL[1:]), 0.125, "1/8", uniform=True),
     "fill": Fill(Weights(("transformer.ln_f.weight",)), 0.5),
     "fixed scale": ScaleOutput(("transformer.wte",), 4.0, "sqrt(d)"),
-    "learned scale": ScaleOutput(("transformer.h.0.attn.c_proj", "transformer.h.1.attn.c_proj"), 0.5, "", learned=True),
+    "learned scale": ScaleOutput(
+        ("transformer.h.0.attn.c_proj", "transformer.h.1.attn.c_proj"), 0.5, "", learned=True
+    ),
     "norm": NormOutput("transformer.wte", 16),
     "gain": Reparametrise(W_2, 0.02),
 }
@@ -95,7 +109,9 @@ def test_gains_keep_the_function_and_learn() -> None:
     model(IDS).square().sum().backward()
     gains = [p for n, p in model.named_parameters() if n.endswith(".gain")]
     assert len(gains) == 2 and all(g.grad is not None and g.grad.abs() > 0 for g in gains)
-    directions = [p for n, p in model.named_parameters() if n.endswith("parametrizations.weight.original")]
+    directions = [
+        p for n, p in model.named_parameters() if n.endswith("parametrizations.weight.original")
+    ]
     assert all(0.02 / 2**0.5 <= float(d.detach().std()) <= 0.02 * 2**0.5 for d in directions)
 
 
@@ -114,7 +130,9 @@ def test_spared_parameters_leave_weight_decay() -> None:
     spared = ("transformer.wte.weight", "transformer.ln_f.weight")
     groups = by_patch(model, Spare(spared))
     optimizer = torch.optim.AdamW(groups, weight_decay=0.1)
-    held = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    held = {
+        id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
+    }
     assert {n: held[id(p)] for n, p in model.named_parameters()} == {
         n: 0.0 if n in spared else 0.1 for n, _ in model.named_parameters()
     }

@@ -1,4 +1,6 @@
-"""The patches for Hugging Face, Megatron-LM and torchtitan: run where they can be, read where they cannot."""
+"""The patches for Hugging Face, Megatron-LM and torchtitan: run where they can be, read where they
+cannot.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +14,36 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import jacdiag
-from jacdiag.report import RemedyRecord
+from jacdiag.records import RemedyRecord
 from jacdiag.sources.factory import seeded
 
 GPT2 = GPT2Config(n_layer=3, n_embd=64, n_head=2, vocab_size=128, n_positions=32)
-LLAMA = LlamaConfig(num_hidden_layers=3, hidden_size=64, intermediate_size=128, num_attention_heads=2, vocab_size=128,
-                    num_key_value_heads=2, tie_word_embeddings=False)  # fmt: skip
+LLAMA = LlamaConfig(
+    num_hidden_layers=3,
+    hidden_size=64,
+    intermediate_size=128,
+    num_attention_heads=2,
+    vocab_size=128,
+    num_key_value_heads=2,
+    tie_word_embeddings=False,
+)
 IDS = torch.arange(16)[None]
 OPTIONS: dict[str, Any] = {"decide": True, "select": ["JD1"]}
 
 
 def remedies(model: nn.Module, **options: Any) -> dict[str, RemedyRecord]:
-    return {r.name: r for r in jacdiag.audit(model, IDS, **{**OPTIONS, "remedies": "all", **options}).remedies}
+    return {
+        r.name: r
+        for r in jacdiag.audit(model, IDS, **{**OPTIONS, "remedies": "all", **options}).remedies
+    }
 
 
 def loud(model: nn.Module) -> set[str]:
-    return {f.code for f in jacdiag.audit(model, IDS, state="init", **OPTIONS).findings if f.level != "info"}
+    return {
+        f.code
+        for f in jacdiag.audit(model, IDS, state="init", **OPTIONS).findings
+        if f.level != "info"
+    }
 
 
 def fresh(cls: Any, config: Any) -> Any:
@@ -36,7 +52,9 @@ def fresh(cls: Any, config: Any) -> Any:
 
 
 @pytest.mark.parametrize(("cls", "config"), [(GPT2LMHeadModel, GPT2), (LlamaForCausalLM, LLAMA)])
-def test_the_subclass_for_transformers_draws_models_that_pass(cls: Any, config: Any, tmp_path: Any) -> None:
+def test_the_subclass_for_transformers_draws_models_that_pass(
+    cls: Any, config: Any, tmp_path: Any
+) -> None:
     found = remedies(fresh(cls, config))
     (best,) = [r for r in found.values() if r.recommended]
     namespace: dict[str, Any] = {}
@@ -55,7 +73,9 @@ def test_flags_of_megatron() -> None:
     found = remedies(fresh(LlamaForCausalLM, LLAMA))
     scaled = found["scaled-embed"].patches["megatron"]
     std = float(re.search(r"--embedding-init-method-std ([\d.]+) --untie-embeddings", scaled)[1])  # type: ignore[index]
-    assert std == pytest.approx(0.02 * math.sqrt(64), rel=0.02), "a table of that std gives the same stream"
+    assert std == pytest.approx(0.02 * math.sqrt(64), rel=0.02), (
+        "a table of that std gives the same stream"
+    )
     drawn = found["std-1-embed"].patches["megatron"]
     assert "--embedding-init-method-std 1.00 --untie-embeddings-and-output-weights" in drawn
     assert "Megatron-DeepSpeed: --embed-layernorm" in found["embed-ln"].patches["megatron"]

@@ -1,4 +1,6 @@
-"""The init of the field as a remedy: all matrices are all of them, and a shortcut that is large enough stays so."""
+"""The init of the field as a remedy: all matrices are all of them, and a shortcut that is large
+enough stays so.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,10 @@ from gate import net
 from torch import nn
 
 import jacdiag
+from jacdiag.records import Finding
 from jacdiag.remedies import remedies_for
 from jacdiag.remedies.changes import Draw
-from jacdiag.report import Finding
-from jacdiag.report.thresholds import load_thresholds
+from jacdiag.rules.thresholds import load_thresholds
 from jacdiag.sources.factory import seeded
 
 PROBE: dict[str, Any] = {"batch": 1, "seq": 16, "decide": True, "state": "init"}
@@ -54,20 +56,34 @@ def test_two_that_change_one_table_agree_on_it() -> None:
     report = jacdiag.audit(xavier(0.02), remedies="all", **PROBE)
     found = {r.name: r for r in report.remedies}
     unit, one = found["unit-embed + small-init"], found["std-1-embed + small-init"]
-    assert f"output * {float(f'{1 / S:.4g}')!r}" in unit.patches["pytorch"], "to 1 from the std that it is drawn with"
+    assert f"output * {float(f'{1 / S:.4g}')!r}" in unit.patches["pytorch"], (
+        "to 1 from the std that it is drawn with"
+    )
     assert "all other matrices" in one.title and one.patches["pytorch"].count("wte.weight") == 1
     megatron = found["scaled-embed + small-init"].patches["megatron"].splitlines()
     flags = [line for line in megatron if line.startswith("--embedding-init")]
     assert flags == ["--embedding-init-method-std 0.632 --untie-embeddings-and-output-weights"]
     assert "# --init-method-std draws the head too" in megatron
-    assert found["scaled-embed + small-init"].patches["torchtitan"].count("param_init of tok_embeddings") == 1
+    assert (
+        found["scaled-embed + small-init"]
+        .patches["torchtitan"]
+        .count("param_init of tok_embeddings")
+        == 1
+    )
 
 
 @pytest.mark.parametrize(("std", "drawn"), [(0.02, S), (0.5, 1.0), (1.0, None)])
-def test_a_shortcut_that_is_large_enough_is_not_made_smaller(std: float, drawn: float | None) -> None:
+def test_a_shortcut_that_is_large_enough_is_not_made_smaller(
+    std: float, drawn: float | None
+) -> None:
     model = xavier(std)
     report = jacdiag.audit(model, **PROBE)
     judged = dataclasses.replace(report, findings=[Finding("JD101", "warning", [], "too large")])
-    small = {r.name: r for r in remedies_for(judged, model, load_thresholds(None, None))}["small-init"]
+    small = {r.name: r for r in remedies_for(judged, model, load_thresholds(None, None))}[
+        "small-init"
+    ]
     tables = {c.weights.names[0]: c.std for c in small.changes if isinstance(c, Draw)}
-    assert tables.get("wte.weight") == (None if drawn is None else pytest.approx(drawn)) and "head.weight" in tables
+    assert (
+        tables.get("wte.weight") == (None if drawn is None else pytest.approx(drawn))
+        and "head.weight" in tables
+    )

@@ -1,4 +1,6 @@
-"""Remedies on real little models: which is recommended, that it holds on seeds it was not tried on, what is said."""
+"""Remedies on real little models: which is recommended, that it holds on seeds it was not tried on,
+what is said.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,10 @@ from torch import nn
 import jacdiag
 from jacdiag.errors import UsageError
 from jacdiag.gate import gate, write_baseline
+from jacdiag.records import Finding, RemedyRecord, Report
+from jacdiag.records.risk import RiskCurve, RiskTable, written
 from jacdiag.remedies import Remedy, sufficient
 from jacdiag.remedies.changes import Scale, Weights
-from jacdiag.report import Finding, RemedyRecord, Report
-from jacdiag.report.risk import RiskCurve, RiskTable, written
 from jacdiag.sources import gpt
 from jacdiag.sources.factory import seeded
 
@@ -53,21 +55,31 @@ def patched(model: nn.Module, remedy: RemedyRecord) -> nn.Module:
     return model
 
 
-# -- the paper's recipes -----------------------------------------------------------------------------------------------
+# -- the paper's recipes ---------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("recipe", "name", "codes"),
     [
         ("vanilla", "scaled-embed", ["JD102", "JD103"]),
         ("embed-detach", "scaled-embed", ["JD102", "JD103"]),
         pytest.param(
-            "xavier", "unit-embed + depth-scaling", ["JD101", "JD102", "JD103"], marks=pytest.mark.long
+            "xavier",
+            "unit-embed + depth-scaling",
+            ["JD101", "JD102", "JD103"],
+            marks=pytest.mark.long,
         ),
     ],
 )
-def test_the_patch_makes_a_failing_recipe_pass_on_a_new_seed(recipe: str, name: str, codes: list[str]) -> None:
+def test_the_patch_makes_a_failing_recipe_pass_on_a_new_seed(
+    recipe: str, name: str, codes: list[str]
+) -> None:
     report = audited(recipe)
     remedy = best(report)
-    assert remedy.name == name and remedy.codes == codes and remedy.seeds == [0, 1, 2] and remedy.sufficient
+    assert (
+        remedy.name == name
+        and remedy.codes == codes
+        and remedy.seeds == [0, 1, 2]
+        and remedy.sufficient
+    )
     assert remedy.before.fired == codes and remedy.after.fired == [] == remedy.after.undecided
     assert loud(jacdiag.audit(fresh(recipe), **PROBE)) == codes
     after = jacdiag.audit(patched(fresh(recipe), remedy), **PROBE)
@@ -104,7 +116,7 @@ def test_the_model_and_the_generator_stay_as_they_were() -> None:
     assert not any(m._forward_hooks for m in model.modules())
 
 
-# -- the init contract -------------------------------------------------------------------------------------------------
+# -- the init contract -----------------------------------------------------------------------------
 class Broken(gpt.GPT):
     """GPT-2's init, with one thing wrong."""
 
@@ -157,7 +169,9 @@ def test_a_tied_table_is_scaled_in_the_forward() -> None:
     ids = torch.arange(16)[None]
     table = model.transformer["wte"](ids)
     other = patched(model, best(report))
-    assert torch.allclose(model.transformer["wte"](ids), table, rtol=1e-4), "the stream begins as it did"
+    assert torch.allclose(model.transformer["wte"](ids), table, rtol=1e-4), (
+        "the stream begins as it did"
+    )
     assert float(other(ids).detach().std()) == pytest.approx(1.0, rel=0.2)
     assert not loud(jacdiag.audit(other, **options))
 
@@ -171,16 +185,21 @@ def test_weight_decay_is_taken_off_by_groups() -> None:
     namespace: dict[str, Any] = {}
     exec(best(report).patches["pytorch"], namespace)
     groups = namespace["remedy"](model)
-    assert not loud(jacdiag.audit(model, optimizer=torch.optim.AdamW(groups, weight_decay=0.1), **options))
+    assert not loud(
+        jacdiag.audit(model, optimizer=torch.optim.AdamW(groups, weight_decay=0.1), **options)
+    )
 
 
-# -- the baseline ------------------------------------------------------------------------------------------------------
+# -- the baseline ----------------------------------------------------------------------------------
 GATED: dict[str, Any] = {"batch": 1, "seq": 16, "tol": 0.3}
 
 
 def baseline(path: Path) -> Path:
     args = {"recipe": "scaled-embed", **SIZES}
-    write_baseline(path, gate("jacdiag.sources.gpt:build", seeds=3, decide=False, model_args=args, **GATED).figures)
+    write_baseline(
+        path,
+        gate("jacdiag.sources.gpt:build", seeds=3, decide=False, model_args=args, **GATED).figures,
+    )
     return path
 
 
@@ -197,29 +216,50 @@ class Drifted(gpt.GPT):
 
 @pytest.mark.long
 def test_weights_that_left_the_baseline_are_drawn_as_they_were(tmp_path: Path) -> None:
-    options: dict[str, Any] = {**GATED, "seeds": 1, "baseline": baseline(tmp_path / "b.json"), "select": ["JD110"]}
+    options: dict[str, Any] = {
+        **GATED,
+        "seeds": 1,
+        "baseline": baseline(tmp_path / "b.json"),
+        "select": ["JD110"],
+    }
     out = gate(Drifted, seed=5, remedies="first", **options)
     remedy = best(out.report)
     assert remedy.name == "baseline" and remedy.codes == ["JD110"] and remedy.after.fired == []
-    assert remedy.title == "initialise transformer.h.*.mlp.c_proj, transformer.h.*.mlp.c_proj.bias as in the baseline"
-    assert {(f.fix, f.verified) for f in out.report.findings if f.code == "JD110"} == {(remedy.title, True)}
+    assert remedy.title == (
+        "initialise transformer.h.*.mlp.c_proj, transformer.h.*.mlp.c_proj.bias as in the baseline"
+    )
+    assert {(f.fix, f.verified) for f in out.report.findings if f.code == "JD110"} == {
+        (remedy.title, True)
+    }
 
     def mended() -> nn.Module:
         return patched(Drifted(), remedy)
 
-    assert gate(Drifted, seed=6, **options).exit_code == 1 and gate(mended, seed=6, **options).exit_code == 0
+    assert (
+        gate(Drifted, seed=6, **options).exit_code == 1
+        and gate(mended, seed=6, **options).exit_code == 0
+    )
 
 
-def test_a_forward_that_left_the_baseline_is_mended_where_a_recipe_brings_it_back(tmp_path: Path) -> None:
-    options: dict[str, Any] = {**GATED, "seeds": 1, "baseline": baseline(tmp_path / "b.json"), "select": ["JD110"]}
+def test_a_forward_that_left_the_baseline_is_mended_where_a_recipe_brings_it_back(
+    tmp_path: Path,
+) -> None:
+    options: dict[str, Any] = {
+        **GATED,
+        "seeds": 1,
+        "baseline": baseline(tmp_path / "b.json"),
+        "select": ["JD110"],
+    }
     args = {"recipe": "vanilla", **SIZES}  # the same weights; the embedding is no longer scaled
     out = gate("jacdiag.sources.gpt:build", seed=5, model_args=args, remedies="first", **options)
     assert [(f.evidence["field"], f.evidence["seeds"]) for f in out.report.findings] == [
-        ("branch_norm", [0]), ("norm_gain", [0])]  # fmt: skip
+        ("branch_norm", [0]),
+        ("norm_gain", [0]),
+    ]
     assert best(out.report).name == "scaled-embed" and best(out.report).seeds == [5, 6, 7]
 
 
-# -- where a run has begun ---------------------------------------------------------------------------------------------
+# -- where a run has begun -------------------------------------------------------------------------
 def test_a_begun_run_keeps_its_function() -> None:
     model = fresh("xavier")
     report = jacdiag.audit(model, remedies="begun", state="trained", **PROBE)
@@ -227,14 +267,18 @@ def test_a_begun_run_keeps_its_function() -> None:
     assert list(found) == ["reparametrise", "learned-scale", "branch-scale"]
     for name in ("reparametrise", "learned-scale"):
         assert found[name].keeps_function and found[name].function_change == 0.0, "to the last bit"
-        assert found[name].after.branch_norm == pytest.approx(found[name].before.branch_norm, rel=1e-3)
+        assert found[name].after.branch_norm == pytest.approx(
+            found[name].before.branch_norm, rel=1e-3
+        )
     fixed = found["branch-scale"]
     assert not fixed.keeps_function and fixed.function_change is None
     assert fixed.after.branch_norm[1] < fixed.before.branch_norm[1]  # type: ignore[index]
-    assert not any(r.recommended for r in report.remedies), "on a trained model these are observations"
+    assert not any(r.recommended for r in report.remedies), (
+        "on a trained model these are observations"
+    )
 
 
-# -- what cannot be tried ----------------------------------------------------------------------------------------------
+# -- what cannot be tried --------------------------------------------------------------------------
 class NotCopied(gpt.GPT):
     def __deepcopy__(self, memo: Any) -> Any:
         raise TypeError("this model holds a socket")
@@ -256,7 +300,9 @@ class Raw(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.table = nn.Parameter(0.02 * torch.randn(64, 32))
-        self.layer = nn.TransformerEncoderLayer(32, 2, 64, norm_first=True, batch_first=True, dropout=0.0)
+        self.layer = nn.TransformerEncoderLayer(
+            32, 2, 64, norm_first=True, batch_first=True, dropout=0.0
+        )
         self.head = nn.Linear(32, 64, bias=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -267,10 +313,14 @@ class Raw(nn.Module):
 def test_a_bare_table_is_drawn_anew() -> None:
     with seeded(1):
         model = Raw()
-    report = jacdiag.audit(model, torch.arange(16)[None], remedies="all", state="init", select=["JD102"], decide=True)
+    report = jacdiag.audit(
+        model, torch.arange(16)[None], remedies="all", state="init", select=["JD102"], decide=True
+    )
     names = [r.name for r in report.remedies]
     assert "std-1-embed" in names and not {"scaled-embed", "embed-ln"} & set(names)
-    assert best(report).name == "std-1-embed" and best(report).after.norm_gain == pytest.approx(1.0, rel=0.4)
+    assert best(report).name == "std-1-embed" and best(report).after.norm_gain == pytest.approx(
+        1.0, rel=0.4
+    )
 
 
 def test_an_unknown_way_is_refused() -> None:
@@ -286,35 +336,58 @@ def test_enough_means_nothing_left_and_nothing_new() -> None:
     own = Finding("JD204", "warning", [], "the remedy's own", {"parameters": ["w"]})
     foreign = Finding("JD204", "warning", [], "another weight", {"parameters": ["v", "w"]})
     remark = Finding("JD102", "info", [], "partly")
-    for findings, enough in (([], True), ([new], False), ([own], True), ([foreign], False), ([remark], True)):
+    for findings, enough in (
+        ([], True),
+        ([new], False),
+        ([own], True),
+        ([foreign], False),
+        ([remark], True),
+    ):
         assert sufficient(base, dataclasses.replace(clean, findings=findings), remedy) is enough
     assert not sufficient(clean, clean, remedy), "nothing was asked for"
 
 
 def test_the_product_over_depth_counts_only_where_it_is_known() -> None:
-    """JD104 stays silent where a norm was left undecided: that is no proof that the product came down."""
+    """JD104 stays silent where a norm was left undecided: that is no proof that the product came
+    down.
+    """
     base = audited("vanilla", remedies="none", decide=False, tol=0.3)
     assert base.network is not None and base.network.gain_product_log is not None
     loud_product = Finding("JD104", "warning", [], "beyond a cut of the user")
     before = dataclasses.replace(base, findings=[loud_product], rules=[])
     after = dataclasses.replace(base, findings=[], rules=[])
-    unknown = dataclasses.replace(after, network=dataclasses.replace(base.network, gain_product_log=None))
+    unknown = dataclasses.replace(
+        after, network=dataclasses.replace(base.network, gain_product_log=None)
+    )
     remedy = Remedy("x", "X", (Scale(Weights(("w",)), 2.0, "2"),), "", 1.0)
     assert sufficient(before, after, remedy) and not sufficient(before, unknown, remedy)
 
 
 def test_a_product_beyond_a_cut_of_the_user_gets_a_remedy() -> None:
-    report = audited("vanilla", decide=False, tol=0.3, thresholds={"gain_product": {"info": 3, "warning": 6}},
-                     select=["JD104"])  # fmt: skip
-    assert loud(report) == ["JD104"] and best(report).codes == ["JD104"] and best(report).after.fired == []
+    report = audited(
+        "vanilla",
+        decide=False,
+        tol=0.3,
+        thresholds={"gain_product": {"info": 3, "warning": 6}},
+        select=["JD104"],
+    )
+    assert (
+        loud(report) == ["JD104"]
+        and best(report).codes == ["JD104"]
+        and best(report).after.fired == []
+    )
 
 
-# -- the chance at a learning rate -------------------------------------------------------------------------------------
+# -- the chance at a learning rate -----------------------------------------------------------------
 @pytest.mark.parametrize("least", [0.01, pytest.param(3.0, marks=pytest.mark.long)])
-def test_a_chance_calls_for_a_remedy_and_counts_only_where_it_is_given(tmp_path: Path, least: float) -> None:
+def test_a_chance_calls_for_a_remedy_and_counts_only_where_it_is_given(
+    tmp_path: Path, least: float
+) -> None:
     """Of a figure that the curve does not know after the change, nothing is claimed."""
     ranges = {"figure": [least, 100.0], "lr": [1e-3, 1.0]}
-    curve = RiskCurve("pre", "worst branch norm", [-3.0, 3.0, 0.0], [[0.0] * 3] * 3, ranges, 10, 5, "made up")
+    curve = RiskCurve(
+        "pre", "worst branch norm", [-3.0, 3.0, 0.0], [[0.0] * 3] * 3, ranges, 10, 5, "made up"
+    )
     path = tmp_path / "risk.toml"
     path.write_text(written(RiskTable({"pre": curve})), encoding="utf-8")
     report = audited("vanilla", decide=False, lr=0.1, risk=str(path), select=["JD105"], tol=0.3)
@@ -326,12 +399,16 @@ def test_a_chance_calls_for_a_remedy_and_counts_only_where_it_is_given(tmp_path:
         assert best(report).name == "scaled-embed" and best(report).after.fired == []
 
 
-# -- memory ------------------------------------------------------------------------------------------------------------
+# -- memory ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("share", "tried"), [(0.9, False), (1.1, True)])
-def test_a_copy_is_made_only_if_memory_is_free(share: float, tried: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_is_made_only_if_memory_is_free(
+    share: float, tried: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     size = sum(p.numel() * p.element_size() for p in fresh("vanilla").parameters())
     needed = 1.5 * size  # a copy, and the work on it
-    monkeypatch.setattr("jacdiag.auditing.remedied.free_host_memory", lambda: int(share * needed))
+    monkeypatch.setattr(
+        "jacdiag.pipeline.with_remedies.free_host_memory", lambda: int(share * needed)
+    )
     report = audited("vanilla")
     said = [note for note in report.notes if "GB of memory" in note]
     assert bool(report.remedies) == tried
@@ -339,4 +416,7 @@ def test_a_copy_is_made_only_if_memory_is_free(share: float, tried: bool, monkey
         assert not said
     else:
         (note,) = said
-        assert f"needs {needed / 1e9:.2g} GB of memory, {int(share * needed) / 1e9:.2g} GB are free" in note
+        assert (
+            f"needs {needed / 1e9:.2g} GB of memory, {int(share * needed) / 1e9:.2g} GB are free"
+            in note
+        )

@@ -1,4 +1,5 @@
-"""Reports made up for the tests of render/ and cli/: GPT-2 shapes with the figures that such models really have.
+"""Reports made up for the tests of render/ and cli/: GPT-2 shapes with the figures that such models
+really have.
 
 No torch, no model: only the plain records. Every builder is deterministic.
 """
@@ -9,7 +10,7 @@ import dataclasses
 import math
 from typing import Any
 
-from jacdiag.report import (
+from jacdiag.records import (
     Conditions,
     Cost,
     Finding,
@@ -44,9 +45,15 @@ LADDER = [
 ]
 
 
-def interval(value: float, width: float = 0.035, *, products: int = 22, per_token: bool = False) -> Interval:
+def interval(
+    value: float, width: float = 0.035, *, products: int = 22, per_token: bool = False
+) -> Interval:
     """An interval as the solver gives it: the estimate sits near the lower end."""
-    spread = PerToken(median=value * 0.7, p99=value * 0.98, max=value, argmax=WORST) if per_token else None
+    spread = (
+        PerToken(median=value * 0.7, p99=value * 0.98, max=value, argmax=WORST)
+        if per_token
+        else None
+    )
     return Interval(
         estimate=value,
         lower=value * (1 - 1e-4),
@@ -56,7 +63,9 @@ def interval(value: float, width: float = 0.035, *, products: int = 22, per_toke
         products=products,
         per_sequence=[value, value * 0.97],
         per_token=spread,
-        stop="the interval is as narrow as asked" if width <= 0.05 else "the budget of products ran out",
+        stop="the interval is as narrow as asked"
+        if width <= 0.05
+        else "the budget of products ran out",
     )
 
 
@@ -98,7 +107,9 @@ def sublayers(
                 bound_norms=1 + 1.9 * branch,
                 tightness=1.75,
                 weights=weights(attention, layers),
-                parameters=[f"transformer.h.{index // 2}.{'attn' if attention else 'mlp'}.c_proj.weight"],
+                parameters=[
+                    f"transformer.h.{index // 2}.{'attn' if attention else 'mlp'}.c_proj.weight"
+                ],
                 notes={"out_norm_gain": "no norm at the branch's end"},
                 cost=24.0,
             )
@@ -113,28 +124,41 @@ def weights(attention: bool, layers: int) -> dict[str, WeightStats]:
     wide = [768, 768] if attention else [768, 3072]
     return {
         first: WeightStats(parameter="c_fc.weight", shape=wide, std=0.02, norm=1.66),
-        last: WeightStats(parameter="c_proj.weight", shape=wide[::-1], std=deep, norm=1.66 * deep / 0.02),
+        last: WeightStats(
+            parameter="c_proj.weight", shape=wide[::-1], std=deep, norm=1.66 * deep / 0.02
+        ),
     }
 
 
 def findings(layers: int) -> list[Finding]:
-    names = [f"transformer.h.{index // 2}.{('attn', 'mlp')[index % 2]}" for index in range(2 * layers)]
+    names = [
+        f"transformer.h.{index // 2}.{('attn', 'mlp')[index % 2]}" for index in range(2 * layers)
+    ]
     shortcut = names[: max(2, layers // 2)]
     return [
         Finding(
             code="JD102",
             level="warning",
             where=shortcut,
-            what=f"σ_x 0.028 at the embedding, near 1 is meant; persists to depth {(len(shortcut) - 1) // 2}",
+            what=(
+                "σ_x 0.028 at the embedding, near 1 is meant; persists to depth "
+                f"{(len(shortcut) - 1) // 2}"
+            ),
             evidence={"factor": "shortcut", "norm_gain": 34.1, "token": 1234, "position": 7},
             why="Eq. 14: the norm multiplies every gradient by 1 / σ_x.",
-            fix="multiply the embedding by sqrt(d) (scaled-embed), or put a LayerNorm on it (embed-ln)",
+            fix=(
+                "multiply the embedding by sqrt(d) (scaled-embed), or put a LayerNorm on it "
+                "(embed-ln)"
+            ),
         ),
         Finding(
             code="JD103",
             level="warning",
             where=shortcut[:2],
-            what="branch gain 22.0 at transformer.h.0.attn; 10 and more is far from what the published recipes give",
+            what=(
+                "branch gain 22.0 at transformer.h.0.attn; 10 and more is far from what the "
+                "published recipes give"
+            ),
             evidence={"branch_norm": 22.0},
             why="Eq. 9.",
             fix="see JD102",
@@ -147,7 +171,9 @@ RULES = [
     RuleResult(code="JD102", status="fired", matched=24, name="large-shortcut"),
     RuleResult(code="JD103", status="fired", matched=24, name="amplification"),
     RuleResult(code="JD104", status="clean", matched=1, name="depth-product"),
-    RuleResult(code="JD110", status="not-applicable", matched=0, name="regression", note="no baseline"),
+    RuleResult(
+        code="JD110", status="not-applicable", matched=0, name="regression", note="no baseline"
+    ),
 ]
 
 
@@ -180,7 +206,11 @@ def vanilla(layers: int = 12, **how: Any) -> Report:
             covered_parameters=124_439_808 - 248_900,
             uncovered=["transformer.ln_f.weight", "transformer.wpe.weight"],
             uncovered_reasons={"transformer.ln_f.weight": "the final norm is no sub-layer"},
-            weights={"embedding": WeightStats(parameter="transformer.wte.weight", shape=[50257, 768], std=0.02)},
+            weights={
+                "embedding": WeightStats(
+                    parameter="transformer.wte.weight", shape=[50257, 768], std=0.02
+                )
+            },
             vocabulary=50257,
         ),
         sublayers=rows,
@@ -209,7 +239,10 @@ def vanilla(layers: int = 12, **how: Any) -> Report:
 def clean(layers: int = 12) -> Report:
     """Scaled embedding: both conditions met."""
     rows = sublayers(layers, sigma0=0.632)
-    rules = [dataclasses.replace(rule, status="clean") if rule.status == "fired" else rule for rule in RULES]
+    rules = [
+        dataclasses.replace(rule, status="clean") if rule.status == "fired" else rule
+        for rule in RULES
+    ]
     return dataclasses.replace(
         vanilla(layers),
         sublayers=rows,
@@ -255,7 +288,9 @@ def post(layers: int = 12) -> Report:
         verdict="pass",
         findings=[],
         rules=[
-            dataclasses.replace(rule, status="not-applicable", matched=0, note="no pre-norm sub-layer")
+            dataclasses.replace(
+                rule, status="not-applicable", matched=0, note="no pre-norm sub-layer"
+            )
             if rule.code in ("JD101", "JD102")
             else dataclasses.replace(rule, status="clean")
             for rule in RULES
@@ -264,7 +299,9 @@ def post(layers: int = 12) -> Report:
 
 
 def trained(layers: int = 12) -> Report:
-    """After training: the split is an observation, the bound has no footing, the probe is off its distribution."""
+    """After training: the split is an observation, the bound has no footing, the probe is off its
+    distribution.
+    """
     reason = {
         "bound": "Eq. 15 and 20 describe a model at init",
         "bound_norms": "Eq. 15 and 20 describe a model at init",
@@ -329,9 +366,14 @@ def weights_tier(layers: int = 12) -> Report:
         conditions=Conditions(small_sublayers="unknown", large_shortcut="unknown"),
         verdict="unknown",
         findings=[],
-        rules=[dataclasses.replace(rule, status="unknown", note="needs a model that runs") for rule in RULES[:4]],
+        rules=[
+            dataclasses.replace(rule, status="unknown", note="needs a model that runs")
+            for rule in RULES[:4]
+        ],
         cost=Cost(seconds=0.8),
-        notes=["no model could be built: the file holds a bare state dict; --model FACTORY builds it"],
+        notes=[
+            "no model could be built: the file holds a bare state dict; --model FACTORY builds it"
+        ],
     )
 
 
@@ -343,7 +385,10 @@ def undecided(layers: int = 12) -> Report:
         base,
         conditions=Conditions(small_sublayers="met", large_shortcut="unknown"),
         verdict="unknown",
-        rules=[dataclasses.replace(rule, status="unknown" if rule.code == "JD103" else "clean") for rule in RULES],
+        rules=[
+            dataclasses.replace(rule, status="unknown" if rule.code == "JD103" else "clean")
+            for rule in RULES
+        ],
         findings=[
             Finding(
                 code="JD901",
@@ -368,10 +413,15 @@ def broken(layers: int = 4) -> Report:
         core_norm=None,
         residual_norm=None,
         bound=None,
-        notes={"branch_norm": "NaN in transformer.h.0.mlp.c_fc.weight", "core_norm": "NaN in its weights"},
+        notes={
+            "branch_norm": "NaN in transformer.h.0.mlp.c_fc.weight",
+            "core_norm": "NaN in its weights",
+        },
     )
     rows[2] = dataclasses.replace(
-        rows[2], branch_norm=Interval(nan, nan, inf, confidence=0.999, converged=False), norm_gain=Interval.exact(inf)
+        rows[2],
+        branch_norm=Interval(nan, nan, inf, confidence=0.999, converged=False),
+        norm_gain=Interval.exact(inf),
     )
     bad = Finding(
         code="JD906",
@@ -381,4 +431,6 @@ def broken(layers: int = 4) -> Report:
         evidence={"parameter": "transformer.h.0.mlp.c_fc.weight", "worst": inf},
         fix="load an earlier checkpoint",
     )
-    return dataclasses.replace(base, sublayers=rows, findings=[bad, *base.findings], verdict="fail", network=None)
+    return dataclasses.replace(
+        base, sublayers=rows, findings=[bad, *base.findings], verdict="fail", network=None
+    )

@@ -1,4 +1,6 @@
-"""Output files: replaced whole, or written through; links followed; what is no file refused by name."""
+"""Output files: replaced whole, or written through; links followed; what is no file refused by
+name.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,15 @@ from pathlib import Path
 import pytest
 
 from jacdiag.errors import UsageError
-from jacdiag.render.files import Kind, check_writable, find_output, is_streamed, leads_to_stdout, write_output, written
+from jacdiag.records.output_file import (
+    Kind,
+    check_writable,
+    find_output,
+    is_streamed,
+    leads_to_stdout,
+    write_output,
+    written,
+)
 
 DATA = b"0123456789" * 20_000  # more than a pipe holds
 
@@ -79,7 +89,9 @@ def test_a_full_device_is_an_error_and_stays(tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to("/dev/full")
     for path in ("/dev/full", link):
-        with pytest.raises(UsageError, match=r"cannot write the result to .*\nNo space left.*\nfree some space"):
+        with pytest.raises(
+            UsageError, match=r"cannot write the result to .*\nNo space left.*\nfree some space"
+        ):
             write_output(path, DATA)
     assert stat.S_ISCHR(Path("/dev/full").stat().st_mode) and link.is_symlink()
 
@@ -89,7 +101,9 @@ def small_disk(tmp_path: Path) -> Path:
     """A disk of 64 kB, where this process may mount one."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], capture_output=True, check=False
+    )
     if mounted.returncode:
         pytest.skip("cannot mount a tmpfs here")
     yield disk  # type: ignore[misc]
@@ -114,7 +128,11 @@ def test_links_are_followed_and_stay(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("sub/target")
     (tmp_path / "second").symlink_to("link")
     write_output(tmp_path / "second", b"new")
-    assert target.read_text() == "new" and (tmp_path / "link").is_symlink() and (tmp_path / "second").is_symlink()
+    assert (
+        target.read_text() == "new"
+        and (tmp_path / "link").is_symlink()
+        and (tmp_path / "second").is_symlink()
+    )
     assert names(tmp_path / "sub") == {"target"}
 
 
@@ -127,7 +145,9 @@ def test_a_dangling_link_makes_its_target(tmp_path: Path) -> None:
         check_writable(tmp_path / "away")
 
 
-def test_a_failure_behind_a_link_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_behind_a_link_keeps_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "target").write_text("old")
     (tmp_path / "link").symlink_to("target")
 
@@ -140,7 +160,9 @@ def test_a_failure_behind_a_link_keeps_the_old_file(tmp_path: Path, monkeypatch:
     assert (tmp_path / "target").read_text() == "old" and names(tmp_path) == {"link", "target"}
 
 
-def test_what_is_no_file_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_file_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)  # the name of a socket is short
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "file").write_text("old")
@@ -164,7 +186,10 @@ def test_what_is_no_file_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.
             with pytest.raises(UsageError) as refused:
                 write_output(name, b"new")
             assert said in str(refused.value), name
-    assert names(tmp_path) == {"loop", "file", "to-folder", "socket"} and (tmp_path / "file").read_text() == "old"
+    assert (
+        names(tmp_path) == {"loop", "file", "to-folder", "socket"}
+        and (tmp_path / "file").read_text() == "old"
+    )
 
 
 def test_a_disk_is_not_overwritten(tmp_path: Path) -> None:
@@ -181,8 +206,9 @@ def test_a_name_as_long_as_the_file_system_takes(tmp_path: Path) -> None:
     assert (tmp_path / ("x" * 255)).read_text() == "new"
 
 
-def test_a_dash_is_stdout_as_a_string_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                           capfdbinary: pytest.CaptureFixture[bytes]) -> None:  # fmt: skip
+def test_a_dash_is_stdout_as_a_string_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
     monkeypatch.chdir(tmp_path)
     before = len(written)
     write_output("-", b"\x00\xff")
@@ -207,7 +233,10 @@ def test_open_descriptors_are_written_at_their_place(tmp_path: Path) -> None:
         write_output(f"/dev/fd/{file.fileno()}", b"again ")
         file.write(b"after")
     assert (tmp_path / "log").read_text() == "before between again after"
-    with (tmp_path / "log").open("rb") as file, pytest.raises(UsageError, match="open for reading only"):
+    with (
+        (tmp_path / "log").open("rb") as file,
+        pytest.raises(UsageError, match="open for reading only"),
+    ):
         write_output(f"/proc/self/fd/{file.fileno()}", b"x")
     with pytest.raises(UsageError, match="No such file"):
         write_output("/proc/self/fd/987", b"x")
@@ -223,7 +252,7 @@ def test_what_is_streamed(tmp_path: Path) -> None:
 def test_stdout_by_its_path_in_a_process(tmp_path: Path) -> None:
     """The shell's file keeps what was printed before and after."""
     code = (
-        "from jacdiag.render.files import write_output\n"
+        "from jacdiag.records.output_file import write_output\n"
         "print('before')\nwrite_output('/dev/stdout', b'between\\n')\nprint('after', flush=True)\n"
     )
     with (tmp_path / "out").open("wb") as file:

@@ -1,4 +1,6 @@
-"""Output that cannot hold the marks shows letters, each different, and stays aligned; UTF-8 is never touched."""
+"""Output that cannot hold the marks shows letters, each different, and stays aligned; UTF-8 is
+never touched.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,14 @@ import pytest
 from render import synthetic
 from rich.console import Console
 
-from jacdiag.render import beside, comment, gate, junit, markdown, sarif
-from jacdiag.render.letters import letters_of, register, spelled
-from jacdiag.render.live import _BARS, _SHADES
-from jacdiag.render.marks import SIGNS
-from jacdiag.render.table import print_report
+from jacdiag.render.ascii_symbols import letters_of, register, spelled
+from jacdiag.render.formats import diff as beside
+from jacdiag.render.formats import junit, markdown, sarif
+from jacdiag.render.formats import pr_comment as comment
+from jacdiag.render.terminal import gate
+from jacdiag.render.terminal.run_screen import _BARS, _SHADES
+from jacdiag.render.terminal.severity import SIGNS
+from jacdiag.render.terminal.table import print_report
 
 ROOT = Path(__file__).parents[2]
 ENCODINGS = ("ascii", "latin-1", "cp1252", "cp437")
@@ -104,7 +109,11 @@ def test_markdown_tables_keep_their_cells(render: object) -> None:
     assert "‖" in page or render is comment.render
 
     def cells(text: str) -> list[int]:
-        return [len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("|")]
+        return [
+            len(re.findall(r"(?<!\\)\|", line))
+            for line in text.splitlines()
+            if line.startswith("|")
+        ]
 
     assert cells(spelled(page, "ascii", "markdown")) == cells(page)
 

@@ -1,4 +1,6 @@
-"""The screen that follows a run: its height, its fixed scales, and what stands apart from the alerts."""
+"""The screen that follows a run: its height, its fixed scales, and what stands apart from the
+alerts.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jacdiag_cli.app import main
 from jacdiag_cli.live import Follower
+from jacdiag_cli.main import main
 from render.run_logs import FINDINGS, run_log, write_log
 from rich.console import Console
 
-from jacdiag.render.gain_cells import CUTS, SHADES, GainCells
-from jacdiag.render.live import chart, screen
-from jacdiag.report.runlog import RunLog
+from jacdiag.records.run_log import RunLog
+from jacdiag.render.terminal.gain_cells import CUTS, SHADES, GainCells
+from jacdiag.render.terminal.run_screen import chart, screen
 
 
 def shown(run: RunLog, width: int = 80, height: int = 24, **options: Any) -> str:
@@ -29,7 +31,9 @@ def shown(run: RunLog, width: int = 80, height: int = 24, **options: Any) -> str
 def column(text: str, place: int) -> str:
     """The text of one of the three columns, joined."""
     lines = [re.split("││|│╭|│╰|╮╭|╯╰", line) for line in text.splitlines()]
-    return " ".join(" ".join(line[place].strip(" │╭╮╰╯─") for line in lines if len(line) == 3).split())
+    return " ".join(
+        " ".join(line[place].strip(" │╭╮╰╯─") for line in lines if len(line) == 3).split()
+    )
 
 
 def probed(*gains: float, names: tuple[str, ...] = ("h.0.attn",), **first: Any) -> RunLog:
@@ -37,7 +41,14 @@ def probed(*gains: float, names: tuple[str, ...] = ("h.0.attn",), **first: Any) 
     run = RunLog()
     for k, gain in enumerate(gains):
         report = {"report": first} if k == 0 and first else {}
-        run.add({"type": "probe", "step": 100 * k, "figures": {"branch_norm": dict.fromkeys(names, gain)}, **report})
+        run.add(
+            {
+                "type": "probe",
+                "step": 100 * k,
+                "figures": {"branch_norm": dict.fromkeys(names, gain)},
+                **report,
+            }
+        )
     return run
 
 
@@ -79,23 +90,37 @@ def test_a_chart_of_several_lines_is_the_line_of_bars_in_finer_steps() -> None:
     assert chart([], 5, 3) == chart([float("inf")], 5, 3) == ["", "", ""]
 
 
-# -- the heat map ------------------------------------------------------------------------------------------------------
+# -- the heat map ----------------------------------------------------------------------------------
 def test_a_shade_means_the_same_in_every_run() -> None:
     """Cut points are fixed: a run between 0.50 and 0.52 shows one shade, not the whole scale."""
     assert len(CUTS) == len(SHADES) - 1 and sorted(CUTS) == list(CUTS)
     assert glyphs(probed(0.50, 0.51, 0.52)) == "░░░"
-    for gain, shade in ((0.29, "·"), (0.31, "░"), (0.99, "░"), (1.01, "▒"), (3.1, "▓"), (9.9, "▓"), (11.0, "█")):
+    for gain, shade in (
+        (0.29, "·"),
+        (0.31, "░"),
+        (0.99, "░"),
+        (1.01, "▒"),
+        (3.1, "▓"),
+        (9.9, "▓"),
+        (11.0, "█"),
+    ):
         assert glyphs(probed(gain)) == shade
 
 
 @pytest.mark.parametrize(
     ("last", "glyph", "style"),
     [
-        (1.9, "▒", "cyan"), (2.1, "+", "yellow"), (0.55, "░", "cyan"), (0.48, "-", "yellow"), (1.2, "▒", "grey50"),
+        (1.9, "▒", "cyan"),
+        (2.1, "+", "yellow"),
+        (0.55, "░", "cyan"),
+        (0.48, "-", "yellow"),
+        (1.2, "▒", "grey50"),
         (float("nan"), "?", "grey50"),
     ],
-)  # fmt: skip
-def test_colours_and_signs_follow_the_factor_of_the_rule(last: float, glyph: str, style: str) -> None:
+)
+def test_colours_and_signs_follow_the_factor_of_the_rule(
+    last: float, glyph: str, style: str
+) -> None:
     cells = GainCells()
     cells.update(probed(1.0, 1.0, 1.0, last))
     cell = cells.rows[-1]["h.0.attn"]
@@ -104,10 +129,26 @@ def test_colours_and_signs_follow_the_factor_of_the_rule(last: float, glyph: str
 
 def test_a_mark_is_where_a_rule_fired_and_nowhere_else() -> None:
     names = ("h.0.attn", "h.0.mlp")
-    run = probed(5.0, 5.0, 5.0, names=names, findings=[{"code": "JD103", "level": "error", "where": ["h.0.mlp"]}])
-    assert (glyphs(run), glyphs(run, "h.0.mlp")) == ("▓▓▓", "●▓▓"), "of the probe that the report is of"
-    run.alerts.append({"step": 200, "code": "JD504", "level": "warning", "where": ["h.0.attn"],
-                       "evidence": {"figure": "branch_norm"}, "what": ""})  # fmt: skip
+    run = probed(
+        5.0,
+        5.0,
+        5.0,
+        names=names,
+        findings=[{"code": "JD103", "level": "error", "where": ["h.0.mlp"]}],
+    )
+    assert (glyphs(run), glyphs(run, "h.0.mlp")) == ("▓▓▓", "●▓▓"), (
+        "of the probe that the report is of"
+    )
+    run.alerts.append(
+        {
+            "step": 200,
+            "code": "JD504",
+            "level": "warning",
+            "where": ["h.0.attn"],
+            "evidence": {"figure": "branch_norm"},
+            "what": "",
+        }
+    )
     assert glyphs(run) == "▓▓▲"
     run.alerts[0]["evidence"]["figure"] = "shortcut_std"
     assert glyphs(run) == "▓▓▓", "an alert about another figure is not about the gain"
@@ -122,11 +163,15 @@ def test_cells_grow_with_the_run_and_follow_a_resume() -> None:
     rows = cells.rows
     run.add({"type": "probe", "step": 200, "figures": {"branch_norm": {"h.0.attn": 3.5}}})
     cells.update(run)
-    assert cells.rows is rows and cells.steps == [0, 100, 200], "probes that were seen are not looked at again"
+    assert cells.rows is rows and cells.steps == [0, 100, 200], (
+        "probes that were seen are not looked at again"
+    )
     run.add({"type": "resume", "step": 150})
     run.add({"type": "probe", "step": 300, "figures": {"branch_norm": {"h.0.attn": 1.1}}})
     cells.update(run)
-    assert cells.steps == [0, 100, 300] and [row["h.0.attn"].glyph for row in cells.rows] == ["▒"] * 3
+    assert (
+        cells.steps == [0, 100, 300] and [row["h.0.attn"].glyph for row in cells.rows] == ["▒"] * 3
+    )
 
 
 def test_a_mark_is_not_lost_where_probes_share_a_column() -> None:
@@ -138,11 +183,13 @@ def test_a_mark_is_not_lost_where_probes_share_a_column() -> None:
     assert "".join(column["h.0.attn"].glyph for column in columns) == "▒▒▒+▒▒▒▒▒▒"
 
 
-# -- the right column --------------------------------------------------------------------------------------------------
+# -- the right column ------------------------------------------------------------------------------
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (120, 50)])
 def test_the_report_at_the_start_stands_apart_from_the_alerts(width: int, height: int) -> None:
     right = column(shown(run_log(100, findings=FINDINGS), width, height), 2)
-    assert "none" in right and right.index("none") < right.index("report at step 0") < right.index("JD102")
+    assert "none" in right and right.index("none") < right.index("report at step 0") < right.index(
+        "JD102"
+    )
     assert "JD103" in right and "JD102 at" not in right
     assert "report at step" not in shown(run_log(100), width, height)
 
@@ -150,11 +197,18 @@ def test_the_report_at_the_start_stands_apart_from_the_alerts(width: int, height
 def test_what_is_off_is_shown_with_its_reason() -> None:
     run = run_log(100)
     assert "notes" not in shown(run, 120, 40)
-    fault = {"part": "probe", "error": "MeasureError: no sub-layer was found", "off": "no Jacobian norms from now on"}
+    fault = {
+        "part": "probe",
+        "error": "MeasureError: no sub-layer was found",
+        "off": "no Jacobian norms from now on",
+    }
     run.faults.append(fault)
     run.notes.append({"step": 12, "text": "flight recorder: flight-12"})
     right = column(shown(run, 120, 40), 2)
-    assert "off, notes" in right and "× probe is off MeasureError: no sub-layer was found; no Jacobian norms" in right
+    assert (
+        "off, notes" in right
+        and "× probe is off MeasureError: no sub-layer was found; no Jacobian norms" in right
+    )
     assert "· 12: flight recorder: flight-12" in right
 
 
@@ -164,10 +218,14 @@ def test_the_last_line_says_since_when_a_run_is_silent() -> None:
     assert "the run goes on" not in shown(run, idle=300.0), "that is not known"
     for text in (shown(run, idle=5.0), shown(run)):
         assert "running" in text and "no line" not in text
-    assert "ended at step 20" in shown(run_log(20), idle=300.0) and "no line" not in shown(run_log(20), idle=300.0)
+    assert "ended at step 20" in shown(run_log(20), idle=300.0) and "no line" not in shown(
+        run_log(20), idle=300.0
+    )
 
 
-def test_the_command_prints_a_frame_as_high_as_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_a_frame_as_high_as_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = write_log(tmp_path, 100, findings=FINDINGS)
     assert main(["live", str(folder), "--once", "--lines", "40"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 40

@@ -1,4 +1,6 @@
-"""The live screen: rules that are not ready yet, and what is said of the init, apart from the alerts."""
+"""The live screen: rules that are not ready yet, and what is said of the init, apart from the
+alerts.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +9,19 @@ from typing import Any
 
 from rich.console import Console
 
-from jacdiag.render.live import screen
-from jacdiag.report.runlog import RunLog
+from jacdiag.records.run_log import RunLog
+from jacdiag.render.terminal.run_screen import screen
 
 
 def run(*rows: dict[str, Any]) -> RunLog:
     log = RunLog()
-    log.add({"type": "run", "groups": [], "waits": {"JD502": "60 steps with a loss", "JD504": "3 rounds"}})
+    log.add(
+        {
+            "type": "run",
+            "groups": [],
+            "waits": {"JD502": "60 steps with a loss", "JD504": "3 rounds"},
+        }
+    )
     for step in range(1, 6):
         log.add({"type": "step", "step": step, "loss": 2.0, "grad_norm": 1.0})
     for row in rows:
@@ -32,7 +40,11 @@ def test_rules_that_wait_are_listed_until_they_are_ready() -> None:
     assert "JD502 waits for" in text and "JD504 waits for" in text
     ready = {"type": "ready", "step": 60, "code": "JD502", "waited_for": "60 steps with a loss"}
     text = shown(run(ready))
-    assert run(ready).waits == {"JD504": "3 rounds"} and "JD504 waits for" in text and "JD502 waits" not in text
+    assert (
+        run(ready).waits == {"JD504": "3 rounds"}
+        and "JD504 waits for" in text
+        and "JD502 waits" not in text
+    )
     assert "waits for" not in shown(run(ready, {**ready, "code": "JD504"}))
     assert "waits for" not in shown(run({"type": "end", "step": 5}))
 
@@ -51,9 +63,25 @@ def test_a_run_that_begins_anew_waits_anew() -> None:
 
 
 def test_what_is_said_of_the_init_is_no_alert() -> None:
-    finding = {"type": "finding", "step": 0, "code": "JD102", "level": "warning", "what": "x", "where": ["h.0.attn"]}
+    finding = {
+        "type": "finding",
+        "step": 0,
+        "code": "JD102",
+        "level": "warning",
+        "what": "x",
+        "where": ["h.0.attn"],
+    }
     text = shown(run(finding))
-    assert "report at step 0" in text and "JD102" in text and "none" in text and "JD102 at" not in text
-    alert = {"type": "alert", "step": 4, "code": "JD502", "level": "warning", "what": "loss", "where": []}
+    assert (
+        "report at step 0" in text and "JD102" in text and "none" in text and "JD102 at" not in text
+    )
+    alert = {
+        "type": "alert",
+        "step": 4,
+        "code": "JD502",
+        "level": "warning",
+        "what": "loss",
+        "where": [],
+    }
     text = shown(run(finding, alert))
     assert "report at step 0" in text and "JD502 at 4" in text

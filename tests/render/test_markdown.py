@@ -1,4 +1,6 @@
-"""The screen as Markdown: tables that every reader of GitHub's dialect takes for tables, whatever a name holds."""
+"""The screen as Markdown: tables that every reader of GitHub's dialect takes for tables, whatever a
+name holds.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ from collections.abc import Callable
 import pytest
 from render import synthetic
 
-from jacdiag.render.markdown import render
-from jacdiag.report import Finding, Report
+from jacdiag.records import Finding, Report
+from jacdiag.render.formats.markdown import render
 
 KINDS: dict[str, Callable[[int], Report]] = {
     name: getattr(synthetic, name)
@@ -34,16 +36,22 @@ def tables(text: str) -> list[list[list[str]]]:
 def odd(report: Report) -> Report:
     """The same report with names that are full of what Markdown reads as markup."""
     rows = [dataclasses.replace(row, name=f"{ODD}.{k}") for k, row in enumerate(report.sublayers)]
-    finding = Finding("JD102", "warning", [rows[0].name], f"small at {rows[0].name}", fix=f"change {ODD}")
+    finding = Finding(
+        "JD102", "warning", [rows[0].name], f"small at {rows[0].name}", fix=f"change {ODD}"
+    )
     model = dataclasses.replace(report.model, name=ODD, uncovered=[ODD])
     settings = {**report.settings, "name": ODD, "command": "jacdiag audit 'a`b'"}
-    return dataclasses.replace(report, sublayers=rows, findings=[finding], model=model, settings=settings)
+    return dataclasses.replace(
+        report, sublayers=rows, findings=[finding], model=model, settings=settings
+    )
 
 
 @pytest.mark.parametrize("hostile", [False, True])
 @pytest.mark.parametrize("layers", [2, 96])
 @pytest.mark.parametrize("name", KINDS)
-def test_every_row_of_a_table_has_as_many_cells_as_its_head(name: str, layers: int, hostile: bool) -> None:
+def test_every_row_of_a_table_has_as_many_cells_as_its_head(
+    name: str, layers: int, hostile: bool
+) -> None:
     report = KINDS[name](layers)
     found = tables(render(odd(report) if hostile else report))
     assert len(found) == 2, "sub-layers, and the verdict by condition"
@@ -84,7 +92,9 @@ def test_a_long_model_is_folded_and_whole_on_request() -> None:
     folded, whole = tables(render(report))[0], tables(render(report, all_rows=True))[0]
     assert len(folded) < 22 and len(whole) == 2 + 192
     gap = [row[1] for row in folded if "more like this" in row[1]]
-    assert sum(int(re.findall(r"\d+", text)[0]) for text in gap) == 192 - (len(folded) - 2 - len(gap))
+    assert sum(int(re.findall(r"\d+", text)[0]) for text in gap) == 192 - (
+        len(folded) - 2 - len(gap)
+    )
     worst = tables(render(synthetic.clean(96), all_rows=True, sort="worst"))[0]
     gains = [float(row[5].split(" to ")[0]) for row in worst[2:]]
     assert gains == sorted(gains, reverse=True) and len(set(gains)) > 10
@@ -97,12 +107,15 @@ def test_heading_and_last_block(name: str) -> None:
     signs = {"pass": "✓", "warn": "▲", "fail": "●", "unknown": "?", "observed": "·"}
     assert text.startswith(f"### {signs[report.verdict]} {report.verdict.upper()}: ")
     places = [
-        text.index(part) for part in ("| **small sub-layers**", "| **large shortcut**", "**What to do**", "**Cost**")
+        text.index(part)
+        for part in ("| **small sub-layers**", "| **large shortcut**", "**What to do**", "**Cost**")
     ]
     assert places == sorted(places)
     assert text.endswith("again: `jacdiag audit checkpoint.pt --seed 0`\n")
     assert "\x1b" not in text and text == render(report)
-    assert not any(line.rstrip("\n") != line.rstrip() and not line.endswith("  ") for line in text.splitlines())
+    assert not any(
+        line.rstrip("\n") != line.rstrip() and not line.endswith("  ") for line in text.splitlines()
+    )
 
 
 def test_a_report_without_sublayers_is_still_a_table() -> None:

@@ -1,4 +1,6 @@
-"""Remedies in words: what was tried, how far it came, and that nothing unverified is called a fix."""
+"""Remedies in words: what was tried, how far it came, and that nothing unverified is called a
+fix.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +8,39 @@ import dataclasses
 
 import synthetic
 
-from jacdiag.render import lines
-from jacdiag.render.remedies import document, effect
-from jacdiag.report import Finding, Outlook, RemedyRecord
+from jacdiag.records import Finding, Outlook, RemedyRecord
+from jacdiag.render.terminal import verdict as lines
+from jacdiag.render.terminal.remedies import document, effect
 
 BEFORE = Outlook([23.1, 23.5], [0.6, 0.7], 35.7, "met", "not met", "warn", ["JD102", "JD103"])
 AFTER = Outlook([1.0, 1.4], [0.6, 0.7], 1.6, "met", "met", "pass")
 HALF = Outlook([9.0, 9.1], [0.3, 0.4], 35.7, "met", "not met", "warn", ["JD102"], [])
-GOOD = RemedyRecord("scaled-embed", "multiply the embedding by 27.7", ["JD102", "JD103"], "no parameter", BEFORE, AFTER,
-                    sufficient=True, recommended=True, seeds=[0, 1, 2],
-                    patches={"pytorch": "x = 1\n", "megatron": "--f 1"})  # fmt: skip
-POOR = RemedyRecord("small-init", "draw all matrices anew", ["JD102", "JD103"], "anew", BEFORE, HALF, seeds=[0])
-KEPT = RemedyRecord("learned-scale", "y = x + a f(x)", [], "12 parameters", BEFORE, BEFORE, keeps_function=True,
-                    function_change=0.0, seeds=[0])  # fmt: skip
+GOOD = RemedyRecord(
+    "scaled-embed",
+    "multiply the embedding by 27.7",
+    ["JD102", "JD103"],
+    "no parameter",
+    BEFORE,
+    AFTER,
+    sufficient=True,
+    recommended=True,
+    seeds=[0, 1, 2],
+    patches={"pytorch": "x = 1\n", "megatron": "--f 1"},
+)
+POOR = RemedyRecord(
+    "small-init", "draw all matrices anew", ["JD102", "JD103"], "anew", BEFORE, HALF, seeds=[0]
+)
+KEPT = RemedyRecord(
+    "learned-scale",
+    "y = x + a f(x)",
+    [],
+    "12 parameters",
+    BEFORE,
+    BEFORE,
+    keeps_function=True,
+    function_change=0.0,
+    seeds=[0],
+)
 
 
 def with_remedies(*remedies: RemedyRecord):  # type: ignore[no-untyped-def]
@@ -29,17 +51,22 @@ def test_the_recommended_one_with_before_and_after_and_price() -> None:
     advice = lines.to_do(with_remedies(POOR, GOOD))
     assert advice == [
         "multiply the embedding by 27.7 (scaled-embed)   jacdiag explain JD102",
-        "tried on a copy, on seeds 0 to 2: worst branch gain 23.1 to 23.5 → 1.00 to 1.40, 1/σ gain 35.7 → 1.60, "
+        "tried on a copy, on seeds 0 to 2: worst branch gain 23.1 to 23.5 → 1.00 to 1.40, 1/σ "
+        "gain 35.7 → 1.60, "
         "both conditions met",
         "price: no parameter; the change as code: --patch FILE",
-        "also tried: small-init: worst branch gain 23.1 to 23.5 → 9.00 to 9.10, small sub-layers met, "
+        "also tried: small-init: worst branch gain 23.1 to 23.5 → 9.00 to 9.10, small sub-layers "
+        "met, "
         "large shortcut not met (left JD102)",
     ]
 
 
 def test_none_was_enough() -> None:
     (line,) = lines.to_do(with_remedies(POOR))
-    assert line.startswith("none of 1 remedies was enough; nearest: draw all matrices anew") and "left JD102" in line
+    assert (
+        line.startswith("none of 1 remedies was enough; nearest: draw all matrices anew")
+        and "left JD102" in line
+    )
 
 
 def test_those_that_keep_the_function() -> None:
@@ -52,15 +79,22 @@ def test_those_that_keep_the_function() -> None:
 def test_an_unverified_fix_of_a_condition_is_not_shown() -> None:
     report = synthetic.vanilla()
     bare = [Finding("JD102", "warning", [], "small", fix="scale the embedding")]
-    assert lines.to_do(dataclasses.replace(report, findings=bare)) == ["read on: jacdiag explain JD102"]
+    assert lines.to_do(dataclasses.replace(report, findings=bare)) == [
+        "read on: jacdiag explain JD102"
+    ]
 
 
 def test_the_document_has_a_row_for_each_and_code_for_the_best() -> None:
     text = document(with_remedies(POOR, GOOD))
     assert "| (as it is) | 23.1 to 23.5 | 35.7 | JD102, JD103 |" in text
     assert "| small-init | 9.00 to 9.10 | 35.7 | JD102 | no | anew |" in text
-    assert "| scaled-embed | 1.00 to 1.40 | 1.60 | no warning or error | yes |" in text, "an info may be left"
-    assert "### PyTorch\n\n```python\nx = 1\n```" in text and "### Megatron-LM\n\n```sh\n--f 1\n```" in text
+    assert "| scaled-embed | 1.00 to 1.40 | 1.60 | no warning or error | yes |" in text, (
+        "an info may be left"
+    )
+    assert (
+        "### PyTorch\n\n```python\nx = 1\n```" in text
+        and "### Megatron-LM\n\n```sh\n--f 1\n```" in text
+    )
     assert "None was tried: no finding asks for one." in document(synthetic.clean())
 
 
@@ -70,18 +104,29 @@ def test_every_one_for_a_run_that_has_begun_is_written_as_code() -> None:
     begun = with_remedies(kept, scaled)
     for report in (begun, dataclasses.replace(begun, settings={"remedies": "begun"})):
         text = document(report)
-        assert "(learned-scale)\n" in text and "(branch-scale)\n" in text and "x = 2" in text and "x = 3" in text
+        assert (
+            "(learned-scale)\n" in text
+            and "(branch-scale)\n" in text
+            and "x = 2" in text
+            and "x = 3" in text
+        )
         assert "not enough" not in text
     enough = dataclasses.replace(scaled, sufficient=True, recommended=True)
-    text = document(dataclasses.replace(with_remedies(kept, enough), settings={"remedies": "begun"}))
+    text = document(
+        dataclasses.replace(with_remedies(kept, enough), settings={"remedies": "begun"})
+    )
     assert "x = 2" in text and "x = 3" in text
 
 
 def test_why_none_was_tried() -> None:
-    asks = dataclasses.replace(synthetic.vanilla(), findings=[Finding("JD102", "warning", [], "small")])
+    asks = dataclasses.replace(
+        synthetic.vanilla(), findings=[Finding("JD102", "warning", [], "small")]
+    )
     off = dataclasses.replace(asks, settings={"remedies": "none"})
     assert "JD102 asks for one, but remedies are switched off" in document(off)
-    short = dataclasses.replace(asks, settings={"remedies": "first"}, notes=["no remedy was tried: too little memory"])
+    short = dataclasses.replace(
+        asks, settings={"remedies": "first"}, notes=["no remedy was tried: too little memory"]
+    )
     assert "JD102 asks for one, but too little memory." in document(short)
     assert "--remedies begun" in document(dataclasses.replace(asks, state="trained"))
     bare = dataclasses.replace(off, findings=[Finding("JD102", "info", [], "small")])
@@ -102,6 +147,8 @@ def test_what_was_not_measured_is_left_out() -> None:
     assert effect(blind) == "both conditions unknown"
     other = Outlook([9.0, 9.1], None, None, "not applicable", "not applicable", "warn", ["JD103"])
     post = dataclasses.replace(POOR, before=other, after=other)
-    assert "nothing left" not in effect(post) and effect(post).endswith("the conditions do not apply")
+    assert "nothing left" not in effect(post) and effect(post).endswith(
+        "the conditions do not apply"
+    )
     clean = dataclasses.replace(other, verdict="pass", fired=[])
     assert effect(dataclasses.replace(post, after=clean)).endswith("no warning or error left")

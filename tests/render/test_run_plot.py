@@ -10,17 +10,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-from jacdiag_cli.app import main
+from jacdiag_cli.main import main
 from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from render import synthetic
 from render.run_logs import FINDINGS, NAMES, run_lines, run_log, write_log
 
 from jacdiag.errors import UsageError
+from jacdiag.records.run_log import RunLog, read_run
+from jacdiag.render.plots.run_plot import (
+    _STYLE,
+    FIGURES,
+    SIZES,
+    RunPlot,
+    draw_run,
+    parse_figures,
+    parse_size,
+)
+from jacdiag.render.plots.run_series import band, column, gradient, series
 from jacdiag.render.run_alerts import alerts_of_run, report_at_start
-from jacdiag.render.run_plot import _STYLE, FIGURES, SIZES, RunPlot, draw_run, parse_figures, parse_size
-from jacdiag.render.run_series import band, column, gradient, series
-from jacdiag.report.runlog import RunLog, read_run
 
 
 def titles(figure: Any) -> list[str]:
@@ -40,7 +48,7 @@ def title_of(figure: Any) -> str:
     return str(figure.get_suptitle())
 
 
-# -- the axis, the panels ----------------------------------------------------------------------------------------------
+# -- the axis, the panels --------------------------------------------------------------------------
 @pytest.mark.parametrize("steps", [2, 7, 100, 2003])
 def test_the_axis_ends_with_the_last_step(steps: int) -> None:
     figure = draw_run(run_log(steps))
@@ -54,9 +62,15 @@ def test_the_axis_ends_with_the_last_step(steps: int) -> None:
 def test_a_panel_is_there_only_if_its_data_is() -> None:
     run = run_log(100)
     assert set(titles(draw_run(run))) == {
-        "loss", "gradient norm", "branch gain ‖J‖", "learning rate", "update / weight norm", "shortcut std",
-        "largest attention logit", "clipped steps, %",
-    }  # fmt: skip
+        "loss",
+        "gradient norm",
+        "branch gain ‖J‖",
+        "learning rate",
+        "update / weight norm",
+        "shortcut std",
+        "largest attention logit",
+        "clipped steps, %",
+    }
     run.probes.clear()
     run.stats.clear()
     for row in run.steps:
@@ -91,7 +105,10 @@ def test_the_range_cuts_every_panel_and_never_ends_after_the_run() -> None:
 
 def test_figures_and_size_are_as_asked_for() -> None:
     figure = draw_run(run_log(50), RunPlot(figures=("clip", "loss"), size=(8.0, 4.0)))
-    assert titles(figure) == ["clipped steps, %", "loss"] and tuple(figure.get_size_inches()) == (8.0, 4.0)
+    assert titles(figure) == ["clipped steps, %", "loss"] and tuple(figure.get_size_inches()) == (
+        8.0,
+        4.0,
+    )
     assert parse_size("wide") == SIZES["wide"] and parse_figures("loss,loss, lr") == ("loss", "lr")
     for bad in ("huge", "1x1", "8x900", "8", "axb"):
         with pytest.raises(UsageError, match="slide, page, wide"):
@@ -111,7 +128,9 @@ def test_no_text_leaves_the_picture(size: str, kind: str) -> None:
     runs: dict[str, Any] = {
         "spike": run_log(300, spike=290, drift=100, resume=20, findings=FINDINGS),
         "nan": run_log(300, lost=280),
-        "several": {f"runs/a-long-name-of-a-run-{k}": run_log(100 * k + 100, seed=k) for k in range(5)},
+        "several": {
+            f"runs/a-long-name-of-a-run-{k}": run_log(100 * k + 100, seed=k) for k in range(5)
+        },
         "one": run_log(1, probe_every=1),
     }
     with style.context({**_STYLE, "font.size": 12.0}, after_reset=True), warnings.catch_warnings():
@@ -138,12 +157,14 @@ def test_a_log_axis_has_ticks_that_can_be_read_whatever_its_range(high: float) -
     assert len(set(labels)) == len(labels)
 
 
-# -- alerts ------------------------------------------------------------------------------------------------------------
+# -- alerts ----------------------------------------------------------------------------------------
 def test_alerts_carry_their_code_and_the_report_at_the_start_is_no_alert() -> None:
     figure = draw_run(run_log(400, spike=300, findings=FINDINGS, resume=50))
     assert {"JD502", "JD501", "resumed"} <= set(words(panel_of(figure, "loss")))
     assert not {"JD102", "JD103"} & set(words(panel_of(figure, "loss")))
-    dashed = [line for line in panel_of(figure, "learning rate").lines if line.get_linestyle() == "--"]
+    dashed = [
+        line for line in panel_of(figure, "learning rate").lines if line.get_linestyle() == "--"
+    ]
     assert sorted(line.get_xdata()[0] for line in dashed) == [300, 301]
     assert title_of(figure) == (
         "GPT, 400 steps; alerts: JD502 at 300, JD501 at 301; report at step 0: JD102, JD103"
@@ -163,13 +184,16 @@ def test_a_finding_of_a_later_probe_is_an_alert_of_the_run() -> None:
     run = run_log(100, findings=FINDINGS)
     later = {**FINDINGS[0], "step": 50}
     run.alerts.append(later)
-    assert alerts_of_run(run) == [later] and [row["code"] for row in report_at_start(run)] == ["JD102", "JD103"]
+    assert alerts_of_run(run) == [later] and [row["code"] for row in report_at_start(run)] == [
+        "JD102",
+        "JD103",
+    ]
     rate = {"step": 0, "code": "JD105", "level": "warning", "what": "", "where": []}
     run.alerts.append(rate)
     assert alerts_of_run(run) == [later, rate], "JD105 is about the rate, whatever the step"
 
 
-# -- values ------------------------------------------------------------------------------------------------------------
+# -- values ----------------------------------------------------------------------------------------
 def test_the_bold_line_is_the_mean_of_the_last_steps_and_lies_over_the_raw_one() -> None:
     run = run_log(500)
     panel = panel_of(draw_run(run, RunPlot(smooth=4)), "loss")
@@ -213,7 +237,9 @@ def test_the_norm_before_clipping_is_drawn_if_the_loop_passed_it() -> None:
         row.update(grad_norm=None, clipped=None)
     figure = draw_run(run)
     assert "orange: after clipping" not in words(panel_of(figure, "gradient norm"))
-    assert list(panel_of(figure, "gradient norm").lines[0].get_ydata()) == pytest.approx(run.column("grad_norm_post"))
+    assert list(panel_of(figure, "gradient norm").lines[0].get_ydata()) == pytest.approx(
+        run.column("grad_norm_post")
+    )
 
 
 def test_bands_are_over_sub_layers() -> None:
@@ -232,19 +258,33 @@ def test_a_long_series_is_thinned_and_keeps_its_spikes() -> None:
     whole = series(list(zip(range(100_000), values.tolist(), strict=True)))
     thin = whole.thinned()
     assert thin.x.size <= 2000 and (np.diff(thin.x) > 0).all()
-    assert thin.y.max() == 9.0 and thin.y.min() == -9.0 and thin.x[thin.y == 9.0].tolist() == [61_234]
+    assert (
+        thin.y.max() == 9.0 and thin.y.min() == -9.0 and thin.x[thin.y == 9.0].tolist() == [61_234]
+    )
     assert whole.thinned(200_000) is whole
 
 
-# -- several runs ------------------------------------------------------------------------------------------------------
+# -- several runs ----------------------------------------------------------------------------------
 def test_several_runs_are_drawn_over_each_other() -> None:
-    runs = {"a": run_log(300, seed=1), "b": run_log(200, seed=2, lost=150), "c": run_log(300, seed=3, spike=250)}
+    runs = {
+        "a": run_log(300, seed=1),
+        "b": run_log(200, seed=2, lost=150),
+        "c": run_log(300, seed=3, spike=250),
+    }
     figure = draw_run(runs)
     panel = panel_of(figure, "loss")
-    colours = [line.get_color() for line in panel.lines if line.get_linewidth() > 1.5 and len(line.get_xdata()) > 2]
+    colours = [
+        line.get_color()
+        for line in panel.lines
+        if line.get_linewidth() > 1.5 and len(line.get_xdata()) > 2
+    ]
     assert len(set(colours)) == 3 and panel.get_xlim() == (0, 300)
     [legend] = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["a: 300 steps", "b: 200 steps", "c: 300 steps"]
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "a: 300 steps",
+        "b: 200 steps",
+        "c: 300 steps",
+    ]
     assert "b: not finite from 150, 51 steps" in words(panel)
     assert "largest over sub-layers" in words(panel_of(figure, "branch gain ‖J‖"))
     with pytest.raises(UsageError, match="b: a run without a step"):
@@ -254,7 +294,18 @@ def test_several_runs_are_drawn_over_each_other() -> None:
 def test_the_command_draws_several_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = write_log(tmp_path / "x" / "a", 60), write_log(tmp_path / "y" / "a", 40, seed=1)
     target = tmp_path / "both.svg"
-    options = ["--figures", "loss,gain", "--from", "10", "--to", "50", "--smooth", "3", "--size", "8x4"]
+    options = [
+        "--figures",
+        "loss,gain",
+        "--from",
+        "10",
+        "--to",
+        "50",
+        "--smooth",
+        "3",
+        "--size",
+        "8x4",
+    ]
     assert main(["plot", str(a), str(b / "run.jsonl"), "-o", str(target), *options]) == 0
     first = target.read_bytes()
     assert first.startswith(b"<?xml")

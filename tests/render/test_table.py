@@ -1,4 +1,6 @@
-"""The screen: what a person sees of a report in a terminal of any width, and what a file or a pipe gets."""
+"""The screen: what a person sees of a report in a terminal of any width, and what a file or a pipe
+gets.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +14,31 @@ from render import synthetic
 from rich.cells import cell_len
 from rich.console import Console
 
-from jacdiag.render.grid import build
-from jacdiag.render.table import print_report
-from jacdiag.report import Finding, Interval, Report, RuleResult, SublayerRecord
+from jacdiag.records import Finding, Interval, Report, RuleResult, SublayerRecord
+from jacdiag.render.terminal.columns import build
+from jacdiag.render.terminal.table import print_report
 
 WIDTHS = (40, 60, 80, 100, 120, 200)
 KINDS: dict[str, Callable[[int], Report]] = {
     name: getattr(synthetic, name)
     for name in ("vanilla", "clean", "post", "trained", "weights_tier", "undecided", "broken")
 }
-ODD_NAMES = ("[red]x[/red]", "blöcke.0.注意力.attn", "a" * 200, "x.[/]", ":smile:", "a b", "注" * 60)
+ODD_NAMES = (
+    "[red]x[/red]",
+    "blöcke.0.注意力.attn",
+    "a" * 200,
+    "x.[/]",
+    ":smile:",
+    "a b",
+    "注" * 60,
+)
 MARK = re.compile("[●▲?]")
 ROW = re.compile(r" +\d+  \S")
 
 
-def shown(report: Report, width: int | None = None, *, colours: bool = False, **options: object) -> str:
+def shown(
+    report: Report, width: int | None = None, *, colours: bool = False, **options: object
+) -> str:
     """The screen as text: piped where no width is given, else as on a terminal so wide."""
     out = io.StringIO()
     console = Console(
@@ -54,10 +66,17 @@ def with_rows(report: Report, rows: list[SublayerRecord], **changes: object) -> 
 
 
 def renamed(report: Report, names: tuple[str, ...]) -> Report:
-    rows = [dataclasses.replace(row, name=names[k % len(names)] + f".{k}") for k, row in enumerate(report.sublayers)]
+    rows = [
+        dataclasses.replace(row, name=names[k % len(names)] + f".{k}")
+        for k, row in enumerate(report.sublayers)
+    ]
     model = dataclasses.replace(report.model, name=names[0], uncovered=list(names))
     finding = Finding(
-        "JD102", "warning", [row.name for row in rows[:5]], f"σ_x is small at {rows[2].name}", fix=names[0]
+        "JD102",
+        "warning",
+        [row.name for row in rows[:5]],
+        f"σ_x is small at {rows[2].name}",
+        fix=names[0],
     )
     settings = {**report.settings, "name": names[-1]}
     return with_rows(report, rows, model=model, settings=settings, findings=[finding])
@@ -71,7 +90,9 @@ def test_each_sublayer_has_one_line(name: str, width: int | None) -> None:
     assert len(rows) == len(report.sublayers)
     for line, row in zip(rows, report.sublayers, strict=True):
         assert line.split()[0] == str(row.depth) and row.name[-6:] in line
-        assert re.search(r"[\d\]–●▲?]$|shortcut$", line), "a row ends in a figure, or in who is to blame"
+        assert re.search(r"[\d\]–●▲?]$|shortcut$", line), (
+            "a row ends in a figure, or in who is to blame"
+        )
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -86,7 +107,11 @@ def test_no_line_is_wider_than_the_terminal(name: str, layers: int, width: int) 
 def test_columns_that_are_left_out_are_named(width: int | None) -> None:
     report = synthetic.vanilla(2)
     head, _, told = " ".join(shown(report, width).split()).partition("left out: ")
-    named = told.partition("; a wider terminal or --format markdown shows all")[0].split(", ") if told else []
+    named = (
+        told.partition("; a wider terminal or --format markdown shows all")[0].split(", ")
+        if told
+        else []
+    )
     for column in build(report).columns:
         assert (column.title in named) != (column.title in head), column.title
     assert bool(named) == (width is not None and width < 110)
@@ -109,7 +134,9 @@ def test_points_of_a_column_stand_below_each_other() -> None:
     ]
     for report in (with_rows(base, rows), base, synthetic.undecided()):
         lines = rows_of(shown(report, all_rows=True))
-        figures = [column for column in build(report, all_rows=True).columns[2:] if column.key != "who"]
+        figures = [
+            column for column in build(report, all_rows=True).columns[2:] if column.key != "who"
+        ]
         for column in figures:
             whole = [match for cell in column.cells if (match := re.match(r" *\[?[\d,]*\d", cell))]
             assert len({match.end() for match in whole}) <= 1, column.cells
@@ -127,7 +154,9 @@ def test_only_figures_that_a_rule_speaks_about_are_marked() -> None:
         finding = Finding("JD103", level, [name], "too much")  # type: ignore[arg-type]
         marked = {
             line.split()[1]: MARK.findall(line)
-            for line in rows_of(shown(dataclasses.replace(report, findings=[finding]), all_rows=True))
+            for line in rows_of(
+                shown(dataclasses.replace(report, findings=[finding]), all_rows=True)
+            )
         }
         assert marked.pop(name) == ([sign] if sign else [])
         assert not any(marked.values())
@@ -166,7 +195,9 @@ def test_what_was_not_measured_is_a_dash_with_its_reason() -> None:
 def test_a_long_model_is_folded_and_shown_whole_on_request() -> None:
     report = synthetic.vanilla(96)
     text = shown(report)
-    hidden = re.findall(r"^    \.\.\.  (\d+) more like this.*\(--all shows them\)$", text, re.MULTILINE)
+    hidden = re.findall(
+        r"^    \.\.\.  (\d+) more like this.*\(--all shows them\)$", text, re.MULTILINE
+    )
     assert hidden and len(rows_of(text)) <= 20
     assert sum(map(int, hidden)) + len(rows_of(text)) == 192
     assert rows_of(text)[0].split()[1] == report.sublayers[0].name
@@ -182,7 +213,9 @@ def test_a_loud_sublayer_is_not_folded_away() -> None:
     loud = dataclasses.replace(report, findings=[Finding("JD103", "error", [name], "too much")])
     assert any(name in line and "●" in line for line in rows_of(shown(loud)))
     many = [row.name for row in report.sublayers[20:60]]
-    text = shown(dataclasses.replace(report, findings=[Finding("JD103", "warning", many, "too much")]), 40)
+    text = shown(
+        dataclasses.replace(report, findings=[Finding("JD103", "warning", many, "too much")]), 40
+    )
     counted = sum(int(n) for n in re.findall(r"more like this.*?(\d+) ▲", text))
     assert counted + sum("▲" in line for line in rows_of(text)) == 40
 
@@ -190,17 +223,22 @@ def test_a_loud_sublayer_is_not_folded_away() -> None:
 def test_the_worst_come_first_on_request() -> None:
     report = synthetic.clean(96)
     lines = rows_of(shown(report, sort="worst", all_rows=True))
-    worst = sorted(report.sublayers, key=lambda row: -row.branch_norm.estimate if row.branch_norm else 0)
+    worst = sorted(
+        report.sublayers, key=lambda row: -row.branch_norm.estimate if row.branch_norm else 0
+    )
     assert [line.split()[1] for line in lines] == [row.name for row in worst]
     assert rows_of(shown(report, sort="worst")) != rows_of(shown(report))
-    assert rows_of(shown(synthetic.broken(), sort="worst"))[0].split()[1] == "transformer.h.1.attn"  # not finite
+    # not finite
+    assert rows_of(shown(synthetic.broken(), sort="worst"))[0].split()[1] == "transformer.h.1.attn"
 
 
 def test_narrow_terminals_drop_columns_and_keep_the_branch_norm() -> None:
     heads = []
     for width in WIDTHS:
         text = shown(synthetic.vanilla(), width)
-        heads.append(next(line for line in text.splitlines() if line.startswith("  depth")).split("  "))
+        heads.append(
+            next(line for line in text.splitlines() if line.startswith("  depth")).split("  ")
+        )
     assert all("branch ‖J‖" in " ".join(head) for head in heads)
     counts = [len([title for title in head if title.strip()]) for head in heads]
     assert counts == sorted(counts) and counts[0] == 3 and counts[-1] == 8
@@ -238,7 +276,13 @@ def test_names_are_shown_as_they_are_and_cannot_command_the_terminal() -> None:
 def test_the_last_block_is_verdict_what_to_do_cost(name: str, width: int | None) -> None:
     report = KINDS[name](12)
     text = shown(report, width)
-    order = [f"  {report.verdict.upper()}", "  small sub-layers", "  large shortcut", "  What to do", "  Cost"]
+    order = [
+        f"  {report.verdict.upper()}",
+        "  small sub-layers",
+        "  large shortcut",
+        "  What to do",
+        "  Cost",
+    ]
     places = [text.index(f"\n{part}") for part in order]
     assert places == sorted(places) and places[0] > text.index(rows_of(text)[-1])
     assert re.search(r"again:\s+jacdiag\s+audit\s+checkpoint\.pt\s+--seed\s+0\n$", text)

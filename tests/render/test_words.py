@@ -9,9 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from render import synthetic
 
-from jacdiag.render import lines, words
-from jacdiag.render.numbers import aligned, between, outward, share, spoken, three
-from jacdiag.report import (
+from jacdiag.records import (
     AgainstRecord,
     Conditions,
     FiguresRecord,
@@ -22,6 +20,9 @@ from jacdiag.report import (
     Report,
     RuleResult,
 )
+from jacdiag.render.terminal import sentences as words
+from jacdiag.render.terminal import verdict as lines
+from jacdiag.render.terminal.number_cells import aligned, between, outward, share, spoken, three
 
 NAN, INF = float("nan"), float("inf")
 
@@ -65,11 +66,17 @@ def test_an_interval_is_its_two_ends(value: Interval | None, text: str) -> None:
     assert spoken(value) == text
 
 
-@pytest.mark.parametrize("value", [10.0**power * digits for power in range(-4, 6) for digits in (1.0, 3.217, 9.876)])
+@pytest.mark.parametrize(
+    "value", [10.0**power * digits for power in range(-4, 6) for digits in (1.0, 3.217, 9.876)]
+)
 def test_three_digits_and_no_power_of_ten_where_people_write_none(value: float) -> None:
     text = three(value)
     assert "e" not in text
-    digits = text.replace(",", "").replace(".", "").strip("0") if value < 1e4 else text.replace(",", "").rstrip("0")
+    digits = (
+        text.replace(",", "").replace(".", "").strip("0")
+        if value < 1e4
+        else text.replace(",", "").rstrip("0")
+    )
     assert len(digits) <= 3 or 1e3 <= value < 1e4
     assert float(text.replace(",", "")) == pytest.approx(value, rel=5.1e-3)
 
@@ -84,7 +91,9 @@ def read(text: str) -> tuple[float, float]:
     lower=st.floats(min_value=1e-30, max_value=1e30),
     width=st.floats(min_value=1.1e-9, max_value=10.0),
 )
-def test_the_printed_interval_contains_the_true_one_and_little_more(lower: float, width: float) -> None:
+def test_the_printed_interval_contains_the_true_one_and_little_more(
+    lower: float, width: float
+) -> None:
     upper = lower * (1 + width)
     low, high = read(between(lower, upper))
     assert low <= lower and upper <= high
@@ -110,7 +119,12 @@ def test_both_ends_of_intervals_stand_on_their_points() -> None:
 
 
 def test_a_share_is_everything_only_when_it_is() -> None:
-    assert (share(999_999, 1_000_000), share(7, 7), share(0, 7), share(1, 10**9)) == ("99.99%", "100%", "0%", "0.01%")
+    assert (share(999_999, 1_000_000), share(7, 7), share(0, 7), share(1, 10**9)) == (
+        "99.99%",
+        "100%",
+        "0%",
+        "0.01%",
+    )
 
 
 @pytest.mark.parametrize(
@@ -127,14 +141,25 @@ def test_a_share_is_everything_only_when_it_is() -> None:
 )
 def test_the_headline_says_the_verdict_in_words(small: str, large: str, headline: str) -> None:
     report = with_conditions(small, large)
-    worst = max(report.sublayers, key=lambda row: row.branch_norm.estimate if row.branch_norm else 0)
-    assert words.headline(report) == f"{headline}: worst branch gain {spoken(worst.branch_norm)} at {worst.name}"  # type: ignore[arg-type]
+    worst = max(
+        report.sublayers, key=lambda row: row.branch_norm.estimate if row.branch_norm else 0
+    )
+    assert (
+        words.headline(report)
+        == f"{headline}: worst branch gain {spoken(worst.branch_norm)} at {worst.name}"
+    )  # type: ignore[arg-type]
 
 
 def test_an_error_beside_the_conditions_comes_first() -> None:
-    assert words.headline(synthetic.broken()) == "JD906: transformer.h.0.mlp.c_fc.weight holds 3 NaN"
-    assert words.headline(synthetic.trained()).startswith("Trained model: worst branch gain 6.33 to 6.56 at")
-    assert words.headline(synthetic.weights_tier()).startswith("From the weights alone: the paper's bound is 40.3 at")
+    assert (
+        words.headline(synthetic.broken()) == "JD906: transformer.h.0.mlp.c_fc.weight holds 3 NaN"
+    )
+    assert words.headline(synthetic.trained()).startswith(
+        "Trained model: worst branch gain 6.33 to 6.56 at"
+    )
+    assert words.headline(synthetic.weights_tier()).startswith(
+        "From the weights alone: the paper's bound is 40.3 at"
+    )
 
 
 def test_a_trained_model_that_was_compared_with_nothing_offers_the_comparison() -> None:
@@ -142,10 +167,14 @@ def test_a_trained_model_that_was_compared_with_nothing_offers_the_comparison() 
     assert words.headline(alone).endswith("; nothing to compare it with")
     [offer] = lines.to_do(alone)
     assert offer.endswith("jacdiag audit checkpoint.pt --seed 0 --against EARLIER")
-    gated = dataclasses.replace(alone, settings={**alone.settings, "command": "jacdiag gate build.py:model"})
+    gated = dataclasses.replace(
+        alone, settings={**alone.settings, "command": "jacdiag gate build.py:model"}
+    )
     assert lines.to_do(gated)[0].endswith("jacdiag audit NOW --against EARLIER")
     against = AgainstRecord("earlier.pt", "trained", compared=24)
-    compared = dataclasses.replace(alone, verdict="pass", against=against, baseline=FiguresRecord("GPT", 1, 1, 1, 1))
+    compared = dataclasses.replace(
+        alone, verdict="pass", against=against, baseline=FiguresRecord("GPT", 1, 1, 1, 1)
+    )
     assert words.headline(compared).endswith("; compared with earlier.pt")
     assert lines.to_do(compared) == ["nothing: no rule fired"]
 
@@ -165,13 +194,21 @@ def test_the_header_names_model_probe_and_plan() -> None:
         "init, pre-norm",
     ]
     assert second[0] == "probe: 2 x 128 random tokens, seed 0, 12 dead rows left out"
-    assert second[1:] == ["float32 on cpu", "24 sub-layers, each interval at 99.9%", "no learning rate given"]
+    assert second[1:] == [
+        "float32 on cpu",
+        "24 sub-layers, each interval at 99.9%",
+        "no learning rate given",
+    ]
     plan = Plan(lr=3e-4, warmup=2000, beta2=0.95)
-    given = dataclasses.replace(synthetic.vanilla(1), plan=plan, probe=ProbeRecord(4, None, 0, "sample.txt"))
+    given = dataclasses.replace(
+        synthetic.vanilla(1), plan=plan, probe=ProbeRecord(4, None, 0, "sample.txt")
+    )
     assert words.header(given)[1][0] == "probe: batch 4 tokens of sample.txt"
     assert words.header(given)[1][-1] == "learning rate 0.0003, warmup 2000, beta2 0.95"
     assert "1 layer," in words.header(given)[0][2]
-    without = [dataclasses.replace(given, plan=one) for one in (Plan(warmup=50), Plan(warmup=50, clip=1.0))]
+    without = [
+        dataclasses.replace(given, plan=one) for one in (Plan(warmup=50), Plan(warmup=50, clip=1.0))
+    ]
     assert [words.header(one)[1][-1] for one in without] == [
         "no learning rate given: warmup 50 says nothing without --lr",
         "no learning rate given: warmup 50 and clip 1 say nothing without --lr",
@@ -183,7 +220,10 @@ def test_an_undecided_or_inapplicable_condition_never_reads_as_met() -> None:
     open_ = line_of(with_conditions("unknown", "met"), "small sub-layers")
     assert open_ is not None and (open_.status, open_.level) == ("unknown", "undecided")
     post = line_of(synthetic.post(), "large shortcut")
-    assert post is not None and (post.status, post.text) == ("not applicable", "no pre-norm sub-layer")
+    assert post is not None and (post.status, post.text) == (
+        "not applicable",
+        "no pre-norm sub-layer",
+    )
     rules = [RuleResult("JD103", "unknown", 3, "amplification", "too wide")]
     undecided = line_of(dataclasses.replace(synthetic.clean(), rules=rules), "undecided")
     assert undecided is not None and undecided.text == "JD103 amplification (too wide)"
@@ -191,11 +231,14 @@ def test_an_undecided_or_inapplicable_condition_never_reads_as_met() -> None:
 
 def test_what_was_not_covered_is_named_with_its_share() -> None:
     line = line_of(synthetic.vanilla(), "not covered")
-    assert line is not None and line.text.startswith("0.2% of the parameters: transformer.ln_f.weight (the final norm")
+    assert line is not None and line.text.startswith(
+        "0.2% of the parameters: transformer.ln_f.weight (the final norm"
+    )
     assert (
         line_of(
             dataclasses.replace(
-                synthetic.vanilla(), model=dataclasses.replace(synthetic.vanilla().model, uncovered=[])
+                synthetic.vanilla(),
+                model=dataclasses.replace(synthetic.vanilla().model, uncovered=[]),
             ),
             "not covered",
         )
@@ -208,7 +251,9 @@ def test_what_to_do_is_each_remedy_once_and_the_loudest_first() -> None:
     twice = dataclasses.replace(report.findings[0], level="warning")
     verified = Finding("JD102", "warning", [], "small", fix="scale the embedding", verified=True)
     untried = Finding("JD103", "warning", [], "large", fix="something nobody tried")
-    advice = lines.to_do(dataclasses.replace(report, findings=[verified, twice, untried, report.findings[0]]))
+    advice = lines.to_do(
+        dataclasses.replace(report, findings=[verified, twice, untried, report.findings[0]])
+    )
     assert advice[0] == "load an earlier checkpoint   jacdiag explain JD906"
     assert len(advice) == 2 and "tried on a copy of this model: it helps" in advice[1]
     assert lines.to_do(synthetic.clean()) == ["nothing: no rule fired"]
@@ -221,7 +266,9 @@ def test_your_rung_on_the_ladder_stands_between_its_neighbours() -> None:
     line = line_of(synthetic.vanilla(), "beside others")
     assert line is not None
     text = line.text.replace(lines.TIED, " ")
-    assert "Pythia shape 5 · ▸yours 22 · GPT-2 24" in text and text.endswith("(pre-norm, at init, same width)")
+    assert "Pythia shape 5 · ▸yours 22 · GPT-2 24" in text and text.endswith(
+        "(pre-norm, at init, same width)"
+    )
     assert line_of(synthetic.trained(), "beside others") is None
 
 
@@ -236,12 +283,19 @@ def placed(*placements: str) -> Report:
 
 
 def test_inits_of_another_placement_are_not_compared() -> None:
-    """A norm behind the branch takes its gain away again: OLMo 2's 397 is no large value, and no pre-norm one."""
-    pre, reordered = (line_of(report, "beside others") for report in (placed("pre"), placed("reordered")))
+    """A norm behind the branch takes its gain away again: OLMo 2's 397 is no large value, and no
+    pre-norm one.
+    """
+    pre, reordered = (
+        line_of(report, "beside others") for report in (placed("pre"), placed("reordered"))
+    )
     assert pre is not None and "OLMo" not in pre.text
     assert reordered is not None and "GPT-2" not in reordered.text
     text = reordered.text.replace(lines.TIED, " ")
-    assert "▸yours 22 · OLMo 2 400" in text and "(reordered-norm, at init, width 1024; yours 768)" in text
+    assert (
+        "▸yours 22 · OLMo 2 400" in text
+        and "(reordered-norm, at init, width 1024; yours 768)" in text
+    )
 
 
 def test_where_no_init_of_the_placement_is_known_nothing_is_compared() -> None:
@@ -249,24 +303,35 @@ def test_where_no_init_of_the_placement_is_known_nothing_is_compared() -> None:
     assert line is not None
     assert line.text == "nothing is compared: no init of another model without norms was measured"
     mixed = line_of(placed("pre", "post"), "beside others")
-    assert mixed is not None and mixed.text.startswith("nothing is compared: the sub-layers differ in placement")
+    assert mixed is not None and mixed.text.startswith(
+        "nothing is compared: the sub-layers differ in placement"
+    )
     without = dataclasses.replace(placed("pre"), ladder=[])
-    assert line_of(without, "beside others") is None, "inits of this placement are known: the other sentence is false"
+    assert line_of(without, "beside others") is None, (
+        "inits of this placement are known: the other sentence is false"
+    )
 
 
 def test_reasons_for_what_is_missing_are_said_once() -> None:
     notes = lines.footnotes(synthetic.post(12))
     assert notes.count("no 1/σ gain: the branch does not begin with a norm (post)") == 1
-    assert "no core ‖J‖ at transformer.h.0.mlp: NaN in its weights" in lines.footnotes(synthetic.broken())
+    assert "no core ‖J‖ at transformer.h.0.mlp: NaN in its weights" in lines.footnotes(
+        synthetic.broken()
+    )
 
 
 def test_cost_in_words() -> None:
     assert lines.cost(synthetic.vanilla()) == "612 forwards of one sub-layer, 41 s, peak 1.9 GB"
-    assert lines.cost(dataclasses.replace(synthetic.vanilla(), cost=type(synthetic.vanilla().cost)())) == "–"
+    assert (
+        lines.cost(dataclasses.replace(synthetic.vanilla(), cost=type(synthetic.vanilla().cost)()))
+        == "–"
+    )
 
 
 def test_characters_that_cannot_be_printed_are_replaced_everywhere() -> None:
-    evil = Finding("JD906", "error", ["a\x1b[31mb"], "line\nbreak\u2028and\ttab", {"x": ["\x07", 1.5, None]})
+    evil = Finding(
+        "JD906", "error", ["a\x1b[31mb"], "line\nbreak\u2028and\ttab", {"x": ["\x07", 1.5, None]}
+    )
     clean = words.legible(dataclasses.replace(synthetic.vanilla(1), findings=[evil]))
     assert clean.findings[0] == Finding(
         "JD906", "error", ["a\ufffd[31mb"], "line break and tab", {"x": ["\ufffd", 1.5, None]}
@@ -275,7 +340,9 @@ def test_characters_that_cannot_be_printed_are_replaced_everywhere() -> None:
     assert words.legible(synthetic.vanilla()) == synthetic.vanilla()
 
 
-@pytest.mark.parametrize("norms", [[0.0, 1.0, 2.0], [NAN, 1.0], [1.0, 0.0], [INF, 1.0], [1.0], [2.0, 1.0], None])
+@pytest.mark.parametrize(
+    "norms", [[0.0, 1.0, 2.0], [NAN, 1.0], [1.0, 0.0], [INF, 1.0], [1.0], [2.0, 1.0], None]
+)
 def test_gradients_that_vanish_or_explode_break_nothing(norms: list[float] | None) -> None:
     base = synthetic.vanilla(2)
     assert base.network is not None
@@ -284,6 +351,8 @@ def test_gradients_that_vanish_or_explode_break_nothing(norms: list[float] | Non
         base, network=dataclasses.replace(base.network, gradient_norms=norms, gain_product_log=log)
     )
     gradient, depth = line_of(report, "gradient"), line_of(report, "over depth")
-    assert (gradient is None) == (norms not in ([0.0, 1.0, 2.0], [2.0, 1.0])), "no sentence about a ratio without end"
+    assert (gradient is None) == (norms not in ([0.0, 1.0, 2.0], [2.0, 1.0])), (
+        "no sentence about a ratio without end"
+    )
     assert (depth is None) == (norms is None)
     assert depth is None or not {"e^nan", "e^inf"} & set(depth.text.replace(",", " ").split())

@@ -1,4 +1,6 @@
-"""JD101 to JD104 on records made by hand: one that must fire, one that must not, one on the boundary."""
+"""JD101 to JD104 on records made by hand: one that must fire, one that must not, one on the
+boundary.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from jacdiag.render.lines import verdict_lines
-from jacdiag.render.markdown import render
-from jacdiag.render.numbers import spoken
-from jacdiag.report import (
+from jacdiag.records import (
     Growth,
     Interval,
     ModelRecord,
@@ -23,9 +22,12 @@ from jacdiag.report import (
     TokenAt,
     WeightStats,
 )
-from jacdiag.report.thresholds import load_thresholds
+from jacdiag.render.formats.markdown import render
+from jacdiag.render.terminal.number_cells import spoken
+from jacdiag.render.terminal.verdict import verdict_lines
 from jacdiag.rules import decision_points, evaluate, rule
-from jacdiag.rules.numbers import span
+from jacdiag.rules.finding_numbers import span
+from jacdiag.rules.thresholds import load_thresholds
 
 LAYERS = 2
 SCALE = math.sqrt(2 * LAYERS)
@@ -44,14 +46,26 @@ def gain(value: float) -> Interval:
     return Interval.exact(10 * value, per_token=spread)
 
 
-def row(index: int, core: Interval | None, gain_: Interval | None, branch: Interval | None, **other) -> SublayerRecord:
+def row(
+    index: int, core: Interval | None, gain_: Interval | None, branch: Interval | None, **other
+) -> SublayerRecord:
     sigma = Spread(0.1, 0.05, 0.2, argmin=TokenAt(0, 7, 1234))
-    weights = {"W_1": WeightStats("fc", [256, 64], 0.02, 1.0), "W_2": WeightStats("proj", [64, 256], 0.02, 1.0)}
+    weights = {
+        "W_1": WeightStats("fc", [256, 64], 0.02, 1.0),
+        "W_2": WeightStats("proj", [64, 256], 0.02, 1.0),
+    }
     made = SublayerRecord(
-        f"h.{index // 2}.{'mlp' if index % 2 else 'attn'}", index, index // 2,
-        "mlp" if index % 2 else "attention", "pre",
-        shortcut_std=sigma, core_norm=core, norm_gain=gain_, branch_norm=branch, weights=weights,
-    )  # fmt: skip
+        f"h.{index // 2}.{'mlp' if index % 2 else 'attn'}",
+        index,
+        index // 2,
+        "mlp" if index % 2 else "attention",
+        "pre",
+        shortcut_std=sigma,
+        core_norm=core,
+        norm_gain=gain_,
+        branch_norm=branch,
+        weights=weights,
+    )
     return replace(made, **other)
 
 
@@ -61,10 +75,14 @@ def narrow(value: float) -> Interval:
 
 def report(rows: list[SublayerRecord], state: str = "init", **other) -> Report:
     made = Report(
-        source={}, tier="measured", state=state, probe=ProbeRecord(2, 8, 0),
-        model=ModelRecord("GPT", 1000, LAYERS, width=64, covered_parameters=1000), sublayers=rows,
+        source={},
+        tier="measured",
+        state=state,
+        probe=ProbeRecord(2, 8, 0),
+        model=ModelRecord("GPT", 1000, LAYERS, width=64, covered_parameters=1000),
+        sublayers=rows,
         settings={"checks": {"deterministic": True, "non_finite": [], "replay": {}}},
-    )  # fmt: skip
+    )
     return replace(made, **other)
 
 
@@ -93,9 +111,16 @@ def test_a_healthy_model_passes() -> None:
 
 @pytest.mark.parametrize(
     ("value", "condition", "level"),
-    [(1.99, "met", None), (2.01, "partly", "info"), (3.99, "partly", "info"), (4.01, "not met", "warning")],
+    [
+        (1.99, "met", None),
+        (2.01, "partly", "info"),
+        (3.99, "partly", "info"),
+        (4.01, "not met", "warning"),
+    ],
 )
-def test_small_sublayers_on_both_sides_of_each_cut(value: float, condition: str, level: str | None) -> None:
+def test_small_sublayers_on_both_sides_of_each_cut(
+    value: float, condition: str, level: str | None
+) -> None:
     rows = healthy()
     rows[1] = replace(rows[1], core_norm=Interval.exact(value / SCALE))
     made = judged(rows)
@@ -162,12 +187,18 @@ def test_the_paper_profile_makes_conditions_errors() -> None:
     strict = judged(rows, profile="paper")
     assert strict.verdict == "fail" and findings(strict, "JD102")[0].level == "error"
     assert (
-        findings(judged([replace(r, norm_gain=gain(4.0)) for r in healthy()], "paper"), "JD102")[0].level == "warning"
+        findings(judged([replace(r, norm_gain=gain(4.0)) for r in healthy()], "paper"), "JD102")[
+            0
+        ].level
+        == "warning"
     )
 
 
 def test_on_a_trained_model_the_conditions_are_observations() -> None:
-    rows = [replace(r, norm_gain=gain(20.0), core_norm=narrow(9.0), branch_norm=narrow(50.0)) for r in healthy()]
+    rows = [
+        replace(r, norm_gain=gain(20.0), core_norm=narrow(9.0), branch_norm=narrow(50.0))
+        for r in healthy()
+    ]
     made = judged(rows, state="trained")
     assert {f.level for f in made.findings} == {"info"} and made.verdict == "observed"
     assert made.conditions.small_sublayers == "not met"
@@ -184,14 +215,22 @@ def test_off_distribution_caps_levels_at_warning() -> None:
 def test_a_condition_that_is_not_met_fails_under_the_paper_profile_in_any_state() -> None:
     rows = [replace(r, norm_gain=gain(20.0)) for r in healthy()]
     for state, off_distribution in (("init", False), ("trained", False), ("trained", True)):
-        made = judged(rows, "paper", state=state, probe=ProbeRecord(2, 8, 0, off_distribution=off_distribution))
+        made = judged(
+            rows,
+            "paper",
+            state=state,
+            probe=ProbeRecord(2, 8, 0, off_distribution=off_distribution),
+        )
         assert made.conditions.large_shortcut == "not met" and made.verdict == "fail"
 
 
 @pytest.mark.parametrize("placement", ["post", "sandwich", "reordered", "none"])
 def test_the_conditions_are_for_pre_norm_only(placement: str) -> None:
     made = judged(healthy(placement=placement))
-    assert (made.conditions.small_sublayers, made.conditions.large_shortcut) == ("not applicable", "not applicable")
+    assert (made.conditions.small_sublayers, made.conditions.large_shortcut) == (
+        "not applicable",
+        "not applicable",
+    )
     assert status(made, "JD101") == status(made, "JD102") == "not-applicable"
 
 
@@ -225,7 +264,9 @@ def test_a_replay_that_differs_makes_its_figures_unknown() -> None:
     assert made.conditions.small_sublayers == "unknown"
 
 
-@pytest.mark.parametrize(("log", "fires"), [(9.9, False), (10.0, False), (10.1, True), (None, None)])
+@pytest.mark.parametrize(
+    ("log", "fires"), [(9.9, False), (10.0, False), (10.1, True), (None, None)]
+)
 def test_depth_product(log: float | None, fires: bool | None) -> None:
     made = judged(healthy(), network=NetworkRecord(gain_product_log=log, growth=Growth()))
     expected = "not-applicable" if fires is None else "fired" if fires else "clean"
@@ -234,28 +275,43 @@ def test_depth_product(log: float | None, fires: bool | None) -> None:
 
 
 def test_a_depth_product_stands_next_to_the_true_norm_or_says_that_it_was_not_measured() -> None:
-    alone = findings(judged(healthy(), network=NetworkRecord(gain_product_log=11.0, growth=Growth())), "JD104")[0]
-    assert alone.what.endswith("an upper bound whose true value, the end-to-end gain, was not measured")
+    alone = findings(
+        judged(healthy(), network=NetworkRecord(gain_product_log=11.0, growth=Growth())), "JD104"
+    )[0]
+    assert alone.what.endswith(
+        "an upper bound whose true value, the end-to-end gain, was not measured"
+    )
     assert alone.evidence["end_to_end"] is None
-    whole = NetworkRecord(gain_product_log=11.0, end_to_end=Interval(31.0, 30.5, 32.0), growth=Growth())
+    whole = NetworkRecord(
+        gain_product_log=11.0, end_to_end=Interval(31.0, 30.5, 32.0), growth=Growth()
+    )
     both = findings(judged(healthy(), network=whole), "JD104")[0]
-    assert both.what.endswith("the true end-to-end gain is 30.5 to 32.0") and "not measured" not in both.what
+    assert (
+        both.what.endswith("the true end-to-end gain is 30.5 to 32.0")
+        and "not measured" not in both.what
+    )
     assert both.evidence["end_to_end"] == [30.5, 32.0]
 
 
 @pytest.mark.parametrize(
-    ("log", "level"), [(10.0, None), (10.1, "info"), (20.0, "info"), (20.1, "warning"), (30.1, "error")]
+    ("log", "level"),
+    [(10.0, None), (10.1, "info"), (20.0, "info"), (20.1, "warning"), (30.1, "error")],
 )
 def test_depth_product_beyond_cuts_of_the_user(log: float, level: str | None) -> None:
     limits = load_thresholds({"gain_product": {"info": 10.0, "warning": 20.0, "error": 30.0}})
-    made = evaluate(report(healthy(), network=NetworkRecord(gain_product_log=log, growth=Growth())), thresholds=limits)
+    made = evaluate(
+        report(healthy(), network=NetworkRecord(gain_product_log=log, growth=Growth())),
+        thresholds=limits,
+    )
     assert [f.level for f in findings(made, "JD104")] == ([level] if level else [])
     assert all(f.evidence["threshold"] < log for f in findings(made, "JD104"))
 
 
 def test_nested_sublayers_are_left_out() -> None:
     rows = healthy()
-    rows.append(replace(rows[0], name="lora", nested=True, core_norm=narrow(1e3), branch_norm=narrow(1e3)))
+    rows.append(
+        replace(rows[0], name="lora", nested=True, core_norm=narrow(1e3), branch_norm=narrow(1e3))
+    )
     assert judged(rows).verdict == "pass"
 
 
@@ -267,8 +323,12 @@ def test_decision_points_are_the_cuts_in_the_fields_own_units() -> None:
     assert "core_norm" not in post
 
 
-@pytest.mark.parametrize(("lower", "upper"), [(2.057, 10.31), (0.001234, 0.4567), (9.999, 1234.1), (1.2e6, 3.456e7)])
-def test_the_ends_in_a_finding_are_those_of_the_renderings_and_hold_the_real_ones(lower: float, upper: float) -> None:
+@pytest.mark.parametrize(
+    ("lower", "upper"), [(2.057, 10.31), (0.001234, 0.4567), (9.999, 1234.1), (1.2e6, 3.456e7)]
+)
+def test_the_ends_in_a_finding_are_those_of_the_renderings_and_hold_the_real_ones(
+    lower: float, upper: float
+) -> None:
     interval = Interval(math.sqrt(lower * upper), lower, upper, 0.999)
     ends = span(interval).split(" to ")
     assert spoken(interval) == span(interval)
@@ -276,22 +336,35 @@ def test_the_ends_in_a_finding_are_those_of_the_renderings_and_hold_the_real_one
     assert low <= lower and upper <= high
 
 
-# -- placements of which the paper says nothing ------------------------------------------------------------------------
+# -- placements of which the paper says nothing ----------------------------------------------------
 @pytest.mark.parametrize(
     ("placement", "words"),
-    [("post", "post-norm"), ("sandwich", "sandwich-norm"), ("reordered", "reordered-norm"), ("none", "no norm")],
+    [
+        ("post", "post-norm"),
+        ("sandwich", "sandwich-norm"),
+        ("reordered", "reordered-norm"),
+        ("none", "no norm"),
+    ],
 )
-def test_elsewhere_the_conditions_do_not_apply_and_what_is_looked_at_is_said(placement: str, words: str) -> None:
+def test_elsewhere_the_conditions_do_not_apply_and_what_is_looked_at_is_said(
+    placement: str, words: str
+) -> None:
     out = None if placement == "none" else Interval.exact(9.26)
-    rows = [replace(r, placement=placement, norm_gain=None, core_norm=r.branch_norm) for r in healthy()]
+    rows = [
+        replace(r, placement=placement, norm_gain=None, core_norm=r.branch_norm) for r in healthy()
+    ]
     rows[2] = replace(rows[2], out_norm_gain=out)
     made = judged(rows)
-    assert (made.conditions.small_sublayers, made.conditions.large_shortcut) == ("not applicable", "not applicable")
+    assert (made.conditions.small_sublayers, made.conditions.large_shortcut) == (
+        "not applicable",
+        "not applicable",
+    )
     for code in ("JD101", "JD102"):
         result = next(r for r in made.rules if r.code == code)
         assert (result.status, result.note) == (
-            "not-applicable", f"the paper states it for pre-norm; this model has {words}"
-        )  # fmt: skip
+            "not-applicable",
+            f"the paper states it for pre-norm; this model has {words}",
+        )
     lines = {line.label: line for line in verdict_lines(made)}
     assert words in lines["small sub-layers"].text and "σ_x" not in lines["large shortcut"].text
     looked = lines["looked at"].text
@@ -299,9 +372,12 @@ def test_elsewhere_the_conditions_do_not_apply_and_what_is_looked_at_is_said(pla
     assert ("the norm after the sum" in looked) == (placement == "post")
     assert ("judged by no rule" in looked) == (placement == "none")
     text = render(made)
-    assert "not applicable" in text and "looked at" in text and made.to_dict()["conditions"] == {
-        "small_sublayers": "not applicable", "large_shortcut": "not applicable"
-    }  # fmt: skip
+    assert (
+        "not applicable" in text
+        and "looked at" in text
+        and made.to_dict()["conditions"]
+        == {"small_sublayers": "not applicable", "large_shortcut": "not applicable"}
+    )
 
 
 def test_a_pre_norm_model_has_its_conditions_and_no_such_line() -> None:

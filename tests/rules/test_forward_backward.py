@@ -1,4 +1,6 @@
-"""JD301 to JD305 and JD401 to JD406 on records made by hand: must fire, must not, on the boundary."""
+"""JD301 to JD305 and JD401 to JD406 on records made by hand: must fire, must not, on the
+boundary.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +12,25 @@ from pathlib import Path
 import pytest
 from rules.test_conditions import healthy, report
 
-from jacdiag.report import Finding, Growth, NetworkRecord, Plan, Report, SublayerRecord
-from jacdiag.report.flow import AttentionRecord, BackwardRecord, DeadBranch, DeadPath, ForwardRecord, Peak
-from jacdiag.report.thresholds import load_thresholds
+from jacdiag.records import Finding, Growth, NetworkRecord, Plan, Report, SublayerRecord
+from jacdiag.records.signal_propagation import (
+    AttentionRecord,
+    BackwardRecord,
+    DeadBranch,
+    DeadPath,
+    ForwardRecord,
+    Peak,
+)
 from jacdiag.rules import EVERY, RULES, evaluate
+from jacdiag.rules.thresholds import load_thresholds
 
 LIMITS = load_thresholds()
 POINTS = ["h.0.attn", "h.0.mlp", "h.1.attn", "h.1.mlp", "end"]
 
 
-def judged(network: NetworkRecord | None = None, rows: list[SublayerRecord] | None = None, **other: object) -> Report:
+def judged(
+    network: NetworkRecord | None = None, rows: list[SublayerRecord] | None = None, **other: object
+) -> Report:
     return evaluate(report(rows or healthy(), network=network, **other), thresholds=LIMITS)
 
 
@@ -64,19 +75,29 @@ def test_variance(variance: list[float], fires: bool) -> None:
     assert status(made, "JD301") == ("fired" if fires else "clean")
 
 
-@pytest.mark.parametrize(("value", "level"), [(65504.0, []), (65505.0, ["warning"]), (math.inf, [])])
+@pytest.mark.parametrize(
+    ("value", "level"), [(65504.0, []), (65505.0, ["warning"]), (math.inf, [])]
+)
 def test_what_float16_cannot_hold(value: float, level: list[str]) -> None:
     """An activation that is infinite already is another rule's."""
     peaks = [Peak(1.0, 1.0, 0)] * 4 + [Peak(value, 1.0, 0)]
     made = judged(forward(variance=LINEAR, peaks=peaks))
     assert levels(made, "JD301") == level
     if level:
-        assert "float16" in found(made, "JD301")[0].what and found(made, "JD301")[0].where == ["end"]
+        assert "float16" in found(made, "JD301")[0].what and found(made, "JD301")[0].where == [
+            "end"
+        ]
 
 
 @pytest.mark.parametrize(
     ("value", "median", "fires"),
-    [(2400.0, 0.3, True), (100.0, 0.01, False), (100.1, 0.1, True), (1000.0, 1.0, False), (90.0, 0.001, False)],
+    [
+        (2400.0, 0.3, True),
+        (100.0, 0.01, False),
+        (100.1, 0.1, True),
+        (1000.0, 1.0, False),
+        (90.0, 0.001, False),
+    ],
 )
 def test_massive_activations_need_both(value: float, median: float, fires: bool) -> None:
     peaks = [Peak(1.0, 1.0, 0)] * 4 + [Peak(value, median, 7, 0, 3, 1234)]
@@ -87,7 +108,9 @@ def test_massive_activations_need_both(value: float, median: float, fires: bool)
 
 
 def with_attention(record: AttentionRecord | None) -> list[SublayerRecord]:
-    return [replace(row, attention=record if row.kind == "attention" else None) for row in healthy()]
+    return [
+        replace(row, attention=record if row.kind == "attention" else None) for row in healthy()
+    ]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +122,9 @@ def test_attention_logits(logit: float, level: list[str]) -> None:
     assert levels(made, "JD303") == level
 
 
-@pytest.mark.parametrize(("share", "fires"), [(1.0, False), (0.051, False), (0.0499, True), (0.0, True)])
+@pytest.mark.parametrize(
+    ("share", "fires"), [(1.0, False), (0.051, False), (0.0499, True), (0.0, True)]
+)
 def test_attention_entropy(share: float, fires: bool) -> None:
     made = judged(rows=with_attention(AttentionRecord(1.0, share, share, None, 8)))
     assert levels(made, "JD304") == (["info"] if fires else [])
@@ -112,10 +137,14 @@ def test_rank_collapse(cosine: float, fires: bool) -> None:
 
 
 def test_what_was_not_measured_is_not_applicable_and_says_why() -> None:
-    rows = [replace(row, notes={"attention": "no call was recorded"}) for row in with_attention(None)]
+    rows = [
+        replace(row, notes={"attention": "no call was recorded"}) for row in with_attention(None)
+    ]
     network = NetworkRecord(
         notes={"gradient_norms": "the loss has no value"},
-        forward=ForwardRecord(POINTS, notes=dict.fromkeys(("variance", "peaks", "token_cosine"), "NaN at h.0.attn")),
+        forward=ForwardRecord(
+            POINTS, notes=dict.fromkeys(("variance", "peaks", "token_cosine"), "NaN at h.0.attn")
+        ),
         backward=BackwardRecord(notes={"dead": "no loss", "embedding_norm": "no embedding"}),
     )
     made = judged(network, rows)
@@ -123,7 +152,10 @@ def test_what_was_not_measured_is_not_applicable_and_says_why() -> None:
     for code in ("JD301", "JD302", "JD305"):
         assert notes[code] == ("not-applicable", "NaN at h.0.attn")
     assert notes["JD303"] == notes["JD304"] == ("not-applicable", "no call was recorded")
-    assert notes["JD401"] == ("not-applicable", "no loss") and notes["JD404"] == ("not-applicable", "no embedding")
+    assert notes["JD401"] == ("not-applicable", "no loss") and notes["JD404"] == (
+        "not-applicable",
+        "no embedding",
+    )
     assert notes["JD403"] == notes["JD406"] == ("not-applicable", "the loss has no value")
 
 
@@ -153,16 +185,22 @@ def test_an_unknown_cause_is_called_unknown() -> None:
     assert finding.level == "warning" and "not known" in finding.what and finding.fix == ""
 
 
-@pytest.mark.parametrize(("own", "words"), [(0.5, "first step changes"), (0.0, "no step changes"), (None, "")])
+@pytest.mark.parametrize(
+    ("own", "words"), [(0.5, "first step changes"), (0.0, "no step changes"), (None, "")]
+)
 def test_a_zero_gain_says_whether_it_can_end(own: float | None, words: str) -> None:
     [finding] = dead(cause="zero", parameters=["norm.weight"], values=[0.0], own_gradient=own)
-    assert finding.level == "warning" and "norm.weight is 0" in finding.what and words in finding.what
+    assert (
+        finding.level == "warning" and "norm.weight is 0" in finding.what and words in finding.what
+    )
     if own is None:
         assert "step" not in finding.what
 
 
 def test_the_head_alone_is_an_info() -> None:
-    assert [f.level for f in dead(cause="zero", parameters=["head"], values=[0.0], head=True)] == ["info"]
+    assert [f.level for f in dead(cause="zero", parameters=["head"], values=[0.0], head=True)] == [
+        "info"
+    ]
 
 
 def test_a_cut_names_its_calls_and_is_meant_where_all_is_frozen() -> None:
@@ -189,10 +227,14 @@ def test_a_branch_that_was_not_measured_is_no_dead_one() -> None:
 @pytest.mark.parametrize(
     ("name", "whole", "fires"),
     [
-        ("gradient", 0.84, False), ("gradient", 0.86, True), ("gradient", -0.86, True),
-        ("activation", 0.79, False), ("activation", 0.81, True), ("activation", -0.81, True),
+        ("gradient", 0.84, False),
+        ("gradient", 0.86, True),
+        ("gradient", -0.86, True),
+        ("activation", 0.79, False),
+        ("activation", 0.81, True),
+        ("activation", -0.81, True),
     ],
-)  # fmt: skip
+)
 def test_growth_over_the_whole_depth(name: str, whole: float, fires: bool) -> None:
     """The records are of two layers."""
     growth = Growth(**{name: whole / 2})
@@ -203,7 +245,9 @@ def test_growth_over_the_whole_depth(name: str, whole: float, fires: bool) -> No
 
 
 @pytest.mark.parametrize(("share", "fires"), [(15.0, False), (50.0, False), (51.0, True)])
-def test_the_embeddings_gradient_has_a_threshold_of_the_user_only(share: float, fires: bool) -> None:
+def test_the_embeddings_gradient_has_a_threshold_of_the_user_only(
+    share: float, fires: bool
+) -> None:
     network = backward(dead=[], embedding="wte.weight", embedding_norm=share, others_median=1.0)
     assert levels(judged(network), "JD404") == []
     own = load_thresholds({"embedding_gradient": {"info": 50.0}})
@@ -228,7 +272,9 @@ def test_the_first_update(plan: Plan, expected: str) -> None:
 
 
 def test_a_gradient_that_is_not_finite() -> None:
-    network = replace(backward(dead=[], not_finite=["wte.weight"]), loss={"kind": "x", "value": 1.0})
+    network = replace(
+        backward(dead=[], not_finite=["wte.weight"]), loss={"kind": "x", "value": 1.0}
+    )
     assert levels(judged(network), "JD406") == ["warning"]
     assert "although the loss is finite" in found(judged(network), "JD406")[0].what
     broken = replace(network, loss={"kind": "x", "value": math.nan})
@@ -239,10 +285,14 @@ def test_a_gradient_that_is_not_finite() -> None:
 def test_there_and_back_and_without_the_new_keys() -> None:
     network = replace(
         forward(variance=LINEAR, peaks=[Peak(1.0, 1.0, 0)], token_cosine=[0.1]),
-        backward=BackwardRecord("wte", 1.0, 0.5, [DeadPath(WHERE, True, "cut", calls=["detach"])], ["x"]),
+        backward=BackwardRecord(
+            "wte", 1.0, 0.5, [DeadPath(WHERE, True, "cut", calls=["detach"])], ["x"]
+        ),
     )
     rows = with_attention(AttentionRecord(1.0, 2.0, 0.5, None, 8))
-    rows[1] = replace(rows[1], dead_branch=DeadBranch(parameters=["w2"], values=[0.0]), gradient_norm=0.5)
+    rows[1] = replace(
+        rows[1], dead_branch=DeadBranch(parameters=["w2"], values=[0.0]), gradient_norm=0.5
+    )
     made = report(rows, network=network)
     assert Report.from_json(made.to_json()) == made
 

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 import jacdiag
 from benchmarks._fresh import libraries, recipes
 from benchmarks._fresh.recipes import RECIPES, Decoder, Place, Recipe
-from jacdiag.measure.contract import whole_map, without_adapters
-from jacdiag.measure.sections import is_sinusoid, sections_of
-from jacdiag.report import ContractRecord, Finding, Report, WeightRecord
+from jacdiag.measure.fused_sections import is_sinusoid, sections_of
+from jacdiag.measure.init_contract import whole_map, without_adapters
+from jacdiag.records import ContractRecord, Finding, Report, WeightRecord
 from jacdiag.rules.init_contract import judged
-from jacdiag.rules.yardstick import is_projection
-from jacdiag.trace.uses import Use
+from jacdiag.rules.scheme_fit import is_projection
+from jacdiag.trace.discovery.weight_roles import Use
 
 BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
 
@@ -158,7 +158,7 @@ def test_a_fused_matrix_is_not_drawn_anew_for_the_sake_of_a_part() -> None:
         values_of(model.blocks[2].get_submodule("qkv").weight).mul_(3)  # type: ignore[arg-type]
     report = audit(model)
     assert named(report) == {"blocks.*.qkv.weight"}
-    from jacdiag.remedies import recipes as remedies
+    from jacdiag.remedies import candidates as remedies
 
     assert remedies._contract(report.contract, ["JD205"]) is None
 
@@ -299,8 +299,10 @@ def test_parts_of_grouped_queries() -> None:
 
 
 def test_parts_of_one_std_are_taken_as_blocks() -> None:
-    layouts = [stds_of(0.5 * torch.randn(192, 64, generator=torch.Generator().manual_seed(k)))
-               for k in range(20)]  # fmt: skip
+    layouts = [
+        stds_of(0.5 * torch.randn(192, 64, generator=torch.Generator().manual_seed(k)))
+        for k in range(20)
+    ]
     assert layouts == [[("W_Q", 64, 0.5), ("W_K", 64, 0.5), ("W_V", 64, 0.5)]] * 20
 
 
@@ -311,8 +313,10 @@ def test_a_fused_matrix_of_unknown_layout_is_not_judged_where_its_sections_diffe
     assert not judged(replace(report.contract, weights=bare)).found
     report = audit(recipes.build(RECIPES["GPT-2"]))
     assert report.contract is not None
-    wrong = [replace(w, sections=[], std=1.0, lower=0.9, upper=1.1) if w.role == "W_QKV" else w
-             for w in report.contract.weights]  # fmt: skip
+    wrong = [
+        replace(w, sections=[], std=1.0, lower=0.9, upper=1.1) if w.role == "W_QKV" else w
+        for w in report.contract.weights
+    ]
     found = judged(replace(report.contract, weights=wrong)).found
     assert {one.weight.role for one in found} == {"W_QKV"}
 
@@ -336,7 +340,9 @@ def test_sinusoids() -> None:
 
 
 # -- what a scheme speaks of -----------------------------------------------------------------------
-def record(role: str, shape: list[int], fan_in: int, fan_out: int, kind: str = "mlp") -> WeightRecord:
+def record(
+    role: str, shape: list[int], fan_in: int, fan_out: int, kind: str = "mlp"
+) -> WeightRecord:
     return WeightRecord("w", shape, role, "w", fan_in=fan_in, fan_out=fan_out, kind=kind)
 
 

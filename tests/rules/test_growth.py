@@ -1,4 +1,6 @@
-"""JD110 between two checkpoints of a run: growth as in healthy training passes, growth far beyond it fails."""
+"""JD110 between two checkpoints of a run: growth as in healthy training passes, growth far beyond
+it fails.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +9,13 @@ from dataclasses import replace
 import pytest
 from rules.test_conditions import findings, healthy, narrow, report, status
 
-from jacdiag.compare import compare_with_earlier
-from jacdiag.render.lines import to_do, verdict_lines
-from jacdiag.render.words import headline
-from jacdiag.report import Interval, ProbeRecord, Report
-from jacdiag.report.seeds import figures_of
-from jacdiag.report.thresholds import load_thresholds
+from jacdiag.comparison import compare_with_earlier
+from jacdiag.comparison.seed_spread import figures_of
+from jacdiag.records import Interval, ProbeRecord, Report
+from jacdiag.render.terminal.sentences import headline
+from jacdiag.render.terminal.verdict import to_do, verdict_lines
 from jacdiag.rules import evaluate
+from jacdiag.rules.thresholds import load_thresholds
 
 LIMITS = load_thresholds({"checkpoint_growth": {"pre": {"info": 4.0, "warning": 10.0}}})
 
@@ -25,9 +27,13 @@ def with_branch(value: Interval, placement: str = "pre") -> list:
     return rows
 
 
-def compared(now: list, earlier: list, states: tuple[str, str] = ("trained", "trained"), **other) -> Report:
+def compared(
+    now: list, earlier: list, states: tuple[str, str] = ("trained", "trained"), **other
+) -> Report:
     made = report(now, state=states[0], **other)
-    record, figures = compare_with_earlier(made, report(earlier, state=states[1]), "earlier.pt", 0.35)
+    record, figures = compare_with_earlier(
+        made, report(earlier, state=states[1]), "earlier.pt", 0.35
+    )
     made = replace(made, against=record, baseline=figures, figures=figures_of([made], 0.35))
     return evaluate(made, thresholds=LIMITS)
 
@@ -61,7 +67,9 @@ def test_growth_on_both_sides_of_each_cut(factor: float, level: str | None, verd
 
 
 def test_a_branch_that_was_zero_is_judged_by_what_it_adds() -> None:
-    """A zero-initialised branch that learns has grown without limit, and multiplies a gradient by little."""
+    """A zero-initialised branch that learns has grown without limit, and multiplies a gradient by
+    little.
+    """
     made = compared(with_branch(narrow(1.2)), with_branch(Interval.exact(0.0)))
     assert [f.level for f in findings(made, "JD110")] == ["info"] and made.verdict == "pass"
     far = compared(with_branch(narrow(1200.0)), with_branch(Interval.exact(0.0)))
@@ -85,12 +93,18 @@ def test_overlapping_intervals_are_no_growth() -> None:
 
 def test_a_norm_that_was_measured_once_only_leaves_it_open() -> None:
     made = compared(with_branch(narrow(0.5)), with_branch(None))  # type: ignore[arg-type]
-    assert made.against.missing == ["h.1.attn"] and status(made, "JD110") == "unknown" and made.verdict == "unknown"
+    assert (
+        made.against.missing == ["h.1.attn"]
+        and status(made, "JD110") == "unknown"
+        and made.verdict == "unknown"
+    )
     assert compared(with_branch(None), with_branch(narrow(0.5))).verdict == "unknown"  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("placement", ["sandwich", "reordered", "none"])
-def test_placements_without_a_boundary_are_observed_and_fail_only_far_beyond(placement: str) -> None:
+def test_placements_without_a_boundary_are_observed_and_fail_only_far_beyond(
+    placement: str,
+) -> None:
     earlier = with_branch(narrow(0.5), placement)
     made = compared(with_branch(exact_growth(50.0), placement), earlier)
     note = next(r.note for r in made.rules if r.code == "JD110")
@@ -109,7 +123,9 @@ def test_from_init_more_growth_is_healthy() -> None:
     earlier = with_branch(narrow(0.5))
     made = compared(with_branch(exact_growth(20.0)), earlier, ("trained", "init"))
     assert [f.level for f in findings(made, "JD110")] == ["info"]
-    assert compared(with_branch(exact_growth(200.0)), earlier, ("trained", "init")).verdict == "fail"
+    assert (
+        compared(with_branch(exact_growth(200.0)), earlier, ("trained", "init")).verdict == "fail"
+    )
 
 
 def test_two_models_at_init_are_compared_as_with_a_baseline() -> None:
@@ -119,14 +135,18 @@ def test_two_models_at_init_are_compared_as_with_a_baseline() -> None:
         made = compared(with_branch(narrow(value)), earlier, states)
         assert [f.level for f in findings(made, "JD110")] == (["error"] if fires else [])
         gated = report(with_branch(narrow(value)))
-        gated = replace(gated, figures=figures_of([gated], 0.35), baseline=figures_of([report(earlier)], 0.35))
+        gated = replace(
+            gated, figures=figures_of([gated], 0.35), baseline=figures_of([report(earlier)], 0.35)
+        )
         as_gate = findings(evaluate(gated, thresholds=LIMITS), "JD110")
-        assert [f.evidence["value"] for f in as_gate] == [f.evidence["value"] for f in findings(made, "JD110")]
+        assert [f.evidence["value"] for f in as_gate] == [
+            f.evidence["value"] for f in findings(made, "JD110")
+        ]
         for finding in findings(made, "JD110"):
             assert "earlier.pt up to" in finding.what and "--write-baseline" not in finding.fix
 
 
-# -- nothing to compare with -------------------------------------------------------------------------------------------
+# -- nothing to compare with -----------------------------------------------------------------------
 def test_a_trained_model_alone_is_observed_whatever_its_norms() -> None:
     for value in (0.5, 7410.0):
         made = evaluate(report(with_branch(narrow(value)), state="trained"), thresholds=LIMITS)
@@ -144,7 +164,9 @@ def test_at_init_nothing_is_observed_and_no_comparison_is_offered() -> None:
 
 def test_what_fires_still_fails_or_warns() -> None:
     broken = {"checks": {"deterministic": True, "non_finite": ["h.0.mlp.weight"], "replay": {}}}
-    assert evaluate(report(healthy(), "trained", settings=broken), thresholds=LIMITS).verdict == "fail"
+    assert (
+        evaluate(report(healthy(), "trained", settings=broken), thresholds=LIMITS).verdict == "fail"
+    )
     off = report(healthy(), "trained", probe=ProbeRecord(2, 8, 0, off_distribution=True))
     assert evaluate(off, thresholds=LIMITS).verdict == "warn"
     rows = [replace(r, core_norm=narrow(50.0)) for r in healthy()]
@@ -152,7 +174,9 @@ def test_what_fires_still_fails_or_warns() -> None:
 
 
 def test_an_observation_across_a_threshold_leaves_nothing_open() -> None:
-    made = evaluate(report(with_branch(Interval(1.3, 1.2, 1.5, 0.999)), "trained"), thresholds=LIMITS)
+    made = evaluate(
+        report(with_branch(Interval(1.3, 1.2, 1.5, 0.999)), "trained"), thresholds=LIMITS
+    )
     assert status(made, "JD103") == "unknown" and made.verdict == "observed"
     at_init = evaluate(report(with_branch(Interval(1.3, 1.2, 1.5, 0.999))), thresholds=LIMITS)
     assert at_init.verdict == "unknown"

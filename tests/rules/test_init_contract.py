@@ -1,4 +1,6 @@
-"""JD201 to JD207 on real little models: what they find, whom they blame, and where they stay silent."""
+"""JD201 to JD207 on real little models: what they find, whom they blame, and where they stay
+silent.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ import jacdiag
 from benchmarks._families import CONFIGS, RECIPES, SCHEMES, Subject, family, recipe, written
 from benchmarks.mutants import blamed, groups, judged, mutations
 from jacdiag.errors import UsageError
-from jacdiag.report import Finding
+from jacdiag.records import Finding
 from jacdiag.rules import checked_contract
 
 BUILDERS: dict[str, Any] = {
@@ -51,7 +53,10 @@ def test_unchanged_models_are_silent(label: str) -> None:
         assert not blamed(judged(build(name, seed)))
 
 
-SLOW = [pytest.param(label, marks=pytest.mark.long) for label in ("transformers t5", "scheme torchtitan-depth")]
+SLOW = [
+    pytest.param(label, marks=pytest.mark.long)
+    for label in ("transformers t5", "scheme torchtitan-depth")
+]
 
 
 @pytest.mark.parametrize("label", ["transformers gpt2", "recipe vanilla", *SLOW])
@@ -68,7 +73,14 @@ def test_mutants_are_found_and_located(label: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("gpt2", "GPT-2"), ("t5", "T5"), ("gemma", "Gemma"), ("llama", "llama"), ("opt", "opt"), ("olmo2", "olmo2")],
+    [
+        ("gpt2", "GPT-2"),
+        ("t5", "T5"),
+        ("gemma", "Gemma"),
+        ("llama", "llama"),
+        ("opt", "opt"),
+        ("olmo2", "olmo2"),
+    ],
 )
 def test_families_are_named(name: str, words: str) -> None:
     report = contract(family(name, 0))
@@ -78,9 +90,15 @@ def test_families_are_named(name: str, words: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("torchtitan-depth", "torchtitan, depth"), ("pytorch", "PyTorch"), ("small-init", "small init"),
-     ("neox", "GPT-NeoX"), ("deepnorm", "DeepNorm"), ("own-depth", "s = 0.0130")],
-)  # fmt: skip
+    [
+        ("torchtitan-depth", "torchtitan, depth"),
+        ("pytorch", "PyTorch"),
+        ("small-init", "small init"),
+        ("neox", "GPT-NeoX"),
+        ("deepnorm", "DeepNorm"),
+        ("own-depth", "s = 0.0130"),
+    ],
+)
 def test_schemes_are_named(name: str, words: str) -> None:
     assert words in note(contract(written(name, 0)), "JD204")
 
@@ -97,10 +115,20 @@ def test_the_sentence_says_which_what_and_expected() -> None:
 
 @pytest.mark.parametrize(
     ("pattern", "factor", "looks"),
-    [("transformer.h.*.attn.c_proj.weight", 1 / math.sqrt(8), "scaled with depth once too often"),
-     ("transformer.h.*.mlp.c_fc.weight", 1 / math.sqrt(8), "scaled with depth, and writes to no shortcut"),
-     ("transformer.h.*.mlp.c_fc.weight", 0.02, "std and variance confused")],
-)  # fmt: skip
+    [
+        (
+            "transformer.h.*.attn.c_proj.weight",
+            1 / math.sqrt(8),
+            "scaled with depth once too often",
+        ),
+        (
+            "transformer.h.*.mlp.c_fc.weight",
+            1 / math.sqrt(8),
+            "scaled with depth, and writes to no shortcut",
+        ),
+        ("transformer.h.*.mlp.c_fc.weight", 0.02, "std and variance confused"),
+    ],
+)
 def test_mistakes_are_named(pattern: str, factor: float, looks: str) -> None:
     subject = family("gpt2", 3)
     scale(subject, factor, *groups(subject)[pattern])
@@ -144,10 +172,12 @@ def test_no_scheme_no_blame_but_layers_are_compared() -> None:
     assert blamed(contract(subject)) == {"model.layers.1.mlp.down_proj.weight"}
 
 
-# -- pinned -----------------------------------------------------------------------------------------------------------
+# -- pinned ----------------------------------------------------------------------------------------
 def test_a_pinned_contract_is_an_error() -> None:
     subject = recipe("gpt2", 0)
-    held = contract(subject, contract={"matrix": "0.02", "W_O": "0.02/sqrt(2*N)", "W_2": "0.02/sqrt(2*N)"})
+    held = contract(
+        subject, contract={"matrix": "0.02", "W_O": "0.02/sqrt(2*N)", "W_2": "0.02/sqrt(2*N)"}
+    )
     assert status(held, "JD201") == "clean"
     broken = contract(subject, contract={"matrix": 0.02, "norm_gain": 1})
     assert {f.evidence["role"] for f in findings(broken, "JD201")} == {"W_O", "W_2"}
@@ -158,7 +188,9 @@ def test_pinned_by_name_and_by_layer() -> None:
     subject = written("torchtitan-depth", 0)
     pinned = {"W_O": "0.02/sqrt(2*(l+1))", "model.layers.*.mlp.gate_proj.weight": "0.03"}
     report = contract(subject, contract=pinned)
-    assert {f.evidence["pattern"] for f in findings(report, "JD201")} == {"model.layers.*.mlp.gate_proj.weight"}
+    assert {f.evidence["pattern"] for f in findings(report, "JD201")} == {
+        "model.layers.*.mlp.gate_proj.weight"
+    }
 
 
 def test_a_role_that_matches_nothing_is_not_applicable() -> None:
@@ -168,21 +200,28 @@ def test_a_role_that_matches_nothing_is_not_applicable() -> None:
 
 @pytest.mark.parametrize(
     ("pinned", "message"),
-    [({"W_0": "0.02"}, "no role 'W_0'"), ({"W_O": "0.02/n"}, "uses 'n'"), ({"W_O": "0.02/"}, "cannot be read"),
-     ({"W_O": [1]}, "takes a formula"), ({"W_O": True}, "takes a formula"), ({"embed": "1"}, "no role")],
-)  # fmt: skip
+    [
+        ({"W_0": "0.02"}, "no role 'W_0'"),
+        ({"W_O": "0.02/n"}, "uses 'n'"),
+        ({"W_O": "0.02/"}, "cannot be read"),
+        ({"W_O": [1]}, "takes a formula"),
+        ({"W_O": True}, "takes a formula"),
+        ({"embed": "1"}, "no role"),
+    ],
+)
 def test_contracts_that_are_none(pinned: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         checked_contract(pinned)
 
 
-# -- tied, decayed, trained -------------------------------------------------------------------------------------------
+# -- tied, decayed, trained ------------------------------------------------------------------------
 def test_an_embedding_scaled_up_and_tied() -> None:
     subject = family("gpt2", 0)
     assert status(contract(subject), "JD206") == "clean"
     scale(subject, 50.0, "transformer.wte.weight")
     [one] = findings(contract(subject), "JD206")
-    assert one.evidence["value"] == pytest.approx(8.0, rel=0.2)  # std 1, d 64: logits of std sqrt(64)
+    # std 1, d 64: logits of std sqrt(64)
+    assert one.evidence["value"] == pytest.approx(8.0, rel=0.2)
     assert status(contract(family("llama", 0)), "JD206") == "not-applicable"
 
 
@@ -195,7 +234,9 @@ def test_weight_decay() -> None:
     subject = family("gpt2", 0)
     model = subject.model
     assert status(contract(subject), "JD207") == "not-applicable"
-    everything = contract(subject, optimizer=torch.optim.AdamW(model.parameters(), weight_decay=0.1))
+    everything = contract(
+        subject, optimizer=torch.optim.AdamW(model.parameters(), weight_decay=0.1)
+    )
     found = {f.evidence["role"]: f.level for f in findings(everything, "JD207")}
     assert found == {"embedding": "warning", "norm_gain": "warning", "bias": "info"}
     matrices = [p for n, p in model.named_parameters() if p.dim() > 1 and "wte" not in n]

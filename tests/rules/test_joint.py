@@ -1,4 +1,6 @@
-"""The joint detector on made-up series: lifts that no single step shows, updates that leap, noise of every kind."""
+"""The joint detector on made-up series: lifts that no single step shows, updates that leap, noise
+of every kind.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +12,22 @@ import numpy as np
 import pytest
 from rules.test_live import LIMITS, codes, fed, healthy, spike
 
-from jacdiag.report.thresholds import load_thresholds
-from jacdiag.rules.lift import Lift
-from jacdiag.rules.live import LiveRules, StepFigures
+from jacdiag.detectors.live_rules import LiveRules, StepFigures
+from jacdiag.detectors.sustained_rise import Lift
+from jacdiag.rules.thresholds import load_thresholds
 
 
 def lifted(loss: float, gradient: float, steps: int, at: int = 500) -> list[StepFigures]:
-    """Steps that stand out by so many standard deviations of `healthy`'s scatter on average, not one by one."""
+    """Steps that stand out by so many standard deviations of `healthy`'s scatter on average, not
+    one by one.
+    """
     made = healthy(at + steps, seed=5)
     return [
-        StepFigures(f.step, (f.loss or 0) + 0.05 * loss * (f.step >= at), f.gradient + 0.2 * gradient * (f.step >= at))
+        StepFigures(
+            f.step,
+            (f.loss or 0) + 0.05 * loss * (f.step >= at),
+            f.gradient + 0.2 * gradient * (f.step >= at),
+        )
         for f in made
     ]
 
@@ -35,12 +43,20 @@ def test_a_lift_of_both_is_seen_in_some_steps_and_of_one_alone_is_not() -> None:
 
 
 def test_the_fall_of_a_loss_is_no_yardstick() -> None:
-    """At step 300 the last 300 losses spread over 3 nats, and scatter by 0.05: by their spread nothing is seen."""
+    """At step 300 the last 300 losses spread over 3 nats, and scatter by 0.05: by their spread
+    nothing is seen.
+    """
 
     def falling(lift: float) -> list[StepFigures]:
         source = random.Random(2)
-        loss = [2 + 4 * math.exp(-step / 60) + source.gauss(0, 0.05) + lift * (step >= 300) for step in range(330)]
-        return [StepFigures(k, v, 1 + source.gauss(0, 0.1) + 2 * lift * (k >= 300)) for k, v in enumerate(loss)]
+        loss = [
+            2 + 4 * math.exp(-step / 60) + source.gauss(0, 0.05) + lift * (step >= 300)
+            for step in range(330)
+        ]
+        return [
+            StepFigures(k, v, 1 + source.gauss(0, 0.1) + 2 * lift * (k >= 300))
+            for k, v in enumerate(loss)
+        ]
 
     assert np.std([f.loss for f in falling(0)[:300]]) > 12 * 0.05
     assert codes(LiveRules(LIMITS), falling(0)) == []
@@ -52,48 +68,72 @@ def gauss(source: random.Random) -> float:
 
 
 def student(freedom: float) -> Any:
-    return lambda source: source.gauss(0, 1) / math.sqrt(source.gammavariate(freedom / 2, 2 / freedom))
+    return lambda source: (
+        source.gauss(0, 1) / math.sqrt(source.gammavariate(freedom / 2, 2 / freedom))
+    )
 
 
 NOISE = {
-    "Gaussian": gauss, "Student t, 3": student(3), "Student t, 2": student(2),
-    "lognormal": lambda source: math.exp(0.7 * source.gauss(0, 1)), "uniform": lambda source: source.uniform(-1, 1),
-}  # fmt: skip
+    "Gaussian": gauss,
+    "Student t, 3": student(3),
+    "Student t, 2": student(2),
+    "lognormal": lambda source: math.exp(0.7 * source.gauss(0, 1)),
+    "uniform": lambda source: source.uniform(-1, 1),
+}
 
 
-# Every shape of noise, once without memory and once with it; the fast tests take the two most common.
+# Every shape of noise, once without memory and once with it; the fast tests take the two most
+# common.
 COMMON = ("Gaussian", "Student t, 3")
-SHAPES = [*COMMON, *(pytest.param(name, marks=pytest.mark.long) for name in NOISE if name not in COMMON)]
+SHAPES = [
+    *COMMON,
+    *(pytest.param(name, marks=pytest.mark.long) for name in NOISE if name not in COMMON),
+]
 
 
 @pytest.mark.parametrize("memory", [0.0, 0.8])
 @pytest.mark.parametrize("noise", SHAPES)
-def test_noise_of_any_tail_is_silent_and_so_is_one_that_hangs_together(noise: str, memory: float) -> None:
-    """20,000 steps. Without memory loss and gradient norm are one and the same number, which is the worst case.
+def test_noise_of_any_tail_is_silent_and_so_is_one_that_hangs_together(
+    noise: str, memory: float
+) -> None:
+    """20,000 steps. Without memory loss and gradient norm are one and the same number, which is the
+    worst case.
 
-    With memory a shock of 20 deviations lasts for steps: one figure over 8 for three steps is an alert as published.
+    With memory a shock of 20 deviations lasts for steps: one figure over 8 for three steps is an
+    alert as published.
     """
     source, loss, gradient, found = random.Random(11), 0.0, 0.0, []
     live = LiveRules(LIMITS)
     for step in range(20_000):
-        loss, gradient = memory * loss + NOISE[noise](source), memory * gradient + NOISE[noise](source)
-        found += live.step(StepFigures(step, 3 + 0.02 * loss, 3 + 0.02 * (gradient if memory else loss))).alerts
+        loss, gradient = (
+            memory * loss + NOISE[noise](source),
+            memory * gradient + NOISE[noise](source),
+        )
+        found += live.step(
+            StepFigures(step, 3 + 0.02 * loss, 3 + 0.02 * (gradient if memory else loss))
+        ).alerts
     assert [a for a in found if a.code == "JD501" and ("steps" in a.evidence or not memory)] == []
 
 
 def test_two_lone_spikes_close_to_each_other_are_no_lift() -> None:
     live = fed()
-    row = [spike(500 + k, 9.0 if k in (0, 2) else 2.9, 30.0 if k in (0, 2) else 1.2) for k in range(20)]
+    row = [
+        spike(500 + k, 9.0 if k in (0, 2) else 2.9, 30.0 if k in (0, 2) else 1.2) for k in range(20)
+    ]
     assert "JD501" not in [code for _, code in codes(live, row)]
 
 
 def stepped(live: LiveRules, rates: list[float], calm: bool = True) -> list[tuple[int, str]]:
-    """Updates that follow the learning rate at once; if not calm, the gradient norm stands out from step 400 on."""
+    """Updates that follow the learning rate at once; if not calm, the gradient norm stands out from
+    step 400 on.
+    """
     source = random.Random(4)
     found = []
     for step, lr in enumerate(rates):
         gradient = 1 + source.gauss(0, 0.1) + (0.6 if step >= 400 and not calm else 0)
-        f = StepFigures(step, 2 + source.gauss(0, 0.05), gradient, lr, update=("abcd"[step % 4], 1.2 * lr))
+        f = StepFigures(
+            step, 2 + source.gauss(0, 0.05), gradient, lr, update=("abcd"[step % 4], 1.2 * lr)
+        )
         found += [(a.step, a.code) for a in live.step(f).alerts]
     return found
 
@@ -103,7 +143,8 @@ def test_updates_that_leap_speak_with_a_vote_and_not_alone() -> None:
     (alert,) = stepped(LiveRules(LIMITS), leap, calm=False)
     assert alert[1] == "JD501" and 402 <= alert[0] <= 403  # three sub-layers in turn
     assert stepped(LiveRules(LIMITS), [1e-3] * 400 + [3e-2] * 2, calm=False) == []
-    assert stepped(LiveRules(LIMITS), [1e-3] * 400 + [5e-3] * 4, calm=False) == []  # under the alarm of the field
+    # under the alarm of the field
+    assert stepped(LiveRules(LIMITS), [1e-3] * 400 + [5e-3] * 4, calm=False) == []
     warm_up = [3e-2 * min(step / 300, 1.0) for step in range(404)]
     assert stepped(LiveRules(LIMITS), warm_up, calm=False) == []
     quiet = LiveRules(load_thresholds({"gradient_z": {"info": 1e9}}))
@@ -127,8 +168,10 @@ def test_lift_goes_on_exactly_from_its_state() -> None:
 
 
 def test_lift_of_white_noise_is_a_z_score() -> None:
-    """Means of 4 and 16 steps over their own deviation scatter by about 1, and lie a little low: a chance rise of the
-    level is carried forward, which is by 0.075 deviations of one step on average, so 0.15 and 0.3 of those means."""
+    """Means of 4 and 16 steps over their own deviation scatter by about 1, and lie a little low: a
+    chance rise of the level is carried forward, which is by 0.075 deviations of one step on
+    average, so 0.15 and 0.3 of those means.
+    """
     source, lift, found = np.random.default_rng(3), Lift(), {4: [], 16: []}  # type: ignore[var-annotated]
     for value in source.normal(5, 0.3, 6000).tolist():
         for span, z in lift.z(value).items():

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jacdiag.detectors.live_rules import QUIET, LiveRules, StepFigures
+from jacdiag.detectors.running_statistics import Exponential, Rolling, RollingMedian, Trend
 from jacdiag.errors import UsageError
-from jacdiag.report.thresholds import load_thresholds
 from jacdiag.rules import EVERY, RULES, rule
-from jacdiag.rules.live import QUIET, LiveRules, StepFigures
-from jacdiag.rules.series import Exponential, Rolling, RollingMedian, Trend
+from jacdiag.rules.thresholds import load_thresholds
 
 LIMITS = load_thresholds()
 
@@ -30,7 +30,9 @@ def healthy(steps: int, seed: int = 0, start: int = 0) -> Iterator[StepFigures]:
         yield StepFigures(step, loss, math.sqrt(sum(g * g for g in each)), 1e-3, each)
 
 
-def codes(live: LiveRules, figures: Iterator[StepFigures] | list[StepFigures]) -> list[tuple[int, str]]:
+def codes(
+    live: LiveRules, figures: Iterator[StepFigures] | list[StepFigures]
+) -> list[tuple[int, str]]:
     return [(alert.step, alert.code) for f in figures for alert in live.step(f).alerts]
 
 
@@ -41,19 +43,25 @@ def fed(steps: int = 500, **options: Any) -> LiveRules:
     return live
 
 
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(2, 8))])
+@pytest.mark.parametrize(
+    "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(2, 8))]
+)
 def test_ten_thousand_healthy_steps_are_silent(seed: int) -> None:
     live = LiveRules(LIMITS, ["a", "b", "c"])
     assert codes(live, healthy(10_000, seed)) == []
 
 
 def test_one_z_score_alone_would_not_be() -> None:
-    """62 alarms in 10,000 Gaussian steps is what one z-score over 2.5 comes to: 10,000 (1 - Phi(2.5))."""
+    """62 alarms in 10,000 Gaussian steps is what one z-score over 2.5 comes to: 10,000 (1 -
+    Phi(2.5)).
+    """
     source = random.Random(0)
     live = LiveRules(LIMITS)
     votes, alerts = 0, 0
     for step in range(10_000):
-        verdict = live.step(StepFigures(step, 2.0 + source.gauss(0, 0.02), 1.0 + source.gauss(0, 0.1)))
+        verdict = live.step(
+            StepFigures(step, 2.0 + source.gauss(0, 0.02), 1.0 + source.gauss(0, 0.1))
+        )
         votes += "JD503" in verdict.votes
         alerts += len(verdict.alerts)
     assert 40 < votes < 250 and alerts == 0
@@ -69,10 +77,14 @@ def test_slow_monotone_drift_never_alerts(rate: float, kind: str, sign: int) -> 
     for step in range(3000):
         drift = 1 + rate * step if kind == "line" else math.exp(rate * step)
         level = drift if sign > 0 else 1 / drift
-        f = StepFigures(step, 3.0 * level + source.gauss(0, 0.01), level * math.exp(source.gauss(0, 0.1)))
+        f = StepFigures(
+            step, 3.0 * level + source.gauss(0, 0.01), level * math.exp(source.gauss(0, 0.1))
+        )
         found += live.step(f).alerts
         if step % 50 == 0:
-            found += live.probe(step, {"branch_norm": {"a": 2.0 * level}, "shortcut_std": {"a": level}}).alerts
+            found += live.probe(
+                step, {"branch_norm": {"a": 2.0 * level}, "shortcut_std": {"a": level}}
+            ).alerts
     assert found == []
 
 
@@ -85,18 +97,25 @@ def test_joint_detector_takes_both_for_three_steps_in_a_row() -> None:
     assert codes(live, [spike(500, 9.0, 30.0), spike(501, 9.0, 30.0)]) == [(500, "JD502")]
     assert codes(live, [spike(502, 9.0, 30.0)]) == [(502, "JD501")]
     live = fed()
-    assert codes(live, [spike(500, 2.9, 40.0), spike(501, 2.9, 40.0), spike(502, 2.9, 40.0)]) == [(502, "JD501")]
+    assert codes(live, [spike(500, 2.9, 40.0), spike(501, 2.9, 40.0), spike(502, 2.9, 40.0)]) == [
+        (502, "JD501")
+    ]
 
 
 def test_two_steps_or_a_broken_row_are_not_enough() -> None:
     live = fed()
-    row = [spike(500 + k, 2.9, gradient) for k, gradient in enumerate((40.0, 40.0, 0.9, 40.0, 40.0))]
+    row = [
+        spike(500 + k, 2.9, gradient) for k, gradient in enumerate((40.0, 40.0, 0.9, 40.0, 40.0))
+    ]
     assert codes(live, row) == []
 
 
 def test_warm_up_is_silent() -> None:
     live = LiveRules(LIMITS)
-    wild = [StepFigures(step, 10.0 if step % 7 else 500.0, 50.0 if step % 5 else 5000.0) for step in range(60)]
+    wild = [
+        StepFigures(step, 10.0 if step % 7 else 500.0, 50.0 if step % 5 else 5000.0)
+        for step in range(60)
+    ]
     assert codes(live, wild) == []
 
 
@@ -105,22 +124,30 @@ def test_a_corrupted_batch_of_one_step_is_seen_and_its_neighbours_are_not_hidden
     assert codes(live, [spike(500, 7.0, 9.0)]) == [(500, "JD502")]
     after = fed(600)
     after.step(spike(600, 7.0, 9.0))
-    assert after.loss.z(7.0) == pytest.approx(fed(600).loss.z(7.0))  # the spike is not in its own yardstick
+    # the spike is not in its own yardstick
+    assert after.loss.z(7.0) == pytest.approx(fed(600).loss.z(7.0))
 
 
 def test_the_sub_layer_that_moved_first_is_named() -> None:
     live = fed()
     live.step(spike(500, 2.9, 1.2, (0.7, 9.0, 0.7)))
     live.step(spike(501, 2.9, 1.2, (0.7, 9.0, 9.0)))
-    alerts = [a for s in (502, 503, 504) for a in live.step(spike(s, 9.0, 40.0, (9.0, 9.0, 9.0))).alerts]
+    alerts = [
+        a for s in (502, 503, 504) for a in live.step(spike(s, 9.0, 40.0, (9.0, 9.0, 9.0))).alerts
+    ]
     assert {a.code for a in alerts} == {"JD501", "JD502"}
     assert all(a.where == ["b", "c", "a"] for a in alerts)
-    assert "; b moved first (gradient norm 9.00, usually 0.9" in alerts[0].what and "since step 500" in alerts[0].what
+    assert (
+        "; b moved first (gradient norm 9.00, usually 0.9" in alerts[0].what
+        and "since step 500" in alerts[0].what
+    )
     assert [moved["since"] for moved in alerts[0].evidence["moved"]] == [500, 501, 502]
 
 
 def test_no_sub_layer_is_called_the_first_where_none_was() -> None:
-    """All at the same step, none at all, one by a chance vote before the others, and sub-layers that are not known."""
+    """All at the same step, none at all, one by a chance vote before the others, and sub-layers
+    that are not known.
+    """
     live = fed()
     (alert,) = live.step(spike(500, 9.0, 40.0, (9.0, 9.0, 9.0))).alerts
     assert "none moved first: all sub-layers that stand out have since step 500" in alert.what
@@ -144,7 +171,12 @@ def test_alerts_are_rate_limited_and_what_was_held_back_is_counted() -> None:
     assert [code for _, code in codes(live, row)].count("JD501") == 1
     later = [alert for f in healthy(QUIET, start=600) for alert in live.step(f).alerts]
     assert later == []
-    again = [a for s in range(900, 903) for a in live.step(spike(s, 9.0, 300.0)).alerts if a.code == "JD501"]
+    again = [
+        a
+        for s in range(900, 903)
+        for a in live.step(spike(s, 9.0, 300.0)).alerts
+        if a.code == "JD501"
+    ]
     assert [a.suppressed > 0 for a in again] == [True]
 
 
@@ -164,12 +196,17 @@ def test_non_finite_speaks_at_once_and_a_scaler_that_looks_for_its_scale_does_no
 
 
 def probes(live: LiveRules, values: list[float], figure: str = "branch_norm") -> list[int]:
-    return [k for k, v in enumerate(values) for _ in live.probe(200 * k, {figure: {"a": v, "b": 1.0}}).alerts]
+    return [
+        k
+        for k, v in enumerate(values)
+        for _ in live.probe(200 * k, {figure: {"a": v, "b": 1.0}}).alerts
+    ]
 
 
 def test_a_jump_of_a_gain_against_its_own_trend() -> None:
     steady = [1.0 * 1.02**k for k in range(12)]
-    assert probes(LiveRules(LIMITS), [*steady, 4.0, 4.1, 4.1]) == [13]  # at the second probe in a row
+    # at the second probe in a row
+    assert probes(LiveRules(LIMITS), [*steady, 4.0, 4.1, 4.1]) == [13]
     assert probes(LiveRules(LIMITS), [*steady, 4.0, 1.3, 1.3]) == []  # one probe alone
     assert probes(LiveRules(LIMITS), [*steady, 0.3, 0.3]) == [13]
     assert probes(LiveRules(LIMITS), [1.0, 4.0, 4.0, 4.0]) == []  # too few to have a trend
@@ -207,7 +244,9 @@ def test_update_rule_is_silent_while_the_learning_rate_moves_and_after_a_resume(
     live = LiveRules(LIMITS)
     for step in range(60):
         lr = 1e-5 * (step + 1)
-        assert not live.step(StepFigures(step, 2.0, 1.0, lr, update=("w", lr * (9.0 if step == 50 else 1.0)))).votes
+        assert not live.step(
+            StepFigures(step, 2.0, 1.0, lr, update=("w", lr * (9.0 if step == 50 else 1.0)))
+        ).votes
     live = LiveRules(LIMITS)
     for step in range(20):
         live.step(StepFigures(step, 2.0, 1.0, 1e-3, update=("w", 1e-3)))
@@ -229,7 +268,7 @@ def test_memory_goes_on_exactly() -> None:
         assert a.scores == pytest.approx(b.scores)
 
 
-# -- the series, against numpy -----------------------------------------------------------------------------------------
+# -- the series, against numpy ---------------------------------------------------------------------
 def test_series_against_numpy() -> None:
     values = np.random.default_rng(0).normal(3, 1, 3000)
     rolling, middle = Rolling(1000), RollingMedian(201)
@@ -250,7 +289,9 @@ def test_series_against_numpy() -> None:
 
 
 def test_the_error_of_a_trend_is_that_of_its_prediction() -> None:
-    """Against the textbook's matrix form: s^2 (1 + x^T (X^T X)^-1 x), and by trial: it is what predictions miss by."""
+    """Against the textbook's matrix form: s^2 (1 + x^T (X^T X)^-1 x), and by trial: it is what
+    predictions miss by.
+    """
     random_ = np.random.default_rng(1)
     misses = []
     for _ in range(2000):
@@ -283,11 +324,28 @@ def test_documentation_and_thresholds() -> None:
     assert [r.code for r in mine] == [f"JD50{k}" for k in range(1, 9)]
     for one in mine:
         assert rule(one.code) is one and one not in RULES
-        assert all(text.strip() for text in (one.summary, one.what, one.why, one.example, one.remedy))
-    for figure in ("spike_score", "median_spike", "gradient_z", "joint_both", "joint_one", "lift_both",
-                   "update_ratio", "update_leap", "gain_drift", "update_jump", "weight_write"):  # fmt: skip
+        assert all(
+            text.strip() for text in (one.summary, one.what, one.why, one.example, one.remedy)
+        )
+    for figure in (
+        "spike_score",
+        "median_spike",
+        "gradient_z",
+        "joint_both",
+        "joint_one",
+        "lift_both",
+        "update_ratio",
+        "update_leap",
+        "gain_drift",
+        "update_jump",
+        "weight_write",
+    ):
         limits = LIMITS.limits(figure)
-        assert limits.cuts and limits.origin in ("published", "derived", "convention") and limits.source
+        assert (
+            limits.cuts
+            and limits.origin in ("published", "derived", "convention")
+            and limits.source
+        )
     with pytest.raises(UsageError, match="closest"):
         rule("JD509")
 

@@ -8,9 +8,9 @@ import pytest
 from rules.test_conditions import LIMITS, findings, healthy, judged, report, status
 
 from jacdiag.errors import UsageError
-from jacdiag.render.lines import to_do, verdict_lines
-from jacdiag.render.words import headline
-from jacdiag.report import ContractRecord, Interval, ModelRecord, WeightRecord
+from jacdiag.records import ContractRecord, Interval, ModelRecord, WeightRecord
+from jacdiag.render.terminal.sentences import headline
+from jacdiag.render.terminal.verdict import to_do, verdict_lines
 from jacdiag.rules import RULES, evaluate, rule
 from jacdiag.rules.profile import profile_of
 
@@ -19,7 +19,9 @@ CODES = tuple(r.code for r in RULES)
 
 @pytest.mark.parametrize(("covered", "level"), [(1000, None), (951, "info"), (949, "warning")])
 def test_uncovered_parameters(covered: int, level: str | None) -> None:
-    model = ModelRecord("GPT", 1000, 2, covered_parameters=covered, uncovered=["adapter.weight"] if level else [])
+    model = ModelRecord(
+        "GPT", 1000, 2, covered_parameters=covered, uncovered=["adapter.weight"] if level else []
+    )
     made = judged(healthy(), model=model)
     assert [f.level for f in findings(made, "JD902")] == ([level] if level else [])
     assert status(made, "JD902") == ("fired" if level else "clean")
@@ -27,16 +29,24 @@ def test_uncovered_parameters(covered: int, level: str | None) -> None:
 
 def test_a_model_that_is_not_deterministic_is_an_error_and_nothing_else_is_claimed() -> None:
     made = judged([], settings={"checks": {"deterministic": False, "non_finite": []}})
-    assert made.verdict == "fail" and [f.code for f in made.findings if f.level == "error"] == ["JD905"]
+    assert made.verdict == "fail" and [f.code for f in made.findings if f.level == "error"] == [
+        "JD905"
+    ]
     assert not findings(made, "JD904")
 
 
 def test_non_finite_weights_are_named_with_their_sublayers() -> None:
     rows = healthy()
     rows[1] = replace(rows[1], parameters=["h.0.mlp.weight"], branch_norm=None, core_norm=None)
-    made = judged(rows, settings={"checks": {"deterministic": True, "non_finite": ["h.0.mlp.weight"]}})
+    made = judged(
+        rows, settings={"checks": {"deterministic": True, "non_finite": ["h.0.mlp.weight"]}}
+    )
     (finding,) = findings(made, "JD906")
-    assert finding.level == "error" and finding.where == ["h.0.mlp"] and "h.0.mlp.weight" in finding.what
+    assert (
+        finding.level == "error"
+        and finding.where == ["h.0.mlp"]
+        and "h.0.mlp.weight" in finding.what
+    )
     assert made.verdict == "fail"
 
 
@@ -45,16 +55,28 @@ NAN = {"branch_norm": "not finite: NaN or Inf in the shortcut or the branch"}
 
 @pytest.mark.parametrize("kind", ["mlp", "mixer"])
 def test_what_could_not_be_measured_is_never_met(kind: str) -> None:
-    """Nor where no threshold is calibrated for it: a NaN must not pass by the kind of what it broke."""
+    """Nor where no threshold is calibrated for it: a NaN must not pass by the kind of what it
+    broke.
+    """
     rows = healthy()
-    rows[3] = replace(rows[3], kind=kind, branch_norm=None, core_norm=None, norm_gain=None, notes=NAN)
+    rows[3] = replace(
+        rows[3], kind=kind, branch_norm=None, core_norm=None, norm_gain=None, notes=NAN
+    )
     made = judged(rows)
-    assert made.conditions.small_sublayers == made.conditions.large_shortcut == made.verdict == "unknown"
+    assert (
+        made.conditions.small_sublayers
+        == made.conditions.large_shortcut
+        == made.verdict
+        == "unknown"
+    )
     assert {status(made, code) for code in ("JD101", "JD102", "JD103")} == {"unknown"}
 
 
 def test_every_sublayer_that_was_not_measured_is_listed_whatever_its_placement() -> None:
-    rows = [*healthy()[:2], *(replace(r, placement="none", branch_norm=None, notes=NAN) for r in healthy()[2:])]
+    rows = [
+        *healthy()[:2],
+        *(replace(r, placement="none", branch_norm=None, notes=NAN) for r in healthy()[2:]),
+    ]
     (finding,) = findings(judged(rows), "JD901")
     assert finding.where == ["h.1.attn", "h.1.mlp"]
 
@@ -62,7 +84,9 @@ def test_every_sublayer_that_was_not_measured_is_listed_whatever_its_placement()
 def test_advice_on_a_nan_names_the_weight_and_not_more_products() -> None:
     rows = healthy()
     rows[1] = replace(rows[1], branch_norm=None, core_norm=None, norm_gain=None, notes=NAN)
-    (finding,) = findings(judged(rows, settings={"checks": {"non_finite": ["h.0.mlp.weight"]}}), "JD901")
+    (finding,) = findings(
+        judged(rows, settings={"checks": {"non_finite": ["h.0.mlp.weight"]}}), "JD901"
+    )
     assert "h.0.mlp.weight" in finding.fix and "--max-products" not in finding.fix
     rows[0] = replace(rows[0], branch_norm=Interval(1.0, 0.9, 1.1, 0.999))
     (finding,) = findings(judged(rows), "JD901")
@@ -76,11 +100,29 @@ def test_a_rule_that_matched_nothing_is_not_applicable_and_said() -> None:
 
 
 def test_rules_that_were_not_selected_are_not_undecided() -> None:
-    weight = WeightRecord("h.0.mlp.weight", [64, 64], "W_1", "h.*.mlp.weight", 0, "h.0.mlp", 64, 64, "normal", 0.02,
-                          0.0195, 0.0205, 0.0)  # fmt: skip
-    made = replace(report([]), contract=ContractRecord("GPT", {"N": 1.0, "d": 64.0}, [weight], pinned={"W_1": "0.02"}))
+    weight = WeightRecord(
+        "h.0.mlp.weight",
+        [64, 64],
+        "W_1",
+        "h.*.mlp.weight",
+        0,
+        "h.0.mlp",
+        64,
+        64,
+        "normal",
+        0.02,
+        0.0195,
+        0.0205,
+        0.0,
+    )
+    made = replace(
+        report([]),
+        contract=ContractRecord("GPT", {"N": 1.0, "d": 64.0}, [weight], pinned={"W_1": "0.02"}),
+    )
     asked = evaluate(made, thresholds=LIMITS)
-    assert asked.verdict == "unknown" and findings(asked, "JD904"), "norms were asked for, and none was judged"
+    assert asked.verdict == "unknown" and findings(asked, "JD904"), (
+        "norms were asked for, and none was judged"
+    )
     for without in ({"select": ["JD2", "JD9"]}, {"ignore": ["JD1"]}):
         alone = evaluate(made, thresholds=LIMITS, **without)
         assert alone.verdict == "pass" and not findings(alone, "JD904")
@@ -124,7 +166,17 @@ def test_an_unknown_code_names_the_closest() -> None:
 
 def test_profiles() -> None:
     assert profile_of("paper", CODES).promoted("JD101", "warning") == "error"
-    assert profile_of({"name": "strict", "levels": {"JD103": "error"}}, CODES).promoted("JD103", "info") == "warning"
-    for bad in ("papr", {"levels": {"JD999": "error"}}, {"levels": {"JD101": "loud"}}, {"colour": 1}):
+    assert (
+        profile_of({"name": "strict", "levels": {"JD103": "error"}}, CODES).promoted(
+            "JD103", "info"
+        )
+        == "warning"
+    )
+    for bad in (
+        "papr",
+        {"levels": {"JD999": "error"}},
+        {"levels": {"JD101": "loud"}},
+        {"colour": 1},
+    ):
         with pytest.raises(UsageError):
             profile_of(bad, CODES)

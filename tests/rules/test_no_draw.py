@@ -1,4 +1,6 @@
-"""Mistakes of a draw that no other weight of the model shows, and correct inits that look like them."""
+"""Mistakes of a draw that no other weight of the model shows, and correct inits that look like
+them.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,10 @@ from benchmarks.initbench.draws import (
 )
 from benchmarks.initbench.encoders import T5, ViT
 from benchmarks.initbench.others import ResidualMLP
-from jacdiag.measure.draws import draw_of, find_outliers
-from jacdiag.report import Finding, Report, WeightRecord
-from jacdiag.report.contract import ContractRecord
-from jacdiag.rules.no_draw import find_no_draws
+from jacdiag.measure.init_distribution import draw_of, find_outliers
+from jacdiag.records import Finding, Report, WeightRecord
+from jacdiag.records.init_contract import ContractRecord
+from jacdiag.rules.never_drawn import find_no_draws
 
 WIDTH = 64
 DOWN = "layers.*.mlp.down_proj.weight"
@@ -139,7 +141,9 @@ def test_the_sentence_says_how_far() -> None:
         model.layers[2].mlp.down_proj.weight[3, 5] = -2.0
     [finding] = warnings_of(audit(model))
     assert finding.evidence["parameters"] == ["layers.2.mlp.down_proj.weight"]
-    assert "1 number lies far outside the draw, up to 2.00 where the rest has std 0.0" in finding.what
+    assert (
+        "1 number lies far outside the draw, up to 2.00 where the rest has std 0.0" in finding.what
+    )
 
 
 # -- std 1 and more --------------------------------------------------------------------------------
@@ -224,7 +228,8 @@ def test_a_head_that_alone_keeps_the_default_of_linear() -> None:
     [finding] = warnings_of(audit(llama(("lm_head", linear_default), ("weight", truncated(0.02)))))
     assert finding.evidence["parameters"] == ["lm_head.weight"]
     assert finding.what.endswith("PyTorch's default for nn.Linear")
-    # A normal draw of that std was written by somebody; and where other matrices keep the default, it is the init.
+    # A normal draw of that std was written by somebody; and where other matrices keep the default,
+    # it is the init.
     alike = normal(1 / math.sqrt(3 * WIDTH))
     for rules in (
         (("lm_head", alike), ("weight", normal(0.02))),
@@ -263,9 +268,7 @@ def test_right_fans_square_matrices_and_one_value_are_not_blamed() -> None:
 
 
 def test_a_variance_in_place_of_the_std_shows_in_two_values() -> None:
-    found = warnings_of(
-        audit(mlp(lambda w: nn.init.normal_(w, 0.0, 1 / w.shape[1])), features())
-    )
+    found = warnings_of(audit(mlp(lambda w: nn.init.normal_(w, 0.0, 1 / w.shape[1])), features()))
     assert {f.evidence["pattern"] for f in found} == {"blocks.*.w1", "blocks.*.w2"}
     assert all(f.what.endswith("std and variance confused") for f in found)
 
@@ -301,7 +304,9 @@ def test_attention_of_fairseq_beside_the_default_is_an_init() -> None:
 
 @pytest.mark.parametrize("name", ["q_proj", "v_proj"])
 def test_one_projection_alone_by_another_variant_is_a_mistake(name: str) -> None:
-    """Each of these inits exists, but no attention draws one projection by one of them and the rest by another."""
+    """Each of these inits exists, but no attention draws one projection by one of them and the rest
+    by another.
+    """
     for gain in (1.0, 1 / math.sqrt(2)):
         model = llama(
             (name, xavier_uniform(gain)), ("embed_tokens", normal(1.0)), ("weight", linear_default)
@@ -324,7 +329,9 @@ def test_one_section_of_a_fused_attention_by_another_variant_is_a_mistake() -> N
     assert not warnings_of(audit(build(1.0)))
     # 1/sqrt(3d) by the root of 3/2 is fairseq's 1/sqrt(2d).
     (finding,) = warnings_of(audit(build(math.sqrt(1.5))))
-    assert finding.code == "JD204" and finding.evidence["parameters"] == [f"h.{k}.attn.c_attn.weight" for k in range(4)]
+    assert finding.code == "JD204" and finding.evidence["parameters"] == [
+        f"h.{k}.attn.c_attn.weight" for k in range(4)
+    ]
 
 
 def test_an_orthogonal_scheme_wants_orthogonal_draws() -> None:

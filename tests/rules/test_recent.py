@@ -1,4 +1,6 @@
-"""A young run: the line through the last steps, drift with few points, and when each rule is ready."""
+"""A young run: the line through the last steps, drift with few points, and when each rule is
+ready.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +13,24 @@ import numpy as np
 import pytest
 from rules.test_live import LIMITS, codes, healthy
 
-from jacdiag.rules import drift, recent
-from jacdiag.rules.live import LiveRules, StepFigures
-from jacdiag.rules.recent import LEAST, WINDOW, Recent, fit_line
+from jacdiag.detectors import drift
+from jacdiag.detectors import recent_trend as recent
+from jacdiag.detectors.live_rules import LiveRules, StepFigures
+from jacdiag.detectors.recent_trend import LEAST, WINDOW, Recent, fit_line
 
 POSITIONS = (80, 90, 100, 120, 150, 190, 250, 330, 450, 600, 800, 1000)
 
 
 def young(seed: int, steps: int) -> Iterator[StepFigures]:
-    """The first fall of a loss, from 4.2 to 1.1 within 200 steps, and a gradient norm that rises and falls again."""
+    """The first fall of a loss, from 4.2 to 1.1 within 200 steps, and a gradient norm that rises
+    and falls again.
+    """
     source = random.Random(seed)
     for step in range(1, steps + 1):
         loss = 1.1 + 3.1 / (1 + math.exp((step - 110) / 25)) + source.gauss(0, 0.06)
-        gradient = (0.8 + 1.2 * math.exp(-(((step - 150) / 90) ** 2))) * math.exp(source.gauss(0, 0.12))
+        gradient = (0.8 + 1.2 * math.exp(-(((step - 150) / 90) ** 2))) * math.exp(
+            source.gauss(0, 0.12)
+        )
         yield StepFigures(step, loss, gradient, 1e-3)
 
 
@@ -45,7 +52,9 @@ def test_a_young_run_without_a_fault_is_silent(seed: int) -> None:
 
 
 def test_one_figure_alone_is_no_corrupted_batch() -> None:
-    """The gradient norm alone, the loss alone, and the loss by less than 0.1 with a gradient not far out."""
+    """The gradient norm alone, the loss alone, and the loss by less than 0.1 with a gradient not
+    far out.
+    """
     for loss, gradient in ((0.0, 20.0), (3.0, 1.0)):
         live = LiveRules(LIMITS)
         steps = list(young(0, 121))
@@ -53,7 +62,8 @@ def test_one_figure_alone_is_no_corrupted_batch() -> None:
         assert codes(live, [*steps[:-1], bad]) == []
     live = LiveRules(LIMITS)
     still = [StepFigures(k, 2.0 + 1e-3 * (k % 3), 1.0 + 0.01 * (k % 5), 1e-3) for k in range(120)]
-    assert codes(live, [*still, StepFigures(120, 2.09, 1.08, 1e-3)]) == []  # 0.09 higher, and the gradient not by 8
+    # 0.09 higher, and the gradient not by 8
+    assert codes(live, [*still, StepFigures(120, 2.09, 1.08, 1e-3)]) == []
 
 
 def test_a_gradient_norm_that_is_known_after_clipping_only_has_no_say() -> None:
@@ -82,7 +92,9 @@ def test_the_line_against_numpy() -> None:
     slope, level = 0.03, 2.0
     errors, deviations = [], []
     for _ in range(300):
-        line = fit_line((level + slope * np.arange(WINDOW) + source.normal(0, 0.5, WINDOW)).tolist(), floor=0.0)
+        line = fit_line(
+            (level + slope * np.arange(WINDOW) + source.normal(0, 0.5, WINDOW)).tolist(), floor=0.0
+        )
         errors.append(line.expected - level - slope * WINDOW)
         deviations.append(line.deviation)
     assert abs(np.mean(errors)) < 0.05 and np.mean(deviations) == pytest.approx(0.5, rel=0.1)
@@ -92,7 +104,9 @@ def test_the_line_against_numpy() -> None:
 
 
 def test_how_often_gaussian_noise_passes_the_cut() -> None:
-    """Over 8 deviations: 2 of 4 million draws. Here over 6, of 60,000: 0.8 are expected, and 5 are one in 1,500."""
+    """Over 8 deviations: 2 of 4 million draws. Here over 6, of 60,000: 0.8 are expected, and 5 are
+    one in 1,500.
+    """
     source, line = random.Random(1), Recent()
     over = 0
     for _ in range(60_000 // 6):
@@ -115,7 +129,7 @@ def test_what_is_early_or_not_finite_has_no_score_and_memory_goes_on() -> None:
     assert other.z(5.0) == one.z(5.0) and other.usual() == pytest.approx(2.1, abs=0.1)
 
 
-# -- drift with few points ---------------------------------------------------------------------------------------------
+# -- drift with few points -------------------------------------------------------------------------
 def rounds(values: list[float], figure: str = "branch_norm") -> list[int]:
     live = LiveRules(LIMITS)
     found = []
@@ -141,27 +155,39 @@ def test_two_points_are_no_trend_and_a_bent_curve_is_no_departure() -> None:
 
 
 def test_few_points_borrow_the_scatter_of_the_other_sub_layers() -> None:
-    """Three points on a line by chance say nothing of their scatter; the others of the figure do."""
+    """Three points on a line by chance say nothing of their scatter; the others of the figure
+    do.
+    """
     source = random.Random(5)
     live = LiveRules(LIMITS)
     for place in range(3):
         wild = {f"s{k}": math.exp(source.gauss(0, 0.6)) for k in range(8)}
         live.probe(100 * place, {"branch_norm": {"a": 1.0, **wild}})
-    assert [live.probe(100 * p, {"branch_norm": {"a": 2.3, "s0": 1.0}}).alerts for p in (3, 4)] == [[], []]
+    assert [live.probe(100 * p, {"branch_norm": {"a": 2.3, "s0": 1.0}}).alerts for p in (3, 4)] == [
+        [],
+        [],
+    ]
 
 
 def test_statistics_have_a_trend_of_their_own() -> None:
     live = LiveRules(LIMITS)
     found = []
     for place, logit in enumerate([1.0, 1.1, 1.2, 1.3, 40.0, 41.0]):
-        figures = {"logit": {"a": logit, "b": None}, "branch_std": {"a": 0.5}, "max_activation": {"a": 10.0**place}}
+        figures = {
+            "logit": {"a": logit, "b": None},
+            "branch_std": {"a": 0.5},
+            "max_activation": {"a": 10.0**place},
+        }
         found += [(place, alert) for alert in live.statistics(25 * place, figures).alerts]
     ((place, alert),) = found
     assert place == 5 and alert.code == "JD504" and alert.where == ["a"]
-    assert "the largest attention logit of a" in alert.what and "41.0 now, 1.30 before step 100" in alert.what
+    assert (
+        "the largest attention logit of a" in alert.what
+        and "41.0 now, 1.30 before step 100" in alert.what
+    )
 
 
-# -- readiness ---------------------------------------------------------------------------------------------------------
+# -- readiness -------------------------------------------------------------------------------------
 def test_each_rule_says_when_it_is_ready_and_is_silent_before() -> None:
     live = LiveRules(LIMITS)
     assert set(live.waits()) == {"JD501", "JD502", "JD503", "JD504", "JD506", "JD507"}
@@ -172,7 +198,13 @@ def test_each_rule_says_when_it_is_ready_and_is_silent_before() -> None:
         if f.step % 40 == 0:
             live.statistics(f.step, {"logit": {"a": 1.0}})
         ready |= {code: f.step for code in before if code not in live.waits()}
-    assert ready == {"JD501": recent.LEAST, "JD502": recent.LEAST, "JD503": 25, "JD504": 120, "JD506": 9}
+    assert ready == {
+        "JD501": recent.LEAST,
+        "JD502": recent.LEAST,
+        "JD503": 25,
+        "JD504": 120,
+        "JD506": 9,
+    }
     assert live.waits() == {"JD507": "a first probe"} and drift.LEAST == 3
 
 
@@ -184,15 +216,20 @@ def test_a_loop_without_a_loss_never_has_the_rule_that_needs_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gradient", "after_clipping", "fires"), [(9.0, False, True), (1.6, False, False), (9.0, True, False)]
+    ("gradient", "after_clipping", "fires"),
+    [(9.0, False, True), (1.6, False, False), (9.0, True, False)],
 )
 def test_a_loss_that_hardly_moves_needs_a_gradient_as_far_out(
     gradient: float, after_clipping: bool, fires: bool
 ) -> None:
-    """Adapters on a frozen model: losses scatter by 0.01, and a corrupted batch lifts one by 0.09."""
+    """Adapters on a frozen model: losses scatter by 0.01, and a corrupted batch lifts one by
+    0.09.
+    """
     live, source = LiveRules(LIMITS), random.Random(0)
     for step in range(1, 90):
         norm = 0.3 * math.exp(source.gauss(0, 0.12))
-        assert not live.step(StepFigures(step, 3.7 + source.gauss(0, 0.01), norm, after_clipping=after_clipping)).alerts
+        assert not live.step(
+            StepFigures(step, 3.7 + source.gauss(0, 0.01), norm, after_clipping=after_clipping)
+        ).alerts
     alerts = live.step(StepFigures(90, 3.79, 0.3 * gradient, after_clipping=after_clipping)).alerts
     assert [alert.code for alert in alerts] == ["JD502"] * fires

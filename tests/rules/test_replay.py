@@ -1,4 +1,6 @@
-"""Was it the batch? Each verdict on numbers for which it is true, and on neighbours for which it would be false."""
+"""Was it the batch? Each verdict on numbers for which it is true, and on neighbours for which it
+would be false.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from jacdiag.report.replay import LevelRecord
-from jacdiag.rules.replay import (
+from jacdiag.records.flight_replay import LevelRecord
+from jacdiag.rules.flight_replay import (
     GRADIENT,
     LEAST_ROWS,
     LOSS,
@@ -37,19 +39,23 @@ def loss(suspects: Sequence[float], others: Sequence[float] = OTHERS, **more: An
 
 def verdict(*figures: Figure, context: Context = AT) -> tuple[str, str]:
     decision = decide(figures, context)
-    start = {"batch": "The batch:", "weights": "The weights:", "not decided": "Not decided:"}[decision.verdict]
+    start = {"batch": "The batch:", "weights": "The weights:", "not decided": "Not decided:"}[
+        decision.verdict
+    ]
     assert decision.sentence.startswith(start)
     assert decision.sentence.endswith(".") and not decision.sentence.endswith("..")
     return decision.verdict, decision.sentence
 
 
-# -- the batch ---------------------------------------------------------------------------------------------------------
+# -- the batch -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("step", [99, 100, 140, 60, None])
 def test_a_batch_that_alone_stands_out_is_named_on_weights_of_any_step(step: int | None) -> None:
     named, text = verdict(loss([7.0]), context=Context(step=100, checkpoint_step=step))
     assert named == "batch"
     assert "its loss is 7" in text and "9 other kept batches have 1.90 to 2.10" in text
-    assert "The run had 7 at step 100, and 2 before" in text.replace("7.00", "7").replace("2.00", "2")
+    assert "The run had 7 at step 100, and 2 before" in text.replace("7.00", "7").replace(
+        "2.00", "2"
+    )
 
 
 def test_half_of_the_jump_is_the_boundary() -> None:
@@ -77,7 +83,8 @@ def test_one_sequence_out_of_range_counts_if_the_batch_shows_the_jump() -> None:
     assert verdict(loss([7.0], few, at_checkpoint=None))[0] == "not decided"
     named, text = verdict(loss([7.0], few, at_checkpoint=None, sequences_out=[3], sequences=8))
     assert named == "batch" and "Of its 8 sequences 1 " in text
-    assert verdict(loss([2.1], sequences_out=[3], sequences=8))[0] == "not decided"  # it does not show the jump
+    # it does not show the jump
+    assert verdict(loss([2.1], sequences_out=[3], sequences=8))[0] == "not decided"
 
 
 def test_a_batch_that_is_not_finite_is_named_if_the_others_are() -> None:
@@ -93,7 +100,7 @@ def test_one_of_several_micro_batches_is_enough() -> None:
     assert verdict(loss([2.0, 2.1]))[0] == "not decided"
 
 
-# -- the weights -------------------------------------------------------------------------------------------------------
+# -- the weights -----------------------------------------------------------------------------------
 HIGH = [6.9, 7.1, 7.0, 6.95, 7.05, 6.9, 7.1, 7.0, 7.0]
 
 
@@ -103,7 +110,10 @@ def test_weights_on_which_ordinary_batches_stand_out_are_named() -> None:
     assert "9 other kept batches have a loss of 6.90 to 7.10, where the run had 2" in text
     assert "hold the update" not in text  # the batch met these weights: it cannot have made them so
     _, text = verdict(loss([7.0], HIGH), context=replace(AT, checkpoint_step=100))
-    assert "hold the update of step 100: a checkpoint from before it tells whether that batch made them so" in text
+    assert (
+        "hold the update of step 100: a checkpoint from before it tells whether that batch made "
+        "them so" in text
+    )
 
 
 def test_half_of_the_jump_is_the_boundary_for_weights_too() -> None:
@@ -129,7 +139,8 @@ def test_a_batch_that_is_out_even_on_bad_weights_leaves_it_open() -> None:
 
 def test_weights_that_do_not_say_their_step_may_be_early_ones() -> None:
     unknown = Context(step=100, checkpoint_step=None, highest_before=5.5)
-    assert verdict(loss([7.0], HIGH), context=unknown)[0] == "weights"  # no part of the run was that high
+    # no part of the run was that high
+    assert verdict(loss([7.0], HIGH), context=unknown)[0] == "weights"
     for highest in (7.5, None):
         named, text = verdict(loss([7.0], HIGH), context=replace(unknown, highest_before=highest))
         assert named == "not decided" and "does not say its step" in text and "save 'step'" in text
@@ -139,20 +150,32 @@ def test_weights_that_the_run_was_usual_with_are_not_those_of_the_run() -> None:
     """Step 61 was made with the weights of step 60, and it was usual."""
     named, text = verdict(loss([7.0], HIGH), context=replace(AT, checkpoint_step=60))
     assert named == "not decided" and "the run was still usual with them at the next step" in text
-    named, text = verdict(loss([7.0], HIGH, met=(7.0, 2.0)), context=replace(AT, checkpoint_step=100))
-    assert named == "not decided" and "had a loss of 2" in text and "is this the checkpoint of this run" in text
-    assert verdict(loss([7.0], HIGH, met=(7.0, 6.8)), context=replace(AT, checkpoint_step=100))[0] == "weights"
+    named, text = verdict(
+        loss([7.0], HIGH, met=(7.0, 2.0)), context=replace(AT, checkpoint_step=100)
+    )
+    assert (
+        named == "not decided"
+        and "had a loss of 2" in text
+        and "is this the checkpoint of this run" in text
+    )
+    assert (
+        verdict(loss([7.0], HIGH, met=(7.0, 6.8)), context=replace(AT, checkpoint_step=100))[0]
+        == "weights"
+    )
 
 
 def test_early_weights_as_the_run_had_them_are_not_named() -> None:
     early = LevelRecord(7.0, 0.1, 32, 1, 32)
-    named, text = verdict(loss([7.0], HIGH, at_checkpoint=early), context=replace(AT, checkpoint_step=16))
+    named, text = verdict(
+        loss([7.0], HIGH, at_checkpoint=early), context=replace(AT, checkpoint_step=16)
+    )
     assert named == "not decided" and "84 steps before that step" in text
 
 
-# -- not decided -------------------------------------------------------------------------------------------------------
+# -- not decided -----------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("others", "words"), [([], "no other batch"), ([2.0], "1 other batch,"), ([2.0, 2.1], "2 other batches")]
+    ("others", "words"),
+    [([], "no other batch"), ([2.0], "1 other batch,"), ([2.0, 2.1], "2 other batches")],
 )
 def test_too_few_batches_decide_nothing(others: list[float], words: str) -> None:
     named, text = verdict(loss([7.0], others))
@@ -162,7 +185,11 @@ def test_too_few_batches_decide_nothing(others: list[float], words: str) -> None
 
 def test_a_batch_that_was_not_kept() -> None:
     named, text = verdict(loss([], OTHERS))
-    assert named == "not decided" and "the batch of step 100 was not kept" in text and "keep_batches" in text
+    assert (
+        named == "not decided"
+        and "the batch of step 100 was not kept" in text
+        and "keep_batches" in text
+    )
     assert verdict(loss([], []))[0] == "not decided"
     assert "no loss" in verdict()[1]
 
@@ -181,14 +208,16 @@ def test_neither_stands_out(step: int | None, words: str) -> None:
     assert named == "not decided" and words in text
 
 
-# -- numbers -----------------------------------------------------------------------------------------------------------
+# -- numbers ---------------------------------------------------------------------------------------
 def test_the_usual_value_of_a_falling_loss_is_not_as_wide_as_its_fall() -> None:
     noise = random.Random(0)
     rows = [(step, 10 - 0.05 * step + noise.gauss(0, 0.1)) for step in range(1, 101)]
     level = usual_value(rows)
     assert level is not None and level.count == WINDOW and (level.first, level.last) == (69, 100)
     assert level.spread == pytest.approx(0.1, rel=0.5)
-    assert usual_value(rows[: LEAST_ROWS - 1]) is None and usual_value(rows[:LEAST_ROWS]) is not None
+    assert (
+        usual_value(rows[: LEAST_ROWS - 1]) is None and usual_value(rows[:LEAST_ROWS]) is not None
+    )
     spiked = [(step, 50.0 if step == 90 else value) for step, value in rows]
     assert usual_value(spiked).spread == pytest.approx(level.spread, rel=0.3)  # type: ignore[union-attr]
 
@@ -205,7 +234,9 @@ def test_the_first_step_that_stands_out_is_found() -> None:
 
 @pytest.mark.parametrize("logarithm", [False, True])
 def test_false_alarms_of_ordinary_values(logarithm: bool) -> None:
-    """At 1e-3 each, 4,000 ordinary values give about 4; the spread is estimated from 32 of them by a median."""
+    """At 1e-3 each, 4,000 ordinary values give about 4; the spread is estimated from 32 of them by
+    a median.
+    """
     noise = random.Random(2)
 
     def value() -> float:
@@ -220,8 +251,14 @@ def test_false_alarms_of_ordinary_values(logarithm: bool) -> None:
         count += is_out(value(), level, logarithm=logarithm)
     assert count <= 40  # at most 1%
 
-    batches = [out_of_range([value() for _ in range(8)], [value() for _ in range(40)], logarithm=logarithm)
-               for _ in range(2000)]  # fmt: skip
+    batches = [
+        out_of_range([value() for _ in range(8)], [value() for _ in range(40)], logarithm=logarithm)
+        for _ in range(2000)
+    ]
     assert sum(map(any, batches)) <= 10  # of about 2: the chance is that of the whole batch
-    assert out_of_range([2.0, 9.0, math.nan], [2.0, 2.1, 1.9, 2.0], logarithm=False) == [False, True, True]
+    assert out_of_range([2.0, 9.0, math.nan], [2.0, 2.1, 1.9, 2.0], logarithm=False) == [
+        False,
+        True,
+        True,
+    ]
     assert out_of_range([9.0], [2.0, 2.1], logarithm=False) == [False]

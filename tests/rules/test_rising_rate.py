@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 
 import jacdiag
-from jacdiag.report import Report
-from jacdiag.report.risk import RiskCurve, RiskTable, written
-from jacdiag.report.thresholds import Thresholds
-from jacdiag.rules.live import LiveRules, StepFigures
+from jacdiag.detectors.live_rules import LiveRules, StepFigures
+from jacdiag.records import Report
+from jacdiag.records.risk import RiskCurve, RiskTable, written
+from jacdiag.rules.thresholds import Thresholds
 from tests.rules.test_conditions import healthy, report
 from tests.rules.test_risk import by_warmup, limits
 
-CROSSES = {cut: limit / (1 - limit) for cut, limit in (("warning", 0.3), ("error", 0.5))}  # lr, where chance = limit
+# lr, where chance = limit
+CROSSES = {cut: limit / (1 - limit) for cut, limit in (("warning", 0.3), ("error", 0.5))}
 
 
 def untrained(**other: object) -> Report:
@@ -26,7 +27,9 @@ def untrained(**other: object) -> Report:
 
 
 def knowing(made: Report | None = None) -> LiveRules:
-    """The chance at lr is lr / (1 + lr); 1 is the highest that was run. The rate begins at nothing."""
+    """The chance at lr is lr / (1 + lr); 1 is the highest that was run. The rate begins at
+    nothing.
+    """
     return begun(limits(0.0), made or untrained())
 
 
@@ -45,27 +48,51 @@ def said(live: LiveRules, rates: list[float], start: int = 1) -> list[tuple[int,
 def test_it_speaks_where_the_rate_rises_past_a_limit_and_once() -> None:
     live = knowing()
     assert said(live, [CROSSES["warning"] * (1 - 1e-9)]) == []  # on the boundary nothing is said
-    assert said(live, [CROSSES["warning"] * (1 + 1e-6), 0.9, 0.1, 0.9, 0.95], start=2) == [(2, "JD105", "warning")]
-    assert said(live, [CROSSES["error"] + 1e-6, 1.0], start=9) == []  # 1 is inside, and the chance 50%: not above it
+    assert said(live, [CROSSES["warning"] * (1 + 1e-6), 0.9, 0.1, 0.9, 0.95], start=2) == [
+        (2, "JD105", "warning")
+    ]
+    # 1 is inside, and the chance 50%: not above it
+    assert said(live, [CROSSES["error"] + 1e-6, 1.0], start=9) == []
     other = begun(limits(1.0), untrained())
     assert said(other, [0.01, 0.9, 1.0]) == [(2, "JD105", "error")]  # the loudest level alone
 
 
 def test_what_it_says_holds_the_chance_and_what_it_rests_on() -> None:
-    (alert,) = [a for step, lr in ((1, 0.1), (2, 0.5)) for a in knowing().step(StepFigures(step, 2.0, 1.0, lr)).alerts]
-    assert "the learning rate has risen to 0.5: a chance of 33%" in alert.what and "warning above 30%" in alert.what
+    (alert,) = [
+        a
+        for step, lr in ((1, 0.1), (2, 0.5))
+        for a in knowing().step(StepFigures(step, 2.0, 1.0, lr)).alerts
+    ]
+    assert (
+        "the learning rate has risen to 0.5: a chance of 33%" in alert.what
+        and "warning above 30%" in alert.what
+    )
     known = {"field": "risk", "lr": 0.5, "threshold": 0.3, "figure": "worst branch norm"}
-    assert known.items() <= alert.evidence.items() and alert.evidence["value"] == pytest.approx(1 / 3)
+    assert known.items() <= alert.evidence.items() and alert.evidence["value"] == pytest.approx(
+        1 / 3
+    )
     assert "100 runs" in alert.evidence["range"] and not alert.where
 
 
 @pytest.mark.parametrize(
     "made",
-    [untrained(state="trained"), untrained(tier="weights"), untrained(source={"format": "live", "step": 40}),
-     untrained(sublayers=[replace(row, placement="post") for row in healthy()]),
-     untrained(model=replace(untrained().model, width=4096)), untrained(model=replace(untrained().model, layers=None))],
-    ids=["trained", "structure alone", "a later probe", "no curve", "wider than what was run", "depth not known"],
-)  # fmt: skip
+    [
+        untrained(state="trained"),
+        untrained(tier="weights"),
+        untrained(source={"format": "live", "step": 40}),
+        untrained(sublayers=[replace(row, placement="post") for row in healthy()]),
+        untrained(model=replace(untrained().model, width=4096)),
+        untrained(model=replace(untrained().model, layers=None)),
+    ],
+    ids=[
+        "trained",
+        "structure alone",
+        "a later probe",
+        "no curve",
+        "wider than what was run",
+        "depth not known",
+    ],
+)
 def test_it_is_silent_where_the_curves_say_nothing(made: Report) -> None:
     assert said(knowing(made), [0.1, 0.5, 0.9]) == []
 
@@ -75,7 +102,8 @@ def test_it_is_silent_at_rates_that_were_not_run_and_without_a_rate() -> None:
     assert said(LiveRules(limits(0.0)), [0.5, 0.9]) == []  # no probe was made
 
 
-EDGE = 3 / (7 * math.exp(2))  # by_warmup: odds of e^2 lr / warm-up, over 3 to 7 where lr / warm-up is over it
+# by_warmup: odds of e^2 lr / warm-up, over 3 to 7 where lr / warm-up is over it
+EDGE = 3 / (7 * math.exp(2))
 
 
 def test_the_warm_up_of_a_linear_rise_is_the_steps_so_far() -> None:
@@ -129,15 +157,25 @@ def test_a_skipped_step_says_it_too() -> None:
 
 
 def test_a_watch_takes_curves_of_ones_own(tmp_path: Path) -> None:
-    from watching.rig import adam, lines, plain_step, small
+    from monitor.rig import adam, lines, plain_step, small
 
-    curve = RiskCurve("pre", "worst branch norm", [20.0, 0.0, 1.0], [[0.0] * 3] * 3,
-                      {"figure": [1e-9, 1e9], "lr": [1e-9, 1.0]}, 9, 4, "a lab")  # fmt: skip
+    curve = RiskCurve(
+        "pre",
+        "worst branch norm",
+        [20.0, 0.0, 1.0],
+        [[0.0] * 3] * 3,
+        {"figure": [1e-9, 1e9], "lr": [1e-9, 1.0]},
+        9,
+        4,
+        "a lab",
+    )
     file = tmp_path / "risk.toml"
     file.write_text(written(RiskTable({"pre": curve})), encoding="utf-8")
     model = small()
     optimizer = adam(model)
-    with jacdiag.watch(model, optimizer, log_dir=tmp_path / "run", risk=file, quiet=True, strict=True) as w:
+    with jacdiag.watch(
+        model, optimizer, log_dir=tmp_path / "run", risk=file, quiet=True, strict=True
+    ) as w:
         for step in range(1, 4):
             loss, norm = plain_step(model, optimizer, step)
             w.step(loss, grad_norm=norm)

@@ -1,4 +1,6 @@
-"""JD105 on curves and reports made by hand: fires, does not, undecided, and where there is no chance."""
+"""JD105 on curves and reports made by hand: fires, does not, undecided, and where there is no
+chance.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,10 @@ from dataclasses import replace
 
 import pytest
 
-from jacdiag.report import Interval, Plan, Report
-from jacdiag.report.risk import RiskCurve, RiskTable
-from jacdiag.report.thresholds import Thresholds, load_thresholds
+from jacdiag.records import Interval, Plan, Report
+from jacdiag.records.risk import RiskCurve, RiskTable
 from jacdiag.rules import evaluate
+from jacdiag.rules.thresholds import Thresholds, load_thresholds
 from tests.rules.test_conditions import healthy, report
 
 NONE = [[0.0] * 3] * 3
@@ -18,9 +20,15 @@ WIDE = [[4.0, 0.0, 0.0], [0.0] * 3, [0.0] * 3]
 RANGES = {"figure": [0.01, 100.0], "lr": [1e-4, 1.0], "width": [16.0, 128.0], "layers": [1.0, 12.0]}
 
 
-def limits(intercept: float, covariance: list[list[float]] = NONE, placement: str = "pre") -> Thresholds:
-    """A chance of logistic(intercept + ln lr) whatever the figure; at lr 1 just logistic(intercept)."""
-    curve = RiskCurve(placement, "worst branch norm", [intercept, 0.0, 1.0], covariance, RANGES, 100, 40, "a lab")
+def limits(
+    intercept: float, covariance: list[list[float]] = NONE, placement: str = "pre"
+) -> Thresholds:
+    """A chance of logistic(intercept + ln lr) whatever the figure; at lr 1 just
+    logistic(intercept).
+    """
+    curve = RiskCurve(
+        placement, "worst branch norm", [intercept, 0.0, 1.0], covariance, RANGES, 100, 40, "a lab"
+    )
     return replace(load_thresholds(), risk=RiskTable({placement: curve}))
 
 
@@ -32,16 +40,26 @@ def judged(thresholds: Thresholds, made: Report | None = None, lr: float | None 
 
 @pytest.mark.parametrize(
     ("intercept", "covariance", "level"),
-    [(2.0, NONE, "error"), (-0.7, NONE, "warning"), (-3.0, NONE, None), (0.5, WIDE, None), (4.5, WIDE, "error"),
-     (3.3, WIDE, "warning")],
-)  # fmt: skip
+    [
+        (2.0, NONE, "error"),
+        (-0.7, NONE, "warning"),
+        (-3.0, NONE, None),
+        (0.5, WIDE, None),
+        (4.5, WIDE, "error"),
+        (3.3, WIDE, "warning"),
+    ],
+)
 def test_the_whole_interval_must_lie_beyond_a_cut(
     intercept: float, covariance: list[list[float]], level: str | None
 ) -> None:
     made = judged(limits(intercept, covariance))
-    assert made.risk is not None and made.risk.chance == pytest.approx(1 / (1 + math.exp(-intercept)))
+    assert made.risk is not None and made.risk.chance == pytest.approx(
+        1 / (1 + math.exp(-intercept))
+    )
     assert [f.level for f in made.findings] == ([level] if level else [])
-    assert made.rules[0].status == ("fired" if level else "clean" if covariance is NONE else "unknown")
+    assert made.rules[0].status == (
+        "fired" if level else "clean" if covariance is NONE else "unknown"
+    )
 
 
 def test_on_the_boundary_nothing_is_said() -> None:
@@ -71,9 +89,13 @@ def outside(made: Report, lr: float = 1.0) -> str:
 def test_outside_of_what_was_run_there_is_no_chance_and_the_reason_is_told() -> None:
     plain = report(healthy())
     assert outside(plain, lr=3.0) == "outside the calibrated range: lr 3, 0.0001 to 1 were run"
-    assert "layers 40, 1 to 12 were run" in outside(replace(plain, model=replace(plain.model, layers=40)))
+    assert "layers 40, 1 to 12 were run" in outside(
+        replace(plain, model=replace(plain.model, layers=40))
+    )
     rows = [replace(row, branch_norm=Interval.exact(1e4)) for row in plain.sublayers]
-    assert "worst branch norm 10,000, 0.01 to 100 were run" in outside(replace(plain, sublayers=rows))
+    assert "worst branch norm 10,000, 0.01 to 100 were run" in outside(
+        replace(plain, sublayers=rows)
+    )
     rows = [replace(row, branch_norm=None) for row in plain.sublayers]
     assert "worst branch norm not known" in outside(replace(plain, sublayers=rows))
     rows = [replace(row, placement="post") for row in plain.sublayers]
@@ -84,17 +106,28 @@ def test_outside_of_what_was_run_there_is_no_chance_and_the_reason_is_told() -> 
 def by_warmup() -> Thresholds:
     """A chance of logistic(2 + ln lr - ln warmup) at warm-ups of 10 to 1,000 steps."""
     made = limits(2.0)
-    curve = replace(made.risk.curves["pre"], coefficients=[2.0, 0.0, 1.0, -1.0], covariance=[[0.0] * 4] * 4,
-                    ranges={**RANGES, "warmup": [10.0, 1000.0]})  # fmt: skip
+    curve = replace(
+        made.risk.curves["pre"],
+        coefficients=[2.0, 0.0, 1.0, -1.0],
+        covariance=[[0.0] * 4] * 4,
+        ranges={**RANGES, "warmup": [10.0, 1000.0]},
+    )
     return replace(made, risk=RiskTable({"pre": curve}))
 
 
 @pytest.mark.parametrize(
     ("warmup", "told"),
-    [(10, 0.4249), (100, 0.0688), (None, "hangs on the warm-up"), (9, "warm-up 9, 10 to 1,000 were run"),
-     (0, "warm-up 0")],
-)  # fmt: skip
-def test_the_warm_up_enters_where_the_curve_asks_for_it(warmup: int | None, told: float | str) -> None:
+    [
+        (10, 0.4249),
+        (100, 0.0688),
+        (None, "hangs on the warm-up"),
+        (9, "warm-up 9, 10 to 1,000 were run"),
+        (0, "warm-up 0"),
+    ],
+)
+def test_the_warm_up_enters_where_the_curve_asks_for_it(
+    warmup: int | None, told: float | str
+) -> None:
     made = report(healthy())
     made = replace(made, plan=Plan(lr=1.0, warmup=warmup), model=replace(made.model, width=64))
     found = evaluate(made, thresholds=by_warmup(), select=["JD105"]).risk
@@ -106,13 +139,17 @@ def test_the_warm_up_enters_where_the_curve_asks_for_it(warmup: int | None, told
 
 
 def in_the_lab(plan: Plan, **ranges: list[float]) -> Report:
-    """Judge a plan by curves of runs that all clipped at 1 and had a beta2 of 0.95, unless `ranges` says otherwise."""
+    """Judge a plan by curves of runs that all clipped at 1 and had a beta2 of 0.95, unless `ranges`
+    says otherwise.
+    """
     limit = limits(2.0)
     spans = {**RANGES, "clip": [1.0, 1.0], "beta2": [0.95, 0.95], **ranges}
     curve = replace(limit.risk.curves["pre"], ranges=spans)
     made = report(healthy())
     made = replace(made, plan=plan, model=replace(made.model, width=64))
-    return evaluate(made, thresholds=replace(limit, risk=RiskTable({"pre": curve})), select=["JD105"])
+    return evaluate(
+        made, thresholds=replace(limit, risk=RiskTable({"pre": curve})), select=["JD105"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -131,7 +168,9 @@ def test_another_clip_or_beta2_than_the_runs_had_has_no_chance(plan: Plan, reaso
     assert judged.rules[0].note == judged.risk.reason
 
 
-@pytest.mark.parametrize("plan", [Plan(lr=1.0), Plan(lr=1.0, clip=1.0), Plan(lr=1.0, clip=1.0, beta2=0.95)])
+@pytest.mark.parametrize(
+    "plan", [Plan(lr=1.0), Plan(lr=1.0, clip=1.0), Plan(lr=1.0, clip=1.0, beta2=0.95)]
+)
 def test_the_runs_own_clip_and_beta2_or_none_given_have_a_chance(plan: Plan) -> None:
     judged = in_the_lab(plan)
     assert judged.risk is not None and judged.risk.chance is not None
@@ -148,7 +187,9 @@ def test_a_clip_between_those_that_were_run_has_a_chance() -> None:
 
 def test_curves_that_do_not_say_the_clip_of_their_runs_ask_for_none() -> None:
     made = report(healthy())
-    made = replace(made, plan=Plan(lr=1.0, clip=7.0, beta2=0.5), model=replace(made.model, width=64))
+    made = replace(
+        made, plan=Plan(lr=1.0, clip=7.0, beta2=0.5), model=replace(made.model, width=64)
+    )
     risk = evaluate(made, thresholds=limits(2.0), select=["JD105"]).risk
     assert risk is not None and risk.chance is not None
 

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 import jacdiag
 from jacdiag.errors import TraceError
-from jacdiag.measure.adapters import adapters_of
-from jacdiag.measure.rates import rates_of
-from jacdiag.measure.tables import narrower_type, table_of, tables_of
-from jacdiag.measure.ties import declared_tie
-from jacdiag.report import ContractRecord, Finding, Report, WeightRecord
+from jacdiag.measure.computed_tables import narrower_type, table_of, tables_of
+from jacdiag.measure.low_rank_adapters import adapters_of
+from jacdiag.measure.state_space_rates import rates_of
+from jacdiag.measure.tied_weights import declared_tie
+from jacdiag.records import ContractRecord, Finding, Report, WeightRecord
+from jacdiag.rules.computed_tables import fault_of
 from jacdiag.rules.modulation import drawn_beside_zero
-from jacdiag.rules.tables import fault_of
 
 WIDTH = 32
 
@@ -78,7 +78,9 @@ def found(model: nn.Module, code: str) -> list[Finding]:
 
 def loud(model: nn.Module, *codes: str) -> set[str]:
     """Return the codes at warning or above among some."""
-    return {finding.code for finding in audited(model).findings if finding.level != "info"} & set(codes)
+    return {finding.code for finding in audited(model).findings if finding.level != "info"} & set(
+        codes
+    )
 
 
 NEW = ("JD212", "JD213", "JD214", "JD215", "JD216", "JD401", "JD402", "JD407", "JD408", "JD409")
@@ -135,7 +137,9 @@ def test_no_scaling_of_frequencies_is_blamed(values: Tensor) -> None:
     assert fault_of(table_of("inv_freq", values, "frequencies")) == ""
 
 
-@pytest.mark.parametrize("name", ["plain", "small head", "linear scaling", "NTK", "llama3", "YaRN", "LongRoPE"])
+@pytest.mark.parametrize(
+    "name", ["plain", "small head", "linear scaling", "NTK", "llama3", "YaRN", "LongRoPE"]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounded_frequencies_are_named(name: str, dtype: torch.dtype) -> None:
     rounded = CORRECT[name].to(dtype).float()
@@ -197,13 +201,17 @@ def test_a_finding_names_the_buffer_and_what_to_do() -> None:
     (finding,) = found(build(Rotated, values=torch.zeros(WIDTH)), "JD212")
     assert finding.level == "warning" and finding.evidence["parameters"] == ["steps"]
     assert "to_empty()" in finding.fix
-    (finding,) = found(build(Rotated, values=frequencies(width=2 * WIDTH).bfloat16().float()), "JD212")
+    (finding,) = found(
+        build(Rotated, values=frequencies(width=2 * WIDTH).bfloat16().float()), "JD212"
+    )
     assert "after the cast" in finding.fix and "bfloat16" in finding.what
     assert not found(build(Rotated, values=frequencies(width=2 * WIDTH)), "JD212")
 
 
 def test_a_trained_model_is_not_judged_by_its_tables() -> None:
-    report = jacdiag.audit(build(Rotated, values=torch.zeros(WIDTH)), tokens(), state="trained", decide=True)
+    report = jacdiag.audit(
+        build(Rotated, values=torch.zeros(WIDTH)), tokens(), state="trained", decide=True
+    )
     assert not [finding for finding in report.findings if finding.code == "JD212"]
 
 
@@ -287,7 +295,9 @@ def test_the_name_of_the_module_does_not_count() -> None:
 
 # -- JD213: time steps and decay rates ----------
 class Recurrent(nn.Module):
-    """Branch with a decay and a drive, both multiplied by a time step; `delta` leaves the drive out of it."""
+    """Branch with a decay and a drive, both multiplied by a time step; `delta` leaves the drive out
+    of it.
+    """
 
     def __init__(self, delta: bool = False) -> None:
         super().__init__()
@@ -346,7 +356,9 @@ def test_families_whose_code_writes_constants_are_observed(family: str, level: s
     model.config = SimpleNamespace(model_type=family)  # type: ignore[assignment]
     (finding,) = found(model, "JD213")
     assert finding.level == level
-    assert (f"the code of {family} in transformers writes them so" in finding.what) is (level == "info")
+    assert (f"the code of {family} in transformers writes them so" in finding.what) is (
+        level == "info"
+    )
     assert bool(finding.fix) is (level == "warning")
 
 
@@ -377,7 +389,9 @@ def test_a_softplus_without_decay_rates_is_not_judged() -> None:
         layer.rates = layer.A_log
         del layer.A_log
         layer.A_log = 0.5  # a number, as a model without decay rates has it
-        layer.forward = lambda x, own=layer: own.out(own.inner(own.norm(x)) * F.softplus(own.dt_proj(own.norm(x))))
+        layer.forward = lambda x, own=layer: own.out(
+            own.inner(own.norm(x)) * F.softplus(own.dt_proj(own.norm(x)))
+        )
     assert rates_of(jacdiag.sites(model, tokens())) == []
 
 
@@ -454,7 +468,9 @@ def test_a_head_that_shares_another_table_is_tied() -> None:
         (True, None, ["head.weight"], (True, "config.tie_word_embeddings")),
     ],
 )
-def test_who_says_it(outer: bool | None, inner: bool | None, keys: Any, expected: tuple[bool | None, str]) -> None:
+def test_who_says_it(
+    outer: bool | None, inner: bool | None, keys: Any, expected: tuple[bool | None, str]
+) -> None:
     model = nn.Module()
     model.config = SimpleNamespace()  # type: ignore[assignment]
     if outer is not None:
@@ -490,7 +506,9 @@ def adapted(kind: str) -> nn.Module:
         if kind in ("first zero", "both zero"):
             nn.init.zeros_(first)
         if kind == "decomposed":
-            left, values, right = torch.linalg.svd(layer.up.base_layer.weight.detach(), full_matrices=False)
+            left, values, right = torch.linalg.svd(
+                layer.up.base_layer.weight.detach(), full_matrices=False
+            )
             root = values[:8].sqrt()
             with torch.no_grad():
                 second.copy_(left[:, :8] * root)
@@ -513,7 +531,9 @@ def test_adapters(kind: str, words: str, names: str) -> None:
     assert bool(findings) is bool(words)
     for finding in findings:
         assert words in finding.what and finding.fix
-        assert all("lora_B" in name for name in finding.evidence["parameters"]) is (names == "lora_B")
+        assert all("lora_B" in name for name in finding.evidence["parameters"]) is (
+            names == "lora_B"
+        )
 
 
 def test_no_gradient_reaches_an_adapter_that_is_zero_on_both_sides() -> None:
@@ -535,7 +555,9 @@ def test_no_gradient_reaches_an_adapter_that_is_zero_on_both_sides() -> None:
     ],
 )
 def test_names_of_factors(first: str, second: str) -> None:
-    pairs = adapters_of({first: torch.zeros(2, 4), second: torch.zeros(4, 2), "flora_A": torch.zeros(1)})
+    pairs = adapters_of(
+        {first: torch.zeros(2, 4), second: torch.zeros(4, 2), "flora_A": torch.zeros(1)}
+    )
     assert [(pair.first, pair.second) for pair in pairs] == [(first, second)]
 
 
@@ -553,7 +575,9 @@ class Diagonal(Adapted):
 
     def forward(self, x: Tensor) -> Tensor:
         scales = getattr(self, self.middle)["default"]
-        return self.base_layer(x) + x @ (self.lora_A["default"] * scales).T @ self.lora_B["default"].T
+        return (
+            self.base_layer(x) + x @ (self.lora_A["default"] * scales).T @ self.lora_B["default"].T
+        )
 
 
 def three_factors(*zeros: str, middle: str = "lora_E") -> set[str]:
@@ -578,8 +602,13 @@ def test_adapters_of_three_factors() -> None:
 
 # -- JD216: modulations ----------
 def modulations(blocks: str, last: str, name: str = "adaLN_modulation.1.weight") -> ContractRecord:
-    weights = [WeightRecord(f"blocks.{k}.{name}", [8, 8], "", f"blocks.*.{name}", family=blocks) for k in range(3)]
-    return ContractRecord("x", {}, [*weights, WeightRecord(f"final_layer.{name}", [8, 8], "", "", family=last)])
+    weights = [
+        WeightRecord(f"blocks.{k}.{name}", [8, 8], "", f"blocks.*.{name}", family=blocks)
+        for k in range(3)
+    ]
+    return ContractRecord(
+        "x", {}, [*weights, WeightRecord(f"final_layer.{name}", [8, 8], "", "", family=last)]
+    )
 
 
 @pytest.mark.parametrize(
@@ -603,7 +632,9 @@ def test_modulations(blocks: str, last: str, name: str, fires: bool) -> None:
 
 # -- JD402: gates outside the branch, buffers, two zeros ----------
 class Gated(Model):
-    """Model whose branches are multiplied by a gate that is computed from the tokens, outside them."""
+    """Model whose branches are multiplied by a gate that is computed from the tokens, outside
+    them.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -615,7 +646,9 @@ class Gated(Model):
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed(ids)
-        condition = F.silu(self.condition(ids.float().mean(1, keepdim=True).unsqueeze(-1).expand(-1, 1, WIDTH)))
+        condition = F.silu(
+            self.condition(ids.float().mean(1, keepdim=True).unsqueeze(-1).expand(-1, 1, WIDTH))
+        )
         for layer, gate in zip(self.layers, self.gates, strict=True):
             x = x + gate(condition) * layer(x)
         return self.head(x)
@@ -624,7 +657,9 @@ class Gated(Model):
 def test_zero_gates_outside_all_branches_are_an_init() -> None:
     (finding,) = found(build(Gated), "JD402")
     assert finding.level == "info" and "a zero-initialised branch" in finding.what
-    assert set(finding.evidence["parameters"]) == {f"gates.{k}.{part}" for k in range(3) for part in ("weight", "bias")}
+    assert set(finding.evidence["parameters"]) == {
+        f"gates.{k}.{part}" for k in range(3) for part in ("weight", "bias")
+    }
 
 
 def test_a_zero_gate_outside_one_branch_is_a_warning() -> None:
@@ -670,7 +705,9 @@ class TwoZeros(Model):
                 nn.init.zeros_(layer.down[0].bias)
 
 
-@pytest.mark.parametrize(("zeros", "bias", "level"), [(1, False, "info"), (2, False, "warning"), (2, True, "info")])
+@pytest.mark.parametrize(
+    ("zeros", "bias", "level"), [(1, False, "info"), (2, False, "warning"), (2, True, "info")]
+)
 def test_two_zeros_in_a_row_block_one_another(zeros: int, bias: bool, level: str) -> None:
     """A bias between them lets the second matrix learn, and then the first."""
     (finding,) = found(build(TwoZeros, zeros=zeros, bias=bias), "JD402")
@@ -696,7 +733,12 @@ class Factor(Model):
 
 @pytest.mark.parametrize(
     ("value", "operand", "fires"),
-    [(0.0, "shortcut", True), (1e-6, "shortcut", False), (1.0, "shortcut", False), (0.0, "branch", False)],
+    [
+        (0.0, "shortcut", True),
+        (1e-6, "shortcut", False),
+        (1.0, "shortcut", False),
+        (0.0, "branch", False),
+    ],
 )
 def test_zero_shortcuts(value: float, operand: str, fires: bool) -> None:
     findings = found(build(Factor, value=value, operand=operand), "JD407")
@@ -713,22 +755,30 @@ class NoShortcut(Model):
 
 def test_a_zero_that_is_no_parameter_is_not_blamed_on_one() -> None:
     (finding,) = found(build(NoShortcut), "JD407")
-    assert finding.evidence["parameters"] == [] and "no parameter on the way is zero" in finding.what
+    assert (
+        finding.evidence["parameters"] == [] and "no parameter on the way is zero" in finding.what
+    )
     assert finding.where == ["layers.1"] and not finding.fix
 
 
 # -- JD408: DeepNorm ----------
 class PostNorm(nn.Module):
-    """Post-norm feed-forward and attention, with Xavier times beta and a factor on one of the operands."""
+    """Post-norm feed-forward and attention, with Xavier times beta and a factor on one of the
+    operands.
+    """
 
-    def __init__(self, beta: float, on_shortcut: float = 1.0, on_branch: float = 1.0, layers: int = 4) -> None:
+    def __init__(
+        self, beta: float, on_shortcut: float = 1.0, on_branch: float = 1.0, layers: int = 4
+    ) -> None:
         super().__init__()
         self.on_shortcut, self.on_branch = on_shortcut, on_branch
         self.embed = nn.Embedding(64, WIDTH)
         names = ("q", "k", "v", "o", "up", "down")
         sizes = {"up": (WIDTH, 4 * WIDTH), "down": (4 * WIDTH, WIDTH)}
         self.layers = nn.ModuleList(
-            nn.ModuleDict({name: nn.Linear(*sizes.get(name, (WIDTH, WIDTH)), bias=False) for name in names})
+            nn.ModuleDict(
+                {name: nn.Linear(*sizes.get(name, (WIDTH, WIDTH)), bias=False) for name in names}
+            )
             for _ in range(layers)
         )
         self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2 * layers))
@@ -800,15 +850,24 @@ class Detached(Model):
 
 @pytest.mark.parametrize(
     ("what", "codes"),
-    [("shortcut", {"JD409"}), ("branch", {"JD401"}), ("straight-through", set()), ("nothing", set())],
+    [
+        ("shortcut", {"JD409"}),
+        ("branch", {"JD401"}),
+        ("straight-through", set()),
+        ("nothing", set()),
+    ],
 )
 def test_detached_operands(what: str, codes: set[str]) -> None:
     model = build(Detached, what=what)
     assert loud(model, "JD401", "JD409") == codes
     for finding in audited(model).findings:
         if finding.code in codes:
-            assert "detach in" in finding.what and "test_structure.py" in finding.what and finding.fix
-            assert all("layers.1" in name or "model" in name or ".py:" in name for name in finding.where)
+            assert (
+                "detach in" in finding.what and "test_structure.py" in finding.what and finding.fix
+            )
+            assert all(
+                "layers.1" in name or "model" in name or ".py:" in name for name in finding.where
+            )
 
 
 def test_a_detached_branch_that_is_frozen_is_meant() -> None:
@@ -855,11 +914,19 @@ def test_a_refusal_blames_no_frozen_branch() -> None:
     model = build(Detached, what="branch", everywhere=True)
     model.layers.requires_grad_(False)
     error = refusal(model)
-    assert error.parameters == [] and "no gradient" not in str(error) and "without the detach" not in str(error)
+    assert (
+        error.parameters == []
+        and "no gradient" not in str(error)
+        and "without the detach" not in str(error)
+    )
 
     # Only the trained part of a branch misses its gradient.
     model.layers[0].norm.requires_grad_(True)
-    assert set(refusal(model).parameters) == without_gradient(model) == {"layers.0.norm.weight", "layers.0.norm.bias"}
+    assert (
+        set(refusal(model).parameters)
+        == without_gradient(model)
+        == {"layers.0.norm.weight", "layers.0.norm.bias"}
+    )
 
 
 @pytest.mark.parametrize("what", ["shortcut", "input"])
@@ -884,7 +951,9 @@ def test_there_and_back_and_without_the_new_keys() -> None:
     model = build(Rotated, values=frequencies(width=2 * WIDTH))
     model.config = SimpleNamespace(tie_word_embeddings=True)
     report = audited(model)
-    assert report.contract is not None and report.contract.tables and report.contract.tie is not None
+    assert (
+        report.contract is not None and report.contract.tables and report.contract.tie is not None
+    )
     assert Report.from_json(report.to_json()).contract == report.contract
 
     data = json.loads(report.to_json())

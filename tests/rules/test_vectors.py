@@ -1,4 +1,6 @@
-"""JD208 to JD211: gains, routers, copies and leftover memory; what must be named, what must not, and the boundaries."""
+"""JD208 to JD211: gains, routers, copies and leftover memory; what must be named, what must not,
+and the boundaries.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,11 @@ from torch import Tensor, nn
 
 import jacdiag
 from benchmarks._families import family
-from jacdiag.report import ContractRecord, Finding, WeightRecord
+from jacdiag.records import ContractRecord, Finding, WeightRecord
 from jacdiag.rules.identical_layers import copies
 from jacdiag.rules.leftover_memory import LARGEST, leftovers
 from jacdiag.rules.routers import unlike_routers
-from jacdiag.rules.vectors import differences
+from jacdiag.rules.small_parameters import differences
 
 WIDTH = 64
 Fill = Callable[[Tensor], object]
@@ -58,7 +60,9 @@ class Experts(nn.Module):
         super().__init__()
         self.gate = nn.Linear(WIDTH, 4, bias=False)
         self.experts = nn.ModuleList(
-            nn.Sequential(nn.Linear(WIDTH, 96, bias=False), nn.GELU(), nn.Linear(96, WIDTH, bias=False))
+            nn.Sequential(
+                nn.Linear(WIDTH, 96, bias=False), nn.GELU(), nn.Linear(96, WIDTH, bias=False)
+            )
             for _ in range(4)
         )
 
@@ -66,7 +70,9 @@ class Experts(nn.Module):
         weights = self.gate(x).softmax(-1)
         values, chosen = weights.topk(2, dim=-1)
         sparse = torch.zeros_like(weights).scatter(-1, chosen, values)
-        return torch.stack([sparse[..., k : k + 1] * expert(x) for k, expert in enumerate(self.experts)]).sum(0)
+        return torch.stack(
+            [sparse[..., k : k + 1] * expert(x) for k, expert in enumerate(self.experts)]
+        ).sum(0)
 
 
 class Block(nn.Module):
@@ -89,7 +95,9 @@ class Block(nn.Module):
 class Model(nn.Module):
     """Blocks with matrices N(0, 0.02) and biases of zero."""
 
-    def __init__(self, layers: int = 6, mlp: Callable[[], nn.Module] | None = None, form: str = "plain") -> None:
+    def __init__(
+        self, layers: int = 6, mlp: Callable[[], nn.Module] | None = None, form: str = "plain"
+    ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(128, WIDTH)
         self.cls = nn.Parameter(torch.zeros(1, 1, WIDTH))
@@ -121,7 +129,11 @@ def build(seed: int = 0, **options: Any) -> Model:
 
 def judge(model: nn.Module, probe: Any = None, **options: Any) -> list[Finding]:
     """Return the findings of the four rules."""
-    probe = torch.randint(128, (2, 12), generator=torch.Generator().manual_seed(0)) if probe is None else probe
+    probe = (
+        torch.randint(128, (2, 12), generator=torch.Generator().manual_seed(0))
+        if probe is None
+        else probe
+    )
     codes = ["JD208", "JD209", "JD210", "JD211"]
     options = {"state": "init", "select": codes, **options}
     report = jacdiag.audit(model, probe, products=False, remedies="none", **options)
@@ -205,7 +217,11 @@ def test_a_cls_token_and_positions_may_be_anything_an_init_writes() -> None:
 
 
 def gains_around_one(model: Model) -> None:
-    fill(model, lambda gain: nn.init.normal_(gain, 1.0, 0.02), *(n for n, _ in model.named_parameters() if "norm" in n))
+    fill(
+        model,
+        lambda gain: nn.init.normal_(gain, 1.0, 0.02),
+        *(n for n, _ in model.named_parameters() if "norm" in n),
+    )
 
 
 def default_biases(model: Model) -> None:
@@ -221,12 +237,20 @@ def zero_last_gains(model: Model) -> None:
 def gains_by_depth(model: Model) -> None:
     for layer in range(6):
         value = (layer + 1) ** -0.5
-        fill(model, lambda gain, value=value: nn.init.constant_(gain, value), f"layers.{layer}.norm1.weight")
+        fill(
+            model,
+            lambda gain, value=value: nn.init.constant_(gain, value),
+            f"layers.{layer}.norm1.weight",
+        )
 
 
 def layer_scale_by_depth(model: Model) -> None:
     for layer, value in enumerate((0.1, 0.1, 0.1, 0.1, 1e-5, 1e-6)):
-        fill(model, lambda scale, value=value: nn.init.constant_(scale, value), f"layers.{layer}.scale")
+        fill(
+            model,
+            lambda scale, value=value: nn.init.constant_(scale, value),
+            f"layers.{layer}.scale",
+        )
 
 
 def zero_gates(model: Model) -> None:
@@ -241,11 +265,23 @@ def decays_by_layer(model: Model) -> None:
 
 def slopes_by_head(model: Model) -> None:
     for layer in range(6):
-        fill(model, lambda scale: scale.copy_(2.0 ** -torch.linspace(1, 8, WIDTH)), f"layers.{layer}.scale")
+        fill(
+            model,
+            lambda scale: scale.copy_(2.0 ** -torch.linspace(1, 8, WIDTH)),
+            f"layers.{layer}.scale",
+        )
 
 
-PUBLISHED = [gains_around_one, default_biases, zero_last_gains, gains_by_depth, layer_scale_by_depth, zero_gates,
-             decays_by_layer, slopes_by_head]  # fmt: skip
+PUBLISHED = [
+    gains_around_one,
+    default_biases,
+    zero_last_gains,
+    gains_by_depth,
+    layer_scale_by_depth,
+    zero_gates,
+    decays_by_layer,
+    slopes_by_head,
+]
 
 
 @pytest.mark.parametrize("change", PUBLISHED, ids=[change.__name__ for change in PUBLISHED])
@@ -293,7 +329,9 @@ def test_gains_of_one_plus_w_that_hold_ones_are_named(form: str) -> None:
     fill(model, nn.init.ones_, *gains)
     found = judge(model)
     assert named(found) == {"JD208": gains}
-    assert all("the gain is 2" in finding.what and finding.fix.endswith(" to 0") for finding in found)
+    assert all(
+        "the gain is 2" in finding.what and finding.fix.endswith(" to 0") for finding in found
+    )
 
 
 def test_ones_that_are_no_gain_of_two() -> None:
@@ -307,7 +345,8 @@ def test_gains_drawn_around_zero(form: str) -> None:
     model = build(layers=3, form=form)
     gains = {name for name, _ in model.named_parameters() if "norm" in name}
     fill(model, lambda gain: nn.init.normal_(gain, 0.0, 0.02), *gains)
-    assert named(judge(model)) == ({"JD208": gains} if form == "plain" else {})  # else they are around 1
+    # else they are around 1
+    assert named(judge(model)) == ({"JD208": gains} if form == "plain" else {})
 
 
 @pytest.mark.parametrize(
@@ -330,10 +369,16 @@ def test_gains_are_drawn_around_one_if_at_all(how: Fill, words: str) -> None:
 
 
 def test_factors_that_were_computed_are_no_drawn_gains() -> None:
-    """RWKV mixes a token with the one before by factors that rise over the channels, behind a norm."""
+    """RWKV mixes a token with the one before by factors that rise over the channels, behind a
+    norm.
+    """
     model = build(layers=3)
     ascending = torch.linspace(0, 1, WIDTH)
-    fill(model, lambda gain: gain.copy_(ascending**0.7), *(f"layers.{k}.norm1.weight" for k in range(3)))
+    fill(
+        model,
+        lambda gain: gain.copy_(ascending**0.7),
+        *(f"layers.{k}.norm1.weight" for k in range(3)),
+    )
     assert not judge(model)
     gains = {f"layers.{k}.norm1.weight" for k in range(3)}
     fill(model, lambda gain: gain.copy_(ascending[torch.randperm(WIDTH)]), *gains)
@@ -341,10 +386,25 @@ def test_factors_that_were_computed_are_no_drawn_gains() -> None:
 
 
 @pytest.mark.parametrize(("layers", "is_named"), [(1, False), (2, True)])
-def test_how_many_numbers_say_that_a_gain_was_not_drawn_around_one(layers: int, is_named: bool) -> None:
+def test_how_many_numbers_say_that_a_gain_was_not_drawn_around_one(
+    layers: int, is_named: bool
+) -> None:
     """Gains of 8 numbers: one layer is too few to say, two are 16."""
-    gains = [WeightRecord(f"l.{k}.n.w", [8], "norm_gain", "l.*.n.w", k, family="uniform", mean=0.1, std=0.1,
-                          lower=0.05, upper=0.3) for k in range(layers)]  # fmt: skip
+    gains = [
+        WeightRecord(
+            f"l.{k}.n.w",
+            [8],
+            "norm_gain",
+            "l.*.n.w",
+            k,
+            family="uniform",
+            mean=0.1,
+            std=0.1,
+            lower=0.05,
+            upper=0.3,
+        )
+        for k in range(layers)
+    ]
     assert bool(differences(ContractRecord("x", {}, gains))[1]) is is_named
 
 
@@ -380,8 +440,12 @@ def with_length_norms(value: float, form: str) -> Model:
 
 
 @pytest.mark.parametrize("form", ["normalize", "clamp"])
-@pytest.mark.parametrize(("value", "is_named"), [(8.0, False), (1.0, True), (1 / 8, True), (4.1, False), (3.9, True)])
-def test_a_scale_norm_starts_at_the_root_of_the_width(form: str, value: float, is_named: bool) -> None:
+@pytest.mark.parametrize(
+    ("value", "is_named"), [(8.0, False), (1.0, True), (1 / 8, True), (4.1, False), (3.9, True)]
+)
+def test_a_scale_norm_starts_at_the_root_of_the_width(
+    form: str, value: float, is_named: bool
+) -> None:
     found = judge(with_length_norms(value, form))
     assert bool(found) is is_named
     for finding in found:
@@ -405,7 +469,7 @@ def test_a_scale_norm_stored_around_one() -> None:
     assert all(finding.fix.endswith("to 7") for finding in judge(with_length_norms(0.0, "1 + g")))
 
 
-# -- JD208: biases -----------------------------------------------------------------------------------
+# -- JD208: biases ---------------------------------------------------------------------------------
 def biases_of(model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_parameters() if name.endswith("bias")}
 
@@ -427,7 +491,8 @@ def default_bias(bias: Tensor) -> object:
     [
         lambda bias: nn.init.normal_(bias, 0.0, 1e-6),  # ViT
         default_bias,  # nn.Linear's, beside matrices that were drawn anew
-        lambda bias: nn.init.uniform_(bias, -0.02 * math.sqrt(3), 0.02 * math.sqrt(3)),  # of that std, but uniform
+        # of that std, but uniform
+        lambda bias: nn.init.uniform_(bias, -0.02 * math.sqrt(3), 0.02 * math.sqrt(3)),
         lambda bias: nn.init.normal_(bias, 0.0, 0.05),
     ],
 )
@@ -462,11 +527,15 @@ def test_biases_drawn_around_another_number() -> None:
     assert named(found) == {"JD208": biases_of(model)}
     assert all("drawn around -0." in finding.what for finding in found)
     one = build(layers=4)  # a layer whose bias has a meaning
-    fill(one, lambda bias: nn.init.normal_(bias, -4.6, 1.2), *(f"layers.{k}.proj.bias" for k in range(4)))
+    fill(
+        one,
+        lambda bias: nn.init.normal_(bias, -4.6, 1.2),
+        *(f"layers.{k}.proj.bias" for k in range(4)),
+    )
     assert not judge(one)
 
 
-# -- JD208: padding ----------------------------------------------------------------------------------
+# -- JD208: padding --------------------------------------------------------------------------------
 def padded(index: int = 0) -> Model:
     model = build(layers=3)
     model.embedding.padding_idx = index
@@ -483,7 +552,10 @@ def test_a_padding_row_is_zero() -> None:
             model.embedding.weight[index].normal_(0.0, 0.02)
         [finding] = judge(model)
         assert named([finding]) == {"JD208": {"embedding.weight"}}
-        assert f"in row {index}" in finding.what and finding.fix == f"set row {index} of embedding.weight to 0"
+        assert (
+            f"in row {index}" in finding.what
+            and finding.fix == f"set row {index} of embedding.weight to 0"
+        )
     assert not judge(build(layers=3))  # no padding_idx, no row of zeros
 
 
@@ -513,7 +585,9 @@ def test_what_the_user_pinned_is_not_named() -> None:
 def test_what_another_rule_names_is_named_once() -> None:
     subject = family("llama", 0)
     fill(subject.model, nn.init.zeros_, "model.layers.2.input_layernorm.weight")
-    report = jacdiag.audit(subject.model, subject.probe, products=False, state="init", remedies="none")
+    report = jacdiag.audit(
+        subject.model, subject.probe, products=False, state="init", remedies="none"
+    )
     assert [f.code for f in report.findings if f.code.startswith("JD2")] == ["JD205"]
 
 
@@ -521,14 +595,22 @@ def test_what_another_rule_names_is_named_once() -> None:
 @pytest.mark.parametrize(
     ("how", "level", "words"),
     [
-        (lambda w: nn.init.kaiming_uniform_(w, a=math.sqrt(5)), "warning", "uniform as nn.Linear leaves it, 3.5"),
+        (
+            lambda w: nn.init.kaiming_uniform_(w, a=math.sqrt(5)),
+            "warning",
+            "uniform as nn.Linear leaves it, 3.5",
+        ),
         (lambda w: nn.init.normal_(w, 0.0, 1.0), "warning", "as torch.randn leaves it"),
         (nn.init.zeros_, "warning", "all zero, so that every token gives an expert the same score"),
         (lambda w: nn.init.normal_(w, 0.0, 0.07), "info", "times that of the matrices"),
         (lambda w: nn.init.normal_(w, 0.0, 0.002), "info", "of that of the matrices"),
         (lambda w: nn.init.normal_(w, 0.0, 0.02), "", ""),
         (lambda w: nn.init.trunc_normal_(w, 0.0, 0.02, -0.04, 0.04), "", ""),
-        (lambda w: nn.init.xavier_normal_(w, gain=0.02 / math.sqrt(2 / (WIDTH + 3 * WIDTH))), "", ""),
+        (
+            lambda w: nn.init.xavier_normal_(w, gain=0.02 / math.sqrt(2 / (WIDTH + 3 * WIDTH))),
+            "",
+            "",
+        ),
     ],
 )
 def test_routers(how: Fill, level: str, words: str) -> None:
@@ -548,8 +630,12 @@ def test_a_default_router_in_a_default_model_is_as_the_rest() -> None:
     assert not judge(model)
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "kimi_k2", "switch_transformers", "afmoe", "somebody"])
-@pytest.mark.parametrize("how", [lambda w: nn.init.kaiming_uniform_(w, a=math.sqrt(5)), nn.init.zeros_])
+@pytest.mark.parametrize(
+    "family", ["deepseek_v3", "kimi_k2", "switch_transformers", "afmoe", "somebody"]
+)
+@pytest.mark.parametrize(
+    "how", [lambda w: nn.init.kaiming_uniform_(w, a=math.sqrt(5)), nn.init.zeros_]
+)
 def test_a_router_is_judged_alike_under_every_name(family: str, how: Fill) -> None:
     model = build(mlp=Experts)
     model.config = type("Config", (), {"model_type": family})()  # type: ignore[assignment]
@@ -559,9 +645,15 @@ def test_a_router_is_judged_alike_under_every_name(family: str, how: Fill) -> No
 
 
 def test_a_router_of_std_one_beside_an_embedding_of_std_one() -> None:
-    """Switch Transformers draws both so; with an embedding of another std the routers alone stand out."""
+    """Switch Transformers draws both so; with an embedding of another std the routers alone stand
+    out.
+    """
     model = build(mlp=Experts)
-    fill(model, lambda w: nn.init.normal_(w, 0.0, 1.0), *(f"layers.{layer}.mlp.gate.weight" for layer in range(6)))
+    fill(
+        model,
+        lambda w: nn.init.normal_(w, 0.0, 1.0),
+        *(f"layers.{layer}.mlp.gate.weight" for layer in range(6)),
+    )
     assert [finding.level for finding in judge(model)] == ["warning"]
     fill(model, nn.init.normal_, "embedding.weight")
     [finding] = judge(model)
@@ -579,7 +671,9 @@ class BalancedExperts(Experts):
         weights = self.gate(x).sigmoid()
         chosen = (weights + self.expert_bias).topk(2, dim=-1).indices
         sparse = torch.zeros_like(weights).scatter(-1, chosen, weights.gather(-1, chosen))
-        return torch.stack([sparse[..., k : k + 1] * expert(x) for k, expert in enumerate(self.experts)]).sum(0)
+        return torch.stack(
+            [sparse[..., k : k + 1] * expert(x) for k, expert in enumerate(self.experts)]
+        ).sum(0)
 
 
 def test_routers_of_zero_beside_a_bias_that_balances_the_experts() -> None:
@@ -594,7 +688,9 @@ def test_one_router_is_a_layer_that_differs() -> None:
     fill(model, lambda w: nn.init.kaiming_uniform_(w, a=math.sqrt(5)), "layers.3.mlp.gate.weight")
     assert not judge(model)
     probe = torch.randint(128, (2, 12), generator=torch.Generator().manual_seed(0))
-    report = jacdiag.audit(model, probe, state="init", select=["JD2"], products=False, remedies="none")
+    report = jacdiag.audit(
+        model, probe, state="init", select=["JD2"], products=False, remedies="none"
+    )
     assert named(report.findings) == {"JD205": {"layers.3.mlp.gate.weight"}}
 
 
@@ -606,20 +702,50 @@ def test_a_pinned_router_is_the_users_own() -> None:
 
 
 def test_how_far_a_router_may_be_from_the_rest() -> None:
-    """The boundary is where the sampling intervals part: the factor that sends 1,536 numbers beyond both."""
+    """The boundary is where the sampling intervals part: the factor that sends 1,536 numbers beyond
+    both.
+    """
     for factor, is_named in ((1.02, False), (1.6, True)):
         contract = ContractRecord("x", {"d": 64.0, "N": 6.0}, [_router(0.02 * factor), _matrix()])
         assert bool(unlike_routers(contract)[1]) is is_named
 
 
 def _router(std: float) -> WeightRecord:
-    return WeightRecord("l.0.gate.weight", [24, 64], "router", "l.*.gate.weight", 0, "l.0", 64, 24, "normal", std,
-                        std * 0.92, std * 1.09, 0.0, largest=4 * std)  # fmt: skip
+    return WeightRecord(
+        "l.0.gate.weight",
+        [24, 64],
+        "router",
+        "l.*.gate.weight",
+        0,
+        "l.0",
+        64,
+        24,
+        "normal",
+        std,
+        std * 0.92,
+        std * 1.09,
+        0.0,
+        largest=4 * std,
+    )
 
 
 def _matrix() -> WeightRecord:
-    return WeightRecord("l.0.up.weight", [64, 64], "W_1", "l.*.up.weight", 0, "l.0", 64, 64, "normal", 0.02, 0.019,
-                        0.0211, 0.0, largest=0.08)  # fmt: skip
+    return WeightRecord(
+        "l.0.up.weight",
+        [64, 64],
+        "W_1",
+        "l.*.up.weight",
+        0,
+        "l.0",
+        64,
+        64,
+        "normal",
+        0.02,
+        0.019,
+        0.0211,
+        0.0,
+        largest=0.08,
+    )
 
 
 # -- JD210: identical layers -----------------------------------------------------------------------
@@ -654,7 +780,9 @@ def test_experts_that_were_copied() -> None:
         experts = layer.mlp.experts  # type: ignore[union-attr]
         experts[2].load_state_dict(experts[0].state_dict())  # type: ignore[index, union-attr, operator]
     [finding] = judge(model)
-    assert finding.what == "layers.*.mlp.experts: 2 bit-identical to 0, in 6 of their 6 drawn weights"
+    assert (
+        finding.what == "layers.*.mlp.experts: 2 bit-identical to 0, in 6 of their 6 drawn weights"
+    )
 
 
 class Stacked(nn.Module):
@@ -722,15 +850,21 @@ def restart(model: nn.Module, scale: Callable[[str], float]) -> None:
             parameter.normal_(0.0, scale(name), generator=torch.Generator().manual_seed(7))
 
 
-@pytest.mark.parametrize("scale", [lambda name: 0.02, lambda name: 0.01 if "proj" in name else 0.02])
+@pytest.mark.parametrize(
+    "scale", [lambda name: 0.02, lambda name: 0.01 if "proj" in name else 0.02]
+)
 def test_one_seed_before_every_draw(scale: Callable[[str], float]) -> None:
     model = build(layers=3)
     restart(model, scale)
     found = judge(model)
-    matrices = {name for name, p in model.named_parameters() if name.startswith("layers") and p.dim() == 2}
+    matrices = {
+        name for name, p in model.named_parameters() if name.startswith("layers") and p.dim() == 2
+    }
     first = "layers.0.qkv.weight"  # the first of the stack keeps its numbers
     assert named(found) == {"JD210": matrices - {first}}
-    assert any(f"repeat the random numbers of {first}, up to a factor" in finding.what for finding in found)
+    assert any(
+        f"repeat the random numbers of {first}, up to a factor" in finding.what for finding in found
+    )
 
 
 def test_one_matrix_that_repeats_another_of_its_layer() -> None:
@@ -751,17 +885,38 @@ def test_low_precision_keeps_the_stream() -> None:
 
 def test_a_copy_in_another_stack_may_be_meant() -> None:
     weights = [
-        WeightRecord(name, [8, 8], "W_1", name, 0, "a", family="normal", std=1.0, same_as=same, stream_of=same)
-        for name, same in (("student.0.q.w", ""), ("teacher.0.q.w", "student.0.q.w"), ("teacher.0.k.w", ""))
+        WeightRecord(
+            name,
+            [8, 8],
+            "W_1",
+            name,
+            0,
+            "a",
+            family="normal",
+            std=1.0,
+            same_as=same,
+            stream_of=same,
+        )
+        for name, same in (
+            ("student.0.q.w", ""),
+            ("teacher.0.q.w", "student.0.q.w"),
+            ("teacher.0.k.w", ""),
+        )
     ]
     assert copies(ContractRecord("x", {}, weights)) == (3, [])
 
 
 def test_matrices_of_one_number() -> None:
     model = build(layers=3)
-    fill(model, lambda w: nn.init.constant_(w, 0.1), *(f"layers.{k}.mlp.{j}.weight" for k in range(3) for j in (0, 2)))
+    fill(
+        model,
+        lambda w: nn.init.constant_(w, 0.1),
+        *(f"layers.{k}.mlp.{j}.weight" for k in range(3) for j in (0, 2)),
+    )
     [finding] = judge(model)
-    assert named([finding])["JD210"] == {f"layers.{k}.mlp.{j}.weight" for k in range(3) for j in (0, 2)}
+    assert named([finding])["JD210"] == {
+        f"layers.{k}.mlp.{j}.weight" for k in range(3) for j in (0, 2)
+    }
     assert "hold 0.100 throughout" in finding.what
     out = model.layers[0].mlp[0](torch.randn(2, WIDTH))  # type: ignore[union-attr, index, operator]
     assert torch.allclose(out, out[:, :1].expand_as(out), atol=1e-6)
@@ -777,10 +932,14 @@ def test_an_embedding_of_equal_blocks() -> None:
 # -- JD211: leftover memory ------------------------------------------------------------------------
 def integers(tensor: Tensor) -> object:
     """Fill a tensor with the bits of small integers, as a freed index tensor leaves them."""
-    return tensor.view(torch.int32).copy_(torch.arange(tensor.numel(), dtype=torch.int32).reshape(tensor.shape))
+    return tensor.view(torch.int32).copy_(
+        torch.arange(tensor.numel(), dtype=torch.int32).reshape(tensor.shape)
+    )
 
 
-@pytest.mark.parametrize("name", ["layers.2.norm2.weight", "norm.weight", "cls", "layers.0.qkv.weight"])
+@pytest.mark.parametrize(
+    "name", ["layers.2.norm2.weight", "norm.weight", "cls", "layers.0.qkv.weight"]
+)
 @pytest.mark.parametrize(
     ("how", "words"),
     [
@@ -819,7 +978,13 @@ def test_a_model_on_the_meta_device_that_was_never_initialised() -> None:
 
 @pytest.mark.parametrize(
     ("tiny", "largest", "is_named"),
-    [(0, LARGEST, False), (0, 1.01 * LARGEST, True), (1, 1.0, True), (0, 1.0, False), (0, None, False)],
+    [
+        (0, LARGEST, False),
+        (0, 1.01 * LARGEST, True),
+        (1, 1.0, True),
+        (0, 1.0, False),
+        (0, None, False),
+    ],
 )
 def test_the_boundaries_of_leftovers(tiny: int, largest: float | None, is_named: bool) -> None:
     weight = WeightRecord("w", [8], "bias", "w", tiny=tiny, largest=largest)
@@ -844,13 +1009,18 @@ def test_a_trained_model_is_not_judged() -> None:
 
 
 def test_reports_from_before_these_fields_are_read() -> None:
-    weights = [WeightRecord(f"l.{k}.proj.b", [8], "bias", "l.*.proj.b", k, family="zero", mean=0.0) for k in range(4)]
+    weights = [
+        WeightRecord(f"l.{k}.proj.b", [8], "bias", "l.*.proj.b", k, family="zero", mean=0.0)
+        for k in range(4)
+    ]
     data = ContractRecord("x", {"N": 4.0, "d": 8.0}, weights).to_dict()
     for weight in data["weights"]:
         for field in ("largest", "tiny", "same_as", "piece_of", "offset"):
             del weight[field]
     contract = ContractRecord.from_dict(data)
-    assert differences(contract) == (4, []) and not leftovers(contract) and copies(contract) == (0, [])
+    assert (
+        differences(contract) == (4, []) and not leftovers(contract) and copies(contract) == (0, [])
+    )
 
 
 FAMILIES = ["gpt2", "llama", "gpt_neox", "opt", "bloom", "olmo2", "t5", "gemma"]
@@ -862,7 +1032,7 @@ def test_families_are_silent(name: str) -> None:
     assert not judge(subject.model, subject.probe)
 
 
-# -- the fixes ---------------------------------------------------------------------------------------
+# -- the fixes -------------------------------------------------------------------------------------
 def is_in(name: str, words: str) -> bool:
     return re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.])", words) is not None
 
@@ -901,11 +1071,19 @@ def broken(kind: str) -> nn.Module:
         case "gain of one layer":
             fill(model, nn.init.zeros_, "layers.2.norm2.weight")
         case "all gains":
-            fill(model, nn.init.uniform_, *(name for name, _ in model.named_parameters() if "norm" in name))
+            fill(
+                model,
+                nn.init.uniform_,
+                *(name for name, _ in model.named_parameters() if "norm" in name),
+            )
         case "drawn biases":
             fill(model, lambda bias: nn.init.normal_(bias, 0.0, 0.02), *biases_of(model))
         case "one drawn scale":
-            fill(model, lambda scale: nn.init.normal_(scale, 0.5, 0.02), *(f"layers.{k}.scale" for k in range(4)))
+            fill(
+                model,
+                lambda scale: nn.init.normal_(scale, 0.5, 0.02),
+                *(f"layers.{k}.scale" for k in range(4)),
+            )
             fill(model, nn.init.zeros_, "layers.1.scale")
         case "scale norm":
             model = with_length_norms(1.0, "normalize")
@@ -922,10 +1100,19 @@ def broken(kind: str) -> nn.Module:
         case "one seed":
             restart(model, lambda name: 0.02)
         case "one number":
-            matrices = [f"layers.{layer}.mlp.{place}.weight" for layer in range(4) for place in (0, 2)]
+            matrices = [
+                f"layers.{layer}.mlp.{place}.weight" for layer in range(4) for place in (0, 2)
+            ]
             fill(model, lambda w: nn.init.constant_(w, 0.1), *matrices)
         case "leftover gain":
-            fill(model, integers, "layers.2.norm2.weight", "layers.2.proj.weight", "norm.weight", "layers.1.proj.bias")
+            fill(
+                model,
+                integers,
+                "layers.2.norm2.weight",
+                "layers.2.proj.weight",
+                "norm.weight",
+                "layers.1.proj.bias",
+            )
     return model
 
 

@@ -11,9 +11,15 @@ from torch import Tensor
 
 from jacdiag.sources import Source, gpt
 from jacdiag.sources.factory import seeded
-from jacdiag.sources.fit import fit
+from jacdiag.sources.load_weights import fit
 
-SIZES: dict[str, Any] = {"n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": 64, "block_size": 32}
+SIZES: dict[str, Any] = {
+    "n_layer": 2,
+    "n_embd": 16,
+    "n_head": 2,
+    "vocab_size": 64,
+    "block_size": 32,
+}
 BUILD = "jacdiag.sources.gpt:build"
 
 
@@ -40,13 +46,19 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 
 
 def lightning(state: dict[str, Tensor]) -> dict[str, Any]:
-    """What a Trainer of Lightning writes: the module's names behind `model.`, and much that is no tensor."""
+    """What a Trainer of Lightning writes: the module's names behind `model.`, and much that is no
+    tensor.
+    """
     return {
-        "epoch": 1, "global_step": 77, "pytorch-lightning_version": "2.2.0", "loops": {}, "callbacks": {},
+        "epoch": 1,
+        "global_step": 77,
+        "pytorch-lightning_version": "2.2.0",
+        "loops": {},
+        "callbacks": {},
         "state_dict": {f"model.{name}": t for name, t in state.items()},
         "optimizer_states": [{"state": {0: {"exp_avg": torch.randn(9999)}}}],
         "hyper_parameters": argparse.Namespace(lr=0.1),
-    }  # fmt: skip
+    }
 
 
 def whole(source: Source) -> torch.nn.Module:

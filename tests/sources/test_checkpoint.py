@@ -1,4 +1,6 @@
-"""Checkpoint files: every layout that people write, and every way in which a file can be no checkpoint."""
+"""Checkpoint files: every layout that people write, and every way in which a file can be no
+checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,11 @@ from jacdiag.errors import SourceError
 from jacdiag.sources.checkpoint import open_checkpoint, strip_wrappers
 from jacdiag.sources.formats import safetensors_file
 
-NOISE = {"optimizer": {"state": {0: {"exp_avg": torch.ones(100_000)}}}, "epoch": 3, "loss": torch.tensor(2.0)}
+NOISE = {
+    "optimizer": {"state": {0: {"exp_avg": torch.ones(100_000)}}},
+    "epoch": 3,
+    "loss": torch.tensor(2.0),
+}
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".ckpt"])
@@ -48,7 +54,9 @@ def test_a_file_of_another_suffix_and_content_is_refused(tmp_path: Path) -> None
         open_checkpoint(tmp_path / "notes.weights")
 
 
-@pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict", "module", "my_own_name"])
+@pytest.mark.parametrize(
+    "key", ["model", "state_dict", "model_state_dict", "module", "my_own_name"]
+)
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_a_training_checkpoint(tmp_path: Path, key: str, zipped: bool) -> None:
     path = save(tmp_path / "c.pt", {**NOISE, key: weights()}, _use_new_zipfile_serialization=zipped)
@@ -64,7 +72,12 @@ def test_lightning(tmp_path: Path) -> None:
 
 def test_nanogpt(tmp_path: Path) -> None:
     state = {f"_orig_mod.{name}": t for name, t in weights().items()}
-    saved = {"model": state, "model_args": SIZES, "iter_num": torch.tensor(5), "best_val_loss": torch.tensor(1e9)}
+    saved = {
+        "model": state,
+        "model_args": SIZES,
+        "iter_num": torch.tensor(5),
+        "best_val_loss": torch.tensor(1e9),
+    }
     found = open_checkpoint(save(tmp_path / "ckpt.pt", saved))
     assert same(found.state, weights()) and found.model_args == SIZES and found.step == 5
 
@@ -93,16 +106,24 @@ def one_tensor(path: Path, dtype: str, size: int) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("dtype", "size"), [("F4", 8), ("F6_E2M3", 12), ("F6_E3M2", 12), ("F8_E8M0", 16)])
-def test_safetensors_with_values_of_few_bits_is_quantised(tmp_path: Path, dtype: str, size: int) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "size"), [("F4", 8), ("F6_E2M3", 12), ("F6_E3M2", 12), ("F8_E8M0", 16)]
+)
+def test_safetensors_with_values_of_few_bits_is_quantised(
+    tmp_path: Path, dtype: str, size: int
+) -> None:
     with pytest.raises(SourceError, match="are quantised") as refused:
         open_checkpoint(one_tensor(tmp_path / "w.safetensors", dtype, size))
     assert dtype in (refused.value.got or "")
     assert "truncated" not in str(refused.value)
 
 
-@pytest.mark.parametrize(("dtype", "size"), [("U16", 32), ("U32", 64), ("U64", 128), ("F16", 32), ("F64", 128)])
-def test_safetensors_of_every_dtype_of_torch_is_opened(tmp_path: Path, dtype: str, size: int) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "size"), [("U16", 32), ("U32", 64), ("U64", 128), ("F16", 32), ("F64", 128)]
+)
+def test_safetensors_of_every_dtype_of_torch_is_opened(
+    tmp_path: Path, dtype: str, size: int
+) -> None:
     path = one_tensor(tmp_path / "w.safetensors", dtype, size)
     spans, _ = safetensors_file.spans(path)
     assert tuple(spans["blocks.0.weight"].read().shape) == (4, 4)
@@ -116,7 +137,13 @@ def test_safetensors_of_a_dtype_that_the_library_does_not_know(tmp_path: Path) -
 
 @pytest.mark.parametrize(
     "prefix",
-    ["module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module._orig_mod.module."],
+    [
+        "module.",
+        "_orig_mod.",
+        "_fsdp_wrapped_module.",
+        "_checkpoint_wrapped_module.",
+        "module._orig_mod.module.",
+    ],
 )
 def test_prefixes_of_wrappers(prefix: str) -> None:
     assert same(strip_wrappers({prefix + name: t for name, t in weights().items()}), weights())
@@ -135,7 +162,7 @@ def test_a_part_called_module_keeps_its_name() -> None:
     assert list(strip_wrappers(state)) == list(state)
 
 
-# -- tensors of every kind -------------------------------------------------------------------------------------------
+# -- tensors of every kind -------------------------------------------------------------------------
 def variants() -> dict[str, Callable[[], dict[str, Tensor]]]:
     big = torch.randn(40, generator=torch.Generator().manual_seed(1))
     return {
@@ -143,9 +170,22 @@ def variants() -> dict[str, Callable[[], dict[str, Tensor]]]:
         "fp16": lambda: {name: t.half() for name, t in weights().items()},
         "double": lambda: {name: t.double() for name, t in weights().items()},
         "views of one storage": lambda: {"a": big[:10].view(2, 5), "b": big[10:], "c": big[5:15]},
-        "non-contiguous": lambda: {"a": big.view(5, 8).t(), "b": big[::3], "c": big[0].expand(3, 4)},
-        "0-d, empty, integers": lambda: {"a": torch.tensor(3.0), "b": torch.empty(0, 4), "c": torch.arange(3)},
-        "long and odd names": lambda: {"x" * 4000: big, "naïve.层.weight": big, "a b/c": big, "": big},
+        "non-contiguous": lambda: {
+            "a": big.view(5, 8).t(),
+            "b": big[::3],
+            "c": big[0].expand(3, 4),
+        },
+        "0-d, empty, integers": lambda: {
+            "a": torch.tensor(3.0),
+            "b": torch.empty(0, 4),
+            "c": torch.arange(3),
+        },
+        "long and odd names": lambda: {
+            "x" * 4000: big,
+            "naïve.层.weight": big,
+            "a b/c": big,
+            "": big,
+        },
         "parameters": lambda: {"a": torch.nn.Parameter(big.clone())},
     }
 
@@ -154,13 +194,17 @@ def variants() -> dict[str, Callable[[], dict[str, Tensor]]]:
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_tensors_come_back_bit_for_bit(tmp_path: Path, name: str, zipped: bool) -> None:
     state = variants()[name]()
-    found = open_checkpoint(save(tmp_path / "w.pt", {"model": state}, _use_new_zipfile_serialization=zipped)).state
+    found = open_checkpoint(
+        save(tmp_path / "w.pt", {"model": state}, _use_new_zipfile_serialization=zipped)
+    ).state
     assert same(found, {key: t.detach() for key, t in state.items()})
     assert not any(t.requires_grad for t in found.values())
 
 
 def test_sparse_tensors_become_plain(tmp_path: Path) -> None:
-    found = open_checkpoint(save(tmp_path / "w.pt", {"a": torch.eye(4).to_sparse(), "b": torch.ones(2)})).state
+    found = open_checkpoint(
+        save(tmp_path / "w.pt", {"a": torch.eye(4).to_sparse(), "b": torch.ones(2)})
+    ).state
     assert torch.equal(found["a"], torch.eye(4))
 
 
@@ -173,21 +217,29 @@ def test_symlinks_spaces_and_unicode(tmp_path: Path) -> None:
     real = save(tmp_path / "a b" / "modèle é.pt", weights())
     link = tmp_path / "link.pt"
     link.symlink_to(real)
-    assert same(open_checkpoint(link).state, weights()) and same(open_checkpoint(real).state, weights())
+    assert same(open_checkpoint(link).state, weights()) and same(
+        open_checkpoint(real).state, weights()
+    )
 
 
-# -- foreign classes, whole modules ----------------------------------------------------------------------------------
+# -- foreign classes, whole modules ----------------------------------------------------------------
 def test_harmless_classes_are_listed_and_the_tensors_load(tmp_path: Path) -> None:
     config = argparse.Namespace(lr=1e-3, inner=argparse.Namespace(depth=[1, {"a": (2,)}]))
     saved = {"model": OrderedDict(weights()), "args": config, "where": Path("x"), "name": "run"}
     found = open_checkpoint(save(tmp_path / "c.pt", saved))
     assert same(found.state, weights())
-    assert found.unread[0] == "argparse.Namespace" and any(name.startswith("pathlib.") for name in found.unread)
+    assert found.unread[0] == "argparse.Namespace" and any(
+        name.startswith("pathlib.") for name in found.unread
+    )
 
 
-@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: {"model": m, "epoch": 1}], ids=["bare", "in a dict"])
+@pytest.mark.parametrize(
+    "wrap", [lambda m: m, lambda m: {"model": m, "epoch": 1}], ids=["bare", "in a dict"]
+)
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_a_whole_module(tmp_path: Path, wrap: Callable[[Any], Any], zipped: bool, recwarn: Any) -> None:
+def test_a_whole_module(
+    tmp_path: Path, wrap: Callable[[Any], Any], zipped: bool, recwarn: Any
+) -> None:
     path = save(tmp_path / "m.pt", wrap(tiny()), _use_new_zipfile_serialization=zipped)
     found = open_checkpoint(path)
     assert same(found.state, weights())
@@ -197,7 +249,7 @@ def test_a_whole_module(tmp_path: Path, wrap: Callable[[Any], Any], zipped: bool
     assert not recwarn.list
 
 
-# -- what is no checkpoint -------------------------------------------------------------------------------------------
+# -- what is no checkpoint -------------------------------------------------------------------------
 def part(folder: Path, name: str, share: float, **how: Any) -> None:
     whole = save(folder / f"whole-{name}", weights(), **how).read_bytes()
     (folder / name).write_bytes(whole[: int(len(whole) * share)])
@@ -263,7 +315,9 @@ def test_no_checkpoint(tmp_path: Path, name: str, said: str) -> None:
     assert said in str(error) and (error.got or error.hint)
 
 
-@pytest.mark.parametrize(("name", "hint"), [("build.py", "build.py:CALLABLE"), ("config.json", "hf:")])
+@pytest.mark.parametrize(
+    ("name", "hint"), [("build.py", "build.py:CALLABLE"), ("config.json", "hf:")]
+)
 def test_the_neighbour_of_what_was_meant(tmp_path: Path, name: str, hint: str) -> None:
     (tmp_path / name).write_text("{}")
     with pytest.raises(SourceError) as refused:

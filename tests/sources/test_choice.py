@@ -1,4 +1,6 @@
-"""Which tensors of a file are read: names inside a state dict, several sets of weights, prefixes, --key."""
+"""Which tensors of a file are read: names inside a state dict, several sets of weights, prefixes,
+--key.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from jacdiag_cli.app import main
+from jacdiag_cli.main import main
 from safetensors.torch import save_file
 from sources.rig import BUILD, SIZES, save, tiny, weights, whole
 from torch import Tensor, nn
@@ -33,11 +35,17 @@ def lead(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def moments(state: dict[str, Tensor]) -> dict[Any, Any]:
-    return {name: {"step": torch.tensor(3.0), "exp_avg": t * 0, "exp_avg_sq": t * 0} for name, t in state.items()}
+    return {
+        name: {"step": torch.tensor(3.0), "exp_avg": t * 0, "exp_avg_sq": t * 0}
+        for name, t in state.items()
+    }
 
 
 def adam(state: dict[str, Tensor]) -> dict[str, Any]:
-    return {"state": dict(enumerate(moments(state).values())), "param_groups": [{"lr": 1.0, "params": [0]}]}
+    return {
+        "state": dict(enumerate(moments(state).values())),
+        "param_groups": [{"lr": 1.0, "params": [0]}],
+    }
 
 
 def opened(path: Path, **options: Any) -> Source:
@@ -74,7 +82,9 @@ def scaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("layout", ["bare.pt", "nested.ckpt", "bare.safetensors", "dcp", "dcp nested"])
+@pytest.mark.parametrize(
+    "layout", ["bare.pt", "nested.ckpt", "bare.safetensors", "dcp", "dcp nested"]
+)
 def test_words_inside_names_are_no_reason_to_leave_weights_out(
     tmp_path: Path, scaled: dict[str, Tensor], layout: str
 ) -> None:
@@ -84,14 +94,23 @@ def test_words_inside_names_are_no_reason_to_leave_weights_out(
         held = scaled if layout == "dcp" else {"model": scaled, "optim": moments(scaled)}
         dcp.save(held, checkpoint_id=tmp_path / layout, no_dist=True)
     else:
-        save(tmp_path / layout, scaled if layout == "bare.pt" else {"state_dict": scaled, "lr_schedulers": [{}]})
+        save(
+            tmp_path / layout,
+            scaled if layout == "bare.pt" else {"state_dict": scaled, "lr_schedulers": [{}]},
+        )
     source = load(layout, model="scaled.py:Scaled")
     assert is_model(source, scaled)
     assert not [note for note in source.notes if "left out" in note]
 
 
-# -- prefixes ----------------------------------------------------------------------------------------------------------
-LIGHTNING = {"epoch": 3, "global_step": 1200, "pytorch-lightning_version": "2.5.0", "optimizer_states": [], "loops": {}}
+# -- prefixes --------------------------------------------------------------------------------------
+LIGHTNING = {
+    "epoch": 3,
+    "global_step": 1200,
+    "pytorch-lightning_version": "2.5.0",
+    "optimizer_states": [],
+    "loops": {},
+}
 
 
 @pytest.mark.parametrize(
@@ -109,7 +128,9 @@ LIGHTNING = {"epoch": 3, "global_step": 1200, "pytorch-lightning_version": "2.5.
     ],
 )
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
-def test_the_prefix_that_fits_the_model(tmp_path: Path, prefix: str, extra: dict[str, Tensor], suffix: str) -> None:
+def test_the_prefix_that_fits_the_model(
+    tmp_path: Path, prefix: str, extra: dict[str, Tensor], suffix: str
+) -> None:
     state = {name: t.clone() for name, t in {**extra, **lead(prefix, weights())}.items()}
     path = tmp_path / f"run{suffix}"
     if suffix == ".ckpt":
@@ -128,7 +149,9 @@ def test_mixed_wrappers(tmp_path: Path) -> None:
     names = list(weights())
     state = {}
     for place, (name, t) in enumerate(weights().items()):
-        inner = name.replace(".h.0.", ".h.0.module.").replace(".h.1.", ".h.1._checkpoint_wrapped_module.")
+        inner = name.replace(".h.0.", ".h.0.module.").replace(
+            ".h.1.", ".h.1._checkpoint_wrapped_module."
+        )
         state[f"module._orig_mod.{inner}" if place % 2 else f"_orig_mod.{inner}"] = t
     assert len(state) == len(names)
     assert is_model(opened(save(tmp_path / "x.pt", state)))
@@ -139,7 +162,9 @@ def test_an_averaged_model(tmp_path: Path) -> None:
     path = save(tmp_path / "averaged.pt", averaged.state_dict())
     assert is_model(opened(path))
     alone = open_checkpoint(path)
-    assert set(alone.state) == set(weights()), "without --model the names are those of the model too"
+    assert set(alone.state) == set(weights()), (
+        "without --model the names are those of the model too"
+    )
 
 
 def test_weights_below_a_part_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,11 +185,15 @@ def test_weights_inside_a_part_of_the_model_stay_an_error(tmp_path: Path) -> Non
         opened(save(tmp_path / "x.pt", {**more, **weights()}))
 
 
-# -- several sets of weights -------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("other", ["ema", "state_dict_ema", "model_ema", "ema_state_dict", "swa_model", "teacher"])
+# -- several sets of weights -----------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "other", ["ema", "state_dict_ema", "model_ema", "ema_state_dict", "swa_model", "teacher"]
+)
 @pytest.mark.parametrize("first", ["model", "state_dict", "network_g"])
 @pytest.mark.parametrize("average_first", [True, False])
-def test_a_model_and_its_average(tmp_path: Path, first: str, other: str, average_first: bool) -> None:
+def test_a_model_and_its_average(
+    tmp_path: Path, first: str, other: str, average_first: bool
+) -> None:
     held = {first: weights(), other: halved(), "step": np.int64(10), "optimizer": adam(weights())}
     if average_first:
         held = {other: halved(), **held}
@@ -204,7 +233,9 @@ def test_two_networks_that_both_fit_are_asked_about(tmp_path: Path) -> None:
 
 def test_a_deeper_model_does_not_fit_a_shallow_one(tmp_path: Path) -> None:
     """All names of the small model are in the large one too."""
-    deeper = {name.replace(".h.1.", f".h.{k}."): t for k in (1, 2, 3) for name, t in halved().items()}
+    deeper = {
+        name.replace(".h.1.", f".h.{k}."): t for k in (1, 2, 3) for name, t in halved().items()
+    }
     path = save(tmp_path / "two.pt", {"draft": weights(), "model": deeper})
     assert is_model(opened(path)) and opened(path).info["key"] == "draft"
 
@@ -212,7 +243,12 @@ def test_a_deeper_model_does_not_fit_a_shallow_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", ["tuple", "list", "deep", "list below"])
 def test_containers_around_the_weights(tmp_path: Path, shape: str) -> None:
     deep = {"checkpoint": {"state": {"model": weights(), "opt": adam(weights())}}}
-    held = {"tuple": (weights(), 7), "list": [3, weights()], "deep": deep, "list below": {"models": [weights()]}}
+    held = {
+        "tuple": (weights(), 7),
+        "list": [3, weights()],
+        "deep": deep,
+        "list below": {"models": [weights()]},
+    }
     path = save(tmp_path / "x.pt", held[shape])
     assert is_model(opened(path))
     assert set(open_checkpoint(path).state) == set(weights())
@@ -224,17 +260,24 @@ def test_nanogpt_with_an_average_is_rebuilt(tmp_path: Path) -> None:
 
 
 def test_losses_next_to_the_weights_do_not_hide_them(tmp_path: Path) -> None:
-    held = {"model": weights(), "loss": torch.tensor(2.0), "step": torch.tensor(4), "rng": torch.zeros(9).byte()}
+    held = {
+        "model": weights(),
+        "loss": torch.tensor(2.0),
+        "step": torch.tensor(4),
+        "rng": torch.zeros(9).byte(),
+    }
     source = opened(save(tmp_path / "c.pt", held))
     assert is_model(source) and source.step == 4 and "others" not in source.info
 
 
-# -- --key -------------------------------------------------------------------------------------------------------------
+# -- --key -----------------------------------------------------------------------------------------
 def test_an_unknown_key_lists_what_is_there(tmp_path: Path) -> None:
     path = save(tmp_path / "c.pt", {"model": weights(), "ema": halved()})
     with pytest.raises(SourceError, match="nothing under the key 'nope'") as caught:
         opened(path, key="nope")
-    assert "model (weights" in (caught.value.got or "") and "ema (moving average" in (caught.value.got or "")
+    assert "model (weights" in (caught.value.got or "") and "ema (moving average" in (
+        caught.value.got or ""
+    )
     assert "--key model" in (caught.value.hint or "")
 
 
@@ -253,10 +296,14 @@ def test_a_key_without_a_file(source: str) -> None:
         load(source, key="ema")
 
 
-# -- optimizer state ---------------------------------------------------------------------------------------------------
+# -- optimizer state -------------------------------------------------------------------------------
 @pytest.mark.parametrize("layout", ["policy and adam", "by name", "flat", "safetensors"])
 def test_moments_are_no_weights(tmp_path: Path, layout: str) -> None:
-    flat = {f"state.{name}.{kind}": t.clone() for name, t in weights().items() for kind in ("exp_avg", "exp_avg_sq")}
+    flat = {
+        f"state.{name}.{kind}": t.clone()
+        for name, t in weights().items()
+        for kind in ("exp_avg", "exp_avg_sq")
+    }
     named = {"state": moments(weights()), "param_groups": [{"params": list(weights())}]}
     held: dict[str, Any] = {
         "policy and adam": {"policy": weights(), "adam": moments(weights())},
@@ -276,7 +323,11 @@ def test_moments_are_no_weights(tmp_path: Path, layout: str) -> None:
 
 @pytest.mark.parametrize("layout", ["torch", "by name", "flat", "nested", "one slot"])
 def test_a_file_of_an_optimizer_alone(tmp_path: Path, layout: str) -> None:
-    flat = {f"state.{name}.{kind}": t for name, t in weights().items() for kind in ("exp_avg", "exp_avg_sq")}
+    flat = {
+        f"state.{name}.{kind}": t
+        for name, t in weights().items()
+        for kind in ("exp_avg", "exp_avg_sq")
+    }
     held: dict[str, Any] = {
         "torch": adam(weights()),
         "by name": {"state": moments(weights())},
@@ -290,7 +341,7 @@ def test_a_file_of_an_optimizer_alone(tmp_path: Path, layout: str) -> None:
             load(str(path), **options)
 
 
-# -- what the report says ----------------------------------------------------------------------------------------------
+# -- what the report says --------------------------------------------------------------------------
 def test_the_header_says_what_was_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     both = str(save(tmp_path / "both.pt", {"model": weights(), "ema": halved(), **NANO}))
     alone = str(save(tmp_path / "alone.pt", {"model": weights(), **NANO}))
@@ -310,6 +361,9 @@ def test_the_key_of_an_audit(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     path = str(save(tmp_path / "both.pt", {"model": weights(), "ema": halved(), **NANO}))
     report = jacdiag.audit(path, key="ema", batch=1, seq=8, products=False)
     assert report.source["key"] == "ema"
-    assert main(["diff", path, path, "--key", "ema", "--batch", "1", "--seq", "8", "--contract-only"]) == 0
+    assert (
+        main(["diff", path, path, "--key", "ema", "--batch", "1", "--seq", "8", "--contract-only"])
+        == 0
+    )
     assert main(["audit", path, "--key", "nope"]) == 2
     assert "nothing under the key 'nope'" in capsys.readouterr().err

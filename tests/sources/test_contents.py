@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from jacdiag_cli.app import main
+from jacdiag_cli.main import main
 from safetensors.torch import save_file
 from sources.rig import BUILD, SIZES, same, save, weights, whole
 from torch import Tensor
@@ -77,11 +77,17 @@ SCHEMES: list[tuple[Callable[[], dict[str, Tensor]], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("scheme", "name"), SCHEMES, ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize(
+    ("scheme", "name"), SCHEMES, ids=lambda value: getattr(value, "__name__", value)
+)
 @pytest.mark.parametrize("layout", ["bare.pt", "nested.pt", "x.safetensors"])
 @pytest.mark.parametrize("options", OPTIONS, ids=["alone", "with a model"])
 def test_quantised_weights_are_refused_by_their_scheme(
-    tmp_path: Path, scheme: Callable[[], dict[str, Tensor]], name: str, layout: str, options: dict[str, Any]
+    tmp_path: Path,
+    scheme: Callable[[], dict[str, Tensor]],
+    name: str,
+    layout: str,
+    options: dict[str, Any],
 ) -> None:
     if layout == "x.safetensors":
         save_file({key: t.clone() for key, t in scheme().items()}, tmp_path / layout)
@@ -99,10 +105,13 @@ def test_masks_and_counters_are_not_quantised_weights(tmp_path: Path) -> None:
         "scales": torch.ones(3),
         "causal": torch.ones(8, 8, dtype=torch.bool),
     }
-    assert set(open_checkpoint(save(tmp_path / "x.pt", {**weights(), **buffers})).state) == {*weights(), *buffers}
+    assert set(open_checkpoint(save(tmp_path / "x.pt", {**weights(), **buffers})).state) == {
+        *weights(),
+        *buffers,
+    }
 
 
-# -- DeepSpeed ---------------------------------------------------------------------------------------------------------
+# -- DeepSpeed -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("partly", [True, False])
 @pytest.mark.parametrize("options", OPTIONS, ids=["alone", "with a model"])
 def test_one_rank_of_zero_3(tmp_path: Path, partly: bool, options: dict[str, Any]) -> None:
@@ -118,17 +127,23 @@ def test_one_rank_of_zero_3(tmp_path: Path, partly: bool, options: dict[str, Any
 
 def test_a_bare_file_of_empty_weights(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="ZeRO-3") as caught:
-        load(str(save(tmp_path / "pytorch_model.bin", {name: torch.empty(0) for name in weights()})))
+        load(
+            str(save(tmp_path / "pytorch_model.bin", {name: torch.empty(0) for name in weights()}))
+        )
     assert "zero_to_fp32.py" in (caught.value.hint or "")
 
 
 def test_the_model_states_of_zero_1_are_whole(tmp_path: Path) -> None:
     saved = {"module": weights(), "ds_version": "0.14", "param_shapes": [{}], "global_steps": 900}
-    source = load(str(save(tmp_path / "mp_rank_00_model_states.pt", saved)), model=BUILD, model_args=SIZES)
+    source = load(
+        str(save(tmp_path / "mp_rank_00_model_states.pt", saved)), model=BUILD, model_args=SIZES
+    )
     assert source.step == 900
 
 
-@pytest.mark.parametrize(("stage", "way"), [(1, "mp_rank_00_model_states.pt"), (3, "zero_to_fp32.py")])
+@pytest.mark.parametrize(
+    ("stage", "way"), [(1, "mp_rank_00_model_states.pt"), (3, "zero_to_fp32.py")]
+)
 def test_the_optimizers_part_of_zero(tmp_path: Path, stage: int, way: str) -> None:
     state = {"zero_stage": stage, "partition_count": 2, "fp32_flat_groups": [torch.ones(9)]}
     saved = {"optimizer_state_dict": state, "ds_config": {}, "ds_version": "0.14"}
@@ -137,7 +152,7 @@ def test_the_optimizers_part_of_zero(tmp_path: Path, stage: int, way: str) -> No
     assert way in (caught.value.hint or "")
 
 
-# -- adapters, states of a run -----------------------------------------------------------------------------------------
+# -- adapters, states of a run ---------------------------------------------------------------------
 @pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
 @pytest.mark.parametrize("options", OPTIONS, ids=["alone", "with a model"])
 def test_a_lora_adapter(tmp_path: Path, suffix: str, options: dict[str, Any]) -> None:
@@ -153,7 +168,9 @@ def test_a_lora_adapter(tmp_path: Path, suffix: str, options: dict[str, Any]) ->
 
 
 def unmerged() -> dict[str, Tensor]:
-    """Return a model with a LoRA adapter on every matrix and a head that was trained in full, as PEFT saves them."""
+    """Return a model with a LoRA adapter on every matrix and a head that was trained in full, as
+    PEFT saves them.
+    """
     state = {}
     for name, t in weights().items():
         place = f"base_model.model.{name}"
@@ -197,8 +214,16 @@ def test_no_adapter_is_named_where_there_is_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "held", "said"),
     [
-        ("scheduler.bin", {"base_lrs": [0.1], "last_epoch": 3, "_step_count": 4}, "learning-rate scheduler"),
-        ("optimizer.bin", {"state": {}, "param_groups": [{"lr": 1.0}]}, "state of an optimizer only"),
+        (
+            "scheduler.bin",
+            {"base_lrs": [0.1], "last_epoch": 3, "_step_count": 4},
+            "learning-rate scheduler",
+        ),
+        (
+            "optimizer.bin",
+            {"state": {}, "param_groups": [{"lr": 1.0}]},
+            "state of an optimizer only",
+        ),
         ("rng_state.pth", {"cpu": torch.zeros(9, dtype=torch.uint8)}, "holds no weights"),
     ],
 )
@@ -221,7 +246,7 @@ def test_steps_of_every_kind(tmp_path: Path, step: Any) -> None:
     assert open_checkpoint(save(tmp_path / "c.pt", {"model": weights(), "step": step})).step == 7
 
 
-# -- other formats -----------------------------------------------------------------------------------------------------
+# -- other formats ---------------------------------------------------------------------------------
 ONNX = b"\x08\x08\x12\x07pytorch\x1a\x052.1.0:" + bytes(64)
 
 
@@ -229,7 +254,12 @@ ONNX = b"\x08\x08\x12\x07pytorch\x1a\x052.1.0:" + bytes(64)
     ("name", "content", "said", "way"),
     [
         ("model.gguf", b"GGUF\x03\0\0\0" + bytes(64), "GGUF", "gguf_file='model.gguf'"),
-        ("pytorch_model.bin", b"GGUF\x03\0\0\0" + bytes(64), "GGUF", "gguf_file='pytorch_model.bin'"),
+        (
+            "pytorch_model.bin",
+            b"GGUF\x03\0\0\0" + bytes(64),
+            "GGUF",
+            "gguf_file='pytorch_model.bin'",
+        ),
         ("model.onnx", b"anything", "ONNX", "PyTorch checkpoint"),
         ("model.bin", ONNX, "ONNX", "PyTorch checkpoint"),
         ("tf_model.h5", b"\x89HDF\r\n\x1a\n", "HDF5", "PyTorch checkpoint"),
@@ -242,7 +272,12 @@ ONNX = b"\x08\x08\x12\x07pytorch\x1a\x052.1.0:" + bytes(64)
     ],
 )
 def test_other_formats_are_refused_by_name(
-    tmp_path: Path, name: str, content: bytes, said: str, way: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    name: str,
+    content: bytes,
+    said: str,
+    way: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SourceError, match=said) as caught:

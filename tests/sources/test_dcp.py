@@ -1,4 +1,6 @@
-"""Folders of torch.distributed.checkpoint: what torch's own writer writes, in one process and sharded over two."""
+"""Folders of torch.distributed.checkpoint: what torch's own writer writes, in one process and
+sharded over two.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from jacdiag_cli.app import main
+from jacdiag_cli.main import main
 from sources.rig import BUILD, SIZES, tiny, weights, whole
 
 import jacdiag
@@ -59,8 +61,19 @@ def test_one_process(tmp_path: Path, shape: str) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_sharded_over_two_processes(tmp_path: Path) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", SHARDED, str(tmp_path / "c"), str(tmp_path / "store")]
-    ranks = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        SHARDED,
+        str(tmp_path / "c"),
+        str(tmp_path / "store"),
+    ]
+    ranks = [
+        subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
     for rank in ranks:
         _, said = rank.communicate(timeout=120)
         assert rank.returncode == 0, said
@@ -68,10 +81,27 @@ def test_sharded_over_two_processes(tmp_path: Path) -> None:
     found = load(str(tmp_path / "c"), model=BUILD, model_args=SIZES)
     assert found.weights is not None
     expected = torch.load(tmp_path / "c.pt")
-    assert {name: t.shape for name, t in found.weights.items()} == {n: t.shape for n, t in expected.items()}
+    assert {name: t.shape for name, t in found.weights.items()} == {
+        n: t.shape for n, t in expected.items()
+    }
     assert all(torch.equal(t, expected[name]) for name, t in found.weights.items())
-    assert main(["audit", str(tmp_path / "c"), "--model", BUILD, "--model-args", str(SIZES).replace("'", '"'), "--seq",
-                 "8", "--fail-on", "never"]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "audit",
+                str(tmp_path / "c"),
+                "--model",
+                BUILD,
+                "--model-args",
+                str(SIZES).replace("'", '"'),
+                "--seq",
+                "8",
+                "--fail-on",
+                "never",
+            ]
+        )
+        == 0
+    )
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from jacdiag.errors import UsageError
-from jacdiag.sources.device import pick
+from jacdiag.sources.device_choice import pick
 
 
 def test_the_best_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,6 @@
-"""Models from code: what is imported, how it is called, what the meta device needs, and whose error is shown."""
+"""Models from code: what is imported, how it is called, what the meta device needs, and whose error
+is shown.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +83,9 @@ def test_the_seed_decides_and_the_stream_goes_on(code: str) -> None:
 def test_the_meta_device_through_reset_parameters(code: str) -> None:
     made, same = factory.build(f"{code}:meta", seed=1), factory.build(f"{code}:meta", seed=1)
     assert not any(p.is_meta for p in made.parameters())
-    assert torch.equal(made[0].weight, same[0].weight) and 0 < float(made[0].weight.detach().std()) < 1
+    assert (
+        torch.equal(made[0].weight, same[0].weight) and 0 < float(made[0].weight.detach().std()) < 1
+    )
     assert torch.equal(made[1].weight, torch.ones(4))
 
 
@@ -91,11 +95,14 @@ def test_the_meta_device_through_init_weights(code: str) -> None:
 
 
 def test_the_meta_device_of_transformers(code: str, tmp_path: Path) -> None:
-    """Their `init_weights` skips what it believes to be initialised; the std must be that of the config."""
+    """Their `init_weights` skips what it believes to be initialised; the std must be that of the
+    config.
+    """
     (tmp_path / "theirs.py").write_text(
         "import torch, transformers as hf\n"
         "def build():\n"
-        "    config = hf.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=96, n_positions=64)\n"
+        "    config = hf.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=96, "
+        "n_positions=64)\n"
         "    with torch.device('meta'):\n"
         "        return hf.GPT2LMHeadModel(config)\n"
     )
@@ -103,7 +110,9 @@ def test_the_meta_device_of_transformers(code: str, tmp_path: Path) -> None:
     state = made.state_dict()
     assert not any(t.is_meta or not bool(torch.isfinite(t).all()) for t in state.values())
     assert float(state["transformer.h.0.attn.c_attn.weight"].std()) == pytest.approx(0.02, rel=0.05)
-    assert float(state["transformer.h.0.mlp.c_proj.weight"].std()) == pytest.approx(0.02 / 2, rel=0.05)
+    assert float(state["transformer.h.0.mlp.c_proj.weight"].std()) == pytest.approx(
+        0.02 / 2, rel=0.05
+    )
     assert made.lm_head.weight is made.transformer.wte.weight
 
 
@@ -126,7 +135,11 @@ def test_what_nothing_initialises_is_named(code: str) -> None:
         ("models_here.py:Holder.biuld", {}, "NAME with one of build"),
         ("missing.py:f", {}, "no such file"),
         ("no_syntax.py:f", {}, "at no_syntax.py:1: def f(:"),
-        ("needs_more.py:f", {}, "No module named 'something_that_is_not_there'\nat needs_more.py:1"),
+        (
+            "needs_more.py:f",
+            {},
+            "No module named 'something_that_is_not_there'\nat needs_more.py:1",
+        ),
         ("needs_more:f", {}, "No module named 'something_that_is_not_there'\nat needs_more.py:1"),
         ("divides.py:f", {}, "ZeroDivisionError: division by zero\nat divides.py:2"),
         ("no_such_package.at_all:f", {}, "no module named 'no_such_package'"),

@@ -8,7 +8,7 @@ from sources.rig import tiny, weights
 from torch import Tensor, nn
 
 from jacdiag.errors import SourceError
-from jacdiag.sources.fit import fit
+from jacdiag.sources.load_weights import fit
 
 HEAD, TABLE = "lm_head.weight", "transformer.wte.weight"
 
@@ -80,7 +80,9 @@ def test_what_does_not_fit_is_listed_and_counted() -> None:
         fit(tiny(), state, "'x.pt'", hint="look again")
     error = refused.value
     missing, unexpected, shapes = (error.got or "").splitlines()
-    assert missing.startswith(f"{len(layer)} missing: {layer[0]}, ") and missing.endswith(f"({len(layer)} in all)")
+    assert missing.startswith(f"{len(layer)} missing: {layer[0]}, ") and missing.endswith(
+        f"({len(layer)} in all)"
+    )
     assert unexpected.startswith(f"{len(layer)} unexpected: transformer.h.9.")
     assert shapes == "1 of another shape: transformer.wpe.weight 3x16, the model has 32x16"
     assert error.what == "'x.pt' does not fit GPT" and error.hint == "look again"

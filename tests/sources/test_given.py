@@ -1,4 +1,6 @@
-"""Whatever a Python caller hands in works, or is an error that says what to pass; never a raw one."""
+"""Whatever a Python caller hands in works, or is an error that says what to pass; never a raw
+one.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,9 @@ def test_what_is_no_model_says_what_to_pass(given: Any, hint: str) -> None:
         assert hint in (refused.value.hint or "")
 
 
-@pytest.mark.parametrize("given", [None, 3, "x.pt", Path("x.pt"), tiny().state_dict(), tiny, nn.Linear])
+@pytest.mark.parametrize(
+    "given", [None, 3, "x.pt", Path("x.pt"), tiny().state_dict(), tiny, nn.Linear]
+)
 def test_sites_and_watch_ask_for_a_module(given: Any) -> None:
     with pytest.raises(UsageError, match=r"jacdiag\.sites takes a torch\.nn\.Module"):
         jacdiag.sites(given, torch.zeros(1, 4, dtype=torch.long))
@@ -81,15 +85,38 @@ def test_sites_and_watch_ask_for_a_module(given: Any) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"tokens": 3}, {"batch": None}, {"seed": None}, {"seed": 2**70}, {"tol": None}, {"confidence": "high"},
-        {"device": []}, {"dtype": 3}, {"state": "foo"}, {"profile": None}, {"profile": []}, {"select": 3},
-        {"select": [3]}, {"ignore": None}, {"thresholds": 3}, {"thresholds": "x"}, {"risk": 3}, {"max_products": None},
-        {"declared": 3}, {"contract": 3}, {"contract": {1: 2}}, {"optimizer": 3}, {"optimizer": "x"},
-        {"optimizer": [{"params": 3}]}, {"remedies": 3}, {"baseline": "x"}, {"progress": 3}, {"model_args": [1]},
+        {"tokens": 3},
+        {"batch": None},
+        {"seed": None},
+        {"seed": 2**70},
+        {"tol": None},
+        {"confidence": "high"},
+        {"device": []},
+        {"dtype": 3},
+        {"state": "foo"},
+        {"profile": None},
+        {"profile": []},
+        {"select": 3},
+        {"select": [3]},
+        {"ignore": None},
+        {"thresholds": 3},
+        {"thresholds": "x"},
+        {"risk": 3},
+        {"max_products": None},
+        {"declared": 3},
+        {"contract": 3},
+        {"contract": {1: 2}},
+        {"optimizer": 3},
+        {"optimizer": "x"},
+        {"optimizer": [{"params": 3}]},
+        {"remedies": 3},
+        {"baseline": "x"},
+        {"progress": 3},
+        {"model_args": [1]},
         {"input_factory": 3},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_an_argument_of_the_wrong_type_is_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(JacdiagError):
         jacdiag.audit(tiny(), **{**SMALL, **wrong})
@@ -101,7 +128,9 @@ def test_codes_may_be_text_and_numbers_numpy() -> None:
     assert report.settings["seed"] == 3
 
 
-@pytest.mark.parametrize("inputs", [{1: torch.zeros(1)}, torch.zeros(0, 4).long(), torch.zeros(2, 0).long(), 3, "x"])
+@pytest.mark.parametrize(
+    "inputs", [{1: torch.zeros(1)}, torch.zeros(0, 4).long(), torch.zeros(2, 0).long(), 3, "x"]
+)
 def test_inputs_of_the_wrong_kind(inputs: Any) -> None:
     with pytest.raises(ProbeError):
         jacdiag.audit(tiny(), inputs)
@@ -175,7 +204,7 @@ def test_modules_that_cannot_run(model: nn.Module) -> None:
         jacdiag.audit(model, torch.randn(2, 3, 8))
 
 
-FACTORIES = '''
+FACTORIES = """
 from torch import nn
 from os.path import join
 number = 3
@@ -187,17 +216,23 @@ def weights(): return nn.Linear(2, 2).state_dict()
 def nothing(): pass
 def cls(): return Net
 class Net(nn.Module): pass
-'''
+"""
 
 
 @pytest.mark.parametrize(
     "name,hint",
     [
-        ("pair", "pair()[0]"), ("swapped", "swapped()[1]"), ("table", "table()['model']"),
-        ("weights", "load_state_dict"), ("nothing", "return model"), ("cls", "Net(...)"),
-        ("nope", "model, pair"), ("modle", "one of model"), ("number", "one of"),
+        ("pair", "pair()[0]"),
+        ("swapped", "swapped()[1]"),
+        ("table", "table()['model']"),
+        ("weights", "load_state_dict"),
+        ("nothing", "return model"),
+        ("cls", "Net(...)"),
+        ("nope", "model, pair"),
+        ("modle", "one of model"),
+        ("number", "one of"),
     ],
-)  # fmt: skip
+)
 def test_a_factory_that_is_wrong_says_what_to_change(tmp_path: Path, name: str, hint: str) -> None:
     path = tmp_path / "build.py"
     path.write_text(FACTORIES)
@@ -212,7 +247,9 @@ def test_relative_imports_name_the_module(tmp_path: Path) -> None:
     package.mkdir()
     (package / "__init__.py").touch()
     (package / "parts.py").write_text("from torch import nn\n")
-    (package / "build.py").write_text("from .parts import nn\ndef model(): return nn.Linear(2, 2)\n")
+    (package / "build.py").write_text(
+        "from .parts import nn\ndef model(): return nn.Linear(2, 2)\n"
+    )
     with pytest.raises(SourceError) as refused:
         factory.build(f"{package}/build.py:model")
     assert "pack.build:CALLABLE" in (refused.value.hint or "")

@@ -61,7 +61,9 @@ def test_an_attack_is_named_and_not_run(
     assert {file.name for file in tmp_path.iterdir()} == {"evil.pt"}
 
 
-def test_the_attack_works_where_it_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_attack_works_where_it_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The files above are real: the same one runs its code once it may."""
     path = save(tmp_path / "evil.pt", {"model": weights(), "extra": Payload("builtins.exec")})
     monkeypatch.chdir(tmp_path)
@@ -70,9 +72,12 @@ def test_the_attack_works_where_it_is_trusted(tmp_path: Path, monkeypatch: pytes
 
 
 def test_getattr_leads_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`getattr(module, name)` is how a pickle would reach a function that no class of its own names."""
+    """`getattr(module, name)` is how a pickle would reach a function that no class of its own
+    names.
+    """
     steps = (
-        b"\x80\x04cbuiltins\ngetattr\n(ctorch.nn\nModule\nX\x06\x00\x00\x00systemtR(X\x0d\x00\x00\x00touch was-runtR."
+        b"\x80\x04cbuiltins\ngetattr\n(ctorch.nn\nModule\n"
+        b"X\x06\x00\x00\x00systemtR(X\x0d\x00\x00\x00touch was-runtR."
     )
     path = save(tmp_path / "w.pt", weights(), _use_new_zipfile_serialization=False)
     head = path.read_bytes()
@@ -88,7 +93,9 @@ def test_a_tar_archive_is_not_unpacked(tmp_path: Path) -> None:
     path = tmp_path / "old.pt"
     with tarfile.open(path, "w") as archive:
         for name in ("storages", "tensors", "pickle"):
-            archive.addfile(tarfile.TarInfo(f"\x80\x02{name}" if name == "storages" else name), io.BytesIO())
+            archive.addfile(
+                tarfile.TarInfo(f"\x80\x02{name}" if name == "storages" else name), io.BytesIO()
+            )
     with pytest.raises(SourceError, match="tar archive"):
         open_checkpoint(path)
 

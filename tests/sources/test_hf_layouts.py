@@ -1,4 +1,6 @@
-"""Hugging Face folders as published repositories have them: other names, more weights, fewer weights, other folders."""
+"""Hugging Face folders as published repositories have them: other names, more weights, fewer
+weights, other folders.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,13 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 64,
     "intermediate_size": 48,
 }
-GPT2: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 96, "n_positions": 64}
+GPT2: dict[str, Any] = {
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "vocab_size": 96,
+    "n_positions": 64,
+}
 VIT: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -70,7 +78,12 @@ def gpt2() -> Any:
 
 
 def saved(
-    model: Any, folder: Path, edit: Callable[[State], State] | None = None, *, as_bin: bool = False, **config: Any
+    model: Any,
+    folder: Path,
+    edit: Callable[[State], State] | None = None,
+    *,
+    as_bin: bool = False,
+    **config: Any,
 ) -> Path:
     """Save a model, change its weights, and set fields of its config (None removes one)."""
     model.save_pretrained(folder)
@@ -82,16 +95,27 @@ def saved(
         file.unlink()
         torch.save(state, folder / "pytorch_model.bin")
     else:
-        save_file({name: t.contiguous() for name, t in state.items()}, file, metadata={"format": "pt"})
+        save_file(
+            {name: t.contiguous() for name, t in state.items()}, file, metadata={"format": "pt"}
+        )
     data = json.loads((folder / "config.json").read_text()) | config
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in data.items() if v is not None}))
+    (folder / "config.json").write_text(
+        json.dumps({k: v for k, v in data.items() if v is not None})
+    )
     return folder
 
 
 def with_masks(state: State) -> State:
     """As GPT-2's older files have them."""
-    masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 64, 64, dtype=torch.uint8) for i in range(2)}
-    return state | masks | {f"transformer.h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(2)}
+    masks = {
+        f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 64, 64, dtype=torch.uint8)
+        for i in range(2)
+    }
+    return (
+        state
+        | masks
+        | {f"transformer.h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(2)}
+    )
 
 
 def with_pooler(prefix: str) -> Callable[[State], State]:
@@ -101,7 +125,9 @@ def with_pooler(prefix: str) -> Callable[[State], State]:
 def legacy(state: State) -> State:
     """As bert-base-uncased has it: gamma and beta, no decoder, position_ids."""
     renamed = {
-        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): t
         for name, t in state.items()
         if "predictions.decoder" not in name
     }
@@ -109,7 +135,11 @@ def legacy(state: State) -> State:
 
 
 def without_prefix(state: State) -> State:
-    return {name.removeprefix("transformer."): t for name, t in state.items() if not name.startswith("lm_head")}
+    return {
+        name.removeprefix("transformer."): t
+        for name, t in state.items()
+        if not name.startswith("lm_head")
+    }
 
 
 def with_more(**tensors: Tensor) -> Callable[[State], State]:
@@ -117,7 +147,8 @@ def with_more(**tensors: Tensor) -> Callable[[State], State]:
 
 
 BERT = hf.BertConfig(**SIZES)
-# title: the model that was saved, the change, the class that the config names, what a note says ("" for none)
+# title: the model that was saved, the change, the class that the config names, what a note says (""
+# for none)
 CASES: dict[str, tuple[Callable[[], Any], Callable[[State], State] | None, str, str]] = {
     "GPT-2 with masks": (gpt2, with_masks, "GPT2LMHeadModel", "attn.masked_bias"),
     "GPT-2 without prefix": (gpt2, without_prefix, "GPT2LMHeadModel", ""),
@@ -127,12 +158,18 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[State], State] | None, str, 
         "BertForMaskedLM",
         "cls.seq_relationship",
     ),
-    "BERT without its heads": (lambda: new(hf.BertForPreTraining, BERT), None, "BertModel", "cls.predictions"),
+    "BERT without its heads": (
+        lambda: new(hf.BertForPreTraining, BERT),
+        None,
+        "BertModel",
+        "cls.predictions",
+    ),
     "RoBERTa with a pooler": (
         lambda: new(hf.RobertaForMaskedLM, hf.RobertaConfig(**SIZES)),
         with_pooler("roberta"),
         "RobertaForMaskedLM",
-        "left out, as RobertaForMaskedLM has no place for them: 1 weight (roberta.pooler.dense.weight)",
+        "left out, as RobertaForMaskedLM has no place for them: 1 weight "
+        "(roberta.pooler.dense.weight)",
     ),
     "ALBERT with a pooler": (
         lambda: new(hf.AlbertForPreTraining, hf.AlbertConfig(**SIZES, embedding_size=16)),
@@ -153,7 +190,10 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[State], State] | None, str, 
         "",
     ),
     "experts that are stacked": (
-        lambda: new(hf.MixtralForCausalLM, hf.MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4)),
+        lambda: new(
+            hf.MixtralForCausalLM,
+            hf.MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4),
+        ),
         with_more(extra=torch.ones(2)),
         "MixtralForCausalLM",
         "extra",
@@ -190,7 +230,9 @@ def test_published_layouts(tmp_path: Path, title: str, as_bin: bool) -> None:
     source = load(str(folder))
     assert source.info["architecture"] == opened
     ours = whole(source).state_dict()
-    assert ours.keys() == expected.keys() and all(torch.equal(ours[name], t) for name, t in expected.items())
+    assert ours.keys() == expected.keys() and all(
+        torch.equal(ours[name], t) for name, t in expected.items()
+    )
     about = [note for note in source.notes if note.startswith(("left out", "not in the files"))]
     assert bool(about) == bool(said) and all(said in note for note in about)
 
@@ -199,17 +241,33 @@ def test_a_long_list_of_leftovers_is_cut(tmp_path: Path) -> None:
     more = {f"extra{i}": torch.ones(1) for i in range(9)}
     source = load(str(saved(gpt2(), tmp_path, with_more(**more))))
     assert source.notes == [
-        "left out, as GPT2LMHeadModel has no place for them: 9 weights (extra0, extra1, extra2, extra3, extra4 ...)"
+        (
+            "left out, as GPT2LMHeadModel has no place for them: 9 weights (extra0, extra1, "
+            "extra2, "
+            "extra3, extra4 ...)"
+        )
     ]
 
 
-# -- configs that do not say which model it is -------------------------------------------------------------------------
+# -- configs that do not say which model it is -----------------------------------------------------
 @pytest.mark.parametrize(
     ("make", "edit", "fields", "opened", "by"),
     [
         (gpt2, None, {"model_type": None}, "GPT2LMHeadModel", "architectures (GPT2LMHeadModel)"),
-        (gpt2, None, {"model_type": None, "architectures": None}, "GPT2LMHeadModel", "the names of the weights"),
-        (gpt2, without_prefix, {"model_type": None, "architectures": None}, "GPT2LMHeadModel", "the names of"),
+        (
+            gpt2,
+            None,
+            {"model_type": None, "architectures": None},
+            "GPT2LMHeadModel",
+            "the names of the weights",
+        ),
+        (
+            gpt2,
+            without_prefix,
+            {"model_type": None, "architectures": None},
+            "GPT2LMHeadModel",
+            "the names of",
+        ),
         (
             lambda: new(hf.BertForMaskedLM, BERT),
             None,
@@ -217,7 +275,13 @@ def test_a_long_list_of_leftovers_is_cut(tmp_path: Path) -> None:
             "BertForMaskedLM",
             "the names of the weights",
         ),
-        (lambda: new(hf.BertForPreTraining, BERT), None, {"architectures": None}, "BertForPreTraining", ""),
+        (
+            lambda: new(hf.BertForPreTraining, BERT),
+            None,
+            {"architectures": None},
+            "BertForPreTraining",
+            "",
+        ),
         (lambda: new(hf.BertModel, BERT), None, {"architectures": None}, "BertModel", ""),
     ],
 )
@@ -247,7 +311,7 @@ def test_the_names_of_several_kinds_are_named_in_the_hint(tmp_path: Path) -> Non
     assert type(load(str(folder), model_args={"model_type": "bert"}).model) is hf.BertModel
 
 
-# -- weights that do not fit, and hints that work ----------------------------------------------------------------------
+# -- weights that do not fit, and hints that work --------------------------------------------------
 @pytest.mark.parametrize(
     ("make", "fields", "got", "change"),
     [
@@ -322,7 +386,7 @@ def test_a_number_in_a_name_is_no_number_of_layers(tmp_path: Path) -> None:
     assert "layers" not in str(refused.value.hint)
 
 
-# -- --model with a folder or a file of it -----------------------------------------------------------------------------
+# -- --model with a folder or a file of it ---------------------------------------------------------
 @pytest.mark.parametrize("as_bin", [False, True], ids=["safetensors", "bin"])
 @pytest.mark.parametrize("of_file", [False, True], ids=["folder", "file"])
 @pytest.mark.parametrize("spec", ["build.py:gpt2", "hf:config", "hf:config/config.json"])
@@ -354,7 +418,9 @@ def test_model_with_experts_that_are_stacked(tmp_path: Path) -> None:
         assert all(torch.equal(ours[name], t) for name, t in model.state_dict().items())
 
 
-def test_a_factory_that_loads_its_own_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_factory_that_loads_its_own_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     saved(gpt2(), tmp_path / "saved")
     (tmp_path / "build.py").write_text(BUILD)
@@ -374,7 +440,7 @@ def test_a_folder_without_weights_for_the_model(tmp_path: Path) -> None:
         load(str(tmp_path), model="jacdiag.sources.gpt:build")
 
 
-# -- other folders --------------------------------------------------------------------------------------------------
+# -- other folders ---------------------------------------------------------------------------------
 def test_the_step_of_a_trainer(tmp_path: Path) -> None:
     folder = saved(gpt2(), tmp_path)
     assert load(str(folder)).step is None
@@ -430,7 +496,12 @@ def quantised(method: str, **tensors: Tensor) -> Callable[[Path], None]:
             "checkpoint-9",
         ),
         (
-            files({"adapter_config.json": '{"base_model_name_or_path": "a/b"}', "adapter_model.safetensors": "x"}),
+            files(
+                {
+                    "adapter_config.json": '{"base_model_name_or_path": "a/b"}',
+                    "adapter_model.safetensors": "x",
+                }
+            ),
             "PEFT adapter",
             "merge_and_unload",
         ),
@@ -442,22 +513,48 @@ def quantised(method: str, **tensors: Tensor) -> Callable[[Path], None]:
         (bare(), "a folder without a model", "--model FACTORY or --model hf:CONFIG"),
         (files({"model.gguf": "x", "config.json": '{"model_type": "gpt2"}'}), "GGUF", "folder"),
         (files({"model.gguf": "x"}), "GGUF", "folder"),
-        (files({"onnx/model.onnx": "x", "config.json": '{"model_type": "gpt2"}'}), "ONNX", "PyTorch model"),
-        (files({"tf_model.h5": "x", "config.json": '{"model_type": "gpt2"}'}), "TensorFlow", "save_pretrained"),
+        (
+            files({"onnx/model.onnx": "x", "config.json": '{"model_type": "gpt2"}'}),
+            "ONNX",
+            "PyTorch model",
+        ),
+        (
+            files({"tf_model.h5": "x", "config.json": '{"model_type": "gpt2"}'}),
+            "TensorFlow",
+            "save_pretrained",
+        ),
         (
             files({"latest": "global_step5", "global_step5/mp_rank_00_model_states.pt": "x"}),
             "DeepSpeed",
             "zero_to_fp32.py",
         ),
         (files({"pytorch_model_fsdp_0/.metadata": "x"}), "sharded weights", "pytorch_model_fsdp_0"),
-        (files({"params.json": "{}", "consolidated.00.pth": "x"}), "authors' own layout", "consolidated.00.pth"),
-        (files({"snapshots/abc/config.json": "{}"}), "the folders inside of it have", "snapshots/abc"),
-        (quantised("gptq", h__qweight=torch.ones(2, 2, dtype=torch.int32)), "quantised", "dequantised"),
+        (
+            files({"params.json": "{}", "consolidated.00.pth": "x"}),
+            "authors' own layout",
+            "consolidated.00.pth",
+        ),
+        (
+            files({"snapshots/abc/config.json": "{}"}),
+            "the folders inside of it have",
+            "snapshots/abc",
+        ),
+        (
+            quantised("gptq", h__qweight=torch.ones(2, 2, dtype=torch.int32)),
+            "quantised",
+            "dequantised",
+        ),
         (quantised("fp8", h__weight_scale_inv=torch.ones(1)), "quantised", "dequantised"),
-        (quantised("bitsandbytes", h__weight=torch.ones(2, 2, dtype=torch.int8)), "quantised", "dequantised"),
+        (
+            quantised("bitsandbytes", h__weight=torch.ones(2, 2, dtype=torch.int8)),
+            "quantised",
+            "dequantised",
+        ),
     ],
 )
-def test_folders_that_hold_no_model(tmp_path: Path, make: Callable[[Path], None], what: str, hint: str) -> None:
+def test_folders_that_hold_no_model(
+    tmp_path: Path, make: Callable[[Path], None], what: str, hint: str
+) -> None:
     make(tmp_path)
     with pytest.raises(SourceError) as refused:
         load(str(tmp_path))
@@ -467,7 +564,9 @@ def test_folders_that_hold_no_model(tmp_path: Path, make: Callable[[Path], None]
 def test_quantised_by_the_config_alone(tmp_path: Path) -> None:
     """A copy that was dequantised keeps the field in its config."""
     source = load(str(saved(gpt2(), tmp_path, quantization_config={"quant_method": "gptq"})))
-    assert any("quantization_config (gptq)" in note and "floating point" in note for note in source.notes)
+    assert any(
+        "quantization_config (gptq)" in note and "floating point" in note for note in source.notes
+    )
 
 
 def test_an_adapter_next_to_a_whole_model(tmp_path: Path) -> None:

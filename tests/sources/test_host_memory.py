@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from jacdiag.auditing import remedied
+from jacdiag.monitor import probe_memory as memory
+from jacdiag.pipeline import with_remedies as remedied
 from jacdiag.sources.host_memory import free_host_memory
-from jacdiag.watching import memory
 
 GB = 1024**3
 NO_LIMIT_V1 = 9223372036854771712
@@ -26,10 +26,14 @@ def write(root: Path, files: dict[str, object]) -> Path:
 
 
 def machine(root: Path, available: int = 64 * GB) -> Path:
-    return write(root, {"proc/meminfo": f"MemTotal: 99999999 kB\nMemAvailable: {available // 1024} kB"})
+    return write(
+        root, {"proc/meminfo": f"MemTotal: 99999999 kB\nMemAvailable: {available // 1024} kB"}
+    )
 
 
-def v2_group(path: str, limit: object, used: int = 0, cache: int = 0, high: object = "max") -> dict[str, object]:
+def v2_group(
+    path: str, limit: object, used: int = 0, cache: int = 0, high: object = "max"
+) -> dict[str, object]:
     folder = f"sys/fs/cgroup/{path}".rstrip("/")
     return {
         f"{folder}/memory.max": limit,
@@ -57,22 +61,35 @@ def test_neither_proc_nor_groups(tmp_path: Path) -> None:
 
 
 def test_v2_limit_of_the_own_group(tmp_path: Path) -> None:
-    write(machine(tmp_path), {"proc/self/cgroup": "0::/job", "proc/self/mountinfo": V2_MOUNT.format(root="/")})
+    write(
+        machine(tmp_path),
+        {"proc/self/cgroup": "0::/job", "proc/self/mountinfo": V2_MOUNT.format(root="/")},
+    )
     write(tmp_path, v2_group("job", 8 * GB, used=3 * GB, cache=1 * GB))
     assert free_host_memory(tmp_path) == 6 * GB
 
 
 def test_v2_container_with_its_own_namespace(tmp_path: Path) -> None:
-    write(machine(tmp_path), {"proc/self/cgroup": "0::/", "proc/self/mountinfo": V2_MOUNT.format(root="/")})
+    write(
+        machine(tmp_path),
+        {"proc/self/cgroup": "0::/", "proc/self/mountinfo": V2_MOUNT.format(root="/")},
+    )
     write(tmp_path, v2_group("", 2 * GB, used=GB))
     assert free_host_memory(tmp_path) == GB
 
 
 @pytest.mark.parametrize(
     ("outer", "inner", "free"),
-    [(4 * GB, 16 * GB, 3 * GB), (16 * GB, 4 * GB, 3 * GB), ("max", 4 * GB, 3 * GB), (4 * GB, "max", 3 * GB)],
+    [
+        (4 * GB, 16 * GB, 3 * GB),
+        (16 * GB, 4 * GB, 3 * GB),
+        ("max", 4 * GB, 3 * GB),
+        (4 * GB, "max", 3 * GB),
+    ],
 )
-def test_v2_tightest_of_nested_groups(tmp_path: Path, outer: object, inner: object, free: int) -> None:
+def test_v2_tightest_of_nested_groups(
+    tmp_path: Path, outer: object, inner: object, free: int
+) -> None:
     write(machine(tmp_path), {"proc/self/cgroup": "0::/slice/middle/job"})
     write(tmp_path, v2_group("slice", outer, used=GB))
     write(tmp_path, v2_group("slice/middle", "max", used=GB))
@@ -101,7 +118,10 @@ def test_v2_no_limit_leaves_the_machine(tmp_path: Path) -> None:
 
 def test_v1_limit_of_the_memory_controller(tmp_path: Path) -> None:
     groups = "5:cpu:/elsewhere\n4:memory,hugetlb:/batch/job\n0::/"
-    write(machine(tmp_path), {"proc/self/cgroup": groups, "proc/self/mountinfo": V1_MOUNT.format(root="/")})
+    write(
+        machine(tmp_path),
+        {"proc/self/cgroup": groups, "proc/self/mountinfo": V1_MOUNT.format(root="/")},
+    )
     write(tmp_path, v1_group("batch/job", 8 * GB, used=5 * GB, cache=2 * GB))
     write(tmp_path, v1_group("elsewhere", GB))
     assert free_host_memory(tmp_path) == 5 * GB
@@ -118,7 +138,9 @@ def test_v1_tightest_of_nested_groups(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", ["/docker/abc", "/docker/abc/inner", "/", "/../other"])
 def test_v1_container_that_sees_its_group_as_the_root(tmp_path: Path, path: str) -> None:
     mounts = V1_MOUNT.format(root="/docker/abc")
-    write(machine(tmp_path), {"proc/self/cgroup": f"4:memory:{path}", "proc/self/mountinfo": mounts})
+    write(
+        machine(tmp_path), {"proc/self/cgroup": f"4:memory:{path}", "proc/self/mountinfo": mounts}
+    )
     write(tmp_path, v1_group("", 4 * GB, used=GB))
     assert free_host_memory(tmp_path) == 3 * GB
 
@@ -126,7 +148,10 @@ def test_v1_container_that_sees_its_group_as_the_root(tmp_path: Path, path: str)
 def test_the_mount_point_is_read_from_the_list_of_mounts(tmp_path: Path) -> None:
     mounts = "garbled\n35 31 0:32 / /cgroups/mem rw - cgroup cgroup rw,memory"
     write(machine(tmp_path), {"proc/self/cgroup": "4:memory:/job", "proc/self/mountinfo": mounts})
-    write(tmp_path, {"cgroups/mem/job/memory.limit_in_bytes": GB, "cgroups/mem/job/memory.usage_in_bytes": 0})
+    write(
+        tmp_path,
+        {"cgroups/mem/job/memory.limit_in_bytes": GB, "cgroups/mem/job/memory.usage_in_bytes": 0},
+    )
     assert free_host_memory(tmp_path) == GB
 
 

@@ -16,11 +16,19 @@ from jacdiag.errors import SourceError
 from jacdiag.sources import load
 from jacdiag.sources.factory import seeded
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96,
-         "max_position_embeddings": 64}  # fmt: skip
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 96,
+    "max_position_embeddings": 64,
+}
 GATED = {"intermediate_size": 48, "num_key_value_heads": 2}
 MODELS: dict[str, tuple[Any, Any]] = {
-    "GPT-2": (hf.GPT2LMHeadModel, hf.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=96, n_positions=64)),
+    "GPT-2": (
+        hf.GPT2LMHeadModel,
+        hf.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=96, n_positions=64),
+    ),
     "Llama": (hf.LlamaForCausalLM, hf.LlamaConfig(**SIZES, **GATED)),
     "GPT-NeoX": (hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig(**SIZES, intermediate_size=64)),
     "Mixtral": (hf.MixtralForCausalLM, hf.MixtralConfig(**SIZES, **GATED, num_local_experts=4)),
@@ -37,7 +45,9 @@ def model(name: str = "GPT-2") -> Any:
 
 def equal(found: torch.nn.Module, expected: torch.nn.Module) -> bool:
     ours, theirs = found.state_dict(), expected.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], t) for name, t in theirs.items())
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(ours[name], t) for name, t in theirs.items()
+    )
 
 
 @pytest.mark.parametrize("name", list(MODELS))
@@ -58,7 +68,10 @@ def test_folders_of_bin_files(tmp_path: Path, sharded: bool) -> None:
     state = saved.state_dict()
     if sharded:
         names = sorted(state)
-        parts = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
+        parts = {
+            "pytorch_model-00001-of-00002.bin": names[::2],
+            "pytorch_model-00002-of-00002.bin": names[1::2],
+        }
         for file, keys in parts.items():
             torch.save({key: state[key] for key in keys}, tmp_path / file)
         index = {
@@ -86,7 +99,7 @@ def test_the_log_of_transformers_is_given_back(tmp_path: Path) -> None:
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
 
 
-# -- folders that cannot be used -------------------------------------------------------------------------------------
+# -- folders that cannot be used -------------------------------------------------------------------
 def without(*names: str) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         for name in names:
@@ -162,7 +175,7 @@ def test_transformers_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         load(str(tmp_path))
 
 
-# -- a fresh model of a config ---------------------------------------------------------------------------------------
+# -- a fresh model of a config ---------------------------------------------------------------------
 @pytest.mark.parametrize("as_file", [True, False], ids=["file", "folder"])
 def test_a_fresh_model(tmp_path: Path, as_file: bool) -> None:
     model("Llama").config.save_pretrained(tmp_path)
@@ -170,9 +183,13 @@ def test_a_fresh_model(tmp_path: Path, as_file: bool) -> None:
         (tmp_path / "config.json").rename(tmp_path / "my config.json")
     spec = f"hf:{tmp_path / 'my config.json' if as_file else tmp_path}"
     one, same, other = (load(spec, seed=seed) for seed in (1, 1, 2))
-    assert one.fresh and one.model is not None and other.model is not None and same.model is not None
+    assert (
+        one.fresh and one.model is not None and other.model is not None and same.model is not None
+    )
     assert equal(one.model, same.model) and not equal(one.model, other.model)
-    assert float(one.model.state_dict()["model.layers.0.mlp.up_proj.weight"].std()) == pytest.approx(0.02, rel=0.1)
+    assert float(
+        one.model.state_dict()["model.layers.0.mlp.up_proj.weight"].std()
+    ) == pytest.approx(0.02, rel=0.1)
 
 
 def test_fields_of_the_config_can_be_changed(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from jacdiag.errors import ProbeError, TraceError
 from jacdiag.sources import Probe, Source, build_probe, load
-from jacdiag.sources.facts import vocabulary
+from jacdiag.sources.input_facts import vocabulary
 
 
 @pytest.fixture
@@ -28,7 +28,11 @@ def ids(source: Source, **how: Any) -> torch.Tensor:
 
 
 def test_random_tokens_are_seeded_and_within_the_vocabulary(source: Source) -> None:
-    one, same, other = ids(source, batch=3, seq=9), ids(source, batch=3, seq=9), ids(source, batch=3, seq=9, seed=1)
+    one, same, other = (
+        ids(source, batch=3, seq=9),
+        ids(source, batch=3, seq=9),
+        ids(source, batch=3, seq=9, seed=1),
+    )
     assert one.shape == (3, 9) and torch.equal(one, same) and not torch.equal(one, other)
     assert int(one.min()) >= 0 and int(one.max()) < SIZES["vocab_size"]
 
@@ -51,12 +55,13 @@ def test_dead_rows_are_left_out(source: Source) -> None:
 def test_files(source: Source, tmp_path: Path, name: str) -> None:
     flat, path = np.arange(100) % 64, tmp_path / name
     writers: dict[str, Any] = {
-        "t.npy": lambda: np.save(path, flat), "t.bin": lambda: flat.astype("<u2").tofile(path),
+        "t.npy": lambda: np.save(path, flat),
+        "t.bin": lambda: flat.astype("<u2").tofile(path),
         "t.pt": lambda: torch.save(torch.from_numpy(flat), path),
         "table.npy": lambda: np.save(path, flat.reshape(4, 25)),
         "table.pt": lambda: torch.save(torch.from_numpy(flat).reshape(4, 25), path),
         "small.npy": lambda: np.save(path, flat.astype("uint8")),
-    }  # fmt: skip
+    }
     writers[name]()
     probe = build_probe(source, tokens=str(path))
     rows = flat.reshape(4, 25)[:2] if name.startswith("table") else flat[:64].reshape(2, 32)
@@ -113,7 +118,9 @@ def test_files_that_hold_no_probe(source: Source, tmp_path: Path, name: str, sai
 
 
 def test_a_sequence_longer_than_the_model_allows(source: Source) -> None:
-    with pytest.raises(ProbeError, match="longer than the model allows\n--seq 33, the model says 32\n--seq 32"):
+    with pytest.raises(
+        ProbeError, match="longer than the model allows\n--seq 33, the model says 32\n--seq 32"
+    ):
         build_probe(source, seq=33)
 
 
@@ -159,7 +166,9 @@ def refusal(source: Source, error: Exception | None, **asked: Any) -> TraceError
     ],
     ids=repr,
 )
-def test_a_model_that_may_take_less_than_the_probe_is_told_the_way_out(source: Source, error: Exception) -> None:
+def test_a_model_that_may_take_less_than_the_probe_is_told_the_way_out(
+    source: Source, error: Exception
+) -> None:
     told = refusal(source, error)
     assert told.got == "here" and told.__cause__ is error
     assert told.hint is not None and "32 tokens a sequence" in told.hint and "--seq 16" in told.hint
@@ -167,9 +176,13 @@ def test_a_model_that_may_take_less_than_the_probe_is_told_the_way_out(source: S
 
 
 @pytest.mark.parametrize(
-    "error", [KeyError("d_model"), NameError("x"), RuntimeError("expected m1 and m2 of one dtype"), None], ids=repr
+    "error",
+    [KeyError("d_model"), NameError("x"), RuntimeError("expected m1 and m2 of one dtype"), None],
+    ids=repr,
 )
-def test_errors_that_lengths_have_no_part_in_are_left_as_they_are(source: Source, error: Exception | None) -> None:
+def test_errors_that_lengths_have_no_part_in_are_left_as_they_are(
+    source: Source, error: Exception | None
+) -> None:
     assert refusal(source, error).hint is None
 
 

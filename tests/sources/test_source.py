@@ -29,7 +29,9 @@ def runs_like_the_original(model: Any) -> bool:
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_nanogpt_is_rebuilt(tmp_path: Path, prefix: str, zipped: bool) -> None:
     state = {prefix + name: t for name, t in weights().items()}
-    path = save(tmp_path / "ckpt.pt", {"model": state, **NANO}, _use_new_zipfile_serialization=zipped)
+    path = save(
+        tmp_path / "ckpt.pt", {"model": state, **NANO}, _use_new_zipfile_serialization=zipped
+    )
     found = load(str(path))
     assert runs_like_the_original(found.model) and found.step == 0
     assert found.info["format"] == "nanogpt" and found.info["model_args"] == SIZES
@@ -47,7 +49,12 @@ def test_a_factory_takes_the_weights(tmp_path: Path, suffix: str) -> None:
     if suffix == ".safetensors":
         save_file({name: t.clone() for name, t in weights().items()}, path)
     else:
-        save(path, lightning(weights()) if suffix == ".ckpt" else {"model": weights(), "args": argparse.Namespace(a=1)})
+        save(
+            path,
+            lightning(weights())
+            if suffix == ".ckpt"
+            else {"model": weights(), "args": argparse.Namespace(a=1)},
+        )
     found = load(str(path), model=BUILD, model_args=SIZES)
     assert runs_like_the_original(whole(found)) and found.info["factory"] == BUILD
     if suffix != ".safetensors":
@@ -55,7 +62,9 @@ def test_a_factory_takes_the_weights(tmp_path: Path, suffix: str) -> None:
         assert any("argparse.Namespace" in note for note in found.notes)
 
 
-def test_a_factory_on_the_meta_device_takes_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_factory_on_the_meta_device_takes_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No tensor of it has anything of its own; the mask buffer alone must be made."""
     (tmp_path / "b.py").write_text(
         "import torch\nfrom jacdiag.sources import gpt\n"
@@ -66,14 +75,18 @@ def test_a_factory_on_the_meta_device_takes_the_weights(tmp_path: Path, monkeypa
     assert runs_like_the_original(load(str(path), model="b.py:build", model_args=SIZES).model)
 
 
-@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: {"model": m, "iter_num": 4}], ids=["bare", "in a dict"])
+@pytest.mark.parametrize(
+    "wrap", [lambda m: m, lambda m: {"model": m, "iter_num": 4}], ids=["bare", "in a dict"]
+)
 def test_a_whole_module_needs_trust(tmp_path: Path, wrap: Any) -> None:
     path = str(save(tmp_path / "m.pt", wrap(tiny())))
     careful, trusting = load(path), load(path, trust_pickle=True)
     assert careful.model is None and "--trust-pickle" in careful.why_weights
     assert runs_like_the_original(trusting.model)
     assert runs_like_the_original(load(path, model=BUILD, model_args=SIZES).model)
-    assert runs_like_the_original(load(path, model=BUILD, model_args=SIZES, trust_pickle=True).model)
+    assert runs_like_the_original(
+        load(path, model=BUILD, model_args=SIZES, trust_pickle=True).model
+    )
 
 
 @pytest.mark.parametrize(
@@ -88,7 +101,9 @@ def test_a_whole_module_needs_trust(tmp_path: Path, wrap: Any) -> None:
 )
 def test_weights_without_a_model_say_why(tmp_path: Path, changes: dict[str, Any], why: str) -> None:
     found = load(str(save(tmp_path / "c.pt", {"model": weights(), **changes})))
-    assert found.model is None and why in found.why_weights and "--model FACTORY" in found.why_weights
+    assert (
+        found.model is None and why in found.why_weights and "--model FACTORY" in found.why_weights
+    )
     assert found.state.keys() == weights().keys()
 
 
@@ -96,7 +111,9 @@ def test_model_args_that_do_not_belong_to_the_weights(tmp_path: Path) -> None:
     path = save(tmp_path / "c.pt", {"model": weights(), "model_args": {**SIZES, "n_layer": 3}})
     with pytest.raises(SourceError) as refused:
         load(str(path))
-    assert "12 missing: transformer.h.2.ln_1.weight" in str(refused.value) and "--model" in (refused.value.hint or "")
+    assert "12 missing: transformer.h.2.ln_1.weight" in str(refused.value) and "--model" in (
+        refused.value.hint or ""
+    )
 
 
 @pytest.mark.parametrize(
@@ -117,15 +134,19 @@ def test_options_that_have_no_use(
         load(source, **options)
 
 
-@pytest.mark.parametrize("source", ["", ".", "a" * 5000, "a" * 5000 + ":f", "nothing-here", "b.pt:", ":f", "::"])
-def test_strings_that_name_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+@pytest.mark.parametrize(
+    "source", ["", ".", "a" * 5000, "a" * 5000 + ":f", "nothing-here", "b.pt:", ":f", "::"]
+)
+def test_strings_that_name_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SourceError) as refused:
         load(source)
     assert refused.value.got or refused.value.hint
 
 
-# -- the same figures from every form of one model ---------------------------------------------------------------------
+# -- the same figures from every form of one model -------------------------------------------------
 def figures(source: str, **options: Any) -> list[float]:
     report = jacdiag.audit(source, batch=1, seq=8, dtype="float64", **options)
     return [row.branch_norm.estimate for row in report.sublayers if row.branch_norm]
@@ -143,7 +164,9 @@ def test_figures_do_not_depend_on_how_tensors_are_stored(tmp_path: Path, form: s
     elif form == "views":
         store = torch.cat([t.flatten() for t in state.values()])
         parts = store.split([t.numel() for t in state.values()])
-        state = {name: part.view(t.shape) for (name, t), part in zip(state.items(), parts, strict=True)}
+        state = {
+            name: part.view(t.shape) for (name, t), part in zip(state.items(), parts, strict=True)
+        }
     elif form == "strided":
         state = {name: t.t().contiguous().t() if t.dim() == 2 else t for name, t in state.items()}
     elif low is not None:

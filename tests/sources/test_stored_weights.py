@@ -1,4 +1,6 @@
-"""Weights that stay in their files: read when asked for, kept while there is room, and every failure named."""
+"""Weights that stay in their files: read when asked for, kept while there is room, and every
+failure named.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from jacdiag_cli.app import main
+from jacdiag_cli.main import main
 from safetensors.torch import load_file, save_file
 from sources.rig import BUILD, SIZES, tiny, weights, whole
 from torch import Tensor
@@ -21,17 +23,26 @@ import jacdiag
 from jacdiag.errors import SourceError
 from jacdiag.sources import load
 from jacdiag.sources.formats import safetensors_file
-from jacdiag.sources.stored import StoredWeights
+from jacdiag.sources.lazy_tensors import StoredWeights
 
-CONFIG = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-          "num_key_value_heads": 2, "vocab_size": 96, "tie_word_embeddings": True}  # fmt: skip
+CONFIG = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "tie_word_embeddings": True,
+}
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A small Llama in bf16, in many shards."""
     torch.manual_seed(0)
-    hf.LlamaForCausalLM(hf.LlamaConfig(**CONFIG)).to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="10KB")
+    hf.LlamaForCausalLM(hf.LlamaConfig(**CONFIG)).to(torch.bfloat16).save_pretrained(
+        tmp_path, max_shard_size="10KB"
+    )
     return tmp_path
 
 
@@ -83,7 +94,11 @@ def test_an_audit_from_files_is_that_of_the_model_in_memory(folder: Path) -> Non
     memory = hf.LlamaForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation="eager")
     other = jacdiag.audit(memory, _random_ids(mine), state=mine.state)
     for a, b in zip(mine.sublayers, other.sublayers, strict=True):
-        assert a.branch_norm == b.branch_norm and a.core_norm == b.core_norm and a.residual_norm == b.residual_norm
+        assert (
+            a.branch_norm == b.branch_norm
+            and a.core_norm == b.core_norm
+            and a.residual_norm == b.residual_norm
+        )
         assert a.weights == b.weights and a.shortcut_std == b.shortcut_std
     assert mine.network is not None and other.network is not None
     assert mine.network.gradient_norms == pytest.approx(other.network.gradient_norms, rel=1e-6)
@@ -95,7 +110,9 @@ def _random_ids(report: Any) -> Tensor:
     from jacdiag.sources import build_probe
 
     found = load(report.source["path"])
-    ids = build_probe(found, batch=report.probe.batch, seq=report.probe.seq, seed=report.probe.seed).token_ids
+    ids = build_probe(
+        found, batch=report.probe.batch, seq=report.probe.seq, seed=report.probe.seed
+    ).token_ids
     assert ids is not None
     return ids
 
@@ -110,16 +127,25 @@ def test_experts_that_transformers_stacks_are_read_whole(tmp_path: Path) -> None
 def test_a_bare_base_model_gets_the_prefix(tmp_path: Path) -> None:
     """A file of the bare model under the config of one with a head: GPT-2's first release."""
     torch.manual_seed(0)
-    saved = hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=96, n_positions=64))
+    saved = hf.GPT2LMHeadModel(
+        hf.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=96, n_positions=64)
+    )
     saved.config.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text()) | {"architectures": ["GPT2LMHeadModel"]}
+    config = json.loads((tmp_path / "config.json").read_text()) | {
+        "architectures": ["GPT2LMHeadModel"]
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    save_file({n: t.clone() for n, t in saved.transformer.state_dict().items()}, tmp_path / "model.safetensors")
+    save_file(
+        {n: t.clone() for n, t in saved.transformer.state_dict().items()},
+        tmp_path / "model.safetensors",
+    )
     found = load(str(tmp_path))
-    assert found.weights is not None and torch.equal(whole(found).lm_head.weight, saved.lm_head.weight)
+    assert found.weights is not None and torch.equal(
+        whole(found).lm_head.weight, saved.lm_head.weight
+    )
 
 
-# -- every failure: what, and exit code 2 ----------------------------------------------------------------------------
+# -- every failure: what, and exit code 2 ----------------------------------------------------------
 def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     assert main(["audit", *args, "--seq", "8"]) == 2
     return " ".join(capsys.readouterr().err.split())
@@ -133,10 +159,19 @@ def test_a_missing_shard(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_a_shard_of_the_wrong_shape(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = next(f for f in sorted(folder.glob("model-*.safetensors")) if any("q_proj" in k for k in load_file(f)))
-    save_file({k: t[:-1].contiguous() if "q_proj" in k else t for k, t in load_file(path).items()}, path)
+    path = next(
+        f
+        for f in sorted(folder.glob("model-*.safetensors"))
+        if any("q_proj" in k for k in load_file(f))
+    )
+    save_file(
+        {k: t[:-1].contiguous() if "q_proj" in k else t for k, t in load_file(path).items()}, path
+    )
     said = refused(capsys, str(folder))
-    assert "does not fit LlamaForCausalLM" in said and "q_proj.weight 31x32, the model has 32x32" in said
+    assert (
+        "does not fit LlamaForCausalLM" in said
+        and "q_proj.weight 31x32, the model has 32x32" in said
+    )
 
 
 def test_an_index_that_leads_elsewhere(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,12 +213,16 @@ def test_a_file_that_shrinks_on_the_way(folder: Path) -> None:
     assert path.name in caught.value.what
 
 
-# -- one .safetensors, and the module that it belongs to -------------------------------------------------------------
+# -- one .safetensors, and the module that it belongs to -------------------------------------------
 def test_a_file_and_a_factory(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     save_file({name: t.clone() for name, t in weights().items()}, path)
     found = load(str(path), model=BUILD, model_args=SIZES)
-    assert found.weights is not None and found.model is not None and all(p.is_meta for p in found.model.parameters())
+    assert (
+        found.weights is not None
+        and found.model is not None
+        and all(p.is_meta for p in found.model.parameters())
+    )
     ids = torch.arange(8)[None]
     plain, mine = jacdiag.sites(tiny(), ids), jacdiag.sites(found.model, ids, weights=found.weights)
     assert all(torch.equal(a.value, b.value) for a, b in zip(plain, mine, strict=True))
@@ -193,16 +232,23 @@ def test_a_file_and_a_factory(tmp_path: Path) -> None:
     "body",
     [
         "    with torch.device('meta'):\n        return gpt.build(**sizes)\n",
-        "    model = gpt.build(**sizes)\n    assert float(model.transformer.wte.weight.std()) > 0\n    return model\n",
+        "    model = gpt.build(**sizes)\n    assert float(model.transformer.wte.weight.std()) > "
+        "0\n    return model\n",
     ],
     ids=["all on the meta device", "looks at its numbers"],
 )
-def test_factories_that_build_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
-    (tmp_path / "b.py").write_text(f"import torch\nfrom jacdiag.sources import gpt\ndef build(**sizes):\n{body}")
+def test_factories_that_build_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str
+) -> None:
+    (tmp_path / "b.py").write_text(
+        f"import torch\nfrom jacdiag.sources import gpt\ndef build(**sizes):\n{body}"
+    )
     monkeypatch.chdir(tmp_path)
     save_file({name: t.clone() for name, t in weights().items()}, tmp_path / "w.safetensors")
     found = load("w.safetensors", model="b.py:build", model_args=SIZES)
-    assert found.weights is not None and torch.equal(whole(found)(torch.arange(8)[None]), tiny()(torch.arange(8)[None]))
+    assert found.weights is not None and torch.equal(
+        whole(found)(torch.arange(8)[None]), tiny()(torch.arange(8)[None])
+    )
 
 
 def test_a_tie_that_the_file_breaks(tmp_path: Path) -> None:

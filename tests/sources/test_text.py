@@ -12,11 +12,11 @@ import torch
 from sources.rig import BUILD, SIZES
 
 import jacdiag
+from jacdiag.comparison.probe_facts import facts_of, options, spoken
 from jacdiag.errors import ProbeError, UsageError
-from jacdiag.report import ProbeRecord
-from jacdiag.report.probes import facts_of, options, spoken
+from jacdiag.records import ProbeRecord
 from jacdiag.sources import Source, build_probe, load
-from jacdiag.sources.text import has_tokenizer
+from jacdiag.sources.text_probe import has_tokenizer
 
 STORY = "the cat sat on the mat and the dog ran to the cat " * 40
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(set(STORY.split()))]
@@ -27,7 +27,9 @@ def save_words(folder: Path, words: list[str] = WORDS) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    inner = Tokenizer(models.WordLevel({word: k for k, word in enumerate(words)}, unk_token="[UNK]"))
+    inner = Tokenizer(
+        models.WordLevel({word: k for k, word in enumerate(words)}, unk_token="[UNK]")
+    )
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]").save_pretrained(folder)
 
@@ -36,7 +38,14 @@ def save_gpt2(folder: Path, vocabulary: int = 300) -> Path:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    sizes = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0}
+    sizes = {
+        "n_layer": 2,
+        "n_embd": 16,
+        "n_head": 2,
+        "n_positions": 64,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
     GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, **sizes)).save_pretrained(folder)
     return folder
 
@@ -63,7 +72,9 @@ def words_of(probe: Any) -> str:
 def test_text_goes_through_the_tokenizer_of_the_folder(folder: Path, story: str) -> None:
     probe = build_probe(load(str(folder)), tokens=story, seq=8)
     assert words_of(probe) == " ".join(STORY.split()[:16])
-    assert probe.record.tokens.startswith("story.txt through ") and probe.record.tokens.endswith(" of model")
+    assert probe.record.tokens.startswith("story.txt through ") and probe.record.tokens.endswith(
+        " of model"
+    )
     assert not probe.record.is_random and probe.notes == []
 
 
@@ -82,8 +93,11 @@ def test_every_kind_of_tokenizer_file(tmp_path: Path, story: str, files: str) ->
         (path / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
     probe = build_probe(load(str(path)), tokens=story, seq=8)
     assert probe.token_ids is not None and probe.token_ids.shape == (2, 8)
-    expected = {"vocab.txt": WORDS.index("the"), "merges": entries["the"] if files == "merges" else 0,
-                "byt5": ord("t") + 3}[files]  # fmt: skip
+    expected = {
+        "vocab.txt": WORDS.index("the"),
+        "merges": entries["the"] if files == "merges" else 0,
+        "byt5": ord("t") + 3,
+    }[files]
     assert int(probe.token_ids[0, 0]) == expected
     assert "Tokenizer of model" in probe.record.tokens
 
@@ -91,7 +105,9 @@ def test_every_kind_of_tokenizer_file(tmp_path: Path, story: str, files: str) ->
 def test_a_config_alone_is_no_tokenizer(tmp_path: Path, story: str) -> None:
     path = save_gpt2(tmp_path / "model")
     assert not has_tokenizer(path)
-    with pytest.raises(ProbeError, match="no tokenizer for this model is known\na vocabulary of 300"):
+    with pytest.raises(
+        ProbeError, match="no tokenizer for this model is known\na vocabulary of 300"
+    ):
         build_probe(load(str(path)), tokens=story)
 
 
@@ -114,11 +130,15 @@ def test_a_module_from_a_folder_knows_its_tokenizer(folder: Path, story: str) ->
 def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path: Path, story: str) -> None:
     path = save_gpt2(tmp_path / "model", vocabulary=6)
     save_words(path)
-    with pytest.raises(ProbeError, match=r"out of the vocabulary\nid \d+ at position 0 .*knows 0 to 5"):
+    with pytest.raises(
+        ProbeError, match=r"out of the vocabulary\nid \d+ at position 0 .*knows 0 to 5"
+    ):
         build_probe(load(str(path)), tokens=story, seq=8)
 
 
-def test_a_tokenizer_that_cannot_be_loaded_is_an_error_and_not_random_tokens(folder: Path, story: str) -> None:
+def test_a_tokenizer_that_cannot_be_loaded_is_an_error_and_not_random_tokens(
+    folder: Path, story: str
+) -> None:
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ProbeError, match="cannot load the tokenizer"):
         build_probe(load(str(folder)), tokens=story)
@@ -127,7 +147,9 @@ def test_a_tokenizer_that_cannot_be_loaded_is_an_error_and_not_random_tokens(fol
 
 def test_a_tokenizer_with_code_of_its_own_is_not_run_unasked(tmp_path: Path, story: str) -> None:
     path, ran = save_gpt2(tmp_path / "model"), tmp_path / "ran"
-    (path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["mine.Mine", null]}}')
+    (path / "tokenizer_config.json").write_text(
+        '{"auto_map": {"AutoTokenizer": ["mine.Mine", null]}}'
+    )
     (path / "mine.py").write_text(
         "from transformers import ByT5Tokenizer\n"
         f"open({str(ran)!r}, 'w').close()\n"
@@ -136,11 +158,16 @@ def test_a_tokenizer_with_code_of_its_own_is_not_run_unasked(tmp_path: Path, sto
     with pytest.raises(ProbeError, match="--trust-pickle lets it run"):
         build_probe(load(str(path)), tokens=story)
     assert not ran.exists()
-    assert "Mine of model" in build_probe(load(str(path)), tokens=story, trust_code=True, seq=8).record.tokens
+    assert (
+        "Mine of model"
+        in build_probe(load(str(path)), tokens=story, trust_code=True, seq=8).record.tokens
+    )
     assert ran.exists()
 
 
-def test_unknown_tokens_are_said_and_a_foreign_text_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_unknown_tokens_are_said_and_a_foreign_text_is_refused(
+    folder: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "t.txt"
     path.write_text("the cat sat on the zebra and the cat ran " * 10)
     probe = build_probe(load(str(folder)), tokens=str(path), seq=9)
@@ -156,7 +183,9 @@ def test_short_text(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ProbeError, match="too few tokens\n3, a sequence takes 64\n--seq 3"):
         build_probe(load(str(folder)), tokens=str(path))
     probe = build_probe(load(str(folder)), tokens=str(path), seq=3)
-    assert probe.record.batch == 1 and probe.notes == ["'t.txt' has 3 tokens: they fill 1 of 2 sequences"]
+    assert probe.record.batch == 1 and probe.notes == [
+        "'t.txt' has 3 tokens: they fill 1 of 2 sequences"
+    ]
     path.write_text(" \n ")
     with pytest.raises(ProbeError, match="too few tokens"):
         build_probe(load(str(folder)), tokens=str(path))
@@ -167,18 +196,25 @@ def test_byte_order_marks_are_no_text(folder: Path, tmp_path: Path, encoding: st
     (tmp_path / "t.txt").write_text(STORY, encoding=encoding)
     probe = build_probe(load(str(folder)), tokens=str(tmp_path / "t.txt"), seq=8)
     assert words_of(probe).startswith("the cat sat")
-    as_bytes = build_probe(load(BUILD, model_args={**SIZES, "vocab_size": 256}), tokens=str(tmp_path / "t.txt"))
-    assert as_bytes.token_ids is not None and bytes(as_bytes.token_ids[0].tolist()) == STORY[:32].encode()
+    as_bytes = build_probe(
+        load(BUILD, model_args={**SIZES, "vocab_size": 256}), tokens=str(tmp_path / "t.txt")
+    )
+    assert (
+        as_bytes.token_ids is not None
+        and bytes(as_bytes.token_ids[0].tolist()) == STORY[:32].encode()
+    )
 
 
 def test_text_in_another_encoding_is_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_bytes("thé cat".encode("latin1") * 100)
-    with pytest.raises(ProbeError, match="is no UTF-8 text\nbyte 0xe9 at position 2\nfor example: iconv"):
+    with pytest.raises(
+        ProbeError, match="is no UTF-8 text\nbyte 0xe9 at position 2\nfor example: iconv"
+    ):
         build_probe(load(str(folder)), tokens=str(tmp_path / "t.txt"))
 
 
 def test_a_character_cut_at_the_largest_size_is_left_out(folder: Path, tmp_path: Path) -> None:
-    from jacdiag.sources import text
+    from jacdiag.sources import text_probe as text
 
     (tmp_path / "t.txt").write_bytes(b"a" + "é".encode() * (text._LARGEST // 2))
     assert text.read_text(tmp_path / "t.txt")[:3] == "aéé"
@@ -187,7 +223,9 @@ def test_a_character_cut_at_the_largest_size_is_left_out(folder: Path, tmp_path:
 def test_lines_of_json(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     path.write_text("".join(json.dumps({"text": line}) + "\n" for line in [STORY, "the mat"]))
-    assert words_of(build_probe(load(str(folder)), tokens=str(path), seq=4)).startswith("the cat sat on")
+    assert words_of(build_probe(load(str(folder)), tokens=str(path), seq=4)).startswith(
+        "the cat sat on"
+    )
     path.write_text('{"text": "the"}\n{"content": "cat"}\n')
     with pytest.raises(ProbeError, match="a line without text\nline 2"):
         build_probe(load(str(folder)), tokens=str(path), seq=4)

@@ -22,7 +22,9 @@ class Once(torch.autograd.Function):
 
 
 class Overflowing(Operator):
-    """A diagonal whose products clip at the range of float32 on the way to J u, not on the way to J^T w."""
+    """A diagonal whose products clip at the range of float32 on the way to J u, not on the way to
+    J^T w.
+    """
 
     problems, domain, codomain, dtype, device = 1, 4, 4, torch.float32, torch.device("cpu")
 
@@ -41,7 +43,9 @@ def test_once_differentiable_is_named_for_what_it_does() -> None:
 
 
 def test_a_product_out_of_range_is_named_so() -> None:
-    with pytest.raises(RuntimeError, match=r"leaves the range of float32.*--dtype float64") as refused:
+    with pytest.raises(
+        RuntimeError, match=r"leaves the range of float32.*--dtype float64"
+    ) as refused:
         top_singular(Overflowing())
     assert "once_differentiable" not in str(refused.value)
 

@@ -17,18 +17,24 @@ SPECTRA: dict[str, Callable[[int, np.random.Generator], np.ndarray]] = {
     "soft edge": lambda k, rng: 1 - (np.arange(k) / k) ** 1.5,
     "decaying": lambda k, rng: 0.7 ** np.arange(k),
     "slow decay": lambda k, rng: 1 / (1 + np.arange(k)),
-    "clustered top": lambda k, rng: np.concatenate([1 - 1e-6 * np.arange(min(5, k)), np.full(max(0, k - 5), 0.5)]),
-    "repeated top": lambda k, rng: np.concatenate([np.ones(min(3, k)), rng.uniform(0, 0.9, max(0, k - 3))]),
+    "clustered top": lambda k, rng: np.concatenate(
+        [1 - 1e-6 * np.arange(min(5, k)), np.full(max(0, k - 5), 0.5)]
+    ),
+    "repeated top": lambda k, rng: np.concatenate(
+        [np.ones(min(3, k)), rng.uniform(0, 0.9, max(0, k - 3))]
+    ),
     "one outlier": lambda k, rng: np.concatenate([[10.0], rng.uniform(0, 1, k - 1)]),
     "rank 1": lambda k, rng: np.concatenate([[1.0], np.zeros(k - 1)]),
     "zero": lambda k, rng: np.zeros(k),
     "identity": lambda k, rng: np.ones(k),
     "tiny": lambda k, rng: 1e-12 * rng.uniform(0.1, 1, k),
     "huge": lambda k, rng: 1e12 * rng.uniform(0.1, 1, k),
-}  # fmt: skip
+}
 
 
-def operator_with(spectrum: np.ndarray, m: int, n: int, rng: np.random.Generator) -> tuple[np.ndarray, float]:
+def operator_with(
+    spectrum: np.ndarray, m: int, n: int, rng: np.random.Generator
+) -> tuple[np.ndarray, float]:
     """A dense (m, n) matrix with these singular values, and its norm."""
     k = min(m, n)
     u, _ = np.linalg.qr(rng.standard_normal((m, k)))
@@ -55,10 +61,14 @@ def test_interval_contains_the_truth_on_a_thousand_operators() -> None:
     missed = []
     generator = torch.Generator().manual_seed(11)
     for name, matrix, norm in random_operators(1000, seed=7):
-        solution = top_singular(DenseOperator(torch.from_numpy(matrix)), tol=0.05, generator=generator)
+        solution = top_singular(
+            DenseOperator(torch.from_numpy(matrix)), tol=0.05, generator=generator
+        )
         if not float(solution.lower[0]) <= norm <= float(solution.upper[0]):
             missed.append((name, matrix.shape, norm, solution.lower[0], solution.upper[0]))
-        assert solution.lower[0] <= norm * (1 + 1e-13), f"the lower end is above the norm: {name} {matrix.shape}"
+        assert solution.lower[0] <= norm * (1 + 1e-13), (
+            f"the lower end is above the norm: {name} {matrix.shape}"
+        )
     assert len(missed) <= 4, missed
 
 
@@ -72,7 +82,9 @@ def test_interval_contains_the_truth_at_every_product() -> None:
         for _ in range(2 * min(25, min(matrix.shape) + 2)):
             lanczos.advance()
             theta = ritz_values(lanczos.alphas, lanczos.betas)
-            high = upper_ends(theta[:, 0], lanczos.alphas, lanczos.betas, lanczos.exact, matrix.shape[1], 1e-3)
+            high = upper_ends(
+                theta[:, 0], lanczos.alphas, lanczos.betas, lanczos.exact, matrix.shape[1], 1e-3
+            )
             assert theta[0, 0] <= norm * (1 + 1e-13) + 1e-300
             bad |= high[0] * (1 + PAD["float64"]) < norm * (1 - 1e-14)
         failed += bad
@@ -82,9 +94,12 @@ def test_interval_contains_the_truth_at_every_product() -> None:
 
 @pytest.mark.parametrize("products", [2, 3, 4])
 def test_upper_end_fails_about_as_often_as_announced(products: int) -> None:
-    """With eps 0.2 the bound must fail sometimes, and not more often than that: it is neither void nor false."""
+    """With eps 0.2 the bound must fail sometimes, and not more often than that: it is neither void
+    nor false.
+    """
     rng = np.random.default_rng(0)
-    spectrum = np.concatenate([[1.0], np.full(39, 0.3)])  # a start almost orthogonal to the top vector hides it
+    # a start almost orthogonal to the top vector hides it
+    spectrum = np.concatenate([[1.0], np.full(39, 0.3)])
     if products > 2:  # a bulk of its own for every polynomial more, far below
         spectrum[20:] = 0.002
     matrix, norm = operator_with(spectrum, 40, 40, rng)
@@ -103,7 +118,9 @@ def test_upper_end_fails_about_as_often_as_announced(products: int) -> None:
 
 @pytest.mark.parametrize("trials", [36, pytest.param(120, marks=pytest.mark.long)])
 def test_upper_end_holds_for_every_start_that_sees_the_top_vector(trials: int) -> None:
-    """No chance in it: a component of delta along the top vector is all that the bound asks, at every product."""
+    """No chance in it: a component of delta along the top vector is all that the bound asks, at
+    every product.
+    """
     rng, eps = np.random.default_rng(8), 1e-3
     for trial in range(trials):
         n = int(rng.integers(3, 60))
@@ -128,7 +145,9 @@ def test_upper_end_holds_for_every_start_that_sees_the_top_vector(trials: int) -
 
 
 def test_upper_end_is_below_that_of_the_last_polynomial_alone() -> None:
-    """The end of van Dorsselaer et al., by bisection: log s + sum log(s + 1 - theta_j^2 / theta_1^2) = const."""
+    """The end of van Dorsselaer et al., by bisection: log s + sum log(s + 1 - theta_j^2 /
+    theta_1^2) = const.
+    """
     generator = torch.Generator().manual_seed(5)
     gained = []
     for _, matrix, _ in random_operators(60, seed=9):
@@ -138,9 +157,13 @@ def test_upper_end_is_below_that_of_the_last_polynomial_alone() -> None:
             theta = ritz_values(lanczos.alphas, lanczos.betas)
             if lanczos.exact[0]:
                 break
-            high = upper_ends(theta[:, 0], lanczos.alphas, lanczos.betas, lanczos.exact, matrix.shape[1], 1e-3)
+            high = upper_ends(
+                theta[:, 0], lanczos.alphas, lanczos.betas, lanczos.exact, matrix.shape[1], 1e-3
+            )
             square = ritz_values(lanczos.alphas, lanczos.betas[:, :-1])
-            last = _last_polynomial_end(square[0], lanczos.alphas[0], lanczos.betas[0], matrix.shape[1])
+            last = _last_polynomial_end(
+                square[0], lanczos.alphas[0], lanczos.betas[0], matrix.shape[1]
+            )
             assert theta[0, 0] <= high[0] <= last * (1 + 1e-9)
             gained.append(high[0] < last * (1 - 1e-6))
     assert any(gained)
@@ -148,7 +171,11 @@ def test_upper_end_is_below_that_of_the_last_polynomial_alone() -> None:
 
 def _last_polynomial_end(theta: np.ndarray, alphas: np.ndarray, betas: np.ndarray, n: int) -> float:
     ratio = (theta / theta[0]) ** 2
-    right = np.log(alphas / theta[0]).sum() + np.log(betas / theta[0]).sum() - np.log(1e-3 * np.sqrt(np.pi / (2 * n)))
+    right = (
+        np.log(alphas / theta[0]).sum()
+        + np.log(betas / theta[0]).sum()
+        - np.log(1e-3 * np.sqrt(np.pi / (2 * n)))
+    )
     low, high = -700.0, 700.0
     for _ in range(200):
         t = (low + high) / 2
@@ -158,11 +185,17 @@ def _last_polynomial_end(theta: np.ndarray, alphas: np.ndarray, betas: np.ndarra
 
 
 def test_a_settled_problem_keeps_valid_ends() -> None:
-    """Problems that cannot attain the maximum are left alone; their last upper ends hold all the same."""
+    """Problems that cannot attain the maximum are left alone; their last upper ends hold all the
+    same.
+    """
     size = torch.logspace(0, -3, 40, dtype=torch.float64).reshape(-1, 1, 1)
-    matrix = size * torch.randn(40, 60, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    matrix = size * torch.randn(
+        40, 60, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(4)
+    )
     truth = torch.linalg.svdvals(matrix)[:, 0].numpy()
-    solution = top_singular(DenseOperator(matrix), tol=1e-6, generator=torch.Generator().manual_seed(5))
+    solution = top_singular(
+        DenseOperator(matrix), tol=1e-6, generator=torch.Generator().manual_seed(5)
+    )
     assert solution.converged
     assert (solution.lower <= truth).all() and (truth <= solution.upper).all()
     assert np.isfinite(solution.upper).all()
@@ -172,7 +205,9 @@ def test_a_settled_problem_keeps_valid_ends() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_batched_problems_agree_with_svdvals(dtype: torch.dtype) -> None:
     matrix = torch.randn(7, 30, 50, dtype=dtype, generator=torch.Generator().manual_seed(2))
-    solution = top_singular(DenseOperator(matrix), tol=1e-3, generator=torch.Generator().manual_seed(3))
+    solution = top_singular(
+        DenseOperator(matrix), tol=1e-3, generator=torch.Generator().manual_seed(3)
+    )
     truth = torch.linalg.svdvals(matrix.double())[:, 0].numpy()
     assert solution.converged
     assert (solution.lower <= truth).all() and (truth <= solution.upper).all()
@@ -190,7 +225,9 @@ def test_degenerate_operators_are_exact() -> None:
         (torch.ones(4, 3), 12**0.5),
         (torch.tensor([[0.0, 3.0]]), 3.0),
     ):
-        solution = top_singular(DenseOperator(matrix.double()), generator=torch.Generator().manual_seed(0))
+        solution = top_singular(
+            DenseOperator(matrix.double()), generator=torch.Generator().manual_seed(0)
+        )
         assert solution.stop is Stop.EXACT
         assert solution.estimate[0] == pytest.approx(norm, rel=1e-12, abs=0.0)
         assert solution.lower[0] <= norm <= solution.upper[0]
@@ -200,11 +237,15 @@ def test_stops_say_why() -> None:
     matrix = torch.randn(200, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     start = torch.Generator().manual_seed
     narrow = top_singular(DenseOperator(matrix), tol=0.01, generator=start(0))
-    assert narrow.stop is Stop.WIDTH and narrow.converged and narrow.upper[0] <= narrow.lower[0] * 1.01
+    assert (
+        narrow.stop is Stop.WIDTH and narrow.converged and narrow.upper[0] <= narrow.lower[0] * 1.01
+    )
     short = top_singular(DenseOperator(matrix), tol=1e-9, max_products=8, generator=start(0))
     assert short.stop is Stop.BUDGET and not short.converged and short.products == 8
     assert "max_products" in short.sentence and "width" in short.sentence
-    early = top_singular(DenseOperator(matrix), tol=1e-9, generator=start(0), decide=lambda low, high: high < 1e6)
+    early = top_singular(
+        DenseOperator(matrix), tol=1e-9, generator=start(0), decide=lambda low, high: high < 1e6
+    )
     assert early.stop is Stop.DECIDED and early.products < 8
     broken = top_singular(DenseOperator(matrix.clone().fill_(float("nan"))), generator=start(0))
     assert broken.stop is Stop.NON_FINITE and broken.lower[0] == 0 and np.isinf(broken.upper[0])
@@ -212,7 +253,9 @@ def test_stops_say_why() -> None:
 
 def test_maximum_over_problems_needs_no_union_bound() -> None:
     matrix = torch.diag_embed(torch.tensor([[3.0, 1.0, 0.5], [2.0, 1.9, 0.1]], dtype=torch.float64))
-    interval = top_singular(DenseOperator(matrix), generator=torch.Generator().manual_seed(0)).interval((2,))
+    interval = top_singular(
+        DenseOperator(matrix), generator=torch.Generator().manual_seed(0)
+    ).interval((2,))
     assert interval.per_sequence == pytest.approx([3.0, 2.0])
     assert interval.lower <= 3.0 <= interval.upper and interval.estimate == pytest.approx(3.0)
 

@@ -1,4 +1,6 @@
-"""The operator's products against dense Jacobians; adjointness; which dimensions are independent."""
+"""The operator's products against dense Jacobians; adjointness; which dimensions are
+independent.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,8 @@ def test_products_equal_the_dense_jacobian(name: str, dims: tuple[int, ...]) -> 
         for e in torch.eye(operator.value.numel(), dtype=torch.float64)
     ]
     columns = [
-        operator.push(e.reshape(operator.problems, -1)).reshape(-1) for e in torch.eye(x.numel(), dtype=torch.float64)
+        operator.push(e.reshape(operator.problems, -1)).reshape(-1)
+        for e in torch.eye(x.numel(), dtype=torch.float64)
     ]
     by_pull, by_push = torch.stack(rows), torch.stack(columns, 1)
     assert torch.allclose(by_pull, by_push, atol=1e-13)
@@ -97,9 +100,13 @@ def operators(seed: int) -> dict[str, Operator]:
         "jacobian": inner,
         "composed": Composed(outer, inner),
         "shifted": Shifted(inner, -0.7),
-        "shifted by a diagonal": Shifted(inner, torch.randn(2, 12, dtype=torch.float64, generator=generator(seed + 1))),
+        "shifted by a diagonal": Shifted(
+            inner, torch.randn(2, 12, dtype=torch.float64, generator=generator(seed + 1))
+        ),
         "summed": Summed([inner, outer]),
-        "dense": DenseOperator(torch.randn(2, 5, 7, dtype=torch.float64, generator=generator(seed))),
+        "dense": DenseOperator(
+            torch.randn(2, 5, 7, dtype=torch.float64, generator=generator(seed))
+        ),
     }
 
 
@@ -108,7 +115,9 @@ def operators(seed: int) -> dict[str, Operator]:
 def test_adjointness(seed: int) -> None:
     for name, op in operators(seed).items():
         u = torch.randn(op.problems, op.domain, dtype=torch.float64, generator=generator(seed + 2))
-        w = torch.randn(op.problems, op.codomain, dtype=torch.float64, generator=generator(seed + 3))
+        w = torch.randn(
+            op.problems, op.codomain, dtype=torch.float64, generator=generator(seed + 3)
+        )
         ju, jw = op.push(u), op.pull(w)
         gap = ((ju * w).sum() - (u * jw).sum()).abs()
         assert gap <= 1e-12 * (ju.norm() * w.norm() + 1e-12), name
@@ -117,7 +126,9 @@ def test_adjointness(seed: int) -> None:
 def test_norm_of_a_function_against_a_dense_svd() -> None:
     x = torch.randn(3, 4, 5, dtype=torch.float64, generator=generator())
     norm = jacdiag.spectral_norm(mixing, x, tol=1e-8)
-    truth = torch.stack([torch.linalg.svdvals(dense_jacobian(lambda v: mixing(v[None])[0], row))[0] for row in x])
+    truth = torch.stack(
+        [torch.linalg.svdvals(dense_jacobian(lambda v: mixing(v[None])[0], row))[0] for row in x]
+    )
     assert norm.converged
     assert bool((norm.lower <= truth).all()) and bool((truth <= norm.upper).all())
     assert torch.allclose(norm.estimate, truth, rtol=1e-6)
@@ -134,19 +145,29 @@ def test_against_scipy() -> None:
         rmatvec=lambda v: op.pull(torch.from_numpy(v.reshape(1, -1).copy()))[0].numpy(),
     )
     truth = float(svds(plain, k=1, return_singular_vectors=False, random_state=0)[0])
-    assert top_singular(op, tol=1e-8, generator=generator()).estimate[0] == pytest.approx(truth, rel=1e-8)
+    assert top_singular(op, tol=1e-8, generator=generator()).estimate[0] == pytest.approx(
+        truth, rel=1e-8
+    )
 
 
-def _dims(fn: Callable[[Tensor], Tensor], shape: tuple[int, ...], feature_dim: int = -1) -> tuple[int, ...]:
+def _dims(
+    fn: Callable[[Tensor], Tensor], shape: tuple[int, ...], feature_dim: int = -1
+) -> tuple[int, ...]:
     x = torch.randn(shape, dtype=torch.float64, generator=generator(9))
     op = JacobianOperator(fn, x, ())
-    return independent_dims(op.pull_shaped, x.shape, op.value.shape, feature_dim, x.dtype, x.device, generator())
+    return independent_dims(
+        op.pull_shaped, x.shape, op.value.shape, feature_dim, x.dtype, x.device, generator()
+    )
 
 
 @pytest.mark.parametrize("dims", [(), (0,), (0, 2), (0, 2, 3)])
 @pytest.mark.parametrize("shape", [(1, 4, 5, 5), (2, 4, 5, 5), (1, 4, 1, 7), (1, 4, 1, 1)])
-def test_products_do_not_depend_on_how_vectors_are_laid_out(shape: tuple[int, ...], dims: tuple[int, ...]) -> None:
-    """The backward of a batch norm in eval mode misreads a gradient with the strides of a permuted view."""
+def test_products_do_not_depend_on_how_vectors_are_laid_out(
+    shape: tuple[int, ...], dims: tuple[int, ...]
+) -> None:
+    """The backward of a batch norm in eval mode misreads a gradient with the strides of a permuted
+    view.
+    """
     norm = nn.BatchNorm2d(4).double().eval()
     norm.running_var.copy_(torch.rand(4, dtype=torch.float64, generator=generator(1)) + 0.5)
     norm.requires_grad_(False)
@@ -189,7 +210,8 @@ def test_independent_dimensions() -> None:
 @pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("dims", [(), (0,), (0, 1)])
 def test_norm_jacobian_is_that_of_autograd(centred: bool, dims: tuple[int, ...]) -> None:
-    x = 0.03 * torch.randn(2, 3, 8, dtype=torch.float64, generator=generator())  # small, so that eps counts
+    # small, so that eps counts
+    x = 0.03 * torch.randn(2, 3, 8, dtype=torch.float64, generator=generator())
 
     def norm(x: torch.Tensor) -> torch.Tensor:
         shape = (8,)
@@ -200,7 +222,11 @@ def test_norm_jacobian_is_that_of_autograd(centred: bool, dims: tuple[int, ...])
     moment = x.var(-1, correction=0) if centred else x.square().mean(-1)
     closed = NormJacobian(norm(x), (moment + 1e-3).rsqrt(), centred=centred, batch_dims=dims)
     built = JacobianOperator(norm, x, dims)
-    assert (closed.problems, closed.domain, closed.codomain) == (built.problems, built.domain, built.codomain)
+    assert (closed.problems, closed.domain, closed.codomain) == (
+        built.problems,
+        built.domain,
+        built.codomain,
+    )
     u = torch.randn(built.problems, built.domain, dtype=torch.float64, generator=generator())
     torch.testing.assert_close(closed.push(u), built.push(u), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(closed.pull(u), built.pull(u), rtol=1e-10, atol=1e-12)

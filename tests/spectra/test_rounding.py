@@ -1,4 +1,6 @@
-"""float32 products stay float32 where the process allows less, and the process gets its flags back."""
+"""float32 products stay float32 where the process allows less, and the process gets its flags
+back.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ assert state() == before
 def run(setup: str) -> None:
     """In a process of its own: the flags are the process's."""
     code = "import torch\nfrom jacdiag.spectra import JacobianOperator\n" + setup + BODY
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ})
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ}
+    )
     assert done.returncode == 0, done.stderr
 
 

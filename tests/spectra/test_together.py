@@ -1,4 +1,6 @@
-"""Norms solved in step: the same ends as alone and as dense algebra, with one call for what they have in common."""
+"""Norms solved in step: the same ends as alone and as dense algebra, with one call for what they
+have in common.
+"""
 
 from __future__ import annotations
 
@@ -41,15 +43,22 @@ def mixing(x: Tensor) -> Tensor:
 
 
 def maps(fn: Any = mixing) -> tuple[Counted, dict[str, Operator]]:
-    """Core, branch and residual map around one Jacobian; norms before and behind it, a gain on the shortcut."""
+    """Core, branch and residual map around one Jacobian; norms before and behind it, a gain on the
+    shortcut.
+    """
     core = Counted(fn, X)
     before = JacobianOperator(lambda x: x / x.norm(dim=-1, keepdim=True), X)
     behind = JacobianOperator(lambda x: x.sin(), X)
     carry = JacobianOperator(lambda x: 2 * x, X)
     branch = Composed(core, before)
     shifted = Shifted(branch, 0.5)
-    return core, {"core": core, "branch": branch, "residual": shifted, "post": Composed(behind, shifted),
-                  "carried": Summed([carry, branch])}  # fmt: skip
+    return core, {
+        "core": core,
+        "branch": branch,
+        "residual": shifted,
+        "post": Composed(behind, shifted),
+        "carried": Summed([carry, branch]),
+    }
 
 
 def dense(operator: Operator) -> Tensor:
@@ -72,7 +81,9 @@ def test_products_are_the_dense_ones_and_meet_at_the_core(way: Way) -> None:
     matrices = [dense(operator) for operator in operators]
     before = [operator.products for operator in operators]
     core.calls = []
-    vectors = [torch.randn(2, 15, dtype=torch.float64, generator=start(k)) for k in range(len(operators))]
+    vectors = [
+        torch.randn(2, 15, dtype=torch.float64, generator=start(k)) for k in range(len(operators))
+    ]
     found = products_together(way, operators, vectors)
     for matrix, vector, product in zip(matrices, vectors, found, strict=True):
         true = (matrix if way == "push" else matrix.mT) @ vector.unsqueeze(2)
@@ -97,7 +108,10 @@ def test_in_step_is_what_each_is_alone() -> None:
 
 def test_each_stops_for_itself() -> None:
     _, made = maps()
-    questions = [Question(made["core"], start(0), decide=lambda low, high: True), Question(made["branch"], start(1))]
+    questions = [
+        Question(made["core"], start(0), decide=lambda low, high: True),
+        Question(made["branch"], start(1)),
+    ]
     early, late = in_step(questions, tol=1e-9)
     assert early.products == 1 < late.products
 
@@ -125,21 +139,27 @@ def test_what_cannot_be_stacked_is_made_one_by_one() -> None:
     plain = JacobianOperator(lambda x: mixing(3 * x), X)
     vectors = [torch.randn(2, 15, dtype=torch.float64, generator=start(k)) for k in range(3)]
     for _ in range(2):
-        for found, true in zip(operator.products_of("pull", vectors), map(plain.pull, vectors), strict=True):
+        for found, true in zip(
+            operator.products_of("pull", vectors), map(plain.pull, vectors), strict=True
+        ):
             torch.testing.assert_close(found, true)
     assert not operator.stacks and plain.stacks
 
 
 def test_wide_vectors_are_not_stacked(monkeypatch: pytest.MonkeyPatch) -> None:
     operator = JacobianOperator(mixing, X)
-    vectors = [flat(torch.randn(X.shape, dtype=torch.float64, generator=start(k)), (0,)) for k in range(5)]
+    vectors = [
+        flat(torch.randn(X.shape, dtype=torch.float64, generator=start(k)), (0,)) for k in range(5)
+    ]
     true = operator.products_of("push", vectors)
     monkeypatch.setattr("jacdiag.spectra.operator._NARROW", 2 * X.numel())
     widths: list[int] = []
     inner = operator._push_map
     operator._push_map = lambda u: (widths.append(u.dim()), inner(u))[1]  # type: ignore[func-returns-value]
     stacked = operator._stacked
-    operator._stacked = lambda product, stack: (widths.append(len(stack)), stacked(product, stack))[1]  # type: ignore
+    operator._stacked = lambda product, stack: (widths.append(len(stack)), stacked(product, stack))[
+        1
+    ]  # type: ignore
     for found, expected in zip(operator.products_of("push", vectors), true, strict=True):
         torch.testing.assert_close(found, expected)
     assert [w for w in widths if w != 3] == [2, 2, 1]
@@ -148,5 +168,7 @@ def test_wide_vectors_are_not_stacked(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_norm_in_closed_form_needs_no_call() -> None:
     core = Counted(mixing, X)
     norm = NormJacobian(X, torch.ones(2, 3), centred=False, batch_dims=(0,))
-    products_together("push", [core, Composed(core, norm)], [torch.ones(2, 15, dtype=torch.float64)] * 2)
+    products_together(
+        "push", [core, Composed(core, norm)], [torch.ones(2, 15, dtype=torch.float64)] * 2
+    )
     assert core.calls == [2] and core.products == 2

@@ -1,4 +1,6 @@
-"""Where a fused operation hides a sub-layer: it is named, and a declaration brings it back, the same to the bit."""
+"""Where a fused operation hides a sub-layer: it is named, and a declaration brings it back, the
+same to the bit.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,18 @@ import jacdiag
 from jacdiag.errors import JacdiagError
 from jacdiag.measure.network import verify_replay
 from jacdiag.trace import Sites, declare
-from jacdiag.trace.graph import CONSTANT
-from jacdiag.trace.record import record
-from jacdiag.trace.skeleton import Skeleton
+from jacdiag.trace.execution.skeleton import Skeleton
+from jacdiag.trace.graph.graph import CONSTANT
+from jacdiag.trace.graph.recorder import record
 
-ATTN, MLPS = (declare(shortcut=f"blocks.*.norm{k}", branch=f"blocks.*.{b}") for k, b in ((1, "attn"), (2, "mlp")))
-TABLES = {"attention": {"shortcut": "blocks.*.norm1:in", "branch": "blocks.*.attn:out"},
-          "mlp": {"shortcut": "blocks.*.norm2", "branch": "blocks.*.mlp"}}  # fmt: skip
+ATTN, MLPS = (
+    declare(shortcut=f"blocks.*.norm{k}", branch=f"blocks.*.{b}")
+    for k, b in ((1, "attn"), (2, "mlp"))
+)
+TABLES = {
+    "attention": {"shortcut": "blocks.*.norm1:in", "branch": "blocks.*.attn:out"},
+    "mlp": {"shortcut": "blocks.*.norm2", "branch": "blocks.*.mlp"},
+}
 
 
 class Stacked(Pre):
@@ -33,13 +40,18 @@ class Stacked(Pre):
 
 
 def trace(block: Any, declared: Any = ()) -> Sites:
-    return jacdiag.sites(seeded(lambda: Decoder(block)), tokens(), dtype=torch.float64, declared=declared)
+    return jacdiag.sites(
+        seeded(lambda: Decoder(block)), tokens(), dtype=torch.float64, declared=declared
+    )
 
 
 def test_a_hidden_addition_is_named_with_the_way_to_declare_it() -> None:
     found = trace(AddedByFunction)
     assert len(found) == 0 and len(found.hidden) == 4
-    assert "AddFunction (a custom autograd.Function) adds at" in found.hidden[0] and "wide.py:" in found.hidden[0]
+    assert (
+        "AddFunction (a custom autograd.Function) adds at" in found.hidden[0]
+        and "wide.py:" in found.hidden[0]
+    )
     assert 'shortcut = "blocks.0.norm2", branch = "blocks.0.mlp"' in found.hidden[1]
     with pytest.raises(JacdiagError, match=r"(?s)hidden: AddFunction.*jacdiag\.declare"):
         jacdiag.audit(seeded(lambda: Decoder(AddedByFunction)), tokens())
@@ -51,7 +63,16 @@ def test_declared_sublayers_are_those_of_the_plain_model(block: Any, declared: A
     mine, plain = trace(block, declared), trace(Pre)
     assert not mine.hidden
     for a, b in zip(mine, plain, strict=True):
-        for field in ("name", "kind", "placement", "depth", "parallel", "nested", "token_wise", "parameters"):
+        for field in (
+            "name",
+            "kind",
+            "placement",
+            "depth",
+            "parallel",
+            "nested",
+            "token_wise",
+            "parameters",
+        ):
             assert getattr(a, field) == getattr(b, field), field
         assert torch.allclose(a.shortcut, b.shortcut, rtol=1e-12)
         assert torch.equal(a.branch(a.shortcut), a.value)
@@ -61,13 +82,16 @@ def test_declared_sublayers_are_those_of_the_plain_model(block: Any, declared: A
             one, other = (torch.autograd.grad(s.branch(x), x, w)[0] for s in (a, b))
         assert torch.allclose(one, other, rtol=1e-9)
     assert max(verify_replay(mine).values()) < 1e-12
-    # the sum in a Function is seen, though not by autograd, and links the stream; one made by stack is not
+    # the sum in a Function is seen, though not by autograd, and links the stream; one made by stack
+    # is not
     assert len(mine.streams.main) == (4 if block is AddedByFunction else 0)
 
 
 def test_an_audit_takes_declarations() -> None:
     options: dict[str, Any] = {"dtype": "float64", "batch": 1}
-    mine = jacdiag.audit(seeded(lambda: Decoder(AddedByFunction)), tokens(), declared=TABLES, **options)
+    mine = jacdiag.audit(
+        seeded(lambda: Decoder(AddedByFunction)), tokens(), declared=TABLES, **options
+    )
     plain = jacdiag.audit(seeded(lambda: Decoder(Pre)), tokens(), **options)
     for a, b in zip(mine.sublayers, plain.sublayers, strict=True):
         assert a.branch_norm.estimate == pytest.approx(b.branch_norm.estimate, rel=1e-9)
@@ -83,8 +107,16 @@ def test_what_was_found_anyway_is_not_found_twice() -> None:
 @pytest.mark.parametrize(
     ("shortcut", "branch", "words"),
     [
-        ("blocks.*.norm1", "blocks.*.atn", r"no module 'blocks\.\*\.atn' ran.*closest: blocks\.\d\.attn"),
-        ("blocks.*.nrom1", "blocks.*.attn", r"no module 'blocks\.\*\.nrom1' ran.*closest: blocks\.\d\.norm1"),
+        (
+            "blocks.*.norm1",
+            "blocks.*.atn",
+            r"no module 'blocks\.\*\.atn' ran.*closest: blocks\.\d\.attn",
+        ),
+        (
+            "blocks.*.nrom1",
+            "blocks.*.attn",
+            r"no module 'blocks\.\*\.nrom1' ran.*closest: blocks\.\d\.norm1",
+        ),
         ("blocks.*.norm1", "blocks.0.attn", r"'\*' of a declaration must stand in both"),
         ("blocks.0.norm1:at", "blocks.0.attn", r"no module boundary.*PATH:in"),
         ("", "blocks.0.attn", "no module boundary"),
@@ -98,13 +130,15 @@ def test_mistakes_are_answered_with_what_to_write(shortcut: str, branch: str, wo
         trace(Stacked, [declare(shortcut=shortcut, branch=branch)])
 
 
-@pytest.mark.parametrize("table", [{"a": {"shortcut": "x"}}, {"a": "x"}, {"a": {"shortcut": 1, "branch": "y"}}, [3]])
+@pytest.mark.parametrize(
+    "table", [{"a": {"shortcut": "x"}}, {"a": "x"}, {"a": {"shortcut": 1, "branch": "y"}}, [3]]
+)
 def test_tables_that_say_something_else_are_refused(table: Any) -> None:
     with pytest.raises(JacdiagError, match="strings `shortcut` and `branch`"):
         trace(Pre, table)
 
 
-# -- opaque calls ------------------------------------------------------------------------------------------------------
+# -- opaque calls ----------------------------------------------------------------------------------
 class Once(torch.autograd.Function):
     """A kernel whose backward has no derivative, as flash attention's."""
 
@@ -121,7 +155,9 @@ class Once(torch.autograd.Function):
 
 
 class OnceInContext(torch.autograd.Function):
-    """The same as torch.func wants it; beside a second path, so that J u is too small and not zero."""
+    """The same as torch.func wants it; beside a second path, so that J u is too small and not
+    zero.
+    """
 
     generate_vmap_rule = True
 
@@ -140,7 +176,9 @@ class OnceInContext(torch.autograd.Function):
         return grad * (1 - torch.tanh(h) ** 2)
 
 
-@pytest.mark.parametrize("act", [Once.apply, lambda h: OnceInContext.apply(h) + 0.1 * h], ids=["old", "setup_context"])
+@pytest.mark.parametrize(
+    "act", [Once.apply, lambda h: OnceInContext.apply(h) + 0.1 * h], ids=["old", "setup_context"]
+)
 def test_a_backward_without_derivative_is_named(act: Any) -> None:
     """J u would come out too small in silence, and a wrong norm be certified."""
     model = seeded(lambda: Decoder(lambda: Pre(mlp=lambda: MLP(act=act))))
@@ -164,7 +202,9 @@ class Scripted(Pre):
 
 def test_a_scripted_function_is_named() -> None:
     found = trace(Scripted)
-    assert any("torch.jit.script" in line and "PYTORCH_JIT=0" in line for line in found.hidden), found.hidden
+    assert any("torch.jit.script" in line and "PYTORCH_JIT=0" in line for line in found.hidden), (
+        found.hidden
+    )
 
 
 def test_a_scripted_module_is_refused_by_name() -> None:
@@ -174,7 +214,9 @@ def test_a_scripted_module_is_refused_by_name() -> None:
 
 
 class Unseen(nn.Module):
-    """Tensors that no recorded call made, each where a tensor of a recorded call has just been freed."""
+    """Tensors that no recorded call made, each where a tensor of a recorded call has just been
+    freed.
+    """
 
     TIMES = 200
 

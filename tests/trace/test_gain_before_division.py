@@ -67,7 +67,9 @@ def test_core_has_the_jacobian_of_the_branch_behind_the_norm() -> None:
     (site,) = jacdiag.sites(model, x, dtype=torch.float64)
     z = site.normalized
     found = torch.autograd.functional.jacobian(site.core, z)
-    true = torch.autograd.functional.jacobian(lambda z: model.ffn(z * model.norm.weight + model.norm.bias), z)
+    true = torch.autograd.functional.jacobian(
+        lambda z: model.ffn(z * model.norm.weight + model.norm.bias), z
+    )
     assert torch.allclose(found, true)
 
 

@@ -1,4 +1,6 @@
-"""One small model per mechanism of the tracer that real architectures need; what must be found is written beside it."""
+"""One small model per mechanism of the tracer that real architectures need; what must be found is
+written beside it.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,17 @@ def mlp() -> nn.Sequential:
 
 
 class RoutedWeights(nn.Module):
-    """Each expert's matrix is picked from one parameter by an index that depends on the data: a weight nevertheless."""
+    """Each expert's matrix is picked from one parameter by an index that depends on the data: a
+    weight nevertheless.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.norm, self.router = nn.LayerNorm(D), nn.Linear(D, 3)
-        self.up, self.down = nn.Parameter(torch.randn(3, D, 12) / 3), nn.Parameter(torch.randn(3, 12, D) / 3)
+        self.up, self.down = (
+            nn.Parameter(torch.randn(3, D, 12) / 3),
+            nn.Parameter(torch.randn(3, 12, D) / 3),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x).flatten(0, 1)
@@ -39,7 +46,9 @@ class RoutedWeights(nn.Module):
 
 
 class GateWithStatistic(nn.Module):
-    """The branch is scaled by a gate that divides by the norm of x: one number per token carries no shortcut."""
+    """The branch is scaled by a gate that divides by the norm of x: one number per token carries no
+    shortcut.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +72,9 @@ class BiasOnTheShortcut(nn.Module):
 
 
 class ConvolvedValues(nn.Module):
-    """Attention adds a convolution of its values to its output: positions mixed like streams, and no shortcut."""
+    """Attention adds a convolution of its values to its output: positions mixed like streams, and
+    no shortcut.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +89,9 @@ class ConvolvedValues(nn.Module):
 
 
 class SharedBias(nn.Module):
-    """Every layer's scores get one bias that depends on the input: a sum inside a branch, its shortcut from outside."""
+    """Every layer's scores get one bias that depends on the input: a sum inside a branch, its
+    shortcut from outside.
+    """
 
     class Attention(nn.Module):
         def __init__(self) -> None:
@@ -133,12 +146,18 @@ class NormBehindExperts(nn.Module):
 
 
 class ChannelsFirst(nn.Module):
-    """Post-norm on (B, C, T): the norm transposes, works, and transposes back; 1x1 convolutions are linear maps."""
+    """Post-norm on (B, C, T): the norm transposes, works, and transposes back; 1x1 convolutions are
+    linear maps.
+    """
 
     class Layer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.up, self.down, self.norm = nn.Conv1d(D, 12, 1), nn.Conv1d(12, D, 1), nn.LayerNorm(D)
+            self.up, self.down, self.norm = (
+                nn.Conv1d(D, 12, 1),
+                nn.Conv1d(12, D, 1),
+                nn.LayerNorm(D),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             return self.norm((x + self.down(self.up(x).relu())).transpose(1, 2)).transpose(1, 2)
@@ -163,7 +182,9 @@ class ShortConvolution(nn.Module):
 
 
 class UnderNoGrad(nn.Module):
-    """The code switches gradients off for all cycles but the last; every cycle has a Jacobian nevertheless."""
+    """The code switches gradients off for all cycles but the last; every cycle has a Jacobian
+    nevertheless.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -212,13 +233,18 @@ def test_replay_and_jacobian(kind: Callable[[], nn.Module]) -> None:
     for site in sites:
         assert torch.equal(site.branch(site.shortcut), site.value)
         generator = torch.Generator().manual_seed(1)
-        u, w = (torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in (site.shortcut, site.value))
+        u, w = (
+            torch.randn(t.shape, generator=generator, dtype=t.dtype)
+            for t in (site.shortcut, site.value)
+        )
         with torch.enable_grad():
             point = site.shortcut.clone().requires_grad_()
             (pulled,) = torch.autograd.grad(site.branch(point), point, w)
         ahead, behind = (site.branch(site.shortcut + sign * 1e-6 * u) for sign in (1, -1))
         slope = (ahead - behind) / 2e-6
-        assert abs(float((slope * w).sum() - (pulled * u).sum())) <= 1e-6 * float(slope.norm() * w.norm())
+        assert abs(float((slope * w).sum() - (pulled * u).sum())) <= 1e-6 * float(
+            slope.norm() * w.norm()
+        )
     assert max(verify_replay(sites).values()) <= 1e-12
 
 

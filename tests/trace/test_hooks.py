@@ -1,4 +1,6 @@
-"""Other people's hooks and patched code: followed where they compute, named where they cannot be, never touched."""
+"""Other people's hooks and patched code: followed where they compute, named where they cannot be,
+never touched.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def test_hooks_that_change_outputs_are_kept() -> None:
     def hooked(model: Decoder) -> Decoder:
         model.blocks[0].mlp.register_forward_hook(lambda m, a, out: 3 * out)
         model.blocks[1].attn.register_forward_pre_hook(lambda m, a: (0.5 * a[0],))
-        model.blocks[1].mlp.register_forward_pre_hook(lambda m, a, k: ((2 * a[0],), k), with_kwargs=True)
+        model.blocks[1].mlp.register_forward_pre_hook(
+            lambda m, a, k: ((2 * a[0],), k), with_kwargs=True
+        )
         return model
 
     model = hooked(plain())
@@ -40,8 +44,15 @@ def test_hooks_that_change_outputs_are_kept() -> None:
     assert any("hooks change the model's output" in note for note in mine.notes)
     double = hooked(plain()).double()
     b0, b1 = double.blocks
-    for site, truth in zip(mine[1:], (lambda x: b0.mlp(b0.norm2(x)), lambda x: b1.attn(b1.norm1(x)),
-                                      lambda x: b1.mlp(b1.norm2(x))), strict=True):  # fmt: skip
+    for site, truth in zip(
+        mine[1:],
+        (
+            lambda x: b0.mlp(b0.norm2(x)),
+            lambda x: b1.attn(b1.norm1(x)),
+            lambda x: b1.mlp(b1.norm2(x)),
+        ),
+        strict=True,
+    ):
         assert torch.allclose(site.value, truth(site.shortcut), rtol=1e-9)
         assert torch.equal(site.branch(site.shortcut), site.value)
         x = site.shortcut.clone().requires_grad_()
@@ -73,7 +84,7 @@ def test_a_module_that_cannot_be_copied_is_named_and_left_out() -> None:
     assert "blocks.1.attn.q.weight" in found.coverage.uncovered
 
 
-# -- patched code ------------------------------------------------------------------------------------------------------
+# -- patched code ----------------------------------------------------------------------------------
 def _closure(module: nn.Module) -> None:
     old = module.forward
 

@@ -162,7 +162,9 @@ class GatedInside(nn.Module):
 
 
 class PlainWithOtherAdditions(nn.Module):
-    """Embedding sum, rotation, attention mask, bias and a hand-written GELU: none is a residual sum."""
+    """Embedding sum, rotation, attention mask, bias and a hand-written GELU: none is a residual
+    sum.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -187,7 +189,9 @@ class PlainWithOtherAdditions(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("how", ["index_add", "index_add_", "scatter_add", "scatter_reduce", "index_put"])
+@pytest.mark.parametrize(
+    "how", ["index_add", "index_add_", "scatter_add", "scatter_reduce", "index_put"]
+)
 def test_scatter_sums_are_listed_and_replayed(how: str) -> None:
     found = jacdiag.sites(SomePositions(how).eval(), torch.randn(2, 5, D))
     assert len(found) == found.layers == 3
@@ -212,7 +216,9 @@ def test_reversible_couplings_are_all_listed_or_named() -> None:
 def test_a_branch_of_another_stream_is_named() -> None:
     found = jacdiag.sites(Towers().eval(), torch.randn(2, 5, D), torch.randn(2, 5, D))
     assert len(found) == 4
-    assert [item.reason for item in found.left_out] == ["the branch does not read this sum's own shortcut"]
+    assert [item.reason for item in found.left_out] == [
+        "the branch does not read this sum's own shortcut"
+    ]
 
 
 def test_a_projected_shortcut_is_named() -> None:

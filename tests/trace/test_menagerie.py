@@ -1,4 +1,6 @@
-"""The tracer against models whose sub-layers are known: all of them, no others, and exactly the model's own values."""
+"""The tracer against models whose sub-layers are known: all of them, no others, and exactly the
+model's own values.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +31,15 @@ def truths(specimen: Specimen) -> tuple[nn.Module, list[tuple[Expected, Tensor]]
     model = specimen.build().double()
     context = specimen.context(model, torch.float64)
     values = stream(specimen, model, context)
-    return model, [(one, x) for group, x in zip(specimen.groups(), values, strict=False) for one in group]
+    return model, [
+        (one, x) for group, x in zip(specimen.groups(), values, strict=False) for one in group
+    ]
 
 
 def paired(specimen: Specimen, sites: Sites) -> list[tuple[Sublayer, Expected]]:
-    """Sub-layers found beside sub-layers expected, in the order of the stream; by name where there is one."""
+    """Sub-layers found beside sub-layers expected, in the order of the stream; by name where there
+    is one.
+    """
     assert len(sites) == len(specimen.expected), _listing(sites)
     left = list(sites)
     pairs = []
@@ -46,7 +52,12 @@ def paired(specimen: Specimen, sites: Sites) -> list[tuple[Sublayer, Expected]]:
 
 
 def _listing(sites: Sites) -> str:
-    return "; ".join(f"{s.name} {s.kind} {s.placement}{' nested' * s.nested} ({s.line})" for s in sites) or "nothing"
+    return (
+        "; ".join(
+            f"{s.name} {s.kind} {s.placement}{' nested' * s.nested} ({s.line})" for s in sites
+        )
+        or "nothing"
+    )
 
 
 def pull(fn, x: Tensor, w: Tensor) -> Tensor:
@@ -61,7 +72,9 @@ def pull(fn, x: Tensor, w: Tensor) -> Tensor:
 
 
 def cotangent(x: Tensor, seed: int = 0) -> Tensor:
-    return torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(x)
+    return torch.randn(
+        x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(x)
 
 
 def assert_near(a: Tensor, b: Tensor, tolerance: float, what: str = "") -> None:
@@ -70,13 +83,18 @@ def assert_near(a: Tensor, b: Tensor, tolerance: float, what: str = "") -> None:
     assert error <= tolerance, f"{what} off by {error:.1e}"
 
 
-# -- the menagerie itself ---------------------------------------------------------------------------------------------
+# -- the menagerie itself --------------------------------------------------------------------------
 @everything
 def test_truth_reproduces_the_model(specimen: Specimen) -> None:
-    """The truth, summed up along the stream, is the model: if this fails the specimen is wrong, not the tracer."""
+    """The truth, summed up along the stream, is the model: if this fails the specimen is wrong, not
+    the tracer.
+    """
     if specimen.finish is None:
         pytest.skip("this specimen's truth has no stream")
-    for dtype, tolerance in ((torch.float32, 3e-6), (torch.float64, 3e-6 if specimen.casts else 1e-13)):
+    for dtype, tolerance in (
+        (torch.float32, 3e-6),
+        (torch.float64, 3e-6 if specimen.casts else 1e-13),
+    ):
         model = specimen.build().to(dtype)
         args, kwargs = specimen.arguments(dtype)
         context = specimen.context(model, dtype)
@@ -89,8 +107,15 @@ def test_truth_reproduces_the_model(specimen: Specimen) -> None:
 def tensor_of(output) -> Tensor:
     """The first tensor of an output."""
     while not isinstance(output, Tensor):
-        output = next(iter(output.values() if isinstance(output, dict) else vars(output).values()
-                           if hasattr(output, "__dict__") else output))  # fmt: skip
+        output = next(
+            iter(
+                output.values()
+                if isinstance(output, dict)
+                else vars(output).values()
+                if hasattr(output, "__dict__")
+                else output
+            )
+        )
     return output
 
 
@@ -103,12 +128,17 @@ def test_specimens_are_reproducible_and_distinct() -> None:
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-# -- what is found ----------------------------------------------------------------------------------------------------
+# -- what is found ---------------------------------------------------------------------------------
 @everything
 def test_finds_exactly_the_sublayers(specimen: Specimen) -> None:
     sites = traced(specimen.name)
-    found = [(s.name, s.kind, s.placement, s.parallel, s.nested) for s, _ in paired(specimen, sites)]
-    wanted = [(e.name or s.name, e.kind, e.placement, e.parallel, e.nested) for s, e in paired(specimen, sites)]
+    found = [
+        (s.name, s.kind, s.placement, s.parallel, s.nested) for s, _ in paired(specimen, sites)
+    ]
+    wanted = [
+        (e.name or s.name, e.kind, e.placement, e.parallel, e.nested)
+        for s, e in paired(specimen, sites)
+    ]
     assert found == wanted
     names = [s.name for s in sites]
     assert len(set(names)) == len(names), "names must tell sub-layers apart"
@@ -119,7 +149,9 @@ def test_finds_exactly_the_sublayers(specimen: Specimen) -> None:
 @everything
 def test_order_and_depth(specimen: Specimen) -> None:
     pairs = [(s, e) for s, e in paired(specimen, traced(specimen.name)) if not e.nested]
-    assert [s.depth for s, e in pairs if e.layer is not None] == [e.layer for _, e in pairs if e.layer is not None]
+    assert [s.depth for s, e in pairs if e.layer is not None] == [
+        e.layer for _, e in pairs if e.layer is not None
+    ]
     indices = [s.index for s, e in pairs if not e.parallel]
     assert indices == sorted(indices)
 
@@ -149,7 +181,7 @@ def test_every_parameter_is_accounted_for(specimen: Specimen) -> None:
     assert set(traced(specimen.name).coverage.uncovered) == set(specimen.uncovered)
 
 
-# -- exact replay -----------------------------------------------------------------------------------------------------
+# -- exact replay ----------------------------------------------------------------------------------
 @everything
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_replay_is_exact(specimen: Specimen, dtype: torch.dtype) -> None:
@@ -174,7 +206,9 @@ def test_shortcut_and_branch_equal_the_truth(specimen: Specimen) -> None:
 
 @everything
 def test_jacobian_equals_the_truth(specimen: Specimen) -> None:
-    """J^T w of the branch, its core and the residual map against the truth's, and away from the recorded point."""
+    """J^T w of the branch, its core and the residual map against the truth's, and away from the
+    recorded point.
+    """
     model, known = truths(specimen)
     context = specimen.context(model, torch.float64)
     tolerance = 1e-5 if specimen.casts else 1e-10
@@ -189,11 +223,20 @@ def test_jacobian_equals_the_truth(specimen: Specimen) -> None:
             z = one.entry.normalise(model, x)
             assert_near(site.normalized, z, tolerance, f"z of {site.name}")
             want = pull(lambda t, e=one: e.core(model, t, context), z, w)
-            assert_near(pull(site.core, site.normalized, w), want, tolerance, f"core J of {site.name}")
-            assert_near(site.core(site.norm(site.shortcut)), site.value, tolerance, f"core o norm of {site.name}")
+            assert_near(
+                pull(site.core, site.normalized, w), want, tolerance, f"core J of {site.name}"
+            )
+            assert_near(
+                site.core(site.norm(site.shortcut)),
+                site.value,
+                tolerance,
+                f"core o norm of {site.name}",
+            )
         if not one.parallel and one.after is None:
             want = pull(lambda t, e=one: residual(groups[id(e)], model, t, context), x, w)
-            assert_near(pull(site.residual, site.shortcut, w), want, tolerance, f"residual of {site.name}")
+            assert_near(
+                pull(site.residual, site.shortcut, w), want, tolerance, f"residual of {site.name}"
+            )
 
 
 @everything
@@ -207,10 +250,13 @@ def test_nested_branches_equal_the_truth(specimen: Specimen) -> None:
 
 @everything
 def test_jacobian_by_finite_differences(specimen: Specimen) -> None:
-    """A branch's value away from the recorded point: what a recorded cache or a stale tensor gets wrong."""
+    """A branch's value away from the recorded point: what a recorded cache or a stale tensor gets
+    wrong.
+    """
     for site in traced(specimen.name):
         x, w, step = site.shortcut, cotangent(site.value, seed=2), 1e-6
-        u = cotangent(x, seed=1) * x.square().mean(-1, keepdim=True).sqrt()  # each token moves by its own size
+        # each token moves by its own size
+        u = cotangent(x, seed=1) * x.square().mean(-1, keepdim=True).sqrt()
         ahead, behind = (site.branch(x + s * step * u) for s in (1, -1))
         slope = (ahead - behind) / (2 * step)
         product = (pull(site.branch, x, w) * u).sum()
@@ -228,10 +274,12 @@ def test_torch_func_transforms_run_on_branches(specimen: Specimen) -> None:
         assert abs((ju * w).sum() - (u * jw).sum()) <= 1e-12 * ju.norm() * w.norm()
 
 
-# -- independence of the caller ---------------------------------------------------------------------------------------
+# -- independence of the caller --------------------------------------------------------------------
 @everything
 def test_records_do_not_depend_on_the_caller(specimen: Specimen) -> None:
-    """A second run, under no_grad, inference_mode or in train mode, gives the same sub-layers and the same bits."""
+    """A second run, under no_grad, inference_mode or in train mode, gives the same sub-layers and
+    the same bits.
+    """
     args, kwargs = specimen.arguments()
     first = traced(specimen.name)
     for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):

@@ -1,4 +1,6 @@
-"""A model on the meta device has no values: its sub-layers are found by structure, and are those of the real one."""
+"""A model on the meta device has no values: its sub-layers are found by structure, and are those of
+the real one.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,18 @@ from torch import Tensor, nn
 import jacdiag
 from jacdiag.errors import TraceError
 
-# An attribute, a mask or a tensor inside a dict that is on the CPU; routing, which asks for the values.
+# An attribute, a mask or a tensor inside a dict that is on the CPU; routing, which asks for the
+# values.
 WITH_VALUES = {
-    "grouped queries with rotary", "projected positions, rotary, mask", "a dict of tensors", "MoE",
-    "MoE with a shared expert", "router bias", "stacked parameters", "stacked parameters, unbound",
-}  # fmt: skip
+    "grouped queries with rotary",
+    "projected positions, rotary, mask",
+    "a dict of tensors",
+    "MoE",
+    "MoE with a shared expert",
+    "router bias",
+    "stacked parameters",
+    "stacked parameters, unbound",
+}
 
 LEFT_OPEN = ("several streams", "BatchNorm in eval")
 
@@ -44,7 +53,9 @@ def test_the_same_sublayers_as_with_values(specimen: Specimen) -> None:
     assert all(s.shortcut.is_meta and "meta device" in s.notes["placement"] for s in found)
     assert all(s.token_wise in (None, r.token_wise) for s, r in zip(found, real, strict=True))
     if not specimen.name.startswith(LEFT_OPEN):
-        assert any(s.token_wise for s in found) or not any(r.token_wise for r in real if r.kind == "mlp")
+        assert any(s.token_wise for s in found) or not any(
+            r.token_wise for r in real if r.kind == "mlp"
+        )
 
 
 class AsksForValues(nn.Module):
@@ -77,7 +88,10 @@ def test_no_memory_for_weights() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.norm = nn.LayerNorm(8192)
-            self.up, self.down = nn.Linear(8192, 24576, bias=False), nn.Linear(24576, 8192, bias=False)
+            self.up, self.down = (
+                nn.Linear(8192, 24576, bias=False),
+                nn.Linear(24576, 8192, bias=False),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             return x + self.down(self.up(self.norm(x)).relu())

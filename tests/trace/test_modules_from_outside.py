@@ -1,4 +1,6 @@
-"""Residual wrappers that get their sub-layer as an argument, as the Annotated Transformer has it."""
+"""Residual wrappers that get their sub-layer as an argument, as the Annotated Transformer has
+it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A NaN in one weight: sub-layers behind it keep their names, kinds and placements, told by structure and stand-ins."""
+"""A NaN in one weight: sub-layers behind it keep their names, kinds and placements, told by
+structure and stand-ins.
+"""
 
 from __future__ import annotations
 
@@ -39,5 +41,11 @@ def test_the_gain_of_a_norm_behind_a_nan_is_not_known() -> None:
     with torch.no_grad():
         layer.self_attn.out_proj.weight[0, 0] = math.nan
     attention, mlp = jacdiag.sites(layer, torch.randn(2, 4, 8))
-    assert attention.input_norm is not None and bool(torch.isfinite(attention.input_norm.gain).all())
-    assert mlp.input_norm is not None and bool(mlp.input_norm.gain.isnan().all()) and mlp.placement == "pre"
+    assert attention.input_norm is not None and bool(
+        torch.isfinite(attention.input_norm.gain).all()
+    )
+    assert (
+        mlp.input_norm is not None
+        and bool(mlp.input_norm.gain.isnan().all())
+        and mlp.placement == "pre"
+    )

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jacdiag.trace.randomness import RandomState, borrowed
+from jacdiag.trace.execution.rng_state import RandomState, borrowed
 
 MOVES: dict[str, Callable[[], Any]] = {
     "nothing": lambda: None,

@@ -1,4 +1,6 @@
-"""A batch norm whose gradient comes back in the strides of tokens: its backward must be given other strides."""
+"""A batch norm whose gradient comes back in the strides of tokens: its backward must be given other
+strides.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,11 @@ def test_both_products_belong_to_one_matrix(batch: int, inplace: bool, train: bo
     by_rows = torch.stack([op.pull(unit[None])[0] for unit in basis])
     step = 1e-6 * basis.view(-1, *site.shortcut.shape)
     differences = torch.stack(
-        [(site.branch(site.shortcut + d) - site.branch(site.shortcut - d)).flatten() / 2e-6 for d in step], 1
+        [
+            (site.branch(site.shortcut + d) - site.branch(site.shortcut - d)).flatten() / 2e-6
+            for d in step
+        ],
+        1,
     )
     assert torch.allclose(by_columns, differences, atol=1e-7)
     assert torch.allclose(by_rows, differences, atol=1e-7)

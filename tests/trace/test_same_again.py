@@ -1,4 +1,6 @@
-"""Two runs are one: what a model keeps on itself, what it draws, and what a caller has switched on change nothing."""
+"""Two runs are one: what a model keeps on itself, what it draws, and what a caller has switched on
+change nothing.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from torch.nn import functional as F
 import jacdiag
 from jacdiag.errors import JacdiagError
 from jacdiag.measure.network import verify_replay
-from jacdiag.trace.skeleton import Skeleton
+from jacdiag.trace.execution.skeleton import Skeleton
 
 
 def trace(model: nn.Module, **options: Any) -> Any:
@@ -28,9 +30,11 @@ def decoder(**parts: Any) -> nn.Module:
     return seeded(lambda: Decoder(lambda: Pre(**parts)), seed=3)
 
 
-# -- caches ------------------------------------------------------------------------------------------------------------
+# -- caches ----------------------------------------------------------------------------------------
 class Cached(Attention):
-    """Keeps keys and values on itself and reuses them: the value of a second run is right, its Jacobian wrong."""
+    """Keeps keys and values on itself and reuses them: the value of a second run is right, its
+    Jacobian wrong.
+    """
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -103,7 +107,7 @@ def test_without_that_the_check_of_replay_catches_it(monkeypatch: pytest.MonkeyP
     assert verify_replay(found)["blocks.0.attn"] > 1e-2 > max(right.values())
 
 
-# -- draws -------------------------------------------------------------------------------------------------------------
+# -- draws -----------------------------------------------------------------------------------------
 class Dropped(MLP):
     def forward(self, x: Tensor) -> Tensor:
         return F.dropout(super().forward(x), 0.5, training=True)
@@ -126,9 +130,13 @@ class NumpyNoise(MLP):
 
 @pytest.mark.parametrize(
     ("mlp", "call"),
-    [(Dropped, "dropout draws random numbers"), (Routed, "randn_like draws random numbers"),
-     (Noisy, "add"), (NumpyNoise, "add")],
-)  # fmt: skip
+    [
+        (Dropped, "dropout draws random numbers"),
+        (Routed, "randn_like draws random numbers"),
+        (Noisy, "add"),
+        (NumpyNoise, "add"),
+    ],
+)
 def test_a_model_that_draws_is_caught_before_any_product(mlp: Any, call: str) -> None:
     model = decoder(mlp=mlp)
     state = random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
@@ -163,7 +171,7 @@ def test_draws_that_do_not_matter_change_no_stream() -> None:
     assert reports[0].sublayers and not any(f.code == "JD905" for f in reports[0].findings)
 
 
-# -- the caller --------------------------------------------------------------------------------------------------------
+# -- the caller ------------------------------------------------------------------------------------
 def test_records_do_not_depend_on_the_batch() -> None:
     model = decoder()
     both = jacdiag.sites(model, tokens(), dtype=torch.float64)

@@ -1,4 +1,6 @@
-"""A model whose weights are read call by call gives what it gives with its weights in memory, to the bit."""
+"""A model whose weights are read call by call gives what it gives with its weights in memory, to
+the bit.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ class Shelf(Mapping[str, Tensor]):
     """Hands out a fresh copy each time, like a file, and notes what it was asked for."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.tensors = {name: p.detach().clone() for name, p in module.named_parameters(remove_duplicate=False)}
+        self.tensors = {
+            name: p.detach().clone() for name, p in module.named_parameters(remove_duplicate=False)
+        }
         self.asked: list[str] = []
 
     def __getitem__(self, name: str) -> Tensor:
@@ -69,7 +73,9 @@ def same(plain: Sites, stored: Sites) -> None:
 def pull(site: Any, w: Tensor) -> Tensor:
     with torch.enable_grad():
         x = site.shortcut.detach().clone().requires_grad_()
-        return torch.autograd.grad(site.branch(x), x, w, allow_unused=True, materialize_grads=True)[0]
+        return torch.autograd.grad(site.branch(x), x, w, allow_unused=True, materialize_grads=True)[
+            0
+        ]
 
 
 @pytest.mark.parametrize("specimen", ALL, ids=str)
@@ -97,7 +103,11 @@ class Odd(nn.Module):
         self.scale = nn.Parameter(torch.ones(8))
 
     def forward(self, x: Tensor) -> Tensor:
-        assert not self.a.weight.is_meta and self.a.weight.device == x.device and self.a.weight.dtype == x.dtype
+        assert (
+            not self.a.weight.is_meta
+            and self.a.weight.device == x.device
+            and self.a.weight.dtype == x.dtype
+        )
         assert self.a.weight.shape == (16, 8) and self.a.weight.size(0) == len(self.a.weight) == 16
         places = torch.arange(x.shape[1], device=self.a.weight.device)
         x = x + self.rows(places)
@@ -120,7 +130,10 @@ def test_a_weight_that_the_code_writes_to() -> None:
     class Writes(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.f, self.counter = nn.Linear(4, 4), nn.Parameter(torch.zeros(1), requires_grad=False)
+            self.f, self.counter = (
+                nn.Linear(4, 4),
+                nn.Parameter(torch.zeros(1), requires_grad=False),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             self.counter.add_(1)
@@ -135,7 +148,9 @@ def test_a_weight_that_the_code_writes_to() -> None:
 def test_a_segment_reads_the_weights_that_it_runs_and_no_others() -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, norm_first=True, batch_first=True)
-    _, stored, shelf = both(nn.TransformerEncoder(layer, 3, enable_nested_tensor=False), torch.randn(2, 4, 8))
+    _, stored, shelf = both(
+        nn.TransformerEncoder(layer, 3, enable_nested_tensor=False), torch.randn(2, 4, 8)
+    )
     site = stored.named("layers.1.self_attn")
     shelf.asked.clear()
     site.branch(site.shortcut)
@@ -147,7 +162,9 @@ def test_a_graph_through_the_whole_model_keeps_no_weight() -> None:
     """It reads them again when the gradient passes; the graph itself holds activations only."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, norm_first=True, batch_first=True)
-    _, stored, shelf = both(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), torch.randn(2, 4, 8))
+    _, stored, shelf = both(
+        nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), torch.randn(2, 4, 8)
+    )
     replayer = stored.replayer
     first = replayer.spot_of(stored.raw[0].shortcut, 0)
     last = replayer.spot_of(stored.raw[-1].output, 0)
@@ -162,10 +179,14 @@ def test_a_graph_through_the_whole_model_keeps_no_weight() -> None:
 
 
 def test_a_graph_through_the_whole_model_keeps_no_zeros() -> None:
-    """The transpose of a pull is taken at zero: every cotangent of it is a zero that need not be held."""
+    """The transpose of a pull is taken at zero: every cotangent of it is a zero that need not be
+    held.
+    """
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(64, 2, 128, norm_first=True, batch_first=True)
-    _, stored, _ = both(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), torch.randn(4, 32, 64))
+    _, stored, _ = both(
+        nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), torch.randn(4, 32, 64)
+    )
     replayer, kept = stored.replayer, list[torch.Tensor]()
     pack = replayer.raisings._pack
 
@@ -175,7 +196,10 @@ def test_a_graph_through_the_whole_model_keeps_no_zeros() -> None:
         return packed
 
     replayer.raisings._pack = noted  # type: ignore[method-assign]
-    first, last = replayer.spot_of(stored.raw[0].shortcut, 0), replayer.spot_of(stored.raw[-1].output, 0)
+    first, last = (
+        replayer.spot_of(stored.raw[0].shortcut, 0),
+        replayer.spot_of(stored.raw[-1].output, 0),
+    )
     x = stored[0].shortcut.clone().requires_grad_()
     with torch.enable_grad(), replayer.whole_graph():
         y = replayer.segment(0, first, last)(x)
@@ -199,7 +223,9 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
 
 
 def test_reading_is_done_outside_of_transforms() -> None:
-    """Inside one of torch.func a new tensor is a wrapper without memory: nothing could be read into it."""
+    """Inside one of torch.func a new tensor is a wrapper without memory: nothing could be read into
+    it.
+    """
     torch.manual_seed(0)
 
     class Disk(Shelf):

@@ -1,4 +1,6 @@
-"""Code that draws random numbers, writes to its weights or rebuilds itself when it runs: the guest stays as it was."""
+"""Code that draws random numbers, writes to its weights or rebuilds itself when it runs: the guest
+stays as it was.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def build(kind: Callable[[], nn.Module]) -> tuple[nn.Module, Tensor]:
 
 
 class DrawsNumbers(nn.Module):
-    """Draws random numbers in eval mode, before and inside its branches (hash buckets, random attention blocks)."""
+    """Draws random numbers in eval mode, before and inside its branches (hash buckets, random
+    attention blocks).
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +50,9 @@ def test_random_numbers_are_given_back_and_the_same_in_every_run() -> None:
 
 
 class RescalesItsWeights(nn.Module):
-    """Divides a weight in place when it first runs in eval mode (RWKV): the guest's own must not be touched."""
+    """Divides a weight in place when it first runs in eval mode (RWKV): the guest's own must not be
+    touched.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,13 +74,18 @@ def test_a_forward_that_writes_to_weights_writes_to_copies() -> None:
     assert not model.rescaled
     for name, parameter in model.named_parameters():
         value, version, place = states[name]
-        assert torch.equal(parameter, value) and (parameter._version, parameter.data_ptr()) == (version, place)
+        assert torch.equal(parameter, value) and (parameter._version, parameter.data_ptr()) == (
+            version,
+            place,
+        )
     with torch.no_grad():
         assert torch.equal(x + site.value, model(x))
 
 
 class SwapsItsModules(nn.Module):
-    """Chooses another kind of mixing when it first sees a short input, and keeps to it (BigBird)."""
+    """Chooses another kind of mixing when it first sees a short input, and keeps to it
+    (BigBird).
+    """
 
     class Long(nn.Module):
         def forward(self, h: Tensor) -> Tensor:

@@ -1,4 +1,6 @@
-"""The use of every weight, found from the dataflow: the truth is what the authors of a model call its parameters."""
+"""The use of every weight, found from the dataflow: the truth is what the authors of a model call
+its parameters.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 import jacdiag
 from benchmarks._families import CONFIGS, family, recipe
-from jacdiag.trace.uses import pattern, tied_to_head, uses_of
+from jacdiag.trace.discovery.weight_roles import pattern, tied_to_head, uses_of
 
 # Names in transformers -> the role that they say.
 NAMES = {
@@ -61,7 +63,9 @@ def test_layers_are_numbered_by_depth() -> None:
         assert use.layer == (int(number[1]) if number else None)
 
 
-@pytest.mark.parametrize(("name", "tied"), [("gpt2", True), ("llama", False), ("gemma", True), ("gpt_neox", False)])
+@pytest.mark.parametrize(
+    ("name", "tied"), [("gpt2", True), ("llama", False), ("gemma", True), ("gpt_neox", False)]
+)
 def test_tied_heads(name: str, tied: bool) -> None:
     subject = family(name, 0)
     assert bool(tied_to_head(jacdiag.sites(subject.model, **subject.probe))) is tied
@@ -73,7 +77,10 @@ class Routed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.pick = nn.Linear(8, 3, bias=False)
-        self.up, self.down = nn.Parameter(torch.randn(3, 8, 16)), nn.Parameter(torch.randn(3, 16, 8))
+        self.up, self.down = (
+            nn.Parameter(torch.randn(3, 8, 16)),
+            nn.Parameter(torch.randn(3, 16, 8)),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight, chosen = self.pick(x).softmax(-1).topk(1)
@@ -83,7 +90,11 @@ class Routed(nn.Module):
 
 def test_a_router() -> None:
     uses = uses_of(jacdiag.sites(Routed(), torch.randn(2, 5, 8)))
-    assert {name: use.role for name, use in uses.items()} == {"pick.weight": "router", "up": "W_1", "down": "W_2"}
+    assert {name: use.role for name, use in uses.items()} == {
+        "pick.weight": "router",
+        "up": "W_1",
+        "down": "W_2",
+    }
 
 
 class Swapped(nn.Module):
@@ -118,7 +129,9 @@ def test_pattern_stars_the_layer_only() -> None:
 
 
 def test_a_loop_of_cuts_and_joins_is_followed_in_short_time() -> None:
-    """Each of its rounds doubles the ways on which a result can have come, as in the chunks of linear attention."""
+    """Each of its rounds doubles the ways on which a result can have come, as in the chunks of
+    linear attention.
+    """
 
     class Mixer(nn.Module):
         def __init__(self) -> None:

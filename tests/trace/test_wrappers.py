@@ -1,4 +1,6 @@
-"""What people put around a model is seen through: the same sub-layers, the same bits, and the guest left as it was."""
+"""What people put around a model is seen through: the same sub-layers, the same bits, and the guest
+left as it was.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def sites_of(model: nn.Module, **options: Any) -> Sites:
 
 
 def assert_equal_sites(model: nn.Module, reference: nn.Module | None = None) -> Sites:
-    """The wrapped model's sub-layers are the plain one's, bit for bit, and J^T w holds in a run of the whole."""
+    """The wrapped model's sub-layers are the plain one's, bit for bit, and J^T w holds in a run of
+    the whole.
+    """
     mine, wanted = sites_of(model), sites_of(reference or plain())
     assert len(mine) == len(wanted) == 4
     for a, b in zip(mine, wanted, strict=True):
@@ -51,14 +55,16 @@ def process_group(rank: int = 0, size: int = 1, port: int | None = None) -> Iter
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size
+    )
     try:
         yield
     finally:
         dist.destroy_process_group()
 
 
-# -- parallel and compiled ---------------------------------------------------------------------------------------------
+# -- parallel and compiled -------------------------------------------------------------------------
 def test_distributed_data_parallel() -> None:
     with process_group():
         model = nn.parallel.DistributedDataParallel(plain())
@@ -84,12 +90,18 @@ def _sharded(rank: int, port: int, folder: str) -> None:
         after = {n: p.to_local() for n, p in model.named_parameters()}
         assert all(torch.equal(before[n], after[n]) for n in before)
         model(tokens())  # the guest runs on as it did
-        torch.save([[s.value for s in found], report.sublayers[0].branch_norm.estimate], f"{folder}/{rank}.pt")
+        torch.save(
+            [[s.value for s in found], report.sublayers[0].branch_norm.estimate],
+            f"{folder}/{rank}.pt",
+        )
 
 
 @pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7),
-    reason="torch 2.6 itself cannot run fully_shard on the CPU: 'Stream' object has no attribute 'record_event'",
+    reason=(
+        "torch 2.6 itself cannot run fully_shard on the CPU: 'Stream' object has no attribute "
+        "'record_event'"
+    ),
 )
 def test_fully_sharded_in_two_processes(tmp_path: Path) -> None:
     """FSDP2: the weights are gathered, on every process the same."""
@@ -99,7 +111,11 @@ def test_fully_sharded_in_two_processes(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_sharded, (port, str(tmp_path)), nprocs=2)
     (a, norm_a), (b, norm_b) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-    assert norm_a == norm_b == jacdiag.audit(plain(), tokens(), batch=1).sublayers[0].branch_norm.estimate
+    assert (
+        norm_a
+        == norm_b
+        == jacdiag.audit(plain(), tokens(), batch=1).sublayers[0].branch_norm.estimate
+    )
 
 
 def _flat(rank: int, port: int, folder: str) -> None:
@@ -116,7 +132,9 @@ def _flat(rank: int, port: int, folder: str) -> None:
 
 
 def test_flat_shards_are_refused_with_the_way_out(tmp_path: Path) -> None:
-    """FSDP1 keeps a slice of one flat tensor per process: refused by name; inside its own context all is there."""
+    """FSDP1 keeps a slice of one flat tensor per process: refused by name; inside its own context
+    all is there.
+    """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -161,7 +179,7 @@ def test_an_addition_in_a_compiled_function() -> None:
     assert_equal_sites(seeded(lambda: Decoder(AddedByCompiled)))
 
 
-# -- activation checkpointing ------------------------------------------------------------------------------------------
+# -- activation checkpointing ----------------------------------------------------------------------
 class Checkpointed(Decoder):
     """Every block is recomputed in the backward."""
 
@@ -198,7 +216,9 @@ def test_activation_checkpointing(make: Callable[[], nn.Module]) -> None:
     assert_equal_sites(seeded(make))
     report = jacdiag.audit(seeded(make), tokens())
     wanted = jacdiag.audit(plain(), tokens())
-    assert [r.branch_norm.estimate for r in report.sublayers] == [r.branch_norm.estimate for r in wanted.sublayers]
+    assert [r.branch_norm.estimate for r in report.sublayers] == [
+        r.branch_norm.estimate for r in wanted.sublayers
+    ]
     assert report.network.end_to_end.estimate == wanted.network.end_to_end.estimate
 
 
@@ -211,13 +231,18 @@ def test_checkpointing_works_again_afterwards() -> None:
     assert len(runs) == 2, "the block runs again in the backward"
 
 
-# -- weights that are computed -----------------------------------------------------------------------------------------
+# -- weights that are computed ---------------------------------------------------------------------
 @pytest.mark.parametrize(
     "norm",
-    [weight_norm, parametrizations.weight_norm, spectral_norm, parametrizations.spectral_norm,
-     parametrizations.orthogonal],
+    [
+        weight_norm,
+        parametrizations.weight_norm,
+        spectral_norm,
+        parametrizations.spectral_norm,
+        parametrizations.orthogonal,
+    ],
     ids=["weight_norm, old", "weight_norm", "spectral_norm, old", "spectral_norm", "orthogonal"],
-)  # fmt: skip
+)
 def test_parametrised_weights(norm: Callable[[nn.Module], nn.Module]) -> None:
     model = plain()
     for block in model.blocks:
@@ -227,26 +252,40 @@ def test_parametrised_weights(norm: Callable[[nn.Module], nn.Module]) -> None:
     found: list[Sites] = []
     unchanged(model, lambda: found.append(sites_of(model)))
     (mine,) = found
-    assert [s.name for s in mine] == ["blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp"]
+    assert [s.name for s in mine] == [
+        "blocks.0.attn",
+        "blocks.0.mlp",
+        "blocks.1.attn",
+        "blocks.1.mlp",
+    ]
     assert not mine.coverage.uncovered
     double = model.double()
-    assert torch.allclose(mine[1].value, double.blocks[0].mlp(double.blocks[0].norm2(mine[1].shortcut)), rtol=1e-6)
+    assert torch.allclose(
+        mine[1].value, double.blocks[0].mlp(double.blocks[0].norm2(mine[1].shortcut)), rtol=1e-6
+    )
     assert max(verify_replay(mine).values()) < 1e-12
 
 
-# -- libraries --------------------------------------------------------------------------------------------------------
+# -- libraries -------------------------------------------------------------------------------------
 def test_low_rank_adapters_of_peft() -> None:
     peft = pytest.importorskip("peft")
     model = plain()
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q", "v", "up"], init_lora_weights=False))
+    wrapped = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=["q", "v", "up"], init_lora_weights=False)
+    )
     found: list[Sites] = []
     unchanged(wrapped, lambda: found.append(sites_of(wrapped)))
     (mine,) = found
-    assert [(s.kind, s.placement, s.nested) for s in mine] == [("attention", "pre", False), ("mlp", "pre", False)] * 2
+    assert [(s.kind, s.placement, s.nested) for s in mine] == [
+        ("attention", "pre", False),
+        ("mlp", "pre", False),
+    ] * 2
     assert any("lora_A" in name for name in mine[0].parameters)
     assert not mine.coverage.uncovered
     double = wrapped.double().base_model.model
-    assert torch.allclose(mine[1].value, double.blocks[0].mlp(double.blocks[0].norm2(mine[1].shortcut)), rtol=1e-9)
+    assert torch.allclose(
+        mine[1].value, double.blocks[0].mlp(double.blocks[0].norm2(mine[1].shortcut)), rtol=1e-9
+    )
 
 
 @pytest.mark.parametrize("how", ["aligned", "offloaded", "dispatched"])
@@ -257,14 +296,24 @@ def test_hooks_of_accelerate(how: str, tmp_path: Path) -> None:
     model = plain()
     if how == "aligned":
         for module in model.modules():
-            add_hook_to_module(module, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+            add_hook_to_module(
+                module, AlignDevicesHook(execution_device="cpu", io_same_device=True)
+            )
     elif how == "offloaded":
         accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
         assert model.embed.weight.is_meta
     else:
-        devices = {"embed": "cpu", "position": "cpu", "blocks.0": "disk", "blocks.1": "cpu", "final": "cpu",
-                   "head": "cpu"}  # fmt: skip
-        model = accelerate.dispatch_model(model, devices, main_device="cpu", offload_dir=str(tmp_path))
+        devices = {
+            "embed": "cpu",
+            "position": "cpu",
+            "blocks.0": "disk",
+            "blocks.1": "cpu",
+            "final": "cpu",
+            "head": "cpu",
+        }
+        model = accelerate.dispatch_model(
+            model, devices, main_device="cpu", offload_dir=str(tmp_path)
+        )
     found = assert_equal_sites(model)
     assert model(tokens()).shape == (*tokens().shape, V)
     assert found[0].shortcut.shape[-1] == D

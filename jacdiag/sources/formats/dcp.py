@@ -1,6 +1,8 @@
-"""Folders of torch.distributed.checkpoint: each tensor in pieces, each piece a file of torch.save inside a larger one.
+"""Folders of torch.distributed.checkpoint: each tensor in pieces, each piece a file of torch.save
+inside a larger one.
 
-The `.metadata` beside them is a pickle: it is read by the guarded reader, so that nothing in it runs.
+The `.metadata` beside them is a pickle: it is read by the guarded reader, so that nothing in it
+runs.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from jacdiag.errors import SourceError, one_line
 from jacdiag.sources.formats.guard import GuardedPickle, Stub, Unsafe, refusal
-from jacdiag.sources.stored import failed
+from jacdiag.sources.lazy_tensors import failed
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,13 @@ class Chunk:
         try:
             tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except Exception as error:  # a stranger's bytes in the readers of others
-            raise failed(self.path, f"the {self.length:,} bytes at {self.offset:,} are no tensor") from error
+            raise failed(
+                self.path, f"the {self.length:,} bytes at {self.offset:,} are no tensor"
+            ) from error
         if not isinstance(tensor, Tensor) or tuple(tensor.shape) != self.sizes:
-            raise failed(self.path, f"at byte {self.offset:,} is no tensor of the size that .metadata tells")
+            raise failed(
+                self.path, f"at byte {self.offset:,} is no tensor of the size that .metadata tells"
+            )
         return tensor.detach()
 
 
@@ -60,7 +66,9 @@ class Chunked:
             return self.chunks[0].read()
         whole = torch.empty(self.shape, dtype=self.dtype)
         for chunk in self.chunks:
-            whole[tuple(slice(a, a + n) for a, n in zip(chunk.at, chunk.sizes, strict=True))] = chunk.read()
+            whole[tuple(slice(a, a + n) for a, n in zip(chunk.at, chunk.sizes, strict=True))] = (
+                chunk.read()
+            )
         return whole
 
 
@@ -73,7 +81,8 @@ def chunked(path: Path) -> dict[str, Chunked]:
     """Returns where each tensor of a folder lies, by its flattened name.
 
     Raises:
-        SourceError: `.metadata` is broken, unsafe, or of another make; a file that it names is missing or too short.
+        SourceError: `.metadata` is broken, unsafe, or of another make; a file that it names is
+            missing or too short.
     """
     metadata = _metadata(path)
     try:
@@ -98,7 +107,9 @@ def _metadata(path: Path) -> Mapping[str, Any]:
     except Unsafe as unsafe:
         raise refusal(file, unsafe) from None
     except Exception as error:  # a stranger's bytes in the readers of others
-        raise SourceError(f"cannot read '{file}'", got=one_line(error), hint="copy or save the folder again") from error
+        raise SourceError(
+            f"cannot read '{file}'", got=one_line(error), hint="copy or save the folder again"
+        ) from error
     if not isinstance(found, Stub) or not isinstance(found.state, Mapping):
         raise _foreign(path, f"a {type(found).__name__}")
     return found.state
@@ -109,7 +120,9 @@ def _place(index: Stub) -> tuple[str, tuple[int, ...]]:
     return str(index.state["fqn"]), tuple(index.state.get("offset") or ())
 
 
-def _tensor(path: Path, name: str, state: Mapping[str, Any], places: Mapping[Any, Mapping[str, Any]]) -> Chunked:
+def _tensor(
+    path: Path, name: str, state: Mapping[str, Any], places: Mapping[Any, Mapping[str, Any]]
+) -> Chunked:
     properties = state["properties"].state
     dtype = properties[0] if isinstance(properties, tuple) else properties["dtype"]
     chunks = []
@@ -120,7 +133,9 @@ def _tensor(path: Path, name: str, state: Mapping[str, Any], places: Mapping[Any
             raise ValueError(f"'{name}' lies in a file outside the folder: {info['relative_path']}")
         if info.get("transform_descriptors"):
             raise ValueError(f"'{name}' is stored transformed (compressed or encrypted)")
-        chunks.append(Chunk(at, sizes, path / info["relative_path"], int(info["offset"]), int(info["length"])))
+        chunks.append(
+            Chunk(at, sizes, path / info["relative_path"], int(info["offset"]), int(info["length"]))
+        )
     return Chunked(tuple(state["size"]), dtype, tuple(chunks))
 
 
@@ -130,7 +145,9 @@ def _check_files(path: Path, found: Mapping[str, Chunked]) -> None:
         for chunk in tensor.chunks:
             ends[chunk.path] = max(ends.get(chunk.path, 0), chunk.offset + chunk.length)
     missing = [file.name for file in sorted(ends) if not file.is_file()]
-    short = [file.name for file in sorted(ends) if file.is_file() and file.stat().st_size < ends[file]]
+    short = [
+        file.name for file in sorted(ends) if file.is_file() and file.stat().st_size < ends[file]
+    ]
     for names, what in ((missing, "missing"), (short, "shorter than .metadata says")):
         if names:
             raise SourceError(
@@ -142,7 +159,11 @@ def _check_files(path: Path, found: Mapping[str, Chunked]) -> None:
 
 def _foreign(path: Path, got: str) -> SourceError:
     return SourceError(
-        f"'{path / '.metadata'}' is not that of torch.distributed.checkpoint, or of a version that is not known",
+        f"'{path / '.metadata'}' is not that of torch.distributed.checkpoint, or of a version "
+        "that is not known",
         got=got,
-        hint="to one file: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER checkpoint.pt",
+        hint=(
+            "to one file: python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
+            "FOLDER checkpoint.pt"
+        ),
     )

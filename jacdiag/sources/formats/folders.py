@@ -1,4 +1,6 @@
-"""Folders as trainers and hubs leave them: which files hold the weights, and what a folder without a model is."""
+"""Folders as trainers and hubs leave them: which files hold the weights, and what a folder without
+a model is.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,18 @@ _SHOWN = 5
 _ONE_FILE = ("model.safetensors", "pytorch_model.bin")
 _SHARDS = (r"model-\d+-of-\d+\.safetensors", r"pytorch_model-\d+-of-\d+\.bin")
 _OTHER_FORMATS = {
-    ".gguf": ("GGUF, the format of llama.cpp", "audit the folder that it was converted from, or transformers' own"),
+    ".gguf": (
+        "GGUF, the format of llama.cpp",
+        "audit the folder that it was converted from, or transformers' own",
+    ),
     ".onnx": ("ONNX, an exported graph", "audit the PyTorch model that it was exported from"),
     ".h5": ("the format of TensorFlow", "save it from PyTorch: model.save_pretrained(FOLDER)"),
     ".msgpack": ("the format of Flax", "save it from PyTorch: model.save_pretrained(FOLDER)"),
     ".mlmodel": ("Core ML, an exported graph", "audit the PyTorch model that it was exported from"),
-    ".tflite": ("TensorFlow Lite, an exported graph", "audit the PyTorch model that it was exported from"),
+    ".tflite": (
+        "TensorFlow Lite, an exported graph",
+        "audit the PyTorch model that it was exported from",
+    ),
 }
 _SCALES = re.compile(
     r"\.(qweight|qzeros|SCB|weight_scale|weight_scale_inv|weight_packed|input_scale"
@@ -126,7 +134,9 @@ def refuse_quantised(path: Path, method: str, names: Iterable[str]) -> SourceErr
     return SourceError(
         f"the weights in '{path}' are quantised, and jacdiag reads only weights in floating point",
         got=f"{said}; {_listed(names)}" if names else said,
-        hint="audit the model that was quantised, or save a dequantised copy in bfloat16 or float32",
+        hint=(
+            "audit the model that was quantised, or save a dequantised copy in bfloat16 or float32"
+        ),
     )
 
 
@@ -150,26 +160,38 @@ def refuse_without_weights(path: Path) -> SourceError:
 
 def refuse_without_config(path: Path) -> SourceError | UsageError:
     """Return the error for a folder without config.json that was given without a model."""
-    special = _adapter(path) or _parent(path) or _deepspeed(path) or _fsdp(path) or _bare_weights(path)
+    special = (
+        _adapter(path) or _parent(path) or _deepspeed(path) or _fsdp(path) or _bare_weights(path)
+    )
     special = special or _other_format(path) or _original_llama(path) or _subfolder(path)
     if special is not None:
         return special
     return SourceError(
         f"'{path}' is a folder without a model",
         got=listing(path),
-        hint="a Hugging Face folder has a config.json, one of torch.distributed.checkpoint a .metadata",
+        hint=(
+            "a Hugging Face folder has a config.json, one of torch.distributed.checkpoint a "
+            ".metadata"
+        ),
     )
 
 
 def refuse_without_files(path: Path) -> SourceError:
-    """Return the error for a folder that was given with --model, and holds no weights that it could be filled from."""
-    special = _adapter(path) or _parent(path) or _deepspeed(path) or _fsdp(path) or _other_format(path)
+    """Return the error for a folder that was given with --model, and holds no weights that it could
+    be filled from.
+    """
+    special = (
+        _adapter(path) or _parent(path) or _deepspeed(path) or _fsdp(path) or _other_format(path)
+    )
     if special is not None:
         return special
     return SourceError(
         f"'{path}' holds no weights for the model",
         got=listing(path),
-        hint="expected model.safetensors or pytorch_model.bin (or their shards); or name the file itself",
+        hint=(
+            "expected model.safetensors or pytorch_model.bin (or their shards); or name the file "
+            "itself"
+        ),
     )
 
 
@@ -179,7 +201,8 @@ def _adapter(path: Path) -> SourceError | None:
     return SourceError(
         f"'{path}' holds a LoRA or other PEFT adapter, not a whole model",
         got=f"its base model: {_base_of(path)}",
-        hint="merge it first: PeftModel.from_pretrained(base, FOLDER).merge_and_unload().save_pretrained(MERGED), "
+        hint="merge it first: PeftModel.from_pretrained(base, "
+        "FOLDER).merge_and_unload().save_pretrained(MERGED), "
         "then jacdiag audit MERGED",
     )
 
@@ -211,7 +234,9 @@ def _parent(path: Path) -> SourceError | None:
 
 
 def _deepspeed(path: Path) -> SourceError | None:
-    steps = sorted(child.name for child in path.iterdir() if re.fullmatch(r"global_step\d+", child.name))
+    steps = sorted(
+        child.name for child in path.iterdir() if re.fullmatch(r"global_step\d+", child.name)
+    )
     shards = sorted(child.name for child in path.glob("*_optim_states.pt"))
     if not steps and not shards and not (path / "zero_to_fp32.py").is_file():
         return None
@@ -219,13 +244,20 @@ def _deepspeed(path: Path) -> SourceError | None:
     return SourceError(
         f"'{path}' is a checkpoint of DeepSpeed, in parts",
         got=listing(path),
-        hint=f"join them: cd {folder} && python zero_to_fp32.py . OUT, then give OUT and --model FACTORY",
+        hint=(
+            f"join them: cd {folder} && python zero_to_fp32.py . OUT, then give OUT and --model "
+            "FACTORY"
+        ),
     )
 
 
 def _fsdp(path: Path) -> SourceError | None:
-    """The error for a folder of accelerate or a trainer that holds one of torch.distributed.checkpoint."""
-    inner = sorted(child for child in path.iterdir() if child.is_dir() and (child / ".metadata").is_file())
+    """The error for a folder of accelerate or a trainer that holds one of
+    torch.distributed.checkpoint.
+    """
+    inner = sorted(
+        child for child in path.iterdir() if child.is_dir() and (child / ".metadata").is_file()
+    )
     if not inner:
         return None
     model = next((child for child in inner if "optim" not in child.name), inner[0])
@@ -240,14 +272,19 @@ def _bare_weights(path: Path) -> SourceError | None:
     files = weight_files(path)
     if not files:
         return None
-    is_state = any((path / name).is_file() for name in ("optimizer.bin", "optimizer.pt", "random_states_0.pkl"))
+    is_state = any(
+        (path / name).is_file() for name in ("optimizer.bin", "optimizer.pt", "random_states_0.pkl")
+    )
     what = "is a folder without a model"
     if is_state:
         what = "is a state that accelerate or a trainer saved, without a model"
     return SourceError(
         f"'{path}' {what}: no config.json says what its weights belong to",
         got=listing(path),
-        hint=f"{path} with --model FACTORY or --model hf:CONFIG; or {files[0]} alone, for its weights only",
+        hint=(
+            f"{path} with --model FACTORY or --model hf:CONFIG; or {files[0]} alone, for its "
+            "weights only"
+        ),
     )
 
 
@@ -268,20 +305,27 @@ def _other_format(path: Path) -> SourceError | None:
 def _original_llama(path: Path) -> SourceError | None:
     if not (path / "params.json").is_file():
         return None
-    files = sorted(file for file in path.glob("consolidated*") if file.suffix in (".pth", ".safetensors"))
+    files = sorted(
+        file for file in path.glob("consolidated*") if file.suffix in (".pth", ".safetensors")
+    )
     if not files:
         return None
     return SourceError(
-        f"'{path}' holds a model in its authors' own layout (params.json), not in that of transformers",
+        f"'{path}' holds a model in its authors' own layout (params.json), not in that of "
+        "transformers",
         got=listing(path),
         hint=f"{files[0]} with --model FACTORY; or the folder in the layout of transformers",
     )
 
 
 def _subfolder(path: Path) -> SourceError | None:
-    """The error for a folder whose models stand in folders inside of it: a hub cache, a pipeline."""
+    """The error for a folder whose models stand in folders inside of it: a hub cache, a
+    pipeline.
+    """
     inner = sorted(
-        file.parent for pattern in ("*/config.json", "snapshots/*/config.json") for file in path.glob(pattern)
+        file.parent
+        for pattern in ("*/config.json", "snapshots/*/config.json")
+        for file in path.glob(pattern)
     )
     if not inner:
         return None

@@ -1,8 +1,9 @@
-"""A pickle reader that runs nothing: tensors and plain containers are built, all else becomes an inert stub.
+"""A pickle reader that runs nothing: tensors and plain containers are built, all else becomes an
+inert stub.
 
-`torch.load(weights_only=True)` refuses a whole checkpoint for one argparse.Namespace in it. Here a foreign *class*
-turns into a stub that only keeps what it was given; a call to a foreign *function*, or anything out of a module that
-reaches the system, stops the reading, and is named.
+`torch.load(weights_only=True)` refuses a whole checkpoint for one argparse.Namespace in it. Here a
+foreign *class* turns into a stub that only keeps what it was given; a call to a foreign *function*,
+or anything out of a module that reaches the system, stops the reading, and is named.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import builtins
 import collections
 import copyreg
 import pickle
-from _compat_pickle import IMPORT_MAPPING as _IMPORT_MAPPING  # protocols up to 2 write Python 2's names
+from _compat_pickle import (
+    IMPORT_MAPPING as _IMPORT_MAPPING,  # protocols up to 2 write Python 2's names
+)
 from _compat_pickle import NAME_MAPPING as _NAME_MAPPING
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -27,11 +30,18 @@ _SYSTEM = frozenset(
     commands imp pip timeit cProfile profile pdb bdb asyncio multiprocessing threading _thread signal tempfile http
     urllib requests ftplib smtplib telnetlib marshal types operator shelve dbm zipimport pkgutil""".split()
 )
-_HARMLESS_BUILTINS = frozenset("list dict tuple set frozenset int float complex bool str slice object".split())
+_HARMLESS_BUILTINS = frozenset(
+    "list dict tuple set frozenset int float complex bool str slice object".split()
+)
 _LONGEST = 1 << 20  # of what a number alone asks for: bytes(n), range(n)
 _LOWERCASE_CLASSES = frozenset(
     [("datetime", n) for n in ("datetime", "date", "time", "timedelta", "timezone")]
-    + [("functools", "partial"), ("builtins", "getattr"), ("argparse", "Namespace"), ("uuid", "UUID")]
+    + [
+        ("functools", "partial"),
+        ("builtins", "getattr"),
+        ("argparse", "Namespace"),
+        ("uuid", "UUID"),
+    ]
 )
 
 
@@ -44,7 +54,9 @@ class Unsafe(Exception):
 
 
 class _Inert(type):
-    """Metaclass of stubs: it tells a call (pickle's REDUCE) from plain object construction (NEWOBJ)."""
+    """Metaclass of stubs: it tells a call (pickle's REDUCE) from plain object construction
+    (NEWOBJ).
+    """
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         module, name = cls.origin  # type: ignore[attr-defined]
@@ -55,7 +67,8 @@ class _Inert(type):
 
 
 class Stub(metaclass=_Inert):
-    """Stands for an object of a class that was not imported. It keeps what the pickle gave it and does nothing.
+    """Stands for an object of a class that was not imported. It keeps what the pickle gave it and
+    does nothing.
 
     Attributes:
         origin: (module, name) of the class.
@@ -93,7 +106,9 @@ class Stub(metaclass=_Inert):
     add = append
 
     def __call__(self, *args: Any, **_kwargs: Any) -> Stub:
-        """A nested class, got by attribute from a stub, is called like a class: that gives one more stub."""
+        """A nested class, got by attribute from a stub, is called like a class: that gives one more
+        stub.
+        """
         return type(self).__new__(type(self), *args)
 
     def __hash__(self) -> int:
@@ -101,7 +116,9 @@ class Stub(metaclass=_Inert):
 
 
 def _load_bytearray(unpickler: Any) -> None:
-    """Read a bytearray. Python's own reader fills one of the claimed length before it looks for the bytes."""
+    """Read a bytearray. Python's own reader fills one of the claimed length before it looks for the
+    bytes.
+    """
     length = int.from_bytes(unpickler.read(8), "little")
     data = unpickler.read(length)
     if len(data) < length:
@@ -110,7 +127,9 @@ def _load_bytearray(unpickler: Any) -> None:
 
 
 class GuardedPickle:
-    """What `torch.load` takes as `pickle_module`; `unread` collects the names of classes that became stubs."""
+    """What `torch.load` takes as `pickle_module`; `unread` collects the names of classes that
+    became stubs.
+    """
 
     def __init__(self) -> None:
         self.unread: list[str] = []
@@ -124,13 +143,17 @@ class GuardedPickle:
                 return guard.find(module, name)
 
         self.module = SimpleNamespace(
-            __name__="jacdiag_guard", Unpickler=Unpickler, load=lambda f, **kw: Unpickler(f, **kw).load(),
+            __name__="jacdiag_guard",
+            Unpickler=Unpickler,
+            load=lambda f, **kw: Unpickler(f, **kw).load(),
             UnpicklingError=pickle.UnpicklingError,
-        )  # fmt: skip
+        )
 
     def find(self, module: str, name: str) -> Any:
         """Returns the real thing where it is harmless, a stub class otherwise."""
-        module, name = _NAME_MAPPING.get((module, name), (_IMPORT_MAPPING.get(module, module), name))
+        module, name = _NAME_MAPPING.get(
+            (module, name), (_IMPORT_MAPPING.get(module, module), name)
+        )
         known = _harmless(module, name)
         if known is not None:
             return known
@@ -144,7 +167,9 @@ class GuardedPickle:
 
 
 def _harmless(module: str, name: str) -> Any:
-    """Builders of tensors, numbers and plain containers; nothing that reads, writes, imports or evaluates."""
+    """Builders of tensors, numbers and plain containers; nothing that reads, writes, imports or
+    evaluates.
+    """
     if module == "torch":
         found = getattr(torch, name, None)
         named = name.endswith("Storage") or name in ("Size", "device", "Tensor")
@@ -193,12 +218,16 @@ def _bounded_range(*args: Any) -> range:
 
 
 _BOUNDED: dict[str, Callable[..., Any]] = {
-    "bytes": _bounded_bytes(bytes), "bytearray": _bounded_bytes(bytearray), "range": _bounded_range,
-}  # fmt: skip
+    "bytes": _bounded_bytes(bytes),
+    "bytearray": _bounded_bytes(bytearray),
+    "range": _bounded_range,
+}
 
 
 def _plain_tensor(func: Any, _kind: Any, args: Any, _state: Any) -> Any:
-    """A tensor subclass comes back as the plain tensor in it: its own __setstate__ is foreign code."""
+    """A tensor subclass comes back as the plain tensor in it: its own __setstate__ is foreign
+    code.
+    """
     return func(*args)
 
 
@@ -214,7 +243,11 @@ def _numpy(module: str, name: str) -> Any:
     last = module.rpartition(".")[2]
     if last == "dtypes" or (last, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
         return getattr(np.dtypes if last == "dtypes" else np, name, None)
-    if (last, name) in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer")):
+    if (last, name) in (
+        ("multiarray", "_reconstruct"),
+        ("multiarray", "scalar"),
+        ("numeric", "_frombuffer"),
+    ):
         from numpy._core import multiarray, numeric  # type: ignore[attr-defined]
 
         return getattr(multiarray if last == "multiarray" else numeric, name, None)
@@ -224,7 +257,11 @@ def _numpy(module: str, name: str) -> Any:
 def refusal(path: Any, unsafe: Unsafe) -> SourceError:
     """The message for a pickle that wants to run code."""
     return SourceError(
-        f"cannot read '{path}': its pickle asks for `{printable(unsafe.wanted)}`, which is not a tensor or a plain "
+        f"cannot read '{path}': its pickle asks for `{printable(unsafe.wanted)}`, which is not a "
+        "tensor or a plain "
         "container. Nothing was run.",
-        hint="if you made this file and trust it, add --trust-pickle; better, save it again as .safetensors",
+        hint=(
+            "if you made this file and trust it, add --trust-pickle; better, save it again as "
+            ".safetensors"
+        ),
     )

@@ -1,4 +1,6 @@
-"""Configs of transformers: read, completed where they do not name the kind of model, and turned into a class."""
+"""Configs of transformers: read, completed where they do not name the kind of model, and turned
+into a class.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +14,25 @@ from typing import Any
 from jacdiag.errors import SourceError
 from jacdiag.sources.factory import own_frames
 
-# Names of weights that belong to one kind of model only, bare or with the prefix of its heads. Names that several
+# Names of weights that belong to one kind of model only, bare or with the prefix of its heads.
+# Names that several
 # kinds share (Llama's and Mistral's, RoBERTa's and XLM-RoBERTa's) are not here.
 _BY_NAMES = {
     "gpt2": (r"^(transformer\.)?h\.\d+\.attn\.c_attn\.weight$", r"^(transformer\.)?wpe\.weight$"),
     "gpt_neo": (r"^(transformer\.)?h\.\d+\.attn\.attention\.q_proj\.weight$",),
-    "gptj": (r"^(transformer\.)?h\.\d+\.attn\.q_proj\.weight$", r"^(transformer\.)?h\.\d+\.mlp\.fc_in\.weight$"),
+    "gptj": (
+        r"^(transformer\.)?h\.\d+\.attn\.q_proj\.weight$",
+        r"^(transformer\.)?h\.\d+\.mlp\.fc_in\.weight$",
+    ),
     "gpt_neox": (r"^(gpt_neox\.)?layers\.\d+\.attention\.query_key_value\.weight$",),
     "bloom": (r"^(transformer\.)?word_embeddings_layernorm\.weight$",),
-    "opt": (r"^(model\.)?decoder\.layers\.\d+\.fc1\.weight$", r"^(model\.)?decoder\.embed_positions\.weight$"),
+    "opt": (
+        r"^(model\.)?decoder\.layers\.\d+\.fc1\.weight$",
+        r"^(model\.)?decoder\.embed_positions\.weight$",
+    ),
     "bert": (r"^(bert\.)?encoder\.layer\.\d+\.attention\.self\.query\.weight$",),
-    "roberta": (r"^encoder\.layer\.\d+\.attention\.self\.query\.weight$",),  # bare, it has the names of BERT
+    # bare, it has the names of BERT
+    "roberta": (r"^encoder\.layer\.\d+\.attention\.self\.query\.weight$",),
     "electra": (r"^electra\.encoder\.layer\.\d+\.attention\.self\.query\.weight$",),
     "distilbert": (r"^(distilbert\.)?transformer\.layer\.\d+\.attention\.q_lin\.weight$",),
     "albert": (r"^(albert\.)?encoder\.albert_layer_groups\.\d+\.albert_layers\.\d+\.ffn\.weight$",),
@@ -55,7 +65,8 @@ class Config:
 
     Attributes:
         value: the config of transformers.
-        quantised: the method that its quantization_config names, which is taken off; "" where there is none.
+        quantised: the method that its quantization_config names, which is taken off; "" where there
+            is none.
         notes: what was inferred.
     """
 
@@ -78,7 +89,8 @@ def read_config(
         path: a folder or a JSON file.
         trust: whether code that the folder brings may run.
         overrides: fields to change; `model_type` names the kind of model.
-        names: of the weights, from which the kind of model is inferred where the config does not name it.
+        names: of the weights, from which the kind of model is inferred where the config does not
+            name it.
 
     Raises:
         SourceError: it cannot be read, or the kind of model is not known.
@@ -95,7 +107,9 @@ def read_config(
         data["model_type"] = str(asked)
     elif not isinstance(written, str) or not written:
         data["model_type"], why = _infer(transformers, data, names, file)
-        notes.append(f"{file.name} has no model_type: '{data['model_type']}' was inferred from {why}")
+        notes.append(
+            f"{file.name} has no model_type: '{data['model_type']}' was inferred from {why}"
+        )
     _check_known(transformers, data, path, trust)
 
     # 2. What is quantised is refused by the tensors, which a config can be wrong about.
@@ -107,9 +121,13 @@ def read_config(
         if data["model_type"] in transformers.CONFIG_MAPPING and not brings_code:
             config = transformers.CONFIG_MAPPING[data["model_type"]].from_dict(data)
         else:
-            config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust)
+            config = transformers.AutoConfig.from_pretrained(
+                path, local_files_only=True, trust_remote_code=trust
+            )
     except Exception as error:
-        raise SourceError(f"transformers cannot read the config '{file}'", got=own_frames(error)) from error
+        raise SourceError(
+            f"transformers cannot read the config '{file}'", got=own_frames(error)
+        ) from error
     for key, value in changes.items():
         if not hasattr(config, key):
             hint = "--model-args changes fields of the config"
@@ -124,7 +142,9 @@ def _json_of(file: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         raise SourceError(f"cannot read '{file}'", got=str(error)) from error
     if not isinstance(data, dict):
-        raise SourceError(f"'{file}' is no config of transformers", got=f"a JSON {type(data).__name__}")
+        raise SourceError(
+            f"'{file}' is no config of transformers", got=f"a JSON {type(data).__name__}"
+        )
     return data
 
 
@@ -133,7 +153,9 @@ def _method(quantization: Any) -> str:
     if not isinstance(quantization, dict) or not quantization:
         return ""
     bits = [name for name in ("load_in_4bit", "load_in_8bit") if quantization.get(name)]
-    method = str(quantization.get("quant_method") or (f"bitsandbytes, {bits[0]}" if bits else "unnamed"))
+    method = str(
+        quantization.get("quant_method") or (f"bitsandbytes, {bits[0]}" if bits else "unnamed")
+    )
     return f"quantization_config ({method})"
 
 
@@ -152,7 +174,9 @@ def _check_known(transformers: Any, data: Mapping[str, Any], path: Path, trust: 
     )
 
 
-def _infer(transformers: Any, data: Mapping[str, Any], names: Collection[str], file: Path) -> tuple[str, str]:
+def _infer(
+    transformers: Any, data: Mapping[str, Any], names: Collection[str], file: Path
+) -> tuple[str, str]:
     """Return the kind of model, and what it was inferred from."""
     for name in _names_in(data.get("architectures")):
         cls = getattr(transformers, name, None)
@@ -217,7 +241,9 @@ def default_class(transformers: Any, config: Any) -> Any:
 
 
 def candidate_classes(transformers: Any, config: Any) -> list[Any]:
-    """Return the classes that transformers registers for the type of a config, with a head or without."""
+    """Return the classes that transformers registers for the type of a config, with a head or
+    without.
+    """
     classes = []
     for task in _TASKS:
         mapping = getattr(transformers, task, None)

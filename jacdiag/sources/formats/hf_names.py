@@ -1,4 +1,6 @@
-"""Names of weights in a file, translated into the names of a model of transformers, as `from_pretrained` does it."""
+"""Names of weights in a file, translated into the names of a model of transformers, as
+`from_pretrained` does it.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ class Naming:
 
     Attributes:
         stored: name in the model -> name in the file.
-        unexpected: names in the file that the model has no place for, those left out that transformers ignores.
+        unexpected: names in the file that the model has no place for, those left out that
+            transformers ignores.
         missing: names of the model that no weight of the file fills, ties counted as filled.
         initialised: names like the missing ones, which transformers sets by itself.
         converted: some weights are stacked, split or transposed while transformers loads them.
@@ -39,20 +42,27 @@ class Naming:
 
     @property
     def layers_left_over(self) -> list[str]:
-        """Names that make whole layers like those that the model has: its config has fewer of them."""
-        # Names that transformers ignores count here: its patterns meet real weights of such layers too.
+        """Names that make whole layers like those that the model has: its config has fewer of
+        them.
+        """
+        # Names that transformers ignores count here: its patterns meet real weights of such layers
+        # too.
         layers = _layers(self.names)
         used = _layers(self.used).keys()
         like = {(stack, layers[stack, index]) for stack, index in used}
         others = [key for key in layers if key not in used]
-        extra: set[tuple[str, int] | None] = {key for key in others if (key[0], layers[key]) in like}
+        extra: set[tuple[str, int] | None] = {
+            key for key in others if (key[0], layers[key]) in like
+        }
         extra &= {_layer_of(name) for name in self.unexpected}
         return [name for name in self.names if _layer_of(name) in extra]
 
 
 def is_of_transformers(model: nn.Module) -> bool:
     """Whether a model's weights are named by the rules of transformers."""
-    return hasattr(model, "base_model_prefix") and hasattr(model, "_keys_to_ignore_on_load_unexpected")
+    return hasattr(model, "base_model_prefix") and hasattr(
+        model, "_keys_to_ignore_on_load_unexpected"
+    )
 
 
 def match_names(model: Any, names: Iterable[str]) -> Naming:
@@ -88,22 +98,35 @@ def match_names(model: Any, names: Iterable[str]) -> Naming:
     naming.unexpected = _without(naming.unexpected, _ignored_when_unexpected(model))
     filled |= _twins_of(wanted, filled)
     open_names = [name for name in wanted if name not in filled]
-    # A frozen parameter is computed, not trained: a table of sinusoids. Files of Pegasus and Marian leave it out.
-    trained = [name for name in open_names if wanted[name].requires_grad or not isinstance(wanted[name], nn.Parameter)]
-    naming.missing = _without(trained, getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
+    # A frozen parameter is computed, not trained: a table of sinusoids. Files of Pegasus and Marian
+    # leave it out.
+    trained = [
+        name
+        for name in open_names
+        if wanted[name].requires_grad or not isinstance(wanted[name], nn.Parameter)
+    ]
+    naming.missing = _without(
+        trained, getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    )
     naming.initialised = [name for name in open_names if name not in set(naming.missing)]
     return naming
 
 
 class _Renamer:
-    """Translates one name at a time, with the tables of transformers where this version has them."""
+    """Translates one name at a time, with the tables of transformers where this version has
+    them.
+    """
 
     def __init__(self, model: Any, wanted: Mapping[str, Tensor]) -> None:
         self.wanted = wanted
         self.prefix: str = getattr(model, "base_model_prefix", "") or ""
         try:
             from transformers.conversion_mapping import get_model_conversion_mapping
-            from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+            from transformers.core_model_loading import (
+                WeightConverter,
+                WeightRenaming,
+                rename_source_key,
+            )
         except ImportError:
             self.rename: Any = None
             return
@@ -116,7 +139,9 @@ class _Renamer:
         """Return the model's names for a name in the file, and whether its values are converted."""
         if self.rename is None:
             return [self._by_prefix(name)], False
-        renamed, pattern = self.rename(name, self.renamings, self.converters, self.prefix, self.wanted)
+        renamed, pattern = self.rename(
+            name, self.renamings, self.converters, self.prefix, self.wanted
+        )
         if renamed not in self.wanted and name in self.wanted:
             renamed, pattern = self.rename(name, [], [], self.prefix, self.wanted)
         if pattern is None:

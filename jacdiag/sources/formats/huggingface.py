@@ -15,16 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from jacdiag.errors import SourceError, printable
-from jacdiag.sources.empty import empty_parameters
 from jacdiag.sources.factory import own_frames, seeded
-from jacdiag.sources.fit import TieConflict, attach, fit
 from jacdiag.sources.formats import folders, safetensors_file, torch_file
-from jacdiag.sources.formats.hf_config import candidate_classes, default_class, named_class, read_config
+from jacdiag.sources.formats.hf_config import (
+    candidate_classes,
+    default_class,
+    named_class,
+    read_config,
+)
 from jacdiag.sources.formats.hf_names import Naming, is_of_transformers, match_names
-from jacdiag.sources.stored import Piece, StoredWeights
+from jacdiag.sources.lazy_tensors import Piece, StoredWeights
+from jacdiag.sources.load_weights import TieConflict, attach, fit
+from jacdiag.sources.meta_build import empty_parameters
 
 _SHOWN = 5
-_HINT = "config.json must be that of the weights; or --model FACTORY builds the model that was saved"
+_HINT = (
+    "config.json must be that of the weights; or --model FACTORY builds the model that was saved"
+)
 
 
 def is_folder(path: Path) -> bool:
@@ -67,7 +74,10 @@ class StoredState:
 
     def read(self) -> dict[str, Tensor]:
         """Return all weights in memory."""
-        return {name: entry if isinstance(entry, Tensor) else entry.read() for name, entry in self.tensors.items()}
+        return {
+            name: entry if isinstance(entry, Tensor) else entry.read()
+            for name, entry in self.tensors.items()
+        }
 
     def named(self, names: Mapping[str, str]) -> dict[str, Any]:
         """Return the entries under other names: new name -> name in the file."""
@@ -105,12 +115,14 @@ def _tensors_of(file: Path, trust_pickle: bool) -> dict[str, Tensor]:
     return tensors
 
 
-def load(path: Path, *, trust_pickle: bool = False, overrides: Mapping[str, Any] | None = None) -> Loaded:
+def load(
+    path: Path, *, trust_pickle: bool = False, overrides: Mapping[str, Any] | None = None
+) -> Loaded:
     """Load a folder with config.json and weights (.safetensors or .bin, sharded or not).
 
-    Weights that the model has no place for are left out, with a note. Every weight of the model must be there.
-    Parameters in .safetensors stay in their files. Where transformers stacks or splits weights (experts), it loads
-    them all.
+    Weights that the model has no place for are left out, with a note. Every weight of the model
+    must be there. Parameters in .safetensors stay in their files. Where transformers stacks or
+    splits weights (experts), it loads them all.
 
     Args:
         path: the folder.
@@ -118,8 +130,8 @@ def load(path: Path, *, trust_pickle: bool = False, overrides: Mapping[str, Any]
         overrides: fields of the config to change.
 
     Raises:
-        SourceError: transformers is missing, the folder has no weights, a file is unsafe or broken, weights are missing
-            or quantised, or have other shapes.
+        SourceError: transformers is missing, the folder has no weights, a file is unsafe or broken,
+            weights are missing or quantised, or have other shapes.
     """
     _transformers(path)
     files = folders.weight_files(path)
@@ -159,11 +171,17 @@ def load_stored(
     if quantised:
         raise folders.refuse_quantised(stored.where, config.quantised, quantised)
     if config.quantised:
-        notes.append(f"config.json has a {config.quantised}, but the weights are stored in floating point")
+        notes.append(
+            f"config.json has a {config.quantised}, but the weights are stored in floating point"
+        )
 
     # 2. An empty model of the class that the config names, or that the weights fit.
     kind, model = _empty_of(transformers, config.value, stored, trust_pickle, config_path)
-    facts: dict[str, Any] = {"format": "huggingface", "files": stored.files, "architecture": type(model).__name__}
+    facts: dict[str, Any] = {
+        "format": "huggingface",
+        "files": stored.files,
+        "architecture": type(model).__name__,
+    }
     if not is_of_transformers(model):
         weights, more = _place(model, stored, {name: name for name in stored.tensors})
         return Loaded(model, facts, weights, notes + more)
@@ -191,7 +209,8 @@ def fill(model: nn.Module, stored: StoredState, hint: str | None = None) -> Load
     """Fill a model that a factory built, by the names of transformers where it is one of theirs.
 
     Args:
-        model: changed in place, unless transformers has to convert the weights: then another one is returned.
+        model: changed in place, unless transformers has to convert the weights: then another one is
+            returned.
         stored: the weights.
         hint: what to try where they do not fit.
 
@@ -248,8 +267,12 @@ def _names_for(model: nn.Module, stored: StoredState) -> tuple[Naming, list[str]
     return naming, notes
 
 
-def _empty_of(transformers: Any, config: Any, stored: StoredState, trust: bool, path: Path) -> tuple[Any, nn.Module]:
-    """Return a class and an empty model of it: the class that the config names, else the one that the weights fit."""
+def _empty_of(
+    transformers: Any, config: Any, stored: StoredState, trust: bool, path: Path
+) -> tuple[Any, nn.Module]:
+    """Return a class and an empty model of it: the class that the config names, else the one that
+    the weights fit.
+    """
     kind = named_class(transformers, config)
     if kind is not None:
         return kind, _empty(kind, config, trust, path)
@@ -294,27 +317,46 @@ def _other_shapes(model: nn.Module, naming: Naming, stored: StoredState) -> list
 
 
 def _check_names(
-    transformers: Any, config: Any, model: nn.Module, naming: Naming, stored: StoredState, inferred: Sequence[str]
+    transformers: Any,
+    config: Any,
+    model: nn.Module,
+    naming: Naming,
+    stored: StoredState,
+    inferred: Sequence[str],
 ) -> None:
-    """Raise if weights of the model are missing, have other shapes, or whole layers are left over."""
+    """Raise if weights of the model are missing, have other shapes, or whole layers are left
+    over.
+    """
     shapes = _other_shapes(model, naming, stored)
     left_over = naming.layers_left_over
     if naming.missing or shapes or left_over:
-        parts = {"missing": naming.missing, "unexpected": left_over or naming.unexpected, "of another shape": shapes}
+        parts = {
+            "missing": naming.missing,
+            "unexpected": left_over or naming.unexpected,
+            "of another shape": shapes,
+        }
         hint = _way_out(transformers, config, type(model), naming, stored)
         raise _misfit(stored.where, model, parts, hint, inferred)
 
 
 def _misfit(
-    where: Path, model: nn.Module, parts: Mapping[str, Sequence[str]], hint: str, inferred: Sequence[str] = ()
+    where: Path,
+    model: nn.Module,
+    parts: Mapping[str, Sequence[str]],
+    hint: str,
+    inferred: Sequence[str] = (),
 ) -> SourceError:
     lines = list(inferred)
     lines += [f"{len(names)} {what}: {_first(names)}" for what, names in parts.items() if names]
-    return SourceError(f"'{where}' does not fit {type(model).__name__}", got="\n".join(lines), hint=hint)
+    return SourceError(
+        f"'{where}' does not fit {type(model).__name__}", got="\n".join(lines), hint=hint
+    )
 
 
 def _way_out(transformers: Any, config: Any, kind: Any, naming: Naming, stored: StoredState) -> str:
-    """Return a hint that was tried: another class, or another number of layers; else that of the general case."""
+    """Return a hint that was tried: another class, or another number of layers; else that of the
+    general case.
+    """
     # 1. Another class of the same kind of model, which uses more of the weights.
     best = _best_class(transformers, config, stored)
     if best is not None and best is not kind:
@@ -322,7 +364,9 @@ def _way_out(transformers: Any, config: Any, kind: Any, naming: Naming, stored: 
         return f"they fit {best.__name__}: --model-args '{change}'"
 
     # 2. Another number of layers.
-    field_name = (getattr(config, "attribute_map", None) or {}).get("num_hidden_layers", "num_hidden_layers")
+    field_name = (getattr(config, "attribute_map", None) or {}).get(
+        "num_hidden_layers", "num_hidden_layers"
+    )
     layers = _layers_in(stored)
     before = getattr(config, field_name, None)
     if isinstance(before, int) and 0 < layers <= len(stored.tensors) and layers != before:
@@ -335,12 +379,17 @@ def _way_out(transformers: Any, config: Any, kind: Any, naming: Naming, stored: 
     # 3. A model without the pooler that the files lack.
     only_pooler = bool(naming.missing) and all("pooler" in name for name in naming.missing)
     if only_pooler and "add_pooling_layer" in inspect.signature(kind).parameters:
-        return f"--model FACTORY, with a factory that returns {kind.__name__}(config, add_pooling_layer=False)"
+        return (
+            f"--model FACTORY, with a factory that returns {kind.__name__}(config, "
+            "add_pooling_layer=False)"
+        )
     return _HINT
 
 
 def _layers_in(stored: StoredState) -> int:
-    """The highest number in the names, plus one: the number of layers, where all are numbered from 0."""
+    """The highest number in the names, plus one: the number of layers, where all are numbered from
+    0.
+    """
     parts = {part for name in stored.tensors for part in name.split(".")}
     numbers = [int(part) for part in parts if part.isdecimal() and len(part) < 9]
     return max(numbers, default=-1) + 1
@@ -354,15 +403,23 @@ def _empty(kind: Any, config: Any, trust: bool, path: Path) -> nn.Module:
         with _quiet(), seeded(0), empty_parameters():
             return built(config, attn_implementation="eager", **options).eval()  # type: ignore[no-any-return]
     except Exception as error:
-        raise SourceError(f"transformers cannot build the model of '{path}' empty", got=own_frames(error)) from error
+        raise SourceError(
+            f"transformers cannot build the model of '{path}' empty", got=own_frames(error)
+        ) from error
 
 
 def _whole(
-    kind: Any, config: Any, stored: StoredState, naming: Naming, trust_pickle: bool, source: Path | None
+    kind: Any,
+    config: Any,
+    stored: StoredState,
+    naming: Naming,
+    trust_pickle: bool,
+    source: Path | None,
 ) -> nn.Module:
     """Load all weights through transformers, in the precision of the files."""
     options: dict[str, Any] = {"dtype": _precision(stored, naming), "config": config}
-    if hasattr(kind, "_from_config"):  # a class itself: weights that were read already are handed over
+    # a class itself: weights that were read already are handed over
+    if hasattr(kind, "_from_config"):
         source, options["state_dict"] = None, stored.read()
     try:
         with _quiet(), seeded(0):
@@ -376,7 +433,9 @@ def _whole(
                 **options,
             )
     except Exception as error:
-        raise SourceError(f"transformers cannot load '{stored.where}'", got=own_frames(error)) from error
+        raise SourceError(
+            f"transformers cannot load '{stored.where}'", got=own_frames(error)
+        ) from error
     missing = [name for name in _keys(info, "missing_keys") if name not in naming.initialised]
     parts = {"missing": missing, "of another shape": _keys(info, "mismatched_keys")}
     if any(parts.values()):
@@ -385,14 +444,18 @@ def _whole(
 
 
 def _keys(info: Mapping[str, Any], key: str) -> list[str]:
-    return sorted(str(entry[0]) if isinstance(entry, tuple) else str(entry) for entry in info.get(key, ()))
+    return sorted(
+        str(entry[0]) if isinstance(entry, tuple) else str(entry) for entry in info.get(key, ())
+    )
 
 
 def _precision(stored: StoredState, naming: Naming) -> torch.dtype:
     """The widest floating-point type of the matrices that the model uses."""
     entries = [stored.tensors[name] for name in naming.used]
     floating = [entry for entry in entries if entry.dtype.is_floating_point]
-    matrices = [entry.dtype for entry in floating if len(entry.shape) > 1] or [entry.dtype for entry in floating]
+    matrices = [entry.dtype for entry in floating if len(entry.shape) > 1] or [
+        entry.dtype for entry in floating
+    ]
     widest = matrices[0] if matrices else torch.float32
     for dtype in matrices:
         widest = torch.promote_types(widest, dtype)
@@ -400,7 +463,8 @@ def _precision(stored: StoredState, naming: Naming) -> torch.dtype:
 
 
 def from_config(spec: str, overrides: dict[str, Any], seed: int) -> nn.Module:
-    """Build a randomly initialised model from a folder with config.json or from a JSON file of a config.
+    """Build a randomly initialised model from a folder with config.json or from a JSON file of a
+    config.
 
     Args:
         spec: the folder or the file.
@@ -416,7 +480,9 @@ def from_config(spec: str, overrides: dict[str, Any], seed: int) -> nn.Module:
             built = kind.from_config if hasattr(kind, "from_config") else kind._from_config
             return built(config, attn_implementation="eager")  # type: ignore[no-any-return]
     except Exception as error:
-        raise SourceError(f"transformers cannot build a model of '{path}'", got=own_frames(error)) from error
+        raise SourceError(
+            f"transformers cannot build a model of '{path}'", got=own_frames(error)
+        ) from error
 
 
 def config_path(spec: str) -> Path:
@@ -429,7 +495,9 @@ def config_path(spec: str) -> Path:
     if path.is_dir() and not is_folder(path):
         raise SourceError(f"'{path}' has no config.json", got=folders.listing(path))
     if not path.exists():
-        raise SourceError(f"no such config: '{path}'", hint="hf:FOLDER or hf:config.json, on this machine")
+        raise SourceError(
+            f"no such config: '{path}'", hint="hf:FOLDER or hf:config.json, on this machine"
+        )
     return path
 
 
@@ -461,7 +529,9 @@ def _size(shape: Sequence[int]) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps transformers' log and progress bars off the terminal while it loads, and gives the settings back."""
+    """Keeps transformers' log and progress bars off the terminal while it loads, and gives the
+    settings back.
+    """
     from transformers.utils import logging as hf_logging
 
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()

@@ -1,4 +1,6 @@
-"""Formats that are recognised and not read: each is refused by its name, with the way to a file that can be read."""
+"""Formats that are recognised and not read: each is refused by its name, with the way to a file
+that can be read.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,10 @@ _TORCH_WAY = "audit the PyTorch checkpoint that it was made from"
 
 # Suffix -> what it is, and the way out.
 _BY_SUFFIX = {
-    ".onnx": ("an ONNX graph", f"{_TORCH_WAY} (the file that torch.onnx.export was given the model of)"),
+    ".onnx": (
+        "an ONNX graph",
+        f"{_TORCH_WAY} (the file that torch.onnx.export was given the model of)",
+    ),
     ".h5": ("an HDF5 file of Keras or TensorFlow", _TORCH_WAY),
     ".hdf5": ("an HDF5 file of Keras or TensorFlow", _TORCH_WAY),
     ".keras": ("a model of Keras", _TORCH_WAY),
@@ -62,12 +67,17 @@ def _check_head(path: Path, head: bytes) -> None:
         way = f"torch.save({{'weight': torch.from_numpy(numpy.load('{path.name}'))}}, 'weights.pt')"
         raise _refused(path, "one array of NumPy", way)
     if head.startswith(b"PK\x03\x04") and _holds_arrays(path):
-        way = f"torch.save({{k: torch.from_numpy(v) for k, v in numpy.load('{path.name}').items()}}, 'weights.pt')"
+        way = (
+            f"torch.save({{k: torch.from_numpy(v) for k, v in "
+            f"numpy.load('{path.name}').items()}}, 'weights.pt')"
+        )
         raise _refused(path, "an archive of NumPy arrays", way)
 
 
 def _is_onnx(head: bytes) -> bool:
-    """Return whether bytes begin as a ModelProto does: its version of the format, then the producer's name."""
+    """Return whether bytes begin as a ModelProto does: its version of the format, then the
+    producer's name.
+    """
     return len(head) > 4 and head[0] == 0x08 and 1 <= head[1] <= 0x20 and head[2] in (0x12, 0x3A)
 
 
@@ -75,7 +85,8 @@ def _holds_arrays(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except Exception:  # damaged bytes may raise anything; the reader of torch files names the damage
+    # damaged bytes may raise anything; the reader of torch files names the damage
+    except Exception:
         return False
     return bool(names) and all(name.endswith(".npy") for name in names)
 
@@ -87,7 +98,9 @@ def _check_suffix(path: Path) -> None:
     if path.suffix in _BY_SUFFIX:
         raise _refused(path, *_BY_SUFFIX[path.suffix])
     if name.endswith(".index.json"):
-        raise _refused(path, "the index of a checkpoint in shards", f"audit the folder: {path.parent}")
+        raise _refused(
+            path, "the index of a checkpoint in shards", f"audit the folder: {path.parent}"
+        )
     if ".data-0000" in name or path.suffix == ".index":
         raise _refused(path, "a part of a TensorFlow checkpoint", _TORCH_WAY)
     if name.startswith("random_states_") and path.suffix == ".pkl":
@@ -101,8 +114,13 @@ def _check_suffix(path: Path) -> None:
 
 def torchscript(path: Path) -> SourceError:
     """Return the error for a TorchScript archive."""
-    way = f"torch.save(torch.jit.load('{path.name}').state_dict(), 'weights.pt'), then weights.pt with --model FACTORY"
-    return SourceError(f"'{path}' is a TorchScript archive, which holds code besides weights", hint=way)
+    way = (
+        f"torch.save(torch.jit.load('{path.name}').state_dict(), 'weights.pt'), then weights.pt "
+        "with --model FACTORY"
+    )
+    return SourceError(
+        f"'{path}' is a TorchScript archive, which holds code besides weights", hint=way
+    )
 
 
 def _refused(path: Path, what: str, way: str) -> SourceError:

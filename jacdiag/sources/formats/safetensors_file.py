@@ -13,17 +13,31 @@ import torch
 from torch import Tensor
 
 from jacdiag.errors import SourceError, printable
-from jacdiag.sources.stored import failed
+from jacdiag.sources.lazy_tensors import failed
 
 _DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
     "C64": torch.complex64,
-}  # fmt: skip
+}
 
-# Dtypes of the format that hold a part of a quantised weight: packed values of less than 8 bits, and powers of two as
+# Dtypes of the format that hold a part of a quantised weight: packed values of less than 8 bits,
+# and powers of two as
 # scales of blocks.
 _QUANTISED = ("F8_E8M0", "F4", "F6_E2M3", "F6_E3M2")
 _BLOCK = 1 << 28  # one call of the system reads no more than 2 GiB
@@ -49,14 +63,18 @@ class Span:
                     part = target[start : start + _BLOCK]
                     got = os.preadv(file.fileno(), [part], self.offset + start)
                     if got < len(part):
-                        raise failed(self.path, f"{self.path.stat().st_size:,} bytes: it has become shorter")
+                        raise failed(
+                            self.path, f"{self.path.stat().st_size:,} bytes: it has become shorter"
+                        )
         except OSError as error:
             raise failed(self.path, error.strerror or str(error)) from error
         return tensor
 
 
 def is_safetensors(path: Path) -> bool:
-    """Return whether a file, whatever its name, begins as this format does: a length, then JSON of that length."""
+    """Return whether a file, whatever its name, begins as this format does: a length, then JSON of
+    that length.
+    """
     try:
         with path.open("rb") as file:
             start = file.read(9)
@@ -77,7 +95,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         _header(path)
         with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(
+                file.metadata() or {}
+            )  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise _broken(path, error) from error
 
@@ -129,12 +149,16 @@ def _unreadable(path: Path, name: str, dtype: str) -> SourceError:
     got = f"'{printable(name)}' has the dtype {printable(dtype)}"
     if dtype not in _QUANTISED:
         return SourceError(
-            f"'{path}' holds a tensor that jacdiag cannot read", got=got, hint="save it in bfloat16 or float32"
+            f"'{path}' holds a tensor that jacdiag cannot read",
+            got=got,
+            hint="save it in bfloat16 or float32",
         )
     return SourceError(
         f"the weights in '{path}' are quantised, and jacdiag reads only weights in floating point",
         got=got,
-        hint="audit the model that was quantised, or save a dequantised copy in bfloat16 or float32",
+        hint=(
+            "audit the model that was quantised, or save a dequantised copy in bfloat16 or float32"
+        ),
     )
 
 
@@ -143,5 +167,7 @@ def _broken(path: Path, error: Exception) -> SourceError:
     return SourceError(
         f"cannot read '{path}' as safetensors",
         got=f"{path.stat().st_size:,} bytes: {error}",
-        hint="update safetensors, or copy the file again" if newer else "it may be truncated: copy or save it again",
+        hint="update safetensors, or copy the file again"
+        if newer
+        else "it may be truncated: copy or save it again",
     )

@@ -25,8 +25,8 @@ def read(path: Path, *, trust_pickle: bool = False) -> tuple[Any, list[str]]:
         trust_pickle: let the file's pickle run code, as plain torch.load would.
 
     Returns:
-        What was saved, tensors on the CPU and memory-mapped where the format allows, and the names of classes that
-        were left unread (stubs in their place).
+        What was saved, tensors on the CPU and memory-mapped where the format allows, and the names
+        of classes that were left unread (stubs in their place).
 
     Raises:
         SourceError: not a file of torch.save, truncated, or unsafe.
@@ -37,9 +37,16 @@ def read(path: Path, *, trust_pickle: bool = False) -> tuple[Any, list[str]]:
         return _load(path, zipped, guard, trust_pickle)
     except Unsafe as unsafe:
         raise refusal(path, unsafe) from None
-    except Exception as error:  # a stranger's bytes in the readers of others: they may raise anything
-        got = "it asks for more memory than there is" if isinstance(error, MemoryError) else one_line(error)
-        raise SourceError(f"cannot read '{path}'", got=got, hint=_hint(error, trust_pickle)) from error
+    # a stranger's bytes in the readers of others: they may raise anything
+    except Exception as error:
+        got = (
+            "it asks for more memory than there is"
+            if isinstance(error, MemoryError)
+            else one_line(error)
+        )
+        raise SourceError(
+            f"cannot read '{path}'", got=got, hint=_hint(error, trust_pickle)
+        ) from error
 
 
 def is_torch_zip(path: Path) -> bool:
@@ -51,19 +58,28 @@ def is_torch_zip(path: Path) -> bool:
         return False
 
 
-def _load(path: Path, zipped: bool, guard: GuardedPickle, trust_pickle: bool) -> tuple[Any, list[str]]:
+def _load(
+    path: Path, zipped: bool, guard: GuardedPickle, trust_pickle: bool
+) -> tuple[Any, list[str]]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of source code that torch could not find for a stub, of old storages
+        # of source code that torch could not find for a stub, of old storages
+        warnings.simplefilter("ignore")
         if trust_pickle:
             return torch.load(path, map_location="cpu", weights_only=False, mmap=zipped), []
-        found = torch.load(path, map_location="cpu", weights_only=False, mmap=zipped, pickle_module=guard.module)
+        found = torch.load(
+            path, map_location="cpu", weights_only=False, mmap=zipped, pickle_module=guard.module
+        )
         return found, guard.unread
 
 
 def _hint(error: Exception, trust_pickle: bool) -> str | None:
-    """What to do, by torch's own words: nothing else tells an old file that was cut from one of another kind."""
+    """What to do, by torch's own words: nothing else tells an old file that was cut from one of
+    another kind.
+    """
     said = str(error).lower()
-    if isinstance(error, EOFError) or any(word in said for word in ("truncated", "eof", "ran out of input")):
+    if isinstance(error, EOFError) or any(
+        word in said for word in ("truncated", "eof", "ran out of input")
+    ):
         return "it is truncated: copy or save it again"
     if "magic number" in said:
         return "it is a pickle, but not one of torch.save: save it again with torch.save"
@@ -73,10 +89,15 @@ def _hint(error: Exception, trust_pickle: bool) -> str | None:
 
 
 def _where_its_code_is(error: Exception) -> str | None:
-    """A trusted pickle names its classes, and their code is looked for where Python looks for modules."""
+    """A trusted pickle names its classes, and their code is looked for where Python looks for
+    modules.
+    """
     way = "or leave --trust-pickle out: its weights are read, and --model FACTORY builds the module"
     if isinstance(error, ModuleNotFoundError) and error.name:
-        return f"PYTHONPATH=. (or the folder that holds {error.name.partition('.')[0]}) lets its code be found; {way}"
+        return (
+            f"PYTHONPATH=. (or the folder that holds {error.name.partition('.')[0]}) lets its "
+            f"code be found; {way}"
+        )
     if isinstance(error, AttributeError) and "get attribute" in str(error):
         return f"its classes must have the names and modules of when it was saved; {way}"
     return None
@@ -87,7 +108,9 @@ def _entries(path: Path) -> list[str]:
         with zipfile.ZipFile(path) as archive:
             return archive.namelist()
     except Exception as error:
-        raise SourceError(f"the zip '{path}' is broken", got=str(error), hint="copy or save it again") from error
+        raise SourceError(
+            f"the zip '{path}' is broken", got=str(error), hint="copy or save it again"
+        ) from error
 
 
 def _is_zip(path: Path) -> bool:
@@ -102,7 +125,9 @@ def _check(path: Path) -> bool:
     with path.open("rb") as file:
         head = file.read(64)
     if head.startswith(b"version https://git-lfs"):
-        raise SourceError(f"'{path}' is a Git LFS pointer, not the file itself", hint="git lfs pull")
+        raise SourceError(
+            f"'{path}' is a Git LFS pointer, not the file itself", hint="git lfs pull"
+        )
     if head.startswith(_ZIP):
         if not _is_zip(path):
             raise SourceError(
@@ -115,15 +140,20 @@ def _check(path: Path) -> bool:
             raise torchscript(path)
         if not any(name.endswith("data.pkl") for name in names):
             raise SourceError(
-                f"'{path}' is a zip, but not one of torch.save", got=f"{len(names)} entries, none of them data.pkl"
+                f"'{path}' is a zip, but not one of torch.save",
+                got=f"{len(names)} entries, none of them data.pkl",
             )
         return True
     if tarfile.is_tarfile(path):  # torch would unpack it to the disk before it reads a pickle
-        raise SourceError(f"'{path}' is a tar archive", hint="save it again with a torch of this decade")
+        raise SourceError(
+            f"'{path}' is a tar archive", hint="save it again with a torch of this decade"
+        )
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return False
     raise SourceError(
         f"'{path}' is no file of torch.save",
         got=f"it begins with {head[:16]!r}",
-        hint="expected a zip or a pickle of torch.save; for safetensors, name the file .safetensors",
+        hint=(
+            "expected a zip or a pickle of torch.save; for safetensors, name the file .safetensors"
+        ),
     )

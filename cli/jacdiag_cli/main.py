@@ -1,0 +1,246 @@
+"""The `jacdiag` command: its group, and how everything that can go wrong becomes a message and an
+exit code.
+
+Exit codes: 0 clean, 1 findings at or above --fail-on (diff: a figure differs), 2 cannot run, 3
+(gate) undecided or no rule applied, 130 after Ctrl-C; 70 is a bug in jacdiag. Several ranks under
+torchrun end with one code: that of rank 0, or of the rank that failed (2, or 130).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import jacdiag
+from jacdiag.errors import JacdiagError, RankError, Stopped
+from jacdiag.records.output_file import written
+from jacdiag_cli.audit import audit
+from jacdiag_cli.backtest import backtest
+from jacdiag_cli.diff import diff
+from jacdiag_cli.explain import explain
+from jacdiag_cli.gate import gate
+from jacdiag_cli.live import live
+from jacdiag_cli.plot import plot
+from jacdiag_cli.rules import rules
+from jacdiag_cli.sites import sites
+from jacdiag_cli.streams import (
+    Invocation,
+    complain,
+    forgive_streams,
+    interrupted,
+    say,
+    stop_writing,
+)
+from jacdiag_cli.torchrun import calm, enrolled, quiet
+
+if TYPE_CHECKING:
+    from jacdiag.distributed import Team
+
+CANNOT_RUN, BUG = 2, 70
+_NOTHING_WRITTEN = "no file was written or changed"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(jacdiag.__version__, prog_name="jacdiag")
+def cli() -> None:
+    """Jacobian and gradient-norm diagnostics for transformer pre-training.
+
+    Start with: jacdiag audit checkpoint.pt
+    """
+
+
+for _command in (audit, gate, diff, sites, rules, explain, live, plot, backtest):
+    cli.add_command(_command)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code; never raises.
+
+    Args:
+        argv: arguments without the program's name; those of the process if not given.
+
+    Example:
+        >>> main(["--version"])                                   # doctest: +SKIP
+        jacdiag, version 0.1.0
+        0
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    # Read by torch when it first takes memory: with large pages, raising a bf16 matrix takes an
+    # eighth of the time.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    forgive_streams()
+    written.clear()
+    with _interrupts() as interrupts:
+        try:
+            team = enrolled()
+        except BaseException as error:
+            return _ended(error, interrupts)
+        if team is None:
+            try:
+                return _run(Invocation(args, interrupts))
+            except BaseException as error:
+                return _ended(error, interrupts)
+        return _run_as_one_of(team, Invocation(args, interrupts, team))
+
+
+def _run(invocation: Invocation) -> int:
+    result = cli.main(
+        args=invocation.args, prog_name="jacdiag", standalone_mode=False, obj=invocation
+    )
+    return result if isinstance(result, int) else 0
+
+
+def _run_as_one_of(team: Team, invocation: Invocation) -> int:
+    """Runs on every rank; rank 0 alone is heard. All leave when it has written everything, or at
+    the first failure.
+    """
+    try:
+        with quiet(unless=team.first):
+            code = _run(invocation)
+            calm()
+            team.finish()
+        return code
+    except BaseException as error:
+        return _failed_as_one_of(team, _real(error, invocation.interrupts))
+
+
+def _failed_as_one_of(team: Team, error: BaseException) -> int:
+    try:
+        calm()
+        what = team.fail(error, _told)
+        with quiet(unless=team.speaks):
+            code = _ended(what, [])
+        team.close()
+        return code
+    except Stopped:  # it came a moment before calm(), and does not come twice
+        return _failed_as_one_of(team, error)
+
+
+def _real(error: BaseException, interrupts: list[int]) -> BaseException:
+    """Ctrl-C, where that is behind it."""
+    real = (error.__cause__ or KeyboardInterrupt()) if isinstance(error, click.Abort) else error
+    return KeyboardInterrupt() if interrupts else real
+
+
+def _ended(error: BaseException, interrupts: list[int]) -> int:
+    real = _real(error, interrupts)
+    return _interrupted() if isinstance(real, KeyboardInterrupt) else _refuse(real)
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Keeps a note of Ctrl-C: code that is stopped in the middle of an import may raise another
+    error for it.
+    """
+    seen: list[int] = []
+    # by who started us, as a shell does behind `&`
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if ignored or threading.current_thread() is not threading.main_thread():
+        yield seen
+        return
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _interrupted() -> int:
+    named = ", ".join(written)
+    complain(
+        f"interrupted; written before that, and whole: {named}"
+        if named
+        else f"interrupted; {_NOTHING_WRITTEN}"
+    )
+    return interrupted()
+
+
+def _refuse(error: BaseException) -> int:
+    if isinstance(error.__context__, BrokenPipeError) or _no_room(error):
+        stop_writing(sys.stdout)  # what is still in its buffer cannot be written at exit either
+    if isinstance(error.__context__, BrokenPipeError):  # how click leaves when its reader has gone
+        return CANNOT_RUN
+    if isinstance(error, click.UsageError) and error.format_message().startswith("Usage:"):
+        say(error.format_message())  # a command without arguments: click gives its help
+        return CANNOT_RUN
+    told = _told(error)
+    if told is None:
+        traceback.print_exception(error)
+        complain("this is a bug in jacdiag; please report it with the lines above")
+        return BUG
+    if isinstance(error, RankError) and error.trace:
+        say(error.trace)
+    complain(told[0], got=told[1], hint=told[2])
+    return CANNOT_RUN
+
+
+def _told(error: BaseException) -> tuple[str, str | None, str | None] | None:
+    """What, got and try of whatever is no bug in jacdiag; None for a bug."""
+    if isinstance(error, JacdiagError):
+        return error.what, error.got, error.hint
+    if isinstance(error.__context__, BrokenPipeError):
+        return "nobody reads the output", None, None
+    if isinstance(error, SystemExit):  # the model's own code: its exit code must not pass for ours
+        return (
+            f"the model's code called sys.exit({error.code!r})",
+            None,
+            "guard its script with if __name__ == ...",
+        )
+    if isinstance(error, Stopped):
+        return "stopped from outside (SIGTERM)", None, None
+    if isinstance(error, click.ClickException):
+        return _usage(error)
+    if _no_room(error):
+        return (
+            "cannot write the result",
+            getattr(error, "strerror", None),
+            "free some space, or write elsewhere",
+        )
+    if _out_of_memory(error):
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return "out of memory", first, "a smaller probe: --batch 1, or a shorter --seq"
+    return None
+
+
+def _usage(error: click.ClickException) -> tuple[str, str | None, str | None]:
+    """Return what, got and try of an error that click raised, in the style of all others."""
+    message = error.format_message().strip()
+    what = message[:1].lower() + message[1:] if not message[1:2].isupper() else message
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "jacdiag"
+    help_ = f"{path} --help"
+    if isinstance(error, click.NoSuchOption):
+        close = ", ".join(sorted(error.possibilities or ()))
+        return f"no such option: {error.option_name}", None, close or help_
+    if isinstance(error, click.MissingParameter) and context is not None:
+        usage = " ".join(context.command.collect_usage_pieces(context))
+        return what.rstrip("."), None, f"{path} {usage}"
+    return what.rstrip("."), None, help_
+
+
+def _no_room(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in _NO_ROOM
+
+
+def _out_of_memory(error: Any) -> bool:
+    """Whether memory ran out. Torch is not imported for it: its errors are told by name (CUDA) and
+    by text (CPU).
+    """
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))

@@ -1,0 +1,111 @@
+"""The output files of a command: checked before the work, written after it, named on stderr.
+
+`-` is stdout for every one of them. What a command prints for people then goes to stderr, so that
+stdout holds the file alone; a second output for stdout is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Mapping
+from itertools import combinations
+from pathlib import Path
+
+from jacdiag.errors import UsageError, printable
+from jacdiag_cli.streams import say
+
+
+def plan_outputs(
+    named: Mapping[str, str | None],
+    *,
+    inputs: Iterable[tuple[str, str | None]] = (),
+    output_format: str = "pretty",
+) -> dict[str, str]:
+    """Return the outputs that were asked for, refused here rather than after minutes of work.
+
+    Args:
+        named: the path that each option was given, such as {"--json": "report.json"}.
+        inputs: what the command reads: words for it, and its path.
+        output_format: of what is printed.
+
+    Raises:
+        UsageError: a path cannot be written, is read by the command, or is named twice.
+    """
+    outputs = {option: path for option, path in named.items() if path is not None}
+    if not outputs:
+        return outputs
+    from jacdiag.records.output_file import check_writable
+
+    read = [(words, path) for words, path in inputs if path]
+    for option, path in outputs.items():
+        for words, other in read:
+            if _is_same_file(path, other):
+                raise UsageError(
+                    f"{option} would write over {words}", got=path, hint="name another file"
+                )
+        check_writable(path)
+    _check_apart(outputs)
+    _check_stdout(outputs, output_format)
+    return outputs
+
+
+def any_on_stdout(outputs: Mapping[str, str]) -> bool:
+    """Return whether stdout is taken by one of the outputs."""
+    if not outputs:
+        return False
+    from jacdiag.records.output_file import leads_to_stdout
+
+    return any(leads_to_stdout(path) for path in outputs.values())
+
+
+def write_data(path: str, data: bytes) -> None:
+    """Write an output and say so."""
+    from jacdiag.records.output_file import write_output
+
+    write_output(path, data)
+    say_written(path)
+
+
+def say_written(path: str) -> None:
+    """Say `wrote FILE` on stderr, if it was: nothing for stdout, nor for a pipe whose reader left
+    early.
+    """
+    from jacdiag.records.output_file import written
+
+    if path in written:
+        say(f"wrote {printable(path)}")
+
+
+def _check_apart(outputs: Mapping[str, str]) -> None:
+    from jacdiag.records.output_file import Kind, find_output
+
+    for option, other in combinations(outputs, 2):
+        # A device takes any number of outputs: /dev/null most of all.
+        if (
+            _is_same_file(outputs[option], outputs[other])
+            and find_output(outputs[option]).kind is not Kind.DEVICE
+        ):
+            raise UsageError(f"{option} and {other} name the same file", got=outputs[option])
+
+
+def _check_stdout(outputs: Mapping[str, str], output_format: str) -> None:
+    from jacdiag.records.output_file import leads_to_stdout
+
+    takers = [option for option, path in outputs.items() if leads_to_stdout(path)]
+    if output_format != "pretty":
+        takers.append(f"--format {output_format}")
+    if len(takers) > 1:
+        raise UsageError(
+            f"{takers[0]} and {takers[1]} both write to stdout", hint="name a file for one of them"
+        )
+
+
+def _is_same_file(path: str, other: str) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        if path == "-" or other == "-":
+            return False
+        if os.path.realpath(path) == os.path.realpath(other):
+            return True
+        return Path(path).is_file() and Path(path).samefile(other)
+    return False

@@ -1,0 +1,43 @@
+"""A recorded run, as a backtest looks at it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Factor = str | float
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, as a backtest looks at it.
+
+    Attributes:
+        factors: what was varied: name -> text or number.
+        steps, loss, grad_norm: one value a logged step; nan where it was not logged.
+        figures: of the model before its first step (`jacdiag.rules.risk_features`), or columns of a
+            foreign log.
+        alerts: (step, rule code) of the live rules that spoke.
+    """
+
+    name: str
+    factors: Mapping[str, Factor]
+    steps: Floats
+    loss: Floats
+    grad_norm: Floats
+    figures: Mapping[str, float] = field(default_factory=dict)
+    alerts: Sequence[tuple[int, str]] = ()
+
+    @property
+    def whole(self) -> bool:
+        """Whether it went to its end: as many steps as its factor `steps` says, or a loss that
+        broke.
+        """
+        asked = self.factors.get("steps")
+        if not isinstance(asked, int | float) or not self.steps.size:
+            return bool(self.steps.size)
+        return bool(self.steps[-1] >= asked or not np.isfinite(self.loss[-1]))

@@ -1,0 +1,248 @@
+"""A model compared with an earlier one: reading the earlier report, refusing another architecture,
+the changes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from jacdiag.comparison.match import (
+    FIGURES,
+    Ends,
+    Placed,
+    are_apart,
+    compare,
+    numbered_rows,
+    numbered_weights,
+)
+from jacdiag.comparison.probe_facts import facts_of, options, parting, spoken
+from jacdiag.comparison.seed_spread import figures_of
+from jacdiag.errors import SourceError, UsageError
+from jacdiag.records import (
+    AgainstRecord,
+    ChangeRecord,
+    FiguresRecord,
+    Interval,
+    ProbeRecord,
+    Report,
+)
+
+_LARGEST = 256 * 2**20  # bytes
+
+
+def read_report(path: Path) -> Report:
+    """Read a report that `--json` wrote.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        The report; fields that an older version did not write have their defaults.
+
+    Raises:
+        SourceError: the file cannot be read, or holds something else.
+    """
+    hint = "a report that `jacdiag audit --json` wrote; a config is written hf:FILE"
+    try:
+        size = path.stat().st_size
+        if size > _LARGEST:
+            raise SourceError(f"'{path}' is no report", got=f"{size:,} bytes", hint=hint)
+        text = path.read_text(encoding="utf-8")
+        return Report.from_json(text)
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RecursionError,
+        json.JSONDecodeError,
+    ) as error:
+        raise SourceError(f"'{path}' is no report", got=str(error), hint=hint) from error
+
+
+def check_has_norms(report: Report, name: str) -> None:
+    """Raise unless a report holds branch norms, which are what is compared.
+
+    Raises:
+        UsageError: it was made from weights alone, or its norms were left out.
+    """
+    if any(row.branch_norm is not None for row in report.sublayers):
+        return
+    hint = (
+        "audit it with a model that runs (--model FACTORY); `jacdiag diff --contract-only` "
+        "compares weights"
+    )
+    got = (
+        "a report of weights alone"
+        if report.tier == "weights"
+        else "a report without a branch norm"
+    )
+    raise UsageError(f"there is nothing to compare with in '{name}'", got=got, hint=hint)
+
+
+def check_same_probe(now: ProbeRecord, dtype: str, earlier: Report, name: str) -> None:
+    """Raise if an earlier report was measured with another probe: norms would differ for that
+    reason alone.
+
+    Args:
+        now: the probe of the model that is audited, with its digest.
+        dtype: the precision that products run in, such as "float32".
+        earlier: the report to compare with.
+        name: what it is called.
+
+    Raises:
+        UsageError: batch, seq, tokens, dtype, seed or the input itself differ.
+    """
+    probe = earlier.probe
+    assert probe is not None
+    facts = _facts(now, dtype)
+    before = _facts(probe, str(earlier.settings.get("dtype", dtype)))
+    differing = parting(facts, before)
+    if differing:
+        got = f"{spoken(before)}; now {spoken(facts)}"
+        hint = (
+            f"{options(before, differing)}, as in '{name}'; or pass the earlier checkpoint itself"
+        )
+        raise UsageError(f"'{name}' was measured with another probe", got=got, hint=hint)
+    if now.digest and probe.digest and now.digest != probe.digest:
+        got = "another input of the same size" + (
+            f", from {now.tokens}" if not now.is_random else ""
+        )
+        hint = "pass the earlier checkpoint itself: both are then measured with one probe"
+        raise UsageError(f"'{name}' was measured with another probe", got=got, hint=hint)
+
+
+def _facts(probe: ProbeRecord, dtype: str) -> dict[str, object]:
+    facts = facts_of(probe, dtype)
+    return {**facts, "seed": probe.seed} if probe.is_random else facts
+
+
+def check_same_architecture(
+    now: Iterable[Placed],
+    earlier: Iterable[Placed],
+    widths: tuple[int | None, int | None],
+    name: str,
+) -> None:
+    """Raise unless every sub-layer has a counterpart at its depth, of its kind and with its
+    placement of the norm.
+
+    Args:
+        now: the sub-layers of the model that is audited.
+        earlier: those of the model to compare with.
+        widths: of both models, None if unknown.
+        name: what the earlier model is called.
+
+    Raises:
+        UsageError: the two are of different architectures.
+    """
+    ours, theirs = numbered_rows(now), numbered_rows(earlier)
+    same_rows = ours.keys() == theirs.keys()
+    same_norms = same_rows and all(ours[key].placement == theirs[key].placement for key in ours)
+    same_width = None in widths or widths[0] == widths[1]
+    if same_norms and same_width:
+        return
+    got = f"{_outline(theirs.values(), widths[1])}; now {_outline(ours.values(), widths[0])}"
+    hint = (
+        "--against takes an earlier checkpoint of the same model; `jacdiag diff A B` compares "
+        "any two"
+    )
+    raise UsageError(f"'{name}' is of another architecture", got=got, hint=hint)
+
+
+def _outline(rows: Iterable[Placed], width: int | None) -> str:
+    """ "12 sub-layers (6 attention, 6 mlp) in pre-norm, width 64"."""
+    listed = list(rows)
+    kinds = [row.kind for row in listed]
+    counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
+    placements = sorted(
+        {"no norm" if row.placement == "none" else f"{row.placement}-norm" for row in listed}
+    )
+    wide = f", width {width}" if width is not None else ""
+    return f"{len(listed)} sub-layers ({counts}) in {' and '.join(placements)}{wide}"
+
+
+def compare_with_earlier(
+    now: Report, earlier: Report, name: str, margin: float
+) -> tuple[AgainstRecord, FiguresRecord]:
+    """Compare a report with an earlier one of the same architecture and probe.
+
+    Args:
+        now: the report of the model that is audited.
+        earlier: the report to compare with; its sub-layers may have other names.
+        name: what the earlier model is called.
+        margin: by how much a figure may differ from one seed to another, relative, if both models
+            are at init.
+
+    Returns:
+        What differs beyond both intervals, and the earlier figures under the names of now, as JD110
+        reads them.
+    """
+    ours, theirs = numbered_rows(now.sublayers), numbered_rows(earlier.sublayers)
+    pairs = [(row, theirs[key]) for key, row in ours.items() if key in theirs]
+    measured = [
+        (row, other)
+        for row, other in pairs
+        if row.branch_norm is not None and other.branch_norm is not None
+    ]
+    missing = [
+        row.name for row, other in pairs if (row.branch_norm is None) != (other.branch_norm is None)
+    ]
+    training = "trained" in (now.state, earlier.state)
+    record = AgainstRecord(
+        source=name,
+        state=str(earlier.state or ""),
+        created=earlier.created,
+        training=training,
+        compared=len(measured),
+        missing=missing,
+        changes=_changes(earlier, now),
+        branch_norms={row.name: list(_ends(other.branch_norm)) for row, other in measured},
+    )
+    named = _renamed(
+        earlier, {other.name: row.name for row, other in pairs}, _weight_names(now, earlier)
+    )
+    return record, figures_of([named], 0.0 if training else margin)
+
+
+def _changes(earlier: Report, now: Report) -> list[ChangeRecord]:
+    """The figures of sub-layers that `jacdiag diff` lists, then the end-to-end norm."""
+    changes = [
+        ChangeRecord(pair.b, pair.depth, pair.figure, list(pair.old), list(pair.new))
+        for pair in compare(earlier, now).parted
+        if pair.figure in FIGURES and pair.old is not None and pair.new is not None
+    ]
+    if now.network is not None and earlier.network is not None:
+        before, after = earlier.network.end_to_end, now.network.end_to_end
+        if before is not None and after is not None and are_apart(_ends(before), _ends(after)):
+            changes.append(
+                ChangeRecord("", None, "end_to_end", list(_ends(before)), list(_ends(after)))
+            )
+    return changes
+
+
+def _ends(interval: Interval | None) -> Ends:
+    assert interval is not None
+    return (interval.lower, interval.estimate, interval.upper)
+
+
+def _weight_names(now: Report, earlier: Report) -> Mapping[str, str]:
+    """Names of the earlier weights -> names of their counterparts now; by layer and role if the
+    names differ.
+    """
+    ours, theirs = numbered_weights(now), numbered_weights(earlier)
+    return {weight.parameter: ours[key].parameter for key, weight in theirs.items() if key in ours}
+
+
+def _renamed(report: Report, rows: Mapping[str, str], weights: Mapping[str, str]) -> Report:
+    sublayers = [replace(row, name=rows.get(row.name, row.name)) for row in report.sublayers]
+    contract = report.contract
+    if contract is not None:
+        named = [
+            replace(w, parameter=weights.get(w.parameter, w.parameter)) for w in contract.weights
+        ]
+        contract = replace(contract, weights=named)
+    return replace(report, sublayers=sublayers, contract=contract)

@@ -1,0 +1,32 @@
+"""One audit on several processes: they share out the work, and every one of them ends when one of
+them does.
+
+What travels is plain data, a few kilobytes per sub-layer, through the key-value store of
+torch.distributed's rendezvous (`torchrun` keeps one). There is no process group and no collective
+on purpose: a collective waits for the dead, a model that asks `torch.distributed.is_initialized()`
+must behave as it does in one process, and its factory may make a group of its own. So it runs alike
+on CPUs and GPUs, and ranks may share a GPU.
+"""
+
+from jacdiag.distributed.audit_team import Alone, Team
+from jacdiag.distributed.failure import Failure, explained
+from jacdiag.distributed.fingerprint import Fingerprint, fingerprint
+from jacdiag.distributed.join import Ranks, enlisted, join
+from jacdiag.distributed.partial_results import Share, Use, merged
+from jacdiag.distributed.store import in_environment
+
+__all__ = [
+    "Alone",
+    "Failure",
+    "Fingerprint",
+    "Ranks",
+    "Share",
+    "Team",
+    "Use",
+    "enlisted",
+    "explained",
+    "fingerprint",
+    "in_environment",
+    "join",
+    "merged",
+]

@@ -1,0 +1,216 @@
+"""The norms of one linearised sub-layer: each solved from a start of its own, or inherited from
+another.
+
+branch = core o norm and residual = a I + branch, so that |branch| <= |core| max gain and |residual|
+<= |a| + |branch|; from below, one product with the other's top vector says as much as several
+steps. Inherited ends are wider. They are taken where the rules are all that is asked and they
+decide them; where they do not, the norm is solved. Where every norm is wanted to its width they are
+solved in step, each for itself, so that they share the branch's matrix products.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jacdiag.measure.linearization import Linearised, residual_map
+from jacdiag.records.report import Interval
+from jacdiag.spectra import (
+    JacobianOperator,
+    Operator,
+    Question,
+    Solution,
+    in_step,
+    inherited,
+    top_singular,
+)
+from jacdiag.spectra.operator import flat
+from jacdiag.trace import Sublayer
+
+Decide = Callable[[float, float], bool]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How hard to try.
+
+    Attributes:
+        tol: relative width of an interval that is asked for.
+        confidence: probability with which an upper end holds.
+        max_products: budget of products per norm.
+        seed: of the random starts; each norm draws its own, so that results do not depend on the
+            order of work.
+        decided: field name -> predicate on (lower, upper): the rules have what they need.
+        early: stop as soon as the rules are decided; else go on to `tol`, and beyond it until they
+            are.
+        solver: what solves, in the place of `Solver`: (linearised, effort, token ids) -> one with
+            `norms()`.
+    """
+
+    tol: float = 0.05
+    confidence: float = 0.999
+    max_products: int = 200
+    seed: int = 0
+    decided: Callable[[Sublayer], Mapping[str, Decide]] | None = None
+    early: bool = False
+    solver: Callable[..., Any] | None = None
+
+
+@dataclass
+class Norms:
+    """What was found about one sub-layer, and what it cost.
+
+    Attributes:
+        core, branch, residual: None where there is no such map; `core` is `branch` where they are
+            one map.
+        why: reasons for what is None, by field.
+        products: with J and J^T, over all norms.
+    """
+
+    core: Interval | None = None
+    branch: Interval | None = None
+    residual: Interval | None = None
+    why: dict[str, str] = field(default_factory=dict)
+    products: int = 0
+
+
+class Solver:
+    """Solves the norms of one sub-layer: in step, or where the rules may be decided early, cheapest
+    order first.
+    """
+
+    def __init__(self, one: Linearised, effort: Effort, token_ids: Tensor | None = None) -> None:
+        self.one, self.effort, self.token_ids = one, effort, token_ids
+        self.decided = effort.decided(one.site) if effort.decided is not None else {}
+        self.products = 0
+
+    def norms(self) -> Norms:
+        """Returns core, branch and residual norm."""
+        one = self.one
+        operator, owned, why = residual_map(one.site, one.branch, one.dims)
+        maps: dict[str, Operator] = {"branch_norm": one.branch}
+        if one.core is not None and one.core is not one.branch:
+            maps["core_norm"] = one.core
+        if operator is not None:
+            maps["residual_norm"] = operator
+        solved = self._one_by_one(maps) if self.effort.early else self.in_step(maps)
+        found = {name: self.interval(solution) for name, solution in solved.items()}
+        for inner in owned:
+            inner.release()
+        core = found["branch_norm"] if one.core is one.branch else found.get("core_norm")
+        reasons = {} if operator is not None else {"residual_norm": why}
+        return Norms(core, found["branch_norm"], found.get("residual_norm"), reasons, self.products)
+
+    def _one_by_one(self, maps: Mapping[str, Operator]) -> dict[str, Solution]:
+        """Each norm inherits from the one before where that decides the rules."""
+        solved = {}
+        if "core_norm" in maps:
+            solved["core_norm"] = self.solve(maps["core_norm"], "core_norm")
+        inherited_branch = self._branch_of(solved.get("core_norm"))
+        branch = solved["branch_norm"] = inherited_branch or self.solve(
+            maps["branch_norm"], "branch_norm"
+        )
+        if "residual_norm" in maps:
+            operator = maps["residual_norm"]
+            solved["residual_norm"] = self._residual_of(branch, operator) or self.solve(
+                operator, "residual_norm"
+            )
+        return solved
+
+    def solve(self, operator: Operator, name: str) -> Solution:
+        """One Lanczos run from the start that belongs to this sub-layer and norm."""
+        return self.in_step({name: operator})[name]
+
+    def in_step(self, maps: Mapping[str, Operator]) -> dict[str, Solution]:
+        """Lanczos runs side by side, each from the start that belongs to this sub-layer and
+        norm.
+        """
+        effort, site = self.effort, self.one.site
+        questions = [
+            Question(operator, start_of(effort.seed, site.name, name), self.decided.get(name))
+            for name, operator in maps.items()
+        ]
+        solutions = in_step(
+            questions,
+            tol=effort.tol,
+            confidence=effort.confidence,
+            max_products=effort.max_products,
+            early=effort.early,
+        )
+        self.products += sum(solution.products for solution in solutions)
+        return dict(zip(maps, solutions, strict=True))
+
+    def interval(self, solution: Solution) -> Interval:
+        lead = tuple(n for d, n in enumerate(self.one.shape) if d in self.one.dims)
+        return solution.interval(lead, token_ids=self.token_ids)
+
+    def _branch_of(self, core: Solution | None) -> Solution | None:
+        norm = self.one.site.input_norm
+        if core is None or norm is None or not norm.closed_form:
+            return None
+        gain = (
+            flat(norm.gain.reshape(*self.one.shape[:-1], 1), self.one.dims)
+            .amax(1)
+            .double()
+            .cpu()
+            .numpy()
+        )
+        return self._taken(self.one.branch, core, core.upper * gain, "branch_norm")
+
+    def _residual_of(self, branch: Solution, operator: Operator) -> Solution | None:
+        gain = self.one.site.shortcut_gain
+        if self.one.site.after is not None or gain is None:
+            return None
+        most = abs(gain) if isinstance(gain, float) else float(gain.abs().max())
+        return self._taken(operator, branch, most + branch.upper, "residual_norm")
+
+    def _taken(self, operator: Operator, akin: Solution, upper: Any, name: str) -> Solution | None:
+        """The inherited ends, if the rules are decided by them."""
+        if not np.isfinite(upper).all():
+            return None
+        tol, confidence = self.effort.tol, self.effort.confidence
+        solution = inherited(operator, akin.right, upper, confidence=confidence, tol=tol)
+        self.products += solution.products
+        decide = self.decided.get(name)
+        done = decide is not None and decide(
+            float(solution.lower.max()), float(solution.upper.max())
+        )
+        return solution if done or solution.converged else None
+
+
+def heads_norm(one: Linearised, effort: Effort) -> Interval | None:
+    """|J^Z|, the Jacobian of the concatenated heads behind the input norm (Eq. 20), to 20%."""
+    site = one.site
+    if site.heads is None:
+        return None
+    operator = JacobianOperator(site.heads, site.normalized, ())
+    try:
+        operator.set_batch_dims(
+            (0,) if 0 in one.dims and operator.value.shape[0] == one.shape[0] else ()
+        )
+        solution = top_singular(
+            operator,
+            tol=max(effort.tol, 0.2),
+            confidence=effort.confidence,
+            max_products=effort.max_products,
+            generator=start_of(effort.seed, site.name, "heads_norm"),
+        )
+        return solution.interval()
+    finally:
+        operator.release()
+
+
+def start_of(seed: int, *names: str) -> torch.Generator:
+    """A random start of its own for each sub-layer and norm, whatever order they are measured
+    in.
+    """
+    return torch.Generator().manual_seed(
+        crc32("/".join((str(seed), *names)).encode()) & math.floor(2**31 - 1)
+    )

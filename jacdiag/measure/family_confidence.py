@@ -1,0 +1,69 @@
+"""The confidence of each interval with which all intervals of a report hold together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from jacdiag.trace import Sublayer
+
+
+@dataclass(frozen=True)
+class Family:
+    """Intervals that are to hold together.
+
+    Attributes:
+        level: probability with which all of them hold.
+        intervals: how many there are, at most.
+
+    Example:
+        >>> Family(0.99, 10).each
+        0.999
+    """
+
+    level: float
+    intervals: int
+
+    @property
+    def each(self) -> float:
+        """Return the confidence of each interval.
+
+        By Bonferroni's inequality the chance that any of n intervals misses is at most the sum of
+        their chances, however they depend on each other.
+        """
+        return 1.0 - (1.0 - self.level) / max(self.intervals, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for a report's settings."""
+        return {"method": "Bonferroni", "intervals": self.intervals, "each": self.each}
+
+
+def count_intervals(groups: Iterable[list[Sublayer]], *, early: bool, state: str) -> int:
+    """Return how many norms an audit measures with an interval, at most; one of a closed form has
+    no chance to miss.
+
+    Args:
+        groups: the sub-layers, those on one shortcut together.
+        early: the audit stops each norm once the rules are decided, and leaves out what no rule
+            reads.
+        state: "init" or "trained"; Eq. 20 is evaluated at init only.
+    """
+    count = 0
+    for sites in groups:
+        for site in sites:
+            count += 1  # the branch
+            count += _has_core(site)
+            count += site.value.shape == site.shortcut.shape  # the residual map
+            # Eq. 20 rests on the norm of the heads.
+            count += site.heads is not None and state == "init" and not early
+        count += len(sites) > 1  # the joint residual map of parallel branches
+    whole = 0 if early else 1
+    return count + whole
+
+
+def _has_core(site: Sublayer) -> bool:
+    """Return whether the core is another map than the branch."""
+    return site.has_input_norm or (
+        site.placement == "reordered" and site.before_output_norm is not None
+    )

@@ -1,0 +1,156 @@
+"""Test whether a matrix can be a draw of an init: whether its entries can be independent.
+
+An init draws the entries of a matrix one by one, so that no direction of a matrix stands out.
+Training adds matrices of low rank, so that some do. Both statistics look at the singular values,
+after means and scales of rows and columns were taken off. They ask nothing about the distribution
+that the entries came from, and a design that scales whole rows or columns (a fused matrix, a
+padding row, a shared offset) changes neither.
+
+1. The largest eigenvalue of the Gram matrix, against the Tracy-Widom law at the edge of the
+   Marchenko-Pastur spectrum (I. M. Johnstone, Ann. Statist. 29, 2001), in the approximation of M.
+   Chiani (J. Multivariate Anal. 129, 2014) by a shifted gamma distribution.
+2. The sum of squared eigenvalues, which is the sum of squared correlations of rows, against a
+   chi-squared distribution (J. R. Schott, Biometrika 92, 2005).
+
+Orthogonal matrices and constant ones pass: nothing stands out in them. A table of sines fails, and
+is no draw indeed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from scipy.special import gammaincc
+from torch import Tensor
+
+LEAST_SIDE = 8  # below, both laws are too far from the truth
+MOST_SIDE = 256  # of the part that is looked at: its spectrum takes 5 ms
+_ROUNDS = 3  # of scaling rows and columns in turn
+_SHAPE, _SCALE, _SHIFT = 46.446, 0.186054, 9.84801  # gamma distribution for Tracy-Widom, beta = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawTest:
+    """How a matrix came out.
+
+    Attributes:
+        probability: upper bound of the chance that a draw of an init looks at least as ordered.
+        largest: the largest eigenvalue; two matrices that share it are the same matrix.
+    """
+
+    probability: float
+    largest: float
+
+
+def can_be_tested(shape: torch.Size | tuple[int, ...]) -> bool:
+    """Return whether a tensor of this shape is a matrix that is wide enough.
+
+    >>> can_be_tested((64, 64)), can_be_tested((64, 3)), can_be_tested((64,)), can_be_tested((64, 1, 4))
+    (True, False, False, False)
+    """
+    rows, columns = _sides(tuple(shape))
+    return min(rows, columns) >= LEAST_SIDE
+
+
+def examine_draw(tensor: Tensor) -> DrawTest | None:
+    """Test whether the entries of a matrix can be independent.
+
+    Args:
+        tensor: a matrix, the kernel of a convolution, or a stack of matrices, of which the first is
+            looked at.
+
+    Returns:
+        None if there is nothing to test: it is too small, not finite, or has no more than a value
+        for each row and one for each column.
+
+    Example:
+        >>> drawn = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+        >>> examine_draw(drawn).probability > 0.01, examine_draw(drawn + torch.linspace(0, 1, 64)[:, None]) is None
+        (True, False)
+        >>> wave = torch.sin(torch.arange(64.0)[:, None] / 10 ** torch.linspace(0, 2, 32))
+        >>> examine_draw(wave).probability < 1e-9
+        True
+    """
+    if not tensor.is_floating_point() or not can_be_tested(tensor.shape):
+        return None
+    matrix = _balanced(_part_of(tensor.detach()))
+    if matrix is None:
+        return None
+
+    # 1. The spectrum of independent entries, where centring has taken one row and one column.
+    short, long = sorted(matrix.shape)
+    rank, freedom = short - 1, long - 1
+    if matrix.shape[0] > matrix.shape[1]:
+        matrix = matrix.T
+    gram = matrix @ matrix.T * (rank * freedom / (short * long))
+    eigenvalues = torch.linalg.eigvalsh(gram)
+    largest = float(eigenvalues[-1])
+
+    # 2. The largest eigenvalue.
+    first, second = math.sqrt(rank), math.sqrt(freedom)
+    edge = (first + second) ** 2
+    width = (first + second) * (1 / first + 1 / second) ** (1 / 3)
+    beyond = max((largest - edge) / width + _SHIFT, 0.0)
+    of_largest = float(gammaincc(_SHAPE, beyond / _SCALE))
+
+    # 3. The sum of their squares.
+    excess = max(float(eigenvalues.square().sum()) - rank * freedom**2, 0.0)
+    of_squares = float(gammaincc(rank * (rank - 1) / 4, excess / (4 * freedom)))
+
+    return DrawTest(probability=min(1.0, 2 * min(of_largest, of_squares)), largest=largest)
+
+
+def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return the sides of the matrix in a tensor: a stack of matrices has three wide sides, a
+    kernel has not.
+    """
+    if len(shape) < 2:
+        return 0, 0
+    if len(shape) == 3 and min(shape[1:]) >= LEAST_SIDE:
+        return shape[1], shape[2]
+    return shape[0], math.prod(shape[1:])
+
+
+def _part_of(tensor: Tensor) -> Tensor:
+    """Return at most MOST_SIDE rows and columns of the matrix, in float64 on the CPU."""
+    if tensor.dim() == 3 and min(tensor.shape[1:]) >= LEAST_SIDE:
+        matrix = tensor[0]
+    else:
+        matrix = tensor.flatten(1)
+    generator = torch.Generator().manual_seed(0)
+    for side in (0, 1):
+        size = matrix.shape[side]
+        if size > MOST_SIDE:
+            chosen = torch.randperm(size, generator=generator)[:MOST_SIDE].sort().values
+            matrix = matrix.index_select(side, chosen.to(matrix.device))
+    return matrix.to("cpu", torch.float64)
+
+
+def _balanced(matrix: Tensor) -> Tensor | None:
+    """Take means and scales of rows and columns off; None if that leaves too little."""
+    if not bool(matrix.isfinite().all()):
+        return None
+    matrix = matrix[(matrix != 0).any(dim=1)]
+    matrix = matrix[:, (matrix != 0).any(dim=0)]
+    if min(matrix.shape) < LEAST_SIDE:
+        return None
+
+    # 1. Without a value for each row and one for each column, is anything left?
+    centred = matrix - matrix.mean(dim=1, keepdim=True)
+    centred = centred - centred.mean(dim=0, keepdim=True)
+    # rounding, of equal rows or equal columns
+    if not bool(centred.abs().max() > 1e-5 * matrix.abs().max()):
+        return None
+
+    # 2. Scale first: the mean of a column would carry large rows into small ones.
+    for centre in (False, True):
+        for _ in range(_ROUNDS):
+            for side in (1, 0):
+                mean = matrix.mean(dim=side, keepdim=True)
+                scale = (matrix - mean).square().mean(dim=side, keepdim=True).sqrt()
+                if bool((scale < 1e-6 * scale.max()).any()):
+                    return None
+                matrix = (matrix - mean) / scale if centre else matrix / scale
+    return matrix

@@ -1,0 +1,367 @@
+"""How every parameter was initialised, as plain data for the rules: role, family, std with its
+sampling interval.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jacdiag.measure.attention import FUSED as FUSED_ATTENTION
+from jacdiag.measure.attention import SOFTMAX, is_attention
+from jacdiag.measure.fused_sections import is_sinusoid, sections_of, widths_of_heads
+from jacdiag.measure.init_distribution import Draw, Draws, copies_of, pieces_of
+from jacdiag.measure.padding_rows import padding_rows
+from jacdiag.measure.repeated_draws import streams_of
+from jacdiag.records.init_contract import FUSED, ContractRecord, WeightRecord
+from jacdiag.trace.discovery.coverage import parameters_of
+from jacdiag.trace.discovery.weight_roles import (
+    Use,
+    length_divided_by,
+    pattern,
+    tied_to_head,
+    uses_of,
+)
+from jacdiag.trace.graph.graph import Graph
+from jacdiag.trace.graph.reachability import PRODUCTS
+from jacdiag.trace.site_list import Sites
+
+TABLES = ("embedding", "positions")
+_CUTS = {"split", "split_with_sizes", "chunk", "tensor_split"}
+_PACKED = ("W_Q", "W_K", "W_V", "W_KV", "W_QKV")
+# Where an adapter stands next to the weight that it adapts: peft keeps that one as `base_layer`,
+# loralib and its descendants name their factors lora_A and lora_B.
+_BASE = ".base_layer."
+_ADAPTER = re.compile(r"(^|\.)lora_\w+(\.|$)")
+_FROM_CONFIG = {  # variable -> what configs call it
+    "initializer_range": ("initializer_range", "init_std"),
+    "initializer_factor": ("initializer_factor",),
+    "H": ("num_attention_heads", "n_head", "num_heads", "n_heads"),
+    "d_head": ("head_dim", "d_kv"),
+}
+
+
+def contract_of(
+    sites: Sites,
+    draws: Draws,
+    model: nn.Module,
+    layers: int,
+    width: int,
+    vocabulary: int | None,
+    pinned: Mapping[str, str] | None = None,
+    decayed: Iterable[str] | None = None,
+) -> ContractRecord:
+    """The record of a traced model; weights are read one at a time, wherever they lie.
+
+    Args:
+        sites: of the model.
+        draws: of its weights, as far as they are known already.
+        model: asked for its config and its class only.
+        layers, width, vocabulary: N, d and V of formulas.
+        pinned: the user's own contract, role or name pattern -> formula.
+        decayed: names of the parameters that an optimizer lets decay.
+    """
+    outlines, first = sites.skeleton.outlines, sites.skeleton.aliases
+    decay = None if decayed is None else {first.get(name, name) for name in decayed}
+    sizes = sizes_of(model, layers, width, vocabulary)
+    head_width = head_width_of(sites)
+    if head_width is not None:
+        sizes["d_head"] = head_width
+    uses = without_adapters(uses_of(sites))
+    kinds = {site.name: site.kind for site in sites}
+    found = {name: draws.of(name, table=use.role in TABLES) for name, use in uses.items()}
+    copies = copies_of(found, draws.params)
+    pieces = pieces_of(_unexplained(uses, found), draws.params)
+    streams = streams_of(found, draws.params)
+    padding = padding_rows(model, first)
+    weights = []
+    for name, use in uses.items():
+        shape = outlines[name].shape
+        use = whole_map(use, shape)
+        record = record_of(name, shape, use, found[name], decay, kinds.get(use.sublayer, ""))
+        record = replace(record, same_as=copies.get(name, ""), piece_of=pieces.get(name, ""))
+        if name in padding:
+            row = padding[name]
+            record = replace(record, padding_row=row.index, padding_size=row.largest)
+        if use.role == "norm_gain" and is_sorted(draws.params[name]):
+            record = replace(record, family="other")
+        if use.role == "norm_gain" and math.prod(shape) == 1:
+            record = replace(record, norm_length=length_divided_by(sites.graph, name))
+        weights.append(replace(record, stream_of=streams.get(name, "")))
+    return ContractRecord(
+        family=family_of(model),
+        sizes=sizes,
+        weights=with_sections(weights, draws.params, sizes.get("d_head"), cuts_of(sites, weights)),
+        tied=sorted(tied_to_head(sites)),
+        logits_std=_logits_std(sites.output, vocabulary),
+        pinned=dict(pinned or {}),
+    )
+
+
+def record_of(
+    name: str,
+    shape: Sequence[int],
+    use: Use,
+    draw: Draw | None,
+    decayed: set[str] | None = None,
+    kind: str = "",
+) -> WeightRecord:
+    """Return the record of one parameter.
+
+    Args:
+        name, shape: Of the parameter.
+        use: What the model does with it.
+        draw: How it was drawn; None if that is not known.
+        decayed: Names of the parameters that an optimizer lets decay; None without an optimizer.
+        kind: Of the sub-layer that reads it.
+    """
+    record = WeightRecord(
+        name,
+        list(shape),
+        use.role,
+        pattern(name) if use.layer is not None else name,
+        use.layer,
+        use.sublayer,
+        use.fan_in,
+        use.fan_out,
+        decayed=None if decayed is None else name in decayed,
+        kind=kind,
+        offset=use.offset,
+    )
+    if draw is None:
+        return record
+    return replace(
+        record,
+        family=draw.family,
+        std=draw.std,
+        lower=draw.lower,
+        upper=draw.upper,
+        mean=draw.mean,
+        truncation=draw.truncation,
+        zero_rows=draw.zero_rows,
+        largest=draw.largest,
+        tiny=draw.tiny,
+        outliers=draw.outliers,
+        core_std=draw.core_std,
+    )
+
+
+def whole_map(use: Use, shape: Sequence[int]) -> Use:
+    """Return the use of all rows of a packed matrix of which the call that was seen reads only
+    some.
+
+    The packed matrix of a cross-attention makes the queries in one call, keys and values in
+    another.
+
+    Example:
+        >>> whole_map(Use("W_Q", fan_in=64, fan_out=64), (192, 64))
+        Use(role='W_QKV', layer=None, sublayer='', fan_in=64, fan_out=192)
+    """
+    if len(shape) != 2 or use.role not in _PACKED or use.fan_out is None:
+        return use
+    rows, columns = shape
+    if use.fan_in != columns or not use.fan_out < rows or rows % use.fan_out:
+        return use
+    return replace(use, role="W_QKV", fan_out=rows)
+
+
+def is_sorted(vector: Tensor) -> bool:
+    """Return whether the numbers of a vector rise or fall throughout: it was computed, as RWKV's
+    mixing factors are.
+
+    Sixteen numbers that were drawn stand in order with a chance below 1e-13.
+
+    Example:
+        >>> is_sorted(torch.linspace(0, 1, 16)), is_sorted(torch.ones(16))
+        (True, False)
+    """
+    flat = vector.detach().reshape(-1)
+    if flat.numel() < 16:
+        return False
+    steps = flat.diff()
+    return bool((steps >= 0).all() or (steps <= 0).all()) and bool(flat[0] != flat[-1])
+
+
+def without_adapters(uses: Mapping[str, Use]) -> dict[str, Use]:
+    """Return the uses with the role "adapter" for matrices that stand next to the weight they
+    adapt.
+
+    An adapter has an init of its own (one factor zero, so that it changes nothing at first), and no
+    scheme of the model speaks of it.
+    """
+    adapted = tuple(name.partition(_BASE)[0] + "." for name in uses if _BASE in name)
+    found = dict(uses)
+    for name, use in uses.items():
+        adapts = _BASE not in name and name.startswith(adapted)
+        if adapts or _ADAPTER.search(name):
+            found[name] = replace(use, role="adapter")
+    return found
+
+
+def cuts_of(sites: Sites, weights: Iterable[WeightRecord]) -> dict[str, list[int]]:
+    """Return into which sizes the model cuts the result of each fused matrix, where the next call
+    does so.
+    """
+    fused = {weight.parameter for weight in weights if weight.role in FUSED}
+    graph, found = sites.graph, dict[str, list[int]]()
+    for node in graph.nodes:
+        if not sites.finder.is_product(node.index):
+            continue
+        for name in fused.intersection(parameters_of(graph, (node.index,), sites.skeleton)):
+            for consumer in graph.values[node.outputs[0]].consumers:
+                pieces = [graph.values[value].shape for value in graph.nodes[consumer].outputs]
+                if graph.nodes[consumer].name in _CUTS and all(pieces):
+                    found.setdefault(name, [shape[-1] for shape in pieces])
+    return found
+
+
+def with_sections(
+    weights: Sequence[WeightRecord],
+    tensors: Mapping[str, Tensor],
+    head: float | None = None,
+    cuts: Mapping[str, Sequence[int]] | None = None,
+) -> list[WeightRecord]:
+    """Return the records with the sections of fused matrices, and tables of sinusoids named as
+    such.
+
+    Args:
+        weights: Every parameter.
+        tensors: Their values by name; only those of fused matrices and positions are read.
+        head: Width of one head, if known.
+        cuts: Name of a fused matrix -> the sizes into which the model cuts its result.
+    """
+    widths = widths_of_heads([(w.role, w.sublayer, w.fan_in) for w in weights])
+    found = []
+    for weight in weights:
+        if weight.role in FUSED and weight.std:
+            sections = sections_of(
+                tensors[weight.parameter],
+                weight.role,
+                weight.fan_out,
+                heads_width=widths.get(weight.sublayer),
+                head=head,
+                splits=(cuts or {}).get(weight.parameter, ()),
+            )
+            weight = replace(weight, sections=sections)
+        elif weight.role == "positions" and weight.std and is_sinusoid(tensors[weight.parameter]):
+            weight = replace(weight, family="sinusoid")
+        found.append(weight)
+    return found
+
+
+def _unexplained(uses: Mapping[str, Use], found: Mapping[str, Draw | None]) -> list[str]:
+    """Return gains, scales and biases that are not constant, where most of their role are."""
+    names: list[str] = []
+    for role in ("norm_gain", "scale", "bias"):
+        draws = {
+            name: draw
+            for name, use in uses.items()
+            if use.role == role and (draw := found[name]) is not None
+        }
+        drawn = [name for name, draw in draws.items() if draw.family not in ("zero", "constant")]
+        if len(drawn) < len(draws) / 2:
+            names += drawn
+    return names
+
+
+def family_of(model: nn.Module) -> str:
+    """The model type of a Hugging Face config, else the name of the class."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    return kind if isinstance(kind, str) and kind else type(model).__name__
+
+
+def sizes_of(model: nn.Module, layers: int, width: int, vocabulary: int | None) -> dict[str, float]:
+    """The variables of formulas that a model has, in the order in which they are shown."""
+    sizes: dict[str, float] = {"N": layers, "d": width}
+    if vocabulary:
+        sizes["V"] = vocabulary
+    config = getattr(model, "config", None)
+    for variable, names in _FROM_CONFIG.items():
+        value = next((v for name in names if _is_number(v := _setting(config, name))), None)
+        if value is not None:
+            sizes[variable] = value
+    if "H" in sizes and "d_head" not in sizes and sizes["H"] > 0:
+        sizes["d_head"] = width / sizes["H"]
+    return sizes
+
+
+def head_width_of(sites: Sites) -> int | None:
+    """Return the width of one head, as the products of queries with keys show it; None if they
+    differ.
+    """
+    graph = sites.graph
+    widths: set[int] = set()
+    for node in graph.nodes:
+        if (
+            node.name == "multi_head_attention_forward"
+            or node.name not in FUSED_ATTENTION | SOFTMAX
+        ):
+            continue
+        if not is_attention(graph, node.index):
+            continue
+        # 1. Find the call that reads the queries.
+        product = node
+        if node.name in SOFTMAX:
+            product = graph.nodes[_product_before(graph, node.index)]
+        # 2. The last dimension of its first operand is summed over.
+        live = [graph.values[value] for value in product.operands if graph.values[value].live]
+        if live and live[0].shape:
+            widths.add(live[0].shape[-1])
+    return widths.pop() if len(widths) == 1 else None
+
+
+def _product_before(graph: Graph, node: int) -> int:
+    """Return the nearest product of two live tensors that a softmax reads from, or the softmax
+    itself.
+    """
+    for candidate in range(node, -1, -1):
+        record = graph.nodes[candidate]
+        live = [value for value in record.operands if graph.values[value].live]
+        if record.name in PRODUCTS and len(live) >= 2:
+            return candidate
+    return node
+
+
+def _setting(config: Any, name: str) -> Any:
+    """Return a number of a config; None where it has none, or one for each layer, which raises an
+    error of its own.
+    """
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def decayed_by(model: nn.Module, optimizer: Any) -> list[str]:
+    """Names of the parameters in groups with weight decay.
+
+    Args:
+        optimizer: a torch optimizer, or its list of parameter groups.
+    """
+    groups = getattr(optimizer, "param_groups", optimizer)
+    held = {id(p) for group in groups if group.get("weight_decay", 0) for p in group["params"]}
+    return [name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in held]
+
+
+def _logits_std(output: Any, vocabulary: int | None) -> float | None:
+    found = getattr(output, "logits", output)
+    found = found[0] if isinstance(found, tuple | list) and found else found
+    if (
+        not isinstance(found, Tensor)
+        or found.is_meta
+        or not vocabulary
+        or found.shape[-1:] != (vocabulary,)
+    ):
+        return None
+    value = float(found.detach().double().std(correction=0)) if found.numel() > 1 else math.nan
+    return value if torch.isfinite(torch.tensor(value)) else None

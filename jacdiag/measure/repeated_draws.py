@@ -1,0 +1,75 @@
+"""Weights that were drawn from one state of a generator: they repeat each other's numbers, up to a
+factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from jacdiag.measure.init_distribution import Draw
+
+_DRAWN = ("normal", "truncated", "uniform")
+# numbers whose order finds the candidates: two draws share it with a chance of 1 to 16! = 2e13
+_FIRST = 16
+_LEAST = 64  # numbers that two weights must share
+# torch draws a normal in blocks of 16 and draws the last block again if the size is no multiple of
+# 16.
+_BLOCK = 16
+# How far a number may lie from the other one times the factor, in std: bfloat16 keeps 8 bits of a
+# number of 5 std.
+_TOLERANCE = 0.02
+
+
+def streams_of(found: Mapping[str, Draw | None], params: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return which weights repeat the numbers of another one, up to a factor: name -> the first of
+    them.
+
+    Weights of unlike shape are compared over the numbers of the smaller one: a generator that
+    starts at one state gives both the same first numbers.
+
+    Args:
+        found: the draws of the weights by name.
+        params: the weights themselves.
+
+    Example:
+        >>> import torch
+        >>> from jacdiag.measure.init_distribution import draw_of
+        >>> generator = torch.Generator()
+        >>> draw = lambda std, *shape: std * torch.randn(shape, generator=generator.manual_seed(0))
+        >>> params = {"q": draw(0.02, 16, 16), "up": draw(0.1, 32, 16), "down": torch.randn(16, 32)}
+        >>> streams_of({name: draw_of(tensor) for name, tensor in params.items()}, params)
+        {'up': 'q'}
+    """
+    firsts: dict[tuple[int, ...], list[str]] = {}
+    streams: dict[str, str] = {}
+    for name, draw in found.items():
+        tensor = params[name]
+        if draw is None or draw.family not in _DRAWN or tensor.dim() < 2 or tensor.numel() < _LEAST:
+            continue
+        order = tuple(tensor.detach().reshape(-1)[:_FIRST].argsort().tolist())
+        alike = firsts.setdefault(order, [])
+        first = next((other for other in alike if _repeats(tensor, params[other])), None)
+        if first is None:
+            alike.append(name)
+        elif tensor.data_ptr() != params[first].data_ptr():
+            streams[name] = first
+    return streams
+
+
+def _repeats(tensor: Tensor, other: Tensor) -> bool:
+    """Whether the numbers of the smaller of two weights are those of the larger one, times a
+    positive factor.
+    """
+    count = min(tensor.numel(), other.numel())
+    if tensor.numel() != other.numel():
+        count -= _BLOCK
+    if count < _LEAST - _BLOCK:
+        return False
+    own = tensor.detach().reshape(-1)[:count].double()
+    theirs = other.detach().reshape(-1)[:count].double().to(own.device)
+    factor = float(own @ theirs) / max(float(theirs @ theirs), 1e-300)
+    return factor > 0 and float((own - factor * theirs).abs().max()) <= _TOLERANCE * float(
+        own.std()
+    )

@@ -1,0 +1,491 @@
+"""Loss and gradient norm of a batch and of each sequence in it, one sequence at a time.
+
+The gradient of a batch is the sum of its sequences' gradients, weighted by how many targets each
+has. So one backward per sequence gives both, and the memory that it takes is that of one sequence
+and of two gradients.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from jacdiag.errors import MeasureError
+from jacdiag.measure.gradients import loss_input, sum_of_squares
+from jacdiag.trace.execution.precision import map_leaves
+from jacdiag.trace.execution.tensors import collect_deep
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+# relative difference below which two float32 losses are the same one; measured differences are
+# below 1e-5
+_SAME = 1e-3
+_TARGET_NAMES = ("labels", "targets", "target", "label", "tgt", "y")
+_INPUT_NAMES = ("input_ids", "idx", "ids", "tokens", "inputs", "x")
+# The Trainer of transformers passes the count of the whole step, which turns the mean into a part
+# of a mean.
+_NOT_OF_THE_LOSS = ("num_items_in_batch",)
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """Cross entropies of the targets of one sequence.
+
+    Attributes:
+        losses: of the targets that count.
+        positions: where they stand.
+        targets: their ids.
+    """
+
+    losses: Tensor
+    positions: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True)
+class SequenceFigures:
+    """One sequence, run alone. `tokens` is None if the losses of its tokens are not known."""
+
+    loss: float
+    gradient: float
+    tokens: TokenLosses | None = None
+
+
+@dataclass(frozen=True)
+class BatchFigures:
+    """A batch. `gradient` is that of the batch's loss; `note` says if it is not the sum of the
+    sequences' gradients.
+    """
+
+    loss: float
+    gradient: float
+    sequences: list[SequenceFigures] = field(default_factory=list)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Where the targets of the cross entropy are.
+
+    Attributes:
+        key: place or name of the tensor among the arguments.
+        shift: a position's logits predict the target of the next position.
+    """
+
+    key: int | str
+    shift: bool
+
+
+@dataclass(frozen=True)
+class LossReader:
+    """How the loss is read from a model's output.
+
+    Attributes:
+        own: the model returns its loss.
+        targets: where the targets of the token losses are; None if they are not known.
+        words: what is computed, for a reader.
+    """
+
+    own: bool
+    targets: Targets | None
+    words: str
+
+    def read(self, output: Any, arguments: Arguments) -> tuple[Tensor, TokenLosses | None]:
+        """Return the loss as a scalar, and the losses of the tokens if they are known.
+
+        Raises:
+            MeasureError: the output holds no loss.
+        """
+        tokens, loss = None, None
+        if self.targets is not None:
+            tokens = token_losses(output, arguments, self.targets)
+        if self.own:
+            loss = own_loss(output)
+        if self.own and loss is None:
+            raise MeasureError("the model returned a loss for another batch, and none for this one")
+        if loss is None:
+            if tokens is None:
+                raise MeasureError("the logits do not fit the targets of this batch")
+            loss = tokens.losses.mean()  # nan if all are masked
+        return loss.float(), tokens
+
+
+def find_loss(model: nn.Module, arguments: Arguments) -> LossReader:
+    """Decide how the loss of a model is read, by running it on the first sequence of a batch that
+    has a loss.
+
+    A loss that the model returns is taken as it is. The losses of its tokens are those whose mean
+    is that loss: which of the integer inputs are the targets, and whether they are shifted, is
+    tried out and not assumed.
+
+    Args:
+        model: in evaluation mode.
+        arguments: a batch.
+
+    Raises:
+        MeasureError: the model returns no loss, and the batch holds nothing that could be its
+            targets.
+    """
+    rows = count_sequences(arguments)
+    reader = None
+    for row in range(rows):
+        part = sequence_of(arguments, row, rows)
+        reader = _find_loss(model, part)
+        # The mean over a sequence of padding is not finite, and tells nothing.
+        if reader.targets is not None or not reader.own:
+            return reader
+        with torch.no_grad():
+            loss, _ = reader.read(model(*part[0], **part[1]), part)
+        if bool(torch.isfinite(loss)):
+            return reader
+    assert reader is not None
+    return reader
+
+
+def _find_loss(model: nn.Module, arguments: Arguments) -> LossReader:
+    with torch.no_grad():
+        output = model(*arguments[0], **arguments[1])
+    loss = own_loss(output)
+    candidates = list(_candidates(output, arguments))
+
+    # 1. The model's own loss.
+    if loss is not None:
+        for targets in candidates:
+            tokens = token_losses(output, arguments, targets)
+            if (
+                tokens is not None
+                and len(tokens.losses)
+                and _same(float(tokens.losses.mean()), float(loss))
+            ):
+                return LossReader(
+                    True, targets, "the loss that the model returns, a mean of cross entropies"
+                )
+        return LossReader(
+            True, None, "the loss that the model returns (the losses of its tokens are not known)"
+        )
+
+    # 2. Logits alone: the targets that were passed, else the next token.
+    for targets in candidates:
+        tensor = argument(arguments, targets.key)
+        by_place = isinstance(targets.key, int) and int(tensor.max()) > 1  # not a mask
+        if not targets.shift and (targets.key in _TARGET_NAMES or by_place):
+            shifted = _is_copy_of_the_input(tensor, targets.key, arguments)
+            name = f"argument {targets.key}" if by_place else f"'{targets.key}'"
+            words = f"cross entropy of the logits with {name}"
+            if shifted:
+                words += ", shifted by one"
+            return LossReader(False, Targets(targets.key, shifted), words)
+    for targets in candidates:
+        if targets.shift:
+            words = (
+                "next-token cross entropy of the input ids: the kept batch holds no targets, "
+                "so that the loss of "
+            )
+            return LossReader(False, targets, f"{words}the run may have been another")
+    raise MeasureError(
+        "no loss can be computed",
+        got="the model returns no loss, and the kept batch holds nothing that could be its targets",
+        hint="pass the targets to the model's forward, so that the flight recorder keeps them",
+    )
+
+
+def own_loss(output: Any) -> Tensor | None:
+    """Return the scalar loss in a model's output; None if there is none.
+
+    An output that names its parts has the loss under that name: another scalar may be an auxiliary
+    one.
+    """
+    if isinstance(output, Mapping) or hasattr(output, "loss"):
+        named = output.get("loss") if isinstance(output, Mapping) else output.loss
+        # one value per replica, under DataParallel
+        return named.mean() if isinstance(named, Tensor) else None
+    found: list[Tensor] = []
+    collect_deep(output, found)
+    return next((t for t in found if t.dim() == 0 and t.is_floating_point()), None)
+
+
+def token_losses(output: Any, arguments: Arguments, targets: Targets) -> TokenLosses | None:
+    """Return the cross entropies of the targets that count; None if logits and targets do not fit
+    each other.
+
+    A target below 0 is masked, whatever value the loop uses (-100, -1).
+    """
+    logits = loss_input(output)
+    wanted = argument(arguments, targets.key)
+    if logits is None or not isinstance(wanted, Tensor) or logits.shape[:-1] != wanted.shape:
+        return None
+    wanted = wanted.to(logits.device).long()
+    positions = torch.arange(wanted.shape[-1], device=wanted.device).expand(wanted.shape)
+    if targets.shift:
+        logits, wanted, positions = logits[..., :-1, :], wanted[..., 1:], positions[..., 1:]
+    counts = wanted >= 0
+    if bool((wanted >= logits.shape[-1]).any()):
+        return None
+    flat = cross_entropy(logits[counts].float(), wanted[counts], reduction="none")
+    return TokenLosses(flat, positions[counts], wanted[counts])
+
+
+def argument(arguments: Arguments, key: int | str) -> Any:
+    """Return one of the arguments of a call, by its place or its name."""
+    args, kwargs = arguments
+    if isinstance(key, int):
+        return args[key]
+    return kwargs.get(key)
+
+
+def _candidates(output: Any, arguments: Arguments) -> Iterator[Targets]:
+    """Yield what could be the targets: integer inputs of the logits' shape, the likely names
+    first.
+    """
+    logits = loss_input(output)
+    if logits is None or logits.dim() < 2:
+        return
+    args, kwargs = arguments
+    names = sorted(kwargs, key=lambda name: (name not in _TARGET_NAMES, name in _INPUT_NAMES))
+    keys: list[int | str] = [*names, *reversed(range(len(args)))]
+    for key in keys:
+        tensor = argument(arguments, key)
+        if (
+            not isinstance(tensor, Tensor)
+            or tensor.is_floating_point()
+            or tensor.dtype is torch.bool
+        ):
+            continue
+        if tensor.shape != logits.shape[:-1] or key == "attention_mask":
+            continue
+        if key != 0 and key not in _INPUT_NAMES:
+            yield Targets(key, shift=False)
+        if tensor.dim() > 1 and tensor.shape[-1] > 1:
+            yield Targets(key, shift=True)
+
+
+def _is_copy_of_the_input(tensor: Tensor, key: int | str, arguments: Arguments) -> bool:
+    """Return whether the targets are the input ids themselves, apart from masked ones: they need a
+    shift then.
+    """
+    args, kwargs = arguments
+    for name, other in [*enumerate(args), *kwargs.items()]:
+        if (
+            name == key
+            or not isinstance(other, Tensor)
+            or other.shape != tensor.shape
+            or other.is_floating_point()
+        ):
+            continue
+        counts = tensor >= 0
+        if bool(counts.any()) and bool((tensor[counts] == other[counts]).all()):
+            return True
+    return False
+
+
+def _same(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=_SAME, abs_tol=_SAME)
+
+
+# -- one batch -------------------------------------------------------------------------------------
+def measure_batch(
+    model: nn.Module, arguments: Arguments, reader: LossReader, parameters: list[Tensor]
+) -> BatchFigures:
+    """Measure a batch and each sequence in it.
+
+    Args:
+        model: in evaluation mode; nothing of it is changed.
+        arguments: of its forward, on its device.
+        reader: of its loss.
+        parameters: whose gradients count.
+
+    Raises:
+        MeasureError: no loss can be read.
+    """
+    rows = count_sequences(arguments)
+    if rows == 1:
+        alone, _ = _run(model, arguments, reader, parameters)
+        return BatchFigures(alone.loss, alone.gradient, [alone])
+
+    # 1. Each sequence alone. Their gradients add up to that of the batch.
+    total = _Sum(parameters)
+    sequences: list[SequenceFigures] = []
+    for row in range(rows):
+        figures, gradients = _run(model, sequence_of(arguments, row, rows), reader, parameters)
+        sequences.append(figures)
+        if _weight(figures):
+            total.add(gradients, _weight(figures))
+    if not total.weight:
+        return BatchFigures(
+            math.nan, math.nan, sequences, "no target of the batch counts: all are masked"
+        )
+    loss = total.loss(sequences)
+    gradient = total.norm() if math.isfinite(loss) else math.nan
+
+    # 2. Whether the batch is the sum of its sequences: in one forward of the whole.
+    try:
+        with torch.no_grad():
+            together, _ = reader.read(model(*arguments[0], **arguments[1]), arguments)
+    except torch.OutOfMemoryError:
+        return BatchFigures(
+            loss, gradient, sequences, "not compared with the whole batch, which does not fit"
+        )
+    if _same(float(together), loss) or not math.isfinite(float(together)):
+        return BatchFigures(loss, gradient, sequences)
+    whole, _ = _run(model, arguments, reader, parameters)
+    note = (
+        "the loss of the batch is not the mean over its sequences: the batch was run as a "
+        "whole, each sequence alone"
+    )
+    return BatchFigures(whole.loss, whole.gradient, sequences, note)
+
+
+class _Sum:
+    """The weighted sum of the sequences' gradients."""
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        self.gradients: list[Tensor | None] = [None for _ in parameters]
+        self.weight = 0.0
+
+    def add(self, gradients: list[Tensor | None], weight: float) -> None:
+        self.weight += weight
+        for place, gradient in enumerate(gradients):
+            if gradient is None:
+                continue
+            held = self.gradients[place]
+            if held is None:
+                self.gradients[place] = gradient * weight
+            else:
+                held.add_(gradient, alpha=weight)
+            gradients[place] = None  # let go at once
+
+    def loss(self, sequences: list[SequenceFigures]) -> float:
+        measured = [figures for figures in sequences if _weight(figures)]
+        return math.fsum(_weight(figures) * figures.loss for figures in measured) / self.weight
+
+    def norm(self) -> float:
+        return _norm(self.gradients) / self.weight
+
+
+def _weight(figures: SequenceFigures) -> float:
+    """Return how much a sequence counts in the mean of the batch: as many targets as it has, 0 for
+    padding alone.
+    """
+    if figures.tokens is None:
+        return 1.0
+    return float(len(figures.tokens.losses))
+
+
+def _run(
+    model: nn.Module, arguments: Arguments, reader: LossReader, parameters: list[Tensor]
+) -> tuple[SequenceFigures, list[Tensor | None]]:
+    """Run forward and backward once. Gradients are returned, and never put into `.grad`."""
+    with torch.enable_grad():
+        loss, tokens = reader.read(model(*arguments[0], **arguments[1]), arguments)
+        gradients: list[Tensor | None]
+        if loss.requires_grad:
+            gradients = list(torch.autograd.grad(loss, parameters, allow_unused=True))
+        else:
+            gradients = [None for _ in parameters]
+    if tokens is not None:
+        tokens = TokenLosses(
+            tokens.losses.detach().cpu(), tokens.positions.cpu(), tokens.targets.cpu()
+        )
+    value = float(loss.detach())
+    # A mean over no target is not finite, and has a gradient of zeros.
+    gradient = _norm(gradients) if math.isfinite(value) else math.nan
+    return SequenceFigures(value, gradient, tokens), gradients
+
+
+def _norm(gradients: list[Tensor | None]) -> float:
+    return math.sqrt(math.fsum(float(sum_of_squares(g)) for g in gradients if g is not None))
+
+
+# -- parts of a batch ------------------------------------------------------------------------------
+def count_sequences(arguments: Arguments) -> int:
+    """Return the size of the batch dimension: that of the first tensor with two dimensions; 1 if
+    there is none.
+    """
+    tensors: list[Tensor] = []
+    collect_deep(arguments, tensors)
+    first = next((t for t in tensors if t.dim() >= 2), None)
+    if first is None:
+        return 1
+    return max(int(first.shape[0]), 1)
+
+
+def sequence_of(arguments: Arguments, row: int, rows: int) -> Arguments:
+    """Return one sequence of a batch, as a batch of its own. What has no batch dimension stays as
+    it is.
+    """
+
+    def cut(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == rows:
+            return leaf[row : row + 1]
+        return leaf
+
+    args, kwargs = arguments
+    return tuple(map_leaves(cut, item) for item in args), {
+        key: map_leaves(cut, v) for key, v in kwargs.items()
+    }
+
+
+def prepared(arguments: Arguments, device: torch.device, dtype: torch.dtype | None) -> Arguments:
+    """Return a kept batch as the model takes it: on its device, in its precision, without the count
+    of a Trainer.
+    """
+
+    def moved(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        leaf = leaf.to(device)
+        return leaf.to(dtype) if dtype is not None and leaf.is_floating_point() else leaf
+
+    args, kwargs = arguments
+    named = {
+        key: map_leaves(moved, value)
+        for key, value in kwargs.items()
+        if key not in _NOT_OF_THE_LOSS
+    }
+    return tuple(map_leaves(moved, item) for item in args), named
+
+
+# -- the model -------------------------------------------------------------------------------------
+@contextmanager
+def ready_for_gradients(
+    model: nn.Module,
+) -> Iterator[tuple[nn.Module, list[Tensor], torch.dtype | None]]:
+    """Lend the model in evaluation mode, with the parameters that train and the precision of a
+    copy.
+
+    Weights in half precision are copied to float32: gradients in float16 would lose what is small.
+    The mode of every module and the random state are given back.
+
+    Yields:
+        The model or its copy, the parameters whose gradients count, and float32 if it is a copy.
+    """
+    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
+    used = copy.deepcopy(model).float() if half else model
+    modes = [(module, module.training) for module in used.modules()]
+    parameters: list[Tensor] = [
+        p for p in used.parameters() if p.requires_grad and p.is_floating_point()
+    ]
+    frozen: list[Tensor] = []
+    if not parameters:  # loaded for inference
+        frozen = [p for p in used.parameters() if p.is_floating_point()]
+        parameters = frozen
+    devices = sorted({p.device.index or 0 for p in parameters if p.device.type == "cuda"})
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        used.eval()
+        with torch.random.fork_rng(devices):
+            yield used, parameters, torch.float32 if half else None
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,122 @@
+"""Figures of the residual stream over depth, from the tensors that the recorded forward left
+behind.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from jacdiag.measure.token_statistics import locate
+from jacdiag.records.signal_propagation import ForwardRecord, Peak
+from jacdiag.trace import Sites
+
+_ROWS = 4096  # tokens that are looked at together: no copy of a whole stream is made
+
+
+def stream_points(sites: Sites) -> list[tuple[str, Tensor, int]]:
+    """Return name, value and feature dimension of each point of the main stream: the shortcuts,
+    then its end.
+
+    The end is left out where the recorded forward did not keep it, or where it has another layout.
+    """
+    points = []
+    last = None
+    for index in sites.streams.main:
+        last = sites[sites.streams.groups[index].sites[0]]
+        points.append((last.name, last.shortcut, last.feature_dim))
+    if last is None or last.total is None or last.total.shape != last.shortcut.shape:
+        return points
+    end = last.total if last.after is None else last.after(last.total)
+    return [*points, ("end", end, last.feature_dim)]
+
+
+def forward_record(sites: Sites, token_ids: Tensor | None) -> ForwardRecord:
+    """Measure variance, largest activation and cosine between tokens at each point of the main
+    stream.
+
+    Args:
+        sites: of one recorded forward.
+        token_ids: (B, T) ids of the probe, to name tokens.
+
+    Returns:
+        The record. A point that holds NaN or Inf leaves all figures None, with the reason.
+
+    Example:
+        >>> import torch, jacdiag
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, norm_first=True, batch_first=True)
+        >>> record = forward_record(jacdiag.sites(layer, torch.randn(2, 4, 8)), None)
+        >>> len(record.points), len(record.variance)
+        (3, 3)
+    """
+    points = stream_points(sites)
+    names = [name for name, _, _ in points]
+    fields = ("variance", "peaks", "token_cosine")
+    if not points:
+        return ForwardRecord(
+            notes=dict.fromkeys(fields, "no sub-layer lies on the residual stream")
+        )
+    broken = next((name for name, x, _ in points if not bool(torch.isfinite(x).all())), None)
+    if broken is not None:
+        return ForwardRecord(
+            names, notes=dict.fromkeys(fields, f"NaN or Inf in the stream at {broken}")
+        )
+
+    cosines = [token_cosine(x, dim) for _, x, dim in points]
+    known = [cosine for cosine in cosines if cosine is not None]
+    notes = {}
+    if len(known) < len(cosines):
+        notes["token_cosine"] = "fewer than two tokens with a vector that is not zero"
+    return ForwardRecord(
+        points=names,
+        variance=[variance(x, dim) for _, x, dim in points],
+        peaks=[peak(x, dim, token_ids) for _, x, dim in points],
+        token_cosine=known if len(known) == len(cosines) else None,
+        notes=notes,
+    )
+
+
+def variance(x: Tensor, feature_dim: int) -> float:
+    """Return the population variance over features, averaged over tokens."""
+    rows = _tokens(x, feature_dim)
+    total = sum(float(part.double().var(-1, correction=0).sum()) for part in rows.split(_ROWS))
+    return total / max(len(rows), 1)
+
+
+def peak(x: Tensor, feature_dim: int, token_ids: Tensor | None) -> Peak:
+    """Return the largest absolute activation and where it is, with the median of all."""
+    rows = _tokens(x, feature_dim).abs()
+    flat = int(rows.argmax())
+    token, feature = divmod(flat, rows.shape[-1])
+    place = locate(token, x.shape, feature_dim, token_ids)
+    median = float(rows.flatten().median())
+    return Peak(
+        float(rows[token, feature]), median, feature, place.sequence, place.position, place.token
+    )
+
+
+def token_cosine(x: Tensor, feature_dim: int) -> float | None:
+    """Return the mean cosine between two different tokens of the probe; None for fewer than two
+    that are not zero.
+
+    The sum over all pairs is |sum of unit vectors|^2, without the products of each vector with
+    itself.
+    """
+    rows = _tokens(x, feature_dim)
+    total = torch.zeros(rows.shape[-1], dtype=torch.float64, device=x.device)
+    count = 0
+    for part in rows.split(_ROWS):
+        part = part.double()
+        norms = part.norm(dim=-1, keepdim=True)
+        present = norms.squeeze(-1) > 0
+        total += (part[present] / norms[present]).sum(0)
+        count += int(present.sum())
+    if count < 2:
+        return None
+    return (float(total @ total) - count) / (count * (count - 1))
+
+
+def _tokens(x: Tensor, feature_dim: int) -> Tensor:
+    """Return x as (tokens, features)."""
+    moved = x.detach().movedim(feature_dim, -1)
+    return moved.reshape(-1, moved.shape[-1])

@@ -1,0 +1,109 @@
+"""Whether head and embedding are one tensor, compared with what the model says about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from jacdiag.records.init_contract import WeightRecord
+from jacdiag.records.structure import TieRecord
+from jacdiag.trace.execution.skeleton import Skeleton
+
+_FLAG = "tie_word_embeddings"
+_INNER_CONFIGS = ("text_config", "decoder", "language_config", "llm_config")
+
+
+def tie_of(
+    model: nn.Module, skeleton: Skeleton, weights: Iterable[WeightRecord], tied: Iterable[str]
+) -> TieRecord | None:
+    """Return what a model says about its head and embedding, and what they are.
+
+    Args:
+        model: asked for its config and its accessors; nothing of it is run.
+        skeleton: of the model.
+        weights: records of its parameters; they tell head and embedding if the model has no
+            accessors.
+        tied: embeddings that the head reads too.
+
+    Returns:
+        None if the model says nothing, or has no head and embedding of one shape.
+    """
+    said, by = declared_tie(model)
+    if said is None:
+        return None
+    pair = _pair_by_accessors(model, skeleton) or _pair_by_roles(list(weights), list(tied))
+    if pair is None:
+        return None
+    head, embedding = pair
+    first, second = skeleton.params[head], skeleton.params[embedding]
+    if first.shape != second.shape:
+        return None
+    shared = head == embedding or first.data_ptr() == second.data_ptr()
+    # A model of encoder and decoder has two tables: the head may share that of the decoder
+    # (T5Gemma).
+    names = sum(name == head for name in skeleton.aliases.values())
+    if said and names > 1:
+        shared, embedding = True, head
+    equal = shared or bool(torch.equal(first, second.to(first.device)))
+    return TieRecord(said, by, head, embedding, shared, equal)
+
+
+def declared_tie(model: nn.Module) -> tuple[bool | None, str]:
+    """Return whether a model says that head and embedding are one tensor, and where; None if it
+    does not say.
+
+    A class of transformers that names no tied weights cannot tie them, whatever its config holds:
+    nothing is said then. Nor is anything said by two configs, an outer and an inner one, that
+    differ.
+    """
+    config = getattr(model, "config", None)
+    keys = getattr(model, "_tied_weights_keys", _FLAG)
+    if config is None or not keys:
+        return None, ""
+    flags = {"config": _flag_of(config)}
+    for name in _INNER_CONFIGS:
+        inner = getattr(config, name, None)
+        if inner is not None:
+            flags[f"config.{name}"] = _flag_of(inner)
+    given = {place: flag for place, flag in flags.items() if flag is not None}
+    if not given or len(set(given.values())) > 1:
+        return None, ""
+    place, flag = next(iter(given.items()))
+    return flag, f"{place}.{_FLAG}"
+
+
+def _flag_of(config: Any) -> bool | None:
+    value = config.get(_FLAG) if isinstance(config, dict) else getattr(config, _FLAG, None)
+    return value if isinstance(value, bool) else None
+
+
+def _pair_by_accessors(model: nn.Module, skeleton: Skeleton) -> tuple[str, str] | None:
+    """Return the names of the weights of `get_output_embeddings` and `get_input_embeddings`."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = []
+    for accessor in ("get_output_embeddings", "get_input_embeddings"):
+        try:
+            module = getattr(model, accessor)()
+        except (AttributeError, NotImplementedError, TypeError):
+            return None
+        name = names.get(id(getattr(module, "weight", None)), "")
+        if skeleton.aliases.get(name, name) not in skeleton.params:
+            return None
+        found.append(skeleton.aliases.get(name, name))
+    return found[0], found[1]
+
+
+def _pair_by_roles(weights: list[WeightRecord], tied: list[str]) -> tuple[str, str] | None:
+    """Return head and embedding by what the forward does with them."""
+    if tied:
+        return tied[0], tied[0]
+    heads = [weight for weight in weights if weight.role == "head"]
+    tables = [weight for weight in weights if weight.role == "embedding"]
+    for head in heads:
+        for table in tables:
+            if head.shape == table.shape:
+                return head.parameter, table.parameter
+    return None

@@ -1,0 +1,75 @@
+"""Plain figures of recorded tensors: standard deviations per token, gains of norms."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jacdiag.records.report import Interval, PerToken, Spread, TokenAt
+
+
+def locate(flat: int, shape: torch.Size, feature_dim: int, token_ids: Tensor | None) -> TokenAt:
+    """Turns an index over tokens (all dimensions but features) into sequence, position and token
+    id.
+    """
+    lead = [n for d, n in enumerate(shape) if d != feature_dim % len(shape)]
+    index = []
+    for n in reversed(lead):
+        index.append(flat % n)
+        flat //= n
+    index.reverse()
+    sequence, position = (
+        (index[0], index[1]) if len(index) >= 2 else (None, index[0] if index else None)
+    )
+    token = None
+    if token_ids is not None and len(index) == 2 and tuple(token_ids.shape) == tuple(lead):
+        token = int(token_ids[index[0], index[1]])
+    return TokenAt(sequence, position, token)
+
+
+def spread_of(x: Tensor, feature_dim: int = -1, token_ids: Tensor | None = None) -> Spread:
+    """Summarises the standard deviation over features (population), per token.
+
+    Args:
+        x: any shape; `feature_dim` holds the features, all other dimensions are tokens.
+        token_ids: (B, T), to name the extreme tokens.
+    """
+    std = x.detach().double().std(dim=feature_dim, correction=0).flatten()
+    low, high = int(std.argmin()), int(std.argmax())
+    return Spread(
+        median=float(std.median()),
+        min=float(std[low]),
+        max=float(std[high]),
+        p01=_quantile(std, 0.01),
+        argmin=locate(low, x.shape, feature_dim, token_ids),
+        argmax=locate(high, x.shape, feature_dim, token_ids),
+    )
+
+
+def gain_interval(
+    gain: Tensor, shape: torch.Size, feature_dim: int, token_ids: Tensor | None
+) -> Interval:
+    """The gain of a norm, 1 / sqrt(var + eps) per token: exact, the largest over tokens, with the
+    distribution.
+
+    Args:
+        gain: one number per token, in the order of x without its features.
+        shape: shape of x.
+    """
+    flat = gain.detach().double().flatten()
+    top = int(flat.argmax())
+    per_token = PerToken(
+        median=float(flat.median()),
+        p99=_quantile(flat, 0.99),
+        max=float(flat[top]),
+        argmax=locate(top, shape, feature_dim, token_ids),
+    )
+    return Interval.exact(float(flat[top]), per_token=per_token, stop="closed form of the norm")
+
+
+def _quantile(values: Tensor, q: float) -> float:
+    """The q-quantile, interpolated; NumPy's, because torch.quantile refuses more than 16M
+    values.
+    """
+    return float(np.quantile(values.cpu().numpy(), q))

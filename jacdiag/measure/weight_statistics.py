@@ -1,0 +1,117 @@
+"""What weights say without a forward: std and norm of each matrix, and the closed forms of the
+paper.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from jacdiag.errors import UsageError
+from jacdiag.measure.init_distribution import std_of
+from jacdiag.records.report import WeightStats
+from jacdiag.sources import gpt
+from jacdiag.spectra import DenseOperator, top_singular
+from jacdiag.trace.execution.tensors import is_finite
+
+_NORM_WIDTH = 1e-3
+
+
+def bound_ffn(s1: float, s2: float, sigma: float, d: int, d_ffn: int) -> float:
+    """Eq. 15: |dy/dx'| <= 1 + s1 s2 / sigma C_ffn, C_ffn = (sqrt(d) + sqrt(d_ffn))^2.
+
+    Args:
+        s1, s2: std of W_1 and W_2.
+        sigma: std of the shortcut.
+        d, d_ffn: widths.
+
+    Example:
+        >>> round(bound_ffn(0.02, 0.02, 1.0, 1024, 4096), 3)
+        4.686
+    """
+    return 1 + s1 * s2 / sigma * (math.sqrt(d) + math.sqrt(d_ffn)) ** 2
+
+
+def bound_attention(s_o: float, sigma: float, d: int, jz: float) -> float:
+    """Eq. 20: |dx'/dx| <= 1 + s_O / sigma C_attn, C_attn = 2 sqrt(d) |J^Z|.
+
+    Args:
+        s_o: std of W_O.
+        sigma: std of the shortcut.
+        d: width.
+        jz: spectral norm of the Jacobian of the concatenated heads, measured.
+    """
+    return 1 + s_o / sigma * 2 * math.sqrt(d) * jz
+
+
+def initial_bound(recipe: str, n_layer: int, n_embd: int) -> float:
+    """Eq. 15 at the first FFN of a recipe of the paper, the attention's contribution to sigma_x'
+    left out.
+
+    Args:
+        recipe: a name of `jacdiag.sources.gpt.RECIPES`.
+        n_layer, n_embd: sizes; d_ffn is four times n_embd.
+
+    Raises:
+        UsageError: unknown recipe.
+
+    Example:
+        >>> round(initial_bound("vanilla", 24, 1024), 1), round(initial_bound("scaled-embed", 24, 1024), 2)
+        (27.3, 1.82)
+    """
+    if recipe not in gpt.RECIPES:
+        raise UsageError("unknown recipe", got=recipe, hint=f"one of {', '.join(gpt.RECIPES)}")
+    config = gpt.config_of({"n_layer": n_layer, "n_embd": n_embd, "n_head": 1})
+    std, change = gpt.RECIPES[recipe].std, gpt.RECIPES[recipe].change(config)
+
+    def of(name: str, *shape: int) -> float:
+        return std(name, torch.empty(shape, device="meta"), config)
+
+    sigma = of("transformer.wte.weight", config.vocab_size, n_embd) * float(
+        change.get("embed_scale", 1.0)
+    )
+    if change.get("embed_norm"):
+        sigma = 1.0
+    w1 = of("transformer.h.0.mlp.c_fc.weight", 4 * n_embd, n_embd)
+    w2 = of("transformer.h.0.mlp.c_proj.weight", n_embd, 4 * n_embd)
+    return bound_ffn(w1, w2, sigma, n_embd, 4 * n_embd)
+
+
+def weight_stats(
+    name: str, tensor: Tensor, seed: int = 0, norm: bool = True, std: float | None = None
+) -> WeightStats | None:
+    """Std and spectral norm of a weight matrix, raised to float32 where it is stored lower.
+
+    Args:
+        name: for the record.
+        tensor: (m, n), or (E, m, n) for stacked experts, whose largest norm is given. `norm` is the
+            upper end of an interval of 0.1%, so that a product of norms bounds. Tensors of other
+            shapes get a std only.
+        norm: whether the spectral norm is wanted: it costs some hundred products with the matrix.
+        std: where it is known already.
+
+    Returns:
+        None for a vector or a tensor without memory.
+    """
+    if tensor.dim() < 2 or tensor.is_meta or not tensor.is_floating_point():
+        return None
+    if std is None and tensor.numel():
+        std = std_of(tensor)
+    if not norm:
+        return WeightStats(
+            name, list(tensor.shape), std if std is not None and math.isfinite(std) else None
+        )
+    matrix = tensor.detach()
+    if matrix.dim() > 3 or not matrix.numel() or not is_finite(matrix):
+        return WeightStats(
+            name, list(tensor.shape), std if std is not None and math.isfinite(std) else None
+        )
+    if matrix.dtype not in (torch.float32, torch.float64):
+        matrix = matrix.float()
+    generator = torch.Generator().manual_seed(seed)
+    solution = top_singular(
+        DenseOperator(matrix), tol=_NORM_WIDTH, max_products=400, generator=generator
+    )
+    return WeightStats(name, list(tensor.shape), std, float(solution.upper.max()))

@@ -1,0 +1,198 @@
+"""`jacdiag.watch`: what a user adds to a training loop that is not ours, checked before anything is
+attached.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from jacdiag.distributed.training_group import Together, is_sharded
+from jacdiag.errors import UsageError
+from jacdiag.monitor.histograms import Histograms
+from jacdiag.monitor.log.events import Record
+from jacdiag.monitor.log.sinks import AlertSink, Sink
+from jacdiag.monitor.measurements import Tiers
+from jacdiag.monitor.optimizers import check_belongs, check_supported, names_of, optimizer_tree
+from jacdiag.monitor.schedule import Cadence
+from jacdiag.monitor.skip_list import SkipList
+from jacdiag.monitor.step_hooks import check_attachable
+from jacdiag.monitor.training_watch import Watch
+from jacdiag.rules.thresholds import load_thresholds
+from jacdiag.sources.module_wrappers import unwrap
+from jacdiag.sources.python_source import path_text
+
+_WATCHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Watch]] = weakref.WeakKeyDictionary()
+
+
+def watch(
+    model: nn.Module,
+    optimizer: Any,
+    *,
+    log_dir: str | Path | None = None,
+    every: int | str | None = "200, 1%",
+    stats_every: int | str | None = "100, 1%",
+    log_every: int = 10,
+    on_alert: str | Callable[..., Any] = "log",
+    strict: bool = False,
+    probe: Any = None,
+    resume: bool = False,
+    updates: bool = True,
+    recorder: int = 200,
+    keep_batches: int | None = None,
+    sinks: Iterable[str | Sink] = (),
+    histograms_every: int | None = None,
+    alerts_to: str | AlertSink | Iterable[str | AlertSink] = (),
+    thresholds: Mapping[str, Any] | None = None,
+    risk: str | Path | None = None,
+    timeout: float = 60.0,
+    quiet: bool = False,
+    skip_list: str | Path | None = None,
+) -> Watch:
+    """Watches a training run: call `step(loss)` once per optimiser step. The training is not
+    changed by one bit.
+
+    No `with` is needed. An exception that nobody catches, SIGTERM and Ctrl-C leave a flight, and
+    the log is closed at the end of the program. `close()` or `with` end the watch earlier. See
+    `docs/flights.md`.
+
+    Args:
+        model: the module that the loop calls, wrapped or not.
+        optimizer: one optimizer, a list of them, or a wrapper or container of them. It needs no
+            torch class: `param_groups` and `step` are enough.
+        log_dir: folder of `run.jsonl` and of what the flight recorder keeps; None writes nothing.
+        every: cadence of the Jacobian probe: steps, a share of the training time such as "1%",
+            both, or None. With "200, 1%" it runs every 200 steps, and where steps are so short that
+            this takes more than 1% of the time, at a multiple of 200 steps that does not. With a
+            share, the steps at which it runs depend on the machine.
+        stats_every: cadence of shortcut and branch sizes, activations and attention logits: as
+            `every`.
+        log_every: steps between two looks at the device and two writes.
+        on_alert: "log", "raise" (AlertRaised from `step`), or a function. It is called with the
+            alert; one that takes two arguments also gets an `AlertMoment`: step, findings, model,
+            optimizers and the folder of the flight.
+        strict: raise a fault of the watch itself; else the part that failed is switched off, said
+            once.
+        probe: what the probe runs on: token ids (B, T), a tuple of arguments or a dict of keyword
+            arguments. The first sequences of the stream if not given.
+        resume: go on with the log in `log_dir`.
+        updates: measure the update norm of one sub-layer a step, in turn.
+        recorder: how many steps the flight recorder keeps; 0 for none.
+        keep_batches: how many whole batches it keeps, with the random states, on the device they
+            are on; they are written once something happens. Live rules look every `log_every`
+            steps, so that many (times the micro-batches of a step) reach back to the batch of
+            whatever step they speak of. If not given, the batches of so many steps are kept where
+            they take at most 64 MB. 0 for none.
+        sinks: "tensorboard", "wandb", "trackio", "mlflow", "openmetrics" (a text file for
+            Prometheus, `jacdiag.prom` in `log_dir`), "openmetrics:FILE", or objects with
+            write(step, figures) and close(). They get alerts too.
+        alerts_to: addresses that alerts are sent to, such as a Slack webhook, or objects with
+            alert(alert, moment). The training does not wait for them, and messages name no more of
+            an address than its host.
+        histograms_every: steps between two histograms of the weights and of the gradients that the
+            optimizer gets, one of each per sub-layer, for the sinks "tensorboard" and "wandb"; None
+            for none. Each looks at the device.
+        thresholds: the user's own, see thresholds.toml.
+        risk: a file of `jacdiag backtest --write-risk`: the curves that JD105 asks at every
+            learning rate, in place of those that ship (models of width 32 to 128).
+        timeout: seconds to wait for another rank.
+        quiet: do not announce the price on stderr.
+        skip_list: a file to which the batches of steps with an alert of the loss or the gradient
+            are appended. Wrap the loader in `jacdiag.skipping(loader, FILE)`, which leaves them out
+            in the next run.
+
+    Raises:
+        UsageError: the model or the optimiser is of a kind that is not supported, does not belong
+            to the other, or is watched already; the folder holds another run.
+
+    Example:
+        >>> import torch
+        >>> from jacdiag.sources.gpt import build
+        >>> model = build(n_layer=1, n_head=2, n_embd=16, vocab_size=32, block_size=8)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> w = watch(model, optimizer, every=None, quiet=True)
+        >>> for it in range(401, 404):
+        ...     ids = torch.randint(32, (2, 9))
+        ...     _, loss = model(ids[:, :-1], ids[:, 1:])
+        ...     loss.backward()
+        ...     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        ...     w.step(loss, grad_norm=norm, step=it)
+        >>> w.count
+        403
+        >>> w.close()
+    """
+    if not isinstance(log_every, int) or log_every < 1:
+        raise UsageError(f"log_every cannot be {log_every!r}", hint="a number of steps, such as 10")
+    if keep_batches is not None and (not isinstance(keep_batches, int) or keep_batches < 0):
+        raise UsageError(
+            f"keep_batches cannot be {keep_batches!r}", hint="a number of batches, 0 for none"
+        )
+    if histograms_every is not None and (
+        not isinstance(histograms_every, int) or histograms_every < 1
+    ):
+        raise UsageError(
+            f"histograms_every cannot be {histograms_every!r}", hint="a number of steps, or None"
+        )
+    if not (on_alert in ("log", "raise") or callable(on_alert)):
+        raise UsageError(
+            f"on_alert cannot be {on_alert!r}", hint="'log', 'raise', or a function of the alert"
+        )
+    cadences = Cadence.of(every, "every"), Cadence.of(stats_every, "stats_every")
+    check_supported(model)
+    optimizers = optimizer_tree(optimizer)
+    optimisers = optimizers.leaves
+    check_attachable(optimizers)
+    names = names_of(model)
+    left = check_belongs(optimisers, names)
+    other = _WATCHED.get(unwrap(model), lambda: None)()
+    if other is not None and not other.closed:
+        raise UsageError("this model is watched already", hint="close() the other watch first")
+    limits = load_thresholds(thresholds, risk)
+    together = Together(is_sharded(model), timeout)
+    folder = Path(path_text(log_dir)) if log_dir is not None else None
+    record = Record(
+        folder if together.lead else None,
+        resume=resume,
+        on_alert=on_alert,
+        strict=strict,
+        thresholds=limits,
+        sinks=sinks if together.lead else (),
+        recorder=recorder,
+        quiet=quiet or not together.lead,
+        speaks=together.lead,
+        alerts_to=alerts_to if together.lead else (),
+    )
+    if skip_list is not None and together.lead:
+        record.skip_list = SkipList(skip_list, str(folder or ""))
+    tiers = Tiers(
+        model,
+        optimisers,
+        names,
+        together,
+        record,
+        probe=probe,
+        thresholds=limits,
+        cadences=cadences,
+    )
+    record.tiers = weakref.ref(tiers)
+    if left and len(left) < len(names):
+        record.note(f"{len(left)} parameters are in no optimizer, such as '{left[0]}'")
+    if record.recorder is not None and keep_batches is not None and 0 < keep_batches < log_every:
+        record.warn(
+            "keep",
+            f"an alert may speak of a step {log_every - 1} before it: keep_batches={log_every} "
+            "(times "
+            f"the micro-batches of a step) keeps its batch, keep_batches={keep_batches} may not",
+        )
+    histograms = Histograms(histograms_every if together.lead else None)
+    made = Watch(
+        model, optimizers, together, record, tiers, log_every, updates, keep_batches, histograms
+    )
+    _WATCHED[unwrap(model)] = weakref.ref(made)
+    return made

@@ -1,0 +1,175 @@
+"""After the first steps, say once what a watch does not see."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from jacdiag.monitor.batches import Batches
+
+FIRST_STEPS = 5  # a loop that evaluates or warms up before it trains has trained by then
+_WINDOW = 20  # rows in which a ceiling of the gradient norm is looked for
+# of them have to lie at it; norms of ten different batches do not agree by themselves
+_AT_CEILING = 10
+# clip_grad_norm_ divides by (norm + 1e-6), and a norm in float32 is off by less than this
+_SAME_NORM = 1e-3
+_OTHER_LOSS = 1e-2  # relative spread of the loss that only other batches or other weights have
+
+_PASS_PROBE = "Pass a batch for the probe: jacdiag.watch(..., probe=input_ids)"
+
+
+@dataclass(frozen=True)
+class ProbeState:
+    """What is known about the probe after the first steps.
+
+    Attributes:
+        is_random: it runs on random tokens.
+        is_needed: Jacobian norms or statistics are measured on it.
+    """
+
+    is_random: bool
+    is_needed: bool
+
+
+class Silence:
+    """Looks for what is missing in the figures of a watch.
+
+    Args:
+        warn: called with (topic, text); says each topic once.
+        note: called with a text that goes into the log only.
+    """
+
+    def __init__(self, warn: Callable[[str, str], None], note: Callable[[str], None]) -> None:
+        self.warn, self.note = warn, note
+        self.steps = 0
+        self._recent: deque[tuple[float, float]] = deque(maxlen=_WINDOW)
+        self._looked_at_gradients = False
+
+    def step_ended(self, kind: str, batches: Batches | None, probe: ProbeState) -> None:
+        """Look at batches and the probe, once.
+
+        Args:
+            kind: class of the watched model.
+            batches: what was seen of the model's forward.
+            probe: what the probe runs on.
+        """
+        self.steps += 1
+        if self.steps != FIRST_STEPS:
+            return
+        if batches is not None:
+            self._look_at_batches(kind, batches, probe)
+        if probe.is_random and probe.is_needed:
+            self.warn(
+                "random probe",
+                "the Jacobian probe runs on random tokens, not on data of the run: no batch had "
+                "been seen when it was "
+                f"first needed. {_PASS_PROBE}",
+            )
+
+    def _look_at_batches(self, kind: str, batches: Batches, probe: ProbeState) -> None:
+        keeps = batches.kept is not None
+        if batches.in_compiled:
+            self.note(
+                f"the forward of {kind} is compiled together with the hook of the watch: the last "
+                "batch of each step "
+                "is seen. Watch the compiled model to see every micro-batch"
+            )
+        too_large = batches.kept.step_bytes if batches.kept is not None else None
+        if too_large is not None:
+            self.note(
+                f"batches are not kept: those of a step take {too_large / 2**20:,.0f} MB. "
+                "keep_batches=N keeps those of the last N forwards"
+            )
+        if batches.seen or batches.in_compiled or not (keeps or probe.is_needed):
+            return
+        if batches.in_eval:
+            self.warn(
+                "no batch",
+                f"{kind} ran in eval mode in the first {self.steps} steps: its batches are taken "
+                "for those of an "
+                "evaluation and are not kept. Call model.train() before the loop if it should "
+                "train with dropout. "
+                f"{_PASS_PROBE} otherwise",
+            )
+            return
+        self.warn(
+            "no batch",
+            f"the forward of {kind} was not called in the first {self.steps} steps, or past its "
+            "hooks: no batch is "
+            "kept. Watch the module that the loop calls, and call it as model(...), not "
+            "model.forward(...)",
+        )
+
+    def look_at_gradients(
+        self,
+        names: Mapping[int, str],
+        parameters: Callable[[], Iterable[Tensor]],
+        watched: Callable[[], Iterable[Tensor]],
+    ) -> None:
+        """Look for gradients that no watched optimizer uses, once, before a step.
+
+        Args:
+            names: id of a parameter -> its name.
+            parameters: returns those of the model.
+            watched: returns those that the watched optimizers hold.
+        """
+        if self._looked_at_gradients or self.steps < FIRST_STEPS - 1:
+            return
+        self._looked_at_gradients = True
+        held = {id(p) for p in watched()}
+        others = [p for p in parameters() if p.grad is not None and id(p) not in held]
+        if not others:
+            return
+        example = names.get(id(others[0]), "")
+        count = (
+            "1 parameter has a gradient"
+            if len(others) == 1
+            else f"{len(others)} parameters have gradients"
+        )
+        self.warn(
+            "unheld",
+            f"{count} and no optimizer that is watched holds them, such as '{example}': neither "
+            "their gradients nor "
+            "their updates are in the figures. Pass all optimizers: jacdiag.watch(model, [first, "
+            "second])",
+        )
+
+    def look_at_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Look for gradient norms that stand at a ceiling, in steps for which the loop passed no
+        norm.
+
+        Args:
+            rows: of the run log, type `step`.
+        """
+        for row in rows:
+            norm, loss = row["grad_norm_post"], row["loss"]
+            if row["grad_norm"] is not None or norm is None or loss is None:
+                self._recent.clear()
+                continue
+            if not (math.isfinite(norm) and math.isfinite(loss)):
+                continue
+            self._recent.append((norm, loss))
+            if len(self._recent) == _WINDOW:
+                self._look_for_ceiling()
+
+    def _look_for_ceiling(self) -> None:
+        ceiling = max(norm for norm, _ in self._recent)
+        losses = [loss for norm, loss in self._recent if norm > ceiling * (1 - _SAME_NORM)]
+        if ceiling <= 0 or len(losses) < _AT_CEILING:
+            return
+        spread = max(losses) - min(losses)
+        if spread <= _OTHER_LOSS * max(map(abs, losses)):
+            return  # the same batch with hardly changed weights has the same norm
+        self.warn(
+            "clip",
+            f"the optimizer got gradients of norm {ceiling:.4g} in {len(losses)} of the last "
+            f"{_WINDOW} steps, at "
+            "different losses: they are clipped or rescaled before. A spike of the gradient "
+            "cannot be seen. Pass the "
+            "norm before clipping: w.step(loss, grad_norm=norm), with norm from clip_grad_norm_",
+        )

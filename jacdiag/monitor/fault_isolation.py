@@ -1,0 +1,132 @@
+"""Nothing of the watch may end a training run: every part is guarded; one that fails is switched
+off, once, aloud.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from jacdiag.errors import JacdiagError, clipped, one_line
+from jacdiag.records.run_log import Alert
+
+logger = logging.getLogger("jacdiag.watch")
+
+
+_SHOWS_TRACE = "jacdiag.watch(..., strict=True) raises it with its traceback"
+_CURES = {
+    "probe": "probe=INPUTS names arguments that the model's forward takes (else those of the "
+    "first batch are used); "
+    f"every=None, stats_every=None leave the probe out; {_SHOWS_TRACE}",
+    "updates": f"updates=False leaves them out; {_SHOWS_TRACE}",
+    "batches": f"keep_batches=0 and recorder=0 leave them out; {_SHOWS_TRACE}",
+    "log": "make room or name another log_dir, then go on with resume=True",
+    "recorder": "make room in log_dir, or leave it out with recorder=0",
+    "on_alert": "mend the function that on_alert= was given; alerts still go to the log",
+}
+_LESS_MEMORY = "give the probe less: probe=input_ids[:1, :128], or a larger every="
+_MOST = 400  # characters of a cause
+
+
+class AlertRaised(JacdiagError):
+    """What `on_alert="raise"` raises from `Watch.step`.
+
+    Attributes:
+        alert: the alert.
+    """
+
+    def __init__(self, alert: Alert) -> None:
+        super().__init__(str(alert), hint="on_alert='log' lets the run go on")
+        self.alert = alert
+
+
+class Guards:
+    """The parts of a watch and which of them still work.
+
+    Args:
+        strict: raise a fault instead of switching its part off.
+        told: called with (part, cause, what was switched off, what helps) at the first fault of a
+            part.
+    """
+
+    def __init__(self, strict: bool, told: Callable[[str, str, str, str], None]) -> None:
+        self.strict, self.told = strict, told
+        self.off: dict[str, str] = {}
+
+    def on(self, part: str) -> bool:
+        return part not in self.off
+
+    @contextmanager
+    def part(self, name: str, loses: str) -> Iterator[None]:
+        """Runs a part; where it fails, it is off from now on. KeyboardInterrupt and SystemExit are
+        the user's own.
+
+        Args:
+            name: of the part.
+            loses: what the run's record lacks from now on, to be said.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self.strict:
+                raise
+            self.fail(name, error, loses)
+
+    def fail(self, name: str, error: Exception | str, loses: str) -> None:
+        """Switches a part off and says so, once."""
+        if name in self.off:
+            return
+        cause = error if isinstance(error, str) else describe_cause(error)
+        cure = find_cure(name, error)
+        self.off[name] = cause
+        try:
+            text = "jacdiag.watch: %s failed (%s); %s. What helps: %s. The training goes on."
+            logger.warning(text, name, cause, loses, cure)
+            self.told(name, cause, loses, cure)
+        except Exception:  # a logging handler is foreign code too
+            logger.debug("jacdiag.watch: a fault could not be told", exc_info=True)
+
+
+def describe_cause(error: BaseException) -> str:
+    """Return an error in one line: what failed, what was found, and the error that it came from."""
+    if not isinstance(error, JacdiagError):
+        return one_line(error)
+    parts = [one_line(error)]
+    if error.got:
+        parts.extend(line.strip() for line in error.got.splitlines() if line.strip())
+    elif error.__cause__ is not None:
+        parts.append(one_line(error.__cause__))
+    return clipped("; ".join(parts), _MOST)
+
+
+def find_cure(part: str, error: BaseException | str) -> str:
+    """Return what helps against a fault: the error's own hint, else what the part allows."""
+    hint = getattr(error, "hint", None)
+    if isinstance(error, JacdiagError) and hint:
+        return str(hint)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) and part == "probe":
+        return _LESS_MEMORY
+    if part.startswith("sink "):
+        return "check what the sink writes to; the run log goes on without it"
+    return _CURES.get(part, _SHOWS_TRACE)
+
+
+def say(text: str) -> None:
+    """One line to stderr, for the person who started the run."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except (OSError, ValueError):  # the terminal has gone
+        return
+
+
+def quietly(call: Callable[..., Any], *args: Any) -> None:
+    """Runs a clean-up that must not raise."""
+    try:
+        call(*args)
+    except Exception:
+        logger.debug("jacdiag.watch: a clean-up failed", exc_info=True)

@@ -1,0 +1,113 @@
+"""Histograms of weights and gradients, one per sub-layer, for the sinks that show them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from jacdiag.monitor.optimizers import local
+from jacdiag.monitor.parameter_groups import Groups
+
+BINS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Histogram:
+    """Counts of the elements of some tensors.
+
+    Attributes:
+        edges: of the bins, BINS + 1 of them, ascending and symmetric around zero.
+        counts: elements in each bin.
+        left_out: elements that are not finite, and in no bin.
+    """
+
+    edges: list[float]
+    counts: list[int]
+    left_out: int = 0
+
+
+def histogram_of(tensors: Sequence[Tensor]) -> Histogram:
+    """Count the elements of some tensors in BINS bins of one width; waits for the device twice.
+
+    Example:
+        >>> shown = histogram_of([torch.tensor([-1.0, 0.5, 1.0, float("nan")])])
+        >>> shown.edges[0], shown.edges[-1], sum(shown.counts), shown.left_out
+        (-1.0, 1.0, 3, 1)
+    """
+    flat = [t.detach().float().flatten() for t in tensors if t.numel()]
+    if not flat:
+        return Histogram(edges=_edges(1.0), counts=[0] * BINS)
+    # 1. The range, of what is finite.
+    tops = [t.abs().nan_to_num(nan=0.0, posinf=0.0).max() for t in flat]
+    top = float(torch.stack([t.to(tops[0].device) for t in tops]).max()) or 1.0
+    # 2. Counts; histc leaves out what is not in the range.
+    counts = torch.stack(
+        [torch.histc(t, BINS, -top, top).double().to(flat[0].device) for t in flat]
+    ).sum(0)
+    whole = [int(count) for count in counts.tolist()]
+    return Histogram(
+        edges=_edges(top), counts=whole, left_out=sum(t.numel() for t in flat) - sum(whole)
+    )
+
+
+def _edges(top: float) -> list[float]:
+    return [top * (2 * k / BINS - 1) for k in range(BINS + 1)]
+
+
+class Histograms:
+    """Takes them at every `every`-th step.
+
+    Args:
+        every: steps between two looks; None for never.
+    """
+
+    def __init__(self, every: int | None) -> None:
+        self.every = every
+        self.gradients: dict[str, Histogram] = {}
+
+    def is_due(self, step: int, stride: int = 1) -> bool:
+        """Return whether a multiple of `every` lies in the last `stride` numbers."""
+        return self.every is not None and step % self.every < stride
+
+    def take_gradients(self, groups: Groups, stepping: set[int] | None) -> None:
+        """Take the gradients as an optimizer is going to use them.
+
+        Args:
+            groups: the sub-layers.
+            stepping: ids of the parameters of the optimizer that steps now; None for all.
+        """
+        for place, label in enumerate(groups.labels):
+            gradients = [
+                local(member.parameter.grad)
+                for member in groups.of(place)
+                if member.parameter.grad is not None
+                and (stepping is None or id(member.parameter) in stepping)
+            ]
+            if gradients:
+                self.gradients[label] = histogram_of(gradients)
+
+    def finish(self, groups: Groups) -> Mapping[str, Histogram]:
+        """Return what was taken in this step under slash-separated names, with the weights after
+        it.
+        """
+        shown = {
+            f"jacdiag/gradients/{label}": histogram for label, histogram in self.gradients.items()
+        }
+        self.gradients = {}
+        for place, label in enumerate(groups.labels):
+            weights = [local(member.parameter.detach()) for member in groups.of(place)]
+            shown[f"jacdiag/weights/{label}"] = histogram_of(weights)
+        return shown
+
+
+def moments(shown: Histogram) -> tuple[float, float]:
+    """Return the sum and the sum of squares of the elements, each taken at the middle of its
+    bin.
+    """
+    middles = [(a + b) / 2 for a, b in zip(shown.edges, shown.edges[1:], strict=False)]
+    pairs = list(zip(shown.counts, middles, strict=True))
+    return math.fsum(c * m for c, m in pairs), math.fsum(c * m * m for c, m in pairs)

@@ -1,0 +1,225 @@
+"""Hugging Face: a `TrainerCallback` that watches (extra `hf`).
+
+>>> from jacdiag.monitor.integrations.huggingface import WatchCallback       # doctest: +SKIP
+>>> Trainer(model, args, train_dataset=data, callbacks=[WatchCallback(log_dir="runs/a")]).train()     # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from jacdiag.monitor.api import watch
+from jacdiag.monitor.fault_isolation import quietly
+from jacdiag.monitor.model_hooks import AttachedHook, ModelHook
+from jacdiag.monitor.training_watch import Watch
+from jacdiag.records.run_log import RUN_FILE
+
+STATE_FILE = "jacdiag.pt"
+# the later one is asked later in a step
+_NORMS = (("accelerator", "clip_grad_norm_"), ("", "_get_grad_norm"))
+_LOOPS = ("_run_epoch", "training_step", "get_batch_samples", "_maybe_log_save_evaluate")
+
+
+class WatchCallback(TrainerCallback):
+    """Watches a `Trainer`, or one of TRL; the state goes into its checkpoints.
+
+    The Trainer tells its callbacks neither the loss of a step nor the gradient norm before
+    clipping, and nothing at all if it is left by an exception. The callback finds the Trainer that
+    calls it and covers some of its methods during `train()`: the loss is that of `training_step`,
+    summed over the micro-batches, and the gradient norm is what the Trainer's own clipping returns.
+    An exception leaves a flight. All methods are given back when the training ends.
+
+    If no Trainer calls the callback, the loss is what the model returned, and the gradient norm is
+    the one after clipping, and labelled so.
+
+    Args:
+        options: those of `jacdiag.watch`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+        self.watch: Watch | None = None
+        self._losses: list[Tensor] = []
+        self._norm: Any = None
+        self._is_mean = False  # the losses of micro-batches are means of their own
+        self._hook: AttachedHook | None = None
+        self._covers: list[CoveredMethod] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model: nn.Module = kwargs["model"]
+        at = int(state.global_step)
+        self._end()  # of a training that was left in a way that nobody saw
+        # 1. Begin the watch. A Trainer that trains again, or with a smaller batch, goes on with its
+        # log.
+        log_dir = self.options.get("log_dir")
+        there = log_dir is not None and (Path(log_dir) / RUN_FILE).exists()
+        again = self.watch is not None
+        options = {"resume": there and (at > 0 or again), **self.options}
+        self.watch = watch(model, kwargs["optimizer"], **options)
+        # 2. Take the state of the checkpoint that the Trainer resumes from.
+        saved = Path(args.output_dir) / f"checkpoint-{at}" / STATE_FILE
+        if at and saved.is_file():
+            self.watch.load_state_dict(torch.load(saved, weights_only=True))
+        elif at or (again and there):
+            self.watch.resume_at(at)
+        # 3. Find the figures that callbacks are not told.
+        self._losses, self._norm = [], None
+        trainer = find_trainer()
+        if trainer is not None:
+            self._cover(trainer)
+        else:
+            self._hook = AttachedHook(model, LossHook(self), after=True)
+
+    def _cover(self, trainer: Trainer) -> None:
+        for place, name in _NORMS:
+            owner = getattr(trainer, place) if place else trainer
+            if hasattr(owner, name):
+                self._covers.append(CoveredMethod(owner, name, returned=self._note_norm))
+        for name in _LOOPS:
+            if hasattr(trainer, name):
+                note = self._note_loss if name == "training_step" else None
+                self._covers.append(
+                    CoveredMethod(trainer, name, returned=note, raised=self._note_error)
+                )
+
+    def _note_norm(self, norm: Any) -> None:
+        self._norm = norm
+
+    def _note_loss(self, loss: Any) -> None:
+        if isinstance(loss, Tensor):
+            self._losses.append(loss.detach())  # divided by the micro-batches already
+
+    def _note_error(self, error: BaseException) -> None:
+        if self.watch is not None and not self.watch.closed:
+            quietly(self.watch.__exit__, type(error), error, error.__traceback__)
+        self._end()
+
+    def note_output(self, kwargs: Any, output: Any) -> None:
+        """Take the loss that a model returned, if no Trainer was found."""
+        loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
+        if isinstance(loss, Tensor):
+            # else micro-batches add up to the mean
+            self._is_mean = kwargs.get("num_items_in_batch") is None
+            self._losses.append(loss.detach())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        losses, self._losses = self._losses, []
+        norm, self._norm = self._norm, None
+        if self.watch is None or self.watch.closed:
+            return
+        loss = torch.stack(losses).sum() if losses else None
+        if loss is not None and self._is_mean:
+            loss = loss / len(losses)
+        tokens = getattr(state, "num_input_tokens_seen", None) or None
+        self.watch.step(loss, grad_norm=norm, tokens=tokens, step=state.global_step)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self.watch is None:
+            return
+        saved = self.watch.state_dict()  # on every rank: figures are summed for it
+        if self.watch.together.lead and folder.is_dir():
+            torch.save(saved, folder / STATE_FILE)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        """Close the watch and take everything off the model and the Trainer."""
+        covers, self._covers = self._covers, []
+        for cover in reversed(covers):
+            quietly(cover.remove)
+        hook, self._hook = self._hook, None
+        if hook is not None:
+            quietly(hook.remove)
+        if self.watch is not None:
+            self.watch.close()
+
+
+class LossHook(ModelHook):
+    """A forward hook that takes the loss from the model's output."""
+
+    def __init__(self, callback: WatchCallback) -> None:
+        self.callback = callback
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling() and module.training:
+            self.callback.note_output(kwargs, output)
+
+
+class CoveredMethod:
+    """Stands in the place of a method of one object, calls it, and tells what it returned or
+    raised.
+
+    Args:
+        owner: the object.
+        name: of the method.
+        returned: called with what the method returned.
+        raised: called with the exception that left the method.
+    """
+
+    def __init__(
+        self,
+        owner: Any,
+        name: str,
+        *,
+        returned: Callable[[Any], None] | None = None,
+        raised: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        self.owner, self.name, self.returned, self.raised = owner, name, returned, raised
+        self.method = getattr(owner, name)
+        self.own = name in vars(owner)  # another library has covered it before
+        setattr(owner, name, self)
+
+    def remove(self) -> None:
+        """Give the object its own method back; if another library has covered this one, only call
+        through.
+        """
+        self.returned = self.raised = None
+        if vars(self.owner).get(self.name) is self:
+            if self.own:
+                setattr(self.owner, self.name, self.method)
+            else:
+                delattr(self.owner, self.name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            result = self.method(*args, **kwargs)
+        except BaseException as error:
+            if self.raised is not None:
+                self.raised(error)
+            raise
+        if self.returned is not None:
+            self.returned(result)
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        """Look everything else up on the covered method, such as its signature."""
+        if name in ("method", "owner") or (
+            name.startswith("__") and name not in ("__func__", "__self__", "__name__")
+        ):
+            raise AttributeError(name)
+        return getattr(self.method, name)
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.owner, self.name)
+
+
+def find_trainer() -> Trainer | None:
+    """Return the Trainer that calls a callback: it is among the callers, and callbacks are not
+    given it.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer):
+            return caller
+        frame = frame.f_back  # type: ignore[assignment]
+    return None

@@ -1,0 +1,350 @@
+"""Where figures and alerts go besides the log: trackers, a text file for Prometheus, webhooks,
+objects of the user.
+
+A sink that also has `alert(alert, moment)` is told of alerts. Every library is imported where it is
+used.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from jacdiag.errors import UsageError
+from jacdiag.monitor.alert_moment import AlertMoment
+from jacdiag.monitor.histograms import Histogram, moments
+from jacdiag.monitor.log.openmetrics import OpenMetrics
+from jacdiag.monitor.log.webhooks import Webhook, is_address, lines_of, title_of
+from jacdiag.records.run_log import Alert
+
+
+class Sink(Protocol):
+    """Takes slash-named figures, such as {"jacdiag/gain/transformer.h.0.attn": 1.2}.
+
+    One that has a method `write_histograms(step, shown)` gets histograms too, if `histograms_every`
+    asks for them.
+    """
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None: ...
+    def close(self) -> None: ...
+
+
+class AlertSink(Protocol):
+    """Takes alerts; a method `close()` is called at the end if there is one."""
+
+    def alert(self, alert: Alert, moment: AlertMoment) -> None: ...
+
+
+class TensorBoard:
+    """Scalars and alerts (as text) for TensorBoard, through torch.utils.tensorboard (extra
+    `tensorboard`).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise _needs("tensorboard", "TensorBoard") from error
+        self.writer = SummaryWriter(str(folder))
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        for name, value in figures.items():
+            self.writer.add_scalar(name, value, step)
+
+    def write_histograms(self, step: int, shown: Mapping[str, Histogram]) -> None:
+        for name, histogram in shown.items():
+            total, squares = moments(histogram)
+            self.writer.add_histogram_raw(
+                name,
+                min=histogram.edges[0],
+                max=histogram.edges[-1],
+                num=sum(histogram.counts),
+                sum=total,
+                sum_squares=squares,
+                bucket_limits=histogram.edges[1:],
+                bucket_counts=histogram.counts,
+                global_step=step,
+            )
+
+    def alert(self, alert: Alert, moment: AlertMoment) -> None:
+        text = "  \n".join([f"**{title_of(alert)}**", *lines_of(alert, moment)])
+        self.writer.add_text("jacdiag/alerts", text, alert.step)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """Figures and alerts for Weights & Biases: the run that is open, or one of its own, offline
+    (extra `wandb`).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise _needs("wandb", "wandb") from error
+        self.own = wandb.run is None
+        if self.own:
+            self.run: Any = wandb.init(project="jacdiag", dir=str(folder), mode="offline")
+        else:
+            self.run = wandb.run
+        self.run.define_metric("jacdiag/step")
+        # the loop's own step counter stays its own
+        self.run.define_metric("jacdiag/*", step_metric="jacdiag/step")
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        self.run.log({"jacdiag/step": step, **figures})
+
+    def write_histograms(self, step: int, shown: Mapping[str, Histogram]) -> None:
+        import numpy as np
+        import wandb
+
+        pairs = {
+            name: (np.array(histogram.counts), np.array(histogram.edges))
+            for name, histogram in shown.items()
+        }
+        panels = {name: wandb.Histogram(np_histogram=pair) for name, pair in pairs.items()}
+        self.run.log({"jacdiag/step": step, **panels})
+
+    def alert(self, alert: Alert, moment: AlertMoment) -> None:
+        level = {"error": "ERROR", "warning": "WARN"}.get(alert.level, "INFO")
+        # wandb drops a second alert of the same title within a minute: the title holds the step.
+        self.run.alert(title_of(alert), "\n".join(lines_of(alert, moment)), level=level)
+
+    def close(self) -> None:
+        if self.own:
+            self.run.finish()
+
+
+class Trackio:
+    """Figures and alerts for trackio: the run that is open, or one of its own (extra `trackio`)."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            import trackio
+            from trackio import context_vars
+        except ImportError as error:
+            raise _needs("trackio", "trackio") from error
+        self.trackio = trackio
+        self.run: Any = context_vars.current_run.get()
+        self.own = self.run is None
+        if self.own:
+            name = _run_name(folder)
+            self.run = trackio.init(
+                project="jacdiag", name=name, auto_log_cpu=False, auto_log_gpu=False, embed=False
+            )
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        self.run.log(dict(figures), step=step)
+
+    def alert(self, alert: Alert, moment: AlertMoment) -> None:
+        levels = self.trackio.AlertLevel
+        level = {"error": levels.ERROR, "warning": levels.WARN}.get(alert.level, levels.INFO)
+        self.run.alert(title_of(alert), "\n".join(lines_of(alert, moment)), level=level)
+
+    def close(self) -> None:
+        if self.own:
+            self.run.finish()
+
+
+# a batch with another character in a name is refused as a whole
+_NOT_IN_MLFLOW = re.compile(r"[^\w./: -]", re.ASCII)
+
+
+class MLflow:
+    """Figures and alerts (as tags) for MLflow: the run that is active, or one of its own (extra
+    `mlflow`).
+
+    What is sent is sent by MLflow's own threads: the training does not wait for the tracking
+    server.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            import mlflow
+            from mlflow import MlflowClient
+        except ImportError as error:
+            raise _needs("mlflow", "MLflow") from error
+        self.mlflow, self.client = mlflow, MlflowClient()
+        active = mlflow.active_run()
+        self.own = active is None
+        if active is not None:
+            self.run_id = active.info.run_id
+            return
+        # A run of its own is not made active: a start_run of the loop would be refused.
+        experiment = self.client.get_experiment_by_name("jacdiag")
+        if experiment is None:
+            number = self.client.create_experiment("jacdiag")
+        else:
+            number = experiment.experiment_id
+        self.run_id = self.client.create_run(number, run_name=_run_name(folder)).info.run_id
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        allowed = {_NOT_IN_MLFLOW.sub("_", name): value for name, value in figures.items()}
+        self.mlflow.log_metrics(allowed, step=step, run_id=self.run_id, synchronous=False)
+
+    def alert(self, alert: Alert, moment: AlertMoment) -> None:
+        text = f"{title_of(alert)}: " + "\n".join(lines_of(alert, moment))
+        self.client.set_tag(
+            self.run_id, f"jacdiag.alert.{alert.code}.{alert.step}", text, synchronous=False
+        )
+
+    def close(self) -> None:
+        self.mlflow.flush_async_logging()
+        if self.own:
+            self.client.set_terminated(self.run_id)
+
+
+BY_NAME: dict[str, Callable[[Path], Any]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+    "trackio": Trackio,
+    "mlflow": MLflow,
+    "openmetrics": OpenMetrics,
+}
+
+
+def _needs(extra: str, library: str) -> UsageError:
+    return UsageError(f"the sink '{extra}' needs {library}", hint=f"pip install 'jacdiag[{extra}]'")
+
+
+def _run_name(folder: Path) -> str:
+    return folder.resolve().name or "run"
+
+
+def open_sinks(wanted: Iterable[str | Sink], folder: Path) -> list[tuple[str, Sink]]:
+    """Open sinks by name; objects with `write` and `close` are taken as they are.
+
+    Args:
+        wanted: names of `BY_NAME`, "openmetrics:FILE", or objects.
+        folder: of the run.
+
+    Returns:
+        Each sink with the name that messages call it by.
+
+    Raises:
+        UsageError: an unknown name, or a library that is not installed.
+    """
+    if isinstance(wanted, str):
+        wanted = (wanted,)
+    if not isinstance(wanted, Iterable):
+        raise UsageError(
+            "sinks is a list", got=f"type {type(wanted).__name__}", hint='sinks=["tensorboard"]'
+        )
+    sinks: list[tuple[str, Sink]] = []
+    for sink in wanted:
+        if isinstance(sink, str):
+            sinks.append(_open_by_name(sink, folder))
+        elif callable(getattr(sink, "write", None)):
+            sinks.append((type(sink).__name__, sink))
+        else:
+            raise UsageError(
+                "a sink needs write(step, figures) and close()", got=f"a {type(sink).__name__}"
+            )
+    return sinks
+
+
+def _open_by_name(text: str, folder: Path) -> tuple[str, Sink]:
+    if is_address(text):
+        hint = "alerts_to=[...] takes it; sinks take figures"
+        # the address holds a secret
+        raise UsageError("a sink is no address of a webhook", hint=hint)
+    name, _, path = text.partition(":")
+    if name == "openmetrics" and path:
+        return name, OpenMetrics(path, run=_run_name(folder))
+    if text not in BY_NAME:
+        raise UsageError(f"no sink is called '{text}'", hint=f"there are {', '.join(BY_NAME)}")
+    return text, cast(Sink, BY_NAME[text](folder))
+
+
+def open_alert_sinks(
+    wanted: str | AlertSink | Iterable[str | AlertSink], failed: Callable[[str, str], None]
+) -> list[tuple[str, AlertSink]]:
+    """Open what alerts are sent to besides the sinks of figures.
+
+    Args:
+        wanted: addresses of webhooks, or objects with `alert(alert, moment)`; one of them, or
+            several.
+        failed: called with the name and the reason if a webhook is given up, from a thread of its
+            own.
+
+    Returns:
+        Each one with the name that messages call it by; no name is there twice.
+
+    Raises:
+        UsageError: neither an address nor such an object. The message does not repeat the address.
+    """
+    if isinstance(wanted, str) or callable(getattr(wanted, "alert", None)):
+        wanted = [cast("str | AlertSink", wanted)]
+    if not isinstance(wanted, Iterable):
+        raise UsageError("alerts_to is an address, or a list", got=f"type {type(wanted).__name__}")
+    sinks: list[tuple[str, AlertSink]] = []
+    names: set[str] = set()
+    for given in wanted:
+        sink = _alert_sink(given)
+        base = getattr(sink, "name", type(sink).__name__)
+        name, number = base, 1
+        while name in names:
+            number += 1
+            name = f"{base} ({number})"
+        names.add(name)
+        if isinstance(sink, Webhook):
+            sink.failed = _with_name(failed, name)
+        sinks.append((name, sink))
+    return sinks
+
+
+def _alert_sink(given: str | AlertSink) -> AlertSink:
+    if isinstance(given, str):
+        if not is_address(given):
+            hint = f"sinks=[...] takes {', '.join(BY_NAME)}, which get alerts too"
+            raise UsageError(
+                "alerts_to takes addresses, such as https://hooks.slack.com/services/...", hint=hint
+            )
+        return Webhook(given)
+    if callable(getattr(given, "alert", None)):
+        return given
+    raise UsageError(
+        "alerts_to takes addresses and objects with alert(alert, moment)",
+        got=f"a {type(given).__name__}",
+    )
+
+
+def _with_name(failed: Callable[[str, str], None], name: str) -> Callable[[str], None]:
+    return lambda reason: failed(name, reason)
+
+
+def slashed(row: Mapping[str, Any], groups: Iterable[str]) -> dict[str, float]:
+    """The figures of a step under slash-separated names."""
+    found: dict[str, float] = {}
+    for key in ("loss", "lr", "grad_norm", "grad_norm_post", "step_seconds", "noise_scale"):
+        value = row.get(key)
+        if isinstance(value, int | float):
+            found[f"jacdiag/{key}"] = float(value)
+    for group, rate in enumerate(row.get("lrs") or []):
+        if isinstance(rate, int | float):
+            found[f"jacdiag/lrs/{group}"] = float(rate)
+    for name, value in zip(groups, row.get("grad") or [], strict=False):
+        if isinstance(value, int | float):
+            found[f"jacdiag/grad/{name}"] = float(value)
+    update = row.get("update")
+    if update and update["ratio"] is not None:
+        found[f"jacdiag/update/{update['where']}"] = float(update["ratio"])
+    return found
+
+
+def slashed_series(series: Mapping[str, Mapping[str, float | None]]) -> dict[str, float]:
+    """The figures of a probe or of the statistics under slash-separated names; branch_norm is the
+    gain.
+    """
+    names = {"branch_norm": "gain", "core_norm": "core"}
+    return {
+        f"jacdiag/{names.get(figure, figure)}/{where}": float(value)
+        for figure, values in series.items()
+        for where, value in values.items()
+        if value is not None
+    }

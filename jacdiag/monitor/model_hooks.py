@@ -1,0 +1,132 @@
+"""Hooks on a watched model that stay behind when the model is copied, pickled or saved.
+
+A forward hook lies in a dict of the module, and `torch.save(model)`, `copy.deepcopy(model)` and
+`AveragedModel(model)` take that dict along. While a hook of the watch is on a module, `copyreg`
+holds a function for the module's class, which `pickle` and `copy` ask: it leaves these hooks out
+and keeps the user's own.
+"""
+
+from __future__ import annotations
+
+import copyreg
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+from torch import nn
+
+_PRE_HOOKS, _FORWARD_HOOKS = "_forward_pre_hooks", "_forward_hooks"
+_PROTOCOL = 2  # of torch.save, the lowest of those in use; later ones read what it gives
+
+Reduced = tuple[Any, ...]
+
+
+class ModelHook:
+    """A callable that a watch puts on a model; subclasses define `__call__`."""
+
+    def __reduce__(self) -> Reduced:
+        """Become a function that does nothing: for classes that copy their hooks by methods of
+        their own.
+        """
+        return getattr, (nullcontext(), "__exit__")
+
+
+class AttachedHook:
+    """A hook on a module, until `remove`.
+
+    Args:
+        module: gets the hook.
+        hook: called as torch calls hooks that take keyword arguments.
+        after: a forward hook; else a forward pre-hook.
+    """
+
+    def __init__(self, module: nn.Module, hook: ModelHook, *, after: bool = False) -> None:
+        self.module, self.hook, self.after = module, hook, after
+        register: Any = module.register_forward_hook if after else module.register_forward_pre_hook
+        self._handle: Any = register(hook, with_kwargs=True)
+        _begin_to_leave_out(type(module))
+        self._counted = True
+
+    def suspend(self) -> None:
+        """Take the hook off for a while."""
+        self._hooks().pop(self._handle.id, None)
+
+    def resume(self) -> None:
+        """Put the hook back under its old key, so that code compiled with the hook stays valid."""
+        self._hooks()[self._handle.id] = self.hook
+
+    def remove(self) -> None:
+        """Take the hook off for good."""
+        self._handle.remove()
+        if self._counted:
+            self._counted = False
+            _end_to_leave_out(type(self.module))
+
+    def _hooks(self) -> dict[int, Any]:
+        hooks: dict[int, Any] = getattr(self.module, _FORWARD_HOOKS if self.after else _PRE_HOOKS)
+        return hooks
+
+
+# The classes of modules that carry hooks of a watch: how many there are, and what `copyreg` held
+# before.
+_COUNTS: Counter[type] = Counter()
+_EARLIER: dict[type, Callable[[Any], Any]] = {}
+
+
+def _begin_to_leave_out(kind: type) -> None:
+    _COUNTS[kind] += 1
+    if _COUNTS[kind] > 1:
+        return
+    before = copyreg.dispatch_table.get(kind)
+    if before is not None:
+        _EARLIER[kind] = before
+    copyreg.dispatch_table[kind] = reduce_without_hooks
+
+
+def _end_to_leave_out(kind: type) -> None:
+    _COUNTS[kind] -= 1
+    if _COUNTS[kind] > 0:
+        return
+    del _COUNTS[kind]
+    before = _EARLIER.pop(kind, None)
+    if copyreg.dispatch_table.get(kind) is not reduce_without_hooks:
+        return  # somebody has registered a function of their own since
+    if before is None:
+        del copyreg.dispatch_table[kind]
+    else:
+        copyreg.dispatch_table[kind] = before
+
+
+def reduce_without_hooks(module: nn.Module) -> str | Reduced:
+    """Return what the module gives to `pickle` and `copy`, without the hooks of a watch."""
+    earlier = _EARLIER.get(type(module))
+    reduced = earlier(module) if earlier is not None else module.__reduce_ex__(_PROTOCOL)
+    if isinstance(reduced, str) or len(reduced) < 3:
+        return reduced
+    return (*reduced[:2], _clean_state(reduced[2]), *reduced[3:])
+
+
+def _clean_state(state: Any) -> Any:
+    """The state of an object: its dict, or its dict and its slots."""
+    if isinstance(state, tuple) and len(state) == 2:
+        return _clean_state(state[0]), state[1]
+    if not isinstance(state, dict):
+        return state
+    left_out = {key for name in (_PRE_HOOKS, _FORWARD_HOOKS) for key in _hook_keys(state.get(name))}
+    if not left_out:
+        return state
+    clean = dict(state)
+    for name, table in state.items():
+        # The tables beside the hooks, such as _forward_hooks_with_kwargs, have the same keys.
+        if name.startswith((_PRE_HOOKS, _FORWARD_HOOKS)) and isinstance(table, dict):
+            clean[name] = OrderedDict(
+                (key, value) for key, value in table.items() if key not in left_out
+            )
+    return clean
+
+
+def _hook_keys(hooks: Any) -> list[int]:
+    if not isinstance(hooks, dict):
+        return []
+    return [key for key, hook in hooks.items() if isinstance(hook, ModelHook)]

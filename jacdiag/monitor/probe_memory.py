@@ -1,0 +1,43 @@
+"""How much memory a probe needs at its peak, and how much is free."""
+
+from __future__ import annotations
+
+import torch
+
+from jacdiag.sources.host_memory import free_host_memory
+from jacdiag.trace import Sites
+
+# vectors of the right and the left basis of 16 products, each as large as the shortcut
+_BASIS = 2 * 8
+# tensors as large as the shortcut that the graphs of one branch keep (FFN 4 d wide, twice
+# transposed)
+_GRAPH = 60
+_SCORES = 8  # tensors (B, heads, T, T) that those of an attention keep
+
+
+def needed(found: Sites, weights: int = 0) -> int:
+    """Bytes, from above: what was recorded, and the basis and the graphs of the largest sub-layer.
+
+    Args:
+        weights: bytes of those that are brought here for the probe.
+    """
+    recorded = sum(
+        t.numel() * t.element_size() for site in found for t in (site.shortcut, site.value)
+    )
+    largest = 0
+    for site in found:
+        x = site.shortcut
+        own = (_BASIS + _GRAPH) * x.numel() * x.element_size()
+        if site.kind == "attention" and x.dim() == 3:
+            heads = max(x.shape[-1] // 64, 1)
+            own += _SCORES * x.shape[0] * heads * x.shape[1] ** 2 * x.element_size()
+        largest = max(largest, own)
+    return recorded + largest + weights
+
+
+def available(device: torch.device) -> int | None:
+    """Return the bytes that are free on a device; None if they cannot be read."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free_host_memory()

@@ -1,0 +1,158 @@
+"""Routers of a mixture of experts on the probe: how sure they are, and which experts get tokens."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from jacdiag.trace import Sites
+from jacdiag.trace.execution.tap import Spot, Where
+from jacdiag.trace.graph.graph import Graph
+from jacdiag.trace.graph.reachability import PRODUCTS
+
+CHOICES = frozenset({"topk", "argmax"})
+_STEPS = 12  # calls between the router's product and the choice: a softmax, a bias, a mask, a cast
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterCalls:
+    """Where a router's logits and its choice are in a record.
+
+    Attributes:
+        product: the call that computes the logits.
+        choice: the call that picks experts.
+        experts: how many there are.
+        chosen: how many a token goes to.
+    """
+
+    product: int
+    choice: int
+    experts: int
+    chosen: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """What a router did with the tokens of the probe.
+
+    Attributes:
+        entropy: of the softmax of its logits, the mean over tokens, as a share of log(experts): 1
+            is no preference, 0 is certainty.
+        load: for each expert, the share of all choices that fell on it; the sum is 1.
+    """
+
+    entropy: float
+    load: list[float]
+
+    @property
+    def unused(self) -> int:
+        """How many experts got no token of the probe."""
+        return sum(share == 0 for share in self.load)
+
+    @property
+    def imbalance(self) -> float:
+        """The largest load over the mean one: 1 is even, the number of experts is all on one."""
+        return max(self.load) * len(self.load)
+
+
+def routing_of(sites: Sites) -> dict[str, Routing]:
+    """Measure the routers of the sub-layers, by one more run of the model on the probe.
+
+    Args:
+        sites: what was found in the model.
+
+    Returns:
+        Sub-layer -> what its router did; a sub-layer without a choice among experts is not in it.
+    """
+    routers = {
+        site.name: calls
+        for site, raw in zip(sites, sites.raw, strict=True)
+        if site.kind != "attention"
+        and (calls := router_calls(sites.graph, set(raw.cone))) is not None
+    }
+    if not routers:
+        return {}
+
+    # 1. Take logits and scores as the model's own code meets them.
+    wanted: dict[Spot, tuple[str, str]] = {}
+    for name, calls in routers.items():
+        wanted[sites.replayer.spot_at(Where.RESULT, calls.product, 0)] = (name, "logits")
+        wanted[sites.replayer.spot_at(Where.OPERAND, calls.choice, 0)] = (name, "scores")
+    taken: dict[tuple[str, str], Tensor] = {}
+
+    def visit(spot: Spot, tensor: Tensor) -> Tensor:
+        taken[wanted[spot]] = tensor
+        return tensor
+
+    with torch.no_grad():
+        sites.replayer.tapped(list(wanted), visit)
+
+    # 2. Count.
+    return {
+        name: _counted(taken[name, "logits"], taken[name, "scores"], calls.chosen)
+        for name, calls in routers.items()
+        if (name, "logits") in taken and (name, "scores") in taken
+    }
+
+
+def router_calls(graph: Graph, cone: set[int]) -> RouterCalls | None:
+    """Find the choice among experts in a branch, and the product that computes what it chooses by.
+
+    A choice is a top-k or an argmax over the last dimension of what a product of the branch has
+    computed, with nothing between that changes the number of columns. Of several choices, as in
+    routing by groups of experts, the last counts.
+
+    Args:
+        graph: of the model.
+        cone: the calls of the branch through which gradients pass. A choice that is only used as an
+            index is none of them, but runs among them.
+
+    Returns:
+        None if the branch has no such choice.
+    """
+    for index in range(max(cone), min(cone), -1):
+        node = graph.nodes[index]
+        if node.name not in CHOICES or not node.operands:
+            continue
+        scores, result = graph.values[node.operands[0]], graph.values[node.outputs[0]]
+        experts = scores.shape[-1] if scores.shape else 0
+        if experts < 2 or not scores.is_float:
+            continue
+        if node.name == "topk":
+            chosen = result.shape[-1]
+            over_last = result.shape[:-1] == scores.shape[:-1]
+        else:
+            chosen = 1
+            over_last = math.prod(result.shape) == math.prod(scores.shape[:-1])
+        product = _product_before(graph, node.operands[0], experts) if over_last else None
+        if product in cone:
+            return RouterCalls(product=product, choice=index, experts=experts, chosen=chosen)
+    return None
+
+
+def _product_before(graph: Graph, value: int, columns: int) -> int | None:
+    """Return the nearest product that a value comes from, if all on the way has as many columns."""
+    frontier = [value]
+    for _ in range(_STEPS):
+        makers = {
+            graph.values[v].node for v in frontier if graph.values[v].shape[-1:] == (columns,)
+        }
+        makers = {maker for maker in makers if maker >= 0}
+        products = [maker for maker in makers if graph.nodes[maker].name in PRODUCTS]
+        if products:
+            return max(products)
+        frontier = [v.index for maker in makers for v in graph.float_inputs(maker)]
+    return None
+
+
+def _counted(logits: Tensor, scores: Tensor, chosen: int) -> Routing:
+    """Count the choices by the scores, and take the entropy of the logits."""
+    experts = scores.shape[-1]
+    probabilities = logits.detach().float().softmax(-1)
+    entropy = torch.special.entr(probabilities).sum(-1).mean() / math.log(experts)
+    picked = scores.detach().topk(chosen, dim=-1).indices.flatten()
+    load = torch.bincount(picked, minlength=experts).double() / picked.numel()
+    return Routing(entropy=float(entropy), load=load.tolist())

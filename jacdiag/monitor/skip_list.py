@@ -1,0 +1,470 @@
+"""A list of bad batches: the watch writes it, and the next run of the loop leaves them out.
+
+A batch is known by its place in the order in which the loader hands batches out, counted from 0
+over all epochs, with those that are left out counted as well. So the places stay right however many
+are skipped. Its content is noted, too: a place that has other content in another run is not
+skipped.
+"""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from jacdiag.errors import UsageError, one_line
+from jacdiag.monitor.fault_isolation import logger
+from jacdiag.records.run_log import Alert, plain
+from jacdiag.sources.python_source import path_text
+from jacdiag.trace.execution.precision import map_leaves
+
+CODES = ("JD501", "JD502", "JD505")  # alerts about the loss and the gradient of single steps
+SCHEMA = 1
+
+_ELEMENTS = 4096  # of a tensor that its content is known by
+_STEPS = 4096  # whose batches are remembered: an alert comes at most `log_every` steps late
+_WAITING = 65536  # batches that no step has claimed, where nothing is watched in this process
+
+
+@dataclass(frozen=True)
+class Delivered:
+    """A batch that the loop was given: its place, and a fingerprint of its content if it is in host
+    memory.
+    """
+
+    position: int
+    content: str | None
+
+
+@dataclass
+class _Ledger:
+    """Which batches the loop was given since the last optimizer step, and which belong to which
+    step.
+    """
+
+    waiting: deque[Delivered] = field(default_factory=lambda: deque(maxlen=_WAITING))
+    steps: deque[tuple[int, list[Delivered]]] = field(default_factory=lambda: deque(maxlen=_STEPS))
+    loader: int | None = None  # id of the loader that has handed out batches in this run
+
+
+# by the path of the list: how a loop's loader and its watch find each other
+_LEDGERS: dict[str, _Ledger] = {}
+
+
+def _key(path: str) -> str:
+    return str(Path(path).resolve())
+
+
+def _ledger(path: str) -> _Ledger:
+    return _LEDGERS.setdefault(_key(path), _Ledger())
+
+
+# -- the watch writes ------------------------------------------------------------------------------
+class SkipList:
+    """Writes the batches of steps that an alert speaks of.
+
+    Args:
+        path: of the list. Lines are appended; each is one JSON object.
+        run: the `log_dir` of the run, to find it again.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], run: str = "") -> None:
+        self.path, self.run = path_text(path), run
+        self._ledger = _LEDGERS[_key(self.path)] = _Ledger()
+
+    def step_ended(self, step: int) -> None:
+        """Note that the batches since the last call belong to this step."""
+        ledger = self._ledger
+        ledger.steps.append((step, list(ledger.waiting)))
+        ledger.waiting.clear()
+
+    def rewind(self, base: int) -> None:
+        """Forget which batches belong to steps after `base`: they are going to be done again."""
+        ledger = self._ledger
+        earlier = [entry for entry in ledger.steps if entry[0] <= base]
+        ledger.steps.clear()
+        ledger.steps.extend(earlier)
+
+    def add(self, alert: Alert) -> None:
+        """Append the batches of an alert's steps, if it is about the loss or the gradient of single
+        steps.
+
+        Raises:
+            OSError: the list cannot be written.
+        """
+        if not alert.code.startswith(CODES):
+            return
+        since = alert.evidence.get("since")
+        first = alert.step
+        if isinstance(since, int):
+            first = min(since, alert.step)
+        batches = [
+            batch
+            for step, several in self._ledger.steps
+            if first <= step <= alert.step
+            for batch in several
+        ]
+        entry = {
+            "v": SCHEMA,
+            "step": alert.step,
+            "since": first,
+            "positions": [batch.position for batch in batches],
+            "contents": [batch.content for batch in batches],
+            "code": alert.code,
+            "what": alert.what,
+            "run": self.run,
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+        append_line(self.path, entry)
+
+
+def append_line(path: str, entry: Mapping[str, Any]) -> None:
+    """Append one JSON line, as a whole or not at all, whoever else writes to the file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    line = json.dumps(plain(entry), allow_nan=False, ensure_ascii=False).encode() + b"\n"
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        size = os.fstat(handle).st_size
+        if size and os.pread(handle, 1, size - 1) != b"\n":
+            line = b"\n" + line  # a writer was killed in the middle of its line
+        try:
+            rest = line
+            while rest:
+                rest = rest[os.write(handle, rest) :]
+            os.fsync(handle)
+        except OSError:
+            os.ftruncate(handle, size)
+            raise
+    finally:
+        os.close(handle)
+
+
+# -- the loop reads --------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class Bad:
+    """What a list says.
+
+    Attributes:
+        positions: place -> the content that was seen there; None if that is not known.
+        unplaced: steps of entries that name no place.
+    """
+
+    positions: dict[int, str | None] = field(default_factory=dict)
+    unplaced: list[int] = field(default_factory=list)
+
+
+def read_skip_list(
+    path: str | os.PathLike[str],
+    *,
+    before: int = 0,
+    after: int = 0,
+    batches_per_step: int | None = None,
+) -> Bad:
+    """Read a list of bad batches. A list that is not there yet is empty; a line that was torn off
+    is left out.
+
+    Args:
+        path: of the list. A line is a JSON object with `positions`, or with `from` and `to` for a
+            range, or with a `step`; or it is a place by itself.
+        before, after: how many places around each to take as well.
+        batches_per_step: where a line has a step and no place, the places are those of that step,
+            counted from 1.
+
+    Raises:
+        UsageError: the list cannot be read, or a line of it has no meaning.
+    """
+    file = Path(path_text(path))
+    try:
+        lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    except OSError as error:
+        raise UsageError(f"cannot read the skip list '{file}'", got=error.strerror) from error
+    positions: dict[int, str | None] = {}
+    unplaced: list[int] = []
+    for place, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        entry = _entry(line, f"line {place} of '{file}'", last=place == len(lines))
+        if entry is None:
+            continue
+        found, contents = _places(entry, batches_per_step)
+        if not found:
+            unplaced.append(int(entry.get("step", 0)))
+        for position, content in zip(found, contents, strict=True):
+            # The same place with two contents: both runs had a bad batch there.
+            positions[position] = content if positions.get(position, content) == content else None
+    for position in list(positions):
+        for near in range(max(position - before, 0), position + after + 1):
+            positions.setdefault(near, None)
+    return Bad(positions=positions, unplaced=unplaced)
+
+
+def _entry(line: bytes, where: str, *, last: bool) -> dict[str, Any] | None:
+    """Return a line as an object; None for one that was torn off.
+
+    Raises:
+        UsageError: it has no meaning.
+    """
+    hint = 'such as {"positions": [1200, 1201]} or {"from": 1200, "to": 1400}'
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        if last or not line.rstrip().endswith(b"}"):
+            return None
+        raise UsageError(f"{where} is no JSON", got=one_line(error), hint=hint) from error
+    if isinstance(entry, int) and not isinstance(entry, bool):
+        return {"positions": [entry]}
+    if not isinstance(entry, dict) or not {"positions", "from", "step"} & entry.keys():
+        raise UsageError(
+            f"{where} names no batch", got=line.decode(errors="replace").strip()[:80], hint=hint
+        )
+    if isinstance(entry.get("v"), int) and entry["v"] > SCHEMA:
+        raise UsageError(f"{where} was written by a newer jacdiag", got=f"version {entry['v']}")
+    return entry
+
+
+def _places(
+    entry: Mapping[str, Any], batches_per_step: int | None
+) -> tuple[list[int], list[str | None]]:
+    """Return the places of an entry and the contents that were seen there."""
+    if "from" in entry:
+        places = list(range(int(entry["from"]), int(entry.get("to", entry["from"])) + 1))
+        return places, [None] * len(places)
+    places = [int(position) for position in entry.get("positions") or []]
+    contents = list(entry.get("contents") or [])
+    if places or batches_per_step is None or "step" not in entry:
+        if len(contents) != len(places):
+            contents = [None] * len(places)
+        return places, contents
+    first = (int(entry.get("since", entry["step"])) - 1) * batches_per_step
+    places = list(range(max(first, 0), int(entry["step"]) * batches_per_step))
+    return places, [None] * len(places)
+
+
+class Skipping:
+    """A loader without the bad batches of a list; see `skipping`.
+
+    Attributes:
+        loader: the loader.
+        position: the place of the next batch.
+        skipped: places that were left out so far.
+    """
+
+    def __init__(self, loader: Iterable[Any], path: str, bad: Bad, start: int) -> None:
+        self.loader, self.path, self.bad = loader, path, bad
+        self.position, self.skipped = start, list[int]()
+        self._alone = not _several_ranks()
+        self._in_pass = 0  # batches of this pass over the loader so far
+        self._forward = 0  # batches at the start of the next pass that an earlier run had
+        self._contents = {content for content in bad.positions.values() if content is not None}
+        self._warned = False
+
+    def __len__(self) -> int:
+        """Return the length of the loader, the bad batches included."""
+        return len(self.loader)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the batches that are not on the list."""
+        forward, self._forward, self._in_pass = self._forward, 0, 0
+        self.position -= forward
+        self._begin()
+        for batch in self.loader:
+            position = self.position
+            self.position += 1
+            self._in_pass += 1
+            if self._in_pass <= forward:
+                continue
+            content = content_of(batch)
+            if self._is_bad(position, content):
+                self.skipped.append(position)
+                logger.info(
+                    "jacdiag.skipping: batch %d is on %s and is left out", position, self.path
+                )
+                continue
+            _ledger(self.path).waiting.append(Delivered(position, content))
+            yield batch
+
+    def _begin(self) -> None:
+        """Warn if another loader has handed out batches in this run, and this one counts from 0
+        again.
+        """
+        ledger = _ledger(self.path)
+        if ledger.loader not in (None, id(self)) and not self.position:
+            text = (
+                "a second loader reads %s, and its places begin at 0 again: make it once, "
+                "before the loop over "
+            )
+            text += "epochs"
+            logger.warning(f"jacdiag.skipping: {text}, or pass start=", self.path)
+        ledger.loader = id(self)
+
+    def _is_bad(self, position: int, content: str | None) -> bool:
+        listed = position in self.bad.positions
+        seen = self.bad.positions.get(position)
+        differs = listed and None not in (seen, content) and seen != content
+        if differs and not self._warned:
+            self._warned = True
+            text = (
+                "batch %d has other content than the one on %s: the order of the data has "
+                "changed, and it is"
+            )
+            text += (" skipped on every rank all the same", " not skipped")[self._alone]
+            logger.warning(f"jacdiag.skipping: {text}", position, self.path)
+        if not self._alone:
+            # Each rank has content of its own, and all of them have to leave out the same places.
+            return listed
+        return (listed and not differs) or content in self._contents
+
+    # -- going on ----------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        """Return what to save with a checkpoint, so that the places go on."""
+        state: dict[str, Any] = {"version": 1, "position": self.position, "in_pass": self._in_pass}
+        if hasattr(self.loader, "state_dict"):
+            state["loader"] = self.loader.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`.
+
+        A loader that has a state of its own goes on by itself. Another one is read again up to
+        there.
+
+        Raises:
+            UsageError: the state is of another version.
+        """
+        if state.get("version") != 1:
+            raise UsageError(
+                "a skipping loader cannot go on from this state", got=f"{state.get('version')!r}"
+            )
+        self.position = int(state["position"])
+        if "loader" in state and hasattr(self.loader, "load_state_dict"):
+            self.loader.load_state_dict(state["loader"])
+            self._forward = 0
+        else:
+            self._forward = int(state["in_pass"])
+
+
+def skipping(
+    loader: Iterable[Any],
+    skip_list: str | os.PathLike[str],
+    *,
+    before: int = 0,
+    after: int = 0,
+    start: int = 0,
+    batches_per_step: int | None = None,
+) -> Skipping:
+    """Iterate over a loader without the bad batches of a list.
+
+    Make it once, before the loop over epochs, and let it be the outermost wrapper, so that a batch
+    is handed out when the loop uses it. `jacdiag.watch(..., skip_list=FILE)` in the same loop
+    writes to the list. The list is read here, once; what is added later is left out in the next
+    run. With `torch.distributed` every rank has to call this: the list is that of rank 0, and all
+    ranks leave out the same places.
+
+    Args:
+        loader: anything that yields batches, such as a DataLoader.
+        skip_list: the file. One that is not there is an empty list.
+        before, after: how many batches around each bad one to leave out as well.
+        start: the place of the first batch, for a loader that goes on in the middle.
+        batches_per_step: of an optimizer step. Needed for lines of a loop that had no `skipping`
+            yet, which name steps and no places.
+
+    Returns:
+        An iterable over the batches, with `state_dict` and `load_state_dict`.
+
+    Raises:
+        UsageError: the list cannot be read, or an option has no meaning.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> path = Path(tempfile.mkdtemp()) / "skip.jsonl"
+        >>> _ = path.write_text('{"positions": [1]}\\n{"from": 4, "to": 5}\\n')
+        >>> list(skipping("abcdefg", path))
+        ['a', 'c', 'd', 'g']
+    """
+    for name, value in (("before", before), ("after", after), ("start", start)):
+        if not isinstance(value, int) or value < 0:
+            raise UsageError(f"{name} cannot be {value!r}", hint="a number of batches, 0 or more")
+    path = path_text(skip_list)
+    read = [
+        None
+        if _several_ranks() and dist.get_rank()
+        else _attempt(path, before, after, batches_per_step)
+    ]
+    if _several_ranks():
+        device = torch.device("cuda") if dist.get_backend() == "nccl" else None
+        dist.broadcast_object_list(read, src=0, device=device)
+    bad = read[0]
+    if isinstance(bad, UsageError):
+        raise bad
+    assert isinstance(bad, Bad)
+    if bad.unplaced:
+        text = (
+            "%d lines of %s name a step and no batch, such as step %d: batches_per_step= tells "
+            "which these are"
+        )
+        logger.warning(f"jacdiag.skipping: {text}", len(bad.unplaced), path, bad.unplaced[0])
+    return Skipping(loader, path, bad, start)
+
+
+def _attempt(path: str, before: int, after: int, batches_per_step: int | None) -> Bad | UsageError:
+    """Read the list; an error is a value, so that the other ranks do not wait for one that has
+    raised.
+    """
+    try:
+        return read_skip_list(path, before=before, after=after, batches_per_step=batches_per_step)
+    except UsageError as error:
+        return error
+
+
+def _several_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def content_of(batch: Any) -> str | None:
+    """Return a fingerprint of a batch; None if a part of it is on a device, which nobody should
+    wait for.
+
+    Of a large tensor a few thousand elements count, at equal distances.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    on_device = False
+
+    def take(leaf: Any) -> Any:
+        nonlocal on_device
+        if isinstance(leaf, str | int | float | bool):
+            digest.update(repr(leaf).encode())
+            return leaf
+        if not isinstance(leaf, Tensor):
+            digest.update(type(leaf).__name__.encode())
+            return leaf
+        if leaf.device.type != "cpu":
+            on_device = True
+            return leaf
+        flat = leaf.detach().reshape(-1)
+        flat = flat[:: max(flat.numel() // _ELEMENTS, 1)].contiguous()
+        digest.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
+        if flat.numel():
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
+        return leaf
+
+    map_leaves(take, dict(batch) if isinstance(batch, Mapping) else batch)
+    if on_device:
+        return None
+    return digest.hexdigest()

@@ -1,0 +1,175 @@
+"""Sums of squares of many tensors, in float64, on their device and without a look at them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+# elements summed in float32: off by 5e-9 at 81M elements, where one sum over all was off by 2.6e-3
+_CHUNK = 4096
+# float32 elements up to which one sum is taken: off by at most 7e-7 in 300 draws
+_WHOLE = 4 * _CHUNK
+
+_WITH_NORM = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LOW = (torch.float16, torch.bfloat16)
+
+
+def square_sums(tensors: Sequence[Tensor | None], device: torch.device | None = None) -> Tensor:
+    """Returns the sum of squares of each tensor, 0 for None: (len(tensors),), float64.
+
+    One call takes all tensors of a dtype, and nothing is sent to their device. On a GPU the partial
+    sums of that call are short. On a CPU a large tensor is summed in chunks: float32 sums over many
+    millions of elements lose three digits. Squares below 1e-38 are lost, so that an element below
+    1e-19 counts as 0.
+
+    Args:
+        tensors: of any shapes, dtypes and layouts; sparse ones by their values.
+        device: of the result; that of the first tensor if not given.
+
+    Example:
+        >>> square_sums([torch.tensor([3.0, 4.0]), None])
+        tensor([25.,  0.], dtype=torch.float64)
+    """
+    if device is None:
+        device = next((t.device for t in tensors if t is not None), torch.device("cpu"))
+    dtype = widest(device)
+    if not tensors:
+        return torch.zeros(0, dtype=dtype, device=device)
+    with torch.no_grad():
+        norms = _by_kind(tensors, device, _norms)
+        return torch.stack(norms).to(dtype).square()
+
+
+def largest_elements(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
+    """Return a number for each tensor that is finite if all its elements are: (len(tensors),).
+
+    On a GPU it is the largest absolute value. On a CPU it is 0 or inf, which takes one pass less.
+
+    Args:
+        tensors: of any shapes; those of a dtype without an infinity norm, and empty ones, count as
+            finite.
+        device: of the result. Nothing is sent to it from the host.
+    """
+    if not tensors:
+        return torch.zeros(0, device=device)
+    with torch.no_grad():
+        values = [None if t is None else _values(t) for t in tensors]
+        known = [
+            t if t is not None and t.dtype in _WITH_NORM and t.numel() else None for t in values
+        ]
+        return torch.stack(_by_kind(known, device, _largest))
+
+
+def find_nonfinite(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return which tensors hold a value that is not finite: (len(tensors),), bool, without a look
+    at their device.
+
+    Unlike a sum of squares this does not overflow: a weight of 1e30 is finite.
+
+    Args:
+        tensors: of any shapes; those of a dtype without an infinity norm, and empty ones, count as
+            finite.
+        device: of the result.
+    """
+    return largest_elements(tensors, device).isfinite().logical_not()
+
+
+def _by_kind(
+    tensors: Sequence[Tensor | None],
+    device: torch.device,
+    reduce: Callable[[list[Tensor]], list[Tensor]],
+) -> list[Tensor]:
+    """Reduce each tensor to one number on `device`, with one call for all that share device and
+    dtype.
+
+    Args:
+        tensors: None gives 0.
+        device: of the numbers.
+        reduce: takes tensors of one device and dtype, returns a number for each.
+    """
+    # 1. Sort the tensors by device and dtype; mostly there is one kind.
+    kinds: dict[tuple[torch.device, torch.dtype], tuple[list[int], list[Tensor]]] = {}
+    for place, tensor in enumerate(tensors):
+        if tensor is None:
+            continue
+        values = _values(tensor)
+        places, members = kinds.setdefault((values.device, values.dtype), ([], []))
+        places.append(place)
+        members.append(values)
+
+    # 2. Reduce each kind. From another device the numbers travel together.
+    numbers: list[Tensor | None] = [None] * len(tensors)
+    for (where, _), (places, members) in kinds.items():
+        reduced = reduce(members)
+        if where != device:
+            reduced = list(torch.stack(reduced).to(device, non_blocking=True).unbind())
+        for place, number in zip(places, reduced, strict=True):
+            numbers[place] = number
+
+    # 3. What is not there is 0.
+    present = [number for number in numbers if number is not None]
+    if len(present) == len(numbers):
+        return present
+    zero = torch.zeros((), device=device)
+    return [zero if number is None else number for number in numbers]
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """float64, or float32 on the one kind of device that has none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _values(t: Tensor) -> Tensor:
+    if t.is_sparse:
+        t = t.detach().coalesce().values()
+    return torch.view_as_real(t) if t.is_complex() else t
+
+
+def _norms(tensors: list[Tensor]) -> list[Tensor]:
+    """The norm of each of some tensors of one device and dtype, in float32 or float64."""
+    is_low = tensors[0].dtype in _LOW
+    dtype = torch.float32 if is_low else None
+    if tensors[0].device.type != "cpu":
+        return list(torch._foreach_norm(tensors, 2, dtype))
+    limit = _CHUNK if is_low else _WHOLE
+    large = [place for place, t in enumerate(tensors) if t.numel() > limit]
+    if not large:
+        return list(torch._foreach_norm(tensors, 2, dtype))
+    found: list[Tensor | None] = [None] * len(tensors)
+    for place in large:
+        found[place] = _chunked(tensors[place], dtype)
+    small = [t for t, norm in zip(tensors, found, strict=True) if norm is None]
+    norms = iter(torch._foreach_norm(small, 2, dtype) if small else [])
+    return [next(norms) if norm is None else norm for norm in found]
+
+
+def _largest(tensors: list[Tensor]) -> list[Tensor]:
+    if tensors[0].device.type != "cpu":
+        return list(torch._foreach_norm(tensors, math.inf))
+    flags = torch.stack([t.isfinite().all() for t in tensors])
+    return list(torch.where(flags, 0.0, math.inf).unbind())
+
+
+def _chunked(t: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The norm of a tensor on a CPU from the norms of its chunks, in float64."""
+    flat = _flat(t)
+    whole = flat.numel() // _CHUNK
+    norms = torch.linalg.vector_norm(flat[: whole * _CHUNK].view(whole, _CHUNK), dim=1, dtype=dtype)
+    if flat.numel() > whole * _CHUNK:
+        rest = torch.linalg.vector_norm(flat[whole * _CHUNK :], dim=0, keepdim=True, dtype=dtype)
+        norms = torch.cat([norms, rest])
+    return torch.linalg.vector_norm(norms, dtype=torch.float64)
+
+
+def _flat(t: Tensor) -> Tensor:
+    """All elements in the order of memory: a norm does not ask for another, and nothing is
+    copied.
+    """
+    if t.is_contiguous():
+        return t.view(-1)
+    if torch.ops.aten.is_non_overlapping_and_dense.default(t):
+        return t.as_strided((t.numel(),), (1,))
+    return t.reshape(-1)

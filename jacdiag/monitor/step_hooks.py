@@ -1,0 +1,192 @@
+"""Hooks before and after the step of optimizers, whatever class they are of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from jacdiag.errors import UsageError
+from jacdiag.monitor.fault_isolation import logger
+from jacdiag.monitor.optimizers import OptimizerTree
+
+StepCallback = Callable[[Any, bool], None]
+
+
+_OF_A_METHOD = ("__func__", "__self__", "__name__", "__wrapped__")
+
+
+class CompiledMark:
+    """Says that a compiled step ran: `torch.compile` keeps the assignment and nothing else of the
+    hooks.
+
+    Nothing of it is read while the step is traced, so that no guard depends on it and nothing is
+    compiled again.
+    """
+
+    def __init__(self) -> None:
+        self.ran = False
+
+
+class StepHooks:
+    """Call `before` and `after` around the step of each optimizer, until `remove`.
+
+    Each is called with the optimizer and whether the step was given a closure: then the gradients
+    are computed inside the step. An optimizer whose class runs torch's own step hooks gets those.
+    On any other, the attribute `step` of the object is covered by a `CoveredStep`.
+
+    Args:
+        tree: the optimizers.
+        before: called before a step.
+        after: called after a step that raised nothing.
+
+    Raises:
+        UsageError: an optimizer allows neither hooks nor an attribute.
+    """
+
+    def __init__(self, tree: OptimizerTree, before: StepCallback, after: StepCallback) -> None:
+        self.mark = CompiledMark()
+        self._removers: list[Callable[[], None]] = []
+        try:
+            for optimizer in tree.leaves:
+                self._attach(optimizer, before, after, needed=True)
+            for optimizer in tree.shells:
+                self._attach(optimizer, before, after, needed=False)
+        except Exception:
+            self.remove()
+            raise
+
+    def _attach(
+        self, optimizer: Any, before: StepCallback, after: StepCallback, *, needed: bool
+    ) -> None:
+        mark = self.mark
+        if runs_torch_hooks(optimizer):
+
+            def pre_hook(stepping: Any, args: Any, kwargs: Any) -> None:
+                if torch.compiler.is_compiling():
+                    mark.ran = True
+                    return
+                before(stepping, _has_closure(args, kwargs))
+
+            def post_hook(stepping: Any, args: Any, kwargs: Any) -> None:
+                if torch.compiler.is_compiling():
+                    return
+                after(stepping, _has_closure(args, kwargs))
+
+            self._removers.append(optimizer.register_step_pre_hook(pre_hook).remove)
+            self._removers.append(optimizer.register_step_post_hook(post_hook).remove)
+            return
+        cover = CoveredStep(optimizer, mark, before, after)
+        try:
+            cover.attach()
+        except (AttributeError, TypeError) as error:
+            if not needed:  # the optimizers inside have hooks
+                logger.debug(
+                    "jacdiag.watch: the step of a %s cannot be covered", type(optimizer).__name__
+                )
+                return
+            raise UsageError(
+                f"the steps of a {type(optimizer).__name__} cannot be seen",
+                got=(
+                    "an object whose attribute `step` cannot be set, and that is no initialised "
+                    "torch.optim.Optimizer"
+                ),
+                hint=(
+                    "call super().__init__(params, defaults) in a subclass of torch.optim.Optimizer"
+                ),
+            ) from error
+        self._removers.append(cover.remove)
+
+    def remove(self) -> None:
+        """Take everything off the optimizers."""
+        for remove in self._removers:
+            remove()
+        self._removers.clear()
+
+
+class CoveredStep:
+    """Stands in the place of an object's `step`, calls it, and is pickled and copied as that
+    `step`.
+
+    Args:
+        optimizer: the object.
+        mark: set where the call is compiled.
+        before: called before a step.
+        after: called after a step that raised nothing.
+    """
+
+    def __init__(
+        self, optimizer: Any, mark: CompiledMark, before: StepCallback, after: StepCallback
+    ) -> None:
+        self.optimizer, self.mark, self.before, self.after = optimizer, mark, before, after
+        self.step = optimizer.step
+        # another library has covered it before
+        self.own = "step" in getattr(optimizer, "__dict__", {})
+        self.active = False
+
+    def attach(self) -> None:
+        self.optimizer.step = self
+        self.active = True
+
+    def remove(self) -> None:
+        """Give the object its own `step` back; where another library has covered this one, only
+        call through.
+        """
+        self.active = False
+        self.before = self.after = _do_nothing  # whoever still holds this does not hold the watch
+        if vars(self.optimizer).get("step") is self:
+            if self.own:
+                self.optimizer.step = self.step
+            else:
+                del self.optimizer.step
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            self.mark.ran = True
+            return self.step(*args, **kwargs)
+        if not self.active:
+            return self.step(*args, **kwargs)
+        closure = _has_closure(args, kwargs)
+        self.before(self.optimizer, closure)
+        result = self.step(*args, **kwargs)
+        if self.active:
+            self.after(self.optimizer, closure)
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        """Look everything else up on the covered step: schedulers ask for `__func__` and
+        `__self__`.
+        """
+        if name == "step" or (name.startswith("__") and name not in _OF_A_METHOD):
+            raise AttributeError(name)
+        return getattr(self.step, name)
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.optimizer, "step")
+
+
+def check_attachable(tree: OptimizerTree) -> None:
+    """Raise UsageError if the steps of an optimizer cannot be seen; leaves nothing on it."""
+    StepHooks(tree, _do_nothing, _do_nothing).remove()
+
+
+def runs_torch_hooks(optimizer: Any) -> bool:
+    """Return whether the object's class runs torch's step hooks: a subclass may have left
+    `super().__init__()` out.
+    """
+    if not isinstance(optimizer, Optimizer) or "_optimizer_step_pre_hooks" not in vars(optimizer):
+        return False
+    return bool(getattr(type(optimizer).step, "hooked", False))
+
+
+def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a step was given a closure; `args` may begin with the optimizer itself."""
+    return callable(kwargs.get("closure")) or any(
+        callable(a) and not isinstance(a, Optimizer) for a in args
+    )
+
+
+def _do_nothing(optimizer: Any, closure: bool) -> None:
+    """Stand in for the callbacks of a watch that has ended."""

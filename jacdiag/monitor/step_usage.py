@@ -1,0 +1,145 @@
+"""Check that `step` is called where it is meant to be, and that the optimizer's steps are seen.
+Warn once if not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from typing import Any
+
+_UNSEEN = 5  # steps that moved the weights unseen; one or two may be an edit of the weights by hand
+_NEVER = 24  # calls without any step: a loss scaler that starts at 2^16 needs at most 16 to reach 1
+# equal counts of calls per step in a row; a loss scaler skips now and then, not in a rhythm
+_REPEATS = 6
+
+
+class Outcome(StrEnum):
+    """What was seen of the optimizers between two calls of `step`.
+
+    Attributes:
+        SEEN: the hooks of a step ran.
+        COMPILED: a step ran that `torch.compile` had compiled; its hooks are not in it.
+        UNSEEN: no hook ran, and the weights changed.
+        NONE: no hook ran, and the weights did not change as far as PyTorch counts changes.
+    """
+
+    SEEN = "seen"
+    COMPILED = "compiled"
+    UNSEEN = "unseen"
+    NONE = "none"
+
+
+class Usage:
+    """Counts optimizer steps between calls of `step`.
+
+    Args:
+        optimizers: those that are watched.
+        warn: called with (topic, text) if something is wrong.
+
+    Attributes:
+        stepped: optimizer steps since the last call.
+        ever: an optimizer step was seen.
+        called: `step` was called.
+    """
+
+    def __init__(self, optimizers: Sequence[Any], warn: Callable[[str, str], None]) -> None:
+        self.kinds = " and ".join(
+            dict.fromkeys(type(optimizer).__name__ for optimizer in optimizers)
+        )
+        self.count, self.warn = len(optimizers), warn
+        self.stepped, self.called, self.ever = 0, False, False
+        self._unseen = self._without = 0
+        self._seen = False  # a hook ran
+        self._calls = 0  # calls since the last one that had a step before it
+        self._run, self._repeats = 0, 0
+
+    def optimizer_steps(self) -> None:
+        """Count a step of one optimizer."""
+        self.stepped += 1
+        self.ever = self._seen = True
+        if self.stepped == 100 * self.count:
+            self.warn(
+                "use",
+                "100 optimizer steps without a call of step: call w.step(loss) once per optimizer "
+                "step",
+            )
+
+    def step_called(self, outcome: Outcome, *, overflow: bool = False) -> None:
+        """Take what was seen since the last call.
+
+        Args:
+            outcome: of the optimizers.
+            overflow: the gradient norm that the loop passed was not finite, so that a missing step
+                is explained.
+        """
+        self.stepped, self.called = 0, True
+        if outcome is Outcome.COMPILED:
+            self._explain_compiled()
+        self._unseen = self._unseen + 1 if outcome is Outcome.UNSEEN else 0
+        if self._unseen == _UNSEEN:
+            self.warn("unseen", self._unseen_text())
+        if outcome is not Outcome.NONE:
+            self.ever = True
+        if overflow:
+            return
+        if not self.ever:
+            self._without += 1
+            if self._without == _NEVER:
+                self.warn("unseen", self._never_text())
+        self._count_calls(outcome)
+
+    def _count_calls(self, outcome: Outcome) -> None:
+        """Notice several calls per optimizer step, the same number each time."""
+        if outcome is Outcome.NONE:
+            self._calls += 1
+            return
+        same = self._calls > 0 and self._calls == self._run
+        self._repeats = self._repeats + 1 if same else 0
+        self._run, self._calls = self._calls, 0
+        if self._repeats == _REPEATS:
+            self.warn(
+                "use",
+                f"step was called {self._run + 1} times for each step of the optimizer: "
+                "call it once per optimizer step, after optimizer.step()",
+            )
+
+    def _explain_compiled(self) -> None:
+        self.warn(
+            "compiled",
+            f"the step of {self.kinds} runs compiled by torch.compile, and the hooks of the watch "
+            "are not in it: "
+            "gradient norms are read at w.step(), and the update norm keeps a copy of one "
+            "sub-layer between two "
+            "calls. Call optimizer.zero_grad() after w.step(loss), or no gradient is left to "
+            "read; pass lr= if a "
+            "scheduler steps before w.step()",
+        )
+
+    def _unseen_text(self) -> str:
+        if self._seen:
+            return (
+                f"no optimizer step seen: step() of {self.kinds} has not been called for "
+                f"{_UNSEEN} steps, though the "
+                "weights change. If another optimizer has taken over, call "
+                "w.set_optimizer(optimizer)"
+            )
+        return (
+            f"no optimizer step seen: the weights change, but step() of {self.kinds} is not "
+            "called. Gradient norms are "
+            "read at w.step() if the gradients are still there then: clear them after it. Update "
+            "norms need the "
+            "optimizer whose step() is called"
+        )
+
+    def _never_text(self) -> str:
+        return (
+            f"no optimizer step seen: step() of {self.kinds} was not called in the first {_NEVER} "
+            "calls of w.step(). "
+            "Pass the optimizer whose step() is called"
+        )
+
+    def ended(self) -> None:
+        """Warn if `step` was never called in a run with optimizer steps."""
+        if self.stepped and not self.called:
+            self.warn("use", "step was never called: call w.step(loss) once per optimizer step")

@@ -1,0 +1,251 @@
+"""Weights that something other than the optimizer has written between two of its steps.
+
+A sample of every weight matrix is read when the step of its optimizer has ended, and again when the
+next one begins. In between nothing that belongs to training writes to a weight. So any difference
+is a write from outside: an init, a checkpoint, an average that was swapped in, an edit in place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cache
+from math import gcd
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jacdiag.monitor.parameter_groups import Groups, Member
+from jacdiag.monitor.step_metrics import WRITTEN, Figures
+
+SAMPLE = 128  # elements of each matrix
+NOTED = 0.01  # relative change from which a write is told; swaps in bf16 and back are off by 0.004
+_MOST_OPTIMIZERS = 8  # each has its own reading; one optimizer per weight would cost too much
+_TOLD = 20  # weights of one step that the log names
+
+
+class WeightWrites:
+    """Compare samples of the weights across the gap between two optimizer steps.
+
+    The samples stay on the device. The weights themselves are held only while a step runs, so that
+    a loop may move or free them in between. Vectors, weights of foreign tensor classes and those on
+    another device are not read. Of a sharded weight the piece of the leading rank is.
+
+    Args:
+        groups: the sub-layers.
+        holders: id of a parameter -> the number of the optimizer that updates it.
+        count: how many optimizers there are; with more than eight nothing is read.
+        device: of the figures.
+        capacity: steps between two looks at the device.
+    """
+
+    def __init__(
+        self,
+        groups: Groups,
+        holders: Mapping[int, int],
+        count: int,
+        device: torch.device,
+        capacity: int,
+    ) -> None:
+        self.groups, self.device = groups, device
+        self.parts: dict[int, list[int]] = {}  # optimizer -> places of its members
+        if count <= _MOST_OPTIMIZERS:
+            for place, member in enumerate(groups.members):
+                holder = holders.get(id(member.parameter))
+                if holder is not None and _is_readable(member, device):
+                    self.parts.setdefault(holder, []).append(place)
+        # Sums of squares before and after the gap, and of the difference: (steps, 3, parameters).
+        self.sums = torch.zeros(capacity, 3, len(groups.members), device=device)
+        self._read_sums = self.sums[:0]
+        self.before: dict[int, Tensor] = {}  # optimizer -> the sample at the end of its last step
+        self.ended: dict[int, int] = {}  # optimizer -> that step
+        self.views: dict[int, list[Tensor]] = {}
+        self.owners: dict[int, Tensor] = {}
+
+    def begin(self, optimizer: int, figures: Figures) -> None:
+        """Compare the weights with what the last step has left; call before a step."""
+        places = self.parts.get(optimizer)
+        if not places:
+            return
+        with torch.no_grad():
+            if optimizer in self.views:  # the last step was left by an exception
+                self.before.pop(optimizer, None)
+            self.views[optimizer] = [_strided(self.groups.members[place]) for place in places]
+            self._compare(optimizer, figures)
+
+    def look_again(self, figures: Figures) -> None:
+        """Compare once more; call inside a step with a closure, after the closure and before the
+        update.
+        """
+        with torch.no_grad():
+            for optimizer in self.views:
+                self._compare(optimizer, figures)
+
+    def end(self, optimizer: int, step: int) -> None:
+        """Read the weights that a step has left.
+
+        Args:
+            optimizer: its number.
+            step: the number of the step.
+        """
+        views = self.views.pop(optimizer, None)
+        if views is None:
+            return
+        with torch.no_grad():
+            members = [self.groups.members[place] for place in self.parts[optimizer]]
+            if any(
+                _piece(m).data_ptr() != view.data_ptr()
+                for m, view in zip(members, views, strict=True)
+            ):
+                views = [_strided(member) for member in members]
+            self.before[optimizer] = torch.cat(views)
+            self.ended[optimizer] = step
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the samples at the end of the last steps, by the names of the weights; looks at
+        the device.
+        """
+        samples: dict[str, Tensor] = {}
+        for optimizer, before in self.before.items():
+            members = [self.groups.members[place] for place in self.parts[optimizer]]
+            with torch.no_grad():
+                counts = [len(_strided(member)) for member in members]
+            for member, sample in zip(members, before.float().cpu().split(counts), strict=True):
+                samples[member.name] = sample.clone()
+        return samples
+
+    def load(self, samples: Mapping[str, Tensor], step: int) -> None:
+        """Go on from the samples that a checkpoint was made with; optimizers whose weights have
+        others are left out.
+
+        Args:
+            samples: what `state` returned.
+            step: the step that it was made after.
+        """
+        for optimizer, places in self.parts.items():
+            members = [self.groups.members[place] for place in places]
+            known = [samples.get(member.name) for member in members]
+            with torch.no_grad():
+                counts = [len(_strided(member)) for member in members]
+            if [None if sample is None else len(sample) for sample in known] == counts:
+                self.before[optimizer] = torch.cat(known).to(self.device)  # type: ignore[arg-type]
+                self.ended[optimizer] = step
+
+    def forget(self) -> None:
+        """Compare nothing with what was read so far: a step was made that nobody saw."""
+        self.before.clear()
+        self.views.clear()
+
+    def _compare(self, optimizer: int, figures: Figures) -> None:
+        """Compare with the last sample, if there is one; the new one takes its place."""
+        before = self.before.pop(optimizer, None)
+        if before is None:
+            return
+        views = self.views[optimizer]
+        after = self.before[optimizer] = torch.cat(views)
+        if after.shape != before.shape or (
+            self.device.type == "cpu" and torch.equal(before, after)
+        ):
+            return
+        # 1. Sums of squares of each weight's sample.
+        owner = self.owners.get(optimizer)
+        if owner is None or len(owner) != len(after):
+            counts = torch.tensor([len(view) for view in views])
+            owner = torch.tensor(self.parts[optimizer]).repeat_interleave(counts).to(self.device)
+            self.owners[optimizer] = owner
+        before, after = before.float(), after.float()
+        squares = torch.stack([before, after, after - before]).square()
+        sums = torch.zeros_like(self.sums[0]).index_add_(1, owner, squares)
+        # 2. Put them beside the row at hand, and the largest change into it.
+        slot = figures.slot
+        if not figures.now.written_after:
+            self.sums[slot] = 0
+        self.sums[slot] += sums
+        largest = _relative_change(sums).max().to(figures.table.dtype)
+        figures.table[slot, WRITTEN] = torch.fmax(figures.table[slot, WRITTEN], largest)
+        figures.now.written_after = self.ended[optimizer]
+
+    def keep_read(self, rows: int) -> None:
+        """Keep what belongs to the rows that are read now; call when the figures are read."""
+        self._read_sums = self.sums[:rows].clone()
+        if rows < len(self.sums):
+            self.sums[0] = self.sums[rows]
+
+    def describe(self, place: int) -> dict[str, Any]:
+        """Return the writes of one of the rows read last, the largest first; looks at the
+        device.
+        """
+        sums = self._read_sums[place].double().cpu()
+        changes = _relative_change(sums)
+        # of equal ones by depth
+        order = sorted(range(len(changes)), key=lambda k: -round(float(changes[k]), 3))
+        chosen = [k for k in order if changes[k] >= NOTED]
+        weights = [
+            _describe_one(self.groups.members[k].name, *sums[:, k].sqrt().tolist())
+            for k in chosen[:_TOLD]
+        ]
+        return {"count": len(chosen), "of": sum(map(len, self.parts.values())), "weights": weights}
+
+
+def _describe_one(name: str, before: float, after: float, difference: float) -> dict[str, Any]:
+    """What is known of one write.
+
+    `change` is the norm of the difference over the smaller of the two norms, `times` the factor of
+    the norm; either is None where it is infinite. `scaled` says that the new weight is a multiple
+    of the old one.
+    """
+    smaller = min(before, after)
+    scaled = before > 0 and abs(difference - abs(after - before)) <= 1e-3 * difference
+    return {
+        "weight": name,
+        "change": difference / smaller if smaller else None,
+        "times": after / before if before else None,
+        "scaled": scaled,
+    }
+
+
+def _relative_change(sums: Tensor) -> Tensor:
+    """The norm of the difference over the smaller norm, of each weight; 0 for what is not finite or
+    was not read.
+
+    Whether a weight is finite is the matter of another rule.
+    """
+    before, after, difference = sums.unbind()
+    changed = difference.sqrt() / torch.minimum(before, after).sqrt()
+    return torch.where(
+        sums.isfinite().all(dim=0) & (difference > 0), changed, torch.zeros_like(changed)
+    )
+
+
+def _is_readable(member: Member, device: torch.device) -> bool:
+    """Whether a weight is a plain matrix on the device of the figures, or a shard of one."""
+    piece = _piece(member)
+    if type(piece) not in (Tensor, torch.nn.Parameter) or piece.ndim < 2 or not piece.numel():
+        return False
+    if not piece.is_floating_point() or piece.layout is not torch.strided:
+        return False
+    return piece.device == device and torch.ops.aten.is_non_overlapping_and_dense.default(piece)
+
+
+def _piece(member: Member) -> Tensor:
+    """The tensor that this rank holds; `to_local` would build a new one at each step."""
+    parameter: Any = member.parameter
+    piece: Tensor = getattr(parameter, "_local_tensor", parameter)
+    return piece
+
+
+def _strided(member: Member) -> Tensor:
+    """A view of elements that lie evenly in a weight, and not in one of its columns alone."""
+    piece = _piece(member)
+    count, stride = _sample_layout(piece.numel(), piece.shape[-1])
+    return piece.as_strided((count,), (stride,))  # in the order of memory
+
+
+@cache
+def _sample_layout(elements: int, columns: int) -> tuple[int, int]:
+    """How many elements of a matrix are sampled, and how far apart they lie in memory."""
+    stride = max(elements // SAMPLE, 1)
+    while stride > 1 and gcd(stride, columns) > 1:
+        stride -= 1
+    return min(math.ceil(elements / stride), SAMPLE), stride

@@ -1,0 +1,340 @@
+"""The weights-only tier: the report of a state dict whose model is not known. Nothing is run.
+
+Three steps: read the names (`roles_by_name`), summarise each matrix (std, spectral norm, draw),
+build the report.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from jacdiag.measure.init_contract import TABLES, record_of, with_sections, without_adapters
+from jacdiag.measure.init_distribution import copies_of, draw_of, std_of
+from jacdiag.measure.init_or_trained import State, decide_state, judge_weights
+from jacdiag.measure.nonfinite_weights import non_finite_weights
+from jacdiag.measure.repeated_draws import streams_of
+from jacdiag.measure.roles_by_name import NamedModel, NamedSublayer, is_matrix, read_names
+from jacdiag.measure.token_statistics import spread_of
+from jacdiag.measure.weight_statistics import bound_ffn, weight_stats
+from jacdiag.records.init_contract import ContractRecord
+from jacdiag.records.report import ModelRecord, Report, Spread, SublayerRecord, WeightStats
+from jacdiag.sources import Source
+from jacdiag.sources.training_history import history_of
+
+NOT_MEASURED = (
+    "shortcut_std",
+    "branch_norm",
+    "residual_norm",
+    "core_norm",
+    "norm_gain",
+    "placement",
+    "bound",
+    "tightness",
+)
+OUTSIDE = ("embedding", "positions", "cls", "projection", "head")
+NO_ROLE = "no role could be told from its name and shape"
+NO_WEIGHT = "a mask or a table that the model computes, as its name says"
+# BERT's `embeddings.LayerNorm`, BLOOM's `word_embeddings_layernorm`, BART's
+# `layernorm_embedding`, RWKV's `pre_ln`.
+_NORM_OF_EMBEDDING = re.compile(
+    r"(?i)emb\w*[._](\w*norm|ln)|norm_emb|ln_(emb|pre)|pre_(ln|layer_?norm)"
+)
+
+
+@dataclass(frozen=True)
+class EmbeddingFacts:
+    """What the embedding's rows say of the stream.
+
+    Attributes:
+        rows: std of each row, summarised; None where the rows are not what enters the first
+            layer.
+        note: the reason, or what limits the numbers.
+    """
+
+    rows: Spread | None
+    note: str
+
+
+def weights_report(source: Source, given: State | None = None) -> Report:
+    """Return the report of a state dict without a model.
+
+    Nothing is run, so that no Jacobian is measured and placements are unknown. Eq. 15 is given
+    at the first layer, where sigma_x' is the std of the embedding's rows.
+
+    Args:
+        source: holds the state dict; its model is None.
+        given: the state, if the user said it.
+    """
+    state = {name: tensor for name, tensor in source.state.items() if tensor.is_floating_point()}
+    # 1. Classify.
+    model = read_names({name: tuple(tensor.shape) for name, tensor in state.items()})
+    # 2. Summarise.
+    decision = decide_state(
+        given,
+        history_of(source),
+        lambda: judge_weights({name: state[name] for name in _matrices(model)}),
+    )
+    phase = decision.state
+    embedding = summarise_embedding(state, model)
+    stats = summarise_weights(state, model)
+    # 3. Build.
+    records = [
+        build_sublayer(index, sublayer, model, stats, phase, embedding)
+        for index, sublayer in enumerate(model.sublayers)
+    ]
+    broken = non_finite_weights(state)
+    notes = [f"weights only: {source.why_weights}"] if source.why_weights else []
+    return Report(
+        source=source.info,
+        tier="weights",
+        state=phase,
+        state_reason=decision.reason,
+        state_basis=decision.basis,
+        probe=None,
+        model=build_model(state, model, stats),
+        sublayers=records,
+        settings={"checks": {"non_finite": broken.names}},
+        notes=[*notes, *_notes_on_layers(model), *source.notes, *broken.notes],
+        contract=build_contract(state, model),
+    )
+
+
+# -- Summarise -------------------------------------------------------------------------------------
+def _matrices(model: NamedModel) -> list[str]:
+    """Return the matrices of sub-layers and those around them, not what the model computes."""
+    outside = [name for name, weight in model.weights.items() if weight.role in OUTSIDE]
+    return list(dict.fromkeys([*_matrices_of_sublayers(model), *outside]))
+
+
+def _matrices_of_sublayers(model: NamedModel) -> list[str]:
+    return [name for sublayer in model.sublayers for name in sublayer.roles]
+
+
+def summarise_weights(state: Mapping[str, Tensor], model: NamedModel) -> dict[str, WeightStats]:
+    """Return std and norm of every matrix of a sub-layer, and the std of every other matrix.
+
+    The norm of an embedding of 50,000 rows costs much and says nothing here.
+    """
+    stats: dict[str, WeightStats] = {}
+    for name in _matrices_of_sublayers(model):
+        figures = weight_stats(name, state[name])
+        if figures is not None:
+            stats[name] = figures
+    for name, weight in model.weights.items():
+        if name not in stats and weight.role in OUTSIDE:
+            figures = weight_stats(name, state[name], norm=False, std=std_of(state[name]))
+            if figures is not None:
+                stats[name] = figures
+    return stats
+
+
+def summarise_embedding(state: Mapping[str, Tensor], model: NamedModel) -> EmbeddingFacts:
+    """Return what the widest embedding says of the stream before the first layer."""
+    tables = [name for name in model.with_role("embedding") if state[name].dim() == 2]
+    if not tables:
+        return EmbeddingFacts(
+            None, "Eq. 15 needs sigma_x', and no weight's name is that of an embedding"
+        )
+    widest = max(tables, key=lambda name: state[name].shape[0])
+    features = state[widest].shape[1]
+    if features != model.width:
+        return EmbeddingFacts(
+            None,
+            f"Eq. 15 needs sigma_x', and the embedding's {features} features are not those of the "
+            "stream",
+        )
+    norm = next(
+        (
+            name
+            for name, weight in model.weights.items()
+            if _is_norm_of_embedding(name, weight.role)
+        ),
+        None,
+    )
+    if norm is not None:
+        return EmbeddingFacts(
+            None, f"Eq. 15 needs sigma_x', and a norm follows the embedding: {norm}"
+        )
+    limits = (
+        "that of the embedding's rows; a scale or a norm on the embedding is not visible in weights"
+    )
+    return EmbeddingFacts(spread_of(state[widest]), limits)
+
+
+def _is_norm_of_embedding(name: str, role: str) -> bool:
+    return role == "norm_gain" and _NORM_OF_EMBEDDING.search(name) is not None
+
+
+# -- Build -----------------------------------------------------------------------------------------
+def build_model(
+    state: Mapping[str, Tensor], model: NamedModel, stats: Mapping[str, WeightStats]
+) -> ModelRecord:
+    """Return the model's sizes, and which of its weights have no role."""
+    left = {
+        name: NO_ROLE for name, tensor in state.items() if tensor.dim() >= 2 and name not in stats
+    }
+    for name in left:
+        if not is_matrix(name, state[name].shape):
+            left[name] = NO_WEIGHT
+    return ModelRecord(
+        name="",
+        parameters=sum(tensor.numel() for tensor in state.values()),
+        layers=model.layers,
+        width=model.width,
+        covered_parameters=sum(
+            tensor.numel() for name, tensor in state.items() if name not in left
+        ),
+        uncovered=list(left),
+        uncovered_reasons=left,
+        weights={
+            name: stats[name] for name, weight in model.weights.items() if weight.role in OUTSIDE
+        },
+    )
+
+
+def build_sublayer(
+    index: int,
+    sublayer: NamedSublayer,
+    model: NamedModel,
+    stats: Mapping[str, WeightStats],
+    phase: str,
+    embedding: EmbeddingFacts,
+) -> SublayerRecord:
+    """Return the record of a sub-layer, with the bound of Eq. 15 at the first FFN.
+
+    Args:
+        index: position among all sub-layers.
+        sublayer: as its names show it.
+        model: that it belongs to.
+        stats: of every matrix.
+        phase: "init" or "trained".
+        embedding: gives sigma_x' at the first layer.
+    """
+    notes = dict.fromkeys(NOT_MEASURED, "weights only: no model was run")
+    bound = None
+    is_first = sublayer.layer == 0
+    if sublayer.kind == "mlp" and not is_first:
+        notes["bound"] = "Eq. 15 needs sigma_x', which only the first layer's embedding gives"
+    if sublayer.kind == "mlp" and is_first:
+        bound, why = bound_of_first_ffn(sublayer, model, stats, phase, embedding)
+        notes["bound"] = why
+        notes["shortcut_std"] = embedding.note
+    weights, others = _weights_by_role(sublayer, stats)
+    if others:
+        notes["weights"] = (
+            "of several matrices of one role, that of the largest norm is given: "
+            f"{', '.join(others)}"
+        )
+    return SublayerRecord(
+        name=sublayer.name,
+        index=index,
+        depth=sublayer.layer,
+        kind=sublayer.report_kind,
+        placement=None,
+        shortcut_std=embedding.rows if is_first else None,
+        shortcut_gain=None,
+        bound=bound,
+        weights=weights,
+        parameters=list(sublayer.roles),
+        notes={key: note for key, note in notes.items() if note},
+    )
+
+
+def _weights_by_role(
+    sublayer: NamedSublayer, stats: Mapping[str, WeightStats]
+) -> tuple[dict[str, WeightStats], list[str]]:
+    """Return one matrix for each role, that of the largest norm, and the roles of several.
+
+    A matrix without a role is listed by its own name inside the sub-layer. Experts share their
+    roles.
+    """
+    weights: dict[str, WeightStats] = {}
+    several: dict[str, None] = {}
+    for name, role in sublayer.roles.items():
+        if name not in stats or role == "positions":
+            continue
+        key = role or name.removeprefix(f"{sublayer.name}.").removesuffix(".weight")
+        if key not in weights:
+            weights[key] = stats[name]
+            continue
+        several[key] = None
+        if (stats[name].norm or 0.0) > (weights[key].norm or 0.0):
+            weights[key] = stats[name]
+    return weights, list(several)
+
+
+def bound_of_first_ffn(
+    sublayer: NamedSublayer,
+    model: NamedModel,
+    stats: Mapping[str, WeightStats],
+    phase: str,
+    embedding: EmbeddingFacts,
+) -> tuple[float | None, str]:
+    """Return the bound of Eq. 15, or None and the reason."""
+    if phase != "init":
+        return None, "Eq. 15 describes an initial state; these weights are trained"
+    names = {role: name for name, role in sublayer.roles.items()}
+    if len(sublayer.roles) != 2 or set(names) != {"W_1", "W_2"}:
+        return None, "Eq. 15 is for an FFN of two matrices"
+    if embedding.rows is None:
+        return None, embedding.note
+    first, second = stats[names["W_1"]], stats[names["W_2"]]
+    sizes = model.weights[names["W_1"]]
+    if first.std is None or second.std is None or not embedding.rows.median > 0:
+        return None, "Eq. 15 needs finite weights and an embedding that is not zero"
+    if sizes.fan_in is None or sizes.fan_out is None:
+        return None, "Eq. 15 needs the sizes of W_1, which its shape does not give"
+    return bound_ffn(first.std, second.std, embedding.rows.median, sizes.fan_in, sizes.fan_out), ""
+
+
+def build_contract(state: Mapping[str, Tensor], model: NamedModel) -> ContractRecord:
+    """Return the contract record: roles by name, sizes by shape. Tensors are read one at a time."""
+    sizes: dict[str, float] = {"N": model.layers}
+    if model.width:
+        sizes["d"] = model.width
+    tables = [
+        state[name].shape[0] for name in model.with_role("embedding") if state[name].dim() == 2
+    ]
+    if tables:
+        sizes["V"] = max(tables)
+    uses = without_adapters({name: weight.use for name, weight in model.weights.items()})
+    draws = {
+        name: draw_of(state[name], table=weight.role in TABLES)
+        for name, weight in model.weights.items()
+    }
+    copies = copies_of(draws, state)
+    streams = streams_of(draws, state)
+    weights = [
+        replace(
+            record_of(name, state[name].shape, uses[name], draws[name], kind=weight.kind),
+            same_as=copies.get(name, ""),
+            stream_of=streams.get(name, ""),
+        )
+        for name, weight in model.weights.items()
+    ]
+    return ContractRecord(family="", sizes=sizes, weights=with_sections(weights, state))
+
+
+def _notes_on_layers(model: NamedModel) -> list[str]:
+    """Return a note where layers share weights (ALBERT), or where no name is that of a residual
+    layer.
+    """
+    if not model.sublayers:
+        return [
+            "no weight has a name that is known from a residual layer, so no layer is counted: "
+            "their roles come "
+            "from the model itself with --model FACTORY"
+        ]
+    if any("layer_groups" in sublayer.stack for sublayer in model.sublayers):
+        return [
+            (
+                "layers that share their weights are counted once: how often they run is not in "
+                "the "
+                "weights"
+            )
+        ]
+    return []

@@ -1,0 +1,236 @@
+"""What a backtest says, as plain data: labels of runs, figures by how well they rank them, what
+live rules did.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, Literal
+
+from jacdiag.records.base import SCHEMA_VERSION, Record
+from jacdiag.records.risk import RiskCurve
+
+Outcome = Literal["diverged", "spiked", "healthy"]
+
+
+@dataclass(frozen=True)
+class Label(Record):
+    """What became of a run.
+
+    Attributes:
+        outcome: the worst of what was seen.
+        spike_rate: per 10,000 steps.
+        spike_score: share of steps.
+        left: index of the first step of the divergence, or of the first spike; None for a healthy
+            run.
+        final: median loss of the last tenth, nan where none is finite.
+        steps: how many were looked at.
+    """
+
+    outcome: Outcome
+    spike_rate: float
+    spike_score: float
+    left: int | None
+    final: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class Estimate(Record):
+    """A statistic with its bootstrap interval; None where it is not defined (a class is empty).
+
+    Attributes:
+        value, lower, upper: percentile interval at `level`.
+        resamples: in which the statistic was defined.
+    """
+
+    value: float | None
+    lower: float | None = None
+    upper: float | None = None
+    level: float = 0.95
+    resamples: int = 0
+
+
+@dataclass(frozen=True)
+class Operating(Record):
+    """A threshold, and what it does: `score > threshold` is an alarm.
+
+    Attributes:
+        false_alarms: share of good runs that it alarms on.
+        recall: share of bad runs that it finds.
+        precision: share of its alarms that are bad runs; None without an alarm.
+    """
+
+    threshold: float
+    false_alarms: float
+    recall: float
+    precision: float | None
+
+
+@dataclass(frozen=True)
+class Bin(Record):
+    """Runs that were given about the same chance: the chance, how many there were, how many went
+    wrong.
+    """
+
+    chance: float
+    runs: int
+    bad: int
+    lower: float
+    upper: float
+
+
+@dataclass(frozen=True)
+class Ranking(Record):
+    """How well one figure ranks bad runs above good ones.
+
+    Attributes:
+        over_all: all runs together; an architecture that fails always shows here.
+        within: only runs of the same stratum are compared.
+        given_lr: only runs of the same stratum and learning rate are compared.
+        all_pairs: the same with every pair that it was not measured for as a tie; figures are put
+            in order by it.
+        by_stratum: AUROC in each stratum, None where one class is empty.
+        given_by_stratum: the same with the learning rate given, None where no pair can be made.
+        operating: at the asked false-alarm rate, over all strata.
+        trivial: a classifier that knows nothing of the model's Jacobians.
+        measured: runs that have the figure.
+    """
+
+    name: str
+    over_all: Estimate
+    within: Estimate
+    given_lr: Estimate
+    all_pairs: float | None
+    by_stratum: dict[str, float | None]
+    given_by_stratum: dict[str, float | None]
+    operating: Operating | None
+    trivial: bool
+    measured: int
+
+
+@dataclass(frozen=True)
+class Level(Record):
+    """A level of a factor that was left out: its runs, how many went wrong, the one figure that the
+    others chose.
+    """
+
+    runs: int
+    bad: int
+    figure: str | None
+
+
+@dataclass(frozen=True)
+class Transfer(Record):
+    """How what other levels taught came out on the runs of one architecture.
+
+    Attributes:
+        auroc: of the chance, learning rate given.
+        figures: that the other levels chose for it, the most frequent first.
+        expected, observed: mean chance, and the share that went wrong.
+        brier: mean squared distance between chance and outcome.
+    """
+
+    runs: int
+    bad: int
+    auroc: float | None
+    expected: float | None
+    observed: float | None
+    brier: float | None
+    figures: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class HeldOut(Record):
+    """Every level of a factor in turn was left out of all choices, and then foretold.
+
+    Attributes:
+        auroc: of the chance, by the figure that the other levels chose for each architecture; only
+            runs of the same level, architecture and rate are compared.
+        one_figure: the same of a single figure for all architectures.
+        trivial: the same of classifiers that know no Jacobian, on the runs that have a chance.
+        brier, brier_rate_alone: of the chance, and of one that knows architecture and learning rate
+        only. false_alarms, recall: of the chance at the threshold that the other levels chose.
+        calibration: chances against outcomes.
+        transfer: by architecture.
+    """
+
+    factor: str
+    levels: dict[str, Level]
+    auroc: Estimate
+    one_figure: Estimate
+    trivial: dict[str, Estimate]
+    brier: float | None
+    brier_rate_alone: float | None
+    false_alarms: float | None
+    recall: float | None
+    calibration: list[Bin]
+    transfer: dict[str, Transfer]
+
+
+@dataclass(frozen=True)
+class Detector(Record):
+    """What one live rule did: alarms on healthy runs, and how early it spoke of those that went
+    wrong.
+
+    Attributes:
+        found: bad runs on which it spoke before or at the step at which the loss left its band.
+        ahead: those with a lead of `lead` steps or more.
+        leads: steps between its first alert and that step, one a found run.
+        alarms: on healthy runs; `healthy_steps` is how long these are together.
+        ahead_by_outcome: "diverged", "spiked" -> [as many as `ahead`, bad runs of it].
+    """
+
+    code: str
+    bad: int
+    found: int
+    ahead: int
+    leads: list[int]
+    alarms: int
+    healthy_steps: int
+    ahead_by_outcome: dict[str, list[int]] = field(default_factory=dict)
+
+    @property
+    def alarms_per_10k(self) -> float | None:
+        return 1e4 * self.alarms / self.healthy_steps if self.healthy_steps else None
+
+    @property
+    def median_lead(self) -> float | None:
+        return median(self.leads) if self.leads else None
+
+
+@dataclass(frozen=True)
+class BacktestReport(Record):
+    """What came out.
+
+    Attributes:
+        labels, bad: by run.
+        strata: name -> [runs, of which went wrong].
+        rankings: figures first, the best first; then the trivial classifiers.
+        held_out: one a factor that was asked for.
+        curves: of the chance, by placement, from all runs.
+    """
+
+    labels: dict[str, Label]
+    bad: dict[str, bool]
+    strata: dict[str, list[int]]
+    rankings: list[Ranking]
+    detectors: list[Detector]
+    held_out: list[HeldOut] = field(default_factory=list)
+    curves: dict[str, RiskCurve] = field(default_factory=dict)
+    asked: dict[str, Any] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """Strict JSON (no bare NaN or Infinity)."""
+        return json.dumps(self.to_dict(), indent=indent, allow_nan=False, ensure_ascii=False)
+
+    @property
+    def best(self) -> Ranking | None:
+        """The figure with the highest AUROC, learning rate given; what it was not measured for
+        counts as a tie.
+        """
+        known = [r for r in self.rankings if not r.trivial and r.given_lr.value is not None]
+        return max(known, key=lambda r: r.all_pairs or 0.0, default=None)

@@ -1,0 +1,434 @@
+"""What an audit says, as plain data: frozen records, and their JSON (`schema_version` 1) in both
+directions.
+
+This floor knows neither torch nor a terminal. A number that was not measured is None (JSON null),
+never 0; a number that is not finite is written as the string "inf", "-inf" or "nan".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+from jacdiag.records.base import SCHEMA_VERSION, Record
+from jacdiag.records.comparison import AgainstRecord
+from jacdiag.records.flight_replay import ReplayRecord
+from jacdiag.records.init_contract import ContractRecord, FiguresRecord
+from jacdiag.records.number_format import between
+from jacdiag.records.remedy import RemedyRecord
+from jacdiag.records.risk import Risk
+from jacdiag.records.signal_propagation import (
+    AttentionRecord,
+    BackwardRecord,
+    DeadBranch,
+    ForwardRecord,
+)
+from jacdiag.records.summary import source_name, summary
+
+Level = Literal["info", "warning", "error"]
+Status = Literal["fired", "clean", "unknown", "not-applicable"]
+Condition = Literal["met", "partly", "not met", "unknown", "not applicable"]
+Verdict = Literal["pass", "warn", "fail", "unknown", "observed"]
+Kind = Literal["attention", "mlp", "moe", "mixer", "conv", "other"]
+Placement = Literal["pre", "post", "sandwich", "reordered", "none"]
+
+# What stands next to a product over depth, if the norm that it bounds was not measured.
+PRODUCT_ALONE = "an upper bound whose true value, the end-to-end gain, was not measured"
+
+LEVELS: tuple[Level, ...] = ("info", "warning", "error")
+
+
+@dataclass(frozen=True)
+class TokenAt(Record):
+    """One token of the probe. `token` is its id, None where the input is not token ids."""
+
+    sequence: int | None
+    position: int | None
+    token: int | None = None
+
+
+@dataclass(frozen=True)
+class Spread(Record):
+    """Standard deviation over features, per token, summarised over tokens. `p01` is the 1st
+    percentile.
+    """
+
+    median: float
+    min: float
+    max: float
+    p01: float | None = None
+    argmin: TokenAt | None = None
+    argmax: TokenAt | None = None
+
+
+@dataclass(frozen=True)
+class PerToken(Record):
+    """Distribution over tokens of a norm that was solved token by token (lower ends)."""
+
+    median: float
+    p99: float
+    max: float
+    argmax: TokenAt | None = None
+
+
+@dataclass(frozen=True)
+class Interval(Record):
+    """A spectral norm with its error bar.
+
+    Attributes:
+        estimate: best value, the largest Ritz value (not padded).
+        lower: rigorous lower end, up to the rounding pad of the precision.
+        upper: upper end that holds with probability `confidence`.
+        products: products with J and J^T that were spent (0 for a closed form).
+        converged: the width asked for was reached.
+        per_sequence: estimates per batch element, None where sequences could not be told apart.
+        stop: one sentence: why the solver stopped, and what to raise if that was too early.
+    """
+
+    estimate: float
+    lower: float
+    upper: float
+    confidence: float = 1.0
+    converged: bool = True
+    products: int = 0
+    per_sequence: list[float] | None = None
+    per_token: PerToken | None = None
+    stop: str = ""
+
+    def __contains__(self, value: float) -> bool:
+        return self.lower <= value <= self.upper
+
+    def __str__(self) -> str:
+        """Return the two ends, rounded outward: "5.80 to 6.05"."""
+        return between(self.lower, self.upper)
+
+    def side_of(self, threshold: float) -> Literal["above", "below", "across"]:
+        """Says on which side of a threshold the whole interval lies; a non-finite interval is
+        across.
+        """
+        if self.lower > threshold:
+            return "above"
+        return "below" if self.upper <= threshold else "across"
+
+    def scaled(self, factor: float) -> Interval:
+        """Returns the interval of `factor` times the quantity, for factor > 0."""
+        return dataclasses.replace(
+            self,
+            estimate=self.estimate * factor,
+            lower=self.lower * factor,
+            upper=self.upper * factor,
+        )
+
+    @classmethod
+    def exact(
+        cls, value: float, *, per_token: PerToken | None = None, stop: str = "closed form"
+    ) -> Interval:
+        """An interval without width, for quantities that have a closed form."""
+        return cls(value, value, value, per_token=per_token, stop=stop)
+
+
+@dataclass(frozen=True)
+class WeightStats(Record):
+    """A weight matrix of a sub-layer (or of the embedding or head): sizes, std, spectral norm."""
+
+    parameter: str
+    shape: list[int]
+    std: float | None
+    norm: float | None = None
+
+
+@dataclass(frozen=True)
+class ProbeSpread(Record):
+    """One figure on several probes (`--probes`): how much it depends on the data, not how well it
+    was measured.
+
+    Attributes:
+        least, most: smallest and largest of the estimates.
+        estimates: one for each probe, that of the report itself first; None where it was not
+            measured.
+    """
+
+    least: float
+    most: float
+    estimates: list[float | None] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        """Return smallest and largest estimate: "5.71 to 6.02"."""
+        return between(self.least, self.most)
+
+
+@dataclass(frozen=True)
+class SublayerRecord(Record):
+    """All figures of one sub-layer. `notes` holds, for each field that is None, the reason (field
+    name -> sentence).
+
+    `placement` is None where no model was run (tier "weights"). `joint_residual_norm` is that of
+    the shortcut plus all parallel branches on it (None unless `parallel`). `gradient_norm` is that
+    of the loss over the branch's parameters. `dead_branch` is set if the branch does not depend on
+    its input. `over_probes` holds the spread of figures over several probes by field name; it is
+    empty if there was one probe.
+    """
+
+    name: str
+    index: int
+    depth: int
+    kind: Kind
+    placement: Placement | None
+    parallel: bool = False
+    token_wise: bool | None = None
+    nested: bool = False
+    shortcut_std: Spread | None = None
+    branch_std: Spread | None = None
+    shortcut_gain: float | None = 1.0
+    branch_norm: Interval | None = None
+    residual_norm: Interval | None = None
+    joint_residual_norm: Interval | None = None
+    core_norm: Interval | None = None
+    norm_gain: Interval | None = None
+    out_norm_gain: Interval | None = None
+    bound: float | None = None
+    bound_norms: float | None = None
+    tightness: float | None = None
+    weights: dict[str, WeightStats] = field(default_factory=dict)
+    parameters: list[str] = field(default_factory=list)
+    problems: str = ""
+    attention: AttentionRecord | None = None
+    gradient_norm: float | None = None
+    dead_branch: DeadBranch | None = None
+    notes: dict[str, str] = field(default_factory=dict)
+    over_probes: dict[str, ProbeSpread] = field(default_factory=dict)
+    cost: float | None = None
+
+
+@dataclass(frozen=True)
+class Growth(Record):
+    """Growth exponents ln(last / first) / layers: of activations going up, of gradients going
+    down.
+    """
+
+    activation: float | None = None
+    gradient: float | None = None
+
+
+@dataclass(frozen=True)
+class NetworkRecord(Record):
+    """Figures of the whole network.
+
+    Attributes:
+        gain_product_log: natural logarithm of the product of `residual_norm` over depth (Eq. 7). It
+            is an upper bound on the logarithm of `end_to_end`, up to the width of the intervals,
+            and usually far above it.
+        end_to_end: spectral norm of d y_N / d x_1, with the cancellation that the product hides.
+        gradient_norms: norm of dL/dx at each depth, first shortcut first, the last output of the
+            stack at the end.
+        predicted_gradient_norms: the upper profile of Eq. 7 from the sub-layer norms and the last
+            gradient.
+        loss: {"kind": ..., "value": ...}: what was differentiated.
+        forward: the residual stream over depth.
+        backward: gradients of the parameters, and parts without one.
+        over_probes: spread of `end_to_end` over several probes, by field name.
+    """
+
+    gain_product_log: float | None = None
+    end_to_end: Interval | None = None
+    gradient_norms: list[float] | None = None
+    predicted_gradient_norms: list[float] | None = None
+    growth: Growth = field(default_factory=Growth)
+    loss: dict[str, Any] | None = None
+    forward: ForwardRecord | None = None
+    backward: BackwardRecord | None = None
+    notes: dict[str, str] = field(default_factory=dict)
+    over_probes: dict[str, ProbeSpread] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelRecord(Record):
+    """What was looked at. `covered_parameters` and `uncovered` answer: which part was not?"""
+
+    name: str
+    parameters: int
+    layers: int
+    width: int | None = None
+    covered_parameters: int | None = None
+    uncovered: list[str] = field(default_factory=list)
+    uncovered_reasons: dict[str, str] = field(default_factory=dict)
+    weights: dict[str, WeightStats] = field(default_factory=dict)
+    vocabulary: int | None = None
+    left_out: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        data = super().to_dict()
+        return {"class": data.pop("name"), **data}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        return super().from_dict({"name": data.get("class", ""), **data})
+
+
+@dataclass(frozen=True)
+class ProbeRecord(Record):
+    """The probe input.
+
+    `tokens` says where the token ids come from: "random", "random pixels", "inputs", a file, a file
+    and the tokenizer that its text went through ("text.txt through GPT2Tokenizer of FOLDER"), or
+    "text through its own tokenizer". `digest` is a hash of the input itself; "" in reports from
+    before it was kept.
+    """
+
+    batch: int
+    seq: int | None
+    seed: int
+    tokens: str = "random"
+    excluded_rows: int = 0
+    off_distribution: bool = False
+    digest: str = ""
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether the input depends on the seed; tokens of a file do not."""
+        return self.is_random or self.tokens == "inputs"
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the input was drawn, so that a trained model never saw its like."""
+        return self.tokens in ("random", "random pixels")
+
+
+@dataclass(frozen=True)
+class Plan(Record):
+    """The plan of the run, as far as it was given on the command line."""
+
+    lr: float | None = None
+    warmup: int | None = None
+    clip: float | None = None
+    beta2: float | None = None
+
+
+@dataclass(frozen=True)
+class Conditions(Record):
+    """The two conditions of the paper, over all sub-layers."""
+
+    small_sublayers: Condition = "unknown"
+    large_shortcut: Condition = "unknown"
+
+
+@dataclass(frozen=True)
+class Finding(Record):
+    """One rule that spoke. `where` lists sub-layer names; `verified` means that the fix was tried
+    and helped.
+    """
+
+    code: str
+    level: Level
+    where: list[str]
+    what: str
+    evidence: dict[str, Any] = field(default_factory=dict)
+    why: str = ""
+    fix: str = ""
+    verified: bool = False
+
+
+@dataclass(frozen=True)
+class RuleResult(Record):
+    """How a rule came out. `matched` counts the sub-layers it applied to; 0 means not applicable,
+    never a pass.
+    """
+
+    code: str
+    status: Status
+    matched: int
+    name: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Cost(Record):
+    """What the audit cost. `forward_equivalents` counts in forwards of one sub-layer's branch."""
+
+    forward_equivalents: float | None = None
+    products: int | None = None
+    seconds: float | None = None
+    peak_memory_mb: float | None = None
+    phases: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Report(Record):
+    """A whole audit. See `interface`: the JSON keys are a contract, add to them, never change or
+    remove one.
+
+    `state_reason` says why `state` is what it is. `state_basis` says what the reason rests on: the
+    state was "given", the model was "built" here, a fact stands in the "file", or it is a guess
+    from the "name" or the "weights". Both are "" in reports of older versions.
+    """
+
+    source: dict[str, Any]
+    tier: Literal["weights", "measured"]
+    state: Literal["init", "trained"] | None
+    probe: ProbeRecord | None
+    model: ModelRecord
+    sublayers: list[SublayerRecord] = field(default_factory=list)
+    network: NetworkRecord | None = None
+    plan: Plan = field(default_factory=Plan)
+    conditions: Conditions = field(default_factory=Conditions)
+    verdict: Verdict = "unknown"
+    findings: list[Finding] = field(default_factory=list)
+    rules: list[RuleResult] = field(default_factory=list)
+    cost: Cost = field(default_factory=Cost)
+    settings: dict[str, Any] = field(default_factory=dict)
+    ladder: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    contract: ContractRecord | None = None
+    figures: FiguresRecord | None = None
+    baseline: FiguresRecord | None = None
+    remedies: list[RemedyRecord] = field(default_factory=list)
+    risk: Risk | None = None
+    against: AgainstRecord | None = None
+    state_reason: str = ""
+    state_basis: str = ""
+    replay: ReplayRecord | None = None
+    created: str = ""
+    torch: str = ""
+    jacdiag: str = ""
+    schema_version: int = SCHEMA_VERSION
+
+    def __str__(self) -> str:
+        """Return a summary of a few lines: what was audited, the verdict, the worst branch norm,
+        the findings.
+        """
+        return summary(self)
+
+    def __repr__(self) -> str:
+        """Return one line; `to_dict` has everything."""
+        size = f"{len(self.sublayers)} sub-layers, {len(self.findings)} findings"
+        return f"<{type(self).__name__} of {source_name(self)}: {self.verdict}, {size}>"
+
+    def table(self, width: int | None = None, **options: Any) -> None:
+        """Print the table and the verdict, as `jacdiag audit` does.
+
+        Args:
+            width: characters a line, that of the terminal if not given; a narrower table has fewer
+                columns.
+            options: of `jacdiag.render.terminal.table.print_report`, such as `all_rows=True`.
+        """
+        from jacdiag.render.terminal.table import show_report
+
+        show_report(self, width, **options)
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """Returns strict JSON (no bare NaN or Infinity)."""
+        return json.dumps(self.to_dict(), indent=indent, allow_nan=False, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Reads what `to_json` wrote. Raises ValueError for a report of a newer schema version."""
+        data = json.loads(text)
+        version = data.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise ValueError(
+                f"report has schema_version {version!r}; this jacdiag reads {SCHEMA_VERSION}"
+            )
+        return cls.from_dict(data)

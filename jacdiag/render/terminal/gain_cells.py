@@ -1,0 +1,163 @@
+"""The heat map of `jacdiag live`: what each cell shows, by fixed scales and by what the rules
+said.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from jacdiag.records.run_log import RunLog, number
+from jacdiag.render.run_alerts import alerts_of_run, report_at_start
+from jacdiag.rules.thresholds import load_thresholds
+
+# The shade says how large a gain is, on a scale that is the same for every run: a third of a decade
+# is a factor of 3.
+SHADES = "·░▒▓█"
+CUTS = (0.3, 1.0, 3.0, 10.0)
+_MARKS = {"error": "●", "warning": "▲"}
+_BEFORE = 8  # probes whose median a gain is compared with: so many points the trend of JD504 has
+_RULES = ("JD101", "JD102", "JD103")  # about a sub-layer's norms
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One sub-layer at one probe.
+
+    Attributes:
+        glyph: a shade for the size; + or - where the gain has changed by JD504's factor; ▲ or ●
+            where a rule fired.
+        change: share of that factor that it has changed by, on a log scale: 1 is the whole factor.
+        level: of the rule that fired, or empty.
+    """
+
+    glyph: str
+    change: float = 0.0
+    level: str = ""
+
+    @property
+    def style(self) -> str:
+        """Colour: by the rule that fired, else by how much of the factor the change is."""
+        if self.level:
+            return "bold red" if self.level == "error" else "bold yellow"
+        if self.change >= 1:
+            return "yellow"
+        return "cyan" if self.change >= 0.5 else "grey50"
+
+
+class GainCells:
+    """The cells of a run, which grow with it: a probe is looked at once.
+
+    Attributes:
+        names: sub-layers, first depth first.
+        steps: of the probes.
+        rows: for each probe, a cell for each sub-layer that it has.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.steps: list[int] = []
+        self.rows: list[dict[str, Cell]] = []
+        self._before: dict[str, deque[float]] = {}
+        self._alerts = -1
+        self.factor = float(load_thresholds().limits("gain_drift").warning or 2.0)
+
+    def update(self, run: RunLog) -> None:
+        """Take the probes and the alerts that are new."""
+        probes = [row for row in run.probes if row.get("figures")]
+        seen = len(self.steps)
+        same = [int(row["step"]) for row in probes[:seen]] == self.steps and len(
+            run.alerts
+        ) == self._alerts
+        if not same:  # a resume took some back, or an alert speaks of an earlier probe
+            self.__init__()  # type: ignore[misc]
+            seen = 0
+        fired = _fired(run)
+        for row in probes[seen:]:
+            self._add(row, fired)
+        self._alerts = len(run.alerts)
+
+    def _add(self, row: dict[str, Any], fired: dict[tuple[int, str], str]) -> None:
+        step = int(row["step"])
+        values = row["figures"].get("branch_norm", {})
+        known = set(self.names)
+        self.names += [name for name in values if name not in known]
+        cells: dict[str, Cell] = {}
+        for name, given in values.items():
+            value = number(given)
+            before = self._before.setdefault(name, deque(maxlen=_BEFORE))
+            cells[name] = self._cell(value, before, fired.get((step, name), ""))
+            if math.isfinite(value) and value > 0:
+                before.append(value)
+        self.steps.append(step)
+        self.rows.append(cells)
+
+    def _cell(self, value: float, before: deque[float], level: str) -> Cell:
+        ratio = 1.0
+        if len(before) >= 2 and math.isfinite(value) and value > 0:
+            ratio = value / median(before)
+        change = abs(math.log(ratio)) / math.log(self.factor)
+        if level:
+            return Cell(_MARKS[level], change, level)
+        if not math.isfinite(value):
+            return Cell("?", change)
+        if change >= 1:
+            return Cell("+" if ratio > 1 else "-", change)
+        return Cell(SHADES[sum(value >= cut for cut in CUTS)], change)
+
+    def binned(self, columns: int) -> tuple[list[int], list[dict[str, Cell]]]:
+        """Return at most so many columns: of several probes the last one, and a mark if any of them
+        has one.
+        """
+        count = len(self.steps)
+        columns = min(max(columns, 1), count)
+        steps, rows = [], []
+        for k in range(columns):
+            part = self.rows[k * count // columns : (k + 1) * count // columns]
+            merged = dict(part[-1])
+            for cells in part:
+                for name, cell in cells.items():
+                    if _rank(cell) > _rank(merged.get(name)):
+                        merged[name] = cell
+            steps.append(self.steps[(k + 1) * count // columns - 1])
+            rows.append(merged)
+        return steps, rows
+
+
+def loudest(cells: list[Cell | None]) -> Cell | None:
+    """Return the cell that stands for several sub-layers: a mark first, then the largest change,
+    then the size.
+    """
+    known = [cell for cell in cells if cell is not None]
+    return max(known, key=lambda cell: (_rank(cell), SHADES.find(cell.glyph)), default=None)
+
+
+def _rank(cell: Cell | None) -> int:
+    if cell is None:
+        return -1
+    if cell.level:
+        return 3 if cell.level == "error" else 2
+    return 1 if cell.change >= 1 or cell.glyph == "?" else 0
+
+
+def _fired(run: RunLog) -> dict[tuple[int, str], str]:
+    """Return the level of the rule that fired for a sub-layer at a probe's step."""
+    fired: dict[tuple[int, str], str] = {}
+    rows = [row for row in alerts_of_run(run) if row.get("code") == "JD504"]
+    rows = [
+        row
+        for row in rows
+        if (row.get("evidence") or {}).get("figure", "branch_norm") == "branch_norm"
+    ]
+    rows += [row for row in report_at_start(run) if row.get("code") in _RULES]
+    for row in rows:
+        level = str(row.get("level"))
+        if level not in _MARKS:
+            continue
+        for name in row.get("where") or []:
+            key = int(row["step"]), str(name)
+            fired[key] = "error" if "error" in (level, fired.get(key)) else level
+    return fired

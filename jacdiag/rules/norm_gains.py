@@ -1,0 +1,151 @@
+"""Norm gains that are wrong by themselves, in whichever layer they stand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from jacdiag.records import WeightRecord
+from jacdiag.rules.finding_numbers import plain
+from jacdiag.rules.layer_groups import DRAWN, MAJORITY, is_constant
+from jacdiag.rules.odd_parameter import Difference
+
+# Gains of one name, over all layers. Of fewer numbers a mean says little: around 0 or around 1 lie
+# 8 errors apart
+# only if the std is below 1/2, which a gain's is.
+_LEAST_SIZE = 16
+_ERRORS = 5  # standard errors that a mean may lie from that of its distribution
+_LEAST = 3  # gains of a model: of two that differ nobody can say which is usual
+# Times: a gain of 1 + w is named if it is 2, so that is how far the size of a norm's output may be
+# off.
+_OFF = 2.0
+
+
+def wrong_gains(gains: Sequence[WeightRecord]) -> Iterator[Difference]:
+    """Yield the gains that no init means: 2 for 1, drawn around another number than 1, a wrong
+    length, zero throughout.
+
+    Args:
+        gains: all norm gains of a model.
+    """
+    yield from _doubled(gains)
+    yield from _not_around_one(gains)
+    yield from _all_zero(gains)
+    yield from _wrong_length(gains)
+
+
+def gains_unlike_the_model(
+    lonely: Sequence[WeightRecord], gains: Sequence[WeightRecord]
+) -> Iterator[Difference]:
+    """Yield gains without their like in other layers that are zero, or lie around another value
+    than all gains.
+
+    Args:
+        lonely: gains of the model's width that were not compared over the layers.
+        gains: all norm gains.
+    """
+    ordinary = [gain for gain in gains if is_constant(gain)]
+    values = [gain.offset + (gain.mean or 0.0) for gain in ordinary]
+    enough = MAJORITY * len(gains)
+    usual = next(
+        (v for v in values if sum(math.isclose(v, x, rel_tol=1e-3) for x in values) >= enough), None
+    )
+    if usual is None or usual == 0 or len(gains) < _LEAST:
+        return
+    for gain in lonely:
+        value = gain.offset + (gain.mean or 0.0)
+        if value == 0 or (not is_constant(gain) and abs(value - usual) > error_of_mean(gain)):
+            others = f"two thirds or more of the model's gains are {plain(usual)}"
+            yield Difference(gain, gain.pattern, 1, others, usual - gain.offset)
+
+
+def error_of_mean(weight: WeightRecord) -> float:
+    """Return how far the mean of a draw may lie from that of its distribution: five errors of the
+    widest std.
+    """
+    return _ERRORS * (weight.upper or 0.0) / math.sqrt(math.prod(weight.shape))
+
+
+def _doubled(gains: Sequence[WeightRecord]) -> Iterator[Difference]:
+    """Yield gains used as 1 + w whose w is 1."""
+    for gain in gains:
+        if (
+            gain.offset == 1
+            and gain.family == "constant"
+            and math.isclose(gain.mean or 0.0, 1.0, rel_tol=1e-3)
+        ):
+            others = "the model uses it as 1 + w, so that the gain is 2: a w of 0 is a gain of 1"
+            yield Difference(gain, gain.pattern, _count_alike(gain, gains), others, 0.0)
+
+
+def _not_around_one(gains: Sequence[WeightRecord]) -> Iterator[Difference]:
+    """Yield gains that were drawn around another number than 1: around 0 as a matrix is, or between
+    0 and 1.
+    """
+    by_pattern: dict[tuple[str, float], list[WeightRecord]] = {}
+    for gain in gains:
+        if gain.family in DRAWN and gain.std:
+            by_pattern.setdefault((gain.pattern, gain.offset), []).append(gain)
+    for (pattern, offset), members in by_pattern.items():
+        sizes = [math.prod(gain.shape) for gain in members]
+        count = sum(sizes)
+        if count < _LEAST_SIZE:
+            continue
+        pairs = list(zip(sizes, members, strict=True))
+        mean = sum(size * (gain.mean or 0.0) for size, gain in pairs) / count
+        std = math.sqrt(sum(size * (gain.std or 0.0) ** 2 for size, gain in pairs) / count)
+        error = _ERRORS * std / math.sqrt(count)
+        if abs(offset + mean - 1) <= error:
+            continue
+        around = f"around {plain(offset + mean)}"
+        if offset == 0 and abs(mean) <= error:
+            around = "around 0 as a matrix is"
+        others = f"a gain starts at 1, or is drawn around 1; this one was drawn {around}"
+        for gain in members:
+            yield Difference(gain, pattern, _count_alike(gain, gains), others, 1.0 - offset)
+
+
+def _all_zero(gains: Sequence[WeightRecord]) -> Iterator[Difference]:
+    """Yield the gains of a model in which no norm has any other: every norm returns its bias, or
+    nothing.
+    """
+    if len(gains) < 2 or not all(
+        is_constant(gain) and gain.offset + (gain.mean or 0.0) == 0 for gain in gains
+    ):
+        return
+    for gain in gains:
+        others = "every gain of the model is zero"
+        yield Difference(
+            gain, gain.pattern, _count_alike(gain, gains), others, _ordinary_value(gain)
+        )
+
+
+def _wrong_length(gains: Sequence[WeightRecord]) -> Iterator[Difference]:
+    """Yield gains of one number in norms that divide by a length, if what these return is far from
+    a size of 1.
+    """
+    for gain in gains:
+        if gain.norm_length is None or not is_constant(gain):
+            continue
+        root = math.sqrt(gain.norm_length)
+        size = abs(gain.offset + (gain.mean or 0.0)) / root
+        if size == 0 or 1 / _OFF < size < _OFF:
+            continue
+        others = (
+            f"its norm divides by the length of {gain.norm_length} numbers, so that what it "
+            "returns has a root mean "
+            f"square of {plain(size)}: ScaleNorm starts at √{gain.norm_length} = {plain(root)}"
+        )
+        yield Difference(
+            gain, gain.pattern, _count_alike(gain, gains), others, _ordinary_value(gain)
+        )
+
+
+def _ordinary_value(gain: WeightRecord) -> float:
+    """Return what a gain holds if its norm returns numbers of a root mean square of 1."""
+    usual = math.sqrt(gain.norm_length) if gain.norm_length else 1.0
+    return usual - gain.offset
+
+
+def _count_alike(gain: WeightRecord, gains: Sequence[WeightRecord]) -> int:
+    return sum(other.pattern == gain.pattern for other in gains)

@@ -1,0 +1,67 @@
+"""A small parameter that is not what the others are, and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jacdiag.records import WeightRecord
+from jacdiag.rules.finding_numbers import plain
+
+_MOST_NAMES = 3
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A parameter that is not what the others are.
+
+    Attributes:
+        weight: the parameter.
+        pattern: its name, with "*" for the layer.
+        of: parameters of that pattern.
+        others: what the others are, as words.
+        value: the constant that it should hold, None if that is no constant.
+        like: the parameter whose numbers, or whose draw, it should have; None if `value` says it.
+        holds: what it holds, as words; "" to say it by its mean and std.
+        part: the part of it that is wrong, such as "row 0 of "; "" for all of it.
+    """
+
+    weight: WeightRecord
+    pattern: str
+    of: int
+    others: str
+    value: float | None = None
+    like: WeightRecord | None = None
+    holds: str = ""
+    part: str = ""
+
+
+def fix_for(differences: Sequence[Difference]) -> str:
+    """Return what to do about differences of one kind: which parameters to set to what."""
+    first = differences[0]
+    names = first.part + names_of([difference.weight for difference in differences])
+    if first.value is not None:
+        return f"set {names} to {first.value:.4g}"
+    if first.like is None:
+        return f"initialise {names} as in the other layers"
+    if first.like.family in ("normal", "truncated", "uniform"):
+        return f"draw {names} anew {draw_in_words(first.like)}, as {first.like.parameter}"
+    return f"set {names} to the numbers of {first.like.parameter}"
+
+
+def names_of(weights: Sequence[WeightRecord]) -> str:
+    """Return the names of parameters for a sentence: the first three, and how many more."""
+    names = ", ".join(weight.parameter for weight in weights[:_MOST_NAMES])
+    more = len(weights) - _MOST_NAMES
+    return f"{names} and {more} more" if more > 0 else names
+
+
+def draw_in_words(weight: WeightRecord) -> str:
+    """Return the mean and the std of a draw, the mean only if it is not 0 within sampling."""
+    count = 1
+    for size in weight.shape:
+        count *= size
+    mean, std = weight.mean or 0.0, weight.std or 0.0
+    if abs(mean) <= 5 * std / count**0.5:
+        return f"with std {plain(std)}"
+    return f"with mean {plain(mean)} and std {plain(std)}"

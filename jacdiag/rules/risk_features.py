@@ -1,0 +1,162 @@
+"""Figures of an untrained model that might foretell how its run ends, out of its first report; and
+the trivial ones.
+
+Every figure is larger where things look worse. One that was not measured is nan, never 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jacdiag.records.report import Interval, Report, SublayerRecord
+
+Figure = Callable[["Report"], float]
+
+
+def _branch(row: SublayerRecord) -> float:
+    return _value(row.branch_norm)
+
+
+def _excess(row: SublayerRecord) -> float:
+    """How much of a perturbation a sub-layer adds: residual norm over its shortcut's gain, minus
+    1.
+    """
+    return _value(row.residual_norm) / (row.shortcut_gain or 1.0) - 1.0
+
+
+def _bound(row: SublayerRecord) -> float:
+    return row.bound - 1.0 if row.bound is not None else math.nan
+
+
+def _core(row: SublayerRecord) -> float:
+    return _value(row.core_norm)
+
+
+def _shortcut(row: SublayerRecord) -> float:
+    gain = row.norm_gain
+    if gain is None:
+        return math.nan
+    return gain.per_token.p99 if gain.per_token is not None else gain.estimate
+
+
+def _inverse_shortcut(row: SublayerRecord) -> float:
+    """1/σ of the shortcut's median token: what a norm of the stream multiplies by, wherever the
+    norm is.
+    """
+    spread = row.shortcut_std
+    return 1.0 / spread.median if spread is not None and spread.median > 0 else math.nan
+
+
+def _core_over_shortcut(row: SublayerRecord) -> float:
+    return _core(row) * _inverse_shortcut(row)
+
+
+def _value(interval: Interval | None) -> float:
+    return interval.estimate if interval is not None else math.nan
+
+
+def _known(values: Iterable[float]) -> list[float]:
+    return [v for v in values if not math.isnan(v)]
+
+
+def _worst(of: Callable[[SublayerRecord], float]) -> Figure:
+    return lambda report: max(_known(map(of, report.sublayers)), default=math.nan)
+
+
+def _mean(of: Callable[[SublayerRecord], float]) -> Figure:
+    def mean(report: Report) -> float:
+        values = _known(map(of, report.sublayers))
+        return math.fsum(values) / len(values) if values else math.nan
+
+    return mean
+
+
+def _sum(of: Callable[[SublayerRecord], float]) -> Figure:
+    def total(report: Report) -> float:
+        values = _known(map(of, report.sublayers))
+        return math.fsum(values) if values else math.nan
+
+    return total
+
+
+def _sum_log(of: Callable[[SublayerRecord], float]) -> Figure:
+    def total(report: Report) -> float:
+        values = _known(map(of, report.sublayers))
+        return math.fsum(math.log1p(max(v, 0.0)) for v in values) if values else math.nan
+
+    return total
+
+
+def _end_to_end(report: Report) -> float:
+    return _value(report.network.end_to_end) if report.network is not None else math.nan
+
+
+def _gradient_growth(report: Report) -> float:
+    growth = report.network.growth.gradient if report.network is not None else None
+    return growth if growth is not None else math.nan
+
+
+def _by_width(figure: Figure) -> Figure:
+    """The figure times d: the rate that Adam bears falls as 1/d in hidden matrices (Tensor Programs
+    V, 2203.03466).
+    """
+    return lambda report: figure(report) * (report.model.width or math.nan)
+
+
+_PLAIN: Mapping[str, Figure] = {
+    "worst branch norm": _worst(_branch),
+    "mean branch norm": _mean(_branch),
+    "product of branches (log)": _sum_log(_branch),
+    "mean excess": _mean(_excess),
+    "sum of excess": _sum(_excess),
+    "product of residuals (log)": _sum_log(_excess),
+    "end-to-end norm": _end_to_end,
+    "worst core norm": _worst(_core),
+    "mean core norm": _mean(_core),
+    "worst shortcut factor": _worst(_shortcut),
+    "mean shortcut factor": _mean(_shortcut),
+    "worst bound, Eq. 15 and 20": _worst(_bound),
+    "mean bound, Eq. 15 and 20": _mean(_bound),
+    "inverse of the smallest shortcut": _worst(_inverse_shortcut),
+    "sum of cores over shortcuts": _sum(_core_over_shortcut),
+    "gradient growth": _gradient_growth,
+}
+INIT: Mapping[str, Figure] = {
+    **_PLAIN,
+    **{f"{name} x width": _by_width(figure) for name, figure in _PLAIN.items()},
+}
+
+# Of closed forms: as good under --decide, where the norms are only as narrow as the rules need.
+_CLOSED = (
+    "worst shortcut factor",
+    "mean shortcut factor",
+    "worst bound, Eq. 15 and 20",
+    "mean bound, Eq. 15 and 20",
+    "inverse of the smallest shortcut",
+)
+EXACT = (*_CLOSED, *(f"{name} x width" for name in _CLOSED))
+
+
+# Small sub-layers, large shortcut: a figure for each, of what the watch's probe measures before the
+# first step, too.
+CONDITIONS = ("product of branches (log) x width", "inverse of the smallest shortcut x width")
+
+
+def init_figures(report: Report, lr: float | None = None) -> dict[str, float]:
+    """All figures of a report; with a learning rate each once more times it.
+
+    Args:
+        report: of the model before its first step.
+        lr: the peak learning rate of the run.
+
+    Example:
+        >>> init_figures(report, 1e-3)["worst branch norm x lr"]      # doctest: +SKIP
+        0.0058
+    """
+    found = {name: figure(report) for name, figure in INIT.items()}
+    if lr is not None:
+        found |= {f"{name} x lr": value * lr for name, value in list(found.items())}
+    return found

@@ -1,0 +1,402 @@
+"""A scheme held against the weights of one model: what it expects of each, and whether they agree.
+
+A fused matrix is judged section by section (queries, keys, values) where the scheme treats them
+differently. Output
+matrices that are zero in all layers alike are not judged by a scheme that the model was found to
+follow: branches that start at zero are an init of their own. So are matrices that start at zero
+next to another that does their work, such as the modulation of adaLN-zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from jacdiag.records import ContractRecord, WeightRecord
+from jacdiag.records.init_contract import FUSED
+from jacdiag.rules.formula import Formula
+from jacdiag.rules.schemes import (
+    INNER,
+    MATRICES,
+    OUTSIDE,
+    RESIDUAL,
+    VECTORS,
+    Scheme,
+    allowed_with_any_scheme,
+)
+
+# One attention draws these alike: by one variant of a formula, never each by another.
+_TOGETHER = ("W_Q", "W_K", "W_V")
+Spread = tuple[float, float]  # interval of a base std, relative
+TABLES = ("embedding", "positions", "head")
+# Sub-layers whose matrices a scheme speaks of; "" in reports from before the kind was kept. Inside
+# a
+# recurrent or convolutional mixer every section has an init of its own.
+_KINDS = ("", "attention", "cross-attention", "mlp", "moe")
+# Of so few inputs a layer may have std 1 by LeCun's or Xavier's formula.
+_FEW_INPUTS = 16
+# An embedding or positions so small were meant to be: a norm follows them (RWKV 1e-4,
+# x-transformers 1e-5). If none does, JD102 reports the small stream. The limit lies between 1e-4
+# and 4e-4, the variance of 0.02 taken for its std.
+_TINY = 2e-4
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What is compared with one value: an entire weight, or the rows of a fused one that play one
+    role.
+
+    Attributes:
+        weight: The record, of these rows alone if `section` says so.
+        section: Their role; "" for an entire weight.
+    """
+
+    weight: WeightRecord
+    section: str = ""
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """A piece that is not what was expected.
+
+    Attributes:
+        piece: The weight, or its section.
+        value: The expected std (or value), the nearest if there are several.
+        formula: Where it comes from.
+    """
+
+    piece: Piece
+    value: float
+    formula: Formula
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """A scheme with its base std, for one model.
+
+    Attributes:
+        contract: The model's weights.
+        scheme: What they are compared with.
+        s: The base std where the scheme leaves it open.
+        spread: Interval of `s`, relative.
+        found: Whether the model was found to follow the scheme. If not, the scheme is that of its
+            family, or was pinned: then every weight is held against it, without exception.
+        judges_tables: Whether embedding, positions and head are judged.
+        looks: The mistake that the entire model was made with; "" for none.
+    """
+
+    contract: ContractRecord
+    scheme: Scheme
+    s: float | None = None
+    spread: Spread = (1.0, 1.0)
+    found: bool = True
+    judges_tables: bool = True
+    looks: str = ""
+
+    @classmethod
+    def given(cls, contract: ContractRecord, scheme: Scheme) -> Yardstick:
+        """Return the yardstick of a scheme that was given: pinned, or published for the family."""
+        return cls(contract, scheme, found=False)
+
+    @cached_property
+    def zero_on_purpose(self) -> frozenset[str]:
+        """Names of the matrices whose zeros are an init of their own."""
+        return zero_on_purpose(self.contract)
+
+    @cached_property
+    def has_unit_draws(self) -> bool:
+        """Whether matrices have std 1, where the scheme says something else.
+
+        The default of torch.nn.init.normal_ is right for positions in some models. Where it was
+        drawn into matrices by mistake, positions with it are part of the mistake.
+        """
+        inside = [w for w in self.contract.weights if w.role in MATRICES and is_of_unit_spread(w)]
+        return any(not self.agrees_by_itself(weight) for weight in inside)
+
+    def mismatches(self, weight: WeightRecord) -> list[Mismatch] | None:
+        """Return what about a weight is not as the scheme says: [] if it agrees, None if the scheme
+        says nothing.
+        """
+        if not self._judges(weight):
+            return None
+        fewest: list[Mismatch] | None = None
+        for pieces in self._readings(weight):
+            found = self._compare(pieces)
+            if found is None:
+                continue
+            if fewest is None or len(found) < len(fewest):
+                fewest = found
+        return fewest
+
+    def values(self, weight: WeightRecord) -> dict[Formula, float]:
+        """Return the values that the scheme itself states for an entire weight or a section of
+        one.
+        """
+        return self._values_of(weight, self._variants.get(_attention_of(weight), frozenset()))
+
+    def _values_of(self, weight: WeightRecord, variants: Collection[int]) -> dict[Formula, float]:
+        """Return the values of some variants of the formula for queries, keys or values; of all if
+        none is listed.
+        """
+        known = variables(self.contract, weight, self.s)
+        values = {}
+        for number, formula in enumerate(self.scheme.of(weight)):
+            is_chosen = not variants or number in variants or weight.role not in _TOGETHER
+            value = formula.value(known)
+            if is_chosen and value is not None:
+                values[formula] = value
+        return values
+
+    @cached_property
+    def _variants(self) -> Mapping[str, frozenset[int]]:
+        """The variants that an attention may have been drawn by, by its name."""
+        attentions: dict[str, list[WeightRecord]] = {}
+        for weight in self.contract.weights:
+            if weight.role in _TOGETHER:
+                attentions.setdefault(_attention_of(weight), []).append(weight)
+        return {name: self._usual_variants(weights) for name, weights in attentions.items()}
+
+    def _usual_variants(self, weights: Sequence[WeightRecord]) -> frozenset[int]:
+        """Return the variants with which most of these queries, keys and values agree; none if all
+        are open.
+        """
+        counts = {len(self.scheme.of(weight)) for weight in weights}
+        if not self.found or len(counts) != 1:
+            return frozenset()
+        votes: Counter[int] = Counter()
+        for weight in weights:
+            known = variables(self.contract, weight, self.s)
+            for number, formula in enumerate(self.scheme.of(weight)):
+                value = formula.value(known)
+                votes[number] += value is not None and holds(weight, value, self.spread)
+        most = max(votes.values(), default=0)
+        return frozenset(number for number, count in votes.items() if count == most)
+
+    def agrees_by_itself(self, weight: WeightRecord) -> bool:
+        """Return whether an entire weight has a value that the scheme itself states."""
+        return any(holds(weight, value, self.spread) for value in self.values(weight).values())
+
+    def _judges(self, weight: WeightRecord) -> bool:
+        if not self.found:
+            return True
+        if weight.role == "positions" and self.has_unit_draws and is_of_unit_spread(weight):
+            return True
+        if weight.role in TABLES and not self.judges_tables:
+            return False
+        if weight.role == "positions" and not _is_lookup(weight):
+            return False
+        width = int(self.contract.sizes.get("d", 0))
+        if weight.role in MATRICES and not is_projection(weight, width):
+            return False
+        if _is_open_gate(weight):
+            return False
+        return weight.parameter not in self.zero_on_purpose
+
+    def _readings(self, weight: WeightRecord) -> Iterator[list[Piece]]:
+        """Yield the ways to take a weight: as it is, or as its sections.
+
+        Open are the order of the halves of a gated FFN, and whether fan_out is that of the section
+        or of the entire matrix.
+        """
+        named = bool(self.scheme.named(weight))
+        roles = [section.role for section in weight.sections]
+        usual = FUSED.get(weight.role, ()) if self.found else ()
+        apart = any(role in self.scheme.formulas for role in (*roles, *usual))
+        if named or not apart:
+            yield [Piece(weight)]
+        depends = any("fan_out" in formula.names for formula in self.scheme.of(weight))
+        if not roles or not (apart or depends) or (named and not self.found):
+            return
+        orders = [roles]
+        if weight.role == "W_gate_up":
+            orders.append(roles[::-1])
+        for order in orders:
+            yield list(_pieces(weight, order))
+            yield list(_pieces(weight, order, fan_out=weight.fan_out))
+
+    def _compare(self, pieces: Iterable[Piece]) -> list[Mismatch] | None:
+        found, stated = [], False
+        pieces = list(pieces)
+        sections = [piece.weight for piece in pieces if piece.section in _TOGETHER]
+        together = self._usual_variants(sections)
+        for piece in pieces:
+            values = (
+                self._values_of(piece.weight, together) if sections else self.values(piece.weight)
+            )
+            if not values:
+                continue
+            stated = True
+            if not self._agrees(piece.weight, values):
+                formula = min(values, key=lambda f: _distance(piece.weight, values[f]))
+                found.append(Mismatch(piece, values[formula], formula))
+        return found if stated else None
+
+    def _agrees(self, weight: WeightRecord, values: Mapping[Formula, float]) -> bool:
+        wanted = self.scheme.family
+        if wanted and weight.role in MATRICES and weight.family != wanted:
+            return False
+        if any(holds(weight, value, self.spread) for value in values.values()):
+            return True
+        if not self.found:
+            return False
+        known = variables(self.contract, weight, self.s)
+        others = [
+            formula.value(known) for formula in allowed_with_any_scheme().get(weight.role, ())
+        ]
+        if any(value is not None and holds(weight, value) for value in others):
+            return True
+        is_table = weight.role in ("embedding", "positions")
+        return is_table and weight.std is not None and 0 < weight.std <= _TINY
+
+
+def _attention_of(weight: WeightRecord) -> str:
+    """Return the name of the module whose projections a weight is one of."""
+    return weight.parameter.removesuffix(".weight").rpartition(".")[0]
+
+
+def _distance(weight: WeightRecord, value: float) -> float:
+    """Return how far a weight is from a value, as a ratio; infinite for the value zero."""
+    return abs(math.log(max(weight.std or 0.0, 1e-30) / value)) if value > 0 else math.inf
+
+
+def _pieces(
+    weight: WeightRecord, order: Iterable[str], fan_out: int | None = None
+) -> Iterator[Piece]:
+    """Yield the sections of a fused matrix as weights of their own, with their own fan_out unless
+    one is given.
+    """
+    for section, role in zip(weight.sections, order, strict=True):
+        rows = replace(
+            weight,
+            role=role,
+            fan_out=fan_out or section.fan_out,
+            family=section.family,
+            std=section.std,
+            lower=section.lower,
+            upper=section.upper,
+            mean=section.mean,
+            truncation=section.truncation,
+            sections=[],
+        )
+        yield Piece(rows, role)
+
+
+def is_projection(weight: WeightRecord, width: int = 0) -> bool:
+    """Return whether a matrix is the linear map of an attention or FFN that a scheme speaks of.
+
+    Its sizes are those of the map. A depthwise kernel, a table of relative positions or a
+    matrix that acts along the sequence has others, and an init of its own.
+
+    Args:
+        weight: The matrix.
+        width: Of the model; 0 if it is not known. A stack of matrices of an attention, one per
+            head, must read or make so many features.
+    """
+    if weight.kind not in _KINDS:
+        return False
+    sizes = [size for size in weight.shape if size > 1]
+    if len(sizes) < 2:
+        return False
+    if weight.fan_in is None or weight.fan_out is None:
+        return True
+    if weight.role.endswith("_a") and weight.fan_out >= weight.fan_in:
+        return False  # the first of two factors narrows; this one makes shifts and scales (adaLN)
+    by_head = len(sizes) == 3 and weight.kind in ("attention", "cross-attention")
+    if by_head and width and width not in (weight.fan_in, weight.fan_out):
+        return False
+    return sorted(sizes[-2:]) == sorted((weight.fan_in, weight.fan_out))
+
+
+def _is_open_gate(weight: WeightRecord) -> bool:
+    """Return whether a gate of an attention starts at zero: then its bias alone sets how far it is
+    open.
+    """
+    is_attention = weight.kind in ("attention", "cross-attention")
+    return is_attention and weight.role == "W_gate" and weight.family == "zero"
+
+
+def _is_lookup(weight: WeightRecord) -> bool:
+    """Return whether positions are a drawn table that is looked up.
+
+    Positions, class tokens and the like that are added as they stand have no default of a library:
+    what they hold was written at that place. A table of sinusoids was not drawn.
+    """
+    return weight.fan_in is not None and weight.family not in ("sinusoid", "other")
+
+
+def zero_on_purpose(contract: ContractRecord) -> frozenset[str]:
+    """Return the names of the matrices whose zeros are an init of their own.
+
+    Such a matrix is zero in all layers alike, in sub-layers that are not all zero. It writes to the
+    shortcut, so that the branch starts at zero; or it stands next to another of its role, so that
+    the sub-layer works without it. An expert stands for itself.
+    """
+    patterns: dict[str, list[WeightRecord]] = {}
+    drawn: dict[str, set[str]] = {}
+    for weight in contract.weights:
+        if weight.role in MATRICES:
+            patterns.setdefault(weight.pattern, []).append(weight)
+            if weight.family != "zero":
+                drawn.setdefault(weight.sublayer, set()).add(weight.role)
+    found = set()
+    for group in patterns.values():
+        if all(_may_be_zero(weight, drawn.get(weight.sublayer, set())) for weight in group):
+            found |= {weight.parameter for weight in group}
+    return frozenset(found)
+
+
+def _may_be_zero(weight: WeightRecord, drawn: Collection[str]) -> bool:
+    """Return whether a matrix is zero, and its sub-layer has roles that were drawn to do the
+    rest.
+    """
+    if weight.family != "zero":
+        return False
+    if weight.role in RESIDUAL:
+        return any(role in INNER for role in drawn)
+    return weight.role in drawn and weight.kind != "moe"
+
+
+def variables(
+    contract: ContractRecord, weight: WeightRecord, s: float | None = None
+) -> dict[str, float]:
+    """Return what a formula may use for one weight."""
+    known = dict(contract.sizes)
+    own = {"fan_in": weight.fan_in, "fan_out": weight.fan_out, "l": weight.layer, "s": s}
+    known |= {name: float(value) for name, value in own.items() if value is not None}
+    return known
+
+
+def holds(weight: WeightRecord, value: float, spread: Spread = (1.0, 1.0)) -> bool:
+    """Return whether a weight can have been drawn with the std `value` (or, a vector, be that
+    value).
+    """
+    if weight.role in VECTORS or len(weight.shape) < 2:
+        exact = weight.family in ("zero", "constant") and weight.mean is not None
+        return exact and math.isclose(weight.mean or 0.0, value, rel_tol=1e-3, abs_tol=1e-12)
+    if weight.lower is None or weight.upper is None:
+        return True  # not measured: another rule reports that
+    if value == 0 or weight.family in ("zero", "constant"):
+        return weight.family == "zero" and value == 0
+    low, high = weight.lower / spread[1], weight.upper / spread[0]
+    return low <= value <= high or low <= value * weight.truncation <= high
+
+
+def is_of_unit_spread(weight: WeightRecord) -> bool:
+    """Return whether a weight has std 1, the default of torch.nn.init.normal_, and too many inputs
+    for it.
+    """
+    if weight.fan_in is not None and weight.fan_in < _FEW_INPUTS:
+        return False
+    drawn = weight.family not in ("zero", "constant") and bool(weight.std)
+    return drawn and holds(weight, 1.0)
+
+
+def judged_by_schemes(contract: ContractRecord) -> list[WeightRecord]:
+    """Return the weights that tell which scheme a model follows."""
+    measured = [weight for weight in contract.weights if weight.lower is not None]
+    width = int(contract.sizes.get("d", 0))
+    inside = [w for w in measured if w.role in MATRICES and is_projection(w, width)]
+    return inside + [w for w in measured if w.role in OUTSIDE]

@@ -1,0 +1,118 @@
+"""JD407 and JD408: the factor on the shortcut: zero where it must not be, or one where DeepNorm has
+alpha.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jacdiag.errors import clipped
+from jacdiag.records import Finding, SublayerRecord
+from jacdiag.rules.finding_numbers import plain
+from jacdiag.rules.init_contract import judged
+from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
+from jacdiag.rules.texts import Text
+
+_NEAR = 0.05  # relative; alpha of DeepNorm is at least 1.19, for one layer
+
+ZERO = Text(
+    summary="zero shortcut: the shortcut is multiplied by zero",
+    what="""\
+The factor on the shortcut is exactly zero at the probe, and the shortcut is not. The zero parameters on the
+shortcut's way into the sum are named. If there are none, the zero is no parameter and the cause is not known.""",
+    why="""\
+ReZero starts with x + alpha f(x) and alpha = 0: the identity. With alpha on the other operand the stream is cut
+in every layer, and what is left is a deep network without shortcuts. Its sub-layers may still have small norms.""",
+    example="""\
+    x = x + alpha * f(x)          # clean
+    x = alpha * x + f(x)          # fires, with alpha = 0""",
+    remedy="""\
+Multiply the branch by the factor, or start it at one.""",
+)
+
+ALPHA = Text(
+    summary="DeepNorm without its factor on the shortcut",
+    what="""\
+Applies to a post-norm model whose matrices are those of DeepNorm: Xavier, with (8N)^(-1/4) on W_V, W_O, W_1 and
+W_2. The factor on the shortcut should then be alpha = (2N)^(1/4). It fires if it is one in every sub-layer.""",
+    why="""\
+Small branches and a large shortcut belong together: beta alone changes the init, alpha bounds the update of the
+model. With alpha on the branch, or left out, the shortcut is no longer the larger part.""",
+    example="""\
+    norm(alpha * x + f(x))        # clean
+    norm(x + alpha * f(x))        # fires
+    norm(x + f(x))                # fires""",
+    remedy="""\
+Multiply the shortcut by (2N)^(1/4), and nothing else.""",
+)
+
+
+def _zero(context: Context, rule: Rule) -> Outcome:
+    contract = context.report.contract
+    rows = [row for row in context.rows(rule) if row.shortcut_gain is not None]
+    if contract is None or not rows:
+        return NOT_APPLICABLE
+    cut = contract.zero_shortcuts
+    if not cut:
+        return Outcome(len(rows))
+    parameters = list(dict.fromkeys(name for shortcut in cut for name in shortcut.parameters))
+    where = [shortcut.sublayer for shortcut in cut]
+    what = f"the shortcut is multiplied by zero at {_listed(where)}"
+    if parameters:
+        what += f"; on its way: {_listed(parameters)}, zero in every element"
+    if any(not shortcut.parameters for shortcut in cut):
+        what += (
+            "; no parameter on the way is zero"
+            if not parameters
+            else "; elsewhere no parameter on the way is zero"
+        )
+    fix = f"multiply the branch by {_listed(parameters)}, not the shortcut" if parameters else ""
+    evidence = {"parameters": parameters, "count": len(cut)}
+    level = context.level(rule, "warning")
+    return Outcome(len(rows), [Finding(rule.code, level, where, what, evidence, rule.summary, fix)])
+
+
+def _alpha(context: Context, rule: Rule) -> Outcome:
+    contract = context.report.contract
+    rows = [row for row in context.rows(rule) if row.shortcut_gain is not None]
+    if contract is None or not rows:
+        return NOT_APPLICABLE
+    scheme = judged(contract).scheme
+    if scheme is None or scheme.name != "deepnorm":
+        return NOT_APPLICABLE
+    alpha = (2 * max(context.report.model.layers, 1)) ** 0.25
+    if any(_has_factor(row) for row in rows):
+        return Outcome(len(rows))
+    where = [row.name for row in rows]
+    what = (
+        "the matrices are those of DeepNorm, and the factor on the shortcut is 1 at "
+        f"{_listed(where)}, "
+        f"where DeepNorm has (2N)^(1/4) = {plain(alpha)}"
+    )
+    fix = f"norm({plain(alpha)} * x + f(x)): the factor belongs on the shortcut and on nothing else"
+    evidence = {"expected": alpha, "value": 1.0, "count": len(rows)}
+    level = context.level(rule, "warning")
+    return Outcome(len(rows), [Finding(rule.code, level, where, what, evidence, rule.summary, fix)])
+
+
+def _has_factor(row: SublayerRecord) -> bool:
+    return row.shortcut_gain is not None and abs(row.shortcut_gain - 1) > _NEAR
+
+
+def _listed(names: Sequence[str]) -> str:
+    text = ", ".join(clipped(name, 100) for name in names[:3])
+    return text if len(names) <= 3 else f"{text} and {len(names) - 3} more"
+
+
+RULES = (
+    Rule("JD407", "zero-shortcut", "warning", **ZERO, check=_zero),
+    Rule(
+        "JD408",
+        "deepnorm-shortcut",
+        "warning",
+        **ALPHA,
+        check=_alpha,
+        states=("init",),
+        placements=("post",),
+    ),
+)

@@ -1,0 +1,108 @@
+"""JD213: time steps and decay rates of state-space layers that are not those of any published
+init.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jacdiag.records import Finding, Level
+from jacdiag.records.structure import RateRecord
+from jacdiag.rules.finding_numbers import plain
+from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
+from jacdiag.rules.texts import Text
+
+# Model types whose own code in transformers 5 writes constant biases: ones, and zeros for jamba.
+# Found by building each
+# family. What their authors trained with is not known from that, so it is an observation there.
+PUBLISHED_CONSTANT = ("bamba", "falcon_h1", "granitemoehybrid", "jamba")
+
+TEXT = Text(
+    summary=(
+        "state space: time steps outside the published range, or decay rates that are zero or "
+        "infinite"
+    ),
+    what="""\
+Applies to modules with a parameter A_log. A time step is the softplus of a projection plus a bias, and it
+multiplies the decay rates and the input. The rule looks at the softplus of the bias. It fires if no element lies
+between 0.0001 and 0.1, where state-spaces/mamba draws all of them. It fires as well if the logarithm of a decay
+rate is NaN or Inf. Gated delta rules use their softplus for the decay alone, and are not judged. For families
+whose published code writes constant biases it is an info.""",
+    why="""\
+Time steps of 0.69 (a bias of zero) or 1.3 (a bias of one) forget what lies a few tokens back, in all channels
+alike. The published draw gives each channel a horizon of its own, from 10 to 1,000 tokens. A later init of all
+linear layers overwrites it without an error. A decay rate of zero never forgets, and its logarithm gets no
+gradient.""",
+    example="""\
+    for module in model.modules():
+        if isinstance(module, nn.Linear): nn.init.zeros_(module.bias)       # fires: dt_proj.bias is zero
+    A_log = torch.empty(n, dtype=torch.bfloat16).uniform_(0, 16).log()      # fires, if one draw is zero""",
+    remedy="""\
+Draw dt log-uniform in [0.001, 0.1] and set the bias to dt + log(1 - exp(-dt)) with a minus sign inside the
+exponential, after all other inits. Draw decay rates in float32, away from zero.""",
+)
+
+
+def _check(context: Context, rule: Rule) -> Outcome:
+    contract = context.report.contract
+    if contract is None or context.report.state not in rule.states or not contract.rates:
+        return NOT_APPLICABLE
+    steps = [rate for rate in contract.rates if rate.meaning == "time step"]
+    unusual = [rate for rate in steps if rate.usual == 0]
+    broken = [rate for rate in contract.rates if rate.not_finite]
+    findings = []
+    if unusual:
+        findings.append(_steps_finding(context, rule, unusual, contract.family))
+    if broken:
+        findings.append(_broken_finding(context, rule, broken))
+    return Outcome(len(contract.rates), findings)
+
+
+def _steps_finding(
+    context: Context, rule: Rule, rates: Sequence[RateRecord], family: str
+) -> Finding:
+    known = family in PUBLISHED_CONSTANT
+    level: Level = "info" if known else "warning"
+    least = min(rate.least for rate in rates if rate.least is not None)
+    most = max(rate.most for rate in rates if rate.most is not None)
+    span = plain(least) if least == most else f"{plain(least)} to {plain(most)}"
+    what = (
+        f"{_listed(rates)}: time steps of {span} at a zero input, where Mamba's code draws "
+        "0.001 to 0.1"
+    )
+    if known:
+        what += f"; the code of {family} in transformers writes them so"
+    evidence = {"parameters": [rate.parameter for rate in rates], "least": least, "most": most}
+    fix = (
+        "draw the steps log-uniform in [0.001, 0.1], and set the bias to their inverse "
+        "softplus, after other inits"
+    )
+    names = [rate.parameter for rate in rates]
+    return Finding(
+        rule.code,
+        context.level(rule, level),
+        names,
+        what,
+        evidence,
+        rule.summary,
+        "" if known else fix,
+    )
+
+
+def _broken_finding(context: Context, rule: Rule, rates: Sequence[RateRecord]) -> Finding:
+    count = sum(rate.not_finite for rate in rates)
+    what = f"{_listed(rates)}: NaN or Inf in {count} elements of a logarithm or a bias"
+    names = [rate.parameter for rate in rates]
+    evidence = {"parameters": names, "not_finite": [rate.not_finite for rate in rates]}
+    fix = "draw the rates in float32, and bound them away from zero before the logarithm"
+    return Finding(
+        rule.code, context.level(rule, "warning"), names, what, evidence, rule.summary, fix
+    )
+
+
+def _listed(rates: Sequence[RateRecord]) -> str:
+    more = f" and {len(rates) - 3} more" if len(rates) > 3 else ""
+    return ", ".join(rate.parameter for rate in rates[:3]) + more
+
+
+RULE = Rule("JD213", "state-space-rates", "warning", **TEXT, check=_check, states=("init",))

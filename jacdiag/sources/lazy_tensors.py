@@ -1,0 +1,93 @@
+"""Weights that stay in their files: each tensor is read when it is asked for, and kept only as long
+as there is room.
+
+They are read, not memory-mapped: a disk that fails, or a file that shrinks under a mapping, ends
+the process with a SIGBUS that nobody can name; and mapped pages would count as the process's own
+memory.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from jacdiag.errors import SourceError
+
+ROOM = 1 << 29  # a block of a 7B model in bf16
+
+
+class Piece(Protocol):
+    """One tensor in a file: known by shape and dtype, read on demand."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    def read(self) -> Tensor:
+        """Raises SourceError: the file cannot be read, or is shorter than it was."""
+
+
+class StoredWeights(Mapping[str, Tensor]):
+    """Tensors by name, read when asked for; the last ones asked for are kept while they fit into
+    `room`.
+
+    Args:
+        pieces: name -> where its tensor lies. Two names may share a piece.
+        room: bytes of tensors that are kept.
+
+    Attributes:
+        read_bytes: how much was read so far.
+    """
+
+    def __init__(self, pieces: Mapping[str, Piece], room: int = ROOM) -> None:
+        self.pieces, self.room = dict(pieces), room
+        self.read_bytes = 0
+        self._kept: OrderedDict[int, Tensor] = OrderedDict()
+        self._held = 0
+
+    def __getitem__(self, name: str) -> Tensor:
+        piece = self.pieces[name]
+        key = id(piece)
+        found = self._kept.get(key)
+        if found is not None:
+            self._kept.move_to_end(key)
+            return found
+        size = outline(piece).nbytes
+        # before the next one is read: both would not fit
+        while self._kept and self._held + size > self.room:
+            self._held -= self._kept.popitem(last=False)[1].nbytes
+        tensor = piece.read()
+        self.read_bytes += size
+        if size <= self.room:
+            self._kept[key] = tensor
+            self._held += size
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.pieces)
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def outlines(self) -> dict[str, Tensor]:
+        """Name -> an empty meta tensor of the same shape and dtype."""
+        return {name: outline(piece) for name, piece in self.pieces.items()}
+
+    def renamed(self, names: Mapping[str, str]) -> StoredWeights:
+        """The same pieces under other names: new name -> old name."""
+        return StoredWeights({new: self.pieces[old] for new, old in names.items()}, self.room)
+
+
+def outline(piece: Piece) -> Tensor:
+    return torch.empty(piece.shape, dtype=piece.dtype, device="meta")
+
+
+def failed(path: Path, what: str) -> SourceError:
+    """The error for a file that was good when it was opened."""
+    hint = "the disk, or somebody who wrote to the file meanwhile"
+    return SourceError(f"reading '{path}' failed", got=what, hint=hint)

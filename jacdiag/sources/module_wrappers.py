@@ -1,0 +1,37 @@
+"""What DDP, compile, FSDP, checkpointing and Fabric put around a module, and leave in the names of
+its weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """Returns the module that a wrapper (compile, FSDP, activation checkpointing, Fabric, DDP,
+    DataParallel) holds.
+    """
+    while not isinstance(module, torch.jit.ScriptModule):  # its dict of modules is another
+        inner = next(
+            (module._modules[a] for a in WRAPPERS if module._modules.get(a) is not None), None
+        )
+        if inner is None and isinstance(
+            module, (nn.DataParallel, nn.parallel.DistributedDataParallel)
+        ):
+            inner = module.module
+        if inner is None:
+            return module
+        module = inner
+    return module
+
+
+def plain_name(name: str) -> str:
+    """Strips what wrappers leave in parameter names.
+
+    >>> plain_name("_orig_mod.layers.0._fsdp_wrapped_module.weight")
+    'layers.0.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)

@@ -1,0 +1,124 @@
+"""What a Python caller hands in as a model: a path, a module, a function that builds one, or
+something else.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from jacdiag.errors import SourceError, UsageError
+from jacdiag.sources import factory
+from jacdiag.sources.source import Source, load
+
+
+def source_of(
+    given: Any,
+    *,
+    model: Any = None,
+    model_args: dict[str, Any] | None = None,
+    key: str | None = None,
+    trust_pickle: bool = False,
+    seed: int = 0,
+) -> Source:
+    """Return the source for whatever a caller handed in.
+
+    Args:
+        given: a SOURCE string, a path, a module, a function or class that builds one, or a
+        `Source`. model, model_args, key, trust_pickle, seed: as for `jacdiag.sources.load`.
+
+    Raises:
+        SourceError: it cannot be read, or is of a kind that holds no model; the message says what
+            to pass.
+    """
+    if isinstance(given, Source):
+        return given
+    if isinstance(given, nn.Module):
+        return Source.of_module(given)
+    if isinstance(given, str | bytes | os.PathLike):
+        text = path_text(given)
+        return load(
+            text, model=model, model_args=model_args, key=key, trust_pickle=trust_pickle, seed=seed
+        )
+    if callable(given):
+        name = factory.name_of(given)
+        if model is not None:
+            raise UsageError(
+                "model= belongs to a checkpoint file",
+                got=f"model={model!r} with the function {name}",
+            )
+        rebuild = partial(factory.build, given, model_args)
+        return Source(rebuild(seed), {"format": "factory", "factory": name}, name, rebuild=rebuild)
+    raise SourceError(
+        "this is no model that can be audited", got=kind_of(given), hint=_way_from(given)
+    )
+
+
+def check_module(given: Any, caller: str) -> None:
+    """Raise unless a value is a module.
+
+    Args:
+        given: what was passed as the model.
+        caller: the function that needs it, for the message.
+
+    Raises:
+        UsageError: it is something else; the message says how to get a module from it.
+    """
+    if isinstance(given, nn.Module):
+        return
+    if isinstance(given, str | bytes | os.PathLike):
+        hint = "jacdiag.sources.load(SOURCE).model is the module that a file or factory holds"
+    elif callable(given):
+        hint = f"call it first: pass {factory.name_of(given)}(...), the model that it builds"
+    else:
+        hint = _way_from(given)
+    raise UsageError(f"{caller} takes a torch.nn.Module", got=kind_of(given), hint=hint)
+
+
+def path_text(given: Any) -> str:
+    """Return a path as text.
+
+    Raises:
+        UsageError: it is no path.
+    """
+    if not isinstance(given, str | bytes | os.PathLike):
+        raise UsageError("a path is expected", got=kind_of(given), hint="text or a pathlib.Path")
+    return os.fsdecode(given)
+
+
+def kind_of(value: Any) -> str:
+    """Return what a value is, for a message."""
+    if value is None:
+        return "None"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return f"type {type(value).__name__}"
+
+
+def _way_from(given: Any) -> str:
+    """Return what to pass in place of a value that is no model."""
+    if (
+        isinstance(given, Mapping)
+        and given
+        and all(isinstance(value, Tensor) for value in given.values())
+    ):
+        return (
+            "a state dict has no forward: load it into its module, model.load_state_dict(state), "
+            "and pass the module; "
+            "or torch.save(state, 'weights.pt') and pass that file, with model= for the function "
+            "that builds the module"
+        )
+    if isinstance(given, Mapping):
+        return "the module, or the path of the checkpoint file that holds this"
+    if isinstance(given, list | tuple) and any(isinstance(item, nn.Module) for item in given):
+        return "one module: pass the one to look at, such as models[0]"
+    if hasattr(given, "param_groups"):
+        return "the module, not its optimizer"
+    return (
+        "a torch.nn.Module, a function that builds one, or a SOURCE such as 'checkpoint.pt' or "
+        "'build.py:model'"
+    )

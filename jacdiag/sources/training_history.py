@@ -1,0 +1,164 @@
+"""What a source says about the training that its weights have seen: how they came about, not what
+they look like.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jacdiag.sources.source import Source
+
+Basis = Literal["given", "built", "file", "name", "weights"]
+
+_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".weights")
+_DEEPEST = 4  # levels of a file at which an optimizer may stand
+# File names that say nothing: the folder around the file has the name.
+_PLAIN_NAME = re.compile(
+    r"(pytorch_)?(model|weights|state_dict|checkpoint|ckpt|consolidated|adapter_model|mp_rank_\d+_model_states)"
+    r"([-_.]?\d+(-of-\d+)?)?"
+)
+_COUNT = re.compile(
+    r"(?:^|[^a-z0-9])(?:global_?)?(steps?|iter(?:ation)?s?|checkpoint|ckpt|epochs?)[-_=]?(\d+)(?![a-z0-9])"
+)
+_WORD = re.compile(r"[a-z]+")
+_TRAINED = frozenset(
+    "trained pretrained finetuned finetune tuned converged best final last".split()
+)
+_FRESH = frozenset("init initial initialised initialized untrained fresh random".split())
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """What a source says.
+
+    Attributes:
+        state: "init" or "trained".
+        reason: in a few words, for the header of a report.
+        basis: "built" here, a fact in the "file", or its "name".
+    """
+
+    state: Literal["init", "trained"]
+    reason: str
+    basis: Basis
+
+
+def history_of(source: Source) -> History | None:
+    """Return what a source says about the training of its weights; None if it says nothing.
+
+    A fact in the file counts more than its name, and steps of an optimizer count more than a step
+    of 0.
+
+    Args:
+        source: as it was loaded.
+    """
+    if source.info.get("format") in ("factory", "hf-config"):
+        return History(
+            state="init",
+            reason=f"built here by {source.info.get('factory', source.name)}",
+            basis="built",
+        )
+    if source.stepped:
+        reason = "the file holds the state of an optimizer that has stepped"
+        return History(state="trained", reason=reason, basis="file")
+    if source.step is not None:
+        state: Literal["init", "trained"] = "trained" if source.step else "init"
+        return History(state=state, reason=f"saved at step {source.step:,}", basis="file")
+    path = source.info.get("path")
+    return name_says(str(path)) if path else None
+
+
+def name_says(path: str) -> History | None:
+    """Return what the name of a file or folder says; None if it says nothing, or both.
+
+    Args:
+        path: of the file or folder. A file with a plain name, such as `model.safetensors`, goes by
+            its folder's name.
+
+    Example:
+        >>> name_says("runs/checkpoint-500/model.safetensors").reason
+        "its name says 'checkpoint-500'"
+        >>> name_says("vanilla-trained.pt").state, name_says("step0.pt").state, name_says("xavier.pt")
+        ('trained', 'init', None)
+    """
+    pure = PurePath(path)
+    name = pure.stem if pure.suffix.lower() in _SUFFIXES else pure.name
+    if _PLAIN_NAME.fullmatch(name.lower()):
+        name = pure.parent.name
+    lowered = name.lower()
+
+    # 1. A count: of an epoch that is 0, nobody knows whether it is over.
+    counts = [(word, int(number)) for word, number in _COUNT.findall(lowered)]
+    exact = [number for word, number in counts if word.startswith(("step", "iter"))]
+    trained = any(number for _, number in counts)
+    fresh = bool(exact) and not trained
+
+    # 2. Words.
+    words = set(_WORD.findall(lowered))
+    trained = trained or bool(words & _TRAINED)
+    fresh = fresh or bool(words & _FRESH)
+    if trained == fresh:
+        return None
+    return History(
+        state="trained" if trained else "init", reason=f"its name says '{name}'", basis="name"
+    )
+
+
+def optimizer_stepped(tree: Any, flat: Mapping[str, Any] | None = None) -> bool:
+    """Return whether what a file holds includes an optimizer that has taken a step.
+
+    Args:
+        tree: nested mappings, as torch.save wrote them.
+        flat: entries of the optimizer by dotted names, of a file with one level.
+    """
+    for name, entry in (flat or {}).items():
+        if name.rpartition(".")[2] == "step" and _is_positive(entry):
+            return True
+    return any(_has_stepped(state) for state in _optimizer_states(tree, 0))
+
+
+def _optimizer_states(node: Any, depth: int) -> Iterator[Mapping[Any, Any]]:
+    if not isinstance(node, Mapping) or depth > _DEEPEST:
+        return
+    state = node.get("state")
+    if isinstance(node.get("param_groups"), list | tuple) and isinstance(state, Mapping):
+        yield state
+        return
+    for child in node.values():
+        yield from _optimizer_states(child, depth + 1)
+        # Lightning keeps a list of optimizers
+        if isinstance(child, list | tuple) and len(child) < 16:
+            for item in child:
+                yield from _optimizer_states(item, depth + 1)
+
+
+def _has_stepped(state: Mapping[Any, Any]) -> bool:
+    """Return whether one parameter has a step count above 0 or, without a count, momentum."""
+    for entry in state.values():
+        if not isinstance(entry, Mapping):
+            continue
+        if "step" in entry:
+            if _is_positive(entry["step"]):
+                return True
+            continue
+        momentum = entry.get("momentum_buffer")
+        if isinstance(momentum, Tensor) and momentum.numel() and bool((momentum != 0).any()):
+            return True
+    return False
+
+
+def _is_positive(value: Any) -> bool:
+    if not isinstance(value, Tensor | int | float):
+        reader = getattr(value, "read", None)
+        if reader is None or tuple(value.shape):
+            return False
+        value = reader()
+    if isinstance(value, Tensor) and value.numel() != 1:
+        return False
+    return float(value) > 0

@@ -1,0 +1,298 @@
+"""Name the residual sums of a record that are not listed as sub-layers, each with a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from jacdiag.trace.discovery.residual import Finder, Site
+from jacdiag.trace.graph.graph import Graph
+
+_SELECTS = {"__getitem__", "index_select", "gather", "take_along_dim", "narrow", "select"}
+_WRITES = {
+    "__setitem__",
+    "index_copy",
+    "index_copy_",
+    "scatter",
+    "scatter_",
+    "index_put",
+    "index_put_",
+}
+_MOST_STEPS = 64  # of a walk back from a term
+_SUMS = {"sum", "mean", "einsum", "matmul", "__matmul__", "bmm", "tensordot"}
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """One residual sum that is not a sub-layer.
+
+    Attributes:
+        module: name of the module call that makes the sum, "" for the model itself.
+        line: source file and line of the addition.
+        reason: why it is not listed.
+    """
+
+    module: str
+    line: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.module or 'the model itself'} at {self.line}: {self.reason}"
+
+
+def left_out(graph: Graph, finder: Finder, sites: Sequence[Site]) -> list[LeftOut]:
+    """Return the residual sums that are not listed, in the order of the forward."""
+    reasons: dict[int, str] = {}
+
+    # 1. Pairs that were recognised and then not taken.
+    listed = {site.addition for site in sites} | {site.carrier[0] for site in sites}
+    listed |= {graph.values[site.output].node for site in sites}
+    streams = _Streams(graph, finder, sites)
+    for site, reason in finder.dropped:
+        on_stream = streams.goes_on(site.output) or streams.is_stream(site.shortcut)
+        if site.addition not in listed and on_stream:
+            reasons[site.addition] = reason
+
+    # 2. Sums whose shortcut is gated. One inside a branch is measured as part of it.
+    inside = {node for site in sites for node in site.cone}
+    for node in graph.nodes:
+        is_open = node.index not in listed | inside and not node.function
+        if node.terms is not None and is_open and streams.gates_its_shortcut(node.index):
+            reasons[node.index] = (
+                "a gate or another function changes the shortcut on its way into the sum"
+            )
+
+    # 3. Additions and mixes on a stream whose branch does not read their own shortcut.
+    for node in graph.nodes:
+        if node.index in listed or node.index in reasons or node.function:
+            continue
+        if node.terms is not None and streams.adds_to_another(node.index):
+            if streams.projects_its_shortcut(node.index):
+                reasons[node.index] = (
+                    "a product with weights changes the shortcut on its way into the sum"
+                )
+            else:
+                reasons[node.index] = "the branch does not read this sum's own shortcut"
+        elif node.terms is not None and streams.adds_to_part(node.index):
+            reasons[node.index] = (
+                "the branch is added to some positions only, which are then written back"
+            )
+        elif node.name == "stack" and streams.mixes(node.index):
+            count = len(node.operands)
+            reasons[node.index] = (
+                f"a weighted sum of {count} earlier outputs, not a shortcut and a branch"
+            )
+    return [_described(graph, node, reasons[node]) for node in sorted(reasons)]
+
+
+def _described(graph: Graph, node: int, reason: str) -> LeftOut:
+    record = graph.nodes[node]
+    line = record.line or f"{record.key[1]}:{record.key[2]}"
+    return LeftOut(graph.path(record.invocation), line, reason)
+
+
+class _Streams:
+    """Where the listed sub-layers begin and end, to tell sums on a stream from other additions."""
+
+    def __init__(self, graph: Graph, finder: Finder, sites: Sequence[Site]) -> None:
+        self.graph = graph
+        self.finder = finder
+        self.sites = [*sites, *(site for site, _ in finder.dropped)]
+        self.sums = {graph.values[site.output].node for site in self.sites}
+        self.lines = {graph.nodes[node].line for node in self.sums}
+
+    def adds_to_another(self, node: int) -> bool:
+        """Return whether a sum adds a function of something else to a stream that goes on."""
+        record = self.graph.nodes[node]
+        terms = [term for term in record.terms or () if self.finder.is_full(node, term)]
+        if len(terms) != 2 or not record.outputs or not self.goes_on(record.outputs[0]):
+            return False
+        for shortcut, branch in (terms, terms[::-1]):
+            if shortcut.operand is None or shortcut.product:
+                continue
+            # The first pass through a loop or a layer class has no sum before it, but the same
+            # source line.
+            on_stream = self.is_stream(shortcut.operand) or record.line in self.lines
+            if on_stream and self._is_function(shortcut.operand, branch.values):
+                return True
+        return False
+
+    def projects_its_shortcut(self, node: int) -> bool:
+        """Return whether both terms are products of one value with weights, as in a ResNet block
+        that changes width.
+        """
+        record = self.graph.nodes[node]
+        terms = [term for term in record.terms or () if self.finder.is_full(node, term)]
+        if len(terms) != 2:
+            return False
+        for shortcut, branch in (terms, terms[::-1]):
+            product = self._last_product(shortcut.values)
+            if product is None or self._made_by(product, branch.values):
+                continue
+            if any(
+                self._passes_product(read.index, branch.values)
+                for read in self.graph.float_inputs(product)
+            ):
+                return True
+        return False
+
+    def _made_by(self, node: int, values: Sequence[int]) -> bool:
+        """Return whether a call's results lead to one of `values`."""
+        results = self.graph.nodes[node].outputs
+        return any(self.finder.reaches(result, values, through_products=True) for result in results)
+
+    def _last_product(self, values: Sequence[int]) -> int | None:
+        """Return the nearest product before `values`; None if a sum of the stream comes after
+        it.
+        """
+        queue, seen = list(values), set(values)
+        while queue:
+            maker = self.graph.values[queue.pop(0)].node
+            if maker < 0 or maker in self.sums:
+                return None
+            if self.finder.is_product(maker):
+                return maker
+            for read in self.graph.float_inputs(maker):
+                if read.index not in seen:
+                    seen.add(read.index)
+                    queue.append(read.index)
+        return None
+
+    def gates_its_shortcut(self, node: int) -> bool:
+        """Return whether one value reaches a term through elementwise functions, and another term
+        by a branch.
+
+        An example is a highway gate, x * (1 - g) + g * f(x).
+        """
+        record = self.graph.nodes[node]
+        terms = [term for term in record.terms or () if self.finder.is_full(node, term)]
+        if len(terms) != 2 or not record.outputs:
+            return False
+        shape = self.graph.values[record.outputs[0]].shape
+        for shortcut, branch in (terms, terms[::-1]):
+            for source in self._elementwise_sources(shortcut.values, shape):
+                if source not in branch.values and self._passes_product(source, branch.values):
+                    return True
+        return False
+
+    def _elementwise_sources(self, values: Sequence[int], shape: tuple[int, ...]) -> Iterator[int]:
+        """Yield the values of a shape that lead to `values` with no product between, nearest
+        first.
+        """
+        queue, seen = list(values), set(values)
+        steps = 0
+        while queue and steps < _MOST_STEPS:
+            steps += 1
+            value = self.graph.values[queue.pop(0)]
+            if value.shape == shape and value.live and value.is_float:
+                yield value.index
+            if value.node < 0 or value.node in self.sums or self.finder.is_product(value.node):
+                continue
+            for read in self.graph.float_inputs(value.node):
+                if read.index not in seen:
+                    seen.add(read.index)
+                    queue.append(read.index)
+
+    def _passes_product(self, source: int, values: Sequence[int]) -> bool:
+        """Return whether a path from a value to `values` passes a product with a parameter."""
+        if not self.finder.reaches(source, values, through_products=True):
+            return False
+        return any(self.finder.is_product(call) for call in self.finder.cone(source, values))
+
+    def adds_to_part(self, node: int) -> bool:
+        """Return whether a branch is added to selected positions of its shortcut, and the sum is
+        written back.
+        """
+        record = self.graph.nodes[node]
+        terms = [term for term in record.terms or () if self.finder.is_full(node, term)]
+        if len(terms) != 2 or not record.outputs:
+            return False
+        readers = {
+            reader for made in record.outputs for reader in self.graph.values[made].consumers
+        }
+        if not any(self.graph.nodes[reader].name in _WRITES for reader in readers):
+            return False
+        for shortcut, branch in (terms, terms[::-1]):
+            maker = -1 if shortcut.operand is None else self.graph.values[shortcut.operand].node
+            if maker < 0 or self.graph.nodes[maker].name not in _SELECTS:
+                continue
+            whole = self.graph.nodes[maker].inputs[0]
+            if self.finder.is_branch(whole, branch):
+                return True
+        return False
+
+    def mixes(self, node: int) -> bool:
+        """Return whether earlier outputs of one shape are stacked and then summed into the stream
+        again.
+        """
+        record = self.graph.nodes[node]
+        members = [
+            v
+            for v in record.operands
+            if self.graph.values[v].live and self.graph.values[v].is_float
+        ]
+        shapes = {self.graph.values[v].shape for v in members}
+        if len(members) < 2 or len(shapes) != 1:
+            return False
+        between = self.finder.cone(members[0], members[1:])
+        depend = any(self.finder.is_product(call) for call in between)
+        output = self._reduced(record.outputs[0], shapes.pop())
+        if not depend or output is None:
+            return False
+        return self.goes_on(output) or any(self.is_stream(member) for member in members)
+
+    def _reduced(self, value: int, shape: tuple[int, ...]) -> int | None:
+        """Return the first sum of that shape that a stack leads to without a parameter's
+        product.
+        """
+        stack = [value]
+        for _ in range(32):
+            if not stack:
+                return None
+            for node in self.graph.values[stack.pop(0)].consumers:
+                record = self.graph.nodes[node]
+                if self.finder.is_product(node):
+                    continue
+                for made in record.outputs:
+                    if record.name in _SUMS and self.graph.values[made].shape == shape:
+                        return made
+                    stack.append(made)
+        return None
+
+    def goes_on(self, output: int) -> bool:
+        """Return whether a listed shortcut continues a value with no product between."""
+        shape = self.graph.values[output].shape
+        later = [
+            site.shortcut for site in self.sites if self.graph.values[site.shortcut].shape == shape
+        ]
+        return bool(later) and self.finder.reaches(
+            output, later, through_products=False, statistics=False
+        )
+
+    def is_stream(self, value: int) -> bool:
+        """Return whether a value continues the output of a listed sum with no product between."""
+        shape = self.graph.values[value].shape
+        for site in self.sites:
+            same = self.graph.values[site.output].shape == shape
+            if same and self.finder.reaches(
+                site.output, (value,), through_products=False, statistics=False
+            ):
+                return True
+        return False
+
+    def _is_function(self, shortcut: int, branch: tuple[int, ...]) -> bool:
+        """Return whether a branch is made by a product and does not depend on the shortcut."""
+        if self.finder.reaches(shortcut, branch, through_products=True):
+            return False
+        stack, seen = list(branch), set()
+        while stack:
+            node = self.graph.values[stack.pop()].node
+            if node < 0 or node in seen:
+                continue
+            seen.add(node)
+            if self.finder.is_product(node):
+                return True
+            if node in self.sums:
+                continue
+            stack.extend(value.index for value in self.graph.float_inputs(node))
+        return False

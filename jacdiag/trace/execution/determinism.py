@@ -1,0 +1,116 @@
+"""Whether two runs of a model are the same, and where they part if they are not."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jacdiag.trace.execution.module_call import Call
+from jacdiag.trace.execution.skeleton import Skeleton
+from jacdiag.trace.execution.tensors import collect, collect_deep
+from jacdiag.trace.graph.graph import Node
+from jacdiag.trace.graph.recorder import Recorder, observe, user_line
+
+_DRAWS = {
+    "dropout",
+    "dropout_",
+    "rand",
+    "randn",
+    "randint",
+    "randperm",
+    "normal",
+    "normal_",
+    "uniform_",
+    "bernoulli",
+    "bernoulli_",
+    "multinomial",
+    "rand_like",
+    "randn_like",
+    "randint_like",
+    "exponential_",
+    "gumbel_softmax",
+    "alpha_dropout",
+    "feature_dropout",
+    "rrelu",
+    "poisson",
+    "random_",
+}
+
+
+def same_output(a: Any, b: Any) -> bool:
+    """Whether two outputs of a model are equal bit for bit (NaN equals NaN); without values, in
+    shape.
+    """
+    first: list[Tensor] = []
+    second: list[Tensor] = []
+    collect_deep(a, first)
+    collect_deep(b, second)
+    return len(first) == len(second) and all(
+        same_tensor(x, y) for x, y in zip(first, second, strict=True)
+    )
+
+
+def same_tensor(x: Tensor, y: Tensor) -> bool:
+    return x.shape == y.shape and (
+        x.is_meta or bool(torch.equal(torch.nan_to_num(x), torch.nan_to_num(y)))
+    )
+
+
+class Fingerprints(Recorder):
+    """A recorder that also keeps a checksum of every result, and the line of the model's code that
+    asked for it.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.prints: list[tuple[str, tuple[float, ...]]] = []
+        self.lines: list[str] = []
+
+    def _note(
+        self, func: Any, args: Any, kwargs: Any, result: Any, mutated: list[Tensor], key: Any
+    ) -> Any:
+        before = len(self.nodes)
+        out = super()._note(func, args, kwargs, result, mutated, key)
+        if len(self.nodes) > before:
+            with torch._C.DisableTorchFunction():
+                made: list[Tensor] = []
+                collect((result, mutated), made)
+                self.prints.append((key[0], tuple(_checksum(t) for t in made)))
+                self.lines.append(user_line(3))
+        return out
+
+
+def _checksum(t: Tensor) -> float:
+    if t.is_meta or t.numel() == 0 or t.is_complex():
+        return 0.0
+    flat = torch.nan_to_num(t.detach().double()).flatten()
+    return float(
+        (
+            flat * torch.arange(1, flat.numel() + 1, dtype=flat.dtype, device=flat.device).sqrt()
+        ).sum()
+    )
+
+
+def culprit(skeleton: Skeleton, root: Call, dtype: torch.dtype) -> str:
+    """Runs the model twice more and names the first call whose results differ; "" if none does."""
+    a, b = (observe(Fingerprints, skeleton, *root.arguments(), dtype)[0] for _ in range(2))
+    return first_difference(a, b)
+
+
+def first_difference(a: Fingerprints, b: Fingerprints) -> str:
+    """Names the first call whose results differ between two runs: what, in which module, on which
+    line; "" if none.
+    """
+    pairs = itertools.zip_longest(a.prints, b.prints)
+    index = next((k for k, (x, y) in enumerate(pairs) if x != y), None)
+    if index is None:
+        return ""
+    run = a if index < len(a.prints) else b
+    node: Node = run.nodes[index]
+    module = run.invocations[node.invocation].module if run.invocations else ""
+    where = f"in '{module}', {run.lines[index]}" if module else run.lines[index]
+    drawn = "draws random numbers" if node.name in _DRAWS else "gives another result"
+    return f"{node.name} {drawn} ({where})"

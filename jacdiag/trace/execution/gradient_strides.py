@@ -1,0 +1,54 @@
+"""Gradients with the strides of new tensors, where a backward of torch misreads others.
+
+On the CPU the backward of a batch norm returns wrong numbers for a gradient of shape (1, C, ...)
+whose first stride is not the number of its elements (torch 2.6 to 2.13). A permuted view has such
+strides, for example where tokens (1, H * W, C) are made of an image (1, C, H, W). The same call
+with a batch of two is right.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _RegularGradient(torch.autograd.Function):
+    """The identity, whose backward copies the gradient into a new tensor."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor) -> Tensor:  # type: ignore[override]
+        return value.clone()  # not a view: the model may write into it
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is saved."""
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]  # noqa: ARG004
+        return gradient.clone(memory_format=torch.contiguous_format)
+
+
+def with_regular_gradient(name: str, result: Any) -> Any:
+    """Return the result of a torch call, so that a backward that misreads strides is given regular
+    ones.
+
+    Args:
+        name: of the torch function.
+        result: what it returned; changed only for a batch norm of one sequence or image on the CPU.
+
+    Example:
+        >>> x = torch.ones(1, 2, 3, requires_grad=True)
+        >>> y = with_regular_gradient("batch_norm", torch.nn.BatchNorm1d(2).eval()(x))
+        >>> y.grad_fn.name()
+        '_RegularGradientBackward'
+    """
+    if name != "batch_norm" or not isinstance(result, Tensor):
+        return result
+    is_misread = result.device.type == "cpu" and result.dim() > 2 and result.shape[0] == 1
+    if not is_misread or not torch.is_grad_enabled():
+        return result
+    return _RegularGradient.apply(result)

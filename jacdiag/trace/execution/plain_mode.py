@@ -1,0 +1,140 @@
+"""What a re-run has to look past: fused attention, activation checkpointing, custom
+autograd.Functions.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.utils.checkpoint
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+if TYPE_CHECKING:
+    from jacdiag.trace.graph.graph import Graph
+
+_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+_OURS = (torch.__path__[0], __file__.rpartition("/")[0])
+_MODULE_CALL = nn.Module._call_impl.__code__
+_lock = threading.RLock()
+_depth = 0
+
+
+def custom_function(depth: int = 2) -> str:
+    """Names the custom autograd.Function in whose forward the caller stands; "" outside of any."""
+    frame: Any = sys._getframe(depth)
+    while frame is not None and frame.f_code is not _MODULE_CALL:
+        if frame.f_code is _APPLY:
+            return str(frame.f_locals["cls"].__name__)
+        frame = frame.f_back
+    return ""
+
+
+def unseen_code() -> str:
+    """Says what may have made a tensor that no recorded call made: a scripted function, where the
+    code names one.
+    """
+    frame: Any = sys._getframe(2)
+    first = ""
+    while frame is not None and frame.f_code.co_name != "observe":
+        code = frame.f_code
+        if not code.co_filename.startswith(_OURS):
+            where = f"{code.co_filename}:{frame.f_lineno}"
+            first = first or where
+            scripted = (
+                n
+                for n in code.co_names
+                if isinstance(frame.f_globals.get(n), torch.jit.ScriptFunction)
+            )
+            if (name := next(scripted, None)) is not None:
+                return (
+                    f"{name} (torch.jit.script), before {where}; run with PYTORCH_JIT=0, or "
+                    "declare what it hides"
+                )
+        frame = frame.f_back
+    return (
+        f"a call before {first} whose inside torch does not show (C++, Triton); declare what "
+        "it hides"
+    )
+
+
+def modules_with_functions(graph: Graph) -> set[str]:
+    """Names of the modules in whose run a custom autograd.Function does anything."""
+    first = {node.invocation for node in graph.nodes if node.function}
+    return {graph.path(around) for invocation in first for around in graph.ancestors(invocation)}
+
+
+def first_reader(graph: Graph, value: int, invocation: int) -> int | None:
+    """The first call of a module call that reads a value and stands in no custom
+    autograd.Function.
+    """
+    end = graph.invocations[invocation].end
+    for node in graph.values[value].consumers:
+        if (
+            (node < end or end < 0)
+            and not graph.nodes[node].function
+            and value in graph.nodes[node].operands
+        ):
+            return node
+    return None
+
+
+@contextmanager
+def plain_run() -> Iterator[None]:
+    """Runs a model by its plain code: not compiled, attention by matrix products, no part run again
+    in the backward.
+
+    A flash kernel has no second derivative; a checkpointed part would be run again in the backward,
+    when the weights of this run are gone.
+    """
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        torch.compiler.set_stance("force_eager"),
+        _without_checkpoints(),
+    ):
+        yield
+
+
+@contextmanager
+def _without_checkpoints() -> Iterator[None]:
+    global _depth
+    with _lock:
+        _depth += 1
+        if _depth == 1:
+            _patched.update(
+                {name: getattr(torch.utils.checkpoint, name, None) for name in _STAND_INS}
+            )
+            for name, stand_in in _STAND_INS.items():
+                setattr(torch.utils.checkpoint, name, stand_in)
+    try:
+        yield
+    finally:
+        with _lock:
+            _depth -= 1
+            if _depth == 0:
+                for name, original in _patched.items():
+                    setattr(torch.utils.checkpoint, name, original)
+
+
+class _NoCheckpoint:
+    """Stands in for the Function of reentrant checkpointing: the code runs once, in the open."""
+
+    @staticmethod
+    def apply(run_function: Any, _preserve_rng_state: Any, *args: Any) -> Any:
+        return run_function(*args)
+
+
+def _no_frame(*_: Any, **__: Any) -> Iterator[None]:
+    yield
+
+
+_STAND_INS: dict[str, Any] = {
+    "CheckpointFunction": _NoCheckpoint,
+    "_checkpoint_without_reentrant_generator": _no_frame,
+}
+_patched: dict[str, Any] = {}

@@ -1,0 +1,266 @@
+"""Runs part of a model again: one value replaced, stopped at another.
+
+A *segment* is the function from one value of the record to another. It is evaluated by running the
+model's own code again, of the innermost module call that holds all of it, with the value replaced
+right after the call that made it (or among the module's arguments) and stopped where the other
+value is known. Calls are identified by function, source line and occurrence within the module call,
+so that code whose number of calls changes (routing) is still met at the right place; a mismatch
+raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jacdiag.errors import TraceError
+from jacdiag.trace.discovery.residual import Site
+from jacdiag.trace.execution.module_call import Call
+from jacdiag.trace.execution.plain_mode import first_reader, modules_with_functions, plain_run
+from jacdiag.trace.execution.precision import Precision, Raisings
+from jacdiag.trace.execution.rng_state import RandomState, borrowed
+from jacdiag.trace.execution.skeleton import Skeleton
+from jacdiag.trace.execution.tap import Spot, Stop, Tap, Visit, Where
+from jacdiag.trace.graph.graph import CallKey, Graph
+
+
+@dataclass
+class Replayer:
+    """Makes segments of one recorded model, and whole runs with taps."""
+
+    skeleton: Skeleton
+    graph: Graph
+    dtype: torch.dtype
+    root: Call
+    calls: dict[int, Call] = field(default_factory=dict)
+    # of calls, where the model draws random numbers
+    starts: dict[int, RandomState] = field(default_factory=dict)
+    raisings: Raisings = field(default_factory=Raisings)
+
+    @cached_property
+    def with_functions(self) -> set[str]:
+        return modules_with_functions(self.graph)
+
+    @cached_property
+    def with_modules_from_outside(self) -> set[str]:
+        """Modules that call modules which are registered elsewhere: passed as arguments, or in
+        closures.
+        """
+        found: set[str] = set()
+        for invocation in self.graph.invocations:
+            for around in self.graph.ancestors(invocation.index):
+                path = self.graph.path(around)
+                if path and not f"{invocation.module}.".startswith(f"{path}."):
+                    found.add(path)
+        return found
+
+    # -- places ------------------------------------------------------------------------------------
+    def spot_of(self, value: int, invocation: int) -> Spot:
+        """Says where a value is met when the given module call is run again."""
+        record = self.graph.values[value]
+        if record.node < self.graph.invocations[invocation].start:
+            return Spot(Where.ARGUMENT, position=value, shape=record.shape)
+        opaque = bool(self.graph.nodes[record.node].function)
+        if opaque and (reader := first_reader(self.graph, value, invocation)) is not None:
+            position = self.graph.nodes[reader].operands.index(value)
+            return Spot(Where.READ, *self.occurrence(reader, invocation), position, record.shape)
+        return Spot(
+            Where.RESULT, *self.occurrence(record.node, invocation), record.position, record.shape
+        )
+
+    def spot_at(self, where: Where, node: int, invocation: int, position: int = 0) -> Spot:
+        return Spot(where, *self.occurrence(node, invocation), position)
+
+    def end_of(self, site: Site, invocation: int) -> Spot:
+        """Where a site's branch is met: as a term of its addition, or, if it was declared, where it
+        is made.
+        """
+        if site.result is None:
+            return self.spot_at(Where.TERM, site.addition, invocation, site.position)
+        return self.spot_of(site.result, invocation)
+
+    def occurrence(self, node: int, invocation: int) -> tuple[CallKey, int]:
+        """Returns a call's key and how many calls with that key came before it in the module
+        call.
+        """
+        nodes = self.graph.calls_by_key[self.graph.nodes[node].key]
+        start = self.graph.invocations[invocation].start
+        return self.graph.nodes[node].key, sum(start <= n < node for n in nodes)
+
+    # -- runs --------------------------------------------------------------------------------------
+    def whole_graph(self) -> AbstractContextManager[None]:
+        """To be entered where a graph through the whole model is built: it then holds no raised
+        copy of the model.
+        """
+        return self.raisings.not_kept() if self.skeleton.light else nullcontext()
+
+    def segment(self, invocation: int, source: Spot, sink: Spot) -> Callable[[Tensor], Tensor]:
+        """Returns the function from the source's value to the sink's, by running one module call
+        again.
+        """
+        return lambda x: self.run(invocation, source, x, sink)
+
+    def run(self, invocation: int, source: Spot, x: Tensor, sink: Spot) -> Tensor:
+        """Runs a module call with `x` at `source`, returns the value at `sink`. Raises TraceError
+        if it is not met.
+        """
+        y = self._run(invocation, source, x, sink)
+        if x.requires_grad and not y.requires_grad and torch.is_grad_enabled():
+            # the model's code ran it under no_grad
+            y = self._run(invocation, source, x, sink, grad=True)
+        return y
+
+    def _run(
+        self, invocation: int, source: Spot, x: Tensor, sink: Spot, grad: bool = False
+    ) -> Tensor:
+        call = self.calls[invocation]
+        # the guest may write in place; a leaf must not be written to
+        value = x if _expanded(x) else x.clone()
+        met = source.where is Where.ARGUMENT
+
+        def visit(spot: Spot, tensor: Tensor) -> Tensor:
+            nonlocal met
+            if spot is sink:
+                raise Stop(tensor)
+            met = True
+            return value
+
+        args, kwargs = call.arguments({source.position: value} if met else None)
+        try:
+            self._execute(
+                call.module, args, kwargs, (source, sink), visit, grad, self.starts.get(invocation)
+            )
+        except Stop as stop:
+            if met:
+                return stop.value
+        raise TraceError(
+            f"a re-run of '{call.module or 'the model'}' did not meet {sink} again",
+            hint="the model's control flow depends on the values; try another --seed",
+        )
+
+    def tapped(
+        self,
+        spots: Iterable[Spot],
+        visit: Visit,
+        hook: Callable[..., None] | None = None,
+        replaced: Mapping[int, Tensor] | None = None,
+        grad: bool = False,
+    ) -> Any:
+        """Runs the whole model once with taps and returns its output.
+
+        Args:
+            spots, visit: what to show to `visit` on the way.
+            hook: sees (module, args, kwargs) of every module call.
+            replaced: value -> tensor: inputs of the model to replace.
+            grad: differentiate also what the model's code runs under no_grad.
+        """
+        root = self.calls.get(0, self.root)
+        args, kwargs = root.arguments(replaced)
+        handles = []
+        try:
+            if hook is not None:
+                modules = self.skeleton.root.modules()
+                handles = [
+                    m.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+                    for m in modules
+                ]
+            return self._execute("", args, kwargs, spots, visit, grad, self.graph.start)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _execute(
+        self,
+        module: str,
+        args: Any,
+        kwargs: Any,
+        spots: Iterable[Spot],
+        visit: Visit,
+        grad: bool = False,
+        start: RandomState | None = None,
+    ) -> Any:
+        self.skeleton.restore()
+        part = self.skeleton.module(module)
+        prefix = module
+        if module in self.with_modules_from_outside:
+            # Weights of the whole model are at hand, since the call reaches other parts of it.
+            part, prefix = _Part(self.skeleton.root, module), ""
+        state = self.skeleton.fresh_state_of(prefix)
+        # their backwards read the weights as they were given to them
+        if module in self.with_functions:
+            state = self.skeleton.filled_state_of(prefix, self.dtype)
+        names = {id(t): name for name, t in state.items()}
+        precision = Precision(
+            self.dtype, names, self.raisings, self.skeleton.valueless, self.skeleton.stored
+        )
+        with ExitStack() as stack:
+            stack.enter_context(plain_run())
+            stack.enter_context(borrowed(start))
+            if grad:
+                stack.enter_context(torch.enable_grad())  # also puts the mode back
+            stack.enter_context(Tap(precision, spots, visit, grad))
+            if isinstance(part, _Part):
+                state = {f"model.{name}": tensor for name, tensor in state.items()}
+            return torch.func.functional_call(part, state, args, kwargs, strict=False)
+
+    def capture(
+        self, invocations: set[int], values: dict[int, Spot], terms: dict[Any, Spot]
+    ) -> tuple[Any, dict[Any, Tensor]]:
+        """Runs the whole model again; snapshots the wanted module calls and keeps the wanted
+        values.
+
+        Returns the model's output (to be compared with the first run's) and the tensors by key of
+        `values`/`terms`.
+        """
+        graph = self.graph
+        mutated = {v.index for v in graph.values if v.mutated}
+        keys = {id(spot): key for key, spot in [*values.items(), *terms.items()]}
+        kept: dict[Any, Tensor] = {}
+        count = 0
+
+        def visit(spot: Spot, tensor: Tensor) -> Tensor:
+            key = keys[id(spot)]
+            clone = key not in values or key in mutated
+            kept[key] = tensor.clone() if clone else tensor
+            return tensor
+
+        def hook(_module: Any, args: Any, kwargs: Any) -> None:
+            nonlocal count
+            if count in invocations:
+                if graph.start is not None:
+                    self.starts[count] = RandomState.now()
+                record = graph.invocations[count]
+                with torch._C.DisableTorchFunction():
+                    self.calls[count] = Call.take(
+                        record.module, args, kwargs, record.arguments, mutated
+                    )
+            count += 1
+
+        with torch.no_grad():
+            output = self.tapped([*values.values(), *terms.values()], visit, hook)
+        return output, kept
+
+
+class _Part(nn.Module):
+    """Calls a submodule of a model, with the weights of the whole model in place."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        super().__init__()
+        self.model = model
+        self.name = name
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.get_submodule(self.name)(*args, **kwargs)
+
+
+def _expanded(x: Tensor) -> bool:
+    """Whether elements share memory: nobody writes to such a tensor, and of a copy products may
+    round differently.
+    """
+    return any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True))

@@ -1,0 +1,101 @@
+"""The random numbers of a guest: borrowed for a run, and given back; the same ones for every run of
+the same code.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """The state of every generator that a model may draw from: torch's on each device, numpy's and
+    Python's.
+    """
+
+    cpu: Tensor
+    cuda: tuple[Tensor, ...]
+    numpy: Any
+    python: Any
+
+    @classmethod
+    def now(cls) -> RandomState:
+        started = torch.cuda.is_available() and torch.cuda.is_initialized()
+        cuda = tuple(torch.cuda.get_rng_state_all()) if started else ()
+        return cls(torch.get_rng_state(), cuda, _numpy_state(), random.getstate())
+
+    def restore(self) -> None:
+        _NUMPY_STATES.clear()
+        torch.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(list(self.cuda))
+        np.random.set_state(self.numpy)  # noqa: NPY002
+        random.setstate(self.python)
+
+    def same_as(self, other: RandomState) -> bool:
+        tensors = zip((self.cpu, *self.cuda), (other.cpu, *other.cuda), strict=False)
+        return (
+            len(self.cuda) == len(other.cuda)
+            and all(torch.equal(a, b) for a, b in tensors)
+            and self.python == other.python
+            and self.numpy[2:] == other.numpy[2:]
+            and np.array_equal(self.numpy[1], other.numpy[1])
+        )
+
+
+_MERSENNE_BYTES = 4 * 624 + 4  # of numpy's mt19937_state: the key and the place in it
+# the last state that was read, by the bytes that it was read from
+_NUMPY_STATES: dict[tuple[int, bytes], Any] = {}
+
+
+def _numpy_state() -> Any:
+    """The state of numpy's global generator; one that has not moved since it was last read is not
+    read again.
+
+    A read takes numpy about as long as an optimizer needs for ten small weights. With a normal
+    number in store the state is read in any case: to take that number out moves nothing else.
+    """
+    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
+    if type(generator) is not np.random.MT19937:
+        return np.random.get_state()  # noqa: NPY002
+    key = (id(generator), ctypes.string_at(generator.ctypes.state_address, _MERSENNE_BYTES))
+    state: Any = _NUMPY_STATES.get(key)
+    if state is None:
+        state = np.random.get_state()  # noqa: NPY002
+        _NUMPY_STATES.clear()
+        has_normal_in_store = bool(state[3])
+        if not has_normal_in_store:
+            _NUMPY_STATES[key] = state
+    return state
+
+
+@contextmanager
+def borrowed(start: RandomState | None = None) -> Iterator[RandomState]:
+    """Inside, generators begin at `start` (or go on from where they are); afterwards they stand
+    where they stood.
+    """
+    before = RandomState.now()
+    try:
+        if start is not None:
+            start.restore()
+        yield before
+    finally:
+        before.restore()
+
+
+def another_draw() -> None:
+    """Moves every generator elsewhere, so that a run draws other numbers. Only inside `borrowed`,
+    which undoes it.
+    """
+    torch.manual_seed(0x1E5)
+    np.random.seed(0x1E5)  # noqa: NPY002
+    random.seed(0x1E5)

@@ -1,0 +1,251 @@
+"""A module's code without its weights: what every recording and every re-run executes.
+
+A skeleton is a structural copy of a module whose parameters and buffers are empty meta tensors and
+whose hooks are cleared. It is run with a *state*, a dict of tensors that may come from anywhere
+(the guest by reference, a raised copy of one block, a file). Nothing of the guest is touched, no
+memory is spent, and wrappers drop out of the picture.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jacdiag.sources.module_wrappers import plain_name, unwrap
+from jacdiag.trace.execution.attributes import Attributes, collect_attribute_tensors, copy_attribute
+from jacdiag.trace.execution.lazy_weights import Stored
+from jacdiag.trace.execution.tensors import is_finite
+from jacdiag.trace.execution.wrappers import (
+    is_code,
+    original_class,
+    skipped_attributes,
+    whole_weights,
+)
+
+_HOOK_DICTS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+class Skeleton:
+    """The structural copy of `module`, in eval mode, and the guest's tensors by reference.
+
+    Attributes:
+        root: the copy. Its parameters and buffers are on the meta device.
+        params: name -> the guest's parameter, detached (same storage). One name per tie. Read on
+            access if `stored`.
+        outlines: the same by shape and dtype alone, for questions that need no values.
+        stored: where parameters are read from that are not in memory, or None.
+        buffers: name -> the guest's buffer (same storage); clone before a run that may write to it.
+        valueless: the guest itself is on the meta device: shapes and no values.
+        aliases: every name of a tied tensor -> the one name that stands in `params` or `buffers`.
+
+    Args:
+        module: the guest, wrapped or not.
+        keep_hooks: take the guest's forward hooks along, bound to the copy.
+        weights: name -> tensor, where the parameters of a guest on the meta device are to be read
+            from.
+        device: where they are brought to.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        keep_hooks: bool = False,
+        weights: Mapping[str, Tensor] | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        module = unwrap(module)
+        self._whole = whole_weights(module)
+        self.root = _copy_module(module, {}, keep_hooks)
+        self.root.eval()
+        self.aliases: dict[str, str] = {}
+        self.params: Mapping[str, Tensor] = self._collect(
+            module.named_parameters(remove_duplicate=False)
+        )
+        self.outlines, self.stored = self.params, None
+        self.buffers = self._collect(module.named_buffers(remove_duplicate=False))
+        if weights is not None:
+            self.stored = Stored(weights, self.outlines, device or torch.device("cpu"))
+            self.params = self.stored
+        self.valueless = self.stored is None and any(t.is_meta for t in self.params.values())
+        self.names = {id(m): name for name, m in self.root.named_modules(remove_duplicate=True)}
+        self._attributes = Attributes(self.root)
+        self._written: set[str] = set()
+
+    def _collect(self, named: Any) -> dict[str, Tensor]:
+        seen: dict[int, str] = {}
+        out: dict[str, Tensor] = {}
+        for raw_name, tensor in named:
+            name = plain_name(raw_name)
+            first = seen.setdefault(id(tensor), name)
+            self.aliases[name] = first
+            if first == name:
+                out[name] = self._whole.get(id(tensor), tensor).detach()
+        return out
+
+    def fresh_state_of(self, prefix: str) -> dict[str, Tensor]:
+        """Returns the state under module `prefix` ("" for all) for one run, one name per tie,
+        relative to `prefix`.
+
+        Buffers are cloned, since a forward may write to them; parameters are the guest's own
+        memory, but for those that the code is known to write to.
+        """
+        start = f"{prefix}." if prefix else ""
+        state: dict[str, Tensor] = {}
+        seen: set[str] = set()
+        for name, first in self.aliases.items():
+            if name.startswith(start) and first not in seen:
+                seen.add(first)
+                state[name[len(start) :]] = self._for_one_run(first)
+        return state
+
+    def _for_one_run(self, name: str) -> Tensor:
+        if name in self.buffers:
+            return self.buffers[name].clone()
+        return self.params[name].clone() if name in self._written else self.outlines[name]
+
+    def filled_state_of(self, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The same with every floating tensor in memory and raised: for code that reads weights
+        unseen by any mode.
+        """
+        state = self.fresh_state_of(prefix)
+        if self.stored is not None:
+            state = {name: self.stored.filled(t) for name, t in state.items()}
+        return {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+
+    @property
+    def light(self) -> bool:
+        """Whether the weights take less memory than the raised ones would, so that a graph should
+        not keep these.
+        """
+        low = any(t.is_floating_point() and t.dtype.itemsize < 4 for t in self.outlines.values())
+        return low or self.stored is not None
+
+    def non_finite(self) -> list[str]:
+        """Names of parameters with NaN or Inf in them."""
+        if self.stored is not None:
+            return self.stored.non_finite()
+        return [name for name, t in self.params.items() if not is_finite(t)]
+
+    def restore(self) -> None:
+        """Undoes what a run wrote to plain attributes (a cache, a counter)."""
+        self._attributes.restore()
+
+    def attribute_tensors(self) -> set[int]:
+        """Ids of the tensors that modules hold as plain attributes: constants, that no call of a
+        run made.
+        """
+        found: list[Tensor] = []
+        for module in self.root.modules():
+            collect_attribute_tensors(vars(module), found)
+        return {id(t) for t in found}
+
+    def own(self, name: str) -> None:
+        """Makes a copy, a fresh one for every run, stand in for a parameter that the code writes
+        to.
+        """
+        self._written.add(name)
+
+    def settled(self) -> bool:
+        """Whether the last run left the structure as it was; some code swaps its own modules when
+        it first runs.
+        """
+        names = {id(m): name for name, m in self.root.named_modules(remove_duplicate=True)}
+        same, self.names = names == self.names, names
+        if not same:  # what the code made of itself is what the next runs begin with
+            self._attributes = Attributes(self.root)
+        return same
+
+    def module(self, name: str) -> nn.Module:
+        """Returns the copy's submodule of that name ("" is the root)."""
+        return self.root.get_submodule(name) if name else self.root
+
+
+def _copy_module(module: nn.Module, memo: dict[int, Any], keep_hooks: bool) -> nn.Module:
+    """Copies the structure: first every registered module and tensor, then the plain attributes.
+
+    In that order an attribute that refers to a module or a weight (bound methods, partials,
+    closures, lists of layers) finds the copy in the memo, and nothing that holds memory is ever
+    deep-copied.
+    """
+    clones: list[tuple[nn.Module, dict[str, Any]]] = []
+    root = _copy_structure(module, memo, clones)
+
+    def copied(value: Any) -> Any:
+        return copy_attribute(
+            value, memo, lambda other, memo: _copy_module(other, memo, keep_hooks)
+        )
+
+    for original, attributes in clones:
+        skipped = skipped_attributes(original)
+        for name, value in original.__dict__.items():
+            if name in attributes or name in skipped:
+                continue
+            if name in _HOOK_DICTS:
+                attributes[name] = OrderedDict()
+            elif name == "_compiled_call_impl":
+                attributes[name] = None
+            else:
+                attributes[name] = copied(value)
+        _copy_hooks(original, attributes, copied, keep_hooks)
+    return root
+
+
+def _copy_hooks(module: nn.Module, attributes: dict[str, Any], copied: Any, keep_all: bool) -> None:
+    """Hooks are left behind, but for torch's own that compute a weight, or all of them where they
+    change the output.
+    """
+    for kind in ("_forward_pre_hooks", "_forward_hooks"):
+        for key, hook in getattr(module, kind).items():
+            if keep_all or (is_code(hook) and kind == "_forward_pre_hooks"):
+                attributes[kind][key] = copied(hook)
+                for flag in (f"{kind}_with_kwargs", f"{kind}_always_called"):
+                    if key in getattr(module, flag, ()):
+                        attributes[flag][key] = True
+
+
+def _copy_structure(module: nn.Module, memo: dict[int, Any], clones: list[Any]) -> nn.Module:
+    module = unwrap(module)
+    if id(module) in memo:
+        return memo[id(module)]
+    cls = original_class(module)
+    clone = memo[id(module)] = cls.__new__(cls)
+    attributes: dict[str, Any] = {}
+    object.__setattr__(clone, "__dict__", attributes)
+    clones.append((module, attributes))
+    for kind in ("_parameters", "_buffers"):
+        attributes[kind] = {
+            name: _meta(tensor, memo) for name, tensor in module.__dict__[kind].items()
+        }
+    attributes["_modules"] = {
+        name: None if child is None else _copy_structure(child, memo, clones)
+        for name, child in module._modules.items()
+    }
+    return clone
+
+
+def _meta(tensor: Tensor | None, memo: dict[int, Any]) -> Tensor | None:
+    if tensor is None:
+        return None
+    if id(tensor) not in memo:
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        memo[id(tensor)] = (
+            nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+        )
+    return memo[id(tensor)]

@@ -1,0 +1,198 @@
+"""Shows chosen values of a run as the model's own code meets them, and puts others in their
+place.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from jacdiag.errors import TraceError
+from jacdiag.trace.execution.gradient_strides import with_regular_gradient
+from jacdiag.trace.execution.precision import Precision, map_leaves
+from jacdiag.trace.execution.tensors import is_identity, operand_at, pick
+from jacdiag.trace.graph.additions import term_tensor
+from jacdiag.trace.graph.graph import CallKey
+from jacdiag.trace.graph.recorder import signature
+
+
+class Stop(BaseException):
+    """Unwinds the model's code once the wanted value is known. Not an Exception: guests catch
+    those.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+class Where(enum.Enum):
+    """How a value is met: among the arguments, as a call's result, or at a call about to run."""
+
+    ARGUMENT = "argument"
+    RESULT = "result"
+    TERM = "term of an addition"
+    OPERAND = "operand"
+    READ = "operand, where it may be replaced"
+    NORMALISED = "result of a fused norm, without its gain"
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A place in the run of one module call: the `occurrence`-th call with this key, and which of
+    its tensors.
+    """
+
+    where: Where
+    key: CallKey | None = None
+    occurrence: int = 0
+    position: int = 0
+    shape: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.key[1]}:{self.key[2]}" if self.key else "the arguments"
+
+
+Visit = Callable[[Spot, Tensor], Tensor]
+
+
+class Tap(TorchFunctionMode):
+    """Shows chosen values to `visit` as a run meets them; what it returns for a result takes the
+    result's place.
+
+    A replaced result also stands in for the original object wherever later calls name it, because
+    in-place code (`x.add_(f(x))`) goes on with the object, not with what the call returned.
+    """
+
+    def __init__(
+        self, precision: Precision, spots: Iterable[Spot], visit: Visit, grad: bool = False
+    ) -> None:
+        super().__init__()
+        self.precision, self.visit, self.grad = precision, visit, grad
+        self.counts: Counter[CallKey] = Counter()
+        self.spots: dict[CallKey, dict[int, list[Spot]]] = {}
+        for spot in spots:
+            if spot.key is not None:
+                self.spots.setdefault(spot.key, {}).setdefault(spot.occurrence, []).append(spot)
+        self.shadows: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.grad:
+            return self._call(func, args, kwargs or {})
+        with torch.enable_grad():
+            result = self._call(func, args, kwargs or {})
+        if func is torch._C._set_grad_enabled:
+            # a custom Function inside no_grad asks for the mode itself
+            torch._C._set_grad_enabled(True)
+        return result
+
+    def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if self.shadows:
+            args, kwargs = map_leaves(self._shadowed, args), map_leaves(self._shadowed, kwargs)
+        name = getattr(func, "__name__", "")
+        if name in ("__get__", "__set__", "__delete__"):
+            result = self.precision.call(func, args, kwargs)
+            return (
+                self._after(signature(func, 3), result, args, func)
+                if isinstance(result, Tensor)
+                else result
+            )
+        key = signature(func, 3)
+        args, kwargs = self._replaced(key, args, kwargs)
+        for spot in self._here(key):
+            if spot.where in (Where.TERM, Where.OPERAND):
+                read = self.precision.raised(args, kwargs)
+                term = spot.where is Where.TERM
+                found = (
+                    term_tensor(name, *read, spot.position)
+                    if term
+                    else operand_at(*read, spot.position)
+                )
+                self.visit(spot, _checked(found, spot))
+        result = with_regular_gradient(name, self.precision.call(func, args, kwargs))
+        return self._after(key, result, (args, kwargs), func)
+
+    def _replaced(self, key: CallKey, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Shows operands that are met here for the first time; what `visit` returns takes their
+        place from now on.
+        """
+        for spot in self._here(key):
+            if spot.where is Where.READ:
+                found = _checked(operand_at(args, kwargs, spot.position), spot)
+                new = self.visit(spot, found)
+                if new is not found:
+                    self.shadows[id(found)] = (found, new)
+                    args, kwargs = (
+                        map_leaves(self._shadowed, args),
+                        map_leaves(self._shadowed, kwargs),
+                    )
+        return args, kwargs
+
+    def _here(self, key: CallKey) -> list[Spot]:
+        places = self.spots.get(key)
+        return places.get(self.counts[key], []) if places else []
+
+    def _after(self, key: CallKey, result: Any, read: Any, func: Any) -> Any:
+        places = self.spots.get(key)
+        if places is None:
+            return result
+        if is_identity(key[0], result, read):
+            return result  # the record does not count these either
+        here = places.get(self.counts[key], ())
+        self.counts[key] += 1
+        for spot in here:
+            if spot.where is Where.NORMALISED:
+                found = pick(result, read, 0)
+                new = self._through_norm(spot, found, func, read)
+            elif spot.where is Where.RESULT:
+                found = _checked(pick(result, read, spot.position), spot)
+                new = self.visit(spot, found)
+            else:
+                continue
+            if new is not found:
+                self.shadows[id(found)] = (found, new)
+                result = map_leaves(self._shadowed, result)
+        return result
+
+    def _through_norm(self, spot: Spot, found: Tensor, func: Any, read: Any) -> Tensor:
+        """Shows the normalised value before the learned gain; a replacement gets gain and bias
+        again.
+        """
+        args, kwargs = read
+        bound = (
+            dict(zip(("input", "normalized_shape", "weight", "bias", "eps"), args, strict=False))
+            | kwargs
+        )
+        if func.__name__ == "rms_norm":
+            bound = (
+                dict(zip(("input", "normalized_shape", "weight", "eps"), args, strict=False))
+                | kwargs
+            )
+        weight, bias = bound.pop("weight", None), bound.pop("bias", None)
+        plain = self.precision.call(func, (), bound)
+        new = self.visit(spot, plain)
+        if new is plain:
+            return found
+        (weight, bias), _ = self.precision.raised((weight, bias), {})
+        new = new if weight is None else new * weight
+        return new if bias is None else new + bias
+
+    def _shadowed(self, leaf: Any) -> Any:
+        pair = self.shadows.get(id(leaf))
+        return pair[1] if pair is not None and pair[0] is leaf else leaf
+
+
+def _checked(tensor: Tensor, spot: Spot) -> Tensor:
+    if spot.shape and tuple(tensor.shape) != spot.shape:
+        raise TraceError(
+            f"a re-run met another value than the record at {spot}",
+            got=f"shape {tuple(tensor.shape)} instead of {spot.shape}",
+            hint="the model's control flow depends on the values; try another --seed",
+        )
+    return tensor

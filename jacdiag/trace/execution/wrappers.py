@@ -1,0 +1,151 @@
+"""What others do to a module and its weights: shards, weights kept elsewhere, hooks that are
+code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jacdiag.errors import TraceError
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module had before FSDP2 (`fully_shard`) put its own in front."""
+    cls = type(module)
+    if not any(base.__name__ == "FSDPModule" for base in cls.__mro__):
+        return cls
+    return next(base for base in cls.__mro__[1:] if issubclass(base, nn.Module))
+
+
+_GATHERED: ContextVar[Mapping[int, Tensor]] = ContextVar("gathered", default={})  # noqa: B039 - never written to
+
+
+@contextmanager
+def gathered(weights: Mapping[int, Tensor]) -> Iterator[None]:
+    """Inside, these weights (by id of the shard) are at hand, and nobody is asked for them."""
+    token = _GATHERED.set(weights)
+    try:
+        yield
+    finally:
+        _GATHERED.reset(token)
+
+
+def whole_weights(module: nn.Module) -> dict[int, Tensor]:
+    """Maps id of a parameter that is not the whole weight here (a shard, a placeholder) -> the
+    weight.
+
+    Shards of FSDP2 and tensor parallel are gathered, so every process of the group has to make the
+    call. Weights that accelerate keeps on the CPU or on disk are read from where they lie.
+
+    Raises:
+        TraceError: a weight is not here and cannot be gathered.
+    """
+    for name, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise TraceError(
+                f"'{name or type(module).__name__}' is a scripted module: its code is no Python "
+                "any more",
+                hint="pass the Python module that it was scripted from, or run with PYTORCH_JIT=0",
+            )
+    offloaded = {id(t): where for m in module.modules() for t, where in _offloaded(m)}
+    found: dict[int, Tensor] = dict(_GATHERED.get())
+    # all of it: looked at by structure alone
+    valueless = all(p.is_meta for p in module.parameters())
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if id(tensor) in found:
+            continue
+        gather = getattr(tensor.detach(), "full_tensor", None)
+        if gather is not None:
+            found[id(tensor)] = gather()
+        elif id(tensor) in offloaded:
+            found[id(tensor)] = offloaded[id(tensor)]
+        elif tensor.is_meta and not valueless:
+            raise TraceError(
+                f"parameter '{name}' is on the meta device: it has a shape and no values",
+                hint=(
+                    "load the weights first; a model offloaded by another library must be "
+                    "brought back to one device"
+                ),
+            )
+    return found
+
+
+def refuse_flat_shards(module: nn.Module) -> None:
+    """FSDP1 keeps a slice of a flat tensor per process; nothing can be run outside its own
+    context.
+    """
+    for part in module.modules():
+        handle: Any = getattr(part, "_handle", None)
+        flat = getattr(handle, "flat_param", None)
+        if flat is not None and handle.uses_sharded_strategy and handle.is_sharded(flat):
+            raise TraceError(
+                "the weights are sharded by FullyShardedDataParallel: this process holds a slice "
+                "of them",
+                hint="call jacdiag on every process inside `with "
+                "FullyShardedDataParallel.summon_full_params(model):`, "
+                "or use fully_shard (FSDP2), whose weights are gathered by themselves",
+            )
+
+
+def _hooks_of_accelerate(module: nn.Module) -> Iterator[Any]:
+    hook = module.__dict__.get("_hf_hook")
+    yield from getattr(hook, "hooks", [hook] if hook is not None else [])
+
+
+def _offloaded(module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    for hook in _hooks_of_accelerate(module):
+        weights = getattr(hook, "weights_map", None)
+        if weights is not None and getattr(hook, "offload", False):
+            for name, tensor in [
+                *module.named_parameters(recurse=False),
+                *module.named_buffers(recurse=False),
+            ]:
+                if tensor.is_meta:
+                    yield tensor, weights[name]
+
+
+def moves_weights(module: nn.Module) -> bool:
+    """Whether accelerate's hook brings a module's weights in for each call: a copy is given them
+    anyway.
+    """
+    return any(getattr(hook, "offload", False) for hook in _hooks_of_accelerate(module))
+
+
+def skipped_attributes(module: nn.Module) -> set[str]:
+    """Attributes that a copy does without: the machinery that moves weights, with the forward that
+    it put in place.
+    """
+    if not moves_weights(module):
+        return set()
+    old = module.__dict__.get("_old_forward")
+    plain = getattr(old, "__func__", None) is type(module).forward
+    return {"_hf_hook", "_old_forward", "forward"} if plain else {"_hf_hook"}
+
+
+def is_code(hook: Any) -> bool:
+    """Whether a forward pre-hook is part of the module's own code: torch's weight_norm,
+    spectral_norm, pruning.
+    """
+    return type(hook).__module__.startswith("torch.nn.utils")
+
+
+def has_foreign_hooks(module: nn.Module) -> bool:
+    """Whether anybody's hook or replaced forward stands in a model's way, so that a copy may
+    compute something else.
+    """
+    for part in module.modules():
+        if original_class(part) is not type(part):
+            # FSDP2's own hooks: they gather weights, and a run of one process alone would wait for
+            # ever
+            continue
+        if any(not is_code(h) for h in part._forward_pre_hooks.values()) or part._forward_hooks:
+            return True
+        if "forward" in part.__dict__ and not moves_weights(part):
+            return True
+    return False

@@ -1,0 +1,221 @@
+"""The forms in which code adds: what the terms of an addition are, in the record and in a re-run.
+
+Each form is one function from a call's arguments to its terms. Everything else in the tracer speaks
+of terms only, so a new way of adding is one entry here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One term of an addition.
+
+    Attributes:
+        values: the values it is made of, by index.
+        operand: the value itself where the term is a plain operand, else None (a product inside the
+            call).
+        product: a matrix product happens inside the term (addmm).
+    """
+
+    values: tuple[int, ...]
+    operand: int | None
+    product: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A term before it has a value: the tensors it needs, and how to compute it from them."""
+
+    tensors: tuple[Tensor, ...]
+    compute: Callable[[], Tensor]
+    plain: bool = False
+    product: bool = False
+
+
+def _plain(tensor: Any) -> Part | None:
+    return Part((tensor,), lambda: tensor, plain=True) if isinstance(tensor, Tensor) else None
+
+
+def _scaled(tensor: Any, factor: Any) -> Part | None:
+    if not isinstance(tensor, Tensor):
+        return None
+    return _plain(tensor) if factor == 1 else Part((tensor,), lambda: tensor * factor)
+
+
+# `out` is one of torch's own arguments: the sum is the same whether it is given or not.
+def _add(
+    a: Any, b: Any = None, *, other: Any = None, alpha: Any = 1, out: Any = None, **_: Any
+) -> list[Part | None]:  # noqa: ARG001
+    return [_plain(a), _scaled(b if b is not None else other, alpha)]
+
+
+def _sub(
+    a: Any, b: Any = None, *, other: Any = None, alpha: Any = 1, out: Any = None, **_: Any
+) -> list[Part | None]:  # noqa: ARG001
+    return [_plain(a), _scaled(b if b is not None else other, -alpha)]
+
+
+def _addcmul(a: Any, x: Any, y: Any, *, value: Any = 1, out: Any = None) -> list[Part | None]:  # noqa: ARG001
+    return [_plain(a), Part((x, y), lambda: x * y if value == 1 else value * x * y)]
+
+
+def _addmm(
+    a: Any, x: Any, y: Any, *, beta: Any = 1, alpha: Any = 1, out: Any = None
+) -> list[Part | None]:  # noqa: ARG001
+    return [
+        _scaled(a, beta),
+        Part((x, y), lambda: alpha * (x @ y) if alpha != 1 else x @ y, product=True),
+    ]
+
+
+def _lerp(a: Any, b: Any, weight: Any, *, out: Any = None) -> list[Part | None]:  # noqa: ARG001
+    return [
+        Part((a,), lambda: a * (1 - weight)),
+        Part((b, weight) if isinstance(weight, Tensor) else (b,), lambda: b * weight),
+    ]
+
+
+# Calls that add rows to a tensor at given positions. What they add is the second term, with zeros
+# elsewhere.
+SCATTERS = frozenset(
+    """index_add index_add_ scatter_add scatter_add_ scatter_reduce scatter_reduce_ index_put index_put_""".split()
+)
+
+
+def _index_add(
+    a: Any, dim: int, index: Any, source: Any, *, alpha: Any = 1, **_: Any
+) -> list[Part | None]:
+    def added() -> Tensor:
+        return torch.zeros_like(a).index_add(dim, index, source, alpha=alpha)
+
+    return [_plain(a), Part((source,), added)]
+
+
+def _scatter_add(a: Any, dim: int, index: Any, src: Any, **_: Any) -> list[Part | None]:
+    def added() -> Tensor:
+        return torch.zeros_like(a).scatter_add(dim, index, src)
+
+    return [_plain(a), Part((src,), added)]
+
+
+def _scatter_reduce(
+    a: Any, dim: int, index: Any, src: Any, reduce: str = "", *, include_self: bool = True, **_: Any
+) -> list[Part | None]:
+    # Without its own values, or with a maximum, a scatter adds nothing to `a`.
+    if reduce != "sum" or not include_self:
+        return []
+    return _scatter_add(a, dim, index, src)
+
+
+def _index_put(a: Any, indices: Any, values: Any, accumulate: bool = False) -> list[Part | None]:
+    if not accumulate or not isinstance(values, Tensor):
+        return []
+
+    def added() -> Tensor:
+        return torch.zeros_like(a).index_put(indices, values, accumulate=True)
+
+    return [_plain(a), Part((values,), added)]
+
+
+FORMS: dict[str, Callable[..., list[Part | None]]] = {
+    **dict.fromkeys(("add", "add_", "__add__", "__radd__", "__iadd__"), _add),
+    **dict.fromkeys(("sub", "sub_", "subtract", "__sub__", "__isub__"), _sub),
+    **dict.fromkeys(("addcmul", "addcmul_"), _addcmul),
+    **dict.fromkeys(("addmm", "addmm_", "baddbmm", "baddbmm_"), _addmm),
+    **dict.fromkeys(("lerp", "lerp_"), _lerp),
+    **dict.fromkeys(("index_add", "index_add_"), _index_add),
+    **dict.fromkeys(("scatter_add", "scatter_add_"), _scatter_add),
+    **dict.fromkeys(("index_put", "index_put_"), _index_put),
+    **dict.fromkeys(("scatter_reduce", "scatter_reduce_"), _scatter_reduce),
+}
+
+
+def parts_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Part | None]:
+    """Returns the terms of a call in a fixed order; None for a term that is no tensor. [] if the
+    call adds nothing.
+    """
+    form = FORMS.get(name)
+    if form is None:
+        return []
+    try:
+        return form(
+            *args,
+            **{
+                {
+                    "input": "a",
+                    "tensor1": "x",
+                    "tensor2": "y",
+                    "mat1": "x",
+                    "mat2": "y",
+                    "batch1": "x",
+                    "batch2": "y",
+                    "end": "b",
+                }.get(k, k): v
+                for k, v in kwargs.items()
+            },
+        )
+    except TypeError:
+        return []
+
+
+def terms_of(
+    name: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    value_of: Callable[[Tensor], int | None],
+) -> tuple[Term, ...] | None:
+    """Describes a call's terms by value index, or None if it is no addition of two tensors or
+    more.
+    """
+    parts = parts_of(name, args, kwargs)
+    if sum(part is not None for part in parts) < 2:
+        return None
+    terms = []
+    for part in parts:
+        if part is None:
+            terms.append(Term((), None))
+            continue
+        values = tuple(v for v in map(value_of, part.tensors) if v is not None)
+        terms.append(Term(values, values[0] if part.plain and values else None, part.product))
+    return tuple(terms)
+
+
+def number_added(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
+    """Return the number that a call adds to a tensor, 0 if it adds none.
+
+    Args:
+        name: of the call.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+
+    Example:
+        >>> number_added("__radd__", (torch.zeros(2), 1.0), {})
+        1.0
+    """
+    form = FORMS.get(name)
+    if form not in (_add, _sub):
+        return 0.0
+    given = (*args[:2], kwargs.get("other"))
+    numbers = [
+        value for value in given if isinstance(value, int | float) and not isinstance(value, bool)
+    ]
+    if len(numbers) != 1:
+        return 0.0
+    number = float(numbers[0] * kwargs.get("alpha", 1))
+    return number if form is _add else -number
+
+
+def term_tensor(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], position: int) -> Tensor:
+    """Computes the term at `position` of an addition about to run."""
+    part = parts_of(name, args, kwargs)[position]
+    assert part is not None
+    value = part.compute()
+    return value if isinstance(value, Tensor) else torch.as_tensor(value)

@@ -1,0 +1,109 @@
+"""What `jacdiag.sites` returns: the sub-layers of one recorded forward, and what surrounds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+
+from jacdiag.errors import TraceError
+from jacdiag.trace.discovery.coverage import Coverage
+from jacdiag.trace.discovery.residual import Finder, Site
+from jacdiag.trace.discovery.residual_stream import Streams
+from jacdiag.trace.discovery.unlisted_sums import LeftOut
+from jacdiag.trace.execution.replay import Replayer
+from jacdiag.trace.execution.skeleton import Skeleton
+from jacdiag.trace.graph.graph import Graph
+from jacdiag.trace.sublayer import Sublayer
+
+if TYPE_CHECKING:
+    from jacdiag.trace.tracer import Tracer
+
+
+_PRINTED = 24  # sub-layers that `print(sites)` lists
+
+
+class Sites(Sequence[Sublayer]):
+    """The sub-layers of one recorded forward, in the order of the stream, and what surrounds them.
+
+    Attributes:
+        graph, replayer, streams: the record, and how to run parts of it again.
+        coverage: which parameter belongs where.
+        output: the model's output in the recorded run.
+        deterministic: two runs gave the same output bit for bit; `culprit` names the call where
+            they part if not.
+        notes: what had to be done to run the model outside its wrappers.
+        left_out: residual sums that are not sub-layers, each with its module, source line and
+            reason.
+        hidden: additions that autograd does not see, each with the way to declare it.
+    """
+
+    def __init__(self, sublayers: list[Sublayer], tracer: Tracer) -> None:
+        self._sublayers = sublayers
+        self.graph: Graph = tracer.graph
+        self.replayer: Replayer = tracer.replayer
+        self.finder: Finder = tracer.finder
+        self.streams: Streams = tracer.streams
+        self.coverage: Coverage = tracer.coverage
+        self.raw: list[Site] = tracer.sites
+        self.skeleton: Skeleton = tracer.skeleton
+        self.output: Any = tracer.output
+        self.deterministic: bool = tracer.deterministic
+        self.culprit: str = tracer.culprit
+        self.notes: list[str] = tracer.notes
+        self.hidden: list[str] = tracer.hidden
+        self.left_out: list[LeftOut] = tracer.left_out
+        self.dtype: torch.dtype = tracer.dtype
+
+    def __str__(self) -> str:
+        """Return one line a sub-layer, of a long model the first of them."""
+        count = len(self)
+        noun = "sub-layer" if count == 1 else "sub-layers"
+        lines = [
+            f"{count} {noun}, {self.layers} deep",
+            *(f"  {site}" for site in self._sublayers[:_PRINTED]),
+        ]
+        if count > _PRINTED:
+            lines.append(f"  ... and {count - _PRINTED} more")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"<Sites: {len(self)} sub-layers, {self.layers} deep>"
+
+    @overload
+    def __getitem__(self, index: int) -> Sublayer: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sublayer]: ...
+    def __getitem__(self, index: int | slice) -> Sublayer | list[Sublayer]:
+        return self._sublayers[index]
+
+    def __len__(self) -> int:
+        return len(self._sublayers)
+
+    def __iter__(self) -> Iterator[Sublayer]:
+        return iter(self._sublayers)
+
+    @property
+    def layers(self) -> int:
+        """How many depths have a sub-layer on the stream."""
+        return len({site.depth for site in self if not site.nested})
+
+    def by_shortcut(self) -> list[list[Sublayer]]:
+        """The sub-layers in groups: parallel branches share a shortcut."""
+        groups: dict[int, list[Sublayer]] = {}
+        for site in self:
+            groups.setdefault(site.group, []).append(site)
+        return list(groups.values())
+
+    def named(self, name: str) -> Sublayer:
+        """Returns the sub-layer of that name. Raises TraceError with the closest names."""
+        for site in self._sublayers:
+            if site.name == name:
+                return site
+        close = get_close_matches(name, [s.name for s in self._sublayers], n=3)
+        raise TraceError(
+            f"no sub-layer is called '{name}'",
+            hint=f"closest: {', '.join(close)}" if close else None,
+        )
