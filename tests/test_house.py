@@ -25,20 +25,22 @@ PACKAGE = ROOT / "jacdiag"
 # Data flows one way, from a model to a verdict: a room imports only rooms with a smaller number, or
 # itself.
 FLOORS = {
-    "report": 1,
+    "records": 1,
     "sources": 2,
     "trace": 3,
     "spectra": 3,
     "measure": 4,
     "rules": 5,
-    "compare": 5,
-    "ranks": 5,
+    "comparison": 5,
+    "distributed": 5,
+    "detectors": 6,
     "remedies": 6,
     "render": 6,
-    "auditing": 7,
-    "watching": 7,
+    "pipeline": 7,
+    "monitor": 7,
     "backtest": 7,
     "gate": 8,
+    "watching": 8,
     "testing": 9,
     "jacdiag_cli": 9,
 }
@@ -47,8 +49,8 @@ FLOORS = {
 # A report prints itself as the table when it is asked to: the renderer is imported then, not
 # before.
 EXEMPT = {("jacdiag/trace/sublayer.py", "spectra"), ("jacdiag/records/report.py", "render")}
-EVERYBODY = {"errors", "__init__"}
-WITHOUT_TORCH = ("report", "rules", "render")
+EVERYBODY = {"errors", "__init__", "_version"}
+WITHOUT_TORCH = ("records", "rules", "detectors", "render")
 
 COMMANDS = {
     "audit": {

@@ -279,12 +279,11 @@ def _show(report: Report, output_format: str, all_rows: bool, sort: str, *, asid
 
 def machine_text(report: Report, output_format: str) -> str:
     """A report in one of the formats that machines read."""
-    from importlib import import_module
+    from jacdiag.render.formats import format_report
 
     if output_format == "json":
         return report.to_json() + "\n"
-    text: str = import_module(f"jacdiag.render.{output_format}").render(report)
-    return text
+    return format_report(report, output_format)
 
 
 def form_of(output_format: str) -> Form:

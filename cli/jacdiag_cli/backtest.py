@@ -238,7 +238,8 @@ def backtest(invocation: Invocation, runs: tuple[str, ...], **given: Any) -> int
 
 def _risk(report: BacktestReport, path: str) -> str:
     """The file of curves. Raises UsageError where there is none to write."""
-    from jacdiag.records.risk import RiskTable, written
+    from jacdiag.records.risk import RiskTable
+    from jacdiag.rules.risk_curves import risk_toml
 
     if not report.curves:
         raise UsageError(
@@ -260,7 +261,7 @@ def _risk(report: BacktestReport, path: str) -> str:
             for name, v in scores.items()
             if v is not None
         }
-    return written(RiskTable(report.curves, about))
+    return risk_toml(RiskTable(report.curves, about))
 
 
 def _pairs(columns: tuple[str, ...]) -> dict[str, str]:

@@ -26,9 +26,7 @@ from jacdiag.detectors.written_weights import Written, describe_written
 from jacdiag.records import Report
 from jacdiag.records.report import Level
 from jacdiag.records.run_log import Alert, number
-from jacdiag.rules import live_texts
 from jacdiag.rules.finding_numbers import plain
-from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 from jacdiag.rules.thresholds import Thresholds
 
 # a loss scaler halves its scale at every skip: ten in a row are a factor of 1,000
@@ -471,22 +469,3 @@ class LiveRules:
         self.rate.load(state["rate"])
         self.seen = state["seen"]
         self.spikes, self.spoken = dict(state["spikes"]), dict(state["spoken"])
-
-
-def _of_a_run(_context: Context, _rule: Rule) -> Outcome:
-    return NOT_APPLICABLE
-
-
-RULES = tuple(
-    Rule(code, name, level, **text, check=_of_a_run)  # type: ignore[arg-type]
-    for code, name, level, text in (
-        ("JD501", "joint-detector", "warning", live_texts.JOINT),
-        ("JD502", "loss-spike", "warning", live_texts.LOSS_SPIKE),
-        ("JD503", "gradient-spike", "info", live_texts.GRADIENT_SPIKE),
-        ("JD504", "spectral-drift", "warning", live_texts.DRIFT),
-        ("JD505", "non-finite-run", "error", live_texts.NON_FINITE),
-        ("JD506", "update-jump", "info", live_texts.UPDATE_JUMP),
-        ("JD507", "stable-rank-fall", "info", live_texts.STABLE_RANK),
-        ("JD508", "written-weights", "warning", live_texts.WRITTEN),
-    )
-)

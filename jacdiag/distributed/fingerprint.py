@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import jacdiag
+from jacdiag._version import __version__
 from jacdiag.errors import clipped
 from jacdiag.records.base import Record
 
@@ -84,7 +84,7 @@ def fingerprint(
         sublayers: name -> anything that the plan of the work rests on.
     """
     return Fingerprint(
-        versions={"torch": torch.__version__.split("+")[0], "jacdiag": jacdiag.__version__},
+        versions={"torch": torch.__version__.split("+")[0], "jacdiag": __version__},
         options={name: str(value) for name, value in options.items()},
         config={} if root is None else _config(root),
         weights={name: _print(t) for name, t in tensors},

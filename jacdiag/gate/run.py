@@ -21,8 +21,8 @@ from jacdiag.pipeline.argument_types import codes_of
 from jacdiag.pipeline.audit import audit
 from jacdiag.records import LEVELS, FiguresRecord, Finding, Report, RuleResult, Verdict
 from jacdiag.records.option_ranges import check_ranges
-from jacdiag.records.remedy import with_fixes
 from jacdiag.rules import evaluate, measurement, selected
+from jacdiag.rules.remedy_targets import with_fixes
 from jacdiag.rules.thresholds import load_thresholds
 from jacdiag.sources import Source
 from jacdiag.sources.python_source import path_text, source_of

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-import jacdiag
+from jacdiag._version import __version__
 from jacdiag.errors import ProbeError, TraceError
 from jacdiag.measure.branch_norms import Effort
 from jacdiag.measure.init_or_trained import State, StateDecision, decide_state, judge_weights
@@ -221,7 +221,7 @@ class LiveProbe:
             },
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             torch=torch.__version__,
-            jacdiag=jacdiag.__version__,
+            jacdiag=__version__,
         )
 
     def close(self) -> None:

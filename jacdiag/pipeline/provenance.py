@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-import jacdiag
+from jacdiag._version import __version__
 
 
 def stamp() -> dict[str, Any]:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return {"created": now, "torch": torch.__version__, "jacdiag": jacdiag.__version__}
+    return {"created": now, "torch": torch.__version__, "jacdiag": __version__}
 
 
 def peak_memory_mb() -> float:

@@ -18,8 +18,8 @@ from jacdiag.measure.init_contract import decayed_by
 from jacdiag.pipeline.measured_audit import Audit
 from jacdiag.pipeline.request import Request
 from jacdiag.records import Report
-from jacdiag.records.remedy import with_fixes
 from jacdiag.remedies import Bench, aims, most_trials, remedies_for, tried
+from jacdiag.rules.remedy_targets import with_fixes
 from jacdiag.sources import Source, load
 from jacdiag.sources.host_memory import free_host_memory
 

@@ -2,10 +2,10 @@
 measured again.
 """
 
-from jacdiag.records.remedy import aims
 from jacdiag.remedies.candidates import Remedy, remedies_for
 from jacdiag.remedies.patches import DIALECTS
 from jacdiag.remedies.trial import Bench, most_trials, sufficient, tried
+from jacdiag.rules.remedy_targets import aims
 
 __all__ = [
     "DIALECTS",

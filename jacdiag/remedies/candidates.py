@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from jacdiag.records import ContractRecord, Report, WeightRecord
-from jacdiag.records.remedy import aims
 from jacdiag.remedies.changes import (
     Change,
     Draw,
@@ -25,6 +24,7 @@ from jacdiag.remedies.changes import (
 )
 from jacdiag.rules import Departure, departures_of
 from jacdiag.rules.finding_numbers import plain
+from jacdiag.rules.remedy_targets import aims
 from jacdiag.rules.schemes import INNER, RESIDUAL, VECTORS
 from jacdiag.rules.thresholds import Thresholds
 

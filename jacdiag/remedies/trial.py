@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from jacdiag.errors import RankError, one_line
 from jacdiag.records import Report
-from jacdiag.records.remedy import RemedyRecord, aims, outlook
+from jacdiag.records.remedy import RemedyRecord
 from jacdiag.remedies.candidates import Remedy
 from jacdiag.remedies.changes import Spare
 from jacdiag.remedies.patches import patches
+from jacdiag.rules.remedy_targets import aims, outlook
 from jacdiag.sources.factory import seeded
 from jacdiag.trace.execution.tensors import collect_deep
 

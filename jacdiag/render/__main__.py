@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from importlib import import_module
 from pathlib import Path
 
 from jacdiag.records import Report
 from jacdiag.render.ascii_symbols import Form, spelled
+from jacdiag.render.formats import MODULES, format_report
 
-FORMATS = ("gate", "comment", "markdown", "github", "sarif", "junit")
+FORMATS = tuple(MODULES)
 _FORMS: dict[str, Form] = {
     "comment": "markdown",
     "markdown": "markdown",
@@ -27,7 +27,7 @@ def main(args: list[str]) -> int:
     except (OSError, ValueError, TypeError) as error:
         print(f"error: cannot read the report '{args[0]}'\n  got: {error}", file=sys.stderr)
         return 2
-    text = import_module(f"jacdiag.render.{args[1]}").render(report)
+    text = format_report(report, args[1])
     sys.stdout.write(spelled(text, sys.stdout.encoding, _FORMS.get(args[1], "text")))
     return 0
 

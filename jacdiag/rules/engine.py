@@ -8,48 +8,54 @@ from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
-from jacdiag.detectors import live_rules as live
 from jacdiag.errors import UsageError
 from jacdiag.records import Conditions, Finding, Report, RuleResult, Status, Verdict
 from jacdiag.rules import (
     backward,
+    computed_tables,
     conditions,
     forward,
     identical_layers,
     init_contract,
     leftover_memory,
+    live_catalogue,
+    low_rank_adapters,
     measurement,
     modulation,
     regression,
+    risk_at_lr,
     routers,
+    shortcut_factors,
+    small_parameters,
+    state_space_rates,
+    tied_weights,
 )
-from jacdiag.rules import computed_tables as tables
-from jacdiag.rules import low_rank_adapters as adapters
-from jacdiag.rules import risk_at_lr as risk
-from jacdiag.rules import shortcut_factors as shortcuts
-from jacdiag.rules import small_parameters as vectors
-from jacdiag.rules import state_space_rates as rates
-from jacdiag.rules import tied_weights as ties
 from jacdiag.rules.interval_status import overall
 from jacdiag.rules.profile import profile_of
 from jacdiag.rules.rule import Context, Outcome, Rule
 from jacdiag.rules.thresholds import CUTS, Thresholds
 
-SMALL_ROLES = (vectors.RULE, routers.RULE, identical_layers.RULE, leftover_memory.RULE)
-STRUCTURE = (tables.RULE, rates.RULE, ties.RULE, adapters.RULE, modulation.RULE)
+SMALL_ROLES = (small_parameters.RULE, routers.RULE, identical_layers.RULE, leftover_memory.RULE)
+STRUCTURE = (
+    computed_tables.RULE,
+    state_space_rates.RULE,
+    tied_weights.RULE,
+    low_rank_adapters.RULE,
+    modulation.RULE,
+)
 RULES: tuple[Rule, ...] = (
     *conditions.RULES,
-    *risk.RULES,
+    *risk_at_lr.RULES,
     *regression.RULES,
     *init_contract.RULES,
     *SMALL_ROLES,
     *STRUCTURE,
     *forward.RULES,
-    *sorted((*backward.RULES, *shortcuts.RULES), key=lambda rule: rule.code),
+    *sorted((*backward.RULES, *shortcut_factors.RULES), key=lambda rule: rule.code),
     *measurement.RULES,
 )
 # With those that speak in a run only.
-EVERY: tuple[Rule, ...] = tuple(sorted((*RULES, *live.RULES), key=lambda one: one.code))
+EVERY: tuple[Rule, ...] = tuple(sorted((*RULES, *live_catalogue.RULES), key=lambda one: one.code))
 _CODES = tuple(rule.code for rule in RULES)
 
 
@@ -100,7 +106,7 @@ def evaluate(
     Returns:
         The same report with risk, conditions, findings, rules and verdict filled in.
     """
-    report = replace(report, risk=risk.assess(report, thresholds.risk))
+    report = replace(report, risk=risk_at_lr.assess(report, thresholds.risk))
     context = Context(report, thresholds, profile_of(profile, _CODES))
     chosen = selected(select, ignore)
     outcomes = {r.code: r.check(context, r) for r in chosen if not r.after}

@@ -14,7 +14,8 @@ from typing import Any
 
 from jacdiag.errors import UsageError
 from jacdiag.records.report import Level
-from jacdiag.records.risk import RiskTable, load_risk
+from jacdiag.records.risk import RiskTable
+from jacdiag.rules.risk_curves import load_risk
 
 _HERE = Path(__file__).parent
 CUTS: tuple[Level, ...] = ("info", "warning", "error")

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import jacdiag
 from jacdiag.errors import JacdiagError, SourceError, TraceError
 from jacdiag.sources.meta_build import empty_parameters
+
+_PACKAGE = Path(__file__).parents[1]  # the folder of jacdiag itself
 
 
 def is_factory(source: str) -> bool:
@@ -204,7 +205,7 @@ def is_foreign(error: BaseException) -> bool:
     """Whether an error was raised by code that is neither jacdiag's nor torch's: by the model's
     own.
     """
-    ours = str(Path(jacdiag.__file__ or "").parent)
+    ours = str(_PACKAGE)
     not_its_own = (str(Path(torch.__file__ or "").parent), "<frozen")
     frames = [
         f
@@ -239,9 +240,8 @@ def own_frames(error: BaseException, limit: int = 3) -> str:
     # its frames end where the file was to be compiled
     if isinstance(error, SyntaxError) and error.filename:
         lines.append(f"at {Path(error.filename).name}:{error.lineno}: {(error.text or '').strip()}")
-    not_its_own = tuple(
-        str(Path(module.__file__ or "").parent) for module in (jacdiag, torch, importlib)
-    )
+    libraries = [Path(module.__file__ or "").parent for module in (torch, importlib)]
+    not_its_own = tuple(str(folder) for folder in [_PACKAGE, *libraries])
     foreign = traceback.extract_tb(error.__traceback__)
     frames = [f for f in foreign if not f.filename.startswith((*not_its_own, "<frozen"))]
     at = [

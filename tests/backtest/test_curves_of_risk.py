@@ -15,8 +15,9 @@ from scipy.stats import norm
 
 from jacdiag.backtest.risk_fit import fit, logistic
 from jacdiag.errors import UsageError
-from jacdiag.records.risk import RiskCurve, RiskTable, Z, load_risk, written
+from jacdiag.records.risk import RiskCurve, RiskTable, Z
 from jacdiag.records.risk import logistic as plain_logistic
+from jacdiag.rules.risk_curves import load_risk, risk_toml
 
 TRUE = np.array([6.0, 1.5, 2.0])
 
@@ -151,10 +152,10 @@ def test_a_chance_has_the_interval_of_its_covariance() -> None:
     )
 
 
-def test_curves_are_read_as_they_were_written(tmp_path: Path) -> None:
+def test_curves_are_read_as_they_were_risk_toml(tmp_path: Path) -> None:
     table = RiskTable({"pre": CURVE}, {"runs": 120, "held_out_seed_auroc": 0.91})
     path = tmp_path / "risk.toml"
-    path.write_text(written(table), encoding="utf-8")
+    path.write_text(risk_toml(table), encoding="utf-8")
     assert load_risk(path) == table
 
 
@@ -165,15 +166,15 @@ def test_curves_are_read_as_they_were_written(tmp_path: Path) -> None:
         ("[curve.pre]\nfigure = 'mean branch norm'", "cannot read the curves"),
         ("not toml", "cannot read the curves"),
         (
-            written(RiskTable({"pre": CURVE})).replace("mean branch norm", "the weather"),
+            risk_toml(RiskTable({"pre": CURVE})).replace("mean branch norm", "the weather"),
             "unknown figure",
         ),
         ("x = 1", "holds no curve"),
         ("", "holds no curve"),
-        (written(RiskTable()), "holds no curve"),
+        (risk_toml(RiskTable()), "holds no curve"),
         *(
             (
-                written(RiskTable({"pre": replace(CURVE, ranges={**CURVE.ranges, name: span})})),
+                risk_toml(RiskTable({"pre": replace(CURVE, ranges={**CURVE.ranges, name: span})})),
                 f"ranges.{name} of",
             )
             for name, span in (
@@ -185,7 +186,7 @@ def test_curves_are_read_as_they_were_written(tmp_path: Path) -> None:
             )
         ),
         (
-            written(RiskTable({"pre": replace(CURVE, ranges={"lr": [0.1, 0.2]})})),
+            risk_toml(RiskTable({"pre": replace(CURVE, ranges={"lr": [0.1, 0.2]})})),
             "ranges.figure of .* is None",
         ),
     ],

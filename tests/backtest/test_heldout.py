@@ -19,7 +19,7 @@ from jacdiag.backtest.dataset import board
 from jacdiag.backtest.outcomes import label
 from jacdiag.errors import SourceError, UsageError
 from jacdiag.records.backtest import BacktestReport
-from jacdiag.records.risk import load_risk
+from jacdiag.rules.risk_curves import load_risk
 from jacdiag.rules.risk_features import CONDITIONS
 from tests.backtest.test_backtest import curve
 

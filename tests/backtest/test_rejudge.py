@@ -16,8 +16,9 @@ import jacdiag
 from jacdiag.backtest import read_runs
 from jacdiag.backtest.archive import encoded
 from jacdiag.backtest.rejudge import rejudged
-from jacdiag.records.risk import RiskCurve, RiskTable, written
+from jacdiag.records.risk import RiskCurve, RiskTable
 from jacdiag.records.run_log import RunLog, read_run
+from jacdiag.rules.risk_curves import risk_toml
 from jacdiag.rules.thresholds import load_thresholds
 
 RANGES = {"figure": [1e-9, 1e9], "lr": [1e-9, 1e9], "width": [1.0, 1e6], "layers": [1.0, 1e3]}
@@ -31,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that goes on from a checkpoint at step 60 and is broken at step 90."""
     made = tmp_path_factory.mktemp("run")
     curves = made / "risk.toml"
-    curves.write_text(written(RiskTable({"pre": CURVE})), encoding="utf-8")
+    curves.write_text(risk_toml(RiskTable({"pre": CURVE})), encoding="utf-8")
     thresholds: dict[str, Any] = {"stable_rank_fall": {"info": 1.5}}
     model = small()
     optimizer = adam(model)
@@ -76,7 +77,7 @@ def test_other_thresholds_and_curves_say_other_things(folder: Path) -> None:
     louder = RiskCurve(
         "pre", CURVE.figure, [20.0, 0.0, 1.0], CURVE.covariance, RANGES, 100, 40, "made up"
     )
-    path.write_text(written(RiskTable({"pre": louder})), encoding="utf-8")
+    path.write_text(risk_toml(RiskTable({"pre": louder})), encoding="utf-8")
     first = [a for a in rejudged(log, load_thresholds(risk=str(path))) if a.code == "JD105"]
     assert [(a.step, a.level) for a in first] == [(2, "error")] and rates[0] > 0
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from jacdiag_cli.main import main
 
-from jacdiag.records.risk import RiskCurve, RiskTable, written
+from jacdiag.records.risk import RiskCurve, RiskTable
+from jacdiag.rules.risk_curves import risk_toml
 
 SIZES = (
     '{"recipe": "vanilla", "n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 64, '
@@ -34,7 +35,7 @@ def curves(tmp_path: Path) -> str:
     spread = [[0.01, 0.0, 0.0], [0.0] * 3, [0.0] * 3]
     curve = RiskCurve("pre", "worst branch norm", [2.5, 0.5, 1.0], spread, ranges, 90, 30, "a lab")
     path = tmp_path / "risk.toml"
-    path.write_text(written(RiskTable({"pre": curve})), encoding="utf-8")
+    path.write_text(risk_toml(RiskTable({"pre": curve})), encoding="utf-8")
     return str(path)
 
 

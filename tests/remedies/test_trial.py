@@ -17,9 +17,10 @@ import jacdiag
 from jacdiag.errors import UsageError
 from jacdiag.gate import gate, write_baseline
 from jacdiag.records import Finding, RemedyRecord, Report
-from jacdiag.records.risk import RiskCurve, RiskTable, written
+from jacdiag.records.risk import RiskCurve, RiskTable
 from jacdiag.remedies import Remedy, sufficient
 from jacdiag.remedies.changes import Scale, Weights
+from jacdiag.rules.risk_curves import risk_toml
 from jacdiag.sources import gpt
 from jacdiag.sources.factory import seeded
 
@@ -389,7 +390,7 @@ def test_a_chance_calls_for_a_remedy_and_counts_only_where_it_is_given(
         "pre", "worst branch norm", [-3.0, 3.0, 0.0], [[0.0] * 3] * 3, ranges, 10, 5, "made up"
     )
     path = tmp_path / "risk.toml"
-    path.write_text(written(RiskTable({"pre": curve})), encoding="utf-8")
+    path.write_text(risk_toml(RiskTable({"pre": curve})), encoding="utf-8")
     report = audited("vanilla", decide=False, lr=0.1, risk=str(path), select=["JD105"], tol=0.3)
     assert report.risk is not None and report.risk.chance is not None and report.risk.chance > 0.5
     assert loud(report) == ["JD105"] and report.remedies[0].codes == ["JD105"]

@@ -12,7 +12,8 @@ import pytest
 import jacdiag
 from jacdiag.detectors.live_rules import LiveRules, StepFigures
 from jacdiag.records import Report
-from jacdiag.records.risk import RiskCurve, RiskTable, written
+from jacdiag.records.risk import RiskCurve, RiskTable
+from jacdiag.rules.risk_curves import risk_toml
 from jacdiag.rules.thresholds import Thresholds
 from tests.rules.test_conditions import healthy, report
 from tests.rules.test_risk import by_warmup, limits
@@ -170,7 +171,7 @@ def test_a_watch_takes_curves_of_ones_own(tmp_path: Path) -> None:
         "a lab",
     )
     file = tmp_path / "risk.toml"
-    file.write_text(written(RiskTable({"pre": curve})), encoding="utf-8")
+    file.write_text(risk_toml(RiskTable({"pre": curve})), encoding="utf-8")
     model = small()
     optimizer = adam(model)
     with jacdiag.watch(

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-import jacdiag
+from jacdiag._version import __version__
 from jacdiag.detectors.live_rules import LiveRules, StepFigures
 from jacdiag.monitor.alert_moment import AlertMoment, call_handler
 from jacdiag.monitor.batches import Batches
@@ -108,7 +108,7 @@ class Record:
         """Writes the first line (and where a run goes on, from which step)."""
         self.header = {
             **header,
-            "jacdiag": jacdiag.__version__,
+            "jacdiag": __version__,
             "torch": torch.__version__,
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }

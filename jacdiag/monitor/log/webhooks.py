@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-import jacdiag
+from jacdiag._version import __version__
 from jacdiag.errors import UsageError, clipped, printable
 from jacdiag.monitor.alert_moment import AlertMoment
 from jacdiag.monitor.fault_isolation import logger
@@ -151,7 +151,7 @@ class Webhook:
     def _post(self, data: bytes) -> None:
         headers = {
             "Content-Type": "application/json",
-            "User-Agent": f"jacdiag/{jacdiag.__version__}",
+            "User-Agent": f"jacdiag/{__version__}",
         }
         request = urllib.request.Request(self._address, data=data, headers=headers, method="POST")
         opener = urllib.request.build_opener(_NoRedirect)
@@ -291,7 +291,7 @@ def _generic(alert: Alert, moment: AlertMoment) -> dict[str, Any]:
     data = {
         "schema_version": 1,
         "source": "jacdiag",
-        "version": jacdiag.__version__,
+        "version": __version__,
         "run": moment.run or None,
         "model": moment.model_name or None,
         "title": title_of(alert),

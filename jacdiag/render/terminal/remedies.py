@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jacdiag.records import Outlook, RemedyRecord, Report
-from jacdiag.records.remedy import aims
 from jacdiag.render.terminal.number_cells import between, three
+from jacdiag.rules.remedy_targets import aims
 
 DIALECTS = {
     "pytorch": ("PyTorch", "python"),

@@ -1,0 +1,60 @@
+"""Which findings remedies are tried against, and the figures that a remedy is judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from jacdiag.records import Finding, Report
+from jacdiag.records.remedy import Outlook, RemedyRecord
+
+_CONDITIONS = ("JD101", "JD102", "JD103", "JD104", "JD105")
+
+
+def outlook(report: Report) -> Outlook:
+    """The figures of a report that a remedy is judged by."""
+    return Outlook(
+        branch_norm=_worst(report, "branch_norm"),
+        core_norm=_worst(report, "core_norm"),
+        norm_gain=max(
+            (_gain(row.norm_gain) for row in report.sublayers if row.norm_gain is not None),
+            default=None,
+        ),
+        small_sublayers=report.conditions.small_sublayers,
+        large_shortcut=report.conditions.large_shortcut,
+        verdict=report.verdict,
+        fired=list(dict.fromkeys(f.code for f in report.findings if f.level != "info")),
+        undecided=[r.code for r in report.rules if r.status == "unknown"],
+    )
+
+
+def aims(report: Report) -> list[str]:
+    """The rules that a remedy is looked for: the conditions, the contract and the baseline, at
+    warning or above.
+    """
+    found = dict.fromkeys(f.code for f in report.findings if f.level != "info")
+    return [code for code in found if code in (*_CONDITIONS, "JD110") or code.startswith("JD2")]
+
+
+def with_fixes(findings: Iterable[Finding], remedies: Iterable[RemedyRecord]) -> list[Finding]:
+    """The findings, with the recommended remedy as the verified fix of those that it answers."""
+    best = next((r for r in remedies if r.recommended), None)
+    if best is None:
+        return list(findings)
+    answered = set(best.codes)
+    return [
+        replace(f, fix=best.title, verified=True) if f.code in answered and f.level != "info" else f
+        for f in findings
+    ]
+
+
+def _worst(report: Report, name: str) -> list[float] | None:
+    found = [interval for row in report.sublayers if (interval := getattr(row, name)) is not None]
+    if not found:
+        return None
+    return [max(i.lower for i in found), max(i.upper for i in found)]
+
+
+def _gain(interval: Any) -> float:
+    return float(interval.per_token.p99 if interval.per_token is not None else interval.estimate)

@@ -1,0 +1,108 @@
+"""Read and write the curves of the chance that a run goes wrong at a learning rate.
+
+`risk.toml` holds one curve per placement of the norm. `jacdiag backtest RUN... --write-risk FILE`
+writes such a file. A curve is
+
+    chance = 1 / (1 + exp(-(a + b ln(figure) + c ln(lr) + d ln(warmup))))
+
+The last term is left out if the runs did not differ in their warm-up. With each curve come the
+covariance of (a, b, c, d) over resampled inits and the ranges that the runs spanned. Outside these
+ranges there is no chance, and the report names the range.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from jacdiag.errors import UsageError, one_line
+from jacdiag.records.risk import RiskCurve, RiskTable
+from jacdiag.rules.risk_features import INIT
+
+_HERE = Path(__file__).parent
+_WRITTEN = "jacdiag backtest RUN... --write-risk FILE writes one"
+
+
+def load_risk(path: Path = _HERE / "risk.toml") -> RiskTable:
+    """Reads the curves that ship with jacdiag, or a user's own.
+
+    Raises:
+        UsageError: the file cannot be read, holds no curve, or one in a figure or over a range that
+            has no meaning.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        if text.startswith("\ufeff"):
+            raise ValueError(
+                "a byte order mark (BOM) at its beginning: save it as UTF-8 without BOM"
+            )
+        data = tomllib.loads(text)
+        curves = {
+            k: RiskCurve.from_dict({"placement": k, **table})
+            for k, table in data.get("curve", {}).items()
+        }
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"cannot read the curves '{path}'", got=one_line(error), hint=_WRITTEN
+        ) from error
+    if not curves:
+        raise UsageError(
+            f"'{path}' holds no curve", got="no table [curve.PLACEMENT] in it", hint=_WRITTEN
+        )
+    for curve in curves.values():
+        _check(curve, path)
+    return RiskTable(curves, data.get("about", {}))
+
+
+def _check(curve: RiskCurve, path: Path) -> None:
+    if curve.figure not in INIT:
+        raise UsageError(
+            f"'{path}' has a curve in an unknown figure", got=curve.figure, hint=_WRITTEN
+        )
+    for name in ("figure", "lr"):  # a curve takes the logarithm of both
+        span = curve.ranges.get(name)
+        pair = (
+            isinstance(span, list)
+            and len(span) == 2
+            and all(isinstance(end, int | float) for end in span)
+        )
+        if span is None or not pair or not 0 < span[0] <= span[1]:
+            where = f"ranges.{name} of [curve.{curve.placement}]"
+            raise UsageError(
+                f"'{path}' has a curve over an impossible range",
+                got=f"{where} is {span}",
+                hint=f"two numbers above 0, the least first; {_WRITTEN}",
+            )
+
+
+def risk_toml(table: RiskTable) -> str:
+    """The table as TOML, for `load_risk`."""
+    lines = [
+        (
+            "# The chance that a run goes wrong, by placement of the norm. From jacdiag backtest "
+            "--write-risk."
+        ),
+        "",
+    ]
+    lines += [
+        "[about]",
+        *(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in table.about.items()),
+    ]
+    for name, curve in table.curves.items():
+        lines += ["", f"[curve.{json.dumps(name)}]"]
+        values = {k: v for k, v in curve.to_dict().items() if k not in ("placement", "ranges")}
+        lines += [f"{key} = {_toml(value)}" for key, value in values.items()]
+        lines += [f"ranges.{key} = {_toml(value)}" for key, value in curve.ranges.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    """Numbers, texts and lists of them; six digits are more than any of them is known to."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, float):
+        short = f"{value:.6g}"
+        return short if "." in short or "e" in short else f"{short}.0"
+    return json.dumps(value, ensure_ascii=False)

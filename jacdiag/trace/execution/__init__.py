@@ -1,0 +1,1 @@
+"""Run a model, or a part of it, again without changing it."""

@@ -1,0 +1,1 @@
+"""The record of one forward: values, calls, modules, and what reaches what."""
