@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import textwrap
+from typing import TYPE_CHECKING
 
 import click
 
 from jacdiag_cli.rules import applies_to
 from jacdiag_cli.streams import emit, room
+
+if TYPE_CHECKING:
+    from jacdiag.rules.page import RulePage
 
 _WIDEST = 96
 
@@ -30,16 +34,16 @@ def explain(code: str) -> None:
         _wrapped(found.summary, ""),
         *(
             f"{title}\n{_wrapped(text, '  ', title != 'Example')}"
-            for title, text in _sections(found)
+            for title, text in _sections(found.page)
             if text.strip()
         ),
     ]
     emit("\n\n".join(parts) + "\n")
 
 
-def _sections(found: object) -> list[tuple[str, str]]:
+def _sections(page: RulePage) -> list[tuple[str, str]]:
     named = (("What", "what"), ("Why", "why"), ("Example", "example"), ("Remedy", "remedy"))
-    return [(title, str(getattr(found, field))) for title, field in named]
+    return [(title, str(getattr(page, field))) for title, field in named]
 
 
 def _wrapped(text: str, indent: str, prose: bool = True) -> str:

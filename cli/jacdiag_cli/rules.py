@@ -10,7 +10,7 @@ import click
 from jacdiag_cli.streams import Column, emit, grid, room
 
 if TYPE_CHECKING:
-    from jacdiag.rules import Rule
+    from jacdiag.rules.rule import RuleInfo
 
 _STATES, _PLACEMENTS = {"init", "trained"}, {"pre", "post", "sandwich", "reordered", "none"}
 
@@ -47,7 +47,7 @@ def rules(output_format: str) -> None:
     )
 
 
-def applies_to(rule: Rule) -> str:
+def applies_to(rule: RuleInfo) -> str:
     """The states and placements of a rule in words: "pre, sandwich; init"; "any model" where it has
     no limit.
     """
@@ -57,7 +57,7 @@ def applies_to(rule: Rule) -> str:
     return "; ".join(part for part in (norms, states) if part) or "any model"
 
 
-def _plain(rule: Rule) -> dict[str, object]:
+def _plain(rule: RuleInfo) -> dict[str, object]:
     return {
         "code": rule.code,
         "name": rule.name,

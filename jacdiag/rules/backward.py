@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from jacdiag.errors import clipped
 from jacdiag.records import Finding, Level, SublayerRecord
 from jacdiag.records.signal_propagation import NEGLIGIBLE, BackwardRecord, DeadBranch, DeadPath
-from jacdiag.rules import forward_backward_texts as flow_texts
 from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.forward import Measured, loudest
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
@@ -363,17 +362,16 @@ def _cut_shortcut(context: Context, rule: Rule) -> Outcome:
 
 
 RULES = (
-    Rule("JD401", "no-gradient", "warning", **flow_texts.NO_GRADIENT, check=_no_gradient),
-    Rule("JD402", "dead-branch", "warning", **flow_texts.DEAD_BRANCH, check=_dead_branch),
-    Rule("JD403", "growth-exponents", "info", **flow_texts.GROWTH, check=_growth),
-    Rule("JD404", "embedding-gradient", "info", **flow_texts.EMBEDDING_GRADIENT, check=_embedding),
-    Rule("JD405", "update-ratio", "info", **flow_texts.UPDATE, check=_update, states=("init",)),
+    Rule("JD401", "no-gradient", "warning", check=_no_gradient),
+    Rule("JD402", "dead-branch", "warning", check=_dead_branch),
+    Rule("JD403", "growth-exponents", "info", check=_growth),
+    Rule("JD404", "embedding-gradient", "info", check=_embedding),
+    Rule("JD405", "update-ratio", "info", check=_update, states=("init",)),
     Rule(
         "JD406",
         "gradient-not-finite",
         "warning",
-        **flow_texts.NOT_FINITE_GRADIENT,
         check=_not_finite,
     ),
-    Rule("JD409", "cut-shortcut", "warning", **flow_texts.CUT_SHORTCUT, check=_cut_shortcut),
+    Rule("JD409", "cut-shortcut", "warning", check=_cut_shortcut),
 )

@@ -10,7 +10,6 @@ from jacdiag.records import ContractRecord, Finding
 from jacdiag.records.structure import TableRecord
 from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
-from jacdiag.rules.texts import Text
 
 # Memory that was handed out again holds integers, which read as float32 are below this or zero. A
 # table whose meaning
@@ -27,31 +26,6 @@ _WORDS = {
     "mask": "a mask",
     "": "a buffer",
 }
-
-TEXT = Text(
-    summary="a computed table is wrong: erased, rounded to 16 bits, or never computed",
-    what="""\
-Looks at the buffers of a fresh model. Frequencies are known by the dataflow: their products with positions enter
-a sine and a cosine. Tables of sines and cosines, positions, ALiBi slopes, running variances and masks are known
-by their names. A table is named if it holds NaN or Inf, zeros alone, or numbers that are not zero and closer to
-it than 1e-30. Frequencies are named too if float32 holds numbers of bfloat16 or float16. A running variance is
-named if one element is not positive. A mask is named if all its elements are one number, since it masks nothing
-or everything. Slopes are named if they form a geometric series that starts at one: those of ALiBi start at its
-ratio. The course of frequencies is not judged, since scalings such as NTK, YaRN, llama3 and LongRoPE change it. A
-plain attribute that is no buffer is not seen.""",
-    why="""\
-A buffer that is not in the checkpoint is computed once, when the model is built. On the meta device nothing is
-computed, and to_empty() leaves what lay in memory. A cast of the whole model to bfloat16 rounds frequencies to 3
-digits, and a cast back does not restore them: at position 4,000 an angle is off by several radians. The model
-still runs.""",
-    example="""\
-    with torch.device("meta"): model = Model()
-    model.to_empty(device="cuda"); model.init_weights()        # fires, if that leaves out inv_freq
-    model.bfloat16().float()                                   # fires""",
-    remedy="""\
-Compute the table once more after to_empty(), or in the forward. Keep frequencies out of casts, or compute them
-anew in float32 after the cast.""",
-)
 
 
 def fault_of(table: TableRecord) -> str:
@@ -136,4 +110,4 @@ _FIXES = {
     "": "compute the buffer once more after to_empty(), where the other weights are initialised",
 }
 
-RULE = Rule("JD212", "computed-tables", "warning", **TEXT, check=_check, states=("init",))
+RULE = Rule("JD212", "computed-tables", "warning", check=_check, states=("init",))

@@ -8,7 +8,6 @@ from typing import Any
 
 from jacdiag.records import Finding, Interval, Level, SublayerRecord
 from jacdiag.records.report import PRODUCT_ALONE
-from jacdiag.rules import texts
 from jacdiag.rules.finding_numbers import plain, span
 from jacdiag.rules.interval_status import Placed, placed
 from jacdiag.rules.rule import ALL_PLACEMENTS, NOT_APPLICABLE, Context, Outcome, Rule
@@ -269,7 +268,6 @@ SMALL = Rule(
     "JD101",
     "small-sublayers",
     "warning",
-    **texts.SMALL,
     check=_small,
     placements=("pre",),
     observation_when_trained=True,
@@ -278,7 +276,6 @@ LARGE = Rule(
     "JD102",
     "large-shortcut",
     "warning",
-    **texts.LARGE,
     check=_large,
     placements=("pre",),
     observation_when_trained=True,
@@ -287,9 +284,8 @@ AMPLIFICATION = Rule(
     "JD103",
     "amplification",
     "warning",
-    **texts.AMPLIFICATION,
     check=_amplification,
     observation_when_trained=True,
 )
-PRODUCT = Rule("JD104", "depth-product", "info", **texts.PRODUCT, check=_product)
+PRODUCT = Rule("JD104", "depth-product", "info", check=_product)
 RULES = (SMALL, LARGE, AMPLIFICATION, PRODUCT)

@@ -32,7 +32,7 @@ from jacdiag.rules import (
 )
 from jacdiag.rules.interval_status import overall
 from jacdiag.rules.profile import profile_of
-from jacdiag.rules.rule import Context, Outcome, Rule
+from jacdiag.rules.rule import Context, Outcome, Rule, RuleInfo
 from jacdiag.rules.thresholds import CUTS, Thresholds
 
 SMALL_ROLES = (small_parameters.RULE, routers.RULE, identical_layers.RULE, leftover_memory.RULE)
@@ -55,11 +55,13 @@ RULES: tuple[Rule, ...] = (
     *measurement.RULES,
 )
 # With those that speak in a run only.
-EVERY: tuple[Rule, ...] = tuple(sorted((*RULES, *live_catalogue.RULES), key=lambda one: one.code))
+EVERY: tuple[RuleInfo, ...] = tuple(
+    sorted((*RULES, *live_catalogue.RULES), key=lambda one: one.code)
+)
 _CODES = tuple(rule.code for rule in RULES)
 
 
-def rule(code: str) -> Rule:
+def rule(code: str) -> RuleInfo:
     """Returns a rule by its code. Raises UsageError with the closest codes."""
     for one in EVERY:
         if one.code == code.upper():

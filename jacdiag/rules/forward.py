@@ -9,7 +9,6 @@ from typing import Any
 
 from jacdiag.records import Finding, Level, SublayerRecord
 from jacdiag.records.signal_propagation import ForwardRecord, Peak
-from jacdiag.rules import forward_backward_texts as flow_texts
 from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 from jacdiag.rules.thresholds import CUTS, Limits
@@ -235,9 +234,9 @@ def _rank(context: Context, rule: Rule) -> Outcome:
 
 
 RULES = (
-    Rule("JD301", "variance-growth", "warning", **flow_texts.VARIANCE, check=_variance),
-    Rule("JD302", "massive-activations", "info", **flow_texts.MASSIVE, check=_massive),
-    Rule("JD303", "attention-logits", "warning", **flow_texts.LOGITS, check=_logits),
-    Rule("JD304", "attention-entropy", "info", **flow_texts.ENTROPY, check=_entropy),
-    Rule("JD305", "rank-collapse", "info", **flow_texts.RANK, check=_rank),
+    Rule("JD301", "variance-growth", "warning", check=_variance),
+    Rule("JD302", "massive-activations", "info", check=_massive),
+    Rule("JD303", "attention-logits", "warning", check=_logits),
+    Rule("JD304", "attention-entropy", "info", check=_entropy),
+    Rule("JD305", "rank-collapse", "info", check=_rank),
 )

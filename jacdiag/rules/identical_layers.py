@@ -15,7 +15,6 @@ from jacdiag.rules.layer_groups import DRAWN
 from jacdiag.rules.odd_parameter import names_of
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 from jacdiag.rules.schemes import MATRICES
-from jacdiag.rules.texts import Text
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 # Tables that are computed, such as the decay rates of a state space model, are alike in all layers
@@ -24,33 +23,6 @@ _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 _ROLES = (*MATRICES, "router", "adapter")
 # searched for shards too; two of them may be one on purpose
 _OUTSIDE = ("embedding", "head", "projection")
-
-TEXT = Text(
-    summary=(
-        "weights start with the random numbers of others: they were copied, or drawn from one seed"
-    ),
-    what="""\
-Matrices of sub-layers and adapters that were drawn at random are compared number by number. Three findings are told
-apart. A layer or an expert whose weights are those of another is named, with how many of its matrices are. A matrix
-that repeats the numbers of a matrix with another name in the same stack of layers, up to a factor and over the shorter
-of both, is named: a generator that is set back before each draw gives all of them one content. A stack of matrices that
-holds one twice is named, and so is a matrix of two, three, four or eight equal blocks (shards that were drawn from one
-seed); for these, embedding and head are searched too. A matrix that holds one number other than zero throughout is
-named, since all its rows are one.
-
-Weights of zeros, tables that are computed, layers that share one parameter (ALBERT), and copies in another stack (a
-teacher and its student) are no copies.""",
-    why="""\
-copy.deepcopy of one layer, or a seed that is set before each, draws once for all layers. Layers of one content start as
-one function, and experts of one content get one gradient each time that they are chosen together. PyTorch's own
-nn.TransformerEncoder copies its layer so, and its documentation asks for a new draw.""",
-    example="""\
-    layers = nn.ModuleList(copy.deepcopy(layer) for _ in range(n))                         # fires
-    layers = nn.ModuleList(Layer(config) for _ in range(n))                                # clean""",
-    remedy="""\
-Build each layer anew, or initialise the whole model once more after it was built. Seed the generator once, before the
-first draw, with a number of its own on each rank that holds other weights.""",
-)
 
 
 @dataclass(frozen=True)
@@ -284,4 +256,4 @@ def _finding(
     )
 
 
-RULE = Rule("JD210", "identical-layers", "warning", **TEXT, check=_check, states=("init",))
+RULE = Rule("JD210", "identical-layers", "warning", check=_check, states=("init",))

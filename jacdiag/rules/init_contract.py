@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from jacdiag.records import ContractRecord, Finding, Report, WeightRecord
-from jacdiag.rules import contract_texts as texts
 from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.leftover_memory import without_leftovers
 from jacdiag.rules.mistaken_formulas import find_mistaken
@@ -317,23 +316,12 @@ def _decay(context: Context, rule: Rule) -> Outcome:
     return Outcome(len(spared), findings)
 
 
-def _rule(
-    code: str,
-    name: str,
-    level: str,
-    text: texts.Text,
-    check: Callable[[Context, Rule], Outcome],
-    states: tuple[str, ...] = ("init",),
-) -> Rule:
-    return Rule(code, name, level, **text, check=check, states=states)  # type: ignore[arg-type]
-
-
 RULES = (
-    _rule("JD201", "pinned-contract", "error", texts.PINNED, _pinned, ("init", "trained")),
-    _rule("JD202", "published-init", "warning", texts.PUBLISHED, _by_kind("published")),
-    _rule("JD203", "depth-scaling", "warning", texts.DEPTH, _by_kind("depth")),
-    _rule("JD204", "init-consistency", "warning", texts.CONSISTENT, _by_kind("own")),
-    _rule("JD205", "layers-differ", "warning", texts.LAYERS, _by_kind("layers")),
-    _rule("JD206", "tied-embedding", "warning", texts.TIED, _tied),
-    _rule("JD207", "decayed", "warning", texts.DECAYED, _decay, ("init", "trained")),
+    Rule("JD201", "pinned-contract", "error", check=_pinned),
+    Rule("JD202", "published-init", "warning", check=_by_kind("published"), states=("init",)),
+    Rule("JD203", "depth-scaling", "warning", check=_by_kind("depth"), states=("init",)),
+    Rule("JD204", "init-consistency", "warning", check=_by_kind("own"), states=("init",)),
+    Rule("JD205", "layers-differ", "warning", check=_by_kind("layers"), states=("init",)),
+    Rule("JD206", "tied-embedding", "warning", check=_tied, states=("init",)),
+    Rule("JD207", "decayed", "warning", check=_decay),
 )

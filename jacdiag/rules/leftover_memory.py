@@ -9,7 +9,6 @@ from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.layer_groups import CONSTANT
 from jacdiag.rules.odd_parameter import draw_in_words, names_of
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
-from jacdiag.rules.texts import Text
 
 # Over the fresh families of transformers the largest number of any parameter is 10
 # (benchmarks/results/vectors.json).
@@ -17,27 +16,6 @@ from jacdiag.rules.texts import Text
 # numbers.
 LARGEST = 1e6
 _ALL_ZERO = "zeros, as every matrix of the model does"
-
-TEXT = Text(
-    summary="a parameter holds leftover memory: numbers that no initialisation writes",
-    what="""\
-Each parameter is searched for three things. Numbers that are not zero and closer to it than 1e-30: no generator returns
-them, and integers that are read as float32 look like that. Numbers beyond 1e6, far outside any published init, unless
-they are all the same, as in a mask of -1e9. And, for gains, scales and biases that are not constant, the numbers of a
-piece of another parameter. A parameter of zeros alone may be leftover memory too, and cannot be told from one that was
-zeroed; where every matrix of the model is zero, all of them are named.""",
-    why="""\
-torch.empty and to_empty() hand out memory as it is. Where no init writes to it, the model starts from whatever lay
-there: another one each time, often harmless in a test and not in the run.""",
-    example="""\
-    self.weight = nn.Parameter(torch.empty(d))           # and no reset_parameters()
-    with torch.device("meta"):
-        model = Model()
-    model.to_empty(device="cuda")                        # and no init after it""",
-    remedy="""\
-Initialise the parameter where it is made. After to_empty(), call the init of every module, those written by hand
-included.""",
-)
 
 
 @dataclass(frozen=True)
@@ -150,4 +128,4 @@ def _finding(context: Context, rule: Rule, sign: str, weights: list[WeightRecord
     )
 
 
-RULE = Rule("JD211", "leftover-memory", "warning", **TEXT, check=_check, states=("init",))
+RULE = Rule("JD211", "leftover-memory", "warning", check=_check, states=("init",))

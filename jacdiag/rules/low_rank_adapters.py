@@ -7,26 +7,6 @@ from collections.abc import Sequence
 from jacdiag.records import Finding
 from jacdiag.records.structure import AdapterRecord
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
-from jacdiag.rules.texts import Text
-
-TEXT = Text(
-    summary="adapter: neither factor of a low-rank addition is zero at its start, or both are",
-    what="""\
-Pairs of parameters called lora_A and lora_B (or lora_down and lora_up). One factor should be zero, it does not
-matter which: the product is then zero, and both get a gradient after the first step. A third factor between them
-counts too (AdaLoRA's lora_E). Pairs of which one factor
-has vectors at right angles are left out: PiSSA, OLoRA and LoftQ decompose the weight, and take their product out
-of it.""",
-    why="""\
-With both factors drawn the adapted model starts as another one than its base, and the first steps go into undoing
-that. With both factors zero the gradient of each is a product with the other: neither ever changes.""",
-    example="""\
-    nn.init.kaiming_uniform_(lora_A); nn.init.zeros_(lora_B)                # clean
-    nn.init.kaiming_uniform_(lora_A); nn.init.kaiming_uniform_(lora_B)      # fires
-    nn.init.zeros_(lora_A); nn.init.zeros_(lora_B)                          # fires""",
-    remedy="""\
-Draw lora_A and set lora_B to zero, after all other inits.""",
-)
 
 
 def _check(context: Context, rule: Rule) -> Outcome:
@@ -75,4 +55,4 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-RULE = Rule("JD215", "adapter-factors", "warning", **TEXT, check=_check, states=("init",))
+RULE = Rule("JD215", "adapter-factors", "warning", check=_check, states=("init",))

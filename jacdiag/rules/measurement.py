@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 
 from jacdiag.errors import clipped
 from jacdiag.records import Finding, Level, Report, RuleResult
-from jacdiag.rules import texts
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 
 
@@ -199,20 +198,17 @@ def _replay(context: Context, rule: Rule) -> Outcome:
 
 
 RULES = (
-    Rule("JD901", "undecided", "warning", **texts.UNDECIDED, check=_undecided, after=True),
-    Rule("JD902", "uncovered", "warning", **texts.UNCOVERED, check=_uncovered),
+    Rule("JD901", "undecided", "warning", check=_undecided, after=True),
+    Rule("JD902", "uncovered", "warning", check=_uncovered),
     Rule(
         "JD903",
         "off-distribution",
         "warning",
-        **texts.OFF_DISTRIBUTION,
         check=_off_distribution,
         states=("trained",),
     ),
-    Rule("JD904", "no-match", "warning", **texts.NO_MATCH, check=_no_match, after=True),
-    Rule(
-        "JD905", "non-deterministic", "error", **texts.NON_DETERMINISTIC, check=_non_deterministic
-    ),
-    Rule("JD906", "non-finite-weights", "error", **texts.NON_FINITE, check=_non_finite),
-    Rule("JD907", "replay-differs", "warning", **texts.REPLAY, check=_replay),
+    Rule("JD904", "no-match", "warning", check=_no_match, after=True),
+    Rule("JD905", "non-deterministic", "error", check=_non_deterministic),
+    Rule("JD906", "non-finite-weights", "error", check=_non_finite),
+    Rule("JD907", "replay-differs", "warning", check=_replay),
 )

@@ -7,7 +7,6 @@ import re
 from jacdiag.records import ContractRecord, Finding, WeightRecord
 from jacdiag.rules.layer_groups import DRAWN
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
-from jacdiag.rules.texts import Text
 
 # What code calls the map from the condition to shifts, scales and gates: DiT and its descendants,
 # PixArt, SD3, Flux.
@@ -15,25 +14,6 @@ _MODULATION = re.compile(
     r"(^|[._])(ada_?ln\w*|adaln\w*|ada_?norm\w*|\w*modulation)([._]|$)", re.IGNORECASE
 )
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
-
-TEXT = Text(
-    summary=(
-        "modulation: some maps from the condition start at zero, and those of the same name "
-        "elsewhere do not"
-    ),
-    what="""\
-Matrices whose name holds adaLN, AdaNorm or modulation, and whose last module has the same name. If all of one
-place are zero (the last layer's) and all of another were drawn (the blocks'), those that were drawn are named.
-Models whose modulations were all drawn, or are all zero, are clean.""",
-    why="""\
-adaLN-zero (DiT) starts every block as the identity. If the loop over the blocks is missing from the init, the
-blocks start with random gates, and the last layer's zeros do not show it. Some authors mean it so: then pin it.""",
-    example="""\
-    nn.init.zeros_(model.final_layer.adaLN_modulation[-1].weight)              # fires, if the loop is missing
-    for block in model.blocks: nn.init.zeros_(block.adaLN_modulation[-1].weight)""",
-    remedy="""\
-Set the blocks' modulations to zero as well, or leave the rule out (--ignore JD216) if it is meant.""",
-)
 
 
 def drawn_beside_zero(
@@ -86,4 +66,4 @@ def _check(context: Context, rule: Rule) -> Outcome:
     return Outcome(count, findings)
 
 
-RULE = Rule("JD216", "modulation-at-zero", "warning", **TEXT, check=_check, states=("init",))
+RULE = Rule("JD216", "modulation-at-zero", "warning", check=_check, states=("init",))

@@ -9,7 +9,6 @@ from typing import Any
 from jacdiag.records import LEVELS, AgainstRecord, ChangeRecord, FiguresRecord, Finding, Level
 from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
-from jacdiag.rules.texts import Text
 from jacdiag.rules.thresholds import Limits
 
 FIGURES = {"branch_norm": "branch ‖J‖", "core_norm": "core ‖J‖", "norm_gain": "1/σ gain"}
@@ -250,32 +249,5 @@ def _finding(context: Context, rule: Rule, group: list[Change], what: str) -> Fi
     )
 
 
-TEXT = Text(
-    summary="worse than the recorded baseline, or than the earlier model, beyond both intervals",
-    what="""\
-A baseline holds, for every sub-layer and weight, the interval in which another seed's figure lies. Sub-layers must not
-lie above theirs (branch_norm, core_norm, norm_gain); the std of a weight must share a value with its own. Norms depend
-on the probe: figures of another batch, seq, tokens or dtype are refused.
-
-`jacdiag audit NOW --against EARLIER` measures both models with one probe, or takes the JSON report of the earlier one.
-Two models at init are compared as with a baseline of one seed. If one of them is trained, only branch norms are
-judged: weights and the two factors are meant to change. A branch norm that grew beyond both intervals is info, as in
-healthy training. What counts is 1 + branch_norm, by which a branch multiplies a gradient at most (Eq. 9). Above the
-threshold `info` of checkpoint_growth (growth_from_init if the earlier model is at init) its growth is a warning, above
-`warning` an error. They lie between what healthy and wrecked runs showed (benchmarks/growth.py: GPTs of 6 layers, width
-64, 400 steps). Sandwich, reordered and no norm have no such boundary: there the verdict stays observed, but for growth
-far beyond any that was seen. A branch that shrank is listed by `jacdiag diff` and in the JSON, and is no finding.""",
-    why="""\
-A change that leaves every test green may still change what a model is at step 0. A different seed passes, a different
-std does not.""",
-    example="""\
-    jacdiag gate build.py:model --baseline init.json --write-baseline        # once, committed
-    jacdiag gate build.py:model --baseline init.json                         # in CI
-    jacdiag audit step-20000.pt --against step-10000.pt --tokens text.txt    # a run that may have been damaged""",
-    remedy="""\
-Undo the change. If it is meant: the same command with --write-baseline, and commit the file. With --remedies
-first the weights are drawn as they were in the baseline, or the paper's recipes tried, and what helps is shown. For a
-run: go back to the earlier checkpoint, and look at the learning rate and the data between the two.""",
-)
-REGRESSION = Rule("JD110", "regression", "error", **TEXT, check=_check)
+REGRESSION = Rule("JD110", "regression", "error", check=_check)
 RULES = (REGRESSION,)

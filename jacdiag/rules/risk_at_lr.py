@@ -11,7 +11,6 @@ from typing import Any
 
 from jacdiag.records import LEVELS, Finding, Level, Report, Risk
 from jacdiag.records.risk import RiskCurve, RiskTable
-from jacdiag.rules import texts
 from jacdiag.rules.risk_features import EXACT, INIT
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 from jacdiag.rules.thresholds import Thresholds
@@ -188,10 +187,10 @@ def _risk(context: Context, rule: Rule) -> Outcome:
         what,
         evidence(risk, limit),
         why=rule.summary,
-        fix=texts.RISK["remedy"],
+        fix=rule.page.remedy,
     )
     return Outcome(1, [found])
 
 
-RISK = Rule("JD105", "risk", "error", **texts.RISK, check=_risk, states=("init",))
+RISK = Rule("JD105", "risk", "error", check=_risk, states=("init",))
 RULES = (RISK,)

@@ -15,37 +15,12 @@ from jacdiag.rules.odd_parameter import names_of
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 from jacdiag.rules.schemes import INNER, Scheme, formulas_of
 from jacdiag.rules.small_parameters import differences
-from jacdiag.rules.texts import Text
 
 _Z = 4.9  # errors of a std at a chance of 1e-6
 _RARE = math.log(1e-7)
 # Std of a normal after its numbers beyond two std were cut: of a small router nobody can tell
 # whether that was done.
 _TRUNCATED = 0.8796
-
-TEXT = Text(
-    summary="routers were left at a framework's default, or drawn wider or narrower than the rest",
-    what="""\
-The routers of one name are pooled over the layers, and their std is compared with that of the matrices that read the
-same stream (W_Q, W_1 and others of the same fan_in), directly and as Xavier would scale it to a router's fan_out. A
-warning is given in three cases. The routers are uniform with std 1/√(3 fan_in), as nn.Linear leaves them, and the rest
-is not. Their std is 1, as torch.randn leaves it, and no embedding or head has that std too. They are all zero, and no
-other parameter tells the experts apart, such as the bias per expert by which a load is balanced (AFMoE starts its
-routers at zero with one). Any other difference is an info, since routers of their own std are published practice.
-
-No model is left out by its name. The code that DeepSeek publishes (deepseek-ai/DeepSeek-VL2, class MoEGate) leaves its
-routers at the default of nn.Linear, and many models copied it. That is named: the report of DeepSeek-V2 (section 3.1.2)
-says that all learnable parameters were drawn with a std of 0.006.""",
-    why="""\
-A gate written as a bare nn.Parameter is skipped by an init that goes by the type of modules, and keeps the draw of its
-constructor. The std of a router sets how sharply tokens choose experts from the first step on. Routers of zero send all
-tokens to the same experts until a gradient tells the experts apart.""",
-    example="""\
-    every matrix N(0, 0.02), the gates nn.Linear(64, 8) as built: uniform of std 0.072""",
-    remedy="""\
-Draw the routers with the std that the finding states, or pin a contract that says what is meant
-(router = "1/sqrt(3*fan_in)").""",
-)
 
 
 @dataclass(frozen=True)
@@ -261,4 +236,4 @@ def _sentence(routers: Routers) -> str:
     )
 
 
-RULE = Rule("JD209", "router-scale", "warning", **TEXT, check=_check, states=("init",))
+RULE = Rule("JD209", "router-scale", "warning", check=_check, states=("init",))

@@ -1,11 +1,12 @@
-"""What a rule is: its documentation and its check, side by side."""
+"""A rule: what it is called and applies to, its check, and what a check is given and returns."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from jacdiag.records import LEVELS, Condition, Finding, Level, Report, SublayerRecord
+from jacdiag.records import Condition, Finding, Level, Report, SublayerRecord
+from jacdiag.rules.page import RulePage, read_page
 from jacdiag.rules.profile import Profile
 from jacdiag.rules.thresholds import Thresholds
 
@@ -73,33 +74,44 @@ ALL_PLACEMENTS = ("pre", "post", "sandwich", "reordered", "none")
 
 
 @dataclass(frozen=True)
-class Rule:
-    """A rule and its documentation; the texts are what `jacdiag explain CODE` shows.
+class RuleInfo:
+    """What a rule is called, what it applies to, and where its documentation is.
 
     Attributes:
         code: never reused.
-        level: the most that the rule says by itself.
-        states, placements: what it applies to.
-        observation_when_trained: on a trained model it is shown at info.
-        check: from a context to an outcome.
-        after: it judges how the other rules came out, and runs when they have (`Context.outcomes`).
+        name: a short name, such as "small-sublayers".
+        level: the highest level at which the rule fires by itself.
+        states: "init", "trained" or both.
+        placements: placements of the norm that it applies to.
+        observation_when_trained: it fires at info on a trained model.
+        after: it judges the outcomes of the other rules (`Context.outcomes`), and runs after them.
     """
 
     code: str
     name: str
     level: Level
-    summary: str
-    what: str
-    why: str
-    example: str
-    remedy: str
-    check: Callable[[Context, Rule], Outcome]
     states: tuple[str, ...] = ("init", "trained")
     placements: tuple[str, ...] = ALL_PLACEMENTS
     observation_when_trained: bool = False
     after: bool = False
 
+    @property
+    def page(self) -> RulePage:
+        """The documentation page, read when it is first asked for."""
+        return read_page(self.code)
 
-def louder(a: Level, b: Level) -> Level:
-    """The louder of two levels."""
-    return max(a, b, key=LEVELS.index)
+    @property
+    def summary(self) -> str:
+        """What the rule says, in one line."""
+        return self.page.summary
+
+
+@dataclass(frozen=True)
+class Rule(RuleInfo):
+    """A rule on a report.
+
+    Attributes:
+        check: from a context to an outcome.
+    """
+
+    check: Callable[[Context, Rule], Outcome] = field(kw_only=True)

@@ -11,40 +11,8 @@ from jacdiag.records import Finding, SublayerRecord
 from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.init_contract import judged
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
-from jacdiag.rules.texts import Text
 
 _NEAR = 0.05  # relative; alpha of DeepNorm is at least 1.19, for one layer
-
-ZERO = Text(
-    summary="zero shortcut: the shortcut is multiplied by zero",
-    what="""\
-The factor on the shortcut is exactly zero at the probe, and the shortcut is not. The zero parameters on the
-shortcut's way into the sum are named. If there are none, the zero is no parameter and the cause is not known.""",
-    why="""\
-ReZero starts with x + alpha f(x) and alpha = 0: the identity. With alpha on the other operand the stream is cut
-in every layer, and what is left is a deep network without shortcuts. Its sub-layers may still have small norms.""",
-    example="""\
-    x = x + alpha * f(x)          # clean
-    x = alpha * x + f(x)          # fires, with alpha = 0""",
-    remedy="""\
-Multiply the branch by the factor, or start it at one.""",
-)
-
-ALPHA = Text(
-    summary="DeepNorm without its factor on the shortcut",
-    what="""\
-Applies to a post-norm model whose matrices are those of DeepNorm: Xavier, with (8N)^(-1/4) on W_V, W_O, W_1 and
-W_2. The factor on the shortcut should then be alpha = (2N)^(1/4). It fires if it is one in every sub-layer.""",
-    why="""\
-Small branches and a large shortcut belong together: beta alone changes the init, alpha bounds the update of the
-model. With alpha on the branch, or left out, the shortcut is no longer the larger part.""",
-    example="""\
-    norm(alpha * x + f(x))        # clean
-    norm(x + alpha * f(x))        # fires
-    norm(x + f(x))                # fires""",
-    remedy="""\
-Multiply the shortcut by (2N)^(1/4), and nothing else.""",
-)
 
 
 def _zero(context: Context, rule: Rule) -> Outcome:
@@ -105,12 +73,11 @@ def _listed(names: Sequence[str]) -> str:
 
 
 RULES = (
-    Rule("JD407", "zero-shortcut", "warning", **ZERO, check=_zero),
+    Rule("JD407", "zero-shortcut", "warning", check=_zero),
     Rule(
         "JD408",
         "deepnorm-shortcut",
         "warning",
-        **ALPHA,
         check=_alpha,
         states=("init",),
         placements=("post",),

@@ -26,56 +26,12 @@ from jacdiag.rules.norm_gains import error_of_mean, gains_unlike_the_model, wron
 from jacdiag.rules.odd_parameter import Difference, draw_in_words, fix_for
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 from jacdiag.rules.schemes import MATRICES, Scheme, formulas_of
-from jacdiag.rules.texts import Text
 
 _LEAST = 3  # layers: of two that differ nobody can say which is usual
 # LayerScale by depth: CaiT starts it at 0.1 in the first 18 layers, at 1e-5 up to the 24th, at 1e-6
 # beyond (Touvron et
 # al. 2021, table of section 2); written per layer, one model holds all three.
 _LAYER_SCALE_STEPS = (0.1, 1e-5, 1e-6)
-
-TEXT = Text(
-    summary=(
-        "a gain, bias, gate or other small parameter holds what no init means, or differs "
-        "from the other layers"
-    ),
-    what="""\
-Parameters that are no matrix of a sub-layer (norm gains, biases, LayerScale, gates, routers, tables of positions) are
-compared over the layers. Where two thirds of the layers hold one constant, or one table, the others are named. Where
-two thirds were drawn alike, a layer is named if it is constant, or if its mean or std lies outside the others' sampling
-interval; where mean or std change from layer to layer, nothing is said. LayerScale may fall with depth through the
-steps of CaiT (0.1, 1e-5, 1e-6).
-
-These are named even if all layers agree:
-
-- A norm gain that was drawn, and not around 1. PyTorch before 1.2 drew the gains of batch norms between 0 and 1.
-- A norm gain that the model uses as 1 + w, if w is 1 and the gain so 2; the gain of every norm, if all are zero.
-- The gain of a norm that divides by the length of a vector of d numbers (ScaleNorm), if its outputs have a root mean
-  square below 1/2 or above 2. The authors of ScaleNorm start the gain at √d.
-- A norm gain of the model's width that no other layer has, such as that of the last norm, if it is zero, or holds
-  numbers around another value than two thirds of the model's gains.
-- Biases of linear layers with the std of the matrices, unless they are uniform as nn.Linear draws them, and biases that
-  were drawn around another number than 0. In either case two thirds of the names must agree: a single layer may have a
-  bias with a meaning, such as a time step, and the bias of a router may be drawn (gpt-oss).
-- A row of an nn.Embedding that is its padding_idx and not zero, where the table was drawn.
-
-Other gains that are all alike are not named: gains of zero at the end of every branch are a published init. No model is
-left out by its name. In transformers 5.24 the norms of Nemotron start w at 1 and use 1 + w, and the batch norms of
-EfficientNet and MobileViT are drawn around 0. They are named, since the code that these models come from does neither:
-Megatron-LM (`FusedLayerNorm.reset_parameters`) starts such a w at 0, and pytorch-image-models (`_init_weight_goog`) and
-ml-cvnets (`initialize_norm_layers`) start the gains at 1. ModernBERT is named for its padding row: transformers sets it
-to 0, and then draws the whole table again.""",
-    why="""\
-A zero gain cuts its branch off: neither it nor the matrices before it get a gradient. A gain that was never initialised
-holds what was in the memory. A padding row that is not zero adds its numbers wherever padding stands, and never
-changes. None of these changes a shape, and most are hidden from a loss curve.""",
-    example="""\
-    layers.*.ffn_norm.weight: zero in layer 2, one in the others
-    nn.init.normal_(embedding.weight, std=0.02)          # overwrites the row of padding_idx""",
-    remedy="""\
-Each finding says which parameter to set to what. After model.to_empty(), call reset_parameters() of every module: it is
-easily missed for a norm that was written by hand. If the difference is meant, pin a contract that says so.""",
-)
 
 
 def differences(contract: ContractRecord) -> tuple[int, list[Difference]]:
@@ -290,4 +246,4 @@ def _layers(weights: Iterable[WeightRecord], of: int) -> str:
     return f", layer {', '.join(layers[:8])}" if layers and len(layers) < of else ""
 
 
-RULE = Rule("JD208", "vectors-differ", "warning", **TEXT, check=_check, states=("init",))
+RULE = Rule("JD208", "vectors-differ", "warning", check=_check, states=("init",))

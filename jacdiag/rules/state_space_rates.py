@@ -10,37 +10,11 @@ from jacdiag.records import Finding, Level
 from jacdiag.records.structure import RateRecord
 from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
-from jacdiag.rules.texts import Text
 
 # Model types whose own code in transformers 5 writes constant biases: ones, and zeros for jamba.
 # Found by building each
 # family. What their authors trained with is not known from that, so it is an observation there.
 PUBLISHED_CONSTANT = ("bamba", "falcon_h1", "granitemoehybrid", "jamba")
-
-TEXT = Text(
-    summary=(
-        "state space: time steps outside the published range, or decay rates that are zero or "
-        "infinite"
-    ),
-    what="""\
-Applies to modules with a parameter A_log. A time step is the softplus of a projection plus a bias, and it
-multiplies the decay rates and the input. The rule looks at the softplus of the bias. It fires if no element lies
-between 0.0001 and 0.1, where state-spaces/mamba draws all of them. It fires as well if the logarithm of a decay
-rate is NaN or Inf. Gated delta rules use their softplus for the decay alone, and are not judged. For families
-whose published code writes constant biases it is an info.""",
-    why="""\
-Time steps of 0.69 (a bias of zero) or 1.3 (a bias of one) forget what lies a few tokens back, in all channels
-alike. The published draw gives each channel a horizon of its own, from 10 to 1,000 tokens. A later init of all
-linear layers overwrites it without an error. A decay rate of zero never forgets, and its logarithm gets no
-gradient.""",
-    example="""\
-    for module in model.modules():
-        if isinstance(module, nn.Linear): nn.init.zeros_(module.bias)       # fires: dt_proj.bias is zero
-    A_log = torch.empty(n, dtype=torch.bfloat16).uniform_(0, 16).log()      # fires, if one draw is zero""",
-    remedy="""\
-Draw dt log-uniform in [0.001, 0.1] and set the bias to dt + log(1 - exp(-dt)) with a minus sign inside the
-exponential, after all other inits. Draw decay rates in float32, away from zero.""",
-)
 
 
 def _check(context: Context, rule: Rule) -> Outcome:
@@ -105,4 +79,4 @@ def _listed(rates: Sequence[RateRecord]) -> str:
     return ", ".join(rate.parameter for rate in rates[:3]) + more
 
 
-RULE = Rule("JD213", "state-space-rates", "warning", **TEXT, check=_check, states=("init",))
+RULE = Rule("JD213", "state-space-rates", "warning", check=_check, states=("init",))

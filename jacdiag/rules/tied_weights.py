@@ -7,28 +7,6 @@ from __future__ import annotations
 from jacdiag.records import Finding
 from jacdiag.records.structure import TieRecord
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
-from jacdiag.rules.texts import Text
-
-TEXT = Text(
-    summary=(
-        "tie: the config says that head and embedding share one tensor, and they do not, or "
-        "the reverse"
-    ),
-    what="""\
-Compares `config.tie_word_embeddings` with the tensors. Head and embedding are those of get_output_embeddings()
-and get_input_embeddings(), else the last product and the table that token ids pick from. It does not apply if the
-model has no config with that entry, if an outer and an inner config differ, or if a class of transformers lists
-no tied weights.""",
-    why="""\
-A tie is lost where a module is moved or materialised tensor by tensor, as from the meta device, and where the
-flag stands in a config that is not read. The head is then a random matrix of its own, or a copy that drifts away
-in training. A checkpoint that holds one of the two leaves the other random.""",
-    example="""\
-    model.lm_head.weight = nn.Parameter(model.embed_tokens.weight.clone())     # fires, if the config says tied""",
-    remedy="""\
-Tie after the last move: model.tie_weights(), or lm_head.weight = embed_tokens.weight. If it was meant, set the
-flag.""",
-)
 
 
 def _check(context: Context, rule: Rule) -> Outcome:
@@ -65,4 +43,4 @@ def _words(tie: TieRecord) -> tuple[str, str]:
     )
 
 
-RULE = Rule("JD214", "tie-as-said", "warning", **TEXT, check=_check, states=("init",))
+RULE = Rule("JD214", "tie-as-said", "warning", check=_check, states=("init",))

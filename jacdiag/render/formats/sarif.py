@@ -37,8 +37,10 @@ def render(report: Report) -> str:
             "id": rule.code,
             "name": "".join(part.capitalize() for part in rule.name.split("-")),
             "shortDescription": {"text": rule.summary},
-            "fullDescription": {"text": " ".join(rule.what.split())},
-            "help": {"text": f"{' '.join(rule.why.split())}\n\n{' '.join(rule.remedy.split())}"},
+            "fullDescription": {"text": " ".join(rule.page.what.split())},
+            "help": {
+                "text": f"{' '.join(rule.page.why.split())}\n\n{' '.join(rule.page.remedy.split())}"
+            },
             "defaultConfiguration": {"level": _LEVELS[rule.level]},
         }
         for rule in rules
