@@ -43,6 +43,7 @@ test-long: .venv/.installed-dev
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 bench: .venv/.installed-dev

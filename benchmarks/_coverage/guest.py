@@ -72,8 +72,8 @@ def state_of(model: nn.Module) -> dict[str, Any]:
         "rng": (
             torch.get_rng_state().tolist(),
             random.getstate(),
-            np.random.get_state()[1].tolist(),
-        ),  # noqa: NPY002
+            np.random.get_state()[1].tolist(),  # noqa: NPY002
+        ),
     }
 
 

@@ -40,7 +40,8 @@ class Trial:
 
     @property
     def folder(self) -> str:
-        return f"{self.name}_lr={self.setting.lr:g}_seed={self.setting.seed}_steps={self.setting.steps}"
+        setting = self.setting
+        return f"{self.name}_lr={setting.lr:g}_seed={setting.seed}_steps={setting.steps}"
 
     @torch.no_grad()
     def prepare(self, model: Model) -> None:

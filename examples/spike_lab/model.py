@@ -91,7 +91,8 @@ class Model(nn.Module):
     """Embedding, sub-layers, norm, head; the head is its own matrix.
 
     Example:
-        >>> Model(Shape(layers=1, width=16, heads=2, length=8))(torch.zeros(1, 8, dtype=torch.long)).shape
+        >>> shape = Shape(layers=1, width=16, heads=2, length=8)
+        >>> Model(shape)(torch.zeros(1, 8, dtype=torch.long)).shape
         torch.Size([1, 8, 256])
     """
 

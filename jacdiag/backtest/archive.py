@@ -27,7 +27,8 @@ def pack(runs: Iterable[Run]) -> str:
     """Runs as lines of JSON; losses and norms to four digits. `unpack` gives them back.
 
     Example:
-        >>> run = Run("a", {"lr": 0.1}, np.array([1.0]), np.array([2.5]), np.array([math.nan]), {"gain": 3.0})
+        >>> steps, loss, norm = np.array([1.0]), np.array([2.5]), np.array([math.nan])
+        >>> run = Run("a", {"lr": 0.1}, steps, loss, norm, {"gain": 3.0})
         >>> next(unpack(pack([run]))).loss
         array([2.5])
     """

@@ -18,7 +18,8 @@ def rejudged(log: RunLog, thresholds: Thresholds) -> list[Alert]:
     Example:
         >>> from jacdiag.records.run_log import read_run
         >>> from jacdiag.rules.thresholds import load_thresholds
-        >>> rejudged(read_run("runs/a"), load_thresholds({"joint_both": {"warning": 8}}))     # doctest: +SKIP
+        >>> thresholds = load_thresholds({"joint_both": {"warning": 8}})
+        >>> rejudged(read_run("runs/a"), thresholds)     # doctest: +SKIP
         [Alert(step=812, code='JD502', ...)]
     """
     rules, alerts = LiveRules(thresholds, log.groups), list[Alert]()

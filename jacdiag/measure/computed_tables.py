@@ -143,8 +143,10 @@ def narrower_type(values: Tensor) -> str:
 
     Example:
         >>> plain = 10000.0 ** -torch.arange(0, 1, 0.125)
-        >>> narrower_type(plain), narrower_type(plain.bfloat16().float()), narrower_type(torch.arange(64.0))
-        ('', 'bfloat16', '')
+        >>> narrower_type(plain), narrower_type(plain.bfloat16().float())
+        ('', 'bfloat16')
+        >>> narrower_type(torch.arange(64.0))
+        ''
     """
     if values.dtype not in (torch.float32, torch.float64) or values.numel() < 3:
         return ""

@@ -47,8 +47,10 @@ class DrawTest:
 def can_be_tested(shape: torch.Size | tuple[int, ...]) -> bool:
     """Return whether a tensor of this shape is a matrix that is wide enough.
 
-    >>> can_be_tested((64, 64)), can_be_tested((64, 3)), can_be_tested((64,)), can_be_tested((64, 1, 4))
-    (True, False, False, False)
+    >>> can_be_tested((64, 64)), can_be_tested((64, 3))
+    (True, False)
+    >>> can_be_tested((64,)), can_be_tested((64, 1, 4))
+    (False, False)
     """
     rows, columns = _sides(tuple(shape))
     return min(rows, columns) >= LEAST_SIDE
@@ -67,8 +69,10 @@ def examine_draw(tensor: Tensor) -> DrawTest | None:
 
     Example:
         >>> drawn = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
-        >>> examine_draw(drawn).probability > 0.01, examine_draw(drawn + torch.linspace(0, 1, 64)[:, None]) is None
-        (True, False)
+        >>> examine_draw(drawn).probability > 0.01
+        True
+        >>> examine_draw(drawn + torch.linspace(0, 1, 64)[:, None]) is None
+        False
         >>> wave = torch.sin(torch.arange(64.0)[:, None] / 10 ** torch.linspace(0, 2, 32))
         >>> examine_draw(wave).probability < 1e-9
         True

@@ -229,7 +229,8 @@ def copies_of(found: Mapping[str, Draw | None], params: Mapping[str, Tensor]) ->
 
     Example:
         >>> weight = torch.randn(4, 4)
-        >>> params = {"a": weight, "b": weight.clone(), "tied": weight, "c": torch.ones(4), "d": torch.ones(4)}
+        >>> params = {"a": weight, "b": weight.clone(), "tied": weight}
+        >>> params |= {"c": torch.ones(4), "d": torch.ones(4)}
         >>> copies_of({name: draw_of(tensor) for name, tensor in params.items()}, params)
         {'b': 'a'}
     """

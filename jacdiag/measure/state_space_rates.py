@@ -22,10 +22,27 @@ _SLACK = 1e-3  # of float32 through softplus and its inverse
 _DECAY = re.compile(r"(^|\.)A_?logs?$")
 _TIMES = {"mul", "__mul__", "__rmul__", "mul_", "multiply", "einsum", "matmul", "__matmul__", "bmm"}
 _ADDS = {"add", "__add__", "__radd__", "add_", "__iadd__"}
-_SHAPES = set(
-    """__getitem__ unsqueeze squeeze transpose permute view reshape to float expand contiguous type clamp clamp_ clip
-    chunk split repeat_interleave repeat""".split()
-)
+_SHAPES = {
+    "__getitem__",
+    "unsqueeze",
+    "squeeze",
+    "transpose",
+    "permute",
+    "view",
+    "reshape",
+    "to",
+    "float",
+    "expand",
+    "contiguous",
+    "type",
+    "clamp",
+    "clamp_",
+    "clip",
+    "chunk",
+    "split",
+    "repeat_interleave",
+    "repeat",
+}
 
 
 def rates_of(sites: Sites) -> list[RateRecord]:

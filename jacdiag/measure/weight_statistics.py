@@ -58,8 +58,10 @@ def initial_bound(recipe: str, n_layer: int, n_embd: int) -> float:
         UsageError: unknown recipe.
 
     Example:
-        >>> round(initial_bound("vanilla", 24, 1024), 1), round(initial_bound("scaled-embed", 24, 1024), 2)
-        (27.3, 1.82)
+        >>> round(initial_bound("vanilla", 24, 1024), 1)
+        27.3
+        >>> round(initial_bound("scaled-embed", 24, 1024), 2)
+        1.82
     """
     if recipe not in gpt.RECIPES:
         raise UsageError("unknown recipe", got=recipe, hint=f"one of {', '.join(gpt.RECIPES)}")

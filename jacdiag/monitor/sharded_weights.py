@@ -153,8 +153,10 @@ def block_of(name: str) -> str:
     """The block that a parameter belongs to: down to the first number of its name, else the module
     that holds it.
 
-    >>> block_of("transformer.h.3.attn.c_attn.weight"), block_of("transformer.wte.weight"), block_of("bias")
-    ('transformer.h.3', 'transformer.wte', '')
+    >>> block_of("transformer.h.3.attn.c_attn.weight")
+    'transformer.h.3'
+    >>> block_of("transformer.wte.weight"), block_of("bias")
+    ('transformer.wte', '')
     """
     parts = name.split(".")
     number = next((k for k, part in enumerate(parts[:-1]) if part.isdigit()), len(parts) - 2)

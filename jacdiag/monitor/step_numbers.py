@@ -34,9 +34,9 @@ class StepNumbers:
     | passed | number |
     |---|---|
     | nothing | the last number + 1 |
-    | more than the last number | as passed; steps may be left out, as by a loop that counts micro-batches |
-    | less than the last number | as passed; the loop has gone back, and what lies beyond is done again |
-    | the last number again, or where the numbers began | the last number + 1, now and from then on |
+    | more than the last number | as passed; a loop may leave numbers out |
+    | less than the last number | as passed; the loop has gone back |
+    | the last number again, or the first one | the last number + 1, from then on |
 
     The last line is a counter that starts again in each epoch, or one that two calls share. It
     cannot number the steps of a run, and that is said once.

@@ -1,4 +1,4 @@
-"""The chance that a run goes wrong at a learning rate, as plain data: the figure, and the curves behind it."""
+"""The chance that a run goes wrong at a learning rate, and the curves that give it."""
 
 from __future__ import annotations
 

@@ -217,7 +217,8 @@ def build(recipe: str = "gpt2", **sizes: Any) -> GPT:
         UsageError: unknown recipe or size.
 
     Example:
-        >>> build("scaled-embed", n_layer=1, n_head=2, n_embd=16, vocab_size=8, block_size=4).config.embed_scale
+        >>> sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 8, "block_size": 4}
+        >>> build("scaled-embed", **sizes).config.embed_scale
         4.0
     """
     if recipe not in RECIPES:

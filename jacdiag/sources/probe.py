@@ -220,7 +220,8 @@ def build_probe(
 
     Example:
         >>> from jacdiag.sources import load
-        >>> gpt = load("jacdiag.sources.gpt:build", model_args={"n_layer": 1, "n_embd": 12, "block_size": 8})
+        >>> sizes = {"n_layer": 1, "n_embd": 12, "block_size": 8}
+        >>> gpt = load("jacdiag.sources.gpt:build", model_args=sizes)
         >>> build_probe(gpt, batch=3).token_ids.shape
         torch.Size([3, 8])
     """

@@ -33,8 +33,19 @@ USUAL_KEYS = (
 # Names that torch's optimizers, and those of transformers, give to what they keep for each
 # parameter.
 _MOMENTS = frozenset(
-    """exp_avg exp_avg_sq max_exp_avg_sq momentum_buffer exp_avg_sq_row exp_avg_sq_col square_avg acc_delta exp_inf
-    exp_avg_slow exp_avg_diff""".split()
+    {
+        "exp_avg",
+        "exp_avg_sq",
+        "max_exp_avg_sq",
+        "momentum_buffer",
+        "exp_avg_sq_row",
+        "exp_avg_sq_col",
+        "square_avg",
+        "acc_delta",
+        "exp_inf",
+        "exp_avg_slow",
+        "exp_avg_diff",
+    }
 )
 _NOT_A_NETWORK = ("optim", "sched", "scaler", "rng", "loss", "criterion", "metric")
 _SECOND_WORDS = frozenset(

@@ -84,8 +84,10 @@ def name_says(path: str) -> History | None:
     Example:
         >>> name_says("runs/checkpoint-500/model.safetensors").reason
         "its name says 'checkpoint-500'"
-        >>> name_says("vanilla-trained.pt").state, name_says("step0.pt").state, name_says("xavier.pt")
-        ('trained', 'init', None)
+        >>> name_says("vanilla-trained.pt").state, name_says("step0.pt").state
+        ('trained', 'init')
+        >>> name_says("xavier.pt") is None
+        True
     """
     pure = PurePath(path)
     name = pure.stem if pure.suffix.lower() in _SUFFIXES else pure.name

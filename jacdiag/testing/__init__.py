@@ -48,7 +48,8 @@ def assert_stable_init(
     Example:
         >>> from functools import partial
         >>> from jacdiag.sources.gpt import build
-        >>> tiny = partial(build, "gpt2", n_layer=2, n_head=2, n_embd=32, vocab_size=64, block_size=16)
+        >>> sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 64, "block_size": 16}
+        >>> tiny = partial(build, "gpt2", **sizes)
         >>> assert_stable_init(tiny, seeds=1, batch=1, contract={"W_O": "0.02/sqrt(2*N)"}).verdict
         'warn'
     """

@@ -1,4 +1,4 @@
-"""Deprecated: `jacdiag.monitor` is the name of this package. Its names stay importable from here until 1.0."""
+"""Deprecated: this package is `jacdiag.monitor` now. The names stay importable until 1.0."""
 
 from jacdiag.monitor import AlertRaised, Skipping, Watch, skipping, watch
 

@@ -37,7 +37,8 @@ class Attention(nn.Module):
 
     def forward(self, x):
         b, t, d = x.shape
-        q, k, v = (part.view(b, t, 2, d // 2).transpose(1, 2) for part in self.qkv(x).split(d, dim=2))
+        parts = self.qkv(x).split(d, dim=2)
+        q, k, v = (part.view(b, t, 2, d // 2).transpose(1, 2) for part in parts)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(y.transpose(1, 2).reshape(b, t, d))
 
@@ -46,7 +47,8 @@ class Block(nn.Module):
     def __init__(self, d):
         super().__init__()
         self.ln_1, self.attn = nn.LayerNorm(d), Attention(d)
-        self.ln_2, self.mlp = nn.LayerNorm(d), nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
+        self.ln_2 = nn.LayerNorm(d)
+        self.mlp = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
 
     def forward(self, x):
         x = x + self.attn(self.ln_1(x))

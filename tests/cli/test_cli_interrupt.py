@@ -97,8 +97,8 @@ def test_an_old_file_survives(tmp_path: Path) -> None:
 
 def test_a_file_that_was_written_before_is_named(tmp_path: Path) -> None:
     during = f"""
-        from jacdiag.render import plot
-        plot.save = lambda *args: {INTERRUPT}
+        from jacdiag.render.plots import report_plot
+        report_plot.save = lambda *args: {INTERRUPT}
     """
     done = run(
         stubbed("audit", "c.pt", "--json", "r.json", "--plot", "r.png", during=during), tmp_path

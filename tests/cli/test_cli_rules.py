@@ -85,7 +85,7 @@ def test_explain_keeps_the_lines_of_an_example(jd: Run) -> None:
     from jacdiag.rules import rule
 
     shown = [line.strip() for line in jd("explain", "JD102").out.splitlines()]
-    assert all(line.strip() in shown for line in rule("JD102").example.splitlines())
+    assert all(line.strip() in shown for line in rule("JD102").page.example.splitlines())
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,8 @@ class FusedAdd(torch.autograd.Function):
 class Block(nn.Module):
     def __init__(self, d=16):
         super().__init__()
-        self.norm, self.ff = nn.LayerNorm(d), nn.Sequential(nn.Linear(d, 32), nn.GELU(), nn.Linear(32, d))
+        self.norm = nn.LayerNorm(d)
+        self.ff = nn.Sequential(nn.Linear(d, 32), nn.GELU(), nn.Linear(32, d))
 
     def forward(self, x):
         return FusedAdd.apply(x, self.ff(self.norm(x)))

@@ -155,9 +155,7 @@ def test_every_way_to_write_is_seen(way: str) -> None:
     assert alert.where == ["up.weight"] and alert.what.endswith("multiplied by 3.00")
 
 
-def test_a_write_inside_the_closure_is_seen_where_the_watch_is_told_of_the_moment_before_the_update() -> (
-    None
-):
+def test_a_write_inside_the_closure_is_seen_if_prepare_is_called_before_the_update() -> None:
     model = network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     with jacdiag.watch(

@@ -152,7 +152,8 @@ def test_prefixes_of_wrappers(prefix: str) -> None:
 def test_wrappers_inside() -> None:
     def wrapped(name: str) -> str:
         inner = name.replace(".h.0.", ".h.0._checkpoint_wrapped_module._orig_mod.")
-        return f"_fsdp_wrapped_module.{inner.replace('transformer.', 'transformer._fsdp_wrapped_module.')}"
+        wrapped_inner = inner.replace("transformer.", "transformer._fsdp_wrapped_module.")
+        return f"_fsdp_wrapped_module.{wrapped_inner}"
 
     assert same(strip_wrappers({wrapped(name): t for name, t in weights().items()}), weights())
 

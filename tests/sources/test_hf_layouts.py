@@ -52,7 +52,8 @@ def gpt2():
     return hf.GPT2LMHeadModel(hf.GPT2Config(**{GPT2!r}))
 
 def mixtral():
-    return hf.MixtralForCausalLM(hf.MixtralConfig(**{SIZES!r}, num_key_value_heads=2, num_local_experts=4))
+    sizes = dict({SIZES!r}, num_key_value_heads=2, num_local_experts=4)
+    return hf.MixtralForCausalLM(hf.MixtralConfig(**sizes))
 
 def without_pooler():
     return hf.BertModel(hf.BertConfig(**{SIZES!r}), add_pooling_layer=False)

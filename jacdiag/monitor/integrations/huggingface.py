@@ -1,7 +1,8 @@
 """Hugging Face: a `TrainerCallback` that watches (extra `hf`).
 
 >>> from jacdiag.monitor.integrations.huggingface import WatchCallback       # doctest: +SKIP
->>> Trainer(model, args, train_dataset=data, callbacks=[WatchCallback(log_dir="runs/a")]).train()     # doctest: +SKIP
+>>> watch = WatchCallback(log_dir="runs/a")                                   # doctest: +SKIP
+>>> Trainer(model, args, train_dataset=data, callbacks=[watch]).train()       # doctest: +SKIP
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Lightning: a `Callback` that watches (extra `lightning`).
 
 >>> from jacdiag.monitor.integrations.lightning import WatchCallback         # doctest: +SKIP
->>> Trainer(callbacks=[WatchCallback(log_dir="runs/a")]).fit(module, data)                            # doctest: +SKIP
+>>> Trainer(callbacks=[WatchCallback(log_dir="runs/a")]).fit(module, data)   # doctest: +SKIP
 """
 
 from __future__ import annotations

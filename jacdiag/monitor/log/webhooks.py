@@ -173,8 +173,10 @@ def _ignore(_reason: str) -> None:
 def is_address(text: str) -> bool:
     """Return whether a text is meant as the address of a webhook.
 
-    >>> is_address("https://example.org/hook"), is_address("slack+http://chat/hook"), is_address("wandb")
-    (True, True, False)
+    >>> is_address("https://example.org/hook"), is_address("slack+http://chat/hook")
+    (True, True)
+    >>> is_address("wandb")
+    False
     """
     return "://" in text
 

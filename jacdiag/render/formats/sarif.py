@@ -37,10 +37,8 @@ def render(report: Report) -> str:
             "id": rule.code,
             "name": "".join(part.capitalize() for part in rule.name.split("-")),
             "shortDescription": {"text": rule.summary},
-            "fullDescription": {"text": " ".join(rule.page.what.split())},
-            "help": {
-                "text": f"{' '.join(rule.page.why.split())}\n\n{' '.join(rule.page.remedy.split())}"
-            },
+            "fullDescription": {"text": _one_line(rule.page.what)},
+            "help": {"text": f"{_one_line(rule.page.why)}\n\n{_one_line(rule.page.remedy)}"},
             "defaultConfiguration": {"level": _LEVELS[rule.level]},
         }
         for rule in rules
@@ -87,3 +85,7 @@ def _result(note: Note, index: dict[str, int], fatal: bool) -> dict[str, Any]:
 
 def _fingerprint(note: Note) -> str:
     return hashlib.sha256("\n".join([note.code, *sorted(note.names)]).encode()).hexdigest()
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

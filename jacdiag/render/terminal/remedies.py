@@ -131,10 +131,8 @@ def _why_none(report: Report) -> str:
             "begun can take"
         )
     told = next((note for note in report.notes if note.startswith("no remedy was tried: ")), "")
-    return (
-        f"{ask}, but "
-        f"{told.removeprefix('no remedy was tried: ') or 'none is known, or the model cannot be copied'}"
-    )
+    reason = told.removeprefix("no remedy was tried: ")
+    return f"{ask}, but {reason or 'none is known, or the model cannot be copied'}"
 
 
 def _row(name: str, figures: Outlook, enough: str, price: str) -> str:

@@ -26,9 +26,51 @@ from jacdiag.errors import SourceError, printable
 
 # Roots of modules that no checkpoint needs and every attack does.
 _SYSTEM = frozenset(
-    """os posix nt subprocess sys shutil socket runpy pty importlib pickle _pickle ctypes webbrowser code codeop
-    commands imp pip timeit cProfile profile pdb bdb asyncio multiprocessing threading _thread signal tempfile http
-    urllib requests ftplib smtplib telnetlib marshal types operator shelve dbm zipimport pkgutil""".split()
+    {
+        "os",
+        "posix",
+        "nt",
+        "subprocess",
+        "sys",
+        "shutil",
+        "socket",
+        "runpy",
+        "pty",
+        "importlib",
+        "pickle",
+        "_pickle",
+        "ctypes",
+        "webbrowser",
+        "code",
+        "codeop",
+        "commands",
+        "imp",
+        "pip",
+        "timeit",
+        "cProfile",
+        "profile",
+        "pdb",
+        "bdb",
+        "asyncio",
+        "multiprocessing",
+        "threading",
+        "_thread",
+        "signal",
+        "tempfile",
+        "http",
+        "urllib",
+        "requests",
+        "ftplib",
+        "smtplib",
+        "telnetlib",
+        "marshal",
+        "types",
+        "operator",
+        "shelve",
+        "dbm",
+        "zipimport",
+        "pkgutil",
+    }
 )
 _HARMLESS_BUILTINS = frozenset(
     "list dict tuple set frozenset int float complex bool str slice object".split()

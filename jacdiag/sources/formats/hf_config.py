@@ -187,7 +187,8 @@ def _infer(
     if len(fitting) == 1:
         return fitting[0], "the names of the weights"
     got = "it has no model_type, and no architectures that this transformers knows"
-    hint = """name the kind as transformers does, --model-args '{"model_type": "KIND"}'; or --model FACTORY"""
+    kind = """--model-args '{"model_type": "KIND"}'"""
+    hint = f"name the kind as transformers does, {kind}; or --model FACTORY"
     if len(fitting) > 1:
         got = f"it has no model_type, and the weights may be of {' or '.join(fitting)}"
         named = f"""--model-args '{{"model_type": "{fitting[0]}"}}'"""

@@ -95,9 +95,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         _header(path)
         with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(
-                file.metadata() or {}
-            )  # noqa: SIM118
+            names = file.keys()  # the handle is no mapping
+            tensors = {name: file.get_tensor(name) for name in names}
+            return tensors, dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise _broken(path, error) from error
 

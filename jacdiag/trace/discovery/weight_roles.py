@@ -94,7 +94,8 @@ def uses_of(sites: Sites) -> dict[str, Use]:
         >>> import torch, jacdiag
         >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, norm_first=True, batch_first=True)
         >>> uses = uses_of(jacdiag.sites(layer, torch.randn(2, 4, 8)))
-        >>> [uses[name].role for name in ("self_attn.in_proj_weight", "linear1.weight", "norm1.weight")]
+        >>> names = ("self_attn.in_proj_weight", "linear1.weight", "norm1.weight")
+        >>> [uses[name].role for name in names]
         ['W_QKV', 'W_1', 'norm_gain']
     """
     found: dict[str, Use] = {}

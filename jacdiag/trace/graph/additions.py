@@ -53,30 +53,30 @@ def _scaled(tensor: Any, factor: Any) -> Part | None:
 # `out` is one of torch's own arguments: the sum is the same whether it is given or not.
 def _add(
     a: Any, b: Any = None, *, other: Any = None, alpha: Any = 1, out: Any = None, **_: Any
-) -> list[Part | None]:  # noqa: ARG001
+) -> list[Part | None]:
     return [_plain(a), _scaled(b if b is not None else other, alpha)]
 
 
 def _sub(
     a: Any, b: Any = None, *, other: Any = None, alpha: Any = 1, out: Any = None, **_: Any
-) -> list[Part | None]:  # noqa: ARG001
+) -> list[Part | None]:
     return [_plain(a), _scaled(b if b is not None else other, -alpha)]
 
 
-def _addcmul(a: Any, x: Any, y: Any, *, value: Any = 1, out: Any = None) -> list[Part | None]:  # noqa: ARG001
+def _addcmul(a: Any, x: Any, y: Any, *, value: Any = 1, out: Any = None) -> list[Part | None]:
     return [_plain(a), Part((x, y), lambda: x * y if value == 1 else value * x * y)]
 
 
 def _addmm(
     a: Any, x: Any, y: Any, *, beta: Any = 1, alpha: Any = 1, out: Any = None
-) -> list[Part | None]:  # noqa: ARG001
+) -> list[Part | None]:
     return [
         _scaled(a, beta),
         Part((x, y), lambda: alpha * (x @ y) if alpha != 1 else x @ y, product=True),
     ]
 
 
-def _lerp(a: Any, b: Any, weight: Any, *, out: Any = None) -> list[Part | None]:  # noqa: ARG001
+def _lerp(a: Any, b: Any, weight: Any, *, out: Any = None) -> list[Part | None]:
     return [
         Part((a,), lambda: a * (1 - weight)),
         Part((b, weight) if isinstance(weight, Tensor) else (b,), lambda: b * weight),
@@ -86,7 +86,16 @@ def _lerp(a: Any, b: Any, weight: Any, *, out: Any = None) -> list[Part | None]:
 # Calls that add rows to a tensor at given positions. What they add is the second term, with zeros
 # elsewhere.
 SCATTERS = frozenset(
-    """index_add index_add_ scatter_add scatter_add_ scatter_reduce scatter_reduce_ index_put index_put_""".split()
+    {
+        "index_add",
+        "index_add_",
+        "scatter_add",
+        "scatter_add_",
+        "scatter_reduce",
+        "scatter_reduce_",
+        "index_put",
+        "index_put_",
+    }
 )
 
 

@@ -8,10 +8,42 @@ from collections.abc import Iterable
 from jacdiag.trace.graph.graph import Graph
 
 PRODUCTS = frozenset(
-    """linear matmul mm bmm addmm addmm_ baddbmm baddbmm_ einsum __matmul__ __rmatmul__ conv1d conv2d conv3d
-    conv_transpose1d conv_transpose2d conv_transpose3d bilinear multi_head_attention_forward _grouped_mm
-    grouped_mm _scaled_mm tensordot inner mv addmv gru_cell lstm_cell rnn_tanh_cell rnn_relu_cell gru lstm
-    chain_matmul multi_dot""".split()
+    {
+        "linear",
+        "matmul",
+        "mm",
+        "bmm",
+        "addmm",
+        "addmm_",
+        "baddbmm",
+        "baddbmm_",
+        "einsum",
+        "__matmul__",
+        "__rmatmul__",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "conv_transpose1d",
+        "conv_transpose2d",
+        "conv_transpose3d",
+        "bilinear",
+        "multi_head_attention_forward",
+        "_grouped_mm",
+        "grouped_mm",
+        "_scaled_mm",
+        "tensordot",
+        "inner",
+        "mv",
+        "addmv",
+        "gru_cell",
+        "lstm_cell",
+        "rnn_tanh_cell",
+        "rnn_relu_cell",
+        "gru",
+        "lstm",
+        "chain_matmul",
+        "multi_dot",
+    }
 )
 # Mix positions without any parameter, as attention would: a branch of their own.
 MIXERS = frozenset(f"fft_{kind}fft{n}" for kind in ("", "i", "r", "ir") for n in ("", "2", "n"))
