@@ -49,6 +49,10 @@ FLOORS = {
 # A report prints itself as the table when it is asked to: the renderer is imported then, not
 # before.
 EXEMPT = {("jacdiag/trace/sublayer.py", "spectra"), ("jacdiag/records/report.py", "render")}
+# A report prints itself as the table, and the package hands out its public names, when first asked.
+EXEMPT_FROM_CIRCLES = {
+    "jacdiag.records.report": {"jacdiag.render.terminal.table"},
+}
 EVERYBODY = {"errors", "__init__", "_version"}
 WITHOUT_TORCH = ("records", "rules", "detectors", "render")
 
@@ -647,3 +651,43 @@ def test_contributing_lists_every_folder_of_the_package() -> None:
         folder for folder in FLOORS if folder != "jacdiag_cli" and f"`{folder}/`" not in text
     ]
     assert missing == []
+
+
+def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Return the groups of nodes that reach each other, each in order of names."""
+    reach: dict[str, set[str]] = {}
+    for start in graph:
+        seen: set[str] = set()
+        waiting = [start]
+        while waiting:
+            fresh = graph[waiting.pop()] - seen
+            seen |= fresh
+            waiting += fresh
+        reach[start] = seen
+    groups = {
+        tuple(sorted(other for other in graph if other in reach[node] and node in reach[other]))
+        for node in graph
+        if node in reach[node]
+    }
+    return [list(group) for group in sorted(groups)]
+
+
+def test_cycles_are_found() -> None:
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [["b", "c"]]
+    assert cycles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    """Imports inside functions and imports for types count, too."""
+    files = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in sources(PACKAGE)
+    }
+    graph: dict[str, set[str]] = {}
+    for name, path in files.items():
+        others = {module for module, _ in imported(path) if module in files}
+        # `from a.b import c` names a.b and a.b.c; where c is a file, it is the one that is meant.
+        packages = {other for other in others if any(o.startswith(f"{other}.") for o in others)}
+        exempt = EXEMPT_FROM_CIRCLES.get(name, set())
+        graph[name] = others - packages - exempt - {name}
+    assert cycles(graph) == []
