@@ -64,17 +64,17 @@ class Movers:
         self.high = []
         self.seen = False
         for place, (series, value) in enumerate(zip(self.each, values, strict=False)):
-            z = series.z(value)
+            mean = series.mean
+            z = series.look(value)
             self.seen |= z is not None
             if z is not None and z > self.limit:
                 if self.risen[place] < 0:
-                    self.risen[place], self.usual[place] = step, series.mean
+                    self.risen[place], self.usual[place] = step, mean
                 self.high.append(
                     Moved(self.names[place], self.risen[place], value, self.usual[place], z)
                 )
             else:
                 self.risen[place] = -1
-            series.add(value)
 
     def order(self) -> list[Moved]:
         """Return what is high now: the longest first, and of those since the same step the highest

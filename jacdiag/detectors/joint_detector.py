@@ -64,8 +64,11 @@ class Scores:
 
     def known(self) -> dict[str, float]:
         """Return the scores that there are, by name."""
-        every = {field.name: getattr(self, field.name) for field in fields(self)}
+        every = {name: getattr(self, name) for name in SCORES}
         return {name: value for name, value in every.items() if value is not None}
+
+
+SCORES = tuple(field.name for field in fields(Scores))
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,10 @@ class Joint:
     """
 
     def __init__(self, thresholds: Thresholds) -> None:
-        self.limits = thresholds
+        self.both, self.one = _cut(thresholds, "joint_both"), _cut(thresholds, "joint_one")
+        self.lift_both = _cut(thresholds, "lift_both")
+        vote = thresholds.limits("gradient_z").info
+        self.vote = math.inf if vote is None else float(vote)
         self.loss, self.gradient = Lift(), Lift()
         self.leap = Leap(thresholds)
         self.in_a_row = self.recent_in_a_row = 0
@@ -132,7 +138,7 @@ class Joint:
 
     def _step(self, step: int, scores: Scores) -> Spoken | None:
         """Both over 6 deviations or one over 8, for three steps in a row: as published."""
-        both, one = _cut(self.limits, "joint_both"), _cut(self.limits, "joint_one")
+        both, one = self.both, self.one
         zl, zg = scores.loss or 0.0, scores.gradient or 0.0
         self.hit = (zl > both and zg > both) or max(zl, zg) > one
         self.in_a_row = self.in_a_row + 1 if self.hit else 0
@@ -150,9 +156,9 @@ class Joint:
 
         Without the vote 8 of the lab's 375,000 healthy steps speak, with it none.
         """
-        both, one = _cut(self.limits, "joint_both"), _cut(self.limits, "joint_one")
+        both, one = self.both, self.one
         zl, zg = scores.loss_recent or 0.0, scores.gradient_recent or 0.0
-        out = min(zl, zg) > both or (max(zl, zg) > one and min(zl, zg) > self._vote())
+        out = min(zl, zg) > both or (max(zl, zg) > one and min(zl, zg) > self.vote)
         self.recent_in_a_row = self.recent_in_a_row + 1 if out else 0
         if self.recent_in_a_row < IN_A_ROW:
             return None
@@ -170,8 +176,7 @@ class Joint:
         """The same of means over some steps: both over 5, or one over 8 with a vote of the
         other.
         """
-        both, one = _cut(self.limits, "lift_both"), _cut(self.limits, "joint_one")
-        vote = self._vote()
+        both, one, vote = self.lift_both, self.one, self.vote
         pairs = [(loss[span], gradient[span], span) for span in loss if span in gradient]
         spans = [
             s for a, b, s in pairs if min(a, b) > both or (max(a, b) > one and min(a, b) >= vote)
@@ -199,7 +204,7 @@ class Joint:
         known = max(
             [*loss.values(), *gradient.values(), ema if ema is not None else 0.0], default=0.0
         )
-        if known <= self._vote():
+        if known <= self.vote:
             return None
         what = (
             f"the updates of {self.leap.in_a_row} sub-layers in a row are "
@@ -212,10 +217,6 @@ class Joint:
         return Spoken(
             what, step - self.leap.in_a_row + 1, {"update_times": self.leap.last, "z": known}
         )
-
-    def _vote(self) -> float:
-        value = self.limits.limits("gradient_z").info
-        return math.inf if value is None else float(value)
 
     def resumed(self) -> None:
         self.in_a_row = self.recent_in_a_row = self.leap.in_a_row = 0

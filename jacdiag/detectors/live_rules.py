@@ -129,6 +129,7 @@ class LiveRules:
 
     def __init__(self, thresholds: Thresholds, names: Sequence[str] = ()) -> None:
         self.limits = thresholds
+        self._cuts: dict[tuple[str, str], float] = {}  # those that were asked for
         self.loss, self.gradient = Rolling(), Rolling()
         self.recent_loss, self.recent_gradient = Recent(), Recent(logarithm=True)
         self.median, self.z = RollingMedian(), Exponential()
@@ -428,8 +429,11 @@ class LiveRules:
         )
 
     def _cut(self, figure: str, cut: str) -> float:
-        value = getattr(self.limits.limits(figure), cut)
-        return math.inf if value is None else float(value)
+        known = self._cuts.get((figure, cut))
+        if known is None:
+            value = getattr(self.limits.limits(figure), cut)
+            known = self._cuts[figure, cut] = math.inf if value is None else float(value)
+        return known
 
     # -- memory ------------------------------------------------------------------------------------
     def state(self) -> dict[str, Any]:

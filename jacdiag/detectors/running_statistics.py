@@ -112,7 +112,17 @@ class Exponential:
             return None
         return (value - self.mean) / max(math.sqrt(self.variance), _FLOOR * abs(self.mean), 1e-300)
 
+    def look(self, value: float) -> float | None:
+        """Return the score of a value, and take the value in."""
+        z = self.z(value)
+        self._take(value, z)
+        return z
+
     def add(self, value: float) -> None:
+        """Take a value in."""
+        self._take(value, self.z(value))
+
+    def _take(self, value: float, z: float | None) -> None:
         if not math.isfinite(value):
             return
         self.count += 1
@@ -121,8 +131,7 @@ class Exponential:
             self.mean = math.fsum(self.first) / self.count
             self.variance = math.fsum((v - self.mean) ** 2 for v in self.first) / self.count
             return
-        z = self.z(value) or 0.0
-        if z > self.clip:
+        if z is not None and z > self.clip:
             value = self.mean + self.clip * math.sqrt(self.variance)
         self.mean = self.alpha * self.mean + (1 - self.alpha) * value
         self.variance = self.alpha * self.variance + (1 - self.alpha) * (value - self.mean) ** 2

@@ -6,20 +6,30 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from jacdiag.monitor.kept_batches import KeptBatches
+from jacdiag.monitor.kept_batches import KeptBatch, KeptBatches
 from jacdiag.monitor.model_hooks import AttachedHook, ModelHook
 from jacdiag.monitor.noise_scale import MicroBatches
+from jacdiag.sources.module_wrappers import unwrap
 from jacdiag.trace.execution.precision import map_leaves
 
 _SEQUENCES, _LENGTH = 2, 128
-_MOST_SIZES = 16  # sizes of a batch whose weights of a fingerprint are kept
+_MOST_SIZES = 16  # sizes of a batch, or ways to call a forward, of which something is kept
+_MASK = 0x1FFFFFFFFFFFFFFF
+_PRIME = 2654435761  # the weight of the first place in a fingerprint, as of a multiplicative hash
+
+Call = tuple[type[nn.Module], int, tuple[str, ...]]
+Print = Tensor | Callable[[], Tensor]
+"""A fingerprint, or what makes it. Ten in a row take a third of the time of one within each of ten
+steps.
+"""
 # Without this function (torch before 2.7) code that is compiled cannot be told from code that is
 # exported.
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
@@ -86,7 +96,7 @@ class Batches:
         self.model, self.fingerprints = model, fingerprints
         self.kept = keep if keep is not None and keep.wanted else None
         self.first: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        self.prints: list[Tensor] = []  # of the micro-batches of the step at hand
+        self.prints: list[Print] = []  # of the micro-batches of the step at hand
         self.step = 1
         self.seen = self.in_eval = self.in_compiled = 0
         self.failed: Exception | None = None
@@ -146,10 +156,15 @@ class Batches:
         try:
             if self.first is None:
                 self.first = _few(args, kwargs)
-            if self.fingerprints:
-                self.prints.append(fingerprint((args, kwargs), self._place_weights))
+            batch: KeptBatch | None = None
             if self.kept is not None:
-                self.kept.add(self.step, named_arguments(module, args, kwargs, self._signatures))
+                batch = self.kept.add(
+                    self.step, named_arguments(module, args, kwargs, self._signatures)
+                )
+            if self.fingerprints and batch is not None and batch.is_on_cpu:
+                self.prints.append(partial(fingerprint, batch.arguments, self._place_weights))
+            elif self.fingerprints:
+                self.prints.append(fingerprint((args, kwargs), self._place_weights))
         except Exception as error:  # told by the watch at its next step
             self.failed = error
 
@@ -164,7 +179,7 @@ class Batches:
         if self.kept is not None:
             self.kept.drop_between(base, self.step)
 
-    def next_step(self, step: int) -> list[Tensor]:
+    def next_step(self, step: int) -> list[Print]:
         """Return the fingerprints of the step that has ended; batches from now on belong to
         `step`.
         """
@@ -182,13 +197,27 @@ def _is_being_recorded() -> bool:
     """Whether the forward runs to be recorded, by jit, by make_fx, or into a CUDA graph: then it
     has no batch.
     """
-    if torch.jit.is_tracing():
-        return True
-    from torch.fx.experimental.proxy_tensor import get_proxy_mode
-
-    if get_proxy_mode() is not None:
+    if torch.jit.is_tracing() or _get_proxy_mode()() is not None:
         return True
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+@cache
+def _get_proxy_mode() -> Callable[[], Any]:
+    from torch.fx.experimental.proxy_tensor import (
+        get_proxy_mode,  # takes a second, so not with this module
+    )
+
+    return get_proxy_mode
+
+
+def make_prints(prints: Sequence[Print]) -> list[str]:
+    """Return fingerprints as the log has them, with one look at their device."""
+    numbers = [entry if isinstance(entry, Tensor) else entry() for entry in prints]
+    if not numbers:
+        return []
+    together = torch.stack([number.to(numbers[0].device) for number in numbers])
+    return [f"{number:016x}" for number in together.tolist()]
 
 
 class PlaceWeights:
@@ -205,7 +234,7 @@ class PlaceWeights:
         if weights is None:
             if len(self._known) >= _MOST_SIZES:
                 self._known.clear()
-            weights = torch.arange(1, count + 1, device=device) * 2654435761
+            weights = torch.arange(1, count + 1, device=device) * _PRIME
             self._known[count, device] = weights
         return weights
 
@@ -219,41 +248,86 @@ def fingerprint(value: Any, weights: PlaceWeights | None = None) -> Tensor:
         weights: remembered from other batches.
     """
     places = weights if weights is not None else PlaceWeights()
-    found: list[Tensor] = []
+    known = 0
+    on_device: list[Tensor] = []
+    for tensor in _tensors_in(value):
+        if _is_plain_ids(tensor):
+            known += _weighted_sum_of_ids(tensor, places)
+        else:
+            on_device.append(_weighted_sum(tensor, places))
+    if not on_device:
+        return torch.tensor(known & _MASK)
+    total = on_device[0] + _as_int64(known)
+    for more in on_device[1:]:
+        total = total + more.to(total.device)
+    return total & _MASK
+
+
+def _tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in nested containers that a fingerprint is made of."""
+    tensors: list[Tensor] = []
 
     def note(leaf: Any) -> Any:
         if isinstance(leaf, Tensor) and leaf.numel() and not leaf.is_complex():
-            flat = leaf.detach().reshape(-1)
-            flat = flat.long() if not flat.is_floating_point() else flat.double().view(torch.int64)
-            weighted = (flat + 1) * places.of(flat.numel(), flat.device)
-            found.append(weighted.sum() & 0x1FFFFFFFFFFFFFFF)
+            tensors.append(leaf)
         return leaf
 
     map_leaves(note, value)
-    if not found:
-        return torch.zeros((), dtype=torch.int64)
-    if len(found) == 1:
-        return found[0]
-    return torch.stack([f.to(found[0].device) for f in found]).sum() & 0x1FFFFFFFFFFFFFFF
+    return tensors
+
+
+def _is_plain_ids(tensor: Tensor) -> bool:
+    """Whether numpy can read a tensor where it lies: token ids on a CPU."""
+    return type(tensor) is Tensor and tensor.dtype is torch.int64 and tensor.device.type == "cpu"
+
+
+def _weighted_sum_of_ids(tensor: Tensor, places: PlaceWeights) -> int:
+    """The sum of (element + 1) times weight, up to a multiple of 2^64; numpy takes a third of the
+    time of torch.
+    """
+    count = tensor.numel()
+    weights = places.of(count, tensor.device).numpy()
+    return int(tensor.numpy().reshape(-1) @ weights) + _PRIME * count * (count + 1) // 2
+
+
+def _weighted_sum(tensor: Tensor, places: PlaceWeights) -> Tensor:
+    """The same of any tensor, on its device; a float counts as the whole number that its bits
+    make.
+    """
+    flat = tensor.detach().reshape(-1)
+    flat = flat.double().view(torch.int64) if flat.is_floating_point() else flat.long()
+    return ((flat + 1) * places.of(flat.numel(), flat.device)).sum()
+
+
+def _as_int64(number: int) -> int:
+    """A whole number as 64 bits with a sign hold it, up to a multiple of 2^64."""
+    return (number + 2**63) % 2**64 - 2**63
 
 
 class Signatures:
-    """The signature of a class's forward, which is asked for at every batch."""
+    """How a class's forward calls its arguments, which is asked for at every batch."""
 
     def __init__(self) -> None:
-        self._known: dict[type, tuple[Any, inspect.Signature]] = {}
+        self._known: dict[Call, tuple[Any, dict[str, int | str]]] = {}
 
-    def of(self, kind: type[nn.Module]) -> inspect.Signature:
-        """Return the signature of the forward that a class has now.
+    def names_of(
+        self, kind: type[nn.Module], count: int, keywords: tuple[str, ...]
+    ) -> dict[str, int | str]:
+        """Return the names of a call's arguments, each with its place or its keyword in the call.
 
-        Raises:
-            TypeError, ValueError: it has none.
+        Args:
+            kind: the class, with the forward that it has now.
+            count: of the arguments that are passed by place.
+            keywords: of the others.
         """
-        forward, signature = self._known.get(kind, (None, None))
-        if signature is None or forward is not kind.forward:
-            signature = inspect.signature(kind.forward)
-            self._known[kind] = (kind.forward, signature)
-        return signature
+        call = (kind, count, keywords)
+        forward, names = self._known.get(call, (None, {}))
+        if forward is not kind.forward:
+            if len(self._known) >= _MOST_SIZES:
+                self._known.clear()
+            names = _names_in_call(kind, count, keywords)
+            self._known[call] = (kind.forward, names)
+        return names
 
 
 def named_arguments(
@@ -265,22 +339,33 @@ def named_arguments(
     """The arguments by name, as the module's own forward calls them; positions where it does not
     say.
     """
-    from jacdiag.sources.module_wrappers import unwrap
+    kind = type(unwrap(module))
+    names = (signatures or Signatures()).names_of(kind, len(args), tuple(kwargs))
+    return {
+        name: kwargs[where] if isinstance(where, str) else args[where]
+        for name, where in names.items()
+    }
 
+
+def _names_in_call(
+    kind: type[nn.Module], count: int, keywords: tuple[str, ...]
+) -> dict[str, int | str]:
+    """Bind places and keywords in the stead of the arguments themselves."""
+    own: dict[str, int | str] = {keyword: keyword for keyword in keywords}
     try:
-        bound = (signatures or Signatures()).of(type(unwrap(module))).bind(None, *args, **kwargs)
+        bound = inspect.signature(kind.forward).bind(None, *range(count), **own)
     except (TypeError, ValueError):
-        return {**{str(k): value for k, value in enumerate(args)}, **kwargs}
-    named: dict[str, Any] = {}
-    for name, value in list(bound.arguments.items())[1:]:
-        kind = bound.signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_KEYWORD:
-            named.update(value)
-        elif kind is inspect.Parameter.VAR_POSITIONAL:
-            named.update({str(k): item for k, item in enumerate(value)})
+        return {**{str(place): place for place in range(count)}, **own}
+    names: dict[str, int | str] = {}
+    for name, where in list(bound.arguments.items())[1:]:
+        parameter = bound.signature.parameters[name].kind
+        if parameter is inspect.Parameter.VAR_KEYWORD:
+            names.update(where)
+        elif parameter is inspect.Parameter.VAR_POSITIONAL:
+            names.update({str(k): place for k, place in enumerate(where)})
         else:
-            named[name] = value
-    return named
+            names[name] = where
+    return names
 
 
 def _copied(leaf: Any) -> Any:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -25,11 +26,15 @@ class KeptBatch:
         step: of the optimizer, that the batch belongs to.
         arguments: of the forward, by name.
         random_state: of every generator when the forward began.
+        bytes: of the tensors among the arguments.
+        is_on_cpu: all of these tensors are.
     """
 
     step: int
     arguments: dict[str, Any]
     random_state: RandomState
+    bytes: int
+    is_on_cpu: bool
 
 
 class KeptBatches:
@@ -60,29 +65,35 @@ class KeptBatches:
     def __len__(self) -> int:
         return len(self.queue)
 
-    def add(self, step: int, arguments: dict[str, Any]) -> None:
-        """Keep a copy of a batch and the random states; the oldest go."""
+    def add(self, step: int, arguments: dict[str, Any]) -> KeptBatch | None:
+        """Keep a copy of a batch and the random states; the oldest go.
+
+        Returns:
+            The copy, if it stays until the live rules have looked at its step.
+        """
+        size = _size(arguments)
         if not self.automatic:
-            self.queue.append(_copy_of(step, arguments))
-            return
+            self.queue.append(_copy_of(step, arguments, size))
+            return None
         if self.step_bytes is not None:
-            return
+            return None
         # 1. Drop steps that no alert can speak of any more.
         while self.queue and self.queue[0].step <= step - 2 * self.log_every * self.stride:
-            self.bytes -= _size(self.queue.popleft().arguments)
+            self.bytes -= self.queue.popleft().bytes
         # 2. Give up if one interval of the live rules does not fit.
-        size = _size(arguments)
-        of_this_step = size + sum(_size(kept.arguments) for kept in self.queue if kept.step == step)
+        of_this_step = size + self._bytes_of(step)
         if of_this_step * self.log_every > SMALL:
             self.step_bytes = of_this_step
             self.queue.clear()
             self.bytes = 0
-            return
+            return None
         # 3. Keep it; within the room, what is oldest goes first.
-        self.queue.append(_copy_of(step, arguments))
+        batch = _copy_of(step, arguments, size)
+        self.queue.append(batch)
         self.bytes += size
         while self.bytes > SMALL:
-            self.bytes -= _size(self.queue.popleft().arguments)
+            self.bytes -= self.queue.popleft().bytes
+        return batch
 
     def renumber(self, old: int, new: int) -> None:
         """Give the latest batches, those of step `old`, the number `new`."""
@@ -96,7 +107,14 @@ class KeptBatches:
         batches = [batch for batch in self.queue if batch.step <= base or batch.step == current]
         self.queue = deque(batches, maxlen=self.queue.maxlen)
         if self.automatic:
-            self.bytes = sum(_size(batch.arguments) for batch in batches)
+            self.bytes = sum(batch.bytes for batch in batches)
+
+    def _bytes_of(self, step: int) -> int:
+        """The bytes of the latest batches, as far as they belong to a step."""
+        return sum(
+            batch.bytes
+            for batch in takewhile(lambda batch: batch.step == step, reversed(self.queue))
+        )
 
     def chosen(self, step: int) -> list[KeptBatch]:
         """Return what a flight about a step holds, in order: the batch of that step comes last.
@@ -111,12 +129,17 @@ class KeptBatches:
         return [kept for kept in entries if kept.step <= step] or entries
 
 
-def _copy_of(step: int, arguments: dict[str, Any]) -> KeptBatch:
-    return KeptBatch(step, map_leaves(_copied, arguments), RandomState.now())
+def _copy_of(step: int, arguments: dict[str, Any], size: int) -> KeptBatch:
+    devices: set[str] = set()
 
+    def copy(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        devices.add(leaf.device.type)
+        return leaf.detach().clone()
 
-def _copied(leaf: Any) -> Any:
-    return leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf
+    copies = map_leaves(copy, arguments)
+    return KeptBatch(step, copies, RandomState.now(), size, is_on_cpu=devices <= {"cpu"})
 
 
 def _size(arguments: dict[str, Any]) -> int:

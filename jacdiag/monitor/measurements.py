@@ -258,8 +258,10 @@ class Tiers:
 
     def _check_model(self) -> None:
         """A model whose parameters are others than at the start is grouped anew, aloud."""
+        if {id(p) for p in self.model.parameters()} == self.names.keys():
+            return
         names = names_of(self.model)
-        if names.keys() == self.names.keys():
+        if names.keys() == self.names.keys():  # a wrapper has parameters of its own
             return
         self.record.warn(
             "model",

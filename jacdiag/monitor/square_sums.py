@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from torch import Tensor
 _CHUNK = 4096
 # float32 elements up to which one sum is taken: off by at most 7e-7 in 300 draws
 _WHOLE = 4 * _CHUNK
+# pieces of a tensor up to which each is summed like a tensor of its own; beyond, chunks cost less
+_MOST_CUTS = 8
 
 _WITH_NORM = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LOW = (torch.float16, torch.bfloat16)
@@ -35,12 +38,51 @@ def square_sums(tensors: Sequence[Tensor | None], device: torch.device | None = 
     """
     if device is None:
         device = next((t.device for t in tensors if t is not None), torch.device("cpu"))
+    if device.type == "cpu":
+        return torch.tensor(read_square_sums(tensors), dtype=torch.float64)
     dtype = widest(device)
     if not tensors:
         return torch.zeros(0, dtype=dtype, device=device)
     with torch.no_grad():
         norms = _by_kind(tensors, device, _norms)
         return torch.stack(norms).to(dtype).square()
+
+
+def read_square_sums(tensors: Sequence[Tensor | None]) -> list[float]:
+    """Return the sum of squares of each tensor as a number, 0 for None; for tensors on a CPU, where
+    nothing waits.
+
+    The digits are those of `square_sums`. The first call of each torch operation in a step takes as
+    long as five more of the same, since the step has emptied the caches: what numbers of Python can
+    do is left to them.
+    """
+    # 1. Cut what is neither small nor large, so that one call takes all of it.
+    pieces: list[Tensor | None] = []
+    counts: list[int] = []
+    for tensor in tensors:
+        parts = _cut(tensor)
+        pieces += parts
+        counts.append(len(parts))
+
+    # 2. Sum the squares of each piece, then those of each tensor.
+    with torch.no_grad():
+        norms = _by_kind(pieces, torch.device("cpu"), _norms)
+    squares = [norm * norm for norm in map(Tensor.item, norms)]
+    if len(squares) == len(counts):
+        return squares
+    following = iter(squares)
+    return [sum(islice(following, count)) for count in counts]
+
+
+def _cut(tensor: Tensor | None) -> Sequence[Tensor | None]:
+    """A tensor in pieces that one sum in float32 is exact enough for; a small one whole, and a
+    large one too.
+    """
+    if tensor is None or not _WHOLE < tensor.numel() <= _MOST_CUTS * _WHOLE:
+        return [tensor]
+    if tensor.layout is not torch.strided or tensor.dtype in _LOW:
+        return [tensor]
+    return _flat(tensor.detach()).split(_WHOLE)
 
 
 def largest_elements(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
@@ -90,31 +132,50 @@ def _by_kind(
         device: of the numbers.
         reduce: takes tensors of one device and dtype, returns a number for each.
     """
-    # 1. Sort the tensors by device and dtype; mostly there is one kind.
+    # 1. Reduce those that are there; mostly they are of one kind, and there is nothing to sort.
+    present = [tensor for tensor in tensors if tensor is not None]
+    if not present:
+        return [torch.zeros((), device=device)] * len(tensors)
+    numbers = (
+        reduce(present) if _are_plain(present, device) else _reduce_sorted(present, device, reduce)
+    )
+    if len(numbers) == len(tensors):
+        return numbers
+
+    # 2. What is not there is 0.
+    zero = torch.zeros((), device=device)
+    following = iter(numbers)
+    return [zero if tensor is None else next(following) for tensor in tensors]
+
+
+def _reduce_sorted(
+    tensors: Sequence[Tensor], device: torch.device, reduce: Callable[[list[Tensor]], list[Tensor]]
+) -> list[Tensor]:
+    """Reduce tensors of several kinds, one call for each device and dtype."""
+    # 1. Sort the tensors by device and dtype.
     kinds: dict[tuple[torch.device, torch.dtype], tuple[list[int], list[Tensor]]] = {}
     for place, tensor in enumerate(tensors):
-        if tensor is None:
-            continue
         values = _values(tensor)
         places, members = kinds.setdefault((values.device, values.dtype), ([], []))
         places.append(place)
         members.append(values)
 
     # 2. Reduce each kind. From another device the numbers travel together.
-    numbers: list[Tensor | None] = [None] * len(tensors)
+    numbers: dict[int, Tensor] = {}
     for (where, _), (places, members) in kinds.items():
         reduced = reduce(members)
         if where != device:
             reduced = list(torch.stack(reduced).to(device, non_blocking=True).unbind())
-        for place, number in zip(places, reduced, strict=True):
-            numbers[place] = number
+        numbers |= zip(places, reduced, strict=True)
+    return [numbers[place] for place in range(len(tensors))]
 
-    # 3. What is not there is 0.
-    present = [number for number in numbers if number is not None]
-    if len(present) == len(numbers):
-        return present
-    zero = torch.zeros((), device=device)
-    return [zero if number is None else number for number in numbers]
+
+def _are_plain(tensors: Sequence[Tensor], device: torch.device) -> bool:
+    """Whether tensors are dense, real, of one dtype and on `device`."""
+    dtypes = {t.dtype for t in tensors}
+    if len(dtypes) != 1 or dtypes.pop().is_complex:
+        return False
+    return {t.device for t in tensors} == {device} and not any(t.is_sparse for t in tensors)
 
 
 def widest(device: torch.device) -> torch.dtype:
@@ -136,14 +197,16 @@ def _norms(tensors: list[Tensor]) -> list[Tensor]:
         return list(torch._foreach_norm(tensors, 2, dtype))
     limit = _CHUNK if is_low else _WHOLE
     large = [place for place, t in enumerate(tensors) if t.numel() > limit]
-    if not large:
-        return list(torch._foreach_norm(tensors, 2, dtype))
-    found: list[Tensor | None] = [None] * len(tensors)
-    for place in large:
-        found[place] = _chunked(tensors[place], dtype)
-    small = [t for t, norm in zip(tensors, found, strict=True) if norm is None]
-    norms = iter(torch._foreach_norm(small, 2, dtype) if small else [])
-    return [next(norms) if norm is None else norm for norm in found]
+    chunked = [_chunked(tensors[place], dtype) for place in large]
+    # The large ones go out from the end on, so that the places before them stay right; then back
+    # from the beginning.
+    small = list(tensors)
+    for place in reversed(large):
+        del small[place]
+    norms = list(torch._foreach_norm(small, 2, dtype)) if small else []
+    for place, norm in zip(large, chunked, strict=True):
+        norms.insert(place, norm)
+    return norms
 
 
 def _largest(tensors: list[Tensor]) -> list[Tensor]:
@@ -156,9 +219,9 @@ def _largest(tensors: list[Tensor]) -> list[Tensor]:
 def _chunked(t: Tensor, dtype: torch.dtype | None) -> Tensor:
     """The norm of a tensor on a CPU from the norms of its chunks, in float64."""
     flat = _flat(t)
-    whole = flat.numel() // _CHUNK
+    whole, rest_count = divmod(flat.numel(), _CHUNK)
     norms = torch.linalg.vector_norm(flat[: whole * _CHUNK].view(whole, _CHUNK), dim=1, dtype=dtype)
-    if flat.numel() > whole * _CHUNK:
+    if rest_count:
         rest = torch.linalg.vector_norm(flat[whole * _CHUNK :], dim=0, keepdim=True, dtype=dtype)
         norms = torch.cat([norms, rest])
     return torch.linalg.vector_norm(norms, dtype=torch.float64)

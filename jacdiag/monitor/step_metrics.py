@@ -8,6 +8,8 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -16,12 +18,18 @@ from torch import Tensor
 from jacdiag.errors import UsageError
 from jacdiag.monitor.optimizers import local
 from jacdiag.monitor.parameter_groups import Groups, Member
-from jacdiag.monitor.square_sums import largest_elements, square_sums, widest
+from jacdiag.monitor.square_sums import largest_elements, read_square_sums, square_sums, widest
 
 # Columns; sub-layers follow. Those from GIVEN_PART on are summed over ranks.
 MICRO, MICRO_SUM, LOSS, WRITTEN, GIVEN, GIVEN_PART, INF, UPDATE, WEIGHT, FIRST = range(10)
 _MOST_SETS = 64  # sets of parameters whose places are kept on the device
 _OVERDUE = 4  # intervals that an optimizer may be late before nothing waits for it
+
+
+Sums = Tensor | list[float]
+"""Sums of squares of some tensors: a tensor on their device, or numbers where the device is a
+CPU.
+"""
 
 
 @dataclass
@@ -92,6 +100,8 @@ class Figures:
         # The sum of squares of each gradient, and whether each weight is finite: (steps,
         # parameters).
         self.squares = torch.full(shape, torch.nan, dtype=dtype, device=self.device)
+        # the same memory
+        self._host_squares: Any = self.squares.numpy() if self.is_on_cpu else None
         self.weights = torch.zeros(shape, dtype=dtype, device=self.device)
         self.index = torch.tensor([m.group for m in members], dtype=torch.long, device=self.device)
         self.shares = torch.tensor([m.share for m in members], dtype=dtype, device=self.device)
@@ -133,29 +143,44 @@ class Figures:
         if stepping is not None:
             places = tuple(k for k, p in enumerate(parameters) if id(p) in stepping)
             parameters = [parameters[k] for k in places]
-        gradients = [None if p.grad is None else local(p.grad) for p in parameters]
-        squares = square_sums(gradients, self.device)
-        if scale is not None:
-            squares = squares / scale.to(self.device, squares.dtype).square()
+        gradients = [_local_gradient(p) for p in parameters]
+        squares = self.sum_squares(gradients, scale)
 
         # 2. Look at the weights while they are those of the gradients.
         if before:
             self._look_at_weights(squares)
 
         # 3. Put the sums where they belong in the row at hand.
-        row = self.squares[self.slot]
         if not self.now.made:
             self.now.with_gradient = 0
         self.now.with_gradient += sum(gradient is not None for gradient in gradients)
-        if places is None:
-            row.copy_(squares)
-        else:
-            if not self.now.made:
-                row.zero_()
-            row.index_copy_(0, self._index_of(places), squares)
+        self._put_squares(squares, places)
         if inf is not None:
             self.put(INF, inf)
         self.now.made = True
+
+    def sum_squares(self, gradients: Sequence[Tensor | None], scale: Tensor | None = None) -> Sums:
+        """The sum of squares of each gradient: numbers on a CPU, else a tensor on the device."""
+        if self.is_on_cpu:
+            sums = read_square_sums(gradients)
+            if scale is None:
+                return sums
+            factor = float(scale) ** 2
+            return [square / factor for square in sums]
+        squares = square_sums(gradients, self.device)
+        return squares if scale is None else squares / scale.to(self.device, squares.dtype).square()
+
+    def _put_squares(self, squares: Sums, places: tuple[int, ...] | None) -> None:
+        """Put the squares of all parameters, or of those at some places, into the row at hand."""
+        if places is not None and not self.now.made:
+            self.squares[self.slot].zero_()
+        if not isinstance(squares, Tensor):
+            columns = slice(None) if places is None else list(places)
+            self._host_squares[self.slot, columns] = squares
+        elif places is None:
+            self.squares[self.slot].copy_(squares)
+        else:
+            self.squares[self.slot].index_copy_(0, self._index_of(places), squares)
 
     def _index_of(self, places: tuple[int, ...]) -> Tensor:
         """Some places on the device; sent there once for each optimizer, and not at every step."""
@@ -167,7 +192,7 @@ class Figures:
             self._places[places] = index
         return index
 
-    def _look_at_weights(self, squares: Tensor) -> None:
+    def _look_at_weights(self, squares: Sums) -> None:
         """Note which weights are not finite, once in a row.
 
         The weights are read at every step on a device that may not be waited for. On a CPU, where
@@ -176,7 +201,7 @@ class Figures:
         if self.now.weights_seen:
             return
         if self.is_on_cpu:
-            if math.isfinite(float(squares.sum())):
+            if math.isfinite(sum(squares)):
                 return
         elif self.now.made:
             return
@@ -196,11 +221,11 @@ class Figures:
         read only if a gradient is not finite.
         """
         self._unclipped.pop(self.slot, None)
-        gradients = [None if p.grad is None else local(p.grad) for p in self.parameters]
-        squares = square_sums(gradients, self.device)
-        if self.is_on_cpu and math.isfinite(float(squares.sum())):
+        gradients = [_local_gradient(p) for p in self.parameters]
+        squares = self.sum_squares(gradients)
+        if self.is_on_cpu and math.isfinite(sum(squares)):
             return
-        self._unclipped[self.slot] = squares
+        self._unclipped[self.slot] = torch.as_tensor(squares, dtype=self.squares.dtype)
         self._read_weights()
 
     def nonfinite(self) -> tuple[Tensor, Tensor]:
@@ -226,6 +251,9 @@ class Figures:
                     "a loss or a norm is one number", got=got, hint="a tensor or a float"
                 ) from error
             return
+        if type(value) is Tensor and value.device.type == "cpu" and value.numel() == 1:
+            self.now.values[column] = value.item()
+            return
         value = local(value.detach())
         scalar = value.reshape(()) if value.numel() == 1 else value.mean()
         if scalar.device.type == "cpu":
@@ -233,13 +261,13 @@ class Figures:
         else:
             self.table[self.slot, column] = scalar
 
-    def put_update(self, moved: Tensor, weight: Tensor) -> None:
+    def put_update(self, moved: Tensor | float, weight: Tensor | float) -> None:
         """Write the sum of squares of an update and that of the weights that it moved."""
-        if self.is_on_cpu:
+        if isinstance(moved, Tensor) and isinstance(weight, Tensor):
+            self.table[self.slot, UPDATE : WEIGHT + 1] = torch.stack([moved, weight])
+        else:
             self.now.values[UPDATE] = float(moved)
             self.now.values[WEIGHT] = float(weight)
-        else:
-            self.table[self.slot, UPDATE : WEIGHT + 1] = torch.stack([moved, weight])
 
     def put_micro_batches(self, sums: Tensor, count: int, sequences: int) -> None:
         """Write the two sums of squares of a step that accumulates gradients, see `noise_scale`."""
@@ -316,10 +344,20 @@ def _columns(values: Mapping[int, float]) -> list[float]:
     return [values.get(column, math.nan) for column in range(FIRST)]
 
 
+def _local_gradient(parameter: Tensor) -> Tensor | None:
+    """The part of a gradient that lies on this rank; None if there is none."""
+    gradient = parameter.grad
+    if gradient is None or type(gradient) is Tensor:
+        return gradient
+    return local(gradient)
+
+
 def _local_weight(parameter: Tensor) -> Tensor:
     """The part of a weight that lies on this rank, outside of autograd; a plain one is that
     itself.
     """
+    if type(parameter) is torch.nn.Parameter:
+        return parameter
     return local(parameter.detach()) if hasattr(parameter, "to_local") else parameter
 
 
@@ -352,19 +390,22 @@ class UpdateTurn:
         groups: the sub-layers.
         holders: id of a parameter -> the number of the optimizer that updates it.
         count: how many optimizers there are.
+        every: windows from one measured window to the next.
     """
 
-    def __init__(self, groups: Groups, holders: Mapping[int, int], count: int) -> None:
-        self.groups, self.holders = groups, holders
+    def __init__(
+        self, groups: Groups, holders: Mapping[int, int], count: int, every: int = 1
+    ) -> None:
+        self.groups, self.holders, self.every = groups, holders, every
         self.queue = deque(range(len(groups.labels)))
         self.rhythms = [Rhythm() for _ in range(count)]
         self.window = 0
         self.chosen: int | None = None
         # place in the group -> the member, its weights
         self.before: dict[int, tuple[Member, Tensor]] = {}
-        self.moved: list[Tensor] = []
+        self.moved: list[Tensor | float] = []
         # the weights after the step, if all of them were measured in one go
-        self.weight: Tensor | None = None
+        self.weight: Tensor | float | None = None
         self.stepped: set[int] = set()
         self.opened = self.touched = False
 
@@ -379,6 +420,8 @@ class UpdateTurn:
             return
         self.opened = True
         self.window += 1
+        if (self.window - 1) % self.every:
+            return
         for group in list(self.queue):
             members = [m for m in self.groups.of(group) if m.parameter.requires_grad]
             if any(self._may_move(member, stepping, closure) for member in members):
@@ -425,9 +468,9 @@ class UpdateTurn:
             steps = [old for _, old in pairs]
             torch._foreach_sub_(steps, weights)
         if not is_whole:
-            self.moved.append(_counted(square_sums(steps, figures.device), members))
+            self.moved.append(_counted(figures.sum_squares(steps), members))
             return
-        sums = square_sums([*steps, *weights], figures.device)
+        sums = figures.sum_squares([*steps, *weights])
         self.moved.append(_counted(sums[: len(members)], members))
         self.weight = _counted(sums[len(members) :], members)
 
@@ -445,9 +488,8 @@ class UpdateTurn:
             weight = self.weight
             if weight is None:
                 weights = [_local_weight(m.parameter) for m in members]
-                weight = _counted(square_sums(weights, figures.device), members)
-            moved = self.moved[0] if len(self.moved) == 1 else torch.stack(self.moved).sum()
-            figures.put_update(moved, weight)
+                weight = _counted(figures.sum_squares(weights), members)
+            figures.put_update(reduce(add, self.moved), weight)
             figures.now.update = self.groups.labels[self.chosen]
         self.drop()
 
@@ -460,8 +502,10 @@ class UpdateTurn:
         self.chosen, self.opened, self.touched = None, False, False
 
 
-def _counted(sums: Tensor, members: Sequence[Member]) -> Tensor:
+def _counted(sums: Sums, members: Sequence[Member]) -> Tensor | float:
     """The sum over tensors, each with the share that this rank counts."""
+    if isinstance(sums, list):
+        return sum(value * member.share for value, member in zip(sums, members, strict=True))
     if all(member.share == 1.0 for member in members):
         return sums.sum()
     return torch.stack(

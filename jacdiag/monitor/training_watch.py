@@ -70,7 +70,7 @@ class Watch:
         record: Record,
         tiers: Tiers,
         log_every: int,
-        updates: bool,
+        updates: int,
         keep_batches: int | None,
         histograms: Histograms,
     ) -> None:
@@ -98,7 +98,7 @@ class Watch:
         self._rates: dict[int, list[float | Tensor | None]] = {}  # of the leaves that stepped
         self._first_rate: float | None = None
         self._compiled = False
-        self._versions = _count_changes(optimizers.leaves)
+        self._changes = ChangeCounts(optimizers.leaves)
         # every rank knows the same: one of them speaks
         self.inert = not together.lead and not together.sharded
         self.comparison = RankComparison.begin(
@@ -286,7 +286,7 @@ class Watch:
     # -- what was seen of the optimizers -----------------------------------------------------------
     def _outcome(self) -> Outcome:
         """What was seen of the optimizers since the last call; reads no device."""
-        before, self._versions = self._versions, _count_changes(self.optimizers.leaves)
+        has_changed = self._changes.last != self._changes.read()
         compiled = self.hooks is not None and self.hooks.mark.ran
         if self.hooks is not None:
             self.hooks.mark.ran = False
@@ -295,7 +295,7 @@ class Watch:
             return Outcome.COMPILED
         if self._stepped:
             return Outcome.SEEN
-        return Outcome.UNSEEN if self._versions != before else Outcome.NONE
+        return Outcome.UNSEEN if has_changed else Outcome.NONE
 
     def _read_late(self, figures: Figures) -> None:
         """Take the gradients after a step that was not seen, as far as they are still there."""
@@ -368,7 +368,7 @@ class Watch:
             self.hooks = StepHooks(tree, self._before, self._after)
         self.optimizers, self.turn, self._compiled = tree, None, False
         self.usage = Usage(tree.leaves, self.record.warn)
-        self._versions = _count_changes(tree.leaves)
+        self._changes = ChangeCounts(tree.leaves)
         self._begin_window()
         if not self.inert:
             with self.guards.part("figures", _NO_FIGURES):
@@ -517,7 +517,9 @@ class Watch:
         ):
             return
         if self.turn is None or self.turn.groups is not figures.groups:
-            self.turn = UpdateTurn(figures.groups, self._holders(), len(self.optimizers.leaves))
+            self.turn = UpdateTurn(
+                figures.groups, self._holders(), len(self.optimizers.leaves), self.updates
+            )
         self.turn.open(number, closure)
 
     def _holders(self) -> dict[int, int]:
@@ -647,7 +649,7 @@ class Watch:
         quietly(self.together.close)
         # Whoever keeps a closed watch does not keep the model with it.
         self.turn = self.hooks = self.batches = self.record.batches = self.comparison = None
-        self.optimizers = OptimizerTree()
+        self.optimizers, self._changes = OptimizerTree(), ChangeCounts([])
         self._rates.clear()
         atexit.unregister(self._at_exit)
         self.busy = False
@@ -735,11 +737,36 @@ def _close(ref: weakref.ref[Watch]) -> None:
         watch.ended_with_process()
 
 
-def _count_changes(leaves: Sequence[Any]) -> list[int]:
-    """How often PyTorch has counted a change of some parameters in place; reads no device."""
-    parameters = [p for p in parameters_of(list(leaves)) if p.requires_grad]
-    chosen = parameters[:: max(len(parameters) // _SAMPLE, 1)]
-    return [p._version for p in chosen]
+class ChangeCounts:
+    """How often PyTorch has counted a change in place of some parameters; reads no device.
+
+    Args:
+        leaves: the optimizers whose parameters are looked at.
+    """
+
+    def __init__(self, leaves: Sequence[Any]) -> None:
+        self.leaves = list(leaves)
+        self._layout: list[tuple[int, int]] = []
+        self._chosen: list[Tensor] = []
+        self.last = self.read()
+
+    def read(self) -> list[int]:
+        """Return the counts as they are now, and keep them as the last ones."""
+        layout = [
+            _first_and_length(group["params"])
+            for leaf in self.leaves
+            for group in leaf.param_groups
+        ]
+        if layout != self._layout or not all(p.requires_grad for p in self._chosen):
+            self._layout = layout
+            parameters = [p for p in parameters_of(self.leaves) if p.requires_grad]
+            self._chosen = parameters[:: max(len(parameters) // _SAMPLE, 1)]
+        self.last = [p._version for p in self._chosen]
+        return self.last
+
+
+def _first_and_length(parameters: Sequence[Tensor]) -> tuple[int, int]:
+    return (id(parameters[0]) if parameters else 0), len(parameters)
 
 
 def _is_overflow(grad_norm: Any) -> bool:

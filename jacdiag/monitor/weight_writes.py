@@ -61,17 +61,21 @@ class WeightWrites:
         self.before: dict[int, Tensor] = {}  # optimizer -> the sample at the end of its last step
         self.ended: dict[int, int] = {}  # optimizer -> that step
         self.views: dict[int, list[Tensor]] = {}
+        self.samplers = {
+            optimizer: [Sampler(groups.members[place]) for place in places]
+            for optimizer, places in self.parts.items()
+        }
         self.owners: dict[int, Tensor] = {}
 
     def begin(self, optimizer: int, figures: Figures) -> None:
         """Compare the weights with what the last step has left; call before a step."""
-        places = self.parts.get(optimizer)
-        if not places:
+        samplers = self.samplers.get(optimizer)
+        if not samplers:
             return
         with torch.no_grad():
             if optimizer in self.views:  # the last step was left by an exception
                 self.before.pop(optimizer, None)
-            self.views[optimizer] = [_strided(self.groups.members[place]) for place in places]
+            self.views[optimizer] = [sampler.view() for sampler in samplers]
             self._compare(optimizer, figures)
 
     def look_again(self, figures: Figures) -> None:
@@ -93,12 +97,9 @@ class WeightWrites:
         if views is None:
             return
         with torch.no_grad():
-            members = [self.groups.members[place] for place in self.parts[optimizer]]
-            if any(
-                _piece(m).data_ptr() != view.data_ptr()
-                for m, view in zip(members, views, strict=True)
-            ):
-                views = [_strided(member) for member in members]
+            samplers = self.samplers[optimizer]
+            if not all(map(Sampler.is_of, samplers, views)):
+                views = [sampler.view() for sampler in samplers]
             self.before[optimizer] = torch.cat(views)
             self.ended[optimizer] = step
 
@@ -108,11 +109,11 @@ class WeightWrites:
         """
         samples: dict[str, Tensor] = {}
         for optimizer, before in self.before.items():
-            members = [self.groups.members[place] for place in self.parts[optimizer]]
+            samplers = self.samplers[optimizer]
             with torch.no_grad():
-                counts = [len(_strided(member)) for member in members]
-            for member, sample in zip(members, before.float().cpu().split(counts), strict=True):
-                samples[member.name] = sample.clone()
+                counts = [len(sampler.view()) for sampler in samplers]
+            for sampler, sample in zip(samplers, before.float().cpu().split(counts), strict=True):
+                samples[sampler.member.name] = sample.clone()
         return samples
 
     def load(self, samples: Mapping[str, Tensor], step: int) -> None:
@@ -123,11 +124,10 @@ class WeightWrites:
             samples: what `state` returned.
             step: the step that it was made after.
         """
-        for optimizer, places in self.parts.items():
-            members = [self.groups.members[place] for place in places]
-            known = [samples.get(member.name) for member in members]
+        for optimizer, samplers in self.samplers.items():
+            known = [samples.get(sampler.member.name) for sampler in samplers]
             with torch.no_grad():
-                counts = [len(_strided(member)) for member in members]
+                counts = [len(sampler.view()) for sampler in samplers]
             if [None if sample is None else len(sample) for sample in known] == counts:
                 self.before[optimizer] = torch.cat(known).to(self.device)  # type: ignore[arg-type]
                 self.ended[optimizer] = step
@@ -231,15 +231,36 @@ def _is_readable(member: Member, device: torch.device) -> bool:
 def _piece(member: Member) -> Tensor:
     """The tensor that this rank holds; `to_local` would build a new one at each step."""
     parameter: Any = member.parameter
+    if type(parameter) is torch.nn.Parameter:
+        return parameter
     piece: Tensor = getattr(parameter, "_local_tensor", parameter)
     return piece
 
 
-def _strided(member: Member) -> Tensor:
-    """A view of elements that lie evenly in a weight, and not in one of its columns alone."""
-    piece = _piece(member)
-    count, stride = _sample_layout(piece.numel(), piece.shape[-1])
-    return piece.as_strided((count,), (stride,))  # in the order of memory
+class Sampler:
+    """Takes a view of elements that lie evenly in a weight, and not in one of its columns alone."""
+
+    def __init__(self, member: Member) -> None:
+        self.member = member
+        self._lay_out(_piece(member))
+
+    def view(self) -> Tensor:
+        """Return the elements in the order of memory; the view holds the memory of the weight."""
+        piece = _piece(self.member)
+        if piece.numel() != self.elements:
+            self._lay_out(piece)
+        return piece.as_strided(self.size, self.stride)
+
+    def is_of(self, view: Tensor) -> bool:
+        """Whether a view shows the weight as it is now: an optimizer may have put another tensor in
+        its place.
+        """
+        return _piece(self.member).data_ptr() == view.data_ptr()
+
+    def _lay_out(self, piece: Tensor) -> None:
+        self.elements = piece.numel()
+        count, stride = _sample_layout(self.elements, piece.shape[-1])
+        self.size, self.stride = (count,), (stride,)
 
 
 @cache

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -255,20 +255,50 @@ def to_line(kind: str, row: Mapping[str, Any]) -> bytes:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON takes it: floats to six digits, non-finite ones as strings."""
+    """A value as JSON takes it: floats to eight digits, non-finite ones as strings."""
+    convert = _CONVERTERS.get(type(value))
+    if convert is not None:
+        return convert(value)
+    for kind, convert in _CONVERTERS.items():  # a subclass, such as an enum of strings
+        if isinstance(value, kind):
+            return convert(value)
     if isinstance(value, Record):
         return plain(value.to_dict())
-    if isinstance(value, bool) or value is None or isinstance(value, int | str):
-        return value
-    if isinstance(value, float):
-        if math.isfinite(value):
-            return float(f"{value:.8g}")
-        return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return _plain_dict(value)
     raise TypeError(f"a run log cannot hold a {type(value).__name__}")
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _plain_float(value: float) -> float | str:
+    if math.isfinite(value):
+        return float(f"{value:.8g}")
+    if math.isnan(value):
+        return "nan"
+    return "inf" if value > 0 else "-inf"
+
+
+def _plain_dict(value: Mapping[Any, Any]) -> dict[str, Any]:
+    return {str(key): plain(item) for key, item in value.items()}
+
+
+def _plain_list(value: Iterable[Any]) -> list[Any]:
+    return [plain(item) for item in value]
+
+
+_CONVERTERS: dict[type, Callable[[Any], Any]] = {
+    float: _plain_float,
+    int: _as_it_is,
+    str: _as_it_is,
+    bool: _as_it_is,
+    type(None): _as_it_is,
+    list: _plain_list,
+    tuple: _plain_list,
+    dict: _plain_dict,
+}
 
 
 def number(value: Any) -> float:

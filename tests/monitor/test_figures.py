@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from monitor.rig import T, V, adam, batch, lines, small
+from monitor.rig import T, V, adam, batch, lines, plain_step, small
 from torch import Tensor, nn
 
 import jacdiag
+from jacdiag.errors import UsageError
 from jacdiag.monitor.forward_statistics import StableRanks, forward_figures
 from jacdiag.monitor.optimizers import optimisers_of
-from jacdiag.monitor.square_sums import square_sums
+from jacdiag.monitor.square_sums import read_square_sums, square_sums
 
 
 def exact(tensors: Any) -> float:
@@ -51,6 +52,17 @@ def test_square_sums_keep_their_digits_where_one_float32_sum_does_not() -> None:
     t = torch.randn(20_000_000, generator=torch.Generator().manual_seed(0))
     truth = float(t.double().square().sum())
     assert float(square_sums([t])[0]) == pytest.approx(truth, rel=1e-7)
+
+
+@pytest.mark.parametrize(
+    "elements", [4 * 4096, 4 * 4096 + 1, 3 * 16384 + 5, 8 * 16384, 8 * 16384 + 1]
+)
+def test_square_sums_keep_their_digits_on_both_sides_of_every_cut(elements: int) -> None:
+    t = torch.randn(elements, generator=torch.Generator().manual_seed(0))
+    between = [torch.ones(2, 3), t, None, torch.full((5,), 2.0)]
+    truth = [6.0, float(t.double().square().sum()), 0.0, 20.0]
+    assert read_square_sums(between) == pytest.approx(truth, rel=1e-6)
+    assert square_sums(between).tolist() == read_square_sums(between)
 
 
 def test_square_sums_of_what_is_not_finite() -> None:
@@ -322,3 +334,25 @@ def test_stable_ranks_against_svd() -> None:
         w = dict(model.named_parameters())[name].detach().double()
         wanted = float(w.square().sum() / torch.linalg.matrix_norm(w, 2) ** 2)
         assert value == pytest.approx(wanted, rel=0.02), name
+
+
+def test_update_norms_at_every_second_step_only(tmp_path: Path) -> None:
+    model = small()
+    optimizer = adam(model)
+    with jacdiag.watch(
+        model, optimizer, log_dir=tmp_path, every=None, stats_every=None, updates=2, quiet=True
+    ) as w:
+        for step in range(8):
+            loss, norm = plain_step(model, optimizer, step)
+            w.step(loss, grad_norm=norm)
+    rows = lines(tmp_path, "step")
+    assert [row["update"] is not None for row in rows] == [True, False] * 4
+    # in turn, none left out
+    assert len({row["update"]["where"] for row in rows if row["update"]}) == 4
+
+
+@pytest.mark.parametrize("updates", [-1, "1%", 1.5, None])
+def test_updates_is_yes_or_no_or_a_number_of_steps(updates: Any) -> None:
+    model = small()
+    with pytest.raises(UsageError, match="updates cannot be"):
+        jacdiag.watch(model, adam(model), updates=updates)

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from jacdiag._version import __version__
 from jacdiag.detectors.live_rules import LiveRules, StepFigures
 from jacdiag.monitor.alert_moment import AlertMoment, call_handler
-from jacdiag.monitor.batches import Batches
+from jacdiag.monitor.batches import Batches, Print, make_prints
 from jacdiag.monitor.blind_spots import Silence
 from jacdiag.monitor.fault_isolation import AlertRaised, Guards, logger, say
 from jacdiag.monitor.histograms import Histogram
@@ -90,7 +91,7 @@ class Record:
         self.recorder = Recorder(folder, recorder) if folder is not None and recorder else None
         self.batches: Batches | None = None
         self.skip_list: SkipList | None = None
-        self.prints: list[list[torch.Tensor]] = []
+        self.prints: list[list[Print]] = []
         self._is_placed = False
         self.going_on = self.file is not None and self.file.last_step is not None
         self.resumed_at = (self.file.last_step or 0) if self.file is not None else 0
@@ -231,10 +232,9 @@ class Record:
         if not any(prints):
             return
         with self.guards.part("batches", "no batch fingerprints from now on"):
-            where = next(p for group in prints for p in group).device
-            flat = torch.stack([p.to(where) for group in prints for p in group]).tolist()
+            flat = iter(make_prints([entry for group in prints for entry in group]))
             for row, group in zip(rows, prints, strict=False):
-                row["batches"] = [f"{flat.pop(0):016x}" for _ in group]
+                row["batches"] = list(islice(flat, len(group)))
 
     def publish(self, step: int, figures: Callable[[], Mapping[str, float]]) -> None:
         """Sends figures to every sink that still works."""
