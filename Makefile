@@ -14,10 +14,11 @@ CHECKPOINT ?= examples/checkpoints/vanilla-step0.pt
 # Workers share the cores; torch's own threads on top of them only get in each other's way.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: help audit test test-long lint bench initbench lab coverage real-models trainers fuzz matrix clean
+.PHONY: help audit check test test-long lint bench initbench lab coverage real-models trainers fuzz matrix clean
 
 help:
 	@echo 'make audit     install, audit the shipped checkpoint: a table here, out/audit.json and out/audit.png'
+	@echo 'make check     a quick selection (under a minute): a few tests of every folder and every command'
 	@echo 'make test      install with the test extras, run the tests'
 	@echo 'make test-long  the same with the variants that take many processes or steps'
 	@echo 'make lint      ruff and mypy'
@@ -34,6 +35,10 @@ help:
 audit: .venv/.installed
 	@mkdir -p out
 	$(BIN)/jacdiag audit $(CHECKPOINT) --fail-on never --json out/audit.json --plot out/audit.png
+
+# Only the files that have the mark are read: to collect all tests takes longer than to run these.
+check: .venv/.installed-dev
+	$(TEST) -m "check and not long" $$(grep -rl --include='test_*.py' 'mark.check(' tests)
 
 test: .venv/.installed-dev
 	$(TEST) -m "not long"

@@ -166,6 +166,7 @@ def test_names_say_what_the_dataflow_says(name: str) -> None:
     assert not wrong
 
 
+@pytest.mark.check("comparison", "jacdiag diff")
 def test_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

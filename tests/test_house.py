@@ -691,3 +691,38 @@ def test_no_files_import_each_other_in_a_circle() -> None:
         exempt = EXEMPT_FROM_CIRCLES.get(name, set())
         graph[name] = others - packages - exempt - {name}
     assert cycles(graph) == []
+
+
+# -- the quick selection ---------------------------------------------------------------------------
+def check_marks() -> Iterator[tuple[str, str]]:
+    """Yield each file with a test of `make check`, and a name of what its mark says that it
+    covers.
+    """
+    for path in sources(ROOT / "tests"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.check":
+                assert node.args, (
+                    f"{shown(path)}:{node.lineno}: the mark names what the test covers"
+                )
+                yield from ((shown(path), ast.literal_eval(argument)) for argument in node.args)
+
+
+def test_make_check_covers_every_folder_and_every_command() -> None:
+    """The quick selection has a test for each folder of the package and for each command."""
+    from jacdiag_cli.main import cli
+
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")} - {"watching"}
+    commands = {f"jacdiag {name}" for name in cli.commands}
+    assert {name for _, name in check_marks()} == folders | commands
+
+
+def test_make_check_reads_every_file_that_has_the_mark() -> None:
+    """`make` passes the files that hold the text of the mark: to collect all tests takes longer
+    than to run these.
+    """
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert "grep -rl --include='test_*.py' 'mark.check(' tests" in makefile
+    files = {path for path, _ in check_marks()}
+    assert files == {
+        shown(p) for p in sources(ROOT / "tests") if "mark.check(" in p.read_text(encoding="utf-8")
+    } - {"tests/test_house.py"}

@@ -80,7 +80,14 @@ def test_default_inits_get_no_error(name: str) -> None:
     assert report.network.end_to_end.converged and report.network.gradient_norms
 
 
-@pytest.mark.parametrize("name", ["GPT-2", "Llama", "GPT-NeoX", "Mixtral", "OLMo 2", "BERT"])
+# A decoder, one with experts and an encoder; the other decoders are long.
+LONG_FOLDERS = [
+    pytest.param(name, marks=pytest.mark.long) for name in ("Llama", "GPT-NeoX", "OLMo 2")
+]
+FOLDERS = ["GPT-2", "Mixtral", "BERT", *LONG_FOLDERS]
+
+
+@pytest.mark.parametrize("name", FOLDERS)
 def test_folders_are_audited_like_the_model_in_memory(name: str, tmp_path: Path) -> None:
     model = build(name)
     model.save_pretrained(tmp_path)

@@ -253,6 +253,7 @@ def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFi
     assert "--column takes NAME=COLUMN" in capsys.readouterr().err
 
 
+@pytest.mark.check("jacdiag backtest")
 def test_outputs_of_every_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [str(written(tmp_path, run)) for run in made(12)]
     command = [

@@ -16,11 +16,11 @@ from jacdiag.backtest import Run, backtest
 from jacdiag.backtest.archive import encoded, pack, read_packed, unpack
 from jacdiag.backtest.cross_validation import curves, foretelling
 from jacdiag.backtest.dataset import board
-from jacdiag.backtest.outcomes import label
 from jacdiag.errors import SourceError, UsageError
 from jacdiag.records.backtest import BacktestReport
 from jacdiag.rules.risk_curves import load_risk
 from jacdiag.rules.risk_features import CONDITIONS
+from tests.backtest.conftest import label_once
 from tests.backtest.test_backtest import curve
 
 
@@ -138,7 +138,7 @@ def test_a_curve_rests_on_the_condition_that_foretells_inits_left_out(smooth: st
     runs = inits(smooth, bent)
     cast = board(
         runs,
-        [label(run.loss) for run in runs],
+        [label_once(run.loss) for run in runs],
         bad="any",
         stratum=["placement"],
         peers=[],
@@ -193,7 +193,7 @@ def test_two_inits_tell_no_third_and_one_tells_itself() -> None:
         ]
         cast = board(
             runs,
-            [label(run.loss) for run in runs],
+            [label_once(run.loss) for run in runs],
             bad="any",
             stratum=["placement"],
             peers=[],

@@ -21,6 +21,8 @@ from jacdiag.backtest.metrics import (
     wilson,
 )
 
+pytestmark = pytest.mark.check("backtest")
+
 RUN = st.tuples(st.integers(-3, 3), st.booleans(), st.integers(0, 2))
 RUNS = st.lists(RUN, min_size=1, max_size=30)
 

@@ -37,6 +37,7 @@ def weights(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.check("pipeline", "jacdiag audit")
 def test_a_factory(jd: Run, factory: str, tmp_path: Path) -> None:
     done = jd("audit", f"{factory}build", *SHORT, "--format", "json", "--plot", "gain.png")
     assert done.code == 0, done.err

@@ -12,6 +12,8 @@ from render import synthetic
 from jacdiag.errors import MeasureError, ProbeError, SourceError, TraceError, UsageError
 from jacdiag.records import Report
 
+pytestmark = pytest.mark.check("jacdiag audit")
+
 Run = Callable[..., Done]
 
 WARNING = synthetic.vanilla

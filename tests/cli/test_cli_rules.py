@@ -15,6 +15,8 @@ from jacdiag_cli.streams import Column, grid
 
 from jacdiag.rules import EVERY
 
+pytestmark = pytest.mark.check("jacdiag rules", "jacdiag explain")
+
 Run = Callable[..., Done]
 CODES = [rule.code for rule in EVERY]
 

@@ -141,6 +141,7 @@ def test_the_sentence_of_an_alert_is_wrapped_where_there_is_room(width: int) -> 
     assert "JD502 at 19" in full and full.count("JD502") == 7 and full.count("loss 13.1") == 7
 
 
+@pytest.mark.check("jacdiag live")
 def test_a_run_without_a_step_or_a_probe(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,6 +180,7 @@ def test_plot_of_a_run(
     assert target.read_bytes() == first  # the same run, the same bytes
 
 
+@pytest.mark.check("jacdiag plot")
 def test_plot_of_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     model = build("vanilla", n_layer=1, n_head=2, n_embd=16, vocab_size=32, block_size=8)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from cli.rig import Done
 
+pytestmark = pytest.mark.check("jacdiag sites")
+
 Run = Callable[..., Done]
 NAMES = ["h.0.attn", "h.0.mlp", "h.1.attn", "h.1.mlp"]
 

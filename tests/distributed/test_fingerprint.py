@@ -11,6 +11,8 @@ from torch import nn
 
 from jacdiag.distributed.fingerprint import Fingerprint, checksum, fingerprint
 
+pytestmark = pytest.mark.check("distributed")
+
 TYPES = [
     torch.float32,
     torch.float64,

@@ -230,6 +230,7 @@ def test_weights_that_stay_in_their_file(tmp_path: Path) -> None:
     assert "has other weights" in ended[0].err and "'transformer.h.1.ln_1.weight'" in ended[0].err
 
 
+@pytest.mark.long
 def test_torchrun_and_a_killed_rank(tmp_path: Path) -> None:
     """torchrun stops the others at once; the name of the dead is said all the same."""
     done = by_torchrun(tmp_path, "audit", "build.py:killed", bad=1)

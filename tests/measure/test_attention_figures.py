@@ -16,6 +16,8 @@ from jacdiag.measure.attention import Tally, add_products
 from jacdiag.measure.gradients import gradient_profile
 from jacdiag.records.signal_propagation import AttentionRecord
 
+pytestmark = pytest.mark.check("measure")
+
 
 def by_hand(scores: Tensor) -> tuple[float, float, float]:
     """Largest score, mean entropy, and that over uniform, of (B, H, T, S) with -inf where

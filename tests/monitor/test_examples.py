@@ -38,7 +38,17 @@ NEEDS = {
 }
 
 
-LONG = {"amp", "fsdp", "accelerate", "lightning", "fabric", "litgpt", "torchtitan"}
+LONG = {
+    "amp",
+    "fsdp",
+    "ddp",
+    "accelerate",
+    "x-transformers",
+    "lightning",
+    "fabric",
+    "litgpt",
+    "torchtitan",
+}
 
 
 def ended(command: list[str], folder: Path, seconds: float = 240) -> tuple[int, str]:

@@ -43,7 +43,15 @@ def same(make: Any, folder: Path, steps: int = STEPS, **more: Any) -> list[dict[
 
 
 # -- torch -----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("how", ["whole", "whole, no graph breaks", "in place", "per block"])
+COMPILED = [
+    "whole, no graph breaks",
+    "in place",
+    "per block",
+    pytest.param("whole", marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize("how", COMPILED)
 def test_torch_compile(how: str, tmp_path: Path) -> None:
     def make() -> nn.Module:
         torch._dynamo.reset()

@@ -16,6 +16,8 @@ import jacdiag
 from jacdiag.monitor.square_sums import find_nonfinite
 from jacdiag.records.run_log import Alert
 
+pytestmark = pytest.mark.check("monitor")
+
 NAME = "transformer.h.1.mlp.c_fc.weight"
 BAD = 6
 Break = Callable[[nn.Module, torch.optim.Optimizer], Any]

@@ -184,9 +184,9 @@ class _Named:
 
 
 FAULTS = {
-    "on the first": ["gather@0", "measure@0", "memory-measure@0"],
+    "on the first": ["gather@0", "memory-measure@0"],
     "on the second": ["copy@1", "full@1", "missing@1"],
-    "on the first, the others": ["copy@0", "assemble@0", "record@0", "series@0"],
+    "on the first, the others": ["measure@0", "copy@0", "assemble@0", "record@0", "series@0"],
     "on the second, the others": ["memory-copy@1", "gather@1", "record@1", "measure@1", "series@1"],
 }
 OTHERS = {where: [] if where == "on the first" else [pytest.mark.long] for where in FAULTS}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from monitor.rig import adam, assert_same_state, batch, lines, plain_step, small, trained
+from monitor.rig import STEPS, adam, assert_same_state, batch, lines, plain_step, small, trained
 from test_guest import assert_same
 from test_guest import state_of as guest_state
 from torch import nn
@@ -19,17 +19,25 @@ import jacdiag
 from jacdiag.monitor import AlertRaised
 
 pytestmark = pytest.mark.usefixtures("deterministic")
-FREQUENT = {"every": 20, "stats_every": 10, "log_every": 5, "keep_batches": 2, "strict": True}
+FREQUENT = {
+    "every": STEPS // 5,
+    "stats_every": 10,
+    "log_every": 5,
+    "keep_batches": 2,
+    "strict": True,
+}
 
 
-def test_two_hundred_steps_are_the_same_bit_for_bit_with_dropout(tmp_path: Path) -> None:
-    plain = trained(200, None)
-    watched = trained(200, {**FREQUENT, "log_dir": tmp_path})
+def test_watched_run_is_the_same_bit_for_bit_with_dropout(tmp_path: Path) -> None:
+    plain = trained(STEPS, None)
+    watched = trained(STEPS, {**FREQUENT, "log_dir": tmp_path})
     assert plain[0] == watched[0]
     assert_same_state(plain[1], watched[1])
     assert plain[2] == watched[2]
-    assert [row["step"] for row in lines(tmp_path, "step")] == list(range(1, 201))
-    assert [row["step"] for row in lines(tmp_path, "probe")] == list(range(0, 201, 20))
+    assert [row["step"] for row in lines(tmp_path, "step")] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in lines(tmp_path, "probe")] == list(
+        range(0, STEPS + 1, STEPS // 5)
+    )
 
 
 class Accumulated:
@@ -68,14 +76,18 @@ class Scaled:
 
 
 @pytest.mark.parametrize("one", [Accumulated, Scaled])
-def test_two_hundred_steps_of_accumulation_and_of_mixed_precision(one: Any, tmp_path: Path) -> None:
-    plain = trained(200, None, one=one())
-    watched = trained(200, {**FREQUENT, "log_dir": tmp_path}, one=one())
+def test_watched_run_is_the_same_with_accumulation_and_with_mixed_precision(
+    one: Any, tmp_path: Path
+) -> None:
+    plain = trained(STEPS, None, one=one())
+    watched = trained(STEPS, {**FREQUENT, "log_dir": tmp_path}, one=one())
     assert plain[0] == watched[0] and plain[2] == watched[2]
     assert_same_state(plain[1], watched[1])
     rows = lines(tmp_path, "step")
-    assert len(rows) == 200 and not lines(tmp_path, "fault")
-    assert sum(row["skipped"] for row in rows) == (4 if one is Scaled else 0)
+    assert len(rows) == STEPS and not lines(tmp_path, "fault")
+    assert sum(row["skipped"] for row in rows) == (
+        len(range(7, STEPS + 1, 50)) if one is Scaled else 0
+    )
 
 
 def test_the_comparison_sees_a_draw_and_a_changed_bit() -> None:
@@ -197,8 +209,8 @@ class Tied(nn.Module):
 
 
 def test_tied_frozen_and_idle_parameters(tmp_path: Path) -> None:
-    plain = trained(200, None, make=Tied)
-    watched = trained(200, {**FREQUENT, "log_dir": tmp_path}, make=Tied)
+    plain = trained(STEPS, None, make=Tied)
+    watched = trained(STEPS, {**FREQUENT, "log_dir": tmp_path}, make=Tied)
     assert plain[0] == watched[0]
     assert_same_state(plain[1], watched[1])
     groups = lines(tmp_path, "run")[0]["groups"]

@@ -19,6 +19,8 @@ from torch.nn.utils import parametrizations
 import jacdiag
 from jacdiag.records.run_log import Alert
 
+pytestmark = pytest.mark.check("monitor")
+
 AT = 5
 Write = Callable[[nn.Module, Any], Any]
 

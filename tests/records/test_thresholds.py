@@ -12,6 +12,8 @@ from jacdiag.errors import UsageError
 from jacdiag.rules import thresholds
 from jacdiag.rules.thresholds import load_healthy, load_thresholds
 
+pytestmark = pytest.mark.check("records")
+
 ROOT = Path(__file__).parents[2]
 TOML = Path(thresholds.__file__).parent / "thresholds.toml"
 

@@ -25,6 +25,8 @@ from jacdiag.remedies.patches import pytorch
 from jacdiag.sources import gpt
 from jacdiag.sources.factory import seeded
 
+pytestmark = pytest.mark.check("remedies")
+
 IDS = torch.arange(12).reshape(2, 6)
 ALL = ("transformer.h.0.mlp.c_proj.weight", "transformer.h.1.mlp.c_proj.weight")
 W_2 = Weights(ALL, "transformer.h.*.mlp.c_proj.weight", "W_2")

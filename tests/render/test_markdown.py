@@ -14,6 +14,8 @@ from render import synthetic
 from jacdiag.records import Finding, Report
 from jacdiag.render.formats.markdown import render
 
+pytestmark = pytest.mark.check("render")
+
 KINDS: dict[str, Callable[[int], Report]] = {
     name: getattr(synthetic, name)
     for name in ("vanilla", "clean", "post", "trained", "weights_tier", "undecided", "broken")

@@ -122,8 +122,15 @@ def test_figures_and_size_are_as_asked_for() -> None:
         draw_run(run, RunPlot(figures=("logits",)))
 
 
-@pytest.mark.parametrize("size", sorted(SIZES))
-@pytest.mark.parametrize("kind", ["spike", "nan", "several", "one"])
+# Every size and every kind of run; the other pairs are long.
+PICTURES = [
+    pytest.param(size, kind, marks=[] if (row + column) % 3 == 0 else pytest.mark.long)
+    for row, kind in enumerate(("spike", "nan", "several", "one"))
+    for column, size in enumerate(sorted(SIZES))
+]
+
+
+@pytest.mark.parametrize(("size", "kind"), PICTURES)
 def test_no_text_leaves_the_picture(size: str, kind: str) -> None:
     runs: dict[str, Any] = {
         "spike": run_log(300, spike=290, drift=100, resume=20, findings=FINDINGS),

@@ -29,6 +29,8 @@ from jacdiag.rules import decision_points, evaluate, rule
 from jacdiag.rules.finding_numbers import span
 from jacdiag.rules.thresholds import load_thresholds
 
+pytestmark = pytest.mark.check("rules")
+
 LAYERS = 2
 SCALE = math.sqrt(2 * LAYERS)
 LIMITS = load_thresholds(

@@ -24,6 +24,8 @@ from jacdiag.records.signal_propagation import (
 from jacdiag.rules import EVERY, RULES, evaluate
 from jacdiag.rules.thresholds import load_thresholds
 
+pytestmark = pytest.mark.check("rules")
+
 LIMITS = load_thresholds()
 POINTS = ["h.0.attn", "h.0.mlp", "h.1.attn", "h.1.mlp", "end"]
 

@@ -155,11 +155,12 @@ def fill(model: nn.Module, how: Fill, *names: str) -> None:
 
 
 # -- JD208: vectors that differ --------------------------------------------------------------------
-def test_a_correct_model_is_silent() -> None:
-    for seed in range(3):
-        assert not judge(build(seed))
-        assert not judge(build(seed, mlp=Experts))
-        assert not judge(build(seed, form="1 + w"))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(k, marks=pytest.mark.long) for k in (1, 2))])
+@pytest.mark.parametrize(
+    "options", [{}, {"mlp": Experts}, {"form": "1 + w"}], ids=["dense", "experts", "1 + w"]
+)
+def test_a_correct_model_is_silent(options: dict[str, Any], seed: int) -> None:
+    assert not judge(build(seed, **options))
 
 
 @pytest.mark.parametrize("name", ["layers.2.norm2.weight", "norm.weight"])
@@ -285,11 +286,11 @@ PUBLISHED = [
 
 
 @pytest.mark.parametrize("change", PUBLISHED, ids=[change.__name__ for change in PUBLISHED])
-def test_published_inits_are_silent(change: Callable[[Model], None]) -> None:
-    for seed in range(3):
-        model = build(seed)
-        change(model)
-        assert not judge(model)
+@pytest.mark.parametrize("seed", [0, *(pytest.param(k, marks=pytest.mark.long) for k in (1, 2))])
+def test_published_inits_are_silent(change: Callable[[Model], None], seed: int) -> None:
+    model = build(seed)
+    change(model)
+    assert not judge(model)
 
 
 def test_a_layer_scale_that_rises_in_one_layer_is_named() -> None:

@@ -24,6 +24,8 @@ from jacdiag.errors import SourceError
 from jacdiag.sources.checkpoint import open_checkpoint, strip_wrappers
 from jacdiag.sources.formats import safetensors_file
 
+pytestmark = pytest.mark.check("sources")
+
 NOISE = {
     "optimizer": {"state": {0: {"exp_avg": torch.ones(100_000)}}},
     "epoch": 3,

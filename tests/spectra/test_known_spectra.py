@@ -76,7 +76,7 @@ def test_interval_contains_the_truth_at_every_product() -> None:
     """The upper end may fail once in a thousand starts, however many products were made."""
     generator = torch.Generator().manual_seed(5)
     failed, tried = 0, 0
-    for _, matrix, norm in random_operators(240, seed=3):
+    for _, matrix, norm in random_operators(120, seed=3):
         lanczos = Bidiagonalisation(DenseOperator(torch.from_numpy(matrix)), generator)
         bad = False
         for _ in range(2 * min(25, min(matrix.shape) + 2)):
@@ -89,7 +89,7 @@ def test_interval_contains_the_truth_at_every_product() -> None:
             bad |= high[0] * (1 + PAD["float64"]) < norm * (1 - 1e-14)
         failed += bad
         tried += 1
-    assert failed <= 2, f"{failed} of {tried} starts"
+    assert failed <= 1, f"{failed} of {tried} starts"
 
 
 @pytest.mark.parametrize("products", [2, 3, 4])

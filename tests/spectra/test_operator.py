@@ -27,6 +27,8 @@ from jacdiag.spectra import (
 )
 from jacdiag.spectra.operator import flat
 
+pytestmark = pytest.mark.check("spectra")
+
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)

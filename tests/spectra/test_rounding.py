@@ -59,18 +59,20 @@ assert state() == before
 """
 
 
-def run(setup: str) -> None:
-    """In a process of its own: the flags are the process's."""
-    code = "import torch\nfrom jacdiag.spectra import JacobianOperator\n" + setup + BODY
+def run(*setups: str) -> None:
+    """Check each setting, one after the other, in a process of its own: the flags are the
+    process's.
+    """
+    code = "import torch\nfrom jacdiag.spectra import JacobianOperator\n"
+    code += "".join(setup + BODY for setup in setups)
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ}
     )
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("mode", ["high", "medium"])
-def test_products_are_float32_under_the_old_flags(mode: str) -> None:
-    run(LEGACY.replace("MODE", repr(mode)))
+def test_products_are_float32_under_the_old_flags() -> None:
+    run(*(LEGACY.replace("MODE", repr(mode)) for mode in ("high", "medium")))
 
 
 def test_products_are_float32_under_the_flags_per_backend() -> None:

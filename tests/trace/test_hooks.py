@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from jacdiag.measure.network import verify_replay
 from jacdiag.trace import Sites
 
+pytestmark = pytest.mark.check("trace")
+
 
 def test_hooks_that_look_on_are_left_alone() -> None:
     model, seen = plain(), []

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 import jacdiag
 
+pytestmark = pytest.mark.check("trace")
+
 D = 8
 
 

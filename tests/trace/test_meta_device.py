@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from menagerie import ALL, Specimen
+from menagerie import ALL, CORE, Specimen
+from selection import every_third
 from torch import Tensor, nn
 
 import jacdiag
@@ -40,7 +41,10 @@ def records(sites: Any) -> list[tuple[Any, ...]]:
     return [(s.placement, s.parallel, s.nested, s.depth, s.parameters) for s in sites]
 
 
-@pytest.mark.parametrize("specimen", [s for s in ALL if s.name not in WITH_VALUES], ids=str)
+WITHOUT_VALUES = [specimen for specimen in ALL if specimen.name not in WITH_VALUES]
+
+
+@pytest.mark.parametrize("specimen", every_third(WITHOUT_VALUES, always=CORE.__contains__), ids=str)
 def test_the_same_sublayers_as_with_values(specimen: Specimen) -> None:
     args, kwargs = specimen.arguments()
     real = jacdiag.sites(specimen.build(), *args, **kwargs)

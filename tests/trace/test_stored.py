@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from menagerie import ALL, Specimen
+from menagerie import ALL, CORE, Specimen
+from selection import every_third
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -78,7 +79,7 @@ def pull(site: Any, w: Tensor) -> Tensor:
         ]
 
 
-@pytest.mark.parametrize("specimen", ALL, ids=str)
+@pytest.mark.parametrize("specimen", every_third(ALL, always=CORE.__contains__), ids=str)
 def test_every_specimen(specimen: Specimen) -> None:
     args, kwargs = specimen.arguments()
     plain, stored, _ = both(specimen.build(), *args, **kwargs)

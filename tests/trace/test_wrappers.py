@@ -75,41 +75,66 @@ def test_data_parallel() -> None:
     assert_equal_sites(nn.DataParallel(plain()))
 
 
-def _sharded(rank: int, port: int, folder: str) -> None:
-    from torch.distributed.fsdp import fully_shard
+SHARDS_ON_THE_CPU = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
 
+
+def _shard(rank: int, port: int, folder: str) -> None:
+    """What each of two processes does with both kinds of sharding."""
     torch.set_num_threads(1)
     with process_group(rank, 2, port):
-        model = plain()
-        for block in model.blocks:
-            fully_shard(block)
-        fully_shard(model)
-        before = {n: p.to_local().clone() for n, p in model.named_parameters()}
-        found = assert_equal_sites(model)
-        report = jacdiag.audit(model, tokens(), batch=1)
-        after = {n: p.to_local() for n, p in model.named_parameters()}
-        assert all(torch.equal(before[n], after[n]) for n in before)
-        model(tokens())  # the guest runs on as it did
-        torch.save(
-            [[s.value for s in found], report.sublayers[0].branch_norm.estimate],
-            f"{folder}/{rank}.pt",
-        )
+        if SHARDS_ON_THE_CPU:
+            _fully_shard(f"{folder}/{rank}.pt")
+        _shard_flat()
+        (Path(folder) / f"flat-{rank}").touch()
+
+
+def _fully_shard(path: str) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model = plain()
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    before = {n: p.to_local().clone() for n, p in model.named_parameters()}
+    found = assert_equal_sites(model)
+    report = jacdiag.audit(model, tokens(), batch=1)
+    after = {n: p.to_local() for n, p in model.named_parameters()}
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    model(tokens())  # the model runs on as it did
+    torch.save([[s.value for s in found], report.sublayers[0].branch_norm.estimate], path)
+
+
+def _shard_flat() -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = FullyShardedDataParallel(plain(), device_id=torch.device("cpu"))
+    with pytest.raises(jacdiag.JacdiagError, match="summon_full_params"):
+        jacdiag.sites(model, tokens())
+    with FullyShardedDataParallel.summon_full_params(model):
+        assert_equal_sites(model)
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder in which two processes left what they found in sharded models."""
+    folder = tmp_path_factory.mktemp("sharded")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(_shard, (port, str(folder)), nprocs=2)
+    return folder
 
 
 @pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7),
+    not SHARDS_ON_THE_CPU,
     reason=(
         "torch 2.6 itself cannot run fully_shard on the CPU: 'Stream' object has no attribute "
         "'record_event'"
     ),
 )
-def test_fully_sharded_in_two_processes(tmp_path: Path) -> None:
+def test_fully_sharded_in_two_processes(sharded: Path) -> None:
     """FSDP2: the weights are gathered, on every process the same."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(_sharded, (port, str(tmp_path)), nprocs=2)
-    (a, norm_a), (b, norm_b) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    (a, norm_a), (b, norm_b) = (torch.load(sharded / f"{rank}.pt") for rank in range(2))
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     assert (
         norm_a
@@ -118,28 +143,11 @@ def test_fully_sharded_in_two_processes(tmp_path: Path) -> None:
     )
 
 
-def _flat(rank: int, port: int, folder: str) -> None:
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    torch.set_num_threads(1)
-    with process_group(rank, 2, port):
-        model = FullyShardedDataParallel(plain(), device_id=torch.device("cpu"))
-        with pytest.raises(jacdiag.JacdiagError, match="summon_full_params"):
-            jacdiag.sites(model, tokens())
-        with FullyShardedDataParallel.summon_full_params(model):
-            assert_equal_sites(model)
-        (Path(folder) / f"{rank}").touch()
-
-
-def test_flat_shards_are_refused_with_the_way_out(tmp_path: Path) -> None:
+def test_flat_shards_are_refused_with_the_way_out(sharded: Path) -> None:
     """FSDP1 keeps a slice of one flat tensor per process: refused by name; inside its own context
     all is there.
     """
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(_flat, (port, str(tmp_path)), nprocs=2)
-    assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
+    assert {path.name for path in sharded.glob("flat-*")} == {"flat-0", "flat-1"}
 
 
 def test_a_model_that_is_partly_on_meta_is_refused_by_name() -> None:
