@@ -7,8 +7,6 @@ import sys
 
 import pytest
 
-import jacdiag.monitor
-
 
 def test_the_old_package_has_the_same_names() -> None:
     import jacdiag.watching
