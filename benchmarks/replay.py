@@ -8,6 +8,8 @@ before the fault, right before it, after it.
 
     python benchmarks/replay.py            about 20 minutes; prints, and writes
     benchmarks/results/replay.json python benchmarks/replay.py --quick    one seed; prints only
+    python benchmarks/replay.py --default  with the batches that a watch keeps by itself,
+    log_every=10; prints only
 """
 
 from __future__ import annotations
@@ -90,7 +92,9 @@ def spoilt(name: str, x: Tensor, y: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-def train(data: Tensor, fault: Fault, at: int, seed: int, folder: Path) -> dict[str, Path]:
+def train(
+    data: Tensor, fault: Fault, at: int, seed: int, folder: Path, keep: int | None
+) -> dict[str, Path]:
     """Train with one fault; return the checkpoints by where they are."""
     with seeded(seed):
         model = gpt.build("scaled-embed", **SIZES, dropout=0.0).train()
@@ -107,7 +111,7 @@ def train(data: Tensor, fault: Fault, at: int, seed: int, folder: Path) -> dict[
         "every": None,
         "stats_every": None,
         "quiet": True,
-        "keep_batches": KEPT,
+        "keep_batches": keep,
     }
     with jacdiag.watch(model, optimizer, log_dir=folder, **options) as w:
         for step in range(1, at + LATE + 1):
@@ -142,14 +146,16 @@ def train(data: Tensor, fault: Fault, at: int, seed: int, folder: Path) -> dict[
     return saved
 
 
-def verdicts(data: Tensor, seeds: range) -> dict[str, dict[str, Counter[str]]]:
+def verdicts(
+    data: Tensor, seeds: range, keep: int | None = KEPT
+) -> dict[str, dict[str, Counter[str]]]:
     """Count the verdicts by fault and by place of the checkpoint."""
     counts: dict[str, dict[str, Counter[str]]] = {fault.name: {} for fault in FAULTS}
     for fault in FAULTS:
         for seed in seeds:
             at = random.Random(f"{fault.name} {seed}").randint(100, 500)
             with tempfile.TemporaryDirectory() as folder:
-                saved = train(data, fault, at, seed, Path(folder))
+                saved = train(data, fault, at, seed, Path(folder), keep)
                 flight = next(Path(folder).glob("flight-*"))
                 for place, path in saved.items():
                     report = jacdiag.audit(str(path), replay=flight, products=False)
@@ -213,9 +219,12 @@ def cost() -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true")
-    quick = parser.parse_args().quick
+    parser.add_argument("--default", action="store_true")
+    options = parser.parse_args()
+    quick = options.quick or options.default
     logging.getLogger("jacdiag.watch").setLevel(logging.ERROR)
-    counts = verdicts(corpus(), range(1 if quick else SEEDS))
+    seeds = range(1 if options.quick else SEEDS)
+    counts = verdicts(corpus(), seeds, None if options.default else KEPT)
     table = {
         fault: {place: dict(count) for place, count in places.items()}
         for fault, places in counts.items()

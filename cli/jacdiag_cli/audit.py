@@ -162,7 +162,7 @@ def _replayed(report: Report, folder: str) -> Report:
     settings = {**report.settings, "replayed": {"folder": folder, **about}}
     at, of = about.get("step"), about.get("batch_step")
     notes = list(report.notes)
-    if None not in (at, of) and at != of:
+    if None not in (at, of) and at != of != about.get("running_step"):
         notes.append(
             f"the batch is of step {of}, not of step {at} that {Path(folder).name} is about: "
             "keep_batches of "

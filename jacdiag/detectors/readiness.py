@@ -13,7 +13,14 @@ if TYPE_CHECKING:
     from jacdiag.detectors.live_rules import LiveRules
 
 Waits = dict[str, str]
-"""Rule code -> what it waits for; a rule that is ready is not in it."""
+"""Rule code -> what it waits for; a rule that is ready is not in it. A part of a rule has a key of
+its own.
+"""
+
+OF_NORMS = "JD504 of branch norms"
+"""The part of JD504 that looks at figures of probes. Statistics, which come more often, make the
+other part ready.
+"""
 
 # steps before the exponential z-score of the gradient norm (ZClip, arXiv 2504.02507)
 _EXPONENTIAL = 25
@@ -35,6 +42,8 @@ def waits_of(live: LiveRules) -> Waits:
         waits["JD503"] = f"{_EXPONENTIAL} steps with gradients"
     if live.drift.looks < drift.LEAST:
         waits["JD504"] = f"{drift.LEAST} rounds of statistics or probes"
+    if live.probes < drift.LEAST:
+        waits[OF_NORMS] = f"{drift.LEAST} probes"
     if _most(live.updates.samples) < updates.LEAST:
         waits["JD506"] = f"{updates.LEAST} update norms of one sub-layer at a steady learning rate"
     if live.probes < 1:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from jacdiag.rules.flight_replay import LONGEST_ONSET
 from jacdiag.trace.execution.precision import map_leaves
 from jacdiag.trace.execution.rng_state import RandomState
 
@@ -119,14 +120,22 @@ class KeptBatches:
     def chosen(self, step: int) -> list[KeptBatch]:
         """Return what a flight about a step holds, in order: the batch of that step comes last.
 
-        If only later batches are left, all of them are returned.
+        Left to this class, these are the batches of the step and of those in which its cause may
+        lie. They are also what `--replay` compares it with. If only later batches are left, all of
+        them are returned.
         """
-        entries = list(self.queue)
-        if self.automatic:
-            own = [kept for kept in entries if kept.step == step]
-            if own:
-                return own
-        return [kept for kept in entries if kept.step <= step] or entries
+        entries = [batch for batch in self.queue if batch.step <= step]
+        if self.automatic and any(batch.step == step for batch in entries):
+            return [
+                batch for batch in entries if batch.step > step - (LONGEST_ONSET + 1) * self.stride
+            ]
+        return entries or list(self.queue)
+
+    def after(self, step: int) -> list[KeptBatch]:
+        """Return the batches of the step that has begun after a step and has not ended, in
+        order.
+        """
+        return [batch for batch in self.queue if batch.step > step]
 
 
 def _copy_of(step: int, arguments: dict[str, Any], size: int) -> KeptBatch:

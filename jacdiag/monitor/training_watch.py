@@ -719,7 +719,7 @@ class Watch:
         self.record.line(
             "note", {"step": self.count, "text": f"the loop was left by {one_line(error)}"}
         )
-        quietly(self.record.dump, self.count, one_line(error))
+        quietly(self.record.dump, self.count, one_line(error), Ending.by_error(error).how)
         quietly(self.record.wait)
 
     def ended_with_process(self) -> None:

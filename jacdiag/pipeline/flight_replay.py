@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from jacdiag.errors import JacdiagError, MeasureError, one_line
+from jacdiag.measure.batch_values import find_nonfinite_values
 from jacdiag.measure.sequence_losses import (
     BatchFigures,
     LossReader,
@@ -25,6 +26,7 @@ from jacdiag.measure.sequence_losses import (
 from jacdiag.pipeline.measured_audit import Audit
 from jacdiag.pipeline.request import Request
 from jacdiag.records import Report
+from jacdiag.records.batch_values import BatchValues
 from jacdiag.records.flight_replay import (
     BatchReplay,
     LevelRecord,
@@ -66,6 +68,7 @@ class _Measured:
     kept: KeptBatch
     figures: BatchFigures | None = None
     why: str = ""
+    values: BatchValues | None = None
 
     @property
     def tokens(self) -> list[tuple[int, TokenLosses]]:
@@ -192,6 +195,7 @@ def _measure(
         with ready_for_gradients(model) as (used, parameters, dtype):
             reader: LossReader | None = None
             for item in measured:
+                item.values = look_at_values(item.kept, flight.batches)
                 arguments = prepared(item.kept.load(), _device(parameters), dtype)
                 try:
                     if reader is None:
@@ -225,6 +229,18 @@ def _measure(
         {item.figures.note for item in measured if item.figures is not None and item.figures.note}
     )
     return measured, "" if reader is None else reader.words, notes
+
+
+def look_at_values(batch: KeptBatch, batches: Sequence[KeptBatch]) -> BatchValues:
+    """Return what of a batch is not finite, compared with the batches before it."""
+    place = batches.index(batch)
+    earlier = (_by_name(before) for before in batches[place + 1 :] if before.step != batch.step)
+    return find_nonfinite_values(_by_name(batch), earlier)
+
+
+def _by_name(batch: KeptBatch) -> dict[str, Any]:
+    args, kwargs = batch.load()
+    return {**{str(place): value for place, value in enumerate(args)}, **kwargs}
 
 
 def _device(parameters: Sequence[Tensor]) -> torch.device:
@@ -284,7 +300,7 @@ def _record(
         tokens_counted=len(losses),
         norms=norms,
         probe_step=probe_step,
-        probed_step=next((kept.step for kept in flight.batches), None),
+        probed_step=None if flight.probed is None else flight.probed.step,
         evidence=decision.evidence,
         notes=notes,
     )
@@ -320,7 +336,16 @@ def _decide(
         for name in (LOSS, GRADIENT)
     ]
     highest = _highest(run, onset) if flight.complete else None
-    return decide(figures, Context(step=onset, checkpoint_step=checkpoint, highest_before=highest))
+    is_crash = flight.ended == "crash" and any(item.kept.running for item in suspects)
+    context = Context(
+        step=onset,
+        checkpoint_step=checkpoint,
+        highest_before=highest,
+        crash=flight.why if is_crash else "",
+        failed=next((item.why for item in suspects if item.why), ""),
+        others_failed=sum(bool(item.why) for item in others),
+    )
+    return decide(figures, context)
 
 
 def _values(measured: Iterable[_Measured], name: str) -> list[float]:
@@ -375,6 +400,7 @@ def _batch(item: _Measured, suspect: bool, others: Sequence[_Measured], run: _Ru
         logged_loss=_loss_of(row),
         logged_gradient=_gradient_of(row),
         note=item.why,
+        values=item.values,
     )
     if figures is None:
         return plain
@@ -533,13 +559,18 @@ def _gradient_of(row: Mapping[str, Any]) -> float | None:
 
 
 def _onset(flight: Flight, run: _Run) -> int | None:
-    """Return the first step that stands out without a gap up to the step of the flight."""
+    """Return the step to look at: the one that crashed, else the first that stands out up to that
+    of the flight.
+    """
     if flight.step is None:
         return next((kept.step for kept in flight.batches), None)
+    running = next((batch.step for batch in flight.batches if batch.running), None)
+    if running is not None and flight.ended == "crash":
+        return running
     by_loss = first_out(run.losses, flight.step, logarithm=False)
     by_gradient = first_out(run.gradients, flight.step, logarithm=True)
     # Gradient norms scatter more: they say where a jump begins only if the loss has none.
-    return by_loss or by_gradient or flight.step
+    return by_loss or by_gradient or running or flight.step
 
 
 def _levels(

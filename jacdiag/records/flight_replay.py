@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jacdiag.records.base import Record
+from jacdiag.records.batch_values import BatchValues
 
 ReplayVerdict = Literal["batch", "weights", "not decided"]
 
@@ -42,6 +43,7 @@ class BatchReplay(Record):
             micro-batches.
         sequences: in the order of the batch.
         note: what a reader should know of these figures.
+        values: what of the batch is not finite; None if it was not looked at.
     """
 
     file: str
@@ -53,6 +55,7 @@ class BatchReplay(Record):
     logged_gradient: float | None = None
     sequences: list[SequenceReplay] = field(default_factory=list)
     note: str = ""
+    values: BatchValues | None = None
 
 
 @dataclass(frozen=True)

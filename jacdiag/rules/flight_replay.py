@@ -80,12 +80,19 @@ class Context:
         highest_before: the largest usual loss that the run has had since its first step; None if
             that is not known.
         keep_hint: what keeps more batches.
+        crash: the error that ended the run in the step that is looked at, in one line; empty if
+            none did.
+        failed: why a batch of that step could not be run again, in one line; empty if all could be.
+        others_failed: how many of the other batches could not be run again.
     """
 
     step: int | None
     checkpoint_step: int | None
     highest_before: float | None = None
     keep_hint: str = "jacdiag.watch(..., keep_batches=10) keeps those of the last 10 forwards"
+    crash: str = ""
+    failed: str = ""
+    others_failed: int = 0
 
 
 @dataclass
@@ -215,8 +222,13 @@ def decide(figures: Sequence[Figure], context: Context) -> Decision:
         weights, they show at least half of the run's jump, and the other batches show no jump.
         "weights" if the other batches show at least half of the jump, and the suspects are not out
         among them. Else "not decided", with the reason.
+
+        Of a step that crashed: "batch" if a batch of it raises the error of the run again, and all
+            others run.
     """
     known = [figure for figure in figures if figure.others or figure.suspects]
+    if context.crash or context.failed:
+        return _decide_error(known, context)
     missing = _missing(known, context)
     if missing:
         return Decision("not decided", f"Not decided: {missing}.")
@@ -241,6 +253,37 @@ def decide(figures: Sequence[Figure], context: Context) -> Decision:
     if weights:
         return Decision("not decided", _both_sentence(weights[0], out[0], context), evidence)
     return Decision("not decided", _neither_sentence(known, judged, out, context), evidence)
+
+
+def _decide_error(figures: Sequence[Figure], context: Context) -> Decision:
+    """Decide about a step that crashed, or whose batch cannot be run again."""
+    start = f"on {_weights(context)} the batch of step {context.step}"
+    others = max((len(figure.others) for figure in figures), default=0)
+    is_alone = bool(others) and not context.others_failed
+    # 1. The error comes again, and comes from no other batch.
+    if context.failed and context.failed == context.crash and is_alone:
+        noun = "batch runs" if others == 1 else "batches run"
+        text = (
+            f"The batch: {start} raises what the run raised ({context.crash}), and the "
+            f"{others} other kept {noun}."
+        )
+        return Decision("batch", text)
+    # 2. It cannot be run here, for a reason that need not be that of the run.
+    if context.failed:
+        text = f"Not decided: {start} could not be run: {context.failed}"
+        if context.crash and context.failed != context.crash:
+            text += f" (the run raised {context.crash})"
+        if context.others_failed:
+            text += f"; {context.others_failed} of the others could not be run either"
+        elif not others:
+            text += "; no other batch was run to compare it with"
+        return Decision("not decided", f"{text}.")
+    # 3. It runs: the figures show no error.
+    text = (
+        f"Not decided: {start}, which was running when the run raised {context.crash}, runs "
+        "without an error"
+    )
+    return Decision("not decided", f"{text}.")
 
 
 def _missing(figures: Sequence[Figure], context: Context) -> str:

@@ -18,6 +18,7 @@ from jacdiag.errors import SourceError, one_line
 from jacdiag.records.run_log import RUN_FILE, RunLog, parsed, read_run
 
 _ABOUT, _STEPS, _LATEST = "about.json", "steps.jsonl", "batch.pt"
+_RUNNING = re.compile(r"running-batch-(\d+)-at-(\d+)\.pt")
 _EARLIER = re.compile(r"batch-(\d+)-before-at-(\d+)\.pt")
 
 
@@ -28,10 +29,12 @@ class KeptBatch:
     Attributes:
         file: where it is.
         step: the optimizer step that it belongs to; None if the flight does not say it.
+        running: its step had not ended when the loop was left.
     """
 
     file: Path
     step: int | None
+    running: bool = False
 
     def load(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the positional and the keyword arguments that the model was called with.
@@ -56,11 +59,13 @@ class Flight:
         folder: where it is.
         step: the step that it is about.
         why: why it was written.
-        batches: the latest first.
+        batches: the latest first, those of a step that was running before the others.
         rows: the steps that the run logged, in order: those of its log up to the flight, else the
             flight's own.
         header: the first line of the run's log.
         probe: the last probe of the run up to the step, as its log has it; None if there is none.
+        ended: how the loop was left, if a step was running: "crash", "interrupt" or "signal"; else
+            empty.
         complete: the rows begin with the first step of the run.
     """
 
@@ -71,6 +76,16 @@ class Flight:
     rows: list[dict[str, Any]] = field(default_factory=list)
     header: Mapping[str, Any] = field(default_factory=dict)
     probe: Mapping[str, Any] | None = None
+    ended: str = ""
+
+    @property
+    def probed(self) -> KeptBatch | None:
+        """The batch that an audit probes with: the latest of a step that has ended. One that
+        crashed may not run.
+        """
+        return next(
+            (batch for batch in self.batches if not batch.running), next(iter(self.batches), None)
+        )
 
     @property
     def complete(self) -> bool:
@@ -110,7 +125,8 @@ def read_flight(folder: str | os.PathLike[str]) -> Flight:
         )
         probes = [row for row in log.probes if step is None or row["step"] <= step]
         probe = next(reversed(probes), None)
-    return Flight(path, step, str(about.get("why", "")), _batches(path, about), rows, header, probe)
+    why, ended = str(about.get("why", "")), str(about.get("ended", ""))
+    return Flight(path, step, why, _batches(path, about), rows, header, probe, ended)
 
 
 def latest_batch(folder: str | os.PathLike[str]) -> dict[str, Any] | tuple[Any, ...]:
@@ -121,10 +137,10 @@ def latest_batch(folder: str | os.PathLike[str]) -> dict[str, Any] | tuple[Any, 
         SourceError: it is no folder of a flight recorder, or it holds no batch.
     """
     flight = read_flight(folder)
-    if not flight.batches:
+    if flight.probed is None:
         hint = "jacdiag.watch(..., keep_batches=10) keeps those of the last 10 forwards"
         raise SourceError(f"'{folder}' holds no batch", hint=hint)
-    args, kwargs = flight.batches[0].load()
+    args, kwargs = flight.probed.load()
     return args or kwargs
 
 
@@ -141,11 +157,22 @@ def _about(path: Path) -> dict[str, Any]:
 
 def _batches(path: Path, about: Mapping[str, Any]) -> list[KeptBatch]:
     found: list[tuple[int, KeptBatch]] = []
-    if (path / _LATEST).is_file():
-        step = about.get("batch_step")
+    step = about.get("batch_step")
+    # of a crash in the first step
+    is_running_alone = step is not None and step == about.get("running_step")
+    if (path / _LATEST).is_file() and not is_running_alone:
         found.append((0, KeptBatch(path / _LATEST, step if isinstance(step, int) else None)))
     matches = [(file, _EARLIER.fullmatch(file.name)) for file in path.glob("batch-*.pt")]
-    found += [(int(match[1]), KeptBatch(file, int(match[2]))) for file, match in matches if match]
+    if not is_running_alone:
+        found += [
+            (int(match[1]), KeptBatch(file, int(match[2]))) for file, match in matches if match
+        ]
+    begun = [(file, _RUNNING.fullmatch(file.name)) for file in path.glob("running-batch-*.pt")]
+    found += [
+        (-int(match[1]), KeptBatch(file, int(match[2]), running=True))
+        for file, match in begun
+        if match
+    ]
     return [batch for _, batch in sorted(found, key=lambda pair: pair[0])]
 
 

@@ -27,12 +27,13 @@ from jacdiag.monitor.process_endings import ENDINGS as UNDERWAY
 from jacdiag.sources.gpt import build
 
 ENDLESS = 100_000
+SIZES = {"n_layer": 1, "n_head": 2, "n_embd": 8, "vocab_size": 16, "block_size": 4}
 READY = 12  # steps before the parent sends a signal
 
 
 def setup() -> tuple[Any, Any]:
     torch.manual_seed(0)
-    model = build("scaled-embed", n_layer=1, n_head=2, n_embd=8, vocab_size=16, block_size=4)
+    model = build("scaled-embed", **SIZES)
     return model, torch.optim.AdamW(model.parameters())
 
 
@@ -94,6 +95,32 @@ def crash(folder: Path) -> None:
     train(folder, other, 3, 0)
     train(folder, parts, 25, 0)
     raise ValueError("the loop is broken")
+
+
+def crash_in_forward(folder: Path) -> None:
+    """A batch with an id that the model does not have."""
+    model, optimizer, w = watched(folder)
+    train(folder, (model, optimizer, w), 25, 0)
+    torch.save({"model": model.state_dict(), "model_args": SIZES, "step": 25}, folder / "25.pt")
+    ids = torch.randint(16, (2, 5))
+    ids[1, 2] = 99
+    model(ids[:, :-1], ids[:, 1:])
+
+
+def crash_in_backward(folder: Path) -> None:
+    """The second micro-batch crashes in the backward; its batch is as good as any."""
+    model, optimizer, w = watched(folder)
+    train(folder, (model, optimizer, w), 25, 0)
+    torch.save({"model": model.state_dict(), "model_args": SIZES, "step": 25}, folder / "25.pt")
+    for _ in range(2):
+        ids = torch.randint(16, (2, 5))
+        _, loss = model(ids[:, :-1], ids[:, 1:])
+    loss.register_hook(_break)
+    loss.backward()
+
+
+def _break(gradient: Any) -> None:
+    raise ValueError("in the backward")
 
 
 def killed(folder: Path) -> None:
@@ -226,6 +253,8 @@ def _crashes(folder: Path) -> None:
 # name -> what runs, and the signals that it is sent: a file to wait for, then the signal
 ENDINGS: dict[str, tuple[Callable[[Path], None], list[tuple[str, int]]]] = {
     "crash": (crash, []),
+    "crash in forward": (crash_in_forward, []),
+    "crash in backward": (crash_in_backward, []),
     "killed": (killed, [("ready", signal.SIGTERM)]),
     "hung up": (killed, [("ready", signal.SIGHUP)]),
     "interrupted": (interrupted, [("ready", signal.SIGINT)]),

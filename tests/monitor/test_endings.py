@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from jacdiag_cli.live import Follower
 from monitor.rig import adam, lines, plain_step, small
 
@@ -22,10 +23,19 @@ import jacdiag
 from jacdiag.monitor.process_endings import ENDINGS
 from jacdiag.records.run_log import read_run
 from jacdiag.records.run_state import state_of_run
+from jacdiag.render.terminal.flight_replay import replay_facts
 
 PROGRAM = Path(__file__).parent / "endings_program.py"
 SIGNALS = ("hung", "killed", "interrupted", "killed twice", "interrupted twice", "own handler")
-OFTEN = (*SIGNALS, "crash", "workers", "thread", "no close")
+OFTEN = (
+    *SIGNALS,
+    "crash",
+    "crash in forward",
+    "crash in backward",
+    "workers",
+    "thread",
+    "no close",
+)
 SELDOM = ("hung up", "handler exits", "killed at work", "kill -9", "process")
 HANGS = 60.0  # seconds that a flight takes in the programs whose flights hang
 
@@ -83,6 +93,7 @@ def test_a_crash_leaves_a_flight_and_the_users_own_hook_is_called(often: Run) ->
     )
     about = json.loads((often.log("crash") / "flight-25" / "about.json").read_text())
     assert about["why"] == "ValueError: the loop is broken" and about["batch_step"] == 25
+    assert "running_step" not in about, "the next step had not begun"
     assert [row["step"] for row in lines(often.log("crash"), "step")] == list(range(1, 26))
     assert (
         often.state("crash")
@@ -91,6 +102,47 @@ def test_a_crash_leaves_a_flight_and_the_users_own_hook_is_called(often: Run) ->
     assert (often.root / "crash" / "hook").read_text() == "ValueError True", "after the flight"
     assert often.said("crash").count("Traceback") == 1
     assert (often.root / "crash" / "other" / "log" / "flight-3").is_dir(), "of the second watch"
+
+
+def test_a_crash_inside_the_forward_leaves_its_batch_and_a_replay_names_it(often: Run) -> None:
+    assert often.code("crash in forward") == 1 and often.flights("crash in forward") == [
+        "flight-25"
+    ]
+    folder = often.log("crash in forward") / "flight-25"
+    about = json.loads((folder / "about.json").read_text())
+    assert (about["step"], about["batch_step"], about["running_step"], about["ended"]) == (
+        25,
+        25,
+        26,
+        "crash",
+    )
+    batch = torch.load(folder / "running-batch-1-at-26.pt", weights_only=True)
+    assert (
+        batch["idx"][1, 2] == 99
+        and torch.load(folder / "batch.pt", weights_only=True)["idx"].max() < 16
+    )
+    assert (folder / "running-random.pt").is_file()
+
+    report = jacdiag.audit(str(folder.parent.parent / "25.pt"), replay=folder, products=False)
+    replay = report.replay
+    assert replay is not None and (replay.onset, replay.step, replay.probed_step) == (26, 25, 25)
+    assert replay.verdict == "batch" and "raises what the run raised (IndexError" in replay.sentence
+    assert "step 26 had begun and not ended when the loop was left" in " ".join(
+        replay_facts(replay)
+    )
+
+
+def test_a_crash_that_is_not_the_batchs_is_not_decided(often: Run) -> None:
+    folder = often.log("crash in backward") / "flight-25"
+    names = sorted(path.name for path in folder.glob("running-batch-*"))
+    assert names == ["running-batch-1-at-26.pt", "running-batch-2-at-26.pt"]
+    report = jacdiag.audit(str(folder.parent.parent / "25.pt"), replay=folder, products=False)
+    replay = report.replay
+    assert replay is not None and replay.verdict == "not decided" and len(replay.suspects) == 2
+    assert (
+        "was running when the run raised ValueError: in the backward, runs without an error"
+        in replay.sentence
+    )
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from rules.test_live import LIMITS, codes, healthy
 from jacdiag.detectors import drift
 from jacdiag.detectors import recent_trend as recent
 from jacdiag.detectors.live_rules import LiveRules, StepFigures
+from jacdiag.detectors.readiness import OF_NORMS
 from jacdiag.detectors.recent_trend import LEAST, WINDOW, Recent, fit_line
 
 POSITIONS = (80, 90, 100, 120, 150, 190, 250, 330, 450, 600, 800, 1000)
@@ -190,7 +191,7 @@ def test_statistics_have_a_trend_of_their_own() -> None:
 # -- readiness -------------------------------------------------------------------------------------
 def test_each_rule_says_when_it_is_ready_and_is_silent_before() -> None:
     live = LiveRules(LIMITS)
-    assert set(live.waits()) == {"JD501", "JD502", "JD503", "JD504", "JD506", "JD507"}
+    assert set(live.waits()) == {"JD501", "JD502", "JD503", "JD504", OF_NORMS, "JD506", "JD507"}
     ready: dict[str, int] = {}
     for f in healthy(120, start=1):
         before = live.waits()
@@ -205,7 +206,25 @@ def test_each_rule_says_when_it_is_ready_and_is_silent_before() -> None:
         "JD504": 120,
         "JD506": 9,
     }
-    assert live.waits() == {"JD507": "a first probe"} and drift.LEAST == 3
+    assert live.waits() == {"JD507": "a first probe", OF_NORMS: "3 probes"} and drift.LEAST == 3
+
+
+def test_statistics_do_not_make_the_part_that_looks_at_norms_ready() -> None:
+    """It is ready with the third probe: a branch whose norm jumps at the fourth is found at the
+    fifth.
+    """
+    live = LiveRules(LIMITS)
+    for step in range(1, 9):
+        live.statistics(step, {"branch_std": {"a": 1.0}})
+    alerts, ready = [], []
+    for place, value in enumerate([1.0, 1.02, 1.04, 8.3, 8.3]):
+        alerts += live.probe(
+            100 * (place + 1), {"branch_norm": {"a": value, "b": 1.0 + 0.02 * (place % 2)}}
+        ).alerts
+        ready.append(OF_NORMS not in live.waits())
+        assert "JD504" not in live.waits()
+    assert ready == [False, False, True, True, True]
+    assert [(alert.step, alert.code, alert.where) for alert in alerts] == [(500, "JD504", ["a"])]
 
 
 def test_a_loop_without_a_loss_never_has_the_rule_that_needs_one() -> None:

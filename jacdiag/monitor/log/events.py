@@ -17,7 +17,9 @@ from typing import Any
 import torch
 
 from jacdiag._version import __version__
+from jacdiag.detectors.first_nonfinite import explain_batch
 from jacdiag.detectors.live_rules import LiveRules, StepFigures
+from jacdiag.measure.batch_values import find_nonfinite_values
 from jacdiag.monitor.alert_moment import AlertMoment, call_handler
 from jacdiag.monitor.batches import Batches, Print, make_prints
 from jacdiag.monitor.blind_spots import Silence
@@ -201,7 +203,24 @@ class Record:
         for row in rows:
             self.publish(row["step"], partial(slashed, row, groups))
         for alert in alerts:
-            self.alert(alert)
+            self.alert(self._with_batch(alert))
+
+    def _with_batch(self, alert: Alert) -> Alert:
+        """Say of an alert about values that are not finite whether the batch of its step held
+        them.
+        """
+        kept = self.batches.kept if self.batches is not None else None
+        if alert.code != "JD505" or kept is None:
+            return alert
+        with self.guards.part("batch values", "alerts do not say whether the batch was finite"):
+            if self.guards.on("batch values"):
+                own = [batch for batch in kept.queue if batch.step == alert.step]
+                earlier = [
+                    batch.arguments for batch in reversed(kept.queue) if batch.step < alert.step
+                ]
+                values = [find_nonfinite_values(batch.arguments, earlier) for batch in own]
+                return explain_batch(alert, values, int(self.header.get("ranks") or 1))
+        return alert
 
     def _noise_scale(self, norms: MicroBatchNorms | None) -> float | None:
         """The gradient noise scale in sequences, at the steps whose micro-batches were read."""
@@ -334,21 +353,28 @@ class Record:
         if ending.how in ("crash", "interrupt", "signal"):
             self.line("note", {"step": step, "text": f"the loop was left by {ending.reason}"})
         if ending.has_flight:
-            folder = self.dump(step, ending.reason)
+            folder = self.dump(step, ending.reason, ended=ending.how)
             there = self.folder / f"flight-{step}" if self.folder is not None else None
             if folder is None and there is not None and there.is_dir():
                 folder = there  # an alert at this step has written it
             self.ending_flight = folder.name if folder is not None else None
 
-    def dump(self, step: int, why: str) -> Path | None:
+    def dump(self, step: int, why: str, ended: str = "") -> Path | None:
         """Have the flight recorder write what it keeps; return the folder, or None if it wrote
         none.
+
+        Args:
+            step: that the flight is about.
+            why: in one line.
+            ended: how the loop was left; empty if it goes on.
         """
         if self.recorder is None:
             return None
         with self.guards.part("recorder", "the flight recorder writes nothing more"):
             if self.guards.on("recorder"):
-                folder = self.recorder.dump(step, why, self.batches, self.header)
+                if ended and self.batches is not None:
+                    self.batches.take_compiled()
+                folder = self.recorder.dump(step, why, self.batches, self.header, ended)
                 if folder is not None:
                     self.line("note", {"step": step, "text": f"flight recorder: {folder.name}"})
                 return folder

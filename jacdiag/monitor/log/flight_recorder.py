@@ -24,6 +24,7 @@ STEPS_FILE, BATCH_FILE, RANDOM_FILE, ABOUT_FILE = (
     "random.pt",
     "about.json",
 )
+RUNNING_RANDOM_FILE = "running-random.pt"
 
 
 class Recorder:
@@ -43,19 +44,42 @@ class Recorder:
         self.rows.append(row)
 
     def dump(
-        self, step: int, why: str, batches: Batches | None, header: Mapping[str, Any]
+        self,
+        step: int,
+        why: str,
+        batches: Batches | None,
+        header: Mapping[str, Any],
+        ended: str = "",
     ) -> Path | None:
-        """Writes `flight-STEP`; returns the folder, or None where enough was written or it is there
-        already.
+        """Write `flight-STEP`.
+
+        Args:
+            step: that the flight is about; at the end of a run the last one that was finished.
+            why: in one line.
+            batches: what the model was called with.
+            header: the first line of the run log.
+            ended: how the loop was left, as `Ending.how` says it; empty if it goes on. The batches
+                of a step that was running then are written as well.
+
+        Returns:
+            The folder; None if enough was written, or if it is there already.
 
         Raises:
             OSError: it cannot be written.
         """
+        kept = batches.kept if batches is not None else None
+        running = kept.after(step) if kept is not None and ended else []
+        # 1. Choose the folder. An alert may have written that of the step, without the batch that
+        # was running.
         target = self.folder / f"flight-{step}"
-        if self.dumps >= self.most or target.exists():
+        if target.exists() and running:
+            target = self.folder / f"flight-{running[-1].step}"
+        is_enough = self.dumps >= self.most and not running
+        if is_enough or target.exists():
             return None
         self.dumps += 1
         target.mkdir(parents=True)
+        # 2. Write the steps and the batches that they had.
         (target / STEPS_FILE).write_bytes(b"".join(to_line("step", row) for row in self.rows))
         about: dict[str, Any] = {
             "schema_version": 1,
@@ -63,8 +87,10 @@ class Recorder:
             "why": why,
             "groups": header.get("groups", []),
         }
-        kept = batches.kept if batches is not None else None
         chosen = kept.chosen(step) if kept is not None else []
+        finished = [batch for batch in chosen if batch.step <= step]
+        if running and finished:
+            chosen = finished
         if chosen:
             last = chosen[-1]
             about["batch_step"] = last.step
@@ -73,6 +99,13 @@ class Recorder:
             for number, earlier in enumerate(reversed(chosen[:-1]), start=1):
                 file = target / f"batch-{number}-before-at-{earlier.step}.pt"
                 torch.save(map_leaves(_on_cpu, earlier.arguments), file)
+        # 3. Write the batches of the step that was running.
+        if running:
+            about |= {"running_step": running[-1].step, "ended": ended}
+            torch.save(_plain_state(running[-1].random_state), target / RUNNING_RANDOM_FILE)
+            for number, batch in enumerate(running, start=1):
+                file = target / f"running-batch-{number}-at-{batch.step}.pt"
+                torch.save(map_leaves(_on_cpu, batch.arguments), file)
         (target / ABOUT_FILE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         return target
 
@@ -117,13 +150,15 @@ def read_batch(
 
 
 def told_of(folder: str | Path) -> dict[str, int]:
-    """What `about.json` says: the `step` that the folder is about, and the `batch_step` of its
-    batch.
+    """Return what `about.json` says: the `step` it is about, and the steps of its latest and its
+    running batch.
     """
     try:
         about = json.loads((Path(folder) / ABOUT_FILE).read_text(encoding="utf-8"))
         return {
-            key: about[key] for key in ("step", "batch_step") if isinstance(about.get(key), int)
+            key: about[key]
+            for key in ("step", "batch_step", "running_step")
+            if isinstance(about.get(key), int)
         }
     except (OSError, ValueError, AttributeError):
         return {}

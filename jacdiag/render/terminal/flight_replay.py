@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 from statistics import median
 
+from jacdiag.detectors.first_nonfinite import describe_batch
 from jacdiag.records.flight_replay import BatchReplay, LevelRecord, ReplayRecord, TokenReplay
 from jacdiag.render.terminal.number_cells import aligned, three
 from jacdiag.rules.flight_replay import GRADIENT, LOSS
@@ -70,12 +71,18 @@ def replay_facts(replay: ReplayRecord) -> list[str]:
     computed, notes.
     """
     facts = [replay.about_checkpoint]
-    if replay.onset is not None and replay.step is not None and replay.onset != replay.step:
+    if replay.onset is not None and replay.step is not None and replay.onset > replay.step:
+        facts.append(
+            f"step {replay.onset:,} had begun and not ended when the loop was left: its batch is "
+            "looked at"
+        )
+    elif replay.onset is not None and replay.step is not None and replay.onset != replay.step:
         facts.append(
             f"step {replay.onset:,} is the first one that stands out before the alert at step "
             f"{replay.step:,}: its "
             "batch is looked at"
         )
+    facts += _not_finite(replay.batches)
     facts += [text for batch in replay.suspects if (text := _sequences_out(batch))]
     if replay.tokens:
         facts.append(_tokens(replay))
@@ -84,6 +91,27 @@ def replay_facts(replay: ReplayRecord) -> list[str]:
     if replay.computed:
         facts.append(f"computed: {replay.computed}; in evaluation mode, without dropout")
     return [*facts, *replay.notes]
+
+
+def _not_finite(batches: list[BatchReplay]) -> list[str]:
+    """Return which batches hold NaN or inf; that none does, if a figure is not finite; nothing
+    otherwise.
+    """
+    facts = [
+        f"not finite in the batch of step {batch.step:,}: {describe_batch(batch.values)}"
+        for batch in batches
+        if batch.values is not None and batch.values.arguments
+    ]
+    if facts:
+        return facts
+    figures = [
+        value for b in batches for value in (b.loss, b.gradient, b.logged_loss, b.logged_gradient)
+    ]
+    is_lost = any(value is not None and not math.isfinite(value) for value in figures)
+    all_finite = all(batch.values is not None and batch.values.is_finite for batch in batches)
+    if is_lost and all_finite:
+        return [f"every tensor of the {len(batches)} kept batches is finite"]
+    return []
 
 
 def _batch_name(batch: BatchReplay) -> str:
