@@ -325,8 +325,9 @@ def test_documentation_and_thresholds() -> None:
     assert [r.code for r in mine] == [f"JD50{k}" for k in range(1, 9)]
     for one in mine:
         assert rule(one.code) is one and one not in RULES
+        page = one.page
         assert all(
-            text.strip() for text in (one.summary, one.what, one.why, one.example, one.remedy)
+            text.strip() for text in (one.summary, page.what, page.why, page.example, page.remedy)
         )
     for figure in (
         "spike_score",

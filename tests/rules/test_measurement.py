@@ -154,7 +154,8 @@ def test_a_deselected_condition_is_unknown_not_met() -> None:
 def test_codes_are_unique_ordered_and_documented() -> None:
     assert list(CODES) == sorted(set(CODES))
     for one in RULES:
-        assert all([one.summary, one.what, one.why, one.example, one.remedy]), one.code
+        page = one.page
+        assert all([one.summary, page.what, page.why, page.example, page.remedy]), one.code
         assert len(one.summary) < 120 and "\n" not in one.summary
 
 
