@@ -1,3 +1,1 @@
-"""From a sub-layer and its Jacobian to figures: norms with intervals, the network, bounds, the
-weights alone.
-"""
+"""Measure sub-layers and their Jacobians, the network, its bounds, and weights alone."""

@@ -34,8 +34,7 @@ _STEPS = 24
 
 # -- which calls belong to which sub-layer ---------------------------------------------
 def attention_calls(sites: Sites) -> dict[int, int]:
-    """Return the place of each attention call among all calls named in `CALLS` -> index of its
-    sub-layer.
+    """Return the sub-layer of each attention call: place among all calls in `CALLS` -> index.
 
     A call inside two branches belongs to the inner one.
     """
@@ -52,8 +51,9 @@ def attention_calls(sites: Sites) -> dict[int, int]:
 
 
 def is_attention(graph: Graph, node: int) -> bool:
-    """Return whether a call is attention: fused, or a softmax between two products of live
-    values.
+    """Return whether a call is attention.
+
+    It is fused, or a softmax between two products of live values.
     """
     if graph.nodes[node].name in FUSED:
         return True
@@ -61,8 +61,9 @@ def is_attention(graph: Graph, node: int) -> bool:
 
 
 def _meets(graph: Graph, node: int, neighbours: Callable[[Graph, int], list[int]]) -> bool:
-    """Return whether a product of two live values is met in one direction, before any product with
-    a weight.
+    """Return whether one direction leads to a product of two live values.
+
+    A product with a weight must not come first.
     """
     # Breadth first; a product with a weight ends the search on its way.
     seen = {node}
@@ -208,8 +209,9 @@ class AttentionWatch(TorchFunctionMode):
                 )
 
     def records(self, expected: int) -> dict[int, AttentionRecord]:
-        """Return the figures by sub-layer; none if the run made another number of calls than the
-        record has.
+        """Return the figures by sub-layer.
+
+        There are none if the run made another number of calls than the record has.
         """
         if self.count != expected:
             return {}

@@ -1,6 +1,4 @@
-"""The paper's closed-form bounds for one measured sub-layer (Eq. 15 and 20), and the ones that
-really bound.
-"""
+"""The paper's closed-form bounds for one sub-layer (Eq. 15 and 20), and stricter ones."""
 
 from __future__ import annotations
 
@@ -24,8 +22,10 @@ LIPSCHITZ = {
 
 @dataclass(frozen=True)
 class Bounds:
-    """`bound`: as published. `bound_norms`: with measured norms in place of the estimates; this one
-    does bound.
+    """The bounds of one sub-layer.
+
+    `bound` is that of the paper. `bound_norms` has measured norms in place of the estimates. Only
+    the latter is a bound in every case.
     """
 
     bound: float | None = None
@@ -44,8 +44,9 @@ def closed_form_bounds(
     norm_gain: Interval | None,
     heads_norm: Interval | None,
 ) -> Bounds:
-    """Evaluates Eq. 15 (FFN) or Eq. 20 (attention) where they have a footing: pre-norm, at init,
-    two-matrix FFN.
+    """Evaluate Eq. 15 (FFN) or Eq. 20 (attention) where they apply.
+
+    They apply to pre-norm at init, and to an FFN of two matrices.
 
     Args:
         weights: by role; W_1 and W_2, or W_O, are read.

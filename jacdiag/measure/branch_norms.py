@@ -1,11 +1,11 @@
-"""The norms of one linearised sub-layer: each solved from a start of its own, or inherited from
-another.
+"""The norms of one linearised sub-layer, each solved by itself or inherited from another.
 
-branch = core o norm and residual = a I + branch, so that |branch| <= |core| max gain and |residual|
-<= |a| + |branch|; from below, one product with the other's top vector says as much as several
-steps. Inherited ends are wider. They are taken where the rules are all that is asked and they
-decide them; where they do not, the norm is solved. Where every norm is wanted to its width they are
-solved in step, each for itself, so that they share the branch's matrix products.
+With branch = core o norm and residual = a I + branch, |branch| <= |core| max gain and |residual| <=
+|a| + |branch|. From below, one product with the other's top vector gives as much as several steps.
+
+Inherited intervals are wider. They are used if only the rules count and the intervals decide them.
+Otherwise the norm is solved. If every norm is wanted to its width, all are solved in step, each for
+itself, so that they share the branch's matrix products.
 """
 
 from __future__ import annotations
@@ -82,8 +82,9 @@ class Norms:
 
 
 class Solver:
-    """Solves the norms of one sub-layer: in step, or where the rules may be decided early, cheapest
-    order first.
+    """Solver of the norms of one sub-layer.
+
+    It works in step. Where the rules may be decided early, it takes the cheapest order first.
     """
 
     def __init__(self, one: Linearised, effort: Effort, token_ids: Tensor | None = None) -> None:
@@ -92,7 +93,7 @@ class Solver:
         self.products = 0
 
     def norms(self) -> Norms:
-        """Returns core, branch and residual norm."""
+        """Return core, branch and residual norm."""
         one = self.one
         operator, owned, why = residual_map(one.site, one.branch, one.dims)
         maps: dict[str, Operator] = {"branch_norm": one.branch}
@@ -109,7 +110,7 @@ class Solver:
         return Norms(core, found["branch_norm"], found.get("residual_norm"), reasons, self.products)
 
     def _one_by_one(self, maps: Mapping[str, Operator]) -> dict[str, Solution]:
-        """Each norm inherits from the one before where that decides the rules."""
+        """Solve each norm, or let it inherit from the one before where that decides the rules."""
         solved = {}
         if "core_norm" in maps:
             solved["core_norm"] = self.solve(maps["core_norm"], "core_norm")
@@ -125,12 +126,13 @@ class Solver:
         return solved
 
     def solve(self, operator: Operator, name: str) -> Solution:
-        """One Lanczos run from the start that belongs to this sub-layer and norm."""
+        """Solve one norm by Lanczos from the start that belongs to this sub-layer and norm."""
         return self.in_step({name: operator})[name]
 
     def in_step(self, maps: Mapping[str, Operator]) -> dict[str, Solution]:
-        """Lanczos runs side by side, each from the start that belongs to this sub-layer and
-        norm.
+        """Solve norms by Lanczos, in step.
+
+        Each begins at the start that belongs to this sub-layer and norm.
         """
         effort, site = self.effort, self.one.site
         questions = [
@@ -172,7 +174,7 @@ class Solver:
         return self._taken(operator, branch, most + branch.upper, "residual_norm")
 
     def _taken(self, operator: Operator, akin: Solution, upper: Any, name: str) -> Solution | None:
-        """The inherited ends, if the rules are decided by them."""
+        """Return the inherited ends, if the rules are decided by them."""
         if not np.isfinite(upper).all():
             return None
         tol, confidence = self.effort.tol, self.effort.confidence
@@ -208,9 +210,7 @@ def heads_norm(one: Linearised, effort: Effort) -> Interval | None:
 
 
 def start_of(seed: int, *names: str) -> torch.Generator:
-    """A random start of its own for each sub-layer and norm, whatever order they are measured
-    in.
-    """
+    """Return the random start of one sub-layer and norm, the same in any order of measurement."""
     return torch.Generator().manual_seed(
         crc32("/".join((str(seed), *names)).encode()) & math.floor(2**31 - 1)
     )

@@ -1,4 +1,4 @@
-"""Computed tables of a model, such as rotary frequencies and masks, and what their values tell."""
+"""Computed tables of a model, such as rotary frequencies and masks, and what they hold."""
 
 from __future__ import annotations
 
@@ -55,8 +55,9 @@ def tables_of(sites: Sites) -> list[TableRecord]:
 
 
 def meaning_of(graph: Graph, name: str, buffer: Tensor) -> str:
-    """Return what a buffer is: by what the model does with it, else by its name; "" if neither
-    tells.
+    """Return what a buffer is, "" if it is not known.
+
+    What the model does with it comes first, then its name.
     """
     if buffer.is_floating_point() and enters_sine_and_cosine(graph, name):
         return "frequencies"
@@ -118,8 +119,9 @@ def table_of(name: str, buffer: Tensor, meaning: str = "") -> TableRecord:
 
 
 def _series_of(numbers: Tensor) -> tuple[float | None, float | None]:
-    """Return first element and ratio of a geometric series of at least three positive numbers, else
-    None twice.
+    """Return first element and ratio of a geometric series, else None twice.
+
+    It must have at least three numbers, all positive.
     """
     if numbers.numel() < 3 or not bool((numbers > 0).all()):
         return None, None

@@ -1,9 +1,9 @@
-"""Parts of a model that no gradient reaches, branches that are exactly zero, and the cause where it
-can be proved.
+"""Find what no gradient reaches, branches that are exactly zero, and the cause of each.
 
-A cause is proved by trying it. Calls without a derivative: a run in which the part's input has a
-gradient, and all that leads from it to the other end has none behind these calls. Parameters: a run
-in which they hold other values, and the gradient arrives. Where neither does, the cause is unknown.
+A cause is proved by a trial. For calls without a derivative, the trial is a run in which the input
+has a gradient and all that leads from it to the other end has none after these calls. For
+parameters, the trial is a run in which they hold other values and the gradient arrives. If neither
+trial succeeds, the cause is unknown.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ from jacdiag.errors import JacdiagError
 from jacdiag.measure.gradients import GradientProfile, loss_input, run_backward, stream_values
 from jacdiag.records.report import SublayerRecord
 from jacdiag.records.signal_propagation import NEGLIGIBLE, DeadBranch, DeadPath
-from jacdiag.trace import Sites
+from jacdiag.trace import Sites, Sublayer
 from jacdiag.trace.discovery.coverage import parameters_of
 from jacdiag.trace.discovery.detached import cut_off_parts
 from jacdiag.trace.execution.skeleton import Skeleton
 from jacdiag.trace.execution.tap import Spot, Where
 from jacdiag.trace.execution.tensors import collect, collect_deep, is_float
-from jacdiag.trace.graph.graph import STATE
+from jacdiag.trace.graph.graph import STATE, Graph
 
 _PACKAGE = __file__.rsplit("/", 2)[0]
 _PLUMBING = (torch.__path__[0], f"{_PACKAGE}/trace/", f"{_PACKAGE}/measure/")
 _MOST = 12  # parameters that are tried one by one
-_MOST_UNCOVERED = 24  # products outside all sub-layers that are asked what cuts them off
-# weight and bias of what computes a gate outside a branch; each try is a run of the whole model
+# Products outside all sub-layers for which the cutting calls are searched, each by a run.
+_MOST_UNCOVERED = 24
+# Weight and bias of what computes a gate outside a branch. Each trial is a run of the model.
 _GATES = 2
 Alive = Callable[[], bool]
 
@@ -61,132 +62,156 @@ def find_dead_paths(
     if sink is None or not leads(sites, values[-1], sink):
         return None
     dead = {
-        k for k, site in enumerate(sites) if _without_gradient(site.parameters, profile.parameters)
+        index
+        for index, site in enumerate(sites)
+        if _without_gradient(site.parameters, profile.parameters)
     }
-    found = []
+    paths = []
 
     # 1. The main stream, up to the last point that gets nothing.
     broken = _break_in(profile.norms)
     if broken is not None:
         below = _sublayers_before(sites, values, broken, dead)
-        ends = (values[broken], values[broken + 1] if broken + 1 < len(values) else sink)
-        found.append(_stream_path(sites, token_ids, profile, ends, below, frozen))
+        next_value = values[broken + 1] if broken + 1 < len(values) else sink
+        ends = (values[broken], next_value)
+        paths.append(_stream_path(sites, token_ids, profile, ends, below, frozen))
         dead -= below
 
     # 2. Embeddings that are cut off before the first shortcut.
     if broken is None:
-        found += _embeddings_cut_off(sites, profile, sink, frozen)
+        paths += _embeddings_cut_off(sites, profile, sink, frozen)
 
-    # 3. Sub-layers behind which the stream is cut off, by the calls that do it.
-    rest = [
-        k for k in sorted(dead) if not sites[k].nested and leads(sites, sites.raw[k].output, sink)
-    ]
-    groups: dict[tuple[str, ...], list[int]] = {}
-    for index in rest:
-        groups.setdefault(tuple(cutting_calls(sites, sites.raw[index].output, sink)), []).append(
-            index
-        )
-    for calls, members in groups.items():
-        if calls:
-            found.append(_cut_off(sites, members, list(calls), frozen))
+    # 3. Sub-layers after which the stream is cut off, by the calls that do it.
+    by_calls: dict[tuple[str, ...], list[int]] = {}
+    for index in sorted(dead):
+        output = sites.raw[index].output
+        if not sites[index].nested and leads(sites, output, sink):
+            calls = tuple(cutting_calls(sites, output, sink))
+            by_calls.setdefault(calls, []).append(index)
+    uncut = by_calls.pop((), [])
+    for calls, members in by_calls.items():
+        paths.append(_cut_off(sites, members, list(calls), frozen))
 
     # 4. Single sub-layers.
-    found += [_branch_path(sites, token_ids, index, frozen) for index in groups.get((), [])]
+    paths += [_branch_path(sites, token_ids, index, frozen) for index in uncut]
 
-    # 5. Matrices outside all sub-layers: a branch that is detached as a whole is none to the
-    # tracer.
-    return found + _uncovered_cut_off(sites, profile, sink, frozen)
+    # 5. Matrices outside all sub-layers: the tracer sees no branch where an entire branch is
+    #    detached.
+    return paths + _uncovered_cut_off(sites, profile, sink, frozen)
 
 
 def _uncovered_cut_off(
     sites: Sites, profile: GradientProfile, sink: int, frozen: Collection[str]
 ) -> list[DeadPath]:
-    """Return the parts outside all sub-layers whose products lead to the loss through calls without
-    a derivative.
+    """Return the parts outside all sub-layers that are cut off from the loss.
+
+    Their products lead to the loss through calls without a derivative.
     """
     if profile.parameters is None:
         return []
-    graph, finder = sites.graph, sites.finder
-    names = [name for name in sites.coverage.uncovered if profile.parameters.get(name) == 0]
-    readers: dict[int, list[str]] = {}
-    for node in graph.nodes:
-        mine = [
-            name for name in parameters_of(graph, (node.index,), sites.skeleton) if name in names
-        ]
-        if mine and finder.is_product(node.index):
-            readers[node.index] = mine
-    # One run for each product; a model has few outside its sub-layers.
-    groups: dict[tuple[str, ...], list[str]] = {}
+    # 1. Group the products by the calls that cut them off. Each costs a run; a model has few
+    #    products outside its sub-layers.
+    readers = _silent_products(sites, profile.parameters)
+    by_calls: dict[tuple[str, ...], list[str]] = {}
     for index in list(readers)[:_MOST_UNCOVERED]:
-        made = next(
-            (value for value in graph.nodes[index].outputs if graph.values[value].live), None
-        )
-        if made is not None and leads(sites, made, sink):
-            groups.setdefault(tuple(cutting_calls(sites, made, sink)), []).extend(readers[index])
-    found = []
+        result = _first_live_output(sites, index)
+        if result is not None and leads(sites, result, sink):
+            calls = tuple(cutting_calls(sites, result, sink))
+            by_calls.setdefault(calls, []).extend(readers[index])
+    by_calls.pop((), None)
+    if not by_calls:
+        return []
+
+    # 2. Add the gains and biases of the same parts, unless all of a group is frozen.
     silent = {name for name, norm in profile.parameters.items() if norm == 0}
-    parts = cut_off_parts(graph, silent) if any(groups) else []
-    for calls, members in groups.items():
-        if calls:
-            is_frozen = set(members) <= set(frozen)
-            where = members if is_frozen else _whole_part(members, parts, frozen)
-            found.append(
-                DeadPath(where, stream=True, cause="cut", calls=list(calls), frozen=is_frozen)
-            )
-    return found
+    parts = cut_off_parts(sites.graph, silent)
+    paths = []
+    for calls, members in by_calls.items():
+        is_frozen = set(members) <= set(frozen)
+        names = members
+        if not is_frozen:
+            names = _with_their_parts(members, parts, frozen)
+        paths.append(DeadPath(names, stream=True, cause="cut", calls=list(calls), frozen=is_frozen))
+    return paths
 
 
-def _whole_part(
+def _silent_products(sites: Sites, gradients: Mapping[str, float]) -> dict[int, list[str]]:
+    """Return the products that read uncovered parameters without a gradient, with their names."""
+    names = [name for name in sites.coverage.uncovered if gradients.get(name) == 0]
+    readers: dict[int, list[str]] = {}
+    for node in sites.graph.nodes:
+        read = parameters_of(sites.graph, (node.index,), sites.skeleton)
+        silent = [name for name in read if name in names]
+        if silent and sites.finder.is_product(node.index):
+            readers[node.index] = silent
+    return readers
+
+
+def _first_live_output(sites: Sites, node: int) -> int | None:
+    for value in sites.graph.nodes[node].outputs:
+        if sites.graph.values[value].live:
+            return value
+    return None
+
+
+def _with_their_parts(
     members: Sequence[str], parts: Sequence[Sequence[str]], frozen: Collection[str]
 ) -> list[str]:
-    """Return the parameters in training of the parts that hold some of `members`: also their gains
-    and biases.
+    """Return the trained parameters of the parts that hold some of `members`.
+
+    These include gains and biases.
     """
-    known = set(members)
-    inside = [name for part in parts if known.intersection(part) for name in part]
-    return [name for name in dict.fromkeys([*members, *inside]) if name not in frozen]
+    names = list(members)
+    for part in parts:
+        if not set(members).isdisjoint(part):
+            names += part
+    return [name for name in dict.fromkeys(names) if name not in frozen]
 
 
 def _embeddings_cut_off(
     sites: Sites, profile: GradientProfile, sink: int, frozen: Collection[str]
 ) -> list[DeadPath]:
-    found = []
-    graph = sites.graph
+    """Return the embeddings without a gradient that calls without a derivative cut off."""
+    if profile.parameters is None:
+        return []
+    paths = []
     for name in sites.coverage.embedding:
-        if (
-            profile.parameters is None
-            or profile.parameters.get(name) != 0
-            or sites.skeleton.outlines[name].dim() < 2
-        ):
+        is_table = sites.skeleton.outlines[name].dim() >= 2
+        is_silent = profile.parameters.get(name) == 0
+        if not is_table or not is_silent:
             continue
-        readers = [
-            node
-            for node in graph.nodes
-            if name in parameters_of(graph, (node.index,), sites.skeleton)
-        ]
-        made = [value for node in readers for value in node.outputs if graph.values[value].live]
-        if not made or not leads(sites, made[0], sink):
+        result = _first_value_made_from(sites, name)
+        if result is None or not leads(sites, result, sink):
             continue
-        calls = cutting_calls(sites, made[0], sink)
+        calls = cutting_calls(sites, result, sink)
         if calls:
-            found.append(
-                DeadPath([name], stream=True, cause="cut", calls=calls, frozen=name in frozen)
-            )
-    return found
+            path = DeadPath([name], stream=True, cause="cut", calls=calls, frozen=name in frozen)
+            paths.append(path)
+    return paths
+
+
+def _first_value_made_from(sites: Sites, parameter: str) -> int | None:
+    """Return the first live value that a call makes from a parameter."""
+    graph = sites.graph
+    for node in graph.nodes:
+        if parameter in parameters_of(graph, (node.index,), sites.skeleton):
+            result = _first_live_output(sites, node.index)
+            if result is not None:
+                return result
+    return None
 
 
 def _cut_off(
     sites: Sites, members: Sequence[int], calls: list[str], frozen: Collection[str]
 ) -> DeadPath:
-    part = {name for index in members for name in sites[index].parameters}
+    parameters = {name for index in members for name in sites[index].parameters}
     names = [sites[index].name for index in members]
-    return DeadPath(names, stream=True, cause="cut", calls=calls, frozen=part <= set(frozen))
+    is_frozen = parameters <= set(frozen)
+    return DeadPath(names, stream=True, cause="cut", calls=calls, frozen=is_frozen)
 
 
 def _break_in(norms: Sequence[float]) -> int | None:
-    """Return the last of the points from the first on that have no gradient; None if the first one
-    has.
-    """
+    """Return the last of the leading points that have no gradient; None if the first has one."""
     last = None
     for place, value in enumerate(norms):
         if value != 0:  # NaN is not zero
@@ -208,13 +233,16 @@ def _sublayers_before(
     """Return the sub-layers of the main stream up to a point.
 
     Those that read the last point itself are among them only if their parameters get nothing: the
-    break lies behind the point, and what reads it may be past the break.
+    break lies after the point, and what reads it may be past the break.
     """
-    groups = [sites.streams.groups[k] for k in sites.streams.main]
-    surely = values[:place]
-    found = {index for group in groups if group.shortcut in surely for index in group.sites}
-    last = {index for group in groups if group.shortcut == values[place] for index in group.sites}
-    return found | last.intersection(dead)
+    before: set[int] = set()
+    at_the_point: set[int] = set()
+    for group in (sites.streams.groups[index] for index in sites.streams.main):
+        if group.shortcut in values[:place]:
+            before.update(group.sites)
+        if group.shortcut == values[place]:
+            at_the_point.update(group.sites)
+    return before | at_the_point.intersection(dead)
 
 
 def _stream_path(
@@ -225,46 +253,47 @@ def _stream_path(
     below: set[int],
     frozen: Collection[str],
 ) -> DeadPath:
+    """Return the dead path of the main stream below a break, with its cause if it can be proved."""
     source, sink = ends
+    gradients = profile.parameters
+    # 1. What lies below the break.
     names = [sites[index].name for index in sorted(below)]
     inside = {name for index in below for name in sites[index].parameters}
-    part = inside | set(sites.coverage.embedding)
-    elsewhere = (
-        bool(inside)
-        and profile.parameters is not None
-        and all(profile.parameters.get(n) for n in inside)
-    )
-    is_frozen = bool(part) and part <= set(frozen)
+    affected = inside | set(sites.coverage.embedding)
+    elsewhere = False
+    if inside and gradients is not None:
+        elsewhere = all(gradients.get(name) for name in inside)
+    is_frozen = bool(affected) and affected <= set(frozen)
     path = DeadPath(names, stream=True, cause="unknown", elsewhere=elsewhere, frozen=is_frozen)
+
+    def alive() -> bool:
+        return run_backward(sites, token_ids, [source]).norms.get(source, 0.0) > 0
+
+    # 2. Try calls without a derivative, then parameters.
     try:
         calls = cutting_calls(sites, source, sink)
         if calls:
             return replace(path, cause="cut", calls=calls)
-
-        def alive() -> bool:
-            return run_backward(sites, token_ids, [source]).norms.get(source, 0.0) > 0
-
         zone = calls_between(sites, source, sink)
-        causes, together = reviving(
-            sites.skeleton, parameters_of(sites.graph, zone, sites.skeleton), alive
-        )
+        suspects = parameters_of(sites.graph, zone, sites.skeleton)
+        causes, together = reviving(sites.skeleton, suspects, alive)
     except (JacdiagError, RuntimeError):
         return path
     if not causes:
         return path
-    head = not together and all(_is_head(sites, name) for name in causes)
-    own = None
-    if profile.parameters is not None and all(name in profile.parameters for name in causes):
-        own = sum(profile.parameters[name] ** 2 for name in causes) ** 0.5
-    values = constants(sites.skeleton, causes)
+
+    # 3. Describe the parameters that are the cause.
+    own_gradient = None
+    if gradients is not None and all(name in gradients for name in causes):
+        own_gradient = sum(gradients[name] ** 2 for name in causes) ** 0.5
     return replace(
         path,
         cause="zero",
         parameters=causes,
-        values=values,
+        values=constants(sites.skeleton, causes),
         together=together,
-        head=head,
-        own_gradient=own,
+        head=not together and all(_is_head(sites, name) for name in causes),
+        own_gradient=own_gradient,
     )
 
 
@@ -275,34 +304,37 @@ def _is_head(sites: Sites, name: str) -> bool:
 def _branch_path(
     sites: Sites, token_ids: Tensor | None, index: int, frozen: Collection[str]
 ) -> DeadPath:
-    site = sites[index]
+    """Return the dead path of one sub-layer, with its cause if it can be proved."""
+    site, raw, skeleton = sites[index], sites.raw[index], sites.skeleton
     is_frozen = set(site.parameters) <= set(frozen)
     path = DeadPath([site.name], stream=False, cause="unknown", frozen=is_frozen)
     if not bool(site.shortcut.any()):
         return replace(path, cause="input")
-    raw = sites.raw[index]
+
+    # 1. Try calls without a derivative, then parameters.
     term = raw.result if raw.result is not None else raw.term.operand
-    watched = [name for name in site.parameters if sites.skeleton.params[name].is_floating_point()]
+    watched = [name for name in site.parameters if skeleton.params[name].is_floating_point()]
+
+    def alive() -> bool:
+        return any(run_backward(sites, token_ids, [], watched).parameters.values())
+
     try:
         calls = [] if term is None else cutting_calls(sites, raw.shortcut, term)
         if calls:
             return replace(path, cause="cut", calls=calls)
-
-        def alive() -> bool:
-            return any(run_backward(sites, token_ids, [], watched).parameters.values())
-
-        causes, together = reviving(sites.skeleton, suspects_of(sites, index), alive)
+        causes, together = reviving(skeleton, suspects_of(sites, index), alive)
     except (JacdiagError, RuntimeError):
         return path
     if not causes:
         return path
-    values = constants(sites.skeleton, causes)
-    learned = all(name in sites.skeleton.params for name in causes)
+
+    # 2. Describe the parameters that are the cause.
+    learned = all(name in skeleton.params for name in causes)
     return replace(
         path,
         cause="zero",
         parameters=causes,
-        values=values,
+        values=constants(skeleton, causes),
         together=together,
         own_gradient=0.0 if learned else None,
         learned=learned,
@@ -311,13 +343,14 @@ def _branch_path(
 
 # -- from one value to another ---------------------------------------------
 def loss_value(sites: Sites) -> int | None:
-    """Return the index of the value that the loss is computed from; None if it is not an output as
-    it stands.
+    """Return the index of the value that the loss is computed from.
+
+    None if that value is no output of the model as it stands.
     """
     target = loss_input(sites.output)
-    made: list[Tensor] = []
-    collect_deep(sites.output, made)
-    for tensor, value in zip(made, sites.graph.outputs, strict=False):
+    tensors: list[Tensor] = []
+    collect_deep(sites.output, tensors)
+    for tensor, value in zip(tensors, sites.graph.outputs, strict=False):
         if tensor is target:
             return value
     return None
@@ -329,23 +362,24 @@ def leads(sites: Sites, source: int, sink: int) -> bool:
 
 
 def calls_between(sites: Sites, source: int, sink: int) -> list[int]:
-    """Return the calls that lead from one value to another, also those without a derivative,
-    ascending.
+    """Return the calls that lead from one value to another, in ascending order.
+
+    Calls without a derivative are among them.
     """
     # 1. All that leads to the sink.
     graph = sites.graph
-    floor = graph.values[source].node
-    behind: set[int] = set()
+    first_call = graph.values[source].node
+    upstream: set[int] = set()
     stack = [sink]
     while stack:
         node = graph.values[stack.pop()].node
-        if node > floor and node >= 0 and node not in behind:
-            behind.add(node)
+        if node > first_call and node >= 0 and node not in upstream:
+            upstream.add(node)
             stack += [value for value in graph.nodes[node].inputs if graph.values[value].live]
     # 2. Of that, what the source reaches.
     reached = {source}
     between = []
-    for node in sorted(behind):
+    for node in sorted(upstream):
         if reached.intersection(graph.nodes[node].inputs):
             between.append(node)
             reached.update(graph.nodes[node].outputs)
@@ -355,7 +389,7 @@ def calls_between(sites: Sites, source: int, sink: int) -> list[int]:
 class Cuts(TorchFunctionMode):
     """Follows what lost its gradient through a forward: tensor -> the calls that took it.
 
-    A call takes the gradient if it reads a float that has one, or had one, and makes a float that
+    A call takes the gradient if it reads a float that has one, or had one, and returns a float that
     has none.
     """
 
@@ -363,25 +397,27 @@ class Cuts(TorchFunctionMode):
         super().__init__()
         self.lost: dict[int, tuple[weakref.ref[Tensor], frozenset[str]]] = {}
 
-    def calls_behind(self, tensor: Tensor) -> frozenset[str]:
+    def calls_before(self, tensor: Tensor) -> frozenset[str]:
         """Return the calls that took the gradient from what leads to a tensor."""
         reference, calls = self.lost.get(id(tensor), (None, frozenset()))
-        return calls if reference is not None and reference() is tensor else frozenset()
+        is_same_tensor = reference is not None and reference() is tensor
+        return calls if is_same_tensor else frozenset()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        read: list[Tensor] = []
-        collect((args, kwargs), read)
-        made: list[Tensor] = []
-        collect(result, made)
-        if not made:
+        inputs: list[Tensor] = []
+        collect((args, kwargs), inputs)
+        outputs: list[Tensor] = []
+        collect(result, outputs)
+        if not outputs:
             return result
         # What lost its gradient before passes the loss on to its results.
-        inherited = frozenset().union(*(self.calls_behind(tensor) for tensor in read))
-        had_gradient = any(tensor.requires_grad for tensor in read)
-        for tensor in made:
-            if not is_float(tensor) or any(tensor is other for other in read):
+        inherited = frozenset().union(*(self.calls_before(tensor) for tensor in inputs))
+        had_gradient = any(tensor.requires_grad for tensor in inputs)
+        for tensor in outputs:
+            is_new = not any(tensor is other for other in inputs)
+            if not is_float(tensor) or not is_new:
                 continue
             calls = inherited
             if had_gradient and not tensor.requires_grad:
@@ -401,8 +437,9 @@ def _name_cut(func: Any) -> str:
 
 
 def _line_of_the_model() -> str:
-    """Return "file.py:12" of the innermost frame outside torch and the code that runs the model
-    again.
+    """Return "file.py:12" of the innermost frame of the model's own code.
+
+    Frames of torch and of the code that runs the model again are skipped.
     """
     frame = sys._getframe(2)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PLUMBING):
@@ -411,42 +448,42 @@ def _line_of_the_model() -> str:
 
 
 def _readable_path(file: str) -> str:
-    """Return a file's path inside its installed package, or below the current folder; else the
-    whole path.
+    """Return a file's path inside its installed package or below the current folder.
+
+    Any other path is returned in full.
     """
     _, installed, inside = file.rpartition("site-packages/")
     return inside if installed else file.removeprefix(f"{Path.cwd()}/")
 
 
 def cutting_calls(sites: Sites, source: int, sink: int) -> list[str]:
-    """Return the calls that take the gradient on every way from one value to another; [] if a way
-    is left.
+    """Return the calls that take the gradient on every way from one value to another.
 
     Args:
         sites: of one recorded forward.
         source: value that is given a gradient. Nothing before it has one.
         sink: value that is looked at: a point of the run, or the loss's input.
+
+    Returns:
+        The calls in alphabetical order; [] if a way with a gradient is left.
     """
     cuts = Cuts()
-    found: list[frozenset[str]] = []
-    left = False
-    at_loss = sink == loss_value(sites)
+    if sink == loss_value(sites):
+        result = _output_of_run(sites, source, cuts)
+        return [] if result.requires_grad else sorted(cuts.calls_before(result))
+
+    has_gradient: list[bool] = []
+    calls: list[frozenset[str]] = []
 
     def visit(value: int, tensor: Tensor) -> None:
-        nonlocal left
         if value == sink:
-            left = left or tensor.requires_grad
-            found.append(cuts.calls_behind(tensor))
+            has_gradient.append(tensor.requires_grad)
+            calls.append(cuts.calls_before(tensor))
 
-    if at_loss:
-        result = _output_of_run(sites, source, cuts)
-        left = result.requires_grad
-        found.append(cuts.calls_behind(result))
-    else:
-        run_backward(sites, None, [source, sink], watch=cuts, visit=visit, backward=False)
-    if left or not found:
+    run_backward(sites, None, [source, sink], watch=cuts, visit=visit, backward=False)
+    if any(has_gradient) or not calls:
         return []
-    return sorted(found[-1])
+    return sorted(calls[-1])
 
 
 def _output_of_run(sites: Sites, source: int, cuts: Cuts) -> Tensor:
@@ -481,19 +518,18 @@ def reviving(skeleton: Skeleton, names: Iterable[str], alive: Alive) -> tuple[li
     """
     if skeleton.stored is not None:
         return [], False
-    # A weight that was drawn is no suspect: it has two different elements of a usual size.
+    # 1. A weight that was drawn is no suspect: it has two different elements of a usual size.
     suspects = [name for name in dict.fromkeys(names) if _can_block(tensor_of(skeleton, name))]
     if not suspects or not _alive_with(skeleton, suspects, alive):
         return [], False
 
-    # 1. One alone may be enough.
-    # zeros first; the order is kept
+    # 2. One alone may be enough. Zeros are tried first; the order is kept otherwise.
     suspects.sort(key=lambda name: bool(tensor_of(skeleton, name).flatten()[0]))
     alone = [name for name in suspects[:_MOST] if _alive_with(skeleton, [name], alive)]
     if alone:
         return alone, False
 
-    # 2. Else take away what is not needed. Too many to try all: no cause is named.
+    # 3. Else take away what is not needed. If there are too many to try, no cause is named.
     if len(suspects) > 2 * _MOST:
         return [], False
     needed = list(suspects)
@@ -505,9 +541,7 @@ def reviving(skeleton: Skeleton, names: Iterable[str], alive: Alive) -> tuple[li
 
 
 def _can_block(tensor: Tensor) -> bool:
-    """Return whether a tensor may stop a signal: it holds one number, or numbers next to
-    nothing.
-    """
+    """Return whether a tensor may stop a signal: it holds one number, or numbers near zero."""
     if _is_constant(tensor):
         return True
     return tensor.is_floating_point() and bool(tensor.detach().abs().max() < NEGLIGIBLE)
@@ -584,94 +618,89 @@ def find_dead_branches(
     """
     norms = {record.index: record.branch_norm for record in records}
     gradients = profile.parameters if profile is not None else None
-    found = {}
+    branches = {}
     for position, site in enumerate(sites):
-        interval = norms.get(site.index)
-        if site.nested or not site.parameters or interval is None or interval.upper != 0:
+        if site.nested or not site.parameters:
             continue
-        if bool(site.shortcut.any()):
-            found[site.index] = _with_gradient(_dead_branch(sites, position), gradients)
-    return found
+        interval = norms.get(site.index)
+        is_zero_map = interval is not None and interval.upper == 0
+        if is_zero_map and bool(site.shortcut.any()):
+            branches[site.index] = _with_gradient(_dead_branch(sites, position), gradients)
+    return branches
 
 
 def _with_gradient(branch: DeadBranch, gradients: Mapping[str, float] | None) -> DeadBranch:
     """Return a dead branch with the norm of the gradient of its causes, where it was measured."""
-    if (
-        not branch.parameters
-        or gradients is None
-        or any(name not in gradients for name in branch.parameters)
-    ):
+    names = branch.parameters
+    if not names or gradients is None:
         return branch
-    return replace(
-        branch, own_gradient=sum(gradients[name] ** 2 for name in branch.parameters) ** 0.5
-    )
+    if any(name not in gradients for name in names):
+        return branch
+    return replace(branch, own_gradient=sum(gradients[name] ** 2 for name in names) ** 0.5)
 
 
 def _dead_branch(sites: Sites, position: int) -> DeadBranch:
+    """Return the record of a branch that does not depend on its input, with the cause."""
     skeleton, site = sites.skeleton, sites[position]
-
-    def alive() -> bool:
-        """Return whether the branch depends on its input now; a bias at its end makes it no less
-        dead.
-        """
-        with torch.enable_grad():
-            x = site.shortcut.detach().clone().requires_grad_()
-            value = site.branch(x)
-            if not value.requires_grad:
-                return False
-            (gradient,) = torch.autograd.grad(
-                value.square().sum() + value.sum(), x, allow_unused=True
-            )
-        return gradient is not None and bool((gradient != 0).any())
-
     is_zero = not bool(site.value.any())
+
+    # 1. Search the branch's own parameters, then a gate outside it, computed from a condition.
     inside = True
     try:
-        causes, together = reviving(skeleton, suspects_of(sites, position), alive)
+        causes, together = reviving(
+            skeleton, suspects_of(sites, position), lambda: _branch_depends(site)
+        )
         if not causes:
-            # A gate may be computed outside the branch, from a condition.
             inside = False
             causes, together = reviving(
                 skeleton, _gates_outside(sites, position), lambda: _depends(sites, position)
             )
     except (JacdiagError, RuntimeError):
         return DeadBranch(is_zero)
-    names = {name for other in sites if other is not site for name in other.parameters} - set(
-        site.parameters
-    )
-    pool = names if inside else set(skeleton.params)
+
+    # 2. Whether the cause is the same in every layer.
+    pool = _parameters_elsewhere(sites, site) if inside else set(skeleton.params)
     learned = all(name in skeleton.params for name in causes)
-    alike = (
-        bool(causes)
-        and learned
-        and all(_zero_in_every_layer(skeleton, name, pool) for name in causes)
-    )
+    alike = False
+    if causes and learned:
+        alike = all(_zero_in_every_layer(skeleton, name, pool) for name in causes)
     return DeadBranch(
         is_zero, causes, constants(skeleton, causes), together, alike, learned=learned
     )
 
 
-def _gates_outside(sites: Sites, position: int) -> list[str]:
-    """Return the nearest constant parameters of what a branch reads besides its shortcut, at most
-    `_GATES`.
+def _branch_depends(site: Sublayer) -> bool:
+    """Return whether a branch depends on its input with the weights of this moment.
+
+    A bias at its end makes a branch no less dead.
     """
-    graph, raw = sites.graph, sites.raw[position]
-    cone = set(raw.calls)
-    read = {
-        value for call in cone for value in graph.nodes[call].inputs if graph.values[value].live
-    }
-    stack = [
-        value for value in read if value != raw.shortcut and graph.values[value].node not in cone
-    ]
-    behind: set[int] = set()
-    while stack:
-        call = graph.values[stack.pop()].node
-        if call >= 0 and call not in behind and call not in cone:
-            behind.add(call)
-            stack += [value for value in graph.nodes[call].inputs if graph.values[value].live]
+    with torch.enable_grad():
+        x = site.shortcut.detach().clone().requires_grad_()
+        value = site.branch(x)
+        if not value.requires_grad:
+            return False
+        total = value.square().sum() + value.sum()
+        (gradient,) = torch.autograd.grad(total, x, allow_unused=True)
+    return gradient is not None and bool((gradient != 0).any())
+
+
+def _parameters_elsewhere(sites: Sites, site: Sublayer) -> set[str]:
+    """Return the parameters of all other sub-layers that are not this one's too."""
+    names: set[str] = set()
+    for other in sites:
+        if other is not site:
+            names.update(other.parameters)
+    return names - set(site.parameters)
+
+
+def _gates_outside(sites: Sites, position: int) -> list[str]:
+    """Return the nearest constant parameters of what a branch reads besides its shortcut.
+
+    At most `_GATES` are returned.
+    """
     names: list[str] = []
-    for call in sorted(behind, reverse=True):
-        for name in parameters_of(graph, (call,), sites.skeleton):
+    for call in sorted(_calls_feeding(sites, position), reverse=True):
+        for name in parameters_of(sites.graph, (call,), sites.skeleton):
             if name not in names and _can_block(sites.skeleton.params[name]):
                 names.append(name)
         if len(names) >= _GATES:
@@ -679,9 +708,30 @@ def _gates_outside(sites: Sites, position: int) -> list[str]:
     return names[:_GATES]
 
 
+def _calls_feeding(sites: Sites, position: int) -> set[int]:
+    """Return the calls outside a branch whose results it reads, apart from its shortcut."""
+    graph, raw = sites.graph, sites.raw[position]
+    own_calls = set(raw.calls)
+    stack = []
+    for call in own_calls:
+        stack += [value for value in _live_inputs(graph, call) if value != raw.shortcut]
+    feeding: set[int] = set()
+    while stack:
+        call = graph.values[stack.pop()].node
+        if call >= 0 and call not in feeding and call not in own_calls:
+            feeding.add(call)
+            stack += _live_inputs(graph, call)
+    return feeding
+
+
+def _live_inputs(graph: Graph, call: int) -> list[int]:
+    return [value for value in graph.nodes[call].inputs if graph.values[value].live]
+
+
 def _depends(sites: Sites, position: int) -> bool:
-    """Return whether a branch depends on its shortcut in a run of the whole model with the weights
-    of this moment.
+    """Return whether a branch depends on its shortcut in a run of the entire model.
+
+    The run uses the weights of this moment.
     """
     raw, replayer = sites.raw[position], sites.replayer
     source, end = replayer.spot_of(raw.shortcut, 0), replayer.end_of(raw, 0)
@@ -709,13 +759,17 @@ def _depends(sites: Sites, position: int) -> bool:
 
 
 def constants(skeleton: Skeleton, names: Iterable[str]) -> list[float]:
-    """Return the value of each constant parameter or buffer, and the largest magnitude of one that
-    is not constant.
+    """Return the value of each constant parameter or buffer.
+
+    For one that is not constant, its largest magnitude stands in.
     """
     values = []
     for name in names:
         tensor = tensor_of(skeleton, name).detach()
-        values.append(float(tensor.flatten()[0] if _is_constant(tensor) else tensor.abs().max()))
+        if _is_constant(tensor):
+            values.append(float(tensor.flatten()[0]))
+        else:
+            values.append(float(tensor.abs().max()))
     return values
 
 

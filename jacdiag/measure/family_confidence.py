@@ -40,8 +40,9 @@ class Family:
 
 
 def count_intervals(groups: Iterable[list[Sublayer]], *, early: bool, state: str) -> int:
-    """Return how many norms an audit measures with an interval, at most; one of a closed form has
-    no chance to miss.
+    """Return how many norms an audit measures with an interval, at most.
+
+    A norm of a closed form has no chance to miss, and does not count.
 
     Args:
         groups: the sub-layers, those on one shortcut together.

@@ -1,9 +1,9 @@
-"""The sections of fused matrices: which outputs are queries, keys and values, and how each was
-drawn.
+"""Measure the sections of fused matrices: queries, keys and values, and how each was drawn.
 
-The layout is read from sizes. A fused attention has as many queries as W_O reads; keys and values
-share the rest. Heads may follow one another, each with its queries, keys and values: of the
-layouts that fit the sizes, the values choose the one that explains them, if one does so clearly.
+The layout is read from sizes. A fused attention has as many queries as W_O reads. Keys and values
+share the other outputs. Heads may follow one another, each with its queries, keys and values. Of
+the layouts that fit the sizes, the values choose the one that explains them, if one does so
+clearly.
 """
 
 from __future__ import annotations
@@ -78,21 +78,44 @@ def sections_of(
     dim = _output_dim(tensor, fan_out)
     if dim is None or fan_out is None:
         return []
-    layout = _cut_layout(role, splits) if sum(splits) == fan_out else None
-    is_cut = layout is not None
-    layout = layout or _plain_layout(role, fan_out, heads_width)
+    matrix = tensor.detach()
+    layout = _find_layout(matrix, dim, role, fan_out, heads_width, head, splits)
     if layout is None:
         return []
-    matrix = tensor.detach()
-    if role == "W_QKV" and matrix.dim() == 2 and not is_cut:
-        layout = _likeliest(matrix if dim == 0 else matrix.T, layout, head)
-    return [_measure(matrix, dim, layout, index, role) for index, role in enumerate(layout.roles)]
+    return [_measure(matrix, dim, layout, index) for index in range(len(layout.roles))]
+
+
+def _find_layout(
+    matrix: Tensor,
+    dim: int,
+    role: str,
+    fan_out: int,
+    heads_width: int | None,
+    head: float | None,
+    splits: Sequence[int],
+) -> Layout | None:
+    """Return the layout of a fused matrix; None if the sizes fit no known one."""
+    # 1. The model's own cuts, if they cover the matrix.
+    if sum(splits) == fan_out:
+        layout = _cut_layout(role, splits)
+        if layout is not None:
+            return layout
+
+    # 2. One block for each role.
+    layout = _plain_layout(role, fan_out, heads_width)
+    if layout is None:
+        return None
+
+    # 3. Heads with their own queries, keys and values, if the values say so.
+    may_be_interleaved = role == "W_QKV" and matrix.dim() == 2
+    if not may_be_interleaved:
+        return layout
+    rows = matrix if dim == 0 else matrix.T
+    return _likeliest(rows, layout, head)
 
 
 def _output_dim(tensor: Tensor, fan_out: int | None) -> int | None:
-    """Return the dimension of the outputs: the last but one as nn.Linear stores it, else the
-    last.
-    """
+    """Return the dimension of the outputs: the last but one as in nn.Linear, else the last."""
     if tensor.dim() not in (2, 3):
         return None
     for dim in (tensor.dim() - 2, tensor.dim() - 1):
@@ -104,17 +127,17 @@ def _output_dim(tensor: Tensor, fan_out: int | None) -> int | None:
 def _cut_layout(role: str, splits: Sequence[int]) -> Layout | None:
     """Return the layout that the model's own cuts show.
 
-    A block that computes attention and FFN from one matrix cuts more than the three: queries, keys
+    A block that computes attention and FFN from one matrix cuts more than the three. Queries, keys
     and values stand at one end, and what is left belongs to the FFN.
     """
     if role != "W_QKV" or len(splits) < 3 or min(splits) < 1:
         return None
-    names = FUSED[role]
-    rest = ["W_1"] * (len(splits) - 3)
+    attention = FUSED[role]
+    ffn = ["W_1"] * (len(splits) - 3)
     if _are_heads(splits[:3]):
-        return Layout((*names, *rest), tuple(splits))
+        return Layout((*attention, *ffn), tuple(splits))
     if _are_heads(splits[-3:]):
-        return Layout((*rest, *names), tuple(splits))
+        return Layout((*ffn, *attention), tuple(splits))
     return None
 
 
@@ -128,12 +151,12 @@ def _plain_layout(role: str, fan_out: int, heads_width: int | None) -> Layout | 
     """Return the layout in which each role is one block, or None if the sizes do not allow it."""
     roles = FUSED[role]
     if role != "W_QKV":
-        even = fan_out % 2 == 0
-        return Layout(roles, (fan_out // 2, fan_out // 2)) if even else None
+        half, odd = divmod(fan_out, 2)
+        return None if odd else Layout(roles, (half, half))
     queries = heads_width or fan_out // 3
-    rest = fan_out - queries
-    keys = rest // 2
-    if keys < 1 or rest % 2 or queries % keys:
+    keys, odd = divmod(fan_out - queries, 2)
+    # Every head of keys serves the same number of heads of queries.
+    if keys < 1 or odd or queries % keys:
         return None
     return Layout(roles, (queries, keys, keys))
 
@@ -141,25 +164,28 @@ def _plain_layout(role: str, fan_out: int, heads_width: int | None) -> Layout | 
 def _interleaved(plain: Layout, head: float | None) -> Iterator[Layout]:
     """Yield the layouts in which every group of heads holds its own queries, keys and values."""
     queries, keys, _ = plain.sizes
-    widths = {int(head)} if head else set[int]()
-    widths |= {2**power for power in range(2, 10)}
+    widths = {2**power for power in range(2, 10)}
+    if head:
+        widths.add(int(head))
     for width in sorted(widths):
-        groups = keys // width
-        if groups > 1 and keys % width == 0:
+        groups, remainder = divmod(keys, width)
+        if groups > 1 and remainder == 0:
             yield Layout(plain.roles, (queries // groups, width, width), groups)
 
 
 def _likeliest(rows: Tensor, plain: Layout, head: float | None) -> Layout:
-    """Return the layout whose sections are the most alike inside, the plain one unless another is
-    clearly better.
+    """Return the layout whose sections are the most alike inside.
+
+    It is the plain one unless another is clearly better.
     """
     squares = torch.cat([piece.double().square().mean(dim=1) for piece in rows.split(1024)])
     squares = squares.cpu()
-    best, most = plain, _likelihood(squares, rows.shape[1], plain) + _CLEARLY
+    best = plain
+    best_likelihood = _likelihood(squares, rows.shape[1], plain) + _CLEARLY
     for layout in _interleaved(plain, head):
         likelihood = _likelihood(squares, rows.shape[1], layout)
-        if likelihood > most:
-            best, most = layout, likelihood
+        if likelihood > best_likelihood:
+            best, best_likelihood = layout, likelihood
     return best
 
 
@@ -173,14 +199,18 @@ def _likelihood(squares: Tensor, columns: int, layout: Layout) -> float:
     return total
 
 
-def _measure(matrix: Tensor, dim: int, layout: Layout, index: int, role: str) -> SectionRecord:
-    """Measure the outputs of one role."""
+def _measure(matrix: Tensor, dim: int, layout: Layout, index: int) -> SectionRecord:
+    """Measure the outputs of one role, by its index in the layout."""
+    role = layout.roles[index]
+    # 1. Take the section out of the matrix.
     if layout.groups == 1:
         start = sum(layout.sizes[:index])
         section = matrix.narrow(dim, start, layout.sizes[index])
     else:
         section = matrix.index_select(dim, layout.outputs_of(index).to(matrix.device))
     fan_out = layout.sizes[index] * layout.groups
+
+    # 2. Measure how it was drawn.
     draw = draw_of(section)
     if draw is None:
         return SectionRecord(role, fan_out)
@@ -211,11 +241,11 @@ def is_sinusoid(table: Tensor) -> bool:
         return False
     rows = table.detach().reshape(-1, table.shape[-1])
     sums = rows.double().square().sum(dim=1)
-    drawn = sums[sums > 0]
-    if len(drawn) < 2:
+    sums_without_padding = sums[sums > 0]
+    if len(sums_without_padding) < 2:
         return False
     half = rows.shape[1] / 2
-    return bool(((drawn - half).abs() < 1e-2 * half).all())
+    return bool(((sums_without_padding - half).abs() < 1e-2 * half).all())
 
 
 def widths_of_heads(uses: Sequence[tuple[str, str, int | None]]) -> dict[str, int]:
@@ -228,8 +258,8 @@ def widths_of_heads(uses: Sequence[tuple[str, str, int | None]]) -> dict[str, in
         >>> widths_of_heads([("W_QKV", "h.0.attn", 64), ("W_O", "h.0.attn", 64)])
         {'h.0.attn': 64}
     """
-    found: dict[str, set[int]] = {}
+    widths_of: dict[str, set[int]] = {}
     for role, sublayer, fan_in in uses:
         if role == "W_O" and fan_in:
-            found.setdefault(sublayer, set()).add(fan_in)
-    return {sublayer: min(widths) for sublayer, widths in found.items() if len(widths) == 1}
+            widths_of.setdefault(sublayer, set()).add(fan_in)
+    return {sublayer: widths.pop() for sublayer, widths in widths_of.items() if len(widths) == 1}

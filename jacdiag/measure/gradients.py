@@ -1,6 +1,4 @@
-"""One forward and one backward of the whole model: gradients of the stream and of the parameters,
-and attention.
-"""
+"""One forward and one backward of the model: gradients of the stream and the parameters."""
 
 from __future__ import annotations
 
@@ -50,7 +48,7 @@ class GradientProfile(Record):
 
 
 def language_model_loss(output: Any, token_ids: Tensor | None, seed: int = 0) -> tuple[Tensor, str]:
-    """Returns a scalar loss and what it is.
+    """Return a scalar loss and what it is.
 
     Next-token cross entropy where the output holds logits over a vocabulary for (B, T) token ids;
     for a model that gives logits of the last position only, cross entropy against random tokens;
@@ -88,8 +86,9 @@ def loss_input(output: Any) -> Tensor | None:
 
 
 def end_of(sites: Sites) -> int:
-    """The end of the main stream: the last sum, or the norm behind it for post-norm (a final norm
-    is the head's).
+    """Return the value index of the main stream's end.
+
+    It is the last sum, or the norm after it for post-norm. A final norm is the head's.
     """
     last = sites.streams.groups[sites.streams.main[-1]]
     return last.after if any(sites[k].post_norm is not None for k in last.sites) else last.output
@@ -102,8 +101,9 @@ def stream_values(sites: Sites) -> list[int]:
 
 
 def gradient_profile(sites: Sites, token_ids: Tensor | None) -> GradientProfile | None:
-    """Run the model forward and backward once; read the stream, the parameters and the attention
-    calls on the way.
+    """Run the model forward and backward once, and read the stream on the way.
+
+    Gradients of parameters and attention calls are read in the same run.
 
     Args:
         sites: of one recorded forward.
@@ -164,8 +164,9 @@ def watchable_parameters(skeleton: Skeleton) -> tuple[list[str], str]:
 # -- one run ---------------------------------------------
 @dataclass
 class Backward:
-    """What one forward and one backward gave, by value index and by parameter; absent where no
-    gradient arrived.
+    """What one forward and one backward gave, by value index and by parameter.
+
+    An entry is absent where no gradient arrived.
     """
 
     norms: dict[int, float] = field(default_factory=dict)
@@ -185,8 +186,9 @@ def run_backward(
     visit: Callable[[int, Tensor], None] | None = None,
     backward: bool = True,
 ) -> Backward:
-    """Run the whole model once, then the backward of the loss. Norms are taken as the gradients
-    come by; none is kept.
+    """Run the model once, then the backward of the loss.
+
+    Norms are taken as the gradients come by, and no gradient is held.
 
     Args:
         sites: of one recorded forward.
@@ -250,8 +252,9 @@ def run_backward(
 def gradients_of(
     skeleton: Skeleton, names: Collection[str]
 ) -> Iterator[tuple[list[Tensor], dict[str, Tensor]]]:
-    """Let a backward inside take the sums of squares of these parameters' gradients; each is
-    dropped at once.
+    """Let a backward inside sum the squares of these parameters' gradients.
+
+    Each gradient is dropped at once.
 
     The skeleton's tensors share the memory of the model's own and nothing else: the model is not
     touched.

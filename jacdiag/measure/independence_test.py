@@ -107,8 +107,9 @@ def examine_draw(tensor: Tensor) -> DrawTest | None:
 
 
 def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return the sides of the matrix in a tensor: a stack of matrices has three wide sides, a
-    kernel has not.
+    """Return the sides of the matrix in a tensor.
+
+    A stack of matrices has three wide sides, a kernel has not.
     """
     if len(shape) < 2:
         return 0, 0

@@ -1,6 +1,4 @@
-"""How every parameter was initialised, as plain data for the rules: role, family, std with its
-sampling interval.
-"""
+"""How every parameter was initialised, as plain data: role, family, std with its interval."""
 
 from __future__ import annotations
 
@@ -57,7 +55,9 @@ def contract_of(
     pinned: Mapping[str, str] | None = None,
     decayed: Iterable[str] | None = None,
 ) -> ContractRecord:
-    """The record of a traced model; weights are read one at a time, wherever they lie.
+    """Return the record of a traced model.
+
+    Weights are read one at a time, wherever they lie.
 
     Args:
         sites: of the model.
@@ -153,8 +153,7 @@ def record_of(
 
 
 def whole_map(use: Use, shape: Sequence[int]) -> Use:
-    """Return the use of all rows of a packed matrix of which the call that was seen reads only
-    some.
+    """Return the use of all rows of a packed matrix of which one call reads only some.
 
     The packed matrix of a cross-attention makes the queries in one call, keys and values in
     another.
@@ -172,8 +171,9 @@ def whole_map(use: Use, shape: Sequence[int]) -> Use:
 
 
 def is_sorted(vector: Tensor) -> bool:
-    """Return whether the numbers of a vector rise or fall throughout: it was computed, as RWKV's
-    mixing factors are.
+    """Return whether the numbers of a vector rise or fall from end to end.
+
+    Such a vector was computed, as RWKV's mixing factors are.
 
     Sixteen numbers that were drawn stand in order with a chance below 1e-13.
 
@@ -189,8 +189,7 @@ def is_sorted(vector: Tensor) -> bool:
 
 
 def without_adapters(uses: Mapping[str, Use]) -> dict[str, Use]:
-    """Return the uses with the role "adapter" for matrices that stand next to the weight they
-    adapt.
+    """Return the uses, with the role "adapter" for low-rank additions to a weight.
 
     An adapter has an init of its own (one factor zero, so that it changes nothing at first), and no
     scheme of the model speaks of it.
@@ -205,8 +204,9 @@ def without_adapters(uses: Mapping[str, Use]) -> dict[str, Use]:
 
 
 def cuts_of(sites: Sites, weights: Iterable[WeightRecord]) -> dict[str, list[int]]:
-    """Return into which sizes the model cuts the result of each fused matrix, where the next call
-    does so.
+    """Return the sizes into which the model cuts the result of each fused matrix.
+
+    Only a cut by the next call counts.
     """
     fused = {weight.parameter for weight in weights if weight.role in FUSED}
     graph, found = sites.graph, dict[str, list[int]]()
@@ -227,8 +227,7 @@ def with_sections(
     head: float | None = None,
     cuts: Mapping[str, Sequence[int]] | None = None,
 ) -> list[WeightRecord]:
-    """Return the records with the sections of fused matrices, and tables of sinusoids named as
-    such.
+    """Return the records with sections of fused matrices and with tables of sinusoids.
 
     Args:
         weights: Every parameter.
@@ -271,13 +270,13 @@ def _unexplained(uses: Mapping[str, Use], found: Mapping[str, Draw | None]) -> l
 
 
 def family_of(model: nn.Module) -> str:
-    """The model type of a Hugging Face config, else the name of the class."""
+    """Return the model type of a Hugging Face config, else the name of the class."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     return kind if isinstance(kind, str) and kind else type(model).__name__
 
 
 def sizes_of(model: nn.Module, layers: int, width: int, vocabulary: int | None) -> dict[str, float]:
-    """The variables of formulas that a model has, in the order in which they are shown."""
+    """Return the variables of formulas that a model has, in the order of display."""
     sizes: dict[str, float] = {"N": layers, "d": width}
     if vocabulary:
         sizes["V"] = vocabulary
@@ -292,8 +291,9 @@ def sizes_of(model: nn.Module, layers: int, width: int, vocabulary: int | None) 
 
 
 def head_width_of(sites: Sites) -> int | None:
-    """Return the width of one head, as the products of queries with keys show it; None if they
-    differ.
+    """Return the width of one head, by the products of queries with keys.
+
+    None if the heads differ.
     """
     graph = sites.graph
     widths: set[int] = set()
@@ -317,8 +317,9 @@ def head_width_of(sites: Sites) -> int | None:
 
 
 def _product_before(graph: Graph, node: int) -> int:
-    """Return the nearest product of two live tensors that a softmax reads from, or the softmax
-    itself.
+    """Return the nearest product of two live tensors before a softmax.
+
+    If there is none, return the softmax itself.
     """
     for candidate in range(node, -1, -1):
         record = graph.nodes[candidate]
@@ -329,8 +330,9 @@ def _product_before(graph: Graph, node: int) -> int:
 
 
 def _setting(config: Any, name: str) -> Any:
-    """Return a number of a config; None where it has none, or one for each layer, which raises an
-    error of its own.
+    """Return a number of a config; None where it has none.
+
+    A config with one number for each layer raises an error of its own, which counts as none.
     """
     try:
         return getattr(config, name, None)
@@ -343,7 +345,7 @@ def _is_number(value: Any) -> bool:
 
 
 def decayed_by(model: nn.Module, optimizer: Any) -> list[str]:
-    """Names of the parameters in groups with weight decay.
+    """Return the names of the parameters in groups with weight decay.
 
     Args:
         optimizer: a torch optimizer, or its list of parameter groups.

@@ -1,10 +1,10 @@
-"""From which distribution a weight was drawn, and between which bounds its std must have lain.
+"""Find the distribution from which a weight was drawn, with an interval for its std.
 
 The std s of n numbers from a normal distribution obeys n s^2 / sigma^2 ~ chi^2 with n - 1 degrees
 of freedom, so that the interval for sigma is exact. For the other families the variance of s^2
 follows from their known kurtosis k,
 
-    Var(s^2) = sigma^4 ((k - 1) / n + 2 / (n (n - 1))),
+Var(s^2) = sigma^4 ((k - 1) / n + 2 / (n (n - 1))),
 
 and chi^2 with the degrees of freedom that give this variance takes its place. An orthogonal matrix
 has no spread.
@@ -25,18 +25,16 @@ _CHUNK = 1 << 18  # in float64 it stays in a core's cache
 _ROUNDING = 1e-4  # what generators and low precisions may move a std by, relative
 UNIFORM_KURTOSIS = 1.8
 _MOST_SEARCHED = 16
-# An outlier is so many times the spread of the rest away. Of 10^12 normal numbers the furthest lies
-# at
-# 7 standard deviations, of 10^8 Laplace numbers at 18.
+# An outlier is so many times the spread of the others away. Of 10^12 normal numbers the furthest
+# lies at 7 standard deviations, of 10^8 Laplace numbers at 18.
 _OUTLIER = 20.0
 _MOST_OUTLIERS = 0.01  # of all numbers; where more are far away, the draw is a mixture
-_DENSE = 0.25  # of a row or column: then it was drawn larger as a whole
-_SAMPLE = 1 << 16  # numbers that tell the spread of the rest
+_DENSE = 0.25  # of a row or column: then all of it was drawn larger
+_SAMPLE = 1 << 16  # numbers from which the spread of the others is measured
 _SHARDS = (2, 3, 4, 8)  # equal blocks that a matrix is searched for
 # No generator returns a number this close to zero: float32 samples have steps of 2^-24 or 2^-32,
-# and the smallest
-# constant of a published init is 1e-6. Memory that nobody wrote to is full of them: integers, read
-# as float32.
+# and the smallest constant of a published init is 1e-6. Memory that nobody wrote to is full of
+# them: integers, read as float32.
 TINY = 1e-30
 
 
@@ -75,8 +73,8 @@ class Draw:
         zero_rows: rows left out, because they are exactly zero.
         largest: largest magnitude.
         tiny: numbers closer to zero than `TINY`, and not zero.
-        outliers: numbers further from the rest than any draw reaches.
-        core_std: std of the rest; None without outliers.
+        outliers: numbers further from the others than any draw reaches.
+        core_std: std of the others; None without outliers.
     """
 
     family: str
@@ -93,7 +91,7 @@ class Draw:
 
 
 def draw_of(tensor: Tensor, *, table: bool = False, alpha: float = ALPHA) -> Draw | None:
-    """Tells the family of a weight, with an exact sampling interval for its std.
+    """Return the family of a weight, with an exact sampling interval for its std.
 
     Args:
         tensor: any shape; read in pieces, so that it may be larger than half of the memory.
@@ -110,42 +108,55 @@ def draw_of(tensor: Tensor, *, table: bool = False, alpha: float = ALPHA) -> Dra
     """
     if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
         return None
-    found = moments(tensor.detach(), table)
-    if not all(map(math.isfinite, (found.mean, found.std, found.largest))):
+    measured = moments(tensor.detach(), table)
+    if not all(map(math.isfinite, (measured.mean, measured.std, measured.largest))):
         return None
-    if found.largest == 0.0:
+
+    # 1. No spread at all.
+    std, mean = measured.std, measured.mean
+    if measured.largest == 0.0:
         return Draw("zero", 0.0, 0.0, 0.0, 0.0)
-    if found.std <= 1e-7 * abs(found.mean):
-        return Draw("constant", 0.0, 0.0, 0.0, found.mean, largest=found.largest, tiny=found.tiny)
-    rows = found.zero_rows
-    if tensor.dim() == 2 and not rows and _orthogonal(tensor.detach()):
-        low, high = found.std * (1 - 1e-3), found.std * (1 + 1e-3)
+    if std <= 1e-7 * abs(mean):
+        return Draw("constant", 0.0, 0.0, 0.0, mean, largest=measured.largest, tiny=measured.tiny)
+
+    # 2. Orthogonal: no sampling error either.
+    may_be_orthogonal = tensor.dim() == 2 and not measured.zero_rows
+    if may_be_orthogonal and _is_orthogonal(tensor.detach()):
         return Draw(
-            "orthogonal", found.std, low, high, found.mean, largest=found.largest, tiny=found.tiny
+            "orthogonal",
+            std,
+            std * (1 - 1e-3),
+            std * (1 + 1e-3),
+            mean,
+            largest=measured.largest,
+            tiny=measured.tiny,
         )
-    family, kurtosis, cut = _family(found)
-    lower, upper = interval(found.std, found.count, kurtosis, alpha)
+
+    # 3. A family with a known kurtosis, or "other".
+    family = _family_of(measured)
+    lower, upper = interval(std, measured.count, family.kurtosis, alpha)
     outliers, core_std = 0, None
-    if family == "other":
-        outliers, core_std = find_outliers(tensor.detach(), found.largest)
+    if family.name == "other":
+        outliers, core_std = find_outliers(tensor.detach(), measured.largest)
     return Draw(
-        family,
-        found.std,
+        family.name,
+        std,
         lower,
         upper,
-        found.mean,
-        cut,
-        rows,
-        found.largest,
-        found.tiny,
-        outliers,
-        core_std,
+        mean,
+        truncation=family.truncation,
+        zero_rows=measured.zero_rows,
+        largest=measured.largest,
+        tiny=measured.tiny,
+        outliers=outliers,
+        core_std=core_std,
     )
 
 
 def find_outliers(tensor: Tensor, largest: float) -> tuple[int, float | None]:
-    """Return how many numbers lie further from the rest than any draw reaches, and the std of the
-    rest.
+    """Return the count of numbers that are too far from the others, and the std of the others.
+
+    Too far means further than any draw reaches.
 
     Args:
         tensor: a matrix or table of any shape. Vectors have no outliers here.
@@ -172,6 +183,7 @@ def find_outliers(tensor: Tensor, largest: float) -> tuple[int, float | None]:
     limit = _OUTLIER * spread
     if spread == 0.0 or largest <= limit:
         return 0, None
+
     # 2. Numbers beyond the limit, and where they stand.
     rows = tensor.reshape(tensor.shape[0], -1)
     per_column = torch.zeros(rows.shape[1], dtype=torch.long)
@@ -182,41 +194,54 @@ def find_outliers(tensor: Tensor, largest: float) -> tuple[int, float | None]:
         is_far = distances.abs() > limit
         per_row.append(is_far.sum(1).cpu())
         per_column += is_far.sum(0).cpu()
-        rest = distances[~is_far]
-        total += float(rest.sum())
-        squares += float(rest @ rest)
+        near = distances[~is_far]
+        total += float(near.sum())
+        squares += float(near @ near)
+
+    # 3. Leave out patterns that are there on purpose.
     count = int(per_column.sum())
-    # 3. Patterns that somebody meant.
-    is_mixture = count > _MOST_OUTLIERS * flat.numel()
-    in_rows = torch.cat(per_row)
-    most_in_row, most_in_column = int(in_rows.max()), int(per_column.max())
-    fills_row = most_in_row > max(1, _DENSE * rows.shape[1])
-    fills_column = most_in_column > max(1, _DENSE * rows.shape[0])
-    is_diagonal = count == min(rows.shape) and most_in_row == 1 == most_in_column
-    if not count or is_mixture or is_diagonal or fills_row or fills_column:
+    if not count or _is_pattern(torch.cat(per_row), per_column, count):
         return 0, None
-    left = flat.numel() - count
-    return count, math.sqrt(max(squares / left - (total / left) ** 2, 0.0))
+    others = flat.numel() - count
+    return count, math.sqrt(max(squares / others - (total / others) ** 2, 0.0))
+
+
+def _is_pattern(per_row: Tensor, per_column: Tensor, count: int) -> bool:
+    """Return whether far numbers form a mixture, a diagonal, or a larger row or column.
+
+    Args:
+        per_row, per_column: how many there are in each row and column.
+        count: how many there are.
+    """
+    rows, columns = len(per_row), len(per_column)
+    is_mixture = count > _MOST_OUTLIERS * rows * columns
+    most_in_row, most_in_column = int(per_row.max()), int(per_column.max())
+    fills_row = most_in_row > max(1, _DENSE * columns)
+    fills_column = most_in_column > max(1, _DENSE * rows)
+    is_diagonal = count == min(rows, columns) and most_in_row == 1 == most_in_column
+    return is_mixture or is_diagonal or fills_row or fills_column
 
 
 class Draws:
-    """Draws of weights by name, each found once: to read a weight may cost as much as to judge
-    it.
+    """Draws of weights by name, each measured once.
+
+    To read a weight may cost as much as to judge it.
     """
 
     def __init__(self, params: Mapping[str, Tensor]) -> None:
         self.params = params
-        self._found: dict[tuple[str, bool], Draw | None] = {}
+        self._draws: dict[tuple[str, bool], Draw | None] = {}
 
     def of(self, name: str, *, table: bool = False) -> Draw | None:
+        """Return the draw of one weight; `table` as in `draw_of`."""
         key = name, table
-        if key not in self._found:
-            self._found[key] = draw_of(self.params[name], table=table)
-        return self._found[key]
+        if key not in self._draws:
+            self._draws[key] = draw_of(self.params[name], table=table)
+        return self._draws[key]
 
 
-def copies_of(found: Mapping[str, Draw | None], params: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return which weights hold the very numbers of another one: name -> the first of that content.
+def copies_of(draws: Mapping[str, Draw | None], params: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return which weights hold the very numbers of another: name -> first of that content.
 
     Only weights whose figures agree to the last digit are compared number by number, so that
     nothing is read twice in a model without copies. Weights that are constant, and names of one and
@@ -224,7 +249,7 @@ def copies_of(found: Mapping[str, Draw | None], params: Mapping[str, Tensor]) ->
     copy of itself, and so is a matrix of equal blocks (shards).
 
     Args:
-        found: the draws of the weights by name.
+        draws: the draws of the weights by name.
         params: the weights themselves.
 
     Example:
@@ -236,13 +261,14 @@ def copies_of(found: Mapping[str, Draw | None], params: Mapping[str, Tensor]) ->
     """
     firsts: dict[tuple[float, ...], list[str]] = {}
     copies: dict[str, str] = {}
-    for name, draw in found.items():
+    for name, draw in draws.items():
         if draw is None or draw.family in ("zero", "constant"):
             continue
-        alike = firsts.setdefault((draw.mean, draw.std, draw.largest), [])
-        first = next((other for other in alike if _same_numbers(params[name], params[other])), None)
+        candidates = firsts.setdefault((draw.mean, draw.std, draw.largest), [])
+        same = (other for other in candidates if _same_numbers(params[name], params[other]))
+        first = next(same, None)
         if first is None:
-            alike.append(name)
+            candidates.append(name)
             if _repeats_a_part(params[name]):
                 copies[name] = name
         elif not _same_memory(params[name], params[first]):
@@ -251,21 +277,24 @@ def copies_of(found: Mapping[str, Draw | None], params: Mapping[str, Tensor]) ->
 
 
 def _same_numbers(tensor: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have one shape and the same numbers."""
+    """Return whether two tensors have one shape and the same numbers."""
     return tensor.shape == other.shape and torch.equal(tensor.to(other.device), other)
 
 
 def _repeats_a_part(tensor: Tensor) -> bool:
-    """Whether a stack of matrices holds one of them twice, or a matrix is one block of rows or
-    columns repeated.
+    """Return whether a tensor is made of repetitions.
+
+    A stack of matrices holds one of them twice, or a matrix is one block of rows or columns
+    repeated.
     """
     if tensor.dim() == 3:
         return _repeats_a_matrix(tensor)
     if tensor.dim() != 2:
         return False
-    return any(
-        _repeats_a_block(matrix, count) for matrix in (tensor, tensor.T) for count in _SHARDS
-    )
+    for matrix in (tensor, tensor.T):
+        if any(_repeats_a_block(matrix, count) for count in _SHARDS):
+            return True
+    return False
 
 
 def _repeats_a_matrix(stack: Tensor) -> bool:
@@ -278,7 +307,7 @@ def _repeats_a_matrix(stack: Tensor) -> bool:
 
 
 def _repeats_a_block(matrix: Tensor, count: int) -> bool:
-    """Whether a matrix is `count` times the same block of rows."""
+    """Return whether a matrix is `count` times the same block of rows."""
     rows, columns = matrix.shape
     if rows % count or rows < 2 * count or columns < 2:
         return False
@@ -289,8 +318,9 @@ def _repeats_a_block(matrix: Tensor, count: int) -> bool:
 
 
 def _same_memory(tensor: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one shape are one; both are held, so that neither can take a freed
-    one's place.
+    """Return whether two tensors of one shape are one.
+
+    Both are held, so that neither can take a freed one's place.
     """
     return tensor.data_ptr() == other.data_ptr()
 
@@ -299,7 +329,7 @@ def pieces_of(names: Iterable[str], params: Mapping[str, Tensor]) -> dict[str, s
     """Return which vectors hold the numbers of a piece of a matrix: name -> the matrix.
 
     Memory that is handed out again often holds a piece of a tensor that lay there before. Every
-    matrix is read for each vector, so that only those that no init explains should be asked for; of
+    matrix is read for each vector, so that only those that no init explains should be passed. Of
     many, the first 16 are searched.
 
     Args:
@@ -311,29 +341,32 @@ def pieces_of(names: Iterable[str], params: Mapping[str, Tensor]) -> dict[str, s
         >>> pieces_of(["gain"], {"weight": matrix, "gain": matrix.flatten()[5:21].clone()})
         {'gain': 'weight'}
     """
-    vectors = {name: params[name].detach().flatten() for name in names}
-    suited = [
-        n
-        for n, vector in vectors.items()
-        if vector.numel() >= 8 and bool((vector != vector[0]).any())
-    ]
-    chosen = {name: vectors[name] for name in suited[:_MOST_SEARCHED]}
+    # 1. The vectors that are worth a search.
+    vectors: dict[str, Tensor] = {}
+    for name in names:
+        vector = params[name].detach().flatten()
+        varies = vector.numel() >= 8 and bool((vector != vector[0]).any())
+        if varies and len(vectors) < _MOST_SEARCHED:
+            vectors[name] = vector
+    if not vectors:
+        return {}
+
+    # 2. The first matrix that holds each.
     pieces: dict[str, str] = {}
-    if not chosen:
-        return pieces
     for other in params:
         tensor = params[other]
         if tensor.dim() < 2 or not tensor.is_floating_point():
             continue
-        for name, vector in chosen.items():
+        for name, vector in vectors.items():
             if name not in pieces and _holds_piece(tensor.detach(), vector):
                 pieces[name] = other
     return pieces
 
 
 def _holds_piece(tensor: Tensor, vector: Tensor) -> bool:
-    """Whether a tensor, row by row, holds the numbers of a vector in their order, in memory of its
-    own.
+    """Return whether a tensor, row by row, holds the numbers of a vector in their order.
+
+    A vector in the tensor's own memory does not count.
     """
     flat, length = tensor.reshape(-1), vector.numel()
     places = flat.numel() - length + 1
@@ -355,30 +388,37 @@ def _storage(tensor: Tensor) -> int:
 
 
 def std_of(tensor: Tensor, correction: int = 0) -> float:
-    """Standard deviation over all elements in float64, without a copy of the tensor in float64; NaN
-    of too few.
+    """Return the std over all elements in float64; NaN if there are too few.
+
+    The tensor is read in pieces, without a copy of it in float64.
     """
-    found = moments(tensor.detach()) if tensor.numel() > correction else None
-    return (
-        math.nan
-        if found is None
-        else found.std * math.sqrt(found.count / (found.count - correction))
-    )
+    if tensor.numel() <= correction:
+        return math.nan
+    measured = moments(tensor.detach())
+    return measured.std * math.sqrt(measured.count / (measured.count - correction))
 
 
 def moments(tensor: Tensor, table: bool = False) -> Moments:
-    """Figures of a tensor, in float64, piece by piece."""
+    """Return the figures of a tensor, in float64, piece by piece.
+
+    Args:
+        tensor: any shape.
+        table: leave out the rows that are exactly zero.
+    """
     flat = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor.reshape(1, -1)
     rows = max(1, _CHUNK // max(1, flat.shape[1]))
     count, zero_rows, tiny = 0, 0, 0
     low, high = math.inf, -math.inf
     sums = torch.zeros(4, dtype=torch.float64)
+    # Powers are summed around a first guess of the mean, which keeps their digits.
     shift = float(flat[0, : min(64, flat.shape[1])].double().mean())
+
+    # 1. Sums of powers over the pieces.
     for piece in flat.split(rows):
         if table:
-            kept = piece[(piece != 0).any(dim=1)]
-            zero_rows += piece.shape[0] - kept.shape[0]
-            piece = kept
+            not_zero = piece[(piece != 0).any(dim=1)]
+            zero_rows += piece.shape[0] - not_zero.shape[0]
+            piece = not_zero
         if not piece.numel():
             continue
         ends = torch.aminmax(piece)
@@ -391,6 +431,8 @@ def moments(tensor: Tensor, table: bool = False) -> Moments:
         count += piece.numel()
     if not count:
         return Moments(0, 0.0, 0.0, 0.0, 0.0, zero_rows)
+
+    # 2. Central moments from them.
     m1, m2, m3, m4 = (float(x) / count for x in sums)
     variance = max(m2 - m1 * m1, 0.0)
     fourth = m4 - 4 * m1 * m3 + 6 * m1 * m1 * m2 - 3 * m1**4
@@ -413,12 +455,19 @@ def _count_tiny(piece: Tensor) -> int:
     if piece.dtype == torch.float16:  # its smallest number is 6e-8
         return 0
     close = piece.abs() < TINY
-    return int(close.sum() - (piece == 0).sum()) if bool(close.any()) else 0
+    if not bool(close.any()):
+        return 0
+    return int(close.sum() - (piece == 0).sum())
 
 
 def interval(std: float, count: int, kurtosis: float, alpha: float = ALPHA) -> tuple[float, float]:
-    """Bounds of the std of a distribution whose sample of `count` numbers has the population std
-    `std`.
+    """Return the bounds of a distribution's std, from the std of a sample.
+
+    Args:
+        std: of the sample, as that of a population.
+        count: numbers in the sample.
+        kurtosis: of the distribution.
+        alpha: chance that the distribution's std lies outside.
 
     Example:
         >>> [round(end, 3) for end in interval(1.0, 10_000, 3.0)]
@@ -435,7 +484,7 @@ def interval(std: float, count: int, kurtosis: float, alpha: float = ALPHA) -> t
 
 
 def truncated(cut: float) -> tuple[float, float]:
-    """Std and kurtosis of a standard normal that is cut off at +-cut.
+    """Return the std and kurtosis of a standard normal that is cut off at +-cut.
 
     >>> std, kurtosis = truncated(2.0)
     >>> round(std, 4), round(kurtosis, 3)
@@ -448,53 +497,81 @@ def truncated(cut: float) -> tuple[float, float]:
     return math.sqrt(second), fourth / second**2
 
 
-def _family(found: Moments) -> tuple[str, float, float]:
-    """Family, kurtosis of that family, and std over that before truncation.
+@dataclass(frozen=True)
+class _Family:
+    """A family of distributions with its figures.
+
+    Attributes:
+        name: as `Draw.family`.
+        kurtosis: of the family; of the sample for "other".
+        truncation: as `Draw.truncation`.
+    """
+
+    name: str
+    kurtosis: float
+    truncation: float = 1.0
+
+
+def _family_of(measured: Moments) -> _Family:
+    """Return the family that explains the figures of a sample.
 
     A normal sample of that size reaches a largest distance from its mean that hardly varies: one
     that stays far below is bounded, one far above is a mixture. Each of the tests errs with a
     chance below 1e-6.
     """
-    n, reach = found.count, found.furthest / found.std
-    error = 6 * math.sqrt(24 / n)
-    bounded = n * math.log(max(math.erf(reach / math.sqrt(2)), 1e-300)) < math.log(1e-7)
-    if bounded:
-        flat = 6 * 0.8 / math.sqrt(n) + 0.01
-        if abs(found.kurtosis - UNIFORM_KURTOSIS) < flat and reach < math.sqrt(3) * (
-            1 + 6 / math.sqrt(n)
-        ):
-            return "uniform", UNIFORM_KURTOSIS, 1.0
+    n, reach = measured.count, measured.furthest / measured.std
+    error = 6 * math.sqrt(24 / n)  # six standard errors of the kurtosis
+
+    # 1. Too short for a normal: uniform or truncated.
+    log_chance = n * math.log(max(math.erf(reach / math.sqrt(2)), 1e-300))
+    is_bounded = log_chance < math.log(1e-7)
+    if is_bounded:
+        if _is_uniform(measured, reach):
+            return _Family("uniform", UNIFORM_KURTOSIS)
         cut = _cut_of(reach)
         if cut is not None:
             std, kurtosis = truncated(cut)
-            if abs(found.kurtosis - kurtosis) < error:
-                return "truncated", kurtosis, std
-    beyond = n * math.erfc(reach / math.sqrt(2)) < 1e-7
-    if not bounded and not beyond and abs(found.kurtosis - 3) < max(error, 100 / n):
-        return "normal", 3.0, 1.0
-    return "other", max(found.kurtosis, 1.0), 1.0
+            if abs(measured.kurtosis - kurtosis) < error:
+                return _Family("truncated", kurtosis, truncation=std)
+
+    # 2. Normal, unless a number lies too far away.
+    is_too_far = n * math.erfc(reach / math.sqrt(2)) < 1e-7
+    has_normal_kurtosis = abs(measured.kurtosis - 3) < max(error, 100 / n)
+    if not is_bounded and not is_too_far and has_normal_kurtosis:
+        return _Family("normal", 3.0)
+    return _Family("other", max(measured.kurtosis, 1.0))
+
+
+def _is_uniform(measured: Moments, reach: float) -> bool:
+    """Return whether kurtosis and largest distance are those of a uniform distribution."""
+    n = measured.count
+    error = 6 * 0.8 / math.sqrt(n) + 0.01
+    if abs(measured.kurtosis - UNIFORM_KURTOSIS) >= error:
+        return False
+    return reach < math.sqrt(3) * (1 + 6 / math.sqrt(n))
 
 
 def _cut_of(reach: float) -> float | None:
-    """Where a normal was cut off whose largest magnitude is `reach` of its own std after the
-    cut.
+    """Return where a normal was cut off.
+
+    Args:
+        reach: its largest magnitude, in units of its own std after the cut.
     """
     if not 1.8 < reach < 6:
         return None
-    from scipy.optimize import brentq  # a third of a second, and rarely asked for
+    from scipy.optimize import brentq  # its import takes a third of a second, and is rarely needed
 
     return float(brentq(lambda cut: cut / truncated(cut)[0] - reach, 0.5, 8))
 
 
-def _orthogonal(matrix: Tensor) -> bool:
-    """Whether some of the shorter side's vectors stand exactly at right angles and have one
-    length.
-    """
+def _is_orthogonal(matrix: Tensor) -> bool:
+    """Return whether vectors of the shorter side stand at right angles and have one length."""
     short = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     if short.shape[0] < 3:
         return False
     rows = short[: min(16, short.shape[0])].double()
     gram = rows @ rows.T
     scale = gram.diagonal().mean()
-    apart = (gram - scale * torch.eye(len(rows), dtype=gram.dtype, device=gram.device)).abs().max()
-    return bool(scale > 0) and bool(apart < 1e-3 * scale)
+    expected = scale * torch.eye(len(rows), dtype=gram.dtype, device=gram.device)
+    error = (gram - expected).abs().max()
+    return bool(scale > 0) and bool(error < 1e-3 * scale)

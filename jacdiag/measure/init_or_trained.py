@@ -162,8 +162,9 @@ def judge_weights(
 
 
 def level_of_one(tested: int, needed: int) -> float:
-    """Return the level for one matrix at which `needed` of `tested` fail by chance in FALSE_ALARMS
-    of all models.
+    """Return the level for one matrix in a test of many.
+
+    At this level, `needed` of `tested` fail by chance in FALSE_ALARMS of all models.
 
     The chance that at least k of n independent tests fail at the level x is the regularised
     incomplete beta function I_x(k, n - k + 1).

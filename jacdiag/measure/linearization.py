@@ -14,8 +14,9 @@ Local = JacobianOperator | NormJacobian  # operators that can be told anew what 
 
 @dataclass
 class Linearised:
-    """A branch's Jacobian and its factors, built once; `pulls` were spent to find out what is
-    independent.
+    """A branch's Jacobian and its factors, built once.
+
+    `pulls` products were spent to find out what is independent.
     """
 
     site: Sublayer
@@ -36,8 +37,9 @@ class Linearised:
 
 
 def linearise(site: Sublayer) -> Linearised:
-    """Builds the Jacobian of a branch at its recorded shortcut, as core o norm where it begins with
-    a norm.
+    """Build the Jacobian of a branch at its recorded shortcut.
+
+    It is core o norm where the branch begins with a norm.
     """
     x = site.shortcut
     norm = site.input_norm
@@ -83,8 +85,9 @@ def _norm_jacobian(site: Sublayer) -> Local:
 def residual_map(
     site: Sublayer, branch: Operator, dims: tuple[int, ...]
 ) -> tuple[Operator | None, list[Local], str]:
-    """The map to the next shortcut, a I + J and the norm behind it for post-norm; operators made
-    for it; why not.
+    """Return the map to the next shortcut, the operators made for it, and why there is none.
+
+    The map is a I + J, and the norm after it for post-norm.
     """
     if site.value.shape != site.shortcut.shape:
         return None, [], "branch and shortcut have different shapes"

@@ -18,8 +18,9 @@ _RIGHT_ANGLE = 1e-3
 
 
 def adapters_of(params: Mapping[str, Tensor]) -> list[AdapterRecord]:
-    """Return the pairs of factors of low-rank additions, by their names: lora_A and lora_B,
-    lora_down and lora_up.
+    """Return the pairs of factors of low-rank additions, by their names.
+
+    Known names are lora_A and lora_B, and lora_down and lora_up.
 
     Example:
         >>> factors = {"q.lora_A.weight": torch.zeros(2, 8), "q.lora_B.weight": torch.zeros(8, 2)}

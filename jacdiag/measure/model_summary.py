@@ -9,7 +9,7 @@ from jacdiag.trace import Sites
 
 
 def model_record(model: nn.Module, sites: Sites) -> ModelRecord:
-    """The record of a traced model; no weight is read for it.
+    """Return the record of a traced model; no weight is read for it.
 
     Example:
         >>> import torch, jacdiag

@@ -1,6 +1,4 @@
-"""Figures of the whole network: the gradient at every depth, the end-to-end map, growth, and the
-check of replay.
-"""
+"""Measure the entire network: gradients over depth, the end-to-end map, growth, and replay."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ from jacdiag.trace.discovery.coverage import parameters_of
 from jacdiag.trace.discovery.detached import cut_additions
 from jacdiag.trace.execution.tap import Spot, Where
 
-_ASKED = 2  # sub-layers that are asked what they mix: attention and FFN, mostly
+_SAMPLED = 2  # sub-layers whose independent dimensions are looked at: attention and FFN, mostly
 
 
 def _norm(t: Tensor) -> float:
@@ -38,7 +36,7 @@ def _norm(t: Tensor) -> float:
 def end_to_end(
     sites: Sites, tol: float, confidence: float, max_products: int, seed: int
 ) -> Interval | None:
-    """Spectral norm of d y_N / d x_1 over the main stream, by Lanczos on the chain itself."""
+    """Return the spectral norm of d y_N / d x_1 over the main stream, by Lanczos on the chain."""
     groups = [sites.streams.groups[k] for k in sites.streams.main]
     if not groups:
         return None
@@ -69,25 +67,26 @@ def end_to_end(
 
 
 def _trivially_independent(members: Sequence[Sublayer]) -> tuple[int, ...] | None:
-    """The dimensions of size 1, where the first sub-layers leave no others; None where the chain
-    itself must be asked.
+    """Return the dimensions of size 1, where the first sub-layers leave no others.
 
-    What a sub-layer mixes, the chain is taken to mix: that is always safe, and asking the chain
-    costs two products with all of it.
+    None means that the chain itself must be examined. What a sub-layer mixes, the chain is taken to
+    mix: that is always safe, and examining the chain costs two products with all of it.
     """
     shape = members[0].shortcut.shape
-    ones = tuple(d for d in range(len(shape)) if shape[d] == 1)
-    for site in members[:_ASKED]:
-        if site.shortcut.shape == shape and set(site.independent(keep=False)) <= set(ones):
+    ones = tuple(dim for dim in range(len(shape)) if shape[dim] == 1)
+    for site in members[:_SAMPLED]:
+        has_same_shape = site.shortcut.shape == shape
+        if has_same_shape and set(site.independent(keep=False)) <= set(ones):
             return ones
     return None
 
 
 def _keeps(dims: tuple[int, ...], shape: torch.Size) -> bool:
-    """Whether dimensions of size 1 have size 1 at the stream's end too: some models flatten in
-    between.
+    """Return whether dimensions of size 1 have size 1 at the stream's end too.
+
+    Some models flatten in between.
     """
-    return all(d < len(shape) and shape[d] == 1 for d in dims)
+    return all(dim < len(shape) and shape[dim] == 1 for dim in dims)
 
 
 def network_record(
@@ -100,42 +99,54 @@ def network_record(
     forward: ForwardRecord | None = None,
     backward: BackwardRecord | None = None,
 ) -> NetworkRecord:
-    """Puts the network's figures together.
+    """Return the record of the entire network.
 
-    Growth exponents are ln(last / first) / layers: of activations from the first shortcut to the
-    stream's end, of gradients from the stream's end down to the first shortcut, so that both are
-    positive where things grow.
+    Growth exponents are ln(last / first) / layers. Those of activations go from the first shortcut
+    to the stream's end. Those of gradients go from the stream's end down to the first shortcut. So
+    both are positive where the norms grow.
     """
-    factors = [_residual_of(records, sites.streams.groups[k].sites) for k in sites.streams.main]
-    known = [f for f in factors if f is not None]
-    if len(known) < len(factors):
+    # 1. The product of the residual norms, known only if every factor is.
+    factors = [
+        _residual_of(records, sites.streams.groups[index].sites) for index in sites.streams.main
+    ]
+    known = [factor for factor in factors if factor is not None]
+    all_known = len(known) == len(factors)
+    if not all_known:
         notes = {"gain_product_log": "not every residual norm was measured to its width"} | notes
-    log = (
-        sum(math.log(f) if f > 0 else -math.inf for f in known)
-        if factors and len(known) == len(factors)
-        else None
-    )
+    log = None
+    if factors and all_known:
+        log = sum(math.log(factor) if factor > 0 else -math.inf for factor in known)
     if log is not None and whole is None:
         notes = {**notes, "gain_product_log": PRODUCT_ALONE}
-    predicted = growth = None
-    if profile is not None:
-        if len(known) == len(factors):
-            predicted = [profile.norms[-1]]
-            for factor in reversed(known):
-                predicted.insert(0, predicted[0] * factor)
-        growth = Growth(
-            _exponent(profile.activations[0], profile.activations[-1], layers)
-            if profile.activations
-            else None,
-            _exponent(profile.norms[-1], profile.norms[0], layers),
+    if profile is None:
+        return NetworkRecord(
+            gain_product_log=log,
+            end_to_end=whole,
+            growth=Growth(),
+            forward=forward,
+            backward=backward,
+            notes=notes,
         )
+
+    # 2. The gradient norms that the factors predict, from the stream's end down.
+    predicted = None
+    if all_known:
+        predicted = [profile.norms[-1]]
+        for factor in reversed(known):
+            predicted.insert(0, predicted[0] * factor)
+
+    # 3. Growth over depth.
+    of_activations = None
+    if profile.activations:
+        of_activations = _exponent(profile.activations[0], profile.activations[-1], layers)
+    of_gradients = _exponent(profile.norms[-1], profile.norms[0], layers)
     return NetworkRecord(
         gain_product_log=log,
         end_to_end=whole,
-        gradient_norms=profile.norms if profile else None,
+        gradient_norms=profile.norms,
         predicted_gradient_norms=predicted,
-        growth=growth or Growth(),
-        loss={"kind": profile.kind, "value": profile.loss} if profile else None,
+        growth=Growth(of_activations, of_gradients),
+        loss={"kind": profile.kind, "value": profile.loss},
         forward=forward,
         backward=backward,
         notes=notes,
@@ -148,8 +159,7 @@ def backward_record(
     dead: list[DeadPath] | None,
     notes: dict[str, str],
 ) -> BackwardRecord:
-    """Compare the embedding's gradient with those of the other matrices; list what is dead or not
-    finite.
+    """Compare the embedding's gradient with the other matrices; list what is dead or not finite.
 
     Args:
         sites: of one recorded forward.
@@ -157,14 +167,14 @@ def backward_record(
         dead: from `find_dead_paths`.
         notes: field -> why it is missing.
     """
-    return replace(
-        _backward_record(sites, profile, dead, notes), cut_shortcuts=_cut_shortcuts(sites)
-    )
+    record = _backward_record(sites, profile, dead, notes)
+    return replace(record, cut_shortcuts=_cut_shortcuts(sites))
 
 
 def _cut_shortcuts(sites: Sites) -> list[CutShortcut]:
-    """Return the additions whose shortcut was detached; a detached branch is a part without a
-    gradient.
+    """Return the additions whose shortcut was detached.
+
+    A detached branch is a part without a gradient.
     """
     return [
         CutShortcut(cut.module or cut.line, f"detach in {cut.line}")
@@ -186,54 +196,64 @@ def _backward_record(
             **notes,
             "dead": "the record does not show that the loss depends on the residual stream",
         }
-    points = [sites[sites.streams.groups[k].sites[0]].name for k in sites.streams.main]
-    places = [*(f"the stream at {name}" for name in points), "the stream's end"]
-    broken = [
-        place
-        for place, value in zip(places, profile.norms, strict=False)
-        if not math.isfinite(value)
-    ]
+
+    # 1. Where the gradient is NaN or Inf.
+    broken = _points_not_finite(sites, profile)
     gradients = profile.parameters
     if gradients is None:
         why = profile.why.get("parameters", "no gradient of a parameter was measured")
-        missing = dict.fromkeys(("embedding_norm", "others_median"), why)
-        return BackwardRecord(dead=dead, not_finite=broken, notes={**missing, **notes})
-
+        return BackwardRecord(dead=dead, not_finite=broken, notes=_without_embedding(why) | notes)
     broken += [name for name, value in gradients.items() if not math.isfinite(value)]
+
+    # 2. The embedding is the table that token ids pick from; positions come second.
     outlines = sites.skeleton.outlines
-    # The embedding is the table that token ids pick from; positions come second.
     tables = [
         name for name in sites.coverage.embedding if name in gradients and outlines[name].dim() >= 2
     ]
     if not tables:
-        missing = dict.fromkeys(
-            ("embedding_norm", "others_median"), "no embedding lies before the first sub-layer"
-        )
-        return BackwardRecord(dead=dead, not_finite=broken, notes={**missing, **notes})
+        why = "no embedding lies before the first sub-layer"
+        return BackwardRecord(dead=dead, not_finite=broken, notes=_without_embedding(why) | notes)
     by_ids = _tables_read_by_ids(sites)
     table = max(tables, key=lambda name: (name in by_ids, outlines[name].numel()))
-    # Matrices without a gradient (experts without tokens) would lower the median.
-    others = [
-        value
-        for name, value in gradients.items()
-        if name not in tables and outlines[name].dim() >= 2 and value > 0 and math.isfinite(value)
-    ]
+
+    # 3. The other matrices. Those without a gradient (experts without tokens) would lower the
+    #    median.
+    others = []
+    for name, value in gradients.items():
+        is_other_matrix = name not in tables and outlines[name].dim() >= 2
+        if is_other_matrix and value > 0 and math.isfinite(value):
+            others.append(value)
     median = statistics.median(others) if others else None
     if median is None:
         notes = {**notes, "others_median": "no other matrix has a gradient"}
     return BackwardRecord(table, gradients[table], median, dead, broken, notes)
 
 
+def _points_not_finite(sites: Sites, profile: GradientProfile) -> list[str]:
+    """Return the points of the main stream whose gradient is NaN or Inf, in words."""
+    points = []
+    for index in sites.streams.main:
+        first = sites[sites.streams.groups[index].sites[0]]
+        points.append(f"the stream at {first.name}")
+    points.append("the stream's end")
+    norms = zip(points, profile.norms, strict=False)
+    return [point for point, value in norms if not math.isfinite(value)]
+
+
+def _without_embedding(why: str) -> dict[str, str]:
+    """Return the notes of a record that does not compare the embedding's gradient."""
+    return dict.fromkeys(("embedding_norm", "others_median"), why)
+
+
 def _tables_read_by_ids(sites: Sites) -> set[str]:
     """Return the embeddings whose rows the input picks; positions are picked by constants."""
     graph = sites.graph
-    picked = [node.index for node in graph.nodes if node.name == "embedding"]
-    live = [
-        node
-        for node in picked
-        if any(graph.values[value].live for value in graph.nodes[node].inputs)
-    ]
-    return set(parameters_of(graph, live, sites.skeleton))
+    lookups = []
+    for node in graph.nodes:
+        reads_input = any(graph.values[value].live for value in node.inputs)
+        if node.name == "embedding" and reads_input:
+            lookups.append(node.index)
+    return set(parameters_of(graph, lookups, sites.skeleton))
 
 
 def with_flow(
@@ -242,8 +262,7 @@ def with_flow(
     branches: Mapping[int, DeadBranch],
     notes: Mapping[str, str],
 ) -> list[SublayerRecord]:
-    """Return the records with attention figures, gradient norms of parameters, and branches that
-    are zero.
+    """Return the records with attention, gradient norms of parameters, and dead branches.
 
     Args:
         records: of sub-layers.
@@ -251,36 +270,38 @@ def with_flow(
         branches: from `find_dead_branches`.
         notes: why the profile is missing: the note of "gradient_norms" counts.
     """
-    missing = (
-        notes.get("gradient_norms") or notes.get("end_to_end") or "the model was not run backward"
-    )
-    return [_with_flow(record, profile, branches.get(record.index), missing) for record in records]
+    if profile is not None:
+        return [_with_flow(record, profile, branches.get(record.index)) for record in records]
+    why = notes.get("gradient_norms") or notes.get("end_to_end") or "the model was not run backward"
+    return [_without_flow(record, branches.get(record.index), why) for record in records]
+
+
+def _without_flow(record: SublayerRecord, branch: DeadBranch | None, why: str) -> SublayerRecord:
+    """Return a record whose attention and gradient are missing, with the reason."""
+    notes = dict(record.notes)
+    if record.kind == "attention":
+        notes["attention"] = why
+    notes["gradient_norm"] = why
+    return replace(record, attention=None, gradient_norm=None, dead_branch=branch, notes=notes)
 
 
 def _with_flow(
-    record: SublayerRecord, profile: GradientProfile | None, branch: DeadBranch | None, missing: str
+    record: SublayerRecord, profile: GradientProfile, branch: DeadBranch | None
 ) -> SublayerRecord:
     notes = dict(record.notes)
-    attention = None
-    gradient = None
-    if profile is not None:
-        attention = profile.attention.get(str(record.index))
-        if profile.parameters is not None:
-            squares = [
-                profile.parameters[name] ** 2
-                for name in record.parameters
-                if name in profile.parameters
-            ]
-            gradient = math.sqrt(sum(squares)) if squares else None
+    # 1. Attention.
+    attention = profile.attention.get(str(record.index))
     if attention is None and record.kind == "attention":
         unseen = "no call of scaled_dot_product_attention or softmax over scores was recorded in it"
-        reason = unseen if profile is not None else missing
-        notes["attention"] = (
-            reason if profile is None else profile.why.get(f"attention {record.index}", reason)
-        )
+        notes["attention"] = profile.why.get(f"attention {record.index}", unseen)
+
+    # 2. The gradient of the parameters.
+    gradients = profile.parameters or {}
+    squares = [gradients[name] ** 2 for name in record.parameters if name in gradients]
+    gradient = math.sqrt(sum(squares)) if squares else None
     if gradient is None:
-        none = "its parameters have no gradient" if profile is not None else missing
-        notes["gradient_norm"] = none if profile is None else profile.why.get("parameters", none)
+        unmeasured = "its parameters have no gradient"
+        notes["gradient_norm"] = profile.why.get("parameters", unmeasured)
     return replace(
         record, attention=attention, gradient_norm=gradient, dead_branch=branch, notes=notes
     )
@@ -289,11 +310,15 @@ def _with_flow(
 def _residual_of(records: Sequence[SublayerRecord], members: Sequence[int]) -> float | None:
     record = records[members[0]]
     interval = record.joint_residual_norm if len(members) > 1 else record.residual_norm
-    return None if interval is None or not interval.converged else interval.estimate
+    if interval is None or not interval.converged:
+        return None
+    return interval.estimate
 
 
 def _exponent(first: float, last: float, layers: int) -> float | None:
-    if not (first > 0 and last > 0 and layers > 0 and math.isfinite(first) and math.isfinite(last)):
+    are_positive = first > 0 and last > 0 and layers > 0
+    are_finite = math.isfinite(first) and math.isfinite(last)
+    if not (are_positive and are_finite):
         return None
     return math.log(last / first) / layers
 
@@ -301,10 +326,9 @@ def _exponent(first: float, last: float, layers: int) -> float | None:
 def verify_replay(
     sites: Sites, seed: int = 0, only: Collection[int] | None = None
 ) -> dict[str, float]:
-    """Compares J^T w of every branch with that of a whole-model re-run; returns the relative error
-    by name.
+    """Compare J^T w of every branch with that of a re-run of the entire model.
 
-    In the whole-model run each shortcut is a tensor to differentiate by, so that one forward and
+    In the run of the model each shortcut is a tensor to differentiate by, so that one forward and
     one backward through each branch suffice. A recorded cache, or a value that reaches the branch
     past its shortcut, shows here alone.
 
@@ -312,51 +336,97 @@ def verify_replay(
         sites: of one recorded forward.
         seed: of the cotangents; each sub-layer has its own.
         only: indices of the sub-layers to look at; all if not given.
+
+    Returns:
+        Name of each sub-layer -> relative error.
     """
-    chosen = [k for k, site in enumerate(sites) if not site.nested and (only is None or k in only)]
+    chosen = [
+        index
+        for index, site in enumerate(sites)
+        if not site.nested and (only is None or index in only)
+    ]
     if not chosen:
         return {}
-    raw = sites.raw
-    leaves: dict[int, Tensor] = {}
-    pulled: dict[int, Tensor] = {}
-    cut_off: set[int] = set()  # branches that the model runs under no_grad
-    cuts = {raw[k].shortcut: sites.replayer.spot_of(raw[k].shortcut, 0) for k in chosen}
-    terms = {k: sites.replayer.end_of(raw[k], 0) for k in chosen}
-    keys: dict[int, tuple[str, int]] = {id(s): ("cut", v) for v, s in cuts.items()}
-    keys |= {id(s): ("term", k) for k, s in terms.items()}
 
-    def visit(spot: Spot, tensor: Tensor) -> Tensor:
-        kind, key = keys[id(spot)]
-        if kind == "term":  # at once: code that adds in place spoils the graph a moment later
-            leaf = leaves.get(raw[key].shortcut)
-            if leaf is not None and (key not in pulled or key in cut_off):
-                pulled[key] = _pull(
-                    tensor, leaf, _cotangent(sites[key], seed).reshape(tensor.shape)
-                )
-                (cut_off.discard if tensor.requires_grad else cut_off.add)(key)
+    # 1. Run the model, and again with gradients for the branches that it runs under no_grad.
+    pulls = _ModelPulls(sites, chosen, seed)
+    with torch.enable_grad(), sites.replayer.whole_graph():
+        pulls.run()
+        if pulls.cut_off:
+            pulls.run(grad=True)
+
+    # 2. Compare with each branch's own pull.
+    errors = {}
+    for index in chosen:
+        site = sites[index]
+        pulled = pulls.pulled.get(index)
+        if pulled is None:
+            errors[site.name] = math.inf
+        else:
+            errors[site.name] = _relative(pulled, _own_pull(site, _cotangent(site, seed)))
+    return errors
+
+
+class _ModelPulls:
+    """J^T w of branches in a run of the entire model.
+
+    Attributes:
+        pulled: index of a sub-layer -> its J^T w.
+        cut_off: sub-layers that the model runs under no_grad.
+    """
+
+    def __init__(self, sites: Sites, chosen: Sequence[int], seed: int) -> None:
+        self.sites, self.seed = sites, seed
+        self.pulled: dict[int, Tensor] = {}
+        self.cut_off: set[int] = set()
+        self._leaves: dict[int, Tensor] = {}  # by value index of the shortcut
+        # 1. The points to stop at: shortcuts by value index, ends of branches by sub-layer.
+        replayer = sites.replayer
+        shortcuts = [sites.raw[index].shortcut for index in chosen]
+        self._starts = {value: replayer.spot_of(value, 0) for value in shortcuts}
+        self._ends = {index: replayer.end_of(sites.raw[index], 0) for index in chosen}
+        self._value_of = {id(spot): value for value, spot in self._starts.items()}
+        self._sublayer_of = {id(spot): index for index, spot in self._ends.items()}
+        # 2. Shortcuts that are inputs of the model are replaced before it runs.
+        self._replaced: dict[int, Tensor] = {}
+        for value, spot in self._starts.items():
+            if spot.where is Where.ARGUMENT:
+                leaf = replayer.calls[0].tensors[value].detach().clone().requires_grad_()
+                self._leaves[value] = self._replaced[value] = leaf
+
+    def run(self, grad: bool = False) -> None:
+        """Run the model once; `grad` is that of `Replayer.tapped`."""
+        spots = [
+            spot
+            for spot in (*self._starts.values(), *self._ends.values())
+            if spot.where is not Where.ARGUMENT
+        ]
+        self.sites.replayer.tapped(spots, self._visit, replaced=self._replaced, grad=grad)
+
+    def _visit(self, spot: Spot, tensor: Tensor) -> Tensor:
+        index = self._sublayer_of.get(id(spot))
+        if index is not None:
+            # At once: code that adds in place spoils the graph a moment later.
+            self._pull_back(index, tensor)
             return tensor
         # A shortcut may lie on another's way into its branch (a norm of the stream with a branch of
         # its own).
-        leaves[key] = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
-        return leaves[key].clone()
+        value = self._value_of[id(spot)]
+        leaf = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+        self._leaves[value] = leaf
+        return leaf.clone()
 
-    replaced: dict[int, Tensor] = {}
-    for value, spot in cuts.items():
-        if spot.where is Where.ARGUMENT:
-            leaves[value] = sites.replayer.calls[0].tensors[value].detach().clone().requires_grad_()
-            replaced[value] = leaves[value]
-    spots = [s for s in (*cuts.values(), *terms.values()) if s.where is not Where.ARGUMENT]
-    with torch.enable_grad(), sites.replayer.whole_graph():
-        sites.replayer.tapped(spots, visit, replaced=replaced)
-        if cut_off:
-            sites.replayer.tapped(spots, visit, replaced=replaced, grad=True)
-    errors = {}
-    for k in chosen:
-        site, mine = sites[k], pulled.get(k)
-        errors[site.name] = (
-            math.inf if mine is None else _relative(mine, _own_pull(site, _cotangent(site, seed)))
-        )
-    return errors
+    def _pull_back(self, index: int, term: Tensor) -> None:
+        leaf = self._leaves.get(self.sites.raw[index].shortcut)
+        is_done = index in self.pulled and index not in self.cut_off
+        if leaf is None or is_done:
+            return
+        cotangent = _cotangent(self.sites[index], self.seed).reshape(term.shape)
+        self.pulled[index] = _pull(term, leaf, cotangent)
+        if term.requires_grad:
+            self.cut_off.discard(index)
+        else:
+            self.cut_off.add(index)
 
 
 def _cotangent(site: Sublayer, seed: int) -> Tensor:

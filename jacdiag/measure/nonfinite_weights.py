@@ -1,5 +1,6 @@
-"""Which weights and buffers with NaN or Inf matter: a mask or a distance table may hold -inf on
-purpose.
+"""Find the weights and buffers with NaN or Inf that matter.
+
+A mask or a distance table may hold -inf on purpose.
 """
 
 from __future__ import annotations
@@ -63,8 +64,9 @@ def non_finite_state(sites: Sites) -> NonFinite:
 
 
 def non_finite_weights(state: Mapping[str, Tensor]) -> NonFinite:
-    """Return the tensors of a state dict that hold NaN or Inf; what looks like a mask or a table is
-    a note.
+    """Return the tensors of a state dict that hold NaN or Inf.
+
+    What looks like a mask or a table is a note.
 
     Nothing was run, so that a mask is known by its values (Inf of one sign, and one other value) or
     by its name.
@@ -92,8 +94,9 @@ def _looks_like_table(name: str, t: Tensor) -> bool:
 
 
 def _activations_are_finite(sites: Sites) -> bool:
-    """Whether shortcuts and branches are finite, and the output has no NaN; an output may hold -inf
-    on purpose.
+    """Return whether shortcuts and branches are finite, and the output has no NaN.
+
+    An output may hold -inf on purpose.
     """
     if any(not site.finite for site in sites):
         return False
@@ -107,7 +110,7 @@ def _has_nan(t: Tensor) -> bool:
 
 
 def _multiplied(sites: Sites) -> set[str]:
-    """Names of the parameters that matrix products, lookups and norms read."""
+    """Return the names of the parameters that matrix products, lookups and norms read."""
     graph, finder = sites.graph, sites.finder
     readers = []
     for node in graph.nodes:

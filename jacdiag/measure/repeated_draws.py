@@ -1,5 +1,6 @@
-"""Weights that were drawn from one state of a generator: they repeat each other's numbers, up to a
-factor.
+"""Find weights that repeat each other's numbers, up to a factor.
+
+They were drawn from one state of a generator.
 """
 
 from __future__ import annotations
@@ -23,8 +24,7 @@ _TOLERANCE = 0.02
 
 
 def streams_of(found: Mapping[str, Draw | None], params: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return which weights repeat the numbers of another one, up to a factor: name -> the first of
-    them.
+    """Return which weights repeat another's numbers, up to a factor: name -> first of them.
 
     Weights of unlike shape are compared over the numbers of the smaller one: a generator that
     starts at one state gives both the same first numbers.
@@ -59,8 +59,9 @@ def streams_of(found: Mapping[str, Draw | None], params: Mapping[str, Tensor]) -
 
 
 def _repeats(tensor: Tensor, other: Tensor) -> bool:
-    """Whether the numbers of the smaller of two weights are those of the larger one, times a
-    positive factor.
+    """Return whether the smaller of two weights repeats the larger one's numbers.
+
+    They may differ by a positive factor.
     """
     count = min(tensor.numel(), other.numel())
     if tensor.numel() != other.numel():

@@ -120,7 +120,7 @@ _ATTENTION_RULES = (
     RoleRule("router", r"router(\.layer)?"),
 )
 _MLP_RULES = (
-    # A `gate` beside experts chooses between them (Mixtral, Qwen-MoE); beside `up` it is the
+    # A `gate` next to experts chooses between them (Mixtral, Qwen-MoE); next to `up` it is the
     # gated factor.
     RoleRule("router", r"(gate|wg)(\.(wg|weight|gate|linear))?", sibling=r"expert .*"),
     RoleRule("router", r"\w*router(\.(classifier|layer|linear))?|shared_expert_gate"),
@@ -232,7 +232,7 @@ _BUFFER = re.compile(
 # -- What the names say ----------------------------------------------------------------------------
 @dataclass(frozen=True)
 class NamedWeight:
-    """What a name says about one parameter.
+    """Description of one parameter by its name.
 
     Attributes:
         role: as `jacdiag.trace.discovery.weight_roles.Use.role`; "" where the name does not say.
@@ -260,7 +260,7 @@ class NamedWeight:
 
 @dataclass
 class NamedSublayer:
-    """A sub-layer that names show.
+    """Sub-layer that names show.
 
     Attributes:
         name: module path that its matrices share.
@@ -286,7 +286,7 @@ class NamedSublayer:
 
 @dataclass(frozen=True)
 class NamedModel:
-    """What the names and shapes of a state dict say.
+    """Description of a model by the names and shapes of its state dict.
 
     Attributes:
         weights: every parameter, in the order of the state dict.
@@ -309,7 +309,7 @@ class NamedModel:
 
 
 def read_names(shapes: Mapping[str, Sequence[int]]) -> NamedModel:
-    """Return what a state dict shows by its names and shapes: sub-layers, roles, layers and width.
+    """Return the sub-layers, roles, layers and width that a state dict's names and shapes show.
 
     Args:
         shapes: shape of every floating tensor, by name.
@@ -363,44 +363,73 @@ class Place:
 
 def find_places(sizes: Mapping[str, Shape]) -> list[Place]:
     """Return the place of every parameter that lies in a sub-layer, as far as its name says."""
-    everything = (_place_of(name, anywhere=False) for name in sizes)
-    places = [place for place in everything if place is not None]
-    if any(place.block for place in places):
+    places = _places_of(sizes, anywhere=False)
+    has_numbered_layers = any(place.block for place in places)
+    if has_numbered_layers:
         return places
     # A single layer on its own has no numbers in its names.
-    everything = (_place_of(name, anywhere=True) for name in sizes)
-    return [place for place in everything if place is not None]
+    return _places_of(sizes, anywhere=True)
+
+
+def _places_of(names: Iterable[str], anywhere: bool) -> list[Place]:
+    places = []
+    for name in names:
+        place = _place_of(name, anywhere)
+        if place is not None:
+            places.append(place)
+    return places
 
 
 def _place_of(name: str, anywhere: bool) -> Place | None:
     """Return the place of one parameter; `anywhere` reads names without a number too."""
+    # 1. Drop what says nothing: wrappers, and the name of the parameter in its own module.
+    tokens = _meaningful_tokens(name)
+    if "bottleneck" in tokens:
+        return None  # MobileBERT: maps between the stream and a narrower layer
+
+    # 2. A module on the path may be the sub-layer.
+    module = _module_of(tokens)
+    if module is not None:
+        position, kind_of_module = module
+        if _is_part_of_embedding(tokens[:position]):
+            return None
+        return _place_in_module(name, tokens, position, kind_of_module)
+
+    # 3. Else the parameter's own name may say which sub-layer it belongs to.
+    end = _end_of_block(tokens)
+    if not end and not anywhere:
+        return None
+    block, inner = ".".join(tokens[:end]), ".".join(tokens[end:])
+    kind = _kind_of_bare_name(inner)
+    if kind is None:
+        return None
+    if kind == "conv" and re.search(r"\.layer\.\d+$", block):
+        # ResNet: `layers.0.layer.1.convolution` is the second of one branch.
+        block = block.rpartition(".layer.")[0]
+    return Place(name, block, block, kind, inner)
+
+
+def _meaningful_tokens(name: str) -> list[str]:
+    """Return the tokens of a name without wrappers and without ".weight" or ".bias"."""
     tokens = [token for token in name.split(".") if token not in _WRAPPERS]
     if tokens[-1] in ("weight", "bias", "gamma", "beta"):
         tokens.pop()
     else:
         tokens[-1] = re.sub(r"_(weight|bias)$", "", tokens[-1])
-    if "bottleneck" in tokens:
-        return None  # MobileBERT: maps between the stream and a narrower layer
-    found = _module_of(tokens)
-    if found is not None and _is_part_of_embedding(tokens[: found[0]]):
-        return None
-    if found is not None:
-        return _place_in_module(name, tokens, *found)
-    end = _end_of_block(tokens)
-    if not end and not anywhere:
-        return None
-    block, inner = ".".join(tokens[:end]), ".".join(tokens[end:])
-    kind = next((kind for kind, words in _BARE_NAMES if words.fullmatch(inner)), None)
-    if kind == "conv" and re.search(r"\.layer\.\d+$", block):
-        block = block.rpartition(".layer.")[
-            0
-        ]  # ResNet: `layers.0.layer.1.convolution` is the second of one branch
-    return None if kind is None else Place(name, block, block, kind, inner)
+    return tokens
+
+
+def _kind_of_bare_name(inner: str) -> SublayerKind | None:
+    for kind, words in _BARE_NAMES:
+        if words.fullmatch(inner):
+            return kind
+    return None
 
 
 def _is_part_of_embedding(path: Sequence[str]) -> bool:
-    """Return whether a path leads into an embedding and not into a layer: `pos_embed.mlp`,
-    `time_embedder.mlp`.
+    """Return whether a path leads into an embedding and not into a layer.
+
+    Examples are `pos_embed.mlp` and `time_embedder.mlp`.
     """
     if any(_NUMBERED.fullmatch(token) for token in path):
         return False
@@ -409,28 +438,45 @@ def _is_part_of_embedding(path: Sequence[str]) -> bool:
 
 def _module_of(tokens: Sequence[str]) -> tuple[int, SublayerKind] | None:
     """Return the position and the kind of the module that is the sub-layer."""
-    numbered = (position for position, token in enumerate(tokens) if _NUMBERED.fullmatch(token))
-    first = next(numbered, None)
-    kinds: list[tuple[int, SublayerKind]] = []
+    # 1. Modules on the path whose name is that of a sub-layer.
+    first_number = _first_numbered(tokens)
+    modules: list[tuple[int, SublayerKind]] = []
     for position, token in enumerate(tokens[:-1]):
         kind = _kind_of_module(token)
         if kind is not None:
-            kinds.append((position, kind))
-    inside = [(position, kind) for position, kind in kinds if first is None or position > first]
+            modules.append((position, kind))
+
+    # 2. Those inside the numbered module, which is the layer.
+    inside = modules
+    if first_number is not None:
+        inside = [module for module in modules if module[0] > first_number]
     if not inside:
-        # XLM's lists of sub-layers: `attentions.0.q_lin`.
-        return next(((position, kind) for position, kind in kinds if position + 1 == first), None)
-    # An MLP inside a cross-attention layer (Perceiver) is a sub-layer of its own; experts of an
-    # attention are not.
-    position = inside[0][0]
-    nested = (position + 1, "mlp")
-    if (
-        "attention" in inside[0][1]
-        and nested in inside
-        and not _EXPERT.fullmatch(tokens[position + 1])
-    ):
-        return inside[inside.index(nested)]
+        return _listed_module(modules, first_number)
+
+    # 3. An MLP inside a cross-attention layer (Perceiver) is a sub-layer of its own; experts of
+    #    an attention are not.
+    outer_position, outer_kind = inside[0]
+    has_nested_mlp = "attention" in outer_kind and (outer_position + 1, "mlp") in inside
+    if has_nested_mlp and not _EXPERT.fullmatch(tokens[outer_position + 1]):
+        return outer_position + 1, "mlp"
     return inside[0]
+
+
+def _first_numbered(tokens: Sequence[str]) -> int | None:
+    for position, token in enumerate(tokens):
+        if _NUMBERED.fullmatch(token):
+            return position
+    return None
+
+
+def _listed_module(
+    modules: Sequence[tuple[int, SublayerKind]], first_number: int | None
+) -> tuple[int, SublayerKind] | None:
+    """Return the module that is a list of sub-layers, as in XLM's `attentions.0.q_lin`."""
+    for position, kind in modules:
+        if position + 1 == first_number:
+            return position, kind
+    return None
 
 
 def _kind_of_module(token: str) -> SublayerKind | None:
@@ -449,11 +495,13 @@ def _place_in_module(name: str, tokens: Sequence[str], position: int, kind: Subl
     end_of_module = position + 1
     after = tokens[end_of_module:]
     is_list = not end_of_block and len(after) > 1 and after[0].isdigit()
-    if is_list:  # `attentions.0.q_lin`: the number of the sub-layer is that of its layer
+    if is_list:
+        # `attentions.0.q_lin`: the number of the sub-layer is that of its layer.
         end_of_module += 1
         end_of_block, after = end_of_module, after[1:]
     is_expert = any(_EXPERT.fullmatch(token) for token in tokens[position:])
-    if _EXPERT.fullmatch(tokens[position]):  # experts without a module around them and their router
+    if _EXPERT.fullmatch(tokens[position]):
+        # Experts without a module around them and their router.
         end_of_module = position
         after = tokens[position:]
     return Place(
@@ -468,15 +516,16 @@ def _place_in_module(name: str, tokens: Sequence[str], position: int, kind: Subl
 
 def _without_experts(tokens: Sequence[str]) -> list[str]:
     """Drop what numbers and names an expert: `experts.3.w1` becomes `w1`."""
-    kept: list[str] = []
+    remaining: list[str] = []
     in_expert = False
     for token in tokens:
-        is_number = token.isdigit() and in_expert
         if _EXPERT.fullmatch(token):
             in_expert = True
-        elif not is_number and not (in_expert and _MLP_MODULE.fullmatch(token)):
-            kept.append(token)
-    return kept
+            continue
+        names_the_expert = token.isdigit() or _MLP_MODULE.fullmatch(token) is not None
+        if not (in_expert and names_the_expert):
+            remaining.append(token)
+    return remaining
 
 
 def _end_of_block(tokens: Sequence[str]) -> int:
@@ -495,42 +544,61 @@ def _end_of_block(tokens: Sequence[str]) -> int:
 # -- Step 2: roles inside a sub-layer --------------------------------------------------------------
 def _group_by_sublayer(places: Sequence[Place]) -> list[list[Place]]:
     """Return the places of each sub-layer: those of its module, and loose names of its block."""
+    # 1. By block, kind and module.
     groups: dict[tuple[str, str, str], list[Place]] = {}
     for place in places:
         groups.setdefault((place.block, place.kind, place.module), []).append(place)
+
+    # 2. Join what belongs to the only other group of its block and kind.
     merged: dict[tuple[str, str, str], list[Place]] = {}
-    for (block, kind, module), members in groups.items():
-        target = (block, kind, module)
-        others = [key for key in groups if key[:2] == (block, kind) and key != target]
-        # SqueezeBERT's `post_attention.conv1d` ends the attention; Granite's `shared_mlp` is
-        # added to its experts.
-        is_loose = module == block
-        is_shared = any(place.expert for place in members) and _EXPERT.fullmatch(
-            module.rpartition(".")[2]
-        )
-        if len(others) == 1 and (is_loose or is_shared):
+    for key, members in groups.items():
+        others = [other for other in groups if other[:2] == key[:2] and other != key]
+        target = key
+        if len(others) == 1 and _belongs_to_another(key, members):
             target = others[0]
         merged.setdefault(target, []).extend(members)
     return list(merged.values())
+
+
+def _belongs_to_another(key: tuple[str, str, str], members: Sequence[Place]) -> bool:
+    """Return whether a group is part of another one of its block and kind.
+
+    SqueezeBERT's `post_attention.conv1d` ends the attention. Granite's `shared_mlp` is added to
+    its experts.
+    """
+    block, _, module = key
+    has_no_module = module == block
+    if has_no_module:
+        return True
+    has_experts = any(place.expert for place in members)
+    own_name = module.rpartition(".")[2]
+    return has_experts and _EXPERT.fullmatch(own_name) is not None
 
 
 def _build_sublayer(group: Sequence[Place], sizes: Mapping[str, Shape]) -> NamedSublayer | None:
     """Return a sub-layer with the roles of its matrices; None where no name in it is known."""
     kind = _kind_of_group(group)
     matrices = [place for place in group if is_matrix(place.parameter, sizes[place.parameter])]
-    siblings = {place.inner for place in group} | {
-        f"expert {place.inner}" for place in group if place.expert
-    }
-    roles = {place.parameter: _role_of(kind, place.inner, siblings) for place in matrices}
-    if kind in ("mlp", "moe") and not any(roles.values()):
-        roles |= _roles_in_sequence(matrices, sizes)
-    if not matrices or (kind != "conv" and not any(roles.values())):
+    if not matrices:
         return None
+
+    # 1. Roles by name. Rules look at the siblings; those in experts are marked.
+    siblings = {place.inner for place in group}
+    siblings |= {f"expert {place.inner}" for place in group if place.expert}
+    roles = {place.parameter: _role_of(kind, place.inner, siblings) for place in matrices}
+
+    # 2. Roles by order of use, for an MLP whose names are numbers.
+    is_mlp = kind in ("mlp", "moe")
+    if is_mlp and not any(roles.values()):
+        roles |= _roles_in_sequence(matrices, sizes)
+    if kind != "conv" and not any(roles.values()):
+        return None
+
+    # 3. The sub-layer's name and the numbers in its path.
     block = group[0].block.split(".") if group[0].block else []
     stack, numbers = _stack_and_numbers(block)
-    return NamedSublayer(
-        _shared_path([place.parameter for place in matrices]), stack, numbers, kind, roles=roles
-    )
+    name = _shared_path([place.parameter for place in matrices])
+    return NamedSublayer(name, stack, numbers, kind, roles=roles)
 
 
 def _kind_of_group(group: Sequence[Place]) -> SublayerKind:
@@ -544,17 +612,24 @@ def _kind_of_group(group: Sequence[Place]) -> SublayerKind:
 
 def _role_of(kind: SublayerKind, inner: str, siblings: Iterable[str]) -> str:
     """Return the role of the first rule that holds, "" if none does."""
-    return next((rule.role for rule in _RULES[kind] if rule.matches(inner, siblings)), "")
+    for rule in _RULES[kind]:
+        if rule.matches(inner, siblings):
+            return rule.role
+    return ""
 
 
 def _roles_in_sequence(matrices: Sequence[Place], sizes: Mapping[str, Shape]) -> dict[str, str]:
     """Return the roles of two matrices in an `nn.Sequential`, which numbers by order of use."""
-    if len(matrices) != 2 or any(re.search(r"\d", place.inner) is None for place in matrices):
+    if len(matrices) != 2:
+        return {}
+    are_numbered = all(re.search(r"\d", place.inner) for place in matrices)
+    if not are_numbered:
         return {}
     first, second = sorted(matrices, key=lambda place: _numbers_in(place.inner))
-    into, out = sorted(sizes[first.parameter]), sorted(sizes[second.parameter])
-    shares_a_size = bool(set(into) & set(out))
-    if len(into) != 2 or len(out) != 2 or not shares_a_size:
+    first_shape, second_shape = sizes[first.parameter], sizes[second.parameter]
+    are_maps = len(first_shape) == 2 and len(second_shape) == 2
+    share_a_size = bool(set(first_shape) & set(second_shape))
+    if not are_maps or not share_a_size:
         return {}
     return {first.parameter: "W_1", second.parameter: "W_2"}
 
@@ -639,22 +714,31 @@ def _number_layers(sublayers: Sequence[NamedSublayer]) -> None:
     more. Where none does (a list of attentions and one of MLPs), a layer is one period of the
     repeating kinds.
     """
-    levels = [[_key_of_layer(sublayer, level) for sublayer in sublayers] for level in range(3)]
-    full = [sum(count >= 2 for count in Counter(keys).values()) for keys in levels]
-    keys = levels[full.index(max(full))]
-    if sublayers and not max(full):
+    if not sublayers:
+        return
+    # 1. The level at which most modules hold several sub-layers.
+    most_full, keys = -1, list[tuple[object, ...]]()
+    for level in range(3):
+        keys_of_level = [_key_of_layer(sublayer, level) for sublayer in sublayers]
+        full = sum(count >= 2 for count in Counter(keys_of_level).values())
+        if full > most_full:
+            most_full, keys = full, keys_of_level
+
+    # 2. No module holds several: the kinds repeat.
+    if most_full == 0:
         keys = _keys_by_period(keys, [sublayer.report_kind for sublayer in sublayers])
-    order = {key: layer for layer, key in enumerate(dict.fromkeys(keys))}
+
+    # 3. Number the keys in the order of the stream.
+    numbers = {key: layer for layer, key in enumerate(dict.fromkeys(keys))}
     for sublayer, key in zip(sublayers, keys, strict=True):
-        sublayer.layer = order[key]
+        sublayer.layer = numbers[key]
 
 
 def _key_of_layer(sublayer: NamedSublayer, level: int) -> tuple[object, ...]:
     if not sublayer.numbers:
         return (sublayer.name.rpartition(".")[0],)  # a layer on its own
-    is_listed = (
-        _kind_of_module(sublayer.name.split(".")[len(sublayer.stack.split("."))]) is not None
-    )
+    after_stack = sublayer.name.split(".")[len(sublayer.stack.split("."))]
+    is_listed = _kind_of_module(after_stack) is not None
     own_list = sublayer.kind if is_listed else ""
     return (sublayer.stack, own_list, sublayer.numbers[: level + 1])
 
@@ -664,9 +748,10 @@ def _keys_by_period(
 ) -> list[tuple[object, ...]]:
     """Return keys of layers from the shortest pattern that the kinds repeat."""
     count = len(kinds)
-    if len(set(kinds)) == count:
+    different = len(set(kinds))
+    if different == count:
         return [("layer", 0)] * count
-    if len(set(kinds)) == 1:
+    if different == 1:
         return keys
     for period in range(2, count // 2 + 1):
         repeats = all(kinds[index] == kinds[index % period] for index in range(count))
@@ -683,35 +768,46 @@ def find_width(sublayers: Sequence[NamedSublayer], sizes: Mapping[str, Shape]) -
     embedding may be narrower (ALBERT) or in several parts (adaptive), so that it only decides
     where two sizes are equally frequent.
     """
-    first = [sublayer for sublayer in sublayers if sublayer.layer == 0]
-    if not first or any("bottleneck" in name.split(".") for name in sizes):
+    first_layer = [sublayer for sublayer in sublayers if sublayer.layer == 0]
+    has_bottleneck = any("bottleneck" in name.split(".") for name in sizes)
+    if not first_layer or has_bottleneck:
         return None  # MobileBERT: most matrices of a layer are narrower than the stream
+
+    # 1. Each matrix that may touch the stream votes for its two sizes.
     votes: Counter[int] = Counter()
-    for sublayer in first:
+    for sublayer in first_layer:
         for name, role in sublayer.roles.items():
-            is_split_by_heads = (
-                len(sizes[name]) == 3 and "attention" in sublayer.kind
-            )  # XLNet: (d, H, d_head)
-            if role and not is_split_by_heads and not _INNER.search(name):
+            touches_stream = role and not _INNER.search(name)
+            if touches_stream and not _is_split_by_heads(sublayer, sizes[name]):
                 votes.update(set(_sides(sizes[name])))
-    if not votes:
-        return None
-    most = max(votes.values())
-    leaders = [size for size, count in votes.items() if count == most]
+    leaders = _most_frequent(votes)
     if len(leaders) == 1:
         return leaders[0]
-    # A tie: gains of norms and biases of outputs have the width, and so has an embedding.
-    paths = {
-        path for sublayer in first for name in sublayer.roles for path in _numbered_paths(name)
-    }
-    rest: Counter[int] = Counter()
+
+    # 2. A tie: gains of norms and biases of outputs have the width, and so has an embedding.
+    paths = set[str]()
+    for sublayer in first_layer:
+        for name in sublayer.roles:
+            paths.update(_numbered_paths(name))
+    tie_votes: Counter[int] = Counter()
     for name, shape in sizes.items():
-        is_near = not _numbered_paths(name) or bool(paths & set(_numbered_paths(name)))
+        own_paths = _numbered_paths(name)
+        is_near = not own_paths or not paths.isdisjoint(own_paths)
         if is_near and shape and shape[-1] in leaders and not _INNER.search(name):
-            rest[shape[-1]] += 1
-    ranked = rest.most_common(2)
-    is_clear = len(ranked) == 1 or (len(ranked) == 2 and ranked[0][1] > ranked[1][1])
-    return ranked[0][0] if is_clear else None
+            tie_votes[shape[-1]] += 1
+    leaders = _most_frequent(tie_votes)
+    return leaders[0] if len(leaders) == 1 else None
+
+
+def _most_frequent(votes: Counter[int]) -> list[int]:
+    """Return the sizes with the most votes."""
+    most = max(votes.values(), default=0)
+    return [size for size, count in votes.items() if count == most]
+
+
+def _is_split_by_heads(sublayer: NamedSublayer, shape: Shape) -> bool:
+    """Return whether a matrix of an attention is stored by heads: XLNet's (d, H, d_head)."""
+    return len(shape) == 3 and "attention" in sublayer.kind
 
 
 def _sides(shape: Shape) -> tuple[int, int]:
@@ -719,25 +815,27 @@ def _sides(shape: Shape) -> tuple[int, int]:
 
     For a stack of experts these are the sizes of one of them.
     """
-    is_kernel = len(shape) >= 4 or (len(shape) == 3 and shape[-1] <= 4 < shape[0])
+    is_short_kernel = len(shape) == 3 and shape[-1] <= 4 < shape[0]
+    is_kernel = len(shape) >= 4 or is_short_kernel
     if not is_kernel:
         return shape[-2], shape[-1]
     is_depthwise = shape[1] == 1
-    return (shape[0], shape[0]) if is_depthwise else (shape[0], shape[1])
+    if is_depthwise:
+        return shape[0], shape[0]
+    return shape[0], shape[1]
 
 
 def _mark_fused_gates(
     sublayer: NamedSublayer, sizes: Mapping[str, Shape], width: int | None
 ) -> None:
     """Turn W_1 into W_gate_up where it makes twice the features that W_2 reads (Megatron)."""
-    if width is None or "W_gate" in sublayer.roles.values():
+    roles = sublayer.roles.values()
+    if width is None or "W_gate" in roles or "W_2" not in roles:
         return
-    out = next((name for name, role in sublayer.roles.items() if role == "W_2"), None)
-    if out is None:
-        return
-    inside = _other_side(sizes[out], width)
+    output = next(name for name, role in sublayer.roles.items() if role == "W_2")
+    hidden = _other_side(sizes[output], width)
     for name, role in sublayer.roles.items():
-        if role == "W_1" and _other_side(sizes[name], width) == 2 * inside:
+        if role == "W_1" and _other_side(sizes[name], width) == 2 * hidden:
             sublayer.roles[name] = "W_gate_up"
 
 
@@ -755,36 +853,52 @@ def _describe_weights(
     layer_of_path = _layers_by_path(sublayers)
     weights = {}
     for name, shape in sizes.items():
-        sublayer = home.get(name)
-        if sublayer is not None:
-            role = sublayer.roles[name]
-            is_split_by_heads = len(shape) == 3 and "attention" in sublayer.kind
-            fans = (None, None) if is_split_by_heads else fans_of(role, shape, width)
-            weights[name] = NamedWeight(
-                role,
-                sublayer.layer,
-                sublayer.stack,
-                sublayer.kind,
-                sublayer.name,
-                fans[0],
-                fans[1],
-            )
-            continue
-        layer, stack = _layer_around(name, layer_of_path)
-        role = role_outside(name, shape, layer is not None)
-        fans = fans_of(role, shape, width) if is_matrix(name, shape) else (None, None)
-        weights[name] = NamedWeight(role, layer, stack, fan_in=fans[0], fan_out=fans[1])
+        if name in home:
+            weights[name] = _describe_inside(name, shape, home[name], width)
+        else:
+            weights[name] = _describe_outside(name, shape, layer_of_path, width)
     return weights
+
+
+def _describe_inside(
+    name: str, shape: Shape, sublayer: NamedSublayer, width: int | None
+) -> NamedWeight:
+    """Return the description of a matrix of a sub-layer."""
+    role = sublayer.roles[name]
+    fan_in, fan_out = None, None
+    if not _is_split_by_heads(sublayer, shape):
+        fan_in, fan_out = fans_of(role, shape, width)
+    return NamedWeight(
+        role,
+        layer=sublayer.layer,
+        stack=sublayer.stack,
+        kind=sublayer.kind,
+        sublayer=sublayer.name,
+        fan_in=fan_in,
+        fan_out=fan_out,
+    )
+
+
+def _describe_outside(
+    name: str, shape: Shape, layer_of_path: Mapping[str, tuple[int, str]], width: int | None
+) -> NamedWeight:
+    """Return the description of a vector, or of a matrix outside all sub-layers."""
+    layer, stack = _layer_around(name, layer_of_path)
+    role = role_outside(name, shape, layer is not None)
+    fan_in, fan_out = None, None
+    if is_matrix(name, shape):
+        fan_in, fan_out = fans_of(role, shape, width)
+    return NamedWeight(role, layer, stack, fan_in=fan_in, fan_out=fan_out)
 
 
 def _layers_by_path(sublayers: Sequence[NamedSublayer]) -> dict[str, tuple[int, str]]:
     """Return the layer and the stack of every numbered module path that lies in one layer only."""
-    found: dict[str, set[tuple[int, str]]] = {}
+    layers_of_path: dict[str, set[tuple[int, str]]] = {}
     for sublayer in sublayers:
         for name in sublayer.roles:
             for path in _numbered_paths(name):
-                found.setdefault(path, set()).add((sublayer.layer, sublayer.stack))
-    return {path: next(iter(layers)) for path, layers in found.items() if len(layers) == 1}
+                layers_of_path.setdefault(path, set()).add((sublayer.layer, sublayer.stack))
+    return {path: layers.pop() for path, layers in layers_of_path.items() if len(layers) == 1}
 
 
 def _layer_around(
@@ -814,7 +928,10 @@ def role_outside(name: str, shape: Shape, in_layer: bool) -> str:
     path = name.removesuffix(".weight")
     is_numbered = in_layer or _end_of_block(path.split(".")) > 0
     rules = _ANYWHERE_RULES if is_numbered else _ANYWHERE_RULES + _OUTSIDE_RULES
-    return next((role for role, words in rules if re.search(words, path)), "")
+    for role, words in rules:
+        if re.search(words, path):
+            return role
+    return ""
 
 
 def _role_of_vector(name: str) -> str:
@@ -833,18 +950,20 @@ def fans_of(role: str, shape: Shape, width: int | None) -> tuple[int | None, int
         role: of the matrix.
         shape: as stored.
         width: features of the stream.
+
+    Example:
+        >>> fans_of("W_2", (16, 64), 16), fans_of("W_2", (64, 16), 16)
+        ((64, 16), (64, 16))
     """
     if not role or len(shape) < 2:
         return None, None
     if role in ("embedding", "positions"):
         return shape[-2], shape[-1]
     rows, columns = _sides(shape)
-    writes = role in (
-        "W_O",
-        "W_2",
-    )  # of the two sizes, the width is where a matrix reads or writes the stream
-    is_clear = width is not None and (rows == width) != (columns == width)
-    if not is_clear or width is None:
+    one_side_is_width = (rows == width) != (columns == width)
+    if width is None or not one_side_is_width:
         return columns, rows
+    # Of the two sizes, the width is where a matrix reads or writes the stream.
     other = columns if rows == width else rows
-    return (other, width) if writes else (width, other)
+    writes_stream = role in ("W_O", "W_2")
+    return (other, width) if writes_stream else (width, other)

@@ -61,8 +61,10 @@ class SequenceFigures:
 
 @dataclass(frozen=True)
 class BatchFigures:
-    """A batch. `gradient` is that of the batch's loss; `note` says if it is not the sum of the
-    sequences' gradients.
+    """A batch.
+
+    `gradient` is that of the batch's loss. `note` says if it is not the sum of the sequences'
+    gradients.
     """
 
     loss: float
@@ -119,8 +121,9 @@ class LossReader:
 
 
 def find_loss(model: nn.Module, arguments: Arguments) -> LossReader:
-    """Decide how the loss of a model is read, by running it on the first sequence of a batch that
-    has a loss.
+    """Decide how the loss of a model is read.
+
+    The model is run on the first sequence of a batch that has a loss.
 
     A loss that the model returns is taken as it is. The losses of its tokens are those whose mean
     is that loss: which of the integer inputs are the targets, and whether they are shifted, is
@@ -213,8 +216,9 @@ def own_loss(output: Any) -> Tensor | None:
 
 
 def token_losses(output: Any, arguments: Arguments, targets: Targets) -> TokenLosses | None:
-    """Return the cross entropies of the targets that count; None if logits and targets do not fit
-    each other.
+    """Return the cross entropies of the targets that count.
+
+    None if logits and targets do not fit each other.
 
     A target below 0 is masked, whatever value the loop uses (-100, -1).
     """
@@ -242,8 +246,9 @@ def argument(arguments: Arguments, key: int | str) -> Any:
 
 
 def _candidates(output: Any, arguments: Arguments) -> Iterator[Targets]:
-    """Yield what could be the targets: integer inputs of the logits' shape, the likely names
-    first.
+    """Yield what could be the targets: integer inputs of the logits' shape.
+
+    The likely names come first.
     """
     logits = loss_input(output)
     if logits is None or logits.dim() < 2:
@@ -268,8 +273,9 @@ def _candidates(output: Any, arguments: Arguments) -> Iterator[Targets]:
 
 
 def _is_copy_of_the_input(tensor: Tensor, key: int | str, arguments: Arguments) -> bool:
-    """Return whether the targets are the input ids themselves, apart from masked ones: they need a
-    shift then.
+    """Return whether the targets are the input ids, apart from masked ones.
+
+    They need a shift then.
     """
     args, kwargs = arguments
     for name, other in [*enumerate(args), *kwargs.items()]:
@@ -371,8 +377,9 @@ class _Sum:
 
 
 def _weight(figures: SequenceFigures) -> float:
-    """Return how much a sequence counts in the mean of the batch: as many targets as it has, 0 for
-    padding alone.
+    """Return how much a sequence counts in the mean of the batch.
+
+    It counts as many times as it has targets, 0 times if it is padding alone.
     """
     if figures.tokens is None:
         return 1.0
@@ -406,8 +413,9 @@ def _norm(gradients: list[Tensor | None]) -> float:
 
 # -- parts of a batch ------------------------------------------------------------------------------
 def count_sequences(arguments: Arguments) -> int:
-    """Return the size of the batch dimension: that of the first tensor with two dimensions; 1 if
-    there is none.
+    """Return the size of the batch dimension, 1 if there is none.
+
+    It is that of the first tensor with two dimensions.
     """
     tensors: list[Tensor] = []
     collect_deep(arguments, tensors)
@@ -418,8 +426,9 @@ def count_sequences(arguments: Arguments) -> int:
 
 
 def sequence_of(arguments: Arguments, row: int, rows: int) -> Arguments:
-    """Return one sequence of a batch, as a batch of its own. What has no batch dimension stays as
-    it is.
+    """Return one sequence of a batch, as a batch of its own.
+
+    What has no batch dimension stays as it is.
     """
 
     def cut(leaf: Any) -> Any:
@@ -434,8 +443,9 @@ def sequence_of(arguments: Arguments, row: int, rows: int) -> Arguments:
 
 
 def prepared(arguments: Arguments, device: torch.device, dtype: torch.dtype | None) -> Arguments:
-    """Return a kept batch as the model takes it: on its device, in its precision, without the count
-    of a Trainer.
+    """Return a kept batch as the model takes it.
+
+    It is moved to the model's device and precision, without the count of a Trainer.
     """
 
     def moved(leaf: Any) -> Any:
@@ -458,8 +468,9 @@ def prepared(arguments: Arguments, device: torch.device, dtype: torch.dtype | No
 def ready_for_gradients(
     model: nn.Module,
 ) -> Iterator[tuple[nn.Module, list[Tensor], torch.dtype | None]]:
-    """Lend the model in evaluation mode, with the parameters that train and the precision of a
-    copy.
+    """Lend the model in evaluation mode, with the parameters that train.
+
+    The precision of a copy comes with them.
 
     Weights in half precision are copied to float32: gradients in float16 would lose what is small.
     The mode of every module and the random state are given back.

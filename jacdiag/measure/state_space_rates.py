@@ -1,6 +1,4 @@
-"""Time steps and decay rates of state-space layers, by what the model does with their
-parameters.
-"""
+"""Time steps and decay rates of state-space layers, found by their use in the model."""
 
 from __future__ import annotations
 
@@ -98,8 +96,9 @@ def _ends(values: Tensor) -> tuple[float | None, float | None]:
 
 
 def time_step_biases(graph: Graph, params: Collection[str]) -> list[str]:
-    """Return the vectors that are added to what enters a softplus whose result multiplies two
-    things.
+    """Return the vectors that are added to what enters the softplus of a time step.
+
+    The result of such a softplus multiplies two things.
     """
     found: dict[str, None] = {}
     for node in graph.nodes:
@@ -143,8 +142,9 @@ def _bias_before(graph: Graph, value: int, params: Collection[str]) -> str:
 
 
 def _vector_of(graph: Graph, value: int) -> str:
-    """Return the name of the parameter of one dimension that a value is, in another shape or type;
-    else "".
+    """Return the name of the parameter of one dimension that a value is, else "".
+
+    The value may have another shape or type.
     """
     while graph.values[value].node >= 0 and graph.nodes[graph.values[value].node].name in _SHAPES:
         value = graph.nodes[graph.values[value].node].inputs[0]

@@ -1,6 +1,4 @@
-"""Figures of the residual stream over depth, from the tensors that the recorded forward left
-behind.
-"""
+"""Figures of the residual stream over depth, from the tensors of the recorded forward."""
 
 from __future__ import annotations
 
@@ -15,8 +13,9 @@ _ROWS = 4096  # tokens that are looked at together: no copy of a whole stream is
 
 
 def stream_points(sites: Sites) -> list[tuple[str, Tensor, int]]:
-    """Return name, value and feature dimension of each point of the main stream: the shortcuts,
-    then its end.
+    """Return name, value and feature dimension of each point of the main stream.
+
+    The points are the shortcuts, then the stream's end.
 
     The end is left out where the recorded forward did not keep it, or where it has another layout.
     """
@@ -32,8 +31,7 @@ def stream_points(sites: Sites) -> list[tuple[str, Tensor, int]]:
 
 
 def forward_record(sites: Sites, token_ids: Tensor | None) -> ForwardRecord:
-    """Measure variance, largest activation and cosine between tokens at each point of the main
-    stream.
+    """Measure variance, largest activation and token cosine along the main stream.
 
     Args:
         sites: of one recorded forward.
@@ -96,8 +94,9 @@ def peak(x: Tensor, feature_dim: int, token_ids: Tensor | None) -> Peak:
 
 
 def token_cosine(x: Tensor, feature_dim: int) -> float | None:
-    """Return the mean cosine between two different tokens of the probe; None for fewer than two
-    that are not zero.
+    """Return the mean cosine between two different tokens of the probe.
+
+    None for fewer than two tokens that are not zero.
 
     The sum over all pairs is |sum of unit vectors|^2, without the products of each vector with
     itself.

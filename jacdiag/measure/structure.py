@@ -46,8 +46,9 @@ def with_structure(
 
 
 def zero_shortcuts_of(sites: Sites, records: Iterable[SublayerRecord]) -> list[ZeroShortcut]:
-    """Return the sub-layers whose shortcut is multiplied by exactly zero, with the zero parameters
-    on its way.
+    """Return the sub-layers whose shortcut is multiplied by exactly zero.
+
+    The zero parameters on its way are named.
     """
     gains = {
         record.index: record.shortcut_gain for record in records if record.branch_norm is not None

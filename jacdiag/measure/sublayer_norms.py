@@ -30,7 +30,7 @@ def measure_group(
     state: Literal["init", "trained"],
     figures: Callable[[str], WeightStats | None],
 ) -> list[SublayerRecord]:
-    """Measures the sub-layers that share one shortcut (one, or parallel branches).
+    """Measure the sub-layers that share one shortcut (one, or parallel branches).
 
     Args:
         sites: the sub-layers.
@@ -116,7 +116,7 @@ def _measure(
 
 
 def _joint_residual(built: Sequence[Linearised], effort: Effort) -> Interval | None:
-    """|a I + J_1 + J_2 + ...| over the dimensions that are independent for all of them."""
+    """Return |a I + J_1 + J_2 + ...| over the dimensions that are independent for all."""
     dims = tuple(sorted(set.intersection(*(set(one.dims) for one in built))))
     first = built[0]
     if any(one.site.value.shape != first.site.shortcut.shape for one in built):
@@ -187,7 +187,10 @@ def _problems(dims: tuple[int, ...], site: Sublayer) -> str:
 
 
 def _why(site: Sublayer, error: Exception) -> str:
-    """The error's first line; a custom autograd.Function in the branch is the first suspect."""
+    """Return the error's first line.
+
+    A custom autograd.Function in the branch is the first suspect.
+    """
     told = one_line(error)
     if not site.functions:
         return told
@@ -199,7 +202,7 @@ def _why(site: Sublayer, error: Exception) -> str:
 
 
 def _blank(site: Sublayer, token_ids: Tensor | None, why: str) -> SublayerRecord:
-    """A record without norms: what could not be measured is null, with the reason."""
+    """Return a record without norms, with the reason why each is null."""
     site.dims = site.dims or ()
     notes = dict.fromkeys(("branch_norm", "residual_norm", "core_norm"), why)
     if not site.finite:
@@ -222,8 +225,9 @@ def _blank(site: Sublayer, token_ids: Tensor | None, why: str) -> SublayerRecord
 def _weights(
     site: Sublayer, figures: Callable[[str], WeightStats | None]
 ) -> dict[str, WeightStats]:
-    """Statistics of the branch's matrices by role: W_1, W_gate, W_2 or W_Q, W_K, W_V, W_O, from the
-    order of use.
+    """Return statistics of the branch's matrices by role, in the order of use.
+
+    Roles are W_1, W_gate, W_2 or W_Q, W_K, W_V, W_O.
     """
     found = {}
     for role, name in site.roles.items():

@@ -52,8 +52,9 @@ def tie_of(
 
 
 def declared_tie(model: nn.Module) -> tuple[bool | None, str]:
-    """Return whether a model says that head and embedding are one tensor, and where; None if it
-    does not say.
+    """Return whether a model says that head and embedding are one tensor, and where.
+
+    None if it does not say.
 
     A class of transformers that names no tied weights cannot tie them, whatever its config holds:
     nothing is said then. Nor is anything said by two configs, an outer and an inner one, that

@@ -10,8 +10,9 @@ from jacdiag.records.report import Interval, PerToken, Spread, TokenAt
 
 
 def locate(flat: int, shape: torch.Size, feature_dim: int, token_ids: Tensor | None) -> TokenAt:
-    """Turns an index over tokens (all dimensions but features) into sequence, position and token
-    id.
+    """Return sequence, position and token id of an index over tokens.
+
+    Tokens are all dimensions but features.
     """
     lead = [n for d, n in enumerate(shape) if d != feature_dim % len(shape)]
     index = []
@@ -29,7 +30,7 @@ def locate(flat: int, shape: torch.Size, feature_dim: int, token_ids: Tensor | N
 
 
 def spread_of(x: Tensor, feature_dim: int = -1, token_ids: Tensor | None = None) -> Spread:
-    """Summarises the standard deviation over features (population), per token.
+    """Return the spread over tokens of the standard deviation over features (population).
 
     Args:
         x: any shape; `feature_dim` holds the features, all other dimensions are tokens.
@@ -50,8 +51,9 @@ def spread_of(x: Tensor, feature_dim: int = -1, token_ids: Tensor | None = None)
 def gain_interval(
     gain: Tensor, shape: torch.Size, feature_dim: int, token_ids: Tensor | None
 ) -> Interval:
-    """The gain of a norm, 1 / sqrt(var + eps) per token: exact, the largest over tokens, with the
-    distribution.
+    """Return the gain of a norm, 1 / sqrt(var + eps): exact, the largest over tokens.
+
+    The interval carries the distribution over tokens.
 
     Args:
         gain: one number per token, in the order of x without its features.
@@ -69,7 +71,8 @@ def gain_interval(
 
 
 def _quantile(values: Tensor, q: float) -> float:
-    """The q-quantile, interpolated; NumPy's, because torch.quantile refuses more than 16M
-    values.
+    """Return the q-quantile, interpolated.
+
+    It is NumPy's, because torch.quantile raises for more than 16M values.
     """
     return float(np.quantile(values.cpu().numpy(), q))

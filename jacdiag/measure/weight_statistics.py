@@ -1,6 +1,4 @@
-"""What weights say without a forward: std and norm of each matrix, and the closed forms of the
-paper.
-"""
+"""Measure weights without a forward: the std and norm of each matrix, and the paper's bounds."""
 
 from __future__ import annotations
 
@@ -47,8 +45,9 @@ def bound_attention(s_o: float, sigma: float, d: int, jz: float) -> float:
 
 
 def initial_bound(recipe: str, n_layer: int, n_embd: int) -> float:
-    """Eq. 15 at the first FFN of a recipe of the paper, the attention's contribution to sigma_x'
-    left out.
+    """Return Eq. 15 at the first FFN of a recipe of the paper.
+
+    The attention's contribution to sigma_x' is left out.
 
     Args:
         recipe: a name of `jacdiag.sources.gpt.RECIPES`.
@@ -66,25 +65,30 @@ def initial_bound(recipe: str, n_layer: int, n_embd: int) -> float:
     if recipe not in gpt.RECIPES:
         raise UsageError("unknown recipe", got=recipe, hint=f"one of {', '.join(gpt.RECIPES)}")
     config = gpt.config_of({"n_layer": n_layer, "n_embd": n_embd, "n_head": 1})
-    std, change = gpt.RECIPES[recipe].std, gpt.RECIPES[recipe].change(config)
+    std_by_recipe, change = gpt.RECIPES[recipe].std, gpt.RECIPES[recipe].change(config)
 
-    def of(name: str, *shape: int) -> float:
-        return std(name, torch.empty(shape, device="meta"), config)
+    def std(name: str, *shape: int) -> float:
+        return std_by_recipe(name, torch.empty(shape, device="meta"), config)
 
-    sigma = of("transformer.wte.weight", config.vocab_size, n_embd) * float(
-        change.get("embed_scale", 1.0)
-    )
+    # 1. The std of the first shortcut: that of the embedding, unless a norm follows it.
     if change.get("embed_norm"):
         sigma = 1.0
-    w1 = of("transformer.h.0.mlp.c_fc.weight", 4 * n_embd, n_embd)
-    w2 = of("transformer.h.0.mlp.c_proj.weight", n_embd, 4 * n_embd)
-    return bound_ffn(w1, w2, sigma, n_embd, 4 * n_embd)
+    else:
+        sigma = std("transformer.wte.weight", config.vocab_size, n_embd)
+        sigma *= float(change.get("embed_scale", 1.0))
+
+    # 2. The bound of the first FFN.
+    s1 = std("transformer.h.0.mlp.c_fc.weight", 4 * n_embd, n_embd)
+    s2 = std("transformer.h.0.mlp.c_proj.weight", n_embd, 4 * n_embd)
+    return bound_ffn(s1, s2, sigma, n_embd, 4 * n_embd)
 
 
 def weight_stats(
     name: str, tensor: Tensor, seed: int = 0, norm: bool = True, std: float | None = None
 ) -> WeightStats | None:
-    """Std and spectral norm of a weight matrix, raised to float32 where it is stored lower.
+    """Return the std and spectral norm of a weight matrix.
+
+    The norm is computed in float32 where the matrix is stored in a lower precision.
 
     Args:
         name: for the record.
@@ -96,20 +100,21 @@ def weight_stats(
 
     Returns:
         None for a vector or a tensor without memory.
+
+    Example:
+        >>> stats = weight_stats("weight", 2 * torch.eye(4))
+        >>> round(stats.std, 3), round(stats.norm, 2)
+        (0.866, 2.0)
     """
     if tensor.dim() < 2 or tensor.is_meta or not tensor.is_floating_point():
         return None
     if std is None and tensor.numel():
         std = std_of(tensor)
-    if not norm:
-        return WeightStats(
-            name, list(tensor.shape), std if std is not None and math.isfinite(std) else None
-        )
     matrix = tensor.detach()
-    if matrix.dim() > 3 or not matrix.numel() or not is_finite(matrix):
-        return WeightStats(
-            name, list(tensor.shape), std if std is not None and math.isfinite(std) else None
-        )
+    is_solvable = norm and matrix.dim() <= 3 and matrix.numel() > 0 and is_finite(matrix)
+    if not is_solvable:
+        finite_std = std if std is not None and math.isfinite(std) else None
+        return WeightStats(name, list(tensor.shape), finite_std)
     if matrix.dtype not in (torch.float32, torch.float64):
         matrix = matrix.float()
     generator = torch.Generator().manual_seed(seed)

@@ -22,7 +22,7 @@ from jacdiag.remedies.changes import (
     Spare,
     Weights,
 )
-from jacdiag.rules import Departure, departures_of
+from jacdiag.rules import Deviation, deviations_of
 from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.remedy_targets import aims
 from jacdiag.rules.schemes import INNER, RESIDUAL, VECTORS
@@ -292,8 +292,8 @@ def _contract(contract: ContractRecord, codes: Sequence[str]) -> Remedy | None:
     """Every weight that departs from its contract, brought to what the contract says."""
     if not any(code in ("JD201", "JD202", "JD203", "JD204", "JD205") for code in codes):
         return None
-    found: dict[tuple[str, float], list[Departure]] = {}
-    for one in departures_of(contract):
+    found: dict[tuple[str, float], list[Deviation]] = {}
+    for one in deviations_of(contract):
         if one.section:
             continue  # to draw the entire matrix again would change its other rows
         found.setdefault((one.weight.pattern, one.value), []).append(one)

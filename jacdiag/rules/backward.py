@@ -1,6 +1,4 @@
-"""JD401 to JD406 and JD409: what one backward of the loss shows, and branches that are exactly
-zero.
-"""
+"""JD401 to JD406 and JD409: what one backward of the loss shows, and dead branches."""
 
 from __future__ import annotations
 
@@ -43,8 +41,9 @@ def _no_gradient(context: Context, rule: Rule) -> Outcome:
 
 
 def _meant(path: DeadPath) -> bool:
-    """Return whether a part is cut off on purpose: its parameters are frozen, and the code detaches
-    it.
+    """Return whether a part is cut off on purpose.
+
+    Its parameters are frozen, and the code detaches it.
     """
     return path.frozen and path.cause == "cut"
 
@@ -97,8 +96,9 @@ def _cause(path: DeadPath) -> str:
 
 
 def _held(names: Sequence[str], values: Sequence[float]) -> str:
-    """Return "a.weight is 0", "a.weight is 0, b.bias is -100" or "a.weight is at most 3e-41 in
-    size".
+    """Return what parameters hold, as in "a.weight is 0, b.bias is -100".
+
+    A tiny value is shown as "a.weight is at most 3e-41 in size".
     """
     told = []
     for name, value in zip(names, values, strict=False):
@@ -140,24 +140,33 @@ def _dead_branch(context: Context, rule: Rule) -> Outcome:
     rows = [row for row in context.rows(rule) if row.branch_norm is not None]
     if not rows:
         return NOT_APPLICABLE
-    dead = [(row, row.dead_branch) for row in rows if row.dead_branch is not None]
     # All layers alike is an init; some of them is a fault.
-    for_ever = [row for row, branch in dead if _is_dead_for_ever(branch)]
-    alike = [row for row, branch in dead if branch.alike and row not in for_ever]
-    single = [row for row, _ in dead if row not in alike and row not in for_ever]
+    single: list[SublayerRecord] = []
+    blocked: list[SublayerRecord] = []
+    alike: list[SublayerRecord] = []
+    for row in rows:
+        if row.dead_branch is None:
+            continue
+        if _is_dead_for_ever(row.dead_branch):
+            blocked.append(row)
+        elif row.dead_branch.alike:
+            alike.append(row)
+        else:
+            single.append(row)
     findings = []
     if single:
         findings.append(_branches(context, rule, single, "warning"))
-    if for_ever:
-        findings.append(_branches(context, rule, for_ever, "warning"))
+    if blocked:
+        findings.append(_branches(context, rule, blocked, "warning"))
     if alike:
         findings.append(_branches(context, rule, alike, "info"))
     return Outcome(len(rows), findings)
 
 
 def _is_dead_for_ever(branch: DeadBranch) -> bool:
-    """Return whether several zeros stand in one another's way: only all of them together let
-    anything through.
+    """Return whether several zeros block each other.
+
+    Only all of them together let anything through.
     """
     return branch.alike and branch.together and branch.own_gradient == 0
 
@@ -165,28 +174,30 @@ def _is_dead_for_ever(branch: DeadBranch) -> bool:
 def _branches(
     context: Context, rule: Rule, rows: Sequence[SublayerRecord], level: Level
 ) -> Finding:
-    names = [row.name for row in rows]
-    branches = [row.dead_branch for row in rows if row.dead_branch is not None]
-    held: dict[str, float] = {}
-    for branch in branches:
-        held |= dict(zip(branch.parameters, branch.values, strict=False))
-    parameters, values = list(held), list(held.values())
-    unknown = [
-        row.name for row in rows if row.dead_branch is not None and not row.dead_branch.parameters
-    ]
-    zero = all(branch.zero for branch in branches)
+    # 1. The causes, and the branches without a known one.
+    branches: list[DeadBranch] = []
+    unknown: list[str] = []
+    value_of: dict[str, float] = {}
+    for row in rows:
+        if row.dead_branch is not None:
+            branches.append(row.dead_branch)
+            value_of |= dict(zip(row.dead_branch.parameters, row.dead_branch.values, strict=False))
+            if not row.dead_branch.parameters:
+                unknown.append(row.name)
+
+    # 2. The sentence.
+    names, parameters = [row.name for row in rows], list(value_of)
     verb = "is" if len(names) == 1 else "are"
-    what = (
-        f"{_listed(names)} {verb} "
-        f"{'exactly zero, value and Jacobian' if zero else 'constant: the Jacobian is zero'}"
-    )
+    state = "constant: the Jacobian is zero"
+    if all(branch.zero for branch in branches):
+        state = "exactly zero, value and Jacobian"
+    what = f"{_listed(names)} {verb} {state}"
     if parameters:
-        what += (
-            f"; the cause: {_held(parameters, values)} in every element, "
-            f"{_how_far(branches, level)}"
-        )
+        held = _held(parameters, list(value_of.values()))
+        what += f"; the cause: {held} in every element, {_how_far(branches, level)}"
     if unknown:
         what += f"; the cause is not known for {_listed(unknown)}"
+
     evidence = {"parameters": parameters, "count": len(names), "alike": level == "info"}
     fix = _fix_of_branches(branches, parameters, level)
     return Finding(

@@ -1,5 +1,6 @@
-"""JD212: computed tables, such as rotary frequencies and causal masks, that were erased, rounded or
-never computed.
+"""JD212: computed tables that were erased, rounded or never computed.
+
+Examples are rotary frequencies and causal masks.
 """
 
 from __future__ import annotations
@@ -31,41 +32,53 @@ _WORDS = {
 def fault_of(table: TableRecord) -> str:
     """Return what is wrong with a table, as the predicate of a sentence; "" if nothing is."""
     if table.meaning == "mask":
-        is_constant = not table.not_finite and table.count > 1 and table.least == table.most
-        return f"is {plain(table.least or 0.0)} in every element" if is_constant else ""
+        return _fault_of_mask(table)
     if table.meaning not in _COMPUTED:
-        largest = max(abs(table.least or 0.0), abs(table.most or 0.0))
-        is_leftover = table.tiny > 0 and largest < _SMALL and not table.not_finite
-        return (
-            "holds numbers that are not zero and closer to it than 1e-30, and no usual one"
-            if is_leftover
-            else ""
-        )
+        return _fault_of_buffer(table)
+    # 1. Memory that nobody wrote to.
     if table.not_finite:
         return f"holds NaN or Inf in {table.not_finite} of {table.count} elements"
     if table.tiny:
         return "holds numbers that are not zero and closer to it than 1e-30"
     if table.least == table.most == 0:
         return "is zero in every element"
+    # 2. Values that do not fit the meaning.
     if table.meaning == "variance":
         is_positive = table.least is not None and table.least > 0
         return "" if is_positive else "is zero or negative in some elements"
-    if (
-        table.meaning == "slopes"
-        and table.first == 1.0
-        and table.ratio is not None
-        and table.ratio < 0.999
-    ):
-        return f"starts at 1, where ALiBi starts at the ratio of its series, {plain(table.ratio)}"
+    if table.meaning == "slopes" and table.first == 1.0 and _falls(table):
+        ratio = plain(table.ratio)
+        return f"starts at 1, where ALiBi starts at the ratio of its series, {ratio}"
+    # 3. Values that lost digits.
     if table.rounded:
         return f"is {table.dtype} and holds numbers of {table.rounded} alone: it was rounded"
     return ""
 
 
+def _fault_of_mask(table: TableRecord) -> str:
+    is_constant = table.count > 1 and table.least == table.most
+    if table.not_finite or not is_constant:
+        return ""
+    return f"is {plain(table.least or 0.0)} in every element"
+
+
+def _fault_of_buffer(table: TableRecord) -> str:
+    """Return the fault of a buffer whose meaning is not known: it holds nothing but leftovers."""
+    largest = max(abs(table.least or 0.0), abs(table.most or 0.0))
+    is_leftover = table.tiny > 0 and largest < _SMALL and not table.not_finite
+    if not is_leftover:
+        return ""
+    return "holds numbers that are not zero and closer to it than 1e-30, and no usual one"
+
+
+def _falls(table: TableRecord) -> bool:
+    return table.ratio is not None and table.ratio < 0.999
+
+
 def wrong_tables(contract: ContractRecord) -> list[tuple[TableRecord, str]]:
     """Return the tables that are wrong, each with its fault."""
-    judged = [(table, fault_of(table)) for table in contract.tables]
-    return [(table, fault) for table, fault in judged if fault]
+    faults = [(table, fault_of(table)) for table in contract.tables]
+    return [(table, fault) for table, fault in faults if fault]
 
 
 def _check(context: Context, rule: Rule) -> Outcome:

@@ -13,49 +13,61 @@ from jacdiag.rules.interval_status import Placed, placed
 from jacdiag.rules.rule import ALL_PLACEMENTS, NOT_APPLICABLE, Context, Outcome, Rule
 from jacdiag.rules.thresholds import CUTS, Limits
 
+# An output matrix with so much of the std before it has no scaling with depth.
+_UNSCALED = 0.7
 Value = Callable[[SublayerRecord], Interval | None]
 Cut = Callable[[SublayerRecord], Limits]
 Sentence = Callable[[Context, Rule, Sequence[Placed], Level], Finding]
 
 
 def _judged(context: Context, rule: Rule, value: Value, limits: Cut, sentence: Sentence) -> Outcome:
-    """Places every sub-layer's figure, and makes one finding per level out of those that lie beyond
-    a cut.
+    """Compare every sub-layer's figure with its cuts, and return one finding per level.
 
-    One that has no cut is left out if it was measured; what could not be measured is undecided in
-    any case.
+    A sub-layer that has no cut is left out if it was measured. What could not be measured is
+    undecided in any case.
     """
     rows = context.rows(rule)
     if not rows:
         return Outcome(0, note=_why_not(context, rule))
-    known = [(row, limits(row)) for row in rows if limits(row).cuts or row.branch_norm is None]
-    measured = [row for row in rows if not limits(row).cuts and row.branch_norm is not None]
-    without = sorted({f"{row.kind} ({row.placement})" for row in measured})
-    note = f"no threshold is calibrated for {', '.join(without)}" if without else ""
-    every = [placed(row, _trusted(context, row, value), one) for row, one in known]
+
+    # 1. Place each figure between its cuts.
+    places: list[Placed] = []
+    uncalibrated: set[str] = set()
+    for row in rows:
+        limits_of_row = limits(row)
+        if limits_of_row.cuts or row.branch_norm is None:
+            places.append(placed(row, _trusted(context, row, value), limits_of_row))
+        else:
+            uncalibrated.add(f"{row.kind} ({row.placement})")
+    note = ""
+    if uncalibrated:
+        note = f"no threshold is calibrated for {', '.join(sorted(uncalibrated))}"
+
+    # 2. One finding per level.
     findings = []
     for level in ("error", "warning", "info"):
-        group = [p for p in every if p.beyond == level]
+        group = [place for place in places if place.beyond == level]
         if group:
             findings.append(sentence(context, rule, group, level))
-    undecided = [p.row.name for p in every if p.value is None or p.across]
-    return Outcome(len(every), findings, undecided, note, {p.row.name: p.condition for p in every})
+    undecided = [place.row.name for place in places if place.value is None or place.across]
+    conditions = {place.row.name: place.condition for place in places}
+    return Outcome(len(places), findings, undecided, note, conditions)
 
 
 def _why_not(context: Context, rule: Rule) -> str:
-    """Why a rule applies to no sub-layer, if that is for the placement of the norms; ""
-    otherwise.
-    """
-    others = sorted(
-        {_norm_words(r.placement) for r in context.report.sublayers if not r.nested and r.placement}
-    )
-    if (
-        context.report.tier != "measured"
-        or not others
-        or set(rule.placements) == set(ALL_PLACEMENTS)
-    ):
+    """Return why a rule applies to no sub-layer, if the placement of the norms is the reason."""
+    is_for_all = set(rule.placements) == set(ALL_PLACEMENTS)
+    if context.report.tier != "measured" or is_for_all:
         return ""
-    return f"the paper states it for pre-norm; this model has {' and '.join(others)}"
+    placements = {
+        _norm_words(row.placement)
+        for row in context.report.sublayers
+        if not row.nested and row.placement
+    }
+    if not placements:
+        return ""
+    names = " and ".join(sorted(placements))
+    return f"the paper states it for pre-norm; this model has {names}"
 
 
 def _norm_words(placement: str | None) -> str:
@@ -71,10 +83,11 @@ def _worst(group: Sequence[Placed]) -> Placed:
 
 
 def _extent(context: Context, group: Sequence[Placed]) -> str:
-    """Which depths a group covers: an excess at the first layer only is another thing than one that
-    persists.
+    """Return which depths a group covers, in words.
+
+    An excess at the first layer only is another thing than one that persists.
     """
-    depths = sorted({p.row.depth for p in group})
+    depths = sorted({place.row.depth for place in group})
     last = context.report.model.layers - 1
     if depths == [0]:
         return "only at depth 0" if last > 0 else "at the only depth"
@@ -82,10 +95,10 @@ def _extent(context: Context, group: Sequence[Placed]) -> str:
         return "at every depth"
     if depths == list(range(depths[-1] + 1)):
         return f"persists to depth {depths[-1]} of {last}"
-    return (
-        f"at depths {', '.join(map(str, depths[:6]))}{' ...' if len(depths) > 6 else ''} of 0 "
-        f"to {last}"
-    )
+    shown = ", ".join(map(str, depths[:6]))
+    if len(depths) > 6:
+        shown += " ..."
+    return f"at depths {shown} of 0 to {last}"
 
 
 def _share(context: Context, rule: Rule, group: Sequence[Placed]) -> str:
@@ -153,19 +166,24 @@ def _small(context: Context, rule: Rule) -> Outcome:
 
 
 def _smaller(context: Context, row: SublayerRecord) -> str:
-    """What to change: the depth scaling where it is missing, else the std of the matrices."""
+    """Return what to change: the depth scaling where it is missing, else the std of matrices."""
     if context.report.state == "trained":
         return ""
-    layers, width = max(context.report.model.layers, 1), context.report.model.width
-    out = row.weights.get("W_2") or row.weights.get("W_O")
-    inner = [w.std for role, w in row.weights.items() if w.std and w is not out]
     advice = "initialise W_O and W_2 with std s/√(2N), the other matrices with s = √(2/(5d))"
-    if width is None or out is None or out.std is None:
+    layers, width = max(context.report.model.layers, 1), context.report.model.width
+    output = row.weights.get("W_2") or row.weights.get("W_O")
+    if width is None or output is None or output.std is None:
         return advice
+
+    # 1. The std of the output matrix compared with the advice.
     s = math.sqrt(2 / (5 * width))
     aim = s / math.sqrt(2 * layers)
-    seen = f"{out.parameter} has std {plain(out.std)}, s/√(2N) is {plain(aim)}"
-    if inner and out.std > 0.7 * max(inner) and layers > 1:
+    seen = f"{output.parameter} has std {plain(output.std)}, s/√(2N) is {plain(aim)}"
+
+    # 2. Whether it is as large as the matrices before it.
+    inner = [weight.std for weight in row.weights.values() if weight.std and weight is not output]
+    is_unscaled = bool(inner) and output.std > _UNSCALED * max(inner)
+    if is_unscaled and layers > 1:
         seen += f"; no depth scaling is seen beside std {plain(max(inner))} before it"
     return f"{advice}: {seen}"
 
@@ -203,8 +221,8 @@ def _token(row: SublayerRecord) -> str:
     at = row.shortcut_std.argmin if row.shortcut_std is not None else None
     if at is None or at.position is None:
         return ""
-    who = f"token {at.token}" if at.token is not None else "the one"
-    return f"; smallest at {who}, position {at.position}"
+    token = f"token {at.token}" if at.token is not None else "the one"
+    return f"; smallest at {token}, position {at.position}"
 
 
 def _larger(context: Context) -> str:
@@ -241,27 +259,32 @@ def _product(context: Context, rule: Rule) -> Outcome:
     network = context.report.network
     if network is None or network.gain_product_log is None:
         return NOT_APPLICABLE
-    limits, log = context.thresholds.limits("gain_product"), network.gain_product_log
-    beyond = [cut for cut in CUTS if (at := getattr(limits, cut)) is not None and log > at]
-    if not beyond:
+    # 1. The highest cut that the product is beyond.
+    log = network.gain_product_log
+    limits = context.thresholds.limits("gain_product")
+    beyond: Level | None = None
+    for cut in CUTS:
+        limit_of_cut = getattr(limits, cut)
+        if limit_of_cut is not None and log > limit_of_cut:
+            beyond, limit = cut, limit_of_cut
+    if beyond is None:
         return Outcome(1)
-    limit = getattr(limits, beyond[-1])
-    whole = network.end_to_end
+
+    # 2. The finding, with the true gain if it was measured.
+    end_to_end = network.end_to_end
     evidence: dict[str, Any] = {
         "field": "gain_product_log",
         "value": log,
         "threshold": limit,
         "end_to_end": None,
     }
-    true = PRODUCT_ALONE
-    if whole is not None:
-        evidence["end_to_end"] = [whole.lower, whole.upper]
-        true = f"the true end-to-end gain is {span(whole)}"
-    what = f"the gains multiply to e^{log:.1f} (Eq. 7), more than e^{limit:g}; {true}"
-    return Outcome(
-        1,
-        [Finding(rule.code, context.level(rule, beyond[-1]), [], what, evidence, why=rule.summary)],
-    )
+    true_gain = PRODUCT_ALONE
+    if end_to_end is not None:
+        evidence["end_to_end"] = [end_to_end.lower, end_to_end.upper]
+        true_gain = f"the true end-to-end gain is {span(end_to_end)}"
+    what = f"the gains multiply to e^{log:.1f} (Eq. 7), more than e^{limit:g}; {true_gain}"
+    level = context.level(rule, beyond)
+    return Outcome(1, [Finding(rule.code, level, [], what, evidence, why=rule.summary)])
 
 
 SMALL = Rule(

@@ -62,7 +62,10 @@ _CODES = tuple(rule.code for rule in RULES)
 
 
 def rule(code: str) -> RuleInfo:
-    """Returns a rule by its code. Raises UsageError with the closest codes."""
+    """Return a rule by its code.
+
+    Raises UsageError with the closest codes.
+    """
     for one in EVERY:
         if one.code == code.upper():
             return one
@@ -74,7 +77,9 @@ def rule(code: str) -> RuleInfo:
 
 
 def selected(select: Iterable[str] = (), ignore: Iterable[str] = ()) -> tuple[Rule, ...]:
-    """The rules whose code begins with one of `select` (all if empty) and with none of `ignore`.
+    """Return the rules whose code begins with one of `select` and with none of `ignore`.
+
+    An empty `select` stands for all rules.
 
     Raises:
         UsageError: a prefix that no rule has; it would otherwise match nothing and pass.
@@ -97,7 +102,7 @@ def evaluate(
     select: Iterable[str] = (),
     ignore: Iterable[str] = (),
 ) -> Report:
-    """Runs the rules on a report.
+    """Run the rules on a report.
 
     Args:
         report: measured, or of the weights-only tier.
@@ -159,8 +164,9 @@ def _verdict(
     results: list[RuleResult],
     outcomes: Mapping[str, Outcome],
 ) -> Verdict:
-    """Fail for an error, warn for a warning; what was not decided, or did not apply at all, is
-    never a pass.
+    """Return "fail" for an error, "warn" for a warning.
+
+    What was not decided, or did not apply at all, is never a pass.
 
     A trained model passes only compared with an earlier one. Without one it is observed: no level
     of its norms tells a good run from a wrecked one.
@@ -182,7 +188,7 @@ def _verdict(
 def _trained_verdict(
     context: Context, results: list[RuleResult], outcomes: Mapping[str, Outcome]
 ) -> Verdict:
-    """The verdict of a trained model for which no warning fired."""
+    """Return the verdict of a trained model for which no warning fired."""
     # 1. A norm that could not be measured may hide anything.
     unmeasured = [
         row for row in context.report.sublayers if not row.nested and row.branch_norm is None
@@ -204,7 +210,7 @@ def _trained_verdict(
 
 
 def _shown(report: Report, thresholds: Thresholds) -> dict[str, dict[str, float]]:
-    """The cuts of this report's figures, in the figures' own units, for renderings to draw."""
+    """Return the cuts of this report's figures, in the figures' own units, for renderings."""
     scale = math.sqrt(2 * max(report.model.layers, 1))
     usual = _usual_placement(report)
 
@@ -220,7 +226,7 @@ def _shown(report: Report, thresholds: Thresholds) -> dict[str, dict[str, float]
 
 
 def _usual_placement(report: Report) -> str:
-    """The placement of the norm that most sub-layers have; the first of several."""
+    """Return the placement of the norm that most sub-layers have; the first of several."""
     placements = [row.placement or "pre" for row in report.sublayers]
     return max(dict.fromkeys(placements), key=placements.count) if placements else "pre"
 
@@ -232,7 +238,9 @@ def decision_points(
     layers: int,
     thresholds: Thresholds,
 ) -> dict[str, tuple[float, ...]]:
-    """The values that the interval of each figure must not straddle, for the rules to be decided.
+    """Return the values that the interval of each figure must not straddle.
+
+    Otherwise the rules are not decided.
 
     Args:
         kind, placement: of the sub-layer.

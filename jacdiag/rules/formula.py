@@ -1,5 +1,4 @@
-"""Formulas of an init contract, such as "0.02/sqrt(2*N)": read by a parser of their own, never by
-eval.
+"""Formulas of an init contract, such as "0.02/sqrt(2*N)", read without eval.
 
 sum     = product {("+" | "-") product}
 product = sign {("*" | "/") sign}
@@ -48,7 +47,7 @@ class Formula:
 
     @classmethod
     def read(cls, text: str) -> Formula:
-        """Parses a formula.
+        """Parse a formula.
 
         Raises:
             UsageError: it is none; the message points at the place.
@@ -72,7 +71,7 @@ class Formula:
         return found if isinstance(found, float) and math.isfinite(found) else None
 
     def check(self, known: Mapping[str, object] | frozenset[str]) -> None:
-        """Raises UsageError, with the closest name, if it uses a variable that does not exist."""
+        """Raise UsageError, with the closest name, for a variable that does not exist."""
         for name in sorted(self.names - set(known)):
             near = get_close_matches(name, sorted(known), n=3, cutoff=0.0)
             raise UsageError(

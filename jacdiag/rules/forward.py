@@ -36,9 +36,7 @@ def loudest(
     sentence: Callable[[Measured], str],
     fix: str = "",
 ) -> list[Finding]:
-    """Return one finding for the largest figure, with the names of all that lie above the same
-    cut.
-    """
+    """Return one finding for the largest figure, with all names above the same cut."""
     limits = context.thresholds.limits(figure)
     # What is not finite is another rule's.
     known = [measured for measured in figures if math.isfinite(measured.value)]
@@ -62,9 +60,7 @@ def loudest(
 
 
 def _stream(context: Context, field: str) -> tuple[ForwardRecord | None, Outcome]:
-    """Return the stream's record if it holds a field, else the outcome "not applicable" with the
-    reason.
-    """
+    """Return the stream's record if it holds a field, else "not applicable" with the reason."""
     network = context.report.network
     record = network.forward if network is not None else None
     if record is None:
@@ -104,7 +100,10 @@ def _variance(context: Context, rule: Rule) -> Outcome:
 def _superlinear(
     context: Context, rule: Rule, points: Sequence[str], variances: Sequence[float]
 ) -> list[Finding]:
-    """The variance at the end over that in the middle. A stream of two points has no middle."""
+    """Return the variance at the end over that in the middle.
+
+    A stream of two points has no middle.
+    """
     middle = len(variances) // 2
     if len(variances) < 3 or variances[middle] <= 0:
         return []

@@ -1,5 +1,6 @@
-"""JD210: weights whose random numbers are those of another one: layers, experts, shards, matrices
-of one layer.
+"""JD210: weights whose random numbers are those of another one.
+
+These are layers, experts, shards, or matrices of one layer.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 
 from jacdiag.records import ContractRecord, Finding, WeightRecord
 from jacdiag.rules.finding_numbers import plain
-from jacdiag.rules.init_contract import departures_of
+from jacdiag.rules.init_contract import deviations_of
 from jacdiag.rules.layer_groups import DRAWN
 from jacdiag.rules.odd_parameter import names_of
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
@@ -49,8 +50,9 @@ class Copy:
 
 
 def copies(contract: ContractRecord) -> tuple[int, list[Copy]]:
-    """Return how many weights were drawn and may be compared, and those that repeat another one of
-    their stack.
+    """Return how many drawn weights were compared, and those that repeat another one.
+
+    Only weights of one stack are compared.
 
     Args:
         contract: of a model at its init.
@@ -68,7 +70,7 @@ def copies(contract: ContractRecord) -> tuple[int, list[Copy]]:
 
 def constant_matrices(contract: ContractRecord) -> list[WeightRecord]:
     """Return the matrices of sub-layers that hold one number other than zero throughout."""
-    named = {departure.weight.parameter for departure in departures_of(contract)}
+    named = {deviation.weight.parameter for deviation in deviations_of(contract)}
     return [
         weight
         for weight in contract.weights
@@ -96,8 +98,9 @@ def _content_of(weight: WeightRecord) -> str:
 
 
 def _stack_of(weight: WeightRecord) -> str:
-    """Return the name before the first number: that of the stack of layers; the module's for a name
-    without one.
+    """Return the name before the first number, which is that of the stack of layers.
+
+    A name without a number has the path of its module.
     """
     match = _NUMBER.search(weight.parameter)
     if match is None:
@@ -106,8 +109,9 @@ def _stack_of(weight: WeightRecord) -> str:
 
 
 def _copy_of(weight: WeightRecord, earlier: Sequence[WeightRecord]) -> Copy:
-    """Return which of the earlier weights one repeats: that of its own name in another layer, else
-    the first.
+    """Return which of the earlier weights one repeats.
+
+    It is that of its own name in another layer, else the first.
     """
     for original in earlier:
         is_exact = _content_of(weight) == _content_of(original)
@@ -118,8 +122,9 @@ def _copy_of(weight: WeightRecord, earlier: Sequence[WeightRecord]) -> Copy:
 
 
 def _compare_names(weight: WeightRecord, original: WeightRecord) -> Copy | None:
-    """Return the copy if two names differ in numbers only; `stack` is the name before the first
-    that differs.
+    """Return the copy if two names differ in numbers only.
+
+    `stack` is the name before the first number that differs.
     """
     if _NUMBER.sub("*", weight.parameter) != _NUMBER.sub("*", original.parameter):
         return None

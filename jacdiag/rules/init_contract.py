@@ -1,9 +1,11 @@
-"""JD201 to JD207: how every weight was initialised, against a pinned contract, a published init,
-the model itself.
+"""JD201 to JD207: how every weight was initialised.
+
+Weights are compared with a pinned contract, a published init, or the rest of the model.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -15,8 +17,8 @@ from jacdiag.rules.never_drawn import NoDraw, find_no_draws, without_no_draws
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 from jacdiag.rules.scheme_choice import followed
 from jacdiag.rules.scheme_deviations import (
-    Departure,
-    departures,
+    Deviation,
+    deviations,
     head_left_at_default,
     layers_that_differ,
     told,
@@ -24,18 +26,20 @@ from jacdiag.rules.scheme_deviations import (
 from jacdiag.rules.scheme_fit import Yardstick
 from jacdiag.rules.schemes import MATRICES, Scheme, formulas_of, published_for
 
+# Roles that are usually spared from weight decay, in words.
+_SPARED = {"embedding": "the embedding", "norm_gain": "norm gains", "bias": "biases"}
+
 
 @dataclass(frozen=True)
 class Judged:
-    """A model compared with the scheme that speaks for it: that of its family, else the one that
-    most of it follows.
+    """A model compared with the scheme of its family, else with the one that most of it follows.
 
     Attributes:
         scheme: None if the model follows none; then only its layers are compared with each other.
         published: Whether it is the published init of the model's family.
         s: The base std where the scheme leaves it open.
         count: How many weights were compared.
-        found: Those that depart.
+        deviations: Those that differ.
         note: Which scheme it is, in words.
         mistake: Made with the formula of the scheme in the entire model; "" for none.
     """
@@ -44,7 +48,7 @@ class Judged:
     published: bool
     s: float | None
     count: int
-    found: list[Departure]
+    deviations: list[Deviation]
     note: str
     mistake: str = ""
 
@@ -52,46 +56,72 @@ class Judged:
 def judged(contract: ContractRecord) -> Judged:
     """Compare every weight with what its family, or the rest of the model, says."""
     contract = without_no_draws(without_leftovers(contract))
-    scheme = published_for(contract.family)
-    if scheme is not None:
-        yardstick = Yardstick.given(contract, scheme)
-        note = f"published init of {contract.family}: {scheme.title}"
+    # 1. The scheme of the family, else the one that most of the model follows.
+    published = published_for(contract.family)
+    if published is not None:
+        yardstick = Yardstick.given(contract, published)
+        note = f"published init of {contract.family}: {published.title}"
     else:
-        followed_one = followed(contract)
-        if followed_one is None or followed_one.scheme.free:
-            # A formula without a base std that explains every matrix comes before one with it.
-            followed_one = find_mistaken(contract) or followed_one
-        if followed_one is None:
-            count, found = layers_that_differ(contract.weights)
+        own = _own_yardstick(contract)
+        if own is None:
+            count, uneven = layers_that_differ(contract.weights)
             note = "follows no known scheme; layers are compared with each other"
-            return Judged(None, False, None, count, found, note)
-        yardstick = followed_one
-        base = f", s = {plain(yardstick.s)}" if yardstick.s is not None else ""
-        note = f"follows {yardstick.scheme.title}{base}"
-        if yardstick.looks:
-            note += f", with {yardstick.looks}"
-    count, found = departures(yardstick)
-    if scheme is None and not yardstick.looks:
-        spoken = {departure.weight.parameter for departure in found}
-        found += [d for d in head_left_at_default(yardstick) if d.weight.parameter not in spoken]
-    silent = [weight for weight in contract.weights if yardstick.mismatches(weight) is None]
-    more, uneven = layers_that_differ(silent)
-    published = scheme is not None
-    mistake = yardstick.looks
+            return Judged(None, False, None, count, uneven, note)
+        yardstick = own
+        note = _note_of_own(yardstick)
+
+    # 2. The weights that the scheme covers.
+    count, differing = deviations(yardstick)
+    if published is None and not yardstick.looks:
+        named = {deviation.weight.parameter for deviation in differing}
+        for deviation in head_left_at_default(yardstick):
+            if deviation.weight.parameter not in named:
+                differing.append(deviation)
+
+    # 3. The others, layer by layer.
+    uncovered = [weight for weight in contract.weights if yardstick.mismatches(weight) is None]
+    count_of_others, uneven = layers_that_differ(uncovered)
     return Judged(
-        yardstick.scheme, published, yardstick.s, count + more, [*found, *uneven], note, mistake
+        yardstick.scheme,
+        published is not None,
+        yardstick.s,
+        count + count_of_others,
+        [*differing, *uneven],
+        note,
+        mistake=yardstick.looks,
     )
 
 
-def departures_of(contract: ContractRecord) -> list[Departure]:
-    """Return every weight that differs from the pinned contract, and of the others those that
-    differ from the rest.
-    """
-    pinned: list[Departure] = []
+def _own_yardstick(contract: ContractRecord) -> Yardstick | None:
+    """Return the scheme that a model without a published init follows."""
+    yardstick = followed(contract)
+    if yardstick is None or yardstick.scheme.free:
+        # A formula without a base std that explains every matrix comes before one with it.
+        return find_mistaken(contract) or yardstick
+    return yardstick
+
+
+def _note_of_own(yardstick: Yardstick) -> str:
+    note = f"follows {yardstick.scheme.title}"
+    if yardstick.s is not None:
+        note += f", s = {plain(yardstick.s)}"
+    if yardstick.looks:
+        note += f", with {yardstick.looks}"
+    return note
+
+
+def deviations_of(contract: ContractRecord) -> list[Deviation]:
+    """Return the weights that differ from the pinned contract, or else from the rest."""
+    pinned: list[Deviation] = []
     if contract.pinned:
-        pinned = departures(Yardstick.given(contract, _pinned_scheme(contract)))[1]
-    spoken = {one.weight.parameter for one in pinned}
-    return [*pinned, *(one for one in judged(contract).found if one.weight.parameter not in spoken)]
+        _, pinned = deviations(Yardstick.given(contract, _pinned_scheme(contract)))
+    named = {deviation.weight.parameter for deviation in pinned}
+    others = [
+        deviation
+        for deviation in judged(contract).deviations
+        if deviation.weight.parameter not in named
+    ]
+    return [*pinned, *others]
 
 
 def _pinned_scheme(contract: ContractRecord) -> Scheme:
@@ -101,30 +131,47 @@ def _pinned_scheme(contract: ContractRecord) -> Scheme:
 
 
 def _contract(context: Context, rule: Rule) -> ContractRecord | None:
-    contract = context.report.contract
-    return contract if contract is not None and context.report.state in rule.states else None
+    """Return the contract, if the rule applies to a model of this state."""
+    if context.report.state not in rule.states:
+        return None
+    return context.report.contract
 
 
-def _findings(context: Context, rule: Rule, found: Iterable[Departure], by: str) -> list[Finding]:
-    """One finding per name pattern: which layers, measured, expected, and what it looks like."""
-    groups: dict[tuple[str, str], list[Departure]] = {}
-    for one in found:
-        groups.setdefault((one.weight.pattern, one.section), []).append(one)
-    made = []
+def _findings(
+    context: Context, rule: Rule, differing: Iterable[Deviation], by: str
+) -> list[Finding]:
+    """Return one finding per name pattern: the layers, measured, expected, and what it looks like.
+
+    Args:
+        context, rule: of the check.
+        differing: the weights.
+        by: what expects another value, with its verb.
+    """
+    groups: dict[tuple[str, str], list[Deviation]] = {}
+    for deviation in differing:
+        key = (deviation.weight.pattern, deviation.section)
+        groups.setdefault(key, []).append(deviation)
+    findings = []
     for group in groups.values():
         what, evidence = told(group, by)
-        where = list(dict.fromkeys(d.weight.sublayer or d.weight.parameter for d in group))
-        fix = ""
-        if group[0].by_layers:
-            fix = "initialise it as the other layers"
-        elif len(group[0].weight.shape) > 1:
-            fix = f"initialise it with std {group[0].formula}"
-        made.append(
-            Finding(
-                rule.code, context.level(rule, rule.level), where, what, evidence, rule.summary, fix
-            )
-        )
-    return made
+        where = _where(deviation.weight for deviation in group)
+        level = context.level(rule, rule.level)
+        fix = _fix_of(group[0])
+        findings.append(Finding(rule.code, level, where, what, evidence, rule.summary, fix))
+    return findings
+
+
+def _fix_of(deviation: Deviation) -> str:
+    if deviation.by_layers:
+        return "initialise it as the other layers"
+    if len(deviation.weight.shape) > 1:
+        return f"initialise it with std {deviation.formula}"
+    return ""
+
+
+def _where(weights: Iterable[WeightRecord]) -> list[str]:
+    """Return the sub-layers of weights, each once; the name of a weight outside all."""
+    return list(dict.fromkeys(weight.sublayer or weight.parameter for weight in weights))
 
 
 # -- JD201 -----------------------------------------------------------------------------------------
@@ -136,77 +183,100 @@ def _pinned(context: Context, rule: Rule) -> Outcome:
         return Outcome(
             0, note=f"the pinned contract is for an init; trained ({context.report.state_reason})"
         )
-    own = _pinned_scheme(contract)
-    unmatched = [
-        k for k in contract.pinned if not any(k in _keys(own, w) for w in contract.weights)
-    ]
-    notes = [f"nothing in this model matches {', '.join(unmatched)}"] if unmatched else []
+    # 1. What the user should know about the contract.
+    scheme = _pinned_scheme(contract)
+    used = {key for weight in contract.weights for key in _keys(scheme, weight)}
+    unmatched = [key for key in contract.pinned if key not in used]
+    notes = []
+    if unmatched:
+        notes.append(f"nothing in this model matches {', '.join(unmatched)}")
     if context.report.state == "trained":
         notes.append(
             "applied although the weights look trained, which is a guess; --state trained leaves "
             "it out"
         )
-    count, found = departures(Yardstick.given(contract, own))
-    return Outcome(
-        count, _findings(context, rule, found, "the pinned contract expects"), note="; ".join(notes)
-    )
+
+    # 2. The weights that differ from it.
+    count, differing = deviations(Yardstick.given(contract, scheme))
+    findings = _findings(context, rule, differing, "the pinned contract expects")
+    return Outcome(count, findings, note="; ".join(notes))
 
 
 def _known_to_be_trained(report: Report) -> bool:
-    """Return whether somebody said that the weights are trained, or their file does. A guess is not
-    enough.
+    """Return whether somebody said that the weights are trained, or their file does.
+
+    A guess is not enough.
     """
     return report.state == "trained" and report.state_basis in ("given", "file")
 
 
 def _keys(scheme: Scheme, weight: WeightRecord) -> list[str]:
+    """Return the keys of the scheme whose formulas are those of a weight."""
     formulas = scheme.of(weight)
-    return [key for key, value in scheme.formulas.items() if formulas and value is formulas]
+    if not formulas:
+        return []
+    return [key for key, value in scheme.formulas.items() if value is formulas]
 
 
 # -- JD202 to JD205 --------------------------------------------------------------------------------
 def _by_kind(kind: str) -> Callable[[Context, Rule], Outcome]:
+    """Return the check of JD202 ("published"), JD203 ("depth"), JD204 ("own") or JD205 ("layers").
+
+    Each of the four reports its own share of the weights that differ.
+    """
+
     def check(context: Context, rule: Rule) -> Outcome:
         contract = _contract(context, rule)
         if contract is None:
             return NOT_APPLICABLE
         result = judged(contract)
-        unlike_any = _no_draw_findings(context, rule, contract, result) if kind == "own" else []
-        if unlike_any:
-            spoken = {name for finding in unlike_any for name in finding.evidence["parameters"]}
-            found = [
-                departure
-                for departure in result.found
-                if departure.kind in ("own", "plain")
-                and not result.published
-                and departure.weight.parameter not in spoken
-            ]
-            more = _findings(context, rule, found, "the scheme of the rest expects")
-            return Outcome(
-                max(result.count, len(unlike_any)), [*unlike_any, *more], note=result.note
-            )
-        elsewhere = kind in ("published", "own") and (kind == "published") != result.published
-        if not result.count or elsewhere:
-            return Outcome(0, note=result.note if kind == "own" and not result.published else "")
-        who = (
-            f"the published init of {contract.family}"
-            if result.published
-            else "the scheme of the rest"
-        )
-        if result.mistake:
-            who = "the formula of literature"
-        by = f"{who} expects"
-        mine = [
-            d
-            for d in result.found
-            if d.kind == kind or (d.kind == "plain" and kind in ("published", "own"))
-        ]
+
+        # 1. Weights that no init draws come first.
+        if kind == "own":
+            no_draws = _no_draw_findings(context, rule, contract, result)
+            if no_draws:
+                return _outcome_of_no_draws(context, rule, result, no_draws)
+
+        # 2. Only one of "published" and "own" reports, according to the scheme.
+        is_on_scheme = kind in ("published", "own")
+        is_for_other_rule = is_on_scheme and (kind == "published") != result.published
+        if not result.count or is_for_other_rule:
+            shows_note = kind == "own" and not result.published
+            return Outcome(0, note=result.note if shows_note else "")
+
+        # 3. The weights that differ in this rule's way.
         matched = _matched(kind, contract, result)
         if not matched:
             return NOT_APPLICABLE
-        return Outcome(matched, _findings(context, rule, mine, by), note=result.note)
+        kinds = (kind, "plain") if is_on_scheme else (kind,)
+        differing = [deviation for deviation in result.deviations if deviation.kind in kinds]
+        findings = _findings(context, rule, differing, f"{_authority(contract, result)} expects")
+        return Outcome(matched, findings, note=result.note)
 
     return check
+
+
+def _authority(contract: ContractRecord, result: Judged) -> str:
+    """Return what the weights are compared with, in words."""
+    if result.mistake:
+        return "the formula of literature"
+    if result.published:
+        return f"the published init of {contract.family}"
+    return "the scheme of the rest"
+
+
+def _outcome_of_no_draws(
+    context: Context, rule: Rule, result: Judged, no_draws: list[Finding]
+) -> Outcome:
+    """Return the outcome of JD204 for a model with weights that no init draws."""
+    named = {name for finding in no_draws for name in finding.evidence["parameters"]}
+    differing = []
+    for deviation in result.deviations:
+        is_of_this_rule = deviation.kind in ("own", "plain") and not result.published
+        if is_of_this_rule and deviation.weight.parameter not in named:
+            differing.append(deviation)
+    others = _findings(context, rule, differing, "the scheme of the rest expects")
+    return Outcome(max(result.count, len(no_draws)), [*no_draws, *others], note=result.note)
 
 
 def _no_draw_findings(
@@ -217,40 +287,45 @@ def _no_draw_findings(
     # A head of unit spread may be what the family publishes (T5 of transformers).
     limit = None if result.published else context.thresholds.limits("logits_std").warning
     groups: dict[tuple[str, str], list[NoDraw]] = {}
-    for one in find_no_draws(contract, limit):
-        groups.setdefault((one.weight.pattern, one.fix), []).append(one)
+    for no_draw in find_no_draws(contract, limit):
+        groups.setdefault((no_draw.weight.pattern, no_draw.fix), []).append(no_draw)
     findings = []
     for (pattern, fix), group in groups.items():
-        first, names = group[0].weight, [one.weight.parameter for one in group]
+        first, sign = group[0].weight, group[0].sign
         of = sum(weight.pattern == pattern for weight in contract.weights)
         count = f" ({len(group)} of {of})" if of > 1 else ""
-        what = f"{pattern.removesuffix('.weight')}{count}: {group[0].sign}"
+        what = f"{pattern.removesuffix('.weight')}{count}: {sign}"
         evidence = {
-            "parameters": names,
+            "parameters": [no_draw.weight.parameter for no_draw in group],
             "role": first.role,
             "pattern": pattern,
             "family": first.family,
             "value": first.std,
-            "outliers": [one.weight.outliers for one in group],
+            "outliers": [no_draw.weight.outliers for no_draw in group],
             "looks": "no init draws this",
         }
-        if first.role == "head" and "logits" in group[0].sign:
+        if first.role == "head" and "logits" in sign:
             evidence["logits_std"] = contract.logits_std
-        where = list(dict.fromkeys(one.weight.sublayer or one.weight.parameter for one in group))
+        where = _where(no_draw.weight for no_draw in group)
         level = context.level(rule, rule.level)
         findings.append(Finding(rule.code, level, where, what, evidence, rule.summary, fix))
     return findings
 
 
 def _matched(kind: str, contract: ContractRecord, result: Judged) -> int:
-    """What a rule had to look at: for depth, matrices under a scheme; for layers, patterns of
-    several.
+    """Return how much a rule had to look at.
+
+    For depth these are matrices under a scheme, for layers name patterns of several.
     """
     if kind == "depth":
-        return sum(w.role in MATRICES for w in contract.weights) if result.scheme is not None else 0
+        if result.scheme is None:
+            return 0
+        return sum(weight.role in MATRICES for weight in contract.weights)
     if kind == "layers":
-        patterns = [w.pattern for w in contract.weights if w.layer is not None]
-        return sum(patterns.count(p) > 1 for p in dict.fromkeys(patterns))
+        patterns = Counter(
+            weight.pattern for weight in contract.weights if weight.layer is not None
+        )
+        return sum(count > 1 for count in patterns.values())
     return result.count
 
 
@@ -265,54 +340,52 @@ def _tied(context: Context, rule: Rule) -> Outcome:
     for weight in contract.weights:
         if weight.parameter not in contract.tied or weight.std is None or limit is None:
             continue
-        logits = contract.logits_std if contract.logits_std is not None else weight.std * width**0.5
+        logits = contract.logits_std
+        if logits is None:
+            logits = weight.std * width**0.5
         if logits > limit:
-            what = (
-                f"{weight.parameter} has std {plain(weight.std)} and is the head too: logits of "
-                f"std {plain(logits)} "
-                f"at init, so that the first loss is about ln V + {plain(logits**2 / 2)}"
-            )
-            evidence = {
-                "parameters": [weight.parameter],
-                "value": logits,
-                "threshold": limit,
-                "std": weight.std,
-            }
-            fix = "scale the embedding in the forward instead of in its weights, or untie the head"
-            findings.append(
-                Finding(
-                    rule.code,
-                    context.level(rule, "warning"),
-                    [weight.parameter],
-                    what,
-                    evidence,
-                    rule.summary,
-                    fix,
-                )
-            )
+            findings.append(_tied_finding(context, rule, weight, logits, limit))
     return Outcome(len(contract.tied), findings)
+
+
+def _tied_finding(
+    context: Context, rule: Rule, weight: WeightRecord, logits: float, limit: float
+) -> Finding:
+    what = (
+        f"{weight.parameter} has std {plain(weight.std)} and is the head too: logits of std "
+        f"{plain(logits)} at init, so that the first loss is about ln V + {plain(logits**2 / 2)}"
+    )
+    evidence = {
+        "parameters": [weight.parameter],
+        "value": logits,
+        "threshold": limit,
+        "std": weight.std,
+    }
+    fix = "scale the embedding in the forward instead of in its weights, or untie the head"
+    level = context.level(rule, "warning")
+    return Finding(rule.code, level, [weight.parameter], what, evidence, rule.summary, fix)
 
 
 # -- JD207 -----------------------------------------------------------------------------------------
 def _decay(context: Context, rule: Rule) -> Outcome:
     contract = context.report.contract
-    if contract is None or not any(w.decayed is not None for w in contract.weights):
+    has_optimizer = contract is not None and any(
+        weight.decayed is not None for weight in contract.weights
+    )
+    if contract is None or not has_optimizer:
         return NOT_APPLICABLE
-    spared = [w for w in contract.weights if w.role in ("embedding", "norm_gain", "bias")]
+    spared = [weight for weight in contract.weights if weight.role in _SPARED]
     findings = []
-    for role, words in (
-        ("embedding", "the embedding"),
-        ("norm_gain", "norm gains"),
-        ("bias", "biases"),
-    ):
-        names = [w.parameter for w in spared if w.role == role and w.decayed]
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            what = f"{words} in a parameter group with weight decay: {', '.join(names[:3])}{more}"
-            evidence = {"parameters": names, "role": role}
-            level = context.level(rule, "info" if role == "bias" else "warning")
-            fix = "a parameter group with weight_decay=0 for embeddings, gains and biases"
-            findings.append(Finding(rule.code, level, names, what, evidence, rule.summary, fix))
+    for role, words in _SPARED.items():
+        names = [weight.parameter for weight in spared if weight.role == role and weight.decayed]
+        if not names:
+            continue
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        what = f"{words} in a parameter group with weight decay: {', '.join(names[:3])}{more}"
+        evidence = {"parameters": names, "role": role}
+        level = context.level(rule, "info" if role == "bias" else "warning")
+        fix = "a parameter group with weight_decay=0 for embeddings, gains and biases"
+        findings.append(Finding(rule.code, level, names, what, evidence, rule.summary, fix))
     return Outcome(len(spared), findings)
 
 

@@ -27,9 +27,7 @@ class Placed:
 
     @property
     def condition(self) -> Condition:
-        """Met below `info`, partly between, not met above `warning`; unknown where that is not
-        decided.
-        """
+        """Met below `info`, partly between, not met above `warning`, else unknown."""
         if self.beyond in ("warning", "error"):
             return "not met"
         if self.value is None or self.across:
@@ -38,8 +36,9 @@ class Placed:
 
 
 def placed(row: SublayerRecord, value: Interval | None, limits: Limits) -> Placed:
-    """Places one figure. A value across `error` but above `warning` is beyond `warning`, and
-    undecided.
+    """Return where a figure lies between its cuts.
+
+    A value across `error` but above `warning` is beyond `warning`, and undecided.
     """
     if value is None or math.isnan(value.lower):  # not measured
         return Placed(row, None, None, False)
@@ -57,7 +56,10 @@ def placed(row: SublayerRecord, value: Interval | None, limits: Limits) -> Place
 
 
 def overall(conditions: Sequence[Condition]) -> Condition:
-    """The condition of a model: that of its worst sub-layer; an unknown one is never a pass."""
+    """Return the condition of a model, which is that of its worst sub-layer.
+
+    An unknown one is never a pass.
+    """
     if not conditions:
         return "not applicable"
     order: tuple[Condition, ...] = ("not met", "unknown", "partly", "met")

@@ -66,8 +66,9 @@ def layer_groups(weights: Iterable[WeightRecord], least: int = 2) -> Iterator[Gr
 
 
 def _blocks_of(weights: Iterable[WeightRecord]) -> set[str]:
-    """Return the numbered modules that hold modules: `blocks.3`, not `mlp.2`, a place in a row of
-    unlike modules.
+    """Return the numbered modules that hold modules: `blocks.3`, not `mlp.2`.
+
+    The latter is a place in a row of unlike modules.
     """
     return {
         weight.parameter[: match.end()]

@@ -45,8 +45,9 @@ def leftovers(contract: ContractRecord) -> list[Leftover]:
 
 
 def without_leftovers(contract: ContractRecord) -> ContractRecord:
-    """Return the contract of the parameters that an init wrote: what the others hold says nothing
-    of a scheme.
+    """Return the contract of the parameters that an init wrote.
+
+    What the others hold says nothing of a scheme.
     """
     left = {leftover.weight.parameter for leftover in leftovers(contract)}
     if not left:
@@ -81,8 +82,9 @@ def _check(context: Context, rule: Rule) -> Outcome:
 
 
 def _fix_for(context: Context, left: list[WeightRecord]) -> str:
-    """Return what to set or draw each parameter to, as far as its role or its like in another layer
-    says.
+    """Return what to set or draw each parameter to.
+
+    Its role or its like in another layer says so, if anything does.
     """
     contract = context.report.contract
     others = [] if contract is None else without_leftovers(contract).weights

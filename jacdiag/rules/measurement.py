@@ -1,6 +1,4 @@
-"""JD901 to JD907: what the measurement itself has to say: undecided, not covered, off distribution,
-broken.
-"""
+"""JD901 to JD907: measurements that are undecided, incomplete, unusual or broken."""
 
 from __future__ import annotations
 
@@ -38,8 +36,9 @@ def _undecided(context: Context, rule: Rule) -> Outcome:
 
 
 def _decide_by(context: Context, names: list[str]) -> str:
-    """What decides what is open: products where there is an interval; where NaN came in between, no
-    number of them.
+    """Return what decides what is open.
+
+    More products do where there is an interval. Where NaN came in between, no number of them does.
     """
     rows = {row.name: row for row in context.report.sublayers}
     unmeasured = [rows[name] for name in names if name in rows and rows[name].branch_norm is None]
@@ -100,8 +99,9 @@ def norms_asked(report: Report, codes: Iterable[str]) -> bool:
 
 
 def applied(report: Report, outcomes: Mapping[str, Outcome | RuleResult]) -> bool:
-    """Whether a rule about the model applied: one of JD1xx, or of the contract where no norm was
-    asked for.
+    """Return whether a rule about the model applied.
+
+    It is one of JD1xx, or of the contract where no norm was requested.
 
     Args:
         report: of which model.
@@ -133,9 +133,7 @@ def _no_match(context: Context, rule: Rule) -> Outcome:
 
 
 def _unmatched(context: Context) -> str:
-    """Why the rules about norms matched no sub-layer, in their own words where they gave a
-    reason.
-    """
+    """Return why the rules about norms matched no sub-layer, in their own words if any."""
     notes = [
         outcome.note
         for code, outcome in context.outcomes.items()

@@ -38,8 +38,9 @@ def find_mistaken(contract: ContractRecord) -> Yardstick | None:
 
 
 def _is_drawn_map(weight: WeightRecord) -> bool:
-    """Return whether a weight is a drawn linear map. Kaiming by fan_out is published for
-    convolutions.
+    """Return whether a weight is a drawn linear map.
+
+    Kaiming by fan_out is published for convolutions.
     """
     is_drawn = weight.family not in ("zero", "constant")
     return weight.role in MATRICES and is_drawn and len(weight.shape) <= 3

@@ -19,9 +19,8 @@ _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 def drawn_beside_zero(
     contract: ContractRecord,
 ) -> list[tuple[list[WeightRecord], list[WeightRecord]]]:
-    """Return groups of modulations that were drawn, each with those of the same name that are
-    zero.
-    """
+    """Return groups of modulations that were drawn, each with its namesakes that are zero."""
+    # 1. Modulations by what their names end with, then by their place in the layer.
     kinds: dict[str, dict[str, list[WeightRecord]]] = {}
     for weight in contract.weights:
         match = _MODULATION.search(weight.parameter)
@@ -30,17 +29,20 @@ def drawn_beside_zero(
         tail = weight.parameter[match.start() :].lstrip("._")
         place = _NUMBER.sub("*", weight.parameter)
         kinds.setdefault(tail, {}).setdefault(place, []).append(weight)
-    found = []
+
+    # 2. Kinds of which some places are zero in all layers, and others drawn.
+    pairs = []
     for places in kinds.values():
-        zero = [
-            w for group in places.values() if all(w.family == "zero" for w in group) for w in group
-        ]
-        drawn = [
-            w for group in places.values() if all(w.family in DRAWN for w in group) for w in group
-        ]
+        zero: list[WeightRecord] = []
+        drawn: list[WeightRecord] = []
+        for group in places.values():
+            if all(weight.family == "zero" for weight in group):
+                zero += group
+            elif all(weight.family in DRAWN for weight in group):
+                drawn += group
         if zero and drawn:
-            found.append((drawn, zero))
-    return found
+            pairs.append((drawn, zero))
+    return pairs
 
 
 def _check(context: Context, rule: Rule) -> Outcome:

@@ -11,19 +11,19 @@ from jacdiag.rules.layer_groups import DRAWN, MAJORITY, is_constant
 from jacdiag.rules.odd_parameter import Difference
 
 # Gains of one name, over all layers. Of fewer numbers a mean says little: around 0 or around 1 lie
-# 8 errors apart
-# only if the std is below 1/2, which a gain's is.
+# 8 errors apart only if the std is below 1/2, which a gain's is.
 _LEAST_SIZE = 16
 _ERRORS = 5  # standard errors that a mean may lie from that of its distribution
 _LEAST = 3  # gains of a model: of two that differ nobody can say which is usual
-# Times: a gain of 1 + w is named if it is 2, so that is how far the size of a norm's output may be
-# off.
+# A factor. A gain of 1 + w is named if it is 2, so that is how far the size of a norm's output may
+# be off.
 _OFF = 2.0
 
 
 def wrong_gains(gains: Sequence[WeightRecord]) -> Iterator[Difference]:
-    """Yield the gains that no init means: 2 for 1, drawn around another number than 1, a wrong
-    length, zero throughout.
+    """Yield the gains that no init means.
+
+    They are 2 for 1, drawn around another number than 1, of a wrong length, or all zero.
 
     Args:
         gains: all norm gains of a model.
@@ -37,56 +37,70 @@ def wrong_gains(gains: Sequence[WeightRecord]) -> Iterator[Difference]:
 def gains_unlike_the_model(
     lonely: Sequence[WeightRecord], gains: Sequence[WeightRecord]
 ) -> Iterator[Difference]:
-    """Yield gains without their like in other layers that are zero, or lie around another value
-    than all gains.
+    """Yield gains unlike all others of the model: zero, or around another value.
+
+    Only gains without their like in other layers are looked at.
 
     Args:
         lonely: gains of the model's width that were not compared over the layers.
         gains: all norm gains.
     """
-    ordinary = [gain for gain in gains if is_constant(gain)]
-    values = [gain.offset + (gain.mean or 0.0) for gain in ordinary]
-    enough = MAJORITY * len(gains)
-    usual = next(
-        (v for v in values if sum(math.isclose(v, x, rel_tol=1e-3) for x in values) >= enough), None
-    )
+    usual = _usual_gain(gains)
     if usual is None or usual == 0 or len(gains) < _LEAST:
         return
+    others = f"two thirds or more of the model's gains are {plain(usual)}"
     for gain in lonely:
-        value = gain.offset + (gain.mean or 0.0)
-        if value == 0 or (not is_constant(gain) and abs(value - usual) > error_of_mean(gain)):
-            others = f"two thirds or more of the model's gains are {plain(usual)}"
+        value = _effective(gain)
+        is_off = not is_constant(gain) and abs(value - usual) > error_of_mean(gain)
+        if value == 0 or is_off:
             yield Difference(gain, gain.pattern, 1, others, usual - gain.offset)
 
 
+def _usual_gain(gains: Sequence[WeightRecord]) -> float | None:
+    """Return the value that two thirds of the gains have; None if there is none."""
+    values = [_effective(gain) for gain in gains if is_constant(gain)]
+    for value in values:
+        alike = sum(math.isclose(value, other, rel_tol=1e-3) for other in values)
+        if alike >= MAJORITY * len(gains):
+            return value
+    return None
+
+
+def _effective(gain: WeightRecord) -> float:
+    """Return what a norm multiplies by: the mean of the gain, and 1 where the model adds it."""
+    return gain.offset + (gain.mean or 0.0)
+
+
 def error_of_mean(weight: WeightRecord) -> float:
-    """Return how far the mean of a draw may lie from that of its distribution: five errors of the
-    widest std.
+    """Return how far the mean of a draw may lie from that of its distribution.
+
+    The limit is five standard errors of the widest std.
     """
     return _ERRORS * (weight.upper or 0.0) / math.sqrt(math.prod(weight.shape))
 
 
 def _doubled(gains: Sequence[WeightRecord]) -> Iterator[Difference]:
     """Yield gains used as 1 + w whose w is 1."""
+    others = "the model uses it as 1 + w, so that the gain is 2: a w of 0 is a gain of 1"
     for gain in gains:
-        if (
-            gain.offset == 1
-            and gain.family == "constant"
-            and math.isclose(gain.mean or 0.0, 1.0, rel_tol=1e-3)
-        ):
-            others = "the model uses it as 1 + w, so that the gain is 2: a w of 0 is a gain of 1"
+        is_constant_one = gain.family == "constant" and math.isclose(
+            gain.mean or 0.0, 1.0, rel_tol=1e-3
+        )
+        if gain.offset == 1 and is_constant_one:
             yield Difference(gain, gain.pattern, _count_alike(gain, gains), others, 0.0)
 
 
 def _not_around_one(gains: Sequence[WeightRecord]) -> Iterator[Difference]:
-    """Yield gains that were drawn around another number than 1: around 0 as a matrix is, or between
-    0 and 1.
+    """Yield gains that were drawn around another number than 1.
+
+    They lie around 0 as a matrix does, or between 0 and 1.
     """
     by_pattern: dict[tuple[str, float], list[WeightRecord]] = {}
     for gain in gains:
         if gain.family in DRAWN and gain.std:
             by_pattern.setdefault((gain.pattern, gain.offset), []).append(gain)
     for (pattern, offset), members in by_pattern.items():
+        # 1. Mean and std over all layers.
         sizes = [math.prod(gain.shape) for gain in members]
         count = sum(sizes)
         if count < _LEAST_SIZE:
@@ -97,6 +111,8 @@ def _not_around_one(gains: Sequence[WeightRecord]) -> Iterator[Difference]:
         error = _ERRORS * std / math.sqrt(count)
         if abs(offset + mean - 1) <= error:
             continue
+
+        # 2. Not around 1.
         around = f"around {plain(offset + mean)}"
         if offset == 0 and abs(mean) <= error:
             around = "around 0 as a matrix is"
@@ -106,39 +122,38 @@ def _not_around_one(gains: Sequence[WeightRecord]) -> Iterator[Difference]:
 
 
 def _all_zero(gains: Sequence[WeightRecord]) -> Iterator[Difference]:
-    """Yield the gains of a model in which no norm has any other: every norm returns its bias, or
-    nothing.
+    """Yield the gains of a model in which no norm has any other than zero.
+
+    Every norm then returns its bias, or nothing.
     """
-    if len(gains) < 2 or not all(
-        is_constant(gain) and gain.offset + (gain.mean or 0.0) == 0 for gain in gains
-    ):
+    are_zero = all(is_constant(gain) and _effective(gain) == 0 for gain in gains)
+    if len(gains) < 2 or not are_zero:
         return
+    others = "every gain of the model is zero"
     for gain in gains:
-        others = "every gain of the model is zero"
-        yield Difference(
-            gain, gain.pattern, _count_alike(gain, gains), others, _ordinary_value(gain)
-        )
+        count, usual = _count_alike(gain, gains), _ordinary_value(gain)
+        yield Difference(gain, gain.pattern, count, others, usual)
 
 
 def _wrong_length(gains: Sequence[WeightRecord]) -> Iterator[Difference]:
-    """Yield gains of one number in norms that divide by a length, if what these return is far from
-    a size of 1.
+    """Yield gains of one number in norms that divide by a length.
+
+    Only those are yielded whose norm returns values far from a size of 1.
     """
     for gain in gains:
         if gain.norm_length is None or not is_constant(gain):
             continue
         root = math.sqrt(gain.norm_length)
-        size = abs(gain.offset + (gain.mean or 0.0)) / root
+        size = abs(_effective(gain)) / root
         if size == 0 or 1 / _OFF < size < _OFF:
             continue
         others = (
             f"its norm divides by the length of {gain.norm_length} numbers, so that what it "
-            "returns has a root mean "
-            f"square of {plain(size)}: ScaleNorm starts at √{gain.norm_length} = {plain(root)}"
+            f"returns has a root mean square of {plain(size)}: ScaleNorm starts at "
+            f"√{gain.norm_length} = {plain(root)}"
         )
-        yield Difference(
-            gain, gain.pattern, _count_alike(gain, gains), others, _ordinary_value(gain)
-        )
+        count, usual = _count_alike(gain, gains), _ordinary_value(gain)
+        yield Difference(gain, gain.pattern, count, others, usual)
 
 
 def _ordinary_value(gain: WeightRecord) -> float:

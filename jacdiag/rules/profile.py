@@ -12,16 +12,15 @@ from jacdiag.records import LEVELS, Level
 
 @dataclass(frozen=True)
 class Profile:
-    """A profile: for some rules, the level that they speak at where a value lies beyond
-    `warning`.
-    """
+    """A profile: for some rules, the level at which they fire beyond `warning`."""
 
     name: str
     levels: Mapping[str, Level] = field(default_factory=dict)
 
     def promoted(self, code: str, cut: Level) -> Level:
-        """The level for a value beyond a cut; what is beyond `info` only rises by as much as
-        `warning` does.
+        """Return the level for a value beyond a cut.
+
+        What is beyond `info` only rises by as much as `warning` does.
         """
         if code not in self.levels:
             return cut
@@ -36,8 +35,9 @@ BUILT_IN = {
 
 
 def profile_of(wanted: str | Mapping[str, Any], codes: tuple[str, ...]) -> Profile:
-    """Returns a profile by name, or the one that a table describes: {"name": ..., "levels":
-    {"JD103": "error"}}.
+    """Return a profile by name, or the one that a table describes.
+
+    A table is {"name": ..., "levels": {"JD103": "error"}}.
 
     Raises:
         UsageError: unknown name, rule code or level.

@@ -1,4 +1,4 @@
-"""JD110: a figure is worse than in the baseline, or in the earlier model, beyond both intervals."""
+"""JD110: a figure is worse than in the baseline or the earlier model, beyond both intervals."""
 
 from __future__ import annotations
 
@@ -33,39 +33,51 @@ class Change:
 
 
 def sublayer_changes(now: FiguresRecord, before: FiguresRecord) -> list[Change]:
-    """Sub-layers whose figure lies, for every seed, above what another seed of the baseline would
-    reach.
+    """Return the sub-layers with a figure above what another seed of the baseline would reach.
+
+    The figure must lie above it for every seed.
     """
-    found = []
+    changes = []
     for name, figures in now.sublayers.items():
+        earlier = before.sublayers.get(name, {})
         for figure in FIGURES:
-            new, old = figures.get(figure), before.sublayers.get(name, {}).get(figure)
-            if new is not None and old is not None and new[0] > old[2]:
-                found.append(Change(name, figure, old[1], new[1], old[2]))
-    return found
+            new, old = figures.get(figure), earlier.get(figure)
+            if new is None or old is None:
+                continue
+            _, old_middle, old_upper = old
+            if new[0] > old_upper:
+                changes.append(Change(name, figure, old_middle, new[1], old_upper))
+    return changes
 
 
 def weight_changes(now: FiguresRecord, before: FiguresRecord) -> list[Change]:
-    """Weights whose sampling intervals have no std in common, constants that have another value."""
-    found = []
+    """Return the weights that changed.
+
+    Their sampling intervals have no std in common, or they are constants of another value.
+    """
+    changes = []
     for name, new in now.weights.items():
         old = before.weights.get(name)
         if old is None or None in (new.get("std"), old.get("std")):
             continue
-        if _constant(new) or _constant(old):
-            if new["family"] != old["family"] or new.get("value") != old.get("value"):
-                found.append(
-                    Change(
-                        name,
-                        "value" if _constant(new) and _constant(old) else "std",
-                        _shown(old),
-                        _shown(new),
-                        _shown(old),
-                    )
-                )
-        elif new["lower"] > old["upper"] or new["upper"] < old["lower"]:
-            found.append(Change(name, "std", old["std"], new["std"], old["upper"]))
-    return found
+        change = _weight_change(name, new, old)
+        if change is not None:
+            changes.append(change)
+    return changes
+
+
+def _weight_change(name: str, new: Mapping[str, Any], old: Mapping[str, Any]) -> Change | None:
+    """Return the change of one weight; None if it did not change."""
+    if not _constant(new) and not _constant(old):
+        is_disjoint = new["lower"] > old["upper"] or new["upper"] < old["lower"]
+        if not is_disjoint:
+            return None
+        return Change(name, "std", old["std"], new["std"], old["upper"])
+    is_same = new["family"] == old["family"] and new.get("value") == old.get("value")
+    if is_same:
+        return None
+    figure = "value" if _constant(new) and _constant(old) else "std"
+    return Change(name, figure, _shown(old), _shown(new), _shown(old))
 
 
 def _constant(entry: Mapping[str, Any]) -> bool:
@@ -82,31 +94,29 @@ def _check(context: Context, rule: Rule) -> Outcome:
         return _nothing_to_compare_with(context)
     if against is not None and against.training:
         return _growth_in_training(context, rule, against)
-    count = len(now.sublayers.keys() & before.sublayers.keys()) + len(
-        now.weights.keys() & before.weights.keys()
-    )
+
+    # 1. Weights first: the cause before its effects.
     findings = []
-    # the cause before its effects
     for role, group in _by_role(now, weight_changes(now, before)).items():
         findings.append(_finding(context, rule, group, f"weights ({role})" if role else "weights"))
+
+    # 2. Sub-layers.
     worse = sublayer_changes(now, before)
     for figure in FIGURES:
-        group = [c for c in worse if c.figure == figure]
+        group = [change for change in worse if change.figure == figure]
         if group:
             findings.append(_finding(context, rule, group, "sub-layers"))
-    gone = [
-        n
-        for n in (*before.sublayers, *before.weights)
-        if n not in now.sublayers and n not in now.weights
-    ]
-    added = [
-        n
-        for n in (*now.sublayers, *now.weights)
-        if n not in before.sublayers and n not in before.weights
-    ]
+
+    # 3. What could not be compared.
+    names_now = {*now.sublayers, *now.weights}
+    names_before = {*before.sublayers, *before.weights}
+    gone = [name for name in (*before.sublayers, *before.weights) if name not in names_now]
+    added = [name for name in (*now.sublayers, *now.weights) if name not in names_before]
     note = ""
     if (gone and now.sublayers) or added:
         note = f"{len(added)} names are not in the baseline, {len(gone)} of it are gone"
+    count = len(now.sublayers.keys() & before.sublayers.keys())
+    count += len(now.weights.keys() & before.weights.keys())
     return Outcome(count, findings, note=note)
 
 
@@ -118,51 +128,49 @@ def _nothing_to_compare_with(context: Context) -> Outcome:
 
 # -- two checkpoints, of which at least one is trained ---------------------------------------------
 def _growth_in_training(context: Context, rule: Rule, against: AgainstRecord) -> Outcome:
-    """Judge the growth of branch norms beyond both intervals; training lets them grow, up to what
-    healthy runs show.
+    """Judge the growth of branch norms beyond both intervals.
+
+    Training lets them grow, up to what healthy runs show.
     """
     figure = "growth_from_init" if against.state == "init" else "checkpoint_growth"
-    limits = {
-        row.name: context.thresholds.limits(figure, row.placement or "")
-        for row in context.report.sublayers
-        if row.name in against.branch_norms
-    }
+    rows = [row for row in context.report.sublayers if row.name in against.branch_norms]
+    limits = {row.name: context.thresholds.limits(figure, row.placement or "") for row in rows}
 
-    # 1. Sort what grew by how loud it is.
+    # 1. Sort what grew by its level.
     groups: dict[Level, list[ChangeRecord]] = {}
     for change in against.changes:
-        if change.figure == "branch_norm" and change.grew and change.where in limits:
-            groups.setdefault(_level_of_growth(change, limits[change.where]), []).append(change)
+        is_growth = change.figure == "branch_norm" and change.grew
+        if is_growth and change.where in limits:
+            level = _level_of_growth(change, limits[change.where])
+            groups.setdefault(level, []).append(change)
 
-    # 2. One finding per level.
+    # 2. One finding per level, the highest first.
     findings = []
-    for level in LEVELS[::-1]:
-        group = groups.get(level)
-        if group:
+    for level in reversed(LEVELS):
+        if level in groups:
+            group = groups[level]
             worst = max(group, key=lambda change: change.amplification)
-            findings.append(
-                _growth_finding(context, rule, group, worst, level, limits[worst.where])
-            )
+            limit = limits[worst.where]
+            findings.append(_growth_finding(context, rule, group, worst, level, limit))
 
     # 3. Where healthy growth is not known, a comparison shows what changed and cannot pass.
-    judged = [name for name, limit in limits.items() if limit.info is not None]
-    unjudged = {
-        row.placement
-        for row in context.report.sublayers
-        if row.name in limits and row.name not in judged
-    }
-    names = sorted(
-        "no norm" if placement in ("none", None) else f"{placement}-norm" for placement in unjudged
-    )
-    note = (
-        f"how much healthy training grows is not known for {' and '.join(names)}" if names else ""
-    )
+    judged = {name for name, limit in limits.items() if limit.info is not None}
+    unjudged = {_norm_words(row.placement) for row in rows if row.name not in judged}
+    note = ""
+    if unjudged:
+        names = " and ".join(sorted(unjudged))
+        note = f"how much healthy training grows is not known for {names}"
     return Outcome(len(judged), findings, list(against.missing), note)
 
 
+def _norm_words(placement: str | None) -> str:
+    return "no norm" if placement in ("none", None) else f"{placement}-norm"
+
+
 def _level_of_growth(change: ChangeRecord, limits: Limits) -> Level:
-    """Beyond `warning` an error, as every regression; between what healthy and wrecked runs show a
-    warning.
+    """Return "error" beyond `warning`, as for every regression.
+
+    Between what healthy and wrecked runs show the level is "warning".
     """
     if limits.warning is not None and change.amplification > limits.warning:
         return "error"
@@ -179,18 +187,19 @@ def _growth_finding(
     level: Level,
     limits: Limits,
 ) -> Finding:
+    """Return the finding about the branches that grew to one level."""
     against = context.report.against
     assert against is not None
+    # 1. The sentence.
     limit = limits.warning if level == "error" else limits.info
-    text = f"{worst.where}: branch ‖J‖ {plain(worst.earlier[1])} -> {plain(worst.now[1])}"
-    text += f"; 1 + ‖J‖ is at least {plain(worst.amplification)} times that of {against.source}"
+    what = f"{worst.where}: branch ‖J‖ {plain(worst.earlier[1])} -> {plain(worst.now[1])}"
+    what += f"; 1 + ‖J‖ is at least {plain(worst.amplification)} times that of {against.source}"
     if limit is not None:
-        text += f" ({'warning' if level == 'info' else level} above {plain(limit)})"
+        what += f" ({'warning' if level == 'info' else level} above {plain(limit)})"
     if len(group) > 1:
-        text += f"; {len(group)} of {against.compared} branches grew so"
-    changes = [
-        {"where": c.where, "field": c.figure, "old": c.earlier[1], "new": c.now[1]} for c in group
-    ]
+        what += f"; {len(group)} of {against.compared} branches grew so"
+
+    # 2. The evidence.
     evidence = {
         "field": "branch_norm",
         "sublayer": worst.where,
@@ -199,15 +208,21 @@ def _growth_finding(
         "earlier": worst.earlier[1],
         "growth": worst.amplification,
         "threshold": limit,
-        "changes": changes,
+        "changes": [
+            {
+                "where": change.where,
+                "field": change.figure,
+                "old": change.earlier[1],
+                "new": change.now[1],
+            }
+            for change in group
+        ],
     }
-    fix = (
-        ""
-        if level == "info"
-        else "go back to the earlier checkpoint; `jacdiag diff A B --all` lists every figure"
-    )
+    fix = "go back to the earlier checkpoint; `jacdiag diff A B --all` lists every figure"
+    if level == "info":
+        fix = ""
     where = [change.where for change in group]
-    return Finding(rule.code, context.level(rule, level), where, text, evidence, rule.summary, fix)
+    return Finding(rule.code, context.level(rule, level), where, what, evidence, rule.summary, fix)
 
 
 # -- a baseline, or an earlier model at init -------------------------------------------------------

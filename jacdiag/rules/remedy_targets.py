@@ -13,7 +13,7 @@ _CONDITIONS = ("JD101", "JD102", "JD103", "JD104", "JD105")
 
 
 def outlook(report: Report) -> Outlook:
-    """The figures of a report that a remedy is judged by."""
+    """Return the figures of a report that a remedy is judged by."""
     return Outlook(
         branch_norm=_worst(report, "branch_norm"),
         core_norm=_worst(report, "core_norm"),
@@ -30,15 +30,19 @@ def outlook(report: Report) -> Outlook:
 
 
 def aims(report: Report) -> list[str]:
-    """The rules that a remedy is looked for: the conditions, the contract and the baseline, at
-    warning or above.
+    """Return the rules that a remedy is looked for.
+
+    They are the conditions, the contract and the baseline, at warning or above.
     """
     found = dict.fromkeys(f.code for f in report.findings if f.level != "info")
     return [code for code in found if code in (*_CONDITIONS, "JD110") or code.startswith("JD2")]
 
 
 def with_fixes(findings: Iterable[Finding], remedies: Iterable[RemedyRecord]) -> list[Finding]:
-    """The findings, with the recommended remedy as the verified fix of those that it answers."""
+    """Return the findings, with the recommended remedy as the verified fix of some.
+
+    It is the fix of those that it answers.
+    """
     best = next((r for r in remedies if r.recommended), None)
     if best is None:
         return list(findings)

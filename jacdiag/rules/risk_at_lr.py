@@ -1,6 +1,4 @@
-"""JD105: the chance that a run at the planned learning rate goes wrong, where recorded runs can
-tell it.
-"""
+"""JD105: the chance that a run at the planned learning rate goes wrong."""
 
 from __future__ import annotations
 
@@ -17,13 +15,14 @@ from jacdiag.rules.thresholds import Thresholds
 
 
 def assess(report: Report, table: RiskTable) -> Risk | None:
-    """The chance for a report's model and planned learning rate; None where no rate was given.
+    """Return the chance for a report's model and planned rate; None without a rate.
 
     Returns:
         A risk whose `chance` is None, with the reason, where the audit lies outside of what the
         runs spanned.
     """
-    lr = report.plan.lr
+    # 1. The curve of this placement.
+    lr, warmup = report.plan.lr, report.plan.warmup
     if lr is None or report.tier != "measured":
         return None
     if report.state != "init":
@@ -33,56 +32,55 @@ def assess(report: Report, table: RiskTable) -> Risk | None:
         return Risk(reason=f"no curve for this placement ({placement or 'none'}-norm)")
     curve = table.curves[placement]
     value = INIT[curve.figure](report)
-    found = Risk(
+    risk = Risk(
         figure=curve.figure,
         value=None if math.isnan(value) else value,
         lr=lr,
         range=ranged(curve),
         source=curve.source,
     )
+
+    # 2. What must be known.
     if report.settings.get("decide") and curve.figure not in EXACT:
-        return replace(
-            found, reason=f"{curve.figure} is measured to its width without --decide only"
-        )
-    warmup = report.plan.warmup
+        reason = f"{curve.figure} is measured to its width without --decide only"
+        return replace(risk, reason=reason)
     if curve.by_warmup and warmup is None:
-        return replace(
-            found, reason="the chance hangs on the warm-up, which is not known (--warmup)"
-        )
-    ranges = (
-        curve.ranges
-        if curve.by_warmup
-        else {name: r for name, r in curve.ranges.items() if name != "warmup"}
-    )
+        reason = "the chance hangs on the warm-up, which is not known (--warmup)"
+        return replace(risk, reason=reason)
+
+    # 3. Whether the runs covered such a model and plan. A plan may leave out how the gradient is
+    #    clipped and Adam's beta2. Those that it gives must be the runs' own.
+    ranges = dict(curve.ranges)
     values = {"lr": lr, "warmup": warmup, **_measures(report, value)}
-
-    # A plan may leave out how the gradient is clipped and Adam's beta2. Those that it gives must be
-    # the runs' own.
+    if not curve.by_warmup:
+        ranges.pop("warmup", None)
     for name in _OPTIONAL:
-        given = getattr(report.plan, name)
-        if given is None:
-            ranges = {key: span for key, span in ranges.items() if key != name}
-        values[name] = given
+        planned = getattr(report.plan, name)
+        if planned is None:
+            ranges.pop(name, None)
+        values[name] = planned
+    outside = _outside(ranges, values, curve.figure)
+    if outside:
+        return replace(risk, reason=f"outside the calibrated range: {'; '.join(outside)}")
 
-    if outside := _outside(ranges, values, curve.figure):
-        return replace(found, reason=f"outside the calibrated range: {'; '.join(outside)}")
     chance, lower, upper = curve.chance(value, lr, warmup)
-    return replace(found, chance=chance, lower=lower, upper=upper)
+    return replace(risk, chance=chance, lower=lower, upper=upper)
 
 
 def placement_of(report: Report) -> str:
-    """The placement of all sub-layers; several are named one after the other."""
+    """Return the placement of all sub-layers; several are named one after the other."""
     return ", ".join(sorted({str(row.placement) for row in report.sublayers if not row.nested}))
 
 
 def ranged(curve: RiskCurve) -> str:
-    """What the runs behind a curve spanned, in words."""
+    """Return what the runs of a curve spanned, in words."""
     return f"{curve.runs} runs, {_ranges(curve.ranges)}"
 
 
 def within(curve: RiskCurve, report: Report, value: float) -> bool:
-    """Return whether a model lies inside of what the runs spanned, whatever its optimizer is set
-    to.
+    """Return whether a model lies inside of what the runs spanned.
+
+    The settings of its optimizer do not count.
     """
     ranges = {
         name: span
@@ -93,21 +91,23 @@ def within(curve: RiskCurve, report: Report, value: float) -> bool:
 
 
 def beyond(risk: Risk, thresholds: Thresholds) -> tuple[Level, float] | None:
-    """The loudest level whose limit the whole interval of a chance lies above, and that limit; None
-    if none.
+    """Return the highest level whose limit lies below the interval of a chance, and it.
+
+    None if there is no such level.
     """
-    limits, lower = thresholds.limits("risk"), risk.lower
-    over = [
-        (cut, limit)
-        for cut in LEVELS
-        if (limit := getattr(limits, cut)) is not None and (lower or 0.0) > limit
-    ]
-    return over[-1] if over else None
+    limits = thresholds.limits("risk")
+    highest: tuple[Level, float] | None = None
+    for level in LEVELS:
+        limit = getattr(limits, level)
+        if limit is not None and (risk.lower or 0.0) > limit:
+            highest = level, limit
+    return highest
 
 
 def evidence(risk: Risk, limit: float) -> dict[str, Any]:
-    """What a finding or an alert carries: the chance, the limit that it is beyond, and what it
-    rests on.
+    """Return what a finding or an alert carries about a risk.
+
+    That is the chance, the limit that it is beyond, and what it rests on.
     """
     return {
         "field": "risk",
@@ -150,19 +150,28 @@ def _span(low: float, high: float) -> str:
 def _outside(
     ranges: Mapping[str, list[float]], values: Mapping[str, float | None], figure: str = ""
 ) -> list[str]:
-    """In what a model lies outside of the runs, in words; `figure` is the name of the curve's."""
-    words, found = {**_WORDS, **({"figure": figure} if figure else {})}, []
+    """Return in what a model lies outside of the runs, in words.
+
+    Args:
+        ranges: what the runs spanned, by name.
+        values: of the model and its plan.
+        figure: name of the curve's figure; "" for "the figure".
+    """
+    reasons = []
     for name, (low, high) in ranges.items():
         value = values.get(name)
-        if value is None or not low <= value <= high:
-            told = "not known" if value is None or math.isnan(value) else _short(value)
-            verb = "was" if low == high else "were"
-            found.append(f"{words[name]} {told}, {_span(low, high)} {verb} run")
-    return found
+        if value is not None and low <= value <= high:
+            continue
+        word = figure if name == "figure" and figure else _WORDS[name]
+        is_known = value is not None and not math.isnan(value)
+        shown = _short(value) if value is not None and is_known else "not known"
+        verb = "was" if low == high else "were"
+        reasons.append(f"{word} {shown}, {_span(low, high)} {verb} run")
+    return reasons
 
 
 def _short(value: float) -> str:
-    """Three digits at most, no more zeros than need be: 0.0001, 2, 3,210."""
+    """Return at most three digits without needless zeros, as in 0.0001, 2, 3,210."""
     return f"{float(f'{value:.3g}'):,g}"
 
 
@@ -172,24 +181,32 @@ def _risk(context: Context, rule: Rule) -> Outcome:
         return NOT_APPLICABLE
     if risk.chance is None or risk.lower is None or risk.upper is None:
         return Outcome(0, note=risk.reason)
-    loudest = beyond(risk, context.thresholds)
-    if loudest is None:
-        across = [limit for limit in context.thresholds.limits("risk").cuts if limit < risk.upper]
-        note = f"the chance is {risk}: {across[0]:.0%} lies inside" if across else ""
-        return Outcome(1, undecided=["risk"] if across else [], note=note)
-    cut, limit = loudest
-    told = f"a chance of {risk} to go wrong at lr {risk.lr:g}, as recorded runs tell it"
-    what = f"{told} ({cut} above {limit:.0%})"
-    found = Finding(
+
+    # 1. No limit lies below the interval: clean, or undecided if one lies inside.
+    highest = beyond(risk, context.thresholds)
+    if highest is None:
+        inside = [limit for limit in context.thresholds.limits("risk").cuts if limit < risk.upper]
+        if not inside:
+            return Outcome(1)
+        note = f"the chance is {risk}: {inside[0]:.0%} lies inside"
+        return Outcome(1, undecided=["risk"], note=note)
+
+    # 2. The finding.
+    level, limit = highest
+    what = (
+        f"a chance of {risk} to go wrong at lr {risk.lr:g}, as recorded runs tell it "
+        f"({level} above {limit:.0%})"
+    )
+    finding = Finding(
         rule.code,
-        context.level(rule, cut),
+        context.level(rule, level),
         [],
         what,
         evidence(risk, limit),
         why=rule.summary,
         fix=rule.page.remedy,
     )
-    return Outcome(1, [found])
+    return Outcome(1, [finding])
 
 
 RISK = Rule("JD105", "risk", "error", check=_risk, states=("init",))

@@ -26,7 +26,7 @@ _WRITTEN = "jacdiag backtest RUN... --write-risk FILE writes one"
 
 
 def load_risk(path: Path = _HERE / "risk.toml") -> RiskTable:
-    """Reads the curves that ship with jacdiag, or a user's own.
+    """Read the curves that ship with jacdiag, or a user's own.
 
     Raises:
         UsageError: the file cannot be read, holds no curve, or one in a figure or over a range that
@@ -78,7 +78,7 @@ def _check(curve: RiskCurve, path: Path) -> None:
 
 
 def risk_toml(table: RiskTable) -> str:
-    """The table as TOML, for `load_risk`."""
+    """Return the table as TOML, for `load_risk`."""
     lines = [
         (
             "# The chance that a run goes wrong, by placement of the norm. From jacdiag backtest "

@@ -1,5 +1,4 @@
-"""Figures of an untrained model that might foretell how its run ends, out of its first report; and
-the trivial ones.
+"""Figures of an untrained model that might predict how its run ends, and trivial ones.
 
 Every figure is larger where things look worse. One that was not measured is nan, never 0.
 """
@@ -21,8 +20,9 @@ def _branch(row: SublayerRecord) -> float:
 
 
 def _excess(row: SublayerRecord) -> float:
-    """How much of a perturbation a sub-layer adds: residual norm over its shortcut's gain, minus
-    1.
+    """Return how much a sub-layer adds to a perturbation.
+
+    That is its residual norm over its shortcut's gain, minus 1.
     """
     return _value(row.residual_norm) / (row.shortcut_gain or 1.0) - 1.0
 
@@ -43,8 +43,9 @@ def _shortcut(row: SublayerRecord) -> float:
 
 
 def _inverse_shortcut(row: SublayerRecord) -> float:
-    """1/σ of the shortcut's median token: what a norm of the stream multiplies by, wherever the
-    norm is.
+    """Return 1/σ of the shortcut's median token.
+
+    A norm of the stream multiplies by it, wherever the norm is.
     """
     spread = row.shortcut_std
     return 1.0 / spread.median if spread is not None and spread.median > 0 else math.nan
@@ -100,8 +101,9 @@ def _gradient_growth(report: Report) -> float:
 
 
 def _by_width(figure: Figure) -> Figure:
-    """The figure times d: the rate that Adam bears falls as 1/d in hidden matrices (Tensor Programs
-    V, 2203.03466).
+    """Return the figure times d.
+
+    The rate that Adam tolerates falls as 1/d in hidden matrices (Tensor Programs V, 2203.03466).
     """
     return lambda report: figure(report) * (report.model.width or math.nan)
 

@@ -1,6 +1,4 @@
-"""JD209: routers of a mixture of experts that were not drawn as the matrices that read the same
-stream.
-"""
+"""JD209: routers that were not drawn as the matrices that read the same stream."""
 
 from __future__ import annotations
 
@@ -9,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from jacdiag.records import ContractRecord, Finding, Level, WeightRecord
 from jacdiag.rules.finding_numbers import plain
-from jacdiag.rules.init_contract import departures_of, judged
+from jacdiag.rules.init_contract import deviations_of, judged
 from jacdiag.rules.layer_groups import DRAWN
 from jacdiag.rules.odd_parameter import names_of
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
@@ -18,7 +16,7 @@ from jacdiag.rules.small_parameters import differences
 
 _Z = 4.9  # errors of a std at a chance of 1e-6
 _RARE = math.log(1e-7)
-# Std of a normal after its numbers beyond two std were cut: of a small router nobody can tell
+# Std of a normal after its numbers beyond two std were cut. For a small router nobody can see
 # whether that was done.
 _TRUNCATED = 0.8796
 
@@ -31,7 +29,7 @@ class Routers:
         members: the routers.
         std: over all their numbers; `lower` and `upper` bound that of the distribution.
         looks: whose init it is: "nn.Linear", "torch.randn", "zero", or "" for none of these.
-        rest: the middle std of the matrices that read the same stream.
+        usual_std: the middle std of the matrices that read the same stream.
         excuse: why a look of theirs may be meant, as words; "" if nothing in the model says so.
     """
 
@@ -40,7 +38,7 @@ class Routers:
     lower: float
     upper: float
     looks: str
-    rest: float
+    usual_std: float
     excuse: str = ""
 
 
@@ -50,74 +48,76 @@ def unlike_routers(contract: ContractRecord) -> tuple[int, list[Routers]]:
     Args:
         contract: of a model at its init.
     """
+    # 1. Routers by name pattern, without those that another rule judges.
+    left_out = _judged_elsewhere(contract)
     groups: dict[str, list[WeightRecord]] = {}
     for weight in contract.weights:
-        if weight.role == "router" and weight.family in (*DRAWN, "zero") and weight.fan_in:
+        is_measured = weight.family in (*DRAWN, "zero") and bool(weight.fan_in)
+        if weight.role == "router" and is_measured and weight.parameter not in left_out:
             groups.setdefault(weight.pattern, []).append(weight)
-    left_out = _judged_elsewhere(contract)
-    compared, found = 0, []
-    for group in groups.values():
-        members = [weight for weight in group if weight.parameter not in left_out]
-        rest = _readers_of_the_same(contract, members[0]) if members else []
-        if not rest:
+
+    # 2. Each group compared with the matrices that read the same stream.
+    compared, unlike = 0, []
+    for members in groups.values():
+        readers = _readers_of_the_same(contract, members[0])
+        if not readers:
             continue
         compared += len(members)
-        zero = [weight for weight in members if weight.family == "zero"]
-        routers = (
-            _zero_routers(members, rest) if len(zero) == len(members) else _pool(members, rest)
-        )
-        if not _drawn_as(routers, rest):
-            found.append(replace(routers, excuse=_excuse_of(contract, routers)))
-    return compared, found
+        routers = _pool(members, readers)
+        if not _drawn_as(routers, readers):
+            unlike.append(replace(routers, excuse=_excuse_of(contract, routers)))
+    return compared, unlike
 
 
 def _judged_elsewhere(contract: ContractRecord) -> set[str]:
-    """Return the routers that the user pinned, that a scheme speaks of, or that differ from those
-    of other layers.
+    """Return the routers that another rule judges.
+
+    The user pinned them, a scheme covers them, or they differ from those of other layers.
     """
     pinned = Scheme("pinned", "", "", formulas_of(contract.pinned))
     scheme = judged(contract).scheme
-    named = {one.weight.parameter for one in departures_of(contract)}
-    routers = [weight for weight in contract.weights if weight.role == "router"]
-    stated = {w.parameter for w in routers if pinned.of(w) or (scheme is not None and scheme.of(w))}
-    unlike = {one.weight.parameter for one in differences(contract)[1]}
-    return named | stated | unlike
+    names = {deviation.weight.parameter for deviation in deviations_of(contract)}
+    names.update(difference.weight.parameter for difference in differences(contract)[1])
+    for weight in contract.weights:
+        is_covered = bool(pinned.of(weight)) or (scheme is not None and bool(scheme.of(weight)))
+        if weight.role == "router" and is_covered:
+            names.add(weight.parameter)
+    return names
 
 
 def _readers_of_the_same(contract: ContractRecord, router: WeightRecord) -> list[WeightRecord]:
-    return [
-        weight
-        for weight in contract.weights
-        if weight.role in INNER
-        and weight.fan_in == router.fan_in
-        and weight.family in DRAWN
-        and weight.std
-    ]
+    """Return the drawn matrices inside sub-layers that are as wide as a router."""
+    readers = []
+    for weight in contract.weights:
+        is_drawn = weight.family in DRAWN and bool(weight.std)
+        if weight.role in INNER and weight.fan_in == router.fan_in and is_drawn:
+            readers.append(weight)
+    return readers
 
 
 # -- one group of routers --------------------------------------------------------------------------
-def _pool(members: list[WeightRecord], rest: list[WeightRecord]) -> Routers:
+def _pool(members: list[WeightRecord], readers: list[WeightRecord]) -> Routers:
+    """Return the routers of one name, pooled."""
+    usual_std = sorted(weight.std or 0.0 for weight in readers)[len(readers) // 2]
+    if all(weight.family == "zero" for weight in members):
+        return Routers(tuple(members), 0.0, 0.0, 0.0, "zero", usual_std)
+
+    # 1. Their std, with the interval of a uniform or normal sample.
     count = sum(math.prod(weight.shape) for weight in members)
     std = _pooled_std(members)
-    uniform = _is_uniform(members, std, count)
-    kurtosis = 1.8 if uniform else 3.0
+    is_uniform = _is_uniform(members, std, count)
+    kurtosis = 1.8 if is_uniform else 3.0
     error = _Z * math.sqrt((kurtosis - 1) / (4 * count))
     lower, upper = std / (1 + error), std / max(1 - error, 1e-3)
-    default = 1 / math.sqrt(3 * (members[0].fan_in or 1))
+
+    # 2. Whether it is the default of a class or function.
+    linear_default = 1 / math.sqrt(3 * (members[0].fan_in or 1))
     looks = ""
-    if uniform and lower <= default <= upper:
+    if is_uniform and lower <= linear_default <= upper:
         looks = "nn.Linear"
-    elif not uniform and lower <= 1.0 <= upper:
+    elif not is_uniform and lower <= 1.0 <= upper:
         looks = "torch.randn"
-    return Routers(tuple(members), std, lower, upper, looks, _middle(rest))
-
-
-def _zero_routers(members: list[WeightRecord], rest: list[WeightRecord]) -> Routers:
-    return Routers(tuple(members), 0.0, 0.0, 0.0, "zero", _middle(rest))
-
-
-def _middle(rest: list[WeightRecord]) -> float:
-    return sorted(weight.std or 0.0 for weight in rest)[len(rest) // 2]
+    return Routers(tuple(members), std, lower, upper, looks, usual_std)
 
 
 def _pooled_std(weights: list[WeightRecord]) -> float:
@@ -128,8 +128,9 @@ def _pooled_std(weights: list[WeightRecord]) -> float:
 
 
 def _is_uniform(members: list[WeightRecord], std: float, count: int) -> bool:
-    """Whether numbers are bounded as a uniform distribution's: a normal's largest of so many would
-    lie further out.
+    """Return whether numbers are bounded as those of a uniform distribution are.
+
+    The largest of so many normal numbers would lie further out.
 
     A router of few experts is too small to tell alone, all layers together are not.
     """
@@ -139,34 +140,33 @@ def _is_uniform(members: list[WeightRecord], std: float, count: int) -> bool:
     return bounded and reach < math.sqrt(3) * (1 + 6 / math.sqrt(count))
 
 
-def _drawn_as(routers: Routers, rest: list[WeightRecord]) -> bool:
-    """Whether some matrix of the rest has the routers' std, as it is or as Xavier scales it to
-    their fan_out.
+def _drawn_as(routers: Routers, readers: list[WeightRecord]) -> bool:
+    """Return whether some reader of the stream has the routers' std.
+
+    It may have the std as it is, as Xavier scales it to the routers' fan_out, or truncated.
     """
-    router = routers.members[0]
-    for weight in rest:
-        ratio = 1.0
-        if weight.fan_in and weight.fan_out and router.fan_in and router.fan_out:
-            ratio = math.sqrt((weight.fan_in + weight.fan_out) / (router.fan_in + router.fan_out))
-        for factor in (1.0, ratio, _TRUNCATED, 1 / _TRUNCATED):
+    for weight in readers:
+        factors = (1.0, _xavier_ratio(weight, routers.members[0]), _TRUNCATED, 1 / _TRUNCATED)
+        for factor in factors:
             lower, upper = (weight.lower or 0.0) * factor, (weight.upper or math.inf) * factor
             if lower <= routers.upper and routers.lower <= upper:
                 return True
     return False
 
 
+def _xavier_ratio(weight: WeightRecord, router: WeightRecord) -> float:
+    """Return the std of a router over that of a matrix, as Xavier's formula gives them."""
+    if not weight.fan_in or not weight.fan_out or not router.fan_in or not router.fan_out:
+        return 1.0
+    return math.sqrt((weight.fan_in + weight.fan_out) / (router.fan_in + router.fan_out))
+
+
 def _excuse_of(contract: ContractRecord, routers: Routers) -> str:
     """Return what in the model says that its routers are meant to look so, "" if nothing does."""
     if routers.looks == "torch.randn":
         for weight in contract.weights:
-            bounds = (weight.lower, weight.upper)
             is_outside = weight.role in ("embedding", "head") and weight.family in DRAWN
-            if (
-                is_outside
-                and bounds[0] is not None
-                and bounds[1] is not None
-                and bounds[0] <= 1.0 <= bounds[1]
-            ):
+            if is_outside and _may_have_unit_std(weight):
                 return f"{weight.parameter} has that std too"
     if routers.looks == "zero":
         bias = _balancing_bias(contract, routers.members[0])
@@ -175,14 +175,23 @@ def _excuse_of(contract: ContractRecord, routers: Routers) -> str:
     return ""
 
 
+def _may_have_unit_std(weight: WeightRecord) -> bool:
+    if weight.lower is None or weight.upper is None:
+        return False
+    return weight.lower <= 1.0 <= weight.upper
+
+
 def _balancing_bias(contract: ContractRecord, router: WeightRecord) -> WeightRecord | None:
-    """Return a vector of one number per expert in the router's sub-layer that is no bias of its
-    linear map.
+    """Return a vector of one number per expert in the router's sub-layer.
+
+    The bias of the router's own linear map is none.
     """
-    own = f"{router.parameter.rpartition('.')[0]}.bias"
+    if not router.sublayer:
+        return None
+    own_bias = f"{router.parameter.rpartition('.')[0]}.bias"
     for weight in contract.weights:
-        is_vector = weight.shape == [router.fan_out] and weight.parameter != own
-        if is_vector and router.sublayer and weight.sublayer == router.sublayer:
+        is_vector = weight.shape == [router.fan_out] and weight.parameter != own_bias
+        if is_vector and weight.sublayer == router.sublayer:
             return weight
     return None
 
@@ -192,8 +201,8 @@ def _check(context: Context, rule: Rule) -> Outcome:
     contract = context.report.contract
     if contract is None or context.report.state not in rule.states:
         return NOT_APPLICABLE
-    count, found = unlike_routers(contract)
-    return Outcome(count, [_finding(context, rule, routers) for routers in found])
+    count, unlike = unlike_routers(contract)
+    return Outcome(count, [_finding(context, rule, routers) for routers in unlike])
 
 
 def _finding(context: Context, rule: Rule, routers: Routers) -> Finding:
@@ -208,31 +217,33 @@ def _finding(context: Context, rule: Rule, routers: Routers) -> Finding:
         "value": routers.std,
         "lower": routers.lower,
         "upper": routers.upper,
-        "expected": routers.rest,
+        "expected": routers.usual_std,
         "looks": routers.looks,
     }
     where = list(dict.fromkeys(weight.sublayer or weight.parameter for weight in routers.members))
     fix = (
-        f"draw {names_of(routers.members)} with std {plain(routers.rest)}, as the matrices that "
-        "read the same stream, "
-        "or pin a contract that says what is meant"
+        f"draw {names_of(routers.members)} with std {plain(routers.usual_std)}, as the matrices "
+        "that read the same stream, or pin a contract that says what is meant"
     )
     return Finding(rule.code, context.level(rule, level), where, what, evidence, rule.summary, fix)
 
 
 def _sentence(routers: Routers) -> str:
+    excuse = f"; {routers.excuse}" if routers.excuse else ""
     if routers.looks == "zero":
-        excuse = f"; {routers.excuse}" if routers.excuse else ""
         return f"all zero, so that every token gives an expert the same score{excuse}"
-    ratio = routers.std / routers.rest
-    times = f"{plain(ratio)} times" if ratio >= 1 else f"1/{plain(1 / ratio)} of"
-    origin = f", as {routers.looks} leaves it" if routers.looks else ""
+    # 1. Where the std may come from.
+    origin = ""
     if routers.looks == "nn.Linear":
         origin = ", uniform as nn.Linear leaves it"
-    excuse = f"; {routers.excuse}" if routers.excuse else ""
+    elif routers.looks:
+        origin = f", as {routers.looks} leaves it"
+    # 2. How far it is from that of the others.
+    ratio = routers.std / routers.usual_std
+    times = f"{plain(ratio)} times" if ratio >= 1 else f"1/{plain(1 / ratio)} of"
     return (
         f"std {plain(routers.std)}{origin}, {times} that of the matrices that read the same stream "
-        f"({plain(routers.rest)}){excuse}"
+        f"({plain(routers.usual_std)}){excuse}"
     )
 
 

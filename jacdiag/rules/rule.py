@@ -13,8 +13,9 @@ from jacdiag.rules.thresholds import Thresholds
 
 @dataclass(frozen=True)
 class Context:
-    """What a check sees: the report so far, the thresholds, the profile, for some rules the
-    outcomes of the others.
+    """What a check sees: the report so far, the thresholds and the profile.
+
+    For some rules it also holds the outcomes of the others.
     """
 
     report: Report
@@ -23,7 +24,7 @@ class Context:
     outcomes: Mapping[str, Outcome] = field(default_factory=dict)
 
     def rows(self, rule: Rule) -> list[SublayerRecord]:
-        """The sub-layers on the stream that a rule applies to, by state and placement."""
+        """Return the sub-layers on the stream that a rule applies to, by state and placement."""
         if self.report.tier != "measured" or self.report.state not in rule.states:
             return []
         return [r for r in self.report.sublayers if not r.nested and r.placement in rule.placements]

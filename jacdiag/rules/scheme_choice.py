@@ -1,4 +1,4 @@
-"""Which scheme a model follows: the one with which the fewest mistakes explain its weights."""
+"""Choose the scheme that a model follows: the one that leaves the fewest mistakes to explain."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ from jacdiag.rules.schemes import INNER, MATRICES, RESIDUAL, Scheme, catalogue
 _ENOUGH = 0.6
 _HALF = 0.5
 _SIBLINGS = (("W_Q", "W_K", "W_V"), ("W_1", "W_gate"))
-_SAME_FACTOR = 0.1
+_SAME_FACTOR = 0.1  # relative difference of two factors that are one mistake
+_SLACK = 0.03  # of an interval, while the base std is a guess
+_BASE_QUANTILE = 4.9  # of a normal distribution: the pooled base std is off by more once in 10^6
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,7 @@ class Followed:
 
 
 def followed(contract: ContractRecord) -> Yardstick | None:
-    """Return the scheme that a model follows, None if none fits the greater part of its
-    matrices.
-    """
+    """Return the scheme that a model follows; None if none fits most of its matrices."""
     weights = judged_by_schemes(contract)
     if not any(weight.role in MATRICES for weight in weights):
         return None
@@ -98,66 +98,88 @@ def _tables_agree(yardstick: Yardstick, weights: Iterable[WeightRecord]) -> bool
 
 
 def _fit(yardstick: Yardstick, weights: Sequence[WeightRecord]) -> Followed | None:
-    """Return how well a scheme fits, None if it speaks of no matrix."""
-    inside: list[bool] = []
+    """Return how well a scheme fits; None if it says nothing of any matrix."""
+    inside: list[bool] = []  # whether each matrix of a sub-layer agrees
     agree = tables = 0
     values: set[str] = set()
     inner_values: set[str] = set()
-    groups: dict[str, list[Mismatch]] = {}
+    mismatches_by_pattern: dict[str, list[Mismatch]] = {}
     for weight in weights:
         mismatches = yardstick.mismatches(weight)
         if mismatches is None:
             continue
         agrees = not mismatches
-        if weight.role in MATRICES:
-            agree += agrees
-            # Zeros do not tell how the others were drawn, nor does the default of
-            # torch.nn.init.normal_.
-            tells = weight.family != "zero" and not is_of_unit_spread(weight)
-            if agrees or tells:
-                inside.append(agrees)
-        elif weight.role in TABLES:
+
+        # 1. Tables vote by themselves.
+        if weight.role in TABLES:
             vote = _vote(yardstick, weight, agrees)
             tables += vote
-            agree += vote > 0
+            agree += int(vote > 0)
+
+        # 2. Matrices of sub-layers. Zeros do not show how the others were drawn, nor does the
+        #    default of torch.nn.init.normal_.
+        is_inside = weight.role in MATRICES
+        if is_inside:
+            agree += int(agrees)
+            is_evidence = weight.family != "zero" and not is_of_unit_spread(weight)
+            if agrees or is_evidence:
+                inside.append(agrees)
+            if not agrees:
+                mismatches_by_pattern.setdefault(weight.pattern, []).extend(mismatches)
+
+        # 3. The values that are explained.
         if agrees:
-            held = _values_held(yardstick, weight)
-            values |= held
-            if weight.role in MATRICES:
-                inner_values |= held
-        elif weight.role in MATRICES:
-            groups.setdefault(weight.pattern, []).extend(mismatches)
+            explained = _values_held(yardstick, weight)
+            values |= explained
+            if is_inside:
+                inner_values |= explained
     if not any(inside):
         return None
+
     share = sum(inside) / len(inside)
-    mistakes = _count_mistakes(groups) - _swapped(yardstick, groups.values())
+    mistakes = _count_mistakes(mismatches_by_pattern)
+    mistakes -= _swapped(yardstick, mismatches_by_pattern.values())
     return Followed(yardstick, share, agree, mistakes, tables, len(values), len(inner_values))
 
 
 def _count_mistakes(groups: Mapping[str, Sequence[Mismatch]]) -> int:
-    """Return how many mistakes it takes: matrices that one loop draws, off by one factor, are
-    one.
+    """Return how many mistakes it takes to explain the matrices that differ.
+
+    Matrices that one loop draws, off by one factor, are one mistake.
     """
-    mistakes: dict[tuple[str, str], list[float]] = {}
+    factors_of: dict[tuple[str, str], list[float]] = {}
     for pattern, mismatches in groups.items():
-        first = mismatches[0]
-        siblings = next((roles for roles in _SIBLINGS if first.piece.weight.role in roles), None)
-        parent = pattern.removesuffix(".weight").rpartition(".")[0]
-        key = (parent, siblings[0]) if siblings else (pattern, "")
-        factors = [(one.piece.weight.std or 0.0) / (one.value or 1.0) for one in mismatches]
-        ratio = factors[0]
-        if not all(math.isclose(ratio, other, rel_tol=_SAME_FACTOR) for other in factors):
-            key = (pattern, "")  # another factor in each layer
-        ratios = mistakes.setdefault(key, [])
-        if not any(math.isclose(ratio, other, rel_tol=_SAME_FACTOR) for other in ratios):
-            ratios.append(ratio)
-    return sum(map(len, mistakes.values()))
+        factors = [_factor_off(mismatch) for mismatch in mismatches]
+        first = factors[0]
+        key = (pattern, "")
+        is_one_factor = all(_is_same_factor(first, other) for other in factors)
+        if is_one_factor:
+            key = _drawn_together(pattern, mismatches[0].piece.weight.role)
+        known = factors_of.setdefault(key, [])
+        if not any(_is_same_factor(first, other) for other in known):
+            known.append(first)
+    return sum(len(factors) for factors in factors_of.values())
+
+
+def _factor_off(mismatch: Mismatch) -> float:
+    return (mismatch.piece.weight.std or 0.0) / (mismatch.value or 1.0)
+
+
+def _is_same_factor(first: float, other: float) -> bool:
+    return math.isclose(first, other, rel_tol=_SAME_FACTOR)
+
+
+def _drawn_together(pattern: str, role: str) -> tuple[str, str]:
+    """Return the key of the matrices that one loop draws: the module, and the first role there."""
+    for roles in _SIBLINGS:
+        if role in roles:
+            parent = pattern.removesuffix(".weight").rpartition(".")[0]
+            return parent, roles[0]
+    return pattern, ""
 
 
 def _vote(yardstick: Yardstick, weight: WeightRecord, agrees: bool) -> int:
-    """Return 1 for a table with the scheme's own value, 0 for one that any scheme allows, else
-    -1.
-    """
+    """Return 1 for a table with the scheme's own value, 0 for one any scheme allows, else -1."""
     if not agrees:
         return -1
     return int(yardstick.agrees_by_itself(weight))
@@ -173,10 +195,12 @@ def _swapped(yardstick: Yardstick, groups: Iterable[Sequence[Mismatch]]) -> int:
     """Return how many scalings with depth stand on an inner matrix in place of an output matrix."""
     missing = extra = 0
     for mismatches in groups:
-        weight = mismatches[0].piece.weight
+        role = mismatches[0].piece.weight.role
         factor = depth_factor(yardstick, mismatches[0])
-        missing += weight.role in RESIDUAL and factor == "missing"
-        extra += weight.role in INNER and factor == "extra"
+        if role in RESIDUAL and factor == "missing":
+            missing += 1
+        if role in INNER and factor == "extra":
+            extra += 1
     return min(missing, extra)
 
 
@@ -227,11 +251,12 @@ class _Sample:
         return math.prod(self.weight.shape)
 
     def agrees_with(self, s: float) -> bool:
-        """Return whether the std may be s times the factor, with some slack: s itself is a guess
-        yet.
+        """Return whether the std may be s times the factor.
+
+        The interval gets some slack, since s itself is a guess yet.
         """
         low, high = self.weight.lower or 0.0, self.weight.upper or 0.0
-        return low * 0.97 <= s * self.factor <= high * 1.03
+        return low * (1 - _SLACK) <= s * self.factor <= high * (1 + _SLACK)
 
 
 def _bases(
@@ -239,20 +264,29 @@ def _bases(
 ) -> Iterable[tuple[float, Spread]]:
     """Yield candidates of s: pooled over the weights that agree with that of one name pattern."""
     samples = _samples(Yardstick(contract, scheme, 1.0), weights)
-    seen: set[str] = set()
-    for pattern in dict.fromkeys(sample.weight.pattern for sample in samples):
-        group = sorted(sample.base for sample in samples if sample.weight.pattern == pattern)
-        s = group[len(group) // 2]
-        size = 0
-        for _ in range(2):
-            inside = [sample for sample in samples if sample.agrees_with(s)]
-            size = sum(sample.size for sample in inside)
-            if size:
-                s = math.sqrt(sum(sample.size * sample.base**2 for sample in inside) / size)
-        if size and f"{s:.5g}" not in seen:
-            seen.add(f"{s:.5g}")
-            half = 4.9 / math.sqrt(2 * size)
-            yield s, (1 - half, 1 + half)
+    bases_of: dict[str, list[float]] = {}
+    for sample in samples:
+        bases_of.setdefault(sample.weight.pattern, []).append(sample.base)
+
+    yielded: set[str] = set()
+    for bases in bases_of.values():
+        median = sorted(bases)[len(bases) // 2]
+        s, size = _pool(samples, median)
+        if size and f"{s:.5g}" not in yielded:
+            yielded.add(f"{s:.5g}")
+            half_width = _BASE_QUANTILE / math.sqrt(2 * size)
+            yield s, (1 - half_width, 1 + half_width)
+
+
+def _pool(samples: Sequence[_Sample], s: float) -> tuple[float, int]:
+    """Return the base std pooled over the samples that agree with `s`, and their numbers."""
+    size = 0
+    for _ in range(2):
+        agreeing = [sample for sample in samples if sample.agrees_with(s)]
+        size = sum(sample.size for sample in agreeing)
+        if size:
+            s = math.sqrt(sum(sample.size * sample.base**2 for sample in agreeing) / size)
+    return s, size
 
 
 def _samples(unit: Yardstick, weights: Iterable[WeightRecord]) -> list[_Sample]:
@@ -261,7 +295,8 @@ def _samples(unit: Yardstick, weights: Iterable[WeightRecord]) -> list[_Sample]:
     for weight in weights:
         if weight.role not in MATRICES or not weight.std:
             continue
-        factor = next((v for f, v in unit.values(weight).items() if "s" in f.names and v > 0), None)
-        if factor is not None:
-            samples.append(_Sample(weight, factor))
+        for formula, value in unit.values(weight).items():
+            if "s" in formula.names and value > 0:
+                samples.append(_Sample(weight, value))
+                break
     return samples

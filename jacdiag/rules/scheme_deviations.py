@@ -1,6 +1,4 @@
-"""Weights that were not drawn as a scheme says: which, by how much, and what mistake it looks
-like.
-"""
+"""Find weights that were not drawn as a scheme says, and the mistake that each looks like."""
 
 from __future__ import annotations
 
@@ -13,15 +11,19 @@ from typing import Any
 from jacdiag.records import WeightRecord
 from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.scheme_choice import depth_factor
-from jacdiag.rules.scheme_fit import Mismatch, Yardstick, holds
+from jacdiag.rules.scheme_fit import Mismatch, Spread, Yardstick, holds
 from jacdiag.rules.schemes import INNER, MATRICES, OUTSIDE, RESIDUAL
 
 _LINEAR_DEFAULT = "PyTorch's default for nn.Linear"
+# Two values of a range are shown as one if the larger is less than 5% above the smaller.
+_NARROW_RANGE = 1.05
+_FEWEST_LAYERS = 3  # that can show a course over depth
+_MOST_LAYERS = 24  # between which courses are drawn
 _PROJECTIONS = ("W_Q", "W_K", "W_V", "W_QK", "W_QV", "W_KV", "W_QKV")
 
 
 @dataclass(frozen=True)
-class Departure:
+class Deviation:
     """One weight that is not what it should be.
 
     Attributes:
@@ -45,72 +47,80 @@ class Departure:
     by_layers: bool = False
 
 
-def departures(yardstick: Yardstick) -> tuple[int, list[Departure]]:
-    """Return how many weights a scheme speaks of, and those that depart from it."""
-    # 1. Compare every weight that the scheme speaks of.
-    stated: list[tuple[WeightRecord, list[Mismatch]]] = []
+def deviations(yardstick: Yardstick) -> tuple[int, list[Deviation]]:
+    """Return how many weights a scheme covers, and those that differ from it."""
+    # 1. Compare every weight that the scheme covers.
+    compared: list[tuple[WeightRecord, list[Mismatch]]] = []
     for weight in yardstick.contract.weights:
         mismatches = yardstick.mismatches(weight)
         if mismatches is not None:
-            stated.append((weight, mismatches))
+            compared.append((weight, mismatches))
 
     # 2. Note which layers of each name agree: a mistake of all layers is another than that of one.
     agreeing: dict[str, list[bool]] = {}
-    for weight, mismatches in stated:
+    for weight, mismatches in compared:
         agreeing.setdefault(weight.pattern, []).append(not mismatches)
 
     # 3. Say what each mismatch looks like.
-    found = []
-    for weight, mismatches in stated:
-        of = agreeing[weight.pattern]
+    result = []
+    for weight, mismatches in compared:
+        layers = agreeing[weight.pattern]
+        is_uneven = any(layers) and len(layers) > 1
         for mismatch in mismatches:
             looks = _looks(yardstick, mismatch)
             kind = "plain"
             if "depth" in looks:
                 kind = "depth"
-            elif any(of) and len(of) > 1:
+            elif is_uneven:
                 kind = "layers"
-            formula = _shown(mismatch.formula.text, yardstick.s)
-            piece = mismatch.piece
-            departure = Departure(
-                piece.weight, mismatch.value, formula, kind, looks, len(of), piece.section
+            deviation = Deviation(
+                mismatch.piece.weight,
+                mismatch.value,
+                formula=_shown(mismatch.formula.text, yardstick.s),
+                kind=kind,
+                looks=looks,
+                of=len(layers),
+                section=mismatch.piece.section,
             )
-            found.append(departure)
-    return len(stated), found
+            result.append(deviation)
+    return len(compared), result
 
 
-def head_left_at_default(yardstick: Yardstick) -> list[Departure]:
-    """Return the head, if it alone keeps the default of nn.Linear in a model that was drawn
-    otherwise.
+def head_left_at_default(yardstick: Yardstick) -> list[Deviation]:
+    """Return the head, if it alone keeps the default of nn.Linear.
 
     Patch embeddings are left at their default by published inits (timm), and so is the output of
-    an attention (torchvision): they are not looked at here.
+    an attention (torchvision). They are not looked at here.
 
     Args:
         yardstick: A scheme that the model was found to follow.
     """
     # 1. Every matrix inside the sub-layers agrees, and nothing else keeps the default of its class.
-    for weight in yardstick.contract.weights:
+    contract = yardstick.contract
+    for weight in contract.weights:
         if weight.role in MATRICES and yardstick.mismatches(weight):
             return []
         if weight.role != "head" and _is_default(weight):
             return []
+
     # 2. The head is a uniform draw with just the bounds of nn.Linear.
-    heads = [w for w in yardstick.contract.weights if w.role == "head" and is_linear_default(w)]
-    tied = yardstick.contract.tied
-    found = []
-    for head in heads:
-        as_inside = replace(head, role="W_1")
-        values = yardstick.values(as_inside)
-        if head.parameter in tied or yardstick.agrees_by_itself(head) or not values:
+    result = []
+    for head in contract.weights:
+        if head.role != "head" or not is_linear_default(head):
+            continue
+        if head.parameter in contract.tied or yardstick.agrees_by_itself(head):
+            continue
+        # 3. It is compared with what the scheme says of a matrix, if that is the same for all
+        #    sizes. A formula of the sub-layers' sizes says nothing of the head (T-Fixup).
+        values = yardstick.values(replace(head, role="W_1"))
+        if not values:
             continue
         formula, value = next(iter(values.items()))
-        if not formula.names <= {"s"}:
-            continue  # a formula of the sub-layers' sizes says nothing of the head (T-Fixup)
-        if not holds(head, value, yardstick.spread):
+        is_of_no_size = formula.names <= {"s"}
+        if is_of_no_size and not holds(head, value, yardstick.spread):
             text = _shown(formula.text, yardstick.s)
-            found.append(Departure(head, value, text, "plain", _LINEAR_DEFAULT))
-    return found
+            result.append(Deviation(head, value, text, "plain", _LINEAR_DEFAULT))
+    return result
 
 
 def _is_default(weight: WeightRecord) -> bool:
@@ -132,20 +142,25 @@ def _shown(formula: str, s: float | None) -> str:
 
 
 def _looks(yardstick: Yardstick, mismatch: Mismatch) -> str:
-    """Return the mistake that turns the expected value into what was measured, "" if none is
-    known.
+    """Return the mistake that turns the expected value into what was measured.
+
+    "" means that none is known.
     """
     weight, value, spread = mismatch.piece.weight, mismatch.value, yardstick.spread
     if weight.family == "zero":
         return "all of it is zero"
     if weight.family == "constant" or value <= 0:
         return ""
+
+    # 1. Mistakes of one number.
     if yardstick.looks:
         return yardstick.looks
     if holds(weight, 1.0) and value < 1.0:
         return "the default std of torch.nn.init.normal_ is 1"
     if _is_scaled_by_head(yardstick, mismatch):
         return "scaled by the width of a head, not by that of its input"
+
+    # 2. Scaling with depth.
     factor = depth_factor(yardstick, mismatch)
     if factor == "missing" and weight.role in RESIDUAL:
         return "the scaling with depth is missing"
@@ -153,54 +168,54 @@ def _looks(yardstick: Yardstick, mismatch: Mismatch) -> str:
         return "scaled with depth once too often"
     if factor == "extra" and weight.role in INNER:
         return "scaled with depth, and writes to no shortcut"
+
+    # 3. Two numbers taken for each other, or no init at all.
     if holds(weight, value * value, spread) or holds(weight, math.sqrt(value), spread):
         return "std and variance confused"
-    if weight.fan_in and weight.fan_out and weight.fan_in != weight.fan_out:
-        ratio = math.sqrt(weight.fan_in / weight.fan_out)
-        if holds(weight, value * ratio, spread) or holds(weight, value / ratio, spread):
-            return "fan_in and fan_out confused"
+    if _has_fans_confused(weight, value, spread):
+        return "fan_in and fan_out confused"
     return _LINEAR_DEFAULT if is_linear_default(weight) else ""
+
+
+def _has_fans_confused(weight: WeightRecord, value: float, spread: Spread) -> bool:
+    if not weight.fan_in or not weight.fan_out or weight.fan_in == weight.fan_out:
+        return False
+    ratio = math.sqrt(weight.fan_in / weight.fan_out)
+    return holds(weight, value * ratio, spread) or holds(weight, value / ratio, spread)
 
 
 def _is_scaled_by_head(yardstick: Yardstick, mismatch: Mismatch) -> bool:
     """Return whether queries, keys or values have the std of an input as wide as one head."""
     weight, head = mismatch.piece.weight, yardstick.contract.sizes.get("d_head")
-    if weight.role not in _PROJECTIONS or not head or not weight.fan_in or weight.fan_in == head:
+    if weight.role not in _PROJECTIONS or not head or not weight.fan_in:
+        return False
+    if weight.fan_in == head:
         return False
     value = mismatch.value * math.sqrt(weight.fan_in / head)
     return holds(weight, value, yardstick.spread)
 
 
-def told(group: Sequence[Departure], by: str) -> tuple[str, dict[str, Any]]:
-    """The sentence and the evidence of one finding: weights of one name pattern, layers folded."""
-    first, weights = group[0], [d.weight for d in group]
-    if first.by_layers:
-        by = "the other layers have"
-    name = first.weight.pattern.removesuffix(".weight")
-    if first.section:
-        name = f"the {first.section} rows of {name}"
-    count = f" ({len(group)} of {first.of}{_layers(weights, first.of)})" if first.of > 1 else ""
-    vector = len(first.weight.shape) < 2
-    figures = [w.mean if vector else w.std for w in weights]
-    measured = _range(figures)
-    wanted = sorted({d.value for d in group})
-    aim = plain(wanted[0]) if len(wanted) == 1 else f"{plain(wanted[0])} to {plain(wanted[-1])}"
-    stated = "" if first.by_layers or _is_number(first.formula) else f"{first.formula} = "
-    figure = "value" if vector else "std"
-    if vector and first.weight.family not in ("zero", "constant"):
-        measured = f"not constant, about {measured}"
-    looks = next((d.looks for d in group if d.looks), "")
-    what = f"{name}{count}: {figure} {measured}, {by} {stated}{aim}" + (
-        f"; {looks}" if looks else ""
-    )
+def told(group: Sequence[Deviation], by: str) -> tuple[str, dict[str, Any]]:
+    """Return the sentence and the evidence of one finding.
+
+    Args:
+        group: Weights of one name pattern, so that the layers are folded.
+        by: What expects another value, with its verb.
+    """
+    first = group[0]
+    weights = [deviation.weight for deviation in group]
+    looks = next((deviation.looks for deviation in group if deviation.looks), "")
+    sentence = f"{_subject(group)}: {_measured(first, weights)}, {_expected(group, by)}"
+    if looks:
+        sentence += f"; {looks}"
     evidence = {
-        "parameters": [w.parameter for w in weights],
+        "parameters": [weight.parameter for weight in weights],
         "role": first.weight.role,
         "pattern": first.weight.pattern,
-        "layers": [w.layer for w in weights],
+        "layers": [weight.layer for weight in weights],
         "of": first.of,
         "family": first.weight.family,
-        "value": figures[0],
+        "value": _value_of(first.weight),
         "lower": first.weight.lower,
         "upper": first.weight.upper,
         "expected": first.value,
@@ -210,7 +225,51 @@ def told(group: Sequence[Departure], by: str) -> tuple[str, dict[str, Any]]:
     }
     if first.section:
         evidence["section"] = first.section
-    return what, evidence
+    return sentence, evidence
+
+
+def _subject(group: Sequence[Deviation]) -> str:
+    """Return what a finding is about: "h.*.mlp.c_proj (2 of 12, layer 3, 4)"."""
+    first = group[0]
+    name = first.weight.pattern.removesuffix(".weight")
+    if first.section:
+        name = f"the {first.section} rows of {name}"
+    if first.of <= 1:
+        return name
+    layers = _layers([deviation.weight for deviation in group], first.of)
+    return f"{name} ({len(group)} of {first.of}{layers})"
+
+
+def _measured(first: Deviation, weights: Sequence[WeightRecord]) -> str:
+    """Return what was measured: "std 0.02", or the value of a vector."""
+    measured = _range(_value_of(weight) for weight in weights)
+    if not _is_vector(first.weight):
+        return f"std {measured}"
+    if first.weight.family in ("zero", "constant"):
+        return f"value {measured}"
+    return f"value not constant, about {measured}"
+
+
+def _expected(group: Sequence[Deviation], by: str) -> str:
+    """Return what was expected: "the published init expects 0.02/sqrt(2*N) = 0.00408"."""
+    first = group[0]
+    values = sorted({deviation.value for deviation in group})
+    shown = plain(values[0])
+    if len(values) > 1:
+        shown = f"{shown} to {plain(values[-1])}"
+    if first.by_layers:
+        return f"the other layers have {shown}"
+    if _is_number(first.formula):
+        return f"{by} {shown}"
+    return f"{by} {first.formula} = {shown}"
+
+
+def _is_vector(weight: WeightRecord) -> bool:
+    return len(weight.shape) < 2
+
+
+def _value_of(weight: WeightRecord) -> float | None:
+    return weight.mean if _is_vector(weight) else weight.std
 
 
 def _is_number(text: str) -> bool:
@@ -218,73 +277,94 @@ def _is_number(text: str) -> bool:
 
 
 def _range(values: Iterable[float | None]) -> str:
-    known = sorted(v for v in values if v is not None)
+    known = sorted(value for value in values if value is not None)
     if not known:
         return "?"
     low, high = plain(known[0]), plain(known[-1])
-    return low if low == high or known[-1] < known[0] * 1.05 else f"{low} to {high}"
+    is_narrow = low == high or known[-1] < known[0] * _NARROW_RANGE
+    return low if is_narrow else f"{low} to {high}"
 
 
 def _layers(weights: Sequence[WeightRecord], of: int) -> str:
-    layers = [str(w.layer) for w in weights if w.layer is not None]
-    return f", layer {', '.join(layers[:8])}" if layers and len(layers) < of else ""
+    layers = [str(weight.layer) for weight in weights if weight.layer is not None]
+    if not layers or len(layers) >= of:
+        return ""
+    return f", layer {', '.join(layers[:8])}"
 
 
 # -- no scheme: the layers compared with each other ------------------------------------------------
-def layers_that_differ(weights: Iterable[WeightRecord]) -> tuple[int, list[Departure]]:
-    """Return the layers of one name whose std leaves a smooth course over depth (constant, or a
-    power of l + 1).
+def layers_that_differ(weights: Iterable[WeightRecord]) -> tuple[int, list[Deviation]]:
+    """Return the layers of one name whose std leaves a smooth course over depth.
 
-    Nothing is said where no such course passes through two thirds of the layers.
+    A course is constant, or a power of l + 1. Nothing is said where no such course passes through
+    two thirds of the layers.
 
     Args:
-        weights: Those that no scheme speaks of.
+        weights: Those that no scheme covers.
+
+    Returns:
+        How many weights were compared, and those off their course.
     """
+    # 1. Matrices by name pattern, where there are three layers or more.
     groups: dict[str, list[WeightRecord]] = {}
-    for w in weights:
-        if w.layer is not None and w.lower and w.upper and w.std and len(w.shape) >= 2:
-            groups.setdefault(w.pattern, []).append(w)
-    found = []
-    several = [group for group in groups.values() if len(group) >= 3]
-    for group in several:
-        course = max(_courses(group), key=lambda c: sum(_on(w, c) for w in group))
-        off = [w for w in group if not _on(w, course)]
-        if off and len(off) * 3 <= len(group):
-            text = "the std of the other layers"
-            if course[1]:
-                text = f"a course over depth of (l + 1)^{course[1]:.2g}"
-            for weight in off:
-                value = _at(weight, course)
-                found.append(
-                    Departure(weight, value, text, "layers", of=len(group), by_layers=True)
-                )
-    return sum(map(len, several)), found
+    for weight in weights:
+        is_measured = bool(weight.lower and weight.upper and weight.std)
+        if weight.layer is not None and is_measured and not _is_vector(weight):
+            groups.setdefault(weight.pattern, []).append(weight)
+    comparable = [group for group in groups.values() if len(group) >= _FEWEST_LAYERS]
+
+    # 2. Of each, the layers off the course that passes through the most.
+    result = []
+    for group in comparable:
+        course = max(_courses(group), key=lambda course: sum(course.meets(w) for w in group))
+        off = [weight for weight in group if not course.meets(weight)]
+        if not off or len(off) * 3 > len(group):
+            continue
+        for weight in off:
+            value = course.at(weight)
+            deviation = Deviation(
+                weight, value, course.words, "layers", of=len(group), by_layers=True
+            )
+            result.append(deviation)
+    return sum(map(len, comparable)), result
 
 
-Course = tuple[float, float]  # std = a (l + 1)^b
+@dataclass(frozen=True)
+class _Course:
+    """A std over depth: scale (l + 1)^power."""
+
+    scale: float
+    power: float = 0.0
+
+    @property
+    def words(self) -> str:
+        if self.power:
+            return f"a course over depth of (l + 1)^{self.power:.2g}"
+        return "the std of the other layers"
+
+    def at(self, weight: WeightRecord) -> float:
+        """Return the std at the layer of a weight."""
+        return self.scale * float((weight.layer or 0) + 1) ** self.power
+
+    def meets(self, weight: WeightRecord) -> bool:
+        """Return whether a weight lies on the course, within twice its sampling interval.
+
+        The course itself was drawn through samples.
+        """
+        assert weight.std is not None and weight.lower is not None and weight.upper is not None
+        low = weight.std * (weight.lower / weight.std) ** 2
+        high = weight.std * (weight.upper / weight.std) ** 2
+        return low <= self.at(weight) <= high
 
 
-def _courses(group: Sequence[WeightRecord]) -> Iterable[Course]:
-    middle = sorted(w.std or 0.0 for w in group)[len(group) // 2]
-    yield middle, 0.0
-    chosen = group if len(group) <= 24 else group[:: max(1, len(group) // 24)]
-    for one, other in itertools.combinations(chosen, 2):
-        a, b = (one.layer or 0) + 1, (other.layer or 0) + 1
-        if a != b and one.std and other.std:
-            power = math.log(other.std / one.std) / math.log(b / a)
-            yield one.std / a**power, power
-
-
-def _at(weight: WeightRecord, course: Course) -> float:
-    return course[0] * float((weight.layer or 0) + 1) ** course[1]
-
-
-def _on(weight: WeightRecord, course: Course) -> bool:
-    """Within twice the sampling interval: the course itself was drawn through samples."""
-    assert weight.std is not None and weight.lower is not None and weight.upper is not None
-    value = _at(weight, course)
-    return (
-        weight.std * (weight.lower / weight.std) ** 2
-        <= value
-        <= weight.std * (weight.upper / weight.std) ** 2
-    )
+def _courses(group: Sequence[WeightRecord]) -> Iterable[_Course]:
+    """Yield the constant course through the median, and the power through each pair of layers."""
+    yield _Course(sorted(weight.std or 0.0 for weight in group)[len(group) // 2])
+    if len(group) > _MOST_LAYERS:
+        group = group[:: max(1, len(group) // _MOST_LAYERS)]
+    for first, second in itertools.combinations(group, 2):
+        if not first.std or not second.std or first.layer == second.layer:
+            continue
+        depth, other_depth = (first.layer or 0) + 1, (second.layer or 0) + 1
+        power = math.log(second.std / first.std) / math.log(other_depth / depth)
+        yield _Course(first.std / depth**power, power)

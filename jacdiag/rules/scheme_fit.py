@@ -1,10 +1,9 @@
-"""A scheme held against the weights of one model: what it expects of each, and whether they agree.
+"""Compare the weights of one model with a scheme: what it expects of each, and whether they agree.
 
 A fused matrix is judged section by section (queries, keys, values) where the scheme treats them
-differently. Output
-matrices that are zero in all layers alike are not judged by a scheme that the model was found to
-follow: branches that start at zero are an init of their own. So are matrices that start at zero
-next to another that does their work, such as the modulation of adaLN-zero.
+differently. Output matrices that are zero in all layers alike are not judged by a scheme that the
+model was found to follow: branches that start at zero are an init of their own. So are matrices
+that start at zero next to another that does their work, such as the modulation of adaLN-zero.
 """
 
 from __future__ import annotations
@@ -32,8 +31,7 @@ from jacdiag.rules.schemes import (
 _TOGETHER = ("W_Q", "W_K", "W_V")
 Spread = tuple[float, float]  # interval of a base std, relative
 TABLES = ("embedding", "positions", "head")
-# Sub-layers whose matrices a scheme speaks of; "" in reports from before the kind was kept. Inside
-# a
+# Sub-layers whose matrices a scheme covers; "" in reports from before the kind was kept. Inside a
 # recurrent or convolutional mixer every section has an init of its own.
 _KINDS = ("", "attention", "cross-attention", "mlp", "moe")
 # Of so few inputs a layer may have std 1 by LeCun's or Xavier's formula.
@@ -42,12 +40,13 @@ _FEW_INPUTS = 16
 # x-transformers 1e-5). If none does, JD102 reports the small stream. The limit lies between 1e-4
 # and 4e-4, the variance of 0.02 taken for its std.
 _TINY = 2e-4
+# A vector is an expected constant up to the rounding of low precisions.
+_EXACT_RELATIVE, _EXACT_ABSOLUTE = 1e-3, 1e-12
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What is compared with one value: an entire weight, or the rows of a fused one that play one
-    role.
+    """What is compared with one value: an entire weight, or the rows of a fused one with one role.
 
     Attributes:
         weight: The record, of these rows alone if `section` says so.
@@ -82,8 +81,8 @@ class Yardstick:
         scheme: What they are compared with.
         s: The base std where the scheme leaves it open.
         spread: Interval of `s`, relative.
-        found: Whether the model was found to follow the scheme. If not, the scheme is that of its
-            family, or was pinned: then every weight is held against it, without exception.
+        is_followed: Whether the model was found to follow the scheme. If not, the scheme is that of
+            its family, or was pinned. Then every weight is compared with it, without exception.
         judges_tables: Whether embedding, positions and head are judged.
         looks: The mistake that the entire model was made with; "" for none.
     """
@@ -92,14 +91,14 @@ class Yardstick:
     scheme: Scheme
     s: float | None = None
     spread: Spread = (1.0, 1.0)
-    found: bool = True
+    is_followed: bool = True
     judges_tables: bool = True
     looks: str = ""
 
     @classmethod
     def given(cls, contract: ContractRecord, scheme: Scheme) -> Yardstick:
         """Return the yardstick of a scheme that was given: pinned, or published for the family."""
-        return cls(contract, scheme, found=False)
+        return cls(contract, scheme, is_followed=False)
 
     @cached_property
     def zero_on_purpose(self) -> frozenset[str]:
@@ -117,42 +116,44 @@ class Yardstick:
         return any(not self.agrees_by_itself(weight) for weight in inside)
 
     def mismatches(self, weight: WeightRecord) -> list[Mismatch] | None:
-        """Return what about a weight is not as the scheme says: [] if it agrees, None if the scheme
-        says nothing.
+        """Return what about a weight is not as the scheme says.
+
+        Returns:
+            [] if the weight agrees, None if the scheme says nothing about it.
         """
         if not self._judges(weight):
             return None
         fewest: list[Mismatch] | None = None
         for pieces in self._readings(weight):
-            found = self._compare(pieces)
-            if found is None:
+            mismatches = self._compare(pieces)
+            if mismatches is None:
                 continue
-            if fewest is None or len(found) < len(fewest):
-                fewest = found
+            if fewest is None or len(mismatches) < len(fewest):
+                fewest = mismatches
         return fewest
 
     def values(self, weight: WeightRecord) -> dict[Formula, float]:
-        """Return the values that the scheme itself states for an entire weight or a section of
-        one.
-        """
-        return self._values_of(weight, self._variants.get(_attention_of(weight), frozenset()))
+        """Return the values that the scheme states for an entire weight or a section of one."""
+        variants = self._variants.get(_attention_of(weight), frozenset[int]())
+        return self._values_of(weight, variants)
 
     def _values_of(self, weight: WeightRecord, variants: Collection[int]) -> dict[Formula, float]:
-        """Return the values of some variants of the formula for queries, keys or values; of all if
-        none is listed.
+        """Return the values of some variants of the formula for queries, keys or values.
+
+        All variants count if none is listed.
         """
+        all_count = not variants or weight.role not in _TOGETHER
         known = variables(self.contract, weight, self.s)
         values = {}
         for number, formula in enumerate(self.scheme.of(weight)):
-            is_chosen = not variants or number in variants or weight.role not in _TOGETHER
             value = formula.value(known)
-            if is_chosen and value is not None:
+            if value is not None and (all_count or number in variants):
                 values[formula] = value
         return values
 
     @cached_property
     def _variants(self) -> Mapping[str, frozenset[int]]:
-        """The variants that an attention may have been drawn by, by its name."""
+        """Variants that an attention may have been drawn by, by its name."""
         attentions: dict[str, list[WeightRecord]] = {}
         for weight in self.contract.weights:
             if weight.role in _TOGETHER:
@@ -160,18 +161,20 @@ class Yardstick:
         return {name: self._usual_variants(weights) for name, weights in attentions.items()}
 
     def _usual_variants(self, weights: Sequence[WeightRecord]) -> frozenset[int]:
-        """Return the variants with which most of these queries, keys and values agree; none if all
-        are open.
+        """Return the variants with which most of these queries, keys and values agree.
+
+        None are returned if all are open.
         """
         counts = {len(self.scheme.of(weight)) for weight in weights}
-        if not self.found or len(counts) != 1:
+        if not self.is_followed or len(counts) != 1:
             return frozenset()
         votes: Counter[int] = Counter()
         for weight in weights:
             known = variables(self.contract, weight, self.s)
             for number, formula in enumerate(self.scheme.of(weight)):
                 value = formula.value(known)
-                votes[number] += value is not None and holds(weight, value, self.spread)
+                agrees = value is not None and holds(weight, value, self.spread)
+                votes[number] += int(agrees)
         most = max(votes.values(), default=0)
         return frozenset(number for number, count in votes.items() if count == most)
 
@@ -180,20 +183,23 @@ class Yardstick:
         return any(holds(weight, value, self.spread) for value in self.values(weight).values())
 
     def _judges(self, weight: WeightRecord) -> bool:
-        if not self.found:
+        """Return whether the scheme has a say about a weight of this model."""
+        if not self.is_followed:
             return True
-        if weight.role == "positions" and self.has_unit_draws and is_of_unit_spread(weight):
-            return True
+        # 1. Embedding, positions and head.
+        if weight.role == "positions":
+            if self.has_unit_draws and is_of_unit_spread(weight):
+                return True
+            if not _is_lookup(weight):
+                return False
         if weight.role in TABLES and not self.judges_tables:
             return False
-        if weight.role == "positions" and not _is_lookup(weight):
-            return False
+        # 2. Matrices of the sub-layers.
         width = int(self.contract.sizes.get("d", 0))
         if weight.role in MATRICES and not is_projection(weight, width):
             return False
-        if _is_open_gate(weight):
-            return False
-        return weight.parameter not in self.zero_on_purpose
+        # 3. What starts at zero on purpose.
+        return not _is_open_gate(weight) and weight.parameter not in self.zero_on_purpose
 
     def _readings(self, weight: WeightRecord) -> Iterator[list[Piece]]:
         """Yield the ways to take a weight: as it is, or as its sections.
@@ -201,14 +207,21 @@ class Yardstick:
         Open are the order of the halves of a gated FFN, and whether fan_out is that of the section
         or of the entire matrix.
         """
-        named = bool(self.scheme.named(weight))
+        # 1. As it is, unless the scheme treats the sections differently.
+        is_named = bool(self.scheme.named(weight))
         roles = [section.role for section in weight.sections]
-        usual = FUSED.get(weight.role, ()) if self.found else ()
-        apart = any(role in self.scheme.formulas for role in (*roles, *usual))
-        if named or not apart:
+        possible_roles = list(roles)
+        if self.is_followed:
+            possible_roles += FUSED.get(weight.role, ())
+        sections_have_formulas = any(role in self.scheme.formulas for role in possible_roles)
+        if is_named or not sections_have_formulas:
             yield [Piece(weight)]
-        depends = any("fan_out" in formula.names for formula in self.scheme.of(weight))
-        if not roles or not (apart or depends) or (named and not self.found):
+
+        # 2. As its sections, where they may have values of their own.
+        depends_on_size = any("fan_out" in formula.names for formula in self.scheme.of(weight))
+        may_differ = sections_have_formulas or depends_on_size
+        is_given_by_name = is_named and not self.is_followed
+        if not roles or not may_differ or is_given_by_name:
             return
         orders = [roles]
         if weight.role == "W_gate_up":
@@ -217,37 +230,40 @@ class Yardstick:
             yield list(_pieces(weight, order))
             yield list(_pieces(weight, order, fan_out=weight.fan_out))
 
-    def _compare(self, pieces: Iterable[Piece]) -> list[Mismatch] | None:
-        found, stated = [], False
-        pieces = list(pieces)
+    def _compare(self, pieces: Sequence[Piece]) -> list[Mismatch] | None:
+        """Return the pieces that differ; None if the scheme states nothing for any of them."""
         sections = [piece.weight for piece in pieces if piece.section in _TOGETHER]
-        together = self._usual_variants(sections)
+        variants = self._usual_variants(sections)
+        mismatches: list[Mismatch] = []
+        is_stated = False
         for piece in pieces:
-            values = (
-                self._values_of(piece.weight, together) if sections else self.values(piece.weight)
-            )
+            if sections:
+                values = self._values_of(piece.weight, variants)
+            else:
+                values = self.values(piece.weight)
             if not values:
                 continue
-            stated = True
+            is_stated = True
             if not self._agrees(piece.weight, values):
                 formula = min(values, key=lambda f: _distance(piece.weight, values[f]))
-                found.append(Mismatch(piece, values[formula], formula))
-        return found if stated else None
+                mismatches.append(Mismatch(piece, values[formula], formula))
+        return mismatches if is_stated else None
 
     def _agrees(self, weight: WeightRecord, values: Mapping[Formula, float]) -> bool:
-        wanted = self.scheme.family
-        if wanted and weight.role in MATRICES and weight.family != wanted:
+        """Return whether a weight has one of the values, or one that goes with any scheme."""
+        expected_family = self.scheme.family
+        if expected_family and weight.role in MATRICES and weight.family != expected_family:
             return False
         if any(holds(weight, value, self.spread) for value in values.values()):
             return True
-        if not self.found:
+        if not self.is_followed:
             return False
+        # Tables may have other values, whichever scheme the matrices follow.
         known = variables(self.contract, weight, self.s)
-        others = [
-            formula.value(known) for formula in allowed_with_any_scheme().get(weight.role, ())
-        ]
-        if any(value is not None and holds(weight, value) for value in others):
-            return True
+        for formula in allowed_with_any_scheme().get(weight.role, ()):
+            value = formula.value(known)
+            if value is not None and holds(weight, value):
+                return True
         is_table = weight.role in ("embedding", "positions")
         return is_table and weight.std is not None and 0 < weight.std <= _TINY
 
@@ -259,15 +275,15 @@ def _attention_of(weight: WeightRecord) -> str:
 
 def _distance(weight: WeightRecord, value: float) -> float:
     """Return how far a weight is from a value, as a ratio; infinite for the value zero."""
-    return abs(math.log(max(weight.std or 0.0, 1e-30) / value)) if value > 0 else math.inf
+    if value <= 0:
+        return math.inf
+    return abs(math.log(max(weight.std or 0.0, 1e-30) / value))
 
 
 def _pieces(
     weight: WeightRecord, order: Iterable[str], fan_out: int | None = None
 ) -> Iterator[Piece]:
-    """Yield the sections of a fused matrix as weights of their own, with their own fan_out unless
-    one is given.
-    """
+    """Yield the sections of a fused matrix as weights, with their own fan_out or the one given."""
     for section, role in zip(weight.sections, order, strict=True):
         rows = replace(
             weight,
@@ -285,7 +301,7 @@ def _pieces(
 
 
 def is_projection(weight: WeightRecord, width: int = 0) -> bool:
-    """Return whether a matrix is the linear map of an attention or FFN that a scheme speaks of.
+    """Return whether a matrix is the linear map of an attention or FFN that a scheme covers.
 
     Its sizes are those of the map. A depthwise kernel, a table of relative positions or a
     matrix that acts along the sequence has others, and an init of its own.
@@ -302,17 +318,20 @@ def is_projection(weight: WeightRecord, width: int = 0) -> bool:
         return False
     if weight.fan_in is None or weight.fan_out is None:
         return True
+    # The first of two factors narrows. One that does not makes shifts and scales (adaLN).
+    fans = (weight.fan_in, weight.fan_out)
     if weight.role.endswith("_a") and weight.fan_out >= weight.fan_in:
-        return False  # the first of two factors narrows; this one makes shifts and scales (adaLN)
-    by_head = len(sizes) == 3 and weight.kind in ("attention", "cross-attention")
-    if by_head and width and width not in (weight.fan_in, weight.fan_out):
         return False
-    return sorted(sizes[-2:]) == sorted((weight.fan_in, weight.fan_out))
+    is_stored_by_head = len(sizes) == 3 and weight.kind in ("attention", "cross-attention")
+    if is_stored_by_head and width and width not in fans:
+        return False
+    return sorted(sizes[-2:]) == sorted(fans)
 
 
 def _is_open_gate(weight: WeightRecord) -> bool:
-    """Return whether a gate of an attention starts at zero: then its bias alone sets how far it is
-    open.
+    """Return whether a gate of an attention starts at zero.
+
+    Then its bias alone sets how far it is open.
     """
     is_attention = weight.kind in ("attention", "cross-attention")
     return is_attention and weight.role == "W_gate" and weight.family == "zero"
@@ -334,29 +353,31 @@ def zero_on_purpose(contract: ContractRecord) -> frozenset[str]:
     shortcut, so that the branch starts at zero; or it stands next to another of its role, so that
     the sub-layer works without it. An expert stands for itself.
     """
+    # 1. Matrices by name pattern, and the roles that were drawn in each sub-layer.
     patterns: dict[str, list[WeightRecord]] = {}
-    drawn: dict[str, set[str]] = {}
+    drawn_roles: dict[str, set[str]] = {}
     for weight in contract.weights:
-        if weight.role in MATRICES:
-            patterns.setdefault(weight.pattern, []).append(weight)
-            if weight.family != "zero":
-                drawn.setdefault(weight.sublayer, set()).add(weight.role)
-    found = set()
+        if weight.role not in MATRICES:
+            continue
+        patterns.setdefault(weight.pattern, []).append(weight)
+        if weight.family != "zero":
+            drawn_roles.setdefault(weight.sublayer, set()).add(weight.role)
+
+    # 2. Patterns of which every matrix may be zero.
+    names: set[str] = set()
     for group in patterns.values():
-        if all(_may_be_zero(weight, drawn.get(weight.sublayer, set())) for weight in group):
-            found |= {weight.parameter for weight in group}
-    return frozenset(found)
+        if all(_may_be_zero(weight, drawn_roles.get(weight.sublayer, set())) for weight in group):
+            names.update(weight.parameter for weight in group)
+    return frozenset(names)
 
 
-def _may_be_zero(weight: WeightRecord, drawn: Collection[str]) -> bool:
-    """Return whether a matrix is zero, and its sub-layer has roles that were drawn to do the
-    rest.
-    """
+def _may_be_zero(weight: WeightRecord, drawn_roles: Collection[str]) -> bool:
+    """Return whether a matrix is zero in a sub-layer whose drawn matrices do its work."""
     if weight.family != "zero":
         return False
     if weight.role in RESIDUAL:
-        return any(role in INNER for role in drawn)
-    return weight.role in drawn and weight.kind != "moe"
+        return any(role in INNER for role in drawn_roles)
+    return weight.role in drawn_roles and weight.kind != "moe"
 
 
 def variables(
@@ -370,23 +391,33 @@ def variables(
 
 
 def holds(weight: WeightRecord, value: float, spread: Spread = (1.0, 1.0)) -> bool:
-    """Return whether a weight can have been drawn with the std `value` (or, a vector, be that
-    value).
+    """Return whether a weight can have been drawn with the std `value`.
+
+    A vector must be that value.
+
+    Args:
+        weight: The record of the weight.
+        value: Std of a matrix, value of a vector.
+        spread: Relative interval of `value` itself.
     """
-    if weight.role in VECTORS or len(weight.shape) < 2:
-        exact = weight.family in ("zero", "constant") and weight.mean is not None
-        return exact and math.isclose(weight.mean or 0.0, value, rel_tol=1e-3, abs_tol=1e-12)
+    is_vector = weight.role in VECTORS or len(weight.shape) < 2
+    if is_vector:
+        if weight.family not in ("zero", "constant") or weight.mean is None:
+            return False
+        return math.isclose(weight.mean, value, rel_tol=_EXACT_RELATIVE, abs_tol=_EXACT_ABSOLUTE)
     if weight.lower is None or weight.upper is None:
         return True  # not measured: another rule reports that
     if value == 0 or weight.family in ("zero", "constant"):
         return weight.family == "zero" and value == 0
+    # `value` may be the std before or after the truncation.
     low, high = weight.lower / spread[1], weight.upper / spread[0]
     return low <= value <= high or low <= value * weight.truncation <= high
 
 
 def is_of_unit_spread(weight: WeightRecord) -> bool:
-    """Return whether a weight has std 1, the default of torch.nn.init.normal_, and too many inputs
-    for it.
+    """Return whether a weight has std 1 and too many inputs for it.
+
+    Std 1 is the default of torch.nn.init.normal_.
     """
     if weight.fan_in is not None and weight.fan_in < _FEW_INPUTS:
         return False
@@ -395,7 +426,7 @@ def is_of_unit_spread(weight: WeightRecord) -> bool:
 
 
 def judged_by_schemes(contract: ContractRecord) -> list[WeightRecord]:
-    """Return the weights that tell which scheme a model follows."""
+    """Return the weights that show which scheme a model follows."""
     measured = [weight for weight in contract.weights if weight.lower is not None]
     width = int(contract.sizes.get("d", 0))
     inside = [w for w in measured if w.role in MATRICES and is_projection(w, width)]

@@ -1,4 +1,4 @@
-"""Init schemes: what std each role should have, as formulas; and which of them a model follows."""
+"""Init schemes: the std that each role should have, as formulas."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ MATRICES = (*INNER, *RESIDUAL)
 OUTSIDE = ("embedding", "positions", "cls", "head", "projection", "router")
 VECTORS = ("norm_gain", "scale", "bias")
 ROLES = (*MATRICES, *OUTSIDE, *VECTORS)
+_DESCRIPTION = ("title", "source", "families", "family")  # keys of a scheme that are no formulas
 VARIABLES = frozenset(
     {
         "N",
@@ -75,25 +76,36 @@ class Scheme:
     @property
     def free(self) -> bool:
         """Whether its base std s is taken from the model itself."""
-        return any("s" in f.names for fs in self.formulas.values() for f in fs)
+        for formulas in self.formulas.values():
+            if any("s" in formula.names for formula in formulas):
+                return True
+        return False
 
     def of(self, weight: WeightRecord) -> tuple[Formula, ...]:
-        """Return the formulas for a weight: by name, by role, else that of every matrix; () if it
-        states none.
+        """Return the formulas for a weight: by name, by role, else that of every matrix.
+
+        Returns:
+            () if the scheme states none.
         """
         named = self.named(weight)
         if named:
             return named
-        return self.formulas.get("matrix", ()) if weight.role in MATRICES else ()
+        if weight.role in MATRICES:
+            return self.formulas.get("matrix", ())
+        return ()
 
     def named(self, weight: WeightRecord) -> tuple[Formula, ...]:
         """Return the formulas that are stated for just this weight, by name or by role."""
+        # 1. Its name or its name pattern, as it stands.
         for key in (weight.parameter, weight.pattern):
             if key in self.formulas:
                 return self.formulas[key]
+        # 2. A pattern with wildcards.
         for key, formulas in self.formulas.items():
-            if ("*" in key or "." in key) and fnmatchcase(weight.parameter, key):
+            is_pattern = "*" in key or "." in key
+            if is_pattern and fnmatchcase(weight.parameter, key):
                 return formulas
+        # 3. Its role.
         return self.formulas.get(weight.role, ())
 
 
@@ -104,8 +116,9 @@ def _data() -> dict[str, Any]:
 
 @cache
 def catalogue() -> tuple[tuple[Scheme, ...], tuple[Scheme, ...]]:
-    """Return the schemes that ship: those that a model may be found to follow, and the published
-    inits of families.
+    """Return the schemes that ship.
+
+    The first are those that a model may follow, the second the published inits of families.
     """
     data = _data()
     return tuple(_schemes(data["scheme"])), tuple(_schemes(data["published"]))
@@ -113,37 +126,39 @@ def catalogue() -> tuple[tuple[Scheme, ...], tuple[Scheme, ...]]:
 
 @cache
 def allowed_with_any_scheme() -> Mapping[str, tuple[Formula, ...]]:
-    """Return what embedding, positions and head may be instead, whichever scheme the matrices
-    follow.
-    """
+    """Return what embedding, positions and head may be instead, with any scheme of the matrices."""
     return formulas_of(_data()["allowed"])
 
 
 def _schemes(data: Mapping[str, Mapping[str, object]]) -> Iterable[Scheme]:
     for name, entry in data.items():
-        own = {k: v for k, v in entry.items() if k not in ("title", "source", "families", "family")}
+        formulas = {key: value for key, value in entry.items() if key not in _DESCRIPTION}
         families: Any = entry.get("families", ())
         yield Scheme(
             name,
             str(entry["title"]),
             str(entry["source"]),
-            formulas_of(own),
+            formulas_of(formulas),
             tuple(families),
             str(entry.get("family", "")),
         )
 
 
 def formulas_of(data: Mapping[str, object]) -> dict[str, tuple[Formula, ...]]:
-    """Reads the formulas of a table: a text, a number, or a list of them (variants) by role."""
-    found = {}
-    for key, value in data.items():
+    """Read the formulas of a table.
+
+    Args:
+        data: role -> a text, a number, or a list of them (variants).
+    """
+    formulas = {}
+    for role, value in data.items():
         texts = value if isinstance(value, list | tuple) else [value]
-        found[key] = tuple(Formula.read(str(text)) for text in texts)
-    return found
+        formulas[role] = tuple(Formula.read(str(text)) for text in texts)
+    return formulas
 
 
 def checked_contract(pinned: Mapping[str, object] | None) -> dict[str, str]:
-    """A pinned contract as texts.
+    """Return a pinned contract as texts.
 
     Raises:
         UsageError: a key that is neither a role nor a name pattern, a value that is no formula, an
@@ -153,17 +168,19 @@ def checked_contract(pinned: Mapping[str, object] | None) -> dict[str, str]:
         >>> checked_contract({"W_O": "0.02/sqrt(2*N)", "norm_gain": 1})
         {'W_O': '0.02/sqrt(2*N)', 'norm_gain': '1'}
     """
-    found = {}
+    contract = {}
     for key, value in (pinned or {}).items():
         if not isinstance(key, str):
             raise UsageError(
                 "an init contract maps roles to formulas", got=repr(key), hint='{"W_O": "0.02"}'
             )
-        if key not in (*ROLES, "matrix") and "." not in key and "*" not in key:
+        is_pattern = "." in key or "*" in key
+        if key not in (*ROLES, "matrix") and not is_pattern:
             near = get_close_matches(key, (*ROLES, "matrix"), n=3, cutoff=0.0)
             hint = f"closest: {', '.join(near)}; or a name pattern such as 'h.*.mlp.c_proj.weight'"
             raise UsageError(f"an init contract has no role '{key}'", hint=hint)
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
+        is_formula = isinstance(value, str | int | float) and not isinstance(value, bool)
+        if not is_formula:
             raise UsageError(
                 f"'{key}' of the init contract takes a formula",
                 got=repr(value),
@@ -171,10 +188,13 @@ def checked_contract(pinned: Mapping[str, object] | None) -> dict[str, str]:
             )
         text = str(value)
         Formula.read(text).check(VARIABLES)
-        found[key] = text
-    return found
+        contract[key] = text
+    return contract
 
 
 def published_for(family: str) -> Scheme | None:
-    """The published init of a model type or class."""
-    return next((scheme for scheme in catalogue()[1] if family in scheme.families), None)
+    """Return the published init of a model type or class."""
+    for scheme in catalogue()[1]:
+        if family in scheme.families:
+            return scheme
+    return None

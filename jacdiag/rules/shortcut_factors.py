@@ -1,6 +1,4 @@
-"""JD407 and JD408: the factor on the shortcut: zero where it must not be, or one where DeepNorm has
-alpha.
-"""
+"""JD407 and JD408: a factor of zero on the shortcut, or one where DeepNorm has alpha."""
 
 from __future__ import annotations
 

@@ -1,17 +1,16 @@
-"""JD208: gains, biases, gates and other small parameters that are not in one layer what they are in
-the others.
-"""
+"""JD208: small parameters that differ between layers, such as gains, biases and gates."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from jacdiag.records import ContractRecord, Finding, WeightRecord
 from jacdiag.rules.biases import wrong_biases
 from jacdiag.rules.finding_numbers import plain
-from jacdiag.rules.init_contract import departures_of
+from jacdiag.rules.init_contract import deviations_of
 from jacdiag.rules.layer_groups import (
     DRAWN,
     MAJORITY,
@@ -29,8 +28,7 @@ from jacdiag.rules.schemes import MATRICES, Scheme, formulas_of
 
 _LEAST = 3  # layers: of two that differ nobody can say which is usual
 # LayerScale by depth: CaiT starts it at 0.1 in the first 18 layers, at 1e-5 up to the 24th, at 1e-6
-# beyond (Touvron et
-# al. 2021, table of section 2); written per layer, one model holds all three.
+# beyond (Touvron et al. 2021, table of section 2); written per layer, one model holds all three.
 _LAYER_SCALE_STEPS = (0.1, 1e-5, 1e-6)
 
 
@@ -46,82 +44,88 @@ def differences(contract: ContractRecord) -> tuple[int, list[Difference]]:
         for weight in contract.weights
         if weight.role not in MATRICES and weight.mean is not None
     ]
-    found: dict[str, Difference] = {}
-    compared: set[str] = set()
+    gains = [weight for weight in weights if weight.role == "norm_gain"]
+    tables = [weight for weight in weights if weight.padding_size]
+    compared = {table.parameter for table in tables}
+    candidates: list[Difference] = []
 
-    # 1. Layers against each other.
+    # 1. Layers compared with each other.
     for group in layer_groups(weights, _LEAST):
         compared.update(weight.parameter for weight in group.members)
-        for difference in _differences_in(group):
-            found.setdefault(difference.weight.parameter, difference)
+        candidates += _differences_in(group)
 
     # 2. Norm gains and biases that are wrong in whichever layer they stand, and padding rows.
-    gains = [weight for weight in weights if weight.role == "norm_gain"]
     wrong = list(wrong_gains(gains))
-    tables = [weight for weight in weights if weight.padding_size]
-    compared.update(table.parameter for table in tables)
-    alone = (
-        *wrong,
-        *_biases_beside(wrong, weights),
-        *wrong_biases(contract.weights),
-        *_padding(tables),
-    )
+    candidates += wrong
+    candidates += _biases_of_wrong_gains(wrong, weights)
+    candidates += wrong_biases(contract.weights)
+    candidates += _padding(tables)
 
-    # 3. Norm gains that no other layer has, against all gains.
+    # 3. Norm gains that no other layer has, compared with all gains.
     width = contract.sizes.get("d")
     lonely = [gain for gain in gains if gain.parameter not in compared and gain.shape == [width]]
     compared.update(gain.parameter for gain in lonely)
-    for difference in (*alone, *gains_unlike_the_model(lonely, gains)):
-        found.setdefault(difference.weight.parameter, difference)
+    candidates += gains_unlike_the_model(lonely, gains)
 
+    # 4. The first difference of each, unless another rule names it.
     named = _named_elsewhere(contract)
-    return len(compared), [one for name, one in found.items() if name not in named or one.part]
+    first_of: dict[str, Difference] = {}
+    for difference in candidates:
+        first_of.setdefault(difference.weight.parameter, difference)
+    reported = [
+        difference for name, difference in first_of.items() if name not in named or difference.part
+    ]
+    return len(compared), reported
 
 
 def _named_elsewhere(contract: ContractRecord) -> set[str]:
+    """Return the parameters that other rules of the contract name, or that the user pinned."""
     pinned = Scheme("pinned", "", "", formulas_of(contract.pinned))
-    return {
-        *(one.weight.parameter for one in departures_of(contract)),
-        *(one.weight.parameter for one in leftovers(contract)),
-        *(weight.parameter for weight in contract.weights if pinned.of(weight)),
-    }
+    names = {deviation.weight.parameter for deviation in deviations_of(contract)}
+    names.update(leftover.weight.parameter for leftover in leftovers(contract))
+    names.update(weight.parameter for weight in contract.weights if pinned.of(weight))
+    return names
 
 
 # -- layers against each other ---------------------------------------------------------------------
 def _differences_in(group: Group) -> Iterator[Difference]:
+    """Yield the members of a group that differ from most of the others."""
     usual = usual_value(group.members)
-    if usual is not None:
-        if _follows_layer_scale(group):
-            return
-        value = usual.mean if is_constant(usual) else None
-        like: WeightRecord | None = usual
-        others = f"the others hold {_content(usual)}"
-        unlike = [weight for weight in group.members if not same_value(weight, usual)]
-    else:
-        value = None
-        unlike = _not_drawn_alike(group)
-        like = _middle_draw(group)
-        others = f"most of the others were drawn {draw_in_words(like)}" if like else ""
-    for weight in unlike:
-        yield Difference(weight, group.pattern, len(group.members), others, value, like)
+    if usual is None:
+        yield from _differences_of_draws(group)
+        return
+    if _follows_layer_scale(group):
+        return
+    value = usual.mean if is_constant(usual) else None
+    others = f"the others hold {_content(usual)}"
+    for weight in group.members:
+        if not same_value(weight, usual):
+            yield Difference(weight, group.pattern, len(group.members), others, value, usual)
+
+
+def _differences_of_draws(group: Group) -> Iterator[Difference]:
+    """Yield the members of a group of draws that differ from the middle one."""
+    middle = _middle_draw(group)
+    others = f"most of the others were drawn {draw_in_words(middle)}" if middle else ""
+    for weight in _not_drawn_alike(group):
+        yield Difference(weight, group.pattern, len(group.members), others, None, middle)
 
 
 def _follows_layer_scale(group: Group) -> bool:
-    """Whether scales fall with depth through the published steps of LayerScale."""
+    """Return whether scales fall with depth through the published steps of LayerScale."""
     if not all(weight.role == "scale" and weight.family == "constant" for weight in group.members):
         return False
     values = [weight.mean or 0.0 for weight in group.members]
     falls = all(later <= earlier for earlier, later in itertools.pairwise(values))
-    on_a_step = (
-        any(math.isclose(value, step, rel_tol=1e-2) for step in _LAYER_SCALE_STEPS)
-        for value in values
-    )
-    return falls and all(on_a_step)
+    return falls and all(_is_step_of_layer_scale(value) for value in values)
+
+
+def _is_step_of_layer_scale(value: float) -> bool:
+    return any(math.isclose(value, step, rel_tol=1e-2) for step in _LAYER_SCALE_STEPS)
 
 
 def _not_drawn_alike(group: Group) -> list[WeightRecord]:
-    """Members of a group of draws that are constant, or whose mean or std is not that of the
-    others.
+    """Return members of a group of draws that are constant, or whose mean or std differs.
 
     Nothing is said where fewer than two thirds of the members agree with a middle one: decay rates
     and LayerScale may change from layer to layer on purpose.
@@ -130,25 +134,28 @@ def _not_drawn_alike(group: Group) -> list[WeightRecord]:
     enough = MAJORITY * len(group.members)
     if len(drawn) < enough:
         return []
-    unlike = [weight for weight in group.members if is_constant(weight)]
+
+    # 1. Means and stds, each compared with the middle one.
     middle_of_means = sorted(drawn, key=lambda weight: weight.mean or 0.0)[len(drawn) // 2]
+    other_mean = [weight for weight in drawn if not _means_agree(weight, middle_of_means)]
     middle_of_stds = sorted(drawn, key=lambda weight: weight.std or 0.0)[len(drawn) // 2]
-    others = {
-        "mean": [weight for weight in drawn if not _means_agree(weight, middle_of_means)],
-        "std": [weight for weight in drawn if not _stds_agree(weight, middle_of_stds)],
-    }
-    if any(len(drawn) - len(exceptions) < enough for exceptions in others.values()):
+    other_std = [weight for weight in drawn if not _stds_agree(weight, middle_of_stds)]
+
+    # 2. Most must agree.
+    most_exceptions = max(len(other_mean), len(other_std))
+    if len(drawn) - most_exceptions < enough:
         return []
-    unlike += others["mean"]
-    return unlike + [weight for weight in others["std"] if weight not in unlike]
+    unlike = [weight for weight in group.members if is_constant(weight)]
+    unlike += other_mean
+    return unlike + [weight for weight in other_std if weight not in unlike]
 
 
 def _middle_draw(group: Group) -> WeightRecord | None:
     """Return the member of a group of draws whose std is the middle one."""
-    drawn = sorted(
-        (w for w in group.members if w.family in DRAWN), key=lambda weight: weight.std or 0.0
-    )
-    return drawn[len(drawn) // 2] if drawn else None
+    drawn = [weight for weight in group.members if weight.family in DRAWN]
+    if not drawn:
+        return None
+    return sorted(drawn, key=lambda weight: weight.std or 0.0)[len(drawn) // 2]
 
 
 def _means_agree(weight: WeightRecord, other: WeightRecord) -> bool:
@@ -157,31 +164,41 @@ def _means_agree(weight: WeightRecord, other: WeightRecord) -> bool:
 
 
 def _stds_agree(weight: WeightRecord, other: WeightRecord) -> bool:
-    """Whether the sampling intervals of two draws meet."""
+    """Return whether the sampling intervals of two draws meet."""
     if weight.lower is None or weight.upper is None or other.lower is None or other.upper is None:
         return True
     return weight.lower <= other.upper and other.lower <= weight.upper
 
 
 # -- alone -----------------------------------------------------------------------------------------
-def _biases_beside(wrong: list[Difference], weights: list[WeightRecord]) -> Iterator[Difference]:
-    """Biases that are not zero in the norms whose gain is wrong: both went through the same
-    code.
+def _biases_of_wrong_gains(
+    wrong: list[Difference], weights: list[WeightRecord]
+) -> Iterator[Difference]:
+    """Yield biases that are not zero in the norms whose gain is wrong.
+
+    Both went through the same code.
     """
-    norms = {difference.weight.parameter.rpartition(".")[0] for difference in wrong}
-    beside = [
-        w
-        for w in weights
-        if w.role == "bias" and w.parameter.rpartition(".")[0] in norms and w.family != "zero"
-    ]
-    for bias in beside:
-        same = [other for other in beside if other.pattern == bias.pattern]
-        others = "the gain of the same norm is wrong too; a norm's bias is 0"
-        yield Difference(bias, bias.pattern, len(same), others, 0.0)
+    norms = {_module_of(difference.weight) for difference in wrong}
+    biases = []
+    for weight in weights:
+        is_bias_of_norm = weight.role == "bias" and _module_of(weight) in norms
+        if is_bias_of_norm and weight.family != "zero":
+            biases.append(weight)
+    count_of = Counter(bias.pattern for bias in biases)
+    others = "the gain of the same norm is wrong too; a norm's bias is 0"
+    for bias in biases:
+        yield Difference(bias, bias.pattern, count_of[bias.pattern], others, 0.0)
+
+
+def _module_of(weight: WeightRecord) -> str:
+    return weight.parameter.rpartition(".")[0]
 
 
 def _padding(tables: list[WeightRecord]) -> Iterator[Difference]:
-    """Tables that were drawn, their padding row included: nn.Embedding sets that row to zero."""
+    """Yield tables that were drawn, their padding row included.
+
+    nn.Embedding sets that row to zero.
+    """
     for table in tables:
         if table.family not in DRAWN:
             continue
@@ -204,19 +221,27 @@ def _check(context: Context, rule: Rule) -> Outcome:
     contract = context.report.contract
     if contract is None or context.report.state not in rule.states:
         return NOT_APPLICABLE
-    count, found = differences(contract)
+    count, differing = differences(contract)
     groups: dict[tuple[str, str], list[Difference]] = {}
-    for one in found:
-        groups.setdefault((one.pattern, one.others), []).append(one)
+    for difference in differing:
+        groups.setdefault((difference.pattern, difference.others), []).append(difference)
     return Outcome(count, [_finding(context, rule, group) for group in groups.values()])
 
 
 def _finding(context: Context, rule: Rule, group: list[Difference]) -> Finding:
-    first, weights = group[0], [one.weight for one in group]
-    contents = list(dict.fromkeys(one.holds or _content(one.weight) for one in group))
-    shown = contents[0] if len(contents) == 1 else f"{contents[0]} and others"
+    """Return the finding about the parameters of one name that differ from the same others."""
+    first = group[0]
+    weights = [difference.weight for difference in group]
+    # 1. What they hold.
+    contents = [difference.holds or _content(difference.weight) for difference in group]
+    shown = contents[0]
+    if len(set(contents)) > 1:
+        shown = f"{shown} and others"
+
+    # 2. Which they are.
     name = first.pattern.removesuffix(".weight")
-    count = f" ({len(group)} of {first.of}{_layers(weights, first.of)})" if first.of > 1 else ""
+    if first.of > 1:
+        name = f"{name} ({len(group)} of {first.of}{_layers(weights, first.of)})"
     evidence = {
         "parameters": [weight.parameter for weight in weights],
         "role": weights[0].role,
@@ -229,21 +254,16 @@ def _finding(context: Context, rule: Rule, group: list[Difference]) -> Finding:
         "offset": weights[0].offset,
     }
     where = list(dict.fromkeys(weight.sublayer or weight.parameter for weight in weights))
-    what = f"{name}{count} holds {shown}; {first.others}"
-    return Finding(
-        rule.code,
-        context.level(rule, rule.level),
-        where,
-        what,
-        evidence,
-        rule.summary,
-        fix_for(group),
-    )
+    what = f"{name} holds {shown}; {first.others}"
+    level = context.level(rule, rule.level)
+    return Finding(rule.code, level, where, what, evidence, rule.summary, fix_for(group))
 
 
 def _layers(weights: Iterable[WeightRecord], of: int) -> str:
     layers = [str(weight.layer) for weight in weights if weight.layer is not None]
-    return f", layer {', '.join(layers[:8])}" if layers and len(layers) < of else ""
+    if not layers or len(layers) >= of:
+        return ""
+    return f", layer {', '.join(layers[:8])}"
 
 
 RULE = Rule("JD208", "vectors-differ", "warning", check=_check, states=("init",))

@@ -1,6 +1,4 @@
-"""JD213: time steps and decay rates of state-space layers that are not those of any published
-init.
-"""
+"""JD213: time steps and decay rates of state-space layers that no published init has."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The numbers that rules compare with, read from `thresholds.toml`, and the ladder of mainstream
-inits.
-"""
+"""The numbers that rules compare with, and the ladder of mainstream inits."""
 
 from __future__ import annotations
 
@@ -23,8 +21,9 @@ CUTS: tuple[Level, ...] = ("info", "warning", "error")
 
 @dataclass(frozen=True)
 class Limits:
-    """Where a figure begins to be worth an info, a warning, an error; None where there is no such
-    cut.
+    """The values beyond which a figure is worth an info, a warning, an error.
+
+    None stands for a cut that does not exist.
 
     For the two conditions of the paper, "met" ends at `info` and "not met" begins at `warning`.
 
@@ -51,15 +50,16 @@ class Limits:
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Limits by figure and stratum, such as ("branch_norm", "pre"), and the curves of the chance at
-    a learning rate.
+    """Limits by figure and stratum, and the curves of the chance at a learning rate.
+
+    A stratum is a kind of sub-layer or a placement, as in ("branch_norm", "pre").
     """
 
     table: Mapping[tuple[str, str], Limits]
     risk: RiskTable = field(default_factory=RiskTable)
 
     def limits(self, figure: str, stratum: str = "") -> Limits:
-        """Returns the limits of a stratum, else those of the figure as a whole, else empty ones.
+        """Return the limits of a stratum, else those of the figure, else empty ones.
 
         Args:
             figure: such as "core_norm".
@@ -68,19 +68,19 @@ class Thresholds:
         return self.table.get((figure, stratum)) or self.table.get((figure, "")) or Limits()
 
     def to_dict(self) -> dict[str, dict[str, float]]:
-        """Plain cuts by "figure" or "figure.stratum", for a report."""
-        return {
-            ".".join(part for part in key if part): {
-                c: v for c in CUTS if (v := getattr(limits, c)) is not None
-            }
-            for key, limits in self.table.items()
-        }
+        """Return plain cuts by "figure" or "figure.stratum", for a report."""
+        table = {}
+        for key, limits in self.table.items():
+            cuts = {cut: getattr(limits, cut) for cut in CUTS}
+            name = ".".join(part for part in key if part)
+            table[name] = {cut: value for cut, value in cuts.items() if value is not None}
+        return table
 
 
 def load_thresholds(
     overrides: Mapping[str, Any] | None = None, risk: str | os.PathLike[str] | None = None
 ) -> Thresholds:
-    """Reads the thresholds that ship, with a user's own on top.
+    """Read the thresholds that ship, with a user's own on top.
 
     Args:
         overrides: figure -> {"warning": number, ...}, or figure -> stratum -> {...}; an "error"
@@ -112,71 +112,82 @@ def load_thresholds(
 
 
 def _flat(data: Mapping[str, Any]) -> dict[tuple[str, str], Limits]:
+    """Return the limits by figure and stratum; a stratum inherits what is no cut."""
     table: dict[tuple[str, str], Limits] = {}
     for figure, section in data.items():
-        strata = {k: v for k, v in section.items() if isinstance(v, dict)}
-        own = {k: v for k, v in section.items() if not isinstance(v, dict)}
+        strata = {key: value for key, value in section.items() if isinstance(value, dict)}
+        own = {key: value for key, value in section.items() if key not in strata}
         if any(cut in own for cut in CUTS):
             table[figure, ""] = Limits(**own)
+        inherited = {key: value for key, value in own.items() if key not in CUTS}
         for stratum, limits in strata.items():
-            table[figure, stratum] = Limits(
-                **{**{k: v for k, v in own.items() if k not in CUTS}, **limits}
-            )
+            table[figure, stratum] = Limits(**{**inherited, **limits})
     return table
 
 
 def _keys_of(
     table: Mapping[tuple[str, str], Limits], figure: str, value: Any
 ) -> list[tuple[str, str]]:
-    """Which entries an override speaks of: one stratum, or all of a figure."""
+    """Return which entries an override changes: some strata, or all of a figure."""
+    # 1. Check the override.
     keys = [key for key in table if key[0] == figure]
     if not keys:
-        raise UsageError(
-            f"no threshold is called '{figure}'",
-            hint=f"there are {', '.join(sorted({k[0] for k in table}))}",
-        )
+        known = ", ".join(sorted({known_figure for known_figure, _ in table}))
+        raise UsageError(f"no threshold is called '{figure}'", hint=f"there are {known}")
     if not isinstance(value, Mapping):
         raise UsageError(
             f"the threshold '{figure}' must be a table",
             got=repr(value),
             hint=f"{figure} = {{ warning = 10 }}",
         )
-    strata = [key for key in keys if key[1] in value and key[1]]
-    unknown = [k for k in value if k not in CUTS and k not in {key[1] for key in keys}]
+    strata = [stratum for _, stratum in keys if stratum]
+    known_names = {*CUTS, *(stratum for _, stratum in keys)}
+    unknown = [name for name in value if name not in known_names]
     if unknown:
-        known = ", ".join([*CUTS, *sorted(key[1] for key in keys if key[1])])
+        known = ", ".join([*CUTS, *sorted(strata)])
         raise UsageError(f"the threshold '{figure}' has no '{unknown[0]}'", hint=f"it has {known}")
-    return strata if strata and not set(value) & set(CUTS) else keys
+
+    # 2. A cut changes all strata; without one, only those that are named change.
+    named = [(figure, stratum) for stratum in strata if stratum in value]
+    has_cut = any(name in CUTS for name in value)
+    return named if named and not has_cut else keys
 
 
 def _overridden(limits: Limits, name: str, value: Mapping[str, Any]) -> Limits:
+    """Return the limits with the cuts of an override.
+
+    Raises:
+        UsageError: A cut that does not exist, or that is no number; cuts that do not ascend.
+    """
     cuts: dict[str, float] = {}
     for cut, number in value.items():
-        if (
-            cut not in CUTS
-            or isinstance(number, bool)
-            or not isinstance(number, int | float)
-            or math.isnan(number)
-        ):
+        if cut not in CUTS or not _is_number(number):
             raise UsageError(
                 f"the threshold '{name}' cannot be set so",
                 got=f"{cut} = {number!r}",
                 hint="a number, as in warning = 10",
             )
         cuts[cut] = float(number)
-    made = replace(limits, **cuts, origin="user", source="given by the user", range="")  # type: ignore[arg-type]
-    given = [getattr(made, cut) for cut in CUTS if getattr(made, cut) is not None]
-    if given != sorted(given):
+    changed = replace(limits, **cuts, origin="user", source="given by the user", range="")  # type: ignore[arg-type]
+    existing = [getattr(changed, cut) for cut in CUTS if getattr(changed, cut) is not None]
+    if existing != sorted(existing):
         raise UsageError(
             f"the cuts of '{name}' must ascend",
-            got=", ".join(f"{c} {getattr(made, c)}" for c in CUTS),
+            got=", ".join(f"{cut} {getattr(changed, cut)}" for cut in CUTS),
         )
-    return made
+    return changed
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return not math.isnan(value)
 
 
 def load_healthy(width: int | None = None, placement: str | None = None) -> list[dict[str, Any]]:
-    """Return the ladder: mainstream inits as measured, {"name", "worst_branch_gain", "width",
-    "layers"} each.
+    """Return the ladder of mainstream inits as measured.
+
+    Each rung is {"name", "worst_branch_gain", "width", "layers"}.
 
     Only inits of one placement of the norms are compared with a model. A norm after the branch
     takes most of the branch's gain away again, so a branch norm of 100 is usual there and large in

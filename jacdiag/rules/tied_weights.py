@@ -1,6 +1,4 @@
-"""JD214: head and embedding are two tensors although the model says that they are one, or the
-reverse.
-"""
+"""JD214: head and embedding are not tied as the model says."""
 
 from __future__ import annotations
 

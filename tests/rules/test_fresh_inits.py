@@ -310,14 +310,14 @@ def test_a_fused_matrix_of_unknown_layout_is_not_judged_where_its_sections_diffe
     report = audit(recipes.build(RECIPES["DeepNorm, fused"]))
     assert report.contract is not None
     bare = [replace(weight, sections=[]) for weight in report.contract.weights]
-    assert not judged(replace(report.contract, weights=bare)).found
+    assert not judged(replace(report.contract, weights=bare)).deviations
     report = audit(recipes.build(RECIPES["GPT-2"]))
     assert report.contract is not None
     wrong = [
         replace(w, sections=[], std=1.0, lower=0.9, upper=1.1) if w.role == "W_QKV" else w
         for w in report.contract.weights
     ]
-    found = judged(replace(report.contract, weights=wrong)).found
+    found = judged(replace(report.contract, weights=wrong)).deviations
     assert {one.weight.role for one in found} == {"W_QKV"}
 
 
@@ -330,7 +330,7 @@ def test_sections_survive_json_and_older_reports_have_none() -> None:
         del weight["sections"], weight["kind"]
     older = ContractRecord.from_dict(data)
     assert not any(weight.sections or weight.kind for weight in older.weights)
-    assert not judged(older).found
+    assert not judged(older).deviations
 
 
 def test_sinusoids() -> None:
