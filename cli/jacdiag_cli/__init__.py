@@ -1,3 +1,1 @@
-"""The command line of jacdiag, one file per command: options in, library call, renderer out, exit
-code.
-"""
+"""The command line of jacdiag, one file per command: options in, library call, renderer out."""

@@ -1,7 +1,8 @@
-"""`jacdiag backtest RUN...`: do the figures and the live rules foretell how runs end?"""
+"""`jacdiag backtest RUN...`: do the figures and the live rules predict how runs end?"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,9 @@ from jacdiag_cli.output_files import any_on_stdout, plan_outputs, say_written, w
 from jacdiag_cli.streams import Column, Invocation, emit, grid, room, show
 
 if TYPE_CHECKING:
+    from jacdiag.backtest.recorded_run import Run
     from jacdiag.records.backtest import BacktestReport
+    from jacdiag.rules.thresholds import Thresholds
 
 _OUTPUTS = {
     "--json": "json",
@@ -22,6 +25,7 @@ _OUTPUTS = {
     "--write-risk": "risk",
     "--pack": "pack",
 }
+_INTEREST = (100, 100, 90, 60, 50, 50, 40)  # of each column: the least one goes first
 _RUN = (
     "RUN is a run.jsonl of jacdiag.watch, a folder of such runs, or a CSV or JSONL with a row "
     "a step"
@@ -29,7 +33,7 @@ _RUN = (
 
 
 @click.command(
-    cls=Configured, short_help="Holds figures and live rules against how recorded runs ended."
+    cls=Configured, short_help="Checks figures and live rules against how recorded runs ended."
 )
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
 @click.option(
@@ -88,7 +92,7 @@ _RUN = (
     "--hold-out",
     multiple=True,
     metavar="FACTOR",
-    help="Leave out each level of this factor in turn, and foretell it from the others.",
+    help="Leave out each level of this factor in turn, and predict it from the others.",
 )
 @click.option(
     "--rejudge",
@@ -96,7 +100,7 @@ _RUN = (
     help="Ask the live rules as they are now, in place of the alerts in the logs.",
 )
 @click.option(
-    "--risk", "asked_risk", metavar="FILE", help="With --rejudge: the curves that JD105 goes by."
+    "--risk", "rejudge_risk", metavar="FILE", help="With --rejudge: the curves that JD105 goes by."
 )
 @click.option(
     "--resamples", type=click.IntRange(1), default=1000, show_default=True, help="Of the bootstrap."
@@ -140,12 +144,13 @@ _RUN = (
 )
 @click.pass_obj
 def backtest(invocation: Invocation, runs: tuple[str, ...], **given: Any) -> int:
-    """Labels recorded runs by their loss, and ranks every figure of the untrained model by how well
-    it foretold them.
+    """Labels recorded runs by their loss, and ranks the figures by how well they predicted it.
+
+    The figures are those of the untrained model.
 
     RUN is a run log of jacdiag, a folder of such runs, many of them packed (.runs, .runs.gz), or
     any CSV or JSONL with a row a step. What was varied between runs is read from `factors.json`
-    beside each log, and from the columns of a foreign one that never change.
+    next to each log, and from the columns of a foreign one that never change.
 
     \b
     Examples:
@@ -154,45 +159,77 @@ def backtest(invocation: Invocation, runs: tuple[str, ...], **given: Any) -> int
       jacdiag backtest runs/new --rejudge --risk risk.toml
       jacdiag backtest a.csv b.csv --column loss=train/loss --figure gain --stratum model
     """
-    from jacdiag.backtest import backtest as run
     from jacdiag.backtest import read_runs
-    from jacdiag.backtest.archive import ENDINGS, encoded, is_packed
+
+    # 1. Check the options before any work.
+    files = _plan_files(runs, given)
+    rules = _rules_to_judge_by(given)
+    _check_runs(runs)
+
+    # 2. Read the runs, and analyse them.
+    recorded = read_runs(runs, _pairs(given["columns"]), given["figures"], rules=rules)
+    report = _analyse(recorded, given)
+    invocation.heed()
+
+    # 3. Write the files, and print the result.
+    _write_files(report, recorded, files)
+    _show(report, given, aside=any_on_stdout(files))
+    return 0
+
+
+def _plan_files(runs: Sequence[str], given: Mapping[str, Any]) -> dict[str, str]:
+    """Return the output files by option.
+
+    Raises:
+        UsageError: one of them cannot be written, or has a suffix that says something else.
+    """
+    from jacdiag.backtest.archive import ENDINGS, is_packed
     from jacdiag.records.output_file import is_streamed
-    from jacdiag.render import backtest as words
     from jacdiag.render.plots.report_plot import check_suffix
-    from jacdiag.rules.thresholds import load_thresholds
 
     named = {option: given[f"{kind}_file"] for option, kind in _OUTPUTS.items()}
-    inputs = [("a run that is read", run) for run in runs] + [
-        ("what --risk reads", given["asked_risk"])
-    ]
+    inputs: list[tuple[str, str | None]] = [("a run that is read", run) for run in runs]
+    inputs.append(("what --risk reads", given["rejudge_risk"]))
     files = plan_outputs(named, inputs=inputs, output_format=given["output_format"])
     if "--plot" in files:
         check_suffix(files["--plot"])
-    if (
-        "--pack" in files
-        and not is_packed(Path(files["--pack"]))
-        and not is_streamed(files["--pack"])
-    ):
-        raise UsageError(
-            "--pack takes another name", got=files["--pack"], hint=" or ".join(ENDINGS)
-        )
-    rules = None
+    pack = files.get("--pack")
+    if pack is not None and not is_packed(Path(pack)) and not is_streamed(pack):
+        raise UsageError("--pack takes another name", got=pack, hint=" or ".join(ENDINGS))
+    return files
+
+
+def _rules_to_judge_by(given: Mapping[str, Any]) -> Thresholds | None:
+    """Return the thresholds of --rejudge; None to take the alerts in the logs."""
+    from jacdiag.rules.thresholds import load_thresholds
+
     if given["rejudge"]:
-        rules = load_thresholds(current().thresholds, given["asked_risk"])
-    elif given["asked_risk"]:
+        return load_thresholds(current().thresholds, given["rejudge_risk"])
+    if given["rejudge_risk"]:
         raise UsageError(
             "--risk is for --rejudge", hint="add --rejudge; --write-risk writes curves"
         )
-    missing = next((path for path in runs if not Path(path).exists()), None)
-    if missing is not None:
-        raise SourceError(
-            f"cannot read the run '{missing}'", got="No such file or directory", hint=_RUN
-        )
-    found = read_runs(runs, _pairs(given["columns"]), given["figures"], rules=rules)
-    stratum = given["stratum"] or [f for f in ("placement",) if all(f in r.factors for r in found)]
-    report = run(
-        found,
+    return None
+
+
+def _check_runs(runs: Sequence[str]) -> None:
+    """Raise SourceError if a run does not exist."""
+    for path in runs:
+        if not Path(path).exists():
+            raise SourceError(
+                f"cannot read the run '{path}'", got="No such file or directory", hint=_RUN
+            )
+
+
+def _analyse(recorded: Sequence[Run], given: Mapping[str, Any]) -> BacktestReport:
+    """Return how well figures and live rules predicted the outcome of the runs."""
+    from jacdiag.backtest import backtest as analyse
+
+    stratum = given["stratum"]
+    if not stratum and all("placement" in run.factors for run in recorded):
+        stratum = ["placement"]
+    return analyse(
+        recorded,
         stratum=stratum,
         peers=given["peers"],
         bad=given["bad"],
@@ -202,42 +239,62 @@ def backtest(invocation: Invocation, runs: tuple[str, ...], **given: Any) -> int
         hold_out=given["hold_out"],
         worse=given["worse"],
     )
-    invocation.heed()
+
+
+def _write_files(report: BacktestReport, recorded: Sequence[Run], files: Mapping[str, str]) -> None:
+    """Write every output file, and say so for each."""
+    from jacdiag.backtest.archive import encoded
+    from jacdiag.render import backtest as layout
+
+    # Refused before any file is written, if there is no curve.
     risk = _risk(report, files["--write-risk"]) if "--write-risk" in files else ""
     if "--json" in files:
         write_data(files["--json"], (report.to_json() + "\n").encode())
     if "--markdown" in files:
-        write_data(files["--markdown"], words.markdown(report).encode())
+        write_data(files["--markdown"], layout.markdown(report).encode())
     if "--plot" in files:
-        words.save(report, files["--plot"])
+        layout.save(report, files["--plot"])
         say_written(files["--plot"])
     if "--write-risk" in files:
         write_data(files["--write-risk"], risk.encode())
     if "--pack" in files:
-        write_data(files["--pack"], encoded([r for r in found if r.whole], Path(files["--pack"])))
-    aside = any_on_stdout(files)
+        complete = [run for run in recorded if run.whole]
+        write_data(files["--pack"], encoded(complete, Path(files["--pack"])))
+
+
+def _show(report: BacktestReport, given: Mapping[str, Any], *, aside: bool) -> None:
+    """Print the result to stdout.
+
+    Args:
+        report: what to show.
+        given: the options of the command.
+        aside: stdout is taken by an output file: the table goes to stderr.
+    """
+    from jacdiag.render import backtest as layout
+
     if given["output_format"] == "json":
         emit(report.to_json() + "\n", "json")
-    elif given["output_format"] == "markdown":
-        emit(words.markdown(report), "markdown")
-    else:
-        cells = zip(*words.rows(report, every=given["all_rows"]), strict=True)
-        interest = (100, 100, 90, 60, 50, 50, 40)
-        columns = [
-            Column(title, column, interest[k], right=k > 3)
-            for k, (title, column) in enumerate(zip(words.HEAD, cells, strict=True))
-        ]
-        text = "\n".join(words.summary(report)) + "\n\n" + grid(columns, room(stderr=aside)) + "\n"
-        text += "".join(f"{words.detected(one, given['lead'])}\n" for one in report.detectors)
-        text += "".join(
-            f"\n{line}" for one in report.held_out for line in (*words.foretold(one), "")
-        )
-        show(text, aside=aside)
-    return 0
+        return
+    if given["output_format"] == "markdown":
+        emit(layout.markdown(report), "markdown")
+        return
+    columns = []
+    cells = zip(*layout.rows(report, every=given["all_rows"]), strict=True)
+    for index, (title, column) in enumerate(zip(layout.HEAD, cells, strict=True)):
+        columns.append(Column(title, column, _INTEREST[index], right=index > 3))
+    lines = [*layout.summary(report), "", grid(columns, room(stderr=aside))]
+    lines += [layout.detected(detector, given["lead"]) for detector in report.detectors]
+    for held_out in report.held_out:
+        lines += ["", *layout.foretold(held_out)]
+    show("\n".join(lines) + "\n", aside=aside)
 
 
 def _risk(report: BacktestReport, path: str) -> str:
-    """The file of curves. Raises UsageError where there is none to write."""
+    """Return the file of curves.
+
+    Raises:
+        UsageError: there is no curve to write.
+    """
     from jacdiag.records.risk import RiskTable
     from jacdiag.rules.risk_curves import risk_toml
 
@@ -246,26 +303,24 @@ def _risk(report: BacktestReport, path: str) -> str:
             f"there is no curve to write to '{path}'",
             got=f"strata: {', '.join(report.strata)}",
             hint="curves are by placement (factors.json needs `placement` and `lr`), of one init "
-            "or five "
-            "and more, in a figure that an audit has",
+            "or five and more, in a figure that an audit has",
         )
     about: dict[str, Any] = {
         "runs": len(report.bad),
         "bad": report.asked["bad"],
         "worse_nats": report.asked["worse"],
     }
-    for one in report.held_out:
-        scores = {"auroc": one.auroc.value, "brier": one.brier}
-        about |= {
-            f"held_out_{one.factor}_{name}": round(v, 4)
-            for name, v in scores.items()
-            if v is not None
-        }
+    for held_out in report.held_out:
+        scores = {"auroc": held_out.auroc.value, "brier": held_out.brier}
+        for name, value in scores.items():
+            if value is not None:
+                about[f"held_out_{held_out.factor}_{name}"] = round(value, 4)
     return risk_toml(RiskTable(report.curves, about))
 
 
-def _pairs(columns: tuple[str, ...]) -> dict[str, str]:
-    found = {}
+def _pairs(columns: Sequence[str]) -> dict[str, str]:
+    """Return --column as a table: the name of a series -> its column in a foreign log."""
+    pairs = {}
     for text in columns:
         name, equals, column = text.partition("=")
         if not equals or name not in ("step", "loss", "grad_norm", "lr"):
@@ -273,5 +328,5 @@ def _pairs(columns: tuple[str, ...]) -> dict[str, str]:
                 f"--column takes NAME=COLUMN, got '{text}'",
                 hint="NAME is step, loss, grad_norm or lr",
             )
-        found[name] = column
-    return found
+        pairs[name] = column
+    return pairs

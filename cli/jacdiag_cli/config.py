@@ -1,5 +1,6 @@
-"""Settings from `[tool.jacdiag]` in pyproject.toml or from jacdiag.toml; a command-line option
-wins.
+"""Settings from `[tool.jacdiag]` in pyproject.toml or from jacdiag.toml.
+
+An option on the command line wins.
 """
 
 from __future__ import annotations
@@ -28,8 +29,13 @@ _FACTORIES = ("model", "inputs")
 
 @dataclass(frozen=True)
 class Config:
-    """What a configuration file says: `options` by the name of their command-line option, and the
-    tables.
+    """The contents of a configuration file.
+
+    Attributes:
+        path: of the file; None if there is none.
+        options: by the name of their command-line option.
+        thresholds, profiles, sites, contract: its tables.
+        allow_trust_pickle: whether `gate` takes --trust-pickle in CI.
     """
 
     path: Path | None = None
@@ -42,8 +48,9 @@ class Config:
 
 
 def load(start: Path, known: list[str]) -> Config:
-    """Reads the nearest configuration in `start` or its parents; jacdiag.toml goes before
-    pyproject.toml.
+    """Read the nearest configuration in a folder or its parents.
+
+    jacdiag.toml goes before pyproject.toml.
 
     Args:
         start: the folder to begin at.
@@ -62,7 +69,7 @@ def load(start: Path, known: list[str]) -> Config:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """The settings in a file; None where a pyproject.toml has none."""
+    """Return the settings in a file; None if a pyproject.toml has none."""
     try:
         data = tomllib.loads(toml_text(path))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
@@ -94,49 +101,69 @@ def toml_text(path: Path) -> str:
 
 
 def _checked(path: Path, settings: Mapping[str, Any], known: list[str]) -> Config:
+    """Return the configuration that a file holds.
+
+    Args:
+        path: of the file, for messages.
+        settings: its contents.
+        known: option names that may be set.
+
+    Raises:
+        UsageError: a key that no option has, or a value of another kind.
+    """
     options: dict[str, Any] = {}
     for key, value in settings.items():
         name = key.replace("_", "-")
-        if name in FROM_COMMAND_LINE_ONLY:
-            raise UsageError(
-                f"'{name}' cannot be set in {path}", hint=f"give --{name} on the command line"
-            )
-        if name in TABLES:
-            if not isinstance(value, dict):
-                raise UsageError(f"'{name}' in {path} must be a table", got=repr(value))
-        elif name in SWITCHES:
-            if not isinstance(value, bool):
-                raise UsageError(f"'{name}' in {path} must be true or false", got=repr(value))
-        elif name == "tool" and isinstance(value, dict):
-            raise UsageError(
-                f"{path} has a table [tool]",
-                hint="its settings stand at the top, without [tool.jacdiag]",
-            )
-        elif name not in known:
-            close = get_close_matches(name, [*known, *TABLES, *SWITCHES], n=1, cutoff=0.0)
-            raise UsageError(
-                f"unknown key '{key}' in {path}", hint=f"the closest known one is '{close[0]}'"
-            )
-        else:
+        if name in TABLES or name in SWITCHES:
+            _check_kind(path, name, value)
+        elif name in known:
             options[name] = _anchored(name, value, path.parent)
+        else:
+            raise _unknown_key(path, key, value, known)
     tables = {name: settings.get(name, {}) for name in TABLES}
-    return Config(
-        path, options, allow_trust_pickle=bool(settings.get("allow-trust-pickle", False)), **tables
+    trust = bool(settings.get("allow-trust-pickle", False))
+    return Config(path, options, allow_trust_pickle=trust, **tables)
+
+
+def _check_kind(path: Path, name: str, value: Any) -> None:
+    """Raise unless a table is a table, and a switch is true or false."""
+    if name in TABLES and not isinstance(value, dict):
+        raise UsageError(f"'{name}' in {path} must be a table", got=repr(value))
+    if name in SWITCHES and not isinstance(value, bool):
+        raise UsageError(f"'{name}' in {path} must be true or false", got=repr(value))
+
+
+def _unknown_key(path: Path, key: str, value: Any, known: list[str]) -> UsageError:
+    """Return the error of a key that may not be set, with what to do in its place."""
+    name = key.replace("_", "-")
+    if name in FROM_COMMAND_LINE_ONLY:
+        return UsageError(
+            f"'{name}' cannot be set in {path}", hint=f"give --{name} on the command line"
+        )
+    if name == "tool" and isinstance(value, dict):
+        return UsageError(
+            f"{path} has a table [tool]",
+            hint="its settings stand at the top, without [tool.jacdiag]",
+        )
+    close = get_close_matches(name, [*known, *TABLES, *SWITCHES], n=1, cutoff=0.0)
+    return UsageError(
+        f"unknown key '{key}' in {path}", hint=f"the closest known one is '{close[0]}'"
     )
 
 
 def _anchored(name: str, value: Any, folder: Path) -> Any:
-    """A path in a configuration file is meant from where the file lies."""
-    if name in _FILES and isinstance(value, str):
-        return str(folder / value)
-    if name in _FACTORIES and isinstance(value, str) and ".py:" in value:
+    """Return a value of an option; a path in a configuration file is relative to the file."""
+    if not isinstance(value, str):
+        return value
+    if name in _FILES or (name in _FACTORIES and ".py:" in value):
         return str(folder / value)
     return value
 
 
 class Configured(click.Command):
-    """A command whose options take their defaults from the configuration; help works without
-    one.
+    """A command whose options take their defaults from the configuration.
+
+    Its help works without one.
     """
 
     def make_context(
@@ -146,14 +173,18 @@ class Configured(click.Command):
         parent: click.Context | None = None,
         **extra: Any,
     ) -> click.Context:
-        names = {option.removeprefix("--"): param for param in self.params for option in param.opts}
+        """Return the context of a call, with the configuration as its defaults."""
         if {"-h", "--help"} & set(args):
             return super().make_context(info_name, args, parent, **extra)
-        config = load(
-            Path.cwd(), [name for name in all_options() if name not in FROM_COMMAND_LINE_ONLY]
-        )
-        own = {key: value for key, value in config.options.items() if key in names}
-        defaults = {names[key].name: _given(names[key], value) for key, value in own.items()}
+        config = load(Path.cwd(), all_options())
+        by_name = {}
+        for param in self.params:
+            for option in param.opts:
+                by_name[option.removeprefix("--")] = param
+        defaults = {}
+        for name, value in config.options.items():
+            if name in by_name:
+                defaults[by_name[name].name] = _as_typed(by_name[name], value)
         try:
             context = super().make_context(info_name, args, parent, default_map=defaults, **extra)
         except click.BadParameter as error:
@@ -163,9 +194,7 @@ class Configured(click.Command):
 
 
 def all_options() -> list[str]:
-    """The names of every option that a command takes, for which a configuration may hold a
-    value.
-    """
+    """Return the names of all options that a configuration may set."""
     from jacdiag_cli import options
 
     groups = (
@@ -179,47 +208,48 @@ def all_options() -> list[str]:
         options.GATE,
     )
     command = click.command()(options.add(*groups)(lambda: None))
-    opts = [
-        option
-        for param in command.params
-        if isinstance(param, click.Option)
-        for option in param.opts
-    ]
-    return [option.removeprefix("--") for option in opts if option.startswith("--")]
+    names = []
+    for param in command.params:
+        if isinstance(param, click.Option):
+            names += [option.removeprefix("--") for option in param.opts if option[:2] == "--"]
+    return [name for name in names if name not in FROM_COMMAND_LINE_ONLY]
 
 
-def _plain(value: Any) -> Any:
-    """What the command line would have given: click's own conversion then says what is wrong with
-    it.
-    """
-    return value if isinstance(value, dict) else str(value)
+def _as_typed(param: click.Parameter, value: Any) -> Any:
+    """Return a value of the configuration as the command line would have given it.
 
-
-def _given(param: click.Parameter, value: Any) -> Any:
-    """An option that may be given several times is given once by a value that is no list.
+    click's own conversion then says what is wrong with it. An option that may be given several
+    times is given once by a value that is no list.
 
     Raises:
-        UsageError: a list or a table where the option takes one value; click expects the right
+        UsageError: a list or a table for an option that takes one value; click expects the right
             shape already.
     """
-    several = isinstance(param, click.Option) and param.multiple
-    items = value if several and isinstance(value, list) else [value]
-    for item in items:
-        if isinstance(item, list) or (
-            isinstance(item, dict) and not isinstance(param.type, JsonObject)
-        ):
-            got = f"a {'list' if isinstance(item, list) else 'table'}: {item!r}"
-            raise UsageError(
-                f"'{param.opts[0].removeprefix('--')}' in the configuration takes one value",
-                got=got,
-            )
-    return [_plain(item) for item in items] if several else _plain(value)
+    if not isinstance(param, click.Option) or not param.multiple:
+        return _one_value(param, value)
+    items = value if isinstance(value, list) else [value]
+    return [_one_value(param, item) for item in items]
+
+
+def _one_value(param: click.Parameter, value: Any) -> Any:
+    """Return one value as text, or as the table that a JSON option takes."""
+    kind = ""
+    if isinstance(value, list):
+        kind = "list"
+    elif isinstance(value, dict):
+        if isinstance(param.type, JsonObject):
+            return value
+        kind = "table"
+    if kind:
+        raise UsageError(
+            f"'{param.opts[0].removeprefix('--')}' in the configuration takes one value",
+            got=f"a {kind}: {value!r}",
+        )
+    return str(value)
 
 
 def _blamed(error: click.BadParameter, config: Config) -> click.BadParameter:
-    """Names the configuration file where a wrong value came from it and not from the command
-    line.
-    """
+    """Return an error that names the configuration file, if the wrong value came from it."""
     name = error.param.name if error.param else None
     source = error.ctx.get_parameter_source(name) if error.ctx and name else None
     if source is not click.core.ParameterSource.DEFAULT_MAP:
@@ -230,15 +260,20 @@ def _blamed(error: click.BadParameter, config: Config) -> click.BadParameter:
 
 
 def current() -> Config:
-    """The configuration of the command that runs."""
+    """Return the configuration of the command that runs."""
     config: Config = click.get_current_context().meta.get("jacdiag.config", Config())
     return config
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What `--profile` comes to: levels (a name, or a table by rule code), and what else the
-    configuration sets.
+    """The meaning of `--profile`.
+
+    Attributes:
+        levels: a name, or a table by rule code.
+        thresholds: of the configuration, and of the profile over them.
+        select, ignore: groups of rule codes.
+        fail_on: the least level that fails.
     """
 
     levels: str | dict[str, Any]
@@ -249,14 +284,19 @@ class Profile:
 
 
 def resolve_profile(context: click.Context, config: Config) -> Profile:
-    """Looks a profile up: `[profiles.NAME]` may hold what `PROFILE_KEYS` lists.
+    """Look a profile up: `[profiles.NAME]` may hold what `PROFILE_KEYS` lists.
+
+    Args:
+        context: of the command.
+        config: its configuration.
 
     Raises:
         UsageError: no profile of that name, or one that holds something else.
     """
-    given, name = context.params, str(context.params["profile"])
+    values, name = dict(context.params), str(context.params["profile"])
     if name in BUILT_IN:
-        return Profile(name, config.thresholds, given["select"], given["ignore"], given["fail_on"])
+        select, ignore, fail_on = (values[key] for key in ("select", "ignore", "fail_on"))
+        return Profile(name, config.thresholds, select, ignore, fail_on)
     if name not in config.profiles:
         known = ", ".join([*BUILT_IN, *config.profiles])
         add = (
@@ -266,13 +306,13 @@ def resolve_profile(context: click.Context, config: Config) -> Profile:
         raise UsageError(f"unknown profile '{name}'", got=f"the known ones are {known}", hint=add)
     table, where = config.profiles[name], f"profile '{name}' in {config.path}"
     _check_profile(table, where)
-    values = dict(given)
     for param in context.command.params:
-        key = (param.opts[0]).removeprefix("--")
+        key = param.opts[0].removeprefix("--")
         source = context.get_parameter_source(param.name or "")
-        if key in table and param.name and source is not click.core.ParameterSource.COMMANDLINE:
+        on_command_line = source is click.core.ParameterSource.COMMANDLINE
+        if key in table and param.name and not on_command_line:
             try:
-                values[param.name] = param.type_cast_value(context, _given(param, table[key]))
+                values[param.name] = param.type_cast_value(context, _as_typed(param, table[key]))
             except click.BadParameter as error:
                 raise UsageError(f"'{key}' of {where} has no meaning", got=error.message) from error
     thresholds = merged(config.thresholds, table.get("thresholds", {}))
@@ -281,24 +321,27 @@ def resolve_profile(context: click.Context, config: Config) -> Profile:
 
 
 def _check_profile(table: Any, where: str) -> None:
-    if not isinstance(table, dict) or (unknown := sorted(set(table) - set(PROFILE_KEYS))):
-        got = repr(table) if not isinstance(table, dict) else f"unknown key '{unknown[0]}'"
-        raise UsageError(
-            f"{where} cannot be used", got=got, hint=f"a table of {', '.join(PROFILE_KEYS)}"
-        )
+    """Raise unless a profile is a table of `PROFILE_KEYS`."""
+    problem = ""
+    if not isinstance(table, dict):
+        problem = repr(table)
+    elif set(table) - set(PROFILE_KEYS):
+        problem = f"unknown key '{min(set(table) - set(PROFILE_KEYS))}'"
+    if problem:
+        hint = f"a table of {', '.join(PROFILE_KEYS)}"
+        raise UsageError(f"{where} cannot be used", got=problem, hint=hint)
     for key in ("levels", "thresholds"):
         if not isinstance(table.get(key, {}), dict):
             raise UsageError(f"'{key}' of {where} must be a table", got=repr(table[key]))
 
 
 def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Tables within tables, the second over the first."""
+    """Return two tables within tables as one; values of the second win."""
     both = dict(under)
     for key, value in over.items():
         inner = both.get(key)
-        both[key] = (
-            merged(inner, value)
-            if isinstance(inner, Mapping) and isinstance(value, Mapping)
-            else value
-        )
+        if isinstance(inner, Mapping) and isinstance(value, Mapping):
+            both[key] = merged(inner, value)
+        else:
+            both[key] = value
     return both

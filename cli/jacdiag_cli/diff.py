@@ -1,19 +1,24 @@
-"""`jacdiag diff A B`: two models beside each other."""
+"""`jacdiag diff A B`: two models compared figure by figure."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from jacdiag_cli.audit_options import audit_options
 from jacdiag_cli.config import Configured
 from jacdiag_cli.options import PROBE, SOLVER, add
-from jacdiag_cli.streams import Column, Invocation, emit, grid, guest_talk, room
+from jacdiag_cli.streams import Column, Invocation, emit, grid, model_output, room
 
 if TYPE_CHECKING:
     from jacdiag.comparison import Comparison
     from jacdiag.records import Report
+
+_ALWAYS_SHOWN = 4  # columns up to this one stay on a narrow terminal
+_NUMBERS = (0, 3, 4, 5)  # columns that are aligned to the right
 
 
 @click.command(cls=Configured, short_help="Compares two models, checkpoints or reports.")
@@ -29,7 +34,7 @@ if TYPE_CHECKING:
 )
 @click.option("--contract-only", is_flag=True, help="Weights alone; no Jacobians.")
 @click.option(
-    "--all", "all_rows", is_flag=True, help="Show every figure, not only those that part."
+    "--all", "all_rows", is_flag=True, help="Show every figure, not only those that differ."
 )
 @add(PROBE, SOLVER)
 @click.option(
@@ -44,67 +49,77 @@ if TYPE_CHECKING:
 def diff(
     invocation: Invocation, a: str, b: str, output_format: str, all_rows: bool, **given: Any
 ) -> int:
-    """Compares two models, checkpoints or JSON reports: figures side by side, and where they part
-    first.
+    """Compares two models, checkpoints or JSON reports: where do their figures differ first?
 
     A and B are each a SOURCE as for `jacdiag audit`, or a report that `--json` wrote. Sub-layers
-    and weights are matched by role and depth, whatever they are called. The exit code is 1 where a
-    figure parts beyond its interval.
+    and weights are matched by role and depth, whatever they are called. The exit code is 1 if a
+    figure differs beyond its interval.
 
     \b
     Examples:
       jacdiag diff main.json build.py:model
       jacdiag diff hf:config.json megatron.pt --model build.py:megatron
     """
-    with guest_talk():
+    with model_output():
         from jacdiag.comparison import compare
 
-        found = compare(_report(a, given), _report(b, given))
+        comparison = compare(_report(a, given), _report(b, given))
     invocation.heed()
-    _show(found, output_format, all_rows)
-    return int(found.first is not None)
+    _show(comparison, output_format, all_rows)
+    return int(comparison.first is not None)
 
 
 def _report(source: str, given: dict[str, Any]) -> Report:
-    """A report from its file, or of an audit."""
+    """Return a report: read from its file, or of an audit."""
     from jacdiag.comparison import read_report
 
     path = Path(source)
     if path.suffix == ".json" and path.is_file():
         return read_report(path)
-    from jacdiag.pipeline.audit import audit
+    from jacdiag.pipeline.audit import run_audit
     from jacdiag.sources.factory import is_factory
 
-    options = {
-        k: v for k, v in given.items() if k not in ("contract_only", "inputs", "model", "key")
-    }
-    is_file = not (source.startswith("hf:") or is_factory(source) or path.is_dir())
-    model = given["model"] if is_file else None
-    key = given["key"] if is_file else None
-    products = not given["contract_only"]
-    return audit(
-        source, **options, model=model, key=key, input_factory=given["inputs"], products=products
-    )
+    # --model and --key are for the side that is a file.
+    options = audit_options(given, products=not given["contract_only"])
+    if source.startswith("hf:") or is_factory(source) or path.is_dir():
+        options = dataclasses.replace(options, model=None, key=None)
+    return run_audit(source, options)
 
 
-def _show(found: Comparison, output_format: str, all_rows: bool) -> None:
-    from jacdiag.render.formats import diff as beside
+def _show(comparison: Comparison, output_format: str, all_rows: bool) -> None:
+    """Print a comparison to stdout.
+
+    Args:
+        comparison: to show.
+        output_format: pretty, json or markdown.
+        all_rows: show the figures that do not differ, too.
+    """
+    from jacdiag.render.formats import diff as layout
     from jacdiag.render.terminal.sentences import legible
 
-    pairs: Any = found.pairs
-    notes = found.notes
+    pairs: Any = comparison.pairs
+    notes = comparison.notes
     if output_format == "json":
-        emit(beside.as_json(pairs, notes), "json")
+        emit(layout.as_json(pairs, notes), "json")
         return
-    shown = pairs if all_rows else [p for p in pairs if p.parts]
+    shown = pairs if all_rows else [pair for pair in pairs if pair.parts]
+    verdict = layout.verdict(pairs)
     if output_format == "markdown":
-        emit(beside.markdown(shown, beside.verdict(pairs), notes), "markdown")
+        emit(layout.markdown(shown, verdict, notes), "markdown")
         return
     if shown:
-        cells = list(zip(*beside.rows(shown), strict=True))
-        columns = [
-            Column(title, list(column), 10 - k if k > 4 else 100, right=k in (0, 3, 4, 5))
-            for k, (title, column) in enumerate(zip(beside.HEAD, cells, strict=True))
-        ]
-        emit(grid(columns, room()) + "\n")
-    emit("\n".join([beside.verdict(pairs), *(f"note: {legible(note)}" for note in notes)]) + "\n")
+        emit(grid(_columns(shown), room()) + "\n")
+    lines = [verdict, *(f"note: {legible(note)}" for note in notes)]
+    emit("\n".join(lines) + "\n")
+
+
+def _columns(pairs: Any) -> list[Column]:
+    """Return the columns of a table of pairs."""
+    from jacdiag.render.formats import diff as layout
+
+    columns = []
+    cells = zip(*layout.rows(pairs), strict=True)
+    for index, (title, column) in enumerate(zip(layout.HEAD, cells, strict=True)):
+        interest = 100 if index <= _ALWAYS_SHOWN else 10 - index
+        columns.append(Column(title, list(column), interest, right=index in _NUMBERS))
+    return columns

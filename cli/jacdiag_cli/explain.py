@@ -19,8 +19,7 @@ _WIDEST = 96
 @click.command(short_help="Explains a rule: what, why, an example, a remedy.")
 @click.argument("code")
 def explain(code: str) -> None:
-    """Explains a rule: what it looks at, why that matters (with the equation), an example, a
-    remedy.
+    """Explains a rule: what it checks, why that matters (with the equation), an example, a remedy.
 
     \b
     Example:
@@ -28,13 +27,13 @@ def explain(code: str) -> None:
     """
     from jacdiag.rules import rule
 
-    found = rule(code.strip().upper())
+    info = rule(code.strip().upper())
     parts = [
-        f"{found.code} {found.name}  (at most {found.level}; {applies_to(found)})",
-        _wrapped(found.summary, ""),
+        f"{info.code} {info.name}  (at most {info.level}; {applies_to(info)})",
+        _wrapped(info.summary, ""),
         *(
             f"{title}\n{_wrapped(text, '  ', title != 'Example')}"
-            for title, text in _sections(found.page)
+            for title, text in _sections(info.page)
             if text.strip()
         ),
     ]
@@ -47,8 +46,9 @@ def _sections(page: RulePage) -> list[tuple[str, str]]:
 
 
 def _wrapped(text: str, indent: str, prose: bool = True) -> str:
-    """Wraps paragraphs to the terminal; code, and a paragraph with an indented line (an equation),
-    stay as they are.
+    """Wrap paragraphs to the terminal.
+
+    Code, and a paragraph with an indented line (an equation), stay as they are.
     """
     width = min(room() or _WIDEST, _WIDEST)
     paragraphs = []

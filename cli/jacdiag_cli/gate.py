@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from jacdiag.errors import UsageError
-from jacdiag_cli.audit import (
-    check_rules,
-    contract_given,
-    flat,
-    form_of,
-    machine_text,
-    output_files,
-    warn_of_trust,
-    write_files,
-)
-from jacdiag_cli.config import Configured, current, resolve_profile
+from jacdiag_cli.audit import warn_of_trust
+from jacdiag_cli.audit_options import audit_options, read_profile, rule_options
+from jacdiag_cli.config import Configured, current
 from jacdiag_cli.options import (
     DECIDING,
     GATE,
@@ -35,35 +28,11 @@ from jacdiag_cli.options import (
 )
 from jacdiag_cli.output_files import any_on_stdout, say_written
 from jacdiag_cli.progress import bar
-from jacdiag_cli.streams import Invocation, emit, guest_talk, say, show
+from jacdiag_cli.report_files import form_of, machine_text, plan_report_files, write_report_files
+from jacdiag_cli.streams import Invocation, emit, model_output, say, show
 
 if TYPE_CHECKING:
     from jacdiag.records import Report
-
-_PASSED_ON = (
-    "model",
-    "model_args",
-    "key",
-    "trust_pickle",
-    "tokens",
-    "batch",
-    "seq",
-    "seed",
-    "device",
-    "dtype",
-    "tol",
-    "decide",
-    "max_products",
-    "state",
-    "lr",
-    "warmup",
-    "clip",
-    "beta2",
-    "risk",
-    "seeds",
-    "budget",
-    "remedies",
-)
 
 
 @click.command(
@@ -83,7 +52,7 @@ _PASSED_ON = (
 def gate(invocation: Invocation, source: str, **given: Any) -> int:
     """Audits a freshly initialised model over several seeds, and decides whether it may pass.
 
-    SOURCE is as for `jacdiag audit`; a factory or hf:CONFIG is built anew for each seed. The exit
+    SOURCE is as for `jacdiag audit`; a factory or hf:CONFIG is built again for each seed. The exit
     code is 0 (passed), 1 (findings at or above --fail-on), 2 (cannot run) or 3 (nothing fired, but
     a rule stayed undecided, no rule applied, or the budget ran out). A trained model without
     --baseline is observed, and exits with 0.
@@ -102,74 +71,78 @@ def gate(invocation: Invocation, source: str, **given: Any) -> int:
       jacdiag gate build.py:model --baseline init.json --write-baseline
       jacdiag gate hf:config.json --baseline init.json --format github
     """
+    # 1. Check the options before any work.
     _check(given)
     confidence = confidences(click.get_current_context())
-    config = current()
-    if given["trust_pickle"] and _in_ci() and not config.allow_trust_pickle:
+    new_baseline = given["baseline"] if given["write_baseline"] else None
+    outputs = {} if new_baseline is None else {"baseline": new_baseline}
+    files = plan_report_files(source, given, **outputs)
+    profile = read_profile(given)
+    warn_of_trust(given["trust_pickle"])
+
+    # 2. Run the gate.
+    with model_output(), bar("reading the model", invocation.heed) as progress:
+        from jacdiag.gate import run_gate, write_baseline
+
+        invocation.heed()
+        options = audit_options(
+            given,
+            **confidence,
+            **rule_options(profile, given["contract"]),
+            decide=given["decide"] and new_baseline is None,
+            products=not given["contract_only"],
+            progress=progress,
+        )
+        outcome = run_gate(
+            source,
+            options,
+            seeds=given["seeds"],
+            budget=given["budget"],
+            baseline=None if given["write_baseline"] else given["baseline"],
+            fail_on=profile.fail_on,
+            command=shlex.join(["jacdiag", *invocation.args]),
+        )
+    invocation.heed()
+
+    # 3. Write and print the result.
+    if new_baseline is not None:
+        write_baseline(new_baseline, outcome.figures)
+        say_written(new_baseline)
+    write_report_files(outcome.report, files)
+    _show(outcome.report, given["output_format"], aside=any_on_stdout(files))
+    return outcome.exit_code
+
+
+def _check(given: Mapping[str, Any]) -> None:
+    """Raise if the options contradict each other, or need more rights than a run in CI has."""
+    if given["write_baseline"] and given["baseline"] is None:
+        raise UsageError("--write-baseline needs a file", hint="--baseline FILE --write-baseline")
+    if given["sort"] != "depth" or given["all_rows"]:
+        raise UsageError("--all and --sort belong to `jacdiag audit`", got="with `jacdiag gate`")
+    if given["trust_pickle"] and _in_ci() and not current().allow_trust_pickle:
         raise UsageError(
             "--trust-pickle is refused in CI",
             got=f"CI={os.environ['CI']}",
             hint="allow-trust-pickle = true in [tool.jacdiag], reviewed like code",
         )
-    write = given["baseline"] if given["write_baseline"] else None
-    files = output_files(source, given, **({"baseline": write} if write is not None else {}))
-    profile = resolve_profile(click.get_current_context(), config)
-    check_rules(profile, given["risk"])
-    warn_of_trust(given["trust_pickle"])
-    with guest_talk(), bar("reading the model", invocation.heed) as progress:
-        from jacdiag.gate import gate as run
-        from jacdiag.gate import write_baseline
-
-        invocation.heed()
-        options = {name: given[name] for name in _PASSED_ON} | confidence
-        options["decide"] = given["decide"] and write is None
-        outcome = run(
-            source,
-            **options,
-            input_factory=given["inputs"],
-            profile=profile.levels,
-            select=flat(profile.select),
-            ignore=flat(profile.ignore),
-            thresholds=profile.thresholds or None,
-            declared=config.sites or (),
-            contract=contract_given(given["contract"]),
-            products=not given["contract_only"],
-            baseline=None if write is not None else given["baseline"],
-            fail_on=profile.fail_on,
-            command=shlex.join(["jacdiag", *invocation.args]),
-            progress=progress,
-        )
-    invocation.heed()
-    if write is not None:
-        write_baseline(write, outcome.figures)
-        say_written(write)
-    write_files(outcome.report, files)
-    _show(outcome.report, given["output_format"], aside=any_on_stdout(files))
-    return outcome.exit_code
-
-
-def _check(given: dict[str, Any]) -> None:
-    if given["write_baseline"] and given["baseline"] is None:
-        raise UsageError("--write-baseline needs a file", hint="--baseline FILE --write-baseline")
-    if given["sort"] != "depth" or given["all_rows"]:
-        raise UsageError("--all and --sort belong to `jacdiag audit`", got="beside `jacdiag gate`")
 
 
 def _in_ci() -> bool:
+    """Return whether this process says that it runs in CI."""
     return os.environ.get("CI", "").lower() in ("true", "1", "yes")
 
 
 def _show(report: Report, output_format: str, *, aside: bool) -> None:
-    """The result to stdout; beside a machine's format, the gate's own screen to stderr."""
+    """Print the result to stdout; with a machine's format, the gate's own screen to stderr."""
     from jacdiag.render.terminal.gate import render
 
     if output_format == "pretty":
         show(render(report), aside=aside)
         return
     if output_format == "markdown":
-        from jacdiag.render.formats.pr_comment import render as comment
+        from jacdiag.render.formats.pr_comment import render as render_comment
 
-        emit(comment(report), "markdown")
+        emit(render_comment(report), "markdown")
     else:
         emit(machine_text(report, output_format), form_of(output_format))
     say(render(report).rstrip("\n"))

@@ -92,7 +92,7 @@ def live(invocation: Invocation, run: str, once: bool, refresh: float, lines: in
 
 
 class Follower:
-    """Reads what a log has grown by; only whole lines are taken."""
+    """A reader of a growing log; only complete lines are taken."""
 
     def __init__(self, path: Path) -> None:
         from jacdiag.records.run_log import read_run
@@ -101,7 +101,11 @@ class Follower:
         self.run: RunLog = type(read_run(path, light=True))()
 
     def read(self) -> None:
-        """Raises SourceError where the log has gone."""
+        """Read what was added.
+
+        Raises:
+            SourceError: the log has gone.
+        """
         from jacdiag.records.run_log import WHERE_LOGS_ARE, lightened, parsed
 
         try:
@@ -118,9 +122,7 @@ class Follower:
             self.run.add(lightened(row, self.run))
 
     def follow(self) -> RunState | None:
-        """Read on, and return the state of the run; None if there is no sign of life beside the
-        log.
-        """
+        """Read on, and return the state of the run; None if there is no heartbeat."""
         from jacdiag.records.heartbeat import is_alive, read_heartbeat
         from jacdiag.records.run_state import state_of_run
 

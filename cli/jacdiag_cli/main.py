@@ -1,5 +1,4 @@
-"""The `jacdiag` command: its group, and how everything that can go wrong becomes a message and an
-exit code.
+"""The `jacdiag` command: its group, and how every error becomes a message and an exit code.
 
 Exit codes: 0 clean, 1 findings at or above --fail-on (diff: a figure differs), 2 cannot run, 3
 (gate) undecided or no rule applied, 130 after Ctrl-C; 70 is a bug in jacdiag. Several ranks under
@@ -65,7 +64,7 @@ for _command in (audit, gate, diff, sites, rules, explain, live, plot, backtest)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code; never raises.
+    """Run the command line and return its exit code; never raise.
 
     Args:
         argv: arguments without the program's name; those of the process if not given.
@@ -102,8 +101,9 @@ def _run(invocation: Invocation) -> int:
 
 
 def _run_as_one_of(team: Team, invocation: Invocation) -> int:
-    """Runs on every rank; rank 0 alone is heard. All leave when it has written everything, or at
-    the first failure.
+    """Run on every rank; rank 0 alone prints.
+
+    All leave when it has written everything, or at the first failure.
     """
     try:
         with quiet(unless=team.first):
@@ -128,7 +128,7 @@ def _failed_as_one_of(team: Team, error: BaseException) -> int:
 
 
 def _real(error: BaseException, interrupts: list[int]) -> BaseException:
-    """Ctrl-C, where that is behind it."""
+    """Return KeyboardInterrupt in place of an error that Ctrl-C caused."""
     real = (error.__cause__ or KeyboardInterrupt()) if isinstance(error, click.Abort) else error
     return KeyboardInterrupt() if interrupts else real
 
@@ -140,8 +140,9 @@ def _ended(error: BaseException, interrupts: list[int]) -> int:
 
 @contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """Keeps a note of Ctrl-C: code that is stopped in the middle of an import may raise another
-    error for it.
+    """Record Ctrl-C.
+
+    Code that is stopped in the middle of an import may raise another error for it.
     """
     seen: list[int] = []
     # by who started us, as a shell does behind `&`
@@ -179,19 +180,19 @@ def _refuse(error: BaseException) -> int:
     if isinstance(error, click.UsageError) and error.format_message().startswith("Usage:"):
         say(error.format_message())  # a command without arguments: click gives its help
         return CANNOT_RUN
-    told = _told(error)
-    if told is None:
+    explained = _told(error)
+    if explained is None:
         traceback.print_exception(error)
         complain("this is a bug in jacdiag; please report it with the lines above")
         return BUG
     if isinstance(error, RankError) and error.trace:
         say(error.trace)
-    complain(told[0], got=told[1], hint=told[2])
+    complain(explained[0], got=explained[1], hint=explained[2])
     return CANNOT_RUN
 
 
 def _told(error: BaseException) -> tuple[str, str | None, str | None] | None:
-    """What, got and try of whatever is no bug in jacdiag; None for a bug."""
+    """Return what, got and try of any error that is no bug in jacdiag; None for a bug."""
     if isinstance(error, JacdiagError):
         return error.what, error.got, error.hint
     if isinstance(error.__context__, BrokenPipeError):
@@ -239,8 +240,9 @@ def _no_room(error: BaseException) -> bool:
 
 
 def _out_of_memory(error: Any) -> bool:
-    """Whether memory ran out. Torch is not imported for it: its errors are told by name (CUDA) and
-    by text (CPU).
+    """Return whether memory ran out.
+
+    Torch is not imported for it: its errors are recognised by name (CUDA) and by text (CPU).
     """
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))

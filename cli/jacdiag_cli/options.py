@@ -1,4 +1,4 @@
-"""Options that several commands share, with the names and defaults that users depend on."""
+"""The options that several commands share, with the names and defaults that users depend on."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from jacdiag.errors import UsageError
+from jacdiag.records.option_ranges import DTYPES, RANGES, REMEDY_CHOICES, STATES
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -75,8 +77,16 @@ class Codes(click.ParamType):
         return codes
 
 
-_ABOVE_0: dict[str, Any] = {"min": 0, "min_open": True}
-_SHARE: dict[str, Any] = {"min": 0, "min_open": True, "max": 1, "max_open": True}
+def number(name: str) -> click.ParamType:
+    """Return the click type of an option that is a number, with its range."""
+    limits = RANGES[name]
+    most = None if math.isinf(limits.most) else limits.most
+    if limits.whole:
+        return click.IntRange(int(limits.least), None if most is None else int(most))
+    return Number(
+        min=limits.least, min_open=limits.open, max=most, max_open=limits.open and most is not None
+    )
+
 
 SOURCE = [
     click.argument("source"),
@@ -122,20 +132,20 @@ PROBE = [
     ),
     click.option(
         "--batch",
-        type=click.IntRange(1),
+        type=number("batch"),
         default=2,
         show_default=True,
         help="Sequences of the probe.",
     ),
     click.option(
         "--seq",
-        type=click.IntRange(1),
+        type=number("seq"),
         show_default="128, or what the model allows",
         help="Tokens per sequence.",
     ),
     click.option(
         "--seed",
-        type=click.IntRange(0, 2**62),
+        type=number("seed"),
         default=0,
         show_default=True,
         help="Of the probe and the solver.",
@@ -148,7 +158,7 @@ PROBE = [
     ),
     click.option(
         "--dtype",
-        type=click.Choice(["float32", "float64"]),
+        type=click.Choice(DTYPES),
         default="float32",
         show_default=True,
         help="Precision that products run in.",
@@ -166,14 +176,14 @@ REPLAY = [
 SOLVER = [
     click.option(
         "--tol",
-        type=Number(**_ABOVE_0),
+        type=number("tol"),
         default=0.05,
         show_default=True,
         help="Relative width asked of an interval.",
     ),
     click.option(
         "--confidence",
-        type=Number(**_SHARE),
+        type=number("confidence"),
         default=0.999,
         show_default=True,
         help="Probability with which each interval holds, taken for itself.",
@@ -185,7 +195,7 @@ SOLVER = [
     ),
     click.option(
         "--max-products",
-        type=click.IntRange(4),
+        type=number("max_products"),
         default=200,
         show_default=True,
         help="Budget of products with J per norm.",
@@ -194,7 +204,7 @@ SOLVER = [
 TOGETHER = [
     click.option(
         "--confidence-all",
-        type=Number(**_SHARE),
+        type=number("confidence_all"),
         help="Probability with which all intervals of the report hold together, in place of "
         "--confidence. The chance "
         "of a miss is divided by the number of intervals (Bonferroni), so that each takes more "
@@ -204,7 +214,7 @@ TOGETHER = [
 PROBES = [
     click.option(
         "--probes",
-        type=click.IntRange(1),
+        type=number("probes"),
         default=1,
         show_default=True,
         help="Repeat the audit on this many probes, other random tokens or the next parts of "
@@ -217,7 +227,7 @@ PROBES = [
 JUDGEMENT = [
     click.option(
         "--state",
-        type=click.Choice(["init", "trained"]),
+        type=click.Choice(STATES),
         show_default="detected",
         help="Of the weights: decides which rules apply. Detected: what is built here is fresh; a "
         "file goes by its "
@@ -225,15 +235,15 @@ JUDGEMENT = [
         "of an init. The "
         "header says why.",
     ),
-    click.option("--lr", type=Number(**_ABOVE_0), help="Plan of the run: learning rate."),
+    click.option("--lr", type=number("lr"), help="Plan of the run: learning rate."),
     click.option(
         "--warmup",
-        type=click.IntRange(0),
+        type=number("warmup"),
         help="Plan of the run: warm-up steps; nothing without --lr.",
     ),
     click.option(
         "--clip",
-        type=Number(**_ABOVE_0),
+        type=number("clip"),
         help=(
             "Plan of the run: gradient norm clipped at; JD105 gives no chance for one that was "
             "not run."
@@ -241,7 +251,7 @@ JUDGEMENT = [
     ),
     click.option(
         "--beta2",
-        type=Number(**_SHARE),
+        type=number("beta2"),
         help="Plan of the run: Adam's beta2; JD105 gives no chance for one that was not run.",
     ),
     click.option(
@@ -324,12 +334,15 @@ OUTPUT = [
 ]
 
 
+_WAYS = [choice for choice in REMEDY_CHOICES if choice != "none"]
+
+
 def remedies(default: str) -> list[Callable[[F], F]]:
-    """The options on remedies; a gate tries none unless it is asked to."""
+    """Return the options on remedies; a gate tries none by default."""
     return [
         click.option(
             "--remedies",
-            type=click.Choice(["first", "all", "begun", "none"]),
+            type=click.Choice([*_WAYS, "none"]),
             default=default,
             show_default=True,
             help="What to try on copies of a model with findings: up to the first change "
@@ -347,14 +360,14 @@ def remedies(default: str) -> list[Callable[[F], F]]:
 GATE = [
     click.option(
         "--seeds",
-        type=click.IntRange(1),
+        type=number("seeds"),
         default=3,
         show_default=True,
         help="How many initialisations.",
     ),
     click.option(
         "--budget",
-        type=Number(**_ABOVE_0),
+        type=number("budget"),
         metavar="SECONDS",
         help="Stop, undecided, after this time.",
     ),
@@ -377,36 +390,37 @@ DECIDING = click.option(
 
 
 def confidences(context: click.Context) -> dict[str, Any]:
-    """Return --confidence and --confidence-all, of which one is given at most; None for one that is
-    not.
+    """Return --confidence and --confidence-all, of which at most one is given; the other is None.
 
     One on the command line wins over the other in the configuration.
 
     Raises:
         UsageError: both are given in the same place.
     """
-    given = {name: context.params[name] for name in ("confidence", "confidence_all")}
-    source = {name: context.get_parameter_source(name) for name in given}
-    named = [name for name in given if source[name] is not click.core.ParameterSource.DEFAULT]
-    if len(named) == 2 and source["confidence"] is source["confidence_all"]:
-        raise UsageError(
-            "the confidence is given twice",
-            got=(
-                f"--confidence {given['confidence']:g} and --confidence-all "
-                f"{given['confidence_all']:g}"
-            ),
-            hint=(
-                "give one: --confidence is said of each interval, --confidence-all of all of "
-                "them together"
-            ),
-        )
-    if len(named) == 2:
-        named = [name for name in named if source[name] is click.core.ParameterSource.COMMANDLINE]
-    return {name: value if name in named else None for name, value in given.items()}
+    values = {name: context.params[name] for name in ("confidence", "confidence_all")}
+    sources = {name: context.get_parameter_source(name) for name in values}
+    given = [name for name in values if sources[name] is not ParameterSource.DEFAULT]
+    if len(given) == 2:
+        if sources["confidence"] is sources["confidence_all"]:
+            raise _both_confidences(**values)
+        given = [name for name in given if sources[name] is ParameterSource.COMMANDLINE]
+    return {name: value if name in given else None for name, value in values.items()}
+
+
+def _both_confidences(confidence: float, confidence_all: float) -> UsageError:
+    """Return the error of two confidences in the same place."""
+    return UsageError(
+        "the confidence is given twice",
+        got=f"--confidence {confidence:g} and --confidence-all {confidence_all:g}",
+        hint=(
+            "give one: --confidence is said of each interval, --confidence-all of all of "
+            "them together"
+        ),
+    )
 
 
 def add(*groups: list[Callable[[F], F]]) -> Callable[[F], F]:
-    """Decorates a command with groups of options, in reading order."""
+    """Return a decorator that gives a command groups of options, in reading order."""
 
     def decorate(function: F) -> F:
         for option in reversed([option for group in groups for option in group]):

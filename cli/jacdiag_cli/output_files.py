@@ -22,7 +22,7 @@ def plan_outputs(
     inputs: Iterable[tuple[str, str | None]] = (),
     output_format: str = "pretty",
 ) -> dict[str, str]:
-    """Return the outputs that were asked for, refused here rather than after minutes of work.
+    """Return the requested outputs, refused here rather than after minutes of work.
 
     Args:
         named: the path that each option was given, such as {"--json": "report.json"}.
@@ -68,8 +68,9 @@ def write_data(path: str, data: bytes) -> None:
 
 
 def say_written(path: str) -> None:
-    """Say `wrote FILE` on stderr, if it was: nothing for stdout, nor for a pipe whose reader left
-    early.
+    """Say `wrote FILE` on stderr, if it was.
+
+    Nothing is said for stdout, nor for a pipe whose reader left early.
     """
     from jacdiag.records.output_file import written
 

@@ -67,76 +67,89 @@ def plot(
     """
     from jacdiag.render.plots.run_plot import RunPlot, parse_figures, parse_size
 
-    paths = [_log_in(given) for given in source]
+    # 1. Check the options before any work.
+    paths = [_log_in(path) for path in source]
     runs = [path for path in paths if path.suffix == ".jsonl"]
-    if len(paths) > 1 and len(runs) < len(paths):
-        raise UsageError(
-            "several sources are drawn over each other only if all are runs",
-            hint="jacdiag plot A B",
-        )
-    if len(paths) > 1 and output is None:
-        raise UsageError("several runs need a name for their picture", hint="add -o FILE.png")
+    _check_several(paths, runs, output)
     options = RunPlot(
-        figures=parse_figures(figures) if figures is not None else (),
+        figures=() if figures is None else parse_figures(figures),
         size=parse_size(size),
         first=first,
         last=last,
         smooth=smooth,
     )
-    target = output if output is not None else str(paths[0].with_suffix(".png"))
+    if not runs and options != RunPlot():
+        raise UsageError(
+            "--figures, --from, --to, --smooth and --size are for runs",
+            got="a report",
+            hint="leave them out; they choose what is drawn of a run",
+        )
+    target = str(paths[0].with_suffix(".png")) if output is None else output
     plan_outputs({"-o": target}, inputs=[("what is drawn", str(path)) for path in paths])
+
+    # 2. Draw.
     if runs:
         _draw_runs(runs, target, options)
     else:
-        if options != RunPlot():
-            hint = "leave them out; they choose what is drawn of a run"
-            raise UsageError(
-                "--figures, --from, --to, --smooth and --size are for runs",
-                got="a report",
-                hint=hint,
-            )
         _draw_report(paths[0], target)
     say_written(target)
 
 
+def _check_several(paths: list[Path], runs: list[Path], output: str | None) -> None:
+    """Raise if several sources cannot be drawn into one picture."""
+    if len(paths) == 1:
+        return
+    if len(runs) < len(paths):
+        raise UsageError(
+            "several sources are drawn over each other only if all are runs",
+            hint="jacdiag plot A B",
+        )
+    if output is None:
+        raise UsageError("several runs need a name for their picture", hint="add -o FILE.png")
+
+
 def _log_in(source: str) -> Path:
+    """Return the log of a run that is named by its folder; any other path as it is."""
     from jacdiag.records.run_log import RUN_FILE
 
-    return Path(source) / RUN_FILE if Path(source).is_dir() else Path(source)
+    path = Path(source)
+    return path / RUN_FILE if path.is_dir() else path
 
 
 def _draw_runs(paths: list[Path], target: str, options: RunPlot) -> None:
+    """Draw the logs of runs, several over each other."""
     from jacdiag.records.run_log import read_run
     from jacdiag.render.plots.run_plot import save_run
 
     if len(paths) == 1:
         save_run(read_run(paths[0], light=True), target, options)
         return
-    save_run(
-        {_run_name(path, paths): read_run(path, light=True) for path in paths}, target, options
-    )
+    logs = {_run_name(path, paths): read_run(path, light=True) for path in paths}
+    save_run(logs, target, options)
 
 
-def _run_name(path: Path, others: list[Path]) -> str:
-    """Return as many of the last parts of a path as tell it from the others; run.jsonl is no
-    part.
-    """
-    parts = _parts(path)
-    rest = [_parts(other) for other in others if other != path]
+def _run_name(path: Path, paths: list[Path]) -> str:
+    """Return as many of the last folders of a run as distinguish it from the other runs."""
+    folders = _folders(path)
+    others = [_folders(other) for other in paths if other != path]
     count = 1
-    while count < len(parts) and any(other[-count:] == parts[-count:] for other in rest):
+    while count < len(folders) and any(other[-count:] == folders[-count:] for other in others):
         count += 1
-    return "/".join(parts[-count:])
+    return "/".join(folders[-count:])
 
 
-def _parts(path: Path) -> tuple[str, ...]:
+def _folders(path: Path) -> tuple[str, ...]:
+    """Return the folders in a path, without run.jsonl."""
     from jacdiag.records.run_log import RUN_FILE
 
-    whole = path.resolve()
-    return (whole.parent if whole.name == RUN_FILE else whole).parts
+    resolved = path.resolve()
+    if resolved.name == RUN_FILE:
+        return resolved.parent.parts
+    return resolved.parts
 
 
 def _draw_report(path: Path, target: str) -> None:
+    """Draw a JSON report."""
     from jacdiag.records import Report
     from jacdiag.render.plots.report_plot import save
 

@@ -12,17 +12,16 @@ if TYPE_CHECKING:
 
 
 class Bar:
-    """What `jacdiag.pipeline.audit.Progress` asks for, drawn by rich. Without a display it does
-    nothing.
-    """
+    """A `jacdiag.pipeline.options.Progress` drawn by rich; without a display it does nothing."""
 
     def __init__(self, display: Progress | None, text: str, heed: Callable[[], None]) -> None:
         self.display, self.heed = display, heed
         self.task = None if display is None else display.add_task(text, total=None)
 
     def start(self, total: float, text: str) -> None:
-        """Says how much work there is; the estimate begins to count here, also after an earlier
-        `stop`.
+        """Say how much work there is.
+
+        The estimate begins to count here, also after an earlier `stop`.
         """
         self.heed()
         if self.display is not None and self.task is not None:
@@ -36,15 +35,14 @@ class Bar:
             self.display.update(self.task, advance=units, description=text)
 
     def stop(self) -> None:
-        """The work is over; the bar goes away, for the table says what there is to say."""
+        """End the work: the bar goes away, for the table says what there is to say."""
         if self.display is not None:
             self.display.stop()
 
 
 @contextmanager
 def bar(text: str, heed: Callable[[], None]) -> Iterator[Bar]:
-    """Shows a bar for as long as the block runs, first without an end (loading has none that is
-    known).
+    """Show a bar for as long as the block runs, first without an end.
 
     Args:
         text: what goes on at first.
@@ -65,7 +63,7 @@ def bar(text: str, heed: Callable[[], None]) -> Iterator[Bar]:
     from rich.text import Text
 
     class Left(TimeRemainingColumn):
-        """How long it will still take; nothing until that can be told."""
+        """How long it will still take; nothing until that is known."""
 
         def render(self, task: Task) -> Text:
             known = task.total is not None and task.time_remaining is not None

@@ -48,9 +48,7 @@ def rules(output_format: str) -> None:
 
 
 def applies_to(rule: RuleInfo) -> str:
-    """The states and placements of a rule in words: "pre, sandwich; init"; "any model" where it has
-    no limit.
-    """
+    """Return the states and placements of a rule: "pre, sandwich; init", or "any model"."""
     placements = "" if set(rule.placements) >= _PLACEMENTS else ", ".join(rule.placements)
     states = "" if set(rule.states) >= _STATES else ", ".join(rule.states)
     norms = f"{placements} norm" if placements else ""

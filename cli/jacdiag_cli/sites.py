@@ -15,7 +15,7 @@ from jacdiag.errors import SourceError
 from jacdiag_cli.config import Configured, current
 from jacdiag_cli.options import PROBE, SOURCE, add
 from jacdiag_cli.progress import bar
-from jacdiag_cli.streams import Column, Invocation, clipped, emit, grid, guest_talk, room, say
+from jacdiag_cli.streams import Column, Invocation, clipped, emit, grid, model_output, room, say
 
 if TYPE_CHECKING:
     from jacdiag.sources import Source
@@ -58,7 +58,7 @@ def sites(invocation: Invocation, source: str, output_format: str, **given: Any)
     Example:
       jacdiag sites build.py:model
     """
-    with guest_talk(), bar("reading the model", invocation.heed):
+    with model_output(), bar("reading the model", invocation.heed):
         loaded, found = _trace(source, given)
         data = describe(loaded, found)
     invocation.heed()
@@ -105,7 +105,7 @@ def _trace(source: str, given: dict[str, Any]) -> tuple[Source, Sites]:
     declared = current().sites
     weights = loaded.weights
     with probe.suspected():
-        found = trace(
+        sublayers = trace(
             loaded.model,
             *probe.args,
             dtype=dtype,
@@ -113,13 +113,11 @@ def _trace(source: str, given: dict[str, Any]) -> tuple[Source, Sites]:
             weights=weights,
             **probe.kwargs,
         )
-    return loaded, found
+    return loaded, sublayers
 
 
 def describe(loaded: Source, found: Sites) -> dict[str, Any]:
-    """All that the command prints, as plain data: the sub-layers, and every parameter in one of the
-    groups.
-    """
+    """Return all that the command prints as plain data: the sub-layers, and every parameter."""
     params, coverage = found.skeleton.outlines, found.coverage
     covered = coverage.covered()
     return {
@@ -210,7 +208,7 @@ def _columns(rows: list[dict[str, Any]]) -> list[Column]:
 
 
 def _near(line: str) -> str:
-    """A source line from here where it lies below, else its file with the folder that it is in."""
+    """Return a source line relative to the current folder, or else to the folder that it is in."""
     path, _, number = line.rpartition(":")
     with contextlib.suppress(ValueError):
         return f"{Path(path).relative_to(Path.cwd())}:{number}"
@@ -253,9 +251,7 @@ def _uncovered(uncovered: dict[str, dict[str, Any]], width: int | None) -> str:
 
 
 def _remarks(data: dict[str, Any]) -> str:
-    """What was hidden, with the way to declare it, and what else the reader must know; never cut
-    off.
-    """
+    """Return what was hidden, with the way to declare it, and further notes; never cut off."""
     unlike = [f"two runs differ: {data['culprit']}"] if data["culprit"] else []
     left_out = [
         f"left out: {item['module'] or 'the model itself'} at {item['line']}: {item['reason']}"

@@ -1,4 +1,4 @@
-"""Where output goes: results to stdout, talk to stderr, files whole or not at all."""
+"""Where output goes: results to stdout, words for people to stderr."""
 
 from __future__ import annotations
 
@@ -23,29 +23,34 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class Invocation:
-    """How the command was called, for the `again:` line of a report, and the signals of Ctrl-C
-    since.
+    """How the command was called.
+
+    Attributes:
+        args: of the command line, for the `again:` line of a report.
+        interrupts: the signals of Ctrl-C since.
+        team: the ranks that this process is one of.
     """
 
     args: list[str]
     interrupts: list[int] = field(default_factory=list)
-    team: Team | None = None  # the ranks that this process is one of
+    team: Team | None = None
 
     @property
     def heard(self) -> bool:
-        """Whether this process writes and prints for all."""
+        """Whether this process writes and prints for all ranks."""
         return self.team is None or self.team.first
 
     def heed(self) -> None:
-        """Raises KeyboardInterrupt if there was one: a bare `except` in some import may have
-        swallowed it.
+        """Raise KeyboardInterrupt if there was a Ctrl-C.
+
+        A bare `except` in some import may have swallowed it.
         """
         if self.interrupts:
             raise KeyboardInterrupt
 
 
 def complain(what: str, *, got: str | None = None, hint: str | None = None) -> None:
-    """Prints an error for people, to stderr: what cannot be done, what was found, what to try."""
+    """Print an error to stderr: what cannot be done, what was found, what to try."""
     lines = [f"error: {what}"]
     for label, text in (("got", got), ("try", hint)):
         if text:
@@ -55,7 +60,7 @@ def complain(what: str, *, got: str | None = None, hint: str | None = None) -> N
 
 
 def interrupted() -> int:
-    """The exit code after Ctrl-C.
+    """Return the exit code after Ctrl-C.
 
     CPython keeps a note of a Ctrl-C that ended an exec() of text, and dies by the signal at its
     end; this clears it.
@@ -65,8 +70,9 @@ def interrupted() -> int:
 
 
 def say(text: str) -> None:
-    """Prints a line for people to stderr; nobody listening, or no room to write, is no error of its
-    own.
+    """Print a line for people to stderr.
+
+    That nobody listens, or that there is no room to write, is no error of its own.
     """
     try:
         print(_for(sys.stderr, text), file=sys.stderr, flush=True)
@@ -75,8 +81,9 @@ def say(text: str) -> None:
 
 
 def emit(text: str, form: Form = "text") -> None:
-    """Print a result to stdout. A reader that has gone (`| head`) is no error: the exit code is the
-    result's.
+    """Print a result to stdout.
+
+    A reader that has gone (`| head`) is no error: the exit code is the result's.
 
     Args:
         text: what to print.
@@ -90,7 +97,7 @@ def emit(text: str, form: Form = "text") -> None:
 
 
 def show(text: str, *, aside: bool) -> None:
-    """Prints a result to stdout, or to stderr if an output file takes stdout."""
+    """Print a result to stdout, or to stderr if an output file takes stdout."""
     if aside:
         say(text.removesuffix("\n"))
     else:
@@ -103,15 +110,13 @@ def _for(stream: TextIO, text: str, form: Form = "text") -> str:
 
 
 def stop_writing(stream: TextIO) -> None:
-    """Points a broken stream at nothing, so that the interpreter's own flush at exit is quiet."""
+    """Point a broken stream at nothing, so that the interpreter's own flush at exit is quiet."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def forgive_streams() -> None:
-    """Let a terminal that cannot show a character show letters, and a stream that was closed
-    swallow everything.
-    """
+    """Let a terminal spell what it cannot show, and a closed stream take everything."""
     errors = register()
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # `jacdiag ... >&-`
@@ -122,14 +127,14 @@ def forgive_streams() -> None:
 
 
 @contextlib.contextmanager
-def guest_talk() -> Iterator[None]:
-    """What the model's own code prints goes to stderr: stdout is the result's alone."""
+def model_output() -> Iterator[None]:
+    """Send what the model's own code prints to stderr: stdout is the result's alone."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A console on stdout or stderr that collects.
+    """Return a console on stdout or stderr that collects.
 
     Print to it inside `with c.capture() as held`, then `emit(held.get())`.
     Printing directly would make rich end the process with code 1 when a reader has gone.
@@ -140,11 +145,10 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def room(*, stderr: bool = False) -> int | None:
-    """Columns of the terminal on stdout; None where output is piped, and then nothing is cut or
-    wrapped to fit.
+    """Return the width of the terminal on stdout; None if output is piped: then nothing is cut.
 
     Args:
-        stderr: the text goes there.
+        stderr: whether the text goes there instead.
     """
     stream = sys.stderr if stderr else sys.stdout
     if not stream.isatty():
@@ -156,8 +160,13 @@ def room(*, stderr: bool = False) -> int | None:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a plain table. `interest` decides which go first where a terminal is narrow; 100
-    stays.
+    """A column of a plain table.
+
+    Attributes:
+        title: its header.
+        cells: its texts.
+        interest: the column with the least is left out first on a narrow terminal; 100 stays.
+        right: whether the texts are aligned to the right.
     """
 
     title: str
@@ -167,33 +176,52 @@ class Column:
 
     @property
     def width(self) -> int:
+        """The width of its widest text."""
         return max(len(text) for text in (self.title, *self.cells))
+
+    def padded(self) -> list[str]:
+        """Return the title and the cells, all of one width."""
+        width = self.width
+        texts = (self.title, *self.cells)
+        if self.right:
+            return [text.rjust(width) for text in texts]
+        return [text.ljust(width) for text in texts]
 
 
 def grid(columns: Sequence[Column], width: int | None = None, other: str = "markdown") -> str:
-    """A plain table: every column as wide as its widest text, two spaces between; no row is ever
-    wrapped.
+    """Return a plain table: every column as wide as its widest text, two spaces between.
 
-    Where a terminal is too narrow, a line below names the columns left out, and `other`, the format
-    that has them all.
+    No row is ever wrapped. If the terminal is too narrow, a line below names the columns that were
+    left out.
+
+    Args:
+        columns: from left to right.
+        width: of the terminal; None for no limit.
+        other: the format that has all columns.
     """
-    kept = list(columns)
-    while width is not None and sum(c.width + 2 for c in kept) - 2 > width:
-        droppable = [column for column in kept if column.interest < 100]
+    shown = _fitting(columns, width)
+    padded = [column.padded() for column in shown]
+    lines = ["  ".join(row).rstrip() for row in zip(*padded, strict=True)]
+    text = "".join(f"{clipped(line, width)}\n" for line in lines)
+    dropped = [column.title for column in columns if column not in shown]
+    if not dropped or not width:
+        return text
+    return text + _name_dropped(dropped, width, other)
+
+
+def _fitting(columns: Sequence[Column], width: int | None) -> list[Column]:
+    """Return the columns that fit a width, without those of the least interest."""
+    shown = list(columns)
+    while width is not None and sum(column.width + 2 for column in shown) - 2 > width:
+        droppable = [column for column in shown if column.interest < 100]
         if not droppable:
             break
-        kept.remove(min(droppable, key=lambda column: column.interest))
-    lines = []
-    for row in zip(*((c.title, *c.cells) for c in kept), strict=True):
-        cells = zip(row, kept, strict=True)
-        padded = [text.rjust(c.width) if c.right else text.ljust(c.width) for text, c in cells]
-        lines.append("  ".join(padded).rstrip())
-    text = "".join(f"{clipped(line, width)}\n" for line in lines)
-    dropped = [column.title for column in columns if column not in kept]
-    return text + (_told_of(dropped, width, other) if dropped and width else "")
+        shown.remove(min(droppable, key=lambda column: column.interest))
+    return shown
 
 
-def _told_of(dropped: list[str], width: int, other: str) -> str:
+def _name_dropped(dropped: list[str], width: int, other: str) -> str:
+    """Return a sentence that names the columns that were left out."""
     import textwrap
 
     from jacdiag.render.terminal.sentences import left_out
@@ -205,5 +233,7 @@ def _told_of(dropped: list[str], width: int, other: str) -> str:
 
 
 def clipped(line: str, width: int | None) -> str:
-    """A line cut to the terminal, with a sign that it was."""
-    return line if width is None or len(line) <= width else f"{line[: max(1, width - 1)]}…"
+    """Return a line cut to the terminal, with a sign that it was."""
+    if width is None or len(line) <= width:
+        return line
+    return f"{line[: max(1, width - 1)]}…"

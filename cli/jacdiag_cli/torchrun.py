@@ -1,6 +1,4 @@
-"""This process as one rank of several (`torchrun ... -m jacdiag_cli`): rank 0 alone is heard, and
-all end together.
-"""
+"""This process as one rank of several (`torchrun ... -m jacdiag_cli`): rank 0 alone prints."""
 
 from __future__ import annotations
 
@@ -25,8 +23,7 @@ _GRACE = 20.0  # and then those in which a long operation may end
 
 
 def enrolled() -> Team | None:
-    """Joins the other ranks, and handles SIGTERM from here on; None where this process is the only
-    one.
+    """Join the other ranks, and handle SIGTERM from here on; None if this process is the only one.
 
     Raises:
         RankError: they cannot be reached, or do not come.

@@ -1,4 +1,4 @@
-"""Two models compared: matched by role and depth, whatever their parts are called."""
+"""Two models compared: matched by role and depth, whatever the names of their modules are."""
 
 from jacdiag.comparison.earlier_report import (
     check_has_norms,

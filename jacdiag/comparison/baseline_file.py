@@ -1,4 +1,4 @@
-"""The file of a baseline: written whole, read with care, refused where it is of another model."""
+"""The file of a baseline: written in full or not at all, and checked when it is read."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ _LARGEST = 256 * 2**20  # bytes
 
 
 def read_baseline(path: str | os.PathLike[str]) -> FiguresRecord:
-    """Reads a baseline.
+    """Read a baseline.
+
+    Args:
+        path: of a file that `--write-baseline` wrote.
 
     Raises:
-        SourceError: missing, or no baseline; UsageError: of a newer version.
+        SourceError: there is no such file, or it is no baseline.
+        UsageError: it is of another version.
     """
     path = Path(path_text(path))
     try:
@@ -29,9 +33,8 @@ def read_baseline(path: str | os.PathLike[str]) -> FiguresRecord:
         raise SourceError(f"no such baseline: '{path}'", hint=hint) from None
     except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"cannot read the baseline '{path}'", got=str(error)) from error
-    if not isinstance(data, dict) or not all(
-        isinstance(data.get(key), dict) for key in ("sublayers", "weights")
-    ):
+    tables = [data.get(key) for key in ("sublayers", "weights")] if isinstance(data, dict) else []
+    if not tables or not all(isinstance(table, dict) for table in tables):
         hint = "--write-baseline writes one; a report is compared by `jacdiag diff`"
         raise SourceError(f"'{path}' is no baseline", hint=hint)
     if data.get("schema_version") != SCHEMA_VERSION:
@@ -47,8 +50,13 @@ def read_baseline(path: str | os.PathLike[str]) -> FiguresRecord:
 
 
 def write_baseline(path: str | os.PathLike[str], figures: FiguresRecord) -> None:
-    """Writes a baseline, whole or not at all; stable, so that a change shows as a small diff. "-"
-    is stdout.
+    """Write a baseline, in full or not at all.
+
+    The text is stable, so that a change shows as a small diff.
+
+    Args:
+        path: of the file; "-" is stdout.
+        figures: to write.
     """
     from jacdiag.records.output_file import write_output
 
@@ -57,16 +65,17 @@ def write_baseline(path: str | os.PathLike[str], figures: FiguresRecord) -> None
 
 
 def check_comparable(path: Path, now: FiguresRecord, before: FiguresRecord) -> None:
-    """Refuses a baseline of another model.
+    """Raise if a baseline is of another model.
 
     Raises:
         UsageError: no name of a sub-layer or weight is in both.
     """
-    if not (now.weights.keys() & before.weights.keys()) and not (
-        now.sublayers.keys() & before.sublayers.keys()
-    ):
-        raise UsageError(
-            f"the baseline '{path}' is of another model",
-            got=f"{before.model}, {before.layers} layers, beside {now.model}, {now.layers} layers",
-            hint="--write-baseline writes one of this model",
-        )
+    same_weights = now.weights.keys() & before.weights.keys()
+    same_sublayers = now.sublayers.keys() & before.sublayers.keys()
+    if same_weights or same_sublayers:
+        return
+    raise UsageError(
+        f"the baseline '{path}' is of another model",
+        got=f"{before.model}, {before.layers} layers; now {now.model}, {now.layers} layers",
+        hint="--write-baseline writes one of this model",
+    )

@@ -1,6 +1,4 @@
-"""A model compared with an earlier one: reading the earlier report, refusing another architecture,
-the changes.
-"""
+"""A model compared with an earlier one of the same architecture."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ from jacdiag.comparison.match import (
     numbered_rows,
     numbered_weights,
 )
-from jacdiag.comparison.probe_facts import facts_of, options, parting, spoken
+from jacdiag.comparison.probe_facts import facts_of, parting, probe_options, spoken
 from jacdiag.comparison.seed_spread import figures_of
 from jacdiag.errors import SourceError, UsageError
 from jacdiag.records import (
@@ -76,17 +74,16 @@ def check_has_norms(report: Report, name: str) -> None:
         "audit it with a model that runs (--model FACTORY); `jacdiag diff --contract-only` "
         "compares weights"
     )
-    got = (
-        "a report of weights alone"
-        if report.tier == "weights"
-        else "a report without a branch norm"
-    )
+    got = "a report without a branch norm"
+    if report.tier == "weights":
+        got = "a report of weights alone"
     raise UsageError(f"there is nothing to compare with in '{name}'", got=got, hint=hint)
 
 
 def check_same_probe(now: ProbeRecord, dtype: str, earlier: Report, name: str) -> None:
-    """Raise if an earlier report was measured with another probe: norms would differ for that
-    reason alone.
+    """Raise if an earlier report was measured with a different probe.
+
+    Norms would differ for that reason alone.
 
     Args:
         now: the probe of the model that is audited, with its digest.
@@ -105,20 +102,24 @@ def check_same_probe(now: ProbeRecord, dtype: str, earlier: Report, name: str) -
     if differing:
         got = f"{spoken(before)}; now {spoken(facts)}"
         hint = (
-            f"{options(before, differing)}, as in '{name}'; or pass the earlier checkpoint itself"
+            f"{probe_options(before, differing)}, as in '{name}'; or pass the earlier checkpoint "
+            "itself"
         )
         raise UsageError(f"'{name}' was measured with another probe", got=got, hint=hint)
     if now.digest and probe.digest and now.digest != probe.digest:
-        got = "another input of the same size" + (
-            f", from {now.tokens}" if not now.is_random else ""
-        )
+        got = "another input of the same size"
+        if not now.is_random:
+            got += f", from {now.tokens}"
         hint = "pass the earlier checkpoint itself: both are then measured with one probe"
         raise UsageError(f"'{name}' was measured with another probe", got=got, hint=hint)
 
 
 def _facts(probe: ProbeRecord, dtype: str) -> dict[str, object]:
+    """Return what norms depend on apart from the model, with the seed of a random probe."""
     facts = facts_of(probe, dtype)
-    return {**facts, "seed": probe.seed} if probe.is_random else facts
+    if probe.is_random:
+        facts["seed"] = probe.seed
+    return facts
 
 
 def check_same_architecture(
@@ -127,8 +128,10 @@ def check_same_architecture(
     widths: tuple[int | None, int | None],
     name: str,
 ) -> None:
-    """Raise unless every sub-layer has a counterpart at its depth, of its kind and with its
-    placement of the norm.
+    """Raise unless two models have the same sub-layers.
+
+    Every sub-layer needs a counterpart at its depth, of its kind and with its placement of the
+    norm.
 
     Args:
         now: the sub-layers of the model that is audited.
@@ -140,10 +143,10 @@ def check_same_architecture(
         UsageError: the two are of different architectures.
     """
     ours, theirs = numbered_rows(now), numbered_rows(earlier)
-    same_rows = ours.keys() == theirs.keys()
-    same_norms = same_rows and all(ours[key].placement == theirs[key].placement for key in ours)
+    placements = {key: row.placement for key, row in ours.items()}
+    same_sublayers = placements == {key: row.placement for key, row in theirs.items()}
     same_width = None in widths or widths[0] == widths[1]
-    if same_norms and same_width:
+    if same_sublayers and same_width:
         return
     got = f"{_outline(theirs.values(), widths[1])}; now {_outline(ours.values(), widths[0])}"
     hint = (
@@ -154,15 +157,15 @@ def check_same_architecture(
 
 
 def _outline(rows: Iterable[Placed], width: int | None) -> str:
-    """ "12 sub-layers (6 attention, 6 mlp) in pre-norm, width 64"."""
-    listed = list(rows)
-    kinds = [row.kind for row in listed]
+    """Return an architecture in words: "12 sub-layers (6 attention, 6 mlp) in pre-norm"."""
+    kinds = []
+    placements = set()
+    for row in rows:
+        kinds.append(row.kind)
+        placements.add("no norm" if row.placement == "none" else f"{row.placement}-norm")
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
-    placements = sorted(
-        {"no norm" if row.placement == "none" else f"{row.placement}-norm" for row in listed}
-    )
-    wide = f", width {width}" if width is not None else ""
-    return f"{len(listed)} sub-layers ({counts}) in {' and '.join(placements)}{wide}"
+    in_width = f", width {width}" if width is not None else ""
+    return f"{len(kinds)} sub-layers ({counts}) in {' and '.join(sorted(placements))}{in_width}"
 
 
 def compare_with_earlier(
@@ -181,16 +184,19 @@ def compare_with_earlier(
         What differs beyond both intervals, and the earlier figures under the names of now, as JD110
         reads them.
     """
+    # 1. Pair the sub-layers, and see which have a norm in both reports.
     ours, theirs = numbered_rows(now.sublayers), numbered_rows(earlier.sublayers)
     pairs = [(row, theirs[key]) for key, row in ours.items() if key in theirs]
-    measured = [
-        (row, other)
-        for row, other in pairs
-        if row.branch_norm is not None and other.branch_norm is not None
-    ]
-    missing = [
-        row.name for row, other in pairs if (row.branch_norm is None) != (other.branch_norm is None)
-    ]
+    measured = []
+    missing = []
+    for row, other in pairs:
+        norms = (row.branch_norm, other.branch_norm)
+        if None not in norms:
+            measured.append((row, other))
+        elif norms != (None, None):
+            missing.append(row.name)
+
+    # 2. List what differs.
     training = "trained" in (now.state, earlier.state)
     record = AgainstRecord(
         source=name,
@@ -202,47 +208,50 @@ def compare_with_earlier(
         changes=_changes(earlier, now),
         branch_norms={row.name: list(_ends(other.branch_norm)) for row, other in measured},
     )
-    named = _renamed(
-        earlier, {other.name: row.name for row, other in pairs}, _weight_names(now, earlier)
-    )
-    return record, figures_of([named], 0.0 if training else margin)
+
+    # 3. Give the earlier figures the names of now. Two steps of one training have no seeds between
+    # them.
+    names = {other.name: row.name for row, other in pairs}
+    renamed = _renamed(earlier, names, _weight_names(now, earlier))
+    return record, figures_of([renamed], 0.0 if training else margin)
 
 
 def _changes(earlier: Report, now: Report) -> list[ChangeRecord]:
-    """The figures of sub-layers that `jacdiag diff` lists, then the end-to-end norm."""
-    changes = [
-        ChangeRecord(pair.b, pair.depth, pair.figure, list(pair.old), list(pair.new))
-        for pair in compare(earlier, now).parted
-        if pair.figure in FIGURES and pair.old is not None and pair.new is not None
-    ]
-    if now.network is not None and earlier.network is not None:
-        before, after = earlier.network.end_to_end, now.network.end_to_end
-        if before is not None and after is not None and are_apart(_ends(before), _ends(after)):
-            changes.append(
-                ChangeRecord("", None, "end_to_end", list(_ends(before)), list(_ends(after)))
-            )
-    return changes
+    """Return the changes of the figures of sub-layers, then that of the end-to-end norm."""
+    changes = []
+    for pair in compare(earlier, now).parted:
+        if pair.figure in FIGURES and pair.old is not None and pair.new is not None:
+            old, new = list(pair.old), list(pair.new)
+            changes.append(ChangeRecord(pair.b, pair.depth, pair.figure, old, new))
+    if now.network is None or earlier.network is None:
+        return changes
+    before, after = earlier.network.end_to_end, now.network.end_to_end
+    if before is None or after is None or not are_apart(_ends(before), _ends(after)):
+        return changes
+    end_to_end = ChangeRecord("", None, "end_to_end", list(_ends(before)), list(_ends(after)))
+    return [*changes, end_to_end]
 
 
 def _ends(interval: Interval | None) -> Ends:
+    """Return lower end, estimate and upper end of an interval that was measured."""
     assert interval is not None
     return (interval.lower, interval.estimate, interval.upper)
 
 
 def _weight_names(now: Report, earlier: Report) -> Mapping[str, str]:
-    """Names of the earlier weights -> names of their counterparts now; by layer and role if the
-    names differ.
-    """
+    """Return the names of the earlier weights -> names of their counterparts now."""
     ours, theirs = numbered_weights(now), numbered_weights(earlier)
     return {weight.parameter: ours[key].parameter for key, weight in theirs.items() if key in ours}
 
 
 def _renamed(report: Report, rows: Mapping[str, str], weights: Mapping[str, str]) -> Report:
+    """Return a report with other names of sub-layers and weights."""
     sublayers = [replace(row, name=rows.get(row.name, row.name)) for row in report.sublayers]
     contract = report.contract
     if contract is not None:
-        named = [
-            replace(w, parameter=weights.get(w.parameter, w.parameter)) for w in contract.weights
+        renamed = [
+            replace(weight, parameter=weights.get(weight.parameter, weight.parameter))
+            for weight in contract.weights
         ]
-        contract = replace(contract, weights=named)
+        contract = replace(contract, weights=renamed)
     return replace(report, sublayers=sublayers, contract=contract)

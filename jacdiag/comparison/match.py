@@ -1,9 +1,8 @@
-"""Matches the sub-layers and weights of two reports, and finds the first where they part beyond
-their intervals.
+"""Matches the sub-layers and weights of two reports, and finds where they differ.
 
-A sub-layer is known by its depth, its kind and its number among those of that kind at that depth; a
-weight by layer, role and number. W_Q, W_K and W_V of one model beside a fused W_QKV of the other
-are put together, as are W_gate and W_1 beside W_gate_up.
+A sub-layer is identified by its depth, its kind and its number among those of that kind at that
+depth. A weight is identified by layer, role and number. If one model has W_Q, W_K and W_V and the
+other a fused W_QKV, the three are put together, and so are W_gate and W_1 for W_gate_up.
 """
 
 from __future__ import annotations
@@ -45,9 +44,10 @@ class Pair:
 
     Attributes:
         depth: None outside all layers.
-        part: kind of the sub-layer, or role of the weight; `figure` is its branch_norm, std ...
-        a, b: what it is called in each, "" where it is missing.
-        old, new: lower, middle and upper end in each; None where it is missing or was not measured.
+        part: kind of the sub-layer, or role of the weight.
+        figure: branch_norm, std or another figure of it.
+        a, b: its name in each model, "" if it is missing.
+        old, new: lower, middle and upper end in each; None if it is missing or was not measured.
         parts: whether the intervals have no value in common, or it is missing in one.
     """
 
@@ -62,16 +62,19 @@ class Pair:
 
     @property
     def ratio(self) -> float | None:
-        """New over old."""
-        return self.new[1] / self.old[1] if self.old and self.new and self.old[1] else None
+        """The new estimate over the old one; None if there is none."""
+        if self.old is None or self.new is None or not self.old[1]:
+            return None
+        return self.new[1] / self.old[1]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All pairs, in the order in which the forward meets them; `first` is the first that parts,
-    None if none does.
+    """All pairs of two reports.
 
-    `notes` say what makes figures part that is not in the models.
+    Attributes:
+        pairs: in the order in which the forward meets them.
+        notes: why figures may differ for a reason outside the models.
     """
 
     pairs: tuple[Pair, ...]
@@ -79,72 +82,92 @@ class Comparison:
 
     @property
     def first(self) -> Pair | None:
+        """The first pair that differs; None if none does."""
         return next((p for p in self.pairs if p.parts), None)
 
     @property
     def parted(self) -> tuple[Pair, ...]:
+        """The pairs that differ."""
         return tuple(p for p in self.pairs if p.parts)
 
 
 def compare(a: Report, b: Report) -> Comparison:
-    """Compares two reports.
+    """Compare two reports figure by figure.
+
+    Args:
+        a, b: the reports; `a` is the older one.
+
+    Raises:
+        UsageError: one of them is no report.
 
     Example:
         >>> compare(report_of_main, report_of_branch).first           # doctest: +SKIP
         Pair(depth=0, part='W_2', figure='std', a='h.0.mlp.c_proj.weight', ...)
     """
-    for given in (a, b):
-        if not isinstance(given, Report):
+    for report in (a, b):
+        if not isinstance(report, Report):
+            got = f"type {type(report).__name__}"
             hint = "jacdiag.audit(SOURCE), or Report.from_json(TEXT)"
-            raise UsageError(
-                "compare takes two reports", got=f"type {type(given).__name__}", hint=hint
-            )
+            raise UsageError("compare takes two reports", got=got, hint=hint)
     pairs = [*_weight_pairs(a, b), *_sublayer_pairs(a, b)]
     return Comparison(tuple(sorted(pairs, key=_place)), tuple(_notes(a, b)))
 
 
 def _notes(a: Report, b: Report) -> Iterable[str]:
-    ours, theirs = drawn_with(a), drawn_with(b)
-    if parting(ours, theirs):
+    """Yield why figures may differ for a reason outside the models."""
+    probe_of_a, probe_of_b = drawn_with(a), drawn_with(b)
+    if parting(probe_of_a, probe_of_b):
         yield (
-            f"the probes differ, and norms may part by that alone: {spoken(ours)} of A beside "
-            f"{spoken(theirs)} of B"
+            f"the probes differ, and norms may differ by that alone: {spoken(probe_of_a)} of A, "
+            f"{spoken(probe_of_b)} of B"
         )
 
 
 def _place(pair: Pair) -> tuple[float, int, int]:
-    """The embedding before layer 0, the head behind the last; in a layer weights before the figures
-    they cause.
+    """Return the place of a pair in the forward.
+
+    The embedding is before layer 0, the head after the last. In a layer the weights are before the
+    figures that they cause.
     """
-    outside = -1.0 if pair.part in ("embedding", "positions") else math.inf
-    weight = _ORDER.index(pair.part) if pair.part in _ORDER else len(_ORDER)
+    if pair.depth is not None:
+        depth = float(pair.depth)
+    elif pair.part in ("embedding", "positions"):
+        depth = -1.0
+    else:
+        depth = math.inf
     figure = 1 + FIGURES.index(pair.figure) if pair.figure in FIGURES else 0
-    return (outside if pair.depth is None else float(pair.depth), figure, weight)
+    weight = _ORDER.index(pair.part) if pair.part in _ORDER else len(_ORDER)
+    return depth, figure, weight
 
 
 # -- sub-layers ------------------------------------------------------------------------------------
 def _sublayer_pairs(a: Report, b: Report) -> Iterable[Pair]:
-    ours, theirs = numbered_rows(a.sublayers), numbered_rows(b.sublayers)
-    if not ours or not theirs:  # weights alone on one side
+    """Yield the pairs of the figures of sub-layers, and those that one report lacks."""
+    rows_of_a, rows_of_b = numbered_rows(a.sublayers), numbered_rows(b.sublayers)
+    if not rows_of_a or not rows_of_b:  # weights alone on one side
         return
-    for key in dict.fromkeys((*ours, *theirs)):
-        one, other = ours.get(key), theirs.get(key)
-        row = one or other
-        assert row is not None
-        names = (one.name if one else "", other.name if other else "")
-        if one is None or other is None:
-            yield Pair(row.depth, row.kind, "sub-layer", *names, None, None, True)
+    for key in dict.fromkeys((*rows_of_a, *rows_of_b)):
+        first, second = rows_of_a.get(key), rows_of_b.get(key)
+        if first is not None and second is not None:
+            yield from _figure_pairs(first, second)
+        elif first is not None:
+            yield Pair(first.depth, first.kind, "sub-layer", first.name, "", None, None, True)
+        elif second is not None:
+            yield Pair(second.depth, second.kind, "sub-layer", "", second.name, None, None, True)
+
+
+def _figure_pairs(first: SublayerRecord, second: SublayerRecord) -> Iterable[Pair]:
+    """Yield the pairs of the figures of one sub-layer that either report has."""
+    for figure in FIGURES:
+        old, new = ends_of(first, figure), ends_of(second, figure)
+        if old is None and new is None:
             continue
-        for figure in FIGURES:
-            old, new = ends_of(one, figure), ends_of(other, figure)
-            if old is not None or new is not None:
-                yield Pair(row.depth, row.kind, figure, *names, old, new, are_apart(old, new))
+        names = (first.name, second.name)
+        yield Pair(first.depth, first.kind, figure, *names, old, new, are_apart(old, new))
 
 
 class Placed(Protocol):
-    """What a sub-layer is matched by: a record of a report, or a sub-layer that was found and not
-    yet measured.
-    """
+    """What a sub-layer is matched by, measured or not."""
 
     @property
     def name(self) -> str: ...
@@ -162,9 +185,7 @@ Row = TypeVar("Row", bound=Placed)
 
 
 def numbered_rows(rows: Iterable[Row]) -> dict[Key, Row]:
-    """Return the sub-layers on the stream by depth, kind, and number among those of that kind at
-    that depth.
-    """
+    """Return the sub-layers on the stream by depth, kind, and number among those of that kind."""
     seen: dict[Key, int] = {}
     numbered: dict[Key, Row] = {}
     for row in rows:
@@ -177,94 +198,96 @@ def numbered_rows(rows: Iterable[Row]) -> dict[Key, Row]:
 
 
 def ends_of(row: SublayerRecord, figure: str) -> Ends | None:
+    """Return lower end, middle and upper end of a figure; None if it was not measured."""
     value = getattr(row, figure)
     if value is None:
         return None
-    if isinstance(value, Interval) and value.per_token is not None and figure == "norm_gain":
-        return (value.per_token.median, value.per_token.p99, value.per_token.max)
-    if isinstance(value, Interval):
-        return (value.lower, value.estimate, value.upper)
-    return (value.min, value.median, value.max)  # over tokens
+    if not isinstance(value, Interval):
+        return value.min, value.median, value.max  # over tokens
+    if value.per_token is not None and figure == "norm_gain":
+        return value.per_token.median, value.per_token.p99, value.per_token.max
+    return value.lower, value.estimate, value.upper
 
 
 def are_apart(old: Ends | None, new: Ends | None) -> bool:
+    """Return whether two intervals have no value in common, but for rounding.
+
+    One that was not measured says nothing. NaN is apart from everything.
+    """
     if old is None or new is None:
-        return False  # not measured on one side: nothing is said
-    if any(math.isnan(x) for x in (*old, *new)):
+        return False
+    if any(math.isnan(end) for end in (*old, *new)):
         return True
-    return old[0] * (1 - _ROUNDING) > new[2] * (1 + _ROUNDING) or new[0] * (1 - _ROUNDING) > old[
-        2
-    ] * (1 + _ROUNDING)
+    return _is_above(old, new) or _is_above(new, old)
+
+
+def _is_above(upper: Ends, lower: Ends) -> bool:
+    """Return whether an interval lies above another one."""
+    return upper[0] * (1 - _ROUNDING) > lower[2] * (1 + _ROUNDING)
 
 
 # -- weights ---------------------------------------------------------------------------------------
 def _weight_pairs(a: Report, b: Report) -> Iterable[Pair]:
-    ours, theirs = _like_each_other(numbered_weights(a), numbered_weights(b))
-    if not ours or not theirs:
+    """Yield the pairs of the std of weights, and those that one report lacks."""
+    weights_of_a, weights_of_b = numbered_weights(a), numbered_weights(b)
+    fused_a = _fuse_like(weights_of_a, weights_of_b)
+    fused_b = _fuse_like(weights_of_b, weights_of_a)
+    if not fused_a or not fused_b:
         return
-    for key in dict.fromkeys((*ours, *theirs)):
-        one, other = ours.get(key), theirs.get(key)
-        weight = one or other
+    for key in dict.fromkeys((*fused_a, *fused_b)):
+        first, second = fused_a.get(key), fused_b.get(key)
+        weight = first or second
         assert weight is not None
-        names = (one.parameter if one else "", other.parameter if other else "")
-        old, new = _std(one), _std(other)
-        missing = (one is None or other is None) and weight.role not in (
-            "bias",
-            "norm_gain",
-            "scale",
-            "",
-        )
-        yield Pair(
-            weight.layer, weight.role, "std", *names, old, new, missing or are_apart(old, new)
-        )
+        names = (first.parameter if first else "", second.parameter if second else "")
+        old, new = _std(first), _std(second)
+        differs = first is None or second is None or are_apart(old, new)
+        yield Pair(weight.layer, weight.role, "std", *names, old, new, differs)
 
 
 def numbered_weights(report: Report) -> dict[Key, WeightRecord]:
-    """Return the weights that have a role by layer, role, and number among those of that role in
-    that layer.
-    """
+    """Return the weights that have a role by layer, role, and number among those of that role."""
+    if report.contract is None:
+        return {}
     seen: dict[Key, int] = {}
-    found: dict[Key, WeightRecord] = {}
-    for weight in report.contract.weights if report.contract is not None else ():
+    numbered: dict[Key, WeightRecord] = {}
+    for weight in report.contract.weights:
         if not weight.role or weight.role in ("bias", "norm_gain", "scale"):
             continue
         key: Key = (weight.layer, weight.role)
         seen[key] = seen.get(key, 0) + 1
-        found[(*key, seen[key])] = weight
-    return found
+        numbered[(*key, seen[key])] = weight
+    return numbered
 
 
 Weights = dict[Key, WeightRecord]
 
 
-def _like_each_other(ours: Weights, theirs: Weights) -> tuple[Weights, Weights]:
-    """Puts parts together in one model that are fused in the other."""
-    return _fused_as(ours, theirs), _fused_as(theirs, ours)
-
-
-def _fused_as(weights: Weights, model: Mapping[Key, WeightRecord]) -> Weights:
-    made = dict(weights)
+def _fuse_like(weights: Weights, model: Mapping[Key, WeightRecord]) -> Weights:
+    """Return weights with those put together that another model has fused."""
+    fused = dict(weights)
     for layer, role, number in model:
         keys: list[Key] = [(layer, part, number) for part in FUSED.get(str(role), ())]
-        if keys and (layer, role, number) not in made and all(k in made for k in keys):
-            made[layer, role, number] = _together([made.pop(k) for k in keys], str(role))
-    return made
+        if not keys or (layer, role, number) in fused:
+            continue
+        if all(key in fused for key in keys):
+            fused[layer, role, number] = _put_together([fused.pop(key) for key in keys], str(role))
+    return fused
 
 
-def _together(parts: list[WeightRecord], role: str) -> WeightRecord:
-    """Several weights as one: their mean square, and the interval that theirs make."""
-    sizes = [math.prod(p.shape) for p in parts]
+def _put_together(weights: list[WeightRecord], role: str) -> WeightRecord:
+    """Return several weights as one: their mean square, and the interval that theirs make."""
+    sizes = [math.prod(weight.shape) for weight in weights]
 
     def pooled(figure: str) -> float | None:
-        values = [getattr(p, figure) for p in parts]
-        if any(v is None for v in values):
+        values = [getattr(weight, figure) for weight in weights]
+        if any(value is None for value in values):
             return None
-        return math.sqrt(sum(n * v * v for n, v in zip(sizes, values, strict=True)) / sum(sizes))
+        squares = [n * v * v for n, v in zip(sizes, values, strict=True)]
+        return math.sqrt(sum(squares) / sum(sizes))
 
-    name = " + ".join(p.parameter for p in parts)
     return replace(
-        parts[0],
-        parameter=name,
+        weights[0],
+        parameter=" + ".join(weight.parameter for weight in weights),
         role=role,
         std=pooled("std"),
         lower=pooled("lower"),
@@ -273,6 +296,7 @@ def _together(parts: list[WeightRecord], role: str) -> WeightRecord:
 
 
 def _std(weight: WeightRecord | None) -> Ends | None:
+    """Return the std of a weight with its interval."""
     if weight is None or weight.std is None or weight.lower is None or weight.upper is None:
         return None
     return (weight.lower, weight.std, weight.upper)

@@ -1,6 +1,4 @@
-"""What two probes must have in common for the figures that they gave to be held against each
-other.
-"""
+"""What two probes must have in common so that the figures measured with them can be compared."""
 
 from __future__ import annotations
 
@@ -13,55 +11,68 @@ Facts = Mapping[str, Any]
 
 
 def facts_of(probe: ProbeRecord, dtype: str) -> dict[str, Any]:
-    """Size, source of the tokens, and precision: what norms depend on beside the model."""
+    """Return what norms depend on apart from the model: size, source of the tokens, precision."""
     return {"batch": probe.batch, "seq": probe.seq, "tokens": probe.tokens, "dtype": dtype}
 
 
 def measured_with(report: Report) -> dict[str, Any]:
-    """The facts of a report's probe; {} where no norm was measured with it."""
+    """Return the facts of a report's probe; {} if no norm was measured with it."""
     if report.probe is None or not any(row.branch_norm is not None for row in report.sublayers):
         return {}
     return facts_of(report.probe, str(report.settings.get("dtype", "")))
 
 
 def drawn_with(report: Report) -> dict[str, Any]:
-    """The same, with the seed where tokens were drawn with it."""
+    """Return the facts of a report's probe, with the seed that its tokens were drawn with."""
     facts = measured_with(report)
-    seeded = report.probe if facts.get("tokens") == "random" else None
-    return facts if seeded is None else {**facts, "seed": seeded.seed}
+    if report.probe is not None and facts.get("tokens") == "random":
+        facts["seed"] = report.probe.seed
+    return facts
 
 
 def parting(now: Facts, before: Facts) -> list[str]:
-    """The facts that both know and that differ; none for a baseline or report that does not say."""
+    """Return the facts that differ, of those that both have."""
     return [key for key in now if key in before and now[key] != before[key]]
 
 
 def spoken(facts: Facts) -> str:
-    """ "2 x 64 random tokens, float32"."""
-    seq, tokens = facts.get("seq"), facts.get("tokens")
-    size = f"{facts.get('batch')} x {seq}" if seq else f"batch {facts.get('batch')}"
-    named = {
+    """Return the facts of a probe in words: "2 x 64 random tokens, float32"."""
+    batch, seq, tokens = facts.get("batch"), facts.get("seq"), str(facts.get("tokens"))
+    size = f"{batch} x {seq}" if seq else f"batch {batch}"
+    sources = {
         "random": f"{size} random tokens",
         "random pixels": f"{size} of random pixels",
         "inputs": f"{size}, from --inputs",
     }
-    words = [named.get(str(tokens), f"{size} tokens of {tokens}"), str(facts.get("dtype") or "")]
-    words += [f"seed {facts['seed']}"] if "seed" in facts else []
-    return ", ".join(word for word in words if word)
+    words = [sources.get(tokens, f"{size} tokens of {tokens}")]
+    if facts.get("dtype"):
+        words.append(str(facts["dtype"]))
+    if "seed" in facts:
+        words.append(f"seed {facts['seed']}")
+    return ", ".join(words)
 
 
-def options(facts: Facts, keys: Sequence[str]) -> str:
-    """The options that give a probe these facts: "--batch 2 --seq 64"."""
+def probe_options(facts: Facts, keys: Sequence[str]) -> str:
+    """Return the options that give a probe these facts: "--batch 2 --seq 64".
+
+    Args:
+        facts: of the probe.
+        keys: the facts to give options for.
+    """
     tokens = str(facts.get("tokens")).partition(" through ")[0]  # the file, without its tokenizer
     without = "without --tokens and --inputs"
-    known = {
+    ways = {
         "random": without,
         "random pixels": without,
         "text": without,
         "inputs": "with its --inputs",
     }
-    return " ".join(
-        known.get(tokens, f"--tokens {tokens}") if key == "tokens" else f"--{key} {facts[key]}"
-        for key in keys
-        if facts[key] is not None
-    )
+    options = []
+    for key in keys:
+        if facts[key] is None:
+            continue
+        option = f"--{key} {facts[key]}"
+        if key == "tokens":
+            option = ways.get(tokens, f"--tokens {tokens}")
+        options.append(option)
+    return " ".join(options)

@@ -1,6 +1,4 @@
-"""The figures of a model over seeds, with the intervals in which those of one more seed lie: what a
-baseline keeps.
-"""
+"""The figures of a model over seeds, with the intervals in which those of one more seed lie."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ _Ends = tuple[float, float, float]
 
 
 def figures_of(reports: Sequence[Report], margin: float, command: str = "") -> FiguresRecord:
-    """The figures of a model over the reports of its seeds.
+    """Return the figures of a model over the reports of its seeds, as a baseline holds them.
 
     A figure varies from seed to seed by about the same share in all sub-layers of a kind. That
     share is measured over the seeds, and gives the interval in which one more seed lies (Student's
@@ -30,21 +28,21 @@ def figures_of(reports: Sequence[Report], margin: float, command: str = "") -> F
         margin: relative, for one seed.
     """
     first, count = reports[0], len(reports)
-    values: dict[tuple[str, str], dict[str, list[_Ends]]] = {}
-    for report in reports:
-        for row in report.sublayers:
-            for figure, pair in _figures(row).items():
-                values.setdefault((figure, row.kind), {}).setdefault(row.name, []).append(pair)
     sublayers: dict[str, dict[str, list[float]]] = {}
     spreads = []
-    for (figure, _), rows in values.items():
-        whole = [pairs for pairs in rows.values() if len(pairs) == count]
-        spread = _spread(whole)
-        spreads += [] if spread is None else [spread]
-        reach = margin if spread is None else _reach(spread, len(whole), count)
-        for name, pairs in rows.items():
-            low, high = min(p[0] for p in pairs), max(p[2] for p in pairs)
-            middle = statistics.median(p[1] for p in pairs)
+    for (figure, _), rows in _by_figure_and_kind(reports).items():
+        # 1. How far a figure reaches above its middle, from its spread over the seeds.
+        complete = [seeds for seeds in rows.values() if len(seeds) == count]
+        spread = _spread(complete)
+        reach = margin
+        if spread is not None:
+            spreads.append(spread)
+            reach = _reach(spread, len(complete), count)
+
+        # 2. The interval of each sub-layer.
+        for name, seeds in rows.items():
+            low, high = min(ends[0] for ends in seeds), max(ends[2] for ends in seeds)
+            middle = statistics.median(ends[1] for ends in seeds)
             sublayers.setdefault(name, {})[figure] = [low, middle, max(high, middle * (1 + reach))]
     return FiguresRecord(
         model=first.model.name,
@@ -62,48 +60,67 @@ def figures_of(reports: Sequence[Report], margin: float, command: str = "") -> F
     )
 
 
+def _by_figure_and_kind(
+    reports: Sequence[Report],
+) -> dict[tuple[str, str], dict[str, list[_Ends]]]:
+    """Return (figure, kind) -> sub-layer -> the figure of each seed."""
+    values: dict[tuple[str, str], dict[str, list[_Ends]]] = {}
+    for report in reports:
+        for row in report.sublayers:
+            for figure, ends in _figures(row).items():
+                values.setdefault((figure, row.kind), {}).setdefault(row.name, []).append(ends)
+    return values
+
+
 def _figures(row: SublayerRecord) -> dict[str, _Ends]:
-    """Lower end, estimate and upper end of each figure that was measured."""
-    found = {}
+    """Return lower end, estimate and upper end of each figure that was measured."""
+    figures = {}
     for name in ("branch_norm", "core_norm"):
         interval = getattr(row, name)
         if interval is not None and interval.lower > 0 and math.isfinite(interval.upper):
-            found[name] = (interval.lower, interval.estimate, interval.upper)
+            figures[name] = (interval.lower, interval.estimate, interval.upper)
     gain = row.norm_gain
     if gain is not None:
         value = gain.per_token.p99 if gain.per_token is not None else gain.estimate
         if value > 0 and math.isfinite(value):
-            found["norm_gain"] = (value, value, value)
-    return found
+            figures["norm_gain"] = (value, value, value)
+    return figures
 
 
 def _spread(rows: Sequence[Sequence[_Ends]]) -> float | None:
-    """Standard deviation of the logarithm from seed to seed, pooled over sub-layers."""
-    squares = [
-        statistics.variance([math.log(p[1]) for p in pairs]) for pairs in rows if len(pairs) > 1
-    ]
-    return math.sqrt(sum(squares) / len(squares)) if squares else None
+    """Return the standard deviation of the logarithm from seed to seed, pooled over sub-layers.
+
+    None if there is one seed only.
+    """
+    logs = [[math.log(estimate) for _, estimate, _ in seeds] for seeds in rows]
+    variances = [statistics.variance(values) for values in logs if len(values) > 1]
+    if not variances:
+        return None
+    return math.sqrt(sum(variances) / len(variances))
 
 
 def _reach(spread: float, rows: int, count: int) -> float:
-    """How far above the middle of `count` seeds one more lies at most, relative: Student's t on a
-    log scale.
+    """Return how far above the middle of `count` seeds one more lies at most, relative.
+
+    That is Student's t on a log scale.
     """
     quantile = -float(stdtrit(max(rows * (count - 1), 1), _ALPHA))
     return math.expm1(min(quantile * spread * math.sqrt(1 + 1 / count), 50.0))
 
 
 def _weights(report: Report) -> dict[str, dict[str, object]]:
+    """Return the draw of each weight, as a baseline holds it."""
     if report.contract is None:
         return {}
-    return {
-        w.parameter: {
-            "role": w.role,
-            "family": w.family,
-            "std": w.std,
-            "lower": w.lower,
-            "upper": w.upper,
-            "value": w.mean if w.family in ("zero", "constant") else None,
+    draws: dict[str, dict[str, object]] = {}
+    for weight in report.contract.weights:
+        is_constant = weight.family in ("zero", "constant")
+        draws[weight.parameter] = {
+            "role": weight.role,
+            "family": weight.family,
+            "std": weight.std,
+            "lower": weight.lower,
+            "upper": weight.upper,
+            "value": weight.mean if is_constant else None,
         }
-        for w in report.contract.weights
-    }
+    return draws

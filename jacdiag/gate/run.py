@@ -1,11 +1,11 @@
-"""One gate run: build, audit, decide, over seeds; put together; compare; an exit code."""
+"""One gate run: build and audit a model for each seed, merge the reports, compare, decide."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ from jacdiag.comparison.seed_spread import figures_of
 from jacdiag.errors import UsageError
 from jacdiag.gate.source_location import located
 from jacdiag.measure.family_confidence import Family
-from jacdiag.pipeline.argument_types import codes_of
-from jacdiag.pipeline.audit import audit
+from jacdiag.pipeline.audit import run_audit
+from jacdiag.pipeline.options import AuditOptions
 from jacdiag.records import LEVELS, FiguresRecord, Finding, Report, RuleResult, Verdict
-from jacdiag.records.option_ranges import check_ranges
+from jacdiag.records.option_ranges import RANGES
 from jacdiag.rules import evaluate, measurement, selected
 from jacdiag.rules.remedy_targets import with_fixes
 from jacdiag.rules.thresholds import load_thresholds
@@ -28,10 +28,15 @@ from jacdiag.sources import Source
 from jacdiag.sources.python_source import path_text, source_of
 
 PASS, FINDINGS, UNDECIDED = 0, 1, 3
-_MORE = 4  # times the products, where a rule stayed undecided
-_MOST = 4000
-# formats of sources that a gate takes as freshly initialised
-_BUILT = ("factory", "hf-config", "module")
+_MORE_PRODUCTS = 4  # times as many, if a rule stayed undecided
+_MOST_PRODUCTS = 4000
+# Formats of sources that a gate takes as freshly initialised.
+_FRESH_FORMATS = ("factory", "hf-config", "module")
+# Formats of sources that build other weights for another seed.
+_SEEDED_FORMATS = ("factory", "hf-config")
+# From worst to best: the worst of all seeds counts.
+_STATUSES = ("fired", "unknown", "clean", "not-applicable")
+_VERDICTS: tuple[Verdict, ...] = ("fail", "warn", "unknown", "observed", "pass")
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Outcome:
 
     def __str__(self) -> str:
         """Return how the gate came out, and the summary of the report."""
-        words = {0: "passed", 1: "failed", 3: "undecided"}
+        words = {PASS: "passed", FINDINGS: "failed", UNDECIDED: "undecided"}
         word = words.get(self.exit_code, "")
         if self.exit_code == PASS and self.report.verdict == "observed":
             word = "observed a trained model"
@@ -82,7 +87,7 @@ def gate(
     command: str = "",
     **options: Any,
 ) -> Outcome:
-    """Audits a freshly initialised model over several seeds and decides whether it may pass.
+    """Audit a freshly initialised model over several seeds and decide whether it may pass.
 
     Args:
         source: as for `jacdiag.audit`, or a callable that returns a new module.
@@ -99,6 +104,9 @@ def gate(
         command: for the report.
         **options: of `jacdiag.audit`.
 
+    Returns:
+        The outcome: the merged report, the exit code, and the figures for a baseline.
+
     Raises:
         JacdiagError: as `jacdiag.audit`; also a baseline that cannot be read or is of another
             model.
@@ -109,209 +117,305 @@ def gate(
         >>> out.exit_code, out.report.settings["gate"]["seeds"]
         (0, 2)
     """
-    if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
-        raise UsageError(
-            f"seeds cannot be {seeds!r}", hint="a number of initialisations, from 1 on"
-        )
-    if budget is not None and (
-        isinstance(budget, bool) or not isinstance(budget, int | float) or not budget > 0
-    ):
-        raise UsageError(f"budget cannot be {budget!r}", hint="seconds, above 0")
-    check_ranges(seed=seed)
-    if fail_on not in (*LEVELS, "never"):
-        raise UsageError(
-            "unknown level", got=str(fail_on), hint=f"one of {', '.join((*LEVELS, 'never'))}"
-        )
-    before = read_baseline(baseline) if baseline is not None else None
-    select, ignore = codes_of("select", select), codes_of("ignore", ignore)
-    together = options.get("confidence_all")
-    check_ranges(confidence_all=together)
-    if together is not None:  # each seed may miss as often as any other
-        options["confidence_all"] = Family(together, seeds).each
-    # nothing that is selected asks for norms
-    if all(rule.code.startswith("JD2") for rule in selected(select, ignore)):
-        options["products"] = False
-    runs = _Runs(
-        _opener(source, model, model_args, key, trust_pickle),
-        inputs,
-        budget,
-        {
-            **options,
-            "profile": profile,
-            "select": select,
-            "ignore": ignore,
-            "thresholds": thresholds,
-            "decide": options.get("decide", True) and before is None,
-            "state": state,
-            "trust_pickle": trust_pickle,
-        },
-        max_products,
-        before,
+    audit_options = AuditOptions(
+        inputs=inputs,
+        seed=seed,
+        model=model,
+        model_args=model_args,
+        key=key,
+        trust_pickle=trust_pickle,
+        thresholds=thresholds,
+        profile=profile,
+        select=select,
+        ignore=ignore,
+        max_products=max_products,
+        state=state,
+        **{"decide": True, **options},
     )
-    reports = runs.all(range(seed, seed + seeds))
-    limits = load_thresholds(thresholds, options.get("risk"))
+    return run_gate(
+        source,
+        audit_options,
+        seeds=seeds,
+        budget=budget,
+        baseline=baseline,
+        fail_on=fail_on,
+        command=command,
+    )
+
+
+def run_gate(
+    source: Any,
+    options: AuditOptions,
+    *,
+    seeds: int = 3,
+    budget: float | None = None,
+    baseline: str | Path | None = None,
+    fail_on: str = "error",
+    command: str = "",
+) -> Outcome:
+    """Run a gate as a record of options says.
+
+    Args:
+        source: the model, as for `gate`.
+        options: of each audit. `decide` has no effect if there is a baseline.
+        seeds, budget, baseline, fail_on, command: as for `gate`.
+
+    Returns:
+        The outcome: the merged report, the exit code, and the figures for a baseline.
+
+    Raises:
+        JacdiagError: as `gate`.
+    """
+    # 1. Check the options before any work.
+    _check_gate(seeds, budget, fail_on)
+    before = None if baseline is None else read_baseline(baseline)
+    limits = load_thresholds(options.thresholds, options.risk)
+    level = options.confidence_all
+    options = _options_of_each(options, seeds, has_baseline=before is not None)
+
+    # 2. Audit the model of each seed, and judge all of them together.
+    runs = _Runs(source, options, before, budget)
+    reports = runs.run(range(options.seed, options.seed + seeds))
     figures = figures_of(reports, limits.limits("regression").warning or 0.0, command)
     if before is not None and baseline is not None:
         check_comparable(Path(path_text(baseline)), figures, before)
     first = replace(reports[0], figures=figures, baseline=before)
-    judged = evaluate(first, thresholds=limits, profile=profile, select=select, ignore=ignore)
-    told = _together([judged, *reports[1:]])
-    findings = located(with_fixes(told.findings, told.remedies), runs.model, runs.spec)
-    undecided = sorted({r.code for r in told.rules if r.status == "unknown"})
-    applied = measurement.applied(told, {r.code: r for r in told.rules})
-    code = _exit_code(findings, fail_on, bool(undecided) or runs.short or not applied)
+    judged = evaluate(
+        first,
+        thresholds=limits,
+        profile=options.profile,
+        select=options.select,
+        ignore=options.ignore,
+    )
+    merged = _merge([judged, *reports[1:]])
+
+    # 3. Decide.
+    findings = located(with_fixes(merged.findings, merged.remedies), runs.model, _spec(source))
+    undecided = sorted({rule.code for rule in merged.rules if rule.status == "unknown"})
+    applied = measurement.applied(merged, {rule.code: rule for rule in merged.rules})
+    may_not_pass = bool(undecided) or runs.ran_out or not applied
+    exit_code = _exit_code(findings, fail_on, may_not_pass)
+
+    # 4. Say so in the report.
     about = {
-        "exit_code": code,
+        "exit_code": exit_code,
         "seeds": len(reports),
-        "same_weights": runs.same,
-        "budget_ran_out": runs.short,
+        "same_weights": runs.same_weights,
+        "budget_ran_out": runs.ran_out,
         "undecided": undecided,
         "rule_applied": applied,
         "seconds": time.perf_counter() - runs.started,
         "fail_on": fail_on,
-        "baseline": str(baseline) if baseline is not None else None,
+        "baseline": None if baseline is None else str(baseline),
     }
     settings = {
-        **told.settings,
+        **merged.settings,
         "gate": about,
         "command": command,
-        "remedies": options.get("remedies", "none"),
+        "remedies": options.remedies,
     }
-    if together is not None and "confidence_all" in settings:
-        settings["confidence_all"] = {
-            **settings["confidence_all"],
-            "level": together,
-            "seeds": seeds,
-        }
-    notes = [*told.notes, *runs.notes]
-    return Outcome(replace(told, findings=findings, settings=settings, notes=notes), code, figures)
+    if level is not None and "confidence_all" in settings:
+        shared = {"level": level, "seeds": seeds}
+        settings["confidence_all"] = {**settings["confidence_all"], **shared}
+    notes = [*merged.notes, *runs.notes]
+    report = replace(merged, findings=findings, settings=settings, notes=notes)
+    return Outcome(report, exit_code, figures)
 
 
-Opener = Callable[[int], Source]
-
-
-def _opener(
-    source: Any, model: str | None, model_args: dict[str, Any] | None, key: str | None, trust: bool
-) -> tuple[Opener, str]:
-    """How a fresh model of a seed is made, and what names it in the user's code."""
-    spec = path_text(source) if isinstance(source, str | bytes | os.PathLike) else ""
-
-    def open_with(seed: int) -> Source:
-        return source_of(
-            source, model=model, model_args=model_args, key=key, trust_pickle=trust, seed=seed
+def _check_gate(seeds: Any, budget: Any, fail_on: Any) -> None:
+    """Raise unless the options that only a gate has are in their ranges."""
+    if seeds not in RANGES["seeds"]:
+        raise UsageError(
+            f"seeds cannot be {seeds!r}", hint="a number of initialisations, from 1 on"
         )
+    if budget is not None:
+        is_number = isinstance(budget, int | float) and not isinstance(budget, bool)
+        if not is_number or not budget > 0:
+            raise UsageError(f"budget cannot be {budget!r}", hint="seconds, above 0")
+    if fail_on not in (*LEVELS, "never"):
+        hint = f"one of {', '.join((*LEVELS, 'never'))}"
+        raise UsageError("unknown level", got=str(fail_on), hint=hint)
 
-    return open_with, spec
+
+def _options_of_each(options: AuditOptions, seeds: int, *, has_baseline: bool) -> AuditOptions:
+    """Return the options of the audit of one seed.
+
+    Args:
+        options: of the gate.
+        seeds: how many audits there are.
+        has_baseline: norms are then measured to `tol`, not only until the rules are decided.
+    """
+    if has_baseline:
+        options = replace(options, decide=False)
+    if options.confidence_all is not None:  # each seed may miss as often as any other
+        each = Family(options.confidence_all, seeds).each
+        options = replace(options, confidence_all=each)
+    if all(rule.code.startswith("JD2") for rule in selected(options.select, options.ignore)):
+        options = replace(options, products=False)  # no selected rule reads a norm
+    return options
+
+
+def _spec(source: Any) -> str:
+    """Return what names the model in the user's code; "" for an object in memory."""
+    return path_text(source) if isinstance(source, str | bytes | os.PathLike) else ""
 
 
 class _Runs:
-    """The audits, one per seed."""
+    """The audits of a gate, one per seed.
+
+    Attributes:
+        model: of the first seed.
+        started: when the first began.
+        notes: for the report.
+        same_weights: whether two seeds gave the same weights.
+        ran_out: whether the budget ran out before all were done.
+    """
 
     def __init__(
         self,
-        opener: tuple[Opener, str],
-        inputs: Any,
-        budget: float | None,
-        options: dict[str, Any],
-        products: int,
+        source: Any,
+        options: AuditOptions,
         baseline: FiguresRecord | None,
+        budget: float | None,
     ) -> None:
-        (self.open, self.spec), self.inputs, self.budget = opener, inputs, budget
-        self.options, self.products, self.baseline = options, products, baseline
+        self._source, self._options = source, options
+        self._baseline, self._budget = baseline, budget
+        self._remedies_tried = False
         self.started = time.perf_counter()
-        self.same = self.short = self.tried = False
+        self.same_weights = False
+        self.ran_out = False
         self.notes: list[str] = []
         self.model: nn.Module | None = None
 
-    def all(self, seeds: Iterable[int]) -> list[Report]:
+    def run(self, seeds: Iterable[int]) -> list[Report]:
+        """Audit the model of each seed.
+
+        Returns:
+            The reports; one only, if the source has one set of weights or ignores the seed.
+        """
         reports: list[Report] = []
         for seed in seeds:
-            if reports and self._late(len(reports)):
-                self.short = True
+            if reports and self._is_late(len(reports)):
+                self.ran_out = True
                 self.notes.append(
-                    f"the budget of {self.budget:g} s ran out after {len(reports)} of the seeds"
+                    f"the budget of {self._budget:g} s ran out after {len(reports)} of the seeds"
                 )
                 break
-            loaded = self.open(seed)
-            loaded.fresh = loaded.fresh or loaded.info.get("format") in _BUILT
+            loaded = self._open(seed)
             if self.model is None:
                 self.model = loaded.model
-            reports.append(self._decided(loaded, seed))
-            if loaded.info.get("format") not in ("factory", "hf-config"):
+            reports.append(self._audit_until_decided(loaded, seed))
+            if loaded.info.get("format") not in _SEEDED_FORMATS:
                 break  # a file, or a module in memory: it holds one set of weights
-            if len(reports) == 2 and _fingerprint(reports[0]) == _fingerprint(reports[1]):
-                self.same = True
+            if len(reports) == 2 and _drawn_figures(reports[0]) == _drawn_figures(reports[1]):
+                self.same_weights = True
                 self.notes.append(
                     "two seeds gave the same weights: the factory seeds itself; they count as one"
                 )
                 return reports[:1]
         return reports
 
-    def _decided(self, loaded: Source, seed: int) -> Report:
-        """Audits, and spends more products for as long as a rule is undecided and the budget
-        lasts.
-        """
-        products = self.products
+    def _open(self, seed: int) -> Source:
+        """Return the model of a seed."""
+        options = self._options
+        loaded = source_of(
+            self._source,
+            model=options.model,
+            model_args=options.model_args,
+            key=options.key,
+            trust_pickle=options.trust_pickle,
+            seed=seed,
+        )
+        loaded.fresh = loaded.fresh or loaded.info.get("format") in _FRESH_FORMATS
+        return loaded
+
+    def _audit_until_decided(self, loaded: Source, seed: int) -> Report:
+        """Audit with more products each time, while a rule is undecided and the budget lasts."""
+        products = self._options.max_products
         while True:
-            options = {
-                **self.options,
-                **({"remedies": "none"} if self.tried else {"baseline": self.baseline}),
-            }
-            report = audit(loaded, self.inputs, seed=seed, max_products=products, **options)
-            self.tried = self.tried or bool(report.remedies)
-            across = any(r.status == "unknown" and r.code.startswith("JD1") for r in report.rules)
-            products *= _MORE
-            if not across or products > _MOST or self._late(0):
+            options = replace(self._options, seed=seed, max_products=products)
+            if self._remedies_tried:
+                options = replace(options, remedies="none")
+            else:
+                options = replace(options, baseline=self._baseline)
+            report = run_audit(loaded, options)
+            self._remedies_tried = self._remedies_tried or bool(report.remedies)
+
+            undecided = any(
+                rule.status == "unknown" and rule.code.startswith("JD1") for rule in report.rules
+            )
+            products *= _MORE_PRODUCTS
+            if not undecided or products > _MOST_PRODUCTS or self._is_late(0):
                 return report
 
-    def _late(self, done: int) -> bool:
-        """Whether the next audit would not end within the budget."""
-        if self.budget is None:
+    def _is_late(self, done: int) -> bool:
+        """Return whether the next audit would not end within the budget."""
+        if self._budget is None:
             return False
-        passed = time.perf_counter() - self.started
-        return passed + (passed / done if done else 0.0) > self.budget
+        elapsed = time.perf_counter() - self.started
+        next_audit = elapsed / done if done else 0.0
+        return elapsed + next_audit > self._budget
 
 
-def _fingerprint(report: Report) -> tuple[Any, ...]:
-    """Figures of the drawn weights to the last bit; () where there is none to tell by."""
+def _drawn_figures(report: Report) -> tuple[Any, ...]:
+    """Return the figures of the drawn weights to the last bit.
+
+    Two models are the same if these are. If no weight is drawn, the result equals no other.
+    """
     weights = report.contract.weights if report.contract is not None else []
-    drawn = [(w.parameter, w.std, w.mean) for w in weights if w.family not in ("zero", "constant")]
-    return tuple(drawn) or (object(),)
+    figures = [
+        (weight.parameter, weight.std, weight.mean)
+        for weight in weights
+        if weight.family not in ("zero", "constant")
+    ]
+    return tuple(figures) or (object(),)
 
 
-def _together(reports: list[Report]) -> Report:
-    """The first seed's report with what the others found: a rule fires if it does for any seed."""
+def _merge(reports: Sequence[Report]) -> Report:
+    """Return the first report with the findings of all: a rule fires if it does for any seed."""
     first = reports[0]
-    merged: dict[tuple[str, str, int], Finding] = {}
-    for k, report in enumerate(reports):
-        count: Counter[tuple[str, str]] = Counter()
-        for finding in report.findings:
-            alike = (finding.code, str(finding.evidence.get("pattern", finding.level)))
-            # several of one report stay several, such as JD110's, one per figure
-            key = (*alike, count[alike])
-            count[alike] += 1
-            held = merged.get(key)
-            seen = [*held.evidence["seeds"], k] if held is not None else [k]
-            merged[key] = replace(
-                held or finding, evidence={**(held or finding).evidence, "seeds": seen}
-            )
-    order = ("fired", "unknown", "clean", "not-applicable")
-    rules = []
-    for one in first.rules:
-        others = [r for report in reports for r in report.rules if r.code == one.code]
-        worst = min(others, key=lambda r: order.index(r.status))
-        rules.append(
-            RuleResult(one.code, worst.status, one.matched, one.name, one.note or worst.note)
-        )
-    verdicts: tuple[Verdict, ...] = ("fail", "warn", "unknown", "observed", "pass")
-    verdict = min((r.verdict for r in reports), key=verdicts.index)
-    codes = [r.code for r in rules]
-    findings = sorted(merged.values(), key=lambda f: codes.index(f.code))
+    rules = [_worst_result(rule, reports) for rule in first.rules]
+    codes = [rule.code for rule in rules]
+    findings = sorted(_merge_findings(reports), key=lambda finding: codes.index(finding.code))
+    verdict = min((report.verdict for report in reports), key=_VERDICTS.index)
     remedies = next((report.remedies for report in reports if report.remedies), [])
     return replace(first, findings=findings, rules=rules, verdict=verdict, remedies=remedies)
 
 
-def _exit_code(findings: list[Finding], fail_on: str, undecided: bool) -> int:
-    if fail_on != "never" and any(LEVELS.index(f.level) >= LEVELS.index(fail_on) for f in findings):  # type: ignore[arg-type]
-        return FINDINGS
-    return UNDECIDED if undecided else PASS
+def _merge_findings(reports: Sequence[Report]) -> list[Finding]:
+    """Return the findings of all reports; the same one of several seeds becomes one.
+
+    Its evidence lists the seeds under "seeds". Several of one report stay several, such as those
+    of JD110, one per figure.
+    """
+    merged: dict[tuple[str, str, int], Finding] = {}
+    for index, report in enumerate(reports):
+        count: Counter[tuple[str, str]] = Counter()
+        for finding in report.findings:
+            kind = (finding.code, str(finding.evidence.get("pattern", finding.level)))
+            key = (*kind, count[kind])
+            count[kind] += 1
+            earlier = merged.get(key)
+            if earlier is None:
+                evidence = {**finding.evidence, "seeds": [index]}
+                merged[key] = replace(finding, evidence=evidence)
+            else:
+                evidence = {**earlier.evidence, "seeds": [*earlier.evidence["seeds"], index]}
+                merged[key] = replace(earlier, evidence=evidence)
+    return list(merged.values())
+
+
+def _worst_result(rule: RuleResult, reports: Sequence[Report]) -> RuleResult:
+    """Return the result of a rule of the first report, with its worst status in all of them."""
+    results = [other for report in reports for other in report.rules if other.code == rule.code]
+    worst = min(results, key=lambda other: _STATUSES.index(other.status))
+    return RuleResult(rule.code, worst.status, rule.matched, rule.name, rule.note or worst.note)
+
+
+def _exit_code(findings: list[Finding], fail_on: str, may_not_pass: bool) -> int:
+    """Return the exit code of a gate with these findings."""
+    if fail_on != "never":
+        least = LEVELS.index(fail_on)  # type: ignore[arg-type]
+        if any(LEVELS.index(finding.level) >= least for finding in findings):
+            return FINDINGS
+    return UNDECIDED if may_not_pass else PASS

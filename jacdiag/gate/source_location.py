@@ -1,6 +1,4 @@
-"""Where in the user's code a finding belongs: the file and line of the class of the module it
-speaks of.
-"""
+"""The place of a finding in the user's code: file and line of the class of its module."""
 
 from __future__ import annotations
 
@@ -21,25 +19,35 @@ from jacdiag.sources.factory import resolve
 def located(
     findings: Sequence[Finding], model: nn.Module | None, spec: str, root: Path | None = None
 ) -> list[Finding]:
-    """Findings with evidence["location"], {"file", "line"}: relative to `root` (the working
-    folder), which holds it.
+    """Return findings with evidence["location"], {"file", "line"}, relative to `root`.
 
-    Of the modules from the one a finding speaks of outwards, the first whose class lies below
-    `root` is named; else the factory, else the file that the source is.
+    That is the working folder by default. A place outside of it is not named.
+
+    Of the module of a finding and those around it, the first whose class lies below `root` is
+    named; else the factory, else the file that the source is.
+
+    Args:
+        findings: of a report.
+        model: that was audited; None if there are only weights.
+        spec: the source, as it was named.
+        root: the folder that places must be in.
     """
     base = Path(os.path.realpath(root or Path.cwd()))
     fallback = _fallback(spec, base)
-    found = []
+    with_places = []
     for finding in findings:
-        names = [*finding.evidence.get("parameters", ()), *finding.where]
-        place = _class_of(model, names[0] if names else "", base) if model is not None else None
-        place = place or fallback
-        evidence = finding.evidence if place is None else {**finding.evidence, "location": place}
-        found.append(replace(finding, evidence=evidence))
-    return found
+        place = fallback
+        if model is not None:
+            names = [*finding.evidence.get("parameters", ()), *finding.where]
+            place = _class_of(model, names[0] if names else "", base) or fallback
+        if place is not None:
+            finding = replace(finding, evidence={**finding.evidence, "location": place})
+        with_places.append(finding)
+    return with_places
 
 
 def _class_of(model: nn.Module, name: str, base: Path) -> dict[str, Any] | None:
+    """Return the place of the innermost class below `base` around a name; None if there is none."""
     for module in _outwards(model, name):
         place = _lines(type(module), base)
         if place is not None:
@@ -48,27 +56,28 @@ def _class_of(model: nn.Module, name: str, base: Path) -> dict[str, Any] | None:
 
 
 def _outwards(model: nn.Module, name: str) -> Iterator[nn.Module]:
-    """The module that a name leads to, as far as it does, and those around it, innermost first."""
-    chain, here = [model], model
+    """Yield the module that a name leads to and those around it, innermost first."""
+    chain = [model]
     for part in name.replace(":", ".").replace("@", ".").split("."):
-        child = here._modules.get(part)
+        child = chain[-1]._modules.get(part)
         if child is None:
             break
         chain.append(child)
-        here = child
     yield from reversed(chain)
 
 
-def _lines(thing: Any, base: Path) -> dict[str, Any] | None:
+def _lines(definition: Any, base: Path) -> dict[str, Any] | None:
+    """Return the place of a class or function; None if its source is not known or not in `base`."""
     try:
-        file = inspect.getsourcefile(thing)
-        line = inspect.getsourcelines(thing)[1]
+        file = inspect.getsourcefile(definition)
+        line = inspect.getsourcelines(definition)[1]
     except (OSError, TypeError):
         return None
     return _relative(file, max(line, 1), base)
 
 
 def _relative(file: str | Path | None, line: int, base: Path) -> dict[str, Any] | None:
+    """Return a place relative to `base`; None if it is outside, or in an installed package."""
     if file is None:
         return None
     real = Path(os.path.realpath(file))
@@ -78,12 +87,14 @@ def _relative(file: str | Path | None, line: int, base: Path) -> dict[str, Any] 
 
 
 def _fallback(spec: str, base: Path) -> dict[str, Any] | None:
-    """The factory's own line; the config or the checkpoint itself."""
+    """Return the factory's own line, or the config or the checkpoint itself."""
     if not spec:
         return None
     if spec.startswith("hf:"):
-        path = Path(spec.removeprefix("hf:"))
-        return _relative(path / "config.json" if path.is_dir() else path, 1, base)
+        config = Path(spec.removeprefix("hf:"))
+        if config.is_dir():
+            config = config / "config.json"
+        return _relative(config, 1, base)
     if Path(spec).exists():
         return _relative(spec, 1, base)
     try:

@@ -18,7 +18,7 @@ from jacdiag.measure.branch_norms import Effort, Solver, heads_norm
 from jacdiag.measure.linearization import Linearised, linearise, residual_map
 from jacdiag.measure.token_statistics import gain_interval, spread_of
 from jacdiag.records.report import Interval, SublayerRecord, WeightStats
-from jacdiag.sources.factory import is_foreign
+from jacdiag.sources.foreign_code import is_foreign
 from jacdiag.spectra import JacobianOperator, Summed
 from jacdiag.trace import Sublayer
 

@@ -12,45 +12,34 @@ from torch import nn
 
 from jacdiag.distributed import Ranks, enlisted, fingerprint
 from jacdiag.errors import UsageError
-from jacdiag.pipeline.argument_types import check_arguments, check_one_confidence, codes_of
-from jacdiag.pipeline.earlier_model import (
-    Earlier,
-    Given,
-    judge_against,
-    measure_earlier,
-    open_earlier,
-)
+from jacdiag.pipeline.earlier_model import Earlier, judge_against, measure_earlier, open_earlier
 from jacdiag.pipeline.flight_replay import with_replay
 from jacdiag.pipeline.measured_audit import Audit
-from jacdiag.pipeline.probe_spread import check_probes, with_probes
+from jacdiag.pipeline.options import AuditOptions, ModelSource, Progress
+from jacdiag.pipeline.probe_spread import with_probes
 from jacdiag.pipeline.provenance import stamp
-from jacdiag.pipeline.request import Progress, Request
+from jacdiag.pipeline.request import Request
 from jacdiag.pipeline.weights_only import weights_report
-from jacdiag.pipeline.with_remedies import check_way, with_remedies
-from jacdiag.records import FiguresRecord, Plan, Report
-from jacdiag.records.option_ranges import check_ranges
-from jacdiag.rules import checked_contract
+from jacdiag.pipeline.with_remedies import with_remedies
+from jacdiag.records import FiguresRecord, Report
 from jacdiag.rules.thresholds import load_thresholds
 from jacdiag.sources import Source
 from jacdiag.sources.device_choice import current, pick
 from jacdiag.sources.flight import latest_batch
-from jacdiag.sources.probe import check_one_probe
 from jacdiag.sources.python_source import path_text, source_of
 from jacdiag.trace import Declaration
-from jacdiag.trace.discovery.declarations import declarations
 
-__all__ = ["AuditReport", "Progress", "audit"]
-
-CONFIDENCE = 0.999  # of each interval, taken for itself
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
+__all__ = ["AuditOptions", "AuditReport", "Progress", "audit", "run_audit"]
 
 
 class AuditReport(Report):
-    """A report that can show itself."""
+    """A report that can draw itself."""
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Writes the picture: gain over depth, and its two factors below. The suffix gives the
-        format.
+        """Write the picture: gain over depth, and its two factors below.
+
+        Args:
+            path: of the file; its suffix gives the format.
         """
         from jacdiag.render.plots.report_plot import save
 
@@ -58,7 +47,7 @@ class AuditReport(Report):
 
 
 def audit(
-    source: str | bytes | os.PathLike[str] | nn.Module | Callable[..., nn.Module] | Source,
+    source: ModelSource,
     inputs: Any = None,
     *,
     model: str | os.PathLike[str] | Callable[..., nn.Module] | None = None,
@@ -96,11 +85,13 @@ def audit(
     progress: Progress | None = None,
     ranks: Ranks | bool = False,
     key: str | None = None,
-    against: Given | None = None,
+    against: ModelSource | Report | None = None,
     replay: str | os.PathLike[str] | None = None,
 ) -> AuditReport:
-    """Audits a model: the norms of every sub-layer with their intervals, the network's figures, a
-    verdict.
+    """Audit a model: measure the norms of every sub-layer, and judge them by the rules.
+
+    Each norm comes with its interval. The report also holds the figures of the entire network, the
+    findings and a verdict.
 
     Args:
         source: a SOURCE string (checkpoint file, Hugging Face folder, "package.module:callable",
@@ -109,16 +100,16 @@ def audit(
         inputs: the probe for a module: token ids (B, T), a tuple of arguments, or a dict of keyword
             arguments. Random token ids if not given.
         model, model_args: the factory that builds the module of a bare state dict, and its keyword
-        arguments. tokens, input_factory: a file of probe tokens or of text; a factory of the probe
-        input. Give one way to a probe. batch, seq, seed: the random probe. `seq` is 128, or what
-        the model allows if that is less. device, dtype: where, and in what precision products run
-        ("float64", or torch.float64).
+            arguments.
+        tokens, input_factory: a file of probe tokens or of text; a factory of the probe input.
+            Give one way to a probe.
+        batch, seq, seed: the random probe. `seq` is 128, or what the model allows if that is less.
+        device, dtype: where, and in what precision products run ("float64", or torch.float64).
         probes: measure on this many probes, and report how far the estimates lie apart. Each costs
             one more audit. The intervals, the findings and the verdict are those of the first
             probe.
-        tol: relative width of the intervals that is asked for.
-        confidence: probability with which each interval holds, taken for itself; 0.999 if not
-            given.
+        tol: relative width of the intervals that is requested.
+        confidence: probability with which each interval holds by itself; 0.999 if not given.
         confidence_all: probability with which all intervals of the report hold together, in place
             of `confidence`. The chance of a miss is divided by the number of intervals
             (Bonferroni); `settings["confidence_all"]` shows it.
@@ -133,27 +124,30 @@ def audit(
         declared: sub-layers that the dataflow does not show, from `jacdiag.declare`.
         contract: a pinned init contract, role or name pattern -> formula of its std, such as
             {"W_O": "0.02/sqrt(2*N)"}.
-        optimizer: a torch optimizer, or its parameter groups, of a module that was handed in: who
-            decays is looked at.
-        products: False leaves the Jacobians out, and judges the init contract alone; any size of
-            model.
-        remedies: what to try on copies of the model where a condition or the init contract is
-            broken: "first" ends with the smallest change that is enough, "all" tries every one,
-            "begun" those that a run that has begun can take.
-        baseline: figures of `jacdiag.gate.read_baseline`, for JD110. One seed is held against them
-            here; a `gate` holds several, and writes them.
-        progress: told about the work done.
+        optimizer: a torch optimizer of the module that was passed, or its parameter groups. The
+            init contract then checks which weights decay.
+        products: False leaves the Jacobians out and judges the init contract alone, for a model of
+            any size.
+        remedies: what to try on copies of the model if a condition or the init contract is broken:
+            "first" ends with the smallest change that is enough, "all" tries every one, "begun"
+            those that a run that has begun can take.
+        baseline: figures of `jacdiag.gate.read_baseline`, for JD110. One seed is compared with them
+            here; a `gate` runs several, and writes them.
+        progress: is notified of the work done.
         ranks: share the work with the other processes that torchrun started; each must call this,
-            with the same arguments, and each gets the whole report. Never done unasked: a training
-            loop may audit on one rank only.
+            with the same arguments, and each gets the complete report. This is never done by
+            default: a training loop may audit on one rank only.
         key: the dotted path of the weights in a checkpoint file that holds several sets, such as
             "ema".
         against: an earlier checkpoint of the same model (anything that `source` may be), or its
             report (as an object, or the path of its JSON). Both are measured with one probe. JD110
             says what is worse beyond both intervals.
         replay: folder of a flight recorder (`flight-STEP` in a `log_dir`). Its latest batch is the
-            probe, unless `inputs` are given. Every kept batch is run on these weights;
+            probe, unless `inputs` are given. Every batch in the folder is run on these weights;
             `report.replay` says whether the batch or the weights stand out.
+
+    Returns:
+        The report. It prints as a table, and `report.plot(PATH)` draws it.
 
     Raises:
         JacdiagError: the source, the probe or the model cannot be used; the message says what, got,
@@ -166,200 +160,164 @@ def audit(
         >>> report.sublayers[1].kind, report.sublayers[1].branch_norm.converged
         ('mlp', True)
     """
-    check_arguments(
-        batch=batch,
-        seed=seed,
-        tol=tol,
-        max_products=max_products,
-        probes=probes,
-        tokens=tokens,
-        state=state,
-        device=device,
-        dtype=dtype,
-        remedies=remedies,
-        profile=profile,
+    options = AuditOptions(
+        inputs=inputs,
+        model=model,
         model_args=model_args,
-        baseline=baseline,
-        contract=contract,
-        declared=declared,
-        progress=progress,
-        optimizer=optimizer,
-    )
-    device = None if device is None else str(device)
-    tokens = None if tokens is None else path_text(tokens)
-    selected, ignored = codes_of("select", select), codes_of("ignore", ignore)
-    precision = DTYPES.get(str(dtype).removeprefix("torch."))
-    if precision is None:
-        raise UsageError(
-            "unknown dtype", got=str(dtype), hint=f"by name or torch's own: {', '.join(DTYPES)}"
-        )
-    check_ranges(
-        tol=tol,
-        confidence=confidence,
-        confidence_all=confidence_all,
-        max_products=max_products,
+        tokens=tokens,
+        input_factory=input_factory,
         batch=batch,
         seq=seq,
         seed=seed,
         probes=probes,
+        device=device,
+        dtype=dtype,
+        tol=tol,
+        confidence=confidence,
+        confidence_all=confidence_all,
+        decide=decide,
+        state=state,
         lr=lr,
         warmup=warmup,
         clip=clip,
         beta2=beta2,
+        profile=profile,
+        select=select,
+        ignore=ignore,
+        thresholds=thresholds,
+        risk=risk,
+        trust_pickle=trust_pickle,
+        max_products=max_products,
+        declared=declared,
+        contract=contract,
+        optimizer=optimizer,
+        products=products,
+        remedies=remedies,
+        baseline=baseline,
+        progress=progress,
+        ranks=ranks,
+        key=key,
+        against=against,
+        replay=replay,
     )
-    check_one_confidence(confidence, confidence_all)
-    check_probes(probes, inputs=inputs, products=products)
-    seed = int(seed)
-    check_way(remedies)
-    _check_against(against, baseline=baseline, products=products)
-    check_one_probe(tokens=tokens, input_factory=input_factory, inputs=inputs)
-    if replay is not None:
-        replay, inputs = (
-            path_text(replay),
-            _kept_batch(replay, inputs, tokens=tokens, input_factory=input_factory),
-        )
-    limits = load_thresholds(thresholds, risk)
-    with (
-        enlisted(ranks) as crew,
-        torch.inference_mode(False),
-        current(pick(device := crew.device(device))),
-    ):
-        loaded = source_of(
-            source,
-            model=model,
-            model_args=model_args,
-            key=key,
-            trust_pickle=trust_pickle,
-            seed=seed,
-        )
-        earlier = None
-        if against is not None:
-            earlier = open_earlier(
-                against,
-                model=model,
-                model_args=model_args,
-                key=key,
-                trust_pickle=trust_pickle,
-                seed=seed,
-            )
-        request = Request(
-            loaded,
-            inputs,
-            tokens,
-            input_factory,
-            batch,
-            seq,
-            seed,
-            device,
-            precision,
-            tol,
-            CONFIDENCE if confidence is None else confidence,
-            decide,
-            state,
-            Plan(lr, warmup, clip, beta2),
-            profile,
-            selected,
-            ignored,
-            limits,
-            max_products,
-            tuple(declarations(declared)),
-            progress,
-            crew,
-            checked_contract(contract),
-            optimizer,
-            products,
-            remedies,
-            baseline,
-            trust_pickle,
-            confidence_all,
-            int(probes),
-            replay=replay,
-        )
-        made = None if loaded.model is None else Audit(request)
-        if earlier is None:
-            report = _weights_only(request) if made is None else made.run()
-            report = request.judged(report)
-        else:
-            request, report = _compared(request, made, earlier)
-        if made is not None:
-            report = with_probes(request, made, report)
-            report = with_remedies(request, made, report)
-        report = with_replay(request, made, report)
-    return AuditReport(**{f.name: getattr(report, f.name) for f in fields(Report)})
+    return run_audit(source, options)
 
 
-def _kept_batch(
-    folder: str | os.PathLike[str], inputs: Any, *, tokens: str | None, input_factory: Any
-) -> Any:
-    """Return the probe of a replay: the latest batch of the flight, unless the caller passes a part
-    of it.
+def run_audit(source: ModelSource, options: AuditOptions) -> AuditReport:
+    """Audit a model as a record of options says.
+
+    Args:
+        source: the model, as for `jacdiag.audit`.
+        options: of the audit.
+
+    Returns:
+        The report, as from `jacdiag.audit`.
 
     Raises:
-        UsageError: the probe is given in another way, too.
-        SourceError: the folder is no flight, or holds no batch.
+        JacdiagError: the source, the probe or the model cannot be used.
+
+    Example:
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, norm_first=True, batch_first=True)
+        >>> run_audit(layer, AuditOptions(inputs=torch.randn(2, 4, 8), products=False)).tier
+        'measured'
     """
-    if tokens is not None or input_factory is not None:
-        other = "tokens" if tokens is not None else "input_factory"
-        raise UsageError(
-            "the probe is given twice", got=f"replay and {other}", hint="give one of them"
-        )
-    return latest_batch(folder) if inputs is None else inputs
+    if options.replay is not None and options.inputs is None:
+        options = replace(options, inputs=latest_batch(path_text(options.replay)))
+    thresholds = load_thresholds(options.thresholds, options.risk)
+
+    with enlisted(options.ranks) as ranks, torch.inference_mode(False):
+        device = ranks.device(None if options.device is None else str(options.device))
+        with current(pick(device)):
+            request = Request(
+                source=_open(source, options),
+                options=replace(options, device=device),
+                thresholds=thresholds,
+                ranks=ranks,
+                baseline=options.baseline,
+            )
+            earlier = None if options.against is None else open_earlier(options.against, options)
+            report = _run(request, earlier)
+    return AuditReport(**{field.name: getattr(report, field.name) for field in fields(Report)})
 
 
-def _check_against(
-    against: Given | None, *, baseline: FiguresRecord | None, products: bool
-) -> None:
-    """Raise if a comparison is asked for twice, or without the norms that it needs."""
-    if against is None:
-        return
-    if baseline is not None:
-        raise UsageError(
-            "against and baseline both say what to compare with", hint="give one of them"
-        )
-    if not products:
-        hint = "leave products=False out; `jacdiag diff --contract-only` compares weights"
-        raise UsageError(
-            "against compares norms", got="products=False, which measures none", hint=hint
-        )
+def _open(source: ModelSource, options: AuditOptions) -> Source:
+    """Return the opened source of an audit."""
+    return source_of(
+        source,
+        model=options.model,
+        model_args=options.model_args,
+        key=options.key,
+        trust_pickle=options.trust_pickle,
+        seed=options.seed,
+    )
 
 
-def _compared(request: Request, now: Audit | None, earlier: Earlier) -> tuple[Request, Report]:
-    """Measure the earlier model, then the one that is audited, and judge it compared with the
-    earlier one.
+def _run(request: Request, earlier: Earlier | None) -> Report:
+    """Measure, judge, and add what the options request beyond that."""
+    # 1. Measure the model, or read its weights alone, and judge the result by the rules.
+    audit = None if request.source.model is None else Audit(request)
+    if earlier is not None:
+        request, report = _compare(request, audit, earlier)
+    elif audit is not None:
+        report = request.judged(audit.run())
+    else:
+        report = request.judged(_read_weights(request))
+
+    # 2. Repeat on further probes, try remedies, and run the batches of a flight recorder again.
+    if audit is not None:
+        report = with_probes(request, audit, report)
+        report = with_remedies(request, audit, report)
+    return with_replay(request, audit, report)
+
+
+def _compare(request: Request, audit: Audit | None, earlier: Earlier) -> tuple[Request, Report]:
+    """Measure the earlier model, then the audited one, and judge how they differ.
+
+    Returns:
+        The request that holds the comparison, and the judged report.
     """
-    if now is None:
+    if audit is None:
         hint = "--model FACTORY builds the model; `jacdiag diff --contract-only` compares weights"
         raise UsageError("weights alone cannot be compared with an earlier model", hint=hint)
-    # Norms are compared as intervals: they are measured to `tol`, not only until the rules are
+
+    # Norms are compared as intervals. They are measured to `tol`, not only until the rules are
     # decided.
-    request = now.request = replace(request, decide=False)
-    now.trace()
-    before = measure_earlier(earlier, request, now)
-    return judge_against(request, now.run(), before, earlier.name)
+    request = request.with_options(decide=False)
+    audit.request = request
+    audit.trace()
+    earlier_report = measure_earlier(earlier, request, audit)
+    return judge_against(request, audit.run(), earlier_report, earlier.name)
 
 
-def _weights_only(request: Request) -> Report:
-    if request.probes > 1:
+def _read_weights(request: Request) -> Report:
+    """Return the report on weights without a model that runs."""
+    options = request.options
+    if options.probes > 1:
         hint = "--model FACTORY, which builds the model; or leave --probes out"
         raise UsageError(
             "--probes needs a model that runs", got="weights alone: nothing is probed", hint=hint
         )
-    request.ranks.agree(
-        lambda: fingerprint(None, request.source.state.items(), (), request.options(), {})
-    )
-    report = weights_report(request.source, request.state)
-    if request.tokens is not None:
-        report = replace(
-            report,
-            notes=[*report.notes, f"--tokens {request.tokens} was not read: no model was run"],
-        )
+    weights = request.source.state.items()
+    request.ranks.agree(lambda: fingerprint(None, weights, (), request.shared_by_ranks(), {}))
+
+    report = weights_report(request.source, options.state)
+    notes, contract = list(report.notes), report.contract
+    if options.tokens is not None:
+        notes.append(f"--tokens {options.tokens} was not read: no model was run")
+    if contract is not None:
+        contract = replace(contract, pinned=dict(options.contract or {}))
     settings = {
         **report.settings,
         "name": request.source.name,
-        "profile": request.profile,
-        "seed": request.seed,
-        "products": request.products,
+        "profile": options.profile,
+        "seed": options.seed,
+        "products": options.products,
     }
-    if report.contract is not None:
-        report = replace(report, contract=replace(report.contract, pinned=request.contract))
-    return replace(report, plan=request.plan, settings=settings, **stamp())
+    return replace(
+        report,
+        notes=notes,
+        contract=contract,
+        plan=options.plan,
+        settings=settings,
+        **stamp(),
+    )

@@ -1,16 +1,10 @@
-"""The earlier model of `--against`: opened before any work, measured with the probe of the model
-that is audited.
-"""
+"""The earlier model of `--against`: opened before any work, measured with the same probe."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-from torch import nn
 
 from jacdiag.comparison import (
     check_has_norms,
@@ -22,19 +16,18 @@ from jacdiag.comparison import (
 from jacdiag.errors import UsageError
 from jacdiag.measure.model_summary import model_record
 from jacdiag.pipeline.measured_audit import Audit
+from jacdiag.pipeline.options import AuditOptions, ModelSource
 from jacdiag.pipeline.request import Request
 from jacdiag.records import Report
-from jacdiag.records.summary import source_name
+from jacdiag.records.report import source_name
 from jacdiag.sources import Source
 from jacdiag.sources.factory import is_factory
 from jacdiag.sources.python_source import path_text, source_of
 
-Given = str | bytes | os.PathLike[str] | nn.Module | Callable[..., nn.Module] | Source | Report
-
 
 @dataclass(frozen=True)
 class Earlier:
-    """What a model is compared with: a report that was written, or a source that is measured here.
+    """An earlier model to compare with: a written report, or a source that is measured here.
 
     Attributes:
         name: what it is called in the report and in messages.
@@ -47,45 +40,37 @@ class Earlier:
     source: Source | None = None
 
 
-def open_earlier(
-    given: Given,
-    *,
-    model: Any,
-    model_args: dict[str, Any] | None,
-    key: str | None,
-    trust_pickle: bool,
-    seed: int,
-) -> Earlier:
+def open_earlier(against: ModelSource | Report, options: AuditOptions) -> Earlier:
     """Open what a model is to be compared with; a source is loaded, and not yet measured.
 
     Args:
-        given: a report, the path of one (.json), or a source as for `jacdiag.audit`.
-        model: builds the module of a bare state dict; left out for a source that builds itself.
-        model_args, key, trust_pickle, seed: as for `jacdiag.audit`.
+        against: a report, the path of one (.json), or a source as for `jacdiag.audit`.
+        options: of the audit. `model` and `key` are left out for a source that builds itself.
 
     Raises:
         SourceError: it cannot be read.
         UsageError: it holds no norms, and no model that could be measured.
     """
-    if isinstance(given, Report):
-        check_has_norms(given, source_name(given))
-        return Earlier(source_name(given), report=given)
-
-    text = path_text(given) if isinstance(given, str | bytes | os.PathLike) else ""
+    # 1. A report, in memory or in a file.
+    if isinstance(against, Report):
+        check_has_norms(against, source_name(against))
+        return Earlier(source_name(against), report=against)
+    text = path_text(against) if isinstance(against, str | bytes | os.PathLike) else ""
     path = Path(text)
     if text.endswith(".json") and path.is_file():
         report = read_report(path)
         check_has_norms(report, text)
         return Earlier(text, report=report)
 
-    builds_itself = text.startswith("hf:") or (bool(text) and is_factory(text)) or not text
+    # 2. A source to measure.
+    builds_itself = not text or text.startswith("hf:") or is_factory(text)
     source = source_of(
-        given,
-        model=None if builds_itself else model,
-        model_args=model_args,
-        key=None if builds_itself else key,
-        trust_pickle=trust_pickle,
-        seed=seed,
+        against,
+        model=None if builds_itself else options.model,
+        model_args=options.model_args,
+        key=None if builds_itself else options.key,
+        trust_pickle=options.trust_pickle,
+        seed=options.seed,
     )
     if source.model is None:
         hint = "--model FACTORY builds the model; `jacdiag diff --contract-only` compares weights"
@@ -95,37 +80,37 @@ def open_earlier(
     return Earlier(text or source.name, source=source)
 
 
-def measure_earlier(earlier: Earlier, request: Request, now: Audit) -> Report:
-    """Return the report of the earlier model, measured with the same probe as the model that is
-    audited.
+def measure_earlier(earlier: Earlier, request: Request, later: Audit) -> Report:
+    """Return the report of the earlier model, measured with the same probe as the later one.
 
     Args:
         earlier: as it was opened.
         request: of the audit.
-        now: the audit of the model, already traced.
+        later: the audit of the later model, already traced.
 
     Raises:
         UsageError: it is of another architecture, or a report that another probe was used for.
     """
-    width = model_record(now.model, now.sites).width
+    width = model_record(later.model, later.sites).width
     if earlier.report is not None:
         report = earlier.report
-        dtype = str(request.dtype).removeprefix("torch.")
         check_same_architecture(
-            now.sites, report.sublayers, (width, report.model.width), earlier.name
+            later.sites, report.sublayers, (width, report.model.width), earlier.name
         )
-        check_same_probe(now.probe.described, dtype, report, earlier.name)
+        dtype = str(request.options.dtype)
+        check_same_probe(later.probe.described, dtype, report, earlier.name)
         return report
 
     assert earlier.source is not None and earlier.source.model is not None
-    probe = now.probe.for_model(earlier.source.model)
-    plain = replace(
-        request, source=earlier.source, baseline=None, contract={}, optimizer=None, remedies="none"
-    )
+    probe = later.probe.for_model(earlier.source.model)
+    # Only the norms are compared: the contract, the optimizer and the remedies are the later
+    # model's.
+    plain = replace(request, source=earlier.source, baseline=None)
+    plain = plain.with_options(contract=None, optimizer=None, remedies="none")
     audit = Audit(plain, probe)
     audit.trace()
     widths = (width, model_record(audit.model, audit.sites).width)
-    check_same_architecture(now.sites, audit.sites, widths, earlier.name)
+    check_same_architecture(later.sites, audit.sites, widths, earlier.name)
     return audit.run()
 
 

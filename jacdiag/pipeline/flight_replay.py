@@ -49,8 +49,8 @@ from jacdiag.rules.flight_replay import (
     usual_value,
 )
 from jacdiag.sources import Source
-from jacdiag.sources.factory import model_code
 from jacdiag.sources.flight import Flight, KeptBatch, read_flight
+from jacdiag.sources.foreign_code import model_code
 from jacdiag.sources.host_memory import free_host_memory
 
 _TOKENS_SHOWN = 8
@@ -117,9 +117,9 @@ def with_replay(request: Request, audit: Audit | None, report: Report) -> Report
     Raises:
         SourceError: the folder holds no flight, or a batch cannot be read.
     """
-    if request.replay is None:
+    if request.options.replay is None:
         return report
-    flight = read_flight(request.replay)
+    flight = read_flight(request.options.replay)
     reason = _why_not(request) if audit is not None else "no model was run"
     if reason:
         return replace(
@@ -187,7 +187,7 @@ def _measure(
     measured = [_Measured(kept) for kept in flight.batches]
     if not measured:
         return [], "", []
-    progress = request.progress
+    progress = request.options.progress
     if progress is not None:
         progress.start(len(measured), "replaying")
     notes: list[str] = []

@@ -10,18 +10,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from jacdiag.comparison.probe_facts import facts_of, options, parting, spoken
+from jacdiag.comparison.probe_facts import facts_of, parting, probe_options, spoken
 from jacdiag.distributed import Fingerprint, Share, Use, fingerprint, merged
 from jacdiag.errors import JacdiagError, MeasureError, SourceError, TraceError, UsageError, one_line
 from jacdiag.measure.branch_norms import Effort
 from jacdiag.measure.dead_paths import find_dead_branches, find_dead_paths
 from jacdiag.measure.family_confidence import Family, count_intervals
-from jacdiag.measure.gradients import GradientProfile, gradient_profile
+from jacdiag.measure.gradients import gradient_profile
 from jacdiag.measure.init_contract import contract_of, decayed_by
 from jacdiag.measure.init_distribution import Draws, std_of
 from jacdiag.measure.init_or_trained import (
@@ -44,30 +44,48 @@ from jacdiag.measure.stream_statistics import forward_record
 from jacdiag.measure.structure import with_structure
 from jacdiag.measure.sublayer_norms import measure_group
 from jacdiag.measure.weight_statistics import weight_stats
+from jacdiag.pipeline.options import DEFAULT_CONFIDENCE
 from jacdiag.pipeline.provenance import peak_memory_mb, stamp
 from jacdiag.pipeline.request import Request
-from jacdiag.records import Cost, Interval, NetworkRecord, Report, SublayerRecord, WeightStats
-from jacdiag.records.signal_propagation import DeadPath
+from jacdiag.records import (
+    ContractRecord,
+    Cost,
+    Interval,
+    ModelRecord,
+    NetworkRecord,
+    Report,
+    SublayerRecord,
+    WeightStats,
+)
 from jacdiag.rules import decision_points
 from jacdiag.rules.thresholds import load_healthy
 from jacdiag.sources import Probe, build_probe
 from jacdiag.sources.device_choice import pick
-from jacdiag.sources.factory import model_code
+from jacdiag.sources.foreign_code import model_code
 from jacdiag.sources.host_memory import free_host_memory
 from jacdiag.sources.module_wrappers import plain_name
 from jacdiag.sources.probe import check_varied
 from jacdiag.sources.training_history import history_of
-from jacdiag.trace import Sublayer, sites
+from jacdiag.trace import Sites, Sublayer, sites
 from jacdiag.trace.discovery.declarations import nothing_found
 from jacdiag.trace.execution.tensors import collect_deep
 
 REPLAY_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+_NORMS = ("branch_norm", "core_norm", "residual_norm")
+
+Decided = Callable[[float, float], bool]  # of an interval's two ends
 
 
 @dataclass(frozen=True)
 class Job:
-    """A piece of the work that one rank does: `units` of the progress bar; `cost` is compared with
-    other jobs'.
+    """A piece of the work that one rank does.
+
+    Attributes:
+        name: for the display of progress.
+        phase: whose time it counts to.
+        units: of the progress bar.
+        cost: compared with other jobs', to share them out.
+        run: does it.
     """
 
     name: str
@@ -78,7 +96,27 @@ class Job:
 
 
 class Audit:
-    """The measured tier, step by step."""
+    """The audit of a model that runs, step by step.
+
+    Attributes:
+        request: what to do.
+        model: that is audited.
+        probe: the input that it runs on.
+        further: more probes of the same size, for `probes`.
+        confidence: of each interval.
+        sites: the sub-layers, once traced.
+        layers: how many layers they make.
+        state: "init" or "trained", once decided.
+        broken: names of the weights that hold NaN or Inf.
+    """
+
+    probe: Probe
+    sites: Sites
+    layers: int
+    state: Literal["init", "trained"]
+    broken: list[str]
+    _decision: StateDecision
+    _draws: Draws
 
     def __init__(self, request: Request, probe: Probe | None = None) -> None:
         """Prepare an audit.
@@ -89,17 +127,19 @@ class Audit:
         """
         assert request.source.model is not None
         self.request = request
+        self.model: nn.Module = request.source.model
+        self.further: list[Probe] = []
+        self.confidence = request.options.confidence or DEFAULT_CONFIDENCE
         self._given_probe = probe
         self._traced = False
-        self.further: list[Probe] = []
-        self.model: nn.Module = request.source.model
-        self.started = time.perf_counter()
-        self.phases: dict[str, float] = {}
-        self.notes = list(request.source.notes)
-        self.family: Family | None = None
+        self._started = time.perf_counter()
+        self._phases: dict[str, float] = {}
+        self._notes = list(request.source.notes)
+        self._family: Family | None = None
         self._stats: dict[str, WeightStats | None] = {}
 
     def run(self) -> Report:
+        """Measure the model and return the report, not yet judged."""
         with model_code():
             return self._run()
 
@@ -108,65 +148,77 @@ class Audit:
         with model_code():
             self._trace()
 
+    def share_stats(self, other: Audit) -> None:
+        """Take over the figures of weights that another audit of the same model has measured."""
+        self._stats = other._stats
+
+    # -- steps -------------------------------------------------------------------------------------
     def _trace(self) -> None:
         if self._traced:
             return
+        options = self.request.options
+
+        # 1. Put the model on its device, and build the probes.
         self._check_values()
         self._place()
-        probe = self.probe = self._probe()
-        if self.request.probes > 1 and self._given_probe is None:
-            self.further = [self._probe(number) for number in range(1, self.request.probes)]
-            check_varied([probe, *self.further], self.request.input_factory)
-        self._check_baseline(probe)
-        with self._phase("record"), probe.suspected():
+        self.probe = self._build_probe()
+        if options.probes > 1 and self._given_probe is None:
+            self.further = [self._build_probe(number) for number in range(1, options.probes)]
+            check_varied([self.probe, *self.further], options.input_factory)
+        self._check_baseline()
+
+        # 2. Record one forward, and find the sub-layers in it.
+        with self._phase("record"), self.probe.suspected():
             self.sites = sites(
                 self.model,
-                *probe.args,
-                dtype=self.request.dtype,
-                declared=self.request.declared,
+                *self.probe.args,
+                dtype=options.precision,
+                declared=options.declared,
                 weights=self.request.source.weights,
-                **probe.kwargs,
+                **self.probe.kwargs,
             )
-        self.notes += [
-            *self.sites.notes,
-            *(f"hidden from the dataflow: {line}" for line in self.sites.hidden),
-        ]
-        self.notes += [f"residual sum left out: {item}" for item in self.sites.left_out]
+        self._notes += self.sites.notes
+        self._notes += [f"hidden from the dataflow: {line}" for line in self.sites.hidden]
+        self._notes += [f"residual sum left out: {item}" for item in self.sites.left_out]
         if not self.sites:
             raise nothing_found(self.sites, self._frozen())
         self._traced = True
 
     def _run(self) -> Report:
         self._trace()
-        probe = self.probe
+
+        # 1. Decide what the weights are: fresh or trained, finite or not.
         with self._phase("state"):
-            self.decision = self._decide_state()
-        self.state = self.decision.state
-        if self.decision.note:
-            self.notes.append(self.decision.note)
+            self._decision = self._decide_state()
+        self.state = self._decision.state
+        if self._decision.note:
+            self._notes.append(self._decision.note)
         self.layers = self.sites.layers
         self._share_confidence()
-        self.draws = Draws(self.sites.skeleton.params)
-        broken = non_finite_state(self.sites)
-        self.broken = broken.names
-        self.notes += broken.notes
+        self._draws = Draws(self.sites.skeleton.params)
+        non_finite = non_finite_state(self.sites)
+        self.broken = non_finite.names
+        self._notes += non_finite.notes
         checks: dict[str, Any] = {
             "deterministic": self.sites.deterministic,
             "non_finite": self.broken,
         }
-        checks |= {"culprit": self.sites.culprit} if self.sites.culprit else {}
-        self.request.ranks.agree(lambda: self._fingerprint(probe))
-        found, network = Share(), None
-        if self.sites.deterministic and self.request.products:  # else nothing is spent on products
-            found = self._measure(probe, checks)
-            found = self._with_flow(found)
-            network = self._network(found, probe)
-        return self._report(probe, found, network, checks)
+        if self.sites.culprit:
+            checks["culprit"] = self.sites.culprit
+
+        # 2. Measure, unless two runs of the model differ: no product would mean anything.
+        self.request.ranks.agree(self._fingerprint)
+        measured, network = Share(), None
+        if self.sites.deterministic and self.request.options.products:
+            measured = self._measure(checks)
+            measured = self._with_flow(measured)
+            network = self._network(measured)
+        return self._report(measured, network, checks)
 
     def _check_values(self) -> None:
         """Raise if the model has shapes only: nothing can be measured then."""
-        held = self.request.source.weights is not None
-        if held or not any(parameter.is_meta for parameter in self.model.parameters()):
+        in_files = self.request.source.weights is not None
+        if in_files or not any(parameter.is_meta for parameter in self.model.parameters()):
             return
         hint = (
             "build it on the CPU, or name its factory (build.py:model); jacdiag.sites() takes "
@@ -174,73 +226,61 @@ class Audit:
         )
         raise SourceError("the model is on the meta device: it has shapes and no values", hint=hint)
 
-    def share_stats(self, other: Audit) -> None:
-        """Take over the figures of weights that another audit of the same model has measured."""
-        self._stats = other._stats
-
-    # -- steps -------------------------------------------------------------------------------------
     def _place(self) -> None:
-        """Moves a model that was loaded here to the device; a module that was handed in stays where
-        it is.
-        """
+        """Move a model that was loaded here to the device; one that was passed stays in place."""
         if self.request.source.owned:
-            self.request.source.to(pick(self.request.device))
+            self.request.source.to(pick(self.request.options.device))
 
-    def _share_confidence(self) -> None:
-        """Set the confidence of each interval, if one for all of them was asked for."""
-        if self.request.confidence_all is None:
-            return
-        level, _ = self.request.split_level()
-        count = count_intervals(
-            self.sites.by_shortcut(), early=self.request.decide, state=self.state
-        )
-        self.family = Family(level, count)
-        self.request = replace(self.request, confidence=self.family.each)
-
-    def _probe(self, number: int = 0) -> Probe:
-        r = self.request
+    def _build_probe(self, number: int = 0) -> Probe:
+        """Return the probe of that number, on the model's device."""
+        options, source = self.request.options, self.request.source
         if self._given_probe is not None:
-            return self._given_probe.to(r.source.device)
-        if r.inputs is not None:
-            probe = Probe.of_inputs(r.inputs, seed=r.seed)
-            return probe.to(pick(r.device)) if r.source.owned else probe
+            return self._given_probe.to(source.device)
+        if options.inputs is not None:
+            probe = Probe.of_inputs(options.inputs, seed=options.seed)
+            if not source.owned:
+                return probe
+            return probe.to(pick(self.request.options.device))
         probe = build_probe(
-            r.source,
-            batch=r.batch,
-            seq=r.seq,
-            seed=r.seed,
-            tokens=r.tokens,
-            inputs=r.input_factory,
-            trust_code=r.trust_code,
+            source,
+            batch=options.batch,
+            seq=options.seq,
+            seed=options.seed,
+            tokens=options.tokens,
+            inputs=options.input_factory,
+            trust_code=options.trust_pickle,
             number=number,
         )
-        return probe if r.source.device.type == "cpu" else probe.to(r.source.device)
+        if source.device.type == "cpu":
+            return probe
+        return probe.to(source.device)
 
-    def _check_baseline(self, probe: Probe) -> None:
-        """Refuses figures of another probe before anything is spent: unlike probes alone make them
-        part.
+    def _check_baseline(self) -> None:
+        """Raise if the baseline was measured with a different probe.
+
+        Results would differ for that reason alone.
         """
-        before = self.request.baseline
-        if before is None or not self.request.products:
+        baseline = self.request.baseline
+        if baseline is None or not self.request.options.products:
             return
-        if before.weights and not before.weights.keys() & {
-            name for name, _ in self.model.named_parameters()
-        }:
+        names = {name for name, _ in self.model.named_parameters()}
+        if baseline.weights and not baseline.weights.keys() & names:
             return  # a baseline of another model: `jacdiag.gate` says so
-        now = facts_of(probe.record, str(self.request.dtype).removeprefix("torch."))
-        if apart := parting(now, before.probe):
+        facts = facts_of(self.probe.record, str(self.request.options.dtype))
+        differing = parting(facts, baseline.probe)
+        if differing:
             raise UsageError(
                 "the baseline was made with another probe",
-                got=f"{spoken(before.probe)}, beside {spoken(now)}",
-                hint=f"{options(before.probe, apart)}, as in the baseline; or write one "
-                "anew with --write-baseline",
+                got=f"{spoken(baseline.probe)}, against {spoken(facts)}",
+                hint=f"{probe_options(baseline.probe, differing)}, as in the baseline; or write a "
+                "new one with --write-baseline",
             )
 
     def _decide_state(self) -> StateDecision:
         """Decide whether the model is freshly initialised or trained."""
         skeleton, source = self.sites.skeleton, self.request.source
         return decide_state(
-            self.request.state,
+            self.request.options.state,
             history_of(source),
             lambda: judge_weights(skeleton.params, skeleton.outlines),
             settled=source.fresh,
@@ -248,24 +288,38 @@ class Audit:
         )
 
     def _draws_again(self, evidence: WeightEvidence) -> bool:
-        """Return whether the factory builds other weights with another seed; False if there is no
-        room to try.
+        """Return whether the factory builds other weights with another seed.
+
+        False if there is no room to try.
         """
-        source, params = self.request.source, self.sites.skeleton.params
-        needed = sum(t.numel() * t.element_size() for t in self.sites.skeleton.outlines.values())
+        rebuild = self.request.source.rebuild
+        outlines = self.sites.skeleton.outlines.values()
+        needed = sum(outline.numel() * outline.element_size() for outline in outlines)
         free = free_host_memory()
-        if source.rebuild is None or (free is not None and 2 * needed > free):
+        if rebuild is None or (free is not None and 2 * needed > free):
             return False
         try:
-            other = source.rebuild(self.request.seed + 1)
+            other = rebuild(self.request.options.seed + 1)
         except JacdiagError:
             return False
-        return not same_weights(params, other, evidence.failed)
+        return not same_weights(self.sites.skeleton.params, other, evidence.failed)
 
-    def _fingerprint(self, probe: Probe) -> Fingerprint:
-        skeleton, tensors = self.sites.skeleton, []  # type: ignore[var-annotated]
-        collect_deep((probe.args, probe.kwargs), tensors)
-        told = {
+    def _share_confidence(self) -> None:
+        """Set the confidence of each interval, if one for all of them together is requested."""
+        options = self.request.options
+        if options.confidence_all is None:
+            return
+        level, _ = options.split_level()
+        count = count_intervals(self.sites.by_shortcut(), early=options.decide, state=self.state)
+        self._family = Family(level, count)
+        self.confidence = self._family.each
+
+    def _fingerprint(self) -> Fingerprint:
+        """Return what must be the same on every rank before the work is shared."""
+        skeleton = self.sites.skeleton
+        tensors: list[torch.Tensor] = []
+        collect_deep((self.probe.args, self.probe.kwargs), tensors)
+        plan = {
             site.name: f"{site.kind}, group {site.group}, {site.placement}" for site in self.sites
         }
         facts = {
@@ -274,94 +328,117 @@ class Audit:
             "not finite": str(self.broken),
         }
         weights = chain(skeleton.params.items(), skeleton.buffers.items())
-        return fingerprint(skeleton.root, weights, tensors, self.request.options() | facts, told)
+        options = self.request.shared_by_ranks() | facts
+        return fingerprint(skeleton.root, weights, tensors, options, plan)
 
-    def _measure(self, probe: Probe, checks: dict[str, Any]) -> Share:
-        """Does this rank's jobs and returns what all ranks have found."""
-        r, begun = self.request, time.perf_counter()
-        jobs, shares = self._jobs(probe), []
-        if r.progress is not None:
-            r.progress.start(sum(job.units for job in jobs), "measuring")
+    # -- measuring ---------------------------------------------------------------------------------
+    def _measure(self, checks: dict[str, Any]) -> Share:
+        """Do this rank's jobs, and return the results of all ranks.
+
+        Args:
+            checks: is given the sub-layers whose replay differs from the recorded forward.
+        """
+        ranks, progress = self.request.ranks, self.request.options.progress
+        start = time.perf_counter()
+        jobs = self._jobs()
+        shares = []
+        if progress is not None:
+            progress.start(sum(job.units for job in jobs), "measuring")
         try:
+            # 1. Check that running a sub-layer alone gives what the recorded forward gave.
             with self._phase("verify"):
-                mine = r.ranks.part(range(len(self.sites)))
-                shares.append(
-                    Share(errors={} if self.broken else verify_replay(self.sites, r.seed, mine))
-                )
-            for k, handed_out in r.ranks.jobs([job.cost for job in jobs]):
-                with self._phase(jobs[k].phase):
-                    shares.append(jobs[k].run())
-                if r.progress is not None:
-                    r.progress.advance(sum(jobs[i].units for i in handed_out), jobs[k].name)
+                shares.append(self._verify_replay())
+
+            # 2. Do the jobs that this rank takes.
+            for index, handed_out in ranks.jobs([job.cost for job in jobs]):
+                with self._phase(jobs[index].phase):
+                    shares.append(jobs[index].run())
+                if progress is not None:
+                    units = sum(jobs[other].units for other in handed_out)
+                    progress.advance(units, jobs[index].name)
+
+            # 3. Put together the results of all ranks.
             use = Use(
-                r.ranks.rank,
+                ranks.rank,
                 socket.gethostname(),
-                str(r.source.device),
+                str(self.request.source.device),
                 len(shares) - 1,
-                time.perf_counter() - begun,
+                time.perf_counter() - start,
                 peak_memory_mb(),
             )
             with self._phase("wait"):
-                found = merged(r.ranks.gather(merged([*shares, Share(uses=[use])])))
+                own_share = merged([*shares, Share(uses=[use])])
+                measured = merged(ranks.gather(own_share))
         finally:
-            if r.progress is not None:
-                r.progress.stop()
-        checks["replay"] = {
-            n: e for n, e in found.errors.items() if not e <= REPLAY_TOLERANCE[self.sites.dtype]
-        }
-        return found
+            if progress is not None:
+                progress.stop()
 
-    def _jobs(self, probe: Probe) -> list[Job]:
-        """One job for the sub-layers of each shortcut, and one for the figures of the whole
-        network.
-        """
-        r, params = self.request, self.sites.skeleton.outlines
+        tolerance = REPLAY_TOLERANCE[self.sites.dtype]
+        # `not <=`: an error that is NaN counts, too.
+        checks["replay"] = {
+            name: error for name, error in measured.errors.items() if not error <= tolerance
+        }
+        return measured
+
+    def _verify_replay(self) -> Share:
+        """Return the errors of replay of this rank's stretch of the sub-layers."""
+        stretch = self.request.ranks.part(range(len(self.sites)))
+        if self.broken:
+            return Share()
+        return Share(errors=verify_replay(self.sites, self.request.options.seed, stretch))
+
+    def _jobs(self) -> list[Job]:
+        """Return a job for the sub-layers of each shortcut, and one for the entire network."""
+        options, outlines = self.request.options, self.sites.skeleton.outlines
         effort = Effort(
-            r.tol, r.confidence, r.max_products, r.seed, self._decider(), early=r.decide
+            options.tol,
+            self.confidence,
+            options.max_products,
+            options.seed,
+            self._decider(),
+            early=options.decide,
         )
 
-        def sublayers(members: list[Sublayer]) -> Share:
-            records = measure_group(members, effort, probe.token_ids, self.state, self._figures())
-            return Share(records, sum(i.products for record in records for i in _intervals(record)))
+        def measure_sublayers(members: list[Sublayer]) -> Share:
+            records = measure_group(
+                members, effort, self.probe.token_ids, self.state, self._weight_figures
+            )
+            intervals = [interval for record in records for interval in _intervals(record)]
+            return Share(records, sum(interval.products for interval in intervals))
 
         jobs = []
         for members in self.sites.by_shortcut():
-            cost = sum(params[name].numel() for site in members for name in site.products)
-            jobs.append(
-                Job(members[0].name, "sub-layers", len(members), cost, partial(sublayers, members))
-            )
+            cost = sum(outlines[name].numel() for site in members for name in site.products)
+            run = partial(measure_sublayers, members)
+            jobs.append(Job(members[0].name, "sub-layers", len(members), cost, run))
         if not self.broken:
-            units = len(self.sites) * (0.1 if r.decide else 0.4)
-            jobs.append(
-                Job("whole network", "network", units, math.inf, partial(self._through, probe))
-            )
+            units = len(self.sites) * (0.1 if options.decide else 0.4)
+            jobs.append(Job("whole network", "network", units, math.inf, self._measure_network))
         return jobs
 
-    def _through(self, probe: Probe) -> Share:
-        """The figures that need the whole network: the gradient at every depth, the end-to-end
-        norm.
-        """
-        r, profile, dead = self.request, None, None
+    def _measure_network(self) -> Share:
+        """Measure the entire network: the gradient at every depth, and the end-to-end norm."""
+        options, token_ids = self.request.options, self.probe.token_ids
+        profile, dead = None, None
         why: dict[str, str] = {}
         try:
-            profile = gradient_profile(self.sites, probe.token_ids)
-            dead = self._dead_paths(probe, profile)
+            profile = gradient_profile(self.sites, token_ids)
+            if profile is not None:
+                dead = find_dead_paths(self.sites, token_ids, profile, self._frozen())
         except MeasureError as error:  # the output has no loss; the norms do not need one
             why["gradient_norms"] = one_line(error)
         except (RuntimeError, NotImplementedError, TraceError) as error:
             return Share(why=dict.fromkeys(("gradient_norms", "end_to_end"), one_line(error)))
-        if r.decide:  # one forward and one backward are cheap; the chain is not
-            return Share(profile=profile, dead=dead, why=why)
-        try:
-            through = end_to_end(self.sites, r.tol, r.confidence, r.max_products, r.seed)
-        except (RuntimeError, NotImplementedError, MeasureError, TraceError) as error:
-            return Share(profile=profile, dead=dead, why={**why, "end_to_end": one_line(error)})
-        return Share(profile=profile, through=through, dead=dead, why=why)
 
-    def _dead_paths(self, probe: Probe, profile: GradientProfile | None) -> list[DeadPath] | None:
-        if profile is None:
-            return None
-        return find_dead_paths(self.sites, probe.token_ids, profile, self._frozen())
+        through = None
+        if not options.decide:  # one forward and one backward are cheap; the chain is not
+            try:
+                through = end_to_end(
+                    self.sites, options.tol, self.confidence, options.max_products, options.seed
+                )
+            except (RuntimeError, NotImplementedError, MeasureError, TraceError) as error:
+                why["end_to_end"] = one_line(error)
+        return Share(profile=profile, through=through, dead=dead, why=why)
 
     def _frozen(self) -> set[str]:
         """Return the names of the parameters that are frozen in the model that was passed."""
@@ -369,167 +446,188 @@ class Audit:
             plain_name(name) for name, p in self.model.named_parameters() if not p.requires_grad
         }
 
-    def _network(self, found: Share, probe: Probe) -> NetworkRecord:
-        notes = dict(found.why)
-        if self.request.decide:
+    def _network(self, measured: Share) -> NetworkRecord:
+        """Return the record of the entire network."""
+        notes = dict(measured.why)
+        if self.request.options.decide:
             notes["end_to_end"] = "not measured with --decide"
         if self.broken:
             notes |= dict.fromkeys(("end_to_end", "gradient_norms"), "weights hold NaN or Inf")
-        missing = {"dead": notes["gradient_norms"]} if "gradient_norms" in notes else {}
-        backward = backward_record(self.sites, found.profile, found.dead, missing)
-        forward = forward_record(self.sites, probe.token_ids)
+        missing = {}
+        if "gradient_norms" in notes:
+            missing["dead"] = notes["gradient_norms"]
+        backward = backward_record(self.sites, measured.profile, measured.dead, missing)
+        forward = forward_record(self.sites, self.probe.token_ids)
         return network_record(
             self.sites,
-            found.records,
-            found.profile,
-            found.through,
+            measured.records,
+            measured.profile,
+            measured.through,
             self.layers,
             notes,
             forward,
             backward,
         )
 
-    def _with_flow(self, found: Share) -> Share:
-        """The sub-layers' records with what one forward and one backward of the whole model say of
-        them.
-        """
-        branches = find_dead_branches(self.sites, found.records, found.profile)
-        return replace(found, records=with_flow(found.records, found.profile, branches, found.why))
+    def _with_flow(self, measured: Share) -> Share:
+        """Return the results with what one forward and one backward say of each sub-layer."""
+        branches = find_dead_branches(self.sites, measured.records, measured.profile)
+        records = with_flow(measured.records, measured.profile, branches, measured.why)
+        return replace(measured, records=records)
 
-    def _decider(self) -> Callable[[Sublayer], Mapping[str, Callable[[float, float], bool]]]:
-        def decided(site: Sublayer) -> Mapping[str, Callable[[float, float], bool]]:
+    def _decider(self) -> Callable[[Sublayer], Mapping[str, Decided]]:
+        """Return a function that says when each norm of a sub-layer decides the rules."""
+
+        def decided(site: Sublayer) -> Mapping[str, Decided]:
             points = decision_points(
                 kind=site.kind,
                 placement=site.placement,
                 layers=self.layers,
                 thresholds=self.request.thresholds,
             )
-            return {
-                name: _clear_of(points.get(name, ()))
-                for name in ("branch_norm", "core_norm", "residual_norm")
-            }
+            return {name: _clear_of(points.get(name, ())) for name in _NORMS}
 
         return decided
 
-    def _figures(self) -> Callable[[str], WeightStats | None]:
-        params = self.sites.skeleton.params
-
-        def figures(name: str) -> WeightStats | None:
-            if name not in self._stats:
-                # No rule reads the norms of weights.
-                draw = self.draws.of(name)
-                std = None if draw is None else draw.std
-                self._stats[name] = weight_stats(
-                    name, params[name], norm=not self.request.decide, std=std
-                )
-            return self._stats[name]
-
-        return figures
+    def _weight_figures(self, name: str) -> WeightStats | None:
+        """Return the figures of a weight, measured once."""
+        if name not in self._stats:
+            draw = self._draws.of(name)
+            self._stats[name] = weight_stats(
+                name,
+                self.sites.skeleton.params[name],
+                norm=not self.request.options.decide,  # no rule reads the norms of weights
+                std=None if draw is None else draw.std,
+            )
+        return self._stats[name]
 
     # -- the report --------------------------------------------------------------------------------
     def _report(
-        self, probe: Probe, found: Share, network: NetworkRecord | None, checks: dict[str, Any]
+        self, measured: Share, network: NetworkRecord | None, checks: dict[str, Any]
     ) -> Report:
-        r, coverage = self.request, self.sites.coverage
-        params, values = self.sites.skeleton.outlines, self.sites.skeleton.params
-        tables = [n for n in coverage.embedding if n in params and params[n].dim() == 2]
-        model = replace(
-            model_record(self.model, self.sites),
-            weights={
-                n: WeightStats(n, list(params[n].shape), std_of(values[n], correction=1))
-                for n in tables
-            },
-            vocabulary=r.source.vocab_size,
-        )
-        decayed = None if r.optimizer is None else decayed_by(self.model, r.optimizer)
+        """Return the report, not yet judged."""
+        model = self._model_record()
         with self._phase("contract"):
-            contract = contract_of(
-                self.sites,
-                self.draws,
-                self.model,
-                self.layers,
-                model.width or 0,
-                model.vocabulary,
-                r.contract,
-                decayed,
-            )
-            if contract is not None:  # a benchmark of other rules leaves it out
-                contract = with_structure(contract, self.sites, self.model, found.records)
-        off = self.state == "trained" and probe.record.is_random
+            contract = self._contract(model, measured.records)
+        off_distribution = self.state == "trained" and self.probe.record.is_random
         return Report(
-            source=r.source.info,
+            source=self.request.source.info,
             tier="measured",
             state=self.state,
-            state_reason=self.decision.reason,
-            state_basis=self.decision.basis,
-            probe=replace(probe.described, off_distribution=off),
+            state_reason=self._decision.reason,
+            state_basis=self._decision.basis,
+            probe=replace(self.probe.described, off_distribution=off_distribution),
             model=model,
-            sublayers=found.records,
+            sublayers=measured.records,
             network=network,
-            plan=r.plan,
-            cost=self._cost(found),
-            settings={
-                "tol": r.tol,
-                "confidence": r.confidence,
-                "dtype": str(r.dtype).removeprefix("torch."),
-                "device": str(r.source.device),
-                "seed": r.seed,
-                "products": r.products,
-                "decide": r.decide,
-                "remedies": r.remedies,
-                "profile": r.profile,
-                "name": r.source.name,
-                "checks": checks,
-                **({"ranks": [use.to_dict() for use in found.uses]} if r.ranks.size > 1 else {}),
-                **self._family_settings(),
-            },
-            ladder=self._ladder(found.records, model.width),
-            notes=[*self.notes, *probe.notes],
+            plan=self.request.options.plan,
+            cost=self._cost(measured),
+            settings=self._settings(measured, checks),
+            ladder=self._ladder(measured.records, model.width),
+            notes=[*self._notes, *self.probe.notes],
             contract=contract,
             **stamp(),
         )
 
-    def _family_settings(self) -> dict[str, Any]:
-        if self.family is None:
-            return {}
-        shared = {
-            "level": self.request.confidence_all,
-            "shared_with_remedies": self.request.remedies != "none",
+    def _model_record(self) -> ModelRecord:
+        """Return the record of the model, with the std of each embedding table."""
+        outlines, params = self.sites.skeleton.outlines, self.sites.skeleton.params
+        tables = {}
+        for name in self.sites.coverage.embedding:
+            if name in outlines and outlines[name].dim() == 2:
+                shape, std = list(outlines[name].shape), std_of(params[name], correction=1)
+                tables[name] = WeightStats(name, shape, std)
+        return replace(
+            model_record(self.model, self.sites),
+            weights=tables,
+            vocabulary=self.request.source.vocab_size,
+        )
+
+    def _contract(self, model: ModelRecord, records: list[SublayerRecord]) -> ContractRecord | None:
+        """Return the init contract as the weights show it, and what it says of the structure."""
+        options = self.request.options
+        decayed = None
+        if options.optimizer is not None:
+            decayed = decayed_by(self.model, options.optimizer)
+        contract = contract_of(
+            self.sites,
+            self._draws,
+            self.model,
+            self.layers,
+            model.width or 0,
+            model.vocabulary,
+            options.contract,
+            decayed,
+        )
+        if contract is None:  # a benchmark of other rules leaves it out
+            return None
+        return with_structure(contract, self.sites, self.model, records)
+
+    def _settings(self, measured: Share, checks: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings that the report names."""
+        options, source = self.request.options, self.request.source
+        settings: dict[str, Any] = {
+            "tol": options.tol,
+            "confidence": self.confidence,
+            "dtype": options.dtype,
+            "device": str(source.device),
+            "seed": options.seed,
+            "products": options.products,
+            "decide": options.decide,
+            "remedies": options.remedies,
+            "profile": options.profile,
+            "name": source.name,
+            "checks": checks,
         }
-        return {"confidence_all": {**shared, **self.family.to_dict()}}
+        if self.request.ranks.size > 1:
+            settings["ranks"] = [use.to_dict() for use in measured.uses]
+        if self._family is not None:
+            settings["confidence_all"] = {
+                "level": options.confidence_all,
+                "shared_with_remedies": options.remedies != "none",
+                **self._family.to_dict(),
+            }
+        return settings
 
     def _ladder(self, records: list[SublayerRecord], width: int | None) -> list[dict[str, Any]]:
-        """Return the inits that this model may be compared with: untrained ones with the same
-        placement.
-        """
+        """Return the inits to compare with: those of untrained models of the same placement."""
         placements = {record.placement for record in records if record.branch_norm is not None}
         if self.state != "init" or len(placements) != 1:
             return []
         return load_healthy(width, placements.pop())
 
-    def _cost(self, found: Share) -> Cost:
-        through = found.through.products if found.through else 0
-        forwards = sum(record.cost or 0.0 for record in found.records) + through * len(
-            found.records
-        )
-        peak = max((use.peak_memory_mb for use in found.uses), default=peak_memory_mb())
-        seconds = time.perf_counter() - self.started
-        return Cost(forwards, found.products + through, seconds, peak, self.phases)
+    def _cost(self, measured: Share) -> Cost:
+        """Return what the audit cost."""
+        through = measured.through.products if measured.through else 0
+        forwards = sum(record.cost or 0.0 for record in measured.records)
+        forwards += through * len(measured.records)
+        peak = max((use.peak_memory_mb for use in measured.uses), default=peak_memory_mb())
+        seconds = time.perf_counter() - self._started
+        return Cost(forwards, measured.products + through, seconds, peak, self._phases)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        begun = time.perf_counter()
+        """Add the time that is spent inside to a phase."""
+        start = time.perf_counter()
         try:
             yield
         finally:
-            self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - begun
+            self._phases[name] = self._phases.get(name, 0.0) + time.perf_counter() - start
 
 
 def _intervals(record: SublayerRecord) -> list[Interval]:
-    found = (record.branch_norm, record.residual_norm, record.core_norm, record.joint_residual_norm)
-    return list({id(i): i for i in found if i is not None}.values())
+    """Return the intervals of a sub-layer; one that two fields share counts once."""
+    fields = (
+        record.branch_norm,
+        record.residual_norm,
+        record.core_norm,
+        record.joint_residual_norm,
+    )
+    by_identity = {id(interval): interval for interval in fields if interval is not None}
+    return list(by_identity.values())
 
 
-def _clear_of(points: Iterable[float]) -> Callable[[float, float], bool]:
+def _clear_of(points: Iterable[float]) -> Decided:
+    """Return a function that says whether an interval holds none of the points."""
     limits = tuple(points)
-    return lambda lower, upper: all(upper <= p or lower > p for p in limits)
+    return lambda lower, upper: all(upper <= limit or lower > limit for limit in limits)

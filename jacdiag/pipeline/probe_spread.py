@@ -8,38 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from jacdiag.errors import UsageError
 from jacdiag.pipeline.measured_audit import Audit
 from jacdiag.pipeline.request import Request
 from jacdiag.records import Cost, Interval, NetworkRecord, ProbeSpread, Report, SublayerRecord
 
 FIGURES = ("branch_norm", "core_norm", "residual_norm", "joint_residual_norm", "norm_gain")
-
-
-def check_probes(probes: int, *, inputs: Any, products: bool) -> None:
-    """Raise if several probes are asked for, and there can be one only.
-
-    Args:
-        probes: how many.
-        inputs: the input itself, where it was passed.
-        products: whether any norm is measured.
-
-    Raises:
-        UsageError: the input was passed and cannot be varied, or no norm is measured.
-    """
-    if probes == 1:
-        return
-    if inputs is not None:
-        got = f"--probes {probes} and one fixed batch (passed as inputs, or by --replay)"
-        hint = (
-            "leave --probes out; or give --tokens FILE, or --inputs with a factory that draws "
-            "its input"
-        )
-        raise UsageError("--probes needs an input that varies", got=got, hint=hint)
-    if not products:
-        raise UsageError(
-            "--probes has nothing to repeat: no norm is asked for", hint="leave --probes out"
-        )
 
 
 def with_probes(request: Request, audit: Audit, report: Report) -> Report:
@@ -56,11 +29,16 @@ def with_probes(request: Request, audit: Audit, report: Report) -> Report:
     Returns:
         The report with `over_probes` of its sub-layers and network, and `settings["probes"]`.
     """
-    if request.probes == 1:
+    if request.options.probes == 1:
         return report
-    begun = time.perf_counter()
-    again = replace(
-        audit.request, state=report.state, remedies="none", probes=1, confidence_all=None
+    # 1. Measure the model on each further probe.
+    start = time.perf_counter()
+    again = audit.request.with_options(
+        state=report.state,
+        remedies="none",
+        probes=1,
+        confidence=audit.confidence,
+        confidence_all=None,
     )
     others = []
     for probe in audit.further:
@@ -68,28 +46,31 @@ def with_probes(request: Request, audit: Audit, report: Report) -> Report:
         other.share_stats(audit)
         others.append(again.judged(other.run()))
 
+    # 2. Put the spread of each figure into the first report.
     reports = [report, *others]
     sublayers = [_with_spread(row, others) for row in report.sublayers]
-    facts: dict[str, Any] = {"count": len(reports), "verdicts": [one.verdict for one in reports]}
-    drawn = [one.probe.seed for one in reports if one.probe is not None and one.probe.is_drawn]
-    if drawn:
-        facts["seeds"] = drawn
+    probes = [each.probe for each in reports if each.probe is not None]
+    seeds = [probe.seed for probe in probes if probe.is_drawn]
+    facts: dict[str, Any] = {"count": len(reports), "verdicts": [each.verdict for each in reports]}
+    if seeds:
+        facts["seeds"] = seeds
     return replace(
         report,
         sublayers=sublayers,
-        network=_network(reports),
-        cost=_cost(report.cost, others, time.perf_counter() - begun),
+        network=_network_with_spread(reports),
+        cost=_total_cost(report.cost, others, time.perf_counter() - start),
         settings={**report.settings, "probes": facts},
         notes=[*report.notes, *_notes(request, others)],
     )
 
 
 def _with_spread(row: SublayerRecord, others: Iterable[Report]) -> SublayerRecord:
-    """Return a sub-layer's record with the spread of its figures; a sub-layer is known by its
-    name.
-    """
-    by_name = [{other.name: other for other in report.sublayers} for report in others]
-    rows = [row, *(names.get(row.name) for names in by_name)]
+    """Return a sub-layer's record with the spread of its figures; sub-layers match by name."""
+    rows: list[SublayerRecord | None] = [row]
+    for report in others:
+        by_name = {other.name: other for other in report.sublayers}
+        rows.append(by_name.get(row.name))
+
     spreads = {}
     for figure in FIGURES:
         spread = spread_of([getattr(other, figure, None) for other in rows])
@@ -111,21 +92,25 @@ def spread_of(intervals: Sequence[Interval | None]) -> ProbeSpread | None:
     if intervals[0] is None:
         return None
     estimates = [None if interval is None else interval.estimate for interval in intervals]
-    known = [value for value in estimates if value is not None and not math.isnan(value)]
-    if len(known) < 2:
+    numbers = [value for value in estimates if value is not None and not math.isnan(value)]
+    if len(numbers) < 2:
         return None
-    return ProbeSpread(least=min(known), most=max(known), estimates=estimates)
+    return ProbeSpread(least=min(numbers), most=max(numbers), estimates=estimates)
 
 
-def _network(reports: Sequence[Report]) -> NetworkRecord | None:
+def _network_with_spread(reports: Sequence[Report]) -> NetworkRecord | None:
+    """Return the first report's figures of the network, with the spread of the end-to-end norm."""
     first = reports[0].network
     if first is None:
         return None
-    whole = spread_of([None if one.network is None else one.network.end_to_end for one in reports])
-    return first if whole is None else replace(first, over_probes={"end_to_end": whole})
+    networks = [report.network for report in reports]
+    spread = spread_of([network.end_to_end if network else None for network in networks])
+    if spread is None:
+        return first
+    return replace(first, over_probes={"end_to_end": spread})
 
 
-def _cost(first: Cost, others: Iterable[Report], seconds: float) -> Cost:
+def _total_cost(first: Cost, others: Iterable[Report], seconds: float) -> Cost:
     """Return what all probes cost together."""
     costs = [first, *(report.cost for report in others)]
     return replace(
@@ -139,10 +124,10 @@ def _cost(first: Cost, others: Iterable[Report], seconds: float) -> Cost:
 
 
 def _notes(request: Request, others: Sequence[Report]) -> list[str]:
-    if not request.decide or not others:
+    """Return a note if the spread holds the widths of intervals, too."""
+    if not request.options.decide or not others:
         return []
     return [
         "with --decide each norm stops once its rules are decided: the spread over probes holds "
-        "the widths of the "
-        "intervals, too; without --decide it is that of the data"
+        "the widths of the intervals, too; without --decide it is that of the data"
     ]

@@ -1,4 +1,4 @@
-"""What every report bears: when and with what it was made, and the memory that it took."""
+"""The provenance of every report: when and with what it was made, and the memory that it took."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from jacdiag._version import __version__
 
 
 def stamp() -> dict[str, Any]:
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return {"created": now, "torch": torch.__version__, "jacdiag": __version__}
+    """Return when a report is made, and with which versions."""
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"created": created, "torch": torch.__version__, "jacdiag": __version__}
 
 
 def peak_memory_mb() -> float:
-    """Peak of the device's allocator, or of the whole process on a CPU, in MiB.
+    """Return the peak of the device's allocator, or of the entire process on a CPU, in MiB.
 
     Linux hands the peak of the parent down in ru_maxrss (KiB; on macOS bytes); the kernel's VmHWM
     is the process's own.

@@ -320,9 +320,7 @@ def build_contract(state: Mapping[str, Tensor], model: NamedModel) -> ContractRe
 
 
 def _notes_on_layers(model: NamedModel) -> list[str]:
-    """Return a note where layers share weights (ALBERT), or where no name is that of a residual
-    layer.
-    """
+    """Return a note if layers share weights (ALBERT), or if no name is that of a residual layer."""
     if not model.sublayers:
         return [
             "no weight has a name that is known from a residual layer, so no layer is counted: "

@@ -1,18 +1,16 @@
-"""What an audit lends to the remedies: a copy measured again, its output, the model built with
-another seed.
-"""
+"""Remedies tried on copies of the audited model, each judged by a new audit of the copy."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from torch import nn
 
-from jacdiag.errors import JacdiagError, MeasureError, UsageError
+from jacdiag.errors import JacdiagError, MeasureError
 from jacdiag.measure.family_confidence import Family
 from jacdiag.measure.init_contract import decayed_by
 from jacdiag.pipeline.measured_audit import Audit
@@ -23,70 +21,80 @@ from jacdiag.rules.remedy_targets import with_fixes
 from jacdiag.sources import Source, load
 from jacdiag.sources.host_memory import free_host_memory
 
-WAYS = ("none", "first", "all", "begun")
 _SPARE = 1.5  # times the weights: memory that must be free for a copy and the work on it
-
-
-def check_way(way: str) -> None:
-    """Raises UsageError for a way of trying remedies that there is not."""
-    if way not in WAYS:
-        raise UsageError(
-            "unknown way of trying remedies", got=way, hint=f"one of {', '.join(WAYS)}"
-        )
+# These rules rest on figures of full width, which an audit that stops early does not have.
+_NEED_FULL_WIDTH = {"JD104", "JD105", "JD110"}
 
 
 def with_remedies(request: Request, audit: Audit, report: Report) -> Report:
-    """The report with the remedies that were tried; findings that the recommended one answers carry
-    it as their fix.
+    """Try remedies, and add them to the report; findings carry the recommended one as their fix.
 
     Args:
         request: of the audit; `remedies` says whether to stop at the first sufficient one
             ("first"), to try every one ("all"), or those for a run that has begun ("begun").
         audit: as it ran.
-        report: what it found, evaluated.
+        report: its result, judged.
+
+    Returns:
+        The report as it was, if no remedy is requested or none can be tried.
     """
-    begun = request.remedies == "begun"
-    if request.remedies == "none" or audit.sites.deterministic is False or audit.broken:
-        return report
-    if not begun and (report.state != "init" or not aims(report)):
+    if not _can_be_remedied(request, audit, report):
         return report
     try:
         with request.ranks.attempt():
             _check_room(request, audit)
     except MeasureError as error:
         return replace(report, notes=[*report.notes, f"no remedy was tried: {error.what}"])
-    begun_at = time.perf_counter()
-    remedies = remedies_for(report, audit.model, request.thresholds, begun=begun)
-    bench = _bench(request, audit, report, len(remedies))
+
+    # 1. Try the remedies.
+    start = time.perf_counter()
+    choice, progress = request.options.remedies, request.options.progress
+    remedies = remedies_for(report, audit.model, request.thresholds, begun=choice == "begun")
+    if progress is not None:
+        progress.start(len(remedies), "trying remedies")
     records, notes = tried(
         report,
         audit.model,
         remedies,
-        bench,
-        every=request.remedies != "first",
-        told=_teller(request, len(remedies)),
+        _bench(request, audit, report, len(remedies)),
+        every=choice != "first",
+        told=_advance_with(request),
     )
-    if request.progress is not None:
-        request.progress.stop()
-    findings, spent = with_fixes(report.findings, records), time.perf_counter() - begun_at
+    if progress is not None:
+        progress.stop()
+
+    # 2. Add them to the report.
+    findings = with_fixes(report.findings, records)
+    seconds = time.perf_counter() - start
     cost = replace(
         report.cost,
-        seconds=(report.cost.seconds or 0.0) + spent,
-        phases={**report.cost.phases, "remedies": spent},
+        seconds=(report.cost.seconds or 0.0) + seconds,
+        phases={**report.cost.phases, "remedies": seconds},
     )
     return replace(
         report, remedies=records, findings=findings, cost=cost, notes=[*report.notes, *notes]
     )
 
 
+def _can_be_remedied(request: Request, audit: Audit, report: Report) -> bool:
+    """Return whether remedies are requested, and the model is one to try them on."""
+    choice = request.options.remedies
+    if choice == "none" or audit.sites.deterministic is False or audit.broken:
+        return False
+    if choice == "begun":
+        return True
+    return report.state == "init" and bool(aims(report))
+
+
 def _check_room(request: Request, audit: Audit) -> None:
-    """Raises MeasureError where no copy of the model can be made."""
+    """Raise MeasureError if no copy of the model can be made."""
     if request.source.weights is not None:
         raise MeasureError("the weights stay in their files")
-    size = sum(p.numel() * p.element_size() for p in audit.model.parameters())
-    on_cpu = all(p.device.type == "cpu" for p in audit.model.parameters())
-    free = free_host_memory() if on_cpu else None
-    needed = _SPARE * size
+    parameters = list(audit.model.parameters())
+    if any(parameter.device.type != "cpu" for parameter in parameters):
+        return
+    needed = _SPARE * sum(p.numel() * p.element_size() for p in parameters)
+    free = free_host_memory()
     if free is not None and needed > free:
         raise MeasureError(
             f"a copy of the model needs {needed / 1e9:.2g} GB of memory, {free / 1e9:.2g} GB are "
@@ -94,63 +102,109 @@ def _check_room(request: Request, audit: Audit) -> None:
         )
 
 
-def _teller(request: Request, count: int) -> Any:
-    if request.progress is None:
-        return lambda _name: None
-    request.progress.start(count, "trying remedies")
-    return lambda name: request.progress.advance(1, name)  # type: ignore[union-attr]
+def _advance_with(request: Request) -> Callable[[str], None]:
+    """Return a function that notes on the display of progress that a remedy was tried."""
+    progress = request.options.progress
+
+    def advance(name: str) -> None:
+        if progress is not None:
+            progress.advance(1, name)
+
+    return advance
 
 
 def _bench(request: Request, audit: Audit, report: Report, count: int) -> Bench:
-    decayed = [] if request.optimizer is None else decayed_by(audit.model, request.optimizer)
-    # these rest on figures of their full width
-    decide = not {"JD104", "JD105", "JD110"} & set(aims(report))
+    """Return what the remedies are tried with.
 
-    level = request.confidence_all
+    Args:
+        request, audit, report: as they are.
+        count: how many remedies there are.
+    """
+    options = request.options
+    level = options.confidence_all
     if level is not None:  # each trial may miss as often as any other
-        level = Family(request.split_level()[1], most_trials(count)).each
-
-    def again(model: nn.Module, spared: Iterable[str], seed: int) -> tuple[Report, Any]:
-        source = replace(request.source, model=model, notes=[])
-        optimizer = None
-        if request.optimizer is not None:
-            kept = set(decayed) - set(spared)
-            optimizer = [
-                {
-                    "params": [p for n, p in model.named_parameters() if n in kept],
-                    "weight_decay": 1.0,
-                }
-            ]
-        changed = replace(
-            request,
-            source=source,
-            seed=seed,
-            decide=decide,
-            state=report.state,
-            optimizer=optimizer,
-            progress=None,
-            remedies="none",
-            probes=1,
-            confidence_all=level,
-        )
-        made = Audit(changed)
-        return changed.judged(made.run()), made.sites.output
-
+        level = Family(options.split_level()[1], most_trials(count)).each
+    decayed: Iterable[str] = ()
+    if options.optimizer is not None:
+        decayed = decayed_by(audit.model, options.optimizer)
+    trial = _Trial(
+        request=request,
+        state=report.state,
+        decide=not _NEED_FULL_WIDTH & set(aims(report)),
+        confidence_all=level,
+        decayed=frozenset(decayed),
+    )
     return Bench(
-        again, audit.sites.output, _builder(request.source), request.seed, request.ranks.attempt
+        trial.audit,
+        audit.sites.output,
+        _builder(request.source),
+        options.seed,
+        request.ranks.attempt,
     )
 
 
-def _builder(source: Source) -> Any:
-    """Builds the source anew with another seed; None where it holds one set of weights."""
+@dataclass(frozen=True)
+class _Trial:
+    """An audit of changed copies of the model.
+
+    Attributes:
+        request: of the audit of the model itself.
+        state: of its weights: a copy is not judged again.
+        decide: whether to stop each norm as soon as the rules are decided.
+        confidence_all: of one trial; None if the confidence is that of each interval.
+        decayed: names of the parameters that the optimizer decays.
+    """
+
+    request: Request
+    state: Literal["init", "trained"] | None
+    decide: bool
+    confidence_all: float | None
+    decayed: frozenset[str]
+
+    def audit(self, model: nn.Module, spared: Iterable[str], seed: int) -> tuple[Report, Any]:
+        """Audit a copy.
+
+        Args:
+            model: the copy.
+            spared: names of parameters that the remedy takes out of weight decay.
+            seed: of the probe and the solver.
+
+        Returns:
+            The judged report, and the output of the copy on the probe.
+        """
+        changed = replace(
+            self.request, source=replace(self.request.source, model=model, notes=[])
+        ).with_options(
+            seed=seed,
+            decide=self.decide,
+            state=self.state,
+            optimizer=self._optimizer(model, set(spared)),
+            progress=None,
+            remedies="none",
+            probes=1,
+            confidence_all=self.confidence_all,
+        )
+        audit = Audit(changed)
+        return changed.judged(audit.run()), audit.sites.output
+
+    def _optimizer(self, model: nn.Module, spared: set[str]) -> list[dict[str, Any]] | None:
+        """Return parameter groups of the copy: what the optimizer would decay of it."""
+        if self.request.options.optimizer is None:
+            return None
+        names = self.decayed - spared
+        params = [parameter for name, parameter in model.named_parameters() if name in names]
+        return [{"params": params, "weight_decay": 1.0}]
+
+
+def _builder(source: Source) -> Callable[[int], nn.Module | None] | None:
+    """Return a function that builds the source with another seed; None if it has one set only."""
     if source.info.get("format") not in ("factory", "hf-config") or "factory" not in source.info:
         return None
 
     def build(seed: int) -> nn.Module | None:
         with contextlib.suppress(JacdiagError):
-            return load(
-                source.info["factory"], model_args=source.info.get("model_args"), seed=seed
-            ).model
+            factory, model_args = source.info["factory"], source.info.get("model_args")
+            return load(factory, model_args=model_args, seed=seed).model
         return None
 
     return build

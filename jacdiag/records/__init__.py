@@ -1,6 +1,4 @@
-"""Plain data that every other room speaks: the report and its parts, and the thresholds. No torch
-here.
-"""
+"""Plain data that every other folder uses: the report and its parts. No torch here."""
 
 from jacdiag.records.base import SCHEMA_VERSION
 from jacdiag.records.comparison import AgainstRecord, ChangeRecord

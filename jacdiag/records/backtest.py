@@ -1,6 +1,4 @@
-"""What a backtest says, as plain data: labels of runs, figures by how well they rank them, what
-live rules did.
-"""
+"""The result of a backtest as plain data: labels of runs, rankings of figures, live rules."""
 
 from __future__ import annotations
 
@@ -71,9 +69,7 @@ class Operating(Record):
 
 @dataclass(frozen=True)
 class Bin(Record):
-    """Runs that were given about the same chance: the chance, how many there were, how many went
-    wrong.
-    """
+    """Runs with about the same predicted chance: the chance, how many runs, how many went wrong."""
 
     chance: float
     runs: int
@@ -113,9 +109,7 @@ class Ranking(Record):
 
 @dataclass(frozen=True)
 class Level(Record):
-    """A level of a factor that was left out: its runs, how many went wrong, the one figure that the
-    others chose.
-    """
+    """A level of a factor that was left out: its runs, and the figure that the others chose."""
 
     runs: int
     bad: int
@@ -144,7 +138,7 @@ class Transfer(Record):
 
 @dataclass(frozen=True)
 class HeldOut(Record):
-    """Every level of a factor in turn was left out of all choices, and then foretold.
+    """Every level of a factor in turn left out of all choices, and then predicted.
 
     Attributes:
         auroc: of the chance, by the figure that the other levels chose for each architecture; only
@@ -172,8 +166,7 @@ class HeldOut(Record):
 
 @dataclass(frozen=True)
 class Detector(Record):
-    """What one live rule did: alarms on healthy runs, and how early it spoke of those that went
-    wrong.
+    """The record of one live rule: alarms on healthy runs, and how early it fired on bad ones.
 
     Attributes:
         found: bad runs on which it spoke before or at the step at which the loss left its band.
@@ -203,7 +196,7 @@ class Detector(Record):
 
 @dataclass(frozen=True)
 class BacktestReport(Record):
-    """What came out.
+    """The result of a backtest.
 
     Attributes:
         labels, bad: by run.
@@ -229,8 +222,6 @@ class BacktestReport(Record):
 
     @property
     def best(self) -> Ranking | None:
-        """The figure with the highest AUROC, learning rate given; what it was not measured for
-        counts as a tie.
-        """
+        """The figure with the highest AUROC, learning rate given; unmeasured runs are ties."""
         known = [r for r in self.rankings if not r.trivial and r.given_lr.value is not None]
         return max(known, key=lambda r: r.all_pairs or 0.0, default=None)

@@ -1,5 +1,4 @@
-"""What makes a frozen dataclass a record: plain JSON values in both directions, nothing written by
-hand twice.
+"""The base of all records: a frozen dataclass to plain JSON values, and back.
 
 A number that is not finite is written as the string "inf", "-inf" or "nan"; None is null.
 """
@@ -17,33 +16,34 @@ SCHEMA_VERSION = 1  # of every file that a record is written to
 
 
 class Record:
-    """Base of the records: `to_dict` and `from_dict` follow the dataclass fields."""
+    """A base class whose `to_dict` and `from_dict` follow the dataclass fields."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain JSON values; None stays None, non-finite floats become strings."""
+        """Return plain JSON values; None stays None, non-finite floats become strings."""
         return {f.name: _encode(getattr(self, f.name)) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Rebuilds a record; unknown keys are ignored, so that an older reader takes a newer
-        report.
+        """Rebuild a record from plain JSON values.
+
+        Unknown keys are ignored, so that an older reader takes a newer report.
         """
         hints = typing.get_type_hints(cls)
-        known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        return cls(
-            **{name: _decode(hints[name], value) for name, value in data.items() if name in known}
-        )
+        names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        values = {
+            name: _decode(hints[name], value) for name, value in data.items() if name in names
+        }
+        return cls(**values)
 
 
 def _encode(value: Any) -> Any:
+    """Return a value of a record as plain JSON values."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
     if isinstance(value, Record):
         return value.to_dict()
-    if isinstance(value, bool) or value is None or isinstance(value, (int, str)):
-        return value
     if isinstance(value, float):
-        if math.isfinite(value):
-            return value
-        return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
+        return value if math.isfinite(value) else _name_of_non_finite(value)
     if isinstance(value, Mapping):
         return {str(key): _encode(item) for key, item in value.items()}
     if isinstance(value, Sequence):
@@ -51,13 +51,21 @@ def _encode(value: Any) -> Any:
     raise TypeError(f"a report cannot hold a {type(value).__name__}")
 
 
+def _name_of_non_finite(number: float) -> str:
+    """Return "nan", "inf" or "-inf"."""
+    if math.isnan(number):
+        return "nan"
+    return "inf" if number > 0 else "-inf"
+
+
 def _decode(hint: Any, value: Any) -> Any:
-    """Turns a JSON value back into what the type hint of its field says."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    """Turn a JSON value back into what the type hint of its field says."""
     if value is None:
         return None
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return _decode(next(arg for arg in args if arg is not type(None)), value)
+        other = next(arg for arg in args if arg is not type(None))
+        return _decode(other, value)
     if origin is list:
         return [_decode(args[0], item) for item in value]
     if origin is dict:

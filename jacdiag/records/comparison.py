@@ -1,6 +1,4 @@
-"""What came out of comparing a model with an earlier one: the figures that differ beyond both
-intervals.
-"""
+"""The comparison with an earlier model: the figures that differ beyond both intervals."""
 
 from __future__ import annotations
 
@@ -39,9 +37,7 @@ class ChangeRecord(Record):
 
     @property
     def amplification(self) -> float:
-        """By how much 1 + |J| grew at least: a branch with norm |J| multiplies a gradient by at
-        most that (Eq. 9).
-        """
+        """By how much 1 + |J| grew at least; a gradient grows by at most that factor (Eq. 9)."""
         return (1 + self.now[0]) / (1 + self.earlier[2])
 
 

@@ -1,5 +1,4 @@
-"""The sign of life of a watched run: a small file beside the log, and what a reader can conclude
-from it.
+"""The heartbeat of a watched run: a small file next to the log, and what it says to a reader.
 
 The file is replaced about once a second while steps are made. A process that hangs or is slow stops
 replacing it; only its own machine can say whether it still exists.
@@ -50,7 +49,7 @@ class Heartbeat:
 
 
 def read_heartbeat(folder: str | os.PathLike[str]) -> Heartbeat | None:
-    """Read the sign of life beside a log; None if there is none, or none that this version reads.
+    """Read the heartbeat next to a log; None if there is none that this version reads.
 
     Args:
         folder: of the run.
@@ -64,9 +63,7 @@ def read_heartbeat(folder: str | os.PathLike[str]) -> Heartbeat | None:
 
 
 def is_alive(beat: Heartbeat) -> bool | None:
-    """Return whether the process of a heartbeat still exists; None if that cannot be seen from
-    here.
-    """
+    """Return whether the process of a heartbeat still exists; None if that cannot be seen here."""
     if not beat.place or beat.place != place_of_process():
         return None
     born = birth_of(beat.pid)
@@ -74,8 +71,9 @@ def is_alive(beat: Heartbeat) -> bool | None:
 
 
 def place_of_process() -> str:
-    """Return what identifies this machine since its start, and the name space of process numbers;
-    "" if not known.
+    """Return what identifies this machine since its start, and the name space of processes.
+
+    "" if it is not known.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
@@ -85,9 +83,7 @@ def place_of_process() -> str:
 
 
 def birth_of(pid: int) -> str:
-    """Return when a process started, in ticks since the machine did; "" if it has ended or cannot
-    be seen.
-    """
+    """Return when a process started, in ticks since the machine did; "" if it cannot be seen."""
     try:
         fields = (
             Path(f"/proc/{pid}/stat")

@@ -1,6 +1,4 @@
-"""How a model was initialised, as plain data: every weight's draw, what it is judged by, figures
-over seeds.
-"""
+"""The initialization of a model as plain data: every weight's draw, and its figures over seeds."""
 
 from __future__ import annotations
 
@@ -28,8 +26,7 @@ FUSED = {
 
 @dataclass(frozen=True)
 class SectionRecord(Record):
-    """The rows of a fused matrix that play one role: the queries, the keys or the values of a
-    W_QKV.
+    """The rows of a fused matrix that play one role: the queries, keys or values of a W_QKV.
 
     Attributes:
         role: As that of a weight.
@@ -156,8 +153,7 @@ class ContractRecord(Record):
 
 @dataclass(frozen=True)
 class FiguresRecord(Record):
-    """Figures of a model over seeds, each with its sampling interval: what a baseline keeps, and is
-    compared with.
+    """Figures of a model over seeds, each with its sampling interval, as a baseline holds them.
 
     Attributes:
         model, parameters, layers, width: of what.

@@ -1,6 +1,4 @@
-"""Three significant digits, and ends of intervals rounded outward: the same in findings and in
-renderings.
-"""
+"""Three significant digits, and ends of intervals rounded outward, for findings and renderings."""
 
 from __future__ import annotations
 
@@ -31,8 +29,9 @@ def three(value: float | None) -> str:
 
 
 def written(value: float, digits: int) -> str:
-    """A number with so many digits behind the point; from 10,000 on grouped, with zeros in front of
-    it instead.
+    """Return a number with so many digits after the point.
+
+    From 10,000 on it is grouped, and rounded before the point instead.
     """
     if abs(value) >= 1e4:
         return f"{float(f'{value:.2e}'):,.0f}"
@@ -40,8 +39,9 @@ def written(value: float, digits: int) -> str:
 
 
 def decimals(value: float) -> int:
-    """How many digits behind the point make three significant ones (of the rounded value: 9.999 has
-    one less).
+    """Return how many digits after the point make three significant ones.
+
+    The rounded value counts: 9.999 has one less.
     """
     if value == 0 or not math.isfinite(value):
         return 0
@@ -50,8 +50,7 @@ def decimals(value: float) -> int:
 
 
 def outward(value: float, *, down: bool) -> str:
-    """Return a number with three digits, rounded away from the inside of the interval whose end it
-    is.
+    """Return a number with three digits, rounded away from the inside of its interval.
 
     The printed end never lies inside of the true one: `float(outward(x, down=True)) <= x`.
 

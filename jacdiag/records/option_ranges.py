@@ -1,6 +1,4 @@
-"""The ranges of the options that are numbers, for everyone who calls from Python; the command line
-has the same.
-"""
+"""The ranges and choices of options, for Python callers and for the command line."""
 
 from __future__ import annotations
 
@@ -11,10 +9,21 @@ from typing import Any
 
 from jacdiag.errors import UsageError
 
+STATES = ("init", "trained")
+DTYPES = ("float32", "float64")
+REMEDY_CHOICES = ("none", "first", "all", "begun")
+
 
 @dataclass(frozen=True)
 class Range:
-    """What a number may be; `open` leaves its ends out, `whole` asks for an integer."""
+    """The range of a number.
+
+    Attributes:
+        least: its lower end.
+        most: its upper end.
+        open: whether the ends are left out.
+        whole: whether it is an integer.
+    """
 
     least: float
     most: float = math.inf
@@ -22,21 +31,29 @@ class Range:
     whole: bool = False
 
     def __contains__(self, value: object) -> bool:
-        if isinstance(value, bool) or not isinstance(value, Integral if self.whole else Real):
+        """Return whether a value is a finite number, not a boolean, in this range."""
+        kind = Integral if self.whole else Real
+        if isinstance(value, bool) or not isinstance(value, kind):
             return False
         number = float(value)
-        inside = self.least < number < self.most if self.open else self.least <= number <= self.most
-        return inside and math.isfinite(number)
+        if not math.isfinite(number):
+            return False
+        if self.open:
+            return self.least < number < self.most
+        return self.least <= number <= self.most
 
     def __str__(self) -> str:
-        if self.most < math.inf:
-            kind = "an integer" if self.whole else "a number"
-            return f"{kind} between {self.least:g} and {self.most:g}"
+        """Return the range in words."""
         kind = "an integer" if self.whole else "a number"
-        return f"{kind} above {self.least:g}" if self.open else f"{kind} from {self.least:g} on"
+        if self.most < math.inf:
+            return f"{kind} between {self.least:g} and {self.most:g}"
+        if self.open:
+            return f"{kind} above {self.least:g}"
+        return f"{kind} from {self.least:g} on"
 
 
-_ABOVE_0, _SHARE = Range(0, open=True), Range(0, 1, open=True)
+_ABOVE_0 = Range(0, open=True)
+_SHARE = Range(0, 1, open=True)
 RANGES = {
     "tol": _ABOVE_0,
     "confidence": _SHARE,
@@ -50,14 +67,20 @@ RANGES = {
     "warmup": Range(0, whole=True),
     "clip": _ABOVE_0,
     "beta2": _SHARE,
+    # of a gate
+    "seeds": Range(1, whole=True),
+    "budget": _ABOVE_0,
 }
 
 
-def check_ranges(**given: Any) -> None:
-    """Checks options by their names; None is one that was not given.
+def check_ranges(**values: Any) -> None:
+    """Raise unless every option is in its range.
+
+    Args:
+        **values: options by their names; None is one that was not given.
 
     Raises:
-        UsageError: one is out of its range, with the range.
+        UsageError: one is out of its range; the message says the range.
 
     Example:
         >>> check_ranges(tol=0.05, lr=None)
@@ -67,6 +90,6 @@ def check_ranges(**given: Any) -> None:
         jacdiag.errors.UsageError: confidence cannot be 1.5
         a number between 0 and 1
     """
-    for name, value in given.items():
+    for name, value in values.items():
         if value is not None and value not in RANGES[name]:
             raise UsageError(f"{name} cannot be {value!r}", hint=str(RANGES[name]))

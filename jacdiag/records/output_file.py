@@ -1,6 +1,4 @@
-"""Output files: regular files appear whole or not at all; devices, pipes and stdout are written
-through.
-"""
+"""Output files: regular files appear complete or not at all; others are written through."""
 
 from __future__ import annotations
 
@@ -165,16 +163,12 @@ def find_output(path: OutputPath) -> Output:
 
 
 def leads_to_stdout(path: OutputPath) -> bool:
-    """Return whether an output is the stdout of this process: "-", or a path such as
-    /dev/stdout.
-    """
+    """Return whether an output is this process's stdout: "-", or a path such as /dev/stdout."""
     return _kind(path) is Kind.STDOUT
 
 
 def is_streamed(path: OutputPath) -> bool:
-    """Return whether an output is written through: stdout, an open descriptor, a device or a named
-    pipe.
-    """
+    """Return whether an output is written through, as stdout, devices and pipes are."""
     return _kind(path) not in (None, Kind.FILE)
 
 
@@ -207,7 +201,7 @@ def _kind_of(name: str, mode: int) -> Kind:
 
 
 def _open_descriptor(target: Path, process: int, number: int) -> Output:
-    """An open file of this process by its number; of another process by its path."""
+    """Return an open file of this process by its number; of another process by its path."""
     mode = target.stat().st_mode
     if process != os.getpid():
         kind = _kind_of(str(target), mode)
@@ -254,8 +248,9 @@ def _refused_write(path: OutputPath, error: OSError) -> UsageError:
 
 
 def replace_file(target: Path, data: bytes) -> None:
-    """Write a regular file under a temporary name next to it, then rename it: a reader sees the old
-    one or the new one.
+    """Write a regular file under a temporary name next to it, then rename it.
+
+    A reader sees the old file or the new one.
 
     Args:
         target: the file; links are not followed.
@@ -277,8 +272,9 @@ def replace_file(target: Path, data: bytes) -> None:
 
 
 def _write_stream(target: Path, data: bytes) -> None:
-    """Write through to what is there: without O_CREAT, so that no file appears should it have
-    gone.
+    """Write through to what is there.
+
+    There is no O_CREAT, so that no file appears should it have gone.
     """
     handle = os.open(target, os.O_WRONLY | os.O_APPEND | os.O_NOCTTY)
     with os.fdopen(handle, "wb") as file:
@@ -313,7 +309,7 @@ def _write_stdout(data: bytes) -> None:
 
 
 def _mode(target: Path) -> int:
-    """The mode of what is there, else what a plain open() would give: 0666 less the umask."""
+    """Return the mode of the existing file, else that of a plain open(): 0666 less the umask."""
     if target.exists():
         return target.stat().st_mode & 0o7777
     mask = os.umask(0)
@@ -322,8 +318,9 @@ def _mode(target: Path) -> int:
 
 
 def _keep_owner(new: Path, target: Path) -> None:
-    """Give the new file the owner of the old one; only root may, and others own what they replace
-    mostly.
+    """Give the new file the owner of the old one.
+
+    Only root may; others mostly own what they replace.
     """
     if not target.exists():
         return

@@ -1,5 +1,4 @@
-"""What an audit says, as plain data: frozen records, and their JSON (`schema_version` 1) in both
-directions.
+"""The report of an audit as plain data: frozen records, and their JSON in both directions.
 
 This floor knows neither torch nor a terminal. A number that was not measured is None (JSON null),
 never 0; a number that is not finite is written as the string "inf", "-inf" or "nan".
@@ -9,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any, Literal, Self
 
 from jacdiag.records.base import SCHEMA_VERSION, Record
@@ -26,7 +27,6 @@ from jacdiag.records.signal_propagation import (
     DeadBranch,
     ForwardRecord,
 )
-from jacdiag.records.summary import source_name, summary
 
 Level = Literal["info", "warning", "error"]
 Status = Literal["fired", "clean", "unknown", "not-applicable"]
@@ -40,6 +40,8 @@ PRODUCT_ALONE = "an upper bound whose true value, the end-to-end gain, was not m
 
 LEVELS: tuple[Level, ...] = ("info", "warning", "error")
 
+_NAMED = 3  # sub-layers or parameters that the summary of a finding lists before it counts them
+
 
 @dataclass(frozen=True)
 class TokenAt(Record):
@@ -52,8 +54,9 @@ class TokenAt(Record):
 
 @dataclass(frozen=True)
 class Spread(Record):
-    """Standard deviation over features, per token, summarised over tokens. `p01` is the 1st
-    percentile.
+    """Standard deviation over features, per token, summarised over tokens.
+
+    `p01` is the 1st percentile.
     """
 
     median: float
@@ -106,15 +109,13 @@ class Interval(Record):
         return between(self.lower, self.upper)
 
     def side_of(self, threshold: float) -> Literal["above", "below", "across"]:
-        """Says on which side of a threshold the whole interval lies; a non-finite interval is
-        across.
-        """
+        """Return on which side of a threshold the interval lies; a non-finite one is across."""
         if self.lower > threshold:
             return "above"
         return "below" if self.upper <= threshold else "across"
 
     def scaled(self, factor: float) -> Interval:
-        """Returns the interval of `factor` times the quantity, for factor > 0."""
+        """Return the interval of `factor` times the quantity, for factor > 0."""
         return dataclasses.replace(
             self,
             estimate=self.estimate * factor,
@@ -126,7 +127,7 @@ class Interval(Record):
     def exact(
         cls, value: float, *, per_token: PerToken | None = None, stop: str = "closed form"
     ) -> Interval:
-        """An interval without width, for quantities that have a closed form."""
+        """Return an interval without width, for a quantity that has a closed form."""
         return cls(value, value, value, per_token=per_token, stop=stop)
 
 
@@ -142,8 +143,7 @@ class WeightStats(Record):
 
 @dataclass(frozen=True)
 class ProbeSpread(Record):
-    """One figure on several probes (`--probes`): how much it depends on the data, not how well it
-    was measured.
+    """One figure on several probes (`--probes`): how much it depends on the data.
 
     Attributes:
         least, most: smallest and largest of the estimates.
@@ -162,8 +162,9 @@ class ProbeSpread(Record):
 
 @dataclass(frozen=True)
 class SublayerRecord(Record):
-    """All figures of one sub-layer. `notes` holds, for each field that is None, the reason (field
-    name -> sentence).
+    """All figures of one sub-layer.
+
+    `notes` holds the reason for each field that is None (field name -> sentence).
 
     `placement` is None where no model was run (tier "weights"). `joint_residual_norm` is that of
     the shortcut plus all parallel branches on it (None unless `parallel`). `gradient_norm` is that
@@ -205,9 +206,7 @@ class SublayerRecord(Record):
 
 @dataclass(frozen=True)
 class Growth(Record):
-    """Growth exponents ln(last / first) / layers: of activations going up, of gradients going
-    down.
-    """
+    """Growth exponents ln(last / first) / layers: of activations upward, of gradients downward."""
 
     activation: float | None = None
     gradient: float | None = None
@@ -215,7 +214,7 @@ class Growth(Record):
 
 @dataclass(frozen=True)
 class NetworkRecord(Record):
-    """Figures of the whole network.
+    """Figures of the entire network.
 
     Attributes:
         gain_product_log: natural logarithm of the product of `residual_norm` over depth (Eq. 7). It
@@ -317,8 +316,9 @@ class Conditions(Record):
 
 @dataclass(frozen=True)
 class Finding(Record):
-    """One rule that spoke. `where` lists sub-layer names; `verified` means that the fix was tried
-    and helped.
+    """One rule that fired.
+
+    `where` lists sub-layer names. `verified` means that the fix was tried and helped.
     """
 
     code: str
@@ -333,8 +333,9 @@ class Finding(Record):
 
 @dataclass(frozen=True)
 class RuleResult(Record):
-    """How a rule came out. `matched` counts the sub-layers it applied to; 0 means not applicable,
-    never a pass.
+    """The result of a rule.
+
+    `matched` counts the sub-layers it applied to; 0 means not applicable, never a pass.
     """
 
     code: str
@@ -357,8 +358,9 @@ class Cost(Record):
 
 @dataclass(frozen=True)
 class Report(Record):
-    """A whole audit. See `interface`: the JSON keys are a contract, add to them, never change or
-    remove one.
+    """A complete audit.
+
+    The JSON keys are a contract: add to them, never change or remove one.
 
     `state_reason` says why `state` is what it is. `state_basis` says what the reason rests on: the
     state was "given", the model was "built" here, a fact stands in the "file", or it is a guess
@@ -396,10 +398,8 @@ class Report(Record):
     schema_version: int = SCHEMA_VERSION
 
     def __str__(self) -> str:
-        """Return a summary of a few lines: what was audited, the verdict, the worst branch norm,
-        the findings.
-        """
-        return summary(self)
+        """Return a few lines: what was audited, the verdict, the worst norm, the findings."""
+        return _summary(self)
 
     def __repr__(self) -> str:
         """Return one line; `to_dict` has everything."""
@@ -419,12 +419,16 @@ class Report(Record):
         show_report(self, width, **options)
 
     def to_json(self, indent: int | None = 2) -> str:
-        """Returns strict JSON (no bare NaN or Infinity)."""
+        """Return strict JSON (no bare NaN or Infinity)."""
         return json.dumps(self.to_dict(), indent=indent, allow_nan=False, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Reads what `to_json` wrote. Raises ValueError for a report of a newer schema version."""
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: the report is of a newer schema version.
+        """
         data = json.loads(text)
         version = data.get("schema_version")
         if version != SCHEMA_VERSION:
@@ -432,3 +436,77 @@ class Report(Record):
                 f"report has schema_version {version!r}; this jacdiag reads {SCHEMA_VERSION}"
             )
         return cls.from_dict(data)
+
+
+# -- what `print(report)` shows --------------------------------------------------------------------
+def source_name(report: Report) -> str:
+    """Return a short name of what was audited."""
+    source = report.source
+    name = report.settings.get("name") or source.get("name") or source.get("factory")
+    return str(name or PurePath(str(source.get("path", "model"))).name)
+
+
+def _summary(report: Report) -> str:
+    """Return the lines that `print(report)` shows, for a report of either tier and state."""
+    # 1. What was audited, and the verdict.
+    kind, model, state = type(report).__name__, report.model, report.state or "state unknown"
+    layers = _counted(model.layers, "layer")
+    sublayers = _counted(len(report.sublayers), "sub-layer")
+    name = model.name or "unnamed"
+    lines = [
+        f"{kind} of {source_name(report)} ({state}, {report.tier})",
+        f"  model     {name}, {layers}, {sublayers}, {model.parameters:,} parameters",
+        f"  verdict   {report.verdict}",
+    ]
+    worst = _worst(report)
+    if worst:
+        lines.append(f"  worst     {worst}")
+
+    # 2. One line for each rule that fired, in the order of the report: the worst first.
+    by_code: dict[str, list[Finding]] = {}
+    for finding in report.findings:
+        by_code.setdefault(finding.code, []).append(finding)
+    for code, findings in by_code.items():
+        lines.append(f"  {code}     {_level_and_place(findings)}")
+    if not by_code:
+        lines.append("  findings  none")
+
+    lines.append("  more      report.table(), report.findings, report.to_json()")
+    return "\n".join(_printable(line) for line in lines)
+
+
+def _printable(line: str) -> str:
+    """Replace what cannot be printed: names come out of files that somebody else made."""
+    return "".join(sign if sign.isprintable() else " " for sign in line)
+
+
+def _worst(report: Report) -> str:
+    """Return the largest branch norm with its interval; of weights alone, the largest bound."""
+    norms = []
+    bounds = []
+    for row in report.sublayers:
+        if row.branch_norm is not None and math.isfinite(row.branch_norm.estimate):
+            norms.append((row.branch_norm, row.name))
+        if row.bound is not None and math.isfinite(row.bound):
+            bounds.append((row.bound, row.name))
+    if norms:
+        norm, name = max(norms, key=lambda pair: pair[0].estimate)
+        return f"branch norm {norm} at {name}"
+    if bounds:
+        bound, name = max(bounds)
+        return f"bound {bound:.3g} at {name}"
+    return ""
+
+
+def _level_and_place(findings: list[Finding]) -> str:
+    """Return the level of a rule's findings and where they are."""
+    levels = ", ".join(dict.fromkeys(finding.level for finding in findings))
+    places = list(dict.fromkeys(name for finding in findings for name in finding.where))
+    if not places:
+        return levels
+    more = f" and {len(places) - _NAMED} more" if len(places) > _NAMED else ""
+    return f"{levels} at {', '.join(places[:_NAMED])}{more}"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -43,8 +43,7 @@ class Risk(Record):
 
 @dataclass(frozen=True)
 class RiskCurve(Record):
-    """The chance for one placement, as a function of one figure of the untrained model, the peak
-    rate and the warm-up.
+    """The chance for one placement, from a figure of the untrained model, the rate and the warm-up.
 
     Attributes:
         figure: its name in `jacdiag.rules.risk_features`.
@@ -74,7 +73,7 @@ class RiskCurve(Record):
     def chance(
         self, figure: float, lr: float, warmup: float | None = None
     ) -> tuple[float, float, float]:
-        """The chance and the ends of its 95% interval.
+        """Return the chance and the ends of its 95% interval.
 
         Args:
             figure, lr: both above 0.

@@ -98,7 +98,7 @@ def _after_the_end(ended: dict[str, Any]) -> RunState:
 
 
 def _clock(moment: float, now: float) -> str:
-    """The time of day, with the date if it is another day.
+    """Return the time of day, with the date if it is another day.
 
     >>> _clock(0.0, 10 * 86400.0)[:10]
     '1970-01-01'
@@ -109,7 +109,7 @@ def _clock(moment: float, now: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """A time as people say it.
+    """Return a duration as people say it.
 
     >>> _duration(0.014), _duration(2.5), _duration(40.2), _duration(300), _duration(7300)
     ('14 ms', '2.5 s', '40 s', '5 min', '2 h 1 min')

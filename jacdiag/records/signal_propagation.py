@@ -1,6 +1,4 @@
-"""Figures of one forward and one backward: the residual stream, attention, gradients, and paths
-that carry none.
-"""
+"""Figures of one forward and one backward: residual stream, attention, gradients, dead paths."""
 
 from __future__ import annotations
 
@@ -118,8 +116,7 @@ class DeadPath(Record):
 
 @dataclass(frozen=True)
 class CutShortcut(Record):
-    """A residual addition whose shortcut passes a call without a derivative, so that it carries no
-    gradient.
+    """A residual addition whose shortcut carries no gradient: a call in it has no derivative.
 
     Attributes:
         where: the module that makes the addition, or its line if that is the model itself.
@@ -158,7 +155,7 @@ class DeadBranch(Record):
 
 @dataclass(frozen=True)
 class BackwardRecord(Record):
-    """What one backward of the loss says of the parameters.
+    """The gradients of the parameters after one backward of the loss.
 
     Attributes:
         embedding: the embedding whose gradient is compared.

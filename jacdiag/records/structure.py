@@ -1,6 +1,4 @@
-"""What the init contract holds of a model besides its draws: computed tables, time steps, ties,
-adapters, factors.
-"""
+"""The structure of a model in the init contract: computed tables, time steps, ties, adapters."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from jacdiag.remedies.candidates import Remedy
 from jacdiag.remedies.changes import Spare
 from jacdiag.remedies.patches import patches
 from jacdiag.rules.remedy_targets import aims, outlook
-from jacdiag.sources.factory import seeded
+from jacdiag.sources.foreign_code import seeded
 from jacdiag.trace.execution.tensors import collect_deep
 
 _MOST = 16  # trials of one report

@@ -1,6 +1,4 @@
-"""One door for checkpoint files: what is in the file, where in it the weights are, and what it says
-about itself.
-"""
+"""The one way into checkpoint files: what is in the file, and where the weights are in it."""
 
 from __future__ import annotations
 
@@ -21,8 +19,8 @@ from jacdiag.sources.formats import safetensors_file, torch_file
 from jacdiag.sources.formats.other import check_format
 from jacdiag.sources.lazy_tensors import Piece, StoredWeights
 from jacdiag.sources.lora_adapters import adapter_names, take_base_model
+from jacdiag.sources.optimizer_state import optimizer_stepped
 from jacdiag.sources.tensor_sets import Candidate, Kind, find_candidates, split_flat
-from jacdiag.sources.training_history import optimizer_stepped
 from jacdiag.sources.unusable_tensors import check_chosen, check_contents
 from jacdiag.sources.weights_choice import Choice, choose_by_model, choose_by_name, strip_wrappers
 
@@ -139,8 +137,9 @@ class Contents:
         return self._checkpoint(choice, fills_model=model is not None)
 
     def _base_models(self, model: nn.Module | None) -> tuple[list[Candidate], list[str]]:
-        """Return the candidates without LoRA adapters, and notes; a model that has an adapter
-        itself gets it.
+        """Return the candidates without LoRA adapters, and notes.
+
+        A model that has an adapter itself gets it.
         """
         if model is not None and adapter_names(model.state_dict(keep_vars=True)):
             return self.candidates, []
@@ -154,7 +153,7 @@ class Contents:
 
     def _checkpoint(self, choice: Choice, *, fills_model: bool) -> Checkpoint:
         args = self.top.get("model_args")
-        made = Checkpoint(
+        checkpoint = Checkpoint(
             self.path,
             {},
             self.format,
@@ -169,18 +168,18 @@ class Contents:
         )
         if self.stored:
             pieces: dict[str, Piece] = choice.entries
-            made.weights = StoredWeights(pieces)
+            checkpoint.weights = StoredWeights(pieces)
             if self.tensors:
                 names = {
                     id(entry): name for c in self.candidates for name, entry in c.entries.items()
                 }
-                made.state = {
+                checkpoint.state = {
                     name: self.tensors[names[id(piece)]] for name, piece in pieces.items()
                 }
-        elif made.module is None or fills_model:
+        elif checkpoint.module is None or fills_model:
             _check_sizes(self.path, choice.entries)
-            made.state = choice.entries
-        return made
+            checkpoint.state = choice.entries
+        return checkpoint
 
 
 def open_checkpoint(
@@ -237,9 +236,7 @@ def read_contents(path: Path, *, trust_pickle: bool = False) -> Contents:
 
 
 def trainer_step(folder: Path) -> int | None:
-    """Return the step in the `trainer_state.json` that the Trainer of transformers wrote into a
-    folder, if any.
-    """
+    """Return the step in the `trainer_state.json` of transformers in a folder, if there is one."""
     path = folder / "trainer_state.json"
     try:
         if not path.is_file() or path.stat().st_size > _LARGEST_JSON:
@@ -319,8 +316,9 @@ def _check_weights(path: Path, described: str, weights: Mapping[str, Any]) -> No
 
 
 def _check_sizes(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """Refuses tensors that claim more numbers than the file can hold: a view of few may say that it
-    is many.
+    """Raise if a tensor claims more numbers than the file can hold.
+
+    A view of few numbers may say that it is many.
     """
     honest = path.stat().st_size
     for name, t in weights.items():

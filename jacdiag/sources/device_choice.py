@@ -1,4 +1,4 @@
-"""Where products run: the device that was asked for, or the best that is there."""
+"""Where products run: the device that is requested, or the best one of this machine."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from jacdiag.errors import UsageError
 
 
-def pick(wanted: str | None) -> torch.device:
-    """Returns the device of that name; CUDA if there, else the CPU, where none is given.
+def pick(wanted: str | torch.device | None) -> torch.device:
+    """Return the device of that name; by default CUDA if there is one, else the CPU.
 
     Raises:
         UsageError: no device of that name, or it is not there.
@@ -47,14 +47,15 @@ def pick(wanted: str | None) -> torch.device:
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
-    """Makes a GPU torch's current one for a while: code that says "cuda" means it, and its
-    allocator is read.
+    """Make a GPU torch's current one for a while.
+
+    Code that says "cuda" then means it, and its allocator is the one that is read.
     """
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _count(kind: str) -> int:
-    """How many devices of a kind this machine has; 0 for a kind that torch has no code for here."""
+    """Return how many devices of a kind this machine has; 0 if torch has no code for the kind."""
     backend = getattr(torch, kind, None)
     available = getattr(backend, "is_available", None)
     return (

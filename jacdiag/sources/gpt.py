@@ -1,5 +1,4 @@
-"""The small reference GPT that checkpoints in nanoGPT's layout are rebuilt with, and the recipes of
-the paper.
+"""The small reference GPT for checkpoints in nanoGPT's layout, and the recipes of the paper.
 
 Parameter names and shapes are nanoGPT's (`transformer.wte`, `transformer.h.0.attn.c_attn`, ...).
 Unlike nanoGPT, the logits of every position are returned, so that a language-model loss can be
@@ -136,9 +135,7 @@ class GPT(nn.Module):
         initialise(self, gpt2_std)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Any:
-        """Returns logits (B, T, vocabulary), or (logits, mean cross entropy) where targets (B, T)
-        are given.
-        """
+        """Return logits (B, T, vocabulary), or (logits, mean cross entropy) with targets (B, T)."""
         parts = self.transformer
         x = parts["wte"](idx)
         if self.config.embed_scale != 1.0:
@@ -167,9 +164,7 @@ def gpt2_std(name: str, _weight: Tensor, config: GPTConfig) -> float:
 
 
 def vanilla_std(name: str, _weight: Tensor, config: GPTConfig) -> float:
-    """s = sqrt(2 / (5 d)) everywhere (Nguyen & Salazar 2019), W_2 and W_O / sqrt(2N) (Shoeybi et
-    al. 2020).
-    """
+    """Return s = sqrt(2 / (5 d)) (Nguyen & Salazar 2019); W_2 and W_O / sqrt(2N) (Shoeybi 2020)."""
     s = math.sqrt(2 / (5 * config.n_embd))
     return s / math.sqrt(2 * config.n_layer) if _residual(name) else s
 
@@ -207,7 +202,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def build(recipe: str = "gpt2", **sizes: Any) -> GPT:
-    """Builds a GPT by recipe, randomly initialised from torch's global generator.
+    """Build a GPT by recipe, randomly initialised from torch's global generator.
 
     Args:
         recipe: vanilla, xavier, embed-detach, embed-ln, scaled-embed or gpt2.
@@ -230,8 +225,10 @@ def build(recipe: str = "gpt2", **sizes: Any) -> GPT:
 
 
 def config_of(sizes: Mapping[str, Any]) -> GPTConfig:
-    """Returns the config of nanoGPT's `model_args`. Raises UsageError for a key that it does not
-    know.
+    """Return the config of nanoGPT's `model_args`.
+
+    Raises:
+        UsageError: a key that it does not know.
     """
     known = {f.name for f in fields(GPTConfig)}
     unknown = sorted(set(sizes) - known)
@@ -246,7 +243,7 @@ def config_of(sizes: Mapping[str, Any]) -> GPTConfig:
 
 @torch.no_grad()
 def initialise(model: GPT, std: Std) -> None:
-    """Draws every matrix from N(0, std^2); gains become 1, biases 0."""
+    """Draw every matrix from N(0, std^2); gains become 1, biases 0."""
     for name, p in model.named_parameters():
         if p.dim() >= 2:
             p.normal_(0.0, std(name, p, model.config))

@@ -46,9 +46,7 @@ _V2 = _Interface(
 
 @dataclass(frozen=True, kw_only=True)
 class _Mount:
-    """Describe where a hierarchy of groups is visible: the group `root` of it lies at the folder
-    `point`.
-    """
+    """The place of a hierarchy of groups: its group `root` is visible at the folder `point`."""
 
     root: PurePosixPath
     point: PurePosixPath
@@ -95,9 +93,7 @@ def _rooms_of_groups(root: Path) -> Iterator[int]:
 
 
 def _folders(root: Path, interface: _Interface, group: PurePosixPath) -> Iterator[Path]:
-    """Yield the folders of a group and of the groups around it, as far as they are visible from
-    here.
-    """
+    """Yield the folders of a group and of the groups around it, as far as they are visible."""
     mount = _mount(root, interface)
     point = root / mount.point.relative_to("/")
 

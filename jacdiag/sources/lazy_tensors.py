@@ -1,5 +1,4 @@
-"""Weights that stay in their files: each tensor is read when it is asked for, and kept only as long
-as there is room.
+"""Weights that stay in their files: each tensor is read on request, and cached while there is room.
 
 They are read, not memory-mapped: a disk that fails, or a file that shrinks under a mapping, ends
 the process with a SIGBUS that nobody can name; and mapped pages would count as the process's own
@@ -29,12 +28,15 @@ class Piece(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
     def read(self) -> Tensor:
-        """Raises SourceError: the file cannot be read, or is shorter than it was."""
+        """Read the tensor.
+
+        Raises:
+            SourceError: the file cannot be read, or is shorter than it was.
+        """
 
 
 class StoredWeights(Mapping[str, Tensor]):
-    """Tensors by name, read when asked for; the last ones asked for are kept while they fit into
-    `room`.
+    """Tensors by name, read on request; the last ones are cached while they fit into `room`.
 
     Args:
         pieces: name -> where its tensor lies. Two names may share a piece.
@@ -53,10 +55,10 @@ class StoredWeights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         piece = self.pieces[name]
         key = id(piece)
-        found = self._kept.get(key)
-        if found is not None:
+        cached = self._kept.get(key)
+        if cached is not None:
             self._kept.move_to_end(key)
-            return found
+            return cached
         size = outline(piece).nbytes
         # before the next one is read: both would not fit
         while self._kept and self._held + size > self.room:
@@ -79,7 +81,7 @@ class StoredWeights(Mapping[str, Tensor]):
         return {name: outline(piece) for name, piece in self.pieces.items()}
 
     def renamed(self, names: Mapping[str, str]) -> StoredWeights:
-        """The same pieces under other names: new name -> old name."""
+        """Return the same pieces under other names: new name -> old name."""
         return StoredWeights({new: self.pieces[old] for new, old in names.items()}, self.room)
 
 
@@ -88,6 +90,6 @@ def outline(piece: Piece) -> Tensor:
 
 
 def failed(path: Path, what: str) -> SourceError:
-    """The error for a file that was good when it was opened."""
+    """Return the error for a file that was good when it was opened."""
     hint = "the disk, or somebody who wrote to the file meanwhile"
     return SourceError(f"reading '{path}' failed", got=what, hint=hint)

@@ -26,9 +26,7 @@ def adapter_names(names: Iterable[str]) -> list[str]:
 
 
 def holds_its_base(names: Iterable[str]) -> bool:
-    """Return whether the base weights of an adapter are there too, under the names that PEFT gives
-    them.
-    """
+    """Return whether the base weights of an adapter are there too, under PEFT's names for them."""
     return any(_BASE in name for name in names)
 
 

@@ -1,5 +1,7 @@
-"""Builds a module without memory for its parameters; what it computes for itself (buffers) stays
-real.
+"""Models built on the meta device, without memory for their parameters, and given memory later.
+
+What a module computes for itself (its buffers) must be real: no file has a buffer that is not
+persistent, such as a rotary table or a causal mask.
 """
 
 from __future__ import annotations
@@ -8,34 +10,143 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from jacdiag.errors import SourceError
+from jacdiag.sources.foreign_code import own_frames
+
+_NAMED = 5  # tensors that an error lists
 
 
 @contextmanager
 def empty_parameters() -> Iterator[None]:
-    """Inside, every parameter that a module registers moves to the meta device at once, so that
-    none is filled.
+    """Move every parameter that a module registers inside to the meta device at once.
 
-    Buffers are left alone: no file has the ones that are not persistent (rotary tables, causal
-    masks).
+    None is then filled. Buffers stay as they are.
     """
     register: Callable[..., None] = nn.Module.register_parameter
 
-    def emptied(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
         register(module, name, param)
-        placed = module._parameters[name]
-        # one that is has been here before: a tie keeps its object
-        if placed is not None and not placed.is_meta:
-            module._parameters[name] = _on_meta(placed)
+        registered = module._parameters[name]
+        # One that is on the meta device has been here before: a tie keeps its object.
+        if registered is not None and not registered.is_meta:
+            module._parameters[name] = _on_meta(registered)
 
-    nn.Module.register_parameter = emptied  # type: ignore[method-assign, assignment]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
+def materialise(model: nn.Module, spec: str, *, init: bool = True) -> None:
+    """Give a model on the meta device memory, and weights by its own initialization.
+
+    That is `init_weights`, or the `reset_parameters` of its modules. Every tensor is first filled
+    with a mark, so that one that nothing initialized is found and named.
+
+    Args:
+        model: changed in place.
+        spec: the name of its factory, for messages.
+        init: False if a checkpoint is to fill the parameters. Then only the buffers must be
+            initialized.
+
+    Raises:
+        SourceError: the initialization raised, or left a tensor out.
+    """
+    model.to_empty(device="cpu")
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    with torch.no_grad():
+        for tensor in tensors.values():
+            tensor.fill_(_mark_for(tensor))
+        _initialize(model, spec)
+    _check_initialized(model, spec, set(tensors) if init else _computed_buffers(model))
+
+
+def compute_buffers(model: nn.Module, spec: str) -> None:
+    """Give buffers on the meta device memory, and the numbers of the model's own initialization.
+
+    Args:
+        model: changed in place.
+        spec: the name of its factory, for messages.
+
+    Raises:
+        SourceError: the initialization raised, or left a buffer out.
+    """
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                empty = torch.empty_like(buffer, device="cpu")
+                module._buffers[key] = empty.fill_(_mark_for(buffer))
+    with torch.no_grad():
+        _initialize(model, spec)
+    _check_initialized(model, spec, _computed_buffers(model))
+
+
 def _on_meta(param: nn.Parameter) -> nn.Parameter:
-    made: Any = type(param)(param.detach().to("meta"), requires_grad=param.requires_grad)
-    made.__dict__.update(param.__dict__)
-    return made  # type: ignore[no-any-return]
+    """Return a parameter of the same class and attributes on the meta device."""
+    empty: Any = type(param)(param.detach().to("meta"), requires_grad=param.requires_grad)
+    empty.__dict__.update(param.__dict__)
+    return empty  # type: ignore[no-any-return]
+
+
+def _computed_buffers(model: nn.Module) -> set[str]:
+    """Return the names of the buffers that no checkpoint holds."""
+    return {name for name, _ in model.named_buffers()} - set(model.state_dict())
+
+
+def _initialize(model: nn.Module, spec: str) -> None:
+    """Run the model's own initialization."""
+    init_weights = getattr(model, "init_weights", None)
+    try:
+        if callable(init_weights):
+            init_weights()
+            return
+        for module in model.modules():
+            reset = getattr(module, "reset_parameters", None)
+            reset = reset or getattr(module, "_reset_parameters", None)
+            if callable(reset):
+                reset()
+    except Exception as error:
+        raise SourceError(
+            f"initialising what '{spec}' built failed", got=own_frames(error)
+        ) from error
+
+
+def _check_initialized(model: nn.Module, spec: str, names: set[str]) -> None:
+    """Raise if a tensor of these names still holds its mark."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    left_out = [
+        name for name, tensor in tensors if name in names and tensor.numel() and _holds_mark(tensor)
+    ]
+    if not left_out:
+        return
+    more = " ..." if len(left_out) > _NAMED else ""
+    raise SourceError(
+        f"'{spec}' builds on the meta device, and not all of its tensors are initialised",
+        got=f"{len(left_out)} of {len(tensors)}: {', '.join(left_out[:_NAMED])}{more}",
+        hint=(
+            "give it an init_weights(), or its modules reset_parameters(), that fills them; "
+            "or build on the CPU"
+        ),
+    )
+
+
+def _mark_for(tensor: Tensor) -> float | int | bool:
+    """Return a number that no initialization gives: NaN, the largest integer, or True."""
+    if tensor.is_floating_point() or tensor.is_complex():
+        return float("nan")
+    if tensor.dtype == torch.bool:
+        return True
+    return torch.iinfo(tensor.dtype).max
+
+
+def _holds_mark(tensor: Tensor) -> bool:
+    """Return whether a tensor still holds its mark: any NaN, or the largest integer everywhere."""
+    if tensor.dtype == torch.bool:
+        return False  # two values leave no room for a mark
+    if tensor.is_floating_point() or tensor.is_complex():
+        return bool(torch.isnan(tensor).any())
+    return bool((tensor == _mark_for(tensor)).all())

@@ -1,6 +1,4 @@
-"""What DDP, compile, FSDP, checkpointing and Fabric put around a module, and leave in the names of
-its weights.
-"""
+"""Wrappers around a module (DDP, compile, FSDP, Fabric), and what they add to weight names."""
 
 from __future__ import annotations
 
@@ -11,9 +9,7 @@ WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """Returns the module that a wrapper (compile, FSDP, activation checkpointing, Fabric, DDP,
-    DataParallel) holds.
-    """
+    """Return the module inside wrappers: compile, FSDP, checkpointing, Fabric, DDP."""
     while not isinstance(module, torch.jit.ScriptModule):  # its dict of modules is another
         inner = next(
             (module._modules[a] for a in WRAPPERS if module._modules.get(a) is not None), None

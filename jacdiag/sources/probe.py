@@ -1,12 +1,11 @@
-"""Probe inputs: random tokens over the rows that are alive, tokens of a file, text, or what a
-factory builds.
-"""
+"""Probe inputs: random tokens over the rows in use, tokens of a file, text, or a factory."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ OWN_TEXT = "text through its own tokenizer"  # the text that ships with jacdiag
 _DEFAULT_SEQ = 128
 _READABLE = ".npy, .bin (uint16) or .pt with token ids, or text in .txt, .md or .jsonl"
 _LENGTHWISE = r"sequence|seq_?len|length|position|context|block_?size"
+_MOST_TOKENS, _MOST_ROWS = 1 << 22, 4096  # that are read of a file
 _ROWS = 4096  # of an embedding at a time: a table may be large, and stored in less than float32
 # a row whose std is under this share of the median row's was never trained, or is padding
 _DEAD = 0.1
@@ -52,15 +52,18 @@ class Probe:
 
     @classmethod
     def of_inputs(cls, inputs: Any, seed: int = 0) -> Probe:
-        """Takes what a user handed in: a tensor, a tuple of arguments, or a dict of keyword
-        arguments.
-        """
+        """Return the probe of an input: a tensor, a tuple of arguments, or a dict by keyword."""
+        # 1. The arguments of the model's forward.
+        args: tuple[Any, ...] = ()
+        kwargs: dict[str, Any] = {}
         if isinstance(inputs, dict):
-            args, kwargs = (), _by_name(inputs)
+            kwargs = _by_name(inputs)
         elif hasattr(inputs, "keys") and hasattr(inputs, "data"):  # a tokenizer's BatchEncoding
-            args, kwargs = (), dict(inputs.items())
+            kwargs = dict(inputs.items())
+        elif isinstance(inputs, tuple | list):
+            args = tuple(inputs)
         else:
-            args, kwargs = (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
+            args = (inputs,)
         tensors = list(_tensors((args, kwargs)))
         if not tensors:
             raise ProbeError(
@@ -73,36 +76,24 @@ class Probe:
             raise ProbeError(
                 "the probe input is empty", got=got, hint="at least one sequence of one token"
             )
-        ids = next(
-            (
-                t
-                for t in tensors
-                if t.dim() == 2 and not t.is_floating_point() and t.dtype != torch.bool
-            ),
-            None,
-        )
-        shape = (ids if ids is not None else tensors[0]).shape
-        record = ProbeRecord(
-            shape[0] if shape else 1, shape[1] if len(shape) > 1 else None, seed, tokens="inputs"
-        )
-        return cls(args, kwargs, ids, record)
+
+        # 2. The token ids among them, and the size.
+        ids = next((tensor for tensor in tensors if _are_ids(tensor)), None)
+        shape = tensors[0].shape if ids is None else ids.shape
+        batch = shape[0] if shape else 1
+        seq = shape[1] if len(shape) > 1 else None
+        return cls(args, kwargs, ids, ProbeRecord(batch, seq, seed, tokens="inputs"))
 
     @property
     def described(self) -> ProbeRecord:
-        """The record with the digest of the input, so that two reports can tell whether they saw
-        the same.
-        """
+        """The record with the digest of the input: equal if two reports used the same one."""
         return replace(self.record, digest=self.digest())
 
     def digest(self) -> str:
-        """Return a hash of the token ids, or of all tensors of the input where it is no token
-        ids.
-        """
-        tensors = (
-            [self.token_ids]
-            if self.token_ids is not None
-            else list(_tensors((self.args, self.kwargs)))
-        )
+        """Return a hash of the token ids, or of all tensors of an input that has none."""
+        tensors = list(_tensors((self.args, self.kwargs)))
+        if self.token_ids is not None:
+            tensors = [self.token_ids]
         hashed = hashlib.sha256()
         for tensor in tensors:
             plain = tensor.detach().cpu()
@@ -124,23 +115,24 @@ class Probe:
         return replace(self, args=args, kwargs=kwargs)
 
     def to(self, device: torch.device | str) -> Probe:
-        """The same probe on another device."""
+        """Return the same probe on another device."""
 
         def moved(value: Any) -> Any:
             if type(value) in (list, tuple):
                 return type(value)(map(moved, value))
             if type(value) is dict:
                 return {key: moved(item) for key, item in value.items()}
-            return value.to(device) if isinstance(value, Tensor) else value
+            if isinstance(value, Tensor):
+                return value.to(device)
+            return value
 
-        kwargs = {k: moved(v) for k, v in self.kwargs.items()}
-        return replace(
-            self, args=tuple(map(moved, self.args)), kwargs=kwargs, token_ids=moved(self.token_ids)
-        )
+        args = tuple(moved(value) for value in self.args)
+        kwargs = {name: moved(value) for name, value in self.kwargs.items()}
+        return replace(self, args=args, kwargs=kwargs, token_ids=moved(self.token_ids))
 
     @contextmanager
     def suspected(self) -> Iterator[None]:
-        """Where the model's code raises, the hint says that the probe may be too long for it."""
+        """Add a hint to an error of the model's code if the probe may be too long for it."""
         try:
             yield
         except TraceError as error:
@@ -156,31 +148,35 @@ class Probe:
             raise TraceError(error.what, got=error.got, hint=hint) from error.__cause__
 
     def _may_be_too_long(self, error: BaseException | None) -> bool:
-        """Whether an error can be about the length of the tokens that were chosen here; most kinds
-        cannot.
-        """
+        """Return whether an error can be about the length of the tokens that were chosen here."""
         length = self.record.seq or 0
         if self.token_ids is None or self.record.tokens == "inputs" or length < 2:
             return False
-        told = re.search(rf"{_LENGTHWISE}|\b{length}\b", str(error), re.IGNORECASE)
-        return isinstance(error, AssertionError | IndexError) or (
-            isinstance(error, RuntimeError | ValueError) and told is not None
-        )
+        if isinstance(error, AssertionError | IndexError):
+            return True
+        names_length = re.search(rf"{_LENGTHWISE}|\b{length}\b", str(error), re.IGNORECASE)
+        return isinstance(error, RuntimeError | ValueError) and names_length is not None
 
 
 def _by_name(inputs: dict[Any, Any]) -> dict[str, Any]:
     """Return keyword arguments; raise if a key is no name."""
-    wrong = [key for key in inputs if not isinstance(key, str)]
-    if wrong:
-        hint = "a dict of keyword arguments, such as {'input_ids': ids}"
-        raise ProbeError(
-            "the probe input is a dict with keys that are no names", got=repr(wrong[0]), hint=hint
-        )
+    for key in inputs:
+        if not isinstance(key, str):
+            hint = "a dict of keyword arguments, such as {'input_ids': ids}"
+            raise ProbeError(
+                "the probe input is a dict with keys that are no names", got=repr(key), hint=hint
+            )
     return dict(inputs)
 
 
+def _are_ids(tensor: Tensor) -> bool:
+    """Return whether a tensor can be token ids: integers, (B, T)."""
+    is_integer = not tensor.is_floating_point() and tensor.dtype != torch.bool
+    return tensor.dim() == 2 and is_integer
+
+
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yields the tensors of nested tuples, lists and dicts."""
+    """Yield the tensors of nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (list, tuple, dict)):
@@ -194,12 +190,12 @@ def build_probe(
     batch: int = 2,
     seq: int | None = None,
     seed: int = 0,
-    tokens: str | None = None,
-    inputs: str | None = None,
+    tokens: str | os.PathLike[str] | None = None,
+    inputs: str | os.PathLike[str] | Callable[..., Any] | None = None,
     trust_code: bool = False,
     number: int = 0,
 ) -> Probe:
-    """Builds the probe for a source.
+    """Build the probe for a source.
 
     Args:
         source: with a model.
@@ -229,9 +225,11 @@ def build_probe(
     assert model is not None
     check_one_probe(tokens=tokens, input_factory=inputs)
     seed += number
+
+    # 1. Input that is no token ids.
     if inputs is not None:
-        made = factory.call(factory.resolve(inputs), factory.name_of(inputs), {}, seed)
-        return Probe.of_inputs(made, seed)
+        values = factory.call(factory.resolve(inputs), factory.name_of(inputs), {}, seed)
+        return Probe.of_inputs(values, seed)
     kind = facts.main_input(model)
     if kind == "pixels" and tokens is None:
         return _pixels(model, batch, seed)
@@ -241,11 +239,12 @@ def build_probe(
             got="no token embedding and no vocabulary in its config",
             hint="--inputs FACTORY builds the probe input; in Python: jacdiag.audit(model, inputs)",
         )
+
+    # 2. Token ids: of a file, of the text that ships, or random.
     length = _length(source, seq)
     if tokens is not None:
-        path = Path(tokens)
         size = _Size(batch=batch, length=length, given=seq is not None, number=number)
-        chosen = _of_file(path, source, size, trust_code=trust_code)
+        chosen = _of_file(Path(tokens), source, size, trust_code=trust_code)
     else:
         size = _Size(batch=batch, length=length, number=number)
         chosen = _of_no_file(source, size, seed, trust_code=trust_code)
@@ -258,7 +257,7 @@ def build_probe(
 
 
 def check_one_probe(*, tokens: Any = None, input_factory: Any = None, inputs: Any = None) -> None:
-    """Raise if the probe is given in more than one way: one of them would be left out in silence.
+    """Raise if the probe is ways in more than one way: one of them would be left out in silence.
 
     Args:
         tokens: a file of tokens or text.
@@ -266,19 +265,17 @@ def check_one_probe(*, tokens: Any = None, input_factory: Any = None, inputs: An
         inputs: the probe itself.
 
     Raises:
-        UsageError: more than one is given.
+        UsageError: more than one is ways.
     """
-    given = []
+    ways = []
     if tokens is not None:
-        given.append(f"--tokens {tokens}")
+        ways.append(f"--tokens {tokens}")
     if input_factory is not None:
-        given.append(f"--inputs {factory.name_of(input_factory)}")
+        ways.append(f"--inputs {factory.name_of(input_factory)}")
     if inputs is not None:
-        given.append("inputs that were passed")
-    if len(given) > 1:
-        raise UsageError(
-            "the probe is given twice", got=" and ".join(given), hint="give one of them"
-        )
+        ways.append("inputs that were passed")
+    if len(ways) > 1:
+        raise UsageError("the probe is ways twice", got=" and ".join(ways), hint="give one of them")
 
 
 def check_varied(probes: Sequence[Probe], factory_given: Any) -> None:
@@ -311,14 +308,20 @@ def check_varied(probes: Sequence[Probe], factory_given: Any) -> None:
 
 
 def _inputs_of(probe: Probe) -> list[Tensor]:
+    """Return the tensors of a probe."""
     return list(_tensors((probe.args, probe.kwargs)))
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one, other)
+def _same(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and torch.equal(first, second)
 
 
 def _length(source: Source, seq: int | None) -> int:
+    """Return how many tokens a sequence has.
+
+    Raises:
+        ProbeError: the model allows fewer than were given.
+    """
     most = source.max_seq
     if seq is not None and most is not None and seq > most:
         raise ProbeError(
@@ -331,11 +334,11 @@ def _length(source: Source, seq: int | None) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class _Size:
-    """How many tokens a probe takes, and of several probes which one it is.
+    """The size of a probe, and of several probes which one it is.
 
     Attributes:
         batch, length: sequences, and tokens of each.
-        given: the length was asked for; else a table of ids keeps its own.
+        given: whether the length was given; else a table of ids keeps its own.
         number: from 0; each probe takes the tokens after those of the one before.
     """
 
@@ -361,7 +364,7 @@ class _Chosen:
 
 
 def _of_file(path: Path, source: Source, size: _Size, *, trust_code: bool) -> _Chosen:
-    """The ids of a file, or of its text."""
+    """Return the ids of a file, or of its text."""
     vocab = source.vocab_size
     assert vocab is not None
     if not path.is_file():
@@ -384,21 +387,19 @@ def _of_file(path: Path, source: Source, size: _Size, *, trust_code: bool) -> _C
 
 
 def _of_no_file(source: Source, size: _Size, seed: int, *, trust_code: bool) -> _Chosen:
-    """The text that ships, if the source has a tokenizer for it; else random tokens."""
+    """Return the text that ships if the source has a tokenizer for it, else random tokens."""
     vocab, folder = source.vocab_size, source.folder
     assert vocab is not None
     if folder is not None and source.step != 0 and text.has_tokenizer(folder):
         ids = text.tokenize_sample(
             folder, vocab, size.tokens, repeat=size.number == 0, trust_code=trust_code
         )
-        if ids is not None and len(ids) < size.tokens:
-            raise _too_few(
-                len(ids), "the text that ships with jacdiag", size, "--tokens FILE with more text"
-            )
         if ids is not None:
-            return _Chosen(
-                ids=ids[-size.batch * size.length :].view(size.batch, size.length), name=OWN_TEXT
-            )
+            what, more = "the text that ships with jacdiag", "--tokens FILE with more text"
+            if len(ids) < size.tokens:
+                raise _too_few(len(ids), what, size, more)
+            ids = ids[-size.batch * size.length :].view(size.batch, size.length)
+            return _Chosen(ids=ids, name=OWN_TEXT)
     alive = living_rows(source, vocab)
     generator = torch.Generator().manual_seed(seed)
     drawn = alive[torch.randint(len(alive), (size.batch, size.length), generator=generator)]
@@ -406,39 +407,43 @@ def _of_no_file(source: Source, size: _Size, seed: int, *, trust_code: bool) -> 
 
 
 def living_rows(source: Source, vocab: int) -> Tensor:
-    """Ids of the embedding rows that a probe may draw from: not special, not padding, not near
-    zero, not twins.
+    """Return ids of the embedding rows that a probe may draw from.
+
+    Those are not special, not padding, not near zero and no twins.
     """
     model = source.model
     assert model is not None
-    keep = torch.ones(vocab, dtype=torch.bool)
-    keep[[i for i in facts.special_ids(model) if 0 <= i < vocab]] = False
+    usable = torch.ones(vocab, dtype=torch.bool)
+    usable[[i for i in facts.special_ids(model) if 0 <= i < vocab]] = False
     table = facts.embedding(model)
     weight = None if table is None else source.value_of(table.weight)
     if table is not None and weight is not None:
         if table.padding_idx is not None and table.padding_idx < vocab:
-            keep[table.padding_idx] = False
-        parts = weight[:vocab].split(_ROWS)
-        std = torch.cat([part.float().cpu().std(dim=1, correction=0) for part in parts])
-        keep &= std >= _DEAD * std.median()
-        keep &= ~_twins(weight[:vocab])
-    alive = keep.nonzero().squeeze(1)
-    return alive if len(alive) >= 2 else torch.arange(vocab)
+            usable[table.padding_idx] = False
+        chunks = weight[:vocab].split(_ROWS)
+        std = torch.cat([chunk.float().cpu().std(dim=1, correction=0) for chunk in chunks])
+        usable &= std >= _DEAD * std.median()
+        usable &= ~_twins(weight[:vocab])
+    alive = usable.nonzero().squeeze(1)
+    if len(alive) < 2:
+        return torch.arange(vocab)
+    return alive
 
 
 def _twins(rows: Tensor) -> Tensor:
-    """Rows that equal another one to the bit: added to fill up a table, and never trained."""
+    """Return which rows equal another one to the bit: they fill up a table, never trained."""
     mark = torch.randn(
         rows.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64
     )
-    key = torch.cat([part.cpu().double() @ mark for part in rows.split(_ROWS)])
+    key = torch.cat([chunk.cpu().double() @ mark for chunk in rows.split(_ROWS)])
     _, place, count = key.unique(return_inverse=True, return_counts=True)
     return count[place] > 1
 
 
 def _call(model: nn.Module, ids: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """How the ids are handed in: by name for transformers' models, with caches off; else as the
-    first argument.
+    """Return the arguments that pass ids to a model.
+
+    Models of transformers get them by name, with caches off; others as the first argument.
     """
     if not facts.takes(model, "input_ids"):
         return (ids,), {}
@@ -451,6 +456,7 @@ def _call(model: nn.Module, ids: Tensor) -> tuple[tuple[Any, ...], dict[str, Any
 
 
 def _pixels(model: nn.Module, batch: int, seed: int) -> Probe:
+    """Return random images of the size that the model's config names."""
     config: Any = getattr(unwrap(model), "config", None)
     size = getattr(config, "image_size", 224)
     height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
@@ -462,8 +468,9 @@ def _pixels(model: nn.Module, batch: int, seed: int) -> Probe:
 
 # -- files and text --------------------------------------------------------------------------------
 def _rows(ids: Tensor, path: Path, size: _Size) -> Tensor:
-    """Cut ids into sequences: at most `size.batch` of them, (B, T); a table keeps its own if no
-    length was given.
+    """Cut ids into sequences: at most `size.batch` of them, (B, T).
+
+    A table keeps its own length if none was given.
     """
     batch, length = size.batch, size.length
     if ids.dtype.is_floating_point or ids.dtype == torch.bool:
@@ -494,11 +501,9 @@ def _table_rows(rows: Tensor, path: Path, size: _Size) -> Tensor:
     start = size.number * size.batch
     if size.number and len(rows) < start + size.batch:
         fit = len(rows) // size.batch
-        hint = (
-            f"--probes {fit}, or a smaller --batch"
-            if fit > 1
-            else "more rows, or a smaller --batch"
-        )
+        hint = "more rows, or a smaller --batch"
+        if fit > 1:
+            hint = f"--probes {fit}, or a smaller --batch"
         got = f"{len(rows)} rows; the first {size.number + 1} probes take {start + size.batch}"
         raise ProbeError(f"'{path}' has too few sequences for so many probes", got=got, hint=hint)
     return rows[start : start + size.batch]
@@ -516,43 +521,59 @@ def _too_few(have: int, what: str, size: _Size, more: str) -> ProbeError:
 
 
 def _read_tokens(path: Path) -> Tensor:
+    """Return the first tokens of a file.
+
+    Raises:
+        ProbeError: it cannot be read, or is of another format.
+    """
     import numpy as np
 
     try:
         if path.suffix == ".npy":
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-            if array.dtype.kind not in "iuf":
-                raise ValueError(f"an array of {array.dtype}")
-            return torch.from_numpy(
-                np.array(array.reshape(-1)[: 1 << 22] if array.ndim != 2 else array[:4096]).astype(
-                    "int64" if array.dtype.kind != "f" else "float32"
-                )
-            )
+            return _read_numpy(path)
         if path.suffix == ".bin":
-            return torch.from_numpy(np.fromfile(path, dtype="<u2", count=1 << 22).astype("int64"))
+            tokens = np.fromfile(path, dtype="<u2", count=_MOST_TOKENS)
+            return torch.from_numpy(tokens.astype("int64"))
         if path.suffix == ".pt":
-            found = torch.load(path, map_location="cpu", weights_only=True)
-            if not isinstance(found, Tensor):
-                raise ValueError(f"it holds a {type(found).__name__}, not a tensor")
-            return found
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(content, Tensor):
+                raise ValueError(f"it holds a {type(content).__name__}, not a tensor")
+            return content
     except Exception as error:
         raise ProbeError(f"cannot read tokens from '{path}'", got=_said(error)) from error
     raise ProbeError(f"'{path}' is no token file", got=path.suffix or "no suffix", hint=_READABLE)
 
 
 def _said(error: Exception) -> str:
-    """The first line of an error that may have no text."""
+    """Return the first line of an error that may have no text."""
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
+def _read_numpy(path: Path) -> Tensor:
+    """Return the first tokens of a .npy file: of a table its first rows."""
+    import numpy as np
+
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if array.dtype.kind not in "iuf":
+        raise ValueError(f"an array of {array.dtype}")
+    first = array[:_MOST_ROWS] if array.ndim == 2 else array.reshape(-1)[:_MOST_TOKENS]
+    # Floating-point numbers are refused later, with what to do.
+    kind = "float32" if array.dtype.kind == "f" else "int64"
+    return torch.from_numpy(np.array(first).astype(kind))
+
+
 def _checked(ids: Tensor, vocab: int, name: str) -> Tensor:
-    bad = ((ids < 0) | (ids >= vocab)).nonzero()
-    if len(bad):
-        row, column = bad[0].tolist()
+    """Return ids that lie in the vocabulary.
+
+    Raises:
+        ProbeError: one of them does not.
+    """
+    outside = ((ids < 0) | (ids >= vocab)).nonzero()
+    if len(outside):
+        row, column = outside[0].tolist()
+        first = f"id {int(ids[row, column])} at position {column} of sequence {row}"
         raise ProbeError(
             f"'{name}' holds tokens out of the vocabulary",
-            got=f"id {int(ids[row, column])} at position {column} of sequence {row}, {len(bad)} "
-            "in all; "
-            f"the model knows 0 to {vocab - 1}",
+            got=f"{first}, {len(outside)} in all; the model knows 0 to {vocab - 1}",
         )
     return ids

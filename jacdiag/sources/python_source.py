@@ -1,6 +1,4 @@
-"""What a Python caller hands in as a model: a path, a module, a function that builds one, or
-something else.
-"""
+"""Whatever a Python caller passes as a model: a path, a module, a function that builds one."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,15 +63,15 @@ class Source:
     @property
     def device(self) -> torch.device:
         """Where the model runs."""
-        held = (
-            next(self.model.parameters(), None)
-            if self.model is not None and self.weights is None
-            else None
-        )
-        return self._device or (torch.device("cpu") if held is None else held.device)
+        if self._device is not None:
+            return self._device
+        if self.model is not None and self.weights is None:
+            for parameter in self.model.parameters():
+                return parameter.device
+        return torch.device("cpu")
 
     def to(self, device: torch.device) -> None:
-        """Moves the model; of one whose parameters stay in their files, the buffers."""
+        """Move the model; of one whose parameters stay in their files, move the buffers."""
         assert self.model is not None
         if self.weights is None:
             self.model.to(device)
@@ -79,12 +79,11 @@ class Source:
         self._device = device
         for module in self.model.modules():
             for key, buffer in module._buffers.items():
-                module._buffers[key] = None if buffer is None else buffer.to(device)
+                if buffer is not None:
+                    module._buffers[key] = buffer.to(device)
 
     def value_of(self, parameter: Tensor) -> Tensor | None:
-        """A parameter's values: the parameter itself, or what its file holds; None where it has a
-        shape only.
-        """
+        """Return a parameter's values, from its file if need be; None if it has a shape only."""
         if not parameter.is_meta:
             return parameter.detach()
         if self.model is None or self.weights is None:
@@ -94,22 +93,61 @@ class Source:
 
     @property
     def vocab_size(self) -> int | None:
-        return vocabulary(self.model) if self.model is not None else None
+        """The number of token ids that the model takes; None if it takes none."""
+        return None if self.model is None else vocabulary(self.model)
 
     @property
     def max_seq(self) -> int | None:
-        return longest_sequence(self.model) if self.model is not None else None
+        """The longest sequence that the model says it takes."""
+        return None if self.model is None else longest_sequence(self.model)
 
     @classmethod
     def of_module(cls, module: nn.Module) -> Source:
-        """A module that is already in memory."""
+        """Return the source of a module that is already in memory."""
         kind = type(module)
-        return cls(
-            module,
-            {"format": "module", "factory": f"{kind.__module__}.{kind.__qualname__}"},
-            kind.__name__,
-            owned=False,
-        )
+        info = {"format": "module", "factory": f"{kind.__module__}.{kind.__qualname__}"}
+        return cls(module, info, kind.__name__, owned=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Opening:
+    """How a source is opened.
+
+    Attributes:
+        model: a factory of the module that the weights belong to, or "hf:CONFIG".
+        model_args: keyword arguments of the factory, or fields of a config.
+        trust_pickle: whether a pickle may run code.
+        seed: of random initializations.
+        key: the place of the weights in a file with several sets.
+    """
+
+    model: factory.Factory | None
+    model_args: dict[str, Any] | None
+    trust_pickle: bool
+    seed: int
+    key: str | None
+
+    def check_no_model(self, source: str) -> None:
+        """Raise if a model is given for a source that builds itself."""
+        if self.model is not None:
+            raise UsageError(
+                "--model belongs to a checkpoint file or a folder",
+                got=f"--model {self.model} with {source}",
+            )
+
+    def check_no_key(self, source: str) -> None:
+        """Raise if a key is given for a source that is no file."""
+        if self.key is not None:
+            raise UsageError(
+                "--key belongs to a checkpoint file", got=f"--key {self.key} with {source}"
+            )
+
+    def described(self) -> dict[str, Any]:
+        """Return what the report says about the factory."""
+        info: dict[str, Any] = {"factory": factory.name_of(self.model)}
+        if self.model_args:
+            info["model_args"] = self.model_args
+        return info
 
 
 def load(
@@ -121,7 +159,7 @@ def load(
     seed: int = 0,
     key: str | None = None,
 ) -> Source:
-    """Opens whatever SOURCE names.
+    """Open whatever SOURCE names.
 
     Args:
         source: a checkpoint file, a Hugging Face folder, "package.module:callable",
@@ -145,67 +183,63 @@ def load(
     if not isinstance(source, str | bytes | os.PathLike):
         hint = "a path or a SOURCE string; jacdiag.audit takes modules and functions too"
         raise SourceError("this names no source", got=f"type {type(source).__name__}", hint=hint)
-    source = os.fsdecode(source)
-    if "\0" in source or not source.strip():
+    name = os.fsdecode(source)
+    if "\0" in name or not name.strip():
         hint = "SOURCE is a checkpoint, a folder, module:callable or hf:CONFIG"
-        raise SourceError(f"no such file or folder: {source!r}", hint=hint)
-    if source.startswith("hf:"):
-        _no_model(model, source)
-        _no_key(key, source)
-        built = huggingface.from_config(source.removeprefix("hf:"), model_args or {}, seed)
-        return Source(built, {"format": "hf-config", "factory": source}, source, fresh=True)
-    if factory.is_factory(source):
-        _no_model(model, source)
-        _no_key(key, source)
-        info = {
-            "format": "factory",
-            "factory": source,
-            **({"model_args": model_args} if model_args else {}),
-        }
-        rebuild = partial(factory.build, source, model_args)
-        return Source(rebuild(seed), info, source, rebuild=rebuild)
-    path = Path(source)
+        raise SourceError(f"no such file or folder: {name!r}", hint=hint)
+
+    opening = _Opening(
+        model=model, model_args=model_args, trust_pickle=trust_pickle, seed=seed, key=key
+    )
+    if name.startswith("hf:"):
+        return _from_config(name, opening)
+    if factory.is_factory(name):
+        return _from_factory(name, opening)
+    path = Path(name)
     if factory.there(path) and path.is_dir():
-        if dcp.is_folder(path) and not huggingface.is_folder(path):
-            return _from_file(_open_chunked(path, model), model, model_args, seed, key)
-        _no_key(key, "a folder")
-        return _from_folder(path, model, model_args, trust_pickle, seed)
-    return _from_file(read_contents(path, trust_pickle=trust_pickle), model, model_args, seed, key)
+        return _from_folder(path, opening)
+    return _from_file(read_contents(path, trust_pickle=trust_pickle), opening)
 
 
-def _no_model(model: factory.Factory | None, source: str) -> None:
-    if model is not None:
-        raise UsageError(
-            "--model belongs to a checkpoint file or a folder",
-            got=f"--model {model} beside {source}",
-        )
+def _from_config(name: str, opening: _Opening) -> Source:
+    """Return a fresh model of `hf:CONFIG`."""
+    opening.check_no_model(name)
+    opening.check_no_key(name)
+    config = name.removeprefix("hf:")
+    model = huggingface.from_config(config, opening.model_args or {}, opening.seed)
+    return Source(model, {"format": "hf-config", "factory": name}, name, fresh=True)
 
 
-def _no_key(key: str | None, source: str) -> None:
-    if key is not None:
-        raise UsageError("--key belongs to a checkpoint file", got=f"--key {key} with {source}")
+def _from_factory(name: str, opening: _Opening) -> Source:
+    """Return the model that a factory builds."""
+    opening.check_no_model(name)
+    opening.check_no_key(name)
+    info: dict[str, Any] = {"format": "factory", "factory": name}
+    if opening.model_args:
+        info["model_args"] = opening.model_args
+    rebuild = partial(factory.build, name, opening.model_args)
+    return Source(rebuild(opening.seed), info, name, rebuild=rebuild)
 
 
-def _from_folder(
-    path: Path,
-    model: factory.Factory | None,
-    model_args: dict[str, Any] | None,
-    trust_pickle: bool,
-    seed: int,
-) -> Source:
-    if model is not None:
-        return _folder_into(path, model, model_args, trust_pickle, seed)
+def _from_folder(path: Path, opening: _Opening) -> Source:
+    """Return the model of a folder, or its weights in the model that is given."""
+    if dcp.is_folder(path) and not huggingface.is_folder(path):
+        return _from_file(_open_chunked(path, opening.model), opening)
+    opening.check_no_key("a folder")
+    if opening.model is not None:
+        return _folder_into(path, opening.model, opening)
     if not huggingface.is_folder(path):
         raise folders.refuse_without_config(path)
-    loaded = huggingface.load(path, trust_pickle=trust_pickle, overrides=model_args)
+    overrides = opening.model_args
+    loaded = huggingface.load(path, trust_pickle=opening.trust_pickle, overrides=overrides)
     info = {"path": str(path), **loaded.facts}
-    if model_args is not None:
-        info["model_args"] = model_args
+    if overrides is not None:
+        info["model_args"] = overrides
     return _of_folder(path, loaded, info)
 
 
 def _of_folder(path: Path, loaded: huggingface.Loaded, info: dict[str, Any]) -> Source:
-    """The source of a model out of a folder, with the step that a trainer wrote there."""
+    """Return the source of a model out of a folder, with the step that a trainer wrote there."""
     step = trainer_step(path)
     if step is not None:
         info["step"] = step
@@ -220,14 +254,8 @@ def _of_folder(path: Path, loaded: huggingface.Loaded, info: dict[str, Any]) -> 
     )
 
 
-def _folder_into(
-    path: Path,
-    model: factory.Factory,
-    model_args: dict[str, Any] | None,
-    trust_pickle: bool,
-    seed: int,
-) -> Source:
-    """The weights of a folder, in a model that a factory or a config elsewhere builds."""
+def _folder_into(path: Path, model: factory.Factory, opening: _Opening) -> Source:
+    """Return the weights of a folder in a model that a factory or another config builds."""
     files = folders.weight_files(path)
     if not files:
         raise folders.refuse_without_files(path)
@@ -235,47 +263,52 @@ def _folder_into(
         "path": str(path),
         "format": "folder",
         "files": [file.name for file in files],
-        "factory": factory.name_of(model),
+        **opening.described(),
     }
-    if model_args:
-        info["model_args"] = model_args
 
     # One .bin file may hold more than a state dict: it is opened like any checkpoint file.
     if len(files) == 1 and files[0].suffix == ".bin":
-        found = _from_file(
-            read_contents(files[0], trust_pickle=trust_pickle), model, model_args, seed, None
-        )
-        loaded = huggingface.Loaded(found.model or nn.Module(), {}, found.weights, found.notes)
-        source = _of_folder(path, loaded, found.info | info)
-        source.step = found.step if source.step is None else source.step
-        source.stepped = found.stepped
+        contents = read_contents(files[0], trust_pickle=opening.trust_pickle)
+        of_file = _from_file(contents, replace(opening, key=None))
+        weights, notes = of_file.weights, of_file.notes
+        loaded = huggingface.Loaded(of_file.model or nn.Module(), {}, weights, notes)
+        source = _of_folder(path, loaded, of_file.info | info)
+        if source.step is None:
+            source.step = of_file.step
+        source.stepped = of_file.stepped
         return source
 
-    stored = huggingface.read_files(path, files, trust_pickle)
-    return _of_folder(path, _into_model(model, model_args, seed, stored), info)
+    stored = huggingface.read_files(path, files, opening.trust_pickle)
+    return _of_folder(path, _into_model(model, opening, stored), info)
 
 
 def _into_model(
     model: factory.Factory,
-    model_args: dict[str, Any] | None,
-    seed: int,
+    opening: _Opening,
     stored: huggingface.StoredState,
     built: nn.Module | None = None,
 ) -> huggingface.Loaded:
     """Build what --model names, unless it is built already, and fill it with weights."""
-    # the weights say which class, where the config does not
+    # The weights say which class it is, if the config does not.
     if isinstance(model, str) and model.startswith("hf:"):
-        return huggingface.load_stored(huggingface.config_path(model), stored, overrides=model_args)
-    if built is None and stored.lazy:
-        built = factory.build_empty(model, model_args, seed)
-    elif built is None:
-        built = factory.build(model, model_args, seed, init=False)
+        config = huggingface.config_path(model)
+        return huggingface.load_stored(config, stored, overrides=opening.model_args)
+    if built is None:
+        built = _build(model, opening, empty=stored.lazy)
     return huggingface.fill(built, stored)
 
 
+def _build(model: factory.Factory, opening: _Opening, *, empty: bool) -> nn.Module:
+    """Return the module that weights are put into; an empty one takes no memory."""
+    if empty:
+        return factory.build_empty(model, opening.model_args, opening.seed)
+    return factory.build(model, opening.model_args, opening.seed, init=False)
+
+
 def _open_chunked(path: Path, model: factory.Factory | None) -> Contents:
-    """A folder of torch.distributed.checkpoint, like a checkpoint file whose tensors stay where
-    they are.
+    """Return a folder of torch.distributed.checkpoint as a checkpoint file.
+
+    Its tensors stay in their files.
     """
     pieces = dcp.chunked(path)
     if not pieces:
@@ -291,109 +324,101 @@ def _open_chunked(path: Path, model: factory.Factory | None) -> Contents:
     return Contents(path, split_flat(pieces), "torch-distributed", described=", ".join(pieces))
 
 
-def _from_file(
-    contents: Contents,
-    model: factory.Factory | None,
-    model_args: dict[str, Any] | None,
-    seed: int,
-    key: str | None,
-) -> Source:
+def _from_file(contents: Contents, opening: _Opening) -> Source:
     """Choose the weights of a file, and put them into their module if it is known."""
-    if model is None and model_args is not None:
+    model = opening.model
+    if model is None and opening.model_args is not None:
         raise UsageError("--model-args needs --model", hint="--model package.module:callable")
 
     # 1. Build the module first: the weights are chosen by whether they fit it.
-    built: nn.Module | None = None
-    if model is not None and contents.stored:
-        built = factory.build_empty(model, model_args, seed)
-    elif model is not None:
-        built = factory.build(model, model_args, seed, init=False)
-    found = contents.choose(key, built)
+    built = None if model is None else _build(model, opening, empty=contents.stored)
+    checkpoint = contents.choose(opening.key, built)
 
     # 2. Say what was read, and what else is in the file.
-    info: dict[str, Any] = {"path": str(found.path), "format": found.format, "step": found.step}
-    made = Source(None, info, found.path.name, step=found.step, stepped=contents.optimizer_stepped)
-    if found.unread:
-        info["unread"] = found.unread
-        shown = clipped(", ".join(found.unread), 200)
-        made.notes.append(f"left unread in the file, as it is no tensor: {shown}")
-    if found.where:
-        info["key"] = found.where
-    if found.others:
-        info["others"] = found.others
-    made.notes += found.notes
+    path, step = checkpoint.path, checkpoint.step
+    info: dict[str, Any] = {"path": str(path), "format": checkpoint.format, "step": step}
+    source = Source(None, info, path.name, step=step, stepped=contents.optimizer_stepped)
+    if checkpoint.unread:
+        info["unread"] = checkpoint.unread
+        shown = clipped(", ".join(checkpoint.unread), 200)
+        source.notes.append(f"left unread in the file, as it is no tensor: {shown}")
+    if checkpoint.where:
+        info["key"] = checkpoint.where
+    if checkpoint.others:
+        info["others"] = checkpoint.others
+    source.notes += checkpoint.notes
 
     # 3. Fill the module.
-    if built is not None:
-        info |= {
-            "factory": factory.name_of(model),
-            **({"model_args": model_args} if model_args else {}),
-        }
-        made.model = built
-        if found.weights is not None:
-            stored = huggingface.StoredState(found.weights.pieces, True, found.path)
-        else:
-            stored = huggingface.StoredState(found.state, False, found.path)
-        assert model is not None
-        loaded = _into_model(model, model_args, seed, stored, built)
-        made.model, made.weights = loaded.model, loaded.weights
-        made.notes += loaded.notes
-    elif found.module is not None:
-        made.model = found.module
+    if model is not None:
+        info |= opening.described()
+        stored = huggingface.StoredState(checkpoint.state, False, path)
+        if checkpoint.weights is not None:
+            stored = huggingface.StoredState(checkpoint.weights.pieces, True, path)
+        loaded = _into_model(model, opening, stored, built)
+        source.model, source.weights = loaded.model, loaded.weights
+        source.notes += loaded.notes
+    elif checkpoint.module is not None:
+        source.model = checkpoint.module
     else:
-        made.model, made.why_weights = _rebuilt(found, info)
-        made.state = {} if made.model is not None else found.state
-    if made.why_weights:
-        info["why_weights"] = made.why_weights
-    return made
+        source.model, source.why_weights = _rebuild_gpt(checkpoint, info)
+        if source.model is None:
+            source.state = checkpoint.state
+    if source.why_weights:
+        info["why_weights"] = source.why_weights
+    return source
 
 
-def _rebuilt(found: Checkpoint, info: dict[str, Any]) -> tuple[nn.Module | None, str]:
-    """A checkpoint in nanoGPT's layout becomes the reference GPT; anything else stays a heap of
-    weights.
+def _rebuild_gpt(checkpoint: Checkpoint, info: dict[str, Any]) -> tuple[nn.Module | None, str]:
+    """Return the reference GPT with the weights of a checkpoint in nanoGPT's layout.
+
+    For any other checkpoint return None and why the weights have no model.
+
+    Args:
+        checkpoint: as it was read.
+        info: of the source; is given the format and the sizes.
     """
-    if found.model_args is None:
-        if found.whole_module:
+    if checkpoint.model_args is None:
+        if checkpoint.whole_module:
             return None, (
                 "the file holds a whole module, of which only the weights were read; "
-                "--trust-pickle lets its code run, "
-                "or --model FACTORY builds the module"
+                "--trust-pickle lets its code run, or --model FACTORY builds the module"
             )
         return None, (
             "the file holds weights only, and not in a layout that is known; --model FACTORY "
             "builds their module"
         )
     try:
-        config = gpt.config_of(found.model_args)
+        config = gpt.config_of(checkpoint.model_args)
     except (UsageError, TypeError) as error:
-        return (
-            None,
+        return None, (
             f"its model_args are not nanoGPT's ({_reason(error)}); --model FACTORY builds the "
-            "module",
+            "module"
         )
     with factory.seeded(0):
         model = gpt.GPT(config)
     # Older nanoGPT files carry the causal mask of every layer as a buffer.
     state = {
-        k: t for k, t in found.state.items() if not (k.endswith(".attn.bias") and t.dim() == 4)
+        name: tensor
+        for name, tensor in checkpoint.state.items()
+        if not (name.endswith(".attn.bias") and tensor.dim() == 4)
     }
-    fit(
-        model,
-        state,
-        f"'{found.path}'",
-        hint="its model_args are nanoGPT's, its weights are not: --model FACTORY",
-    )
-    info |= {"format": "nanogpt", "model_args": _plain(found.model_args)}
+    hint = "its model_args are nanoGPT's, its weights are not: --model FACTORY"
+    fit(model, state, f"'{checkpoint.path}'", hint=hint)
+    info |= {"format": "nanogpt", "model_args": _plain(checkpoint.model_args)}
     return model, ""
 
 
 def _reason(error: Exception) -> str:
-    parts = (error.what, error.got) if isinstance(error, UsageError) else (str(error),)
-    return ": ".join(part for part in parts if part)
+    """Return what an error says in one line."""
+    if not isinstance(error, UsageError):
+        return str(error)
+    return f"{error.what}: {error.got}" if error.got else error.what
 
 
 def _plain(args: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        str(k): v if isinstance(v, str | int | float | bool) or v is None else str(v)
-        for k, v in args.items()
-    }
+    """Return arguments as JSON takes them: other values as text."""
+    plain = {}
+    for name, value in args.items():
+        is_plain = value is None or isinstance(value, str | int | float | bool)
+        plain[str(name)] = value if is_plain else str(value)
+    return plain

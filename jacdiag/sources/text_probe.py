@@ -1,6 +1,4 @@
-"""Text as a probe: read from a file, and turned into token ids by the model's own tokenizer or, for
-bytes, as it is.
-"""
+"""Text as a probe: read from a file, and turned into token ids by the model's own tokenizer."""
 
 from __future__ import annotations
 

@@ -1,24 +1,17 @@
-"""What a source says about the training that its weights have seen: how they came about, not what
-they look like.
-"""
+"""What a source says about the training of its weights: how they came about, not their values."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from jacdiag.sources.source import Source
+from jacdiag.sources.source import Source
 
 Basis = Literal["given", "built", "file", "name", "weights"]
 
 _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".weights")
-_DEEPEST = 4  # levels of a file at which an optimizer may stand
 # File names that say nothing: the folder around the file has the name.
 _PLAIN_NAME = re.compile(
     r"(pytorch_)?(model|weights|state_dict|checkpoint|ckpt|consolidated|adapter_model|mp_rank_\d+_model_states)"
@@ -68,10 +61,12 @@ def history_of(source: Source) -> History | None:
         reason = "the file holds the state of an optimizer that has stepped"
         return History(state="trained", reason=reason, basis="file")
     if source.step is not None:
-        state: Literal["init", "trained"] = "trained" if source.step else "init"
-        return History(state=state, reason=f"saved at step {source.step:,}", basis="file")
+        reason = f"saved at step {source.step:,}"
+        return History(state="trained" if source.step else "init", reason=reason, basis="file")
     path = source.info.get("path")
-    return name_says(str(path)) if path else None
+    if not path:
+        return None
+    return name_says(str(path))
 
 
 def name_says(path: str) -> History | None:
@@ -110,57 +105,3 @@ def name_says(path: str) -> History | None:
     return History(
         state="trained" if trained else "init", reason=f"its name says '{name}'", basis="name"
     )
-
-
-def optimizer_stepped(tree: Any, flat: Mapping[str, Any] | None = None) -> bool:
-    """Return whether what a file holds includes an optimizer that has taken a step.
-
-    Args:
-        tree: nested mappings, as torch.save wrote them.
-        flat: entries of the optimizer by dotted names, of a file with one level.
-    """
-    for name, entry in (flat or {}).items():
-        if name.rpartition(".")[2] == "step" and _is_positive(entry):
-            return True
-    return any(_has_stepped(state) for state in _optimizer_states(tree, 0))
-
-
-def _optimizer_states(node: Any, depth: int) -> Iterator[Mapping[Any, Any]]:
-    if not isinstance(node, Mapping) or depth > _DEEPEST:
-        return
-    state = node.get("state")
-    if isinstance(node.get("param_groups"), list | tuple) and isinstance(state, Mapping):
-        yield state
-        return
-    for child in node.values():
-        yield from _optimizer_states(child, depth + 1)
-        # Lightning keeps a list of optimizers
-        if isinstance(child, list | tuple) and len(child) < 16:
-            for item in child:
-                yield from _optimizer_states(item, depth + 1)
-
-
-def _has_stepped(state: Mapping[Any, Any]) -> bool:
-    """Return whether one parameter has a step count above 0 or, without a count, momentum."""
-    for entry in state.values():
-        if not isinstance(entry, Mapping):
-            continue
-        if "step" in entry:
-            if _is_positive(entry["step"]):
-                return True
-            continue
-        momentum = entry.get("momentum_buffer")
-        if isinstance(momentum, Tensor) and momentum.numel() and bool((momentum != 0).any()):
-            return True
-    return False
-
-
-def _is_positive(value: Any) -> bool:
-    if not isinstance(value, Tensor | int | float):
-        reader = getattr(value, "read", None)
-        if reader is None or tuple(value.shape):
-            return False
-        value = reader()
-    if isinstance(value, Tensor) and value.numel() != 1:
-        return False
-    return float(value) > 0

@@ -1,11 +1,9 @@
-"""Tensors that are no weights as they stand: quantised, emptied by ZeRO-3, adapters, an optimizer's
-part.
-"""
+"""Tensors that are no weights as they stand: quantised, emptied by ZeRO-3, or adapters."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +64,7 @@ def check_chosen(path: Path, entries: Mapping[str, Any], *, fitted: bool) -> Non
 
 
 def _networks(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return the sets that are the weights of a network, or an average of them."""
     return [c for c in candidates if c.kind in (Kind.NETWORK, Kind.AVERAGE)]
 
 
@@ -73,33 +72,17 @@ def _networks(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _check_zero(path: Path, candidates: Sequence[Candidate], top: Mapping[Any, Any]) -> None:
-    optimizer = top.get("optimizer_state_dict")
-    if isinstance(optimizer, Mapping) and (
-        "zero_stage" in optimizer or "partition_count" in optimizer
-    ):
-        stage = optimizer.get("zero_stage")
-        stage = stage if isinstance(stage, int) else 1
-        if stage >= 3:
-            hint = _GATHER
-        else:
-            hint = "the weights are in mp_rank_00_model_states.pt of the same folder"
-        raise SourceError(
-            f"'{path}' is one rank's part of the optimizer in a DeepSpeed ZeRO-{stage} "
-            "checkpoint, not its weights",
-            hint=hint,
-        )
+    """Raise if a file is one rank's part of a DeepSpeed ZeRO checkpoint."""
+    _check_zero_optimizer(path, top.get("optimizer_state_dict"))
     if not any(key in top for key in _DEEPSPEED):
         return
-    for c in candidates:
-        empty = [name for name, entry in c.entries.items() if tuple(entry.shape) == (0,)]
-        if empty and c.kind is not Kind.OPTIMIZER:
+    for candidate in candidates:
+        empty = _empty_tensors(candidate.entries)
+        if empty and candidate.kind is not Kind.OPTIMIZER:
             raise SourceError(
                 f"'{path}' is one rank's file of a DeepSpeed ZeRO-3 checkpoint, and holds no "
                 "whole weights",
-                got=(
-                    f"{len(empty)} of {len(c.entries)} tensors are empty: "
-                    f"{clipped(', '.join(empty), _SHOWN)}"
-                ),
+                got=_count_of_empty(empty, candidate.entries),
                 hint=_GATHER,
             )
     if isinstance(top.get("param_shapes"), list | tuple | Mapping) and not _networks(candidates):
@@ -110,15 +93,43 @@ def _check_zero(path: Path, candidates: Sequence[Candidate], top: Mapping[Any, A
         )
 
 
+def _check_zero_optimizer(path: Path, optimizer: Any) -> None:
+    """Raise if a file holds one rank's part of an optimizer that ZeRO shares out."""
+    if not isinstance(optimizer, Mapping):
+        return
+    if "zero_stage" not in optimizer and "partition_count" not in optimizer:
+        return
+    stage = optimizer.get("zero_stage")
+    if not isinstance(stage, int):
+        stage = 1
+    hint = "the weights are in mp_rank_00_model_states.pt of the same folder"
+    if stage >= 3:
+        hint = _GATHER
+    raise SourceError(
+        f"'{path}' is one rank's part of the optimizer in a DeepSpeed ZeRO-{stage} "
+        "checkpoint, not its weights",
+        hint=hint,
+    )
+
+
+def _empty_tensors(entries: Mapping[str, Any]) -> list[str]:
+    """Return the names of tensors without numbers, as ZeRO-3 leaves them."""
+    return [name for name, entry in entries.items() if tuple(entry.shape) == (0,)]
+
+
+def _count_of_empty(empty: Sequence[str], entries: Mapping[str, Any]) -> str:
+    """Return how many tensors are empty, and their names."""
+    names = clipped(", ".join(empty), _SHOWN)
+    return f"{len(empty)} of {len(entries)} tensors are empty: {names}"
+
+
 def _check_empty(path: Path, entries: Mapping[str, Any]) -> None:
-    empty = [name for name, entry in entries.items() if tuple(entry.shape) == (0,)]
+    """Raise if most tensors are empty."""
+    empty = _empty_tensors(entries)
     if len(empty) > len(entries) / 2:
         raise SourceError(
             f"'{path}' holds names and no weights, as a file that one rank of a ZeRO-3 run saved",
-            got=(
-                f"{len(empty)} of {len(entries)} tensors are empty: "
-                f"{clipped(', '.join(empty), _SHOWN)}"
-            ),
+            got=_count_of_empty(empty, entries),
             hint=f"if it is a DeepSpeed run, {_GATHER}",
         )
 
@@ -127,8 +138,9 @@ def _check_empty(path: Path, entries: Mapping[str, Any]) -> None:
 
 
 def check_quantised(path: Path, entries: Mapping[str, Any]) -> None:
-    """Raise if tensors are quantised weights: numbers of 8 bits or less that have no meaning
-    without their scales.
+    """Raise if tensors are quantised weights.
+
+    Those are numbers of 8 bits or less that have no meaning without their scales.
 
     Args:
         path: where they are from.
@@ -137,39 +149,44 @@ def check_quantised(path: Path, entries: Mapping[str, Any]) -> None:
     Raises:
         SourceError: they are; the message names the scheme where it can be told.
     """
-    odd = list(_quantised_names(entries))
-    if not odd:
+    has_scales = any(_SCALES.search(name) for name in entries)
+    quantised = [name for name, entry in entries.items() if _is_quantised(name, entry, has_scales)]
+    if not quantised:
         return
-    kinds = sorted({str(entries[name].dtype).removeprefix("torch.") for name in odd})
+    kinds = sorted({str(entries[name].dtype).removeprefix("torch.") for name in quantised})
+    names = clipped(", ".join(quantised), _SHOWN)
     raise SourceError(
-        f"'{path}' holds quantised weights ({_scheme(entries, odd)}), which jacdiag does not "
-        "measure",
-        got=(
-            f"{len(odd)} of {len(entries)} tensors are {', '.join(kinds)}: "
-            f"{clipped(', '.join(odd), _SHOWN)}"
-        ),
+        f"'{path}' holds quantised weights ({_scheme(entries, quantised)}), which jacdiag does "
+        "not measure",
+        got=f"{len(quantised)} of {len(entries)} tensors are {', '.join(kinds)}: {names}",
         hint=_DEQUANTISE,
     )
 
 
-def _quantised_names(entries: Mapping[str, Any]) -> Iterator[str]:
-    scaled = any(_SCALES.search(name) for name in entries)
-    for name, entry in entries.items():
-        last = name.rpartition(".")[2]
-        matrix = len(entry.shape) >= 2
-        if entry.dtype.is_floating_point and entry.dtype.itemsize < 2:
-            if matrix:
-                yield name
-        elif str(entry.dtype).startswith(("torch.qint", "torch.quint")):
-            yield name
-        elif matrix and entry.dtype in _INTEGERS:
-            named = "weight" in last or last.endswith(("_blocks", "_packed"))
-            if entry.dtype == torch.int8 or (scaled and named):
-                yield name
+def _is_quantised(name: str, entry: Any, has_scales: bool) -> bool:
+    """Return whether a tensor is a quantised weight.
+
+    Args:
+        name: of the tensor.
+        entry: the tensor, or where it lies.
+        has_scales: whether some tensor next to it is a scale by its name.
+    """
+    if str(entry.dtype).startswith(("torch.qint", "torch.quint")):
+        return True
+    if len(entry.shape) < 2:
+        return False
+    if entry.dtype.is_floating_point:
+        return bool(entry.dtype.itemsize < 2)
+    if entry.dtype == torch.int8:
+        return True
+    last = name.rpartition(".")[2]
+    named_weight = "weight" in last or last.endswith(("_blocks", "_packed"))
+    return entry.dtype in _INTEGERS and has_scales and named_weight
 
 
-def _scheme(entries: Mapping[str, Any], odd: Sequence[str]) -> str:
-    """Return the name of the scheme, as far as names and types tell it."""
+def _scheme(entries: Mapping[str, Any], quantised: Sequence[str]) -> str:
+    """Return the name of the scheme, as far as names and types say it."""
+    # 1. By the last parts of the names.
     lasts = {name.rpartition(".")[2] for name in entries}
     if "qweight" in lasts:
         return "GPTQ" if "g_idx" in lasts else "GPTQ or AWQ"
@@ -181,7 +198,9 @@ def _scheme(entries: Mapping[str, Any], odd: Sequence[str]) -> str:
         return "4-bit blocks with scales"
     if "weight_packed" in lasts:
         return "packed integers of compressed-tensors"
-    types = {entries[name].dtype for name in odd}
+
+    # 2. By the types.
+    types = {entries[name].dtype for name in quantised}
     if any(dtype.is_floating_point for dtype in types):
         return "fp8"
     return "int8" if torch.int8 in types else "integers"
@@ -191,6 +210,7 @@ def _scheme(entries: Mapping[str, Any], odd: Sequence[str]) -> str:
 
 
 def _check_adapter(path: Path, entries: Mapping[str, Any]) -> None:
+    """Raise if most tensors belong to a LoRA adapter."""
     lora = adapter_names(entries)
     if len(lora) <= len(entries) / 2:
         return
@@ -200,7 +220,6 @@ def _check_adapter(path: Path, entries: Mapping[str, Any]) -> None:
             f"{len(lora)} of {len(entries)} tensors are of the adapter: "
             f"{clipped(', '.join(lora), _SHOWN)}"
         ),
-        hint="merge it first: peft.PeftModel.from_pretrained(base, "
-        "ADAPTER_FOLDER).merge_and_unload()"
-        ".save_pretrained('merged'), then audit the folder merged",
+        hint="merge it first: peft.PeftModel.from_pretrained(base, ADAPTER_FOLDER)"
+        ".merge_and_unload().save_pretrained('merged'), then audit the folder merged",
     )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from jacdiag.errors import SourceError, TraceError
 from jacdiag.records.report import Placement
-from jacdiag.sources.factory import model_code, own_frames
+from jacdiag.sources.foreign_code import model_code, own_frames
 from jacdiag.sources.module_wrappers import unwrap
 from jacdiag.sources.python_source import check_module
 from jacdiag.trace.discovery.coverage import cover

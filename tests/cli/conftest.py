@@ -36,12 +36,12 @@ def jd(
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> Stub:
     """Put a made-up audit in place of the real one."""
-    # so that the same module, with its parts, returns
-    auditing = importlib.import_module("jacdiag.pipeline.audit")
-    made, module = Stub(real=auditing.audit), types.ModuleType("jacdiag.pipeline.audit")
-    module.audit = made  # type: ignore[attr-defined]
+    # Imported first, so that the same module returns after the test.
+    importlib.import_module("jacdiag.pipeline.audit")
+    replacement, module = Stub(), types.ModuleType("jacdiag.pipeline.audit")
+    module.run_audit = replacement  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "jacdiag.pipeline.audit", module)
-    return made
+    return replacement
 
 
 @pytest.fixture

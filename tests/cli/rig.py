@@ -115,9 +115,9 @@ class Stub:
     during: Callable[[dict[str, Any]], None] | None = None
     asked: dict[str, Any] = field(default_factory=dict)
     calls: int = 0
-    real: Callable[..., Report] | None = None  # the audit whose place it takes
 
-    def __call__(self, source: str, **options: Any) -> Report:
+    def __call__(self, source: str, record: Any) -> Report:
+        options = dict(vars(record))
         self.asked, self.calls = {"source": source, **options}, self.calls + 1
         if self.during is not None:
             self.during(options)
@@ -144,10 +144,10 @@ def stubbed(*args: str, during: str = "", layers: int = 12) -> str:
             f"sys.path[:0] = {[str(ROOT), str(ROOT / 'cli'), str(ROOT / 'tests')]!r}",
             "from render import synthetic",
             "from jacdiag_cli.main import main",
-            "def audit(source, **options):",
+            "def run_audit(source, options):",
             textwrap.indent(textwrap.dedent(during), "    "),
             f"    return synthetic.vanilla({layers})",
-            "sys.modules['jacdiag.pipeline.audit'] = types.SimpleNamespace(audit=audit)",
+            "sys.modules['jacdiag.pipeline.audit'] = types.SimpleNamespace(run_audit=run_audit)",
             f"sys.exit(main({list(args)!r}))",
         ]
     )

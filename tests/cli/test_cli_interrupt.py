@@ -154,7 +154,7 @@ def test_swallowed_by_a_bare_except(tmp_path: Path) -> None:
             pass
     """
     check(run(stubbed("audit", "c.pt", "--json", "r.json", during=during), tmp_path), tmp_path)
-    during += "\n        options['progress'].advance(1, 'h.0.attn')\n        print('went on')"
+    during += "\n        options.progress.advance(1, 'h.0.attn')\n        print('went on')"
     done = run(stubbed("audit", "c.pt", "--json", "r.json", during=during), tmp_path)
     check(done, tmp_path)
     assert "went on" not in done.stderr

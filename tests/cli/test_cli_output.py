@@ -225,7 +225,7 @@ def test_a_bar_on_a_terminal_goes_away(tmp_path: Path) -> None:
         "--format",
         "json",
         during="""
-        bar = options["progress"]
+        bar = options.progress
         bar.start(4, "measuring")
         import time
         for name in ("h.0.attn", "h.0.mlp"):
@@ -244,7 +244,7 @@ def test_a_bar_on_a_terminal_goes_away(tmp_path: Path) -> None:
 def test_a_bar_says_what_is_left_once_it_knows(tmp_path: Path) -> None:
     during = """
         import time
-        bar = options["progress"]
+        bar = options.progress
         time.sleep(0.3)
         bar.start(40, "measuring")
         time.sleep(0.7)

@@ -13,7 +13,8 @@ from jacdiag.gate import gate
 from jacdiag.measure.independence_test import examine_draw
 from jacdiag.measure.init_or_trained import decide_state, judge_weights, level_of_one
 from jacdiag.records import Report
-from jacdiag.sources.training_history import History, name_says, optimizer_stepped
+from jacdiag.sources.optimizer_state import optimizer_stepped
+from jacdiag.sources.training_history import History, name_says
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "checkpoints"
 BUILT = History(state="init", reason="built here by f", basis="built")

@@ -9,7 +9,7 @@ import click
 import numpy as np
 import pytest
 import torch
-from jacdiag_cli.options import JUDGEMENT, PROBE, PROBES, SOLVER, TOGETHER, add
+from jacdiag_cli.options import GATE, JUDGEMENT, PROBE, PROBES, SOLVER, TOGETHER, add
 from torch import nn
 
 import jacdiag
@@ -68,7 +68,7 @@ def test_what_lies_inside_is_taken() -> None:
 
 
 def test_the_command_line_has_the_same_ranges() -> None:
-    command = click.command()(add(SOLVER, TOGETHER, JUDGEMENT, PROBE, PROBES)(lambda: None))
+    command = click.command()(add(SOLVER, TOGETHER, JUDGEMENT, PROBE, PROBES, GATE)(lambda: None))
     found = {
         p.name: p.type
         for p in command.params
@@ -76,10 +76,10 @@ def test_the_command_line_has_the_same_ranges() -> None:
     }
     assert set(found) == set(RANGES)
     for name, kind in found.items():
-        mine = RANGES[name]
+        limits = RANGES[name]
         most = math.inf if kind.max is None else kind.max
-        assert (kind.min, most, kind.min_open) == (mine.least, most, mine.open), name
-        assert most == mine.most and isinstance(kind, click.IntRange) == mine.whole, name
+        assert (kind.min, most, kind.min_open) == (limits.least, most, limits.open), name
+        assert most == limits.most and isinstance(kind, click.IntRange) == limits.whole, name
 
 
 @pytest.mark.parametrize("dtype", ["float64", torch.float64])

@@ -12,7 +12,7 @@ import torch
 from sources.rig import BUILD, SIZES
 
 import jacdiag
-from jacdiag.comparison.probe_facts import facts_of, options, spoken
+from jacdiag.comparison.probe_facts import facts_of, probe_options, spoken
 from jacdiag.errors import ProbeError, UsageError
 from jacdiag.records import ProbeRecord
 from jacdiag.sources import Source, build_probe, load
@@ -301,10 +301,10 @@ def test_random_pixels_are_off_distribution_too() -> None:
 
 def test_the_option_that_gives_the_same_probe_again() -> None:
     facts = facts_of(ProbeRecord(2, 8, 0, tokens="t.txt through GPT2Tokenizer of gpt2"), "float32")
-    assert options(facts, ["tokens", "seq"]) == "--tokens t.txt --seq 8"
+    assert probe_options(facts, ["tokens", "seq"]) == "--tokens t.txt --seq 8"
     assert spoken(facts) == "2 x 8 tokens of t.txt through GPT2Tokenizer of gpt2, float32"
     own = facts_of(ProbeRecord(2, 8, 0, tokens="text through its own tokenizer"), "float32")
-    assert options(own, ["tokens"]) == "without --tokens and --inputs"
+    assert probe_options(own, ["tokens"]) == "without --tokens and --inputs"
 
 
 def test_tokens_are_not_read_where_no_model_is_run(tmp_path: Path) -> None:

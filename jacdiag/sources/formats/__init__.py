@@ -1,3 +1,1 @@
-"""One reader per file format; each gives back plain containers with tensors, and runs no code of
-the file.
-"""
+"""One reader per file format; each returns plain containers with tensors, and runs no code."""

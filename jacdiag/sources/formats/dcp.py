@@ -1,5 +1,4 @@
-"""Folders of torch.distributed.checkpoint: each tensor in pieces, each piece a file of torch.save
-inside a larger one.
+"""Folders of torch.distributed.checkpoint: each tensor in pieces inside larger files.
 
 The `.metadata` beside them is a pickle: it is read by the guarded reader, so that nothing in it
 runs.
@@ -73,12 +72,12 @@ class Chunked:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a folder has a `.metadata`."""
+    """Return whether a folder has a `.metadata`."""
     return (path / ".metadata").is_file()
 
 
 def chunked(path: Path) -> dict[str, Chunked]:
-    """Returns where each tensor of a folder lies, by its flattened name.
+    """Return where each tensor of a folder lies, by its flattened name.
 
     Raises:
         SourceError: `.metadata` is broken, unsafe, or of another make; a file that it names is
@@ -87,15 +86,15 @@ def chunked(path: Path) -> dict[str, Chunked]:
     metadata = _metadata(path)
     try:
         places = {_place(index): info.state for index, info in metadata["storage_data"].items()}
-        found = {
+        tensors = {
             str(name): _tensor(path, str(name), stub.state, places)
             for name, stub in metadata["state_dict_metadata"].items()
             if "chunks" in stub.state
         }
     except Exception as error:  # a stranger's bytes in the readers of others
         raise _foreign(path, one_line(error)) from error
-    _check_files(path, found)
-    return found
+    _check_files(path, tensors)
+    return tensors
 
 
 def _metadata(path: Path) -> Mapping[str, Any]:
@@ -103,20 +102,20 @@ def _metadata(path: Path) -> Mapping[str, Any]:
     file = path / ".metadata"
     try:
         with file.open("rb") as data:
-            found = guard.module.load(data)
+            content = guard.module.load(data)
     except Unsafe as unsafe:
         raise refusal(file, unsafe) from None
     except Exception as error:  # a stranger's bytes in the readers of others
         raise SourceError(
             f"cannot read '{file}'", got=one_line(error), hint="copy or save the folder again"
         ) from error
-    if not isinstance(found, Stub) or not isinstance(found.state, Mapping):
-        raise _foreign(path, f"a {type(found).__name__}")
-    return found.state
+    if not isinstance(content, Stub) or not isinstance(content.state, Mapping):
+        raise _foreign(path, f"a {type(content).__name__}")
+    return content.state
 
 
 def _place(index: Stub) -> tuple[str, tuple[int, ...]]:
-    """What identifies a chunk: the tensor's name and the chunk's offset."""
+    """Return what identifies a chunk: the tensor's name and the chunk's offset."""
     return str(index.state["fqn"]), tuple(index.state.get("offset") or ())
 
 

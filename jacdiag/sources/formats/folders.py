@@ -1,6 +1,4 @@
-"""Folders as trainers and hubs leave them: which files hold the weights, and what a folder without
-a model is.
-"""
+"""Folders as trainers and hubs leave them: which files hold the weights, and what else they are."""
 
 from __future__ import annotations
 
@@ -177,9 +175,7 @@ def refuse_without_config(path: Path) -> SourceError | UsageError:
 
 
 def refuse_without_files(path: Path) -> SourceError:
-    """Return the error for a folder that was given with --model, and holds no weights that it could
-    be filled from.
-    """
+    """Return the error for a folder that was given with --model and holds no weights to fill it."""
     special = (
         _adapter(path) or _parent(path) or _deepspeed(path) or _fsdp(path) or _other_format(path)
     )
@@ -216,7 +212,7 @@ def _base_of(path: Path) -> str:
 
 
 def _parent(path: Path) -> SourceError | None:
-    """The error for a trainer's output folder, whose checkpoints are folders inside of it."""
+    """Return the error for a trainer's output folder, whose checkpoints are folders in it."""
     numbered: list[tuple[int, str]] = []
     for child in path.iterdir():
         match = re.fullmatch(r"checkpoint[-_](\d+)", child.name)
@@ -252,9 +248,7 @@ def _deepspeed(path: Path) -> SourceError | None:
 
 
 def _fsdp(path: Path) -> SourceError | None:
-    """The error for a folder of accelerate or a trainer that holds one of
-    torch.distributed.checkpoint.
-    """
+    """Return the error for a folder of accelerate or a trainer around a distributed checkpoint."""
     inner = sorted(
         child for child in path.iterdir() if child.is_dir() and (child / ".metadata").is_file()
     )
@@ -319,9 +313,7 @@ def _original_llama(path: Path) -> SourceError | None:
 
 
 def _subfolder(path: Path) -> SourceError | None:
-    """The error for a folder whose models stand in folders inside of it: a hub cache, a
-    pipeline.
-    """
+    """Return the error for a folder with models in folders in it: a hub cache, a pipeline."""
     inner = sorted(
         file.parent
         for pattern in ("*/config.json", "snapshots/*/config.json")

@@ -1,5 +1,4 @@
-"""A pickle reader that runs nothing: tensors and plain containers are built, all else becomes an
-inert stub.
+"""A pickle reader that runs nothing: tensors and plain containers are built, no other objects.
 
 `torch.load(weights_only=True)` refuses a whole checkpoint for one argparse.Namespace in it. Here a
 foreign *class* turns into a stub that only keeps what it was given; a call to a foreign *function*,
@@ -96,9 +95,7 @@ class Unsafe(Exception):
 
 
 class _Inert(type):
-    """Metaclass of stubs: it tells a call (pickle's REDUCE) from plain object construction
-    (NEWOBJ).
-    """
+    """A metaclass of stubs that distinguishes a call (REDUCE) from construction (NEWOBJ)."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         module, name = cls.origin  # type: ignore[attr-defined]
@@ -109,8 +106,9 @@ class _Inert(type):
 
 
 class Stub(metaclass=_Inert):
-    """Stands for an object of a class that was not imported. It keeps what the pickle gave it and
-    does nothing.
+    """A stand-in for an object of a class that was not imported.
+
+    It holds what the pickle gave it, and does nothing.
 
     Attributes:
         origin: (module, name) of the class.
@@ -148,9 +146,7 @@ class Stub(metaclass=_Inert):
     add = append
 
     def __call__(self, *args: Any, **_kwargs: Any) -> Stub:
-        """A nested class, got by attribute from a stub, is called like a class: that gives one more
-        stub.
-        """
+        """Return one more stub: a nested class, an attribute of a stub, is called like a class."""
         return type(self).__new__(type(self), *args)
 
     def __hash__(self) -> int:
@@ -158,8 +154,9 @@ class Stub(metaclass=_Inert):
 
 
 def _load_bytearray(unpickler: Any) -> None:
-    """Read a bytearray. Python's own reader fills one of the claimed length before it looks for the
-    bytes.
+    """Read a bytearray.
+
+    Python's own reader fills one of the claimed length before it looks for the bytes.
     """
     length = int.from_bytes(unpickler.read(8), "little")
     data = unpickler.read(length)
@@ -169,9 +166,7 @@ def _load_bytearray(unpickler: Any) -> None:
 
 
 class GuardedPickle:
-    """What `torch.load` takes as `pickle_module`; `unread` collects the names of classes that
-    became stubs.
-    """
+    """The `pickle_module` for `torch.load`; `unread` collects the classes that became stubs."""
 
     def __init__(self) -> None:
         self.unread: list[str] = []
@@ -192,7 +187,7 @@ class GuardedPickle:
         )
 
     def find(self, module: str, name: str) -> Any:
-        """Returns the real thing where it is harmless, a stub class otherwise."""
+        """Return the real object if it is harmless, else a stub class."""
         module, name = _NAME_MAPPING.get(
             (module, name), (_IMPORT_MAPPING.get(module, module), name)
         )
@@ -209,8 +204,9 @@ class GuardedPickle:
 
 
 def _harmless(module: str, name: str) -> Any:
-    """Builders of tensors, numbers and plain containers; nothing that reads, writes, imports or
-    evaluates.
+    """Return a builder of tensors, numbers or plain containers; None for anything else.
+
+    Nothing that reads, writes, imports or evaluates is returned.
     """
     if module == "torch":
         found = getattr(torch, name, None)
@@ -253,10 +249,10 @@ def _bounded_bytes(kind: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _bounded_range(*args: Any) -> range:
-    made = range(*args)
-    if max(abs(made.start), abs(made.stop)) > 2**62 or len(made) > _LONGEST:
+    numbers = range(*args)
+    if max(abs(numbers.start), abs(numbers.stop)) > 2**62 or len(numbers) > _LONGEST:
         raise pickle.UnpicklingError("a range of so many numbers")
-    return made
+    return numbers
 
 
 _BOUNDED: dict[str, Callable[..., Any]] = {
@@ -267,9 +263,7 @@ _BOUNDED: dict[str, Callable[..., Any]] = {
 
 
 def _plain_tensor(func: Any, _kind: Any, args: Any, _state: Any) -> Any:
-    """A tensor subclass comes back as the plain tensor in it: its own __setstate__ is foreign
-    code.
-    """
+    """Return a tensor subclass as the plain tensor in it: its own __setstate__ is foreign code."""
     return func(*args)
 
 
@@ -297,7 +291,7 @@ def _numpy(module: str, name: str) -> Any:
 
 
 def refusal(path: Any, unsafe: Unsafe) -> SourceError:
-    """The message for a pickle that wants to run code."""
+    """Return the message for a pickle that wants to run code."""
     return SourceError(
         f"cannot read '{path}': its pickle asks for `{printable(unsafe.wanted)}`, which is not a "
         "tensor or a plain "

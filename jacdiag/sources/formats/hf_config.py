@@ -1,6 +1,4 @@
-"""Configs of transformers: read, completed where they do not name the kind of model, and turned
-into a class.
-"""
+"""Configs of transformers: read, completed with the kind of model, and turned into a class."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jacdiag.errors import SourceError
-from jacdiag.sources.factory import own_frames
+from jacdiag.sources.foreign_code import own_frames
 
 # Names of weights that belong to one kind of model only, bare or with the prefix of its heads.
 # Names that several
@@ -149,7 +147,7 @@ def _json_of(file: Path) -> dict[str, Any]:
 
 
 def _method(quantization: Any) -> str:
-    """The name of a quantisation method as a config spells it."""
+    """Return the name of a quantisation method as a config spells it."""
     if not isinstance(quantization, dict) or not quantization:
         return ""
     bits = [name for name in ("load_in_4bit", "load_in_8bit") if quantization.get(name)]
@@ -201,7 +199,7 @@ def _infer(
 
 
 def _names_in(architectures: Any) -> list[str]:
-    """The names in a config's list of classes; a config may hold anything there."""
+    """Return the names in a config's list of classes; a config may hold anything there."""
     if isinstance(architectures, str):
         return [architectures]
     if not isinstance(architectures, list | tuple):
@@ -242,9 +240,7 @@ def default_class(transformers: Any, config: Any) -> Any:
 
 
 def candidate_classes(transformers: Any, config: Any) -> list[Any]:
-    """Return the classes that transformers registers for the type of a config, with a head or
-    without.
-    """
+    """Return the classes that transformers registers for a config, with or without a head."""
     classes = []
     for task in _TASKS:
         mapping = getattr(transformers, task, None)

@@ -1,6 +1,4 @@
-"""Names of weights in a file, translated into the names of a model of transformers, as
-`from_pretrained` does it.
-"""
+"""Names of weights in a file, translated into those of transformers as `from_pretrained` does."""
 
 from __future__ import annotations
 
@@ -42,9 +40,7 @@ class Naming:
 
     @property
     def layers_left_over(self) -> list[str]:
-        """Names that make whole layers like those that the model has: its config has fewer of
-        them.
-        """
+        """The names of further layers like those of the model: its config has fewer of them."""
         # Names that transformers ignores count here: its patterns meet real weights of such layers
         # too.
         layers = _layers(self.names)
@@ -59,7 +55,7 @@ class Naming:
 
 
 def is_of_transformers(model: nn.Module) -> bool:
-    """Whether a model's weights are named by the rules of transformers."""
+    """Return whether a model's weights are named by the rules of transformers."""
     return hasattr(model, "base_model_prefix") and hasattr(
         model, "_keys_to_ignore_on_load_unexpected"
     )
@@ -75,15 +71,15 @@ def match_names(model: Any, names: Iterable[str]) -> Naming:
     Returns:
         The translation, and what is left over on either side.
     """
-    wanted: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    rename = _Renamer(model, wanted)
+    expected: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    rename = _Renamer(model, expected)
     naming = Naming()
     filled: set[str] = set()
 
     names = sorted(names, key=_natural)  # some renamings of transformers depend on this order
     for name in names:
         targets, converted = rename(name)
-        placed = [target for target in targets if target in wanted]
+        placed = [target for target in targets if target in expected]
         filled.update(placed)
         if not placed:
             naming.unexpected.append(name)
@@ -96,14 +92,14 @@ def match_names(model: Any, names: Iterable[str]) -> Naming:
     naming.names = names
     naming.used = [name for name in names if name not in left_over]
     naming.unexpected = _without(naming.unexpected, _ignored_when_unexpected(model))
-    filled |= _twins_of(wanted, filled)
-    open_names = [name for name in wanted if name not in filled]
+    filled |= _twins_of(expected, filled)
+    open_names = [name for name in expected if name not in filled]
     # A frozen parameter is computed, not trained: a table of sinusoids. Files of Pegasus and Marian
     # leave it out.
     trained = [
         name
         for name in open_names
-        if wanted[name].requires_grad or not isinstance(wanted[name], nn.Parameter)
+        if expected[name].requires_grad or not isinstance(expected[name], nn.Parameter)
     ]
     naming.missing = _without(
         trained, getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
@@ -113,9 +109,7 @@ def match_names(model: Any, names: Iterable[str]) -> Naming:
 
 
 class _Renamer:
-    """Translates one name at a time, with the tables of transformers where this version has
-    them.
-    """
+    """A translation of one name at a time, with the tables of transformers if it has them."""
 
     def __init__(self, model: Any, wanted: Mapping[str, Tensor]) -> None:
         self.wanted = wanted
@@ -162,7 +156,7 @@ class _Renamer:
 
 
 def _ignored_when_unexpected(model: Any) -> list[str]:
-    """The patterns of names that `from_pretrained` drops without a word."""
+    """Return the patterns of names that `from_pretrained` drops without a word."""
     patterns = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     buffers = [name for name, _ in model.named_buffers()]
     if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
@@ -178,13 +172,13 @@ def _without(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
 
 
 def _twins_of(wanted: Mapping[str, Tensor], filled: Iterable[str]) -> set[str]:
-    """Names of the same tensors as the filled ones."""
+    """Return the names of the same tensors as the filled ones."""
     tensors = {id(wanted[name]) for name in filled}
     return {name for name, tensor in wanted.items() if id(tensor) in tensors}
 
 
 def _layer_of(name: str) -> tuple[str, int] | None:
-    """The stack and the index of the first layer in a name."""
+    """Return the stack and the index of the first layer in a name."""
     index = _INDEX.search(f".{name}")  # GPT-2's base model begins with "h.0."
     return None if index is None else (f".{name}"[: index.start()], int(index[1]))
 
@@ -201,7 +195,7 @@ def _layers(names: Iterable[str]) -> dict[tuple[str, int], frozenset[str]]:
 
 
 def _natural(name: str) -> list[tuple[bool, str, int]]:
-    """A key that sorts layer 2 before layer 10, as transformers does."""
+    """Return a key that sorts layer 2 before layer 10, as transformers does."""
     parts = []
     for part in name.split("."):
         text = re.sub("[0-9]{1,9}$", "", part)

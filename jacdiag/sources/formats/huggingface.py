@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from jacdiag.errors import SourceError, printable
-from jacdiag.sources.factory import own_frames, seeded
+from jacdiag.sources.foreign_code import own_frames, seeded
 from jacdiag.sources.formats import folders, safetensors_file, torch_file
 from jacdiag.sources.formats.hf_config import (
     candidate_classes,
@@ -35,7 +35,7 @@ _HINT = (
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a folder has a config.json."""
+    """Return whether a folder has a config.json."""
     return (path / "config.json").is_file()
 
 
@@ -270,8 +270,9 @@ def _names_for(model: nn.Module, stored: StoredState) -> tuple[Naming, list[str]
 def _empty_of(
     transformers: Any, config: Any, stored: StoredState, trust: bool, path: Path
 ) -> tuple[Any, nn.Module]:
-    """Return a class and an empty model of it: the class that the config names, else the one that
-    the weights fit.
+    """Return a class and an empty model of it.
+
+    That is the class that the config names, else the one that the weights fit.
     """
     kind = named_class(transformers, config)
     if kind is not None:
@@ -307,8 +308,8 @@ def _fitting(kind: Any, config: Any, stored: StoredState) -> Naming | None:
 
 
 def _other_shapes(model: nn.Module, naming: Naming, stored: StoredState) -> list[str]:
-    wanted = model.state_dict(keep_vars=True)
-    pairs = [(name, stored.tensors[old], wanted[name]) for name, old in naming.stored.items()]
+    expected = model.state_dict(keep_vars=True)
+    pairs = [(name, stored.tensors[old], expected[name]) for name, old in naming.stored.items()]
     return [
         f"{name} {_size(entry.shape)}, the model has {_size(tensor.shape)}"
         for name, entry, tensor in pairs
@@ -324,9 +325,7 @@ def _check_names(
     stored: StoredState,
     inferred: Sequence[str],
 ) -> None:
-    """Raise if weights of the model are missing, have other shapes, or whole layers are left
-    over.
-    """
+    """Raise if weights are missing, have other shapes, or if entire layers are left over."""
     shapes = _other_shapes(model, naming, stored)
     left_over = naming.layers_left_over
     if naming.missing or shapes or left_over:
@@ -354,8 +353,9 @@ def _misfit(
 
 
 def _way_out(transformers: Any, config: Any, kind: Any, naming: Naming, stored: StoredState) -> str:
-    """Return a hint that was tried: another class, or another number of layers; else that of the
-    general case.
+    """Return a hint that was tried.
+
+    That is another class, or another number of layers, else the hint of the general case.
     """
     # 1. Another class of the same kind of model, which uses more of the weights.
     best = _best_class(transformers, config, stored)
@@ -387,16 +387,14 @@ def _way_out(transformers: Any, config: Any, kind: Any, naming: Naming, stored: 
 
 
 def _layers_in(stored: StoredState) -> int:
-    """The highest number in the names, plus one: the number of layers, where all are numbered from
-    0.
-    """
+    """Return the number of layers: the highest number in the names, plus one."""
     parts = {part for name in stored.tensors for part in name.split(".")}
     numbers = [int(part) for part in parts if part.isdecimal() and len(part) < 9]
     return max(numbers, default=-1) + 1
 
 
 def _empty(kind: Any, config: Any, trust: bool, path: Path) -> nn.Module:
-    """The model with parameters on the meta device, its buffers computed."""
+    """Return the model with parameters on the meta device, its buffers computed."""
     built = kind.from_config if hasattr(kind, "from_config") else kind._from_config
     options = {"trust_remote_code": trust} if hasattr(kind, "from_config") else {}
     try:
@@ -450,7 +448,7 @@ def _keys(info: Mapping[str, Any], key: str) -> list[str]:
 
 
 def _precision(stored: StoredState, naming: Naming) -> torch.dtype:
-    """The widest floating-point type of the matrices that the model uses."""
+    """Return the widest floating-point type of the matrices that the model uses."""
     entries = [stored.tensors[name] for name in naming.used]
     floating = [entry for entry in entries if entry.dtype.is_floating_point]
     matrices = [entry.dtype for entry in floating if len(entry.shape) > 1] or [
@@ -463,8 +461,7 @@ def _precision(stored: StoredState, naming: Naming) -> torch.dtype:
 
 
 def from_config(spec: str, overrides: dict[str, Any], seed: int) -> nn.Module:
-    """Build a randomly initialised model from a folder with config.json or from a JSON file of a
-    config.
+    """Build a randomly initialised model from a folder with config.json, or from a JSON file.
 
     Args:
         spec: the folder or the file.
@@ -514,7 +511,7 @@ def _transformers(path: Path) -> Any:
 
 
 def _listed(names: Sequence[str]) -> str:
-    """The first names, with how many there are."""
+    """Return the first names, with how many there are."""
     return f"{len(names)} {'weight' if len(names) == 1 else 'weights'} ({_first(names)})"
 
 
@@ -529,9 +526,7 @@ def _size(shape: Sequence[int]) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps transformers' log and progress bars off the terminal while it loads, and gives the
-    settings back.
-    """
+    """Keep the log and the progress bars of transformers off the terminal, and restore both."""
     from transformers.utils import logging as hf_logging
 
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()

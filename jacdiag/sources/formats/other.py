@@ -1,6 +1,4 @@
-"""Formats that are recognised and not read: each is refused by its name, with the way to a file
-that can be read.
-"""
+"""Formats that are recognised and not read: each is refused by name, with what to do instead."""
 
 from __future__ import annotations
 
@@ -75,9 +73,7 @@ def _check_head(path: Path, head: bytes) -> None:
 
 
 def _is_onnx(head: bytes) -> bool:
-    """Return whether bytes begin as a ModelProto does: its version of the format, then the
-    producer's name.
-    """
+    """Return whether bytes begin as a ModelProto does: a version, then the producer's name."""
     return len(head) > 4 and head[0] == 0x08 and 1 <= head[1] <= 0x20 and head[2] in (0x12, 0x3A)
 
 

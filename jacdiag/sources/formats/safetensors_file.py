@@ -1,4 +1,4 @@
-"""Safetensors: one file, whole (memory-mapped) or tensor by tensor."""
+"""Safetensors: one file, read at once (memory-mapped) or tensor by tensor."""
 
 from __future__ import annotations
 
@@ -72,9 +72,7 @@ class Span:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Return whether a file, whatever its name, begins as this format does: a length, then JSON of
-    that length.
-    """
+    """Return whether a file of any name begins as this format does: a length, then JSON."""
     try:
         with path.open("rb") as file:
             start = file.read(9)
@@ -85,7 +83,7 @@ def is_safetensors(path: Path) -> bool:
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Returns the tensors by name (memory-mapped) and the file's own metadata.
+    """Return the tensors by name (memory-mapped) and the file's own metadata.
 
     Raises:
         SourceError: truncated, not in this format, or of a dtype that torch does not have.
@@ -103,7 +101,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def spans(path: Path) -> tuple[dict[str, Span], dict[str, str]]:
-    """Returns where each tensor lies, by name, and the file's own metadata. Reads the header only.
+    """Return where each tensor lies, by name, and the file's own metadata.
+
+    Only the header is read.
 
     Raises:
         SourceError: truncated, not in this format, or of a dtype that torch does not have.
@@ -115,14 +115,14 @@ def spans(path: Path) -> tuple[dict[str, Span], dict[str, str]]:
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise _broken(path, error) from error
     metadata = header.pop("__metadata__", None) or {}
-    found = {}
+    spans_by_name = {}
     for name, entry in header.items():
         dtype = _DTYPES[entry["dtype"]]
         begin, end = entry["data_offsets"]
         if end - begin != math.prod(entry["shape"]) * dtype.itemsize:
             raise _broken(path, ValueError(f"the size of '{name}' does not fit its shape"))
-        found[name] = Span(path, tuple(entry["shape"]), dtype, 8 + length + begin)
-    return found, metadata
+        spans_by_name[name] = Span(path, tuple(entry["shape"]), dtype, 8 + length + begin)
+    return spans_by_name, metadata
 
 
 def _header(path: Path) -> tuple[int, dict[str, Any]]:

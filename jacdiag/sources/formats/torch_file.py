@@ -18,7 +18,7 @@ _ZIP = b"PK\x03\x04"
 
 
 def read(path: Path, *, trust_pickle: bool = False) -> tuple[Any, list[str]]:
-    """Reads a file of torch.save.
+    """Read a file of torch.save.
 
     Args:
         path: the file.
@@ -73,8 +73,9 @@ def _load(
 
 
 def _hint(error: Exception, trust_pickle: bool) -> str | None:
-    """What to do, by torch's own words: nothing else tells an old file that was cut from one of
-    another kind.
+    """Return what to do, by torch's own words.
+
+    Nothing else distinguishes an old file that was cut from one of another kind.
     """
     said = str(error).lower()
     if isinstance(error, EOFError) or any(
@@ -89,9 +90,7 @@ def _hint(error: Exception, trust_pickle: bool) -> str | None:
 
 
 def _where_its_code_is(error: Exception) -> str | None:
-    """A trusted pickle names its classes, and their code is looked for where Python looks for
-    modules.
-    """
+    """Return how to let Python find the code of the classes in a trusted pickle."""
     way = "or leave --trust-pickle out: its weights are read, and --model FACTORY builds the module"
     if isinstance(error, ModuleNotFoundError) and error.name:
         return (
@@ -121,7 +120,7 @@ def _is_zip(path: Path) -> bool:
 
 
 def _check(path: Path) -> bool:
-    """Looks at the first bytes and the zip's directory; returns whether it is the zip format."""
+    """Check the first bytes and the zip's directory; return whether it is the zip format."""
     with path.open("rb") as file:
         head = file.read(64)
     if head.startswith(b"version https://git-lfs"):
