@@ -176,14 +176,14 @@ def _show(report: Report, given: Mapping[str, Any], *, aside: bool) -> None:
         emit(render(report, **layout), "markdown")
     else:
         emit(machine_text(report, output_format), form_of(output_format))
-    from jacdiag.render.terminal.sentences import headline
+    from jacdiag.render.content.sentences import headline
 
     say(f"{report.verdict}: {headline(report)}")
 
 
 def _exit_code(report: Report, fail_on: str) -> int:
     """Return 1 if there is a finding at this level or above, else 0."""
-    from jacdiag.render.terminal.severity import at_least
+    from jacdiag.render.content.severity import at_least
 
     if fail_on == "never":
         return 0

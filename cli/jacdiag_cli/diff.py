@@ -95,7 +95,7 @@ def _show(comparison: Comparison, output_format: str, all_rows: bool) -> None:
         all_rows: show the figures that do not differ, too.
     """
     from jacdiag.render.formats import diff as layout
-    from jacdiag.render.terminal.sentences import legible
+    from jacdiag.render.content.sentences import legible
 
     pairs: Any = comparison.pairs
     notes = comparison.notes

@@ -81,7 +81,7 @@ def write_report_files(report: Report, files: Mapping[str, str]) -> None:
         report_plot.save(report, files["--plot"])
         say_written(files["--plot"])
     if "--patch" in files:
-        from jacdiag.render.terminal.remedies import document
+        from jacdiag.render.content.remedies import document
 
         write_data(files["--patch"], document(report).encode())
 

@@ -161,7 +161,7 @@ def describe(loaded: Source, found: Sites) -> dict[str, Any]:
 
 
 def _page(data: dict[str, Any], width: int | None) -> str:
-    from jacdiag.render.terminal.sentences import read_words
+    from jacdiag.render.content.sentences import read_words
     from jacdiag.render.terminal.table import packed
 
     head = [*packed(_head(data), width), *packed(read_words(data["source"]), width)]
@@ -177,8 +177,8 @@ def _page(data: dict[str, Any], width: int | None) -> str:
 
 
 def _head(data: dict[str, Any]) -> list[str]:
-    from jacdiag.render.terminal.number_cells import share
-    from jacdiag.render.terminal.sentences import plural
+    from jacdiag.records.number_format import share
+    from jacdiag.render.content.sentences import plural
 
     model = data["model"]
     parts = [

@@ -224,7 +224,7 @@ def _name_dropped(dropped: list[str], width: int, other: str) -> str:
     """Return a sentence that names the columns that were left out."""
     import textwrap
 
-    from jacdiag.render.terminal.sentences import left_out
+    from jacdiag.render.content.sentences import left_out
 
     lines = textwrap.wrap(
         left_out(dropped, other), width, subsequent_indent="  ", break_on_hyphens=False

@@ -1,7 +1,6 @@
-"""How well a figure ranks bad runs above good ones: AUROC within strata, bootstrap, precision at a
-false-alarm rate.
+"""How well a figure ranks bad runs above good ones: AUROC within strata, bootstrap, precision.
 
-All are plain numpy on a few hundred runs; nothing here knows what a run is.
+Nothing here knows what a run is: all functions take arrays with one entry per run.
 """
 
 from __future__ import annotations
@@ -10,25 +9,31 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import binomtest
 
 from jacdiag.records.backtest import Bin, Estimate, Operating
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
+_LEVEL = 0.9500000018071152  # 1.959964 standard deviations on either side
 LEAST_CLUSTERS = 5  # fewer, drawn with replacement, say nothing of what others would have shown
 
 
 def pairs_won(scores: Floats, bad: Bools) -> tuple[float, int]:
-    """How many pairs (bad run, good run) have the bad one higher, a tie counting half; and how many
-    pairs there are.
+    """Count the pairs (bad run, good run) in which the bad one scores higher, and all pairs.
 
-    Not-a-number scores are left out with their runs.
+    A tie counts half. Not-a-number scores are left out with their runs.
+
+    Args:
+        scores: one a run, larger meaning worse.
+        bad: which runs went wrong.
     """
     known = ~np.isnan(scores)
-    high, low = np.sort(scores[known & bad]), np.sort(scores[known & ~bad])
+    high = np.sort(scores[known & bad])
+    low = np.sort(scores[known & ~bad])
     below = np.searchsorted(low, high, side="left")
-    upto = np.searchsorted(low, high, side="right")
-    return float(np.sum(below + 0.5 * (upto - below))), int(high.size * low.size)
+    up_to = np.searchsorted(low, high, side="right")
+    return float(np.sum(below + 0.5 * (up_to - below))), int(high.size * low.size)
 
 
 def auroc(
@@ -38,7 +43,7 @@ def auroc(
     *,
     missing_ties: bool = False,
 ) -> float | None:
-    """The chance that a bad run scores above a good one, a tie counting half.
+    """Return the chance that a bad run scores above a good one, a tie counting half.
 
     Args:
         scores: one a run, larger meaning worse; nan where the figure was not measured.
@@ -48,26 +53,31 @@ def auroc(
             figures that were measured on different runs can be compared.
 
     Returns:
-        None where no pair can be made.
+        None if no pair can be made.
 
     Example:
         >>> auroc(np.array([3.0, 2.0, 1.0]), np.array([True, False, False]))
         1.0
     """
-    won, count = 0.0, 0
-    for chosen in [np.arange(len(scores))] if strata is None else members(strata):
-        w, n = pairs_won(scores[chosen], bad[chosen])
-        every = int(bad[chosen].sum() * (~bad[chosen]).sum()) if missing_ties else n
-        won, count = won + w + 0.5 * (every - n), count + every
-    return won / count if count else None
+    groups = [np.arange(len(scores))] if strata is None else members(strata)
+    won_in_all, count_of_all = 0.0, 0
+    for places in groups:
+        won, count = pairs_won(scores[places], bad[places])
+        if missing_ties:
+            every = int(bad[places].sum() * (~bad[places]).sum())
+            won += 0.5 * (every - count)
+            count = every
+        won_in_all += won
+        count_of_all += count
+    return won_in_all / count_of_all if count_of_all else None
 
 
 def members(keys: Sequence[Hashable]) -> list[NDArray[np.intp]]:
-    """The places of equal keys, group by group."""
+    """Return the places of equal keys, group by group."""
     places: dict[Hashable, list[int]] = {}
-    for k, key in enumerate(keys):
-        places.setdefault(key, []).append(k)
-    return [np.array(found) for found in places.values()]
+    for place, key in enumerate(keys):
+        places.setdefault(key, []).append(place)
+    return [np.array(group) for group in places.values()]
 
 
 def auroc_interval(
@@ -80,18 +90,23 @@ def auroc_interval(
     level: float = 0.95,
     seed: int = 0,
 ) -> Estimate:
-    """The AUROC with its percentile interval over resampled clusters.
+    """Return the AUROC with its percentile interval over resampled clusters.
+
+    Each resample only weighs the pairs of runs, which are compared once: a run that was drawn twice
+    makes every pair of its own twice.
 
     Args:
         scores, bad, strata: see `auroc`.
         clusters: runs of one cluster (the same setting with other seeds) are drawn together, for
             they are not independent.
-        times: resamples; no interval from fewer than five clusters. Each only weighs the pairs of
-            runs, which are compared once: a run that was drawn twice makes every pair of its own
-            twice.
+        times: resamples; no interval from fewer than five clusters.
+        level: confidence of the interval.
+        seed: of the resamples.
     """
+    # 1. Which pairs count, and which the bad run wins: (bad runs, good runs).
     known = ~np.isnan(scores)
-    high, low = np.flatnonzero(known & bad), np.flatnonzero(known & ~bad)
+    high = np.flatnonzero(known & bad)
+    low = np.flatnonzero(known & ~bad)
     difference = scores[high][:, None] - scores[low][None, :]
     pairs = np.ones_like(difference)
     if strata is not None:
@@ -103,21 +118,25 @@ def auroc_interval(
     count = pairs.sum()
     if not count:
         return Estimate(None, level=level)
-    groups = members([c for c, k in zip(clusters, known.tolist(), strict=True) if k])
-    if len(groups) < LEAST_CLUSTERS:
-        return Estimate(float(won.sum() / count), level=level)
-    weights = _resampled(clusters, times, seed)
-    above, all_of = (((weights[:, high] @ m) * weights[:, low]).sum(axis=1) for m in (won, pairs))
-    found = above[all_of > 0] / all_of[all_of > 0]
     value = float(won.sum() / count)
-    if not found.size:
+
+    # 2. The same for each resample.
+    known_clusters = [c for c, is_known in zip(clusters, known.tolist(), strict=True) if is_known]
+    if len(members(known_clusters)) < LEAST_CLUSTERS:
         return Estimate(value, level=level)
-    lower, upper = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(value, float(lower), float(upper), level, int(found.size))
+    weights = _resampled(clusters, times, seed)
+    above = ((weights[:, high] @ won) * weights[:, low]).sum(axis=1)
+    counts = ((weights[:, high] @ pairs) * weights[:, low]).sum(axis=1)
+    has_pairs = counts > 0
+    resampled = above[has_pairs] / counts[has_pairs]
+    if not resampled.size:
+        return Estimate(value, level=level)
+    lower, upper = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(value, float(lower), float(upper), level, int(resampled.size))
 
 
 def _resampled(clusters: Sequence[Hashable], times: int, seed: int) -> NDArray[np.float64]:
-    """(times, runs): how often each run is drawn when whole clusters are drawn with replacement."""
+    """Draw clusters with replacement; return how often each run is drawn, (times, runs)."""
     groups = members(clusters)
     chosen = np.random.default_rng(seed).integers(len(groups), size=(times, len(groups)))
     weights = np.zeros((times, len(clusters)))
@@ -127,47 +146,63 @@ def _resampled(clusters: Sequence[Hashable], times: int, seed: int) -> NDArray[n
 
 
 def operating_point(scores: Floats, bad: Bools, false_alarms: float) -> Operating | None:
-    """The lowest threshold whose false-alarm rate is at most `false_alarms`; None where a class is
-    empty.
+    """Return the lowest threshold whose false-alarm rate is at most `false_alarms`.
+
+    Args:
+        scores: one a run, larger meaning worse; nan where the figure was not measured.
+        bad: which runs went wrong.
+        false_alarms: share of the good runs.
+
+    Returns:
+        None if there are no good runs, or no bad ones.
     """
     known = ~np.isnan(scores)
-    good, ill = np.sort(scores[known & ~bad]), scores[known & bad]
+    good = np.sort(scores[known & ~bad])
+    ill = scores[known & bad]
     if not good.size or not ill.size:
         return None
+
     allowed = int(np.floor(false_alarms * good.size + 1e-9))
-    threshold = float(good[good.size - allowed - 1]) if allowed < good.size else float("-inf")
+    threshold = float("-inf")
+    if allowed < good.size:
+        threshold = float(good[good.size - allowed - 1])
+
+    hits = int(np.sum(ill > threshold))
+    alarms = int(np.sum(good > threshold)) + hits
+    precision = hits / alarms if alarms else None
     rate = float(np.mean(good > threshold))
-    alarms = int(np.sum(good > threshold) + np.sum(ill > threshold))
-    precision = float(np.sum(ill > threshold)) / alarms if alarms else None
     return Operating(threshold, rate, float(np.mean(ill > threshold)), precision)
 
 
 def calibration(chances: Floats, bad: Bools, bins: int = 5) -> list[Bin]:
-    """Runs in bins of equal count by their chance, each with the share that went wrong and its
-    Wilson interval.
+    """Return bins of equal count by chance, each with the share that went wrong.
+
+    Args:
+        chances: one a run; nan where none could be given.
+        bad: which runs went wrong.
+        bins: how many; fewer if there are fewer runs.
     """
     known = ~np.isnan(chances)
     order = np.flatnonzero(known)[np.argsort(chances[known], kind="stable")]
-    made = []
-    for part in np.array_split(order, min(bins, max(len(order), 1))):
-        if part.size:
-            count = int(bad[part].sum())
-            made.append(
-                Bin(
-                    float(chances[part].mean()),
-                    int(part.size),
-                    count,
-                    *wilson(count, int(part.size)),
-                )
-            )
-    return made
+    count = min(bins, max(len(order), 1))
+    calibrated = []
+    for places in np.array_split(order, count):
+        if places.size:
+            size, hits = int(places.size), int(bad[places].sum())
+            mean = float(chances[places].mean())
+            calibrated.append(Bin(mean, size, hits, *wilson(hits, size)))
+    return calibrated
 
 
-def wilson(hits: int, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """The Wilson score interval of a share, 95% by default."""
+def wilson(hits: int, count: int, level: float = _LEVEL) -> tuple[float, float]:
+    """Return the Wilson score interval of a share.
+
+    Args:
+        hits: of `count` trials.
+        count: trials; of none the interval is 0 to 1.
+        level: confidence.
+    """
     if count == 0:
         return 0.0, 1.0
-    share, spread = hits / count, z * z / count
-    centre = (share + spread / 2) / (1 + spread)
-    half = z * np.sqrt(share * (1 - share) / count + spread / (4 * count)) / (1 + spread)
-    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
+    interval = binomtest(hits, count).proportion_ci(level, method="wilson")
+    return float(interval.low), float(interval.high)

@@ -1,7 +1,7 @@
 """Runs to test verdicts on: jacdiag's own logs, or any CSV or JSONL with a row a step.
 
 What was varied between runs (learning rate, recipe, depth ...) are its *factors*: from
-`factors.json` beside the log, else the columns of a foreign log that never change.
+`factors.json` next to the log, else the columns of a foreign log that never change.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ import numpy as np
 
 from jacdiag.backtest.archive import is_packed, read_packed
 from jacdiag.backtest.recorded_run import Factor, Floats, Run
-from jacdiag.backtest.rejudge import rejudged
+from jacdiag.detectors.live_rules import LiveRules, StepFigures
 from jacdiag.errors import SourceError, UsageError
 from jacdiag.records import Report
-from jacdiag.records.run_log import RUN_FILE, RunLog, number, read_run
+from jacdiag.records.run_log import RUN_FILE, Alert, RunLog, number, read_run
 from jacdiag.rules.risk_features import init_figures
 from jacdiag.rules.thresholds import Thresholds
 
@@ -38,14 +39,14 @@ def read_runs(
     *,
     rules: Thresholds | None = None,
 ) -> list[Run]:
-    """Reads runs from files and folders; a folder that holds folders is searched for logs.
+    """Read runs from files and folders; a folder that holds folders is searched for logs.
 
     Args:
         paths: run logs, CSV or JSONL files, packed runs, or folders.
         columns: what a foreign log calls step, loss, grad_norm and lr.
         figures: columns of a foreign log whose first value is a figure of the untrained model.
-        rules: take what the live rules say of the logs with these thresholds, not what they said in
-            the run.
+        rules: judge the logs anew by the live rules with these thresholds, in place of the alerts
+            in the log.
 
     Raises:
         SourceError: a file that cannot be read, holds no run, or holds less than `rules` need.
@@ -54,39 +55,45 @@ def read_runs(
     files = [file for path in paths for file in _files(Path(path))]
     if not files:
         raise SourceError("no run was found", hint=f"files, or folders with {RUN_FILE} in them")
-    return _apart(
-        [(file, run) for file in files for run in _read(file, dict(columns or {}), figures, rules)]
-    )
+    sources: list[tuple[Path, Run]] = []
+    for file in files:
+        sources += [(file, run) for run in _read(file, dict(columns or {}), figures, rules)]
+    return _with_unique_names(sources)
 
 
-def _apart(found: Sequence[tuple[Path, Run]]) -> list[Run]:
-    """Runs that share a name are told apart by as much of their place as is needed, then by a
-    number.
-    """
-    names = [run.name for _, run in found]
-    places = [_place(file) for file, _ in found]
-    for up in range(1, max(map(len, places)) + 1):
+def _with_unique_names(sources: Sequence[tuple[Path, Run]]) -> list[Run]:
+    """Rename runs that share a name: by as much of their path as is needed, then by a number."""
+    # 1. By their path, one folder more at a time.
+    names = [run.name for _, run in sources]
+    places = [_place(file) for file, _ in sources]
+    for depth in range(1, max(map(len, places)) + 1):
         shared = {name for name, count in Counter(names).items() if count > 1}
         if not shared:
             break
-        names = [
-            "/".join((*place[-up:], run.name)) if name in shared else name
-            for name, place, (_, run) in zip(names, places, found, strict=True)
-        ]
+        for k, (_, run) in enumerate(sources):
+            if names[k] in shared:
+                names[k] = "/".join((*places[k][-depth:], run.name))
+
+    # 2. By a number.
     seen: Counter[str] = Counter()
-    for k, name in enumerate(names):
+    renamed = []
+    for name, (_, run) in zip(names, sources, strict=True):
         seen[name] += 1
-        names[k] = name if seen[name] == 1 else f"{name} ({seen[name]})"
-    return [replace(run, name=name) for (_, run), name in zip(found, names, strict=True)]
+        unique = name if seen[name] == 1 else f"{name} ({seen[name]})"
+        renamed.append(replace(run, name=unique))
+    return renamed
 
 
 def _place(file: Path) -> tuple[str, ...]:
-    """The folders (and the pack) that a run's name lies in: a log of ours has its name from its own
-    folder.
+    """Return the folders (and the pack) in which a run's name is unique.
+
+    A log of jacdiag has its name from its own folder.
     """
     folder = file.absolute().parent
-    folder = folder.parent if file.name == RUN_FILE else folder
-    return (*folder.parts[1:], *([file.name] if is_packed(file) else []))
+    if file.name == RUN_FILE:
+        folder = folder.parent
+    parts = folder.parts[1:]
+    return (*parts, file.name) if is_packed(file) else parts
 
 
 def _files(path: Path) -> Iterator[Path]:
@@ -126,34 +133,40 @@ def _name(file: Path) -> str:
 
 
 def _factors(file: Path) -> dict[str, Factor]:
-    side = file.parent / FACTORS
-    if not side.is_file():
+    """Read the factors beside a log; a number that is not finite is kept as a text."""
+    path = file.parent / FACTORS
+    if not path.is_file():
         return {}
     try:
-        data = json.loads(side.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise SourceError(f"cannot read '{side}'", got=str(error)) from error
+        raise SourceError(f"cannot read '{path}'", got=str(error)) from error
     if not isinstance(data, dict):
         raise SourceError(
-            f"'{side}' holds no factors", hint='for example {"lr": 0.001, "recipe": "vanilla"}'
+            f"'{path}' holds no factors", hint='for example {"lr": 0.001, "recipe": "vanilla"}'
         )
-    read = {
-        str(k): v if isinstance(v, str) else number(v) for k, v in data.items() if v is not None
-    }
-    return {k: v if isinstance(v, str) or math.isfinite(v) else str(v) for k, v in read.items()}
+    return {str(name): _factor(value) for name, value in data.items() if value is not None}
+
+
+def _factor(value: Any) -> Factor:
+    if isinstance(value, str):
+        return value
+    as_number = number(value)
+    return as_number if math.isfinite(as_number) else str(as_number)
 
 
 def _report(file: Path) -> Report | None:
-    """The audit of the untrained model beside a log, which knows more than the log's own first
-    probe.
+    """Read the audit of the untrained model next to a log; None if there is none.
+
+    It knows more than the first probe in the log.
     """
-    side = file.parent / AUDIT
-    if not side.is_file():
+    path = file.parent / AUDIT
+    if not path.is_file():
         return None
     try:
-        return Report.from_json(side.read_text(encoding="utf-8"))
+        return Report.from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError) as error:
-        raise SourceError(f"cannot read the report '{side}'", got=str(error)) from error
+        raise SourceError(f"cannot read the report '{path}'", got=str(error)) from error
 
 
 def of_log(
@@ -163,40 +176,120 @@ def of_log(
     report: Report | None = None,
     rules: Thresholds | None = None,
 ) -> Run:
-    """A run out of jacdiag's own log; its peak learning rate is a factor where none is named.
+    """Return a run from jacdiag's own log.
 
     Args:
+        log: as it was read.
+        name: of the run.
+        factors: what was varied; the peak learning rate of the log is added if none is named.
         report: of the untrained model; the log's probe at step 0 if not given.
         rules: see `read_runs`.
+
+    Raises:
+        SourceError: no step has a loss, or the log holds less than `rules` need.
     """
-    rates = [r for r in log.column("lr") if math.isfinite(r)]
-    told = dict(factors)
-    if "lr" not in told and rates:
-        told["lr"] = max(rates)
-    rate = told.get("lr")
-    first = next((row for row in log.probes if row.get("step") == 0 and row.get("report")), None)
-    report = report or (Report.from_dict(first["report"]) if first is not None else None)
-    found = (
-        init_figures(report, rate if isinstance(rate, float) else None)
-        if report is not None
-        else {}
-    )
     rows = [row for row in log.steps if row.get("loss") is not None]
     if not rows:
         raise _no_loss(name)
-    grads = [_first_known(row.get("grad_norm"), row.get("grad_norm_post")) for row in rows]
-    alerts = [
+    factors = _with_rate(factors, log.column("lr"))
+    return Run(
+        name,
+        factors,
+        _array(number(row.get("step")) for row in rows),
+        _array(number(row.get("loss")) for row in rows),
+        _array(_first_known(row.get("grad_norm"), row.get("grad_norm_post")) for row in rows),
+        _figures_of(report or _report_at_start(log), factors.get("lr")),
+        _alerts_of(log) if rules is None else _judged_anew(log, name, rules),
+    )
+
+
+def _with_rate(factors: Mapping[str, Factor], rates: Iterable[float]) -> dict[str, Factor]:
+    """Return the factors with the largest finite learning rate, unless they name one."""
+    completed = dict(factors)
+    finite = [rate for rate in rates if math.isfinite(rate)]
+    if "lr" not in completed and finite:
+        completed["lr"] = max(finite)
+    return completed
+
+
+def _report_at_start(log: RunLog) -> Report | None:
+    for row in log.probes:
+        if row.get("step") == 0 and row.get("report"):
+            return Report.from_dict(row["report"])
+    return None
+
+
+def _figures_of(report: Report | None, rate: Factor | None) -> dict[str, float]:
+    """Return the figures of the untrained model; none without a report."""
+    if report is None:
+        return {}
+    return init_figures(report, rate if isinstance(rate, float) else None)
+
+
+def _alerts_of(log: RunLog) -> list[tuple[int, str]]:
+    """Return step and code of the alerts in a log."""
+    return [
         (int(row["step"]), str(row["code"]))
         for row in log.alerts
         if "step" in row and "code" in row
     ]
-    if rules is not None:
-        try:
-            alerts = [(alert.step, alert.code) for alert in rejudged(log, rules)]
-        except (KeyError, TypeError, ValueError) as error:
-            raise _too_little(name) from error
-    steps, losses = (_array(number(row.get(key)) for row in rows) for key in ("step", "loss"))
-    return Run(name, told, steps, losses, _array(grads), found, alerts)
+
+
+def _judged_anew(log: RunLog, name: str, rules: Thresholds) -> list[tuple[int, str]]:
+    """Return step and code of the alerts that the live rules raise today."""
+    try:
+        return [(alert.step, alert.code) for alert in rejudged(log, rules)]
+    except (KeyError, TypeError, ValueError) as error:
+        raise _too_little(name) from error
+
+
+class _Kind(IntEnum):
+    """Kinds of lines, in their order within a step."""
+
+    STEP = 0
+    STATISTICS = 1
+    PROBE = 2
+
+
+def rejudged(log: RunLog, thresholds: Thresholds) -> list[Alert]:
+    """Play a log of `jacdiag.watch` through the live rules, step by step and probe by probe.
+
+    Args:
+        log: holds all that the rules look at.
+        thresholds: of the rules.
+
+    Raises:
+        KeyError, TypeError, ValueError: the log holds less than the rules need.
+
+    Example:
+        >>> from jacdiag.records.run_log import read_run
+        >>> from jacdiag.rules.thresholds import load_thresholds
+        >>> thresholds = load_thresholds({"joint_both": {"warning": 8}})
+        >>> rejudged(read_run("runs/a"), thresholds)     # doctest: +SKIP
+        [Alert(step=812, code='JD502', ...)]
+    """
+    # 1. The lines of the log in their order.
+    lines = [(row["step"], _Kind.STEP, row) for row in log.steps]
+    lines += [(row["step"], _Kind.STATISTICS, row) for row in log.stats]
+    lines += [(row["step"], _Kind.PROBE, row) for row in log.probes]
+    lines.sort(key=lambda line: line[:2])
+
+    # 2. Each line to the rules.
+    rules = LiveRules(thresholds, log.groups)
+    resumes = set(log.resumes)
+    alerts: list[Alert] = []
+    for step, kind, row in lines:
+        if kind is _Kind.STATISTICS:
+            alerts += rules.statistics(step, row["figures"]).alerts
+        elif kind is _Kind.PROBE:
+            if step == 0 and row.get("report"):
+                rules.know(Report.from_dict(row["report"]))
+            alerts += rules.probe(step, row["figures"]).alerts
+        else:
+            if step - 1 in resumes:
+                rules.resumed()
+            alerts += rules.step(StepFigures.of(row)).alerts
+    return alerts
 
 
 def _no_loss(name: str) -> SourceError:
@@ -222,6 +315,14 @@ def _array(values: Iterable[float]) -> Floats:
 
 # -- foreign logs ----------------------------------------------------------------------------------
 def _foreign(file: Path, columns: dict[str, str], figures: Sequence[str]) -> Run:
+    """Read a run from CSV or JSONL that another program wrote.
+
+    Args:
+        file: with a row for each step.
+        columns: what the file calls the keys in `KEYS`.
+        figures: columns whose first value is a figure of the untrained model.
+    """
+    # 1. The rows and the columns.
     rows = list(_rows(file))
     if not rows:
         raise SourceError(
@@ -229,38 +330,39 @@ def _foreign(file: Path, columns: dict[str, str], figures: Sequence[str]) -> Run
         )
     names = {key: columns.get(key, key) for key in KEYS}
     known = dict.fromkeys(name for row in rows for name in row)
-    missing = [name for name in (names["loss"], *figures) if name not in known]
-    if missing:
-        hint = (
-            "--column loss=NAME says what it is called"
-            if missing[0] == names["loss"]
-            else "a --figure is a column"
-        )
-        raise UsageError(
-            f"'{file.name}' has no column '{missing[0]}'",
-            got=", ".join(list(known)[:12]),
-            hint=hint,
-        )
-    lossy = [
-        (k + 1.0, row) for k, row in enumerate(rows) if row.get(names["loss"]) not in _UNLOGGED
-    ]
-    if not lossy:
+    _check_columns(file, known, names["loss"], figures)
+
+    # 2. The steps that have a loss, by their number or by their place.
+    losses, norms, steps = [], [], []
+    for place, row in enumerate(rows, start=1):
+        if row.get(names["loss"]) in _UNLOGGED:
+            continue
+        losses.append(number(row[names["loss"]]))
+        norms.append(number(row.get(names["grad_norm"])))
+        steps.append(number(row.get(names["step"])) if names["step"] in known else float(place))
+    if not losses:
         raise _no_loss(file.name)
-    loss = _array(number(row[names["loss"]]) for _, row in lossy)
-    steps = _array(
-        number(row.get(names["step"])) if names["step"] in known else k for k, row in lossy
-    )
-    factors: dict[str, Factor] = {
-        **_constant(rows, known, {*names.values(), *figures}),
-        **_factors(file),
-    }
-    rates = [r for row in rows if math.isfinite(r := number(row.get(names["lr"])))]
-    if "lr" not in factors and rates:
-        factors["lr"] = max(rates)
-    grads = _array(number(row.get(names["grad_norm"])) for _, row in lossy)
-    return Run(
-        _name(file), factors, steps, loss, grads, {name: _first(rows, name) for name in figures}
-    )
+
+    # 3. The factors: columns that never change, and the file next to the log.
+    used = {*names.values(), *figures}
+    factors = {**_constant(rows, known, used), **_factors(file)}
+    factors = _with_rate(factors, (number(row.get(names["lr"])) for row in rows))
+    first_values = {name: _first(rows, name) for name in figures}
+    return Run(_name(file), factors, _array(steps), _array(losses), _array(norms), first_values)
+
+
+def _check_columns(
+    file: Path, known: Mapping[str, None], loss: str, figures: Sequence[str]
+) -> None:
+    """Raise if the file lacks the column of the loss, or that of a figure."""
+    for name in (loss, *figures):
+        if name in known:
+            continue
+        hint = "a --figure is a column"
+        if name == loss:
+            hint = "--column loss=NAME says what it is called"
+        listed = ", ".join(list(known)[:12])
+        raise UsageError(f"'{file.name}' has no column '{name}'", got=listed, hint=hint)
 
 
 def _first(rows: Sequence[Mapping[str, Any]], name: str) -> float:
@@ -289,12 +391,15 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
 def _constant(
     rows: Sequence[Mapping[str, Any]], known: Iterable[str], used: set[str]
 ) -> dict[str, Factor]:
-    found: dict[str, Factor] = {}
+    """Return the columns that never change, except those that are used for something else."""
+    constant: dict[str, Factor] = {}
+    if len(rows) < 2:
+        return constant
     for name in known:
         values = {str(row.get(name)) for row in rows}
-        if name in used or len(values) != 1 or len(rows) < 2:
+        if name in used or len(values) != 1:
             continue
         value = rows[0].get(name)
         as_number = number(value)
-        found[name] = as_number if math.isfinite(as_number) else str(value)
-    return found
+        constant[name] = as_number if math.isfinite(as_number) else str(value)
+    return constant

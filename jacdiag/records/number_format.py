@@ -1,9 +1,10 @@
-"""Three significant digits, and ends of intervals rounded outward, for findings and renderings."""
+"""Numbers as a person writes them: in findings, in summaries and in every rendering."""
 
 from __future__ import annotations
 
 import math
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
+from typing import Protocol
 
 ABSENT = "–"
 EXACT = 1e-9  # relative width below which an interval is the rounding of one number
@@ -29,9 +30,8 @@ def three(value: float | None) -> str:
 
 
 def written(value: float, digits: int) -> str:
-    """Return a number with so many digits after the point.
-
-    From 10,000 on it is grouped, and rounded before the point instead.
+    """A number with so many digits behind the point; from 10,000 on grouped, with zeros in front of
+    it instead.
     """
     if abs(value) >= 1e4:
         return f"{float(f'{value:.2e}'):,.0f}"
@@ -39,9 +39,8 @@ def written(value: float, digits: int) -> str:
 
 
 def decimals(value: float) -> int:
-    """Return how many digits after the point make three significant ones.
-
-    The rounded value counts: 9.999 has one less.
+    """How many digits behind the point make three significant ones (of the rounded value: 9.999 has
+    one less).
     """
     if value == 0 or not math.isfinite(value):
         return 0
@@ -50,7 +49,8 @@ def decimals(value: float) -> int:
 
 
 def outward(value: float, *, down: bool) -> str:
-    """Return a number with three digits, rounded away from the inside of its interval.
+    """Return a number with three digits, rounded away from the inside of the interval whose end it
+    is.
 
     The printed end never lies inside of the true one: `float(outward(x, down=True)) <= x`.
 
@@ -90,3 +90,117 @@ def between(lower: float, upper: float) -> str:
     if is_one_number:
         return three(upper)
     return f"{outward(lower, down=True)} to {outward(upper, down=False)}"
+
+
+class _Ends(Protocol):
+    """What `spoken` reads of an interval; `jacdiag.records.Interval` has it."""
+
+    @property
+    def estimate(self) -> float: ...
+
+    @property
+    def lower(self) -> float: ...
+
+    @property
+    def upper(self) -> float: ...
+
+
+def spoken(interval: _Ends | None) -> str:
+    """Return an interval as its two ends, or as one number if it has no width.
+
+    Args:
+        interval: with `estimate`, `lower` and `upper`; None if it was not measured.
+
+    >>> from jacdiag.records import Interval
+    >>> spoken(Interval(estimate=23.3, lower=23.29, upper=24.1))
+    '23.2 to 24.1'
+    >>> spoken(Interval.exact(0.0283)), spoken(None)
+    ('0.0283', '–')
+    """
+    if interval is None:
+        return ABSENT
+    if not math.isfinite(interval.estimate):
+        return three(interval.estimate)
+    return between(interval.lower, interval.upper)
+
+
+def two(value: float) -> str:
+    """Return two significant digits, enough for a comparison between models.
+
+    >>> two(21.7), two(397.0), two(0.001)
+    ('22', '400', '0.00100')
+    """
+    if 0.01 < abs(value) < 1e6:
+        return f"{float(f'{value:.1e}'):g}"
+    return three(value)
+
+
+def counted(number: int) -> str:
+    """Return a count of parameters with a unit.
+
+    >>> counted(124_439_808), counted(1_300_000_000), counted(51_000), counted(12)
+    ('124M', '1.30B', '51.0k', '12')
+    """
+    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= unit:
+            return f"{three(number / unit)}{name}"
+    return str(number)
+
+
+def share(part: int, whole: int) -> str:
+    """Return a share in percent: 100% only for everything, 0% only for nothing.
+
+    >>> share(999_999, 1_000_000), share(7, 7), share(1, 3)
+    ('99.99%', '100%', '33.3%')
+    """
+    if whole <= 0:
+        return ABSENT
+    if part >= whole:
+        return "100%"
+    if part <= 0:
+        return "0%"
+    percent = 100 * part / whole
+    is_extreme = percent > 99.9 or percent < 0.1
+    digits = 2 if is_extreme else 1
+    return f"{min(max(percent, 0.01), 99.99):.{digits}f}%"
+
+
+def level(probability: float) -> str:
+    """Return a confidence in percent, rounded down so that it is never overstated.
+
+    >>> level(0.999), level(0.9999767), level(0.95), level(1 - 1e-9)
+    ('99.9%', '99.9976%', '95%', '99.9999999%')
+    """
+    if not 0 < probability < 1:
+        return f"{100 * probability:g}%"
+    # Two digits of the chance to miss, of the decimals that the number is written with.
+    percent = Decimal(repr(probability)) * 100
+    places = max(0, 1 - (100 - percent).adjusted())
+    rounded = percent.quantize(Decimal(1).scaleb(-places), rounding=ROUND_FLOOR)
+    text = f"{rounded:f}"
+    if "." in text:
+        text = text.rstrip("0").rstrip(".")
+    return f"{text}%"
+
+
+def seconds(value: float | None) -> str:
+    """Return a time span: "0.8 s", "41 s", "3 min 20 s", "2 h 5 min"."""
+    if value is None:
+        return ABSENT
+    if value < 10:
+        return f"{value:.1f} s"
+    rounded = round(value)
+    if rounded < 60:
+        return f"{rounded} s"
+    if rounded < 3600:
+        return f"{rounded // 60} min {rounded % 60} s"
+    return f"{rounded // 3600} h {rounded % 3600 // 60} min"
+
+
+def memory(megabytes: float | None) -> str:
+    """Return an amount of memory: "810 MB", "1.9 GB"."""
+    if megabytes is None:
+        return ABSENT
+    if megabytes < 1000:
+        return f"{megabytes:.0f} MB"
+    return f"{megabytes / 1000:.1f} GB"

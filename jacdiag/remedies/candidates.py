@@ -1,12 +1,11 @@
-"""Which remedies come into question for a report: the paper's recipes, the contract's, and modules
-for a begun run.
-"""
+"""Which remedies a report asks for: recipes of the paper and of the contract, new modules."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -22,7 +21,7 @@ from jacdiag.remedies.changes import (
     Spare,
     Weights,
 )
-from jacdiag.rules import Deviation, deviations_of
+from jacdiag.rules import Departure, departures_of
 from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.remedy_targets import aims
 from jacdiag.rules.schemes import INNER, RESIDUAL, VECTORS
@@ -32,6 +31,8 @@ _LARGER = {"JD102", "JD103", "JD104", "JD105", "JD110"}  # what a larger shortcu
 _SMALLER = {"JD101", "JD103", "JD104", "JD105"}  # what smaller matrices are tried against
 _FREE = "no parameter; one multiplication per token"
 _PLAIN = ("normal", "truncated", "uniform")  # families of what was drawn element by element
+_CONTRACT_CODES = {"JD201", "JD202", "JD203", "JD204", "JD205"}
+_NAMED = 3  # name patterns that a title lists before it counts the rest
 _SAME = 1.1  # times: two stds that are one within sampling
 _ANEW = "a new initialisation: before the first step only"
 
@@ -55,6 +56,7 @@ class Remedy:
     keeps_function: bool = False
 
     def apply(self, model: nn.Module) -> None:
+        """Change a model in place."""
         for change in self.changes:
             change.apply(model)
 
@@ -72,78 +74,107 @@ class Remedy:
 def remedies_for(
     report: Report, model: nn.Module, thresholds: Thresholds, *, begun: bool = False
 ) -> list[Remedy]:
-    """The remedies that come into question, the smallest first; [] where nothing calls for one.
+    """Return the remedies that may help, the smallest first; [] if nothing asks for one.
 
     Args:
         report: of `model`.
+        model: as it is; only its modules are looked at.
         thresholds: how far a branch is scaled down.
-        begun: the run has begun: modules and reparametrisations, no new draws.
+        begun: the run has begun: modules and reparametrizations, no new draws.
     """
-    contract, codes = report.contract, aims(report)
+    contract = report.contract
     if contract is None:
         return []
     if begun:
         return list(_modules(report, contract, thresholds))
+    codes = aims(report)
     if not codes:
         return []
+    remedies = _drawn_or_scaled(report, contract, model, codes)
     restored = _baseline(report, contract)
-    others = _drawn_or_scaled(report, contract, model, codes)
-    found = [*others, *([restored, *(restored + other for other in others)] if restored else [])]
-    return sorted(found, key=lambda remedy: remedy.size)
+    if restored is not None:
+        remedies = [*remedies, restored, *(restored + remedy for remedy in remedies)]
+    return sorted(remedies, key=lambda remedy: remedy.size)
 
 
 def _drawn_or_scaled(
     report: Report, contract: ContractRecord, model: nn.Module, codes: Sequence[str]
 ) -> list[Remedy]:
-    """The recipes of the contract and of the paper, alone and together."""
-    by_weight = [
-        r
-        for r in (_contract(contract, codes), _tied(contract, model, codes), _spared(report, codes))
-        if r
-    ]
-    first = [_joined(by_weight)] if by_weight else []
-    shortcut = list(_embedding(report, contract, model)) if _LARGER & set(codes) else []
-    matrices = list(_matrices(report, contract, codes)) if _SMALLER & set(codes) else []
-    pairs = [
-        pair for other in matrices if shortcut for pair in _pairs(report, contract, model, other)
-    ]
-    alone = (
-        []
-        if by_weight and any(c.startswith("JD2") for c in codes)
-        else [*shortcut, *matrices, *pairs]
+    """Return the recipes of the contract and of the paper, alone and together."""
+    of_contract = _contract_recipes(report, contract, model, codes)
+    of_paper = _paper_recipes(report, contract, model, codes)
+    if of_contract is None:
+        return of_paper
+    together = [of_contract + recipe for recipe in of_paper]
+    # A rule of the contract fired: a recipe that leaves the contract broken cannot be enough.
+    if any(code.startswith("JD2") for code in codes):
+        return [of_contract, *together]
+    return [of_contract, *of_paper, *together]
+
+
+def _contract_recipes(
+    report: Report, contract: ContractRecord, model: nn.Module, codes: Sequence[str]
+) -> Remedy | None:
+    """Return what the rules of the contract ask for, as one remedy."""
+    recipes = (
+        _contract(contract, codes),
+        _tied(contract, model, codes),
+        _spared(report, codes),
     )
-    joined = [first[0] + other for other in (*shortcut, *matrices, *pairs)] if first else []
-    return [*first, *alone, *joined]
+    joined: Remedy | None = None
+    for recipe in recipes:
+        if recipe is not None:
+            joined = recipe if joined is None else joined + recipe
+    return joined
+
+
+def _paper_recipes(
+    report: Report, contract: ContractRecord, model: nn.Module, codes: Sequence[str]
+) -> list[Remedy]:
+    """Return a larger shortcut, smaller matrices, and both."""
+    shortcuts: list[Remedy] = []
+    matrices: list[Remedy] = []
+    if _LARGER & set(codes):
+        shortcuts = list(_embedding(report, contract, model))
+    if _SMALLER & set(codes):
+        matrices = list(_matrices(report, contract, codes))
+    recipes = [*shortcuts, *matrices]
+    if shortcuts:
+        for smaller in matrices:
+            recipes += _pairs(report, contract, model, smaller)
+    return recipes
 
 
 def _pairs(
     report: Report, contract: ContractRecord, model: nn.Module, matrices: Remedy
 ) -> Iterator[Remedy]:
-    """A larger shortcut beside smaller matrices. A table that both draw is the shortcut's, one that
-    is scaled has the std that it is drawn with.
+    """Yield smaller matrices together with each larger shortcut.
+
+    A table that both draw is the shortcut's. A table that is scaled has the std that it is drawn
+    with.
     """
-    stds = {n: c.std for c in matrices.changes if isinstance(c, Draw) for n in c.weights.names}
-    for one in _embedding(report, contract, model, stds):
-        tables = {name for c in one.changes if isinstance(c, Draw) for name in c.weights.names}
-        kept = tuple(
-            c
-            for c in matrices.changes
-            if not (isinstance(c, Draw) and tables >= set(c.weights.names))
-        )
-        apart = len(kept) < len(matrices.changes)
-        title = (
-            matrices.title.replace("all matrices", "all other matrices")
-            if apart
-            else matrices.title
-        )
-        yield one + replace(matrices, title=title, changes=kept)
+    draws = [change for change in matrices.changes if isinstance(change, Draw)]
+    stds = {name: draw.std for draw in draws for name in draw.weights.names}
+    for shortcut in _embedding(report, contract, model, stds):
+        tables = _drawn_names(shortcut.changes)
+        changes = []
+        for change in matrices.changes:
+            is_drawn_twice = isinstance(change, Draw) and tables >= set(change.weights.names)
+            if not is_drawn_twice:
+                changes.append(change)
+        title = matrices.title
+        if len(changes) < len(matrices.changes):
+            title = title.replace("all matrices", "all other matrices")
+        yield shortcut + replace(matrices, title=title, changes=tuple(changes))
 
 
-def _joined(remedies: Sequence[Remedy]) -> Remedy:
-    made, *others = remedies
-    for other in others:
-        made += other
-    return made
+def _drawn_names(changes: Iterable[Change]) -> set[str]:
+    """Return the weights that changes draw anew."""
+    names: set[str] = set()
+    for change in changes:
+        if isinstance(change, Draw):
+            names |= set(change.weights.names)
+    return names
 
 
 # -- the two conditions of the paper ---------------------------------------------------------------
@@ -153,219 +184,261 @@ def _embedding(
     model: nn.Module,
     drawn: Mapping[str, float] | None = None,
 ) -> Iterator[Remedy]:
-    """Large shortcut: scaled-embed and embed-ln of the paper, and a table drawn with std 1 where it
-    is not the head.
+    """Yield recipes for a large shortcut.
 
-    `drawn`: the std of weights that are drawn anew beside it.
+    These are scaled-embed and embed-ln of the paper, and a table drawn with std 1 if it is not the
+    head.
+
+    Args:
+        report, contract, model: what is audited.
+        drawn: the std of weights that the same remedy draws anew.
     """
-    stds = drawn or {}
     width = report.model.width
     tables = [
-        w
-        for w in contract.weights
-        if w.role == "embedding" and len(w.shape) == 2 and w.shape[1] == width
+        weight
+        for weight in contract.weights
+        if weight.role == "embedding" and len(weight.shape) == 2 and weight.shape[1] == width
     ]
-    owners = [(w, owner) for w in tables if (owner := _owner(model, w.parameter))]
     if not width or not tables:
         return
-    if len(owners) == len(tables):
-        names = tuple(dict.fromkeys(owner for _, owner in owners))
-        root, std = math.sqrt(width), max(stds.get(w.parameter, w.std or 0.0) for w in tables)
-        text = f"sqrt(d), d = {width}"
-        title = f"multiply the embedding by √d = {plain(root)}"
-        yield Remedy("scaled-embed", title, (ScaleOutput(names, root, text),), _FREE, 2.0)
-        if 0 < std * root < 1:
-            factor = float(f"{1 / std:.4g}")
-            yield Remedy(
-                "unit-embed",
-                f"multiply the embedding by {plain(factor)}, to std 1",
-                (ScaleOutput(names, factor, "to std 1"),),
-                _FREE,
-                2.5,
-            )
-        price = f"{2 * width * len(names):,} parameters and a LayerNorm per token"
-        yield Remedy(
-            "embed-ln",
-            "a LayerNorm on the embedding",
-            tuple(NormOutput(n, width) for n in names),
-            price,
-            3.0,
-        )
+
+    # 1. The output of the embedding: only if a module stands for each table.
+    owners = [_owner(model, weight.parameter) for weight in tables]
+    if all(owners):
+        stds = drawn or {}
+        std = max(stds.get(weight.parameter, weight.std or 0.0) for weight in tables)
+        yield from _embedding_outputs(tuple(dict.fromkeys(owners)), width, std)
+
+    # 2. The table itself.
     if not contract.tied:
-        draws = tuple(_draws(contract, tables, 1.0, "1"))
         yield Remedy(
             "std-1-embed",
             "draw the embedding with std 1, and spare it weight decay",
-            draws,
+            tuple(_draws(contract, tables, 1.0, "1")),
             _ANEW,
             3.5,
         )
 
 
+def _embedding_outputs(owners: tuple[str, ...], width: int, std: float) -> Iterator[Remedy]:
+    """Yield changes to the output of embeddings of one width, whose largest std is given."""
+    root = math.sqrt(width)
+    title = f"multiply the embedding by √d = {plain(root)}"
+    scaled = ScaleOutput(owners, root, f"sqrt(d), d = {width}")
+    yield Remedy("scaled-embed", title, (scaled,), _FREE, 2.0)
+
+    if 0 < std * root < 1:
+        factor = float(f"{1 / std:.4g}")
+        title = f"multiply the embedding by {plain(factor)}, to std 1"
+        yield Remedy("unit-embed", title, (ScaleOutput(owners, factor, "to std 1"),), _FREE, 2.5)
+
+    price = f"{2 * width * len(owners):,} parameters and a LayerNorm per token"
+    norms = tuple(NormOutput(owner, width) for owner in owners)
+    yield Remedy("embed-ln", "a LayerNorm on the embedding", norms, price, 3.0)
+
+
 def _owner(model: nn.Module, parameter: str) -> str:
-    """The module whose output is the looked-up table; "" where there is none that stands for it."""
+    """Return the module whose output is the looked-up table; "" if none stands for it."""
     owner = parameter.rpartition(".")[0]
-    return (
-        owner
-        if owner and len(list(model.get_submodule(owner).parameters(recurse=False))) == 1
-        else ""
-    )
+    if not owner:
+        return ""
+    own_parameters = list(model.get_submodule(owner).parameters(recurse=False))
+    return owner if len(own_parameters) == 1 else ""
 
 
 def _matrices(report: Report, contract: ContractRecord, codes: Sequence[str]) -> Iterator[Remedy]:
-    """Small sub-layers: scaling with depth where it is missing; the init of the field."""
+    """Yield recipes for small sub-layers: scaling with depth if it is missing, the small init."""
     layers, width = max(report.model.layers, 1), report.model.width
-    inner = [w for w in contract.weights if w.role in INNER and w.std]
-    outer = [w for w in contract.weights if w.role in RESIDUAL and w.std]
+    inner = [weight for weight in contract.weights if weight.role in INNER and weight.std]
+    outer = [weight for weight in contract.weights if weight.role in RESIDUAL and weight.std]
     if not outer:
         return
     root = math.sqrt(2 * layers)
-    largest = max((w.std or 0.0 for w in inner), default=0.0)
-    if layers > 1 and max(w.std or 0.0 for w in outer) > 0.7 * largest:
-        scaled = tuple(
-            Scale(weights, 1 / root, f"1/sqrt(2*N), N = {layers}")
-            for weights in _groups(contract, outer)
-        )
-        yield Remedy(
-            "depth-scaling", f"W_O and W_2 times 1/√(2N) = {plain(1 / root)}", scaled, _ANEW, 4.0
-        )
-    if width:
-        s = math.sqrt(2 / (5 * width))
-        draws = (
-            *_draws(contract, inner, s, f"sqrt(2/(5*d)), d = {width}"),
-            *_draws(
-                contract, outer, s / root, f"sqrt(2/(5*d))/sqrt(2*N), d = {width}, N = {layers}"
-            ),
-            *_outside(contract, s, f"sqrt(2/(5*d)), d = {width}", codes),
-        )
-        title = (
-            f"draw all matrices with s = √(2/(5d)) = {plain(s)}, W_O and W_2 with s/√(2N) = "
-            f"{plain(s / root)}"
-        )
-        yield Remedy("small-init", title, draws, _ANEW, 5.0)
+
+    # 1. W_O and W_2 as wide as the other matrices: they lack the scaling with depth.
+    largest_inner = max((weight.std or 0.0 for weight in inner), default=0.0)
+    largest_outer = max(weight.std or 0.0 for weight in outer)
+    if layers > 1 and largest_outer > 0.7 * largest_inner:
+        formula = f"1/sqrt(2*N), N = {layers}"
+        changes = tuple(Scale(group, 1 / root, formula) for group in _groups(contract, outer))
+        title = f"W_O and W_2 times 1/√(2N) = {plain(1 / root)}"
+        yield Remedy("depth-scaling", title, changes, _ANEW, 4.0)
+
+    # 2. The small init of all matrices.
+    if not width:
+        return
+    std = math.sqrt(2 / (5 * width))
+    formula = f"sqrt(2/(5*d)), d = {width}"
+    outer_formula = f"sqrt(2/(5*d))/sqrt(2*N), d = {width}, N = {layers}"
+    draws = (
+        *_draws(contract, inner, std, formula),
+        *_draws(contract, outer, std / root, outer_formula),
+        *_outside(contract, std, formula, codes),
+    )
+    title = (
+        f"draw all matrices with s = √(2/(5d)) = {plain(std)}, W_O and W_2 with s/√(2N) = "
+        f"{plain(std / root)}"
+    )
+    yield Remedy("small-init", title, draws, _ANEW, 5.0)
 
 
 def _outside(
-    contract: ContractRecord, s: float, formula: str, codes: Sequence[str]
+    contract: ContractRecord, std: float, formula: str, codes: Sequence[str]
 ) -> Iterator[Draw]:
-    """Embedding, positions and head: the small init draws these with s too.
+    """Yield draws of embedding, positions and head: the small init draws these too.
 
     An embedding that already makes the shortcut large enough is not made smaller: 1 is the scheme's
     other std for it.
     """
-    for w in contract.weights:
-        if (
-            w.role not in ("embedding", "positions", "head")
-            or w.family not in _PLAIN
-            or len(w.shape) != 2
-        ):
+    for weight in contract.weights:
+        is_outside = weight.role in ("embedding", "positions", "head")
+        is_drawn_plainly = weight.family in _PLAIN and len(weight.shape) == 2
+        if not is_outside or not is_drawn_plainly:
             continue
-        larger = w.role == "embedding" and "JD102" not in codes and (w.std or 0.0) > _SAME * s
-        if not larger:
-            yield from _draws(contract, [w], s, formula)
-        elif w.parameter not in contract.tied and not 1 / _SAME < (w.std or 0.0) < _SAME:
-            yield from _draws(contract, [w], 1.0, "1")
+        own_std = weight.std or 0.0
+        shortcut_is_large = weight.role == "embedding" and "JD102" not in codes
+        if not shortcut_is_large or own_std <= _SAME * std:
+            yield from _draws(contract, [weight], std, formula)
+            continue
+        has_std_1 = 1 / _SAME < own_std < _SAME
+        if weight.parameter not in contract.tied and not has_std_1:
+            yield from _draws(contract, [weight], 1.0, "1")
 
 
 def _draws(
     contract: ContractRecord, weights: Iterable[WeightRecord], std: float, formula: str
 ) -> Iterator[Draw]:
-    kept = list(weights)
-    for uniform in (False, True):
-        mine = [w for w in kept if (w.family == "uniform") is uniform]
-        for group in _groups(contract, mine):
-            yield Draw(group, std, formula, uniform)
+    """Yield new draws of weights, by family and name pattern."""
+    uniform: list[WeightRecord] = []
+    normal: list[WeightRecord] = []
+    for weight in weights:
+        same_family = uniform if weight.family == "uniform" else normal
+        same_family.append(weight)
+    for is_uniform, members in ((False, normal), (True, uniform)):
+        for group in _groups(contract, members):
+            yield Draw(group, std, formula, is_uniform)
 
 
 def _groups(contract: ContractRecord, weights: Iterable[WeightRecord]) -> Iterator[Weights]:
-    """Weights by name pattern."""
-    names = [w.parameter for w in contract.weights]
-    found: dict[str, list[WeightRecord]] = {}
+    """Yield weights by name pattern."""
+    by_pattern: dict[str, list[WeightRecord]] = {}
     for weight in weights:
-        found.setdefault(weight.pattern, []).append(weight)
-    for pattern, group in found.items():
-        yield Weights.of([w.parameter for w in group], pattern, names, group[0].role)
+        by_pattern.setdefault(weight.pattern, []).append(weight)
+    for pattern, group in by_pattern.items():
+        yield _as_weights(contract, pattern, group)
+
+
+def _as_weights(contract: ContractRecord, pattern: str, group: Sequence[WeightRecord]) -> Weights:
+    """Return weights of one name pattern, as a change names them."""
+    everything = [weight.parameter for weight in contract.weights]
+    names = [weight.parameter for weight in group]
+    return Weights.of(names, pattern, everything, group[0].role)
 
 
 # -- the init contract -----------------------------------------------------------------------------
 def _contract(contract: ContractRecord, codes: Sequence[str]) -> Remedy | None:
-    """Every weight that departs from its contract, brought to what the contract says."""
-    if not any(code in ("JD201", "JD202", "JD203", "JD204", "JD205") for code in codes):
+    """Set every weight that differs from its contract to what the contract says."""
+    if not _CONTRACT_CODES & set(codes):
         return None
-    found: dict[tuple[str, float], list[Deviation]] = {}
-    for one in deviations_of(contract):
-        if one.section:
+
+    # 1. Groups of the same name pattern and target.
+    groups: dict[tuple[str, float], list[Departure]] = {}
+    for departure in departures_of(contract):
+        if departure.section:
             continue  # to draw the entire matrix again would change its other rows
-        found.setdefault((one.weight.pattern, one.value), []).append(one)
-    changes, names = list[Change](), [w.parameter for w in contract.weights]
-    for (pattern, value), group in found.items():
-        weights = Weights.of(
-            [d.weight.parameter for d in group], pattern, names, group[0].weight.role
-        )
-        vector = group[0].weight.role in VECTORS or len(group[0].weight.shape) < 2
-        uniform = group[0].weight.family == "uniform"
-        changes.append(
-            Fill(weights, value) if vector else Draw(weights, value, group[0].formula, uniform)
-        )
-    if not changes:
+        key = (departure.weight.pattern, departure.value)
+        groups.setdefault(key, []).append(departure)
+    if not groups:
         return None
-    formulas = dict.fromkeys(d[0].formula for d in found.values())
-    how = f"with {next(iter(formulas))}" if len(formulas) == 1 else "as the contract says"
-    return Remedy(
-        "contract",
-        f"initialise {_shown(pattern for pattern, _ in found)} {how}",
-        tuple(changes),
-        _ANEW,
-        1.0,
-    )
+
+    # 2. A change for each.
+    changes: list[Change] = []
+    for (pattern, value), group in groups.items():
+        first = group[0].weight
+        weights = _as_weights(contract, pattern, [departure.weight for departure in group])
+        is_vector = first.role in VECTORS or len(first.shape) < 2
+        if is_vector:
+            changes.append(Fill(weights, value))
+        else:
+            is_uniform = first.family == "uniform"
+            changes.append(Draw(weights, value, group[0].formula, is_uniform))
+    formulas = {group[0].formula for group in groups.values()}
+    how = f"with {formulas.pop()}" if len(formulas) == 1 else "as the contract says"
+    title = f"initialise {_shown(pattern for pattern, _ in groups)} {how}"
+    return Remedy("contract", title, tuple(changes), _ANEW, 1.0)
 
 
 def _baseline(report: Report, contract: ContractRecord) -> Remedy | None:
-    """Every weight that departs from the recorded baseline, as it was there."""
-    before = report.baseline
-    names = dict.fromkeys(
-        n for f in report.findings if f.code == "JD110" for n in f.evidence.get("parameters", ())
-    )
-    if before is None or not names:
+    """Set every weight that differs from the recorded baseline as it was there."""
+    baseline = report.baseline
+    names: set[str] = set()
+    for finding in report.findings:
+        if finding.code == "JD110":
+            names |= set(finding.evidence.get("parameters", ()))
+    if baseline is None or not names:
         return None
-    found: dict[tuple[str, float, bool, bool], list[WeightRecord]] = {}
-    for weight in (w for w in contract.weights if w.parameter in names):
-        old = before.weights[weight.parameter]
-        constant = old["family"] in ("zero", "constant")
-        value = float(f"{(old['value'] or 0.0) if constant else old['std']:.6g}")
-        found.setdefault((weight.pattern, value, constant, old["family"] == "uniform"), []).append(
-            weight
-        )
-    changes, everything = list[Change](), [w.parameter for w in contract.weights]
-    for (pattern, value, constant, uniform), group in found.items():
-        weights = Weights.of([w.parameter for w in group], pattern, everything, group[0].role)
-        changes.append(
-            Fill(weights, value)
-            if constant
-            else Draw(weights, value, "as in the baseline", uniform)
-        )
-    title = f"initialise {_shown(pattern for pattern, *_ in found)} as in the baseline"
-    return Remedy("baseline", title, tuple(changes), _ANEW, 1.0) if changes else None
+
+    # 1. Groups of the same name pattern and target.
+    groups: dict[tuple[str, _Target], list[WeightRecord]] = {}
+    for weight in contract.weights:
+        if weight.parameter in names:
+            target = _Target.of(baseline.weights[weight.parameter])
+            groups.setdefault((weight.pattern, target), []).append(weight)
+    if not groups:
+        return None
+
+    # 2. A change for each.
+    changes: list[Change] = []
+    for (pattern, target), group in groups.items():
+        weights = _as_weights(contract, pattern, group)
+        if target.is_constant:
+            changes.append(Fill(weights, target.value))
+        else:
+            changes.append(Draw(weights, target.value, "as in the baseline", target.is_uniform))
+    title = f"initialise {_shown(pattern for pattern, _ in groups)} as in the baseline"
+    return Remedy("baseline", title, tuple(changes), _ANEW, 1.0)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """How a weight was initialized in the baseline: its value or its std, and the family."""
+
+    value: float
+    is_constant: bool
+    is_uniform: bool
+
+    @classmethod
+    def of(cls, recorded: Mapping[str, Any]) -> _Target:
+        is_constant = recorded["family"] in ("zero", "constant")
+        value = (recorded["value"] or 0.0) if is_constant else recorded["std"]
+        return cls(float(f"{value:.6g}"), is_constant, recorded["family"] == "uniform")
 
 
 def _shown(patterns: Iterable[str]) -> str:
-    known = list(dict.fromkeys(pattern.removesuffix(".weight") for pattern in patterns))
-    return ", ".join(known[:3]) + (f" and {len(known) - 3} more" if len(known) > 3 else "")
+    """Return the first few name patterns, and how many there are beyond."""
+    names = list(dict.fromkeys(pattern.removesuffix(".weight") for pattern in patterns))
+    text = ", ".join(names[:_NAMED])
+    return text if len(names) <= _NAMED else f"{text} and {len(names) - _NAMED} more"
 
 
 def _tied(contract: ContractRecord, model: nn.Module, codes: Sequence[str]) -> Remedy | None:
-    """A table that is the head too is scaled in the forward instead of in its weights."""
+    """Scale a table that is the head too in the forward instead of in its weights."""
     if "JD206" not in codes:
         return None
-    tables = [w for w in contract.weights if w.parameter in contract.tied and w.std]
-    owners = [_owner(model, w.parameter) for w in tables]
+    tables = [weight for weight in contract.weights if weight.parameter in contract.tied]
+    tables = [weight for weight in tables if weight.std]
+    owners = [_owner(model, weight.parameter) for weight in tables]
     if not tables or not all(owners):
         return None
-    width = contract.sizes.get("d", 0.0)
-    logits = contract.logits_std or max(w.std or 0.0 for w in tables) * math.sqrt(width)
-    factor = float(f"{logits:.4g}")
+
+    logits_std = contract.logits_std
+    if not logits_std:
+        width = contract.sizes.get("d", 0.0)
+        logits_std = max(weight.std or 0.0 for weight in tables) * math.sqrt(width)
+    factor = float(f"{logits_std:.4g}")
+    names = tuple(weight.parameter for weight in tables)
     changes = (
-        Scale(Weights(tuple(w.parameter for w in tables)), 1 / factor, "to logits of std 1"),
+        Scale(Weights(names), 1 / factor, "to logits of std 1"),
         ScaleOutput(tuple(owners), factor, "what the weights lost"),
     )
     title = (
@@ -376,19 +449,23 @@ def _tied(contract: ContractRecord, model: nn.Module, codes: Sequence[str]) -> R
 
 
 def _spared(report: Report, codes: Sequence[str]) -> Remedy | None:
-    """Parameter groups without decay for what should not shrink."""
+    """Make parameter groups without decay for what should not shrink."""
     if "JD207" not in codes:
         return None
-    found = [f for f in report.findings if f.code == "JD207"]
-    names = tuple(dict.fromkeys(name for f in found for name in f.evidence["parameters"]))
+    names: list[str] = []
+    for finding in report.findings:
+        if finding.code == "JD207":
+            names += finding.evidence["parameters"]
+    spare = Spare(tuple(dict.fromkeys(names)))
     title = "a parameter group with weight_decay 0 for embeddings, gains and biases"
-    return Remedy("no-decay", title, (Spare(names),), "nothing", 0.5, keeps_function=True)
+    return Remedy("no-decay", title, (spare,), "nothing", 0.5, keeps_function=True)
 
 
-# -- where a run has begun -------------------------------------------------------------------------
+# -- a run that has begun -------------------------------------------------------------------------
 def _modules(report: Report, contract: ContractRecord, thresholds: Thresholds) -> Iterator[Remedy]:
-    """y = x + a f(x) with a learned or fixed a, and W = gain V: what a run that has begun can
-    take.
+    """Yield what a run that has begun can take.
+
+    These are W = gain V, and y = x + a f(x) with a learned or fixed a.
     """
     outer = [w for w in contract.weights if w.role in RESIDUAL and w.std and len(w.shape) == 2]
     owners = tuple(w.parameter.rpartition(".")[0] for w in outer)
@@ -424,12 +501,14 @@ def _modules(report: Report, contract: ContractRecord, thresholds: Thresholds) -
 
 
 def _needed(report: Report, thresholds: Thresholds) -> float | None:
-    """The factor that brings every branch below the first cut of its placement; None where all are
-    below.
+    """Return the factor that brings every branch below the first cut of its placement.
+
+    It is None if all branches are below.
     """
     factor = 1.0
     for row in report.sublayers:
         limit = thresholds.limits("branch_norm", row.placement or "").info
-        if row.branch_norm is not None and limit is not None and row.branch_norm.upper > 0:
-            factor = min(factor, limit / row.branch_norm.upper)
+        norm = row.branch_norm
+        if norm is not None and limit is not None and norm.upper > 0:
+            factor = min(factor, limit / norm.upper)
     return float(f"{0.99 * factor:.3g}") if factor < 1 else None

@@ -1,6 +1,4 @@
-"""Tries remedies on copies of a model, audits each copy again, and recommends the smallest that is
-enough.
-"""
+"""Try remedies on copies of a model, audit each copy, recommend the smallest that is enough."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from jacdiag.errors import RankError, one_line
-from jacdiag.records import Report
+from jacdiag.records import Finding, Report
 from jacdiag.records.remedy import RemedyRecord
 from jacdiag.remedies.candidates import Remedy
 from jacdiag.remedies.changes import Spare
@@ -23,8 +21,9 @@ from jacdiag.sources.foreign_code import seeded
 from jacdiag.trace.execution.tensors import collect_deep
 
 _MOST = 16  # trials of one report
-_FURTHER = 2  # seeds that a remedy must hold for beside the report's own
+_FURTHER = 2  # seeds that a remedy must hold for, after the report's own
 _APART = 1_000_003  # new draws must not be those that the model itself made with the same seed
+_ABOUT_WEIGHTS = ("JD202", "JD203", "JD204")  # compare a weight with others
 # Rules that find nothing where their figure is missing, and whether a report has it.
 _SEEN: dict[str, Callable[[Report], bool]] = {
     "JD104": lambda report: (
@@ -44,7 +43,7 @@ class Bench:
             the second argument names the parameters that weight decay is to spare. Returns the
             report, and the output at the probe.
         output: of the model as it is, at the probe.
-        fresh: builds the model anew with another seed; None where there is one set of weights only.
+        fresh: builds the model with another seed; None if there is one set of weights only.
         seed: of the report.
         attempt: a context around each trial; on several ranks it fails on all of them, or on none.
     """
@@ -65,20 +64,25 @@ def tried(
     every: bool = False,
     told: Callable[[str], None] = lambda _name: None,
 ) -> tuple[list[RemedyRecord], list[str]]:
-    """Tries remedies in turn, on copies; the first sufficient one ends it.
+    """Try remedies in turn, on copies; the first sufficient one ends it.
 
     Args:
         report: of `model` as it is.
+        model: to be copied.
         remedies: the smallest first.
-        every: try all, also behind a sufficient one.
+        bench: audits the copies.
+        every: try all, also after a sufficient one.
         told: is called with the name of each before it is tried.
 
     Returns:
         A record for each that was tried, and notes on those that could not be.
+
+    Raises:
+        RankError: another rank of a shared audit failed.
     """
     records: list[RemedyRecord] = []
     notes: list[str] = []
-    found = False
+    is_recommended = False  # one of those before
     for remedy in remedies[:_MOST]:
         told(remedy.name)
         try:
@@ -86,37 +90,51 @@ def tried(
                 record = _trial(report, model, remedy, bench)
         except RankError:
             raise
-        # a guest's own copying and building may raise anything; the audit itself is done
+        # a model's own copying and building may raise anything; the audit itself is done
         except Exception as error:
             notes.append(f"{remedy.name} could not be tried: {one_line(error)}")
             continue
-        records.append(replace(record, recommended=record.sufficient and not found))
-        found = found or record.sufficient
-        if found and not every:
+        records.append(replace(record, recommended=record.sufficient and not is_recommended))
+        is_recommended = is_recommended or record.sufficient
+        if is_recommended and not every:
             break
     return records, notes
 
 
 def most_trials(remedies: int) -> int:
-    """Return how many audits of copies so many remedies may take: each on the report's seed and on
-    further ones.
+    """Return how many audits of copies so many remedies may take.
+
+    Each is audited on the report's seed and on further ones.
     """
     return min(remedies, _MOST) * (1 + _FURTHER)
 
 
 def _trial(report: Report, model: nn.Module, remedy: Remedy, bench: Bench) -> RemedyRecord:
-    spared = [
-        name for change in remedy.changes if isinstance(change, Spare) for name in change.names
-    ]
+    """Audit a changed copy, and changed models of further seeds while it is enough."""
+    spared: list[str] = []
+    for change in remedy.changes:
+        if isinstance(change, Spare):
+            spared += change.names
+
+    # 1. The report's own seed.
     after, output = bench.again(_changed(model, remedy, bench.seed), spared, bench.seed)
-    seeds, enough = [bench.seed], sufficient(report, after, remedy)
+    seeds = [bench.seed]
+    is_enough = sufficient(report, after, remedy)
+
+    # 2. Further seeds.
     for seed in range(bench.seed + 1, bench.seed + 1 + _FURTHER):
-        other = bench.fresh(seed) if enough and bench.fresh is not None else None
-        if other is not None:
-            seeds.append(seed)
-            enough = sufficient(
-                report, bench.again(_changed(other, remedy, seed), spared, seed)[0], remedy
-            )
+        if not is_enough or bench.fresh is None:
+            break
+        other = bench.fresh(seed)
+        if other is None:
+            continue
+        seeds.append(seed)
+        other_report, _ = bench.again(_changed(other, remedy, seed), spared, seed)
+        is_enough = sufficient(report, other_report, remedy)
+
+    function_change = None
+    if remedy.keeps_function:
+        function_change = _difference(bench.output, output)
     return RemedyRecord(
         remedy.name,
         remedy.title,
@@ -124,62 +142,111 @@ def _trial(report: Report, model: nn.Module, remedy: Remedy, bench: Bench) -> Re
         remedy.price,
         outlook(report),
         outlook(after),
-        sufficient=enough,
+        sufficient=is_enough,
         keeps_function=remedy.keeps_function,
         seeds=seeds,
-        function_change=_difference(bench.output, output) if remedy.keeps_function else None,
+        function_change=function_change,
         patches=patches(report, model, remedy),
     )
 
 
 def _changed(model: nn.Module, remedy: Remedy, seed: int) -> nn.Module:
-    made = copy.deepcopy(model)
+    """Return a changed copy of a model."""
+    changed = copy.deepcopy(model)
     with seeded(seed + _APART):
-        remedy.apply(made)
-    return made
+        remedy.apply(changed)
+    return changed
 
 
 def sufficient(before: Report, after: Report, remedy: Remedy) -> bool:
-    """Whether no warning or error is left of what the remedy was tried against, and none is new;
-    infos may remain.
+    """Return whether nothing is left of what a remedy was tried against, and nothing is new.
 
-    That a weight which the remedy set on purpose departs from the rest of the model, or from the
-    published init of its family, is no finding against it.
+    Infos may remain. That a weight which the remedy set on purpose differs from the rest of the
+    model, or from the published init of its family, is no finding against it.
+
+    Args:
+        before: of the model as it is.
+        after: of the changed copy.
+        remedy: what was changed.
     """
     aimed = aims(before)
     if not aimed:
         return False
-    changed = {
-        name
-        for change in remedy.changes
-        for name in getattr(getattr(change, "weights", None), "names", ())
-    }
+    if _is_unknown(after, aimed):
+        return False
+    if _still_broken(after, aimed, remedy) or _newly_broken(before, after, aimed, remedy):
+        return False
+    return not _is_undecided(before, after, aimed)
+
+
+def _still_broken(after: Report, aimed: Sequence[str], remedy: Remedy) -> bool:
+    """Return whether a rule that the remedy was tried against warns of the changed model."""
+    return any(finding.code in aimed for finding in _held_against(after, aimed, remedy))
+
+
+def _newly_broken(before: Report, after: Report, aimed: Sequence[str], remedy: Remedy) -> bool:
+    """Return whether a rule warns that did not warn, at this level, of the model as it is."""
+    known = {(finding.code, finding.level) for finding in before.findings}
+    for finding in _held_against(after, aimed, remedy):
+        if finding.code not in aimed and (finding.code, finding.level) not in known:
+            return True
+    return False
+
+
+def _held_against(after: Report, aimed: Sequence[str], remedy: Remedy) -> list[Finding]:
+    """Return the warnings and errors that are not about what the remedy did on purpose."""
+    changed = _changed_names(remedy)
+    held = []
     for finding in after.findings:
-        deliberate = finding.code in ("JD202", "JD203", "JD204") and finding.code not in aimed
-        if deliberate and set(finding.evidence.get("parameters", ())) <= changed:
+        is_on_purpose = finding.code in _ABOUT_WEIGHTS and finding.code not in aimed
+        if is_on_purpose and set(finding.evidence.get("parameters", ())) <= changed:
             continue
-        known = any(f.code == finding.code and f.level == finding.level for f in before.findings)
-        if finding.level != "info" and (finding.code in aimed or not known):
-            return False
-    if any(code in aimed and not seen(after) for code, seen in _SEEN.items()):
-        return False  # what it was tried against is not known of the changed model
-    open_before = {r.code for r in before.rules if r.status == "unknown"}
-    return not any(
-        r.status == "unknown" and (r.code in aimed or r.code not in open_before)
-        for r in after.rules
-    )
+        if finding.level != "info":
+            held.append(finding)
+    return held
+
+
+def _changed_names(remedy: Remedy) -> set[str]:
+    """Return the weights that a remedy changes."""
+    names: set[str] = set()
+    for change in remedy.changes:
+        weights = getattr(change, "weights", None)
+        names |= set(getattr(weights, "names", ()))
+    return names
+
+
+def _is_unknown(after: Report, aimed: Sequence[str]) -> bool:
+    """Return whether a figure that the remedy was tried against is not known of the changed one."""
+    return any(code in aimed and not is_known(after) for code, is_known in _SEEN.items())
+
+
+def _is_undecided(before: Report, after: Report, aimed: Sequence[str]) -> bool:
+    """Return whether a rule is undecided that the remedy was tried against, or that was decided."""
+    undecided_before = {rule.code for rule in before.rules if rule.status == "unknown"}
+    for rule in after.rules:
+        matters = rule.code in aimed or rule.code not in undecided_before
+        if rule.status == "unknown" and matters:
+            return True
+    return False
 
 
 def _difference(one: Any, other: Any) -> float | None:
-    """The largest difference of two outputs of a model, over the largest value; None if they cannot
-    be compared.
+    """Return the largest difference of two outputs of a model, over the largest value.
+
+    Args:
+        one, other: tensors, or containers of tensors.
+
+    Returns:
+        None if the two cannot be compared.
     """
-    found: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for value, tensors in zip((one, other), found, strict=True):
-        collect_deep(value, tensors)
-    pairs = [
-        (a.detach(), b.detach()) for a, b in zip(*found, strict=False) if a.is_floating_point()
-    ]
+    tensors: list[Tensor] = []
+    other_tensors: list[Tensor] = []
+    collect_deep(one, tensors)
+    collect_deep(other, other_tensors)
+    pairs = []
+    for a, b in zip(tensors, other_tensors, strict=False):
+        if a.is_floating_point():
+            pairs.append((a.detach(), b.detach()))
     if not pairs or any(a.shape != b.shape or a.is_meta for a, b in pairs):
         return None
     largest = max(float(a.abs().max()) for a, _ in pairs)

@@ -15,7 +15,7 @@ from monitor.rig import adam, plain_step, small
 import jacdiag
 from jacdiag.backtest import read_runs
 from jacdiag.backtest.archive import encoded
-from jacdiag.backtest.rejudge import rejudged
+from jacdiag.backtest.run_files import rejudged
 from jacdiag.records.risk import RiskCurve, RiskTable
 from jacdiag.records.run_log import RunLog, read_run
 from jacdiag.rules.risk_curves import risk_toml

@@ -19,8 +19,8 @@ from jacdiag_cli.main import main
 from jacdiag.gate import gate
 from jacdiag.gate.source_location import located
 from jacdiag.records import Finding, Report
+from jacdiag.render.content import grouped_findings as folded
 from jacdiag.render.formats import github, junit, sarif
-from jacdiag.render.formats import grouped_findings as folded
 from jacdiag.render.formats import pr_comment as comment
 from jacdiag.rules import RULES
 

@@ -11,7 +11,7 @@ import jacdiag
 from jacdiag.errors import UsageError
 from jacdiag.gate import gate
 from jacdiag.records import Interval, Report
-from jacdiag.render.terminal.sentences import header
+from jacdiag.render.content.sentences import header
 
 GPT = "jacdiag.sources.gpt:build"
 SMALL: dict[str, Any] = {

@@ -13,9 +13,9 @@ from torch import nn
 import jacdiag
 from jacdiag.errors import JacdiagError, ProbeError, UsageError
 from jacdiag.records import Interval, Report
+from jacdiag.render.content import verdict as lines
+from jacdiag.render.content.columns import build
 from jacdiag.render.formats.markdown import render
-from jacdiag.render.terminal import verdict as lines
-from jacdiag.render.terminal.columns import build
 from jacdiag.sources import gpt
 from jacdiag.sources.factory import seeded
 

@@ -18,7 +18,7 @@ from jacdiag.pipeline.flight_replay import look_at_values
 from jacdiag.records.batch_values import BatchValues, NonFiniteArgument
 from jacdiag.records.flight_replay import BatchReplay, ReplayRecord
 from jacdiag.records.run_log import Alert
-from jacdiag.render.terminal.flight_replay import replay_facts
+from jacdiag.render.content.flight_replay import replay_facts
 from jacdiag.sources.flight import read_flight
 
 BAD = 4

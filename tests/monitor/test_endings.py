@@ -23,7 +23,7 @@ import jacdiag
 from jacdiag.monitor.process_endings import ENDINGS
 from jacdiag.records.run_log import read_run
 from jacdiag.records.run_state import state_of_run
-from jacdiag.render.terminal.flight_replay import replay_facts
+from jacdiag.render.content.flight_replay import replay_facts
 
 PROGRAM = Path(__file__).parent / "endings_program.py"
 SIGNALS = ("hung", "killed", "interrupted", "killed twice", "interrupted twice", "own handler")

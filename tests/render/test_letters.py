@@ -15,12 +15,12 @@ from render import synthetic
 from rich.console import Console
 
 from jacdiag.render.ascii_symbols import letters_of, register, spelled
+from jacdiag.render.content.severity import SIGNS
 from jacdiag.render.formats import diff as beside
 from jacdiag.render.formats import junit, markdown, sarif
 from jacdiag.render.formats import pr_comment as comment
 from jacdiag.render.terminal import gate
 from jacdiag.render.terminal.run_screen import _BARS, _SHADES
-from jacdiag.render.terminal.severity import SIGNS
 from jacdiag.render.terminal.table import print_report
 
 ROOT = Path(__file__).parents[2]

@@ -9,8 +9,8 @@ import dataclasses
 import synthetic
 
 from jacdiag.records import Finding, Outlook, RemedyRecord
-from jacdiag.render.terminal import verdict as lines
-from jacdiag.render.terminal.remedies import document, effect
+from jacdiag.render.content import verdict as lines
+from jacdiag.render.content.remedies import document, effect
 
 BEFORE = Outlook([23.1, 23.5], [0.6, 0.7], 35.7, "met", "not met", "warn", ["JD102", "JD103"])
 AFTER = Outlook([1.0, 1.4], [0.6, 0.7], 1.6, "met", "met", "pass")

@@ -18,6 +18,7 @@ from render.run_logs import FINDINGS, NAMES, run_lines, run_log, write_log
 
 from jacdiag.errors import UsageError
 from jacdiag.records.run_log import RunLog, read_run
+from jacdiag.render.content.run_alerts import alerts_of_run, report_at_start
 from jacdiag.render.plots.run_plot import (
     _STYLE,
     FIGURES,
@@ -28,7 +29,6 @@ from jacdiag.render.plots.run_plot import (
     parse_size,
 )
 from jacdiag.render.plots.run_series import band, column, gradient, series
-from jacdiag.render.run_alerts import alerts_of_run, report_at_start
 
 
 def titles(figure: Any) -> list[str]:

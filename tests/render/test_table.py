@@ -15,7 +15,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from jacdiag.records import Finding, Interval, Report, RuleResult, SublayerRecord
-from jacdiag.render.terminal.columns import build
+from jacdiag.render.content.columns import build
 from jacdiag.render.terminal.table import print_report
 
 WIDTHS = (40, 60, 80, 100, 120, 200)

@@ -20,9 +20,10 @@ from jacdiag.records import (
     Report,
     RuleResult,
 )
-from jacdiag.render.terminal import sentences as words
-from jacdiag.render.terminal import verdict as lines
-from jacdiag.render.terminal.number_cells import aligned, between, outward, share, spoken, three
+from jacdiag.records.number_format import between, outward, share, spoken, three
+from jacdiag.render.content import sentences as words
+from jacdiag.render.content import verdict as lines
+from jacdiag.render.content.number_cells import aligned
 
 NAN, INF = float("nan"), float("inf")
 

@@ -22,9 +22,9 @@ from jacdiag.records import (
     TokenAt,
     WeightStats,
 )
+from jacdiag.records.number_format import spoken
+from jacdiag.render.content.verdict import verdict_lines
 from jacdiag.render.formats.markdown import render
-from jacdiag.render.terminal.number_cells import spoken
-from jacdiag.render.terminal.verdict import verdict_lines
 from jacdiag.rules import decision_points, evaluate, rule
 from jacdiag.rules.finding_numbers import span
 from jacdiag.rules.thresholds import load_thresholds

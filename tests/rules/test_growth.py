@@ -12,8 +12,8 @@ from rules.test_conditions import findings, healthy, narrow, report, status
 from jacdiag.comparison import compare_with_earlier
 from jacdiag.comparison.seed_spread import figures_of
 from jacdiag.records import Interval, ProbeRecord, Report
-from jacdiag.render.terminal.sentences import headline
-from jacdiag.render.terminal.verdict import to_do, verdict_lines
+from jacdiag.render.content.sentences import headline
+from jacdiag.render.content.verdict import to_do, verdict_lines
 from jacdiag.rules import evaluate
 from jacdiag.rules.thresholds import load_thresholds
 

@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from jacdiag.render.formats.markdown import _safe
-from jacdiag.render.terminal.number_cells import between, three
-from jacdiag.render.terminal.sentences import legible
+from jacdiag.records.number_format import between, three
+from jacdiag.render.content.sentences import legible
+from jacdiag.render.formats.markdown import escaped
 
 HEAD = ("depth", "part", "figure", "A", "B", "B / A", "")
 
@@ -80,10 +80,10 @@ def verdict(pairs: Sequence[PairLike]) -> str:
 
 def markdown(pairs: Sequence[PairLike], said: str, notes: Sequence[str] = ()) -> str:
     """The verdict `said`, the notes, and a table of the pairs if there are any, in Markdown."""
-    parts = [f"**{_safe(said)}**", *(f"Note: {_safe(str(legible(note)))}." for note in notes)]
+    parts = [f"**{escaped(said)}**", *(f"Note: {escaped(str(legible(note)))}." for note in notes)]
     if pairs:
         lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
-        lines += ["| " + " | ".join(_safe(cell) for cell in row) + " |" for row in rows(pairs)]
+        lines += ["| " + " | ".join(escaped(cell) for cell in row) + " |" for row in rows(pairs)]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 

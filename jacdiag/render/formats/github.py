@@ -1,44 +1,38 @@
-"""Workflow commands of GitHub Actions: one annotation per rule, at the class of the module that it
-speaks of.
-"""
+"""Workflow commands of GitHub Actions: one annotation per rule, at the class of its module."""
 
 from __future__ import annotations
 
 from jacdiag.records import Report
-from jacdiag.render.formats.grouped_findings import (
-    Note,
-    counted,
-    failing,
-    notes,
-    outcome,
-    reservations,
-)
+from jacdiag.render.content.grouped_findings import Note, build_gate_view
 
 _COMMANDS = {"error": "error", "warning": "warning", "info": "notice"}
 
 
 def render(report: Report) -> str:
-    """Annotations, then a plain line for the log. A step shows ten of each kind: there is one per
-    rule.
+    """Return annotations, then a plain line for the log.
+
+    A step shows ten annotations of each kind: there is one per rule.
+
+    Args:
+        report: of `jacdiag gate` or of an audit.
 
     Example:
         >>> print(render(report))                                 # doctest: +SKIP
         ::error file=model.py,line=118,title=JD203 depth-scaling::h.*.mlp.c_proj (12 of 12)...
     """
-    fatal = {n.code for n in failing(report)}
-    lines = [_command(note, note.code in fatal) for note in notes(report)]
-    command = "gate" if "gate" in report.settings else "audit"
-    summary = "; ".join([counted(report), *reservations(report)])
-    return "\n".join([*lines, f"{command}: {outcome(report)}: {summary}"]) + "\n"
+    gate = build_gate_view(report)
+    lines = [_annotation(note) for note in gate.notes]
+    summary = "; ".join([gate.counted, *gate.reservations])
+    lines.append(f"{gate.command}: {gate.outcome}: {summary}")
+    return "\n".join(lines) + "\n"
 
 
-def _command(note: Note, fatal: bool) -> str:
+def _annotation(note: Note) -> str:
     where = f"file={_property(note.file)},line={note.line}," if note.file else ""
-    kind = "error" if fatal else _COMMANDS[note.level]
-    fix = f"\n{note.fix}" if note.fix else ""
-    return (
-        f"::{kind} {where}title={_property(f'{note.code} {note.name}')}::{_data(note.text + fix)}"
-    )
+    kind = "error" if note.fails else _COMMANDS[note.level]
+    title = _property(f"{note.code} {note.name}")
+    text = f"{note.text}\n{note.fix}" if note.fix else note.text
+    return f"::{kind} {where}title={title}::{_data(text)}"
 
 
 def _data(text: str) -> str:

@@ -1,95 +1,114 @@
-"""The same screen as Markdown, for a pull request's comment or a notebook."""
+"""The view of a report as Markdown, for a pull request's comment or a notebook."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from jacdiag.records import Report
-from jacdiag.render.terminal import sentences as words
-from jacdiag.render.terminal import verdict as lines
-from jacdiag.render.terminal.columns import Grid, build
-from jacdiag.render.terminal.flight_replay import replay_facts, replay_table
-from jacdiag.render.terminal.severity import SIGNS
+from jacdiag.render.content.columns import Grid
+from jacdiag.render.content.severity import SIGNS
+from jacdiag.render.view import CostView, ReplayView, VerdictView, build_view
 
 _SIGNS = {"pass": "✓", "warn": "▲", "fail": "●", "unknown": "?", "observed": "·"}
+_SPECIAL = "\\|*_~<&[`$"
 
 
 def render(report: Report, *, all_rows: bool = False, sort: str = "depth") -> str:
-    """Renders a report as GitHub-flavoured Markdown: heading, table, verdict by condition, what to
-    do, cost.
+    """Return a report as GitHub-flavoured Markdown: heading, table, verdict, what to do, cost.
 
     Args:
         report: any report.
-        all_rows: show every sub-layer, where long models are folded otherwise.
+        all_rows: show every sub-layer; else long models are folded.
         sort: "depth" or "worst".
 
     Example:
         >>> print(render(report))                                 # doctest: +SKIP
     """
-    report = words.legible(report)
-    parts = [
-        f"### {_SIGNS[report.verdict]} {report.verdict.upper()}: {_safe(words.headline(report))}",
-        "\n".join(_safe(" · ".join(line)) + "  " for line in words.header(report)),
-        _table(build(report, all_rows=all_rows, sort=sort)),
-        _bullets(lines.footnotes(report)),
-        _verdict(report),
-        _replay(report, all_rows=all_rows),
-        "**What to do**\n\n" + _bullets(lines.to_do(report)),
-        _closing(report),
+    view = build_view(report, all_rows=all_rows, sort=sort)
+    verdict = view.verdict
+    sections = [
+        f"### {_SIGNS[verdict.word]} {verdict.word.upper()}: {escaped(verdict.headline)}",
+        "\n".join(escaped(" · ".join(line)) + "  " for line in view.header.lines),
+        _table(view.rows),
+        bullets(view.notes),
+        _verdict(verdict),
+        _replay(view.replay),
+        "**What to do**\n\n" + bullets(view.actions),
+        _cost(view.cost),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def escaped(text: str) -> str:
+    """Return a text in which no character has a meaning in Markdown: a name may hold any of them.
+
+    >>> escaped("h.*.attn  a|b")
+    'h.\\\\*.attn a\\\\|b'
+    """
+    for sign in _SPECIAL:
+        text = text.replace(sign, f"\\{sign}")
+    return " ".join(text.split())
+
+
+def bullets(texts: Iterable[str]) -> str:
+    """Return a list with one item per text."""
+    return "\n".join(f"- {escaped(text)}" for text in texts)
+
+
+def table_row(cells: Iterable[str]) -> str:
+    """Return a row of a table; its cells are escaped."""
+    return "| " + " | ".join(escaped(cell) for cell in cells) + " |"
 
 
 def _table(grid: Grid) -> str:
     columns = grid.columns
-    rows = [
-        "| " + " | ".join(_safe(column.title) for column in columns) + " |",
-        "|" + "|".join(":---" if column.left else "---:" for column in columns) + "|",
+    lines = [
+        table_row(column.title for column in columns),
+        _rule_of(":---" if column.left else "---:" for column in columns),
     ]
     for place in range(len(grid.rows) + 1):
         if place in grid.gaps:
-            rows.append(f"| | *{grid.gaps[place].text}* |" + " |" * (len(columns) - 2))
+            lines.append(f"| | *{grid.gaps[place].text}* |" + " |" * (len(columns) - 2))
         if place < len(grid.rows):
-            cells = [
-                f"{column.cells[place].strip()} {SIGNS[column.levels[place]]}".strip()
-                for column in columns
-            ]
-            rows.append("| " + " | ".join(_safe(cell) for cell in cells) + " |")
-    return "\n".join(rows)
+            cells = []
+            for column in columns:
+                sign = SIGNS[column.levels[place]]
+                cells.append(f"{column.cells[place].strip()} {sign}".strip())
+            lines.append(table_row(cells))
+    return "\n".join(lines)
 
 
-def _verdict(report: Report) -> str:
+def _rule_of(alignments: Iterable[str]) -> str:
+    return "|" + "|".join(alignments) + "|"
+
+
+def _verdict(verdict: VerdictView) -> str:
     rows = ["| | | |", "|:---|:---|:---|"]
-    for line in lines.verdict_lines(report):
-        status = " ".join(part for part in (line.status, SIGNS[line.level]) if part)
+    for line in verdict.lines:
+        status = f"{line.status} {SIGNS[line.level]}".strip()
         code = f" `{line.code}`" if line.code else ""
-        rows.append(f"| **{_safe(line.label)}** | {status} | {_safe(line.text)}{code} |")
+        rows.append(f"| **{escaped(line.label)}** | {status} | {escaped(line.text)}{code} |")
     return "\n".join(rows)
 
 
-def _replay(report: Report, *, all_rows: bool) -> str:
-    """The replay of a flight: the sentence, the table of its batches, what stands out in them."""
-    if report.replay is None:
+def _replay(replay: ReplayView | None) -> str:
+    """Return the replay of a flight: the sentence, the table of its batches, what stands out."""
+    if replay is None:
         return ""
-    table = replay_table(report.replay, all_rows=all_rows)
-    rows = ["| " + " | ".join(map(_safe, row)) + " |" for row in [table.header, *table.rows]]
-    rows.insert(1, "|:---|" + "---:|" * (len(table.header) - 1))
-    sentence = f"**Replay** {_safe(report.replay.sentence)}"
-    return "\n\n".join([sentence, "\n".join(rows), _bullets(replay_facts(report.replay))])
+    names: Sequence[str] = replay.table.header
+    rows = [
+        table_row(names),
+        _rule_of([":---"] + ["---:"] * (len(names) - 1)),
+        *(table_row(row) for row in replay.table.rows),
+    ]
+    sentence = f"**Replay** {escaped(replay.sentence)}"
+    return "\n\n".join([sentence, "\n".join(rows), bullets(replay.facts)])
 
 
-def _closing(report: Report) -> str:
-    command = report.settings.get("command")
-    fence = "``" if command and "`" in command else "`"
-    space = " " * (len(fence) - 1)
-    again = f" · again: {fence}{space}{command}{space}{fence}" if command else ""
-    return f"**Cost** {_safe(lines.cost(report))}{again}"
-
-
-def _bullets(texts: list[str]) -> str:
-    return "\n".join(f"- {_safe(text)}" for text in texts)
-
-
-def _safe(text: str) -> str:
-    """Takes the meaning out of characters that Markdown would read: a name may hold any of them."""
-    for sign in "\\|*_~<&[`$":
-        text = text.replace(sign, f"\\{sign}")
-    return " ".join(text.split())
+def _cost(cost: CostView) -> str:
+    text = f"**Cost** {escaped(cost.text)}"
+    if not cost.command:
+        return text
+    if "`" not in cost.command:
+        return f"{text} · again: `{cost.command}`"
+    return f"{text} · again: `` {cost.command} ``"

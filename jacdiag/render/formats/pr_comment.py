@@ -3,84 +3,67 @@
 from __future__ import annotations
 
 from jacdiag.records import Report
-from jacdiag.render.formats.grouped_findings import (
-    Note,
-    accepting,
-    counted,
-    failing,
-    not_applicable,
-    notes,
-    outcome,
-    reservations,
-)
-from jacdiag.render.formats.markdown import _safe
-from jacdiag.render.terminal.number_cells import three
-from jacdiag.render.terminal.remedies import remedied
-from jacdiag.render.terminal.sentences import legible, model_words, source_name
+from jacdiag.records.number_format import three
+from jacdiag.render.content.grouped_findings import FigureChange, Note
+from jacdiag.render.content.sentences import plural
+from jacdiag.render.formats.markdown import bullets, escaped
+from jacdiag.render.view import ReportView, build_view
 
 _SIGNS = {"PASS": "✓", "FAIL": "✗", "UNDECIDED": "?"}
+_LEVEL_SIGNS = {"error": "●", "warning": "▲", "info": "·"}
 _ROWS = 20
 
 
 def render(report: Report) -> str:
-    """GitHub-flavoured Markdown: the verdict, a row per rule, what changed against the baseline,
-    how to accept it.
+    """Return GitHub-flavoured Markdown: the verdict, a row per rule, changes, how to accept them.
+
+    Args:
+        report: of `jacdiag gate` or of an audit.
     """
-    report = legible(report)
-    about = report.settings.get("gate", {})
-    word = outcome(report)
-    seeds = int(about.get("seeds", 1))
-    head = (
-        f"{_safe(source_name(report))} · {_safe(model_words(report))} · {seeds} "
-        f"{'seed' if seeds == 1 else 'seeds'}"
-    )
-    fatal = {n.code for n in failing(report)}
-    command = "gate" if "gate" in report.settings else "audit"
-    title = f"### {_SIGNS.get(word, '·')} jacdiag {command}: {word}"
-    parts = [title, head, _table(notes(report), fatal), _changes(report)]
-    parts.append(f"{counted(report)}.")
-    parts += [
-        "\n".join(
-            f"- {_safe(line)}"
-            for line in [*reservations(report), *not_applicable(report), *report.notes]
-        )
+    view = build_view(report)
+    gate = view.gate
+    sections = [
+        f"### {_SIGNS.get(gate.outcome, '·')} jacdiag {gate.command}: {gate.outcome}",
+        _subject(view),
+        _findings(gate.notes),
+        _changes(gate.changes),
+        f"{gate.counted}.",
+        bullets([*gate.reservations, *gate.not_applicable, *view.report_notes]),
     ]
-    if report.remedies:
-        parts.append(
-            "**What to do**\n\n" + "\n".join(f"- {_safe(line)}" for line in remedied(report))
-        )
-    command = accepting(report)
-    if command:
-        parts.append(
-            f"To accept the new figures, run and commit:\n\n```sh\n{command.replace('```', '')}\n"
-            "```"
-        )
-    return "\n\n".join(part for part in parts if part) + "\n"
+    if view.remedies:
+        sections.append("**What to do**\n\n" + bullets(view.remedies))
+    if gate.accept:
+        command = gate.accept.replace("```", "")
+        sections.append(f"To accept the new figures, run and commit:\n\n```sh\n{command}\n```")
+    return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _table(found: list[Note], fatal: set[str]) -> str:
-    if not found:
+def _subject(view: ReportView) -> str:
+    header = view.header
+    seeds = plural(view.gate.seeds, "seed")
+    return f"{escaped(header.name)} · {escaped(header.model)} · {seeds}"
+
+
+def _findings(notes: list[Note]) -> str:
+    """Return a table with a row for each rule that fired."""
+    if not notes:
         return ""
     rows = ["| | rule | finding | where |", "|:---|:---|:---|:---|"]
-    for note in found:
-        sign = (
-            "✗" if note.code in fatal else {"error": "●", "warning": "▲", "info": "·"}[note.level]
-        )
-        text = "<br>".join(_safe(line) for line in note.text.splitlines())
-        rows.append(f"| {sign} | {note.code} {note.name} | {text} | {_safe(note.place)} |")
+    for note in notes:
+        sign = "✗" if note.fails else _LEVEL_SIGNS[note.level]
+        text = "<br>".join(escaped(line) for line in note.text.splitlines())
+        rows.append(f"| {sign} | {note.code} {note.name} | {text} | {escaped(note.place)} |")
     return "\n".join(rows)
 
 
-def _changes(report: Report) -> str:
-    changes = [
-        c for f in report.findings if f.code == "JD110" for c in f.evidence.get("changes", ())
-    ]
+def _changes(changes: list[FigureChange]) -> str:
+    """Return a table of the figures that differ from the baseline."""
     if not changes:
         return ""
     rows = ["| changed | figure | old | new |", "|:---|:---|---:|---:|"]
-    rows += [
-        f"| {_safe(str(c['where']))} | {c['field']} | {three(c['old'])} | {three(c['new'])} |"
-        for c in changes[:_ROWS]
-    ]
-    rows += [f"| *{len(changes) - _ROWS} more* | | | |"] if len(changes) > _ROWS else []
+    for change in changes[:_ROWS]:
+        old, new = three(change.old), three(change.new)
+        rows.append(f"| {escaped(change.where)} | {change.field} | {old} | {new} |")
+    if len(changes) > _ROWS:
+        rows.append(f"| *{len(changes) - _ROWS} more* | | | |")
     return "\n".join(rows)

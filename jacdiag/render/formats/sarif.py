@@ -1,86 +1,91 @@
-"""SARIF 2.1.0 (OASIS), for code scanning: a result per rule that found something, with its place
-and a fingerprint.
-"""
+"""SARIF 2.1.0 (OASIS), for code scanning: a result per rule, with its place and a fingerprint."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from jacdiag.records import Report
-from jacdiag.render.formats.grouped_findings import Note, failing, notes
+from jacdiag.render.content.grouped_findings import Note, build_gate_view
+
+if TYPE_CHECKING:
+    from jacdiag.rules.rule import Rule
 
 _SCHEMA = (
     "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 )
 _LEVELS = {"error": "error", "warning": "warning", "info": "note"}
-_HOME = "pyproject.toml"  # where nothing in the repository is known: what names the gate's settings
+_HOME = "pyproject.toml"  # if no place in the repository is known: it names the gate's settings
+_MODULES = 20  # that a result names
 
 
 def render(report: Report) -> str:
-    """A SARIF log with one run.
+    """Return a SARIF log with one run.
 
     Every result has a location relative to the repository's root: the class of the module, the
     factory's line, or the file of the settings. The fingerprint is made of rule and names, not of
     figures or lines, so that it stays.
+
+    Args:
+        report: of `jacdiag gate` or of an audit.
     """
     from jacdiag.rules import RULES
 
-    fatal = {n.code for n in failing(report)}
-    spoken = {n.code for n in notes(report)}
-    rules = [rule for rule in RULES if rule.code in spoken]
-    index = {rule.code: k for k, rule in enumerate(rules)}
-    descriptors = [
-        {
-            "id": rule.code,
-            "name": "".join(part.capitalize() for part in rule.name.split("-")),
-            "shortDescription": {"text": rule.summary},
-            "fullDescription": {"text": _one_line(rule.page.what)},
-            "help": {"text": f"{_one_line(rule.page.why)}\n\n{_one_line(rule.page.remedy)}"},
-            "defaultConfiguration": {"level": _LEVELS[rule.level]},
-        }
-        for rule in rules
-    ]
-    driver = {
-        "name": "jacdiag",
-        "rules": descriptors,
-        **({"version": report.jacdiag} if report.jacdiag else {}),
-    }
-    results = [_result(note, index, note.code in fatal) for note in notes(report)]
-    run: dict[str, Any] = {
+    # 1. The rules that fired.
+    notes = build_gate_view(report).notes
+    fired = {note.code for note in notes}
+    rules = [rule for rule in RULES if rule.code in fired]
+    index = {rule.code: place for place, rule in enumerate(rules)}
+    driver: dict[str, Any] = {"name": "jacdiag", "rules": [_descriptor(rule) for rule in rules]}
+    if report.jacdiag:
+        driver["version"] = report.jacdiag
+
+    # 2. The run.
+    root = {"description": {"text": "the root of the repository"}}
+    run = {
         "tool": {"driver": driver},
-        "originalUriBaseIds": {
-            "%SRCROOT%": {"description": {"text": "the root of the repository"}}
-        },
-        "results": results,
+        "originalUriBaseIds": {"%SRCROOT%": root},
+        "results": [_result(note, index) for note in notes],
         "columnKind": "utf16CodeUnits",
         "properties": {"verdict": report.verdict},
     }
-    return (
-        json.dumps(
-            {"$schema": _SCHEMA, "version": "2.1.0", "runs": [run]}, indent=2, ensure_ascii=False
-        )
-        + "\n"
-    )
+    log = {"$schema": _SCHEMA, "version": "2.1.0", "runs": [run]}
+    return json.dumps(log, indent=2, ensure_ascii=False) + "\n"
 
 
-def _result(note: Note, index: dict[str, int], fatal: bool) -> dict[str, Any]:
-    text = f"{note.text}\n{note.fix}".strip()
-    place = {"uri": quote(note.file or _HOME), "uriBaseId": "%SRCROOT%"}
-    physical = {"artifactLocation": place, "region": {"startLine": note.line}}
-    logical = [{"fullyQualifiedName": name, "kind": "module"} for name in note.names[:20]]
+def _descriptor(rule: Rule) -> dict[str, Any]:
+    words = rule.name.split("-")
     return {
-        "ruleId": note.code,
-        **({"ruleIndex": index[note.code]} if note.code in index else {}),
-        "level": "error" if fatal else _LEVELS[note.level],
-        "message": {"text": text},
-        "locations": [
-            {"physicalLocation": physical, **({"logicalLocations": logical} if logical else {})}
-        ],
-        "partialFingerprints": {"jacdiag/v1": _fingerprint(note)},
+        "id": rule.code,
+        "name": "".join(word.capitalize() for word in words),
+        "shortDescription": {"text": rule.summary},
+        "fullDescription": {"text": _one_line(rule.page.what)},
+        "help": {"text": f"{_one_line(rule.page.why)}\n\n{_one_line(rule.page.remedy)}"},
+        "defaultConfiguration": {"level": _LEVELS[rule.level]},
     }
+
+
+def _result(note: Note, index: dict[str, int]) -> dict[str, Any]:
+    # 1. Where: a file of the repository, and modules of the model.
+    file = {"uri": quote(note.file or _HOME), "uriBaseId": "%SRCROOT%"}
+    location: dict[str, Any] = {
+        "physicalLocation": {"artifactLocation": file, "region": {"startLine": note.line}}
+    }
+    modules = [{"fullyQualifiedName": name, "kind": "module"} for name in note.names[:_MODULES]]
+    if modules:
+        location["logicalLocations"] = modules
+
+    # 2. What.
+    result: dict[str, Any] = {"ruleId": note.code}
+    if note.code in index:
+        result["ruleIndex"] = index[note.code]
+    result["level"] = "error" if note.fails else _LEVELS[note.level]
+    result["message"] = {"text": f"{note.text}\n{note.fix}".strip()}
+    result["locations"] = [location]
+    result["partialFingerprints"] = {"jacdiag/v1": _fingerprint(note)}
+    return result
 
 
 def _fingerprint(note: Note) -> str:

@@ -1,6 +1,4 @@
-"""The picture: branch gain over depth with its interval, and below it the two factors that carry it
-up.
-"""
+"""The picture: branch gain over depth with its interval, and below it its two factors."""
 
 from __future__ import annotations
 
@@ -14,22 +12,17 @@ from typing import TYPE_CHECKING
 
 from jacdiag.errors import UsageError
 from jacdiag.records import Report
+from jacdiag.records.number_format import spoken
 from jacdiag.records.output_file import is_streamed, leads_to_stdout, write_output
 from jacdiag.render.plots.depth_curves import (
     INK,
     PALE,
     Curve,
+    DepthView,
+    Threshold,
     extent,
-    factors,
-    gains,
-    is_split,
-    missing,
-    places,
-    zeros,
 )
-from jacdiag.render.terminal import sentences as words
-from jacdiag.render.terminal.number_cells import spoken
-from jacdiag.render.terminal.severity import drawn_threshold
+from jacdiag.render.view import ReportView, build_view
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,11 +38,12 @@ _STYLE = {
 }
 # characters; such a title is set in 9 points
 _LONGEST_TITLE, _LONGEST_SUBTITLE, _LONGEST_NAME = 120, 108, 34
+_BOUND_LABEL = "the paper's bound, less 1"
 _LINE_HEIGHT = 0.20  # inches: the least distance between two direct labels
 
 
 def save(report: Report, path: str | os.PathLike[str]) -> None:
-    """Draws a report and writes the picture; the suffix (.png, .svg, .pdf) chooses the format.
+    """Draw a report and write the picture; the suffix (.png, .svg, .pdf) chooses the format.
 
     Neither pyplot nor its current figure is touched, and the rcParams are as before. The file
     appears whole or not at all.
@@ -103,71 +97,82 @@ def check_suffix(path: str | os.PathLike[str]) -> str:
 
 
 def draw(report: Report) -> Figure:
-    """Builds the figure without writing it."""
+    """Build the figure without writing it.
+
+    Args:
+        report: what to draw.
+    """
     from matplotlib.figure import Figure
 
-    report = words.legible(report)
-    upper, lower = gains(report), factors(report)
-    size = (10.0, 6.4) if lower else (10.0, 4.4)  # inches: a slide's proportions
+    view = build_view(report)
+    depth = view.depth
+
+    # 1. One panel, or two.
+    has_two = bool(depth.factors)
+    size = (10.0, 6.4) if has_two else (10.0, 4.4)  # inches: a slide's proportions
+    ratios = [3.2, 2.0] if has_two else [1.0]
     figure = Figure(figsize=size, facecolor="white")
-    ratios = [3.2, 2.0] if lower else [1.0]
     panels = figure.subplots(
         len(ratios), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": ratios}
     )[:, 0]
     margins = {"top": 1 - 0.90 / size[1], "bottom": 0.62 / size[1]}
     figure.subplots_adjust(left=0.10, right=0.835, hspace=0.10, **margins)
-    _title(figure, report)
-    if report.tier == "measured":
-        _panel(panels[0], upper, "branch gain ‖J‖", report, "branch_norm")
-    else:
-        _panel(panels[0], upper, "the paper's bound, less 1", report, None)
-    _worst(panels[0], report)
-    _at_foot(panels[0], missing(report), "x", "no finite value")
-    _at_foot(panels[0], zeros(report), "v", "0")
-    if lower and is_split(report):
-        _panel(panels[1], lower, "its two factors", report, "norm_gain")
-    elif lower:
-        _panel(panels[1], lower, "residual map", report, None)
-    _depth_axis(panels[-1], report)
-    for axes, curves in zip(panels, (upper, lower), strict=False):
+    _title(figure, view)
+
+    # 2. The gains.
+    upper = panels[0]
+    _panel(upper, depth.gains, "branch gain ‖J‖" if depth.measured else _BOUND_LABEL, depth)
+    if depth.measured:
+        _draw_limits(upper, depth.gain_limits, depth.gains, _gain_label(depth), depth)
+    _worst(upper, depth)
+    _at_foot(upper, depth.missing, "x", "no finite value")
+    _at_foot(upper, depth.zeros, "v", "0")
+
+    # 3. The factors that carry them.
+    if has_two:
+        _panel(
+            panels[1], depth.factors, "its two factors" if depth.is_split else "residual map", depth
+        )
+    if has_two and depth.is_split:
+        _draw_limits(panels[1], depth.norm_gain_limits, depth.factors, "1/σ, ", None)
+    _depth_axis(panels[-1], depth)
+    for axes, curves in zip(panels, (depth.gains, depth.factors), strict=False):
         _direct_labels(axes, curves, size[1])
     return figure
 
 
-def _title(figure: Figure, report: Report) -> None:
-    headline = _cut(words.headline(report), _LONGEST_TITLE)
-    size = min(14.5, 14.5 * 76 / len(headline))
+def _title(figure: Figure, view: ReportView) -> None:
+    headline = _cut(view.verdict.headline, _LONGEST_TITLE)
+    font_size = min(14.5, 14.5 * 76 / len(headline))
     height = float(figure.get_figheight())
     figure.text(
         0.03,
         1 - 0.22 / height,
         headline,
-        fontsize=size,
+        fontsize=font_size,
         fontweight="bold",
         color=INK,
         va="top",
         parse_math=False,
     )
-    about = "  ·  ".join(
-        [words.source_name(report), words.model_words(report), words.state_words(report)]
-    )
-    about = _cut(about, _LONGEST_SUBTITLE)
+    header = view.header
+    about = _cut("  ·  ".join([header.name, header.model, header.state]), _LONGEST_SUBTITLE)
     figure.text(0.03, 1 - 0.53 / height, about, fontsize=10, color=PALE, va="top", parse_math=False)
 
 
 def _cut(text: str, longest: int) -> str:
-    """Shortens a text in its middle: a name's end says which one it is."""
+    """Shorten a text in its middle: a name's end says which one it is."""
     if len(text) <= longest:
         return text
     tail = longest // 3
     return f"{text[: longest - tail - 1]}…{text[-tail:]}"
 
 
-def _panel(
-    axes: Axes, curves: list[Curve], label: str, report: Report, limited: str | None
-) -> None:
+def _panel(axes: Axes, curves: list[Curve], label: str, depth: DepthView) -> None:
+    """Draw curves on a log scale, or say that there are none."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+    # 1. The frame.
     axes.set_yscale("log")
     axes.set_ylabel(label)
     axes.yaxis.set_label_coords(-0.095, 0.5)
@@ -177,19 +182,20 @@ def _panel(
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
     axes.yaxis.set_minor_formatter(NullFormatter())
     if not curves:
-        what = "every branch gain is 0" if zeros(report) else "nothing could be measured"
+        reason = "every branch gain is 0" if depth.zeros else "nothing could be measured"
         axes.set_yticks([])
         axes.tick_params(axis="y", which="minor", left=False)
-        axes.text(0.5, 0.5, what, transform=axes.transAxes, ha="center", color=PALE)
+        axes.text(0.5, 0.5, reason, transform=axes.transAxes, ha="center", color=PALE)
         return
+
+    # 2. The scale and the curves.
     low, high = extent(curves)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 30 else (1.0, 2.0, 5.0)))
+    spans_decades = high / low > 30
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if spans_decades else (1.0, 2.0, 5.0)))
     headroom = (high / low) ** 0.06
     axes.set_ylim(low / 1.25, high * 1.35 * headroom)
     for curve in curves:
         _draw_curve(axes, curve)
-    if limited:
-        _thresholds(axes, report, limited, (low, high))
 
 
 def _tick(value: float) -> str:
@@ -200,19 +206,20 @@ def _tick(value: float) -> str:
 
 
 def _draw_curve(axes: Axes, curve: Curve) -> None:
-    many = len(curve.x) > 40
+    # 1. The band. A bar stands for the band of a point without a neighbour.
     if curve.low and curve.high:
         endless = 1e3 * axes.get_ylim()[1]
         high = [endless if value == math.inf else value for value in curve.high]
         axes.fill_between(curve.x, curve.low, high, color=curve.colour, alpha=0.25, linewidth=0)
         for k in curve.lonely:
-            axes.plot(
-                [curve.x[k]] * 2,
-                [curve.low[k], high[k]],
-                color=curve.colour,
-                alpha=0.25,
-                linewidth=6,
-            )
+            ends = [curve.low[k], high[k]]
+            axes.plot([curve.x[k]] * 2, ends, color=curve.colour, alpha=0.25, linewidth=6)
+
+    # 2. The line, with a marker at every point, or at lonely ones alone.
+    has_many = len(curve.x) > 40
+    marker_size = 4.0
+    if curve.marker:
+        marker_size = 3.2 if has_many else 6
     axes.plot(
         curve.x,
         curve.y,
@@ -221,33 +228,50 @@ def _draw_curve(axes: Axes, curve: Curve) -> None:
         linewidth=1.1 if curve.dashed else 1.7,
         marker=curve.marker or "o",
         markevery=None if curve.marker else curve.lonely,
-        markersize=4 if not curve.marker else 3.2 if many else 6,
+        markersize=marker_size,
         markeredgecolor="white",
-        markeredgewidth=0.4 if many else 0.8,
+        markeredgewidth=0.4 if has_many else 0.8,
     )
 
 
-def _thresholds(axes: Axes, report: Report, field: str, span: tuple[float, float]) -> None:
-    """Draws the thresholds of a field as thin labelled lines, where they lie near enough to the
-    data to matter.
+def _gain_label(depth: DepthView) -> str:
+    """Return which placement the thresholds on branch norms are for, if there are several."""
+    return f"{depth.stratum}, " if depth.stratum else ""
+
+
+def _draw_limits(
+    axes: Axes,
+    limits: list[Threshold],
+    curves: list[Curve],
+    prefix: str,
+    labelled: DepthView | None,
+) -> None:
+    """Draw thresholds as thin labelled lines, if they lie near enough to the data to matter.
+
+    Args:
+        axes: of the panel.
+        limits: thresholds on its figure.
+        curves: what the panel shows.
+        prefix: what each label begins with.
+        labelled: of a panel on which the worst branch has a label, which theirs must not meet.
     """
-    low, high = span
-    # where the worst branch's label is not
-    at_left = field == "branch_norm" and not _leftish(report)
-    for level in ("warning", "error"):
-        value = drawn_threshold(report, field, level)
-        if value is None or not low / 10 <= value <= high * 10:
+    if not curves:
+        return
+    low, high = extent(curves)
+    at_left = labelled is not None and not _worst_is_left(labelled)
+    has_error = any(limit.level == "error" for limit in limits)
+    for limit in limits:
+        value = limit.value
+        if not low / 10 <= value <= high * 10:
             continue
         bottom, top = axes.get_ylim()
         axes.set_ylim(min(bottom, value / 1.3), max(top, value * 1.5))
-        axes.axhline(
-            value, color=INK, linewidth=0.8, linestyle="-" if level == "error" else (0, (1, 2))
-        )
-        what = {"norm_gain": "1/σ, ", "branch_norm": _stratum(report)}[field]
+        line_style = "-" if limit.level == "error" else (0, (1, 2))
+        axes.axhline(value, color=INK, linewidth=0.8, linestyle=line_style)
         # The two labels are set apart, however near their thresholds lie.
-        below = level == "warning" and drawn_threshold(report, field, "error") is not None
+        below = limit.level == "warning" and has_error
         axes.annotate(
-            f"{what}{level} above {_tick(float(f'{value:.3g}'))}",
+            f"{prefix}{limit.level} above {_tick(float(f'{value:.3g}'))}",
             (0.0 if at_left else 1.0, value),
             xycoords=("axes fraction", "data"),
             xytext=(4 if at_left else -4, -3 if below else 3),
@@ -259,29 +283,20 @@ def _thresholds(axes: Axes, report: Report, field: str, span: tuple[float, float
         )
 
 
-def _stratum(report: Report) -> str:
-    """Which placement of the norm the threshold on branch norms is for, if the model has several;
-    else "".
-    """
-    kinds = {row.placement for row in report.sublayers if row.placement is not None}
-    if len(kinds) < 2:
-        return ""
-    usual = report.settings.get("stratum")
-    return f"{usual}-norm, " if usual else "the most frequent placement, "
-
-
-def _worst(axes: Axes, report: Report) -> None:
-    worst = words.worst_branch(report)
-    if worst is None or worst[1].estimate <= 0:
+def _worst(axes: Axes, depth: DepthView) -> None:
+    """Write the name and the norm of the worst branch next to its point."""
+    worst = depth.worst
+    if worst is None or worst.norm.estimate <= 0:
         return
-    row, value = worst
-    leftish = _leftish(report)
+    is_left = _worst_is_left(depth)
+    has_upper = math.isfinite(worst.norm.upper)
+    height = worst.norm.upper if has_upper else worst.norm.estimate
     axes.annotate(
-        f"{spoken(value)}  {_cut(row.name, _LONGEST_NAME)}",
-        (places(report)[row.name], value.upper if math.isfinite(value.upper) else value.estimate),
-        xytext=(10 if leftish else -10, 4),
+        f"{spoken(worst.norm)}  {_cut(worst.name, _LONGEST_NAME)}",
+        (worst.place, height),
+        xytext=(10 if is_left else -10, 4),
         textcoords="offset points",
-        ha="left" if leftish else "right",
+        ha="left" if is_left else "right",
         va="bottom",
         fontsize=9.5,
         color=INK,
@@ -291,16 +306,15 @@ def _worst(axes: Axes, report: Report) -> None:
     )
 
 
-def _leftish(report: Report) -> bool:
-    """Whether the worst branch stands in the left half, so that its label goes to its right."""
-    worst = words.worst_branch(report)
-    at = places(report)
-    return worst is None or at[worst[0].name] <= 0.5 * max(at.values())
+def _worst_is_left(depth: DepthView) -> bool:
+    """Return whether the worst branch stands in the left half: its label goes to its right."""
+    return depth.worst is None or depth.worst.place <= 0.5 * depth.last
 
 
 def _at_foot(axes: Axes, places: list[float], sign: str, text: str) -> None:
-    """Signs at the foot of the panel where a branch norm cannot be drawn: a gap in a line is easily
-    overlooked.
+    """Draw signs at the foot of the panel where a branch norm cannot be drawn.
+
+    A gap in a line is easily overlooked.
     """
     if not places:
         return
@@ -321,19 +335,19 @@ def _at_foot(axes: Axes, places: list[float], sign: str, text: str) -> None:
     )
 
 
-def _depth_axis(axes: Axes, report: Report) -> None:
+def _depth_axis(axes: Axes, depth: DepthView) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel("depth (layer)")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
-    last = max(places(report).values(), default=1.0)
-    margin = max(0.02 * last, 0.08) if last else 0.5
-    axes.set_xlim(-margin, last + margin)
+    margin = max(0.02 * depth.last, 0.08) if depth.last else 0.5
+    axes.set_xlim(-margin, depth.last + margin)
 
 
 def _direct_labels(axes: Axes, curves: list[Curve], figure_height: float) -> None:
-    """Names each curve at its right end, pushed apart where two would overlap; curves of one name
-    share one label.
+    """Name each curve at its right end, pushed apart if two labels would overlap.
+
+    Curves of one name share one label.
     """
     if not curves:
         return
@@ -365,9 +379,7 @@ def _direct_labels(axes: Axes, curves: list[Curve], figure_height: float) -> Non
 
 
 def _apart(heights: list[float], least: float) -> list[float]:
-    """Moves sorted heights up, then the whole stack down, until neighbours are `least` apart and
-    none is above 1.
-    """
+    """Move sorted heights apart until neighbours differ by `least` and none is above 1."""
     moved = list(heights)
     for _ in range(200):
         for place in range(1, len(moved)):

@@ -21,6 +21,7 @@ import numpy as np
 from jacdiag.errors import UsageError, clipped, printable
 from jacdiag.records.output_file import write_output
 from jacdiag.records.run_log import RunLog
+from jacdiag.render.content.run_alerts import alerts_of_run, report_at_start
 from jacdiag.render.plots.depth_curves import INK, PALE
 from jacdiag.render.plots.report_plot import check_suffix
 from jacdiag.render.plots.run_heatmap import Heat, heat_of
@@ -33,7 +34,6 @@ from jacdiag.render.plots.run_series import (
     gradient,
     update_ratio,
 )
-from jacdiag.render.run_alerts import alerts_of_run, report_at_start
 from jacdiag.render.terminal.run_screen import told_apart
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from jacdiag.records.run_log import RunLog, number
-from jacdiag.render.run_alerts import alerts_of_run, report_at_start
+from jacdiag.render.content.run_alerts import alerts_of_run, report_at_start
 from jacdiag.rules.thresholds import load_thresholds
 
 # The shade says how large a gain is, on a scale that is the same for every run: a third of a decade

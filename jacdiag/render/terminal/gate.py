@@ -1,59 +1,62 @@
-"""What the gate says on a terminal."""
+"""The gate's result on a terminal."""
 
 from __future__ import annotations
 
 from jacdiag.records import Report
-from jacdiag.render.formats.grouped_findings import (
-    accepting,
-    counted,
-    failing,
-    not_applicable,
-    notes,
-    outcome,
-    reservations,
-)
-from jacdiag.render.terminal.sentences import legible, source_name, why_state
+from jacdiag.render.content.grouped_findings import GateView, Note
+from jacdiag.render.view import build_view
 
 _SIGNS = {"error": "✗", "warning": "▲", "info": "·"}
+_INDENT = " " * 27  # below the first line of a note's text
 
 
 def render(report: Report) -> str:
-    """The gate's screen: a line per finding, what was clean, the verdict with its price.
+    """Return the gate's screen: a line per finding, what was clean, the outcome with its price.
+
+    Args:
+        report: of `jacdiag gate`.
 
     Example:
         >>> print(render(report))                                 # doctest: +SKIP
         ✗ JD203 depth-scaling    h.*.mlp.c_proj (12 of 12): std 0.0200, the scheme of the rest ...
         model.py:118 ✓ 11 rules clean, 2 not applicable gate: FAIL in 31 s
     """
-    report = legible(report)
-    about = report.settings.get("gate", {})
-    fatal = {n.code for n in failing(report)}
-    lines = []
-    for note in notes(report):
-        sign = "✗" if note.code in fatal else _SIGNS[note.level]
-        first, *others = note.text.splitlines()
-        place = f"   {note.place}" if note.place else ""
-        lines.append(f"{sign} {note.code} {note.name:<18} {first}{place}")
-        lines += [f"{'':27}{line}" for line in others]
-        if note.fix and note.code in fatal:
-            lines.append(f"{'':27}try: {note.fix}")
-    lines.append(f"✓ {counted(report)}{_baseline(report)}")
-    lines += [f"  {line}" for line in [*reservations(report), *not_applicable(report)]]
-    lines += [f"  state: {line}" for line in [why_state(report)] if line]
-    lines += [f"  note: {line}" for line in report.notes]
-    command = accepting(report)
-    if command:
-        lines.append(f"  accept the new figures: {command}")
-    seeds = int(about.get("seeds", 1))
-    over = f" over {seeds} seeds" if seeds > 1 else ""
-    lines.append(
-        f"gate: {outcome(report)}{over} in {float(about.get('seconds', 0)):.3g} s  "
-        f"({source_name(report)})"
-    )
+    view = build_view(report)
+    gate = view.gate
+
+    # 1. What was found.
+    lines: list[str] = []
+    for note in gate.notes:
+        lines += _note_lines(note)
+    lines.append(f"✓ {gate.counted}{_baseline(gate)}")
+
+    # 2. What the outcome does not say by itself.
+    lines += [f"  {line}" for line in [*gate.reservations, *gate.not_applicable]]
+    if view.header.why_state:
+        lines.append(f"  state: {view.header.why_state}")
+    lines += [f"  note: {note}" for note in view.report_notes]
+    if gate.accept:
+        lines.append(f"  accept the new figures: {gate.accept}")
+
+    # 3. The outcome.
+    over = f" over {gate.seeds} seeds" if gate.seeds > 1 else ""
+    seconds = gate.seconds or 0.0
+    lines.append(f"gate: {gate.outcome}{over} in {seconds:.3g} s  ({view.header.name})")
     return "\n".join(lines) + "\n"
 
 
-def _baseline(report: Report) -> str:
-    if report.baseline is None:
+def _note_lines(note: Note) -> list[str]:
+    sign = "✗" if note.fails else _SIGNS[note.level]
+    first, *others = note.text.splitlines()
+    place = f"   {note.place}" if note.place else ""
+    lines = [f"{sign} {note.code} {note.name:<18} {first}{place}"]
+    lines += [f"{_INDENT}{line}" for line in others]
+    if note.fix and note.fails:
+        lines.append(f"{_INDENT}try: {note.fix}")
+    return lines
+
+
+def _baseline(gate: GateView) -> str:
+    if gate.baseline_day is None:
         return ""
-    return f"   against the baseline of {report.baseline.created[:10] or 'an unknown day'}"
+    return f"   against the baseline of {gate.baseline_day or 'an unknown day'}"

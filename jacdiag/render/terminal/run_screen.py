@@ -15,12 +15,12 @@ from rich.panel import Panel
 from rich.text import Text
 
 from jacdiag.errors import clipped, printable
+from jacdiag.records.number_format import seconds, three
 from jacdiag.records.run_log import RunLog, number
 from jacdiag.records.run_state import Kind, RunState
-from jacdiag.render.run_alerts import alerts_of_run, report_at_start
+from jacdiag.render.content.run_alerts import alerts_of_run, report_at_start
+from jacdiag.render.content.verdict import TIED
 from jacdiag.render.terminal.gain_cells import CUTS, SHADES, GainCells, loudest
-from jacdiag.render.terminal.number_cells import seconds, three
-from jacdiag.render.terminal.verdict import TIED
 
 _BARS = "▁▂▃▄▅▆▇█"
 _SHADES = SHADES

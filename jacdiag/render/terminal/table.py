@@ -1,6 +1,4 @@
-"""The screen: a report as a person reads it in a terminal, and the same in plain text where output
-is piped.
-"""
+"""The view of a report as lines of a terminal, or as plain text if output is piped."""
 
 from __future__ import annotations
 
@@ -12,11 +10,12 @@ from rich.text import Text
 
 from jacdiag.records import Report
 from jacdiag.render.ascii_symbols import spelled
-from jacdiag.render.terminal import sentences as words
-from jacdiag.render.terminal import verdict as below
-from jacdiag.render.terminal.columns import Column, Gap, Grid, build
-from jacdiag.render.terminal.flight_replay import replay_facts, replay_table, table_lines
-from jacdiag.render.terminal.severity import SIGNS
+from jacdiag.render.content.columns import Column, Gap, Grid
+from jacdiag.render.content.flight_replay import table_lines
+from jacdiag.render.content.sentences import left_out
+from jacdiag.render.content.severity import SIGNS
+from jacdiag.render.content.verdict import TIED, Line
+from jacdiag.render.view import HeaderView, ReplayView, ReportView, VerdictView, build_view
 
 _STYLES = {"error": "bold red", "warning": "yellow", "undecided": "cyan", "info": "", "": ""}
 _VERDICTS = {
@@ -37,7 +36,7 @@ _DEEPER = " " * 6
 def print_report(
     report: Report, console: Console, *, all_rows: bool = False, sort: str = "depth"
 ) -> None:
-    """Prints a report: header, one line per sub-layer, verdict by condition, what to do, cost.
+    """Print a report: header, one line per sub-layer, verdict by condition, what to do, cost.
 
     On a terminal, rows that do not fit lose columns and prose is wrapped; piped output has every
     column and no wrapping, whatever the width.
@@ -45,37 +44,19 @@ def print_report(
     Args:
         report: what to print.
         console: where to; its width, colours and terminal-ness decide the layout.
-        all_rows: show every sub-layer, where long models are folded otherwise.
+        all_rows: show every sub-layer; else long models are folded.
         sort: "depth" or "worst".
 
     Example:
         >>> from rich.console import Console
         >>> print_report(report, Console())                     # doctest: +SKIP
     """
+    view = build_view(report, all_rows=all_rows, sort=sort)
     width = console.width if console.is_terminal else None
-    report = words.legible(report)
-    lines = _header(report, width)
-    grid = build(report, all_rows=all_rows, sort=sort)
-    columns = _fitting(grid.columns, width)
-    lines += [Text(), *_table(grid, columns, width)]
-    shown = {column.key for column in columns}
-    dropped = [column.title for column in grid.columns if column.key not in shown]
-    for note in [
-        *([words.left_out(dropped)] if dropped and grid.rows else []),
-        *below.footnotes(report),
-    ]:
-        lines += _hanging(Text(f"{_INDENT}– "), note, width, "dim")
-    lines += [
-        Text(),
-        *_verdict(report, width),
-        *_replay(report, width, all_rows),
-        Text(),
-        *_closing(report, width),
-    ]
-    for line in lines:
+    for line in _lines(view, width):
         line.rstrip()
-        line = Text(line.plain) if console.no_color else line
-        console.print(line, soft_wrap=True, highlight=False, markup=False, emoji=False)
+        printed = Text(line.plain) if console.no_color else line
+        console.print(printed, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 def show_report(report: Report, width: int | None = None, **options: Any) -> None:
@@ -86,50 +67,95 @@ def show_report(report: Report, width: int | None = None, **options: Any) -> Non
         width: characters a line; that of the terminal if not given.
         options: of `print_report`.
     """
-    # With a width, the table is laid out as for a terminal of that width, wherever it goes.
-    console = (
-        Console() if width is None else Console(width=width, force_terminal=True, no_color=True)
-    )
+    console = Console()
+    if width is not None:
+        # The table is laid out as for a terminal of that width, wherever it goes.
+        console = Console(width=width, force_terminal=True, no_color=True)
     with console.capture() as capture:
         print_report(report, console, **options)
     console.file.write(spelled(capture.get(), console.encoding))
 
 
-def _header(report: Report, width: int | None) -> list[Text]:
-    name = words.source_name(report)
+def _lines(view: ReportView, width: int | None) -> list[Text]:
+    """Return the screen, section by section.
+
+    Args:
+        view: of a report.
+        width: characters a line; None for no limit.
+    """
+    # 1. Header and table.
+    lines = _header(view.header, width)
+    lines.append(Text())
+    columns = _fitting(view.rows.columns, width)
+    lines += _table(view.rows, columns, width)
+
+    # 2. Why columns are missing.
+    shown = {column.key for column in columns}
+    dropped = [column.title for column in view.rows.columns if column.key not in shown]
+    notes = list(view.notes)
+    if dropped and view.rows.rows:
+        notes.insert(0, left_out(dropped))
+    for note in notes:
+        lines += _bullet(note, width)
+
+    # 3. The verdict, the replay, what to do.
+    lines.append(Text())
+    lines += _verdict(view.verdict, width)
+    if view.replay is not None:
+        lines.append(Text())
+        lines += _replay(view.replay, width)
+    lines.append(Text())
+    lines += _closing(view, width)
+    return lines
+
+
+# -- header ----------------------------------------------------------------------------------------
+def _header(header: HeaderView, width: int | None) -> list[Text]:
+    """Return the header: its first line plain, with the name in bold, the others dim."""
     lines = []
-    for number, parts in enumerate(words.header(report)):
-        for place, row in enumerate(packed(parts, width)):
-            line = Text(_INDENT * (place > 0) + row, style="dim" if number else "")
-            if number == 0 and name in row:
-                line.stylize("bold", line.plain.index(name), line.plain.index(name) + len(name))
+    for number, facts in enumerate(header.lines):
+        style = "dim" if number else ""
+        for place, row in enumerate(packed(facts, width)):
+            indent = _INDENT if place > 0 else ""
+            line = Text(indent + row, style=style)
+            if number == 0 and header.name in row:
+                start = line.plain.index(header.name)
+                line.stylize("bold", start, start + len(header.name))
             lines.append(line)
     return lines
 
 
 def packed(parts: list[str], width: int | None) -> list[str]:
-    """As many parts on each line as fit; one that fits on no line is wrapped."""
+    """Return lines with as many parts on each as fit; a part that fits on no line is wrapped.
+
+    Args:
+        parts: of one line, to be joined by a dot.
+        width: characters a line; None for no limit.
+    """
     if width is None:
         return [_JOINT.join(parts)]
+    room = width - len(_INDENT)
     rows: list[str] = []
     for part in parts:
         joined = f"{rows[-1]}{_JOINT}{part}" if rows else part
-        if rows and cell_len(joined) <= width - len(_INDENT):
+        if rows and cell_len(joined) <= room:
             rows[-1] = joined
         else:
-            rows += _wrapped(part, width - len(_INDENT))
+            rows += _wrapped(part, room)
     return rows
 
 
+# -- table -----------------------------------------------------------------------------------------
 def _table(grid: Grid, columns: list[Column], width: int | None) -> list[Text]:
+    """Return the title line, the visible rows, and a line for each fold."""
     if not grid.rows:
         return [Text(f"{_INDENT}no sub-layers")]
-    lines = [_row([column.title for column in columns], columns, None, "dim")]
+    lines = [_title_line(columns)]
     for place in range(len(grid.rows) + 1):
         if place in grid.gaps:
             lines.append(_gap(grid.gaps[place], width))
         if place < len(grid.rows):
-            lines.append(_row([column.cells[place] for column in columns], columns, place, ""))
+            lines.append(_row(columns, place))
     for line in lines:
         line.rstrip()
         if width is not None:
@@ -138,7 +164,7 @@ def _table(grid: Grid, columns: list[Column], width: int | None) -> list[Text]:
 
 
 def _gap(gap: Gap, width: int | None) -> Text:
-    """A line for the rows that are folded away, as long as there is room for."""
+    """Return a line for rows that are folded away, with as many words as there is room for."""
     line = ""
     for text in (f"{gap.text}   (--all shows them)", gap.text, gap.brief):
         line = f"{_INDENT}  ...  {text}"
@@ -147,21 +173,37 @@ def _gap(gap: Gap, width: int | None) -> Text:
     return Text(line, style="dim")
 
 
-def _row(texts: list[str], columns: list[Column], place: int | None, style: str) -> Text:
-    line = Text(_INDENT, style=style)
-    for text, column in zip(texts, columns, strict=True):
-        space = " " * (_width(column) - cell_len(text))
-        left = column.left or (place is None and column.key == "who")
-        loud = "" if place is None else _STYLES[column.levels[place]]
-        line.append(
-            text + space if left else space + text,
-            style=loud or ("bold" if column.key == "who" else ""),
-        )
+def _title_line(columns: list[Column]) -> Text:
+    line = Text(_INDENT, style="dim")
+    for column in columns:
+        is_left = column.left or column.key == "who"
+        line.append(_padded(column.title, column, is_left=is_left), style=_style_of(column))
         if column.marked:
-            sign = SIGNS[column.levels[place]] if place is not None else ""
-            line.append(f" {sign or ' '}", style=loud)
+            line.append("  ", style="")
         line.append(_GAP)
     return line
+
+
+def _row(columns: list[Column], place: int) -> Text:
+    line = Text(_INDENT)
+    for column in columns:
+        level_style = _STYLES[column.levels[place]]
+        text = _padded(column.cells[place], column, is_left=column.left)
+        line.append(text, style=level_style or _style_of(column))
+        if column.marked:
+            sign = SIGNS[column.levels[place]] or " "
+            line.append(f" {sign}", style=level_style)
+        line.append(_GAP)
+    return line
+
+
+def _style_of(column: Column) -> str:
+    return "bold" if column.key == "who" else ""
+
+
+def _padded(text: str, column: Column, *, is_left: bool) -> str:
+    space = " " * (_width(column) - cell_len(text))
+    return text + space if is_left else space + text
 
 
 def _width(column: Column) -> int:
@@ -169,38 +211,44 @@ def _width(column: Column) -> int:
 
 
 def _total(columns: list[Column]) -> int:
-    return (
-        len(_INDENT)
-        + sum(_width(column) + 2 * column.marked + len(_GAP) for column in columns)
-        - len(_GAP)
-    )
+    """Return the width of a row: indent, cells, room for marks, and gaps between the columns."""
+    total = len(_INDENT) - len(_GAP)
+    for column in columns:
+        room_for_mark = 2 if column.marked else 0
+        total += _width(column) + room_for_mark + len(_GAP)
+    return total
 
 
 def _fitting(columns: list[Column], width: int | None) -> list[Column]:
-    """Drops the least interesting columns but one figure until a row fits, then cuts the names from
-    the left.
+    """Return the columns that fit.
+
+    The least interesting columns go first, but one figure stays. If a row is still too long, the
+    names are cut at their front.
     """
-    kept = list(columns)
     if width is None:
-        return kept
-    figures = sorted(
-        (column for column in kept if column.key not in ("depth", "name")), key=lambda c: c.interest
-    )
+        return list(columns)
+
+    # 1. Drop columns.
+    fitting = list(columns)
+    figures = [column for column in columns if column.key not in ("depth", "name")]
+    figures.sort(key=lambda column: column.interest)
     for column in figures[:-1]:
-        if _total(kept) > width:
-            kept.remove(column)
-    excess = _total(kept) - width
-    return [
-        _shortened(column, excess) if column.key == "name" and excess > 0 else column
-        for column in kept
-    ]
+        if _total(fitting) > width:
+            fitting.remove(column)
+
+    # 2. Cut names.
+    excess = _total(fitting) - width
+    if excess <= 0:
+        return fitting
+    return [_shortened(column, excess) if column.key == "name" else column for column in fitting]
 
 
 def _shortened(column: Column, excess: int) -> Column:
     room = max(_LEAST_NAME, _width(column) - excess)
-    cells = [
-        cell if cell_len(cell) <= room else f"…{_tail(cell, room - 1)}" for cell in column.cells
-    ]
+    cells = []
+    for cell in column.cells:
+        fits = cell_len(cell) <= room
+        cells.append(cell if fits else f"…{_tail(cell, room - 1)}")
     return Column(column.key, column.title, column.interest, cells, column.levels, column.left)
 
 
@@ -210,88 +258,101 @@ def _tail(text: str, room: int) -> str:
     return text
 
 
-def _verdict(report: Report, width: int | None) -> list[Text]:
-    style = _VERDICTS[report.verdict]
-    top = Text(_INDENT).append(f"{report.verdict.upper()}  ", style=f"bold {style}")
-    rows = below.verdict_lines(report)
-    label = max(len(row.label) for row in rows)
-    status = max(cell_len(_status(row)) for row in rows)
-    lines = _hanging(top, words.headline(report), width, "bold")
-    for row in rows:
-        head = Text(f"{_INDENT}{row.label:<{label}}  ")
-        head.append(f"{_status(row):<{status}}  ", style=_STYLES[row.level])
-        lines += _hanging(
-            head, row.text + (f"   {row.code}" if row.code not in ("", row.label) else ""), width
-        )
+# -- below the table -------------------------------------------------------------------------------
+def _verdict(verdict: VerdictView, width: int | None) -> list[Text]:
+    """Return the headline, and a line for each condition, rule and figure."""
+    style = _VERDICTS[verdict.word]
+    top = Text(_INDENT).append(f"{verdict.word.upper()}  ", style=f"bold {style}")
+    lines = _hanging(top, verdict.headline, width, "bold")
+
+    label_width = max(len(line.label) for line in verdict.lines)
+    status_width = max(cell_len(_status(line)) for line in verdict.lines)
+    for line in verdict.lines:
+        head = Text(f"{_INDENT}{line.label:<{label_width}}  ")
+        head.append(f"{_status(line):<{status_width}}  ", style=_STYLES[line.level])
+        text = line.text
+        if line.code not in ("", line.label):
+            text += f"   {line.code}"
+        lines += _hanging(head, text, width)
     return lines
 
 
-def _replay(report: Report, width: int | None, all_rows: bool) -> list[Text]:
-    """The replay of a flight: the sentence, the table of its batches, what stands out in them."""
-    if report.replay is None:
-        return []
-    lines = [
-        Text(),
-        *_hanging(Text(f"{_INDENT}Replay  ", style="bold"), report.replay.sentence, width),
-    ]
-    for place, row in enumerate(table_lines(replay_table(report.replay, all_rows=all_rows))):
+def _status(line: Line) -> str:
+    return f"{line.status} {SIGNS[line.level]}".strip()
+
+
+def _replay(replay: ReplayView, width: int | None) -> list[Text]:
+    """Return the replay of a flight: the sentence, the table of its batches, what stands out."""
+    lines = _hanging(Text(f"{_INDENT}Replay  ", style="bold"), replay.sentence, width)
+    for place, row in enumerate(table_lines(replay.table)):
         lines.append(Text(_INDENT * 2 + row, style="" if place else "dim"))
-    for line in lines[2:]:
-        if width is not None:
+    if width is not None:
+        for line in lines[1:]:
             line.truncate(width, overflow="ellipsis")
-    for fact in replay_facts(report.replay):
-        lines += _hanging(Text(f"{_INDENT}– "), fact, width, "dim")
+    for fact in replay.facts:
+        lines += _bullet(fact, width)
     return lines
 
 
-def _status(row: below.Line) -> str:
-    return " ".join(part for part in (row.status, SIGNS[row.level]) if part)
-
-
-def _closing(report: Report, width: int | None) -> list[Text]:
+def _closing(view: ReportView, width: int | None) -> list[Text]:
+    """Return what to do, the cost, and the command that runs the audit again."""
     lines = []
-    for place, advice in enumerate(below.to_do(report)):
-        head = Text(f"{_INDENT}{'What to do' if place == 0 else '':<10}   ", style="bold")
-        lines += _hanging(head, advice, width)
-    command = report.settings.get("command")
-    spent = below.cost(report) + (f"   again: {command}" if command else "")
-    return lines + _hanging(Text(f"{_INDENT}{'Cost':<10}   ", style="bold"), spent, width)
+    for place, action in enumerate(view.actions):
+        lines += _labelled("What to do" if place == 0 else "", action, width)
+    cost = view.cost.text
+    if view.cost.command:
+        cost += f"   again: {view.cost.command}"
+    return lines + _labelled("Cost", cost, width)
 
 
+def _labelled(label: str, text: str, width: int | None) -> list[Text]:
+    return _hanging(Text(f"{_INDENT}{label:<10}   ", style="bold"), text, width)
+
+
+def _bullet(text: str, width: int | None) -> list[Text]:
+    return _hanging(Text(f"{_INDENT}– "), text, width, "dim")
+
+
+# -- prose -----------------------------------------------------------------------------------------
 def _hanging(head: Text, body: str, width: int | None, style: str = "") -> list[Text]:
-    """Sets a body behind its head; where there is a width, wrapped under its own beginning."""
+    """Set a body after its head; if there is a width, wrapped under its own beginning."""
     if width is None:
         return [head + _prose(body, style)]
-    if width - head.cell_len < _LEAST_PROSE and head.cell_len > len(_DEEPER):
-        heads = [head] if head.plain.strip() else []
-        return [
-            *heads,
-            *(Text(_DEEPER) + _prose(part, style) for part in _wrapped(body, width - len(_DEEPER))),
-        ]
+
+    # 1. With too little room next to the head, the body begins below it.
+    is_narrow = width - head.cell_len < _LEAST_PROSE
+    if is_narrow and head.cell_len > len(_DEEPER):
+        lines = [head] if head.plain.strip() else []
+        pieces = _wrapped(body, width - len(_DEEPER))
+        return lines + [Text(_DEEPER) + _prose(piece, style) for piece in pieces]
+
+    # 2. Else next to it.
     first, *others = _wrapped(body, width - head.cell_len)
     indent = Text(" " * head.cell_len)
-    return [head + _prose(first, style), *(indent + _prose(part, style) for part in others)]
+    return [head + _prose(first, style), *(indent + _prose(piece, style) for piece in others)]
 
 
 def _prose(text: str, style: str) -> Text:
-    line = Text(text.replace(below.TIED, " "), style=style)
+    line = Text(text.replace(TIED, " "), style=style)
     line.highlight_regex(r"JD\d{3}|again: .*", "dim")
     return line
 
 
-def _pieces(word: str, room: int) -> list[str]:
-    return chop_cells(word, room) if cell_len(word) > room > 1 else [word]
-
-
 def _wrapped(text: str, room: int) -> list[str]:
-    """Breaks at plain spaces only (`below.TIED` is none), and inside a word that has no room on any
-    line.
+    """Break a text into lines, at plain spaces only (`TIED` is none).
+
+    A word that has no room on any line is broken inside.
     """
     lines = [""]
-    for word in (piece for whole in text.split(" ") for piece in _pieces(whole, room)):
-        joined = f"{lines[-1]} {word}" if lines[-1] else word
-        if cell_len(joined) > room and lines[-1].strip():
-            lines.append(word)
-        else:
-            lines[-1] = joined
+    for word in text.split(" "):
+        for piece in _pieces(word, room):
+            joined = f"{lines[-1]} {piece}" if lines[-1] else piece
+            if cell_len(joined) > room and lines[-1].strip():
+                lines.append(piece)
+            else:
+                lines[-1] = joined
     return [line.rstrip() for line in lines]
+
+
+def _pieces(word: str, room: int) -> list[str]:
+    return chop_cells(word, room) if cell_len(word) > room > 1 else [word]

@@ -10,7 +10,8 @@ from statistics import median
 
 from jacdiag.detectors.first_nonfinite import describe_batch
 from jacdiag.records.flight_replay import BatchReplay, LevelRecord, ReplayRecord, TokenReplay
-from jacdiag.render.terminal.number_cells import aligned, three
+from jacdiag.records.number_format import three
+from jacdiag.render.content.number_cells import aligned
 from jacdiag.rules.flight_replay import GRADIENT, LOSS
 
 HEADER = ("step", "loss", "in run", "gradient", "in run", "sequences out")

@@ -1,0 +1,1 @@
+"""What is said of a report before it is laid out: sentences, columns, levels."""

@@ -1,0 +1,63 @@
+"""Numbers laid out in columns: decimal points in a line, and a bar for a value."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+_TO = " to "  # between the ends of an interval
+_INTEGER_PART = re.compile(r"-?[\d,]*\d")
+_BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+def aligned(cells: Sequence[str]) -> list[str]:
+    """Pad texts to one width so that the points of their numbers stand in a line.
+
+    Both ends of intervals are aligned, each on its own.
+
+    >>> aligned(["35.7", "9.80", "1234"])
+    ['  35.7 ', '   9.80', '1234   ']
+    >>> aligned(["9.83 to 10.4", "0.456 to 0.502"])
+    ['9.83  to 10.4  ', '0.456 to  0.502']
+    """
+    ends = [cell.partition(_TO) for cell in cells]
+    lowers = _on_the_point([lower for lower, _, _ in ends])
+    uppers = _on_the_point([upper for _, _, upper in ends])
+
+    padded = []
+    for lower, (_, separator, _), upper in zip(lowers, ends, uppers, strict=True):
+        padded.append(f"{lower}{separator}{upper}" if separator else lower)
+
+    width = max((len(cell) for cell in padded), default=0)
+    return [f"{cell:<{width}}" for cell in padded]
+
+
+def _on_the_point(numbers: Sequence[str]) -> list[str]:
+    """Pad single numbers on both sides."""
+    halves = [_split(number) for number in numbers]
+    left = max((len(head) for head, _ in halves), default=0)
+    right = max((len(tail) for _, tail in halves), default=0)
+    return [f"{head:>{left}}{tail:<{right}}" for head, tail in halves]
+
+
+def _split(number: str) -> tuple[str, str]:
+    """Cut a text after the integer part of its leading number.
+
+    Words and "–" have no such part; they end at the point.
+    """
+    match = _INTEGER_PART.match(number)
+    cut = match.end() if match else len(number)
+    return number[:cut], number[cut:]
+
+
+def bar(value: float, low: float = 0.01, high: float = 1.0) -> str:
+    """Return one block character for a value's place between `low` and `high` on a log scale.
+
+    >>> bar(0.01), bar(0.1), bar(1.0)
+    ('▁', '▄', '█')
+    """
+    if not math.isfinite(value) or value <= low:
+        return _BLOCKS[0]
+    place = math.log(value / low) / math.log(high / low)
+    return _BLOCKS[min(len(_BLOCKS) - 1, int(place * (len(_BLOCKS) - 1)))]

@@ -1,0 +1,224 @@
+"""Remedies in words: what was tried, before and after, its price, the change as code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jacdiag.records import Outlook, RemedyRecord, Report
+from jacdiag.records.number_format import between, three
+from jacdiag.rules.remedy_targets import aims
+
+DIALECTS = {
+    "pytorch": ("PyTorch", "python"),
+    "huggingface": ("Hugging Face transformers", "python"),
+    "megatron": ("Megatron-LM", "sh"),
+    "torchtitan": ("torchtitan", "python"),
+}
+_NOT_TRIED = "no remedy was tried: "  # how the audit's note begins that gives the reason
+
+
+def remedied(report: Report) -> list[str]:
+    """Return the lines of "What to do" that are about remedies.
+
+    These are the recommended remedy, or those that a begun run can take, or how far the nearest
+    one came.
+
+    Args:
+        report: of either tier and state.
+    """
+    remedies = report.remedies
+    recommended = _recommended(remedies)
+    if recommended is not None:
+        return _recommendation(recommended, remedies)
+    if _is_for_begun_run(report):
+        return [f"{r.title}: {_effect_on_function(r)}; price: {r.price}" for r in remedies]
+    if not remedies:
+        return []
+    nearest = _nearest(remedies)
+    return [
+        f"none of {len(remedies)} remedies was enough; nearest: {nearest.title}: "
+        f"{_outcome(nearest)}; its change as code: --patch FILE"
+    ]
+
+
+def _recommended(remedies: Sequence[RemedyRecord]) -> RemedyRecord | None:
+    return next((remedy for remedy in remedies if remedy.recommended), None)
+
+
+def _recommendation(best: RemedyRecord, remedies: Sequence[RemedyRecord]) -> list[str]:
+    others = [f"{r.name}: {_outcome(r)}" for r in remedies if r is not best]
+    lines = [
+        f"{best.title} ({best.name})   jacdiag explain {best.codes[0]}",
+        f"tried on a copy{_on_seeds(best)}: {effect(best)}",
+        f"price: {best.price}; the change as code: --patch FILE",
+    ]
+    if others:
+        lines.append(f"also tried: {'; '.join(others)}")
+    return lines
+
+
+def _is_for_begun_run(report: Report) -> bool:
+    """Return whether the remedies are a choice for a run that has begun, enough or not."""
+    choice = report.settings.get("remedies")
+    if choice is not None:
+        return bool(choice == "begun")
+    # An older report does not say. Remedies for a begun run keep the function, and none is enough.
+    some_keep_function = any(remedy.keeps_function for remedy in report.remedies)
+    return some_keep_function and not any(remedy.sufficient for remedy in report.remedies)
+
+
+def _nearest(remedies: Sequence[RemedyRecord]) -> RemedyRecord:
+    """Return the one that leaves the fewest rules, of these the smallest gain."""
+
+    def distance(remedy: RemedyRecord) -> tuple[int, float]:
+        ends = remedy.after.branch_norm
+        upper = ends[1] if ends is not None else float("inf")
+        return len(remedy.after.fired), upper
+
+    return min(remedies, key=distance)
+
+
+def effect(remedy: RemedyRecord) -> str:
+    """Return figures before and after, and the conditions after.
+
+    For example "worst branch gain 23.2 to 24.1 → 1.05 to 1.10, both conditions met".
+    """
+    before, after = remedy.before, remedy.after
+    effects = []
+    if before.branch_norm is not None and after.branch_norm is not None:
+        gains = f"{between(*before.branch_norm)} → {between(*after.branch_norm)}"
+        effects.append(f"worst branch gain {gains}")
+    both_measured = before.norm_gain is not None and after.norm_gain is not None
+    if both_measured and before.norm_gain != after.norm_gain:
+        effects.append(f"1/σ gain {three(before.norm_gain)} → {three(after.norm_gain)}")
+    effects.append(_conditions(after))
+    return ", ".join(effects)
+
+
+def document(report: Report) -> str:
+    """Return the remedies as Markdown: a table of all that were tried, and some as code.
+
+    As code stand the recommended one, or all that a begun run can take, or the nearest, marked as
+    not enough.
+
+    Args:
+        report: of either tier and state.
+    """
+    remedies = report.remedies
+    if not remedies:
+        return f"# Remedies\n\nNone was tried: {_why_none(report)}.\n"
+    chosen = [remedy for remedy in remedies if remedy.recommended]
+    if _is_for_begun_run(report):
+        chosen = remedies
+
+    sections = ["# Remedies", _table(remedies)]
+    if chosen:
+        for remedy in chosen:
+            sections += _section(remedy, is_enough=True)
+    else:
+        sections.append(
+            f"None of {len(remedies)} remedies was enough. The nearest as code, which is not "
+            "enough:"
+        )
+        sections += _section(_nearest(remedies), is_enough=False)
+    return "\n\n".join(sections) + "\n"
+
+
+def _section(remedy: RemedyRecord, *, is_enough: bool) -> list[str]:
+    """Return heading, effect and code of one remedy, as paragraphs."""
+    mark = "" if is_enough else ": not enough"
+    if remedy.keeps_function:
+        result = _effect_on_function(remedy)
+    elif is_enough:
+        result = effect(remedy)
+    else:
+        result = _outcome(remedy)
+    paragraphs = [
+        f"## {remedy.title} ({remedy.name}){mark}",
+        f"Tried on a copy{_on_seeds(remedy)}: {result}.",
+    ]
+    for key, (title, language) in DIALECTS.items():
+        if remedy.patches.get(key):
+            code = remedy.patches[key].rstrip().replace("```", "")
+            paragraphs.append(f"### {title}\n\n```{language}\n{code}\n```")
+    return paragraphs
+
+
+def _why_none(report: Report) -> str:
+    """Return why no remedy was tried: no finding asks for one, or one does and still none was."""
+    codes = aims(report)
+    if not codes:
+        return "no finding asks for one"
+    verb = "asks" if len(codes) == 1 else "ask"
+    request = f"{', '.join(codes)} {verb} for one"
+    if report.settings.get("remedies") == "none":
+        return (
+            f"{request}, but remedies are switched off (--remedies none); --remedies first tries "
+            "them"
+        )
+    if report.state == "trained":
+        return (
+            f"{request}, but the model is trained; --remedies begun tries what a run that has "
+            "begun can take"
+        )
+    reasons = [note for note in report.notes if note.startswith(_NOT_TRIED)]
+    reason = reasons[0].removeprefix(_NOT_TRIED) if reasons else ""
+    return f"{request}, but {reason or 'none is known, or the model cannot be copied'}"
+
+
+def _table(remedies: Sequence[RemedyRecord]) -> str:
+    rows = [
+        "| remedy | worst branch gain | 1/σ gain | left | enough | price |",
+        "|:---|---:|---:|:---|:---|:---|",
+        _row("(as it is)", remedies[0].before, "", ""),
+    ]
+    for remedy in remedies:
+        enough = "yes" if remedy.sufficient else "no"
+        rows.append(_row(remedy.name, remedy.after, enough, remedy.price))
+    return "\n".join(rows)
+
+
+def _row(name: str, figures: Outlook, enough: str, price: str) -> str:
+    branch = between(*figures.branch_norm) if figures.branch_norm is not None else "-"
+    gain = three(figures.norm_gain) if figures.norm_gain is not None else "-"
+    undecided = [f"{code} undecided" for code in figures.undecided]
+    left = ", ".join([*figures.fired, *undecided]) or "no warning or error"
+    return f"| {name} | {branch} | {gain} | {left} | {enough} | {price} |"
+
+
+def _outcome(remedy: RemedyRecord) -> str:
+    """Return what a remedy does, and what it leaves."""
+    left = remedy.after.fired or [f"{code} undecided" for code in remedy.after.undecided]
+    if remedy.sufficient:
+        remainder = "enough"
+    elif left:
+        remainder = f"left {', '.join(left)}"
+    else:
+        remainder = "not on every seed"
+    return f"{effect(remedy)} ({remainder})"
+
+
+def _conditions(figures: Outlook) -> str:
+    small, large = figures.small_sublayers, figures.large_shortcut
+    if small != large:
+        return f"small sub-layers {small}, large shortcut {large}"
+    if small != "not applicable":
+        return f"both conditions {small}"
+    return "the conditions do not apply" if figures.fired else "no warning or error left"
+
+
+def _effect_on_function(remedy: RemedyRecord) -> str:
+    """Return whether a remedy leaves the model's function as it is."""
+    if not remedy.keeps_function:
+        return f"tried on a copy: {effect(remedy)}"
+    if remedy.function_change is None:
+        return "meant to keep the function; that could not be measured"
+    if remedy.function_change == 0:
+        return "the function stays, to the last bit"
+    return f"the function stays (outputs differ by {remedy.function_change:.1e} at most, relative)"
+
+
+def _on_seeds(remedy: RemedyRecord) -> str:
+    if len(remedy.seeds) <= 1:
+        return ""
+    return f", on seeds {remedy.seeds[0]} to {remedy.seeds[-1]}"

@@ -1,0 +1,141 @@
+"""Which figure of which sub-layer a rule is about, and how severe it is."""
+
+from __future__ import annotations
+
+from jacdiag.records import LEVELS, Finding, Interval, Report, SublayerRecord
+
+SIGNS = {"error": "●", "warning": "▲", "undecided": "?", "info": "", "": ""}
+FIELD_OF_RULE = {"JD101": "core_norm", "JD102": "norm_gain", "JD103": "branch_norm"}
+UNDECIDED = "undecided"
+LOUDNESS = ["", "info", UNDECIDED, "warning", "error"]
+_FACTOR_OF_RULE = {"JD101": "sub-layer", "JD102": "shortcut"}
+
+
+def marks(report: Report) -> dict[tuple[str, str], str]:
+    """Return the mark of each figure that a rule is about.
+
+    Args:
+        report: of either tier and state.
+
+    Returns:
+        (sub-layer name, field) to "error", "warning", "undecided" or "info"; the loudest if there
+        are several.
+    """
+    levels: dict[tuple[str, str], str] = {}
+
+    def note(key: tuple[str, str], level: str) -> None:
+        if LOUDNESS.index(level) > LOUDNESS.index(levels.get(key, "")):
+            levels[key] = level
+
+    # 1. What fired.
+    for finding in report.findings:
+        field = field_of(finding)
+        for name in finding.where:
+            note((name, field), finding.level)
+
+    # 2. What is undecided: the interval lies across a threshold.
+    open_codes = open_rules(report)
+    for row in report.sublayers:
+        for rule, field in FIELD_OF_RULE.items():
+            if rule in open_codes and is_across(report, row, field):
+                note((row.name, field), UNDECIDED)
+    return levels
+
+
+def field_of(finding: Finding) -> str:
+    """Return the figure that a finding is about.
+
+    It is the rule's own figure, else the one that the evidence names, else the branch norm.
+    """
+    return FIELD_OF_RULE.get(finding.code) or str(finding.evidence.get("field", "branch_norm"))
+
+
+def open_rules(report: Report) -> set[str]:
+    """Return the codes of rules that are undecided or fired; one that fired may be undecided
+    elsewhere.
+    """
+    return {rule.code for rule in report.rules if rule.status in ("unknown", "fired")}
+
+
+def threshold(report: Report, field: str, level: str) -> float | None:
+    """Return a threshold that the rules used; None if there is none.
+
+    Args:
+        report: its `settings["thresholds"][field][level]` is read.
+        field: branch_norm, core_norm or norm_gain.
+        level: warning or error.
+    """
+    value = report.settings.get("thresholds", {}).get(field, {}).get(level)
+    return float(value) if value is not None else None
+
+
+def drawn_threshold(report: Report, field: str, level: str) -> float | None:
+    """Return a threshold at which a rule fires with its level: what a picture may draw.
+
+    On a trained model the rules about norms observe, whatever the value, unless the profile makes
+    them decide. A rule that was not selected, or that matched no sub-layer for its placement,
+    compares nothing.
+
+    Args:
+        report: what is drawn.
+        field: branch_norm, core_norm or norm_gain.
+        level: warning or error.
+    """
+    code = next(code for code, figure in FIELD_OF_RULE.items() if figure == field)
+    decides = report.state != "trained" or code in report.settings.get("levels", ())
+    if not decides:
+        return None
+    compares = any(rule.code == code and rule.matched for rule in report.rules)
+    if report.rules and not compares:
+        return None
+    return threshold(report, field, level)
+
+
+def is_across(report: Report, row: SublayerRecord, field: str) -> bool:
+    """Return whether the interval of a figure holds one of its thresholds.
+
+    No rule can decide then.
+    """
+    value = getattr(row, field)
+    if not isinstance(value, Interval):
+        return False
+    for level in ("warning", "error"):
+        limit = threshold(report, field, level)
+        if limit is not None and value.side_of(limit) == "across":
+            return True
+    return False
+
+
+def guilty(report: Report) -> dict[str, str]:
+    """Return which factor breaks its condition at each sub-layer, or meets it in part only.
+
+    Only at init: on a trained model the split between the two factors is not identifiable.
+
+    Returns:
+        Sub-layer name to "shortcut", "sub-layer" or "both".
+    """
+    if report.state == "trained":
+        return {}
+    factors_of: dict[str, set[str]] = {}
+    for finding in report.findings:
+        factor = _FACTOR_OF_RULE.get(finding.code)
+        if factor is None:
+            continue
+        for name in finding.where:
+            factors_of.setdefault(name, set()).add(factor)
+    return {
+        name: "both" if len(factors) == 2 else next(iter(factors))
+        for name, factors in factors_of.items()
+    }
+
+
+def at_least(level: str, floor: str) -> bool:
+    """Return whether a finding's level is as severe as `floor`.
+
+    Args:
+        level, floor: info, warning or error.
+
+    >>> at_least("error", "warning"), at_least("info", "warning")
+    (True, False)
+    """
+    return LEVELS.index(level) >= LEVELS.index(floor)  # type: ignore[arg-type]
