@@ -257,7 +257,7 @@ def build_probe(
 
 
 def check_one_probe(*, tokens: Any = None, input_factory: Any = None, inputs: Any = None) -> None:
-    """Raise if the probe is ways in more than one way: one of them would be left out in silence.
+    """Raise if the probe is given in more than one way: one of them would be left out in silence.
 
     Args:
         tokens: a file of tokens or text.
@@ -265,7 +265,7 @@ def check_one_probe(*, tokens: Any = None, input_factory: Any = None, inputs: An
         inputs: the probe itself.
 
     Raises:
-        UsageError: more than one is ways.
+        UsageError: more than one is given.
     """
     ways = []
     if tokens is not None:
@@ -275,7 +275,9 @@ def check_one_probe(*, tokens: Any = None, input_factory: Any = None, inputs: An
     if inputs is not None:
         ways.append("inputs that were passed")
     if len(ways) > 1:
-        raise UsageError("the probe is ways twice", got=" and ".join(ways), hint="give one of them")
+        raise UsageError(
+            "the probe is given twice", got=" and ".join(ways), hint="give one of them"
+        )
 
 
 def check_varied(probes: Sequence[Probe], factory_given: Any) -> None:

@@ -164,7 +164,7 @@ def test_a_baseline_knows_its_probe(run: Any, tmp_path: Path) -> None:
     assert (
         code == 2
         and "another probe" in err
-        and "1 x 16 random tokens, float32, beside 3 x 8" in err
+        and "1 x 16 random tokens, float32, against 3 x 8" in err
     )
     assert "--batch 1 --seq 16, as in the baseline" in err and "--write-baseline" in err
     code, _, err = run(*args, *FAST, "--dtype", "float64")
