@@ -1,4 +1,4 @@
-"""The gate inside a test suite: `assert_stable_init`, and the pytest plugin beside it."""
+"""The gate inside a test suite: `assert_stable_init`, and the pytest plugin."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def assert_stable_init(
     seeds: int = 3,
     **options: Any,
 ) -> Report:
-    """Asserts that a model's initialisation passes the gate.
+    """Assert that a model's initialization passes the gate.
 
     Args:
         build: a callable that returns a new model (it is called once per seed, with torch's
             generators seeded), a module, or a SOURCE string as for `jacdiag.audit`.
         inputs: the probe, as for `jacdiag.audit`; random token ids if not given.
         fail_on: the least level that fails: "info", "warning", "error".
-        baseline: a file of recorded figures to compare with; written if it is missing and
-            `write_baseline`, or anew.
-        seeds: how many initialisations.
+        baseline: a file of recorded figures to compare with.
+        write_baseline: write the figures into `baseline` instead of comparing with it.
+        seeds: how many initializations.
         **options: of `jacdiag.gate.gate`: contract, select, ignore, thresholds, profile, products
             ...
 
@@ -58,6 +58,7 @@ def assert_stable_init(
     from jacdiag.gate import write_baseline as write
     from jacdiag.render.terminal.gate import render
 
+    # 1. Run the gate, against the baseline or to write it.
     path = Path(baseline) if baseline is not None else None
     compared = None if write_baseline else path
     if write_baseline:
@@ -65,6 +66,8 @@ def assert_stable_init(
     outcome = gate(build, inputs, seeds=seeds, fail_on=fail_on, baseline=compared, **options)
     if write_baseline and path is not None:
         write(path, outcome.figures)
+
+    # 2. Say what came out.
     if outcome.exit_code:
         raise AssertionError("the initialisation does not pass\n\n" + render(outcome.report))
     if outcome.report.verdict == "observed":

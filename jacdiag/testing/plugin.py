@@ -1,8 +1,7 @@
-"""The pytest plugin: `pytest --jacdiag` runs the tests that use the fixture `jacdiag_gate`, and
-sums them up.
+"""The pytest plugin: `pytest --jacdiag` runs the tests that use the fixture `jacdiag_gate`.
 
-Without the option such tests are skipped: they take seconds, and are meant for a job of their own.
-Importing this module loads neither torch nor the rest of jacdiag.
+It prints a summary of them. Without the option such tests are skipped: they take seconds, and are
+meant for a job of their own. Importing this module loads neither torch nor the rest of jacdiag.
 """
 
 from __future__ import annotations
@@ -41,8 +40,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def jacdiag_gate(request: pytest.FixtureRequest) -> Callable[..., Any]:
-    """A function like `jacdiag.testing.assert_stable_init`; a relative baseline lies beside the
-    test's file.
+    """Return a function like `jacdiag.testing.assert_stable_init`.
+
+    A relative baseline lies in the folder of the test's file.
 
     Example:
         def test_init(jacdiag_gate):
@@ -62,14 +62,16 @@ def jacdiag_gate(request: pytest.FixtureRequest) -> Callable[..., Any]:
         if options.get("baseline") is not None:
             options["baseline"] = Path(request.path).parent / options["baseline"]
             options.setdefault("write_baseline", config.getoption("--jacdiag-write-baselines"))
-        begun, word = time.perf_counter(), "failed"
+        started = time.perf_counter()
+        result = "failed"
         try:
             report = assert_stable_init(build, inputs, **options)
-            word = "observed a trained model" if report.verdict == "observed" else "passed"
+            is_observed = report.verdict == "observed"
+            result = "observed a trained model" if is_observed else "passed"
             return report
         finally:
-            seconds = time.perf_counter() - begun
-            config.stash[_LINES].append(f"{request.node.nodeid}: {word} in {seconds:.1f} s")
+            seconds = time.perf_counter() - started
+            config.stash[_LINES].append(f"{request.node.nodeid}: {result} in {seconds:.1f} s")
 
     return run
 

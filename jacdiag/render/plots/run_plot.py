@@ -1,5 +1,4 @@
-"""A run as a picture: loss, gradient norm, rate, updates, shortcuts, logits, clipping and gains,
-with the alerts.
+"""A run as a picture: a panel for each figure over steps, with the alerts.
 
 Several runs are drawn over each other, each in a colour of its own.
 """
@@ -63,6 +62,8 @@ _TITLES = {
     "logits": "largest attention logit",
     "clip": "clipped steps, %",
 }
+_ALERTS = 4  # that a title names
+_MANTISSAS = ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0))
 _LOG_SCALE = ("gradient", "update", "shortcut", "logits", "gain")
 
 
@@ -137,8 +138,9 @@ def parse_figures(text: str) -> tuple[str, ...]:
 def save_run(
     run: RunLog | Mapping[str, RunLog], path: str | os.PathLike[str], options: RunPlot = RunPlot()
 ) -> None:
-    """Draw a run, or several by name, and write the picture; the suffix (.png, .svg, .pdf) chooses
-    the format.
+    """Draw a run, or several by name, and write the picture.
+
+    The suffix (.png, .svg, .pdf) chooses the format.
 
     Args:
         run: one run, or a mapping of names to runs.
@@ -166,12 +168,17 @@ def save_run(
 
 
 def _font(options: RunPlot) -> float:
-    """Points: a picture half as wide as a slide is not shown over the whole slide."""
+    """Return the font size in points: a narrow picture is not shown over a full slide."""
     return min(max(_FONT * (options.size[0] / SIZES["slide"][0]) ** 0.5, 8.0), 20.0)
 
 
 def draw_run(run: RunLog | Mapping[str, RunLog], options: RunPlot = RunPlot()) -> Figure:
-    """Build the figure without writing it."""
+    """Build the figure without writing it.
+
+    Args:
+        run: one run, or a mapping of names to runs.
+        options: size, range and panels.
+    """
     from matplotlib.figure import Figure
 
     # 1. What there is to draw.
@@ -180,19 +187,11 @@ def draw_run(run: RunLog | Mapping[str, RunLog], options: RunPlot = RunPlot()) -
     drawn = [
         _prepared(name, log, options, first, last, k) for k, (name, log) in enumerate(runs.items())
     ]
-    names = [
-        name for name in options.figures or FIGURES if any(name in one.panels for one in drawn)
-    ]
-    if not names:
-        raise UsageError(
-            "there is nothing to draw",
-            got=f"no {', '.join(options.figures)} in the log",
-            hint="jacdiag plot RUN without --figures draws what there is",
-        )
+    names = _panel_names(drawn, options)
 
     # 2. The panels: one column, or two if there are many.
-    wide = options.size[0] >= options.size[1]
-    columns = 2 if len(names) > 3 and wide else 1
+    is_wide = options.size[0] >= options.size[1]
+    columns = 2 if len(names) > 3 and is_wide else 1
     rows = -(-len(names) // columns)
     figure = Figure(figsize=options.size, facecolor="white", layout="constrained")
     grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
@@ -203,7 +202,7 @@ def draw_run(run: RunLog | Mapping[str, RunLog], options: RunPlot = RunPlot()) -
     for name, panel in panels.items():
         _panel(figure, panel, name, drawn, first, last)
 
-    # 3. Alerts, axes and the title.
+    # 3. Alerts and frames.
     tops = {id(spot) for spot in grid[0]}
     for panel in panels.values():
         _mark(panel, drawn, first, last, labelled=id(panel) in tops)
@@ -211,18 +210,36 @@ def draw_run(run: RunLog | Mapping[str, RunLog], options: RunPlot = RunPlot()) -
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", color="#e6e6e6", lw=0.6)
         panel.set_axisbelow(True)
+
+    # 4. The axis of steps below each column, and the title.
     for k in range(columns):
-        lowest = list(panels.values())[k * rows : (k + 1) * rows]
-        if lowest:
-            lowest[-1].set_xlabel("step")
-            lowest[-1].tick_params(labelbottom=True)
-            _step_axis(lowest[-1], first, last)
+        column_panels = list(panels.values())[k * rows : (k + 1) * rows]
+        if column_panels:
+            lowest = column_panels[-1]
+            lowest.set_xlabel("step")
+            lowest.tick_params(labelbottom=True)
+            _step_axis(lowest, first, last)
     _head(figure, drawn, options)
     return figure
 
 
+def _panel_names(drawn: Sequence[_Drawn], options: RunPlot) -> list[str]:
+    """Return the panels for which a run has data, in the order that was asked for."""
+    candidates = options.figures or FIGURES
+    names = [name for name in candidates if any(name in curve.panels for curve in drawn)]
+    if not names:
+        raise UsageError(
+            "there is nothing to draw",
+            got=f"no {', '.join(options.figures)} in the log",
+            hint="jacdiag plot RUN without --figures draws what there is",
+        )
+    return names
+
+
 def _range(runs: Mapping[str, RunLog], options: RunPlot) -> tuple[float, float]:
     """Return the first and the last step that the axis shows."""
+    # 1. The steps that there are.
+    starts, ends = [], []
     for name, log in runs.items():
         if not log.steps:
             whose = f"{printable(name)}: " if name else ""
@@ -231,11 +248,11 @@ def _range(runs: Mapping[str, RunLog], options: RunPlot) -> tuple[float, float]:
                 got=f"{whose}a run without a step",
                 hint="wait for log_every steps",
             )
-    ends = [float(log.steps[-1]["step"]) for log in runs.values()]
-    starts = [
-        float(min([log.steps[0]["step"], *(row["step"] for row in log.probes[:1])]))
-        for log in runs.values()
-    ]
+        probed = [row["step"] for row in log.probes[:1]]
+        starts.append(float(min([log.steps[0]["step"], *probed])))
+        ends.append(float(log.steps[-1]["step"]))
+
+    # 2. Those that were asked for.
     first = float(options.first) if options.first is not None else min(starts)
     last = float(options.last) if options.last is not None else max(ends)
     last = min(last, max(ends))  # the axis ends with the last step
@@ -278,6 +295,7 @@ def _either(first: Series, second: Series) -> Series:
 def _panel(
     figure: Figure, panel: Axes, name: str, drawn: Sequence[_Drawn], first: float, last: float
 ) -> None:
+    """Draw one figure of all runs, and a note next to its title."""
     panel.set_title(_TITLES[name], loc="left", fontsize="medium", pad=4)
     several = len(drawn) > 1
     if name == "gain" and not several:
@@ -286,19 +304,9 @@ def _panel(
 
     # 1. The lines.
     note, colour = "", PALE
-    for one in drawn:
-        values = one.panels.get(name)
-        if isinstance(values, Band):
-            largest = name != "shortcut"
-            _band(panel, values, one, several, largest=largest)
-            end = "largest" if largest else "smallest"
-            note = (
-                f"{end} over sub-layers" if several else f"{end}, median and range over sub-layers"
-            )
-        elif values is not None and name == "clip":
-            _line(panel, values.smoothed(max(one.window, 20)), one.colour, 1.6)
-        elif values is not None:
-            _smoothed(panel, values, one, several, dots=name == "update", plain=name == "lr")
+    for curve in drawn:
+        if name in curve.panels:
+            note = _draw_run_curve(panel, name, curve, several) or note
     if name == "gradient" and not several and _second_gradient(panel, drawn[0], first, last):
         note, colour = "orange: after clipping", _RUNS[1]
 
@@ -311,7 +319,7 @@ def _panel(
     else:
         panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
-    # 3. What cannot be drawn, in words beside the title.
+    # 3. What cannot be drawn, in words next to the title.
     lost = _not_finite(panel, drawn, name) if name in ("loss", "gradient") else ""
     if lost:
         note, colour = lost, _ALERT["error"]
@@ -327,10 +335,27 @@ def _panel(
     )
 
 
+def _draw_run_curve(panel: Axes, name: str, curve: _Drawn, several: bool) -> str:
+    """Draw one figure of one run; return what the lines of a band are, in words."""
+    values = curve.panels[name]
+    if isinstance(values, Band):
+        shows_largest = name != "shortcut"
+        _band(panel, values, curve, several, largest=shows_largest)
+        end = "largest" if shows_largest else "smallest"
+        if several:
+            return f"{end} over sub-layers"
+        return f"{end}, median and range over sub-layers"
+    if name == "clip":
+        _line(panel, values.smoothed(max(curve.window, 20)), curve.colour, 1.6)
+    else:
+        _smoothed(panel, values, curve, several, dots=name == "update", plain=name == "lr")
+    return ""
+
+
 def _smoothed(
     panel: Axes, values: Series, one: _Drawn, several: bool, *, dots: bool, plain: bool
 ) -> None:
-    """What was measured, pale, and its mean over it."""
+    """Draw what was measured, pale, and its mean over it."""
     short = one.window <= 1 or plain
     if dots:
         dotted = values.sampled()
@@ -359,7 +384,7 @@ def _second_gradient(panel: Axes, one: _Drawn, first: float, last: float) -> boo
 
 
 def _band(panel: Axes, values: Band, one: _Drawn, several: bool, *, largest: bool) -> None:
-    """All sub-layers as a band with their median; of several runs the end that matters alone."""
+    """Draw sub-layers as a band with their median; of several runs the end that matters."""
     end = values.high if largest else values.low
     if several:
         _line(panel, end, one.colour, 1.6)
@@ -385,7 +410,7 @@ def _line(panel: Axes, values: Series, colour: str, width: float, alpha: float =
 
 
 def _positive(drawn: Sequence[_Drawn], name: str) -> bool:
-    """Whether a log scale has something to show."""
+    """Return whether a log scale has something to show."""
     for one in drawn:
         values = one.panels.get(name)
         main = values.middle if isinstance(values, Band) else values
@@ -395,29 +420,36 @@ def _positive(drawn: Sequence[_Drawn], name: str) -> bool:
 
 
 def _log_ticks(axis: Axis, limits: tuple[float, float]) -> None:
-    """Write a few ticks as plain numbers: the default labels of a short log axis cover each
-    other.
+    """Write a few ticks as plain numbers.
+
+    The default labels of a short log axis cover each other.
     """
-    from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+    from matplotlib.ticker import FixedLocator, NullLocator
 
     low, high = limits
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for parts in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)):
-        ticks = [part * 10.0**decade for decade in decades for part in parts]
-        inside = [tick for tick in ticks if low <= tick <= high]
-        if len(inside) >= 3:
-            break
-    if len(inside) < 3:  # a range so short that its log scale is nearly a linear one
-        inside = [tick for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
-    axis.set_major_locator(FixedLocator(inside[:: -(-len(inside) // 5)] if inside else [low, high]))
+    ticks = _ticks_inside(low, high)
+    every = -(-len(ticks) // 5)
+    axis.set_major_locator(FixedLocator(ticks[::every] if ticks else [low, high]))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(lambda value, _: f"{value:.3g}")
 
 
+def _ticks_inside(low: float, high: float) -> list[float]:
+    """Return round numbers between the limits: the coarsest series that has three of them."""
+    from matplotlib.ticker import MaxNLocator
+
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for mantissas in _MANTISSAS:
+        ticks = [mantissa * 10.0**decade for decade in decades for mantissa in mantissas]
+        inside = [tick for tick in ticks if low <= tick <= high]
+        if len(inside) >= 3:
+            return inside
+    # a range so short that its log scale is nearly a linear one
+    return [tick for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
+
+
 def _not_finite(panel: Axes, drawn: Sequence[_Drawn], name: str) -> str:
-    """Draw a cross at the foot for each step whose value is not finite; return since when, in
-    words.
-    """
+    """Draw a cross at the foot for each step whose value is not finite; return since when."""
     words = []
     for one in drawn:
         values = one.panels.get(name)
@@ -466,7 +498,7 @@ def _heat(figure: Figure, panel: Axes, heat: Heat, first: float, last: float) ->
 
 
 def _edges(steps: list[float], first: float, last: float) -> list[float]:
-    """Each probe's column reaches half-way to its neighbours; the axis cuts the outer ones."""
+    """Return the edges of each probe's column, half-way to its neighbours."""
     middles = [(a + b) / 2 for a, b in itertools.pairwise(steps)]
     half = (last - first) / 40
     if len(steps) > 1:
@@ -479,26 +511,32 @@ def _edges(steps: list[float], first: float, last: float) -> list[float]:
 def _mark(
     panel: Axes, drawn: Sequence[_Drawn], first: float, last: float, *, labelled: bool
 ) -> None:
-    """A line for each alert, with its code at the head of the upper panels; a dotted one for each
-    resume.
+    """Draw a line for each alert and a dotted one for each resume.
+
+    Args:
+        panel: where to.
+        drawn: the runs.
+        first, last: steps that the panel shows.
+        labelled: write what each line is at its head.
     """
     several = len(drawn) > 1
     span = (last - first) or 1.0
-    taken: list[tuple[float, str]] = []
-    for one in drawn:
-        for resumed in one.run.resumes:
-            if first <= resumed <= last:
-                panel.axvline(resumed, color=PALE, lw=0.9, ls=":")
-                if labelled:
-                    _at_head(panel, taken, float(resumed), "resumed", PALE, last, span)
-        for row in alerts_of_run(one.run):
+    labels: list[tuple[float, str]] = []
+    for curve in drawn:
+        for resumed in curve.run.resumes:
+            if not first <= resumed <= last:
+                continue
+            panel.axvline(resumed, color=PALE, lw=0.9, ls=":")
+            if labelled:
+                _at_head(panel, labels, float(resumed), "resumed", PALE, last, span)
+        for row in alerts_of_run(curve.run):
             step, level = float(row["step"]), str(row.get("level"))
             if not first <= step <= last:
                 continue
-            colour = one.colour if several else _ALERT.get(level, PALE)
+            colour = curve.colour if several else _ALERT.get(level, PALE)
             panel.axvline(step, color=colour, lw=1.0, ls="--")
             if labelled and level != "info":
-                _at_head(panel, taken, step, str(row["code"]), colour, last, span)
+                _at_head(panel, labels, step, str(row["code"]), colour, last, span)
 
 
 def _at_head(
@@ -510,9 +548,7 @@ def _at_head(
     last: float,
     span: float,
 ) -> None:
-    """Write a word next to a line, below the words that stand there already; the same word is not
-    said twice.
-    """
+    """Write a word next to a line, below the words that stand there already, each word once."""
     near = [word for at, word in taken if abs(at - step) < 0.14 * span]
     if text in near or len(near) >= 5:
         return
@@ -534,7 +570,7 @@ def _at_head(
 
 
 def _step_axis(panel: Axes, first: float, last: float) -> None:
-    """Few ticks with whole numbers; the last step is one of them."""
+    """Set a few ticks at integers; the last step is one of them."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     ticks = [t for t in MaxNLocator(5, integer=True).tick_values(first, last) if first <= t <= last]
@@ -547,7 +583,7 @@ def _step_axis(panel: Axes, first: float, last: float) -> None:
 
 
 def _head(figure: Figure, drawn: Sequence[_Drawn], options: RunPlot) -> None:
-    """The title; below it the names of several runs in their colours, or what the bold line is."""
+    """Write the title, and the names of several runs or what the bold line is."""
     from matplotlib.lines import Line2D
 
     title = _title(drawn[0].run) if len(drawn) == 1 else f"{len(drawn)} runs"
@@ -581,13 +617,21 @@ def _head(figure: Figure, drawn: Sequence[_Drawn], options: RunPlot) -> None:
 
 
 def _title(run: RunLog) -> str:
-    model, last = printable(str(run.header.get("model", "?"))), run.steps[-1]["step"]
-    loud = [row for row in alerts_of_run(run) if row.get("level") != "info"]
-    listed = ", ".join(f"{row['code']} at {row['step']:,}" for row in loud[:4])
-    more = f" and {len(loud) - 4} more" if len(loud) > 4 else ""
-    state = f"alerts: {listed}{more}" if loud else "no alert"
-    at_start = report_at_start(run)
-    codes = ", ".join(dict.fromkeys(str(row["code"]) for row in at_start))
-    report = f"; report at step {at_start[0]['step']:,}: {codes}" if at_start else ""
+    """Return the model, how many steps it ran, its alerts and the report at the start."""
+    model = clipped(printable(str(run.header.get("model", "?"))), 40)
+    last = run.steps[-1]["step"]
     steps = "1 step" if last == 1 else f"{last:,} steps"
-    return f"{clipped(model, 40)}, {steps}; {state}{report}"
+
+    alerts = [row for row in alerts_of_run(run) if row.get("level") != "info"]
+    state = "no alert"
+    if alerts:
+        listed = ", ".join(f"{row['code']} at {row['step']:,}" for row in alerts[:_ALERTS])
+        more = f" and {len(alerts) - _ALERTS} more" if len(alerts) > _ALERTS else ""
+        state = f"alerts: {listed}{more}"
+
+    title = f"{model}, {steps}; {state}"
+    at_start = report_at_start(run)
+    if at_start:
+        codes = ", ".join(dict.fromkeys(str(row["code"]) for row in at_start))
+        title += f"; report at step {at_start[0]['step']:,}: {codes}"
+    return title

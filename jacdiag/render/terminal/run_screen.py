@@ -1,5 +1,6 @@
-"""The screen that follows a run: loss and gradient norm, gains over depth and time, alerts. Fits 80
-x 24.
+"""The screen that follows a run: loss, gradient norm, gains over depth and time, alerts.
+
+It fits 80 x 24.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ def screen(
         run: as far as it has come.
         path: of its log, to be shown.
         width, height: of the terminal, in characters.
-        cells: those of the frame before, which are then not made anew.
-        idle: seconds since the log was last written to, if known.
-        state: of the run, if there is a sign of life beside its log.
+        cells: those of the frame before, to which new ones are added.
+        idle: seconds since the last write to the log, if known.
+        state: of the run, if there is a sign of life next to its log.
     """
     cells = cells if cells is not None else GainCells()
     cells.update(run)
@@ -72,49 +73,58 @@ def screen(
 
 # -- left ------------------------------------------------------------------------------------------
 def _figures(run: RunLog, width: int, height: int) -> RenderableType:
+    """Return the left panel: curves, and lines of figures below them."""
     if not run.steps:
         return Text("no step yet")
+    lines = _figure_lines(run, width)
 
-    # 1. The lines of text.
-    last = run.steps[-1]
-    lines: list[str] = []
-    recent = [number(row.get("step_seconds")) for row in run.steps[-_RATE:]]
-    recent = [value for value in recent if math.isfinite(value)]
-    if recent:
-        lines.append(f"steps/s  {three(len(recent) / max(sum(recent), 1e-9))}")
-    for name, key in (("lr", "lr"), ("tokens", "tokens")):
-        if last.get(key) is not None:
-            lines.append(f"{name:8} {number(last[key]):,.4g}")
-    clipped_ones = [row["clipped"] for row in run.steps if row.get("clipped") is not None]
-    if clipped_ones:
-        share = f"clipped  {sum(clipped_ones) / len(clipped_ones):.0%}"
-        lines.append(_fitting(width, f"{share} of steps", share))
-    skipped = sum(bool(row.get("skipped")) for row in run.steps)
-    lines += [f"skipped  {skipped}"] if skipped else []
-    lines += _cost(run, width)
-
-    # 2. The curves take the room that is left, each a line of text and some lines of bars.
+    # The curves take the room that is left, each a line of text and some lines of bars.
     curves = _curves(run, width)
     room = height - 1 - len(lines)
     while len(curves) > 2 and room < 3 * len(curves):
         curves.pop()
     tall = min(max(room // len(curves) - 1, 1), _TALLEST)
-    shown = [f"step {last['step']:,}"]
+    shown = [f"step {run.steps[-1]['step']:,}"]
     for head, values in curves:
         shown += [head, *chart(values, width, tall)]
     shown += lines
     return Text("\n".join(clipped(printable(line), width) for line in shown[:height]), no_wrap=True)
 
 
+def _figure_lines(run: RunLog, width: int) -> list[str]:
+    """Return speed, learning rate, tokens, clipping, skipped steps and cost, if they are known."""
+    lines: list[str] = []
+    durations = [number(row.get("step_seconds")) for row in run.steps[-_RATE:]]
+    durations = [duration for duration in durations if math.isfinite(duration)]
+    if durations:
+        lines.append(f"steps/s  {three(len(durations) / max(sum(durations), 1e-9))}")
+    last = run.steps[-1]
+    known = [key for key in ("lr", "tokens") if last.get(key) is not None]
+    lines += [f"{key:8} {number(last[key]):,.4g}" for key in known]
+    was_clipped = [row["clipped"] for row in run.steps if row.get("clipped") is not None]
+    if was_clipped:
+        share = f"clipped  {sum(was_clipped) / len(was_clipped):.0%}"
+        lines.append(_fitting(width, f"{share} of steps", share))
+    skipped = sum(bool(row.get("skipped")) for row in run.steps)
+    if skipped:
+        lines.append(f"skipped  {skipped}")
+    return lines + _cost(run, width)
+
+
 def _curves(run: RunLog, width: int) -> list[tuple[str, list[float]]]:
-    """The head and the values of each curve, the most wanted first."""
-    given = any(row.get("grad_norm") is not None for row in run.steps)
-    key = "grad_norm" if given else "grad_norm_post"
-    labels = ("gradient", "grad") if given else ("gradient, post-clip", "grad post-clip", "grad")
+    """Return the head and the values of each curve, the most wanted first."""
+    # 1. Loss and gradient norm.
+    has_norm_before = any(row.get("grad_norm") is not None for row in run.steps)
+    key = "grad_norm" if has_norm_before else "grad_norm_post"
+    labels: tuple[str, ...] = ("gradient, post-clip", "grad post-clip", "grad")
+    if has_norm_before:
+        labels = ("gradient", "grad")
     curves = [
         (_head(("loss",), run, "loss", width), run.column("loss")),
         (_head(labels, run, key, width), run.column(key)),
     ]
+
+    # 2. Figures of the sub-layers, at fewer steps.
     logits = _over_sublayers(run, "logit", largest=True)
     shortcuts = _over_sublayers(run, "shortcut_std", largest=False)
     updates = [number(row["update"].get("ratio")) for row in run.steps if row.get("update")]
@@ -126,9 +136,10 @@ def _curves(run: RunLog, width: int) -> list[tuple[str, list[float]]]:
         finite = [value for value in values if math.isfinite(value)]
         if finite:
             last = three(finite[-1])
-            curves.append(
-                (_fitting(width, f"{label} {last}", f"{short} {last}"), _stretched(values, width))
-            )
+            head = _fitting(width, f"{label} {last}", f"{short} {last}")
+            curves.append((head, _stretched(values, width)))
+
+    # 3. The learning rate, if it changes.
     rates = run.column("lr")
     if len(set(rates)) > 1:
         curves.append(("learning rate", rates))
@@ -136,59 +147,74 @@ def _curves(run: RunLog, width: int) -> list[tuple[str, list[float]]]:
 
 
 def _stretched(values: Sequence[float], width: int) -> list[float]:
-    """As many values as there are columns at least: time runs over the whole width, as in the
-    curves of the steps.
+    """Repeat values until there are as many as columns.
+
+    Time then runs over the full width, as in the curves of the steps.
     """
     count = len(values)
-    return [values[k * count // width] for k in range(width)] if 0 < count < width else list(values)
+    if count == 0 or count >= width:
+        return list(values)
+    return [values[k * count // width] for k in range(width)]
 
 
 def _over_sublayers(run: RunLog, figure: str, *, largest: bool) -> list[float]:
-    values = []
+    """Return the largest or the smallest value over sub-layers, for each row of statistics."""
+    extremes = []
     for row in run.stats:
-        known = [
-            number(v) for v in (row.get("figures") or {}).get(figure, {}).values() if v is not None
-        ]
+        by_name = (row.get("figures") or {}).get(figure, {})
+        known = [number(value) for value in by_name.values() if value is not None]
         if known:
-            values.append(max(known) if largest else min(known))
-    return values
+            extremes.append(max(known) if largest else min(known))
+    return extremes
 
 
 def _head(labels: Sequence[str], run: RunLog, key: str, width: int) -> str:
-    """The last value that was measured, finite or not: a label is shortened, never a value."""
-    measured = [
-        (int(row["step"]), v)
-        for row in run.steps[-_LOOK_BACK:]
-        if (v := _measured(row, key)) is not None
-    ]
+    """Return the head of a curve, with the last value that was measured, finite or not.
+
+    A label is shortened, never a value.
+    """
+    # Older rows are read only if all recent values were lost: since when was that?
+    measured = _measured_values(run.steps[-_LOOK_BACK:], key)
     if measured and not any(math.isfinite(value) for _, value in measured):
-        measured = [
-            (int(row["step"]), v) for row in run.steps if (v := _measured(row, key)) is not None
-        ]
+        measured = _measured_values(run.steps, key)
+
     last = three(measured[-1][1]) if measured else "?"
     texts = [f"{label:8} {last}" for label in labels]
     since = _lost_since(measured)
     if since is not None:
-        texts = [
-            f"{label} {last} since{step} {since:,}" for step in (" step", "") for label in labels
-        ] + texts
+        long = [f"{label} {last} since step {since:,}" for label in labels]
+        short = [f"{label} {last} since {since:,}" for label in labels]
+        texts = [*long, *short, *texts]
     return _fitting(width, *texts, f"{labels[-1]} {last}")
 
 
-def _measured(row: Mapping[str, Any], key: str) -> float | None:
-    """A figure of a step; None where it was not measured.
+def _measured_values(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+    """Return (step, value) of the rows in which a figure was measured."""
+    measured = []
+    for row in rows:
+        value = _measured(row, key)
+        if value is not None:
+            measured.append((int(row["step"]), value))
+    return measured
 
-    The log has null for a norm before clipping that is nan, and says so by the norm behind it.
+
+def _measured(row: Mapping[str, Any], key: str) -> float | None:
+    """Return a figure of a step; None if it was not measured.
+
+    The log has null for a norm before clipping that is nan. The norm after clipping then shows it.
     """
     if row.get(key) is not None:
         return number(row[key])
-    behind = row.get("grad_norm_post") if key == "grad_norm" else None
-    return number(behind) if behind is not None and not math.isfinite(number(behind)) else None
+    after = row.get("grad_norm_post") if key == "grad_norm" else None
+    if after is None or math.isfinite(number(after)):
+        return None
+    return number(after)
 
 
 def _lost_since(measured: Sequence[tuple[int, float]]) -> int | None:
-    """The first of the last steps in a row whose value is not finite; None where the last one is
-    finite.
+    """Return the first of the last steps in a row whose value is not finite.
+
+    It is None if the last one is finite.
     """
     since = None
     for step, value in reversed(measured):
@@ -199,44 +225,64 @@ def _lost_since(measured: Sequence[tuple[int, float]]) -> int | None:
 
 
 def _fitting(width: int, *texts: str) -> str:
-    """The first text that fits; the last one, cut, if none does."""
-    return next((text for text in texts if len(text) <= width), clipped(texts[-1], width))
+    """Return the first text that fits; the last one, cut, if none does."""
+    for text in texts:
+        if len(text) <= width:
+            return text
+    return clipped(texts[-1], width)
 
 
 def spark(values: Sequence[float], width: int) -> str:
-    """A series as a line of bars: as many as fit, each the mean of its share; a gap where nothing
-    is finite.
+    """Return a series as a line of bars, each the mean of its share of the values.
+
+    There is a gap where nothing is finite.
     """
     return chart(values, width, 1)[0]
 
 
 def chart(values: Sequence[float], width: int, rows: int) -> list[str]:
-    """Return a series as bars of several lines, from the top; each bar is the mean of its share of
-    the values.
+    """Return a series as bars of several lines, from the top.
+
+    Each bar is the mean of the finite values in its share.
+
+    Args:
+        values: of the series; those that are not finite are left out.
+        width: the most bars.
+        rows: lines.
 
     >>> chart([1.0, 2.0, 3.0], 3, 2)
     [' ▁█', '▁██']
     """
+    # 1. The mean of each bar.
     empty = [""] * rows
     if not values or width < 1:
         return empty
-    per = max(1, -(-len(values) // width))
-    groups = [
-        [v for v in values[k : k + per] if math.isfinite(v)] for k in range(0, len(values), per)
-    ]
-    means = [sum(group) / len(group) if group else math.nan for group in groups]
-    finite = [m for m in means if math.isfinite(m)]
+    per_bar = max(1, -(-len(values) // width))
+    means = [_finite_mean(values[k : k + per_bar]) for k in range(0, len(values), per_bar)]
+    finite = [mean for mean in means if math.isfinite(mean)]
     if not finite:
         return empty
+
+    # 2. Its height in eighths of a line; 0 is a gap.
     low, high = min(finite), max(finite)
     span = (high - low) or 1.0
     steps = 8 * rows - 1
-    heights = [round((m - low) / span * steps) + 1 if math.isfinite(m) else 0 for m in means]
+    heights = []
+    for mean in means:
+        is_known = math.isfinite(mean)
+        heights.append(round((mean - low) / span * steps) + 1 if is_known else 0)
+
+    # 3. The lines.
     lines = []
     for row in reversed(range(rows)):
-        parts = [min(max(height - 8 * row, 0), 8) for height in heights]
-        lines.append("".join(f" {_BARS}"[part] for part in parts))
+        eighths = [min(max(height - 8 * row, 0), 8) for height in heights]
+        lines.append("".join(f" {_BARS}"[eighth] for eighth in eighths))
     return lines
+
+
+def _finite_mean(values: Sequence[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan
 
 
 def _cost(run: RunLog, width: int) -> list[str]:
@@ -253,8 +299,9 @@ def _cost(run: RunLog, width: int) -> list[str]:
 
 # -- middle ----------------------------------------------------------------------------------------
 def _gains(cells: GainCells, width: int, height: int) -> RenderableType:
-    """Depth downwards, time to the right; what a cell shows does not depend on the run's own
-    range.
+    """Return the heat map: depth downwards, time to the right.
+
+    What a cell shows does not depend on the run's own range.
     """
     if not cells.steps:
         return Text("no probe yet")
@@ -302,91 +349,107 @@ def _gains(cells: GainCells, width: int, height: int) -> RenderableType:
 
 
 def told_apart(names: Sequence[str], width: int) -> list[str]:
-    """Names cut to a width by the mildest of some ways that leaves them different.
+    """Cut names to a width by the mildest of some ways that leaves them different.
 
     First go the leading parts that all share or that are more than three, then the end of the last
     part, its middle, its front.
+
+    Args:
+        names: dotted, of sub-layers.
+        width: characters.
 
     >>> told_apart(["layers.0.attention", "layers.0.feed_forward"], 9)
     ['0.attent…', '0.feed_f…']
     >>> told_apart(["layers.0.self_attn", "layers.0.self_mlp"], 8)
     ['0.s…attn', '0.s…_mlp']
     """
+    # 1. The last three parts of each.
+    different = len(set(names))
     short = [_last_parts(name, 3) for name in names]
-    if max(map(len, short), default=0) <= width and len(set(short)) == len(set(names)):
+    longest = max(map(len, short), default=0)
+    if longest <= width and len(set(short)) == different:
         return short
+
+    # 2. Without the leading parts that all share, cut at the end, in the middle or at the front.
     parts = [name.split(".") for name in names]
-    most = min(map(len, parts), default=1) - 1
-    shared = next(
-        (k for k in range(most) if len({tuple(p[: k + 1]) for p in parts}) > 1), max(most - 1, 0)
-    )
-    own = [".".join(p[shared:]) for p in parts]
-    half = (width - 1) // 2
-    for kept in (width - 1, half, 0):
-        cut = [_cut(name, kept, width) for name in own]
-        if len(set(cut)) == len(set(names)):
-            return cut
+    shared = _count_shared(parts)
+    own = [".".join(part[shared:]) for part in parts]
+    cut: list[str] = []
+    for front in (width - 1, (width - 1) // 2, 0):
+        cut = [_cut(name, front, width) for name in own]
+        if len(set(cut)) == different:
+            break
     return cut
 
 
+def _count_shared(parts: Sequence[Sequence[str]]) -> int:
+    """Count the leading parts that all names share; each keeps its last part."""
+    most = min(map(len, parts), default=1) - 1
+    for count in range(most):
+        beginnings = {tuple(part[: count + 1]) for part in parts}
+        if len(beginnings) > 1:
+            return count
+    return max(most - 1, 0)
+
+
 def _cut(name: str, front: int, width: int) -> str:
-    """A name without its middle: so many characters of its front, and as many of its end as there
-    is room for.
+    """Cut the middle out of a name that is too long.
+
+    So many characters of its front stay, and as many of its end as there is room for.
     """
+    if len(name) <= width:
+        return name
     end = width - 1 - front
-    return name if len(name) <= width else f"{name[:front]}…{name[len(name) - end :]}"
+    return f"{name[:front]}…{name[len(name) - end :]}"
 
 
 def _last_parts(name: str, most: int) -> str:
-    """The last parts of a name, which tell sub-layers apart."""
+    """Return the last parts of a name, which differ between sub-layers."""
     return ".".join(name.split(".")[-most:])
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    """Lines of words; a tied space is no place to break at."""
+    """Wrap words into lines; no line is broken at a tied space."""
     words = textwrap.wrap(text.replace(TIED, "\0"), max(width, 1), break_on_hyphens=False)
     return [line.replace("\0", " ") for line in words]
 
 
 # -- right, bottom ---------------------------------------------------------------------------------
 def _right(run: RunLog, width: int, height: int) -> RenderableType:
-    """Alerts of the run; below them, if there is such a thing, the report at the start, and what is
-    off or noted.
-    """
-    start, notes = report_at_start(run), _notes(run, width)
-    parts = Layout()
+    """Return the right panels: alerts, the report at the start, and notes, if there are any."""
     layouts: list[Layout] = []
-    rest = height
+    room = height
+    start = report_at_start(run)
     if start:
         lines = _report_lines(start, width)
         size = min(len(lines) + 2, max(height // 4, 4))
         if size < len(lines) + 2:
             lines = [line for line in lines if line[1] != "dim"]  # the heads alone
         title = f"report at step {start[0]['step']:,}"
-        layouts.append(
-            Layout(
-                Panel(_joined(lines, width, size - 2), title=title, title_align="left"), size=size
-            )
-        )
-        rest -= size
+        layouts.append(_lines_panel(lines, title, width, size))
+        room -= size
+    notes = _notes(run, width)
     if notes:
         size = min(len(notes) + 2, max(height // 3, 5))
         title = "off, notes" if run.faults else "notes"
-        layouts.append(
-            Layout(
-                Panel(_joined(notes, width, size - 2), title=title, title_align="left"), size=size
-            )
-        )
-        rest -= size
-    alerts = Layout(Panel(_alerts(run, width, rest - 2), title="alerts", title_align="left"))
+        layouts.append(_lines_panel(notes, title, width, size))
+        room -= size
+
+    alerts = Layout(Panel(_alerts(run, width, room - 2), title="alerts", title_align="left"))
     if not layouts:
         return alerts
-    parts.split_column(alerts, *layouts)
-    return parts
+    panels = Layout()
+    panels.split_column(alerts, *layouts)
+    return panels
+
+
+def _lines_panel(lines: Sequence[tuple[str, str]], title: str, width: int, size: int) -> Layout:
+    panel = Panel(_joined(lines, width, size - 2), title=title, title_align="left")
+    return Layout(panel, size=size)
 
 
 def _joined(lines: Sequence[tuple[str, str]], width: int, height: int) -> RenderableType:
-    """Lines with their styles; the last one says that there are more."""
+    """Return lines with their styles; the last one says that there are more."""
     shown = list(lines[:height])
     if len(lines) > height and shown:
         more = len(lines) - height + 1
@@ -398,7 +461,7 @@ def _joined(lines: Sequence[tuple[str, str]], width: int, height: int) -> Render
 
 
 def _report_lines(rows: Sequence[Mapping[str, Any]], width: int) -> list[tuple[str, str]]:
-    """What the first probe said of the model: not something that happened in the run."""
+    """Return what the first probe found in the model: it did not happen in the run."""
     lines: list[tuple[str, str]] = []
     for row in rows:
         level = str(row.get("level"))
@@ -410,7 +473,7 @@ def _report_lines(rows: Sequence[Mapping[str, Any]], width: int) -> list[tuple[s
 
 
 def _notes(run: RunLog, width: int) -> list[tuple[str, str]]:
-    """Parts that are switched off, with the reason; rules that wait; the newest notes."""
+    """Return parts that are switched off, rules that wait, and the newest notes."""
     lines: list[tuple[str, str]] = []
     for row in run.faults:
         lines += [
@@ -430,8 +493,9 @@ def _notes(run: RunLog, width: int) -> list[tuple[str, str]]:
 
 
 def _alerts(run: RunLog, width: int, height: int) -> RenderableType:
-    """The newest first: what happened, the sub-layer that moved first, and as much of the sentence
-    as there is room.
+    """Return the alerts, the newest first.
+
+    Each has a head, the sub-layer that moved first, and as much of its sentence as fits.
     """
     alerts = alerts_of_run(run)
     if not alerts:
@@ -461,7 +525,7 @@ def _alerts(run: RunLog, width: int, height: int) -> RenderableType:
 
 
 def _ending(name: str, width: int) -> str:
-    """As many of a name's last parts as fit, three at most."""
+    """Return as many of a name's last parts as fit, three at most."""
     return _fitting(
         width, *(_last_parts(name, most) for most in (3, 2)), _cut(_last_parts(name, 2), 0, width)
     )
@@ -482,7 +546,7 @@ def _keys(
 
 
 def _state_text(run: RunLog, idle: float | None, state: RunState | None) -> tuple[str, bool]:
-    """What is known of the run, and whether it goes on."""
+    """Return what is known of the run, and whether it goes on."""
     if state is not None:
         return state.text, state.kind is Kind.RUNNING
     if run.ended is not None:
