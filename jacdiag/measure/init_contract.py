@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from jacdiag.measure.attention import FUSED as FUSED_ATTENTION
@@ -62,30 +61,40 @@ def contract_of(
     Args:
         sites: of the model.
         draws: of its weights, as far as they are known already.
-        model: asked for its config and its class only.
+        model: only its config and its class are read.
         layers, width, vocabulary: N, d and V of formulas.
         pinned: the user's own contract, role or name pattern -> formula.
         decayed: names of the parameters that an optimizer lets decay.
     """
-    outlines, first = sites.skeleton.outlines, sites.skeleton.aliases
-    decay = None if decayed is None else {first.get(name, name) for name in decayed}
+    outlines, aliases = sites.skeleton.outlines, sites.skeleton.aliases
+    decay = None if decayed is None else {aliases.get(name, name) for name in decayed}
     sizes = sizes_of(model, layers, width, vocabulary)
     head_width = head_width_of(sites)
     if head_width is not None:
         sizes["d_head"] = head_width
+
+    # 1. How each weight was drawn, and which numbers it shares with another.
     uses = without_adapters(uses_of(sites))
     kinds = {site.name: site.kind for site in sites}
-    found = {name: draws.of(name, table=use.role in TABLES) for name, use in uses.items()}
-    copies = copies_of(found, draws.params)
-    pieces = pieces_of(_unexplained(uses, found), draws.params)
-    streams = streams_of(found, draws.params)
-    padding = padding_rows(model, first)
+    draw_by_name = {name: draws.of(name, table=use.role in TABLES) for name, use in uses.items()}
+    copies = copies_of(draw_by_name, draws.params)
+    pieces = pieces_of(_unexplained(uses, draw_by_name), draws.params)
+    streams = streams_of(draw_by_name, draws.params)
+    padding = padding_rows(model, aliases)
+
+    # 2. One record for each.
     weights = []
     for name, use in uses.items():
         shape = outlines[name].shape
         use = whole_map(use, shape)
-        record = record_of(name, shape, use, found[name], decay, kinds.get(use.sublayer, ""))
-        record = replace(record, same_as=copies.get(name, ""), piece_of=pieces.get(name, ""))
+        kind = kinds.get(use.sublayer, "")
+        record = record_of(name, shape, use, draw_by_name[name], decay, kind)
+        record = replace(
+            record,
+            same_as=copies.get(name, ""),
+            piece_of=pieces.get(name, ""),
+            stream_of=streams.get(name, ""),
+        )
         if name in padding:
             row = padding[name]
             record = replace(record, padding_row=row.index, padding_size=row.largest)
@@ -93,11 +102,14 @@ def contract_of(
             record = replace(record, family="other")
         if use.role == "norm_gain" and math.prod(shape) == 1:
             record = replace(record, norm_length=length_divided_by(sites.graph, name))
-        weights.append(replace(record, stream_of=streams.get(name, "")))
+        weights.append(record)
+
+    # 3. The sections of fused matrices.
+    weights = with_sections(weights, draws.params, sizes.get("d_head"), cuts_of(sites, weights))
     return ContractRecord(
         family=family_of(model),
         sizes=sizes,
-        weights=with_sections(weights, draws.params, sizes.get("d_head"), cuts_of(sites, weights)),
+        weights=weights,
         tied=sorted(tied_to_head(sites)),
         logits_std=_logits_std(sites.output, vocabulary),
         pinned=dict(pinned or {}),
@@ -178,6 +190,7 @@ def is_sorted(vector: Tensor) -> bool:
     Sixteen numbers that were drawn stand in order with a chance below 1e-13.
 
     Example:
+        >>> import torch
         >>> is_sorted(torch.linspace(0, 1, 16)), is_sorted(torch.ones(16))
         (True, False)
     """
@@ -192,15 +205,15 @@ def without_adapters(uses: Mapping[str, Use]) -> dict[str, Use]:
     """Return the uses, with the role "adapter" for low-rank additions to a weight.
 
     An adapter has an init of its own (one factor zero, so that it changes nothing at first), and no
-    scheme of the model speaks of it.
+    scheme of the model covers it.
     """
     adapted = tuple(name.partition(_BASE)[0] + "." for name in uses if _BASE in name)
-    found = dict(uses)
+    result = dict(uses)
     for name, use in uses.items():
         adapts = _BASE not in name and name.startswith(adapted)
         if adapts or _ADAPTER.search(name):
-            found[name] = replace(use, role="adapter")
-    return found
+            result[name] = replace(use, role="adapter")
+    return result
 
 
 def cuts_of(sites: Sites, weights: Iterable[WeightRecord]) -> dict[str, list[int]]:
@@ -209,16 +222,27 @@ def cuts_of(sites: Sites, weights: Iterable[WeightRecord]) -> dict[str, list[int
     Only a cut by the next call counts.
     """
     fused = {weight.parameter for weight in weights if weight.role in FUSED}
-    graph, found = sites.graph, dict[str, list[int]]()
+    graph = sites.graph
+    cuts: dict[str, list[int]] = {}
     for node in graph.nodes:
         if not sites.finder.is_product(node.index):
             continue
-        for name in fused.intersection(parameters_of(graph, (node.index,), sites.skeleton)):
-            for consumer in graph.values[node.outputs[0]].consumers:
-                pieces = [graph.values[value].shape for value in graph.nodes[consumer].outputs]
-                if graph.nodes[consumer].name in _CUTS and all(pieces):
-                    found.setdefault(name, [shape[-1] for shape in pieces])
-    return found
+        names = fused.intersection(parameters_of(graph, (node.index,), sites.skeleton))
+        sizes = _sizes_after_cut(graph, node.outputs[0]) if names else None
+        if sizes is not None:
+            for name in names:
+                cuts.setdefault(name, sizes)
+    return cuts
+
+
+def _sizes_after_cut(graph: Graph, value: int) -> list[int] | None:
+    """Return the last sizes of the pieces into which the first call of its kind cuts a value."""
+    for consumer in graph.values[value].consumers:
+        node = graph.nodes[consumer]
+        shapes = [graph.values[output].shape for output in node.outputs]
+        if node.name in _CUTS and all(shapes):
+            return [shape[-1] for shape in shapes]
+    return None
 
 
 def with_sections(
@@ -236,7 +260,7 @@ def with_sections(
         cuts: Name of a fused matrix -> the sizes into which the model cuts its result.
     """
     widths = widths_of_heads([(w.role, w.sublayer, w.fan_in) for w in weights])
-    found = []
+    result = []
     for weight in weights:
         if weight.role in FUSED and weight.std:
             sections = sections_of(
@@ -250,21 +274,21 @@ def with_sections(
             weight = replace(weight, sections=sections)
         elif weight.role == "positions" and weight.std and is_sinusoid(tensors[weight.parameter]):
             weight = replace(weight, family="sinusoid")
-        found.append(weight)
-    return found
+        result.append(weight)
+    return result
 
 
-def _unexplained(uses: Mapping[str, Use], found: Mapping[str, Draw | None]) -> list[str]:
+def _unexplained(uses: Mapping[str, Use], draws: Mapping[str, Draw | None]) -> list[str]:
     """Return gains, scales and biases that are not constant, where most of their role are."""
     names: list[str] = []
     for role in ("norm_gain", "scale", "bias"):
-        draws = {
-            name: draw
-            for name, use in uses.items()
-            if use.role == role and (draw := found[name]) is not None
-        }
-        drawn = [name for name, draw in draws.items() if draw.family not in ("zero", "constant")]
-        if len(drawn) < len(draws) / 2:
+        families = {}
+        for name, use in uses.items():
+            draw = draws[name]
+            if use.role == role and draw is not None:
+                families[name] = draw.family
+        drawn = [name for name, family in families.items() if family not in ("zero", "constant")]
+        if len(drawn) < len(families) / 2:
             names += drawn
     return names
 
@@ -282,9 +306,10 @@ def sizes_of(model: nn.Module, layers: int, width: int, vocabulary: int | None) 
         sizes["V"] = vocabulary
     config = getattr(model, "config", None)
     for variable, names in _FROM_CONFIG.items():
-        value = next((v for name in names if _is_number(v := _setting(config, name))), None)
-        if value is not None:
-            sizes[variable] = value
+        settings = [_setting(config, name) for name in names]
+        numbers = [setting for setting in settings if _is_number(setting)]
+        if numbers:
+            sizes[variable] = numbers[0]
     if "H" in sizes and "d_head" not in sizes and sizes["H"] > 0:
         sizes["d_head"] = width / sizes["H"]
     return sizes
@@ -298,10 +323,9 @@ def head_width_of(sites: Sites) -> int | None:
     graph = sites.graph
     widths: set[int] = set()
     for node in graph.nodes:
-        if (
-            node.name == "multi_head_attention_forward"
-            or node.name not in FUSED_ATTENTION | SOFTMAX
-        ):
+        is_candidate = node.name in FUSED_ATTENTION | SOFTMAX
+        # torch's own multi-head attention reads the stream, and not heads.
+        if not is_candidate or node.name == "multi_head_attention_forward":
             continue
         if not is_attention(graph, node.index):
             continue
@@ -348,22 +372,26 @@ def decayed_by(model: nn.Module, optimizer: Any) -> list[str]:
     """Return the names of the parameters in groups with weight decay.
 
     Args:
+        model: whose parameters the optimizer holds.
         optimizer: a torch optimizer, or its list of parameter groups.
     """
     groups = getattr(optimizer, "param_groups", optimizer)
-    held = {id(p) for group in groups if group.get("weight_decay", 0) for p in group["params"]}
-    return [name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in held]
+    decayed: set[int] = set()
+    for group in groups:
+        if group.get("weight_decay", 0):
+            decayed.update(id(parameter) for parameter in group["params"])
+    named = model.named_parameters(remove_duplicate=False)
+    return [name for name, parameter in named if id(parameter) in decayed]
 
 
 def _logits_std(output: Any, vocabulary: int | None) -> float | None:
-    found = getattr(output, "logits", output)
-    found = found[0] if isinstance(found, tuple | list) and found else found
-    if (
-        not isinstance(found, Tensor)
-        or found.is_meta
-        or not vocabulary
-        or found.shape[-1:] != (vocabulary,)
-    ):
+    """Return the std of the logits in a model's output; None if there are none."""
+    logits = getattr(output, "logits", output)
+    if isinstance(logits, tuple | list) and logits:
+        logits = logits[0]
+    if not isinstance(logits, Tensor) or logits.is_meta or not vocabulary:
         return None
-    value = float(found.detach().double().std(correction=0)) if found.numel() > 1 else math.nan
-    return value if torch.isfinite(torch.tensor(value)) else None
+    if logits.shape[-1:] != (vocabulary,) or logits.numel() <= 1:
+        return None
+    std = float(logits.detach().double().std(correction=0))
+    return std if math.isfinite(std) else None

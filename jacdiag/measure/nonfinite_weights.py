@@ -41,26 +41,27 @@ def non_finite_state(sites: Sites) -> NonFinite:
     finite. A weight with Inf that is added (a mask) does not count while all activations are
     finite, nor does one that was not read.
     """
-    skeleton, graph = sites.skeleton, sites.graph
+    skeleton, used = sites.skeleton, sites.graph.used_state
+    # 1. What the forward does not read is a note.
     suspects = skeleton.non_finite()
-    unread = [name for name in suspects if name not in graph.used_state]
-    read = [name for name in suspects if name in graph.used_state]
+    read = [name for name in suspects if name in used]
+    unread = [name for name in suspects if name not in used]
     notes = []
     if unread:
         notes.append(
             f"NaN or Inf in weights that this forward does not read: {', '.join(unread[:5])}"
         )
 
+    # 2. All activations are finite: only what is multiplied, or holds NaN, breaks something.
     if _activations_are_finite(sites):
         multiplied = _multiplied(sites)
-        return NonFinite(
-            [name for name in read if name in multiplied or _has_nan(skeleton.params[name])], notes
-        )
+        breaking = [name for name in read if name in multiplied or _has_nan(skeleton.params[name])]
+        return NonFinite(breaking, notes)
 
-    # Something made NaN or Inf. What holds NaN is the first suspect; a mask with -inf is the last.
-    buffers = {name: t for name, t in _read_buffers(sites).items() if not is_finite(t)}
-    with_nan = [name for name, t in buffers.items() if _has_nan(t)]
-    return NonFinite([*read, *with_nan] or list(buffers), notes)
+    # 3. Something made NaN or Inf. What holds NaN is the first suspect; a mask with -inf the last.
+    buffers = [name for name, buffer in _read_buffers(sites).items() if not is_finite(buffer)]
+    with_nan = [name for name in buffers if _has_nan(skeleton.buffers[name])]
+    return NonFinite([*read, *with_nan] or buffers, notes)
 
 
 def non_finite_weights(state: Mapping[str, Tensor]) -> NonFinite:

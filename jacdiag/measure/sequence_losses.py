@@ -161,43 +161,47 @@ def _find_loss(model: nn.Module, arguments: Arguments) -> LossReader:
 
     # 1. The model's own loss.
     if loss is not None:
-        for targets in candidates:
-            tokens = token_losses(output, arguments, targets)
-            if (
-                tokens is not None
-                and len(tokens.losses)
-                and _same(float(tokens.losses.mean()), float(loss))
-            ):
-                return LossReader(
-                    True, targets, "the loss that the model returns, a mean of cross entropies"
-                )
-        return LossReader(
-            True, None, "the loss that the model returns (the losses of its tokens are not known)"
-        )
+        return _reader_of_own_loss(output, arguments, candidates, float(loss))
 
     # 2. Logits alone: the targets that were passed, else the next token.
     for targets in candidates:
         tensor = argument(arguments, targets.key)
         by_place = isinstance(targets.key, int) and int(tensor.max()) > 1  # not a mask
-        if not targets.shift and (targets.key in _TARGET_NAMES or by_place):
-            shifted = _is_copy_of_the_input(tensor, targets.key, arguments)
-            name = f"argument {targets.key}" if by_place else f"'{targets.key}'"
-            words = f"cross entropy of the logits with {name}"
-            if shifted:
-                words += ", shifted by one"
-            return LossReader(False, Targets(targets.key, shifted), words)
+        if targets.shift or not (targets.key in _TARGET_NAMES or by_place):
+            continue
+        shifted = _is_copy_of_the_input(tensor, targets.key, arguments)
+        name = f"argument {targets.key}" if by_place else f"'{targets.key}'"
+        words = f"cross entropy of the logits with {name}"
+        if shifted:
+            words += ", shifted by one"
+        return LossReader(False, Targets(targets.key, shifted), words)
     for targets in candidates:
         if targets.shift:
             words = (
                 "next-token cross entropy of the input ids: the kept batch holds no targets, "
-                "so that the loss of "
+                "so that the loss of the run may have been another"
             )
-            return LossReader(False, targets, f"{words}the run may have been another")
+            return LossReader(False, targets, words)
     raise MeasureError(
         "no loss can be computed",
         got="the model returns no loss, and the kept batch holds nothing that could be its targets",
         hint="pass the targets to the model's forward, so that the flight recorder keeps them",
     )
+
+
+def _reader_of_own_loss(
+    output: Any, arguments: Arguments, candidates: list[Targets], loss: float
+) -> LossReader:
+    """Return the reader of a loss that the model returns, with its targets if they are found."""
+    for targets in candidates:
+        tokens = token_losses(output, arguments, targets)
+        if tokens is None or not len(tokens.losses):
+            continue
+        if _same(float(tokens.losses.mean()), loss):
+            words = "the loss that the model returns, a mean of cross entropies"
+            return LossReader(True, targets, words)
+    words = "the loss that the model returns (the losses of its tokens are not known)"
+    return LossReader(True, None, words)
 
 
 def own_loss(output: Any) -> Tensor | None:
@@ -218,23 +222,24 @@ def own_loss(output: Any) -> Tensor | None:
 def token_losses(output: Any, arguments: Arguments, targets: Targets) -> TokenLosses | None:
     """Return the cross entropies of the targets that count.
 
-    None if logits and targets do not fit each other.
-
     A target below 0 is masked, whatever value the loop uses (-100, -1).
+
+    Returns:
+        None if logits and targets do not fit each other.
     """
     logits = loss_input(output)
-    wanted = argument(arguments, targets.key)
-    if logits is None or not isinstance(wanted, Tensor) or logits.shape[:-1] != wanted.shape:
+    ids = argument(arguments, targets.key)
+    if logits is None or not isinstance(ids, Tensor) or logits.shape[:-1] != ids.shape:
         return None
-    wanted = wanted.to(logits.device).long()
-    positions = torch.arange(wanted.shape[-1], device=wanted.device).expand(wanted.shape)
+    ids = ids.to(logits.device).long()
+    positions = torch.arange(ids.shape[-1], device=ids.device).expand(ids.shape)
     if targets.shift:
-        logits, wanted, positions = logits[..., :-1, :], wanted[..., 1:], positions[..., 1:]
-    counts = wanted >= 0
-    if bool((wanted >= logits.shape[-1]).any()):
+        logits, ids, positions = logits[..., :-1, :], ids[..., 1:], positions[..., 1:]
+    counts = ids >= 0
+    if bool((ids >= logits.shape[-1]).any()):
         return None
-    flat = cross_entropy(logits[counts].float(), wanted[counts], reduction="none")
-    return TokenLosses(flat, positions[counts], wanted[counts])
+    losses = cross_entropy(logits[counts].float(), ids[counts], reduction="none")
+    return TokenLosses(losses, positions[counts], ids[counts])
 
 
 def argument(arguments: Arguments, key: int | str) -> Any:
@@ -258,18 +263,20 @@ def _candidates(output: Any, arguments: Arguments) -> Iterator[Targets]:
     keys: list[int | str] = [*names, *reversed(range(len(args)))]
     for key in keys:
         tensor = argument(arguments, key)
-        if (
-            not isinstance(tensor, Tensor)
-            or tensor.is_floating_point()
-            or tensor.dtype is torch.bool
-        ):
+        if key == "attention_mask" or not _holds_integers(tensor):
             continue
-        if tensor.shape != logits.shape[:-1] or key == "attention_mask":
+        if tensor.shape != logits.shape[:-1]:
             continue
         if key != 0 and key not in _INPUT_NAMES:
             yield Targets(key, shift=False)
         if tensor.dim() > 1 and tensor.shape[-1] > 1:
             yield Targets(key, shift=True)
+
+
+def _holds_integers(value: Any) -> bool:
+    if not isinstance(value, Tensor) or value.dtype is torch.bool:
+        return False
+    return not value.is_floating_point()
 
 
 def _is_copy_of_the_input(tensor: Tensor, key: int | str, arguments: Arguments) -> bool:
@@ -278,16 +285,13 @@ def _is_copy_of_the_input(tensor: Tensor, key: int | str, arguments: Arguments) 
     They need a shift then.
     """
     args, kwargs = arguments
+    counts = tensor >= 0
+    if not bool(counts.any()):
+        return False
     for name, other in [*enumerate(args), *kwargs.items()]:
-        if (
-            name == key
-            or not isinstance(other, Tensor)
-            or other.shape != tensor.shape
-            or other.is_floating_point()
-        ):
+        if name == key or not isinstance(other, Tensor) or other.is_floating_point():
             continue
-        counts = tensor >= 0
-        if bool(counts.any()) and bool((tensor[counts] == other[counts]).all()):
+        if other.shape == tensor.shape and bool((tensor[counts] == other[counts]).all()):
             return True
     return False
 
@@ -470,33 +474,35 @@ def ready_for_gradients(
 ) -> Iterator[tuple[nn.Module, list[Tensor], torch.dtype | None]]:
     """Lend the model in evaluation mode, with the parameters that train.
 
-    The precision of a copy comes with them.
-
-    Weights in half precision are copied to float32: gradients in float16 would lose what is small.
-    The mode of every module and the random state are given back.
+    The precision of a copy comes with them. Weights in half precision are copied to float32:
+    gradients in float16 would lose what is small. The mode of every module and the random state are
+    given back.
 
     Yields:
         The model or its copy, the parameters whose gradients count, and float32 if it is a copy.
     """
-    half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
-    used = copy.deepcopy(model).float() if half else model
-    modes = [(module, module.training) for module in used.modules()]
-    parameters: list[Tensor] = [
-        p for p in used.parameters() if p.requires_grad and p.is_floating_point()
-    ]
-    frozen: list[Tensor] = []
-    if not parameters:  # loaded for inference
-        frozen = [p for p in used.parameters() if p.is_floating_point()]
-        parameters = frozen
+    # 1. A copy in float32, if some weights are in half precision.
+    is_half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
+    lent = copy.deepcopy(model).float() if is_half else model
+    modes = [(module, module.training) for module in lent.modules()]
+
+    # 2. The parameters that train; all of them in a model that was loaded for inference.
+    floating: list[Tensor] = [p for p in lent.parameters() if p.is_floating_point()]
+    parameters = [parameter for parameter in floating if parameter.requires_grad]
+    unfrozen: list[Tensor] = []
+    if not parameters:
+        parameters = unfrozen = floating
     devices = sorted({p.device.index or 0 for p in parameters if p.device.type == "cuda"})
+
+    # 3. Lend it, and put everything back.
     try:
-        for parameter in frozen:
+        for parameter in unfrozen:
             parameter.requires_grad_(True)
-        used.eval()
+        lent.eval()
         with torch.random.fork_rng(devices):
-            yield used, parameters, torch.float32 if half else None
+            yield lent, parameters, torch.float32 if is_half else None
     finally:
-        for parameter in frozen:
+        for parameter in unfrozen:
             parameter.requires_grad_(False)
         for module, training in modes:
             module.training = training

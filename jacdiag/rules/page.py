@@ -45,7 +45,7 @@ def read_page(code: str) -> RulePage:
 
     Example:
         >>> read_page("JD302").summary
-        'massive activations: a few values of the stream are far above all others'
+        'Massive activations: a few values of the stream are far above all others'
     """
     text = (PAGES / f"{code}.md").read_text(encoding="utf-8")
     head, *rest = _SECTION.split(text)

@@ -69,7 +69,7 @@ class Thresholds:
 
     def to_dict(self) -> dict[str, dict[str, float]]:
         """Return plain cuts by "figure" or "figure.stratum", for a report."""
-        table = {}
+        table: dict[str, dict[str, float]] = {}
         for key, limits in self.table.items():
             cuts = {cut: getattr(limits, cut) for cut in CUTS}
             name = ".".join(part for part in key if part)

@@ -392,4 +392,4 @@ def test_a_pre_norm_model_has_its_conditions_and_no_such_line() -> None:
 
 @pytest.mark.parametrize("code", ["JD101", "JD102"])
 def test_the_pages_say_that_they_are_for_pre_norm(code: str) -> None:
-    assert "pre-norm" in rule(code).what and "out-norm gain" in rule(code).what
+    assert "pre-norm" in rule(code).page.what and "out-norm gain" in rule(code).page.what

@@ -9,8 +9,8 @@ from rules.test_conditions import LIMITS, findings, healthy, judged, report, sta
 
 from jacdiag.errors import UsageError
 from jacdiag.records import ContractRecord, Interval, ModelRecord, WeightRecord
-from jacdiag.render.content.sentences import headline
-from jacdiag.render.content.verdict import to_do, verdict_lines
+from jacdiag.render.terminal.sentences import headline
+from jacdiag.render.terminal.verdict import to_do, verdict_lines
 from jacdiag.rules import RULES, evaluate, rule
 from jacdiag.rules.profile import profile_of
 
@@ -155,7 +155,7 @@ def test_codes_are_unique_ordered_and_documented() -> None:
     assert list(CODES) == sorted(set(CODES))
     for one in RULES:
         page = one.page
-        assert all([one.summary, page.what, page.why, page.example, page.remedy]), one.code
+        assert all([page.summary, page.what, page.why, page.example, page.remedy]), one.code
         assert len(one.summary) < 120 and "\n" not in one.summary
 
 
