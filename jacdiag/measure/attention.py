@@ -69,7 +69,7 @@ def _meets(graph: Graph, node: int, neighbours: Callable[[Graph, int], list[int]
     seen = {node}
     frontier = [node]
     for _ in range(_STEPS):
-        frontier = [n for here in frontier for n in neighbours(graph, here) if n not in seen]
+        frontier = [n for current in frontier for n in neighbours(graph, current) if n not in seen]
         seen.update(frontier)
         for candidate in frontier:
             if _mixes(graph, candidate):
@@ -109,8 +109,8 @@ def attention_records(sites: Sites) -> dict[str, AttentionRecord]:
     watch = AttentionWatch(calls)
     with torch.no_grad(), watch:
         sites.replayer.tapped([], lambda _spot, tensor: tensor)
-    found = watch.records(sum(node.name in CALLS for node in sites.graph.nodes))
-    return {sites[index].name: record for index, record in found.items()}
+    records = watch.records(sum(node.name in CALLS for node in sites.graph.nodes))
+    return {sites[index].name: record for index, record in records.items()}
 
 
 @dataclass
@@ -242,12 +242,12 @@ def _read_softmax(tally: Tally, args: Any, kwargs: Any) -> None:
 
 def _read_sdpa(tally: Tally, args: Any, kwargs: Any) -> None:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given = dict(zip(names, args, strict=False)) | kwargs
-    query, key = given["query"], given["key"]
-    if given.get("enable_gqa") and query.shape[-3] != key.shape[-3]:
+    call = dict(zip(names, args, strict=False)) | kwargs
+    query, key = call["query"], call["key"]
+    if call.get("enable_gqa") and query.shape[-3] != key.shape[-3]:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
     add_products(
-        tally, query, key, given.get("attn_mask"), bool(given.get("is_causal")), given.get("scale")
+        tally, query, key, call.get("attn_mask"), bool(call.get("is_causal")), call.get("scale")
     )
 
 
@@ -277,22 +277,22 @@ def _read_multi_head(tally: Tally, args: Any, kwargs: Any) -> None:
     """Read torch's own multi-head attention: project queries and keys, then as above."""
     call = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs)
     call.apply_defaults()
-    given = call.arguments
-    if given["bias_k"] is not None or given["static_k"] is not None or given["add_zero_attn"]:
+    options = call.arguments
+    if options["bias_k"] is not None or options["static_k"] is not None or options["add_zero_attn"]:
         raise NotReadable("multi-head attention with keys of its own")
-    query, key, width = given["query"], given["key"], given["embed_dim_to_check"]
+    query, key, width = options["query"], options["key"], options["embed_dim_to_check"]
     if query.dim() == 2:
         query, key = query[:, None], key[:, None]
 
     # 1. Project: three weights, or one that holds them all.
-    if given["use_separate_proj_weight"]:
-        weights = given["q_proj_weight"], given["k_proj_weight"]
+    if options["use_separate_proj_weight"]:
+        weights = options["q_proj_weight"], options["k_proj_weight"]
     else:
-        weights = given["in_proj_weight"][:width], given["in_proj_weight"][width : 2 * width]
+        weights = options["in_proj_weight"][:width], options["in_proj_weight"][width : 2 * width]
     biases = (None, None)
-    if given["in_proj_bias"] is not None:
-        biases = given["in_proj_bias"][:width], given["in_proj_bias"][width : 2 * width]
-    heads = given["num_heads"]
+    if options["in_proj_bias"] is not None:
+        biases = options["in_proj_bias"][:width], options["in_proj_bias"][width : 2 * width]
+    heads = options["num_heads"]
 
     def split(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         length, batch, _ = x.shape
@@ -303,8 +303,8 @@ def _read_multi_head(tally: Tally, args: Any, kwargs: Any) -> None:
     # 2. Put the masks together: True is masked here, unlike above.
     mask = None
     for part, shape in (
-        (given["attn_mask"], None),
-        (given["key_padding_mask"], (-1, 1, 1, key.shape[-2])),
+        (options["attn_mask"], None),
+        (options["key_padding_mask"], (-1, 1, 1, key.shape[-2])),
     ):
         if part is None:
             continue

@@ -94,20 +94,26 @@ class Solver:
 
     def norms(self) -> Norms:
         """Return core, branch and residual norm."""
-        one = self.one
-        operator, owned, why = residual_map(one.site, one.branch, one.dims)
-        maps: dict[str, Operator] = {"branch_norm": one.branch}
-        if one.core is not None and one.core is not one.branch:
-            maps["core_norm"] = one.core
+        linearised = self.one
+        operator, owned, why = residual_map(linearised.site, linearised.branch, linearised.dims)
+        maps: dict[str, Operator] = {"branch_norm": linearised.branch}
+        if linearised.core is not None and linearised.core is not linearised.branch:
+            maps["core_norm"] = linearised.core
         if operator is not None:
             maps["residual_norm"] = operator
         solved = self._one_by_one(maps) if self.effort.early else self.in_step(maps)
-        found = {name: self.interval(solution) for name, solution in solved.items()}
+        intervals = {name: self.interval(solution) for name, solution in solved.items()}
         for inner in owned:
             inner.release()
-        core = found["branch_norm"] if one.core is one.branch else found.get("core_norm")
+        core = (
+            intervals["branch_norm"]
+            if linearised.core is linearised.branch
+            else intervals.get("core_norm")
+        )
         reasons = {} if operator is not None else {"residual_norm": why}
-        return Norms(core, found["branch_norm"], found.get("residual_norm"), reasons, self.products)
+        return Norms(
+            core, intervals["branch_norm"], intervals.get("residual_norm"), reasons, self.products
+        )
 
     def _one_by_one(self, maps: Mapping[str, Operator]) -> dict[str, Solution]:
         """Solve each norm, or let it inherit from the one before where that decides the rules."""
@@ -173,12 +179,14 @@ class Solver:
         most = abs(gain) if isinstance(gain, float) else float(gain.abs().max())
         return self._taken(operator, branch, most + branch.upper, "residual_norm")
 
-    def _taken(self, operator: Operator, akin: Solution, upper: Any, name: str) -> Solution | None:
+    def _taken(
+        self, operator: Operator, source: Solution, upper: Any, name: str
+    ) -> Solution | None:
         """Return the inherited ends, if the rules are decided by them."""
         if not np.isfinite(upper).all():
             return None
         tol, confidence = self.effort.tol, self.effort.confidence
-        solution = inherited(operator, akin.right, upper, confidence=confidence, tol=tol)
+        solution = inherited(operator, source.right, upper, confidence=confidence, tol=tol)
         self.products += solution.products
         decide = self.decided.get(name)
         done = decide is not None and decide(

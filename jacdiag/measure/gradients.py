@@ -80,9 +80,9 @@ def loss_input(output: Any) -> Tensor | None:
     named = getattr(output, "logits", None)
     if isinstance(named, Tensor):
         return named
-    found: list[Tensor] = []
-    collect_deep(output, found)
-    return next((t for t in found if t.is_floating_point() and t.dim() >= 1), None)
+    tensors: list[Tensor] = []
+    collect_deep(output, tensors)
+    return next((t for t in tensors if t.is_floating_point() and t.dim() >= 1), None)
 
 
 def end_of(sites: Sites) -> int:
@@ -125,24 +125,26 @@ def gradient_profile(sites: Sites, token_ids: Tensor | None) -> GradientProfile 
     if reason:
         why["parameters"] = reason
     try:
-        found = run_backward(sites, token_ids, values, names, watch=watch)
+        measured = run_backward(sites, token_ids, values, names, watch=watch)
     except RuntimeError as error:
         if not names:
             raise
         # Code that writes to a weight in place may refuse one that has a gradient.
         why["parameters"] = f"the backward failed with parameters: {str(error).splitlines()[0]}"
         names, watch = [], AttentionWatch(attention_calls(sites))
-        found = run_backward(sites, token_ids, values, names, watch=watch)
+        measured = run_backward(sites, token_ids, values, names, watch=watch)
     # The run must have made the calls of the record, or figures would go to other sub-layers.
     calls = sum(node.name in CALLS for node in sites.graph.nodes)
     attention = watch.records(calls)
     why |= {f"attention {index}": text for index, text in watch.why.items()}
     return GradientProfile(
-        norms=[found.norms.get(value, 0.0) for value in values],
-        activations=[found.activations[value] for value in values if value in found.activations],
-        kind=found.kind,
-        loss=found.loss,
-        parameters={name: found.parameters.get(name, 0.0) for name in names} if names else None,
+        norms=[measured.norms.get(value, 0.0) for value in values],
+        activations=[
+            measured.activations[value] for value in values if value in measured.activations
+        ],
+        kind=measured.kind,
+        loss=measured.loss,
+        parameters={name: measured.parameters.get(name, 0.0) for name in names} if names else None,
         attention={str(index): record for index, record in sorted(attention.items())},
         why=why,
     )
@@ -223,8 +225,8 @@ def run_backward(
     replaced = {}
     for value, spot in spots.items():
         if spot.where is Where.ARGUMENT:
-            given = replayer.calls[0].tensors[value].detach().clone()
-            replaced[value] = enter(value, given)
+            value_before = replayer.calls[0].tensors[value].detach().clone()
+            replaced[value] = enter(value, value_before)
     results = [spot for spot in spots.values() if spot.where is not Where.ARGUMENT]
 
     def met(spot: Spot, tensor: Tensor) -> Tensor:
@@ -234,7 +236,7 @@ def run_backward(
     with (
         torch.enable_grad(),
         replayer.whole_graph(),
-        gradients_of(sites.skeleton, parameters) as (weights, found),
+        gradients_of(sites.skeleton, parameters) as (weights, squares_of_parameters),
     ):
         with watch or nullcontext():
             output = replayer.tapped(results, met, replaced=replaced)
@@ -244,7 +246,9 @@ def run_backward(
             # Named, so that nothing is added to a gradient that the model's own code holds.
             torch.autograd.backward(loss, inputs=[*leaves, *weights])
     result.norms = {value: math.sqrt(float(square)) for value, square in squares.items()}
-    result.parameters = {name: math.sqrt(float(square)) for name, square in found.items()}
+    result.parameters = {
+        name: math.sqrt(float(square)) for name, square in squares_of_parameters.items()
+    }
     return result
 
 
@@ -259,7 +263,7 @@ def gradients_of(
     The skeleton's tensors share the memory of the model's own and nothing else: the model is not
     touched.
     """
-    found: dict[str, Tensor] = {}
+    squares: dict[str, Tensor] = {}
     weights = [skeleton.params[name] for name in names]
     handles = []
 
@@ -267,7 +271,7 @@ def gradients_of(
         def taken(weight: Tensor) -> None:
             # Dropped at once: the backward never holds more than one of them.
             if weight.grad is not None:
-                found[name] = sum_of_squares(weight.grad)
+                squares[name] = sum_of_squares(weight.grad)
                 weight.grad = None
 
         return taken
@@ -276,7 +280,7 @@ def gradients_of(
         for name, weight in zip(names, weights, strict=True):
             weight.requires_grad_(True)
             handles.append(weight.register_post_accumulate_grad_hook(take(name)))
-        yield weights, found
+        yield weights, squares
     finally:
         for handle in handles:
             handle.remove()

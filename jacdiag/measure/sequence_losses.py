@@ -214,9 +214,9 @@ def own_loss(output: Any) -> Tensor | None:
         named = output.get("loss") if isinstance(output, Mapping) else output.loss
         # one value per replica, under DataParallel
         return named.mean() if isinstance(named, Tensor) else None
-    found: list[Tensor] = []
-    collect_deep(output, found)
-    return next((t for t in found if t.dim() == 0 and t.is_floating_point()), None)
+    tensors: list[Tensor] = []
+    collect_deep(output, tensors)
+    return next((t for t in tensors if t.dim() == 0 and t.is_floating_point()), None)
 
 
 def token_losses(output: Any, arguments: Arguments, targets: Targets) -> TokenLosses | None:

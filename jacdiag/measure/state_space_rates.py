@@ -100,14 +100,14 @@ def time_step_biases(graph: Graph, params: Collection[str]) -> list[str]:
 
     The result of such a softplus multiplies two things.
     """
-    found: dict[str, None] = {}
+    biases: dict[str, None] = {}
     for node in graph.nodes:
         if node.name != "softplus" or _count_products(graph, node.outputs[0]) < 2:
             continue
         bias = _bias_before(graph, node.inputs[0], params)
         if bias:
-            found[bias] = None
-    return list(found)
+            biases[bias] = None
+    return list(biases)
 
 
 def _count_products(graph: Graph, value: int) -> int:

@@ -53,7 +53,7 @@ def zero_shortcuts_of(sites: Sites, records: Iterable[SublayerRecord]) -> list[Z
     gains = {
         record.index: record.shortcut_gain for record in records if record.branch_norm is not None
     }
-    found = []
+    shortcuts = []
     for site, raw in zip(sites, sites.raw, strict=True):
         if site.nested or gains.get(site.index) != 0 or not bool(site.shortcut.any()):
             continue
@@ -61,5 +61,5 @@ def zero_shortcuts_of(sites: Sites, records: Iterable[SublayerRecord]) -> list[Z
         calls = sites.finder.cone(raw.shortcut, terms[raw.carrier[1]].values) if terms else ()
         names = parameters_of(sites.graph, calls, sites.skeleton)
         zero = [name for name in names if not bool(sites.skeleton.params[name].any())]
-        found.append(ZeroShortcut(site.name, zero))
-    return found
+        shortcuts.append(ZeroShortcut(site.name, zero))
+    return shortcuts

@@ -51,9 +51,9 @@ def measure_group(
                         )
                     )
                     continue
-                one = linearise(site)
-                built.append(one)
-                records.append(_measure(one, effort, token_ids, state, figures))
+                linearised = linearise(site)
+                built.append(linearised)
+                records.append(_measure(linearised, effort, token_ids, state, figures))
             except SourceError:  # the weights could not be read: nothing that follows could be
                 raise
             except (JacdiagError, RuntimeError, NotImplementedError) as error:
@@ -67,22 +67,22 @@ def measure_group(
             records = [replace(r, joint_residual_norm=joint) for r in records]
         return records
     finally:
-        for one in built:
-            one.release()
+        for linearised in built:
+            linearised.release()
 
 
 def _measure(
-    one: Linearised, effort: Effort, token_ids: Tensor | None, state: str, figures: Any
+    linearised: Linearised, effort: Effort, token_ids: Tensor | None, state: str, figures: Any
 ) -> SublayerRecord:
-    site = one.site
-    norms = (effort.solver or Solver)(one, effort, token_ids).norms()
+    site = linearised.site
+    norms = (effort.solver or Solver)(linearised, effort, token_ids).norms()
     assert norms.branch is not None
-    record = _plain(site, token_ids, one.dims)
-    notes = {**record.notes, **one.notes, **norms.why}
+    record = _plain(site, token_ids, linearised.dims)
+    notes = {**record.notes, **linearised.notes, **norms.why}
     weights = _weights(site, figures)
     # no rule reads Eq. 20
-    wanted = state == "init" and site.placement == "pre" and not effort.early
-    heads = heads_norm(one, effort) if wanted else None
+    is_heads_norm_wanted = state == "init" and site.placement == "pre" and not effort.early
+    heads = heads_norm(linearised, effort) if is_heads_norm_wanted else None
     bounds = closed_form_bounds(
         kind=site.kind,
         placement=site.placement,
@@ -97,7 +97,7 @@ def _measure(
     tight = None
     if bounds.bound is not None and norms.branch.estimate > 0:
         tight = (bounds.bound - 1) / norms.branch.estimate
-    built = sum(isinstance(operator, JacobianOperator) for operator in one.owned) + (
+    built = sum(isinstance(operator, JacobianOperator) for operator in linearised.owned) + (
         heads is not None
     )
     spent = norms.products + (heads.products if heads is not None else 0)
@@ -111,25 +111,27 @@ def _measure(
         tightness=tight,
         weights=weights,
         notes=notes,
-        cost=float(spent + one.pulls + 2 * built),
+        cost=float(spent + linearised.pulls + 2 * built),
     )
 
 
 def _joint_residual(built: Sequence[Linearised], effort: Effort) -> Interval | None:
     """Return |a I + J_1 + J_2 + ...| over the dimensions that are independent for all."""
-    dims = tuple(sorted(set.intersection(*(set(one.dims) for one in built))))
+    dims = tuple(sorted(set.intersection(*(set(linearised.dims) for linearised in built))))
     first = built[0]
-    if any(one.site.value.shape != first.site.shortcut.shape for one in built):
+    if any(linearised.site.value.shape != first.site.shortcut.shape for linearised in built):
         return None
-    for one in built:
-        for operator in one.owned:
+    for linearised in built:
+        for operator in linearised.owned:
             operator.set_batch_dims(dims)
-    whole, owned, _ = residual_map(first.site, Summed([one.branch for one in built]), dims)
-    if whole is None:
+    residual, owned, _ = residual_map(
+        first.site, Summed([linearised.branch for linearised in built]), dims
+    )
+    if residual is None:
         return None
-    joint = Linearised(first.site, whole, None, owned, dims)
+    joint = Linearised(first.site, residual, None, owned, dims)
     solver = Solver(joint, effort)
-    interval = solver.interval(solver.solve(whole, "joint_residual_norm"))
+    interval = solver.interval(solver.solve(residual, "joint_residual_norm"))
     joint.release()
     return interval
 
@@ -191,9 +193,9 @@ def _why(site: Sublayer, error: Exception) -> str:
 
     A custom autograd.Function in the branch is the first suspect.
     """
-    told = one_line(error)
+    message = one_line(error)
     if not site.functions:
-        return told
+        return message
     names = ", ".join(site.functions)
     return (
         f"{told} (in it: {names}, a custom autograd.Function; a plain PyTorch version of it "
@@ -229,9 +231,9 @@ def _weights(
 
     Roles are W_1, W_gate, W_2 or W_Q, W_K, W_V, W_O.
     """
-    found = {}
+    statistics = {}
     for role, name in site.roles.items():
         stats = figures(name)
         if stats is not None:
-            found[role] = stats
-    return found
+            statistics[role] = stats
+    return statistics

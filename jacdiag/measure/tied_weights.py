@@ -69,10 +69,10 @@ def declared_tie(model: nn.Module) -> tuple[bool | None, str]:
         inner = getattr(config, name, None)
         if inner is not None:
             flags[f"config.{name}"] = _flag_of(inner)
-    given = {place: flag for place, flag in flags.items() if flag is not None}
-    if not given or len(set(given.values())) > 1:
+    stated = {place: flag for place, flag in flags.items() if flag is not None}
+    if not stated or len(set(stated.values())) > 1:
         return None, ""
-    place, flag = next(iter(given.items()))
+    place, flag = next(iter(stated.items()))
     return flag, f"{place}.{_FLAG}"
 
 
@@ -84,7 +84,7 @@ def _flag_of(config: Any) -> bool | None:
 def _pair_by_accessors(model: nn.Module, skeleton: Skeleton) -> tuple[str, str] | None:
     """Return the names of the weights of `get_output_embeddings` and `get_input_embeddings`."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found = []
+    pair = []
     for accessor in ("get_output_embeddings", "get_input_embeddings"):
         try:
             module = getattr(model, accessor)()
@@ -93,8 +93,8 @@ def _pair_by_accessors(model: nn.Module, skeleton: Skeleton) -> tuple[str, str] 
         name = names.get(id(getattr(module, "weight", None)), "")
         if skeleton.aliases.get(name, name) not in skeleton.params:
             return None
-        found.append(skeleton.aliases.get(name, name))
-    return found[0], found[1]
+        pair.append(skeleton.aliases.get(name, name))
+    return pair[0], pair[1]
 
 
 def _pair_by_roles(weights: list[WeightRecord], tied: list[str]) -> tuple[str, str] | None:

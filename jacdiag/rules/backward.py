@@ -100,11 +100,11 @@ def _held(names: Sequence[str], values: Sequence[float]) -> str:
 
     A tiny value is shown as "a.weight is at most 3e-41 in size".
     """
-    told = []
+    phrases = []
     for name, value in zip(names, values, strict=False):
         held = f"at most {abs(value):.1g} in size" if _is_negligible(value) else f"{value:g}"
-        told.append(f"{clipped(name, 100)} is {held}")
-    return _listed(told)
+        phrases.append(f"{clipped(name, 100)} is {held}")
+    return _listed(phrases)
 
 
 def _is_negligible(value: float) -> bool:
@@ -310,8 +310,8 @@ def _update(context: Context, rule: Rule) -> Outcome:
             "(norm of update / norm of weight; that the optimizer is Adam is assumed)"
         )
 
-    found = loudest(context, rule, list(figures.values()), "first_update", sentence)
-    return Outcome(len(figures), found)
+    findings = loudest(context, rule, list(figures.values()), "first_update", sentence)
+    return Outcome(len(figures), findings)
 
 
 # -- JD406 ---------------------------------------------

@@ -66,10 +66,10 @@ def rule(code: str) -> RuleInfo:
 
     Raises UsageError with the closest codes.
     """
-    for one in EVERY:
-        if one.code == code.upper():
-            return one
-    near = get_close_matches(code.upper(), [one.code for one in EVERY], n=3, cutoff=0.4)
+    for candidate in EVERY:
+        if candidate.code == code.upper():
+            return candidate
+    near = get_close_matches(code.upper(), [candidate.code for candidate in EVERY], n=3, cutoff=0.4)
     raise UsageError(
         f"no rule has the code '{code}'",
         hint=f"closest: {', '.join(near)}" if near else "`jacdiag rules` lists all",
@@ -84,14 +84,14 @@ def selected(select: Iterable[str] = (), ignore: Iterable[str] = ()) -> tuple[Ru
     Raises:
         UsageError: a prefix that no rule has; it would otherwise match nothing and pass.
     """
-    wanted, unwanted = tuple(select), tuple(ignore)
-    for prefix in (*wanted, *unwanted):
+    prefixes, ignored = tuple(select), tuple(ignore)
+    for prefix in (*prefixes, *ignored):
         if not any(code.startswith(prefix) for code in _CODES):
             raise UsageError(
                 f"no rule begins with '{prefix}'", hint=f"the rules are {', '.join(_CODES)}"
             )
-    kept = [r for r in RULES if not wanted or r.code.startswith(wanted)]
-    return tuple(r for r in kept if not unwanted or not r.code.startswith(unwanted))
+    chosen = [r for r in RULES if not prefixes or r.code.startswith(prefixes)]
+    return tuple(r for r in chosen if not ignored or not r.code.startswith(ignored))
 
 
 def evaluate(
@@ -138,7 +138,7 @@ def evaluate(
     )
 
 
-def _result(one: Rule, outcome: Outcome) -> RuleResult:
+def _result(rule: Rule, outcome: Outcome) -> RuleResult:
     status: Status = "clean"
     if outcome.findings:
         status = "fired"
@@ -146,7 +146,7 @@ def _result(one: Rule, outcome: Outcome) -> RuleResult:
         status = "not-applicable"
     elif outcome.undecided:
         status = "unknown"
-    return RuleResult(one.code, status, outcome.matched, one.name, outcome.note)
+    return RuleResult(rule.code, status, outcome.matched, rule.name, outcome.note)
 
 
 def _conditions(report: Report, outcomes: Mapping[str, Outcome]) -> Conditions:

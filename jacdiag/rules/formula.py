@@ -65,10 +65,10 @@ class Formula:
         if not self.names <= variables.keys():
             return None
         try:
-            found = _value(self.tree, variables)
+            value = _value(self.tree, variables)
         except (ArithmeticError, ValueError):
             return None
-        return found if isinstance(found, float) and math.isfinite(found) else None
+        return value if isinstance(value, float) and math.isfinite(value) else None
 
     def check(self, known: Mapping[str, object] | frozenset[str]) -> None:
         """Raise UsageError, with the closest name, for a variable that does not exist."""

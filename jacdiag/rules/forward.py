@@ -116,11 +116,11 @@ def _superlinear(
             "(linear growth gives at most 2)"
         )
 
-    found = loudest(context, rule, [measured], "variance_growth", sentence)
+    findings = loudest(context, rule, [measured], "variance_growth", sentence)
     first, last = variances[0], variances[-1]
     return [
         Finding(rule.code, f.level, [], f.what, {**f.evidence, "first": first, "last": last}, f.why)
-        for f in found
+        for f in findings
     ]
 
 

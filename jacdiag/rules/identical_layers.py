@@ -61,11 +61,11 @@ def copies(contract: ContractRecord) -> tuple[int, list[Copy]]:
     groups: dict[tuple[str, str], list[WeightRecord]] = {}
     for weight in drawn:
         groups.setdefault((_origin_of(weight), _stack_of(weight)), []).append(weight)
-    found = []
+    repeating = []
     for members in groups.values():
         for position, weight in enumerate(members[1:], start=1):
-            found.append(_copy_of(weight, members[:position]))
-    return len(drawn), found
+            repeating.append(_copy_of(weight, members[:position]))
+    return len(drawn), repeating
 
 
 def constant_matrices(contract: ContractRecord) -> list[WeightRecord]:
@@ -143,10 +143,10 @@ def _check(context: Context, rule: Rule) -> Outcome:
     contract = context.report.contract
     if contract is None or context.report.state not in rule.states:
         return NOT_APPLICABLE
-    count, found = copies(contract)
+    count, repeating = copies(contract)
     stacks: dict[tuple[str, int], list[Copy]] = {}
     others: dict[str, list[Copy]] = {}
-    for copy in found:
+    for copy in repeating:
         if copy.is_of_a_layer:
             stacks.setdefault((_NUMBER.sub("*", copy.stack), copy.original_number), []).append(copy)
         else:

@@ -36,12 +36,12 @@ def leftovers(contract: ContractRecord) -> list[Leftover]:
     if matrices and all(weight.family == "zero" for weight in matrices):
         zero = [weight for weight in contract.weights if weight.family == "zero"]
         return [Leftover(weight, _ALL_ZERO) for weight in zero]
-    found = []
+    result = []
     for weight in contract.weights:
         sign = _sign_of(weight)
         if sign:
-            found.append(Leftover(weight, sign))
-    return found
+            result.append(Leftover(weight, sign))
+    return result
 
 
 def without_leftovers(contract: ContractRecord) -> ContractRecord:

@@ -10,8 +10,8 @@ from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 
 
 def _checks(context: Context) -> dict[str, object]:
-    found: dict[str, object] = context.report.settings.get("checks", {})
-    return found
+    checks: dict[str, object] = context.report.settings.get("checks", {})
+    return checks
 
 
 def _listed(names: list[str], most: int = 3) -> str:
@@ -172,10 +172,10 @@ def _non_finite(context: Context, rule: Rule) -> Outcome:
 
 
 def _replay(context: Context, rule: Rule) -> Outcome:
-    wrong = _checks(context).get("replay")
-    if not isinstance(wrong, dict):
+    errors = _checks(context).get("replay")
+    if not isinstance(errors, dict):
         return NOT_APPLICABLE
-    if not wrong:
+    if not errors:
         return Outcome(len(context.report.sublayers))
     what = (
         f"J^T w of {_listed(list(wrong))} differs from the whole model's; its figures are not used"
@@ -186,9 +186,9 @@ def _replay(context: Context, rule: Rule) -> Outcome:
             Finding(
                 rule.code,
                 context.level(rule, "warning"),
-                list(wrong),
+                list(errors),
                 what,
-                {"errors": wrong},
+                {"errors": errors},
                 rule.summary,
             )
         ],

@@ -28,9 +28,9 @@ def find_mistaken(contract: ContractRecord) -> Yardstick | None:
     """Return the scheme of a model that follows one with a known mistake; None if there is none."""
     weights = [weight for weight in judged_by_schemes(contract) if _is_drawn_map(weight)]
     schemes = {scheme.name: scheme for scheme in catalogue()[0]}
-    for looks, wrong in _MISTAKES.items():
+    for looks, mistake in _MISTAKES.items():
         for name in _FORMULAS:
-            if _follows(contract, weights, schemes[name], wrong):
+            if _follows(contract, weights, schemes[name], mistake):
                 scheme = schemes[name]
                 only = replace(scheme, formulas={"matrix": scheme.formulas["matrix"]})
                 return Yardstick(contract, only, judges_tables=False, looks=looks)

@@ -42,25 +42,25 @@ def find_no_draws(contract: ContractRecord, logits_limit: float | None = None) -
         logits_limit: Std of the logits beyond which a head of unit spread is named; None to leave
             heads out.
     """
-    found = []
+    no_draws = []
     for weight in contract.weights:
         sign = (
             _constant(weight, contract) or _outliers(weight) or _larger_than_one(weight, contract)
         )
         if sign is not None:
-            found.append(sign)
+            no_draws.append(sign)
         elif logits_limit is not None and _is_large_head(weight, contract, logits_limit):
-            found.append(_large_head(weight, contract))
-    return found
+            no_draws.append(_large_head(weight, contract))
+    return no_draws
 
 
 def without_no_draws(contract: ContractRecord) -> ContractRecord:
     """Return the contract of the other weights: what these hold says nothing of a scheme."""
-    left = {one.weight.parameter for one in find_no_draws(contract)}
+    left = {no_draw.weight.parameter for no_draw in find_no_draws(contract)}
     if not left:
         return contract
-    kept = [weight for weight in contract.weights if weight.parameter not in left]
-    return replace(contract, weights=kept)
+    others = [weight for weight in contract.weights if weight.parameter not in left]
+    return replace(contract, weights=others)
 
 
 def _is_inside(weight: WeightRecord, contract: ContractRecord) -> bool:

@@ -48,8 +48,8 @@ def read_page(code: str) -> RulePage:
         'Massive activations: a few values of the stream are far above all others'
     """
     text = (PAGES / f"{code}.md").read_text(encoding="utf-8")
-    head, *rest = _SECTION.split(text)
-    sections = dict(zip(rest[0::2], (body.strip("\n") for body in rest[1::2]), strict=True))
+    head, *parts = _SECTION.split(text)
+    sections = dict(zip(parts[0::2], (body.strip("\n") for body in parts[1::2]), strict=True))
     _title, _, summary = head.partition("\n")
     return RulePage(
         summary=" ".join(summary.split()),

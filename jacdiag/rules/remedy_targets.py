@@ -34,8 +34,8 @@ def aims(report: Report) -> list[str]:
 
     They are the conditions, the contract and the baseline, at warning or above.
     """
-    found = dict.fromkeys(f.code for f in report.findings if f.level != "info")
-    return [code for code in found if code in (*_CONDITIONS, "JD110") or code.startswith("JD2")]
+    codes = dict.fromkeys(f.code for f in report.findings if f.level != "info")
+    return [code for code in codes if code in (*_CONDITIONS, "JD110") or code.startswith("JD2")]
 
 
 def with_fixes(findings: Iterable[Finding], remedies: Iterable[RemedyRecord]) -> list[Finding]:
@@ -54,10 +54,12 @@ def with_fixes(findings: Iterable[Finding], remedies: Iterable[RemedyRecord]) ->
 
 
 def _worst(report: Report, name: str) -> list[float] | None:
-    found = [interval for row in report.sublayers if (interval := getattr(row, name)) is not None]
-    if not found:
+    intervals = [
+        interval for row in report.sublayers if (interval := getattr(row, name)) is not None
+    ]
+    if not intervals:
         return None
-    return [max(i.lower for i in found), max(i.upper for i in found)]
+    return [max(i.lower for i in intervals), max(i.upper for i in intervals)]
 
 
 def _gain(interval: Any) -> float:

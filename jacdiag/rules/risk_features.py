@@ -158,7 +158,7 @@ def init_figures(report: Report, lr: float | None = None) -> dict[str, float]:
         >>> init_figures(report, 1e-3)["worst branch norm x lr"]      # doctest: +SKIP
         0.0058
     """
-    found = {name: figure(report) for name, figure in INIT.items()}
+    figures = {name: figure(report) for name, figure in INIT.items()}
     if lr is not None:
-        found |= {f"{name} x lr": value * lr for name, value in list(found.items())}
-    return found
+        figures |= {f"{name} x lr": value * lr for name, value in list(figures.items())}
+    return figures

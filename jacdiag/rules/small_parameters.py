@@ -55,9 +55,9 @@ def differences(contract: ContractRecord) -> tuple[int, list[Difference]]:
         candidates += _differences_in(group)
 
     # 2. Norm gains and biases that are wrong in whichever layer they stand, and padding rows.
-    wrong = list(wrong_gains(gains))
-    candidates += wrong
-    candidates += _biases_of_wrong_gains(wrong, weights)
+    gains_off = list(wrong_gains(gains))
+    candidates += gains_off
+    candidates += _biases_of_wrong_gains(gains_off, weights)
     candidates += wrong_biases(contract.weights)
     candidates += _padding(tables)
 
