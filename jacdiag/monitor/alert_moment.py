@@ -1,6 +1,4 @@
-"""What an alert handler is given: the alert, the weights it is about, and where the record of the
-run lies.
-"""
+"""What an alert handler gets: the alert, the model it is about and the folder of the run."""
 
 from __future__ import annotations
 
@@ -18,15 +16,15 @@ from jacdiag.records.run_log import Alert
 
 @dataclass(frozen=True, kw_only=True)
 class AlertMoment:
-    """The state of a run when an alert is told: what a handler needs to save a checkpoint.
+    """The state of a run when an alert is raised: what a handler needs to save a checkpoint.
 
     Attributes:
         step: optimizer steps made so far. The weights are those after this step. The alert may be
             about an earlier one, at most `log_every` steps before: see `Alert.step`.
-        alerts: all alerts of this session, the one that is told included.
+        alerts: all alerts of this session, this one included.
         findings: those of the last Jacobian probe's report; empty before the first probe.
-        model: the module that was passed to `jacdiag.watch`. None for a handler that is told after
-            the watch closed.
+        model: the module that was passed to `jacdiag.watch`. None for a handler that is called
+            after the watch closed.
         optimizers: those that update parameters, in the order in which they were passed.
         log_dir: folder of the run log. None without one.
         flight: folder that the flight recorder wrote for this alert. None if it wrote none.

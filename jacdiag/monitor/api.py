@@ -1,6 +1,4 @@
-"""`jacdiag.watch`: what a user adds to a training loop that is not ours, checked before anything is
-attached.
-"""
+"""`jacdiag.watch`, which a user adds to a training loop; all is checked before it is attached."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from jacdiag.errors import UsageError
 from jacdiag.monitor.histograms import Histograms
 from jacdiag.monitor.log.events import Record
 from jacdiag.monitor.log.sinks import AlertSink, Sink
-from jacdiag.monitor.measurements import Tiers
+from jacdiag.monitor.measurements import Measurements
 from jacdiag.monitor.optimizers import check_belongs, check_supported, names_of, optimizer_tree
 from jacdiag.monitor.schedule import Cadence
 from jacdiag.monitor.skip_list import SkipList
@@ -53,8 +51,9 @@ def watch(
     quiet: bool = False,
     skip_list: str | Path | None = None,
 ) -> Watch:
-    """Watches a training run: call `step(loss)` once per optimiser step. The training is not
-    changed by one bit.
+    """Watch a training run; call `step(loss)` of the result once per optimizer step.
+
+    The training is not changed by one bit.
 
     No `with` is needed. An exception that nobody catches, SIGTERM and Ctrl-C leave a flight, and
     the log is closed at the end of the program. `close()` or `with` end the watch earlier. See
@@ -66,8 +65,8 @@ def watch(
             torch class: `param_groups` and `step` are enough.
         log_dir: folder of `run.jsonl` and of what the flight recorder keeps; None writes nothing.
         every: cadence of the Jacobian probe: steps, a share of the training time such as "1%",
-            both, or None. With "200, 1%" it runs every 200 steps, and where steps are so short that
-            this takes more than 1% of the time, at a multiple of 200 steps that does not. With a
+            both, or None. With "200, 1%" it runs every 200 steps. If steps are so short that this
+            takes more than 1% of the time, it runs at a multiple of 200 steps that does not. With a
             share, the steps at which it runs depend on the machine.
         stats_every: cadence of shortcut and branch sizes, activations and attention logits: as
             `every`.
@@ -75,21 +74,21 @@ def watch(
         on_alert: "log", "raise" (AlertRaised from `step`), or a function. It is called with the
             alert; one that takes two arguments also gets an `AlertMoment`: step, findings, model,
             optimizers and the folder of the flight.
-        strict: raise a fault of the watch itself; else the part that failed is switched off, said
-            once.
+        strict: raise a fault of the watch itself. If not set, what failed is switched off, with one
+            warning.
         probe: what the probe runs on: token ids (B, T), a tuple of arguments or a dict of keyword
             arguments. The first sequences of the stream if not given.
         resume: go on with the log in `log_dir`.
         updates: measure the update norm of one sub-layer a step, in turn. A number N measures it at
-            every N-th step, which costs less where steps take a few milliseconds; False or 0 at
-            none. JD506 and the part of JD501 that looks at updates need eight of each sub-layer, so
-            that they are ready N times as late.
+            every N-th step, which costs less if steps take a few milliseconds. False or 0 measures
+            none. JD506, and JD501 for updates, need eight of each sub-layer: they are ready N times
+            as late.
         recorder: how many steps the flight recorder keeps; 0 for none.
-        keep_batches: how many whole batches it keeps, with the random states, on the device they
-            are on; they are written once something happens. Live rules look every `log_every`
-            steps, so that many (times the micro-batches of a step) reach back to the batch of
-            whatever step they speak of. If not given, the batches of so many steps are kept where
-            they take at most 64 MB. 0 for none.
+        keep_batches: how many batches it keeps, with the random states, on their device. They are
+            written once something happens. Live rules look every `log_every` steps. That many
+            batches (times the micro-batches of a step) include the batch of any step that an alert
+            can be about. If not given, the batches of that many steps are kept if they take at
+            most 64 MB. 0 for none.
         sinks: "tensorboard", "wandb", "trackio", "mlflow", "openmetrics" (a text file for
             Prometheus, `jacdiag.prom` in `log_dir`), "openmetrics:FILE", or objects with
             write(step, figures) and close(). They get alerts too.
@@ -100,17 +99,21 @@ def watch(
             optimizer gets, one of each per sub-layer, for the sinks "tensorboard" and "wandb"; None
             for none. Each looks at the device.
         thresholds: the user's own, see thresholds.toml.
-        risk: a file of `jacdiag backtest --write-risk`: the curves that JD105 asks at every
-            learning rate, in place of those that ship (models of width 32 to 128).
+        risk: a file of `jacdiag backtest --write-risk`, with the curves that JD105 uses at every
+            learning rate. If not given, JD105 uses those that ship (models of width 32 to 128).
         timeout: seconds to wait for another rank.
         quiet: do not announce the price on stderr.
         skip_list: a file to which the batches of steps with an alert of the loss or the gradient
             are appended. Wrap the loader in `jacdiag.skipping(loader, FILE)`, which leaves them out
             in the next run.
 
+    Returns:
+        The watch. It runs until `close()` or the end of the program.
+
     Raises:
-        UsageError: the model or the optimiser is of a kind that is not supported, does not belong
-            to the other, or is watched already; the folder holds another run.
+        UsageError: an option has a value that it cannot have. Or the model or the optimizer is of a
+            kind that is not supported, does not belong to the other, or is watched already. Or the
+            folder holds another run.
 
     Example:
         >>> import torch
@@ -130,37 +133,20 @@ def watch(
         403
         >>> w.close()
     """
-    if not isinstance(log_every, int) or log_every < 1:
-        raise UsageError(f"log_every cannot be {log_every!r}", hint="a number of steps, such as 10")
-    if not isinstance(updates, int) or updates < 0:
-        raise UsageError(
-            f"updates cannot be {updates!r}", hint="True, False, or a number of steps, such as 10"
-        )
-    if keep_batches is not None and (not isinstance(keep_batches, int) or keep_batches < 0):
-        raise UsageError(
-            f"keep_batches cannot be {keep_batches!r}", hint="a number of batches, 0 for none"
-        )
-    if histograms_every is not None and (
-        not isinstance(histograms_every, int) or histograms_every < 1
-    ):
-        raise UsageError(
-            f"histograms_every cannot be {histograms_every!r}", hint="a number of steps, or None"
-        )
-    if not (on_alert in ("log", "raise") or callable(on_alert)):
-        raise UsageError(
-            f"on_alert cannot be {on_alert!r}", hint="'log', 'raise', or a function of the alert"
-        )
-    cadences = Cadence.of(every, "every"), Cadence.of(stats_every, "stats_every")
+    _check_options(log_every, updates, keep_batches, histograms_every, on_alert)
+    probe_cadence = Cadence.of(every, "every")
+    statistics_cadence = Cadence.of(stats_every, "stats_every")
+
+    # 1. The model and its optimizers.
     check_supported(model)
     optimizers = optimizer_tree(optimizer)
-    optimisers = optimizers.leaves
     check_attachable(optimizers)
     names = names_of(model)
-    left = check_belongs(optimisers, names)
-    other = _WATCHED.get(unwrap(model), lambda: None)()
-    if other is not None and not other.closed:
-        raise UsageError("this model is watched already", hint="close() the other watch first")
+    unheld = check_belongs(optimizers.leaves, names)
+    _check_unwatched(model)
     limits = load_thresholds(thresholds, risk)
+
+    # 2. The log. Of several ranks the leading one writes it.
     together = Together(is_sharded(model), timeout)
     folder = Path(path_text(log_dir)) if log_dir is not None else None
     record = Record(
@@ -177,37 +163,81 @@ def watch(
     )
     if skip_list is not None and together.lead:
         record.skip_list = SkipList(skip_list, str(folder or ""))
-    tiers = Tiers(
+
+    # 3. What is measured.
+    measurements = Measurements(
         model,
-        optimisers,
+        optimizers.leaves,
         names,
         together,
         record,
         probe=probe,
         thresholds=limits,
-        cadences=cadences,
+        probe_cadence=probe_cadence,
+        statistics_cadence=statistics_cadence,
     )
-    record.tiers = weakref.ref(tiers)
-    if left and len(left) < len(names):
-        record.note(f"{len(left)} parameters are in no optimizer, such as '{left[0]}'")
+    record.tiers = weakref.ref(measurements)
+
+    # 4. What the user should know of these options.
+    if unheld and len(unheld) < len(names):
+        record.note(f"{len(unheld)} parameters are in no optimizer, such as '{unheld[0]}'")
     if record.recorder is not None and keep_batches is not None and 0 < keep_batches < log_every:
         record.warn(
             "keep",
             f"an alert may speak of a step {log_every - 1} before it: keep_batches={log_every} "
-            "(times "
-            f"the micro-batches of a step) keeps its batch, keep_batches={keep_batches} may not",
+            f"(times the micro-batches of a step) keeps its batch, keep_batches={keep_batches} "
+            "may not",
         )
-    histograms = Histograms(histograms_every if together.lead else None)
-    made = Watch(
+
+    # 5. Attach the watch.
+    new_watch = Watch(
         model,
         optimizers,
         together,
         record,
-        tiers,
-        log_every,
-        int(updates),
-        keep_batches,
-        histograms,
+        measurements,
+        log_every=log_every,
+        update_every=int(updates),
+        keep_batches=keep_batches,
+        histograms=Histograms(histograms_every if together.lead else None),
     )
-    _WATCHED[unwrap(model)] = weakref.ref(made)
-    return made
+    _WATCHED[unwrap(model)] = weakref.ref(new_watch)
+    return new_watch
+
+
+def _check_options(
+    log_every: Any, updates: Any, keep_batches: Any, histograms_every: Any, on_alert: Any
+) -> None:
+    """Raise UsageError if an option of `watch` has a value that it cannot have."""
+    if not isinstance(log_every, int) or log_every < 1:
+        raise UsageError(f"log_every cannot be {log_every!r}", hint="a number of steps, such as 10")
+    if not isinstance(updates, int) or updates < 0:
+        raise UsageError(
+            f"updates cannot be {updates!r}", hint="True, False, or a number of steps, such as 10"
+        )
+    if not _is_none_or_at_least(keep_batches, 0):
+        raise UsageError(
+            f"keep_batches cannot be {keep_batches!r}", hint="a number of batches, 0 for none"
+        )
+    if not _is_none_or_at_least(histograms_every, 1):
+        raise UsageError(
+            f"histograms_every cannot be {histograms_every!r}", hint="a number of steps, or None"
+        )
+    if on_alert not in ("log", "raise") and not callable(on_alert):
+        raise UsageError(
+            f"on_alert cannot be {on_alert!r}", hint="'log', 'raise', or a function of the alert"
+        )
+
+
+def _is_none_or_at_least(value: Any, least: int) -> bool:
+    return value is None or (isinstance(value, int) and value >= least)
+
+
+def _check_unwatched(model: nn.Module) -> None:
+    """Raise UsageError if an open watch is on the model."""
+    reference = _WATCHED.get(unwrap(model))
+    if reference is None:
+        return
+    other = reference()
+    if other is not None and not other.closed:
+        raise UsageError("this model is watched already", hint="close() the other watch first")

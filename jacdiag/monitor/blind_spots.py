@@ -37,7 +37,7 @@ class ProbeState:
 
 
 class Silence:
-    """Looks for what is missing in the figures of a watch.
+    """A search for what is missing in the figures of a watch.
 
     Args:
         warn: called with (topic, text); says each topic once.
@@ -72,20 +72,21 @@ class Silence:
             )
 
     def _look_at_batches(self, kind: str, batches: Batches, probe: ProbeState) -> None:
-        keeps = batches.kept is not None
         if batches.in_compiled:
             self.note(
                 f"the forward of {kind} is compiled together with the hook of the watch: the last "
                 "batch of each step "
                 "is seen. Watch the compiled model to see every micro-batch"
             )
-        too_large = batches.kept.step_bytes if batches.kept is not None else None
-        if too_large is not None:
+        if batches.kept is not None and batches.kept.step_bytes is not None:
             self.note(
-                f"batches are not kept: those of a step take {too_large / 2**20:,.0f} MB. "
+                "batches are not kept: those of a step take "
+                f"{batches.kept.step_bytes / 2**20:,.0f} MB. "
                 "keep_batches=N keeps those of the last N forwards"
             )
-        if batches.seen or batches.in_compiled or not (keeps or probe.is_needed):
+        if batches.seen or batches.in_compiled:
+            return
+        if batches.kept is None and not probe.is_needed:
             return
         if batches.in_eval:
             self.warn(
@@ -126,11 +127,9 @@ class Silence:
         if not others:
             return
         example = names.get(id(others[0]), "")
-        count = (
-            "1 parameter has a gradient"
-            if len(others) == 1
-            else f"{len(others)} parameters have gradients"
-        )
+        count = "1 parameter has a gradient"
+        if len(others) > 1:
+            count = f"{len(others)} parameters have gradients"
         self.warn(
             "unheld",
             f"{count} and no optimizer that is watched holds them, such as '{example}': neither "
@@ -140,8 +139,7 @@ class Silence:
         )
 
     def look_at_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Look for gradient norms that stand at a ceiling, in steps for which the loop passed no
-        norm.
+        """Look for gradient norms that stand at a ceiling, if the loop passed no norm.
 
         Args:
             rows: of the run log, type `step`.

@@ -1,5 +1,6 @@
-"""Nothing of the watch may end a training run: every part is guarded; one that fails is switched
-off, once, aloud.
+"""Isolation of faults: nothing of the watch may end a training run.
+
+What fails is switched off, with one warning.
 """
 
 from __future__ import annotations
@@ -45,8 +46,9 @@ class AlertRaised(JacdiagError):
 
 
 class GuardedPart:
-    """What `Guards.part` returns. It is entered ten times a step, and a generator would take three
-    times as long.
+    """The context that `Guards.part` returns.
+
+    It is entered ten times a step, and a generator would take three times as long.
     """
 
     __slots__ = ("guards", "loses", "name")
@@ -80,11 +82,13 @@ class Guards:
         self.off: dict[str, str] = {}
 
     def on(self, part: str) -> bool:
+        """Return whether something still works."""
         return part not in self.off
 
     def part(self, name: str, loses: str) -> GuardedPart:
-        """Runs a part; where it fails, it is off from now on. KeyboardInterrupt and SystemExit are
-        the user's own.
+        """Return a context that switches a part off if it fails.
+
+        KeyboardInterrupt and SystemExit are the user's own, and pass.
 
         Args:
             name: of the part.
@@ -93,7 +97,7 @@ class Guards:
         return GuardedPart(self, name, loses)
 
     def fail(self, name: str, error: Exception | str, loses: str) -> None:
-        """Switches a part off and says so, once."""
+        """Switch a part off and warn once."""
         if name in self.off:
             return
         cause = error if isinstance(error, str) else describe_cause(error)
@@ -132,7 +136,7 @@ def find_cure(part: str, error: BaseException | str) -> str:
 
 
 def say(text: str) -> None:
-    """One line to stderr, for the person who started the run."""
+    """Write one line to stderr, for the person who started the run."""
     try:
         print(text, file=sys.stderr, flush=True)
     except (OSError, ValueError):  # the terminal has gone
@@ -140,7 +144,7 @@ def say(text: str) -> None:
 
 
 def quietly(call: Callable[..., Any], *args: Any) -> None:
-    """Runs a clean-up that must not raise."""
+    """Run a clean-up that must not raise."""
     try:
         call(*args)
     except Exception:

@@ -1,18 +1,18 @@
-"""Figures of the probe's forward: sizes of shortcut and branch, activations, attention, routers,
-stable ranks.
-"""
+"""Statistics of the probe's forward: activations, attention, routers and stable ranks."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from jacdiag.measure.attention import attention_records
-from jacdiag.monitor.router_statistics import routing_of
+from jacdiag.monitor.router_statistics import Routing, routing_of
 from jacdiag.monitor.square_sums import square_sums
+from jacdiag.records.signal_propagation import AttentionRecord
 from jacdiag.trace import Sites
 
 
@@ -38,75 +38,107 @@ class ForwardFigures:
 
 def forward_figures(sites: Sites) -> ForwardFigures:
     """Measure what the probe's forward shows of every sub-layer."""
-    figures: dict[str, dict[str, float | None]] = {
-        "shortcut_std": {},
-        "branch_std": {},
-        "max_activation": {},
-    }
-    # 1. Sizes.
-    for site in sites:
-        x, f = site.shortcut.detach(), site.value.detach()
-        figures["shortcut_std"][site.name] = _spread(x, site.feature_dim)
-        figures["branch_std"][site.name] = (
-            _spread(f, site.feature_dim) if f.shape == x.shape else None
-        )
-        figures["max_activation"][site.name] = float(torch.maximum(x.abs().max(), f.abs().max()))
-
-    # 2. Attention.
+    figures = _size_figures(sites)
     attention = attention_records(sites)
-    names = [site.name for site in sites if site.kind == "attention"]
-    figures["logit"] = {
-        name: attention[name].max_logit if name in attention else None for name in names
-    }
-    shares = {name: record.entropy_share for name, record in attention.items()}
-    figures["attention_entropy"] = {name: shares.get(name) for name in names}
-    heads = {name: record.head_logits for name, record in attention.items() if record.head_logits}
-
-    # 3. Routers.
+    figures |= _attention_figures(sites, attention)
     routing = routing_of(sites)
-    if routing:
-        figures["router_entropy"] = {name: router.entropy for name, router in routing.items()}
-        figures["router_imbalance"] = {name: router.imbalance for name, router in routing.items()}
-        figures["unused_experts"] = {name: float(router.unused) for name, router in routing.items()}
-    experts = {name: router.load for name, router in routing.items()}
-    return ForwardFigures(figures=figures, heads=heads, experts=experts)
+    figures |= _router_figures(routing)
+    return ForwardFigures(
+        figures=figures,
+        heads={name: r.head_logits for name, r in attention.items() if r.head_logits},
+        experts={name: router.load for name, router in routing.items()},
+    )
 
 
-def _spread(x: Tensor, feature_dim: int) -> float:
+def _size_figures(sites: Sites) -> dict[str, dict[str, float | None]]:
+    """Measure the sizes of shortcuts and branches."""
+    shortcut_std: dict[str, float | None] = {}
+    branch_std: dict[str, float | None] = {}
+    max_activation: dict[str, float | None] = {}
+    for site in sites:
+        shortcut, branch = site.shortcut.detach(), site.value.detach()
+        shortcut_std[site.name] = _median_std(shortcut, site.feature_dim)
+        branch_std[site.name] = None
+        if branch.shape == shortcut.shape:
+            branch_std[site.name] = _median_std(branch, site.feature_dim)
+        largest = torch.maximum(shortcut.abs().max(), branch.abs().max())
+        max_activation[site.name] = float(largest)
+    return {
+        "shortcut_std": shortcut_std,
+        "branch_std": branch_std,
+        "max_activation": max_activation,
+    }
+
+
+def _attention_figures(
+    sites: Sites, attention: Mapping[str, AttentionRecord]
+) -> dict[str, dict[str, float | None]]:
+    """Return the logits and the entropy of each attention; None if they could not be read."""
+    logits: dict[str, float | None] = {}
+    entropies: dict[str, float | None] = {}
+    for site in sites:
+        if site.kind == "attention":
+            record = attention.get(site.name)
+            logits[site.name] = record.max_logit if record is not None else None
+            entropies[site.name] = record.entropy_share if record is not None else None
+    return {"logit": logits, "attention_entropy": entropies}
+
+
+def _router_figures(routing: Mapping[str, Routing]) -> dict[str, dict[str, float | None]]:
+    """Return how the routers choose; empty if the model has none."""
+    if not routing:
+        return {}
+    return {
+        "router_entropy": {name: router.entropy for name, router in routing.items()},
+        "router_imbalance": {name: router.imbalance for name, router in routing.items()},
+        "unused_experts": {name: float(router.unused) for name, router in routing.items()},
+    }
+
+
+def _median_std(x: Tensor, feature_dim: int) -> float:
+    """Return the standard deviation over the features, as a median over tokens."""
     return float(x.float().std(dim=feature_dim, correction=0).median())
 
 
 class StableRanks:
-    """|W|_F^2 / |W|_2^2 of the matrices of all sub-layers; |W|_2 by power iteration that goes on
-    where it was.
+    """Stable ranks |W|_F^2 / |W|_2^2 of the matrices of all sub-layers.
+
+    |W|_2 comes from power iteration that goes on from the vectors of the last look.
+
+    Attributes:
+        tops: name of a weight -> its top right singular vector so far.
     """
 
     def __init__(self) -> None:
         self.tops: dict[str, Tensor] = {}
 
     def look(self, sites: Sites) -> dict[str, float]:
+        """Return the stable rank of each matrix by its name, without those that are not finite."""
         params, outlines = sites.skeleton.params, sites.skeleton.outlines
-        names = [
-            n for n in dict.fromkeys(n for s in sites for n in s.products) if outlines[n].dim() == 2
-        ]
-        found = {}
-        for name in names:  # one matrix at a time: they may not all be in memory
-            w = params[name].detach()
-            square, top = float(square_sums([w])), self._top(name, w)
+        products = dict.fromkeys(name for site in sites for name in site.products)
+        matrices = [name for name in products if outlines[name].dim() == 2]
+        ranks: dict[str, float] = {}
+        for name in matrices:  # one matrix at a time: they may not all be in memory
+            weight = params[name].detach()
+            square = float(square_sums([weight]))
+            top = self._spectral_norm(name, weight)
             if top > 0 and math.isfinite(square):
-                found[name] = square / top**2
-        return found
+                ranks[name] = square / top**2
+        return ranks
 
-    def _top(self, name: str, w: Tensor) -> float:
-        v = self.tops.get(name)
+    def _spectral_norm(self, name: str, weight: Tensor) -> float:
+        """Estimate the spectral norm by a few rounds of power iteration."""
+        vector = self.tops.get(name)
         rounds = 2
-        if v is None or v.shape[0] != w.shape[1]:
+        if vector is None or vector.shape[0] != weight.shape[1]:
             generator = torch.Generator().manual_seed(0)
-            v, rounds = torch.randn(w.shape[1], generator=generator).to(w), 12
-        size = w.new_zeros(())
+            vector = torch.randn(weight.shape[1], generator=generator).to(weight)
+            rounds = 12
+        smallest = torch.finfo(weight.dtype).tiny
+        size = weight.new_zeros(())
         for _ in range(rounds):
-            u = w @ (v / v.norm().clamp_min(torch.finfo(w.dtype).tiny))
-            size = u.norm()
-            v = w.T @ u
-        self.tops[name] = v / v.norm().clamp_min(torch.finfo(w.dtype).tiny)
+            image = weight @ (vector / vector.norm().clamp_min(smallest))
+            size = image.norm()
+            vector = weight.T @ image
+        self.tops[name] = vector / vector.norm().clamp_min(smallest)
         return float(size)

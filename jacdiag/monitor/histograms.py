@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jacdiag.monitor.optimizers import local
-from jacdiag.monitor.parameter_groups import Groups
+from jacdiag.monitor.parameter_groups import SublayerGroups
 
 BINS = 64
 
@@ -48,10 +48,9 @@ def histogram_of(tensors: Sequence[Tensor]) -> Histogram:
     counts = torch.stack(
         [torch.histc(t, BINS, -top, top).double().to(flat[0].device) for t in flat]
     ).sum(0)
-    whole = [int(count) for count in counts.tolist()]
-    return Histogram(
-        edges=_edges(top), counts=whole, left_out=sum(t.numel() for t in flat) - sum(whole)
-    )
+    bins = [int(count) for count in counts.tolist()]
+    elements = sum(t.numel() for t in flat)
+    return Histogram(edges=_edges(top), counts=bins, left_out=elements - sum(bins))
 
 
 def _edges(top: float) -> list[float]:
@@ -59,7 +58,7 @@ def _edges(top: float) -> list[float]:
 
 
 class Histograms:
-    """Takes them at every `every`-th step.
+    """Histograms that are taken at every `every`-th step.
 
     Args:
         every: steps between two looks; None for never.
@@ -73,7 +72,7 @@ class Histograms:
         """Return whether a multiple of `every` lies in the last `stride` numbers."""
         return self.every is not None and step % self.every < stride
 
-    def take_gradients(self, groups: Groups, stepping: set[int] | None) -> None:
+    def take_gradients(self, groups: SublayerGroups, stepping: set[int] | None) -> None:
         """Take the gradients as an optimizer is going to use them.
 
         Args:
@@ -90,9 +89,10 @@ class Histograms:
             if gradients:
                 self.gradients[label] = histogram_of(gradients)
 
-    def finish(self, groups: Groups) -> Mapping[str, Histogram]:
-        """Return what was taken in this step under slash-separated names, with the weights after
-        it.
+    def finish(self, groups: SublayerGroups) -> Mapping[str, Histogram]:
+        """Return the histograms of this step under slash-separated names.
+
+        Those of the weights are taken now, after the step.
         """
         shown = {
             f"jacdiag/gradients/{label}": histogram for label, histogram in self.gradients.items()
@@ -105,9 +105,7 @@ class Histograms:
 
 
 def moments(shown: Histogram) -> tuple[float, float]:
-    """Return the sum and the sum of squares of the elements, each taken at the middle of its
-    bin.
-    """
+    """Return the sum and the sum of squares of the elements, with each at the middle of its bin."""
     middles = [(a + b) / 2 for a, b in zip(shown.edges, shown.edges[1:], strict=False)]
     pairs = list(zip(shown.counts, middles, strict=True))
     return math.fsum(c * m for c, m in pairs), math.fsum(c * m * m for c, m in pairs)

@@ -1,5 +1,6 @@
-"""The audit's Jacobian norms inside a run: on a small fixed probe, on the skeleton, never on the
-wrapped module.
+"""The audit's Jacobian norms inside a run, on a small fixed probe.
+
+They are measured on the skeleton of the model, never on the wrapped module.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from jacdiag.measure.nonfinite_weights import non_finite_state
 from jacdiag.measure.sublayer_norms import measure_group
 from jacdiag.monitor.forward_statistics import ForwardFigures, StableRanks, forward_figures
 from jacdiag.monitor.probe_memory import available, needed
-from jacdiag.monitor.sharded_weights import Blocks
-from jacdiag.monitor.warm_start import Memory, WarmSolver
+from jacdiag.monitor.sharded_weights import GatheredWeights
+from jacdiag.monitor.warm_start import TopVectors, WarmSolver
 from jacdiag.records import Cost, Report, SublayerRecord
 from jacdiag.rules import evaluate
 from jacdiag.rules.thresholds import Thresholds
@@ -41,8 +42,11 @@ CONFIDENCE = 0.999
 
 @dataclass
 class Price:
-    """Seconds that a tier takes, as foretold or as measured, and the memory that it needs at its
-    peak.
+    """What a probe costs, as predicted or as measured.
+
+    Attributes:
+        seconds: of one probe.
+        peak: bytes of memory at its peak.
     """
 
     seconds: float
@@ -51,37 +55,40 @@ class Price:
 
 @dataclass
 class LiveProbe:
-    """What is measured on the probe, and what is remembered between two probes.
+    """What is measured on the probe, and what is kept from one probe to the next.
 
     Args:
-        model: the guest; only its skeleton is run.
+        model: the watched model; only its skeleton is run.
         thresholds: of the rules JD1xx.
         inputs: the user's own probe, or None.
         seed: of the random starts.
-        blocks: the weights, where a rank holds only pieces of them.
+        blocks: the weights, if a rank holds only pieces of them.
     """
 
     model: nn.Module
     thresholds: Thresholds
     inputs: Any = None
     seed: int = 0
-    memory: Memory = field(default_factory=Memory)
+    memory: TopVectors = field(default_factory=TopVectors)
     ranks: StableRanks = field(default_factory=StableRanks)
     probe: Probe | None = None
     report: Report | None = None
-    blocks: Blocks | None = None
+    blocks: GatheredWeights | None = None
     decision: StateDecision | None = None
 
     def choose(
         self, first: tuple[tuple[Any, ...], dict[str, Any]] | None, sharded: bool = False
     ) -> None:
-        """Settles on the probe: the user's own, else the first sequences of the stream, else random
-        tokens.
+        """Choose the probe: the user's own, the first sequences of the stream, or random tokens.
 
-        Random tokens need a look at the embedding, and are not to be had where that lies in pieces.
+        Random tokens need a look at the embedding, which is not possible if that is sharded.
+
+        Args:
+            first: the first batch, as arguments and keyword arguments; None if none was seen.
+            sharded: whether the weights are.
 
         Raises:
-            ProbeError: none of them can be had.
+            ProbeError: there is none.
         """
         if self.probe is not None:
             return
@@ -89,9 +96,12 @@ class LiveProbe:
             self.probe = Probe.of_inputs(self.inputs, seed=self.seed)
         elif first is not None:
             args, kwargs = first
-            made = Probe.of_inputs(args if args else kwargs, seed=self.seed)
+            of_batch = Probe.of_inputs(args or kwargs, seed=self.seed)
             self.probe = replace(
-                made, args=args, kwargs=kwargs, record=replace(made.record, tokens="stream")
+                of_batch,
+                args=args,
+                kwargs=kwargs,
+                record=replace(of_batch.record, tokens="stream"),
             )
         elif sharded:
             raise ProbeError(
@@ -100,67 +110,90 @@ class LiveProbe:
             )
         else:
             try:
-                made = build_probe(Source.of_module(self.model), batch=2, seed=self.seed)
+                random_tokens = build_probe(Source.of_module(self.model), batch=2, seed=self.seed)
             except ProbeError as error:
                 raise ProbeError(
                     "no batch was seen and no probe was given",
                     got=error.what,
                     hint="jacdiag.watch(..., probe=input_ids)",
                 ) from error
-            self.probe = made.to(
-                next((p.device for p in self.model.parameters()), torch.device("cpu"))
-            )
+            device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+            self.probe = random_tokens.to(device)
 
     def sites(self) -> Sites:
-        """Records the model on the probe as it is now."""
+        """Record the model on the probe as it is now.
+
+        Raises:
+            TraceError: the model cannot be recorded, or no sub-layer was found.
+            ProbeError: a run on random tokens has failed.
+        """
         assert self.probe is not None
         blocks = self.blocks
         with gathered(blocks.outlines if blocks is not None else {}):
             try:
-                found = sites(self.model, *self.probe.args, weights=blocks, **self.probe.kwargs)
+                sublayers = sites(self.model, *self.probe.args, weights=blocks, **self.probe.kwargs)
             except TraceError as error:
                 if not self.probe.record.is_random:
                     raise
                 what = "no batch was seen, and a run on random tokens failed: pass probe=input_ids"
                 raise ProbeError(what, got=str(error)) from error
-        if not found:
-            raise nothing_found(found)
-        return found
+        if not sublayers:
+            raise nothing_found(sublayers)
+        return sublayers
 
     def statistics(self, found: Sites) -> ForwardFigures:
+        """Measure what the forward on the probe shows."""
         return forward_figures(found)
 
     # -- norms -------------------------------------------------------------------------------------
     def price(self, found: Sites, tracing: float) -> Price:
-        """Foretells a probe: one sub-layer of each kind is measured twice, cold and warm, and
-        counts for its like.
+        """Predict the cost of a probe.
+
+        One sub-layer of each kind is measured twice, without and with vectors of an earlier probe.
+        The second time counts for all of its kind.
+
+        Args:
+            found: the sub-layers.
+            tracing: seconds that finding them took.
         """
         groups = found.by_shortcut()
-        like = Counter(_alike(members) for members in groups)
+        kinds = Counter(_kind_of(members) for members in groups)
         seconds = tracing
         state = self.state_of(found)
-        for kind, count in like.items():
-            members = next(m for m in reversed(groups) if _alike(m) == kind)
+        for kind, count in kinds.items():
+            members = next(m for m in reversed(groups) if _kind_of(m) == kind)
             for _ in range(2):
-                begun = time.perf_counter()
+                started = time.perf_counter()
                 self._measured(members, state)
-                once = time.perf_counter() - begun
-            seconds += count * once
+                group_seconds = time.perf_counter() - started
+            seconds += count * group_seconds
         return Price(seconds, self.peak(found))
 
     def peak(self, found: Sites) -> int:
-        """Bytes that a probe needs, from above."""
-        return needed(found, self.blocks.peak if self.blocks is not None else 0)
+        """Return an upper bound of the bytes that a probe needs."""
+        gathered = 0
+        if self.blocks is not None:
+            gathered = self.blocks.peak
+        return needed(found, gathered)
 
     def fits(self, found: Sites) -> str:
-        """Why the probe's peak does not fit into the memory that is free; "" if it does."""
+        """Return why the probe does not fit into the free memory; "" if it does."""
         peak, free = self.peak(found), available(found[0].shortcut.device)
         if free is None or peak <= 0.9 * free:
             return ""
         return f"the probe needs about {peak / 2**20:,.0f} MB and {free / 2**20:,.0f} MB are free"
 
     def measure(self, found: Sites, step: int, begun: float) -> Report:
-        """Measures every sub-layer and judges the model by the rules JD1xx."""
+        """Measure every sub-layer and apply the rules JD1xx.
+
+        Args:
+            found: the sub-layers.
+            step: the number of the step.
+            begun: when the probe began, of `time.perf_counter`.
+
+        Raises:
+            TraceError: two runs of the model on the probe differ.
+        """
         if not found.deterministic:
             raise TraceError("two runs of the model on the probe differ", got=found.culprit)
         state = self.state_of(found)
@@ -173,7 +206,7 @@ class LiveProbe:
         return self.report
 
     def series(self, found: Sites, report: Report) -> dict[str, dict[str, float]]:
-        """What the drift rules look at: figure -> sub-layer -> value."""
+        """Return what the drift rules use: figure -> sub-layer -> value."""
         rows = report.sublayers
         return {
             "branch_norm": {r.name: r.branch_norm.estimate for r in rows if r.branch_norm},
@@ -225,7 +258,7 @@ class LiveProbe:
         )
 
     def close(self) -> None:
-        """Lets go of the model and of what was remembered; the probe stays."""
+        """Let go of the model and of what was kept between probes; the probe stays."""
         self.memory.vectors.clear()
         self.ranks.tops.clear()
         self.blocks = None
@@ -233,16 +266,14 @@ class LiveProbe:
 
 
 def _to_budget(site: Sublayer) -> Mapping[str, Callable[[float, float], bool]]:
-    """The core is solved to its whole budget; what follows from it is taken. Where nothing follows,
-    the branch is.
+    """Return for each norm when its solver may stop.
+
+    The core norm takes the full budget, and so does the branch norm if it does not follow from it.
     """
     norm = site.input_norm
-    follows = (
-        norm is not None
-        and norm.closed_form
-        and norm.aligned
-        and norm.value.shape == site.shortcut.shape
-    )
+    follows = False
+    if norm is not None and norm.closed_form and norm.aligned:
+        follows = norm.value.shape == site.shortcut.shape
 
     def always(_lower: float, _upper: float) -> bool:
         return True
@@ -257,5 +288,6 @@ def _to_budget(site: Sublayer) -> Mapping[str, Callable[[float, float], bool]]:
     }
 
 
-def _alike(members: list[Sublayer]) -> tuple[Any, ...]:
+def _kind_of(members: list[Sublayer]) -> tuple[Any, ...]:
+    """Return what sub-layers have in common that take the same time."""
     return tuple((s.kind, s.placement, tuple(s.shortcut.shape), len(s.parameters)) for s in members)

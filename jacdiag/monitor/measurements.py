@@ -1,11 +1,14 @@
-"""The three tiers: per-step figures, statistics, the Jacobian probe; each at its cadence, on one
-rank or on many.
+"""The three kinds of measurement of a watch, each at its cadence, on one rank or on many.
+
+These are the metrics of single steps, the statistics of the forward and the Jacobian probe.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,16 +18,17 @@ from jacdiag.distributed.training_group import Together
 from jacdiag.errors import TraceError
 from jacdiag.monitor.batches import Batches
 from jacdiag.monitor.blind_spots import ProbeState
+from jacdiag.monitor.forward_statistics import ForwardFigures
 from jacdiag.monitor.jacobian_probe import LiveProbe, Price
 from jacdiag.monitor.log.events import Record
 from jacdiag.monitor.log.sinks import slashed_series
 from jacdiag.monitor.optimizers import group_names, local, names_of, parameters_of
-from jacdiag.monitor.parameter_groups import by_names, by_sites, grouped
+from jacdiag.monitor.parameter_groups import SublayerGroups, by_names, by_sites, group_parameters
 from jacdiag.monitor.schedule import Cadence, Clock
-from jacdiag.monitor.sharded_weights import Blocks, is_shard
+from jacdiag.monitor.sharded_weights import GatheredWeights, is_shard
 from jacdiag.monitor.square_sums import find_nonfinite
-from jacdiag.monitor.step_metrics import FIRST, GIVEN_PART, WRITTEN, Figures, Row
-from jacdiag.monitor.step_rows import BadNames, row_of
+from jacdiag.monitor.step_metrics import FIRST, GIVEN_PART, WRITTEN, StepMetrics, StepRow
+from jacdiag.monitor.step_rows import NonfiniteNames, build_step_row
 from jacdiag.monitor.weight_writes import NOTED, WeightWrites
 from jacdiag.records import Finding, Report
 from jacdiag.records.run_log import Alert
@@ -35,153 +39,214 @@ from jacdiag.trace.execution.wrappers import has_foreign_hooks
 _NO_PROBE = "no Jacobian norms and no statistics from now on"
 _OPEN = 10**6 + 2  # the place at which ranks begin a probe
 _NO_FIGURES = "no figures of single steps from now on"
+_LEAST_STEPS = 5  # whose time is known before the probe's share of the time is announced
 
 
-class Tiers:
-    """What is measured, and when.
-
-    Args:
-        cadences: of the probe and of the statistics.
+@dataclass(frozen=True, kw_only=True)
+class DueMeasurements:
+    """What is due after a step.
 
     Attributes:
-        figures: the buffer of per-step figures; None before the first optimiser step.
-        price: of a probe: as announced, then as last measured.
+        probe: the Jacobian probe.
+        statistics: those of the forward on the probe.
+    """
+
+    probe: bool
+    statistics: bool
+
+
+class Measurements:
+    """What a watch measures, and when.
+
+    Args:
+        model: the watched model.
+        optimizers: those that update its parameters.
+        names: id of a parameter -> its name.
+        together: the ranks.
+        record: the log of the run.
+        probe: the user's own input for the probe; None for the first batch.
+        thresholds: of the rules.
+        probe_cadence: of the Jacobian probe.
+        statistics_cadence: of the statistics.
+
+    Attributes:
+        metrics: the buffer of single steps; None before the first optimizer step.
+        price: of a probe, as announced before the first one and as measured after the last.
+        looks: how often the host waited for the device.
+        findings: those of the last probe's report.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimisers: list[Any],
+        optimizers: list[Any],
         names: dict[int, str],
         together: Together,
         record: Record,
         *,
         probe: Any,
         thresholds: Thresholds,
-        cadences: tuple[Cadence, Cadence],
+        probe_cadence: Cadence,
+        statistics_cadence: Cadence,
     ) -> None:
-        self.model, self.optimisers, self.names, self.together, self.record = (
-            model,
-            optimisers,
-            names,
-            together,
-            record,
-        )
+        self.model = model
+        self.optimisers = optimizers
+        self.names = names
+        self.together = together
+        self.record = record
         self.guards = record.guards
-        self.every, self.stats_every = cadences
+        self.probe_cadence = probe_cadence
+        self.statistics_cadence = statistics_cadence
         self.live = LiveProbe(model, thresholds, probe)
         self.batches: Batches | None = None
-        self.figures: Figures | None = None
+        self.metrics: StepMetrics | None = None
         self.writes: WeightWrites | None = None
-        # samples of a checkpoint, and its step
+        # samples of the weights in a checkpoint, and its step
         self.saved_weights: tuple[dict[str, Tensor], int] | None = None
         self.price: Price | None = None
-        self.stats_price = 0.0
+        self.statistics_seconds = 0.0
         self.looks = 0
-        self.fired: set[str] = set()
-        self.findings: list[Finding] = []  # of the last probe's report
-        self.told: set[str] = set()  # findings that are no alerts, each told once
-        self._first_report = True
-        self._told_share = False
+        self.findings: list[Finding] = []
+        self._last_fired: set[str] = set()  # code and level of what the last report has found
+        self._reported: set[str] = set()  # the same of findings that are no alerts, each said once
+        self._is_first_report = True
+        self._has_announced_share = False
 
     # -- the first step ----------------------------------------------------------------------------
-    def prepared(self, step: int, capacity: int) -> Figures:
-        """The buffer; at the first call the sub-layers are found, the price is told, and the first
-        probe runs.
+    def prepared(self, step: int, capacity: int) -> StepMetrics:
+        """Return the buffer; the first call finds the sub-layers and runs the first probe.
 
-        That is before the first update, when the weights are still the initial ones and a batch has
-        been seen.
+        The first call comes before the first update. The weights are still the initial ones then,
+        and a batch has been seen.
+
+        Args:
+            step: the number of the last step.
+            capacity: steps between two looks at the device.
         """
-        if self.figures is None:
-            homes, order = self._homes(step)
-            world = self.together.size if self.together.sharded else 1
-            groups = grouped(parameters_of(self.optimisers), self.names, homes, order, world)
-            self.figures = Figures(groups, capacity)
-        return self.figures
+        if self.metrics is None:
+            self.metrics = StepMetrics(self._find_groups(step), capacity)
+        return self.metrics
 
-    def _homes(self, step: int) -> tuple[dict[str, str], list[str]]:
-        homes, order = by_names(list(self.names.values())), list[str]()
-        parameters = sum(p.numel() for p in self.model.parameters())
-        header = {
-            "model": type(self.model).__name__,
-            "parameters": parameters,
-            "ranks": self.together.size,
-            "sharded": self.together.sharded,
-            "every": self.every.steps or self.every.budget,
-            "stats_every": self.stats_every.steps or self.stats_every.budget,
-        }
-        found, seconds = self._find()
-        if found is not None:
-            homes, order = {**homes, **by_sites(found)}, [site.name for site in found]
+    def _find_groups(self, step: int) -> SublayerGroups:
+        """Group the parameters by sub-layer, write the log's header and run the first probe."""
+        # 1. Group by the sub-layers that are found, and by module names where none is.
+        group_of = by_names(list(self.names.values()))
+        order: list[str] = []
+        sites, seconds = self._trace()
+        if sites is not None:
+            group_of |= by_sites(sites)
+            order = [site.name for site in sites]
         if self.together.sharded:
-            homes, order = self.together.share((homes, order))
+            group_of, order = self.together.share((group_of, order))
+
+        # 2. Write the header of the log.
+        self.record.begin(self._header(group_of, order))
+
+        # 3. Run the first probe.
+        if sites is not None:
+            self._announce_price(sites, seconds)
+            self._measure(sites, step, seconds, probe=not self.probe_cadence.never)
+        self.live.blocks = None
+
+        world = self.together.size if self.together.sharded else 1
+        parameters = parameters_of(self.optimisers)
+        return group_parameters(parameters, self.names, group_of, order, world)
+
+    def _header(self, group_of: Mapping[str, str], order: Sequence[str]) -> dict[str, Any]:
         used = [
-            homes.get(self.names[id(p)], "")
+            group_of.get(self.names[id(p)], "")
             for p in parameters_of(self.optimisers)
             if id(p) in self.names
         ]
-        labels = [*[label for label in order if label in used], *sorted(set(used) - set(order))]
-        self.record.begin({**header, "groups": labels, "lr_groups": group_names(self.optimisers)})
-        if found is not None:
-            self._announce(found, seconds)
-            self._measure(found, step, seconds, probe=not self.every.never)
-        self.live.blocks = None
-        return homes, order
+        ordered = [label for label in order if label in used]
+        others = sorted(set(used) - set(order))
+        return {
+            "model": type(self.model).__name__,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "ranks": self.together.size,
+            "sharded": self.together.sharded,
+            "every": self.probe_cadence.steps or self.probe_cadence.budget,
+            "stats_every": self.statistics_cadence.steps or self.statistics_cadence.budget,
+            "groups": [*ordered, *others],
+            "lr_groups": group_names(self.optimisers),
+        }
 
-    def _announce(self, found: Sites, tracing: float) -> None:
+    def _announce_price(self, sites: Sites, tracing: float) -> None:
+        """Announce what the statistics and the probe cost.
+
+        Args:
+            sites: the sub-layers.
+            tracing: seconds that finding them took.
+        """
         with self.guards.part("probe", _NO_PROBE):
             assert self.live.probe is not None
-            self.stats_price = tracing
-            row: dict[str, Any] = {"statistics_seconds": tracing, "sub_layers": len(found)}
+            self.statistics_seconds = tracing
+            row: dict[str, Any] = {"statistics_seconds": tracing, "sub_layers": len(sites)}
             text = (
-                f"{len(found)} sub-layers; per step a pass over the gradients; statistics "
-                f"about {tracing:.2g} s"
+                f"{len(sites)} sub-layers; per step a pass over the gradients; statistics "
+                f"about {tracing:.2g} s {_cadence_text(self.statistics_cadence)}"
             )
-            text += f" {_often(self.stats_every)}"
-            if not self.every.never:
+            if not self.probe_cadence.never:
                 with self.together.in_step():
-                    fits = self.together.fits(not self.live.fits(found))
-                    self.price = self.live.price(found, tracing) if fits else None
+                    fits = self.together.fits(not self.live.fits(sites))
+                    self.price = self.live.price(sites, tracing) if fits else None
                 if self.price is None:
-                    return  # said where the probe is due
+                    return  # said when the probe is due
                 tokens = self.live.probe.record
-                row |= {"probe_seconds": self.price.seconds, "probe_peak_bytes": self.price.peak}
+                row["probe_seconds"] = self.price.seconds
+                row["probe_peak_bytes"] = self.price.peak
                 text += (
                     f"; Jacobian probe on {tokens.batch} x {tokens.seq or 1} about "
-                    f"{self.price.seconds:.2g} s and "
+                    f"{self.price.seconds:.2g} s and {self.price.peak / 2**20:,.0f} MB "
+                    f"{_cadence_text(self.probe_cadence)}"
                 )
-                text += f"{self.price.peak / 2**20:,.0f} MB {_often(self.every)}"
             if self.together.lead:
                 self.record.announce(text, row)
 
-    # -- per-step figures --------------------------------------------------------------------------
+    # -- metrics of single steps -------------------------------------------------------------------
     def flush(self, clock: Clock) -> None:
-        """Reads the buffer and hands the steps over; sums over ranks where weights are sharded."""
+        """Read the buffer and write its steps to the log.
+
+        Sums of squares are summed over ranks if weights are sharded.
+        """
         with self.guards.part("figures", _NO_FIGURES):
-            if self.together.sharded and not self._all_have_figures():
+            if self.together.sharded and not self._all_ranks_have_metrics():
                 return
-            if self.figures is None or not self.guards.on("figures"):
+            if self.metrics is None or not self.guards.on("figures"):
                 return
-            rows, table = self.figures.read()
+            rows, table = self.metrics.read()
             if self.writes is not None:
                 self.writes.keep_read(len(rows))
-            self.looks = self.figures.looks
+            self.looks = self.metrics.looks
             if self.together.sharded:
-                whole = self.together.total(table[:, GIVEN_PART:])
-                whole[:, 1] = table[:, GIVEN_PART + 1]  # found_inf is everybody's
-                table = torch.cat([table[:, :GIVEN_PART], whole], dim=1)
-            names = self._name_nonfinite(self.figures, rows, table)
+                table = self._sum_over_ranks(table)
+            nonfinite = self._name_nonfinite(self.metrics, rows, table)
             if rows and self.together.lead:
-                labels = self.figures.groups.labels
-                values = table.tolist()
-                written = self._describe_writes(table)
-                lines = [
-                    row_of(row, values[k], labels, names.get(k), written.get(k))
-                    for k, row in enumerate(rows)
-                ]
-                self.record.steps(lines)
-            self._tell_share(clock)
+                self._write_steps(self.metrics, rows, table, nonfinite)
+            self._announce_share(clock)
             self._check_model()
+
+    def _sum_over_ranks(self, table: Tensor) -> Tensor:
+        """Sum the squares of all ranks; `found_inf` is the same on each of them."""
+        totals = self.together.total(table[:, GIVEN_PART:])
+        totals[:, 1] = table[:, GIVEN_PART + 1]
+        return torch.cat([table[:, :GIVEN_PART], totals], dim=1)
+
+    def _write_steps(
+        self,
+        metrics: StepMetrics,
+        rows: Sequence[StepRow],
+        table: Tensor,
+        nonfinite: Mapping[int, NonfiniteNames],
+    ) -> None:
+        labels = metrics.groups.labels
+        values = table.tolist()
+        written = self._describe_writes(table)
+        lines = [
+            build_step_row(row, values[k], labels, nonfinite.get(k), written.get(k))
+            for k, row in enumerate(rows)
+        ]
+        self.record.steps(lines)
 
     def _describe_writes(self, table: Tensor) -> dict[int, dict[str, Any]]:
         """Return what was written outside the optimizer, by the row before whose step it was."""
@@ -191,73 +256,83 @@ class Tiers:
         return {place: self.writes.describe(place) for place in places}
 
     def _name_nonfinite(
-        self, figures: Figures, rows: list[Row], table: Tensor
-    ) -> dict[int, BadNames]:
-        """Name the gradients and the weights of each row that has a gradient that is not finite.
+        self, metrics: StepMetrics, rows: list[StepRow], table: Tensor
+    ) -> dict[int, NonfiniteNames]:
+        """Name what is not finite in each row that has a gradient that is not finite.
 
         Weights that no optimizer holds are looked at now: nothing has changed them since.
-        """
-        broken = (
-            table[:, FIRST:].isfinite().all(dim=1).logical_not()
-            if rows
-            else torch.zeros(0, dtype=torch.bool)
-        )
-        broken &= torch.tensor([row.made for row in rows], dtype=torch.bool)
-        if not bool(broken.any()):
-            return {}
-        # 1. The parameters that an optimizer holds, as they were before its step.
-        gradients, weights = (
-            self.together.total(flags.float()) > 0 for flags in figures.nonfinite()
-        )
-        held = [member.name for member in figures.groups.members]
-        # 2. All others.
-        known = {id(member.parameter) for member in figures.groups.members}
-        others = [
-            (self.names[id(p)], local(p.detach()))
-            for p in self.model.parameters()
-            if id(p) not in known
-        ]
-        flags = (
-            find_nonfinite([weight for _, weight in others], torch.device("cpu"))
-            if others
-            else torch.zeros(0)
-        )
-        frozen_bad = self.together.total(flags.float()) > 0
-        frozen = [
-            name for (name, _), is_bad in zip(others, frozen_bad.tolist(), strict=True) if is_bad
-        ]
-        # 3. Names.
-        found: dict[int, BadNames] = {}
-        for place in broken.nonzero().flatten().tolist():
-            bad_weights = frozen + _picked(held, weights[place])
-            seen = rows[place].weights_seen
-            found[place] = BadNames(_picked(held, gradients[place]), bad_weights if seen else None)
-        return found
 
-    def _all_have_figures(self) -> bool:
-        mine = self.guards.on("figures") and self.figures is not None
+        Returns:
+            Place of the row -> the names.
+        """
+        # 1. The rows that have such a gradient.
+        if not rows:
+            return {}
+        is_broken = table[:, FIRST:].isfinite().all(dim=1).logical_not()
+        is_broken &= torch.tensor([row.has_gradients for row in rows], dtype=torch.bool)
+        if not bool(is_broken.any()):
+            return {}
+
+        # 2. The parameters that an optimizer holds, as they were before its step.
+        gradient_flags, weight_flags = metrics.nonfinite()
+        gradients = self.together.total(gradient_flags.float()) > 0
+        weights = self.together.total(weight_flags.float()) > 0
+        held = [member.name for member in metrics.groups.members]
+
+        # 3. All other parameters.
+        frozen = self._name_nonfinite_frozen(metrics)
+
+        # 4. The names of each row.
+        names: dict[int, NonfiniteNames] = {}
+        for place in is_broken.nonzero().flatten().tolist():
+            weight_names: list[str] | None = None
+            if rows[place].weights_seen:
+                weight_names = frozen + _select(held, weights[place])
+            names[place] = NonfiniteNames(_select(held, gradients[place]), weight_names)
+        return names
+
+    def _name_nonfinite_frozen(self, metrics: StepMetrics) -> list[str]:
+        """Name the parameters that no optimizer holds and that are not finite now."""
+        held_ids = {id(member.parameter) for member in metrics.groups.members}
+        names: list[str] = []
+        weights: list[Tensor] = []
+        for parameter in self.model.parameters():
+            if id(parameter) not in held_ids:
+                names.append(self.names[id(parameter)])
+                weights.append(local(parameter.detach()))
+        flags = torch.zeros(0)
+        if weights:
+            flags = find_nonfinite(weights, torch.device("cpu"))
+        return _select(names, self.together.total(flags.float()) > 0)
+
+    def _all_ranks_have_metrics(self) -> bool:
+        """Return whether the metrics work; raise if they do on this rank and not on another."""
+        is_working = self.guards.on("figures") and self.metrics is not None
         if self.together.broken:
             raise RuntimeError(self.together.broken)
-        if not self.together.agree(mine) and mine:
+        if not self.together.agree(is_working) and is_working:
             raise RuntimeError("they failed on another rank")
-        return mine
+        return is_working
 
-    def _tell_share(self, clock: Clock) -> None:
-        """Once a training step's time is known: what the tiers come to."""
-        step = clock.step_seconds
-        if self._told_share or step is None or self.price is None or len(clock.steps) < 5:
+    def _announce_share(self, clock: Clock) -> None:
+        """Announce the probe's share of the time, once the time of a training step is known."""
+        step_seconds = clock.step_seconds
+        if self._has_announced_share or step_seconds is None or self.price is None:
             return
-        self._told_share = True
+        if len(clock.steps) < _LEAST_STEPS:
+            return
+        self._has_announced_share = True
         if not self.together.lead:
             return
-        probe = self.price.seconds / (self.every.interval(self.price.seconds, step) * step)
-        row = {"step_seconds": step, "probe_share": probe}
+        steps_between = self.probe_cadence.interval(self.price.seconds, step_seconds)
+        share = self.price.seconds / (steps_between * step_seconds)
+        row = {"step_seconds": step_seconds, "probe_share": share}
         self.record.announce(
-            f"the probe comes to {probe:.1%} of the time, at {step:.3g} s a step", row
+            f"the probe comes to {share:.1%} of the time, at {step_seconds:.3g} s a step", row
         )
 
     def _check_model(self) -> None:
-        """A model whose parameters are others than at the start is grouped anew, aloud."""
+        """Group the parameters again, with a warning, if the model has other ones than before."""
         if {id(p) for p in self.model.parameters()} == self.names.keys():
             return
         names = names_of(self.model)
@@ -268,58 +343,78 @@ class Tiers:
             "the model's parameters changed after watch was attached: they are grouped anew",
         )
         self.names = names
-        capacity = self.figures.capacity if self.figures is not None else 1
-        self.figures = None
+        capacity = self.metrics.capacity if self.metrics is not None else 1
+        self.metrics = None
         self.prepared(-1, capacity)
 
-    def set_optimisers(self, optimisers: list[Any], step: int) -> None:
+    def set_optimizers(self, optimizers: list[Any], step: int) -> None:
         """Group the parameters of other optimizers from now on."""
-        self.optimisers = optimisers
-        if self.figures is not None:
-            capacity, self.figures = self.figures.capacity, None
+        self.optimisers = optimizers
+        if self.metrics is not None:
+            capacity = self.metrics.capacity
+            self.metrics = None
             self.prepared(step, capacity)
 
     # -- statistics and probe ----------------------------------------------------------------------
     def run(self, step: int, clock: Clock) -> None:
-        """Runs what is due after a step."""
-        if self.figures is None or (not self.guards.on("probe") and not self.together.sharded):
-            return
-        seconds = clock.step_seconds
-        probe = self.every.due(step, self.price.seconds if self.price else None, seconds)
-        stats = self.stats_every.due(step, self.stats_price, seconds)
-        if self.together.sharded and (self.every.budget or self.stats_every.budget):
-            capacity = self.figures.capacity
-            if not any(
-                cadence.may_be_due(step, capacity) for cadence in (self.every, self.stats_every)
-            ):
-                return
-            with self.guards.part("probe", _NO_PROBE):
-                probe, stats = self.together.share((probe, stats))
-        if not (probe or stats):
-            return
-        begun = time.perf_counter()
-        found, tracing = self._find()
-        if found is not None:
-            self._measure(found, step, tracing, probe=probe)
-        self.live.blocks = None  # and with it the last weights
-        clock.charge("probe" if probe else "statistics", time.perf_counter() - begun)
+        """Measure what is due after a step.
 
-    def _find(self) -> tuple[Sites | None, float]:
-        """Records the model on the probe; None where that is not possible. On all ranks or on
-        none.
+        Args:
+            step: its number.
+            clock: of the run; charged with the seconds that this takes.
         """
-        begun = time.perf_counter()
-        found: Sites | None = None
+        if self.metrics is None:
+            return
+        # A rank on which the probe has failed goes on to take part where all ranks have to.
+        if not self.guards.on("probe") and not self.together.sharded:
+            return
+        due = self._due(step, clock.step_seconds, self.metrics.capacity)
+        if not due.probe and not due.statistics:
+            return
+        started = time.perf_counter()
+        sites, tracing = self._trace()
+        if sites is not None:
+            self._measure(sites, step, tracing, probe=due.probe)
+        self.live.blocks = None  # and with it the last weights
+        clock.charge("probe" if due.probe else "statistics", time.perf_counter() - started)
+
+    def _due(self, step: int, step_seconds: float | None, capacity: int) -> DueMeasurements:
+        """Return what is due after a step; ranks with sharded weights agree on it."""
+        probe_seconds = self.price.seconds if self.price else None
+        own = DueMeasurements(
+            probe=self.probe_cadence.due(step, probe_seconds, step_seconds),
+            statistics=self.statistics_cadence.due(step, self.statistics_seconds, step_seconds),
+        )
+        cadences = (self.probe_cadence, self.statistics_cadence)
+        if not self.together.sharded or not any(cadence.budget for cadence in cadences):
+            return own
+
+        # With a budget each rank decides by times of its own: the leading rank decides for all.
+        if not any(cadence.may_be_due(step, capacity) for cadence in cadences):
+            return DueMeasurements(probe=False, statistics=False)
+        with self.guards.part("probe", _NO_PROBE):
+            probe, statistics = self.together.share((own.probe, own.statistics))
+            return DueMeasurements(probe=probe, statistics=statistics)
+        return own
+
+    def _trace(self) -> tuple[Sites | None, float]:
+        """Record the model on the probe, on all ranks or on none.
+
+        Returns:
+            The sub-layers, and the seconds that it took. None if the model cannot be recorded.
+        """
+        started = time.perf_counter()
+        sites: Sites | None = None
         with self.guards.part("probe", _NO_PROBE):
             if self.together.sharded:
                 with self.together.in_step():
-                    made = self._found_in_step()
-                found = made
+                    sites_of_all = self._trace_in_step()
+                sites = sites_of_all  # only after all ranks have succeeded
             elif self.guards.on("probe"):
                 self.live.choose(self._first_batch())
                 with self._undisturbed():
-                    found = self.live.sites()
-        return found, time.perf_counter() - begun
+                    sites = self.live.sites()
+        return sites, time.perf_counter() - started
 
     def _first_batch(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if self.batches is None:
@@ -331,88 +426,121 @@ class Tiers:
     def probe_state(self) -> ProbeState:
         """Return what the probe runs on, and whether anything is measured on it."""
         probe = self.live.probe
-        is_needed = self.guards.on("probe") and not (self.every.never and self.stats_every.never)
+        never_runs = self.probe_cadence.never and self.statistics_cadence.never
         return ProbeState(
-            is_random=probe is not None and probe.record.is_random, is_needed=is_needed
+            is_random=probe is not None and probe.record.is_random,
+            is_needed=self.guards.on("probe") and not never_runs,
         )
 
-    def _found_in_step(self) -> Sites:
-        """Agree, settle on the leading rank's probe, run the skeleton: its weights are gathered
-        block by block.
+    def _trace_in_step(self) -> Sites:
+        """Record the sharded model on the leading rank's probe, with all ranks in step.
+
+        Only the skeleton of the model runs. Its weights are gathered block by block.
         """
-        off = self.guards.off.get("probe")
-        error: Exception | None = RuntimeError(off) if off is not None else None
-        lead = self.together.lead
+        # 1. Agree that no rank has a reason not to.
+        fault = self.guards.off.get("probe")
+        error: Exception | None = None
+        if fault is not None:
+            error = RuntimeError(fault)
+        own_probe = None
         try:
-            if has_foreign_hooks(self.model):
-                raise TraceError(
-                    "hooks of others are on the sharded model: its own run would need every rank"
-                )
-            if any(map(is_shard, self.model.buffers())):
-                raise TraceError("a buffer of the model is sharded, and only weights are gathered")
-            if lead:
+            self._check_shards()
+            if self.together.lead:
                 self.live.choose(self._first_batch(), sharded=True)
-            mine = self.live.probe.to("cpu") if lead and self.live.probe is not None else None
-        except Exception as failed:
-            error = error or failed
+                if self.live.probe is not None:
+                    own_probe = self.live.probe.to("cpu")
+        except Exception as failure:
+            error = error or failure
         self.together.check(_OPEN, error)
-        shared = self.together.share(mine)
-        if not lead:
+
+        # 2. Take the leading rank's probe.
+        shared = self.together.share(own_probe)
+        if not self.together.lead:
             self.live.probe = shared.to(local(next(self.model.parameters())).device)
-        self.live.blocks = Blocks(self.model, self.together)
+
+        # 3. Record the model.
+        self.live.blocks = GatheredWeights(self.model, self.together)
         with self._undisturbed():
             return self.live.sites()
 
-    def _undisturbed(self) -> Any:
-        from contextlib import ExitStack
+    def _check_shards(self) -> None:
+        """Raise TraceError if the skeleton of a sharded model cannot run on its own."""
+        if has_foreign_hooks(self.model):
+            raise TraceError(
+                "hooks of others are on the sharded model: its own run would need every rank"
+            )
+        if any(map(is_shard, self.model.buffers())):
+            raise TraceError("a buffer of the model is sharded, and only weights are gathered")
 
+    def _undisturbed(self) -> ExitStack:
+        """Return a context without the hooks of the watch and without autocast."""
         stack = ExitStack()
         if self.batches is not None:
             stack.enter_context(self.batches.away())
-        for device in {"cpu", *(["cuda"] if torch.cuda.is_available() else [])}:
-            stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        if torch.cuda.is_available():
+            stack.enter_context(torch.autocast("cuda", enabled=False))
         return stack
 
-    def _measure(self, found: Sites, step: int, tracing: float, *, probe: bool) -> None:
-        """Statistics, and the norms where they are due."""
-        begun = time.perf_counter()
+    def _measure(self, sites: Sites, step: int, tracing: float, *, probe: bool) -> None:
+        """Measure the statistics, and the Jacobian norms if they are due.
+
+        Args:
+            sites: the sub-layers.
+            step: the number of the step.
+            tracing: seconds that finding the sub-layers took.
+            probe: the Jacobian norms are due.
+        """
+        started = time.perf_counter()
         with self.guards.part("probe", _NO_PROBE), self._undisturbed():
+            # 1. Statistics of the forward.
             with self.together.in_step():
-                shown = self.live.statistics(found)
-            self.stats_price = tracing + time.perf_counter() - begun
-            self.stats_every.last = step
+                statistics = self.live.statistics(sites)
+            self.statistics_seconds = tracing + time.perf_counter() - started
+            self.statistics_cadence.last = step
             if self.together.lead:
-                row = {"step": step, "seconds": self.stats_price, "figures": shown.figures}
-                lists = {"heads": shown.heads, "experts": shown.experts}
-                self.record.line(
-                    "stats", row | {name: values for name, values in lists.items() if values}
-                )
-                self.record.publish(step, lambda: slashed_series(shown.figures))
-                for alert in self.record.live.statistics(step, shown.figures).alerts:
-                    self.record.alert(alert)
-                self.record.note_ready(step)
+                self._write_statistics(step, statistics)
             if not probe:
                 return
-            begun -= tracing
+
+            # 2. Jacobian norms, if the memory suffices on every rank.
+            started -= tracing
             with self.together.in_step():
-                why = self.live.fits(found)
-                if not self.together.fits(not why):
-                    self.every.last = step
-                    self.record.warn(
-                        "memory",
-                        f"the probe is skipped: {why or 'another rank has not the memory'}",
-                    )
+                shortage = self.live.fits(sites)
+                if not self.together.fits(not shortage):
+                    self.probe_cadence.last = step
+                    reason = shortage or "another rank has not the memory"
+                    self.record.warn("memory", f"the probe is skipped: {reason}")
                     return
-                report = self.live.measure(found, step, begun)
-                series = self.live.series(found, report)
-            seconds = time.perf_counter() - begun
+                report = self.live.measure(sites, step, started)
+                series = self.live.series(sites, report)
+
+            # 3. What it has cost, and what it shows.
+            seconds = time.perf_counter() - started
             announced = self.price.seconds if self.price is not None else None
             self.price = Price(seconds, self.price.peak if self.price else 0)
-            self.every.last = step
+            self.probe_cadence.last = step
             if self.together.lead:
-                self._hand_over(step, report, series, seconds, announced)
+                self._write_probe(step, report, series, seconds, announced)
 
-    def _hand_over(
+    def _write_statistics(self, step: int, statistics: ForwardFigures) -> None:
+        """Write the statistics to the log, send them to the sinks and check them."""
+        row: dict[str, Any] = {
+            "step": step,
+            "seconds": self.statistics_seconds,
+            "figures": statistics.figures,
+        }
+        if statistics.heads:
+            row["heads"] = statistics.heads
+        if statistics.experts:
+            row["experts"] = statistics.experts
+        self.record.line("stats", row)
+        self.record.publish(step, lambda: slashed_series(statistics.figures))
+        for alert in self.record.live.statistics(step, statistics.figures).alerts:
+            self.record.alert(alert)
+        self.record.note_ready(step)
+
+    def _write_probe(
         self,
         step: int,
         report: Report,
@@ -420,6 +548,15 @@ class Tiers:
         seconds: float,
         announced: float | None,
     ) -> None:
+        """Write a probe to the log, send it to the sinks and check it.
+
+        Args:
+            step: the number of the step.
+            report: what was measured.
+            series: figure -> sub-layer -> value.
+            seconds: that the probe took.
+            announced: seconds that were predicted, or that the last probe took.
+        """
         self.record.live.know(report)
         self.findings = report.findings
         verdict = self.record.live.probe(step, series)
@@ -433,65 +570,77 @@ class Tiers:
         self.record.line("probe", {**row, "report": report.to_dict()})
         gains = {key: series[key] for key in ("branch_norm", "core_norm", "stable_rank")}
         self.record.publish(step, lambda: slashed_series(gains))
-        self._tell_findings(report, step)
+        self._report_findings(report, step)
         for alert in verdict.alerts:
             self.record.alert(alert)
         self.record.note_ready(step)
 
-    def _tell_findings(self, report: Report, step: int) -> None:
-        """Tell what the rules newly say of the model on the probe.
+    def _report_findings(self, report: Report, step: int) -> None:
+        """Report the findings of a probe that the probe before it did not have.
 
-        What they say of it as the watch found it is a report: nothing has happened then. Rules
-        JD1xx and JD2xx judge an init, and a model in a run leaves it: what they newly say later is
-        a finding too. A warning of theirs must not end the run of a model that trains well. An
-        error is an alert: a rule speaks so only of something broken, or by the user's own
+        Most of them are a finding and no alert. The first report describes the model as the watch
+        found it: nothing has happened then. Rules JD1xx and JD2xx judge an init, and a model in a
+        run leaves it. A warning of theirs must not end the run of a model that trains well. An
+        error is an alert, since a rule has it only for something broken, or for the user's own
         threshold.
         """
         findings = [f for f in report.findings if f.level != "info" and f.code < "JD900"]
         for finding in findings:
-            key = f"{finding.code} {finding.level}"
-            if key in self.told or key in self.fired:
+            key = _finding_key(finding)
+            if key in self._reported or key in self._last_fired:
                 continue
-            told = Alert(
+            alert = Alert(
                 step, finding.code, finding.level, finding.what, finding.where, finding.evidence
             )
-            of_init = self._first_report or finding.code < "JD300"
-            if of_init and finding.level != "error":
-                self.told.add(key)
-                self.record.finding(told)
+            is_of_init = self._is_first_report or finding.code < "JD300"
+            if is_of_init and finding.level != "error":
+                self._reported.add(key)
+                self.record.finding(alert)
             else:
-                self.record.alert(told)
-        self.fired = {f"{finding.code} {finding.level}" for finding in findings}
-        self._first_report = False
+                self.record.alert(alert)
+        self._last_fired = {_finding_key(finding) for finding in findings}
+        self._is_first_report = False
 
-    # -- memory ------------------------------------------------------------------------------------
+    # -- checkpoints and the end -------------------------------------------------------------------
     def weights_state(self) -> dict[str, Tensor]:
-        """Samples of the weights; none where they are sharded, since the next run may cut them
-        otherwise.
+        """Return samples of the weights; none if they are sharded.
+
+        The next run may cut sharded weights in another way.
         """
-        return self.writes.state() if self.writes is not None and not self.together.sharded else {}
+        if self.writes is None or self.together.sharded:
+            return {}
+        return self.writes.state()
 
     def fixed_probe(self) -> dict[str, Any] | None:
+        """Return the arguments of the probe; None before there is one."""
         probe = self.live.probe
-        return None if probe is None else {"args": probe.args, "kwargs": probe.kwargs}
+        if probe is None:
+            return None
+        return {"args": probe.args, "kwargs": probe.kwargs}
 
     def set_probe(self, saved: Mapping[str, Any] | None) -> None:
-        """The probe of the run so far, so that its series go on."""
+        """Take the probe of the run so far, so that its series go on."""
         if saved is not None and self.live.inputs is None and self.live.probe is None:
             self.live.choose((tuple(saved["args"]), dict(saved["kwargs"])))
 
     def close(self) -> None:
-        """Lets go of the model and the optimisers; what can still be asked for is the probe."""
-        self.figures, self.batches, self.writes = None, None, None
+        """Let go of the model and the optimizers; the probe stays for `fixed_probe`."""
+        self.metrics = None
+        self.batches = None
+        self.writes = None
         self.live.close()
         del self.model, self.optimisers
 
 
-def _picked(names: Sequence[str], flags: Tensor) -> list[str]:
+def _select(names: Sequence[str], flags: Tensor) -> list[str]:
     return [name for name, flag in zip(names, flags.tolist(), strict=True) if flag]
 
 
-def _often(cadence: Cadence) -> str:
+def _finding_key(finding: Finding) -> str:
+    return f"{finding.code} {finding.level}"
+
+
+def _cadence_text(cadence: Cadence) -> str:
     if cadence.never:
         return "(switched off)"
     words: list[str] = []

@@ -1,8 +1,8 @@
-"""Hooks on a watched model that stay behind when the model is copied, pickled or saved.
+"""Hooks on a watched model that are left out when the model is copied, pickled or saved.
 
 A forward hook lies in a dict of the module, and `torch.save(model)`, `copy.deepcopy(model)` and
 `AveragedModel(model)` take that dict along. While a hook of the watch is on a module, `copyreg`
-holds a function for the module's class, which `pickle` and `copy` ask: it leaves these hooks out
+holds a function for the module's class, which `pickle` and `copy` call. It leaves these hooks out
 and keeps the user's own.
 """
 
@@ -26,8 +26,9 @@ class ModelHook:
     """A callable that a watch puts on a model; subclasses define `__call__`."""
 
     def __reduce__(self) -> Reduced:
-        """Become a function that does nothing: for classes that copy their hooks by methods of
-        their own.
+        """Become a function that does nothing.
+
+        This serves classes that copy their hooks by methods of their own.
         """
         return getattr, (nullcontext(), "__exit__")
 
@@ -42,8 +43,12 @@ class AttachedHook:
     """
 
     def __init__(self, module: nn.Module, hook: ModelHook, *, after: bool = False) -> None:
-        self.module, self.hook, self.after = module, hook, after
-        register: Any = module.register_forward_hook if after else module.register_forward_pre_hook
+        self.module = module
+        self.hook = hook
+        self.after = after
+        register: Any = module.register_forward_pre_hook
+        if after:
+            register = module.register_forward_hook
         self._handle: Any = register(hook, with_kwargs=True)
         _begin_to_leave_out(type(module))
         self._counted = True
@@ -101,32 +106,43 @@ def _end_to_leave_out(kind: type) -> None:
 def reduce_without_hooks(module: nn.Module) -> str | Reduced:
     """Return what the module gives to `pickle` and `copy`, without the hooks of a watch."""
     earlier = _EARLIER.get(type(module))
-    reduced = earlier(module) if earlier is not None else module.__reduce_ex__(_PROTOCOL)
+    reduced: str | Reduced
+    if earlier is not None:
+        reduced = earlier(module)
+    else:
+        reduced = module.__reduce_ex__(_PROTOCOL)
     if isinstance(reduced, str) or len(reduced) < 3:
         return reduced
     return (*reduced[:2], _clean_state(reduced[2]), *reduced[3:])
 
 
 def _clean_state(state: Any) -> Any:
-    """The state of an object: its dict, or its dict and its slots."""
+    """Return the state of a module without the hooks of a watch.
+
+    Args:
+        state: the dict of the module, or a pair of its dict and its slots.
+    """
     if isinstance(state, tuple) and len(state) == 2:
         return _clean_state(state[0]), state[1]
     if not isinstance(state, dict):
         return state
-    left_out = {key for name in (_PRE_HOOKS, _FORWARD_HOOKS) for key in _hook_keys(state.get(name))}
-    if not left_out:
+    keys = {*_hook_keys(state.get(_PRE_HOOKS)), *_hook_keys(state.get(_FORWARD_HOOKS))}
+    if not keys:
         return state
+    # Other tables, such as _forward_hooks_with_kwargs, have the same keys as the hooks.
     clean = dict(state)
     for name, table in state.items():
-        # The tables beside the hooks, such as _forward_hooks_with_kwargs, have the same keys.
         if name.startswith((_PRE_HOOKS, _FORWARD_HOOKS)) and isinstance(table, dict):
-            clean[name] = OrderedDict(
-                (key, value) for key, value in table.items() if key not in left_out
-            )
+            clean[name] = _without_keys(table, keys)
     return clean
 
 
+def _without_keys(table: dict[Any, Any], keys: set[int]) -> OrderedDict[Any, Any]:
+    return OrderedDict((key, value) for key, value in table.items() if key not in keys)
+
+
 def _hook_keys(hooks: Any) -> list[int]:
+    """Return the keys of the hooks of a watch."""
     if not isinstance(hooks, dict):
         return []
     return [key for key, hook in hooks.items() if isinstance(hook, ModelHook)]

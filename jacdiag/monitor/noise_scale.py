@@ -22,7 +22,7 @@ from jacdiag.monitor.square_sums import square_sums
 from jacdiag.trace.execution.precision import map_leaves
 
 LEAST = 3  # micro-batches in a step: one is the small batch, all but the last are the large one
-# steps that are averaged. Numerator and denominator are averaged apart, as the paper does
+# Steps that are averaged. Numerator and denominator are averaged apart, as the paper does
 WINDOW = 50
 LEAST_LOOKS = 10
 
@@ -45,20 +45,21 @@ class MicroBatchNorms:
 
     @property
     def squared_mean(self) -> float:
-        """Unbiased estimate of |G|^2, the squared norm of the true gradient."""
+        """The unbiased estimate of |G|^2, the squared norm of the true gradient."""
         return (self.summed / self.count - self.first) / (self.count - 1)
 
     @property
     def variance(self) -> float:
-        """Unbiased estimate of tr(Sigma), the variance of the gradient of one sequence, summed over
-        parameters.
+        """The unbiased estimate of tr(Sigma).
+
+        That is the variance of the gradient of one sequence, summed over parameters.
         """
         mean = self.summed / self.count**2
         return self.rows * (self.first - mean) / (1 - 1 / self.count)
 
 
 class NoiseScale:
-    """Averages over steps.
+    """The noise scale B_simple, averaged over steps.
 
     Example:
         >>> noise = NoiseScale()
@@ -72,22 +73,26 @@ class NoiseScale:
         self.looks: deque[MicroBatchNorms] = deque(maxlen=WINDOW)
 
     def add(self, norms: MicroBatchNorms) -> None:
+        """Add the norms of a step."""
         self.looks.append(norms)
 
     @property
     def value(self) -> float | None:
-        """B_simple in sequences; None before LEAST_LOOKS steps, or while noise hides the
-        gradient.
+        """B_simple in sequences.
+
+        None before LEAST_LOOKS steps, or while the noise hides the gradient.
         """
         if len(self.looks) < LEAST_LOOKS:
             return None
         squared_mean = sum(norms.squared_mean for norms in self.looks)
         variance = sum(norms.variance for norms in self.looks)
-        return variance / squared_mean if squared_mean > 0 else None
+        if squared_mean <= 0:
+            return None
+        return variance / squared_mean
 
 
 class MicroBatches:
-    """Reads the gradients that accumulate between two optimizer steps, at every `every`-th step.
+    """Gradients that accumulate between two optimizer steps, read at every `every`-th step.
 
     Nothing is read from the device: the sums stay there until the log is written.
 
@@ -101,12 +106,17 @@ class MicroBatches:
     def __init__(
         self, model: nn.Module, parameters: Callable[[], Sequence[Tensor]], every: int
     ) -> None:
-        self.model, self.parameters, self.every = model, parameters, every
+        self.model = model
+        self.parameters = parameters
+        self.every = every
         self.step = 0
         self._begin()
 
     def _begin(self) -> None:
-        self.forwards, self.rows, self.is_known = 0, 0, True
+        """Begin a step without a micro-batch."""
+        self.forwards = 0
+        self.rows = 0  # sequences in each micro-batch
+        self.is_known = True  # the gradients are those of micro-batches of one size
         self.first: Tensor | None = None
         self.summed: Tensor | None = None
 
@@ -114,17 +124,19 @@ class MicroBatches:
         """Take note of a micro-batch, and of the gradients of those before it."""
         if self.step % self.every:
             return
-        # 1. Gradients that other ranks have a part in already are no sum of this rank's
-        # micro-batches.
-        if getattr(self.model, "require_backward_grad_sync", False) and self.forwards:
+        # 1. Check that the gradients are a sum over micro-batches of one size. They are not if they
+        # have been averaged over ranks already.
+        is_averaged = getattr(self.model, "require_backward_grad_sync", False) and self.forwards
+        rows = _count_rows(args, kwargs)
+        has_other_size = self.rows != 0 and rows != self.rows
+        if is_averaged or rows is None or has_other_size:
             self.is_known = False
-        rows = _rows(args, kwargs)
-        self.is_known &= rows is not None and rows == (self.rows or rows)
         self.rows = rows or 0
         self.forwards += 1
         if not self.is_known or self.forwards < 2:
             return
-        # 2. What has accumulated so far.
+
+        # 2. Read what has accumulated so far.
         gradients = [local(p.grad) for p in self.parameters() if p.grad is not None]
         if not gradients:  # two forwards before a backward: these are no micro-batches
             self.is_known = False
@@ -141,20 +153,17 @@ class MicroBatches:
             micro-batches that are summed, and the sequences in each. None if the step was not read,
             or had fewer than LEAST micro-batches.
         """
-        sums = None
-        if (
-            self.first is not None
-            and self.summed is not None
-            and self.is_known
-            and self.forwards >= LEAST
-        ):
-            sums = (torch.stack([self.first, self.summed]), self.forwards - 1, self.rows)
+        reading = None
+        first, summed = self.first, self.summed
+        has_enough = self.is_known and self.forwards >= LEAST
+        if has_enough and first is not None and summed is not None:
+            reading = (torch.stack([first, summed]), self.forwards - 1, self.rows)
         self.step += 1
         self._begin()
-        return sums
+        return reading
 
 
-def _rows(args: Any, kwargs: Any) -> int | None:
+def _count_rows(args: Any, kwargs: Any) -> int | None:
     """Return the sequences in a batch: the first dimension of its first tensor."""
     sizes: list[int] = []
 

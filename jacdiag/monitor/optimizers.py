@@ -21,6 +21,7 @@ _FOREIGN = {
     "colossalai": "ColossalAI's optimisers step on flat partitions",
 }
 _PLAIN_WAY = "pass the torch.optim optimizer that steps, or any object with step() and param_groups"
+_KNOWN_ATTRIBUTES = ("param_groups", "state", "defaults", "optimizer", "optimizers")
 _FORWARDING = ("accelerate", "lightning", "pytorch_lightning", "lightning_fabric", "transformers")
 
 
@@ -46,8 +47,10 @@ class OptimizerTree:
 
 
 def optimisers_of(given: Any) -> list[Any]:
-    """Return the optimizers that update parameters in what a user passed: one, several, a wrapper
-    or a container.
+    """Return the optimizers that update parameters in what a user passed.
+
+    Args:
+        given: as for `optimizer_tree`.
 
     Raises:
         UsageError: there is none, or it is of a kind that is not supported; the message names it.
@@ -77,76 +80,98 @@ def optimizer_tree(given: Any) -> OptimizerTree:
     return tree
 
 
-def _collect(given: Any, tree: OptimizerTree, seen: set[int]) -> None:
-    if id(given) in seen:
+def _collect(candidate: Any, tree: OptimizerTree, visited: set[int]) -> None:
+    """Add an object to the tree if it is an optimizer, after all optimizers inside it."""
+    if id(candidate) in visited:
         return
-    seen.add(id(given))
-    _refuse_foreign(given)
-    known = len(tree.leaves)
-    for child in _children(given):
-        _collect(child, tree, seen)
-    if not _steps_parameters(given):
+    visited.add(id(candidate))
+    _refuse_foreign(candidate)
+
+    # 1. The optimizers inside.
+    count = len(tree.leaves)
+    for child in _children(candidate):
+        _collect(child, tree, visited)
+    if not _steps_parameters(candidate):
         return
-    inner = {id(p) for leaf in tree.leaves[known:] for p in held_parameters(leaf)}
-    if not {id(p) for p in held_parameters(given)} <= inner:
-        tree.leaves.append(given)  # such as ZeroRedundancyOptimizer, whose inner one holds a part
+    inner = {id(p) for leaf in tree.leaves[count:] for p in held_parameters(leaf)}
+    own = {id(p) for p in held_parameters(candidate)}
+
+    # 2. One with parameters that none inside holds is a leaf, such as ZeroRedundancyOptimizer.
+    if not own <= inner:
+        tree.leaves.append(candidate)
         if inner:
-            tree.inner[id(given)] = inner
-    elif type(given).__module__.split(".")[0] not in _FORWARDING:
-        tree.shells.append(given)
+            tree.inner[id(candidate)] = inner
+        return
+
+    # 3. A wrapper. Those that only forward the call move no weights themselves.
+    library = type(candidate).__module__.split(".")[0]
+    if library not in _FORWARDING:
+        tree.shells.append(candidate)
 
 
-def _refuse_foreign(given: Any) -> None:
-    for cls in type(given).__mro__:
-        why = _FOREIGN.get(cls.__module__.split(".")[0])
-        if why is not None:
-            raise UsageError(f"{type(given).__name__} is not supported", got=why, hint=_PLAIN_WAY)
-    if type(given).__name__ == "OptimizersInBackwardContainer":
+def _refuse_foreign(candidate: Any) -> None:
+    """Raise UsageError if the class of an optimizer is of a kind that is not supported."""
+    kind = type(candidate).__name__
+    for cls in type(candidate).__mro__:
+        reason = _FOREIGN.get(cls.__module__.split(".")[0])
+        if reason is not None:
+            raise UsageError(f"{kind} is not supported", got=reason, hint=_PLAIN_WAY)
+    if kind == "OptimizersInBackwardContainer":
         raise UsageError(
             "an optimiser that steps inside the backward is not supported",
-            got=type(given).__name__,
+            got=kind,
             hint="there is no moment at which all gradients are there; switch it off",
         )
 
 
-def _children(given: Any) -> list[Any]:
-    """The optimizers inside an object: members of a collection, or what its attributes hold."""
-    if isinstance(given, dict):
-        return list(given.values())
-    if isinstance(given, list | tuple | set):
-        return list(given)
-    if isinstance(given, nn.Module):
+def _children(candidate: Any) -> list[Any]:
+    """Return what may be an optimizer inside a collection or an object."""
+    if isinstance(candidate, dict):
+        return list(candidate.values())
+    if isinstance(candidate, list | tuple | set):
+        return list(candidate)
+    if isinstance(candidate, nn.Module):
         return []
-    # 1. The names that trainers and containers use; what they hold is looked into whatever it is.
+    children = [*_children_by_name(candidate), *_children_in_attributes(candidate)]
+    return [child for child in children if child is not candidate]
+
+
+def _children_by_name(candidate: Any) -> list[Any]:
+    """Return what lies under the names that trainers and containers use, whatever it is."""
     children: list[Any] = []
-    several = getattr(given, "optimizers", None)
+    several = getattr(candidate, "optimizers", None)
     if isinstance(several, dict):
         several = list(several.values())
     if isinstance(several, list | tuple):
         children.extend(several)
-    inner = getattr(given, "optimizer", None)
-    if inner is not None and inner is not given:
-        children.append(inner)
-    # 2. Any other attribute that holds an optimizer, or a list or dict of them.
-    for name, value in list(getattr(given, "__dict__", {}).items()):
-        if name in ("param_groups", "state", "defaults", "optimizer", "optimizers"):
+    single = getattr(candidate, "optimizer", None)
+    if single is not None:
+        children.append(single)
+    return children
+
+
+def _children_in_attributes(candidate: Any) -> list[Any]:
+    """Return the optimizers that any other attribute holds, also in a list or a dict."""
+    children: list[Any] = []
+    for name, value in list(getattr(candidate, "__dict__", {}).items()):
+        if name in _KNOWN_ATTRIBUTES:
             continue
-        members = value.values() if isinstance(value, dict) else value
-        if isinstance(value, list | tuple | dict):
-            children.extend(member for member in members if _steps_parameters(member))
-        elif _steps_parameters(value):
-            children.append(value)
-    return [child for child in children if child is not given]
+        members = [value]
+        if isinstance(value, dict):
+            members = list(value.values())
+        elif isinstance(value, list | tuple):
+            members = list(value)
+        children.extend(member for member in members if _steps_parameters(member))
+    return children
 
 
 def _steps_parameters(value: Any) -> bool:
-    """Whether an object is an optimizer as a training loop needs it: parameter groups and a
-    step.
-    """
+    """Return whether an object has what a training loop needs: parameter groups and a step."""
     if isinstance(value, type | nn.Module | Tensor):
         return False
     try:
-        groups, step = getattr(value, "param_groups", None), getattr(value, "step", None)
+        groups = getattr(value, "param_groups", None)
+        step = getattr(value, "step", None)
     except Exception:  # a property of somebody else's object
         return False
     if not callable(step) or not isinstance(groups, list | tuple) or not groups:
@@ -155,33 +180,40 @@ def _steps_parameters(value: Any) -> bool:
 
 
 def check_supported(model: Any) -> None:
-    """Raises UsageError for what a watch cannot see into: named, instead of figures that stay empty
-    in silence.
+    """Raise UsageError if a watch cannot see into the model.
+
+    The message names the reason. Without this check the log would stay empty.
     """
-    if isinstance(model, list | tuple) or type(model).__module__.startswith(
-        "torch.distributed.pipelining"
-    ):
+    # 1. Something other than one module.
+    is_stage = type(model).__module__.startswith("torch.distributed.pipelining")
+    if is_stage or isinstance(model, list | tuple):
         raise UsageError(
             "pipeline stages are not supported",
             got=f"a {type(model).__name__}",
             hint="watch takes one nn.Module that holds the whole model",
         )
     check_module(model, "jacdiag.watch")
+
+    # 2. The engine of a library with optimizers of its own.
     for cls in type(model).__mro__:
-        why = _FOREIGN.get(cls.__module__.split(".")[0])
-        if why is not None and cls.__name__.endswith("Engine"):
+        reason = _FOREIGN.get(cls.__module__.split(".")[0])
+        if reason is not None and cls.__name__.endswith("Engine"):
             raise UsageError(
-                f"{type(model).__name__} is not supported", got=why, hint="watch the module itself"
+                f"{type(model).__name__} is not supported",
+                got=reason,
+                hint="watch the module itself",
             )
-    for part in model.modules():
-        handle: Any = getattr(part, "_handle", None)
+
+    # 3. Flat shards, and optimizers inside the backward.
+    for module in model.modules():
+        handle: Any = getattr(module, "_handle", None)
         if getattr(handle, "flat_param", None) is not None:
             raise UsageError(
                 "FullyShardedDataParallel (FSDP1) is not supported: its parameters are flat shards",
                 hint="fully_shard (FSDP2) is",
             )
-    for name, p in model.named_parameters():
-        if getattr(p, "_in_backward_optimizers", None):
+    for name, parameter in model.named_parameters():
+        if getattr(parameter, "_in_backward_optimizers", None):
             raise UsageError(
                 "an optimiser that steps inside the backward is not supported",
                 got=f"on '{name}'",
@@ -190,24 +222,34 @@ def check_supported(model: Any) -> None:
 
 
 def names_of(model: nn.Module) -> dict[int, str]:
-    """Maps id of a parameter -> its plain name, inside all wrappers; the first name of a tie."""
-    found: dict[int, str] = {}
-    for name, p in unwrap(model).named_parameters(remove_duplicate=False):
-        found.setdefault(id(p), plain_name(name))
-    return found
+    """Map the id of a parameter to its name without wrappers; of tied names the first counts."""
+    names: dict[int, str] = {}
+    for name, parameter in unwrap(model).named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), plain_name(name))
+    return names
 
 
-def parameters_of(optimisers: list[Any]) -> list[Tensor]:
-    """All parameters of optimisers, each once."""
-    every = {id(p): p for o in optimisers for group in o.param_groups for p in group["params"]}
-    return list(every.values())
+def parameters_of(optimizers: list[Any]) -> list[Tensor]:
+    """Return all parameters of some optimizers, each once."""
+    by_id: dict[int, Tensor] = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                by_id[id(parameter)] = parameter
+    return list(by_id.values())
 
 
-def check_belongs(optimisers: list[Any], names: dict[int, str]) -> list[str]:
-    """Raises UsageError for optimisers without a parameter of the model; returns names of those
-    that none holds.
+def check_belongs(optimizers: list[Any], names: dict[int, str]) -> list[str]:
+    """Return the names of the model's parameters that no optimizer holds.
+
+    Args:
+        optimizers: those that are passed.
+        names: id of a parameter of the model -> its name.
+
+    Raises:
+        UsageError: the optimizers hold none of them.
     """
-    held = {id(p) for p in parameters_of(optimisers)}
+    held = {id(p) for p in parameters_of(optimizers)}
     if not held & names.keys():
         raise UsageError(
             "the optimizer holds none of the model's parameters",
@@ -220,44 +262,48 @@ def check_belongs(optimisers: list[Any], names: dict[int, str]) -> list[str]:
     return [name for key, name in names.items() if key not in held]
 
 
-def scaling(optimiser: Any) -> tuple[Tensor | None, Tensor | None]:
-    """(scale, found_inf) of a fused optimiser inside GradScaler.step: it is given scaled gradients
-    and unscales them.
+def scaling(optimizer: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Return `(grad_scale, found_inf)` of a fused optimizer inside `GradScaler.step`.
 
-    Others are stepped with gradients that the scaler has unscaled, and not at all where one of them
-    is inf.
+    Such an optimizer gets scaled gradients and unscales them. Any other gets gradients that the
+    scaler has unscaled, and is not called if one of them is inf: both are None then.
     """
-    scale, inf = getattr(optimiser, "grad_scale", None), getattr(optimiser, "found_inf", None)
-    return (scale if isinstance(scale, Tensor) else None), (
-        inf if isinstance(inf, Tensor) else None
-    )
+    scale = getattr(optimizer, "grad_scale", None)
+    found_inf = getattr(optimizer, "found_inf", None)
+    if not isinstance(scale, Tensor):
+        scale = None
+    if not isinstance(found_inf, Tensor):
+        found_inf = None
+    return scale, found_inf
 
 
 def learning_rates(optimizer: Any) -> list[float | Tensor | None]:
-    """Return the learning rate of each parameter group: a number, or a copy on the device where it
-    lies there.
+    """Return the learning rate of each parameter group.
+
+    Returns:
+        Numbers; a copy on the device for a rate that lies there; None for a group without a rate.
     """
     rates: list[float | Tensor | None] = []
     for group in optimizer.param_groups:
         rate = group.get("lr")
-        if isinstance(rate, Tensor):
-            rates.append(float(rate) if rate.device.type == "cpu" else rate.detach().clone())
+        if rate is None:
+            rates.append(None)
+        elif isinstance(rate, Tensor) and rate.device.type != "cpu":
+            rates.append(rate.detach().clone())
         else:
-            rates.append(None if rate is None else float(rate))
+            rates.append(float(rate))
     return rates
 
 
 def group_names(optimizers: Sequence[Any]) -> list[str]:
-    """Return a name for each parameter group of some optimizers, such as "AdamW 0", or the name the
-    group has.
-    """
+    """Return a name for each parameter group, such as "AdamW 0", or with the group's own name."""
     kinds = [type(optimizer).__name__ for optimizer in optimizers]
     names: list[str] = []
     for place, (optimizer, kind) in enumerate(zip(optimizers, kinds, strict=True)):
         unique = kind if kinds.count(kind) == 1 else f"{kind} ({place})"
         for number, group in enumerate(optimizer.param_groups):
-            given = group.get("name")
-            names.append(f"{unique} {given if isinstance(given, str) else number}")
+            own_name = group.get("name")
+            names.append(f"{unique} {own_name if isinstance(own_name, str) else number}")
     return names
 
 
@@ -267,14 +313,17 @@ def held_parameters(optimizer: Any) -> list[Tensor]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that lies on this rank; a plain tensor is that itself."""
+    """Return what this rank holds of a tensor; a plain tensor is returned as it is."""
     to_local = getattr(tensor, "to_local", None)
-    return to_local() if to_local is not None else tensor
+    if to_local is None:
+        return tensor
+    return to_local()
 
 
 def copies(tensor: Tensor, world: int) -> float:
-    """How many ranks hold the very piece of a tensor that this one holds: a sum over ranks counts
-    it so often.
+    """Return how many ranks hold the same piece of a tensor as this one.
+
+    A sum over ranks counts the piece that often.
     """
     placements = getattr(tensor, "placements", None)
     if placements is None or not torch.distributed.is_initialized():
@@ -282,5 +331,6 @@ def copies(tensor: Tensor, world: int) -> float:
     mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
     pieces = 1
     for dim, placement in enumerate(placements):
-        pieces *= 1 if placement.is_replicate() else mesh.size(dim)
+        if not placement.is_replicate():
+            pieces *= mesh.size(dim)
     return world / pieces

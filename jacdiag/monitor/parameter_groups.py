@@ -1,4 +1,4 @@
-"""Parameters by sub-layer: what the per-step figures are figures of."""
+"""Parameters grouped by sub-layer: the metrics of single steps are given per group."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ EMBEDDING, HEAD, NORMS, OTHER = "(embedding)", "(head)", "(norms)", "(other)"
 
 @dataclass(frozen=True)
 class Member:
-    """A parameter with its name, its group, and the share of its squares that this rank counts."""
+    """A parameter in its group.
+
+    Attributes:
+        name: of the parameter.
+        parameter: the tensor.
+        group: place of its group among the labels.
+        share: of its squares that this rank counts, between 0 and 1.
+    """
 
     name: str
     parameter: Tensor
@@ -25,12 +32,12 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Groups:
-    """The sub-layers, and where each parameter of the optimisers belongs.
+class SublayerGroups:
+    """The sub-layers, and the group that each parameter of the optimizers belongs to.
 
     Attributes:
-        labels: names of sub-layers in their order, then what lies outside them.
-        members: every parameter that an optimiser holds, in the optimisers' order.
+        labels: names of sub-layers in their order, then those of parameters outside of them.
+        members: every parameter that an optimizer holds, in the optimizers' order.
     """
 
     labels: tuple[str, ...]
@@ -39,10 +46,10 @@ class Groups:
     @cached_property
     def by_label(self) -> list[list[Member]]:
         """The members of each group, in the order of the labels."""
-        found: list[list[Member]] = [[] for _ in self.labels]
+        members: list[list[Member]] = [[] for _ in self.labels]
         for member in self.members:
-            found[member.group].append(member)
-        return found
+            members[member.group].append(member)
+        return members
 
     def of(self, group: int) -> list[Member]:
         """Return the members of a group."""
@@ -50,13 +57,11 @@ class Groups:
 
 
 def by_sites(sites: Sites) -> dict[str, str]:
-    """Parameter name -> group: its sub-layer (the first that reads it), or what it is outside of
-    them.
-    """
-    found: dict[str, str] = {}
+    """Map parameter names to groups: the first sub-layer that reads them, or their role outside."""
+    group_of: dict[str, str] = {}
     for site in sites:
         for name in site.parameters:
-            found.setdefault(name, site.name)
+            group_of.setdefault(name, site.name)
     coverage = sites.coverage
     for label, names in (
         (EMBEDDING, coverage.embedding),
@@ -64,40 +69,44 @@ def by_sites(sites: Sites) -> dict[str, str]:
         (NORMS, coverage.norms),
     ):
         for name in names:
-            found.setdefault(name, label)
-    return found
+            group_of.setdefault(name, label)
+    return group_of
 
 
 def by_names(names: Sequence[str]) -> dict[str, str]:
-    """Parameter name -> the module that holds it; where no sub-layer was found."""
+    """Map parameter names to the modules that hold them, for models without a sub-layer."""
     return {name: name.rpartition(".")[0] or OTHER for name in names}
 
 
-def grouped(
+def group_parameters(
     parameters: Sequence[Tensor],
     names: Mapping[int, str],
-    homes: Mapping[str, str],
+    group_of: Mapping[str, str],
     order: Sequence[str],
     world: int,
-) -> Groups:
-    """Builds the groups.
+) -> SublayerGroups:
+    """Group the parameters of the optimizers.
 
     Args:
-        parameters: those of the optimisers.
-        names: id -> name; parameters that the model does not know are left out.
-        homes: name -> group.
+        parameters: those of the optimizers.
+        names: id of a parameter -> its name. Parameters that are not in it are left out.
+        group_of: name of a parameter -> label of its group.
         order: labels that come first, such as the sub-layers in depth order.
-        world: how many ranks add their squares up; 1 where each holds all.
+        world: how many ranks add their squares up; 1 if each holds all.
     """
-    known = [(names[id(p)], p) for p in parameters if id(p) in names]
-    used = {homes.get(name, OTHER) for name, _ in known}
-    rest = sorted(used - set(order))
-    labels = (*(label for label in order if label in used), *rest)
-    place = {label: k for k, label in enumerate(labels)}
-    members = tuple(
-        Member(
-            name, p, place[homes.get(name, OTHER)], 1.0 if world == 1 else 1.0 / copies(p, world)
-        )
-        for name, p in known
-    )
-    return Groups(labels, members)
+    # 1. The labels: those in order, then all others.
+    named = [(names[id(p)], p) for p in parameters if id(p) in names]
+    used = {group_of.get(name, OTHER) for name, _ in named}
+    labels = [label for label in order if label in used]
+    labels += sorted(used - set(order))
+    place_of = {label: place for place, label in enumerate(labels)}
+
+    # 2. The members.
+    members: list[Member] = []
+    for name, parameter in named:
+        share = 1.0
+        if world != 1:
+            share = 1.0 / copies(parameter, world)
+        place = place_of[group_of.get(name, OTHER)]
+        members.append(Member(name, parameter, place, share))
+    return SublayerGroups(tuple(labels), tuple(members))

@@ -15,18 +15,21 @@ _GRAPH = 60
 _SCORES = 8  # tensors (B, heads, T, T) that those of an attention keep
 
 
-def needed(found: Sites, weights: int = 0) -> int:
-    """Bytes, from above: what was recorded, and the basis and the graphs of the largest sub-layer.
+def needed(sites: Sites, weights: int = 0) -> int:
+    """Return an upper bound of the bytes that a probe takes at its peak.
+
+    That is what was recorded, with the basis and the graphs of the largest sub-layer.
 
     Args:
-        weights: bytes of those that are brought here for the probe.
+        sites: the sub-layers.
+        weights: bytes of those that are gathered for the probe.
     """
-    recorded = sum(
-        t.numel() * t.element_size() for site in found for t in (site.shortcut, site.value)
-    )
+    recorded = 0
     largest = 0
-    for site in found:
+    for site in sites:
         x = site.shortcut
+        for tensor in (x, site.value):
+            recorded += tensor.numel() * tensor.element_size()
         own = (_BASIS + _GRAPH) * x.numel() * x.element_size()
         if site.kind == "attention" and x.dim() == 3:
             heads = max(x.shape[-1] // 64, 1)

@@ -1,10 +1,9 @@
-"""One comparison of gradients across ranks: a trainer may average them inside the optimizer, or not
-at all.
+"""One comparison of gradients across ranks, at the first step.
 
-Where no weight is sharded, every rank is expected to hold the same gradients when the optimizer
-steps, and one rank speaks for all. Each rank leaves three numbers of its first step in the store
-through which the ranks found each other. No rank waits for another there: a watch that runs on one
-rank alone compares nothing.
+A trainer may average gradients inside the optimizer, or not at all. If no weight is sharded, every
+rank is expected to hold the same gradients when the optimizer steps, and the leading rank logs
+them for all. Each rank leaves three numbers of its first step in the store of the process group. No
+rank waits for another there: a watch that runs on one rank alone compares nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _created = 0
 
 
 class RankComparison:
-    """Compares the first step of this rank with that of the others.
+    """A comparison of this rank's first step with that of the others.
 
     Args:
         together: the ranks.
@@ -52,7 +51,9 @@ class RankComparison:
     ) -> None:
         global _created
         _created += 1
-        self.together, self.warn, self.store = together, warn, store
+        self.together = together
+        self.warn = warn
+        self.store = store
         self.prefix = f"jacdiag/gradients/{_created}"
         self.parameters = list(
             {id(p): p for leaf in leaves for p in held_parameters(leaf)}.values()
@@ -88,14 +89,19 @@ class RankComparison:
         self.see(closure)
 
     def see(self, closure: bool) -> None:
-        """Take the numbers before the first step of the first optimizer; with a closure there are
-        none yet.
+        """Take the numbers before the first step of the first optimizer.
+
+        Args:
+            closure: whether the step has one, so that there are no gradients yet.
         """
         if self.before is not None:
             return
         try:
-            gradients = [local(p.grad) if p.grad is not None else None for p in self.parameters]
-            self.before = _print_of(self.parameters)
+            gradients: list[Tensor | None] = []
+            for parameter in self.parameters:
+                gradient = parameter.grad
+                gradients.append(local(gradient) if gradient is not None else None)
+            self.before = _fingerprint(self.parameters)
             if not closure:
                 self.gradient = square_sums(gradients, local(self.parameters[0]).device).sum()
         except Exception:  # the training goes on, and nothing is compared
@@ -104,32 +110,43 @@ class RankComparison:
     def step_ended(self) -> bool:
         """Take the next step of the comparison; return whether it is over."""
         self.steps += 1
+        is_over = self._advance()
+        if is_over:
+            self.remove()
+        return is_over
+
+    def _advance(self) -> bool:
+        """Send this rank's numbers, then compare those of all ranks; return whether it is over."""
+        # 1. Send the numbers of the first step.
+        is_late = self.steps > _PATIENCE
         if self.sent is None:
             if self.before is None:
-                return self._end() if self.steps > _PATIENCE else False
+                return is_late
             self._remove_hooks()
             if self.gradient is None:
-                return self._end()
+                return True
             self._send()
+
+        # 2. The leading rank compares them, once they have all arrived.
         if not self.together.lead:
-            return self._end()
+            return True
         keys = [self._key(rank) for rank in range(self.together.size) if rank != self.together.rank]
         if not self.store.check(keys):
-            return self._end() if self.steps > _PATIENCE else False
+            return is_late
         self._judge([json.loads(self.store.get(key)) for key in keys])
-        return self._end()
+        return True
 
     def _send(self) -> None:
+        """Leave this rank's numbers in the store: the gradient, the weights before and after."""
         assert self.gradient is not None and self.before is not None
-        gradient, before, after = (
-            float(self.gradient),
-            int(self.before),
-            int(_print_of(self.parameters)),
-        )
+        gradient = float(self.gradient)
+        before = int(self.before)
+        after = int(_fingerprint(self.parameters))
         self.sent = [gradient, before, after]
         self.store.set(self._key(self.together.rank), json.dumps(self.sent))
 
     def _judge(self, others: list[list[float]]) -> None:
+        """Warn if the gradients differ; the weights show why."""
         assert self.sent is not None
         gradient, before, after = self.sent
         if all(abs(other[0] - gradient) <= _SAME * abs(gradient) for other in others):
@@ -155,10 +172,6 @@ class RankComparison:
     def _key(self, rank: int) -> str:
         return f"{self.prefix}/{rank}"
 
-    def _end(self) -> bool:
-        self.remove()
-        return True
-
     def _remove_hooks(self) -> None:
         if self.hooks is not None:
             self.hooks.remove()
@@ -171,14 +184,16 @@ class RankComparison:
         self.gradient = self.before = None
 
 
-def _print_of(parameters: Sequence[Tensor]) -> Tensor:
-    """A number that tells weights apart bit by bit: a sum over the first elements, each weighted by
-    its place.
+def _fingerprint(parameters: Sequence[Tensor]) -> Tensor:
+    """Return a number that differs if a bit of the weights does.
+
+    It is a sum over the first elements of each weight, each multiplied by its place.
     """
     total = torch.zeros((), dtype=torch.int64, device=local(parameters[0]).device)
     for place, parameter in enumerate(parameters):
         values = local(parameter.detach()).reshape(-1)[:_ELEMENTS]
-        values = torch.view_as_real(values).reshape(-1) if values.is_complex() else values
+        if values.is_complex():
+            values = torch.view_as_real(values).reshape(-1)
         bits = values.float().view(torch.int32).long()
         weights = torch.arange(1, len(bits) + 1, device=bits.device) + 7919 * place
         total += (bits * weights).sum().to(total.device)

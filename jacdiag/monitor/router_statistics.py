@@ -1,4 +1,4 @@
-"""Routers of a mixture of experts on the probe: how sure they are, and which experts get tokens."""
+"""Statistics of the routers of a mixture of experts: entropy, and the load of each expert."""
 
 from __future__ import annotations
 
@@ -67,39 +67,42 @@ def routing_of(sites: Sites) -> dict[str, Routing]:
     Returns:
         Sub-layer -> what its router did; a sub-layer without a choice among experts is not in it.
     """
-    routers = {
-        site.name: calls
-        for site, raw in zip(sites, sites.raw, strict=True)
-        if site.kind != "attention"
-        and (calls := router_calls(sites.graph, set(raw.cone))) is not None
-    }
+    # 1. Find the routers.
+    routers: dict[str, RouterCalls] = {}
+    for site, raw in zip(sites, sites.raw, strict=True):
+        if site.kind != "attention":
+            calls = router_calls(sites.graph, set(raw.cone))
+            if calls is not None:
+                routers[site.name] = calls
     if not routers:
         return {}
 
-    # 1. Take logits and scores as the model's own code meets them.
-    wanted: dict[Spot, tuple[str, str]] = {}
+    # 2. Take logits and scores while the model's own code runs.
+    role_of: dict[Spot, tuple[str, str]] = {}
     for name, calls in routers.items():
-        wanted[sites.replayer.spot_at(Where.RESULT, calls.product, 0)] = (name, "logits")
-        wanted[sites.replayer.spot_at(Where.OPERAND, calls.choice, 0)] = (name, "scores")
-    taken: dict[tuple[str, str], Tensor] = {}
+        role_of[sites.replayer.spot_at(Where.RESULT, calls.product, 0)] = (name, "logits")
+        role_of[sites.replayer.spot_at(Where.OPERAND, calls.choice, 0)] = (name, "scores")
+    tensors: dict[tuple[str, str], Tensor] = {}
 
-    def visit(spot: Spot, tensor: Tensor) -> Tensor:
-        taken[wanted[spot]] = tensor
+    def take(spot: Spot, tensor: Tensor) -> Tensor:
+        tensors[role_of[spot]] = tensor
         return tensor
 
     with torch.no_grad():
-        sites.replayer.tapped(list(wanted), visit)
+        sites.replayer.tapped(list(role_of), take)
 
-    # 2. Count.
-    return {
-        name: _counted(taken[name, "logits"], taken[name, "scores"], calls.chosen)
-        for name, calls in routers.items()
-        if (name, "logits") in taken and (name, "scores") in taken
-    }
+    # 3. Count the choices.
+    routing: dict[str, Routing] = {}
+    for name, calls in routers.items():
+        logits = tensors.get((name, "logits"))
+        scores = tensors.get((name, "scores"))
+        if logits is not None and scores is not None:
+            routing[name] = _count_choices(logits, scores, calls.chosen)
+    return routing
 
 
 def router_calls(graph: Graph, cone: set[int]) -> RouterCalls | None:
-    """Find the choice among experts in a branch, and the product that computes what it chooses by.
+    """Find the choice among experts in a branch, and the product that computes its scores.
 
     A choice is a top-k or an argmax over the last dimension of what a product of the branch has
     computed, with nothing between that changes the number of columns. Of several choices, as in
@@ -114,41 +117,62 @@ def router_calls(graph: Graph, cone: set[int]) -> RouterCalls | None:
         None if the branch has no such choice.
     """
     for index in range(max(cone), min(cone), -1):
-        node = graph.nodes[index]
-        if node.name not in CHOICES or not node.operands:
-            continue
-        scores, result = graph.values[node.operands[0]], graph.values[node.outputs[0]]
-        experts = scores.shape[-1] if scores.shape else 0
-        if experts < 2 or not scores.is_float:
-            continue
-        if node.name == "topk":
-            chosen = result.shape[-1]
-            over_last = result.shape[:-1] == scores.shape[:-1]
-        else:
-            chosen = 1
-            over_last = math.prod(result.shape) == math.prod(scores.shape[:-1])
-        product = _product_before(graph, node.operands[0], experts) if over_last else None
-        if product in cone:
-            return RouterCalls(product=product, choice=index, experts=experts, chosen=chosen)
+        calls = _calls_of_choice(graph, index)
+        if calls is not None and calls.product in cone:
+            return calls
     return None
+
+
+def _calls_of_choice(graph: Graph, index: int) -> RouterCalls | None:
+    """Return a call as the choice of a router; None if it is none."""
+    # 1. A choice by numbers, in the last dimension.
+    node = graph.nodes[index]
+    if node.name not in CHOICES or not node.operands:
+        return None
+    scores = graph.values[node.operands[0]]
+    result = graph.values[node.outputs[0]]
+    experts = scores.shape[-1] if scores.shape else 0
+    if experts < 2 or not scores.is_float:
+        return None
+    if node.name == "topk":
+        chosen = result.shape[-1]
+        is_over_last = result.shape[:-1] == scores.shape[:-1]
+    else:
+        chosen = 1
+        is_over_last = math.prod(result.shape) == math.prod(scores.shape[:-1])
+    if not is_over_last:
+        return None
+
+    # 2. The product that the scores come from.
+    product = _product_before(graph, node.operands[0], experts)
+    if product is None:
+        return None
+    return RouterCalls(product=product, choice=index, experts=experts, chosen=chosen)
 
 
 def _product_before(graph: Graph, value: int, columns: int) -> int | None:
-    """Return the nearest product that a value comes from, if all on the way has as many columns."""
+    """Return the nearest product that a value comes from.
+
+    All values on the way to it have to have as many columns.
+    """
     frontier = [value]
     for _ in range(_STEPS):
-        makers = {
-            graph.values[v].node for v in frontier if graph.values[v].shape[-1:] == (columns,)
-        }
-        makers = {maker for maker in makers if maker >= 0}
-        products = [maker for maker in makers if graph.nodes[maker].name in PRODUCTS]
+        # 1. The calls that have computed these values.
+        producers: set[int] = set()
+        for index in frontier:
+            candidate = graph.values[index]
+            if candidate.shape[-1:] == (columns,) and candidate.node >= 0:
+                producers.add(candidate.node)
+
+        # 2. Products among them, or else what they were computed from.
+        products = [call for call in producers if graph.nodes[call].name in PRODUCTS]
         if products:
             return max(products)
-        frontier = [v.index for maker in makers for v in graph.float_inputs(maker)]
+        frontier = [v.index for call in producers for v in graph.float_inputs(call)]
     return None
 
 
-def _counted(logits: Tensor, scores: Tensor, chosen: int) -> Routing:
+def _count_choices(logits: Tensor, scores: Tensor, chosen: int) -> Routing:
     """Count the choices by the scores, and take the entropy of the logits."""
     experts = scores.shape[-1]
     probabilities = logits.detach().float().softmax(-1)

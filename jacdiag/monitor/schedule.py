@@ -1,4 +1,4 @@
-"""How often a tier runs, and what it costs: said before it runs, kept to while it does."""
+"""How often a measurement runs, and the share of the training time that it may take."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from statistics import median
 from jacdiag.errors import UsageError
 
 _RETRY = 200  # steps until a run with a budget is tried again that had not the memory
+# "1%" or "200, 1%"
+_SHARE = re.compile(r"\s*(?:(?P<steps>\d+)\s*,)?\s*(?P<percent>\d+(?:\.\d+)?)\s*%\s*")
 
 
 @dataclass
 class Cadence:
-    """Every so many steps, or so often that a share of the time is not exceeded, or both.
+    """How often to run: every so many steps, within a share of the training time, or both.
 
     Attributes:
-        steps: between two runs; None where a budget alone decides. With a budget, a run that it
+        steps: between two runs; None if a budget alone decides. With a budget, a run that it
             does not allow is left out, and the next one is that many steps later.
         budget: share of the training time, such as 0.01.
         last: the step of the last run; -1 before the first.
@@ -41,111 +43,158 @@ class Cadence:
 
     @classmethod
     def of(cls, given: int | str | None, name: str) -> Cadence:
-        """Reads what a user asked for: steps, "N%", "STEPS, N%", or None (or 0) for never.
+        """Return the cadence that a user passed.
+
+        Args:
+            given: steps, "N%", "STEPS, N%", or None (or 0) for never.
+            name: of the option, for messages.
 
         Raises:
             UsageError: anything else.
         """
-        if given is None or (given == 0 and not isinstance(given, bool)):
+        is_bool = isinstance(given, bool)
+        if given is None or (given == 0 and not is_bool):
             return cls(None)
-        if isinstance(given, int) and not isinstance(given, bool) and given > 0:
+        if isinstance(given, int) and not is_bool and given > 0:
             return cls(given)
-        text = given if isinstance(given, str) else ""
-        share = re.fullmatch(r"\s*(?:(\d+)\s*,)?\s*(\d+(?:\.\d+)?)\s*%\s*", text)
-        if share is not None and 0 < float(share[2]) < 100 and share[1] != "0":
-            return cls(int(share[1]) if share[1] else None, float(share[2]) / 100)
+        if isinstance(given, str):
+            cadence = cls._parse(given)
+            if cadence is not None:
+                return cadence
         hint = (
             f'{name}=200 (steps), {name}="1%" (of the time), {name}="200, 1%" (both), None (never)'
         )
         raise UsageError(f"{name} cannot be {given!r}", hint=hint)
 
+    @classmethod
+    def _parse(cls, text: str) -> Cadence | None:
+        """Return the cadence of a text such as "1%" or "200, 1%"; None if it is no such text."""
+        match = _SHARE.fullmatch(text)
+        if match is None:
+            return None
+        steps, percent = match["steps"], float(match["percent"])
+        if not 0 < percent < 100 or steps == "0":
+            return None
+        return cls(int(steps) if steps else None, percent / 100)
+
     @property
     def never(self) -> bool:
+        """Whether nothing is ever due."""
         return self.steps is None and self.budget is None
 
     def due(self, step: int, price: float | None = None, step_seconds: float | None = None) -> bool:
-        """Return whether to run at this step; call once per step, since it remembers the step
-        before.
+        """Return whether to run at this step; call once per step, since it remembers the last one.
 
         Args:
             step: number of steps that are done.
             price: seconds that one run takes; None before it is known.
-            step_seconds: of one training step; None before it is known: then only the first run is
-                due.
+            step_seconds: seconds of one training step; None before they are known. Then only the
+                first run is due.
         """
-        before, self.looked = self.looked, step
+        previous = self.looked
+        self.looked = step
         if self.steps is not None:
-            is_passed = (
-                before is not None and before < step and step // self.steps > before // self.steps
-            )
-            self.is_multiple = (step % self.steps == 0 or is_passed) and step != self.last
-            if not self.is_multiple or self.budget is None:
-                return self.is_multiple
+            self.is_multiple = self._reaches_multiple(previous, step, self.steps)
+            if not self.is_multiple:
+                return False
         if self.budget is None:
+            return self.steps is not None
+        return self._is_within_budget(step, price, step_seconds, self.budget)
+
+    def _reaches_multiple(self, previous: int | None, step: int, interval: int) -> bool:
+        """Return whether a multiple of the interval lies between the previous step and this one."""
+        if step == self.last:
             return False
+        if step % interval == 0:
+            return True
+        if previous is None or previous >= step:
+            return False
+        return step // interval > previous // interval
+
+    def _is_within_budget(
+        self, step: int, price: float | None, step_seconds: float | None, budget: float
+    ) -> bool:
+        """Return whether a run at this step keeps to the share of the time."""
         if self.last < 0:
             return True
+        steps_since_last = step - self.last
         if price is None:  # it could not be run; another try is as rare as by default
-            return step - self.last >= _RETRY
+            return steps_since_last >= _RETRY
         if not step_seconds:
             return False
-        return (step - self.last) * step_seconds * self.budget >= price
+        return steps_since_last * step_seconds * budget >= price
 
     def may_be_due(self, step: int, capacity: int) -> bool:
-        """Whether ranks, which measure different times, should agree on a run at this step; ask
-        after `due`.
+        """Return whether ranks should agree on a run at this step; call after `due`.
+
+        They measure different times, so that one may find a run due and another not.
 
         Args:
             step: number of steps that are done.
-            capacity: steps between two agreements where a budget alone decides.
+            capacity: steps between two agreements if a budget alone decides.
         """
         if self.steps is not None:
             return self.is_multiple
         return self.budget is not None and step % capacity == 0
 
     def interval(self, price: float, step_seconds: float) -> float:
-        """Steps between two runs, as far as can be foretold."""
+        """Predict the steps between two runs; inf for never.
+
+        Args:
+            price: seconds of one run.
+            step_seconds: seconds of one training step.
+        """
         if self.budget is None:
-            return float(self.steps) if self.steps is not None else float("inf")
-        by_budget = price / (self.budget * step_seconds) if step_seconds else float("inf")
-        if self.steps is None:
+            return math.inf if self.steps is None else float(self.steps)
+        if not step_seconds:
+            return math.inf
+        by_budget = price / (self.budget * step_seconds)
+        if self.steps is None or not math.isfinite(by_budget):
             return by_budget
-        return (
-            self.steps * max(1.0, math.ceil(by_budget / self.steps))
-            if math.isfinite(by_budget)
-            else by_budget
-        )
+        return self.steps * max(1.0, math.ceil(by_budget / self.steps))
 
 
 @dataclass
 class Clock:
-    """Seconds of a training step without the watch's own work, and of each tier."""
+    """Seconds of a training step without the watch's own work, and seconds of each measurement.
+
+    Attributes:
+        steps: seconds of the last steps.
+        spent: measurement -> seconds so far.
+        last: when the last step ended; None before the first one.
+        own: seconds of the watch's own work since then.
+    """
 
     steps: deque[float] = field(default_factory=lambda: deque(maxlen=50))
     spent: dict[str, float] = field(default_factory=dict)
     last: float | None = None
-    own: float = 0.0  # of the watch, since the last step ended
+    own: float = 0.0
 
     def step_ended(self, now: float) -> float | None:
-        """Returns seconds since the last step's end, the watch's own work left out."""
-        passed = None if self.last is None else max(now - self.last - self.own, 0.0)
-        if passed is not None:
-            self.steps.append(passed)
-        return passed
+        """Return the seconds since the last step's end, without the watch's own work."""
+        if self.last is None:
+            return None
+        step_seconds = max(now - self.last - self.own, 0.0)
+        self.steps.append(step_seconds)
+        return step_seconds
 
     def begin(self, now: float) -> None:
-        """The next step begins."""
-        self.last, self.own = now, 0.0
+        """Begin the next step."""
+        self.last = now
+        self.own = 0.0
 
-    def charge(self, tier: str, seconds: float) -> None:
-        self.spent[tier] = self.spent.get(tier, 0.0) + seconds
+    def charge(self, measurement: str, seconds: float) -> None:
+        """Add seconds of the watch's own work."""
+        self.spent[measurement] = self.spent.get(measurement, 0.0) + seconds
         self.own += seconds
 
     @property
     def step_seconds(self) -> float | None:
-        """Median of the last steps."""
-        return median(self.steps) if self.steps else None
+        """The median over the last steps; None before the second one."""
+        if not self.steps:
+            return None
+        return median(self.steps)
 
     def usual_seconds(self) -> float | None:
-        """Return the median of the last steps."""
+        """Return the median over the last steps."""
         return self.step_seconds

@@ -1,5 +1,6 @@
-"""Sharded weights, one block's at a time: gathered on every rank in step, dropped when the next one
-is asked for.
+"""Sharded weights, gathered on every rank one block at a time.
+
+A block is dropped when the next one is read.
 """
 
 from __future__ import annotations
@@ -16,65 +17,76 @@ from jacdiag.monitor.optimizers import local
 from jacdiag.monitor.probe_memory import available
 from jacdiag.sources.module_wrappers import plain_name, unwrap
 
-# of the largest block: what is kept, so that a small weight which many blocks use is not asked for
-# again
+# Bytes that are kept, as a multiple of the largest block: a small weight that many blocks use is
+# not gathered again.
 ROOM = 1.25
 _PLACES = 10**6 + 3
 _ALIGN = 16  # bytes: a weight of any dtype may begin here
 Place = tuple[tuple[slice, ...], torch.Size]
 
 
-class Blocks(Mapping[str, Tensor]):
-    """Weights by plain name; a weight that is not whole here is gathered with all others of its
-    block.
+class GatheredWeights(Mapping[str, Tensor]):
+    """Weights by plain name; a sharded weight is gathered with all others of its block.
 
-    Every rank has to ask for the same names in the same order, inside `Together.in_step`. Before a
-    block is gathered the ranks agree that it is the same one and that all have the room; everything
-    that can fail on one rank alone is done before that.
+    Every rank has to read the same names in the same order, inside `Together.in_step`. Before a
+    block is gathered the ranks agree that it is the same one and that all have the memory.
+    Everything that can fail on one rank alone is done before that.
 
     Args:
-        model: the guest, wrapped or not.
+        model: the model, wrapped or not.
         together: the ranks.
 
     Attributes:
         outlines: id of a shard -> an empty meta tensor of the whole weight's shape, for
             `trace.wrappers.gathered`.
         largest: bytes of the largest block.
-        peak: bytes that the largest block takes while it is gathered: what was sent, and what is
-            made of it.
+        peak: bytes that the largest block takes while it is gathered: what was sent, and the
+            weights that are assembled from it.
         gathered: blocks gathered so far.
     """
 
     def __init__(self, model: nn.Module, together: Together) -> None:
         self.together = together
+
+        # 1. The sharded weights. Of tied names the first stands for the weight.
         named = unwrap(model).named_parameters(remove_duplicate=False)
         self._tensors: dict[str, Tensor] = {plain_name(name): t for name, t in named}
         shards = {name: t for name, t in self._tensors.items() if is_shard(t)}
-        self.blocks: dict[str, list[str]] = {}
-        # one name per tie
-        for name in dict.fromkeys({id(t): name for name, t in reversed(shards.items())}.values()):
-            self.blocks.setdefault(block_of(name), []).append(name)
-        self._first = {id(t): name for name, t in reversed(shards.items())}
+        self._first_name = {id(t): name for name, t in reversed(shards.items())}
         self.outlines = {
             id(t): torch.empty(t.shape, dtype=t.dtype, device="meta") for t in shards.values()
         }
-        sizes = {
-            block: sum(shards[n].numel() * shards[n].element_size() for n in names)
-            for block, names in self.blocks.items()
+
+        # 2. Their blocks, with the bytes of each.
+        self.blocks: dict[str, list[str]] = {}
+        self.sizes: dict[str, int] = {}
+        for name in self._first_name.values():
+            block = block_of(name)
+            self.blocks.setdefault(block, []).append(name)
+            size = shards[name].numel() * shards[name].element_size()
+            self.sizes[block] = self.sizes.get(block, 0) + size
+        self.largest = max(self.sizes.values(), default=0)
+        self.peak = 2 * self.largest
+
+        # 3. The blocks that are gathered, the one that was read last at the end.
+        self._cache: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+        self.gathered = 0
+
+        # 4. Which pieces the ranks hold.
+        own_places = {
+            name: _place(shards[name]) for names in self.blocks.values() for name in names
         }
-        self.sizes, self.largest = sizes, max(sizes.values(), default=0)
-        self.peak, self.gathered = 2 * self.largest, 0
-        self._kept: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
-        mine = {name: _place(shards[name]) for names in self.blocks.values() for name in names}
         together.check(_PLACES)
-        self._places: list[dict[str, Place]] = together.everybody(mine)
+        self._places: list[dict[str, Place]] = together.everybody(own_places)
 
     # -- the mapping -------------------------------------------------------------------------------
     def __getitem__(self, name: str) -> Tensor:
         with torch._C.DisableTorchFunction(), torch.no_grad():
             tensor = self._tensors[name]
-            first = self._first.get(id(tensor))
-            return tensor.detach() if first is None else self._block(block_of(first))[first]
+            first_name = self._first_name.get(id(tensor))
+            if first_name is None:
+                return tensor.detach()
+            return self._block(block_of(first_name))[first_name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -84,107 +96,144 @@ class Blocks(Mapping[str, Tensor]):
 
     # -- gathering ---------------------------------------------------------------------------------
     def _block(self, block: str) -> dict[str, Tensor]:
-        if block in self._kept:
-            self._kept.move_to_end(block)
-            return self._kept[block]
-        held = sum(self.sizes[b] for b in self._kept)
-        while self._kept and held + self.sizes[block] > ROOM * self.largest:
-            held -= self.sizes[self._kept.popitem(last=False)[0]]
+        """Return the weights of a block; gather them if they are not in the cache."""
+        if block in self._cache:
+            self._cache.move_to_end(block)
+            return self._cache[block]
+        self._make_room(self.sizes[block])
+
+        # 1. Prepare what this rank sends. If a rank fails in that, all raise.
         error: Exception | None = None
-        mine = everybody = torch.empty(0)
+        own_bytes = bytes_of_all = torch.empty(0)
         try:
-            mine, everybody = self._ready(block)
-        except Exception as failed:
-            error = failed
+            own_bytes, bytes_of_all = self._ready(block)
+        except Exception as failure:
+            error = failure
         self.together.check(1 + list(self.blocks).index(block), error)
-        self.together.gather(mine, everybody)
+
+        # 2. Gather, and assemble the weights.
+        self.together.gather(own_bytes, bytes_of_all)
         self.gathered += 1
-        whole = {
-            name: self._assembled(name, offset, everybody) for name, offset in self._offsets(block)
+        weights = {
+            name: self._assembled(name, offsets, bytes_of_all)
+            for name, offsets in self._offsets(block)
         }
-        self._kept[block] = whole
-        return whole
+        self._cache[block] = weights
+        return weights
+
+    def _make_room(self, size: int) -> None:
+        """Drop the blocks that were read longest ago, until a block of this size fits."""
+        cached = sum(self.sizes[block] for block in self._cache)
+        while self._cache and cached + size > ROOM * self.largest:
+            oldest, _ = self._cache.popitem(last=False)
+            cached -= self.sizes[oldest]
 
     def _ready(self, block: str) -> tuple[Tensor, Tensor]:
-        """This rank's pieces, end to end as bytes, and the room for those of all ranks."""
-        names = self.blocks[block]
-        length = max(
-            sum(_bytes(self._tensors[n], places[n]) for n in names) for places in self._places
-        )
-        device = local(self._tensors[names[0]]).device
-        host, there = available(torch.device("cpu")), available(device)
-        sent = length * (self.together.size + 1)
-        if device.type == "cpu":
-            sent += self.sizes[block]
-        elif there is not None and self.sizes[block] > 0.9 * there:
-            raise MemoryError(
-                f"'{block}' needs {self.sizes[block] / 2**20:,.0f} MB, {there / 2**20:,.0f} MB "
-                "are free"
-            )
-        if host is not None and sent > 0.9 * host:
-            raise MemoryError(
-                f"'{block}' needs {sent / 2**20:,.0f} MB to gather, {host / 2**20:,.0f} MB are free"
-            )
-        mine = torch.zeros(length, dtype=torch.uint8)
-        for name, offset in self._offsets(block, self.together.rank):
+        """Return this rank's pieces, and the room for those of all ranks.
+
+        Returns:
+            The pieces end to end as bytes on the CPU, (length,), and an empty tensor (ranks,
+            length).
+        """
+        length = self._longest(block)
+        self._check_memory(block, length * (self.together.size + 1))
+        own_bytes = torch.zeros(length, dtype=torch.uint8)
+        for name, offsets in self._offsets(block):
             piece = local_copy(self._tensors[name]).reshape(-1)
-            mine[offset : offset + piece.numel() * piece.element_size()] = piece.view(torch.uint8)
-        return mine, torch.empty(self.together.size, length, dtype=torch.uint8)
+            start = offsets[self.together.rank]
+            end = start + piece.numel() * piece.element_size()
+            own_bytes[start:end] = piece.view(torch.uint8)
+        return own_bytes, torch.empty(self.together.size, length, dtype=torch.uint8)
 
-    def _offsets(self, block: str, rank: int | None = None) -> Iterator[tuple[str, Any]]:
-        """(name, where its piece begins): on one rank, or on each of them."""
-        at = [0] * self.together.size
+    def _longest(self, block: str) -> int:
+        """Return the bytes of a block's pieces on the rank that holds most of it."""
+        lengths: list[int] = []
+        for places in self._places:
+            sizes = [_bytes(self._tensors[name], places[name]) for name in self.blocks[block]]
+            lengths.append(sum(sizes))
+        return max(lengths)
+
+    def _check_memory(self, block: str, sent: int) -> None:
+        """Raise MemoryError if a block cannot be gathered.
+
+        Args:
+            block: its name.
+            sent: bytes that the gathering takes on the host.
+        """
+        size = self.sizes[block]
+        device = local(self._tensors[self.blocks[block][0]]).device
+        host_free, device_free = available(torch.device("cpu")), available(device)
+        if device.type == "cpu":
+            sent += size
+        elif device_free is not None and size > 0.9 * device_free:
+            raise MemoryError(
+                f"'{block}' needs {size / 2**20:,.0f} MB, {device_free / 2**20:,.0f} MB are free"
+            )
+        if host_free is not None and sent > 0.9 * host_free:
+            raise MemoryError(
+                f"'{block}' needs {sent / 2**20:,.0f} MB to gather, "
+                f"{host_free / 2**20:,.0f} MB are free"
+            )
+
+    def _offsets(self, block: str) -> Iterator[tuple[str, list[int]]]:
+        """Yield the names of a block, each with the byte at which its piece begins on each rank."""
+        offsets = [0] * self.together.size
         for name in self.blocks[block]:
-            yield name, list(at) if rank is None else at[rank]
-            for k, places in enumerate(self._places):
-                at[k] += _bytes(self._tensors[name], places[name])
+            yield name, list(offsets)
+            for rank, places in enumerate(self._places):
+                offsets[rank] += _bytes(self._tensors[name], places[name])
 
-    def _assembled(self, name: str, offsets: list[int], everybody: Tensor) -> Tensor:
+    def _assembled(self, name: str, offsets: list[int], bytes_of_all: Tensor) -> Tensor:
+        """Return a weight that is put together from the pieces of all ranks."""
         shard = self._tensors[name]
-        whole = torch.empty(shard.shape, dtype=shard.dtype, device=local(shard).device)
-        for places, offset, row in zip(self._places, offsets, everybody, strict=True):
-            where, shape = places[name]
-            piece = row[offset : offset + shape.numel() * shard.element_size()].view(shard.dtype)
-            whole[where] = piece.view(shape).to(whole.device)
-        return whole
+        weight = torch.empty(shard.shape, dtype=shard.dtype, device=local(shard).device)
+        for places, start, row in zip(self._places, offsets, bytes_of_all, strict=True):
+            slices, shape = places[name]
+            end = start + shape.numel() * shard.element_size()
+            piece = row[start:end].view(shard.dtype)
+            weight[slices] = piece.view(shape).to(weight.device)
+        return weight
 
 
 def block_of(name: str) -> str:
-    """The block that a parameter belongs to: down to the first number of its name, else the module
-    that holds it.
+    """Return the block that a parameter belongs to.
+
+    It is the name down to the first number, or the module that holds the parameter.
 
     >>> block_of("transformer.h.3.attn.c_attn.weight")
     'transformer.h.3'
     >>> block_of("transformer.wte.weight"), block_of("bias")
     ('transformer.wte', '')
     """
-    parts = name.split(".")
-    number = next((k for k, part in enumerate(parts[:-1]) if part.isdigit()), len(parts) - 2)
-    return ".".join(parts[: number + 1])
+    *modules, _ = name.split(".")
+    for place, module in enumerate(modules):
+        if module.isdigit():
+            return ".".join(modules[: place + 1])
+    return ".".join(modules)
 
 
 def is_shard(tensor: Any) -> bool:
-    """Whether a rank holds it as a DTensor, in pieces or in copies."""
+    """Return whether a tensor is a DTensor, in pieces or in copies."""
     return hasattr(tensor, "placements")
 
 
 def local_copy(shard: Tensor) -> Tensor:
-    """This rank's piece, on the CPU."""
+    """Return this rank's piece on the CPU."""
     return local(shard.detach()).to("cpu", copy=True).contiguous()
 
 
 def _place(shard: Any) -> Place:
-    """Where this rank's piece belongs in the whole, and its shape."""
+    """Return where this rank's piece belongs in the weight, and its shape."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shape, offset = compute_local_shape_and_global_offset(
         shard.shape, shard.device_mesh, shard.placements
     )
-    return tuple(
-        slice(start, start + n) for start, n in zip(offset, shape, strict=True)
-    ), torch.Size(shape)
+    slices = [slice(start, start + size) for start, size in zip(offset, shape, strict=True)]
+    return tuple(slices), torch.Size(shape)
 
 
 def _bytes(tensor: Tensor, place: Place) -> int:
+    """Return the bytes that a piece takes among others, aligned."""
     size = place[1].numel() * tensor.element_size()
     return (size + _ALIGN - 1) // _ALIGN * _ALIGN

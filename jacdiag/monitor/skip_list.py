@@ -39,8 +39,11 @@ _WAITING = 65536  # batches that no step has claimed, where nothing is watched i
 
 @dataclass(frozen=True)
 class Delivered:
-    """A batch that the loop was given: its place, and a fingerprint of its content if it is in host
-    memory.
+    """A batch that the loop got.
+
+    Attributes:
+        position: its place in the order of the loader.
+        content: a fingerprint; None if it is not in host memory.
     """
 
     position: int
@@ -49,13 +52,17 @@ class Delivered:
 
 @dataclass
 class _Ledger:
-    """Which batches the loop was given since the last optimizer step, and which belong to which
-    step.
+    """The batches that a loop got.
+
+    Attributes:
+        waiting: those since the last optimizer step.
+        steps: step -> its batches.
+        loader: id of the loader that has handed out batches in this run.
     """
 
     waiting: deque[Delivered] = field(default_factory=lambda: deque(maxlen=_WAITING))
     steps: deque[tuple[int, list[Delivered]]] = field(default_factory=lambda: deque(maxlen=_STEPS))
-    loader: int | None = None  # id of the loader that has handed out batches in this run
+    loader: int | None = None
 
 
 # by the path of the list: how a loop's loader and its watch find each other
@@ -72,7 +79,7 @@ def _ledger(path: str) -> _Ledger:
 
 # -- the watch writes ------------------------------------------------------------------------------
 class SkipList:
-    """Writes the batches of steps that an alert speaks of.
+    """A list of the batches of steps that an alert is about.
 
     Args:
         path: of the list. Lines are appended; each is one JSON object.
@@ -97,8 +104,9 @@ class SkipList:
         ledger.steps.extend(earlier)
 
     def add(self, alert: Alert) -> None:
-        """Append the batches of an alert's steps, if it is about the loss or the gradient of single
-        steps.
+        """Append the batches of an alert's steps.
+
+        Only alerts about the loss or the gradient of single steps count.
 
         Raises:
             OSError: the list cannot be written.
@@ -109,12 +117,10 @@ class SkipList:
         first = alert.step
         if isinstance(since, int):
             first = min(since, alert.step)
-        batches = [
-            batch
-            for step, several in self._ledger.steps
-            if first <= step <= alert.step
-            for batch in several
-        ]
+        batches: list[Delivered] = []
+        for step, batches_of_step in self._ledger.steps:
+            if first <= step <= alert.step:
+                batches += batches_of_step
         entry = {
             "v": SCHEMA,
             "step": alert.step,
@@ -130,7 +136,7 @@ class SkipList:
 
 
 def append_line(path: str, entry: Mapping[str, Any]) -> None:
-    """Append one JSON line, as a whole or not at all, whoever else writes to the file.
+    """Append one JSON line completely or not at all, whoever else writes to the file.
 
     Raises:
         OSError: it cannot be written.
@@ -144,9 +150,9 @@ def append_line(path: str, entry: Mapping[str, Any]) -> None:
         if size and os.pread(handle, 1, size - 1) != b"\n":
             line = b"\n" + line  # a writer was killed in the middle of its line
         try:
-            rest = line
-            while rest:
-                rest = rest[os.write(handle, rest) :]
+            remaining = line
+            while remaining:
+                remaining = remaining[os.write(handle, remaining) :]
             os.fsync(handle)
         except OSError:
             os.ftruncate(handle, size)
@@ -157,8 +163,8 @@ def append_line(path: str, entry: Mapping[str, Any]) -> None:
 
 # -- the loop reads --------------------------------------------------------------------------------
 @dataclass(frozen=True, kw_only=True)
-class Bad:
-    """What a list says.
+class BadBatches:
+    """What a list of bad batches holds.
 
     Attributes:
         positions: place -> the content that was seen there; None if that is not known.
@@ -175,9 +181,10 @@ def read_skip_list(
     before: int = 0,
     after: int = 0,
     batches_per_step: int | None = None,
-) -> Bad:
-    """Read a list of bad batches. A list that is not there yet is empty; a line that was torn off
-    is left out.
+) -> BadBatches:
+    """Read a list of bad batches.
+
+    A list that is not there yet is empty. A line that was torn off is left out.
 
     Args:
         path: of the list. A line is a JSON object with `positions`, or with `from` and `to` for a
@@ -189,32 +196,39 @@ def read_skip_list(
     Raises:
         UsageError: the list cannot be read, or a line of it has no meaning.
     """
+    # 1. Read the file.
     file = Path(path_text(path))
     try:
         lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
     except OSError as error:
         raise UsageError(f"cannot read the skip list '{file}'", got=error.strerror) from error
+
+    # 2. Take the places of each line.
     positions: dict[int, str | None] = {}
     unplaced: list[int] = []
-    for place, line in enumerate(lines, start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        entry = _entry(line, f"line {place} of '{file}'", last=place == len(lines))
+        entry = _parse_entry(line, f"line {number} of '{file}'", last=number == len(lines))
         if entry is None:
             continue
-        found, contents = _places(entry, batches_per_step)
-        if not found:
+        places, contents = _places(entry, batches_per_step)
+        if not places:
             unplaced.append(int(entry.get("step", 0)))
-        for position, content in zip(found, contents, strict=True):
-            # The same place with two contents: both runs had a bad batch there.
-            positions[position] = content if positions.get(position, content) == content else None
+        for position, content in zip(places, contents, strict=True):
+            if positions.get(position, content) == content:
+                positions[position] = content
+            else:  # two runs had a bad batch there, and another one each
+                positions[position] = None
+
+    # 3. Add the places around them.
     for position in list(positions):
         for near in range(max(position - before, 0), position + after + 1):
             positions.setdefault(near, None)
-    return Bad(positions=positions, unplaced=unplaced)
+    return BadBatches(positions=positions, unplaced=unplaced)
 
 
-def _entry(line: bytes, where: str, *, last: bool) -> dict[str, Any] | None:
+def _parse_entry(line: bytes, where: str, *, last: bool) -> dict[str, Any] | None:
     """Return a line as an object; None for one that was torn off.
 
     Raises:
@@ -265,7 +279,7 @@ class Skipping:
         skipped: places that were left out so far.
     """
 
-    def __init__(self, loader: Iterable[Any], path: str, bad: Bad, start: int) -> None:
+    def __init__(self, loader: Iterable[Any], path: str, bad: BadBatches, start: int) -> None:
         self.loader, self.path, self.bad = loader, path, bad
         self.position, self.skipped = start, list[int]()
         self._alone = not _several_ranks()
@@ -300,31 +314,32 @@ class Skipping:
             yield batch
 
     def _begin(self) -> None:
-        """Warn if another loader has handed out batches in this run, and this one counts from 0
-        again.
-        """
+        """Warn if this loader counts from 0 again, after another one in this run."""
         ledger = _ledger(self.path)
         if ledger.loader not in (None, id(self)) and not self.position:
-            text = (
-                "a second loader reads %s, and its places begin at 0 again: make it once, "
-                "before the loop over "
+            logger.warning(
+                "jacdiag.skipping: a second loader reads %s, and its places begin at 0 again: "
+                "make it once, before the loop over epochs, or pass start=",
+                self.path,
             )
-            text += "epochs"
-            logger.warning(f"jacdiag.skipping: {text}, or pass start=", self.path)
         ledger.loader = id(self)
 
     def _is_bad(self, position: int, content: str | None) -> bool:
         listed = position in self.bad.positions
         seen = self.bad.positions.get(position)
-        differs = listed and None not in (seen, content) and seen != content
+        has_both = seen is not None and content is not None
+        differs = listed and has_both and seen != content
         if differs and not self._warned:
             self._warned = True
-            text = (
-                "batch %d has other content than the one on %s: the order of the data has "
-                "changed, and it is"
+            consequence = "skipped on every rank all the same"
+            if self._alone:
+                consequence = "not skipped"
+            logger.warning(
+                "jacdiag.skipping: batch %d has other content than the one on %s: the order of "
+                f"the data has changed, and it is {consequence}",
+                position,
+                self.path,
             )
-            text += (" skipped on every rank all the same", " not skipped")[self._alone]
-            logger.warning(f"jacdiag.skipping: {text}", position, self.path)
         if not self._alone:
             # Each rank has content of its own, and all of them have to leave out the same places.
             return listed
@@ -402,18 +417,17 @@ def skipping(
         if not isinstance(value, int) or value < 0:
             raise UsageError(f"{name} cannot be {value!r}", hint="a number of batches, 0 or more")
     path = path_text(skip_list)
-    read = [
-        None
-        if _several_ranks() and dist.get_rank()
-        else _attempt(path, before, after, batches_per_step)
-    ]
+    # Rank 0 reads the list for all.
+    results: list[BadBatches | UsageError | None] = [None]
+    if not _several_ranks() or dist.get_rank() == 0:
+        results = [_attempt(path, before, after, batches_per_step)]
     if _several_ranks():
         device = torch.device("cuda") if dist.get_backend() == "nccl" else None
-        dist.broadcast_object_list(read, src=0, device=device)
-    bad = read[0]
+        dist.broadcast_object_list(results, src=0, device=device)
+    bad = results[0]
     if isinstance(bad, UsageError):
         raise bad
-    assert isinstance(bad, Bad)
+    assert isinstance(bad, BadBatches)
     if bad.unplaced:
         text = (
             "%d lines of %s name a step and no batch, such as step %d: batches_per_step= tells "
@@ -423,10 +437,10 @@ def skipping(
     return Skipping(loader, path, bad, start)
 
 
-def _attempt(path: str, before: int, after: int, batches_per_step: int | None) -> Bad | UsageError:
-    """Read the list; an error is a value, so that the other ranks do not wait for one that has
-    raised.
-    """
+def _attempt(
+    path: str, before: int, after: int, batches_per_step: int | None
+) -> BadBatches | UsageError:
+    """Read the list; an error is returned, so that no rank waits for one that has raised."""
     try:
         return read_skip_list(path, before=before, after=after, batches_per_step=batches_per_step)
     except UsageError as error:
@@ -438,10 +452,9 @@ def _several_ranks() -> bool:
 
 
 def content_of(batch: Any) -> str | None:
-    """Return a fingerprint of a batch; None if a part of it is on a device, which nobody should
-    wait for.
+    """Return a fingerprint of a batch; None if a tensor of it is not on the CPU.
 
-    Of a large tensor a few thousand elements count, at equal distances.
+    A device is not waited for. Of a large tensor a few thousand elements count, at equal distances.
     """
     digest = hashlib.blake2b(digest_size=8)
     on_device = False

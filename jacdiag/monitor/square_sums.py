@@ -21,7 +21,7 @@ _LOW = (torch.float16, torch.bfloat16)
 
 
 def square_sums(tensors: Sequence[Tensor | None], device: torch.device | None = None) -> Tensor:
-    """Returns the sum of squares of each tensor, 0 for None: (len(tensors),), float64.
+    """Return the sum of squares of each tensor, 0 for None: (len(tensors),), float64.
 
     One call takes all tensors of a dtype, and nothing is sent to their device. On a GPU the partial
     sums of that call are short. On a CPU a large tensor is summed in chunks: float32 sums over many
@@ -49,12 +49,11 @@ def square_sums(tensors: Sequence[Tensor | None], device: torch.device | None = 
 
 
 def read_square_sums(tensors: Sequence[Tensor | None]) -> list[float]:
-    """Return the sum of squares of each tensor as a number, 0 for None; for tensors on a CPU, where
-    nothing waits.
+    """Return the sum of squares of each tensor on a CPU as a number, 0 for None.
 
     The digits are those of `square_sums`. The first call of each torch operation in a step takes as
-    long as five more of the same, since the step has emptied the caches: what numbers of Python can
-    do is left to them.
+    long as five more of the same, since the step has emptied the caches. So Python numbers are used
+    for what they can do.
     """
     # 1. Cut what is neither small nor large, so that one call takes all of it.
     pieces: list[Tensor | None] = []
@@ -75,10 +74,14 @@ def read_square_sums(tensors: Sequence[Tensor | None]) -> list[float]:
 
 
 def _cut(tensor: Tensor | None) -> Sequence[Tensor | None]:
-    """A tensor in pieces that one sum in float32 is exact enough for; a small one whole, and a
-    large one too.
+    """Cut a tensor into pieces for which one sum in float32 is exact enough.
+
+    Small tensors need no cut, and large ones are summed in chunks later: they stay in one piece.
     """
-    if tensor is None or not _WHOLE < tensor.numel() <= _MOST_CUTS * _WHOLE:
+    if tensor is None:
+        return [tensor]
+    is_medium = _WHOLE < tensor.numel() <= _MOST_CUTS * _WHOLE
+    if not is_medium:
         return [tensor]
     if tensor.layout is not torch.strided or tensor.dtype in _LOW:
         return [tensor]
@@ -98,18 +101,20 @@ def largest_elements(tensors: Sequence[Tensor | None], device: torch.device) -> 
     if not tensors:
         return torch.zeros(0, device=device)
     with torch.no_grad():
-        values = [None if t is None else _values(t) for t in tensors]
-        known = [
-            t if t is not None and t.dtype in _WITH_NORM and t.numel() else None for t in values
-        ]
-        return torch.stack(_by_kind(known, device, _largest))
+        readable: list[Tensor | None] = []
+        for tensor in tensors:
+            values = None if tensor is None else _values(tensor)
+            if values is not None and (values.dtype not in _WITH_NORM or not values.numel()):
+                values = None
+            readable.append(values)
+        return torch.stack(_by_kind(readable, device, _largest))
 
 
 def find_nonfinite(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Return which tensors hold a value that is not finite: (len(tensors),), bool, without a look
-    at their device.
+    """Return which tensors hold a value that is not finite: (len(tensors),), bool.
 
-    Unlike a sum of squares this does not overflow: a weight of 1e30 is finite.
+    Their device is not waited for. Unlike a sum of squares this does not overflow: a weight of 1e30
+    is finite.
 
     Args:
         tensors: of any shapes; those of a dtype without an infinity norm, and empty ones, count as
@@ -136,9 +141,10 @@ def _by_kind(
     present = [tensor for tensor in tensors if tensor is not None]
     if not present:
         return [torch.zeros((), device=device)] * len(tensors)
-    numbers = (
-        reduce(present) if _are_plain(present, device) else _reduce_sorted(present, device, reduce)
-    )
+    if _are_plain(present, device):
+        numbers = reduce(present)
+    else:
+        numbers = _reduce_sorted(present, device, reduce)
     if len(numbers) == len(tensors):
         return numbers
 
@@ -171,7 +177,7 @@ def _reduce_sorted(
 
 
 def _are_plain(tensors: Sequence[Tensor], device: torch.device) -> bool:
-    """Whether tensors are dense, real, of one dtype and on `device`."""
+    """Return whether tensors are dense, real, of one dtype and on `device`."""
     dtypes = {t.dtype for t in tensors}
     if len(dtypes) != 1 or dtypes.pop().is_complex:
         return False
@@ -179,37 +185,46 @@ def _are_plain(tensors: Sequence[Tensor], device: torch.device) -> bool:
 
 
 def widest(device: torch.device) -> torch.dtype:
-    """float64, or float32 on the one kind of device that has none."""
+    """Return float64, or float32 on the one kind of device that has none."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _values(t: Tensor) -> Tensor:
+    """Return the elements of a tensor as a dense tensor of real numbers."""
     if t.is_sparse:
         t = t.detach().coalesce().values()
-    return torch.view_as_real(t) if t.is_complex() else t
+    if t.is_complex():
+        t = torch.view_as_real(t)
+    return t
 
 
 def _norms(tensors: list[Tensor]) -> list[Tensor]:
-    """The norm of each of some tensors of one device and dtype, in float32 or float64."""
+    """Return the norm of each tensor, in float32 or float64; all have one device and dtype."""
     is_low = tensors[0].dtype in _LOW
     dtype = torch.float32 if is_low else None
     if tensors[0].device.type != "cpu":
         return list(torch._foreach_norm(tensors, 2, dtype))
+
+    # 1. Large tensors are summed in chunks. They leave the list from its end on, so that the places
+    # before them stay right.
     limit = _CHUNK if is_low else _WHOLE
     large = [place for place, t in enumerate(tensors) if t.numel() > limit]
     chunked = [_chunked(tensors[place], dtype) for place in large]
-    # The large ones go out from the end on, so that the places before them stay right; then back
-    # from the beginning.
     small = list(tensors)
     for place in reversed(large):
         del small[place]
-    norms = list(torch._foreach_norm(small, 2, dtype)) if small else []
+
+    # 2. One call takes all others. The large ones come back from the beginning on.
+    norms: list[Tensor] = []
+    if small:
+        norms = list(torch._foreach_norm(small, 2, dtype))
     for place, norm in zip(large, chunked, strict=True):
         norms.insert(place, norm)
     return norms
 
 
 def _largest(tensors: list[Tensor]) -> list[Tensor]:
+    """Return a number for each tensor that is finite if all its elements are."""
     if tensors[0].device.type != "cpu":
         return list(torch._foreach_norm(tensors, math.inf))
     flags = torch.stack([t.isfinite().all() for t in tensors])
@@ -217,20 +232,20 @@ def _largest(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _chunked(t: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The norm of a tensor on a CPU from the norms of its chunks, in float64."""
+    """Return the norm of a tensor on a CPU from the norms of its chunks, in float64."""
     flat = _flat(t)
-    whole, rest_count = divmod(flat.numel(), _CHUNK)
-    norms = torch.linalg.vector_norm(flat[: whole * _CHUNK].view(whole, _CHUNK), dim=1, dtype=dtype)
-    if rest_count:
-        rest = torch.linalg.vector_norm(flat[whole * _CHUNK :], dim=0, keepdim=True, dtype=dtype)
-        norms = torch.cat([norms, rest])
+    count, left_over = divmod(flat.numel(), _CHUNK)
+    chunks = flat[: count * _CHUNK].view(count, _CHUNK)
+    norms = torch.linalg.vector_norm(chunks, dim=1, dtype=dtype)
+    if left_over:
+        last = flat[count * _CHUNK :]
+        last_norm = torch.linalg.vector_norm(last, dim=0, keepdim=True, dtype=dtype)
+        norms = torch.cat([norms, last_norm])
     return torch.linalg.vector_norm(norms, dtype=torch.float64)
 
 
 def _flat(t: Tensor) -> Tensor:
-    """All elements in the order of memory: a norm does not ask for another, and nothing is
-    copied.
-    """
+    """Return all elements in the order of memory, without a copy if possible."""
     if t.is_contiguous():
         return t.view(-1)
     if torch.ops.aten.is_non_overlapping_and_dense.default(t):

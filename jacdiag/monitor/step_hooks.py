@@ -19,11 +19,10 @@ _OF_A_METHOD = ("__func__", "__self__", "__name__", "__wrapped__")
 
 
 class CompiledMark:
-    """Says that a compiled step ran: `torch.compile` keeps the assignment and nothing else of the
-    hooks.
+    """A mark that a compiled step ran.
 
-    Nothing of it is read while the step is traced, so that no guard depends on it and nothing is
-    compiled again.
+    `torch.compile` keeps the assignment to it and nothing else of the hooks. Nothing of it is read
+    while the step is traced. So no guard depends on it, and nothing is compiled again.
     """
 
     def __init__(self) -> None:
@@ -31,7 +30,7 @@ class CompiledMark:
 
 
 class StepHooks:
-    """Call `before` and `after` around the step of each optimizer, until `remove`.
+    """Hooks that call `before` and `after` around the step of each optimizer, until `remove`.
 
     Each is called with the optimizer and whether the step was given a closure: then the gradients
     are computed inside the step. An optimizer whose class runs torch's own step hooks gets those.
@@ -107,8 +106,9 @@ class StepHooks:
 
 
 class CoveredStep:
-    """Stands in the place of an object's `step`, calls it, and is pickled and copied as that
-    `step`.
+    """A callable in the place of an object's `step`.
+
+    It calls that step, and is pickled and copied as that step.
 
     Args:
         optimizer: the object.
@@ -120,7 +120,10 @@ class CoveredStep:
     def __init__(
         self, optimizer: Any, mark: CompiledMark, before: StepCallback, after: StepCallback
     ) -> None:
-        self.optimizer, self.mark, self.before, self.after = optimizer, mark, before, after
+        self.optimizer = optimizer
+        self.mark = mark
+        self.before = before
+        self.after = after
         self.step = optimizer.step
         # another library has covered it before
         self.own = "step" in getattr(optimizer, "__dict__", {})
@@ -131,8 +134,9 @@ class CoveredStep:
         self.active = True
 
     def remove(self) -> None:
-        """Give the object its own `step` back; where another library has covered this one, only
-        call through.
+        """Give the object its own `step` back.
+
+        If another library has covered this one, it stays and only calls through.
         """
         self.active = False
         self.before = self.after = _do_nothing  # whoever still holds this does not hold the watch
@@ -156,8 +160,9 @@ class CoveredStep:
         return result
 
     def __getattr__(self, name: str) -> Any:
-        """Look everything else up on the covered step: schedulers ask for `__func__` and
-        `__self__`.
+        """Look everything else up on the covered step.
+
+        Schedulers read its `__func__` and `__self__`.
         """
         if name == "step" or (name.startswith("__") and name not in _OF_A_METHOD):
             raise AttributeError(name)
@@ -173,8 +178,9 @@ def check_attachable(tree: OptimizerTree) -> None:
 
 
 def runs_torch_hooks(optimizer: Any) -> bool:
-    """Return whether the object's class runs torch's step hooks: a subclass may have left
-    `super().__init__()` out.
+    """Return whether the object's class runs torch's step hooks.
+
+    A subclass may have left `super().__init__()` out.
     """
     if not isinstance(optimizer, Optimizer) or "_optimizer_step_pre_hooks" not in vars(optimizer):
         return False
@@ -182,7 +188,7 @@ def runs_torch_hooks(optimizer: Any) -> bool:
 
 
 def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a step was given a closure; `args` may begin with the optimizer itself."""
+    """Return whether a step got a closure; `args` may begin with the optimizer itself."""
     return callable(kwargs.get("closure")) or any(
         callable(a) and not isinstance(a, Optimizer) for a in args
     )

@@ -1,5 +1,6 @@
-"""Per-step figures, kept on the device until they are logged: one look at the device for
-`log_every` steps.
+"""Metrics of single steps, kept on the device until they are logged.
+
+The host looks at the device once in `log_every` steps.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from jacdiag.errors import UsageError
 from jacdiag.monitor.optimizers import local
-from jacdiag.monitor.parameter_groups import Groups, Member
+from jacdiag.monitor.parameter_groups import Member, SublayerGroups
 from jacdiag.monitor.square_sums import largest_elements, read_square_sums, square_sums, widest
 
 # Columns; sub-layers follow. Those from GIVEN_PART on are summed over ranks.
@@ -26,41 +27,44 @@ _MOST_SETS = 64  # sets of parameters whose places are kept on the device
 _OVERDUE = 4  # intervals that an optimizer may be late before nothing waits for it
 
 
+# Sums of squares of some tensors: a tensor on their device, or numbers if the device is a CPU.
 Sums = Tensor | list[float]
-"""Sums of squares of some tensors: a tensor on their device, or numbers where the device is a
-CPU.
-"""
 
 
 @dataclass
-class Row:
-    """What is known about a step on the host at once.
+class StepRow:
+    """What the host knows about a step without a look at the device.
 
     Attributes:
-        made: an optimiser stepped (its gradients are in the table).
-        update: the sub-layer whose update norm was taken.
-        told: the loop gave its loss.
-        rates: the learning rates that the step used, one per parameter group; None where a group
+        step: the number of the step.
+        time: its seconds; NaN if they are not known.
+        lr: the learning rate that is logged.
+        tokens: what the loop passed.
+        has_gradients: whether an optimizer stepped, so that its gradients are in the table.
+        update: label of the sub-layer whose update norm was measured; empty if none was.
+        has_loss: whether the loop passed the loss.
+        rates: the learning rates that the step used, one per parameter group; None for a group that
             had no step.
-        optimizer_step: how the step was seen, see `usage`.
-        stepped_before: a step of the optimizers was seen earlier in the run.
-        late: the gradients were read after the step: zeros are gradients that were cleared.
+        optimizer_step: how the step was seen, an `Outcome` of `step_usage`.
+        stepped_before: whether a step of the optimizers was seen earlier in the run.
+        late: whether the gradients were read after the step. Zeros are cleared gradients then.
         micro_batches: how many are summed in the column MICRO_SUM; 0 if it holds nothing.
-        sequences: in each of them.
-        weights_seen: before the step somebody looked whether the weights are finite.
-        with_gradient: parameters that had a gradient.
+        sequences: how many are in each micro-batch.
+        weights_seen: whether the weights before the step were checked for values that are not
+            finite.
+        with_gradient: how many parameters had a gradient.
         written_after: the step whose weights were compared with those before this one; 0 if none
             were.
-        values: column -> a figure that was known on the host at once, as every one is on a CPU.
+        values: column -> a number that was known on the host at once, as every one is on a CPU.
     """
 
     step: int = 0
     time: float = 0.0
     lr: float | None = None
     tokens: int | None = None
-    made: bool = False
+    has_gradients: bool = False
     update: str = ""
-    told: bool = False
+    has_loss: bool = False
     rates: list[float | Tensor | None] = field(default_factory=list)
     optimizer_step: str = "seen"
     stepped_before: bool = False
@@ -74,20 +78,25 @@ class Row:
 
 
 @dataclass
-class Figures:
-    """The buffer on the device, one row a step, and the rows on the host beside it.
+class StepMetrics:
+    """The metrics of the last steps: a table on the device, and the rows of the host.
 
     Args:
         groups: the sub-layers.
         capacity: steps between two looks at the device.
 
     Attributes:
+        rows: what the host knows of each step that has ended.
+        now: the same of the step at hand.
+        table: the numbers of each step, (capacity, FIRST).
+        squares: the sum of squares of each gradient, (capacity, parameters).
+        weights: a number for each weight that is finite if the weight is, (capacity, parameters).
         looks: how often the host waited for the device.
     """
 
-    groups: Groups
+    groups: SublayerGroups
     capacity: int
-    rows: list[Row] = field(default_factory=list)
+    rows: list[StepRow] = field(default_factory=list)
     looks: int = 0
 
     def __post_init__(self) -> None:
@@ -97,17 +106,15 @@ class Figures:
         dtype = widest(self.device)
         shape = (self.capacity, len(members))
         self.table = torch.full((self.capacity, FIRST), torch.nan, dtype=dtype, device=self.device)
-        # The sum of squares of each gradient, and whether each weight is finite: (steps,
-        # parameters).
         self.squares = torch.full(shape, torch.nan, dtype=dtype, device=self.device)
-        # the same memory
+        # NumPy writes numbers faster, to the same memory.
         self._host_squares: Any = self.squares.numpy() if self.is_on_cpu else None
         self.weights = torch.zeros(shape, dtype=dtype, device=self.device)
         self.index = torch.tensor([m.group for m in members], dtype=torch.long, device=self.device)
         self.shares = torch.tensor([m.share for m in members], dtype=dtype, device=self.device)
         self.parameters = [member.parameter for member in members]
-        self.now = Row()
-        self._places: dict[tuple[int, ...], Tensor] = {}
+        self.now = StepRow()
+        self._indices: dict[tuple[int, ...], Tensor] = {}  # places of some parameters -> on device
         # row -> squares of its gradients before they were clipped
         self._unclipped: dict[int, Tensor] = {}
         self._read_flags = (self.squares[:0], self.weights[:0])
@@ -119,6 +126,7 @@ class Figures:
 
     @property
     def full(self) -> bool:
+        """Whether the host has to look at the device before the next step."""
         return len(self.rows) >= self.capacity
 
     def gradients(
@@ -129,13 +137,14 @@ class Figures:
         *,
         before: bool = True,
     ) -> None:
-        """Takes the squares of all gradients, before a step.
+        """Put the sums of squares of the gradients into the row at hand.
 
         Args:
-            stepping: ids of the parameters of the optimiser that steps now; None for all.
+            stepping: ids of the parameters of the optimizer that steps now; None for all.
             scale: by which the gradients are still multiplied.
-            inf: 1.0 where a loss scaler found inf.
-            before: the step has not been made: the weights are those that the gradients belong to.
+            inf: 1.0 if a loss scaler found inf.
+            before: whether the step has not been made, so that the weights are those that the
+                gradients belong to.
         """
         # 1. Sum the squares of each gradient.
         places: tuple[int, ...] | None = None
@@ -151,16 +160,20 @@ class Figures:
             self._look_at_weights(squares)
 
         # 3. Put the sums where they belong in the row at hand.
-        if not self.now.made:
+        if not self.now.has_gradients:
             self.now.with_gradient = 0
         self.now.with_gradient += sum(gradient is not None for gradient in gradients)
         self._put_squares(squares, places)
         if inf is not None:
             self.put(INF, inf)
-        self.now.made = True
+        self.now.has_gradients = True
 
     def sum_squares(self, gradients: Sequence[Tensor | None], scale: Tensor | None = None) -> Sums:
-        """The sum of squares of each gradient: numbers on a CPU, else a tensor on the device."""
+        """Return the sum of squares of each gradient, undoing a scale.
+
+        Returns:
+            Numbers on a CPU, else a tensor on the device, (gradients,).
+        """
         if self.is_on_cpu:
             sums = read_square_sums(gradients)
             if scale is None:
@@ -168,14 +181,18 @@ class Figures:
             factor = float(scale) ** 2
             return [square / factor for square in sums]
         squares = square_sums(gradients, self.device)
-        return squares if scale is None else squares / scale.to(self.device, squares.dtype).square()
+        if scale is None:
+            return squares
+        return squares / scale.to(self.device, squares.dtype).square()
 
     def _put_squares(self, squares: Sums, places: tuple[int, ...] | None) -> None:
         """Put the squares of all parameters, or of those at some places, into the row at hand."""
-        if places is not None and not self.now.made:
+        if places is not None and not self.now.has_gradients:
             self.squares[self.slot].zero_()
         if not isinstance(squares, Tensor):
-            columns = slice(None) if places is None else list(places)
+            columns: slice | list[int] = slice(None)
+            if places is not None:
+                columns = list(places)
             self._host_squares[self.slot, columns] = squares
         elif places is None:
             self.squares[self.slot].copy_(squares)
@@ -183,13 +200,13 @@ class Figures:
             self.squares[self.slot].index_copy_(0, self._index_of(places), squares)
 
     def _index_of(self, places: tuple[int, ...]) -> Tensor:
-        """Some places on the device; sent there once for each optimizer, and not at every step."""
-        index = self._places.get(places)
+        """Return places as a tensor on the device, which each optimizer sends only once."""
+        index = self._indices.get(places)
         if index is None:
-            if len(self._places) >= _MOST_SETS:
-                self._places.clear()
+            if len(self._indices) >= _MOST_SETS:
+                self._indices.clear()
             index = torch.tensor(places, dtype=torch.long).to(self.device)
-            self._places[places] = index
+            self._indices[places] = index
         return index
 
     def _look_at_weights(self, squares: Sums) -> None:
@@ -203,7 +220,7 @@ class Figures:
         if self.is_on_cpu:
             if math.isfinite(sum(squares)):
                 return
-        elif self.now.made:
+        elif self.now.has_gradients:
             return
         self._read_weights()
 
@@ -214,10 +231,9 @@ class Figures:
         self.now.weights_seen = True
 
     def look_before_update(self) -> None:
-        """Note what is not finite, inside a step with a closure: after the backward, before
-        clipping and the update.
+        """Note what is not finite before clipping and the update, inside a step with a closure.
 
-        The squares of the gradients in the row are those after the step. On a CPU the weights are
+        The row itself gets the squares of the gradients after the step. On a CPU the weights are
         read only if a gradient is not finite.
         """
         self._unclipped.pop(self.slot, None)
@@ -229,40 +245,46 @@ class Figures:
         self._read_weights()
 
     def nonfinite(self) -> tuple[Tensor, Tensor]:
-        """Return which gradients and which weights were not finite in the rows read last: (rows,
-        parameters) each.
+        """Return which gradients and which weights were not finite in the rows read last.
 
-        Looks at the device; call it only for rows that are known not to be finite.
+        Waits for the device; call it only for rows that are known not to be finite.
+
+        Returns:
+            Flags of the gradients and flags of the weights, (rows, parameters) each.
         """
         squares, weights = self._read_flags
-        self.looks += not self.is_on_cpu
+        self._count_look()
         return squares.isfinite().logical_not().cpu(), weights.isfinite().logical_not().cpu()
 
     def put(self, column: int, value: Any) -> None:
-        """Writes a scalar, wherever it lies, without a look at it; one on a CPU is known at
-        once.
+        """Put a scalar into the row at hand, without waiting for its device.
+
+        Args:
+            column: such as LOSS.
+            value: a number, or a tensor on any device. Of a tensor with several elements, which is
+                a loss that was not reduced, the mean is put.
+
+        Raises:
+            UsageError: it is neither.
         """
         if not isinstance(value, Tensor):
-            try:
-                self.now.values[column] = float(value)
-            except (TypeError, ValueError) as error:
-                got = f"type {type(value).__name__}"
-                raise UsageError(
-                    "a loss or a norm is one number", got=got, hint="a tensor or a float"
-                ) from error
+            self.now.values[column] = _to_number(value)
             return
         if type(value) is Tensor and value.device.type == "cpu" and value.numel() == 1:
             self.now.values[column] = value.item()
             return
         value = local(value.detach())
-        scalar = value.reshape(()) if value.numel() == 1 else value.mean()
+        if value.numel() == 1:
+            scalar = value.reshape(())
+        else:
+            scalar = value.mean()
         if scalar.device.type == "cpu":
             self.now.values[column] = float(scalar)
         else:
             self.table[self.slot, column] = scalar
 
     def put_update(self, moved: Tensor | float, weight: Tensor | float) -> None:
-        """Write the sum of squares of an update and that of the weights that it moved."""
+        """Put the sum of squares of an update, and that of the weights that it moved."""
         if isinstance(moved, Tensor) and isinstance(weight, Tensor):
             self.table[self.slot, UPDATE : WEIGHT + 1] = torch.stack([moved, weight])
         else:
@@ -270,74 +292,107 @@ class Figures:
             self.now.values[WEIGHT] = float(weight)
 
     def put_micro_batches(self, sums: Tensor, count: int, sequences: int) -> None:
-        """Write the two sums of squares of a step that accumulates gradients, see `noise_scale`."""
+        """Put the two sums of squares of a step that accumulates gradients, see `noise_scale`."""
         self.table[self.slot, MICRO : MICRO_SUM + 1] = sums.to(
             self.device, self.table.dtype, non_blocking=True
         )
-        self.now.micro_batches, self.now.sequences = count, sequences
+        self.now.micro_batches = count
+        self.now.sequences = sequences
 
     def close_row(self, step: int, time: float, lr: float | None, tokens: int | None) -> None:
-        """Ends the step at hand."""
-        self.now.step, self.now.time, self.now.lr, self.now.tokens = step, time, lr, tokens
+        """End the step at hand."""
+        self.now.step = step
+        self.now.time = time
+        self.now.lr = lr
+        self.now.tokens = tokens
         self.rows.append(self.now)
-        self.now = Row()
+        self.now = StepRow()
 
-    def read(self) -> tuple[list[Row], Tensor]:
-        """The filled rows, (rows, columns) on the host: the one look at the device; the buffer is
-        empty then.
+    def read(self) -> tuple[list[StepRow], Tensor]:
+        """Read the rows that are full and empty the buffer: the one look at the device.
+
+        Returns:
+            The rows of the host, and the numbers of each, (rows, FIRST + groups) in float64 on the
+            CPU: the columns of the table, then the sum of squares of each group.
         """
-        rows, labels = self.rows, len(self.groups.labels)
-        count = len(rows)
+        rows = self.rows
+        count, groups = len(rows), len(self.groups.labels)
         if not rows:
             self._read_flags = (self.squares[:0], self.weights[:0])
-            return [], torch.zeros(0, FIRST + labels, dtype=torch.float64)
+            return [], torch.zeros(0, FIRST + groups, dtype=torch.float64)
 
-        # 1. Sum the squares of each sub-layer. Learning rates that lie on the device travel with
-        # the table.
-        sums = self.table.new_zeros(count, labels)
+        # 1. Sum the squares of each sub-layer.
+        sums = self.table.new_zeros(count, groups)
         sums.index_add_(1, self.index, self.squares[:count] * self.shares)
-        where = [
-            (row, k) for row in rows for k, rate in enumerate(row.rates) if isinstance(rate, Tensor)
-        ]
-        rates = [row.rates[k].reshape(1).to(self.table) for row, k in where]  # type: ignore[union-attr]
-        flat = torch.cat([self.table[:count].flatten(), sums.flatten(), *rates])
 
-        # 2. Look at the device.
-        found = flat.to("cpu", torch.float64)
-        self.looks += not self.is_on_cpu
-        columns, squares, read_rates = found.split([count * FIRST, count * labels, len(rates)])
-        for (row, k), rate in zip(where, read_rates.tolist(), strict=True):
-            row.rates[k] = rate
+        # 2. Look at the device. Learning rates that lie on it travel with the table.
+        places = [
+            (row, group)
+            for row in rows
+            for group, rate in enumerate(row.rates)
+            if isinstance(rate, Tensor)
+        ]
+        rates = [
+            row.rates[group].reshape(1).to(self.table)  # type: ignore[union-attr]
+            for row, group in places
+        ]
+        flat = torch.cat([self.table[:count].flatten(), sums.flatten(), *rates])
+        numbers = flat.to("cpu", torch.float64)
+        self._count_look()
+        columns, squares, read_rates = numbers.split([count * FIRST, count * groups, len(rates)])
+        for (row, group), rate in zip(places, read_rates.tolist(), strict=True):
+            row.rates[group] = rate
 
         # 3. Add what was known on the host.
         known = torch.tensor([_columns(row.values) for row in rows], dtype=torch.float64)
         columns = torch.where(known.isnan(), columns.view(count, FIRST), known)
         self._empty(count)
-        return rows, torch.cat([columns, squares.view(count, labels)], dim=1)
+        return rows, torch.cat([columns, squares.view(count, groups)], dim=1)
+
+    def _count_look(self) -> None:
+        if not self.is_on_cpu:
+            self.looks += 1
 
     def _empty(self, count: int) -> None:
-        """Empty the buffer after its first rows were read; a step that is being made while it is
-        read stays.
+        """Empty the buffer after its first rows were read.
+
+        A step that is being made meanwhile stays, in the first row.
         """
+        # 1. Keep what `nonfinite` looks at.
         self.rows = []
         squares = self.squares[:count].clone()
         for place in range(count):
             if place in self._unclipped:
                 squares[place] = self._unclipped.pop(place)
         self._read_flags = (squares, self.weights[:count].clone())
+
+        # 2. Keep the row of the step at hand.
         pending_squares = self._unclipped.pop(count, None)
-        self._unclipped = {} if pending_squares is None else {0: pending_squares}
-        is_pending = self.now.made and count < self.capacity
-        pending = (
-            [table[count].clone() for table in (self.table, self.squares, self.weights)]
-            if is_pending
-            else []
-        )
+        self._unclipped = {}
+        if pending_squares is not None:
+            self._unclipped[0] = pending_squares
+        tables = (self.table, self.squares, self.weights)
+        pending_rows: list[Tensor] = []
+        if self.now.has_gradients and count < self.capacity:
+            pending_rows = [table[count].clone() for table in tables]
+
+        # 3. Empty the buffer, and put that row first.
         self.table.fill_(torch.nan)
         self.squares.fill_(torch.nan)
         self.weights.zero_()
-        for table, row in zip((self.table, self.squares, self.weights), pending, strict=False):
-            table[0] = row
+        for table, pending_row in zip(tables, pending_rows, strict=False):
+            table[0] = pending_row
+
+
+def _to_number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            "a loss or a norm is one number",
+            got=f"type {type(value).__name__}",
+            hint="a tensor or a float",
+        ) from error
 
 
 def _columns(values: Mapping[int, float]) -> list[float]:
@@ -345,7 +400,7 @@ def _columns(values: Mapping[int, float]) -> list[float]:
 
 
 def _local_gradient(parameter: Tensor) -> Tensor | None:
-    """The part of a gradient that lies on this rank; None if there is none."""
+    """Return what this rank holds of a gradient; None if there is none."""
     gradient = parameter.grad
     if gradient is None or type(gradient) is Tensor:
         return gradient
@@ -353,68 +408,80 @@ def _local_gradient(parameter: Tensor) -> Tensor | None:
 
 
 def _local_weight(parameter: Tensor) -> Tensor:
-    """The part of a weight that lies on this rank, outside of autograd; a plain one is that
-    itself.
-    """
+    """Return what this rank holds of a weight, outside of autograd if it is sharded."""
     if type(parameter) is torch.nn.Parameter:
         return parameter
-    return local(parameter.detach()) if hasattr(parameter, "to_local") else parameter
+    if hasattr(parameter, "to_local"):
+        return local(parameter.detach())
+    return parameter
 
 
 class Rhythm:
-    """At which windows an optimizer steps: it may do so at every second one, or have stopped."""
+    """The windows in which an optimizer steps: perhaps every second one, or none any more."""
 
     def __init__(self) -> None:
-        self.last, self.interval = 0, 1
+        self.last = 0
+        self.interval = 1
 
     def stepped(self, window: int) -> None:
+        """Note a step in a window."""
         if window > self.last:
-            self.interval, self.last = window - self.last, window
+            self.interval = window - self.last
+            self.last = window
 
     def is_due(self, window: int) -> bool:
-        """Whether it steps in this window, if it goes on as it has; one that is long overdue is not
-        waited for.
+        """Return whether the optimizer steps in this window, if it goes on as it has.
+
+        One that is long overdue is not waited for.
         """
         return self.interval <= window - self.last <= _OVERDUE * self.interval
 
 
 class UpdateTurn:
-    """The update norm of one sub-layer a step, in turn: over all optimizers that hold a part of it.
+    """The update norm of one sub-layer per step, in turn.
 
-    A window begins with the first optimizer that steps after `Watch.step` and ends with the next
-    `Watch.step`. At its beginning a copy is made of the weights of the sub-layer whose turn it is.
-    What an optimizer moved is summed when its outermost step ends, so that the moves of a wrapper
-    around it count. The copy is then let go.
+    Several optimizers may hold a part of the sub-layer. A window begins with the first optimizer
+    that steps after `Watch.step` and ends with the next `Watch.step`. At its beginning a copy is
+    made of the weights of the sub-layer whose turn it is. What an optimizer moved is summed when
+    its outermost step ends, so that the moves of a wrapper around it count. The copy is then let
+    go.
 
     Args:
         groups: the sub-layers.
-        holders: id of a parameter -> the number of the optimizer that updates it.
+        holders: id of a parameter -> the place of the optimizer that updates it.
         count: how many optimizers there are.
         every: windows from one measured window to the next.
+
+    Attributes:
+        opened: whether a window is open.
+        touched: whether a weight of the chosen sub-layer had a gradient.
     """
 
     def __init__(
-        self, groups: Groups, holders: Mapping[int, int], count: int, every: int = 1
+        self, groups: SublayerGroups, holders: Mapping[int, int], count: int, every: int = 1
     ) -> None:
-        self.groups, self.holders, self.every = groups, holders, every
-        self.queue = deque(range(len(groups.labels)))
+        self.groups = groups
+        self.holders = holders
+        self.every = every
+        self.queue = deque(range(len(groups.labels)))  # groups, the next one first
         self.rhythms = [Rhythm() for _ in range(count)]
         self.window = 0
         self.chosen: int | None = None
-        # place in the group -> the member, its weights
+        # place in the group -> the member, and a copy of its weights
         self.before: dict[int, tuple[Member, Tensor]] = {}
-        self.moved: list[Tensor | float] = []
-        # the weights after the step, if all of them were measured in one go
+        self.moved: list[Tensor | float] = []  # sums of squares, one for each outermost step
+        # sum of squares of the weights, if all of them were measured in one go
         self.weight: Tensor | float | None = None
         self.stepped: set[int] = set()
-        self.opened = self.touched = False
+        self.opened = False
+        self.touched = False
 
-    def open(self, stepping: int | None = None, closure: bool = False) -> None:
+    def open(self, stepping: int | None = None, has_closure: bool = False) -> None:
         """Begin a window, if none is open: choose a sub-layer and keep its weights.
 
         Args:
-            stepping: the optimizer that steps now; None for a wrapper around several.
-            closure: gradients are still to be computed.
+            stepping: place of the optimizer that steps now; None for a wrapper around several.
+            has_closure: whether gradients are still to be computed.
         """
         if self.opened:
             return
@@ -423,23 +490,27 @@ class UpdateTurn:
         if (self.window - 1) % self.every:
             return
         for group in list(self.queue):
-            members = [m for m in self.groups.of(group) if m.parameter.requires_grad]
-            if any(self._may_move(member, stepping, closure) for member in members):
+            members = self._trained_members(group)
+            if any(self._may_move(member, stepping, has_closure) for member in members):
                 self.chosen = group
                 with torch.no_grad():
                     copies = [(m, _local_weight(m.parameter).clone()) for m in members]
                 self.before = dict(enumerate(copies))
                 return
 
-    def _may_move(self, member: Member, stepping: int | None, closure: bool) -> bool:
-        """Whether a member has a gradient, or an optimizer that may compute one before it steps in
-        this window.
+    def _trained_members(self, group: int) -> list[Member]:
+        return [member for member in self.groups.of(group) if member.parameter.requires_grad]
+
+    def _may_move(self, member: Member, stepping: int | None, has_closure: bool) -> bool:
+        """Return whether an optimizer may move a member in this window.
+
+        It does if the member has a gradient, or may get one before its optimizer steps.
         """
         holder = self.holders.get(id(member.parameter))
         if holder is None:
             return False
         if stepping is None or holder == stepping:
-            return closure or member.parameter.grad is not None
+            return has_closure or member.parameter.grad is not None
         return self.rhythms[holder].is_due(self.window)
 
     def note_step(self, optimizer: int) -> None:
@@ -448,66 +519,76 @@ class UpdateTurn:
             self.stepped.add(optimizer)
             self.rhythms[optimizer].stepped(self.window)
 
-    def measure(self, figures: Figures) -> None:
-        """Sum what the optimizers that stepped have moved of the copied weights; call when a step
-        has ended.
+    def measure(self, metrics: StepMetrics) -> None:
+        """Sum what the optimizers that stepped have moved; call when an outermost step has ended.
+
+        Args:
+            metrics: sums the squares, on the device of the weights.
         """
+        # 1. The copies of what has moved.
         done = [
             place
-            for place, (m, _) in self.before.items()
-            if self.holders.get(id(m.parameter)) in self.stepped
+            for place, (member, _) in self.before.items()
+            if self.holders.get(id(member.parameter)) in self.stepped
         ]
         if not done:
             return
-        is_whole = not self.moved and len(done) == len(self.before)
-        pairs = [self.before.pop(place) for place in done]
-        members = [member for member, _ in pairs]
-        self.touched |= any(member.parameter.grad is not None for member in members)
+        has_all = not self.moved and len(done) == len(self.before)
+        copies = [self.before.pop(place) for place in done]
+        members = [member for member, _ in copies]
+        if any(member.parameter.grad is not None for member in members):
+            self.touched = True
+
+        # 2. Subtract the weights from their copies.
         with torch.no_grad():
             weights = [_local_weight(member.parameter) for member in members]
-            steps = [old for _, old in pairs]
-            torch._foreach_sub_(steps, weights)
-        if not is_whole:
-            self.moved.append(_counted(figures.sum_squares(steps), members))
-            return
-        sums = figures.sum_squares([*steps, *weights])
-        self.moved.append(_counted(sums[: len(members)], members))
-        self.weight = _counted(sums[len(members) :], members)
+            differences = [old for _, old in copies]
+            torch._foreach_sub_(differences, weights)
 
-    def close(self, figures: Figures) -> None:
-        """End the window: put the sums of squares of the update and of the weights into the row at
-        hand.
-        """
+        # 3. Sum the squares; those of the weights in the same call, if nothing else is to move.
+        if not has_all:
+            self.moved.append(_sum_shares(metrics.sum_squares(differences), members))
+            return
+        sums = metrics.sum_squares([*differences, *weights])
+        self.moved.append(_sum_shares(sums[: len(members)], members))
+        self.weight = _sum_shares(sums[len(members) :], members)
+
+    def close(self, metrics: StepMetrics) -> None:
+        """End the window: put the update into the row at hand."""
         if not self.opened:
             return
         if self.chosen is not None and self.moved:
             self.queue.remove(self.chosen)
             self.queue.append(self.chosen)
-        if self.chosen is not None and self.moved and self.touched:
-            members = [m for m in self.groups.of(self.chosen) if m.parameter.requires_grad]
-            weight = self.weight
-            if weight is None:
-                weights = [_local_weight(m.parameter) for m in members]
-                weight = _counted(figures.sum_squares(weights), members)
-            figures.put_update(reduce(add, self.moved), weight)
-            figures.now.update = self.groups.labels[self.chosen]
+            if self.touched:
+                self._put_update(metrics, self.chosen)
         self.drop()
 
+    def _put_update(self, metrics: StepMetrics, group: int) -> None:
+        weight = self.weight
+        if weight is None:
+            members = self._trained_members(group)
+            weights = [_local_weight(member.parameter) for member in members]
+            weight = _sum_shares(metrics.sum_squares(weights), members)
+        metrics.put_update(reduce(add, self.moved), weight)
+        metrics.now.update = self.groups.labels[group]
+
     def drop(self) -> None:
-        """End the window without figures."""
+        """End the window without an update."""
         self.before.clear()
         self.moved.clear()
         self.weight = None
         self.stepped.clear()
-        self.chosen, self.opened, self.touched = None, False, False
+        self.chosen = None
+        self.opened = False
+        self.touched = False
 
 
-def _counted(sums: Sums, members: Sequence[Member]) -> Tensor | float:
-    """The sum over tensors, each with the share that this rank counts."""
+def _sum_shares(sums: Sums, members: Sequence[Member]) -> Tensor | float:
+    """Return the sum over tensors, each with the share that this rank counts."""
     if isinstance(sums, list):
         return sum(value * member.share for value, member in zip(sums, members, strict=True))
     if all(member.share == 1.0 for member in members):
         return sums.sum()
-    return torch.stack(
-        [value * m.share for value, m in zip(sums.unbind(), members, strict=True)]
-    ).sum()
+    shares = [value * m.share for value, m in zip(sums.unbind(), members, strict=True)]
+    return torch.stack(shares).sum()

@@ -1,6 +1,4 @@
-"""The number of a step: the watch's own count, or the one that the trainer passes to
-`Watch.step`.
-"""
+"""Numbers of the steps: the watch's own count, or what the trainer passes to `Watch.step`."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ class StepMove:
 
 
 class StepNumbers:
-    """Numbers the steps of a run; numbers grow, except where a loop goes back.
+    """The numbers of a run's steps; they grow, except if the loop goes back.
 
     | passed | number |
     |---|---|
@@ -54,10 +52,12 @@ class StepNumbers:
     """
 
     def __init__(self, count: int, warn: Callable[[str, str], None]) -> None:
-        self.count, self.warn = count, warn
+        self.count = count
+        self.warn = warn
         self.stride = 1
         self._first: int | None = None  # that was passed
-        self._begun = self._counts_alone = False
+        self._has_started = False
+        self._counts_alone = False
 
     @property
     def coming(self) -> int:
@@ -73,8 +73,9 @@ class StepNumbers:
         Raises:
             UsageError: it is no whole number, or negative.
         """
-        last, is_start = self.count, not self._begun
-        self._begun = True
+        last = self.count
+        is_start = not self._has_started
+        self._has_started = True
         if given is None or self._counts_alone:
             self.count, self.stride = last + 1, 1
             return StepMove(self.count, last)

@@ -1,4 +1,4 @@
-"""From the buffer's numbers to the rows of the log."""
+"""Build the rows of the log from the numbers of the buffer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jacdiag.monitor.step_metrics import (
     MICRO_SUM,
     UPDATE,
     WEIGHT,
-    Row,
+    StepRow,
 )
 from jacdiag.monitor.step_usage import Outcome
 
@@ -27,136 +27,207 @@ _CLIPPED = 5e-3
 
 
 @dataclass(frozen=True)
-class BadNames:
-    """Names of what was not finite at a step, before the optimizer's step.
+class NonfiniteNames:
+    """Names of what was not finite in a step, before the optimizer's step.
 
     Attributes:
-        gradients: parameters whose gradient was not.
-        weights: parameters that were not; None if nobody looked.
+        gradients: parameters whose gradient was not finite.
+        weights: parameters that were not finite themselves; None if nobody looked.
     """
 
     gradients: list[str]
     weights: list[str] | None
 
 
-def row_of(
-    row: Row,
+@dataclass(frozen=True, kw_only=True)
+class GradientNorms:
+    """Norms of the gradient of a step.
+
+    Attributes:
+        before_clipping: the norm that the loop passed; None if it passed none.
+        after_clipping: the norm that the optimizer used; None if it was not read.
+        squares: one sum of squares per sub-layer; None if they were not read.
+    """
+
+    before_clipping: float | None
+    after_clipping: float | None
+    squares: Sequence[float] | None
+
+    @property
+    def is_overflow(self) -> bool:
+        """Whether the norm that the loop passed is not finite."""
+        return self.before_clipping is not None and not math.isfinite(self.before_clipping)
+
+    @property
+    def clip_ratio(self) -> float | None:
+        """The norm before clipping over the one after it; None if either is not known."""
+        before, after = self.before_clipping, self.after_clipping
+        if before is None or not math.isfinite(before):
+            return None
+        if after is None or not after > 0:
+            return None
+        return before / after
+
+    @property
+    def is_clipped(self) -> bool | None:
+        """Whether the gradient was clipped; None if that is not known."""
+        ratio = self.clip_ratio
+        if ratio is None:
+            return None
+        return ratio > 1 + _CLIPPED
+
+
+def build_step_row(
+    row: StepRow,
     values: Sequence[float],
     labels: Sequence[str],
-    bad: BadNames | None = None,
+    nonfinite: NonfiniteNames | None = None,
     written: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """One step as the log tells it; what was not measured is null.
+    """Return one step as a row of the log; what was not measured is null.
 
     A step with a gradient that is not finite also has `nonfinite_weights`, `nonfinite_gradients`
     and `with_gradient`. A step before which weights were written outside the optimizer has
     `written`.
 
-    `grad_norm` is what `clip_grad_norm_` returned (before clipping), if it was given;
-    `grad_norm_post` and `grad` (one per group) are what the optimiser saw. Under clipping by the
-    global norm a group's norm before it is `grad` times `clip_ratio`.
+    `grad_norm` is what `clip_grad_norm_` returned (before clipping), if it was passed.
+    `grad_norm_post` and `grad` (one per group) are what the optimizer used. Under clipping by the
+    global norm a group's norm before clipping is `grad` times `clip_ratio`.
+
+    Args:
+        row: what the host knew at once.
+        values: the columns of the buffer, then one sum of squares per sub-layer.
+        labels: names of the sub-layers.
+        nonfinite: what was not finite; None if everything was finite.
+        written: what was written outside the optimizer; None if nothing was.
     """
     # 1. Gradient norms before and after clipping.
-    squares = list(values[FIRST:])
-    post = _total_norm(squares) if row.made else None
-    if row.late and post == 0:  # the gradients were cleared before anyone could read them
-        row.made, post = False, None
-    pre = _given_norm(values)
-    is_known = pre is not None and math.isfinite(pre) and post is not None and post > 0
-    ratio = pre / post if is_known else None  # type: ignore[operator]
+    norms = _gradient_norms(row, values)
+    sublayer_norms: list[float | None] | None = None
+    nonfinite_labels: list[str] = []
+    if norms.squares is not None:
+        sublayer_norms = [_root(square) for square in norms.squares]
+        nonfinite_labels = [
+            label
+            for label, square in zip(labels, norms.squares, strict=True)
+            if not math.isfinite(square)
+        ]
 
     # 2. Whether the optimizer made a step, and with which rate.
-    given_up = values[INF] > 0
-    overflow = given_up or (pre is not None and not math.isfinite(pre))
-    skipped = _is_skipped(row, given_up, overflow)
-    nonfinite = (
-        [label for label, s in zip(labels, squares, strict=True) if not math.isfinite(s)]
-        if row.made
-        else []
-    )
+    has_found_inf = values[INF] > 0
+    is_overflow = has_found_inf or norms.is_overflow
+    skipped = _is_skipped(row, has_found_inf, is_overflow)
     rate = row.lr
     if rate is None and row.rates:
         rate = row.rates[0]  # type: ignore[assignment]
 
-    # 3. The line of the log.
-    found: dict[str, Any] = {
+    # 3. The row of the log.
+    line: dict[str, Any] = {
         "step": row.step,
-        "loss": values[LOSS] if row.told else None,
+        "loss": values[LOSS] if row.has_loss else None,
         "lr": rate,
         "lrs": row.rates if len(row.rates) > 1 else None,
         "tokens": row.tokens,
         "step_seconds": None if math.isnan(row.time) else row.time,
-        "grad_norm": pre,
-        "grad_norm_post": post,
-        "clipped": None if ratio is None else ratio > 1 + _CLIPPED,
-        "clip_ratio": ratio,
+        "grad_norm": norms.before_clipping,
+        "grad_norm_post": norms.after_clipping,
+        "clipped": norms.is_clipped,
+        "clip_ratio": norms.clip_ratio,
         "skipped": skipped,
-        "skipped_for": "inf" if skipped and overflow else None,
+        "skipped_for": "inf" if skipped and is_overflow else None,
         "optimizer_step": row.optimizer_step,
-        "nonfinite": nonfinite,
+        "nonfinite": nonfinite_labels,
         "weights_seen": row.weights_seen,
-        "grad": [_root(s) for s in squares] if row.made else None,
+        "grad": sublayer_norms,
         "update": None,
         "noise": micro_batch_norms(row, values),
     }
-    if bad is not None:
-        found |= {"nonfinite_gradients": bad.gradients, "nonfinite_weights": bad.weights}
-        found["with_gradient"] = row.with_gradient
+    if nonfinite is not None:
+        line["nonfinite_gradients"] = nonfinite.gradients
+        line["nonfinite_weights"] = nonfinite.weights
+        line["with_gradient"] = row.with_gradient
     if written is not None:
-        found["written"] = {"after": row.written_after, **written}
+        line["written"] = {"after": row.written_after, **written}
     if row.update and not skipped:
-        found["update"] = _update(row.update, values)
-    return found
+        line["update"] = _describe_update(row.update, values)
+    return line
+
+
+def _gradient_norms(row: StepRow, values: Sequence[float]) -> GradientNorms:
+    passed = _passed_norm(values)
+    if not row.has_gradients:
+        return GradientNorms(before_clipping=passed, after_clipping=None, squares=None)
+    squares = list(values[FIRST:])
+    total = _total_norm(squares)
+    if row.late and total == 0:  # the gradients were cleared before anyone could read them
+        row.has_gradients = False
+        return GradientNorms(before_clipping=passed, after_clipping=None, squares=None)
+    return GradientNorms(before_clipping=passed, after_clipping=total, squares=squares)
 
 
 def _total_norm(squares: Sequence[float]) -> float | None:
-    """Return the norm over all sub-layers; inf or nan where one of them is."""
-    finite = all(map(math.isfinite, squares))
-    return _root(math.fsum(squares) if finite else sum(squares))
+    """Return the norm over all sub-layers; inf or nan if one of them is."""
+    if all(map(math.isfinite, squares)):
+        return _root(math.fsum(squares))
+    return _root(sum(squares))
 
 
-def _given_norm(values: Sequence[float]) -> float | None:
+def _passed_norm(values: Sequence[float]) -> float | None:
     """Return the norm that the loop passed; None if it passed none."""
-    given = values[GIVEN] if not math.isnan(values[GIVEN]) else _root(values[GIVEN_PART])
-    return None if given is None or math.isnan(given) else given
+    norm: float | None = values[GIVEN]
+    if math.isnan(values[GIVEN]):
+        norm = _root(values[GIVEN_PART])
+    if norm is None or math.isnan(norm):
+        return None
+    return norm
 
 
-def _update(where: str, values: Sequence[float]) -> dict[str, Any] | None:
+def _describe_update(label: str, values: Sequence[float]) -> dict[str, Any] | None:
     """Return how far a sub-layer moved in the step; None if it was not measured."""
     moved, size = _root(values[UPDATE]), _root(values[WEIGHT])
     if moved is None or size is None:
         return None
-    return {"where": where, "norm": moved, "weight": size, "ratio": moved / size if size else None}
+    ratio = moved / size if size else None
+    return {"where": label, "norm": moved, "weight": size, "ratio": ratio}
 
 
-def micro_batch_norms(row: Row, values: Sequence[float]) -> MicroBatchNorms | None:
-    """What the step's micro-batches say of the noise of the gradient; None if they were not read or
-    not finite.
+def micro_batch_norms(row: StepRow, values: Sequence[float]) -> MicroBatchNorms | None:
+    """Return the gradient norms of the step's micro-batches.
+
+    Returns:
+        None if the gradients of single micro-batches were not read, or are not finite.
     """
     first, summed = values[MICRO], values[MICRO_SUM]
-    if not row.micro_batches or not math.isfinite(first) or not math.isfinite(summed) or first <= 0:
+    if not row.micro_batches:
+        return None
+    if not math.isfinite(first) or not math.isfinite(summed) or first <= 0:
         return None
     return MicroBatchNorms(first=first, summed=summed, count=row.micro_batches, rows=row.sequences)
 
 
-def _is_skipped(row: Row, given_up: bool, overflow: bool) -> bool | None:
-    """Whether the optimizer made no step; None if that is not known.
+def _is_skipped(row: StepRow, has_found_inf: bool, is_overflow: bool) -> bool | None:
+    """Return whether the optimizer made no step; None if that is not known.
 
-    A loss scaler that meets an overflow does not call the optimizer, so that no hook runs. The same
-    is seen of an optimizer that steps by methods of its own and writes to `.data`: that one has
+    A loss scaler that meets an overflow does not call the optimizer, so that no hook runs. An
+    optimizer that steps by methods of its own and writes to `.data` looks the same. That one has
     never been seen to step.
 
     Args:
         row: the step.
-        given_up: the optimizer was called and told of an overflow.
-        overflow: a norm was not finite.
+        has_found_inf: the optimizer was called, and a loss scaler had found inf.
+        is_overflow: a norm was not finite.
     """
     if row.optimizer_step != Outcome.NONE:
-        return given_up
-    if row.stepped_before or overflow:
+        return has_found_inf
+    if row.stepped_before or is_overflow:
         return True
     return None
 
 
 def _root(square: float) -> float | None:
-    return math.sqrt(square) if square >= 0 else (math.nan if math.isnan(square) else None)
+    """Return the square root; None for a negative number, which stands for no number."""
+    if square >= 0:
+        return math.sqrt(square)
+    if math.isnan(square):
+        return math.nan
+    return None

@@ -1,6 +1,4 @@
-"""Check that `step` is called where it is meant to be, and that the optimizer's steps are seen.
-Warn once if not.
-"""
+"""Check how `step` is called, and that the optimizer's steps are seen; warn once if not."""
 
 from __future__ import annotations
 
@@ -30,8 +28,8 @@ class Outcome(StrEnum):
     NONE = "none"
 
 
-class Usage:
-    """Counts optimizer steps between calls of `step`.
+class StepUsage:
+    """A count of the optimizer steps between calls of `step`.
 
     Args:
         optimizers: those that are watched.
@@ -47,12 +45,17 @@ class Usage:
         self.kinds = " and ".join(
             dict.fromkeys(type(optimizer).__name__ for optimizer in optimizers)
         )
-        self.count, self.warn = len(optimizers), warn
-        self.stepped, self.called, self.ever = 0, False, False
-        self._unseen = self._without = 0
+        self.count = len(optimizers)
+        self.warn = warn
+        self.stepped = 0
+        self.called = False
+        self.ever = False
         self._seen = False  # a hook ran
+        self._unseen = 0  # steps in a row that moved the weights unseen
+        self._without = 0  # calls before the first step
         self._calls = 0  # calls since the last one that had a step before it
-        self._run, self._repeats = 0, 0
+        self._calls_before = 0  # the same before that call
+        self._repeats = 0  # how often in a row both were equal
 
     def optimizer_steps(self) -> None:
         """Count a step of one optimizer."""
@@ -76,7 +79,10 @@ class Usage:
         self.stepped, self.called = 0, True
         if outcome is Outcome.COMPILED:
             self._explain_compiled()
-        self._unseen = self._unseen + 1 if outcome is Outcome.UNSEEN else 0
+        if outcome is Outcome.UNSEEN:
+            self._unseen += 1
+        else:
+            self._unseen = 0
         if self._unseen == _UNSEEN:
             self.warn("unseen", self._unseen_text())
         if outcome is not Outcome.NONE:
@@ -94,13 +100,16 @@ class Usage:
         if outcome is Outcome.NONE:
             self._calls += 1
             return
-        same = self._calls > 0 and self._calls == self._run
-        self._repeats = self._repeats + 1 if same else 0
-        self._run, self._calls = self._calls, 0
+        if self._calls > 0 and self._calls == self._calls_before:
+            self._repeats += 1
+        else:
+            self._repeats = 0
+        self._calls_before = self._calls
+        self._calls = 0
         if self._repeats == _REPEATS:
             self.warn(
                 "use",
-                f"step was called {self._run + 1} times for each step of the optimizer: "
+                f"step was called {self._calls_before + 1} times for each step of the optimizer: "
                 "call it once per optimizer step, after optimizer.step()",
             )
 

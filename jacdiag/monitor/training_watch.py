@@ -1,4 +1,4 @@
-"""A running watch: the calls of the loop, the hooks of the optimisers, the end."""
+"""A running watch: the calls of the training loop, and how the watch ends."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -19,47 +19,51 @@ from torch import Tensor, nn
 from jacdiag.distributed.training_group import Together
 from jacdiag.errors import UsageError, one_line
 from jacdiag.monitor.batches import Batches
-from jacdiag.monitor.fault_isolation import AlertRaised, Guards, logger, quietly
+from jacdiag.monitor.fault_isolation import AlertRaised, Guards, quietly
 from jacdiag.monitor.histograms import Histograms
 from jacdiag.monitor.kept_batches import KeptBatches
 from jacdiag.monitor.log.events import Record
-from jacdiag.monitor.measurements import Tiers
+from jacdiag.monitor.measurements import Measurements
 from jacdiag.monitor.noise_scale import MicroBatches
-from jacdiag.monitor.optimizers import (
-    OptimizerTree,
-    check_belongs,
-    learning_rates,
-    names_of,
-    optimizer_tree,
-    parameters_of,
-    scaling,
-)
+from jacdiag.monitor.optimizer_observer import NO_FIGURES, OptimizerObserver
+from jacdiag.monitor.optimizers import OptimizerTree, check_belongs, names_of, optimizer_tree
 from jacdiag.monitor.process_endings import ENDINGS, Ending
-from jacdiag.monitor.rank_comparison import RankComparison
 from jacdiag.monitor.schedule import Clock
-from jacdiag.monitor.step_hooks import StepHooks
-from jacdiag.monitor.step_metrics import GIVEN, GIVEN_PART, LOSS, Figures, Row, UpdateTurn
+from jacdiag.monitor.step_metrics import GIVEN, GIVEN_PART, LOSS, StepMetrics
 from jacdiag.monitor.step_numbers import StepMove, StepNumbers
-from jacdiag.monitor.step_usage import Outcome, Usage
-from jacdiag.monitor.weight_writes import WeightWrites
 from jacdiag.records.run_log import Alert
 
-_NO_FIGURES = "no figures of single steps from now on"
-_NO_UPDATES = "no update norms from now on"
-# how often, and after how many seconds, a step in another thread is asked for its end
+# A signal waits for a step of another thread to end: how often it looks, and the seconds between.
 _LOOKS, _PAUSE = 300, 0.01
-_NO_WRITES = "writes to weights between the steps are not looked for from now on"
-_SAMPLE = 32  # parameters whose count of changes is looked at
 
 
 class Watch:
-    """A running watch; see `jacdiag.watch`.
+    """A running watch, as `jacdiag.watch` returns it.
+
+    It is also a context manager: leaving the `with` block closes it.
 
     Attributes:
-        count: optimiser steps so far, skipped ones included; the number of the last one where the
-            loop passes numbers.
-        alerts: those of this session.
-        closed: nothing of it is left on the model and the optimisers.
+        count: the number of the last optimizer step, skipped steps included. The number is the
+            loop's own if it passes numbers.
+        alerts: the alerts of this session.
+        findings: what the probes report about the model and that is no alert.
+        closed: whether the watch has ended and nothing of it is left on the model and the
+            optimizers.
+
+    Example:
+        >>> import torch
+        >>> from jacdiag.sources.gpt import build
+        >>> model = build(n_layer=1, n_head=2, n_embd=16, vocab_size=32, block_size=8)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> from jacdiag.monitor import watch
+        >>> with watch(model, optimizer, every=None, quiet=True) as w:
+        ...     ids = torch.randint(32, (2, 9))
+        ...     _, loss = model(ids[:, :-1], ids[:, 1:])
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     w.step(loss)
+        >>> print(w)
+        Watch, closed: 1 step, 0 alerts
     """
 
     def __init__(
@@ -68,72 +72,88 @@ class Watch:
         optimizers: OptimizerTree,
         together: Together,
         record: Record,
-        tiers: Tiers,
+        measurements: Measurements,
+        *,
         log_every: int,
-        updates: int,
+        update_every: int,
         keep_batches: int | None,
         histograms: Histograms,
     ) -> None:
-        self.optimizers, self.together, self.record, self.tiers = (
-            optimizers,
-            together,
-            record,
-            tiers,
-        )
+        self.together = together
+        self.record = record
+        self.measurements = measurements
         self.guards: Guards = record.guards
-        self.numbers = StepNumbers(record.resumed_at, record.warn)
-        self.log_every, self.updates = log_every, updates
         self.histograms = histograms
+        self.log_every = log_every
+        self.numbers = StepNumbers(record.resumed_at, record.warn)
         self.clock = Clock()
-        self.closed = self.busy = False
-        self.process, self.thread = os.getpid(), threading.get_ident()  # those that train
-        self._signal = ""  # one that came, and that somebody else handles
-        self.usage = Usage(optimizers.leaves, record.warn)
-        self.turn: UpdateTurn | None = None
-        # ids of the optimizers whose step is running, the outermost first
-        self._running: list[int] = []
-        # numbers of the leaves that stepped since the last call of `step`
-        self._stepped: set[int] = set()
-        self._read: set[int] = set()  # ids of the parameters whose gradients are in the row at hand
-        self._rates: dict[int, list[float | Tensor | None]] = {}  # of the leaves that stepped
-        self._first_rate: float | None = None
-        self._compiled = False
-        self._changes = ChangeCounts(optimizers.leaves)
-        # every rank knows the same: one of them speaks
+        self.closed = False
+        self.busy = False
+        self.process = os.getpid()
+        self.thread = threading.get_ident()  # the one that trains
+        self._signal = ""  # name of one that came, and that somebody else handles
+        # Every rank reads the same numbers if no weight is sharded: then the leading rank works.
         self.inert = not together.lead and not together.sharded
-        self.comparison = RankComparison.begin(
-            together, optimizers.leaves, record.warn, attach=self.inert
+
+        # 1. Read the optimizers, and the batches of the model.
+        self.observer = OptimizerObserver(
+            optimizers,
+            measurements,
+            record,
+            self.numbers,
+            self.clock,
+            histograms,
+            is_inert=self.inert,
+            log_every=log_every,
+            update_every=update_every,
+            owner=self,
         )
         self.batches: Batches | None = None
-        self.hooks: StepHooks | None = None
         if not self.inert:
-            keeps = record.recorder is not None
-            kept = KeptBatches(keep_batches, log_every) if keeps else None
-            self.batches = Batches(model, fingerprints=keeps, keep=kept)
-            if keeps and not together.sharded:
-                self.batches.micro_batches = MicroBatches(
-                    model, lambda: parameters_of(self.optimizers.leaves), log_every
-                )
-            self.hooks = StepHooks(optimizers, self._before, self._after)
+            self.batches = self._observe_batches(model, keep_batches, log_every)
+            self.observer.attach()
             self.batches.step = self.count + 1
-        tiers.batches = record.batches = self.batches
-        # a loop may end without close(), and lines may wait
-        self._at_exit = partial(_close, weakref.ref(self))
+        measurements.batches = self.batches
+        record.batches = self.batches
+
+        # 2. A loop may end without close() while lines of the log still wait.
+        self._at_exit = partial(_close_at_exit, weakref.ref(self))
         atexit.register(self._at_exit)
         ENDINGS.open(self)
 
+    def _observe_batches(
+        self, model: nn.Module, keep_batches: int | None, log_every: int
+    ) -> Batches:
+        has_recorder = self.record.recorder is not None
+        kept = KeptBatches(keep_batches, log_every) if has_recorder else None
+        batches = Batches(model, fingerprints=has_recorder, keep=kept)
+        if has_recorder and not self.together.sharded:
+            batches.micro_batches = MicroBatches(model, self.observer.parameters, log_every)
+        return batches
+
     @property
     def count(self) -> int:
+        """The number of the last step."""
         return self.numbers.count
 
+    @property
+    def alerts(self) -> list[Alert]:
+        """The alerts of this session."""
+        return list(self.record.alerts)
+
+    @property
+    def findings(self) -> list[Alert]:
+        """What the probes report about the model and that is no alert."""
+        return list(self.record.findings)
+
     def __str__(self) -> str:
-        """Return how far the watch is, and what it said in this session."""
+        """Return the state of the watch, with the findings and alerts of this session."""
         state = "closed" if self.closed else "running"
         steps = "1 step" if self.count == 1 else f"{self.count} steps"
         alerts = [f"  {alert}" for alert in self.alerts]
-        said = "1 alert" if len(alerts) == 1 else f"{len(alerts)} alerts"
+        alert_count = "1 alert" if len(alerts) == 1 else f"{len(alerts)} alerts"
         findings = [f"  finding: {finding}" for finding in self.findings]
-        return "\n".join([f"Watch, {state}: {steps}, {said}", *findings, *alerts])
+        return "\n".join([f"Watch, {state}: {steps}, {alert_count}", *findings, *alerts])
 
     # -- the loop ----------------------------------------------------------------------------------
     def step(
@@ -148,7 +168,7 @@ class Watch:
         """Take one optimizer step; call it once per step, after `optimizer.step()`.
 
         Args:
-            loss: of this step, a tensor or a number; None where the loop does not know it.
+            loss: of this step, a tensor or a number; None if the loop does not know it.
             grad_norm: what `clip_grad_norm_` returned, if the loop clips.
             lr: the learning rate; the one that the first parameter group of the step used if not
                 given.
@@ -167,47 +187,53 @@ class Watch:
                 "step of a watch that is closed",
                 hint="call it before close(), inside the `with` block",
             )
-        self.thread, self.busy = threading.get_ident(), True
+        self.thread = threading.get_ident()
+        self.busy = True
         try:
-            self._step(loss, grad_norm, lr, tokens, self.numbers.advance(step))
+            self._take_step(loss, grad_norm, lr, tokens, self.numbers.advance(step))
         finally:
             self.busy = False
             ENDINGS.settle()
         self.record.raise_alert()
 
-    def _step(
+    def _take_step(
         self, loss: Any, grad_norm: Any, lr: float | None, tokens: int | None, move: StepMove
     ) -> None:
-        if self.comparison is not None:
-            self._compare_ranks()
+        self.observer.compare_ranks()
         if self.inert:
             return
-        begun = time.perf_counter()
-        if self.batches is not None:  # what its hook took lies within the step
+
+        # 1. Take the time of the step. What the hook on the model took lies within it.
+        started = time.perf_counter()
+        if self.batches is not None:
             self.clock.charge("batches", self.batches.seconds)
             self.batches.seconds = 0.0
-        passed = self.clock.step_ended(begun)
-        self._place(move)
+        step_seconds = self.clock.step_ended(started)
+
+        # 2. Note the step in the buffer.
+        self._follow_numbers(move)
         if self.record.skip_list is not None:
             self.record.skip_list.step_ended(self.count)
-        with self.guards.part("figures", _NO_FIGURES):
+        with self.guards.part("figures", NO_FIGURES):
             if self.guards.on("figures"):
-                self._put(loss, grad_norm, lr, tokens, passed)
+                self._record_step(loss, grad_norm, lr, tokens, step_seconds)
         self.record.settle(move.base)
         self._show_histograms()
-        self._begin_window()
-        self._batch_seen()
-        self.clock.charge("figures", time.perf_counter() - begun)
-        figures = self.tiers.figures
-        if figures is not None and (figures.full or self.guards.off.get("figures")):
+        self.observer.begin_step()
+        self._take_batch_fingerprints()
+        self.clock.charge("figures", time.perf_counter() - started)
+
+        # 3. Write the log, and measure what is due.
+        metrics = self.measurements.metrics
+        if metrics is not None and (metrics.full or self.guards.off.get("figures")):
             self._flush()
-        self.tiers.run(self.count, self.clock)
+        self.measurements.run(self.count, self.clock)
         if self.record.pulse is not None:
-            self.record.pulse.step_ended(self.count, begun, self.clock.usual_seconds)
+            self.record.pulse.step_ended(self.count, started, self.clock.usual_seconds)
         self._write_flight_of_signal()
         self.clock.begin(time.perf_counter())
 
-    def _place(self, move: StepMove) -> None:
+    def _follow_numbers(self, move: StepMove) -> None:
         """Follow the numbers of the trainer, before anything of the step is noted."""
         if move.is_rewind:
             self._flush()
@@ -219,133 +245,75 @@ class Watch:
         if self.batches is not None and self.batches.step != move.number:
             self.batches.renumber(move.number)
 
+    def _record_step(
+        self,
+        loss: Any,
+        grad_norm: Any,
+        lr: float | None,
+        tokens: int | None,
+        step_seconds: float | None,
+    ) -> None:
+        """Put the step into the buffer, and close its row."""
+        # 1. What was seen of the optimizers.
+        observer = self.observer
+        outcome = observer.take_outcome()
+        observer.usage.step_called(outcome, overflow=_is_overflow(grad_norm))
+        metrics = observer.complete_row(outcome)
+
+        # 2. What was read of the micro-batches.
+        if self.batches is not None and self.batches.micro_batches is not None:
+            sums = self.batches.micro_batches.step_ended()
+            if sums is not None:
+                metrics.put_micro_batches(*sums)
+
+        # 3. What the loop passed.
+        if loss is not None:
+            metrics.put(LOSS, loss)
+            metrics.now.has_loss = True
+        if grad_norm is not None:
+            _put_grad_norm(metrics, grad_norm)
+        metrics.now.rates = observer.rates_of_groups(outcome)
+        rate = observer.rate_of_step(lr, metrics.now)
+        if step_seconds is None:
+            step_seconds = math.nan
+        metrics.close_row(self.count, step_seconds, rate, tokens)
+
     def _show_histograms(self) -> None:
         """Send histograms to the sinks at a step at which they are due."""
-        figures = self.tiers.figures
-        if figures is None or not self.guards.on("histograms"):
+        metrics = self.measurements.metrics
+        if metrics is None or not self.guards.on("histograms"):
             return
         if not self.histograms.is_due(self.count, self.numbers.stride):
             return
         with self.guards.part("histograms", "no histograms from now on"):
-            self.record.publish_histograms(self.count, self.histograms.finish(figures.groups))
+            self.record.publish_histograms(self.count, self.histograms.finish(metrics.groups))
+
+    def _take_batch_fingerprints(self) -> None:
+        """Take what was seen of the step's batches, and say once if nothing was."""
+        if self.batches is None:
+            return
+        with self.guards.part("batches", "no batch fingerprints and no kept batches from now on"):
+            prints = self.batches.next_step(self.numbers.coming)
+            self.record.prints.append(prints)
+            if self.batches.failed is not None:
+                error, self.batches.failed = self.batches.failed, None
+                self.batches.remove()
+                raise error
+        with self.guards.part("silence", "what the watch does not see is not said"):
+            kind = type(self.measurements.model).__name__
+            probe = self.measurements.probe_state()
+            self.record.silence.step_ended(kind, self.batches, probe)
 
     def prepare(self) -> None:
-        """Finds the sub-layers and runs the first probe now, before the first update; done at that
-        update otherwise.
+        """Find the sub-layers and run the first probe now, before the first update.
 
-        For loops whose gradients are made inside the optimiser's step: there the first update comes
-        too early. Called there at each step, after the backward and before the update, it also
-        looks for what is not finite by then.
+        Without this call that happens at the first update. A loop whose gradients are computed
+        inside the optimizer's step needs it, since the first update comes too early there. Called
+        in such a loop at each step, after the backward and before the update, it also looks for
+        gradients and weights that are not finite by then.
         """
-        if self.inert or self.closed:
-            return
-        with self.guards.part("figures", _NO_FIGURES):
-            if self.guards.on("figures"):
-                figures = self.tiers.prepared(self.count, self.log_every)
-                if self._running and self._stepped:
-                    figures.look_before_update()
-        with self.guards.part("writes", _NO_WRITES):
-            if self._running and self.tiers.writes is not None and self.tiers.figures is not None:
-                self.tiers.writes.look_again(self.tiers.figures)
-
-    def _put(
-        self, loss: Any, grad_norm: Any, lr: float | None, tokens: int | None, passed: float | None
-    ) -> None:
-        outcome = self._outcome()
-        self.usage.step_called(outcome, overflow=_is_overflow(grad_norm))
-        unseen = outcome in (Outcome.COMPILED, Outcome.UNSEEN)
-        figures = self.tiers.prepared(self.count if unseen else self.count - 1, self.log_every)
-        figures.now.optimizer_step, figures.now.stepped_before = outcome, self.usage.ever
-        if unseen:
-            self._read_late(figures)
-            if self.tiers.writes is not None:
-                self.tiers.writes.forget()
-        with self.guards.part("updates", _NO_UPDATES):
-            if self.turn is not None and self.guards.on("updates"):
-                self._close_turn(self.turn, figures, outcome)
-        micro_batches = self.batches.micro_batches if self.batches is not None else None
-        if micro_batches is not None and (read := micro_batches.step_ended()) is not None:
-            figures.put_micro_batches(*read)
-        if loss is not None:
-            figures.put(LOSS, loss)
-            figures.now.told = True
-        if grad_norm is not None:
-            placements = getattr(grad_norm, "placements", ())
-            if any(p.is_partial() for p in placements):  # FSDP2's norm of this rank's pieces
-                figures.put(GIVEN_PART, grad_norm.to_local().detach().square())
-            else:
-                figures.put(GIVEN, grad_norm)
-        figures.now.rates = self._rates_of_groups(outcome)
-        figures.close_row(
-            self.count,
-            float("nan") if passed is None else passed,
-            self._rate(lr, figures.now),
-            tokens,
-        )
-
-    # -- what was seen of the optimizers -----------------------------------------------------------
-    def _outcome(self) -> Outcome:
-        """What was seen of the optimizers since the last call; reads no device."""
-        has_changed = self._changes.last != self._changes.read()
-        compiled = self.hooks is not None and self.hooks.mark.ran
-        if self.hooks is not None:
-            self.hooks.mark.ran = False
-        if compiled:
-            self._compiled = True
-            return Outcome.COMPILED
-        if self._stepped:
-            return Outcome.SEEN
-        return Outcome.UNSEEN if has_changed else Outcome.NONE
-
-    def _read_late(self, figures: Figures) -> None:
-        """Take the gradients after a step that was not seen, as far as they are still there."""
-        parameters = parameters_of(self.optimizers.leaves)
-        if any(p.grad is not None for p in parameters):
-            figures.gradients(None, None, None, before=False)
-            figures.now.late = True
-
-    def _close_turn(self, turn: UpdateTurn, figures: Figures, outcome: Outcome) -> None:
-        if outcome is Outcome.COMPILED and turn.opened:
-            for number in range(len(self.optimizers.leaves)):
-                turn.note_step(number)
-            turn.measure(figures)
-            turn.touched = True
-        turn.close(figures)
-
-    def _rates_of_groups(self, outcome: Outcome) -> list[float | Tensor | None]:
-        """The learning rate of each parameter group, as the step used it; None for an optimizer
-        that did not step.
-        """
-        rates: list[float | Tensor | None] = []
-        unseen = outcome in (Outcome.COMPILED, Outcome.UNSEEN)
-        for number, leaf in enumerate(self.optimizers.leaves):
-            if number in self._rates:
-                rates += self._rates[number]
-            elif unseen:
-                rates += learning_rates(leaf)
-            else:
-                rates += [None] * len(leaf.param_groups)
-        return rates
-
-    def _rate(self, given: float | None, row: Row) -> float | None:
-        """The rate of the step: the one passed, or that of the first group when it last stepped."""
-        if given is not None:
-            return given
-        first = row.rates[0] if row.rates else None
-        if isinstance(first, Tensor):
-            return None  # known when the device is read
-        self._first_rate = first if first is not None else self._first_rate
-        return self._first_rate if self._stepped or first is not None else None
-
-    def _begin_window(self) -> None:
-        """Forget the step that has ended."""
-        self._running.clear()
-        self._stepped.clear()
-        self._read.clear()
-        self._rates.clear()
-        if self._compiled and self.updates:  # no hook will run before the next step
-            with self.guards.part("updates", _NO_UPDATES):
-                self._open_turn(None, closure=True)
+        if not self.inert and not self.closed:
+            self.observer.prepare()
 
     def set_optimizer(self, optimizer: Any) -> None:
         """Watch another optimizer from now on; call after it has replaced the one that was watched.
@@ -361,229 +329,57 @@ class Watch:
                 "set_optimizer of a watch that is closed", hint="call it inside the `with` block"
             )
         tree = optimizer_tree(optimizer)
-        check_belongs(tree.leaves, names_of(self.tiers.model))
+        check_belongs(tree.leaves, names_of(self.measurements.model))
         self.flush()
-        if self.hooks is not None:
-            self.hooks.remove()
-            self.hooks = StepHooks(tree, self._before, self._after)
-        self.optimizers, self.turn, self._compiled = tree, None, False
-        self.usage = Usage(tree.leaves, self.record.warn)
-        self._changes = ChangeCounts(tree.leaves)
-        self._begin_window()
+        self.observer.set_optimizers(tree)
         if not self.inert:
-            with self.guards.part("figures", _NO_FIGURES):
-                self.tiers.set_optimisers(tree.leaves, self.count)
-
-    def _compare_ranks(self) -> None:
-        """Compare gradients across ranks, once per run; look at the result when the other ranks
-        have answered.
-        """
-        try:
-            if self.comparison is not None and self.comparison.step_ended():
-                self.comparison = None
-        except Exception as error:
-            self.comparison = None
-            logger.debug("jacdiag.watch: gradients could not be compared across ranks: %s", error)
-
-    def _batch_seen(self) -> None:
-        if self.batches is None:
-            return
-        with self.guards.part("batches", "no batch fingerprints and no kept batches from now on"):
-            prints = self.batches.next_step(self.numbers.coming)
-            self.record.prints.append(prints)
-            if self.batches.failed is not None:
-                error, self.batches.failed = self.batches.failed, None
-                self.batches.remove()
-                raise error
-        with self.guards.part("silence", "what the watch does not see is not said"):
-            kind = type(self.tiers.model).__name__
-            self.record.silence.step_ended(kind, self.batches, self.tiers.probe_state())
-
-    # -- hooks of the optimizers -------------------------------------------------------------------
-    def _before(self, optimizer: Any, closure: bool) -> None:
-        begun = time.perf_counter()
-        number = self._number(optimizer)
-        # 1. Place the call: an optimizer of its own, or the step of one inside another.
-        if id(optimizer) in self._running:  # its last step ended with an exception
-            self._running = self._running[: self._running.index(id(optimizer))]
-        is_outermost = not self._running
-        self._running.append(id(optimizer))
-        if number is not None:
-            self._note_step(number, optimizer)
-            if self.comparison is not None:
-                self.comparison.see(closure)
-        # 2. Read the gradients that this optimizer is going to use.
-        if not closure:
-            self._gradients(optimizer, number)
-        taken = time.perf_counter()
-        self.clock.charge("figures", taken - begun)
-        # 3. Keep the weights of the sub-layer whose turn it is.
-        with self.guards.part("updates", _NO_UPDATES):
-            self._open_turn(number, closure)
-            if self.turn is not None and number is not None:
-                self.turn.note_step(number)
-        # 4. Compare the weights with what the last step has left.
-        if is_outermost:
-            with self.guards.part("writes", _NO_WRITES):
-                self._look_for_writes(number)
-        self.clock.charge("updates", time.perf_counter() - taken)
-
-    def _after(self, optimizer: Any, closure: bool) -> None:
-        begun = time.perf_counter()
-        number = self._number(optimizer)
-        if closure and number is not None:
-            self._gradients(optimizer, number, before=False)
-        if id(optimizer) in self._running:
-            self._running = self._running[: self._running.index(id(optimizer))]
-        with self.guards.part("updates", _NO_UPDATES):
-            figures = self.tiers.figures
-            if (
-                self.turn is not None
-                and figures is not None
-                and self.guards.on("updates")
-                and not self._running
-            ):
-                if self._stepped:
-                    self.turn.measure(figures)
-                else:
-                    self.turn.drop()  # a wrapper that did not step, as in a micro-batch
-        if not self._running:
-            with self.guards.part("writes", _NO_WRITES):
-                self._keep_weights(number)
-        self.clock.charge("updates", time.perf_counter() - begun)
-
-    def _look_for_writes(self, number: int | None) -> None:
-        """Look for weights that were written since the last step of an optimizer, or of all inside
-        a wrapper.
-        """
-        figures = self.tiers.figures
-        if figures is None or not self.guards.on("writes") or not self.guards.on("figures"):
-            return
-        writes = self.tiers.writes
-        if writes is None or writes.groups is not figures.groups:
-            count = len(self.optimizers.leaves)
-            writes = WeightWrites(
-                figures.groups, self._holders(), count, figures.device, figures.capacity
-            )
-            self.tiers.writes = writes
-            saved, self.tiers.saved_weights = self.tiers.saved_weights, None
-            if saved is not None and not self.together.sharded:
-                writes.load(*saved)
-        for place in self._stepping(number):
-            writes.begin(place, figures)
-
-    def _keep_weights(self, number: int | None) -> None:
-        """Keep a sample of what the step has left."""
-        writes = self.tiers.writes
-        if writes is None or not self.guards.on("writes"):
-            return
-        for place in self._stepping(number):
-            writes.end(place, self.count + 1)
-
-    def _stepping(self, number: int | None) -> Sequence[int]:
-        """The optimizers whose weights the outermost step may move."""
-        return range(len(self.optimizers.leaves)) if number is None else (number,)
-
-    def _number(self, optimizer: Any) -> int | None:
-        """The place of an optimizer among those that update parameters; None for a wrapper."""
-        for number, leaf in enumerate(self.optimizers.leaves):
-            if leaf is optimizer:
-                return number
-        return None
-
-    def _note_step(self, number: int, optimizer: Any) -> None:
-        """Note that an optimizer steps; drop the step before it if nobody has called `step` in
-        between.
-        """
-        if number in self._stepped:
-            self._stepped.clear()
-            self._read.clear()
-            self._rates.clear()
-            if self.turn is not None:
-                self.turn.drop()
-            if self.tiers.figures is not None:
-                self.tiers.figures.now.made = self.tiers.figures.now.weights_seen = False
-        self._stepped.add(number)
-        self.usage.optimizer_steps()
-        self._rates[number] = learning_rates(optimizer)
-
-    def _open_turn(self, number: int | None, closure: bool) -> None:
-        figures = self.tiers.figures
-        if (
-            figures is None
-            or not self.updates
-            or not self.guards.on("updates")
-            or not self.guards.on("figures")
-        ):
-            return
-        if self.turn is None or self.turn.groups is not figures.groups:
-            self.turn = UpdateTurn(
-                figures.groups, self._holders(), len(self.optimizers.leaves), self.updates
-            )
-        self.turn.open(number, closure)
-
-    def _holders(self) -> dict[int, int]:
-        """Id of a parameter -> the number of the optimizer that updates it."""
-        holders: dict[int, int] = {}
-        for place, leaf in enumerate(self.optimizers.leaves):
-            for parameter in self.optimizers.own_parameters(leaf):
-                holders.setdefault(id(parameter), place)
-        return holders
-
-    def _gradients(self, optimizer: Any, number: int | None, *, before: bool = True) -> None:
-        with self.guards.part("figures", _NO_FIGURES):
-            if not self.guards.on("figures"):
-                return
-            figures = self.tiers.prepared(self.count, self.log_every)
-            self.record.silence.look_at_gradients(
-                self.tiers.names,
-                self.tiers.model.parameters,
-                lambda: parameters_of(self.optimizers.leaves),
-            )
-            if number is None:
-                return  # the optimizers inside are going to step with them
-            stepping: set[int] | None = None
-            if len(self.optimizers.leaves) > 1:
-                own = {id(p) for p in self.optimizers.own_parameters(optimizer)}
-                stepping = own - self._read
-                self._read |= own
-            figures.gradients(stepping, *scaling(optimizer), before=before)
-            if self.histograms.is_due(self.numbers.coming, self.numbers.stride):
-                self.histograms.take_gradients(figures.groups, stepping)
+            with self.guards.part("figures", NO_FIGURES):
+                self.measurements.set_optimizers(tree.leaves, self.count)
 
     # -- the log -----------------------------------------------------------------------------------
     def _flush(self) -> None:
-        begun = time.perf_counter()
-        self.tiers.flush(self.clock)
-        self.clock.charge("log", time.perf_counter() - begun)
+        started = time.perf_counter()
+        self.measurements.flush(self.clock)
+        self.clock.charge("log", time.perf_counter() - started)
 
     def flush(self) -> None:
-        """Writes what is known so far; looks at the device."""
+        """Write the steps so far to the log; waits for the device."""
         if not self.inert and not self.closed:
             self._flush()
             self.record.wait()
 
-    def state_dict(self) -> dict[str, Any]:
-        """What has to be saved with a checkpoint, so that the log goes on without gaps or doubles.
+    def note(self, text: str) -> None:
+        """Write a note to the log."""
+        self.record.note(text)
 
-        Plain containers and tensors. Where weights are sharded, every rank has to ask.
+    # -- checkpoints -------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        """Return what to save with a checkpoint, so that the log goes on without gaps or doubles.
+
+        If weights are sharded, every rank has to call it.
+
+        Returns:
+            Plain containers and tensors, which `torch.load(..., weights_only=True)` reads.
         """
         self.flush()
         return {
             "version": 1,
             "step": self.count,
             "live": self.record.live.state(),
-            "probe": self.tiers.fixed_probe(),
-            "weights": self.tiers.weights_state(),
+            "probe": self.measurements.fixed_probe(),
+            "weights": self.measurements.weights_state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from `state_dict`; to be called before the first step.
+        """Go on from a saved state; call before the first step.
+
+        Args:
+            state: what `state_dict` returned.
 
         Raises:
-            UsageError: steps were made already, or the state is of another version.
+            UsageError: a step was made already, or the state is of another version.
         """
-        if self.usage.called:
+        if self.observer.usage.called:
             raise UsageError(
                 "load_state_dict after a step",
                 hint="call it right after jacdiag.watch(..., resume=True)",
@@ -594,13 +390,17 @@ class Watch:
             )
         self._go_to(int(state["step"]))
         self.record.go_on(self.count, state["live"])
-        self.tiers.set_probe(state["probe"])
+        self.measurements.set_probe(state["probe"])
         samples = state.get("weights")  # a state of an older version has none
         if samples:
-            self.tiers.saved_weights = (dict(samples), self.count)
+            self.measurements.saved_weights = (dict(samples), self.count)
 
     def resume_at(self, step: int) -> None:
-        """Goes on from a step without a state: the live rules begin anew, the log goes on there."""
+        """Go on from a step without a saved state: the live rules start again.
+
+        Args:
+            step: the number of the last step that was made.
+        """
         self._go_to(step)
         self.record.go_on(step, None)
 
@@ -609,19 +409,11 @@ class Watch:
         if self.batches is not None:
             self.batches.step = step + 1
 
-    @property
-    def alerts(self) -> list[Alert]:
-        return list(self.record.alerts)
-
-    @property
-    def findings(self) -> list[Alert]:
-        """What the probes say of the model's init: a report, no alerts."""
-        return list(self.record.findings)
-
     # -- the end -----------------------------------------------------------------------------------
     def close(self) -> None:
-        """Writes what is left and takes everything off the model and the optimisers. May be called
-        twice.
+        """Write what is left, and take everything off the model and the optimizers.
+
+        A second call does nothing.
         """
         self._close(Ending(how="closed"))
 
@@ -632,29 +424,39 @@ class Watch:
             self.closed = True
             return
         self.busy = True
+
+        # 1. Write the last steps, and how the run ended.
         if not self.inert:
-            self.usage.ended()
-            if not (ending.is_alone and self.together.sharded):
-                quietly(self._flush)
-            if self._signal and not ending.reason:
-                ending = replace(ending, reason=self._signal, has_flight=True)
-            quietly(self.record.left, self.count, ending)
+            self._write_ending(ending)
         self.closed = True
-        for part in (self.hooks, self.batches, self.comparison):
-            if part is not None:
-                quietly(part.remove)
+
+        # 2. Take the hooks off, and end the log.
+        self.observer.remove()
+        if self.batches is not None:
+            quietly(self.batches.remove)
         if not self.inert:
-            quietly(self.record.close, self.count, self.clock, self.tiers.looks)
-        quietly(self.tiers.close)
+            quietly(self.record.close, self.count, self.clock, self.measurements.looks)
+        quietly(self.measurements.close)
         quietly(self.together.close)
-        # Whoever keeps a closed watch does not keep the model with it.
-        self.turn = self.hooks = self.batches = self.record.batches = self.comparison = None
-        self.optimizers, self._changes = OptimizerTree(), ChangeCounts([])
-        self._rates.clear()
+
+        # 3. Whoever keeps a closed watch does not keep the model with it.
+        self.observer.release()
+        self.batches = None
+        self.record.batches = None
         atexit.unregister(self._at_exit)
         self.busy = False
         ENDINGS.close(self)
         ENDINGS.settle()
+
+    def _write_ending(self, ending: Ending) -> None:
+        """Write the last steps and the row of the ending, with a flight if something happened."""
+        self.observer.usage.ended()
+        # What is sharded is read by all ranks together, and the others may have gone on.
+        if not (ending.is_alone and self.together.sharded):
+            quietly(self._flush)
+        if self._signal and not ending.reason:
+            ending = replace(ending, reason=self._signal, has_flight=True)
+        quietly(self.record.left, self.count, ending)
 
     def __enter__(self) -> Self:
         return self
@@ -673,36 +475,35 @@ class Watch:
 
     # -- ends without close, see jacdiag.monitor.process_endings -----------------------------------
     def left_by(self, error: BaseException) -> None:
-        """Write the flight and close, because an exception was caught by nobody."""
+        """Write the flight and close, because of an exception that nobody has caught."""
         has_flight = not isinstance(error, AlertRaised)
         self._close(Ending.by_error(error, has_flight=has_flight, is_alone=True))
 
     def killed_by(self, name: str) -> None:
-        """Write the flight and the last lines, because a signal is going to end the process."""
+        """Write the flight and the last lines, because of a signal that ends the process."""
         if self.closed or self.inert:
             return
-        # the loop may run in another thread: wait for the end of its step, but not for ever
-        for _ in range(_LOOKS):
-            if not self.busy:
-                break
-            time.sleep(_PAUSE)
+        self._wait_for_step()
         self.closed = True
         if not self.together.sharded:
             quietly(self._flush)
         quietly(self.record.left, self.count, Ending(how="signal", reason=name, has_flight=True))
-        quietly(self.record.end, self.count, self.clock, self.tiers.looks)
+        quietly(self.record.end, self.count, self.clock, self.measurements.looks)
         quietly(self.record.wait)
         quietly(self.record.close_sinks)
 
+    def _wait_for_step(self) -> None:
+        """Wait until the step of a loop in another thread has ended, but not for ever."""
+        for _ in range(_LOOKS):
+            if not self.busy:
+                return
+            time.sleep(_PAUSE)
+
     def noticed(self, name: str) -> None:
-        """Note a signal that the trainer handles: the flight is written when the step at hand has
-        ended.
-        """
+        """Note a signal that the trainer handles: the next step writes a flight when it ends."""
         if not self.inert:
             self._signal = name
-            self.record.line(
-                "note", {"step": self.count, "text": f"{name} came; the trainer handles it"}
-            )
+            self._write_note(f"{name} came; the trainer handles it")
 
     def _write_flight_of_signal(self) -> None:
         if self._signal:
@@ -716,69 +517,43 @@ class Watch:
             return
         if not self.together.sharded:
             quietly(self._flush)
-        self.record.line(
-            "note", {"step": self.count, "text": f"the loop was left by {one_line(error)}"}
-        )
+        self._write_note(f"the loop was left by {one_line(error)}")
         quietly(self.record.dump, self.count, one_line(error), Ending.by_error(error).how)
         quietly(self.record.wait)
+
+    def _write_note(self, text: str) -> None:
+        self.record.line("note", {"step": self.count, "text": text})
 
     def ended_with_process(self) -> None:
         """Close, because the program ends without `close`."""
         self._close(Ending(how="exit"))
 
-    def note(self, text: str) -> None:
-        """Write a note to the log."""
-        self.record.note(text)
 
-
-def _close(ref: weakref.ref[Watch]) -> None:
+def _close_at_exit(ref: weakref.ref[Watch]) -> None:
     watch = ref()
     if watch is not None:
         watch.ended_with_process()
 
 
-class ChangeCounts:
-    """How often PyTorch has counted a change in place of some parameters; reads no device.
-
-    Args:
-        leaves: the optimizers whose parameters are looked at.
-    """
-
-    def __init__(self, leaves: Sequence[Any]) -> None:
-        self.leaves = list(leaves)
-        self._layout: list[tuple[int, int]] = []
-        self._chosen: list[Tensor] = []
-        self.last = self.read()
-
-    def read(self) -> list[int]:
-        """Return the counts as they are now, and keep them as the last ones."""
-        layout = [
-            _first_and_length(group["params"])
-            for leaf in self.leaves
-            for group in leaf.param_groups
-        ]
-        if layout != self._layout or not all(p.requires_grad for p in self._chosen):
-            self._layout = layout
-            parameters = [p for p in parameters_of(self.leaves) if p.requires_grad]
-            self._chosen = parameters[:: max(len(parameters) // _SAMPLE, 1)]
-        self.last = [p._version for p in self._chosen]
-        return self.last
-
-
-def _first_and_length(parameters: Sequence[Tensor]) -> tuple[int, int]:
-    return (id(parameters[0]) if parameters else 0), len(parameters)
+def _put_grad_norm(metrics: StepMetrics, grad_norm: Any) -> None:
+    """Put the norm that the loop passed into the row at hand."""
+    placements = getattr(grad_norm, "placements", ())
+    if any(placement.is_partial() for placement in placements):
+        # FSDP2 returns the norm of this rank's pieces: squares are summed over ranks.
+        metrics.put(GIVEN_PART, grad_norm.to_local().detach().square())
+    else:
+        metrics.put(GIVEN, grad_norm)
 
 
 def _is_overflow(grad_norm: Any) -> bool:
-    """Whether the gradient norm that the loop passed is known not to be finite; a tensor on a
-    device is not read.
+    """Return whether the passed gradient norm is known not to be finite.
+
+    A tensor on a device is not read.
     """
-    if isinstance(grad_norm, Tensor):
-        if (
-            grad_norm.device.type != "cpu"
-            or grad_norm.numel() != 1
-            or hasattr(grad_norm, "placements")
-        ):
-            return False
-        return not math.isfinite(float(grad_norm))
-    return isinstance(grad_norm, float) and not math.isfinite(grad_norm)
+    if not isinstance(grad_norm, Tensor):
+        return isinstance(grad_norm, float) and not math.isfinite(grad_norm)
+    if grad_norm.device.type != "cpu" or grad_norm.numel() != 1:
+        return False
+    if hasattr(grad_norm, "placements"):
+        return False
+    return not math.isfinite(float(grad_norm))

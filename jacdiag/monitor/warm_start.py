@@ -1,10 +1,10 @@
-"""Norms of a model that has moved only a little: the last top vectors give the lower end, a random
-start the upper.
+"""Norms of a model that has moved only a little, from the top vectors of the last probe.
 
-A warm start certifies nothing from above (its event is not random), so that every norm still has
-one random start. From below |J v| and |J^T u| of any unit vectors are rigorous, and the last
-probe's top vectors are close: two steps of power iteration from there say more than eight Lanczos
-steps from anywhere.
+The last top vectors give the lower bound, and a random start gives the upper one. A warm start
+certifies nothing from above, since its event is not random. So every norm still has one random
+start. From below, |J v| and |J^T u| of any unit vectors are rigorous, and the last probe's top
+vectors are close. Two steps of power iteration from there give more than eight Lanczos steps from
+a random vector.
 """
 
 from __future__ import annotations
@@ -23,38 +23,42 @@ from jacdiag.spectra.interval import PAD
 _PRODUCTS = 4
 
 
-class Memory:
+class TopVectors:
     """Top right vectors by sub-layer and norm, (P, n) each, from the last probe."""
 
     def __init__(self) -> None:
         self.vectors: dict[str, Tensor] = {}
 
     def recall(self, key: str, operator: Operator) -> Tensor | None:
-        found = self.vectors.get(key)
-        fits = found is not None and found.shape == (operator.problems, operator.domain)
-        return found if fits else None
+        """Return the vectors of a norm; None if there are none of the operator's shape."""
+        vectors = self.vectors.get(key)
+        if vectors is None or vectors.shape != (operator.problems, operator.domain):
+            return None
+        return vectors
 
     @property
     def bytes(self) -> int:
+        """The bytes of all vectors."""
         return sum(v.numel() * v.element_size() for v in self.vectors.values())
 
 
 class WarmSolver(Solver):
-    """A solver whose budget is the same with and without a memory, so that its price is known
-    beforehand.
+    """A solver that starts from the vectors of the last probe.
+
+    Its budget is the same with and without them, so that its price is known before it runs.
 
     Args:
         memory: read before, and written after every norm.
     """
 
-    def __init__(self, *args: Any, memory: Memory) -> None:
+    def __init__(self, *args: Any, memory: TopVectors) -> None:
         super().__init__(*args)
         self.memory = memory
 
     def solve(self, operator: Operator, name: str) -> Solution:
         key = f"{self.one.site.name}/{name}"
-        known = self.memory.recall(key, operator)
-        if known is None:
+        vectors = self.memory.recall(key, operator)
+        if vectors is None:
             solution = super().solve(operator, name)
         else:
             effort = self.effort
@@ -63,7 +67,7 @@ class WarmSolver(Solver):
                 solution = super().solve(operator, name)
             finally:
                 self.effort = effort
-            solution = self._warmed(operator, solution, known, _PRODUCTS // 2)
+            solution = self._warmed(operator, solution, vectors, _PRODUCTS // 2)
         self.memory.vectors[key] = solution.right
         return solution
 
@@ -72,24 +76,28 @@ class WarmSolver(Solver):
         if solution is None:
             return None
         key = f"{self.one.site.name}/{name}"
-        known = self.memory.recall(key, operator)
-        solution = self._warmed(operator, solution, solution.right if known is None else known, 1)
+        vectors = self.memory.recall(key, operator)
+        if vectors is None:
+            vectors = solution.right
+        solution = self._warmed(operator, solution, vectors, 1)
         self.memory.vectors[key] = solution.right
         return solution
 
     def _warmed(
         self, operator: Operator, solution: Solution, vectors: Tensor, rounds: int
     ) -> Solution:
-        """The solution with its lower ends raised to what power iteration from `vectors`
-        reaches.
-        """
-        best, v = np.zeros(operator.problems), vectors
+        """Return the solution with its lower bounds raised by power iteration from `vectors`."""
+        # 1. Power iteration; every iterate gives a lower bound.
+        best = np.zeros(operator.problems)
+        v = vectors
         for _ in range(rounds):
             u = operator.push(v)
             pulled = operator.pull(_unit(u))
             best = np.fmax(best, _sizes(pulled))  # |J^T u| with u = J v / |J v| is at least |J v|
             v = _unit(pulled)
         self.products += 2 * rounds
+
+        # 2. Raise the bounds, and keep the better vectors.
         pad = PAD[str(operator.dtype).removeprefix("torch.")]
         estimate = np.fmax(solution.estimate, best)
         lower = np.fmax(solution.lower, best * (1 - pad))

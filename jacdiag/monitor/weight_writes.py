@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jacdiag.monitor.parameter_groups import Groups, Member
-from jacdiag.monitor.step_metrics import WRITTEN, Figures
+from jacdiag.monitor.parameter_groups import Member, SublayerGroups
+from jacdiag.monitor.step_metrics import WRITTEN, StepMetrics
 
 SAMPLE = 128  # elements of each matrix
-NOTED = 0.01  # relative change from which a write is told; swaps in bf16 and back are off by 0.004
+NOTED = (
+    0.01  # relative change from which a write is logged; swaps in bf16 and back are off by 0.004
+)
 _MOST_OPTIMIZERS = 8  # each has its own reading; one optimizer per weight would cost too much
-_TOLD = 20  # weights of one step that the log names
+_MOST_NAMED = 20  # weights of one step that the log names
 
 
 class WeightWrites:
@@ -42,7 +44,7 @@ class WeightWrites:
 
     def __init__(
         self,
-        groups: Groups,
+        groups: SublayerGroups,
         holders: Mapping[int, int],
         count: int,
         device: torch.device,
@@ -67,7 +69,7 @@ class WeightWrites:
         }
         self.owners: dict[int, Tensor] = {}
 
-    def begin(self, optimizer: int, figures: Figures) -> None:
+    def begin(self, optimizer: int, metrics: StepMetrics) -> None:
         """Compare the weights with what the last step has left; call before a step."""
         samplers = self.samplers.get(optimizer)
         if not samplers:
@@ -76,15 +78,16 @@ class WeightWrites:
             if optimizer in self.views:  # the last step was left by an exception
                 self.before.pop(optimizer, None)
             self.views[optimizer] = [sampler.view() for sampler in samplers]
-            self._compare(optimizer, figures)
+            self._compare(optimizer, metrics)
 
-    def look_again(self, figures: Figures) -> None:
-        """Compare once more; call inside a step with a closure, after the closure and before the
-        update.
+    def look_again(self, metrics: StepMetrics) -> None:
+        """Compare once more, inside a step with a closure.
+
+        Call it after the closure and before the update.
         """
         with torch.no_grad():
             for optimizer in self.views:
-                self._compare(optimizer, figures)
+                self._compare(optimizer, metrics)
 
     def end(self, optimizer: int, step: int) -> None:
         """Read the weights that a step has left.
@@ -104,8 +107,9 @@ class WeightWrites:
             self.ended[optimizer] = step
 
     def state(self) -> dict[str, Tensor]:
-        """Return the samples at the end of the last steps, by the names of the weights; looks at
-        the device.
+        """Return the samples at the end of the last steps, by the names of the weights.
+
+        Waits for the device.
         """
         samples: dict[str, Tensor] = {}
         for optimizer, before in self.before.items():
@@ -117,19 +121,24 @@ class WeightWrites:
         return samples
 
     def load(self, samples: Mapping[str, Tensor], step: int) -> None:
-        """Go on from the samples that a checkpoint was made with; optimizers whose weights have
-        others are left out.
+        """Go on from the samples of a checkpoint.
+
+        Optimizers whose weights have samples of another size are left out.
 
         Args:
             samples: what `state` returned.
             step: the step that it was made after.
         """
         for optimizer, samplers in self.samplers.items():
-            known = [samples.get(sampler.member.name) for sampler in samplers]
+            saved = [
+                samples[sampler.member.name]
+                for sampler in samplers
+                if sampler.member.name in samples
+            ]
             with torch.no_grad():
                 counts = [len(sampler.view()) for sampler in samplers]
-            if [None if sample is None else len(sample) for sample in known] == counts:
-                self.before[optimizer] = torch.cat(known).to(self.device)  # type: ignore[arg-type]
+            if [len(sample) for sample in saved] == counts:
+                self.before[optimizer] = torch.cat(saved).to(self.device)
                 self.ended[optimizer] = step
 
     def forget(self) -> None:
@@ -137,16 +146,16 @@ class WeightWrites:
         self.before.clear()
         self.views.clear()
 
-    def _compare(self, optimizer: int, figures: Figures) -> None:
+    def _compare(self, optimizer: int, metrics: StepMetrics) -> None:
         """Compare with the last sample, if there is one; the new one takes its place."""
         before = self.before.pop(optimizer, None)
         if before is None:
             return
         views = self.views[optimizer]
         after = self.before[optimizer] = torch.cat(views)
-        if after.shape != before.shape or (
-            self.device.type == "cpu" and torch.equal(before, after)
-        ):
+        if after.shape != before.shape:
+            return
+        if self.device.type == "cpu" and torch.equal(before, after):
             return
         # 1. Sums of squares of each weight's sample.
         owner = self.owners.get(optimizer)
@@ -157,14 +166,14 @@ class WeightWrites:
         before, after = before.float(), after.float()
         squares = torch.stack([before, after, after - before]).square()
         sums = torch.zeros_like(self.sums[0]).index_add_(1, owner, squares)
-        # 2. Put them beside the row at hand, and the largest change into it.
-        slot = figures.slot
-        if not figures.now.written_after:
+        # 2. Put them into the row at hand, with the largest change.
+        slot = metrics.slot
+        if not metrics.now.written_after:
             self.sums[slot] = 0
         self.sums[slot] += sums
-        largest = _relative_change(sums).max().to(figures.table.dtype)
-        figures.table[slot, WRITTEN] = torch.fmax(figures.table[slot, WRITTEN], largest)
-        figures.now.written_after = self.ended[optimizer]
+        largest = _relative_change(sums).max().to(metrics.table.dtype)
+        metrics.table[slot, WRITTEN] = torch.fmax(metrics.table[slot, WRITTEN], largest)
+        metrics.now.written_after = self.ended[optimizer]
 
     def keep_read(self, rows: int) -> None:
         """Keep what belongs to the rows that are read now; call when the figures are read."""
@@ -173,8 +182,9 @@ class WeightWrites:
             self.sums[0] = self.sums[rows]
 
     def describe(self, place: int) -> dict[str, Any]:
-        """Return the writes of one of the rows read last, the largest first; looks at the
-        device.
+        """Return the writes of one of the rows read last, the largest first.
+
+        Waits for the device.
         """
         sums = self._read_sums[place].double().cpu()
         changes = _relative_change(sums)
@@ -183,17 +193,23 @@ class WeightWrites:
         chosen = [k for k in order if changes[k] >= NOTED]
         weights = [
             _describe_one(self.groups.members[k].name, *sums[:, k].sqrt().tolist())
-            for k in chosen[:_TOLD]
+            for k in chosen[:_MOST_NAMED]
         ]
         return {"count": len(chosen), "of": sum(map(len, self.parts.values())), "weights": weights}
 
 
 def _describe_one(name: str, before: float, after: float, difference: float) -> dict[str, Any]:
-    """What is known of one write.
+    """Return what is known of one write.
 
-    `change` is the norm of the difference over the smaller of the two norms, `times` the factor of
-    the norm; either is None where it is infinite. `scaled` says that the new weight is a multiple
+    `change` is the norm of the difference over the smaller of the two norms. `times` is the factor
+    of the norm. Either is None if it is infinite. `scaled` is true if the new weight is a multiple
     of the old one.
+
+    Args:
+        name: of the weight.
+        before: norm of its sample before the write.
+        after: norm of its sample after the write.
+        difference: norm of the difference.
     """
     smaller = min(before, after)
     scaled = before > 0 and abs(difference - abs(after - before)) <= 1e-3 * difference
@@ -206,22 +222,25 @@ def _describe_one(name: str, before: float, after: float, difference: float) -> 
 
 
 def _relative_change(sums: Tensor) -> Tensor:
-    """The norm of the difference over the smaller norm, of each weight; 0 for what is not finite or
-    was not read.
+    """Return the norm of each weight's difference over the smaller of its norms.
 
-    Whether a weight is finite is the matter of another rule.
+    It is 0 for a weight that was not read, or is not finite: another rule checks that.
+
+    Args:
+        sums: of squares before, after and of the difference, (3, parameters).
     """
     before, after, difference = sums.unbind()
-    changed = difference.sqrt() / torch.minimum(before, after).sqrt()
-    return torch.where(
-        sums.isfinite().all(dim=0) & (difference > 0), changed, torch.zeros_like(changed)
-    )
+    change = difference.sqrt() / torch.minimum(before, after).sqrt()
+    is_known = sums.isfinite().all(dim=0) & (difference > 0)
+    return torch.where(is_known, change, torch.zeros_like(change))
 
 
 def _is_readable(member: Member, device: torch.device) -> bool:
-    """Whether a weight is a plain matrix on the device of the figures, or a shard of one."""
+    """Return whether a weight is a plain matrix on the metrics' device, or a shard of one."""
     piece = _piece(member)
-    if type(piece) not in (Tensor, torch.nn.Parameter) or piece.ndim < 2 or not piece.numel():
+    if type(piece) not in (Tensor, torch.nn.Parameter):
+        return False
+    if piece.ndim < 2 or not piece.numel():
         return False
     if not piece.is_floating_point() or piece.layout is not torch.strided:
         return False
@@ -229,7 +248,7 @@ def _is_readable(member: Member, device: torch.device) -> bool:
 
 
 def _piece(member: Member) -> Tensor:
-    """The tensor that this rank holds; `to_local` would build a new one at each step."""
+    """Return the tensor that this rank holds; `to_local` would build a new one at each step."""
     parameter: Any = member.parameter
     if type(parameter) is torch.nn.Parameter:
         return parameter
@@ -238,7 +257,7 @@ def _piece(member: Member) -> Tensor:
 
 
 class Sampler:
-    """Takes a view of elements that lie evenly in a weight, and not in one of its columns alone."""
+    """A view of elements that lie evenly in a weight, and not in one of its columns alone."""
 
     def __init__(self, member: Member) -> None:
         self.member = member
@@ -252,8 +271,9 @@ class Sampler:
         return piece.as_strided(self.size, self.stride)
 
     def is_of(self, view: Tensor) -> bool:
-        """Whether a view shows the weight as it is now: an optimizer may have put another tensor in
-        its place.
+        """Return whether a view shows the weight as it is now.
+
+        An optimizer may have put another tensor in its place.
         """
         return _piece(self.member).data_ptr() == view.data_ptr()
 
@@ -265,7 +285,7 @@ class Sampler:
 
 @cache
 def _sample_layout(elements: int, columns: int) -> tuple[int, int]:
-    """How many elements of a matrix are sampled, and how far apart they lie in memory."""
+    """Return how many elements of a matrix are sampled, and how far apart they lie in memory."""
     stride = max(elements // SAMPLE, 1)
     while stride > 1 and gcd(stride, columns) > 1:
         stride -= 1

@@ -167,7 +167,7 @@ def handler_exits(folder: Path) -> None:
 def killed_at_work(folder: Path) -> None:
     """The signal comes while the watch is inside of its own step."""
     parts = watched(folder)
-    run = parts[2].tiers.run
+    run = parts[2].measurements.run
 
     def slow(*args: Any) -> None:
         run(*args)
@@ -177,7 +177,7 @@ def killed_at_work(folder: Path) -> None:
                 time.sleep(0.01)
             (folder / "finished").touch()
 
-    parts[2].tiers.run = slow
+    parts[2].measurements.run = slow
     train(folder, parts)
 
 

@@ -25,7 +25,7 @@ import jacdiag
 from jacdiag.errors import TraceError
 from jacdiag.monitor import forward_statistics as statistics
 from jacdiag.monitor import jacobian_probe as probe
-from jacdiag.monitor import measurements as tiers
+from jacdiag.monitor import measurements
 from jacdiag.monitor import step_metrics as figures
 from jacdiag.monitor import training_watch as hook
 from jacdiag.monitor.fault_isolation import Guards, describe_cause
@@ -52,9 +52,9 @@ def out_of_memory(*_: Any, **__: Any) -> Any:
 
 
 PARTS = {
-    "gradients": (figures.Figures, "gradients", "figures"),
-    "end of a row": (figures.Figures, "close_row", "figures"),
-    "read": (figures.Figures, "read", "figures"),
+    "gradients": (figures.StepMetrics, "gradients", "figures"),
+    "end of a row": (figures.StepMetrics, "close_row", "figures"),
+    "read": (figures.StepMetrics, "read", "figures"),
     "update before": (figures.UpdateTurn, "open", "updates"),
     "update behind": (figures.UpdateTurn, "close", "updates"),
     "batch hook": (hook.Batches, "next_step", "batches"),
@@ -66,7 +66,7 @@ PARTS = {
     "detectors": (record.LiveRules, "step", "detectors"),
     "drift": (record.LiveRules, "probe", "probe"),
     "log": (log.RunFile, "write", "log"),
-    "row": (tiers, "row_of", "figures"),
+    "row": (measurements, "build_step_row", "figures"),
 }
 
 

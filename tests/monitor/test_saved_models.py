@@ -286,7 +286,7 @@ def test_optimizers_that_are_saved(watched: Any) -> None:
                     for p, q in zip(before, result.param_groups[0]["params"], strict=True)
                 )
             # the copies' steps are not those of the run
-            assert w.count == 1 and w.usage.stepped == 0
+            assert w.count == 1 and w.observer.usage.stepped == 0
 
 
 def test_a_watched_model_goes_to_a_spawned_process(tmp_path: Path) -> None:
@@ -353,4 +353,4 @@ def test_a_training_goes_on_in_a_copy_without_the_watch(tmp_path: Path) -> None:
         w.step(plain_step(model, optimizer, 1)[0])
         other = copy.deepcopy(model)
         plain_step(other, adam(other), 2)
-        assert w.batches is not None and w.batches.seen == 1 and w.usage.stepped == 0
+        assert w.batches is not None and w.batches.seen == 1 and w.observer.usage.stepped == 0

@@ -354,8 +354,12 @@ def test_weights_are_not_held_between_steps() -> None:
             loss.backward()
             optimizer.step()
             w.step(loss)
-        assert w.tiers.writes is not None and w.tiers.writes.before and not w.tiers.writes.views
-        kept = sum(sample.numel() for sample in w.tiers.writes.before.values())
+        assert (
+            w.measurements.writes is not None
+            and w.measurements.writes.before
+            and not w.measurements.writes.views
+        )
+        kept = sum(sample.numel() for sample in w.measurements.writes.before.values())
         assert kept <= 3 * 128
 
 

@@ -25,7 +25,7 @@ from monitor.rig import STEPS, adam, batch, small, state_of
 import jacdiag
 from jacdiag.distributed import training_group as together_room
 from jacdiag.monitor import jacobian_probe as probe_room
-from jacdiag.monitor import measurements as tiers_room
+from jacdiag.monitor import measurements as measurements_room
 from jacdiag.monitor import sharded_weights as blocks_room
 
 SHORT, CLIP = 24, 0.2  # steps with a fault
@@ -63,7 +63,7 @@ def broken(fault: str, rank: int) -> contextlib.AbstractContextManager[Any]:
             raise torch.OutOfMemoryError("no memory left, said the test")
         raise RuntimeError("broken by the test")
 
-    in_step = tiers_room.Tiers._found_in_step
+    in_step = measurements_room.Measurements._trace_in_step
 
     def late(*args: Any) -> Any:
         # longer than the watch waits, not so long as the training does
@@ -71,10 +71,12 @@ def broken(fault: str, rank: int) -> contextlib.AbstractContextManager[Any]:
         return in_step(*args)
 
     return {
-        "missing": lambda: mock.patch.object(tiers_room.Tiers, "_found_in_step", late),
+        "missing": lambda: mock.patch.object(
+            measurements_room.Measurements, "_trace_in_step", late
+        ),
         "copy": lambda: mock.patch.object(blocks_room, "local_copy", failing),
         "gather": lambda: mock.patch.object(together_room, "_all_gather", failing),
-        "assemble": lambda: mock.patch.object(blocks_room.Blocks, "_assembled", failing),
+        "assemble": lambda: mock.patch.object(blocks_room.GatheredWeights, "_assembled", failing),
         "full": lambda: mock.patch.object(probe_room.LiveProbe, "fits", lambda *_: "said the test"),
         "series": lambda: mock.patch.object(probe_room.LiveProbe, "series", failing),
         "record": lambda: mock.patch.object(probe_room, "sites", failing),
@@ -87,7 +89,7 @@ class Alive:
 
     def __init__(self) -> None:
         self.now = self.most = self.largest = self.whole = self.blocks = 0
-        assemble, block = blocks_room.Blocks._assembled, blocks_room.Blocks._ready
+        assemble, block = blocks_room.GatheredWeights._assembled, blocks_room.GatheredWeights._ready
 
         def counted(blocks: Any, *args: Any) -> Any:
             made = assemble(blocks, *args)
@@ -102,8 +104,8 @@ class Alive:
             return block(blocks, *args)
 
         self.patches = [
-            mock.patch.object(blocks_room.Blocks, "_assembled", counted),
-            mock.patch.object(blocks_room.Blocks, "_ready", ready),
+            mock.patch.object(blocks_room.GatheredWeights, "_assembled", counted),
+            mock.patch.object(blocks_room.GatheredWeights, "_ready", ready),
         ]
 
     def _gone(self, size: int) -> None:

@@ -23,25 +23,35 @@ from jacdiag.monitor.training_watch import Watch
 from jacdiag.records.run_log import RUN_FILE
 
 STATE_FILE = "jacdiag.pt"
-# the later one is asked later in a step
-_NORMS = (("accelerator", "clip_grad_norm_"), ("", "_get_grad_norm"))
+# Methods of the Trainer's accelerator and of the Trainer that return a gradient norm. The second is
+# called later in a step, so that its norm counts.
+_NORM_OF_ACCELERATOR, _NORM_OF_TRAINER = "clip_grad_norm_", "_get_grad_norm"
 _LOOPS = ("_run_epoch", "training_step", "get_batch_samples", "_maybe_log_save_evaluate")
 
 
 class WatchCallback(TrainerCallback):
-    """Watches a `Trainer`, or one of TRL; the state goes into its checkpoints.
+    """A callback that watches a `Trainer`, or one of TRL.
 
-    The Trainer tells its callbacks neither the loss of a step nor the gradient norm before
-    clipping, and nothing at all if it is left by an exception. The callback finds the Trainer that
-    calls it and covers some of its methods during `train()`: the loss is that of `training_step`,
-    summed over the micro-batches, and the gradient norm is what the Trainer's own clipping returns.
-    An exception leaves a flight. All methods are given back when the training ends.
+    The state of the watch goes into the Trainer's checkpoints.
 
-    If no Trainer calls the callback, the loss is what the model returned, and the gradient norm is
+    The Trainer gives its callbacks neither the loss of a step nor the gradient norm before
+    clipping, and nothing at all if an exception ends it. The callback finds the Trainer that calls
+    it and covers some of its methods during `train()`. The loss is that of `training_step`, summed
+    over the micro-batches. The gradient norm is what the Trainer's own clipping returns. An
+    exception leaves a flight. All methods are given back when the training ends.
+
+    If no Trainer calls the callback, the loss is what the model returned. The gradient norm is then
     the one after clipping, and labelled so.
 
     Args:
         options: those of `jacdiag.watch`.
+
+    Raises:
+        UsageError: when the training begins, as `jacdiag.watch` does.
+
+    Example:
+        >>> callback = WatchCallback(log_dir="runs/a", every=None)
+        >>> Trainer(model, args, train_dataset=data, callbacks=[callback])     # doctest: +SKIP
     """
 
     def __init__(self, **options: Any) -> None:
@@ -55,23 +65,27 @@ class WatchCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model: nn.Module = kwargs["model"]
-        at = int(state.global_step)
+        step = int(state.global_step)
         self._end()  # of a training that was left in a way that nobody saw
+
         # 1. Begin the watch. A Trainer that trains again, or with a smaller batch, goes on with its
         # log.
         log_dir = self.options.get("log_dir")
-        there = log_dir is not None and (Path(log_dir) / RUN_FILE).exists()
-        again = self.watch is not None
-        options = {"resume": there and (at > 0 or again), **self.options}
+        has_log = log_dir is not None and (Path(log_dir) / RUN_FILE).exists()
+        trains_again = self.watch is not None
+        options = {"resume": has_log and (step > 0 or trains_again), **self.options}
         self.watch = watch(model, kwargs["optimizer"], **options)
+
         # 2. Take the state of the checkpoint that the Trainer resumes from.
-        saved = Path(args.output_dir) / f"checkpoint-{at}" / STATE_FILE
-        if at and saved.is_file():
+        saved = Path(args.output_dir) / f"checkpoint-{step}" / STATE_FILE
+        if step and saved.is_file():
             self.watch.load_state_dict(torch.load(saved, weights_only=True))
-        elif at or (again and there):
-            self.watch.resume_at(at)
-        # 3. Find the figures that callbacks are not told.
-        self._losses, self._norm = [], None
+        elif step or (trains_again and has_log):
+            self.watch.resume_at(step)
+
+        # 3. Read what callbacks are not given: the loss and the gradient norm.
+        self._losses = []
+        self._norm = None
         trainer = find_trainer()
         if trainer is not None:
             self._cover(trainer)
@@ -79,8 +93,11 @@ class WatchCallback(TrainerCallback):
             self._hook = AttachedHook(model, LossHook(self), after=True)
 
     def _cover(self, trainer: Trainer) -> None:
-        for place, name in _NORMS:
-            owner = getattr(trainer, place) if place else trainer
+        """Cover the methods of a Trainer that return what is needed, or that may raise."""
+        for owner, name in (
+            (trainer.accelerator, _NORM_OF_ACCELERATOR),
+            (trainer, _NORM_OF_TRAINER),
+        ):
             if hasattr(owner, name):
                 self._covers.append(CoveredMethod(owner, name, returned=self._note_norm))
         for name in _LOOPS:
@@ -111,8 +128,10 @@ class WatchCallback(TrainerCallback):
             self._losses.append(loss.detach())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        losses, self._losses = self._losses, []
-        norm, self._norm = self._norm, None
+        losses = self._losses
+        norm = self._norm
+        self._losses = []
+        self._norm = None
         if self.watch is None or self.watch.closed:
             return
         loss = torch.stack(losses).sum() if losses else None
@@ -156,8 +175,9 @@ class LossHook(ModelHook):
 
 
 class CoveredMethod:
-    """Stands in the place of a method of one object, calls it, and tells what it returned or
-    raised.
+    """A callable in the place of a method of one object.
+
+    It calls the method and passes on what it returned or raised.
 
     Args:
         owner: the object.
@@ -174,14 +194,18 @@ class CoveredMethod:
         returned: Callable[[Any], None] | None = None,
         raised: Callable[[BaseException], None] | None = None,
     ) -> None:
-        self.owner, self.name, self.returned, self.raised = owner, name, returned, raised
+        self.owner = owner
+        self.name = name
+        self.returned = returned
+        self.raised = raised
         self.method = getattr(owner, name)
         self.own = name in vars(owner)  # another library has covered it before
         setattr(owner, name, self)
 
     def remove(self) -> None:
-        """Give the object its own method back; if another library has covered this one, only call
-        through.
+        """Give the object its own method back.
+
+        If another library has covered this one, it stays and only calls through.
         """
         self.returned = self.raised = None
         if vars(self.owner).get(self.name) is self:
@@ -203,9 +227,9 @@ class CoveredMethod:
 
     def __getattr__(self, name: str) -> Any:
         """Look everything else up on the covered method, such as its signature."""
-        if name in ("method", "owner") or (
-            name.startswith("__") and name not in ("__func__", "__self__", "__name__")
-        ):
+        is_of_a_method = name in ("__func__", "__self__", "__name__")
+        is_special = name.startswith("__") and not is_of_a_method
+        if is_special or name in ("method", "owner"):
             raise AttributeError(name)
         return getattr(self.method, name)
 
@@ -214,8 +238,9 @@ class CoveredMethod:
 
 
 def find_trainer() -> Trainer | None:
-    """Return the Trainer that calls a callback: it is among the callers, and callbacks are not
-    given it.
+    """Return the Trainer that calls a callback.
+
+    Callbacks are not given it, but it is among the callers.
     """
     frame = sys._getframe(1)
     while frame is not None:

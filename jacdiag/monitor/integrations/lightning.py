@@ -16,77 +16,94 @@ from torch import Tensor, nn
 
 from jacdiag.errors import UsageError
 from jacdiag.monitor.api import watch
+from jacdiag.monitor.optimizers import held_parameters
 from jacdiag.monitor.square_sums import square_sums
 from jacdiag.monitor.training_watch import Watch
 
 
 class WatchCallback(Callback):
-    """Watches a `Trainer` with automatic optimisation; the state goes into its checkpoints.
+    """A callback that watches a `Trainer` with automatic optimization.
 
-    Lightning makes the gradients inside the optimiser's step, clips them there, and tells callbacks
-    in between: the norm before clipping is taken then, where the Trainer clips.
+    The state of the watch goes into the Trainer's checkpoints.
 
-    Of the strategies that shard, ModelParallelStrategy (FSDP2) is watched as any other; there the
-    norm before clipping is not known, and not guessed. FSDPStrategy (FSDP1) is refused.
+    Lightning computes the gradients inside the optimizer's step, and clips them there. It calls
+    callbacks in between. So if the Trainer clips, the norm before clipping is measured then.
+
+    Of the strategies that shard, ModelParallelStrategy (FSDP2) is watched as any other. The norm
+    before clipping is not known there. FSDPStrategy (FSDP1) is refused.
 
     Args:
-        model: which part of the LightningModule to watch, by its name. If not given, it is the part
-            that holds all the parameters that are trained. If no part holds them all, it is the
-            LightningModule itself; where that implements no `forward`, it is the part that holds
-            most of them, and that is said.
+        model: name of the submodule of the LightningModule to watch. If not given, it is the one
+            that holds all the parameters that are trained. If none holds them all, it is the
+            LightningModule itself. If that implements no `forward`, it is the submodule that holds
+            most of them, with a warning.
         options: those of `jacdiag.watch`.
+
+    Raises:
+        UsageError: when the training starts, as `jacdiag.watch` does; or the strategy is
+            FSDPStrategy.
+
+    Example:
+        >>> callback = WatchCallback(log_dir="runs/a", every=None)
+        >>> Trainer(callbacks=[callback]).fit(module, data)        # doctest: +SKIP
     """
 
     def __init__(self, model: str | None = None, **options: Any) -> None:
-        self.part, self.options = model, options
+        self.submodule_name = model
+        self.options = options
         self.watch: Watch | None = None
         self._state: Mapping[str, Any] | None = None
         self._losses: list[Tensor] = []
         self._norm: Tensor | None = None
-        self._watched: set[int] = set()  # ids of the parameters of the part that is watched
+        self._watched: set[int] = set()  # ids of the parameters that are watched
         self._clips = False
-        self._seen = 0
+        self._last_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # its wrapper is outside of the LightningModule, and not seen
+        # 1. The module to watch. The wrapper of FSDP1 is outside of the LightningModule.
         if isinstance(trainer.strategy, FSDPStrategy):
             raise UsageError(
                 "Lightning's FSDPStrategy (FSDP1) is not supported: its parameters are flat shards",
                 hint="ModelParallelStrategy with fully_shard (FSDP2) is",
             )
-        network = (
-            NetworkPart(pl_module.get_submodule(self.part))
-            if self.part
-            else find_network(pl_module, trainer)
-        )
+        if self.submodule_name:
+            network = NetworkPart(pl_module.get_submodule(self.submodule_name))
+        else:
+            network = find_network(pl_module, trainer)
+
+        # 2. Begin the watch.
         options = {"resume": self._state is not None, **self.options}
         self.watch = watch(network.module, trainer.optimizers, **options)
         if network.others:
             self.watch.record.warn("part", _others_text(pl_module, network))
         self._watched = {id(p) for p in network.module.parameters()}
-        own_clipping = (
-            type(pl_module).configure_gradient_clipping
-            is not LightningModule.configure_gradient_clipping
-        )
-        self._clips = bool(trainer.gradient_clip_val) or own_clipping
-        self._seen = trainer.global_step
+        self._last_step = trainer.global_step
+
+        # 3. Whether the Trainer or the module clips.
+        clipping_method = type(pl_module).configure_gradient_clipping
+        has_own_clipping = clipping_method is not LightningModule.configure_gradient_clipping
+        self._clips = bool(trainer.gradient_clip_val) or has_own_clipping
+
+        # 4. Go on from a checkpoint.
         if self._state is not None:
             self.watch.load_state_dict(self._state)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
     ) -> None:
-        if self.watch is not None:
-            self.watch.prepare()
-        if self._clips and self.watch is not None and not self.watch.together.sharded:
-            parameters = [
-                p
-                for group in optimizer.param_groups
-                for p in group["params"]
-                if id(p) in self._watched
-            ]
-            grads = [p.grad for p in parameters if p.grad is not None]
-            self._norm = square_sums(grads).sum().sqrt() if grads else None
+        if self.watch is None:
+            return
+        self.watch.prepare()
+        if self._clips and not self.watch.together.sharded:
+            self._norm = self._gradient_norm(optimizer)
+
+    def _gradient_norm(self, optimizer: Any) -> Tensor | None:
+        """Return the norm of the gradients that the optimizer uses; None if there are none."""
+        parameters = [p for p in held_parameters(optimizer) if id(p) in self._watched]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if not gradients:
+            return None
+        return square_sums(gradients).sum().sqrt()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -94,12 +111,14 @@ class WatchCallback(Callback):
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor):
             self._losses.append(loss.detach())  # divided by the micro-batches already
-        if trainer.global_step == self._seen or self.watch is None:
+        if trainer.global_step == self._last_step or self.watch is None:
             return
-        self._seen = trainer.global_step
-        losses, self._losses = self._losses, []
-        norm, self._norm = self._norm, None
-        self.watch.step(sum(losses) if losses else None, grad_norm=norm, step=self._seen)
+        self._last_step = trainer.global_step
+        loss = sum(self._losses) if self._losses else None
+        norm = self._norm
+        self._losses = []
+        self._norm = None
+        self.watch.step(loss, grad_norm=norm, step=self._last_step)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -112,7 +131,9 @@ class WatchCallback(Callback):
             self.watch.close()
 
     def state_dict(self) -> dict[str, Any]:
-        return self.watch.state_dict() if self.watch is not None and not self.watch.closed else {}
+        if self.watch is None or self.watch.closed:
+            return {}
+        return self.watch.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._state = state_dict or None
@@ -134,20 +155,17 @@ class NetworkPart:
 
 
 def find_network(pl_module: nn.Module, trainer: Any) -> NetworkPart:
-    """Return the part of a LightningModule that its training step calls with the batch, as far as
-    parameters tell.
+    """Return the part of a LightningModule that its training step probably calls with the batch.
+
+    That is the part that holds the parameters that are trained.
 
     Args:
         pl_module: the LightningModule.
         trainer: whose optimizers hold the parameters that are trained. A frozen teacher and a
             moving average are in none of them.
     """
-    trained = {
-        id(p)
-        for optimizer in trainer.optimizers
-        for group in optimizer.param_groups
-        for p in group["params"]
-    }
+    # 1. The parts with parameters that are trained.
+    trained = {id(p) for optimizer in trainer.optimizers for p in held_parameters(optimizer)}
     sizes: dict[str, int] = {}
     for name, part in _parts_with_forward(pl_module):
         size = sum(p.numel() for p in part.parameters() if id(p) in trained)
@@ -155,26 +173,33 @@ def find_network(pl_module: nn.Module, trainer: Any) -> NetworkPart:
             sizes[name] = size
     if not sizes:
         return NetworkPart(pl_module)
+
+    # 2. The largest, if it holds them all.
     largest = max(sizes, key=lambda name: sizes[name])
     module = pl_module.get_submodule(largest)
-    inside = {id(p) for p in module.parameters()}
-    if all(id(p) in inside for p in pl_module.parameters() if id(p) in trained):
+    in_largest = {id(p) for p in module.parameters()}
+    in_module = {id(p) for p in pl_module.parameters()}
+    if trained & in_module <= in_largest:
         return NetworkPart(module, largest)
+
+    # 3. Else the LightningModule, if it can be called.
     if implements_forward(pl_module):
         return NetworkPart(pl_module)
-    return NetworkPart(module, largest, tuple(name for name in sizes if name != largest))
+    others = [name for name in sizes if name != largest]
+    return NetworkPart(module, largest, tuple(others))
 
 
 def implements_forward(module: nn.Module) -> bool:
-    """Return whether a module can be called: ModuleList and many LightningModules have no forward
-    of their own.
+    """Return whether a module can be called.
+
+    ModuleList and many LightningModules have no forward of their own.
     """
     forward = getattr(type(module).forward, "__func__", type(module).forward)
     return forward not in (nn.Module.forward, LightningModule.forward)
 
 
 def _parts_with_forward(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The outermost modules inside of one that can be called."""
+    """Yield the outermost modules inside of one that can be called, with their names."""
     for name, child in module.named_children():
         if implements_forward(child):
             yield f"{prefix}{name}", child

@@ -22,7 +22,7 @@ INTERVAL = 1.0  # seconds between two signs
 
 
 class Pulse:
-    """Notes steps, and has a sign of life written once in a while.
+    """The sign of life of a run, written once in a while.
 
     Args:
         folder: of the run.
@@ -68,9 +68,7 @@ class Pulse:
 
 
 def _replace_file(path: Path, beat: Heartbeat) -> None:
-    """Write the file as a whole or not at all. A run without a sign of life goes on all the
-    same.
-    """
+    """Write the file completely or not at all; a run without a sign of life goes on."""
     with suppress(OSError):
         passing = path.with_name(f".{path.name}.{beat.pid}")
         passing.write_bytes(beat.to_bytes())

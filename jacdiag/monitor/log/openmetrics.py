@@ -1,8 +1,7 @@
-"""The latest figures of a run as a text file for Prometheus: what node_exporter's textfile
-collector reads.
+"""The latest figures of a run as a text file for Prometheus.
 
-Gauges alone, without time stamps: so the file is valid both as OpenMetrics and in Prometheus' own
-text format.
+The textfile collector of node_exporter reads it. It holds gauges without time stamps, so that it is
+valid both as OpenMetrics and in Prometheus' own text format.
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ _HELP = {
 
 
 class OpenMetrics:
-    """Keeps the latest value of every figure and writes them to a file that appears whole or not at
-    all.
+    """The latest value of every figure, written to a file completely or not at all.
 
     Args:
         path: of the file, or a folder for `jacdiag.prom` in it. node_exporter reads files that end
@@ -93,10 +91,10 @@ class OpenMetrics:
         def add(name: str, value: float, help_text: str, **labels: str) -> None:
             metric = f"jacdiag_{name}"
             helps.setdefault(metric, help_text)
-            given = ",".join(
-                f'{key}="{_escaped(text)}"' for key, text in {"run": self.run, **labels}.items()
-            )
-            families.setdefault(metric, []).append(f"{metric}{{{given}}} {_number(value)}")
+            all_labels = {"run": self.run, **labels}
+            pairs = [f'{key}="{_escaped(text)}"' for key, text in all_labels.items()]
+            sample = f"{metric}{{{','.join(pairs)}}} {_number(value)}"
+            families.setdefault(metric, []).append(sample)
 
         # 1. The state of the run.
         add("step", self.step, "optimizer steps so far")
@@ -130,7 +128,7 @@ class OpenMetrics:
 
 
 def _metric_name(name: str) -> str:
-    """Letters, digits and underscores are what a metric's name may hold.
+    """Return a name of letters, digits and underscores, as a metric's name has to be.
 
     >>> _metric_name("logit max/2")
     'logit_max_2'

@@ -1,5 +1,6 @@
-"""The run log on disk: lines are only appended, whole ones only, by a thread that the training does
-not wait for.
+"""The run log on disk.
+
+A thread appends complete lines to it, and the training does not wait for that.
 """
 
 from __future__ import annotations
@@ -15,17 +16,18 @@ from typing import Any
 from jacdiag.errors import UsageError
 from jacdiag.records.run_log import RUN_FILE, parsed, to_line
 
-_MOST_WAITING = 10_000  # blocks of lines; a disk that is that far behind will not catch up
+_MOST_WAITING = 10_000  # blocks of lines; a disk that is that late will not catch up
 
 
 class RunFile:
-    """Appends to `run.jsonl` in a folder. Links are followed; a device or a pipe of that name is
-    written through.
+    """The file `run.jsonl` in a folder, which lines are appended to.
+
+    Links are followed. A device or a pipe of that name is written to as it is.
 
     Args:
         folder: made if it is not there.
         resume: go on with a log that is there.
-        failed: told of the first error (from the writing thread).
+        failed: called with the first error, by the writing thread.
 
     Raises:
         UsageError: a log is there and `resume` is not set, or the folder cannot be made.
@@ -33,7 +35,8 @@ class RunFile:
 
     def __init__(self, folder: Path, *, resume: bool, failed: Callable[[Exception], None]) -> None:
         self.path = folder / RUN_FILE
-        self.failed, self.error = failed, False
+        self.failed = failed
+        self.error = False
         try:
             folder.mkdir(parents=True, exist_ok=True)
             mode = self.path.stat().st_mode if self.path.exists() else stat.S_IFREG
@@ -41,19 +44,22 @@ class RunFile:
                 raise UsageError(
                     f"cannot write a log in '{folder}'", got=f"a folder named {RUN_FILE}"
                 )
-            self._regular = stat.S_ISREG(mode)  # else a device or a pipe, which is written through
-            there = self._regular and self.path.exists() and self.path.stat().st_size > 0
-            if there and not resume:
+            # 1. Look at what is there.
+            self._regular = stat.S_ISREG(mode)  # else a device or a pipe
+            has_log = self._regular and self.path.exists() and self.path.stat().st_size > 0
+            if has_log and not resume:
                 raise UsageError(
                     f"'{folder}' holds the log of a run already",
                     got=RUN_FILE,
                     hint="resume=True goes on with it; another log_dir begins a new one",
                 )
-            self.last_step = last_step(self.path) if there else None
-            # A pipe is opened for reading too: the training must not wait here for a reader.
+            self.last_step = last_step(self.path) if has_log else None
+
+            # 2. Open it. A pipe is opened for reading too: the training must not wait for a
+            # reader.
             access = os.O_RDWR if stat.S_ISFIFO(mode) else os.O_WRONLY
             self._handle = os.open(self.path, access | os.O_CREAT | os.O_APPEND, 0o666)
-            if there:
+            if has_log:
                 _drop_torn_line(self.path, self._handle)
         except OSError as error:
             raise UsageError(f"cannot write a log in '{folder}'", got=error.strerror) from error
@@ -64,7 +70,15 @@ class RunFile:
         self._thread.start()
 
     def write(self, kind: str, rows: list[Mapping[str, Any]]) -> None:
-        """Hands lines to the writing thread. Raises OSError where the disk is hopelessly behind."""
+        """Hand lines to the writing thread.
+
+        Args:
+            kind: type of the rows.
+            rows: one for each line.
+
+        Raises:
+            OSError: too many lines wait for the disk.
+        """
         if self.error or not rows:
             return
         if self._queue.qsize() > _MOST_WAITING:
@@ -76,13 +90,13 @@ class RunFile:
         self._queue.put(call)
 
     def flush(self, seconds: float = 5.0) -> None:
-        """Waits until what was handed over is written, but no longer than that."""
+        """Wait until what was handed over is written, but no longer than some seconds."""
         done = threading.Event()
         self._queue.put(done)
         done.wait(seconds)
 
     def close(self) -> None:
-        """Writes what is left, for a few seconds at most."""
+        """Write what is left, for a few seconds at most."""
         self._queue.put(None)
         self._thread.join(5.0)
         if not self._thread.is_alive():
@@ -108,17 +122,18 @@ class RunFile:
                 self.failed(error)
 
     def _append(self, block: bytes) -> None:
-        """Appends a block as a whole; what a full disk tore off is taken back, so that only whole
-        lines stand.
+        """Append a block of lines.
+
+        What a full disk has torn off is taken back, so that the log holds complete lines only.
         """
-        there = self.path.stat()  # raises where the folder was removed
-        if there.st_ino != os.fstat(self._handle).st_ino:
+        current = self.path.stat()  # raises if the folder was removed
+        if current.st_ino != os.fstat(self._handle).st_ino:
             raise OSError(f"'{self.path}' is another file now")
         size = os.fstat(self._handle).st_size
         try:
-            rest = block
-            while rest:
-                rest = rest[os.write(self._handle, rest) :]
+            remaining = block
+            while remaining:
+                remaining = remaining[os.write(self._handle, remaining) :]
         except OSError:
             if self._regular:
                 os.ftruncate(self._handle, size)
@@ -126,7 +141,7 @@ class RunFile:
 
 
 def last_step(path: Path) -> int:
-    """The last step that a log knows of; 0 if none."""
+    """Return the last step in a log; 0 if there is none."""
     last = 0
     with path.open("rb") as lines:
         for row in parsed(lines):
@@ -138,7 +153,7 @@ def last_step(path: Path) -> int:
 
 
 def _drop_torn_line(path: Path, handle: int) -> None:
-    """Cuts off what a kill in the middle of a write left behind the last whole line."""
+    """Cut off what a kill in the middle of a write has left after the last complete line."""
     data = path.read_bytes()
     end = data.rfind(b"\n") + 1
     if end < len(data):

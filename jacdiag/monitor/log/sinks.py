@@ -1,8 +1,7 @@
-"""Where figures and alerts go besides the log: trackers, a text file for Prometheus, webhooks,
-objects of the user.
+"""Sinks for figures and alerts, besides the log.
 
-A sink that also has `alert(alert, moment)` is told of alerts. Every library is imported where it is
-used.
+These are trackers, a text file for Prometheus, webhooks and objects of the user. A sink that also
+has `alert(alert, moment)` gets alerts. Every library is imported where it is used.
 """
 
 from __future__ import annotations
@@ -19,12 +18,15 @@ from jacdiag.monitor.log.openmetrics import OpenMetrics
 from jacdiag.monitor.log.webhooks import Webhook, is_address, lines_of, title_of
 from jacdiag.records.run_log import Alert
 
+_STEP_FIGURES = ("loss", "lr", "grad_norm", "grad_norm_post", "step_seconds", "noise_scale")
+_SHOWN_NAMES = {"branch_norm": "gain", "core_norm": "core"}
+
 
 class Sink(Protocol):
-    """Takes slash-named figures, such as {"jacdiag/gain/transformer.h.0.attn": 1.2}.
+    """An object that takes figures, such as {"jacdiag/gain/transformer.h.0.attn": 1.2}.
 
     One that has a method `write_histograms(step, shown)` gets histograms too, if `histograms_every`
-    asks for them.
+    is set.
     """
 
     def write(self, step: int, figures: Mapping[str, float]) -> None: ...
@@ -32,15 +34,13 @@ class Sink(Protocol):
 
 
 class AlertSink(Protocol):
-    """Takes alerts; a method `close()` is called at the end if there is one."""
+    """An object that takes alerts; a method `close()` is called at the end if there is one."""
 
     def alert(self, alert: Alert, moment: AlertMoment) -> None: ...
 
 
 class TensorBoard:
-    """Scalars and alerts (as text) for TensorBoard, through torch.utils.tensorboard (extra
-    `tensorboard`).
-    """
+    """Scalars and alerts (as text) for TensorBoard (extra `tensorboard`)."""
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -78,8 +78,9 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """Figures and alerts for Weights & Biases: the run that is open, or one of its own, offline
-    (extra `wandb`).
+    """Figures and alerts for Weights & Biases (extra `wandb`).
+
+    They go to the run that is open, or else to an offline run of its own.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -121,7 +122,10 @@ class WeightsAndBiases:
 
 
 class Trackio:
-    """Figures and alerts for trackio: the run that is open, or one of its own (extra `trackio`)."""
+    """Figures and alerts for trackio (extra `trackio`).
+
+    They go to the run that is open, or else to one of its own.
+    """
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -156,11 +160,10 @@ _NOT_IN_MLFLOW = re.compile(r"[^\w./: -]", re.ASCII)
 
 
 class MLflow:
-    """Figures and alerts (as tags) for MLflow: the run that is active, or one of its own (extra
-    `mlflow`).
+    """Figures and alerts (as tags) for MLflow (extra `mlflow`).
 
-    What is sent is sent by MLflow's own threads: the training does not wait for the tracking
-    server.
+    They go to the run that is active, or else to one of its own. MLflow's own threads send them, so
+    that the training does not wait for the tracking server.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -284,8 +287,8 @@ def open_alert_sinks(
         raise UsageError("alerts_to is an address, or a list", got=f"type {type(wanted).__name__}")
     sinks: list[tuple[str, AlertSink]] = []
     names: set[str] = set()
-    for given in wanted:
-        sink = _alert_sink(given)
+    for target in wanted:
+        sink = _alert_sink(target)
         base = getattr(sink, "name", type(sink).__name__)
         name, number = base, 1
         while name in names:
@@ -298,19 +301,19 @@ def open_alert_sinks(
     return sinks
 
 
-def _alert_sink(given: str | AlertSink) -> AlertSink:
-    if isinstance(given, str):
-        if not is_address(given):
+def _alert_sink(target: str | AlertSink) -> AlertSink:
+    if isinstance(target, str):
+        if not is_address(target):
             hint = f"sinks=[...] takes {', '.join(BY_NAME)}, which get alerts too"
             raise UsageError(
                 "alerts_to takes addresses, such as https://hooks.slack.com/services/...", hint=hint
             )
-        return Webhook(given)
-    if callable(getattr(given, "alert", None)):
-        return given
+        return Webhook(target)
+    if callable(getattr(target, "alert", None)):
+        return target
     raise UsageError(
         "alerts_to takes addresses and objects with alert(alert, moment)",
-        got=f"a {type(given).__name__}",
+        got=f"a {type(target).__name__}",
     )
 
 
@@ -319,32 +322,40 @@ def _with_name(failed: Callable[[str, str], None], name: str) -> Callable[[str],
 
 
 def slashed(row: Mapping[str, Any], groups: Iterable[str]) -> dict[str, float]:
-    """The figures of a step under slash-separated names."""
-    found: dict[str, float] = {}
-    for key in ("loss", "lr", "grad_norm", "grad_norm_post", "step_seconds", "noise_scale"):
-        value = row.get(key)
-        if isinstance(value, int | float):
-            found[f"jacdiag/{key}"] = float(value)
+    """Return the figures of a step under slash-separated names.
+
+    Args:
+        row: of the run log, type `step`.
+        groups: names of the sub-layers that `grad` is given for.
+    """
+    # 1. What may be a figure, by its name.
+    named_values: dict[str, Any] = {key: row.get(key) for key in _STEP_FIGURES}
     for group, rate in enumerate(row.get("lrs") or []):
-        if isinstance(rate, int | float):
-            found[f"jacdiag/lrs/{group}"] = float(rate)
-    for name, value in zip(groups, row.get("grad") or [], strict=False):
-        if isinstance(value, int | float):
-            found[f"jacdiag/grad/{name}"] = float(value)
+        named_values[f"lrs/{group}"] = rate
+    for name, norm in zip(groups, row.get("grad") or [], strict=False):
+        named_values[f"grad/{name}"] = norm
     update = row.get("update")
-    if update and update["ratio"] is not None:
-        found[f"jacdiag/update/{update['where']}"] = float(update["ratio"])
-    return found
+    if update:
+        named_values[f"update/{update['where']}"] = update["ratio"]
+
+    # 2. Numbers only: what was not measured is None.
+    figures: dict[str, float] = {}
+    for name, value in named_values.items():
+        if isinstance(value, int | float):
+            figures[f"jacdiag/{name}"] = float(value)
+    return figures
 
 
 def slashed_series(series: Mapping[str, Mapping[str, float | None]]) -> dict[str, float]:
-    """The figures of a probe or of the statistics under slash-separated names; branch_norm is the
-    gain.
+    """Return the figures of a probe or of the statistics under slash-separated names.
+
+    Args:
+        series: figure -> sub-layer -> value.
     """
-    names = {"branch_norm": "gain", "core_norm": "core"}
-    return {
-        f"jacdiag/{names.get(figure, figure)}/{where}": float(value)
-        for figure, values in series.items()
-        for where, value in values.items()
-        if value is not None
-    }
+    figures: dict[str, float] = {}
+    for figure, values in series.items():
+        name = _SHOWN_NAMES.get(figure, figure)
+        for sublayer, value in values.items():
+            if value is not None:
+                figures[f"jacdiag/{name}/{sublayer}"] = float(value)
+    return figures

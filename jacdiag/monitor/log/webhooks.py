@@ -13,6 +13,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -31,14 +32,34 @@ _REFUSED = (400, 401, 403, 404, 405, 410)  # to ask again will not help
 # characters of an alert's sentence; Discord takes 2,000 in all, Slack 3,000 in a block
 _LONGEST = 1500
 _CALLED = {"slack": "slack", "discord": "discord", "json": "webhook"}
+_FORM_OF_HOST = {
+    "hooks.slack.com": "slack",
+    "discord.com": "discord",
+    "discordapp.com": "discord",
+    "ptb.discord.com": "discord",
+    "canary.discord.com": "discord",
+}
 _HINT = (
     "such as https://hooks.slack.com/services/...; slack+https://, discord+https:// or "
     "json+https:// name the form"
 )
 
 
+@dataclass(frozen=True)
+class SendFailure:
+    """Why an alert did not arrive.
+
+    Attributes:
+        reason: in a few words, without the address.
+        is_final: whether another attempt cannot help.
+    """
+
+    reason: str
+    is_final: bool = False
+
+
 class Webhook:
-    """Sends alerts to one address.
+    """An address that alerts are sent to.
 
     Args:
         url: https://... or http://... The form of the JSON follows from the host: Slack's,
@@ -64,10 +85,12 @@ class Webhook:
     def __init__(
         self, url: str, *, timeout: float = _TIMEOUT, pauses: tuple[float, ...] = _PAUSES
     ) -> None:
-        form, address, host = _parsed(url)
-        self._address, self._form = address, form
-        self.name = f"{_CALLED[form]} at {host}"
-        self.timeout, self.pauses = timeout, pauses
+        address = _parse_address(url)
+        self._address = address.url
+        self._form = address.form
+        self.name = f"{_CALLED[address.form]} at {address.host}"
+        self.timeout = timeout
+        self.pauses = pauses
         self.failed: Callable[[str], None] = _ignore
         self._queue: queue.Queue[bytes | None] = queue.Queue(_MOST_WAITING)
         self._thread: threading.Thread | None = None
@@ -115,38 +138,41 @@ class Webhook:
                 return
             if self._given_up:
                 continue
-            reason, final = self._send(data)
-            if not reason:
+            failure = self._send(data)
+            if failure is None:
                 self._lost = 0
                 continue
             self._lost += 1
-            if final or self._lost >= _MOST_LOST:
+            if failure.is_final or self._lost >= _MOST_LOST:
                 self._given_up = True
-                self.failed(reason)
+                self.failed(failure.reason)
             else:
-                logger.warning("jacdiag.watch: an alert did not reach %s (%s)", self.name, reason)
+                logger.warning(
+                    "jacdiag.watch: an alert did not reach %s (%s)", self.name, failure.reason
+                )
 
-    def _send(self, data: bytes) -> tuple[str, bool]:
-        """Try to send; return the reason of the failure, empty for none, and whether it is
-        final.
-        """
-        reason, asked = "", 0.0
+    def _send(self, data: bytes) -> SendFailure | None:
+        """Try to send a few times; return why it failed, or None."""
+        reason = ""
+        server_pause = 0.0
         for pause in self.pauses:
-            self._closing.wait(max(pause, asked))  # returns at once when the run ends
-            asked = 0.0
+            self._closing.wait(max(pause, server_pause))  # returns at once when the run ends
+            server_pause = 0.0
             try:
                 self._post(data)
-                return "", False
+                return None
             except urllib.error.HTTPError as error:
                 reason = _phrase(error.code)
-                asked = _retry_after(error.headers)
+                server_pause = _retry_after(error.headers)
                 error.close()
-                redirected = 300 <= error.code < 400
-                if redirected or error.code in _REFUSED:
-                    return reason, True
+                is_redirect = 300 <= error.code < 400
+                if is_redirect or error.code in _REFUSED:
+                    return SendFailure(reason, is_final=True)
             except Exception as error:  # the training must not hear of it, whatever it is
                 reason = _without_address(error)
-        return reason, False
+        if not reason:  # no attempt was made
+            return None
+        return SendFailure(reason)
 
     def _post(self, data: bytes) -> None:
         headers = {
@@ -181,15 +207,40 @@ def is_address(text: str) -> bool:
     return "://" in text
 
 
-def _parsed(url: str) -> tuple[str, str, str]:
-    """Return the form, the address and the host."""
-    form, plus, rest = url.partition("+")
-    named = bool(plus) and form in _FORMS
-    address = rest if named else url
+@dataclass(frozen=True, kw_only=True)
+class WebhookAddress:
+    """Where and how a webhook is sent.
+
+    Attributes:
+        form: of the JSON, a key of `_FORMS`.
+        url: the address, without a prefix that names the form.
+        host: the name of the server.
+    """
+
+    form: str
+    url: str
+    host: str
+
+
+def _parse_address(text: str) -> WebhookAddress:
+    """Return the address that a user passed.
+
+    Raises:
+        UsageError: it is no address of the web; the message does not repeat it.
+    """
+    prefix, plus, address = text.partition("+")
+    if plus and prefix in _FORMS:
+        return WebhookAddress(form=prefix, url=address, host=_host_of(address))
+    host = _host_of(text)
+    return WebhookAddress(form=_FORM_OF_HOST.get(host, "json"), url=text, host=host)
+
+
+def _host_of(address: str) -> str:
+    """Return the host of an address, after checking the address."""
     try:
         parts = urlsplit(address)
         host = parts.hostname or ""
-        _ = parts.port
+        _ = parts.port  # raises ValueError for a port that is no number
     except ValueError:
         raise UsageError("the address of a webhook cannot be read", hint=_HINT) from None
     if parts.scheme not in ("http", "https") or not host:
@@ -204,13 +255,7 @@ def _parsed(url: str) -> tuple[str, str, str]:
             f"the address of the webhook at {host} holds a user name or a password",
             hint="use an address with its secret in the path or in the query",
         )
-    if named:
-        return form, address, host
-    if host == "hooks.slack.com":
-        return "slack", address, host
-    if host in ("discord.com", "discordapp.com", "ptb.discord.com", "canary.discord.com"):
-        return "discord", address, host
-    return "json", address, host
+    return host
 
 
 def _phrase(code: int) -> str:
@@ -228,8 +273,9 @@ def _retry_after(headers: Any) -> float:
 
 
 def _without_address(error: Exception) -> str:
-    """Say what went wrong; the text of an error may hold the address, its class and its system
-    message do not.
+    """Return what went wrong.
+
+    The text of an error may hold the address; its class and its system message do not.
     """
     reason = getattr(error, "reason", error)
     if isinstance(reason, TimeoutError):
@@ -246,8 +292,9 @@ def title_of(alert: Alert) -> str:
 
 
 def lines_of(alert: Alert, moment: AlertMoment) -> list[str]:
-    """Return what a message says below its head: the sentence, the sub-layers, the flight, the next
-    command.
+    """Return the lines of a message after its head.
+
+    These are the sentence, the sub-layers, the flight and the command that helps.
     """
     lines = [clipped(printable(alert.what), _LONGEST)]
     if alert.where:
@@ -279,7 +326,7 @@ def _slack(alert: Alert, moment: AlertMoment) -> dict[str, Any]:
 
 
 def _slack_escaped(text: str) -> str:
-    """Slack reads <...> as a link or a mention, also one of everybody."""
+    """Escape what Slack reads as a link or a mention, also one of everybody."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
