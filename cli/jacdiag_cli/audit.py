@@ -129,9 +129,9 @@ def _with_command(report: Report, invocation: Invocation) -> Report:
 
 def _with_replayed_step(report: Report, folder: str) -> Report:
     """Return the report with the step of its batch, and whether that is the step of the folder."""
-    from jacdiag.monitor.log.flight_recorder import told_of
+    from jacdiag.monitor.log.flight_recorder import read_about
 
-    about = told_of(folder)
+    about = read_about(folder)
     step, batch_step = about.get("step"), about.get("batch_step")
     notes = list(report.notes)
     is_known = step is not None and batch_step is not None

@@ -1,1 +1,1 @@
-"""Rules on a stream: what the figures of a running training are compared with, step by step."""
+"""Rules on a stream: compare the figures of a running training, step by step."""

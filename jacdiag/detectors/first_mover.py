@@ -1,4 +1,4 @@
-"""Which sub-layer's gradient moved first: since when, how far, and against which usual value."""
+"""Find the sub-layer whose gradient rose first: since when, how far, and from which value."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jacdiag.detectors.running_statistics import Exponential
+from jacdiag.detectors.running_statistics import ExponentialMoments
 from jacdiag.rules.finding_numbers import plain
 
 _MOST = 20  # sub-layers that an alert lists
 
 
 @dataclass(frozen=True)
-class Moved:
+class HighGradient:
     """A sub-layer whose gradient norm is high now.
 
     Attributes:
@@ -41,7 +41,7 @@ class Moved:
         }
 
 
-class Movers:
+class GradientRises:
     """The gradient norm of every sub-layer, and since when each has been high.
 
     Args:
@@ -52,39 +52,52 @@ class Movers:
     """
 
     def __init__(self, names: Sequence[str], limit: float) -> None:
-        self.names, self.limit = list(names), limit
-        self.each = [Exponential() for _ in self.names]
-        self.risen = [-1] * len(self.names)  # step since which a gradient norm has been high
-        self.usual = [0.0] * len(self.names)  # gradient norm before that step
-        self.high: list[Moved] = []
-        self.seen = False  # the last step had figures of sub-layers, and enough steps before it
+        self.names = list(names)
+        self.limit = limit
+        self._statistics = [ExponentialMoments() for _ in self.names]
+        self._high_since = [-1] * len(self.names)  # step; -1 for one that is not high
+        self._usual = [0.0] * len(self.names)  # gradient norm before that step
+        self._high: list[HighGradient] = []  # at the last step
+        self._is_comparable = False  # the last step had sub-layers, and enough steps before it
 
     def look(self, step: int, values: Sequence[float]) -> None:
-        """Take the gradient norms of one step."""
-        self.high = []
-        self.seen = False
-        for place, (series, value) in enumerate(zip(self.each, values, strict=False)):
-            mean = series.mean
-            z = series.look(value)
-            self.seen |= z is not None
-            if z is not None and z > self.limit:
-                if self.risen[place] < 0:
-                    self.risen[place], self.usual[place] = step, mean
-                self.high.append(
-                    Moved(self.names[place], self.risen[place], value, self.usual[place], z)
-                )
-            else:
-                self.risen[place] = -1
+        """Take the gradient norms of one step.
 
-    def order(self) -> list[Moved]:
-        """Return what is high now: the longest first, and of those since the same step the highest
-        first.
+        Args:
+            step: its number.
+            values: one per sub-layer; empty if they were not measured.
         """
-        return sorted(self.high, key=lambda moved: (moved.since, -moved.z))[:_MOST]
+        self._high = []
+        self._is_comparable = False
+        for place, (statistics, value) in enumerate(zip(self._statistics, values, strict=False)):
+            mean_before = statistics.mean
+            z = statistics.look(value)
+            self._is_comparable |= z is not None
+            if z is None or not z > self.limit:
+                self._high_since[place] = -1
+                continue
+            if self._high_since[place] < 0:
+                self._high_since[place] = step
+                self._usual[place] = mean_before
+            rise = HighGradient(
+                where=self.names[place],
+                since=self._high_since[place],
+                value=value,
+                usual=self._usual[place],
+                z=z,
+            )
+            self._high.append(rise)
+
+    def order(self) -> list[HighGradient]:
+        """Return the sub-layers that are high, the one that has been so longest first.
+
+        Of those that have been high since the same step, the highest comes first.
+        """
+        return sorted(self._high, key=lambda rise: (rise.since, -rise.z))[:_MOST]
 
     def sentence(self) -> str:
-        """Return which sub-layer moved first, or that none did; "" if sub-layers are not known."""
-        if not self.seen:
+        """Return which sub-layer rose first, or that none did; "" if sub-layers are not known."""
+        if not self._is_comparable:
             return ""
         order = self.order()
         if not order:
@@ -92,24 +105,28 @@ class Movers:
                 f"; no sub-layer's gradient norm stands out by {self.limit:g} standard deviations"
             )
         first = order[0]
-        together = [moved for moved in order if moved.since == first.since]
         figures = f"gradient norm {plain(first.value)}, usually {plain(first.usual)}"
-        if len(together) == 1:
+        count = sum(rise.since == first.since for rise in order)
+        if count == 1:
             return f"; {first.where} moved first ({figures}, since step {first.since})"
-        some = "all" if len(together) == len(self.names) else str(len(together))
+        number = "all" if count == len(self.names) else str(count)
         return (
-            f"; none moved first: {some} sub-layers that stand out have since step {first.since}, "
-            f"{first.where} furthest ({figures})"
+            f"; none moved first: {number} sub-layers that stand out have since step "
+            f"{first.since}, {first.where} furthest ({figures})"
         )
 
     def state(self) -> dict[str, Any]:
         """Return what `load` goes on from."""
-        each = [series.state() for series in self.each]
-        return {"each": each, "risen": list(self.risen), "usual": list(self.usual)}
+        return {
+            "each": [statistics.state() for statistics in self._statistics],
+            "risen": list(self._high_since),
+            "usual": list(self._usual),
+        }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state of the same sub-layers."""
-        for series, saved in zip(self.each, state["each"], strict=True):
-            series.load(saved)
-        self.risen = list(state["risen"])
-        self.usual = list(state.get("usual", [series.mean for series in self.each]))
+        """Go on from a state of the same sub-layers. One of an older version has no usual norms."""
+        for statistics, saved in zip(self._statistics, state["each"], strict=True):
+            statistics.load(saved)
+        self._high_since = list(state["risen"])
+        means = [statistics.mean for statistics in self._statistics]
+        self._usual = list(state.get("usual", means))

@@ -1,61 +1,62 @@
-"""JD501 to JD508, and JD105 at each learning rate: a run while it goes on. Signals vote; the joint
-detectors speak.
+"""Judge a run while it trains: JD501 to JD508, and JD105 at each new learning rate.
 
-One z-score over 2.5 alarms 62 times in 10,000 Gaussian steps. So the published single signals (a
-spike of OLMo 2's score, of the rolling median, of ZClip's z-score) are votes in the log, and an
-alert takes several of them at once or one of them for several steps.
+One z-score over 2.5 alarms 62 times in 10,000 Gaussian steps. So the published single signals are
+only votes in the log: a spike of OLMo 2's score, of the rolling median, or of ZClip's z-score. An
+alert takes several signals at once, or one signal for several steps.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jacdiag.detectors.drift import Drift, statistics_series
-from jacdiag.detectors.first_mover import Moved, Movers
-from jacdiag.detectors.first_nonfinite import NonFinite, explain_nonfinite
-from jacdiag.detectors.joint_detector import Joint, Scores, Spoken
-from jacdiag.detectors.readiness import Waits, waits_of
-from jacdiag.detectors.recent_trend import WINDOW, Recent
+from jacdiag.detectors.first_mover import GradientRises, HighGradient
+from jacdiag.detectors.first_nonfinite import NonFiniteStep, explain_nonfinite
+from jacdiag.detectors.joint_detector import JointAlarm, JointDetector, StepScores
+from jacdiag.detectors.readiness import SampleCounts, Waits, waits_of
+from jacdiag.detectors.recent_trend import WINDOW, RecentTrend
 from jacdiag.detectors.rising_rate import RisingRate
-from jacdiag.detectors.running_statistics import Exponential, Rolling, RollingMedian
+from jacdiag.detectors.running_statistics import ExponentialMoments, RollingMedian, RollingMoments
 from jacdiag.detectors.update_jump import UpdateJump
-from jacdiag.detectors.written_weights import Written, describe_written
+from jacdiag.detectors.written_weights import OutsideWrites, describe_written
 from jacdiag.records import Report
 from jacdiag.records.report import Level
 from jacdiag.records.run_log import Alert, number
 from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.thresholds import Thresholds
 
-# a loss scaler halves its scale at every skip: ten in a row are a factor of 1,000
+# A loss scaler halves its scale at every skip. Ten skips in a row are a factor of 1,000.
 SKIPPED_IN_A_ROW = 10
-QUIET = 200  # steps in which a rule that has spoken says nothing more
+QUIET = 200  # steps in which a rule that has fired does not fire again
 
 
 @dataclass(frozen=True)
 class StepFigures:
-    """One optimiser step, as the live rules see it.
+    """The figures of one optimizer step, as the live rules read them.
 
     Attributes:
-        loss: None where the loop does not tell it.
-        gradient: global gradient norm: before clipping where that is known, else after it.
-        sublayers: gradient norm per sub-layer, in the order of `names`.
-        skipped: the optimiser did not step.
-        overflow: it did not step because a gradient was not finite; False where the cause is not
+        step: its number.
+        loss: None if the loop does not pass it.
+        gradient: global gradient norm: before clipping if that is known, else after it.
+        lr: learning rate; nan if it is not known.
+        sublayers: gradient norm per sub-layer, in the order of `LiveRules.names`.
+        skipped: the optimizer did not step.
+        overflow: it did not step because a gradient was not finite; False if the cause is not
             known.
         nonfinite: sub-layers with a gradient that is not finite.
         update: (sub-layer, update norm / weight norm) of the sub-layer whose turn it was.
-        bad_weights: weights that were not finite before the optimizer's step; None if nobody
-            looked.
-        bad_gradients: parameters whose gradient was not finite; None if nobody looked.
-        with_gradient: how many parameters had a gradient; None if nobody looked.
-        weights_seen: somebody looked whether the weights were finite.
+        bad_weights: weights that were not finite before the optimizer's step; None if they were
+            not checked.
+        bad_gradients: parameters whose gradient was not finite; None if they were not checked.
+        with_gradient: how many parameters had a gradient; None if they were not counted.
+        weights_seen: the weights were checked for values that are not finite.
+        after_clipping: `gradient` is the norm after clipping, which says nothing about a spike if
+            the loop clips.
         written: weights that were written outside the optimizer before the step; None if none is
             known.
-        after_clipping: `gradient` is the norm after clipping, and says nothing of a spike if the
-            loop clips.
     """
 
     step: int
@@ -72,38 +73,55 @@ class StepFigures:
     with_gradient: int | None = None
     weights_seen: bool = False
     after_clipping: bool = False
-    written: Written | None = None
+    written: OutsideWrites | None = None
 
     @classmethod
-    def of(cls, row: Mapping[str, Any]) -> StepFigures:
-        """A line of type `step` of the run log; gradients before clipping where that is known."""
-        gradient = row["grad_norm"] if row["grad_norm"] is not None else row["grad_norm_post"]
-        ratio = number(row["clip_ratio"]) if row["clip_ratio"] else 1.0
-        update = row["update"]
+    def from_row(cls, row: Mapping[str, Any]) -> StepFigures:
+        """Return the figures of a line of type `step` of the run log."""
+        # 1. Take the gradient norms from before clipping, if they are known.
+        is_after_clipping = row["grad_norm"] is None
+        gradient = row["grad_norm_post"] if is_after_clipping else row["grad_norm"]
+        unclipped_factor = number(row["clip_ratio"]) if row["clip_ratio"] else 1.0
+        sublayers = [number(norm) * unclipped_factor for norm in row["grad"] or ()]
+
+        # 2. Read what may be absent.
+        loss = None
+        if row["loss"] is not None:
+            loss = number(row["loss"])
+        update = None
+        if row["update"] and row["update"]["ratio"] is not None:
+            update = (row["update"]["where"], number(row["update"]["ratio"]))
+        is_skipped = bool(row["skipped"])
+
         return cls(
             step=row["step"],
-            loss=None if row["loss"] is None else number(row["loss"]),
+            loss=loss,
             gradient=number(gradient),
             lr=number(row["lr"]),
-            sublayers=[number(g) * ratio for g in row["grad"] or ()],
-            skipped=bool(row["skipped"]),
+            sublayers=sublayers,
+            skipped=is_skipped,
             overflow=row.get("skipped_for") == "inf",
-            nonfinite=row["nonfinite"] if not row["skipped"] else (),
-            update=(update["where"], number(update["ratio"]))
-            if update and update["ratio"] is not None
-            else None,
+            nonfinite=() if is_skipped else row["nonfinite"],
+            update=update,
             bad_weights=row.get("nonfinite_weights"),
             bad_gradients=row.get("nonfinite_gradients"),
             with_gradient=row.get("with_gradient"),
             weights_seen=bool(row.get("weights_seen")),
-            after_clipping=row["grad_norm"] is None,
-            written=Written.of_row(row),
+            after_clipping=is_after_clipping,
+            written=OutsideWrites.from_row(row),
         )
 
 
 @dataclass
-class Verdict:
-    """What a step gave: codes that voted, z-scores, alerts, and notes for the log alone."""
+class LiveResult:
+    """What the live rules make of one step, one probe or one round of statistics.
+
+    Attributes:
+        votes: codes of the rules whose single signal stands out.
+        scores: z-scores by name.
+        alerts: rules that fire.
+        notes: texts for the log alone.
+    """
 
     votes: list[str] = field(default_factory=list)
     scores: dict[str, float] = field(default_factory=dict)
@@ -111,8 +129,56 @@ class Verdict:
     notes: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepLimits:
+    """Limits of the signals of a step; inf for one that is switched off."""
+
+    spike_vote: float
+    median_vote: float
+    gradient_vote: float
+    one_signal: float
+    both_signals: float
+    write_note: float
+    write_alert: float
+
+    @classmethod
+    def from_thresholds(cls, thresholds: Thresholds) -> StepLimits:
+        """Return the limits of a table of thresholds."""
+
+        def cut(figure: str, level: str) -> float:
+            value = getattr(thresholds.limits(figure), level)
+            return math.inf if value is None else float(value)
+
+        return cls(
+            spike_vote=cut("spike_score", "info"),
+            median_vote=cut("median_spike", "info"),
+            gradient_vote=cut("gradient_z", "info"),
+            one_signal=cut("joint_one", "warning"),
+            both_signals=cut("joint_both", "warning"),
+            write_note=cut("weight_write", "info"),
+            write_alert=cut("weight_write", "warning"),
+        )
+
+
+@dataclass(frozen=True)
+class StepSignals:
+    """Which single signals of a step stand out.
+
+    Attributes:
+        high_loss: the loss, by its deviations above the last 1,000 steps.
+        high_gradient: the gradient norm, in the same way.
+        above_median: the loss, compared with its rolling median.
+        gradient_vote: the gradient norm, compared with its exponential mean.
+    """
+
+    high_loss: bool
+    high_gradient: bool
+    above_median: bool
+    gradient_vote: bool
+
+
 class LiveRules:
-    """The live rules of one run, with all that they remember.
+    """The live rules of one run, with the running statistics that they compare a step with.
 
     Args:
         thresholds: see `jacdiag.rules.thresholds`.
@@ -128,91 +194,140 @@ class LiveRules:
     """
 
     def __init__(self, thresholds: Thresholds, names: Sequence[str] = ()) -> None:
-        self.limits = thresholds
-        self._cuts: dict[tuple[str, str], float] = {}  # those that were asked for
-        self.loss, self.gradient = Rolling(), Rolling()
-        self.recent_loss, self.recent_gradient = Recent(), Recent(logarithm=True)
-        self.median, self.z = RollingMedian(), Exponential()
-        self.drift, self.updates = Drift(thresholds), UpdateJump(thresholds)
-        self.joint, self.rate = Joint(thresholds), RisingRate(thresholds)
-        self.skipped = self.overflows = self.seen = self.probes = 0
-        # last step with a finite loss and gradients; weights seen finite
-        self.finite: tuple[int, bool] | None = None
+        self._limits = StepLimits.from_thresholds(thresholds)
+        # What a step is compared with.
+        self._loss = RollingMoments()
+        self._gradient = RollingMoments()
+        self._recent_loss = RecentTrend()
+        self._recent_gradient = RecentTrend(logarithm=True)
+        self._median_loss = RollingMedian()
+        self._gradient_ema = ExponentialMoments()
+        # The detectors that keep statistics of their own.
+        self._drift = Drift(thresholds)
+        self._updates = UpdateJump(thresholds)
+        self._joint = JointDetector(thresholds)
+        self._rate = RisingRate(thresholds)
+        # Counts of what was judged.
+        self.seen = 0
+        self.probes = 0
         self.spikes = {"loss": 0, "gradient": 0}
-        self.noted_write = False
-        self.spoken: dict[str, int] = {}
-        self.suppressed: dict[str, int] = {}
+        # JD505: skips in a row, how many of them for inf, and the last step that was finite.
+        self._skips_in_a_row = 0
+        self._overflows_in_a_row = 0
+        self._last_finite_step: int | None = None
+        self._last_finite_saw_weights = False
+        # What was reported already: step of the last alert by rule, and alerts held back since.
+        self._has_noted_write = False
+        self._last_alert: dict[str, int] = {}
+        self._suppressed: dict[str, int] = {}
         self.set_names(names)
 
     def set_names(self, names: Sequence[str]) -> None:
-        """Says which sub-layers the figures belong to; their history begins anew."""
+        """Set which sub-layers the figures belong to; their history begins again."""
         self.names = list(names)
-        self.movers = Movers(names, self._cut("joint_both", "warning"))
+        self._rises = GradientRises(names, self._limits.both_signals)
 
     # -- a step ------------------------------------------------------------------------------------
-    def step(self, figures: StepFigures) -> Verdict:
-        """Looks at one step. Steps must come in order."""
-        verdict = Verdict(alerts=self.rate.look(figures.step, figures.lr))
-        self._written(figures, verdict)
-        self._non_finite(figures, verdict)
-        loss = figures.loss
-        if figures.skipped or (loss is not None and not math.isfinite(loss)):
-            return verdict
+    def step(self, figures: StepFigures) -> LiveResult:
+        """Judge one step, then add it to the running statistics.
+
+        Args:
+            figures: of the step. Steps must come in order.
+
+        Returns:
+            Its scores and votes, and the alerts of the rules that fire at it.
+        """
+        result = LiveResult(alerts=self._rate.look(figures.step, figures.lr))
+        self._judge_writes(figures, result)
+        self._judge_nonfinite(figures, result)
+        has_nonfinite_loss = figures.loss is not None and not math.isfinite(figures.loss)
+        if figures.skipped or has_nonfinite_loss:
+            return result
         self.seen += 1
-        # 1. Score the step by what came before it.
-        scores = self._scores(figures)
-        verdict.scores = scores.known()
-        self.movers.look(figures.step, figures.sublayers)
+
+        # 1. Score the step by the steps before it.
+        scores = self._score(figures)
+        result.scores = scores.known()
+        self._rises.look(figures.step, figures.sublayers)
         # 2. Collect the votes of single signals.
-        spike = self._cut("spike_score", "info")
-        high_loss = scores.loss is not None and scores.loss >= spike
-        high_gradient = scores.gradient is not None and scores.gradient >= spike
-        middle = self.median.median()
-        above = (
-            middle is not None
-            and loss is not None
-            and loss > middle + self._cut("median_spike", "info")
-        )
-        self.spikes["loss"] += high_loss
-        self.spikes["gradient"] += high_gradient
-        vote = self._cut("gradient_z", "info")
-        if high_loss or above:
-            verdict.votes.append("JD502")
-        if high_gradient or (scores.gradient_ema is not None and scores.gradient_ema > vote):
-            verdict.votes.append("JD503")
-        # 3. Speak where several agree.
-        spoken = self.joint.look(figures.step, loss, figures.gradient, scores, figures.update)
-        if spoken is not None:
-            self._together(figures, spoken, verdict)
-        published = (
-            high_loss and above and scores.gradient_ema is not None and scores.gradient_ema > vote
-        )
-        if published or self._is_recent_spike(figures, scores):
-            self._loss_spike(figures, scores, verdict)
-        if figures.update is not None and self.updates.add(*figures.update, figures.lr):
-            verdict.votes.append("JD506")
-        # 4. Take the step in.
-        if loss is not None:
-            self.loss.add(loss, outlier=self.joint.hit or high_loss)
-            self.median.add(loss)
-            self.recent_loss.add(loss)
-        self.gradient.add(figures.gradient, outlier=self.joint.hit or high_gradient)
-        self.z.add(figures.gradient)
-        self.recent_gradient.add(figures.gradient)
-        return verdict
+        signals = self._find_signals(figures, scores)
+        self._vote(figures, signals, result)
+        # 3. Alert if several signals agree.
+        self._alert_on_agreement(figures, scores, signals, result)
+        # 4. Add the step to what the next ones are compared with.
+        self._absorb(figures, signals)
+        return result
 
-    def _scores(self, f: StepFigures) -> Scores:
-        loss = f.loss
-        return Scores(
-            loss=self.loss.z(loss) if loss is not None else None,
-            gradient=self.gradient.z(f.gradient),
-            gradient_ema=self.z.z(f.gradient),
-            loss_recent=self.recent_loss.z(loss) if loss is not None else None,
-            gradient_recent=self.recent_gradient.z(f.gradient),
+    def _score(self, figures: StepFigures) -> StepScores:
+        """Return how far loss and gradient norm stand above the steps before."""
+        loss_z, recent_loss_z = None, None
+        if figures.loss is not None:
+            loss_z = self._loss.z(figures.loss)
+            recent_loss_z = self._recent_loss.z(figures.loss)
+        return StepScores(
+            loss=loss_z,
+            gradient=self._gradient.z(figures.gradient),
+            gradient_ema=self._gradient_ema.z(figures.gradient),
+            loss_recent=recent_loss_z,
+            gradient_recent=self._recent_gradient.z(figures.gradient),
         )
 
-    def _is_recent_spike(self, f: StepFigures, scores: Scores) -> bool:
-        """Whether loss and gradient norm stand out of the last 48 steps at this very step.
+    def _find_signals(self, figures: StepFigures, scores: StepScores) -> StepSignals:
+        """Return which single signals are above their limits."""
+        limits = self._limits
+        median = self._median_loss.median()
+        above_median = False
+        if median is not None and figures.loss is not None:
+            above_median = figures.loss > median + limits.median_vote
+        return StepSignals(
+            high_loss=scores.loss is not None and scores.loss >= limits.spike_vote,
+            high_gradient=scores.gradient is not None and scores.gradient >= limits.spike_vote,
+            above_median=above_median,
+            gradient_vote=(
+                scores.gradient_ema is not None and scores.gradient_ema > limits.gradient_vote
+            ),
+        )
+
+    def _vote(self, figures: StepFigures, signals: StepSignals, result: LiveResult) -> None:
+        """Count the spikes of a step and add its votes."""
+        if signals.high_loss:
+            self.spikes["loss"] += 1
+        if signals.high_gradient:
+            self.spikes["gradient"] += 1
+        if signals.high_loss or signals.above_median:
+            result.votes.append("JD502")
+        if signals.high_gradient or signals.gradient_vote:
+            result.votes.append("JD503")
+        if figures.update is not None and self._updates.add(*figures.update, figures.lr):
+            result.votes.append("JD506")
+
+    def _alert_on_agreement(
+        self, figures: StepFigures, scores: StepScores, signals: StepSignals, result: LiveResult
+    ) -> None:
+        """Fire JD501 and JD502 if several signals agree."""
+        alarm = self._joint.look(
+            figures.step, figures.loss, figures.gradient, scores, figures.update
+        )
+        if alarm is not None:
+            self._emit(result, self._joint_alert(figures, alarm))
+        is_published_spike = signals.high_loss and signals.above_median and signals.gradient_vote
+        if is_published_spike or self._is_recent_spike(figures, scores):
+            self._emit(result, self._loss_spike_alert(figures, scores))
+
+    def _absorb(self, figures: StepFigures, signals: StepSignals) -> None:
+        """Add a step to the running statistics. Outliers stay out of the means."""
+        is_hit = self._joint.hit
+        if figures.loss is not None:
+            self._loss.add(figures.loss, outlier=is_hit or signals.high_loss)
+            self._median_loss.add(figures.loss)
+            self._recent_loss.add(figures.loss)
+        self._gradient.add(figures.gradient, outlier=is_hit or signals.high_gradient)
+        self._gradient_ema.add(figures.gradient)
+        self._recent_gradient.add(figures.gradient)
+
+    # -- JD501 and JD502 ---------------------------------------------------------------------------
+    def _is_recent_spike(self, figures: StepFigures, scores: StepScores) -> bool:
+        """Return whether loss and gradient norm stand out of the last 48 steps at this very step.
 
         The loss has to stand out, because batches differ in their gradient norm by much more than
         in their loss. It has to be 0.1 above its usual value too, unless the gradient norm stands
@@ -220,256 +335,320 @@ class LiveRules:
         Without the gradient norm it is true twice. The gradient norm is left out if it is only
         known after clipping.
         """
-        loss, gradient, usual = scores.loss_recent, scores.gradient_recent, self.recent_loss.usual()
-        if f.loss is None or loss is None or usual is None:
+        limits = self._limits
+        # 1. The loss must stand out of its own line.
+        if figures.loss is None or scores.loss_recent is None:
             return False
-        far = self._cut("joint_one", "warning")
-        if loss <= far:
+        if scores.loss_recent <= limits.one_signal:
             return False
-        is_high = f.loss > usual + self._cut("median_spike", "info")
-        if f.after_clipping:
-            return is_high
-        # a model of which little is trained: its loss hardly moves, and hardly scatters
-        if not is_high:
-            return gradient is not None and gradient > far
-        return gradient is not None and gradient > self._cut("gradient_z", "info")
+        usual_loss = self._recent_loss.usual()
+        if usual_loss is None:
+            return False
+        is_loss_high = figures.loss > usual_loss + limits.median_vote
 
-    def _together(self, f: StepFigures, spoken: Spoken, verdict: Verdict) -> None:
-        what = f"{spoken.what}{self._usual(f)}"
+        # 2. So must the gradient norm, as far as it is known.
+        if figures.after_clipping:
+            return is_loss_high
+        if scores.gradient_recent is None:
+            return False
+        if is_loss_high:
+            return scores.gradient_recent > limits.gradient_vote
+        # The loss of a model of which little is trained hardly moves, and hardly scatters.
+        return scores.gradient_recent > limits.one_signal
+
+    def _joint_alert(self, figures: StepFigures, alarm: JointAlarm) -> Alert:
+        """Return the alert of JD501."""
         evidence = {
-            "loss": f.loss,
-            "gradient": f.gradient,
-            **spoken.evidence,
-            **self._evidence(spoken.since),
+            "loss": figures.loss,
+            "gradient": figures.gradient,
+            **alarm.evidence,
+            **self._evidence_since(alarm.since),
         }
-        self._speak(verdict, self._alert(f.step, "JD501", "warning", what, evidence))
+        what = f"{alarm.what}{self._describe_usual(figures)}"
+        return self._spike_alert(figures.step, "JD501", "warning", what, evidence)
 
-    def _loss_spike(self, f: StepFigures, scores: Scores, verdict: Verdict) -> None:
-        """One step on which several signals agree: a corrupted batch does not last for three."""
-        gradient = (
-            scores.gradient_recent if scores.gradient_recent is not None else scores.gradient_ema
-        )
+    def _loss_spike_alert(self, figures: StepFigures, scores: StepScores) -> Alert:
+        """Return the alert of JD502: several signals agree at one step.
+
+        A corrupted batch does not last for three steps, which JD501 waits for.
+        """
+        gradient_z = scores.gradient_recent
+        if gradient_z is None:
+            gradient_z = scores.gradient_ema
         what = (
             f"the loss stands {plain(scores.loss_recent)} and the gradient norm "
-            f"{plain(gradient)} standard "
+            f"{plain(gradient_z)} standard deviations above the line of the last {WINDOW} steps"
+            f"{self._describe_usual(figures)}"
         )
-        what += f"deviations above the line of the last {WINDOW} steps{self._usual(f)}"
         evidence = {
-            "loss": f.loss,
-            "gradient": f.gradient,
-            "median": self.median.median(),
+            "loss": figures.loss,
+            "gradient": figures.gradient,
+            "median": self._median_loss.median(),
             "loss_z": scores.loss,
             "gradient_ema_z": scores.gradient_ema,
             "loss_recent_z": scores.loss_recent,
             "gradient_recent_z": scores.gradient_recent,
-            **self._evidence(f.step),
+            **self._evidence_since(figures.step),
         }
-        self._speak(verdict, self._alert(f.step, "JD502", "warning", what, evidence))
+        return self._spike_alert(figures.step, "JD502", "warning", what, evidence)
 
-    def _usual(self, f: StepFigures) -> str:
-        """The figures of the step beside what is usual."""
-        known = []
-        loss, gradient = self.recent_loss.usual(), self.recent_gradient.usual()
-        if f.loss is not None and loss is not None:
-            known.append(f"loss {plain(f.loss)}, usually {plain(loss)}")
-        if gradient is not None:
-            clipped = " after clipping" if f.after_clipping else ""
-            known.append(f"gradient norm{clipped} {plain(f.gradient)}, usually {plain(gradient)}")
-        return f" ({'; '.join(known)})" if known else ""
+    def _describe_usual(self, figures: StepFigures) -> str:
+        """Return the figures of the step compared with their usual values, in brackets."""
+        usual_loss = self._recent_loss.usual()
+        usual_gradient = self._recent_gradient.usual()
+        texts = []
+        if figures.loss is not None and usual_loss is not None:
+            texts.append(f"loss {plain(figures.loss)}, usually {plain(usual_loss)}")
+        if usual_gradient is not None:
+            clipped = " after clipping" if figures.after_clipping else ""
+            norm, usual = plain(figures.gradient), plain(usual_gradient)
+            texts.append(f"gradient norm{clipped} {norm}, usually {usual}")
+        if not texts:
+            return ""
+        return f" ({'; '.join(texts)})"
 
-    def _evidence(self, since: int) -> dict[str, Any]:
-        """Since when, against which usual values, and which sub-layers moved."""
+    def _evidence_since(self, since: int) -> dict[str, Any]:
+        """Return since when, against which usual values, and which sub-layers moved."""
         return {
             "since": since,
-            "usual_loss": self.recent_loss.usual(),
-            "usual_gradient": self.recent_gradient.usual(),
-            "moved": [moved.evidence() for moved in self.moved_first()],
+            "usual_loss": self._recent_loss.usual(),
+            "usual_gradient": self._recent_gradient.usual(),
+            "moved": [rise.evidence() for rise in self.moved_first()],
         }
 
-    def _alert(
+    def _spike_alert(
         self, step: int, code: str, level: Level, what: str, evidence: dict[str, Any]
     ) -> Alert:
-        where = [moved.where for moved in self.moved_first()]
-        return Alert(step, code, level, what + self.movers.sentence(), where, evidence)
+        """Return an alert that also says which sub-layers moved first."""
+        where = [rise.where for rise in self.moved_first()]
+        return Alert(step, code, level, what + self._rises.sentence(), where, evidence)
 
-    def _written(self, f: StepFigures, verdict: Verdict) -> None:
-        """Alert on weights that changed between two steps by their own norm; note smaller changes
-        once in a run.
+    def moved_first(self) -> list[HighGradient]:
+        """Return the sub-layers whose gradient is high, the one that has been so longest first."""
+        return self._rises.order()
+
+    # -- JD508 -------------------------------------------------------------------------------------
+    def _judge_writes(self, figures: StepFigures, result: LiveResult) -> None:
+        """Alert on weights that changed between two steps by their own norm.
+
+        Smaller changes are noted once in a run.
         """
-        if f.written is None:
+        writes = figures.written
+        if writes is None:
             return
-        what = describe_written(f.written, f.step)
-        largest = f.written.weights[0]
-        if largest.change < self._cut("weight_write", "warning"):
-            if largest.change >= self._cut("weight_write", "info") and not self.noted_write:
-                self.noted_write = True
-                verdict.notes.append(f"{what}. Later writes as small as this one are not told")
+        what = describe_written(writes, figures.step)
+        largest = writes.weights[0]
+
+        if largest.change < self._limits.write_alert:
+            is_worth_a_note = largest.change >= self._limits.write_note
+            if is_worth_a_note and not self._has_noted_write:
+                self._has_noted_write = True
+                result.notes.append(f"{what}. Later writes as small as this one are not reported")
             return
+
         evidence = {
-            "since": f.step,
-            "after": f.written.after,
+            "since": figures.step,
+            "after": writes.after,
             "change": largest.change,
             "times": largest.times,
-            "count": f.written.count,
+            "count": writes.count,
         }
-        where = [weight.name for weight in f.written.weights]
-        self._speak(verdict, Alert(f.step, "JD508", "warning", what, where, evidence))
+        where = [weight.name for weight in writes.weights]
+        self._emit(result, Alert(figures.step, "JD508", "warning", what, where, evidence))
 
-    def _non_finite(self, f: StepFigures, verdict: Verdict) -> None:
-        self.skipped = self.skipped + 1 if f.skipped else 0
-        self.overflows = self.overflows + 1 if f.skipped and f.overflow else 0
-        lost = f.loss is not None and not math.isfinite(f.loss)
-        broken = lost or (not f.skipped and (math.isinf(f.gradient) or bool(f.nonfinite)))
-        if not broken and not f.skipped:
-            self.finite = (f.step, f.weights_seen)
+    # -- JD505 -------------------------------------------------------------------------------------
+    def _judge_nonfinite(self, figures: StepFigures, result: LiveResult) -> None:
+        """Alert on a loss or gradients that are not finite, and on many skips in a row."""
+        # 1. Count the skips that lead up to this step.
+        if figures.skipped:
+            self._skips_in_a_row += 1
+        else:
+            self._skips_in_a_row = 0
+        if figures.skipped and figures.overflow:
+            self._overflows_in_a_row += 1
+        else:
+            self._overflows_in_a_row = 0
+
+        # 2. Find out whether the step is finite.
+        is_loss_lost = figures.loss is not None and not math.isfinite(figures.loss)
+        is_gradient_lost = not figures.skipped and (
+            math.isinf(figures.gradient) or bool(figures.nonfinite)
+        )
+        if is_loss_lost or is_gradient_lost:
+            self._emit(result, self._nonfinite_alert(figures))
             return
-        if f.skipped and self.skipped < SKIPPED_IN_A_ROW and not lost:
-            return  # a loss scaler looks for its scale
-        evidence: dict[str, Any] = {
-            "loss": f.loss,
-            "gradient": f.gradient,
-            "skipped_in_a_row": self.skipped,
+        if not figures.skipped:
+            self._last_finite_step = figures.step
+            self._last_finite_saw_weights = figures.weights_seen
+            return
+
+        # 3. Alert on many skips only: a few are a loss scaler that looks for its scale.
+        if self._skips_in_a_row >= SKIPPED_IN_A_ROW:
+            self._emit(result, self._skips_alert(figures))
+
+    def _nonfinite_evidence(self, figures: StepFigures) -> dict[str, Any]:
+        return {
+            "loss": figures.loss,
+            "gradient": figures.gradient,
+            "skipped_in_a_row": self._skips_in_a_row,
         }
-        if not broken:
-            since = f.step - self.skipped + 1
-            what = (
-                f"the optimizer made no step in {self.skipped} steps in a row, since step {since}"
+
+    def _skips_alert(self, figures: StepFigures) -> Alert:
+        """Return the alert of an optimizer that has not stepped for a while."""
+        count = self._skips_in_a_row
+        since = figures.step - count + 1
+        what = f"the optimizer made no step in {count} steps in a row, since step {since}"
+        if self._overflows_in_a_row == count:
+            what = f"{count} steps in a row were skipped for inf gradients, since step {since}"
+        evidence = {**self._nonfinite_evidence(figures), "since": since}
+        return Alert(figures.step, "JD505", "error", what, [], evidence)
+
+    def _nonfinite_alert(self, figures: StepFigures) -> Alert:
+        """Return the alert of a loss or gradients that are not finite."""
+        explanation = explain_nonfinite(
+            NonFiniteStep(
+                loss=figures.loss,
+                groups=figures.nonfinite,
+                weights=figures.bad_weights,
+                gradients=figures.bad_gradients,
+                parameters=figures.with_gradient,
+                ordered=[name for name in self.names if not name.startswith("(")],
+                previous=self._last_finite_step,
+                weights_before=self._last_finite_saw_weights,
             )
-            if self.overflows == self.skipped:
-                what = (
-                    f"{self.skipped} steps in a row were skipped for inf gradients, since step "
-                    f"{since}"
-                )
-            alert = Alert(f.step, "JD505", "error", what, [], {**evidence, "since": since})
-            self._speak(verdict, alert)
-            return
-        previous, weights_before = self.finite or (None, False)
-        nonfinite = NonFinite(
-            loss=f.loss,
-            groups=f.nonfinite,
-            weights=f.bad_weights,
-            gradients=f.bad_gradients,
-            parameters=f.with_gradient,
-            ordered=[name for name in self.names if not name.startswith("(")],
-            previous=previous,
-            weights_before=weights_before,
         )
-        explanation = explain_nonfinite(nonfinite)
-        evidence |= {"first": explanation.first, "since": f.step, "sublayers": list(f.nonfinite)}
-        self._speak(
-            verdict, Alert(f.step, "JD505", "error", explanation.what, explanation.where, evidence)
-        )
+        evidence = {
+            **self._nonfinite_evidence(figures),
+            "first": explanation.first,
+            "since": figures.step,
+            "sublayers": list(figures.nonfinite),
+        }
+        return Alert(figures.step, "JD505", "error", explanation.what, explanation.where, evidence)
 
-    def moved_first(self) -> list[Moved]:
-        """Sub-layers whose gradient is high now, the one that has been so for longest first."""
-        return self.movers.order()
+    # -- probes and statistics ---------------------------------------------------------------------
+    def probe(self, step: int, series: Mapping[str, Mapping[str, float]]) -> LiveResult:
+        """Judge a probe.
 
-    # -- a probe -----------------------------------------------------------------------------------
-    def probe(self, step: int, series: Mapping[str, Mapping[str, float]]) -> Verdict:
-        """Looks at a probe: figure -> sub-layer (or matrix) -> value."""
-        verdict = Verdict()
-        self.probes += 1
-        for alert in self.drift.look(step, series):
-            self._speak(verdict, alert)
-        verdict.votes += self.drift.votes
-        return verdict
-
-    def statistics(self, step: int, series: Mapping[str, Mapping[str, float | None]]) -> Verdict:
-        """Looks at a round of statistics: figure -> sub-layer -> value, None where it was not
-        measured.
+        Args:
+            step: that it was measured at.
+            series: figure -> sub-layer (or matrix) -> value.
         """
-        verdict = Verdict()
-        for alert in self.drift.look(step, statistics_series(series)):
-            self._speak(verdict, alert)
-        return verdict
+        result = LiveResult()
+        self.probes += 1
+        for alert in self._drift.look(step, series):
+            self._emit(result, alert)
+        result.votes += self._drift.votes
+        return result
+
+    def statistics(self, step: int, series: Mapping[str, Mapping[str, float | None]]) -> LiveResult:
+        """Judge a round of statistics.
+
+        Args:
+            step: that they were measured at.
+            series: figure -> sub-layer -> value, None if it was not measured.
+        """
+        result = LiveResult()
+        for alert in self._drift.look(step, statistics_series(series)):
+            self._emit(result, alert)
+        return result
+
+    def know(self, report: Report) -> None:
+        """Take the report of a probe, for JD105.
+
+        What the untrained model was like decides how high a learning rate it tolerates.
+        """
+        self._rate.know(report)
 
     def waits(self) -> Waits:
         """Return what each rule still waits for; a rule that is ready is not in it."""
-        return waits_of(self)
-
-    def know(self, report: Report) -> None:
-        """Takes the report of a probe; what the untrained model was like decides how high a rate it
-        bears.
-        """
-        self.rate.know(report)
-
-    def resumed(self) -> None:
-        """The run goes on from a checkpoint: the figures that an optimiser disturbs then are silent
-        for a while.
-        """
-        self.updates.mute()
-        self.joint.resumed()
-
-    def renumber(self, old: int, new: int) -> None:
-        """Give what was looked at as step `old` another number: the loop has said where it is."""
-        self.drift.renumber(old, new)
-        self.spoken = {key: new if step == old else step for key, step in self.spoken.items()}
-
-    def rewind(self, base: int) -> None:
-        """The loop goes on from an earlier step, and does the steps after it again."""
-        self.resumed()
-        self.spoken = {key: min(step, base) for key, step in self.spoken.items()}
-
-    # -- speaking ----------------------------------------------------------------------------------
-    def _speak(self, verdict: Verdict, alert: Alert) -> None:
-        """One alert of a rule in `QUIET` steps; those in between are counted. The louder level is
-        never held back.
-        """
-        key = f"{alert.code}:{alert.evidence.get('figure', '')}"
-        last = self.spoken.get(key)
-        if last is not None and alert.step - last < QUIET:
-            self.suppressed[key] = self.suppressed.get(key, 0) + 1
-            return
-        self.spoken[key] = alert.step
-        held = self.suppressed.pop(key, 0)
-        verdict.alerts.append(
-            Alert(
-                alert.step, alert.code, alert.level, alert.what, alert.where, alert.evidence, held
+        return waits_of(
+            SampleCounts(
+                losses=self._recent_loss.count,
+                gradients=self._recent_gradient.count,
+                gradient_ema=self._gradient_ema.count,
+                rounds=self._drift.looks,
+                probes=self.probes,
+                updates_of_one=self._updates.most_samples(),
             )
         )
 
-    def _cut(self, figure: str, cut: str) -> float:
-        known = self._cuts.get((figure, cut))
-        if known is None:
-            value = getattr(self.limits.limits(figure), cut)
-            known = self._cuts[figure, cut] = math.inf if value is None else float(value)
-        return known
+    # -- where the loop is -------------------------------------------------------------------------
+    def resumed(self) -> None:
+        """Go on from a checkpoint: drop figures that a fresh optimizer disturbs for a while."""
+        self._updates.mute()
+        self._joint.resumed()
+
+    def renumber(self, old: int, new: int) -> None:
+        """Give what was judged as step `old` the number `new`, once the loop has passed it."""
+        self._drift.renumber(old, new)
+        for key, step in self._last_alert.items():
+            if step == old:
+                self._last_alert[key] = new
+
+    def rewind(self, base: int) -> None:
+        """Go on from an earlier step: the loop does the steps after `base` again."""
+        self.resumed()
+        for key, step in self._last_alert.items():
+            self._last_alert[key] = min(step, base)
+
+    # -- alerts ------------------------------------------------------------------------------------
+    def _emit(self, result: LiveResult, alert: Alert) -> None:
+        """Add an alert, unless the same rule has fired in the last `QUIET` steps.
+
+        Alerts that are held back are counted, and the next one that is shown has their number.
+        """
+        key = f"{alert.code}:{alert.evidence.get('figure', '')}"
+        last_step = self._last_alert.get(key)
+        if last_step is not None and alert.step - last_step < QUIET:
+            self._suppressed[key] = self._suppressed.get(key, 0) + 1
+            return
+        self._last_alert[key] = alert.step
+        result.alerts.append(replace(alert, suppressed=self._suppressed.pop(key, 0)))
 
     # -- memory ------------------------------------------------------------------------------------
     def state(self) -> dict[str, Any]:
+        """Return what `load` goes on from, as a checkpoint keeps it."""
         return {
-            "loss": self.loss.state(),
-            "gradient": self.gradient.state(),
-            "median": self.median.state(),
-            "z": self.z.state(),
-            **self.movers.state(),
+            "loss": self._loss.state(),
+            "gradient": self._gradient.state(),
+            "median": self._median_loss.state(),
+            "z": self._gradient_ema.state(),
+            **self._rises.state(),
             "names": self.names,
-            "drift": self.drift.state(),
-            "updates": self.updates.state(),
-            "joint": self.joint.state(),
-            "rate": self.rate.state(),
+            "drift": self._drift.state(),
+            "updates": self._updates.state(),
+            "joint": self._joint.state(),
+            "rate": self._rate.state(),
             "seen": self.seen,
             "spikes": dict(self.spikes),
-            "spoken": dict(self.spoken),
+            "spoken": dict(self._last_alert),
             "probes": self.probes,
-            "recent": {"loss": self.recent_loss.state(), "gradient": self.recent_gradient.state()},
+            "recent": {
+                "loss": self._recent_loss.state(),
+                "gradient": self._recent_gradient.state(),
+            },
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        self.loss.load(state["loss"])
-        self.gradient.load(state["gradient"])
-        self.median.load(state["median"])
-        self.z.load(state["z"])
-        self.set_names(state["names"])
-        self.movers.load(state)
-        recent = state.get("recent")  # a state of an older version has none
+        """Go on from a state. One of an older version may lack some of the keys."""
+        # 1. Load the running statistics of a step.
+        self._loss.load(state["loss"])
+        self._gradient.load(state["gradient"])
+        self._median_loss.load(state["median"])
+        self._gradient_ema.load(state["z"])
+        recent = state.get("recent")
         if recent is not None:
-            self.recent_loss.load(recent["loss"])
-            self.recent_gradient.load(recent["gradient"])
-        self.probes = int(state.get("probes", 0))
-        self.drift.load(state["drift"])
-        self.updates.load(state["updates"])
-        self.joint.load(state["joint"])
-        self.rate.load(state["rate"])
+            self._recent_loss.load(recent["loss"])
+            self._recent_gradient.load(recent["gradient"])
+        # 2. Load the detectors.
+        self.set_names(state["names"])
+        self._rises.load(state)
+        self._drift.load(state["drift"])
+        self._updates.load(state["updates"])
+        self._joint.load(state["joint"])
+        self._rate.load(state["rate"])
+        # 3. Load the counts, and what was reported.
         self.seen = state["seen"]
-        self.spikes, self.spoken = dict(state["spikes"]), dict(state["spoken"])
+        self.probes = int(state.get("probes", 0))
+        self.spikes = dict(state["spikes"])
+        self._last_alert = dict(state["spoken"])

@@ -1,10 +1,9 @@
-"""How far a value lies above the line through the last steps: a yardstick that a young run has,
-too.
+"""Score a value by the line through the last steps, which a young run has too.
 
-The mean and the standard deviation of the last 1,000 steps hold the whole first fall of a loss. A
-corrupted batch at step 200 then lies within two deviations of them. Here the last 48 steps are
-compared with a line of their own, and both the line and the spread around it are made of medians,
-so that a few steps that stand out change neither.
+The mean and the standard deviation of the last 1,000 steps hold the entire first fall of a loss. A
+corrupted batch at step 200 then lies within two deviations of them. Here a value is compared with
+the line through the last 48 steps. Both the line and the spread around it are made of medians, so
+that a few steps that stand out change neither.
 """
 
 from __future__ import annotations
@@ -16,8 +15,9 @@ from dataclasses import dataclass
 from statistics import median
 
 WINDOW = 48
-"""Steps that the line goes through: half of the 80 steps from which on a run is guarded, and a
-multiple of three.
+"""Steps that the line goes through.
+
+They are a multiple of three, and half of the 80 steps after which a run is guarded.
 """
 
 LEAST = 60
@@ -30,7 +30,7 @@ _FLOOR = 1e-3  # of the level: below it a deviation is rounding
 
 
 @dataclass(frozen=True)
-class Line:
+class TrendLine:
     """A line through the last values, carried forward by one step.
 
     Attributes:
@@ -44,7 +44,7 @@ class Line:
     deviation: float
 
 
-class Recent:
+class RecentTrend:
     """The last 48 values of a figure, and how far a new one lies above their line.
 
     The line is Tukey's resistant line: its slope goes through the medians of the outer thirds. The
@@ -54,7 +54,7 @@ class Recent:
         logarithm: compare logarithms. Gradient norms scatter by a factor, not by a distance.
 
     Example:
-        >>> recent = Recent()
+        >>> recent = RecentTrend()
         >>> for step in range(60):
         ...     recent.add(5.0 - 0.05 * step + 0.1 * (step % 3))
         >>> round(recent.z(2.1)), round(recent.z(4.0)) > 8
@@ -65,16 +65,22 @@ class Recent:
         self.logarithm = logarithm
         self.values: deque[float] = deque(maxlen=WINDOW)
         self.count = 0
-        self._line: Line | None = None
+        self._line: TrendLine | None = None
 
     @property
     def ready(self) -> bool:
-        """Whether there are values enough for a score."""
+        """Whether there are enough values for a score."""
         return self.count >= LEAST
 
     def z(self, value: float) -> float | None:
-        """Return the deviations that a value lies above the line; None without a line or for a
-        value without one.
+        """Return how many deviations a value lies above the line.
+
+        Args:
+            value: the next one of the figure. It is not taken in.
+
+        Returns:
+            The score; None while there are too few values, and for a value that is not finite or
+            has no logarithm.
         """
         scaled = self._scaled(value)
         line = self.line()
@@ -83,20 +89,22 @@ class Recent:
         return (scaled - line.expected) / line.deviation
 
     def usual(self) -> float | None:
-        """Return what is usual now, in the unit of the figure; None while there are too few
-        values.
-        """
+        """Return the usual value in the figure's unit; None while there are too few values."""
         line = self.line()
         if line is None:
             return None
-        return math.exp(line.level) if self.logarithm else line.level
+        if self.logarithm:
+            return math.exp(line.level)
+        return line.level
 
-    def line(self) -> Line | None:
+    def line(self) -> TrendLine | None:
         """Return the line through the last values; None while there are too few."""
         if not self.ready:
             return None
         if self._line is None:
-            self._line = fit_line(self.values, floor=0.0 if self.logarithm else _FLOOR)
+            # A distance of logarithms is relative already.
+            floor = 0.0 if self.logarithm else _FLOOR
+            self._line = fit_line(self.values, floor=floor)
         return self._line
 
     def add(self, value: float) -> None:
@@ -109,11 +117,14 @@ class Recent:
         self._line = None
 
     def _scaled(self, value: float) -> float | None:
+        """Return a value as it is compared; None if it cannot be."""
         if not math.isfinite(value):
             return None
         if not self.logarithm:
             return value
-        return math.log(value) if value > 0 else None
+        if value <= 0:
+            return None
+        return math.log(value)
 
     def state(self) -> dict[str, object]:
         """Return what `load` goes on from."""
@@ -127,8 +138,8 @@ class Recent:
         self._line = None
 
 
-def fit_line(values: Sequence[float] | deque[float], floor: float) -> Line:
-    """Fit Tukey's resistant line.
+def fit_line(values: Sequence[float] | deque[float], floor: float) -> TrendLine:
+    """Fit Tukey's resistant line (Exploratory Data Analysis, 1977).
 
     Args:
         values: at equal distances, six or more.
@@ -140,15 +151,15 @@ def fit_line(values: Sequence[float] | deque[float], floor: float) -> Line:
     points = list(values)
     count = len(points)
     third = count // 3
-    # 1. The slope, through the medians of the outer thirds.
+    # 1. Take the slope through the medians of the outer thirds.
     last = median(points[-third:])
     slope = (last - median(points[:third])) / (count - third)
-    # 2. The height, and the spread around the line.
+    # 2. Take the height, and the spread around the line.
     middle = (count - 1) / 2
-    level = [value - slope * (place - middle) for place, value in enumerate(points)]
-    height = median(level)
-    spread = _TO_SIGMA * median([abs(value - height) for value in level])
-    # 3. The next step.
+    levelled = [value - slope * (place - middle) for place, value in enumerate(points)]
+    height = median(levelled)
+    spread = _TO_SIGMA * median([abs(value - height) for value in levelled])
+    # 3. Carry the line forward to the next step.
     expected = height + slope * (count - middle)
     least = floor * abs(expected) if floor else _FLOOR
-    return Line(last, expected, max(spread, least, 1e-300))
+    return TrendLine(last, expected, max(spread, least, 1e-300))

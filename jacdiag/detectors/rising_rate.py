@@ -1,5 +1,6 @@
-"""JD105 while a run goes on: the chance at the highest learning rate so far, for the model that it
-began with.
+"""Judge JD105 while a run goes on: the chance to go wrong at the highest learning rate so far.
+
+The chance is that of the model which the run began with.
 """
 
 from __future__ import annotations
@@ -19,109 +20,122 @@ _ANY = [0.0, math.inf]
 
 
 class RisingRate:
-    """Speaks once a level, when the learning rate rises past what the recorded runs of such a model
-    bore.
+    """Fires once a level, if the learning rate rises past what such a model tolerates.
 
-    The curves are of untrained models, peak rates and warm-ups: the figure is that of the probe
-    before the first update, the rate the highest so far, the warm-up the steps that its steepest
-    rise would have taken to get there: of a linear one the steps so far, of a leap one. Without
-    such a probe, for a placement without a curve, and outside of what the runs spanned, it is
-    silent. A rise longer than the longest warm-up that was run counts as that one, which no longer
-    one is worse than; a shorter than the shortest as that one, which no shorter one is better than.
+    The curves come from recorded runs of untrained models, at peak rates and warm-ups. So the
+    figure is that of the probe before the first update, and the rate is the highest so far. The
+    warm-up is the number of steps that its steepest rise would have taken to get there: the steps
+    so far for a linear one, one step for a leap. It is kept inside of the warm-ups that were run: a
+    longer one is no worse than the longest, a shorter one no better than the shortest.
+
+    Nothing fires without such a probe, for a placement without a curve, and outside of the values
+    that the runs spanned.
+
+    Args:
+        thresholds: with the curves of the chance.
     """
 
     def __init__(self, thresholds: Thresholds) -> None:
-        self.limits = thresholds
-        self.curve: RiskCurve | None = None
-        self.value = self.highest = self.steepest = 0.0
-        self.last: float | None = None
-        self.said: list[str] = []
+        self._thresholds = thresholds
+        self._curve: RiskCurve | None = None
+        self._value = 0.0  # of the curve's figure, before the first update
+        self._highest = 0.0  # learning rate inside of the curve's range
+        self._steepest = 0.0  # rise of the learning rate in one step
+        self._last_rate: float | None = None
+        self._levels_fired: list[str] = []
 
     def know(self, report: Report) -> None:
-        """Takes the report of the probe before the first update; others are passed over, and a
-        model trained before.
+        """Take the report of the probe before the first update.
+
+        Reports of other probes, and of a model that was trained before, are left out.
         """
-        curve = self.limits.risk.curves.get(placement_of(report))
-        if (
-            report.source.get("step") != 0
-            or report.state != "init"
-            or report.tier != "measured"
-            or curve is None
-        ):
+        is_untrained = report.source.get("step") == 0 and report.state == "init"
+        curve = self._thresholds.risk.curves.get(placement_of(report))
+        if not is_untrained or report.tier != "measured" or curve is None:
             return
         value = INIT[curve.figure](report)
         if within(curve, report, value):
-            self.curve, self.value = curve, value
+            self._curve = curve
+            self._value = value
 
     def look(self, step: int, lr: float) -> list[Alert]:
-        """The alert of a step whose learning rate is the first beyond a limit."""
-        if self.curve is None or not lr >= 0.0:
+        """Return the alert of a step whose learning rate is the first beyond a limit.
+
+        Args:
+            step: its number.
+            lr: its learning rate; nan if it is not known.
+        """
+        is_rate = lr >= 0.0
+        if self._curve is None or not is_rate:
             return []
-        last, self.last = self.last, lr
-        if last is None:
-            return []  # the next step tells whether the rate rises
-        # one that stands where it began was there in one step
-        self.steepest = max(self.steepest, lr - last) or lr
-        lowest, highest = self.curve.ranges.get("lr", _ANY)
-        if not (lr > self.highest and lowest <= lr <= highest):
+        # 1. Follow the rate. From the first step alone it is not known whether it rises.
+        before = self._last_rate
+        self._last_rate = lr
+        if before is None:
             return []
-        self.highest = lr
-        shortest, longest = self.curve.ranges.get("warmup", _ANY)
-        warmup = min(max(lr / self.steepest, shortest), longest)
-        chance, lower, upper = self.curve.chance(self.value, lr, warmup)
-        risk = Risk(
+        self._steepest = max(self._steepest, lr - before)
+        if not self._steepest:
+            self._steepest = lr  # a rate that stands where it began was there in one step
+        lowest, highest = self._curve.ranges.get("lr", _ANY)
+        is_new_highest = lr > self._highest and lowest <= lr <= highest
+        if not is_new_highest:
+            return []
+        self._highest = lr
+
+        # 2. Judge it, once a level.
+        risk = self._risk_at(self._curve, lr)
+        exceeded = beyond(risk, self._thresholds)
+        if exceeded is None:
+            return []
+        level, limit = exceeded
+        if level in self._levels_fired:
+            return []
+        self._levels_fired.append(level)
+        what = (
+            f"the learning rate has risen to {lr:.3g}: a chance of {risk} to go wrong, as "
+            f"recorded runs tell it ({level} above {limit:.0%})"
+        )
+        return [Alert(step, "JD105", level, what, [], evidence(risk, limit))]
+
+    def _risk_at(self, curve: RiskCurve, lr: float) -> Risk:
+        """Return the chance to go wrong at a learning rate, with the warm-up that led to it."""
+        shortest, longest = curve.ranges.get("warmup", _ANY)
+        warmup = min(max(lr / self._steepest, shortest), longest)
+        chance, lower, upper = curve.chance(self._value, lr, warmup)
+        return Risk(
             chance,
             lower,
             upper,
-            self.curve.figure,
-            self.value,
+            curve.figure,
+            self._value,
             lr,
-            range=ranged(self.curve),
-            source=self.curve.source,
+            range=ranged(curve),
+            source=curve.source,
         )
-        found = beyond(risk, self.limits)
-        if found is None or found[0] in self.said:
-            return []
-        level, limit = found
-        self.said.append(level)
-        what = (
-            f"the learning rate has risen to {lr:.3g}: a chance of {risk} to go wrong, as "
-            "recorded runs tell it"
-        )
-        return [
-            Alert(
-                step,
-                "JD105",
-                level,
-                f"{what} ({level} above {limit:.0%})",
-                [],
-                evidence(risk, limit),
-            )
-        ]
 
     def state(self) -> dict[str, Any]:
-        curve = (
-            {}
-            if self.curve is None
-            else {"placement": self.curve.placement, "figure": self.curve.figure}
-        )
+        """Return what `load` goes on from."""
+        curve = {}
+        if self._curve is not None:
+            curve = {"placement": self._curve.placement, "figure": self._curve.figure}
         return {
             "curve": curve,
-            "value": self.value,
-            "highest": self.highest,
-            "steepest": self.steepest,
-            "last": self.last,
-            "said": list(self.said),
+            "value": self._value,
+            "highest": self._highest,
+            "steepest": self._steepest,
+            "last": self._last_rate,
+            "said": list(self._levels_fired),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        known = state["curve"]
-        curve = self.limits.risk.curves.get(known.get("placement", ""))
-        # else another value
-        self.curve = curve if curve is not None and curve.figure == known["figure"] else None
-        self.value, self.highest, self.steepest = (
-            state["value"],
-            state["highest"],
-            state["steepest"],
-        )
-        self.last, self.said = state["last"], list(state["said"])
+        """Go on from a state. Without the curve of its figure the rule stays silent."""
+        saved = state["curve"]
+        curve = self._thresholds.risk.curves.get(saved.get("placement", ""))
+        self._curve = None
+        if curve is not None and curve.figure == saved["figure"]:
+            self._curve = curve
+        self._value = state["value"]
+        self._highest = state["highest"]
+        self._steepest = state["steepest"]
+        self._last_rate = state["last"]
+        self._levels_fired = list(state["said"])

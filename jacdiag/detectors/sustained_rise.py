@@ -1,6 +1,4 @@
-"""A figure that stands above its own recent level for some steps on end, though no single step of
-it stands out.
-"""
+"""Score a figure that stands above its own level for several steps, though no single step does."""
 
 from __future__ import annotations
 
@@ -13,144 +11,220 @@ from typing import Any
 
 SPANS = (4, 16)  # steps that a mean is taken over
 CLIP = 4.9  # standard deviations that one step counts for at most: three of four stay under 8
-# ZClip (arXiv 2504.02507): three steps of a span have to be over it, or the span does no more than
-# vote
+
+# Three steps of a span have to be over this, or the span does no more than vote. It is the vote of
+# ZClip (arXiv 2504.02507).
 VOTE = 2.5
-# steps: 201 of the rolling median of arXiv 2608.30320, 1,000 and 60 of the joint
-LEVEL, MEMORY, LEAST = 201, 1000, 60
-_FLOOR = 1e-3  # of the level: below it a deviation is rounding
-_FEW = 20
-_EVERY = 8  # steps between two looks at the level
+
+LEVEL = 201  # steps of the level, as of the rolling median of arXiv 2608.30320
+MEMORY = 1000  # steps that the deviation looks back on, as in the joint detector
+LEAST = 60  # steps before the first score, as in the joint detector
+
+_LONGEST = max(SPANS)
+_FLOOR = 1e-3  # share of the level below which a deviation is rounding
+_TINY = 1e-300  # no division by zero, for a series of zeros
+_LEAST_POSITIVE = 20  # squares above the level before their mean is used
+_LEVEL_EVERY = 8  # steps between two computations of the level
+_MEDIAN_ERROR = 1.25  # standard error of a median over that of a mean, of a normal distribution
 
 
-class Trail:
-    """The mean of the last squares, of how many the caller says; those of 0 are in the length and
-    not in the mean.
+class RollingMeanSquare:
+    """The mean of the last squares that are positive.
+
+    Squares of zero count for the length that is looked back on, and not for the mean.
+
+    Attributes:
+        squares: the last ones.
+        positive: how many of them are positive.
     """
 
     def __init__(self) -> None:
         self.squares: deque[float] = deque()
-        self.total, self.positive = 0.0, 0
+        self.positive = 0
+        self._total = 0.0
 
     def mean(self) -> float:
-        return max(self.total, 0.0) / self.positive if self.positive else 0.0
+        """Return the mean; 0 if no square is positive."""
+        if not self.positive:
+            return 0.0
+        return max(self._total, 0.0) / self.positive
 
     def add(self, square: float, most: int) -> None:
+        """Take a square in, and let the oldest ones go.
+
+        Args:
+            square: the next one.
+            most: how many to keep.
+        """
         self.squares.append(square)
-        self.total, self.positive = self.total + square, self.positive + (square > 0)
+        self._total += square
+        if square > 0:
+            self.positive += 1
         while len(self.squares) > most:
-            old = self.squares.popleft()
-            self.total, self.positive = self.total - old, self.positive - (old > 0)
-            if old > 1e6 * self.total:  # what is left is the rounding of what has gone
-                self.total = math.fsum(self.squares)
+            oldest = self.squares.popleft()
+            self._total -= oldest
+            if oldest > 0:
+                self.positive -= 1
+            is_left_over_rounding = oldest > 1e6 * self._total
+            if is_left_over_rounding:
+                self._total = math.fsum(self.squares)
 
 
-class Lift:
-    """z-scores of the means of the last 4 and 16 steps against the level before them.
+class SustainedRise:
+    """z-scores of the means of the last 4 and 16 steps, compared with the level before them.
 
-    The level is the median of the 201 values that end 16 steps ago. A rise of it is carried forward
-    (Tukey's resistant line through the medians of the outer thirds), so that a slow monotone drift
-    is no departure; a fall is followed (the median of the last third) and not carried on, since it
-    may end at any step. The deviation is that of means of as many steps from each other and, where
-    it is larger, of earlier means above their level: neither sees the fall of a loss, both see that
-    steps hang together. Looked back on are 1,000 steps, but never more than half of the run: what
-    its beginning was like is soon forgotten.
+    The level is the median of the 201 values that end 16 steps ago. If it rises, it is carried
+    forward with Tukey's resistant line through the medians of the outer thirds, so that a slow
+    monotone drift does not count. If it falls, it is followed (the median of the last third) and
+    not carried forward, since a fall may end at any step.
+
+    The deviation is that of means of as many steps from each other. If the earlier means above
+    their level have a larger one, that is taken. Neither is widened by the fall of a loss, and both
+    take into account that steps depend on each other. They look back on 1,000 steps, but never on
+    more than half of the run: what its beginning was like is soon forgotten.
+
+    Attributes:
+        count: finite values so far.
     """
 
     def __init__(self) -> None:
-        self.recent: deque[float] = deque(maxlen=2 * max(SPANS))
-        self.before: deque[float] = deque(maxlen=LEVEL)
-        self.jumps = {span: Trail() for span in (1, *SPANS)}
-        self.above = {span: Trail() for span in (1, *SPANS)}
-        self._late: dict[int, deque[float]] = {span: deque() for span in (1, *SPANS)}
         self.count = 0
-        self._level: tuple[int, float] = (-_EVERY, 0.0)
+        self._recent: deque[float] = deque(maxlen=2 * _LONGEST)
+        self._before: deque[float] = deque(maxlen=LEVEL)  # values that are over 16 steps old
+        spans = (1, *SPANS)
+        # squares of the differences of successive means, by span
+        self._jumps = {span: RollingMeanSquare() for span in spans}
+        # squares of means above their level, by span, and those that are still too recent to count
+        self._above = {span: RollingMeanSquare() for span in spans}
+        self._pending: dict[int, deque[float]] = {span: deque() for span in spans}
+        # the count that the level was computed at, and the level
+        self._level: tuple[int, float] = (-_LEVEL_EVERY, 0.0)
 
     @property
     def ready(self) -> bool:
-        return self.count >= LEAST + max(SPANS)
+        """Whether there are enough values for a score."""
+        return self.count >= LEAST + _LONGEST
 
     def z(self, value: float) -> dict[int, float]:
-        """Span -> standard deviations of the mean that ends with this value; empty while there are
-        too few values.
+        """Score the means that end with a value.
+
+        Args:
+            value: the next one of the series. It is not taken in.
+
+        Returns:
+            Span -> standard deviations of its mean; empty while there are too few values.
         """
         if not self.ready or not math.isfinite(value):
             return {}
-        level, one = self.level(), self._deviation(1)
-        steps = [value, *islice(reversed(self.recent), max(SPANS) - 1)]
-        off = [min(max(v - level, -CLIP * one), CLIP * one) for v in steps]
-        found = {}
+        # 1. How far each of the last steps lies off the level, clipped.
+        level = self.level()
+        deviation = self._deviation(1)
+        most = CLIP * deviation
+        steps = [value, *islice(reversed(self._recent), _LONGEST - 1)]
+        off = [min(max(step - level, -most), most) for step in steps]
+
+        # 2. The mean over each span. One corrupted batch, or two, do no more than vote.
+        scores = {}
         for span in SPANS:
             score = math.fsum(off[:span]) / span / self._deviation(span)
-            third = sorted(off[:span])[-3] / one  # one corrupted batch, or two, are no lift
-            found[span] = score if third > VOTE else min(score, VOTE)
-        return found
+            third_largest = sorted(off[:span])[-3] / deviation
+            if third_largest > VOTE:
+                scores[span] = score
+            else:
+                scores[span] = min(score, VOTE)
+        return scores
 
     def level(self) -> float:
-        """What the figure was before the last 16 steps, carried forward where it rises."""
-        if self.count - self._level[0] >= _EVERY:
-            values = list(self.before)
-            third = len(values) // 3
-            middle, rise = median(values), median(values[-third:]) - median(values[:third])
-            if rise > 0:
-                middle += rise * (len(values) / 2 + max(SPANS)) / (len(values) - third)
-            # two standard errors of two such medians
-            elif -rise > 2 * 1.25 * math.sqrt(self.jumps[1].mean() / third):
-                middle = median(values[-third:])
-            self._level = (self.count, middle)
-        return self._level[1]
+        """Return the level before the last 16 steps, carried forward if it rises."""
+        computed_at, level = self._level
+        if self.count - computed_at >= _LEVEL_EVERY:
+            level = self._compute_level()
+            self._level = (self.count, level)
+        return level
+
+    def _compute_level(self) -> float:
+        values = list(self._before)
+        third = len(values) // 3
+        last = median(values[-third:])
+        middle = median(values)
+        rise = last - median(values[:third])
+        if rise > 0:
+            steps_ahead = len(values) / 2 + _LONGEST
+            return middle + rise * steps_ahead / (len(values) - third)
+        # A fall counts from two standard errors of two such medians.
+        error = _MEDIAN_ERROR * math.sqrt(self._jumps[1].mean() / third)
+        if -rise > 2 * error:
+            return last
+        return middle
 
     def _deviation(self, span: int) -> float:
-        square, above = self.jumps[span].mean() / 2, self.above[span]
-        if above.positive >= _FEW:
+        """Return the standard deviation of a mean over some steps."""
+        square = self._jumps[span].mean() / 2
+        above = self._above[span]
+        if above.positive >= _LEAST_POSITIVE:
             square = max(square, above.mean())
-        return max(math.sqrt(square), _FLOOR * abs(self.level()), 1e-300)
+        return max(math.sqrt(square), _FLOOR * abs(self.level()), _TINY)
 
     def add(self, value: float, outlier: bool = False) -> None:
-        """Takes a value in; one that the caller calls an outlier is in the level, and not in the
-        deviation.
+        """Take a value in. One that is not finite is left out.
+
+        Args:
+            value: the next one of the series.
+            outlier: take it into the level, and not into the deviation.
         """
         if not math.isfinite(value):
             return
-        if len(self.recent) >= max(SPANS):
-            self.before.append(self.recent[-max(SPANS)])
-        self.recent.append(value)
+        if len(self._recent) >= _LONGEST:
+            self._before.append(self._recent[-_LONGEST])
+        self._recent.append(value)
         self.count += 1
-        if outlier:
-            return
+        if not outlier:
+            self._add_to_deviations()
+
+    def _add_to_deviations(self) -> None:
         most = max(LEAST, min(MEMORY, self.count // 2))
-        values, level = list(self.recent), self.level() if self.ready else math.inf
+        values = list(self._recent)
+        level = self.level() if self.ready else math.inf
         for span in (1, *SPANS):
-            if len(values) >= 2 * span:
-                last, earlier = (
-                    math.fsum(values[-span:]) / span,
-                    math.fsum(values[-2 * span : -span]) / span,
-                )
-                self.jumps[span].add((last - earlier) ** 2, most)
-                self._late[span].append(max(last - level, 0.0) ** 2)
-                if len(self._late[span]) > 2 * max(SPANS):  # a lift is not what it is measured by
-                    self.above[span].add(self._late[span].popleft(), most)
+            if len(values) < 2 * span:
+                continue
+            # 1. The jump from the mean before to the last mean.
+            last = math.fsum(values[-span:]) / span
+            earlier = math.fsum(values[-2 * span : -span]) / span
+            self._jumps[span].add((last - earlier) ** 2, most)
+            # 2. The distance above the level counts later, or a rise would hide itself.
+            pending = self._pending[span]
+            pending.append(max(last - level, 0.0) ** 2)
+            if len(pending) > 2 * _LONGEST:
+                self._above[span].add(pending.popleft(), most)
 
     def state(self) -> dict[str, Any]:
-        trails = {
-            name: {str(span): [*trail.squares] for span, trail in trails.items()}
-            for name, trails in (("jumps", self.jumps), ("above", self.above))
-        }
-        own = {
-            "recent": [*self.recent],
-            "before": [*self.before],
+        """Return what `load` goes on from."""
+        return {
+            "recent": list(self._recent),
+            "before": list(self._before),
             "count": self.count,
-            "level": [*self._level],
+            "level": list(self._level),
+            "late": {str(span): list(squares) for span, squares in self._pending.items()},
+            "jumps": _squares_by_span(self._jumps),
+            "above": _squares_by_span(self._above),
         }
-        return {**own, "late": {str(span): [*late] for span, late in self._late.items()}, **trails}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        self.recent.extend(state["recent"])
-        self.before.extend(state["before"])
-        self.count, self._level = state["count"], (state["level"][0], state["level"][1])
-        for span, late in self._late.items():
-            late.extend(state["late"][str(span)])
-        for name, trails in (("jumps", self.jumps), ("above", self.above)):
-            for span, trail in trails.items():
-                for square in state[name][str(span)]:
-                    trail.add(square, MEMORY)
+        """Go on from a state. Call it on a new object."""
+        self._recent.extend(state["recent"])
+        self._before.extend(state["before"])
+        self.count = state["count"]
+        computed_at, level = state["level"]
+        self._level = (computed_at, level)
+        for span, pending in self._pending.items():
+            pending.extend(state["late"][str(span)])
+        for span in (1, *SPANS):
+            for square in state["jumps"][str(span)]:
+                self._jumps[span].add(square, MEMORY)
+            for square in state["above"][str(span)]:
+                self._above[span].add(square, MEMORY)
+
+
+def _squares_by_span(means: Mapping[int, RollingMeanSquare]) -> dict[str, list[float]]:
+    return {str(span): list(mean.squares) for span, mean in means.items()}

@@ -1,7 +1,8 @@
-"""JD508: weights that something other than the optimizer has written between two of its steps."""
+"""Describe JD508: weights that were written outside the optimizer between two of its steps."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from jacdiag.records.run_log import number
 from jacdiag.rules.finding_numbers import plain
 
 _SHOWN = 3  # weights in a sentence
-_SAME = 0.01  # relative difference of two factors that are one
+_SAME = 0.01  # relative difference of two factors that are equal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +32,13 @@ class WrittenWeight:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Written:
-    """What was written before one step.
+class OutsideWrites:
+    """The weights that were written before one step.
 
     Attributes:
         after: the last step of the optimizer before it.
         count: how many weights were written.
-        of: how many were looked at.
+        of: how many were compared.
         weights: the first of them, the one that changed most first.
     """
 
@@ -47,7 +48,7 @@ class Written:
     weights: Sequence[WrittenWeight]
 
     @classmethod
-    def of_row(cls, row: Mapping[str, Any]) -> Written | None:
+    def from_row(cls, row: Mapping[str, Any]) -> OutsideWrites | None:
         """Return what a line of the run log says; None if nothing was written."""
         written = row.get("written")
         if not written or not written["weights"]:
@@ -66,31 +67,34 @@ class Written:
         )
 
 
-def describe_written(written: Written, step: int) -> str:
-    """Return which weights were written, when and how far: what is known, and nothing about who did
-    it.
+def describe_written(writes: OutsideWrites, step: int) -> str:
+    """Return which weights were written, when and how far, and nothing about who did it.
+
+    Args:
+        writes: before a step.
+        step: that step.
     """
-    some = (
-        "1 weight was"
-        if written.count == 1
-        else f"{written.count} of {written.of} weight matrices were"
-    )
-    when = f"after its step {written.after} and before step {step}"
-    what = f"{some} written outside the optimizer, {when}, as samples of their elements show: "
-    if _is_one_factor(written):
-        factor = plain(written.weights[0].times)
-        names = ", ".join(weight.name for weight in written.weights[:_SHOWN])
-        each = "" if written.count == 1 else "each "
-        return f"{what}{names}{_more(written)}, {each}multiplied by {factor}"
-    return what + "; ".join(map(_describe_one, written.weights[:_SHOWN])) + _more(written)
+    subject = "1 weight was"
+    if writes.count != 1:
+        subject = f"{writes.count} of {writes.of} weight matrices were"
+    when = f"after its step {writes.after} and before step {step}"
+    start = f"{subject} written outside the optimizer, {when}, as samples of their elements show: "
+    shown = writes.weights[:_SHOWN]
+
+    if _have_one_factor(writes):
+        names = ", ".join(weight.name for weight in shown)
+        each = "" if writes.count == 1 else "each "
+        factor = plain(writes.weights[0].times)
+        return f"{start}{names}{_and_more(writes)}, {each}multiplied by {factor}"
+    return start + "; ".join(map(_describe_weight, shown)) + _and_more(writes)
 
 
-def _describe_one(weight: WrittenWeight) -> str:
+def _describe_weight(weight: WrittenWeight) -> str:
     if weight.times == 0:
         return f"{weight.name} set to zero"
     if weight.scaled:
         return f"{weight.name} multiplied by {plain(weight.times)}"
-    if weight.change == float("inf"):
+    if weight.change == math.inf:
         return f"{weight.name}, zero before"
     change, factor = plain(weight.change), plain(weight.times)
     return (
@@ -99,18 +103,21 @@ def _describe_one(weight: WrittenWeight) -> str:
     )
 
 
-def _is_one_factor(written: Written) -> bool:
-    """Whether every weight is known to be multiplied by one and the same factor."""
-    if written.count > len(written.weights) or not all(weight.scaled for weight in written.weights):
+def _have_one_factor(writes: OutsideWrites) -> bool:
+    """Return whether every weight is known to be multiplied by the same factor."""
+    are_all_known = writes.count <= len(writes.weights)
+    are_all_scaled = all(weight.scaled for weight in writes.weights)
+    if not (are_all_known and are_all_scaled):
         return False
-    factors = [weight.times for weight in written.weights]
-    return min(factors) > 0 and max(factors) - min(factors) <= _SAME * min(factors)
+    factors = [weight.times for weight in writes.weights]
+    smallest, largest = min(factors), max(factors)
+    return smallest > 0 and largest - smallest <= _SAME * smallest
 
 
-def _more(written: Written) -> str:
-    more = written.count - _SHOWN
+def _and_more(writes: OutsideWrites) -> str:
+    more = writes.count - _SHOWN
     return f" and {more} more" if more > 0 else ""
 
 
 def _or_infinite(value: Any) -> float:
-    return float("inf") if value is None else number(value)
+    return math.inf if value is None else number(value)

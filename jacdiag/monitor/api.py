@@ -12,7 +12,7 @@ from torch import nn
 from jacdiag.distributed.training_group import Together, is_sharded
 from jacdiag.errors import UsageError
 from jacdiag.monitor.histograms import Histograms
-from jacdiag.monitor.log.events import Record
+from jacdiag.monitor.log.events import RunEvents
 from jacdiag.monitor.log.sinks import AlertSink, Sink
 from jacdiag.monitor.measurements import Measurements
 from jacdiag.monitor.optimizers import check_belongs, check_supported, names_of, optimizer_tree
@@ -149,7 +149,7 @@ def watch(
     # 2. The log. Of several ranks the leading one writes it.
     together = Together(is_sharded(model), timeout)
     folder = Path(path_text(log_dir)) if log_dir is not None else None
-    record = Record(
+    record = RunEvents(
         folder if together.lead else None,
         resume=resume,
         on_alert=on_alert,
@@ -158,7 +158,7 @@ def watch(
         sinks=sinks if together.lead else (),
         recorder=recorder,
         quiet=quiet or not together.lead,
-        speaks=together.lead,
+        warns=together.lead,
         alerts_to=alerts_to if together.lead else (),
     )
     if skip_list is not None and together.lead:

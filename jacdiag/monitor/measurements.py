@@ -20,7 +20,7 @@ from jacdiag.monitor.batches import Batches
 from jacdiag.monitor.blind_spots import ProbeState
 from jacdiag.monitor.forward_statistics import ForwardFigures
 from jacdiag.monitor.jacobian_probe import LiveProbe, Price
-from jacdiag.monitor.log.events import Record
+from jacdiag.monitor.log.events import RunEvents
 from jacdiag.monitor.log.sinks import slashed_series
 from jacdiag.monitor.optimizers import group_names, local, names_of, parameters_of
 from jacdiag.monitor.parameter_groups import SublayerGroups, by_names, by_sites, group_parameters
@@ -82,7 +82,7 @@ class Measurements:
         optimizers: list[Any],
         names: dict[int, str],
         together: Together,
-        record: Record,
+        record: RunEvents,
         *,
         probe: Any,
         thresholds: Thresholds,

@@ -22,7 +22,7 @@ from jacdiag.monitor.batches import Batches
 from jacdiag.monitor.fault_isolation import AlertRaised, Guards, quietly
 from jacdiag.monitor.histograms import Histograms
 from jacdiag.monitor.kept_batches import KeptBatches
-from jacdiag.monitor.log.events import Record
+from jacdiag.monitor.log.events import RunEvents
 from jacdiag.monitor.measurements import Measurements
 from jacdiag.monitor.noise_scale import MicroBatches
 from jacdiag.monitor.optimizer_observer import NO_FIGURES, OptimizerObserver
@@ -71,7 +71,7 @@ class Watch:
         model: nn.Module,
         optimizers: OptimizerTree,
         together: Together,
-        record: Record,
+        record: RunEvents,
         measurements: Measurements,
         *,
         log_every: int,

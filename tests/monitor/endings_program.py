@@ -72,13 +72,13 @@ def train(
 
 def slow_flights(folder: Path) -> None:
     """Writing a flight takes a minute, outside of the interpreter."""
-    from jacdiag.monitor.log.flight_recorder import Recorder
+    from jacdiag.monitor.log.flight_recorder import FlightRecorder
 
     def dump(*_args: Any) -> None:
         (folder / "writing").touch()
         threading.Event().wait(60)
 
-    Recorder.dump = dump  # type: ignore[method-assign,assignment]
+    FlightRecorder.dump = dump  # type: ignore[method-assign,assignment]
 
 
 # -- the ways to end -------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import jacdiag
-from jacdiag.detectors.first_nonfinite import NonFinite, explain_batch, explain_nonfinite
+from jacdiag.detectors.first_nonfinite import NonFiniteStep, explain_batch, explain_nonfinite
 from jacdiag.pipeline.flight_replay import look_at_values
 from jacdiag.records.batch_values import BatchValues, NonFiniteArgument
 from jacdiag.records.flight_replay import BatchReplay, ReplayRecord
@@ -169,7 +169,7 @@ FINE = BatchValues(rows=4)
 
 def alert_of(**figures: Any) -> Alert:
     found = explain_nonfinite(
-        NonFinite(**{"loss": math.nan, "weights": [], "gradients": ["w"], **figures})
+        NonFiniteStep(**{"loss": math.nan, "weights": [], "gradients": ["w"], **figures})
     )
     return Alert(9, "JD505", "error", found.what, found.where, {"first": found.first})
 

@@ -137,7 +137,7 @@ def test_sinks_and_functions_of_the_user(
 
 
 def test_a_dump_that_fails(plain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorder.Recorder, "dump", broken)
+    monkeypatch.setattr(recorder.FlightRecorder, "dump", broken)
     model = small()
     w = jacdiag.watch(model, adam(model), log_dir=tmp_path, every=None, log_every=1, quiet=True)
     w.step(float("nan"))

@@ -203,11 +203,11 @@ def test_a_scaler_that_skips_is_no_alert(tmp_path: Path) -> None:
 
 
 def test_weights_seen_before_make_the_update_a_suspect() -> None:
-    from jacdiag.detectors.first_nonfinite import NonFinite, explain_nonfinite
+    from jacdiag.detectors.first_nonfinite import NonFiniteStep, explain_nonfinite
 
     def said(**options: Any) -> str:
         return explain_nonfinite(
-            NonFinite(loss=math.nan, weights=["w"], gradients=["w"], parameters=3, **options)
+            NonFiniteStep(loss=math.nan, weights=["w"], gradients=["w"], parameters=3, **options)
         ).what
 
     assert "the update of that step or a write from outside made it" in said(

@@ -669,5 +669,5 @@ def test_rows_of_older_logs_are_read() -> None:
         "nonfinite": [],
         "update": None,
     }
-    figures = StepFigures.of(row)
+    figures = StepFigures.from_row(row)
     assert figures.skipped and not figures.overflow

@@ -13,7 +13,7 @@ import pytest
 from rules.test_live import LIMITS, codes, fed, healthy, spike
 
 from jacdiag.detectors.live_rules import LiveRules, StepFigures
-from jacdiag.detectors.sustained_rise import Lift
+from jacdiag.detectors.sustained_rise import SustainedRise
 from jacdiag.rules.thresholds import load_thresholds
 
 
@@ -155,10 +155,10 @@ def test_lift_goes_on_exactly_from_its_state() -> None:
     import json
 
     source = random.Random(0)
-    one = Lift()
+    one = SustainedRise()
     for _ in range(700):
         one.add(2 + source.gauss(0, 0.1), outlier=source.random() < 0.02)
-    other = Lift()
+    other = SustainedRise()
     other.load(json.loads(json.dumps(one.state())))
     for _ in range(300):
         value = 2.2 + source.gauss(0, 0.1)
@@ -172,7 +172,7 @@ def test_lift_of_white_noise_is_a_z_score() -> None:
     chance rise of the level is carried forward, which is by 0.075 deviations of one step on
     average, so 0.15 and 0.3 of those means.
     """
-    source, lift, found = np.random.default_rng(3), Lift(), {4: [], 16: []}  # type: ignore[var-annotated]
+    source, lift, found = np.random.default_rng(3), SustainedRise(), {4: [], 16: []}  # type: ignore[var-annotated]
     for value in source.normal(5, 0.3, 6000).tolist():
         for span, z in lift.z(value).items():
             if z < 2:  # above it three steps are asked for
@@ -184,7 +184,7 @@ def test_lift_of_white_noise_is_a_z_score() -> None:
 
 
 def test_what_is_not_finite_or_too_early_is_no_lift() -> None:
-    lift = Lift()
+    lift = SustainedRise()
     for value in (math.nan, math.inf):
         lift.add(value)
     assert lift.count == 0 and lift.z(1.0) == {}

@@ -17,7 +17,7 @@ from jacdiag.detectors import drift
 from jacdiag.detectors import recent_trend as recent
 from jacdiag.detectors.live_rules import LiveRules, StepFigures
 from jacdiag.detectors.readiness import OF_NORMS
-from jacdiag.detectors.recent_trend import LEAST, WINDOW, Recent, fit_line
+from jacdiag.detectors.recent_trend import LEAST, WINDOW, RecentTrend, fit_line
 
 POSITIONS = (80, 90, 100, 120, 150, 190, 250, 330, 450, 600, 800, 1000)
 
@@ -108,7 +108,7 @@ def test_how_often_gaussian_noise_passes_the_cut() -> None:
     """Over 8 deviations: 2 of 4 million draws. Here over 6, of 60,000: 0.8 are expected, and 5 are
     one in 1,500.
     """
-    source, line = random.Random(1), Recent()
+    source, line = random.Random(1), RecentTrend()
     over = 0
     for _ in range(60_000 // 6):
         for _ in range(6):
@@ -118,14 +118,14 @@ def test_how_often_gaussian_noise_passes_the_cut() -> None:
 
 
 def test_what_is_early_or_not_finite_has_no_score_and_memory_goes_on() -> None:
-    one = Recent(logarithm=True)
+    one = RecentTrend(logarithm=True)
     for k in range(LEAST):
         assert one.z(1.0) is None and one.usual() is None
         one.add(2.0 + 0.1 * (k % 3))
     one.add(math.nan)
     one.add(0.0)
     assert one.count == LEAST and one.z(math.inf) is None and one.z(0.0) is None
-    other = Recent(logarithm=True)
+    other = RecentTrend(logarithm=True)
     other.load(json.loads(json.dumps(one.state())))
     assert other.z(5.0) == one.z(5.0) and other.usual() == pytest.approx(2.1, abs=0.1)
 

@@ -1,10 +1,9 @@
-"""What a run leaves behind: the log, the sinks, the flight recorder; and who is told of alerts and
-faults.
-"""
+"""Pass on what happens in a run: to the log, the sinks, the flight recorder and the user."""
 
 from __future__ import annotations
 
 import datetime
+import logging
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -25,7 +24,7 @@ from jacdiag.monitor.batches import Batches, Print, make_prints
 from jacdiag.monitor.blind_spots import Silence
 from jacdiag.monitor.fault_isolation import AlertRaised, Guards, logger, say
 from jacdiag.monitor.histograms import Histogram
-from jacdiag.monitor.log.flight_recorder import Recorder
+from jacdiag.monitor.log.flight_recorder import FlightRecorder
 from jacdiag.monitor.log.heartbeat_writer import Pulse
 from jacdiag.monitor.log.run_file import RunFile
 from jacdiag.monitor.log.sinks import AlertSink, Sink, open_alert_sinks, open_sinks, slashed
@@ -36,22 +35,37 @@ from jacdiag.monitor.skip_list import SkipList
 from jacdiag.records.run_log import Alert
 from jacdiag.rules.thresholds import Thresholds
 
+_LOG_LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "info": logging.INFO}
 
-class Record:
-    """Everything that is told, and to whom.
+
+class RunEvents:
+    """What happens in a run, passed on to everything that wants to know.
+
+    Steps are judged by the live rules first. Then steps, alerts, findings, faults and notes go to
+    the log, the sinks, the flight recorder, the logger and the handler of the user.
 
     Args:
         folder: of the run; None on ranks that do not write.
+        resume: go on with the log in the folder.
         on_alert: "log", "raise" or a function.
+        strict: raise errors of the watch itself.
+        thresholds: of the live rules.
+        sinks: addresses of sinks and objects with write(step, figures).
+        recorder: steps that the flight recorder keeps; 0 for no recorder.
+        quiet: do not print prices.
+        warns: warn about how the watch is used; one rank does.
         alerts_to: addresses of webhooks and objects with alert(alert, moment).
-        recorder: steps that the flight recorder keeps.
-        speaks: warn about how the watch is used; one rank does.
 
     Attributes:
         live: the live rules.
-        findings: what the probes say of the model's init.
-        waits: what each live rule still waits for, as far as it was told.
+        alerts: those of this process.
+        findings: what the probes say about the model's init.
+        waits: what each live rule still waits for, as far as the log has it.
         resumed_at: the step that a log on disk ends with.
+        batches: what the model was called with; None if the watch does not observe it.
+        skip_list: batches to leave out; None if there is no such list.
+        prints: fingerprints of the micro-batches of the steps that are not logged yet.
+        tiers: the measurements, which hold the model, the optimizers and the last report.
     """
 
     def __init__(
@@ -65,50 +79,63 @@ class Record:
         sinks: Iterable[str | Sink],
         recorder: int,
         quiet: bool,
-        speaks: bool = True,
+        warns: bool = True,
         alerts_to: str | AlertSink | Iterable[str | AlertSink] = (),
     ) -> None:
-        self.on_alert, self.quiet, self.speaks = on_alert, quiet, speaks
-        self.guards = Guards(strict, self._fault)
-        self.live = LiveRules(thresholds)
-        self.alerts: list[Alert] = []
-        self.findings: list[Alert] = []
-        self.waits: dict[str, str] = {}
-        self.header: dict[str, Any] = {}
-        self.file = (
-            RunFile(folder, resume=resume, failed=self._log_failed) if folder is not None else None
-        )
+        self.on_alert = on_alert
+        self.quiet = quiet
+        self.warns = warns
+        self.folder = folder
+        self.guards = Guards(strict, self._note_fault)
+        # Where events go.
+        self.file: RunFile | None = None
+        if folder is not None:
+            self.file = RunFile(folder, resume=resume, failed=self._log_failed)
         self.alert_sinks = open_alert_sinks(alerts_to, self._webhook_failed)
         self.sinks = open_sinks(sinks, folder or Path())
-        self.folder, self.last_step = folder, 0
-        self.pulse = (
-            Pulse(folder, self.file.submit)
-            if folder is not None and self.file is not None
-            else None
-        )
-        self.ending = Ending(how="closed")
-        self.ending_flight: str | None = None
-        # who holds the model, the optimizers and the last report
+        self.pulse: Pulse | None = None
+        if folder is not None and self.file is not None:
+            self.pulse = Pulse(folder, self.file.submit)
+        self.recorder: FlightRecorder | None = None
+        if folder is not None and recorder:
+            self.recorder = FlightRecorder(folder, recorder)
+        # What judges them, and what was found.
+        self.live = LiveRules(thresholds)
+        self.noise = NoiseScale()
+        self.silence = Silence(self.warn, self.note)
+        self.waits: dict[str, str] = {}
+        self.alerts: list[Alert] = []
+        self.findings: list[Alert] = []
+        # What others set.
         self.tiers: weakref.ref[Any] | None = None
-        self.recorder = Recorder(folder, recorder) if folder is not None and recorder else None
         self.batches: Batches | None = None
         self.skip_list: SkipList | None = None
         self.prints: list[list[Print]] = []
-        self._is_placed = False
-        self.going_on = self.file is not None and self.file.last_step is not None
-        self.resumed_at = (self.file.last_step or 0) if self.file is not None else 0
-        self.silence = Silence(self.warn, self.note)
+        # Where the run is.
+        self.header: dict[str, Any] = {}
+        self.last_step = 0
+        self.going_on = False
+        self.resumed_at = 0
+        if self.file is not None:
+            self.going_on = self.file.last_step is not None
+            self.resumed_at = self.file.last_step or 0
         self.totals = {"steps": 0, "skipped": 0, "clipped": 0, "with_clip": 0}
-        self.noise = NoiseScale()
-        self._told: set[str] = set()
-        self._raise: Alert | None = None
-        # lines until the first step has a number
-        self._held: list[tuple[str, Mapping[str, Any]]] | None = None
-        self._begun = time.time()
+        self.ending = Ending(how="closed")
+        self.ending_flight: str | None = None
+        self._started = time.time()
+        self._is_first_step_numbered = False
+        # lines with a step, held back until the first step has a number
+        self._held_lines: list[tuple[str, Mapping[str, Any]]] | None = None
+        self._warned: set[str] = set()
+        self._alert_to_raise: Alert | None = None
 
     # -- lines -------------------------------------------------------------------------------------
     def begin(self, header: Mapping[str, Any]) -> None:
-        """Writes the first line (and where a run goes on, from which step)."""
+        """Write the first line.
+
+        Args:
+            header: the model, the names of the sub-layers (groups) and the settings.
+        """
         self.header = {
             **header,
             "jacdiag": __version__,
@@ -120,53 +147,72 @@ class Record:
         self.waits = self.live.waits()
         self.header["waits"] = dict(self.waits)
         self.line("run", self.header)
-        if not self._is_placed:
-            self._held = []
+        if not self._is_first_step_numbered:
+            self._held_lines = []
 
     def settle(self, base: int) -> None:
-        """Write what was held back until the first step of this process had a number; later calls
-        do nothing.
+        """Write what was held back until the first step of this process had a number.
+
+        Later calls do nothing.
 
         Args:
             base: the step that the weights were at when the first probe saw them.
         """
-        if self._is_placed or not self.header:
+        if self._is_first_step_numbered or not self.header:
             return
-        self._is_placed = True
+        self._is_first_step_numbered = True
+        # 1. Say where the run goes on, before the lines that follow from there.
         if self.going_on:
             self.line("resume", {"step": base}, at_once=True)
             self.live.resumed()
             self.going_on = False
-        before, after = self.resumed_at, max(base, 0)
-        if before != after:
-            self.live.renumber(before, after)
-            for alerts in (self.alerts, self.findings):
-                alerts[:] = [
-                    replace(alert, step=after) if alert.step == before else alert
-                    for alert in alerts
-                ]
-        held, self._held = self._held or [], None
-        for kind, row in held:
-            moved = {**row, "step": after} if row.get("step") == before else row
-            self.line(kind, moved)
+
+        # 2. Give what was expected to be another step its number.
+        expected, actual = self.resumed_at, max(base, 0)
+        if expected != actual:
+            self.live.renumber(expected, actual)
+            _renumber(self.alerts, expected, actual)
+            _renumber(self.findings, expected, actual)
+
+        # 3. Write the lines.
+        held_lines = self._held_lines or []
+        self._held_lines = None
+        for kind, row in held_lines:
+            if row.get("step") == expected:
+                row = {**row, "step": actual}
+            self.line(kind, row)
 
     def rewind(self, base: int) -> None:
-        """The loop has gone back within the process: steps after `base` are done again."""
+        """Note that the loop has gone back in this process: it does steps after `base` again."""
         self.line("resume", {"step": base})
         self.live.rewind(base)
 
     def go_on(self, step: int, live: Mapping[str, Any] | None) -> None:
-        """Goes on from a checkpoint: what the log has beyond its step is done again."""
-        self.resumed_at, self.going_on = step, True
+        """Go on from a checkpoint: what the log has beyond its step is done again.
+
+        Args:
+            step: of the checkpoint.
+            live: the state of the live rules; None if the checkpoint has none.
+        """
+        self.resumed_at = step
+        self.going_on = True
         if live is not None:
             self.live.load(live)
 
     def line(self, kind: str, row: Mapping[str, Any], *, at_once: bool = False) -> None:
+        """Write a line to the log.
+
+        Args:
+            kind: one of `jacdiag.records.run_log.KINDS`.
+            row: the line without its kind.
+            at_once: do not hold it back until the first step has a number.
+        """
         self._write(kind, [row], at_once=at_once)
 
     def _write(self, kind: str, rows: list[Mapping[str, Any]], *, at_once: bool = False) -> None:
-        if self._held is not None and not at_once and any("step" in row for row in rows):
-            self._held += [(kind, row) for row in rows]
+        has_step = any("step" in row for row in rows)
+        if self._held_lines is not None and has_step and not at_once:
+            self._held_lines += [(kind, row) for row in rows]
             return
         if self.file is None or not self.guards.on("log"):
             return
@@ -178,8 +224,13 @@ class Record:
 
     # -- steps and series --------------------------------------------------------------------------
     def steps(self, rows: list[dict[str, Any]]) -> None:
-        """Takes the steps since the last look: live rules, log, sinks, recorder, alerts."""
-        self._fingerprints(rows)
+        """Take the steps since the last time: judge them, then pass them on.
+
+        Args:
+            rows: one per step, in order. Votes, scores and fingerprints are added to them.
+        """
+        # 1. Judge each step, and give it to the flight recorder.
+        self._add_fingerprints(rows)
         self.silence.look_at_rows(rows)
         alerts: list[Alert] = []
         ready: list[Mapping[str, Any]] = []
@@ -188,15 +239,18 @@ class Record:
             self.last_step = row["step"]
             with self.guards.part("detectors", "the live rules are silent from now on"):
                 if self.guards.on("detectors"):
-                    verdict = self.live.step(StepFigures.of(row))
-                    alerts += verdict.alerts
-                    for note in verdict.notes:
+                    result = self.live.step(StepFigures.from_row(row))
+                    alerts += result.alerts
+                    for note in result.notes:
                         self.note(note)
-                    row["votes"], row["scores"] = verdict.votes, verdict.scores
+                    row["votes"] = result.votes
+                    row["scores"] = result.scores
                     ready += self._newly_ready(row["step"])
             row["noise_scale"] = self._noise_scale(row.pop("noise"))
             if self.recorder is not None:
                 self.recorder.add(row)
+
+        # 2. Write the lines and send the figures, then the alerts about them.
         self._write("step", rows)  # type: ignore[arg-type]
         self._write("ready", ready)
         groups = self.header.get("groups", [])
@@ -206,34 +260,35 @@ class Record:
             self.alert(self._with_batch(alert))
 
     def _with_batch(self, alert: Alert) -> Alert:
-        """Say of an alert about values that are not finite whether the batch of its step held
-        them.
-        """
-        kept = self.batches.kept if self.batches is not None else None
-        if alert.code != "JD505" or kept is None:
+        """Add to an alert about values that are not finite whether the batch held them."""
+        if alert.code != "JD505" or self.batches is None or self.batches.kept is None:
             return alert
+        queue = self.batches.kept.queue
         with self.guards.part("batch values", "alerts do not say whether the batch was finite"):
             if self.guards.on("batch values"):
-                own = [batch for batch in kept.queue if batch.step == alert.step]
-                earlier = [
-                    batch.arguments for batch in reversed(kept.queue) if batch.step < alert.step
-                ]
-                values = [find_nonfinite_values(batch.arguments, earlier) for batch in own]
-                return explain_batch(alert, values, int(self.header.get("ranks") or 1))
+                of_step = [batch for batch in queue if batch.step == alert.step]
+                earlier = [batch.arguments for batch in reversed(queue) if batch.step < alert.step]
+                values = [find_nonfinite_values(batch.arguments, earlier) for batch in of_step]
+                ranks = int(self.header.get("ranks") or 1)
+                return explain_batch(alert, values, ranks)
         return alert
 
     def _noise_scale(self, norms: MicroBatchNorms | None) -> float | None:
-        """The gradient noise scale in sequences, at the steps whose micro-batches were read."""
+        """Return the gradient noise scale in sequences, if the micro-batches were read."""
         if norms is None:
             return None
         self.noise.add(norms)
         return self.noise.value
 
     def _newly_ready(self, step: int) -> list[Mapping[str, Any]]:
-        """Return a line for each live rule that has become ready since the last look."""
-        before, self.waits = self.waits, self.live.waits()
-        codes = [code for code in before if code not in self.waits]
-        return [{"step": step, "code": code, "waited_for": before[code]} for code in codes]
+        """Return a line for each live rule that has become ready since the last call."""
+        before = self.waits
+        self.waits = self.live.waits()
+        return [
+            {"step": step, "code": code, "waited_for": waited_for}
+            for code, waited_for in before.items()
+            if code not in self.waits
+        ]
 
     def note_ready(self, step: int) -> None:
         """Say which live rules statistics or a probe have made ready."""
@@ -246,24 +301,33 @@ class Record:
             self.totals["with_clip"] += 1
             self.totals["clipped"] += bool(row["clipped"])
 
-    def _fingerprints(self, rows: list[dict[str, Any]]) -> None:
-        prints, self.prints = self.prints[: len(rows)], self.prints[len(rows) :]
-        if not any(prints):
+    def _add_fingerprints(self, rows: list[dict[str, Any]]) -> None:
+        """Add the fingerprints of their micro-batches to steps."""
+        by_step = self.prints[: len(rows)]
+        self.prints = self.prints[len(rows) :]
+        if not any(by_step):
             return
         with self.guards.part("batches", "no batch fingerprints from now on"):
-            flat = iter(make_prints([entry for group in prints for entry in group]))
-            for row, group in zip(rows, prints, strict=False):
-                row["batches"] = list(islice(flat, len(group)))
+            # All are read from their device at once.
+            all_prints = [entry for prints in by_step for entry in prints]
+            texts = iter(make_prints(all_prints))
+            for row, prints in zip(rows, by_step, strict=False):
+                row["batches"] = list(islice(texts, len(prints)))
 
     def publish(self, step: int, figures: Callable[[], Mapping[str, float]]) -> None:
-        """Sends figures to every sink that still works."""
+        """Send figures to every sink that still works.
+
+        Args:
+            step: that they belong to.
+            figures: returns them by name; called for each sink.
+        """
         for name, sink in self.sinks:
             with self.guards.part(f"sink {name}", f"nothing more is sent to {name}"):
                 if self.guards.on(f"sink {name}"):
                     sink.write(step, figures())
 
     def publish_histograms(self, step: int, shown: Mapping[str, Histogram]) -> None:
-        """Sends histograms to every sink that shows them and still works."""
+        """Send histograms to every sink that shows them and still works."""
         for name, sink in self.sinks:
             write = getattr(sink, "write_histograms", None)
             if write is None or not self.guards.on(f"sink {name}"):
@@ -272,45 +336,50 @@ class Record:
                 write(step, shown)
 
     def finding(self, finding: Alert) -> None:
-        """Tell what a probe says of the model's init: a report, which raises nothing and calls
-        nobody.
-        """
+        """Report what a probe says about the model's init. It raises nothing and calls nobody."""
         self.findings.append(finding)
         self.line("finding", finding.to_dict())
         logger.warning("jacdiag.watch: a finding, no alert: %s", finding)
 
     # -- alerts, faults, notes ---------------------------------------------------------------------
     def alert(self, alert: Alert) -> None:
-        """Tells of an alert: log, logger, recorder, and what the user asked for."""
+        """Pass on an alert: to the log, the logger, the flight recorder, the sinks and the user."""
+        # 1. Log it.
         self.alerts.append(alert)
         self.line("alert", alert.to_dict())
-        log = (
-            logger.error
-            if alert.level == "error"
-            else logger.warning
-            if alert.level == "warning"
-            else logger.info
-        )
-        log("jacdiag.watch: %s", alert)
+        logger.log(_LOG_LEVELS[alert.level], "jacdiag.watch: %s", alert)
         if alert.level == "info":
             return
-        if self.skip_list is not None:
-            with self.guards.part("skip list", "no batch is added to the skip list from now on"):
-                if self.guards.on("skip list"):
-                    self.skip_list.add(alert)
+
+        # 2. Keep the batch out, and write the flight. What JD1xx sees is in the checkpoint.
+        self._add_to_skip_list(alert)
         flight = None
-        if alert.code.startswith("JD5"):  # what JD1xx sees is in the checkpoint
+        if alert.code.startswith("JD5"):
             flight = self.dump(alert.step, str(alert))
+
+        # 3. Send it, and call the user's handler.
         moment = self._moment(alert, flight)
         self._send(alert, moment)
+        self._handle(alert, moment)
+
+    def _add_to_skip_list(self, alert: Alert) -> None:
+        if self.skip_list is None:
+            return
+        with self.guards.part("skip list", "no batch is added to the skip list from now on"):
+            if self.guards.on("skip list"):
+                self.skip_list.add(alert)
+
+    def _handle(self, alert: Alert, moment: AlertMoment) -> None:
+        """Do what `on_alert` says. An error is raised later, outside of every guard."""
         if self.on_alert == "raise":
-            self._raise = self._raise or alert
+            self._alert_to_raise = self._alert_to_raise or alert
         elif callable(self.on_alert):
             with self.guards.part("on_alert", "the function is called no more"):
                 if self.guards.on("on_alert"):
                     call_handler(self.on_alert, alert, moment)
 
     def _moment(self, alert: Alert, flight: Path | None) -> AlertMoment:
+        """Return what a handler may want to look at."""
         tiers = None
         if self.tiers is not None:
             tiers = self.tiers()
@@ -332,41 +401,59 @@ class Record:
                 if self.guards.on(part):
                     call_handler(alert_sink.alert, alert, moment)
         for name, sink in self.sinks:
-            tell = getattr(sink, "alert", None)
+            send = getattr(sink, "alert", None)
             with self.guards.part(f"sink {name}", f"nothing more is sent to {name}"):
-                if callable(tell) and self.guards.on(f"sink {name}"):
-                    call_handler(tell, alert, moment)
+                if callable(send) and self.guards.on(f"sink {name}"):
+                    call_handler(send, alert, moment)
 
     def _webhook_failed(self, name: str, reason: str) -> None:
         self.guards.fail(f"alerts to {name}", reason, f"no alert is sent to {name} from now on")
 
     def raise_alert(self) -> None:
-        """Raises what `on_alert="raise"` asked for; outside of every guard."""
-        alert, self._raise = self._raise, None
+        """Raise the alert that `on_alert="raise"` has noted. Call it outside of every guard.
+
+        Raises:
+            AlertRaised: there was an alert since the last call.
+        """
+        alert = self._alert_to_raise
+        self._alert_to_raise = None
         if alert is not None:
             raise AlertRaised(alert)
 
     def left(self, step: int, ending: Ending) -> None:
-        """Note how the loop was left, with a flight if it is to have one."""
+        """Note how the loop was left, with a flight if it is to have one.
+
+        Args:
+            step: the last one that was finished.
+            ending: how it was left.
+        """
         self.settle(step)
         self.ending = ending
         if ending.how in ("crash", "interrupt", "signal"):
             self.line("note", {"step": step, "text": f"the loop was left by {ending.reason}"})
         if ending.has_flight:
-            folder = self.dump(step, ending.reason, ended=ending.how)
-            there = self.folder / f"flight-{step}" if self.folder is not None else None
-            if folder is None and there is not None and there.is_dir():
-                folder = there  # an alert at this step has written it
-            self.ending_flight = folder.name if folder is not None else None
+            flight = self.dump(step, ending.reason, ended=ending.how)
+            if flight is None:
+                flight = self._flight_of(step)
+            self.ending_flight = flight.name if flight is not None else None
+
+    def _flight_of(self, step: int) -> Path | None:
+        """Return the flight that an alert at a step has written; None if there is none."""
+        if self.folder is None:
+            return None
+        flight = self.folder / f"flight-{step}"
+        return flight if flight.is_dir() else None
 
     def dump(self, step: int, why: str, ended: str = "") -> Path | None:
-        """Have the flight recorder write what it keeps; return the folder, or None if it wrote
-        none.
+        """Let the flight recorder write what it keeps.
 
         Args:
             step: that the flight is about.
             why: in one line.
             ended: how the loop was left; empty if it goes on.
+
+        Returns:
+            The folder of the flight; None if none was written.
         """
         if self.recorder is None:
             return None
@@ -381,49 +468,69 @@ class Record:
         return None
 
     def warn(self, what: str, text: str) -> None:
-        """Says something about how the watch is used, once."""
-        if what in self._told or not self.speaks:
+        """Warn about how the watch is used, once.
+
+        Args:
+            what: key of the warning.
+            text: of the warning.
+        """
+        if what in self._warned or not self.warns:
             return
-        self._told.add(what)
+        self._warned.add(what)
         logger.warning("jacdiag.watch: %s", text)
         self.line("note", {"text": text})
 
     def note(self, text: str) -> None:
+        """Write a note to the log."""
         self.line("note", {"text": text})
 
     def announce(self, text: str, row: Mapping[str, Any]) -> None:
-        """Tells the price of what is about to run."""
+        """Report the price of what is about to run.
+
+        Args:
+            text: for the logger and the terminal.
+            row: for the log.
+        """
         self.line("price", row)
         logger.info("jacdiag.watch: %s", text)
         if not self.quiet:
             say(f"jacdiag.watch: {text}")
 
-    def _fault(self, part: str, error: str, loses: str, cure: str) -> None:
+    def _note_fault(self, part: str, error: str, loses: str, cure: str) -> None:
         if part != "log":
             self.line("fault", {"part": part, "error": error, "off": loses, "cure": cure})
 
     # -- the end -----------------------------------------------------------------------------------
     def wait(self) -> None:
-        """Until the log is on the disk."""
+        """Wait until the log is on the disk."""
         if self.file is not None:
             self.file.flush()
 
     def end(self, step: int, clock: Clock, looks: int) -> None:
-        """Write the last line."""
+        """Write the last line.
+
+        Args:
+            step: the last one.
+            clock: with the time that the watch has spent.
+            looks: how often the device was waited for.
+        """
+        self.settle(step)
         seen = max(self.live.seen, 1)
         with_clip = self.totals["with_clip"]
-        self.settle(step)
+        clip_fraction = None
+        if with_clip:
+            clip_fraction = self.totals["clipped"] / with_clip
         self.line(
             "end",
             {
                 "step": step,
-                "seconds": time.time() - self._begun,
+                "seconds": time.time() - self._started,
                 "spent": dict(clock.spent),
                 "host_syncs": looks,
                 "skipped": self.totals["skipped"],
                 "off": dict(self.guards.off),
                 "alerts": len(self.alerts),
-                "clip_fraction": self.totals["clipped"] / with_clip if with_clip else None,
+                "clip_fraction": clip_fraction,
                 "spike_score": {key: count / seen for key, count in self.live.spikes.items()},
                 "how": self.ending.how,
                 "reason": self.ending.reason,
@@ -444,7 +551,15 @@ class Record:
                     close()
 
     def close(self, step: int, clock: Clock, looks: int) -> None:
+        """Write the last line, see `end`, and close everything."""
         self.end(step, clock, looks)
         self.close_sinks()
         if self.file is not None:
             self.file.close()
+
+
+def _renumber(alerts: list[Alert], old: int, new: int) -> None:
+    """Give the alerts of step `old` the number `new`."""
+    for place, alert in enumerate(alerts):
+        if alert.step == old:
+            alerts[place] = replace(alert, step=new)

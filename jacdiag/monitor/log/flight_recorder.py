@@ -1,12 +1,10 @@
-"""The flight recorder: the last steps, the last batches and their random states, in a folder once
-something happens.
-"""
+"""Keep the last steps, batches and random states, and write them once something happens."""
 
 from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,33 +12,39 @@ import torch
 
 from jacdiag.errors import SourceError
 from jacdiag.monitor.batches import Batches
+from jacdiag.monitor.kept_batches import KeptBatch
 from jacdiag.records.run_log import to_line
 from jacdiag.trace.execution.precision import map_leaves
 from jacdiag.trace.execution.rng_state import RandomState
 
-STEPS_FILE, BATCH_FILE, RANDOM_FILE, ABOUT_FILE = (
-    "steps.jsonl",
-    "batch.pt",
-    "random.pt",
-    "about.json",
-)
+STEPS_FILE = "steps.jsonl"
+BATCH_FILE = "batch.pt"
+RANDOM_FILE = "random.pt"
 RUNNING_RANDOM_FILE = "running-random.pt"
+ABOUT_FILE = "about.json"
 
 
-class Recorder:
-    """Keeps the last steps and dumps them.
+class FlightRecorder:
+    """Keeps the last steps, and writes them with the last batches as a flight.
 
     Args:
         folder: of the run.
         steps: how many to keep.
-        most: how many dumps to write at most; a run in trouble alerts more than once.
+        most: how many flights to write at most; a run in trouble alerts more than once.
+
+    Attributes:
+        rows: the steps that are kept.
+        dumps: flights so far.
     """
 
     def __init__(self, folder: Path, steps: int = 200, most: int = 5) -> None:
-        self.folder, self.most, self.dumps = folder, most, 0
+        self.folder = folder
+        self.most = most
+        self.dumps = 0
         self.rows: deque[Mapping[str, Any]] = deque(maxlen=max(steps, 1))
 
     def add(self, row: Mapping[str, Any]) -> None:
+        """Keep a step."""
         self.rows.append(row)
 
     def dump(
@@ -67,107 +71,156 @@ class Recorder:
         Raises:
             OSError: it cannot be written.
         """
-        kept = batches.kept if batches is not None else None
-        running = kept.after(step) if kept is not None and ended else []
-        # 1. Choose the folder. An alert may have written that of the step, without the batch that
-        # was running.
-        target = self.folder / f"flight-{step}"
-        if target.exists() and running:
-            target = self.folder / f"flight-{running[-1].step}"
-        is_enough = self.dumps >= self.most and not running
-        if is_enough or target.exists():
+        # 1. Choose the batches: those up to the step, and those of a step that was running.
+        chosen: list[KeptBatch] = []
+        running: list[KeptBatch] = []
+        if batches is not None and batches.kept is not None:
+            chosen = batches.kept.chosen(step)
+            if ended:
+                running = batches.kept.after(step)
+        finished = [batch for batch in chosen if batch.step <= step]
+        if running and finished:
+            chosen = finished
+
+        # 2. Choose the folder.
+        folder = self._choose_folder(step, running)
+        if folder is None:
             return None
         self.dumps += 1
-        target.mkdir(parents=True)
-        # 2. Write the steps and the batches that they had.
-        (target / STEPS_FILE).write_bytes(b"".join(to_line("step", row) for row in self.rows))
+        folder.mkdir(parents=True)
+
+        # 3. Write the steps and the batches, and last what the flight is about.
+        (folder / STEPS_FILE).write_bytes(b"".join(to_line("step", row) for row in self.rows))
         about: dict[str, Any] = {
             "schema_version": 1,
             "step": step,
             "why": why,
             "groups": header.get("groups", []),
         }
-        chosen = kept.chosen(step) if kept is not None else []
-        finished = [batch for batch in chosen if batch.step <= step]
-        if running and finished:
-            chosen = finished
         if chosen:
-            last = chosen[-1]
-            about["batch_step"] = last.step
-            torch.save(map_leaves(_on_cpu, last.arguments), target / BATCH_FILE)
-            torch.save(_plain_state(last.random_state), target / RANDOM_FILE)
-            for number, earlier in enumerate(reversed(chosen[:-1]), start=1):
-                file = target / f"batch-{number}-before-at-{earlier.step}.pt"
-                torch.save(map_leaves(_on_cpu, earlier.arguments), file)
-        # 3. Write the batches of the step that was running.
+            about["batch_step"] = chosen[-1].step
+            _write_batches(folder, chosen)
         if running:
-            about |= {"running_step": running[-1].step, "ended": ended}
-            torch.save(_plain_state(running[-1].random_state), target / RUNNING_RANDOM_FILE)
-            for number, batch in enumerate(running, start=1):
-                file = target / f"running-batch-{number}-at-{batch.step}.pt"
-                torch.save(map_leaves(_on_cpu, batch.arguments), file)
-        (target / ABOUT_FILE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-        return target
+            about["running_step"] = running[-1].step
+            about["ended"] = ended
+            _write_running_batches(folder, running)
+        (folder / ABOUT_FILE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        return folder
+
+    def _choose_folder(self, step: int, running: Sequence[KeptBatch]) -> Path | None:
+        """Return a folder that is not there yet; None if no flight is to be written."""
+        folder = self.folder / f"flight-{step}"
+        if running and folder.exists():
+            # An alert has written that of the step, without the batch that was running.
+            folder = self.folder / f"flight-{running[-1].step}"
+        is_enough = self.dumps >= self.most and not running
+        if is_enough or folder.exists():
+            return None
+        return folder
 
 
+def _write_batches(folder: Path, batches: Sequence[KeptBatch]) -> None:
+    """Write the latest batch with its random states, and those before it."""
+    latest = batches[-1]
+    _write_arguments(folder / BATCH_FILE, latest)
+    torch.save(_plain_state(latest.random_state), folder / RANDOM_FILE)
+    for number, batch in enumerate(reversed(batches[:-1]), start=1):
+        _write_arguments(folder / f"batch-{number}-before-at-{batch.step}.pt", batch)
+
+
+def _write_running_batches(folder: Path, batches: Sequence[KeptBatch]) -> None:
+    """Write the batches of the step that was running, and the random states of its last one."""
+    torch.save(_plain_state(batches[-1].random_state), folder / RUNNING_RANDOM_FILE)
+    for number, batch in enumerate(batches, start=1):
+        _write_arguments(folder / f"running-batch-{number}-at-{batch.step}.pt", batch)
+
+
+def _write_arguments(file: Path, batch: KeptBatch) -> None:
+    torch.save(map_leaves(_on_cpu, batch.arguments), file)
+
+
+# -- reading ---------------------------------------------------------------------------------------
 def read_batch(
     folder: str | Path, sequences: int | None = None
 ) -> dict[str, Any] | tuple[Any, ...]:
-    """The batch that a flight recorder kept: keyword arguments of the model's forward, or a tuple
-    of its arguments.
+    """Return the batch that a flight recorder kept.
 
     Args:
         folder: `flight-STEP` of a run.
         sequences: how many of the batch to take; all if not given.
+
+    Returns:
+        Keyword arguments of the model's forward, or a tuple of its arguments.
 
     Raises:
         SourceError: the folder holds none.
     """
     file = Path(folder) / BATCH_FILE
     if not file.is_file():
-        there = (Path(folder) / ABOUT_FILE).is_file()
-        raise SourceError(
-            f"'{folder}' holds no batch"
-            if there
-            else f"'{folder}' is no folder of a flight recorder",
-            hint="jacdiag.watch(..., keep_batches=10) keeps those of the last 10 forwards"
-            if there
-            else "it is flight-STEP in the log_dir",
-        )
+        raise _no_batch_error(Path(folder))
     try:
         batch = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise SourceError(f"cannot read '{file}'", got=str(error).splitlines()[0]) from error
     if sequences is not None:
-        rows = {t.shape[0] for t in batch.values() if isinstance(t, torch.Tensor) and t.dim()}
-        if len(rows) == 1:  # the tensors share one batch dimension
-            batch = {
-                n: t[:sequences] if isinstance(t, torch.Tensor) and t.dim() else t
-                for n, t in batch.items()
-            }
-    unnamed = sorted((name for name in batch if name.isdigit()), key=int)
-    return tuple(batch[name] for name in unnamed) if unnamed else batch
+        batch = _first_sequences(batch, sequences)
+    places = sorted((name for name in batch if name.isdigit()), key=int)
+    if places:
+        return tuple(batch[place] for place in places)
+    return batch
 
 
-def told_of(folder: str | Path) -> dict[str, int]:
-    """Return what `about.json` says: the `step` it is about, and the steps of its latest and its
-    running batch.
+def _no_batch_error(folder: Path) -> SourceError:
+    if (folder / ABOUT_FILE).is_file():
+        return SourceError(
+            f"'{folder}' holds no batch",
+            hint="jacdiag.watch(..., keep_batches=10) keeps those of the last 10 forwards",
+        )
+    return SourceError(
+        f"'{folder}' is no folder of a flight recorder", hint="it is flight-STEP in the log_dir"
+    )
+
+
+def _first_sequences(batch: dict[str, Any], sequences: int) -> dict[str, Any]:
+    """Return the first sequences of a batch, if its tensors share one batch dimension."""
+    tensors = {
+        name: value
+        for name, value in batch.items()
+        if isinstance(value, torch.Tensor) and value.dim()
+    }
+    sizes = {tensor.shape[0] for tensor in tensors.values()}
+    if len(sizes) != 1:
+        return batch
+    return {**batch, **{name: tensor[:sequences] for name, tensor in tensors.items()}}
+
+
+def read_about(folder: str | Path) -> dict[str, int]:
+    """Return which steps a flight is about, as far as its `about.json` says it.
+
+    Args:
+        folder: `flight-STEP` of a run.
+
+    Returns:
+        "step", "batch_step" (of its latest batch) and "running_step" -> the step.
     """
     try:
         about = json.loads((Path(folder) / ABOUT_FILE).read_text(encoding="utf-8"))
-        return {
-            key: about[key]
-            for key in ("step", "batch_step", "running_step")
-            if isinstance(about.get(key), int)
-        }
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError):
         return {}
+    if not isinstance(about, dict):
+        return {}
+    keys = ("step", "batch_step", "running_step")
+    return {key: about[key] for key in keys if isinstance(about.get(key), int)}
 
 
+# -- what torch.load reads without pickle ----------------------------------------------------------
 def _on_cpu(leaf: Any) -> Any:
+    """Return a leaf of a batch as it can be written: a tensor on the CPU, a constant, or a text."""
     if isinstance(leaf, torch.Tensor):
         return leaf.cpu()
-    return leaf if leaf is None or isinstance(leaf, bool | int | float | str) else repr(leaf)
+    if leaf is None or isinstance(leaf, bool | int | float | str):
+        return leaf
+    return repr(leaf)
 
 
 def _plain_state(state: RandomState) -> dict[str, Any]:
@@ -181,4 +234,6 @@ def _plain_state(state: RandomState) -> dict[str, Any]:
 
 
 def _tuples_as_lists(value: Any) -> Any:
-    return [_tuples_as_lists(item) for item in value] if isinstance(value, tuple) else value
+    if not isinstance(value, tuple):
+        return value
+    return [_tuples_as_lists(item) for item in value]
