@@ -21,7 +21,7 @@ from jacdiag.records.signal_propagation import AttentionRecord
 from jacdiag.trace import Sites
 from jacdiag.trace.execution.tensors import is_float
 from jacdiag.trace.graph.graph import Graph
-from jacdiag.trace.graph.reachability import PRODUCTS
+from jacdiag.trace.graph.ops import PRODUCTS
 
 FUSED = {"scaled_dot_product_attention", "multi_head_attention_forward"}
 SOFTMAX = {"softmax", "_softmax", "softmax_"}

@@ -26,7 +26,7 @@ from jacdiag.trace.discovery.weight_roles import (
     uses_of,
 )
 from jacdiag.trace.graph.graph import Graph
-from jacdiag.trace.graph.reachability import PRODUCTS
+from jacdiag.trace.graph.ops import PRODUCTS
 from jacdiag.trace.site_list import Sites
 
 TABLES = ("embedding", "positions")

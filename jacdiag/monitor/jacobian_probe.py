@@ -32,7 +32,7 @@ from jacdiag.rules import evaluate
 from jacdiag.rules.thresholds import Thresholds
 from jacdiag.sources import Probe, Source, build_probe
 from jacdiag.trace import Sites, Sublayer, sites
-from jacdiag.trace.discovery.declarations import nothing_found
+from jacdiag.trace.discovery.nothing_found import nothing_found
 from jacdiag.trace.execution.wrappers import gathered
 
 # per solved norm: a fixed price, and an interval of 3 to 10% (measured on GPT-2's shape)

@@ -11,7 +11,7 @@ from torch import Tensor
 from jacdiag.trace import Sites
 from jacdiag.trace.execution.tap import Spot, Where
 from jacdiag.trace.graph.graph import Graph
-from jacdiag.trace.graph.reachability import PRODUCTS
+from jacdiag.trace.graph.ops import PRODUCTS
 
 CHOICES = frozenset({"topk", "argmax"})
 _STEPS = 12  # calls between the router's product and the choice: a softmax, a bias, a mask, a cast

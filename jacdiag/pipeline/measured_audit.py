@@ -67,7 +67,7 @@ from jacdiag.sources.module_wrappers import plain_name
 from jacdiag.sources.probe import check_varied
 from jacdiag.sources.training_history import history_of
 from jacdiag.trace import Sites, Sublayer, sites
-from jacdiag.trace.discovery.declarations import nothing_found
+from jacdiag.trace.discovery.nothing_found import nothing_found
 from jacdiag.trace.execution.tensors import collect_deep
 
 REPLAY_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}

@@ -1,6 +1,4 @@
-"""Linear algebra of Jacobians: operators known by their products, and the norm of each with an
-interval.
-"""
+"""Linear algebra of Jacobians: operators known by their products, norms with intervals."""
 
 from __future__ import annotations
 
@@ -15,8 +13,7 @@ from jacdiag.records.number_format import between
 from jacdiag.records.option_ranges import check_ranges
 from jacdiag.spectra.algebra import Composed, DenseOperator, NormJacobian, Shifted, Summed
 from jacdiag.spectra.dense import dense_jacobian, dense_norm
-from jacdiag.spectra.joint_products import products_together
-from jacdiag.spectra.operator import JacobianOperator, Operator, independent_dims
+from jacdiag.spectra.operator import JacobianOperator, Operator, independent_dims, products_together
 from jacdiag.spectra.solution import Solution, Stop
 from jacdiag.spectra.solve import Question, in_step, inherited, top_singular
 
@@ -48,8 +45,14 @@ _PRINTED = 8  # norms that `print` lists
 
 @dataclass(frozen=True)
 class SpectralNorm:
-    """Norms of Jacobians, one per problem, each with its interval; `stop` says why the solver
-    stopped.
+    """Norms of Jacobians, one per problem, each with its interval.
+
+    Attributes:
+        estimate, lower, upper: of the sizes of the batch dimensions.
+        confidence: probability with which the upper ends hold.
+        products: how many products with J and J^T were made.
+        converged: the width that was requested, or the exact value, was reached.
+        stop: why the solver stopped.
     """
 
     estimate: Tensor
@@ -61,9 +64,7 @@ class SpectralNorm:
     stop: str
 
     def __str__(self) -> str:
-        """Return the interval of every norm (of many, the largest), what was spent, and why the
-        solver stopped.
-        """
+        """Return the interval of every norm (of many, the largest), and why the solver stopped."""
         lowers, uppers = self.lower.flatten().tolist(), self.upper.flatten().tolist()
         ends = [between(low, high) for low, high in zip(lowers, uppers, strict=True)]
         if len(ends) > _PRINTED:
@@ -83,12 +84,12 @@ def spectral_norm(
     max_products: int = 400,
     generator: torch.Generator | None = None,
 ) -> SpectralNorm:
-    """Spectral norm of the Jacobian of `fn` at `x`, per batch element.
+    """Return the spectral norm of the Jacobian of `fn` at `x`, per batch element.
 
     Args:
         fn: a function of one tensor, independent over the batch dimensions.
         x: the point; float32 or float64.
-        tol: relative width asked for, of the interval of the largest norm.
+        tol: relative width of the interval of the largest norm at which the solver stops.
         confidence: probability with which the upper ends hold.
         batch_dims: dimensions over which `fn` is independent; () makes one problem of everything.
         max_products: budget of products with J and J^T.

@@ -12,8 +12,9 @@ from jacdiag.spectra.operator import JacobianOperator, Operator, Steps, Way, fla
 
 
 class NormJacobian(Operator):
-    """The Jacobian of a LayerNorm or RMSNorm without its learned gain, in closed form: g (I - 1 1^T
-    / d - z z^T / d).
+    """The Jacobian of a LayerNorm or RMSNorm without its learned gain, in closed form.
+
+    It is g (I - 1 1^T / d - z z^T / d).
 
     Eq. 12 with eps kept, which is inside g = 1 / sqrt(var + eps); without the term 1 1^T / d for
     RMSNorm. It is symmetric, and block diagonal over tokens.
@@ -56,7 +57,7 @@ class NormJacobian(Operator):
 
 
 class Made(Operator):
-    """An operator made of others: the routine `steps` is all that it needs."""
+    """An operator made of others; a subclass defines the generator `steps` only."""
 
     parts: tuple[Operator, ...]
 
@@ -84,7 +85,7 @@ class Made(Operator):
 
 
 def _run(steps: Steps, way: Way) -> Tensor:
-    """A routine alone: each Jacobian that it asks for answers at once."""
+    """Run a generator of steps alone: each Jacobian that it needs makes its product at once."""
     try:
         leaf, vector = next(steps)
         while True:
@@ -136,9 +137,7 @@ class Shifted(Made):
 
 
 class DenseOperator(Operator):
-    """Matrices given outright, (P, m, n) or (m, n); for weights, and for tests with a chosen
-    spectrum.
-    """
+    """Matrices (P, m, n) or (m, n), for weights and for tests with a chosen spectrum."""
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix if matrix.dim() == 3 else matrix.unsqueeze(0)

@@ -9,14 +9,15 @@ from torch import Tensor
 
 
 def dense_jacobian(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Returns the Jacobian of `fn` at `x` as an (m, n) matrix, in the dtype of x, row by row."""
+    """Return the Jacobian of `fn` at `x` as an (m, n) matrix, in the dtype of x, row by row."""
     jacobian = torch.func.jacrev(fn)(x)
     return jacobian.reshape(-1, x.numel())
 
 
 def dense_norm(fn: Callable[[Tensor], Tensor], x: Tensor) -> float:
-    """Returns the spectral norm of the Jacobian by a dense SVD; cost grows as the cube of
-    x.numel().
+    """Return the spectral norm of the Jacobian by a dense SVD.
+
+    Its cost grows as the cube of x.numel().
 
     >>> round(dense_norm(lambda x: 3 * x, torch.ones(2, 2, dtype=torch.float64)), 12)
     3.0

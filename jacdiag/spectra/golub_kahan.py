@@ -11,8 +11,9 @@ from jacdiag.spectra.operator import Operator, Way
 
 
 class Bidiagonalisation:
-    """A v_j = beta_{j-1} u_{j-1} + alpha_j u_j, A^T u_j = alpha_j v_j + beta_j v_{j+1}, for P
-    problems at once.
+    """A bidiagonalisation of P problems at once.
+
+    A v_j = beta_{j-1} u_{j-1} + alpha_j u_j, A^T u_j = alpha_j v_j + beta_j v_{j+1}.
 
     A coefficient below 10 u sqrt(max(m, n)) of the largest one seen is a breakdown: it is set to 0
     and the problem is frozen, because an invariant subspace has been found.
@@ -37,12 +38,12 @@ class Bidiagonalisation:
         self.tiny = 10 * torch.finfo(operator.dtype).eps / 2 * largest**0.5
 
     def step(self) -> None:
-        """A product with A and one with A^T."""
+        """Make a product with A and one with A^T."""
         self.advance()
         self.advance()
 
     def advance(self) -> None:
-        """The next product: A v_k, or A^T u_k."""
+        """Make the next product: A v_k, or A^T u_k."""
         way, vector = self.wanted
         self.take(self.operator.push(vector) if way == "push" else self.operator.pull(vector))
 
@@ -52,7 +53,7 @@ class Bidiagonalisation:
         return ("pull", self.u) if self.betas.shape[1] < self.steps else ("push", self.v)
 
     def take(self, product: Tensor) -> None:
-        """Goes on with the product that was wanted."""
+        """Go on with the product that was `wanted`."""
         self.products += 1
         if self.betas.shape[1] < self.steps:
             self._pulled(product)
@@ -82,8 +83,9 @@ class Bidiagonalisation:
         self.betas = np.concatenate([self.betas, beta[:, None]], axis=1)
 
     def _check_adjoint(self, alpha: Array, pulled: Tensor) -> None:
-        """<v, A^T u> = alpha = <A v, u>, for nothing; where A v = 0, one more product tells whether
-        A^T is 0 too.
+        """Raise unless <v, A^T u> = alpha = <A v, u>, which costs no product.
+
+        If A v = 0, one more product shows whether A^T is 0 too.
 
         A backward marked @once_differentiable is cut off in silence when it is differentiated, and
         A v comes out too small: without this check a wrong norm would be certified.
@@ -102,7 +104,7 @@ class Bidiagonalisation:
             raise RuntimeError(self._adjoint_cause())
 
     def _adjoint_cause(self) -> str:
-        """Say why J u and J^T w do not belong to one matrix, as far as it can be told.
+        """Return why J u and J^T w do not belong to one matrix, as far as it can be known.
 
         A linear map scales with its argument. One that does not has left the range of its dtype on
         the way.
@@ -125,7 +127,7 @@ class Bidiagonalisation:
         )
 
     def _coefficient(self, w: Tensor, last: bool) -> Array:
-        """The norm of a new direction; 0, and the problem is exact from here on, at a breakdown."""
+        """Return the norm of a new direction; 0 at a breakdown, which makes the problem exact."""
         value = norms(w).cpu().numpy()
         value[self.exact] = 0.0
         self.scale = np.maximum(self.scale, np.where(np.isfinite(value), value, self.scale))
@@ -152,7 +154,7 @@ _SMALL = 1e-12
 
 
 def norms(w: Tensor) -> Tensor:
-    """Norms of the rows of (P, n) in float64.
+    """Return the norms of the rows of (P, n) in float64.
 
     Chunks are summed in the dtype of w where they divide n, for speed; not where a square might
     leave its range.
@@ -166,7 +168,7 @@ def norms(w: Tensor) -> Tensor:
 
 
 def _stored(basis: Tensor, k: int, vector: Tensor) -> Tensor:
-    """Writes vector k into a (P, capacity, n) basis, which doubles when full."""
+    """Write vector k into a (P, capacity, n) basis, which doubles when full."""
     if k == basis.shape[1]:
         grown = basis.new_empty(basis.shape[0], max(8, 2 * k), basis.shape[2])
         grown[:, :k] = basis[:, :k]
@@ -176,8 +178,9 @@ def _stored(basis: Tensor, k: int, vector: Tensor) -> Tensor:
 
 
 def _reorthogonalised(w: Tensor, basis: Tensor, k: int) -> Tensor:
-    """Classical Gram-Schmidt against the first k vectors, again where the first pass took much
-    away.
+    """Return w by classical Gram-Schmidt against the first k vectors, in one pass or two.
+
+    The second pass is made if the first took much away.
 
     Rounding leaves what is u |before| / |after| of the result inside the basis, so that one pass is
     enough where the norm did not fall much, and two always are (Daniel, Gragg, Kaufman, Stewart

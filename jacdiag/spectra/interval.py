@@ -35,7 +35,7 @@ PAD = {"float32": 1e-4, "float64": 64 * 2.0**-53}
 
 
 def bidiagonal(alphas: Array, betas: Array) -> Array:
-    """Stacks coefficients into upper bidiagonal matrices; betas[:, j] stands right of alphas[:, j].
+    """Stack coefficients into upper bidiagonal matrices; betas[:, j] stands right of alphas[:, j].
 
     Args:
         alphas: (P, k); betas: (P, k - 1) after A v_k, or (P, k) after A^T u_k.
@@ -51,7 +51,7 @@ def bidiagonal(alphas: Array, betas: Array) -> Array:
 
 
 def ritz_values(alphas: Array, betas: Array) -> Array:
-    """Singular values of the bidiagonal matrices, (P, k), largest first."""
+    """Return the singular values of the bidiagonal matrices, (P, k), largest first."""
     return np.asarray(np.linalg.svd(bidiagonal(alphas, betas), compute_uv=False), dtype=np.float64)
 
 
@@ -64,7 +64,7 @@ def upper_ends(
     eps: float,
     known: Array | None = None,
 ) -> Array:
-    """Returns the upper end per problem: the root x of sum_j p_j(x)^2 = delta^-2, as sqrt(x).
+    """Return the upper end per problem: the root x of sum_j p_j(x)^2 = delta^-2, as sqrt(x).
 
     p_j are the orthonormal polynomials of the start's spectral measure, whose Jacobi matrix is B^T
     B; delta = eps sqrt(pi / (2 n)). Where the last product was A v_k, q_j and B B^T stand in their
@@ -116,9 +116,7 @@ def upper_ends(
 
 
 def _newton(function: Callable[[Array], tuple[Array, Array]], t: Array) -> Array:
-    """Comes down to the roots of convex functions from above; where there is no root, to
-    `_LOWEST`.
-    """
+    """Come down to the roots of convex functions from above; without a root, to `_LOWEST`."""
     t = np.clip(t, _LOWEST, _HIGHEST)
     for _ in range(60):
         value, slope = function(t)
@@ -133,8 +131,9 @@ _LOWEST, _HIGHEST = -80.0, 700.0  # logs of an s that is nothing beside 1, and o
 
 
 def _half_log_sum(x: Array, diagonal: Array, off: Array) -> tuple[Array, Array]:
-    """log(sum_j p_j(x)^2) / 2 and its derivative, by the three-term recurrence, which is stable
-    outside the spectrum.
+    """Return log(sum_j p_j(x)^2) / 2 and its derivative.
+
+    The three-term recurrence that gives them is stable outside the spectrum.
 
     Args:
         x: (P,) points; diagonal, off: (P, k) of the Jacobi matrix, off[:, j] right of diagonal[:,

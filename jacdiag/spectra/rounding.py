@@ -1,5 +1,6 @@
-"""float32 products in float32, whatever the process allows: TF32 and bfloat16 round more than the
-ends are padded.
+"""float32 products in float32, whatever the process allows.
+
+TF32 and bfloat16 round more than the ends of intervals are padded.
 """
 
 from __future__ import annotations
@@ -17,8 +18,7 @@ _BACKENDS = ("cuda.matmul", "mkldnn.matmul", "cudnn.conv", "mkldnn.conv", "cudnn
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Inside, neither TF32 nor bfloat16 stands in for float32; afterwards the flags are as they
-    were.
+    """Compute float32 products without TF32 and bfloat16; restore the flags afterwards.
 
     torch has two sets of these flags and raises where both were written: the set that the process
     uses is borrowed.
@@ -58,9 +58,7 @@ def _set_flags(products: str, convolutions: bool) -> None:
 
 @contextmanager
 def _without_advice() -> Iterator[None]:
-    """Keep the advice of torch 2.9 to use the other set of flags off the terminal: the choice is
-    the process's.
-    """
+    """Hide the advice of torch 2.9 to use the other set of flags: the process chooses the set."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Please use the new API settings to control TF32")
         yield

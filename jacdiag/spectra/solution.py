@@ -1,6 +1,4 @@
-"""What a solve of spectral norms gives back: the ends of every problem, why it stopped, the top
-singular vectors.
-"""
+"""The result of a solve of spectral norms: ends of every problem, top singular vectors."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from jacdiag.spectra.interval import Array, bidiagonal
 
 
 class Stop(enum.Enum):
-    """Why a solver stopped. `sentence` says it to a person."""
+    """Why a solver stopped, as `Solution.sentence` prints it."""
 
     WIDTH = "the interval is as narrow as asked"
     DECIDED = "the rules are decided"
@@ -39,7 +37,7 @@ class Solution:
         confidence: probability with which all upper ends of the maximum hold.
         products, steps: what was spent; a step is a product with J and one with J^T, the last may
             be half.
-        stop: why the solver stopped; `converged`: the width asked for, or the exact value, was
+        stop: why the solver stopped; `converged`: the requested width, or the exact value, was
             reached.
     """
 
@@ -72,7 +70,7 @@ class Solution:
         return f"{self.stop.value} (width {high / low - 1:.2g}{spent})"
 
     def interval(self, lead: tuple[int, ...] = (), token_ids: Tensor | None = None) -> Interval:
-        """The interval of the maximum over problems: the largest lower and the largest upper end.
+        """Return the interval of the maximum over problems: the largest lower and upper end.
 
         No union bound is needed: the problem that attains the maximum is fixed by J, not by the
         starts.

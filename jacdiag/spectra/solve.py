@@ -1,6 +1,4 @@
-"""Largest singular values: Lanczos runs, alone or several in step, each stopped by its own
-interval.
-"""
+"""Largest singular values: Lanczos runs, alone or in step, each stopped by its own interval."""
 
 from __future__ import annotations
 
@@ -9,29 +7,27 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from jacdiag.spectra.golub_kahan import Bidiagonalisation, norms
-from jacdiag.spectra.interval import PAD, Array
-from jacdiag.spectra.interval_ends import Ends
-from jacdiag.spectra.joint_products import products_together
-from jacdiag.spectra.operator import Operator
+from jacdiag.spectra.interval import PAD, Array, ritz_values, upper_ends
+from jacdiag.spectra.operator import Operator, products_together
 from jacdiag.spectra.solution import Solution, Stop
 
 Decide = Callable[[float, float], bool]
+_PATIENCE = 3  # products for which the ends may be left as they are
 
 
 @dataclass(frozen=True)
 class Question:
-    """An operator whose norm is asked for.
+    """An operator whose norm is to be found.
 
     Attributes:
         operator: P problems (m, n).
         generator: of the random start (CPU). The upper end needs it: a warm start certifies
             nothing.
-        decide: predicate on (lower, upper) of the maximum: the question that the norm is to answer
-            is answered.
+        decide: predicate on (lower, upper) of the maximum: whether these ends decide what the norm
+            is needed for.
     """
 
     operator: Operator
@@ -50,15 +46,15 @@ def top_singular(
     early: bool = True,
     pad: float | None = None,
 ) -> Solution:
-    """Largest singular value of every problem of an operator, with an interval.
+    """Return the largest singular value of every problem of an operator, with an interval.
 
     Args:
         operator, generator, decide: see `Question`.
         tol: stop when the interval of the maximum over problems has this relative width.
         confidence: of the upper end.
         max_products: budget.
-        early: stop as soon as `decide` says so, however wide the interval is; else go on to `tol`,
-            and beyond `tol` until it says so.
+        early: stop as soon as `decide` is true, however wide the interval is; else go on to `tol`,
+            and beyond `tol` until it is true.
         pad: rounding pad; that of the operator's dtype if not given.
 
     Returns:
@@ -84,19 +80,65 @@ def in_step(
     early: bool = True,
     pad: float | None = None,
 ) -> list[Solution]:
-    """Solves several norms in step: their products with the same Jacobian are made in one call.
+    """Solve several norms in step: their products with the same Jacobian are made in one call.
 
     Each has a start of its own and stops for itself, as it would alone. Arguments as in
     `top_singular`.
     """
     runs = [_Run(q, tol, 1.0 - confidence, max_products, early, pad) for q in questions]
-    while going := [run for run in runs if run.stop is None]:
-        way, _ = going[0].lanczos.wanted  # all began at once: it is the same for all
-        vectors = [run.lanczos.wanted[1] for run in going]
-        made = products_together(way, [run.operator for run in going], vectors)
-        for run, product in zip(going, made, strict=True):
+    while active := [run for run in runs if run.stop is None]:
+        way, _ = active[0].lanczos.wanted  # all began at once: it is the same for all
+        vectors = [run.lanczos.wanted[1] for run in active]
+        products = products_together(way, [run.operator for run in active], vectors)
+        for run, product in zip(active, products, strict=True):
             run.take(product)
     return [run.solution(confidence) for run in runs]
+
+
+class Ends:
+    """The ends of every problem, kept up to date only if they can still matter to the maximum.
+
+    The upper end's event depends on the start only, so that the lowest upper end of all products
+    holds. A problem whose upper end has come down to the largest lower end is settled: it is left
+    alone until the end.
+    """
+
+    def __init__(self, lanczos: Bidiagonalisation, eps: float, pad: float) -> None:
+        self.lanczos, self.eps, self.pad = lanczos, eps, pad
+        problems = lanczos.operator.problems
+        self.low, self.high = np.zeros(problems), np.full(problems, np.inf)
+        self.waited = 0
+
+    def due(self, tol: float) -> bool:
+        """Return whether the interval may have come down to `tol`.
+
+        A product seldom more than halves its width. Ends that are not computed are only wider: a
+        wrong guess costs at most `_PATIENCE` products too many.
+        """
+        wide = self.high.max() > self.low.max() * (1 + tol * 2 ** (self.waited + 1))
+        self.waited += 1
+        return not wide or self.waited > _PATIENCE
+
+    def update(self) -> None:
+        """Compute the ends of the problems that are not settled."""
+        lanczos, self.waited = self.lanczos, 0
+        open_ = (self.high > self.low.max()) | (self.high == np.inf)
+        alphas, betas = lanczos.alphas[open_], lanczos.betas[open_]
+        top = ritz_values(alphas, betas)[:, 0]
+        known = self.high[open_] / (1 + self.pad)
+        upper = upper_ends(
+            top, alphas, betas, lanczos.exact[open_], lanczos.operator.domain, self.eps, known
+        )
+        self.low[open_] = top * (1 - self.pad)
+        self.high[open_] = upper * (1 + self.pad)
+
+    def final(self, finite: bool) -> tuple[Array, Array, Array]:
+        """Return largest Ritz values, lower and upper ends of all problems."""
+        if not finite:
+            nothing = np.full_like(self.low, np.nan)
+            return nothing, np.zeros_like(self.low), np.full_like(self.low, np.inf)
+        top = ritz_values(self.lanczos.alphas, self.lanczos.betas)[:, 0]
+        return top, top * (1 - self.pad), self.high
 
 
 class _Run:
@@ -119,26 +161,33 @@ class _Run:
         self.stop: Stop | None = None
 
     def take(self, product: Tensor) -> None:
-        """Goes on by one product, and says in `stop` whether it was the last."""
+        """Go on by one product, and set `stop` if it was the last."""
         lanczos, ends = self.lanczos, self.ends
         lanczos.take(product)
-        asked = self.early and self.decide is not None  # then any product may answer
-        last = bool(lanczos.exact.all()) or lanczos.products >= self.max_products
-        if lanczos.finite and (asked or last or ends.due(self.tol)):
+        any_may_decide = self.early and self.decide is not None
+        is_last = bool(lanczos.exact.all()) or lanczos.products >= self.max_products
+        if lanczos.finite and (any_may_decide or is_last or ends.due(self.tol)):
             ends.update()
-        self.stop = _stop(
-            lanczos.finite,
-            lanczos.exact,
-            ends.low,
-            ends.high,
-            self.tol,
-            self.decide,
-            self.early,
-            lanczos.products,
-            self.max_products,
-        )
+        self.stop = self._reason_to_stop()
+
+    def _reason_to_stop(self) -> Stop | None:
+        """Return why the run ends here, None if it goes on."""
+        lanczos, ends = self.lanczos, self.ends
+        if not lanczos.finite:
+            return Stop.NON_FINITE
+        lower, upper = float(ends.low.max()), float(ends.high.max())
+        if bool(lanczos.exact.all()):
+            return Stop.EXACT
+        is_decided = self.decide is not None and self.decide(lower, upper)
+        needs_no_decision = self.decide is None or is_decided
+        if _narrow(ends.low, ends.high, self.tol) and needs_no_decision:
+            return Stop.WIDTH
+        if self.early and is_decided:
+            return Stop.DECIDED
+        return Stop.BUDGET if lanczos.products >= self.max_products else None
 
     def solution(self, confidence: float) -> Solution:
+        """Return the result of a run that has ended."""
         assert self.stop is not None
         lanczos, ends = self.lanczos, self.ends
         top, low, high = ends.final(lanczos.finite)
@@ -161,12 +210,13 @@ class _Run:
 def inherited(
     operator: Operator, vectors: Tensor, upper: Array, *, confidence: float, tol: float
 ) -> Solution:
-    """Ends that one product gives: |A v| / |v| from below, and from above what is known from
-    another operator.
+    """Return the ends that one product gives, with an upper end known from another operator.
+
+    The lower end is |A v| / |v|.
 
     Args:
         operator: P problems (m, n).
-        vectors: (P, n), such as the top right vectors of an operator that is akin.
+        vectors: (P, n), such as the top right vectors of a similar operator.
         upper: (P,) ends that hold with probability `confidence`.
         tol: relative width that counts as converged.
     """
@@ -192,30 +242,6 @@ def inherited(
     )
 
 
-def _stop(
-    finite: bool,
-    exact: NDArray[np.bool_],
-    low: Array,
-    high: Array,
-    tol: float,
-    decide: Decide | None,
-    early: bool,
-    products: int,
-    budget: int,
-) -> Stop | None:
-    if not finite:
-        return Stop.NON_FINITE
-    lower, upper = float(low.max()), float(high.max())
-    if bool(exact.all()):
-        return Stop.EXACT
-    decided = decide is not None and decide(lower, upper)
-    if _narrow(low, high, tol) and (decide is None or decided):
-        return Stop.WIDTH
-    if early and decided:
-        return Stop.DECIDED
-    return Stop.BUDGET if products >= budget else None
-
-
 def _narrow(low: Array, high: Array, tol: float) -> bool:
-    """Whether the interval of the maximum over problems has the width asked for."""
+    """Return whether the interval of the maximum over problems has the relative width `tol`."""
     return bool(low.max() > 0 and high.max() <= low.max() * (1 + tol))

@@ -1,4 +1,4 @@
-"""What happens in one forward: record it, find the residual sub-layers, run parts of it again."""
+"""Record one forward, find its residual sub-layers, and run pieces of it again."""
 
 from jacdiag.trace.discovery.declarations import Declaration, declare
 from jacdiag.trace.site_list import Sites

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import torch
 
@@ -16,11 +16,8 @@ from jacdiag.trace.discovery.unlisted_sums import LeftOut
 from jacdiag.trace.execution.replay import Replayer
 from jacdiag.trace.execution.skeleton import Skeleton
 from jacdiag.trace.graph.graph import Graph
+from jacdiag.trace.stages import Captured
 from jacdiag.trace.sublayer import Sublayer
-
-if TYPE_CHECKING:
-    from jacdiag.trace.tracer import Tracer
-
 
 _PRINTED = 24  # sub-layers that `print(sites)` lists
 
@@ -32,33 +29,35 @@ class Sites(Sequence[Sublayer]):
         graph, replayer, streams: the record, and how to run parts of it again.
         coverage: which parameter belongs where.
         output: the model's output in the recorded run.
-        deterministic: two runs gave the same output bit for bit; `culprit` names the call where
-            they part if not.
+        deterministic: two runs gave the same output bit for bit.
+        culprit: the call at which two runs begin to differ, "" if they do not.
         notes: what had to be done to run the model outside its wrappers.
         left_out: residual sums that are not sub-layers, each with its module, source line and
             reason.
         hidden: additions that autograd does not see, each with the way to declare it.
     """
 
-    def __init__(self, sublayers: list[Sublayer], tracer: Tracer) -> None:
+    def __init__(self, sublayers: list[Sublayer], captured: Captured) -> None:
+        residuals = captured.residuals
+        recording = residuals.recording
         self._sublayers = sublayers
-        self.graph: Graph = tracer.graph
-        self.replayer: Replayer = tracer.replayer
-        self.finder: Finder = tracer.finder
-        self.streams: Streams = tracer.streams
-        self.coverage: Coverage = tracer.coverage
-        self.raw: list[Site] = tracer.sites
-        self.skeleton: Skeleton = tracer.skeleton
-        self.output: Any = tracer.output
-        self.deterministic: bool = tracer.deterministic
-        self.culprit: str = tracer.culprit
-        self.notes: list[str] = tracer.notes
-        self.hidden: list[str] = tracer.hidden
-        self.left_out: list[LeftOut] = tracer.left_out
-        self.dtype: torch.dtype = tracer.dtype
+        self.graph: Graph = recording.graph
+        self.replayer: Replayer = recording.replayer
+        self.skeleton: Skeleton = recording.skeleton
+        self.output: Any = recording.output
+        self.dtype: torch.dtype = recording.dtype
+        self.notes: list[str] = list(recording.notes)
+        self.finder: Finder = residuals.finder
+        self.streams: Streams = residuals.streams
+        self.coverage: Coverage = residuals.coverage
+        self.raw: list[Site] = residuals.sites
+        self.hidden: list[str] = residuals.hidden
+        self.left_out: list[LeftOut] = residuals.left_out
+        self.deterministic: bool = captured.deterministic
+        self.culprit: str = captured.culprit
 
     def __str__(self) -> str:
-        """Return one line a sub-layer, of a long model the first of them."""
+        """Return one line for each sub-layer; of a long model, for the first ones."""
         count = len(self)
         noun = "sub-layer" if count == 1 else "sub-layers"
         lines = [
@@ -87,18 +86,22 @@ class Sites(Sequence[Sublayer]):
 
     @property
     def layers(self) -> int:
-        """How many depths have a sub-layer on the stream."""
+        """Number of depths that have a sub-layer on the stream."""
         return len({site.depth for site in self if not site.nested})
 
     def by_shortcut(self) -> list[list[Sublayer]]:
-        """The sub-layers in groups: parallel branches share a shortcut."""
+        """Return the sub-layers in groups; parallel branches share a shortcut."""
         groups: dict[int, list[Sublayer]] = {}
         for site in self:
             groups.setdefault(site.group, []).append(site)
         return list(groups.values())
 
     def named(self, name: str) -> Sublayer:
-        """Returns the sub-layer of that name. Raises TraceError with the closest names."""
+        """Return the sub-layer of that name.
+
+        Raises:
+            TraceError: no sub-layer has the name; the hint lists the closest ones.
+        """
         for site in self._sublayers:
             if site.name == name:
                 return site

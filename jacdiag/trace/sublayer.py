@@ -35,9 +35,9 @@ class Sublayer:
         carry: the shortcut's way into the sum (a x); None where that is x itself.
         input_norm: the norm at the branch's beginning, if any; `core` is what follows it.
         output_norm, before_output_norm: the norm at the branch's end, and the branch up to it.
-        heads: for attention behind an input norm: z -> the concatenated heads that W_O reads (J^Z
-        of Eq. 20). post_norm, after: the norm behind the sum, and the map from the sum to the next
-        shortcut (post-norm).
+        heads: for attention after an input norm: z -> the concatenated heads that W_O reads (J^Z
+            of Eq. 20).
+        post_norm, after: the norm after the sum, and the map from the sum to the next shortcut.
         parameters: names of the parameters that the branch reads.
         products: names of the parameters of its matrix products, in order of use; `roles`: the same
             by role.
@@ -47,7 +47,7 @@ class Sublayer:
             streams apart, if any.
         dims: what `independent` found, None before.
         valueless: recorded on the meta device.
-        looks_token_wise: all that the operations tell, where there are no values or NaN among them.
+        looks_token_wise: what the operations show, if there are no values or NaN among them.
 
     Example:
         >>> import torch, jacdiag
@@ -96,9 +96,7 @@ class Sublayer:
     looks_token_wise: bool | None = None
 
     def __str__(self) -> str:
-        """Return one line: name, kind, placement of the norm, depth, shape of the shortcut, number
-        of parameters.
-        """
+        """Return one line: name, kind, norm, depth, shape of the shortcut, number of parameters."""
         norm = "no norm" if self.placement == "none" else f"{self.placement}-norm"
         shape = " x ".join(str(size) for size in self.shortcut.shape)
         count = len(self.parameters)
@@ -120,14 +118,14 @@ class Sublayer:
         return self._norm.value
 
     def norm(self, x: Tensor) -> Tensor:
-        """The input norm without its learned gain and bias: x -> z."""
+        """Return z of x: the input norm without its learned gain and bias."""
         return self._norm.normalise(x)
 
     def core(self, z: Tensor) -> Tensor:
-        """The branch behind its input norm, the learned gain included: f(x) = core(norm(x)).
+        """Return the branch after its input norm, the learned gain included: f(x) = core(norm(x)).
 
-        Without an input norm it is the branch itself; for a reordered norm, the branch before its
-        output norm.
+        Without an input norm it is the branch itself. For a reordered norm it is the branch before
+        its output norm.
         """
         if self.core_of_norm is not None:
             return self.core_of_norm(z)
@@ -136,14 +134,16 @@ class Sublayer:
         return self.branch(z)
 
     def residual(self, x: Tensor) -> Tensor:
-        """The whole map to the next shortcut: a x + f(x), and the norm behind it for post-norm."""
-        y = (x if self.carry is None else self.carry(x)) + self.branch(x)
+        """Return the next shortcut: a x + f(x), and for post-norm the norm of it."""
+        carried = x if self.carry is None else self.carry(x)
+        y = carried + self.branch(x)
         return y if self.after is None else self.after(y)
 
     @cached_property
     def shortcut_gain(self) -> float | Tensor | None:
-        """a, the gain on the shortcut: a number, a tensor for a learned diagonal gain, None if it
-        is no diagonal.
+        """The gain a on the shortcut: a number, or a tensor for a learned diagonal gain.
+
+        It is None if the shortcut enters the sum by anything but a diagonal.
         """
         if self.carry is None:
             return 1.0
@@ -157,37 +157,41 @@ class Sublayer:
         if diagonal is None or not torch.allclose(diagonal * x, y, rtol=1e-5, atol=slack):
             return None
         first = diagonal.flatten()[0]
-        return float(first) if bool((diagonal == first).all()) else diagonal
+        if bool((diagonal == first).all()):
+            return float(first)
+        return diagonal
 
     @cached_property
     def finite(self) -> bool:
-        """Whether the shortcut and the branch are free of NaN and Inf; only asked of values."""
+        """Whether the shortcut and the branch are free of NaN and Inf; there have to be values."""
         return bool(torch.isfinite(self.shortcut).all() and torch.isfinite(self.value).all())
 
     @property
     def token_wise(self) -> bool | None:
-        """Whether the branch treats tokens one by one: pulled cotangents of two tokens stay on
-        their tokens.
+        """Whether the branch treats tokens one by one; None if that is unknown.
+
+        If it does, pulled cotangents of two tokens stay on their tokens.
         """
         if self.valueless or not self.finite:
             return self.looks_token_wise
-        return None if self.shortcut.dim() < 2 else self.splits_tokens(self.independent())
+        if self.shortcut.dim() < 2:
+            return None
+        return self.splits_tokens(self.independent())
 
     def splits_tokens(self, dims: Iterable[int]) -> bool:
-        """Whether independent dimensions are all but the features' (and the streams')."""
+        """Return whether independent dimensions are all but the features' (and the streams')."""
         rank = self.shortcut.dim()
-        inner = {self.feature_dim % rank} | (
-            {self.stream_dim % rank} if self.stream_dim is not None else set()
-        )
+        inner = {self.feature_dim % rank}
+        if self.stream_dim is not None:
+            inner.add(self.stream_dim % rank)
         return set(dims) >= set(range(rank)) - inner
 
     def independent(self, pull: Map | None = None, *, keep: bool = True) -> tuple[int, ...]:
-        """The dimensions of x over which the branch's Jacobian is block diagonal; found once, by
-        two pulls.
+        """Return the dimensions of x over which the branch's Jacobian is block diagonal.
 
         Args:
-            pull: J^T w of the branch, or of its core, where one is at hand; else one is built.
-            keep: whether who asks next is to be answered without a product.
+            pull: J^T w of the branch, or of its core, if there is one already; else one is built.
+            keep: whether the result is stored, so that the next call makes no product.
         """
         if self.dims is not None:
             return self.dims
@@ -195,14 +199,21 @@ class Sublayer:
 
         x = self.shortcut
         generator = torch.Generator().manual_seed(0)
-        shapes = x.shape, self.value.shape
-        pull = self._pull() if pull is None else pull
-        found = independent_dims(pull, *shapes, self.feature_dim, x.dtype, x.device, generator)
+        dims = independent_dims(
+            self._pull() if pull is None else pull,
+            x.shape,
+            self.value.shape,
+            self.feature_dim,
+            x.dtype,
+            x.device,
+            generator,
+        )
         if keep:
-            self.dims = found
-        return found
+            self.dims = dims
+        return dims
 
     def _pull(self) -> Map:
+        """Return J^T w of the branch as a function of w."""
         with torch.enable_grad():
             x = self.shortcut.detach().clone().requires_grad_()
             y = self.branch(x)

@@ -1,16 +1,14 @@
-"""Which parameter belongs where: to a sub-layer, the embedding, the head, a norm outside, or to
-nothing seen.
-"""
+"""Which parameter belongs where: to a sub-layer, the embedding, the head, or a norm outside."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from jacdiag.trace.discovery.norms import FUSED_NORMS
 from jacdiag.trace.discovery.residual import Finder, Site
 from jacdiag.trace.execution.skeleton import Skeleton
 from jacdiag.trace.graph.graph import STATE, Graph
+from jacdiag.trace.graph.ops import FUSED_NORMS, LOOKUPS
 
 
 @dataclass
@@ -29,8 +27,9 @@ class Coverage:
 
 
 def parameters_of(graph: Graph, nodes: Iterable[int], skeleton: Skeleton) -> list[str]:
-    """Returns the parameters that calls read, directly or through values made of parameters alone,
-    in order.
+    """Return the parameters that calls read, in order.
+
+    They may read them directly or through values made of parameters alone.
     """
     names: dict[str, None] = {}
     for node in nodes:
@@ -51,33 +50,56 @@ def parameters_of(graph: Graph, nodes: Iterable[int], skeleton: Skeleton) -> lis
 def cover(
     graph: Graph, finder: Finder, sites: list[Site], homes: list[int], skeleton: Skeleton
 ) -> Coverage:
-    """Assigns every parameter of the model."""
+    """Assign every parameter of the model to the place where it is used.
+
+    Args:
+        graph: what one forward did.
+        finder: of the same graph.
+        sites: the sub-layers.
+        homes: for each of them, the innermost module call that makes its products.
+        skeleton: the model's code and the names of its parameters.
+    """
     result = Coverage()
     for index, (site, home) in enumerate(zip(sites, homes, strict=True)):
-        own = _own_module(graph, site, home)
-        nodes = site.calls if own is None else (*site.calls, *_span(graph, own))
-        if site.scaled:
-            carried = graph.nodes[site.carrier[0]].terms or ()
-            nodes = (*nodes, *finder.cone(site.shortcut, carried[site.carrier[1]].values))
-        result.sublayers[index] = parameters_of(graph, nodes, skeleton)
-    if not sites:  # nothing to be before or behind
+        calls = _calls_of(graph, finder, site, home)
+        result.sublayers[index] = parameters_of(graph, calls, skeleton)
+    if not sites:  # nothing to be before or after
         result.uncovered.update(dict.fromkeys(skeleton.params, "no sub-layer was found"))
         return result
+    _cover_outside(graph, finder, sites, skeleton, result)
+    _note_unread(graph, skeleton, result)
+    return result
+
+
+def _calls_of(graph: Graph, finder: Finder, site: Site, home: int) -> list[int]:
+    """Return the calls whose parameters belong to a sub-layer."""
+    calls = list(site.calls)
+    own = _own_module(graph, site, home)
+    if own is not None:
+        calls += _span(graph, own)
+    if site.scaled:  # the parameters that scale the shortcut
+        addition, position = site.carrier
+        terms = graph.nodes[addition].terms or ()
+        calls += finder.cone(site.shortcut, terms[position].values)
+    return calls
+
+
+def _cover_outside(
+    graph: Graph, finder: Finder, sites: list[Site], skeleton: Skeleton, result: Coverage
+) -> None:
+    """Assign the parameters that calls outside the sub-layers read, by where the call stands."""
     claimed = result.covered()
-    first = min(
-        (graph.values[s.shortcut].node for s in sites if not s.nested), default=len(graph.nodes)
-    )
-    last = max(
-        (graph.values[s.output].node for s in sites if not s.nested), default=len(graph.nodes)
-    )
+    outer = [site for site in sites if not site.nested]
+    end = len(graph.nodes)
+    first = min((graph.values[site.shortcut].node for site in outer), default=end)
+    last = max((graph.values[site.output].node for site in outer), default=end)
     for node in graph.nodes:
-        names = [
-            name for name in parameters_of(graph, (node.index,), skeleton) if name not in claimed
-        ]
+        read = parameters_of(graph, (node.index,), skeleton)
+        names = [name for name in read if name not in claimed]
         if not names:
             continue
         claimed.update(names)
-        if node.index <= first or node.name == "embedding":
+        if node.index <= first or node.name in LOOKUPS:
             result.embedding += names
         elif node.name in FUSED_NORMS or not finder.is_product(node.index):
             result.norms += names
@@ -85,18 +107,24 @@ def cover(
             result.head += names
         else:
             result.uncovered.update(dict.fromkeys(names, "read between sub-layers, by no branch"))
+
+
+def _note_unread(graph: Graph, skeleton: Skeleton, result: Coverage) -> None:
+    """Note the parameters that no recorded call read, each with the reason."""
+    assigned = result.covered() | set(result.uncovered)
     for name in skeleton.params:
-        if name not in claimed and name not in result.uncovered:
-            used = name in graph.used_state
-            result.uncovered[name] = (
-                "read, but not by a recorded call" if used else "not read in this forward"
-            )
-    return result
+        if name in assigned:
+            continue
+        if name in graph.used_state:
+            result.uncovered[name] = "read, but not by a recorded call"
+        else:
+            result.uncovered[name] = "not read in this forward"
 
 
 def _own_module(graph: Graph, site: Site, home: int) -> int | None:
-    """The module call that is the branch's alone, if the addition is made outside it."""
-    return None if home in set(graph.ancestors(graph.nodes[site.addition].invocation)) else home
+    """Return the module call that is the branch's alone, if the addition is made outside it."""
+    around_addition = set(graph.ancestors(graph.nodes[site.addition].invocation))
+    return None if home in around_addition else home
 
 
 def _span(graph: Graph, invocation: int) -> range:

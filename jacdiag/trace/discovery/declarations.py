@@ -1,46 +1,34 @@
-"""Sub-layers that a user names, where a fused operation hides the addition; and what was hidden, by
-name.
-"""
+"""Sub-layers that a user declares because a fused operation hides the addition."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jacdiag.errors import TraceError, UsageError
-from jacdiag.trace.discovery.detached import CutAddition, cut_additions, cut_off_parts
 from jacdiag.trace.discovery.residual import Finder, Site
 from jacdiag.trace.graph.additions import Term
-from jacdiag.trace.graph.graph import Graph
-
-if TYPE_CHECKING:
-    from jacdiag.trace.site_list import Sites
+from jacdiag.trace.graph.graph import Graph, Invocation
 
 _ENDS = ("in", "out")
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
-_MOST_CUTS = 3
-_MOST_PATTERNS = 8
 
 
 @dataclass(frozen=True)
 class Declaration:
-    """A sub-layer by the module boundaries that its shortcut and its branch cross. Made by
-    `declare`.
-    """
+    """A sub-layer by the module boundaries that its shortcut and branch cross (see `declare`)."""
 
     shortcut: str
     branch: str
 
 
 def declare(*, shortcut: str, branch: str) -> Declaration:
-    """Names a sub-layer y = x + f(x) that the dataflow does not show: a fused add-norm, a kernel, a
-    scripted function.
+    """Declare a sub-layer y = x + f(x) that the dataflow does not show.
 
-    The sum y need not be visible: the branch is the function from one tensor at a module boundary
-    to another.
+    Fused add-norms, kernels and scripted functions hide the sum. It need not be visible: the
+    branch is the function from one tensor at a module boundary to another.
 
     Args:
         shortcut: where x is met: "PATH" or "PATH:in", the first floating tensor that the module is
@@ -89,98 +77,118 @@ def declare(*, shortcut: str, branch: str) -> Declaration:
 def declarations(
     given: Iterable[Declaration | Mapping[str, Any]] | Mapping[str, Any],
 ) -> list[Declaration]:
-    """Reads declarations as a configuration file holds them: tables of `shortcut` and `branch`, by
-    any name.
+    """Return declarations from a list of them, or from tables as a configuration file holds them.
+
+    Args:
+        given: declarations or tables of `shortcut` and `branch`; a mapping names each table.
+
+    Raises:
+        UsageError: an entry is neither a declaration nor such a table.
     """
     if isinstance(given, str) or not isinstance(given, Iterable):
         raise UsageError(
             "declared is a list of declarations", got=repr(given), hint="jacdiag.declare(...)"
         )
-    named = (
-        given.items()
-        if isinstance(given, Mapping)
-        else ((f"number {k + 1}", one) for k, one in enumerate(given))
-    )
-    found = []
-    for name, one in named:
-        if isinstance(one, Declaration):
-            found.append(one)
-            continue
-        keys = set(one) if isinstance(one, Mapping) else set()
-        if keys != {"shortcut", "branch"} or not all(isinstance(v, str) for v in one.values()):
-            raise UsageError(
-                f"site '{name}' cannot be used",
-                got=repr(one),
-                hint="a table with the strings `shortcut` and `branch`",
-            )
-        found.append(declare(**one))
-    return found
+    named: Iterable[tuple[str, Any]]
+    if isinstance(given, Mapping):
+        named = given.items()
+    else:
+        named = ((f"number {k + 1}", entry) for k, entry in enumerate(given))
+    return [_declaration(name, entry) for name, entry in named]
+
+
+def _declaration(name: str, entry: Any) -> Declaration:
+    if isinstance(entry, Declaration):
+        return entry
+    is_table = isinstance(entry, Mapping) and set(entry) == {"shortcut", "branch"}
+    if not is_table or not all(isinstance(text, str) for text in entry.values()):
+        raise UsageError(
+            f"site '{name}' cannot be used",
+            got=repr(entry),
+            hint="a table with the strings `shortcut` and `branch`",
+        )
+    return declare(**entry)
 
 
 def declared_sites(
     graph: Graph, finder: Finder, given: Sequence[Declaration], found: list[Site]
 ) -> list[Site]:
-    """Makes the sites of declarations; one that was found anyway is not made twice.
+    """Return the sites of declarations, without those that were found anyway.
+
+    Args:
+        graph: what one forward did.
+        finder: of the same graph.
+        given: the declarations.
+        found: the sites that the dataflow shows.
 
     Raises:
         TraceError: a path that no module has, or a branch that does not depend on its shortcut.
     """
-    known = {(s.shortcut, s.term.operand) for s in found}
-    made: list[Site] = []
-    for one in given:
-        for x, f, where in _values(graph, one):
+    known = {(site.shortcut, site.term.operand) for site in found}
+    sites: list[Site] = []
+    for declaration in given:
+        for x, f, where in _values(graph, declaration):
             if (x, f) in known:
                 continue
             known.add((x, f))
-            made.append(_site(graph, finder, x, f, where, group=len(found) + len(made)))
-    return made
+            sites.append(_site(graph, finder, x, f, where, group=len(found) + len(sites)))
+    return sites
 
 
-def _values(graph: Graph, one: Declaration) -> Iterable[tuple[int, int, str]]:
-    starts, ends = _met(graph, one.shortcut, "in"), _met(graph, one.branch, "out")
-    for key, values in starts.items():
-        others = ends.get(key, [])
-        where = f"shortcut '{one.shortcut}', branch '{one.branch}'" + (
-            f", * = {', '.join(key)}" if key else ""
-        )
-        if len(values) != len(others):
+def _values(graph: Graph, declaration: Declaration) -> Iterable[tuple[int, int, str]]:
+    """Yield the values of shortcut and branch for every call, and how a message names the pair."""
+    starts = _values_at(graph, declaration.shortcut, "in")
+    ends = _values_at(graph, declaration.branch, "out")
+    for stars, shortcuts in starts.items():
+        branches = ends.get(stars, [])
+        where = f"shortcut '{declaration.shortcut}', branch '{declaration.branch}'"
+        if stars:
+            where += f", * = {', '.join(stars)}"
+        if len(shortcuts) != len(branches):
             raise TraceError(
                 "the two modules of a declaration did not run equally often",
-                got=f"{len(values)} and {len(others)} times ({where})",
+                got=f"{len(shortcuts)} and {len(branches)} times ({where})",
             )
-        for x, f in zip(values, others, strict=True):
+        for x, f in zip(shortcuts, branches, strict=True):
             yield x, f, where
 
 
-def _met(graph: Graph, text: str, default: str) -> dict[tuple[str, ...], list[int]]:
-    """The values at a boundary by what the stars stand for, in the order of the calls."""
-    path, _, end = text.rpartition(":") if ":" in text else (text, "", default)
+def _values_at(graph: Graph, text: str, default: str) -> dict[tuple[str, ...], list[int]]:
+    """Return the values at a boundary by what the stars stand for, in the order of the calls.
+
+    Args:
+        graph: what one forward did.
+        text: "PATH", "PATH:in" or "PATH:out".
+        default: "in" or "out", for a path alone.
+    """
+    path, end = text, default
+    if ":" in text:
+        path, _, end = text.rpartition(":")
     pattern = re.compile(re.escape(path).replace(r"\*", r"([^.]+)"))
-    found: dict[tuple[str, ...], list[int]] = {}
+    values: dict[tuple[str, ...], list[int]] = {}
     for call in graph.invocations:
         match = pattern.fullmatch(call.module)
         if match:
-            values = [
-                v
-                for v in (call.arguments if end == "in" else call.outputs)
-                if graph.values[v].live and graph.values[v].is_float
-            ]
-            if not values:
-                raise TraceError(
-                    f"'{call.module}' {'is given' if end == 'in' else 'returns'} no tensor of the "
-                    "stream",
-                    got=f"declared: '{text}'",
-                )
-            found.setdefault(match.groups(), []).append(values[0])
-    if not found:
-        ran = list(dict.fromkeys(call.module for call in graph.invocations if call.module))
-        close = get_close_matches(path, ran, n=3, cutoff=0.4)
+            values.setdefault(match.groups(), []).append(_stream_value(graph, call, end, text))
+    if not values:
+        modules_run = list(dict.fromkeys(call.module for call in graph.invocations if call.module))
+        close = get_close_matches(path, modules_run, n=3, cutoff=0.4)
         raise TraceError(
             f"no module '{path}' ran in this forward",
             got=f"declared: '{text}'",
             hint=f"closest: {', '.join(close)}" if close else None,
         )
-    return found
+    return values
+
+
+def _stream_value(graph: Graph, call: Invocation, end: str, text: str) -> int:
+    """Return the first floating value that a module call is given ("in") or returns ("out")."""
+    candidates = call.arguments if end == "in" else call.outputs
+    for value in candidates:
+        if graph.values[value].live and graph.values[value].is_float:
+            return value
+    verb = "is given" if end == "in" else "returns"
+    raise TraceError(f"'{call.module}' {verb} no tensor of the stream", got=f"declared: '{text}'")
 
 
 def _site(graph: Graph, finder: Finder, x: int, f: int, where: str, group: int) -> Site:
@@ -196,25 +204,25 @@ def _site(graph: Graph, finder: Finder, x: int, f: int, where: str, group: int) 
             got=where,
             hint="the shortcut is what is read first: 'PATH' is the input of that module",
         )
-    output = _sum_of(graph, x, f)
+    sum_of_both = _sum_of(graph, x, f)
     last = graph.values[f].node
     return Site(
-        last,
-        0,
-        Term((f,), f),
-        x,
-        (last, 0),
-        False,
-        cone,
-        f if output is None else output,
-        group,
+        addition=last,
+        position=0,
+        term=Term((f,), f),
+        shortcut=x,
+        carrier=(last, 0),
+        scaled=False,
+        cone=cone,
+        output=f if sum_of_both is None else sum_of_both,
+        group=group,
         result=f,
-        summed=output is not None,
+        summed=sum_of_both is not None,
     )
 
 
 def _sum_of(graph: Graph, x: int, f: int) -> int | None:
-    """The sum, if a call that adds reads both, seen by autograd or not."""
+    """Return the sum, if a call that adds reads both, seen by autograd or not."""
     for node in graph.values[f].consumers:
         record = graph.nodes[node]
         if record.terms is not None and {x, f} <= set(record.inputs) and record.outputs:
@@ -222,95 +230,41 @@ def _sum_of(graph: Graph, x: int, f: int) -> int | None:
     return None
 
 
-def nothing_found(sites: Sites, frozen: Collection[str] | None = None) -> TraceError:
-    """Return the error of a model without any sub-layer: what was looked for, and what may hide it.
+def _boundary(graph: Graph, node: int, values: set[int], which: str) -> str | None:
+    """Return the deepest module call next to an addition whose first value is one of some values.
 
     Args:
-        sites: the record.
-        frozen: names of the parameters that take no part in training. Without them, no parameter is
-            said to miss its gradient.
+        graph: what one forward did.
+        node: the addition.
+        values: what the call is to be given, or to return, first.
+        which: "arguments" or "outputs".
     """
-    cuts = cut_additions(sites.graph, sites.finder)
-    lost = [] if frozen is None else _parameters_cut_off(sites, frozen)
-    lines = [
-        f"{len(sites.graph.nodes)} recorded calls, none of them an addition of a value and a "
-        "function of it with a "
-        "matrix product between",
-        *(f"hidden: {line}" for line in sites.hidden),
-        *_lines_of_cuts(cuts),
-    ]
-    if lost:
-        which = _patterns(lost)
-        lines.append(
-            "every recorded way to the output passes a detach, so that no gradient arrives: "
-            f"{which}"
-        )
-    hint = (
-        "jacdiag looks for y = a x + f(x) in the dataflow; `jacdiag sites SOURCE` shows what was "
-        "recorded, and "
-        "jacdiag.declare (or [tool.jacdiag.sites]) names what a fused operation hides"
-    )
-    # A frozen branch behind a detach is meant, and then there is nothing to add.
-    is_fault = bool(lost) or frozen is None or any(cut.operand == "shortcut" for cut in cuts)
-    if cuts and is_fault:
-        hint = (
-            f"add the {cuts[0].operand} itself, without the detach; "
-            "if the detach is meant, freeze what lies before it"
-        )
-    return TraceError(
-        "no residual sub-layer was found", got="\n".join(lines), hint=hint, parameters=lost
-    )
+    deepest, depth = None, 0
+    for call in graph.invocations:
+        is_next_to = _holds(graph, call.parent, node) and not _holds(graph, call.index, node)
+        if not is_next_to or not values & set(getattr(call, which)[:1]):
+            continue
+        depth_of_call = len(list(graph.ancestors(call.index)))
+        if depth_of_call > depth:
+            deepest, depth = call.module, depth_of_call
+    return deepest
 
 
-def _lines_of_cuts(cuts: Sequence[CutAddition]) -> list[str]:
-    """Return a line for each detached operand, at most three of them."""
-    lines = [
-        (
-            f"a detach at {cut.line} cuts the {cut.operand} of an addition in "
-            f"{cut.module or 'the model'}"
-        )
-        for cut in cuts
-    ]
-    more = len(lines) - _MOST_CUTS
-    return lines if more <= 0 else [*lines[:_MOST_CUTS], f"and {more} more"]
-
-
-def _parameters_cut_off(sites: Sites, frozen: Collection[str]) -> list[str]:
-    """Return the parameters in training that lie behind a detach; none if code that was not
-    recorded ran too.
-    """
-    if sites.graph.foreign:
-        return []
-    trained = set(sites.skeleton.params) - set(frozen)
-    return [name for part in cut_off_parts(sites.graph, trained) for name in part]
-
-
-def _patterns(names: Iterable[str]) -> str:
-    """Return names in a sentence, those that differ in numbers alone as one."""
-    patterns = list(dict.fromkeys(_NUMBER.sub("*", name) for name in names))
-    more = len(patterns) - _MOST_PATTERNS
-    text = ", ".join(patterns[:_MOST_PATTERNS])
-    return text if more <= 0 else f"{text} and {more} more"
-
-
-def _boundary(graph: Graph, node: int, values: set[int], which: str) -> str | None:
-    """The module call beside an addition that is given, or returns, one of some values first."""
-
-    def holds(index: int) -> bool:
-        return index >= 0 and graph.invocations[index].start <= node < graph.invocations[index].end
-
-    beside = [
-        i
-        for i in graph.invocations
-        if values & set(getattr(i, which)[:1]) and holds(i.parent) and not holds(i.index)
-    ]
-    deepest = max(beside, key=lambda i: len(list(graph.ancestors(i.index))), default=None)
-    return deepest.module if deepest is not None else None
+def _holds(graph: Graph, invocation: int, node: int) -> bool:
+    """Return whether a call stands inside a module call."""
+    if invocation < 0:
+        return False
+    call = graph.invocations[invocation]
+    return call.start <= node < call.end
 
 
 def hidden_lines(graph: Graph, finder: Finder, declared: Iterable[Site]) -> list[str]:
-    """Says of every addition that a custom autograd.Function hides what it is, where, and how it is
-    declared.
+    """Return a line for every addition that autograd does not see: what, where, how to declare it.
+
+    Args:
+        graph: what one forward did.
+        finder: of the same graph.
+        declared: the sites of declarations, which are not listed.
     """
     known = {site.output for site in declared}
     lines = [] if known else list(graph.foreign)
@@ -320,16 +274,12 @@ def hidden_lines(graph: Graph, finder: Finder, declared: Iterable[Site]) -> list
             continue
         start = _boundary(graph, node, set(finder.carriers(x)), "arguments")
         end = _boundary(graph, node, set(finder.carriers(f)), "outputs")
-        how = (
-            f'shortcut = "{start}", branch = "{end}"'
-            if start and end
-            else "its shortcut and branch"
-        )
-        what = (
-            f"{record.function} (a custom autograd.Function) adds"
-            if record.function
-            else f"{record.name} gates"
-        )
+        declaration = "its shortcut and branch"
+        if start and end:
+            declaration = f'shortcut = "{start}", branch = "{end}"'
+        event = f"{record.name} gates"
+        if record.function:
+            event = f"{record.function} (a custom autograd.Function) adds"
         line = record.line or f"{record.key[1]}:{record.key[2]}"
-        lines.append(f"{what} at {line}; declare {how}")
+        lines.append(f"{event} at {line}; declare {declaration}")
     return lines

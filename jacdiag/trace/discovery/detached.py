@@ -1,4 +1,4 @@
-"""Residual additions of which one operand was detached, and parameters that lie behind a detach."""
+"""Residual additions with a detached operand, and parameters that a detach cuts off."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jacdiag.trace.discovery.residual import Finder
-from jacdiag.trace.graph.graph import CUTS, STATE, Graph
-
-_DETACHES = {"detach", "detach_"}
+from jacdiag.trace.graph.graph import STATE, Graph
+from jacdiag.trace.graph.ops import CUTS, DETACHES
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class CutAddition:
 
 
 def cut_additions(graph: Graph, finder: Finder) -> list[CutAddition]:
-    """Return the additions that would be residual, were it not for a detach of one operand.
+    """Return the additions that would be residual if one operand were not detached.
 
     A straight-through estimator, x + (q - x).detach(), is none: no matrix product with a parameter
     lies on its way.
@@ -37,27 +36,26 @@ def cut_additions(graph: Graph, finder: Finder) -> list[CutAddition]:
         graph: what one forward did.
         finder: of the same graph.
     """
-    found = []
+    additions = []
     for node in graph.nodes:
         operands = [term.operand for term in node.terms or () if term.operand is not None]
         if len(operands) != 2:
             continue
-        for one, other in (operands, operands[::-1]):
-            detach = _detach_behind(graph, one)
+        for detached, other in (operands, operands[::-1]):
+            detach = _detach_before(graph, detached)
             if detach is None:
                 continue
             source = graph.nodes[detach].inputs[0]
             operand = _operand_that_was_cut(finder, source, other)
             if operand:
                 module = graph.path(node.invocation)
-                found.append(CutAddition(operand, module, _line_of(graph, detach)))
+                additions.append(CutAddition(operand, module, _line_of(graph, detach)))
                 break
-    return found
+    return additions
 
 
 def cut_off_parts(graph: Graph, names: Collection[str]) -> list[list[str]]:
-    """Return the parameters whose every recorded way to the output passes a detach, one list for
-    each part.
+    """Return the parameters whose every way to the output passes a detach, a list for each part.
 
     A part is a set of calls that read one another's results. It ends where the value of another
     call comes in.
@@ -81,9 +79,7 @@ def cut_off_parts(graph: Graph, names: Collection[str]) -> list[list[str]]:
 
 
 def _calls_before(graph: Graph, values: Iterable[int], *, through_detach: bool) -> set[int]:
-    """Return the calls that lead to some values by floats; a call without a derivative ends a
-    way.
-    """
+    """Return the calls that lead to values by floats; a call without a derivative ends a way."""
     calls: set[int] = set()
     stack = list(values)
     while stack:
@@ -92,7 +88,7 @@ def _calls_before(graph: Graph, values: Iterable[int], *, through_detach: bool) 
             continue
         calls.add(call)
         name = graph.nodes[call].name
-        is_open = name not in CUTS or (through_detach and name in _DETACHES)
+        is_open = name not in CUTS or (through_detach and name in DETACHES)
         if is_open:
             stack += [value for value in graph.nodes[call].inputs if graph.values[value].is_float]
     return calls
@@ -118,9 +114,7 @@ def _parameters_read(graph: Graph, calls: Iterable[int]) -> list[str]:
 
 
 def _operand_that_was_cut(finder: Finder, source: int, other: int) -> str:
-    """Return which operand a detached value is, compared with the other one; "" if the addition is
-    not residual.
-    """
+    """Return which operand a detached value is, "" if the addition is not residual."""
     for value in finder.carriers(source):
         if value != other and _is_function_of(finder, other, value):
             return "shortcut"
@@ -131,32 +125,31 @@ def _operand_that_was_cut(finder: Finder, source: int, other: int) -> str:
 
 
 def _is_function_of(finder: Finder, value: int, source: int) -> bool:
-    """Return whether a matrix product with a parameter lies on every way from one value to
-    another.
-    """
+    """Return whether every way from a source to a value passes a product with a parameter."""
     if not finder.reaches(source, [value], through_products=True):
         return False
     return not finder.reaches(source, [value], through_products=False, statistics=False)
 
 
-def _detach_behind(graph: Graph, value: int) -> int | None:
+def _detach_before(graph: Graph, value: int) -> int | None:
     """Return the detach that made a value, perhaps cast or scaled since."""
-    for made_by in _makers(graph, value):
-        if graph.nodes[made_by].name in _DETACHES:
-            return made_by
+    for maker in _makers(graph, value):
+        if graph.nodes[maker].name in DETACHES:
+            return maker
     return None
 
 
 def _makers(graph: Graph, value: int) -> Iterator[int]:
-    """Yield the call that made a value and, as long as each reads one live value, those before it;
-    at most 4.
+    """Yield the call that made a value, then those before it, at most four.
+
+    It ends at a call that reads more than one live value.
     """
     for _ in range(4):
-        made_by = graph.values[value].node
-        if made_by < 0:
+        maker = graph.values[value].node
+        if maker < 0:
             return
-        yield made_by
-        live = [v for v in graph.nodes[made_by].inputs if graph.values[v].live]
+        yield maker
+        live = [v for v in graph.nodes[maker].inputs if graph.values[v].live]
         if len(live) != 1:
             return
         value = live[0]
@@ -166,4 +159,6 @@ def _line_of(graph: Graph, node: int) -> str:
     """Return "file.py:12" of a call, by the path inside its package or below the current folder."""
     _, file, number = graph.nodes[node].key
     _, installed, inside = file.rpartition("site-packages/")
-    return f"{inside if installed else file.removeprefix(f'{Path.cwd()}/')}:{number}"
+    if not installed:
+        inside = file.removeprefix(f"{Path.cwd()}/")
+    return f"{inside}:{number}"

@@ -1,56 +1,39 @@
-"""Which weight matrix plays which part in a branch, from the order in which the dataflow uses
-them.
-"""
+"""The role of each weight matrix of a branch, from the order in which the dataflow uses them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-ACTIVATIONS = {
-    "relu",
-    "gelu",
-    "silu",
-    "tanh",
-    "sigmoid",
-    "relu6",
-    "leaky_relu",
-    "elu",
-    "selu",
-    "mish",
-    "softplus",
-    "hardswish",
-    "quick_gelu",
-    "erf",
-    "celu",
-    "hardtanh",
-    "prelu",
+# Roles by kind and number of matrices, in order of use.
+_ROLES = {
+    ("attention", 1): ["W_O"],
+    ("attention", 2): ["W_QKV", "W_O"],
+    ("attention", 3): ["W_Q", "W_KV", "W_O"],
+    ("attention", 4): ["W_Q", "W_K", "W_V", "W_O"],
+    ("mlp", 1): ["W_2"],
+    ("mlp", 2): ["W_1", "W_2"],
+    ("mlp", 3): ["W_gate", "W_1", "W_2"],
 }
 
 
 def roles_of(kind: str, products: Sequence[str]) -> dict[str, str]:
-    """Maps roles to parameter names.
+    """Return the names of parameters by role.
 
-    Attention: W_Q, W_K, W_V and W_O for four products, W_QKV and W_O for two. MLP: W_1 and W_2 for
-    two, W_gate, W_1 and W_2 for three. Anything else is numbered in order of use, with the last as
-    W_O (attention) or W_2 (MLP).
+    Attention has W_Q, W_K, W_V and W_O for four products, W_QKV and W_O for two. An MLP has W_1 and
+    W_2 for two, W_gate, W_1 and W_2 for three. Anything else is numbered in order of use, with the
+    last one of an attention as W_O.
+
+    Args:
+        kind: of the sub-layer.
+        products: names of the parameters of its matrix products, in order of use.
 
     >>> roles_of("mlp", ["up", "down"])
     {'W_1': 'up', 'W_2': 'down'}
     """
     count = len(products)
-    if not count:
-        return {}
-    if kind == "attention":
-        known = {
-            4: ["W_Q", "W_K", "W_V", "W_O"],
-            2: ["W_QKV", "W_O"],
-            3: ["W_Q", "W_KV", "W_O"],
-            1: ["W_O"],
-        }
-        names = known.get(count) or [*(f"W_{k}" for k in range(1, count)), "W_O"]
-    elif kind == "mlp":
-        known = {2: ["W_1", "W_2"], 3: ["W_gate", "W_1", "W_2"], 1: ["W_2"]}
-        names = known.get(count) or [f"W_{k}" for k in range(1, count + 1)]
-    else:
-        names = [f"W_{k}" for k in range(1, count + 1)]
-    return dict(zip(names, products, strict=True))
+    roles = _ROLES.get((kind, count))
+    if roles is None:
+        roles = [f"W_{k}" for k in range(1, count + 1)]
+        if kind == "attention" and count:
+            roles[-1] = "W_O"
+    return dict(zip(roles, products, strict=True))

@@ -8,11 +8,7 @@ from collections.abc import Callable, Sequence
 from jacdiag.records.report import Kind
 from jacdiag.trace.discovery.residual import Finder, Site
 from jacdiag.trace.graph.graph import Graph
-
-_ATTENTION = {"scaled_dot_product_attention", "multi_head_attention_forward"}
-_ROUTING = {"topk", "_grouped_mm", "grouped_mm", "one_hot"}
-_CONV = {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
-_BILINEAR = {"matmul", "bmm", "einsum", "__matmul__", "baddbmm"}
+from jacdiag.trace.graph.ops import BILINEAR, CONVOLUTIONS, FUSED_ATTENTION, ROUTING
 
 
 def home_of(graph: Graph, finder: Finder, site: Site, sites: Sequence[Site] = ()) -> int:
@@ -30,16 +26,22 @@ def home_of(graph: Graph, finder: Finder, site: Site, sites: Sequence[Site] = ()
 
 
 def names_of(graph: Graph, homes: Sequence[int], kinds: Sequence[str]) -> list[str]:
-    """Names sub-layers by module; the kind and a running number are added where that alone is not
-    unique.
+    """Return the names of sub-layers, from their modules.
+
+    The kind and a running number are added if the module alone is not unique.
     """
+    # 1. The module, and which call of it.
     names = [graph.path(home) or graph.invocations[home].cls for home in homes]
     calls = [_repeat(graph, home) for home in homes]
     names = [
         f"{name}@{call}" if call > 1 else name for name, call in zip(names, calls, strict=True)
     ]
+
+    # 2. The kind, where names repeat.
     counts = Counter(names)
     names = [f"{n}:{kind}" if counts[n] > 1 else n for n, kind in zip(names, kinds, strict=True)]
+
+    # 3. A running number, where names repeat even so.
     counts = Counter(names)
     seen: Counter[str] = Counter()
     for i, name in enumerate(names):
@@ -50,7 +52,7 @@ def names_of(graph: Graph, homes: Sequence[int], kinds: Sequence[str]) -> list[s
 
 
 def _repeat(graph: Graph, home: int) -> int:
-    """Counts which call of its module this is (shared layers run several times)."""
+    """Return which call of its module this is; shared layers run several times."""
     path = graph.path(home)
     return sum(i.module == path for i in graph.invocations[: home + 1])
 
@@ -58,73 +60,101 @@ def _repeat(graph: Graph, home: int) -> int:
 def kind_of(
     graph: Graph, finder: Finder, site: Site, home: int, token_wise: Callable[[], bool | None]
 ) -> Kind:
-    """Tells attention, mlp, moe, conv and mixer apart by what the branch computes."""
+    """Return the kind of a sub-layer by what its branch computes.
+
+    Args:
+        graph: what one forward did.
+        finder: of the same graph.
+        site: the sub-layer.
+        home: the innermost module call that makes its products.
+        token_wise: measures whether the branch treats tokens one by one; None if that is unknown.
+    """
     calls = finder.inner_calls(site)
-    names = {graph.nodes[n].name for n in calls}
-    span = {
-        graph.nodes[n].name
-        for n in range(site.cone[0], site.addition)
-        if home in set(graph.ancestors(graph.nodes[n].invocation))
-    }
-    if names & _ATTENTION or ("softmax" in names and any(_is_bilinear(graph, n) for n in calls)):
+    if _is_attention(graph, calls):
         return "attention"
-    products = [n for n in site.calls if finder.is_product(n)]
-    if (
-        products
-        and all(graph.nodes[n].name in _CONV for n in products)
-        and not all(map(_pointwise(graph), products))
-    ):
+    if _is_convolution(graph, finder, site):
         return "conv"
     wise = token_wise()
-    if span & _ROUTING or names & _ROUTING:
-        return "moe" if wise is not False else "mixer"
-    return "other" if wise is None else "mlp" if wise else "mixer"
+    if _is_routed(graph, site, calls, home):
+        return "mixer" if wise is False else "moe"
+    if wise is None:
+        return "other"
+    return "mlp" if wise else "mixer"
 
 
-def _pointwise(graph: Graph) -> Callable[[int], bool]:
-    """Whether a convolution has a kernel of one position: a linear map of each token, written
-    channels first.
+def _is_attention(graph: Graph, calls: Sequence[int]) -> bool:
+    """Return whether a branch has fused attention, or a softmax and a product of two values."""
+    names = {graph.nodes[n].name for n in calls}
+    if names & FUSED_ATTENTION:
+        return True
+    return "softmax" in names and any(_is_bilinear(graph, n) for n in calls)
+
+
+def _is_convolution(graph: Graph, finder: Finder, site: Site) -> bool:
+    """Return whether all products are convolutions, and one sees more than one position."""
+    products = [n for n in site.calls if finder.is_product(n)]
+    if not products or any(graph.nodes[n].name not in CONVOLUTIONS for n in products):
+        return False
+    return not all(_is_pointwise(graph, n) for n in products)
+
+
+def _is_routed(graph: Graph, site: Site, calls: Sequence[int], home: int) -> bool:
+    """Return whether a call of the branch, or of its module meanwhile, routes tokens to experts."""
+    if any(graph.nodes[n].name in ROUTING for n in calls):
+        return True
+    for n in range(site.cone[0], site.addition):
+        node = graph.nodes[n]
+        if node.name in ROUTING and home in set(graph.ancestors(node.invocation)):
+            return True
+    return False
+
+
+def _is_pointwise(graph: Graph, node: int) -> bool:
+    """Return whether a convolution has a kernel of one position.
+
+    It is then a linear map of each token, written channels first.
     """
-
-    def test(node: int) -> bool:
-        weights = [graph.values[v] for v in graph.nodes[node].inputs if not graph.values[v].live]
-        return any(len(w.shape) >= 3 and set(w.shape[2:]) == {1} for w in weights)
-
-    return test
+    for value in graph.nodes[node].inputs:
+        shape = graph.values[value].shape
+        if not graph.values[value].live and len(shape) >= 3 and set(shape[2:]) == {1}:
+            return True
+    return False
 
 
 def _is_bilinear(graph: Graph, node: int) -> bool:
-    return (
-        graph.nodes[node].name in _BILINEAR
-        and len({v.index for v in graph.float_inputs(node)}) >= 2
-    )
+    """Return whether a call multiplies two values that depend on the input."""
+    if graph.nodes[node].name not in BILINEAR:
+        return False
+    return len({v.index for v in graph.float_inputs(node)}) >= 2
 
 
 def depths_of(
     graph: Graph, homes: Sequence[int], groups: Sequence[int], kinds: Sequence[str]
 ) -> list[int]:
-    """Numbers the layers: the level of numbered modules at which most layers hold two sub-layers or
-    more.
+    """Return the layer number of every sub-layer.
 
-    A sub-layer in no numbered module counts as a layer with all that share its shortcut. Where no
+    Layers are the numbered modules of the level at which most of them hold two sub-layers or more.
+    A sub-layer in no numbered module counts as a layer with all that share its shortcut. If no
     layer would hold two (a loop over lists of attentions and of MLPs, parameters stacked in one
-    tensor) the modules tell nothing, and a layer is one period of the repeating kinds.
+    tensor), a layer is one period of the repeating kinds.
     """
     keys_by_level: list[list[tuple[object, ...]]] = [
         [_layer_key(graph, home, group, level) for home, group in zip(homes, groups, strict=True)]
         for level in range(3)
     ]
     score = [sum(n >= 2 for n in Counter(keys).values()) for keys in keys_by_level]
-    keys = keys_by_level[score.index(max(score))] if score else []
-    if keys and not max(score):
+    best = max(score)
+    keys = keys_by_level[score.index(best)]
+    if keys and not best:
         keys = _periods(keys, kinds)
     order = {key: depth for depth, key in enumerate(dict.fromkeys(keys))}
     return [order[key] for key in keys]
 
 
 def _periods(keys: list[tuple[object, ...]], kinds: Sequence[str]) -> list[tuple[object, ...]]:
-    """Layer keys from the shortest pattern that the kinds repeat; the whole is one layer if no kind
-    comes twice.
+    """Return layer keys from the shortest pattern that the kinds repeat.
+
+    All sub-layers are one layer if no kind comes twice.
     """
     count = len(kinds)
     if len(set(kinds)) == count:
@@ -134,10 +164,13 @@ def _periods(keys: list[tuple[object, ...]], kinds: Sequence[str]) -> list[tuple
             break
     else:
         return keys
-    return keys if len(set(kinds)) == 1 else [("layer", i // period) for i in range(count)]
+    if len(set(kinds)) == 1:
+        return keys
+    return [("layer", i // period) for i in range(count)]
 
 
 def _layer_key(graph: Graph, home: int, group: int, level: int) -> tuple[object, ...]:
+    """Return what two sub-layers of one layer have in common, if layers are of this level."""
     parts = graph.path(home).split(".")
     numbered = [".".join(parts[: k + 1]) for k, part in enumerate(parts) if part.isdigit()]
     if not numbered:

@@ -1,5 +1,4 @@
-"""What a branch is made of: the points that every path passes, its input and output norm, its
-placement.
+"""The norms of a branch: at its beginning, at its end, and after the sum.
 
 A norm is recognised by what it does, not by its name: its output does not change when its input is
 scaled, and is the (centred) input times one number per token.
@@ -20,9 +19,7 @@ from jacdiag.trace.discovery.residual import Finder, Site
 from jacdiag.trace.execution.replay import Replayer
 from jacdiag.trace.execution.tap import Spot, Where
 from jacdiag.trace.graph.graph import Graph
-
-FUSED_NORMS = {"layer_norm", "rms_norm"}
-PRODUCTS_BY_ELEMENT = {"mul", "__mul__", "__rmul__", "multiply"}
+from jacdiag.trace.graph.ops import FUSED_NORMS, PRODUCTS_BY_ELEMENT
 
 
 @dataclass(frozen=True)
@@ -30,8 +27,7 @@ class Norm:
     """A norm in the dataflow.
 
     Attributes:
-        spot: where its value z (before the learned gain and bias) is met in a re-run of
-            `invocation`.
+        spot: where a re-run meets its value z, before the learned gain and bias.
         normalise: the norm as a function of its input, without the learned gain.
         value: z at the recorded input.
         gain: factor per token from the (centred) input to z: 1 / sqrt(var + eps). Shape of z
@@ -59,36 +55,36 @@ class Norm:
 
     @property
     def aligned(self) -> bool:
-        """Whether z is laid out as the norm's input is, so that the norm is a map of that space to
-        itself.
-        """
+        """Whether z is laid out as the norm's input is: the norm maps that space to itself."""
         return self.feature_dim == -1
 
     @property
     def closed_form(self) -> bool:
-        """Whether its Jacobian is known: torch's own layer_norm or rms_norm, on data that it need
-        not transpose.
+        """Whether its Jacobian is known.
+
+        That is so for torch's own layer_norm or rms_norm, on data that it need not transpose.
         """
         return self.spot.where is Where.NORMALISED and self.aligned
 
 
 def reach(graph: Graph, cone: tuple[int, ...], source: int) -> tuple[int, dict[int, int]]:
-    """Returns the last call of the cone that reads the source, and for each call the last that
-    reads its results.
-    """
+    """Return the last call of the cone that reads the source, and the last reader of each call."""
     inside = set(cone)
-    last = {
-        node: max(
-            (c for o in graph.nodes[node].outputs for c in _readers(graph, o) if c in inside),
-            default=node,
-        )
-        for node in cone
-    }
-    return max((c for c in _readers(graph, source) if c in inside), default=-1), last
+
+    def last_reader(value: int, default: int) -> int:
+        return max((c for c in _readers(graph, value) if c in inside), default=default)
+
+    last: dict[int, int] = {}
+    for node in cone:
+        outputs = graph.nodes[node].outputs
+        last[node] = max((last_reader(value, -1) for value in outputs), default=-1)
+        if last[node] < 0:
+            last[node] = node
+    return last_reader(source, -1), last
 
 
 def _readers(graph: Graph, value: int) -> list[int]:
-    """Calls that read a value differentiably."""
+    """Return the calls that read a value differentiably."""
     return [
         n
         for n in graph.values[value].consumers
@@ -97,64 +93,79 @@ def _readers(graph: Graph, value: int) -> list[int]:
 
 
 def waists(graph: Graph, cone: tuple[int, ...], source: int) -> list[int]:
-    """Returns the calls that every path through the cone passes (its dominators), ascending."""
+    """Return the calls that every path through the cone passes (its dominators), ascending."""
     furthest, last = reach(graph, cone, source)
-    out = []
+    waists: list[int] = []
     for node in cone:
-        if (
-            furthest <= node
-            and len(graph.nodes[node].outputs) == 1
-            and not graph.nodes[node].function
-        ):
-            out.append(node)
+        record = graph.nodes[node]
+        nothing_goes_around = furthest <= node
+        if nothing_goes_around and len(record.outputs) == 1 and not record.function:
+            waists.append(node)
         furthest = max(furthest, last[node])
-    return out
+    return waists
 
 
 def reads_state(graph: Graph, node: int) -> bool:
-    """Whether a call reads something made of parameters or buffers alone (a weight, a gain, a
-    bias).
-    """
+    """Return whether a call reads something made of parameters or buffers alone."""
     return any(
         graph.values[v].from_state and not graph.values[v].live for v in graph.nodes[node].inputs
     )
 
 
-class Anatomist:
-    """Finds norms around one site. All tests are numerical, on re-runs of the owning module
-    call.
+@dataclass(frozen=True)
+class _Candidate:
+    """A call whose value may be a norm.
+
+    Attributes:
+        node: the call.
+        where: at the call, which value.
+        gain_call: a call before it that multiplies by a learned gain, which is taken off the value
+            again.
     """
+
+    node: int
+    where: Where
+    gain_call: int | None = None
+
+
+class Anatomist:
+    """Finds norms around one site, by numerical tests on re-runs of the owning module call."""
 
     def __init__(self, replayer: Replayer, finder: Finder) -> None:
         self.replayer, self.finder, self.graph = replayer, finder, replayer.graph
 
     def input_norm(self, site: Site, owner: int, x: Tensor) -> Norm | None:
-        """The last point that every path passes, with no parameter before it, that is a norm of the
-        shortcut.
+        """Return the norm at the beginning of a branch, if any.
+
+        It is the last point that every path passes, with no parameter before it but a gain, that
+        is a norm of the shortcut.
         """
-        candidates: list[tuple[int, Where, int | None]] = []
-        for node in waists(self.graph, site.cone, site.shortcut):
-            name = self.graph.nodes[node].name
-            before = [n for n in site.cone if n < node and reads_state(self.graph, n)]
-            gain_call = self._gain_call(before)
-            if before and gain_call is None:
-                break
-            if name in FUSED_NORMS:
-                if not before:
-                    candidates.append((node, Where.NORMALISED, None))
-                break
-            if reads_state(self.graph, node):
-                break
-            candidates.append((node, Where.RESULT, gain_call))
         source = self.replayer.spot_of(site.shortcut, owner)
-        for node, where, gain in reversed(candidates):
-            norm = self._norm(owner, source, x, node, where, gain)
+        for candidate in reversed(self._input_candidates(site)):
+            norm = self._norm(owner, source, x, candidate)
             if norm is not None:
                 return norm
         return None
 
+    def _input_candidates(self, site: Site) -> list[_Candidate]:
+        """Return the points of a branch that may be its input norm, in order."""
+        candidates: list[_Candidate] = []
+        for node in waists(self.graph, site.cone, site.shortcut):
+            before = [n for n in site.cone if n < node and reads_state(self.graph, n)]
+            gain_call = self._gain_call(before)
+            if before and gain_call is None:
+                break
+            if self.graph.nodes[node].name in FUSED_NORMS:
+                if not before:
+                    candidates.append(_Candidate(node, Where.NORMALISED))
+                break
+            if reads_state(self.graph, node):
+                break
+            candidates.append(_Candidate(node, Where.RESULT, gain_call))
+        return candidates
+
     def output_norm(self, site: Site, owner: int, x: Tensor) -> tuple[Norm, Spot] | None:
-        """A norm after the last matrix product: returns it and where its input h is met."""
+        """Return a norm after the last matrix product, and where its input h is met."""
         products = [n for n in site.cone if self.finder.is_product(n)]
         points = [
             n
@@ -170,105 +181,108 @@ class Anatomist:
         return self._unfused_after(owner, source, x, points, site.cone)
 
     def norm_after(self, value: int, until: tuple[int, ...], owner: int, y: Tensor) -> Norm | None:
-        """A norm that all of `value` passes before anything else happens to it (post-norm)."""
+        """Return a norm that all of `value` passes before anything else happens to it.
+
+        Args:
+            value: a sum on the stream.
+            until: the values that the stream then becomes.
+            owner: the module call that is run again.
+            y: the value's tensor.
+        """
         cone = self.finder.cone(value, until)
         source = self.replayer.spot_of(value, owner)
         for node in waists(self.graph, cone, value):
-            fused = self.graph.nodes[node].name in FUSED_NORMS
-            if not fused and reads_state(self.graph, node):
+            if self.graph.nodes[node].name in FUSED_NORMS:
+                return self._norm(owner, source, y, _Candidate(node, Where.NORMALISED))
+            if reads_state(self.graph, node):
                 return None
             before = [n for n in cone if n < node and reads_state(self.graph, n)]
-            gain_call = None if fused else self._gain_call(before)
-            norm = self._norm(
-                owner, source, y, node, Where.NORMALISED if fused else Where.RESULT, gain_call
-            )
-            if norm is not None or fused:
+            candidate = _Candidate(node, Where.RESULT, self._gain_call(before))
+            norm = self._norm(owner, source, y, candidate)
+            if norm is not None:
                 return norm
         return None
 
     def _gain_call(self, reading_state: Sequence[int]) -> int | None:
-        """Return the only call that reads a parameter, if it is a product by element: it may apply
-        a norm's gain.
+        """Return the only call that reads a parameter, if it is a product by element.
+
+        It may apply a norm's gain.
         """
-        if (
-            len(reading_state) != 1
-            or self.graph.nodes[reading_state[0]].name not in PRODUCTS_BY_ELEMENT
-        ):
+        if len(reading_state) != 1:
             return None
-        return reading_state[0]
+        (call,) = reading_state
+        return call if self.graph.nodes[call].name in PRODUCTS_BY_ELEMENT else None
 
     def _norm_of_operand(
         self, owner: int, source: Spot, x: Tensor, node: int
     ) -> tuple[Norm, Spot] | None:
+        """Return a fused norm as a norm of its own operand, and where that is met."""
         operand = self.replayer.spot_at(Where.OPERAND, node, owner)
         h = self.replayer.run(owner, source, x, operand)
         live = next(iter(self.graph.float_inputs(node)))
         entry = self.replayer.spot_of(live.index, owner)
-        norm = self._norm(owner, entry, h, node, Where.NORMALISED)
+        norm = self._norm(owner, entry, h, _Candidate(node, Where.NORMALISED))
         return None if norm is None else (norm, entry)
 
     def _may_normalise(self, before: int, after: int, cone: tuple[int, ...]) -> bool:
-        """An unfused norm takes a second path from one waist to the next (the statistics), or is
-        one call by itself.
+        """Return whether a norm that is no fused call may lie between two waists.
+
+        It takes a second path from one to the next (the statistics), or is one call by itself.
         """
         return any(before < n < after for n in cone) or "norm" in self.graph.nodes[after].name
 
     def _unfused_after(
         self, owner: int, source: Spot, x: Tensor, points: list[int], cone: tuple[int, ...]
     ) -> tuple[Norm, Spot] | None:
+        """Return a norm between two points of a branch, and where its input is met."""
+        # 1. Pairs of neighbouring points that may hold a norm, before any other parameter is read.
+        end = next((n for n in points[1:] if reads_state(self.graph, n)), len(self.graph.nodes))
         suspects = [
-            (a, b) for a, b in itertools.pairwise(points) if self._may_normalise(a, b, cone)
+            (start, stop)
+            for start, stop in itertools.pairwise(points)
+            if stop < end and self._may_normalise(start, stop, cone)
         ]
-        state = next((n for n in points[1:] if reads_state(self.graph, n)), len(self.graph.nodes))
-        suspects = [(a, b) for a, b in suspects if b < state]
-        # routed rows are no tokens until summed
-        for start in dict.fromkeys([points[0], *(a for a, _ in suspects)]):
-            later = [b for a, b in suspects if a >= start]
+
+        # 2. Test them. Routed rows are no tokens until summed.
+        for start in dict.fromkeys([points[0], *(first for first, _ in suspects)]):
+            later = [stop for first, stop in suspects if first >= start]
             entry = self.replayer.spot_of(self.graph.nodes[start].outputs[0], owner)
             h = self.replayer.run(owner, source, x, entry) if later else x
             for node in later:
                 before = [n for n in cone if start < n < node and reads_state(self.graph, n)]
-                norm = self._norm(owner, entry, h, node, Where.RESULT, self._gain_call(before))
+                candidate = _Candidate(node, Where.RESULT, self._gain_call(before))
+                norm = self._norm(owner, entry, h, candidate)
                 if norm is not None:
                     return norm, entry
         return None
 
-    def _norm(
-        self,
-        owner: int,
-        source: Spot,
-        x: Tensor,
-        node: int,
-        where: Where,
-        gain_call: int | None = None,
-    ) -> Norm | None:
-        """Test whether the value at a call is a norm of x.
+    def _norm(self, owner: int, source: Spot, x: Tensor, candidate: _Candidate) -> Norm | None:
+        """Return the norm at a call, if its value is a norm of x.
 
         Args:
             owner: module call that is run again.
             source: where x is met.
             x: what may be normalised.
-            node: the call.
-            where: at the call, which value.
-            gain_call: a call before it that multiplies by a learned gain, which is taken off the
-                value again.
+            candidate: the call.
         """
-        spot = self.replayer.spot_at(where, node, owner)
-        same = source.key == spot.key and source.occurrence == spot.occurrence
-        if same and source.where is not Where.READ:
+        node = candidate.node
+        spot = self.replayer.spot_at(candidate.where, node, owner)
+        same_call = source.key == spot.key and source.occurrence == spot.occurrence
+        if same_call and source.where is not Where.READ:
             return None
         segment = self.replayer.segment(owner, source, spot)
-        if gain_call is None:
+        if candidate.gain_call is None:
             return self._tested(x, node, spot, segment)
-        gain = self._gain_of(owner, source, x, gain_call)
+        gain = self._gain_of(owner, source, x, candidate.gain_call)
         if gain is None:
             return None
         norm = self._tested(x, node, spot, lambda x: segment(x) / gain)
         return None if norm is None else replace(norm, gain_before=gain)
 
     def _gain_of(self, owner: int, source: Spot, x: Tensor, call: int) -> Tensor | None:
-        """Return the parameter that a call multiplies by: one number per feature of x, none of them
-        0. Else None.
+        """Return the gain that a call multiplies by: one number per feature of x, none of them 0.
+
+        None is returned if it multiplies by anything else.
         """
         operands = [self.graph.values[v] for v in self.graph.nodes[call].operands]
         learned = [k for k, value in enumerate(operands) if value.from_state and not value.live]
@@ -279,12 +293,14 @@ class Anatomist:
         )
         with torch.no_grad():
             gain = self.replayer.run(owner, source, x, spot).detach()
-        return gain if gain.is_meta or bool((gain != 0).all()) else None
+        if gain.is_meta or bool((gain != 0).all()):
+            return gain
+        return None
 
     def _tested(
         self, x: Tensor, node: int, spot: Spot, normalise: Callable[[Tensor], Tensor]
     ) -> Norm | None:
-        """Test a function of x, whose value is met at a spot: is it a norm?"""
+        """Return a function of x, whose value is met at a spot, as a norm; None if it is none."""
         with torch.no_grad():
             if not x.is_meta and not bool(torch.isfinite(x).all()):
                 return self._norm_without_numbers(x, node, spot, normalise)
@@ -303,9 +319,7 @@ class Anatomist:
     def _norm_without_numbers(
         self, x: Tensor, node: int, spot: Spot, normalise: Callable[[Tensor], Tensor]
     ) -> Norm | None:
-        """A norm of an x with NaN or Inf, tested on random numbers in its place; its gain is not
-        known.
-        """
+        """Return a norm of an x with NaN or Inf, tested on random numbers; its gain is unknown."""
         other = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
         norm = self._tested(other, node, spot, normalise)
         if norm is None:
@@ -315,39 +329,42 @@ class Anatomist:
     def _norm_by_structure(
         self, z: Tensor, spot: Spot, normalise: Callable[[Tensor], Tensor], node: int
     ) -> Norm | None:
-        """A norm as its operations show it, without values; its gain is not known."""
+        """Return a norm as its operations show it, without values; its gain is unknown."""
         name = self.graph.nodes[node].name
-        found, centred = (
-            (True, name == "layer_norm")
-            if name in FUSED_NORMS
-            else looks_like_norm(self.graph, node)
-        )
-        return Norm(spot, normalise, z, z.new_empty(z.shape[:-1]), centred) if found else None
+        if name in FUSED_NORMS:
+            is_norm, centred = True, name == "layer_norm"
+        else:
+            is_norm, centred = looks_like_norm(self.graph, node)
+        if not is_norm:
+            return None
+        return Norm(spot, normalise, z, z.new_empty(z.shape[:-1]), centred)
 
     def _factor(
         self, x: Tensor, z: Tensor, spot: Spot, normalise: Callable[[Tensor], Tensor]
     ) -> Norm | None:
-        """Checks that z is the (centred) x times one number per token, and returns the numbers.
+        """Return the norm if z is the (centred) x times one number per token.
 
         A norm of channels-first data works on a transposed x: its features are not in the last
         dimension of x.
         """
         tiny = torch.finfo(torch.float64).tiny
-        for dim, centred in itertools.product(range(x.dim() - 1, -1, -1), (True, False)):
+        last = x.dim() - 1
+        for dim, centred in itertools.product(range(last, -1, -1), (True, False)):
             base = x.double().movedim(dim, -1)
-            if dim != x.dim() - 1 and base.shape != z.shape:
+            if dim != last and base.shape != z.shape:
                 continue
-            base = base - base.mean(-1, keepdim=True) if centred else base
+            if centred:
+                base = base - base.mean(-1, keepdim=True)
             flat = z.double().reshape(base.shape)
             gain = (flat * base).sum(-1) / (base * base).sum(-1).clamp_min(tiny)
             if _close(gain.unsqueeze(-1) * base, flat, 1e-3):
-                return Norm(
-                    spot, normalise, z, gain.abs(), centred, -1 if dim == x.dim() - 1 else dim
-                )
+                feature_dim = -1 if dim == last else dim
+                return Norm(spot, normalise, z, gain.abs(), centred, feature_dim)
         return None
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    """Return whether two tensors are finite and equal to a relative tolerance, and not zero."""
     a, b = a.double(), b.double()
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         return False

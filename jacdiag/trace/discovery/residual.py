@@ -1,4 +1,4 @@
-"""Finds residual additions in a record: shortcut, branch, parallel branches.
+"""Find residual additions in a record: shortcut, branch, parallel branches.
 
 An addition is residual if one of its terms (the shortcut, possibly scaled or cast on the way) is an
 ancestor of another (the branch) and a matrix product with a parameter lies on every path between
@@ -8,71 +8,42 @@ Fourier transform counts as a product. No name of any architecture is used.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from jacdiag.trace.graph.additions import FORMS, SCATTERS, Term
+from jacdiag.trace.graph.additions import FORMS, Term
 from jacdiag.trace.graph.graph import Graph
+from jacdiag.trace.graph.ops import CARRIERS, RECURRENT_CELLS, SCATTERS, SHAPE_ONLY
 from jacdiag.trace.graph.reachability import Walks
 
-_CELLS = {"gru_cell", "lstm_cell", "rnn_tanh_cell", "rnn_relu_cell"}
-_CARRY = {
-    "to",
-    "float",
-    "double",
-    "half",
-    "bfloat16",
-    "type",
-    "contiguous",
-    "clone",
-    "dropout",
-    "dropout_",
-    "view",
-    "reshape",
-    "mul",
-    "__mul__",
-    "__rmul__",
-    "__imul__",
-    "mul_",
-    "div",
-    "__truediv__",
-    "__itruediv__",
-    "div_",
-    "identity",
-    "view_as",
-    "reshape_as",
-    "unflatten",
-    "flatten",
-    "transpose",
-    "permute",
-    "T",
-    "mT",
-    "squeeze",
-    "unsqueeze",
-    "alpha_dropout",
-}
-_SHAPE_ONLY = {
-    "view",
-    "reshape",
-    "view_as",
-    "reshape_as",
-    "contiguous",
-    "clone",
-    "to",
-    "float",
-    "type",
-    "transpose",
-    "permute",
-    "flatten",
-    "unflatten",
-    "squeeze",
-    "unsqueeze",
-    "dropout",
-    "double",
-}
+_MOST_EXPANSIONS = 4  # sums inside sums that are taken apart
+_MOST_CARRIERS = 8  # calls that a value is followed back through
+_MOST_VALUES = 256  # that a search for streams visits
 
-Leaf = tuple[int, int, Term]  # an addition, the position of one of its terms, the term
+
+@dataclass(frozen=True)
+class Leaf:
+    """One term of an addition in the record: the call, the term's position in it, the term."""
+
+    addition: int
+    position: int
+    term: Term
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """The addition and the position, which name a term in the entire record."""
+        return self.addition, self.position
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A shortcut, the term by which it enters a sum, and the other terms: its branches."""
+
+    shortcut: int
+    carrier: Leaf
+    branches: list[Leaf]
 
 
 @dataclass(frozen=True)
@@ -87,7 +58,7 @@ class Site:
         cone: the calls between shortcut and branch, ascending.
         output: value index of the sum of shortcut and all parallel branches.
         group: index of the set of parallel branches it belongs to.
-        result: value index of the branch, where a user declared it; its sum may be hidden then
+        result: value index of the branch if a user declared it. Its sum may be hidden then
             (`summed`).
         mixed: the shortcut is several parallel streams (B, T, S, d), mixed on their way into the
             sum.
@@ -109,29 +80,35 @@ class Site:
 
     @property
     def calls(self) -> tuple[int, ...]:
-        """The calls that compute the branch: its cone, and the addition itself where that holds a
-        product (addmm).
-        """
-        return (*self.cone, self.addition) if self.term.product else self.cone
+        """The calls that compute the branch, with the addition itself if it holds a product."""
+        if self.term.product:  # addmm
+            return (*self.cone, self.addition)
+        return self.cone
 
 
 class Finder(Walks):
-    """Finds the sites of one graph. Each addition costs a walk over its own cone only."""
+    """Finds the sites of one graph. Each addition costs a walk over its own cone only.
+
+    Attributes:
+        sites: the pairs that were found.
+        hidden: (addition, shortcut, branch) of sums that autograd does not see.
+        dropped: pairs that are not sub-layers, with the reason.
+    """
 
     def __init__(self, graph: Graph) -> None:
         super().__init__(graph)
         self.sites: list[Site] = []
-        # (addition in a custom Function, shortcut, branch)
         self.hidden: list[tuple[int, int, int]] = []
-        self.dropped: list[tuple[Site, str]] = []  # pairs that are not sub-layers, with the reason
+        self.dropped: list[tuple[Site, str]] = []
         # groups whose shortcut enters the sum through a mixing of streams
         self._mixed: set[int] = set()
 
     def find(self) -> list[Site]:
+        """Return the sites of the graph, in no particular order."""
         for node in self.graph.nodes:
             if node.terms is not None and node.function:
                 self._note_hidden(node.index)
-            elif node.name in _CELLS:
+            elif node.name in RECURRENT_CELLS:
                 self._note_cell(node.index)
             elif node.terms is not None:
                 self._consider(node.index)
@@ -139,136 +116,151 @@ class Finder(Walks):
         return self._within_their_branch()
 
     def arrange(self, sites: list[Site]) -> list[Site]:
-        """In the order of the stream, those inside others marked."""
+        """Return sites in the order of the stream, those inside others marked."""
         return self._mark_nested(sorted(sites, key=self._order))
 
     def _order(self, site: Site) -> tuple[int, int, int]:
-        """As the stream meets them: by the first matrix product of the branch."""
-        return (
-            next((n for n in site.cone if self.is_product(n)), site.cone[0]),
-            site.addition,
-            site.position,
-        )
+        """Return the sort key of a site: the first matrix product of its branch."""
+        first_product = next((n for n in site.cone if self.is_product(n)), site.cone[0])
+        return first_product, site.addition, site.position
+
+    def _leaves(self, node: int) -> list[Leaf]:
+        """Return the terms of an addition that have the sum's own shape."""
+        terms = enumerate(self.graph.nodes[node].terms or ())
+        return [Leaf(node, k, term) for k, term in terms if self.is_full(node, term)]
 
     def _note_hidden(self, node: int) -> None:
-        """An addition that autograd does not see is no site; it is reported by name."""
-        terms = [
-            (node, k, t)
-            for k, t in enumerate(self.graph.nodes[node].terms or ())
-            if self.is_full(node, t)
-        ]
-        found = self._pair(terms) if len(terms) >= 2 else None
-        if found is not None:
-            shortcut, _, branches = found
-            self.hidden += [
-                (node, shortcut, term.operand)
-                for _, _, term in branches
-                if term.operand is not None
-            ]
+        """Note an addition that autograd does not see: it is no site, but reported by name."""
+        leaves = self._leaves(node)
+        pair = self._pair(leaves) if len(leaves) >= 2 else None
+        if pair is None:
+            return
+        for branch in pair.branches:
+            if branch.term.operand is not None:
+                self.hidden.append((node, pair.shortcut, branch.term.operand))
 
     def _note_cell(self, node: int) -> None:
-        """A recurrent cell that takes a branch as its input and the shortcut as its state is a
-        gate, in one call.
+        """Note a recurrent cell that takes a branch as its input and the shortcut as its state.
+
+        It is a gate in one call.
         """
         read = [v.index for v in self.graph.float_inputs(node)]
-        for f, state in ((f, s) for f in read for s in read if f != s):
-            shortcut = next(
-                (x for x in self.carriers(state) if self.is_branch(x, Term((f,), f))), None
-            )
-            if shortcut is not None:
-                self.hidden.append((node, shortcut, f))
-                return
+        for branch, state in itertools.permutations(read, 2):
+            for shortcut in self.carriers(state):
+                if self.is_branch(shortcut, Term((branch,), branch)):
+                    self.hidden.append((node, shortcut, branch))
+                    return
 
     # -- one addition ------------------------------------------------------------------------------
     def _consider(self, node: int) -> None:
-        terms = [
-            (node, k, t)
-            for k, t in enumerate(self.graph.nodes[node].terms or ())
-            if self.is_full(node, t)
-        ]
-        if len(terms) < 2:
+        """Add the sites of an addition, if it is residual."""
+        pair = self._pair_of_addition(node)
+        if pair is None:
             return
-        found = self._pair(terms)
-        for _ in range(4):
-            if found is not None:
-                break
-            expanded = self._expand_one(node, terms)
-            if expanded is None:
-                return
-            terms = expanded
-            found = self._pair(terms)
-        if found is None:
-            return
-        shortcut, (addition, position, term), branches = found
-        carrier, scaled = (addition, position), term.operand != shortcut
-        claimed = {(s.addition, s.position) for s in self.sites}
-        group = next(
-            (
-                s.group
-                for s in self.sites
-                if s.shortcut == shortcut
-                and (s.addition, s.position) in {(a, k) for a, k, _ in branches}
-            ),
-            len(self.sites),
-        )
-        if term.operand is not None and shortcut not in self.carriers(term.operand):
+        shortcut, carrier = pair.shortcut, pair.carrier
+
+        # 1. The group: a sum that adds to an earlier sum of the same shortcut continues it.
+        listed = {(site.addition, site.position) for site in self.sites}
+        group = self._group_of(pair)
+        operand = carrier.term.operand
+        if operand is not None and shortcut not in self.carriers(operand):
             self._mixed.add(group)
+
+        # 2. All branches of the group share the last sum.
         output = self.graph.nodes[node].outputs[0]
         self.sites = [replace(s, output=output) if s.group == group else s for s in self.sites]
-        for addition, position, term in (
-            b for branch in branches for b in self._split(shortcut, branch)
-        ):
-            if (addition, position) not in claimed:
-                cone = self.cone(shortcut, term.values)
-                mixed = self._is_mixed(shortcut, cone)
-                self.sites.append(
-                    Site(
-                        addition,
-                        position,
-                        term,
-                        shortcut,
-                        carrier,
-                        scaled,
-                        cone,
-                        output,
-                        group,
-                        mixed,
-                    )
+
+        # 3. The branches that are new.
+        leaves = [leaf for branch in pair.branches for leaf in self._split(shortcut, branch)]
+        for leaf in leaves:
+            if leaf.place in listed:
+                continue
+            cone = self.cone(shortcut, leaf.term.values)
+            self.sites.append(
+                Site(
+                    addition=leaf.addition,
+                    position=leaf.position,
+                    term=leaf.term,
+                    shortcut=shortcut,
+                    carrier=carrier.place,
+                    scaled=operand != shortcut,
+                    cone=cone,
+                    output=output,
+                    group=group,
+                    mixed=self._is_mixed(shortcut, cone),
                 )
+            )
+
+    def _pair_of_addition(self, node: int) -> _Pair | None:
+        """Return the shortcut and the branches of an addition, or None if it is not residual.
+
+        A term that is a sum itself is replaced by its own terms, up to four times.
+        """
+        leaves = self._leaves(node)
+        if len(leaves) < 2:
+            return None
+        pair = self._pair(leaves)
+        for _ in range(_MOST_EXPANSIONS):
+            if pair is not None:
+                break
+            expanded = self._expand_one(node, leaves)
+            if expanded is None:
+                return None
+            leaves = expanded
+            pair = self._pair(leaves)
+        return pair
+
+    def _group_of(self, pair: _Pair) -> int:
+        """Return the group of a pair: that of a branch already listed, or a new one."""
+        places = {branch.place for branch in pair.branches}
+        for site in self.sites:
+            if site.shortcut == pair.shortcut and (site.addition, site.position) in places:
+                return site.group
+        return len(self.sites)
 
     def is_full(self, node: int, term: Term) -> bool:
-        """A term of the stream: differentiable, and of the sum's own shape."""
-        values = [self.graph.values[v] for v in term.values]
-        made = (
-            self.graph.values[self.graph.nodes[node].outputs[0]]
-            if self.graph.nodes[node].outputs
-            else None
-        )
-        if made is None or not made.is_float or not any(v.live and v.is_float for v in values):
+        """Return whether a term is of the stream: differentiable, and of the sum's own shape."""
+        outputs = self.graph.nodes[node].outputs
+        if not outputs:
             return False
-        return term.operand is None or self.graph.values[term.operand].shape == made.shape
+        total = self.graph.values[outputs[0]]
+        values = [self.graph.values[v] for v in term.values]
+        if not total.is_float or not any(v.live and v.is_float for v in values):
+            return False
+        return term.operand is None or self.graph.values[term.operand].shape == total.shape
 
-    def _pair(self, terms: list[Leaf]) -> tuple[int, Leaf, list[Leaf]] | None:
-        """Returns (shortcut, its term, branches), or None if no term is an ancestor of all the
-        others.
+    def _pair(self, leaves: list[Leaf]) -> _Pair | None:
+        """Return the shortcut among terms; None if no term is an ancestor of all the others."""
+        for origins in (self.carriers, self._streams):
+            for k, carrier in enumerate(leaves):
+                others = leaves[:k] + leaves[k + 1 :]
+                shortcut = self._shortcut_of(carrier.term, others, origins)
+                if shortcut is not None:
+                    return _Pair(shortcut, carrier, others)
+        return None
+
+    def _shortcut_of(
+        self, carrier: Term, others: list[Leaf], origins: Callable[[int], Iterable[int]]
+    ) -> int | None:
+        """Return the first value that a term carries and that all other terms are branches of.
+
+        A value that only some of them are branches of ends the search.
         """
-        for carriers in (self.carriers, self._streams):
-            for k, (_, _, carrier) in enumerate(terms):
-                others = terms[:k] + terms[k + 1 :]
-                if carrier.operand is None and len(carrier.values) != 1:
-                    continue
-                start = carrier.operand if carrier.operand is not None else carrier.values[0]
-                for candidate in carriers(start):
-                    branches = [t for t in others if self.is_branch(candidate, t[2])]
-                    if branches and len(branches) == len(others):
-                        return candidate, terms[k], branches
-                    if branches:
-                        break
+        start = carrier.operand
+        if start is None:
+            if len(carrier.values) != 1:
+                return None
+            start = carrier.values[0]
+        for candidate in origins(start):
+            count = sum(self.is_branch(candidate, other.term) for other in others)
+            if not count:
+                continue
+            return candidate if count == len(others) else None
         return None
 
     def carriers(self, value: int) -> Iterable[int]:
-        """Yields a value and what it is a scaled, cast or reshaped copy of."""
-        for _ in range(8):
+        """Yield a value and what it is a scaled, cast or reshaped copy of."""
+        for _ in range(_MOST_CARRIERS):
             yield value
             node = self.graph.values[value].node
             if node < 0 or not self._carries(node):
@@ -279,36 +271,40 @@ class Finder(Walks):
             value = live[0]
 
     def _carries(self, node: int) -> bool:
-        """Whether a call passes a value on: scaled, cast, reshaped, or with a constant added (sum()
-        begins at 0).
+        """Return whether a call passes a value on: scaled, cast, reshaped, or plus a constant.
+
+        `sum()` of Python begins by adding to 0.
         """
         record = self.graph.nodes[node]
         if record.name == "__getitem__":  # y[:, :] += f(x)
-            return (
-                self.graph.values[record.outputs[0]].shape
-                == self.graph.values[record.inputs[0]].shape
-            )
+            shape_before = self.graph.values[record.inputs[0]].shape
+            return self.graph.values[record.outputs[0]].shape == shape_before
         if record.name in SCATTERS:
             return False
         if record.name in FORMS:
-            terms = [
-                t for t in record.terms or () if any(self.graph.values[v].live for v in t.values)
-            ]
-            return len(terms) <= 1 and not any(t.product or len(t.values) > 1 for t in terms)
+            return self._adds_a_constant(record.terms or ())
         # with running statistics and in eval mode: a gain and a bias per channel
         if record.name == "batch_norm":
             return sum(self.graph.values[v].from_state for v in record.inputs) >= 4
-        return record.name in _CARRY
+        return record.name in CARRIERS
+
+    def _adds_a_constant(self, terms: Iterable[Term]) -> bool:
+        """Return whether an addition has one live term at most, and that one is a plain value."""
+        live = [term for term in terms if any(self.graph.values[v].live for v in term.values)]
+        if len(live) > 1:
+            return False
+        return not any(term.product or len(term.values) > 1 for term in live)
 
     def _streams(self, value: int) -> Iterable[int]:
-        """Yields the parallel streams (B, T, S, d) that a value mixes by small matrices
-        (hyper-connections).
+        """Yield the parallel streams (B, T, S, d) that a value mixes by small matrices.
+
+        Hyper-connections have such streams.
         """
         shape = self.graph.values[value].shape
         if len(shape) < 4:
             return
         stack, seen = [value], {value}
-        while stack and len(seen) < 256:
+        while stack and len(seen) < _MOST_VALUES:
             current = stack.pop(0)
             node = self.graph.values[current].node
             if current != value and self.graph.values[current].shape == shape:
@@ -320,57 +316,58 @@ class Finder(Walks):
             stack.extend(fresh)
 
     def _mixes(self, node: int, shape: tuple[int, ...]) -> bool:
-        """Whether a product mixes the streams: by a matrix no larger than their number squared,
-        shape kept.
+        """Return whether a product mixes the streams by a small matrix and keeps their shape.
+
+        The matrix is no larger than the number of streams squared.
         """
         record = self.graph.nodes[node]
         if record.name.startswith("conv"):  # (B, C, H, W): rows of an image are no streams
             return False
         read = [self.graph.values[v] for v in record.inputs]
-        small = all(
-            math.prod(v.shape) <= shape[-2] ** 2 for v in read if v.from_state and not v.live
-        )
-        kept = any(self.graph.values[v].shape == shape for v in record.outputs)
-        return small and kept and any(v.live and v.shape == shape for v in read)
+        weights = [v for v in read if v.from_state and not v.live]
+        is_small = all(math.prod(v.shape) <= shape[-2] ** 2 for v in weights)
+        keeps_shape = any(self.graph.values[v].shape == shape for v in record.outputs)
+        return is_small and keeps_shape and any(v.live and v.shape == shape for v in read)
 
     def inner_calls(self, site: Site) -> tuple[int, ...]:
-        """The calls of a branch; between several streams, those from the first product on one
-        mixture to the last.
+        """Return the calls of a branch.
+
+        Between several streams, those are the calls from the first product on one mixture of the
+        streams to the last.
         """
         if not site.mixed:
             return site.cone
-        shape = self.graph.values[site.shortcut].shape
-        one = (*shape[:-2], shape[-1])
-        ends = [
-            n
-            for n in site.cone
-            if self.is_product(n)
-            and any(
-                self.graph.values[v].shape == one
-                for v in (*self.graph.nodes[n].inputs, *self.graph.nodes[n].outputs)
-            )
+        mixture = _shape_of_mixture(self.graph.values[site.shortcut].shape)
+        products = [
+            n for n in site.cone if self.is_product(n) and self._has_shape_around(n, mixture)
         ]
-        return tuple(n for n in site.cone if ends[0] <= n <= ends[-1]) if ends else site.cone
+        if not products:
+            return site.cone
+        return tuple(n for n in site.cone if products[0] <= n <= products[-1])
+
+    def _has_shape_around(self, node: int, shape: tuple[int, ...]) -> bool:
+        """Return whether a call reads or makes a value of a shape."""
+        record = self.graph.nodes[node]
+        return any(self.graph.values[v].shape == shape for v in (*record.inputs, *record.outputs))
 
     def _is_mixed(self, shortcut: int, cone: tuple[int, ...]) -> bool:
-        """Whether the shortcut is (B, T, S, d) and the branch works on one mixture (B, T, d) of its
-        streams.
-        """
+        """Return whether the shortcut is (B, T, S, d) and the branch works on one (B, T, d)."""
         shape = self.graph.values[shortcut].shape
         if len(shape) < 4:
             return False
-        one = (*shape[:-2], shape[-1])
-        return any(
-            v.shape == one for n in cone if self.is_product(n) for v in self.graph.float_inputs(n)
-        )
+        mixture = _shape_of_mixture(shape)
+        products = [n for n in cone if self.is_product(n)]
+        return any(v.shape == mixture for n in products for v in self.graph.float_inputs(n))
 
     def is_branch(self, shortcut: int, term: Term) -> bool:
-        """Whether a product lies on a path from the shortcut, and on every path that carries more
-        than a statistic.
+        """Return whether a term is a function of the shortcut with a product on its way.
+
+        A product must lie on a path from the shortcut, and on every path that carries more than a
+        statistic.
         """
-        if shortcut in term.values or not self.reaches(
-            shortcut, term.values, through_products=True
-        ):
+        if shortcut in term.values:
+            return False
+        if not self.reaches(shortcut, term.values, through_products=True):
             return False
         if term.product:
             return True
@@ -378,119 +375,123 @@ class Finder(Walks):
             return False
         return any(self.is_product(node) for node in self.cone(shortcut, term.values))
 
-    def _expand_one(self, node: int, terms: list[Leaf]) -> list[Leaf] | None:
-        """Replaces the first term that is itself a sum made in the same module call by its own
-        terms.
-        """
+    def _expand_one(self, node: int, leaves: list[Leaf]) -> list[Leaf] | None:
+        """Replace the first term that is itself a sum made in the same module call by its terms."""
         owner = self.graph.nodes[node].invocation
-        for k, (_, _, term) in enumerate(terms):
-            inner = self._inner_sum(term, owner)
+        for k, leaf in enumerate(leaves):
+            inner = self._inner_sum(leaf.term, owner)
             if inner is not None:
-                return terms[:k] + inner + terms[k + 1 :]
+                return leaves[:k] + inner + leaves[k + 1 :]
         return None
 
     def _inner_sum(self, term: Term, owner: int) -> list[Leaf] | None:
+        """Return the terms of the sum that a term is, perhaps reshaped; None if it is none.
+
+        Args:
+            term: of an addition.
+            owner: the module call in which the sum has to be made.
+        """
         value = term.operand
         while value is not None and self.graph.values[value].node >= 0:
             node = self.graph.nodes[self.graph.values[value].node]
             if node.name in SCATTERS:  # the experts of one MoE layer are one branch
                 return None
             if node.terms is not None and node.invocation == owner:
-                parts = [
-                    (node.index, j, t)
-                    for j, t in enumerate(node.terms)
-                    if self.is_full(node.index, t)
-                ]
-                return parts if len(parts) >= 2 else None
-            if node.name not in _SHAPE_ONLY or node.invocation != owner:
+                leaves = self._leaves(node.index)
+                return leaves if len(leaves) >= 2 else None
+            if node.name not in SHAPE_ONLY or node.invocation != owner:
                 return None
             live = [v.index for v in self.graph.float_inputs(node.index)]
             value = live[0] if len(live) == 1 else None
         return None
 
     def _split(self, shortcut: int, branch: Leaf) -> list[Leaf]:
-        """Takes a branch that is itself a sum of two branches apart (x + (a + m)); shared products
-        keep it whole.
+        """Return the branches that a branch is the sum of, as in x + (a + m).
+
+        Two that share a product are one branch.
         """
-        inner = self._inner_sum(branch[2], self.graph.nodes[branch[0]].invocation)
-        if inner is None or not all(self.is_branch(shortcut, t) for _, _, t in inner):
+        inner = self._inner_sum(branch.term, self.graph.nodes[branch.addition].invocation)
+        if inner is None or not all(self.is_branch(shortcut, leaf.term) for leaf in inner):
             return [branch]
-        products = [
-            {n for n in self.cone(shortcut, t.values) if self.is_product(n)} for _, _, t in inner
-        ]
-        if any(a & b for i, a in enumerate(products) for b in products[:i]):
-            return [branch]
-        return [leaf for part in inner for leaf in self._split(shortcut, part)]
+        claimed: set[int] = set()
+        for leaf in inner:
+            cone = self.cone(shortcut, leaf.term.values)
+            products = {n for n in cone if self.is_product(n)}
+            if products & claimed:
+                return [branch]
+            claimed |= products
+        return [part for leaf in inner for part in self._split(shortcut, leaf)]
 
     # -- over all ----------------------------------------------------------------------------------
     def _streams_that_go_on(self) -> list[Site]:
-        """Leaves out a lone sum of mixed streams: positions mixed by attention look the same, but
-        end there.
+        """Return the sites without lone sums of mixed streams.
+
+        Positions mixed by attention look like mixed streams, but end there.
         """
 
         def follows(later: Site, earlier: Site) -> bool:
             return earlier.group != later.group and earlier.output in self.carriers(later.shortcut)
 
-        kept = []
+        sites = []
         for site in self.sites:
             linked = any(follows(site, other) or follows(other, site) for other in self.sites)
             if site.group not in self._mixed or linked:
-                kept.append(site)
-        return kept
+                sites.append(site)
+        return sites
 
     def _within_their_branch(self) -> list[Site]:
-        """Leaves out sums inside a branch whose shortcut comes from outside it: a bias or a state
-        shared by layers.
+        """Return the sites without sums inside a branch whose shortcut comes from outside it.
+
+        Such a sum adds a bias or a state that layers share.
         """
-        kept: list[tuple[Site, frozenset[int]]] = []
+        accepted: list[tuple[Site, frozenset[int]]] = []
         streams = self._separate_streams()
         for site in sorted(self.sites, key=lambda s: s.addition, reverse=True):
             origin = self.graph.values[site.shortcut].node
-            around = [
-                (s, cone) for s, cone in kept if site.addition in cone and s.group != site.group
-            ]
-            outside = [
-                s for s, cone in around if origin not in cone and site.shortcut != s.shortcut
+            outer_sites = [
+                outer
+                for outer, cone in accepted
+                if site.addition in cone
+                and outer.group != site.group
+                and origin not in cone
+                and site.shortcut != outer.shortcut
             ]
             # A sum of a second stream is a sub-layer if the outer branch reads its own shortcut
             # without it too.
-            apart = id(site) in streams and all(self._reads_without(s, site) for s in outside)
-            if not outside or apart:
-                kept.append((site, frozenset(site.cone)))
+            is_second_stream = id(site) in streams and all(
+                self._reads_without(outer, site) for outer in outer_sites
+            )
+            if not outer_sites or is_second_stream:
+                accepted.append((site, frozenset(site.cone)))
             else:
-                self.dropped.append(
-                    (site, "it lies inside another sub-layer's branch, and its shortcut does not")
-                )
-        return [site for site, _ in kept]
+                reason = "it lies inside another sub-layer's branch, and its shortcut does not"
+                self.dropped.append((site, reason))
+        return [site for site, _ in accepted]
 
     def _separate_streams(self) -> set[int]:
-        """Return the ids of sites whose sum is continued by, or continues, another sum with no
-        product between.
+        """Return the ids of sites whose sum continues another, or is continued by one.
+
+        No product lies between the two.
         """
         linked: set[int] = set()
         for later in self.sites:
             for earlier in self.sites:
                 if earlier.group == later.group or earlier.addition >= later.addition:
                     continue
-                if (
-                    self.graph.values[earlier.output].shape
-                    != self.graph.values[later.shortcut].shape
-                ):
+                shape = self.graph.values[earlier.output].shape
+                if shape != self.graph.values[later.shortcut].shape:
                     continue
                 if self.reaches(earlier.output, (later.shortcut,), through_products=False):
                     linked |= {id(earlier), id(later)}
         return linked
 
     def _reads_without(self, outer: Site, inner: Site) -> bool:
-        """Return whether a product of the outer branch depends on its shortcut by a path around the
-        inner sum.
-        """
+        """Return whether a product of the outer branch reads its shortcut around the inner sum."""
         return any(self.is_product(node) for node in self.cone_around(outer, (inner,)))
 
     def cone_around(self, outer: Site, inner: Iterable[Site]) -> tuple[int, ...]:
-        """Return the calls of a branch that the shortcut reaches and that lead to its end without
-        the inner sums.
-        """
+        """Return the calls that lead from a branch's shortcut to its end without inner sums."""
+        # 1. Forward: the calls that the shortcut reaches.
         closed = {site.addition for site in inner}
         members = set(outer.cone) - closed
         live = {outer.shortcut}
@@ -499,6 +500,8 @@ class Finder(Walks):
             if any(value.index in live for value in self.graph.float_inputs(node)):
                 forward.append(node)
                 live.update(self.graph.nodes[node].outputs)
+
+        # 2. Backward: those of them that lead to the end.
         needed = set(outer.term.values)
         around: list[int] = []
         for node in reversed(forward):
@@ -522,11 +525,14 @@ class Finder(Walks):
         if not others:
             return site.calls
         around = self.cone_around(site, others)
-        return (*around, site.addition) if site.term.product else around
+        if site.term.product:
+            return (*around, site.addition)
+        return around
 
     def _mark_nested(self, sites: list[Site]) -> list[Site]:
-        """Marks sites whose addition lies inside another's branch; they are left out of products
-        over depth.
+        """Mark sites whose addition lies inside another's branch.
+
+        They are left out of products over depth.
         """
         inside = [(set(s.cone), s) for s in sites]
         marked = []
@@ -556,7 +562,12 @@ class Finder(Walks):
         return self.reaches(site.output, ends, through_products=False, statistics=False)
 
     def _lies_in(self, site: Site, other: Site, cone: set[int]) -> bool:
-        """Return whether a whole sum, its shortcut included, lies inside another branch."""
+        """Return whether a sum, its shortcut included, lies inside another branch."""
         if site is other or site.group == other.group or site.addition not in cone:
             return False
         return site.shortcut == other.shortcut or self.graph.values[site.shortcut].node in cone
+
+
+def _shape_of_mixture(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape (B, T, d) of one mixture of streams (B, T, S, d)."""
+    return (*shape[:-2], shape[-1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jacdiag.trace.discovery.norms import waists
 from jacdiag.trace.discovery.residual import Finder, Site
 from jacdiag.trace.graph.graph import Graph
 
@@ -15,8 +16,8 @@ class Group:
     Attributes:
         sites: indices of the branches.
         shortcut, output: value indices of x and of the sum y.
-        after: what the stream is once y has passed what carries no matrix product (a post-norm); y
-            itself mostly.
+        after: what the stream is once y has passed what carries no matrix product (a post-norm).
+            Mostly it is y itself.
     """
 
     sites: list[int]
@@ -50,6 +51,7 @@ class Streams:
         self.main = self._longest()
 
     def _link(self) -> None:
+        """Find for each sum the nearest earlier one that it continues with no product between."""
         for k, group in enumerate(self.groups):
             for j in range(k - 1, -1, -1):
                 earlier = self.groups[j]
@@ -67,50 +69,50 @@ class Streams:
                 group.after = self._end(group.output)
 
     def _end(self, output: int) -> int:
-        """The last value before the first matrix product after the stream's last sum: behind a
-        norm, if any.
-        """
-        from jacdiag.trace.discovery.norms import waists
+        """Return the last value before the first matrix product after the stream's last sum.
 
+        It lies after the final norm, if there is one.
+        """
         cone = self.finder.cone(output, self.graph.outputs)
         end = output
         shape = self.graph.values[output].shape
         for node in waists(self.graph, cone, output):
-            made = self.graph.values[self.graph.nodes[node].outputs[0]]
-            if self.finder.is_product(node) or sorted(made.shape) != sorted(shape):
+            output_value = self.graph.values[self.graph.nodes[node].outputs[0]]
+            if self.finder.is_product(node) or sorted(output_value.shape) != sorted(shape):
                 break
-            if made.shape == shape:  # a norm of channels-first data works on a transposed sum
-                end = made.index
+            # A norm of channels-first data works on a transposed sum.
+            if output_value.shape == shape:
+                end = output_value.index
         return end
 
     def _longest(self) -> list[int]:
-        chains = []
-        for k, group in enumerate(self.groups):
-            if group.preceding is None:
-                chain = [k]
-                while (following := self.groups[chain[-1]].following) is not None:
-                    chain.append(following)
-                chains.append(chain)
-        return max(chains, key=lambda c: (len(c), c[-1]), default=[])
+        """Return the stream of most sums; of two as long, the one that ends later."""
+        chains = [
+            self._chain_from(k) for k, group in enumerate(self.groups) if group.preceding is None
+        ]
+        return max(chains, key=lambda chain: (len(chain), chain[-1]), default=[])
 
-    def chain_of(self, group: int) -> list[int]:
-        """Returns the whole stream that a sum belongs to, first to last."""
-        while (preceding := self.groups[group].preceding) is not None:
-            group = preceding
-        chain = [group]
+    def _chain_from(self, first: int) -> list[int]:
+        """Return a sum and all that follow it."""
+        chain = [first]
         while (following := self.groups[chain[-1]].following) is not None:
             chain.append(following)
         return chain
 
 
 def owner_of(graph: Graph, innermost: int, first: int, last: int, value: int) -> int:
-    """Returns the innermost module call that holds the calls [first, last] and makes or is given
-    `value`.
+    """Return the innermost module call that holds calls and makes, or is given, a value.
+
+    Args:
+        graph: what one forward did.
+        innermost: where the search begins.
+        first, last: the calls to be held.
+        value: the value.
     """
-    made = graph.values[value].node
+    maker = graph.values[value].node
     for index in graph.ancestors(innermost):
         call = graph.invocations[index]
         holds = call.start <= first and (call.end < 0 or last < call.end)
-        if holds and (made >= call.start or value in call.arguments):
+        if holds and (maker >= call.start or value in call.arguments):
             return index
     return 0

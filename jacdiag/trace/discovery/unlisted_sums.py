@@ -6,20 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from jacdiag.trace.discovery.residual import Finder, Site
-from jacdiag.trace.graph.graph import Graph
+from jacdiag.trace.graph.additions import Term
+from jacdiag.trace.graph.graph import Graph, Node
+from jacdiag.trace.graph.ops import SELECT_POSITIONS, SUMS_OF_A_STACK, WRITE_POSITIONS
 
-_SELECTS = {"__getitem__", "index_select", "gather", "take_along_dim", "narrow", "select"}
-_WRITES = {
-    "__setitem__",
-    "index_copy",
-    "index_copy_",
-    "scatter",
-    "scatter_",
-    "index_put",
-    "index_put_",
-}
 _MOST_STEPS = 64  # of a walk back from a term
-_SUMS = {"sum", "mean", "einsum", "matmul", "__matmul__", "bmm", "tensordot"}
+_MOST_VALUES = 32  # that a walk on from a stack visits
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,47 +34,59 @@ class LeftOut:
 
 def left_out(graph: Graph, finder: Finder, sites: Sequence[Site]) -> list[LeftOut]:
     """Return the residual sums that are not listed, in the order of the forward."""
-    reasons: dict[int, str] = {}
-
-    # 1. Pairs that were recognised and then not taken.
+    streams = _Streams(graph, finder, sites)
     listed = {site.addition for site in sites} | {site.carrier[0] for site in sites}
     listed |= {graph.values[site.output].node for site in sites}
-    streams = _Streams(graph, finder, sites)
+    reasons = _dropped_pairs(finder, streams, listed)
+    reasons |= _gated_sums(graph, sites, streams, listed)
+    for node in graph.nodes:
+        if node.index in listed or node.index in reasons or node.function:
+            continue
+        reason = _reason_of_unpaired(node, streams)
+        if reason:
+            reasons[node.index] = reason
+    return [_described(graph, node, reasons[node]) for node in sorted(reasons)]
+
+
+def _dropped_pairs(finder: Finder, streams: _Streams, listed: set[int]) -> dict[int, str]:
+    """Return the reasons of pairs that were recognised and then not taken, by their addition."""
+    reasons: dict[int, str] = {}
     for site, reason in finder.dropped:
         on_stream = streams.goes_on(site.output) or streams.is_stream(site.shortcut)
         if site.addition not in listed and on_stream:
             reasons[site.addition] = reason
+    return reasons
 
-    # 2. Sums whose shortcut is gated. One inside a branch is measured as part of it.
-    inside = {node for site in sites for node in site.cone}
+
+def _gated_sums(
+    graph: Graph, sites: Sequence[Site], streams: _Streams, listed: set[int]
+) -> dict[int, str]:
+    """Return the reasons of sums whose shortcut is gated; one inside a branch is part of that."""
+    not_open = listed | {node for site in sites for node in site.cone}
+    reasons: dict[int, str] = {}
     for node in graph.nodes:
-        is_open = node.index not in listed | inside and not node.function
-        if node.terms is not None and is_open and streams.gates_its_shortcut(node.index):
+        if node.terms is None or node.function or node.index in not_open:
+            continue
+        if streams.gates_its_shortcut(node.index):
             reasons[node.index] = (
                 "a gate or another function changes the shortcut on its way into the sum"
             )
+    return reasons
 
-    # 3. Additions and mixes on a stream whose branch does not read their own shortcut.
-    for node in graph.nodes:
-        if node.index in listed or node.index in reasons or node.function:
-            continue
-        if node.terms is not None and streams.adds_to_another(node.index):
+
+def _reason_of_unpaired(node: Node, streams: _Streams) -> str:
+    """Return why a call on a stream makes no pair, "" if it does not belong to a stream."""
+    if node.terms is not None:
+        if streams.adds_to_another(node.index):
             if streams.projects_its_shortcut(node.index):
-                reasons[node.index] = (
-                    "a product with weights changes the shortcut on its way into the sum"
-                )
-            else:
-                reasons[node.index] = "the branch does not read this sum's own shortcut"
-        elif node.terms is not None and streams.adds_to_part(node.index):
-            reasons[node.index] = (
-                "the branch is added to some positions only, which are then written back"
-            )
-        elif node.name == "stack" and streams.mixes(node.index):
-            count = len(node.operands)
-            reasons[node.index] = (
-                f"a weighted sum of {count} earlier outputs, not a shortcut and a branch"
-            )
-    return [_described(graph, node, reasons[node]) for node in sorted(reasons)]
+                return "a product with weights changes the shortcut on its way into the sum"
+            return "the branch does not read this sum's own shortcut"
+        if streams.adds_to_part(node.index):
+            return "the branch is added to some positions only, which are then written back"
+    if node.name == "stack" and streams.mixes(node.index):
+        count = len(node.operands)
+        return f"a weighted sum of {count} earlier outputs, not a shortcut and a branch"
+    return ""
 
 
 def _described(graph: Graph, node: int, reason: str) -> LeftOut:
@@ -101,11 +105,16 @@ class _Streams:
         self.sums = {graph.values[site.output].node for site in self.sites}
         self.lines = {graph.nodes[node].line for node in self.sums}
 
-    def adds_to_another(self, node: int) -> bool:
-        """Return whether a sum adds a function of something else to a stream that goes on."""
+    def _two_terms(self, node: int) -> list[Term]:
+        """Return the terms of a sum of two values of its own shape; [] if it is none."""
         record = self.graph.nodes[node]
         terms = [term for term in record.terms or () if self.finder.is_full(node, term)]
-        if len(terms) != 2 or not record.outputs or not self.goes_on(record.outputs[0]):
+        return terms if len(terms) == 2 else []
+
+    def adds_to_another(self, node: int) -> bool:
+        """Return whether a sum adds a function of something else to a stream that goes on."""
+        record, terms = self.graph.nodes[node], self._two_terms(node)
+        if not terms or not record.outputs or not self.goes_on(record.outputs[0]):
             return False
         for shortcut, branch in (terms, terms[::-1]):
             if shortcut.operand is None or shortcut.product:
@@ -118,12 +127,12 @@ class _Streams:
         return False
 
     def projects_its_shortcut(self, node: int) -> bool:
-        """Return whether both terms are products of one value with weights, as in a ResNet block
-        that changes width.
+        """Return whether both terms are products of one value with weights.
+
+        A ResNet block that changes width has such terms.
         """
-        record = self.graph.nodes[node]
-        terms = [term for term in record.terms or () if self.finder.is_full(node, term)]
-        if len(terms) != 2:
+        terms = self._two_terms(node)
+        if not terms:
             return False
         for shortcut, branch in (terms, terms[::-1]):
             product = self._last_product(shortcut.values)
@@ -142,9 +151,7 @@ class _Streams:
         return any(self.finder.reaches(result, values, through_products=True) for result in results)
 
     def _last_product(self, values: Sequence[int]) -> int | None:
-        """Return the nearest product before `values`; None if a sum of the stream comes after
-        it.
-        """
+        """Return the nearest product before `values`; None if a sum of the stream is nearer."""
         queue, seen = list(values), set(values)
         while queue:
             maker = self.graph.values[queue.pop(0)].node
@@ -159,14 +166,12 @@ class _Streams:
         return None
 
     def gates_its_shortcut(self, node: int) -> bool:
-        """Return whether one value reaches a term through elementwise functions, and another term
-        by a branch.
+        """Return whether one value reaches a term by elementwise functions, the other by a branch.
 
         An example is a highway gate, x * (1 - g) + g * f(x).
         """
-        record = self.graph.nodes[node]
-        terms = [term for term in record.terms or () if self.finder.is_full(node, term)]
-        if len(terms) != 2 or not record.outputs:
+        record, terms = self.graph.nodes[node], self._two_terms(node)
+        if not terms or not record.outputs:
             return False
         shape = self.graph.values[record.outputs[0]].shape
         for shortcut, branch in (terms, terms[::-1]):
@@ -176,8 +181,9 @@ class _Streams:
         return False
 
     def _elementwise_sources(self, values: Sequence[int], shape: tuple[int, ...]) -> Iterator[int]:
-        """Yield the values of a shape that lead to `values` with no product between, nearest
-        first.
+        """Yield the values of a shape that lead to `values` with no product between.
+
+        The nearest comes first.
         """
         queue, seen = list(values), set(values)
         steps = 0
@@ -200,63 +206,63 @@ class _Streams:
         return any(self.finder.is_product(call) for call in self.finder.cone(source, values))
 
     def adds_to_part(self, node: int) -> bool:
-        """Return whether a branch is added to selected positions of its shortcut, and the sum is
-        written back.
-        """
-        record = self.graph.nodes[node]
-        terms = [term for term in record.terms or () if self.finder.is_full(node, term)]
-        if len(terms) != 2 or not record.outputs:
-            return False
-        readers = {
-            reader for made in record.outputs for reader in self.graph.values[made].consumers
-        }
-        if not any(self.graph.nodes[reader].name in _WRITES for reader in readers):
+        """Return whether a branch is added to some positions of its shortcut and written back."""
+        terms = self._two_terms(node)
+        if not terms or not self._is_written_back(node):
             return False
         for shortcut, branch in (terms, terms[::-1]):
-            maker = -1 if shortcut.operand is None else self.graph.values[shortcut.operand].node
-            if maker < 0 or self.graph.nodes[maker].name not in _SELECTS:
+            if shortcut.operand is None:
                 continue
-            whole = self.graph.nodes[maker].inputs[0]
-            if self.finder.is_branch(whole, branch):
+            maker = self.graph.values[shortcut.operand].node
+            if maker < 0 or self.graph.nodes[maker].name not in SELECT_POSITIONS:
+                continue
+            all_positions = self.graph.nodes[maker].inputs[0]
+            if self.finder.is_branch(all_positions, branch):
                 return True
         return False
 
+    def _is_written_back(self, node: int) -> bool:
+        """Return whether a call that writes to positions reads a result of another call."""
+        for output in self.graph.nodes[node].outputs:
+            for reader in self.graph.values[output].consumers:
+                if self.graph.nodes[reader].name in WRITE_POSITIONS:
+                    return True
+        return False
+
     def mixes(self, node: int) -> bool:
-        """Return whether earlier outputs of one shape are stacked and then summed into the stream
-        again.
-        """
+        """Return whether outputs of one shape are stacked and then summed into the stream again."""
+        # 1. What is stacked: earlier outputs of one shape, the later ones made from the first.
         record = self.graph.nodes[node]
-        members = [
-            v
-            for v in record.operands
-            if self.graph.values[v].live and self.graph.values[v].is_float
-        ]
+        operands = [self.graph.values[v] for v in record.operands]
+        members = [value.index for value in operands if value.live and value.is_float]
         shapes = {self.graph.values[v].shape for v in members}
         if len(members) < 2 or len(shapes) != 1:
             return False
         between = self.finder.cone(members[0], members[1:])
-        depend = any(self.finder.is_product(call) for call in between)
+        if not any(self.finder.is_product(call) for call in between):
+            return False
+
+        # 2. The sum that the stack leads to.
         output = self._reduced(record.outputs[0], shapes.pop())
-        if not depend or output is None:
+        if output is None:
             return False
         return self.goes_on(output) or any(self.is_stream(member) for member in members)
 
     def _reduced(self, value: int, shape: tuple[int, ...]) -> int | None:
-        """Return the first sum of that shape that a stack leads to without a parameter's
-        product.
-        """
+        """Return the first sum of that shape that a stack leads to; no product lies between."""
         stack = [value]
-        for _ in range(32):
+        for _ in range(_MOST_VALUES):
             if not stack:
                 return None
             for node in self.graph.values[stack.pop(0)].consumers:
                 record = self.graph.nodes[node]
                 if self.finder.is_product(node):
                     continue
-                for made in record.outputs:
-                    if record.name in _SUMS and self.graph.values[made].shape == shape:
-                        return made
-                    stack.append(made)
+                for output in record.outputs:
+                    is_sum = record.name in SUMS_OF_A_STACK
+                    if is_sum and self.graph.values[output].shape == shape:
+                        return output
+                    stack.append(output)
         return None
 
     def goes_on(self, output: int) -> bool:

@@ -1,5 +1,6 @@
-"""Which part every parameter plays, from what the forward does with it; no name of any architecture
-is used.
+"""The role of every parameter, from what the forward does with it.
+
+No name of any architecture is used.
 
 In an attention, W_Q and W_K are the products whose results meet before a softmax, W_V the one that
 meets what comes out of it, W_O the product that no other follows. In an FFN, W_2 is the last,
@@ -9,53 +10,38 @@ selects or weighs the results of others.
 
 from __future__ import annotations
 
+import enum
 import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from jacdiag.trace.discovery.coverage import parameters_of
-from jacdiag.trace.discovery.matrix_order import ACTIVATIONS, roles_of
+from jacdiag.trace.discovery.matrix_order import roles_of
 from jacdiag.trace.discovery.naming import home_of
-from jacdiag.trace.discovery.norms import FUSED_NORMS
 from jacdiag.trace.discovery.residual import Site
 from jacdiag.trace.graph.graph import STATE, Graph
-from jacdiag.trace.graph.reachability import REDUCTIONS
+from jacdiag.trace.graph.ops import (
+    ACTIVATIONS,
+    BILINEAR_OR_IN_PLACE,
+    CHANGE_A_NUMBER,
+    CHOICES,
+    CUT_INTO_PIECES,
+    DIVISIONS,
+    FUSED_MULTI_HEAD,
+    JOINS,
+    KEEP_THE_SIZE,
+    LENGTHS,
+    LOOKUPS,
+    NORMALISING,
+    NORMS_WITH_GAIN,
+    SCALED_DOT_PRODUCT,
+    SOFTMAX,
+    TIMES,
+)
 from jacdiag.trace.site_list import Sites
 from jacdiag.trace.sublayer import Sublayer
 
-_SOFTMAX = {"softmax", "log_softmax", "_softmax", "softmax_"}
-_SDPA = {"scaled_dot_product_attention"}
-_TORCH_ATTENTION = "multi_head_attention_forward"
-_BILINEAR = {"matmul", "bmm", "einsum", "__matmul__", "baddbmm", "baddbmm_"}
-_TIMES = {"mul", "__mul__", "__rmul__", "mul_", "__imul__", "multiply"}
-_PARTS = {"chunk", "split", "split_with_sizes", "tensor_split", "unbind", "__getitem__", "narrow"}
-_CHOICE = {"topk", "softmax", "sigmoid", "argsort", "sort", "gather"}
-# Calls after which a parameter's number is another one, so that a gain of 1 is no longer a
-# parameter of 1.
-_CHANGES = (
-    _TIMES
-    | ACTIVATIONS
-    | set("div __truediv__ exp exp_ log sqrt pow __pow__ square neg abs clamp".split())
-)
-_CHANGES |= {"softmax", "normalize", "logsigmoid"}
-_JOINS = {"cat", "concat", "concatenate"}
-_NORMALISING = REDUCTIONS | FUSED_NORMS | {"rsqrt", "normalize"}
-_LENGTHS = {"normalize", "norm", "vector_norm", "linalg_vector_norm"}
-# Calls that keep the size of what a norm returns, but for the guard against a division by zero.
-_KEEP_THE_SIZE = {
-    "div",
-    "__truediv__",
-    "clamp",
-    "clamp_min",
-    "clamp_min_",
-    "maximum",
-    "expand_as",
-    "to",
-    "float",
-}
-_KEEP_THE_SIZE |= {"type_as", "contiguous", "expand", "unsqueeze"}
-_NORMS_WITH_GAIN = FUSED_NORMS | {"batch_norm", "group_norm", "instance_norm"}
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
@@ -65,8 +51,8 @@ class Use:
 
     Attributes:
         role: embedding, positions, W_Q, W_K, W_V, W_QKV, W_KV, W_O, W_1, W_gate, W_gate_up, W_2,
-            router, head, projection, cls, norm_gain, scale, bias, or "" where the dataflow does not
-            tell. A scale is a LayerScale, a gate or a temperature; cls is any token that joins
+            router, head, projection, cls, norm_gain, scale, bias, or "" if the dataflow does not
+            show it. A scale is a LayerScale, a gate or a temperature; cls is any token that joins
             those of the input.
         layer: depth of the sub-layer that reads it, None outside all.
         sublayer: its name, "" outside all.
@@ -85,7 +71,7 @@ class Use:
 
 
 def uses_of(sites: Sites) -> dict[str, Use]:
-    """Returns the use of every parameter of a recorded model, in the order of the parameters.
+    """Return the use of every parameter of a recorded model, in the order of the parameters.
 
     A parameter that this forward did not read (an expert without tokens) takes the role of one
     whose name differs from its own in numbers only.
@@ -98,21 +84,28 @@ def uses_of(sites: Sites) -> dict[str, Use]:
         >>> [uses[name].role for name in names]
         ['W_QKV', 'W_1', 'norm_gain']
     """
-    found: dict[str, Use] = {}
+    uses: dict[str, Use] = {}
+
+    # 1. Parameters that sub-layers read.
     for site, raw in zip(sites, sites.raw, strict=True):
         roles = _Branch(sites, site, raw).roles()
         for name in site.parameters:
-            if name not in found:
+            if name not in uses:
                 use = roles.get(name) or _small_use(sites, name)
-                found[name] = replace(use, layer=site.depth, sublayer=site.name)
-    found |= {name: use for name, use in _outside(sites).items() if name not in found}
+                uses[name] = replace(use, layer=site.depth, sublayer=site.name)
+
+    # 2. Parameters outside all sub-layers.
+    for name, use in _outside(sites).items():
+        uses.setdefault(name, use)
+
+    # 3. Parameters that this forward did not read.
     outlines = sites.skeleton.outlines
     ranks = {name: outline.dim() for name, outline in outlines.items()}
-    return {name: found.get(name) or _like(name, found, ranks) for name in outlines}
+    return {name: uses.get(name) or _like(name, uses, ranks) for name in outlines}
 
 
 def pattern(name: str) -> str:
-    """A parameter's name with its layer number, the first number in it, as "*".
+    """Return a parameter's name with its layer number, the first number in it, as "*".
 
     >>> pattern("model.layers.3.mlp.experts.0.w1.weight")
     'model.layers.*.mlp.experts.0.w1.weight'
@@ -121,291 +114,422 @@ def pattern(name: str) -> str:
 
 
 def tied_to_head(sites: Sites) -> set[str]:
-    """The embeddings that a product behind the last sub-layer reads too."""
-    last = max((sites.graph.values[s.output].node for s in sites.raw if not s.nested), default=-1)
-    after = [
-        n.index for n in sites.graph.nodes if n.index > last and sites.finder.is_product(n.index)
-    ]
-    return set(parameters_of(sites.graph, after, sites.skeleton)) & set(sites.coverage.embedding)
+    """Return the embeddings that a product after the last sub-layer reads too."""
+    graph = sites.graph
+    last = max((graph.values[s.output].node for s in sites.raw if not s.nested), default=-1)
+    after = [n.index for n in graph.nodes if n.index > last and sites.finder.is_product(n.index)]
+    return set(parameters_of(graph, after, sites.skeleton)) & set(sites.coverage.embedding)
 
 
-def _like(name: str, found: Mapping[str, Use], ranks: Mapping[str, int]) -> Use:
-    """The use of a parameter of as many dimensions and of the same name but for its numbers."""
+def _like(name: str, uses: Mapping[str, Use], ranks: Mapping[str, int]) -> Use:
+    """Return the use of a parameter of the same rank whose name differs in numbers only."""
     same = NUMBER.sub("*", name)
-    alike = (
-        u
-        for other, u in found.items()
-        if ranks.get(other) == ranks[name] and NUMBER.sub("*", other) == same
-    )
-    twin = next(alike, None)
-    if twin is None:
-        return Use("")
-    layer = re.search(NUMBER, name)
-    return replace(
-        twin, layer=int(layer[0]) if layer and twin.layer is not None else twin.layer, sublayer=""
-    )
+    for other, use in uses.items():
+        if ranks.get(other) != ranks[name] or NUMBER.sub("*", other) != same:
+            continue
+        number = NUMBER.search(name)
+        layer = use.layer
+        if number is not None and layer is not None:
+            layer = int(number[0])
+        return replace(use, layer=layer, sublayer="")
+    return Use("")
 
 
-Label = tuple[int, frozenset[str]]  # a product, and what happened to its result since
-# Labels of one value. A loop that cuts a value and joins the pieces doubles them each time it runs.
-_MOST_LABELS = 512
+class _Mark(enum.Enum):
+    """What happened to the result of a product on its way to a value."""
+
+    SOFTMAX = enum.auto()
+    ACTIVATION = enum.auto()
+    CHOICE = enum.auto()  # it selects or weighs
+    LEFT = enum.auto()  # it was the left factor of a product without weights
+    RIGHT = enum.auto()
 
 
-def _without_parts_if_many(labels: set[Label]) -> set[Label]:
-    """Return labels that no longer tell parts of a value apart, if there are too many of them."""
-    if len(labels) <= _MOST_LABELS:
-        return labels
-    return {
-        (product, frozenset(word for word in seen if not word.startswith("part ")))
-        for product, seen in labels
-    }
+class _Tag(enum.Enum):
+    """What the dataflow shows of a product; several may be true."""
+
+    QUERY = "Q"
+    KEY = "K"
+    VALUE = "V"
+    WEIGHS = "its result selects or weighs the results of others"
+    GATE = "its result passes an activation, then multiplies another"
+    UP = "its result is multiplied by another"
+    HALVES = "pieces of its result are multiplied by one another"
+
+
+_ATTENTION_TAGS = (_Tag.QUERY, _Tag.KEY, _Tag.VALUE)
+
+
+@dataclass(frozen=True)
+class _Flow:
+    """The result of a product as it arrives at a value.
+
+    Attributes:
+        product: the call.
+        marks: what happened to its result since.
+        pieces: the values that were cut from it on the way.
+    """
+
+    product: int
+    marks: frozenset[_Mark] = frozenset()
+    pieces: frozenset[int] = frozenset()
+
+
+# Flows into one value. A loop that cuts a value and joins the pieces doubles them in each pass.
+_MOST_FLOWS = 512
+
+
+def _without_pieces_if_many(flows: set[_Flow]) -> set[_Flow]:
+    """Return flows that no longer tell pieces of a value apart, if there are too many of them."""
+    if len(flows) <= _MOST_FLOWS:
+        return flows
+    return {_Flow(flow.product, flow.marks) for flow in flows}
+
+
+def _any_has(flows: Iterable[_Flow], mark: _Mark) -> bool:
+    return any(mark in flow.marks for flow in flows)
+
+
+def _products_of(flows: Iterable[_Flow]) -> set[int]:
+    return {flow.product for flow in flows}
 
 
 class _Branch:
     """Follows the results of a branch's products through its calls."""
 
     def __init__(self, sites: Sites, site: Sublayer, raw: Site) -> None:
-        self.sites, self.graph, self.site, self.raw = sites, sites.graph, site, raw
-        self.labels: dict[int, set[Label]] = {}
+        self.sites = sites
+        self.graph = sites.graph
+        self.site = site
+        self.raw = raw
+        self.flows: dict[int, set[_Flow]] = {}  # by value
         self.followed: dict[int, set[int]] = {}  # product -> the products that read its result next
-        self.tags: dict[int, set[str]] = {}
+        self.tags: dict[int, set[_Tag]] = {}  # by product
 
     def roles(self) -> dict[str, Use]:
+        """Return the uses of the branch's matrices by name of the parameter."""
         for node in self._calls():
             self._pass(node)
-        found: dict[str, Use] = {}
+        uses: dict[str, Use] = {}
         for node in self.tags:
-            names = [
-                n
-                for n in parameters_of(self.graph, (node,), self.sites.skeleton)
-                if self._rank(n) >= 2
-            ]
+            for name, use in self._uses_in(node).items():
+                uses.setdefault(name, use)
+        return uses
+
+    def _uses_in(self, node: int) -> dict[str, Use]:
+        """Return the uses of the matrices that one product reads."""
+        read = parameters_of(self.graph, (node,), self.sites.skeleton)
+        matrices = [name for name in read if self._rank(name) >= 2]
+        if len(matrices) == 1:
             fan_in, fan_out = self._fans(node)
-            if len(names) == 1:
-                found.setdefault(
-                    names[0], Use(self._role(node, fan_out), fan_in=fan_in, fan_out=fan_out)
-                )
-                continue
-            if self.graph.nodes[node].name == _TORCH_ATTENTION:
-                names = self._in_order(names)
-            for role, name in roles_of(self.site.kind, names).items():  # several in one fused call
-                rows, columns = self.sites.skeleton.outlines[name].shape[-2:]
-                found.setdefault(name, Use(role, fan_in=columns, fan_out=rows))
-        return found
+            role = self._role(node, fan_out)
+            return {matrices[0]: Use(role, fan_in=fan_in, fan_out=fan_out)}
+
+        # Several in one fused call: their order gives their roles.
+        if self.graph.nodes[node].name == FUSED_MULTI_HEAD:
+            matrices = self._in_order(matrices)
+        uses: dict[str, Use] = {}
+        for role, name in roles_of(self.site.kind, matrices).items():
+            rows, columns = self.sites.skeleton.outlines[name].shape[-2:]
+            uses[name] = Use(role, fan_in=columns, fan_out=rows)
+        return uses
 
     def _in_order(self, names: list[str]) -> list[str]:
-        """Return the matrices of torch's fused attention in order of use; separate W_Q, W_K, W_V
-        come after W_O.
+        """Return the matrices of torch's fused attention in order of use.
+
+        Separate W_Q, W_K and W_V are read after W_O.
         """
         # rows added to keys and values have rank 3
         matrices = [name for name in names if self._rank(name) == 2]
-        return matrices if len(matrices) < 4 else [*matrices[1:], matrices[0]]
+        if len(matrices) < 4:
+            return matrices
+        return [*matrices[1:], matrices[0]]
 
     def _calls(self) -> list[int]:
-        """The branch's calls, and those of its module that read something else: keys and values of
-        another sequence.
+        """Return the branch's calls, and those of its module that read something else.
+
+        Cross-attention makes keys and values of another sequence, for example.
         """
         home = home_of(self.graph, self.sites.finder, self.raw)
+        if not home:
+            return sorted(set(self.raw.calls))
         call, last = self.graph.invocations[home], max(self.raw.calls)
-        own = range(call.start, min(call.end, last + 1)) if home else ()
-        return sorted({*self.raw.calls, *own})
+        return sorted({*self.raw.calls, *range(call.start, min(call.end, last + 1))})
 
     def _rank(self, name: str) -> int:
         return self.sites.skeleton.outlines[name].dim()
 
     def _fans(self, node: int) -> tuple[int | None, int | None]:
-        """Features that go in and come out: the last dimension, or that of the channels for a
-        convolution.
+        """Return how many features go in and come out.
+
+        They are in the last dimension, or in that of the channels for a convolution.
         """
         record = self.graph.nodes[node]
-        live = list(self.graph.float_inputs(node))
-        made = [self.graph.values[v] for v in record.outputs]
-        dim = 1 if record.name.startswith("conv") else -1
+        read = list(self.graph.float_inputs(node))
         if record.terms is not None:  # addmm: its product's own operand, not what is added
-            inner = {v for t in record.terms if t.product for v in t.values}
-            live = [v for v in live if v.index in inner] or live
-        if not live or not made or not live[0].shape or not made[0].shape:
+            in_product = {v for term in record.terms if term.product for v in term.values}
+            read = [v for v in read if v.index in in_product] or read
+        if not read or not record.outputs:
             return None, None
-        return live[0].shape[dim], made[0].shape[dim]
+        shape_in, shape_out = read[0].shape, self.graph.values[record.outputs[0]].shape
+        if not shape_in or not shape_out:
+            return None, None
+        dim = 1 if record.name.startswith("conv") else -1
+        return shape_in[dim], shape_out[dim]
 
+    # -- following results -------------------------------------------------------------------------
     def _pass(self, node: int) -> None:
-        record = self.graph.nodes[node]
-        alive = {v.index for v in self.graph.float_inputs(node)}
-        reads = [v for v in record.operands if v in alive] or sorted(alive)
-        sides = [self.labels.get(v, set()) for v in reads]
-        together = {label for side in sides for label in side}
+        """Take the flows of a call's operands on to its results."""
+        name = self.graph.nodes[node].name
+        sides = self._sides(node)
+        not_empty = [side for side in sides if side]
+        flows = {flow for side in sides for flow in side}
+
+        # 1. What the call does with the results of products.
         if self.sites.finder.is_product(node):
-            for product, _ in together:
-                self.followed[product].add(node)
-            self.tags[node], self.followed[node] = set(), set()
-            together = {(node, frozenset())}
-        elif record.name in _SDPA:
-            for side, tag in zip(sides, "QKV", strict=False):
+            flows = self._begin_flow(node, flows)
+        elif name in SCALED_DOT_PRODUCT:
+            for side, tag in zip(sides, _ATTENTION_TAGS, strict=False):
                 self._tag(side, tag)
-        elif record.name in _BILINEAR and sum(map(bool, sides)) >= 2:
-            together = self._meet([side for side in sides if side])
-        elif record.name in _TIMES and sum(map(bool, sides)) == 2:
-            self._multiplied(*[side for side in sides if side])
-        mark = self._mark(record.name)
-        for value in record.outputs:
-            part = {f"part {value}"} if record.name in _PARTS else set()
-            self.labels[value] = _without_parts_if_many(
-                {(p, seen | mark | part) for p, seen in together}
+        elif name in BILINEAR_OR_IN_PLACE and len(not_empty) >= 2:
+            flows = self._meet(not_empty)
+        elif name in TIMES and len(not_empty) == 2:
+            self._multiplied(*not_empty)
+
+        # 2. The flows of its own results.
+        marks = _marks_of(name)
+        for value in self.graph.nodes[node].outputs:
+            pieces = frozenset({value}) if name in CUT_INTO_PIECES else frozenset()
+            self.flows[value] = _without_pieces_if_many(
+                {_Flow(flow.product, flow.marks | marks, flow.pieces | pieces) for flow in flows}
             )
-        if record.name in _SOFTMAX:
-            self._tag({label for label in together if "left" in label[1]}, "Q")
-            self._tag({label for label in together if "right" in label[1]}, "K")
 
-    def _mark(self, name: str) -> frozenset[str]:
-        marks = {"softmax"} if name in _SOFTMAX else set()
-        marks |= {"act"} if name in ACTIVATIONS else set()
-        return frozenset(marks | ({"choice"} if name in _CHOICE else set()))
+        # 3. The factors of what a softmax reads are queries and keys.
+        if name in SOFTMAX:
+            self._tag({flow for flow in flows if _Mark.LEFT in flow.marks}, _Tag.QUERY)
+            self._tag({flow for flow in flows if _Mark.RIGHT in flow.marks}, _Tag.KEY)
 
-    def _tag(self, labels: Iterable[Label], tag: str) -> None:
-        for product, _ in labels:
-            self.tags[product].add(tag)
+    def _sides(self, node: int) -> list[set[_Flow]]:
+        """Return the flows into each differentiable operand of a call."""
+        live = {value.index for value in self.graph.float_inputs(node)}
+        operands = [v for v in self.graph.nodes[node].operands if v in live] or sorted(live)
+        return [self.flows.get(v, set()) for v in operands]
 
-    def _meet(self, sides: list[set[Label]]) -> set[Label]:
-        """Two results meet in a product without weights: scores before a softmax, the mixing of
-        values behind one.
+    def _begin_flow(self, node: int, flows: set[_Flow]) -> set[_Flow]:
+        """Note a product with weights: the flows into it end, and one begins."""
+        for flow in flows:
+            self.followed[flow.product].add(node)
+        self.tags[node] = set()
+        self.followed[node] = set()
+        return {_Flow(node)}
+
+    def _tag(self, flows: Iterable[_Flow], tag: _Tag) -> None:
+        for flow in flows:
+            self.tags[flow.product].add(tag)
+
+    def _meet(self, sides: list[set[_Flow]]) -> set[_Flow]:
+        """Return the flows of a product without weights.
+
+        Before a softmax it makes scores, of which the factors are marked. After one it mixes
+        values, which are what did not pass the softmax.
         """
-        if any("softmax" in seen for side in sides for _, seen in side):
+        if any(_any_has(side, _Mark.SOFTMAX) for side in sides):
             for side in sides:
-                if not any("softmax" in seen for _, seen in side):
-                    self._tag(side, "V")
-            return {(p, seen - {"softmax", "left", "right"}) for side in sides for p, seen in side}
-        names = ("left", "right")
-        return {
-            (p, seen | {names[min(k, 1)]}) for k, side in enumerate(sides[-2:]) for p, seen in side
-        }
+                if not _any_has(side, _Mark.SOFTMAX):
+                    self._tag(side, _Tag.VALUE)
+            flows = {flow for side in sides for flow in side}
+            ended = {_Mark.SOFTMAX, _Mark.LEFT, _Mark.RIGHT}
+            return {replace(flow, marks=flow.marks - ended) for flow in flows}
 
-    def _multiplied(self, one: set[Label], other: set[Label]) -> None:
-        a, b = {p for p, _ in one}, {p for p, _ in other}
-        if a != b:
-            for mine, theirs in ((one, b), (other, a)):
-                mine = {label for label in mine if label[0] not in theirs}
-                if any("choice" in seen for _, seen in mine):
-                    self._tag(mine, "weighs")
-                self._tag(mine, "gate" if any("act" in seen for _, seen in mine) else "up")
+        left, right = sides[-2:]
+        marked = {replace(flow, marks=flow.marks | {_Mark.LEFT}) for flow in left}
+        return marked | {replace(flow, marks=flow.marks | {_Mark.RIGHT}) for flow in right}
+
+    def _multiplied(self, left: set[_Flow], right: set[_Flow]) -> None:
+        """Tag the products whose results are multiplied by element: gates, and what they gate."""
+        left_products, right_products = _products_of(left), _products_of(right)
+        if left_products != right_products:
+            self._tag_factor({flow for flow in left if flow.product not in right_products})
+            self._tag_factor({flow for flow in right if flow.product not in left_products})
             return
-        slices = [
-            {s for _, seen in side for s in seen if s.startswith("part ")} for side in (one, other)
-        ]
-        if slices[0] - slices[1] and slices[1] - slices[0]:
-            self._tag(one, "halves")
 
+        # One matrix makes both factors if each is a piece that the other is not.
+        left_pieces = {piece for flow in left for piece in flow.pieces}
+        right_pieces = {piece for flow in right for piece in flow.pieces}
+        if left_pieces - right_pieces and right_pieces - left_pieces:
+            self._tag(left, _Tag.HALVES)
+
+    def _tag_factor(self, flows: set[_Flow]) -> None:
+        """Tag the products behind one factor of a product by element."""
+        if _any_has(flows, _Mark.CHOICE):
+            self._tag(flows, _Tag.WEIGHS)
+        is_gate = _any_has(flows, _Mark.ACTIVATION)
+        self._tag(flows, _Tag.GATE if is_gate else _Tag.UP)
+
+    # -- roles -------------------------------------------------------------------------------------
     def _role(self, node: int, fan_out: int | None) -> str:
-        tags, last = self.tags[node], not self.followed[node]
+        """Return the role of the matrix of a product."""
         if self.site.kind == "attention":
             return self._attention_role(node)
-        width = self.raw and self.graph.values[self.raw.shortcut].shape[-1]
-        if "weighs" in tags and (self.site.kind == "moe" or fan_out != width) and last:
+        tags = self.tags[node]
+        is_last = not self.followed[node]
+        if is_last and self._is_router(tags, fan_out):
             return "router"
-        if last and fan_out != width and self.site.kind == "moe":
-            return "router"
-        if last:
+        if is_last:
             return "W_2" if self.site.kind in ("mlp", "moe") else "W_O"
-        if "halves" in tags:
+        if _Tag.HALVES in tags:
             return "W_gate_up"
-        return "W_gate" if "gate" in tags else "W_1"
+        if _Tag.GATE in tags:
+            return "W_gate"
+        return "W_1"
+
+    def _is_router(self, tags: set[_Tag], fan_out: int | None) -> bool:
+        """Return whether a product that no other follows selects or weighs the others' results."""
+        makes_stream = fan_out == self.graph.values[self.raw.shortcut].shape[-1]
+        if self.site.kind == "moe":
+            return _Tag.WEIGHS in tags or not makes_stream
+        return _Tag.WEIGHS in tags and not makes_stream
 
     def _attention_role(self, node: int) -> str:
-        behind = {letter for p in self.followed[node] for letter in "QKV" if letter in self.tags[p]}
-        letters = "".join(letter for letter in "QKV" if letter in self.tags[node] | behind)
-        if letters:  # "_a": the first of two factors, a low-rank projection
-            return f"W_{letters}_a" if behind else f"W_{letters}"
-        if "gate" in self.tags[node] and self.followed[node]:
-            return "W_gate"
-        return "W_O" if not self.followed[node] else "W_V"
+        """Return the role of a matrix in an attention, such as W_Q or W_QKV."""
+        following = {tag for product in self.followed[node] for tag in self.tags[product]}
+        passed_on = following & set(_ATTENTION_TAGS)
+        tags = self.tags[node] | passed_on
+        letters = "".join(tag.value for tag in _ATTENTION_TAGS if tag in tags)
+        if letters and passed_on:  # the first of two factors, a low-rank projection
+            return f"W_{letters}_a"
+        if letters:
+            return f"W_{letters}"
+        is_last = not self.followed[node]
+        if is_last:
+            return "W_O"
+        return "W_gate" if _Tag.GATE in self.tags[node] else "W_V"
 
 
+def _marks_of(name: str) -> frozenset[_Mark]:
+    """Return what a call of that name does to what it reads."""
+    marks: set[_Mark] = set()
+    if name in SOFTMAX:
+        marks.add(_Mark.SOFTMAX)
+    if name in ACTIVATIONS:
+        marks.add(_Mark.ACTIVATION)
+    if name in CHOICES:
+        marks.add(_Mark.CHOICE)
+    return frozenset(marks)
+
+
+# -- outside all sub-layers ------------------------------------------------------------------------
 def _outside(sites: Sites) -> dict[str, Use]:
-    """Parameters outside all sub-layers: tables, head, what lies between."""
-    graph, coverage, outlines = sites.graph, sites.coverage, sites.skeleton.outlines
-    found: dict[str, Use] = {}
-    ids: set[str] = set()
-    for node in graph.nodes:
-        if node.name == "embedding":
-            names = [
-                n for n in parameters_of(graph, (node.index,), sites.skeleton) if n in outlines
-            ]
-            if any(graph.values[v].live or graph.values[v].routed for v in node.inputs):
-                ids.update(names)
-            found |= {
-                n: Use("positions", fan_in=outlines[n].shape[0], fan_out=outlines[n].shape[-1])
-                for n in names
-            }
-    if ids:
-        widest = max(sorted(ids), key=lambda n: outlines[n].shape[0])
-        found[widest] = replace(found[widest], role="embedding")
+    """Return the uses of parameters outside all sub-layers: tables, head, what lies between."""
+    coverage, outlines = sites.coverage, sites.skeleton.outlines
+    uses = _lookup_tables(sites)
     for name in (*coverage.embedding, *coverage.head, *coverage.norms, *coverage.uncovered):
-        if name in found or name not in outlines:
+        if name in uses or name not in outlines:
             continue
         if _joins_the_input(sites, name):
-            found[name] = Use("cls")
+            uses[name] = Use("cls")
         elif outlines[name].dim() < 2:
-            found[name] = _small_use(sites, name)
-        elif name in coverage.uncovered:
+            uses[name] = _small_use(sites, name)
+        elif name not in coverage.uncovered:
+            uses[name] = _outer_matrix(sites, name)
+    return uses
+
+
+def _lookup_tables(sites: Sites) -> dict[str, Use]:
+    """Return the uses of lookup tables: the embedding is the longest that the input indexes."""
+    graph, outlines = sites.graph, sites.skeleton.outlines
+    uses: dict[str, Use] = {}
+    indexed_by_input: set[str] = set()
+    for node in graph.nodes:
+        if node.name not in LOOKUPS:
             continue
-        else:
-            found[name] = _outer_matrix(sites, name)
-    return found
+        reads_input = any(graph.values[v].live or graph.values[v].routed for v in node.inputs)
+        for name in parameters_of(graph, (node.index,), sites.skeleton):
+            if name not in outlines:
+                continue
+            shape = outlines[name].shape
+            uses[name] = Use("positions", fan_in=shape[0], fan_out=shape[-1])
+            if reads_input:
+                indexed_by_input.add(name)
+    if indexed_by_input:
+        longest = max(sorted(indexed_by_input), key=lambda name: outlines[name].shape[0])
+        uses[longest] = replace(uses[longest], role="embedding")
+    return uses
 
 
 def _outer_matrix(sites: Sites, name: str) -> Use:
-    reads = [
-        n.index
-        for n in sites.graph.nodes
-        if name in parameters_of(sites.graph, (n.index,), sites.skeleton)
+    """Return the use of a matrix outside all sub-layers, by the first product that reads it."""
+    graph, is_product = sites.graph, sites.finder.is_product
+    readers = [
+        n.index for n in graph.nodes if name in parameters_of(graph, (n.index,), sites.skeleton)
     ]
-    product = next((n for n in reads if sites.finder.is_product(n)), None)
+    product = next((n for n in readers if is_product(n)), None)
     if product is None:
         return Use("positions" if name in sites.coverage.embedding else "")
-    read = next(iter(sites.graph.float_inputs(product)))
-    made = sites.graph.values[sites.graph.nodes[product].outputs[0]]
-    last = max(n.index for n in sites.graph.nodes if sites.finder.is_product(n.index))
-    role = "head" if product == last else "projection"
+    shape_in = next(iter(graph.float_inputs(product))).shape
+    shape_out = graph.values[graph.nodes[product].outputs[0]].shape
+    last = max(n.index for n in graph.nodes if is_product(n.index))
     return Use(
-        role,
-        fan_in=read.shape[-1] if read.shape else None,
-        fan_out=made.shape[-1] if made.shape else None,
+        "head" if product == last else "projection",
+        fan_in=shape_in[-1] if shape_in else None,
+        fan_out=shape_out[-1] if shape_out else None,
     )
 
 
 def _joins_the_input(sites: Sites, name: str) -> bool:
-    """Whether a parameter is a token of its own: it is put beside the tokens of the input."""
+    """Return whether a parameter is a token of its own, joined to those of the input."""
     use = _first_use(sites.graph, name)
-    if use is None or sites.graph.nodes[use.node].name not in _JOINS:
+    if use is None or sites.graph.nodes[use.node].name not in JOINS:
         return False
-    result = sites.graph.values[sites.graph.nodes[use.node].outputs[0]]
+    joined = sites.graph.values[sites.graph.nodes[use.node].outputs[0]].shape
     shape = sites.skeleton.outlines[name].shape
-    return len(result.shape) >= 3 and len(shape) >= 1 and shape[-1] == result.shape[-1]
+    return len(joined) >= 3 and len(shape) >= 1 and shape[-1] == joined[-1]
 
 
+# -- vectors ---------------------------------------------------------------------------------------
 def _small_use(sites: Sites, name: str) -> Use:
-    """A vector is what the call that reads it makes of it: the gain or bias of a norm, a bias, a
-    scale.
+    """Return the use of a vector: the gain or bias of a norm, a bias, a scale, positions.
+
+    It is what the first call that reads it makes of it.
     """
     graph, shape = sites.graph, sites.skeleton.outlines[name].shape
-    if any(name in _state_read(graph, n.index) for n in graph.nodes if n.name == "embedding"):
+    if any(name in _state_read(graph, n.index) for n in graph.nodes if n.name in LOOKUPS):
         return Use("positions")
-    if math.prod(shape) > 1 and len(shape) >= 2 and min(shape) > 1:
+    is_matrix = math.prod(shape) > 1 and len(shape) >= 2 and min(shape) > 1
+    if is_matrix:
         return Use("")
     use = _first_use(graph, name)
     if use is None:
         return Use("")
-    record = graph.nodes[use.node]
-    if record.name in _NORMS_WITH_GAIN:
-        vectors = [
-            v for v in record.operands if graph.values[v].from_state and not graph.values[v].live
-        ]
-        mine = [k for k, v in enumerate(vectors) if _made_of(graph, v, name)]
-        is_gain = mine and mine[0] == max(0, len(vectors) - 2) * (len(vectors) > 2)
-        return Use("norm_gain", offset=use.added) if is_gain else Use("bias")
-    if record.name in _TIMES or record.name in ("div", "__truediv__"):
-        role = "norm_gain" if _in_norm(sites, use.node) and not use.changed else "scale"
+    operation = graph.nodes[use.node].name
+    if operation in NORMS_WITH_GAIN:
+        return (
+            Use("norm_gain", offset=use.added) if _is_gain(graph, use.node, name) else Use("bias")
+        )
+    if operation in TIMES or operation in DIVISIONS:
+        is_gain_of_norm = _in_norm(sites, use.node) and not use.changed
+        role = "norm_gain" if is_gain_of_norm else "scale"
         return Use(role, offset=use.added + _times_one_more(graph, use.node))
     return Use("bias")
+
+
+def _is_gain(graph: Graph, node: int, name: str) -> bool:
+    """Return whether a parameter is the gain of a fused norm, which comes before the bias.
+
+    Running statistics, which a batch norm reads too, come before both.
+    """
+    vectors = [
+        v
+        for v in graph.nodes[node].operands
+        if graph.values[v].from_state and not graph.values[v].live
+    ]
+    position_of_gain = 0
+    if len(vectors) > 2:
+        position_of_gain = len(vectors) - 2
+    for position, vector in enumerate(vectors):
+        if _made_of(graph, vector, name):
+            return position == position_of_gain
+    return False
 
 
 def _state_read(graph: Graph, node: int) -> set[str]:
@@ -428,8 +552,10 @@ class _FirstUse:
 
 
 def _first_use(graph: Graph, name: str) -> _FirstUse | None:
-    """Follow a parameter through the calls that read nothing live, `1 + weight` and casts, to the
-    first that does.
+    """Return the first call that reads a parameter together with something live.
+
+    The parameter is followed through the calls that read nothing live, such as casts and
+    `1 + weight`.
     """
     waiting = [(v.index, 0.0, False) for v in graph.values if v.node == STATE and v.name == name]
     seen: set[int] = set()
@@ -439,20 +565,17 @@ def _first_use(graph: Graph, name: str) -> _FirstUse | None:
             record = graph.nodes[node]
             if any(graph.values[v].live for v in record.inputs):
                 return _FirstUse(node, added, changed)
-            now_changed = changed or record.name in _CHANGES
-            waiting += [
-                (v, added + record.added, now_changed) for v in record.outputs if v not in seen
-            ]
+            now_changed = changed or record.name in CHANGE_A_NUMBER
+            fresh = [output for output in record.outputs if output not in seen]
+            waiting += [(output, added + record.added, now_changed) for output in fresh]
             seen.update(record.outputs)
     return None
 
 
 def _times_one_more(graph: Graph, node: int) -> float:
-    """Return 1 where a product with a parameter is added to what it multiplied: `x + x * weight`;
-    else 0.
-    """
+    """Return 1 if a product is added to what it multiplied, as in `x + x * weight`, else 0."""
     record = graph.nodes[node]
-    if record.name not in _TIMES:
+    if record.name not in TIMES:
         return 0.0
     multiplied = {v for v in record.operands if graph.values[v].live}
     for output in record.outputs:
@@ -464,35 +587,43 @@ def _times_one_more(graph: Graph, node: int) -> float:
 
 
 def _made_of(graph: Graph, value: int, name: str) -> bool:
+    """Return whether a value is a parameter, or was computed from it."""
     record = graph.values[value]
     if record.node == STATE:
         return record.name == name
-    return record.node >= 0 and any(
-        _made_of(graph, v, name) for v in graph.nodes[record.node].inputs
-    )
+    if record.node < 0:
+        return False
+    return any(_made_of(graph, v, name) for v in graph.nodes[record.node].inputs)
+
+
+def _live_inputs(graph: Graph, node: int) -> list[int]:
+    """Return the values that a call reads and that depend on the model's input."""
+    return [v for v in graph.nodes[node].inputs if graph.values[v].live]
 
 
 def _in_norm(sites: Sites, node: int) -> bool:
-    """Whether what a call multiplies was just normalised: by a mean or a norm, with no matrix or
-    sum of two since.
+    """Return whether what a call multiplies was just normalised.
+
+    That is by a mean or a norm, with no matrix and no sum of two values since.
     """
     graph = sites.graph
-    waiting = [v for v in graph.nodes[node].inputs if graph.values[v].live]
+    waiting = _live_inputs(graph, node)
     seen: set[int] = set()
     while waiting:
-        made_by = graph.values[waiting.pop()].node
-        if made_by < 0 or made_by in seen:
+        maker = graph.values[waiting.pop()].node
+        if maker < 0 or maker in seen:
             continue
-        seen.add(made_by)
-        record = graph.nodes[made_by]
-        if record.name in _NORMALISING:
+        seen.add(maker)
+        record = graph.nodes[maker]
+        if record.name in NORMALISING:
             return True
-        weighted = any(
+        reads_weight = any(
             graph.values[v].from_state and not graph.values[v].live for v in record.inputs
         )
         adds_two = record.terms is not None and "sub" not in record.name
-        if not (weighted or adds_two or sites.finder.is_product(made_by)):
-            waiting += [v for v in record.inputs if graph.values[v].live]
+        if reads_weight or adds_two or sites.finder.is_product(maker):
+            continue
+        waiting += _live_inputs(graph, maker)
     return False
 
 
@@ -508,21 +639,20 @@ def length_divided_by(graph: Graph, name: str) -> int | None:
     use = _first_use(graph, name)
     if use is None or use.changed:
         return None
-    waiting = [v for v in graph.nodes[use.node].inputs if graph.values[v].live]
+    waiting = _live_inputs(graph, use.node)
     seen: set[int] = set()
     length = None
     while waiting:
-        made_by = graph.values[waiting.pop()].node
-        if made_by < 0 or made_by in seen:
+        maker = graph.values[waiting.pop()].node
+        if maker < 0 or maker in seen:
             continue
-        seen.add(made_by)
-        record = graph.nodes[made_by]
-        live = [v for v in record.inputs if graph.values[v].live]
-        if record.name in _LENGTHS and live:
+        seen.add(maker)
+        operation = graph.nodes[maker].name
+        live = _live_inputs(graph, maker)
+        if operation in LENGTHS and live:
             length = graph.values[live[0]].shape[-1]
             continue
-        is_division = record.name in ("div", "__truediv__")
-        if record.name not in _KEEP_THE_SIZE or (is_division and len(live) != 2):
-            continue
-        waiting += live
+        divides_by_a_weight = operation in DIVISIONS and len(live) != 2
+        if operation in KEEP_THE_SIZE and not divides_by_a_weight:
+            waiting += live
     return length

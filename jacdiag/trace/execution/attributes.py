@@ -1,6 +1,4 @@
-"""Plain attributes of modules: copied so that they refer to the copy, and put back after a run
-wrote to them.
-"""
+"""Plain attributes of modules: copied with the modules, and put back after a run wrote to them."""
 
 from __future__ import annotations
 
@@ -18,11 +16,10 @@ _PLAIN = (int, float, complex, str, bytes, bool, type(None), type)
 
 
 def copy_attribute(value: Any, memo: dict[int, Any], copy_module: CopyModule) -> Any:
-    """Deep-copies a plain attribute; what cannot be copied (locks, process groups, streams) is
-    shared.
+    """Return a deep copy of a plain attribute; locks, process groups and streams are shared.
 
-    Functions are made anew where their closure holds something that has a copy: a monkey-patched
-    `forward` would otherwise go on to run the original module with the original's weights.
+    A function is copied if its closure holds something that has a copy. A monkey-patched `forward`
+    would otherwise go on to run the original module with the original's weights.
     """
     again = functools.partial(copy_attribute, memo=memo, copy_module=copy_module)
     if id(value) in memo:
@@ -55,20 +52,20 @@ def _copy_function(
     if not function.__closure__:
         return function
     cells = tuple(types.CellType() for _ in function.__closure__)
-    made = types.FunctionType(
+    clone = types.FunctionType(
         function.__code__, function.__globals__, function.__name__, function.__defaults__, cells
     )
-    made.__kwdefaults__ = function.__kwdefaults__
-    memo[id(function)] = made  # before the cells are filled: a function may hold itself
+    clone.__kwdefaults__ = function.__kwdefaults__
+    memo[id(function)] = clone  # before the cells are filled: a function may hold itself
     for new, old in zip(cells, function.__closure__, strict=True):
         try:
             new.cell_contents = again(old.cell_contents)
         except ValueError:  # an empty cell stays empty
             continue
-    made.__dict__.update(
-        {k: again(v) if k == "__wrapped__" else v for k, v in function.__dict__.items()}
-    )
-    return made
+    clone.__dict__.update(function.__dict__)
+    if "__wrapped__" in function.__dict__:
+        clone.__dict__["__wrapped__"] = again(function.__dict__["__wrapped__"])
+    return clone
 
 
 class Attributes:
@@ -88,7 +85,7 @@ class Attributes:
             )
 
     def restore(self) -> list[str]:
-        """Puts back what was written to since; returns the names of those attributes."""
+        """Put back what was written to since; return the names of those attributes."""
         written = []
         for module, kept in self._kept:
             now = vars(module)
@@ -105,7 +102,7 @@ class Attributes:
 
 
 def collect_attribute_tensors(value: Any, into: list[Tensor], depth: int = 5) -> None:
-    """Appends the tensors in a module's plain attributes, containers and objects included."""
+    """Append the tensors in a module's plain attributes, containers and objects included."""
     if isinstance(value, Tensor):
         into.append(value)
     elif depth and isinstance(value, (list, tuple, set)):
@@ -119,29 +116,34 @@ def collect_attribute_tensors(value: Any, into: list[Tensor], depth: int = 5) ->
 
 
 def _has_parts(value: Any) -> bool:
-    opaque = (
-        isinstance(value, (nn.Module, _PLAIN))
-        or callable(value)
-        or type(value).__name__.endswith("Config")
-    )
-    return not opaque and hasattr(value, "__dict__")
+    """Return whether a value is an object whose attributes may be looked at."""
+    if isinstance(value, (nn.Module, _PLAIN)) or callable(value):
+        return False
+    if type(value).__name__.endswith("Config"):
+        return False
+    return hasattr(value, "__dict__")
 
 
 def _print(value: Any, depth: int = 4) -> Any:
-    """What changes when a value is written to: identities, lengths, versions of tensors."""
+    """Return what changes when a value is written to: identities, lengths, versions."""
     if isinstance(value, Tensor):
-        return id(value), 0 if value.is_inference() else value._version
-    if not depth or isinstance(value, _PLAIN):
-        return value if isinstance(value, _PLAIN) else id(value)
+        version = 0 if value.is_inference() else value._version
+        return id(value), version
+    if isinstance(value, _PLAIN):
+        return value
+    if not depth:
+        return id(value)
     if isinstance(value, (list, tuple)):
         return id(value), tuple(_print(v, depth - 1) for v in value)
     if isinstance(value, dict):
         return id(value), tuple((k, _print(v, depth - 1)) for k, v in value.items())
-    return (id(value), _print(vars(value), depth - 1)) if _has_parts(value) else id(value)
+    if _has_parts(value):
+        return id(value), _print(vars(value), depth - 1)
+    return id(value)
 
 
 def _duplicate(value: Any, depth: int = 4) -> Any:
-    """A copy that a run may write to; modules, functions and configurations are shared."""
+    """Return a copy that a run may write to; modules, functions, configurations are shared."""
     if isinstance(value, Tensor):
         return value if isinstance(value, nn.Parameter) else value.clone()
     if not depth or isinstance(value, _PLAIN):
@@ -153,8 +155,8 @@ def _duplicate(value: Any, depth: int = 4) -> Any:
     if not _has_parts(value):
         return value
     try:
-        made = copy.copy(value)
-        vars(made).update({k: _duplicate(v, depth - 1) for k, v in vars(value).items()})
+        clone = copy.copy(value)
+        vars(clone).update({k: _duplicate(v, depth - 1) for k, v in vars(value).items()})
     except Exception:  # an object that refuses is shared
         return value
-    return made
+    return clone

@@ -1,4 +1,4 @@
-"""Whether two runs of a model are the same, and where they part if they are not."""
+"""Whether two runs of a model are the same, and the first call that differs if they are not."""
 
 from __future__ import annotations
 
@@ -12,37 +12,14 @@ from jacdiag.trace.execution.module_call import Call
 from jacdiag.trace.execution.skeleton import Skeleton
 from jacdiag.trace.execution.tensors import collect, collect_deep
 from jacdiag.trace.graph.graph import Node
+from jacdiag.trace.graph.ops import RANDOM_DRAWS
 from jacdiag.trace.graph.recorder import Recorder, observe, user_line
-
-_DRAWS = {
-    "dropout",
-    "dropout_",
-    "rand",
-    "randn",
-    "randint",
-    "randperm",
-    "normal",
-    "normal_",
-    "uniform_",
-    "bernoulli",
-    "bernoulli_",
-    "multinomial",
-    "rand_like",
-    "randn_like",
-    "randint_like",
-    "exponential_",
-    "gumbel_softmax",
-    "alpha_dropout",
-    "feature_dropout",
-    "rrelu",
-    "poisson",
-    "random_",
-}
 
 
 def same_output(a: Any, b: Any) -> bool:
-    """Whether two outputs of a model are equal bit for bit (NaN equals NaN); without values, in
-    shape.
+    """Return whether two outputs of a model are equal bit for bit; NaN equals NaN.
+
+    On the meta device, where there are no values, shapes are compared.
     """
     first: list[Tensor] = []
     second: list[Tensor] = []
@@ -54,15 +31,14 @@ def same_output(a: Any, b: Any) -> bool:
 
 
 def same_tensor(x: Tensor, y: Tensor) -> bool:
-    return x.shape == y.shape and (
-        x.is_meta or bool(torch.equal(torch.nan_to_num(x), torch.nan_to_num(y)))
-    )
+    """Return whether two tensors are equal; NaN equals NaN, and meta tensors have only a shape."""
+    if x.shape != y.shape:
+        return False
+    return x.is_meta or bool(torch.equal(torch.nan_to_num(x), torch.nan_to_num(y)))
 
 
 class Fingerprints(Recorder):
-    """A recorder that also keeps a checksum of every result, and the line of the model's code that
-    asked for it.
-    """
+    """A recorder that also keeps a checksum of every result, and the line that made the call."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -72,37 +48,36 @@ class Fingerprints(Recorder):
     def _note(
         self, func: Any, args: Any, kwargs: Any, result: Any, mutated: list[Tensor], key: Any
     ) -> Any:
-        before = len(self.nodes)
+        count = len(self.nodes)
         out = super()._note(func, args, kwargs, result, mutated, key)
-        if len(self.nodes) > before:
+        if len(self.nodes) > count:
             with torch._C.DisableTorchFunction():
-                made: list[Tensor] = []
-                collect((result, mutated), made)
-                self.prints.append((key[0], tuple(_checksum(t) for t in made)))
+                results: list[Tensor] = []
+                collect((result, mutated), results)
+                self.prints.append((key[0], tuple(_checksum(t) for t in results)))
                 self.lines.append(user_line(3))
         return out
 
 
 def _checksum(t: Tensor) -> float:
+    """Return a sum of a tensor's numbers, each with a weight that depends on its place."""
     if t.is_meta or t.numel() == 0 or t.is_complex():
         return 0.0
     flat = torch.nan_to_num(t.detach().double()).flatten()
-    return float(
-        (
-            flat * torch.arange(1, flat.numel() + 1, dtype=flat.dtype, device=flat.device).sqrt()
-        ).sum()
-    )
+    weights = torch.arange(1, flat.numel() + 1, dtype=flat.dtype, device=flat.device).sqrt()
+    return float((flat * weights).sum())
 
 
 def culprit(skeleton: Skeleton, root: Call, dtype: torch.dtype) -> str:
-    """Runs the model twice more and names the first call whose results differ; "" if none does."""
+    """Run the model twice more; return the first call whose results differ, "" if none does."""
     a, b = (observe(Fingerprints, skeleton, *root.arguments(), dtype)[0] for _ in range(2))
     return first_difference(a, b)
 
 
 def first_difference(a: Fingerprints, b: Fingerprints) -> str:
-    """Names the first call whose results differ between two runs: what, in which module, on which
-    line; "" if none.
+    """Return the first call whose results differ between two runs, "" if none does.
+
+    The text names the operation, the module and the line.
     """
     pairs = itertools.zip_longest(a.prints, b.prints)
     index = next((k for k, (x, y) in enumerate(pairs) if x != y), None)
@@ -112,5 +87,5 @@ def first_difference(a: Fingerprints, b: Fingerprints) -> str:
     node: Node = run.nodes[index]
     module = run.invocations[node.invocation].module if run.invocations else ""
     where = f"in '{module}', {run.lines[index]}" if module else run.lines[index]
-    drawn = "draws random numbers" if node.name in _DRAWS else "gives another result"
+    drawn = "draws random numbers" if node.name in RANDOM_DRAWS else "gives another result"
     return f"{node.name} {drawn} ({where})"

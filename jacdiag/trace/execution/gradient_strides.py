@@ -2,7 +2,7 @@
 
 On the CPU the backward of a batch norm returns wrong numbers for a gradient of shape (1, C, ...)
 whose first stride is not the number of its elements (torch 2.6 to 2.13). A permuted view has such
-strides, for example where tokens (1, H * W, C) are made of an image (1, C, H, W). The same call
+strides, for example where tokens (1, H * W, C) are made from an image (1, C, H, W). The same call
 with a batch of two is right.
 """
 
@@ -33,8 +33,7 @@ class _RegularGradient(torch.autograd.Function):
 
 
 def with_regular_gradient(name: str, result: Any) -> Any:
-    """Return the result of a torch call, so that a backward that misreads strides is given regular
-    ones.
+    """Return the result of a torch call, with a backward that gets gradients of regular strides.
 
     Args:
         name: of the torch function.

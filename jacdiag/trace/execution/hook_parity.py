@@ -1,5 +1,6 @@
-"""Does the copy compute what the guest computes? Asked where hooks or a replaced forward stand in
-the guest's way.
+"""Whether the copy of a model computes what the model computes, with its hooks and all.
+
+That may not be so if hooks or a replaced forward change what the model's own code does.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ _TOLERANCE = {torch.bfloat16: 6e-2, torch.float16: 1e-2, torch.float32: 1e-3, to
 Outputs = dict[tuple[str, int], float]
 
 
-class Guest:
-    """The guest's own output, from one run in eval mode; its modes and buffers are as before.
+class OriginalRun:
+    """The model's own output, from one run in eval mode; its modes and buffers are as before.
 
     Args:
-        model: the guest.
+        model: the model, not its copy.
         root: its arguments, in the precision of the record.
     """
 
@@ -35,41 +36,46 @@ class Guest:
         self.output = self.run()
 
     def run(self) -> Any:
-        """Runs the guest itself, hooks and all."""
+        """Run the model itself, hooks and all."""
         args, kwargs = _as_given(self.root.arguments(), self.model)
         with torch.compiler.set_stance("force_eager"), _in_eval(self.model), torch.no_grad():
             buffers = {name: b.clone() for name, b in self.model.named_buffers()}
             return torch.func.functional_call(self.model, buffers, args, kwargs, strict=False)
 
     def agrees(self, output: Any) -> bool:
-        """Whether the copy's output is the guest's, as far as the guest's precision goes."""
-        mine: list[Tensor] = []
-        theirs: list[Tensor] = []
-        collect_deep(output, mine)
-        collect_deep(self.output, theirs)
+        """Return whether the copy's output is the model's, as far as its precision goes."""
+        of_copy: list[Tensor] = []
+        of_model: list[Tensor] = []
+        collect_deep(output, of_copy)
+        collect_deep(self.output, of_model)
         tolerance = max(
             (_TOLERANCE.get(p.dtype, 0.0) for p in self.model.parameters()), default=1e-3
         )
-        return len(mine) == len(theirs) and all(
-            _close(a, b, tolerance) for a, b in zip(mine, theirs, strict=True)
+        return len(of_copy) == len(of_model) and all(
+            _close(a, b, tolerance) for a, b in zip(of_copy, of_model, strict=True)
         )
 
     def first_stray(self, copy: nn.Module, run_copy: Callable[[], Any]) -> str:
-        """Names the first module whose output differs between the copy and the guest."""
-        here, there = _outputs(copy, run_copy), _outputs(self.model, self.run)
-        for key, value in here.items():
-            other = there.get(key)
+        """Return the first module whose output differs between the copy and the model."""
+        of_copy = _outputs(copy, run_copy)
+        of_model = _outputs(self.model, self.run)
+        for key, value in of_copy.items():
+            other = of_model.get(key)
             if other is None or abs(value - other) > 1e-2 * max(abs(value), abs(other), 1e-6):
                 return key[0]
         return ""
 
 
 def _as_given(arguments: Any, model: nn.Module) -> Any:
-    """Floating inputs in the precision of the guest's own weights, as it would be given them."""
+    """Return floating inputs in the precision of the model's own weights."""
     low = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return map_leaves(
-        lambda t: t.to(low) if isinstance(t, Tensor) and t.is_floating_point() else t, arguments
-    )
+
+    def lowered(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            return leaf.to(low)
+        return leaf
+
+    return map_leaves(lowered, arguments)
 
 
 @contextmanager
@@ -92,10 +98,10 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
 
 
 def _outputs(model: nn.Module, run: Callable[[], Any]) -> Outputs:
-    """A number for every output of every module call, in the order in which they ended."""
+    """Return a number for every module call's output, in the order in which the calls ended."""
     names = {id(m): plain_name(name) for name, m in model.named_modules()}
     counts: Counter[str] = Counter()
-    found: Outputs = {}
+    sizes: Outputs = {}
 
     def note(module: nn.Module, _: Any, output: Any) -> None:
         name = names.get(id(module))
@@ -104,12 +110,9 @@ def _outputs(model: nn.Module, run: Callable[[], Any]) -> Outputs:
         with torch._C.DisableTorchFunction():
             tensors: list[Tensor] = []
             collect_deep(output, tensors)
-            size = sum(
-                float(torch.nan_to_num(t.detach().double()).norm())
-                for t in tensors
-                if t.is_floating_point()
-            )
-        found[name, counts[name]] = size
+            floats = [t for t in tensors if t.is_floating_point()]
+            size = sum(float(torch.nan_to_num(t.detach().double()).norm()) for t in floats)
+        sizes[name, counts[name]] = size
         counts[name] += 1
 
     handle = register_module_forward_hook(note)
@@ -117,4 +120,4 @@ def _outputs(model: nn.Module, run: Callable[[], Any]) -> Outputs:
         run()
     finally:
         handle.remove()
-    return found
+    return sizes

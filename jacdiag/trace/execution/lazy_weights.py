@@ -1,6 +1,4 @@
-"""Weights that are read when a call needs them: a run sees outlines, empty meta tensors, in their
-places.
-"""
+"""Weights that are read when a call needs them; a run sees empty meta tensors (outlines)."""
 
 from __future__ import annotations
 
@@ -12,32 +10,13 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from jacdiag.trace.execution.tensors import is_finite
+from jacdiag.trace.graph.ops import OUTLINE_QUESTIONS
 
-# Calls that ask for a tensor's outline and not for its numbers.
-_OUTLINE_ONLY = {
-    "size",
-    "dim",
-    "ndimension",
-    "numel",
-    "nelement",
-    "is_floating_point",
-    "is_complex",
-    "element_size",
-    "__len__",
-    "stride",
-    "is_contiguous",
-    "storage_offset",
-    "data_ptr",
-    "__hash__",
-    "is_pinned",
-    "is_shared",
-    "is_inference",
-}
 _PLACE = {"is_meta": False, "is_sparse": False, "is_quantized": False}
 
 
 class Stored(Mapping[str, Tensor]):
-    """Parameters by name, read from somewhere whenever one is asked for.
+    """Parameters by name, read whenever one is needed.
 
     Args:
         weights: name -> tensor; every access may read a file.
@@ -68,8 +47,9 @@ class Stored(Mapping[str, Tensor]):
         return len(self.outlines)
 
     def non_finite(self) -> list[str]:
-        """Names of the parameters with NaN or Inf in them; those that no run has asked for are read
-        now.
+        """Return the names of the parameters with NaN or Inf in them.
+
+        Parameters that no run has needed yet are read now.
         """
         for name in self:
             if name not in self._finite:
@@ -77,26 +57,30 @@ class Stored(Mapping[str, Tensor]):
         return [name for name, finite in self._finite.items() if not finite]
 
     def holds(self, value: Any) -> bool:
-        """Whether a value is one of the outlines."""
+        """Return whether a value is one of the outlines."""
         return id(value) in self._names
 
     def read(self, outline: Any) -> Tensor:
-        """The tensor that an outline stands for."""
+        """Return the tensor that an outline stands for."""
         return self[self._names[id(outline)]]
 
     def filled(self, value: Any) -> Any:
+        """Return the tensor of an outline, and any other value as it is."""
         return self.read(value) if self.holds(value) else value
 
     def asks(self, func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
-        """Whether a call is about an outline's shape, dtype or place, and not about its numbers."""
+        """Return whether a call reads an outline's shape, dtype or place, and not its numbers."""
+        if not args or not self.holds(args[0]):
+            return False
         name = getattr(func, "__name__", "")
-        return bool(args) and self.holds(args[0]) and (name in _OUTLINE_ONLY or name == "__get__")
+        return name in OUTLINE_QUESTIONS or name == "__get__"
 
     def answer(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Answers such a call; an attribute that is a tensor itself (`weight.T`, `weight.data`)
-        needs the numbers.
+        """Return the answer to such a call.
+
+        An attribute that is a tensor itself (`weight.T`, `weight.data`) needs the numbers.
         """
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")
         if attribute == "device":
@@ -106,6 +90,6 @@ class Stored(Mapping[str, Tensor]):
         if attribute in _PLACE:
             return _PLACE[attribute]
         result = func(*args, **kwargs)
-        return (
-            func(self.read(args[0]), *args[1:], **kwargs) if isinstance(result, Tensor) else result
-        )
+        if isinstance(result, Tensor):
+            return func(self.read(args[0]), *args[1:], **kwargs)
+        return result

@@ -1,7 +1,7 @@
-"""What a model's code may still ask of values on the meta device, where tensors have shapes only.
+"""The values that a model's code may still read on the meta device, where tensors have shapes only.
 
-Small tensors that the code makes from nothing (positions, causal masks) are computed beside on the
-CPU, so that `if mask.all():` finds its answer; a question about anything else raises torch's own
+Small tensors that the code makes from nothing (positions, causal masks) are computed on the CPU as
+well, so that `if mask.all():` finds its answer. A question about anything else raises torch's own
 error.
 """
 
@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from jacdiag.trace.execution.tensors import writes_in_place
+from jacdiag.trace.graph.ops import NAMES_OF_DRAWS, VALUE_QUESTIONS
 
-_ASKS = {"__bool__", "item", "tolist", "__int__", "__float__", "__index__", "numpy", "equal"}
-_DRAWS = ("rand", "bernoulli", "normal", "multinomial", "empty", "dropout")
 _LARGEST = 2**20
 
 
@@ -28,38 +27,40 @@ class KnownValues:
         self._known: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Calls `func`; answers a question about a meta tensor from its copy, and keeps copies up
-        to date.
+        """Call `func`, or answer a question about a meta tensor from its copy.
+
+        Copies are kept up to date.
         """
         name = getattr(func, "__name__", "")
         tensors = [t for t in _leaves((args, kwargs)) if isinstance(t, Tensor)]
         known = all(self._copy(t) is not None for t in tensors if t.is_meta)
-        if name in _ASKS and known:
+        if name in VALUE_QUESTIONS and known:
             return func(*self._real(args), **self._real(kwargs))
         result = func(*args, **kwargs)
-        made = [t for t in _leaves(result) if isinstance(t, Tensor)]
+        results = [t for t in _leaves(result) if isinstance(t, Tensor)]
         if writes_in_place(name):
-            for t in (*tensors[:1], *made):
+            for t in (*tensors[:1], *results):
                 self._known.pop(id(t), None)
-        elif (
-            known
-            and all(t.is_meta and t.numel() <= _LARGEST for t in made)
-            and not any(d in name for d in _DRAWS)
-        ):
-            self._keep(func, args, kwargs, made)
+            return result
+        is_small = all(t.is_meta and t.numel() <= _LARGEST for t in results)
+        is_draw = any(piece in name for piece in NAMES_OF_DRAWS)
+        if known and is_small and not is_draw:
+            self._keep(func, args, kwargs, results)
         return result
 
-    def _keep(self, func: Any, args: Any, kwargs: Any, made: list[Tensor]) -> None:
+    def _keep(self, func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> None:
+        """Make a call again on the CPU and keep what it returns as copies of its results."""
         tensorless = not any(isinstance(t, Tensor) for t in _leaves((args, kwargs)))
         try:
-            kwargs = {**self._real(kwargs), "device": "cpu"} if tensorless else self._real(kwargs)
+            kwargs = self._real(kwargs)
+            if tensorless:
+                kwargs = {**kwargs, "device": "cpu"}
             with torch._C.DisableTorchFunction():
-                real = [
-                    t for t in _leaves(func(*self._real(args), **kwargs)) if isinstance(t, Tensor)
-                ]
+                result = func(*self._real(args), **kwargs)
+                copies = [t for t in _leaves(result) if isinstance(t, Tensor)]
         except Exception:
             return  # then nothing is known of it
-        for t, copy in zip(made, real, strict=False):
+        for t, copy in zip(results, copies, strict=False):
             self._known[id(t)] = (weakref.ref(t), copy)
 
     def _copy(self, tensor: Tensor) -> Tensor | None:
@@ -67,6 +68,7 @@ class KnownValues:
         return copy if reference is not None and reference() is tensor else None
 
     def _real(self, value: Any) -> Any:
+        """Return nested arguments with copies in place of meta tensors, and the CPU as device."""
         if isinstance(value, Tensor):
             copy = self._copy(value)
             return value if copy is None else copy

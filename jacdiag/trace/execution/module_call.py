@@ -17,8 +17,10 @@ from jacdiag.trace.execution.tensors import collect_deep
 
 
 class _Swap(TorchFunctionMode):
-    """Lets copy.deepcopy copy containers and objects (caches), but share the tensors in them, or
-    swap some.
+    """Lets copy.deepcopy copy containers and objects (caches), with their tensors shared.
+
+    Args:
+        swap: id of a tensor -> the tensor that takes its place in the copy.
     """
 
     def __init__(self, swap: dict[int, Tensor]) -> None:
@@ -32,6 +34,7 @@ class _Swap(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
 
     def copy(self, value: Any) -> Any:
+        """Return a copy of nested arguments; what cannot be copied is shared."""
         kind = type(value)
         if isinstance(value, Tensor):
             return self.swap.get(id(value), value)
@@ -52,8 +55,12 @@ class _Swap(TorchFunctionMode):
 
 @dataclass
 class Call:
-    """One module call, ready to be made again: its name, a snapshot of its arguments, and the
-    values among them.
+    """One module call, ready to be made again.
+
+    Attributes:
+        module: its name.
+        args, kwargs: a snapshot of its arguments.
+        tensors: those among them, by value.
     """
 
     module: str
@@ -65,40 +72,46 @@ class Call:
     def take(
         cls, module: str, args: Any, kwargs: Any, values: tuple[int, ...], mutated: set[int]
     ) -> Call:
-        """Snapshots arguments; tensors that the run will write to are cloned, the others are
-        shared.
+        """Return a snapshot of a call; tensors that the run will write to are cloned.
+
+        Args:
+            module: name of the module.
+            args, kwargs: the arguments.
+            values: the values of the tensors among them, in order.
+            mutated: values that the run writes to.
         """
-        found: list[Tensor] = []
-        collect_deep((args, kwargs), found)
-        tensors = {v: t.clone() if v in mutated else t for v, t in zip(values, found, strict=True)}
-        swap = _Swap({id(t): tensors[v] for v, t in zip(values, found, strict=True)})
+        given: list[Tensor] = []
+        collect_deep((args, kwargs), given)
+        by_value = dict(zip(values, given, strict=True))
+        tensors = {v: t.clone() if v in mutated else t for v, t in by_value.items()}
+        swap = _Swap({id(t): tensors[v] for v, t in zip(values, given, strict=True)})
         return cls(module, swap.copy(args), swap.copy(kwargs), tensors)
 
     def arguments(
         self, replaced: Mapping[int, Tensor] | None = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Returns fresh containers, so that a run cannot spoil the next one's, with some values
-        replaced.
+        """Return fresh containers, so that a run cannot spoil the next one's.
+
+        Args:
+            replaced: value -> the tensor that takes its place.
         """
-        swapper = _Swap(
-            {id(self.tensors[value]): tensor for value, tensor in (replaced or {}).items()}
-        )
+        replaced = replaced or {}
+        swapper = _Swap({id(self.tensors[value]): tensor for value, tensor in replaced.items()})
         return swapper.copy(self.args), swapper.copy(self.kwargs)
 
 
 def prepared(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A model's inputs, detached and floating ones in the precision of the run; KV caches are
-    switched off.
-    """
+    """Return a model's inputs, detached, floats in the precision of the run, without KV cache."""
 
     def cast(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            leaf = leaf.detach()
-            leaf = leaf.clone() if leaf.is_inference() else leaf
-            return leaf.to(dtype) if leaf.is_floating_point() else leaf
-        return leaf
+        if not isinstance(leaf, Tensor):
+            return leaf
+        leaf = leaf.detach()
+        if leaf.is_inference():
+            leaf = leaf.clone()
+        return leaf.to(dtype) if leaf.is_floating_point() else leaf
 
     with torch.inference_mode(False):
         args, kwargs = map_leaves(cast, args), map_leaves(cast, kwargs)

@@ -1,6 +1,4 @@
-"""What a re-run has to look past: fused attention, activation checkpointing, custom
-autograd.Functions.
-"""
+"""What a re-run replaces or steps around: fused attention, checkpointing, custom Functions."""
 
 from __future__ import annotations
 
@@ -8,25 +6,26 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.utils.checkpoint
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-if TYPE_CHECKING:
-    from jacdiag.trace.graph.graph import Graph
+from jacdiag.trace.graph.graph import Graph
 
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
-_OURS = (torch.__path__[0], __file__.rpartition("/")[0])
+# Frames of torch and of the tracer are not the model's code.
+_OURS = (torch.__path__[0], str(Path(__file__).parents[1]))
 _MODULE_CALL = nn.Module._call_impl.__code__
 _lock = threading.RLock()
 _depth = 0
 
 
 def custom_function(depth: int = 2) -> str:
-    """Names the custom autograd.Function in whose forward the caller stands; "" outside of any."""
+    """Return the custom autograd.Function in whose forward the caller stands, "" if in none."""
     frame: Any = sys._getframe(depth)
     while frame is not None and frame.f_code is not _MODULE_CALL:
         if frame.f_code is _APPLY:
@@ -36,8 +35,9 @@ def custom_function(depth: int = 2) -> str:
 
 
 def unseen_code() -> str:
-    """Says what may have made a tensor that no recorded call made: a scripted function, where the
-    code names one.
+    """Return what may have made a tensor that no recorded call made.
+
+    That is a scripted function, if the code names one.
     """
     frame: Any = sys._getframe(2)
     first = ""
@@ -46,12 +46,8 @@ def unseen_code() -> str:
         if not code.co_filename.startswith(_OURS):
             where = f"{code.co_filename}:{frame.f_lineno}"
             first = first or where
-            scripted = (
-                n
-                for n in code.co_names
-                if isinstance(frame.f_globals.get(n), torch.jit.ScriptFunction)
-            )
-            if (name := next(scripted, None)) is not None:
+            name = _scripted_function(frame)
+            if name is not None:
                 return (
                     f"{name} (torch.jit.script), before {where}; run with PYTORCH_JIT=0, or "
                     "declare what it hides"
@@ -63,34 +59,37 @@ def unseen_code() -> str:
     )
 
 
+def _scripted_function(frame: Any) -> str | None:
+    """Return the first scripted function that the code of a frame names, if any."""
+    for name in frame.f_code.co_names:
+        if isinstance(frame.f_globals.get(name), torch.jit.ScriptFunction):
+            return str(name)
+    return None
+
+
 def modules_with_functions(graph: Graph) -> set[str]:
-    """Names of the modules in whose run a custom autograd.Function does anything."""
+    """Return the names of the modules in whose run a custom autograd.Function makes a call."""
     first = {node.invocation for node in graph.nodes if node.function}
     return {graph.path(around) for invocation in first for around in graph.ancestors(invocation)}
 
 
 def first_reader(graph: Graph, value: int, invocation: int) -> int | None:
-    """The first call of a module call that reads a value and stands in no custom
-    autograd.Function.
-    """
+    """Return the first call of a module call that reads a value outside of custom Functions."""
     end = graph.invocations[invocation].end
     for node in graph.values[value].consumers:
-        if (
-            (node < end or end < 0)
-            and not graph.nodes[node].function
-            and value in graph.nodes[node].operands
-        ):
+        is_inside = node < end or end < 0
+        record = graph.nodes[node]
+        if is_inside and not record.function and value in record.operands:
             return node
     return None
 
 
 @contextmanager
 def plain_run() -> Iterator[None]:
-    """Runs a model by its plain code: not compiled, attention by matrix products, no part run again
-    in the backward.
+    """Run a model by its plain code: not compiled, not checkpointed, attention by products.
 
-    A flash kernel has no second derivative; a checkpointed part would be run again in the backward,
-    when the weights of this run are gone.
+    A flash kernel has no second derivative. A checkpointed module would be run again in the
+    backward, when the weights of this run are gone.
     """
     with (
         sdpa_kernel(SDPBackend.MATH),
@@ -102,6 +101,7 @@ def plain_run() -> Iterator[None]:
 
 @contextmanager
 def _without_checkpoints() -> Iterator[None]:
+    """Run without activation checkpointing; the first to enter and the last to leave switch it."""
     global _depth
     with _lock:
         _depth += 1

@@ -20,10 +20,9 @@ from torch import Tensor
 
 from jacdiag.trace.execution.lazy_weights import Stored
 from jacdiag.trace.execution.meta_values import KnownValues
+from jacdiag.trace.graph.ops import GROUPED_PRODUCTS, LOOKUPS
 
 _RANK = {torch.bfloat16: 0, torch.float16: 0, torch.float32: 1, torch.float64: 2}
-_LOOKUPS = {"embedding"}
-_GROUPED = {"_grouped_mm", "grouped_mm"}
 _LARGE = 4096  # elements from which a tensor is worth looking at
 _CAST_METHODS = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -36,10 +35,9 @@ class Raisings:
 
     @contextmanager
     def not_kept(self) -> Iterator[None]:
-        """Inside, a graph keeps no raised tensor: it is raised, or read from its file, again
-        whenever it is needed.
+        """Keep no raised tensor in a graph: raise it, or read it from its file, when needed.
 
-        Nor does it keep zeros: the transpose of a pull is taken at zero, and would hold a zero for
+        Nor are zeros kept. The transpose of a pull is taken at zero, and would hold a zero for
         every cotangent.
         """
         self._low = {}
@@ -50,19 +48,23 @@ class Raisings:
             self._low = None
 
     def add(self, raised: Tensor, again: Callable[[], Tensor]) -> None:
-        """Notes a tensor that `again` makes once more."""
+        """Note a tensor that `again` makes once more."""
         if self._low is not None:
             self._low[raised.untyped_storage().data_ptr()] = (weakref.ref(raised), again)
 
     def _pack(self, saved: Tensor) -> Any:
+        """Return what a graph keeps in place of a tensor."""
         if _is_zero(saved):
             return partial(torch.zeros, saved.size(), dtype=saved.dtype, device=saved.device)
-        entry = None if self._low is None else self._low.get(saved.untyped_storage().data_ptr())
+        entry = None
+        if self._low is not None:
+            entry = self._low.get(saved.untyped_storage().data_ptr())
         if entry is None or entry[0]() is None or saved.requires_grad:
             return saved
         return entry[1], saved.size(), saved.stride(), saved.storage_offset()
 
     def _unpack(self, packed: Any) -> Tensor:
+        """Return the tensor that `_pack` put away."""
         if isinstance(packed, Tensor):
             return packed
         if isinstance(packed, partial):
@@ -75,20 +77,18 @@ class Raisings:
 
 
 def _is_zero(tensor: Tensor) -> bool:
-    """Whether a tensor is all zero; one that is not is mostly told by its first element."""
-    if (
-        tensor.is_meta
-        or tensor.dim() == 0
-        or tensor.numel() < _LARGE
-        or tensor[(0,) * tensor.dim()] != 0
-    ):
+    """Return whether a large tensor is all zero."""
+    if tensor.is_meta or tensor.dim() == 0 or tensor.numel() < _LARGE:
+        return False
+    # Of a tensor that is not, the first element mostly shows it.
+    if tensor[(0,) * tensor.dim()] != 0:
         return False
     return not bool(tensor.any())
 
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Inside, what names no dtype is made in this one."""
+    """Make what names no dtype in this one."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -103,7 +103,7 @@ class Precision:
     Args:
         dtype: torch.float32 or torch.float64.
         state: id of a state tensor -> its name; only these are raised on sight.
-        raisings: told of every tensor of the state that is raised.
+        raisings: is given every tensor of the state that is raised.
         valueless: the state is on the meta device.
         stored: reads the state's tensors, which are outlines only.
     """
@@ -124,44 +124,60 @@ class Precision:
         self.rank = _RANK[dtype]
 
     def lower(self, dtype: Any) -> bool:
-        """Whether `dtype` is a floating type below the run's."""
+        """Return whether `dtype` is a floating type below the run's."""
         return _RANK.get(dtype, self.rank) < self.rank
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Calls `func` with its low-precision state raised and its casts down answered in the run's
-        precision.
+        """Call `func` with its low-precision state raised.
+
+        Casts down are answered in the run's precision.
         """
         name = getattr(func, "__name__", "")
         if name == "__get__":
-            result = func(*args, **kwargs)
-            if (
-                isinstance(result, torch.dtype)
-                and self.lower(result)
-                and args
-                and id(args[0]) in self.state
-            ):
-                return self.dtype
-            if self.stored is not None and self.stored.asks(func, args):
-                return self._raise(self.stored.answer(func, args, kwargs))
-            return result
+            return self._read_attribute(func, args, kwargs)
+
+        # 1. Weights that are not in memory.
         if self.stored is not None:
             if self.stored.asks(func, args):
                 return self.stored.answer(func, args, kwargs)
-            if name in _LOOKUPS:  # of a few rows: they are raised, not the table
-                args, kwargs = (
-                    map_leaves(self.stored.filled, args),
-                    map_leaves(self.stored.filled, kwargs),
-                )
-        if name in _LOOKUPS:
+            if name in LOOKUPS:
+                args = map_leaves(self.stored.filled, args)
+                kwargs = map_leaves(self.stored.filled, kwargs)
+
+        # 2. A lookup reads a few rows: they are raised, not the table.
+        if name in LOOKUPS:
             return self._raise(func(*args, **kwargs))
+
+        # 3. A cast below the run's precision.
         cast = _CAST_METHODS.get(name)
-        if cast is not None and self.lower(cast) and args and isinstance(args[0], Tensor):
+        is_cast_down = cast is not None and self.lower(cast)
+        if is_cast_down and args and isinstance(args[0], Tensor):
             return self._raise(args[0]).to(self.dtype)
+
+        # 4. Any other call.
         args, kwargs = map_leaves(self._argument, args), map_leaves(self._argument, kwargs)
-        if name in _GROUPED and self.dtype is torch.float64:
+        if name in GROUPED_PRODUCTS and self.dtype is torch.float64:
             return grouped_mm(*args, **kwargs)
         if self.known is not None:
             return self.known.call(func, args, kwargs)
+        return self._call_raised_if_needed(func, args, kwargs)
+
+    def _read_attribute(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Return an attribute of a tensor; a low dtype of the state is the run's own."""
+        result = func(*args, **kwargs)
+        is_low_dtype = isinstance(result, torch.dtype) and self.lower(result)
+        if is_low_dtype and args and id(args[0]) in self.state:
+            return self.dtype
+        if self.stored is not None and self.stored.asks(func, args):
+            return self._raise(self.stored.answer(func, args, kwargs))
+        return result
+
+    def _call_raised_if_needed(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Call `func`; if dtypes do not agree, call it again with every low tensor raised."""
         try:
             return func(*args, **kwargs)
         except RuntimeError as error:
@@ -176,10 +192,11 @@ class Precision:
     def raised(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a call with every tensor of lower precision raised."""
+        """Return the arguments of a call with every tensor of lower precision raised."""
         return map_leaves(self._raise, args), map_leaves(self._raise, kwargs)
 
     def _argument(self, value: Any) -> Any:
+        """Return an argument with a tensor of the state raised, and a low dtype replaced."""
         if isinstance(value, Tensor):
             if id(value) not in self.state:
                 return value
@@ -202,12 +219,13 @@ class Precision:
 def grouped_mm(
     a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, **_: Any
 ) -> Tensor:
-    """The product of row groups of `a` (n, k) with their own matrices `b` (g, k, m); the kernel
-    refuses float64.
+    """Return the product of row groups of `a` with their own matrices `b`, for float64.
+
+    The kernel of torch refuses float64.
 
     Args:
-        a: rows, sorted by group.
-        b: one matrix per group.
+        a: (n, k) rows, sorted by group.
+        b: (g, k, m), one matrix per group.
         offs: (g,) where each group ends.
     """
     if offs is None or a.dim() != 2 or b.dim() != 3:
@@ -220,25 +238,22 @@ def grouped_mm(
 
 
 def map_leaves(fn: Callable[[Any], Any], value: Any) -> Any:
-    """Applies `fn` to the leaves of nested tuples, lists and dicts; untouched containers are
-    returned as they are.
+    """Apply `fn` to the leaves of nested tuples, lists and dicts.
+
+    Containers of which no leaf changes are returned as they are. `torch.utils._pytree` would take
+    the containers apart that libraries register (caches, model outputs), which are leaves here.
     """
-    kind = type(value)
-    if kind is tuple or kind is list:
+    if isinstance(value, torch.Size):
+        return value
+    if isinstance(value, tuple) or type(value) is list:
         items = [map_leaves(fn, item) for item in value]
         if all(new is old for new, old in zip(items, value, strict=True)):
             return value
-        return kind(items)
-    if kind is dict:
+        is_named = type(value) is not tuple and type(value) is not list
+        return type(value)(*items) if is_named else type(value)(items)
+    if type(value) is dict:
         entries = {key: map_leaves(fn, item) for key, item in value.items()}
-        return value if all(entries[key] is value[key] for key in value) else entries
-    if isinstance(value, tuple):  # namedtuple, torch.Size
-        if kind is torch.Size:
+        if all(entries[key] is value[key] for key in value):
             return value
-        items = [map_leaves(fn, item) for item in value]
-        return (
-            kind(*items)
-            if any(new is not old for new, old in zip(items, value, strict=True))
-            else value
-        )
+        return entries
     return fn(value)

@@ -1,4 +1,4 @@
-"""Runs part of a model again: one value replaced, stopped at another.
+"""Run a module of a model again, with one value replaced, up to another.
 
 A *segment* is the function from one value of the record to another. It is evaluated by running the
 model's own code again, of the innermost module call that holds all of it, with the value replaced
@@ -49,25 +49,28 @@ class Replayer:
 
     @cached_property
     def with_modules_from_outside(self) -> set[str]:
-        """Modules that call modules which are registered elsewhere: passed as arguments, or in
-        closures.
+        """Modules that call modules which are registered elsewhere.
+
+        Those come as arguments, or in closures.
         """
-        found: set[str] = set()
+        names: set[str] = set()
         for invocation in self.graph.invocations:
             for around in self.graph.ancestors(invocation.index):
                 path = self.graph.path(around)
                 if path and not f"{invocation.module}.".startswith(f"{path}."):
-                    found.add(path)
-        return found
+                    names.add(path)
+        return names
 
     # -- places ------------------------------------------------------------------------------------
     def spot_of(self, value: int, invocation: int) -> Spot:
-        """Says where a value is met when the given module call is run again."""
+        """Return where a value is met when the given module call is run again."""
         record = self.graph.values[value]
         if record.node < self.graph.invocations[invocation].start:
             return Spot(Where.ARGUMENT, position=value, shape=record.shape)
-        opaque = bool(self.graph.nodes[record.node].function)
-        if opaque and (reader := first_reader(self.graph, value, invocation)) is not None:
+        # Inside a custom autograd.Function nothing can be replaced: the first reader after it can.
+        is_opaque = bool(self.graph.nodes[record.node].function)
+        reader = first_reader(self.graph, value, invocation) if is_opaque else None
+        if reader is not None:
             position = self.graph.nodes[reader].operands.index(value)
             return Spot(Where.READ, *self.occurrence(reader, invocation), position, record.shape)
         return Spot(
@@ -75,40 +78,43 @@ class Replayer:
         )
 
     def spot_at(self, where: Where, node: int, invocation: int, position: int = 0) -> Spot:
+        """Return a place at a call, for the run of the given module call."""
         return Spot(where, *self.occurrence(node, invocation), position)
 
     def end_of(self, site: Site, invocation: int) -> Spot:
-        """Where a site's branch is met: as a term of its addition, or, if it was declared, where it
-        is made.
+        """Return where a site's branch is met: as a term of its addition.
+
+        A declared branch is met where it is made.
         """
         if site.result is None:
             return self.spot_at(Where.TERM, site.addition, invocation, site.position)
         return self.spot_of(site.result, invocation)
 
     def occurrence(self, node: int, invocation: int) -> tuple[CallKey, int]:
-        """Returns a call's key and how many calls with that key came before it in the module
-        call.
-        """
+        """Return a call's key, and how many calls of the module call with that key come before."""
         nodes = self.graph.calls_by_key[self.graph.nodes[node].key]
         start = self.graph.invocations[invocation].start
         return self.graph.nodes[node].key, sum(start <= n < node for n in nodes)
 
     # -- runs --------------------------------------------------------------------------------------
     def whole_graph(self) -> AbstractContextManager[None]:
-        """To be entered where a graph through the whole model is built: it then holds no raised
-        copy of the model.
-        """
-        return self.raisings.not_kept() if self.skeleton.light else nullcontext()
+        """Return a context in which a graph through the model holds no raised copy of it."""
+        if self.skeleton.light:
+            return self.raisings.not_kept()
+        return nullcontext()
 
     def segment(self, invocation: int, source: Spot, sink: Spot) -> Callable[[Tensor], Tensor]:
-        """Returns the function from the source's value to the sink's, by running one module call
-        again.
+        """Return the function from the source's value to the sink's.
+
+        It runs one module call again.
         """
         return lambda x: self.run(invocation, source, x, sink)
 
     def run(self, invocation: int, source: Spot, x: Tensor, sink: Spot) -> Tensor:
-        """Runs a module call with `x` at `source`, returns the value at `sink`. Raises TraceError
-        if it is not met.
+        """Run a module call with `x` at `source` and return the value at `sink`.
+
+        Raises:
+            TraceError: the run does not meet the sink.
         """
         y = self._run(invocation, source, x, sink)
         if x.requires_grad and not y.requires_grad and torch.is_grad_enabled():
@@ -120,7 +126,7 @@ class Replayer:
         self, invocation: int, source: Spot, x: Tensor, sink: Spot, grad: bool = False
     ) -> Tensor:
         call = self.calls[invocation]
-        # the guest may write in place; a leaf must not be written to
+        # the model may write in place; a leaf must not be written to
         value = x if _expanded(x) else x.clone()
         met = source.where is Where.ARGUMENT
 
@@ -152,7 +158,7 @@ class Replayer:
         replaced: Mapping[int, Tensor] | None = None,
         grad: bool = False,
     ) -> Any:
-        """Runs the whole model once with taps and returns its output.
+        """Run the model once with taps and return its output.
 
         Args:
             spots, visit: what to show to `visit` on the way.
@@ -185,16 +191,20 @@ class Replayer:
         grad: bool = False,
         start: RandomState | None = None,
     ) -> Any:
+        """Run a module once, with its weights in place and taps at the spots."""
+        # 1. The module, and the weights that it needs.
         self.skeleton.restore()
         part = self.skeleton.module(module)
         prefix = module
         if module in self.with_modules_from_outside:
-            # Weights of the whole model are at hand, since the call reaches other parts of it.
+            # The call reaches other modules of the model: it needs the weights of all.
             part, prefix = _Part(self.skeleton.root, module), ""
         state = self.skeleton.fresh_state_of(prefix)
         # their backwards read the weights as they were given to them
         if module in self.with_functions:
             state = self.skeleton.filled_state_of(prefix, self.dtype)
+
+        # 2. The run.
         names = {id(t): name for name, t in state.items()}
         precision = Precision(
             self.dtype, names, self.raisings, self.skeleton.valueless, self.skeleton.stored
@@ -212,22 +222,27 @@ class Replayer:
     def capture(
         self, invocations: set[int], values: dict[int, Spot], terms: dict[Any, Spot]
     ) -> tuple[Any, dict[Any, Tensor]]:
-        """Runs the whole model again; snapshots the wanted module calls and keeps the wanted
-        values.
+        """Run the model again; take a snapshot of module calls and keep values.
 
-        Returns the model's output (to be compared with the first run's) and the tensors by key of
-        `values`/`terms`.
+        Args:
+            invocations: the module calls, whose arguments are kept in `calls`.
+            values: where each value is met that is kept.
+            terms: where each term is met that is kept, by any key.
+
+        Returns:
+            The model's output, to be compared with the first run's, and the tensors by key of
+            `values` and `terms`.
         """
         graph = self.graph
         mutated = {v.index for v in graph.values if v.mutated}
         keys = {id(spot): key for key, spot in [*values.items(), *terms.items()]}
-        kept: dict[Any, Tensor] = {}
+        tensors: dict[Any, Tensor] = {}
         count = 0
 
         def visit(spot: Spot, tensor: Tensor) -> Tensor:
             key = keys[id(spot)]
-            clone = key not in values or key in mutated
-            kept[key] = tensor.clone() if clone else tensor
+            may_be_written_to = key not in values or key in mutated
+            tensors[key] = tensor.clone() if may_be_written_to else tensor
             return tensor
 
         def hook(_module: Any, args: Any, kwargs: Any) -> None:
@@ -244,11 +259,11 @@ class Replayer:
 
         with torch.no_grad():
             output = self.tapped([*values.values(), *terms.values()], visit, hook)
-        return output, kept
+        return output, tensors
 
 
 class _Part(nn.Module):
-    """Calls a submodule of a model, with the weights of the whole model in place."""
+    """Calls a submodule of a model, with the weights of the entire model in place."""
 
     def __init__(self, model: nn.Module, name: str) -> None:
         super().__init__()
@@ -260,7 +275,8 @@ class _Part(nn.Module):
 
 
 def _expanded(x: Tensor) -> bool:
-    """Whether elements share memory: nobody writes to such a tensor, and of a copy products may
-    round differently.
+    """Return whether elements share memory.
+
+    Nobody writes to such a tensor, and products of a copy of it may round differently.
     """
     return any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True))

@@ -1,6 +1,4 @@
-"""The random numbers of a guest: borrowed for a run, and given back; the same ones for every run of
-the same code.
-"""
+"""The random numbers of a model: the same for every run of the same code, restored afterwards."""
 
 from __future__ import annotations
 
@@ -18,8 +16,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RandomState:
-    """The state of every generator that a model may draw from: torch's on each device, numpy's and
-    Python's.
+    """The state of every generator that a model may draw from.
+
+    Those are torch's on each device, numpy's and Python's.
     """
 
     cpu: Tensor
@@ -29,11 +28,13 @@ class RandomState:
 
     @classmethod
     def now(cls) -> RandomState:
+        """Return the present state."""
         started = torch.cuda.is_available() and torch.cuda.is_initialized()
         cuda = tuple(torch.cuda.get_rng_state_all()) if started else ()
         return cls(torch.get_rng_state(), cuda, _numpy_state(), random.getstate())
 
     def restore(self) -> None:
+        """Put every generator back to this state."""
         _NUMPY_STATES.clear()
         torch.set_rng_state(self.cpu)
         if self.cuda:
@@ -42,14 +43,14 @@ class RandomState:
         random.setstate(self.python)
 
     def same_as(self, other: RandomState) -> bool:
-        tensors = zip((self.cpu, *self.cuda), (other.cpu, *other.cuda), strict=False)
-        return (
-            len(self.cuda) == len(other.cuda)
-            and all(torch.equal(a, b) for a, b in tensors)
-            and self.python == other.python
-            and self.numpy[2:] == other.numpy[2:]
-            and np.array_equal(self.numpy[1], other.numpy[1])
-        )
+        """Return whether two states are equal, so that nothing was drawn between them."""
+        if len(self.cuda) != len(other.cuda) or self.python != other.python:
+            return False
+        tensors = zip((self.cpu, *self.cuda), (other.cpu, *other.cuda), strict=True)
+        if not all(torch.equal(a, b) for a, b in tensors):
+            return False
+        same_numpy_key = np.array_equal(self.numpy[1], other.numpy[1])
+        return same_numpy_key and bool(self.numpy[2:] == other.numpy[2:])
 
 
 _MERSENNE_BYTES = 4 * 624 + 4  # of numpy's mt19937_state: the key and the place in it
@@ -58,8 +59,7 @@ _NUMPY_STATES: dict[tuple[int, bytes], Any] = {}
 
 
 def _numpy_state() -> Any:
-    """The state of numpy's global generator; one that has not moved since it was last read is not
-    read again.
+    """Return the state of numpy's global generator; it is read again only if it has moved.
 
     A read takes numpy about as long as an optimizer needs for ten small weights. With a normal
     number in store the state is read in any case: to take that number out moves nothing else.
@@ -80,8 +80,13 @@ def _numpy_state() -> Any:
 
 @contextmanager
 def borrowed(start: RandomState | None = None) -> Iterator[RandomState]:
-    """Inside, generators begin at `start` (or go on from where they are); afterwards they stand
-    where they stood.
+    """Run with generators that begin at `start`, and put them back afterwards.
+
+    Args:
+        start: None lets them go on from where they are.
+
+    Yields:
+        The state before.
     """
     before = RandomState.now()
     try:
@@ -93,8 +98,9 @@ def borrowed(start: RandomState | None = None) -> Iterator[RandomState]:
 
 
 def another_draw() -> None:
-    """Moves every generator elsewhere, so that a run draws other numbers. Only inside `borrowed`,
-    which undoes it.
+    """Move every generator, so that a run draws other numbers.
+
+    Call it inside `borrowed` only, which undoes it.
     """
     torch.manual_seed(0x1E5)
     np.random.seed(0x1E5)  # noqa: NPY002

@@ -2,7 +2,7 @@
 
 A skeleton is a structural copy of a module whose parameters and buffers are empty meta tensors and
 whose hooks are cleared. It is run with a *state*, a dict of tensors that may come from anywhere
-(the guest by reference, a raised copy of one block, a file). Nothing of the guest is touched, no
+(the model by reference, a raised copy of one block, a file). Nothing of the model is touched, no
 memory is spent, and wrappers drop out of the picture.
 """
 
@@ -42,23 +42,22 @@ _HOOK_DICTS = (
 
 
 class Skeleton:
-    """The structural copy of `module`, in eval mode, and the guest's tensors by reference.
+    """The structural copy of `module`, in eval mode, and the module's tensors by reference.
 
     Attributes:
         root: the copy. Its parameters and buffers are on the meta device.
-        params: name -> the guest's parameter, detached (same storage). One name per tie. Read on
+        params: name -> the module's parameter, detached (same storage). One name per tie. Read on
             access if `stored`.
         outlines: the same by shape and dtype alone, for questions that need no values.
         stored: where parameters are read from that are not in memory, or None.
-        buffers: name -> the guest's buffer (same storage); clone before a run that may write to it.
-        valueless: the guest itself is on the meta device: shapes and no values.
+        buffers: name -> the buffer (same storage). A run that may write to it needs a clone.
+        valueless: the module itself is on the meta device: shapes and no values.
         aliases: every name of a tied tensor -> the one name that stands in `params` or `buffers`.
 
     Args:
-        module: the guest, wrapped or not.
-        keep_hooks: take the guest's forward hooks along, bound to the copy.
-        weights: name -> tensor, where the parameters of a guest on the meta device are to be read
-            from.
+        module: the model, wrapped or not.
+        keep_hooks: take the module's forward hooks along, bound to the copy.
+        weights: name -> tensor, from which the parameters of a module on the meta device are read.
         device: where they are brought to.
     """
 
@@ -100,11 +99,13 @@ class Skeleton:
         return out
 
     def fresh_state_of(self, prefix: str) -> dict[str, Tensor]:
-        """Returns the state under module `prefix` ("" for all) for one run, one name per tie,
-        relative to `prefix`.
+        """Return the state of one module for one run, one name per tie.
 
-        Buffers are cloned, since a forward may write to them; parameters are the guest's own
+        Buffers are cloned, since a forward may write to them. Parameters are the model's own
         memory, but for those that the code is known to write to.
+
+        Args:
+            prefix: name of the module, "" for all. Names of the state are relative to it.
         """
         start = f"{prefix}." if prefix else ""
         state: dict[str, Tensor] = {}
@@ -121,8 +122,9 @@ class Skeleton:
         return self.params[name].clone() if name in self._written else self.outlines[name]
 
     def filled_state_of(self, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The same with every floating tensor in memory and raised: for code that reads weights
-        unseen by any mode.
+        """Return the same with every floating tensor in memory and raised to `dtype`.
+
+        Code that reads weights unseen by any mode needs it.
         """
         state = self.fresh_state_of(prefix)
         if self.stored is not None:
@@ -131,54 +133,54 @@ class Skeleton:
 
     @property
     def light(self) -> bool:
-        """Whether the weights take less memory than the raised ones would, so that a graph should
-        not keep these.
-        """
+        """Whether the weights take less memory than raised ones, which no graph should keep."""
         low = any(t.is_floating_point() and t.dtype.itemsize < 4 for t in self.outlines.values())
         return low or self.stored is not None
 
     def non_finite(self) -> list[str]:
-        """Names of parameters with NaN or Inf in them."""
+        """Return the names of parameters with NaN or Inf in them."""
         if self.stored is not None:
             return self.stored.non_finite()
         return [name for name, t in self.params.items() if not is_finite(t)]
 
     def restore(self) -> None:
-        """Undoes what a run wrote to plain attributes (a cache, a counter)."""
+        """Undo what a run wrote to plain attributes (a cache, a counter)."""
         self._attributes.restore()
 
     def attribute_tensors(self) -> set[int]:
-        """Ids of the tensors that modules hold as plain attributes: constants, that no call of a
-        run made.
+        """Return the ids of the tensors that modules hold as plain attributes.
+
+        They are constants, which no call of a run made.
         """
-        found: list[Tensor] = []
+        tensors: list[Tensor] = []
         for module in self.root.modules():
-            collect_attribute_tensors(vars(module), found)
-        return {id(t) for t in found}
+            collect_attribute_tensors(vars(module), tensors)
+        return {id(t) for t in tensors}
 
     def own(self, name: str) -> None:
-        """Makes a copy, a fresh one for every run, stand in for a parameter that the code writes
-        to.
-        """
+        """Put a copy in place of a parameter that the code writes to, a fresh one for every run."""
         self._written.add(name)
 
     def settled(self) -> bool:
-        """Whether the last run left the structure as it was; some code swaps its own modules when
-        it first runs.
+        """Return whether the last run left the structure as it was.
+
+        Some code swaps its own modules when it first runs. The next runs then begin with what it
+        made of itself.
         """
         names = {id(m): name for name, m in self.root.named_modules(remove_duplicate=True)}
-        same, self.names = names == self.names, names
-        if not same:  # what the code made of itself is what the next runs begin with
+        is_same = names == self.names
+        self.names = names
+        if not is_same:
             self._attributes = Attributes(self.root)
-        return same
+        return is_same
 
     def module(self, name: str) -> nn.Module:
-        """Returns the copy's submodule of that name ("" is the root)."""
+        """Return the copy's submodule of that name; "" is the root."""
         return self.root.get_submodule(name) if name else self.root
 
 
 def _copy_module(module: nn.Module, memo: dict[int, Any], keep_hooks: bool) -> nn.Module:
-    """Copies the structure: first every registered module and tensor, then the plain attributes.
+    """Copy the structure: first every registered module and tensor, then the plain attributes.
 
     In that order an attribute that refers to a module or a weight (bound methods, partials,
     closures, lists of layers) finds the copy in the memo, and nothing that holds memory is ever
@@ -208,9 +210,7 @@ def _copy_module(module: nn.Module, memo: dict[int, Any], keep_hooks: bool) -> n
 
 
 def _copy_hooks(module: nn.Module, attributes: dict[str, Any], copied: Any, keep_all: bool) -> None:
-    """Hooks are left behind, but for torch's own that compute a weight, or all of them where they
-    change the output.
-    """
+    """Copy torch's own hooks that compute a weight, or all hooks with `keep_all`."""
     for kind in ("_forward_pre_hooks", "_forward_hooks"):
         for key, hook in getattr(module, kind).items():
             if keep_all or (is_code(hook) and kind == "_forward_pre_hooks"):

@@ -1,6 +1,4 @@
-"""Shows chosen values of a run as the model's own code meets them, and puts others in their
-place.
-"""
+"""Show chosen values of a run as the model's code meets them, and put others in their place."""
 
 from __future__ import annotations
 
@@ -24,8 +22,9 @@ from jacdiag.trace.graph.recorder import signature
 
 
 class Stop(BaseException):
-    """Unwinds the model's code once the wanted value is known. Not an Exception: guests catch
-    those.
+    """Unwinds the model's code once the value is known.
+
+    It is no Exception, because the code of models catches those.
     """
 
     def __init__(self, value: Tensor) -> None:
@@ -45,8 +44,14 @@ class Where(enum.Enum):
 
 @dataclass(frozen=True)
 class Spot:
-    """A place in the run of one module call: the `occurrence`-th call with this key, and which of
-    its tensors.
+    """A place in the run of one module call.
+
+    Attributes:
+        where: how the value is met.
+        key: of the call, None for an argument.
+        occurrence: how many calls with this key come before it.
+        position: which of the call's tensors.
+        shape: the value's shape, () if it need not be checked.
     """
 
     where: Where
@@ -60,11 +65,17 @@ class Spot:
 
 
 Visit = Callable[[Spot, Tensor], Tensor]
+# Positional arguments of torch's fused norms.
+_NORM_ARGUMENTS = {
+    "layer_norm": ("input", "normalized_shape", "weight", "bias", "eps"),
+    "rms_norm": ("input", "normalized_shape", "weight", "eps"),
+}
 
 
 class Tap(TorchFunctionMode):
-    """Shows chosen values to `visit` as a run meets them; what it returns for a result takes the
-    result's place.
+    """Shows chosen values to `visit` as a run meets them.
+
+    What `visit` returns for a result takes the result's place.
 
     A replaced result also stands in for the original object wherever later calls name it, because
     in-place code (`x.add_(f(x))`) goes on with the object, not with what the call returned.
@@ -94,101 +105,99 @@ class Tap(TorchFunctionMode):
 
     def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
         if self.shadows:
-            args, kwargs = map_leaves(self._shadowed, args), map_leaves(self._shadowed, kwargs)
+            args = map_leaves(self._shadowed, args)
+            kwargs = map_leaves(self._shadowed, kwargs)
         name = getattr(func, "__name__", "")
         if name in ("__get__", "__set__", "__delete__"):
             result = self.precision.call(func, args, kwargs)
-            return (
-                self._after(signature(func, 3), result, args, func)
-                if isinstance(result, Tensor)
-                else result
-            )
+            if not isinstance(result, Tensor):
+                return result
+            return self._after(signature(func, 3), result, args, func)
         key = signature(func, 3)
         args, kwargs = self._replaced(key, args, kwargs)
-        for spot in self._here(key):
-            if spot.where in (Where.TERM, Where.OPERAND):
+        for spot in self._spots_at(key):
+            if spot.where is Where.TERM:
                 read = self.precision.raised(args, kwargs)
-                term = spot.where is Where.TERM
-                found = (
-                    term_tensor(name, *read, spot.position)
-                    if term
-                    else operand_at(*read, spot.position)
-                )
-                self.visit(spot, _checked(found, spot))
+                self.visit(spot, _checked(term_tensor(name, *read, spot.position), spot))
+            elif spot.where is Where.OPERAND:
+                read = self.precision.raised(args, kwargs)
+                self.visit(spot, _checked(operand_at(*read, spot.position), spot))
         result = with_regular_gradient(name, self.precision.call(func, args, kwargs))
         return self._after(key, result, (args, kwargs), func)
 
     def _replaced(self, key: CallKey, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """Shows operands that are met here for the first time; what `visit` returns takes their
-        place from now on.
+        """Show operands that are met here for the first time.
+
+        What `visit` returns takes their place from now on.
         """
-        for spot in self._here(key):
-            if spot.where is Where.READ:
-                found = _checked(operand_at(args, kwargs, spot.position), spot)
-                new = self.visit(spot, found)
-                if new is not found:
-                    self.shadows[id(found)] = (found, new)
-                    args, kwargs = (
-                        map_leaves(self._shadowed, args),
-                        map_leaves(self._shadowed, kwargs),
-                    )
+        for spot in self._spots_at(key):
+            if spot.where is not Where.READ:
+                continue
+            tensor = _checked(operand_at(args, kwargs, spot.position), spot)
+            new = self.visit(spot, tensor)
+            if new is not tensor:
+                self.shadows[id(tensor)] = (tensor, new)
+                args = map_leaves(self._shadowed, args)
+                kwargs = map_leaves(self._shadowed, kwargs)
         return args, kwargs
 
-    def _here(self, key: CallKey) -> list[Spot]:
+    def _spots_at(self, key: CallKey) -> list[Spot]:
+        """Return the spots at the call that runs now."""
         places = self.spots.get(key)
         return places.get(self.counts[key], []) if places else []
 
     def _after(self, key: CallKey, result: Any, read: Any, func: Any) -> Any:
-        places = self.spots.get(key)
-        if places is None:
+        """Count a call, show its results, and return what takes their place."""
+        if key not in self.spots:
             return result
         if is_identity(key[0], result, read):
             return result  # the record does not count these either
-        here = places.get(self.counts[key], ())
+        spots = self._spots_at(key)
         self.counts[key] += 1
-        for spot in here:
+        for spot in spots:
             if spot.where is Where.NORMALISED:
-                found = pick(result, read, 0)
-                new = self._through_norm(spot, found, func, read)
+                tensor = pick(result, read, 0)
+                new = self._through_norm(spot, tensor, func, read)
             elif spot.where is Where.RESULT:
-                found = _checked(pick(result, read, spot.position), spot)
-                new = self.visit(spot, found)
+                tensor = _checked(pick(result, read, spot.position), spot)
+                new = self.visit(spot, tensor)
             else:
                 continue
-            if new is not found:
-                self.shadows[id(found)] = (found, new)
+            if new is not tensor:
+                self.shadows[id(tensor)] = (tensor, new)
                 result = map_leaves(self._shadowed, result)
         return result
 
-    def _through_norm(self, spot: Spot, found: Tensor, func: Any, read: Any) -> Tensor:
-        """Shows the normalised value before the learned gain; a replacement gets gain and bias
-        again.
+    def _through_norm(self, spot: Spot, result: Tensor, func: Any, read: Any) -> Tensor:
+        """Show the normalised value before the learned gain.
+
+        Gain and bias are applied again to a value that takes its place.
         """
+        # 1. The norm without gain and bias.
         args, kwargs = read
-        bound = (
-            dict(zip(("input", "normalized_shape", "weight", "bias", "eps"), args, strict=False))
-            | kwargs
-        )
-        if func.__name__ == "rms_norm":
-            bound = (
-                dict(zip(("input", "normalized_shape", "weight", "eps"), args, strict=False))
-                | kwargs
-            )
+        bound = dict(zip(_NORM_ARGUMENTS[func.__name__], args, strict=False)) | kwargs
         weight, bias = bound.pop("weight", None), bound.pop("bias", None)
         plain = self.precision.call(func, (), bound)
+
+        # 2. What takes its place, with both.
         new = self.visit(spot, plain)
         if new is plain:
-            return found
+            return result
         (weight, bias), _ = self.precision.raised((weight, bias), {})
-        new = new if weight is None else new * weight
+        if weight is not None:
+            new = new * weight
         return new if bias is None else new + bias
 
     def _shadowed(self, leaf: Any) -> Any:
-        pair = self.shadows.get(id(leaf))
-        return pair[1] if pair is not None and pair[0] is leaf else leaf
+        """Return what stands in for a tensor, and any other leaf as it is."""
+        original, replacement = self.shadows.get(id(leaf), (None, None))
+        if replacement is not None and original is leaf:
+            return replacement
+        return leaf
 
 
 def _checked(tensor: Tensor, spot: Spot) -> Tensor:
+    """Return a tensor; raise if its shape is not the recorded one."""
     if spot.shape and tuple(tensor.shape) != spot.shape:
         raise TraceError(
             f"a re-run met another value than the record at {spot}",

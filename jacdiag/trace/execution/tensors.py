@@ -1,17 +1,18 @@
-"""Tensors among the arguments and results of a call: which they are, and what a call does to their
-memory.
-"""
+"""Tensors among the arguments and results of a call, and what a call does to their memory."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from jacdiag.trace.graph.ops import IN_PLACE_OPERATORS
+
 
 def collect(value: Any, into: list[Tensor]) -> None:
-    """Appends the tensors of nested tuples, lists, dicts and slices."""
+    """Append the tensors of nested tuples, lists, dicts and slices."""
     if isinstance(value, Tensor):
         into.append(value)
     elif isinstance(value, (tuple, list)):
@@ -25,80 +26,85 @@ def collect(value: Any, into: list[Tensor]) -> None:
 
 
 def collect_deep(value: Any, into: list[Tensor], depth: int = 4) -> None:
-    """Like `collect`, and looks into dataclasses and plain objects as well (model outputs,
-    caches).
+    """Append the tensors of nested containers, dataclasses and plain objects.
+
+    Model outputs and caches are such objects. Slices are not looked into.
     """
-    if isinstance(value, (Tensor, tuple, list, dict, slice)):
-        if isinstance(value, Tensor):
-            into.append(value)
-        elif depth:
-            items = (
-                value.values()
-                if isinstance(value, dict)
-                else value
-                if not isinstance(value, slice)
-                else ()
-            )
-            for item in items:
-                collect_deep(item, into, depth - 1)
-    elif (
-        depth
-        and hasattr(value, "__dict__")
-        and not (isinstance(value, torch.nn.Module) or callable(value))
-    ):
-        for item in vars(value).values():
-            collect_deep(item, into, depth - 1)
+    if isinstance(value, Tensor):
+        into.append(value)
+        return
+    if not depth:
+        return
+    items: Iterable[Any] = ()
+    if isinstance(value, dict):
+        items = value.values()
+    elif isinstance(value, (tuple, list)):
+        items = value
+    elif not isinstance(value, slice) and _is_plain_object(value):
+        items = vars(value).values()
+    for item in items:
+        collect_deep(item, into, depth - 1)
+
+
+def _is_plain_object(value: Any) -> bool:
+    """Return whether a value is an object that holds data and is no module or function."""
+    if not hasattr(value, "__dict__"):
+        return False
+    return not (isinstance(value, torch.nn.Module) or callable(value))
 
 
 def device_of(value: Any) -> torch.device:
-    """The device of the first tensor in nested arguments; the CPU where there is none."""
-    found: list[Tensor] = []
-    collect_deep(value, found)
-    return found[0].device if found else torch.device("cpu")
+    """Return the device of the first tensor in nested arguments, the CPU if there is none."""
+    tensors: list[Tensor] = []
+    collect_deep(value, tensors)
+    return tensors[0].device if tensors else torch.device("cpu")
 
 
 def is_identity(name: str, result: Any, read: Any) -> bool:
-    """Whether a call made nothing new: `x.to(x.dtype)`, dropout in eval mode."""
+    """Return whether a call made nothing new: `x.to(x.dtype)`, dropout in eval mode."""
     if writes_in_place(name):
         return False
-    made: list[Tensor] = []
-    collect(result, made)
-    given: list[Tensor] = []
-    collect(read, given)
-    ids = {id(t) for t in given}
-    return all(id(t) in ids for t in made)
+    results: list[Tensor] = []
+    collect(result, results)
+    operands: list[Tensor] = []
+    collect(read, operands)
+    ids = {id(t) for t in operands}
+    return all(id(t) in ids for t in results)
 
 
 def operand_at(args: Any, kwargs: Any, position: int) -> Tensor:
+    """Return the tensor at a position among a call's arguments."""
     operands: list[Tensor] = []
     collect((args, kwargs), operands)
     return operands[position]
 
 
 def pick(result: Any, read: Any, position: int) -> Tensor:
+    """Return the tensor at a position of a call's results, or if negative, of what it read."""
     tensors: list[Tensor] = []
-    collect(result if position >= 0 else read, tensors)
-    return tensors[position if position >= 0 else -1 - position]
-
-
-_DUNDERS = {
-    f"__i{op}__"
-    for op in "add sub mul matmul truediv floordiv mod pow and or xor lshift rshift".split()
-} | {"__setitem__"}
+    if position >= 0:
+        collect(result, tensors)
+        return tensors[position]
+    collect(read, tensors)
+    return tensors[-1 - position]
 
 
 def writes_in_place(name: str) -> bool:
-    """Whether a call writes to its first argument, by torch's own way of naming."""
-    return (name.endswith("_") and not name.endswith("__")) or name in _DUNDERS
+    """Return whether a call writes to its first argument, by torch's own way of naming."""
+    if name in IN_PLACE_OPERATORS:
+        return True
+    return name.endswith("_") and not name.endswith("__")
 
 
 def is_float(tensor: Tensor) -> bool:
+    """Return whether a tensor holds real or complex floating-point numbers."""
     return tensor.dtype.is_floating_point or tensor.dtype.is_complex
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no number is NaN or Inf: in one pass without a temporary, as either shows in the
-    least or the largest.
+    """Return whether no number is NaN or Inf.
+
+    Either shows in the least or the largest number, which one pass finds without a temporary.
     """
     if not is_float(tensor) or not tensor.numel():
         return True
@@ -107,8 +113,9 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def storage_of(tensor: Tensor) -> int:
-    """A name of the memory of a tensor, for as long as that lives; below 0 where it is the object's
-    own.
+    """Return a number that names the memory of a tensor for as long as it lives.
+
+    It is below 0 if the tensor has no storage and the name is the object's own.
     """
     try:
         return tensor.untyped_storage()._cdata
@@ -117,6 +124,7 @@ def storage_of(tensor: Tensor) -> int:
 
 
 def version_of(tensor: Tensor) -> int:
+    """Return how often a tensor's memory was written to, as far as torch counts."""
     try:
         return tensor._version
     except RuntimeError:  # inference tensors do not count

@@ -1,6 +1,4 @@
-"""What others do to a module and its weights: shards, weights kept elsewhere, hooks that are
-code.
-"""
+"""What libraries do to a module and its weights: shards, weights kept elsewhere, hooks."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from jacdiag.errors import TraceError
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class that a module had before FSDP2 (`fully_shard`) put its own in front."""
+    """Return the class that a module had before FSDP2 (`fully_shard`) put its own in front."""
     cls = type(module)
     if not any(base.__name__ == "FSDPModule" for base in cls.__mro__):
         return cls
@@ -28,7 +26,7 @@ _GATHERED: ContextVar[Mapping[int, Tensor]] = ContextVar("gathered", default={})
 
 @contextmanager
 def gathered(weights: Mapping[int, Tensor]) -> Iterator[None]:
-    """Inside, these weights (by id of the shard) are at hand, and nobody is asked for them."""
+    """Use these weights, by id of the shard, so that none is gathered or read again."""
     token = _GATHERED.set(weights)
     try:
         yield
@@ -37,34 +35,27 @@ def gathered(weights: Mapping[int, Tensor]) -> Iterator[None]:
 
 
 def whole_weights(module: nn.Module) -> dict[int, Tensor]:
-    """Maps id of a parameter that is not the whole weight here (a shard, a placeholder) -> the
-    weight.
+    """Return the full weight of every parameter that is a shard or a placeholder, by its id.
 
     Shards of FSDP2 and tensor parallel are gathered, so every process of the group has to make the
-    call. Weights that accelerate keeps on the CPU or on disk are read from where they lie.
+    call. Weights that accelerate keeps on the CPU or on disk are read from there.
 
     Raises:
         TraceError: a weight is not here and cannot be gathered.
     """
-    for name, part in module.named_modules():
-        if isinstance(part, torch.jit.ScriptModule):
-            raise TraceError(
-                f"'{name or type(module).__name__}' is a scripted module: its code is no Python "
-                "any more",
-                hint="pass the Python module that it was scripted from, or run with PYTORCH_JIT=0",
-            )
-    offloaded = {id(t): where for m in module.modules() for t, where in _offloaded(m)}
-    found: dict[int, Tensor] = dict(_GATHERED.get())
-    # all of it: looked at by structure alone
+    _refuse_scripted_modules(module)
+    offloaded = {id(t): weight for m in module.modules() for t, weight in _offloaded(m)}
+    weights: dict[int, Tensor] = dict(_GATHERED.get())
+    # A model of which all parameters are on the meta device is looked at by structure alone.
     valueless = all(p.is_meta for p in module.parameters())
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if id(tensor) in found:
+        if id(tensor) in weights:
             continue
         gather = getattr(tensor.detach(), "full_tensor", None)
         if gather is not None:
-            found[id(tensor)] = gather()
+            weights[id(tensor)] = gather()
         elif id(tensor) in offloaded:
-            found[id(tensor)] = offloaded[id(tensor)]
+            weights[id(tensor)] = offloaded[id(tensor)]
         elif tensor.is_meta and not valueless:
             raise TraceError(
                 f"parameter '{name}' is on the meta device: it has a shape and no values",
@@ -73,12 +64,24 @@ def whole_weights(module: nn.Module) -> dict[int, Tensor]:
                     "brought back to one device"
                 ),
             )
-    return found
+    return weights
+
+
+def _refuse_scripted_modules(module: nn.Module) -> None:
+    """Raise if a module is scripted, since its code cannot be recorded."""
+    for name, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise TraceError(
+                f"'{name or type(module).__name__}' is a scripted module: its code is no Python "
+                "any more",
+                hint="pass the Python module that it was scripted from, or run with PYTORCH_JIT=0",
+            )
 
 
 def refuse_flat_shards(module: nn.Module) -> None:
-    """FSDP1 keeps a slice of a flat tensor per process; nothing can be run outside its own
-    context.
+    """Raise if FSDP1 has sharded the weights.
+
+    It keeps a slice of a flat tensor per process, so that nothing can be run outside its context.
     """
     for part in module.modules():
         handle: Any = getattr(part, "_handle", None)
@@ -95,10 +98,12 @@ def refuse_flat_shards(module: nn.Module) -> None:
 
 def _hooks_of_accelerate(module: nn.Module) -> Iterator[Any]:
     hook = module.__dict__.get("_hf_hook")
-    yield from getattr(hook, "hooks", [hook] if hook is not None else [])
+    if hook is not None:
+        yield from getattr(hook, "hooks", [hook])
 
 
 def _offloaded(module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the placeholders of a module's own weights, each with the weight."""
     for hook in _hooks_of_accelerate(module):
         weights = getattr(hook, "weights_map", None)
         if weights is not None and getattr(hook, "offload", False):
@@ -111,33 +116,35 @@ def _offloaded(module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def moves_weights(module: nn.Module) -> bool:
-    """Whether accelerate's hook brings a module's weights in for each call: a copy is given them
-    anyway.
+    """Return whether accelerate's hook brings a module's weights in for each call.
+
+    A copy has them in place anyway.
     """
     return any(getattr(hook, "offload", False) for hook in _hooks_of_accelerate(module))
 
 
 def skipped_attributes(module: nn.Module) -> set[str]:
-    """Attributes that a copy does without: the machinery that moves weights, with the forward that
-    it put in place.
-    """
+    """Return the attributes that a copy does without: those that move weights."""
     if not moves_weights(module):
         return set()
     old = module.__dict__.get("_old_forward")
     plain = getattr(old, "__func__", None) is type(module).forward
+    # The forward that the hook put in place is skipped too, unless it replaced another one.
     return {"_hf_hook", "_old_forward", "forward"} if plain else {"_hf_hook"}
 
 
 def is_code(hook: Any) -> bool:
-    """Whether a forward pre-hook is part of the module's own code: torch's weight_norm,
-    spectral_norm, pruning.
+    """Return whether a forward pre-hook is part of the module's own code.
+
+    That is so for torch's weight_norm, spectral_norm and pruning.
     """
     return type(hook).__module__.startswith("torch.nn.utils")
 
 
 def has_foreign_hooks(module: nn.Module) -> bool:
-    """Whether anybody's hook or replaced forward stands in a model's way, so that a copy may
-    compute something else.
+    """Return whether a model has hooks or a replaced forward that are not its own code.
+
+    A copy without them may compute something else.
     """
     for part in module.modules():
         if original_class(part) is not type(part):

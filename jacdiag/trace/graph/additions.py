@@ -1,7 +1,7 @@
 """The forms in which code adds: what the terms of an addition are, in the record and in a re-run.
 
-Each form is one function from a call's arguments to its terms. Everything else in the tracer speaks
-of terms only, so a new way of adding is one entry here.
+Each form is one function from a call's arguments to its terms. Everything else in the tracer uses
+terms only, so a new way of adding is one entry here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Term:
 
     Attributes:
         values: the values it is made of, by index.
-        operand: the value itself where the term is a plain operand, else None (a product inside the
+        operand: the value itself if the term is a plain operand, else None (a product inside the
             call).
         product: a matrix product happens inside the term (addmm).
     """
@@ -41,13 +41,19 @@ class Part:
 
 
 def _plain(tensor: Any) -> Part | None:
-    return Part((tensor,), lambda: tensor, plain=True) if isinstance(tensor, Tensor) else None
+    """Return an operand as a term, None if it is no tensor."""
+    if not isinstance(tensor, Tensor):
+        return None
+    return Part((tensor,), lambda: tensor, plain=True)
 
 
 def _scaled(tensor: Any, factor: Any) -> Part | None:
+    """Return an operand times a number as a term, None if it is no tensor."""
     if not isinstance(tensor, Tensor):
         return None
-    return _plain(tensor) if factor == 1 else Part((tensor,), lambda: tensor * factor)
+    if factor == 1:
+        return _plain(tensor)
+    return Part((tensor,), lambda: tensor * factor)
 
 
 # `out` is one of torch's own arguments: the sum is the same whether it is given or not.
@@ -64,39 +70,26 @@ def _sub(
 
 
 def _addcmul(a: Any, x: Any, y: Any, *, value: Any = 1, out: Any = None) -> list[Part | None]:
-    return [_plain(a), Part((x, y), lambda: x * y if value == 1 else value * x * y)]
+    def product() -> Tensor:
+        result: Tensor = x * y if value == 1 else value * x * y
+        return result
+
+    return [_plain(a), Part((x, y), product)]
 
 
 def _addmm(
     a: Any, x: Any, y: Any, *, beta: Any = 1, alpha: Any = 1, out: Any = None
 ) -> list[Part | None]:
-    return [
-        _scaled(a, beta),
-        Part((x, y), lambda: alpha * (x @ y) if alpha != 1 else x @ y, product=True),
-    ]
+    def product() -> Tensor:
+        result: Tensor = x @ y if alpha == 1 else alpha * (x @ y)
+        return result
+
+    return [_scaled(a, beta), Part((x, y), product, product=True)]
 
 
 def _lerp(a: Any, b: Any, weight: Any, *, out: Any = None) -> list[Part | None]:
-    return [
-        Part((a,), lambda: a * (1 - weight)),
-        Part((b, weight) if isinstance(weight, Tensor) else (b,), lambda: b * weight),
-    ]
-
-
-# Calls that add rows to a tensor at given positions. What they add is the second term, with zeros
-# elsewhere.
-SCATTERS = frozenset(
-    {
-        "index_add",
-        "index_add_",
-        "scatter_add",
-        "scatter_add_",
-        "scatter_reduce",
-        "scatter_reduce_",
-        "index_put",
-        "index_put_",
-    }
-)
+    read_by_end = (b, weight) if isinstance(weight, Tensor) else (b,)
+    return [Part((a,), lambda: a * (1 - weight)), Part(read_by_end, lambda: b * weight)]
 
 
 def _index_add(
@@ -147,30 +140,30 @@ FORMS: dict[str, Callable[..., list[Part | None]]] = {
 }
 
 
+# Keyword arguments of torch by the names that the forms give them.
+_ARGUMENTS = {
+    "input": "a",
+    "tensor1": "x",
+    "tensor2": "y",
+    "mat1": "x",
+    "mat2": "y",
+    "batch1": "x",
+    "batch2": "y",
+    "end": "b",
+}
+
+
 def parts_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Part | None]:
-    """Returns the terms of a call in a fixed order; None for a term that is no tensor. [] if the
-    call adds nothing.
+    """Return the terms of a call in a fixed order, [] if the call adds nothing.
+
+    None stands for a term that is no tensor.
     """
     form = FORMS.get(name)
     if form is None:
         return []
+    renamed = {_ARGUMENTS.get(key, key): value for key, value in kwargs.items()}
     try:
-        return form(
-            *args,
-            **{
-                {
-                    "input": "a",
-                    "tensor1": "x",
-                    "tensor2": "y",
-                    "mat1": "x",
-                    "mat2": "y",
-                    "batch1": "x",
-                    "batch2": "y",
-                    "end": "b",
-                }.get(k, k): v
-                for k, v in kwargs.items()
-            },
-        )
+        return form(*args, **renamed)
     except TypeError:
         return []
 
@@ -181,8 +174,12 @@ def terms_of(
     kwargs: dict[str, Any],
     value_of: Callable[[Tensor], int | None],
 ) -> tuple[Term, ...] | None:
-    """Describes a call's terms by value index, or None if it is no addition of two tensors or
-    more.
+    """Return a call's terms by value index, None if it adds fewer than two tensors.
+
+    Args:
+        name: of the call.
+        args, kwargs: its arguments.
+        value_of: the value index of a tensor, None if the call did not read it.
     """
     parts = parts_of(name, args, kwargs)
     if sum(part is not None for part in parts) < 2:
@@ -193,7 +190,8 @@ def terms_of(
             terms.append(Term((), None))
             continue
         values = tuple(v for v in map(value_of, part.tensors) if v is not None)
-        terms.append(Term(values, values[0] if part.plain and values else None, part.product))
+        operand = values[0] if part.plain and values else None
+        terms.append(Term(values, operand, part.product))
     return tuple(terms)
 
 
@@ -212,9 +210,11 @@ def number_added(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     form = FORMS.get(name)
     if form not in (_add, _sub):
         return 0.0
-    given = (*args[:2], kwargs.get("other"))
+    operands = (*args[:2], kwargs.get("other"))
     numbers = [
-        value for value in given if isinstance(value, int | float) and not isinstance(value, bool)
+        value
+        for value in operands
+        if isinstance(value, int | float) and not isinstance(value, bool)
     ]
     if len(numbers) != 1:
         return 0.0
@@ -223,7 +223,7 @@ def number_added(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 
 
 def term_tensor(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], position: int) -> Tensor:
-    """Computes the term at `position` of an addition about to run."""
+    """Compute the term at `position` of an addition about to run."""
     part = parts_of(name, args, kwargs)[position]
     assert part is not None
     value = part.compute()

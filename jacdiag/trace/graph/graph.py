@@ -10,43 +10,25 @@ import torch
 
 from jacdiag.trace.execution.rng_state import RandomState
 from jacdiag.trace.graph.additions import Term
+from jacdiag.trace.graph.ops import CUTS
 
 INPUT, STATE, CONSTANT = -1, -2, -3
 CallKey = tuple[str, str, int]
-
-# Calls through which no gradient passes.
-CUTS = {
-    "detach",
-    "detach_",
-    "zeros_like",
-    "ones_like",
-    "empty_like",
-    "full_like",
-    "rand_like",
-    "randn_like",
-    "new_zeros",
-    "new_ones",
-    "new_empty",
-    "new_full",
-    "new_tensor",
-    "bernoulli",
-    "sign",
-    "argmax",
-    "argmin",
-    "isnan",
-    "isinf",
-    "isfinite",
-}
 
 
 @dataclass(slots=True)
 class Value:
     """One version of one tensor.
 
-    `node` is the call that made it, or INPUT, STATE, CONSTANT; `position` tells it from the call's
-    other results, and is negative (-1 - k) for an argument that was written to and not returned.
-    `live` values depend on the model's input; a `routed` one is an index or a mask that was
-    computed from live floats.
+    Attributes:
+        node: the call that made it, or INPUT, STATE, CONSTANT.
+        position: among the call's results; negative (-1 - k) for an argument that was written to
+            and not returned.
+        live: it depends on the model's input.
+        from_state: it depends on parameters or buffers.
+        routed: it is an index or a mask that was computed from live floats.
+        mutated: its memory was written to later.
+        consumers: the calls that read it.
     """
 
     index: int
@@ -70,10 +52,14 @@ class Value:
 class Node:
     """One torch call: what it read (value indices), what it made, where it stood.
 
-    `operands` are the tensors among its arguments, in order. `function` names the custom
-    autograd.Function whose forward made the call: autograd does not see what happens there, so that
-    no value inside can be replaced. `added` is the number that an addition adds to a tensor, 1 in
-    `1 + weight`.
+    Attributes:
+        invocation: the module call that made it.
+        terms: what it adds, None if it is no addition.
+        line: "file.py:12" of the model's code, for additions.
+        operands: the tensors among its arguments, in order.
+        function: the custom autograd.Function whose forward made the call. Autograd does not see
+            what happens there, so that no value inside can be replaced.
+        added: the number that an addition adds to a tensor, 1 in `1 + weight`.
     """
 
     index: int
@@ -91,9 +77,7 @@ class Node:
 
 @dataclass(slots=True)
 class Invocation:
-    """One call of one module: its name, the calls [start, end) it made, and the call that made
-    it.
-    """
+    """One call of one module: its name, the calls [start, end) it made, and the one around it."""
 
     index: int
     module: str
@@ -107,7 +91,12 @@ class Invocation:
 
 @dataclass
 class Graph:
-    """What one forward did. `foreign` says where tensors came in that no recorded call made."""
+    """What one forward did.
+
+    Attributes:
+        foreign: where tensors came in that no recorded call made.
+        start: where the generators stood; None if the forward drew nothing.
+    """
 
     nodes: list[Node]
     values: list[Value]
@@ -115,24 +104,24 @@ class Graph:
     outputs: tuple[int, ...]
     used_state: set[str]
     foreign: list[str] = field(default_factory=list)
-    start: RandomState | None = None  # where the generators stood; None if the forward drew nothing
+    start: RandomState | None = None
 
     @cached_property
     def calls_by_key(self) -> dict[CallKey, list[int]]:
         """Node numbers by call key, ascending."""
-        found: dict[CallKey, list[int]] = {}
+        numbers: dict[CallKey, list[int]] = {}
         for node in self.nodes:
-            found.setdefault(node.key, []).append(node.index)
-        return found
+            numbers.setdefault(node.key, []).append(node.index)
+        return numbers
 
     def ancestors(self, invocation: int) -> Iterator[int]:
-        """Yields an invocation and those around it, innermost first; 0 is the whole model."""
+        """Yield an invocation and those around it, innermost first; 0 is the model itself."""
         while invocation >= 0:
             yield invocation
             invocation = self.invocations[invocation].parent
 
     def float_inputs(self, node: int) -> Iterator[Value]:
-        """Yields the differentiable live values that a call reads."""
+        """Yield the differentiable live values that a call reads."""
         if self.nodes[node].name in CUTS:
             return
         for index in self.nodes[node].inputs:
@@ -141,4 +130,5 @@ class Graph:
                 yield value
 
     def path(self, invocation: int) -> str:
+        """Return the name of the module that an invocation calls."""
         return self.invocations[invocation].module

@@ -1,4 +1,4 @@
-"""Walks through a record: what is a matrix product, what reaches what, and what lies between."""
+"""Walks through a record: what is a matrix product, what reaches what, what lies between."""
 
 from __future__ import annotations
 
@@ -6,71 +6,25 @@ import math
 from collections.abc import Iterable
 
 from jacdiag.trace.graph.graph import Graph
-
-PRODUCTS = frozenset(
-    {
-        "linear",
-        "matmul",
-        "mm",
-        "bmm",
-        "addmm",
-        "addmm_",
-        "baddbmm",
-        "baddbmm_",
-        "einsum",
-        "__matmul__",
-        "__rmatmul__",
-        "conv1d",
-        "conv2d",
-        "conv3d",
-        "conv_transpose1d",
-        "conv_transpose2d",
-        "conv_transpose3d",
-        "bilinear",
-        "multi_head_attention_forward",
-        "_grouped_mm",
-        "grouped_mm",
-        "_scaled_mm",
-        "tensordot",
-        "inner",
-        "mv",
-        "addmv",
-        "gru_cell",
-        "lstm_cell",
-        "rnn_tanh_cell",
-        "rnn_relu_cell",
-        "gru",
-        "lstm",
-        "chain_matmul",
-        "multi_dot",
-    }
-)
-# Mix positions without any parameter, as attention would: a branch of their own.
-MIXERS = frozenset(f"fft_{kind}fft{n}" for kind in ("", "i", "r", "ir") for n in ("", "2", "n"))
-REDUCTIONS = frozenset(
-    "mean var std sum norm vector_norm linalg_vector_norm var_mean std_mean".split()
-)
+from jacdiag.trace.graph.ops import MIXERS, PRODUCTS, REDUCTIONS
 
 
 class Walks:
-    """Questions about one graph."""
+    """Answers questions about the paths of one graph."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
 
     def is_product(self, node: int) -> bool:
-        """Whether a call is a matrix product of the stream with something made of parameters
-        alone.
-        """
+        """Return whether a call multiplies the stream by a matrix made of parameters alone."""
         record = self.graph.nodes[node]
         if record.name in MIXERS:
             return True
         if record.name not in PRODUCTS:
             return False
         values = [self.graph.values[v] for v in record.inputs]
-        return any(v.from_state and not v.live for v in values) and any(
-            v.live and v.is_float for v in values
-        )
+        reads_weight = any(v.from_state and not v.live for v in values)
+        return reads_weight and any(v.live and v.is_float for v in values)
 
     def reaches(
         self,
@@ -80,15 +34,20 @@ class Walks:
         through_products: bool,
         statistics: bool = True,
     ) -> bool:
-        """Whether a differentiable path leads from a value to one of `values` (optionally with no
-        product on it).
+        """Return whether a differentiable path leads from a value to one of `values`.
 
-        Without `statistics`, paths through a mean or norm of one number per token do not count: no
-        shortcut fits there.
+        Args:
+            ancestor: where the path begins.
+            values: where it may end.
+            through_products: whether a product with a parameter may lie on it.
+            statistics: whether it may pass a mean or norm of one number per token. No shortcut
+                fits there.
         """
         floor = self.graph.values[ancestor].node
         shape = self.graph.values[ancestor].shape
-        least = -1 if statistics or not shape else math.prod(shape) // max(1, shape[-1])
+        most_of_statistic = -1
+        if not statistics and shape:
+            most_of_statistic = math.prod(shape) // max(1, shape[-1])
         stack, seen = list(values), set()
         while stack:
             index = stack.pop()
@@ -97,10 +56,8 @@ class Walks:
             node = self.graph.values[index].node
             if node <= floor or node < 0 or node in seen:
                 continue
-            if (
-                self.graph.nodes[node].name in REDUCTIONS
-                and math.prod(self.graph.values[index].shape) <= least
-            ):
+            is_reduction = self.graph.nodes[node].name in REDUCTIONS
+            if is_reduction and math.prod(self.graph.values[index].shape) <= most_of_statistic:
                 continue
             seen.add(node)
             if not through_products and self.is_product(node):
@@ -109,18 +66,21 @@ class Walks:
         return False
 
     def cone(self, ancestor: int, values: Iterable[int]) -> tuple[int, ...]:
-        """Returns the calls that depend on `ancestor` and lead to `values`, ascending."""
+        """Return the calls that depend on `ancestor` and lead to `values`, ascending."""
+        # 1. Backward: the calls that lead to the values.
         floor = self.graph.values[ancestor].node
-        behind: set[int] = set()
+        leading: set[int] = set()
         stack = list(values)
         while stack:
             node = self.graph.values[stack.pop()].node
-            if node > floor and node >= 0 and node not in behind:
-                behind.add(node)
+            if node > floor and node >= 0 and node not in leading:
+                leading.add(node)
                 stack.extend(v.index for v in self.graph.float_inputs(node))
+
+        # 2. Forward: those of them that the ancestor reaches.
         live = {ancestor}
         cone = []
-        for node in sorted(behind):
+        for node in sorted(leading):
             if any(v.index in live for v in self.graph.float_inputs(node)):
                 cone.append(node)
                 live.update(self.graph.nodes[node].outputs)

@@ -1,4 +1,4 @@
-"""Runs a skeleton once, numbers its torch calls, and keeps who depends on whom.
+"""Run a skeleton once, number its torch calls, and keep who depends on whom.
 
 The recorder is a TorchFunctionMode: it sees every call that Python makes into torch, whatever code
 makes it. Values are known by object and by storage, so that in-place writes, writes through views
@@ -12,6 +12,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -34,7 +35,6 @@ from jacdiag.trace.execution.tensors import (
 from jacdiag.trace.graph.additions import number_added, terms_of
 from jacdiag.trace.graph.graph import (
     CONSTANT,
-    CUTS,
     INPUT,
     STATE,
     CallKey,
@@ -43,6 +43,7 @@ from jacdiag.trace.graph.graph import (
     Node,
     Value,
 )
+from jacdiag.trace.graph.ops import FIRST_ONLY, METADATA_ONLY, SELECT_ROWS
 
 _TORCH_DIR = torch.__file__.rsplit("/", 1)[0]
 _PLUMBING = (
@@ -53,17 +54,10 @@ _PLUMBING = (
 )
 
 
-_METADATA_ONLY = {name for name in CUTS if name.endswith("_like") or name.startswith("new_")}
-# of the others they read the shape or dtype
-_FIRST_ONLY = {"expand_as", "view_as", "reshape_as", "type_as", "to"}
-
-
-_SELECTS = {"__getitem__", "index_select", "gather", "take", "take_along_dim"}
-
-
 def signature(func: Callable[..., Any], depth: int = 2) -> CallKey:
-    """Names a call by its function and the source line that made it: stable from run to run, unlike
-    its number.
+    """Return a key of a call: its function and the source line that made it.
+
+    Unlike the number of a call, the key is the same from run to run.
     """
     frame = sys._getframe(depth)
     while frame.f_back is not None and frame.f_code.co_filename in _PLUMBING:
@@ -73,14 +67,14 @@ def signature(func: Callable[..., Any], depth: int = 2) -> CallKey:
 
 def _name_of_call(func: Callable[..., Any], key: CallKey) -> str:
     """Return the name of a call; reading `.data` is a detach."""
-    reads_data = (
-        key[0] == "__get__" and getattr(getattr(func, "__self__", None), "__name__", "") == "data"
-    )
-    return "detach" if reads_data else key[0]
+    attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+    if key[0] == "__get__" and attribute == "data":
+        return "detach"
+    return key[0]
 
 
 def user_line(depth: int = 2) -> str:
-    """Returns 'file.py:12' of the innermost frame outside torch."""
+    """Return "file.py:12" of the innermost frame outside torch."""
     frame = sys._getframe(depth)
     while frame.f_back is not None:
         filename = frame.f_code.co_filename
@@ -91,33 +85,58 @@ def user_line(depth: int = 2) -> str:
 
 
 class WritesParameter(BaseException):
-    """Unwinds a run that is about to write to a parameter. Not an Exception: guests catch those."""
+    """Unwinds a run that is about to write to a parameter.
+
+    It is no Exception, because the code of models catches those.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
 
 
+@dataclass(frozen=True)
+class _Flow:
+    """What the results of a call inherit from what it read.
+
+    Attributes:
+        live: they depend on the model's input.
+        from_state: they depend on parameters or buffers.
+        routed: those that are no floats are indices or masks computed from live floats.
+    """
+
+    live: bool
+    from_state: bool
+    routed: bool
+
+
 class Recorder(TorchFunctionMode):
-    """Numbers calls and values of one forward. Use `record`."""
+    """Numbers calls and values of one forward. Use `record`.
+
+    Args:
+        precision: runs each call.
+        guests: storage -> name of the parameters that are the model's own memory.
+    """
 
     def __init__(self, precision: Precision, guests: dict[int, str] | None = None) -> None:
         super().__init__()
         self.precision = precision
-        # storage -> name of the parameters that are the guest's own memory
         self.guests = guests or {}
         self.nodes: list[Node] = []
         self.values: list[Value] = []
         self.invocations: list[Invocation] = []
         self.stack: list[int] = []
         self.used_state: set[str] = set()
+        # id of a tensor object -> a reference to it, and its value
         self._objects: dict[int, tuple[Any, int]] = {}
-        self._storages: dict[int, int] = {}  # storage -> the last value that was written to it
-        # keeps a freed storage's name from being given to another
+        # storage -> the last value that was written to it
+        self._storages: dict[int, int] = {}
+        # Keeps a freed storage's name from being given to another.
         self._held: dict[int, StorageWeakRef] = {}
+        # storage -> the values that share it
         self._members: dict[int, list[int]] = {}
         self._state_values: dict[str, int] = {}
         self.stream_shapes: set[tuple[int, ...]] = set()
-        # met for the first time, though of a live value's shape
+        # Tensors of a live value's shape that no recorded call made, and what may have made them.
         self.foreign: list[tuple[Tensor, str]] = []
 
     # -- values ------------------------------------------------------------------------------------
@@ -134,30 +153,49 @@ class Recorder(TorchFunctionMode):
         return index
 
     def lookup(self, tensor: Tensor) -> tuple[int, ...]:
-        """Returns the value of a tensor object, and the last write to its storage if that came
-        later.
-        """
-        name = self.precision.state.get(id(tensor))
-        if name is not None:
-            self.used_state.add(name)
-            if name not in self._state_values:
-                self._state_values[name] = self.new_value(tensor, STATE, name=name, from_state=True)
-            found = [self._state_values[name]]
-        else:
-            reference, index = self._objects.get(id(tensor), (None, -1))
-            found = [index] if reference is not None and reference() is tensor else []
+        """Return the value of a tensor object, and the last write to its storage if it is later."""
+        # 1. The value of the object itself.
+        value = self._state_value(tensor)
+        if value is None:
+            value = self._value_of_object(tensor)
+
+        # 2. The last write to its memory, which may have come through another object.
         storage = storage_of(tensor)
-        written = self._storages.get(storage) if found or storage in self._held else None
-        if written is not None and written not in found:
-            if not found:
-                # Made where the mode cannot see (a custom autograd.Function's wrapper): same
-                # memory, same history.
-                found = [self._adopt(tensor, written)]
-            if self.values[written].node > self.values[found[0]].node:
-                found.append(written)
-        if not found and tensor.is_floating_point() and tuple(tensor.shape) in self.stream_shapes:
-            self.foreign.append((tensor, unseen_code()))
-        return tuple(found) or (self.new_value(tensor, CONSTANT),)
+        written = None
+        if value is not None or storage in self._held:
+            written = self._storages.get(storage)
+        if value is None and written is not None:
+            # Made where the mode cannot see (a custom autograd.Function's wrapper): same memory,
+            # same history.
+            value = self._adopt(tensor, written)
+
+        # 3. A tensor that is met for the first time.
+        if value is None:
+            if tensor.is_floating_point() and tuple(tensor.shape) in self.stream_shapes:
+                self.foreign.append((tensor, unseen_code()))
+            return (self.new_value(tensor, CONSTANT),)
+
+        is_later = written is not None and self.values[written].node > self.values[value].node
+        if written is not None and written != value and is_later:
+            return (value, written)
+        return (value,)
+
+    def _state_value(self, tensor: Tensor) -> int | None:
+        """Return the value of a parameter or buffer; None for any other tensor."""
+        name = self.precision.state.get(id(tensor))
+        if name is None:
+            return None
+        self.used_state.add(name)
+        if name not in self._state_values:
+            self._state_values[name] = self.new_value(tensor, STATE, name=name, from_state=True)
+        return self._state_values[name]
+
+    def _value_of_object(self, tensor: Tensor) -> int | None:
+        """Return the value that a recorded call gave to this object, if any."""
+        reference, index = self._objects.get(id(tensor), (None, -1))
+        if reference is None or reference() is not tensor:
+            return None
+        return index
 
     def _adopt(self, tensor: Tensor, written: int) -> int:
         writer = self.values[written]
@@ -179,94 +217,140 @@ class Recorder(TorchFunctionMode):
         tensors: list[Tensor] = []
         collect(args, tensors)
         collect(kwargs, tensors)
-        before = [version_of(t) for t in tensors]
+        versions = [version_of(t) for t in tensors]
         key = signature(func)
-        if (
-            tensors
-            and writes_in_place(key[0])
-            and (name := self.guests.get(storage_of(tensors[0])))
-        ):
-            raise WritesParameter(name)
+        if tensors and writes_in_place(key[0]):
+            parameter = self.guests.get(storage_of(tensors[0]))
+            if parameter:
+                raise WritesParameter(parameter)
         result = self.precision.call(func, args, kwargs)
         mutated = [
-            t for t, version in zip(tensors, before, strict=True) if version_of(t) != version
+            t for t, version in zip(tensors, versions, strict=True) if version_of(t) != version
         ]
         return self._note(func, args, kwargs, result, mutated, key)
 
     def _note(
         self, func: Any, args: Any, kwargs: Any, result: Any, mutated: list[Tensor], key: CallKey
     ) -> Any:
-        made: list[Tensor] = []
-        collect(result, made)
-        if not made and not mutated:
+        """Add a call to the record, unless it made nothing new; return its result.
+
+        Args:
+            func, args, kwargs: the call.
+            result: what it returned.
+            mutated: the tensors among its arguments that it wrote to.
+            key: of the call.
+        """
+        # 1. What the call returned and what it read.
+        results: list[Tensor] = []
+        collect(result, results)
+        if not results and not mutated:
             return result
-        read: list[Tensor] = []
-        collect(args, read)
-        collect(kwargs, read)
-        if key[0] in _FIRST_ONLY:
-            del read[1:]
-        by_id = {id(t): self.lookup(t) for t in read}
-        if not mutated and all(id(t) in by_id for t in made):
+        read = _tensors_read(key[0], args, kwargs)
+        value_of = {id(t): self.lookup(t) for t in read}
+        if not mutated and all(id(t) in value_of for t in results):
             # an identity: x.to(x.dtype), contiguous(), eval-mode dropout written by hand
             return result
-        name, index = _name_of_call(func, key), len(self.nodes)
-        inputs = tuple(dict.fromkeys(v for found in by_id.values() for v in found))
-        metadata = name in _METADATA_ONLY
-        live = not metadata and any(self.values[v].live for v in inputs)
-        state = not metadata and any(self.values[v].from_state for v in inputs)
-        routed = any(
-            self.values[v].routed or (self.values[v].live and self.values[v].is_float)
-            for v in inputs
+
+        # 2. The call itself.
+        name = _name_of_call(func, key)
+        inputs = tuple(dict.fromkeys(v for values in value_of.values() for v in values))
+        flow = self._flow(name, inputs, value_of, args)
+        node = Node(
+            index=len(self.nodes),
+            name=name,
+            key=key,
+            inputs=inputs,
+            outputs=(),
+            invocation=self.stack[-1] if self.stack else 0,
+            operands=tuple(value_of[id(t)][-1] for t in read),
+            function=custom_function(),
+            added=number_added(name, args, kwargs),
         )
-        if live and self._selects_weights(name, by_id, args):
-            live = False
-        node = Node(index, name, key, inputs, (), self.stack[-1] if self.stack else 0)
-        node.operands = tuple(by_id[id(t)][-1] for t in read)
-        node.function = custom_function()
-        node.added = number_added(name, args, kwargs)
         self.nodes.append(node)
-        for v in inputs:
-            self.values[v].consumers.append(index)
-        read_storages = {storage_of(t) for t in read}
-        outputs = [self._write(t, index, _position(t, made, read), live, state) for t in mutated]
-        changed = {id(t) for t in mutated}
-        for position, tensor in enumerate(made):
-            if id(tensor) in changed or id(tensor) in by_id:
-                continue
-            flags: dict[str, Any] = {
-                "live": live,
-                "from_state": state,
-                "routed": routed and not is_float(tensor),
-            }
-            outputs.append(self.new_value(tensor, index, position, **flags))
-            storage = storage_of(tensor)
-            if storage not in read_storages:
-                self._wrote(storage, tensor, outputs[-1])
-                self._members[storage] = []
-            self._members.setdefault(storage, []).append(outputs[-1])
-        node.outputs = tuple(outputs)
-        if live:
-            node.terms = terms_of(name, args, kwargs, lambda t: by_id.get(id(t), (None,))[-1])
+        for value in inputs:
+            self.values[value].consumers.append(node.index)
+
+        # 3. The values that it wrote, then those that it made.
+        written = [
+            self._write(t, node.index, _position(t, results, read), flow.live, flow.from_state)
+            for t in mutated
+        ]
+        made = self._new_results(node.index, results, read, mutated, flow)
+        node.outputs = (*written, *made)
+
+        # 4. What it adds, if it is an addition.
+        if flow.live:
+            node.terms = terms_of(name, args, kwargs, lambda t: value_of.get(id(t), (None,))[-1])
             if node.terms:
                 node.line = user_line(3)
         return result
 
-    def _selects_weights(self, name: str, by_id: dict[int, tuple[int, ...]], args: Any) -> bool:
-        """Whether a call picks rows of parameters by routed indices: what it picks is a weight
-        still.
+    def _flow(
+        self, name: str, inputs: tuple[int, ...], value_of: dict[int, tuple[int, ...]], args: Any
+    ) -> _Flow:
+        """Return what a call's results inherit from its inputs."""
+        values = [self.values[v] for v in inputs]
+        routed = any(v.routed or (v.live and v.is_float) for v in values)
+        if name in METADATA_ONLY:
+            return _Flow(live=False, from_state=False, routed=routed)
+        live = any(v.live for v in values)
+        if live and self._selects_weights(name, value_of, args):
+            live = False
+        return _Flow(live, any(v.from_state for v in values), routed)
+
+    def _new_results(
+        self,
+        node: int,
+        results: list[Tensor],
+        read: list[Tensor],
+        mutated: list[Tensor],
+        flow: _Flow,
+    ) -> list[int]:
+        """Give a value to every result of a call that was neither read nor written to."""
+        storages_read = {storage_of(t) for t in read}
+        known = {id(t) for t in mutated} | {id(t) for t in read}
+        values: list[int] = []
+        for position, tensor in enumerate(results):
+            if id(tensor) in known:
+                continue
+            value = self.new_value(
+                tensor,
+                node,
+                position,
+                live=flow.live,
+                from_state=flow.from_state,
+                routed=flow.routed and not is_float(tensor),
+            )
+            values.append(value)
+            storage = storage_of(tensor)
+            if storage not in storages_read:
+                # New memory: whatever had this storage before is gone.
+                self._wrote(storage, tensor, value)
+                self._members[storage] = []
+            self._members.setdefault(storage, []).append(value)
+        return values
+
+    def _selects_weights(self, name: str, value_of: dict[int, tuple[int, ...]], args: Any) -> bool:
+        """Return whether a call picks rows of parameters by routed indices.
+
+        What it picks is a weight still, although the indices depend on the input.
         """
-        if name not in _SELECTS or not args or id(args[0]) not in by_id:
+        if name not in SELECT_ROWS or not args or id(args[0]) not in value_of:
             return False
-        base = [self.values[v] for v in by_id[id(args[0])]]
-        rest = [self.values[v] for t, found in by_id.items() if t != id(args[0]) for v in found]
-        return not any(v.live for v in base) and not any(
-            v.live and (v.is_float or not v.routed) for v in rest
-        )
+        if any(self.values[v].live for v in value_of[id(args[0])]):
+            return False
+        for tensor_id, values in value_of.items():
+            if tensor_id == id(args[0]):
+                continue
+            for value in values:
+                index = self.values[value]
+                is_routed_index = index.routed and not index.is_float
+                if index.live and not is_routed_index:
+                    return False
+        return True
 
     def _write(self, tensor: Tensor, node: int, position: int, live: bool, state: bool) -> int:
-        """Notes an in-place write: a new version of the object, and of whatever shares its
-        storage.
-        """
+        """Note an in-place write: a new version of the object and of what shares its storage."""
         storage = storage_of(tensor)
         for member in self._members.get(storage, ()):
             self.values[member].mutated = True
@@ -285,15 +369,18 @@ class Recorder(TorchFunctionMode):
 
     # -- modules -----------------------------------------------------------------------------------
     def enter(self, module: str, cls: str, arguments: list[Tensor]) -> None:
-        found = tuple(self.lookup(t)[-1] for t in arguments)
+        """Begin a module call."""
+        values = tuple(self.lookup(t)[-1] for t in arguments)
         index = len(self.invocations)
         parent = self.stack[-1] if self.stack else -1
-        self.invocations.append(Invocation(index, module, parent, len(self.nodes), -1, found, cls))
+        self.invocations.append(Invocation(index, module, parent, len(self.nodes), -1, values, cls))
         self.stack.append(index)
 
     def leave(self, results: list[Tensor]) -> None:
+        """End the innermost module call."""
         call = self.invocations[self.stack.pop()]
-        call.end, call.outputs = len(self.nodes), tuple(self.lookup(t)[-1] for t in results)
+        call.end = len(self.nodes)
+        call.outputs = tuple(self.lookup(t)[-1] for t in results)
 
 
 AnyRecorder = TypeVar("AnyRecorder", bound=Recorder)
@@ -302,7 +389,7 @@ AnyRecorder = TypeVar("AnyRecorder", bound=Recorder)
 def record(
     skeleton: Skeleton, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype
 ) -> tuple[Graph, Any]:
-    """Runs the whole skeleton and returns the graph and the model's output.
+    """Run the entire skeleton and return the graph and the model's output.
 
     It runs again if the code writes to parameters (each is replaced by a copy first) or has rebuilt
     itself on the way.
@@ -312,24 +399,28 @@ def record(
         try:
             with borrowed() as start:
                 recorder, output = observe(Recorder, skeleton, args, kwargs, dtype, borrows)
-                drew = not start.same_as(RandomState.now())
+                drew_numbers = not start.same_as(RandomState.now())
         except WritesParameter as write:
             skeleton.own(write.name)
             del borrows[write.name]
             continue
         if skeleton.settled():
             break
-    made: list[Tensor] = []
-    collect_deep(output, made)
-    outputs = tuple(recorder.lookup(t)[-1] for t in made)
-    own = skeleton.attribute_tensors()
-    foreign = list(
-        dict.fromkeys(line for tensor, line in recorder.foreign if id(tensor) not in own)
+    results: list[Tensor] = []
+    collect_deep(output, results)
+    outputs = tuple(recorder.lookup(t)[-1] for t in results)
+    constants = skeleton.attribute_tensors()
+    foreign = [line for tensor, line in recorder.foreign if id(tensor) not in constants]
+    graph = Graph(
+        nodes=recorder.nodes,
+        values=recorder.values,
+        invocations=recorder.invocations,
+        outputs=outputs,
+        used_state=recorder.used_state,
+        foreign=list(dict.fromkeys(foreign)),
+        start=start if drew_numbers else None,
     )
-    calls, started = recorder.invocations, start if drew else None
-    return Graph(
-        recorder.nodes, recorder.values, calls, outputs, recorder.used_state, foreign, started
-    ), output
+    return graph, output
 
 
 def observe(
@@ -340,10 +431,14 @@ def observe(
     dtype: torch.dtype,
     borrows: Mapping[str, Tensor] | None = None,
 ) -> tuple[AnyRecorder, Any]:
-    """Runs the whole skeleton once under a recorder; returns it and the model's output.
+    """Run the entire skeleton once under a recorder; return it and the model's output.
 
     Args:
-        borrows: the guest's own parameters, which must not be written to.
+        kind: the class of the recorder.
+        skeleton: the model's code.
+        args, kwargs: the inputs of its forward.
+        dtype: precision of the run.
+        borrows: the model's own parameters, which must not be written to.
 
     Raises:
         WritesParameter: the code writes to one of `borrows`.
@@ -370,7 +465,7 @@ def observe(
 
 @contextmanager
 def _module_hooks(skeleton: Skeleton, recorder: Recorder) -> Iterator[None]:
-    """Tells the recorder which module runs. The hooks sit on the skeleton, never on the guest."""
+    """Tell the recorder which module runs, by hooks on the skeleton, never on the model."""
 
     def before(module: Any, args: Any, kwargs: Any) -> None:
         tensors: list[Tensor] = []
@@ -378,10 +473,11 @@ def _module_hooks(skeleton: Skeleton, recorder: Recorder) -> Iterator[None]:
             collect_deep((args, kwargs), tensors)
             recorder.enter(skeleton.names.get(id(module), ""), type(module).__name__, tensors)
 
-    def after(*seen: Any) -> None:
+    def after(*arguments: Any) -> None:
         tensors: list[Tensor] = []
+        output = arguments[-1]
         with torch._C.DisableTorchFunction():
-            collect_deep(seen[-1], tensors)
+            collect_deep(output, tensors)
             recorder.leave(tensors)
 
     handles = []
@@ -395,11 +491,20 @@ def _module_hooks(skeleton: Skeleton, recorder: Recorder) -> Iterator[None]:
             handle.remove()
 
 
-def _position(tensor: Tensor, made: list[Tensor], read: list[Tensor]) -> int:
-    """Where a written tensor stands: among the call's results, or (negative, -1 - k) among what it
-    read.
+def _tensors_read(name: str, args: Any, kwargs: Any) -> list[Tensor]:
+    """Return the tensors whose numbers a call reads, in order."""
+    read: list[Tensor] = []
+    collect(args, read)
+    collect(kwargs, read)
+    return read[:1] if name in FIRST_ONLY else read
+
+
+def _position(tensor: Tensor, results: list[Tensor], read: list[Tensor]) -> int:
+    """Return the position of a written tensor among a call's results.
+
+    A tensor that is not among them has a negative one, -1 - k, for the k-th that the call read.
     """
-    for position, other in enumerate(made):
+    for position, other in enumerate(results):
         if other is tensor:
             return position
     return -1 - next(k for k, other in enumerate(read) if other is tensor)

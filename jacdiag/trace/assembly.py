@@ -1,0 +1,241 @@
+"""From captured residual sums to sub-layers: norms, maps, weights, kind, name and depth of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from jacdiag.records.report import Placement
+from jacdiag.trace.discovery.coverage import parameters_of
+from jacdiag.trace.discovery.matrix_order import roles_of
+from jacdiag.trace.discovery.naming import depths_of, kind_of, names_of
+from jacdiag.trace.discovery.norms import Anatomist, Norm
+from jacdiag.trace.discovery.norms_by_structure import looks_token_wise
+from jacdiag.trace.discovery.residual import Site
+from jacdiag.trace.execution.skeleton import Skeleton
+from jacdiag.trace.execution.tap import Spot, Where
+from jacdiag.trace.graph.graph import Graph
+from jacdiag.trace.graph.ops import ACTIVATIONS, TRANSPOSITIONS
+from jacdiag.trace.stages import Captured
+from jacdiag.trace.sublayer import Map, Sublayer
+
+
+def assemble(captured: Captured) -> list[Sublayer]:
+    """Return the sub-layers of captured residual sums, in the order of the stream."""
+    return _Assembler(captured).sublayers()
+
+
+@dataclass(frozen=True)
+class _Norms:
+    """The norms around one branch.
+
+    Attributes:
+        entry: the norm at its beginning.
+        exit: the norm at its end, and `before_exit`, where the norm's input is met.
+        post: the norm after the sum, and `after`, the map from the sum to the next shortcut.
+    """
+
+    entry: Norm | None
+    exit: Norm | None = None
+    before_exit: Spot | None = None
+    post: Norm | None = None
+    after: Map | None = None
+
+    @property
+    def placement(self) -> Placement:
+        if self.entry is not None:
+            return "sandwich" if self.exit is not None else "pre"
+        if self.exit is not None:
+            return "reordered"
+        return "post" if self.post is not None else "none"
+
+
+class _Assembler:
+    """Builds the sub-layers of one model."""
+
+    def __init__(self, captured: Captured) -> None:
+        residuals = captured.residuals
+        self.captured = captured
+        self.graph = residuals.recording.graph
+        self.replayer = residuals.recording.replayer
+        self.skeleton = residuals.recording.skeleton
+        self.finder = residuals.finder
+        self.sites = residuals.sites
+        self.homes = residuals.homes
+        self.groups = residuals.streams.groups
+        self.coverage = residuals.coverage
+        self.anatomist = Anatomist(self.replayer, self.finder)
+        self.group_of = {site: k for k, group in enumerate(self.groups) for site in group.sites}
+        self.groups_with_post_norm: set[int] = set()
+
+    def sublayers(self) -> list[Sublayer]:
+        """Build every sub-layer, then give names and depths, which depend on all of them."""
+        sublayers = [self._sublayer(index) for index in range(len(self.sites))]
+        kinds = [sublayer.kind for sublayer in sublayers]
+        groups = [site.group for site in self.sites]
+        depths = depths_of(self.graph, self.homes, groups, kinds)
+        names = names_of(self.graph, self.homes, kinds)
+        for sublayer, name, depth in zip(sublayers, names, depths, strict=True):
+            sublayer.name = name
+            sublayer.depth = depth
+        return sublayers
+
+    def _sublayer(self, index: int) -> Sublayer:
+        site, owner = self.sites[index], self.captured.owners[index]
+        x = self.captured.values[site.shortcut]
+        source = self.replayer.spot_of(site.shortcut, owner)
+        end = self.replayer.end_of(site, owner)
+        norms = self._norms_of(index, x)
+        group = self.group_of.get(index)
+        products = [n for n in site.calls if self.finder.is_product(n)]
+        sublayer = Sublayer(
+            name="",
+            index=index,
+            depth=0,
+            group=site.group,
+            kind="other",
+            placement=norms.placement,
+            parallel=sum(other.group == site.group for other in self.sites) > 1,
+            nested=site.nested,
+            shortcut=x,
+            value=self.captured.branches[index],
+            branch=self.replayer.segment(owner, source, end),
+            carry=self._carry(site, owner, source),
+            input_norm=norms.entry,
+            core_of_norm=self._core(owner, norms.entry, end),
+            output_norm=norms.exit,
+            before_output_norm=self._before_exit(owner, source, norms),
+            heads=None,
+            post_norm=norms.post,
+            after=norms.after,
+            total=self._sum_of_group(group),
+            parameters=self.coverage.sublayers[index],
+            products=_weights(self.graph, products, self.skeleton),
+            roles={},
+            activations=sorted({self.graph.nodes[n].name for n in site.cone} & ACTIVATIONS),
+            feature_dim=self._feature_dim(site, norms.entry, products, x),
+            stream_dim=-2 if site.mixed else None,
+            functions=tuple(sorted({self.graph.nodes[n].function for n in site.cone} - {""})),
+            line=self.graph.nodes[site.addition].line,
+        )
+        self._classify(sublayer, site, self.homes[index])
+        if sublayer.kind == "attention" and norms.entry is not None and products:
+            sublayer.heads = self._heads(owner, norms.entry.spot, products[-1])
+        return sublayer
+
+    # -- norms -------------------------------------------------------------------------------------
+    def _norms_of(self, index: int, x: Tensor) -> _Norms:
+        """Return the norms around a branch; a post-norm is looked for only if it has no other."""
+        site, owner = self.sites[index], self.captured.owners[index]
+        entry = self.anatomist.input_norm(site, owner, x)
+        exit_norm = self.anatomist.output_norm(site, owner, x)
+        if exit_norm is not None:
+            return _Norms(entry, *exit_norm)
+        group = self.group_of.get(index)
+        if entry is not None or group is None:
+            return _Norms(entry)
+        return self._post_norm(group)
+
+    def _post_norm(self, index: int) -> _Norms:
+        """Return a norm between a sum and the next shortcut, with the map that it makes."""
+        group, owner = self.groups[index], self.captured.owners_after[index]
+        y = self.captured.values.get(group.output)
+        if group.after == group.output or y is None or not self._norm_belongs_to_sublayer(index):
+            return _Norms(None)
+        norm = self.anatomist.norm_after(group.output, (group.after,), owner, y)
+        if norm is None:
+            return _Norms(None)
+        self.groups_with_post_norm.add(index)
+        source = self.replayer.spot_of(group.output, owner)
+        sink = self.replayer.spot_of(group.after, owner)
+        return _Norms(None, post=norm, after=self.replayer.segment(owner, source, sink))
+
+    def _norm_belongs_to_sublayer(self, index: int) -> bool:
+        """Return whether a norm after a sum is the sub-layer's own, not the model's final norm.
+
+        Only after the last sum is there a doubt. That sum is post-norm if the one before it is,
+        or, if it is alone on its stream, if its module makes both.
+        """
+        group = self.groups[index]
+        if group.following is not None:
+            return True
+        if group.preceding is not None:
+            return group.preceding in self.groups_with_post_norm
+        module = self.graph.nodes[self.graph.values[group.output].node].invocation
+        return module != 0 and self.captured.owners_after[index] == module
+
+    # -- maps --------------------------------------------------------------------------------------
+    def _core(self, owner: int, norm: Norm | None, end: Spot) -> Map | None:
+        """Return the branch after its input norm as a function of z, the learned gain included."""
+        if norm is None:
+            return None
+        segment = self.replayer.segment(owner, norm.spot, end)
+        if norm.gain_before is None:
+            return segment
+        return lambda z: segment(norm.with_gain(z))
+
+    def _before_exit(self, owner: int, source: Spot, norms: _Norms) -> Map | None:
+        if norms.before_exit is None:
+            return None
+        return self.replayer.segment(owner, source, norms.before_exit)
+
+    def _carry(self, site: Site, owner: int, source: Spot) -> Map | None:
+        """Return the shortcut's way into the sum; None if the sum adds the shortcut itself."""
+        if not site.scaled:
+            return None
+        addition, position = site.carrier
+        sink = self.replayer.spot_at(Where.TERM, addition, owner, position)
+        return self.replayer.segment(owner, source, sink)
+
+    def _heads(self, owner: int, source: Spot, last_product: int) -> Map | None:
+        """Return the map from z to what the last product (W_O) reads."""
+        read = list(self.graph.float_inputs(last_product))
+        if len(read) != 1:
+            return None
+        return self.replayer.segment(owner, source, self.replayer.spot_of(read[0].index, owner))
+
+    def _sum_of_group(self, group: int | None) -> Tensor | None:
+        if group is None:
+            return None
+        return self.captured.values.get(self.groups[group].output)
+
+    # -- layout and kind ---------------------------------------------------------------------------
+    def _feature_dim(
+        self, site: Site, entry: Norm | None, products: Sequence[int], x: Tensor
+    ) -> int:
+        """Return the dimension of x that holds the features."""
+        if entry is not None:
+            return entry.feature_dim
+        if products and x.dim() > 2 and self._channels_first(site, products[0]):
+            return 1
+        return -1
+
+    def _channels_first(self, site: Site, product: int) -> bool:
+        """Return whether the branch begins with a convolution of the shortcut, not transposed."""
+        before = {self.graph.nodes[n].name for n in site.cone if n < product}
+        return self.graph.nodes[product].name.startswith("conv") and not before & TRANSPOSITIONS
+
+    def _classify(self, sublayer: Sublayer, site: Site, home: int) -> None:
+        """Fill in what a sub-layer's kind depends on, its kind, and the roles of its weights."""
+        x = sublayer.shortcut
+        if x.is_meta:
+            sublayer.notes["placement"] = (
+                "found by the operations alone: there are no values on the meta device"
+            )
+            sublayer.valueless = True
+        if x.is_meta or not sublayer.finite:
+            sublayer.looks_token_wise = looks_token_wise(self.graph, site.cone, tuple(x.shape))
+        sublayer.kind = kind_of(self.graph, self.finder, site, home, lambda: sublayer.token_wise)
+        sublayer.roles = roles_of(sublayer.kind, sublayer.products)
+
+
+def _weights(graph: Graph, products: Sequence[int], skeleton: Skeleton) -> list[str]:
+    """Return the names of the weight matrices of products, in order of use, without biases."""
+    names: dict[str, None] = {}
+    for node in products:
+        for name in parameters_of(graph, (node,), skeleton):
+            if skeleton.outlines[name].dim() >= 2:
+                names[name] = None
+    return list(names)

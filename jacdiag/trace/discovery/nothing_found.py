@@ -1,0 +1,95 @@
+"""The error of a model in which no residual sub-layer was found."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+
+from jacdiag.errors import TraceError
+from jacdiag.trace.discovery.detached import CutAddition, cut_additions, cut_off_parts
+from jacdiag.trace.site_list import Sites
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+_MOST_CUTS = 3  # detached operands that are listed
+_MOST_PATTERNS = 8  # names of parameters that are listed
+
+
+def nothing_found(sites: Sites, frozen: Collection[str] | None = None) -> TraceError:
+    """Return the error of a model without any sub-layer, with what may hide one.
+
+    Args:
+        sites: the record.
+        frozen: names of the parameters that take no part in training. Without them, no parameter is
+            said to miss its gradient.
+    """
+    # 1. What was recorded, and what may hide a sum.
+    cuts = cut_additions(sites.graph, sites.finder)
+    lost: list[str] = []
+    if frozen is not None:
+        lost = _parameters_cut_off(sites, frozen)
+    lines = [
+        f"{len(sites.graph.nodes)} recorded calls, none of them an addition of a value and a "
+        "function of it with a "
+        "matrix product between",
+        *(f"hidden: {line}" for line in sites.hidden),
+        *_lines_of_cuts(cuts),
+    ]
+    if lost:
+        which = _patterns(lost)
+        lines.append(
+            "every recorded way to the output passes a detach, so that no gradient arrives: "
+            f"{which}"
+        )
+
+    # 2. What to do next.
+    hint = (
+        "jacdiag looks for y = a x + f(x) in the dataflow; `jacdiag sites SOURCE` shows what was "
+        "recorded, and "
+        "jacdiag.declare (or [tool.jacdiag.sites]) names what a fused operation hides"
+    )
+    # A frozen branch behind a detach is meant, and then there is nothing to add.
+    is_fault = bool(lost) or frozen is None or any(cut.operand == "shortcut" for cut in cuts)
+    if cuts and is_fault:
+        hint = (
+            f"add the {cuts[0].operand} itself, without the detach; "
+            "if the detach is meant, freeze what lies before it"
+        )
+    return TraceError(
+        "no residual sub-layer was found", got="\n".join(lines), hint=hint, parameters=lost
+    )
+
+
+def _lines_of_cuts(cuts: Sequence[CutAddition]) -> list[str]:
+    """Return a line for each detached operand, at most three of them."""
+    lines = [
+        (
+            f"a detach at {cut.line} cuts the {cut.operand} of an addition in "
+            f"{cut.module or 'the model'}"
+        )
+        for cut in cuts
+    ]
+    more = len(lines) - _MOST_CUTS
+    if more <= 0:
+        return lines
+    return [*lines[:_MOST_CUTS], f"and {more} more"]
+
+
+def _parameters_cut_off(sites: Sites, frozen: Collection[str]) -> list[str]:
+    """Return the parameters in training that lie before a detach.
+
+    None is returned if code that was not recorded ran too, since it may read them.
+    """
+    if sites.graph.foreign:
+        return []
+    trained = set(sites.skeleton.params) - set(frozen)
+    return [name for part in cut_off_parts(sites.graph, trained) for name in part]
+
+
+def _patterns(names: Iterable[str]) -> str:
+    """Return names in a sentence, those that differ in numbers alone as one."""
+    patterns = list(dict.fromkeys(_NUMBER.sub("*", name) for name in names))
+    more = len(patterns) - _MOST_PATTERNS
+    text = ", ".join(patterns[:_MOST_PATTERNS])
+    if more <= 0:
+        return text
+    return f"{text} and {more} more"
