@@ -94,8 +94,8 @@ def _show(comparison: Comparison, output_format: str, all_rows: bool) -> None:
         output_format: pretty, json or markdown.
         all_rows: show the figures that do not differ, too.
     """
-    from jacdiag.render.formats import diff as layout
     from jacdiag.render.content.sentences import legible
+    from jacdiag.render.formats import diff as layout
 
     pairs: Any = comparison.pairs
     notes = comparison.notes

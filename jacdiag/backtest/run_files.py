@@ -288,7 +288,7 @@ def rejudged(log: RunLog, thresholds: Thresholds) -> list[Alert]:
         else:
             if step - 1 in resumes:
                 rules.resumed()
-            alerts += rules.step(StepFigures.of(row)).alerts
+            alerts += rules.step(StepFigures.from_row(row)).alerts
     return alerts
 
 

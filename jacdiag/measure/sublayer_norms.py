@@ -198,7 +198,7 @@ def _why(site: Sublayer, error: Exception) -> str:
         return message
     names = ", ".join(site.functions)
     return (
-        f"{told} (in it: {names}, a custom autograd.Function; a plain PyTorch version of it "
+        f"{message} (in it: {names}, a custom autograd.Function; a plain PyTorch version of it "
         "can be measured)"
     )
 

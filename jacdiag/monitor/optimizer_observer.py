@@ -10,7 +10,7 @@ from torch import Tensor
 
 from jacdiag.monitor.fault_isolation import logger, quietly
 from jacdiag.monitor.histograms import Histograms
-from jacdiag.monitor.log.events import Record
+from jacdiag.monitor.log.events import RunEvents
 from jacdiag.monitor.measurements import Measurements
 from jacdiag.monitor.optimizers import OptimizerTree, learning_rates, parameters_of, scaling
 from jacdiag.monitor.rank_comparison import RankComparison
@@ -53,7 +53,7 @@ class OptimizerObserver:
         self,
         optimizers: OptimizerTree,
         measurements: Measurements,
-        record: Record,
+        record: RunEvents,
         numbers: StepNumbers,
         clock: Clock,
         histograms: Histograms,

@@ -21,7 +21,7 @@ from jacdiag.remedies.changes import (
     Spare,
     Weights,
 )
-from jacdiag.rules import Departure, departures_of
+from jacdiag.rules import Deviation, deviations_of
 from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.remedy_targets import aims
 from jacdiag.rules.schemes import INNER, RESIDUAL, VECTORS
@@ -342,12 +342,12 @@ def _contract(contract: ContractRecord, codes: Sequence[str]) -> Remedy | None:
         return None
 
     # 1. Groups of the same name pattern and target.
-    groups: dict[tuple[str, float], list[Departure]] = {}
-    for departure in departures_of(contract):
-        if departure.section:
+    groups: dict[tuple[str, float], list[Deviation]] = {}
+    for deviation in deviations_of(contract):
+        if deviation.section:
             continue  # to draw the entire matrix again would change its other rows
-        key = (departure.weight.pattern, departure.value)
-        groups.setdefault(key, []).append(departure)
+        key = (deviation.weight.pattern, deviation.value)
+        groups.setdefault(key, []).append(deviation)
     if not groups:
         return None
 
@@ -355,7 +355,7 @@ def _contract(contract: ContractRecord, codes: Sequence[str]) -> Remedy | None:
     changes: list[Change] = []
     for (pattern, value), group in groups.items():
         first = group[0].weight
-        weights = _as_weights(contract, pattern, [departure.weight for departure in group])
+        weights = _as_weights(contract, pattern, [deviation.weight for deviation in group])
         is_vector = first.role in VECTORS or len(first.shape) < 2
         if is_vector:
             changes.append(Fill(weights, value))

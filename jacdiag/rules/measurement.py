@@ -178,7 +178,7 @@ def _replay(context: Context, rule: Rule) -> Outcome:
     if not errors:
         return Outcome(len(context.report.sublayers))
     what = (
-        f"J^T w of {_listed(list(wrong))} differs from the whole model's; its figures are not used"
+        f"J^T w of {_listed(list(errors))} differs from the whole model's; its figures are not used"
     )
     return Outcome(
         len(context.report.sublayers),

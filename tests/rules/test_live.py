@@ -97,6 +97,7 @@ def spike(step: int, loss: float, gradient: float, each: Any = (0.7, 0.7, 0.7)) 
     return StepFigures(step, loss, gradient, 1e-3, each)
 
 
+@pytest.mark.check("detectors")
 def test_joint_detector_takes_both_for_three_steps_in_a_row() -> None:
     live = fed()
     assert codes(live, [spike(500, 9.0, 30.0), spike(501, 9.0, 30.0)]) == [(500, "JD502")]

@@ -9,8 +9,8 @@ from rules.test_conditions import LIMITS, findings, healthy, judged, report, sta
 
 from jacdiag.errors import UsageError
 from jacdiag.records import ContractRecord, Interval, ModelRecord, WeightRecord
-from jacdiag.render.terminal.sentences import headline
-from jacdiag.render.terminal.verdict import to_do, verdict_lines
+from jacdiag.render.content.sentences import headline
+from jacdiag.render.content.verdict import to_do, verdict_lines
 from jacdiag.rules import RULES, evaluate, rule
 from jacdiag.rules.profile import profile_of
 

@@ -10,7 +10,7 @@ from typing import Any
 from jacdiag.records import Interval, Report, SublayerRecord
 from jacdiag.records.base import Record
 from jacdiag.records.number_format import counted, level, share, spoken, three
-from jacdiag.records.summary import source_name
+from jacdiag.records.report import source_name
 from jacdiag.render.content.columns import badness
 from jacdiag.render.content.severity import FIELD_OF_RULE
 
