@@ -1,6 +1,4 @@
-"""The few ways in which jacdiag refuses. Each message says what is wrong, what was found, and what
-to try.
-"""
+"""The errors of jacdiag: each says what is wrong, what was found, and what to try."""
 
 from __future__ import annotations
 
@@ -8,8 +6,9 @@ from collections.abc import Iterable
 
 
 def printable(text: str) -> str:
-    """Text of a stranger's file made fit for a terminal: control characters become escapes, line
-    ends stay.
+    """Make text of a foreign file fit for a terminal.
+
+    Control characters become escapes. Line ends stay.
     """
     return "".join(
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
@@ -28,8 +27,9 @@ def one_line(error: BaseException) -> str:
 
 
 class JacdiagError(Exception):
-    """Base of every error that jacdiag raises on purpose; the command line turns it into exit code
-    2.
+    """Base of every error that jacdiag raises on purpose.
+
+    The command line turns it into exit code 2.
 
     Args:
         what: one sentence: what cannot be done.
@@ -47,8 +47,9 @@ class SourceError(JacdiagError):
 
 
 class ProbeError(JacdiagError):
-    """The probe input does not fit the model: out of the vocabulary, too long, of the wrong
-    kind.
+    """The probe does not fit the model.
+
+    Token ids may be outside the vocabulary, a sequence too long, or an input of the wrong kind.
     """
 
 
@@ -81,8 +82,9 @@ class UsageError(JacdiagError):
 
 
 class Stopped(BaseException):
-    """SIGTERM, or another rank has failed: unwinds the main thread past `except Exception`, as
-    Ctrl-C does.
+    """SIGTERM came, or another rank has failed.
+
+    It unwinds the main thread past `except Exception`, as Ctrl-C does.
     """
 
 

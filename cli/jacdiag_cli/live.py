@@ -39,8 +39,9 @@ _LEAST_PAUSE = 10  # times what the last frame took
 )
 @click.pass_obj
 def live(invocation: Invocation, run: str, once: bool, refresh: float, lines: int | None) -> int:
-    """Follows the log of a run that `jacdiag.watch` writes. RUN is a run.jsonl, or the folder that
-    holds one.
+    """Follow the log of a run that `jacdiag.watch` writes.
+
+    RUN is a run.jsonl, or the folder that holds one.
 
     Only reads: the run goes on whether anybody looks or not. Works over ssh, in 80 x 24. The last
     line says whether the run goes on, is slow, has ended, or is dead: the process is looked for if

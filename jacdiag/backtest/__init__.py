@@ -1,6 +1,4 @@
-"""Verdicts against outcomes: recorded runs, labelled, and how well figures and live rules foretold
-their ends.
-"""
+"""Compare figures and live rules with how recorded runs ended."""
 
 from jacdiag.backtest.analysis import backtest
 from jacdiag.backtest.outcomes import label

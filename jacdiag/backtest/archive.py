@@ -1,5 +1,6 @@
-"""Many runs in one file: what a backtest needs of each, a line a run, gzip where the name ends
-so.
+"""Pack many runs into one file.
+
+A line holds what a backtest needs of one run. The file is compressed by gzip if its name ends so.
 """
 
 from __future__ import annotations

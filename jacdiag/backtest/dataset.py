@@ -1,5 +1,7 @@
-"""What a backtest compares: runs as columns. How each ended, its architecture and rate, figures,
-trivial ones.
+"""The runs of a backtest as columns.
+
+Columns hold how each run ended, its architecture and learning rate, its figures, and trivial
+figures.
 """
 
 from __future__ import annotations
@@ -55,8 +57,9 @@ class Board:
         return [(s, float(r), w) for s, r, w in zip(self.strata, self.rates, warmups, strict=True)]
 
     def best(self, chosen: Bools) -> str | None:
-        """The figure that ranks the chosen runs best, the rate given; None where no pair can be
-        made.
+        """Return the figure that ranks the chosen runs best, given the learning rate.
+
+        None if no pair of runs can be made.
 
         A run that a figure was not measured for ties with all others.
         """
@@ -99,8 +102,10 @@ def board(
 
 
 def _alike(runs: Sequence[Run], but_for: Sequence[str]) -> list[Hashable]:
-    """A key a run; runs that share theirs differ at most in the factors named. One without factors
-    is like no other.
+    """Return a key for each run.
+
+    Runs with the same key differ at most in the named factors. A run without factors shares its key
+    with no other.
     """
     return [
         tuple(sorted((k, str(v)) for k, v in run.factors.items() if k not in but_for))
@@ -156,8 +161,9 @@ def _trivial(
 
 
 def _share(strata: Sequence[str], wrong: Bools) -> Floats:
-    """How often the runs of a stratum went wrong: the most that somebody who knows the architecture
-    alone could say.
+    """Return how often the runs of a stratum went wrong.
+
+    Somebody who knows the architecture alone could say no more.
 
     It has seen the answers, the figures have not: a trivial classifier gets every benefit. (To
     leave each run out of its own share would be no fairer: the others of a bad run are good more

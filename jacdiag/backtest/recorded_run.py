@@ -34,8 +34,9 @@ class Run:
 
     @property
     def whole(self) -> bool:
-        """Whether it went to its end: as many steps as its factor `steps` says, or a loss that
-        broke.
+        """Whether the run went to its end.
+
+        It did if it has as many steps as its factor `steps` says, or if its loss broke.
         """
         asked = self.factors.get("steps")
         if not isinstance(asked, int | float) or not self.steps.size:

@@ -1,5 +1,4 @@
-"""One audit on several processes: they share out the work, and every one of them ends when one of
-them does.
+"""Share one audit among several processes; all of them end when one does.
 
 What travels is plain data, a few kilobytes per sub-layer, through the key-value store of
 torch.distributed's rendezvous (`torchrun` keeps one). There is no process group and no collective

@@ -1,5 +1,4 @@
-"""A rank among others: takes jobs, gathers what all have found, and learns when one of them is
-gone.
+"""One rank among others: it takes jobs, gathers results and notices a rank that is gone.
 
 Rank 0 keeps no plan and hands out nothing: every rank sorts the same jobs the same way, dearest
 first, and takes the next number of one counter when it is free. Random starts belong to sub-layers
@@ -139,17 +138,16 @@ class Team:
 
     @property
     def speaks(self) -> bool:
-        """Whether this rank tells people what ended the job: rank 0, or the next where that one
-        died.
-        """
+        """Whether this rank reports why the job ended: rank 0, or the next one if that died."""
         dead = (
             self.failure.rank if self.failure is not None and self.failure.kind == "died" else None
         )
         return self.rank == (1 if dead == 0 else 0)
 
     def device(self, wanted: str | None) -> str | None:
-        """Each rank of a machine its own GPU, by LOCAL_RANK, where none is named and more than one
-        is seen.
+        """Give each rank of a machine its own GPU, by LOCAL_RANK.
+
+        This is done if no device is named and more than one is seen.
         """
         import torch
 
@@ -166,8 +164,9 @@ class Team:
         ]
 
     def jobs(self, costs: Sequence[float]) -> Iterator[tuple[int, Sequence[int]]]:
-        """Yields the index of each job that this rank takes, dearest first, and of those handed out
-        since its last.
+        """Yield the index of each job that this rank takes, the most expensive first.
+
+        With it come the jobs that others were given since the last one.
 
         Args:
             costs: of all jobs, the same on every rank.
@@ -211,8 +210,9 @@ class Team:
 
     @contextlib.contextmanager
     def attempt(self) -> Iterator[None]:
-        """Work that may fail without ending the job: what one rank raises in it, all raise by its
-        end.
+        """Run work that may fail without ending the job.
+
+        What one rank raises in it, all ranks raise at its end.
 
         Raises:
             MeasureError: another rank could not do it; one that has died or was interrupted still
@@ -326,8 +326,9 @@ class Team:
     def fail(
         self, error: BaseException, explain: Callable[[BaseException], Told | None] = explained
     ) -> BaseException:
-        """Tells the others that this rank has failed, unless it only follows another; returns what
-        to report.
+        """Tell the others that this rank has failed, and return what to report.
+
+        A rank that only follows another one tells nothing.
 
         Args:
             error: what was raised here.
@@ -350,8 +351,10 @@ class Team:
         self.close()
 
     def close(self) -> None:
-        """Leaves. Who does not speak waits for who does; where the store lives here, it outlives
-        the others.
+        """Leave the job.
+
+        A rank that reports nothing waits for the one that does. If the store lives here, this rank
+        leaves last.
         """
         with contextlib.suppress(Exception):
             if self.failure is not None and self.speaks:

@@ -1,6 +1,4 @@
-"""Why a job of several ranks ended: one sentence with the rank's name, as plain data that every
-rank can read.
-"""
+"""Why a job of several ranks ended, as plain data that every rank can read."""
 
 from __future__ import annotations
 
@@ -34,8 +32,9 @@ class Failure(Record):
     trace: str = ""
 
     def error(self) -> BaseException:
-        """What a rank raises for it: KeyboardInterrupt after Ctrl-C, else a RankError that names
-        the rank.
+        """Return the exception for a rank: KeyboardInterrupt after Ctrl-C, else a RankError.
+
+        A RankError names the rank.
         """
         if self.kind == "interrupted":
             return KeyboardInterrupt()

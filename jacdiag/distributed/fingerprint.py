@@ -1,5 +1,6 @@
-"""What must be the same on every rank before work is shared: versions, options, the model to the
-bit, the probe.
+"""What must be equal on every rank before work is shared.
+
+Versions, options, the model to the bit, and the probe are compared.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ class Fingerprint(Record):
     sublayers: dict[str, str]
 
     def difference(self, other: Fingerprint) -> tuple[str, str, str] | None:
-        """The first difference: in what, its name, and how it is here and there; None where there
-        is none.
+        """Return the first difference: its kind, its name, and both values.
+
+        None if there is no difference.
         """
         for part in (f.name for f in fields(self)):
             mine, theirs = getattr(self, part), getattr(other, part)
@@ -94,8 +96,9 @@ def fingerprint(
 
 
 def checksum(tensor: Tensor) -> int:
-    """A 64-bit checksum of a tensor's bits: equal on every device and whatever the order of
-    summation.
+    """Return a 64-bit checksum of a tensor's bits.
+
+    It is the same on every device and for every order of summation.
 
     Integer arithmetic modulo 2^64. Bits are weighted by odd numbers: any one element that differs
     is seen for certain, and so is an exchange of two neighbours.

@@ -1,6 +1,4 @@
-"""How a process comes to be one rank of several: by the environment that torchrun gives it, and
-only when asked.
-"""
+"""Make a process one rank of several, from the environment that torchrun sets."""
 
 from __future__ import annotations
 

@@ -12,8 +12,9 @@ from jacdiag.records.base import Record
 
 @dataclass(frozen=True)
 class Member(Record):
-    """A rank as the others know it; `place` is the same for processes that see each other's ids, ""
-    if unknown.
+    """A rank as the others know it.
+
+    `place` is equal for processes that see each other's ids, and "" if it is not known.
     """
 
     rank: int
@@ -31,8 +32,9 @@ class Member(Record):
         return f"rank {self.rank} of {self.size} ({self.host})"
 
     def is_gone(self) -> bool:
-        """Whether its process has ended, for certain; False for a process of another machine or
-        container.
+        """Return whether the process has certainly ended.
+
+        False for a process of another machine or container.
         """
         if not self.place or self.place != _place():
             return False

@@ -13,8 +13,9 @@ from jacdiag.records.signal_propagation import DeadPath
 
 @dataclass(frozen=True)
 class Use(Record):
-    """What a rank did: jobs done, seconds from verification to the last of them, peak memory, on
-    which device.
+    """What a rank did.
+
+    Jobs done, seconds from verification to the last job, peak memory, and the device.
     """
 
     rank: int

@@ -21,8 +21,9 @@ _joined = itertools.count()
 
 
 def in_environment() -> bool:
-    """Whether this process was started as one rank of several (torchrun, or the same variables from
-    elsewhere).
+    """Return whether this process was started as one rank of several.
+
+    torchrun sets the variables that are looked at; other launchers may set the same ones.
     """
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     return all(os.environ.get(name) for name in needed) and os.environ["WORLD_SIZE"] != "1"
@@ -53,8 +54,9 @@ def connect(rank: int, size: int, patience: float) -> Store:
 
 @cache
 def _open(address: str, port: int, size: int, serve: bool) -> dist.TCPStore:
-    """One connection for the life of the process: a store that is served here must outlive one
-    audit of several.
+    """Open the one connection of this process.
+
+    A store that is served here must outlive one audit of several.
     """
     raw = dist.TCPStore(
         address, port, size, serve, timedelta(seconds=5), wait_for_workers=False, multi_tenant=True

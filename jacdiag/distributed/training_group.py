@@ -111,8 +111,9 @@ class Together:
         self.check(_END)
 
     def check(self, place: int, error: Exception | None = None) -> None:
-        """Goes on only if every rank is at the same place (a positive number) and none has an
-        error.
+        """Go on only if every rank is at the same place and none has an error.
+
+        A place is a positive number.
 
         Raises:
             ElsewhereError: otherwise, on every rank.

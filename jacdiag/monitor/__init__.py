@@ -1,6 +1,4 @@
-"""The live hook inside somebody else's training loop: the same numbers as the run goes on, early
-warning, a record.
-"""
+"""Watch a training loop: figures of each step, warnings, and a record of the run."""
 
 from jacdiag.monitor.api import watch
 from jacdiag.monitor.fault_isolation import AlertRaised

@@ -1,6 +1,4 @@
-"""What the model is called with: a few sequences kept for the probe, and the last batches for the
-flight recorder.
-"""
+"""The batches that the model is called with, for the probe and for the flight recorder."""
 
 from __future__ import annotations
 
@@ -113,8 +111,9 @@ class Batches:
 
     @contextmanager
     def away(self) -> Iterator[None]:
-        """Inside, the hook is not on the model: the audit's own runs are no batches of the
-        training.
+        """Take the hook off the model for a while.
+
+        The runs of the audit itself are no batches of the training.
         """
         hook = self._hook
         if hook is None:
@@ -142,8 +141,9 @@ class Batches:
                 self.failed = error
 
     def take_compiled(self) -> None:
-        """Take the last call of a compiled forward, if there was one since the last call of this
-        method.
+        """Take the last call of a compiled forward.
+
+        None if there was none since this method was called before.
         """
         args, kwargs = self.compiled.args, self.compiled.kwargs
         self.compiled.args, self.compiled.kwargs = None, {}
@@ -180,8 +180,9 @@ class Batches:
             self.kept.drop_between(base, self.step)
 
     def next_step(self, step: int) -> list[Print]:
-        """Return the fingerprints of the step that has ended; batches from now on belong to
-        `step`.
+        """Return the fingerprints of the step that has ended.
+
+        Batches from now on belong to `step`.
         """
         self.take_compiled()
         if self.kept is not None:
@@ -194,8 +195,9 @@ class Batches:
 
 
 def _is_being_recorded() -> bool:
-    """Whether the forward runs to be recorded, by jit, by make_fx, or into a CUDA graph: then it
-    has no batch.
+    """Whether the forward runs to be recorded, by jit, by make_fx, or into a CUDA graph.
+
+    Such a call has no batch.
     """
     if torch.jit.is_tracing() or _get_proxy_mode()() is not None:
         return True
@@ -221,8 +223,9 @@ def make_prints(prints: Sequence[Print]) -> list[str]:
 
 
 class PlaceWeights:
-    """The weight of each place in a fingerprint, kept for the sizes that come again at every
-    step.
+    """The weight of each place in a fingerprint.
+
+    Sizes that come again at every step are remembered.
     """
 
     def __init__(self) -> None:
@@ -240,8 +243,9 @@ class PlaceWeights:
 
 
 def fingerprint(value: Any, weights: PlaceWeights | None = None) -> Tensor:
-    """A number that tells batches apart, on their device: a sum of the elements weighted by their
-    place, mod 2^61.
+    """Return a number that tells batches apart, on their device.
+
+    It is the sum of the elements weighted by their place, mod 2^61.
 
     Args:
         value: nested containers of tensors.
@@ -282,8 +286,9 @@ def _is_plain_ids(tensor: Tensor) -> bool:
 
 
 def _weighted_sum_of_ids(tensor: Tensor, places: PlaceWeights) -> int:
-    """The sum of (element + 1) times weight, up to a multiple of 2^64; numpy takes a third of the
-    time of torch.
+    """Return the sum of (element + 1) times weight, up to a multiple of 2^64.
+
+    numpy takes a third of the time that torch takes.
     """
     count = tensor.numel()
     weights = places.of(count, tensor.device).numpy()
@@ -291,8 +296,9 @@ def _weighted_sum_of_ids(tensor: Tensor, places: PlaceWeights) -> int:
 
 
 def _weighted_sum(tensor: Tensor, places: PlaceWeights) -> Tensor:
-    """The same of any tensor, on its device; a float counts as the whole number that its bits
-    make.
+    """Return the same sum for any tensor, on its device.
+
+    A float counts as the integer that its bits make.
     """
     flat = tensor.detach().reshape(-1)
     flat = flat.double().view(torch.int64) if flat.is_floating_point() else flat.long()
@@ -336,8 +342,9 @@ def named_arguments(
     kwargs: dict[str, Any],
     signatures: Signatures | None = None,
 ) -> dict[str, Any]:
-    """The arguments by name, as the module's own forward calls them; positions where it does not
-    say.
+    """Return the arguments by the names of the module's own forward.
+
+    An argument without a name has its position as its key.
     """
     kind = type(unwrap(module))
     names = (signatures or Signatures()).names_of(kind, len(args), tuple(kwargs))

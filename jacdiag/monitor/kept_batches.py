@@ -1,5 +1,6 @@
-"""The last batches of a run, kept for the flight recorder while they are small or as many as were
-asked for.
+"""Keep the last batches of a run for the flight recorder.
+
+They are kept while they are small, or as many as were asked for.
 """
 
 from __future__ import annotations
@@ -132,9 +133,7 @@ class KeptBatches:
         return entries or list(self.queue)
 
     def after(self, step: int) -> list[KeptBatch]:
-        """Return the batches of the step that has begun after a step and has not ended, in
-        order.
-        """
+        """Return the batches of the step that began after `step` and has not ended, in order."""
         return [batch for batch in self.queue if batch.step > step]
 
 

@@ -1,5 +1,4 @@
-"""How a run ends without `close`: an exception, a signal, the end of the program. The flight is
-written all the same.
+"""Write the flight if a run ends without `close`: an exception, a signal, the end of the program.
 
 A loop needs no `with`. While a watch is open, the hooks of the interpreter for uncaught exceptions
 and the handlers of SIGTERM and SIGHUP are covered. Whatever stood there before is called
@@ -201,8 +200,9 @@ class Endings:
         return {number for number, before in self.handlers.items() if not callable(before)}
 
     def _uncover(self) -> None:
-        """Give back what is still ours. What somebody else has covered since only calls through
-        from now on.
+        """Give back the handlers that are still ours.
+
+        A handler that somebody else has covered since only calls through from now on.
         """
         if sys.excepthook is _on_exception:
             sys.excepthook = self.excepthook
@@ -222,8 +222,9 @@ class Endings:
             quietly(shell.events.unregister, "post_run_cell", _on_cell_end)
 
     def forget(self) -> None:
-        """In a child process: its handlers are those from before, and the watches are the
-        parent's.
+        """Forget the watches in a child process: they are the parent's.
+
+        The handlers are those from before.
         """
         self.watches.clear()
         self.counts.clear()
@@ -284,8 +285,9 @@ class Endings:
 
 
 class _DeadlyInterrupt:
-    """While the flight of a Ctrl-C is written, a second Ctrl-C ends the process at once, even
-    inside a kernel.
+    """End the process at once at a second Ctrl-C while the flight of the first is written.
+
+    This holds inside a kernel of torch, too.
     """
 
     def __init__(self, error: BaseException) -> None:
@@ -305,8 +307,9 @@ class _DeadlyInterrupt:
 
 
 def _is_interactive() -> bool:
-    """Whether the process goes on after an uncaught exception: the prompt of Python, `python
-    -i`.
+    """Return whether the process goes on after an uncaught exception.
+
+    The prompt of Python and `python -i` do.
     """
     return hasattr(sys, "ps1") or bool(sys.flags.interactive)
 

@@ -129,8 +129,9 @@ def _by_kind(
     device: torch.device,
     reduce: Callable[[list[Tensor]], list[Tensor]],
 ) -> list[Tensor]:
-    """Reduce each tensor to one number on `device`, with one call for all that share device and
-    dtype.
+    """Reduce each tensor to one number on `device`.
+
+    Tensors that share device and dtype are reduced by one call.
 
     Args:
         tensors: None gives 0.

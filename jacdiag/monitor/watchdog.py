@@ -1,5 +1,4 @@
-"""Ends a process by a signal that its main thread cannot take, because it hangs outside of the
-interpreter.
+"""End a process by a signal that its main thread cannot take because it hangs in native code.
 
 Python runs its handlers in the main thread, between two of its own instructions. A main thread that
 waits inside a kernel or a collective never gets there. Without a handler the signal would have

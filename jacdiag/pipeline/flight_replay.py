@@ -355,8 +355,9 @@ def _values(measured: Iterable[_Measured], name: str) -> list[float]:
 def _then(
     others: Iterable[_Measured], name: str, run: _Run, onset: int | None, checkpoint: int | None
 ) -> list[float | None]:
-    """Return what the run logged for each batch at its own step; None for steps that the jump may
-    have reached.
+    """Return what the run logged for each batch at its own step.
+
+    None for steps that the jump may have reached.
 
     Weights from long before had other values, which are those around their own step.
     """
@@ -433,9 +434,7 @@ def _sequences_out(item: _Measured, reference: Iterable[_Measured], name: str) -
 
 
 def _places_out(suspects: Iterable[_Measured], others: Sequence[_Measured], name: str) -> list[int]:
-    """Return which sequences of the suspects are out of the range of the other batches'
-    sequences.
-    """
+    """Return the sequences of the suspects that are outside the range of the other batches."""
     places: list[int] = []
     for item in suspects:
         if item.figures is not None:
@@ -468,8 +467,9 @@ def _token_cut(others: Iterable[_Measured]) -> float | None:
 
 
 def _norms(report: Report, flight: Flight) -> tuple[list[NormChange], int | None]:
-    """Return the branch norms on this batch and on the last probe of the run, and the step of that
-    probe.
+    """Return the branch norms on this batch and on the run's last probe.
+
+    The step of that probe comes with them.
     """
     if flight.probe is None:
         return [], None
@@ -559,8 +559,9 @@ def _gradient_of(row: Mapping[str, Any]) -> float | None:
 
 
 def _onset(flight: Flight, run: _Run) -> int | None:
-    """Return the step to look at: the one that crashed, else the first that stands out up to that
-    of the flight.
+    """Return the step to look at.
+
+    It is the one that crashed, else the first that stands out up to that of the flight.
     """
     if flight.step is None:
         return next((kept.step for kept in flight.batches), None)
@@ -576,8 +577,9 @@ def _onset(flight: Flight, run: _Run) -> int | None:
 def _levels(
     run: _Run, onset: int | None, checkpoint: int | None
 ) -> tuple[dict[str, LevelRecord], dict[str, LevelRecord]]:
-    """Return the usual values before the onset, and those of the run when it had the weights of the
-    checkpoint.
+    """Return the usual values before the onset.
+
+    With them come those of the run when it had the weights of the checkpoint.
     """
     if onset is None:
         return {}, {}

@@ -1,6 +1,4 @@
-"""Values of a batch that are not finite, and whether earlier batches had such values in the same
-place.
-"""
+"""Values of a batch that are not finite, and whether earlier batches had such values."""
 
 from __future__ import annotations
 

@@ -30,8 +30,9 @@ def three(value: float | None) -> str:
 
 
 def written(value: float, digits: int) -> str:
-    """A number with so many digits behind the point; from 10,000 on grouped, with zeros in front of
-    it instead.
+    """Write a number with a given count of digits after the point.
+
+    From 10,000 on digits are grouped, and zeros stand in place of the last ones.
     """
     if abs(value) >= 1e4:
         return f"{float(f'{value:.2e}'):,.0f}"
@@ -39,8 +40,9 @@ def written(value: float, digits: int) -> str:
 
 
 def decimals(value: float) -> int:
-    """How many digits behind the point make three significant ones (of the rounded value: 9.999 has
-    one less).
+    """Return how many digits after the point make three significant ones.
+
+    The rounded value counts: 9.999 has one digit less.
     """
     if value == 0 or not math.isfinite(value):
         return 0
@@ -49,8 +51,7 @@ def decimals(value: float) -> int:
 
 
 def outward(value: float, *, down: bool) -> str:
-    """Return a number with three digits, rounded away from the inside of the interval whose end it
-    is.
+    """Return a bound with three digits, rounded away from the inside of its interval.
 
     The printed end never lies inside of the true one: `float(outward(x, down=True)) <= x`.
 

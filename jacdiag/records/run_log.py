@@ -99,8 +99,9 @@ class RunLog:
 
     @property
     def waits(self) -> dict[str, str]:
-        """Live rules that are not ready, and what each waits for; empty for a log that does not
-        say.
+        """Live rules that are not ready, and what each waits for.
+
+        Empty for a log that does not say.
         """
         ready = {str(row.get("code")) for row in self.ready}
         waits = self.header.get("waits") or {}
@@ -161,8 +162,9 @@ _SHOWN = (
 
 
 def lightened(row: dict[str, Any], run: RunLog) -> dict[str, Any]:
-    """Return a line with what pictures and screens show: no per-sub-layer gradients, no reports of
-    later probes.
+    """Return a line with what pictures and screens show.
+
+    Gradients of sub-layers and reports of later probes are left out.
 
     A decoded line has strings of its own for its keys; here all lines share them. 100,000 steps
     take 90 MB of memory, not 600.

@@ -1,6 +1,4 @@
-"""Remedies: the recipes of the paper and of the init contract, tried on a copy of the model and
-measured again.
-"""
+"""Try the recipes of the paper and of the init contract on copies of the model."""
 
 from jacdiag.remedies.candidates import Remedy, remedies_for
 from jacdiag.remedies.patches import DIALECTS

@@ -1,5 +1,4 @@
-"""What a remedy does to a module, one small step each: the step itself, and the same as lines of
-PyTorch.
+"""The small steps of a remedy: what each does to a module, and the same as PyTorch code.
 
 Each step works in place and draws from torch's global generator. Scaled and normed outputs are
 forward hooks: they need no change of the module's class, and say in the patch exactly what was
@@ -90,8 +89,9 @@ class Scale:
 
 @dataclass(frozen=True)
 class Draw:
-    """Draws weights anew with a given std, from the family that they had (a uniform one, else a
-    normal one).
+    """Draw weights again with a given std.
+
+    A uniform weight stays uniform; any other becomes normal.
 
     Rows of a table that were exactly zero (padding) stay so.
     """
@@ -177,8 +177,9 @@ class ScaleOutput:
 
 
 class _Times:
-    """A forward hook; a class and not a closure, so that a model can still be copied and
-    pickled.
+    """A forward hook.
+
+    It is a class and not a closure, so that a model can still be copied and pickled.
     """
 
     def __init__(self, factor: float) -> None:
@@ -220,8 +221,9 @@ def _normed(module: nn.Module, _args: object, output: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Reparametrise:
-    """W = gain * V with one learned gain per matrix, V of a std near `base` (WeSaR, arXiv
-    2410.05052).
+    """Replace W by gain * V with one learned gain per matrix (WeSaR, arXiv 2410.05052).
+
+    V has a std near `base`.
 
     The gain begins as a power of two, so that W stays what it is to the last bit.
     """
@@ -279,8 +281,9 @@ class Gain(nn.Module):
 
 @dataclass(frozen=True)
 class Spare:
-    """Takes parameters out of weight decay. The model stays as it is: the optimizer's groups
-    change.
+    """Take parameters out of weight decay.
+
+    The groups of the optimizer change. The model stays as it is.
     """
 
     names: tuple[str, ...]

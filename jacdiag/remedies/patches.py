@@ -1,5 +1,4 @@
-"""A remedy written out for the places where people initialise: PyTorch, Hugging Face, Megatron-LM,
-torchtitan.
+"""Write a remedy out for PyTorch, Hugging Face, Megatron-LM and torchtitan.
 
 The lines for PyTorch are the very steps that were tried. Those for Hugging Face call them from a
 subclass; Megatron-LM is spoken to by flags, torchtitan by `param_init`, as far as these can say it,
@@ -75,8 +74,9 @@ def pytorch(remedy: Remedy) -> str:
 
 # -- Hugging Face ----------------------------------------------------------------------------------
 def huggingface(remedy: Remedy, kind: str, config: object) -> str:
-    """A subclass whose fresh models carry the remedy; lines of the config where a field says the
-    same.
+    """Write a subclass whose fresh models have the remedy.
+
+    If a field of the config has the same effect, write the config instead.
     """
     lines = [f"# config: {line}" for line in _fields(remedy.changes, config)]
     if all(isinstance(change, Spare) for change in remedy.changes):

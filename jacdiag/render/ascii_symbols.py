@@ -1,5 +1,6 @@
-"""Letters in the place of marks and symbols, for output that cannot hold them (ascii, latin-1,
-cp1252).
+"""Letters in place of marks and symbols, for output that cannot hold them.
+
+Such encodings are ascii, latin-1 and cp1252.
 
 Python's own `errors="replace"` prints "?" for all of them, and "?" is the mark of an undecided
 rule.

@@ -1,5 +1,6 @@
-"""A backtest in words and as a picture: figures by rank with their intervals, trivial classifiers,
-live rules.
+"""A backtest in words and as a picture.
+
+It shows figures by rank with their intervals, trivial classifiers, and live rules.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ HEAD = ("figure", "given lr", "within", "over all", "precision", "recall", "runs
 
 
 def rows(report: BacktestReport, *, every: bool = False) -> list[tuple[str, ...]]:
-    """One row a figure: AUROC given the learning rate, within strata, over all; precision and
-    recall; runs.
+    """Return one row for each figure.
+
+    A row holds the AUROC given the learning rate, within strata and over all; precision and recall;
+    runs.
     """
     figures = [r for r in report.rankings if not r.trivial]
     shown = figures if every else figures[:_SHOWN]
@@ -63,8 +66,9 @@ def span(estimate: Estimate) -> str:
 
 
 def summary(report: BacktestReport) -> list[str]:
-    """What was looked at, which figure came out best, and what it has over those that know no
-    Jacobian.
+    """Return what was looked at, and which figure came out best.
+
+    The best figure is compared with those that know no Jacobian.
     """
     outcomes = Counter(label.outcome for label in report.labels.values())
     wrong = sum(report.bad.values())
@@ -120,8 +124,9 @@ def detected(detector: Detector, lead: int) -> str:
 
 
 def by_stratum(report: BacktestReport) -> list[str]:
-    """For each architecture, with the learning rate given: the best figures, and the best that
-    knows no Jacobian.
+    """Return the best figures of each architecture, given the learning rate.
+
+    The best figure that knows no Jacobian stands next to them.
     """
     lines = []
     for name in report.strata:
@@ -246,8 +251,9 @@ def _four(coefficients: list[float]) -> list[str]:
 
 
 def save(report: BacktestReport, path: str | os.PathLike[str]) -> None:
-    """Draws the figures by rank and writes the picture; the suffix (.png, .svg, .pdf) chooses the
-    format.
+    """Draw the figures by rank and write the picture.
+
+    The suffix (.png, .svg, .pdf) chooses the format.
     """
     from matplotlib import style
 
@@ -262,8 +268,9 @@ def save(report: BacktestReport, path: str | os.PathLike[str]) -> None:
 
 
 def draw(report: BacktestReport) -> Figure:
-    """Builds the figure: AUROC with its interval, one line a figure, trivial classifiers pale
-    below.
+    """Build the picture: the AUROC of each figure with its interval, one line a figure.
+
+    Trivial classifiers are pale and stand below.
     """
     from matplotlib.figure import Figure
 

@@ -1,5 +1,4 @@
-"""Was it the batch? The verdict of a replay, from the figures of the kept batches and of the run
-around them.
+"""Was it the batch? Decide a replay from the kept batches and the run around them.
 
 A jump of the run's loss or gradient norm has two possible sources. If the batch alone made it, the
 batch shows the whole of it on the weights of the checkpoint, and other batches show none. If the
@@ -146,8 +145,9 @@ class Decision:
 
 # -- the run's own values --------------------------------------------------------------------------
 def usual_value(rows: Sequence[tuple[int, float]]) -> LevelRecord | None:
-    """Return the usual value of a figure over some steps; None for fewer than `LEAST_ROWS` finite
-    ones.
+    """Return the usual value of a figure over some steps.
+
+    None for fewer than `LEAST_ROWS` finite values.
 
     The spread is taken from the differences of successive steps, so that a trend does not widen it,
     by their median, so that a spike does not either.
@@ -181,8 +181,9 @@ def is_out(value: float, level: LevelRecord, *, logarithm: bool) -> bool:
 
 
 def first_out(rows: Sequence[tuple[int, float]], step: int, *, logarithm: bool) -> int | None:
-    """Return the first of the steps up to an alert that stand out without a gap; None if that of
-    the alert does not.
+    """Return the first of the steps up to an alert that stand out without a gap.
+
+    None if that of the alert does not stand out.
 
     An alert may need several steps. The batch that matters is that of the first.
 
@@ -363,8 +364,9 @@ class _Rise:
 
 
 def _rise(figure: Figure, others: Sequence[float], center: float, spread: float) -> _Rise | None:
-    """Compare each of the other batches with itself in the run; else all of them with the usual
-    value of the run.
+    """Compare each of the other batches with itself in the run.
+
+    Without such values all of them are compared with the usual value of the run.
     """
     logarithm = figure.name == GRADIENT
     differences = []
@@ -386,8 +388,7 @@ def _rise(figure: Figure, others: Sequence[float], center: float, spread: float)
 def out_of_range(
     values: Sequence[float], others: Sequence[float], *, logarithm: bool
 ) -> list[bool]:
-    """Return which values are above the range of others, at `FALSE_ALARMS` for all of them
-    together.
+    """Return which values are above the range of others, at `FALSE_ALARMS` for all of them.
 
     Args:
         values: of the sequences of one batch.

@@ -1,6 +1,4 @@
-"""What a flight recorder left behind: the steps before an alert, the batches, and the log of the
-run around it.
-"""
+"""Read what a flight recorder left: steps before an alert, batches, and the log around it."""
 
 from __future__ import annotations
 
@@ -80,8 +78,9 @@ class Flight:
 
     @property
     def probed(self) -> KeptBatch | None:
-        """The batch that an audit probes with: the latest of a step that has ended. One that
-        crashed may not run.
+        """The batch that an audit probes with: the latest of a step that has ended.
+
+        A batch that crashed may not run.
         """
         return next(
             (batch for batch in self.batches if not batch.running), next(iter(self.batches), None)
@@ -130,8 +129,9 @@ def read_flight(folder: str | os.PathLike[str]) -> Flight:
 
 
 def latest_batch(folder: str | os.PathLike[str]) -> dict[str, Any] | tuple[Any, ...]:
-    """Return the latest batch of a flight: keyword arguments of the model's forward, or a tuple of
-    its arguments.
+    """Return the latest batch of a flight.
+
+    It holds keyword arguments of the model's forward, or a tuple of its arguments.
 
     Raises:
         SourceError: it is no folder of a flight recorder, or it holds no batch.

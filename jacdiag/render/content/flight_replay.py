@@ -1,6 +1,4 @@
-"""What a person reads of a replay: the sentence, a small table of the batches, outlying sequences
-and tokens.
-"""
+"""What a person reads of a replay: the sentence, the table of batches, outlying sequences."""
 
 from __future__ import annotations
 
@@ -30,8 +28,9 @@ class ReplayTable:
 
 
 def replay_table(replay: ReplayRecord, *, all_rows: bool = False) -> ReplayTable:
-    """Return the table of a replay: the suspects, then the other batches, then what is usual in the
-    run.
+    """Return the table of a replay.
+
+    It lists the suspects, then the other batches, then what is usual in the run.
 
     Args:
         replay: of a report.
@@ -68,8 +67,9 @@ def table_lines(table: ReplayTable) -> list[str]:
 
 
 def replay_facts(replay: ReplayRecord) -> list[str]:
-    """Return the sentences below the table: checkpoint, sequences, tokens, norms, what was
-    computed, notes.
+    """Return the sentences below the table.
+
+    They are about checkpoint, sequences, tokens, norms, what was computed, and notes.
     """
     facts = [replay.about_checkpoint]
     if replay.onset is not None and replay.step is not None and replay.onset > replay.step:
@@ -95,8 +95,9 @@ def replay_facts(replay: ReplayRecord) -> list[str]:
 
 
 def _not_finite(batches: list[BatchReplay]) -> list[str]:
-    """Return which batches hold NaN or inf; that none does, if a figure is not finite; nothing
-    otherwise.
+    """Return which batches hold NaN or inf.
+
+    If a figure is not finite and no batch holds such a value, that is said. Else nothing is.
     """
     facts = [
         f"not finite in the batch of step {batch.step:,}: {describe_batch(batch.values)}"

@@ -1,6 +1,4 @@
-"""Which alerts of a run are about the run, and which are the report on the model that the first
-probe made.
-"""
+"""Tell alerts about a run from the report on the model that its first probe made."""
 
 from __future__ import annotations
 
@@ -14,16 +12,18 @@ _RATE = "JD105"  # about the learning rate, whatever the step
 
 
 def is_of_report(row: Mapping[str, Any]) -> bool:
-    """Return whether a line is what a rule of the audit says of the model, rather than a live rule
-    of the run.
+    """Return whether a line is a finding of the audit on the model.
+
+    Otherwise it is an alert of a live rule about the run.
     """
     code = str(row.get("code", ""))
     return not code.startswith(_LIVE) and code != _RATE
 
 
 def report_at_start(run: RunLog) -> list[dict[str, Any]]:
-    """Return what the first probe's report says: lines with step, code, level, what and where;
-    louder ones first.
+    """Return the findings of the first probe's report, the most severe first.
+
+    A line holds step, code, level, what and where.
 
     The lines `finding` of the log are taken, else the findings of the report itself, else the
     alerts of an older log.

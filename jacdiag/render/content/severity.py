@@ -51,8 +51,9 @@ def field_of(finding: Finding) -> str:
 
 
 def open_rules(report: Report) -> set[str]:
-    """Return the codes of rules that are undecided or fired; one that fired may be undecided
-    elsewhere.
+    """Return the codes of rules that are undecided or fired.
+
+    A rule that fired may be undecided elsewhere.
     """
     return {rule.code for rule in report.rules if rule.status in ("unknown", "fired")}
 

@@ -46,8 +46,9 @@ def rows(pairs: Sequence[PairLike]) -> list[tuple[str, ...]]:
 
 
 def _cell(pair: PairLike, ends: tuple[float, float, float] | None, name: str) -> str:
-    """Return one figure of one model: a norm as its interval, a middle with the range around it if
-    that is wide.
+    """Return one figure of one model.
+
+    A norm is written as its interval, a median with the range around it if that is wide.
     """
     if ends is None:
         return "missing" if not name else "not measured"

@@ -29,8 +29,9 @@ class Heat:
         return (min(finite), max(finite)) if finite else (1.0, 1.0)
 
     def level(self, value: float, levels: int) -> int | None:
-        """On which of so many levels a value lies, on a log scale between the extremes; None for
-        none.
+        """Return the level of a value on a log scale between the extremes.
+
+        None for no value.
         """
         if not (math.isfinite(value) and value > 0):
             return None
@@ -40,8 +41,9 @@ class Heat:
 
 
 def heat_of(run: RunLog, columns: int | None = None) -> Heat:
-    """The gains of all probes, or of as many as there are columns, evenly thinned with the last one
-    kept.
+    """Return the gains of all probes, or of as many as there are columns.
+
+    Probes are thinned evenly, and the last one is kept.
 
     Sub-layers stand in the order of the first probe, which is that of depth.
     """

@@ -42,9 +42,7 @@ class Series:
         return Series(self.x[inside], self.y[inside], lost)
 
     def smoothed(self, window: int) -> Series:
-        """Return the mean of the last `window` values, of those that are finite; nan where there is
-        none.
-        """
+        """Return the mean of the last `window` values that are finite; nan if there is none."""
         if window <= 1 or not self.y.size:
             return self
         finite = np.isfinite(self.y)
@@ -57,8 +55,9 @@ class Series:
         return Series(self.x, np.where(finite, means, np.nan), self.lost)
 
     def thinned(self, most: int = _MOST_POINTS) -> Series:
-        """Return at most so many points: of each share of the steps the smallest and the largest
-        value.
+        """Return at most a given count of points.
+
+        Of each share of the steps the smallest and the largest value are kept.
 
         A spike of one step stays, however long the run is.
         """
@@ -114,8 +113,9 @@ def gradient(run: RunLog) -> Series:
 
 
 def clip_share(run: RunLog) -> Series:
-    """Return 100 for a step that was clipped and 0 for one that was not: its mean is the share in
-    percent.
+    """Return 100 for a step that was clipped and 0 for any other.
+
+    The mean is the share in percent.
     """
     return series(
         [

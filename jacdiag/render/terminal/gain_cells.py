@@ -1,6 +1,4 @@
-"""The heat map of `jacdiag live`: what each cell shows, by fixed scales and by what the rules
-said.
-"""
+"""The heat map of `jacdiag live`: what each cell shows, by fixed scales and by the rules."""
 
 from __future__ import annotations
 
@@ -109,8 +107,9 @@ class GainCells:
         return Cell(SHADES[sum(value >= cut for cut in CUTS)], change)
 
     def binned(self, columns: int) -> tuple[list[int], list[dict[str, Cell]]]:
-        """Return at most so many columns: of several probes the last one, and a mark if any of them
-        has one.
+        """Return at most a given count of columns.
+
+        A column of several probes shows the last one, and a mark if any of them has one.
         """
         count = len(self.steps)
         columns = min(max(columns, 1), count)
@@ -128,8 +127,9 @@ class GainCells:
 
 
 def loudest(cells: list[Cell | None]) -> Cell | None:
-    """Return the cell that stands for several sub-layers: a mark first, then the largest change,
-    then the size.
+    """Return the cell that stands for several sub-layers.
+
+    A mark comes first, then the largest change, then the size.
     """
     known = [cell for cell in cells if cell is not None]
     return max(known, key=lambda cell: (_rank(cell), SHADES.find(cell.glyph)), default=None)
