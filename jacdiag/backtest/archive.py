@@ -21,6 +21,7 @@ _KIND = "packed run"
 
 
 def is_packed(path: Path) -> bool:
+    """Return whether a file is named like a pack of runs."""
     return path.name.endswith(ENDINGS)
 
 

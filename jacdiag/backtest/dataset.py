@@ -179,6 +179,7 @@ def _rank(values: Floats) -> Floats:
 
 
 def number_of(value: Any) -> float:
+    """Return a value as a float, or nan if it is no number."""
     return float(value) if isinstance(value, int | float) else math.nan
 
 

@@ -300,24 +300,23 @@ def _read_multi_head(tally: Tally, args: Any, kwargs: Any) -> None:
 
     query, key = split(query, weights[0], biases[0]), split(key, weights[1], biases[1])
 
-    # 2. Put the masks together: True is masked here, unlike above.
-    mask = None
-    for part, shape in (
-        (options["attn_mask"], None),
-        (options["key_padding_mask"], (-1, 1, 1, key.shape[-2])),
-    ):
-        if part is None:
-            continue
-        if part.dtype is torch.bool:
-            part = torch.zeros(part.shape, dtype=query.dtype, device=part.device).masked_fill(
-                part, -math.inf
-            )
-        if shape is not None:
-            part = part.reshape(shape)
-        elif part.dim() == 3:
-            part = part.view(-1, heads, *part.shape[-2:])
-        mask = part if mask is None else mask + part
+    # 2. Put the masks together.
+    mask = _added_mask(options["attn_mask"], query.dtype)
+    if mask is not None and mask.dim() == 3:
+        mask = mask.view(-1, heads, *mask.shape[-2:])
+    padding = _added_mask(options["key_padding_mask"], query.dtype)
+    if padding is not None:
+        padding = padding.reshape(-1, 1, 1, key.shape[-2])
+        mask = padding if mask is None else mask + padding
     add_products(tally, query, key, mask, False, None)
+
+
+def _added_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Return a mask as numbers to add to the logits; True means masked here."""
+    if mask is None or mask.dtype is not torch.bool:
+        return mask
+    zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return zeros.masked_fill(mask, -math.inf)
 
 
 _READERS: dict[str, Callable[[Tally, Any, Any], None]] = {

@@ -35,7 +35,7 @@ class Risk(Record):
     reason: str = ""
 
     def __str__(self) -> str:
-        """ "31% [18%, 47%]", or why there is none."""
+        """Return the chance as in "31% [18%, 47%]", or why there is none."""
         if self.chance is None or self.lower is None or self.upper is None:
             return self.reason
         return f"{self.chance:.0%} [{self.lower:.0%}, {self.upper:.0%}]"

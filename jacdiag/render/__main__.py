@@ -19,6 +19,7 @@ _FORMS: dict[str, Form] = {
 
 
 def main(args: list[str]) -> int:
+    """Print a report in another format, and return the exit code."""
     if len(args) != 2 or args[1] not in FORMATS:
         print(f"usage: python -m jacdiag.render REPORT.json {'|'.join(FORMATS)}", file=sys.stderr)
         return 2

@@ -57,7 +57,7 @@ def _row(ranking: Ranking) -> tuple[str, ...]:
 
 
 def span(estimate: Estimate) -> str:
-    """ "0.93 [0.90, 0.95]", "–" where nothing could be compared."""
+    """Return text such as "0.93 [0.90, 0.95]", or "–" if nothing could be compared."""
     if estimate.value is None:
         return "–"
     if estimate.lower is None or estimate.upper is None:

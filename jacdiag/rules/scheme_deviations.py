@@ -161,13 +161,9 @@ def _looks(yardstick: Yardstick, mismatch: Mismatch) -> str:
         return "scaled by the width of a head, not by that of its input"
 
     # 2. Scaling with depth.
-    factor = depth_factor(yardstick, mismatch)
-    if factor == "missing" and weight.role in RESIDUAL:
-        return "the scaling with depth is missing"
-    if factor == "extra" and weight.role in RESIDUAL:
-        return "scaled with depth once too often"
-    if factor == "extra" and weight.role in INNER:
-        return "scaled with depth, and writes to no shortcut"
+    mistake = _depth_mistake(weight.role, depth_factor(yardstick, mismatch))
+    if mistake:
+        return mistake
 
     # 3. Two numbers taken for each other, or no init at all.
     if holds(weight, value * value, spread) or holds(weight, math.sqrt(value), spread):
@@ -175,6 +171,17 @@ def _looks(yardstick: Yardstick, mismatch: Mismatch) -> str:
     if _has_fans_confused(weight, value, spread):
         return "fan_in and fan_out confused"
     return _LINEAR_DEFAULT if is_linear_default(weight) else ""
+
+
+def _depth_mistake(role: str, factor: str) -> str:
+    """Return what is wrong with the scaling with depth; "" if nothing is."""
+    if factor == "missing" and role in RESIDUAL:
+        return "the scaling with depth is missing"
+    if factor == "extra" and role in RESIDUAL:
+        return "scaled with depth once too often"
+    if factor == "extra" and role in INNER:
+        return "scaled with depth, and writes to no shortcut"
+    return ""
 
 
 def _has_fans_confused(weight: WeightRecord, value: float, spread: Spread) -> bool:

@@ -86,6 +86,7 @@ class StoredWeights(Mapping[str, Tensor]):
 
 
 def outline(piece: Piece) -> Tensor:
+    """Return an empty meta tensor of the shape and dtype of a piece."""
     return torch.empty(piece.shape, dtype=piece.dtype, device="meta")
 
 

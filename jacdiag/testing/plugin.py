@@ -17,6 +17,7 @@ _LINES = pytest.StashKey[list[str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options of the plugin."""
     group = parser.getgroup("jacdiag", "jacdiag: gate on model initialisation")
     group.addoption(
         "--jacdiag", action="store_true", help="run tests that use the fixture jacdiag_gate"
@@ -35,6 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """Prepare the list of lines for the summary."""
     config.stash[_LINES] = []
 
 
@@ -77,6 +79,7 @@ def jacdiag_gate(request: pytest.FixtureRequest) -> Callable[..., Any]:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print one line for each gate that ran."""
     lines = config.stash[_LINES]
     if lines:
         terminalreporter.section("jacdiag gate")

@@ -122,7 +122,9 @@ class Sublayer:
         return self._norm.normalise(x)
 
     def core(self, z: Tensor) -> Tensor:
-        """Return the branch after its input norm, the learned gain included: f(x) = core(norm(x)).
+        """Return the branch after its input norm, the learned gain included.
+
+        With it f(x) is core(norm(x)).
 
         Without an input norm it is the branch itself. For a reordered norm it is the branch before
         its output norm.

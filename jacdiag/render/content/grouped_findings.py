@@ -54,7 +54,7 @@ class Note:
 
     @property
     def place(self) -> str:
-        """ "model.py:118", or ""."""
+        """Return the place as in "model.py:118", or "" if it is not known."""
         return f"{self.file}:{self.line}" if self.file else ""
 
 
