@@ -42,6 +42,7 @@ check: .venv/.installed-dev
 
 test: .venv/.installed-dev
 	$(TEST) -m "not long"
+	$(TEST) --doctest-modules jacdiag cli
 
 test-long: .venv/.installed-dev
 	JACDIAG_LONG=1 $(TEST)

@@ -172,7 +172,7 @@ def whole_map(use: Use, shape: Sequence[int]) -> Use:
 
     Example:
         >>> whole_map(Use("W_Q", fan_in=64, fan_out=64), (192, 64))
-        Use(role='W_QKV', layer=None, sublayer='', fan_in=64, fan_out=192)
+        Use(role='W_QKV', layer=None, sublayer='', fan_in=64, fan_out=192, offset=0.0)
     """
     if len(shape) != 2 or use.role not in _PACKED or use.fan_out is None:
         return use
