@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _faults.trials import Target, scale_attention
 from detect import Run, Training, text
-from faults import scale_attention
 
 import jacdiag
 from jacdiag.records.run_log import read_run
@@ -50,8 +50,8 @@ def measure(
         for step in range(1, steps + 1):
             started = time.perf_counter()
             ids = training.batch()
-            if step >= steps // 2:
-                ids = scale_attention(training, ids, step == steps // 2)
+            if step == steps // 2:
+                ids = scale_attention(Target(training.model, lambda factor: None), ids)
             loss, norm = training.step(step, ids)
             watch.step(loss, grad_norm=norm)
             if step == 1:

@@ -141,7 +141,8 @@ def train(
                 )
                 saved[places[step]] = path
         w.flush()
-        w.record.dumps = 0
+        assert w.record.recorder is not None
+        w.record.recorder.dumps = 0  # each place gets its flight, however many alerts wrote one
         w.record.dump(at, fault.name)
     return saved
 

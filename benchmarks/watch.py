@@ -100,7 +100,9 @@ def own_account(loop: Loop, steps: int, folder: Path) -> dict[str, Any]:
     ) as w:
         loop.step(lambda loss, norm: w.step(loss, grad_norm=norm))
         w.clock.spent.clear()
-        labels = len(w.tiers.figures.groups.labels)  # type: ignore[union-attr]
+        metrics = w.measurements.metrics
+        assert metrics is not None
+        labels = len(metrics.groups.labels)
         turns = -(-max(steps, labels) // labels) * labels
         opened = [loop.step(lambda loss, norm: w.step(loss, grad_norm=norm)) for _ in range(turns)]
         spent, plain = dict(w.clock.spent), w.clock.step_seconds
