@@ -11,7 +11,6 @@ selects or weighs the results of others.
 from __future__ import annotations
 
 import enum
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from jacdiag.trace.discovery.coverage import parameters_of
 from jacdiag.trace.discovery.matrix_order import roles_of
 from jacdiag.trace.discovery.naming import home_of
 from jacdiag.trace.discovery.residual import Site
+from jacdiag.trace.graph.additions import Term
 from jacdiag.trace.graph.graph import STATE, Graph
 from jacdiag.trace.graph.ops import (
     ACTIVATIONS,
@@ -90,9 +90,10 @@ def uses_of(sites: Sites) -> dict[str, Use]:
     for site, raw in zip(sites, sites.raw, strict=True):
         roles = _Branch(sites, site, raw).roles()
         for name in site.parameters:
-            if name not in uses:
-                use = roles.get(name) or _small_use(sites, name)
-                uses[name] = replace(use, layer=site.depth, sublayer=site.name)
+            if name in uses:
+                continue
+            use = roles.get(name) or _small_use(sites, name)
+            uses[name] = replace(use, layer=site.depth, sublayer=site.name)
 
     # 2. Parameters outside all sub-layers.
     for name, use in _outside(sites).items():
@@ -116,17 +117,26 @@ def pattern(name: str) -> str:
 def tied_to_head(sites: Sites) -> set[str]:
     """Return the embeddings that a product after the last sub-layer reads too."""
     graph = sites.graph
-    last = max((graph.values[s.output].node for s in sites.raw if not s.nested), default=-1)
-    after = [n.index for n in graph.nodes if n.index > last and sites.finder.is_product(n.index)]
-    return set(parameters_of(graph, after, sites.skeleton)) & set(sites.coverage.embedding)
+    last_sum = -1
+    for site in sites.raw:
+        if not site.nested:
+            last_sum = max(last_sum, graph.values[site.output].node)
+
+    # What a product after the last sub-layer reads is the head's.
+    is_product = sites.finder.is_product
+    after = [node for node in range(last_sum + 1, len(graph.nodes)) if is_product(node)]
+    read_by_head = set(parameters_of(graph, after, sites.skeleton))
+    return read_by_head & set(sites.coverage.embedding)
 
 
 def _like(name: str, uses: Mapping[str, Use], ranks: Mapping[str, int]) -> Use:
     """Return the use of a parameter of the same rank whose name differs in numbers only."""
-    same = NUMBER.sub("*", name)
+    own_pattern = NUMBER.sub("*", name)
     for other, use in uses.items():
-        if ranks.get(other) != ranks[name] or NUMBER.sub("*", other) != same:
+        if ranks.get(other) != ranks[name] or NUMBER.sub("*", other) != own_pattern:
             continue
+
+        # The other's layer is not its own: that stands in its name.
         number = NUMBER.search(name)
         layer = use.layer
         if number is not None and layer is not None:
@@ -186,8 +196,18 @@ def _without_pieces_if_many(flows: set[_Flow]) -> set[_Flow]:
     return {_Flow(flow.product, flow.marks) for flow in flows}
 
 
-def _any_has(flows: Iterable[_Flow], mark: _Mark) -> bool:
-    return any(mark in flow.marks for flow in flows)
+def _with_mark(flows: Iterable[_Flow], mark: _Mark) -> set[_Flow]:
+    return {flow for flow in flows if mark in flow.marks}
+
+
+def _union(sides: Iterable[set[_Flow]]) -> set[_Flow]:
+    flows: set[_Flow] = set()
+    return flows.union(*sides)
+
+
+def _pieces_of(flows: Iterable[_Flow]) -> set[int]:
+    pieces: set[int] = set()
+    return pieces.union(*(flow.pieces for flow in flows))
 
 
 def _products_of(flows: Iterable[_Flow]) -> set[int]:
@@ -239,7 +259,7 @@ class _Branch:
 
         Separate W_Q, W_K and W_V are read after W_O.
         """
-        # rows added to keys and values have rank 3
+        # Rows that are added to keys and values have rank 3, and are no matrices.
         matrices = [name for name in names if self._rank(name) == 2]
         if len(matrices) < 4:
             return matrices
@@ -250,11 +270,13 @@ class _Branch:
 
         Cross-attention makes keys and values of another sequence, for example.
         """
+        calls = set(self.raw.calls)
         home = home_of(self.graph, self.sites.finder, self.raw)
-        if not home:
-            return sorted(set(self.raw.calls))
-        call, last = self.graph.invocations[home], max(self.raw.calls)
-        return sorted({*self.raw.calls, *range(call.start, min(call.end, last + 1))})
+        if home:
+            module_call = self.graph.invocations[home]
+            end = min(module_call.end, max(calls) + 1)
+            calls.update(range(module_call.start, end))
+        return sorted(calls)
 
     def _rank(self, name: str) -> int:
         return self.sites.skeleton.outlines[name].dim()
@@ -264,14 +286,19 @@ class _Branch:
 
         They are in the last dimension, or in that of the channels for a convolution.
         """
+        # 1. What the product reads. Of addmm, that is not what is added.
         record = self.graph.nodes[node]
         read = list(self.graph.float_inputs(node))
-        if record.terms is not None:  # addmm: its product's own operand, not what is added
-            in_product = {v for term in record.terms if term.product for v in term.values}
-            read = [v for v in read if v.index in in_product] or read
+        if record.terms is not None:
+            in_product = _values_in_products(record.terms)
+            factors = [value for value in read if value.index in in_product]
+            read = factors or read
         if not read or not record.outputs:
             return None, None
-        shape_in, shape_out = read[0].shape, self.graph.values[record.outputs[0]].shape
+
+        # 2. The sizes before and after.
+        shape_in = read[0].shape
+        shape_out = self.graph.values[record.outputs[0]].shape
         if not shape_in or not shape_out:
             return None, None
         dim = 1 if record.name.startswith("conv") else -1
@@ -280,40 +307,55 @@ class _Branch:
     # -- following results -------------------------------------------------------------------------
     def _pass(self, node: int) -> None:
         """Take the flows of a call's operands on to its results."""
-        name = self.graph.nodes[node].name
-        sides = self._sides(node)
-        not_empty = [side for side in sides if side]
-        flows = {flow for side in sides for flow in side}
-
         # 1. What the call does with the results of products.
-        if self.sites.finder.is_product(node):
-            flows = self._begin_flow(node, flows)
-        elif name in SCALED_DOT_PRODUCT:
-            for side, tag in zip(sides, _ATTENTION_TAGS, strict=False):
-                self._tag(side, tag)
-        elif name in BILINEAR_OR_IN_PLACE and len(not_empty) >= 2:
-            flows = self._meet(not_empty)
-        elif name in TIMES and len(not_empty) == 2:
-            self._multiplied(*not_empty)
+        name = self.graph.nodes[node].name
+        flows = self._flows_through(node)
 
-        # 2. The flows of its own results.
+        # 2. The flows of its own results. Pieces that are cut off are told apart.
         marks = _marks_of(name)
+        cuts = name in CUT_INTO_PIECES
         for value in self.graph.nodes[node].outputs:
-            pieces = frozenset({value}) if name in CUT_INTO_PIECES else frozenset()
-            self.flows[value] = _without_pieces_if_many(
-                {_Flow(flow.product, flow.marks | marks, flow.pieces | pieces) for flow in flows}
-            )
+            pieces = frozenset({value}) if cuts else frozenset()
+            passed_on = {
+                _Flow(flow.product, flow.marks | marks, flow.pieces | pieces) for flow in flows
+            }
+            self.flows[value] = _without_pieces_if_many(passed_on)
 
         # 3. The factors of what a softmax reads are queries and keys.
         if name in SOFTMAX:
-            self._tag({flow for flow in flows if _Mark.LEFT in flow.marks}, _Tag.QUERY)
-            self._tag({flow for flow in flows if _Mark.RIGHT in flow.marks}, _Tag.KEY)
+            self._tag(_with_mark(flows, _Mark.LEFT), _Tag.QUERY)
+            self._tag(_with_mark(flows, _Mark.RIGHT), _Tag.KEY)
+
+    def _flows_through(self, node: int) -> set[_Flow]:
+        """Return the flows that a call passes on, and tag the products that they come from."""
+        # 1. A product with weights ends the flows into it.
+        name = self.graph.nodes[node].name
+        sides = self._sides(node)
+        flows = _union(sides)
+        if self.sites.finder.is_product(node):
+            return self._begin_flow(node, flows)
+
+        # 2. Fused attention reads queries, keys and values in this order.
+        if name in SCALED_DOT_PRODUCT:
+            for side, tag in zip(sides, _ATTENTION_TAGS, strict=False):
+                self._tag(side, tag)
+            return flows
+
+        # 3. A product of two results, as matrices or by element.
+        factors = [side for side in sides if side]
+        if name in BILINEAR_OR_IN_PLACE and len(factors) >= 2:
+            return self._meet(factors)
+        if name in TIMES and len(factors) == 2:
+            self._multiplied(*factors)
+        return flows
 
     def _sides(self, node: int) -> list[set[_Flow]]:
         """Return the flows into each differentiable operand of a call."""
         live = {value.index for value in self.graph.float_inputs(node)}
-        operands = [v for v in self.graph.nodes[node].operands if v in live] or sorted(live)
-        return [self.flows.get(v, set()) for v in operands]
+        operands = [value for value in self.graph.nodes[node].operands if value in live]
+        if not operands:
+            operands = sorted(live)
+        return [self.flows.get(value, set()) for value in operands]
 
     def _begin_flow(self, node: int, flows: set[_Flow]) -> set[_Flow]:
         """Note a product with weights: the flows into it end, and one begins."""
@@ -333,50 +375,60 @@ class _Branch:
         Before a softmax it makes scores, of which the factors are marked. After one it mixes
         values, which are what did not pass the softmax.
         """
-        if any(_any_has(side, _Mark.SOFTMAX) for side in sides):
-            for side in sides:
-                if not _any_has(side, _Mark.SOFTMAX):
-                    self._tag(side, _Tag.VALUE)
-            flows = {flow for side in sides for flow in side}
-            ended = {_Mark.SOFTMAX, _Mark.LEFT, _Mark.RIGHT}
-            return {replace(flow, marks=flow.marks - ended) for flow in flows}
+        # 1. Before a softmax: scores.
+        if not _with_mark(_union(sides), _Mark.SOFTMAX):
+            left, right = sides[-2:]
+            marked = {replace(flow, marks=flow.marks | {_Mark.LEFT}) for flow in left}
+            return marked | {replace(flow, marks=flow.marks | {_Mark.RIGHT}) for flow in right}
 
-        left, right = sides[-2:]
-        marked = {replace(flow, marks=flow.marks | {_Mark.LEFT}) for flow in left}
-        return marked | {replace(flow, marks=flow.marks | {_Mark.RIGHT}) for flow in right}
+        # 2. After a softmax: a mixture of values. Its marks are of no more use.
+        for side in sides:
+            if not _with_mark(side, _Mark.SOFTMAX):
+                self._tag(side, _Tag.VALUE)
+        ended = {_Mark.SOFTMAX, _Mark.LEFT, _Mark.RIGHT}
+        return {replace(flow, marks=flow.marks - ended) for flow in _union(sides)}
 
     def _multiplied(self, left: set[_Flow], right: set[_Flow]) -> None:
         """Tag the products whose results are multiplied by element: gates, and what they gate."""
-        left_products, right_products = _products_of(left), _products_of(right)
+        left_products = _products_of(left)
+        right_products = _products_of(right)
         if left_products != right_products:
             self._tag_factor({flow for flow in left if flow.product not in right_products})
             self._tag_factor({flow for flow in right if flow.product not in left_products})
             return
 
         # One matrix makes both factors if each is a piece that the other is not.
-        left_pieces = {piece for flow in left for piece in flow.pieces}
-        right_pieces = {piece for flow in right for piece in flow.pieces}
+        left_pieces = _pieces_of(left)
+        right_pieces = _pieces_of(right)
         if left_pieces - right_pieces and right_pieces - left_pieces:
             self._tag(left, _Tag.HALVES)
 
     def _tag_factor(self, flows: set[_Flow]) -> None:
-        """Tag the products behind one factor of a product by element."""
-        if _any_has(flows, _Mark.CHOICE):
+        """Tag the products whose results are one factor of a product by element."""
+        if _with_mark(flows, _Mark.CHOICE):
             self._tag(flows, _Tag.WEIGHS)
-        is_gate = _any_has(flows, _Mark.ACTIVATION)
-        self._tag(flows, _Tag.GATE if is_gate else _Tag.UP)
+        if _with_mark(flows, _Mark.ACTIVATION):
+            self._tag(flows, _Tag.GATE)
+        else:
+            self._tag(flows, _Tag.UP)
 
     # -- roles -------------------------------------------------------------------------------------
     def _role(self, node: int, fan_out: int | None) -> str:
         """Return the role of the matrix of a product."""
         if self.site.kind == "attention":
             return self._attention_role(node)
+
+        # A product that no other follows makes the output or weighs experts.
         tags = self.tags[node]
         is_last = not self.followed[node]
         if is_last and self._is_router(tags, fan_out):
             return "router"
+        if is_last and self.site.kind in ("mlp", "moe"):
+            return "W_2"
         if is_last:
-            return "W_2" if self.site.kind in ("mlp", "moe") else "W_O"
+            return "W_O"
+
+        # The others differ by what their result is multiplied by.
         if _Tag.HALVES in tags:
             return "W_gate_up"
         if _Tag.GATE in tags:
@@ -392,18 +444,36 @@ class _Branch:
 
     def _attention_role(self, node: int) -> str:
         """Return the role of a matrix in an attention, such as W_Q or W_QKV."""
-        following = {tag for product in self.followed[node] for tag in self.tags[product]}
-        passed_on = following & set(_ATTENTION_TAGS)
+        # 1. What the product makes: queries, keys, values, itself or through products that follow.
+        passed_on: set[_Tag] = set()
+        for product in self.followed[node]:
+            passed_on.update(self.tags[product])
+        passed_on &= set(_ATTENTION_TAGS)
         tags = self.tags[node] | passed_on
         letters = "".join(tag.value for tag in _ATTENTION_TAGS if tag in tags)
-        if letters and passed_on:  # the first of two factors, a low-rank projection
+
+        # 2. The first of two factors is a low-rank projection.
+        if letters and passed_on:
             return f"W_{letters}_a"
         if letters:
             return f"W_{letters}"
+
+        # 3. It makes none of them.
         is_last = not self.followed[node]
         if is_last:
             return "W_O"
-        return "W_gate" if _Tag.GATE in self.tags[node] else "W_V"
+        if _Tag.GATE in self.tags[node]:
+            return "W_gate"
+        return "W_V"
+
+
+def _values_in_products(terms: Iterable[Term]) -> set[int]:
+    """Return the values that terms multiply by a matrix."""
+    values: set[int] = set()
+    for term in terms:
+        if term.product:
+            values.update(term.values)
+    return values
 
 
 def _marks_of(name: str) -> frozenset[_Mark]:
@@ -421,7 +491,8 @@ def _marks_of(name: str) -> frozenset[_Mark]:
 # -- outside all sub-layers ------------------------------------------------------------------------
 def _outside(sites: Sites) -> dict[str, Use]:
     """Return the uses of parameters outside all sub-layers: tables, head, what lies between."""
-    coverage, outlines = sites.coverage, sites.skeleton.outlines
+    coverage = sites.coverage
+    outlines = sites.skeleton.outlines
     uses = _lookup_tables(sites)
     for name in (*coverage.embedding, *coverage.head, *coverage.norms, *coverage.uncovered):
         if name in uses or name not in outlines:
@@ -437,13 +508,16 @@ def _outside(sites: Sites) -> dict[str, Use]:
 
 def _lookup_tables(sites: Sites) -> dict[str, Use]:
     """Return the uses of lookup tables: the embedding is the longest that the input indexes."""
-    graph, outlines = sites.graph, sites.skeleton.outlines
+    # 1. All tables, and those that the input indexes.
+    graph = sites.graph
+    outlines = sites.skeleton.outlines
     uses: dict[str, Use] = {}
     indexed_by_input: set[str] = set()
     for node in graph.nodes:
         if node.name not in LOOKUPS:
             continue
-        reads_input = any(graph.values[v].live or graph.values[v].routed for v in node.inputs)
+        read = [graph.values[index] for index in node.inputs]
+        reads_input = any(value.live or value.routed for value in read)
         for name in parameters_of(graph, (node.index,), sites.skeleton):
             if name not in outlines:
                 continue
@@ -451,6 +525,8 @@ def _lookup_tables(sites: Sites) -> dict[str, Use]:
             uses[name] = Use("positions", fan_in=shape[0], fan_out=shape[-1])
             if reads_input:
                 indexed_by_input.add(name)
+
+    # 2. The longest of them is the embedding.
     if indexed_by_input:
         longest = max(sorted(indexed_by_input), key=lambda name: outlines[name].shape[0])
         uses[longest] = replace(uses[longest], role="embedding")
@@ -459,31 +535,38 @@ def _lookup_tables(sites: Sites) -> dict[str, Use]:
 
 def _outer_matrix(sites: Sites, name: str) -> Use:
     """Return the use of a matrix outside all sub-layers, by the first product that reads it."""
-    graph, is_product = sites.graph, sites.finder.is_product
-    readers = [
-        n.index for n in graph.nodes if name in parameters_of(graph, (n.index,), sites.skeleton)
-    ]
-    product = next((n for n in readers if is_product(n)), None)
-    if product is None:
-        return Use("positions" if name in sites.coverage.embedding else "")
-    shape_in = next(iter(graph.float_inputs(product))).shape
-    shape_out = graph.values[graph.nodes[product].outputs[0]].shape
-    last = max(n.index for n in graph.nodes if is_product(n.index))
-    return Use(
-        "head" if product == last else "projection",
-        fan_in=shape_in[-1] if shape_in else None,
-        fan_out=shape_out[-1] if shape_out else None,
-    )
+    # 1. The first product that reads the matrix, and the last product of all.
+    graph = sites.graph
+    products = [node.index for node in graph.nodes if sites.finder.is_product(node.index)]
+    readers = [n for n in products if name in parameters_of(graph, (n,), sites.skeleton)]
+    if not readers and name in sites.coverage.embedding:
+        return Use("positions")
+    if not readers:
+        return Use("")
+    first_reader = readers[0]
+    role = "head" if first_reader == products[-1] else "projection"
+
+    # 2. How many features go in and come out.
+    shape_in = next(iter(graph.float_inputs(first_reader))).shape
+    shape_out = graph.values[graph.nodes[first_reader].outputs[0]].shape
+    fan_in = shape_in[-1] if shape_in else None
+    fan_out = shape_out[-1] if shape_out else None
+    return Use(role, fan_in=fan_in, fan_out=fan_out)
 
 
 def _joins_the_input(sites: Sites, name: str) -> bool:
     """Return whether a parameter is a token of its own, joined to those of the input."""
-    use = _first_use(sites.graph, name)
-    if use is None or sites.graph.nodes[use.node].name not in JOINS:
+    graph = sites.graph
+    use = _first_use(graph, name)
+    if use is None or graph.nodes[use.node].name not in JOINS:
         return False
-    joined = sites.graph.values[sites.graph.nodes[use.node].outputs[0]].shape
+
+    # A token has the features of those that it joins.
+    joined = graph.values[graph.nodes[use.node].outputs[0]].shape
     shape = sites.skeleton.outlines[name].shape
-    return len(joined) >= 3 and len(shape) >= 1 and shape[-1] == joined[-1]
+    if len(joined) < 3 or not shape:
+        return False
+    return shape[-1] == joined[-1]
 
 
 # -- vectors ---------------------------------------------------------------------------------------
@@ -492,25 +575,37 @@ def _small_use(sites: Sites, name: str) -> Use:
 
     It is what the first call that reads it makes of it.
     """
-    graph, shape = sites.graph, sites.skeleton.outlines[name].shape
-    if any(name in _state_read(graph, n.index) for n in graph.nodes if n.name in LOOKUPS):
+    # 1. Tables and matrices.
+    graph = sites.graph
+    shape = sites.skeleton.outlines[name].shape
+    if _is_looked_up(graph, name):
         return Use("positions")
-    is_matrix = math.prod(shape) > 1 and len(shape) >= 2 and min(shape) > 1
+    is_matrix = len(shape) >= 2 and min(shape) > 1
     if is_matrix:
         return Use("")
+
+    # 2. The first call that reads it.
     use = _first_use(graph, name)
     if use is None:
         return Use("")
     operation = graph.nodes[use.node].name
+    if operation in NORMS_WITH_GAIN and _is_gain(graph, use.node, name):
+        return Use("norm_gain", offset=use.added)
     if operation in NORMS_WITH_GAIN:
-        return (
-            Use("norm_gain", offset=use.added) if _is_gain(graph, use.node, name) else Use("bias")
-        )
-    if operation in TIMES or operation in DIVISIONS:
-        is_gain_of_norm = _in_norm(sites, use.node) and not use.changed
-        role = "norm_gain" if is_gain_of_norm else "scale"
-        return Use(role, offset=use.added + _times_one_more(graph, use.node))
-    return Use("bias")
+        return Use("bias")
+
+    # 3. A product by element is a norm's gain or a scale. Anything else adds a bias.
+    if operation not in TIMES | DIVISIONS:
+        return Use("bias")
+    is_gain_of_norm = _in_norm(sites, use.node) and not use.changed
+    role = "norm_gain" if is_gain_of_norm else "scale"
+    return Use(role, offset=use.added + _times_one_more(graph, use.node))
+
+
+def _is_looked_up(graph: Graph, name: str) -> bool:
+    """Return whether a parameter is a lookup table."""
+    lookups = [node.index for node in graph.nodes if node.name in LOOKUPS]
+    return any(name in _state_read(graph, node) for node in lookups)
 
 
 def _is_gain(graph: Graph, node: int, name: str) -> bool:
@@ -518,14 +613,8 @@ def _is_gain(graph: Graph, node: int, name: str) -> bool:
 
     Running statistics, which a batch norm reads too, come before both.
     """
-    vectors = [
-        v
-        for v in graph.nodes[node].operands
-        if graph.values[v].from_state and not graph.values[v].live
-    ]
-    position_of_gain = 0
-    if len(vectors) > 2:
-        position_of_gain = len(vectors) - 2
+    vectors = [v for v in graph.nodes[node].operands if graph.values[v].is_weight]
+    position_of_gain = max(0, len(vectors) - 2)
     for position, vector in enumerate(vectors):
         if _made_of(graph, vector, name):
             return position == position_of_gain
@@ -533,7 +622,9 @@ def _is_gain(graph: Graph, node: int, name: str) -> bool:
 
 
 def _state_read(graph: Graph, node: int) -> set[str]:
-    return {graph.values[v].name for v in graph.nodes[node].inputs if graph.values[v].node == STATE}
+    """Return the names of the parameters and buffers that a call reads itself."""
+    read = [graph.values[index] for index in graph.nodes[node].inputs]
+    return {value.name for value in read if value.node == STATE}
 
 
 @dataclass(frozen=True)
@@ -557,17 +648,21 @@ def _first_use(graph: Graph, name: str) -> _FirstUse | None:
     The parameter is followed through the calls that read nothing live, such as casts and
     `1 + weight`.
     """
-    waiting = [(v.index, 0.0, False) for v in graph.values if v.node == STATE and v.name == name]
+    own_values = [v.index for v in graph.values if v.node == STATE and v.name == name]
+    waiting = [(index, 0.0, False) for index in own_values]
     seen: set[int] = set()
     while waiting:
-        value, added, changed = waiting.pop(0)
-        for node in graph.values[value].consumers:
+        index, added, changed = waiting.pop(0)
+        for node in graph.values[index].consumers:
             record = graph.nodes[node]
-            if any(graph.values[v].live for v in record.inputs):
+            if _live_inputs(graph, node):
                 return _FirstUse(node, added, changed)
-            now_changed = changed or record.name in CHANGE_A_NUMBER
+
+            # The call reads no input: follow what it makes of the parameter.
+            added_here = added + record.added
+            changed_here = changed or record.name in CHANGE_A_NUMBER
             fresh = [output for output in record.outputs if output not in seen]
-            waiting += [(output, added + record.added, now_changed) for output in fresh]
+            waiting += [(output, added_here, changed_here) for output in fresh]
             seen.update(record.outputs)
     return None
 
@@ -577,11 +672,14 @@ def _times_one_more(graph: Graph, node: int) -> float:
     record = graph.nodes[node]
     if record.name not in TIMES:
         return 0.0
-    multiplied = {v for v in record.operands if graph.values[v].live}
+
+    # The sum has two terms: the product, and what it multiplied.
+    multiplied = {value for value in record.operands if graph.values[value].live}
     for output in record.outputs:
         for consumer in graph.values[output].consumers:
             terms = graph.nodes[consumer].terms or ()
-            if {output} | multiplied == {term.operand for term in terms}:
+            added = {term.operand for term in terms}
+            if added == {output} | multiplied:
                 return 1.0
     return 0.0
 
@@ -614,17 +712,20 @@ def _in_norm(sites: Sites, node: int) -> bool:
         if maker < 0 or maker in seen:
             continue
         seen.add(maker)
-        record = graph.nodes[maker]
-        if record.name in NORMALISING:
+        if graph.nodes[maker].name in NORMALISING:
             return True
-        reads_weight = any(
-            graph.values[v].from_state and not graph.values[v].live for v in record.inputs
-        )
-        adds_two = record.terms is not None and "sub" not in record.name
-        if reads_weight or adds_two or sites.finder.is_product(maker):
-            continue
-        waiting += _live_inputs(graph, maker)
+        if not _ends_norm(sites, maker):
+            waiting += _live_inputs(graph, maker)
     return False
+
+
+def _ends_norm(sites: Sites, node: int) -> bool:
+    """Return whether nothing before a call is of one norm with what follows it."""
+    graph = sites.graph
+    record = graph.nodes[node]
+    reads_weight = any(graph.values[index].is_weight for index in record.inputs)
+    adds_two = record.terms is not None and "sub" not in record.name
+    return reads_weight or adds_two or sites.finder.is_product(node)
 
 
 def length_divided_by(graph: Graph, name: str) -> int | None:
@@ -639,9 +740,11 @@ def length_divided_by(graph: Graph, name: str) -> int | None:
     use = _first_use(graph, name)
     if use is None or use.changed:
         return None
+
+    # Walk back from the gain to where a length is computed.
     waiting = _live_inputs(graph, use.node)
     seen: set[int] = set()
-    length = None
+    numbers = None
     while waiting:
         maker = graph.values[waiting.pop()].node
         if maker < 0 or maker in seen:
@@ -650,9 +753,11 @@ def length_divided_by(graph: Graph, name: str) -> int | None:
         operation = graph.nodes[maker].name
         live = _live_inputs(graph, maker)
         if operation in LENGTHS and live:
-            length = graph.values[live[0]].shape[-1]
+            numbers = graph.values[live[0]].shape[-1]
             continue
+
+        # A call that may change the size of the result ends the way, since the norm is another.
         divides_by_a_weight = operation in DIVISIONS and len(live) != 2
         if operation in KEEP_THE_SIZE and not divides_by_a_weight:
             waiting += live
-    return length
+    return numbers

@@ -45,7 +45,18 @@ class Value:
 
     @property
     def is_float(self) -> bool:
+        """Whether it holds real or complex floating-point numbers."""
         return self.dtype.is_floating_point or self.dtype.is_complex
+
+    @property
+    def is_differentiable(self) -> bool:
+        """Whether it depends on the model's input and holds floating-point numbers."""
+        return self.live and self.is_float
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether it is made of parameters or buffers alone."""
+        return self.from_state and not self.live
 
 
 @dataclass(slots=True)
@@ -122,9 +133,10 @@ class Graph:
 
     def float_inputs(self, node: int) -> Iterator[Value]:
         """Yield the differentiable live values that a call reads."""
-        if self.nodes[node].name in CUTS:
+        record = self.nodes[node]
+        if record.name in CUTS:
             return
-        for index in self.nodes[node].inputs:
+        for index in record.inputs:
             value = self.values[index]
             if value.live and value.is_float:
                 yield value

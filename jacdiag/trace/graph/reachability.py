@@ -22,9 +22,12 @@ class Walks:
             return True
         if record.name not in PRODUCTS:
             return False
-        values = [self.graph.values[v] for v in record.inputs]
-        reads_weight = any(v.from_state and not v.live for v in values)
-        return reads_weight and any(v.live and v.is_float for v in values)
+
+        # One factor has to be a weight, the other has to depend on the input.
+        values = [self.graph.values[index] for index in record.inputs]
+        reads_weight = any(value.is_weight for value in values)
+        reads_stream = any(value.is_differentiable for value in values)
+        return reads_weight and reads_stream
 
     def reaches(
         self,
@@ -43,45 +46,59 @@ class Walks:
             statistics: whether it may pass a mean or norm of one number per token. No shortcut
                 fits there.
         """
-        floor = self.graph.values[ancestor].node
-        shape = self.graph.values[ancestor].shape
-        most_of_statistic = -1
-        if not statistics and shape:
-            most_of_statistic = math.prod(shape) // max(1, shape[-1])
-        stack, seen = list(values), set()
+        # 1. What ends a path: a call before the ancestor was made, a value of few numbers.
+        floor = max(self.graph.values[ancestor].node, -1)
+        size_of_statistic = -1
+        if not statistics:
+            size_of_statistic = _numbers_of_statistic(self.graph.values[ancestor].shape)
+
+        # 2. Walk back from the values.
+        stack = list(values)
+        seen: set[int] = set()
         while stack:
             index = stack.pop()
             if index == ancestor:
                 return True
             node = self.graph.values[index].node
-            if node <= floor or node < 0 or node in seen:
+            if node <= floor or node in seen:
                 continue
+
+            # Another result of the same reduction may be large enough, so it is not yet seen.
             is_reduction = self.graph.nodes[node].name in REDUCTIONS
-            if is_reduction and math.prod(self.graph.values[index].shape) <= most_of_statistic:
+            if is_reduction and math.prod(self.graph.values[index].shape) <= size_of_statistic:
                 continue
             seen.add(node)
             if not through_products and self.is_product(node):
                 continue
-            stack.extend(v.index for v in self.graph.float_inputs(node))
+            stack.extend(value.index for value in self.graph.float_inputs(node))
         return False
 
     def cone(self, ancestor: int, values: Iterable[int]) -> tuple[int, ...]:
         """Return the calls that depend on `ancestor` and lead to `values`, ascending."""
-        # 1. Backward: the calls that lead to the values.
-        floor = self.graph.values[ancestor].node
+        # 1. Backward: the calls that lead to the values, down to where the ancestor was made.
+        floor = max(self.graph.values[ancestor].node, -1)
         leading: set[int] = set()
         stack = list(values)
         while stack:
             node = self.graph.values[stack.pop()].node
-            if node > floor and node >= 0 and node not in leading:
-                leading.add(node)
-                stack.extend(v.index for v in self.graph.float_inputs(node))
+            if node <= floor or node in leading:
+                continue
+            leading.add(node)
+            stack.extend(value.index for value in self.graph.float_inputs(node))
 
         # 2. Forward: those of them that the ancestor reaches.
         live = {ancestor}
-        cone = []
+        cone: list[int] = []
         for node in sorted(leading):
-            if any(v.index in live for v in self.graph.float_inputs(node)):
+            reads_live = any(value.index in live for value in self.graph.float_inputs(node))
+            if reads_live:
                 cone.append(node)
                 live.update(self.graph.nodes[node].outputs)
         return tuple(cone)
+
+
+def _numbers_of_statistic(shape: tuple[int, ...]) -> int:
+    """Return how many numbers a value of one number per token has; -1 for a scalar stream."""
+    if not shape:
+        return -1
+    return math.prod(shape) // max(1, shape[-1])
