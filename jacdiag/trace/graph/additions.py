@@ -178,21 +178,28 @@ def terms_of(
 
     Args:
         name: of the call.
-        args, kwargs: its arguments.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
         value_of: the value index of a tensor, None if the call did not read it.
     """
     parts = parts_of(name, args, kwargs)
-    if sum(part is not None for part in parts) < 2:
+    tensors_added = [part for part in parts if part is not None]
+    if len(tensors_added) < 2:
         return None
-    terms = []
-    for part in parts:
-        if part is None:
-            terms.append(Term((), None))
-            continue
-        values = tuple(v for v in map(value_of, part.tensors) if v is not None)
-        operand = values[0] if part.plain and values else None
-        terms.append(Term(values, operand, part.product))
-    return tuple(terms)
+    return tuple(_term(part, value_of) for part in parts)
+
+
+def _term(part: Part | None, value_of: Callable[[Tensor], int | None]) -> Term:
+    """Return a term by value index; one without values for a term that is no tensor."""
+    if part is None:
+        return Term((), None)
+
+    indices = [value_of(tensor) for tensor in part.tensors]
+    values = tuple(index for index in indices if index is not None)
+    operand = None
+    if part.plain and values:
+        operand = values[0]
+    return Term(values, operand, part.product)
 
 
 def number_added(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
@@ -210,16 +217,18 @@ def number_added(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     form = FORMS.get(name)
     if form not in (_add, _sub):
         return 0.0
+
+    # One operand is a number, the other a tensor.
     operands = (*args[:2], kwargs.get("other"))
-    numbers = [
-        value
-        for value in operands
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    ]
+    numbers = [value for value in operands if _is_number(value)]
     if len(numbers) != 1:
         return 0.0
     number = float(numbers[0] * kwargs.get("alpha", 1))
     return number if form is _add else -number
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def term_tensor(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], position: int) -> Tensor:

@@ -143,13 +143,21 @@ class Recorder(TorchFunctionMode):
     def new_value(
         self, tensor: Tensor, node: int, position: int = 0, name: str = "", **flags: Any
     ) -> int:
+        """Add a value for a tensor; return its index.
+
+        Args:
+            tensor: the tensor, which is not kept.
+            node: the call that made it, or INPUT, STATE, CONSTANT.
+            position: among the call's results.
+            name: of a parameter or buffer.
+            **flags: `live`, `from_state` and `routed` of the value.
+        """
         index = len(self.values)
-        self.values.append(
-            Value(index, node, position, tuple(tensor.shape), tensor.dtype, name, **flags)
-        )
+        shape = tuple(tensor.shape)
+        self.values.append(Value(index, node, position, shape, tensor.dtype, name, **flags))
         self._objects[id(tensor)] = (weakref.ref(tensor), index)
         if flags.get("live") and tensor.dim() > 1:
-            self.stream_shapes.add(tuple(tensor.shape))
+            self.stream_shapes.add(shape)
         return index
 
     def lookup(self, tensor: Tensor) -> tuple[int, ...]:
@@ -164,21 +172,26 @@ class Recorder(TorchFunctionMode):
         written = None
         if value is not None or storage in self._held:
             written = self._storages.get(storage)
-        if value is None and written is not None:
+
+        # 3. A tensor without a value.
+        if value is None:
+            if written is None:
+                self._note_foreign(tensor)
+                return (self.new_value(tensor, CONSTANT),)
             # Made where the mode cannot see (a custom autograd.Function's wrapper): same memory,
             # same history.
             value = self._adopt(tensor, written)
 
-        # 3. A tensor that is met for the first time.
-        if value is None:
-            if tensor.is_floating_point() and tuple(tensor.shape) in self.stream_shapes:
-                self.foreign.append((tensor, unseen_code()))
-            return (self.new_value(tensor, CONSTANT),)
+        # 4. A write counts if it came after the value was made.
+        if written is None or written == value:
+            return (value,)
+        is_later = self.values[written].node > self.values[value].node
+        return (value, written) if is_later else (value,)
 
-        is_later = written is not None and self.values[written].node > self.values[value].node
-        if written is not None and written != value and is_later:
-            return (value, written)
-        return (value,)
+    def _note_foreign(self, tensor: Tensor) -> None:
+        """Note a tensor of a live value's shape that no recorded call made."""
+        if tensor.is_floating_point() and tuple(tensor.shape) in self.stream_shapes:
+            self.foreign.append((tensor, unseen_code()))
 
     def _state_value(self, tensor: Tensor) -> int | None:
         """Return the value of a parameter or buffer; None for any other tensor."""
@@ -198,6 +211,7 @@ class Recorder(TorchFunctionMode):
         return index
 
     def _adopt(self, tensor: Tensor, written: int) -> int:
+        """Return a value for a tensor with the history of a value in the same memory."""
         writer = self.values[written]
         if tuple(tensor.shape) == writer.shape:
             self._objects[id(tensor)] = (weakref.ref(tensor), written)
@@ -209,23 +223,33 @@ class Recorder(TorchFunctionMode):
     # -- calls -------------------------------------------------------------------------------------
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+
+        # 1. Reading or writing an attribute of a tensor, such as `.T` or `.data`.
         if getattr(func, "__name__", "") in ("__get__", "__set__", "__delete__"):
             result = self.precision.call(func, args, kwargs)
             if not isinstance(result, Tensor):
                 return result
             return self._note(func, args, kwargs, result, [], signature(func))
+
+        # 2. The tensors that the call reads, and how often each was written to before.
         tensors: list[Tensor] = []
         collect(args, tensors)
         collect(kwargs, tensors)
-        versions = [version_of(t) for t in tensors]
+        versions = [version_of(tensor) for tensor in tensors]
+
+        # 3. The model's own weights must not change.
         key = signature(func)
         if tensors and writes_in_place(key[0]):
             parameter = self.guests.get(storage_of(tensors[0]))
             if parameter:
                 raise WritesParameter(parameter)
+
+        # 4. The call itself, and what it wrote to.
         result = self.precision.call(func, args, kwargs)
         mutated = [
-            t for t, version in zip(tensors, versions, strict=True) if version_of(t) != version
+            tensor
+            for tensor, version in zip(tensors, versions, strict=True)
+            if version_of(tensor) != version
         ]
         return self._note(func, args, kwargs, result, mutated, key)
 
@@ -235,7 +259,9 @@ class Recorder(TorchFunctionMode):
         """Add a call to the record, unless it made nothing new; return its result.
 
         Args:
-            func, args, kwargs: the call.
+            func: the torch function.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
             result: what it returned.
             mutated: the tensors among its arguments that it wrote to.
             key: of the call.
@@ -246,23 +272,27 @@ class Recorder(TorchFunctionMode):
         if not results and not mutated:
             return result
         read = _tensors_read(key[0], args, kwargs)
-        value_of = {id(t): self.lookup(t) for t in read}
-        if not mutated and all(id(t) in value_of for t in results):
-            # an identity: x.to(x.dtype), contiguous(), eval-mode dropout written by hand
+        value_of = {id(tensor): self.lookup(tensor) for tensor in read}
+
+        # An identity makes nothing new: x.to(x.dtype), contiguous(), eval-mode dropout written by
+        # hand.
+        if not mutated and all(id(tensor) in value_of for tensor in results):
             return result
 
         # 2. The call itself.
         name = _name_of_call(func, key)
-        inputs = tuple(dict.fromkeys(v for values in value_of.values() for v in values))
-        flow = self._flow(name, inputs, value_of, args)
+        inputs: dict[int, None] = {}
+        for values in value_of.values():
+            inputs.update(dict.fromkeys(values))
+        flow = self._flow(name, tuple(inputs), value_of, args)
         node = Node(
             index=len(self.nodes),
             name=name,
             key=key,
-            inputs=inputs,
+            inputs=tuple(inputs),
             outputs=(),
             invocation=self.stack[-1] if self.stack else 0,
-            operands=tuple(value_of[id(t)][-1] for t in read),
+            operands=tuple(value_of[id(tensor)][-1] for tensor in read),
             function=custom_function(),
             added=number_added(name, args, kwargs),
         )
@@ -271,12 +301,12 @@ class Recorder(TorchFunctionMode):
             self.values[value].consumers.append(node.index)
 
         # 3. The values that it wrote, then those that it made.
-        written = [
-            self._write(t, node.index, _position(t, results, read), flow.live, flow.from_state)
-            for t in mutated
-        ]
-        made = self._new_results(node.index, results, read, mutated, flow)
-        node.outputs = (*written, *made)
+        written: list[int] = []
+        for tensor in mutated:
+            position = _position(tensor, results, read)
+            written.append(self._write(tensor, node.index, position, flow))
+        created = self._new_results(node.index, results, read, mutated, flow)
+        node.outputs = (*written, *created)
 
         # 4. What it adds, if it is an addition.
         if flow.live:
@@ -289,14 +319,18 @@ class Recorder(TorchFunctionMode):
         self, name: str, inputs: tuple[int, ...], value_of: dict[int, tuple[int, ...]], args: Any
     ) -> _Flow:
         """Return what a call's results inherit from its inputs."""
-        values = [self.values[v] for v in inputs]
-        routed = any(v.routed or (v.live and v.is_float) for v in values)
+        # Only the shape of the first argument counts for a call such as zeros_like.
+        values = [self.values[index] for index in inputs]
+        is_routed = any(value.routed or value.is_differentiable for value in values)
         if name in METADATA_ONLY:
-            return _Flow(live=False, from_state=False, routed=routed)
-        live = any(v.live for v in values)
-        if live and self._selects_weights(name, value_of, args):
-            live = False
-        return _Flow(live, any(v.from_state for v in values), routed)
+            return _Flow(live=False, from_state=False, routed=is_routed)
+
+        # Rows of a weight are a weight, whatever picks them.
+        is_live = any(value.live for value in values)
+        if is_live and self._selects_weights(name, value_of, args):
+            is_live = False
+        reads_state = any(value.from_state for value in values)
+        return _Flow(live=is_live, from_state=reads_state, routed=is_routed)
 
     def _new_results(
         self,
@@ -307,12 +341,14 @@ class Recorder(TorchFunctionMode):
         flow: _Flow,
     ) -> list[int]:
         """Give a value to every result of a call that was neither read nor written to."""
-        storages_read = {storage_of(t) for t in read}
-        known = {id(t) for t in mutated} | {id(t) for t in read}
+        storages_read = {storage_of(tensor) for tensor in read}
+        known = {id(tensor) for tensor in (*mutated, *read)}
         values: list[int] = []
         for position, tensor in enumerate(results):
             if id(tensor) in known:
                 continue
+
+            # 1. The value.
             value = self.new_value(
                 tensor,
                 node,
@@ -322,9 +358,10 @@ class Recorder(TorchFunctionMode):
                 routed=flow.routed and not is_float(tensor),
             )
             values.append(value)
+
+            # 2. Its memory. If that is new, whatever had this storage before is gone.
             storage = storage_of(tensor)
             if storage not in storages_read:
-                # New memory: whatever had this storage before is gone.
                 self._wrote(storage, tensor, value)
                 self._members[storage] = []
             self._members.setdefault(storage, []).append(value)
@@ -335,34 +372,43 @@ class Recorder(TorchFunctionMode):
 
         What it picks is a weight still, although the indices depend on the input.
         """
-        if name not in SELECT_ROWS or not args or id(args[0]) not in value_of:
+        # 1. The table that is indexed comes first, and depends on no input.
+        if name not in SELECT_ROWS or not args:
             return False
-        if any(self.values[v].live for v in value_of[id(args[0])]):
+        table = value_of.get(id(args[0]))
+        if table is None or any(self.values[index].live for index in table):
             return False
+
+        # 2. Whatever else depends on the input is a routed index.
+        others: list[int] = []
         for tensor_id, values in value_of.items():
-            if tensor_id == id(args[0]):
-                continue
-            for value in values:
-                index = self.values[value]
-                is_routed_index = index.routed and not index.is_float
-                if index.live and not is_routed_index:
-                    return False
+            if tensor_id != id(args[0]):
+                others.extend(values)
+        for other in others:
+            index = self.values[other]
+            is_routed_index = index.routed and not index.is_float
+            if index.live and not is_routed_index:
+                return False
         return True
 
-    def _write(self, tensor: Tensor, node: int, position: int, live: bool, state: bool) -> int:
+    def _write(self, tensor: Tensor, node: int, position: int, flow: _Flow) -> int:
         """Note an in-place write: a new version of the object and of what shares its storage."""
+        # 1. What the memory held before is no longer there.
         storage = storage_of(tensor)
         for member in self._members.get(storage, ()):
             self.values[member].mutated = True
-        reference, old = self._objects.get(id(tensor), (None, -1))
-        if reference is not None and reference() is tensor:
+        old = self._value_of_object(tensor)
+        if old is not None:
             self.values[old].mutated = True
-        index = self.new_value(tensor, node, position, live=live, from_state=state)
+
+        # 2. The new version.
+        index = self.new_value(tensor, node, position, live=flow.live, from_state=flow.from_state)
         self._wrote(storage, tensor, index)
         self._members.setdefault(storage, []).append(index)
         return index
 
     def _wrote(self, storage: int, tensor: Tensor, index: int) -> None:
+        """Note the last value that was written to a storage, and hold the storage's name."""
         self._storages[storage] = index
         if storage >= 0 and storage not in self._held:
             self._held[storage] = StorageWeakRef(tensor.untyped_storage())
@@ -394,6 +440,7 @@ def record(
     It runs again if the code writes to parameters (each is replaced by a copy first) or has rebuilt
     itself on the way.
     """
+    # 1. Run, until nothing has been written to and nothing was rebuilt.
     borrows = dict(skeleton.outlines)
     for _ in range(len(borrows) + 3):
         try:
@@ -406,11 +453,15 @@ def record(
             continue
         if skeleton.settled():
             break
+
+    # 2. What the model returned, and what came in without a recorded call.
     results: list[Tensor] = []
     collect_deep(output, results)
-    outputs = tuple(recorder.lookup(t)[-1] for t in results)
+    outputs = tuple(recorder.lookup(tensor)[-1] for tensor in results)
     constants = skeleton.attribute_tensors()
     foreign = [line for tensor, line in recorder.foreign if id(tensor) not in constants]
+
+    # 3. The graph.
     graph = Graph(
         nodes=recorder.nodes,
         values=recorder.values,
@@ -436,20 +487,23 @@ def observe(
     Args:
         kind: the class of the recorder.
         skeleton: the model's code.
-        args, kwargs: the inputs of its forward.
+        args: the positional arguments of its forward.
+        kwargs: the keyword arguments of its forward.
         dtype: precision of the run.
         borrows: the model's own parameters, which must not be written to.
 
     Raises:
         WritesParameter: the code writes to one of `borrows`.
     """
+    # 1. A recorder that knows the names of the weights.
     skeleton.restore()
     state = skeleton.fresh_state_of("")
-    names = {id(t): name for name, t in state.items()}
-    guests = {storage_of(t): name for name, t in (borrows or {}).items()}
-    recorder = kind(
-        Precision(dtype, names, valueless=skeleton.valueless, stored=skeleton.stored), guests
-    )
+    names = {id(tensor): name for name, tensor in state.items()}
+    guests = {storage_of(tensor): name for name, tensor in (borrows or {}).items()}
+    precision = Precision(dtype, names, valueless=skeleton.valueless, stored=skeleton.stored)
+    recorder = kind(precision, guests)
+
+    # 2. The run. The inputs are values before the first call.
     with ExitStack() as stack:
         stack.enter_context(_module_hooks(skeleton, recorder))
         stack.enter_context(torch.no_grad())
@@ -465,13 +519,14 @@ def observe(
 
 @contextmanager
 def _module_hooks(skeleton: Skeleton, recorder: Recorder) -> Iterator[None]:
-    """Tell the recorder which module runs, by hooks on the skeleton, never on the model."""
+    """Notify the recorder which module runs, by hooks on the skeleton, never on the model."""
 
     def before(module: Any, args: Any, kwargs: Any) -> None:
         tensors: list[Tensor] = []
         with torch._C.DisableTorchFunction():
             collect_deep((args, kwargs), tensors)
-            recorder.enter(skeleton.names.get(id(module), ""), type(module).__name__, tensors)
+            name = skeleton.names.get(id(module), "")
+            recorder.enter(name, type(module).__name__, tensors)
 
     def after(*arguments: Any) -> None:
         tensors: list[Tensor] = []
@@ -496,7 +551,9 @@ def _tensors_read(name: str, args: Any, kwargs: Any) -> list[Tensor]:
     read: list[Tensor] = []
     collect(args, read)
     collect(kwargs, read)
-    return read[:1] if name in FIRST_ONLY else read
+    if name in FIRST_ONLY:
+        return read[:1]
+    return read
 
 
 def _position(tensor: Tensor, results: list[Tensor], read: list[Tensor]) -> int:
@@ -504,7 +561,8 @@ def _position(tensor: Tensor, results: list[Tensor], read: list[Tensor]) -> int:
 
     A tensor that is not among them has a negative one, -1 - k, for the k-th that the call read.
     """
-    for position, other in enumerate(results):
-        if other is tensor:
+    for position, result in enumerate(results):
+        if result is tensor:
             return position
-    return -1 - next(k for k, other in enumerate(read) if other is tensor)
+    position_in_read = next(k for k, operand in enumerate(read) if operand is tensor)
+    return -1 - position_in_read
