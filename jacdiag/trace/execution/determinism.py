@@ -25,16 +25,18 @@ def same_output(a: Any, b: Any) -> bool:
     second: list[Tensor] = []
     collect_deep(a, first)
     collect_deep(b, second)
-    return len(first) == len(second) and all(
-        same_tensor(x, y) for x, y in zip(first, second, strict=True)
-    )
+    if len(first) != len(second):
+        return False
+    return all(same_tensor(x, y) for x, y in zip(first, second, strict=True))
 
 
 def same_tensor(x: Tensor, y: Tensor) -> bool:
     """Return whether two tensors are equal; NaN equals NaN, and meta tensors have only a shape."""
     if x.shape != y.shape:
         return False
-    return x.is_meta or bool(torch.equal(torch.nan_to_num(x), torch.nan_to_num(y)))
+    if x.is_meta:
+        return True
+    return bool(torch.equal(torch.nan_to_num(x), torch.nan_to_num(y)))
 
 
 class Fingerprints(Recorder):
@@ -48,13 +50,15 @@ class Fingerprints(Recorder):
     def _note(
         self, func: Any, args: Any, kwargs: Any, result: Any, mutated: list[Tensor], key: Any
     ) -> Any:
+        """Add a call to the record, with a checksum of what it made and wrote to."""
         count = len(self.nodes)
         out = super()._note(func, args, kwargs, result, mutated, key)
-        if len(self.nodes) > count:
+        is_recorded = len(self.nodes) > count
+        if is_recorded:
             with torch._C.DisableTorchFunction():
                 results: list[Tensor] = []
                 collect((result, mutated), results)
-                self.prints.append((key[0], tuple(_checksum(t) for t in results)))
+                self.prints.append((key[0], tuple(_checksum(tensor) for tensor in results)))
                 self.lines.append(user_line(3))
         return out
 
@@ -79,13 +83,24 @@ def first_difference(a: Fingerprints, b: Fingerprints) -> str:
 
     The text names the operation, the module and the line.
     """
+    # 1. The first call.
     pairs = itertools.zip_longest(a.prints, b.prints)
     index = next((k for k, (x, y) in enumerate(pairs) if x != y), None)
     if index is None:
         return ""
+
+    # 2. Where it stands, in the run that made it.
     run = a if index < len(a.prints) else b
     node: Node = run.nodes[index]
-    module = run.invocations[node.invocation].module if run.invocations else ""
-    where = f"in '{module}', {run.lines[index]}" if module else run.lines[index]
-    drawn = "draws random numbers" if node.name in RANDOM_DRAWS else "gives another result"
-    return f"{node.name} {drawn} ({where})"
+    module = ""
+    if run.invocations:
+        module = run.invocations[node.invocation].module
+    where = run.lines[index]
+    if module:
+        where = f"in '{module}', {where}"
+
+    # 3. What differs.
+    event = "gives another result"
+    if node.name in RANDOM_DRAWS:
+        event = "draws random numbers"
+    return f"{node.name} {event} ({where})"

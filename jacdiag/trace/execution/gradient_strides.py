@@ -47,7 +47,10 @@ def with_regular_gradient(name: str, result: Any) -> Any:
     """
     if name != "batch_norm" or not isinstance(result, Tensor):
         return result
-    is_misread = result.device.type == "cpu" and result.dim() > 2 and result.shape[0] == 1
+
+    # Only such a result is misread, and only a backward reads it.
+    is_one_sequence = result.dim() > 2 and result.shape[0] == 1
+    is_misread = is_one_sequence and result.device.type == "cpu"
     if not is_misread or not torch.is_grad_enabled():
         return result
     return _RegularGradient.apply(result)

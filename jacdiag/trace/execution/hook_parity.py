@@ -48,21 +48,30 @@ class OriginalRun:
         of_model: list[Tensor] = []
         collect_deep(output, of_copy)
         collect_deep(self.output, of_model)
-        tolerance = max(
-            (_TOLERANCE.get(p.dtype, 0.0) for p in self.model.parameters()), default=1e-3
-        )
-        return len(of_copy) == len(of_model) and all(
-            _close(a, b, tolerance) for a, b in zip(of_copy, of_model, strict=True)
-        )
+        if len(of_copy) != len(of_model):
+            return False
+
+        # The lowest precision of the weights sets the tolerance.
+        dtypes = [parameter.dtype for parameter in self.model.parameters()]
+        tolerance = max((_TOLERANCE.get(dtype, 0.0) for dtype in dtypes), default=1e-3)
+        return all(_close(a, b, tolerance) for a, b in zip(of_copy, of_model, strict=True))
 
     def first_stray(self, copy: nn.Module, run_copy: Callable[[], Any]) -> str:
-        """Return the first module whose output differs between the copy and the model."""
+        """Return the first module whose output differs between the copy and the model.
+
+        Args:
+            copy: the model's copy.
+            run_copy: runs it.
+        """
         of_copy = _outputs(copy, run_copy)
         of_model = _outputs(self.model, self.run)
-        for key, value in of_copy.items():
-            other = of_model.get(key)
-            if other is None or abs(value - other) > 1e-2 * max(abs(value), abs(other), 1e-6):
-                return key[0]
+        for (name, call), size in of_copy.items():
+            other = of_model.get((name, call))
+            if other is None:
+                return name
+            scale = max(abs(size), abs(other), 1e-6)
+            if abs(size - other) > 1e-2 * scale:
+                return name
         return ""
 
 
@@ -80,6 +89,7 @@ def _as_given(arguments: Any, model: nn.Module) -> Any:
 
 @contextmanager
 def _in_eval(model: nn.Module) -> Iterator[None]:
+    """Put every module in eval mode, and back in its own afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in modes:
@@ -91,9 +101,11 @@ def _in_eval(model: nn.Module) -> Iterator[None]:
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    """Return whether two tensors are equal to a relative tolerance; NaN counts as 0."""
     if a.shape != b.shape:
         return False
-    a, b = torch.nan_to_num(a.detach().double()), torch.nan_to_num(b.detach().double())
+    a = torch.nan_to_num(a.detach().double())
+    b = torch.nan_to_num(b.detach().double())
     return bool((a - b).norm() <= tolerance * b.norm() + 1e-12)
 
 

@@ -66,7 +66,9 @@ class Stored(Mapping[str, Tensor]):
 
     def filled(self, value: Any) -> Any:
         """Return the tensor of an outline, and any other value as it is."""
-        return self.read(value) if self.holds(value) else value
+        if self.holds(value):
+            return self.read(value)
+        return value
 
     def asks(self, func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
         """Return whether a call reads an outline's shape, dtype or place, and not its numbers."""
@@ -81,7 +83,13 @@ class Stored(Mapping[str, Tensor]):
         """Return the answer to such a call.
 
         An attribute that is a tensor itself (`weight.T`, `weight.data`) needs the numbers.
+
+        Args:
+            func: the torch function.
+            args: its positional arguments, the outline first.
+            kwargs: its keyword arguments.
         """
+        # 1. Where the weight is: on the device that it is brought to, not on the meta device.
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")
         if attribute == "device":
             return self.device
@@ -89,6 +97,8 @@ class Stored(Mapping[str, Tensor]):
             return self.device.type == attribute.removeprefix("is_")
         if attribute in _PLACE:
             return _PLACE[attribute]
+
+        # 2. Its shape and dtype are those of the outline.
         result = func(*args, **kwargs)
         if isinstance(result, Tensor):
             return func(self.read(args[0]), *args[1:], **kwargs)

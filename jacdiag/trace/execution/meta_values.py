@@ -31,60 +31,81 @@ class KnownValues:
 
         Copies are kept up to date.
         """
+        # 1. A question about values that are known.
         name = getattr(func, "__name__", "")
-        tensors = [t for t in _leaves((args, kwargs)) if isinstance(t, Tensor)]
-        known = all(self._copy(t) is not None for t in tensors if t.is_meta)
-        if name in VALUE_QUESTIONS and known:
+        tensors = _tensors_in((args, kwargs))
+        is_known = all(self._copy(tensor) is not None for tensor in tensors if tensor.is_meta)
+        if name in VALUE_QUESTIONS and is_known:
             return func(*self._real(args), **self._real(kwargs))
+
+        # 2. The call itself. What it writes to is not known any more.
         result = func(*args, **kwargs)
-        results = [t for t in _leaves(result) if isinstance(t, Tensor)]
+        results = _tensors_in(result)
         if writes_in_place(name):
-            for t in (*tensors[:1], *results):
-                self._known.pop(id(t), None)
+            for tensor in (*tensors[:1], *results):
+                self._known.pop(id(tensor), None)
             return result
-        is_small = all(t.is_meta and t.numel() <= _LARGEST for t in results)
+
+        # 3. Copies of its results.
         is_draw = any(piece in name for piece in NAMES_OF_DRAWS)
-        if known and is_small and not is_draw:
+        if is_known and not is_draw and _all_small(results):
             self._keep(func, args, kwargs, results)
         return result
 
     def _keep(self, func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> None:
         """Make a call again on the CPU and keep what it returns as copies of its results."""
-        tensorless = not any(isinstance(t, Tensor) for t in _leaves((args, kwargs)))
+        # A call that reads no tensor makes one on the device that it names.
+        reads_tensors = bool(_tensors_in((args, kwargs)))
         try:
             kwargs = self._real(kwargs)
-            if tensorless:
+            if not reads_tensors:
                 kwargs = {**kwargs, "device": "cpu"}
             with torch._C.DisableTorchFunction():
-                result = func(*self._real(args), **kwargs)
-                copies = [t for t in _leaves(result) if isinstance(t, Tensor)]
+                copies = _tensors_in(func(*self._real(args), **kwargs))
         except Exception:
             return  # then nothing is known of it
-        for t, copy in zip(results, copies, strict=False):
-            self._known[id(t)] = (weakref.ref(t), copy)
+        for tensor, copy in zip(results, copies, strict=False):
+            self._known[id(tensor)] = (weakref.ref(tensor), copy)
 
     def _copy(self, tensor: Tensor) -> Tensor | None:
+        """Return the copy of a tensor, None if its values are not known."""
         reference, copy = self._known.get(id(tensor), (None, None))
-        return copy if reference is not None and reference() is tensor else None
+        if reference is None or reference() is not tensor:
+            return None
+        return copy
 
     def _real(self, value: Any) -> Any:
         """Return nested arguments with copies in place of meta tensors, and the CPU as device."""
+        # 1. Leaves.
         if isinstance(value, Tensor):
             copy = self._copy(value)
             return value if copy is None else copy
         if isinstance(value, torch.device):
             return torch.device("cpu") if value.type == "meta" else value
+
+        # 2. Containers. A device may also be named by a string.
         if type(value) in (tuple, list):
             return type(value)(self._real(item) for item in value)
         if type(value) is dict:
-            return {
-                key: torch.device("cpu") if key == "device" else self._real(item)
-                for key, item in value.items()
-            }
+            entries = {key: self._real(item) for key, item in value.items()}
+            if "device" in entries:
+                entries["device"] = torch.device("cpu")
+            return entries
         return value
 
 
+def _all_small(tensors: Iterable[Tensor]) -> bool:
+    """Return whether all tensors are on the meta device and small enough to be computed."""
+    return all(tensor.is_meta and tensor.numel() <= _LARGEST for tensor in tensors)
+
+
+def _tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors among the leaves of nested tuples, lists and dicts."""
+    return [leaf for leaf in _leaves(value) if isinstance(leaf, Tensor)]
+
+
 def _leaves(value: Any) -> Iterable[Any]:
+    """Yield the leaves of nested tuples, lists and dicts."""
     if isinstance(value, (tuple, list)):
         for item in value:
             yield from _leaves(item)

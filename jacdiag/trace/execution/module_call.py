@@ -35,22 +35,32 @@ class _Swap(TorchFunctionMode):
 
     def copy(self, value: Any) -> Any:
         """Return a copy of nested arguments; what cannot be copied is shared."""
-        kind = type(value)
+        # 1. Tensors, and what is shared.
         if isinstance(value, Tensor):
             return self.swap.get(id(value), value)
-        if value is None or isinstance(value, (int, float, str, bool, torch.nn.Module)):
+        if _is_shared(value):
             return value
+
+        # 2. Containers.
+        kind = type(value)
         if kind in (tuple, list):
             return kind(self.copy(item) for item in value)
         if kind is dict:
             return {key: self.copy(item) for key, item in value.items()}
-        if callable(value) or kind.__name__.endswith("Config"):
-            return value
+
+        # 3. Objects such as caches. Hooks run with torch functions disabled.
         try:
-            with torch._C._EnableTorchFunction(), self:  # hooks run with torch functions disabled
+            with torch._C._EnableTorchFunction(), self:
                 return copy.deepcopy(value)
         except Exception:
             return value
+
+
+def _is_shared(value: Any) -> bool:
+    """Return whether a copy of arguments holds a value itself, such as a number or a module."""
+    if value is None or isinstance(value, (int, float, str, bool, torch.nn.Module)):
+        return True
+    return callable(value) or type(value).__name__.endswith("Config")
 
 
 @dataclass
@@ -59,7 +69,8 @@ class Call:
 
     Attributes:
         module: its name.
-        args, kwargs: a snapshot of its arguments.
+        args: a snapshot of its positional arguments.
+        kwargs: a snapshot of its keyword arguments.
         tensors: those among them, by value.
     """
 
@@ -76,16 +87,21 @@ class Call:
 
         Args:
             module: name of the module.
-            args, kwargs: the arguments.
+            args: the positional arguments.
+            kwargs: the keyword arguments.
             values: the values of the tensors among them, in order.
             mutated: values that the run writes to.
         """
-        given: list[Tensor] = []
-        collect_deep((args, kwargs), given)
-        by_value = dict(zip(values, given, strict=True))
-        tensors = {v: t.clone() if v in mutated else t for v, t in by_value.items()}
-        swap = _Swap({id(t): tensors[v] for v, t in zip(values, given, strict=True)})
-        return cls(module, swap.copy(args), swap.copy(kwargs), tensors)
+        originals: list[Tensor] = []
+        collect_deep((args, kwargs), originals)
+
+        # A value may come in twice: the last of its tensors stands for all.
+        by_value = dict(zip(values, originals, strict=True))
+        tensors: dict[int, Tensor] = {}
+        for value, tensor in by_value.items():
+            tensors[value] = tensor.clone() if value in mutated else tensor
+        swapper = _Swap({id(t): tensors[v] for v, t in zip(values, originals, strict=True)})
+        return cls(module, swapper.copy(args), swapper.copy(kwargs), tensors)
 
     def arguments(
         self, replaced: Mapping[int, Tensor] | None = None
@@ -103,7 +119,14 @@ class Call:
 def prepared(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return a model's inputs, detached, floats in the precision of the run, without KV cache."""
+    """Return a model's inputs, detached, floats in the precision of the run, without KV cache.
+
+    Args:
+        model: its forward says whether it has a cache.
+        args: the positional arguments.
+        kwargs: the keyword arguments.
+        dtype: precision of the run.
+    """
 
     def cast(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
@@ -111,10 +134,16 @@ def prepared(
         leaf = leaf.detach()
         if leaf.is_inference():
             leaf = leaf.clone()
-        return leaf.to(dtype) if leaf.is_floating_point() else leaf
+        if leaf.is_floating_point():
+            return leaf.to(dtype)
+        return leaf
 
+    # 1. The tensors.
     with torch.inference_mode(False):
-        args, kwargs = map_leaves(cast, args), map_leaves(cast, kwargs)
+        args = map_leaves(cast, args)
+        kwargs = map_leaves(cast, kwargs)
+
+    # 2. The cache.
     try:
         parameters = inspect.signature(type(model).forward).parameters
     except (TypeError, ValueError):

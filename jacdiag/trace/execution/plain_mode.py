@@ -40,12 +40,13 @@ def unseen_code() -> str:
     That is a scripted function, if the code names one.
     """
     frame: Any = sys._getframe(2)
-    first = ""
+    innermost = ""
     while frame is not None and frame.f_code.co_name != "observe":
         code = frame.f_code
-        if not code.co_filename.startswith(_OURS):
+        is_model_code = not code.co_filename.startswith(_OURS)
+        if is_model_code:
             where = f"{code.co_filename}:{frame.f_lineno}"
-            first = first or where
+            innermost = innermost or where
             name = _scripted_function(frame)
             if name is not None:
                 return (
@@ -54,7 +55,7 @@ def unseen_code() -> str:
                 )
         frame = frame.f_back
     return (
-        f"a call before {first} whose inside torch does not show (C++, Triton); declare what "
+        f"a call before {innermost} whose inside torch does not show (C++, Triton); declare what "
         "it hides"
     )
 
@@ -69,17 +70,21 @@ def _scripted_function(frame: Any) -> str | None:
 
 def modules_with_functions(graph: Graph) -> set[str]:
     """Return the names of the modules in whose run a custom autograd.Function makes a call."""
-    first = {node.invocation for node in graph.nodes if node.function}
-    return {graph.path(around) for invocation in first for around in graph.ancestors(invocation)}
+    innermost = {node.invocation for node in graph.nodes if node.function}
+    names: set[str] = set()
+    for invocation in innermost:
+        names.update(graph.path(around) for around in graph.ancestors(invocation))
+    return names
 
 
 def first_reader(graph: Graph, value: int, invocation: int) -> int | None:
     """Return the first call of a module call that reads a value outside of custom Functions."""
     end = graph.invocations[invocation].end
     for node in graph.values[value].consumers:
-        is_inside = node < end or end < 0
         record = graph.nodes[node]
-        if is_inside and not record.function and value in record.operands:
+        is_inside = node < end or end < 0
+        may_be_replaced = not record.function and value in record.operands
+        if is_inside and may_be_replaced:
             return node
     return None
 
@@ -106,10 +111,8 @@ def _without_checkpoints() -> Iterator[None]:
     with _lock:
         _depth += 1
         if _depth == 1:
-            _patched.update(
-                {name: getattr(torch.utils.checkpoint, name, None) for name in _STAND_INS}
-            )
             for name, stand_in in _STAND_INS.items():
+                _patched[name] = getattr(torch.utils.checkpoint, name, None)
                 setattr(torch.utils.checkpoint, name, stand_in)
     try:
         yield
@@ -126,6 +129,7 @@ class _NoCheckpoint:
 
     @staticmethod
     def apply(run_function: Any, _preserve_rng_state: Any, *args: Any) -> Any:
+        """Return what the function returns; torch's own runs it under no_grad."""
         return run_function(*args)
 
 

@@ -56,12 +56,17 @@ class Raisings:
         """Return what a graph keeps in place of a tensor."""
         if _is_zero(saved):
             return partial(torch.zeros, saved.size(), dtype=saved.dtype, device=saved.device)
+
+        # A raised tensor is made once more when it is needed.
         entry = None
         if self._low is not None:
             entry = self._low.get(saved.untyped_storage().data_ptr())
-        if entry is None or entry[0]() is None or saved.requires_grad:
+        if entry is None or saved.requires_grad:
             return saved
-        return entry[1], saved.size(), saved.stride(), saved.storage_offset()
+        raised, again = entry
+        if raised() is None:
+            return saved
+        return again, saved.size(), saved.stride(), saved.storage_offset()
 
     def _unpack(self, packed: Any) -> Tensor:
         """Return the tensor that `_pack` put away."""
@@ -80,8 +85,10 @@ def _is_zero(tensor: Tensor) -> bool:
     """Return whether a large tensor is all zero."""
     if tensor.is_meta or tensor.dim() == 0 or tensor.numel() < _LARGE:
         return False
-    # Of a tensor that is not, the first element mostly shows it.
-    if tensor[(0,) * tensor.dim()] != 0:
+
+    # The first element of a tensor that is not all zero mostly shows it.
+    first = tensor[(0,) * tensor.dim()]
+    if first != 0:
         return False
     return not bool(tensor.any())
 
@@ -167,9 +174,13 @@ class Precision:
     ) -> Any:
         """Return an attribute of a tensor; a low dtype of the state is the run's own."""
         result = func(*args, **kwargs)
+
+        # 1. The dtype of a weight.
         is_low_dtype = isinstance(result, torch.dtype) and self.lower(result)
         if is_low_dtype and args and id(args[0]) in self.state:
             return self.dtype
+
+        # 2. Anything of a weight that is not in memory.
         if self.stored is not None and self.stored.asks(func, args):
             return self._raise(self.stored.answer(func, args, kwargs))
         return result
@@ -181,10 +192,15 @@ class Precision:
         try:
             return func(*args, **kwargs)
         except RuntimeError as error:
-            if "overflow" in str(error) and self.dtype is torch.float64:
-                with default_dtype(self.dtype):  # torch.full((), finfo(x.dtype).min)
+            message = str(error)
+
+            # A number that only float64 holds, as in torch.full((), finfo(x.dtype).min).
+            if "overflow" in message and self.dtype is torch.float64:
+                with default_dtype(self.dtype):
                     return func(*args, **kwargs)
-            if "dtype" not in str(error):
+
+            # Tensors of two dtypes.
+            if "dtype" not in message:
                 raise
             args, kwargs = self.raised(args, kwargs)
             return func(*args, **kwargs)
@@ -197,6 +213,7 @@ class Precision:
 
     def _argument(self, value: Any) -> Any:
         """Return an argument with a tensor of the state raised, and a low dtype replaced."""
+        # 1. A tensor of the state.
         if isinstance(value, Tensor):
             if id(value) not in self.state:
                 return value
@@ -204,14 +221,19 @@ class Precision:
             if raised is not value and self.raisings is not None:
                 self.raisings.add(raised, lambda: self._raise(value))
             return raised
+
+        # 2. A dtype below the run's.
         if isinstance(value, torch.dtype) and self.lower(value):
             return self.dtype
         return value
 
     def _raise(self, value: Any) -> Any:
+        """Return a floating tensor in the run's precision, and anything else as it is."""
         if self.stored is not None:
             value = self.stored.filled(value)
-        if isinstance(value, Tensor) and value.is_floating_point() and self.lower(value.dtype):
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        if self.lower(value.dtype):
             return value.to(self.dtype)
         return value
 
@@ -227,13 +249,22 @@ def grouped_mm(
         a: (n, k) rows, sorted by group.
         b: (g, k, m), one matrix per group.
         offs: (g,) where each group ends.
+        bias: is added to the product.
+        **_: options of torch's kernel, which do not change the product.
+
+    Returns:
+        (n, m); rows after the last group are 0.
     """
+    # 1. One product.
     if offs is None or a.dim() != 2 or b.dim() != 3:
         out = a @ b
-    else:
-        ends = [0, *offs.tolist()]
-        rows = [a[start:end] @ b[g] for g, (start, end) in enumerate(itertools.pairwise(ends))]
-        out = torch.cat([*rows, a.new_zeros(a.shape[0] - ends[-1], b.shape[-1])])
+        return out if bias is None else out + bias
+
+    # 2. A product for each group, and zeros for the rows that belong to none.
+    ends = [0, *offs.tolist()]
+    rows = [a[start:end] @ b[g] for g, (start, end) in enumerate(itertools.pairwise(ends))]
+    zeros = a.new_zeros(a.shape[0] - ends[-1], b.shape[-1])
+    out = torch.cat([*rows, zeros])
     return out if bias is None else out + bias
 
 
@@ -245,15 +276,22 @@ def map_leaves(fn: Callable[[Any], Any], value: Any) -> Any:
     """
     if isinstance(value, torch.Size):
         return value
-    if isinstance(value, tuple) or type(value) is list:
+    kind = type(value)
+
+    # 1. Tuples and lists. A named tuple takes its items one by one.
+    if isinstance(value, tuple) or kind is list:
         items = [map_leaves(fn, item) for item in value]
         if all(new is old for new, old in zip(items, value, strict=True)):
             return value
-        is_named = type(value) is not tuple and type(value) is not list
-        return type(value)(*items) if is_named else type(value)(items)
-    if type(value) is dict:
+        is_named = kind is not tuple and kind is not list
+        return kind(*items) if is_named else kind(items)
+
+    # 2. Dicts.
+    if kind is dict:
         entries = {key: map_leaves(fn, item) for key, item in value.items()}
         if all(entries[key] is value[key] for key in value):
             return value
         return entries
+
+    # 3. A leaf.
     return fn(value)

@@ -45,6 +45,7 @@ class Replayer:
 
     @cached_property
     def with_functions(self) -> set[str]:
+        """Names of the modules in whose run a custom autograd.Function makes a call."""
         return modules_with_functions(self.graph)
 
     @cached_property
@@ -63,19 +64,30 @@ class Replayer:
 
     # -- places ------------------------------------------------------------------------------------
     def spot_of(self, value: int, invocation: int) -> Spot:
-        """Return where a value is met when the given module call is run again."""
+        """Return where a value is met when the given module call is run again.
+
+        Args:
+            value: index of the value.
+            invocation: index of the module call.
+        """
+        # 1. Among the arguments of the module call.
         record = self.graph.values[value]
-        if record.node < self.graph.invocations[invocation].start:
+        maker = record.node
+        if maker < self.graph.invocations[invocation].start:
             return Spot(Where.ARGUMENT, position=value, shape=record.shape)
-        # Inside a custom autograd.Function nothing can be replaced: the first reader after it can.
-        is_opaque = bool(self.graph.nodes[record.node].function)
-        reader = first_reader(self.graph, value, invocation) if is_opaque else None
+
+        # 2. Inside a custom autograd.Function nothing can be replaced: the first reader after it
+        # can.
+        reader = None
+        if self.graph.nodes[maker].function:
+            reader = first_reader(self.graph, value, invocation)
         if reader is not None:
             position = self.graph.nodes[reader].operands.index(value)
             return Spot(Where.READ, *self.occurrence(reader, invocation), position, record.shape)
-        return Spot(
-            Where.RESULT, *self.occurrence(record.node, invocation), record.position, record.shape
-        )
+
+        # 3. As the result of a call.
+        key, occurrence = self.occurrence(maker, invocation)
+        return Spot(Where.RESULT, key, occurrence, record.position, record.shape)
 
     def spot_at(self, where: Where, node: int, invocation: int, position: int = 0) -> Spot:
         """Return a place at a call, for the run of the given module call."""
@@ -92,9 +104,10 @@ class Replayer:
 
     def occurrence(self, node: int, invocation: int) -> tuple[CallKey, int]:
         """Return a call's key, and how many calls of the module call with that key come before."""
-        nodes = self.graph.calls_by_key[self.graph.nodes[node].key]
+        key = self.graph.nodes[node].key
         start = self.graph.invocations[invocation].start
-        return self.graph.nodes[node].key, sum(start <= n < node for n in nodes)
+        before = [n for n in self.graph.calls_by_key[key] if start <= n < node]
+        return key, len(before)
 
     # -- runs --------------------------------------------------------------------------------------
     def whole_graph(self) -> AbstractContextManager[None]:
@@ -113,22 +126,31 @@ class Replayer:
     def run(self, invocation: int, source: Spot, x: Tensor, sink: Spot) -> Tensor:
         """Run a module call with `x` at `source` and return the value at `sink`.
 
+        Args:
+            invocation: index of the module call.
+            source: where `x` takes the place of the recorded value.
+            x: of the shape of that value.
+            sink: where the run ends.
+
         Raises:
             TraceError: the run does not meet the sink.
         """
         y = self._run(invocation, source, x, sink)
-        if x.requires_grad and not y.requires_grad and torch.is_grad_enabled():
-            # the model's code ran it under no_grad
+        is_cut = x.requires_grad and not y.requires_grad and torch.is_grad_enabled()
+        if is_cut:  # the model's code ran it under no_grad
             y = self._run(invocation, source, x, sink, grad=True)
         return y
 
     def _run(
         self, invocation: int, source: Spot, x: Tensor, sink: Spot, grad: bool = False
     ) -> Tensor:
+        """Run a module call as `run` does, with `grad` also what the model puts under no_grad."""
+        # 1. The value to put in. The model may write in place, and a leaf must not be written to.
         call = self.calls[invocation]
-        # the model may write in place; a leaf must not be written to
         value = x if _expanded(x) else x.clone()
         met = source.where is Where.ARGUMENT
+        replaced = {source.position: value} if met else None
+        args, kwargs = call.arguments(replaced)
 
         def visit(spot: Spot, tensor: Tensor) -> Tensor:
             nonlocal met
@@ -137,14 +159,15 @@ class Replayer:
             met = True
             return value
 
-        args, kwargs = call.arguments({source.position: value} if met else None)
+        # 2. The run, up to the sink.
+        start = self.starts.get(invocation)
         try:
-            self._execute(
-                call.module, args, kwargs, (source, sink), visit, grad, self.starts.get(invocation)
-            )
+            self._execute(call.module, args, kwargs, (source, sink), visit, grad, start)
         except Stop as stop:
             if met:
                 return stop.value
+
+        # 3. The sink was not met, or was met before the source.
         raise TraceError(
             f"a re-run of '{call.module or 'the model'}' did not meet {sink} again",
             hint="the model's control flow depends on the values; try another --seed",
@@ -161,7 +184,8 @@ class Replayer:
         """Run the model once with taps and return its output.
 
         Args:
-            spots, visit: what to show to `visit` on the way.
+            spots: the places that are shown.
+            visit: is shown the tensor at each; what it returns takes the tensor's place.
             hook: sees (module, args, kwargs) of every module call.
             replaced: value -> tensor: inputs of the model to replace.
             grad: differentiate also what the model's code runs under no_grad.
@@ -171,10 +195,9 @@ class Replayer:
         handles = []
         try:
             if hook is not None:
-                modules = self.skeleton.root.modules()
                 handles = [
-                    m.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
-                    for m in modules
+                    module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+                    for module in self.skeleton.root.modules()
                 ]
             return self._execute("", args, kwargs, spots, visit, grad, self.graph.start)
         finally:
@@ -192,23 +215,24 @@ class Replayer:
         start: RandomState | None = None,
     ) -> Any:
         """Run a module once, with its weights in place and taps at the spots."""
-        # 1. The module, and the weights that it needs.
+        # 1. The module. One that calls other modules of the model needs the weights of all.
         self.skeleton.restore()
         part = self.skeleton.module(module)
         prefix = module
         if module in self.with_modules_from_outside:
-            # The call reaches other modules of the model: it needs the weights of all.
             part, prefix = _Part(self.skeleton.root, module), ""
-        state = self.skeleton.fresh_state_of(prefix)
-        # their backwards read the weights as they were given to them
+
+        # 2. The weights. The backwards of custom Functions read them as they were given to them.
         if module in self.with_functions:
             state = self.skeleton.filled_state_of(prefix, self.dtype)
-
-        # 2. The run.
-        names = {id(t): name for name, t in state.items()}
+        else:
+            state = self.skeleton.fresh_state_of(prefix)
+        names = {id(tensor): name for name, tensor in state.items()}
         precision = Precision(
             self.dtype, names, self.raisings, self.skeleton.valueless, self.skeleton.stored
         )
+
+        # 3. The run.
         with ExitStack() as stack:
             stack.enter_context(plain_run())
             stack.enter_context(borrowed(start))
@@ -234,28 +258,32 @@ class Replayer:
             `values` and `terms`.
         """
         graph = self.graph
-        mutated = {v.index for v in graph.values if v.mutated}
+        mutated = {value.index for value in graph.values if value.mutated}
         keys = {id(spot): key for key, spot in [*values.items(), *terms.items()]}
         tensors: dict[Any, Tensor] = {}
         count = 0
 
+        # 1. Keep what is met. A tensor that is written to later has to be copied.
         def visit(spot: Spot, tensor: Tensor) -> Tensor:
             key = keys[id(spot)]
             may_be_written_to = key not in values or key in mutated
             tensors[key] = tensor.clone() if may_be_written_to else tensor
             return tensor
 
+        # 2. Keep the arguments of module calls, numbered as in the record.
         def hook(_module: Any, args: Any, kwargs: Any) -> None:
             nonlocal count
-            if count in invocations:
-                if graph.start is not None:
-                    self.starts[count] = RandomState.now()
-                record = graph.invocations[count]
-                with torch._C.DisableTorchFunction():
-                    self.calls[count] = Call.take(
-                        record.module, args, kwargs, record.arguments, mutated
-                    )
+            index = count
             count += 1
+            if index not in invocations:
+                return
+            if graph.start is not None:
+                self.starts[index] = RandomState.now()
+            record = graph.invocations[index]
+            with torch._C.DisableTorchFunction():
+                self.calls[index] = Call.take(
+                    record.module, args, kwargs, record.arguments, mutated
+                )
 
         with torch.no_grad():
             output = self.tapped([*values.values(), *terms.values()], visit, hook)
@@ -271,6 +299,7 @@ class _Part(nn.Module):
         self.name = name
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the submodule returns."""
         return self.model.get_submodule(self.name)(*args, **kwargs)
 
 

@@ -44,13 +44,16 @@ class RandomState:
 
     def same_as(self, other: RandomState) -> bool:
         """Return whether two states are equal, so that nothing was drawn between them."""
+        # 1. Python's and torch's generators.
         if len(self.cuda) != len(other.cuda) or self.python != other.python:
             return False
         tensors = zip((self.cpu, *self.cuda), (other.cpu, *other.cuda), strict=True)
         if not all(torch.equal(a, b) for a, b in tensors):
             return False
-        same_numpy_key = np.array_equal(self.numpy[1], other.numpy[1])
-        return same_numpy_key and bool(self.numpy[2:] == other.numpy[2:])
+
+        # 2. numpy's: its key is an array, the other fields are numbers.
+        has_same_key = np.array_equal(self.numpy[1], other.numpy[1])
+        return has_same_key and bool(self.numpy[2:] == other.numpy[2:])
 
 
 _MERSENNE_BYTES = 4 * 624 + 4  # of numpy's mt19937_state: the key and the place in it
@@ -64,17 +67,21 @@ def _numpy_state() -> Any:
     A read takes numpy about as long as an optimizer needs for ten small weights. With a normal
     number in store the state is read in any case: to take that number out moves nothing else.
     """
+    # 1. The state that was read last, if its bytes are the same.
     generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
     if type(generator) is not np.random.MT19937:
         return np.random.get_state()  # noqa: NPY002
     key = (id(generator), ctypes.string_at(generator.ctypes.state_address, _MERSENNE_BYTES))
     state: Any = _NUMPY_STATES.get(key)
-    if state is None:
-        state = np.random.get_state()  # noqa: NPY002
-        _NUMPY_STATES.clear()
-        has_normal_in_store = bool(state[3])
-        if not has_normal_in_store:
-            _NUMPY_STATES[key] = state
+    if state is not None:
+        return state
+
+    # 2. A new reading.
+    state = np.random.get_state()  # noqa: NPY002
+    _NUMPY_STATES.clear()
+    has_normal_in_store = bool(state[3])
+    if not has_normal_in_store:
+        _NUMPY_STATES[key] = state
     return state
 
 

@@ -69,34 +69,42 @@ class Skeleton:
         weights: Mapping[str, Tensor] | None = None,
         device: torch.device | None = None,
     ) -> None:
+        # 1. The copy.
         module = unwrap(module)
-        self._whole = whole_weights(module)
+        self._full_weights = whole_weights(module)
         self.root = _copy_module(module, {}, keep_hooks)
         self.root.eval()
+
+        # 2. The tensors by name.
         self.aliases: dict[str, str] = {}
-        self.params: Mapping[str, Tensor] = self._collect(
-            module.named_parameters(remove_duplicate=False)
-        )
-        self.outlines, self.stored = self.params, None
+        parameters = self._collect(module.named_parameters(remove_duplicate=False))
+        self.params: Mapping[str, Tensor] = parameters
+        self.outlines = parameters
         self.buffers = self._collect(module.named_buffers(remove_duplicate=False))
+
+        # 3. Weights that are read when a call needs them.
+        self.stored: Stored | None = None
         if weights is not None:
             self.stored = Stored(weights, self.outlines, device or torch.device("cpu"))
             self.params = self.stored
-        self.valueless = self.stored is None and any(t.is_meta for t in self.params.values())
-        self.names = {id(m): name for name, m in self.root.named_modules(remove_duplicate=True)}
+        self.valueless = self.stored is None and any(t.is_meta for t in parameters.values())
+
+        # 4. The state of the copy, to be restored after a run.
+        self.names = _names_of_modules(self.root)
         self._attributes = Attributes(self.root)
         self._written: set[str] = set()
 
     def _collect(self, named: Any) -> dict[str, Tensor]:
+        """Return tensors by name, one name for each tensor, and note every other name of it."""
         seen: dict[int, str] = {}
-        out: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for raw_name, tensor in named:
             name = plain_name(raw_name)
             first = seen.setdefault(id(tensor), name)
             self.aliases[name] = first
             if first == name:
-                out[name] = self._whole.get(id(tensor), tensor).detach()
-        return out
+                tensors[name] = self._full_weights.get(id(tensor), tensor).detach()
+        return tensors
 
     def fresh_state_of(self, prefix: str) -> dict[str, Tensor]:
         """Return the state of one module for one run, one name per tie.
@@ -111,37 +119,51 @@ class Skeleton:
         state: dict[str, Tensor] = {}
         seen: set[str] = set()
         for name, first in self.aliases.items():
-            if name.startswith(start) and first not in seen:
-                seen.add(first)
-                state[name[len(start) :]] = self._for_one_run(first)
+            if not name.startswith(start) or first in seen:
+                continue
+            seen.add(first)
+            state[name.removeprefix(start)] = self._for_one_run(first)
         return state
 
     def _for_one_run(self, name: str) -> Tensor:
+        """Return a tensor of the state: a copy of one that a run may write to."""
         if name in self.buffers:
             return self.buffers[name].clone()
-        return self.params[name].clone() if name in self._written else self.outlines[name]
+        if name in self._written:
+            return self.params[name].clone()
+        return self.outlines[name]
 
     def filled_state_of(self, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return the same with every floating tensor in memory and raised to `dtype`.
 
         Code that reads weights unseen by any mode needs it.
+
+        Args:
+            prefix: as in `fresh_state_of`.
+            dtype: of the floating tensors.
         """
         state = self.fresh_state_of(prefix)
-        if self.stored is not None:
-            state = {name: self.stored.filled(t) for name, t in state.items()}
-        return {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+        for name, tensor in state.items():
+            if self.stored is not None:
+                tensor = self.stored.filled(tensor)
+            if tensor.is_floating_point():
+                tensor = tensor.to(dtype)
+            state[name] = tensor
+        return state
 
     @property
     def light(self) -> bool:
         """Whether the weights take less memory than raised ones, which no graph should keep."""
-        low = any(t.is_floating_point() and t.dtype.itemsize < 4 for t in self.outlines.values())
-        return low or self.stored is not None
+        if self.stored is not None:
+            return True
+        floats = [t for t in self.outlines.values() if t.is_floating_point()]
+        return any(tensor.dtype.itemsize < 4 for tensor in floats)
 
     def non_finite(self) -> list[str]:
         """Return the names of parameters with NaN or Inf in them."""
         if self.stored is not None:
             return self.stored.non_finite()
-        return [name for name, t in self.params.items() if not is_finite(t)]
+        return [name for name, tensor in self.params.items() if not is_finite(tensor)]
 
     def restore(self) -> None:
         """Undo what a run wrote to plain attributes (a cache, a counter)."""
@@ -167,7 +189,7 @@ class Skeleton:
         Some code swaps its own modules when it first runs. The next runs then begin with what it
         made of itself.
         """
-        names = {id(m): name for name, m in self.root.named_modules(remove_duplicate=True)}
+        names = _names_of_modules(self.root)
         is_same = names == self.names
         self.names = names
         if not is_same:
@@ -176,7 +198,14 @@ class Skeleton:
 
     def module(self, name: str) -> nn.Module:
         """Return the copy's submodule of that name; "" is the root."""
-        return self.root.get_submodule(name) if name else self.root
+        if not name:
+            return self.root
+        return self.root.get_submodule(name)
+
+
+def _names_of_modules(root: nn.Module) -> dict[int, str]:
+    """Return the name of every module by its id."""
+    return {id(module): name for name, module in root.named_modules(remove_duplicate=True)}
 
 
 def _copy_module(module: nn.Module, memo: dict[int, Any], keep_hooks: bool) -> nn.Module:
@@ -186,6 +215,7 @@ def _copy_module(module: nn.Module, memo: dict[int, Any], keep_hooks: bool) -> n
     closures, lists of layers) finds the copy in the memo, and nothing that holds memory is ever
     deep-copied.
     """
+    # 1. Modules and tensors.
     clones: list[tuple[nn.Module, dict[str, Any]]] = []
     root = _copy_structure(module, memo, clones)
 
@@ -194,6 +224,7 @@ def _copy_module(module: nn.Module, memo: dict[int, Any], keep_hooks: bool) -> n
             value, memo, lambda other, memo: _copy_module(other, memo, keep_hooks)
         )
 
+    # 2. Plain attributes, without hooks and compiled code.
     for original, attributes in clones:
         skipped = skipped_attributes(original)
         for name, value in original.__dict__.items():
@@ -205,47 +236,62 @@ def _copy_module(module: nn.Module, memo: dict[int, Any], keep_hooks: bool) -> n
                 attributes[name] = None
             else:
                 attributes[name] = copied(value)
-        _copy_hooks(original, attributes, copied, keep_hooks)
+
+        # 3. The hooks that are to be run.
+        for kind in ("_forward_pre_hooks", "_forward_hooks"):
+            _copy_hooks(original, kind, attributes, copied, keep_hooks)
     return root
 
 
-def _copy_hooks(module: nn.Module, attributes: dict[str, Any], copied: Any, keep_all: bool) -> None:
+def _copy_hooks(
+    module: nn.Module, kind: str, attributes: dict[str, Any], copied: Any, keep_all: bool
+) -> None:
     """Copy torch's own hooks that compute a weight, or all hooks with `keep_all`."""
-    for kind in ("_forward_pre_hooks", "_forward_hooks"):
-        for key, hook in getattr(module, kind).items():
-            if keep_all or (is_code(hook) and kind == "_forward_pre_hooks"):
-                attributes[kind][key] = copied(hook)
-                for flag in (f"{kind}_with_kwargs", f"{kind}_always_called"):
-                    if key in getattr(module, flag, ()):
-                        attributes[flag][key] = True
+    for key, hook in getattr(module, kind).items():
+        computes_weight = is_code(hook) and kind == "_forward_pre_hooks"
+        if not keep_all and not computes_weight:
+            continue
+        attributes[kind][key] = copied(hook)
+
+        # How torch calls the hook is noted apart.
+        for flag in (f"{kind}_with_kwargs", f"{kind}_always_called"):
+            if key in getattr(module, flag, ()):
+                attributes[flag][key] = True
 
 
 def _copy_structure(module: nn.Module, memo: dict[int, Any], clones: list[Any]) -> nn.Module:
+    """Copy modules, their parameters and buffers; the copies are appended to `clones`."""
     module = unwrap(module)
     if id(module) in memo:
         return memo[id(module)]
+
+    # 1. An object of the class, without its constructor.
     cls = original_class(module)
-    clone = memo[id(module)] = cls.__new__(cls)
+    clone = cls.__new__(cls)
+    memo[id(module)] = clone
     attributes: dict[str, Any] = {}
     object.__setattr__(clone, "__dict__", attributes)
     clones.append((module, attributes))
+
+    # 2. Its tensors, and the modules in it.
     for kind in ("_parameters", "_buffers"):
-        attributes[kind] = {
-            name: _meta(tensor, memo) for name, tensor in module.__dict__[kind].items()
-        }
-    attributes["_modules"] = {
-        name: None if child is None else _copy_structure(child, memo, clones)
-        for name, child in module._modules.items()
-    }
+        tensors = module.__dict__[kind]
+        attributes[kind] = {name: _meta(tensor, memo) for name, tensor in tensors.items()}
+    children: dict[str, nn.Module | None] = {}
+    for name, child in module._modules.items():
+        children[name] = None if child is None else _copy_structure(child, memo, clones)
+    attributes["_modules"] = children
     return clone
 
 
 def _meta(tensor: Tensor | None, memo: dict[int, Any]) -> Tensor | None:
+    """Return the outline of a tensor: its shape and dtype on the meta device."""
     if tensor is None:
         return None
-    if id(tensor) not in memo:
-        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-        memo[id(tensor)] = (
-            nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
-        )
-    return memo[id(tensor)]
+    if id(tensor) in memo:
+        return memo[id(tensor)]
+    outline = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    if isinstance(tensor, nn.Parameter):
+        outline = nn.Parameter(outline, requires_grad=False)
+    memo[id(tensor)] = outline
+    return outline

@@ -104,15 +104,21 @@ class Tap(TorchFunctionMode):
         return result
 
     def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Make a call of the model's code, and show what there is to be seen at it."""
+        # 1. What stands in for replaced tensors.
         if self.shadows:
             args = map_leaves(self._shadowed, args)
             kwargs = map_leaves(self._shadowed, kwargs)
+
+        # 2. Reading or writing an attribute of a tensor.
         name = getattr(func, "__name__", "")
         if name in ("__get__", "__set__", "__delete__"):
             result = self.precision.call(func, args, kwargs)
             if not isinstance(result, Tensor):
                 return result
             return self._after(signature(func, 3), result, args, func)
+
+        # 3. What the call reads.
         key = signature(func, 3)
         args, kwargs = self._replaced(key, args, kwargs)
         for spot in self._spots_at(key):
@@ -122,6 +128,8 @@ class Tap(TorchFunctionMode):
             elif spot.where is Where.OPERAND:
                 read = self.precision.raised(args, kwargs)
                 self.visit(spot, _checked(operand_at(*read, spot.position), spot))
+
+        # 4. The call itself, and what it returns.
         result = with_regular_gradient(name, self.precision.call(func, args, kwargs))
         return self._after(key, result, (args, kwargs), func)
 
@@ -144,16 +152,19 @@ class Tap(TorchFunctionMode):
     def _spots_at(self, key: CallKey) -> list[Spot]:
         """Return the spots at the call that runs now."""
         places = self.spots.get(key)
-        return places.get(self.counts[key], []) if places else []
+        if not places:
+            return []
+        return places.get(self.counts[key], [])
 
     def _after(self, key: CallKey, result: Any, read: Any, func: Any) -> Any:
         """Count a call, show its results, and return what takes their place."""
-        if key not in self.spots:
+        # 1. Count the call, unless the record does not count it either.
+        if key not in self.spots or is_identity(key[0], result, read):
             return result
-        if is_identity(key[0], result, read):
-            return result  # the record does not count these either
         spots = self._spots_at(key)
         self.counts[key] += 1
+
+        # 2. Show its results.
         for spot in spots:
             if spot.where is Where.NORMALISED:
                 tensor = pick(result, read, 0)
@@ -163,6 +174,8 @@ class Tap(TorchFunctionMode):
                 new = self.visit(spot, tensor)
             else:
                 continue
+
+            # 3. What takes a result's place does so from now on.
             if new is not tensor:
                 self.shadows[id(tensor)] = (tensor, new)
                 result = map_leaves(self._shadowed, result)
@@ -176,7 +189,8 @@ class Tap(TorchFunctionMode):
         # 1. The norm without gain and bias.
         args, kwargs = read
         bound = dict(zip(_NORM_ARGUMENTS[func.__name__], args, strict=False)) | kwargs
-        weight, bias = bound.pop("weight", None), bound.pop("bias", None)
+        weight = bound.pop("weight", None)
+        bias = bound.pop("bias", None)
         plain = self.precision.call(func, (), bound)
 
         # 2. What takes its place, with both.
@@ -186,7 +200,9 @@ class Tap(TorchFunctionMode):
         (weight, bias), _ = self.precision.raised((weight, bias), {})
         if weight is not None:
             new = new * weight
-        return new if bias is None else new + bias
+        if bias is not None:
+            new = new + bias
+        return new
 
     def _shadowed(self, leaf: Any) -> Any:
         """Return what stands in for a tensor, and any other leaf as it is."""

@@ -35,13 +35,16 @@ def collect_deep(value: Any, into: list[Tensor], depth: int = 4) -> None:
         return
     if not depth:
         return
+
+    # What the value holds.
     items: Iterable[Any] = ()
     if isinstance(value, dict):
         items = value.values()
     elif isinstance(value, (tuple, list)):
         items = value
-    elif not isinstance(value, slice) and _is_plain_object(value):
+    elif _is_plain_object(value):
         items = vars(value).values()
+
     for item in items:
         collect_deep(item, into, depth - 1)
 
@@ -50,7 +53,8 @@ def _is_plain_object(value: Any) -> bool:
     """Return whether a value is an object that holds data and is no module or function."""
     if not hasattr(value, "__dict__"):
         return False
-    return not (isinstance(value, torch.nn.Module) or callable(value))
+    is_code = isinstance(value, torch.nn.Module) or callable(value)
+    return not is_code
 
 
 def device_of(value: Any) -> torch.device:

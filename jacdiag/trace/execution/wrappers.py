@@ -43,11 +43,17 @@ def whole_weights(module: nn.Module) -> dict[int, Tensor]:
     Raises:
         TraceError: a weight is not here and cannot be gathered.
     """
+    # 1. Weights that are known already, and those that accelerate keeps elsewhere.
     _refuse_scripted_modules(module)
-    offloaded = {id(t): weight for m in module.modules() for t, weight in _offloaded(m)}
+    offloaded: dict[int, Tensor] = {}
+    for part in module.modules():
+        for placeholder, weight in _offloaded(part):
+            offloaded[id(placeholder)] = weight
     weights: dict[int, Tensor] = dict(_GATHERED.get())
-    # A model of which all parameters are on the meta device is looked at by structure alone.
-    valueless = all(p.is_meta for p in module.parameters())
+
+    # 2. The others. A model of which all parameters are on the meta device is looked at by
+    # structure alone.
+    valueless = all(parameter.is_meta for parameter in module.parameters())
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if id(tensor) in weights:
             continue
@@ -86,7 +92,9 @@ def refuse_flat_shards(module: nn.Module) -> None:
     for part in module.modules():
         handle: Any = getattr(part, "_handle", None)
         flat = getattr(handle, "flat_param", None)
-        if flat is not None and handle.uses_sharded_strategy and handle.is_sharded(flat):
+        if flat is None or not handle.uses_sharded_strategy:
+            continue
+        if handle.is_sharded(flat):
             raise TraceError(
                 "the weights are sharded by FullyShardedDataParallel: this process holds a slice "
                 "of them",
@@ -97,6 +105,7 @@ def refuse_flat_shards(module: nn.Module) -> None:
 
 
 def _hooks_of_accelerate(module: nn.Module) -> Iterator[Any]:
+    """Yield accelerate's hooks on a module, one by one where it has put several in sequence."""
     hook = module.__dict__.get("_hf_hook")
     if hook is not None:
         yield from getattr(hook, "hooks", [hook])
@@ -104,15 +113,14 @@ def _hooks_of_accelerate(module: nn.Module) -> Iterator[Any]:
 
 def _offloaded(module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the placeholders of a module's own weights, each with the weight."""
+    named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    placeholders = [(name, tensor) for name, tensor in named if tensor.is_meta]
     for hook in _hooks_of_accelerate(module):
         weights = getattr(hook, "weights_map", None)
-        if weights is not None and getattr(hook, "offload", False):
-            for name, tensor in [
-                *module.named_parameters(recurse=False),
-                *module.named_buffers(recurse=False),
-            ]:
-                if tensor.is_meta:
-                    yield tensor, weights[name]
+        if weights is None or not getattr(hook, "offload", False):
+            continue
+        for name, placeholder in placeholders:
+            yield placeholder, weights[name]
 
 
 def moves_weights(module: nn.Module) -> bool:
@@ -127,10 +135,12 @@ def skipped_attributes(module: nn.Module) -> set[str]:
     """Return the attributes that a copy does without: those that move weights."""
     if not moves_weights(module):
         return set()
-    old = module.__dict__.get("_old_forward")
-    plain = getattr(old, "__func__", None) is type(module).forward
+
     # The forward that the hook put in place is skipped too, unless it replaced another one.
-    return {"_hf_hook", "_old_forward", "forward"} if plain else {"_hf_hook"}
+    replaced = getattr(module.__dict__.get("_old_forward"), "__func__", None)
+    if replaced is type(module).forward:
+        return {"_hf_hook", "_old_forward", "forward"}
+    return {"_hf_hook"}
 
 
 def is_code(hook: Any) -> bool:
@@ -147,11 +157,13 @@ def has_foreign_hooks(module: nn.Module) -> bool:
     A copy without them may compute something else.
     """
     for part in module.modules():
+        # FSDP2's own hooks gather weights, and a run of one process alone would wait for ever.
         if original_class(part) is not type(part):
-            # FSDP2's own hooks: they gather weights, and a run of one process alone would wait for
-            # ever
             continue
-        if any(not is_code(h) for h in part._forward_pre_hooks.values()) or part._forward_hooks:
+
+        # The model's own hooks, and a forward that replaces that of its class.
+        pre_hooks = part._forward_pre_hooks.values()
+        if part._forward_hooks or not all(is_code(hook) for hook in pre_hooks):
             return True
         if "forward" in part.__dict__ and not moves_weights(part):
             return True
