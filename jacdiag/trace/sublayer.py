@@ -110,6 +110,7 @@ class Sublayer:
 
     @property
     def has_input_norm(self) -> bool:
+        """Whether the branch begins with a norm."""
         return self.input_norm is not None
 
     @property

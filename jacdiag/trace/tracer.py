@@ -55,14 +55,15 @@ def sites(
 
     Args:
         model: any module; wrappers (compile, DDP, activation checkpointing) are seen through.
-        *args, **kwargs: the inputs of its forward. KV caches are switched off where the forward
-            takes `use_cache`.
+        *args: the positional inputs of its forward.
         dtype: precision of the run, float32 (default) or float64; lower-precision weights are
             raised call by call.
         declared: sub-layers that the dataflow does not show, from `jacdiag.declare`.
         weights: the values of a model whose parameters are on the meta device, by name. Each is
             read whenever a call needs it and dropped after it, so that the model may be larger
             than the memory.
+        **kwargs: the keyword inputs of its forward. KV caches are switched off where the forward
+            takes `use_cache`.
 
     Returns:
         The sub-layers in the order of the residual stream.
@@ -99,7 +100,8 @@ class Tracer:
 
     Args:
         model: the model, wrapped or not.
-        args, kwargs: the inputs of its forward.
+        args: the positional inputs of its forward.
+        kwargs: the keyword inputs of its forward.
         dtype: precision of the run; a float64 model runs in float64 whatever this says.
         declared: sub-layers that the dataflow does not show.
         weights: the values of a model on the meta device, by name.

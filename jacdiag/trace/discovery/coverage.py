@@ -22,8 +22,9 @@ class Coverage:
     uncovered: dict[str, str] = field(default_factory=dict)
 
     def covered(self) -> set[str]:
-        inside = {name for names in self.sublayers.values() for name in names}
-        return inside | set(self.embedding) | set(self.head) | set(self.norms)
+        """Return the names of all parameters that have a place."""
+        names = {*self.embedding, *self.head, *self.norms}
+        return names.union(*self.sublayers.values())
 
 
 def parameters_of(graph: Graph, nodes: Iterable[int], skeleton: Skeleton) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jacdiag.trace.discovery.residual import Finder
-from jacdiag.trace.graph.graph import STATE, Graph
+from jacdiag.trace.graph.graph import STATE, Graph, Node
 from jacdiag.trace.graph.ops import CUTS, DETACHES
 
 
@@ -36,22 +36,40 @@ def cut_additions(graph: Graph, finder: Finder) -> list[CutAddition]:
         graph: what one forward did.
         finder: of the same graph.
     """
-    additions = []
+    additions: list[CutAddition] = []
     for node in graph.nodes:
         operands = [term.operand for term in node.terms or () if term.operand is not None]
         if len(operands) != 2:
             continue
-        for detached, other in (operands, operands[::-1]):
-            detach = _detach_before(graph, detached)
-            if detach is None:
-                continue
-            source = graph.nodes[detach].inputs[0]
-            operand = _operand_that_was_cut(finder, source, other)
-            if operand:
-                module = graph.path(node.invocation)
-                additions.append(CutAddition(operand, module, _line_of(graph, detach)))
-                break
+        first, second = operands
+        cut = _cut_of(graph, finder, node, detached=first, other=second)
+        if cut is None:
+            cut = _cut_of(graph, finder, node, detached=second, other=first)
+        if cut is not None:
+            additions.append(cut)
     return additions
+
+
+def _cut_of(
+    graph: Graph, finder: Finder, addition: Node, detached: int, other: int
+) -> CutAddition | None:
+    """Return an addition as one of a detached operand and another; None if it is none.
+
+    Args:
+        graph: what one forward did.
+        finder: of the same graph.
+        addition: the call.
+        detached: the operand that may be detached.
+        other: the other operand.
+    """
+    detach = _detach_before(graph, detached)
+    if detach is None:
+        return None
+    source = graph.nodes[detach].inputs[0]
+    operand = _operand_that_was_cut(finder, source, other)
+    if not operand:
+        return None
+    return CutAddition(operand, graph.path(addition.invocation), _line_of(graph, detach))
 
 
 def cut_off_parts(graph: Graph, names: Collection[str]) -> list[list[str]]:
@@ -72,14 +90,21 @@ def cut_off_parts(graph: Graph, names: Collection[str]) -> list[list[str]]:
 
     # 2. A parameter that a call with a gradient reads too is not cut off.
     live_calls = [call for call in with_gradient if graph.nodes[call].name not in CUTS]
-    reached = set(_parameters_read(graph, live_calls))
-    parts = [_parameters_read(graph, sorted(part)) for part in _connected_calls(graph, cut_off)]
-    listed = [[name for name in part if name in names and name not in reached] for part in parts]
-    return [part for part in listed if part]
+    may_be_listed = set(names) - set(_parameters_read(graph, live_calls))
+
+    # 3. The parameters of each part.
+    parts: list[list[str]] = []
+    for calls in _connected_calls(graph, cut_off):
+        read = _parameters_read(graph, sorted(calls))
+        listed = [name for name in read if name in may_be_listed]
+        if listed:
+            parts.append(listed)
+    return parts
 
 
 def _calls_before(graph: Graph, values: Iterable[int], *, through_detach: bool) -> set[int]:
     """Return the calls that lead to values by floats; a call without a derivative ends a way."""
+    closed = CUTS - DETACHES if through_detach else CUTS
     calls: set[int] = set()
     stack = list(values)
     while stack:
@@ -87,10 +112,9 @@ def _calls_before(graph: Graph, values: Iterable[int], *, through_detach: bool) 
         if call < 0 or call in calls:
             continue
         calls.add(call)
-        name = graph.nodes[call].name
-        is_open = name not in CUTS or (through_detach and name in DETACHES)
-        if is_open:
-            stack += [value for value in graph.nodes[call].inputs if graph.values[value].is_float]
+        record = graph.nodes[call]
+        if record.name not in closed:
+            stack += [index for index in record.inputs if graph.values[index].is_float]
     return calls
 
 
@@ -98,26 +122,34 @@ def _connected_calls(graph: Graph, calls: Collection[int]) -> list[set[int]]:
     """Return groups of calls that read one another's results."""
     groups: list[set[int]] = []
     for call in sorted(calls):
-        makers = {graph.values[value].node for value in graph.nodes[call].inputs}
-        joined = {call}
-        for group in [group for group in groups if group & makers]:
-            joined |= group
-            groups.remove(group)
-        groups.append(joined)
+        makers = {graph.values[index].node for index in graph.nodes[call].inputs}
+
+        # The call joins the groups whose results it reads.
+        apart = [group for group in groups if not group & makers]
+        connected = [group for group in groups if group & makers]
+        groups = [*apart, {call}.union(*connected)]
     return groups
 
 
 def _parameters_read(graph: Graph, calls: Iterable[int]) -> list[str]:
     """Return the names of the parameters and buffers that calls read themselves, in order."""
-    read = [graph.values[value] for call in calls for value in graph.nodes[call].inputs]
-    return list(dict.fromkeys(value.name for value in read if value.node == STATE))
+    names: dict[str, None] = {}
+    for call in calls:
+        for index in graph.nodes[call].inputs:
+            value = graph.values[index]
+            if value.node == STATE:
+                names[value.name] = None
+    return list(names)
 
 
 def _operand_that_was_cut(finder: Finder, source: int, other: int) -> str:
     """Return which operand a detached value is, "" if the addition is not residual."""
+    # 1. The detached value is the shortcut: the other operand is a function of it.
     for value in finder.carriers(source):
         if value != other and _is_function_of(finder, other, value):
             return "shortcut"
+
+    # 2. The detached value is the branch: a function of the other operand.
     for value in finder.carriers(other):
         if value != source and _is_function_of(finder, source, value):
             return "branch"
@@ -149,7 +181,7 @@ def _makers(graph: Graph, value: int) -> Iterator[int]:
         if maker < 0:
             return
         yield maker
-        live = [v for v in graph.nodes[maker].inputs if graph.values[v].live]
+        live = [index for index in graph.nodes[maker].inputs if graph.values[index].live]
         if len(live) != 1:
             return
         value = live[0]

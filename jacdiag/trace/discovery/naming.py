@@ -16,45 +16,70 @@ def home_of(graph: Graph, finder: Finder, site: Site, sites: Sequence[Site] = ()
 
     Products that only update another stream on the way (an edge stream that the branch reads) are
     not the branch's.
+
+    Args:
+        graph: what one forward did.
+        finder: of the same graph.
+        site: the sub-layer.
+        sites: all sub-layers.
     """
-    products = [n for n in finder.own_calls(site, sites) if finder.is_product(n)] or list(site.cone)
-    shared: list[int] | None = None
-    for node in products:
-        line = list(graph.ancestors(graph.nodes[node].invocation))
-        shared = line if shared is None else [i for i in shared if i in set(line)]
-    return shared[0] if shared else 0
+    own_calls = finder.own_calls(site, sites)
+    products = [node for node in own_calls if finder.is_product(node)]
+    first, *others = products or site.cone
+
+    # The module calls around the first product, without those that do not hold the others.
+    around_all = list(graph.ancestors(graph.nodes[first].invocation))
+    for node in others:
+        around = set(graph.ancestors(graph.nodes[node].invocation))
+        around_all = [invocation for invocation in around_all if invocation in around]
+    if not around_all:
+        return 0
+    return around_all[0]
 
 
 def names_of(graph: Graph, homes: Sequence[int], kinds: Sequence[str]) -> list[str]:
     """Return the names of sub-layers, from their modules.
 
     The kind and a running number are added if the module alone is not unique.
+
+    Args:
+        graph: what one forward did.
+        homes: for each sub-layer, the innermost module call that makes its products.
+        kinds: their kinds.
     """
     # 1. The module, and which call of it.
-    names = [graph.path(home) or graph.invocations[home].cls for home in homes]
-    calls = [_repeat(graph, home) for home in homes]
-    names = [
-        f"{name}@{call}" if call > 1 else name for name, call in zip(names, calls, strict=True)
-    ]
+    names = [_name_of_call(graph, home) for home in homes]
 
     # 2. The kind, where names repeat.
     counts = Counter(names)
-    names = [f"{n}:{kind}" if counts[n] > 1 else n for n, kind in zip(names, kinds, strict=True)]
+    for index, (name, kind) in enumerate(zip(names, kinds, strict=True)):
+        if counts[name] > 1:
+            names[index] = f"{name}:{kind}"
 
     # 3. A running number, where names repeat even so.
     counts = Counter(names)
     seen: Counter[str] = Counter()
-    for i, name in enumerate(names):
+    for index, name in enumerate(names):
         if counts[name] > 1:
             seen[name] += 1
-            names[i] = f"{name}.{seen[name]}"
+            names[index] = f"{name}.{seen[name]}"
     return names
+
+
+def _name_of_call(graph: Graph, home: int) -> str:
+    """Return the name of a module call: its module, and which call of it unless the first."""
+    name = graph.path(home) or graph.invocations[home].cls
+    call = _repeat(graph, home)
+    if call == 1:
+        return name
+    return f"{name}@{call}"
 
 
 def _repeat(graph: Graph, home: int) -> int:
     """Return which call of its module this is; shared layers run several times."""
     path = graph.path(home)
-    return sum(i.module == path for i in graph.invocations[: home + 1])
+    calls = [call for call in graph.invocations[: home + 1] if call.module == path]
+    return len(calls)
 
 
 def kind_of(
@@ -69,42 +94,56 @@ def kind_of(
         home: the innermost module call that makes its products.
         token_wise: measures whether the branch treats tokens one by one; None if that is unknown.
     """
+    # 1. By the operations.
     calls = finder.inner_calls(site)
     if _is_attention(graph, calls):
         return "attention"
     if _is_convolution(graph, finder, site):
         return "conv"
-    wise = token_wise()
-    if _is_routed(graph, site, calls, home):
-        return "mixer" if wise is False else "moe"
-    if wise is None:
-        return "other"
-    return "mlp" if wise else "mixer"
+
+    # 2. By whether tokens are mixed. A router alone does not show it.
+    is_token_wise = token_wise()
+    is_routed = _is_routed(graph, site, calls, home)
+    if is_token_wise is False:
+        return "mixer"
+    if is_routed:
+        return "moe"
+    return "mlp" if is_token_wise else "other"
 
 
 def _is_attention(graph: Graph, calls: Sequence[int]) -> bool:
     """Return whether a branch has fused attention, or a softmax and a product of two values."""
-    names = {graph.nodes[n].name for n in calls}
+    names = {graph.nodes[node].name for node in calls}
     if names & FUSED_ATTENTION:
         return True
-    return "softmax" in names and any(_is_bilinear(graph, n) for n in calls)
+    if "softmax" not in names:
+        return False
+    return any(_is_bilinear(graph, node) for node in calls)
 
 
 def _is_convolution(graph: Graph, finder: Finder, site: Site) -> bool:
     """Return whether all products are convolutions, and one sees more than one position."""
-    products = [n for n in site.calls if finder.is_product(n)]
-    if not products or any(graph.nodes[n].name not in CONVOLUTIONS for n in products):
+    products = [node for node in site.calls if finder.is_product(node)]
+    names = {graph.nodes[node].name for node in products}
+    if not names or not names <= CONVOLUTIONS:
         return False
-    return not all(_is_pointwise(graph, n) for n in products)
+
+    # Pointwise convolutions alone are linear maps of each token.
+    return not all(_is_pointwise(graph, node) for node in products)
 
 
 def _is_routed(graph: Graph, site: Site, calls: Sequence[int], home: int) -> bool:
     """Return whether a call of the branch, or of its module meanwhile, routes tokens to experts."""
-    if any(graph.nodes[n].name in ROUTING for n in calls):
+    # 1. A call of the branch.
+    if any(graph.nodes[node].name in ROUTING for node in calls):
         return True
-    for n in range(site.cone[0], site.addition):
-        node = graph.nodes[n]
-        if node.name in ROUTING and home in set(graph.ancestors(node.invocation)):
+
+    # 2. A call that the module makes between the branch's first call and the sum.
+    for node in range(site.cone[0], site.addition):
+        record = graph.nodes[node]
+        if record.name not in ROUTING:
+            continue
+        if home in graph.ancestors(record.invocation):
             return True
     return False
 
@@ -114,9 +153,10 @@ def _is_pointwise(graph: Graph, node: int) -> bool:
 
     It is then a linear map of each token, written channels first.
     """
-    for value in graph.nodes[node].inputs:
-        shape = graph.values[value].shape
-        if not graph.values[value].live and len(shape) >= 3 and set(shape[2:]) == {1}:
+    for index in graph.nodes[node].inputs:
+        value = graph.values[index]
+        is_kernel = not value.live and len(value.shape) >= 3
+        if is_kernel and set(value.shape[2:]) == {1}:
             return True
     return False
 
@@ -125,7 +165,8 @@ def _is_bilinear(graph: Graph, node: int) -> bool:
     """Return whether a call multiplies two values that depend on the input."""
     if graph.nodes[node].name not in BILINEAR:
         return False
-    return len({v.index for v in graph.float_inputs(node)}) >= 2
+    factors = {value.index for value in graph.float_inputs(node)}
+    return len(factors) >= 2
 
 
 def depths_of(
@@ -137,16 +178,29 @@ def depths_of(
     A sub-layer in no numbered module counts as a layer with all that share its shortcut. If no
     layer would hold two (a loop over lists of attentions and of MLPs, parameters stacked in one
     tensor), a layer is one period of the repeating kinds.
+
+    Args:
+        graph: what one forward did.
+        homes: for each sub-layer, the innermost module call that makes its products.
+        groups: for each, the index of its set of parallel branches.
+        kinds: their kinds.
     """
-    keys_by_level: list[list[tuple[object, ...]]] = [
-        [_layer_key(graph, home, group, level) for home, group in zip(homes, groups, strict=True)]
-        for level in range(3)
-    ]
-    score = [sum(n >= 2 for n in Counter(keys).values()) for keys in keys_by_level]
-    best = max(score)
-    keys = keys_by_level[score.index(best)]
-    if keys and not best:
+    # 1. The level of numbered modules at which most layers hold two sub-layers.
+    keys: list[tuple[object, ...]] = []
+    most_shared = -1
+    for level in range(3):
+        keys_of_level = [
+            _layer_key(graph, home, group, level) for home, group in zip(homes, groups, strict=True)
+        ]
+        shared = [key for key, count in Counter(keys_of_level).items() if count >= 2]
+        if len(shared) > most_shared:
+            keys, most_shared = keys_of_level, len(shared)
+
+    # 2. If there is no such level: the period of the kinds.
+    if keys and not most_shared:
         keys = _periods(keys, kinds)
+
+    # 3. Numbers in the order of the stream.
     order = {key: depth for depth, key in enumerate(dict.fromkeys(keys))}
     return [order[key] for key in keys]
 
@@ -154,27 +208,41 @@ def depths_of(
 def _periods(keys: list[tuple[object, ...]], kinds: Sequence[str]) -> list[tuple[object, ...]]:
     """Return layer keys from the shortest pattern that the kinds repeat.
 
-    All sub-layers are one layer if no kind comes twice.
+    All sub-layers are one layer if no kind comes twice. The keys are left as they are if there is
+    one kind only, or no pattern.
     """
     count = len(kinds)
-    if len(set(kinds)) == count:
+    different = len(set(kinds))
+    if different == count:
         return [("layer", 0)] * count
+    period = _shortest_period(kinds)
+    if period is None or different == 1:
+        return keys
+    return [("layer", index // period) for index in range(count)]
+
+
+def _shortest_period(kinds: Sequence[str]) -> int | None:
+    """Return the length of the shortest pattern of two sub-layers or more that repeats."""
+    count = len(kinds)
     for period in range(2, count // 2 + 1):
-        if count % period == 0 and all(kinds[i] == kinds[i % period] for i in range(count)):
-            break
-    else:
-        return keys
-    if len(set(kinds)) == 1:
-        return keys
-    return [("layer", i // period) for i in range(count)]
+        if count % period:
+            continue
+        if list(kinds) == list(kinds[:period]) * (count // period):
+            return period
+    return None
 
 
 def _layer_key(graph: Graph, home: int, group: int, level: int) -> tuple[object, ...]:
     """Return what two sub-layers of one layer have in common, if layers are of this level."""
+    # 1. The paths up to a number, as "layers.3" of "layers.3.mlp".
     parts = graph.path(home).split(".")
     numbered = [".".join(parts[: k + 1]) for k, part in enumerate(parts) if part.isdigit()]
     if not numbered:
         return ("sum", group)
+
+    # 2. The module at that level, and the call of it; a layer may run several times.
     prefix = numbered[min(level, len(numbered) - 1)]
-    calls = [i for i in graph.ancestors(home) if graph.path(i) == prefix]
-    return (prefix, calls[-1] if calls else ("call", _repeat(graph, home)))
+    calls = [call for call in graph.ancestors(home) if graph.path(call) == prefix]
+    if not calls:
+        return (prefix, ("call", _repeat(graph, home)))
+    return (prefix, calls[-1])

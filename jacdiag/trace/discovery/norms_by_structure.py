@@ -13,17 +13,24 @@ def looks_like_norm(graph: Graph, node: int) -> tuple[bool, bool]:
 
     Such a call scales its operand by a root of a mean, one number per token.
     """
+    # 1. The call has two factors.
     record = graph.nodes[node]
-    read = [graph.values[v] for v in record.inputs]
-    read = [value for value in read if value.live and value.is_float]
-    if record.name not in SCALINGS or len(read) != 2:
+    values = [graph.values[index] for index in record.inputs]
+    factors = [value for value in values if value.is_differentiable]
+    if record.name not in SCALINGS or len(factors) != 2:
         return False, False
-    small, large = sorted((value.shape for value in read), key=lambda shape: shape[-1:])
+
+    # 2. One of them holds one number per token.
+    shapes = sorted((value.shape for value in factors), key=lambda shape: shape[-1:])
+    small, large = shapes
     if small != (*large[:-1], 1):
         return False, False
-    names = _names_before(graph, [value.index for value in read])
+
+    # 3. A mean and a root lead to it. If the mean is taken off, the norm is centred.
+    names = _names_before(graph, [value.index for value in factors])
     is_norm = bool(names & REDUCTIONS) and bool(names & ROOTS)
-    return is_norm, any("sub" in name for name in names)
+    is_centred = any("sub" in name for name in names)
+    return is_norm, is_centred
 
 
 def _names_before(graph: Graph, values: list[int]) -> set[str]:
@@ -31,21 +38,31 @@ def _names_before(graph: Graph, values: list[int]) -> set[str]:
     names: set[str] = set()
     steps_of_a_norm = REDUCTIONS | ROOTS | WITHIN_A_NORM
     for _ in range(_MOST_STEPS):
-        makers = {graph.values[v].node for v in values if graph.values[v].node >= 0}
-        names |= {graph.nodes[n].name for n in makers}
+        makers = {graph.values[index].node for index in values}
+        calls = [graph.nodes[maker] for maker in makers if maker >= 0]
+        names.update(call.name for call in calls)
+
+        # Go on from the calls that belong to a norm.
         values = []
-        for n in makers:
-            if graph.nodes[n].name in steps_of_a_norm:
-                values += [v for v in graph.nodes[n].inputs if graph.values[v].live]
+        for call in calls:
+            if call.name in steps_of_a_norm:
+                values += [index for index in call.inputs if graph.values[index].live]
     return names
 
 
 def looks_token_wise(graph: Graph, cone: tuple[int, ...], shape: tuple[int, ...]) -> bool | None:
-    """Return True if every call of a branch treats tokens one by one, None if one may not."""
+    """Return True if every call of a branch treats tokens one by one, None if one may not.
+
+    Args:
+        graph: what one forward did.
+        cone: the calls of the branch.
+        shape: of its shortcut, features last.
+    """
     token_wise = TOKEN_WISE | SCALINGS | REDUCTIONS | ROOTS | {"reciprocal"}
     for node in cone:
         record = graph.nodes[node]
-        keeps_tokens = all(graph.values[v].shape[:-1] == shape[:-1] for v in record.outputs)
+        leads = {graph.values[index].shape[:-1] for index in record.outputs}
+        keeps_tokens = leads <= {shape[:-1]}
         if not keeps_tokens or record.name not in token_wise:
             return None
     return True

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass, replace
 
 from jacdiag.trace.graph.additions import FORMS, Term
@@ -126,15 +126,19 @@ class Finder(Walks):
 
     def _leaves(self, node: int) -> list[Leaf]:
         """Return the terms of an addition that have the sum's own shape."""
-        terms = enumerate(self.graph.nodes[node].terms or ())
-        return [Leaf(node, k, term) for k, term in terms if self.is_full(node, term)]
+        leaves = [Leaf(node, k, term) for k, term in enumerate(self.graph.nodes[node].terms or ())]
+        return [leaf for leaf in leaves if self.is_full(node, leaf.term)]
 
     def _note_hidden(self, node: int) -> None:
         """Note an addition that autograd does not see: it is no site, but reported by name."""
         leaves = self._leaves(node)
-        pair = self._pair(leaves) if len(leaves) >= 2 else None
+        if len(leaves) < 2:
+            return
+        pair = self._pair(leaves)
         if pair is None:
             return
+
+        # A branch that is made inside the call cannot be named.
         for branch in pair.branches:
             if branch.term.operand is not None:
                 self.hidden.append((node, pair.shortcut, branch.term.operand))
@@ -144,10 +148,11 @@ class Finder(Walks):
 
         It is a gate in one call.
         """
-        read = [v.index for v in self.graph.float_inputs(node)]
+        read = [value.index for value in self.graph.float_inputs(node)]
         for branch, state in itertools.permutations(read, 2):
+            term = Term((branch,), branch)
             for shortcut in self.carriers(state):
-                if self.is_branch(shortcut, Term((branch,), branch)):
+                if self.is_branch(shortcut, term):
                     self.hidden.append((node, shortcut, branch))
                     return
 
@@ -168,10 +173,14 @@ class Finder(Walks):
 
         # 2. All branches of the group share the last sum.
         output = self.graph.nodes[node].outputs[0]
-        self.sites = [replace(s, output=output) if s.group == group else s for s in self.sites]
+        for index, site in enumerate(self.sites):
+            if site.group == group:
+                self.sites[index] = replace(site, output=output)
 
         # 3. The branches that are new.
-        leaves = [leaf for branch in pair.branches for leaf in self._split(shortcut, branch)]
+        leaves: list[Leaf] = []
+        for branch in pair.branches:
+            leaves += self._split(shortcut, branch)
         for leaf in leaves:
             if leaf.place in listed:
                 continue
@@ -219,18 +228,30 @@ class Finder(Walks):
         return len(self.sites)
 
     def is_full(self, node: int, term: Term) -> bool:
-        """Return whether a term is of the stream: differentiable, and of the sum's own shape."""
+        """Return whether a term is of the stream: differentiable, and of the sum's own shape.
+
+        Args:
+            node: the addition.
+            term: one of its terms.
+        """
+        # 1. The sum and the term are floats, and the term depends on the input.
         outputs = self.graph.nodes[node].outputs
         if not outputs:
             return False
         total = self.graph.values[outputs[0]]
-        values = [self.graph.values[v] for v in term.values]
-        if not total.is_float or not any(v.live and v.is_float for v in values):
+        values = [self.graph.values[index] for index in term.values]
+        is_differentiable = any(value.is_differentiable for value in values)
+        if not total.is_float or not is_differentiable:
             return False
-        return term.operand is None or self.graph.values[term.operand].shape == total.shape
+
+        # 2. The shape. That of a product inside the call is not known.
+        if term.operand is None:
+            return True
+        return self.graph.values[term.operand].shape == total.shape
 
     def _pair(self, leaves: list[Leaf]) -> _Pair | None:
         """Return the shortcut among terms; None if no term is an ancestor of all the others."""
+        # Carriers of one stream come first, mixtures of several streams second.
         for origins in (self.carriers, self._streams):
             for k, carrier in enumerate(leaves):
                 others = leaves[:k] + leaves[k + 1 :]
@@ -246,16 +267,21 @@ class Finder(Walks):
 
         A value that only some of them are branches of ends the search.
         """
+        # 1. Where the search begins.
         start = carrier.operand
         if start is None:
             if len(carrier.values) != 1:
                 return None
             start = carrier.values[0]
+
+        # 2. The first candidate that any of the other terms is a branch of.
         for candidate in origins(start):
-            count = sum(self.is_branch(candidate, other.term) for other in others)
-            if not count:
+            branches = [leaf for leaf in others if self.is_branch(candidate, leaf.term)]
+            if not branches:
                 continue
-            return candidate if count == len(others) else None
+            if len(branches) < len(others):
+                return None
+            return candidate
         return None
 
     def carriers(self, value: int) -> Iterable[int]:
@@ -265,7 +291,9 @@ class Finder(Walks):
             node = self.graph.values[value].node
             if node < 0 or not self._carries(node):
                 return
-            live = [v.index for v in self.graph.float_inputs(node)]
+
+            # A call that reads several live values does not pass on one of them.
+            live = [read.index for read in self.graph.float_inputs(node)]
             if len(live) != 1:
                 return
             value = live[0]
@@ -275,25 +303,38 @@ class Finder(Walks):
 
         `sum()` of Python begins by adding to 0.
         """
+        # 1. Indexing that keeps everything, as in y[:, :] += f(x).
         record = self.graph.nodes[node]
-        if record.name == "__getitem__":  # y[:, :] += f(x)
-            shape_before = self.graph.values[record.inputs[0]].shape
-            return self.graph.values[record.outputs[0]].shape == shape_before
+        read = [self.graph.values[index] for index in record.inputs]
+        if record.name == "__getitem__":
+            return self.graph.values[record.outputs[0]].shape == read[0].shape
+
+        # 2. Additions.
         if record.name in SCATTERS:
             return False
         if record.name in FORMS:
             return self._adds_a_constant(record.terms or ())
-        # with running statistics and in eval mode: a gain and a bias per channel
+
+        # 3. With running statistics, and in eval mode, a batch norm is a gain and a bias per
+        # channel.
         if record.name == "batch_norm":
-            return sum(self.graph.values[v].from_state for v in record.inputs) >= 4
+            from_state = [value for value in read if value.from_state]
+            return len(from_state) >= 4
         return record.name in CARRIERS
 
     def _adds_a_constant(self, terms: Iterable[Term]) -> bool:
         """Return whether an addition has one live term at most, and that one is a plain value."""
-        live = [term for term in terms if any(self.graph.values[v].live for v in term.values)]
+        live = [term for term in terms if self._is_live(term)]
+        if not live:
+            return True
         if len(live) > 1:
             return False
-        return not any(term.product or len(term.values) > 1 for term in live)
+        (term,) = live
+        return not term.product and len(term.values) == 1
+
+    def _is_live(self, term: Term) -> bool:
+        """Return whether a term depends on the model's input."""
+        return any(self.graph.values[index].live for index in term.values)
 
     def _streams(self, value: int) -> Iterable[int]:
         """Yield the parallel streams (B, T, S, d) that a value mixes by small matrices.
@@ -306,12 +347,16 @@ class Finder(Walks):
         stack, seen = [value], {value}
         while stack and len(seen) < _MOST_VALUES:
             current = stack.pop(0)
-            node = self.graph.values[current].node
             if current != value and self.graph.values[current].shape == shape:
                 yield current
-            if node < 0 or (self.is_product(node) and not self._mixes(node, shape)):
+
+            # Go back, but not through a product that makes something other than a mixture.
+            node = self.graph.values[current].node
+            if node < 0:
                 continue
-            fresh = [v.index for v in self.graph.float_inputs(node) if v.index not in seen]
+            if self.is_product(node) and not self._mixes(node, shape):
+                continue
+            fresh = [read.index for read in self.graph.float_inputs(node) if read.index not in seen]
             seen.update(fresh)
             stack.extend(fresh)
 
@@ -320,14 +365,21 @@ class Finder(Walks):
 
         The matrix is no larger than the number of streams squared.
         """
+        # 1. Rows of an image (B, C, H, W) are no streams.
         record = self.graph.nodes[node]
-        if record.name.startswith("conv"):  # (B, C, H, W): rows of an image are no streams
+        if record.name.startswith("conv"):
             return False
-        read = [self.graph.values[v] for v in record.inputs]
-        weights = [v for v in read if v.from_state and not v.live]
-        is_small = all(math.prod(v.shape) <= shape[-2] ** 2 for v in weights)
-        keeps_shape = any(self.graph.values[v].shape == shape for v in record.outputs)
-        return is_small and keeps_shape and any(v.live and v.shape == shape for v in read)
+
+        # 2. The matrix is small.
+        read = [self.graph.values[index] for index in record.inputs]
+        sizes_of_weights = [math.prod(value.shape) for value in read if value.is_weight]
+        is_small = max(sizes_of_weights, default=0) <= shape[-2] ** 2
+
+        # 3. The streams come in and go out in the same shape.
+        shapes_read = {value.shape for value in read if value.live}
+        shapes_made = {self.graph.values[index].shape for index in record.outputs}
+        keeps_shape = shape in shapes_read and shape in shapes_made
+        return is_small and keeps_shape
 
     def inner_calls(self, site: Site) -> tuple[int, ...]:
         """Return the calls of a branch.
@@ -338,17 +390,18 @@ class Finder(Walks):
         if not site.mixed:
             return site.cone
         mixture = _shape_of_mixture(self.graph.values[site.shortcut].shape)
-        products = [
-            n for n in site.cone if self.is_product(n) and self._has_shape_around(n, mixture)
-        ]
-        if not products:
+        products = [node for node in site.cone if self.is_product(node)]
+        on_mixture = [node for node in products if self._has_shape_around(node, mixture)]
+        if not on_mixture:
             return site.cone
-        return tuple(n for n in site.cone if products[0] <= n <= products[-1])
+        first, last = on_mixture[0], on_mixture[-1]
+        return tuple(node for node in site.cone if first <= node <= last)
 
     def _has_shape_around(self, node: int, shape: tuple[int, ...]) -> bool:
         """Return whether a call reads or makes a value of a shape."""
         record = self.graph.nodes[node]
-        return any(self.graph.values[v].shape == shape for v in (*record.inputs, *record.outputs))
+        around = (*record.inputs, *record.outputs)
+        return any(self.graph.values[index].shape == shape for index in around)
 
     def _is_mixed(self, shortcut: int, cone: tuple[int, ...]) -> bool:
         """Return whether the shortcut is (B, T, S, d) and the branch works on one (B, T, d)."""
@@ -356,19 +409,30 @@ class Finder(Walks):
         if len(shape) < 4:
             return False
         mixture = _shape_of_mixture(shape)
-        products = [n for n in cone if self.is_product(n)]
-        return any(v.shape == mixture for n in products for v in self.graph.float_inputs(n))
+        for node in cone:
+            if not self.is_product(node):
+                continue
+            if any(value.shape == mixture for value in self.graph.float_inputs(node)):
+                return True
+        return False
 
     def is_branch(self, shortcut: int, term: Term) -> bool:
         """Return whether a term is a function of the shortcut with a product on its way.
 
         A product must lie on a path from the shortcut, and on every path that carries more than a
         statistic.
+
+        Args:
+            shortcut: index of the value.
+            term: of an addition.
         """
+        # 1. The term depends on the shortcut, and is not the shortcut itself.
         if shortcut in term.values:
             return False
         if not self.reaches(shortcut, term.values, through_products=True):
             return False
+
+        # 2. Every path passes a product.
         if term.product:
             return True
         if self.reaches(shortcut, term.values, through_products=False, statistics=False):
@@ -394,14 +458,18 @@ class Finder(Walks):
         value = term.operand
         while value is not None and self.graph.values[value].node >= 0:
             node = self.graph.nodes[self.graph.values[value].node]
-            if node.name in SCATTERS:  # the experts of one MoE layer are one branch
+
+            # 1. The sum. The experts of one MoE layer, added by a scatter, are one branch.
+            if node.name in SCATTERS or node.invocation != owner:
                 return None
-            if node.terms is not None and node.invocation == owner:
+            if node.terms is not None:
                 leaves = self._leaves(node.index)
                 return leaves if len(leaves) >= 2 else None
-            if node.name not in SHAPE_ONLY or node.invocation != owner:
+
+            # 2. A reshaping before it.
+            if node.name not in SHAPE_ONLY:
                 return None
-            live = [v.index for v in self.graph.float_inputs(node.index)]
+            live = [read.index for read in self.graph.float_inputs(node.index)]
             value = live[0] if len(live) == 1 else None
         return None
 
@@ -410,17 +478,27 @@ class Finder(Walks):
 
         Two that share a product are one branch.
         """
+        # 1. The terms of the branch, all of which have to be branches.
         inner = self._inner_sum(branch.term, self.graph.nodes[branch.addition].invocation)
-        if inner is None or not all(self.is_branch(shortcut, leaf.term) for leaf in inner):
+        if inner is None:
             return [branch]
+        if not all(self.is_branch(shortcut, leaf.term) for leaf in inner):
+            return [branch]
+
+        # 2. No product belongs to two of them.
         claimed: set[int] = set()
         for leaf in inner:
             cone = self.cone(shortcut, leaf.term.values)
-            products = {n for n in cone if self.is_product(n)}
+            products = {node for node in cone if self.is_product(node)}
             if products & claimed:
                 return [branch]
             claimed |= products
-        return [part for leaf in inner for part in self._split(shortcut, leaf)]
+
+        # 3. Each may be a sum itself.
+        leaves: list[Leaf] = []
+        for leaf in inner:
+            leaves += self._split(shortcut, leaf)
+        return leaves
 
     # -- over all ----------------------------------------------------------------------------------
     def _streams_that_go_on(self) -> list[Site]:
@@ -428,16 +506,18 @@ class Finder(Walks):
 
         Positions mixed by attention look like mixed streams, but end there.
         """
+        lone = [s for s in self.sites if s.group in self._mixed and not self._is_linked(s)]
+        return [site for site in self.sites if site not in lone]
 
-        def follows(later: Site, earlier: Site) -> bool:
-            return earlier.group != later.group and earlier.output in self.carriers(later.shortcut)
-
-        sites = []
-        for site in self.sites:
-            linked = any(follows(site, other) or follows(other, site) for other in self.sites)
-            if site.group not in self._mixed or linked:
-                sites.append(site)
-        return sites
+    def _is_linked(self, site: Site) -> bool:
+        """Return whether the sum of another site is this one's shortcut, or the reverse."""
+        others = [other for other in self.sites if other.group != site.group]
+        for other in others:
+            if other.output in self.carriers(site.shortcut):
+                return True
+            if site.output in self.carriers(other.shortcut):
+                return True
+        return False
 
     def _within_their_branch(self) -> list[Site]:
         """Return the sites without sums inside a branch whose shortcut comes from outside it.
@@ -447,15 +527,10 @@ class Finder(Walks):
         accepted: list[tuple[Site, frozenset[int]]] = []
         streams = self._separate_streams()
         for site in sorted(self.sites, key=lambda s: s.addition, reverse=True):
-            origin = self.graph.values[site.shortcut].node
             outer_sites = [
-                outer
-                for outer, cone in accepted
-                if site.addition in cone
-                and outer.group != site.group
-                and origin not in cone
-                and site.shortcut != outer.shortcut
+                outer for outer, cone in accepted if self._enters_from_outside(site, outer, cone)
             ]
+
             # A sum of a second stream is a sub-layer if the outer branch reads its own shortcut
             # without it too.
             is_second_stream = id(site) in streams and all(
@@ -468,21 +543,34 @@ class Finder(Walks):
                 self.dropped.append((site, reason))
         return [site for site, _ in accepted]
 
+    def _enters_from_outside(self, site: Site, outer: Site, cone: Set[int]) -> bool:
+        """Return whether a sum lies inside a branch and its shortcut is made outside of it.
+
+        Args:
+            site: the sum.
+            outer: the branch.
+            cone: the calls of the branch.
+        """
+        if site.group == outer.group or site.shortcut == outer.shortcut:
+            return False
+        return site.addition in cone and self.graph.values[site.shortcut].node not in cone
+
     def _separate_streams(self) -> set[int]:
         """Return the ids of sites whose sum continues another, or is continued by one.
 
         No product lies between the two.
         """
         linked: set[int] = set()
-        for later in self.sites:
-            for earlier in self.sites:
-                if earlier.group == later.group or earlier.addition >= later.addition:
-                    continue
-                shape = self.graph.values[earlier.output].shape
-                if shape != self.graph.values[later.shortcut].shape:
-                    continue
-                if self.reaches(earlier.output, (later.shortcut,), through_products=False):
-                    linked |= {id(earlier), id(later)}
+        for earlier, later in itertools.product(self.sites, repeat=2):
+            if earlier.group == later.group or earlier.addition >= later.addition:
+                continue
+
+            # Values of two shapes cannot be of one stream.
+            shape = self.graph.values[earlier.output].shape
+            if shape != self.graph.values[later.shortcut].shape:
+                continue
+            if self.reaches(earlier.output, (later.shortcut,), through_products=False):
+                linked |= {id(earlier), id(later)}
         return linked
 
     def _reads_without(self, outer: Site, inner: Site) -> bool:
@@ -490,14 +578,19 @@ class Finder(Walks):
         return any(self.is_product(node) for node in self.cone_around(outer, (inner,)))
 
     def cone_around(self, outer: Site, inner: Iterable[Site]) -> tuple[int, ...]:
-        """Return the calls that lead from a branch's shortcut to its end without inner sums."""
+        """Return the calls that lead from a branch's shortcut to its end without inner sums.
+
+        Args:
+            outer: the branch.
+            inner: the sums inside it that are left out.
+        """
         # 1. Forward: the calls that the shortcut reaches.
         closed = {site.addition for site in inner}
-        members = set(outer.cone) - closed
         live = {outer.shortcut}
         forward: list[int] = []
-        for node in sorted(members):
-            if any(value.index in live for value in self.graph.float_inputs(node)):
+        for node in sorted(set(outer.cone) - closed):
+            reads_live = any(value.index in live for value in self.graph.float_inputs(node))
+            if reads_live:
                 forward.append(node)
                 live.update(self.graph.nodes[node].outputs)
 
@@ -505,23 +598,21 @@ class Finder(Walks):
         needed = set(outer.term.values)
         around: list[int] = []
         for node in reversed(forward):
-            if needed & set(self.graph.nodes[node].outputs):
+            is_needed = not needed.isdisjoint(self.graph.nodes[node].outputs)
+            if is_needed:
                 around.append(node)
                 needed.update(value.index for value in self.graph.float_inputs(node))
         return tuple(reversed(around))
 
     def own_calls(self, site: Site, sites: Iterable[Site]) -> tuple[int, ...]:
-        """Return the calls of a branch without those that only compute sums of other streams."""
-        origin = self.graph.values
-        cone = set(site.cone)
-        others = [
-            other
-            for other in sites
-            if other.addition in cone
-            and other.group != site.group
-            and other.shortcut != site.shortcut
-            and origin[other.shortcut].node not in cone
-        ]
+        """Return the calls of a branch without those that only compute sums of other streams.
+
+        Args:
+            site: the branch.
+            sites: all sub-layers.
+        """
+        cone = frozenset(site.cone)
+        others = [other for other in sites if self._enters_from_outside(other, site, cone)]
         if not others:
             return site.calls
         around = self.cone_around(site, others)
@@ -534,14 +625,14 @@ class Finder(Walks):
 
         They are left out of products over depth.
         """
-        inside = [(set(s.cone), s) for s in sites]
-        marked = []
+        cones = [(other, set(other.cone)) for other in sites]
+        marked: list[Site] = []
         for site in sites:
-            nested = any(
+            is_nested = any(
                 self._lies_in(site, other, cone) and not self._escapes(site, other, sites)
-                for cone, other in inside
+                for other, cone in cones
             )
-            marked.append(replace(site, nested=nested))
+            marked.append(replace(site, nested=is_nested))
         return marked
 
     def _escapes(self, site: Site, other: Site, sites: Iterable[Site]) -> bool:
@@ -550,20 +641,27 @@ class Finder(Walks):
         A message-passing layer's edge branch holds the whole node update, which the next layer's
         nodes continue.
         """
-        shape = self.graph.values[site.output].shape
-        stream = self.graph.values[other.output].shape
-        if shape == stream:
+        values = self.graph.values
+        shape = values[site.output].shape
+        if shape == values[other.output].shape:
             return False
-        ends = {
-            later.shortcut
-            for later in sites
-            if later.addition > other.addition and self.graph.values[later.shortcut].shape == shape
-        }
+
+        # Later sub-layers on a stream of this shape, one of which may go on with the sum.
+        shortcuts = {later.shortcut for later in sites if later.addition > other.addition}
+        ends = {shortcut for shortcut in shortcuts if values[shortcut].shape == shape}
         return self.reaches(site.output, ends, through_products=False, statistics=False)
 
     def _lies_in(self, site: Site, other: Site, cone: set[int]) -> bool:
-        """Return whether a sum, its shortcut included, lies inside another branch."""
-        if site is other or site.group == other.group or site.addition not in cone:
+        """Return whether a sum, its shortcut included, lies inside another branch.
+
+        Args:
+            site: the sum.
+            other: the branch.
+            cone: the calls of the branch.
+        """
+        if site is other or site.group == other.group:
+            return False
+        if site.addition not in cone:
             return False
         return site.shortcut == other.shortcut or self.graph.values[site.shortcut].node in cone
 

@@ -106,7 +106,8 @@ def owner_of(graph: Graph, innermost: int, first: int, last: int, value: int) ->
     Args:
         graph: what one forward did.
         innermost: where the search begins.
-        first, last: the calls to be held.
+        first: the first call to be held.
+        last: the last one.
         value: the value.
     """
     maker = graph.values[value].node
