@@ -40,6 +40,7 @@ class NormJacobian(Operator):
         self.set_batch_dims(batch_dims)
 
     def set_batch_dims(self, dims: Sequence[int]) -> None:
+        """Set which dimensions are independent, without rebuilding the operator."""
         self.dims = tuple(sorted(d % self.z.dim() for d in dims))
         self.problems = math.prod(self.z.shape[d] for d in self.dims)
         self.domain = self.codomain = self.z.numel() // self.problems
@@ -63,18 +64,22 @@ class Made(Operator):
 
     @property
     def problems(self) -> int:  # type: ignore[override]
+        """P, the number of independent matrices."""
         return self.parts[-1].problems
 
     @property
     def domain(self) -> int:  # type: ignore[override]
+        """n, the number of columns of one matrix."""
         return self.parts[-1].domain
 
     @property
     def codomain(self) -> int:  # type: ignore[override]
+        """m, the number of rows of one matrix."""
         return self.parts[0].codomain
 
     @property
     def jacobians(self) -> tuple[JacobianOperator, ...]:
+        """The linearised functions in the parts, in order."""
         return tuple(leaf for part in self.parts for leaf in part.jacobians)
 
     def _push(self, u: Tensor) -> Tensor:
@@ -103,7 +108,11 @@ class Composed(Made):
         self.dtype, self.device = inner.dtype, inner.device
 
     def steps(self, way: Way, vector: Tensor) -> Steps:
-        for part in reversed(self.parts) if way == "push" else self.parts:
+        """Make the product with each part: a push begins with the inner one."""
+        parts = self.parts
+        if way == "push":
+            parts = parts[::-1]
+        for part in parts:
             vector = yield from part.steps(way, vector)
         return vector
 
@@ -116,6 +125,7 @@ class Summed(Made):
         self.dtype, self.device = terms[0].dtype, terms[0].device
 
     def steps(self, way: Way, vector: Tensor) -> Steps:
+        """Make the product with each term, and add them."""
         first, *others = self.parts
         total = yield from first.steps(way, vector)
         for part in others:
@@ -132,6 +142,7 @@ class Shifted(Made):
         self.gain = gain
 
     def steps(self, way: Way, vector: Tensor) -> Steps:
+        """Make the product with J, and add that with gain * I."""
         image = yield from self.parts[0].steps(way, vector)
         return image + self.gain * vector
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 def dense_jacobian(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Return the Jacobian of `fn` at `x` as an (m, n) matrix, in the dtype of x, row by row."""
-    jacobian = torch.func.jacrev(fn)(x)
+    jacobian: Tensor = torch.func.jacrev(fn)(x)
     return jacobian.reshape(-1, x.numel())
 
 

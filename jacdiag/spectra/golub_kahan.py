@@ -61,10 +61,14 @@ class Bidiagonalisation:
             self._pushed(product)
 
     def _pushed(self, w: Tensor) -> None:
+        """Take w = A v_k: alpha_k and u_k."""
+        # 1. Take off what lies along the last u, then along all before it.
         k = self.steps
         if k:
             w -= self._column(self.betas[:, -1]) * self.u
         w = _reorthogonalised(w, self.left, k)
+
+        # 2. The rest gives the coefficient and the next direction.
         alpha = self._coefficient(w, last=k >= self.operator.codomain)
         self.u = self._direction(w, alpha)
         self.left = _stored(self.left, k, self.u)
@@ -72,11 +76,16 @@ class Bidiagonalisation:
         self.steps += 1
 
     def _pulled(self, z: Tensor) -> None:
+        """Take z = A^T u_k: beta_k and v_{k+1}."""
         k, alpha = self.steps, self.alphas[:, -1]
         if k == 1:
             self._check_adjoint(alpha, z)
+
+        # 1. Take off what lies along the last v, then along all before it.
         z = z - self._column(alpha) * self.v
         z = _reorthogonalised(z, self.right, k)
+
+        # 2. The rest gives the coefficient and the next direction.
         beta = self._coefficient(z, last=k >= self.operator.domain)
         self.v = self._direction(z, beta)
         self.right = _stored(self.right, k, self.v)
@@ -90,17 +99,20 @@ class Bidiagonalisation:
         A backward marked @once_differentiable is cut off in silence when it is differentiated, and
         A v comes out too small: without this check a wrong norm would be certified.
         """
+        # 1. At such a product the solver stops, and says that it was not finite.
         if not np.isfinite(alpha).all() or not bool(torch.isfinite(pulled).all()):
-            return  # the solver stops there, and says that a product was not finite
+            return
+
+        # 2. Compare the two inner products.
         if not alpha.any():
             probe = torch.ones_like(self.u).cumsum(1).cos()
             self.products += 1
-            wrong = bool(self.operator.pull(probe).abs().max() > 0)
+            differs = bool(self.operator.pull(probe).abs().max() > 0)
         else:
             inner = (self.v.double() * pulled.double()).sum(1).cpu().numpy()
             size = torch.linalg.vector_norm(pulled, dim=1, dtype=torch.float64).cpu().numpy()
-            wrong = bool((np.abs(inner - alpha) > 1e-3 * np.maximum(size, alpha)).any())
-        if wrong:
+            differs = bool((np.abs(inner - alpha) > 1e-3 * np.maximum(size, alpha)).any())
+        if differs:
             raise RuntimeError(self._adjoint_cause())
 
     def _adjoint_cause(self) -> str:
@@ -109,27 +121,32 @@ class Bidiagonalisation:
         A linear map scales with its argument. One that does not has left the range of its dtype on
         the way.
         """
+        # 1. Compare J v with the product of a v scaled down.
         small = self.v * _SHRUNK
-        pushed, scaled = (
-            self.operator.push(self.v).double(),
-            self.operator.push(small).double() / _SHRUNK,
-        )
+        pushed = self.operator.push(self.v).double()
+        scaled = self.operator.push(small).double() / _SHRUNK
         self.products += 2
-        off = float((pushed - scaled).abs().max())
-        what = "J u and J^T w do not belong to one matrix"
-        if not off <= 1e-2 * float(pushed.abs().max()):
-            name = str(self.operator.dtype).removeprefix("torch.")
-            way = "" if name == "float64" else "; --dtype float64 may hold it"
-            return f"{what}: a product leaves the range of {name} on the way{way}"
-        return (
-            f"{what}: a backward in it has no derivative (@once_differentiable), or depends on "
-            "more than its input"
-        )
+        difference = float((pushed - scaled).abs().max())
+        is_linear = difference <= 1e-2 * float(pushed.abs().max())  # False for NaN
+
+        # 2. The cause.
+        event = "J u and J^T w do not belong to one matrix"
+        if is_linear:
+            return (
+                f"{event}: a backward in it has no derivative (@once_differentiable), or depends "
+                "on more than its input"
+            )
+        name = str(self.operator.dtype).removeprefix("torch.")
+        advice = "" if name == "float64" else "; --dtype float64 may hold it"
+        return f"{event}: a product leaves the range of {name} on the way{advice}"
 
     def _coefficient(self, w: Tensor, last: bool) -> Array:
         """Return the norm of a new direction; 0 at a breakdown, which makes the problem exact."""
+        # 1. The norm. A problem that is exact gets no further direction.
         value = norms(w).cpu().numpy()
         value[self.exact] = 0.0
+
+        # 2. Breakdowns: what is no more than rounding of the largest one.
         self.scale = np.maximum(self.scale, np.where(np.isfinite(value), value, self.scale))
         broken = (value <= self.tiny * self.scale) | last
         value[broken] = 0.0
@@ -138,8 +155,9 @@ class Bidiagonalisation:
 
     @property
     def finite(self) -> bool:
-        """Whether the last coefficients are."""
-        return bool(np.isfinite(self.alphas[:, -1]).all() and np.isfinite(self.betas[:, -1:]).all())
+        """Whether the last coefficients are finite."""
+        has_finite_alphas = np.isfinite(self.alphas[:, -1]).all()
+        return bool(has_finite_alphas and np.isfinite(self.betas[:, -1:]).all())
 
     def _direction(self, w: Tensor, norm: Array) -> Tensor:
         inverse = np.divide(1.0, norm, out=np.zeros_like(norm), where=norm != 0)
@@ -159,12 +177,17 @@ def norms(w: Tensor) -> Tensor:
     Chunks are summed in the dtype of w where they divide n, for speed; not where a square might
     leave its range.
     """
+    # 1. By chunks.
     if w.shape[1] and w.shape[1] % _CHUNK == 0:
         chunks = torch.linalg.vector_norm(w.reshape(w.shape[0], -1, _CHUNK), dim=2)
-        found = torch.linalg.vector_norm(chunks, dim=1, dtype=torch.float64)
-        if bool(((found > _SMALL) & (found < 1 / _SMALL)).all()):
-            return found
-    return torch.linalg.vector_norm(w, dim=1, dtype=torch.float64)
+        sizes: Tensor = torch.linalg.vector_norm(chunks, dim=1, dtype=torch.float64)
+        is_in_range = (sizes > _SMALL) & (sizes < 1 / _SMALL)
+        if bool(is_in_range.all()):
+            return sizes
+
+    # 2. In float64.
+    exact: Tensor = torch.linalg.vector_norm(w, dim=1, dtype=torch.float64)
+    return exact
 
 
 def _stored(basis: Tensor, k: int, vector: Tensor) -> Tensor:
@@ -188,10 +211,13 @@ def _reorthogonalised(w: Tensor, basis: Tensor, k: int) -> Tensor:
     """
     if k == 0:
         return w
-    # row times matrix: ten times faster on a CPU than matrix times column
+
+    # Row times matrix is ten times faster on a CPU than matrix times column.
     span, row = basis[:, :k], w.unsqueeze(1)
     before = norms(w)
     row = torch.baddbmm(row, torch.bmm(row, span.transpose(1, 2)), span, alpha=-1)
+
+    # A second pass, unless the norm did not fall much.
     if not bool((norms(row.squeeze(1)) >= _MUCH * before).all()):
         row = torch.baddbmm(row, torch.bmm(row, span.transpose(1, 2)), span, alpha=-1)
     return row.squeeze(1)

@@ -38,7 +38,8 @@ def bidiagonal(alphas: Array, betas: Array) -> Array:
     """Stack coefficients into upper bidiagonal matrices; betas[:, j] stands right of alphas[:, j].
 
     Args:
-        alphas: (P, k); betas: (P, k - 1) after A v_k, or (P, k) after A^T u_k.
+        alphas: (P, k) diagonals.
+        betas: (P, k - 1) after A v_k, or (P, k) after A^T u_k.
 
     Returns:
         (P, k, k), or (P, k, k + 1).
@@ -72,7 +73,8 @@ def upper_ends(
 
     Args:
         top: (P,) largest Ritz values.
-        alphas, betas: (P, k) and (P, k - 1) or (P, k) coefficients.
+        alphas: (P, k) coefficients.
+        betas: (P, k - 1) or (P, k) coefficients.
         exact: (P,) problems whose factorisation broke down: an invariant subspace, `top` is the
             norm.
         domain: n, the size of the domain of one problem.
@@ -136,31 +138,37 @@ def _half_log_sum(x: Array, diagonal: Array, off: Array) -> tuple[Array, Array]:
     The three-term recurrence that gives them is stable outside the spectrum.
 
     Args:
-        x: (P,) points; diagonal, off: (P, k) of the Jacobi matrix, off[:, j] right of diagonal[:,
-            j].
+        x: (P,) points.
+        diagonal: (P, k) diagonal of the Jacobi matrix.
+        off: (P, k) of the Jacobi matrix, off[:, j] right of diagonal[:, j].
     """
-    before, p = np.zeros_like(x), np.ones_like(x)
-    d_before, d = np.zeros_like(x), np.zeros_like(x)
-    total, d_total, logs = np.ones_like(x), np.zeros_like(x), np.zeros_like(x)
-    back: Array | float = 0.0
+    # p is p_j(x), d its derivative; `before` are those of j - 1.
+    p, p_before = np.ones_like(x), np.zeros_like(x)
+    d, d_before = np.zeros_like(x), np.zeros_like(x)
+    total, d_total = np.ones_like(x), np.zeros_like(x)
+    logs = np.zeros_like(x)
+    off_before: Array | float = 0.0
     for j in range(off.shape[1]):
-        shifted, here = x - diagonal[:, j], off[:, j]
-        before, p, d_before, d = (
-            p,
-            (shifted * p - back * before) / here,
-            d,
-            (p + shifted * d - back * d_before) / here,
-        )
-        back = here
+        # 1. The next polynomial.
+        shifted = x - diagonal[:, j]
+        off_j = off[:, j]
+        p_next = (shifted * p - off_before * p_before) / off_j
+        d_next = (p + shifted * d - off_before * d_before) / off_j
+        p_before, p = p, p_next
+        d_before, d = d, d_next
+        off_before = off_j
+
+        # 2. A problem is scaled down where it grows beyond what can be squared.
         size = np.maximum(np.abs(p), np.abs(d))
-        if size.max() > _LARGE:  # a problem is scaled down where it grows beyond what squares bear
+        if size.max() > _LARGE:
             scale = np.where(size > _LARGE, size, 1.0)
-            before, p, d_before, d = before / scale, p / scale, d_before / scale, d / scale
-            total, d_total, logs = (
-                total / scale / scale,
-                d_total / scale / scale,
-                logs + np.log(scale),
-            )
+            p, p_before = p / scale, p_before / scale
+            d, d_before = d / scale, d_before / scale
+            total = total / scale / scale
+            d_total = d_total / scale / scale
+            logs = logs + np.log(scale)
+
+        # 3. The sums.
         total += p * p
         d_total += p * d
     return np.log(total) / 2 + logs, d_total / total

@@ -120,20 +120,24 @@ class JacobianOperator(Operator):
             MeasureError: the output has no such dimension of the same size, so that problems cannot
                 be told apart.
         """
+        # 1. The dimensions of x.
         rank = len(self.x_shape)
-        y_shape = self.value.shape
         if any(not -rank <= d < rank for d in dims):
             raise MeasureError(
                 "batch_dims name a dimension that x does not have", got=f"{tuple(dims)} of {rank}"
             )
-
         self.dims = tuple(sorted({d % rank for d in dims}))
+
+        # 2. The output has to have them too.
+        y_shape = self.value.shape
         if any(d >= len(y_shape) or y_shape[d] != self.x_shape[d] for d in self.dims):
             raise MeasureError(
                 "the output does not keep the batch dimensions",
                 got=f"dimensions {self.dims} of {tuple(self.x_shape)}, beside {tuple(y_shape)}",
                 hint="batch_dims=() makes one problem of everything",
             )
+
+        # 3. The sizes of one problem.
         self.problems = math.prod(self.x_shape[d] for d in self.dims)
         self.domain = self.x_shape.numel() // self.problems
         self.codomain = self.value.numel() // self.problems
@@ -145,10 +149,12 @@ class JacobianOperator(Operator):
             return self._pull_map(_laid_out(w))
 
     def steps(self, way: Way, vector: Tensor) -> Steps:  # noqa: ARG002  (of Operator; a single map has one way)
+        """Make the product as a generator that yields itself as the only Jacobian."""
         return (yield self, vector)
 
     @property
     def jacobians(self) -> tuple[JacobianOperator, ...]:
+        """The operator itself."""
         return (self,)
 
     def products_of(self, way: Way, vectors: Sequence[Tensor]) -> list[Tensor]:
@@ -158,9 +164,13 @@ class JacobianOperator(Operator):
             product, shape = self._push_map, self.x_shape
         else:
             product, shape = self._pull_map, self.value.shape
+
+        # 1. How many fit into one call.
         at_once = 1
         if self.stacks:
             at_once = max(1, _NARROW // max(1, shape.numel()))
+
+        # 2. The products.
         results: list[Tensor] = []
         with torch.no_grad(), full_precision():
             for first in range(0, len(vectors), at_once):
@@ -190,6 +200,7 @@ class JacobianOperator(Operator):
             return flat(self._pull_map(shaped(w, self.dims, self.value.shape)), self.dims)
 
     def release(self) -> None:
+        """Drop graphs; the operator cannot be used afterwards."""
         self._push_map = self._pull_map = _released
 
 
@@ -204,10 +215,17 @@ def flat(t: Tensor, dims: Sequence[int]) -> Tensor:
 
 
 def shaped(rows: Tensor, dims: Sequence[int], shape: torch.Size) -> Tensor:
-    """Return rows (P, n) in a shape; the inverse of `flat`."""
+    """Return rows (P, n) in a shape; the inverse of `flat`.
+
+    Args:
+        rows: one per index of the batch dimensions.
+        dims: the batch dimensions.
+        shape: of the result.
+    """
     lead = [shape[d] for d in dims]
     inner = [n for d, n in enumerate(shape) if d not in dims]
-    return _laid_out(rows.reshape(*lead, *inner).movedim(tuple(range(len(dims))), tuple(dims)))
+    apart = rows.reshape(*lead, *inner)
+    return _laid_out(apart.movedim(tuple(range(len(dims))), tuple(dims)))
 
 
 def _laid_out(vector: Tensor) -> Tensor:
@@ -227,9 +245,11 @@ def _released(_: Tensor) -> Tensor:
 
 def _checked(value: object) -> Tensor:
     """Return what a function gave back; raise unless it is a floating tensor."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        got = f"{value.dtype}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
+    if not isinstance(value, Tensor):
+        got = f"type {type(value).__name__}"
         raise MeasureError("the function returned no floating tensor", got=got)
+    if not value.is_floating_point():
+        raise MeasureError("the function returned no floating tensor", got=f"{value.dtype}")
     return value
 
 
@@ -276,23 +296,28 @@ def independent_dims(
 
     Args:
         pull: J^T w in the shapes of x and y.
-        x_shape, y_shape: of the point and of the function's value.
+        x_shape: of the point.
+        y_shape: of the function's value.
         feature_dim: the dimension that is never independent.
-        dtype, device: of the cotangents.
+        dtype: of the cotangents.
+        device: of the cotangents.
         generator: of their random numbers.
 
     Returns:
         The independent dimensions, ascending; dimensions of size 1 count as independent.
     """
-    feature = feature_dim % len(x_shape)
     if len(x_shape) != len(y_shape):
         return ()
-    independent = {d for d in range(len(x_shape)) if d != feature and x_shape[d] == y_shape[d]}
+    feature = feature_dim % len(x_shape)
+    same_size = {d for d in range(len(x_shape)) if x_shape[d] == y_shape[d]}
+    independent = same_size - {feature}
     for places in _places_to_look_at(y_shape, independent):
         # 1. A cotangent on one index of every dimension but the features.
         w = torch.zeros(y_shape, dtype=dtype, device=device)
-        index = tuple(slice(None) if d == feature else place for d, place in enumerate(places))
-        w[index] = torch.randn(w[index].shape, generator=generator, dtype=torch.float64).to(w)
+        index: list[int | slice] = list(places)
+        index[feature] = slice(None)
+        spot = tuple(index)
+        w[spot] = torch.randn(w[spot].shape, generator=generator, dtype=torch.float64).to(w)
 
         # 2. Drop the dimensions along which its pull leaves that index.
         touched = pull(w) != 0

@@ -27,27 +27,35 @@ def full_precision() -> Iterator[None]:
     ...     torch.get_float32_matmul_precision()
     'highest'
     """
+    # 1. Read the first set of flags. torch raises if the process has written the second.
     try:
         with _without_advice():
-            products, convolutions = (
-                torch.get_float32_matmul_precision(),
-                torch.backends.cudnn.allow_tf32,
-            )
+            products = torch.get_float32_matmul_precision()
+            convolutions = torch.backends.cudnn.allow_tf32
     except RuntimeError:
-        before = [(backend, backend.fp32_precision) for backend in map(_backend, _BACKENDS)]
-        try:
-            for backend, _ in before:
-                backend.fp32_precision = "ieee"
+        with _second_set_of_flags():
             yield
-        finally:
-            for backend, precision in before:
-                backend.fp32_precision = precision
         return
+
+    # 2. Borrow it.
     try:
         _set_flags("highest", False)
         yield
     finally:
         _set_flags(products, convolutions)
+
+
+@contextmanager
+def _second_set_of_flags() -> Iterator[None]:
+    """Compute float32 products in full precision by torch's newer flags, one for each backend."""
+    before = [(backend, backend.fp32_precision) for backend in map(_backend, _BACKENDS)]
+    try:
+        for backend, _ in before:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in before:
+            backend.fp32_precision = precision
 
 
 def _set_flags(products: str, convolutions: bool) -> None:

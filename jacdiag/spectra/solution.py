@@ -99,6 +99,7 @@ class Solution:
 
 
 def _per_token(table: Array, token_ids: Tensor | None) -> PerToken:
+    """Return the spread of the norms (B, T) of tokens, and the token with the largest."""
     row, column = (int(i) for i in np.unravel_index(int(table.argmax()), table.shape))
     token = None
     if token_ids is not None and tuple(token_ids.shape) == table.shape:

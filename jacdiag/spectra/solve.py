@@ -49,10 +49,12 @@ def top_singular(
     """Return the largest singular value of every problem of an operator, with an interval.
 
     Args:
-        operator, generator, decide: see `Question`.
+        operator: P problems (m, n).
         tol: stop when the interval of the maximum over problems has this relative width.
         confidence: of the upper end.
         max_products: budget.
+        generator: of the random start (CPU).
+        decide: whether ends (lower, upper) of the maximum decide what the norm is needed for.
         early: stop as soon as `decide` is true, however wide the interval is; else go on to `tol`,
             and beyond `tol` until it is true.
         pad: rounding pad; that of the operator's dtype if not given.
@@ -85,13 +87,19 @@ def in_step(
     Each has a start of its own and stops for itself, as it would alone. Arguments as in
     `top_singular`.
     """
-    runs = [_Run(q, tol, 1.0 - confidence, max_products, early, pad) for q in questions]
-    while active := [run for run in runs if run.stop is None]:
-        way, _ = active[0].lanczos.wanted  # all began at once: it is the same for all
-        vectors = [run.lanczos.wanted[1] for run in active]
+    runs = [
+        _Run(question, tol, 1.0 - confidence, max_products, early, pad) for question in questions
+    ]
+    active = runs
+    while active:
+        # All runs began at once, so that the next product goes the same way for all.
+        wanted = [run.lanczos.wanted for run in active]
+        way, _ = wanted[0]
+        vectors = [vector for _, vector in wanted]
         products = products_together(way, [run.operator for run in active], vectors)
         for run, product in zip(active, products, strict=True):
             run.take(product)
+        active = [run for run in active if run.stop is None]
     return [run.solution(confidence) for run in runs]
 
 
@@ -164,27 +172,37 @@ class _Run:
         """Go on by one product, and set `stop` if it was the last."""
         lanczos, ends = self.lanczos, self.ends
         lanczos.take(product)
-        any_may_decide = self.early and self.decide is not None
-        is_last = bool(lanczos.exact.all()) or lanczos.products >= self.max_products
-        if lanczos.finite and (any_may_decide or is_last or ends.due(self.tol)):
-            ends.update()
+
+        # The ends are computed only where they may end the run.
+        if lanczos.finite:
+            any_may_decide = self.early and self.decide is not None
+            is_last = bool(lanczos.exact.all()) or lanczos.products >= self.max_products
+            if any_may_decide or is_last or ends.due(self.tol):
+                ends.update()
         self.stop = self._reason_to_stop()
 
     def _reason_to_stop(self) -> Stop | None:
         """Return why the run ends here, None if it goes on."""
+        # 1. Nothing more can be learned.
         lanczos, ends = self.lanczos, self.ends
         if not lanczos.finite:
             return Stop.NON_FINITE
-        lower, upper = float(ends.low.max()), float(ends.high.max())
         if bool(lanczos.exact.all()):
             return Stop.EXACT
+
+        # 2. The ends are narrow enough, or decide what the norm is needed for.
+        lower, upper = float(ends.low.max()), float(ends.high.max())
         is_decided = self.decide is not None and self.decide(lower, upper)
-        needs_no_decision = self.decide is None or is_decided
-        if _narrow(ends.low, ends.high, self.tol) and needs_no_decision:
+        needs_decision = self.decide is not None and not is_decided
+        if _narrow(ends.low, ends.high, self.tol) and not needs_decision:
             return Stop.WIDTH
         if self.early and is_decided:
             return Stop.DECIDED
-        return Stop.BUDGET if lanczos.products >= self.max_products else None
+
+        # 3. The budget.
+        if lanczos.products >= self.max_products:
+            return Stop.BUDGET
+        return None
 
     def solution(self, confidence: float) -> Solution:
         """Return the result of a run that has ended."""
@@ -217,7 +235,8 @@ def inherited(
     Args:
         operator: P problems (m, n).
         vectors: (P, n), such as the top right vectors of a similar operator.
-        upper: (P,) ends that hold with probability `confidence`.
+        upper: (P,) ends.
+        confidence: probability with which they hold.
         tol: relative width that counts as converged.
     """
     pad = PAD[str(operator.dtype).removeprefix("torch.")]
