@@ -31,17 +31,24 @@ def parameters_of(graph: Graph, nodes: Iterable[int], skeleton: Skeleton) -> lis
     """Return the parameters that calls read, in order.
 
     They may read them directly or through values made of parameters alone.
+
+    Args:
+        graph: what one forward did.
+        nodes: the calls.
+        skeleton: the names of the parameters.
     """
     names: dict[str, None] = {}
     for node in nodes:
-        # the first read is the first popped
-        stack, seen = list(reversed(graph.nodes[node].inputs)), set()
+        # What is read first is popped first.
+        stack = list(reversed(graph.nodes[node].inputs))
+        seen: set[int] = set()
         while stack:
             value = graph.values[stack.pop()]
-            if value.index in seen or (value.live and value.node != STATE):
+            is_state = value.node == STATE
+            if value.index in seen or (value.live and not is_state):
                 continue
             seen.add(value.index)
-            if value.node == STATE and value.name in skeleton.params:
+            if is_state and value.name in skeleton.params:
                 names[value.name] = None
             elif value.node >= 0:
                 stack.extend(graph.nodes[value.node].inputs)
@@ -89,20 +96,27 @@ def _cover_outside(
     graph: Graph, finder: Finder, sites: list[Site], skeleton: Skeleton, result: Coverage
 ) -> None:
     """Assign the parameters that calls outside the sub-layers read, by where the call stands."""
-    claimed = result.covered()
-    outer = [site for site in sites if not site.nested]
+    # 1. Where the first sub-layer begins and the last one ends.
     end = len(graph.nodes)
+    outer = [site for site in sites if not site.nested]
     first = min((graph.values[site.shortcut].node for site in outer), default=end)
     last = max((graph.values[site.output].node for site in outer), default=end)
+
+    # 2. The parameters of every call, unless one before it has claimed them.
+    claimed = result.covered()
     for node in graph.nodes:
         read = parameters_of(graph, (node.index,), skeleton)
         names = [name for name in read if name not in claimed]
         if not names:
             continue
         claimed.update(names)
-        if node.index <= first or node.name in LOOKUPS:
+
+        # 3. Their place.
+        is_before = node.index <= first
+        is_norm = node.name in FUSED_NORMS or not finder.is_product(node.index)
+        if is_before or node.name in LOOKUPS:
             result.embedding += names
-        elif node.name in FUSED_NORMS or not finder.is_product(node.index):
+        elif is_norm:
             result.norms += names
         elif node.index > last:
             result.head += names
@@ -124,8 +138,10 @@ def _note_unread(graph: Graph, skeleton: Skeleton, result: Coverage) -> None:
 
 def _own_module(graph: Graph, site: Site, home: int) -> int | None:
     """Return the module call that is the branch's alone, if the addition is made outside it."""
-    around_addition = set(graph.ancestors(graph.nodes[site.addition].invocation))
-    return None if home in around_addition else home
+    around_addition = graph.ancestors(graph.nodes[site.addition].invocation)
+    if home in around_addition:
+        return None
+    return home
 
 
 def _span(graph: Graph, invocation: int) -> range:

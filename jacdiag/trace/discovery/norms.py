@@ -107,9 +107,7 @@ def waists(graph: Graph, cone: tuple[int, ...], source: int) -> list[int]:
 
 def reads_state(graph: Graph, node: int) -> bool:
     """Return whether a call reads something made of parameters or buffers alone."""
-    return any(
-        graph.values[v].from_state and not graph.values[v].live for v in graph.nodes[node].inputs
-    )
+    return any(graph.values[index].is_weight for index in graph.nodes[node].inputs)
 
 
 @dataclass(frozen=True)
@@ -236,7 +234,8 @@ class Anatomist:
     ) -> tuple[Norm, Spot] | None:
         """Return a norm between two points of a branch, and where its input is met."""
         # 1. Pairs of neighbouring points that may hold a norm, before any other parameter is read.
-        end = next((n for n in points[1:] if reads_state(self.graph, n)), len(self.graph.nodes))
+        reading = [node for node in points[1:] if reads_state(self.graph, node)]
+        end = reading[0] if reading else len(self.graph.nodes)
         suspects = [
             (start, stop)
             for start, stop in itertools.pairwise(points)
@@ -244,13 +243,14 @@ class Anatomist:
         ]
 
         # 2. Test them. Routed rows are no tokens until summed.
-        for start in dict.fromkeys([points[0], *(first for first, _ in suspects)]):
+        starts = [points[0], *(start for start, _ in suspects)]
+        for start in dict.fromkeys(starts):
             later = [stop for first, stop in suspects if first >= start]
             entry = self.replayer.spot_of(self.graph.nodes[start].outputs[0], owner)
             h = self.replayer.run(owner, source, x, entry) if later else x
             for node in later:
-                before = [n for n in cone if start < n < node and reads_state(self.graph, n)]
-                candidate = _Candidate(node, Where.RESULT, self._gain_call(before))
+                between = [n for n in cone if start < n < node and reads_state(self.graph, n)]
+                candidate = _Candidate(node, Where.RESULT, self._gain_call(between))
                 norm = self._norm(owner, entry, h, candidate)
                 if norm is not None:
                     return norm, entry
@@ -284,13 +284,18 @@ class Anatomist:
 
         None is returned if it multiplies by anything else.
         """
-        operands = [self.graph.values[v] for v in self.graph.nodes[call].operands]
-        learned = [k for k, value in enumerate(operands) if value.from_state and not value.live]
-        if len(operands) != 2 or len(learned) != 1 or operands[learned[0]].shape != x.shape[-1:]:
+        # 1. One of two factors is learned, with one number per feature.
+        operands = [self.graph.values[index] for index in self.graph.nodes[call].operands]
+        learned = [position for position, value in enumerate(operands) if value.is_weight]
+        if len(operands) != 2 or len(learned) != 1:
             return None
-        spot = replace(
-            self.replayer.spot_at(Where.OPERAND, call, owner, learned[0]), shape=x.shape[-1:]
-        )
+        (position,) = learned
+        if operands[position].shape != x.shape[-1:]:
+            return None
+
+        # 2. Its value, met in a run.
+        spot = self.replayer.spot_at(Where.OPERAND, call, owner, position)
+        spot = replace(spot, shape=x.shape[-1:])
         with torch.no_grad():
             gain = self.replayer.run(owner, source, x, spot).detach()
         if gain.is_meta or bool((gain != 0).all()):

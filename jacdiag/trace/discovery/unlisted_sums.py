@@ -33,12 +33,24 @@ class LeftOut:
 
 
 def left_out(graph: Graph, finder: Finder, sites: Sequence[Site]) -> list[LeftOut]:
-    """Return the residual sums that are not listed, in the order of the forward."""
+    """Return the residual sums that are not listed, in the order of the forward.
+
+    Args:
+        graph: what one forward did.
+        finder: of the same graph.
+        sites: the sub-layers that are listed.
+    """
+    # 1. The calls that belong to a listed sub-layer.
     streams = _Streams(graph, finder, sites)
-    listed = {site.addition for site in sites} | {site.carrier[0] for site in sites}
-    listed |= {graph.values[site.output].node for site in sites}
+    listed: set[int] = set()
+    for site in sites:
+        listed |= {site.addition, site.carrier[0], graph.values[site.output].node}
+
+    # 2. Pairs that were not taken, and sums with a gate.
     reasons = _dropped_pairs(finder, streams, listed)
     reasons |= _gated_sums(graph, sites, streams, listed)
+
+    # 3. Other calls on a stream.
     for node in graph.nodes:
         if node.index in listed or node.index in reasons or node.function:
             continue
@@ -231,22 +243,24 @@ class _Streams:
 
     def mixes(self, node: int) -> bool:
         """Return whether outputs of one shape are stacked and then summed into the stream again."""
-        # 1. What is stacked: earlier outputs of one shape, the later ones made from the first.
-        record = self.graph.nodes[node]
-        operands = [self.graph.values[v] for v in record.operands]
-        members = [value.index for value in operands if value.live and value.is_float]
-        shapes = {self.graph.values[v].shape for v in members}
-        if len(members) < 2 or len(shapes) != 1:
+        # 1. What is stacked: earlier outputs of one shape.
+        operands = [self.graph.values[index] for index in self.graph.nodes[node].operands]
+        stacked = [value for value in operands if value.is_differentiable]
+        shapes = {value.shape for value in stacked}
+        if len(stacked) < 2 or len(shapes) != 1:
             return False
-        between = self.finder.cone(members[0], members[1:])
+
+        # 2. The later ones are made from the first.
+        first, *later = [value.index for value in stacked]
+        between = self.finder.cone(first, later)
         if not any(self.finder.is_product(call) for call in between):
             return False
 
-        # 2. The sum that the stack leads to.
-        output = self._reduced(record.outputs[0], shapes.pop())
+        # 3. The sum that the stack leads to.
+        output = self._reduced(self.graph.nodes[node].outputs[0], shapes.pop())
         if output is None:
             return False
-        return self.goes_on(output) or any(self.is_stream(member) for member in members)
+        return self.goes_on(output) or any(self.is_stream(index) for index in (first, *later))
 
     def _reduced(self, value: int, shape: tuple[int, ...]) -> int | None:
         """Return the first sum of that shape that a stack leads to; no product lies between."""

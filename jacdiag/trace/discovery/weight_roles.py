@@ -417,16 +417,10 @@ class _Branch:
         """Return the role of the matrix of a product."""
         if self.site.kind == "attention":
             return self._attention_role(node)
-
-        # A product that no other follows makes the output or weighs experts.
         tags = self.tags[node]
         is_last = not self.followed[node]
-        if is_last and self._is_router(tags, fan_out):
-            return "router"
-        if is_last and self.site.kind in ("mlp", "moe"):
-            return "W_2"
         if is_last:
-            return "W_O"
+            return self._last_role(tags, fan_out)
 
         # The others differ by what their result is multiplied by.
         if _Tag.HALVES in tags:
@@ -434,6 +428,14 @@ class _Branch:
         if _Tag.GATE in tags:
             return "W_gate"
         return "W_1"
+
+    def _last_role(self, tags: set[_Tag], fan_out: int | None) -> str:
+        """Return the role of a product that no other follows: the output's, or a router's."""
+        if self._is_router(tags, fan_out):
+            return "router"
+        if self.site.kind in ("mlp", "moe"):
+            return "W_2"
+        return "W_O"
 
     def _is_router(self, tags: set[_Tag], fan_out: int | None) -> bool:
         """Return whether a product that no other follows selects or weighs the others' results."""
@@ -581,21 +583,17 @@ def _small_use(sites: Sites, name: str) -> Use:
     if _is_looked_up(graph, name):
         return Use("positions")
     is_matrix = len(shape) >= 2 and min(shape) > 1
-    if is_matrix:
-        return Use("")
-
-    # 2. The first call that reads it.
-    use = _first_use(graph, name)
+    use = None if is_matrix else _first_use(graph, name)
     if use is None:
         return Use("")
+
+    # 2. The gain of a fused norm.
     operation = graph.nodes[use.node].name
     if operation in NORMS_WITH_GAIN and _is_gain(graph, use.node, name):
         return Use("norm_gain", offset=use.added)
-    if operation in NORMS_WITH_GAIN:
-        return Use("bias")
 
     # 3. A product by element is a norm's gain or a scale. Anything else adds a bias.
-    if operation not in TIMES | DIVISIONS:
+    if operation in NORMS_WITH_GAIN or operation not in TIMES | DIVISIONS:
         return Use("bias")
     is_gain_of_norm = _in_norm(sites, use.node) and not use.changed
     role = "norm_gain" if is_gain_of_norm else "scale"
