@@ -119,7 +119,7 @@ def _failed_as_one_of(team: Team, error: BaseException) -> int:
     try:
         calm()
         what = team.fail(error, _told)
-        with quiet(unless=team.speaks):
+        with quiet(unless=team.reports_failure):
             code = _ended(what, [])
         team.close()
         return code

@@ -1,10 +1,10 @@
 """Share one audit among several processes; all of them end when one does.
 
-What travels is plain data, a few kilobytes per sub-layer, through the key-value store of
-torch.distributed's rendezvous (`torchrun` keeps one). There is no process group and no collective
-on purpose: a collective waits for the dead, a model that asks `torch.distributed.is_initialized()`
-must behave as it does in one process, and its factory may make a group of its own. So it runs alike
-on CPUs and GPUs, and ranks may share a GPU.
+The ranks exchange plain data, a few kilobytes per sub-layer, through the key-value store of
+torch.distributed's rendezvous (`torchrun` keeps one). There is no process group and no collective,
+for three reasons. A collective waits for ranks that have died. A model that calls
+`torch.distributed.is_initialized()` must behave as it does in one process. Its factory may make a
+process group itself. So an audit runs the same way on CPUs and GPUs, and ranks may share a GPU.
 """
 
 from jacdiag.distributed.audit_team import Alone, Team

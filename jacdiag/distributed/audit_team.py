@@ -1,8 +1,8 @@
 """One rank among others: it takes jobs, gathers results and notices a rank that is gone.
 
-Rank 0 keeps no plan and hands out nothing: every rank sorts the same jobs the same way, dearest
-first, and takes the next number of one counter when it is free. Random starts belong to sub-layers
-and norms, not to ranks, so that it does not matter who takes what.
+No rank distributes the jobs. Every rank sorts the same jobs the same way, the most expensive first,
+and takes the next number of one counter when it is free. Random starts belong to sub-layers and
+norms, not to ranks, so that the result does not depend on which rank takes which job.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from jacdiag.distributed.failure import Failure, Told, explained
+from jacdiag.distributed.failure import Explanation, Failure, explained
 from jacdiag.distributed.fingerprint import Fingerprint
 from jacdiag.distributed.liveness import Member
 from jacdiag.distributed.store import Store
@@ -25,13 +26,15 @@ from jacdiag.records.base import Record
 R = TypeVar("R", bound=Record)
 T = TypeVar("T")
 
-POLL = 0.02
-BEAT = 0.5  # seconds between signs of life
-# without one, a rank counts as dead; code that holds the GIL may be silent for a while
+# All times are in seconds.
+POLL = 0.02  # between two looks at the store
+BEAT = 0.5  # between signs of life
+# Without a sign of life for this long, a rank counts as dead. Code that holds the GIL may be silent
+# for a while.
 SILENCE = 60.0
-JOIN = 300.0
-PATIENCE = 10.0  # for the others' last words; torchrun kills 30 seconds after SIGTERM
-BLAME = 3.0  # after SIGTERM, to find out who has died
+JOIN = 300.0  # until all ranks have joined
+PATIENCE = 10.0  # for the last messages of the others; torchrun kills 30 seconds after SIGTERM
+BLAME = 3.0  # after SIGTERM, to find out which rank has died
 OR_ALONE = "WORLD_SIZE=1 in front of the command, for an audit in this process alone"
 _SAME = "the same files and versions on every node; a factory must build the same model every time"
 _WHY = (
@@ -40,30 +43,48 @@ _WHY = (
 )
 
 
+@dataclass(frozen=True)
+class _LastBeat:
+    """The last sign of life of another rank, and when it was first seen here."""
+
+    beat: str
+    time: float  # of time.monotonic()
+
+
 class Alone:
-    """The only rank: every job is its own."""
+    """The only rank of a job. It has the methods of `Team`."""
 
-    rank, size, first = 0, 1, True
+    rank = 0
+    size = 1
+    first = True
 
-    def device(self, wanted: str | None) -> str | None:
-        return wanted
+    def device(self, requested: str | None) -> str | None:
+        """Return the requested device."""
+        return requested
 
     def part(self, items: Sequence[T]) -> Sequence[T]:
+        """Return all items."""
         return items
 
     def jobs(self, costs: Sequence[float]) -> Iterator[tuple[int, Sequence[int]]]:
-        """Yields the index of each job to do, and of those handed out since the one before."""
-        yield from ((k, (k,)) for k in range(len(costs)))
+        """Yield the index of each job, and the jobs handed out since the last one.
+
+        Args:
+            costs: of all jobs.
+        """
+        for index in range(len(costs)):
+            yield index, (index,)
 
     def agree(self, make: Callable[[], Fingerprint]) -> None:
-        """There is nobody to disagree with; `make` is not called."""
+        """Do nothing: there is no other rank, and `make` is not called."""
 
-    def gather(self, mine: R) -> list[R]:
-        return [mine]
+    def gather(self, record: R) -> list[R]:
+        """Return the record of the only rank."""
+        return [record]
 
     @contextlib.contextmanager
     def attempt(self) -> Iterator[None]:
-        """What is raised inside is raised to who tried."""
+        """Run the block; an exception in it is raised to the caller."""
         yield
 
 
@@ -71,13 +92,16 @@ class Team:
     """One rank of several. See `join.py`.
 
     Args:
-        store: shared by all.
+        store: shared by all ranks.
         rank, size: of this process.
-        alarm: called from a thread of its own when another rank has failed, with the failure and an
-            event that is set once this rank has noticed; without it, the failure is noticed between
-            two jobs.
+        alarm: called from a separate thread when another rank has failed. It gets the failure and
+            an event that is set once this rank has noticed. Without an alarm, the failure is
+            noticed between two jobs.
         silence: seconds without a sign of life after which a rank counts as dead.
-        patience: seconds to wait for all to join.
+        patience: seconds to wait for all ranks to join.
+
+    Raises:
+        RankError: not all ranks have joined in time, or one of them has failed.
     """
 
     def __init__(
@@ -90,43 +114,57 @@ class Team:
         silence: float = SILENCE,
         patience: float = JOIN,
     ) -> None:
-        self.store, self.rank, self.size, self.alarm, self.silence = (
-            store,
-            rank,
-            size,
-            alarm,
-            silence,
-        )
+        self.store = store
+        self.rank = rank
+        self.size = size
+        self.alarm = alarm
+        self.silence = silence
         self.me = Member.me(rank, size)
         self.members: list[Member] = []
         self.failure: Failure | None = None
-        self._turns, self._attempt = itertools.count(), ""
-        self._noticed, self._left = threading.Event(), threading.Event()
+
+        # Steps that all ranks take have numbered keys; an attempt has its own prefix.
+        self._step_numbers = itertools.count()
+        self._attempt_prefix = ""
+
+        # Announce this rank and give signs of life before the others are waited for.
+        self._noticed = threading.Event()
+        self._left = threading.Event()
         store.put(f"member/{rank}", self.me.to_dict())
-        self._thread = threading.Thread(target=self._watch, name="jacdiag ranks", daemon=True)
+        self._thread = threading.Thread(
+            target=self._watch_others, name="jacdiag ranks", daemon=True
+        )
         self._thread.start()
         try:
-            self._meet(patience)
+            self._wait_for_members(patience)
         except BaseException as error:
-            ended = RankError("a rank ended before it joined", got=self._missing())
-            real = self.fail(ended if isinstance(error, Stopped) else error)
+            reported = error
+            if isinstance(error, Stopped):
+                reported = RankError("a rank ended before it joined", got=self._list_missing())
+            cause = self.fail(reported)
             self.close()
-            raise real from error
+            raise cause from error
 
-    def _missing(self) -> str:
-        return (
-            "no sign of rank "
-            f"{', '.join(str(r) for r in range(self.size) if not self.store.has(f'member/{r}'))}"
-        )
+    def _list_missing(self) -> str:
+        """Return which ranks have not joined, in words."""
+        missing = [str(rank) for rank in range(self.size) if not self.store.has(f"member/{rank}")]
+        return f"no sign of rank {', '.join(missing)}"
 
-    def _meet(self, patience: float) -> None:
-        until, members = time.monotonic() + patience, []
+    def _wait_for_members(self, patience: float) -> None:
+        """Wait until all ranks have joined.
+
+        Raises:
+            RankError: they have not within `patience` seconds, or one has failed.
+        """
+        deadline = time.monotonic() + patience
+        members = []
         for rank in range(self.size):
-            while not self.store.has(key := f"member/{rank}"):
+            key = f"member/{rank}"
+            while not self.store.has(key):
                 self.check()
-                if time.monotonic() > until:
+                if time.monotonic() > deadline:
                     what = f"waited {patience:.0f} s, and not all of {self.size} ranks have joined"
-                    raise RankError(what, got=self._missing(), hint=OR_ALONE)
+                    raise RankError(what, got=self._list_missing(), hint=OR_ALONE)
                 time.sleep(POLL)
             members.append(Member.from_dict(self.store.get(key)))
         self.members = members
@@ -137,31 +175,36 @@ class Team:
         return self.rank == 0
 
     @property
-    def speaks(self) -> bool:
-        """Whether this rank reports why the job ended: rank 0, or the next one if that died."""
-        dead = (
-            self.failure.rank if self.failure is not None and self.failure.kind == "died" else None
-        )
-        return self.rank == (1 if dead == 0 else 0)
+    def reports_failure(self) -> bool:
+        """Whether this rank reports why the job ended: rank 0, or rank 1 if rank 0 died."""
+        failure = self.failure
+        rank_0_died = failure is not None and failure.kind == "died" and failure.rank == 0
+        if rank_0_died:
+            return self.rank == 1
+        return self.rank == 0
 
-    def device(self, wanted: str | None) -> str | None:
-        """Give each rank of a machine its own GPU, by LOCAL_RANK.
+    def device(self, requested: str | None) -> str | None:
+        """Return the device of this rank: each rank of a machine has its own GPU, by LOCAL_RANK.
 
-        This is done if no device is named and more than one is seen.
+        This is done if no device is named and more than one is visible.
+
+        Args:
+            requested: the device that the user named, if any.
         """
         import torch
 
-        local = os.environ.get("LOCAL_RANK")
-        if wanted not in (None, "cuda") or local is None or torch.cuda.device_count() < 2:
-            return wanted
-        return f"cuda:{local}"
+        is_free = requested in (None, "cuda")
+        local_rank = os.environ.get("LOCAL_RANK")
+        if not is_free or local_rank is None or torch.cuda.device_count() < 2:
+            return requested
+        return f"cuda:{local_rank}"
 
     # -- work --------------------------------------------------------------------------------------
     def part(self, items: Sequence[T]) -> Sequence[T]:
-        """This rank's stretch of a list, for work of equal pieces."""
-        return items[
-            self.rank * len(items) // self.size : (self.rank + 1) * len(items) // self.size
-        ]
+        """Return this rank's stretch of a list, for jobs of equal cost."""
+        start = self.rank * len(items) // self.size
+        end = (self.rank + 1) * len(items) // self.size
+        return items[start:end]
 
     def jobs(self, costs: Sequence[float]) -> Iterator[tuple[int, Sequence[int]]]:
         """Yield the index of each job that this rank takes, the most expensive first.
@@ -171,42 +214,58 @@ class Team:
         Args:
             costs: of all jobs, the same on every rank.
         """
-        order = sorted(range(len(costs)), key=lambda k: (-costs[k], k))
-        seen, key = 0, self._key("jobs")
-        while (place := self.store.next(key)) < len(order):
-            yield order[place], order[seen : place + 1]
-            seen = place + 1
+        order = sorted(range(len(costs)), key=lambda index: (-costs[index], index))
+        key = self._next_key("jobs")
+        handed_out = 0
+        while True:
+            place = self.store.next(key)
+            if place >= len(order):
+                return
+            yield order[place], order[handed_out : place + 1]
+            handed_out = place + 1
             self.check()
 
     def agree(self, make: Callable[[], Fingerprint]) -> None:
-        """Compares what the ranks are about to measure with rank 0's.
+        """Compare what the ranks are about to measure with what rank 0 measures.
+
+        Args:
+            make: takes the fingerprint of this rank.
 
         Raises:
-            RankError: a rank has something else; the message names it, and the first difference.
+            RankError: a rank differs; the message names it, and the first difference.
+            MeasureError: the same in an attempt, which does not end the job.
         """
-        key = self._key("agreed")
-        prints = self._collect(key, make())
-        for member, other in zip(self.members[1:], prints[1:], strict=False):
-            differs = other.difference(prints[0])
-            if differs is not None:
-                what, name, got = differs
-                what = f"{member.name} has {what} than {self.me.name}: '{name}'"
-                if self._attempt:
-                    raise MeasureError(what, got=got, hint=_SAME)
-                self._publish(Failure(member.rank, "error", what, got, _SAME))
-                self.check()
+        key = self._next_key("agreed")
+        fingerprints = self._collect(key, make())
+
+        # Only rank 0 has more than its own fingerprint, so it alone compares.
+        for member, other in zip(self.members[1:], fingerprints[1:], strict=False):
+            difference = other.difference(fingerprints[0])
+            if difference is None:
+                continue
+            what, name, got = difference
+            what = f"{member.name} has {what} than {self.me.name}: '{name}'"
+            if self._attempt_prefix:
+                raise MeasureError(what, got=got, hint=_SAME)
+            self._publish(Failure(member.rank, "error", what, got, _SAME))
+            self.check()
+
         if self.first:
             self.store.put(key, True)
-        self._wait(key)
+        self._wait_for(key)
 
-    def gather(self, mine: R) -> list[R]:
-        """Returns what every rank has found, in the order of ranks, to every rank."""
-        key = self._key("found")
-        found = self._collect(key, mine)
+    def gather(self, record: R) -> list[R]:
+        """Return the records of all ranks, in the order of ranks, on every rank.
+
+        Args:
+            record: of this rank.
+        """
+        key = self._next_key("found")
+        records = self._collect(key, record)
         if self.first:
-            self.store.put(key, [one.to_dict() for one in found])
-            return found
-        return [type(mine).from_dict(data) for data in self._wait(key)]
+            self.store.put(key, [item.to_dict() for item in records])
+            return records
+        return [type(record).from_dict(data) for data in self._wait_for(key)]
 
     @contextlib.contextmanager
     def attempt(self) -> Iterator[None]:
@@ -218,37 +277,43 @@ class Team:
             MeasureError: another rank could not do it; one that has died or was interrupted still
                 ends the job.
         """
-        outer, self._attempt, self._turns = (
-            self._turns,
-            self._key("attempt") + "/",
-            itertools.count(),
-        )
+        # 1. Steps inside the attempt are numbered from 0 again, under a prefix of their own.
+        outer_numbers = self._step_numbers
+        self._attempt_prefix = self._next_key("attempt") + "/"
+        self._step_numbers = itertools.count()
         try:
+            # 2. Wait for all ranks: after this none can fail in the attempt.
             yield
-            self.store.put(f"{self._attempt}done/{self.rank}", True)
-            for rank in range(self.size):  # later than this nobody can fail
-                self._wait(f"{self._attempt}done/{rank}")
+            self.store.put(f"{self._attempt_prefix}done/{self.rank}", True)
+            for rank in range(self.size):
+                self._wait_for(f"{self._attempt_prefix}done/{rank}")
         except Exception as error:
+            # 3. Say why, unless the whole job has ended; the others read it in `check`.
             if self.failure is None:
-                told = error.what if isinstance(error, JacdiagError) else one_line(error)
-                self.store.put_first(f"{self._attempt}failed", f"{self.me.name}: {told}")
+                reason = error.what if isinstance(error, JacdiagError) else one_line(error)
+                self.store.put_first(f"{self._attempt_prefix}failed", f"{self.me.name}: {reason}")
             raise
         finally:
-            self._turns, self._attempt = outer, ""
+            self._step_numbers = outer_numbers
+            self._attempt_prefix = ""
 
-    def _collect(self, key: str, mine: R) -> list[R]:
-        """To rank 0, which returns all; the others return their own."""
-        if self.first:
-            others = [self._wait(f"{key}/of/{rank}") for rank in range(1, self.size)]
-            return [mine, *(type(mine).from_dict(data) for data in others)]
-        self.store.put(f"{key}/of/{self.rank}", mine.to_dict())
-        return [mine]
+    def _collect(self, key: str, record: R) -> list[R]:
+        """Send a record to rank 0, which returns all of them; other ranks return their own."""
+        if not self.first:
+            self.store.put(f"{key}/of/{self.rank}", record.to_dict())
+            return [record]
+        records = [record]
+        for rank in range(1, self.size):
+            data = self._wait_for(f"{key}/of/{rank}")
+            records.append(type(record).from_dict(data))
+        return records
 
-    def _key(self, name: str) -> str:
-        """A key of its own for every step, the same on every rank: all take the same steps."""
-        return f"{self._attempt}{name}/{next(self._turns)}"
+    def _next_key(self, name: str) -> str:
+        """Return the key of the next step: the same on every rank, as all take the same steps."""
+        return f"{self._attempt_prefix}{name}/{next(self._step_numbers)}"
 
-    def _wait(self, key: str) -> Any:
+    def _wait_for(self, key: str) -> Any:
+        """Return the value of a key once it is there; raise if the job ends meanwhile."""
         while not self.store.has(key):
             self.check()
             time.sleep(POLL)
@@ -256,15 +321,27 @@ class Team:
 
     # -- life --------------------------------------------------------------------------------------
     def check(self) -> None:
-        """Raises what has ended the job, or the attempt that this rank is in, if anything has."""
+        """Raise what has ended the job, or the attempt that this rank is in, if anything has.
+
+        Raises:
+            RankError: another rank has failed.
+            MeasureError: another rank could not do what is attempted.
+        """
         if self.failure is not None:
             raise self.failure.error()
-        if self._attempt and self.store.has(key := f"{self._attempt}failed"):
+        if not self._attempt_prefix:
+            return
+        key = f"{self._attempt_prefix}failed"
+        if self.store.has(key):
             raise MeasureError(self.store.get(key))
 
-    def _watch(self) -> None:
-        """Gives a sign of life, and looks for the others' until one has failed."""
-        beats, heard = 0, ("", time.monotonic())
+    def _watch_others(self) -> None:
+        """Give signs of life and look for those of the others, until one of them has failed.
+
+        Runs in its own thread.
+        """
+        beats = 0
+        last_beat = _LastBeat("", time.monotonic())
         while self.failure is None and not self._left.is_set():
             beats += 1
             try:
@@ -272,51 +349,65 @@ class Team:
                 if self.store.has("failure"):
                     self.failure = Failure.from_dict(self.store.get("failure"))
                 elif self.members:
-                    heard = self._look(heard)
+                    last_beat = self._find_dead(last_beat)
             except Exception:
                 if not self._left.is_set():
-                    self.failure = self._store_lost()
-            self._left.wait(0 if self.failure else BEAT)
-        if self.failure is not None and self.alarm is not None and not self._left.is_set():
+                    self.failure = self._failure_of_store()
+            if self.failure is None:
+                self._left.wait(BEAT)
+
+        must_alarm = self.failure is not None and not self._left.is_set()
+        if must_alarm and self.alarm is not None:
+            assert self.failure is not None
             self.alarm(self.failure, self._noticed)
 
-    def _look(self, heard: tuple[str, float]) -> tuple[str, float]:
-        """One look at every process of this machine, and at the next rank wherever it is."""
-        dead = [
-            (m, f"process {m.pid} is gone")
-            for m in self.members
-            if m.rank != self.rank and m.is_gone()
-        ]
+    def _find_dead(self, last_beat: _LastBeat) -> _LastBeat:
+        """Publish a failure if a process of this machine is gone or the next rank is silent.
+
+        Args:
+            last_beat: of the next rank.
+
+        Returns:
+            The same, or a newer one.
+        """
+        # 1. Processes of this machine can be seen.
+        others = [member for member in self.members if member.rank != self.rank]
+        dead = [(member, f"process {member.pid} is gone") for member in others if member.is_gone()]
+
+        # 2. The next rank may be on any machine: its signs of life are in the store.
         following = self.members[(self.rank + 1) % self.size]
         key = f"beat/{following.rank}"
         beat = self.store.raw.get(key).decode() if self.store.has(key) else ""
-        if beat != heard[0]:
-            heard = (beat, time.monotonic())
-        elif time.monotonic() - heard[1] > self.silence:
+        if beat != last_beat.beat:
+            last_beat = _LastBeat(beat, time.monotonic())
+        elif time.monotonic() - last_beat.time > self.silence:
             dead.append((following, f"no sign of life for {self.silence:.0f} s"))
-        # asked last: a rank leaves only when the end is there
+
+        # 3. A rank leaves only after the end is in the store, so the end is read last.
         if dead and not self.store.has("end"):
             member, got = dead[0]
             self._publish(Failure(member.rank, "died", f"{member.name} died", got, _WHY))
-        return heard
+        return last_beat
 
-    def _store_lost(self) -> Failure:
-        who = self.members[0].name if self.members else f"rank 0 of {self.size}"
+    def _failure_of_store(self) -> Failure:
+        """Return the failure of a store that no longer answers: its process has ended."""
+        name = self.members[0].name if self.members else f"rank 0 of {self.size}"
         return Failure(
             0,
             "died",
-            f"{who} died, or the torchrun of its host",
+            f"{name} died, or the torchrun of its host",
             "the store of the job no longer answers",
         )
 
     def _publish(self, failure: Failure) -> None:
-        """The first failure is the one that all report."""
+        """Publish a failure, or take over the one that was published first: all report that one."""
         try:
             if self.store.put_first("failure", failure.to_dict()):
                 self.failure = failure
                 return
-            until = time.monotonic() + PATIENCE
-            while not self.store.has("failure") and time.monotonic() < until:
+            # `put_first` takes the key before the data are there.
+            deadline = time.monotonic() + PATIENCE
+            while not self.store.has("failure") and time.monotonic() < deadline:
                 time.sleep(POLL)
             self.failure = Failure.from_dict(self.store.get("failure"))
         except Exception:
@@ -324,29 +415,32 @@ class Team:
 
     # -- the end -----------------------------------------------------------------------------------
     def fail(
-        self, error: BaseException, explain: Callable[[BaseException], Told | None] = explained
+        self,
+        error: BaseException,
+        explain: Callable[[BaseException], Explanation | None] = explained,
     ) -> BaseException:
-        """Tell the others that this rank has failed, and return what to report.
+        """Publish that this rank has failed, and return the exception to report.
 
-        A rank that only follows another one tells nothing.
+        A rank that fails because another one has publishes nothing.
 
         Args:
             error: what was raised here.
             explain: see `Failure.of`.
         """
         self._noticed.set()
-        if isinstance(error, Stopped):  # torchrun stops all when one is gone: who was that?
-            self._pause(lambda: self.failure is not None, BLAME)
+        if isinstance(error, Stopped):
+            # torchrun stops all ranks when one is gone; find out which one that was.
+            self._wait_until(lambda: self.failure is not None, BLAME)
         if self.failure is None:
             self._publish(Failure.of(error, self.rank, self.me.name, explain))
         assert self.failure is not None
         return self.failure.error()
 
     def finish(self) -> None:
-        """Leaves together: rank 0 has written everything, nobody goes before that."""
+        """Leave the job with all others, once rank 0 has written everything."""
         if self.first:
             self.store.put("end", True)
-        self._wait("end")
+        self._wait_for("end")
         self._noticed.set()
         self.close()
 
@@ -356,22 +450,32 @@ class Team:
         A rank that reports nothing waits for the one that does. If the store lives here, this rank
         leaves last.
         """
+        # The store may be gone with the rank that served it.
         with contextlib.suppress(Exception):
-            if self.failure is not None and self.speaks:
-                self.store.put("told", True)
-            elif self.failure is not None:
-                self._pause(lambda: self.store.has("told"))
+            # 1. The failure is reported once.
+            if self.failure is not None:
+                if self.reports_failure:
+                    self.store.put("reported", True)
+                else:
+                    self._wait_until(lambda: self.store.has("reported"))
+
+            # 2. The store must outlive the other ranks.
             self.store.put(f"bye/{self.rank}", True)
             if self.store.serves:
-                self._pause(
-                    lambda: all(
-                        m.is_gone() or self.store.has(f"bye/{m.rank}") for m in self.members
-                    )
-                )
+                self._wait_until(self._others_have_left)
+
+        # 3. End the thread.
         self._left.set()
         self._thread.join(BEAT + 1)
 
-    def _pause(self, until: Callable[[], bool], seconds: float = PATIENCE) -> None:
-        limit = time.monotonic() + seconds
-        while not until() and time.monotonic() < limit:
+    def _others_have_left(self) -> bool:
+        """Return whether every rank has left the job or has ended."""
+        return all(
+            member.is_gone() or self.store.has(f"bye/{member.rank}") for member in self.members
+        )
+
+    def _wait_until(self, is_done: Callable[[], bool], seconds: float = PATIENCE) -> None:
+        """Wait until a condition holds, for a limited time."""
+        deadline = time.monotonic() + seconds
+        while not is_done() and time.monotonic() < deadline:
             time.sleep(POLL)

@@ -10,7 +10,8 @@ from typing import Literal
 from jacdiag.errors import JacdiagError, RankError, Stopped, one_line
 from jacdiag.records.base import Record
 
-Told = tuple[str, str | None, str | None]  # what, got, try
+# The parts of an error message: what, got, try.
+Explanation = tuple[str, str | None, str | None]
 
 
 @dataclass(frozen=True)
@@ -18,9 +19,9 @@ class Failure(Record):
     """What ended the job.
 
     Attributes:
-        rank: whose failure it is.
-        kind: "died" (it cannot speak for itself), "error", or "interrupted" (Ctrl-C).
-        what, got, hint: of the message; `what` begins with the rank's name and host.
+        rank: the rank that failed.
+        kind: "died" (other ranks report it), "error", or "interrupted" (Ctrl-C).
+        what, got, hint: of the message. `what` begins with the rank's name and host.
         trace: of an error that jacdiag did not raise on purpose.
     """
 
@@ -32,10 +33,7 @@ class Failure(Record):
     trace: str = ""
 
     def error(self) -> BaseException:
-        """Return the exception for a rank: KeyboardInterrupt after Ctrl-C, else a RankError.
-
-        A RankError names the rank.
-        """
+        """Return the exception to raise: KeyboardInterrupt after Ctrl-C, else a RankError."""
         if self.kind == "interrupted":
             return KeyboardInterrupt()
         return RankError(self.what, got=self.got, hint=self.hint, trace=self.trace)
@@ -46,21 +44,25 @@ class Failure(Record):
         error: BaseException,
         rank: int,
         name: str,
-        explain: Callable[[BaseException], Told | None],
+        explain: Callable[[BaseException], Explanation | None],
     ) -> Failure:
-        """The failure that an exception on this rank makes.
+        """Return the failure for an exception on this rank.
 
         Args:
             error: what was raised.
-            rank, name: of this rank.
-            explain: what, got and try of an error that is no fault of jacdiag's; None for one that
-                may be.
+            rank: of this rank.
+            name: of this rank.
+            explain: returns what, got and try of an error that is not a bug in jacdiag; None for
+                one that may be a bug.
         """
         if isinstance(error, KeyboardInterrupt):
             return cls(rank, "interrupted")
-        told = explain(error)
-        if told is not None:
-            return cls(rank, "error", f"{name}: {told[0]}", *told[1:])
+        explanation = explain(error)
+        if explanation is not None:
+            what, got, hint = explanation
+            return cls(rank, "error", f"{name}: {what}", got, hint)
+
+        # An error that jacdiag did not raise on purpose.
         trace = "".join(traceback.format_exception(error))
         return cls(
             rank,
@@ -72,8 +74,10 @@ class Failure(Record):
         )
 
 
-def explained(error: BaseException) -> Told | None:
-    """What, got and try of an error that was raised on purpose."""
+def explained(error: BaseException) -> Explanation | None:
+    """Return what, got and try of an error that was raised on purpose; None for any other."""
     if isinstance(error, Stopped):
-        return ("stopped from outside (SIGTERM)", None, None)
-    return (error.what, error.got, error.hint) if isinstance(error, JacdiagError) else None
+        return "stopped from outside (SIGTERM)", None, None
+    if isinstance(error, JacdiagError):
+        return error.what, error.got, error.hint
+    return None

@@ -16,45 +16,58 @@ Ranks = Alone | Team
 
 
 def join(alarm: Callable[[Failure, threading.Event], None] | None = None) -> Team:
-    """Joins the other ranks, as torchrun's environment names them.
+    """Join the other ranks that torchrun's environment names.
+
+    Args:
+        alarm: as for `Team`.
 
     Raises:
-        RankError: they cannot be reached, or do not come.
+        RankError: they cannot be reached, or do not join.
         UsageError: the environment makes no sense.
     """
-    given = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
-    if not all(text.isdecimal() for text in given.values()) or int(given["RANK"]) >= int(
-        given["WORLD_SIZE"]
-    ):
-        got = ", ".join(f"{name}={text}" for name, text in given.items())
+    # 1. Read rank and size from the environment.
+    variables = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
+    is_valid = all(text.isdecimal() for text in variables.values())
+    if is_valid:
+        rank, size = int(variables["RANK"]), int(variables["WORLD_SIZE"])
+        is_valid = rank < size
+    if not is_valid:
+        got = ", ".join(f"{name}={text}" for name, text in variables.items())
         raise UsageError("the environment names no rank of several", got=got, hint=OR_ALONE)
-    rank, size = int(given["RANK"]), int(given["WORLD_SIZE"])
+
+    # 2. Meet the others at the store.
     return Team(connect(rank, size, JOIN), rank, size, alarm=alarm)
 
 
 @contextmanager
 def enlisted(ranks: Ranks | bool) -> Iterator[Ranks]:
-    """The team for one audit: as it was given, a new one for True, nobody for False.
+    """Yield the team for one audit.
+
+    Args:
+        ranks: a team, which is used as it is; True for a new one; False for this process alone.
 
     Raises:
         UsageError: True in a process that is not one of several.
     """
     if isinstance(ranks, (Alone, Team)):
         yield ranks
-    elif not ranks or os.environ.get("WORLD_SIZE") == "1":
+        return
+    if not ranks or os.environ.get("WORLD_SIZE") == "1":
         yield Alone()
-    elif not in_environment():
+        return
+    if not in_environment():
         raise UsageError(
             "ranks=True needs other ranks",
             got="no RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT",
             hint="torchrun --nproc-per-node 2 script.py",
         )
-    else:
-        team = join()
-        try:
-            yield team
-            team.finish()
-        except BaseException as error:
-            real = team.fail(error)
-            team.close()
-            raise real from error
+
+    # A new team ends with the audit, also if another rank is what ended it.
+    team = join()
+    try:
+        yield team
+        team.finish()
+    except BaseException as error:
+        cause = team.fail(error)
+        team.close()
+        raise cause from error

@@ -1,4 +1,4 @@
-"""One process of a job, and whether it lives, as far as that can be seen from this machine."""
+"""One process of a job, and whether it still exists, as far as this machine can see that."""
 
 from __future__ import annotations
 
@@ -8,13 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jacdiag.records.base import Record
+from jacdiag.records.heartbeat import place_of_process
 
 
 @dataclass(frozen=True)
 class Member(Record):
-    """A rank as the others know it.
+    """What the other ranks know about a rank.
 
-    `place` is equal for processes that see each other's ids, and "" if it is not known.
+    Attributes:
+        rank: its number.
+        size: how many ranks the job has.
+        host: the name of its machine.
+        pid: the id of its process.
+        place: equal for processes that see each other's ids; "" if it is not known.
     """
 
     rank: int
@@ -25,10 +31,17 @@ class Member(Record):
 
     @classmethod
     def me(cls, rank: int, size: int) -> Member:
-        return cls(rank, size, socket.gethostname(), os.getpid(), _place())
+        """Return this process as a member.
+
+        Args:
+            rank: of this process.
+            size: how many ranks the job has.
+        """
+        return cls(rank, size, socket.gethostname(), os.getpid(), place_of_process())
 
     @property
     def name(self) -> str:
+        """The rank and its host, for messages."""
         return f"rank {self.rank} of {self.size} ({self.host})"
 
     def is_gone(self) -> bool:
@@ -36,19 +49,13 @@ class Member(Record):
 
         False for a process of another machine or container.
         """
-        if not self.place or self.place != _place():
+        if not self.place or self.place != place_of_process():
             return False
         try:
-            state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            stat = Path(f"/proc/{self.pid}/stat").read_text()
         except OSError:
             return True
-        return state in "ZX"
 
-
-def _place() -> str:
-    """This boot of this machine, and this namespace of process ids; "" where there is no /proc."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:
-        return ""
+        # The name of the program stands in parentheses, and may have spaces and parentheses.
+        state = stat.rpartition(")")[2].split()[0]
+        return state in "ZX"  # a zombie, or dead

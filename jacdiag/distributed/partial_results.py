@@ -1,21 +1,28 @@
-"""What one rank, or one job, has found: plain data, and how the parts become one."""
+"""The results of one rank or one job, as plain data, and how to merge them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 from jacdiag.measure.gradients import GradientProfile
 from jacdiag.records.base import Record
 from jacdiag.records.report import Interval, SublayerRecord
 from jacdiag.records.signal_propagation import DeadPath
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Use(Record):
-    """What a rank did.
+    """What one rank did.
 
-    Jobs done, seconds from verification to the last job, peak memory, and the device.
+    Attributes:
+        rank, host, device: which rank, and where it ran.
+        jobs: how many jobs it did.
+        seconds: from the verification of the replay to the end of its last job.
+        peak_memory_mb: peak memory.
     """
 
     rank: int
@@ -28,14 +35,17 @@ class Use(Record):
 
 @dataclass(frozen=True)
 class Share(Record):
-    """A part of what is measured.
+    """A part of the measured results.
 
     Attributes:
-        records: of sub-layers. `products` counts those spent on them (an interval that two fields
-            share counts once, which plain data no longer shows).
+        records: of sub-layers.
+        products: products spent on them. An interval that two fields share counts once, so that
+            the records alone do not give this number.
         errors: of the check of replay, by sub-layer.
-        profile, through: figures of the whole network; `why` they are missing.
-        dead: parts that no gradient reaches; None if that was not looked at.
+        profile: gradient norms over depth; None if they were not measured here.
+        through: the end-to-end norm; None if it was not measured here.
+        dead: parts that no gradient reaches; None if they were not searched for.
+        why: field -> why it is missing.
         uses: one per rank.
     """
 
@@ -50,18 +60,35 @@ class Share(Record):
 
 
 def merged(shares: Iterable[Share]) -> Share:
-    """One share of all; sub-layers in the order of the stream."""
-    parts = list(shares)
-    by_name = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Share)}
-    return Share(
-        records=sorted(
-            (r for records in by_name["records"] for r in records), key=lambda record: record.index
-        ),
-        products=sum(by_name["products"]),
-        errors={name: e for errors in by_name["errors"] for name, e in errors.items()},
-        profile=next((p for p in by_name["profile"] if p is not None), None),
-        through=next((i for i in by_name["through"] if i is not None), None),
-        dead=next((d for d in by_name["dead"] if d is not None), None),
-        why={name: text for why in by_name["why"] for name, text in why.items()},
-        uses=[use for uses in by_name["uses"] for use in uses],
-    )
+    """Return one share that holds all of several; sub-layers are in the order of the stream.
+
+    Args:
+        shares: the parts. If several have a figure of the whole network, the first one counts.
+    """
+    records: list[SublayerRecord] = []
+    uses: list[Use] = []
+    products = 0
+    errors: dict[str, float] = {}
+    why: dict[str, str] = {}
+    profile: GradientProfile | None = None
+    through: Interval | None = None
+    dead: list[DeadPath] | None = None
+    for share in shares:
+        # 1. What every share has a part of.
+        records += share.records
+        uses += share.uses
+        products += share.products
+        errors |= share.errors
+        why |= share.why
+
+        # 2. What one share has measured for the whole network.
+        profile = _first_measured(profile, share.profile)
+        through = _first_measured(through, share.through)
+        dead = _first_measured(dead, share.dead)
+    records.sort(key=lambda record: record.index)
+    return Share(records, products, errors, profile, through, dead, why, uses)
+
+
+def _first_measured(first: T | None, second: T | None) -> T | None:
+    """Return the first of two values that is not None."""
+    return second if first is None else first

@@ -15,35 +15,50 @@ import torch.distributed as dist
 
 from jacdiag.errors import RankError, one_line
 
-_PIECE = 4 << 20  # the store's server refuses messages of more than 8 MiB
+_PIECE = 4 << 20  # bytes; the store's server refuses messages of more than 8 MiB
 _ANSWER = timedelta(seconds=30)
-_joined = itertools.count()
+_connections = itertools.count()  # of this process, so that each audit has keys of its own
 
 
 def in_environment() -> bool:
     """Return whether this process was started as one rank of several.
 
-    torchrun sets the variables that are looked at; other launchers may set the same ones.
+    torchrun sets the variables that are read; other launchers may set the same ones.
     """
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return all(os.environ.get(name) for name in needed) and os.environ["WORLD_SIZE"] != "1"
+    if not all(os.environ.get(name) for name in needed):
+        return False
+    return os.environ["WORLD_SIZE"] != "1"
 
 
 def connect(rank: int, size: int, patience: float) -> Store:
-    """Connects to the store at MASTER_ADDR:MASTER_PORT: torchrun's own, or one that rank 0 serves.
+    """Connect to the store at MASTER_ADDR:MASTER_PORT: torchrun's own, or one that rank 0 serves.
+
+    Args:
+        rank: of this process.
+        size: how many ranks the job has.
+        patience: in seconds.
 
     Raises:
-        RankError: nobody answers there for `patience` seconds.
+        RankError: there is no answer for `patience` seconds.
     """
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    serve = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    # 1. Where the store is, and whether it lives in this process.
+    address = os.environ["MASTER_ADDR"]
+    port = int(os.environ["MASTER_PORT"])
+    torchrun_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    serve = rank == 0 and not torchrun_serves
+
+    # 2. Keys of an earlier attempt of torchrun, or of an earlier audit, are not read.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    prefix, until = f"jacdiag/{attempt}/{next(_joined)}", time.monotonic() + patience
-    while True:  # in short tries: Ctrl-C is not seen inside one
+    prefix = f"jacdiag/{attempt}/{next(_connections)}"
+
+    # 3. Try again and again, each time briefly: Ctrl-C has no effect inside one try.
+    deadline = time.monotonic() + patience
+    while True:
         try:
             return Store(dist.PrefixStore(prefix, _open(address, port, size, serve)), serve)
         except (RuntimeError, OSError) as error:
-            if time.monotonic() > until or serve:
+            if time.monotonic() > deadline or serve:
                 raise RankError(
                     f"rank {rank} of {size} cannot reach the others at {address}:{port}",
                     got=one_line(error),
@@ -66,41 +81,59 @@ def _open(address: str, port: int, size: int, serve: bool) -> dist.TCPStore:
 
 
 class Store:
-    """Plain data by key. Nothing here waits: who waits must look after the living meanwhile.
+    """Plain data by key.
+
+    No method waits. A caller that waits for a key must notice meanwhile if a rank dies.
 
     Args:
-        raw: of torch.distributed.
-        serves: the store lives in this process and ends with it.
+        raw: a store of torch.distributed.
+        serves: whether the store lives in this process and ends with it.
     """
 
     def __init__(self, raw: Any, serves: bool = False) -> None:
-        self.raw, self.serves = raw, serves
+        self.raw = raw
+        self.serves = serves
 
     def put(self, key: str, data: Any) -> None:
-        """Writes JSON, compressed and in pieces."""
+        """Write a value as JSON, compressed and in pieces.
+
+        Args:
+            key: its name, the same on every rank.
+            data: plain JSON values.
+        """
         packed = zlib.compress(json.dumps(data).encode(), 1)
-        pieces = [packed[k : k + _PIECE] for k in range(0, len(packed), _PIECE)]
-        for k, piece in enumerate(pieces):
-            self.raw.set(f"{key}/{k}", piece)
+        pieces = [packed[start : start + _PIECE] for start in range(0, len(packed), _PIECE)]
+        for number, piece in enumerate(pieces):
+            self.raw.set(f"{key}/{number}", piece)
+        # The key itself goes last: `has` sees it only when all pieces are there.
         self.raw.set(key, str(len(pieces)))
 
     def put_first(self, key: str, data: Any) -> bool:
-        """Writes it unless somebody has; says whether it was written."""
+        """Write a value unless another rank has; return whether it was written.
+
+        Args:
+            key: its name, the same on every rank.
+            data: plain JSON values.
+        """
         if int(self.raw.add(f"{key}/taken", 1)) != 1:
             return False
         self.put(key, data)
         return True
 
     def has(self, key: str) -> bool:
+        """Return whether a value of this key was written."""
         return bool(self.raw.check([key]))
 
     def get(self, key: str) -> Any:
-        """Reads what `put` wrote; the key must be there."""
-        pieces = int(self.raw.get(key))
-        return json.loads(
-            zlib.decompress(b"".join(self.raw.get(f"{key}/{k}") for k in range(pieces)))
-        )
+        """Return what `put` wrote.
+
+        Args:
+            key: of a value that `has` has seen; for any other, the store waits until it times out.
+        """
+        count = int(self.raw.get(key))
+        packed = b"".join(self.raw.get(f"{key}/{number}") for number in range(count))
+        return json.loads(zlib.decompress(packed))
 
     def next(self, key: str) -> int:
-        """0, 1, 2, ...: each number to one rank only."""
+        """Return the next number of a counter: 0, 1, 2, ..., each to one rank only."""
         return int(self.raw.add(key, 1)) - 1

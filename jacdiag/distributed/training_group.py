@@ -1,8 +1,8 @@
-"""The ranks of a run: who speaks, and how they agree without anybody waiting for ever.
+"""The ranks of a training run: which one writes, and how they agree without waiting forever.
 
-Everything that the watch says to other ranks goes through a process group of its own, on the CPU,
-with a time limit: a rank that is missing costs that time once, and the watch goes on without the
-figures that need it. The training's own groups are never used.
+All messages between the watches of different ranks go through a separate process group on the CPU.
+It has a time limit. A missing rank costs that time once, and the watch continues without the
+figures that need the rank. The process groups of the training are never used.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -18,53 +19,76 @@ from torch import Tensor, nn
 
 from jacdiag.errors import SourceError, one_line
 
-_FINE, _FULL, _FAILED = range(3)
-_END, _ROOM = 10**6, 10**6 + 1  # places; those of blocks are small numbers
+
+class _Status(IntEnum):
+    """What a rank reports at an agreement. The highest status of all ranks counts."""
+
+    FINE = 0
+    FULL = 1  # no room in memory
+    FAILED = 2
+
+
+# Places of agreements that are no blocks; those of blocks are small numbers.
+_END = 10**6
+_ROOM = 10**6 + 1
 
 
 class ElsewhereError(SourceError):
-    """Work in step has ended on all ranks: each of them was told why."""
+    """The reason why work in step has ended on all ranks."""
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a rank holds pieces of the weights (FSDP2, tensor parallel)."""
-    for p in model.parameters():
-        placements = getattr(p, "placements", None)
-        if placements is not None and any(not placement.is_replicate() for placement in placements):
-            return True
+    """Return whether a rank holds pieces of the weights (FSDP2, tensor parallel)."""
+    for parameter in model.parameters():
+        # Only a DTensor has placements, one for each dimension of its mesh.
+        for placement in getattr(parameter, "placements", None) or ():
+            if not placement.is_replicate():
+                return True
     return False
 
 
 class Together:
-    """One rank among others.
+    """One rank of a training run.
 
     Args:
-        sharded: figures have to be summed over ranks; else every rank knows them all and nobody
-            asks anybody.
+        sharded: whether figures must be summed over ranks. Otherwise every rank has all of them,
+            and no rank sends anything.
         seconds: how long to wait for a rank.
 
     Attributes:
-        lead: this rank writes and speaks.
-        broken: a rank did not answer; nobody is asked any more.
+        lead: whether this rank writes and prints.
+        broken: why a rank did not answer; nothing is sent after that. "" if all have answered.
     """
 
     def __init__(self, sharded: bool, seconds: float = 60.0) -> None:
-        there = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if there else 0
-        self.size = dist.get_world_size() if there else 1
+        self.rank = 0
+        self.size = 1
+        if dist.is_available() and dist.is_initialized():
+            self.rank = dist.get_rank()
+            self.size = dist.get_world_size()
         self.lead = self.rank == 0
         self.sharded = sharded and self.size > 1
-        self.broken = self._over = ""
+        self.broken = ""
+        self._end_reason = ""  # why the work in step has ended, if it has failed
         self.group: Any = None
         if self.sharded:
             self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
 
     def agree(self, flag: bool) -> bool:
-        """Whether every rank says yes. Every rank has to ask."""
-        return bool(self.total(torch.tensor([0.0 if flag else 1.0])).sum() == 0)
+        """Return whether the flag is true on every rank. Every rank must call this.
+
+        Raises:
+            RuntimeError: a rank did not answer in time, now or before.
+        """
+        refusal = 0.0 if flag else 1.0
+        refusals = self.total(torch.tensor([refusal]))
+        return bool(refusals.sum() == 0)
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum over ranks of a CPU tensor. Every rank has to ask.
+        """Return the sum over ranks of a CPU tensor. Every rank must call this.
+
+        Args:
+            values: of the same shape on every rank.
 
         Raises:
             RuntimeError: a rank did not answer in time, now or before.
@@ -74,103 +98,150 @@ class Together:
         if self.broken:
             raise RuntimeError(self.broken)
         summed = values.clone()
-        with self._answered():
+        with self._notice_silence():
             dist.all_reduce(summed, group=self.group)
         return summed
 
     def share(self, value: Any) -> Any:
-        """The leading rank's value, on every rank. Every rank has to ask."""
+        """Return the value of the leading rank. Every rank must call this.
+
+        Args:
+            value: of this rank; only that of the leading one counts.
+
+        Raises:
+            RuntimeError: a rank did not answer in time, now or before.
+        """
         if not self.sharded:
             return value
         if self.broken:
             raise RuntimeError(self.broken)
         box = [value]
-        with self._answered():
+        with self._notice_silence():
             dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
     # -- in step -----------------------------------------------------------------------------------
     @contextmanager
     def in_step(self) -> Iterator[None]:
-        """Work with agreements in it, which all ranks finish or none.
+        """Run work with agreements in it, which either all ranks finish or none.
 
-        A rank that fails says so in the place of its next agreement; the others leave theirs there.
-        At the end all agree once more, so that nobody takes for done what another could not do.
+        A rank that fails reports it in place of its next agreement, and the others end at theirs.
+        At the end all agree once more, so that no rank goes on if another could not finish.
+
+        Raises:
+            ElsewhereError: another rank has failed.
+            RuntimeError: a rank did not answer in time, now or before.
         """
         if not self.sharded:
             yield
             return
-        self._over = ""
+        self._end_reason = ""
         try:
             yield
         except Exception:
-            if not (self._over or self.broken):  # else everybody knows
+            others_know = self._end_reason or self.broken
+            if not others_know:
                 with suppress(RuntimeError):
-                    self._asked(_END, _FAILED)
+                    self._exchange(_END, _Status.FAILED)
             raise
         self.check(_END)
 
     def check(self, place: int, error: Exception | None = None) -> None:
-        """Go on only if every rank is at the same place and none has an error.
+        """Return only if every rank is at the same place and none has an error.
 
-        A place is a positive number.
+        Args:
+            place: a positive number, the same on every rank.
+            error: of this rank; it is reported to the others.
 
         Raises:
             ElsewhereError: otherwise, on every rank.
+            RuntimeError: a rank did not answer in time, now or before.
         """
-        self._same(place, _FAILED if error is not None else _FINE, error)
+        status = _Status.FINE if error is None else _Status.FAILED
+        self._agree_at(place, status, error)
 
-    def fits(self, here: bool) -> bool:
-        """Whether all ranks have the room. Raises ElsewhereError as `check` does."""
+    def fits(self, has_room: bool) -> bool:
+        """Return whether all ranks have room in memory.
+
+        Args:
+            has_room: whether this rank has.
+
+        Raises:
+            ElsewhereError: as for `check`.
+            RuntimeError: a rank did not answer in time, now or before.
+        """
         if not self.sharded:
-            return here
-        return self._same(_ROOM, _FINE if here else _FULL) == _FINE
+            return has_room
+        status = _Status.FINE if has_room else _Status.FULL
+        return self._agree_at(_ROOM, status) == _Status.FINE
 
-    def _same(self, place: int, level: int, error: Exception | None = None) -> int:
-        if self._over:  # somebody caught the error and went on
-            raise ElsewhereError(self._over)
-        highest, same = self._asked(place, level)
+    def _agree_at(self, place: int, status: int, error: Exception | None = None) -> int:
+        """Return the highest status of all ranks, if all are at the same place and none failed."""
+        # 1. The work has ended already, and an `except` in it has caught the error.
+        if self._end_reason:
+            raise ElsewhereError(self._end_reason)
+
+        # 2. Exchange places and statuses.
+        highest, same_place = self._exchange(place, status)
         if error is not None:
-            self._over = one_line(error)
-        elif highest == _FAILED:
-            self._over = "it could not be made on another rank"
-        elif not same:
-            self._over = (
+            self._end_reason = one_line(error)
+        elif highest == _Status.FAILED:
+            self._end_reason = "it could not be made on another rank"
+        elif not same_place:
+            self._end_reason = (
                 "the ranks do not do the same: the model, or its probe, differs between them"
             )
-        if self._over:
-            raise ElsewhereError(self._over) from error
+        if self._end_reason:
+            raise ElsewhereError(self._end_reason) from error
         return highest
 
-    def _asked(self, place: int, level: int) -> tuple[int, bool]:
+    def _exchange(self, place: int, status: int) -> tuple[int, bool]:
+        """Return the highest status of all ranks, and whether all are at the same place."""
         if self.broken:
             raise RuntimeError(self.broken)
-        asked = torch.tensor([level, place, -place])
-        with self._answered():
-            dist.all_reduce(asked, dist.ReduceOp.MAX, group=self.group)
-        highest, last, first = asked.tolist()
-        return highest, last == -first
 
-    def gather(self, mine: Tensor, everybody: Tensor) -> None:
-        """Fills the rows of `everybody` with the ranks' `mine`, right behind a `check`.
+        # The maximum of -place is minus the minimum of place: one collective gives both.
+        message = torch.tensor([status, place, -place])
+        with self._notice_silence():
+            dist.all_reduce(message, dist.ReduceOp.MAX, group=self.group)
+        highest_status, last_place, minus_first_place = message.tolist()
+        return highest_status, last_place == -minus_first_place
 
-        A failure here is a rank that did not answer, whatever it was: the others are in this
-        collective and in no other, so that nothing can be told to them.
+    def gather(self, own: Tensor, rows: Tensor) -> None:
+        """Fill each row with the tensor of one rank; call it directly after `check`.
+
+        Any failure here counts as a rank that did not answer. The others are in this collective
+        and in no other, so that they cannot be informed.
+
+        Args:
+            own: the tensor of this rank.
+            rows: one row per rank, each of the shape of `own`.
+
+        Raises:
+            RuntimeError: the collective failed.
         """
-        with self._answered():
-            _all_gather(mine, everybody, self.group)
+        with self._notice_silence():
+            _all_gather(own, rows, self.group)
 
     def everybody(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank; plain values, once all have agreed to do this."""
+        """Return the values of all ranks, by rank; call it after all have agreed to.
+
+        Args:
+            value: of this rank, plain data.
+
+        Raises:
+            RuntimeError: the collective failed.
+        """
         if not self.sharded:
             return [value]
-        box: list[Any] = [None] * self.size
-        with self._answered():
-            dist.all_gather_object(box, value, group=self.group)
-        return box
+        values: list[Any] = [None] * self.size
+        with self._notice_silence():
+            dist.all_gather_object(values, value, group=self.group)
+        return values
 
     @contextmanager
-    def _answered(self) -> Iterator[None]:
+    def _notice_silence(self) -> Iterator[None]:
+        """Run one collective; if it fails, a rank did not answer and none is asked again."""
         try:
             yield
         except Exception as error:
@@ -178,10 +249,13 @@ class Together:
             raise RuntimeError(self.broken) from error
 
     def close(self) -> None:
-        if self.group is not None and not self.broken and dist.is_initialized():
+        """End the process group, unless a rank did not answer: that would wait for it."""
+        must_end = self.group is not None and not self.broken
+        if must_end and dist.is_initialized():
             dist.destroy_process_group(self.group)
         self.group = None
 
 
-def _all_gather(mine: Tensor, everybody: Tensor, group: Any) -> None:
-    dist.all_gather(list(everybody.unbind()), mine, group=group)
+def _all_gather(own: Tensor, rows: Tensor, group: Any) -> None:
+    """Fill the rows with the tensors of all ranks."""
+    dist.all_gather(list(rows.unbind()), own, group=group)
