@@ -18,7 +18,7 @@ class Label(Record):
     """What became of a run.
 
     Attributes:
-        outcome: the worst of what was seen.
+        outcome: the worst of all that happened.
         spike_rate: per 10,000 steps.
         spike_score: share of steps.
         left: index of the first step of the divergence, or of the first spike; None for a healthy
@@ -90,8 +90,8 @@ class Ranking(Record):
             in order by it.
         by_stratum: AUROC in each stratum, None where one class is empty.
         given_by_stratum: the same with the learning rate given, None where no pair can be made.
-        operating: at the asked false-alarm rate, over all strata.
-        trivial: a classifier that knows nothing of the model's Jacobians.
+        operating: at the requested false-alarm rate, over all strata.
+        trivial: whether it is a classifier that uses no Jacobian.
         measured: runs that have the figure.
     """
 
@@ -118,7 +118,7 @@ class Level(Record):
 
 @dataclass(frozen=True)
 class Transfer(Record):
-    """How what other levels taught came out on the runs of one architecture.
+    """How well the choices of the other levels predict the runs of one architecture.
 
     Attributes:
         auroc: of the chance, learning rate given.
@@ -169,7 +169,7 @@ class Detector(Record):
     """The record of one live rule: alarms on healthy runs, and how early it fired on bad ones.
 
     Attributes:
-        found: bad runs on which it spoke before or at the step at which the loss left its band.
+        found: bad runs on which it fired before or at the step at which the loss left its band.
         ahead: those with a lead of `lead` steps or more.
         leads: steps between its first alert and that step, one a found run.
         alarms: on healthy runs; `healthy_steps` is how long these are together.
@@ -187,11 +187,17 @@ class Detector(Record):
 
     @property
     def alarms_per_10k(self) -> float | None:
-        return 1e4 * self.alarms / self.healthy_steps if self.healthy_steps else None
+        """Alarms in 10,000 steps of healthy runs; None without such steps."""
+        if not self.healthy_steps:
+            return None
+        return 1e4 * self.alarms / self.healthy_steps
 
     @property
     def median_lead(self) -> float | None:
-        return median(self.leads) if self.leads else None
+        """Median lead in steps; None if no bad run was found."""
+        if not self.leads:
+            return None
+        return median(self.leads)
 
 
 @dataclass(frozen=True)
@@ -202,7 +208,7 @@ class BacktestReport(Record):
         labels, bad: by run.
         strata: name -> [runs, of which went wrong].
         rankings: figures first, the best first; then the trivial classifiers.
-        held_out: one a factor that was asked for.
+        held_out: one for each requested factor.
         curves: of the chance, by placement, from all runs.
     """
 
@@ -217,7 +223,11 @@ class BacktestReport(Record):
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self, indent: int | None = 2) -> str:
-        """Strict JSON (no bare NaN or Infinity)."""
+        """Return strict JSON (no bare NaN or Infinity).
+
+        Args:
+            indent: spaces of each level; None for one line.
+        """
         return json.dumps(self.to_dict(), indent=indent, allow_nan=False, ensure_ascii=False)
 
     @property

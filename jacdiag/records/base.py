@@ -26,13 +26,18 @@ class Record:
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Rebuild a record from plain JSON values.
 
-        Unknown keys are ignored, so that an older reader takes a newer report.
+        Unknown keys are ignored, so that an older reader takes a newer report. Fields without a key
+        get their defaults, so that a newer reader takes an older report.
+
+        Args:
+            data: what `to_dict` returned.
         """
         hints = typing.get_type_hints(cls)
         names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        values = {
-            name: _decode(hints[name], value) for name, value in data.items() if name in names
-        }
+        values = {}
+        for name, value in data.items():
+            if name in names:
+                values[name] = _decode(hints[name], value)
         return cls(**values)
 
 
@@ -43,7 +48,9 @@ def _encode(value: Any) -> Any:
     if isinstance(value, Record):
         return value.to_dict()
     if isinstance(value, float):
-        return value if math.isfinite(value) else _name_of_non_finite(value)
+        if math.isfinite(value):
+            return value
+        return _name_of_non_finite(value)
     if isinstance(value, Mapping):
         return {str(key): _encode(item) for key, item in value.items()}
     if isinstance(value, Sequence):
@@ -62,16 +69,21 @@ def _decode(hint: Any, value: Any) -> Any:
     """Turn a JSON value back into what the type hint of its field says."""
     if value is None:
         return None
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
+
+    # 1. Types with parameters: `T | None`, lists and dictionaries.
+    origin = typing.get_origin(hint)
+    args = typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        other = next(arg for arg in args if arg is not type(None))
-        return _decode(other, value)
+        type_of_value = next(arg for arg in args if arg is not type(None))
+        return _decode(type_of_value, value)
     if origin is list:
         return [_decode(args[0], item) for item in value]
     if origin is dict:
         return {key: _decode(args[1], item) for key, item in value.items()}
+
+    # 2. Single values.
     if isinstance(hint, type) and issubclass(hint, Record):
-        return hint.from_dict(value)
-    if hint is float and isinstance(value, (str, int)):
-        return float(value)
+        value = hint.from_dict(value)
+    elif hint is float and isinstance(value, (str, int)):
+        value = float(value)
     return value

@@ -259,11 +259,17 @@ class ModelRecord(Record):
     left_out: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values; the name stands under the key "class"."""
         data = super().to_dict()
         return {"class": data.pop("name"), **data}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Rebuild a record from plain JSON values.
+
+        Args:
+            data: what `to_dict` returned.
+        """
         return super().from_dict({"name": data.get("class", ""), **data})
 
 

@@ -1,0 +1,118 @@
+"""Every record survives the way to JSON and back, and older and newer files are handled."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import math
+import pkgutil
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import jacdiag.records
+from jacdiag.errors import SourceError
+from jacdiag.records import SCHEMA_VERSION, Report
+from jacdiag.records.base import Record
+from jacdiag.records.heartbeat import HEARTBEAT_FILE, Heartbeat, read_heartbeat
+from jacdiag.records.run_log import RUN_FILE, RUN_SCHEMA_VERSION, read_run, to_line
+
+
+def record_classes() -> list[type[Record]]:
+    """Return all record classes of the folder."""
+    classes: set[type[Record]] = set()
+    for module in pkgutil.iter_modules(jacdiag.records.__path__):
+        members = vars(importlib.import_module(f"jacdiag.records.{module.name}")).values()
+        for member in members:
+            if isinstance(member, type) and issubclass(member, Record) and member is not Record:
+                classes.add(member)
+    return sorted(classes, key=lambda each: each.__name__ + each.__module__)
+
+
+def example_of(hint: Any) -> Any:
+    """Return a value of a type that is no default: every optional field is filled."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return arguments[-1]
+    if origin in (typing.Union, types.UnionType):
+        return example_of(next(argument for argument in arguments if argument is not type(None)))
+    if origin is list:
+        return [example_of(arguments[0])] * 2
+    if origin is dict:
+        return {"key": example_of(arguments[1])}
+    if hint is Any:
+        return {"nested": [1, "text", None]}
+    if isinstance(hint, type) and issubclass(hint, Record):
+        return example_record(hint)
+    return {float: -math.inf, int: 7, str: "text", bool: True}[hint]
+
+
+def example_record(cls: type[Record]) -> Any:
+    """Return a record with a value in every field."""
+    hints = typing.get_type_hints(cls)
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    return cls(**{field.name: example_of(hints[field.name]) for field in fields})
+
+
+@pytest.mark.parametrize("cls", record_classes(), ids=lambda cls: cls.__qualname__)
+def test_json_and_back(cls: type[Record]) -> None:
+    record = example_record(cls)
+    text = json.dumps(record.to_dict(), allow_nan=False)
+    assert cls.from_dict(json.loads(text)) == record
+
+
+@pytest.mark.parametrize("cls", record_classes(), ids=lambda cls: cls.__qualname__)
+def test_older_and_newer_files_load(cls: type[Record]) -> None:
+    """A file without the fields that have a default, and one with a field of a later version."""
+    record = example_record(cls)
+    data = record.to_dict()
+    defaults = [
+        field.name
+        for field in dataclasses.fields(cls)  # type: ignore[arg-type]
+        if field.default is not dataclasses.MISSING
+        or field.default_factory is not dataclasses.MISSING
+    ]
+    required = {key: value for key, value in data.items() if key not in defaults}
+    older = cls.from_dict(required)
+    assert {key: older.to_dict()[key] for key in required} == required
+    assert cls.from_dict({**data, "of_a_later_version": 1}) == record
+
+
+def test_all_records_are_covered() -> None:
+    names = {cls.__name__ for cls in record_classes()}
+    assert {"Report", "ContractRecord", "BacktestReport", "ReplayRecord", "RiskTable"} <= names
+    assert len(names) > 40
+
+
+@pytest.mark.parametrize("version", [SCHEMA_VERSION + 1, None])
+def test_a_report_of_an_unknown_version_is_refused(version: int | None) -> None:
+    data = {**example_record(Report).to_dict(), "schema_version": version}
+    with pytest.raises(ValueError, match=f"schema_version {version}; this jacdiag reads"):
+        Report.from_json(json.dumps(data))
+
+
+def test_a_run_log_of_a_newer_version_is_refused(tmp_path: Path) -> None:
+    line = json.loads(to_line("run", {"model": "m"}))
+    line["v"] = RUN_SCHEMA_VERSION + 1
+    (tmp_path / RUN_FILE).write_text(json.dumps(line) + "\n")
+    with pytest.raises(SourceError, match="written by a newer jacdiag"):
+        read_run(tmp_path)
+
+
+def test_a_heartbeat_and_back(tmp_path: Path) -> None:
+    """It survives the way to its file; an older file lacks the fields with a default."""
+    beat = Heartbeat(
+        session="s", pid=1, born="2", host="h", place="p", started=1.0, time=2.0, step=3
+    )
+    file = tmp_path / HEARTBEAT_FILE
+    assert read_heartbeat(tmp_path) is None
+    file.write_bytes(beat.to_bytes())
+    assert read_heartbeat(tmp_path) == beat
+    data = json.loads(beat.to_bytes())
+    del data["step"]
+    file.write_text(json.dumps(data))
+    assert read_heartbeat(tmp_path) == dataclasses.replace(beat, step=None)
