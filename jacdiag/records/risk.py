@@ -13,7 +13,7 @@ Z = 1.959964  # of a 95% interval
 
 @dataclass(frozen=True)
 class Risk(Record):
-    """The chance that a run at the planned learning rate goes wrong, as recorded runs tell it.
+    """The chance that a run at the planned learning rate goes wrong, estimated from recorded runs.
 
     Attributes:
         chance: None where the audit lies outside of what was recorded; `reason` says in what.
@@ -51,7 +51,7 @@ class RiskCurve(Record):
             warm-up.
         covariance: of these, over resampled inits.
         ranges: "figure", "lr", "warmup", "width", "layers", "clip", "beta2" -> [least, most] of the
-            runs. Without an entry nothing is asked of that factor.
+            runs. A factor without an entry is not checked.
         runs, bad: how many there were, and how many went wrong.
         source: the experiment.
     """
@@ -67,7 +67,7 @@ class RiskCurve(Record):
 
     @property
     def by_warmup(self) -> bool:
-        """Whether the chance hangs on the warm-up."""
+        """Whether the chance depends on the warm-up."""
         return len(self.coefficients) > 3
 
     def chance(
@@ -76,15 +76,23 @@ class RiskCurve(Record):
         """Return the chance and the ends of its 95% interval.
 
         Args:
-            figure, lr: both above 0.
-            warmup: steps; only asked for where the chance hangs on it.
+            figure: of the untrained model, above 0.
+            lr: the peak learning rate, above 0.
+            warmup: in steps; needed only if the chance depends on it.
         """
-        steps = (math.log(max(warmup, 1.0)),) if self.by_warmup and warmup is not None else ()
-        point = (1.0, math.log(figure), math.log(lr), *steps)
+        # 1. The point at which the logistic curve is evaluated.
+        point = [1.0, math.log(figure), math.log(lr)]
+        if self.by_warmup and warmup is not None:
+            point.append(math.log(max(warmup, 1.0)))
+
+        # 2. The linear predictor there, and its variance x^T C x.
         middle = sum(c * x for c, x in zip(self.coefficients, point, strict=True))
-        variance = sum(
-            a * b * self.covariance[i][k] for i, a in enumerate(point) for k, b in enumerate(point)
-        )
+        variance = 0.0
+        for row, x in zip(self.covariance, point, strict=True):
+            for covariance, y in zip(row, point, strict=True):
+                variance += x * y * covariance
+
+        # 3. Interval of the predictor, through the curve.
         half = Z * math.sqrt(max(variance, 0.0))
         return logistic(middle), logistic(middle - half), logistic(middle + half)
 
@@ -98,5 +106,7 @@ class RiskTable(Record):
 
 
 def logistic(x: float) -> float:
-    """1 / (1 + exp(-x)), without overflow."""
-    return 1.0 / (1.0 + math.exp(-x)) if x >= 0 else math.exp(x) / (1.0 + math.exp(x))
+    """Return 1 / (1 + exp(-x)), without overflow."""
+    from scipy.special import expit  # slow to import, and few audits predict a risk
+
+    return float(expit(x))

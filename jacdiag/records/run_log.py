@@ -1,9 +1,9 @@
-"""The log of a watched run: one JSON object a line, and what a reader makes of it.
+"""The log of a watched run: one JSON object per line, and how it is read.
 
-Lines are only ever appended. A run that goes on from a checkpoint, or a loop that goes back to one,
-writes a line `resume` with the step it goes on from. Whatever was logged beyond that step was done
-again, and `read_run` leaves it out. The last line of a run that was killed may be torn; it is left
-out too.
+Lines are only ever appended. A run that continues from a checkpoint, or a loop that goes back to
+one, writes a line `resume` with the step it continues from. Later steps were done again, so
+`read_run` leaves out what was logged of them before. The last line of a run that was killed may be
+incomplete; it is left out too.
 """
 
 from __future__ import annotations
@@ -44,12 +44,16 @@ _STEPPED = ("step", "stats", "probe", "alert", "finding", "ready")
 
 @dataclass(frozen=True)
 class Alert(Record):
-    """A live rule that spoke.
+    """A live rule that fired.
 
     Attributes:
-        step: the optimiser step at which the figures were seen.
-        where: sub-layers, or the weights or gradients that were not finite; what moved first stands
-            first.
+        step: the optimizer step of the figures.
+        code: of the rule.
+        level: how severe it is.
+        what: the finding in one sentence.
+        where: sub-layers, or the weights or gradients that were not finite, in the order in which
+            they changed.
+        evidence: figure -> value.
         suppressed: alerts of the same rule since the last one that was shown.
     """
 
@@ -62,21 +66,24 @@ class Alert(Record):
     suppressed: int = 0
 
     def __str__(self) -> str:
+        """Return the alert in one line."""
         return f"step {self.step}: {self.code} {self.level}: {self.what}"
 
 
 @dataclass
 class RunLog:
-    """A run as its log tells it.
+    """A run as its log describes it.
 
     Attributes:
         header: the first line: model, groups (names of the sub-layers that per-step arrays follow),
             settings.
-        steps: per-step figures, ascending and without doubles.
+        steps: per-step figures, ascending, each step once.
         stats, probes, alerts, faults, notes: the other lines, in order.
-        findings: what the probes said of the model's init: a report, no alerts.
+        prices: what the measurements of the watch cost.
+        findings: rules on the model's init that fired at a probe. They are no alerts.
         ready: live rules that have become ready, and at which step.
-        ended: how the run ended, if it said so.
+        resumes: the steps that the run continued from.
+        ended: how the run ended; None if the log does not say it.
     """
 
     header: dict[str, Any] = field(default_factory=dict)
@@ -94,7 +101,7 @@ class RunLog:
 
     @property
     def groups(self) -> list[str]:
-        """Names that the arrays `grad` of the steps follow."""
+        """Names of the entries in the arrays `grad` of the steps."""
         return list(self.header.get("groups", []))
 
     @property
@@ -104,22 +111,30 @@ class RunLog:
         Empty for a log that does not say.
         """
         ready = {str(row.get("code")) for row in self.ready}
-        waits = self.header.get("waits") or {}
-        return {str(code): str(what) for code, what in waits.items() if code not in ready}
+        waits = {}
+        for code, what in (self.header.get("waits") or {}).items():
+            if code not in ready:
+                waits[str(code)] = str(what)
+        return waits
 
     def column(self, key: str) -> list[float]:
-        """One figure of all steps, nan where it was not measured."""
+        """Return one figure of all steps, nan where it was not measured.
+
+        Args:
+            key: of the figure in a line `step`.
+        """
         return [number(row.get(key)) for row in self.steps]
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Takes one line; a `resume` drops what lies beyond its step."""
-        row, kind = dict(line), line.get("type")
+        """Add one line of the log. A `resume` drops the lines of later steps.
+
+        Args:
+            line: decoded. Lines of an unknown type are ignored.
+        """
+        row = dict(line)
+        kind = line.get("type")
         if kind == "run":
-            self.header = self.header or row
-            latest = {"groups": row.get("groups", []), "waits": row.get("waits", {})}
-            self.header = {**self.header, **latest}
-            self.ready = [row for row in self.ready if row.get("code") not in self.header["waits"]]
-            self.ended = None
+            self._add_header(row)
         elif kind == "resume":
             self._forget_after(int(row["step"]))
             self.resumes.append(int(row["step"]))
@@ -127,23 +142,42 @@ class RunLog:
         elif kind == "end":
             self.ended = row
         elif kind in KINDS:
-            places = {
-                "step": self.steps,
-                "stats": self.stats,
-                "probe": self.probes,
-                "alert": self.alerts,
-                "fault": self.faults,
-                "note": self.notes,
-                "price": self.prices,
-                "finding": self.findings,
-                "ready": self.ready,
-            }
-            rows = places[kind]
-            if kind in _MEASURED and rows and rows[-1].get("step") == row.get("step"):
-                rows.pop()  # a run that goes on measures the weights of its checkpoint again
-            rows.append(row)
+            self._add_row(kind, row)
+
+    def _add_header(self, row: dict[str, Any]) -> None:
+        """Add the first line of a process. The first header of the run stays."""
+        if not self.header:
+            self.header = row
+
+        # A later process may have other groups, and its rules wait again.
+        waits = row.get("waits", {})
+        self.header = {**self.header, "groups": row.get("groups", []), "waits": waits}
+        self.ready = [line for line in self.ready if line.get("code") not in waits]
+        self.ended = None
+
+    def _add_row(self, kind: str, row: dict[str, Any]) -> None:
+        """Add a line to the list of its kind."""
+        lists = {
+            "step": self.steps,
+            "stats": self.stats,
+            "probe": self.probes,
+            "alert": self.alerts,
+            "fault": self.faults,
+            "note": self.notes,
+            "price": self.prices,
+            "finding": self.findings,
+            "ready": self.ready,
+        }
+        rows = lists[kind]
+
+        # A run that continues measures the weights of its checkpoint again.
+        is_measured = kind in _MEASURED
+        if is_measured and rows and rows[-1].get("step") == row.get("step"):
+            rows.pop()
+        rows.append(row)
 
     def _forget_after(self, step: int) -> None:
+        """Drop the lines of later steps."""
         for rows in (self.steps, self.stats, self.probes, self.alerts, self.findings, self.ready):
             rows[:] = [row for row in rows if row.get("step", 0) <= step]
 
@@ -162,12 +196,14 @@ _SHOWN = (
 
 
 def lightened(row: dict[str, Any], run: RunLog) -> dict[str, Any]:
-    """Return a line with what pictures and screens show.
+    """Return a line with only what plots and screens show.
 
-    Gradients of sub-layers and reports of later probes are left out.
+    Gradients of sub-layers and reports of later probes are left out. Each decoded line has its own
+    strings as keys; here all lines share them. 100,000 steps take 90 MB of memory, not 600.
 
-    A decoded line has strings of its own for its keys; here all lines share them. 100,000 steps
-    take 90 MB of memory, not 600.
+    Args:
+        row: a decoded line.
+        run: the lines before it.
     """
     kind = row.get("type")
     if kind == "step":
@@ -185,11 +221,11 @@ def lightened(row: dict[str, Any], run: RunLog) -> dict[str, Any]:
 
 
 def read_run(path: str | os.PathLike[str], *, light: bool = False) -> RunLog:
-    """Reads a run log, or the one in a folder.
+    """Read a run log, or the one in a folder.
 
     Args:
         path: of the log or of its folder.
-        light: leave out what no picture shows, see `lightened`.
+        light: whether to leave out what no plot shows, see `lightened`.
 
     Raises:
         SourceError: there is none, or it was written by a newer version.
@@ -199,7 +235,10 @@ def read_run(path: str | os.PathLike[str], *, light: bool = False) -> RunLog:
         [4.1, 4.0]
     """
     file = Path(path)
-    file = file / RUN_FILE if file.is_dir() else file
+    if file.is_dir():
+        file = file / RUN_FILE
+
+    # 1. Add its lines one by one; a log may be larger than memory.
     run = RunLog()
     try:
         with file.open("rb") as lines:
@@ -209,6 +248,8 @@ def read_run(path: str | os.PathLike[str], *, light: bool = False) -> RunLog:
         raise SourceError(
             f"cannot read the run log '{file}'", got=error.strerror, hint=WHERE_LOGS_ARE
         ) from error
+
+    # 2. A log has a header.
     if not run.header:
         raise SourceError(
             f"'{file}' is no run log",
@@ -219,14 +260,17 @@ def read_run(path: str | os.PathLike[str], *, light: bool = False) -> RunLog:
 
 
 def parsed(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    """Yields the whole lines of a log; a torn or foreign line is left out.
+    """Yield the decoded lines of a log, without incomplete and foreign ones.
+
+    Args:
+        lines: of the file, each with its end.
 
     Raises:
         SourceError: a line of a newer schema.
     """
     for line in lines:
         if not line.endswith(b"\n"):
-            return
+            return  # the process ended while it wrote
         try:
             row = json.loads(line)
         except ValueError:
@@ -244,24 +288,34 @@ def parsed(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
 
 
 def to_line(kind: str, row: Mapping[str, Any]) -> bytes:
-    """One line of a log: strict JSON (no bare NaN), its type and schema version first."""
-    data = {
-        "v": RUN_SCHEMA_VERSION,
-        "type": kind,
-        **{key: plain(value) for key, value in row.items()},
-    }
-    return (
-        json.dumps(data, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode()
-        + b"\n"
-    )
+    """Return one line of a log: strict JSON (no bare NaN), schema version and type first.
+
+    Args:
+        kind: one of `KINDS`.
+        row: its values.
+    """
+    values = {key: plain(value) for key, value in row.items()}
+    data = {"v": RUN_SCHEMA_VERSION, "type": kind, **values}
+    text = json.dumps(data, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    return text.encode() + b"\n"
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON takes it: floats to eight digits, non-finite ones as strings."""
+    """Return a value as plain JSON: floats with eight digits, non-finite ones as strings.
+
+    Args:
+        value: plain values in lists, tuples and mappings, or a record.
+
+    Raises:
+        TypeError: it is of another type.
+    """
+    # 1. The usual types, by one look-up.
     convert = _CONVERTERS.get(type(value))
     if convert is not None:
         return convert(value)
-    for kind, convert in _CONVERTERS.items():  # a subclass, such as an enum of strings
+
+    # 2. A subclass, such as an enum of strings.
+    for kind, convert in _CONVERTERS.items():
         if isinstance(value, kind):
             return convert(value)
     if isinstance(value, Record):
@@ -271,7 +325,7 @@ def plain(value: Any) -> Any:
     raise TypeError(f"a run log cannot hold a {type(value).__name__}")
 
 
-def _as_it_is(value: Any) -> Any:
+def _unchanged(value: Any) -> Any:
     return value
 
 
@@ -293,10 +347,10 @@ def _plain_list(value: Iterable[Any]) -> list[Any]:
 
 _CONVERTERS: dict[type, Callable[[Any], Any]] = {
     float: _plain_float,
-    int: _as_it_is,
-    str: _as_it_is,
-    bool: _as_it_is,
-    type(None): _as_it_is,
+    int: _unchanged,
+    str: _unchanged,
+    bool: _unchanged,
+    type(None): _unchanged,
     list: _plain_list,
     tuple: _plain_list,
     dict: _plain_dict,
@@ -304,7 +358,11 @@ _CONVERTERS: dict[type, Callable[[Any], Any]] = {
 
 
 def number(value: Any) -> float:
-    """A figure read back: "inf" and "nan" are numbers again, null is nan."""
+    """Return a figure of a decoded line: "inf" and "nan" as numbers, null as nan.
+
+    Args:
+        value: as it stands in the line.
+    """
     if value is None:
         return math.nan
     try:

@@ -1,4 +1,4 @@
-"""Whether a run goes on, is slow, has ended or is dead, in one sentence."""
+"""Whether a run continues, is slow, has ended or is dead, in one sentence."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 from jacdiag.records.heartbeat import Heartbeat
 from jacdiag.records.run_log import RunLog
 
-# usual steps without a step: an evaluation or a checkpoint may take as long, and the sentence says
-# so
+# A run is slow after this many usual step times without a step. An evaluation or a checkpoint may
+# take as long, so the sentence says how long a step usually takes.
 _SLOW_TIMES = 10
-# at least; the file is written once a second, and disks that are shared show it later
+# And after this long at least. The file is written once a second, and shared disks show it later.
 _SLOW_SECONDS = 10.0
 
 
@@ -58,34 +58,47 @@ def state_of_run(
         alive: whether its process exists; None if that cannot be seen.
         now: seconds since 1970.
     """
+    # 1. A run that has ended says so in its log.
     ended = run.ended
     if ended is not None and (beat is None or ended.get("session") == beat.session):
         return _after_the_end(ended)
     if beat is None:
         return None
-    silent = max(now - beat.time, 0.0)
+
+    # 2. A process that is gone without a last line was killed.
+    last_sign = f"no sign since {_clock(beat.time, now)}"
     if alive is False:
-        return RunState(
-            Kind.GONE, f"no sign since {_clock(beat.time, now)}; process {beat.pid} is gone"
-        )
-    usual = beat.step_seconds
-    if silent <= max(_SLOW_TIMES * (usual or 0.0), _SLOW_SECONDS):
+        return RunState(Kind.GONE, f"{last_sign}; process {beat.pid} is gone")
+
+    # 3. A recent step shows that it runs, wherever the process is.
+    silent = max(now - beat.time, 0.0)
+    longest = max(_SLOW_TIMES * (beat.step_seconds or 0.0), _SLOW_SECONDS)
+    if silent <= longest:
         return RunState(Kind.RUNNING, "running")
     if alive is None:
         where = f"process {beat.pid} on {beat.host} cannot be seen from here"
-        return RunState(Kind.UNKNOWN, f"no sign since {_clock(beat.time, now)}; {where}")
+        return RunState(Kind.UNKNOWN, f"{last_sign}; {where}")
+    return RunState(Kind.SLOW, _slow(beat, silent))
+
+
+def _slow(beat: Heartbeat, silent: float) -> str:
+    """Return how long a living process has made no step, in words."""
     if beat.step is None:
-        return RunState(Kind.SLOW, f"no step yet, started {_duration(silent)} ago")
-    if usual is None:
-        return RunState(Kind.SLOW, f"slow: last step {_duration(silent)} ago")
-    return RunState(
-        Kind.SLOW, f"slow: last step {_duration(silent)} ago, usually {_duration(usual)}"
-    )
+        return f"no step yet, started {_duration(silent)} ago"
+    text = f"slow: last step {_duration(silent)} ago"
+    if beat.step_seconds is None:
+        return text
+    return f"{text}, usually {_duration(beat.step_seconds)}"
 
 
 def _after_the_end(ended: dict[str, Any]) -> RunState:
-    step, how, reason = ended.get("step", 0), ended.get("how"), str(ended.get("reason") or "")
-    flight = f", flight in {ended['flight']}" if ended.get("flight") else ""
+    """Return the state that the last line of a log describes."""
+    step = ended.get("step", 0)
+    how = ended.get("how")
+    reason = str(ended.get("reason") or "")
+    flight = ""
+    if ended.get("flight"):
+        flight = f", flight in {ended['flight']}"
     if how == "crash":
         return RunState(Kind.BROKEN, f"crashed: {reason} at step {step:,}{flight}")
     if how == "interrupt":
