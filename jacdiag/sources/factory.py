@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -39,6 +39,7 @@ Factory = str | os.PathLike[str] | Callable[..., Any]
 
 _HOW_WRITTEN = "'package.module:callable' or 'file.py:callable'"
 _LISTED = 8  # names in a hint
+_RETURN_A_MODULE = "the function must return the model, a torch.nn.Module"
 
 
 # -- names -----------------------------------------------------------------------------------------
@@ -333,7 +334,7 @@ def not_a_module(spec: str, result: Any) -> SourceError:
         result: that it returned.
     """
     got = f"type {type(result).__name__}"
-    hint = "the function must return the model, a torch.nn.Module"
+    hint = _RETURN_A_MODULE
     if result is None:
         hint = "it ends without `return`, or returns None: end it with `return model`"
     elif isinstance(result, type) and issubclass(result, nn.Module):
@@ -342,23 +343,31 @@ def not_a_module(spec: str, result: Any) -> SourceError:
     elif isinstance(result, tuple | list):
         types = ", ".join(type(item).__name__ for item in result)
         got = f"a {type(result).__name__} of {types or 'nothing'}"
-        places = [index for index, item in enumerate(result) if isinstance(item, nn.Module)]
-        hint = _hint_of_place(spec, places) or hint
+        hint = _hint_of_place(spec, dict(enumerate(result)))
     elif isinstance(result, dict):
         keys = ", ".join(repr(key) for key in list(result)[:4])
         got = f"a dict with {keys or 'nothing'}"
-        places = [key for key, item in result.items() if isinstance(item, nn.Module)]
-        hint = _hint_of_place(spec, places) or hint
-        if result and all(isinstance(item, Tensor) for item in result.values()):
-            hint = (
-                "these are weights: build the module, load_state_dict() them, and return the module"
-            )
+        hint = _hint_of_dict(spec, result)
     return SourceError(f"'{spec}' returned no nn.Module", got=got, hint=hint)
 
 
-def _hint_of_place(spec: str, places: Sequence[Any]) -> str:
-    """Return how to take the model out of a container; "" if it holds none."""
+def _hint_of_dict(spec: str, result: dict[Any, Any]) -> str:
+    """Return what to try if a factory returned a dict: a state dict, or one with a model in it."""
+    is_state_dict = bool(result) and all(isinstance(item, Tensor) for item in result.values())
+    if is_state_dict:
+        return "these are weights: build the module, load_state_dict() them, and return the module"
+    return _hint_of_place(spec, result)
+
+
+def _hint_of_place(spec: str, items: Mapping[Any, Any]) -> str:
+    """Return how to take the model out of a container.
+
+    Args:
+        spec: the name of the factory.
+        items: index or key -> item of the container.
+    """
+    places = [place for place, item in items.items() if isinstance(item, nn.Module)]
     if not places:
-        return ""
+        return _RETURN_A_MODULE
     name = spec.rpartition(":")[2]
     return f"return the model alone, such as `lambda: {name}()[{places[0]!r}]`"

@@ -82,12 +82,14 @@ class Flight:
 
         A batch that crashed may not run.
         """
-        return next(
-            (batch for batch in self.batches if not batch.running), next(iter(self.batches), None)
-        )
+        for batch in self.batches:
+            if not batch.running:
+                return batch
+        return self.batches[0] if self.batches else None
 
     @property
     def complete(self) -> bool:
+        """Whether the rows begin with the first step of the run."""
         return bool(self.rows) and self.rows[0]["step"] <= 1
 
 
@@ -105,27 +107,53 @@ def read_flight(folder: str | os.PathLike[str]) -> Flight:
         >>> read_flight("runs/a/flight-150").step                       # doctest: +SKIP
         150
     """
+    # 1. What the flight itself holds.
     path = Path(folder)
     about = _about(path)
-    step = about["step"] if isinstance(about.get("step"), int) else None
-    own = _rows(path / _STEPS)
-    log = _log_around(path)
+    step = about.get("step")
+    if not isinstance(step, int):
+        step = None
+    rows = _rows(path / _STEPS)
+    batches = _batches(path, about)
 
-    # The log of the whole run has more steps. What a resumed run did again is not what the flight
-    # saw.
-    rows, header, probe = own, {}, None
+    # 2. What the log of the run adds.
+    header: dict[str, Any] = {}
+    probe = None
+    log = _log_around(path)
     if log is not None:
         header = log.header
-        before = [row for row in log.steps if own and row["step"] < own[0]["step"]]
-        rows = (
-            [*before, *own]
-            if own
-            else [row for row in log.steps if step is None or row["step"] <= step]
-        )
-        probes = [row for row in log.probes if step is None or row["step"] <= step]
-        probe = next(reversed(probes), None)
-    why, ended = str(about.get("why", "")), str(about.get("ended", ""))
-    return Flight(path, step, why, _batches(path, about), rows, header, probe, ended)
+        rows = _with_steps_of_log(rows, log, step)
+        probes = _up_to(step, log.probes)
+        probe = probes[-1] if probes else None
+    why = str(about.get("why", ""))
+    ended = str(about.get("ended", ""))
+    return Flight(path, step, why, batches, rows, header, probe, ended)
+
+
+def _with_steps_of_log(
+    own: list[dict[str, Any]], log: RunLog, step: int | None
+) -> list[dict[str, Any]]:
+    """Return the steps of a flight after the earlier steps of the log.
+
+    Of the flight's own steps, the log is not read: a resumed run may have done them again.
+
+    Args:
+        own: the steps that the flight holds.
+        log: of the run.
+        step: that the flight is about, if it is known.
+    """
+    if not own:
+        return _up_to(step, log.steps)
+    first = own[0]["step"]
+    earlier = [row for row in log.steps if row["step"] < first]
+    return [*earlier, *own]
+
+
+def _up_to(step: int | None, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows up to a step, or all of them if it is not known."""
+    if step is None:
+        return list(rows)
+    return [row for row in rows if row["step"] <= step]
 
 
 def latest_batch(folder: str | os.PathLike[str]) -> dict[str, Any] | tuple[Any, ...]:
@@ -145,6 +173,7 @@ def latest_batch(folder: str | os.PathLike[str]) -> dict[str, Any] | tuple[Any, 
 
 
 def _about(path: Path) -> dict[str, Any]:
+    """Return what a flight recorder wrote about its flight."""
     try:
         about = json.loads((path / _ABOUT).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -156,27 +185,35 @@ def _about(path: Path) -> dict[str, Any]:
 
 
 def _batches(path: Path, about: Mapping[str, Any]) -> list[KeptBatch]:
-    found: list[tuple[int, KeptBatch]] = []
+    """Return the batches of a flight, the latest first."""
+    # How many batches before the latest one -> the batch. Those of a running step came after it.
+    aged: list[tuple[int, KeptBatch]] = []
+
+    # 1. The latest batch of a step that has ended, and the ones before it. After a crash in the
+    # first step there is none.
     step = about.get("batch_step")
-    # of a crash in the first step
     is_running_alone = step is not None and step == about.get("running_step")
-    if (path / _LATEST).is_file() and not is_running_alone:
-        found.append((0, KeptBatch(path / _LATEST, step if isinstance(step, int) else None)))
-    matches = [(file, _EARLIER.fullmatch(file.name)) for file in path.glob("batch-*.pt")]
     if not is_running_alone:
-        found += [
-            (int(match[1]), KeptBatch(file, int(match[2]))) for file, match in matches if match
-        ]
-    begun = [(file, _RUNNING.fullmatch(file.name)) for file in path.glob("running-batch-*.pt")]
-    found += [
-        (-int(match[1]), KeptBatch(file, int(match[2]), running=True))
-        for file, match in begun
-        if match
-    ]
-    return [batch for _, batch in sorted(found, key=lambda pair: pair[0])]
+        if (path / _LATEST).is_file():
+            step_of_latest = step if isinstance(step, int) else None
+            aged.append((0, KeptBatch(path / _LATEST, step_of_latest)))
+        for file in path.glob("batch-*.pt"):
+            match = _EARLIER.fullmatch(file.name)
+            if match is not None:
+                aged.append((int(match[1]), KeptBatch(file, int(match[2]))))
+
+    # 2. Batches of the step that had not ended.
+    for file in path.glob("running-batch-*.pt"):
+        match = _RUNNING.fullmatch(file.name)
+        if match is not None:
+            aged.append((-int(match[1]), KeptBatch(file, int(match[2]), running=True)))
+
+    aged.sort(key=lambda pair: pair[0])
+    return [batch for _, batch in aged]
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
+    """Return the steps in a file; none if it cannot be read."""
     try:
         with file.open("rb") as lines:
             return [row for row in parsed(lines) if isinstance(row.get("step"), int)]
@@ -185,9 +222,11 @@ def _rows(file: Path) -> list[dict[str, Any]]:
 
 
 def _log_around(path: Path) -> RunLog | None:
-    if not (path.resolve().parent / RUN_FILE).is_file():
+    """Return the log of the run in the folder above; None if there is none that can be read."""
+    folder = path.resolve().parent
+    if not (folder / RUN_FILE).is_file():
         return None
     try:
-        return read_run(path.resolve().parent)
+        return read_run(folder)
     except SourceError:
         return None

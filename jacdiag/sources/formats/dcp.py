@@ -1,6 +1,6 @@
 """Folders of torch.distributed.checkpoint: each tensor in pieces inside larger files.
 
-The `.metadata` beside them is a pickle: it is read by the guarded reader, so that nothing in it
+The file `.metadata` in the folder is a pickle. The guarded reader reads it, so that nothing in it
 runs.
 """
 
@@ -32,6 +32,11 @@ class Chunk:
     length: int
 
     def read(self) -> Tensor:
+        """Read the block.
+
+        Raises:
+            SourceError: its file cannot be read, or does not hold it.
+        """
         try:
             with self.path.open("rb") as file:
                 data = os.pread(file.fileno(), self.length, self.offset)
@@ -61,14 +66,19 @@ class Chunked:
     chunks: tuple[Chunk, ...]
 
     def read(self) -> Tensor:
+        """Read the tensor.
+
+        Raises:
+            SourceError: a file cannot be read, or does not hold its block.
+        """
         if len(self.chunks) == 1 and self.chunks[0].sizes == self.shape:
             return self.chunks[0].read()
-        whole = torch.empty(self.shape, dtype=self.dtype)
+        tensor = torch.empty(self.shape, dtype=self.dtype)
         for chunk in self.chunks:
-            whole[tuple(slice(a, a + n) for a, n in zip(chunk.at, chunk.sizes, strict=True))] = (
-                chunk.read()
-            )
-        return whole
+            bounds = zip(chunk.at, chunk.sizes, strict=True)
+            block = tuple(slice(start, start + size) for start, size in bounds)
+            tensor[block] = chunk.read()
+        return tensor
 
 
 def is_folder(path: Path) -> bool:
@@ -98,6 +108,7 @@ def chunked(path: Path) -> dict[str, Chunked]:
 
 
 def _metadata(path: Path) -> Mapping[str, Any]:
+    """Return the attributes of the object in `.metadata`."""
     guard = GuardedPickle()
     file = path / ".metadata"
     try:
@@ -122,6 +133,7 @@ def _place(index: Stub) -> tuple[str, tuple[int, ...]]:
 def _tensor(
     path: Path, name: str, state: Mapping[str, Any], places: Mapping[Any, Mapping[str, Any]]
 ) -> Chunked:
+    """Return where the chunks of one tensor lie; raise ValueError if they cannot be read."""
     properties = state["properties"].state
     dtype = properties[0] if isinstance(properties, tuple) else properties["dtype"]
     chunks = []
@@ -138,15 +150,22 @@ def _tensor(
     return Chunked(tuple(state["size"]), dtype, tuple(chunks))
 
 
-def _check_files(path: Path, found: Mapping[str, Chunked]) -> None:
+def _check_files(path: Path, tensors: Mapping[str, Chunked]) -> None:
+    """Raise if a file of a folder is missing or too short."""
+    # 1. How long each file must be.
     ends: dict[Path, int] = {}
-    for tensor in found.values():
+    for tensor in tensors.values():
         for chunk in tensor.chunks:
             ends[chunk.path] = max(ends.get(chunk.path, 0), chunk.offset + chunk.length)
-    missing = [file.name for file in sorted(ends) if not file.is_file()]
-    short = [
-        file.name for file in sorted(ends) if file.is_file() and file.stat().st_size < ends[file]
-    ]
+
+    # 2. How long it is.
+    missing = []
+    short = []
+    for file in sorted(ends):
+        if not file.is_file():
+            missing.append(file.name)
+        elif file.stat().st_size < ends[file]:
+            short.append(file.name)
     for names, what in ((missing, "missing"), (short, "shorter than .metadata says")):
         if names:
             raise SourceError(
@@ -157,6 +176,7 @@ def _check_files(path: Path, found: Mapping[str, Chunked]) -> None:
 
 
 def _foreign(path: Path, got: str) -> SourceError:
+    """Return the error for a folder of another make or version."""
     return SourceError(
         f"'{path / '.metadata'}' is not that of torch.distributed.checkpoint, or of a version "
         "that is not known",

@@ -1,8 +1,9 @@
 """A pickle reader that runs nothing: tensors and plain containers are built, no other objects.
 
-`torch.load(weights_only=True)` refuses a whole checkpoint for one argparse.Namespace in it. Here a
-foreign *class* turns into a stub that only keeps what it was given; a call to a foreign *function*,
-or anything out of a module that reaches the system, stops the reading, and is named.
+`torch.load(weights_only=True)` refuses a checkpoint for one argparse.Namespace in it. Here a
+foreign *class* turns into a stub that only keeps its arguments and its state. A call to a foreign
+*function*, or anything from a module that reaches the system, ends the reading with an error that
+names it.
 """
 
 from __future__ import annotations
@@ -129,17 +130,30 @@ class Stub(metaclass=_Inert):
         return self
 
     def __setstate__(self, state: Any) -> None:
-        if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], dict):
-            state = {**(state[0] or {}), **state[1]} if isinstance(state[0], dict | None) else state
+        # An object with slots has two states: its attributes, and those in the slots.
+        if isinstance(state, tuple) and len(state) == 2:
+            attributes, slots = state
+            if isinstance(slots, dict) and isinstance(attributes, dict | None):
+                state = {**(attributes or {}), **slots}
         self.state = state
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.entries[key] = value
 
     def append(self, value: Any) -> None:
+        """Keep what the pickle appends.
+
+        Args:
+            value: of any kind.
+        """
         self.entries[len(self.entries)] = value
 
     def extend(self, values: Any) -> None:
+        """Keep what the pickle appends.
+
+        Args:
+            values: of any kind.
+        """
         for value in values:
             self.append(value)
 
@@ -177,6 +191,7 @@ class GuardedPickle:
             dispatch = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: _load_bytearray}  # type: ignore[attr-defined]
 
             def find_class(self, module: str, name: str) -> Any:
+                """Return what the guard allows for a name."""
                 return guard.find(module, name)
 
         self.module = SimpleNamespace(
@@ -208,14 +223,30 @@ def _harmless(module: str, name: str) -> Any:
 
     Nothing that reads, writes, imports or evaluates is returned.
     """
+    root = module.partition(".")[0]
+    if root == "torch":
+        return _harmless_of_torch(module, name)
+    if root == "numpy":
+        return _harmless_of_numpy(module, name)
+    return _harmless_of_python(module, name)
+
+
+def _harmless_of_torch(module: str, name: str) -> Any:
+    """Return a dtype, a storage or a builder of tensors; None for anything else."""
     if module == "torch":
-        found = getattr(torch, name, None)
-        named = name.endswith("Storage") or name in ("Size", "device", "Tensor")
-        return found if named or isinstance(found, torch.dtype) else None
+        value = getattr(torch, name, None)
+        is_storage = name.endswith("Storage")
+        is_plain = name in ("Size", "device", "Tensor") or isinstance(value, torch.dtype)
+        return value if is_storage or is_plain else None
     if module == "torch._utils" and name.startswith("_rebuild_"):
         return getattr(torch._utils, name, None)
     if (module, name) in _TORCH:
         return _TORCH[module, name]()
+    return None
+
+
+def _harmless_of_python(module: str, name: str) -> Any:
+    """Return a plain type or container of Python; None for anything else."""
     if module == "collections" and name in ("OrderedDict", "defaultdict", "Counter", "deque"):
         return getattr(collections, name)
     if module == "builtins" and name in _BOUNDED:
@@ -224,9 +255,9 @@ def _harmless(module: str, name: str) -> Any:
         return getattr(builtins, name)
     if (module, name) == ("_codecs", "encode"):
         return _encode
-    if module == "copyreg" and name == "_reconstructor":
+    if (module, name) == ("copyreg", "_reconstructor"):
         return copyreg._reconstructor  # type: ignore[attr-defined]
-    return _numpy(module, name)
+    return None
 
 
 _TORCH: dict[tuple[str, str], Callable[[], Any]] = {
@@ -271,9 +302,8 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin1" if encoding == "latin1" else "utf-8")
 
 
-def _numpy(module: str, name: str) -> Any:
-    if module.partition(".")[0] != "numpy":
-        return None
+def _harmless_of_numpy(module: str, name: str) -> Any:
+    """Return an array type, a dtype or a builder of arrays; None for anything else."""
     import numpy as np
 
     last = module.rpartition(".")[2]

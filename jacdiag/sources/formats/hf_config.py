@@ -13,8 +13,7 @@ from jacdiag.errors import SourceError
 from jacdiag.sources.foreign_code import own_frames
 
 # Names of weights that belong to one kind of model only, bare or with the prefix of its heads.
-# Names that several
-# kinds share (Llama's and Mistral's, RoBERTa's and XLM-RoBERTa's) are not here.
+# Names that several kinds share (Llama's and Mistral's, RoBERTa's and XLM-RoBERTa's) are not here.
 _BY_NAMES = {
     "gpt2": (r"^(transformer\.)?h\.\d+\.attn\.c_attn\.weight$", r"^(transformer\.)?wpe\.weight$"),
     "gpt_neo": (r"^(transformer\.)?h\.\d+\.attn\.attention\.q_proj\.weight$",),

@@ -37,8 +37,7 @@ _DTYPES = {
 }
 
 # Dtypes of the format that hold a part of a quantised weight: packed values of less than 8 bits,
-# and powers of two as
-# scales of blocks.
+# and powers of two as scales of blocks.
 _QUANTISED = ("F8_E8M0", "F4", "F6_E2M3", "F6_E3M2")
 _BLOCK = 1 << 28  # one call of the system reads no more than 2 GiB
 
@@ -53,6 +52,11 @@ class Span:
     offset: int
 
     def read(self) -> Tensor:
+        """Read the tensor.
+
+        Raises:
+            SourceError: the file cannot be read, or has become shorter.
+        """
         tensor = torch.empty(self.shape, dtype=self.dtype)
         if not tensor.numel():
             return tensor
