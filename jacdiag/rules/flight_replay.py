@@ -115,15 +115,20 @@ class Judged:
 
     @property
     def says_batch(self) -> bool:
+        """Whether the figure says that the batch made the jump."""
         if self.jumped is None:
             return self.batch_out
-        return self.batch_out and self.jumped and (self.batch_share or 0.0) >= HALF
+        shows_the_jump = (self.batch_share or 0.0) >= HALF
+        return self.batch_out and self.jumped and shows_the_jump
 
     @property
     def says_weights(self) -> bool:
-        return self.weights_out and bool(self.jumped) and (self.weights_share or 0.0) >= HALF
+        """Whether the figure says that the weights made the jump."""
+        shows_the_jump = (self.weights_share or 0.0) >= HALF
+        return self.weights_out and bool(self.jumped) and shows_the_jump
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields, as the evidence of a decision holds them."""
         return {
             "jump": self.jump,
             "jumped": self.jumped,
@@ -147,43 +152,63 @@ class Decision:
 def usual_value(rows: Sequence[tuple[int, float]]) -> LevelRecord | None:
     """Return the usual value of a figure over some steps.
 
-    None for fewer than `LEAST_ROWS` finite values.
-
     The spread is taken from the differences of successive steps, so that a trend does not widen it,
     by their median, so that a spike does not either.
 
     Args:
         rows: step and value, in order.
 
+    Returns:
+        The level; None for fewer than `LEAST_ROWS` finite values.
+
     Example:
         >>> usual_value([(step, 2.0 + 0.1 * (step % 2)) for step in range(1, 41)]).count
         32
     """
-    finite = [(step, value) for step, value in rows if math.isfinite(value)][-WINDOW:]
-    if len(finite) < LEAST_ROWS:
+    # 1. The last finite values.
+    finite = []
+    for step, value in rows:
+        if math.isfinite(value):
+            finite.append((step, value))
+    last = finite[-WINDOW:]
+    if len(last) < LEAST_ROWS:
         return None
-    values = [value for _, value in finite]
+
+    # 2. Their median, and the spread of successive steps.
+    values = [value for _, value in last]
     differences = [abs(later - earlier) for earlier, later in pairwise(values)]
     spread = _NORMAL * median(differences) / math.sqrt(2)
-    return LevelRecord(median(values), spread, len(values), finite[0][0], finite[-1][0])
+
+    first_step, last_step = last[0][0], last[-1][0]
+    return LevelRecord(median(values), spread, len(values), first_step, last_step)
 
 
 def is_out(value: float, level: LevelRecord, *, logarithm: bool) -> bool:
-    """Return whether one value of the run is above its usual value by more than chance."""
+    """Return whether one value of the run is above its usual value by more than chance.
+
+    Args:
+        value: of one step, as the run logged it.
+        level: the usual value.
+        logarithm: the level is of logarithms, and the value is not one yet.
+    """
     if not math.isfinite(value):
         return True
     if logarithm:
         value = _log(value)
+    return value - level.center > _limit_above(level, logarithm)
+
+
+def _limit_above(level: LevelRecord, logarithm: bool) -> float:
+    """Return how far above its usual value a figure of the run may lie by chance."""
+    # A value and the median that it is compared with are both off by chance.
     error = _floor(level.spread, level.center, logarithm) * math.sqrt(
         1 + _MEDIAN_ERROR**2 / level.count
     )
-    return value - level.center > _quantile(FALSE_ALARMS, level.count - 1) * error
+    return _quantile(FALSE_ALARMS, level.count - 1) * error
 
 
 def first_out(rows: Sequence[tuple[int, float]], step: int, *, logarithm: bool) -> int | None:
     """Return the first of the steps up to an alert that stand out without a gap.
-
-    None if that of the alert does not stand out.
 
     An alert may need several steps. The batch that matters is that of the first.
 
@@ -191,22 +216,30 @@ def first_out(rows: Sequence[tuple[int, float]], step: int, *, logarithm: bool) 
         rows: step and value, in order; the logarithm of a gradient norm.
         step: of the alert.
         logarithm: the values are logarithms.
+
+    Returns:
+        The step; None if that of the alert does not stand out.
     """
-    calm = [(at, value) for at, value in rows if at <= step - LONGEST_ONSET]
+    # 1. The usual value before the alert, and the steps that may belong to it.
+    calm: list[tuple[int, float]] = []
+    recent: list[tuple[int, float]] = []
+    for row in rows:
+        if row[0] <= step - LONGEST_ONSET:
+            calm.append(row)
+        elif row[0] <= step:
+            recent.append(row)
     level = usual_value(calm)
     if level is None:
         return None
+
+    # 2. From the alert back to the last step that was usual.
+    limit = _limit_above(level, logarithm)
     first: int | None = None
-    error = _floor(level.spread, level.center, logarithm) * math.sqrt(
-        1 + _MEDIAN_ERROR**2 / level.count
-    )
-    for at, value in reversed([row for row in rows if step - LONGEST_ONSET < row[0] <= step]):
-        if (
-            math.isfinite(value)
-            and value - level.center <= _quantile(FALSE_ALARMS, level.count - 1) * error
-        ):
+    for row_step, value in reversed(recent):
+        is_usual = math.isfinite(value) and value - level.center <= limit
+        if is_usual:
             break
-        first = at
+        first = row_step
     return first
 
 
@@ -227,6 +260,7 @@ def decide(figures: Sequence[Figure], context: Context) -> Decision:
         Of a step that crashed: "batch" if a batch of it raises the error of the run again, and all
             others run.
     """
+    # 1. An error decides by itself, and without enough batches nothing can be decided.
     known = [figure for figure in figures if figure.others or figure.suspects]
     if context.crash or context.failed:
         return _decide_error(known, context)
@@ -234,56 +268,93 @@ def decide(figures: Sequence[Figure], context: Context) -> Decision:
     if missing:
         return Decision("not decided", f"Not decided: {missing}.")
 
+    # 2. Judge each figure, then weigh what they say.
     judged = {figure.name: _judge(figure) for figure in known}
-    evidence = {name: found.to_dict() for name, found in judged.items()}
-    # A figure whose jump in the run is not known says something only if that is so of all.
-    jumps = [figure for figure in known if judged[figure.name].jumped is not None] or known
-    batch = [figure for figure in jumps if judged[figure.name].says_batch]
-    weights = [figure for figure in known if judged[figure.name].says_weights]
+    evidence = {name: judgement.to_dict() for name, judgement in judged.items()}
+    verdict, sentence = _weigh(known, judged, context)
+    return Decision(verdict, sentence, evidence)
+
+
+def _weigh(
+    known: Sequence[Figure], judged: dict[str, Judged], context: Context
+) -> tuple[ReplayVerdict, str]:
+    """Return the verdict over all figures, and the sentence that gives its reason."""
+    # 1. Sort the figures by what they say.
+    with_jump = _figures_with_a_jump(known, judged)
+    says_batch = [figure for figure in with_jump if judged[figure.name].says_batch]
+    says_weights = [figure for figure in known if judged[figure.name].says_weights]
     out = [figure for figure in known if judged[figure.name].batch_out]
 
-    if batch and not weights:
-        return Decision("batch", _batch_sentence(batch[0], context), evidence)
-    if weights and not out:
-        open_question = _not_these_weights(weights, judged, context) or _not_the_run_itself(
-            weights[0], context
-        )
-        if open_question:
-            return Decision("not decided", f"Not decided: {open_question}.", evidence)
-        return Decision("weights", _weights_sentence(weights[0], context), evidence)
-    if weights:
-        return Decision("not decided", _both_sentence(weights[0], out[0], context), evidence)
-    return Decision("not decided", _neither_sentence(known, judged, out, context), evidence)
+    # 2. The weights are usual.
+    if not says_weights:
+        if says_batch:
+            return "batch", _batch_sentence(says_batch[0], context)
+        return "not decided", _neither_sentence(known, judged, out, context)
+
+    # 3. The weights stand out, and the batch does as well.
+    if out:
+        return "not decided", _both_sentence(says_weights[0], out[0], context)
+
+    # 4. The weights alone stand out, if they are those of the run.
+    open_question = _open_question(says_weights, judged, context)
+    if open_question:
+        return "not decided", f"Not decided: {open_question}."
+    return "weights", _weights_sentence(says_weights[0], context)
+
+
+def _open_question(
+    says_weights: Sequence[Figure], judged: dict[str, Judged], context: Context
+) -> str:
+    """Return why the weights may be others than those that the batch met; "" if they are not."""
+    not_these = _not_these_weights(says_weights, judged, context)
+    if not_these:
+        return not_these
+    return _not_the_run_itself(says_weights[0], context)
+
+
+def _figures_with_a_jump(known: Sequence[Figure], judged: dict[str, Judged]) -> Sequence[Figure]:
+    """Return the figures whose jump in the run is known, or all if that of none is.
+
+    A figure without a known jump is evidence only if no other figure has one.
+    """
+    with_jump = [figure for figure in known if judged[figure.name].jumped is not None]
+    if with_jump:
+        return with_jump
+    return known
 
 
 def _decide_error(figures: Sequence[Figure], context: Context) -> Decision:
     """Decide about a step that crashed, or whose batch cannot be run again."""
     start = f"on {_weights(context)} the batch of step {context.step}"
     others = max((len(figure.others) for figure in figures), default=0)
-    is_alone = bool(others) and not context.others_failed
-    # 1. The error comes again, and comes from no other batch.
-    if context.failed and context.failed == context.crash and is_alone:
+
+    # 1. The batch runs, so that the figures show no error.
+    if not context.failed:
+        text = (
+            f"Not decided: {start}, which was running when the run raised {context.crash}, runs "
+            "without an error."
+        )
+        return Decision("not decided", text)
+
+    # 2. The error comes again, and comes from no other batch.
+    is_same_error = context.failed == context.crash
+    all_others_run = others > 0 and not context.others_failed
+    if is_same_error and all_others_run:
         noun = "batch runs" if others == 1 else "batches run"
         text = (
             f"The batch: {start} raises what the run raised ({context.crash}), and the "
             f"{others} other kept {noun}."
         )
         return Decision("batch", text)
-    # 2. It cannot be run here, for a reason that need not be that of the run.
-    if context.failed:
-        text = f"Not decided: {start} could not be run: {context.failed}"
-        if context.crash and context.failed != context.crash:
-            text += f" (the run raised {context.crash})"
-        if context.others_failed:
-            text += f"; {context.others_failed} of the others could not be run either"
-        elif not others:
-            text += "; no other batch was run to compare it with"
-        return Decision("not decided", f"{text}.")
-    # 3. It runs: the figures show no error.
-    text = (
-        f"Not decided: {start}, which was running when the run raised {context.crash}, runs "
-        "without an error"
-    )
+
+    # 3. It cannot be run here, for a reason that need not be that of the run.
+    text = f"Not decided: {start} could not be run: {context.failed}"
+    if context.crash and not is_same_error:
+        text += f" (the run raised {context.crash})"
+    if context.others_failed:
+        text += f"; {context.others_failed} of the others could not be run either"
+    elif not others:
+        text += "; no other batch was run to compare it with"
     return Decision("not decided", f"{text}.")
 
 
@@ -291,67 +362,92 @@ def _missing(figures: Sequence[Figure], context: Context) -> str:
     """Return what the flight lacks for a verdict; "" if it lacks nothing."""
     if not figures:
         return "no loss and no gradient could be computed"
-    suspects, others = len(figures[0].suspects), len(figures[0].others)
-    if not suspects:
+    if not figures[0].suspects:
         return f"the batch of step {context.step} was not kept; {context.keep_hint}"
-    if others < LEAST_OTHERS:
-        kept = "no other batch" if not others else f"{others} other batch{'es' * (others > 1)}"
-        return (
-            f"the flight keeps {kept}, and {LEAST_OTHERS} are needed to tell an unusual one; "
-            f"{context.keep_hint}"
-        )
-    return ""
+    others = len(figures[0].others)
+    if others >= LEAST_OTHERS:
+        return ""
+
+    batches = f"{others} other batches"
+    if others == 0:
+        batches = "no other batch"
+    elif others == 1:
+        batches = "1 other batch"
+    return (
+        f"the flight keeps {batches}, and {LEAST_OTHERS} are needed to tell an unusual one; "
+        f"{context.keep_hint}"
+    )
 
 
 def _judge(figure: Figure) -> Judged:
+    """Judge one figure: its jump in the run, its suspects, and the other batches."""
     logarithm = figure.name == GRADIENT
-    found = Judged()
     suspects = _scaled(figure.suspects, logarithm)
     others = _scaled(figure.others, logarithm)
-    before, at_step = figure.before, figure.at_step
+    judgement = Judged()
 
     # 1. The jump that is to be explained.
+    before, at_step = figure.before, figure.at_step
     if before is not None and at_step is not None:
-        found.jump = _scaled([at_step], logarithm)[0] - before.center
-        found.jumped = is_out(at_step, before, logarithm=logarithm)
+        judgement.jump = _scaled([at_step], logarithm)[0] - before.center
+        judgement.jumped = is_out(at_step, before, logarithm=logarithm)
 
     # 2. Values that are not finite need no comparison of sizes.
-    finite = [value for value in others if math.isfinite(value)]
-    if len(finite) < len(others):
-        # Of other batches, most have to be so: one of them may be broken as well.
-        found.weights_out = 2 * len(finite) < len(others)
-        found.jumped = True
-        if found.weights_out:
-            found.weights_share = 1.0
-        return found
-    if not all(math.isfinite(value) for value in suspects):
-        found.batch_out, found.batch_share, found.jumped = True, 1.0, True
-        return found
+    if not _are_finite(others):
+        _judge_broken_others(judgement, others)
+        return judgement
+    if not _are_finite(suspects):
+        judgement.batch_out = True
+        judgement.batch_share = 1.0
+        judgement.jumped = True
+        return judgement
 
     # 3. The suspects compared with the other batches, on the same weights; and their sequences with
-    # the others'.
-    center, spread = fmean(others), _floor(stdev(others), fmean(others), logarithm)
-    limit = (
-        _quantile(FALSE_ALARMS / len(suspects), len(others) - 1)
-        * spread
-        * math.sqrt(1 + 1 / len(others))
-    )
-    found.batch_out = max(suspects) - center > limit or bool(figure.sequences_out)
-    if found.jump is not None and math.isfinite(found.jump) and found.jump > 0:
-        found.batch_share = (fmean(suspects) - center) / found.jump
+    #    the others'.
+    center = fmean(others)
+    spread = _floor(stdev(others), center, logarithm)
+    limit = _limit_of_range(FALSE_ALARMS / len(suspects), spread, len(others))
+    is_above_others = max(suspects) - center > limit
+    judgement.batch_out = is_above_others or bool(figure.sequences_out)
+    judgement.batch_share = _share_of_jump(fmean(suspects) - center, judgement.jump)
 
     # 4. The other batches compared with the run.
     rise = _rise(figure, others, center, spread)
-    if rise is not None:
-        found.weights_out = rise.mean > _quantile(FALSE_ALARMS, rise.count - 1) * rise.error
-        if found.jump is not None and found.jump > 0 and math.isfinite(found.jump):
-            found.weights_share = rise.mean / found.jump
+    if rise is None:
+        return judgement
+    judgement.weights_out = rise.mean > _quantile(FALSE_ALARMS, rise.count - 1) * rise.error
+    judgement.weights_share = _share_of_jump(rise.mean, judgement.jump)
 
     # 5. The suspect compared with the run, which has more values than the flight has batches.
     level = figure.at_checkpoint
-    if level is not None and rise is not None and not found.weights_out and len(suspects) == 1:
-        found.batch_out = found.batch_out or is_out(figure.suspects[0], level, logarithm=logarithm)
-    return found
+    if level is None or judgement.weights_out or len(suspects) != 1:
+        return judgement
+    if not judgement.batch_out:
+        judgement.batch_out = is_out(figure.suspects[0], level, logarithm=logarithm)
+    return judgement
+
+
+def _are_finite(values: Sequence[float]) -> bool:
+    return all(math.isfinite(value) for value in values)
+
+
+def _judge_broken_others(judgement: Judged, others: Sequence[float]) -> None:
+    """Judge the weights by other batches of which some are NaN or Inf."""
+    finite = [value for value in others if math.isfinite(value)]
+    # Most of them have to be so: one of them may be broken as well.
+    judgement.weights_out = 2 * len(finite) < len(others)
+    judgement.jumped = True
+    if judgement.weights_out:
+        judgement.weights_share = 1.0
+
+
+def _share_of_jump(excess: float, jump: float | None) -> float | None:
+    """Return the part of the run's jump that an excess is; None if there is no jump upwards."""
+    if jump is None or not math.isfinite(jump):
+        return None
+    if jump <= 0:
+        return None
+    return excess / jump
 
 
 @dataclass(frozen=True)
@@ -368,14 +464,17 @@ def _rise(figure: Figure, others: Sequence[float], center: float, spread: float)
 
     Without such values all of them are compared with the usual value of the run.
     """
+    # 1. Each batch minus what the run logged for it.
     logarithm = figure.name == GRADIENT
     differences = []
-    for now, then in zip(others, figure.then, strict=False):
-        if then is not None and math.isfinite(then):
-            differences.append(now - _scaled([then], logarithm)[0])
+    for on_these_weights, in_the_run in zip(others, figure.then, strict=False):
+        if in_the_run is not None and math.isfinite(in_the_run):
+            differences.append(on_these_weights - _scaled([in_the_run], logarithm)[0])
     if len(differences) >= LEAST_OTHERS:
         error = _floor(stdev(differences), center, logarithm) / math.sqrt(len(differences))
         return _Rise(fmean(differences), error, len(differences))
+
+    # 2. Too few of them: the mean over all batches minus the usual value of the run.
     level = figure.at_checkpoint
     if level is None:
         return None
@@ -395,13 +494,25 @@ def out_of_range(
         others: of the sequences of the other batches.
         logarithm: compare by the logarithm.
     """
-    finite = _scaled([v for v in others if math.isfinite(v)], logarithm)
+    # 1. The range of the others.
+    finite = _scaled([value for value in others if math.isfinite(value)], logarithm)
     if len(finite) < LEAST_OTHERS:
-        return [False for _ in values]
-    center, spread = fmean(finite), _floor(stdev(finite), fmean(finite), logarithm)
-    chance = FALSE_ALARMS / max(len(values), 1)
-    limit = _quantile(chance, len(finite) - 1) * spread * math.sqrt(1 + 1 / len(finite))
-    return [not math.isfinite(v) or v - center > limit for v in _scaled(values, logarithm)]
+        return [False] * len(values)
+    center = fmean(finite)
+    spread = _floor(stdev(finite), center, logarithm)
+    limit = _limit_of_range(FALSE_ALARMS / max(len(values), 1), spread, len(finite))
+
+    # 2. Each value compared with it. One that is not finite is out of any range.
+    results = []
+    for value in _scaled(values, logarithm):
+        is_usual = math.isfinite(value) and value - center <= limit
+        results.append(not is_usual)
+    return results
+
+
+def _limit_of_range(chance: float, spread: float, count: int) -> float:
+    """Return how far above the mean of `count` values one more lies with this chance."""
+    return _quantile(chance, count - 1) * spread * math.sqrt(1 + 1 / count)
 
 
 def _not_these_weights(
@@ -415,25 +526,35 @@ def _not_these_weights(
     if context.checkpoint_step is None or context.step is None:
         return ""
     hint = "is this the checkpoint of this run, and the model built as it was there?"
-    what = _WORDS[figures[0].name]
+
+    # 1. The run was usual with these weights for a step or more.
     if context.checkpoint_step < context.step - 1:
+        what = _WORDS[figures[0].name]
         low, high = three(min(figures[0].others)), three(max(figures[0].others))
         return (
             f"ordinary batches have a {what} of {low} to {high} on {_weights(context)}, and the "
             "run was still usual "
             f"with them at the next step; {hint}"
         )
+
+    # 2. The batch that met these weights in the run has another value now.
     for figure in figures:
-        jump = judged[figure.name].jump
-        if figure.met is None or jump is None or not math.isfinite(jump):
+        if figure.met is None or _is_as_in_the_run(figure, judged[figure.name].jump):
             continue
-        now, then = _scaled(figure.met, figure.name == GRADIENT)
-        if not abs(now - then) < HALF * jump:
-            return (
-                f"the batch that met {_weights(context)} in the run had a {_WORDS[figure.name]} of "
-                f"{three(figure.met[1])} there, and has {three(figure.met[0])} now; {hint}"
-            )
+        value_now, value_in_run = figure.met
+        return (
+            f"the batch that met {_weights(context)} in the run had a {_WORDS[figure.name]} of "
+            f"{three(value_in_run)} there, and has {three(value_now)} now; {hint}"
+        )
     return ""
+
+
+def _is_as_in_the_run(figure: Figure, jump: float | None) -> bool:
+    """Return whether the batch that met these weights differs by less than half of the jump."""
+    if figure.met is None or jump is None or not math.isfinite(jump):
+        return True
+    value_now, value_in_run = _scaled(figure.met, figure.name == GRADIENT)
+    return abs(value_now - value_in_run) < HALF * jump
 
 
 def _not_the_run_itself(figure: Figure, context: Context) -> str:
@@ -445,16 +566,13 @@ def _not_the_run_itself(figure: Figure, context: Context) -> str:
         return ""
     if figure.name != LOSS:
         return _SAVE_THE_STEP
+
+    # Only a loss that the run never had before the jump is not that of an early step.
+    ordinary = f"ordinary batches have a loss of {three(level)} on these weights"
     if context.highest_before is None:
-        return (
-            f"ordinary batches have a loss of {three(level)} on these weights, and {_SAVE_THE_STEP}"
-        )
+        return f"{ordinary}, and {_SAVE_THE_STEP}"
     if level <= context.highest_before:
-        early = (
-            f"ordinary batches have a loss of {three(level)} on these weights, as the run had "
-            "early on"
-        )
-        return f"{early}; {_SAVE_THE_STEP}"
+        return f"{ordinary}, as the run had early on; {_SAVE_THE_STEP}"
     return ""
 
 
@@ -467,11 +585,15 @@ _SAVE_THE_STEP = (
 def _batch_sentence(figure: Figure, context: Context) -> str:
     what, size = _WORDS[figure.name], three(max(figure.suspects))
     text = f"The batch: on {_weights(context)} its {what} is {size}, and {_range(figure)}"
+
+    # 1. Its sequences.
     if figure.sequences_out:
         text += (
             f". Of its {figure.sequences} sequences {len(figure.sequences_out)} are out of "
             "the range of theirs"
         )
+
+    # 2. The run.
     if figure.at_step is not None and figure.before is not None:
         usual = _center(figure.before, figure)
         text += f". The run had {three(figure.at_step)} at step {context.step}, and {usual} before"
@@ -512,35 +634,56 @@ def _both_sentence(weights: Figure, batch: Figure, context: Context) -> str:
 def _neither_sentence(
     figures: Sequence[Figure], judged: dict[str, Judged], out: Sequence[Figure], context: Context
 ) -> str:
-    known = [figure for figure in figures if judged[figure.name].jumped is not None]
-    jumped = [figure for figure in known if judged[figure.name].jumped]
-    start = f"Not decided: on {_weights(context)} the batch of step {context.step} is"
+    """Return why neither the batch nor the weights explain the jump."""
+    # 1. The figures that jumped in the run, and those that show the jump here.
+    known: list[Figure] = []
+    jumped: list[Figure] = []
+    above: list[Figure] = []
+    for figure in figures:
+        judgement = judged[figure.name]
+        if judgement.jumped is None:
+            continue
+        known.append(figure)
+        if judgement.jumped:
+            jumped.append(figure)
+            if (judgement.batch_share or 0.0) >= HALF:
+                above.append(figure)
+
+    # 2. There was no jump.
     if known and not jumped:
-        values = " and ".join(f"{_WORDS[f.name]} {three(f.at_step)}" for f in known)
-        verb = ("is", "are")[len(known) > 1]
-        text = f"Not decided: the run's {values} at step {context.step} {verb} usual for it"
-        if out:
-            return (
-                f"{text}, while the batch is out of the range of the others on {_weights(context)}."
-            )
-        return f"{text}. There is no jump to explain."
+        return _no_jump_sentence(known, out, context)
+
+    # 3. The batch is out, but not by enough.
+    start = f"Not decided: on {_weights(context)} the batch of step {context.step} is"
     if out:
         return f"{start} out of the range of the others, by less than half of the run's jump."
+
+    # 4. The batch is not out.
     if not known:
         return (
             f"{start} not out of the range of the others, and the run's own values are not known."
         )
-    same = [figure for figure in jumped if (judged[figure.name].batch_share or 0.0) >= HALF]
-    if same:
+    if above:
         hint = "with more kept batches this range would be known better"
         return (
-            f"{start} {_above(same[0])}, as in the run, and not out of the range of the "
+            f"{start} {_above(above[0])}, as in the run, and not out of the range of the "
             f"others; {hint}."
         )
     return (
         f"{start} not out of the range of the others, and these are as usual; "
         f"{_what_decides(jumped[0], context)}."
     )
+
+
+def _no_jump_sentence(known: Sequence[Figure], out: Sequence[Figure], context: Context) -> str:
+    values = " and ".join(f"{_WORDS[figure.name]} {three(figure.at_step)}" for figure in known)
+    verb = "are" if len(known) > 1 else "is"
+    text = f"Not decided: the run's {values} at step {context.step} {verb} usual for it"
+    if not out:
+        return f"{text}. There is no jump to explain."
+
+    weights = _weights(context)
+    return f"{text}, while the batch is out of the range of the others on {weights}."
 
 
 def _above(figure: Figure) -> str:
@@ -572,15 +715,19 @@ def _what_decides(figure: Figure, context: Context) -> str:
 
 
 def _weights(context: Context) -> str:
-    if context.checkpoint_step is None:
+    step = context.checkpoint_step
+    if step is None:
         return "these weights (of a step that the checkpoint does not say)"
-    return f"these weights (step {context.checkpoint_step})"
+    return f"these weights (step {step})"
 
 
 def _holds_the_update(context: Context) -> bool:
+    """Return whether the weights may be those after the update of the step."""
     if context.step is None:
         return False
-    return context.checkpoint_step is None or context.checkpoint_step >= context.step
+    if context.checkpoint_step is None:
+        return True
+    return context.checkpoint_step >= context.step
 
 
 def _range(figure: Figure, *, what: bool = False) -> str:
@@ -592,30 +739,35 @@ def _range(figure: Figure, *, what: bool = False) -> str:
 
 
 def _center(level: LevelRecord, figure: Figure) -> str:
+    center = level.center
     if figure.name == GRADIENT:
-        return three(math.exp(level.center))
-    return three(level.center)
+        center = math.exp(level.center)
+    return three(center)
 
 
 # -- numbers ---------------------------------------------------------------------------------------
 def _log(value: float) -> float:
-    if math.isnan(value) or value == math.inf:
+    """Return a logarithm; NaN and Inf stay what they are, and zero is a tiny number."""
+    if math.isnan(value):
+        return value
+    if value == math.inf:
         return value
     return math.log(max(value, 1e-300))
 
 
 def _scaled(values: Sequence[float], logarithm: bool) -> list[float]:
     """Return values as they are compared: gradient norms by their logarithm."""
-    if logarithm:
-        return [_log(value) for value in values]
-    return list(values)
+    if not logarithm:
+        return list(values)
+    return [_log(value) for value in values]
 
 
 def _floor(spread: float, center: float, logarithm: bool) -> float:
     """Return a spread, or what rounding alone makes of it."""
+    rounding = _ROUNDING * abs(center)
     if logarithm:
-        return max(spread, _ROUNDING)
-    return max(spread, _ROUNDING * abs(center))
+        rounding = _ROUNDING
+    return max(spread, rounding)
 
 
 def _quantile(chance: float, freedom: int) -> float:
