@@ -19,7 +19,10 @@ _RECOMPUTE = "no step changes a buffer; compute it once more after to_empty(), o
 
 def _listed(names: Sequence[str]) -> str:
     text = ", ".join(clipped(name, 100) for name in names[:_NAMED])
-    return text if len(names) <= _NAMED else f"{text} and {len(names) - _NAMED} more"
+    more = len(names) - _NAMED
+    if more > 0:
+        text += f" and {more} more"
+    return text
 
 
 def _backward(context: Context) -> BackwardRecord | None:
@@ -34,13 +37,24 @@ def _no_gradient(context: Context, rule: Rule) -> Outcome:
         return NOT_APPLICABLE
     if record.dead is None:
         return Outcome(0, note=record.notes.get("dead", ""))
-    findings = [_dead_path(context, rule, path) for path in record.dead if not _meant(path)]
-    left_out = [name for path in record.dead if _meant(path) for name in path.where]
-    note = f"frozen, and cut off by the model's code: {_listed(left_out)}" if left_out else ""
+
+    # 1. One finding for each part without a gradient, but for those that are meant to be so.
+    findings: list[Finding] = []
+    left_out: list[str] = []
+    for path in record.dead:
+        if _is_meant(path):
+            left_out.extend(path.where)
+        else:
+            findings.append(_dead_path(context, rule, path))
+
+    # 2. What was left out.
+    note = ""
+    if left_out:
+        note = f"frozen, and cut off by the model's code: {_listed(left_out)}"
     return Outcome(max(len(context.rows(rule)), 1), findings, note=note)
 
 
-def _meant(path: DeadPath) -> bool:
+def _is_meant(path: DeadPath) -> bool:
     """Return whether a part is cut off on purpose.
 
     Its parameters are frozen, and the code detaches it.
@@ -49,7 +63,15 @@ def _meant(path: DeadPath) -> bool:
 
 
 def _dead_path(context: Context, rule: Rule, path: DeadPath) -> Finding:
-    level: Level = "info" if path.head or path.elsewhere else "warning"
+    # 1. The sentence.
+    level: Level = "warning"
+    if path.head or path.elsewhere:
+        level = "info"
+    what = f"{_subject(path)} {_cause(path)}"
+    if path.elsewhere:
+        what += "; all their parameters get a gradient where the model uses them again"
+
+    # 2. The finding.
     evidence = {
         "stream": path.stream,
         "cause": path.cause,
@@ -58,9 +80,6 @@ def _dead_path(context: Context, rule: Rule, path: DeadPath) -> Finding:
         "own_gradient": path.own_gradient,
         "count": len(path.where),
     }
-    what = f"{_subject(path)} {_cause(path)}"
-    if path.elsewhere:
-        what += "; all their parameters get a gradient where the model uses them again"
     return Finding(
         rule.code,
         context.level(rule, level),
@@ -73,26 +92,35 @@ def _dead_path(context: Context, rule: Rule, path: DeadPath) -> Finding:
 
 
 def _subject(path: DeadPath) -> str:
+    """Return what gets no gradient."""
+    names = _listed(path.where)
     if not path.stream:
-        return f"no parameter of {_listed(path.where)} gets a gradient:"
-    count = len(path.where)
-    if count == 0:
+        return f"no parameter of {names} gets a gradient:"
+
+    # A stream that is dead before its first sub-layer has no name to give.
+    if not path.where:
         return "no gradient reaches the first shortcut:"
-    return f"no gradient reaches {_listed(path.where)}:"
+    return f"no gradient reaches {names}:"
 
 
 def _cause(path: DeadPath) -> str:
+    """Return why no gradient gets there."""
     if path.cause == "cut":
         return f"every way from there to the loss passes {_listed(path.calls)}"
     if path.cause == "input":
         return "the stream that it reads is zero for every token"
     if path.cause == "unknown":
         return "the cause is not known"
+
+    # Parameters that let nothing through.
     held = f"{_held(path.parameters, path.values)} in every element"
+    outlook = _outlook(path)
     if path.together:
-        return f"{held}, and only other values in all of them let it through{_outlook(path)}"
-    which = "it" if len(path.parameters) == 1 else "any one of them"
-    return f"{held}, and other values in {which} let it through{_outlook(path)}"
+        return f"{held}, and only other values in all of them let it through{outlook}"
+    which = "any one of them"
+    if len(path.parameters) == 1:
+        which = "it"
+    return f"{held}, and other values in {which} let it through{outlook}"
 
 
 def _held(names: Sequence[str], values: Sequence[float]) -> str:
@@ -102,7 +130,9 @@ def _held(names: Sequence[str], values: Sequence[float]) -> str:
     """
     phrases = []
     for name, value in zip(names, values, strict=False):
-        held = f"at most {abs(value):.1g} in size" if _is_negligible(value) else f"{value:g}"
+        held = f"{value:g}"
+        if _is_negligible(value):
+            held = f"at most {abs(value):.1g} in size"
         phrases.append(f"{clipped(name, 100)} is {held}")
     return _listed(phrases)
 
@@ -114,25 +144,31 @@ def _is_negligible(value: float) -> bool:
 
 def _outlook(path: DeadPath) -> str:
     """Say whether the cause can end by itself."""
-    if path.own_gradient is None:
+    gradient = path.own_gradient
+    if gradient is None:
         return ""
-    if path.own_gradient == 0:
+
+    if gradient == 0:
         return "; no gradient reaches these values either, so that no step changes them"
     return "; these values get a gradient themselves, so that the first step changes them"
 
 
 def _fix(path: DeadPath) -> str:
+    """Return what to do; "" if nothing is known, or nothing is needed."""
     if path.head or path.elsewhere:
         return ""
     if path.cause == "cut":
         return f"let the gradient through at {_listed(path.calls)}, or freeze what lies before it"
-    if path.cause == "zero" and not path.learned:
-        return f"{_RECOMPUTE}: {_listed(path.parameters)}"
-    if path.cause == "zero" and any(map(_is_negligible, path.values)):
-        return f"{_NEVER_WRITTEN}: {_listed(path.parameters)}"
-    if path.cause == "zero":
-        return f"set gains to one and draw matrices: {_listed(path.parameters)}"
-    return ""
+    if path.cause != "zero":
+        return ""
+
+    # Zeros that no step writes, that nobody wrote, or that an init wrote.
+    names = _listed(path.parameters)
+    if not path.learned:
+        return f"{_RECOMPUTE}: {names}"
+    if any(map(_is_negligible, path.values)):
+        return f"{_NEVER_WRITTEN}: {names}"
+    return f"set gains to one and draw matrices: {names}"
 
 
 # -- JD402 ---------------------------------------------
@@ -140,7 +176,8 @@ def _dead_branch(context: Context, rule: Rule) -> Outcome:
     rows = [row for row in context.rows(rule) if row.branch_norm is not None]
     if not rows:
         return NOT_APPLICABLE
-    # All layers alike is an init; some of them is a fault.
+
+    # 1. All layers alike is an init; some of them is a fault.
     single: list[SublayerRecord] = []
     blocked: list[SublayerRecord] = []
     alike: list[SublayerRecord] = []
@@ -153,13 +190,17 @@ def _dead_branch(context: Context, rule: Rule) -> Outcome:
             alike.append(row)
         else:
             single.append(row)
+
+    # 2. One finding for each kind.
+    kinds: list[tuple[list[SublayerRecord], Level]] = [
+        (single, "warning"),
+        (blocked, "warning"),
+        (alike, "info"),
+    ]
     findings = []
-    if single:
-        findings.append(_branches(context, rule, single, "warning"))
-    if blocked:
-        findings.append(_branches(context, rule, blocked, "warning"))
-    if alike:
-        findings.append(_branches(context, rule, alike, "info"))
+    for rows_of_kind, level in kinds:
+        if rows_of_kind:
+            findings.append(_branches(context, rule, rows_of_kind, level))
     return Outcome(len(rows), findings)
 
 
@@ -174,19 +215,23 @@ def _is_dead_for_ever(branch: DeadBranch) -> bool:
 def _branches(
     context: Context, rule: Rule, rows: Sequence[SublayerRecord], level: Level
 ) -> Finding:
+    """Return the finding about dead branches of one kind."""
     # 1. The causes, and the branches without a known one.
     branches: list[DeadBranch] = []
     unknown: list[str] = []
     value_of: dict[str, float] = {}
     for row in rows:
-        if row.dead_branch is not None:
-            branches.append(row.dead_branch)
-            value_of |= dict(zip(row.dead_branch.parameters, row.dead_branch.values, strict=False))
-            if not row.dead_branch.parameters:
-                unknown.append(row.name)
+        branch = row.dead_branch
+        if branch is None:
+            continue
+        branches.append(branch)
+        value_of |= dict(zip(branch.parameters, branch.values, strict=False))
+        if not branch.parameters:
+            unknown.append(row.name)
+    names = [row.name for row in rows]
+    parameters = list(value_of)
 
     # 2. The sentence.
-    names, parameters = [row.name for row in rows], list(value_of)
     verb = "is" if len(names) == 1 else "are"
     state = "constant: the Jacobian is zero"
     if all(branch.zero for branch in branches):
@@ -198,28 +243,57 @@ def _branches(
     if unknown:
         what += f"; the cause is not known for {_listed(unknown)}"
 
+    # 3. The finding.
     evidence = {"parameters": parameters, "count": len(names), "alike": level == "info"}
-    fix = _fix_of_branches(branches, parameters, level)
     return Finding(
-        rule.code, context.level(rule, level), names, what, evidence, why=rule.summary, fix=fix
+        rule.code,
+        context.level(rule, level),
+        names,
+        what,
+        evidence,
+        why=rule.summary,
+        fix=_fix_of_branches(branches, parameters, level),
     )
 
 
 def _fix_of_branches(
     branches: Sequence[DeadBranch], parameters: Sequence[str], level: Level
 ) -> str:
-    if not parameters or level == "info":
+    """Return what to do; "" if the cause is not known, or is a zero-initialised branch."""
+    if not parameters:
         return ""
+    if level == "info":
+        return ""
+
+    # 1. Zeros that block each other.
     if all(_is_dead_for_ever(branch) for branch in branches):
         return "draw all but one of the zero matrices of each branch"
-    if not all(branch.learned for branch in branches):
-        return f"{_RECOMPUTE}: {_listed(parameters)}"
-    if any(_is_negligible(value) for branch in branches for value in branch.values):
-        return f"{_NEVER_WRITTEN}: {_listed(parameters)}"
-    return f"draw {_listed(parameters)} as in the other layers"
+
+    # 2. Buffers, and numbers that nobody wrote.
+    names = _listed(parameters)
+    if not _are_learned(branches):
+        return f"{_RECOMPUTE}: {names}"
+    if any(map(_is_negligible, _values_of(branches))):
+        return f"{_NEVER_WRITTEN}: {names}"
+    return f"draw {names} as in the other layers"
+
+
+def _are_learned(branches: Sequence[DeadBranch]) -> bool:
+    """Return whether training may change every cause."""
+    return all(branch.learned for branch in branches)
+
+
+def _values_of(branches: Sequence[DeadBranch]) -> list[float]:
+    """Return what the parameters that let nothing through hold."""
+    values: list[float] = []
+    for branch in branches:
+        values.extend(branch.values)
+    return values
 
 
 def _how_far(branches: Sequence[DeadBranch], level: Level) -> str:
+    """Return how far through the model a cause reaches, and what that says of it."""
+    # 1. In every layer.
     if all(_is_dead_for_ever(branch) for branch in branches):
         return (
             "in every layer; only other values in all of a branch's let it through, no "
@@ -227,9 +301,11 @@ def _how_far(branches: Sequence[DeadBranch], level: Level) -> str:
         )
     if level == "info":
         return "as in every layer (a zero-initialised branch)"
-    if any(value for branch in branches for value in branch.values):
+
+    # 2. In some layers.
+    if any(_values_of(branches)):
         return "which is no zero-initialised branch"
-    if not all(branch.learned for branch in branches):
+    if not _are_learned(branches):
         return "in a buffer, which no step changes"
     return "but not so in every layer"
 
@@ -239,33 +315,42 @@ def _growth(context: Context, rule: Rule) -> Outcome:
     network = context.report.network
     if network is None:
         return NOT_APPLICABLE
-    layers = context.report.model.layers
+
+    # 1. The exponents that are known.
     exponents = {"activation": network.growth.activation, "gradient": network.growth.gradient}
     known = {name: value for name, value in exponents.items() if value is not None}
     if not known:
         return Outcome(0, note=network.notes.get("gradient_norms", ""))
+
+    # 2. Those beyond their limit over the depth of the model.
     findings = []
     for name, exponent in known.items():
-        whole = exponent * layers
-        limits = context.thresholds.limits("growth", name)
-        if limits.info is None or not abs(whole) > limits.info:
-            continue
-        way = "upwards" if name == "activation" else "towards the input"
-        verb = "grows" if whole > 0 else "shrinks"
-        what = (
-            f"the {name} norm {verb} {plain(math.exp(abs(whole)))}-fold {way}, exponent "
-            f"{plain(exponent)} a layer"
-        )
-        evidence = {
-            "field": f"growth.{name}",
-            "value": exponent,
-            "whole": whole,
-            "threshold": limits.info,
-        }
-        findings.append(
-            Finding(rule.code, context.level(rule, "info"), [], what, evidence, why=rule.summary)
-        )
+        limit = context.thresholds.limits("growth", name).info
+        over_all_layers = exponent * context.report.model.layers
+        if limit is not None and abs(over_all_layers) > limit:
+            findings.append(_growth_finding(context, rule, name, exponent, limit))
     return Outcome(len(known), findings)
+
+
+def _growth_finding(
+    context: Context, rule: Rule, name: str, exponent: float, limit: float
+) -> Finding:
+    """Return the finding about the norms of "activation" or "gradient" over depth."""
+    over_all_layers = exponent * context.report.model.layers
+    way = "upwards" if name == "activation" else "towards the input"
+    verb = "grows" if over_all_layers > 0 else "shrinks"
+    what = (
+        f"the {name} norm {verb} {plain(math.exp(abs(over_all_layers)))}-fold {way}, exponent "
+        f"{plain(exponent)} a layer"
+    )
+    evidence = {
+        "field": f"growth.{name}",
+        "value": exponent,
+        "whole": over_all_layers,
+        "threshold": limit,
+    }
+    level = context.level(rule, "info")
+    return Finding(rule.code, level, [], what, evidence, why=rule.summary)
 
 
 # -- JD404 ---------------------------------------------
@@ -275,9 +360,8 @@ def _embedding(context: Context, rule: Rule) -> Outcome:
         return NOT_APPLICABLE
     share = record.embedding_share
     if share is None:
-        return Outcome(
-            0, note=record.notes.get("embedding_norm") or record.notes.get("others_median", "")
-        )
+        note = record.notes.get("embedding_norm") or record.notes.get("others_median", "")
+        return Outcome(0, note=note)
 
     def sentence(worst: Measured) -> str:
         return (
@@ -293,11 +377,16 @@ def _embedding(context: Context, rule: Rule) -> Outcome:
 def _update(context: Context, rule: Rule) -> Outcome:
     plan = context.report.plan
     rows = context.rows(rule)
-    if not rows or plan.lr is None:
-        return Outcome(0, note="" if not rows else "no learning rate was given")
-    # A linear warm-up from zero: the first step has one part of it.
+    if not rows:
+        return NOT_APPLICABLE
+    if plan.lr is None:
+        return Outcome(0, note="no learning rate was given")
+
+    # 1. The rate of the first step: a linear warm-up from zero has one part of it there.
     rate = plan.lr / max(plan.warmup or 1, 1)
-    figures = {}
+
+    # 2. Adam changes each number by about the rate, whatever the gradient is.
+    figures: dict[str, Measured] = {}
     for row in rows:
         for weight in row.weights.values():
             if weight.std:
@@ -324,30 +413,22 @@ def _not_finite(context: Context, rule: Rule) -> Outcome:
         return Outcome(0, note=network.notes.get("gradient_norms", ""))
     if not record.not_finite:
         return Outcome(1)
+
+    # 1. The sentence. A finite loss shows that the backward alone is at fault.
     loss = (network.loss or {}).get("value")
-    contrast = (
-        " although the loss is finite" if isinstance(loss, float) and math.isfinite(loss) else ""
-    )
+    contrast = ""
+    if isinstance(loss, float) and math.isfinite(loss):
+        contrast = " although the loss is finite"
     what = f"the gradient holds NaN or Inf{contrast}: {_listed(record.not_finite)}"
+
+    # 2. The finding.
     evidence = {"names": list(record.not_finite)}
     fix = (
         "add an epsilon inside a root or a quotient; torch.autograd.set_detect_anomaly(True) "
         "names the operation"
     )
-    return Outcome(
-        1,
-        [
-            Finding(
-                rule.code,
-                context.level(rule, "warning"),
-                [],
-                what,
-                evidence,
-                why=rule.summary,
-                fix=fix,
-            )
-        ],
-    )
+    level = context.level(rule, "warning")
+    return Outcome(1, [Finding(rule.code, level, [], what, evidence, why=rule.summary, fix=fix)])
 
 
 # -- JD409 ---------------------------------------------
@@ -355,9 +436,11 @@ def _cut_shortcut(context: Context, rule: Rule) -> Outcome:
     record = _backward(context)
     if record is None:
         return NOT_APPLICABLE
+    matched = max(len(context.rows(rule)), 1)
     cut = record.cut_shortcuts
     if not cut:
-        return Outcome(max(len(context.rows(rule)), 1))
+        return Outcome(matched)
+
     where = [shortcut.where for shortcut in cut]
     calls = list(dict.fromkeys(shortcut.call for shortcut in cut))
     what = (
@@ -366,10 +449,9 @@ def _cut_shortcut(context: Context, rule: Rule) -> Outcome:
     )
     evidence = {"calls": calls, "count": len(cut)}
     fix = f"add the shortcut itself, without {_listed(calls)}"
-    finding = Finding(
-        rule.code, context.level(rule, "warning"), where, what, evidence, why=rule.summary, fix=fix
-    )
-    return Outcome(max(len(context.rows(rule)), 1), [finding])
+    level = context.level(rule, "warning")
+    finding = Finding(rule.code, level, where, what, evidence, why=rule.summary, fix=fix)
+    return Outcome(matched, [finding])
 
 
 RULES = (

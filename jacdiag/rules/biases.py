@@ -53,6 +53,7 @@ class BiasGroup:
     @property
     def is_off_zero(self) -> bool:
         """Whether the mean of the distribution cannot be zero."""
+        # `std` is around 0: what is left of it without the mean is the spread around the mean.
         spread = math.sqrt(max(self.std**2 - self.mean**2, 0.0))
         return abs(self.mean) > _ERRORS * spread / math.sqrt(self.count)
 
@@ -67,23 +68,20 @@ def wrong_biases(weights: Sequence[WeightRecord]) -> Iterator[Difference]:
         weights: all parameters of a model.
     """
     all_groups = bias_groups(weights)
-    groups = [group for group in all_groups if group.is_drawn]
+    drawn_groups = [group for group in all_groups if group.is_drawn]
 
     # 1. Drawn as the matrices.
-    inner = _middle_std(weights)
-    large = [group for group in groups if group.count >= _LEAST_SIZE]
-    alike = [group for group in large if not group.is_off_zero and _drawn_as_matrices(group, inner)]
-    are_most = bool(alike) and len(alike) >= MAJORITY * len(large)
-    if are_most and sum(group.count for group in alike) >= _LEAST_IN_ALL:
-        for group in alike:
+    inner_std = _middle_std(weights)
+    as_matrices = _groups_drawn_as_matrices(drawn_groups, inner_std)
+    if as_matrices:
+        for group in as_matrices:
             yield from _differences_of(group, _AS_MATRICES)
-        yield from _norm_biases(weights, inner)
+        yield from _norm_biases(weights, inner_std)
         return
 
     # 2. Drawn around another number. The error of a mean is known for any size.
-    off_zero = [group for group in groups if group.is_off_zero]
-    are_most = len(off_zero) >= 2 and len(off_zero) >= MAJORITY * len(all_groups)
-    if not are_most:
+    off_zero = [group for group in drawn_groups if group.is_off_zero]
+    if len(off_zero) < 2 or len(off_zero) < MAJORITY * len(all_groups):
         return
     for group in off_zero:
         others = (
@@ -93,16 +91,44 @@ def wrong_biases(weights: Sequence[WeightRecord]) -> Iterator[Difference]:
         yield from _differences_of(group, others)
 
 
+def _groups_drawn_as_matrices(groups: Sequence[BiasGroup], inner_std: float) -> list[BiasGroup]:
+    """Return the groups with the std of the matrices, if most of the large groups have it.
+
+    Args:
+        groups: biases that were drawn.
+        inner_std: the middle std of the matrices that read the stream.
+    """
+    # 1. The std of few numbers says nothing.
+    large = [group for group in groups if group.count >= _LEAST_SIZE]
+    alike = []
+    for group in large:
+        is_around_zero = not group.is_off_zero
+        if is_around_zero and _drawn_as_matrices(group, inner_std):
+            alike.append(group)
+
+    # 2. Most groups must agree, over enough numbers.
+    if not alike or len(alike) < MAJORITY * len(large):
+        return []
+    if sum(group.count for group in alike) < _LEAST_IN_ALL:
+        return []
+    return alike
+
+
 def bias_groups(weights: Sequence[WeightRecord]) -> list[BiasGroup]:
     """Return the biases next to a matrix that was drawn, by their name over the layers.
 
     Routers are left out.
+
+    Args:
+        weights: all parameters of a model.
     """
     by_name = {weight.parameter: weight for weight in weights}
     pairs: dict[str, list[tuple[WeightRecord, WeightRecord]]] = {}
     for bias in weights:
         if bias.role != "bias" or bias.mean is None:
             continue
+
+        # The matrix of the same module.
         matrix = by_name.get(_name_of_matrix(bias.parameter))
         if matrix is not None and _is_drawn_matrix(matrix):
             pairs.setdefault(bias.pattern, []).append((bias, matrix))
@@ -121,67 +147,100 @@ def _name_of_matrix(bias: str) -> str:
     The names are those of nn.Linear and nn.MultiheadAttention.
     """
     module, _, name = bias.rpartition(".")
-    matrix = name.replace("bias", "weight") if "bias" in name else ""
-    return f"{module}.{matrix}" if module else matrix
+    matrix = ""
+    if "bias" in name:
+        matrix = name.replace("bias", "weight")
+
+    if not module:
+        return matrix
+    return f"{module}.{matrix}"
 
 
 def _pool(pairs: Sequence[tuple[WeightRecord, WeightRecord]]) -> BiasGroup:
-    """Return the biases of one name with the figures of all their numbers."""
-    biases = tuple(bias for bias, _ in pairs)
-    matrices = tuple(matrix for _, matrix in pairs)
-    sizes = [math.prod(bias.shape) for bias in biases]
-    means = [bias.mean or 0.0 for bias in biases]
-    squares = [(bias.std or 0.0) ** 2 + (bias.mean or 0.0) ** 2 for bias in biases]
+    """Return the biases of one name with the figures of all their numbers.
+
+    Args:
+        pairs: each bias with its matrix.
+    """
+    # 1. Size, mean and mean square of each bias.
+    sizes: list[int] = []
+    means: list[float] = []
+    squares: list[float] = []
+    for bias, _ in pairs:
+        mean = bias.mean or 0.0
+        sizes.append(math.prod(bias.shape))
+        means.append(mean)
+        squares.append((bias.std or 0.0) ** 2 + mean**2)
+
+    # 2. Those over all of them.
     count = sum(sizes)
     return BiasGroup(
-        biases,
-        matrices,
-        count,
+        members=tuple(bias for bias, _ in pairs),
+        matrices=tuple(matrix for _, matrix in pairs),
+        count=count,
         mean=sum(map(operator.mul, sizes, means)) / count,
         std=math.sqrt(sum(map(operator.mul, sizes, squares)) / count),
-        largest=max(bias.largest or 0.0 for bias in biases),
+        largest=max(bias.largest or 0.0 for bias, _ in pairs),
     )
 
 
 def _middle_std(weights: Sequence[WeightRecord]) -> float:
     """Return the middle std of the matrices that read the stream; 0 if none was drawn."""
-    stds = sorted(weight.std for weight in weights if weight.role in INNER and weight.std)
-    return stds[len(stds) // 2] if stds else 0.0
+    stds: list[float] = []
+    for weight in weights:
+        if weight.role in INNER and weight.std:
+            stds.append(weight.std)
+
+    if not stds:
+        return 0.0
+    stds.sort()
+    return stds[len(stds) // 2]
 
 
-def _drawn_as_matrices(group: BiasGroup, inner: float) -> bool:
+def _drawn_as_matrices(group: BiasGroup, inner_std: float) -> bool:
     """Return whether biases have the std of matrices, and are not uniform.
 
     The matrices are their own, or those that read the stream.
     """
     squares = sum((matrix.std or 0.0) ** 2 for matrix in group.matrices)
-    own = math.sqrt(squares / len(group.matrices))
-    return _has_std(group, own) or _has_std(group, inner)
+    own_std = math.sqrt(squares / len(group.matrices))
+    if _has_std(group, own_std):
+        return True
+    return _has_std(group, inner_std)
 
 
 def _has_std(group: BiasGroup, std: float) -> bool:
     """Return whether a group has this std, and no uniform distribution with it."""
     if std <= 0:
         return False
+
+    # 1. The std, within its sampling error.
     error = _ERRORS / math.sqrt(2 * group.count)
-    is_close = abs(group.std / std - 1) <= error
-    return is_close and group.largest > _BEYOND_UNIFORM * std
+    if abs(group.std / std - 1) > error:
+        return False
+
+    # 2. The largest number lies where a uniform distribution has none.
+    return group.largest > _BEYOND_UNIFORM * std
 
 
-def _norm_biases(weights: Sequence[WeightRecord], inner: float) -> Iterator[Difference]:
+def _norm_biases(weights: Sequence[WeightRecord], inner_std: float) -> Iterator[Difference]:
     """Yield the biases of norms that have the std of the matrices.
 
     They went through the same code.
     """
+    # 1. The drawn biases of norms, by their name over the layers.
     norms = {_module_of(weight) for weight in weights if weight.role == "norm_gain"}
     by_pattern: dict[str, list[WeightRecord]] = {}
     for bias in weights:
-        is_of_norm = bias.role == "bias" and _module_of(bias) in norms
-        if is_of_norm and bias.family in _DRAWN:
+        is_drawn_bias = bias.role == "bias" and bias.family in _DRAWN
+        if is_drawn_bias and _module_of(bias) in norms:
             by_pattern.setdefault(bias.pattern, []).append(bias)
+
+    # 2. Those around zero with the std of the matrices that read the stream.
     for members in by_pattern.values():
         group = _pool([(bias, bias) for bias in members])
-        if not group.is_off_zero and _has_std(group, inner):
+        is_around_zero = not group.is_off_zero
+        if is_around_zero and _has_std(group, inner_std):
             yield from _differences_of(group, _AS_MATRICES)
 
 

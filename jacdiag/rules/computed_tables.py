@@ -35,38 +35,60 @@ def fault_of(table: TableRecord) -> str:
         return _fault_of_mask(table)
     if table.meaning not in _COMPUTED:
         return _fault_of_buffer(table)
-    # 1. Memory that nobody wrote to.
+    # Memory that nobody wrote to explains values of any kind, so it is looked for first.
+    return _never_written(table) or _unfit_for_meaning(table) or _rounded(table)
+
+
+def _never_written(table: TableRecord) -> str:
+    """Return the sign that nobody wrote to the memory of a table; "" if there is none."""
     if table.not_finite:
         return f"holds NaN or Inf in {table.not_finite} of {table.count} elements"
     if table.tiny:
         return "holds numbers that are not zero and closer to it than 1e-30"
     if table.least == table.most == 0:
         return "is zero in every element"
-    # 2. Values that do not fit the meaning.
-    if table.meaning == "variance":
-        is_positive = table.least is not None and table.least > 0
-        return "" if is_positive else "is zero or negative in some elements"
-    if table.meaning == "slopes" and table.first == 1.0 and _falls(table):
-        ratio = plain(table.ratio)
-        return f"starts at 1, where ALiBi starts at the ratio of its series, {ratio}"
-    # 3. Values that lost digits.
-    if table.rounded:
-        return f"is {table.dtype} and holds numbers of {table.rounded} alone: it was rounded"
     return ""
 
 
-def _fault_of_mask(table: TableRecord) -> str:
-    is_constant = table.count > 1 and table.least == table.most
-    if table.not_finite or not is_constant:
+def _unfit_for_meaning(table: TableRecord) -> str:
+    """Return why the values cannot be those of a variance or of slopes; "" if they can be."""
+    if table.meaning == "variance":
+        is_positive = table.least is not None and table.least > 0
+        return "" if is_positive else "is zero or negative in some elements"
+
+    starts_at_one = table.meaning == "slopes" and table.first == 1.0
+    if starts_at_one and _falls(table):
+        ratio = plain(table.ratio)
+        return f"starts at 1, where ALiBi starts at the ratio of its series, {ratio}"
+    return ""
+
+
+def _rounded(table: TableRecord) -> str:
+    """Return which precision the values lost their digits in; "" if they did not."""
+    # The running variance of a norm may be any positive number.
+    if table.meaning == "variance" or not table.rounded:
         return ""
-    return f"is {plain(table.least or 0.0)} in every element"
+    return f"is {table.dtype} and holds numbers of {table.rounded} alone: it was rounded"
+
+
+def _fault_of_mask(table: TableRecord) -> str:
+    """Return the fault of a mask: it masks everything or nothing."""
+    if table.not_finite:
+        return ""
+    if table.count <= 1 or table.least != table.most:
+        return ""
+    value = plain(table.least or 0.0)
+    return f"is {value} in every element"
 
 
 def _fault_of_buffer(table: TableRecord) -> str:
     """Return the fault of a buffer whose meaning is not known: it holds nothing but leftovers."""
+    if not table.tiny > 0 or table.not_finite:
+        return ""
+
+    # One usual number shows that somebody wrote it.
     largest = max(abs(table.least or 0.0), abs(table.most or 0.0))
-    is_leftover = table.tiny > 0 and largest < _SMALL and not table.not_finite
-    if not is_leftover:
+    if not largest < _SMALL:
         return ""
     return "holds numbers that are not zero and closer to it than 1e-30, and no usual one"
 
@@ -77,31 +99,50 @@ def _falls(table: TableRecord) -> bool:
 
 def wrong_tables(contract: ContractRecord) -> list[tuple[TableRecord, str]]:
     """Return the tables that are wrong, each with its fault."""
-    faults = [(table, fault_of(table)) for table in contract.tables]
-    return [(table, fault) for table, fault in faults if fault]
+    tables = []
+    for table in contract.tables:
+        fault = fault_of(table)
+        if fault:
+            tables.append((table, fault))
+    return tables
 
 
 def _check(context: Context, rule: Rule) -> Outcome:
     contract = context.report.contract
-    if contract is None or context.report.state not in rule.states or not contract.tables:
+    if contract is None or context.report.state not in rule.states:
         return NOT_APPLICABLE
+    if not contract.tables:
+        return NOT_APPLICABLE
+
+    # One finding for all tables of one meaning with the same fault.
     groups: dict[tuple[str, str], list[TableRecord]] = {}
     for table, fault in wrong_tables(contract):
         groups.setdefault((table.meaning, fault), []).append(table)
-    findings = [
-        _finding(context, rule, meaning, fault, tables)
-        for (meaning, fault), tables in groups.items()
-    ]
+    findings = []
+    for (meaning, fault), tables in groups.items():
+        findings.append(_finding(context, rule, meaning, fault, tables))
     return Outcome(len(contract.tables), findings)
 
 
 def _finding(
     context: Context, rule: Rule, meaning: str, fault: str, tables: Sequence[TableRecord]
 ) -> Finding:
+    # 1. The sentence.
     names = [table.name for table in tables]
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    each = " (each)" if len(names) > 1 else ""
-    what = f"{', '.join(names[:3])}{more}, {_WORDS[meaning]}{each}, {fault}"
+    subject = ", ".join(names[:3])
+    if len(names) > 3:
+        subject += f" and {len(names) - 3} more"
+    subject += f", {_WORDS[meaning]}"
+    if len(names) > 1:
+        subject += " (each)"
+    what = f"{subject}, {fault}"
+
+    # 2. What to do.
+    fix = _FIXES.get(meaning, _FIXES[""])
+    if tables[0].rounded and "was rounded" in fault:
+        fix = "compute the frequencies anew in float32 after the cast, or leave them out of it"
+
+    # 3. The finding.
     evidence = {
         "parameters": names,
         "meaning": meaning,
@@ -109,12 +150,8 @@ def _finding(
         "most": [table.most for table in tables],
         "rounded": tables[0].rounded,
     }
-    fix = _FIXES.get(meaning, _FIXES[""])
-    if tables[0].rounded and "was rounded" in fault:
-        fix = "compute the frequencies anew in float32 after the cast, or leave them out of it"
-    return Finding(
-        rule.code, context.level(rule, rule.level), names, what, evidence, rule.summary, fix
-    )
+    level = context.level(rule, rule.level)
+    return Finding(rule.code, level, names, what, evidence, rule.summary, fix)
 
 
 _FIXES = {

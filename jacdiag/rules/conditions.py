@@ -25,6 +25,13 @@ def _judged(context: Context, rule: Rule, value: Value, limits: Cut, sentence: S
 
     A sub-layer that has no cut is left out if it was measured. What could not be measured is
     undecided in any case.
+
+    Args:
+        context: of the evaluation.
+        rule: that checks.
+        value: from a sub-layer to the interval of its figure.
+        limits: from a sub-layer to the cuts of its figure.
+        sentence: from the sub-layers beyond one cut to their finding.
     """
     rows = context.rows(rule)
     if not rows:
@@ -35,21 +42,24 @@ def _judged(context: Context, rule: Rule, value: Value, limits: Cut, sentence: S
     uncalibrated: set[str] = set()
     for row in rows:
         limits_of_row = limits(row)
-        if limits_of_row.cuts or row.branch_norm is None:
-            places.append(placed(row, _trusted(context, row, value), limits_of_row))
-        else:
+        is_measured = row.branch_norm is not None
+        if is_measured and not limits_of_row.cuts:
             uncalibrated.add(f"{row.kind} ({row.placement})")
+            continue
+        places.append(placed(row, _trusted(context, row, value), limits_of_row))
     note = ""
     if uncalibrated:
         note = f"no threshold is calibrated for {', '.join(sorted(uncalibrated))}"
 
     # 2. One finding per level.
     findings = []
-    for level in ("error", "warning", "info"):
+    for level in reversed(CUTS):
         group = [place for place in places if place.beyond == level]
         if group:
             findings.append(sentence(context, rule, group, level))
-    undecided = [place.row.name for place in places if place.value is None or place.across]
+
+    # 3. What the intervals leave open, and the condition at each sub-layer.
+    undecided = [place.row.name for place in places if place.is_undecided]
     conditions = {place.row.name: place.condition for place in places}
     return Outcome(len(places), findings, undecided, note, conditions)
 
@@ -59,11 +69,12 @@ def _why_not(context: Context, rule: Rule) -> str:
     is_for_all = set(rule.placements) == set(ALL_PLACEMENTS)
     if context.report.tier != "measured" or is_for_all:
         return ""
-    placements = {
-        _norm_words(row.placement)
-        for row in context.report.sublayers
-        if not row.nested and row.placement
-    }
+
+    # The placements that the model has.
+    placements: set[str] = set()
+    for row in context.report.sublayers:
+        if row.placement and not row.nested:
+            placements.add(_norm_words(row.placement))
     if not placements:
         return ""
     names = " and ".join(sorted(placements))
@@ -75,11 +86,21 @@ def _norm_words(placement: str | None) -> str:
 
 
 def _trusted(context: Context, row: SublayerRecord, value: Value) -> Interval | None:
-    return None if row.name in context.distrusted else value(row)
+    """Return the figure of a sub-layer; None if its replay differs from the model."""
+    if row.name in context.distrusted:
+        return None
+    return value(row)
 
 
 def _worst(group: Sequence[Placed]) -> Placed:
-    return max(group, key=lambda p: p.value.lower if p.value is not None else -math.inf)
+    """Return the sub-layer whose figure is the largest for certain."""
+
+    def lower_bound(place: Placed) -> float:
+        if place.value is None:
+            return -math.inf
+        return place.value.lower
+
+    return max(group, key=lower_bound)
 
 
 def _extent(context: Context, group: Sequence[Placed]) -> str:
@@ -89,12 +110,16 @@ def _extent(context: Context, group: Sequence[Placed]) -> str:
     """
     depths = sorted({place.row.depth for place in group})
     last = context.report.model.layers - 1
+
+    # 1. The first layer alone, all layers, or all up to one of them.
     if depths == [0]:
         return "only at depth 0" if last > 0 else "at the only depth"
     if depths == list(range(last + 1)):
         return "at every depth"
     if depths == list(range(depths[-1] + 1)):
         return f"persists to depth {depths[-1]} of {last}"
+
+    # 2. Any others.
     shown = ", ".join(map(str, depths[:6]))
     if len(depths) > 6:
         shown += " ..."
@@ -115,6 +140,18 @@ def _finding(
     fix: str,
     field: str,
 ) -> Finding:
+    """Return the finding about the sub-layers whose figure lies beyond one cut.
+
+    Args:
+        context: of the evaluation.
+        rule: that fires.
+        group: the sub-layers.
+        cut: the level that they are beyond.
+        limit: where that cut lies for the worst of them.
+        what: the sentence.
+        fix: what to do.
+        field: the name of the figure in a sub-layer's record.
+    """
     worst = _worst(group)
     assert worst.value is not None
     evidence = {
@@ -124,19 +161,13 @@ def _finding(
         "lower": worst.value.lower,
         "upper": worst.value.upper,
         "threshold": limit,
-        "depths": sorted({p.row.depth for p in group}),
+        "depths": sorted({place.row.depth for place in group}),
         "count": len(group),
         "of": len(context.rows(rule)),
     }
-    return Finding(
-        rule.code,
-        context.level(rule, cut),
-        [p.row.name for p in group],
-        what,
-        evidence,
-        why=rule.summary,
-        fix=fix,
-    )
+    where = [place.row.name for place in group]
+    level = context.level(rule, cut)
+    return Finding(rule.code, level, where, what, evidence, why=rule.summary, fix=fix)
 
 
 # -- JD101 -----------------------------------------------------------------------------------------
@@ -144,23 +175,27 @@ def _small(context: Context, rule: Rule) -> Outcome:
     scale = math.sqrt(2 * max(context.report.model.layers, 1))
 
     def value(row: SublayerRecord) -> Interval | None:
-        return row.core_norm.scaled(scale) if row.core_norm is not None else None
+        # The cuts are for the norm times √(2N), which the paper wants near 1.
+        if row.core_norm is None:
+            return None
+        return row.core_norm.scaled(scale)
 
     def limits(row: SublayerRecord) -> Limits:
         return context.thresholds.limits("core_norm", row.kind)
 
     def sentence(context: Context, rule: Rule, group: Sequence[Placed], cut: Level) -> Finding:
+        # 1. The largest norm.
         worst = _worst(group)
         assert worst.value is not None
         limit = getattr(limits(worst.row), cut)
         most = f"core ‖J‖·√(2N) is {span(worst.value)} at {worst.row.name}"
+
+        # 2. What that says of the condition.
+        what = f"{most} (not met above {plain(limit)}); {_share(context, rule, group)}"
         if cut == "info":
             what = f"partly met {_extent(context, group)}: {most} (met up to {plain(limit)})"
-        else:
-            what = f"{most} (not met above {plain(limit)}); {_share(context, rule, group)}"
-        return _finding(
-            context, rule, group, cut, limit, what, _smaller(context, worst.row), "core_norm"
-        )
+        fix = _smaller(context, worst.row)
+        return _finding(context, rule, group, cut, limit, what, fix, "core_norm")
 
     return _judged(context, rule, value, limits, sentence)
 
@@ -170,18 +205,22 @@ def _smaller(context: Context, row: SublayerRecord) -> str:
     if context.report.state == "trained":
         return ""
     advice = "initialise W_O and W_2 with std s/√(2N), the other matrices with s = √(2/(5d))"
-    layers, width = max(context.report.model.layers, 1), context.report.model.width
+    width = context.report.model.width
     output = row.weights.get("W_2") or row.weights.get("W_O")
     if width is None or output is None or output.std is None:
         return advice
 
     # 1. The std of the output matrix compared with the advice.
+    layers = max(context.report.model.layers, 1)
     s = math.sqrt(2 / (5 * width))
     aim = s / math.sqrt(2 * layers)
     seen = f"{output.parameter} has std {plain(output.std)}, s/√(2N) is {plain(aim)}"
 
     # 2. Whether it is as large as the matrices before it.
-    inner = [weight.std for weight in row.weights.values() if weight.std and weight is not output]
+    inner: list[float] = []
+    for weight in row.weights.values():
+        if weight.std and weight is not output:
+            inner.append(weight.std)
     is_unscaled = bool(inner) and output.std > _UNSCALED * max(inner)
     if is_unscaled and layers > 1:
         seen += f"; no depth scaling is seen beside std {plain(max(inner))} before it"
@@ -193,12 +232,16 @@ def _large(context: Context, rule: Rule) -> Outcome:
     limits = context.thresholds.limits("norm_gain")
 
     def value(row: SublayerRecord) -> Interval | None:
+        # The token with nearly the smallest σ counts: 1/σ of the mean token hides it.
         gain = row.norm_gain
         if gain is None:
             return None
-        return Interval.exact(gain.per_token.p99 if gain.per_token is not None else gain.estimate)
+        if gain.per_token is None:
+            return Interval.exact(gain.estimate)
+        return Interval.exact(gain.per_token.p99)
 
     def sentence(context: Context, rule: Rule, group: Sequence[Placed], cut: Level) -> Finding:
+        # 1. The smallest σ, if it was kept.
         worst = _worst(group)
         assert worst.value is not None
         spread = worst.row.shortcut_std
@@ -207,10 +250,11 @@ def _large(context: Context, rule: Rule) -> Outcome:
             sigma = (
                 f"σ_x {plain(spread.min)} at {sigma} (median over tokens {plain(spread.median)})"
             )
+
+        # 2. What that says of the condition.
+        what = f"{sigma}, near 1 is meant; {_share(context, rule, group)}{_token(worst.row)}"
         if cut == "info":
             what = f"partly met {_extent(context, group)}: {sigma}"
-        else:
-            what = f"{sigma}, near 1 is meant; {_share(context, rule, group)}{_token(worst.row)}"
         limit = getattr(limits, cut)
         return _finding(context, rule, group, cut, limit, what, _larger(context), "norm_gain")
 
@@ -218,18 +262,27 @@ def _large(context: Context, rule: Rule) -> Outcome:
 
 
 def _token(row: SublayerRecord) -> str:
-    at = row.shortcut_std.argmin if row.shortcut_std is not None else None
-    if at is None or at.position is None:
+    """Return which token has the smallest σ; "" if that is not known."""
+    if row.shortcut_std is None or row.shortcut_std.argmin is None:
         return ""
-    token = f"token {at.token}" if at.token is not None else "the one"
-    return f"; smallest at {token}, position {at.position}"
+    place = row.shortcut_std.argmin
+    if place.position is None:
+        return ""
+
+    token = "the one"
+    if place.token is not None:
+        token = f"token {place.token}"
+    return f"; smallest at {token}, position {place.position}"
 
 
 def _larger(context: Context) -> str:
+    """Return how to make the shortcut larger."""
     if context.report.state == "trained":
         return ""
     width = context.report.model.width
-    factor = f"√d = {plain(math.sqrt(width))}" if width else "√d"
+    factor = "√d"
+    if width:
+        factor = f"√d = {plain(math.sqrt(width))}"
     return f"multiply the embedding by {factor} (scaled-embed), or put a LayerNorm on it (embed-ln)"
 
 

@@ -24,8 +24,12 @@ class Measured:
 
 def beyond(limits: Limits, value: float) -> Level | None:
     """Return the highest cut that a value lies above; None for none, and for NaN."""
-    passed = [cut for cut in CUTS if (limit := getattr(limits, cut)) is not None and value > limit]
-    return passed[-1] if passed else None
+    highest: Level | None = None
+    for cut in CUTS:
+        limit = getattr(limits, cut)
+        if limit is not None and value > limit:
+            highest = cut
+    return highest
 
 
 def loudest(
@@ -36,16 +40,30 @@ def loudest(
     sentence: Callable[[Measured], str],
     fix: str = "",
 ) -> list[Finding]:
-    """Return one finding for the largest figure, with all names above the same cut."""
-    limits = context.thresholds.limits(figure)
-    # What is not finite is another rule's.
+    """Return one finding for the largest figure, with all names above the same cut.
+
+    Args:
+        context: of the evaluation.
+        rule: that fires.
+        figures: the values, each with its place.
+        figure: the name that the thresholds have for it.
+        sentence: from the largest value to what the finding says.
+        fix: what to do.
+
+    Returns:
+        The finding alone, or [] if no value is above a cut.
+    """
+    # 1. The largest value, and the highest cut below it. What is not finite is another rule's.
     known = [measured for measured in figures if math.isfinite(measured.value)]
     if not known:
         return []
+    limits = context.thresholds.limits(figure)
     worst = max(known, key=lambda measured: measured.value)
     cut = beyond(limits, worst.value)
     if cut is None:
         return []
+
+    # 2. The finding, with every place above that cut.
     limit = getattr(limits, cut)
     where = [measured.where for measured in known if measured.value > limit]
     evidence = {
@@ -62,9 +80,10 @@ def loudest(
 def _stream(context: Context, field: str) -> tuple[ForwardRecord | None, Outcome]:
     """Return the stream's record if it holds a field, else "not applicable" with the reason."""
     network = context.report.network
-    record = network.forward if network is not None else None
-    if record is None:
+    if network is None or network.forward is None:
         return None, NOT_APPLICABLE
+
+    record = network.forward
     if not getattr(record, field):
         return None, Outcome(0, note=record.notes.get(field, ""))
     return record, NOT_APPLICABLE
@@ -74,11 +93,14 @@ def _variance(context: Context, rule: Rule) -> Outcome:
     record, otherwise = _stream(context, "variance")
     if record is None or not record.variance:
         return otherwise
+
+    # 1. Variance that grows faster than linearly with depth.
     findings = _superlinear(context, rule, record.points, record.variance)
-    tops = [
-        Measured(point, peak.value)
-        for point, peak in zip(record.points, record.peaks or [], strict=False)
-    ]
+
+    # 2. Values that float16 cannot hold.
+    tops = []
+    for point, peak in zip(record.points, record.peaks or [], strict=False):
+        tops.append(Measured(point, peak.value))
 
     def sentence(worst: Measured) -> str:
         return (
@@ -86,26 +108,23 @@ def _variance(context: Context, rule: Rule) -> Outcome:
             "Inf in float16"
         )
 
-    findings += loudest(
-        context,
-        rule,
-        tops,
-        "stream_peak",
-        sentence,
-        "train in bfloat16, or scale the branches down",
-    )
+    fix = "train in bfloat16, or scale the branches down"
+    findings += loudest(context, rule, tops, "stream_peak", sentence, fix)
     return Outcome(len(record.variance), findings)
 
 
 def _superlinear(
     context: Context, rule: Rule, points: Sequence[str], variances: Sequence[float]
 ) -> list[Finding]:
-    """Return the variance at the end over that in the middle.
+    """Return the finding about the variance at the end over that in the middle.
 
     A stream of two points has no middle.
     """
+    # 1. The growth over the second half.
     middle = len(variances) // 2
-    if len(variances) < 3 or variances[middle] <= 0:
+    if len(variances) < 3:
+        return []
+    if variances[middle] <= 0:
         return []
     measured = Measured("end", variances[-1] / variances[middle])
 
@@ -116,12 +135,16 @@ def _superlinear(
             "(linear growth gives at most 2)"
         )
 
+    # 2. The finding is about the entire stream, and names no sub-layer.
     findings = loudest(context, rule, [measured], "variance_growth", sentence)
     first, last = variances[0], variances[-1]
-    return [
-        Finding(rule.code, f.level, [], f.what, {**f.evidence, "first": first, "last": last}, f.why)
-        for f in findings
-    ]
+    about_the_stream = []
+    for finding in findings:
+        evidence = {**finding.evidence, "first": first, "last": last}
+        about_the_stream.append(
+            Finding(rule.code, finding.level, [], finding.what, evidence, finding.why)
+        )
+    return about_the_stream
 
 
 def _massive(context: Context, rule: Rule) -> Outcome:
@@ -132,15 +155,18 @@ def _massive(context: Context, rule: Rule) -> Outcome:
     ratio = context.thresholds.limits("massive_ratio").info
     if least is None or ratio is None:
         return Outcome(len(record.peaks))
-    pairs = list(zip(record.points, record.peaks, strict=False))
-    # Both must be passed: large by itself, and far above the rest.
-    massive = [
-        (point, peak)
-        for point, peak in pairs
-        if peak.value > least and peak.value > ratio * peak.median
-    ]
+
+    # 1. Both limits must be passed: large by itself, and far above the rest.
+    massive: list[tuple[str, Peak]] = []
+    for point, peak in zip(record.points, record.peaks, strict=False):
+        is_large = peak.value > least
+        is_far_above = peak.value > ratio * peak.median
+        if is_large and is_far_above:
+            massive.append((point, peak))
     if not massive:
         return Outcome(len(record.peaks))
+
+    # 2. The finding about the largest.
     point, worst = max(massive, key=lambda pair: pair[1].value)
     what = (
         f"{plain(worst.value)} at {point}, feature {worst.feature}{_place(worst)}; the median "
@@ -156,17 +182,19 @@ def _massive(context: Context, rule: Rule) -> Outcome:
         "count": len(massive),
     }
     where = [name for name, _ in massive]
-    return Outcome(
-        len(record.peaks),
-        [Finding(rule.code, context.level(rule, "info"), where, what, evidence, why=rule.summary)],
-    )
+    level = context.level(rule, "info")
+    finding = Finding(rule.code, level, where, what, evidence, why=rule.summary)
+    return Outcome(len(record.peaks), [finding])
 
 
 def _place(peak: Peak) -> str:
+    """Return the position of a peak in words, with its token if that is known."""
     if peak.position is None:
         return ""
-    token = "" if peak.token is None else f" (token {peak.token})"
-    return f", position {peak.position}{token}"
+    place = f", position {peak.position}"
+    if peak.token is not None:
+        place += f" (token {peak.token})"
+    return place
 
 
 def _attention(
@@ -176,22 +204,44 @@ def _attention(
     figure: str,
     sentence: Callable[[Measured], str],
 ) -> Outcome:
-    rows = [row for row in context.rows(rule) if row.attention is not None]
-    if not rows:
-        return Outcome(0, note=_why_no_attention(context.rows(rule)))
-    figures = [
-        Measured(row.name, number) for row in rows if (number := value(row.attention)) is not None
-    ]
-    unread = [
-        row.name for row in context.rows(rule) if row.attention is None and row.kind == "attention"
-    ]
-    note = f"not read at {len(unread)} attention sub-layers" if unread else ""
+    """Compare a figure of every attention with its cuts.
+
+    Args:
+        context: of the evaluation.
+        rule: that checks.
+        value: from an attention's record to the figure.
+        figure: the name that the thresholds have for it.
+        sentence: from the largest value to what the finding says.
+    """
+    # 1. The attentions that could be read, and those that could not.
+    rows = context.rows(rule)
+    figures: list[Measured] = []
+    is_any_read = False
+    unread = 0
+    for row in rows:
+        if row.attention is not None:
+            is_any_read = True
+            number = value(row.attention)
+            if number is not None:
+                figures.append(Measured(row.name, number))
+        elif row.kind == "attention":
+            unread += 1
+    if not is_any_read:
+        return Outcome(0, note=_why_no_attention(rows))
+
+    # 2. The largest figure.
+    note = ""
+    if unread:
+        note = f"not read at {unread} attention sub-layers"
     return Outcome(len(figures), loudest(context, rule, figures, figure, sentence), note=note)
 
 
 def _why_no_attention(rows: Sequence[SublayerRecord]) -> str:
-    reasons = [row.notes["attention"] for row in rows if "attention" in row.notes]
-    return reasons[0] if reasons else ""
+    """Return the reason that the first sub-layer with one gives."""
+    for row in rows:
+        if "attention" in row.notes:
+            return row.notes["attention"]
+    return ""
 
 
 def _logits(context: Context, rule: Rule) -> Outcome:
@@ -203,7 +253,10 @@ def _logits(context: Context, rule: Rule) -> Outcome:
 
 def _entropy(context: Context, rule: Rule) -> Outcome:
     def focus(record: Any) -> float | None:
-        return None if record.entropy_share is None else 1 - record.entropy_share
+        # Larger is worse, as for every figure that has cuts.
+        if record.entropy_share is None:
+            return None
+        return 1 - record.entropy_share
 
     def sentence(worst: Measured) -> str:
         return (

@@ -1,4 +1,4 @@
-"""An interval against limits: where it lies, and what that says about a condition."""
+"""An interval compared with limits: where it lies, and what that says about a condition."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from jacdiag.rules.thresholds import CUTS, Limits
 
 @dataclass(frozen=True)
 class Placed:
-    """A sub-layer's figure against its limits.
+    """A sub-layer's figure compared with its limits.
 
     Attributes:
+        row: the sub-layer.
         value: None where it was not measured.
-        beyond: the loudest cut that the whole interval lies above; None for none.
+        beyond: the highest cut that the entire interval lies above; None for none.
         across: a cut lies inside the interval, above `beyond`.
     """
 
@@ -26,22 +27,36 @@ class Placed:
     across: bool
 
     @property
+    def is_undecided(self) -> bool:
+        """Whether the figure was not measured, or a cut lies inside its interval."""
+        return self.value is None or self.across
+
+    @property
     def condition(self) -> Condition:
         """Met below `info`, partly between, not met above `warning`, else unknown."""
         if self.beyond in ("warning", "error"):
             return "not met"
-        if self.value is None or self.across:
+        if self.is_undecided:
             return "unknown"
-        return "partly" if self.beyond == "info" else "met"
+        if self.beyond == "info":
+            return "partly"
+        return "met"
 
 
 def placed(row: SublayerRecord, value: Interval | None, limits: Limits) -> Placed:
     """Return where a figure lies between its cuts.
 
     A value across `error` but above `warning` is beyond `warning`, and undecided.
+
+    Args:
+        row: the sub-layer.
+        value: its figure; None or NaN if it was not measured.
+        limits: the cuts of the figure.
     """
-    if value is None or math.isnan(value.lower):  # not measured
+    if value is None or math.isnan(value.lower):
         return Placed(row, None, None, False)
+
+    # The cuts ascend, so the last one that the interval is above is the highest.
     beyond: Level | None = None
     across = False
     for cut in CUTS:
@@ -50,8 +65,9 @@ def placed(row: SublayerRecord, value: Interval | None, limits: Limits) -> Place
             continue
         side = value.side_of(limit)
         if side == "above":
-            beyond = cut  # type: ignore[assignment]
-        across = across or side == "across"
+            beyond = cut
+        elif side == "across":
+            across = True
     return Placed(row, value, beyond, across)
 
 
@@ -60,7 +76,8 @@ def overall(conditions: Sequence[Condition]) -> Condition:
 
     An unknown one is never a pass.
     """
-    if not conditions:
-        return "not applicable"
-    order: tuple[Condition, ...] = ("not met", "unknown", "partly", "met")
-    return next(c for c in order if c in conditions)
+    worst_first: tuple[Condition, ...] = ("not met", "unknown", "partly", "met")
+    for condition in worst_first:
+        if condition in conditions:
+            return condition
+    return "not applicable"
