@@ -186,13 +186,10 @@ def _pool(pairs: Sequence[tuple[WeightRecord, WeightRecord]]) -> BiasGroup:
 
 def _middle_std(weights: Sequence[WeightRecord]) -> float:
     """Return the middle std of the matrices that read the stream; 0 if none was drawn."""
-    stds: list[float] = []
-    for weight in weights:
-        if weight.role in INNER and weight.std:
-            stds.append(weight.std)
-
+    stds = [weight.std for weight in weights if weight.role in INNER and weight.std]
     if not stds:
         return 0.0
+
     stds.sort()
     return stds[len(stds) // 2]
 

@@ -217,10 +217,8 @@ def _smaller(context: Context, row: SublayerRecord) -> str:
     seen = f"{output.parameter} has std {plain(output.std)}, s/√(2N) is {plain(aim)}"
 
     # 2. Whether it is as large as the matrices before it.
-    inner: list[float] = []
-    for weight in row.weights.values():
-        if weight.std and weight is not output:
-            inner.append(weight.std)
+    others = [weight for weight in row.weights.values() if weight is not output]
+    inner = [weight.std for weight in others if weight.std]
     is_unscaled = bool(inner) and output.std > _UNSCALED * max(inner)
     if is_unscaled and layers > 1:
         seen += f"; no depth scaling is seen beside std {plain(max(inner))} before it"

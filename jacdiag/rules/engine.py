@@ -54,9 +54,9 @@ RULES: tuple[Rule, ...] = (
     *sorted((*backward.RULES, *shortcut_factors.RULES), key=lambda rule: rule.code),
     *measurement.RULES,
 )
-# With those that speak in a run only.
+# With those that fire in a run only.
 EVERY: tuple[RuleInfo, ...] = tuple(
-    sorted((*RULES, *live_catalogue.RULES), key=lambda one: one.code)
+    sorted((*RULES, *live_catalogue.RULES), key=lambda rule: rule.code)
 )
 _CODES = tuple(rule.code for rule in RULES)
 
@@ -64,16 +64,22 @@ _CODES = tuple(rule.code for rule in RULES)
 def rule(code: str) -> RuleInfo:
     """Return a rule by its code.
 
-    Raises UsageError with the closest codes.
+    Args:
+        code: such as "JD101", in either case.
+
+    Raises:
+        UsageError: no rule has this code; the hint names the closest codes.
     """
     for candidate in EVERY:
         if candidate.code == code.upper():
             return candidate
-    near = get_close_matches(code.upper(), [candidate.code for candidate in EVERY], n=3, cutoff=0.4)
-    raise UsageError(
-        f"no rule has the code '{code}'",
-        hint=f"closest: {', '.join(near)}" if near else "`jacdiag rules` lists all",
-    )
+
+    codes = [candidate.code for candidate in EVERY]
+    near = get_close_matches(code.upper(), codes, n=3, cutoff=0.4)
+    hint = "`jacdiag rules` lists all"
+    if near:
+        hint = f"closest: {', '.join(near)}"
+    raise UsageError(f"no rule has the code '{code}'", hint=hint)
 
 
 def selected(select: Iterable[str] = (), ignore: Iterable[str] = ()) -> tuple[Rule, ...]:
@@ -81,17 +87,30 @@ def selected(select: Iterable[str] = (), ignore: Iterable[str] = ()) -> tuple[Ru
 
     An empty `select` stands for all rules.
 
+    Args:
+        select: codes, or prefixes such as "JD2".
+        ignore: codes or prefixes of the rules to leave out.
+
     Raises:
         UsageError: a prefix that no rule has; it would otherwise match nothing and pass.
     """
-    prefixes, ignored = tuple(select), tuple(ignore)
+    # 1. Every prefix must stand for a rule.
+    prefixes = tuple(select)
+    ignored = tuple(ignore)
     for prefix in (*prefixes, *ignored):
         if not any(code.startswith(prefix) for code in _CODES):
             raise UsageError(
                 f"no rule begins with '{prefix}'", hint=f"the rules are {', '.join(_CODES)}"
             )
-    chosen = [r for r in RULES if not prefixes or r.code.startswith(prefixes)]
-    return tuple(r for r in chosen if not ignored or not r.code.startswith(ignored))
+
+    # 2. No code begins with one of no prefixes.
+    chosen = []
+    for candidate in RULES:
+        is_selected = not prefixes or candidate.code.startswith(prefixes)
+        is_ignored = candidate.code.startswith(ignored)
+        if is_selected and not is_ignored:
+            chosen.append(candidate)
+    return tuple(chosen)
 
 
 def evaluate(
@@ -108,7 +127,8 @@ def evaluate(
         report: measured, or of the weights-only tier.
         thresholds: see `jacdiag.rules.thresholds`.
         profile: "default", "paper", or a table.
-        select, ignore: codes or prefixes.
+        select: codes or prefixes of the rules to run; all if empty.
+        ignore: codes or prefixes of the rules to leave out.
 
     Returns:
         The same report with risk, conditions, findings, rules and verdict filled in.
@@ -150,12 +170,17 @@ def _result(rule: Rule, outcome: Outcome) -> RuleResult:
 
 
 def _conditions(report: Report, outcomes: Mapping[str, Outcome]) -> Conditions:
-    def of(code: str) -> Any:
-        if report.tier == "weights" or code not in outcomes:
+    """Return the two conditions of the paper, each over all sub-layers."""
+
+    def condition_of(code: str) -> Any:
+        # Weights alone carry no norm, and a rule that was not selected says nothing.
+        if report.tier == "weights":
+            return "unknown"
+        if code not in outcomes:
             return "unknown"
         return overall(list(outcomes[code].conditions.values()))
 
-    return Conditions(of("JD101"), of("JD102"))
+    return Conditions(condition_of("JD101"), condition_of("JD102"))
 
 
 def _verdict(
@@ -171,18 +196,26 @@ def _verdict(
     A trained model passes only compared with an earlier one. Without one it is observed: no level
     of its norms tells a good run from a wrecked one.
     """
-    if any(f.level == "error" for f in findings):
+    # 1. What fired. JD901 and JD904 say that something is open, which step 3 judges.
+    if any(finding.level == "error" for finding in findings):
         return "fail"
-    if any(f.level == "warning" and f.code not in ("JD901", "JD904") for f in findings):
+    about_the_model = [finding for finding in findings if finding.code not in ("JD901", "JD904")]
+    if any(finding.level == "warning" for finding in about_the_model):
         return "warn"
+
+    # 2. A trained model whose norms were measured.
     report = context.report
-    measured = report.tier == "measured" and measurement.norms_asked(report, outcomes)
-    if report.state == "trained" and measured:
+    is_measured = report.tier == "measured" and measurement.norms_asked(report, outcomes)
+    if report.state == "trained" and is_measured:
         return _trained_verdict(context, results, outcomes)
+
+    # 3. Nothing fired, which is a pass only if every rule was decided.
     if not measurement.applied(report, outcomes):
         return "unknown"
-    open_ones = any(r.status == "unknown" or outcomes[r.code].undecided for r in results)
-    return "unknown" if open_ones else "pass"
+    for result in results:
+        if result.status == "unknown" or outcomes[result.code].undecided:
+            return "unknown"
+    return "pass"
 
 
 def _trained_verdict(
@@ -190,23 +223,27 @@ def _trained_verdict(
 ) -> Verdict:
     """Return the verdict of a trained model for which no warning fired."""
     # 1. A norm that could not be measured may hide anything.
-    unmeasured = [
-        row for row in context.report.sublayers if not row.nested and row.branch_norm is None
-    ]
-    if unmeasured:
-        return "unknown"
+    for row in context.report.sublayers:
+        if row.branch_norm is None and not row.nested:
+            return "unknown"
 
     # 2. Observations decide nothing: an interval across a threshold that holds at init leaves
-    # nothing open.
-    observations = {
-        r.code for r in RULES if r.observation_when_trained and r.code not in context.profile.levels
-    }
-    if any(outcomes[r.code].undecided for r in results if r.code not in observations):
-        return "unknown"
+    #    nothing open.
+    observations = set()
+    for candidate in RULES:
+        has_level_of_user = candidate.code in context.profile.levels
+        if candidate.observation_when_trained and not has_level_of_user:
+            observations.add(candidate.code)
+    for result in results:
+        is_observation = result.code in observations
+        if outcomes[result.code].undecided and not is_observation:
+            return "unknown"
 
     # 3. Without a comparison nothing was judged.
-    compared = outcomes.get("JD110")
-    return "pass" if compared is not None and compared.matched else "observed"
+    comparison = outcomes.get("JD110")
+    if comparison is None or not comparison.matched:
+        return "observed"
+    return "pass"
 
 
 def _shown(report: Report, thresholds: Thresholds) -> dict[str, dict[str, float]]:
@@ -216,7 +253,12 @@ def _shown(report: Report, thresholds: Thresholds) -> dict[str, dict[str, float]
 
     def cuts(figure: str, stratum: str, factor: float = 1.0) -> dict[str, float]:
         limits = thresholds.limits(figure, stratum)
-        return {cut: value * factor for cut in CUTS if (value := getattr(limits, cut)) is not None}
+        known: dict[str, float] = {}
+        for cut in CUTS:
+            value = getattr(limits, cut)
+            if value is not None:
+                known[cut] = value * factor
+        return known
 
     return {
         "branch_norm": cuts("branch_norm", usual),
@@ -228,7 +270,11 @@ def _shown(report: Report, thresholds: Thresholds) -> dict[str, dict[str, float]
 def _usual_placement(report: Report) -> str:
     """Return the placement of the norm that most sub-layers have; the first of several."""
     placements = [row.placement or "pre" for row in report.sublayers]
-    return max(dict.fromkeys(placements), key=placements.count) if placements else "pre"
+    if not placements:
+        return "pre"
+
+    # `max` returns the first of equal counts, in the order of the forward.
+    return max(dict.fromkeys(placements), key=placements.count)
 
 
 def decision_points(
@@ -243,7 +289,8 @@ def decision_points(
     Otherwise the rules are not decided.
 
     Args:
-        kind, placement: of the sub-layer.
+        kind: of the sub-layer.
+        placement: of its norm.
         layers: depth N, for core_norm sqrt(2N).
         thresholds: of the profile in use.
 
@@ -253,7 +300,6 @@ def decision_points(
     points = {"branch_norm": thresholds.limits("branch_norm", placement).cuts}
     if placement in conditions.SMALL.placements:
         scale = math.sqrt(2 * max(layers, 1))
-        points["core_norm"] = tuple(
-            cut / scale for cut in thresholds.limits("core_norm", kind).cuts
-        )
+        cuts = thresholds.limits("core_norm", kind).cuts
+        points["core_norm"] = tuple(cut / scale for cut in cuts)
     return points

@@ -9,19 +9,27 @@ from jacdiag.records.number_format import between
 
 
 def plain(value: float | None) -> str:
-    """Three significant digits, without an exponent where a person would not use one."""
+    """Return three significant digits, without an exponent where a person would not use one."""
     if value is None:
         return "?"
     if not math.isfinite(value) or value == 0:
         return f"{value:g}"
-    if not 1e-4 <= abs(value) < 1e6:
+
+    # 1. Sizes that need an exponent.
+    size = abs(value)
+    if not 1e-4 <= size < 1e6:
         return f"{value:.2e}"
-    digits = max(0, 2 - math.floor(math.log10(abs(value))))
-    return f"{value:.{digits}f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+    # 2. Whole numbers from a thousand on, else as many decimals as three digits need.
+    if size >= 1000:
+        return f"{value:,.0f}"
+    decimals = max(0, 2 - math.floor(math.log10(size)))
+    return f"{value:.{decimals}f}"
 
 
 def span(interval: Interval) -> str:
     """Return an interval as its ends, rounded outward; one number if it has no width."""
-    if interval.lower == interval.upper:
+    has_no_width = interval.lower == interval.upper
+    if has_no_width:
         return plain(interval.estimate)
     return between(interval.lower, interval.upper)
