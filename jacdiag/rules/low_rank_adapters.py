@@ -11,33 +11,53 @@ from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 
 def _check(context: Context, rule: Rule) -> Outcome:
     contract = context.report.contract
-    if contract is None or context.report.state not in rule.states or not contract.adapters:
+    if contract is None or context.report.state not in rule.states:
         return NOT_APPLICABLE
-    pairs = contract.adapters
-    several_zero = [pair for pair in pairs if len(pair.zero_factors) > 1]
-    both_drawn = [pair for pair in pairs if not (pair.zero_factors or pair.decomposed)]
+    if not contract.adapters:
+        return NOT_APPLICABLE
+
+    # 1. Sort the pairs: exactly one of the two factors should be zero.
+    several_zero: list[AdapterRecord] = []
+    both_drawn: list[AdapterRecord] = []
+    for pair in contract.adapters:
+        if len(pair.zero_factors) > 1:
+            several_zero.append(pair)
+        elif not pair.zero_factors and not pair.decomposed:
+            both_drawn.append(pair)
+
+    # 2. One finding for each kind.
     findings = []
     if several_zero:
-        firsts = [pair.zero_factors[0] for pair in several_zero]
-        others = [name for pair in several_zero for name in pair.zero_factors[1:]]
-        what = (
-            f"{_listed(firsts)} and another factor of each are zero in every element: no "
-            "gradient can reach either"
-        )
-        evidence = {"parameters": [*firsts, *others], "count": len(several_zero)}
-        fix = f"draw {_listed(firsts)}, after all other inits"
-        findings.append(_finding(context, rule, evidence, what, fix))
+        findings.append(_finding_of_zeros(context, rule, several_zero))
     if both_drawn:
-        firsts, seconds = _names(both_drawn)
-        state = "the adapted model is not its base at the start"
-        what = f"{_listed(seconds)} and the other factor of each are not zero: {state}"
-        evidence = {"parameters": seconds, "others": firsts, "count": len(both_drawn)}
-        findings.append(_finding(context, rule, evidence, what, f"set {_listed(seconds)} to zero"))
-    return Outcome(len(pairs), findings)
+        findings.append(_finding_of_draws(context, rule, both_drawn))
+    return Outcome(len(contract.adapters), findings)
 
 
-def _names(pairs: Sequence[AdapterRecord]) -> tuple[list[str], list[str]]:
-    return [pair.first for pair in pairs], [pair.second for pair in pairs]
+def _finding_of_zeros(context: Context, rule: Rule, pairs: Sequence[AdapterRecord]) -> Finding:
+    """Return the finding about adapters that no step can change."""
+    firsts: list[str] = []
+    others: list[str] = []
+    for pair in pairs:
+        firsts.append(pair.zero_factors[0])
+        others.extend(pair.zero_factors[1:])
+    what = (
+        f"{_listed(firsts)} and another factor of each are zero in every element: no "
+        "gradient can reach either"
+    )
+    evidence = {"parameters": [*firsts, *others], "count": len(pairs)}
+    fix = f"draw {_listed(firsts)}, after all other inits"
+    return _finding(context, rule, evidence, what, fix)
+
+
+def _finding_of_draws(context: Context, rule: Rule, pairs: Sequence[AdapterRecord]) -> Finding:
+    """Return the finding about adapters that change the model before the first step."""
+    firsts = [pair.first for pair in pairs]
+    seconds = [pair.second for pair in pairs]
+    state = "the adapted model is not its base at the start"
+    what = f"{_listed(seconds)} and the other factor of each are not zero: {state}"
+    evidence = {"parameters": seconds, "others": firsts, "count": len(pairs)}
+    return _finding(context, rule, evidence, what, f"set {_listed(seconds)} to zero")
 
 
 def _finding(
@@ -51,8 +71,10 @@ def _finding(
 
 
 def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+    text = ", ".join(names[:3])
+    if len(names) > 3:
+        text += f" and {len(names) - 3} more"
+    return text
 
 
 RULE = Rule("JD215", "adapter-factors", "warning", check=_check, states=("init",))

@@ -45,9 +45,14 @@ def gains_unlike_the_model(
         lonely: gains of the model's width that were not compared over the layers.
         gains: all norm gains.
     """
+    # 1. What is usual in this model.
     usual = _usual_gain(gains)
-    if usual is None or usual == 0 or len(gains) < _LEAST:
+    if usual is None or usual == 0:
         return
+    if len(gains) < _LEAST:
+        return
+
+    # 2. Zeros, and draws whose mean is not the usual value.
     others = f"two thirds or more of the model's gains are {plain(usual)}"
     for gain in lonely:
         value = _effective(gain)
@@ -59,9 +64,11 @@ def gains_unlike_the_model(
 def _usual_gain(gains: Sequence[WeightRecord]) -> float | None:
     """Return the value that two thirds of the gains have; None if there is none."""
     values = [_effective(gain) for gain in gains if is_constant(gain)]
+    enough = MAJORITY * len(gains)
+
     for value in values:
         alike = sum(math.isclose(value, other, rel_tol=1e-3) for other in values)
-        if alike >= MAJORITY * len(gains):
+        if alike >= enough:
             return value
     return None
 
@@ -83,10 +90,10 @@ def _doubled(gains: Sequence[WeightRecord]) -> Iterator[Difference]:
     """Yield gains used as 1 + w whose w is 1."""
     others = "the model uses it as 1 + w, so that the gain is 2: a w of 0 is a gain of 1"
     for gain in gains:
-        is_constant_one = gain.family == "constant" and math.isclose(
-            gain.mean or 0.0, 1.0, rel_tol=1e-3
-        )
-        if gain.offset == 1 and is_constant_one:
+        if gain.offset != 1 or gain.family != "constant":
+            continue
+        is_one = math.isclose(gain.mean or 0.0, 1.0, rel_tol=1e-3)
+        if is_one:
             yield Difference(gain, gain.pattern, _count_alike(gain, gains), others, 0.0)
 
 
@@ -95,30 +102,40 @@ def _not_around_one(gains: Sequence[WeightRecord]) -> Iterator[Difference]:
 
     They lie around 0 as a matrix does, or between 0 and 1.
     """
+    # 1. The drawn gains by name; a model may use some of one name as w and others as 1 + w.
     by_pattern: dict[tuple[str, float], list[WeightRecord]] = {}
     for gain in gains:
         if gain.family in DRAWN and gain.std:
             by_pattern.setdefault((gain.pattern, gain.offset), []).append(gain)
-    for (pattern, offset), members in by_pattern.items():
-        # 1. Mean and std over all layers.
-        sizes = [math.prod(gain.shape) for gain in members]
-        count = sum(sizes)
-        if count < _LEAST_SIZE:
-            continue
-        pairs = list(zip(sizes, members, strict=True))
-        mean = sum(size * (gain.mean or 0.0) for size, gain in pairs) / count
-        std = math.sqrt(sum(size * (gain.std or 0.0) ** 2 for size, gain in pairs) / count)
-        error = _ERRORS * std / math.sqrt(count)
-        if abs(offset + mean - 1) <= error:
-            continue
 
-        # 2. Not around 1.
-        around = f"around {plain(offset + mean)}"
-        if offset == 0 and abs(mean) <= error:
-            around = "around 0 as a matrix is"
+    # 2. Those whose mean over all layers cannot be that of a gain of 1.
+    for (pattern, offset), members in by_pattern.items():
+        around = _other_center(members, offset)
+        if not around:
+            continue
         others = f"a gain starts at 1, or is drawn around 1; this one was drawn {around}"
         for gain in members:
             yield Difference(gain, pattern, _count_alike(gain, gains), others, 1.0 - offset)
+
+
+def _other_center(members: Sequence[WeightRecord], offset: float) -> str:
+    """Return around what gains of one name were drawn, in words; "" if that is 1."""
+    # 1. Mean and std over all layers.
+    sizes = [math.prod(gain.shape) for gain in members]
+    count = sum(sizes)
+    if count < _LEAST_SIZE:
+        return ""
+    pairs = list(zip(sizes, members, strict=True))
+    mean = sum(size * (gain.mean or 0.0) for size, gain in pairs) / count
+    std = math.sqrt(sum(size * (gain.std or 0.0) ** 2 for size, gain in pairs) / count)
+
+    # 2. The mean compared with 1, then with 0.
+    error = _ERRORS * std / math.sqrt(count)
+    if abs(offset + mean - 1) <= error:
+        return ""
+    if offset == 0 and abs(mean) <= error:
+        return "around 0 as a matrix is"
+    return f"around {plain(offset + mean)}"
 
 
 def _all_zero(gains: Sequence[WeightRecord]) -> Iterator[Difference]:
@@ -126,9 +143,12 @@ def _all_zero(gains: Sequence[WeightRecord]) -> Iterator[Difference]:
 
     Every norm then returns its bias, or nothing.
     """
-    are_zero = all(is_constant(gain) and _effective(gain) == 0 for gain in gains)
-    if len(gains) < 2 or not are_zero:
+    if len(gains) < 2:
         return
+    are_zero = all(is_constant(gain) and _effective(gain) == 0 for gain in gains)
+    if not are_zero:
+        return
+
     others = "every gain of the model is zero"
     for gain in gains:
         count, usual = _count_alike(gain, gains), _ordinary_value(gain)
@@ -143,10 +163,14 @@ def _wrong_length(gains: Sequence[WeightRecord]) -> Iterator[Difference]:
     for gain in gains:
         if gain.norm_length is None or not is_constant(gain):
             continue
+
+        # 1. The root mean square of what the norm returns.
         root = math.sqrt(gain.norm_length)
         size = abs(_effective(gain)) / root
         if size == 0 or 1 / _OFF < size < _OFF:
             continue
+
+        # 2. It is far from 1.
         others = (
             f"its norm divides by the length of {gain.norm_length} numbers, so that what it "
             f"returns has a root mean square of {plain(size)}: ScaleNorm starts at "

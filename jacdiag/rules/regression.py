@@ -16,7 +16,15 @@ FIGURES = {"branch_norm": "branch ‖J‖", "core_norm": "core ‖J‖", "norm_g
 
 @dataclass(frozen=True)
 class Change:
-    """One figure, before and now."""
+    """One figure, before and now.
+
+    Attributes:
+        where: the sub-layer or the parameter.
+        figure: its name.
+        old: the value before.
+        new: the value now.
+        bound: what another seed of the old model would reach.
+    """
 
     where: str
     figure: str
@@ -26,27 +34,34 @@ class Change:
 
     @property
     def words(self) -> str:
-        return (
-            f"{self.where}: {FIGURES.get(self.figure, self.figure)} {plain(self.old)} -> "
-            f"{plain(self.new)}"
-        )
+        """The change in words, such as "h.0.mlp: core ‖J‖ 0.5 -> 2.00"."""
+        name = FIGURES.get(self.figure, self.figure)
+        return f"{self.where}: {name} {plain(self.old)} -> {plain(self.new)}"
 
 
 def sublayer_changes(now: FiguresRecord, before: FiguresRecord) -> list[Change]:
     """Return the sub-layers with a figure above what another seed of the baseline would reach.
 
     The figure must lie above it for every seed.
+
+    Args:
+        now: of the model that is audited.
+        before: of the baseline or the earlier model.
     """
     changes = []
     for name, figures in now.sublayers.items():
         earlier = before.sublayers.get(name, {})
         for figure in FIGURES:
-            new, old = figures.get(figure), earlier.get(figure)
+            new = figures.get(figure)
+            old = earlier.get(figure)
             if new is None or old is None:
                 continue
+
+            # The interval of now lies above that of before.
             _, old_middle, old_upper = old
-            if new[0] > old_upper:
-                changes.append(Change(name, figure, old_middle, new[1], old_upper))
+            new_lower, new_middle, _ = new
+            if new_lower > old_upper:
+                changes.append(Change(name, figure, old_middle, new_middle, old_upper))
     return changes
 
 
@@ -68,15 +83,21 @@ def weight_changes(now: FiguresRecord, before: FiguresRecord) -> list[Change]:
 
 def _weight_change(name: str, new: Mapping[str, Any], old: Mapping[str, Any]) -> Change | None:
     """Return the change of one weight; None if it did not change."""
+    # 1. Two draws differ if their intervals have no std in common.
     if not _constant(new) and not _constant(old):
-        is_disjoint = new["lower"] > old["upper"] or new["upper"] < old["lower"]
-        if not is_disjoint:
+        is_above = new["lower"] > old["upper"]
+        is_below = new["upper"] < old["lower"]
+        if not is_above and not is_below:
             return None
         return Change(name, "std", old["std"], new["std"], old["upper"])
-    is_same = new["family"] == old["family"] and new.get("value") == old.get("value")
-    if is_same:
+
+    # 2. A constant differs from a draw, and from another constant.
+    is_same_family = new["family"] == old["family"]
+    if is_same_family and new.get("value") == old.get("value"):
         return None
-    figure = "value" if _constant(new) and _constant(old) else "std"
+    figure = "std"
+    if _constant(new) and _constant(old):
+        figure = "value"
     return Change(name, figure, _shown(old), _shown(new), _shown(old))
 
 
@@ -85,11 +106,16 @@ def _constant(entry: Mapping[str, Any]) -> bool:
 
 
 def _shown(entry: Mapping[str, Any]) -> float:
-    return float(entry["value"] or 0.0) if _constant(entry) else float(entry["std"])
+    """Return the value of a constant, the std of a draw."""
+    if _constant(entry):
+        return float(entry["value"] or 0.0)
+    return float(entry["std"])
 
 
 def _check(context: Context, rule: Rule) -> Outcome:
-    now, before, against = context.report.figures, context.report.baseline, context.report.against
+    now = context.report.figures
+    before = context.report.baseline
+    against = context.report.against
     if now is None or before is None:
         return _nothing_to_compare_with(context)
     if against is not None and against.training:
@@ -98,7 +124,8 @@ def _check(context: Context, rule: Rule) -> Outcome:
     # 1. Weights first: the cause before its effects.
     findings = []
     for role, group in _by_role(now, weight_changes(now, before)).items():
-        findings.append(_finding(context, rule, group, f"weights ({role})" if role else "weights"))
+        what = f"weights ({role})" if role else "weights"
+        findings.append(_finding(context, rule, group, what))
 
     # 2. Sub-layers.
     worse = sublayer_changes(now, before)
@@ -107,20 +134,29 @@ def _check(context: Context, rule: Rule) -> Outcome:
         if group:
             findings.append(_finding(context, rule, group, "sub-layers"))
 
-    # 3. What could not be compared.
+    # 3. How much was compared, and what could not be.
+    same_sublayers = now.sublayers.keys() & before.sublayers.keys()
+    same_weights = now.weights.keys() & before.weights.keys()
+    count = len(same_sublayers) + len(same_weights)
+    return Outcome(count, findings, note=_names_of_one_alone(now, before))
+
+
+def _names_of_one_alone(now: FiguresRecord, before: FiguresRecord) -> str:
+    """Return how many names only one side has; "" if that says nothing."""
     names_now = {*now.sublayers, *now.weights}
     names_before = {*before.sublayers, *before.weights}
     gone = [name for name in (*before.sublayers, *before.weights) if name not in names_now]
     added = [name for name in (*now.sublayers, *now.weights) if name not in names_before]
-    note = ""
-    if (gone and now.sublayers) or added:
-        note = f"{len(added)} names are not in the baseline, {len(gone)} of it are gone"
-    count = len(now.sublayers.keys() & before.sublayers.keys())
-    count += len(now.weights.keys() & before.weights.keys())
-    return Outcome(count, findings, note=note)
+
+    # An audit of weights alone has no sub-layers: that those are gone says nothing.
+    is_telling = bool(added) or bool(gone and now.sublayers)
+    if not is_telling:
+        return ""
+    return f"{len(added)} names are not in the baseline, {len(gone)} of it are gone"
 
 
 def _nothing_to_compare_with(context: Context) -> Outcome:
+    # A fresh model is judged by the other rules, a trained one by comparison alone.
     if context.report.state != "trained":
         return NOT_APPLICABLE
     return Outcome(0, note="a trained model, and nothing to compare it with (--against EARLIER)")
@@ -147,20 +183,24 @@ def _growth_in_training(context: Context, rule: Rule, against: AgainstRecord) ->
     # 2. One finding per level, the highest first.
     findings = []
     for level in reversed(LEVELS):
-        if level in groups:
-            group = groups[level]
-            worst = max(group, key=lambda change: change.amplification)
-            limit = limits[worst.where]
-            findings.append(_growth_finding(context, rule, group, worst, level, limit))
+        if level not in groups:
+            continue
+        group = groups[level]
+        worst = max(group, key=lambda change: change.amplification)
+        limit = limits[worst.where]
+        findings.append(_growth_finding(context, rule, group, worst, level, limit))
 
     # 3. Where healthy growth is not known, a comparison shows what changed and cannot pass.
-    judged = {name for name, limit in limits.items() if limit.info is not None}
-    unjudged = {_norm_words(row.placement) for row in rows if row.name not in judged}
+    judged_count = sum(limit.info is not None for limit in limits.values())
+    unjudged: set[str] = set()
+    for row in rows:
+        if limits[row.name].info is None:
+            unjudged.add(_norm_words(row.placement))
     note = ""
     if unjudged:
         names = " and ".join(sorted(unjudged))
         note = f"how much healthy training grows is not known for {names}"
-    return Outcome(len(judged), findings, list(against.missing), note)
+    return Outcome(judged_count, findings, list(against.missing), note)
 
 
 def _norm_words(placement: str | None) -> str:
@@ -172,9 +212,12 @@ def _level_of_growth(change: ChangeRecord, limits: Limits) -> Level:
 
     Between what healthy and wrecked runs show the level is "warning".
     """
-    if limits.warning is not None and change.amplification > limits.warning:
+    growth = change.amplification
+    if limits.warning is not None and growth > limits.warning:
         return "error"
-    if limits.info is not None and change.amplification > limits.info:
+
+    # No healthy run grew so much.
+    if limits.info is not None and growth > limits.info:
         return "warning"
     return "info"
 
@@ -195,11 +238,16 @@ def _growth_finding(
     what = f"{worst.where}: branch ‖J‖ {plain(worst.earlier[1])} -> {plain(worst.now[1])}"
     what += f"; 1 + ‖J‖ is at least {plain(worst.amplification)} times that of {against.source}"
     if limit is not None:
-        what += f" ({'warning' if level == 'info' else level} above {plain(limit)})"
+        level_above = "warning" if level == "info" else level
+        what += f" ({level_above} above {plain(limit)})"
     if len(group) > 1:
         what += f"; {len(group)} of {against.compared} branches grew so"
 
     # 2. The evidence.
+    changes = []
+    for change in group:
+        old, new = change.earlier[1], change.now[1]
+        changes.append({"where": change.where, "field": change.figure, "old": old, "new": new})
     evidence = {
         "field": "branch_norm",
         "sublayer": worst.where,
@@ -208,16 +256,10 @@ def _growth_finding(
         "earlier": worst.earlier[1],
         "growth": worst.amplification,
         "threshold": limit,
-        "changes": [
-            {
-                "where": change.where,
-                "field": change.figure,
-                "old": change.earlier[1],
-                "new": change.now[1],
-            }
-            for change in group
-        ],
+        "changes": changes,
     }
+
+    # 3. The finding.
     fix = "go back to the earlier checkpoint; `jacdiag diff A B --all` lists every figure"
     if level == "info":
         fix = ""
@@ -227,41 +269,60 @@ def _growth_finding(
 
 # -- a baseline, or an earlier model at init -------------------------------------------------------
 def _by_role(now: FiguresRecord, changes: Iterable[Change]) -> dict[str, list[Change]]:
+    """Return the changes of weights by the role that each weight has now."""
     groups: dict[str, list[Change]] = {}
     for change in changes:
-        groups.setdefault(str(now.weights[change.where].get("role", "")), []).append(change)
+        role = str(now.weights[change.where].get("role", ""))
+        groups.setdefault(role, []).append(change)
     return groups
 
 
 def _finding(context: Context, rule: Rule, group: list[Change], what: str) -> Finding:
-    worst = max(group, key=lambda c: c.new / c.old if c.old > 0 else c.new)
+    """Return the finding about the changes of one figure, or of the weights of one role.
+
+    Args:
+        context: of the evaluation.
+        rule: that fires.
+        group: the changes.
+        what: what changed, in words.
+    """
+    # 1. The sentence.
+    worst = max(group, key=_growth_of)
     against = context.report.against
-    reference = "baseline" if against is None else against.source
+    reference = "baseline"
+    fix = "undo the change, or accept it: the same command with --write-baseline"
+    if against is not None:
+        reference = against.source
+        fix = "undo the change; `jacdiag diff A B --all` lists every figure"
     text = f"{worst.words} ({reference} up to {plain(worst.bound)})"
     if len(group) > 1:
         text += f"; {len(group)} {what} in all"
+
+    # 2. The evidence.
+    changes = []
+    for change in group:
+        old, new = change.old, change.new
+        changes.append({"where": change.where, "field": change.figure, "old": old, "new": new})
     evidence = {
         "field": worst.figure,
         "value": worst.new,
         "baseline": worst.old,
         "threshold": worst.bound,
-        "parameters": [c.where for c in group if c.figure not in FIGURES],
-        "changes": [
-            {"where": c.where, "field": c.figure, "old": c.old, "new": c.new} for c in group
-        ],
+        "parameters": [change.where for change in group if change.figure not in FIGURES],
+        "changes": changes,
     }
-    fix = "undo the change, or accept it: the same command with --write-baseline"
-    if against is not None:
-        fix = "undo the change; `jacdiag diff A B --all` lists every figure"
-    return Finding(
-        rule.code,
-        context.level(rule, "error"),
-        [c.where for c in group],
-        text,
-        evidence,
-        rule.summary,
-        fix,
-    )
+
+    # 3. The finding.
+    where = [change.where for change in group]
+    level = context.level(rule, "error")
+    return Finding(rule.code, level, where, text, evidence, rule.summary, fix)
+
+
+def _growth_of(change: Change) -> float:
+    """Return the new value over the old one; the new one if the old is not above zero."""
+    if change.old > 0:
+        return change.new / change.old
+    return change.new
 
 
 REGRESSION = Rule("JD110", "regression", "error", check=_check)

@@ -21,18 +21,28 @@ def _zero(context: Context, rule: Rule) -> Outcome:
     cut = contract.zero_shortcuts
     if not cut:
         return Outcome(len(rows))
-    parameters = list(dict.fromkeys(name for shortcut in cut for name in shortcut.parameters))
+
+    # 1. The parameters that are zero on the way, and the shortcuts without one.
+    names: list[str] = []
+    is_any_unexplained = False
+    for shortcut in cut:
+        names.extend(shortcut.parameters)
+        if not shortcut.parameters:
+            is_any_unexplained = True
+    parameters = list(dict.fromkeys(names))
+
+    # 2. The sentence.
     where = [shortcut.sublayer for shortcut in cut]
     what = f"the shortcut is multiplied by zero at {_listed(where)}"
+    fix = ""
     if parameters:
         what += f"; on its way: {_listed(parameters)}, zero in every element"
-    if any(not shortcut.parameters for shortcut in cut):
-        what += (
-            "; no parameter on the way is zero"
-            if not parameters
-            else "; elsewhere no parameter on the way is zero"
-        )
-    fix = f"multiply the branch by {_listed(parameters)}, not the shortcut" if parameters else ""
+        fix = f"multiply the branch by {_listed(parameters)}, not the shortcut"
+    if is_any_unexplained:
+        elsewhere = "elsewhere " if parameters else ""
+        what += f"; {elsewhere}no parameter on the way is zero"
+
+    # 3. The finding.
     evidence = {"parameters": parameters, "count": len(cut)}
     level = context.level(rule, "warning")
     return Outcome(len(rows), [Finding(rule.code, level, where, what, evidence, rule.summary, fix)])

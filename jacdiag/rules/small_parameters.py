@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from jacdiag.records import ContractRecord, Finding, WeightRecord
 from jacdiag.rules.biases import wrong_biases
@@ -39,11 +39,7 @@ def differences(contract: ContractRecord) -> tuple[int, list[Difference]]:
         contract: of the model. What another rule of the contract names, or the user pinned, is left
             out.
     """
-    weights = [
-        weight
-        for weight in contract.weights
-        if weight.role not in MATRICES and weight.mean is not None
-    ]
+    weights = [weight for weight in contract.weights if _is_small(weight)]
     gains = [weight for weight in weights if weight.role == "norm_gain"]
     tables = [weight for weight in weights if weight.padding_size]
     compared = {table.parameter for table in tables}
@@ -62,20 +58,40 @@ def differences(contract: ContractRecord) -> tuple[int, list[Difference]]:
     candidates += _padding(tables)
 
     # 3. Norm gains that no other layer has, compared with all gains.
-    width = contract.sizes.get("d")
-    lonely = [gain for gain in gains if gain.parameter not in compared and gain.shape == [width]]
+    lonely = _lonely_gains(contract, gains, compared)
     compared.update(gain.parameter for gain in lonely)
     candidates += gains_unlike_the_model(lonely, gains)
 
-    # 4. The first difference of each, unless another rule names it.
-    named = _named_elsewhere(contract)
+    # 4. The first difference of each parameter.
     first_of: dict[str, Difference] = {}
     for difference in candidates:
         first_of.setdefault(difference.weight.parameter, difference)
-    reported = [
-        difference for name, difference in first_of.items() if name not in named or difference.part
-    ]
+
+    # 5. Another rule that names the parameter comes first, unless a part of it is meant here.
+    named = _named_elsewhere(contract)
+    reported = []
+    for name, difference in first_of.items():
+        if difference.part or name not in named:
+            reported.append(difference)
     return len(compared), reported
+
+
+def _is_small(weight: WeightRecord) -> bool:
+    """Return whether a parameter was measured and is no matrix of a sub-layer."""
+    return weight.role not in MATRICES and weight.mean is not None
+
+
+def _lonely_gains(
+    contract: ContractRecord, gains: list[WeightRecord], compared: Collection[str]
+) -> list[WeightRecord]:
+    """Return the gains of the model's width that were not compared over the layers."""
+    shape = [contract.sizes.get("d")]
+    lonely = []
+    for gain in gains:
+        was_compared = gain.parameter in compared
+        if gain.shape == shape and not was_compared:
+            lonely.append(gain)
+    return lonely
 
 
 def _named_elsewhere(contract: ContractRecord) -> set[str]:
@@ -87,15 +103,18 @@ def _named_elsewhere(contract: ContractRecord) -> set[str]:
     return names
 
 
-# -- layers against each other ---------------------------------------------------------------------
+# -- layers compared with each other ---------------------------------------------------------------
 def _differences_in(group: Group) -> Iterator[Difference]:
     """Yield the members of a group that differ from most of the others."""
+    # 1. Without a usual value they were drawn, or follow the depth on purpose.
     usual = usual_value(group.members)
     if usual is None:
         yield from _differences_of_draws(group)
         return
     if _follows_layer_scale(group):
         return
+
+    # 2. Most members have one value.
     value = usual.mean if is_constant(usual) else None
     others = f"the others hold {_content(usual)}"
     for weight in group.members:
@@ -106,18 +125,28 @@ def _differences_in(group: Group) -> Iterator[Difference]:
 def _differences_of_draws(group: Group) -> Iterator[Difference]:
     """Yield the members of a group of draws that differ from the middle one."""
     middle = _middle_draw(group)
-    others = f"most of the others were drawn {draw_in_words(middle)}" if middle else ""
+    others = ""
+    if middle is not None:
+        others = f"most of the others were drawn {draw_in_words(middle)}"
+
+    count = len(group.members)
     for weight in _not_drawn_alike(group):
-        yield Difference(weight, group.pattern, len(group.members), others, None, middle)
+        yield Difference(weight, group.pattern, count, others, None, middle)
 
 
 def _follows_layer_scale(group: Group) -> bool:
     """Return whether scales fall with depth through the published steps of LayerScale."""
-    if not all(weight.role == "scale" and weight.family == "constant" for weight in group.members):
-        return False
-    values = [weight.mean or 0.0 for weight in group.members]
-    falls = all(later <= earlier for earlier, later in itertools.pairwise(values))
-    return falls and all(_is_step_of_layer_scale(value) for value in values)
+    # 1. Constant scales, each at one of the steps.
+    values: list[float] = []
+    for weight in group.members:
+        is_constant_scale = weight.role == "scale" and weight.family == "constant"
+        value = weight.mean or 0.0
+        if not is_constant_scale or not _is_step_of_layer_scale(value):
+            return False
+        values.append(value)
+
+    # 2. None is larger than the one before it.
+    return all(later <= earlier for earlier, later in itertools.pairwise(values))
 
 
 def _is_step_of_layer_scale(value: float) -> bool:
@@ -130,60 +159,83 @@ def _not_drawn_alike(group: Group) -> list[WeightRecord]:
     Nothing is said where fewer than two thirds of the members agree with a middle one: decay rates
     and LayerScale may change from layer to layer on purpose.
     """
-    drawn = [weight for weight in group.members if weight.family in DRAWN]
+    drawn = _drawn_members(group)
     enough = MAJORITY * len(group.members)
     if len(drawn) < enough:
         return []
 
     # 1. Means and stds, each compared with the middle one.
-    middle_of_means = sorted(drawn, key=lambda weight: weight.mean or 0.0)[len(drawn) // 2]
+    middle_of_means = sorted(drawn, key=_mean_of)[len(drawn) // 2]
     other_mean = [weight for weight in drawn if not _means_agree(weight, middle_of_means)]
-    middle_of_stds = sorted(drawn, key=lambda weight: weight.std or 0.0)[len(drawn) // 2]
+    middle_of_stds = sorted(drawn, key=_std_of)[len(drawn) // 2]
     other_std = [weight for weight in drawn if not _stds_agree(weight, middle_of_stds)]
 
     # 2. Most must agree.
     most_exceptions = max(len(other_mean), len(other_std))
     if len(drawn) - most_exceptions < enough:
         return []
+
+    # 3. Constants, then other means, then other stds, each member once.
     unlike = [weight for weight in group.members if is_constant(weight)]
     unlike += other_mean
     return unlike + [weight for weight in other_std if weight not in unlike]
 
 
+def _drawn_members(group: Group) -> list[WeightRecord]:
+    return [weight for weight in group.members if weight.family in DRAWN]
+
+
+def _mean_of(weight: WeightRecord) -> float:
+    return weight.mean or 0.0
+
+
+def _std_of(weight: WeightRecord) -> float:
+    return weight.std or 0.0
+
+
 def _middle_draw(group: Group) -> WeightRecord | None:
     """Return the member of a group of draws whose std is the middle one."""
-    drawn = [weight for weight in group.members if weight.family in DRAWN]
+    drawn = _drawn_members(group)
     if not drawn:
         return None
-    return sorted(drawn, key=lambda weight: weight.std or 0.0)[len(drawn) // 2]
+    by_std = sorted(drawn, key=_std_of)
+    return by_std[len(by_std) // 2]
 
 
 def _means_agree(weight: WeightRecord, other: WeightRecord) -> bool:
     error = math.hypot(error_of_mean(weight), error_of_mean(other))
-    return abs((weight.mean or 0.0) - (other.mean or 0.0)) <= error
+    return abs(_mean_of(weight) - _mean_of(other)) <= error
 
 
 def _stds_agree(weight: WeightRecord, other: WeightRecord) -> bool:
     """Return whether the sampling intervals of two draws meet."""
-    if weight.lower is None or weight.upper is None or other.lower is None or other.upper is None:
+    # One that was not measured says nothing against it.
+    if weight.lower is None or weight.upper is None:
         return True
-    return weight.lower <= other.upper and other.lower <= weight.upper
+    if other.lower is None or other.upper is None:
+        return True
+    starts_before_its_end = weight.lower <= other.upper
+    ends_after_its_start = other.lower <= weight.upper
+    return starts_before_its_end and ends_after_its_start
 
 
 # -- alone -----------------------------------------------------------------------------------------
 def _biases_of_wrong_gains(
-    wrong: list[Difference], weights: list[WeightRecord]
+    gains_off: list[Difference], weights: list[WeightRecord]
 ) -> Iterator[Difference]:
     """Yield biases that are not zero in the norms whose gain is wrong.
 
     Both went through the same code.
     """
-    norms = {_module_of(difference.weight) for difference in wrong}
+    # 1. The biases of those norms.
+    norms = {_module_of(difference.weight) for difference in gains_off}
     biases = []
     for weight in weights:
         is_bias_of_norm = weight.role == "bias" and _module_of(weight) in norms
         if is_bias_of_norm and weight.family != "zero":
             biases.append(weight)
+
+    # 2. Each with how many there are of its name.
     count_of = Counter(bias.pattern for bias in biases)
     others = "the gain of the same norm is wrong too; a norm's bias is 0"
     for bias in biases:
@@ -221,6 +273,8 @@ def _check(context: Context, rule: Rule) -> Outcome:
     contract = context.report.contract
     if contract is None or context.report.state not in rule.states:
         return NOT_APPLICABLE
+
+    # One finding for the parameters of one name that differ from the same others.
     count, differing = differences(contract)
     groups: dict[tuple[str, str], list[Difference]] = {}
     for difference in differing:

@@ -43,9 +43,11 @@ class Limits:
     @property
     def cuts(self) -> tuple[float, ...]:
         """The cuts that exist, in ascending order."""
-        return tuple(
-            sorted({cut for cut in (self.info, self.warning, self.error) if cut is not None})
-        )
+        known = set()
+        for cut in (self.info, self.warning, self.error):
+            if cut is not None:
+                known.add(cut)
+        return tuple(sorted(known))
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,21 @@ class Thresholds:
         """Return plain cuts by "figure" or "figure.stratum", for a report."""
         table: dict[str, dict[str, float]] = {}
         for key, limits in self.table.items():
-            cuts = {cut: getattr(limits, cut) for cut in CUTS}
-            name = ".".join(part for part in key if part)
-            table[name] = {cut: value for cut, value in cuts.items() if value is not None}
+            cuts: dict[str, float] = {}
+            for cut in CUTS:
+                value = getattr(limits, cut)
+                if value is not None:
+                    cuts[cut] = value
+            table[_dotted(key)] = cuts
         return table
+
+
+def _dotted(key: tuple[str, str]) -> str:
+    """Return the name of an entry: "figure", or "figure.stratum"."""
+    figure, stratum = key
+    if not stratum:
+        return figure
+    return f"{figure}.{stratum}"
 
 
 def load_thresholds(
@@ -95,6 +108,7 @@ def load_thresholds(
         >>> load_thresholds({"norm_gain": {"error": 30}}).limits("norm_gain").error
         30.0
     """
+    # 1. Check the types.
     if overrides is not None and not isinstance(overrides, Mapping):
         hint = "a dict such as {'norm_gain': {'error': 30}}"
         raise UsageError(
@@ -103,23 +117,39 @@ def load_thresholds(
     if risk is not None and not isinstance(risk, str | os.PathLike | bytes):
         hint = "a file that `jacdiag backtest --write-risk` wrote"
         raise UsageError("risk is of the wrong type", got=f"type {type(risk).__name__}", hint=hint)
+
+    # 2. The thresholds that ship, then those of the user.
     table = _flat(tomllib.loads((_HERE / "thresholds.toml").read_text(encoding="utf-8")))
     for figure, value in (overrides or {}).items():
         for key in _keys_of(table, figure, value):
-            inner = value.get(key[1], value) if key[1] in value else value
-            table[key] = _overridden(table[key], ".".join(filter(None, key)), inner)
-    return Thresholds(table, load_risk() if risk is None else load_risk(Path(os.fsdecode(risk))))
+            stratum = key[1]
+            cuts = value.get(stratum, value)
+            table[key] = _overridden(table[key], _dotted(key), cuts)
+
+    # 3. The curves.
+    curves = load_risk() if risk is None else load_risk(Path(os.fsdecode(risk)))
+    return Thresholds(table, curves)
 
 
 def _flat(data: Mapping[str, Any]) -> dict[tuple[str, str], Limits]:
     """Return the limits by figure and stratum; a stratum inherits what is no cut."""
     table: dict[tuple[str, str], Limits] = {}
     for figure, section in data.items():
-        strata = {key: value for key, value in section.items() if isinstance(value, dict)}
-        own = {key: value for key, value in section.items() if key not in strata}
+        # 1. Tables are strata, anything else is of the figure itself.
+        strata: dict[str, dict[str, Any]] = {}
+        own: dict[str, Any] = {}
+        inherited: dict[str, Any] = {}
+        for key, value in section.items():
+            if isinstance(value, dict):
+                strata[key] = value
+                continue
+            own[key] = value
+            if key not in CUTS:
+                inherited[key] = value
+
+        # 2. A figure without a cut of its own has those of its strata alone.
         if any(cut in own for cut in CUTS):
             table[figure, ""] = Limits(**own)
-        inherited = {key: value for key, value in own.items() if key not in CUTS}
         for stratum, limits in strata.items():
             table[figure, stratum] = Limits(**{**inherited, **limits})
     return table
@@ -128,8 +158,12 @@ def _flat(data: Mapping[str, Any]) -> dict[tuple[str, str], Limits]:
 def _keys_of(
     table: Mapping[tuple[str, str], Limits], figure: str, value: Any
 ) -> list[tuple[str, str]]:
-    """Return which entries an override changes: some strata, or all of a figure."""
-    # 1. Check the override.
+    """Return which entries an override changes: some strata, or all of a figure.
+
+    Raises:
+        UsageError: the figure, a stratum or a cut does not exist, or the override is no table.
+    """
+    # 1. The figure.
     keys = [key for key in table if key[0] == figure]
     if not keys:
         known = ", ".join(sorted({known_figure for known_figure, _ in table}))
@@ -140,25 +174,35 @@ def _keys_of(
             got=repr(value),
             hint=f"{figure} = {{ warning = 10 }}",
         )
-    strata = [stratum for _, stratum in keys if stratum]
-    known_names = {*CUTS, *(stratum for _, stratum in keys)}
-    unknown = [name for name in value if name not in known_names]
-    if unknown:
-        known = ", ".join([*CUTS, *sorted(strata)])
-        raise UsageError(f"the threshold '{figure}' has no '{unknown[0]}'", hint=f"it has {known}")
 
-    # 2. A cut changes all strata; without one, only those that are named change.
-    named = [(figure, stratum) for stratum in strata if stratum in value]
+    # 2. Its cuts and strata.
+    strata = [stratum for _, stratum in keys if stratum]
+    names_known = {*CUTS, *(stratum for _, stratum in keys)}
+    for name in value:
+        if name not in names_known:
+            known = ", ".join([*CUTS, *sorted(strata)])
+            raise UsageError(f"the threshold '{figure}' has no '{name}'", hint=f"it has {known}")
+
+    # 3. A cut changes all strata; without one, only those that are named change.
     has_cut = any(name in CUTS for name in value)
-    return named if named and not has_cut else keys
+    named = [(figure, stratum) for stratum in strata if stratum in value]
+    if has_cut or not named:
+        return keys
+    return named
 
 
 def _overridden(limits: Limits, name: str, value: Mapping[str, Any]) -> Limits:
     """Return the limits with the cuts of an override.
 
+    Args:
+        limits: those that ship.
+        name: of the entry, for errors.
+        value: the new cuts.
+
     Raises:
         UsageError: A cut that does not exist, or that is no number; cuts that do not ascend.
     """
+    # 1. Check the cuts.
     cuts: dict[str, float] = {}
     for cut, number in value.items():
         if cut not in CUTS or not _is_number(number):
@@ -168,18 +212,24 @@ def _overridden(limits: Limits, name: str, value: Mapping[str, Any]) -> Limits:
                 hint="a number, as in warning = 10",
             )
         cuts[cut] = float(number)
+
+    # 2. They must ascend together with those that ship.
     changed = replace(limits, **cuts, origin="user", source="given by the user", range="")  # type: ignore[arg-type]
-    existing = [getattr(changed, cut) for cut in CUTS if getattr(changed, cut) is not None]
+    all_cuts = {cut: getattr(changed, cut) for cut in CUTS}
+    existing = [number for number in all_cuts.values() if number is not None]
     if existing != sorted(existing):
         raise UsageError(
             f"the cuts of '{name}' must ascend",
-            got=", ".join(f"{cut} {getattr(changed, cut)}" for cut in CUTS),
+            got=", ".join(f"{cut} {number}" for cut, number in all_cuts.items()),
         )
     return changed
 
 
 def _is_number(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    """Return whether a value is a number other than NaN; True and False are none."""
+    if isinstance(value, bool):
+        return False
+    if not isinstance(value, int | float):
         return False
     return not math.isnan(value)
 
@@ -208,11 +258,14 @@ def load_healthy(width: int | None = None, placement: str | None = None) -> list
         >>> load_healthy(256, "none")
         []
     """
+    # 1. The rungs of the placement.
     rungs = tomllib.loads((_HERE / "healthy.toml").read_text(encoding="utf-8")).get("rung", [])
     if placement is not None:
         rungs = [rung for rung in rungs if rung["placement"] == placement]
     if width is None:
         return rungs
+
+    # 2. Of each name the nearest width.
     nearest: dict[str, dict[str, Any]] = {}
     for rung in rungs:
         other = nearest.get(rung["name"])
