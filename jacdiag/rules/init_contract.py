@@ -18,10 +18,10 @@ from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 from jacdiag.rules.scheme_choice import followed
 from jacdiag.rules.scheme_deviations import (
     Deviation,
+    describe,
     deviations,
     head_left_at_default,
     layers_that_differ,
-    told,
 )
 from jacdiag.rules.scheme_fit import Yardstick
 from jacdiag.rules.schemes import MATRICES, Scheme, formulas_of, published_for
@@ -143,7 +143,8 @@ def _findings(
     """Return one finding per name pattern: the layers, measured, expected, and what it looks like.
 
     Args:
-        context, rule: of the check.
+        context: of the evaluation.
+        rule: that fires.
         differing: the weights.
         by: what expects another value, with its verb.
     """
@@ -153,7 +154,7 @@ def _findings(
         groups.setdefault(key, []).append(deviation)
     findings = []
     for group in groups.values():
-        what, evidence = told(group, by)
+        what, evidence = describe(group, by)
         where = _where(deviation.weight for deviation in group)
         level = context.level(rule, rule.level)
         fix = _fix_of(group[0])
@@ -215,6 +216,8 @@ def _keys(scheme: Scheme, weight: WeightRecord) -> list[str]:
     formulas = scheme.of(weight)
     if not formulas:
         return []
+
+    # Compared by identity: two keys may state equal formulas.
     return [key for key, value in scheme.formulas.items() if value is formulas]
 
 
@@ -369,24 +372,34 @@ def _tied_finding(
 # -- JD207 -----------------------------------------------------------------------------------------
 def _decay(context: Context, rule: Rule) -> Outcome:
     contract = context.report.contract
-    has_optimizer = contract is not None and any(
-        weight.decayed is not None for weight in contract.weights
-    )
-    if contract is None or not has_optimizer:
+    if contract is None:
         return NOT_APPLICABLE
+    has_optimizer = any(weight.decayed is not None for weight in contract.weights)
+    if not has_optimizer:
+        return NOT_APPLICABLE
+
+    # One finding for each kind of parameter with weight decay.
     spared = [weight for weight in contract.weights if weight.role in _SPARED]
     findings = []
     for role, words in _SPARED.items():
         names = [weight.parameter for weight in spared if weight.role == role and weight.decayed]
-        if not names:
-            continue
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        what = f"{words} in a parameter group with weight decay: {', '.join(names[:3])}{more}"
-        evidence = {"parameters": names, "role": role}
-        level = context.level(rule, "info" if role == "bias" else "warning")
-        fix = "a parameter group with weight_decay=0 for embeddings, gains and biases"
-        findings.append(Finding(rule.code, level, names, what, evidence, rule.summary, fix))
+        if names:
+            findings.append(_decay_finding(context, rule, role, words, names))
     return Outcome(len(spared), findings)
+
+
+def _decay_finding(
+    context: Context, rule: Rule, role: str, words: str, names: list[str]
+) -> Finding:
+    """Return the finding about the parameters of one role that decay."""
+    listed = ", ".join(names[:3])
+    if len(names) > 3:
+        listed += f" and {len(names) - 3} more"
+    what = f"{words} in a parameter group with weight decay: {listed}"
+    evidence = {"parameters": names, "role": role}
+    level = context.level(rule, "info" if role == "bias" else "warning")
+    fix = "a parameter group with weight_decay=0 for embeddings, gains and biases"
+    return Finding(rule.code, level, names, what, evidence, rule.summary, fix)
 
 
 RULES = (

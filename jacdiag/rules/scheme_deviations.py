@@ -110,17 +110,25 @@ def head_left_at_default(yardstick: Yardstick) -> list[Deviation]:
             continue
         if head.parameter in contract.tied or yardstick.agrees_by_itself(head):
             continue
-        # 3. It is compared with what the scheme says of a matrix, if that is the same for all
-        #    sizes. A formula of the sub-layers' sizes says nothing of the head (T-Fixup).
-        values = yardstick.values(replace(head, role="W_1"))
-        if not values:
-            continue
-        formula, value = next(iter(values.items()))
-        is_of_no_size = formula.names <= {"s"}
-        if is_of_no_size and not holds(head, value, yardstick.spread):
-            text = _shown(formula.text, yardstick.s)
-            result.append(Deviation(head, value, text, "plain", _LINEAR_DEFAULT))
+        deviation = _compare_with_matrices(yardstick, head)
+        if deviation is not None:
+            result.append(deviation)
     return result
+
+
+def _compare_with_matrices(yardstick: Yardstick, head: WeightRecord) -> Deviation | None:
+    """Compare a head at its default with what the scheme says of a matrix of any size."""
+    values = yardstick.values(replace(head, role="W_1"))
+    if not values:
+        return None
+    formula, value = next(iter(values.items()))
+
+    # A formula of the sub-layers' sizes says nothing of the head (T-Fixup).
+    is_of_any_size = formula.names <= {"s"}
+    if not is_of_any_size or holds(head, value, yardstick.spread):
+        return None
+    text = _shown(formula.text, yardstick.s)
+    return Deviation(head, value, text, "plain", _LINEAR_DEFAULT)
 
 
 def _is_default(weight: WeightRecord) -> bool:
@@ -146,75 +154,114 @@ def _looks(yardstick: Yardstick, mismatch: Mismatch) -> str:
 
     "" means that none is known.
     """
-    weight, value, spread = mismatch.piece.weight, mismatch.value, yardstick.spread
+    weight = mismatch.piece.weight
     if weight.family == "zero":
         return "all of it is zero"
-    if weight.family == "constant" or value <= 0:
+    if weight.family == "constant" or mismatch.value <= 0:
         return ""
 
-    # 1. Mistakes of one number.
+    # 1. The mistake of the entire model.
     if yardstick.looks:
         return yardstick.looks
-    if holds(weight, 1.0) and value < 1.0:
+
+    # 2. Mistakes of one weight, the most specific first.
+    factor = depth_factor(yardstick, mismatch)
+    return (
+        _wrong_number(yardstick, mismatch)
+        or _depth_mistake(weight.role, factor)
+        or _confusion(yardstick, mismatch)
+    )
+
+
+def _wrong_number(yardstick: Yardstick, mismatch: Mismatch) -> str:
+    """Return which other number the std was taken from; "" if that is not known."""
+    is_unit_std = holds(mismatch.piece.weight, 1.0)
+    if is_unit_std and mismatch.value < 1.0:
         return "the default std of torch.nn.init.normal_ is 1"
     if _is_scaled_by_head(yardstick, mismatch):
         return "scaled by the width of a head, not by that of its input"
+    return ""
 
-    # 2. Scaling with depth.
-    mistake = _depth_mistake(weight.role, depth_factor(yardstick, mismatch))
-    if mistake:
-        return mistake
 
-    # 3. Two numbers taken for each other, or no init at all.
+def _confusion(yardstick: Yardstick, mismatch: Mismatch) -> str:
+    """Return which two numbers were taken for each other, or that no init was applied."""
+    weight, value, spread = mismatch.piece.weight, mismatch.value, yardstick.spread
     if holds(weight, value * value, spread) or holds(weight, math.sqrt(value), spread):
         return "std and variance confused"
+
     if _has_fans_confused(weight, value, spread):
         return "fan_in and fan_out confused"
-    return _LINEAR_DEFAULT if is_linear_default(weight) else ""
+
+    if is_linear_default(weight):
+        return _LINEAR_DEFAULT
+    return ""
 
 
 def _depth_mistake(role: str, factor: str) -> str:
-    """Return what is wrong with the scaling with depth; "" if nothing is."""
-    if factor == "missing" and role in RESIDUAL:
-        return "the scaling with depth is missing"
-    if factor == "extra" and role in RESIDUAL:
-        return "scaled with depth once too often"
-    if factor == "extra" and role in INNER:
+    """Return what is wrong with the scaling with depth; "" if nothing is.
+
+    Args:
+        role: of the matrix.
+        factor: what `depth_factor` returned for it.
+    """
+    # 1. Output matrices are scaled down with depth, once.
+    if role in RESIDUAL:
+        if factor == "missing":
+            return "the scaling with depth is missing"
+        if factor == "extra":
+            return "scaled with depth once too often"
+
+    # 2. The others are not.
+    if role in INNER and factor == "extra":
         return "scaled with depth, and writes to no shortcut"
     return ""
 
 
 def _has_fans_confused(weight: WeightRecord, value: float, spread: Spread) -> bool:
-    if not weight.fan_in or not weight.fan_out or weight.fan_in == weight.fan_out:
+    """Return whether the std is that of the transposed matrix."""
+    if not weight.fan_in or not weight.fan_out:
         return False
+    if weight.fan_in == weight.fan_out:
+        return False
+
+    # Formulas divide by a root of fan_in or of fan_out, so that either ratio may be right.
     ratio = math.sqrt(weight.fan_in / weight.fan_out)
     return holds(weight, value * ratio, spread) or holds(weight, value / ratio, spread)
 
 
 def _is_scaled_by_head(yardstick: Yardstick, mismatch: Mismatch) -> bool:
     """Return whether queries, keys or values have the std of an input as wide as one head."""
-    weight, head = mismatch.piece.weight, yardstick.contract.sizes.get("d_head")
-    if weight.role not in _PROJECTIONS or not head or not weight.fan_in:
+    weight = mismatch.piece.weight
+    if weight.role not in _PROJECTIONS:
+        return False
+
+    # With one head there is nothing to confuse.
+    head = yardstick.contract.sizes.get("d_head")
+    if not head or not weight.fan_in:
         return False
     if weight.fan_in == head:
         return False
+
     value = mismatch.value * math.sqrt(weight.fan_in / head)
     return holds(weight, value, yardstick.spread)
 
 
-def told(group: Sequence[Deviation], by: str) -> tuple[str, dict[str, Any]]:
+def describe(group: Sequence[Deviation], by: str) -> tuple[str, dict[str, Any]]:
     """Return the sentence and the evidence of one finding.
 
     Args:
         group: Weights of one name pattern, so that the layers are folded.
         by: What expects another value, with its verb.
     """
+    # 1. The sentence.
     first = group[0]
     weights = [deviation.weight for deviation in group]
-    looks = next((deviation.looks for deviation in group if deviation.looks), "")
+    looks = _first_look(group)
     sentence = f"{_subject(group)}: {_measured(first, weights)}, {_expected(group, by)}"
     if looks:
         sentence += f"; {looks}"
+
+    # 2. The evidence.
     evidence = {
         "parameters": [weight.parameter for weight in weights],
         "role": first.weight.role,
@@ -233,6 +280,14 @@ def told(group: Sequence[Deviation], by: str) -> tuple[str, dict[str, Any]]:
     if first.section:
         evidence["section"] = first.section
     return sentence, evidence
+
+
+def _first_look(group: Sequence[Deviation]) -> str:
+    """Return the mistake that the first weights of a group look like; "" for none."""
+    for deviation in group:
+        if deviation.looks:
+            return deviation.looks
+    return ""
 
 
 def _subject(group: Sequence[Deviation]) -> str:
@@ -284,19 +339,27 @@ def _is_number(text: str) -> bool:
 
 
 def _range(values: Iterable[float | None]) -> str:
+    """Return "0.02", or "0.02 to 0.04" if the values differ by more than a few percent."""
     known = sorted(value for value in values if value is not None)
     if not known:
         return "?"
+
     low, high = plain(known[0]), plain(known[-1])
-    is_narrow = low == high or known[-1] < known[0] * _NARROW_RANGE
+    if low == high:
+        return low
+    is_narrow = known[-1] < known[0] * _NARROW_RANGE
     return low if is_narrow else f"{low} to {high}"
 
 
 def _layers(weights: Sequence[WeightRecord], of: int) -> str:
+    """Return which layers differ; "" if all do."""
     layers = [str(weight.layer) for weight in weights if weight.layer is not None]
-    if not layers or len(layers) >= of:
+    is_some = 0 < len(layers) < of
+    if not is_some:
         return ""
-    return f", layer {', '.join(layers[:8])}"
+
+    shown = ", ".join(layers[:8])
+    return f", layer {shown}"
 
 
 # -- no scheme: the layers compared with each other ------------------------------------------------
@@ -312,28 +375,43 @@ def layers_that_differ(weights: Iterable[WeightRecord]) -> tuple[int, list[Devia
     Returns:
         How many weights were compared, and those off their course.
     """
-    # 1. Matrices by name pattern, where there are three layers or more.
+    # 1. Matrices by name pattern.
     groups: dict[str, list[WeightRecord]] = {}
     for weight in weights:
         is_measured = bool(weight.lower and weight.upper and weight.std)
         if weight.layer is not None and is_measured and not _is_vector(weight):
             groups.setdefault(weight.pattern, []).append(weight)
-    comparable = [group for group in groups.values() if len(group) >= _FEWEST_LAYERS]
 
-    # 2. Of each, the layers off the course that passes through the most.
+    # 2. Those of enough layers to show a course.
+    count = 0
+    result: list[Deviation] = []
+    for group in groups.values():
+        if len(group) >= _FEWEST_LAYERS:
+            count += len(group)
+            result += _off_course(group)
+    return count, result
+
+
+def _off_course(group: Sequence[WeightRecord]) -> list[Deviation]:
+    """Return the layers off the course that passes through the most; [] if it passes few."""
+
+    def count_met(course: _Course) -> int:
+        return sum(course.meets(weight) for weight in group)
+
+    # 1. The course and the layers off it.
+    course = max(_courses(group), key=count_met)
+    off = [weight for weight in group if not course.meets(weight)]
+    if len(off) * 3 > len(group):
+        return []
+
+    # 2. What the course says of each.
     result = []
-    for group in comparable:
-        course = max(_courses(group), key=lambda course: sum(course.meets(w) for w in group))
-        off = [weight for weight in group if not course.meets(weight)]
-        if not off or len(off) * 3 > len(group):
-            continue
-        for weight in off:
-            value = course.at(weight)
-            deviation = Deviation(
-                weight, value, course.words, "layers", of=len(group), by_layers=True
-            )
-            result.append(deviation)
-    return sum(map(len, comparable)), result
+    for weight in off:
+        value = course.at(weight)
+        result.append(
+            Deviation(weight, value, course.words, "layers", of=len(group), by_layers=True)
+        )
+    return result
 
 
 @dataclass(frozen=True)
@@ -345,9 +423,11 @@ class _Course:
 
     @property
     def words(self) -> str:
-        if self.power:
-            return f"a course over depth of (l + 1)^{self.power:.2g}"
-        return "the std of the other layers"
+        """The course in words."""
+        is_constant = not self.power
+        if is_constant:
+            return "the std of the other layers"
+        return f"a course over depth of (l + 1)^{self.power:.2g}"
 
     def at(self, weight: WeightRecord) -> float:
         """Return the std at the layer of a weight."""
@@ -366,11 +446,17 @@ class _Course:
 
 def _courses(group: Sequence[WeightRecord]) -> Iterable[_Course]:
     """Yield the constant course through the median, and the power through each pair of layers."""
-    yield _Course(sorted(weight.std or 0.0 for weight in group)[len(group) // 2])
+    # 1. The constant.
+    stds = sorted(weight.std or 0.0 for weight in group)
+    yield _Course(stds[len(stds) // 2])
+
+    # 2. The powers. A deep model has more pairs than are needed.
     if len(group) > _MOST_LAYERS:
         group = group[:: max(1, len(group) // _MOST_LAYERS)]
     for first, second in itertools.combinations(group, 2):
-        if not first.std or not second.std or first.layer == second.layer:
+        if not first.std or not second.std:
+            continue
+        if first.layer == second.layer:
             continue
         depth, other_depth = (first.layer or 0) + 1, (second.layer or 0) + 1
         power = math.log(second.std / first.std) / math.log(other_depth / depth)

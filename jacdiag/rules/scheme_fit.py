@@ -168,6 +168,8 @@ class Yardstick:
         counts = {len(self.scheme.of(weight)) for weight in weights}
         if not self.is_followed or len(counts) != 1:
             return frozenset()
+
+        # 1. Count how many weights agree with each variant, none of them included.
         votes: Counter[int] = Counter()
         for weight in weights:
             known = variables(self.contract, weight, self.s)
@@ -175,6 +177,8 @@ class Yardstick:
                 value = formula.value(known)
                 agrees = value is not None and holds(weight, value, self.spread)
                 votes[number] += int(agrees)
+
+        # 2. Several may agree with equally many.
         most = max(votes.values(), default=0)
         return frozenset(number for number, count in votes.items() if count == most)
 
@@ -251,21 +255,25 @@ class Yardstick:
 
     def _agrees(self, weight: WeightRecord, values: Mapping[Formula, float]) -> bool:
         """Return whether a weight has one of the values, or one that goes with any scheme."""
+        # 1. The family of the draw, where only one will do.
         expected_family = self.scheme.family
-        if expected_family and weight.role in MATRICES and weight.family != expected_family:
+        is_judged_by_family = bool(expected_family) and weight.role in MATRICES
+        if is_judged_by_family and weight.family != expected_family:
             return False
+
+        # 2. A value of the scheme.
         if any(holds(weight, value, self.spread) for value in values.values()):
             return True
         if not self.is_followed:
             return False
-        # Tables may have other values, whichever scheme the matrices follow.
+
+        # 3. Tables may have other values, whichever scheme the matrices follow.
         known = variables(self.contract, weight, self.s)
         for formula in allowed_with_any_scheme().get(weight.role, ()):
             value = formula.value(known)
             if value is not None and holds(weight, value):
                 return True
-        is_table = weight.role in ("embedding", "positions")
-        return is_table and weight.std is not None and 0 < weight.std <= _TINY
+        return _is_tiny_table(weight)
 
 
 def _attention_of(weight: WeightRecord) -> str:
@@ -273,11 +281,19 @@ def _attention_of(weight: WeightRecord) -> str:
     return weight.parameter.removesuffix(".weight").rpartition(".")[0]
 
 
+def _is_tiny_table(weight: WeightRecord) -> bool:
+    """Return whether embedding or positions are so small that they were meant to be."""
+    if weight.role not in ("embedding", "positions"):
+        return False
+    return weight.std is not None and 0 < weight.std <= _TINY
+
+
 def _distance(weight: WeightRecord, value: float) -> float:
     """Return how far a weight is from a value, as a ratio; infinite for the value zero."""
     if value <= 0:
         return math.inf
-    return abs(math.log(max(weight.std or 0.0, 1e-30) / value))
+    std = max(weight.std or 0.0, 1e-30)
+    return abs(math.log(std / value))
 
 
 def _pieces(
@@ -311,6 +327,7 @@ def is_projection(weight: WeightRecord, width: int = 0) -> bool:
         width: Of the model; 0 if it is not known. A stack of matrices of an attention, one per
             head, must read or make so many features.
     """
+    # 1. A matrix of a sub-layer of the right kind.
     if weight.kind not in _KINDS:
         return False
     sizes = [size for size in weight.shape if size > 1]
@@ -318,10 +335,14 @@ def is_projection(weight: WeightRecord, width: int = 0) -> bool:
         return False
     if weight.fan_in is None or weight.fan_out is None:
         return True
-    # The first of two factors narrows. One that does not makes shifts and scales (adaLN).
-    fans = (weight.fan_in, weight.fan_out)
-    if weight.role.endswith("_a") and weight.fan_out >= weight.fan_in:
+
+    # 2. The first of two factors narrows. One that does not makes shifts and scales (adaLN).
+    is_first_factor = weight.role.endswith("_a")
+    if is_first_factor and weight.fan_out >= weight.fan_in:
         return False
+
+    # 3. Its sizes are those of the map.
+    fans = (weight.fan_in, weight.fan_out)
     is_stored_by_head = len(sizes) == 3 and weight.kind in ("attention", "cross-attention")
     if is_stored_by_head and width and width not in fans:
         return False
@@ -400,16 +421,18 @@ def holds(weight: WeightRecord, value: float, spread: Spread = (1.0, 1.0)) -> bo
         value: Std of a matrix, value of a vector.
         spread: Relative interval of `value` itself.
     """
-    is_vector = weight.role in VECTORS or len(weight.shape) < 2
-    if is_vector:
-        if weight.family not in ("zero", "constant") or weight.mean is None:
+    # 1. Vectors and constants have a value, not a std.
+    is_constant = weight.family in ("zero", "constant")
+    if weight.role in VECTORS or len(weight.shape) < 2:
+        if not is_constant or weight.mean is None:
             return False
         return math.isclose(weight.mean, value, rel_tol=_EXACT_RELATIVE, abs_tol=_EXACT_ABSOLUTE)
     if weight.lower is None or weight.upper is None:
         return True  # not measured: another rule reports that
-    if value == 0 or weight.family in ("zero", "constant"):
+    if value == 0 or is_constant:
         return weight.family == "zero" and value == 0
-    # `value` may be the std before or after the truncation.
+
+    # 2. `value` may be the std before or after the truncation.
     low, high = weight.lower / spread[1], weight.upper / spread[0]
     return low <= value <= high or low <= value * weight.truncation <= high
 
@@ -419,15 +442,25 @@ def is_of_unit_spread(weight: WeightRecord) -> bool:
 
     Std 1 is the default of torch.nn.init.normal_.
     """
-    if weight.fan_in is not None and weight.fan_in < _FEW_INPUTS:
+    has_few_inputs = weight.fan_in is not None and weight.fan_in < _FEW_INPUTS
+    if has_few_inputs:
         return False
-    drawn = weight.family not in ("zero", "constant") and bool(weight.std)
-    return drawn and holds(weight, 1.0)
+
+    if weight.family in ("zero", "constant") or not weight.std:
+        return False
+    return holds(weight, 1.0)
 
 
 def judged_by_schemes(contract: ContractRecord) -> list[WeightRecord]:
     """Return the weights that show which scheme a model follows."""
-    measured = [weight for weight in contract.weights if weight.lower is not None]
     width = int(contract.sizes.get("d", 0))
-    inside = [w for w in measured if w.role in MATRICES and is_projection(w, width)]
-    return inside + [w for w in measured if w.role in OUTSIDE]
+    inside: list[WeightRecord] = []
+    outside: list[WeightRecord] = []
+    for weight in contract.weights:
+        if weight.lower is None:
+            continue
+        if weight.role in OUTSIDE:
+            outside.append(weight)
+        elif weight.role in MATRICES and is_projection(weight, width):
+            inside.append(weight)
+    return inside + outside
