@@ -63,9 +63,12 @@ class Pair:
     @property
     def ratio(self) -> float | None:
         """The new estimate over the old one; None if there is none."""
-        if self.old is None or self.new is None or not self.old[1]:
+        if self.old is None or self.new is None:
             return None
-        return self.new[1] / self.old[1]
+        old_estimate, new_estimate = self.old[1], self.new[1]
+        if not old_estimate:
+            return None
+        return new_estimate / old_estimate
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,8 @@ def compare(a: Report, b: Report) -> Comparison:
     """Compare two reports figure by figure.
 
     Args:
-        a, b: the reports; `a` is the older one.
+        a: the older report.
+        b: the newer one.
 
     Raises:
         UsageError: one of them is no report.
@@ -170,15 +174,24 @@ class Placed(Protocol):
     """What a sub-layer is matched by, measured or not."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Its name in the model."""
+
     @property
-    def depth(self) -> int: ...
+    def depth(self) -> int:
+        """The number of its layer."""
+
     @property
-    def kind(self) -> Any: ...
+    def kind(self) -> Any:
+        """Such as "attention" or "mlp"."""
+
     @property
-    def placement(self) -> Any: ...
+    def placement(self) -> Any:
+        """Where its norm stands; None if it is not on the stream."""
+
     @property
-    def nested(self) -> bool: ...
+    def nested(self) -> bool:
+        """Whether it is part of another sub-layer."""
 
 
 Row = TypeVar("Row", bound=Placed)
@@ -213,10 +226,15 @@ def are_apart(old: Ends | None, new: Ends | None) -> bool:
     """Return whether two intervals have no value in common, but for rounding.
 
     One that was not measured says nothing. NaN is apart from everything.
+
+    Args:
+        old: lower end, middle and upper end.
+        new: those of the other interval.
     """
     if old is None or new is None:
         return False
-    if any(math.isnan(end) for end in (*old, *new)):
+    has_nan = any(math.isnan(end) for end in (*old, *new))
+    if has_nan:
         return True
     return _is_above(old, new) or _is_above(new, old)
 
@@ -266,11 +284,16 @@ def _fuse_like(weights: Weights, model: Mapping[Key, WeightRecord]) -> Weights:
     """Return weights with those put together that another model has fused."""
     fused = dict(weights)
     for layer, role, number in model:
+        # 1. The parts that the other model's weight is made of, if it is fused here alone.
         keys: list[Key] = [(layer, part, number) for part in FUSED.get(str(role), ())]
-        if not keys or (layer, role, number) in fused:
+        is_fused_here = (layer, role, number) in fused
+        if not keys or is_fused_here:
             continue
+
+        # 2. One weight in place of all of them.
         if all(key in fused for key in keys):
-            fused[layer, role, number] = _put_together([fused.pop(key) for key in keys], str(role))
+            parts = [fused.pop(key) for key in keys]
+            fused[layer, role, number] = _put_together(parts, str(role))
     return fused
 
 
@@ -296,7 +319,10 @@ def _put_together(weights: list[WeightRecord], role: str) -> WeightRecord:
 
 
 def _std(weight: WeightRecord | None) -> Ends | None:
-    """Return the std of a weight with its interval."""
-    if weight is None or weight.std is None or weight.lower is None or weight.upper is None:
+    """Return the std of a weight with its interval; None if it was not measured."""
+    if weight is None or weight.std is None:
         return None
+    if weight.lower is None or weight.upper is None:
+        return None
+
     return (weight.lower, weight.std, weight.upper)

@@ -26,6 +26,7 @@ def figures_of(reports: Sequence[Report], margin: float, command: str = "") -> F
     Args:
         reports: one per seed, of the same model.
         margin: relative, for one seed.
+        command: that writes the baseline; "" if none does.
     """
     first, count = reports[0], len(reports)
     sublayers: dict[str, dict[str, list[float]]] = {}

@@ -69,17 +69,22 @@ def copies(contract: ContractRecord) -> tuple[int, list[Copy]]:
 
 
 def constant_matrices(contract: ContractRecord) -> list[WeightRecord]:
-    """Return the matrices of sub-layers that hold one number other than zero throughout."""
+    """Return the matrices of sub-layers that hold one number other than zero throughout.
+
+    Args:
+        contract: of a model at its init. What another rule of the contract names is left out.
+    """
     named = {deviation.weight.parameter for deviation in deviations_of(contract)}
-    return [
-        weight
-        for weight in contract.weights
-        if weight.role in MATRICES
-        and weight.family == "constant"
-        and len(weight.shape) >= 2
-        and min(weight.shape[-2:]) >= 2
-        and weight.parameter not in named
-    ]
+    constant = []
+    for weight in contract.weights:
+        if weight.role not in MATRICES or weight.family != "constant":
+            continue
+
+        # A matrix with one row or column is a vector, whose numbers may be one on purpose.
+        is_matrix = len(weight.shape) >= 2 and min(weight.shape[-2:]) >= 2
+        if is_matrix and weight.parameter not in named:
+            constant.append(weight)
+    return constant
 
 
 def _is_drawn(weight: WeightRecord) -> bool:
@@ -88,8 +93,10 @@ def _is_drawn(weight: WeightRecord) -> bool:
 
 def _origin_of(weight: WeightRecord) -> str:
     """Return the name of the first weight of a model that holds these random numbers."""
-    own = weight.parameter
-    return weight.stream_of or (weight.same_as if weight.same_as != own else "") or own
+    if weight.stream_of:
+        return weight.stream_of
+    # Of a weight that repeats a part of itself, `same_as` is its own name.
+    return weight.same_as or weight.parameter
 
 
 def _content_of(weight: WeightRecord) -> str:
@@ -161,14 +168,18 @@ def _check(context: Context, rule: Rule) -> Outcome:
 
 def _findings_alone(context: Context, rule: Rule, contract: ContractRecord) -> Iterator[Finding]:
     """Yield what is said of weights that repeat a part of themselves."""
-    repeating = [
-        weight
-        for weight in contract.weights
-        if weight.same_as == weight.parameter
-        and (_is_drawn(weight) or (weight.role in _OUTSIDE and weight.family in DRAWN))
-    ]
+    # 1. Random numbers that repeat.
+    repeating = []
+    for weight in contract.weights:
+        is_outside = weight.role in _OUTSIDE and weight.family in DRAWN
+        if weight.same_as != weight.parameter:
+            continue
+        if is_outside or _is_drawn(weight):
+            repeating.append(weight)
     if repeating:
         yield _finding_of_parts(context, rule, repeating)
+
+    # 2. One number throughout.
     by_value: dict[str, list[WeightRecord]] = {}
     for weight in constant_matrices(contract):
         by_value.setdefault(plain(weight.mean), []).append(weight)
@@ -233,32 +244,40 @@ def _finding_of_parts(context: Context, rule: Rule, repeating: list[WeightRecord
 def _finding(
     context: Context, rule: Rule, contract: ContractRecord, stack: str, group: list[Copy]
 ) -> Finding:
+    """Return the finding about the layers or experts of a stack that repeat one of them."""
+    # 1. The drawn weights of the layers that repeat.
+    weights = [copy.weight for copy in group]
     numbers = sorted({copy.number for copy in group})
-    prefixes = tuple(
-        f"{prefix}.{number}." for prefix in {copy.stack for copy in group} for number in numbers
-    )
-    drawn = [w for w in contract.weights if _is_drawn(w) and w.parameter.startswith(prefixes)]
-    shown = ", ".join(map(str, numbers[:8])) + (" ..." if len(numbers) > 8 else "")
+    prefixes: list[str] = []
+    for prefix in {copy.stack for copy in group}:
+        prefixes.extend(f"{prefix}.{number}." for number in numbers)
+    drawn = 0
+    for weight in contract.weights:
+        drawn += int(_is_drawn(weight) and weight.parameter.startswith(tuple(prefixes)))
+
+    # 2. The sentence.
+    original = group[0].original_number
+    shown = ", ".join(map(str, numbers[:8]))
+    if len(numbers) > 8:
+        shown += " ..."
     what = (
-        f"{stack or 'the model'}: {shown} bit-identical to {group[0].original_number}, in "
+        f"{stack or 'the model'}: {shown} bit-identical to {original}, in "
         f"{len(group)} of their "
-        f"{len(drawn)} drawn weights"
+        f"{drawn} drawn weights"
     )
+
+    # 3. The finding.
     evidence = {
-        "parameters": [copy.weight.parameter for copy in group],
+        "parameters": [weight.parameter for weight in weights],
         "same_as": [copy.original.parameter for copy in group],
         "copies": numbers,
-        "original": group[0].original_number,
-        "of": len(drawn),
+        "original": original,
+        "of": drawn,
     }
-    where = list(dict.fromkeys(copy.weight.sublayer or copy.weight.parameter for copy in group))
-    fix = (
-        f"draw {names_of([copy.weight for copy in group])} anew: build each layer by itself, "
-        "not as a copy"
-    )
-    return Finding(
-        rule.code, context.level(rule, rule.level), where, what, evidence, rule.summary, fix
-    )
+    where = list(dict.fromkeys(weight.sublayer or weight.parameter for weight in weights))
+    fix = f"draw {names_of(weights)} anew: build each layer by itself, not as a copy"
+    level = context.level(rule, rule.level)
+    return Finding(rule.code, level, where, what, evidence, rule.summary, fix)
 
 
 RULE = Rule("JD210", "identical-layers", "warning", check=_check, states=("init",))

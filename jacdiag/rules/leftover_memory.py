@@ -32,10 +32,13 @@ def leftovers(contract: ContractRecord) -> list[Leftover]:
     Args:
         contract: of a model at its init.
     """
+    # 1. New memory is often zero throughout: then every matrix is.
     matrices = [weight for weight in contract.weights if len(weight.shape) >= 2]
     if matrices and all(weight.family == "zero" for weight in matrices):
         zero = [weight for weight in contract.weights if weight.family == "zero"]
         return [Leftover(weight, _ALL_ZERO) for weight in zero]
+
+    # 2. Signs of used memory in single parameters.
     result = []
     for weight in contract.weights:
         sign = _sign_of(weight)
@@ -48,22 +51,29 @@ def without_leftovers(contract: ContractRecord) -> ContractRecord:
     """Return the contract of the parameters that an init wrote.
 
     What the others hold says nothing of a scheme.
+
+    Args:
+        contract: of a model at its init.
     """
     left = {leftover.weight.parameter for leftover in leftovers(contract)}
     if not left:
         return contract
-    return replace(
-        contract, weights=[weight for weight in contract.weights if weight.parameter not in left]
-    )
+
+    written = [weight for weight in contract.weights if weight.parameter not in left]
+    return replace(contract, weights=written)
 
 
 def _sign_of(weight: WeightRecord) -> str:
+    """Return the sign that nobody wrote a parameter; "" if there is none."""
     if weight.tiny:
         return "numbers that are not zero and closer to it than 1e-30"
-    # memory hardly ever holds one number throughout; a mask of -1e9 does
+
+    # Memory hardly ever holds one number throughout. A mask of -1e9 does.
     is_written = weight.family == "constant"
-    if weight.largest is not None and weight.largest > LARGEST and not is_written:
+    is_large = weight.largest is not None and weight.largest > LARGEST
+    if is_large and not is_written:
         return f"numbers beyond {plain(LARGEST)}"
+
     if weight.piece_of:
         return f"the numbers of a piece of {weight.piece_of}"
     return ""
@@ -96,14 +106,17 @@ def _fix_for(context: Context, left: list[WeightRecord]) -> str:
 
 def _step_for(weight: WeightRecord, others: list[WeightRecord]) -> str:
     """Return what to do about one parameter, with "{}" for its name."""
-    alike = [
-        other for other in others if other.pattern == weight.pattern and other.role == weight.role
-    ]
-    for other in alike:
+    # 1. As its like in another layer.
+    for other in others:
+        is_alike = other.pattern == weight.pattern and other.role == weight.role
+        if not is_alike:
+            continue
         if other.family in CONSTANT:
             return f"set {{}} to {other.mean or 0.0:.4g}"
         if other.family in ("normal", "truncated", "uniform"):
             return f"draw {{}} {draw_in_words(other)}, as {other.parameter}"
+
+    # 2. As its role is usually set. The gain of a norm that divides by a length is not 1.
     if weight.role == "norm_gain" and weight.norm_length is None:
         return f"set {{}} to {1.0 - weight.offset:.4g}"
     if weight.role == "bias":
@@ -112,7 +125,15 @@ def _step_for(weight: WeightRecord, others: list[WeightRecord]) -> str:
 
 
 def _finding(context: Context, rule: Rule, sign: str, weights: list[WeightRecord]) -> Finding:
+    # 1. The sentence.
     names = names_of(weights)
+    verb = "holds" if len(weights) == 1 else "hold"
+    claim = "no init wrote this"
+    if sign == _ALL_ZERO:
+        claim = "no init drew them"
+    what = f"{names} {verb} {sign}: {claim}"
+
+    # 2. The finding.
     evidence = {
         "parameters": [weight.parameter for weight in weights],
         "role": weights[0].role,
@@ -120,14 +141,10 @@ def _finding(context: Context, rule: Rule, sign: str, weights: list[WeightRecord
         "largest": [weight.largest for weight in weights],
         "piece_of": weights[0].piece_of,
     }
-    verb = "holds" if len(weights) == 1 else "hold"
-    claim = "no init drew them" if sign == _ALL_ZERO else "no init wrote this"
-    what = f"{names} {verb} {sign}: {claim}"
     where = list(dict.fromkeys(weight.sublayer or weight.parameter for weight in weights))
     fix = f"{_fix_for(context, weights)}; after to_empty(), run the init of the whole model"
-    return Finding(
-        rule.code, context.level(rule, rule.level), where, what, evidence, rule.summary, fix
-    )
+    level = context.level(rule, rule.level)
+    return Finding(rule.code, level, where, what, evidence, rule.summary, fix)
 
 
 RULE = Rule("JD211", "leftover-memory", "warning", check=_check, states=("init",))

@@ -20,19 +20,28 @@ def _listed(names: list[str], most: int = 3) -> str:
 
 
 def _undecided(context: Context, rule: Rule) -> Outcome:
-    open_ones = {code: o.undecided for code, o in context.outcomes.items() if o.undecided}
-    matched = sum(o.matched for o in context.outcomes.values())
-    if not open_ones:
+    # 1. The rules that something leaves open, and where.
+    open_rules: dict[str, list[str]] = {}
+    where: dict[str, None] = {}
+    matched = 0
+    for code, outcome in context.outcomes.items():
+        matched += outcome.matched
+        if outcome.undecided:
+            open_rules[code] = list(outcome.undecided)
+            where |= dict.fromkeys(outcome.undecided)
+    if not open_rules:
         return Outcome(matched)
-    where = list(dict.fromkeys(name for names in open_ones.values() for name in names))
-    what = f"{', '.join(open_ones)} undecided at {_listed(where)}"
-    level: Level = "warning" if context.report.state != "trained" else "info"
-    evidence = {"rules": {code: list(names) for code, names in open_ones.items()}}
-    fix = _decide_by(context, where)
-    return Outcome(
-        matched,
-        [Finding(rule.code, context.level(rule, level), where, what, evidence, rule.summary, fix)],
-    )
+
+    # 2. The finding. On a trained model the rules observe, so that nothing hangs on it.
+    names = list(where)
+    what = f"{', '.join(open_rules)} undecided at {_listed(names)}"
+    level: Level = "warning"
+    if context.report.state == "trained":
+        level = "info"
+    level = context.level(rule, level)
+    fix = _decide_by(context, names)
+    evidence = {"rules": open_rules}
+    return Outcome(matched, [Finding(rule.code, level, names, what, evidence, rule.summary, fix)])
 
 
 def _decide_by(context: Context, names: list[str]) -> str:
@@ -40,22 +49,27 @@ def _decide_by(context: Context, names: list[str]) -> str:
 
     More products do where there is an interval. Where NaN came in between, no number of them does.
     """
+    # 1. The sub-layers without an interval.
     rows = {row.name: row for row in context.report.sublayers}
     unmeasured = [rows[name] for name in names if name in rows and rows[name].branch_norm is None]
+    are_not_finite = any("not finite" in row.notes.get("branch_norm", "") for row in unmeasured)
+
+    # 2. What to do about them, and about the others.
     ways = []
-    if any("not finite" in row.notes.get("branch_norm", "") for row in unmeasured):
-        broken = _checks(context).get("non_finite")
-        from_ = (
-            f"mend {_listed(broken)}"
-            if isinstance(broken, list) and broken
-            else "find the call that makes it"
-        )
-        ways.append(
-            f"NaN or Inf hides {'them' if len(unmeasured) > 1 else 'it'} whatever is spent: {from_}"
-        )
+    if are_not_finite:
+        hidden = "them" if len(unmeasured) > 1 else "it"
+        ways.append(f"NaN or Inf hides {hidden} whatever is spent: {_mend(context)}")
     if len(unmeasured) < len(names):
         ways.append("more products (--max-products), or --dtype float64")
     return "; ".join([*ways, "the table says what could not be measured"])
+
+
+def _mend(context: Context) -> str:
+    """Return where to look for the NaN: in the weights that hold one, else in the forward."""
+    broken = _checks(context).get("non_finite")
+    if isinstance(broken, list) and broken:
+        return f"mend {_listed(broken)}"
+    return "find the call that makes it"
 
 
 def _uncovered(context: Context, rule: Rule) -> Outcome:
@@ -80,22 +94,32 @@ def _off_distribution(context: Context, rule: Rule) -> Outcome:
         return NOT_APPLICABLE
     if not probe.off_distribution:
         return Outcome(1)
-    pixels = probe.tokens == "random pixels"
-    real = (
-        "--inputs FACTORY with real images" if pixels else "--tokens FILE with real text or tokens"
-    )
-    fix = real if context.profile.levels else f"{real}; levels are capped at warning until then"
-    what = f"a trained model was probed with random {'pixels' if pixels else 'tokens'}"
-    return Outcome(
-        1, [Finding(rule.code, context.level(rule, "warning"), [], what, {}, rule.summary, fix)]
-    )
+
+    # 1. What the probe was, and the option that gives a real one.
+    noun = "tokens"
+    fix = "--tokens FILE with real text or tokens"
+    if probe.tokens == "random pixels":
+        noun = "pixels"
+        fix = "--inputs FACTORY with real images"
+    if not context.profile.levels:
+        fix += "; levels are capped at warning until then"
+
+    # 2. The finding.
+    what = f"a trained model was probed with random {noun}"
+    level = context.level(rule, "warning")
+    return Outcome(1, [Finding(rule.code, level, [], what, {}, rule.summary, fix)])
 
 
 def norms_asked(report: Report, codes: Iterable[str]) -> bool:
-    """Whether a rule that judges norms was selected, and norms were not left out."""
-    return report.settings.get("products") is not False and any(
-        code.startswith("JD1") for code in codes
-    )
+    """Return whether a rule that judges norms was selected, and norms were not left out.
+
+    Args:
+        report: of which model.
+        codes: of the selected rules.
+    """
+    if report.settings.get("products") is False:
+        return False
+    return any(code.startswith("JD1") for code in codes)
 
 
 def applied(report: Report, outcomes: Mapping[str, Outcome | RuleResult]) -> bool:
@@ -115,15 +139,26 @@ def _no_match(context: Context, rule: Rule) -> Outcome:
     report = context.report
     if applied(report, context.outcomes) or _checks(context).get("deterministic") is False:
         return Outcome(1)
-    contract = any(
-        outcome.matched for code, outcome in context.outcomes.items() if code.startswith("JD2")
-    )
-    subject = "no rule about norms applied" if contract else "no rule applied"
-    why = "the weights alone carry no Jacobian" if report.tier == "weights" else _unmatched(context)
-    if not norms_asked(report, context.outcomes):
+
+    # 1. Which rules applied at all.
+    are_norms_judged = norms_asked(report, context.outcomes)
+    contract_applied = False
+    for code, outcome in context.outcomes.items():
+        if code.startswith("JD2") and outcome.matched:
+            contract_applied = True
+    subject = "no rule about norms applied" if contract_applied else "no rule applied"
+
+    # 2. Why.
+    if not are_norms_judged:
         why = "no norm was asked for, and no rule of the init contract applied"
+    elif report.tier == "weights":
+        why = "the weights alone carry no Jacobian"
+    else:
+        why = _unmatched(context)
+
+    # 3. The finding.
     fix = ""
-    if contract and norms_asked(report, context.outcomes):
+    if contract_applied and are_norms_judged:
         fix = (
             "--select JD2 judges the init contract alone; thresholds of your own judge norms "
             "([tool.jacdiag])"
@@ -134,26 +169,32 @@ def _no_match(context: Context, rule: Rule) -> Outcome:
 
 def _unmatched(context: Context) -> str:
     """Return why the rules about norms matched no sub-layer, in their own words if any."""
-    notes = [
-        outcome.note
-        for code, outcome in context.outcomes.items()
-        if code in ("JD101", "JD102", "JD103")
-    ]
-    reasons = list(dict.fromkeys(note for note in notes if note))
-    return "; ".join(reasons) or "no sub-layer matched"
+    notes: dict[str, None] = {}
+    for code, outcome in context.outcomes.items():
+        is_about_norms = code in ("JD101", "JD102", "JD103")
+        if is_about_norms and outcome.note:
+            notes[outcome.note] = None
+
+    if not notes:
+        return "no sub-layer matched"
+    return "; ".join(notes)
 
 
 def _non_deterministic(context: Context, rule: Rule) -> Outcome:
-    if "deterministic" not in _checks(context):
+    checks = _checks(context)
+    if "deterministic" not in checks:
         return NOT_APPLICABLE
-    if _checks(context)["deterministic"]:
+    if checks["deterministic"]:
         return Outcome(1)
-    culprit = _checks(context).get("culprit")
-    what = "two runs on the same probe differ: no norm was measured" + (
-        f"; {culprit}" if culprit else ""
-    )
+
+    # The call that makes the runs differ, if it is known.
+    what = "two runs on the same probe differ: no norm was measured"
+    evidence = {}
+    culprit = checks.get("culprit")
+    if culprit:
+        what += f"; {culprit}"
+        evidence["culprit"] = culprit
     fix = "model.eval(), or a fixed seed inside the forward"
-    evidence = {"culprit": culprit} if culprit else {}
     return Outcome(1, [Finding(rule.code, "error", [], what, evidence, rule.summary, fix)])
 
 

@@ -53,7 +53,9 @@ def names_of(weights: Sequence[WeightRecord]) -> str:
     """Return the names of parameters for a sentence: the first three, and how many more."""
     names = ", ".join(weight.parameter for weight in weights[:_MOST_NAMES])
     more = len(weights) - _MOST_NAMES
-    return f"{names} and {more} more" if more > 0 else names
+    if more > 0:
+        names += f" and {more} more"
+    return names
 
 
 def draw_in_words(weight: WeightRecord) -> str:

@@ -1,4 +1,4 @@
-"""How loudly rules speak: the default, the paper's conditions as errors, or a user's own."""
+"""The levels at which rules fire: the default, the paper's conditions as errors, or a user's."""
 
 from __future__ import annotations
 

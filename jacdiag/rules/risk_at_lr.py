@@ -15,14 +15,18 @@ from jacdiag.rules.thresholds import Thresholds
 
 
 def assess(report: Report, table: RiskTable) -> Risk | None:
-    """Return the chance for a report's model and planned rate; None without a rate.
+    """Return the chance for a report's model and planned rate.
+
+    Args:
+        report: of the model before its first step.
+        table: the curves, by placement of the norm.
 
     Returns:
         A risk whose `chance` is None, with the reason, where the audit lies outside of what the
-        runs spanned.
+        runs spanned. None without a learning rate, or without measured norms.
     """
     # 1. The curve of this placement.
-    lr, warmup = report.plan.lr, report.plan.warmup
+    lr = report.plan.lr
     if lr is None or report.tier != "measured":
         return None
     if report.state != "init":
@@ -40,18 +44,33 @@ def assess(report: Report, table: RiskTable) -> Risk | None:
         source=curve.source,
     )
 
-    # 2. What must be known.
-    if report.settings.get("decide") and curve.figure not in EXACT:
-        reason = f"{curve.figure} is measured to its width without --decide only"
+    # 2. The chance, unless something speaks against it.
+    reason = _why_no_chance(report, curve, value)
+    if reason:
         return replace(risk, reason=reason)
-    if curve.by_warmup and warmup is None:
-        reason = "the chance hangs on the warm-up, which is not known (--warmup)"
-        return replace(risk, reason=reason)
+    chance, lower, upper = curve.chance(value, lr, report.plan.warmup)
+    return replace(risk, chance=chance, lower=lower, upper=upper)
 
-    # 3. Whether the runs covered such a model and plan. A plan may leave out how the gradient is
+
+def _why_no_chance(report: Report, curve: RiskCurve, value: float) -> str:
+    """Return why a curve gives no chance for a model and its plan; "" if it gives one.
+
+    Args:
+        report: of the model.
+        curve: of its placement.
+        value: the model's value of the curve's figure.
+    """
+    # 1. What must be known.
+    warmup = report.plan.warmup
+    if report.settings.get("decide") and curve.figure not in EXACT:
+        return f"{curve.figure} is measured to its width without --decide only"
+    if curve.by_warmup and warmup is None:
+        return "the chance hangs on the warm-up, which is not known (--warmup)"
+
+    # 2. Whether the runs covered such a model and plan. A plan may leave out how the gradient is
     #    clipped and Adam's beta2. Those that it gives must be the runs' own.
     ranges = dict(curve.ranges)
-    values = {"lr": lr, "warmup": warmup, **_measures(report, value)}
+    values = {"lr": report.plan.lr, "warmup": warmup, **_measures(report, value)}
     if not curve.by_warmup:
         ranges.pop("warmup", None)
     for name in _OPTIONAL:
@@ -60,11 +79,9 @@ def assess(report: Report, table: RiskTable) -> Risk | None:
             ranges.pop(name, None)
         values[name] = planned
     outside = _outside(ranges, values, curve.figure)
-    if outside:
-        return replace(risk, reason=f"outside the calibrated range: {'; '.join(outside)}")
-
-    chance, lower, upper = curve.chance(value, lr, warmup)
-    return replace(risk, chance=chance, lower=lower, upper=upper)
+    if not outside:
+        return ""
+    return f"outside the calibrated range: {'; '.join(outside)}"
 
 
 def placement_of(report: Report) -> str:
@@ -157,16 +174,23 @@ def _outside(
         values: of the model and its plan.
         figure: name of the curve's figure; "" for "the figure".
     """
+    words = dict(_WORDS)
+    if figure:
+        words["figure"] = figure
+
     reasons = []
     for name, (low, high) in ranges.items():
+        # 1. A value inside is no reason. One that is not known is never inside.
         value = values.get(name)
         if value is not None and low <= value <= high:
             continue
-        word = figure if name == "figure" and figure else _WORDS[name]
-        is_known = value is not None and not math.isnan(value)
-        shown = _short(value) if value is not None and is_known else "not known"
+
+        # 2. The value compared with what was run.
+        shown = "not known"
+        if value is not None and not math.isnan(value):
+            shown = _short(value)
         verb = "was" if low == high else "were"
-        reasons.append(f"{word} {shown}, {_span(low, high)} {verb} run")
+        reasons.append(f"{words[name]} {shown}, {_span(low, high)} {verb} run")
     return reasons
 
 

@@ -156,8 +156,12 @@ def _drawn_as(routers: Routers, readers: list[WeightRecord]) -> bool:
 
 def _xavier_ratio(weight: WeightRecord, router: WeightRecord) -> float:
     """Return the std of a router over that of a matrix, as Xavier's formula gives them."""
-    if not weight.fan_in or not weight.fan_out or not router.fan_in or not router.fan_out:
+    if not weight.fan_in or not weight.fan_out:
         return 1.0
+    if not router.fan_in or not router.fan_out:
+        return 1.0
+
+    # Xavier's variance is 2 / (fan_in + fan_out).
     return math.sqrt((weight.fan_in + weight.fan_out) / (router.fan_in + router.fan_out))
 
 
