@@ -92,6 +92,15 @@ def gate(
     Args:
         source: as for `jacdiag.audit`, or a callable that returns a new module.
         inputs: the probe, as for `jacdiag.audit`.
+        seed: of the first initialisation; the others follow it.
+        model: as for `jacdiag.audit`, like the next three.
+        model_args: see there.
+        key: see there.
+        trust_pickle: see there.
+        thresholds: as for `jacdiag.audit`, like the next three.
+        profile: see there.
+        select: see there.
+        ignore: see there.
         seeds: how many initialisations; a checkpoint or a module in memory has one.
         budget: seconds; seeds and products that do not fit are left out, and then nothing is called
             a pass.
@@ -158,7 +167,11 @@ def run_gate(
     Args:
         source: the model, as for `gate`.
         options: of each audit. `decide` has no effect if there is a baseline.
-        seeds, budget, baseline, fail_on, command: as for `gate`.
+        seeds: as for `gate`, like the others.
+        budget: seconds.
+        baseline: a file of `write_baseline`.
+        fail_on: the least level that fails.
+        command: for the report.
 
     Returns:
         The outcome: the merged report, the exit code, and the figures for a baseline.
@@ -224,16 +237,22 @@ def run_gate(
 
 def _check_gate(seeds: Any, budget: Any, fail_on: Any) -> None:
     """Raise unless the options that only a gate has are in their ranges."""
+    # 1. The number of seeds.
     if seeds not in RANGES["seeds"]:
         raise UsageError(
             f"seeds cannot be {seeds!r}", hint="a number of initialisations, from 1 on"
         )
+
+    # 2. The budget.
     if budget is not None:
         is_number = isinstance(budget, int | float) and not isinstance(budget, bool)
         if not is_number or not budget > 0:
             raise UsageError(f"budget cannot be {budget!r}", hint="seconds, above 0")
-    if fail_on not in (*LEVELS, "never"):
-        hint = f"one of {', '.join((*LEVELS, 'never'))}"
+
+    # 3. The level.
+    levels = (*LEVELS, "never")
+    if fail_on not in levels:
+        hint = f"one of {', '.join(levels)}"
         raise UsageError("unknown level", got=str(fail_on), hint=hint)
 
 
@@ -247,11 +266,16 @@ def _options_of_each(options: AuditOptions, seeds: int, *, has_baseline: bool) -
     """
     if has_baseline:
         options = replace(options, decide=False)
-    if options.confidence_all is not None:  # each seed may miss as often as any other
+
+    # Each seed may miss as often as any other.
+    if options.confidence_all is not None:
         each = Family(options.confidence_all, seeds).each
         options = replace(options, confidence_all=each)
-    if all(rule.code.startswith("JD2") for rule in selected(options.select, options.ignore)):
-        options = replace(options, products=False)  # no selected rule reads a norm
+
+    # No norm is measured if no selected rule reads one.
+    rules = selected(options.select, options.ignore)
+    if all(rule.code.startswith("JD2") for rule in rules):
+        options = replace(options, products=False)
     return options
 
 
@@ -290,23 +314,33 @@ class _Runs:
     def run(self, seeds: Iterable[int]) -> list[Report]:
         """Audit the model of each seed.
 
+        Args:
+            seeds: in the order in which they are audited.
+
         Returns:
             The reports; one only, if the source has one set of weights or ignores the seed.
         """
         reports: list[Report] = []
         for seed in seeds:
+            # 1. Stop if the next audit would end after the budget.
             if reports and self._is_late(len(reports)):
                 self.ran_out = True
                 self.notes.append(
                     f"the budget of {self._budget:g} s ran out after {len(reports)} of the seeds"
                 )
                 break
+
+            # 2. Audit the model of this seed.
             loaded = self._open(seed)
             if self.model is None:
                 self.model = loaded.model
             reports.append(self._audit_until_decided(loaded, seed))
+
+            # 3. A file, or a module in memory, holds one set of weights.
             if loaded.info.get("format") not in _SEEDED_FORMATS:
-                break  # a file, or a module in memory: it holds one set of weights
+                break
+
+            # 4. So does a factory that seeds itself.
             if len(reports) == 2 and _drawn_figures(reports[0]) == _drawn_figures(reports[1]):
                 self.same_weights = True
                 self.notes.append(
@@ -333,28 +367,43 @@ class _Runs:
         """Audit with more products each time, while a rule is undecided and the budget lasts."""
         products = self._options.max_products
         while True:
+            # 1. Remedies are tried once, on the first model that needs one.
             options = replace(self._options, seed=seed, max_products=products)
             if self._remedies_tried:
                 options = replace(options, remedies="none")
             else:
                 options = replace(options, baseline=self._baseline)
             report = run_audit(loaded, options)
-            self._remedies_tried = self._remedies_tried or bool(report.remedies)
+            if report.remedies:
+                self._remedies_tried = True
 
-            undecided = any(
-                rule.status == "unknown" and rule.code.startswith("JD1") for rule in report.rules
-            )
+            # 2. More products decide only what an interval leaves open.
             products *= _MORE_PRODUCTS
-            if not undecided or products > _MOST_PRODUCTS or self._is_late(0):
+            if not _is_undecided(report):
+                return report
+            if products > _MOST_PRODUCTS or self._is_late(0):
                 return report
 
     def _is_late(self, done: int) -> bool:
         """Return whether the next audit would not end within the budget."""
         if self._budget is None:
             return False
+
+        # The next audit is assumed to take as long as those before it.
         elapsed = time.perf_counter() - self.started
-        next_audit = elapsed / done if done else 0.0
+        next_audit = 0.0
+        if done:
+            next_audit = elapsed / done
         return elapsed + next_audit > self._budget
+
+
+def _is_undecided(report: Report) -> bool:
+    """Return whether a rule about norms is undecided."""
+    for rule in report.rules:
+        is_about_norms = rule.code.startswith("JD1")
+        if is_about_norms and rule.status == "unknown":
+            return True
+    return False
 
 
 def _drawn_figures(report: Report) -> tuple[Any, ...]:
@@ -362,12 +411,15 @@ def _drawn_figures(report: Report) -> tuple[Any, ...]:
 
     Two models are the same if these are. If no weight is drawn, the result equals no other.
     """
-    weights = report.contract.weights if report.contract is not None else []
-    figures = [
-        (weight.parameter, weight.std, weight.mean)
-        for weight in weights
-        if weight.family not in ("zero", "constant")
-    ]
+    if report.contract is None:
+        return (object(),)
+
+    # Constants are the same for every seed.
+    figures = []
+    for weight in report.contract.weights:
+        is_drawn = weight.family not in ("zero", "constant")
+        if is_drawn:
+            figures.append((weight.parameter, weight.std, weight.mean))
     return tuple(figures) or (object(),)
 
 
@@ -413,9 +465,20 @@ def _worst_result(rule: RuleResult, reports: Sequence[Report]) -> RuleResult:
 
 
 def _exit_code(findings: list[Finding], fail_on: str, may_not_pass: bool) -> int:
-    """Return the exit code of a gate with these findings."""
+    """Return the exit code of a gate.
+
+    Args:
+        findings: of all seeds.
+        fail_on: the least level that fails; "never" for none.
+        may_not_pass: something stayed undecided, or no rule applied.
+    """
+    # 1. A finding at the level or above it.
     if fail_on != "never":
         least = LEVELS.index(fail_on)  # type: ignore[arg-type]
         if any(LEVELS.index(finding.level) >= least for finding in findings):
             return FINDINGS
-    return UNDECIDED if may_not_pass else PASS
+
+    # 2. What was not decided is never a pass.
+    if may_not_pass:
+        return UNDECIDED
+    return PASS

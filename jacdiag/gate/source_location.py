@@ -90,14 +90,21 @@ def _fallback(spec: str, base: Path) -> dict[str, Any] | None:
     """Return the factory's own line, or the config or the checkpoint itself."""
     if not spec:
         return None
+
+    # 1. A config of transformers, or the folder that holds one.
     if spec.startswith("hf:"):
         config = Path(spec.removeprefix("hf:"))
         if config.is_dir():
             config = config / "config.json"
         return _relative(config, 1, base)
+
+    # 2. A checkpoint.
     if Path(spec).exists():
         return _relative(spec, 1, base)
+
+    # 3. A factory: its definition, or else its file.
     try:
-        return _lines(resolve(spec), base) or _relative(spec.rpartition(":")[0], 1, base)
+        definition = resolve(spec)
+        return _lines(definition, base) or _relative(spec.rpartition(":")[0], 1, base)
     except JacdiagError:
         return None
