@@ -218,18 +218,25 @@ def compare_with_earlier(
 
 def _changes(earlier: Report, now: Report) -> list[ChangeRecord]:
     """Return the changes of the figures of sub-layers, then that of the end-to-end norm."""
+    # 1. Sub-layers.
     changes = []
     for pair in compare(earlier, now).parted:
-        if pair.figure in FIGURES and pair.old is not None and pair.new is not None:
+        if pair.old is None or pair.new is None:
+            continue
+        if pair.figure in FIGURES:
             old, new = list(pair.old), list(pair.new)
             changes.append(ChangeRecord(pair.b, pair.depth, pair.figure, old, new))
+
+    # 2. The model from end to end.
     if now.network is None or earlier.network is None:
         return changes
     before, after = earlier.network.end_to_end, now.network.end_to_end
-    if before is None or after is None or not are_apart(_ends(before), _ends(after)):
+    if before is None or after is None:
         return changes
-    end_to_end = ChangeRecord("", None, "end_to_end", list(_ends(before)), list(_ends(after)))
-    return [*changes, end_to_end]
+    if are_apart(_ends(before), _ends(after)):
+        old, new = list(_ends(before)), list(_ends(after))
+        changes.append(ChangeRecord("", None, "end_to_end", old, new))
+    return changes
 
 
 def _ends(interval: Interval | None) -> Ends:

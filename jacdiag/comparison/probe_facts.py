@@ -16,10 +16,19 @@ def facts_of(probe: ProbeRecord, dtype: str) -> dict[str, Any]:
 
 
 def measured_with(report: Report) -> dict[str, Any]:
-    """Return the facts of a report's probe; {} if no norm was measured with it."""
-    if report.probe is None or not any(row.branch_norm is not None for row in report.sublayers):
+    """Return the facts of a report's probe; {} if no norm was measured with it.
+
+    Args:
+        report: of a model.
+    """
+    if report.probe is None:
         return {}
-    return facts_of(report.probe, str(report.settings.get("dtype", "")))
+    has_norm = any(row.branch_norm is not None for row in report.sublayers)
+    if not has_norm:
+        return {}
+
+    dtype = str(report.settings.get("dtype", ""))
+    return facts_of(report.probe, dtype)
 
 
 def drawn_with(report: Report) -> dict[str, Any]:

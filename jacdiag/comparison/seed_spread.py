@@ -76,15 +76,23 @@ def _by_figure_and_kind(
 def _figures(row: SublayerRecord) -> dict[str, _Ends]:
     """Return lower end, estimate and upper end of each figure that was measured."""
     figures = {}
+    # 1. Norms, with their interval. The logarithm is taken later, so none may be zero.
     for name in ("branch_norm", "core_norm"):
         interval = getattr(row, name)
-        if interval is not None and interval.lower > 0 and math.isfinite(interval.upper):
+        if interval is None:
+            continue
+        if interval.lower > 0 and math.isfinite(interval.upper):
             figures[name] = (interval.lower, interval.estimate, interval.upper)
+
+    # 2. The gain of the norm, which is exact.
     gain = row.norm_gain
-    if gain is not None:
-        value = gain.per_token.p99 if gain.per_token is not None else gain.estimate
-        if value > 0 and math.isfinite(value):
-            figures["norm_gain"] = (value, value, value)
+    if gain is None:
+        return figures
+    value = gain.estimate
+    if gain.per_token is not None:
+        value = gain.per_token.p99
+    if value > 0 and math.isfinite(value):
+        figures["norm_gain"] = (value, value, value)
     return figures
 
 
@@ -93,10 +101,16 @@ def _spread(rows: Sequence[Sequence[_Ends]]) -> float | None:
 
     None if there is one seed only.
     """
-    logs = [[math.log(estimate) for _, estimate, _ in seeds] for seeds in rows]
-    variances = [statistics.variance(values) for values in logs if len(values) > 1]
+    # 1. The variance of each sub-layer over its seeds.
+    variances = []
+    for seeds in rows:
+        logs = [math.log(estimate) for _, estimate, _ in seeds]
+        if len(logs) > 1:
+            variances.append(statistics.variance(logs))
     if not variances:
         return None
+
+    # 2. Their mean: every sub-layer has as many seeds.
     return math.sqrt(sum(variances) / len(variances))
 
 

@@ -459,9 +459,13 @@ def _merge_findings(reports: Sequence[Report]) -> list[Finding]:
 
 def _worst_result(rule: RuleResult, reports: Sequence[Report]) -> RuleResult:
     """Return the result of a rule of the first report, with its worst status in all of them."""
-    results = [other for report in reports for other in report.rules if other.code == rule.code]
+    results = []
+    for report in reports:
+        results += [other for other in report.rules if other.code == rule.code]
+
     worst = min(results, key=lambda other: _STATUSES.index(other.status))
-    return RuleResult(rule.code, worst.status, rule.matched, rule.name, rule.note or worst.note)
+    note = rule.note or worst.note
+    return RuleResult(rule.code, worst.status, rule.matched, rule.name, note)
 
 
 def _exit_code(findings: list[Finding], fail_on: str, may_not_pass: bool) -> int:

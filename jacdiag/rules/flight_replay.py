@@ -1,8 +1,8 @@
 """Was it the batch? Decide a replay from the kept batches and the run around them.
 
 A jump of the run's loss or gradient norm has two possible sources. If the batch alone made it, the
-batch shows the whole of it on the weights of the checkpoint, and other batches show none. If the
-weights made it, other batches show it as well. So each source is asked for at least half of the
+batch shows all of it on the weights of the checkpoint, and other batches show none. If the
+weights made it, other batches show it as well. So each source has to show at least half of the
 jump, the point between the two, and for being out of the range of chance.
 """
 

@@ -79,25 +79,43 @@ def _blocks_of(weights: Iterable[WeightRecord]) -> set[str]:
 
 
 def is_constant(weight: WeightRecord) -> bool:
-    """Whether all numbers of a parameter are one."""
+    """Return whether all numbers of a parameter are one."""
     return weight.family in CONSTANT
 
 
 def same_value(weight: WeightRecord, other: WeightRecord) -> bool:
-    """Whether two parameters hold the same constant, or the very same numbers."""
+    """Return whether two parameters hold the same constant, or the very same numbers.
+
+    Args:
+        weight: one of them.
+        other: the other one.
+    """
+    # 1. Constants, up to the rounding of low precisions.
     if is_constant(weight) and is_constant(other):
         return math.isclose(weight.mean or 0.0, other.mean or 0.0, rel_tol=_SAME)
-    origins = (weight.same_as or weight.parameter, other.same_as or other.parameter)
-    return origins[0] == origins[1]
+
+    # 2. Numbers that are those of one first weight.
+    origin = weight.same_as or weight.parameter
+    other_origin = other.same_as or other.parameter
+    return origin == other_origin
 
 
 def usual_value(weights: Iterable[WeightRecord]) -> WeightRecord | None:
-    """Return a parameter whose value two thirds of the given ones have, or None."""
+    """Return a parameter whose value two thirds of the given ones have, or None.
+
+    Args:
+        weights: parameters of one name.
+    """
+    # 1. How many have the value of each.
     weights = list(weights)
-    counts = Counter(
-        {k: sum(same_value(w, other) for other in weights) for k, w in enumerate(weights)}
-    )
+    counts: Counter[int] = Counter()
+    for index, weight in enumerate(weights):
+        counts[index] = sum(same_value(weight, other) for other in weights)
     if not counts:
         return None
+
+    # 2. Most must have it.
     index, count = counts.most_common(1)[0]
-    return weights[index] if count >= MAJORITY * len(weights) else None
+    if count < MAJORITY * len(weights):
+        return None
+    return weights[index]

@@ -1,7 +1,7 @@
 """Formulas of literature that were computed wrongly in the entire model.
 
 Where all matrices are wrong alike, nothing in the model is right to compare them with. Two mistakes
-can still be told: every matrix has exactly the std that a published formula gives with fan_in and
+can still be seen: every matrix has exactly the std that a published formula gives with fan_in and
 fan_out exchanged, or exactly its square, the variance. One value proves nothing, since any std may
 be meant. Several that differ as the wrong formula says are no accident.
 """

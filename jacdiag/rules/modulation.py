@@ -20,7 +20,7 @@ def drawn_beside_zero(
     contract: ContractRecord,
 ) -> list[tuple[list[WeightRecord], list[WeightRecord]]]:
     """Return groups of modulations that were drawn, each with its namesakes that are zero."""
-    # 1. Modulations by what their names end with, then by their place in the layer.
+    # 1. Modulations by the end of their names, then by their place in the layer.
     kinds: dict[str, dict[str, list[WeightRecord]]] = {}
     for weight in contract.weights:
         match = _MODULATION.search(weight.parameter)

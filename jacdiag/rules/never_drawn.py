@@ -55,10 +55,16 @@ def find_no_draws(contract: ContractRecord, logits_limit: float | None = None) -
 
 
 def without_no_draws(contract: ContractRecord) -> ContractRecord:
-    """Return the contract of the other weights: what these hold says nothing of a scheme."""
+    """Return the contract of the other weights: what these hold says nothing of a scheme.
+
+    Args:
+        contract: of a model at its init.
+    """
     left = {no_draw.weight.parameter for no_draw in find_no_draws(contract)}
     if not left:
         return contract
+
+    # A new record only if something is left out.
     others = [weight for weight in contract.weights if weight.parameter not in left]
     return replace(contract, weights=others)
 
@@ -69,9 +75,15 @@ def _is_inside(weight: WeightRecord, contract: ContractRecord) -> bool:
 
 
 def _constant(weight: WeightRecord, contract: ContractRecord) -> NoDraw | None:
-    if weight.family != "constant" or sum(size > 1 for size in weight.shape) < 2:
+    """Return what is wrong with a matrix of one value; None if it is none."""
+    if weight.family != "constant":
         return None
-    if weight.role not in _TABLES and not _is_inside(weight, contract):
+    sizes = [size for size in weight.shape if size > 1]
+    if len(sizes) < 2:
+        return None
+
+    is_table = weight.role in _TABLES
+    if not is_table and not _is_inside(weight, contract):
         return None
     sign = f"every number is {plain(weight.mean or 0.0)}, so that its units stay equal for ever"
     return NoDraw(weight, sign, "draw it from a distribution")
@@ -91,9 +103,15 @@ def _outliers(weight: WeightRecord) -> NoDraw | None:
 
 
 def _larger_than_one(weight: WeightRecord, contract: ContractRecord) -> NoDraw | None:
-    if not weight.lower or weight.lower <= 1.0 or weight.family == "other":
+    """Return what is wrong with a matrix larger than N(0, 1); None if it is not so large."""
+    # 1. Even the lower bound of its std is above 1.
+    if not weight.lower or weight.lower <= 1.0:
         return None
-    if not _is_inside(weight, contract) or (weight.fan_in or 0) < _FEW_INPUTS:
+    if weight.family == "other" or not _is_inside(weight, contract):
+        return None
+
+    # 2. It has enough inputs for that to be no formula's value.
+    if (weight.fan_in or 0) < _FEW_INPUTS:
         return None
     sign = (
         f"std {plain(weight.std or 0.0)}, larger than any published init draws a matrix of "
@@ -103,8 +121,14 @@ def _larger_than_one(weight: WeightRecord, contract: ContractRecord) -> NoDraw |
 
 
 def _is_large_head(weight: WeightRecord, contract: ContractRecord, limit: float) -> bool:
-    if weight.role != "head" or weight.parameter in contract.tied or not is_of_unit_spread(weight):
+    """Return whether a head of unit spread makes the logits too large."""
+    if weight.role != "head" or not is_of_unit_spread(weight):
         return False
+    # The embedding may have unit spread: JD206 judges a head that is tied to it.
+    if weight.parameter in contract.tied:
+        return False
+
+    # Something in the forward may scale the logits down.
     return contract.logits_std is not None and contract.logits_std > limit
 
 

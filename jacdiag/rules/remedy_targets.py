@@ -42,24 +42,39 @@ def with_fixes(findings: Iterable[Finding], remedies: Iterable[RemedyRecord]) ->
     """Return the findings, with the recommended remedy as the verified fix of some.
 
     It is the fix of those that it answers.
+
+    Args:
+        findings: of a report.
+        remedies: that were tried against them.
     """
-    best = next((r for r in remedies if r.recommended), None)
+    # 1. The remedy that is recommended, if there is one.
+    best = next((remedy for remedy in remedies if remedy.recommended), None)
     if best is None:
         return list(findings)
-    answered = set(best.codes)
-    return [
-        replace(f, fix=best.title, verified=True) if f.code in answered and f.level != "info" else f
-        for f in findings
-    ]
+
+    # 2. It answers findings at warning and above.
+    with_fix = []
+    for finding in findings:
+        is_answered = finding.code in best.codes and finding.level != "info"
+        if is_answered:
+            finding = replace(finding, fix=best.title, verified=True)
+        with_fix.append(finding)
+    return with_fix
 
 
 def _worst(report: Report, name: str) -> list[float] | None:
-    intervals = [
-        interval for row in report.sublayers if (interval := getattr(row, name)) is not None
-    ]
-    if not intervals:
+    """Return the largest lower and the largest upper end of a figure; None if it has none."""
+    lowers = []
+    uppers = []
+    for row in report.sublayers:
+        interval = getattr(row, name)
+        if interval is not None:
+            lowers.append(interval.lower)
+            uppers.append(interval.upper)
+
+    if not lowers:
         return None
-    return [max(i.lower for i in intervals), max(i.upper for i in intervals)]
+    return [max(lowers), max(uppers)]
 
 
 def _gain(interval: Any) -> float:

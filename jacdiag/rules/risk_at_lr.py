@@ -110,13 +110,19 @@ def within(curve: RiskCurve, report: Report, value: float) -> bool:
 def beyond(risk: Risk, thresholds: Thresholds) -> tuple[Level, float] | None:
     """Return the highest level whose limit lies below the interval of a chance, and it.
 
-    None if there is no such level.
+    Args:
+        risk: the chance, with its interval.
+        thresholds: of the profile in use.
+
+    Returns:
+        The level and its limit; None if there is no such level.
     """
     limits = thresholds.limits("risk")
+    lower = risk.lower or 0.0
     highest: tuple[Level, float] | None = None
     for level in LEVELS:
         limit = getattr(limits, level)
-        if limit is not None and (risk.lower or 0.0) > limit:
+        if limit is not None and lower > limit:
             highest = level, limit
     return highest
 

@@ -99,10 +99,13 @@ def risk_toml(table: RiskTable) -> str:
 
 
 def _toml(value: Any) -> str:
-    """Numbers, texts and lists of them; six digits are more than any of them is known to."""
+    """Return a number, a text or a list of them as TOML."""
     if isinstance(value, list):
         return f"[{', '.join(map(_toml, value))}]"
-    if isinstance(value, float):
-        short = f"{value:.6g}"
-        return short if "." in short or "e" in short else f"{short}.0"
-    return json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, float):
+        return json.dumps(value, ensure_ascii=False)
+
+    # Six digits are more than any of them is known to. TOML tells floats by their point.
+    short = f"{value:.6g}"
+    is_float = "." in short or "e" in short
+    return short if is_float else f"{short}.0"

@@ -148,7 +148,7 @@ CONDITIONS = ("product of branches (log) x width", "inverse of the smallest shor
 
 
 def init_figures(report: Report, lr: float | None = None) -> dict[str, float]:
-    """All figures of a report; with a learning rate each once more times it.
+    """Return all figures of a report; with a learning rate each once more times it.
 
     Args:
         report: of the model before its first step.
@@ -159,6 +159,9 @@ def init_figures(report: Report, lr: float | None = None) -> dict[str, float]:
         0.0058
     """
     figures = {name: figure(report) for name, figure in INIT.items()}
-    if lr is not None:
-        figures |= {f"{name} x lr": value * lr for name, value in list(figures.items())}
-    return figures
+    if lr is None:
+        return figures
+
+    # The figures themselves come first.
+    with_rate = {f"{name} x lr": value * lr for name, value in figures.items()}
+    return {**figures, **with_rate}

@@ -121,10 +121,12 @@ def _pool(members: list[WeightRecord], readers: list[WeightRecord]) -> Routers:
 
 
 def _pooled_std(weights: list[WeightRecord]) -> float:
-    count = sum(math.prod(weight.shape) for weight in weights)
-    return math.sqrt(
-        sum(math.prod(weight.shape) * (weight.std or 0.0) ** 2 for weight in weights) / count
-    )
+    """Return the std over all numbers of several weights."""
+    sizes = [math.prod(weight.shape) for weight in weights]
+    squares = []
+    for size, weight in zip(sizes, weights, strict=True):
+        squares.append(size * (weight.std or 0.0) ** 2)
+    return math.sqrt(sum(squares) / sum(sizes))
 
 
 def _is_uniform(members: list[WeightRecord], std: float, count: int) -> bool:
@@ -148,7 +150,9 @@ def _drawn_as(routers: Routers, readers: list[WeightRecord]) -> bool:
     for weight in readers:
         factors = (1.0, _xavier_ratio(weight, routers.members[0]), _TRUNCATED, 1 / _TRUNCATED)
         for factor in factors:
-            lower, upper = (weight.lower or 0.0) * factor, (weight.upper or math.inf) * factor
+            # The intervals of the two stds meet.
+            lower = (weight.lower or 0.0) * factor
+            upper = (weight.upper or math.inf) * factor
             if lower <= routers.upper and routers.lower <= upper:
                 return True
     return False
@@ -205,8 +209,11 @@ def _check(context: Context, rule: Rule) -> Outcome:
     contract = context.report.contract
     if contract is None or context.report.state not in rule.states:
         return NOT_APPLICABLE
+
+    # One finding for each name of routers.
     count, unlike = unlike_routers(contract)
-    return Outcome(count, [_finding(context, rule, routers) for routers in unlike])
+    findings = [_finding(context, rule, routers) for routers in unlike]
+    return Outcome(count, findings)
 
 
 def _finding(context: Context, rule: Rule, routers: Routers) -> Finding:

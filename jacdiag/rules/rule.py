@@ -24,10 +24,20 @@ class Context:
     outcomes: Mapping[str, Outcome] = field(default_factory=dict)
 
     def rows(self, rule: Rule) -> list[SublayerRecord]:
-        """Return the sub-layers on the stream that a rule applies to, by state and placement."""
+        """Return the sub-layers on the stream that a rule applies to, by state and placement.
+
+        Args:
+            rule: that checks.
+        """
         if self.report.tier != "measured" or self.report.state not in rule.states:
             return []
-        return [r for r in self.report.sublayers if not r.nested and r.placement in rule.placements]
+
+        rows = []
+        for row in self.report.sublayers:
+            is_on_stream = not row.nested
+            if is_on_stream and row.placement in rule.placements:
+                rows.append(row)
+        return rows
 
     @property
     def distrusted(self) -> Mapping[str, str]:
@@ -40,14 +50,24 @@ class Context:
 
         A level that the profile asks for holds in any state. Otherwise a rule may be an observation
         on a trained model, and a norm that was measured off distribution is no error.
+
+        Args:
+            rule: that fires.
+            cut: the level that the figure is beyond.
         """
         level = self.profile.promoted(rule.code, cut)
         if rule.code in self.profile.levels:
             return level
+
+        # 1. A trained model.
         if self.report.state == "trained" and rule.observation_when_trained:
             return "info"
-        off_distribution = self.report.probe is not None and self.report.probe.off_distribution
-        if level == "error" and off_distribution and not rule.code.startswith("JD2"):
+
+        # 2. A probe unlike what the model was trained on. Rules of the init contract read no norm.
+        probe = self.report.probe
+        is_off_distribution = probe is not None and probe.off_distribution
+        reads_norms = not rule.code.startswith("JD2")
+        if level == "error" and is_off_distribution and reads_norms:
             return "warning"
         return level
 
@@ -98,7 +118,7 @@ class RuleInfo:
 
     @property
     def page(self) -> RulePage:
-        """The documentation page, read when it is first asked for."""
+        """The documentation page, read when it is first needed."""
         return read_page(self.code)
 
     @property

@@ -281,11 +281,14 @@ def _bases(
 def _pool(samples: Sequence[_Sample], s: float) -> tuple[float, int]:
     """Return the base std pooled over the samples that agree with `s`, and their numbers."""
     size = 0
+    # The second pass takes in samples that agree with the pooled value alone.
     for _ in range(2):
         agreeing = [sample for sample in samples if sample.agrees_with(s)]
         size = sum(sample.size for sample in agreeing)
-        if size:
-            s = math.sqrt(sum(sample.size * sample.base**2 for sample in agreeing) / size)
+        if not size:
+            continue
+        mean_square = sum(sample.size * sample.base**2 for sample in agreeing) / size
+        s = math.sqrt(mean_square)
     return s, size
 
 
@@ -295,8 +298,11 @@ def _samples(unit: Yardstick, weights: Iterable[WeightRecord]) -> list[_Sample]:
     for weight in weights:
         if weight.role not in MATRICES or not weight.std:
             continue
+
+        # The first variant of the formula with s in it.
         for formula, value in unit.values(weight).items():
-            if "s" in formula.names and value > 0:
+            depends_on_s = "s" in formula.names
+            if depends_on_s and value > 0:
                 samples.append(_Sample(weight, value))
                 break
     return samples

@@ -314,10 +314,14 @@ def _finding(context: Context, rule: Rule, group: list[Difference]) -> Finding:
 
 
 def _layers(weights: Iterable[WeightRecord], of: int) -> str:
+    """Return which layers differ; "" if all do."""
     layers = [str(weight.layer) for weight in weights if weight.layer is not None]
-    if not layers or len(layers) >= of:
+    is_some = 0 < len(layers) < of
+    if not is_some:
         return ""
-    return f", layer {', '.join(layers[:8])}"
+
+    shown = ", ".join(layers[:8])
+    return f", layer {shown}"
 
 
 RULE = Rule("JD208", "vectors-differ", "warning", check=_check, states=("init",))

@@ -17,11 +17,21 @@ PUBLISHED_CONSTANT = ("bamba", "falcon_h1", "granitemoehybrid", "jamba")
 
 def _check(context: Context, rule: Rule) -> Outcome:
     contract = context.report.contract
-    if contract is None or context.report.state not in rule.states or not contract.rates:
+    if contract is None or context.report.state not in rule.states:
         return NOT_APPLICABLE
-    steps = [rate for rate in contract.rates if rate.meaning == "time step"]
-    unusual = [rate for rate in steps if rate.usual == 0]
-    broken = [rate for rate in contract.rates if rate.not_finite]
+    if not contract.rates:
+        return NOT_APPLICABLE
+
+    # 1. Sort the rates: time steps of which none is usual, and logarithms that are not finite.
+    unusual: list[RateRecord] = []
+    broken: list[RateRecord] = []
+    for rate in contract.rates:
+        if rate.meaning == "time step" and rate.usual == 0:
+            unusual.append(rate)
+        if rate.not_finite:
+            broken.append(rate)
+
+    # 2. One finding for each kind.
     findings = []
     if unusual:
         findings.append(_steps_finding(context, rule, unusual, contract.family))
