@@ -285,7 +285,7 @@ def _show(report: BacktestReport, given: Mapping[str, Any], *, aside: bool) -> N
     lines = [*layout.summary(report), "", grid(columns, room(stderr=aside))]
     lines += [layout.detected(detector, given["lead"]) for detector in report.detectors]
     for held_out in report.held_out:
-        lines += ["", *layout.foretold(held_out)]
+        lines += ["", *layout.held_out_lines(held_out)]
     show("\n".join(lines) + "\n", aside=aside)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jacdiag.records.backtest import BacktestReport, Detector, Estimate, HeldOut, Ranking
@@ -16,6 +17,7 @@ from jacdiag.render.plots.depth_curves import INK, PALE
 from jacdiag.render.plots.report_plot import check_suffix
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _SHOWN = 12
@@ -26,25 +28,42 @@ _STYLE = {
     "svg.hashsalt": "jacdiag",
     "svg.fonttype": "path",
 }
+_ABSENT = "–"
 HEAD = ("figure", "given lr", "within", "over all", "precision", "recall", "runs")
 
 
 def rows(report: BacktestReport, *, every: bool = False) -> list[tuple[str, ...]]:
-    """Return one row for each figure.
+    """Return one row of texts for each figure, under `HEAD`.
 
     A row holds the AUROC given the learning rate, within strata and over all; precision and recall;
     runs.
+
+    Args:
+        report: of a backtest.
+        every: return every figure; else the best ones. Trivial classifiers are always there.
     """
-    figures = [r for r in report.rankings if not r.trivial]
-    shown = figures if every else figures[:_SHOWN]
-    return [_row(r) for r in (*shown, *(r for r in report.rankings if r.trivial))]
+    most = len(report.rankings) if every else _SHOWN
+    return [_row(ranking) for ranking in _best_and_trivial(report, most)]
+
+
+def _best_and_trivial(report: BacktestReport, most: int) -> list[Ranking]:
+    """Return the best figures, and after them all trivial classifiers."""
+    figures = [ranking for ranking in report.rankings if not ranking.trivial]
+    trivial = [ranking for ranking in report.rankings if ranking.trivial]
+    return figures[:most] + trivial
 
 
 def _row(ranking: Ranking) -> tuple[str, ...]:
-    at = ranking.operating
-    precision = f"{at.precision:.2f}" if at is not None and at.precision is not None else "–"
-    recall = f"{at.recall:.2f}" if at is not None else "–"
-    name = f"({ranking.name})" if ranking.trivial else ranking.name
+    name = ranking.name
+    if ranking.trivial:
+        name = f"({name})"
+
+    precision, recall = _ABSENT, _ABSENT
+    operating = ranking.operating
+    if operating is not None:
+        recall = f"{operating.recall:.2f}"
+        if operating.precision is not None:
+            precision = f"{operating.precision:.2f}"
     return (
         name,
         span(ranking.given_lr),
@@ -59,211 +78,298 @@ def _row(ranking: Ranking) -> tuple[str, ...]:
 def span(estimate: Estimate) -> str:
     """Return text such as "0.93 [0.90, 0.95]", or "–" if nothing could be compared."""
     if estimate.value is None:
-        return "–"
+        return _ABSENT
     if estimate.lower is None or estimate.upper is None:
         return f"{estimate.value:.2f}"
     return f"{estimate.value:.2f} [{estimate.lower:.2f}, {estimate.upper:.2f}]"
 
 
+# -- sentences -------------------------------------------------------------------------------------
 def summary(report: BacktestReport) -> list[str]:
     """Return what was looked at, and which figure came out best.
 
     The best figure is compared with those that know no Jacobian.
     """
+    # 1. The runs, and how they ended.
     outcomes = Counter(label.outcome for label in report.labels.values())
-    wrong = sum(report.bad.values())
-    told = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common())
+    counts = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common())
+    definition = report.asked.get("bad", "any")
     lines = [
-        (
-            f"{len(report.bad)} runs, {wrong} went wrong ({report.asked.get('bad', 'any')}); by "
-            "loss "
-            f"alone: {told}"
-        )
+        f"{len(report.bad)} runs, {sum(report.bad.values())} went wrong ({definition}); "
+        f"by loss alone: {counts}"
     ]
-    if report.asked.get("not_whole"):
-        lines.append(
-            f"{report.asked['not_whole']} runs did not come to their end and were left out"
-        )
+    unfinished = report.asked.get("not_whole")
+    if unfinished:
+        lines.append(f"{unfinished} runs did not come to their end and were left out")
     strata = ", ".join(f"{name} {bad} of {count}" for name, (count, bad) in report.strata.items())
     lines.append(f"strata (went wrong): {strata}")
+
+    # 2. The best figures.
     best = report.best
-    trivial = max((r.within.value or 0.0 for r in report.rankings if r.trivial), default=0.0)
     if best is None:
         return [*lines, "no figure could be ranked within one architecture and learning rate"]
-    by = max(
-        (r for r in report.rankings if not r.trivial and r.within.value is not None),
-        key=lambda r: r.within.value or 0.0,
-    )
     lines.append(f"best given the learning rate: {best.name}, {span(best.given_lr)}")
+    best_within = _best_within(report)
     lines.append(
-        f"best within an architecture: {by.name}, {span(by.within)}; best trivial classifier "
-        f"{trivial:.2f}"
+        f"best within an architecture: {best_within.name}, {span(best_within.within)}; "
+        f"best trivial classifier {_best_trivial_within(report):.2f}"
     )
     return lines
 
 
+def _best_within(report: BacktestReport) -> Ranking:
+    """Return the figure with the largest AUROC within strata."""
+    candidates = [
+        ranking
+        for ranking in report.rankings
+        if not ranking.trivial and ranking.within.value is not None
+    ]
+    return max(candidates, key=lambda ranking: ranking.within.value or 0.0)
+
+
+def _best_trivial_within(report: BacktestReport) -> float:
+    """Return the largest AUROC within strata of the trivial classifiers."""
+    trivial = [ranking for ranking in report.rankings if ranking.trivial]
+    return max((ranking.within.value or 0.0 for ranking in trivial), default=0.0)
+
+
 def detected(detector: Detector, lead: int) -> str:
-    """One live rule in a sentence."""
-    rate = detector.alarms_per_10k
-    told = (
-        f"{rate:.2f} alarms in 10,000 healthy steps ({detector.healthy_steps:,} seen)"
-        if rate is not None
-        else ("no healthy step was seen")
+    """Return the record of one live rule as a sentence.
+
+    Args:
+        detector: the live rule.
+        lead: steps that count as early.
+    """
+    # 1. The bad runs that it found, and how early.
+    text = (
+        f"{detector.code}: {detector.found} of {detector.bad} found before the loss left its band, "
+        f"{detector.ahead} at least {lead} steps before"
     )
-    median = (
-        f", median lead {detector.median_lead:g} steps" if detector.median_lead is not None else ""
-    )
-    seen = f"{detector.found} of {detector.bad} found before the loss left its band"
     counts = sorted(detector.ahead_by_outcome.items())
-    kinds = ", ".join(f"{kind} {ahead} of {count}" for kind, (ahead, count) in counts)
-    kinds = f" ({kinds})" if kinds else ""
-    return (
-        f"{detector.code}: {seen}, {detector.ahead} at least {lead} steps "
-        f"before{kinds}{median}; {told}"
-    )
+    if counts:
+        listed = ", ".join(f"{outcome} {ahead} of {count}" for outcome, (ahead, count) in counts)
+        text += f" ({listed})"
+    if detector.median_lead is not None:
+        text += f", median lead {detector.median_lead:g} steps"
+
+    # 2. Its false alarms.
+    rate = detector.alarms_per_10k
+    if rate is None:
+        return f"{text}; no healthy step was seen"
+    return f"{text}; {rate:.2f} alarms in 10,000 healthy steps ({detector.healthy_steps:,} seen)"
 
 
 def by_stratum(report: BacktestReport) -> list[str]:
     """Return the best figures of each architecture, given the learning rate.
 
-    The best figure that knows no Jacobian stands next to them.
+    The best figure that knows no Jacobian is named last.
     """
     lines = []
-    for name in report.strata:
-        known = [(r.given_by_stratum.get(name), r) for r in report.rankings]
-        ranked = sorted(((v, r) for v, r in known if v is not None), key=lambda pair: -pair[0])
-        told = [
-            f"{v:.2f} {r.name}" for v, r in ranked if not r.trivial and not r.name.endswith("x lr")
-        ][:_BEST]
-        rival = next((f"; {v:.2f} {r.name}" for v, r in ranked if r.trivial), "")
-        lines += [f"{name}: {', '.join(told)}{rival}"] if told else []
+    for stratum in report.strata:
+        figures, trivial = _scores_in_stratum(report, stratum)
+        if not figures:
+            continue
+        line = f"{stratum}: {', '.join(figures[:_BEST])}"
+        if trivial:
+            line += f"; {trivial[0]}"
+        lines.append(line)
     return lines
 
 
-def foretold(one: HeldOut) -> list[str]:
-    """One factor that was held out, in sentences."""
-    levels = ", ".join(
+def _scores_in_stratum(report: BacktestReport, stratum: str) -> tuple[list[str], list[str]]:
+    """Return the figures and the trivial classifiers of one stratum, the best first.
+
+    Each is a text such as "0.93 branch gain". A figure times the learning rate is left out, for it
+    ranks runs of the same learning rate as the figure does.
+    """
+    scored = []
+    for ranking in report.rankings:
+        score = ranking.given_by_stratum.get(stratum)
+        if score is not None:
+            scored.append((score, ranking))
+    scored.sort(key=lambda pair: -pair[0])
+
+    figures, trivial = [], []
+    for score, ranking in scored:
+        text = f"{score:.2f} {ranking.name}"
+        if ranking.trivial:
+            trivial.append(text)
+        elif not ranking.name.endswith("x lr"):
+            figures.append(text)
+    return figures, trivial
+
+
+# -- what was held out -----------------------------------------------------------------------------
+def held_out_lines(held_out: HeldOut) -> list[str]:
+    """Return what became of the levels of one factor that were held out, in sentences."""
+    levels = [
         f"{name} ({level.bad} of {level.runs}, by {level.figure or 'nothing'})"
-        for name, level in one.levels.items()
-    )
-    rivals = {name: e.value for name, e in one.trivial.items() if e.value is not None}
-    best = max(rivals, key=lambda name: rivals[name], default=None)
-    beside = f"; best trivial classifier {rivals[best]:.2f} ({best})" if best is not None else ""
-    one_figure = f", one figure for all {span(one.one_figure)}"
-    lines = [
-        f"held out by {one.factor}: {levels}",
-        f"  AUROC, learning rate given: {span(one.auroc)}{one_figure}{beside}",
+        for name, level in held_out.levels.items()
     ]
-    if one.brier is not None:
-        alone = (
-            f", {one.brier_rate_alone:.3f} by learning rate alone"
-            if one.brier_rate_alone is not None
-            else ""
+    lines = [f"held out by {held_out.factor}: {', '.join(levels)}", _held_out_auroc(held_out)]
+    if held_out.brier is not None:
+        lines += _chance_lines(held_out)
+    return lines + _transfer_lines(held_out)
+
+
+def _held_out_auroc(held_out: HeldOut) -> str:
+    text = (
+        f"  AUROC, learning rate given: {span(held_out.auroc)}, "
+        f"one figure for all {span(held_out.one_figure)}"
+    )
+    trivial = {}
+    for name, estimate in held_out.trivial.items():
+        if estimate.value is not None:
+            trivial[name] = estimate.value
+    if trivial:
+        best = max(trivial, key=lambda name: trivial[name])
+        text += f"; best trivial classifier {trivial[best]:.2f} ({best})"
+    return text
+
+
+def _chance_lines(held_out: HeldOut) -> list[str]:
+    """Return how good the chances were: Brier score, alarms, and chances against outcomes."""
+    score = f"Brier score {held_out.brier:.3f}"
+    if held_out.brier_rate_alone is not None:
+        score += f", {held_out.brier_rate_alone:.3f} by learning rate alone"
+    alarms = f"false alarms {_percent(held_out.false_alarms)}, found {_percent(held_out.recall)}"
+    bins = [
+        f"{bin_.chance:.0%}→{bin_.bad / bin_.runs:.0%} of {bin_.runs}"
+        for bin_ in held_out.calibration
+    ]
+    return [f"  chance: {score}; {alarms}", f"  chance → went wrong: {'  '.join(bins)}"]
+
+
+def _transfer_lines(held_out: HeldOut) -> list[str]:
+    """Return for each architecture how often its runs were expected to go wrong, and did."""
+    lines = []
+    for name, transfer in held_out.transfer.items():
+        if transfer.expected is None or transfer.observed is None:
+            continue
+        text = (
+            f"expected {transfer.expected:.0%}, "
+            f"went wrong {transfer.observed:.0%} of {transfer.runs}"
         )
-        lines.append(
-            f"  chance: Brier score {one.brier:.3f}{alone}; false alarms "
-            f"{_part(one.false_alarms)}, "
-            f"found {_part(one.recall)}"
-        )
-        bins = "  ".join(
-            f"{b.chance:.0%}→{b.bad / b.runs:.0%} of {b.runs}" for b in one.calibration
-        )
-        lines.append(f"  chance → went wrong: {bins}")
-    for name, t in one.transfer.items():
-        if t.expected is not None and t.observed is not None:
-            ranked = f", AUROC {t.auroc:.2f}" if t.auroc is not None else ""
-            told = f"expected {t.expected:.0%}, went wrong {t.observed:.0%} of {t.runs}{ranked}"
-            lines.append(f"  {name}: {told}; {_by(t.figures)}")
+        if transfer.auroc is not None:
+            text += f", AUROC {transfer.auroc:.2f}"
+        lines.append(f"  {name}: {text}; by {_first_figures(transfer.figures)}")
     return lines
 
 
-def _by(figures: list[str]) -> str:
-    return (
-        "by "
-        + ", ".join(figures[:2])
-        + (f" and {len(figures) - 2} more" if len(figures) > 2 else "")
-    )
+def _first_figures(figures: list[str]) -> str:
+    text = ", ".join(figures[:2])
+    if len(figures) > 2:
+        text += f" and {len(figures) - 2} more"
+    return text
 
 
-def _part(value: float | None) -> str:
-    return "–" if value is None else f"{value:.0%}"
+def _percent(share: float | None) -> str:
+    if share is None:
+        return _ABSENT
+    return f"{share:.0%}"
 
 
+# -- Markdown --------------------------------------------------------------------------------------
 def markdown(report: BacktestReport) -> str:
-    """The whole as Markdown."""
+    """Return a backtest as Markdown: summary, all figures, live rules, held-out levels, curves."""
+    # 1. The summary, and the table of all figures.
+    rate = report.asked.get("false_alarms", 0.05)
     lines = [
         "# Backtest",
         "",
-        *(f"- {line}" for line in summary(report)),
+        *_bullets(summary(report)),
         "",
-        "| " + " | ".join(HEAD) + " |",
+        _table_row(HEAD),
         "|" + "|".join([":---"] + ["---:"] * (len(HEAD) - 1)) + "|",
-    ]
-    lines += ["| " + " | ".join(row) + " |" for row in rows(report, every=True)]
-    rate = report.asked.get("false_alarms", 0.05)
-    lines += [
+        *(_table_row(cells) for cells in rows(report, every=True)),
         "",
         "AUROC with a 95% bootstrap interval; precision and recall at a false-alarm rate of "
         f"{rate:g}.",
         "",
     ]
-    if each := by_stratum(report):
+
+    # 2. The sections that have something to show.
+    strata = by_stratum(report)
+    if strata:
         lines += [
             "## Within one architecture, learning rate given",
             "",
             "The best figures, then the best that knows no Jacobian (times lr nothing changes).",
             "",
-            *(f"- {line}" for line in each),
+            *_bullets(strata),
             "",
         ]
     if report.detectors:
-        lines += [
-            "## Live rules",
-            "",
-            *(f"- {detected(d, report.asked.get('lead', 0))}" for d in report.detectors),
-            "",
-        ]
+        lead = report.asked.get("lead", 0)
+        records = [detected(detector, lead) for detector in report.detectors]
+        lines += ["## Live rules", "", *_bullets(records), ""]
     if report.held_out:
         lines += ["## Held out", ""]
-        lines += [
-            f"{'  ' if line.startswith(' ') else ''}- {line.strip()}"
-            for one in report.held_out
-            for line in foretold(one)
-        ] + [""]
+        for held_out in report.held_out:
+            lines += _nested_bullets(held_out_lines(held_out))
+        lines.append("")
     if report.curves:
-        lines += [
-            "## Curves of the chance",
-            "",
-            "| placement | figure | 1 | ln figure | ln lr | ln warm-up | runs | went wrong |",
-            "|:---|:---|---:|---:|---:|---:|---:|---:|",
-        ]
-        lines += [
-            f"| {c.placement} | {c.figure} | "
-            + " | ".join(_four(c.coefficients))
-            + f" | {c.runs} | {c.bad} |"
-            for c in report.curves.values()
-        ] + [""]
+        lines += _curve_table(report)
     return "\n".join(lines)
 
 
-def _four(coefficients: list[float]) -> list[str]:
-    return [f"{value:.3g}" for value in coefficients] + ["–"] * (4 - len(coefficients))
+def _bullets(texts: Iterable[str]) -> list[str]:
+    return [f"- {text}" for text in texts]
 
 
+def _nested_bullets(texts: Iterable[str]) -> list[str]:
+    """Return list items; an indented text belongs to the item above it."""
+    items = []
+    for text in texts:
+        indent = "  " if text.startswith(" ") else ""
+        items.append(f"{indent}- {text.strip()}")
+    return items
+
+
+def _table_row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _curve_table(report: BacktestReport) -> list[str]:
+    lines = [
+        "## Curves of the chance",
+        "",
+        "| placement | figure | 1 | ln figure | ln lr | ln warm-up | runs | went wrong |",
+        "|:---|:---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for curve in report.curves.values():
+        coefficients = [f"{value:.3g}" for value in curve.coefficients]
+        missing = [_ABSENT] * (4 - len(coefficients))
+        counts = [str(curve.runs), str(curve.bad)]
+        lines.append(_table_row([curve.placement, curve.figure, *coefficients, *missing, *counts]))
+    return [*lines, ""]
+
+
+# -- picture ---------------------------------------------------------------------------------------
 def save(report: BacktestReport, path: str | os.PathLike[str]) -> None:
     """Draw the figures by rank and write the picture.
 
     The suffix (.png, .svg, .pdf) chooses the format.
+
+    Args:
+        report: of a backtest.
+        path: where to; "-" is stdout.
+
+    Raises:
+        UsageError: another suffix, or a path that cannot be written to.
     """
     from matplotlib import style
 
     suffix = check_suffix(path)
-    undated: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".png": {}}[
-        suffix
-    ]
+    # The same report gives the same bytes: no date goes into the file.
+    undated: dict[str, dict[str, Any]] = {
+        ".svg": {"Date": None},
+        ".pdf": {"CreationDate": None},
+        ".png": {},
+    }
     buffer = io.BytesIO()
     with style.context(_STYLE, after_reset=True):
-        draw(report).savefig(buffer, format=suffix[1:], dpi=150, metadata=undated)
+        draw(report).savefig(buffer, format=suffix[1:], dpi=150, metadata=undated[suffix])
     write_output(path, buffer.getvalue())
 
 
@@ -274,38 +380,44 @@ def draw(report: BacktestReport) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    kept = [r for r in report.rankings if not r.trivial][:_SHOWN] + [
-        r for r in report.rankings if r.trivial
-    ]
-    figure = Figure(figsize=(9.0, 1.4 + 0.3 * len(kept)), layout="constrained")
-    for place, (axes, title, of) in enumerate(
-        zip(
-            figure.subplots(1, 2, sharey=True),
-            ("architecture and learning rate given", "architecture given"),
-            ("given_lr", "within"),
-            strict=True,
-        )
-    ):
-        axes.axvline(0.5, color=PALE, linewidth=0.8)
-        for height, ranking in enumerate(reversed(kept)):
-            estimate: Estimate = getattr(ranking, of)
-            colour = PALE if ranking.trivial else INK
-            if estimate.value is None:
-                continue
-            if estimate.lower is not None and estimate.upper is not None:
-                axes.plot(
-                    [estimate.lower, estimate.upper], [height, height], color=colour, linewidth=1.5
-                )
-            axes.plot([estimate.value], [height], "o", color=colour, markersize=4.5)
-        axes.set_xlim(0.0, 1.02)
-        axes.set_xlabel(f"AUROC, {title}")
-        for side in ("top", "right", "left"):
-            axes.spines[side].set_visible(False)
-        axes.tick_params(axis="y", length=0)
-        if place == 0:
-            axes.set_yticks(range(len(kept)), [r.name for r in reversed(kept)])
-    wrong = sum(report.bad.values())
+    # 1. Two panels, with the best figure at the top.
+    rankings = _best_and_trivial(report, _SHOWN)
+    figure = Figure(figsize=(9.0, 1.4 + 0.3 * len(rankings)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    upwards = rankings[::-1]
+    _draw_panel(
+        left,
+        [(ranking, ranking.given_lr) for ranking in upwards],
+        "AUROC, architecture and learning rate given",
+    )
+    left.set_yticks(range(len(upwards)), [ranking.name for ranking in upwards])
+    _draw_panel(
+        right,
+        [(ranking, ranking.within) for ranking in upwards],
+        "AUROC, architecture given",
+    )
+
+    # 2. The title.
+    bad = sum(report.bad.values())
     figure.suptitle(
-        f"What foretold that a run went wrong: {wrong} of {len(report.bad)} runs", fontsize=11
+        f"What predicted that a run went wrong: {bad} of {len(report.bad)} runs", fontsize=11
     )
     return figure
+
+
+def _draw_panel(axes: Axes, estimates: Sequence[tuple[Ranking, Estimate]], label: str) -> None:
+    """Draw estimates with their intervals, from the bottom to the top."""
+    axes.axvline(0.5, color=PALE, linewidth=0.8)
+    for height, (ranking, estimate) in enumerate(estimates):
+        if estimate.value is None:
+            continue
+        colour = PALE if ranking.trivial else INK
+        if estimate.lower is not None and estimate.upper is not None:
+            ends = [estimate.lower, estimate.upper]
+            axes.plot(ends, [height, height], color=colour, linewidth=1.5)
+        axes.plot([estimate.value], [height], "o", color=colour, markersize=4.5)
+    axes.set_xlim(0.0, 1.02)
+    axes.set_xlabel(label)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(axis="y", length=0)
