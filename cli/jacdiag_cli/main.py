@@ -163,12 +163,10 @@ def _interrupts() -> Iterator[list[int]]:
 
 
 def _interrupted() -> int:
-    named = ", ".join(written)
-    complain(
-        f"interrupted; written before that, and whole: {named}"
-        if named
-        else f"interrupted; {_NOTHING_WRITTEN}"
-    )
+    outputs = _NOTHING_WRITTEN
+    if written:
+        outputs = f"written completely before that: {', '.join(written)}"
+    complain(f"interrupted; {outputs}")
     return interrupted()
 
 

@@ -104,7 +104,7 @@ def test_a_file_that_was_written_before_is_named(tmp_path: Path) -> None:
         stubbed("audit", "c.pt", "--json", "r.json", "--plot", "r.png", during=during), tmp_path
     )
     assert done.returncode == 130 and files(tmp_path) == {"r.json"}
-    assert "interrupted; written before that, and whole: r.json" in done.stderr
+    assert "interrupted; written completely before that: r.json" in done.stderr
 
 
 @pytest.mark.parametrize(

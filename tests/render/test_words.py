@@ -264,13 +264,13 @@ def test_what_to_do_is_each_remedy_once_and_the_loudest_first() -> None:
 
 
 def test_your_rung_on_the_ladder_stands_between_its_neighbours() -> None:
-    line = line_of(synthetic.vanilla(), "beside others")
+    line = line_of(synthetic.vanilla(), "other models")
     assert line is not None
     text = line.text.replace(lines.TIED, " ")
     assert "Pythia shape 5 · ▸yours 22 · GPT-2 24" in text and text.endswith(
         "(pre-norm, at init, same width)"
     )
-    assert line_of(synthetic.trained(), "beside others") is None
+    assert line_of(synthetic.trained(), "other models") is None
 
 
 def placed(*placements: str) -> Report:
@@ -288,7 +288,7 @@ def test_inits_of_another_placement_are_not_compared() -> None:
     pre-norm one.
     """
     pre, reordered = (
-        line_of(report, "beside others") for report in (placed("pre"), placed("reordered"))
+        line_of(report, "other models") for report in (placed("pre"), placed("reordered"))
     )
     assert pre is not None and "OLMo" not in pre.text
     assert reordered is not None and "GPT-2" not in reordered.text
@@ -300,15 +300,15 @@ def test_inits_of_another_placement_are_not_compared() -> None:
 
 
 def test_where_no_init_of_the_placement_is_known_nothing_is_compared() -> None:
-    line = line_of(placed("none"), "beside others")
+    line = line_of(placed("none"), "other models")
     assert line is not None
     assert line.text == "nothing is compared: no init of another model without norms was measured"
-    mixed = line_of(placed("pre", "post"), "beside others")
+    mixed = line_of(placed("pre", "post"), "other models")
     assert mixed is not None and mixed.text.startswith(
         "nothing is compared: the sub-layers differ in placement"
     )
     without = dataclasses.replace(placed("pre"), ladder=[])
-    assert line_of(without, "beside others") is None, (
+    assert line_of(without, "other models") is None, (
         "inits of this placement are known: the other sentence is false"
     )
 

@@ -233,7 +233,7 @@ def _changes(report: Report) -> list[FigureChange]:
 
 
 def _accept_command(report: Report) -> str:
-    """Return the command that writes the baseline anew, if a baseline refused the figures."""
+    """Return the command that writes the baseline again, if a baseline refused the figures."""
     was_refused = any(finding.code == "JD110" for finding in report.findings)
     if "gate" not in report.settings or not was_refused:
         return ""

@@ -381,7 +381,7 @@ def _others(report: Report) -> Line | None:
     if len(placements) > 1:
         several = " and ".join(placement_words(placement) for placement in placements)
         text = f"nothing is compared: the sub-layers differ in placement ({several})"
-        return Line("beside others", text)
+        return Line("other models", text)
     placement = placements[0]
     norms = placement_words(placement)
 
@@ -392,14 +392,14 @@ def _others(report: Report) -> Line | None:
             return None  # a report without a ladder, such as that of a probe in a run
         kind = "without norms" if placement == "none" else f"with {norms}"
         text = f"nothing is compared: no init of another model {kind} was measured"
-        return Line("beside others", text)
+        return Line("other models", text)
 
     # 3. This model among them.
     steps = [(float(rung["worst_branch_gain"]), str(rung["name"])) for rung in rungs]
     steps = sorted([*steps, (worst[1].estimate, _YOURS)])
     shown = " · ".join(f"{name} {two(gain)}".replace(" ", TIED) for gain, name in _nearest(steps))
     text = f"worst branch gain  {shown}  ({norms}, at init{_widths(report, rungs)})"
-    return Line("beside others", text)
+    return Line("other models", text)
 
 
 def _widths(report: Report, rungs: list[dict[str, Any]]) -> str:

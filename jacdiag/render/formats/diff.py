@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from jacdiag.records.number_format import between, three
 from jacdiag.render.content.sentences import legible
-from jacdiag.render.formats.markdown import escaped
+from jacdiag.render.formats.markdown import escaped, table_row
 
 HEAD = ("depth", "part", "figure", "A", "B", "B / A", "")
 
@@ -26,23 +26,25 @@ class PairLike(Protocol):
     parts: bool
 
     @property
-    def ratio(self) -> float | None: ...
+    def ratio(self) -> float | None:
+        """The figure of B over that of A; None if one is missing, or A's is 0."""
 
 
 def rows(pairs: Sequence[PairLike]) -> list[tuple[str, ...]]:
-    """One row of cells per pair, under `HEAD`."""
-    return [
-        (
-            "-" if p.depth is None else str(p.depth),
-            p.part,
-            p.figure,
-            _cell(p, p.old, p.a),
-            _cell(p, p.new, p.b),
-            three(p.ratio) if p.ratio is not None else "",
-            "◀" if p.parts else "",
-        )
-        for p in pairs
-    ]
+    """Return one row of cells per pair, under `HEAD`."""
+    return [_row(pair) for pair in pairs]
+
+
+def _row(pair: PairLike) -> tuple[str, ...]:
+    depth, ratio, mark = "-", "", ""
+    if pair.depth is not None:
+        depth = str(pair.depth)
+    if pair.ratio is not None:
+        ratio = three(pair.ratio)
+    if pair.parts:
+        mark = "◀"
+    first, second = _cell(pair, pair.old, pair.a), _cell(pair, pair.new, pair.b)
+    return depth, pair.part, pair.figure, first, second, ratio, mark
 
 
 def _cell(pair: PairLike, ends: tuple[float, float, float] | None, name: str) -> str:
@@ -51,7 +53,7 @@ def _cell(pair: PairLike, ends: tuple[float, float, float] | None, name: str) ->
     A norm is written as its interval, a median with the range around it if that is wide.
     """
     if ends is None:
-        return "missing" if not name else "not measured"
+        return "not measured" if name else "missing"
     lower, middle, upper = ends
     if pair.figure.endswith("_norm"):
         return between(lower, upper)
@@ -61,50 +63,64 @@ def _cell(pair: PairLike, ends: tuple[float, float, float] | None, name: str) ->
 
 
 def verdict(pairs: Sequence[PairLike]) -> str:
-    """One sentence: where they part first."""
-    first = next((p for p in pairs if p.parts), None)
-    count = sum(p.parts for p in pairs)
+    """Return one sentence: which figure differs first, and how many do."""
     if not pairs:
         return "nothing in one has a counterpart in the other"
-    if first is None:
-        return f"no figure of {len(pairs)} parts beyond its interval"
-    where = "outside the layers" if first.depth is None else f"at depth {first.depth}"
-    names = (
-        first.a if first.a == first.b else f"{first.a or 'nothing'} beside {first.b or 'nothing'}"
-    )
-    figures = ""
-    if first.old or first.new:
-        figures = f" {_cell(first, first.old, first.a)} beside {_cell(first, first.new, first.b)}"
-    what = f"they part first {where}: {first.part} {first.figure}{figures} ({names})"
-    return str(legible(f"{what}; {count} of {len(pairs)} figures part"))
+    different = [pair for pair in pairs if pair.parts]
+    if not different:
+        return f"no figure of {len(pairs)} differs beyond its interval"
+    counts = f"{len(different)} of {len(pairs)} figures differ"
+    return str(legible(f"{_first_difference(different[0])}; {counts}"))
+
+
+def _first_difference(pair: PairLike) -> str:
+    """Return where two models differ first, with both values and the names in both."""
+    where = "outside the layers"
+    if pair.depth is not None:
+        where = f"at depth {pair.depth}"
+    text = f"they differ first {where}: {pair.part} {pair.figure}"
+    if pair.old or pair.new:
+        text += f" {_cell(pair, pair.old, pair.a)} and {_cell(pair, pair.new, pair.b)}"
+    names = pair.a
+    if pair.a != pair.b:
+        names = f"{pair.a or 'nothing'} and {pair.b or 'nothing'}"
+    return f"{text} ({names})"
 
 
 def markdown(pairs: Sequence[PairLike], said: str, notes: Sequence[str] = ()) -> str:
-    """The verdict `said`, the notes, and a table of the pairs if there are any, in Markdown."""
-    parts = [f"**{escaped(said)}**", *(f"Note: {escaped(str(legible(note)))}." for note in notes)]
+    """Return a comparison in Markdown.
+
+    Args:
+        pairs: rows of the table; no table if there are none.
+        said: the verdict.
+        notes: what limits the comparison.
+    """
+    sections = [f"**{escaped(said)}**"]
+    sections += [f"Note: {escaped(str(legible(note)))}." for note in notes]
     if pairs:
         lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
-        lines += ["| " + " | ".join(escaped(cell) for cell in row) + " |" for row in rows(pairs)]
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts) + "\n"
+        lines += [table_row(row) for row in rows(pairs)]
+        sections.append("\n".join(lines))
+    return "\n\n".join(sections) + "\n"
 
 
 def as_json(pairs: Sequence[PairLike], notes: Sequence[str] = ()) -> str:
-    """Every pair, the first that parts, and the notes."""
-    listed: list[dict[str, Any]] = [
-        {
-            "depth": p.depth,
-            "part": p.part,
-            "figure": p.figure,
-            "a": p.a,
-            "b": p.b,
-            "old": p.old,
-            "new": p.new,
-            "ratio": p.ratio,
-            "parts": p.parts,
-        }
-        for p in pairs
-    ]
-    first = next((p for p in listed if p["parts"]), None)
-    whole = {"schema_version": 1, "first": first, "pairs": listed, "notes": list(notes)}
-    return json.dumps(whole, indent=2, ensure_ascii=False) + "\n"
+    """Return every pair, the first that differs, and the notes, as JSON."""
+    listed = [_plain(pair) for pair in pairs]
+    first = next((pair for pair in listed if pair["parts"]), None)
+    data = {"schema_version": 1, "first": first, "pairs": listed, "notes": list(notes)}
+    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+
+
+def _plain(pair: PairLike) -> dict[str, Any]:
+    return {
+        "depth": pair.depth,
+        "part": pair.part,
+        "figure": pair.figure,
+        "a": pair.a,
+        "b": pair.b,
+        "old": pair.old,
+        "new": pair.new,
+        "ratio": pair.ratio,
+        "parts": pair.parts,
+    }

@@ -46,7 +46,7 @@ def save(report: Report, path: str | os.PathLike[str]) -> None:
     """Draw a report and write the picture; the suffix (.png, .svg, .pdf) chooses the format.
 
     Neither pyplot nor its current figure is touched, and the rcParams are as before. The file
-    appears whole or not at all.
+    appears completely or not at all.
 
     Args:
         report: what to draw.

@@ -74,7 +74,7 @@ class RunPlot:
     Attributes:
         figures: which panels, in this order; all for which there is data if empty.
         size: width and height in inches.
-        first, last: steps between which to draw; the whole run if not given.
+        first, last: steps between which to draw; all of the run if not given.
         smooth: steps that the bold line is the mean of; a fiftieth of the steps if not given, 1 for
             no such line.
     """

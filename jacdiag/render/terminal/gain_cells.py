@@ -28,7 +28,7 @@ class Cell:
     Attributes:
         glyph: a shade for the size; + or - where the gain has changed by JD504's factor; ▲ or ●
             where a rule fired.
-        change: share of that factor that it has changed by, on a log scale: 1 is the whole factor.
+        change: share of that factor that it has changed by, on a log scale: 1 is all of it.
         level: of the rule that fired, or empty.
     """
 
@@ -70,7 +70,7 @@ class GainCells:
         same = [int(row["step"]) for row in probes[:seen]] == self.steps and len(
             run.alerts
         ) == self._alerts
-        if not same:  # a resume took some back, or an alert speaks of an earlier probe
+        if not same:  # a resume took some back, or an alert is about an earlier probe
             self.__init__()  # type: ignore[misc]
             seen = 0
         fired = _fired(run)
