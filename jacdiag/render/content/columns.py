@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,8 +12,9 @@ from jacdiag.records.number_format import ABSENT, spoken, three
 from jacdiag.render.content.number_cells import aligned, bar
 from jacdiag.render.content.severity import LOUDNESS, SIGNS, guilty, marks
 
-_SHOWN_WHOLE = 16  # a table this long needs no folding
+_SHOWN_IN_FULL = 16  # a table this long needs no folding
 _HEAD, _TAIL, _NOTABLE = 6, 2, 4
+_END_ROLES = {"first": ("W_Q", "W_QKV", "W_1"), "last": ("W_O", "W_2")}
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Column:
 
     @property
     def marked(self) -> bool:
+        """Whether one of the visible cells has a mark."""
         return any(SIGNS[level] for level in self.levels)
 
 
@@ -94,20 +97,24 @@ def badness(row: SublayerRecord) -> float:
 
     What is not finite counts as the worst.
     """
-    value = row.branch_norm.estimate if row.branch_norm else row.bound
+    value = row.bound
+    if row.branch_norm:
+        value = row.branch_norm.estimate
     if value is None:
         return -math.inf
-    return value if math.isfinite(value) else math.inf
+    if not math.isfinite(value):
+        return math.inf
+    return value
 
 
 # -- rows ------------------------------------------------------------------------------------------
 def _visible(records: list[SublayerRecord], loudest: dict[str, str], sort: str) -> set[int]:
     """Return the places of the rows that are not folded away."""
     count = len(records)
-    if count <= _SHOWN_WHOLE:
+    if count <= _SHOWN_IN_FULL:
         return set(range(count))
     if sort == "worst":
-        return set(range(_SHOWN_WHOLE - _NOTABLE))
+        return set(range(_SHOWN_IN_FULL - _NOTABLE))
 
     # 1. The first rows and the last ones.
     shown = {*range(_HEAD), *range(count - _TAIL, count)}
@@ -152,20 +159,27 @@ def _gaps(
 
 def _gap(rows: list[SublayerRecord], loudest: dict[str, str]) -> Gap:
     """Return a fold, with how the gains go on in it and how many of its rows have marks."""
-    values = [badness(row) for row in rows if math.isfinite(badness(row))]
-    trend = _trend(values) if values else ""
-    counts = []
-    for level in ("error", "warning", "undecided"):
-        number = sum(loudest.get(row.name) == level for row in rows)
-        if number:
-            counts.append(f"{number} {SIGNS[level]}")
-    marked = f", {' '.join(counts)}" if counts else ""
     count = f"{len(rows)} more like this"
+    marked = _count_marks(rows, loudest)
+    trend = _trend([badness(row) for row in rows])
     return Gap(rows, f"{count}{trend}{marked}", f"{count}{marked}")
 
 
-def _trend(values: list[float]) -> str:
-    """Return whether values fall, rise or stay, as the end of a sentence."""
+def _count_marks(rows: list[SublayerRecord], loudest: dict[str, str]) -> str:
+    """Return how many rows have each mark, as the end of a sentence: ", 3 ●"."""
+    levels = Counter(loudest.get(row.name) for row in rows)
+    shown = [level for level in ("error", "warning", "undecided") if levels[level]]
+    counts = [f"{levels[level]} {SIGNS[level]}" for level in shown]
+    if not counts:
+        return ""
+    return f", {' '.join(counts)}"
+
+
+def _trend(gains: list[float]) -> str:
+    """Return whether the finite gains fall, rise or stay, as the end of a sentence."""
+    values = [gain for gain in gains if math.isfinite(gain)]
+    if not values:
+        return ""
     low, high = min(values), max(values)
     begins_high, ends_low = values[0] >= 0.8 * high, values[-1] <= 1.25 * low
     begins_low, ends_high = values[0] <= 1.25 * low, values[-1] >= 0.8 * high
@@ -181,6 +195,7 @@ def _columns(
     report: Report, rows: list[SublayerRecord], levels: dict[tuple[str, str], str]
 ) -> list[Column]:
     """Return every column that has something to show, from left to right."""
+    # 1. Depth and name.
     unmarked = [""] * len(rows)
     depths = [f"{row.depth:>2}" for row in rows]
     names = [row.name for row in rows]
@@ -189,7 +204,7 @@ def _columns(
         Column("name", "sub-layer", 100, names, unmarked, left=True),
     ]
 
-    # 1. The figures, and next to the branch norm its range over several probes.
+    # 2. The figures, and next to the branch norm its range over several probes.
     probes = report.settings.get("probes", {}).get("count")
     for figure in _FIGURES:
         if any(_has(row, figure.key, report.tier) for row in report.sublayers):
@@ -197,7 +212,7 @@ def _columns(
         if figure.key == "branch_norm" and probes:
             columns.append(_over_probes(rows, probes))
 
-    # 2. The earlier model, and which factor breaks its condition.
+    # 3. The earlier model, and which factor breaks its condition.
     if report.against is not None:
         columns.append(_earlier(report.against, rows))
     factor_of = guilty(report)
@@ -224,7 +239,9 @@ def _figure_column(
 
 
 def _bar(row: SublayerRecord) -> str:
-    return bar(row.shortcut_std.min) if row.shortcut_std else " "
+    if row.shortcut_std is None:
+        return " "
+    return bar(row.shortcut_std.min)
 
 
 def _earlier(against: AgainstRecord, rows: list[SublayerRecord]) -> Column:
@@ -232,15 +249,20 @@ def _earlier(against: AgainstRecord, rows: list[SublayerRecord]) -> Column:
     texts = []
     for row in rows:
         ends = against.branch_norms.get(row.name)
-        texts.append(ABSENT if ends is None else spoken(Interval(ends[1], ends[0], ends[2])))
+        text = ABSENT
+        if ends is not None:
+            lower, estimate, upper = ends
+            text = spoken(Interval(estimate, lower, upper))
+        texts.append(text)
     return Column("earlier", "earlier ‖J‖", 90, aligned(texts), [""] * len(rows))
 
 
 def _over_probes(rows: list[SublayerRecord], probes: int) -> Column:
     """Return the smallest to largest branch norm over several probes."""
     spreads = [row.over_probes.get("branch_norm") for row in rows]
-    cells = aligned([ABSENT if spread is None else str(spread) for spread in spreads])
-    return Column("over_probes", f"over {probes} probes", _SPREAD, cells, [""] * len(rows))
+    texts = [str(spread or ABSENT) for spread in spreads]
+    title = f"over {probes} probes"
+    return Column("over_probes", title, _SPREAD, aligned(texts), [""] * len(rows))
 
 
 def _has(row: SublayerRecord, key: str, tier: str) -> bool:
@@ -262,8 +284,7 @@ def _end_weight(row: SublayerRecord, key: str) -> float | None:
         key: such as "weights.last_std" or "weights.first_norm".
     """
     place, figure = key.removeprefix("weights.").split("_")
-    candidates = ("W_O", "W_2") if place == "last" else ("W_Q", "W_QKV", "W_1")
-    for role in candidates:
+    for role in _END_ROLES[place]:
         if role in row.weights:
             value: float | None = getattr(row.weights[role], figure)
             return value
@@ -271,7 +292,10 @@ def _end_weight(row: SublayerRecord, key: str) -> float | None:
 
 
 def _weight(key: str) -> Callable[[SublayerRecord], str]:
-    return lambda row: three(_end_weight(row, key))
+    def text(row: SublayerRecord) -> str:
+        return three(_end_weight(row, key))
+
+    return text
 
 
 def _norm(key: str) -> Callable[[SublayerRecord], str]:
@@ -284,7 +308,9 @@ def _norm(key: str) -> Callable[[SublayerRecord], str]:
 
 def _shortcut_std(row: SublayerRecord) -> str:
     """Return the smallest std over tokens: the one that 1/σ belongs to."""
-    return three(row.shortcut_std.min) if row.shortcut_std else ABSENT
+    if row.shortcut_std is None:
+        return ABSENT
+    return three(row.shortcut_std.min)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from jacdiag.detectors.first_nonfinite import describe_batch
-from jacdiag.records.flight_replay import BatchReplay, LevelRecord, ReplayRecord, TokenReplay
+from jacdiag.records.flight_replay import BatchReplay, ReplayRecord, TokenReplay
 from jacdiag.records.number_format import three
 from jacdiag.render.content.number_cells import aligned
 from jacdiag.rules.flight_replay import GRADIENT, LOSS
@@ -36,6 +36,7 @@ def replay_table(replay: ReplayRecord, *, all_rows: bool = False) -> ReplayTable
         replay: of a report.
         all_rows: show every batch; else the suspects and the latest few of the others.
     """
+    # 1. The rows.
     others = replay.others
     if not all_rows:
         others = others[:_FOLDED]
@@ -46,6 +47,7 @@ def replay_table(replay: ReplayRecord, *, all_rows: bool = False) -> ReplayTable
     if replay.before:
         rows.append(_level_cells(replay))
 
+    # 2. The columns of numbers, with their points in a line.
     if not rows:
         return ReplayTable(HEADER, [])
     columns = [list(column) for column in zip(*rows, strict=True)]
@@ -71,22 +73,22 @@ def replay_facts(replay: ReplayRecord) -> list[str]:
 
     They are about checkpoint, sequences, tokens, norms, what was computed, and notes.
     """
+    # 1. The checkpoint, and the step whose batch is looked at.
     facts = [replay.about_checkpoint]
-    if replay.onset is not None and replay.step is not None and replay.onset > replay.step:
-        facts.append(
-            f"step {replay.onset:,} had begun and not ended when the loop was left: its batch is "
-            "looked at"
-        )
-    elif replay.onset is not None and replay.step is not None and replay.onset != replay.step:
-        facts.append(
-            f"step {replay.onset:,} is the first one that stands out before the alert at step "
-            f"{replay.step:,}: its "
-            "batch is looked at"
-        )
+    onset = _onset(replay)
+    if onset:
+        facts.append(onset)
+
+    # 2. The batches, from values down to tokens.
     facts += _not_finite(replay.batches)
-    facts += [text for batch in replay.suspects if (text := _sequences_out(batch))]
+    for batch in replay.suspects:
+        outlying = _sequences_out(batch)
+        if outlying:
+            facts.append(outlying)
     if replay.tokens:
         facts.append(_tokens(replay))
+
+    # 3. The model, and how all this was computed.
     if replay.norms:
         facts.append(_norms(replay))
     if replay.computed:
@@ -94,26 +96,46 @@ def replay_facts(replay: ReplayRecord) -> list[str]:
     return [*facts, *replay.notes]
 
 
+def _onset(replay: ReplayRecord) -> str:
+    """Return why the batch of another step than the alert's is looked at; "" if it is not."""
+    onset, step = replay.onset, replay.step
+    if onset is None or step is None or onset == step:
+        return ""
+    if onset > step:
+        return (
+            f"step {onset:,} had begun and not ended when the loop was left: its batch is looked at"
+        )
+    return (
+        f"step {onset:,} is the first one that stands out before the alert at step {step:,}: its "
+        "batch is looked at"
+    )
+
+
 def _not_finite(batches: list[BatchReplay]) -> list[str]:
     """Return which batches hold NaN or inf.
 
     If a figure is not finite and no batch holds such a value, that is said. Else nothing is.
     """
-    facts = [
-        f"not finite in the batch of step {batch.step:,}: {describe_batch(batch.values)}"
-        for batch in batches
-        if batch.values is not None and batch.values.arguments
-    ]
+    # 1. The batches that hold such a value.
+    facts = []
+    for batch in batches:
+        if batch.values is not None and batch.values.arguments:
+            values = describe_batch(batch.values)
+            facts.append(f"not finite in the batch of step {batch.step:,}: {values}")
     if facts:
         return facts
-    figures = [
-        value for b in batches for value in (b.loss, b.gradient, b.logged_loss, b.logged_gradient)
-    ]
-    is_lost = any(value is not None and not math.isfinite(value) for value in figures)
+
+    # 2. No batch does: worth a word if a figure is not finite.
     all_finite = all(batch.values is not None and batch.values.is_finite for batch in batches)
-    if is_lost and all_finite:
+    if all_finite and any(_has_lost_figure(batch) for batch in batches):
         return [f"every tensor of the {len(batches)} kept batches is finite"]
     return []
+
+
+def _has_lost_figure(batch: BatchReplay) -> bool:
+    """Return whether a loss or a gradient norm of a batch is not finite."""
+    figures = (batch.loss, batch.gradient, batch.logged_loss, batch.logged_gradient)
+    return any(figure is not None and not math.isfinite(figure) for figure in figures)
 
 
 def _batch_name(batch: BatchReplay) -> str:
@@ -123,49 +145,52 @@ def _batch_name(batch: BatchReplay) -> str:
 
 
 def _batch_cells(batch: BatchReplay, name: str) -> tuple[str, ...]:
-    out = sum(bool(sequence.outlying) for sequence in batch.sequences)
     return (
         name,
         three(batch.loss),
         three(batch.logged_loss),
         three(batch.gradient),
         three(batch.logged_gradient),
-        f"{out} of {len(batch.sequences)}",
+        _count_outlying([batch]),
     )
 
 
 def _range_cells(batches: list[BatchReplay]) -> tuple[str, ...]:
-    def ends(values: list[float | None]) -> str:
-        known = [value for value in values if value is not None]
-        if not known:
-            return three(None)
-        return f"{three(min(known))} to {three(max(known))}"
-
-    sequences = [sequence for batch in batches for sequence in batch.sequences]
     return (
         f"{len(batches)} more",
-        ends([batch.loss for batch in batches]),
+        _ends([batch.loss for batch in batches]),
         "",
-        ends([batch.gradient for batch in batches]),
+        _ends([batch.gradient for batch in batches]),
         "",
-        f"{sum(bool(s.outlying) for s in sequences)} of {len(sequences)}",
+        _count_outlying(batches),
     )
+
+
+def _ends(values: list[float | None]) -> str:
+    """Return the smallest and the largest of some values."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return three(None)
+    return f"{three(min(known))} to {three(max(known))}"
+
+
+def _count_outlying(batches: list[BatchReplay]) -> str:
+    """Return how many sequences of some batches are out of range, and of how many."""
+    outlying, count = 0, 0
+    for batch in batches:
+        outlying += sum(bool(sequence.outlying) for sequence in batch.sequences)
+        count += len(batch.sequences)
+    return f"{outlying} of {count}"
 
 
 def _level_cells(replay: ReplayRecord) -> tuple[str, ...]:
-    loss, gradient = replay.before.get(LOSS), replay.before.get(GRADIENT)
-    return (
-        "usual before",
-        "",
-        three(None if loss is None else loss.center),
-        "",
-        three(None if gradient is None else _exponential(gradient)),
-        "",
-    )
-
-
-def _exponential(level: LevelRecord) -> float:
-    return math.exp(level.center)
+    """Return what is usual in the run before the alert."""
+    loss, gradient = None, None
+    if LOSS in replay.before:
+        loss = replay.before[LOSS].center
+    if GRADIENT in replay.before:
+        gradient = math.exp(replay.before[GRADIENT].center)  # its level is that of the logarithm
+    return "usual before", "", three(loss), "", three(gradient), ""
 
 
 def _sequences_out(batch: BatchReplay) -> str:
@@ -178,12 +203,15 @@ def _sequences_out(batch: BatchReplay) -> str:
         f"{place} (loss {three(sequence.loss)}, gradient {three(sequence.gradient)})"
         for place, sequence in out[:_SEQUENCES]
     ]
-    more = f" and {len(out) - _SEQUENCES} more" if len(out) > _SEQUENCES else ""
-    noun = "sequence" if len(out) == 1 else "sequences"
+    listed = ", ".join(shown)
+    if len(out) > _SEQUENCES:
+        listed += f" and {len(out) - _SEQUENCES} more"
+    noun = "sequences"
+    if len(out) == 1:
+        noun = "sequence"
     return (
-        f"out of the range of the other batches' sequences: {noun} {', '.join(shown)}{more}, of "
-        f"{len(batch.sequences)} "
-        f"in the batch of step {batch.step:,}"
+        f"out of the range of the other batches' sequences: {noun} {listed}, of "
+        f"{len(batch.sequences)} in the batch of step {batch.step:,}"
     )
 
 
@@ -193,8 +221,7 @@ def _tokens(replay: ReplayRecord) -> str:
     if replay.token_cut is not None and replay.tokens_counted:
         text += (
             f"; {replay.tokens_beyond} of its {replay.tokens_counted:,} tokens are above "
-            f"{three(replay.token_cut)}, as "
-            "1 in 1,000 tokens of the other batches is"
+            f"{three(replay.token_cut)}, as 1 in 1,000 tokens of the other batches is"
         )
     return text
 

@@ -27,7 +27,9 @@ def aligned(cells: Sequence[str]) -> list[str]:
 
     padded = []
     for lower, (_, separator, _), upper in zip(lowers, ends, uppers, strict=True):
-        padded.append(f"{lower}{separator}{upper}" if separator else lower)
+        if not separator:
+            upper = ""  # a single number: its column has no upper end
+        padded.append(f"{lower}{separator}{upper}")
 
     width = max((len(cell) for cell in padded), default=0)
     return [f"{cell:<{width}}" for cell in padded]
@@ -47,8 +49,9 @@ def _split(number: str) -> tuple[str, str]:
     Words and "–" have no such part; they end at the point.
     """
     match = _INTEGER_PART.match(number)
-    cut = match.end() if match else len(number)
-    return number[:cut], number[cut:]
+    if match is None:
+        return number, ""
+    return number[: match.end()], number[match.end() :]
 
 
 def bar(value: float, low: float = 0.01, high: float = 1.0) -> str:

@@ -28,26 +28,38 @@ def report_at_start(run: RunLog) -> list[dict[str, Any]]:
     The lines `finding` of the log are taken, else the findings of the report itself, else the
     alerts of an older log.
     """
-    lines = run.findings
-    if lines:
-        return sorted(lines, key=lambda row: (row.get("level") != "error", str(row.get("code"))))
+    if run.findings:
+        return sorted(run.findings, key=_errors_first)
     if not run.probes:
         return []
-    first = run.probes[0]
-    findings = (first.get("report") or {}).get("findings")
-    if findings is not None:
-        rows = [
-            {**finding, "step": first["step"]}
-            for finding in findings
-            if finding.get("code", "") < "JD900"
-        ]
-    else:
-        rows = [row for row in run.alerts if is_of_report(row) and row.get("step") == first["step"]]
-    rows = [row for row in rows if row.get("level") != "info"]
-    return sorted(rows, key=lambda row: (row.get("level") != "error", str(row.get("code"))))
+    rows = _findings_in_report(run.probes[0])
+    if rows is None:
+        rows = [row for row in run.alerts if _repeats_report(row, run)]
+    return sorted((row for row in rows if row.get("level") != "info"), key=_errors_first)
+
+
+def _errors_first(row: Mapping[str, Any]) -> tuple[bool, str]:
+    return row.get("level") != "error", str(row.get("code"))
+
+
+def _findings_in_report(probe: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """Return the findings about the model in a probe's report; None if there is no report."""
+    findings = (probe.get("report") or {}).get("findings")
+    if findings is None:
+        return None
+    # JD9xx is about the measurement, not about the model.
+    about_model = [finding for finding in findings if finding.get("code", "") < "JD900"]
+    return [{**finding, "step": probe["step"]} for finding in about_model]
 
 
 def alerts_of_run(run: RunLog) -> list[dict[str, Any]]:
     """Return the alerts without those that repeat the first probe's report."""
+    return [row for row in run.alerts if not _repeats_report(row, run)]
+
+
+def _repeats_report(row: Mapping[str, Any], run: RunLog) -> bool:
+    """Return whether an alert repeats a finding of the first probe's report."""
+    if not is_of_report(row):
+        return False
     start = run.probes[0]["step"] if run.probes else None
-    return [row for row in run.alerts if not (is_of_report(row) and row.get("step") == start)]
+    return bool(row.get("step") == start)

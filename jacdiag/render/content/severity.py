@@ -67,7 +67,9 @@ def threshold(report: Report, field: str, level: str) -> float | None:
         level: warning or error.
     """
     value = report.settings.get("thresholds", {}).get(field, {}).get(level)
-    return float(value) if value is not None else None
+    if value is None:
+        return None
+    return float(value)
 
 
 def drawn_threshold(report: Report, field: str, level: str) -> float | None:
@@ -82,10 +84,13 @@ def drawn_threshold(report: Report, field: str, level: str) -> float | None:
         field: branch_norm, core_norm or norm_gain.
         level: warning or error.
     """
+    # 1. Whether the rule decides at all.
     code = next(code for code, figure in FIELD_OF_RULE.items() if figure == field)
     decides = report.state != "trained" or code in report.settings.get("levels", ())
     if not decides:
         return None
+
+    # 2. Whether it compares this figure with its thresholds.
     compares = any(rule.code == code and rule.matched for rule in report.rules)
     if report.rules and not compares:
         return None
@@ -124,17 +129,22 @@ def guilty(report: Report) -> dict[str, str]:
             continue
         for name in finding.where:
             factors_of.setdefault(name, set()).add(factor)
-    return {
-        name: "both" if len(factors) == 2 else next(iter(factors))
-        for name, factors in factors_of.items()
-    }
+
+    return {name: _factor_word(factors) for name, factors in factors_of.items()}
+
+
+def _factor_word(factors: set[str]) -> str:
+    if len(factors) > 1:
+        return "both"
+    return next(iter(factors))
 
 
 def at_least(level: str, floor: str) -> bool:
     """Return whether a finding's level is as severe as `floor`.
 
     Args:
-        level, floor: info, warning or error.
+        level: of the finding: info, warning or error.
+        floor: the level to compare with.
 
     >>> at_least("error", "warning"), at_least("info", "warning")
     (True, False)
