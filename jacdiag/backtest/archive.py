@@ -26,7 +26,7 @@ def is_packed(path: Path) -> bool:
 
 
 def pack(runs: Iterable[Run]) -> str:
-    """Runs as lines of JSON; losses and norms to four digits. `unpack` gives them back.
+    """Return runs as lines of JSON, losses and norms to four digits; `unpack` reads them.
 
     Example:
         >>> steps, loss, norm = np.array([1.0]), np.array([2.5]), np.array([math.nan])
@@ -81,13 +81,13 @@ def _array(values: Sequence[float | str]) -> Floats:
 
 
 def encoded(runs: Iterable[Run], path: Path) -> bytes:
-    """What goes into a file of this name; the same runs give the same bytes."""
+    """Return the contents of a file of this name; the same runs give the same bytes."""
     data = pack(runs).encode()
     return gzip.compress(data, mtime=0) if path.name.endswith(".gz") else data
 
 
 def read_packed(path: Path) -> list[Run]:
-    """Reads a file of `encoded`.
+    """Read a file of `encoded`.
 
     Raises:
         SourceError: it cannot be read, or is something else.

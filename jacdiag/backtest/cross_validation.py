@@ -68,7 +68,7 @@ def held_out(board: Board, factor: str, false_alarms: float, times: int) -> Held
     # 2. Compare the predictions with the outcomes.
     keys: list[Hashable] = [(g, v) for g, v in zip(board.given_rate, values, strict=True)]
     known = ~np.isnan(chance)
-    good, ill = known & ~board.wrong, known & board.wrong
+    good_runs, bad_runs = known & ~board.wrong, known & board.wrong
     trivial = {
         name: _estimate(board, np.where(known, column, np.nan), keys, times)
         for name, column in board.trivial.items()
@@ -85,15 +85,24 @@ def held_out(board: Board, factor: str, false_alarms: float, times: int) -> Held
         trivial,
         _brier(chance, board.wrong),
         _brier(base, board.wrong),
-        float(alarm[good].mean()) if good.any() else None,
-        float(alarm[ill].mean()) if ill.any() else None,
+        _share_of_alarms(alarm, good_runs),
+        _share_of_alarms(alarm, bad_runs),
         calibration(chance, board.wrong),
         transfers,
     )
 
 
+def _share_of_alarms(alarm: Bools, runs: Bools) -> float | None:
+    """Return the share of some runs that have an alarm; None if there are no such runs."""
+    if not runs.any():
+        return None
+    return float(alarm[runs].mean())
+
+
 def _level_name(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value)
 
 
 def _estimate(board: Board, column: Floats, keys: Sequence[Hashable], times: int) -> Estimate:
@@ -163,7 +172,9 @@ def _curve(board: Board, chosen: Bools, times: int) -> tuple[str, Curve] | None:
     if figure is None:
         return None
     curve = _fitted(board, board.figures[figure], chosen, times)
-    return None if curve is None else (figure, curve)
+    if curve is None:
+        return None
+    return figure, curve
 
 
 def foretelling(board: Board, chosen: Bools) -> str | None:

@@ -66,12 +66,12 @@ class Board:
         picked = np.flatnonzero(chosen)
         given = self.given_rate
         groups, wrong = [given[k] for k in picked], self.wrong[picked]
-        found = {
-            n: auroc(values[picked], wrong, groups, missing_ties=True)
-            for n, values in self.figures.items()
-        }
-        known = {name: value for name, value in found.items() if value is not None}
-        return max(known, key=lambda name: known[name], default=None)
+        scores = {}
+        for name, values in self.figures.items():
+            score = auroc(values[picked], wrong, groups, missing_ties=True)
+            if score is not None:
+                scores[name] = score
+        return max(scores, key=lambda name: scores[name], default=None)
 
 
 def board(
@@ -84,16 +84,23 @@ def board(
     cluster_without: Sequence[str],
     worse: float = WORSE,
 ) -> Board:
-    """Puts the columns together; see `backtest` for the arguments."""
+    """Return the columns of some runs; see `backtest` for the arguments."""
+    # 1. Which runs went wrong.
     rates = np.array([number_of(run.factors.get("lr")) for run in runs])
     warmups = np.array([number_of(run.factors.get("warmup")) for run in runs])
-    far = _worse(runs, labels, rates, peers, worse)
-    wrong = np.array(
-        [_wrong(one.outcome, w, bad) for one, w in zip(labels, far, strict=True)], dtype=bool
-    )
+    ended_worse = _worse(runs, labels, rates, peers, worse)
+    is_wrong = [
+        _wrong(label.outcome, is_worse, bad)
+        for label, is_worse in zip(labels, ended_worse, strict=True)
+    ]
+    wrong = np.array(is_wrong, dtype=bool)
+
+    # 2. What they are compared within.
     strata = [" · ".join(str(run.factors.get(f, "?")) for f in stratum) or "all" for run in runs]
     clusters = _alike(runs, cluster_without)
     inits = _alike(runs, (*cluster_without, *TRAINING))
+
+    # 3. Their figures.
     names = dict.fromkeys(name for run in runs for name in run.figures)
     figures = {name: np.array([run.figures.get(name, math.nan) for run in runs]) for name in names}
     factors = [dict(run.factors) for run in runs]
@@ -127,20 +134,27 @@ def _wrong(outcome: str, worse: bool, bad: str) -> bool:
 def _worse(
     runs: Sequence[Run], labels: Sequence[Label], rates: Floats, peers: Sequence[str], worse: float
 ) -> list[bool]:
-    """Which runs end far over the best of their peers at the same or a lower learning rate.
+    """Return which runs end far over the best of their peers at the same or a lower rate.
 
     A higher rate alone may not count against a lower one: a run that was merely slow did not go
     wrong.
     """
-    groups = [tuple(str(run.factors.get(p)) for p in peers) for run in runs]
-    finals = np.array([one.final for one in labels])
-    found = []
+    groups = [tuple(str(run.factors.get(name)) for name in peers) for run in runs]
+    finals = np.array([label.final for label in labels])
+    ended_worse = []
     for group, rate, final in zip(groups, rates, finals, strict=True):
-        mine = np.array([g == group for g in groups])
-        lower = mine if math.isnan(rate) else mine & ~(rates > rate)
-        known = finals[lower & np.isfinite(finals)]
-        found.append(not final <= (known.min() if known.size else math.inf) + worse)
-    return found
+        # 1. The best final loss of the peers.
+        compared = np.array([other == group for other in groups])
+        if not math.isnan(rate):
+            compared &= ~(rates > rate)
+        known = finals[compared & np.isfinite(finals)]
+        best = math.inf
+        if known.size:
+            best = known.min()
+
+        # 2. A final loss that is nan is no better than any.
+        ended_worse.append(not final <= best + worse)
+    return ended_worse
 
 
 def _trivial(

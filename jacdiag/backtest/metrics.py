@@ -158,8 +158,8 @@ def operating_point(scores: Floats, bad: Bools, false_alarms: float) -> Operatin
     """
     known = ~np.isnan(scores)
     good = np.sort(scores[known & ~bad])
-    ill = scores[known & bad]
-    if not good.size or not ill.size:
+    bad_scores = scores[known & bad]
+    if not good.size or not bad_scores.size:
         return None
 
     allowed = int(np.floor(false_alarms * good.size + 1e-9))
@@ -167,11 +167,11 @@ def operating_point(scores: Floats, bad: Bools, false_alarms: float) -> Operatin
     if allowed < good.size:
         threshold = float(good[good.size - allowed - 1])
 
-    hits = int(np.sum(ill > threshold))
+    hits = int(np.sum(bad_scores > threshold))
     alarms = int(np.sum(good > threshold)) + hits
     precision = hits / alarms if alarms else None
     rate = float(np.mean(good > threshold))
-    return Operating(threshold, rate, float(np.mean(ill > threshold)), precision)
+    return Operating(threshold, rate, float(np.mean(bad_scores > threshold)), precision)
 
 
 def calibration(chances: Floats, bad: Bools, bins: int = 5) -> list[Bin]:

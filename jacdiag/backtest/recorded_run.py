@@ -21,7 +21,7 @@ class Run:
         steps, loss, grad_norm: one value a logged step; nan where it was not logged.
         figures: of the model before its first step (`jacdiag.rules.risk_features`), or columns of a
             foreign log.
-        alerts: (step, rule code) of the live rules that spoke.
+        alerts: (step, rule code) of the live rules that fired.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Run:
 
         It did if it has as many steps as its factor `steps` says, or if its loss broke.
         """
-        asked = self.factors.get("steps")
-        if not isinstance(asked, int | float) or not self.steps.size:
+        planned = self.factors.get("steps")
+        if not isinstance(planned, int | float) or not self.steps.size:
             return bool(self.steps.size)
-        return bool(self.steps[-1] >= asked or not np.isfinite(self.loss[-1]))
+        return bool(self.steps[-1] >= planned or not np.isfinite(self.loss[-1]))

@@ -45,7 +45,7 @@ def read_runs(
         paths: run logs, CSV or JSONL files, packed runs, or folders.
         columns: what a foreign log calls step, loss, grad_norm and lr.
         figures: columns of a foreign log whose first value is a figure of the untrained model.
-        rules: judge the logs anew by the live rules with these thresholds, in place of the alerts
+        rules: judge the logs again by the live rules with these thresholds, in place of the alerts
             in the log.
 
     Raises:
@@ -133,7 +133,7 @@ def _name(file: Path) -> str:
 
 
 def _factors(file: Path) -> dict[str, Factor]:
-    """Read the factors beside a log; a number that is not finite is kept as a text."""
+    """Read the factors next to a log; a number that is not finite is kept as a text."""
     path = file.parent / FACTORS
     if not path.is_file():
         return {}
@@ -199,7 +199,7 @@ def of_log(
         _array(number(row.get("loss")) for row in rows),
         _array(_first_known(row.get("grad_norm"), row.get("grad_norm_post")) for row in rows),
         _figures_of(report or _report_at_start(log), factors.get("lr")),
-        _alerts_of(log) if rules is None else _judged_anew(log, name, rules),
+        _alerts_of(log) if rules is None else _judged_again(log, name, rules),
     )
 
 
@@ -235,7 +235,7 @@ def _alerts_of(log: RunLog) -> list[tuple[int, str]]:
     ]
 
 
-def _judged_anew(log: RunLog, name: str, rules: Thresholds) -> list[tuple[int, str]]:
+def _judged_again(log: RunLog, name: str, rules: Thresholds) -> list[tuple[int, str]]:
     """Return step and code of the alerts that the live rules raise today."""
     try:
         return [(alert.step, alert.code) for alert in rejudged(log, rules)]

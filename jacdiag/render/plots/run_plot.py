@@ -279,9 +279,9 @@ def _prepared(
     }
     panels: dict[str, Series | Band] = {}
     for figure in options.figures or FIGURES:
-        made = makers[figure]().within(first, last)
-        if made.any:
-            panels[figure] = made
+        values = makers[figure]().within(first, last)
+        if values.any:
+            panels[figure] = values
     steps = sum(first <= row["step"] <= last for row in run.steps)
     window = options.smooth if options.smooth is not None else min(max(steps // 50, 1), 1000)
     return _Drawn(run, name, _RUNS[place % len(_RUNS)] if name else INK, panels, max(window, 1))
@@ -467,14 +467,16 @@ def _not_finite(panel: Axes, drawn: Sequence[_Drawn], name: str) -> str:
             clip_on=False,
         )
         begins, count = values.lost[0], values.lost.size
-        whose = f"{clipped(printable(one.name), 20)}: " if one.name else ""
-        since = (
-            f"not finite at {begins:,.0f}"
-            if count == 1
-            else f"not finite from {begins:,.0f}, {count:,} steps"
-        )
-        words.append(whose + since)
-    return "; ".join(words[:2]) + (f" and {len(words) - 2} more" if len(words) > 2 else "")
+        text = f"not finite from {begins:,.0f}, {count:,} steps"
+        if count == 1:
+            text = f"not finite at {begins:,.0f}"
+        if one.name:
+            text = f"{clipped(printable(one.name), 20)}: {text}"
+        words.append(text)
+    listed = "; ".join(words[:2])
+    if len(words) > 2:
+        listed += f" and {len(words) - 2} more"
+    return listed
 
 
 def _heat(figure: Figure, panel: Axes, heat: Heat, first: float, last: float) -> None:
@@ -516,7 +518,8 @@ def _mark(
     Args:
         panel: where to.
         drawn: the runs.
-        first, last: steps that the panel shows.
+        first: step that the panel begins with.
+        last: step that it ends with.
         labelled: write what each line is at its head.
     """
     several = len(drawn) > 1

@@ -84,8 +84,8 @@ class GainCells:
         known = set(self.names)
         self.names += [name for name in values if name not in known]
         cells: dict[str, Cell] = {}
-        for name, given in values.items():
-            value = number(given)
+        for name, logged in values.items():
+            value = number(logged)
             before = self._before.setdefault(name, deque(maxlen=_BEFORE))
             cells[name] = self._cell(value, before, fired.get((step, name), ""))
             if math.isfinite(value) and value > 0:

@@ -51,7 +51,8 @@ def screen(
     Args:
         run: as far as it has come.
         path: of its log, to be shown.
-        width, height: of the terminal, in characters.
+        width: of the terminal, in characters.
+        height: of the terminal, in lines.
         cells: those of the frame before, to which new ones are added.
         idle: seconds since the last write to the log, if known.
         state: of the run, if there is a sign of life next to its log.
