@@ -1,4 +1,4 @@
-"""Write the flight if a run ends without `close`: an exception, a signal, the end of the program.
+"""Write the flight if a run ends without `close`: an exception, a signal, the program's end.
 
 A loop needs no `with`. While a watch is open, the hooks of the interpreter for uncaught exceptions
 and the handlers of SIGTERM and SIGHUP are covered. Whatever stood there before is called
@@ -45,7 +45,8 @@ class Ending:
             "signal".
         reason: the exception in one line, or the name of the signal; empty if there is none.
         has_flight: a flight is to be written.
-        is_alone: leave out what other ranks know of the figures: they may be at another place.
+        is_alone: do not wait for what other ranks know about the figures, since they may be at
+            another place.
     """
 
     how: str
@@ -67,7 +68,7 @@ class Ending:
 
 
 class OpenWatch(Protocol):
-    """What the endings need of a watch."""
+    """The part of a watch that the endings use."""
 
     closed: bool
     inert: bool
@@ -76,7 +77,7 @@ class OpenWatch(Protocol):
 
     @property
     def count(self) -> int:
-        """Steps so far."""
+        """Return the steps so far."""
 
     def left_by(self, error: BaseException) -> None:
         """Write the flight and close, because of an exception."""
@@ -98,33 +99,44 @@ class OpenWatch(Protocol):
 
 
 class Endings:
-    """The open watches of this process, and what is covered for them."""
+    """The open watches of this process, and the hooks that are covered for them.
+
+    Attributes:
+        watches: id -> the watch.
+        pid: of the process that the watches belong to.
+        handlers: signal -> the handler that was there before.
+        excepthook, thread_hook: the hooks that were there before.
+        shell: of IPython, if there is one.
+        pending: a signal that came while a watch was at work.
+        counts: id -> steps of the watch when the last cell of a notebook ended.
+    """
 
     def __init__(self) -> None:
+        """Begin without a watch, and with nothing covered."""
         self.watches: dict[int, weakref.ref[Any]] = {}
         self.pid = os.getpid()
-        self.handlers: dict[int, Any] = {}  # signal -> the handler that was there before
+        self.handlers: dict[int, Any] = {}
         self.excepthook: Callable[..., Any] = sys.__excepthook__
         self.thread_hook: Callable[..., Any] = threading.__excepthook__
-        self.shell: Any = None  # of IPython
-        self.pending: int | None = None  # a signal that came while a watch was at work
+        self.shell: Any = None
+        self.pending: int | None = None
         self.watchdog = Watchdog(self.deadly, _PATIENCE)
-        # steps of each watch when the last cell of a notebook ended
         self.counts: dict[int, int] = {}
-        self._covers_errors = self._covers_threads = False
-        self._knows_forks = False
-        self._finalizes = False
+        self._covers_excepthook = False
+        self._covers_thread_hook = False
+        self._is_registered_at_fork = False
+        self._has_finalizer = False
 
     # -- the watches -------------------------------------------------------------------------------
     def open(self, watch: OpenWatch) -> None:
-        """Take care of a watch from now on."""
+        """Cover the hooks and signals for a watch from now on."""
         if not self.watches:
             self._cover()
         self._cover_signals(watch)
         self.watches[id(watch)] = weakref.ref(watch)
 
     def close(self, watch: OpenWatch) -> None:
-        """Let go of a watch; after the last one, give back what was covered."""
+        """Let go of a watch. After the last one, put back what was covered."""
         self.watches.pop(id(watch), None)
         self.counts.pop(id(watch), None)
         if not any(ref() is not None for ref in self.watches.values()):
@@ -132,63 +144,75 @@ class Endings:
             self._uncover()
 
     def current(self) -> list[OpenWatch]:
-        """The watches of this process that are open."""
+        """Return the watches of this process that are open."""
         if os.getpid() != self.pid:
             return []
-        watches = [ref() for ref in self.watches.values()]
-        return [watch for watch in watches if watch is not None and not watch.closed]
+        open_watches: list[OpenWatch] = []
+        for reference in self.watches.values():
+            watch = reference()
+            if watch is not None and not watch.closed:
+                open_watches.append(watch)
+        return open_watches
 
     # -- covering ----------------------------------------------------------------------------------
     def _cover(self) -> None:
+        """Cover the hooks of the interpreter, of forks, of subprocesses and of IPython."""
         self.pid = os.getpid()
         self.pending = None
-        if not self._covers_errors:
-            self.excepthook, sys.excepthook = sys.excepthook, _on_exception
-            self._covers_errors = True
-        if not self._covers_threads:
-            self.thread_hook, threading.excepthook = threading.excepthook, _on_thread_exception
-            self._covers_threads = True
-        if not self._knows_forks and hasattr(os, "register_at_fork"):
+        if not self._covers_excepthook:
+            self.excepthook = sys.excepthook
+            sys.excepthook = _on_exception
+            self._covers_excepthook = True
+        if not self._covers_thread_hook:
+            self.thread_hook = threading.excepthook
+            threading.excepthook = _on_thread_exception
+            self._covers_thread_hook = True
+        # Hooks of forks cannot be removed, so they are registered once.
+        if not self._is_registered_at_fork and hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=_on_fork)
-            self._knows_forks = True
-        self._cover_process()
+            self._is_registered_at_fork = True
+        self._cover_subprocess()
         self._cover_shell()
 
-    def _cover_process(self) -> None:
-        """A process of `multiprocessing` ends without atexit and without sys.excepthook."""
+    def _cover_subprocess(self) -> None:
+        """Have a process of `multiprocessing` call back when it ends.
+
+        It ends without atexit and without sys.excepthook.
+        """
         import multiprocessing
         from multiprocessing.util import Finalize
 
-        if multiprocessing.parent_process() is not None and not self._finalizes:
+        if multiprocessing.parent_process() is not None and not self._has_finalizer:
             Finalize(None, _on_process_end, exitpriority=10)
-            self._finalizes = True
+            self._has_finalizer = True
 
     def _cover_shell(self) -> None:
-        """In IPython an exception ends a cell and not the process."""
-        module = sys.modules.get("IPython")
-        shell = (
-            module.get_ipython() if module is not None and hasattr(module, "get_ipython") else None
-        )
+        """Have IPython call back after each cell: an exception ends a cell, not the process."""
+        get_shell = getattr(sys.modules.get("IPython"), "get_ipython", None)
+        if get_shell is None:
+            return
+        shell = get_shell()
         if shell is not None and self.shell is None:
             shell.events.register("post_run_cell", _on_cell_end)
             self.shell = shell
 
     def _cover_signals(self, watch: OpenWatch) -> None:
+        """Take the signals that end the process, and that somebody wants to notice."""
         if watch.inert or signal.SIGTERM in self.handlers:
             return
         if threading.current_thread() is not threading.main_thread():
             watch.note(
                 "SIGTERM leaves no flight: jacdiag.watch was called in a thread, and Python takes "
-                "signal handlers "
-                "from the main thread only. A crash of the thread leaves one"
+                "signal handlers from the main thread only. A crash of the thread leaves one"
             )
             return
         for number in _SIGNALS:
+            if number in self.handlers:
+                continue  # somebody has covered our handler, and may call it
             before = signal.getsignal(number)
-            if number in self.handlers:  # somebody has covered ours, and may call it
-                continue
-            # not Python's to chain, or not to be heard
-            if before is None or before == signal.SIG_IGN:
+            is_foreign = before is None  # set outside of Python, which cannot call it
+            is_ignored = before == signal.SIG_IGN
+            if is_foreign or is_ignored:
                 continue
             signal.signal(number, _on_signal)
             self.handlers[number] = before
@@ -196,20 +220,22 @@ class Endings:
             quietly(self.watchdog.start)
 
     def deadly(self) -> set[int]:
-        """The signals that end the process, as nobody else handles them."""
+        """Return the signals that end the process, because nobody else handles them."""
         return {number for number, before in self.handlers.items() if not callable(before)}
 
     def _uncover(self) -> None:
-        """Give back the handlers that are still ours.
+        """Put back what still points to this module.
 
-        A handler that somebody else has covered since only calls through from now on.
+        A hook that somebody else has covered since stays, and only calls through from now on.
         """
+        # 1. Hooks of exceptions.
         if sys.excepthook is _on_exception:
             sys.excepthook = self.excepthook
-            self._covers_errors = False
+            self._covers_excepthook = False
         if threading.excepthook is _on_thread_exception:
             threading.excepthook = self.thread_hook
-            self._covers_threads = False
+            self._covers_thread_hook = False
+        # 2. Signals, which only the main thread can set.
         if threading.current_thread() is threading.main_thread():
             for number, before in list(self.handlers.items()):
                 if signal.getsignal(number) is _on_signal:
@@ -217,63 +243,78 @@ class Endings:
                     del self.handlers[number]
             if not self.handlers:
                 quietly(self.watchdog.stop)
-        shell, self.shell = self.shell, None
+        # 3. Cells of a notebook.
+        shell = self.shell
+        self.shell = None
         if shell is not None:
             quietly(shell.events.unregister, "post_run_cell", _on_cell_end)
 
     def forget(self) -> None:
-        """Forget the watches in a child process: they are the parent's.
-
-        The handlers are those from before.
-        """
+        """Put back everything in a child process: the watches are those of its parent."""
         self.watches.clear()
         self.counts.clear()
-        self.shell = self.pending = None
-        self._finalizes = False
+        self.shell = None
+        self.pending = None
+        self._has_finalizer = False
         self.watchdog.forget()
         self._uncover()
 
     # -- what happens ------------------------------------------------------------------------------
     def error(self, error: BaseException, thread: int) -> None:
-        """An exception was caught by nobody; the watches of its thread end with it."""
+        """End the watches of a thread by an exception that nobody has caught.
+
+        Args:
+            error: the exception.
+            thread: identifier of the thread.
+        """
         for watch in self.current():
             if watch.thread != thread:
                 continue
-            act = watch.interrupted_by if _is_interactive() else watch.left_by
+            end = watch.interrupted_by if _is_interactive() else watch.left_by
             with _DeadlyInterrupt(error):
-                quietly(act, error)
+                quietly(end, error)
 
     def cell_ended(self, error: BaseException | None) -> None:
-        """A cell of a notebook has ended; watches that stepped in it may go on in another one."""
+        """Note that a cell of a notebook has ended. Watches may go on in another one.
+
+        Args:
+            error: that ended the cell; None if it ran to its end.
+        """
         for watch in self.current():
-            before = self.counts.get(id(watch), 0)
+            has_stepped = watch.count != self.counts.get(id(watch), 0)
             self.counts[id(watch)] = watch.count
-            if error is not None and watch.count != before:
+            if error is not None and has_stepped:
                 quietly(watch.interrupted_by, error)
 
     def signalled(self, number: int, frame: FrameType | None) -> None:
-        """A signal came, in the main thread."""
+        """Handle a signal, in the main thread."""
+        # 1. Somebody handles it, and may let the process go on.
         before = self.handlers.get(number, signal.SIG_DFL)
         if callable(before):
             for watch in self.current():
                 quietly(watch.noticed, signal.Signals(number).name)
             before(number, frame)
             return
-        here = threading.get_ident()
-        is_at_work = any(watch.busy and watch.thread == here for watch in self.current())
+
+        # 2. It ends the process, but not in the middle of a step.
+        thread = threading.get_ident()
+        is_at_work = any(watch.busy and watch.thread == thread for watch in self.current())
         if is_at_work and self.pending is None:
             self.pending = number  # the watch dies when it has finished
             return
         self.die(number)
 
     def settle(self) -> None:
-        """Die of a signal that came while a watch was at work."""
-        if self.pending is not None and threading.current_thread() is threading.main_thread():
+        """End the process by a signal that came while a watch was at work."""
+        if self.pending is None:
+            return
+        if threading.current_thread() is threading.main_thread():
             self.die(self.pending)
 
     def die(self, number: int) -> None:
-        """Write what is left and end the process by a signal, whatever the writing does."""
-        signal.signal(number, signal.SIG_DFL)  # from here on a second one ends the process at once
+        """Write what is left and end the process by a signal, even if the writing fails."""
+        # From now on a second signal ends the process at once.
+        signal.signal(number, signal.SIG_DFL)
         killer = threading.Timer(_PATIENCE, os.kill, (os.getpid(), number))
         killer.daemon = True
         try:
@@ -285,20 +326,19 @@ class Endings:
 
 
 class _DeadlyInterrupt:
-    """End the process at once at a second Ctrl-C while the flight of the first is written.
+    """Lets a second Ctrl-C end the process at once while the flight of the first is written.
 
-    This holds inside a kernel of torch, too.
+    It does so even inside a kernel.
     """
 
     def __init__(self, error: BaseException) -> None:
-        self.wanted = isinstance(error, KeyboardInterrupt)
-        self.wanted &= (
-            threading.current_thread() is threading.main_thread() and not _is_interactive()
-        )
+        is_ctrl_c = isinstance(error, KeyboardInterrupt)
+        is_main_thread = threading.current_thread() is threading.main_thread()
+        self.is_needed = is_ctrl_c and is_main_thread and not _is_interactive()
         self.before: Any = None
 
     def __enter__(self) -> None:
-        if self.wanted:
+        if self.is_needed:
             self.before = signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def __exit__(self, *_: object) -> None:
@@ -309,7 +349,7 @@ class _DeadlyInterrupt:
 def _is_interactive() -> bool:
     """Return whether the process goes on after an uncaught exception.
 
-    The prompt of Python and `python -i` do.
+    It does at the prompt of Python, and with `python -i`.
     """
     return hasattr(sys, "ps1") or bool(sys.flags.interactive)
 
@@ -325,12 +365,11 @@ def _on_exception(kind: type[BaseException], error: BaseException, trace: Any) -
 
 
 def _on_thread_exception(args: Any) -> None:
-    if (
-        args.exc_value is not None
-        and args.thread is not None
-        and not isinstance(args.exc_value, SystemExit)
-    ):
-        quietly(ENDINGS.error, args.exc_value, args.thread.ident)
+    error, thread = args.exc_value, args.thread
+    # A thread that calls sys.exit has ended as it wanted to.
+    is_exit = error is None or isinstance(error, SystemExit)
+    if thread is not None and not is_exit:
+        quietly(ENDINGS.error, error, thread.ident)
     ENDINGS.thread_hook(args)
 
 
@@ -344,7 +383,7 @@ def _on_cell_end(result: Any = None) -> None:
 
 
 def _on_fork() -> None:
-    """A worker of a DataLoader must neither write nor speak when it is ended by a signal."""
+    """Put back the handlers in a child: a signal that ends it must neither write nor log."""
     try:
         ENDINGS.forget()
     except Exception:
@@ -354,7 +393,7 @@ def _on_fork() -> None:
 
 
 def _on_process_end() -> None:
-    """A process of `multiprocessing` ends: by an exception that is on its way, or by itself."""
+    """Close the watches of a subprocess that ends, by the exception on its way or by itself."""
     error = sys.exc_info()[1]
     if isinstance(error, SystemExit):
         # torch.multiprocessing reports the error and leaves by sys.exit(1).

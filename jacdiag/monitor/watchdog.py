@@ -1,9 +1,9 @@
-"""End a process by a signal that its main thread cannot take because it hangs in native code.
+"""End a process by a signal that its main thread cannot take, because it hangs in a kernel.
 
 Python runs its handlers in the main thread, between two of its own instructions. A main thread that
 waits inside a kernel or a collective never gets there. Without a handler the signal would have
-ended the process, so it has to with one: the interpreter also writes the number of a signal into a
-pipe, and a thread waits at its other end. Until a signal comes, that thread sleeps in the kernel.
+ended the process, so it has to end it with one too. The interpreter also writes the number of a
+signal into a pipe, and a thread waits at its other end. Until a signal comes, that thread sleeps.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from collections.abc import Callable
 from contextlib import suppress
 
 _STOP = 0  # no signal has this number
+_NO_PIPE = -1  # what set_wakeup_fd takes and returns for none
 
 
 class Watchdog:
-    """Waits for signals that are to end the process.
+    """A thread that waits for signals which are to end the process.
 
     Args:
         deadly: returns the signals that nobody but the watch handles.
@@ -28,60 +29,70 @@ class Watchdog:
     """
 
     def __init__(self, deadly: Callable[[], set[int]], patience: float) -> None:
-        self.deadly, self.patience = deadly, patience
+        """Note the arguments, see the class; `start` starts the thread."""
+        self.deadly = deadly
+        self.patience = patience
         self._pipe: tuple[int, int] | None = None
 
     def start(self) -> None:
-        """Begin, if nobody else has such a pipe, as asyncio does; call in the main thread."""
+        """Start the thread, unless somebody else has such a pipe, as asyncio does.
+
+        Call it in the main thread.
+        """
         if self._pipe is not None:
             return
-        reads, writes = os.pipe()
-        os.set_blocking(writes, False)
-        before = signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
-        if before != -1:
+        # 1. Have the interpreter write signals into a new pipe.
+        read_end, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        before = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        if before != _NO_PIPE:
             signal.set_wakeup_fd(before)
-            os.close(reads)
-            os.close(writes)
+            os.close(read_end)
+            os.close(write_end)
             return
-        self._pipe = reads, writes
+        self._pipe = (read_end, write_end)
+        # 2. Wait at its other end.
         threading.Thread(
-            target=self._wait, args=(reads, writes), name="jacdiag-signals", daemon=True
+            target=self._wait, args=self._pipe, name="jacdiag-signals", daemon=True
         ).start()
 
     def stop(self) -> None:
-        """End, and give the place back; call in the main thread."""
-        pipe = self._leave()
+        """End the thread and take the pipe back. Call it in the main thread."""
+        pipe = self._detach()
         if pipe is not None:
             with suppress(OSError):
                 os.write(pipe[1], bytes([_STOP]))  # the thread closes both ends
 
     def forget(self) -> None:
-        """In a forked child: its signals are no business of the parent's thread."""
-        pipe = self._leave()
+        """Close the pipe in a forked child: the thread of its parent does not run there."""
+        pipe = self._detach()
         for end in pipe or ():
             with suppress(OSError):
                 os.close(end)
 
-    def _leave(self) -> tuple[int, int] | None:
-        pipe, self._pipe = self._pipe, None
+    def _detach(self) -> tuple[int, int] | None:
+        """Take the pipe away from the interpreter, and return it."""
+        pipe = self._pipe
+        self._pipe = None
         if pipe is not None:
-            current = signal.set_wakeup_fd(-1)
-            if current not in (-1, pipe[1]):
-                signal.set_wakeup_fd(current)
+            current = signal.set_wakeup_fd(_NO_PIPE)
+            if current not in (_NO_PIPE, pipe[1]):
+                signal.set_wakeup_fd(current)  # somebody else's, set since
         return pipe
 
-    def _wait(self, reads: int, writes: int) -> None:
+    def _wait(self, read_end: int, write_end: int) -> None:
+        """End the process by the first deadly signal that comes."""
         while True:
             try:
-                numbers = os.read(reads, 64)
+                numbers = os.read(read_end, 64)
             except OSError:
                 return
             if not numbers or _STOP in numbers:
-                os.close(reads)
-                os.close(writes)
+                os.close(read_end)
+                os.close(write_end)
                 return
             for number in set(numbers) & self.deadly():
                 time.sleep(self.patience)
-                # the default action; Python sets it in the main thread only
+                # Set the default action through C: Python does so in the main thread only.
                 ctypes.CDLL(None).signal(number, 0)
                 os.kill(os.getpid(), number)
