@@ -84,6 +84,7 @@ class Drift:
     """
 
     def __init__(self, thresholds: Thresholds) -> None:
+        """Begin without a trend; see the class for the arguments."""
         self._limits = thresholds
         self._trends: dict[str, LogTrend] = {}
         self._pending: dict[str, PendingDeparture] = {}
@@ -97,9 +98,7 @@ class Drift:
         if self._last_step == old:
             self._last_step = new
         for trend in self._trends.values():
-            for place, step in enumerate(trend.steps):
-                if step == old:
-                    trend.steps[place] = new
+            trend.renumber(old, new)
 
     def look(self, step: int, series: Mapping[str, Mapping[str, float]]) -> list[Alert]:
         """Judge the figures of one round, and take them in.
@@ -111,10 +110,13 @@ class Drift:
         Returns:
             One alert for each figure that stands out.
         """
+        # 1. A step with both statistics and a probe is one round.
         self.votes = []
         if step != self._last_step:
             self.looks += 1
             self._last_step = step
+
+        # 2. Ranks are compared with their largest value, everything else with its trend.
         alerts = []
         for figure, values in series.items():
             if figure == "stable_rank":
@@ -243,6 +245,7 @@ def statistics_series(
     for figure in _OF_STATISTICS:
         measured = figures.get(figure, {}).items()
         values = {name: value for name, value in measured if value is not None}
+        # A figure that no sub-layer has is left out.
         if values:
             series[f"statistics/{figure}"] = values
     return series
@@ -252,9 +255,12 @@ def _alert(
     step: int, figure: str, values: Mapping[str, float], departures: Mapping[str, TrendDeparture]
 ) -> Alert:
     """Return the alert of a figure, about the sub-layer where it is furthest off."""
+    # 1. Name the sub-layers, the one that is furthest off first.
     where = sorted(departures, key=lambda name: -abs(departures[name].off))
     furthest = where[0]
     departure = departures[furthest]
+
+    # 2. Say how far it is off.
     times = math.exp(departure.off)
     label = _NAMES.get(figure, figure)
     what = (

@@ -52,6 +52,7 @@ class GradientRises:
     """
 
     def __init__(self, names: Sequence[str], limit: float) -> None:
+        """Begin without a history; see the class for the arguments."""
         self.names = list(names)
         self.limit = limit
         self._statistics = [ExponentialMoments() for _ in self.names]
@@ -70,12 +71,15 @@ class GradientRises:
         self._high = []
         self._is_comparable = False
         for place, (statistics, value) in enumerate(zip(self._statistics, values, strict=False)):
+            # 1. Score the norm. The mean before it may become what was usual.
             mean_before = statistics.mean
             z = statistics.look(value)
-            self._is_comparable |= z is not None
+            if z is not None:
+                self._is_comparable = True
             if z is None or not z > self.limit:
                 self._high_since[place] = -1
                 continue
+            # 2. Remember when the rise began.
             if self._high_since[place] < 0:
                 self._high_since[place] = step
                 self._usual[place] = mean_before
@@ -97,6 +101,7 @@ class GradientRises:
 
     def sentence(self) -> str:
         """Return which sub-layer rose first, or that none did; "" if sub-layers are not known."""
+        # 1. Nothing can be said, or nothing has risen.
         if not self._is_comparable:
             return ""
         order = self.order()
@@ -104,6 +109,7 @@ class GradientRises:
             return (
                 f"; no sub-layer's gradient norm stands out by {self.limit:g} standard deviations"
             )
+        # 2. One sub-layer was first, or several rose at the same step.
         first = order[0]
         figures = f"gradient norm {plain(first.value)}, usually {plain(first.usual)}"
         count = sum(rise.since == first.since for rise in order)

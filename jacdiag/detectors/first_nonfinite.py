@@ -77,9 +77,12 @@ def explain_nonfinite(step: NonFiniteStep) -> Explanation:
         >>> explain_nonfinite(NonFiniteStep(loss=math.nan, weights=["head.weight"])).first
         'weight'
     """
+    # 1. Weights come first: whatever is computed from them cannot be finite.
     if step.weights:
         return _explain_weights(step)
     are_weights_finite = step.weights is not None
+
+    # 2. Then the loss, which comes before every gradient.
     is_loss_lost = step.loss is not None and not math.isfinite(step.loss)
     if is_loss_lost and are_weights_finite:
         what = f"the loss is not finite, and every weight was before the optimizer's step: {_OPEN}"
@@ -90,6 +93,8 @@ def explain_nonfinite(step: NonFiniteStep) -> Explanation:
             "were not looked at before the optimizer's step"
         )
         return Explanation(what)
+
+    # 3. Then the gradients.
     if step.gradients and are_weights_finite:
         return _explain_gradients(step)
     return _explain_groups(step.groups)
@@ -98,13 +103,16 @@ def explain_nonfinite(step: NonFiniteStep) -> Explanation:
 def _explain_weights(step: NonFiniteStep) -> Explanation:
     """Return that weights were broken before the step, and since when."""
     weights = list(step.weights or ())
+    # 1. What was still finite one step before.
     since = ""
     if step.previous is not None:
         since = f"; the loss and the gradients of step {step.previous} were finite"
-        if step.weights_before:
-            since += (
-                ", and its weights, so that the update of that step or a write from outside made it"
-            )
+    if step.previous is not None and step.weights_before:
+        since += (
+            ", and its weights, so that the update of that step or a write from outside made it"
+        )
+
+    # 2. Which weights are broken.
     if len(weights) == 1:
         what = (
             f"the weight {weights[0]} was not finite before the optimizer's step, every other "
@@ -219,8 +227,12 @@ def _explain_forward(batches: Sequence[BatchValues], ranks: int) -> str:
     """Return what made a loss that is not finite if nothing in the batches is unusual."""
     finite = _describe_finite(batches, ranks)
     finite = finite[0].lower() + finite[1:]
-    if any(batch.unread or _has_unknown(batch) for batch in batches):
+    # 1. The batch may still have made it: not all of it is known.
+    is_partly_unknown = any(batch.unread or _has_unknown(batch) for batch in batches)
+    if is_partly_unknown:
         return f"{finite}, so that {_OPEN}"
+
+    # 2. The batch of this rank did not.
     if ranks > 1:
         return (
             f"{finite}, so that a batch of another rank, the forward or a loss outside the model "
@@ -270,15 +282,19 @@ def _list_arguments(batches: Sequence[BatchValues]) -> str:
 
 def _describe_argument(batch: BatchValues, argument: NonFiniteArgument) -> str:
     """Return what in a tensor is not finite, where, and whether that is usual."""
-    counts = " and ".join(f"{count} {kind}" for kind, count in argument.counts.items())
-    text = f"{argument.name} has {counts} among {argument.size} values"
+    # 1. What is not finite, and in which sequences.
+    counts = [f"{count} {kind}" for kind, count in argument.counts.items()]
+    text = f"{argument.name} has {' and '.join(counts)} among {argument.size} values"
     if argument.sequences:
         noun = "sequence" if len(argument.sequences) == 1 else "sequences"
-        rows = _listed([str(row) for row in argument.sequences])
+        rows = _listed(list(map(str, argument.sequences)))
         text += f", in {noun} {rows} of {batch.rows}"
+
+    # 2. Whether that is usual. NaN never is, but inf may be the value of a mask.
     if argument.usual:
         return f"{text} (as earlier batches: {', '.join(argument.usual)})"
-    if not batch.earlier and "NaN" not in argument.counts:
+    may_be_usual = "NaN" not in argument.counts
+    if may_be_usual and not batch.earlier:
         return f"{text} (whether that is usual is not known)"
     return text
 

@@ -41,6 +41,11 @@ class UpdateLeaps:
     """
 
     def __init__(self, thresholds: Thresholds) -> None:
+        """Begin without samples.
+
+        Args:
+            thresholds: with the limits of "update_ratio" and "update_leap".
+        """
         self._alarm = _warning_limit(thresholds, "update_ratio")
         self._times = _warning_limit(thresholds, "update_leap")
         self.samples: dict[str, deque[float]] = {}
@@ -56,10 +61,13 @@ class UpdateLeaps:
         """
         if not math.isfinite(ratio):
             return
+        # 1. The usual value. Nothing leaps before it is known.
         earlier = self.samples.setdefault(name, deque(maxlen=_MOST))
         usual = math.inf
         if len(earlier) >= _LEAST:
             usual = median(earlier)
+
+        # 2. Compare with it, and take the update in.
         if ratio > self._alarm and ratio > self._times * usual:
             self.in_a_row += 1
             self.last = ratio / usual
@@ -125,6 +133,7 @@ class JointDetector:
     """
 
     def __init__(self, thresholds: Thresholds) -> None:
+        """Begin without a history; see the class for the arguments."""
         self._both = _warning_limit(thresholds, "joint_both")
         self._one = _warning_limit(thresholds, "joint_one")
         self._both_means = _warning_limit(thresholds, "lift_both")
@@ -150,7 +159,8 @@ class JointDetector:
 
         Args:
             step: its number.
-            loss, gradient: its figures; the gradient norm is that of all parameters.
+            loss: its loss; None if the loop does not pass it.
+            gradient: its gradient norm, of all parameters.
             scores: of this one step.
             update: (sub-layer, update norm / weight norm).
 
@@ -183,11 +193,14 @@ class JointDetector:
 
         That is the published test. The deviations are those of the last 1,000 steps.
         """
+        # 1. Compare the scores with the limits.
         loss_z = scores.loss or 0.0
         gradient_z = scores.gradient or 0.0
         are_both_high = loss_z > self._both and gradient_z > self._both
         is_one_very_high = max(loss_z, gradient_z) > self._one
         self.hit = are_both_high or is_one_very_high
+
+        # 2. Wait until they have been high for some steps in a row.
         if not self.hit:
             self._in_a_row = 0
             return None
@@ -207,11 +220,15 @@ class JointDetector:
         One signal alone needs a vote of the other. Without the vote the test is true at 8 of the
         lab's 375,000 healthy steps, with it at none.
         """
+        # 1. Compare the scores with the limits.
         loss_z = scores.loss_recent or 0.0
         gradient_z = scores.gradient_recent or 0.0
         lower, higher = min(loss_z, gradient_z), max(loss_z, gradient_z)
         is_one_confirmed = higher > self._one and lower > self._vote
-        if not (lower > self._both or is_one_confirmed):
+        is_hit = lower > self._both or is_one_confirmed
+
+        # 2. Wait until they have been high for some steps in a row.
+        if not is_hit:
             self._recent_in_a_row = 0
             return None
         self._recent_in_a_row += 1
@@ -231,22 +248,28 @@ class JointDetector:
 
         Args:
             step: the last one of the means.
-            loss, gradient: steps of the mean -> its standard deviations.
+            loss: steps of the mean -> standard deviations of the loss.
+            gradient: the same of the gradient norm.
         """
         for span, loss_z in loss.items():
             if span not in gradient:
                 continue
+            # 1. Compare the scores of this span with the limits.
             gradient_z = gradient[span]
             lower, higher = min(loss_z, gradient_z), max(loss_z, gradient_z)
             is_one_confirmed = higher > self._one and lower >= self._vote
-            if lower > self._both_means or is_one_confirmed:
-                self.lifted = True
-                what = (
-                    f"loss {plain(loss_z)} and gradient norm {plain(gradient_z)} standard "
-                    f"deviations of such means above what they were, over the last {span} steps"
-                )
-                evidence = {"loss_z": loss_z, "gradient_z": gradient_z, "steps": span}
-                return JointAlarm(what, step - span + 1, evidence)
+            is_hit = lower > self._both_means or is_one_confirmed
+            if not is_hit:
+                continue
+
+            # 2. The shortest span that stands out fires.
+            self.lifted = True
+            what = (
+                f"loss {plain(loss_z)} and gradient norm {plain(gradient_z)} standard "
+                f"deviations of such means above what they were, over the last {span} steps"
+            )
+            evidence = {"loss_z": loss_z, "gradient_z": gradient_z, "steps": span}
+            return JointAlarm(what, step - span + 1, evidence)
         self.lifted = False
         return None
 
@@ -259,6 +282,7 @@ class JointDetector:
     ) -> JointAlarm | None:
         """Fire if the loss or the gradient norm votes while updates of sub-layers leap."""
         leaps = self._leaps
+        # One of the two has to vote, by its means or by the single step.
         scores = [*loss.values(), *gradient.values(), gradient_ema or 0.0]
         highest = max(scores)
         if highest <= self._vote:

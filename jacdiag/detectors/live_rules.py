@@ -145,6 +145,7 @@ class StepLimits:
     def from_thresholds(cls, thresholds: Thresholds) -> StepLimits:
         """Return the limits of a table of thresholds."""
 
+        # A limit that is not set, such as one that the user switched off, is never exceeded.
         def cut(figure: str, level: str) -> float:
             value = getattr(thresholds.limits(figure), level)
             return math.inf if value is None else float(value)
@@ -194,6 +195,7 @@ class LiveRules:
     """
 
     def __init__(self, thresholds: Thresholds, names: Sequence[str] = ()) -> None:
+        """Begin without a history; see the class for the arguments."""
         self._limits = StepLimits.from_thresholds(thresholds)
         # What a step is compared with.
         self._loss = RollingMoments()
@@ -275,41 +277,57 @@ class LiveRules:
     def _find_signals(self, figures: StepFigures, scores: StepScores) -> StepSignals:
         """Return which single signals are above their limits."""
         limits = self._limits
+        # 1. The loss, compared with its median.
         median = self._median_loss.median()
         above_median = False
         if median is not None and figures.loss is not None:
             above_median = figures.loss > median + limits.median_vote
+
+        # 2. The gradient norm, compared with its exponential mean.
+        gradient_vote = False
+        if scores.gradient_ema is not None:
+            gradient_vote = scores.gradient_ema > limits.gradient_vote
+
+        # 3. Both, compared with the last 1,000 steps.
         return StepSignals(
             high_loss=scores.loss is not None and scores.loss >= limits.spike_vote,
             high_gradient=scores.gradient is not None and scores.gradient >= limits.spike_vote,
             above_median=above_median,
-            gradient_vote=(
-                scores.gradient_ema is not None and scores.gradient_ema > limits.gradient_vote
-            ),
+            gradient_vote=gradient_vote,
         )
 
     def _vote(self, figures: StepFigures, signals: StepSignals, result: LiveResult) -> None:
         """Count the spikes of a step and add its votes."""
+        # 1. Count what the published score calls a spike.
         if signals.high_loss:
             self.spikes["loss"] += 1
         if signals.high_gradient:
             self.spikes["gradient"] += 1
+
+        # 2. Loss and gradient norm: either of two signals is a vote.
         if signals.high_loss or signals.above_median:
             result.votes.append("JD502")
         if signals.high_gradient or signals.gradient_vote:
             result.votes.append("JD503")
-        if figures.update is not None and self._updates.add(*figures.update, figures.lr):
+
+        # 3. The sub-layer whose update was measured at this step.
+        if figures.update is None:
+            return
+        if self._updates.add(*figures.update, figures.lr):
             result.votes.append("JD506")
 
     def _alert_on_agreement(
         self, figures: StepFigures, scores: StepScores, signals: StepSignals, result: LiveResult
     ) -> None:
         """Fire JD501 and JD502 if several signals agree."""
+        # 1. JD501: for several steps, or over their mean.
         alarm = self._joint.look(
             figures.step, figures.loss, figures.gradient, scores, figures.update
         )
         if alarm is not None:
             self._emit(result, self._joint_alert(figures, alarm))
+
+        # 2. JD502: at this one step.
         is_published_spike = signals.high_loss and signals.above_median and signals.gradient_vote
         if is_published_spike or self._is_recent_spike(figures, scores):
             self._emit(result, self._loss_spike_alert(figures, scores))
@@ -337,12 +355,11 @@ class LiveRules:
         """
         limits = self._limits
         # 1. The loss must stand out of its own line.
-        if figures.loss is None or scores.loss_recent is None:
-            return False
-        if scores.loss_recent <= limits.one_signal:
+        loss_z = scores.loss_recent
+        if loss_z is None or loss_z <= limits.one_signal:
             return False
         usual_loss = self._recent_loss.usual()
-        if usual_loss is None:
+        if figures.loss is None or usual_loss is None:
             return False
         is_loss_high = figures.loss > usual_loss + limits.median_vote
 
@@ -372,9 +389,12 @@ class LiveRules:
 
         A corrupted batch does not last for three steps, which JD501 waits for.
         """
+        # 1. A run may have a score of the exponential mean before it has one of the line.
         gradient_z = scores.gradient_recent
         if gradient_z is None:
             gradient_z = scores.gradient_ema
+
+        # 2. The sentence, and the figures for the log.
         what = (
             f"the loss stands {plain(scores.loss_recent)} and the gradient norm "
             f"{plain(gradient_z)} standard deviations above the line of the last {WINDOW} steps"
@@ -397,6 +417,7 @@ class LiveRules:
         usual_loss = self._recent_loss.usual()
         usual_gradient = self._recent_gradient.usual()
         texts = []
+        # Before there are enough steps nothing is usual.
         if figures.loss is not None and usual_loss is not None:
             texts.append(f"loss {plain(figures.loss)}, usually {plain(usual_loss)}")
         if usual_gradient is not None:
@@ -439,6 +460,7 @@ class LiveRules:
         what = describe_written(writes, figures.step)
         largest = writes.weights[0]
 
+        # 1. A small change is noted once.
         if largest.change < self._limits.write_alert:
             is_worth_a_note = largest.change >= self._limits.write_note
             if is_worth_a_note and not self._has_noted_write:
@@ -446,6 +468,7 @@ class LiveRules:
                 result.notes.append(f"{what}. Later writes as small as this one are not reported")
             return
 
+        # 2. A large one fires.
         evidence = {
             "since": figures.step,
             "after": writes.after,
@@ -471,9 +494,8 @@ class LiveRules:
 
         # 2. Find out whether the step is finite.
         is_loss_lost = figures.loss is not None and not math.isfinite(figures.loss)
-        is_gradient_lost = not figures.skipped and (
-            math.isinf(figures.gradient) or bool(figures.nonfinite)
-        )
+        has_lost_gradient = math.isinf(figures.gradient) or bool(figures.nonfinite)
+        is_gradient_lost = has_lost_gradient and not figures.skipped
         if is_loss_lost or is_gradient_lost:
             self._emit(result, self._nonfinite_alert(figures))
             return
@@ -505,6 +527,8 @@ class LiveRules:
 
     def _nonfinite_alert(self, figures: StepFigures) -> Alert:
         """Return the alert of a loss or gradients that are not finite."""
+        # Names such as (embedding) stand for parameters outside of the sub-layers.
+        sublayers = [name for name in self.names if not name.startswith("(")]
         explanation = explain_nonfinite(
             NonFiniteStep(
                 loss=figures.loss,
@@ -512,7 +536,7 @@ class LiveRules:
                 weights=figures.bad_weights,
                 gradients=figures.bad_gradients,
                 parameters=figures.with_gradient,
-                ordered=[name for name in self.names if not name.startswith("(")],
+                ordered=sublayers,
                 previous=self._last_finite_step,
                 weights_before=self._last_finite_saw_weights,
             )
@@ -608,6 +632,7 @@ class LiveRules:
     # -- memory ------------------------------------------------------------------------------------
     def state(self) -> dict[str, Any]:
         """Return what `load` goes on from, as a checkpoint keeps it."""
+        # The keys are those of earlier versions: a checkpoint may outlive one.
         return {
             "loss": self._loss.state(),
             "gradient": self._gradient.state(),

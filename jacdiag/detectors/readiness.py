@@ -52,6 +52,7 @@ def waits_of(counts: SampleCounts) -> Waits:
     Args:
         counts: of the samples so far.
     """
+    # In the order of the codes, as they are shown.
     waits: Waits = {}
     if counts.gradients < recent_trend.LEAST:
         waits["JD501"] = f"{recent_trend.LEAST} steps with gradients"

@@ -62,6 +62,7 @@ class RecentTrend:
     """
 
     def __init__(self, *, logarithm: bool = False) -> None:
+        """Begin without values; see the class for the arguments."""
         self.logarithm = logarithm
         self.values: deque[float] = deque(maxlen=WINDOW)
         self.count = 0

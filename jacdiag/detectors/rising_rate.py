@@ -36,6 +36,7 @@ class RisingRate:
     """
 
     def __init__(self, thresholds: Thresholds) -> None:
+        """Begin without a curve, which `know` chooses."""
         self._thresholds = thresholds
         self._curve: RiskCurve | None = None
         self._value = 0.0  # of the curve's figure, before the first update
@@ -49,10 +50,14 @@ class RisingRate:
 
         Reports of other probes, and of a model that was trained before, are left out.
         """
+        # 1. The curve of models of this kind.
         is_untrained = report.source.get("step") == 0 and report.state == "init"
+        is_measured = report.tier == "measured"
         curve = self._thresholds.risk.curves.get(placement_of(report))
-        if not is_untrained or report.tier != "measured" or curve is None:
+        if curve is None or not (is_untrained and is_measured):
             return
+
+        # 2. Where the model lies on it, if the recorded runs reach that far.
         value = INIT[curve.figure](report)
         if within(curve, report, value):
             self._curve = curve
@@ -99,6 +104,7 @@ class RisingRate:
 
     def _risk_at(self, curve: RiskCurve, lr: float) -> Risk:
         """Return the chance to go wrong at a learning rate, with the warm-up that led to it."""
+        # The warm-up is kept inside of those that were run.
         shortest, longest = curve.ranges.get("warmup", _ANY)
         warmup = min(max(lr / self._steepest, shortest), longest)
         chance, lower, upper = curve.chance(self._value, lr, warmup)

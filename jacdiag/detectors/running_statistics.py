@@ -31,6 +31,7 @@ class RollingMoments:
     """
 
     def __init__(self, window: int = 1000, least: int = 60, patience: int = 200) -> None:
+        """Begin without values; see the class for the arguments."""
         self.window = window
         self.least = least
         self.patience = patience
@@ -108,6 +109,7 @@ class RollingMedian:
     """
 
     def __init__(self, window: int = 201, least: int = 60) -> None:
+        """Begin without values; see the class for the arguments."""
         self.window = window
         self.least = least
         self.values: deque[float] = deque()
@@ -156,6 +158,7 @@ class ExponentialMoments:
     """
 
     def __init__(self, alpha: float = 0.97, warmup: int = 25, clip: float = 2.5) -> None:
+        """Begin without values; see the class for the arguments."""
         self.alpha = alpha
         self.warmup = warmup
         self.clip = clip
@@ -168,7 +171,8 @@ class ExponentialMoments:
         """Return the standard deviations above the mean; None during the warm-up."""
         if self.count < self.warmup or not math.isfinite(value):
             return None
-        return (value - self.mean) / max(math.sqrt(self._variance), _FLOOR * abs(self.mean), _TINY)
+        deviation = max(math.sqrt(self._variance), _FLOOR * abs(self.mean), _TINY)
+        return (value - self.mean) / deviation
 
     def look(self, value: float) -> float | None:
         """Return the score of a value, and take the value in."""
@@ -218,7 +222,7 @@ class ExponentialMoments:
         self._first_values = list(state["first"])
 
 
-class Deviation(NamedTuple):
+class TrendDeviation(NamedTuple):
     """How far a value lies from what a trend predicted.
 
     Attributes:
@@ -263,12 +267,15 @@ class LogTrend:
     """
 
     def __init__(self, points: int = 8, least: int = 6) -> None:
+        """Begin without points; see the class for the arguments."""
         self.points = points
         self.least = least
         self.steps: deque[float] = deque(maxlen=points)
         self.logs: deque[float] = deque(maxlen=points)
 
-    def departure(self, step: float, value: float, least_scatter: float = 0.0) -> Deviation | None:
+    def departure(
+        self, step: float, value: float, least_scatter: float = 0.0
+    ) -> TrendDeviation | None:
         """Compare a value with the prediction.
 
         The error of a prediction has two parts: the scatter of the points around their line, and
@@ -287,14 +294,17 @@ class LogTrend:
         has_logarithm = math.isfinite(value) and value > 0
         if count < self.least or not has_logarithm:
             return None
+        # 1. The scatter of the points around their line.
         line = self._fit()
         own_scatter = math.sqrt(self._residual_square(line) / max(count - 2, 1))
         scatter = max(own_scatter, least_scatter)
+
+        # 2. The error of the line itself, which grows with the distance from the points.
         leverage = 0.0
         if line.step_squares:
             leverage = (step - line.mean_step) ** 2 / line.step_squares
         error = scatter * math.sqrt(1 + 1 / count + leverage)
-        return Deviation(line.distance(step, math.log(value)), error)
+        return TrendDeviation(line.distance(step, math.log(value)), error)
 
     def residual_square(self) -> float:
         """Return the sum of squares of the points' distances from their line."""
@@ -320,9 +330,17 @@ class LogTrend:
 
     def add(self, step: float, value: float) -> None:
         """Take a point in. A value without a logarithm is left out."""
-        if math.isfinite(value) and value > 0:
-            self.steps.append(step)
-            self.logs.append(math.log(value))
+        has_logarithm = math.isfinite(value) and value > 0
+        if not has_logarithm:
+            return
+        self.steps.append(step)
+        self.logs.append(math.log(value))
+
+    def renumber(self, old: float, new: float) -> None:
+        """Give the points of step `old` the number `new`."""
+        for place, step in enumerate(self.steps):
+            if step == old:
+                self.steps[place] = new
 
     def state(self) -> list[list[float]]:
         """Return what `load` goes on from."""

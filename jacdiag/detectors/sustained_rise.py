@@ -39,6 +39,7 @@ class RollingMeanSquare:
     """
 
     def __init__(self) -> None:
+        """Begin without squares."""
         self.squares: deque[float] = deque()
         self.positive = 0
         self._total = 0.0
@@ -88,6 +89,7 @@ class SustainedRise:
     """
 
     def __init__(self) -> None:
+        """Begin without values."""
         self.count = 0
         self._recent: deque[float] = deque(maxlen=2 * _LONGEST)
         self._before: deque[float] = deque(maxlen=LEVEL)  # values that are over 16 steps old
@@ -174,10 +176,12 @@ class SustainedRise:
         """
         if not math.isfinite(value):
             return
+        # 1. What is over 16 steps old belongs to the level.
         if len(self._recent) >= _LONGEST:
             self._before.append(self._recent[-_LONGEST])
         self._recent.append(value)
         self.count += 1
+        # 2. An outlier would widen the deviation, and hide the next one.
         if not outlier:
             self._add_to_deviations()
 
@@ -212,11 +216,14 @@ class SustainedRise:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from a state. Call it on a new object."""
+        # 1. The values and their level.
         self._recent.extend(state["recent"])
         self._before.extend(state["before"])
         self.count = state["count"]
         computed_at, level = state["level"]
         self._level = (computed_at, level)
+
+        # 2. The squares of each span, whose sums are taken again.
         for span, pending in self._pending.items():
             pending.extend(state["late"][str(span)])
         for span in (1, *SPANS):

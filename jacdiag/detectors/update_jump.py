@@ -30,6 +30,7 @@ class UpdateJump:
     """
 
     def __init__(self, thresholds: Thresholds) -> None:
+        """Begin without samples; see the class for the arguments."""
         self.limits = thresholds
         self.samples: dict[str, deque[float]] = {}
         self.lr = math.nan

@@ -53,6 +53,7 @@ class OutsideWrites:
         written = row.get("written")
         if not written or not written["weights"]:
             return None
+        # JSON has no infinity: null stands for it.
         weights = [
             WrittenWeight(
                 name=weight["weight"],
@@ -74,6 +75,7 @@ def describe_written(writes: OutsideWrites, step: int) -> str:
         writes: before a step.
         step: that step.
     """
+    # 1. How many, and when.
     subject = "1 weight was"
     if writes.count != 1:
         subject = f"{writes.count} of {writes.of} weight matrices were"
@@ -81,6 +83,7 @@ def describe_written(writes: OutsideWrites, step: int) -> str:
     start = f"{subject} written outside the optimizer, {when}, as samples of their elements show: "
     shown = writes.weights[:_SHOWN]
 
+    # 2. How far: once for all if they have the same factor.
     if _have_one_factor(writes):
         names = ", ".join(weight.name for weight in shown)
         each = "" if writes.count == 1 else "each "
@@ -105,13 +108,18 @@ def _describe_weight(weight: WrittenWeight) -> str:
 
 def _have_one_factor(writes: OutsideWrites) -> bool:
     """Return whether every weight is known to be multiplied by the same factor."""
-    are_all_known = writes.count <= len(writes.weights)
-    are_all_scaled = all(weight.scaled for weight in writes.weights)
-    if not (are_all_known and are_all_scaled):
+    # 1. All of them are listed, and each is a multiple of what it was.
+    are_all_listed = writes.count <= len(writes.weights)
+    if not are_all_listed:
         return False
+    if not all(weight.scaled for weight in writes.weights):
+        return False
+
+    # 2. Their factors are equal.
     factors = [weight.times for weight in writes.weights]
     smallest, largest = min(factors), max(factors)
-    return smallest > 0 and largest - smallest <= _SAME * smallest
+    are_equal = largest - smallest <= _SAME * smallest
+    return smallest > 0 and are_equal
 
 
 def _and_more(writes: OutsideWrites) -> str:
