@@ -181,10 +181,11 @@ def watch(
     # 4. What the user should know of these options.
     if unheld and len(unheld) < len(names):
         record.note(f"{len(unheld)} parameters are in no optimizer, such as '{unheld[0]}'")
-    if record.recorder is not None and keep_batches is not None and 0 < keep_batches < log_every:
+    batch_count = keep_batches or 0
+    if record.recorder is not None and 0 < batch_count < log_every:
         record.warn(
             "keep",
-            f"an alert may speak of a step {log_every - 1} before it: keep_batches={log_every} "
+            f"an alert may be about a step {log_every - 1} before it: keep_batches={log_every} "
             f"(times the micro-batches of a step) keeps its batch, keep_batches={keep_batches} "
             "may not",
         )
@@ -209,12 +210,14 @@ def _check_options(
     log_every: Any, updates: Any, keep_batches: Any, histograms_every: Any, on_alert: Any
 ) -> None:
     """Raise UsageError if an option of `watch` has a value that it cannot have."""
+    # 1. Steps between two events.
     if not isinstance(log_every, int) or log_every < 1:
         raise UsageError(f"log_every cannot be {log_every!r}", hint="a number of steps, such as 10")
     if not isinstance(updates, int) or updates < 0:
         raise UsageError(
             f"updates cannot be {updates!r}", hint="True, False, or a number of steps, such as 10"
         )
+    # 2. Options that None leaves to the watch, or switches off.
     if not _is_none_or_at_least(keep_batches, 0):
         raise UsageError(
             f"keep_batches cannot be {keep_batches!r}", hint="a number of batches, 0 for none"
@@ -223,6 +226,7 @@ def _check_options(
         raise UsageError(
             f"histograms_every cannot be {histograms_every!r}", hint="a number of steps, or None"
         )
+    # 3. What happens at an alert.
     if on_alert not in ("log", "raise") and not callable(on_alert):
         raise UsageError(
             f"on_alert cannot be {on_alert!r}", hint="'log', 'raise', or a function of the alert"

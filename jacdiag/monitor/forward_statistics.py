@@ -56,11 +56,13 @@ def _size_figures(sites: Sites) -> dict[str, dict[str, float | None]]:
     branch_std: dict[str, float | None] = {}
     max_activation: dict[str, float | None] = {}
     for site in sites:
+        # 1. The standard deviations. A branch that is broadcast has none.
         shortcut, branch = site.shortcut.detach(), site.value.detach()
         shortcut_std[site.name] = _median_std(shortcut, site.feature_dim)
         branch_std[site.name] = None
         if branch.shape == shortcut.shape:
             branch_std[site.name] = _median_std(branch, site.feature_dim)
+        # 2. The largest element.
         largest = torch.maximum(shortcut.abs().max(), branch.abs().max())
         max_activation[site.name] = float(largest)
     return {
@@ -77,10 +79,14 @@ def _attention_figures(
     logits: dict[str, float | None] = {}
     entropies: dict[str, float | None] = {}
     for site in sites:
-        if site.kind == "attention":
-            record = attention.get(site.name)
-            logits[site.name] = record.max_logit if record is not None else None
-            entropies[site.name] = record.entropy_share if record is not None else None
+        if site.kind != "attention":
+            continue
+        logits[site.name] = None
+        entropies[site.name] = None
+        record = attention.get(site.name)
+        if record is not None:
+            logits[site.name] = record.max_logit
+            entropies[site.name] = record.entropy_share
     return {"logit": logits, "attention_entropy": entropies}
 
 
@@ -88,10 +94,17 @@ def _router_figures(routing: Mapping[str, Routing]) -> dict[str, dict[str, float
     """Return how the routers choose; empty if the model has none."""
     if not routing:
         return {}
+    entropies: dict[str, float | None] = {}
+    imbalances: dict[str, float | None] = {}
+    unused: dict[str, float | None] = {}
+    for name, router in routing.items():
+        entropies[name] = router.entropy
+        imbalances[name] = router.imbalance
+        unused[name] = float(router.unused)
     return {
-        "router_entropy": {name: router.entropy for name, router in routing.items()},
-        "router_imbalance": {name: router.imbalance for name, router in routing.items()},
-        "unused_experts": {name: float(router.unused) for name, router in routing.items()},
+        "router_entropy": entropies,
+        "router_imbalance": imbalances,
+        "unused_experts": unused,
     }
 
 
@@ -110,15 +123,21 @@ class StableRanks:
     """
 
     def __init__(self) -> None:
+        """Begin without vectors."""
         self.tops: dict[str, Tensor] = {}
 
     def look(self, sites: Sites) -> dict[str, float]:
         """Return the stable rank of each matrix by its name, without those that are not finite."""
+        # 1. The matrices, each once.
         params, outlines = sites.skeleton.params, sites.skeleton.outlines
-        products = dict.fromkeys(name for site in sites for name in site.products)
+        products: dict[str, None] = {}
+        for site in sites:
+            products.update(dict.fromkeys(site.products))
         matrices = [name for name in products if outlines[name].dim() == 2]
+
+        # 2. Their ranks, one matrix at a time: they may not all be in memory.
         ranks: dict[str, float] = {}
-        for name in matrices:  # one matrix at a time: they may not all be in memory
+        for name in matrices:
             weight = params[name].detach()
             square = float(square_sums([weight]))
             top = self._spectral_norm(name, weight)
@@ -128,12 +147,15 @@ class StableRanks:
 
     def _spectral_norm(self, name: str, weight: Tensor) -> float:
         """Estimate the spectral norm by a few rounds of power iteration."""
+        # 1. Go on from the last vector. A random one needs more rounds.
         vector = self.tops.get(name)
         rounds = 2
         if vector is None or vector.shape[0] != weight.shape[1]:
             generator = torch.Generator().manual_seed(0)
             vector = torch.randn(weight.shape[1], generator=generator).to(weight)
             rounds = 12
+
+        # 2. Power iteration. The norm of a zero matrix is not divided by.
         smallest = torch.finfo(weight.dtype).tiny
         size = weight.new_zeros(())
         for _ in range(rounds):

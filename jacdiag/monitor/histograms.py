@@ -41,14 +41,20 @@ def histogram_of(tensors: Sequence[Tensor]) -> Histogram:
     flat = [t.detach().float().flatten() for t in tensors if t.numel()]
     if not flat:
         return Histogram(edges=_edges(1.0), counts=[0] * BINS)
-    # 1. The range, of what is finite.
-    tops = [t.abs().nan_to_num(nan=0.0, posinf=0.0).max() for t in flat]
-    top = float(torch.stack([t.to(tops[0].device) for t in tops]).max()) or 1.0
-    # 2. Counts; histc leaves out what is not in the range.
-    counts = torch.stack(
-        [torch.histc(t, BINS, -top, top).double().to(flat[0].device) for t in flat]
-    ).sum(0)
+
+    # 1. The range of what is finite. If all is zero, any range will do.
+    device = flat[0].device
+    tops = [t.abs().nan_to_num(nan=0.0, posinf=0.0).max().to(device) for t in flat]
+    top = float(torch.stack(tops).max())
+    if top == 0.0:
+        top = 1.0
+
+    # 2. The counts. histc leaves out what is not in the range.
+    counts_of_each = [torch.histc(t, BINS, -top, top).double().to(device) for t in flat]
+    counts = torch.stack(counts_of_each).sum(0)
     bins = [int(count) for count in counts.tolist()]
+
+    # 3. What is in no bin is not finite.
     elements = sum(t.numel() for t in flat)
     return Histogram(edges=_edges(top), counts=bins, left_out=elements - sum(bins))
 
@@ -65,6 +71,7 @@ class Histograms:
     """
 
     def __init__(self, every: int | None) -> None:
+        """Begin without a histogram; see the class for the arguments."""
         self.every = every
         self.gradients: dict[str, Histogram] = {}
 
@@ -80,12 +87,13 @@ class Histograms:
             stepping: ids of the parameters of the optimizer that steps now; None for all.
         """
         for place, label in enumerate(groups.labels):
-            gradients = [
-                local(member.parameter.grad)
-                for member in groups.of(place)
-                if member.parameter.grad is not None
-                and (stepping is None or id(member.parameter) in stepping)
-            ]
+            gradients: list[Tensor] = []
+            for member in groups.of(place):
+                parameter = member.parameter
+                is_stepping = stepping is None or id(parameter) in stepping
+                if is_stepping and parameter.grad is not None:
+                    gradients.append(local(parameter.grad))
+            # A sub-layer that another optimizer updates has its own call.
             if gradients:
                 self.gradients[label] = histogram_of(gradients)
 
@@ -94,10 +102,13 @@ class Histograms:
 
         Those of the weights are taken now, after the step.
         """
-        shown = {
-            f"jacdiag/gradients/{label}": histogram for label, histogram in self.gradients.items()
-        }
+        # 1. Those of the gradients were taken before the step.
+        shown: dict[str, Histogram] = {}
+        for label, histogram in self.gradients.items():
+            shown[f"jacdiag/gradients/{label}"] = histogram
         self.gradients = {}
+
+        # 2. Those of the weights.
         for place, label in enumerate(groups.labels):
             weights = [local(member.parameter.detach()) for member in groups.of(place)]
             shown[f"jacdiag/weights/{label}"] = histogram_of(weights)
@@ -106,6 +117,11 @@ class Histograms:
 
 def moments(shown: Histogram) -> tuple[float, float]:
     """Return the sum and the sum of squares of the elements, with each at the middle of its bin."""
-    middles = [(a + b) / 2 for a, b in zip(shown.edges, shown.edges[1:], strict=False)]
-    pairs = list(zip(shown.counts, middles, strict=True))
-    return math.fsum(c * m for c, m in pairs), math.fsum(c * m * m for c, m in pairs)
+    sums: list[float] = []
+    squares: list[float] = []
+    bins = zip(shown.counts, shown.edges, shown.edges[1:], strict=False)
+    for count, lower, upper in bins:
+        middle = (lower + upper) / 2
+        sums.append(count * middle)
+        squares.append(count * middle * middle)
+    return math.fsum(sums), math.fsum(squares)

@@ -70,6 +70,7 @@ class NoiseScale:
     """
 
     def __init__(self) -> None:
+        """Begin without a step."""
         self.looks: deque[MicroBatchNorms] = deque(maxlen=WINDOW)
 
     def add(self, norms: MicroBatchNorms) -> None:
@@ -84,6 +85,7 @@ class NoiseScale:
         """
         if len(self.looks) < LEAST_LOOKS:
             return None
+        # Both are summed first: the mean of ratios would be biased.
         squared_mean = sum(norms.squared_mean for norms in self.looks)
         variance = sum(norms.variance for norms in self.looks)
         if squared_mean <= 0:
@@ -106,6 +108,7 @@ class MicroBatches:
     def __init__(
         self, model: nn.Module, parameters: Callable[[], Sequence[Tensor]], every: int
     ) -> None:
+        """Begin before the first step; see the class for the arguments."""
         self.model = model
         self.parameters = parameters
         self.every = every
@@ -124,19 +127,23 @@ class MicroBatches:
         """Take note of a micro-batch, and of the gradients of those before it."""
         if self.step % self.every:
             return
-        # 1. Check that the gradients are a sum over micro-batches of one size. They are not if they
-        # have been averaged over ranks already.
-        is_averaged = getattr(self.model, "require_backward_grad_sync", False) and self.forwards
+        # 1. Check that the gradients are those of this rank alone. DistributedDataParallel averages
+        # them over ranks in the backward, except inside of `no_sync`.
+        averages_over_ranks = getattr(self.model, "require_backward_grad_sync", False)
+        if averages_over_ranks and self.forwards:
+            self.is_known = False
+
+        # 2. Check that all micro-batches have one size.
         rows = _count_rows(args, kwargs)
         has_other_size = self.rows != 0 and rows != self.rows
-        if is_averaged or rows is None or has_other_size:
+        if rows is None or has_other_size:
             self.is_known = False
         self.rows = rows or 0
         self.forwards += 1
+
+        # 3. Read what has accumulated so far. Before the first backward that is nothing.
         if not self.is_known or self.forwards < 2:
             return
-
-        # 2. Read what has accumulated so far.
         gradients = [local(p.grad) for p in self.parameters() if p.grad is not None]
         if not gradients:  # two forwards before a backward: these are no micro-batches
             self.is_known = False
@@ -168,7 +175,8 @@ def _count_rows(args: Any, kwargs: Any) -> int | None:
     sizes: list[int] = []
 
     def note(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor) and leaf.dim():
+        has_rows = isinstance(leaf, Tensor) and leaf.dim() > 0
+        if has_rows:
             sizes.append(leaf.shape[0])
         return leaf
 

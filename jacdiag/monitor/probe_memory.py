@@ -27,9 +27,11 @@ def needed(sites: Sites, weights: int = 0) -> int:
     recorded = 0
     largest = 0
     for site in sites:
+        # 1. What was recorded stays.
         x = site.shortcut
         for tensor in (x, site.value):
             recorded += tensor.numel() * tensor.element_size()
+        # 2. Sub-layers are measured one after the other, so that the largest counts.
         own = (_BASIS + _GRAPH) * x.numel() * x.element_size()
         if site.kind == "attention" and x.dim() == 3:
             heads = max(x.shape[-1] // 64, 1)

@@ -70,10 +70,11 @@ def routing_of(sites: Sites) -> dict[str, Routing]:
     # 1. Find the routers.
     routers: dict[str, RouterCalls] = {}
     for site, raw in zip(sites, sites.raw, strict=True):
-        if site.kind != "attention":
-            calls = router_calls(sites.graph, set(raw.cone))
-            if calls is not None:
-                routers[site.name] = calls
+        if site.kind == "attention":
+            continue
+        calls = router_calls(sites.graph, set(raw.cone))
+        if calls is not None:
+            routers[site.name] = calls
     if not routers:
         return {}
 
@@ -116,8 +117,10 @@ def router_calls(graph: Graph, cone: set[int]) -> RouterCalls | None:
     Returns:
         None if the branch has no such choice.
     """
-    for index in range(max(cone), min(cone), -1):
+    last, first = max(cone), min(cone)
+    for index in range(last, first, -1):
         calls = _calls_of_choice(graph, index)
+        # Scores of another branch would make the choice somebody else's.
         if calls is not None and calls.product in cone:
             return calls
     return None
@@ -125,15 +128,19 @@ def router_calls(graph: Graph, cone: set[int]) -> RouterCalls | None:
 
 def _calls_of_choice(graph: Graph, index: int) -> RouterCalls | None:
     """Return a call as the choice of a router; None if it is none."""
-    # 1. A choice by numbers, in the last dimension.
+    # 1. A choice by scores, among two or more.
     node = graph.nodes[index]
     if node.name not in CHOICES or not node.operands:
         return None
     scores = graph.values[node.operands[0]]
     result = graph.values[node.outputs[0]]
-    experts = scores.shape[-1] if scores.shape else 0
-    if experts < 2 or not scores.is_float:
+    if not scores.shape or not scores.is_float:
         return None
+    experts = scores.shape[-1]
+    if experts < 2:
+        return None
+
+    # 2. In the last dimension.
     if node.name == "topk":
         chosen = result.shape[-1]
         is_over_last = result.shape[:-1] == scores.shape[:-1]
@@ -143,7 +150,7 @@ def _calls_of_choice(graph: Graph, index: int) -> RouterCalls | None:
     if not is_over_last:
         return None
 
-    # 2. The product that the scores come from.
+    # 3. The product that the scores come from.
     product = _product_before(graph, node.operands[0], experts)
     if product is None:
         return None
@@ -161,22 +168,30 @@ def _product_before(graph: Graph, value: int, columns: int) -> int | None:
         producers: set[int] = set()
         for index in frontier:
             candidate = graph.values[index]
-            if candidate.shape[-1:] == (columns,) and candidate.node >= 0:
+            has_columns = candidate.shape[-1:] == (columns,)
+            is_input = candidate.node < 0
+            if has_columns and not is_input:
                 producers.add(candidate.node)
 
-        # 2. Products among them, or else what they were computed from.
+        # 2. Products among them.
         products = [call for call in producers if graph.nodes[call].name in PRODUCTS]
         if products:
             return max(products)
-        frontier = [v.index for call in producers for v in graph.float_inputs(call)]
+
+        # 3. Else what they were computed from.
+        frontier = []
+        for call in producers:
+            frontier.extend(value.index for value in graph.float_inputs(call))
     return None
 
 
 def _count_choices(logits: Tensor, scores: Tensor, chosen: int) -> Routing:
     """Count the choices by the scores, and take the entropy of the logits."""
+    # 1. The entropy of each token, as a share of that of no preference.
     experts = scores.shape[-1]
     probabilities = logits.detach().float().softmax(-1)
     entropy = torch.special.entr(probabilities).sum(-1).mean() / math.log(experts)
+    # 2. The load of each expert.
     picked = scores.detach().topk(chosen, dim=-1).indices.flatten()
     load = torch.bincount(picked, minlength=experts).double() / picked.numel()
     return Routing(entropy=float(entropy), load=load.tolist())

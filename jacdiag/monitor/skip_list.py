@@ -32,6 +32,7 @@ from jacdiag.trace.execution.precision import map_leaves
 CODES = ("JD501", "JD502", "JD505")  # alerts about the loss and the gradient of single steps
 SCHEMA = 1
 
+_NAMES_BATCHES = frozenset({"positions", "from", "step"})  # keys, of which an entry needs one
 _ELEMENTS = 4096  # of a tensor that its content is known by
 _STEPS = 4096  # whose batches are remembered: an alert comes at most `log_every` steps late
 _WAITING = 65536  # batches that no step has claimed, where nothing is watched in this process
@@ -87,8 +88,11 @@ class SkipList:
     """
 
     def __init__(self, path: str | os.PathLike[str], run: str = "") -> None:
-        self.path, self.run = path_text(path), run
-        self._ledger = _LEDGERS[_key(self.path)] = _Ledger()
+        """Begin a ledger, which the loop's loader fills; see the class for the arguments."""
+        self.path = path_text(path)
+        self.run = run
+        self._ledger = _Ledger()
+        _LEDGERS[_key(self.path)] = self._ledger
 
     def step_ended(self, step: int) -> None:
         """Note that the batches since the last call belong to this step."""
@@ -108,19 +112,27 @@ class SkipList:
 
         Only alerts about the loss or the gradient of single steps count.
 
+        Args:
+            alert: whose steps are those from its `since` to its `step`.
+
         Raises:
             OSError: the list cannot be written.
         """
         if not alert.code.startswith(CODES):
             return
+        # 1. The steps that the alert is about.
         since = alert.evidence.get("since")
         first = alert.step
         if isinstance(since, int):
             first = min(since, alert.step)
+
+        # 2. Their batches.
         batches: list[Delivered] = []
         for step, batches_of_step in self._ledger.steps:
             if first <= step <= alert.step:
                 batches += batches_of_step
+
+        # 3. The line.
         entry = {
             "v": SCHEMA,
             "step": alert.step,
@@ -138,6 +150,10 @@ class SkipList:
 def append_line(path: str, entry: Mapping[str, Any]) -> None:
     """Append one JSON line completely or not at all, whoever else writes to the file.
 
+    Args:
+        path: of the file. Its folder is made if it is not there.
+        entry: the object.
+
     Raises:
         OSError: it cannot be written.
     """
@@ -145,10 +161,13 @@ def append_line(path: str, entry: Mapping[str, Any]) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
+        # 1. Begin a line of its own.
         fcntl.flock(handle, fcntl.LOCK_EX)
         size = os.fstat(handle).st_size
         if size and os.pread(handle, 1, size - 1) != b"\n":
             line = b"\n" + line  # a writer was killed in the middle of its line
+
+        # 2. Write it, or leave the file as it was.
         try:
             remaining = line
             while remaining:
@@ -189,8 +208,9 @@ def read_skip_list(
     Args:
         path: of the list. A line is a JSON object with `positions`, or with `from` and `to` for a
             range, or with a `step`; or it is a place by itself.
-        before, after: how many places around each to take as well.
-        batches_per_step: where a line has a step and no place, the places are those of that step,
+        before: how many places before each to take as well.
+        after: how many places after each to take as well.
+        batches_per_step: if a line has a step and no place, the places are those of that step,
             counted from 1.
 
     Raises:
@@ -198,8 +218,10 @@ def read_skip_list(
     """
     # 1. Read the file.
     file = Path(path_text(path))
+    lines: list[bytes] = []
     try:
-        lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+        if file.exists():
+            lines = file.read_bytes().splitlines(keepends=True)
     except OSError as error:
         raise UsageError(f"cannot read the skip list '{file}'", got=error.strerror) from error
 
@@ -216,10 +238,9 @@ def read_skip_list(
         if not places:
             unplaced.append(int(entry.get("step", 0)))
         for position, content in zip(places, contents, strict=True):
-            if positions.get(position, content) == content:
-                positions[position] = content
-            else:  # two runs had a bad batch there, and another one each
-                positions[position] = None
+            seen = positions.get(position, content)
+            # Two runs may each have had a bad batch there, and not the same one.
+            positions[position] = content if seen == content else None
 
     # 3. Add the places around them.
     for position in list(positions):
@@ -235,20 +256,26 @@ def _parse_entry(line: bytes, where: str, *, last: bool) -> dict[str, Any] | Non
         UsageError: it has no meaning.
     """
     hint = 'such as {"positions": [1200, 1201]} or {"from": 1200, "to": 1400}'
+    # 1. Read the line. One without its end was torn off by a kill.
     try:
         entry = json.loads(line)
     except ValueError as error:
-        if last or not line.rstrip().endswith(b"}"):
+        is_torn = last or not line.rstrip().endswith(b"}")
+        if is_torn:
             return None
         raise UsageError(f"{where} is no JSON", got=one_line(error), hint=hint) from error
+
+    # 2. A place by itself, as a list written by hand may have it.
     if isinstance(entry, int) and not isinstance(entry, bool):
         return {"positions": [entry]}
-    if not isinstance(entry, dict) or not {"positions", "from", "step"} & entry.keys():
-        raise UsageError(
-            f"{where} names no batch", got=line.decode(errors="replace").strip()[:80], hint=hint
-        )
-    if isinstance(entry.get("v"), int) and entry["v"] > SCHEMA:
-        raise UsageError(f"{where} was written by a newer jacdiag", got=f"version {entry['v']}")
+
+    # 3. An object that says which batches.
+    if not isinstance(entry, dict) or _NAMES_BATCHES.isdisjoint(entry):
+        text = line.decode(errors="replace").strip()
+        raise UsageError(f"{where} names no batch", got=text[:80], hint=hint)
+    version = entry.get("v")
+    if isinstance(version, int) and version > SCHEMA:
+        raise UsageError(f"{where} was written by a newer jacdiag", got=f"version {version}")
     return entry
 
 
@@ -256,32 +283,51 @@ def _places(
     entry: Mapping[str, Any], batches_per_step: int | None
 ) -> tuple[list[int], list[str | None]]:
     """Return the places of an entry and the contents that were seen there."""
+    # 1. A range.
     if "from" in entry:
-        places = list(range(int(entry["from"]), int(entry.get("to", entry["from"])) + 1))
+        first = int(entry["from"])
+        last = int(entry.get("to", first))
+        places = list(range(first, last + 1))
         return places, [None] * len(places)
+
+    # 2. Places by themselves, with or without their contents.
     places = [int(position) for position in entry.get("positions") or []]
-    contents = list(entry.get("contents") or [])
-    if places or batches_per_step is None or "step" not in entry:
+    has_only_step = not places and "step" in entry
+    if batches_per_step is None or not has_only_step:
+        contents = list(entry.get("contents") or [])
         if len(contents) != len(places):
             contents = [None] * len(places)
         return places, contents
-    first = (int(entry.get("since", entry["step"])) - 1) * batches_per_step
-    places = list(range(max(first, 0), int(entry["step"]) * batches_per_step))
+
+    # 3. Steps, which are counted from 1.
+    first_step = int(entry.get("since", entry["step"]))
+    first = max((first_step - 1) * batches_per_step, 0)
+    end = int(entry["step"]) * batches_per_step
+    places = list(range(first, end))
     return places, [None] * len(places)
 
 
 class Skipping:
     """A loader without the bad batches of a list; see `skipping`.
 
-    Attributes:
+    Args:
         loader: the loader.
+        path: of the list.
+        bad: what the list holds.
+        start: the place of the first batch.
+
+    Attributes:
         position: the place of the next batch.
         skipped: places that were left out so far.
     """
 
     def __init__(self, loader: Iterable[Any], path: str, bad: BadBatches, start: int) -> None:
-        self.loader, self.path, self.bad = loader, path, bad
-        self.position, self.skipped = start, list[int]()
+        """Begin before the first batch; see the class for the arguments."""
+        self.loader = loader
+        self.path = path
+        self.bad = bad
+        self.position = start
+        self.skipped: list[int] = []
         self._alone = not _several_ranks()
         self._in_pass = 0  # batches of this pass over the loader so far
         self._forward = 0  # batches at the start of the next pass that an earlier run had
@@ -294,15 +340,22 @@ class Skipping:
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the batches that are not on the list."""
-        forward, self._forward, self._in_pass = self._forward, 0, 0
+        # 1. Begin a pass. The batches that an earlier run had are read again, and not yielded.
+        forward = self._forward
+        self._forward = 0
+        self._in_pass = 0
         self.position -= forward
         self._begin()
+
         for batch in self.loader:
+            # 2. Count the batch, whether it is yielded or not.
             position = self.position
             self.position += 1
             self._in_pass += 1
             if self._in_pass <= forward:
                 continue
+
+            # 3. Leave it out, or hand it out and note that the loop has it.
             content = content_of(batch)
             if self._is_bad(position, content):
                 self.skipped.append(position)
@@ -316,7 +369,8 @@ class Skipping:
     def _begin(self) -> None:
         """Warn if this loader counts from 0 again, after another one in this run."""
         ledger = _ledger(self.path)
-        if ledger.loader not in (None, id(self)) and not self.position:
+        is_another = ledger.loader not in (None, id(self))
+        if is_another and self.position == 0:
             logger.warning(
                 "jacdiag.skipping: a second loader reads %s, and its places begin at 0 again: "
                 "make it once, before the loop over epochs, or pass start=",
@@ -325,25 +379,37 @@ class Skipping:
         ledger.loader = id(self)
 
     def _is_bad(self, position: int, content: str | None) -> bool:
-        listed = position in self.bad.positions
+        """Return whether a batch is on the list, by its place or by its content."""
+        # 1. Compare the content with what was seen at that place. None is not known.
+        is_listed = position in self.bad.positions
         seen = self.bad.positions.get(position)
-        has_both = seen is not None and content is not None
-        differs = listed and has_both and seen != content
-        if differs and not self._warned:
-            self._warned = True
-            consequence = "skipped on every rank all the same"
-            if self._alone:
-                consequence = "not skipped"
-            logger.warning(
-                "jacdiag.skipping: batch %d has other content than the one on %s: the order of "
-                f"the data has changed, and it is {consequence}",
-                position,
-                self.path,
-            )
+        differs = seen is not None and content is not None and seen != content
+        if differs:
+            self._warn_of_other_content(position)
+
+        # 2. Each rank has content of its own, and all of them have to leave out the same places.
         if not self._alone:
-            # Each rank has content of its own, and all of them have to leave out the same places.
-            return listed
-        return (listed and not differs) or content in self._contents
+            return is_listed
+
+        # 3. One process alone can tell by the content.
+        if is_listed and not differs:
+            return True
+        return content in self._contents
+
+    def _warn_of_other_content(self, position: int) -> None:
+        """Say once that the data comes in another order than in the run that wrote the list."""
+        if self._warned:
+            return
+        self._warned = True
+        consequence = "skipped on every rank all the same"
+        if self._alone:
+            consequence = "not skipped"
+        logger.warning(
+            "jacdiag.skipping: batch %d has other content than the one on %s: the order of "
+            f"the data has changed, and it is {consequence}",
+            position,
+            self.path,
+        )
 
     # -- going on ----------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
@@ -358,6 +424,9 @@ class Skipping:
 
         A loader that has a state of its own goes on by itself. Another one is read again up to
         there.
+
+        Args:
+            state: what `state_dict` returned.
 
         Raises:
             UsageError: the state is of another version.
@@ -394,7 +463,8 @@ def skipping(
     Args:
         loader: anything that yields batches, such as a DataLoader.
         skip_list: the file. One that is not there is an empty list.
-        before, after: how many batches around each bad one to leave out as well.
+        before: how many batches before each bad one to leave out as well.
+        after: how many batches after each bad one to leave out as well.
         start: the place of the first batch, for a loader that goes on in the middle.
         batches_per_step: of an optimizer step. Needed for lines of a loop that had no `skipping`
             yet, which name steps and no places.
@@ -413,11 +483,13 @@ def skipping(
         >>> list(skipping("abcdefg", path))
         ['a', 'c', 'd', 'g']
     """
+    # 1. Check the options.
     for name, value in (("before", before), ("after", after), ("start", start)):
         if not isinstance(value, int) or value < 0:
             raise UsageError(f"{name} cannot be {value!r}", hint="a number of batches, 0 or more")
     path = path_text(skip_list)
-    # Rank 0 reads the list for all.
+
+    # 2. Read the list. Rank 0 does so for all.
     results: list[BadBatches | UsageError | None] = [None]
     if not _several_ranks() or dist.get_rank() == 0:
         results = [_attempt(path, before, after, batches_per_step)]
@@ -428,6 +500,8 @@ def skipping(
     if isinstance(bad, UsageError):
         raise bad
     assert isinstance(bad, BadBatches)
+
+    # 3. Warn of lines that leave nothing out.
     if bad.unplaced:
         text = (
             "%d lines of %s name a step and no batch, such as step %d: batches_per_step= tells "
@@ -461,12 +535,15 @@ def content_of(batch: Any) -> str | None:
 
     def take(leaf: Any) -> Any:
         nonlocal on_device
+        # 1. Constants count by value, other objects by class.
         if isinstance(leaf, str | int | float | bool):
             digest.update(repr(leaf).encode())
             return leaf
         if not isinstance(leaf, Tensor):
             digest.update(type(leaf).__name__.encode())
             return leaf
+
+        # 2. Tensors count by their elements.
         if leaf.device.type != "cpu":
             on_device = True
             return leaf
