@@ -45,7 +45,9 @@ class Silence:
     """
 
     def __init__(self, warn: Callable[[str, str], None], note: Callable[[str], None]) -> None:
-        self.warn, self.note = warn, note
+        """Begin before the first step; see the class for the arguments."""
+        self.warn = warn
+        self.note = note
         self.steps = 0
         self._recent: deque[tuple[float, float]] = deque(maxlen=_WINDOW)
         self._looked_at_gradients = False
@@ -61,8 +63,10 @@ class Silence:
         self.steps += 1
         if self.steps != FIRST_STEPS:
             return
+        # 1. The batches.
         if batches is not None:
             self._look_at_batches(kind, batches, probe)
+        # 2. The probe.
         if probe.is_random and probe.is_needed:
             self.warn(
                 "random probe",
@@ -72,6 +76,8 @@ class Silence:
             )
 
     def _look_at_batches(self, kind: str, batches: Batches, probe: ProbeState) -> None:
+        """Say which batches are not seen or not kept."""
+        # 1. Some are missing.
         if batches.in_compiled:
             self.note(
                 f"the forward of {kind} is compiled together with the hook of the watch: the last "
@@ -84,6 +90,8 @@ class Silence:
                 f"{batches.kept.step_bytes / 2**20:,.0f} MB. "
                 "keep_batches=N keeps those of the last N forwards"
             )
+
+        # 2. None was seen, and that matters.
         if batches.seen or batches.in_compiled:
             return
         if batches.kept is None and not probe.is_needed:
@@ -122,10 +130,15 @@ class Silence:
         if self._looked_at_gradients or self.steps < FIRST_STEPS - 1:
             return
         self._looked_at_gradients = True
+
+        # 1. The parameters with a gradient that no optimizer holds.
         held = {id(p) for p in watched()}
-        others = [p for p in parameters() if p.grad is not None and id(p) not in held]
+        with_gradient = [p for p in parameters() if p.grad is not None]
+        others = [p for p in with_gradient if id(p) not in held]
         if not others:
             return
+
+        # 2. Name one of them.
         example = names.get(id(others[0]), "")
         count = "1 parameter has a gradient"
         if len(others) > 1:
@@ -145,21 +158,31 @@ class Silence:
             rows: of the run log, type `step`.
         """
         for row in rows:
+            # 1. If the loop passes the norm before clipping, a ceiling hides nothing.
             norm, loss = row["grad_norm_post"], row["loss"]
-            if row["grad_norm"] is not None or norm is None or loss is None:
+            is_norm_passed = row["grad_norm"] is not None
+            if is_norm_passed or norm is None or loss is None:
                 self._recent.clear()
                 continue
-            if not (math.isfinite(norm) and math.isfinite(loss)):
+            are_finite = math.isfinite(norm) and math.isfinite(loss)
+            if not are_finite:
                 continue
+
+            # 2. Look at the last steps.
             self._recent.append((norm, loss))
             if len(self._recent) == _WINDOW:
                 self._look_for_ceiling()
 
     def _look_for_ceiling(self) -> None:
+        """Warn if many of the last gradient norms are equal to the largest, at other losses."""
+        # 1. The steps at the ceiling.
         ceiling = max(norm for norm, _ in self._recent)
-        losses = [loss for norm, loss in self._recent if norm > ceiling * (1 - _SAME_NORM)]
+        least = ceiling * (1 - _SAME_NORM)
+        losses = [loss for norm, loss in self._recent if norm > least]
         if ceiling <= 0 or len(losses) < _AT_CEILING:
             return
+
+        # 2. Whether they are steps of different batches.
         spread = max(losses) - min(losses)
         if spread <= _OTHER_LOSS * max(map(abs, losses)):
             return  # the same batch with hardly changed weights has the same norm

@@ -41,6 +41,7 @@ class AlertRaised(JacdiagError):
     """
 
     def __init__(self, alert: Alert) -> None:
+        """Take the alert's own text as the message."""
         super().__init__(str(alert), hint="on_alert='log' lets the run go on")
         self.alert = alert
 
@@ -54,7 +55,10 @@ class GuardedPart:
     __slots__ = ("guards", "loses", "name")
 
     def __init__(self, guards: Guards, name: str, loses: str) -> None:
-        self.guards, self.name, self.loses = guards, name, loses
+        """Note the arguments, which are those of `Guards.part`."""
+        self.guards = guards
+        self.name = name
+        self.loses = loses
 
     def __enter__(self) -> None:
         return
@@ -62,6 +66,7 @@ class GuardedPart:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: Any
     ) -> bool:
+        # KeyboardInterrupt and SystemExit are no Exception.
         if not isinstance(error, Exception) or self.guards.strict:
             return False
         self.guards.fail(self.name, error, self.loses)
@@ -75,10 +80,15 @@ class Guards:
         strict: raise a fault instead of switching its part off.
         told: called with (part, cause, what was switched off, what helps) at the first fault of a
             part.
+
+    Attributes:
+        off: part -> why it was switched off.
     """
 
     def __init__(self, strict: bool, told: Callable[[str, str, str, str], None]) -> None:
-        self.strict, self.told = strict, told
+        """Begin with every part on; see the class for the arguments."""
+        self.strict = strict
+        self.told = told
         self.off: dict[str, str] = {}
 
     def on(self, part: str) -> bool:
@@ -100,9 +110,12 @@ class Guards:
         """Switch a part off and warn once."""
         if name in self.off:
             return
+        # 1. Switch it off first: the warning may fail as well.
         cause = error if isinstance(error, str) else describe_cause(error)
         cure = find_cure(name, error)
         self.off[name] = cause
+
+        # 2. Warn.
         try:
             text = "jacdiag.watch: %s failed (%s); %s. What helps: %s. The training goes on."
             logger.warning(text, name, cause, loses, cure)
@@ -116,8 +129,10 @@ def describe_cause(error: BaseException) -> str:
     if not isinstance(error, JacdiagError):
         return one_line(error)
     parts = [one_line(error)]
+    # What was found is more precise than the error that it came from.
     if error.got:
-        parts.extend(line.strip() for line in error.got.splitlines() if line.strip())
+        lines = [line.strip() for line in error.got.splitlines()]
+        parts.extend(filter(None, lines))
     elif error.__cause__ is not None:
         parts.append(one_line(error.__cause__))
     return clipped("; ".join(parts), _MOST)
@@ -125,10 +140,10 @@ def describe_cause(error: BaseException) -> str:
 
 def find_cure(part: str, error: BaseException | str) -> str:
     """Return what helps against a fault: the error's own hint, else what the part allows."""
-    hint = getattr(error, "hint", None)
-    if isinstance(error, JacdiagError) and hint:
-        return str(hint)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) and part == "probe":
+    if isinstance(error, JacdiagError) and error.hint:
+        return str(error.hint)
+    is_out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if is_out_of_memory and part == "probe":
         return _LESS_MEMORY
     if part.startswith("sink "):
         return "check what the sink writes to; the run log goes on without it"

@@ -43,6 +43,7 @@ class AttachedHook:
     """
 
     def __init__(self, module: nn.Module, hook: ModelHook, *, after: bool = False) -> None:
+        """Put the hook on the module; see the class for the arguments."""
         self.module = module
         self.hook = hook
         self.after = after
@@ -69,7 +70,9 @@ class AttachedHook:
             _end_to_leave_out(type(self.module))
 
     def _hooks(self) -> dict[int, Any]:
-        hooks: dict[int, Any] = getattr(self.module, _FORWARD_HOOKS if self.after else _PRE_HOOKS)
+        """Return the module's own dict of hooks of this kind."""
+        name = _FORWARD_HOOKS if self.after else _PRE_HOOKS
+        hooks: dict[int, Any] = getattr(self.module, name)
         return hooks
 
 
@@ -80,6 +83,7 @@ _EARLIER: dict[type, Callable[[Any], Any]] = {}
 
 
 def _begin_to_leave_out(kind: type) -> None:
+    """Count a hook on a module of a class, and register the class at the first one."""
     _COUNTS[kind] += 1
     if _COUNTS[kind] > 1:
         return
@@ -90,6 +94,7 @@ def _begin_to_leave_out(kind: type) -> None:
 
 
 def _end_to_leave_out(kind: type) -> None:
+    """Stop counting a hook, and put back what was registered at the last one."""
     _COUNTS[kind] -= 1
     if _COUNTS[kind] > 0:
         return
@@ -105,12 +110,14 @@ def _end_to_leave_out(kind: type) -> None:
 
 def reduce_without_hooks(module: nn.Module) -> str | Reduced:
     """Return what the module gives to `pickle` and `copy`, without the hooks of a watch."""
+    # 1. What it would give without a watch.
     earlier = _EARLIER.get(type(module))
     reduced: str | Reduced
     if earlier is not None:
         reduced = earlier(module)
     else:
         reduced = module.__reduce_ex__(_PROTOCOL)
+    # 2. Its third part is the state, if it has one.
     if isinstance(reduced, str) or len(reduced) < 3:
         return reduced
     return (*reduced[:2], _clean_state(reduced[2]), *reduced[3:])
@@ -122,17 +129,22 @@ def _clean_state(state: Any) -> Any:
     Args:
         state: the dict of the module, or a pair of its dict and its slots.
     """
+    # 1. The dict of the module.
     if isinstance(state, tuple) and len(state) == 2:
         return _clean_state(state[0]), state[1]
     if not isinstance(state, dict):
         return state
+
+    # 2. The keys of the hooks in it.
     keys = {*_hook_keys(state.get(_PRE_HOOKS)), *_hook_keys(state.get(_FORWARD_HOOKS))}
     if not keys:
         return state
-    # Other tables, such as _forward_hooks_with_kwargs, have the same keys as the hooks.
+
+    # 3. Other tables, such as _forward_hooks_with_kwargs, have the same keys as the hooks.
     clean = dict(state)
     for name, table in state.items():
-        if name.startswith((_PRE_HOOKS, _FORWARD_HOOKS)) and isinstance(table, dict):
+        is_of_hooks = name.startswith((_PRE_HOOKS, _FORWARD_HOOKS))
+        if is_of_hooks and isinstance(table, dict):
             clean[name] = _without_keys(table, keys)
     return clean
 
@@ -143,6 +155,9 @@ def _without_keys(table: dict[Any, Any], keys: set[int]) -> OrderedDict[Any, Any
 
 def _hook_keys(hooks: Any) -> list[int]:
     """Return the keys of the hooks of a watch."""
-    if not isinstance(hooks, dict):
-        return []
-    return [key for key, hook in hooks.items() if isinstance(hook, ModelHook)]
+    keys: list[int] = []
+    if isinstance(hooks, dict):
+        for key, hook in hooks.items():
+            if isinstance(hook, ModelHook):
+                keys.append(key)
+    return keys

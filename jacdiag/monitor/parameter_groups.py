@@ -58,10 +58,13 @@ class SublayerGroups:
 
 def by_sites(sites: Sites) -> dict[str, str]:
     """Map parameter names to groups: the first sub-layer that reads them, or their role outside."""
+    # 1. The sub-layers. A weight that several of them share belongs to the first.
     group_of: dict[str, str] = {}
     for site in sites:
         for name in site.parameters:
             group_of.setdefault(name, site.name)
+
+    # 2. What is outside of them, by its role.
     coverage = sites.coverage
     for label, names in (
         (EMBEDDING, coverage.embedding),
@@ -98,7 +101,7 @@ def group_parameters(
     named = [(names[id(p)], p) for p in parameters if id(p) in names]
     used = {group_of.get(name, OTHER) for name, _ in named}
     labels = [label for label in order if label in used]
-    labels += sorted(used - set(order))
+    labels.extend(sorted(used.difference(order)))
     place_of = {label: place for place, label in enumerate(labels)}
 
     # 2. The members.

@@ -52,15 +52,20 @@ class Cadence:
         Raises:
             UsageError: anything else.
         """
+        # 1. Never. A bool is a number in Python, and none here.
         is_bool = isinstance(given, bool)
-        if given is None or (given == 0 and not is_bool):
+        is_zero = given == 0 and not is_bool
+        if given is None or is_zero:
             return cls(None)
+        # 2. A number of steps.
         if isinstance(given, int) and not is_bool and given > 0:
             return cls(given)
+        # 3. A text.
+        cadence = None
         if isinstance(given, str):
             cadence = cls._parse(given)
-            if cadence is not None:
-                return cadence
+        if cadence is not None:
+            return cadence
         hint = (
             f'{name}=200 (steps), {name}="1%" (of the time), {name}="200, 1%" (both), None (never)'
         )
@@ -72,10 +77,15 @@ class Cadence:
         match = _SHARE.fullmatch(text)
         if match is None:
             return None
-        steps, percent = match["steps"], float(match["percent"])
-        if not 0 < percent < 100 or steps == "0":
+        percent = float(match["percent"])
+        if not 0 < percent < 100:
             return None
-        return cls(int(steps) if steps else None, percent / 100)
+        budget = percent / 100
+        if match["steps"] is None:
+            return cls(None, budget)
+        if match["steps"] == "0":
+            return None
+        return cls(int(match["steps"]), budget)
 
     @property
     def never(self) -> bool:
@@ -105,8 +115,10 @@ class Cadence:
         """Return whether a multiple of the interval lies between the previous step and this one."""
         if step == self.last:
             return False
+        # 1. This step is one.
         if step % interval == 0:
             return True
+        # 2. The loop leaves numbers out, one of which was one. It may also have gone back.
         if previous is None or previous >= step:
             return False
         return step // interval > previous // interval
@@ -135,7 +147,9 @@ class Cadence:
         """
         if self.steps is not None:
             return self.is_multiple
-        return self.budget is not None and step % capacity == 0
+        if self.budget is None:
+            return False
+        return step % capacity == 0
 
     def interval(self, price: float, step_seconds: float) -> float:
         """Predict the steps between two runs; inf for never.
@@ -144,13 +158,16 @@ class Cadence:
             price: seconds of one run.
             step_seconds: seconds of one training step.
         """
+        # 1. By the steps alone, or never.
         if self.budget is None:
             return math.inf if self.steps is None else float(self.steps)
+        # 2. By the share of the time.
         if not step_seconds:
             return math.inf
         by_budget = price / (self.budget * step_seconds)
         if self.steps is None or not math.isfinite(by_budget):
             return by_budget
+        # 3. By both: the next multiple of the steps that the share allows.
         return self.steps * max(1.0, math.ceil(by_budget / self.steps))
 
 

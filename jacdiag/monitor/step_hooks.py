@@ -26,6 +26,7 @@ class CompiledMark:
     """
 
     def __init__(self) -> None:
+        """Begin before any step."""
         self.ran = False
 
 
@@ -46,6 +47,7 @@ class StepHooks:
     """
 
     def __init__(self, tree: OptimizerTree, before: StepCallback, after: StepCallback) -> None:
+        """Put the hooks on every optimizer, or on none; see the class for the arguments."""
         self.mark = CompiledMark()
         self._removers: list[Callable[[], None]] = []
         try:
@@ -60,7 +62,16 @@ class StepHooks:
     def _attach(
         self, optimizer: Any, before: StepCallback, after: StepCallback, *, needed: bool
     ) -> None:
+        """Put hooks on one optimizer.
+
+        Args:
+            optimizer: gets the hooks.
+            before: called before a step.
+            after: called after a step that raised nothing.
+            needed: raise if that is not possible.
+        """
         mark = self.mark
+        # 1. By torch's own hooks.
         if runs_torch_hooks(optimizer):
 
             def pre_hook(stepping: Any, args: Any, kwargs: Any) -> None:
@@ -77,6 +88,8 @@ class StepHooks:
             self._removers.append(optimizer.register_step_pre_hook(pre_hook).remove)
             self._removers.append(optimizer.register_step_post_hook(post_hook).remove)
             return
+
+        # 2. By covering its `step`.
         cover = CoveredStep(optimizer, mark, before, after)
         try:
             cover.attach()
@@ -120,6 +133,7 @@ class CoveredStep:
     def __init__(
         self, optimizer: Any, mark: CompiledMark, before: StepCallback, after: StepCallback
     ) -> None:
+        """Note the step that is to be covered; `attach` covers it."""
         self.optimizer = optimizer
         self.mark = mark
         self.before = before
@@ -130,6 +144,12 @@ class CoveredStep:
         self.active = False
 
     def attach(self) -> None:
+        """Cover the object's `step`.
+
+        Raises:
+            AttributeError: the object allows no attribute of that name.
+            TypeError: the same, as some classes raise it.
+        """
         self.optimizer.step = self
         self.active = True
 
@@ -139,19 +159,25 @@ class CoveredStep:
         If another library has covered this one, it stays and only calls through.
         """
         self.active = False
-        self.before = self.after = _do_nothing  # whoever still holds this does not hold the watch
-        if vars(self.optimizer).get("step") is self:
-            if self.own:
-                self.optimizer.step = self.step
-            else:
-                del self.optimizer.step
+        # Whoever still holds this does not hold the watch with it.
+        self.before = _do_nothing
+        self.after = _do_nothing
+        if vars(self.optimizer).get("step") is not self:
+            return
+        if self.own:
+            self.optimizer.step = self.step
+        else:
+            del self.optimizer.step
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # 1. Inside torch.compile, or after the watch has ended, only call through.
         if torch.compiler.is_compiling():
             self.mark.ran = True
             return self.step(*args, **kwargs)
         if not self.active:
             return self.step(*args, **kwargs)
+
+        # 2. Call the callbacks around the step. It may itself end the watch.
         closure = _has_closure(args, kwargs)
         self.before(self.optimizer, closure)
         result = self.step(*args, **kwargs)
@@ -164,7 +190,11 @@ class CoveredStep:
 
         Schedulers read its `__func__` and `__self__`.
         """
-        if name == "step" or (name.startswith("__") and name not in _OF_A_METHOD):
+        # An object that is not initialised yet has no `step` to look things up on.
+        if name == "step":
+            raise AttributeError(name)
+        is_special = name.startswith("__") and name not in _OF_A_METHOD
+        if is_special:
             raise AttributeError(name)
         return getattr(self.step, name)
 
@@ -182,16 +212,19 @@ def runs_torch_hooks(optimizer: Any) -> bool:
 
     A subclass may have left `super().__init__()` out.
     """
-    if not isinstance(optimizer, Optimizer) or "_optimizer_step_pre_hooks" not in vars(optimizer):
+    if not isinstance(optimizer, Optimizer):
         return False
-    return bool(getattr(type(optimizer).step, "hooked", False))
+    is_initialised = "_optimizer_step_pre_hooks" in vars(optimizer)
+    runs_hooks = bool(getattr(type(optimizer).step, "hooked", False))
+    return is_initialised and runs_hooks
 
 
 def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Return whether a step got a closure; `args` may begin with the optimizer itself."""
-    return callable(kwargs.get("closure")) or any(
-        callable(a) and not isinstance(a, Optimizer) for a in args
-    )
+    if callable(kwargs.get("closure")):
+        return True
+    others = [argument for argument in args if not isinstance(argument, Optimizer)]
+    return any(map(callable, others))
 
 
 def _do_nothing(optimizer: Any, closure: bool) -> None:

@@ -45,6 +45,9 @@ class StepNumbers:
         count: the number of the last step so far.
         warn: called with (topic, text).
 
+    Attributes:
+        stride: between the numbers of the last two steps.
+
     Example:
         >>> numbers = StepNumbers(0, print)
         >>> [numbers.advance(step).number for step in (400, None, 404)]
@@ -52,6 +55,7 @@ class StepNumbers:
     """
 
     def __init__(self, count: int, warn: Callable[[str, str], None]) -> None:
+        """Begin before the first step; see the class for the arguments."""
         self.count = count
         self.warn = warn
         self.stride = 1
@@ -70,30 +74,37 @@ class StepNumbers:
         Args:
             given: what the loop passed; None if it passed nothing.
 
+        Returns:
+            The number, and the step that the weights were at before.
+
         Raises:
             UsageError: it is no whole number, or negative.
         """
         last = self.count
         is_start = not self._has_started
         self._has_started = True
+        # 1. No number was passed, or none that counts.
         if given is None or self._counts_alone:
-            self.count, self.stride = last + 1, 1
+            self.count = last + 1
+            self.stride = 1
             return StepMove(self.count, last)
         number = _whole(given)
         if self._first is None:
             self._first = number
-        # 1. The first step of a process says where the run is.
+        # 2. The first step of a process says where the run is.
         if is_start:
             self.count = number
             return StepMove(number, number - 1)
-        # 2. It grows, as it does nearly always.
+        # 3. It grows, as it does nearly always.
         if number > last:
-            self.count, self.stride = number, number - last
+            self.count = number
+            self.stride = number - last
             return StepMove(number, last)
-        # 3. A counter that does not number the steps of a run.
+        # 4. A counter that does not number the steps of a run.
         if number in (0, 1, last, self._first):
             self._counts_alone = True
-            self.count, self.stride = last + 1, 1
+            self.count = last + 1
+            self.stride = 1
             self.warn(
                 "numbers",
                 f"step={number} came after step={last}: these numbers do not grow over the run. "
@@ -102,8 +113,9 @@ class StepNumbers:
                 "step to the next",
             )
             return StepMove(self.count, last)
-        # 4. The loop has gone back.
-        self.count, self.stride = number, 1
+        # 5. The loop has gone back.
+        self.count = number
+        self.stride = 1
         self.warn(
             "rewind",
             f"step={number} came after step={last}: the loop has gone back. The log keeps all "

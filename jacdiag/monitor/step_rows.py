@@ -62,11 +62,12 @@ class GradientNorms:
     def clip_ratio(self) -> float | None:
         """The norm before clipping over the one after it; None if either is not known."""
         before, after = self.before_clipping, self.after_clipping
-        if before is None or not math.isfinite(before):
+        if before is None or after is None:
             return None
-        if after is None or not after > 0:
-            return None
-        return before / after
+        # A norm that is not finite, or zero, has no ratio.
+        if math.isfinite(before) and after > 0:
+            return before / after
+        return None
 
     @property
     def is_clipped(self) -> bool | None:
@@ -107,11 +108,9 @@ def build_step_row(
     nonfinite_labels: list[str] = []
     if norms.squares is not None:
         sublayer_norms = [_root(square) for square in norms.squares]
-        nonfinite_labels = [
-            label
-            for label, square in zip(labels, norms.squares, strict=True)
-            if not math.isfinite(square)
-        ]
+        for label, square in zip(labels, norms.squares, strict=True):
+            if not math.isfinite(square):
+                nonfinite_labels.append(label)
 
     # 2. Whether the optimizer made a step, and with which rate.
     has_found_inf = values[INF] > 0
@@ -142,6 +141,8 @@ def build_step_row(
         "update": None,
         "noise": micro_batch_norms(row, values),
     }
+
+    # 4. What only some steps have.
     if nonfinite is not None:
         line["nonfinite_gradients"] = nonfinite.gradients
         line["nonfinite_weights"] = nonfinite.weights
@@ -184,10 +185,13 @@ def _passed_norm(values: Sequence[float]) -> float | None:
 
 def _describe_update(label: str, values: Sequence[float]) -> dict[str, Any] | None:
     """Return how far a sub-layer moved in the step; None if it was not measured."""
-    moved, size = _root(values[UPDATE]), _root(values[WEIGHT])
+    moved = _root(values[UPDATE])
+    size = _root(values[WEIGHT])
     if moved is None or size is None:
         return None
-    ratio = moved / size if size else None
+    ratio = None
+    if size:
+        ratio = moved / size
     return {"where": label, "norm": moved, "weight": size, "ratio": ratio}
 
 
@@ -197,10 +201,11 @@ def micro_batch_norms(row: StepRow, values: Sequence[float]) -> MicroBatchNorms 
     Returns:
         None if the gradients of single micro-batches were not read, or are not finite.
     """
-    first, summed = values[MICRO], values[MICRO_SUM]
     if not row.micro_batches:
         return None
-    if not math.isfinite(first) or not math.isfinite(summed) or first <= 0:
+    first, summed = values[MICRO], values[MICRO_SUM]
+    are_finite = math.isfinite(first) and math.isfinite(summed)
+    if not are_finite or first <= 0:
         return None
     return MicroBatchNorms(first=first, summed=summed, count=row.micro_batches, rows=row.sequences)
 

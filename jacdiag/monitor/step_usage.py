@@ -42,6 +42,7 @@ class StepUsage:
     """
 
     def __init__(self, optimizers: Sequence[Any], warn: Callable[[str, str], None]) -> None:
+        """Begin before the first step; see the class for the arguments."""
         self.kinds = " and ".join(
             dict.fromkeys(type(optimizer).__name__ for optimizer in optimizers)
         )
@@ -60,7 +61,8 @@ class StepUsage:
     def optimizer_steps(self) -> None:
         """Count a step of one optimizer."""
         self.stepped += 1
-        self.ever = self._seen = True
+        self.ever = True
+        self._seen = True
         if self.stepped == 100 * self.count:
             self.warn(
                 "use",
@@ -76,7 +78,9 @@ class StepUsage:
             overflow: the gradient norm that the loop passed was not finite, so that a missing step
                 is explained.
         """
-        self.stepped, self.called = 0, True
+        self.stepped = 0
+        self.called = True
+        # 1. Steps that no hook has seen.
         if outcome is Outcome.COMPILED:
             self._explain_compiled()
         if outcome is Outcome.UNSEEN:
@@ -87,6 +91,8 @@ class StepUsage:
             self.warn("unseen", self._unseen_text())
         if outcome is not Outcome.NONE:
             self.ever = True
+
+        # 2. Calls without a step. An overflow explains one.
         if overflow:
             return
         if not self.ever:
@@ -100,6 +106,7 @@ class StepUsage:
         if outcome is Outcome.NONE:
             self._calls += 1
             return
+        # A loss scaler leaves steps out as well, but not the same number each time.
         if self._calls > 0 and self._calls == self._calls_before:
             self._repeats += 1
         else:
@@ -114,38 +121,36 @@ class StepUsage:
             )
 
     def _explain_compiled(self) -> None:
+        """Say what differs if the step is compiled."""
         self.warn(
             "compiled",
             f"the step of {self.kinds} runs compiled by torch.compile, and the hooks of the watch "
-            "are not in it: "
-            "gradient norms are read at w.step(), and the update norm keeps a copy of one "
-            "sub-layer between two "
-            "calls. Call optimizer.zero_grad() after w.step(loss), or no gradient is left to "
-            "read; pass lr= if a "
-            "scheduler steps before w.step()",
+            "are not in it: gradient norms are read at w.step(), and the update norm keeps a copy "
+            "of one sub-layer between two calls. Call optimizer.zero_grad() after w.step(loss), or "
+            "no gradient is left to read; pass lr= if a scheduler steps before w.step()",
         )
 
     def _unseen_text(self) -> str:
+        """Return what is wrong if the weights change and no step is seen."""
+        # 1. Steps were seen before.
         if self._seen:
             return (
                 f"no optimizer step seen: step() of {self.kinds} has not been called for "
-                f"{_UNSEEN} steps, though the "
-                "weights change. If another optimizer has taken over, call "
-                "w.set_optimizer(optimizer)"
+                f"{_UNSEEN} steps, though the weights change. If another optimizer has taken over, "
+                "call w.set_optimizer(optimizer)"
             )
+        # 2. None was seen from the start.
         return (
             f"no optimizer step seen: the weights change, but step() of {self.kinds} is not "
-            "called. Gradient norms are "
-            "read at w.step() if the gradients are still there then: clear them after it. Update "
-            "norms need the "
-            "optimizer whose step() is called"
+            "called. Gradient norms are read at w.step() if the gradients are still there then: "
+            "clear them after it. Update norms need the optimizer whose step() is called"
         )
 
     def _never_text(self) -> str:
+        """Return what is wrong if nothing changes and no step is seen."""
         return (
             f"no optimizer step seen: step() of {self.kinds} was not called in the first {_NEVER} "
-            "calls of w.step(). "
-            "Pass the optimizer whose step() is called"
+            "calls of w.step(). Pass the optimizer whose step() is called"
         )
 
     def ended(self) -> None:
