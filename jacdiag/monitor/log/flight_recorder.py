@@ -38,6 +38,7 @@ class FlightRecorder:
     """
 
     def __init__(self, folder: Path, steps: int = 200, most: int = 5) -> None:
+        """Begin without a step; see the class for the arguments."""
         self.folder = folder
         self.most = most
         self.dumps = 0
@@ -109,10 +110,12 @@ class FlightRecorder:
 
     def _choose_folder(self, step: int, running: Sequence[KeptBatch]) -> Path | None:
         """Return a folder that is not there yet; None if no flight is to be written."""
+        # 1. An alert may have written that of the step, without the batch that was running.
         folder = self.folder / f"flight-{step}"
         if running and folder.exists():
-            # An alert has written that of the step, without the batch that was running.
             folder = self.folder / f"flight-{running[-1].step}"
+
+        # 2. A batch that was running is written even if there are enough flights.
         is_enough = self.dumps >= self.most and not running
         if is_enough or folder.exists():
             return None
@@ -155,6 +158,7 @@ def read_batch(
     Raises:
         SourceError: the folder holds none.
     """
+    # 1. Read the file.
     file = Path(folder) / BATCH_FILE
     if not file.is_file():
         raise _no_batch_error(Path(folder))
@@ -164,13 +168,16 @@ def read_batch(
         raise SourceError(f"cannot read '{file}'", got=str(error).splitlines()[0]) from error
     if sequences is not None:
         batch = _first_sequences(batch, sequences)
-    places = sorted((name for name in batch if name.isdigit()), key=int)
+
+    # 2. Arguments without a name are kept under their places.
+    places = sorted(filter(str.isdigit, batch), key=int)
     if places:
         return tuple(batch[place] for place in places)
     return batch
 
 
 def _no_batch_error(folder: Path) -> SourceError:
+    """Return the error of a folder without a batch: none was kept, or it is another folder."""
     if (folder / ABOUT_FILE).is_file():
         return SourceError(
             f"'{folder}' holds no batch",
@@ -183,15 +190,21 @@ def _no_batch_error(folder: Path) -> SourceError:
 
 def _first_sequences(batch: dict[str, Any], sequences: int) -> dict[str, Any]:
     """Return the first sequences of a batch, if its tensors share one batch dimension."""
-    tensors = {
-        name: value
-        for name, value in batch.items()
-        if isinstance(value, torch.Tensor) and value.dim()
-    }
+    # 1. The tensors, and their batch dimension.
+    tensors: dict[str, torch.Tensor] = {}
+    for name, value in batch.items():
+        has_rows = isinstance(value, torch.Tensor) and value.dim() > 0
+        if has_rows:
+            tensors[name] = value
     sizes = {tensor.shape[0] for tensor in tensors.values()}
     if len(sizes) != 1:
         return batch
-    return {**batch, **{name: tensor[:sequences] for name, tensor in tensors.items()}}
+
+    # 2. Cut them.
+    shortened = dict(batch)
+    for name, tensor in tensors.items():
+        shortened[name] = tensor[:sequences]
+    return shortened
 
 
 def read_about(folder: str | Path) -> dict[str, int]:
@@ -218,12 +231,14 @@ def _on_cpu(leaf: Any) -> Any:
     """Return a leaf of a batch as it can be written: a tensor on the CPU, a constant, or a text."""
     if isinstance(leaf, torch.Tensor):
         return leaf.cpu()
-    if leaf is None or isinstance(leaf, bool | int | float | str):
+    is_constant = leaf is None or isinstance(leaf, bool | int | float | str)
+    if is_constant:
         return leaf
     return repr(leaf)
 
 
 def _plain_state(state: RandomState) -> dict[str, Any]:
+    """Return random states as tensors and lists."""
     numpy = [state.numpy[0], torch.from_numpy(state.numpy[1].astype("int64")), *state.numpy[2:]]
     return {
         "cpu": state.cpu,

@@ -33,18 +33,22 @@ class Pulse:
     """
 
     def __init__(self, folder: Path, submit: Callable[[Callable[[], None]], None]) -> None:
-        self.path, self.submit = folder / HEARTBEAT_FILE, submit
+        """Write the first sign; see the class for the arguments."""
+        self.path = folder / HEARTBEAT_FILE
+        self.submit = submit
         self.session = secrets.token_hex(8)
         self._next = 0.0
-        pid, now = os.getpid(), time.time()
+        # A reader tells by process, birth and host whether this run still lives.
+        pid = os.getpid()
+        started = time.time()
         self._last = Heartbeat(
             session=self.session,
             pid=pid,
             born=birth_of(pid),
             host=host_name(),
             place=place_of_process(),
-            started=now,
-            time=now,
+            started=started,
+            time=started,
         )
         self._send()
 

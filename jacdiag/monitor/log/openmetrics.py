@@ -45,6 +45,8 @@ class OpenMetrics:
     """
 
     def __init__(self, path: str | Path, run: str = "", every: float = _EVERY) -> None:
+        """Make the file's folder; see the class for the arguments."""
+        # 1. Where to write.
         path = Path(path)
         if path.is_dir():
             path = path / METRICS_FILE
@@ -53,6 +55,8 @@ class OpenMetrics:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"cannot write '{self.path}'", got=error.strerror) from error
+
+        # 2. What is written.
         self.run = run or self.path.parent.resolve().name
         self.every = every
         self.values: dict[str, float] = {}
@@ -117,6 +121,7 @@ class OpenMetrics:
                 labels["sublayer"] = where
             add(_metric_name(name), value, _HELP.get(name, name), **labels)
 
+        # 3. The samples of each metric, after its help and its type.
         lines: list[str] = []
         for metric, samples in families.items():
             lines += [

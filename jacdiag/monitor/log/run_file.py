@@ -34,6 +34,7 @@ class RunFile:
     """
 
     def __init__(self, folder: Path, *, resume: bool, failed: Callable[[Exception], None]) -> None:
+        """Open the file and start the writing thread; see the class for the arguments."""
         self.path = folder / RUN_FILE
         self.failed = failed
         self.error = False
@@ -83,7 +84,9 @@ class RunFile:
             return
         if self._queue.qsize() > _MOST_WAITING:
             raise OSError("the disk is too slow: ten thousand blocks of lines wait to be written")
-        self._queue.put(b"".join(to_line(kind, row) for row in rows))
+        # Lines that belong together are written together.
+        lines = [to_line(kind, row) for row in rows]
+        self._queue.put(b"".join(lines))
 
     def submit(self, call: Callable[[], None]) -> None:
         """Have the writing thread call a function that does not raise."""
@@ -103,8 +106,10 @@ class RunFile:
             os.close(self._handle)
 
     def _write_all(self) -> None:
+        """Work off the queue until `close`, in the writing thread."""
         while True:
             block = self._queue.get()
+            # 1. The end, somebody who waits, or a function to call.
             if block is None:
                 return
             if isinstance(block, threading.Event):
@@ -113,6 +118,8 @@ class RunFile:
             if not isinstance(block, bytes):
                 block()
                 continue
+
+            # 2. Lines. After an error the file is left alone.
             if self.error:
                 continue
             try:

@@ -29,20 +29,32 @@ class Sink(Protocol):
     is set.
     """
 
-    def write(self, step: int, figures: Mapping[str, float]) -> None: ...
-    def close(self) -> None: ...
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        """Take the figures of a step."""
+
+    def close(self) -> None:
+        """End, after the last write."""
 
 
 class AlertSink(Protocol):
     """An object that takes alerts; a method `close()` is called at the end if there is one."""
 
-    def alert(self, alert: Alert, moment: AlertMoment) -> None: ...
+    def alert(self, alert: Alert, moment: AlertMoment) -> None:
+        """Take an alert."""
 
 
 class TensorBoard:
-    """Scalars and alerts (as text) for TensorBoard (extra `tensorboard`)."""
+    """Scalars and alerts (as text) for TensorBoard (extra `tensorboard`).
+
+    Args:
+        folder: of the run, which the event files go to.
+
+    Raises:
+        UsageError: the library is not installed.
+    """
 
     def __init__(self, folder: Path) -> None:
+        """Open the writer; see the class for the arguments."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -50,11 +62,14 @@ class TensorBoard:
         self.writer = SummaryWriter(str(folder))
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
+        """Write the figures of a step as scalars."""
         for name, value in figures.items():
             self.writer.add_scalar(name, value, step)
 
     def write_histograms(self, step: int, shown: Mapping[str, Histogram]) -> None:
+        """Write the histograms of a step."""
         for name, histogram in shown.items():
+            # TensorBoard wants the moments too, which the bins give closely enough.
             total, squares = moments(histogram)
             self.writer.add_histogram_raw(
                 name,
@@ -69,11 +84,13 @@ class TensorBoard:
             )
 
     def alert(self, alert: Alert, moment: AlertMoment) -> None:
+        """Write an alert as text."""
         text = "  \n".join([f"**{title_of(alert)}**", *lines_of(alert, moment)])
         self.writer.add_text("jacdiag/alerts", text, alert.step)
         self.writer.flush()
 
     def close(self) -> None:
+        """Close the writer."""
         self.writer.close()
 
 
@@ -81,9 +98,16 @@ class WeightsAndBiases:
     """Figures and alerts for Weights & Biases (extra `wandb`).
 
     They go to the run that is open, or else to an offline run of its own.
+
+    Args:
+        folder: of the run.
+
+    Raises:
+        UsageError: the library is not installed.
     """
 
     def __init__(self, folder: Path) -> None:
+        """Take the open run, or begin one; see the class for the arguments."""
         try:
             import wandb
         except ImportError as error:
@@ -93,30 +117,33 @@ class WeightsAndBiases:
             self.run: Any = wandb.init(project="jacdiag", dir=str(folder), mode="offline")
         else:
             self.run = wandb.run
+        # The loop's own step counter stays its own.
         self.run.define_metric("jacdiag/step")
-        # the loop's own step counter stays its own
         self.run.define_metric("jacdiag/*", step_metric="jacdiag/step")
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
+        """Log the figures of a step."""
         self.run.log({"jacdiag/step": step, **figures})
 
     def write_histograms(self, step: int, shown: Mapping[str, Histogram]) -> None:
+        """Log the histograms of a step."""
         import numpy as np
         import wandb
 
-        pairs = {
-            name: (np.array(histogram.counts), np.array(histogram.edges))
-            for name, histogram in shown.items()
-        }
-        panels = {name: wandb.Histogram(np_histogram=pair) for name, pair in pairs.items()}
+        panels: dict[str, Any] = {}
+        for name, histogram in shown.items():
+            pair = (np.array(histogram.counts), np.array(histogram.edges))
+            panels[name] = wandb.Histogram(np_histogram=pair)
         self.run.log({"jacdiag/step": step, **panels})
 
     def alert(self, alert: Alert, moment: AlertMoment) -> None:
+        """Send an alert by way of Weights & Biases."""
         level = {"error": "ERROR", "warning": "WARN"}.get(alert.level, "INFO")
         # wandb drops a second alert of the same title within a minute: the title holds the step.
         self.run.alert(title_of(alert), "\n".join(lines_of(alert, moment)), level=level)
 
     def close(self) -> None:
+        """End a run of its own; that of the loop goes on."""
         if self.own:
             self.run.finish()
 
@@ -125,9 +152,16 @@ class Trackio:
     """Figures and alerts for trackio (extra `trackio`).
 
     They go to the run that is open, or else to one of its own.
+
+    Args:
+        folder: of the run.
+
+    Raises:
+        UsageError: the library is not installed.
     """
 
     def __init__(self, folder: Path) -> None:
+        """Take the open run, or begin one; see the class for the arguments."""
         try:
             import trackio
             from trackio import context_vars
@@ -143,14 +177,17 @@ class Trackio:
             )
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
+        """Log the figures of a step."""
         self.run.log(dict(figures), step=step)
 
     def alert(self, alert: Alert, moment: AlertMoment) -> None:
+        """Send an alert by way of trackio."""
         levels = self.trackio.AlertLevel
         level = {"error": levels.ERROR, "warning": levels.WARN}.get(alert.level, levels.INFO)
         self.run.alert(title_of(alert), "\n".join(lines_of(alert, moment)), level=level)
 
     def close(self) -> None:
+        """End a run of its own; that of the loop goes on."""
         if self.own:
             self.run.finish()
 
@@ -164,15 +201,23 @@ class MLflow:
 
     They go to the run that is active, or else to one of its own. MLflow's own threads send them, so
     that the training does not wait for the tracking server.
+
+    Args:
+        folder: of the run.
+
+    Raises:
+        UsageError: the library is not installed.
     """
 
     def __init__(self, folder: Path) -> None:
+        """Take the active run, or begin one; see the class for the arguments."""
         try:
             import mlflow
             from mlflow import MlflowClient
         except ImportError as error:
             raise _needs("mlflow", "MLflow") from error
-        self.mlflow, self.client = mlflow, MlflowClient()
+        self.mlflow = mlflow
+        self.client = MlflowClient()
         active = mlflow.active_run()
         self.own = active is None
         if active is not None:
@@ -187,16 +232,19 @@ class MLflow:
         self.run_id = self.client.create_run(number, run_name=_run_name(folder)).info.run_id
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
+        """Log the figures of a step, under names that MLflow allows."""
         allowed = {_NOT_IN_MLFLOW.sub("_", name): value for name, value in figures.items()}
         self.mlflow.log_metrics(allowed, step=step, run_id=self.run_id, synchronous=False)
 
     def alert(self, alert: Alert, moment: AlertMoment) -> None:
+        """Set an alert as a tag of the run."""
         text = f"{title_of(alert)}: " + "\n".join(lines_of(alert, moment))
         self.client.set_tag(
             self.run_id, f"jacdiag.alert.{alert.code}.{alert.step}", text, synchronous=False
         )
 
     def close(self) -> None:
+        """Send what waits, and end a run of its own."""
         self.mlflow.flush_async_logging()
         if self.own:
             self.client.set_terminated(self.run_id)
@@ -219,11 +267,11 @@ def _run_name(folder: Path) -> str:
     return folder.resolve().name or "run"
 
 
-def open_sinks(wanted: Iterable[str | Sink], folder: Path) -> list[tuple[str, Sink]]:
+def open_sinks(requested: Iterable[str | Sink], folder: Path) -> list[tuple[str, Sink]]:
     """Open sinks by name; objects with `write` and `close` are taken as they are.
 
     Args:
-        wanted: names of `BY_NAME`, "openmetrics:FILE", or objects.
+        requested: names of `BY_NAME`, "openmetrics:FILE", or objects.
         folder: of the run.
 
     Returns:
@@ -232,14 +280,17 @@ def open_sinks(wanted: Iterable[str | Sink], folder: Path) -> list[tuple[str, Si
     Raises:
         UsageError: an unknown name, or a library that is not installed.
     """
-    if isinstance(wanted, str):
-        wanted = (wanted,)
-    if not isinstance(wanted, Iterable):
+    # 1. One name is a list of one.
+    if isinstance(requested, str):
+        requested = (requested,)
+    if not isinstance(requested, Iterable):
         raise UsageError(
-            "sinks is a list", got=f"type {type(wanted).__name__}", hint='sinks=["tensorboard"]'
+            "sinks is a list", got=f"type {type(requested).__name__}", hint='sinks=["tensorboard"]'
         )
+
+    # 2. Open each.
     sinks: list[tuple[str, Sink]] = []
-    for sink in wanted:
+    for sink in requested:
         if isinstance(sink, str):
             sinks.append(_open_by_name(sink, folder))
         elif callable(getattr(sink, "write", None)):
@@ -252,6 +303,7 @@ def open_sinks(wanted: Iterable[str | Sink], folder: Path) -> list[tuple[str, Si
 
 
 def _open_by_name(text: str, folder: Path) -> tuple[str, Sink]:
+    """Open a sink by its name; raise UsageError if there is none of that name."""
     if is_address(text):
         hint = "alerts_to=[...] takes it; sinks take figures"
         # the address holds a secret
@@ -265,12 +317,12 @@ def _open_by_name(text: str, folder: Path) -> tuple[str, Sink]:
 
 
 def open_alert_sinks(
-    wanted: str | AlertSink | Iterable[str | AlertSink], failed: Callable[[str, str], None]
+    requested: str | AlertSink | Iterable[str | AlertSink], failed: Callable[[str, str], None]
 ) -> list[tuple[str, AlertSink]]:
     """Open what alerts are sent to besides the sinks of figures.
 
     Args:
-        wanted: addresses of webhooks, or objects with `alert(alert, moment)`; one of them, or
+        requested: addresses of webhooks, or objects with `alert(alert, moment)`; one of them, or
             several.
         failed: called with the name and the reason if a webhook is given up, from a thread of its
             own.
@@ -281,16 +333,22 @@ def open_alert_sinks(
     Raises:
         UsageError: neither an address nor such an object. The message does not repeat the address.
     """
-    if isinstance(wanted, str) or callable(getattr(wanted, "alert", None)):
-        wanted = [cast("str | AlertSink", wanted)]
-    if not isinstance(wanted, Iterable):
-        raise UsageError("alerts_to is an address, or a list", got=f"type {type(wanted).__name__}")
+    # 1. One address or object is a list of one.
+    if isinstance(requested, str) or callable(getattr(requested, "alert", None)):
+        requested = [cast("str | AlertSink", requested)]
+    if not isinstance(requested, Iterable):
+        raise UsageError(
+            "alerts_to is an address, or a list", got=f"type {type(requested).__name__}"
+        )
+
+    # 2. Open each, under a name of its own.
     sinks: list[tuple[str, AlertSink]] = []
     names: set[str] = set()
-    for target in wanted:
+    for target in requested:
         sink = _alert_sink(target)
         base = getattr(sink, "name", type(sink).__name__)
-        name, number = base, 1
+        name = base
+        number = 1
         while name in names:
             number += 1
             name = f"{base} ({number})"
@@ -302,13 +360,17 @@ def open_alert_sinks(
 
 
 def _alert_sink(target: str | AlertSink) -> AlertSink:
+    """Return what takes alerts for an address or an object; raise UsageError if it is neither."""
+    # 1. An address. The message does not repeat one, since it may hold a secret.
     if isinstance(target, str):
-        if not is_address(target):
-            hint = f"sinks=[...] takes {', '.join(BY_NAME)}, which get alerts too"
-            raise UsageError(
-                "alerts_to takes addresses, such as https://hooks.slack.com/services/...", hint=hint
-            )
-        return Webhook(target)
+        if is_address(target):
+            return Webhook(target)
+        hint = f"sinks=[...] takes {', '.join(BY_NAME)}, which get alerts too"
+        raise UsageError(
+            "alerts_to takes addresses, such as https://hooks.slack.com/services/...", hint=hint
+        )
+
+    # 2. An object.
     if callable(getattr(target, "alert", None)):
         return target
     raise UsageError(

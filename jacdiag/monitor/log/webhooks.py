@@ -85,6 +85,7 @@ class Webhook:
     def __init__(
         self, url: str, *, timeout: float = _TIMEOUT, pauses: tuple[float, ...] = _PAUSES
     ) -> None:
+        """Check the address; nothing is sent. See the class for the arguments."""
         address = _parse_address(url)
         self._address = address.url
         self._form = address.form
@@ -105,11 +106,14 @@ class Webhook:
         """Hand an alert to the sending thread; never waits."""
         if self._given_up or self._closing.is_set():
             return
+        # 1. Most runs have no alert, and need no thread.
         if self._thread is None:
             self._thread = threading.Thread(
                 target=self._send_all, name="jacdiag-webhook", daemon=True
             )
             self._thread.start()
+
+        # 2. Hand the message over.
         data = json.dumps(_FORMS[self._form](alert, moment), allow_nan=False).encode()
         try:
             self._queue.put_nowait(data)
@@ -132,16 +136,22 @@ class Webhook:
 
     # -- the sending thread ------------------------------------------------------------------------
     def _send_all(self) -> None:
+        """Work off the queue until `close`, in the sending thread."""
         while True:
+            # 1. Take the next message.
             data = self._queue.get()
             if data is None:
                 return
             if self._given_up:
                 continue
+
+            # 2. Send it.
             failure = self._send(data)
             if failure is None:
                 self._lost = 0
                 continue
+
+            # 3. Give the address up if that will not get better.
             self._lost += 1
             if failure.is_final or self._lost >= _MOST_LOST:
                 self._given_up = True
@@ -237,15 +247,19 @@ def _parse_address(text: str) -> WebhookAddress:
 
 def _host_of(address: str) -> str:
     """Return the host of an address, after checking the address."""
+    # 1. Take it apart.
     try:
         parts = urlsplit(address)
         host = parts.hostname or ""
         _ = parts.port  # raises ValueError for a port that is no number
     except ValueError:
         raise UsageError("the address of a webhook cannot be read", hint=_HINT) from None
+
+    # 2. Check what a request would fail at, or would send to the wrong place.
     if parts.scheme not in ("http", "https") or not host:
         raise UsageError("a webhook needs an address of the web", hint=_HINT)
-    if not address.isascii() or not address.isprintable() or " " in address:
+    is_plain = address.isascii() and address.isprintable()
+    if not is_plain or " " in address:
         raise UsageError(
             f"the address of the webhook at {host} holds a character that no address may",
             hint=_HINT,
@@ -296,33 +310,36 @@ def lines_of(alert: Alert, moment: AlertMoment) -> list[str]:
 
     These are the sentence, the sub-layers, the flight and the command that helps.
     """
+    # 1. The sentence, and the first sub-layer of those that it is about.
     lines = [clipped(printable(alert.what), _LONGEST)]
     if alert.where:
         line = f"where: {clipped(printable(alert.where[0]), 200)}"
         if len(alert.where) > 1:
             line += f" and {len(alert.where) - 1} more"
         lines.append(line)
+
+    # 2. Where to look next.
     if moment.flight_name:
-        lines.append(
-            f"flight recorder: {clipped(printable(moment.flight_name), 100)} in the folder of the "
-            "run"
-        )
+        flight = clipped(printable(moment.flight_name), 100)
+        lines.append(f"flight recorder: {flight} in the folder of the run")
     lines.append(f"next: jacdiag explain {alert.code}")
     return lines
 
 
 def _about(moment: AlertMoment) -> str:
     """Return the run and the model in brackets, as far as they have names."""
-    names = ", ".join(name for name in (moment.run, moment.model_name) if name)
+    names = list(filter(None, (moment.run, moment.model_name)))
     if not names:
         return ""
-    return f" ({clipped(printable(names), 100)})"
+    text = printable(", ".join(names))
+    return f" ({clipped(text, 100)})"
 
 
 def _slack(alert: Alert, moment: AlertMoment) -> dict[str, Any]:
     sign = {"error": ":red_circle:"}.get(alert.level, ":warning:")
     head = f"{sign} *{title_of(alert)}*{_slack_escaped(_about(moment))}"
-    return {"text": "\n".join([head, *(_slack_escaped(line) for line in lines_of(alert, moment))])}
+    lines = [_slack_escaped(line) for line in lines_of(alert, moment)]
+    return {"text": "\n".join([head, *lines])}
 
 
 def _slack_escaped(text: str) -> str:
@@ -349,6 +366,7 @@ def _generic(alert: Alert, moment: AlertMoment) -> dict[str, Any]:
         "step": moment.step,
         "flight": moment.flight_name or None,
     }
+    # JSON has no nan and no infinity.
     plain_data: dict[str, Any] = plain(data)
     return plain_data
 
