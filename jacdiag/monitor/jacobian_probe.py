@@ -92,6 +92,7 @@ class LiveProbe:
         """
         if self.probe is not None:
             return
+        # 1. The user's own, or the first batch of the run.
         if self.inputs is not None:
             self.probe = Probe.of_inputs(self.inputs, seed=self.seed)
         elif first is not None:
@@ -108,6 +109,7 @@ class LiveProbe:
                 "no batch was seen and no probe was given",
                 hint="jacdiag.watch(..., probe=input_ids)",
             )
+        # 2. Random tokens.
         else:
             try:
                 random_tokens = build_probe(Source.of_module(self.model), batch=2, seed=self.seed)
@@ -157,11 +159,14 @@ class LiveProbe:
             tracing: seconds that finding them took.
         """
         groups = found.by_shortcut()
-        kinds = Counter(_kind_of(members) for members in groups)
+        kinds = Counter(map(_kind_of, groups))
         seconds = tracing
         state = self.state_of(found)
         for kind, count in kinds.items():
+            # 1. The last sub-layer of the kind stands for all of them.
             members = next(m for m in reversed(groups) if _kind_of(m) == kind)
+
+            # 2. Measure it without and then with vectors. The second time counts.
             for _ in range(2):
                 started = time.perf_counter()
                 self._measured(members, state)
@@ -196,22 +201,35 @@ class LiveProbe:
         """
         if not found.deterministic:
             raise TraceError("two runs of the model on the probe differ", got=found.culprit)
+        # 1. Measure sub-layers that share a shortcut together, and put them in their order.
         state = self.state_of(found)
         records: list[SublayerRecord] = []
         for members in found.by_shortcut():
             records += self._measured(members, state)
         records.sort(key=lambda record: record.index)
+
+        # 2. Apply the rules.
         report = self._report(found, records, state, step, begun)
         self.report = evaluate(report, thresholds=self.thresholds)
         return self.report
 
     def series(self, found: Sites, report: Report) -> dict[str, dict[str, float]]:
         """Return what the drift rules use: figure -> sub-layer -> value."""
-        rows = report.sublayers
+        branch_norms: dict[str, float] = {}
+        core_norms: dict[str, float] = {}
+        shortcut_stds: dict[str, float] = {}
+        for record in report.sublayers:
+            # A norm that could not be measured has no point in its trend.
+            if record.branch_norm:
+                branch_norms[record.name] = record.branch_norm.estimate
+            if record.core_norm:
+                core_norms[record.name] = record.core_norm.estimate
+            if record.shortcut_std:
+                shortcut_stds[record.name] = record.shortcut_std.median
         return {
-            "branch_norm": {r.name: r.branch_norm.estimate for r in rows if r.branch_norm},
-            "core_norm": {r.name: r.core_norm.estimate for r in rows if r.core_norm},
-            "shortcut_std": {r.name: r.shortcut_std.median for r in rows if r.shortcut_std},
+            "branch_norm": branch_norms,
+            "core_norm": core_norms,
+            "shortcut_std": shortcut_stds,
             "stable_rank": self.ranks.look(found),
         }
 
@@ -270,11 +288,13 @@ def _to_budget(site: Sublayer) -> Mapping[str, Callable[[float, float], bool]]:
 
     The core norm takes the full budget, and so does the branch norm if it does not follow from it.
     """
+    # 1. The branch norm follows if the norm layer is known in closed form.
     norm = site.input_norm
     follows = False
     if norm is not None and norm.closed_form and norm.aligned:
         follows = norm.value.shape == site.shortcut.shape
 
+    # 2. When each may stop.
     def always(_lower: float, _upper: float) -> bool:
         return True
 

@@ -126,10 +126,12 @@ def _refuse_foreign(candidate: Any) -> None:
 
 def _children(candidate: Any) -> list[Any]:
     """Return what may be an optimizer inside a collection or an object."""
+    # 1. A collection of optimizers.
     if isinstance(candidate, dict):
         return list(candidate.values())
     if isinstance(candidate, list | tuple | set):
         return list(candidate)
+    # 2. An object. What a module holds is not its optimizer.
     if isinstance(candidate, nn.Module):
         return []
     children = [*_children_by_name(candidate), *_children_in_attributes(candidate)]
@@ -139,11 +141,13 @@ def _children(candidate: Any) -> list[Any]:
 def _children_by_name(candidate: Any) -> list[Any]:
     """Return what lies under the names that trainers and containers use, whatever it is."""
     children: list[Any] = []
+    # 1. Several of them.
     several = getattr(candidate, "optimizers", None)
     if isinstance(several, dict):
         several = list(several.values())
     if isinstance(several, list | tuple):
         children.extend(several)
+    # 2. One of them.
     single = getattr(candidate, "optimizer", None)
     if single is not None:
         children.append(single)
@@ -156,6 +160,7 @@ def _children_in_attributes(candidate: Any) -> list[Any]:
     for name, value in list(getattr(candidate, "__dict__", {}).items()):
         if name in _KNOWN_ATTRIBUTES:
             continue
+        # Look into a container, but not into containers inside of it.
         members = [value]
         if isinstance(value, dict):
             members = list(value.values())
@@ -167,6 +172,7 @@ def _children_in_attributes(candidate: Any) -> list[Any]:
 
 def _steps_parameters(value: Any) -> bool:
     """Return whether an object has what a training loop needs: parameter groups and a step."""
+    # 1. Read what it has.
     if isinstance(value, type | nn.Module | Tensor):
         return False
     try:
@@ -174,9 +180,12 @@ def _steps_parameters(value: Any) -> bool:
         step = getattr(value, "step", None)
     except Exception:  # a property of somebody else's object
         return False
-    if not callable(step) or not isinstance(groups, list | tuple) or not groups:
+
+    # 2. A step, and groups of parameters.
+    if not callable(step) or not isinstance(groups, list | tuple):
         return False
-    return all(isinstance(group, dict) and "params" in group for group in groups)
+    have_parameters = [isinstance(group, dict) and "params" in group for group in groups]
+    return len(have_parameters) > 0 and all(have_parameters)
 
 
 def check_supported(model: Any) -> None:
@@ -299,11 +308,18 @@ def group_names(optimizers: Sequence[Any]) -> list[str]:
     """Return a name for each parameter group, such as "AdamW 0", or with the group's own name."""
     kinds = [type(optimizer).__name__ for optimizer in optimizers]
     names: list[str] = []
-    for place, (optimizer, kind) in enumerate(zip(optimizers, kinds, strict=True)):
-        unique = kind if kinds.count(kind) == 1 else f"{kind} ({place})"
+    for place, optimizer in enumerate(optimizers):
+        # 1. Two optimizers of one class also have their places.
+        optimizer_name = kinds[place]
+        if kinds.count(optimizer_name) > 1:
+            optimizer_name = f"{optimizer_name} ({place})"
+
+        # 2. The groups.
         for number, group in enumerate(optimizer.param_groups):
-            own_name = group.get("name")
-            names.append(f"{unique} {own_name if isinstance(own_name, str) else number}")
+            group_name = group.get("name")
+            if not isinstance(group_name, str):
+                group_name = str(number)
+            names.append(f"{optimizer_name} {group_name}")
     return names
 
 

@@ -49,15 +49,21 @@ class RankComparison:
         *,
         attach: bool,
     ) -> None:
+        """Begin before the first step; see the class for the arguments."""
+        # 1. A name in the store that the other ranks give the same comparison.
         global _created
         _created += 1
         self.together = together
         self.warn = warn
         self.store = store
         self.prefix = f"jacdiag/gradients/{_created}"
-        self.parameters = list(
-            {id(p): p for leaf in leaves for p in held_parameters(leaf)}.values()
-        )
+
+        # 2. What is compared: each parameter once.
+        by_id: dict[int, Tensor] = {}
+        for leaf in leaves:
+            for parameter in held_parameters(leaf):
+                by_id[id(parameter)] = parameter
+        self.parameters = list(by_id.values())
         self.gradient: Tensor | None = None
         self.before: Tensor | None = None
         self.steps = 0
@@ -149,8 +155,12 @@ class RankComparison:
         """Warn if the gradients differ; the weights show why."""
         assert self.sent is not None
         gradient, before, after = self.sent
-        if all(abs(other[0] - gradient) <= _SAME * abs(gradient) for other in others):
+        # 1. Whether the gradients differ.
+        tolerance = _SAME * abs(gradient)
+        if all(abs(other[0] - gradient) <= tolerance for other in others):
             return
+
+        # 2. Why, as the weights show it.
         if any(other[1] != before for other in others):
             cause = "the ranks hold different weights"
         elif any(other[2] != after for other in others):
@@ -181,7 +191,8 @@ class RankComparison:
         """Let go of the model."""
         self._remove_hooks()
         self.parameters = []
-        self.gradient = self.before = None
+        self.gradient = None
+        self.before = None
 
 
 def _fingerprint(parameters: Sequence[Tensor]) -> Tensor:

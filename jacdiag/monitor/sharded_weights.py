@@ -46,6 +46,7 @@ class GatheredWeights(Mapping[str, Tensor]):
     """
 
     def __init__(self, model: nn.Module, together: Together) -> None:
+        """Agree with the other ranks who holds which pieces; see the class for the arguments."""
         self.together = together
 
         # 1. The sharded weights. Of tied names the first stands for the weight.
@@ -104,7 +105,8 @@ class GatheredWeights(Mapping[str, Tensor]):
 
         # 1. Prepare what this rank sends. If a rank fails in that, all raise.
         error: Exception | None = None
-        own_bytes = bytes_of_all = torch.empty(0)
+        own_bytes = torch.empty(0)
+        bytes_of_all = own_bytes
         try:
             own_bytes, bytes_of_all = self._ready(block)
         except Exception as failure:
@@ -124,7 +126,8 @@ class GatheredWeights(Mapping[str, Tensor]):
     def _make_room(self, size: int) -> None:
         """Drop the blocks that were read longest ago, until a block of this size fits."""
         cached = sum(self.sizes[block] for block in self._cache)
-        while self._cache and cached + size > ROOM * self.largest:
+        room = ROOM * self.largest
+        while self._cache and cached + size > room:
             oldest, _ = self._cache.popitem(last=False)
             cached -= self.sizes[oldest]
 
@@ -162,13 +165,16 @@ class GatheredWeights(Mapping[str, Tensor]):
         """
         size = self.sizes[block]
         device = local(self._tensors[self.blocks[block][0]]).device
-        host_free, device_free = available(torch.device("cpu")), available(device)
+        host_free = available(torch.device("cpu"))
+        device_free = available(device)
+        # 1. The assembled weights lie where the shards do.
         if device.type == "cpu":
             sent += size
         elif device_free is not None and size > 0.9 * device_free:
             raise MemoryError(
                 f"'{block}' needs {size / 2**20:,.0f} MB, {device_free / 2**20:,.0f} MB are free"
             )
+        # 2. What is sent lies on the host.
         if host_free is not None and sent > 0.9 * host_free:
             raise MemoryError(
                 f"'{block}' needs {sent / 2**20:,.0f} MB to gather, "

@@ -496,19 +496,19 @@ def skipping(
     if _several_ranks():
         device = torch.device("cuda") if dist.get_backend() == "nccl" else None
         dist.broadcast_object_list(results, src=0, device=device)
-    bad = results[0]
-    if isinstance(bad, UsageError):
-        raise bad
-    assert isinstance(bad, BadBatches)
+    listed = results[0]
+    if isinstance(listed, UsageError):
+        raise listed
+    assert isinstance(listed, BadBatches)
 
     # 3. Warn of lines that leave nothing out.
-    if bad.unplaced:
+    if listed.unplaced:
         text = (
             "%d lines of %s name a step and no batch, such as step %d: batches_per_step= tells "
             "which these are"
         )
-        logger.warning(f"jacdiag.skipping: {text}", len(bad.unplaced), path, bad.unplaced[0])
-    return Skipping(loader, path, bad, start)
+        logger.warning(f"jacdiag.skipping: {text}", len(listed.unplaced), path, listed.unplaced[0])
+    return Skipping(loader, path, listed, start)
 
 
 def _attempt(

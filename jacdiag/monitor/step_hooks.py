@@ -170,6 +170,7 @@ class CoveredStep:
             del self.optimizer.step
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Make a step, with the callbacks around it while the watch is open."""
         # 1. Inside torch.compile, or after the watch has ended, only call through.
         if torch.compiler.is_compiling():
             self.mark.ran = True

@@ -79,6 +79,19 @@ class Watch:
         keep_batches: int | None,
         histograms: Histograms,
     ) -> None:
+        """Attach a watch; `jacdiag.watch` checks the arguments and calls this.
+
+        Args:
+            model: the module that the loop calls, wrapped or not.
+            optimizers: those that are watched.
+            together: the ranks.
+            record: the log.
+            measurements: what is measured.
+            log_every: steps between two looks at the device.
+            update_every: steps between two update norms; 0 for none.
+            keep_batches: how many batches to keep; None keeps them while they are small.
+            histograms: those for the sinks.
+        """
         self.together = together
         self.record = record
         self.measurements = measurements
@@ -124,9 +137,10 @@ class Watch:
     def _observe_batches(
         self, model: nn.Module, keep_batches: int | None, log_every: int
     ) -> Batches:
+        """Put the hook on the model that sees its batches."""
         has_recorder = self.record.recorder is not None
-        kept = KeptBatches(keep_batches, log_every) if has_recorder else None
-        batches = Batches(model, fingerprints=has_recorder, keep=kept)
+        kept_batches = KeptBatches(keep_batches, log_every) if has_recorder else None
+        batches = Batches(model, fingerprints=has_recorder, keep=kept_batches)
         if has_recorder and not self.together.sharded:
             batches.micro_batches = MicroBatches(model, self.observer.parameters, log_every)
         return batches
@@ -148,12 +162,16 @@ class Watch:
 
     def __str__(self) -> str:
         """Return the state of the watch, with the findings and alerts of this session."""
+        # 1. The head, with the counts.
         state = "closed" if self.closed else "running"
-        steps = "1 step" if self.count == 1 else f"{self.count} steps"
-        alerts = [f"  {alert}" for alert in self.alerts]
-        alert_count = "1 alert" if len(alerts) == 1 else f"{len(alerts)} alerts"
-        findings = [f"  finding: {finding}" for finding in self.findings]
-        return "\n".join([f"Watch, {state}: {steps}, {alert_count}", *findings, *alerts])
+        alerts = self.alerts
+        steps = _counted(self.count, "step")
+        lines = [f"Watch, {state}: {steps}, {_counted(len(alerts), 'alert')}"]
+
+        # 2. The findings about the model, then the alerts.
+        lines += [f"  finding: {finding}" for finding in self.findings]
+        lines += [f"  {alert}" for alert in alerts]
+        return "\n".join(lines)
 
     # -- the loop ----------------------------------------------------------------------------------
     def step(
@@ -235,6 +253,7 @@ class Watch:
 
     def _follow_numbers(self, move: StepMove) -> None:
         """Follow the numbers of the trainer, before anything of the step is noted."""
+        # 1. The loop has gone back: what comes after `base` is done again.
         if move.is_rewind:
             self._flush()
             self.record.rewind(move.base)
@@ -242,6 +261,8 @@ class Watch:
                 self.batches.rewind(move.base)
             if self.record.skip_list is not None:
                 self.record.skip_list.rewind(move.base)
+
+        # 2. The batches of this step were seen before its number was known.
         if self.batches is not None and self.batches.step != move.number:
             self.batches.renumber(move.number)
 
@@ -292,13 +313,17 @@ class Watch:
         """Take what was seen of the step's batches, and say once if nothing was."""
         if self.batches is None:
             return
+        # 1. The fingerprints. A hook on the model raises nothing: its error comes up here.
         with self.guards.part("batches", "no batch fingerprints and no kept batches from now on"):
             prints = self.batches.next_step(self.numbers.coming)
             self.record.prints.append(prints)
             if self.batches.failed is not None:
-                error, self.batches.failed = self.batches.failed, None
+                error = self.batches.failed
+                self.batches.failed = None
                 self.batches.remove()
                 raise error
+
+        # 2. What was not seen.
         with self.guards.part("silence", "what the watch does not see is not said"):
             kind = type(self.measurements.model).__name__
             probe = self.measurements.probe_state()
@@ -451,9 +476,13 @@ class Watch:
     def _write_ending(self, ending: Ending) -> None:
         """Write the last steps and the row of the ending, with a flight if something happened."""
         self.observer.usage.ended()
-        # What is sharded is read by all ranks together, and the others may have gone on.
-        if not (ending.is_alone and self.together.sharded):
+        # 1. The last steps. What is sharded is read by all ranks together, and the others may have
+        # gone on.
+        needs_others = ending.is_alone and self.together.sharded
+        if not needs_others:
             quietly(self._flush)
+
+        # 2. The ending. A signal that the trainer has handled is its reason.
         if self._signal and not ending.reason:
             ending = replace(ending, reason=self._signal, has_flight=True)
         quietly(self.record.left, self.count, ending)
@@ -535,6 +564,12 @@ def _close_at_exit(ref: weakref.ref[Watch]) -> None:
         watch.ended_with_process()
 
 
+def _counted(count: int, noun: str) -> str:
+    if count == 1:
+        return f"1 {noun}"
+    return f"{count} {noun}s"
+
+
 def _put_grad_norm(metrics: StepMetrics, grad_norm: Any) -> None:
     """Put the norm that the loop passed into the row at hand."""
     placements = getattr(grad_norm, "placements", ())
@@ -550,8 +585,11 @@ def _is_overflow(grad_norm: Any) -> bool:
 
     A tensor on a device is not read.
     """
+    # 1. A number.
     if not isinstance(grad_norm, Tensor):
         return isinstance(grad_norm, float) and not math.isfinite(grad_norm)
+
+    # 2. A tensor on the CPU, which is no share of a norm over ranks.
     if grad_norm.device.type != "cpu" or grad_norm.numel() != 1:
         return False
     if hasattr(grad_norm, "placements"):

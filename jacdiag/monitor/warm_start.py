@@ -27,6 +27,7 @@ class TopVectors:
     """Top right vectors by sub-layer and norm, (P, n) each, from the last probe."""
 
     def __init__(self) -> None:
+        """Begin without vectors."""
         self.vectors: dict[str, Tensor] = {}
 
     def recall(self, key: str, operator: Operator) -> Tensor | None:
@@ -52,14 +53,23 @@ class WarmSolver(Solver):
     """
 
     def __init__(self, *args: Any, memory: TopVectors) -> None:
+        """Take the arguments of `Solver`, and the memory."""
         super().__init__(*args)
         self.memory = memory
 
     def solve(self, operator: Operator, name: str) -> Solution:
+        """Solve a norm, and raise its lower bound from the vectors of the last probe.
+
+        Args:
+            operator: whose norm it is.
+            name: of the norm.
+        """
         key = f"{self.one.site.name}/{name}"
         vectors = self.memory.recall(key, operator)
+        # 1. Without vectors the entire budget goes to the random start.
         if vectors is None:
             solution = super().solve(operator, name)
+        # 2. With them a part of it is kept for the warm start.
         else:
             effort = self.effort
             self.effort = replace(effort, max_products=max(effort.max_products - _PRODUCTS, 2))

@@ -55,6 +55,7 @@ class WatchCallback(TrainerCallback):
     """
 
     def __init__(self, **options: Any) -> None:
+        """Keep the options until the training begins."""
         self.options = options
         self.watch: Watch | None = None
         self._losses: list[Tensor] = []
@@ -64,6 +65,7 @@ class WatchCallback(TrainerCallback):
         self._covers: list[CoveredMethod] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin the watch, or go on with it from a checkpoint."""
         model: nn.Module = kwargs["model"]
         step = int(state.global_step)
         self._end()  # of a training that was left in a way that nobody saw
@@ -94,18 +96,21 @@ class WatchCallback(TrainerCallback):
 
     def _cover(self, trainer: Trainer) -> None:
         """Cover the methods of a Trainer that return what is needed, or that may raise."""
+        # 1. What returns the gradient norm.
         for owner, name in (
             (trainer.accelerator, _NORM_OF_ACCELERATOR),
             (trainer, _NORM_OF_TRAINER),
         ):
             if hasattr(owner, name):
                 self._covers.append(CoveredMethod(owner, name, returned=self._note_norm))
+
+        # 2. What an exception leaves the loop through. One of them also returns the loss.
         for name in _LOOPS:
-            if hasattr(trainer, name):
-                note = self._note_loss if name == "training_step" else None
-                self._covers.append(
-                    CoveredMethod(trainer, name, returned=note, raised=self._note_error)
-                )
+            if not hasattr(trainer, name):
+                continue
+            note = self._note_loss if name == "training_step" else None
+            cover = CoveredMethod(trainer, name, returned=note, raised=self._note_error)
+            self._covers.append(cover)
 
     def _note_norm(self, norm: Any) -> None:
         self._norm = norm
@@ -115,6 +120,7 @@ class WatchCallback(TrainerCallback):
             self._losses.append(loss.detach())  # divided by the micro-batches already
 
     def _note_error(self, error: BaseException) -> None:
+        """Write the flight of an exception that leaves the Trainer, and end the watch."""
         if self.watch is not None and not self.watch.closed:
             quietly(self.watch.__exit__, type(error), error, error.__traceback__)
         self._end()
@@ -128,19 +134,26 @@ class WatchCallback(TrainerCallback):
             self._losses.append(loss.detach())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Pass the step on to the watch, with what was read of it."""
+        # 1. What was read since the last step.
         losses = self._losses
         norm = self._norm
         self._losses = []
         self._norm = None
         if self.watch is None or self.watch.closed:
             return
-        loss = torch.stack(losses).sum() if losses else None
+
+        # 2. The loss of the step, over all micro-batches.
+        loss = None
+        if losses:
+            loss = torch.stack(losses).sum()
         if loss is not None and self._is_mean:
             loss = loss / len(losses)
         tokens = getattr(state, "num_input_tokens_seen", None) or None
         self.watch.step(loss, grad_norm=norm, tokens=tokens, step=state.global_step)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save the state of the watch with the Trainer's checkpoint."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self.watch is None:
             return
@@ -149,14 +162,20 @@ class WatchCallback(TrainerCallback):
             torch.save(saved, folder / STATE_FILE)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the watch."""
         self._end()
 
     def _end(self) -> None:
         """Close the watch and take everything off the model and the Trainer."""
-        covers, self._covers = self._covers, []
+        # 1. The methods, in the reverse order: one may have been covered twice.
+        covers = self._covers
+        self._covers = []
         for cover in reversed(covers):
             quietly(cover.remove)
-        hook, self._hook = self._hook, None
+
+        # 2. The hook, and the watch.
+        hook = self._hook
+        self._hook = None
         if hook is not None:
             quietly(hook.remove)
         if self.watch is not None:
@@ -167,9 +186,11 @@ class LossHook(ModelHook):
     """A forward hook that takes the loss from the model's output."""
 
     def __init__(self, callback: WatchCallback) -> None:
+        """Note the callback that gets the loss."""
         self.callback = callback
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Pass the output of a forward in training on."""
         if not torch.compiler.is_compiling() and module.training:
             self.callback.note_output(kwargs, output)
 
@@ -194,6 +215,7 @@ class CoveredMethod:
         returned: Callable[[Any], None] | None = None,
         raised: Callable[[BaseException], None] | None = None,
     ) -> None:
+        """Cover the method; see the class for the arguments."""
         self.owner = owner
         self.name = name
         self.returned = returned
@@ -207,14 +229,17 @@ class CoveredMethod:
 
         If another library has covered this one, it stays and only calls through.
         """
-        self.returned = self.raised = None
-        if vars(self.owner).get(self.name) is self:
-            if self.own:
-                setattr(self.owner, self.name, self.method)
-            else:
-                delattr(self.owner, self.name)
+        self.returned = None
+        self.raised = None
+        if vars(self.owner).get(self.name) is not self:
+            return
+        if self.own:
+            setattr(self.owner, self.name, self.method)
+        else:
+            delattr(self.owner, self.name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the method, and pass on what it returns or raises."""
         try:
             result = self.method(*args, **kwargs)
         except BaseException as error:

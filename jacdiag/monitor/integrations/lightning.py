@@ -49,6 +49,7 @@ class WatchCallback(Callback):
     """
 
     def __init__(self, model: str | None = None, **options: Any) -> None:
+        """Keep the options until the training begins; see the class for the arguments."""
         self.submodule_name = model
         self.options = options
         self.watch: Watch | None = None
@@ -60,6 +61,11 @@ class WatchCallback(Callback):
         self._last_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the watch, or go on with it from a checkpoint.
+
+        Raises:
+            UsageError: the strategy is FSDPStrategy, or as `jacdiag.watch` does.
+        """
         # 1. The module to watch. The wrapper of FSDP1 is outside of the LightningModule.
         if isinstance(trainer.strategy, FSDPStrategy):
             raise UsageError(
@@ -91,16 +97,21 @@ class WatchCallback(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
     ) -> None:
+        """Let the watch prepare, and measure the gradient norm before Lightning clips."""
         if self.watch is None:
             return
         self.watch.prepare()
+        # The norm of sharded gradients would need the other ranks.
         if self._clips and not self.watch.together.sharded:
             self._norm = self._gradient_norm(optimizer)
 
     def _gradient_norm(self, optimizer: Any) -> Tensor | None:
         """Return the norm of the gradients that the optimizer uses; None if there are none."""
-        parameters = [p for p in held_parameters(optimizer) if id(p) in self._watched]
-        gradients = [p.grad for p in parameters if p.grad is not None]
+        gradients: list[Tensor] = []
+        for parameter in held_parameters(optimizer):
+            is_watched = id(parameter) in self._watched
+            if is_watched and parameter.grad is not None:
+                gradients.append(parameter.grad)
         if not gradients:
             return None
         return square_sums(gradients).sum().sqrt()
@@ -108,11 +119,17 @@ class WatchCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        """Take the loss of a micro-batch, and pass the step on to the watch if one was made."""
+        # 1. The loss of the micro-batch.
+        loss = outputs
+        if isinstance(outputs, Mapping):
+            loss = outputs.get("loss")
         if isinstance(loss, Tensor):
             self._losses.append(loss.detach())  # divided by the micro-batches already
         if trainer.global_step == self._last_step or self.watch is None:
             return
+
+        # 2. The optimizer has made a step: all that was read belongs to it.
         self._last_step = trainer.global_step
         loss = sum(self._losses) if self._losses else None
         norm = self._norm
@@ -123,19 +140,23 @@ class WatchCallback(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
+        """Write the flight, and close the watch."""
         if self.watch is not None:
             self.watch.__exit__(type(exception), exception, exception.__traceback__)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close the watch."""
         if self.watch is not None:
             self.watch.close()
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the state of the watch for the Trainer's checkpoint; empty without a watch."""
         if self.watch is None or self.watch.closed:
             return {}
         return self.watch.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep a state of the watch until the training begins."""
         self._state = state_dict or None
 
 
@@ -165,7 +186,9 @@ def find_network(pl_module: nn.Module, trainer: Any) -> NetworkPart:
             moving average are in none of them.
     """
     # 1. The parts with parameters that are trained.
-    trained = {id(p) for optimizer in trainer.optimizers for p in held_parameters(optimizer)}
+    trained: set[int] = set()
+    for optimizer in trainer.optimizers:
+        trained.update(map(id, held_parameters(optimizer)))
     sizes: dict[str, int] = {}
     for name, part in _parts_with_forward(pl_module):
         size = sum(p.numel() for p in part.parameters() if id(p) in trained)
@@ -177,9 +200,10 @@ def find_network(pl_module: nn.Module, trainer: Any) -> NetworkPart:
     # 2. The largest, if it holds them all.
     largest = max(sizes, key=lambda name: sizes[name])
     module = pl_module.get_submodule(largest)
-    in_largest = {id(p) for p in module.parameters()}
-    in_module = {id(p) for p in pl_module.parameters()}
-    if trained & in_module <= in_largest:
+    in_largest = set(map(id, module.parameters()))
+    in_module = set(map(id, pl_module.parameters()))
+    holds_all = trained & in_module <= in_largest
+    if holds_all:
         return NetworkPart(module, largest)
 
     # 3. Else the LightningModule, if it can be called.
