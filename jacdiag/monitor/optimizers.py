@@ -15,10 +15,10 @@ from jacdiag.sources.python_source import check_module
 
 _FOREIGN = {
     "deepspeed": (
-        "DeepSpeed's optimisers keep flat partitions of the weights and step on copies of them"
+        "DeepSpeed's optimizers keep flat partitions of the weights and step on copies of them"
     ),
-    "megatron": "Megatron's optimiser classes step on master weights of their own",
-    "colossalai": "ColossalAI's optimisers step on flat partitions",
+    "megatron": "Megatron's optimizer classes step on master weights of their own",
+    "colossalai": "ColossalAI's optimizers step on flat partitions",
 }
 _PLAIN_WAY = "pass the torch.optim optimizer that steps, or any object with step() and param_groups"
 _KNOWN_ATTRIBUTES = ("param_groups", "state", "defaults", "optimizer", "optimizers")
@@ -73,7 +73,7 @@ def optimizer_tree(given: Any) -> OptimizerTree:
     _collect(given, tree, set())
     if not tree.leaves:
         raise UsageError(
-            "optimizer holds no torch.optim optimiser",
+            "optimizer holds no torch.optim optimizer",
             got=f"a {type(given).__name__}",
             hint=_PLAIN_WAY,
         )
@@ -118,7 +118,7 @@ def _refuse_foreign(candidate: Any) -> None:
             raise UsageError(f"{kind} is not supported", got=reason, hint=_PLAIN_WAY)
     if kind == "OptimizersInBackwardContainer":
         raise UsageError(
-            "an optimiser that steps inside the backward is not supported",
+            "an optimizer that steps inside the backward is not supported",
             got=kind,
             hint="there is no moment at which all gradients are there; switch it off",
         )
@@ -224,7 +224,7 @@ def check_supported(model: Any) -> None:
     for name, parameter in model.named_parameters():
         if getattr(parameter, "_in_backward_optimizers", None):
             raise UsageError(
-                "an optimiser that steps inside the backward is not supported",
+                "an optimizer that steps inside the backward is not supported",
                 got=f"on '{name}'",
                 hint="there is no moment at which all gradients are there; switch it off",
             )

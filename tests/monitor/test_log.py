@@ -206,8 +206,8 @@ def test_two_watches_on_one_model(tmp_path: Path) -> None:
     ("make", "says"),
     [
         (lambda m: adam(small()), "none of the model's parameters"),
-        (lambda m: m, "no torch.optim optimiser"),
-        (lambda m: [], "no torch.optim optimiser"),
+        (lambda m: m, "no torch.optim optimizer"),
+        (lambda m: [], "no torch.optim optimizer"),
         (
             lambda m: type("OptimizersInBackwardContainer", (), {"optimizers": [adam(m)]})(),
             "inside the backward",
