@@ -201,7 +201,9 @@ class Drift:
         for name, value in values.items():
             largest = max(self._largest_rank.get(name, 0.0), value)
             self._largest_rank[name] = largest
-            if limit is not None and value > 0 and largest / value > limit:
+            if limit is None or value <= 0:
+                continue
+            if largest / value > limit:
                 self.votes.append(f"JD507:{name}")
 
     def state(self) -> dict[str, Any]:
