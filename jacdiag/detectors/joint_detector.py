@@ -37,6 +37,7 @@ class UpdateLeaps:
     Attributes:
         samples: the last values of each sub-layer.
         in_a_row: how many of the last updates leapt without a gap.
+        since: the step of the first of them.
         last: the last update over its usual value; 0 if it did not leap.
     """
 
@@ -50,12 +51,14 @@ class UpdateLeaps:
         self._times = _warning_limit(thresholds, "update_leap")
         self.samples: dict[str, deque[float]] = {}
         self.in_a_row = 0
+        self.since = 0
         self.last = 0.0
 
-    def add(self, name: str, ratio: float) -> None:
+    def add(self, step: int, name: str, ratio: float) -> None:
         """Take the update of one sub-layer.
 
         Args:
+            step: that made it. Steps without an update norm may lie between two of them.
             name: of the sub-layer.
             ratio: update norm / weight norm.
         """
@@ -69,6 +72,8 @@ class UpdateLeaps:
 
         # 2. Compare with it, and take the update in.
         if ratio > self._alarm and ratio > self._times * usual:
+            if not self.in_a_row:
+                self.since = step
             self.in_a_row += 1
             self.last = ratio / usual
         else:
@@ -168,7 +173,7 @@ class JointDetector:
             The alarm, or None if nothing stands out.
         """
         if update is not None:
-            self._leaps.add(*update)
+            self._leaps.add(step, *update)
         loss_means: Mapping[int, float] = {}
         if loss is not None:
             loss_means = self._loss.z(loss)
@@ -180,7 +185,7 @@ class JointDetector:
         by_mean = self._judge_means(step, loss_means, gradient_means)
         alarm = by_mean or by_step or by_recent
         if alarm is None and self._leaps.in_a_row >= IN_A_ROW:
-            alarm = self._judge_leaps(step, scores.gradient_ema, loss_means, gradient_means)
+            alarm = self._judge_leaps(scores.gradient_ema, loss_means, gradient_means)
 
         # 2. Add the step.
         if loss is not None:
@@ -275,7 +280,6 @@ class JointDetector:
 
     def _judge_leaps(
         self,
-        step: int,
         gradient_ema: float | None,
         loss: Mapping[int, float],
         gradient: Mapping[int, float],
@@ -293,7 +297,7 @@ class JointDetector:
             f"{plain(highest)} standard deviations out"
         )
         evidence = {"update_times": leaps.last, "z": highest}
-        return JointAlarm(what, step - leaps.in_a_row + 1, evidence)
+        return JointAlarm(what, leaps.since, evidence)
 
     def resumed(self) -> None:
         """Drop what a fresh optimizer disturbs for a while."""
@@ -310,7 +314,11 @@ class JointDetector:
             "gradient": self._gradient.state(),
             "in_a_row": self._in_a_row,
             "recent_in_a_row": self._recent_in_a_row,
-            "leap": {"samples": samples, "in_a_row": self._leaps.in_a_row},
+            "leap": {
+                "samples": samples,
+                "in_a_row": self._leaps.in_a_row,
+                "since": self._leaps.since,
+            },
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -321,9 +329,12 @@ class JointDetector:
         self._gradient.load(state["gradient"])
         self._in_a_row = state["in_a_row"]
         self._recent_in_a_row = int(state.get("recent_in_a_row", 0))
-        self._leaps.in_a_row = state["leap"]["in_a_row"]
+        leap = state["leap"]
+        if "since" in leap:  # older versions did not keep it: the count begins again
+            self._leaps.in_a_row = leap["in_a_row"]
+            self._leaps.since = leap["since"]
         self._leaps.samples = {
-            name: deque(values, maxlen=_MOST) for name, values in state["leap"]["samples"].items()
+            name: deque(values, maxlen=_MOST) for name, values in leap["samples"].items()
         }
 
 

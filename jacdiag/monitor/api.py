@@ -79,10 +79,10 @@ def watch(
         probe: what the probe runs on: token ids (B, T), a tuple of arguments or a dict of keyword
             arguments. The first sequences of the stream if not given.
         resume: go on with the log in `log_dir`.
-        updates: measure the update norm of one sub-layer a step, in turn. A number N measures it at
-            every N-th step, which costs less if steps take a few milliseconds. False or 0 measures
-            none. JD506, and JD501 for updates, need eight of each sub-layer: they are ready N times
-            as late.
+        updates: measure the update norm of one sub-layer, in turn. That happens at every step until
+            each sub-layer has ten of them, and at every fourth step from then on. A number N
+            measures at every N-th step from the first one on. False or 0 measures none. JD506, and
+            JD501 for updates, need eight of each sub-layer.
         recorder: how many steps the flight recorder keeps; 0 for none.
         keep_batches: how many batches it keeps, with the random states, on their device. They are
             written once something happens. Live rules look every `log_every` steps. That many
@@ -198,7 +198,7 @@ def watch(
         record,
         measurements,
         log_every=log_every,
-        update_every=int(updates),
+        update_every=None if updates is True else int(updates),
         keep_batches=keep_batches,
         histograms=Histograms(histograms_every if together.lead else None),
     )

@@ -42,7 +42,8 @@ class OptimizerObserver:
         histograms: of gradients, at the steps at which they are due.
         is_inert: whether another rank does all the work, so that this one attaches no hooks.
         log_every: steps between two looks at the device.
-        update_every: steps between two update norms; 0 for none.
+        update_every: steps between two update norms; 0 for none. None measures one at every step of
+            a young run, and one at every fourth step later.
         owner: the watch. The hooks keep it alive as long as they are on the optimizers.
 
     Attributes:
@@ -60,7 +61,7 @@ class OptimizerObserver:
         *,
         is_inert: bool,
         log_every: int,
-        update_every: int,
+        update_every: int | None,
         owner: Any,
     ) -> None:
         self.optimizers = optimizers
@@ -248,7 +249,7 @@ class OptimizerObserver:
         self._stepped.clear()
         self._read.clear()
         self._rates.clear()
-        if self._is_compiled and self.update_every:  # no hook will run before the next step
+        if self._is_compiled and self.update_every != 0:  # no hook will run before the next step
             with self.guards.part("updates", _NO_UPDATES):
                 self._open_turn(None, has_closure=True)
 
@@ -396,7 +397,7 @@ class OptimizerObserver:
     def _open_turn(self, place: int | None, has_closure: bool) -> None:
         """Choose the sub-layer whose update is measured, and keep its weights."""
         metrics = self.measurements.metrics
-        if metrics is None or not self.update_every:
+        if metrics is None or self.update_every == 0:
             return
         if not self.guards.on("updates") or not self.guards.on("figures"):
             return

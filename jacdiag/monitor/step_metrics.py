@@ -24,6 +24,12 @@ from jacdiag.monitor.square_sums import largest_elements, read_square_sums, squa
 # Columns; sub-layers follow. Those from GIVEN_PART on are summed over ranks.
 MICRO, MICRO_SUM, LOSS, WRITTEN, GIVEN, GIVEN_PART, INF, UPDATE, WEIGHT, FIRST = range(10)
 _MOST_SETS = 64  # sets of parameters whose places are kept on the device
+YOUNG_UPDATES = 10
+"""Update norms of each sub-layer at the begin of a run, one a step.
+
+The rules on updates need eight of each. Two more make up for a first one without a gradient.
+"""
+_USUAL_EVERY = 4  # steps between two update norms after that
 _OVERDUE = 4  # intervals that an optimizer may be late before nothing waits for it
 
 
@@ -450,7 +456,8 @@ class UpdateTurn:
         groups: the sub-layers.
         holders: id of a parameter -> the place of the optimizer that updates it.
         count: how many optimizers there are.
-        every: windows from one measured window to the next.
+        every: windows from one measured window to the next. None measures every window until each
+            sub-layer has `YOUNG_UPDATES` update norms, and every fourth one from then on.
 
     Attributes:
         opened: whether a window is open.
@@ -458,11 +465,18 @@ class UpdateTurn:
     """
 
     def __init__(
-        self, groups: SublayerGroups, holders: Mapping[int, int], count: int, every: int = 1
+        self,
+        groups: SublayerGroups,
+        holders: Mapping[int, int],
+        count: int,
+        every: int | None = None,
     ) -> None:
         self.groups = groups
         self.holders = holders
         self.every = every
+        # update norms that are still to be measured one a step
+        self._young_left = YOUNG_UPDATES * len(groups.labels)
+        self._since_measured: float = math.inf  # windows since the last one that was measured
         self.queue = deque(range(len(groups.labels)))  # groups, the next one first
         self.rhythms = [Rhythm() for _ in range(count)]
         self.window = 0
@@ -487,7 +501,7 @@ class UpdateTurn:
             return
         self.opened = True
         self.window += 1
-        if (self.window - 1) % self.every:
+        if not self._is_turn():
             return
         for group in list(self.queue):
             members = self._trained_members(group)
@@ -497,6 +511,13 @@ class UpdateTurn:
                     copies = [(m, _local_weight(m.parameter).clone()) for m in members]
                 self.before = dict(enumerate(copies))
                 return
+
+    def _is_turn(self) -> bool:
+        """Return whether the window that begins now is measured."""
+        every = self.every
+        if every is None:
+            every = 1 if self._young_left > 0 else _USUAL_EVERY
+        return self._since_measured + 1 >= every
 
     def _trained_members(self, group: int) -> list[Member]:
         return [member for member in self.groups.of(group) if member.parameter.requires_grad]
@@ -557,10 +578,15 @@ class UpdateTurn:
         """End the window: put the update into the row at hand."""
         if not self.opened:
             return
+        # 1. A window in which nothing could be measured leaves its turn to the next one.
+        self._since_measured += 1
         if self.chosen is not None and self.moved:
+            self._since_measured = 0
+            # 2. The sub-layer goes to the end of the queue.
             self.queue.remove(self.chosen)
             self.queue.append(self.chosen)
             if self.touched:
+                self._young_left -= 1
                 self._put_update(metrics, self.chosen)
         self.drop()
 

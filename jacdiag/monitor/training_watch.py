@@ -75,7 +75,7 @@ class Watch:
         measurements: Measurements,
         *,
         log_every: int,
-        update_every: int,
+        update_every: int | None,
         keep_batches: int | None,
         histograms: Histograms,
     ) -> None:

@@ -29,7 +29,7 @@ class RandomState:
     @classmethod
     def now(cls) -> RandomState:
         """Return the present state."""
-        started = torch.cuda.is_available() and torch.cuda.is_initialized()
+        started = torch.cuda.is_initialized()
         cuda = tuple(torch.cuda.get_rng_state_all()) if started else ()
         return cls(torch.get_rng_state(), cuda, _numpy_state(), random.getstate())
 
