@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from fork_server import ForkedProcess, fork_server
+
 ROOT = Path(__file__).parents[2]
 SIZES = "{'n_layer': 2, 'n_embd': 16, 'n_head': 2, 'vocab_size': 64, 'block_size': 8}"
 MODEL = f'''
@@ -131,26 +133,21 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
     }
 
 
-def started(folder: Path, command: list[str], env: dict[str, str]) -> subprocess.Popen[str]:
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=folder, env=env, text=True, stdout=pipe, stderr=pipe)
-
-
 def as_ranks(
     folder: Path,
     *command: str,
     bad: int | None = None,
     size: int = 2,
-    then: Callable[[list[subprocess.Popen[str]]], None] = lambda processes: None,
+    then: Callable[[list[ForkedProcess]], None] = lambda processes: None,
 ) -> list[Ended]:
-    """Runs `python COMMAND` once per rank, without torchrun: rank 0 keeps the store. Nothing
-    outlives the call.
+    """Run `python COMMAND` once per rank, without torchrun: rank 0 keeps the store.
+
+    Nothing outlives the call.
     """
     shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     env = environment(folder, **shared, BAD=str(bad))
     processes = [
-        started(folder, [sys.executable, *command], {**env, "RANK": str(rank)})
-        for rank in range(size)
+        fork_server().start(command, folder, {**env, "RANK": str(rank)}) for rank in range(size)
     ]
     try:
         then(processes)
@@ -176,8 +173,13 @@ def by_torchrun(folder: Path, *args: str, bad: int | None = None, interrupt: boo
         "--nproc-per-node",
         "2",
     ]
-    process = started(
-        folder, [*torchrun, "-m", "jacdiag_cli", *args], environment(folder, BAD=str(bad))
+    process = subprocess.Popen(
+        [*torchrun, "-m", "jacdiag_cli", *args],
+        cwd=folder,
+        env=environment(folder, BAD=str(bad)),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     try:
         if interrupt:

@@ -15,21 +15,18 @@ from typing import Any
 import pytest
 import torch
 from distributed.rig import ROOT, Ended, as_ranks, by_torchrun, environment, until_measuring
+from fork_server import ForkedProcess, fork_server
 
 CLI = ("-m", "jacdiag_cli", "audit")
 
 
 def plain(folder: Path, *args: str) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, *CLI, *args, "--format", "json"],
-        cwd=folder,
-        env=environment(folder),
-        capture_output=True,
-        text=True,
-        timeout=90,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    """Return the report of one process."""
+    arguments = [*CLI, *args, "--format", "json"]
+    process = fork_server().start(arguments, folder, environment(folder))
+    output, errors = process.communicate(timeout=90)
+    assert process.returncode == 0, errors
+    return json.loads(output)
 
 
 def figures(report: dict[str, Any]) -> dict[str, Any]:
@@ -243,7 +240,7 @@ def test_one_operation_that_does_not_end(tmp_path: Path) -> None:
     all the same.
     """
 
-    def kill(processes: list[subprocess.Popen[str]]) -> None:
+    def kill(processes: list[ForkedProcess]) -> None:
         until_measuring(tmp_path, 0, 1)
         processes[1].kill()
 
@@ -258,7 +255,7 @@ def test_one_operation_that_does_not_end(tmp_path: Path) -> None:
 def test_ctrl_c(tmp_path: Path, hit: tuple[int, ...]) -> None:
     """On all, as in a terminal, or on one only: 130 on every rank, one line, no file."""
 
-    def interrupt(processes: list[subprocess.Popen[str]]) -> None:
+    def interrupt(processes: list[ForkedProcess]) -> None:
         until_measuring(tmp_path, 0, 1)
         for rank in hit:
             processes[rank].send_signal(signal.SIGINT)
@@ -281,7 +278,7 @@ def test_ctrl_c_on_torchrun(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_stopped_from_outside(tmp_path: Path) -> None:
-    def stop(processes: list[subprocess.Popen[str]]) -> None:
+    def stop(processes: list[ForkedProcess]) -> None:
         until_measuring(tmp_path, 0, 1)
         processes[1].terminate()
 

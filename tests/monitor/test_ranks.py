@@ -7,16 +7,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from monitor.rig import STEPS, adam, batch, lines, plain_step, small
+from fork_server import fork_server
+from monitor.rig import PROBE_EVERY, STEPS, adam, batch, lines, plain_step, small
 from monitor.test_figures import homes_of
 from monitor.two_ranks import SHORT
 
@@ -33,25 +31,17 @@ def free_port() -> int:
 
 
 def both(script: Path, folder: Path, *arguments: str) -> None:
-    """Runs a script as two ranks. One that waits for ever fails here."""
+    """Run a script as two ranks; fail if one of them waits for ever."""
     port = free_port()
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(port), str(folder), *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=env,
-        )
-        for rank in range(2)
+        fork_server().start([script, str(rank), str(port), folder, *arguments]) for rank in range(2)
     ]
     try:
-        output = [rank.communicate(timeout=300)[0] for rank in ranks]
+        output = [rank.communicate(timeout=300) for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(output)
+    assert [rank.returncode for rank in ranks] == [0, 0], output
 
 
 def two(folder: Path, mode: str, *faults: str) -> dict[str, list[dict[str, Any]]]:
@@ -109,7 +99,7 @@ def test_same_bits_and_the_norms_of_the_whole(
         assert row["update"]["ratio"] > 0
     assert {row["update"]["where"] for row in rows} == set(header["groups"])
     probes = lines(tmp_path, "probe")
-    assert [row["step"] for row in probes] == list(range(0, STEPS + 1, 50))
+    assert [row["step"] for row in probes] == list(range(0, STEPS + 1, PROBE_EVERY))
     assert all(len(row["report"]["sublayers"]) == 4 for row in probes)
     assert not lines(tmp_path, "fault")
 

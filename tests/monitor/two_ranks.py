@@ -20,7 +20,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from monitor.rig import STEPS, adam, batch, small, state_of
+from monitor.rig import PROBE_EVERY, STATS_EVERY, STEPS, adam, batch, small, state_of
 
 import jacdiag
 from jacdiag.distributed import training_group as together_room
@@ -28,15 +28,15 @@ from jacdiag.monitor import jacobian_probe as probe_room
 from jacdiag.monitor import measurements as measurements_room
 from jacdiag.monitor import sharded_weights as blocks_room
 
-SHORT, CLIP = 24, 0.2  # steps with a fault
+SHORT, CLIP = 12, 0.2  # steps with a fault
 OPTIONS: dict[str, Any] = {
-    "every": 8,
+    "every": 6,
     "stats_every": 4,
     "log_every": 4,
     "quiet": True,
     "timeout": 4.0,
 }
-LONG = {"every": 50, "stats_every": 25}
+TRUTHFUL = {"every": PROBE_EVERY, "stats_every": STATS_EVERY}
 
 
 def wrapped(mode: str) -> nn.Module:
@@ -129,7 +129,7 @@ def train(
     optimizer = adam(model)
     truth: list[Any] = []
     losses = []
-    options = OPTIONS | (LONG if truthful else {})
+    options = OPTIONS | (TRUTHFUL if truthful else {})
     w = None if watched is None else jacdiag.watch(model, optimizer, **options, **watched)
     for step in range(1, (STEPS if truthful else SHORT) + 1):
         _, loss = model(*batch(10 * step + rank))

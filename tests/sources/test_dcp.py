@@ -5,14 +5,13 @@ sharded over two.
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from fork_server import fork_server
 from jacdiag_cli.main import main
 from sources.rig import BUILD, SIZES, tiny, weights, whole
 
@@ -61,19 +60,8 @@ def test_one_process(tmp_path: Path, shape: str) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_sharded_over_two_processes(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-c",
-        SHARDED,
-        str(tmp_path / "c"),
-        str(tmp_path / "store"),
-    ]
-    ranks = [
-        subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]
+    command = ["-c", SHARDED, tmp_path / "c", tmp_path / "store"]
+    ranks = [fork_server().start([*command, str(rank)]) for rank in (0, 1)]
     for rank in ranks:
         _, said = rank.communicate(timeout=120)
         assert rank.returncode == 0, said

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from fork_server import fork_server
 from menagerie.core import Pre
 from menagerie.parts import D, Decoder, V, seeded, tokens
 from test_guest import unchanged
@@ -114,6 +115,14 @@ def _shard_flat() -> None:
         assert_equal_sites(model)
 
 
+SHARD_AS_A_RANK = f"""
+import sys
+sys.path[:0] = [{str(Path(__file__).parent)!r}]
+from test_wrappers import _shard
+_shard(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+"""
+
+
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder in which two processes left what they found in sharded models."""
@@ -121,7 +130,13 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    torch.multiprocessing.spawn(_shard, (port, str(folder)), nprocs=2)
+    ranks = [
+        fork_server().start(["-c", SHARD_AS_A_RANK, str(rank), str(port), folder])
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        _, errors = rank.communicate(timeout=120)
+        assert rank.returncode == 0, errors
     return folder
 
 
