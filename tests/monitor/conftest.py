@@ -1,4 +1,4 @@
-"""Runs that are compared bit for bit need kernels that give the same bits twice."""
+"""What tests of the watch share: the same bits twice, and no watch that a test left open."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from jacdiag.monitor.process_endings import ENDINGS
+
 
 @pytest.fixture
 def deterministic() -> Iterator[None]:
@@ -14,3 +16,15 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def closed_watches() -> Iterator[None]:
+    """Close the watches that a test left open, so that the hooks of the process are given back."""
+    yield
+    for reference in list(ENDINGS.watches.values()):
+        watch = reference()
+        if watch is not None and not watch.closed:
+            watch.close()
+    if ENDINGS.watches:  # they were collected without having been closed
+        ENDINGS.close(None)  # type: ignore[arg-type]

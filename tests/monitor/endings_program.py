@@ -8,6 +8,7 @@ the end.
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import multiprocessing
 import os
@@ -63,11 +64,12 @@ def step(model: Any, optimizer: Any, w: Any) -> None:
 def train(
     folder: Path, parts: tuple[Any, Any, Any], steps: int = ENDLESS, pause: float = 0.02
 ) -> None:
+    """Train; once the program is ready for its signal, it trains slowly."""
     for _ in range(steps):
         step(*parts)
         if parts[2].count == READY:
             (folder / "ready").touch()
-        time.sleep(pause)
+        time.sleep(pause if parts[2].count < READY else 10 * pause)
 
 
 def slow_flights(folder: Path) -> None:
@@ -289,6 +291,7 @@ def main() -> None:
     warm = watched(root)  # what is imported at the first use is imported here, once
     train(root, warm, 2, 0)
     warm[2].close()
+    gc.freeze()  # the ends of the interpreters need not look at what this one has imported
     # 1. Begin all of them.
     begun_at = {}
     for name in sys.argv[2:]:

@@ -17,8 +17,10 @@ import jacdiag
 from jacdiag.sources.gpt import GPT, build
 
 V, T = 32, 8
-# of the loops in which not one bit may differ
-STEPS = 200 if os.environ.get("JACDIAG_LONG") else 50
+# Of the loops in which not one bit may differ: steps, and how often the watch measures.
+LONG = bool(os.environ.get("JACDIAG_LONG"))
+STEPS = 200 if LONG else 20
+PROBE_EVERY, STATS_EVERY = (50, 25) if LONG else (10, 5)
 
 
 def small(recipe: str = "scaled-embed", **sizes: Any) -> GPT:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from fork_server import fork_server
 
 from jacdiag.records.run_log import read_run
 
@@ -42,6 +43,7 @@ LONG = {
     "amp",
     "fsdp",
     "ddp",
+    "hf",
     "accelerate",
     "x-transformers",
     "lightning",
@@ -91,7 +93,12 @@ def test_example(name: str, tmp_path: Path) -> None:
             "2",
         ]
         command = [*launcher, *command[1:]]
-    code, output = ended(command, tmp_path)
+    if name in LONG:
+        code, output = ended(command, tmp_path)
+    else:
+        process = fork_server().start(command[1:], tmp_path)
+        output = process.communicate(timeout=240)
+        code = process.returncode
     assert code == 0, output
     (file,) = tmp_path.glob("runs/*/run.jsonl")
     run = read_run(file)

@@ -9,7 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from monitor.rig import STEPS, T, V, adam, assert_same_state, batch, lines, small, state_of, trained
+from monitor.rig import (
+    PROBE_EVERY,
+    STATS_EVERY,
+    STEPS,
+    T,
+    V,
+    adam,
+    assert_same_state,
+    batch,
+    lines,
+    small,
+    state_of,
+    trained,
+)
 from monitor.test_figures import exact
 from torch import Tensor, nn
 
@@ -30,14 +43,17 @@ needs_lightning = pytest.mark.skipif(
 
 def same(make: Any, folder: Path, steps: int = STEPS, **more: Any) -> list[dict[str, Any]]:
     """Trains with and without; returns the steps of the log."""
-    options = {k: v for k, v in OPTIONS.items() if k != "quiet"} | {"every": 50, "stats_every": 25}
+    options = {k: v for k, v in OPTIONS.items() if k != "quiet"} | {
+        "every": PROBE_EVERY,
+        "stats_every": STATS_EVERY,
+    }
     plain = trained(steps, None, make=make)
     watched = trained(steps, {**options, "log_dir": folder, **more}, make=make)
     assert plain[0] == watched[0] and plain[2] == watched[2]
     assert_same_state(plain[1], watched[1])
     assert not lines(folder, "fault")
     assert [row["step"] for row in lines(folder, "step")] == list(range(1, steps + 1))
-    assert [row["step"] for row in lines(folder, "probe")] == list(range(0, steps + 1, 50))
+    assert [row["step"] for row in lines(folder, "probe")] == list(range(0, steps + 1, PROBE_EVERY))
     assert all(len(row["report"]["sublayers"]) == 4 for row in lines(folder, "probe"))
     return lines(folder, "step")
 
@@ -240,7 +256,11 @@ def accelerated(folder: Path | None, steps: int = STEPS) -> tuple[dict[str, Any]
     model = small()
     data = DataLoader([batch(k, 1)[0][0] for k in range(4 * steps)], batch_size=2)
     model, optimizer, data = accelerator.prepare(model, adam(model), data)
-    options = OPTIONS | {"every": 50, "stats_every": 25, "log_dir": folder}
+    options = OPTIONS | {
+        "every": PROBE_EVERY,
+        "stats_every": STATS_EVERY,
+        "log_dir": folder,
+    }
     w = jacdiag.watch(model, optimizer, **options) if folder is not None else None
     norms = []
     for ids in data:

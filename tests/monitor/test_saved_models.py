@@ -8,14 +8,13 @@ import copy
 import importlib.util
 import io
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fork_server import fork_server
 from monitor.rig import adam, plain_step, small
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -320,10 +319,9 @@ if __name__ == "__main__":
         process.join()
 """
     )
-    result = subprocess.run(
-        [sys.executable, str(program)], capture_output=True, text=True, timeout=120
-    )
-    assert "same True" in result.stdout, result.stderr
+    process = fork_server().start([program])
+    output, errors = process.communicate(timeout=120)
+    assert "same True" in output, errors
 
 
 def test_export_and_trace_see_no_watch(watched: Any) -> None:

@@ -10,7 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from monitor.rig import STEPS, adam, assert_same_state, batch, lines, plain_step, small, trained
+from monitor.rig import (
+    PROBE_EVERY,
+    STATS_EVERY,
+    STEPS,
+    adam,
+    assert_same_state,
+    batch,
+    lines,
+    plain_step,
+    small,
+    trained,
+)
 from test_guest import assert_same
 from test_guest import state_of as guest_state
 from torch import nn
@@ -20,8 +31,8 @@ from jacdiag.monitor import AlertRaised
 
 pytestmark = pytest.mark.usefixtures("deterministic")
 FREQUENT = {
-    "every": STEPS // 5,
-    "stats_every": 10,
+    "every": PROBE_EVERY,
+    "stats_every": STATS_EVERY,
     "log_every": 5,
     "keep_batches": 2,
     "strict": True,
@@ -36,7 +47,7 @@ def test_watched_run_is_the_same_bit_for_bit_with_dropout(tmp_path: Path) -> Non
     assert plain[2] == watched[2]
     assert [row["step"] for row in lines(tmp_path, "step")] == list(range(1, STEPS + 1))
     assert [row["step"] for row in lines(tmp_path, "probe")] == list(
-        range(0, STEPS + 1, STEPS // 5)
+        range(0, STEPS + 1, PROBE_EVERY)
     )
 
 
@@ -59,7 +70,7 @@ class Scaled:
     """Mixed precision with a loss scaler that grows, and skips a step now and then."""
 
     def __init__(self) -> None:
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=20)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=5)
 
     def __call__(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> Any:
         with torch.autocast("cpu", dtype=torch.bfloat16):
