@@ -57,10 +57,13 @@ def random_operators(count: int, seed: int) -> list[tuple[str, np.ndarray, float
     return found
 
 
-def test_interval_contains_the_truth_on_a_thousand_operators() -> None:
+@pytest.mark.parametrize(
+    ("count", "allowed"), [(300, 2), pytest.param(1000, 4, marks=pytest.mark.long)]
+)
+def test_interval_contains_the_truth(count: int, allowed: int) -> None:
     missed = []
     generator = torch.Generator().manual_seed(11)
-    for name, matrix, norm in random_operators(1000, seed=7):
+    for name, matrix, norm in random_operators(count, seed=7):
         solution = top_singular(
             DenseOperator(torch.from_numpy(matrix)), tol=0.05, generator=generator
         )
@@ -69,7 +72,7 @@ def test_interval_contains_the_truth_on_a_thousand_operators() -> None:
         assert solution.lower[0] <= norm * (1 + 1e-13), (
             f"the lower end is above the norm: {name} {matrix.shape}"
         )
-    assert len(missed) <= 4, missed
+    assert len(missed) <= allowed, missed
 
 
 def test_interval_contains_the_truth_at_every_product() -> None:
@@ -150,7 +153,7 @@ def test_upper_end_is_below_that_of_the_last_polynomial_alone() -> None:
     """
     generator = torch.Generator().manual_seed(5)
     gained = []
-    for _, matrix, _ in random_operators(60, seed=9):
+    for _, matrix, _ in random_operators(24, seed=9):
         lanczos = Bidiagonalisation(DenseOperator(torch.from_numpy(matrix)), generator)
         for _ in range(min(matrix.shape)):
             lanczos.step()
