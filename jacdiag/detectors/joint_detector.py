@@ -299,6 +299,11 @@ class JointDetector:
         evidence = {"update_times": leaps.last, "z": highest}
         return JointAlarm(what, leaps.since, evidence)
 
+    @property
+    def updates_leap(self) -> bool:
+        """Whether the last update that was measured leapt."""
+        return self._leaps.in_a_row > 0
+
     def resumed(self) -> None:
         """Drop what a fresh optimizer disturbs for a while."""
         self._in_a_row = 0

@@ -229,6 +229,11 @@ class LiveRules:
         self.names = list(names)
         self._rises = GradientRises(names, self._limits.both_signals)
 
+    @property
+    def updates_leap(self) -> bool:
+        """Whether the last update that was measured is far above the usual ones."""
+        return self._joint.updates_leap
+
     # -- a step ------------------------------------------------------------------------------------
     def step(self, figures: StepFigures) -> LiveResult:
         """Judge one step, then add it to the running statistics.

@@ -80,9 +80,10 @@ def watch(
             arguments. The first sequences of the stream if not given.
         resume: go on with the log in `log_dir`.
         updates: measure the update norm of one sub-layer, in turn. That happens at every step until
-            each sub-layer has ten of them, and at every fourth step from then on. A number N
-            measures at every N-th step from the first one on. False or 0 measures none. JD506, and
-            JD501 for updates, need eight of each sub-layer.
+            each sub-layer has ten of them, and at every fourth step from then on. Once a learning
+            rate doubles within a step, or an update is far above the usual ones, it happens at each
+            of the next 16 steps. A number N measures at every N-th step. False or 0 measures none.
+            JD506, and JD501 for updates, need eight of each sub-layer.
         recorder: how many steps the flight recorder keeps; 0 for none.
         keep_batches: how many batches it keeps, with the random states, on their device. They are
             written once something happens. Live rules look every `log_every` steps. That many

@@ -24,6 +24,7 @@ from jacdiag.monitor.weight_writes import WeightWrites
 NO_FIGURES = "no figures of single steps from now on"
 _NO_UPDATES = "no update norms from now on"
 _NO_WRITES = "writes to weights between the steps are not looked for from now on"
+_RATE_JUMP = 2.0  # times the rate of the step before; a warm-up beyond its first steps is slower
 _SAMPLE = 32  # parameters whose count of changes is looked at
 _NO_HOOK_RAN = (Outcome.COMPILED, Outcome.UNSEEN)
 
@@ -43,7 +44,8 @@ class OptimizerObserver:
         is_inert: whether another rank does all the work, so that this one attaches no hooks.
         log_every: steps between two looks at the device.
         update_every: steps between two update norms; 0 for none. None measures one at every step of
-            a young run, and one at every fourth step later.
+            a young run, one at every fourth step later, and again one at every step for a while
+            once a learning rate jumps or an update leaps.
         owner: the watch. The hooks keep it alive as long as they are on the optimizers.
 
     Attributes:
@@ -89,6 +91,7 @@ class OptimizerObserver:
         self._stepped: set[int] = set()  # places of those that stepped
         self._read: set[int] = set()  # ids of the parameters whose gradients are in the row
         self._rates: dict[int, list[float | Tensor | None]] = {}  # place -> rates of its groups
+        self._last_rates: dict[int, list[float | Tensor | None]] = {}  # those of the step before
 
         self.comparison = RankComparison.begin(
             measurements.together, optimizers.leaves, record.warn, attach=is_inert
@@ -381,7 +384,16 @@ class OptimizerObserver:
             self._drop_step()
         self._stepped.add(place)
         self.usage.optimizer_steps()
-        self._rates[place] = learning_rates(optimizer)
+        rates = learning_rates(optimizer)
+        self._rates[place] = rates
+        if _has_jumped(rates, self._last_rates.get(place, [])):
+            self.look_closely()
+        self._last_rates[place] = rates
+
+    def look_closely(self) -> None:
+        """Measure the update norm at each of the next steps."""
+        if self.turn is not None:
+            self.turn.look_closely()
 
     def _drop_step(self) -> None:
         self._stepped.clear()
@@ -442,6 +454,20 @@ class OptimizerObserver:
             metrics.gradients(stepping, *scaling(optimizer), before=before)
             if self.histograms.is_due(self.numbers.coming, self.numbers.stride):
                 self.histograms.take_gradients(metrics.groups, stepping)
+
+
+def _has_jumped(
+    rates: Sequence[float | Tensor | None], before: Sequence[float | Tensor | None]
+) -> bool:
+    """Return whether the learning rate of a parameter group is more than `_RATE_JUMP` times as high.
+
+    A rate that lies on a device is not looked at, because the host would have to wait for it.
+    """
+    for rate, earlier in zip(rates, before, strict=False):
+        if isinstance(rate, float) and isinstance(earlier, float) and 0 < earlier:
+            if rate > _RATE_JUMP * earlier:
+                return True
+    return False
 
 
 class ChangeCounts:

@@ -30,6 +30,7 @@ YOUNG_UPDATES = 10
 The rules on updates need eight of each. Two more make up for a first one without a gradient.
 """
 _USUAL_EVERY = 4  # steps between two update norms after that
+_ALERT_WINDOWS = 16  # steps with an update norm each, once something has moved the updates
 _OVERDUE = 4  # intervals that an optimizer may be late before nothing waits for it
 
 
@@ -457,7 +458,8 @@ class UpdateTurn:
         holders: id of a parameter -> the place of the optimizer that updates it.
         count: how many optimizers there are.
         every: windows from one measured window to the next. None measures every window until each
-            sub-layer has `YOUNG_UPDATES` update norms, and every fourth one from then on.
+            sub-layer has `YOUNG_UPDATES` update norms, and every fourth one from then on. After
+            `look_closely` it measures every window for a while.
 
     Attributes:
         opened: whether a window is open.
@@ -477,6 +479,7 @@ class UpdateTurn:
         # update norms that are still to be measured one a step
         self._young_left = YOUNG_UPDATES * len(groups.labels)
         self._since_measured: float = math.inf  # windows since the last one that was measured
+        self._close_looks_left = 0  # windows that are measured because of `look_closely`
         self.queue = deque(range(len(groups.labels)))  # groups, the next one first
         self.rhythms = [Rhythm() for _ in range(count)]
         self.window = 0
@@ -516,8 +519,13 @@ class UpdateTurn:
         """Return whether the window that begins now is measured."""
         every = self.every
         if every is None:
-            every = 1 if self._young_left > 0 else _USUAL_EVERY
+            is_dense = self._young_left > 0 or self._close_looks_left > 0
+            every = 1 if is_dense else _USUAL_EVERY
         return self._since_measured + 1 >= every
+
+    def look_closely(self) -> None:
+        """Measure each of the next windows: the updates may have changed their size."""
+        self._close_looks_left = _ALERT_WINDOWS
 
     def _trained_members(self, group: int) -> list[Member]:
         return [member for member in self.groups.of(group) if member.parameter.requires_grad]
@@ -580,6 +588,7 @@ class UpdateTurn:
             return
         # 1. A window in which nothing could be measured leaves its turn to the next one.
         self._since_measured += 1
+        self._close_looks_left -= 1
         if self.chosen is not None and self.moved:
             self._since_measured = 0
             # 2. The sub-layer goes to the end of the queue.

@@ -245,6 +245,8 @@ class Watch:
         metrics = self.measurements.metrics
         if metrics is not None and (metrics.full or self.guards.off.get("figures")):
             self._flush()
+            if self.record.live.updates_leap:
+                self.observer.look_closely()
         self.measurements.run(self.count, self.clock)
         if self.record.pulse is not None:
             self.record.pulse.step_ended(self.count, started, self.clock.usual_seconds)

@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 from monitor.rig import adam, lines, plain_step, small
 
 import jacdiag
@@ -33,6 +34,43 @@ def test_default_measures_every_step_of_a_young_run_and_every_fourth_later(tmp_p
     steps = measured_steps(tmp_path)
     assert steps[:young] == list(range(1, young + 1))
     assert {later - earlier for earlier, later in itertools.pairwise(steps[young - 1 :])} == {4}
+
+
+@pytest.mark.parametrize(("factor", "is_close"), [(30.0, True), (1.5, False)])
+def test_learning_rate_that_jumps_is_followed_step_by_step(
+    tmp_path: Path, factor: float, is_close: bool
+) -> None:
+    model = small()
+    optimizer = adam(model)
+    with jacdiag.watch(
+        model, optimizer, log_dir=tmp_path, every=None, stats_every=None, quiet=True
+    ) as w:
+        for step in range(9 * YOUNG_UPDATES):
+            if step == 8 * YOUNG_UPDATES:
+                optimizer.param_groups[0]["lr"] *= factor
+            loss, norm = plain_step(model, optimizer, step)
+            w.step(loss, grad_norm=norm)
+    later = [step for step in measured_steps(tmp_path) if step > 8 * YOUNG_UPDATES]
+    if is_close:
+        assert later == list(range(8 * YOUNG_UPDATES + 1, 9 * YOUNG_UPDATES + 1))
+    else:
+        assert {b - a for a, b in itertools.pairwise(later)} == {4}
+
+
+def test_updates_that_leap_are_followed_step_by_step(tmp_path: Path) -> None:
+    model = small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    jump = 8 * YOUNG_UPDATES
+    with jacdiag.watch(
+        model, optimizer, log_dir=tmp_path, every=None, stats_every=None, quiet=True
+    ) as w:
+        for step in range(jump + 40):
+            factor = 1.0 if step < jump else 1e3  # not by the learning rate, which stays
+            loss, norm = plain_step(model, optimizer, step, scale=factor)
+            w.step(loss, grad_norm=norm)
+    seen = [step for step in measured_steps(tmp_path) if step > jump]
+    assert 4 in {b - a for a, b in itertools.pairwise(seen[:4])}  # before the log was looked at
+    assert list(range(jump + 21, jump + 31)) == [s for s in seen if jump + 21 <= s <= jump + 30]
 
 
 def test_optimizer_that_steps_four_times_in_a_step_of_the_run_loses_no_turn(
