@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,6 +25,7 @@ from jacdiag.measure.sequence_losses import (
     ready_for_gradients,
 )
 from jacdiag.pipeline.measured_audit import Audit
+from jacdiag.pipeline.options import Progress
 from jacdiag.pipeline.request import Request
 from jacdiag.records import Report
 from jacdiag.records.batch_values import BatchValues
@@ -59,6 +61,15 @@ _LEAST_TOKENS = 1000  # fewer do not show where that is
 # of the weights: themselves, two gradients, and what a format or a precision takes on the way
 _COPIES = 4
 _CLIPPED_ALIKE = 5e-3  # norms this close to the largest one were clipped to it
+# What a batch that does not fit the model raises; any other error is one of this program.
+_ERRORS_OF_A_RUN = (
+    MeasureError,
+    RuntimeError,
+    NotImplementedError,
+    TypeError,
+    ValueError,
+    IndexError,
+)
 
 
 @dataclass
@@ -73,12 +84,13 @@ class _Measured:
     @property
     def tokens(self) -> list[tuple[int, TokenLosses]]:
         """The losses of its tokens, by sequence."""
-        sequences = self.figures.sequences if self.figures is not None else []
-        return [
-            (row, s.tokens)
-            for row, s in enumerate(sequences)
-            if s.tokens is not None and len(s.tokens.losses)
-        ]
+        if self.figures is None:
+            return []
+        by_sequence = []
+        for row, sequence in enumerate(self.figures.sequences):
+            if sequence.tokens is not None and len(sequence.tokens.losses):
+                by_sequence.append((row, sequence.tokens))
+        return by_sequence
 
 
 @dataclass(frozen=True)
@@ -119,17 +131,24 @@ def with_replay(request: Request, audit: Audit | None, report: Report) -> Report
     """
     if request.options.replay is None:
         return report
+
+    # 1. Whether the model can run the batches at all.
     flight = read_flight(request.options.replay)
-    reason = _why_not(request) if audit is not None else "no model was run"
+    reason = "no model was run"
+    if audit is not None:
+        reason = _why_not(request)
     if reason:
-        return replace(
-            report, notes=[*report.notes, f"the batches of {flight.folder} were not run: {reason}"]
-        )
-    begun = time.perf_counter()
+        note = f"the batches of {flight.folder} were not run: {reason}"
+        return replace(report, notes=[*report.notes, note])
+
+    # 2. Run them.
+    start = time.perf_counter()
     with model_code():
         measured, computed, notes = _measure(request, _whole_model(request.source), flight)
     record = _record(request, report, flight, measured, computed, notes)
-    seconds = time.perf_counter() - begun
+
+    # 3. Add the record and what it took.
+    seconds = time.perf_counter() - start
     cost = replace(
         report.cost,
         seconds=(report.cost.seconds or 0.0) + seconds,
@@ -143,17 +162,20 @@ def _why_not(request: Request) -> str:
     source = request.source
     if source.model is None:
         return "no model was run"
-    if source.weights is None:
+    is_in_memory = source.weights is None
+    if is_in_memory:
         return ""
+
+    # Weights that stay in their files are copied into memory, together with their gradients.
     size = sum(p.numel() * p.element_size() for p in source.model.parameters())
     free = free_host_memory()
-    if free is not None and _COPIES * size > free:
-        gib = _COPIES * size / 2**30
-        return (
-            f"the weights stay in their files; with gradients they would take {gib:.1f} GiB, "
-            "and less is free"
-        )
-    return ""
+    if free is None or _COPIES * size <= free:
+        return ""
+    gib = _COPIES * size / 2**30
+    return (
+        f"the weights stay in their files; with gradients they would take {gib:.1f} GiB, "
+        "and less is free"
+    )
 
 
 def _whole_model(source: Source) -> nn.Module:
@@ -162,73 +184,115 @@ def _whole_model(source: Source) -> nn.Module:
     assert model is not None
     if source.weights is None:
         return model
+
     whole = copy.deepcopy(model)
-    # by the parameter that they belong to: tied ones stay tied
-    values: dict[int, nn.Parameter] = {}
+    # Copies are kept by the parameter that they belong to, so that tied ones stay tied.
+    copies: dict[int, nn.Parameter] = {}
     for module, target in zip(model.modules(), whole.modules(), strict=True):
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            if id(parameter) not in values:
-                value = source.value_of(parameter)
-                assert value is not None
-                values[id(parameter)] = nn.Parameter(
-                    value.to(source.device), requires_grad=parameter.requires_grad
-                )
-            target._parameters[name] = values[id(parameter)]
+            if id(parameter) not in copies:
+                copies[id(parameter)] = _copy_in_memory(source, parameter)
+            target._parameters[name] = copies[id(parameter)]
     return whole
 
 
+def _copy_in_memory(source: Source, parameter: nn.Parameter) -> nn.Parameter:
+    """Return a parameter with the values that its file holds, on the device of the source."""
+    value = source.value_of(parameter)
+    assert value is not None
+    return nn.Parameter(value.to(source.device), requires_grad=parameter.requires_grad)
+
+
+# -- the batches -----------------------------------------------------------------------------------
 # -- the batches -----------------------------------------------------------------------------------
 def _measure(
     request: Request, model: nn.Module, flight: Flight
 ) -> tuple[list[_Measured], str, list[str]]:
     """Run every kept batch; return the figures, the loss in words, and notes."""
-    measured = [_Measured(kept) for kept in flight.batches]
-    if not measured:
+    if not flight.batches:
         return [], "", []
+
+    # 1. Run them one after the other.
     progress = request.options.progress
     if progress is not None:
-        progress.start(len(measured), "replaying")
-    notes: list[str] = []
+        progress.start(len(flight.batches), "replaying")
     try:
         with ready_for_gradients(model) as (used, parameters, dtype):
-            reader: LossReader | None = None
-            for item in measured:
-                item.values = look_at_values(item.kept, flight.batches)
-                arguments = prepared(item.kept.load(), _device(parameters), dtype)
-                try:
-                    if reader is None:
-                        reader = find_loss(used, arguments)
-                    item.figures = measure_batch(used, arguments, reader, parameters)
-                except (
-                    MeasureError,
-                    RuntimeError,
-                    NotImplementedError,
-                    TypeError,
-                    ValueError,
-                    IndexError,
-                ) as error:
-                    item.why = _reason(error)
-                if progress is not None:
-                    progress.advance(1, item.kept.file.name)
-            if dtype is not None:
-                notes.append("half-precision weights: the batches were run on a float32 copy")
+            measured, reader = _run_batches(
+                used, parameters, dtype, flight.batches, progress=progress
+            )
     finally:
         if progress is not None:
             progress.stop()
+
+    # 2. Say what is special about these figures.
+    notes: list[str] = []
+    if dtype is not None:
+        notes.append("half-precision weights: the batches were run on a float32 copy")
+    failure = _note_on_failures(measured)
+    if failure:
+        notes.append(failure)
+    notes += _notes_of_figures(measured)
+    words = "" if reader is None else reader.words
+    return measured, words, notes
+
+
+def _run_batches(
+    model: nn.Module,
+    parameters: list[Tensor],
+    dtype: torch.dtype | None,
+    batches: Sequence[KeptBatch],
+    *,
+    progress: Progress | None,
+) -> tuple[list[_Measured], LossReader | None]:
+    """Measure each batch, or say why it cannot be run.
+
+    The reader of the loss is found on the first batch that has one, and used for all others.
+
+    Args:
+        model: in evaluation mode.
+        parameters: whose gradients count.
+        dtype: precision of the model, if it is a copy in another one.
+        batches: as the flight has them.
+        progress: advances by one with each batch.
+    """
+    reader: LossReader | None = None
+    measured = []
+    for batch in batches:
+        item = _Measured(batch, values=look_at_values(batch, batches))
+        arguments = prepared(batch.load(), _device(parameters), dtype)
+        try:
+            if reader is None:
+                reader = find_loss(model, arguments)
+            item.figures = measure_batch(model, arguments, reader, parameters)
+        except _ERRORS_OF_A_RUN as error:
+            item.why = _reason(error)
+        measured.append(item)
+        if progress is not None:
+            progress.advance(1, batch.file.name)
+    return measured, reader
+
+
+def _note_on_failures(measured: Sequence[_Measured]) -> str:
+    """Return which batches could not be run, and why the first could not; "" if all ran."""
     failed = [item for item in measured if item.why]
-    if failed:
-        count = (
-            f"{len(failed)} of {len(measured)} batches"
-            if len(failed) > 1
-            else failed[0].kept.file.name
-        )
-        notes.append(f"{count} could not be run: {failed[0].why}")
-    notes += sorted(
-        {item.figures.note for item in measured if item.figures is not None and item.figures.note}
-    )
-    return measured, "" if reader is None else reader.words, notes
+    if not failed:
+        return ""
+    which = failed[0].kept.file.name
+    if len(failed) > 1:
+        which = f"{len(failed)} of {len(measured)} batches"
+    return f"{which} could not be run: {failed[0].why}"
+
+
+def _notes_of_figures(measured: Sequence[_Measured]) -> list[str]:
+    """Return the notes of the batches' figures, each once, in alphabetical order."""
+    notes: set[str] = set()
+    for item in measured:
+        if item.figures is not None and item.figures.note:
+            notes.add(item.figures.note)
+    return sorted(notes)
 
 
 def look_at_values(batch: KeptBatch, batches: Sequence[KeptBatch]) -> BatchValues:
@@ -239,20 +303,26 @@ def look_at_values(batch: KeptBatch, batches: Sequence[KeptBatch]) -> BatchValue
 
 
 def _by_name(batch: KeptBatch) -> dict[str, Any]:
+    """Return the arguments of a batch by name; positional ones by their place."""
     args, kwargs = batch.load()
     return {**{str(place): value for place, value in enumerate(args)}, **kwargs}
 
 
 def _device(parameters: Sequence[Tensor]) -> torch.device:
-    return next((parameter.device for parameter in parameters), torch.device("cpu"))
+    """Return the device of the first parameter; the CPU if there is none."""
+    if not parameters:
+        return torch.device("cpu")
+    return parameters[0].device
 
 
 def _reason(error: BaseException) -> str:
+    """Return an error in one line."""
     if isinstance(error, JacdiagError):
         return "; ".join(part for part in (error.what, error.got, error.hint) if part)
     return one_line(error)
 
 
+# -- the record ------------------------------------------------------------------------------------
 # -- the record ------------------------------------------------------------------------------------
 def _record(
     request: Request,
@@ -262,24 +332,34 @@ def _record(
     computed: str,
     notes: list[str],
 ) -> ReplayRecord:
-    micro = _micro_batches(flight)
-    run = _logged(flight, micro)
+    """Return the record of the flight, run on the audited weights."""
+    # 1. The batches of the step to look at, and all others.
+    run = _logged(flight, _micro_batches(flight))
     onset = _onset(flight, run)
-    suspects = [item for item in measured if item.kept.step is not None and item.kept.step == onset]
-    others = [item for item in measured if item not in suspects]
     checkpoint = request.source.step
+    suspects: list[_Measured] = []
+    others: list[_Measured] = []
+    for item in measured:
+        is_suspect = item.kept.step is not None and item.kept.step == onset
+        if is_suspect:
+            suspects.append(item)
+        else:
+            others.append(item)
 
-    # 1. What the run had before, and what it had with these weights.
+    # 2. What the run had before, and what it had with these weights.
     before, at_checkpoint = _levels(run, onset, checkpoint)
     decision = _decide(flight, run, onset, checkpoint, suspects, others, before, at_checkpoint)
     if run.note and suspects:
         notes = [*notes, run.note]
 
-    # 2. The tokens of the suspects, compared with those of the other batches.
+    # 3. The tokens of the suspects, compared with those of the other batches.
     cut = _token_cut(others)
-    losses = [
-        loss for item in suspects for _, tokens in item.tokens for loss in tokens.losses.tolist()
-    ]
+    losses = _token_losses(suspects)
+    tokens_beyond = 0
+    if cut is not None:
+        tokens_beyond = sum(loss > cut for loss in losses)
+
+    # 4. The branch norms, compared with those of the run's last probe.
     norms, probe_step = _norms(report, flight)
     return ReplayRecord(
         folder=str(flight.folder),
@@ -296,7 +376,7 @@ def _record(
         at_checkpoint=at_checkpoint,
         tokens=_largest_tokens(suspects),
         token_cut=cut,
-        tokens_beyond=0 if cut is None else sum(loss > cut for loss in losses),
+        tokens_beyond=tokens_beyond,
         tokens_counted=len(losses),
         norms=norms,
         probe_step=probe_step,
@@ -316,43 +396,61 @@ def _decide(
     before: Mapping[str, LevelRecord],
     at_checkpoint: Mapping[str, LevelRecord],
 ) -> Decision:
+    """Return the verdict on the suspects, with its sentence and its evidence."""
+    # 1. What the run logged at the onset.
     row = run.row(onset)
     logged = {LOSS: _loss_of(row), GRADIENT: None if run.note else _gradient_of(row)}
-    figures = [
-        Figure(
+    sequences = 0
+    for item in suspects:
+        if item.figures is not None:
+            sequences += len(item.figures.sequences)
+
+    # 2. Loss and gradient norm.
+    figures = []
+    for name in (LOSS, GRADIENT):
+        figure = Figure(
             name=name,
             suspects=_values(suspects, name),
             others=_values(others, name),
             at_step=logged[name],
             before=before.get(name),
             at_checkpoint=at_checkpoint.get(name),
-            then=_then(others, name, run, onset, checkpoint),
-            met=_met([*suspects, *others], name, run, checkpoint),
+            then=_logged_at_own_steps(others, name, run, onset, checkpoint),
+            met=_met_after_checkpoint([*suspects, *others], name, run, checkpoint),
             sequences_out=_places_out(suspects, others, name),
-            sequences=sum(
-                len(item.figures.sequences) for item in suspects if item.figures is not None
-            ),
+            sequences=sequences,
         )
-        for name in (LOSS, GRADIENT)
-    ]
-    highest = _highest(run, onset) if flight.complete else None
+        figures.append(figure)
+
+    # 3. How the run ended, and what could not be run.
     is_crash = flight.ended == "crash" and any(item.kept.running for item in suspects)
+    reasons = [item.why for item in suspects if item.why]
     context = Context(
         step=onset,
         checkpoint_step=checkpoint,
-        highest_before=highest,
+        highest_before=_highest(run, onset) if flight.complete else None,
         crash=flight.why if is_crash else "",
-        failed=next((item.why for item in suspects if item.why), ""),
+        failed=reasons[0] if reasons else "",
         others_failed=sum(bool(item.why) for item in others),
     )
     return decide(figures, context)
 
 
 def _values(measured: Iterable[_Measured], name: str) -> list[float]:
+    """Return one figure of every batch that was run."""
     return [getattr(item.figures, name) for item in measured if item.figures is not None]
 
 
-def _then(
+def _token_losses(measured: Iterable[_Measured]) -> list[float]:
+    """Return the losses of all tokens of some batches."""
+    losses: list[float] = []
+    for item in measured:
+        for _, tokens in item.tokens:
+            losses += tokens.losses.tolist()
+    return losses
+
+
+def _logged_at_own_steps(
     others: Iterable[_Measured], name: str, run: _Run, onset: int | None, checkpoint: int | None
 ) -> list[float | None]:
     """Return what the run logged for each batch at its own step.
@@ -361,38 +459,56 @@ def _then(
 
     Weights from long before had other values, which are those around their own step.
     """
-    early = checkpoint is not None and onset is not None and checkpoint < onset - WINDOW // 2
-    if early or onset is None or (name == GRADIENT and run.note):
+    if onset is None or not _is_comparable(name, run):
         return []
-    read = _loss_of if name == LOSS else _gradient_of
-    logged = []
+    is_early = checkpoint is not None and checkpoint < onset - WINDOW // 2
+    if is_early:
+        return []
+    logged: list[float | None] = []
     for item in others:
-        if item.figures is not None:
-            step = item.kept.step
-            logged.append(
-                read(run.by_step.get(step, {})) if step is not None and step < onset else None
-            )
+        if item.figures is None:
+            continue
+        step = item.kept.step
+        if step is not None and step < onset:
+            logged.append(_logged_figure(name, run, step))
+        else:
+            logged.append(None)
     return logged
 
 
-def _met(
+def _met_after_checkpoint(
     measured: Iterable[_Measured], name: str, run: _Run, checkpoint: int | None
 ) -> tuple[float, float] | None:
     """Return the figure of the batch of the step after the checkpoint, now and in the run."""
-    if checkpoint is None or (name == GRADIENT and run.note):
+    if checkpoint is None or not _is_comparable(name, run):
         return None
-    logged = (_loss_of if name == LOSS else _gradient_of)(run.by_step.get(checkpoint + 1, {}))
-    values = [
-        v for item in measured if item.kept.step == checkpoint + 1 for v in _values([item], name)
-    ]
-    return (values[0], logged) if len(values) == 1 and logged is not None else None
+    next_step = checkpoint + 1
+    values = _values([item for item in measured if item.kept.step == next_step], name)
+    logged = _logged_figure(name, run, next_step)
+    # With several micro-batches, the run logged no figure of one of them.
+    if len(values) != 1 or logged is None:
+        return None
+    return values[0], logged
+
+
+def _is_comparable(name: str, run: _Run) -> bool:
+    """Return whether the run logged a figure that is one of a single batch."""
+    return name != GRADIENT or not run.note
+
+
+def _logged_figure(name: str, run: _Run, step: int) -> float | None:
+    """Return the loss or the gradient norm that the run logged at a step."""
+    row = run.row(step)
+    return _loss_of(row) if name == LOSS else _gradient_of(row)
 
 
 def _batch(item: _Measured, suspect: bool, others: Sequence[_Measured], run: _Run) -> BatchReplay:
+    """Return the record of a batch, with what the run logged at its step."""
+    # 1. What is known of any batch, also of one that could not be run.
     step = item.kept.step
     row = run.row(step)
     figures = item.figures
-    plain = BatchReplay(
+    record = BatchReplay(
         file=item.kept.file.name,
         step=step or 0,
         suspect=suspect,
@@ -404,32 +520,33 @@ def _batch(item: _Measured, suspect: bool, others: Sequence[_Measured], run: _Ru
         values=item.values,
     )
     if figures is None:
-        return plain
+        return record
+
+    # 2. Its sequences, compared with those of the other batches.
     reference = [other for other in others if other is not item and other.figures is not None]
     outlying = {name: _sequences_out(item, reference, name) for name in (LOSS, GRADIENT)}
-    sequences = [
-        SequenceReplay(
+    sequences = []
+    for place, sequence in enumerate(figures.sequences):
+        sequence_record = SequenceReplay(
             loss=sequence.loss,
             gradient=sequence.gradient,
             tokens=None if sequence.tokens is None else len(sequence.tokens.losses),
             outlying=[name for name, out in outlying.items() if out[place]],
         )
-        for place, sequence in enumerate(figures.sequences)
-    ]
+        sequences.append(sequence_record)
     return replace(
-        plain, loss=figures.loss, gradient=figures.gradient, sequences=sequences, note=figures.note
+        record, loss=figures.loss, gradient=figures.gradient, sequences=sequences, note=figures.note
     )
 
 
 def _sequences_out(item: _Measured, reference: Iterable[_Measured], name: str) -> list[bool]:
+    """Return whether each sequence of a batch is outside the range of those of other batches."""
     assert item.figures is not None
     values = [getattr(sequence, name) for sequence in item.figures.sequences]
-    others = [
-        getattr(s, name)
-        for other in reference
-        if other.figures is not None
-        for s in other.figures.sequences
-    ]
+    others = []
+    for other in reference:
+        if other.figures is not None:
+            others += [getattr(sequence, name) for sequence in other.figures.sequences]
     return out_of_range(values, others, logarithm=name == GRADIENT)
 
 
@@ -437,27 +554,34 @@ def _places_out(suspects: Iterable[_Measured], others: Sequence[_Measured], name
     """Return the sequences of the suspects that are outside the range of the other batches."""
     places: list[int] = []
     for item in suspects:
-        if item.figures is not None:
-            places += [place for place, out in enumerate(_sequences_out(item, others, name)) if out]
+        if item.figures is None:
+            continue
+        for place, is_out in enumerate(_sequences_out(item, others, name)):
+            if is_out:
+                places.append(place)
     return places
 
 
 def _largest_tokens(suspects: Iterable[_Measured]) -> list[TokenReplay]:
-    found: list[TokenReplay] = []
+    """Return the tokens of the suspects with the largest losses, the largest first."""
+    largest: list[TokenReplay] = []
     for item in suspects:
         for row, tokens in item.tokens:
             for place in tokens.losses.argsort(descending=True)[:_TOKENS_SHOWN].tolist():
-                target, position = int(tokens.targets[place]), int(tokens.positions[place])
-                found.append(
-                    TokenReplay(
-                        row, position, target, float(tokens.losses[place]), item.kept.file.name
-                    )
+                token = TokenReplay(
+                    row,
+                    int(tokens.positions[place]),
+                    int(tokens.targets[place]),
+                    float(tokens.losses[place]),
+                    item.kept.file.name,
                 )
-    found.sort(key=lambda token: -token.loss)
-    return found[:_TOKENS_SHOWN]
+                largest.append(token)
+    largest.sort(key=lambda token: -token.loss)
+    return largest[:_TOKENS_SHOWN]
 
 
 def _token_cut(others: Iterable[_Measured]) -> float | None:
+    """Return the loss below which nearly all tokens of the other batches are."""
     losses = [tokens.losses for item in others for _, tokens in item.tokens]
     if sum(map(len, losses)) < _LEAST_TOKENS:
         return None
@@ -473,20 +597,25 @@ def _norms(report: Report, flight: Flight) -> tuple[list[NormChange], int | None
     """
     if flight.probe is None:
         return [], None
-    earlier = (flight.probe.get("figures") or {}).get("branch_norm") or {}
-    changes = [
-        NormChange(row.name, row.branch_norm.estimate, number(earlier[row.name]))
-        for row in report.sublayers
-        if row.branch_norm is not None and row.name in earlier
-    ]
+    figures = flight.probe.get("figures") or {}
+    earlier = figures.get("branch_norm") or {}
+    changes = []
+    for row in report.sublayers:
+        if row.branch_norm is not None and row.name in earlier:
+            earlier_norm = number(earlier[row.name])
+            changes.append(NormChange(row.name, row.branch_norm.estimate, earlier_norm))
     return changes, flight.probe.get("step")
 
 
 def _about_checkpoint(checkpoint: int | None, step: int | None) -> str:
+    """Return in words how the step of the checkpoint lies to the one that is looked at."""
+    # 1. One of the two is not known.
     if checkpoint is None:
         return "the checkpoint does not say its step"
     if step is None:
         return f"the checkpoint is of step {checkpoint:,}; the flight does not say its step"
+
+    # 2. Right before the step, or right after it.
     if checkpoint == step - 1:
         return (
             f"the checkpoint is of step {checkpoint:,}: the weights that the batch of step "
@@ -497,6 +626,8 @@ def _about_checkpoint(checkpoint: int | None, step: int | None) -> str:
             f"the checkpoint is of step {checkpoint:,}: the weights right after the batch of "
             "that step"
         )
+
+    # 3. Elsewhere.
     apart = abs(checkpoint - step)
     side = "before" if checkpoint < step else "after"
     where = f"{apart:,} steps {side} step {step:,}"
@@ -504,24 +635,35 @@ def _about_checkpoint(checkpoint: int | None, step: int | None) -> str:
 
 
 # -- the run's own values --------------------------------------------------------------------------
+# -- the run's own values --------------------------------------------------------------------------
 def _micro_batches(flight: Flight) -> int:
     """Return how many batches a step of the run has."""
+    # 1. As the run logged it.
     counts = [len(row["batches"]) for row in flight.rows if row.get("batches")]
     if counts:
         return max(counts)
-    steps = [kept.step for kept in flight.batches]
-    return max((steps.count(step) for step in set(steps)), default=1)
+
+    # 2. Else as many as were kept of one step.
+    kept_of_step = Counter(kept.step for kept in flight.batches)
+    return max(kept_of_step.values(), default=1)
 
 
 def _logged(flight: Flight, micro: int) -> _Run:
+    """Return the losses and the gradient norms that the run logged.
+
+    Args:
+        flight: of the run.
+        micro: batches of one step.
+    """
     losses, gradients = [], []
     for row in flight.rows:
-        loss, gradient = _loss_of(row), _gradient_of(row)
+        loss = _loss_of(row)
         if loss is not None:
             losses.append((row["step"], loss))
+        gradient = _gradient_of(row)
         if gradient is not None:
-            logarithm = math.log(gradient) if 0 < gradient < math.inf else gradient
-            gradients.append((row["step"], logarithm))
+            is_positive = 0 < gradient < math.inf
+            gradients.append((row["step"], math.log(gradient) if is_positive else gradient))
     by_step: dict[int, Mapping[str, Any]] = {row["step"]: row for row in flight.rows}
     return _Run(losses, gradients, by_step, _why_other_gradients(flight, micro))
 
@@ -529,16 +671,24 @@ def _logged(flight: Flight, micro: int) -> _Run:
 def _why_other_gradients(flight: Flight, micro: int) -> str:
     """Return why the logged gradient norms are not those of one batch; "" if they are."""
     start = "gradient norms are not compared with the run's: "
+    # 1. They are of more than one batch.
     ranks = flight.header.get("ranks")
     if isinstance(ranks, int) and ranks > 1:
         return f"{start}those are of {ranks} ranks together"
     if micro > 1:
         return f"{start}those are of {micro} micro-batches together"
+
+    # 2. They are those after clipping: several are as large as the largest.
     rows = [row for row in flight.rows if _gradient_of(row) is not None]
-    if any(row.get("grad_norm") is not None for row in rows):
+    has_unclipped = any(row.get("grad_norm") is not None for row in rows)
+    if has_unclipped:
         return ""
-    values = [value for row in rows if math.isfinite(value := number(row.get("grad_norm_post")))]
-    if sum(value >= max(values) * (1 - _CLIPPED_ALIKE) for value in values) > 2:
+    values = [number(row.get("grad_norm_post")) for row in rows]
+    values = [value for value in values if math.isfinite(value)]
+    if not values:
+        return ""
+    as_large = max(values) * (1 - _CLIPPED_ALIKE)
+    if sum(value >= as_large for value in values) > 2:
         return f"{start}those seem to be clipped (pass grad_norm= to the watch)"
     return ""
 
@@ -564,10 +714,16 @@ def _onset(flight: Flight, run: _Run) -> int | None:
     It is the one that crashed, else the first that stands out up to that of the flight.
     """
     if flight.step is None:
-        return next((kept.step for kept in flight.batches), None)
-    running = next((batch.step for batch in flight.batches if batch.running), None)
+        steps = [batch.step for batch in flight.batches]
+        return steps[0] if steps else None
+
+    # 1. The step that was running when the run crashed.
+    running_steps = [batch.step for batch in flight.batches if batch.running]
+    running = running_steps[0] if running_steps else None
     if running is not None and flight.ended == "crash":
         return running
+
+    # 2. The first that stands out.
     by_loss = first_out(run.losses, flight.step, logarithm=False)
     by_gradient = first_out(run.gradients, flight.step, logarithm=True)
     # Gradient norms scatter more: they say where a jump begins only if the loss has none.
@@ -583,24 +739,33 @@ def _levels(
     """
     if onset is None:
         return {}, {}
-    before, at_checkpoint = {}, {}
-    for name, rows in ((LOSS, run.losses), (GRADIENT, run.gradients)):
+    logged = {LOSS: run.losses, GRADIENT: run.gradients}
+    if run.note:
+        del logged[GRADIENT]
+    before: dict[str, LevelRecord] = {}
+    at_checkpoint: dict[str, LevelRecord] = {}
+    for name, rows in logged.items():
+        # 1. All steps before the onset.
         earlier = [row for row in rows if row[0] < onset]
+        level = usual_value(earlier)
+        if level:
+            before[name] = level
+
+        # 2. As many on either side of the checkpoint. The beginning and the onset cut some off.
         near = earlier
         if checkpoint is not None and checkpoint < onset - 1:
-            # As many steps on either side; the beginning and the onset cut some of them off.
             near = [row for row in earlier if abs(row[0] - checkpoint) <= WINDOW // 2]
-        if level := usual_value(earlier):
-            before[name] = level
-        if level := usual_value(near):
+        level = usual_value(near)
+        if level:
             at_checkpoint[name] = level
-    if run.note:
-        before.pop(GRADIENT, None)
-        at_checkpoint.pop(GRADIENT, None)
     return before, at_checkpoint
 
 
 def _highest(run: _Run, onset: int | None) -> float | None:
     """Return the largest usual loss of the run before the onset; that of the first step counts."""
-    rows = [value for step, value in run.losses if onset is None or step < onset]
-    return max((value for value in rows if math.isfinite(value)), default=None)
+    values = []
+    for step, value in run.losses:
+        is_before = onset is None or step < onset
+        if is_before and math.isfinite(value):
+            values.append(value)
+    return max(values, default=None)
