@@ -206,7 +206,6 @@ def _copy_in_memory(source: Source, parameter: nn.Parameter) -> nn.Parameter:
 
 
 # -- the batches -----------------------------------------------------------------------------------
-# -- the batches -----------------------------------------------------------------------------------
 def _measure(
     request: Request, model: nn.Module, flight: Flight
 ) -> tuple[list[_Measured], str, list[str]]:
@@ -322,7 +321,6 @@ def _reason(error: BaseException) -> str:
     return one_line(error)
 
 
-# -- the record ------------------------------------------------------------------------------------
 # -- the record ------------------------------------------------------------------------------------
 def _record(
     request: Request,
@@ -634,7 +632,6 @@ def _about_checkpoint(checkpoint: int | None, step: int | None) -> str:
     return f"the checkpoint is of step {checkpoint:,}, {where}: not the weights of the flight"
 
 
-# -- the run's own values --------------------------------------------------------------------------
 # -- the run's own values --------------------------------------------------------------------------
 def _micro_batches(flight: Flight) -> int:
     """Return how many batches a step of the run has."""
