@@ -16,7 +16,7 @@ from jacdiag.measure.init_contract import decayed_by
 from jacdiag.pipeline.measured_audit import Audit
 from jacdiag.pipeline.request import Request
 from jacdiag.records import Report
-from jacdiag.remedies import Bench, aims, most_trials, remedies_for, tried
+from jacdiag.remedies import Bench, aims, most_trials, remedies_for, try_remedies
 from jacdiag.rules.remedy_targets import with_fixes
 from jacdiag.sources import Source, load
 from jacdiag.sources.host_memory import free_host_memory
@@ -52,13 +52,13 @@ def with_remedies(request: Request, audit: Audit, report: Report) -> Report:
     remedies = remedies_for(report, audit.model, request.thresholds, begun=choice == "begun")
     if progress is not None:
         progress.start(len(remedies), "trying remedies")
-    records, notes = tried(
+    records, notes = try_remedies(
         report,
         audit.model,
         remedies,
         _bench(request, audit, report, len(remedies)),
         every=choice != "first",
-        told=_advance_with(request),
+        before_each=_advance_with(request),
     )
     if progress is not None:
         progress.stop()

@@ -2,7 +2,7 @@
 
 from jacdiag.remedies.candidates import Remedy, remedies_for
 from jacdiag.remedies.patches import DIALECTS
-from jacdiag.remedies.trial import Bench, most_trials, sufficient, tried
+from jacdiag.remedies.trial import Bench, most_trials, sufficient, try_remedies
 from jacdiag.rules.remedy_targets import aims
 
 __all__ = [
@@ -13,5 +13,5 @@ __all__ = [
     "most_trials",
     "remedies_for",
     "sufficient",
-    "tried",
+    "try_remedies",
 ]

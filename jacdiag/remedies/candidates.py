@@ -34,7 +34,7 @@ _PLAIN = ("normal", "truncated", "uniform")  # families of what was drawn elemen
 _CONTRACT_CODES = {"JD201", "JD202", "JD203", "JD204", "JD205"}
 _NAMED = 3  # name patterns that a title lists before it counts the rest
 _SAME = 1.1  # times: two stds that are one within sampling
-_ANEW = "a new initialisation: before the first step only"
+_NEW_INIT = "a new initialisation: before the first step only"
 
 
 @dataclass(frozen=True)
@@ -116,15 +116,18 @@ def _contract_recipes(
     report: Report, contract: ContractRecord, model: nn.Module, codes: Sequence[str]
 ) -> Remedy | None:
     """Return what the rules of the contract ask for, as one remedy."""
-    recipes = (
+    joined: Remedy | None = None
+    for recipe in (
         _contract(contract, codes),
         _tied(contract, model, codes),
         _spared(report, codes),
-    )
-    joined: Remedy | None = None
-    for recipe in recipes:
-        if recipe is not None:
-            joined = recipe if joined is None else joined + recipe
+    ):
+        if recipe is None:
+            continue
+        if joined is None:
+            joined = recipe
+        else:
+            joined = joined + recipe
     return joined
 
 
@@ -132,12 +135,15 @@ def _paper_recipes(
     report: Report, contract: ContractRecord, model: nn.Module, codes: Sequence[str]
 ) -> list[Remedy]:
     """Return a larger shortcut, smaller matrices, and both."""
+    # 1. Each of the two alone.
     shortcuts: list[Remedy] = []
     matrices: list[Remedy] = []
-    if _LARGER & set(codes):
+    if not _LARGER.isdisjoint(codes):
         shortcuts = list(_embedding(report, contract, model))
-    if _SMALLER & set(codes):
+    if not _SMALLER.isdisjoint(codes):
         matrices = list(_matrices(report, contract, codes))
+
+    # 2. Both together.
     recipes = [*shortcuts, *matrices]
     if shortcuts:
         for smaller in matrices:
@@ -153,8 +159,13 @@ def _pairs(
     A table that both draw is the shortcut's. A table that is scaled has the std that it is drawn
     with.
     """
-    draws = [change for change in matrices.changes if isinstance(change, Draw)]
-    stds = {name: draw.std for draw in draws for name in draw.weights.names}
+    # 1. The stds that the matrices, and tables among them, are drawn with.
+    stds: dict[str, float] = {}
+    for change in matrices.changes:
+        if isinstance(change, Draw):
+            stds |= dict.fromkeys(change.weights.names, change.std)
+
+    # 2. Leave out what the shortcut draws, too.
     for shortcut in _embedding(report, contract, model, stds):
         tables = _drawn_names(shortcut.changes)
         changes = []
@@ -169,7 +180,7 @@ def _pairs(
 
 
 def _drawn_names(changes: Iterable[Change]) -> set[str]:
-    """Return the weights that changes draw anew."""
+    """Return the weights that changes draw again."""
     names: set[str] = set()
     for change in changes:
         if isinstance(change, Draw):
@@ -190,24 +201,23 @@ def _embedding(
     head.
 
     Args:
-        report, contract, model: what is audited.
-        drawn: the std of weights that the same remedy draws anew.
+        report: of the audited model.
+        contract: its weights.
+        model: its modules.
+        drawn: the std of weights that the same remedy draws again.
     """
     width = report.model.width
-    tables = [
-        weight
-        for weight in contract.weights
-        if weight.role == "embedding" and len(weight.shape) == 2 and weight.shape[1] == width
-    ]
+    tables = _embedding_tables(contract, width)
     if not width or not tables:
         return
 
     # 1. The output of the embedding: only if a module stands for each table.
-    owners = [_owner(model, weight.parameter) for weight in tables]
+    owners = [_owner(model, table.parameter) for table in tables]
     if all(owners):
-        stds = drawn or {}
-        std = max(stds.get(weight.parameter, weight.std or 0.0) for weight in tables)
-        yield from _embedding_outputs(tuple(dict.fromkeys(owners)), width, std)
+        own_stds = {table.parameter: table.std or 0.0 for table in tables}
+        stds = own_stds | dict(drawn or {})
+        largest_std = max(stds[name] for name in own_stds)
+        yield from _embedding_outputs(tuple(dict.fromkeys(owners)), width, largest_std)
 
     # 2. The table itself.
     if not contract.tied:
@@ -215,9 +225,19 @@ def _embedding(
             "std-1-embed",
             "draw the embedding with std 1, and spare it weight decay",
             tuple(_draws(contract, tables, 1.0, "1")),
-            _ANEW,
+            _NEW_INIT,
             3.5,
         )
+
+
+def _embedding_tables(contract: ContractRecord, width: int | None) -> list[WeightRecord]:
+    """Return the embeddings whose rows are as wide as the stream."""
+    tables = []
+    for weight in contract.weights:
+        is_table = weight.role == "embedding" and len(weight.shape) == 2
+        if is_table and weight.shape[1] == width:
+            tables.append(weight)
+    return tables
 
 
 def _embedding_outputs(owners: tuple[str, ...], width: int, std: float) -> Iterator[Remedy]:
@@ -243,30 +263,61 @@ def _owner(model: nn.Module, parameter: str) -> str:
     if not owner:
         return ""
     own_parameters = list(model.get_submodule(owner).parameters(recurse=False))
-    return owner if len(own_parameters) == 1 else ""
+    if len(own_parameters) != 1:
+        return ""
+    return owner
 
 
 def _matrices(report: Report, contract: ContractRecord, codes: Sequence[str]) -> Iterator[Remedy]:
     """Yield recipes for small sub-layers: scaling with depth if it is missing, the small init."""
-    layers, width = max(report.model.layers, 1), report.model.width
     inner = [weight for weight in contract.weights if weight.role in INNER and weight.std]
     outer = [weight for weight in contract.weights if weight.role in RESIDUAL and weight.std]
     if not outer:
         return
-    root = math.sqrt(2 * layers)
+    layers = max(report.model.layers, 1)
 
     # 1. W_O and W_2 as wide as the other matrices: they lack the scaling with depth.
-    largest_inner = max((weight.std or 0.0 for weight in inner), default=0.0)
-    largest_outer = max(weight.std or 0.0 for weight in outer)
-    if layers > 1 and largest_outer > 0.7 * largest_inner:
-        formula = f"1/sqrt(2*N), N = {layers}"
-        changes = tuple(Scale(group, 1 / root, formula) for group in _groups(contract, outer))
-        title = f"W_O and W_2 times 1/√(2N) = {plain(1 / root)}"
-        yield Remedy("depth-scaling", title, changes, _ANEW, 4.0)
+    lacks_scaling = _largest_std(outer) > 0.7 * _largest_std(inner)
+    if layers > 1 and lacks_scaling:
+        yield _depth_scaling(contract, outer, layers)
 
     # 2. The small init of all matrices.
-    if not width:
-        return
+    if report.model.width:
+        yield _small_init(contract, inner, outer, layers, report.model.width, codes)
+
+
+def _largest_std(weights: Iterable[WeightRecord]) -> float:
+    return max((weight.std or 0.0 for weight in weights), default=0.0)
+
+
+def _depth_scaling(contract: ContractRecord, outer: Iterable[WeightRecord], layers: int) -> Remedy:
+    """Return W_O and W_2 scaled by 1/√(2N), for N layers."""
+    root = math.sqrt(2 * layers)
+    formula = f"1/sqrt(2*N), N = {layers}"
+    changes = tuple(Scale(group, 1 / root, formula) for group in _groups(contract, outer))
+    title = f"W_O and W_2 times 1/√(2N) = {plain(1 / root)}"
+    return Remedy("depth-scaling", title, changes, _NEW_INIT, 4.0)
+
+
+def _small_init(
+    contract: ContractRecord,
+    inner: Iterable[WeightRecord],
+    outer: Iterable[WeightRecord],
+    layers: int,
+    width: int,
+    codes: Sequence[str],
+) -> Remedy:
+    """Return all matrices drawn with s = √(2/(5d)), and W_O and W_2 with s/√(2N).
+
+    Args:
+        contract: gives the tables outside the sub-layers.
+        inner: matrices that read the stream.
+        outer: W_O and W_2.
+        layers: N.
+        width: d.
+        codes: the rules that fired.
+    """
+    root = math.sqrt(2 * layers)
     std = math.sqrt(2 / (5 * width))
     formula = f"sqrt(2/(5*d)), d = {width}"
     outer_formula = f"sqrt(2/(5*d))/sqrt(2*N), d = {width}, N = {layers}"
@@ -279,7 +330,7 @@ def _matrices(report: Report, contract: ContractRecord, codes: Sequence[str]) ->
         f"draw all matrices with s = √(2/(5d)) = {plain(std)}, W_O and W_2 with s/√(2N) = "
         f"{plain(std / root)}"
     )
-    yield Remedy("small-init", title, draws, _ANEW, 5.0)
+    return Remedy("small-init", title, draws, _NEW_INIT, 5.0)
 
 
 def _outside(
@@ -295,11 +346,15 @@ def _outside(
         is_drawn_plainly = weight.family in _PLAIN and len(weight.shape) == 2
         if not is_outside or not is_drawn_plainly:
             continue
+
+        # 1. A table that does not make the shortcut large, or is as small already.
         own_std = weight.std or 0.0
         shortcut_is_large = weight.role == "embedding" and "JD102" not in codes
         if not shortcut_is_large or own_std <= _SAME * std:
             yield from _draws(contract, [weight], std, formula)
             continue
+
+        # 2. An embedding that makes it large, unless it is the head, too.
         has_std_1 = 1 / _SAME < own_std < _SAME
         if weight.parameter not in contract.tied and not has_std_1:
             yield from _draws(contract, [weight], 1.0, "1")
@@ -312,11 +367,14 @@ def _draws(
     uniform: list[WeightRecord] = []
     normal: list[WeightRecord] = []
     for weight in weights:
-        same_family = uniform if weight.family == "uniform" else normal
-        same_family.append(weight)
-    for is_uniform, members in ((False, normal), (True, uniform)):
-        for group in _groups(contract, members):
-            yield Draw(group, std, formula, is_uniform)
+        if weight.family == "uniform":
+            uniform.append(weight)
+        else:
+            normal.append(weight)
+    for group in _groups(contract, normal):
+        yield Draw(group, std, formula, uniform=False)
+    for group in _groups(contract, uniform):
+        yield Draw(group, std, formula, uniform=True)
 
 
 def _groups(contract: ContractRecord, weights: Iterable[WeightRecord]) -> Iterator[Weights]:
@@ -338,7 +396,7 @@ def _as_weights(contract: ContractRecord, pattern: str, group: Sequence[WeightRe
 # -- the init contract -----------------------------------------------------------------------------
 def _contract(contract: ContractRecord, codes: Sequence[str]) -> Remedy | None:
     """Set every weight that differs from its contract to what the contract says."""
-    if not _CONTRACT_CODES & set(codes):
+    if _CONTRACT_CODES.isdisjoint(codes):
         return None
 
     # 1. Groups of the same name pattern and target.
@@ -362,19 +420,20 @@ def _contract(contract: ContractRecord, codes: Sequence[str]) -> Remedy | None:
         else:
             is_uniform = first.family == "uniform"
             changes.append(Draw(weights, value, group[0].formula, is_uniform))
+
+    # 3. A title with the formula, if it is the same for all.
+    how = "as the contract says"
     formulas = {group[0].formula for group in groups.values()}
-    how = f"with {formulas.pop()}" if len(formulas) == 1 else "as the contract says"
+    if len(formulas) == 1:
+        how = f"with {formulas.pop()}"
     title = f"initialise {_shown(pattern for pattern, _ in groups)} {how}"
-    return Remedy("contract", title, tuple(changes), _ANEW, 1.0)
+    return Remedy("contract", title, tuple(changes), _NEW_INIT, 1.0)
 
 
 def _baseline(report: Report, contract: ContractRecord) -> Remedy | None:
     """Set every weight that differs from the recorded baseline as it was there."""
     baseline = report.baseline
-    names: set[str] = set()
-    for finding in report.findings:
-        if finding.code == "JD110":
-            names |= set(finding.evidence.get("parameters", ()))
+    names = set(_parameters_named_by(report, "JD110"))
     if baseline is None or not names:
         return None
 
@@ -396,7 +455,16 @@ def _baseline(report: Report, contract: ContractRecord) -> Remedy | None:
         else:
             changes.append(Draw(weights, target.value, "as in the baseline", target.is_uniform))
     title = f"initialise {_shown(pattern for pattern, _ in groups)} as in the baseline"
-    return Remedy("baseline", title, tuple(changes), _ANEW, 1.0)
+    return Remedy("baseline", title, tuple(changes), _NEW_INIT, 1.0)
+
+
+def _parameters_named_by(report: Report, code: str) -> list[str]:
+    """Return the parameters that the findings of a rule name."""
+    names: list[str] = []
+    for finding in report.findings:
+        if finding.code == code:
+            names += finding.evidence.get("parameters", ())
+    return names
 
 
 @dataclass(frozen=True)
@@ -409,34 +477,45 @@ class _Target:
 
     @classmethod
     def of(cls, recorded: Mapping[str, Any]) -> _Target:
-        is_constant = recorded["family"] in ("zero", "constant")
-        value = (recorded["value"] or 0.0) if is_constant else recorded["std"]
-        return cls(float(f"{value:.6g}"), is_constant, recorded["family"] == "uniform")
+        """Return the target of a weight, as the baseline recorded it."""
+        family = recorded["family"]
+        is_constant = family in ("zero", "constant")
+        value = recorded["std"]
+        if is_constant:
+            value = recorded["value"] or 0.0
+        return cls(float(f"{value:.6g}"), is_constant, is_uniform=family == "uniform")
 
 
 def _shown(patterns: Iterable[str]) -> str:
     """Return the first few name patterns, and how many there are beyond."""
     names = list(dict.fromkeys(pattern.removesuffix(".weight") for pattern in patterns))
     text = ", ".join(names[:_NAMED])
-    return text if len(names) <= _NAMED else f"{text} and {len(names) - _NAMED} more"
+    if len(names) <= _NAMED:
+        return text
+    return f"{text} and {len(names) - _NAMED} more"
 
 
 def _tied(contract: ContractRecord, model: nn.Module, codes: Sequence[str]) -> Remedy | None:
     """Scale a table that is the head too in the forward instead of in its weights."""
     if "JD206" not in codes:
         return None
+
+    # 1. The tables, if a module stands for each.
     tables = [weight for weight in contract.weights if weight.parameter in contract.tied]
     tables = [weight for weight in tables if weight.std]
-    owners = [_owner(model, weight.parameter) for weight in tables]
+    owners = [_owner(model, table.parameter) for table in tables]
     if not tables or not all(owners):
         return None
 
+    # 2. The factor that gives logits of std 1.
     logits_std = contract.logits_std
     if not logits_std:
         width = contract.sizes.get("d", 0.0)
-        logits_std = max(weight.std or 0.0 for weight in tables) * math.sqrt(width)
+        logits_std = _largest_std(tables) * math.sqrt(width)
     factor = float(f"{logits_std:.4g}")
-    names = tuple(weight.parameter for weight in tables)
+
+    # 3. Smaller weights, and the factor on their output.
+    names = tuple(table.parameter for table in tables)
     changes = (
         Scale(Weights(names), 1 / factor, "to logits of std 1"),
         ScaleOutput(tuple(owners), factor, "what the weights lost"),
@@ -452,10 +531,7 @@ def _spared(report: Report, codes: Sequence[str]) -> Remedy | None:
     """Make parameter groups without decay for what should not shrink."""
     if "JD207" not in codes:
         return None
-    names: list[str] = []
-    for finding in report.findings:
-        if finding.code == "JD207":
-            names += finding.evidence["parameters"]
+    names = _parameters_named_by(report, "JD207")
     spare = Spare(tuple(dict.fromkeys(names)))
     title = "a parameter group with weight_decay 0 for embeddings, gains and biases"
     return Remedy("no-decay", title, (spare,), "nothing", 0.5, keeps_function=True)
@@ -467,17 +543,24 @@ def _modules(report: Report, contract: ContractRecord, thresholds: Thresholds) -
 
     These are W = gain V, and y = x + a f(x) with a learned or fixed a.
     """
-    outer = [w for w in contract.weights if w.role in RESIDUAL and w.std and len(w.shape) == 2]
-    owners = tuple(w.parameter.rpartition(".")[0] for w in outer)
+    # 1. W_O and W_2, with the modules that hold them.
+    outer = []
+    for weight in contract.weights:
+        is_output = weight.role in RESIDUAL and len(weight.shape) == 2
+        if is_output and weight.std:
+            outer.append(weight)
+    owners = tuple(weight.parameter.rpartition(".")[0] for weight in outer)
     if not outer or not all(owners):
         return
-    base = float(f"{max(w.std or 0.0 for w in outer):.4g}")
-    weights = Weights(tuple(w.parameter for w in outer))
+
+    # 2. What leaves the function as it is.
+    base = float(f"{_largest_std(outer):.4g}")
+    weights = Weights(tuple(weight.parameter for weight in outer))
     yield Remedy(
         "reparametrise",
         "W = gain · V for W_O and W_2, one learned gain per matrix",
         (Reparametrise(weights, base),),
-        f"{len(outer)} parameters; the optimizer's state of these matrices starts anew",
+        f"{len(outer)} parameters; the optimizer's state of these matrices starts again from zero",
         1.0,
         keeps_function=True,
     )
@@ -489,7 +572,9 @@ def _modules(report: Report, contract: ContractRecord, thresholds: Thresholds) -
         2.0,
         keeps_function=True,
     )
-    factor = _needed(report, thresholds)
+
+    # 3. What changes it.
+    factor = _needed_branch_scale(report, thresholds)
     if factor is not None:
         yield Remedy(
             "branch-scale",
@@ -500,7 +585,7 @@ def _modules(report: Report, contract: ContractRecord, thresholds: Thresholds) -
         )
 
 
-def _needed(report: Report, thresholds: Thresholds) -> float | None:
+def _needed_branch_scale(report: Report, thresholds: Thresholds) -> float | None:
     """Return the factor that brings every branch below the first cut of its placement.
 
     It is None if all branches are below.
@@ -508,7 +593,11 @@ def _needed(report: Report, thresholds: Thresholds) -> float | None:
     factor = 1.0
     for row in report.sublayers:
         limit = thresholds.limits("branch_norm", row.placement or "").info
-        norm = row.branch_norm
-        if norm is not None and limit is not None and norm.upper > 0:
-            factor = min(factor, limit / norm.upper)
-    return float(f"{0.99 * factor:.3g}") if factor < 1 else None
+        if row.branch_norm is None or limit is None:
+            continue
+        upper = row.branch_norm.upper
+        if upper > 0:
+            factor = min(factor, limit / upper)
+    if factor >= 1:
+        return None
+    return float(f"{0.99 * factor:.3g}")

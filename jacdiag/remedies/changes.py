@@ -1,7 +1,7 @@
-"""The small steps of a remedy: what each does to a module, and the same as PyTorch code.
+"""The steps of a remedy: what each does to a module, and the same as PyTorch code.
 
 Each step works in place and draws from torch's global generator. Scaled and normed outputs are
-forward hooks: they need no change of the module's class, and say in the patch exactly what was
+forward hooks. Hooks need no change of the module's class, and the patch shows exactly what was
 tried.
 """
 
@@ -24,19 +24,19 @@ class Change(Protocol):
     """One step of a remedy."""
 
     def apply(self, model: nn.Module) -> None:
-        """Does it to `model`, in place."""
+        """Change a model in place."""
 
     def lines(self) -> list[str]:
-        """The same as PyTorch, for the body of a function of `model`."""
+        """Return the same as lines of PyTorch, for the body of a function of `model`."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Parameters by name, and how a patch says which.
+    """Parameters by name, and the name pattern that a patch selects them by.
 
     Attributes:
         names: the parameters.
-        pattern: a name pattern that means just these; "" where there is none.
+        pattern: a name pattern that matches these and no others; "" if there is none.
         role: what they are for; "" if unknown or mixed.
     """
 
@@ -48,21 +48,30 @@ class Weights:
     def of(
         cls, names: Sequence[str], pattern: str, everything: Iterable[str], role: str = ""
     ) -> Weights:
-        """Keeps the pattern only if it matches these names and no other of the model's."""
-        just = {name for name in everything if fnmatchcase(name, pattern)} == set(names)
-        return cls(tuple(names), pattern if just else "", role)
+        """Return weights with a name pattern, if it matches these names and no others.
+
+        Args:
+            names: of the parameters.
+            pattern: that may select them.
+            everything: the names of all parameters of the model.
+            role: what they are for.
+        """
+        matched = {name for name in everything if fnmatchcase(name, pattern)}
+        if matched != set(names):
+            pattern = ""
+        return cls(tuple(names), pattern, role)
 
     def tensors(self, model: nn.Module) -> list[Tensor]:
+        """Return these parameters of a model."""
         return [model.get_parameter(name) for name in self.names]
 
     def loop(self, body: str) -> list[str]:
+        """Return lines of PyTorch that run a line for each of these parameters, as `weight`."""
         if len(self.names) == 1:
             return [f"weight = model.get_parameter({self.names[0]!r})", body]
-        test = (
-            f"fnmatchcase(name, {self.pattern!r})"
-            if self.pattern
-            else f"name in {sorted(self.names)!r}"
-        )
+        test = f"name in {sorted(self.names)!r}"
+        if self.pattern:
+            test = f"fnmatchcase(name, {self.pattern!r})"
         return [
             "for name, weight in model.named_parameters():",
             f"    if {test}:",
@@ -72,18 +81,23 @@ class Weights:
 
 @dataclass(frozen=True)
 class Scale:
-    """Multiplies weights by a number: family, padding rows and draws stay."""
+    """Multiply weights by a number.
+
+    Their family, their padding rows and what was drawn stay.
+    """
 
     weights: Weights
     factor: float
     formula: str
 
     def apply(self, model: nn.Module) -> None:
+        """Change a model in place."""
         with torch.no_grad():
             for weight in self.weights.tensors(model):
                 weight.mul_(self.factor)
 
     def lines(self) -> list[str]:
+        """Return the same as lines of PyTorch."""
         return self.weights.loop(f"weight.mul_({self.factor!r})  # {self.formula}")
 
 
@@ -102,45 +116,50 @@ class Draw:
     uniform: bool = False
 
     def apply(self, model: nn.Module) -> None:
+        """Change a model in place."""
         with torch.no_grad():
             for weight in self.weights.tensors(model):
-                empty = (weight == 0).flatten(1).all(1) if weight.dim() > 1 else None
+                padding = None
+                if weight.dim() > 1:
+                    padding = (weight == 0).flatten(1).all(1)
                 if self.uniform:
                     weight.uniform_(-self.std * ROOT3, self.std * ROOT3)
                 else:
                     weight.normal_(0.0, self.std)
-                if empty is not None and not bool(empty.all()):
-                    weight[empty] = 0.0
+                # A matrix that is zero everywhere was initialised so, and has no padding.
+                if padding is not None and not bool(padding.all()):
+                    weight[padding] = 0.0
 
     def lines(self) -> list[str]:
-        edge = self.std * ROOT3
-        call = (
-            f"weight.uniform_(-{edge!r}, {edge!r})"
-            if self.uniform
-            else f"weight.normal_(0.0, {self.std!r})"
-        )
+        """Return the same as lines of PyTorch."""
+        call = f"weight.normal_(0.0, {self.std!r})"
+        if self.uniform:
+            edge = self.std * ROOT3
+            call = f"weight.uniform_(-{edge!r}, {edge!r})"
         return self.weights.loop(f"{call}  # std {self.formula}")
 
 
 @dataclass(frozen=True)
 class Fill:
-    """Sets vectors (gains, biases, scales) to one value."""
+    """Set vectors (gains, biases, scales) to one value."""
 
     weights: Weights
     value: float
 
     def apply(self, model: nn.Module) -> None:
+        """Change a model in place."""
         with torch.no_grad():
             for weight in self.weights.tensors(model):
                 weight.fill_(self.value)
 
     def lines(self) -> list[str]:
+        """Return the same as lines of PyTorch."""
         return self.weights.loop(f"weight.fill_({self.value!r})")
 
 
 @dataclass(frozen=True)
 class ScaleOutput:
-    """Multiplies what modules return by a number, fixed, or learned from that number on.
+    """Multiply what modules return by a number, which is fixed or learned from that value on.
 
     Attributes:
         modules: names; a learned factor becomes the parameter `scale` of each.
@@ -152,18 +171,19 @@ class ScaleOutput:
     learned: bool = False
 
     def apply(self, model: nn.Module) -> None:
+        """Change a model in place."""
         for name in self.modules:
             module = model.get_submodule(name)
-            if self.learned:
-                like = next(module.parameters(), torch.empty(()))
-                module.register_parameter(
-                    "scale", nn.Parameter(torch.full((), self.factor).to(like))
-                )
-                module.register_forward_hook(_times_parameter)
-            else:
+            if not self.learned:
                 module.register_forward_hook(_Times(self.factor))
+                continue
+            like = next(module.parameters(), torch.empty(()))
+            scale = nn.Parameter(torch.full((), self.factor).to(like))
+            module.register_parameter("scale", scale)
+            module.register_forward_hook(_times_parameter)
 
     def lines(self) -> list[str]:
+        """Return the same as lines of PyTorch."""
         head = [f"for name in {list(self.modules)!r}:", "    module = model.get_submodule(name)"]
         if not self.learned:
             hook = f"lambda module, args, output: output * {self.factor!r}"
@@ -177,7 +197,7 @@ class ScaleOutput:
 
 
 class _Times:
-    """A forward hook.
+    """A forward hook that multiplies the output by a fixed number.
 
     It is a class and not a closure, so that a model can still be copied and pickled.
     """
@@ -195,18 +215,20 @@ def _times_parameter(module: nn.Module, _args: object, output: Tensor) -> Tensor
 
 @dataclass(frozen=True)
 class NormOutput:
-    """Puts a LayerNorm on what a module returns, as its submodule `norm`."""
+    """Put a LayerNorm on what a module returns, as its submodule `norm`."""
 
     module: str
     width: int
 
     def apply(self, model: nn.Module) -> None:
+        """Change a model in place."""
         module = model.get_submodule(self.module)
         like = next(module.parameters())
         module.add_module("norm", nn.LayerNorm(self.width).to(like))
         module.register_forward_hook(_normed)
 
     def lines(self) -> list[str]:
+        """Return the same as lines of PyTorch."""
         return [
             f"module = model.get_submodule({self.module!r})",
             f"module.norm = nn.LayerNorm({self.width}).to(next(module.parameters()))",
@@ -223,23 +245,25 @@ def _normed(module: nn.Module, _args: object, output: Tensor) -> Tensor:
 class Reparametrise:
     """Replace W by gain * V with one learned gain per matrix (WeSaR, arXiv 2410.05052).
 
-    V has a std near `base`.
-
-    The gain begins as a power of two, so that W stays what it is to the last bit.
+    V has a std near `base`. The gain begins as a power of two, so that W stays what it is to the
+    last bit.
     """
 
     weights: Weights
     base: float
 
     def apply(self, model: nn.Module) -> None:
+        """Change a model in place."""
         for name in self.weights.names:
             owner, _, attribute = name.rpartition(".")
             module = model.get_submodule(owner)
             weight = module.get_parameter(attribute)
+            # A power of two: dividing by it changes no bit of the mantissa.
             gain = 2.0 ** round(math.log2(float(weight.detach().std()) / self.base))
             parametrize.register_parametrization(module, attribute, Gain(gain, weight))
 
     def lines(self) -> list[str]:
+        """Return the same as lines of PyTorch."""
         return [
             f"for name in {list(self.weights.names)!r}:",
             '    owner, _, attribute = name.rpartition(".")',
@@ -259,9 +283,11 @@ class Gain(nn.Module):
         self.gain = nn.Parameter(torch.full((), gain, dtype=like.dtype, device=like.device))
 
     def forward(self, direction: Tensor) -> Tensor:
+        """Return W, given V."""
         return self.gain * direction
 
     def right_inverse(self, weight: Tensor) -> Tensor:
+        """Return V, given W."""
         return weight / self.gain
 
 
@@ -289,9 +315,10 @@ class Spare:
     names: tuple[str, ...]
 
     def apply(self, model: nn.Module) -> None:
-        """Nothing: see `jacdiag.remedies.trial`."""
+        """Change nothing: `jacdiag.remedies.trial` passes the names on to the audit."""
 
     def lines(self) -> list[str]:
+        """Return the same as lines of PyTorch."""
         return [
             f"spared = {sorted(self.names)!r}",
             "groups = [",

@@ -207,19 +207,12 @@ def _flags_of(change: Change, inner_stds: Container[float]) -> list[str]:
         change: of a remedy.
         inner_stds: that the same remedy draws the matrices with.
     """
-    role = _role_of(change)
-    # 1. Draws and scales, by the role of the weights.
     if isinstance(change, Draw):
-        if role in ("embedding", "positions", "head") and change.std in inner_stds:
-            return [f"# --init-method-std draws the {role} too"]
-        if role == "embedding":
-            return [_table_flags(change.std), "# it also spares the embedding weight decay"]
-        if role in INNER:
-            return [f"--init-method-std {plain(change.std)}"]
-    if isinstance(change, Draw | Scale) and role in RESIDUAL:
+        flags = _flags_of_draw(change, inner_stds)
+        if flags:
+            return flags
+    if isinstance(change, Draw | Scale) and change.weights.role in RESIDUAL:
         return [_BY_DEFAULT]
-
-    # 2. What is no matter of weights.
     if isinstance(change, NormOutput):
         return ["# no flag puts a norm on the embedding; Megatron-DeepSpeed: --embed-layernorm"]
     if isinstance(change, Spare):
@@ -228,6 +221,18 @@ def _flags_of(change: Change, inner_stds: Container[float]) -> list[str]:
             "the embedding"
         ]
     return [f"# no flag says this: {_words(change)}"]
+
+
+def _flags_of_draw(draw: Draw, inner_stds: Container[float]) -> list[str]:
+    """Return the flags of a draw of matrices inside sub-layers, or of tables; [] for others."""
+    role = draw.weights.role
+    if role in ("embedding", "positions", "head") and draw.std in inner_stds:
+        return [f"# --init-method-std draws the {role} too"]
+    if role == "embedding":
+        return [_table_flags(draw.std), "# it also spares the embedding weight decay"]
+    if role in INNER:
+        return [f"--init-method-std {plain(draw.std)}"]
+    return []
 
 
 def _table_flags(std: float) -> str:

@@ -55,14 +55,14 @@ class Bench:
     attempt: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
-def tried(
+def try_remedies(
     report: Report,
     model: nn.Module,
     remedies: Sequence[Remedy],
     bench: Bench,
     *,
     every: bool = False,
-    told: Callable[[str], None] = lambda _name: None,
+    before_each: Callable[[str], None] = lambda _name: None,
 ) -> tuple[list[RemedyRecord], list[str]]:
     """Try remedies in turn, on copies; the first sufficient one ends it.
 
@@ -72,7 +72,7 @@ def tried(
         remedies: the smallest first.
         bench: audits the copies.
         every: try all, also after a sufficient one.
-        told: is called with the name of each before it is tried.
+        before_each: is called with the name of each before it is tried.
 
     Returns:
         A record for each that was tried, and notes on those that could not be.
@@ -84,7 +84,8 @@ def tried(
     notes: list[str] = []
     is_recommended = False  # one of those before
     for remedy in remedies[:_MOST]:
-        told(remedy.name)
+        # 1. Try it.
+        before_each(remedy.name)
         try:
             with bench.attempt():
                 record = _trial(report, model, remedy, bench)
@@ -94,8 +95,12 @@ def tried(
         except Exception as error:
             notes.append(f"{remedy.name} could not be tried: {one_line(error)}")
             continue
-        records.append(replace(record, recommended=record.sufficient and not is_recommended))
-        is_recommended = is_recommended or record.sufficient
+
+        # 2. The first sufficient one is recommended.
+        if record.sufficient and not is_recommended:
+            record = replace(record, recommended=True)
+            is_recommended = True
+        records.append(record)
         if is_recommended and not every:
             break
     return records, notes
@@ -132,6 +137,7 @@ def _trial(report: Report, model: nn.Module, remedy: Remedy, bench: Bench) -> Re
         other_report, _ = bench.again(_changed(other, remedy, seed), spared, seed)
         is_enough = sufficient(report, other_report, remedy)
 
+    # 3. How far the function changed, if it should not.
     function_change = None
     if remedy.keeps_function:
         function_change = _difference(bench.output, output)
@@ -188,7 +194,8 @@ def _newly_broken(before: Report, after: Report, aimed: Sequence[str], remedy: R
     """Return whether a rule warns that did not warn, at this level, of the model as it is."""
     known = {(finding.code, finding.level) for finding in before.findings}
     for finding in _held_against(after, aimed, remedy):
-        if finding.code not in aimed and (finding.code, finding.level) not in known:
+        is_known = (finding.code, finding.level) in known
+        if finding.code not in aimed and not is_known:
             return True
     return False
 
@@ -198,10 +205,10 @@ def _held_against(after: Report, aimed: Sequence[str], remedy: Remedy) -> list[F
     changed = _changed_names(remedy)
     held = []
     for finding in after.findings:
-        is_on_purpose = finding.code in _ABOUT_WEIGHTS and finding.code not in aimed
-        if is_on_purpose and set(finding.evidence.get("parameters", ())) <= changed:
-            continue
-        if finding.level != "info":
+        is_about_weights = finding.code in _ABOUT_WEIGHTS and finding.code not in aimed
+        parameters = set(finding.evidence.get("parameters", ()))
+        is_on_purpose = is_about_weights and parameters <= changed
+        if finding.level != "info" and not is_on_purpose:
             held.append(finding)
     return held
 
@@ -217,37 +224,50 @@ def _changed_names(remedy: Remedy) -> set[str]:
 
 def _is_unknown(after: Report, aimed: Sequence[str]) -> bool:
     """Return whether a figure that the remedy was tried against is not known of the changed one."""
-    return any(code in aimed and not is_known(after) for code, is_known in _SEEN.items())
+    is_known = [_SEEN[code](after) for code in aimed if code in _SEEN]
+    return not all(is_known)
 
 
 def _is_undecided(before: Report, after: Report, aimed: Sequence[str]) -> bool:
     """Return whether a rule is undecided that the remedy was tried against, or that was decided."""
     undecided_before = {rule.code for rule in before.rules if rule.status == "unknown"}
     for rule in after.rules:
-        matters = rule.code in aimed or rule.code not in undecided_before
-        if rule.status == "unknown" and matters:
+        if rule.status != "unknown":
+            continue
+        is_aimed_at = rule.code in aimed
+        was_decided = rule.code not in undecided_before
+        if is_aimed_at or was_decided:
             return True
     return False
 
 
-def _difference(one: Any, other: Any) -> float | None:
+def _difference(before: Any, after: Any) -> float | None:
     """Return the largest difference of two outputs of a model, over the largest value.
 
     Args:
-        one, other: tensors, or containers of tensors.
+        before: tensor, or container of tensors.
+        after: the same.
 
     Returns:
         None if the two cannot be compared.
     """
     tensors: list[Tensor] = []
     other_tensors: list[Tensor] = []
-    collect_deep(one, tensors)
-    collect_deep(other, other_tensors)
+    collect_deep(before, tensors)
+    collect_deep(after, other_tensors)
+
+    # 1. The floating tensors of both, in order.
     pairs = []
-    for a, b in zip(tensors, other_tensors, strict=False):
-        if a.is_floating_point():
-            pairs.append((a.detach(), b.detach()))
-    if not pairs or any(a.shape != b.shape or a.is_meta for a, b in pairs):
+    for tensor, other in zip(tensors, other_tensors, strict=False):
+        if not tensor.is_floating_point():
+            continue
+        if tensor.shape != other.shape or tensor.is_meta:
+            return None
+        pairs.append((tensor.detach(), other.detach()))
+    if not pairs:
         return None
-    largest = max(float(a.abs().max()) for a, _ in pairs)
-    return max(float((a - b).abs().max()) for a, b in pairs) / (largest or 1.0)
+
+    # 2. Their largest difference.
+    largest = max(float(tensor.abs().max()) for tensor, _ in pairs)
+    difference = max(float((tensor - other).abs().max()) for tensor, other in pairs)
+    return difference / (largest or 1.0)
