@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -49,7 +49,9 @@ class RoleRule:
         """Return whether the rule holds for a name among its siblings."""
         if not re.fullmatch(self.words, inner):
             return False
-        return not self.sibling or any(re.fullmatch(self.sibling, name) for name in siblings)
+        if not self.sibling:
+            return True
+        return any(re.fullmatch(self.sibling, name) for name in siblings)
 
 
 # -- The data: names and what they mean ------------------------------------------------------------
@@ -322,12 +324,15 @@ def read_names(shapes: Mapping[str, Sequence[int]]) -> NamedModel:
         >>> model.weights["h.0.mlp.c_proj.weight"].fan_in
         64
     """
-    sizes = {name: tuple(int(n) for n in shape) for name, shape in shapes.items()}
+    sizes = {name: tuple(map(int, shape)) for name, shape in shapes.items()}
     # 1. and 2. Sub-layers, and the roles inside them.
-    places = find_places(sizes)
-    candidates = [_build_sublayer(group, sizes) for group in _group_by_sublayer(places)]
+    sublayers = []
+    for group in _group_by_sublayer(find_places(sizes)):
+        sublayer = _build_sublayer(group, sizes)
+        if sublayer is not None:
+            sublayers.append(sublayer)
     # 3. Layers.
-    sublayers = _in_stream_order([sublayer for sublayer in candidates if sublayer is not None])
+    sublayers = _in_stream_order(sublayers)
     _number_layers(sublayers)
     # 4. Width, and what only shows once it is known.
     width = find_width(sublayers, sizes)
@@ -420,6 +425,7 @@ def _meaningful_tokens(name: str) -> list[str]:
 
 
 def _kind_of_bare_name(inner: str) -> SublayerKind | None:
+    """Return the kind of sub-layer that a parameter's own name says; None if it says none."""
     for kind, words in _BARE_NAMES:
         if words.fullmatch(inner):
             return kind
@@ -439,7 +445,6 @@ def _is_part_of_embedding(path: Sequence[str]) -> bool:
 def _module_of(tokens: Sequence[str]) -> tuple[int, SublayerKind] | None:
     """Return the position and the kind of the module that is the sub-layer."""
     # 1. Modules on the path whose name is that of a sub-layer.
-    first_number = _first_numbered(tokens)
     modules: list[tuple[int, SublayerKind]] = []
     for position, token in enumerate(tokens[:-1]):
         kind = _kind_of_module(token)
@@ -447,6 +452,7 @@ def _module_of(tokens: Sequence[str]) -> tuple[int, SublayerKind] | None:
             modules.append((position, kind))
 
     # 2. Those inside the numbered module, which is the layer.
+    first_number = _first_numbered(tokens)
     inside = modules
     if first_number is not None:
         inside = [module for module in modules if module[0] > first_number]
@@ -456,13 +462,15 @@ def _module_of(tokens: Sequence[str]) -> tuple[int, SublayerKind] | None:
     # 3. An MLP inside a cross-attention layer (Perceiver) is a sub-layer of its own; experts of
     #    an attention are not.
     outer_position, outer_kind = inside[0]
-    has_nested_mlp = "attention" in outer_kind and (outer_position + 1, "mlp") in inside
-    if has_nested_mlp and not _EXPERT.fullmatch(tokens[outer_position + 1]):
-        return outer_position + 1, "mlp"
+    next_position = outer_position + 1
+    has_nested_mlp = "attention" in outer_kind and (next_position, "mlp") in inside
+    if has_nested_mlp and not _EXPERT.fullmatch(tokens[next_position]):
+        return next_position, "mlp"
     return inside[0]
 
 
 def _first_numbered(tokens: Sequence[str]) -> int | None:
+    """Return the position of the first numbered module of a path."""
     for position, token in enumerate(tokens):
         if _NUMBERED.fullmatch(token):
             return position
@@ -480,17 +488,28 @@ def _listed_module(
 
 
 def _kind_of_module(token: str) -> SublayerKind | None:
+    """Return the kind of sub-layer that a module's own name says; None if it says none."""
     if _CROSS_MODULE.fullmatch(token):
         return "cross-attention"
     if _MIXER_MODULE.fullmatch(token):
         return "mixer"
     if _MLP_MODULE.fullmatch(token):
         return "mlp"
-    return "attention" if _ATTENTION_MODULE.fullmatch(token) else None
+    if _ATTENTION_MODULE.fullmatch(token):
+        return "attention"
+    return None
 
 
 def _place_in_module(name: str, tokens: Sequence[str], position: int, kind: SublayerKind) -> Place:
-    """Return the place of a parameter whose sub-layer is the module at a position of its path."""
+    """Return the place of a parameter whose sub-layer is the module at a position of its path.
+
+    Args:
+        name: of the parameter.
+        tokens: its path, without wrappers.
+        position: of the sub-layer's module on that path.
+        kind: of the sub-layer.
+    """
+    # 1. The path of the block, that of the sub-layer's module, and what follows them.
     end_of_block = _end_of_block(tokens[: position + 1])
     end_of_module = position + 1
     after = tokens[end_of_module:]
@@ -499,11 +518,13 @@ def _place_in_module(name: str, tokens: Sequence[str], position: int, kind: Subl
         # `attentions.0.q_lin`: the number of the sub-layer is that of its layer.
         end_of_module += 1
         end_of_block, after = end_of_module, after[1:]
-    is_expert = any(_EXPERT.fullmatch(token) for token in tokens[position:])
     if _EXPERT.fullmatch(tokens[position]):
         # Experts without a module around them and their router.
         end_of_module = position
         after = tokens[position:]
+
+    # 2. The place, without what numbers and names an expert.
+    is_expert = any(_EXPERT.fullmatch(token) for token in tokens[position:])
     return Place(
         parameter=name,
         block=".".join(tokens[:end_of_block]),
@@ -582,30 +603,44 @@ def _build_sublayer(group: Sequence[Place], sizes: Mapping[str, Shape]) -> Named
     if not matrices:
         return None
 
-    # 1. Roles by name. Rules look at the siblings; those in experts are marked.
-    siblings = {place.inner for place in group}
-    siblings |= {f"expert {place.inner}" for place in group if place.expert}
-    roles = {place.parameter: _role_of(kind, place.inner, siblings) for place in matrices}
-
-    # 2. Roles by order of use, for an MLP whose names are numbers.
+    # 1. Roles by name, or by order of use.
+    roles = _roles_by_name(kind, group, matrices)
     is_mlp = kind in ("mlp", "moe")
     if is_mlp and not any(roles.values()):
         roles |= _roles_in_sequence(matrices, sizes)
     if kind != "conv" and not any(roles.values()):
         return None
 
-    # 3. The sub-layer's name and the numbers in its path.
-    block = group[0].block.split(".") if group[0].block else []
+    # 2. The sub-layer's name and the numbers in its path.
+    block: list[str] = []
+    if group[0].block:
+        block = group[0].block.split(".")
     stack, numbers = _stack_and_numbers(block)
     name = _shared_path([place.parameter for place in matrices])
     return NamedSublayer(name, stack, numbers, kind, roles=roles)
 
 
+def _roles_by_name(
+    kind: SublayerKind, group: Sequence[Place], matrices: Sequence[Place]
+) -> dict[str, str]:
+    """Return the role of each matrix of a sub-layer, by its name and those of its siblings."""
+    # Siblings that lie in an expert are marked, for rules that look at them.
+    siblings: set[str] = set()
+    for place in group:
+        siblings.add(place.inner)
+        if place.expert:
+            siblings.add(f"expert {place.inner}")
+    return {place.parameter: _role_of(kind, place.inner, siblings) for place in matrices}
+
+
 def _kind_of_group(group: Sequence[Place]) -> SublayerKind:
+    """Return the kind of a sub-layer by the names of all its parameters."""
     kind = group[0].kind
-    if any(re.fullmatch(_MIXER_SIGN, place.inner) for place in group):
+    has_mixer_sign = any(re.fullmatch(_MIXER_SIGN, place.inner) for place in group)
+    if has_mixer_sign:
         return "mixer"
-    if kind == "mlp" and any(place.expert or "router" in place.inner for place in group):
+    has_experts = any(place.expert or "router" in place.inner for place in group)
+    if kind == "mlp" and has_experts:
         return "moe"
     return kind
 
@@ -625,10 +660,12 @@ def _roles_in_sequence(matrices: Sequence[Place], sizes: Mapping[str, Shape]) ->
     are_numbered = all(re.search(r"\d", place.inner) for place in matrices)
     if not are_numbered:
         return {}
+
+    # The second must read what the first makes.
     first, second = sorted(matrices, key=lambda place: _numbers_in(place.inner))
     first_shape, second_shape = sizes[first.parameter], sizes[second.parameter]
     are_maps = len(first_shape) == 2 and len(second_shape) == 2
-    share_a_size = bool(set(first_shape) & set(second_shape))
+    share_a_size = not set(first_shape).isdisjoint(second_shape)
     if not are_maps or not share_a_size:
         return {}
     return {first.parameter: "W_1", second.parameter: "W_2"}
@@ -643,33 +680,39 @@ def _stack_and_numbers(block: Sequence[str]) -> tuple[str, tuple[int, ...]]:
     positions = [position for position, token in enumerate(block) if _NUMBERED.fullmatch(token)]
     if not positions:
         return "", ()
+
     end = positions[0]
-    if end and _kind_of_module(block[end - 1]) is not None:
+    is_list_of_sublayers = end > 0 and _kind_of_module(block[end - 1]) is not None
+    if is_list_of_sublayers:
         end -= 1  # lists of attentions and of MLPs share a stack
-    return ".".join(block[:end]), tuple(_numbers_in(block[position])[-1] for position in positions)
+    numbers = tuple(_numbers_in(block[position])[-1] for position in positions)
+    return ".".join(block[:end]), numbers
 
 
 def _shared_path(names: Sequence[str]) -> str:
     """Return the module path that all parameters of a sub-layer share."""
     paths = [_module_path(name) for name in names]
-    shared = paths[0]
-    for path in paths[1:]:
-        length = 0
-        while length < min(len(shared), len(path)) and shared[length] == path[length]:
-            length += 1
-        shared = shared[:length]
+    shared: list[str] = []
+    for tokens in zip(*paths, strict=False):
+        if len(set(tokens)) > 1:
+            break
+        shared.append(tokens[0])
     return ".".join(shared)
 
 
 def _module_path(name: str) -> list[str]:
     """Return the path of the module around the one that holds a parameter."""
     tokens = name.split(".")
-    return tokens[:-2] if tokens[-1] == "weight" else tokens[:-1]
+    if tokens[-1] == "weight":
+        return tokens[:-2]
+    return tokens[:-1]
 
 
 def is_matrix(name: str, shape: Sequence[int]) -> bool:
     """Return whether a tensor is the weight of a linear map: no vector, bias or mask."""
-    return len(shape) >= 2 and not _BUFFER.search(name) and not name.endswith("bias")
+    if len(shape) < 2 or name.endswith("bias"):
+        return False
+    return not _BUFFER.search(name)
 
 
 # -- Step 3: layers --------------------------------------------------------------------------------
@@ -716,11 +759,14 @@ def _number_layers(sublayers: Sequence[NamedSublayer]) -> None:
     """
     if not sublayers:
         return
-    # 1. The level at which most modules hold several sub-layers.
-    most_full, keys = -1, list[tuple[object, ...]]()
+
+    # 1. The level at which most modules hold several sub-layers; the outermost of equal ones.
+    most_full = -1
+    keys: list[tuple[object, ...]] = []
     for level in range(3):
         keys_of_level = [_key_of_layer(sublayer, level) for sublayer in sublayers]
-        full = sum(count >= 2 for count in Counter(keys_of_level).values())
+        sublayers_of_key = Counter(keys_of_level)
+        full = sum(count >= 2 for count in sublayers_of_key.values())
         if full > most_full:
             most_full, keys = full, keys_of_level
 
@@ -729,17 +775,21 @@ def _number_layers(sublayers: Sequence[NamedSublayer]) -> None:
         keys = _keys_by_period(keys, [sublayer.report_kind for sublayer in sublayers])
 
     # 3. Number the keys in the order of the stream.
-    numbers = {key: layer for layer, key in enumerate(dict.fromkeys(keys))}
+    in_order = list(dict.fromkeys(keys))
+    numbers = {key: layer for layer, key in enumerate(in_order)}
     for sublayer, key in zip(sublayers, keys, strict=True):
         sublayer.layer = numbers[key]
 
 
 def _key_of_layer(sublayer: NamedSublayer, level: int) -> tuple[object, ...]:
+    """Return what the sub-layers of one layer share, if layers are numbered at a level."""
     if not sublayer.numbers:
         return (sublayer.name.rpartition(".")[0],)  # a layer on its own
-    after_stack = sublayer.name.split(".")[len(sublayer.stack.split("."))]
-    is_listed = _kind_of_module(after_stack) is not None
-    own_list = sublayer.kind if is_listed else ""
+    depth_of_stack = len(sublayer.stack.split("."))
+    after_stack = sublayer.name.split(".")[depth_of_stack]
+    own_list = ""
+    if _kind_of_module(after_stack) is not None:
+        own_list = sublayer.kind
     return (sublayer.stack, own_list, sublayer.numbers[: level + 1])
 
 
@@ -767,36 +817,69 @@ def find_width(sublayers: Sequence[NamedSublayer], sizes: Mapping[str, Shape]) -
     Every matrix that reads or writes the stream has the width as one of its two sizes. An
     embedding may be narrower (ALBERT) or in several parts (adaptive), so that it only decides
     where two sizes are equally frequent.
+
+    Args:
+        sublayers: with their roles and layers.
+        sizes: shape of every tensor, by name.
     """
-    first_layer = [sublayer for sublayer in sublayers if sublayer.layer == 0]
     has_bottleneck = any("bottleneck" in name.split(".") for name in sizes)
-    if not first_layer or has_bottleneck:
+    if has_bottleneck:
         return None  # MobileBERT: most matrices of a layer are narrower than the stream
 
-    # 1. Each matrix that may touch the stream votes for its two sizes.
-    votes: Counter[int] = Counter()
-    for sublayer in first_layer:
-        for name, role in sublayer.roles.items():
-            touches_stream = role and not _INNER.search(name)
-            if touches_stream and not _is_split_by_heads(sublayer, sizes[name]):
-                votes.update(set(_sides(sizes[name])))
-    leaders = _most_frequent(votes)
+    # 1. Matrices of the first layer vote for their two sizes.
+    first_layer = [sublayer for sublayer in sublayers if sublayer.layer == 0]
+    leaders = _most_frequent(_votes_of_matrices(first_layer, sizes))
     if len(leaders) == 1:
         return leaders[0]
 
-    # 2. A tie: gains of norms and biases of outputs have the width, and so has an embedding.
+    # 2. A tie: what else has the width decides.
+    leaders = _most_frequent(_votes_of_others(first_layer, sizes, leaders))
+    if len(leaders) == 1:
+        return leaders[0]
+    return None
+
+
+def _votes_of_matrices(
+    sublayers: Iterable[NamedSublayer], sizes: Mapping[str, Shape]
+) -> Counter[int]:
+    """Return how many matrices that may touch the stream have each size as one of their two."""
+    votes: Counter[int] = Counter()
+    for sublayer in sublayers:
+        for name, role in sublayer.roles.items():
+            is_inner = _INNER.search(name) is not None
+            if role and not is_inner and not _is_split_by_heads(sublayer, sizes[name]):
+                votes.update(set(_sides(sizes[name])))
+    return votes
+
+
+def _votes_of_others(
+    sublayers: Iterable[NamedSublayer], sizes: Mapping[str, Shape], candidates: Collection[int]
+) -> Counter[int]:
+    """Return how many tensors in or around a layer have each candidate as their last size.
+
+    Gains of norms and biases of outputs have the width, and so has an embedding.
+
+    Args:
+        sublayers: of the layer.
+        sizes: shape of every tensor, by name.
+        candidates: the sizes to count.
+    """
+    # 1. The modules of the layer.
     paths = set[str]()
-    for sublayer in first_layer:
+    for sublayer in sublayers:
         for name in sublayer.roles:
             paths.update(_numbered_paths(name))
-    tie_votes: Counter[int] = Counter()
+
+    # 2. Tensors in these modules, or outside all layers.
+    votes: Counter[int] = Counter()
     for name, shape in sizes.items():
         own_paths = _numbered_paths(name)
-        is_near = not own_paths or not paths.isdisjoint(own_paths)
-        if is_near and shape and shape[-1] in leaders and not _INNER.search(name):
-            tie_votes[shape[-1]] += 1
-    leaders = _most_frequent(tie_votes)
-    return leaders[0] if len(leaders) == 1 else None
+        is_elsewhere = bool(own_paths) and paths.isdisjoint(own_paths)
+        if is_elsewhere or not shape or _INNER.search(name):
+            continue
+        if shape[-1] in candidates:
+            votes[shape[-1]] += 1
+    return votes
 
 
 def _most_frequent(votes: Counter[int]) -> list[int]:
@@ -815,10 +898,13 @@ def _sides(shape: Shape) -> tuple[int, int]:
 
     For a stack of experts these are the sizes of one of them.
     """
+    # 1. A matrix, or a stack of them.
     is_short_kernel = len(shape) == 3 and shape[-1] <= 4 < shape[0]
     is_kernel = len(shape) >= 4 or is_short_kernel
     if not is_kernel:
         return shape[-2], shape[-1]
+
+    # 2. The kernel of a convolution. A depthwise one makes as many channels as it reads.
     is_depthwise = shape[1] == 1
     if is_depthwise:
         return shape[0], shape[0]
@@ -829,32 +915,43 @@ def _mark_fused_gates(
     sublayer: NamedSublayer, sizes: Mapping[str, Shape], width: int | None
 ) -> None:
     """Turn W_1 into W_gate_up where it makes twice the features that W_2 reads (Megatron)."""
-    roles = sublayer.roles.values()
-    if width is None or "W_gate" in roles or "W_2" not in roles:
-        return
-    output = next(name for name, role in sublayer.roles.items() if role == "W_2")
-    hidden = _other_side(sizes[output], width)
+    names_of: dict[str, list[str]] = {}
     for name, role in sublayer.roles.items():
-        if role == "W_1" and _other_side(sizes[name], width) == 2 * hidden:
+        names_of.setdefault(role, []).append(name)
+    if width is None or "W_gate" in names_of or "W_2" not in names_of:
+        return
+
+    output = names_of["W_2"][0]
+    hidden = _other_side(sizes[output], width)
+    for name in names_of.get("W_1", []):
+        if _other_side(sizes[name], width) == 2 * hidden:
             sublayer.roles[name] = "W_gate_up"
 
 
 def _other_side(shape: Shape, width: int) -> int:
     """Return the size of a matrix that is not the width; the width for a square one."""
     rows, columns = _sides(shape)
-    return columns if rows == width else rows
+    if rows == width:
+        return columns
+    return rows
 
 
 # -- Step 5: every weight --------------------------------------------------------------------------
 def _describe_weights(
     sizes: Mapping[str, Shape], sublayers: Sequence[NamedSublayer], width: int | None
 ) -> dict[str, NamedWeight]:
-    home = {name: sublayer for sublayer in sublayers for name in sublayer.roles}
+    """Return the description of every weight, by name."""
+    # 1. The sub-layer of each matrix that lies in one.
+    sublayer_of: dict[str, NamedSublayer] = {}
+    for sublayer in sublayers:
+        sublayer_of |= dict.fromkeys(sublayer.roles, sublayer)
+
+    # 2. Every weight.
     layer_of_path = _layers_by_path(sublayers)
     weights = {}
     for name, shape in sizes.items():
-        if name in home:
-            weights[name] = _describe_inside(name, shape, home[name], width)
+        if name in sublayer_of:
+            weights[name] = _describe_inside(name, shape, sublayer_of[name], width)
         else:
             weights[name] = _describe_outside(name, shape, layer_of_path, width)
     return weights
@@ -895,15 +992,17 @@ def _layers_by_path(sublayers: Sequence[NamedSublayer]) -> dict[str, tuple[int, 
     """Return the layer and the stack of every numbered module path that lies in one layer only."""
     layers_of_path: dict[str, set[tuple[int, str]]] = {}
     for sublayer in sublayers:
+        layer = (sublayer.layer, sublayer.stack)
         for name in sublayer.roles:
             for path in _numbered_paths(name):
-                layers_of_path.setdefault(path, set()).add((sublayer.layer, sublayer.stack))
+                layers_of_path.setdefault(path, set()).add(layer)
     return {path: layers.pop() for path, layers in layers_of_path.items() if len(layers) == 1}
 
 
 def _layer_around(
     name: str, layer_of_path: Mapping[str, tuple[int, str]]
 ) -> tuple[int | None, str]:
+    """Return the layer and the stack of the innermost module around a parameter that is known."""
     for path in reversed(_numbered_paths(name)):
         if path in layer_of_path:
             return layer_of_path[path]
@@ -925,9 +1024,13 @@ def role_outside(name: str, shape: Shape, in_layer: bool) -> str:
         return _role_of_vector(name)
     if not is_matrix(name, shape):
         return ""
+
+    # Embeddings, heads and projections lie outside all numbered modules.
     path = name.removesuffix(".weight")
     is_numbered = in_layer or _end_of_block(path.split(".")) > 0
-    rules = _ANYWHERE_RULES if is_numbered else _ANYWHERE_RULES + _OUTSIDE_RULES
+    rules = list(_ANYWHERE_RULES)
+    if not is_numbered:
+        rules += _OUTSIDE_RULES
     for role, words in rules:
         if re.search(words, path):
             return role
@@ -935,12 +1038,15 @@ def role_outside(name: str, shape: Shape, in_layer: bool) -> str:
 
 
 def _role_of_vector(name: str) -> str:
+    """Return the role of a vector: bias, scale, norm_gain, or "" if its name says none."""
     if name.endswith(("bias", "beta")):
         return "bias"
-    if _SCALE.search(name) and not _GAIN.search(name):
+    is_of_norm = _GAIN.search(name) is not None
+    if _SCALE.search(name) and not is_of_norm:
         return "scale"
-    is_gain = name.endswith(("weight", "gamma", "scale", ".g")) and _GAIN.search(name) is not None
-    return "norm_gain" if is_gain else ""
+    if is_of_norm and name.endswith(("weight", "gamma", "scale", ".g")):
+        return "norm_gain"
+    return ""
 
 
 def fans_of(role: str, shape: Shape, width: int | None) -> tuple[int | None, int | None]:
@@ -959,11 +1065,16 @@ def fans_of(role: str, shape: Shape, width: int | None) -> tuple[int | None, int
         return None, None
     if role in ("embedding", "positions"):
         return shape[-2], shape[-1]
+
+    # 1. Without one side that is the width, the order is that of `nn.Linear`.
     rows, columns = _sides(shape)
     one_side_is_width = (rows == width) != (columns == width)
     if width is None or not one_side_is_width:
         return columns, rows
-    # Of the two sizes, the width is where a matrix reads or writes the stream.
-    other = columns if rows == width else rows
+
+    # 2. The width is where a matrix reads or writes the stream.
+    other = _other_side(shape, width)
     writes_stream = role in ("W_O", "W_2")
-    return (other, width) if writes_stream else (width, other)
+    if writes_stream:
+        return other, width
+    return width, other
