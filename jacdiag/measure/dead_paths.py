@@ -61,11 +61,7 @@ def find_dead_paths(
     values = stream_values(sites)
     if sink is None or not leads(sites, values[-1], sink):
         return None
-    dead = {
-        index
-        for index, site in enumerate(sites)
-        if _without_gradient(site.parameters, profile.parameters)
-    }
+    dead = _sublayers_without_gradient(sites, profile)
     paths = []
 
     # 1. The main stream, up to the last point that gets nothing.
@@ -82,12 +78,7 @@ def find_dead_paths(
         paths += _embeddings_cut_off(sites, profile, sink, frozen)
 
     # 3. Sub-layers after which the stream is cut off, by the calls that do it.
-    by_calls: dict[tuple[str, ...], list[int]] = {}
-    for index in sorted(dead):
-        output = sites.raw[index].output
-        if not sites[index].nested and leads(sites, output, sink):
-            calls = tuple(cutting_calls(sites, output, sink))
-            by_calls.setdefault(calls, []).append(index)
+    by_calls = _by_cutting_calls(sites, dead, sink)
     uncut = by_calls.pop((), [])
     for calls, members in by_calls.items():
         paths.append(_cut_off(sites, members, list(calls), frozen))
@@ -100,6 +91,37 @@ def find_dead_paths(
     return paths + _uncovered_cut_off(sites, profile, sink, frozen)
 
 
+def _sublayers_without_gradient(sites: Sites, profile: GradientProfile) -> set[int]:
+    """Return the indices of the sub-layers whose parameters get no gradient."""
+    dead = set()
+    for index, site in enumerate(sites):
+        if _without_gradient(site.parameters, profile.parameters):
+            dead.add(index)
+    return dead
+
+
+def _by_cutting_calls(
+    sites: Sites, indices: Iterable[int], sink: int
+) -> dict[tuple[str, ...], list[int]]:
+    """Return sub-layers by the calls that cut their output off from the loss.
+
+    Sub-layers with a way that has a gradient come under the key ().
+
+    Args:
+        sites: of one recorded forward.
+        indices: of the sub-layers. Nested ones, and those that do not lead to the loss, are left
+            out.
+        sink: value that the loss is computed from.
+    """
+    by_calls: dict[tuple[str, ...], list[int]] = {}
+    for index in sorted(indices):
+        output = sites.raw[index].output
+        if not sites[index].nested and leads(sites, output, sink):
+            calls = tuple(cutting_calls(sites, output, sink))
+            by_calls.setdefault(calls, []).append(index)
+    return by_calls
+
+
 def _uncovered_cut_off(
     sites: Sites, profile: GradientProfile, sink: int, frozen: Collection[str]
 ) -> list[DeadPath]:
@@ -109,6 +131,7 @@ def _uncovered_cut_off(
     """
     if profile.parameters is None:
         return []
+
     # 1. Group the products by the calls that cut them off. Each costs a run; a model has few
     #    products outside its sub-layers.
     readers = _silent_products(sites, profile.parameters)
@@ -148,6 +171,7 @@ def _silent_products(sites: Sites, gradients: Mapping[str, float]) -> dict[int, 
 
 
 def _first_live_output(sites: Sites, node: int) -> int | None:
+    """Return the first result of a call that depends on the input of the model."""
     for value in sites.graph.nodes[node].outputs:
         if sites.graph.values[value].live:
             return value
@@ -204,8 +228,11 @@ def _first_value_made_from(sites: Sites, parameter: str) -> int | None:
 def _cut_off(
     sites: Sites, members: Sequence[int], calls: list[str], frozen: Collection[str]
 ) -> DeadPath:
-    parameters = {name for index in members for name in sites[index].parameters}
+    """Return the dead path of sub-layers that the same calls cut off."""
     names = [sites[index].name for index in members]
+    parameters: set[str] = set()
+    for index in members:
+        parameters.update(sites[index].parameters)
     is_frozen = parameters <= set(frozen)
     return DeadPath(names, stream=True, cause="cut", calls=calls, frozen=is_frozen)
 
@@ -221,10 +248,13 @@ def _break_in(norms: Sequence[float]) -> int | None:
 
 
 def _without_gradient(names: Sequence[str], gradients: Mapping[str, float] | None) -> bool:
+    """Return whether none of the parameters gets a gradient, as far as it was measured."""
     if gradients is None:
         return False
     known = [gradients[name] for name in names if name in gradients]
-    return bool(known) and all(value == 0 for value in known)
+    if not known:
+        return False
+    return all(value == 0 for value in known)
 
 
 def _sublayers_before(
@@ -237,7 +267,8 @@ def _sublayers_before(
     """
     before: set[int] = set()
     at_the_point: set[int] = set()
-    for group in (sites.streams.groups[index] for index in sites.streams.main):
+    for index in sites.streams.main:
+        group = sites.streams.groups[index]
         if group.shortcut in values[:place]:
             before.update(group.sites)
         if group.shortcut == values[place]:
@@ -253,23 +284,23 @@ def _stream_path(
     below: set[int],
     frozen: Collection[str],
 ) -> DeadPath:
-    """Return the dead path of the main stream below a break, with its cause if it can be proved."""
+    """Return the dead path of the main stream below a break, with its cause if it can be proved.
+
+    Args:
+        sites: of one recorded forward.
+        token_ids: targets of the loss.
+        profile: of the same model.
+        ends: values of the stream before and after the break.
+        below: indices of the sub-layers before the break.
+        frozen: names of parameters that are frozen.
+    """
     source, sink = ends
-    gradients = profile.parameters
-    # 1. What lies below the break.
-    names = [sites[index].name for index in sorted(below)]
-    inside = {name for index in below for name in sites[index].parameters}
-    affected = inside | set(sites.coverage.embedding)
-    elsewhere = False
-    if inside and gradients is not None:
-        elsewhere = all(gradients.get(name) for name in inside)
-    is_frozen = bool(affected) and affected <= set(frozen)
-    path = DeadPath(names, stream=True, cause="unknown", elsewhere=elsewhere, frozen=is_frozen)
+    path = _undescribed_stream_path(sites, profile.parameters, below, frozen)
 
     def alive() -> bool:
         return run_backward(sites, token_ids, [source]).norms.get(source, 0.0) > 0
 
-    # 2. Try calls without a derivative, then parameters.
+    # 1. Try calls without a derivative, then parameters.
     try:
         calls = cutting_calls(sites, source, sink)
         if calls:
@@ -282,22 +313,51 @@ def _stream_path(
     if not causes:
         return path
 
-    # 3. Describe the parameters that are the cause.
-    own_gradient = None
-    if gradients is not None and all(name in gradients for name in causes):
-        own_gradient = sum(gradients[name] ** 2 for name in causes) ** 0.5
+    # 2. Describe the parameters that are the cause.
+    is_head = not together and all(_is_head(sites, name) for name in causes)
     return replace(
         path,
         cause="zero",
         parameters=causes,
         values=constants(sites.skeleton, causes),
         together=together,
-        head=not together and all(_is_head(sites, name) for name in causes),
-        own_gradient=own_gradient,
+        head=is_head,
+        own_gradient=_joint_norm(causes, profile.parameters),
     )
 
 
+def _undescribed_stream_path(
+    sites: Sites,
+    gradients: Mapping[str, float] | None,
+    below: Collection[int],
+    frozen: Collection[str],
+) -> DeadPath:
+    """Return the dead path of the main stream below a break, without a cause."""
+    names = [sites[index].name for index in sorted(below)]
+    inside: set[str] = set()
+    for index in below:
+        inside.update(sites[index].parameters)
+
+    # 1. Whether the gradient reaches the parameters by another way.
+    elsewhere = False
+    if inside and gradients is not None:
+        elsewhere = all(gradients.get(name) for name in inside)
+
+    # 2. Whether all that is cut off is frozen.
+    affected = inside.union(sites.coverage.embedding)
+    is_frozen = bool(affected) and affected <= set(frozen)
+    return DeadPath(names, stream=True, cause="unknown", elsewhere=elsewhere, frozen=is_frozen)
+
+
+def _joint_norm(names: Sequence[str], gradients: Mapping[str, float] | None) -> float | None:
+    """Return the norm of the gradient of several parameters; None unless each was measured."""
+    if gradients is None or any(name not in gradients for name in names):
+        return None
+    return sum(gradients[name] ** 2 for name in names) ** 0.5
+
+
 def _is_head(sites: Sites, name: str) -> bool:
+    """Return whether a parameter is a matrix of the head."""
     return name in sites.coverage.head and sites.skeleton.outlines[name].dim() >= 2
 
 
@@ -308,16 +368,19 @@ def _branch_path(
     site, raw, skeleton = sites[index], sites.raw[index], sites.skeleton
     is_frozen = set(site.parameters) <= set(frozen)
     path = DeadPath([site.name], stream=False, cause="unknown", frozen=is_frozen)
-    if not bool(site.shortcut.any()):
+    reads_zeros = not bool(site.shortcut.any())
+    if reads_zeros:
         return replace(path, cause="input")
 
     # 1. Try calls without a derivative, then parameters.
-    term = raw.result if raw.result is not None else raw.term.operand
     watched = [name for name in site.parameters if skeleton.params[name].is_floating_point()]
 
     def alive() -> bool:
         return any(run_backward(sites, token_ids, [], watched).parameters.values())
 
+    term = raw.result
+    if term is None:
+        term = raw.term.operand
     try:
         calls = [] if term is None else cutting_calls(sites, raw.shortcut, term)
         if calls:
@@ -404,17 +467,21 @@ class Cuts(TorchFunctionMode):
         return calls if is_same_tensor else frozenset()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # 1. Run the call.
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        inputs: list[Tensor] = []
-        collect((args, kwargs), inputs)
         outputs: list[Tensor] = []
         collect(result, outputs)
         if not outputs:
             return result
-        # What lost its gradient before passes the loss on to its results.
+
+        # 2. What lost its gradient before passes the loss on to its results.
+        inputs: list[Tensor] = []
+        collect((args, kwargs), inputs)
         inherited = frozenset().union(*(self.calls_before(tensor) for tensor in inputs))
         had_gradient = any(tensor.requires_grad for tensor in inputs)
+
+        # 3. A float that lost its gradient in this call lost it by this call.
         for tensor in outputs:
             is_new = not any(tensor is other for other in inputs)
             if not is_float(tensor) or not is_new:
@@ -518,6 +585,7 @@ def reviving(skeleton: Skeleton, names: Iterable[str], alive: Alive) -> tuple[li
     """
     if skeleton.stored is not None:
         return [], False
+
     # 1. A weight that was drawn is no suspect: it has two different elements of a usual size.
     suspects = [name for name in dict.fromkeys(names) if _can_block(tensor_of(skeleton, name))]
     if not suspects or not _alive_with(skeleton, suspects, alive):
@@ -532,12 +600,21 @@ def reviving(skeleton: Skeleton, names: Iterable[str], alive: Alive) -> tuple[li
     # 3. Else take away what is not needed. If there are too many to try, no cause is named.
     if len(suspects) > 2 * _MOST:
         return [], False
+    needed = _without_unneeded(skeleton, suspects, alive)
+    return needed, len(needed) > 1
+
+
+def _without_unneeded(skeleton: Skeleton, suspects: Sequence[str], alive: Alive) -> list[str]:
+    """Return the suspects without those that need no other value for the gradient to arrive.
+
+    The last ones are tried first, since zeros come first.
+    """
     needed = list(suspects)
     for name in reversed(suspects):
         fewer = [other for other in needed if other != name]
         if fewer and _alive_with(skeleton, fewer, alive):
             needed = fewer
-    return needed, len(needed) > 1
+    return needed
 
 
 def _can_block(tensor: Tensor) -> bool:
@@ -548,6 +625,7 @@ def _can_block(tensor: Tensor) -> bool:
 
 
 def _is_constant(tensor: Tensor) -> bool:
+    """Return whether all elements of a floating tensor are one number."""
     if not tensor.is_floating_point() or not tensor.numel():
         return False
     flat = tensor.detach().reshape(-1)
@@ -555,6 +633,7 @@ def _is_constant(tensor: Tensor) -> bool:
 
 
 def _alive_with(skeleton: Skeleton, names: Sequence[str], alive: Alive) -> bool:
+    """Return whether the gradient arrives if some parameters hold other values."""
     with other_values(skeleton, names):
         return alive()
 
@@ -573,13 +652,11 @@ def other_values(skeleton: Skeleton, names: Sequence[str]) -> Iterator[None]:
     try:
         for name in names:
             if name in params:
-                tensor = params[name]
-                skeleton.params[name] = torch.randn(tensor.shape, generator=generator).to(tensor)
+                drawn = torch.randn(params[name].shape, generator=generator)
+                skeleton.params[name] = drawn.to(params[name])
             else:
-                tensor = buffers[name]
-                skeleton.buffers[name] = (0.5 + torch.rand(tensor.shape, generator=generator)).to(
-                    tensor
-                )
+                drawn = 0.5 + torch.rand(buffers[name].shape, generator=generator)
+                skeleton.buffers[name] = drawn.to(buffers[name])
         yield
     finally:
         skeleton.params.update(params)
@@ -588,19 +665,22 @@ def other_values(skeleton: Skeleton, names: Sequence[str]) -> Iterator[None]:
 
 def tensor_of(skeleton: Skeleton, name: str) -> Tensor:
     """Return a parameter or a buffer of the skeleton."""
-    return skeleton.params[name] if name in skeleton.params else skeleton.buffers[name]
+    if name in skeleton.params:
+        return skeleton.params[name]
+    return skeleton.buffers[name]
 
 
 def suspects_of(sites: Sites, index: int) -> list[str]:
     """Return the parameters of a branch and the buffers that its calls read."""
     graph, skeleton = sites.graph, sites.skeleton
-    read = [value for call in sites.raw[index].calls for value in graph.nodes[call].inputs]
-    names = {graph.values[value].name: None for value in read if graph.values[value].node == STATE}
-    buffers = [
-        name
-        for name in names
-        if name in skeleton.buffers and skeleton.buffers[name].is_floating_point()
-    ]
+    buffers: dict[str, None] = {}
+    for call in sites.raw[index].calls:
+        for value in graph.nodes[call].inputs:
+            record = graph.values[value]
+            if record.node != STATE or record.name not in skeleton.buffers:
+                continue
+            if skeleton.buffers[record.name].is_floating_point():
+                buffers[record.name] = None
     return [*sites[index].parameters, *buffers]
 
 
@@ -631,12 +711,12 @@ def find_dead_branches(
 
 def _with_gradient(branch: DeadBranch, gradients: Mapping[str, float] | None) -> DeadBranch:
     """Return a dead branch with the norm of the gradient of its causes, where it was measured."""
-    names = branch.parameters
-    if not names or gradients is None:
+    if not branch.parameters:
         return branch
-    if any(name not in gradients for name in names):
+    norm = _joint_norm(branch.parameters, gradients)
+    if norm is None:
         return branch
-    return replace(branch, own_gradient=sum(gradients[name] ** 2 for name in names) ** 0.5)
+    return replace(branch, own_gradient=norm)
 
 
 def _dead_branch(sites: Sites, position: int) -> DeadBranch:
@@ -725,6 +805,7 @@ def _calls_feeding(sites: Sites, position: int) -> set[int]:
 
 
 def _live_inputs(graph: Graph, call: int) -> list[int]:
+    """Return the values that a call reads and that depend on the input of the model."""
     return [value for value in graph.nodes[call].inputs if graph.values[value].live]
 
 
@@ -742,15 +823,19 @@ def _depends(sites: Sites, position: int) -> bool:
 
     def visit(spot: Spot, tensor: Tensor) -> Tensor:
         nonlocal depends
+        # 1. The shortcut becomes a leaf.
         if spot is source:
             leaves.append(tensor.detach().requires_grad_())
             return leaves[-1].clone()
+
+        # 2. The end of the branch is differentiated by it.
         if leaves and tensor.requires_grad:
             total = tensor.square().sum() + tensor.sum()
             (gradient,) = torch.autograd.grad(
                 total, leaves[-1], retain_graph=True, allow_unused=True
             )
-            depends = depends or (gradient is not None and bool((gradient != 0).any()))
+            if gradient is not None and bool((gradient != 0).any()):
+                depends = True
         return tensor
 
     with torch.enable_grad(), replayer.whole_graph():
@@ -784,11 +869,17 @@ def _zero_in_every_layer(skeleton: Skeleton, name: str, elsewhere: Iterable[str]
 
 
 def _one_number_apart(first: str, second: str) -> bool:
-    pairs = list(zip(first.split("."), second.split("."), strict=False))
+    """Return whether two names differ in one part, which is a number in both."""
+    first_parts, second_parts = first.split("."), second.split(".")
+    if len(first_parts) != len(second_parts):
+        return False
+    pairs = zip(first_parts, second_parts, strict=True)
     different = [(a, b) for a, b in pairs if a != b]
-    same_length = first.count(".") == second.count(".")
-    return same_length and len(different) == 1 and all(part.isdigit() for part in different[0])
+    if len(different) != 1:
+        return False
+    return all(part.isdigit() for part in different[0])
 
 
 def _is_zero(tensor: Tensor) -> bool:
+    """Return whether all elements of a floating tensor are zero."""
     return tensor.is_floating_point() and not bool(tensor.detach().any())

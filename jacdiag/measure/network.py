@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,24 +29,42 @@ from jacdiag.trace.execution.tap import Spot, Where
 _SAMPLED = 2  # sub-layers whose independent dimensions are looked at: attention and FFN, mostly
 
 
-def _norm(t: Tensor) -> float:
-    return float(torch.linalg.vector_norm(t.detach().double()))
+def _norm(tensor: Tensor) -> float:
+    """Return the Euclidean norm in float64."""
+    return float(torch.linalg.vector_norm(tensor.detach().double()))
 
 
 def end_to_end(
     sites: Sites, tol: float, confidence: float, max_products: int, seed: int
 ) -> Interval | None:
-    """Return the spectral norm of d y_N / d x_1 over the main stream, by Lanczos on the chain."""
-    groups = [sites.streams.groups[k] for k in sites.streams.main]
+    """Return the spectral norm of d y_N / d x_1 over the main stream, by Lanczos on the chain.
+
+    Args:
+        sites: of one recorded forward.
+        tol: relative width of the interval that is requested.
+        confidence: probability with which the interval holds.
+        max_products: budget of products with J and J^T.
+        seed: of the random start.
+
+    Returns:
+        The interval; None if no sub-layer lies on the main stream.
+    """
+    groups = [sites.streams.groups[index] for index in sites.streams.main]
     if not groups:
         return None
-    source = sites.replayer.spot_of(groups[0].shortcut, 0)
-    segment = sites.replayer.segment(0, source, sites.replayer.spot_of(end_of(sites), 0))
+
+    # 1. The map from the first shortcut to the stream's end.
+    replayer = sites.replayer
+    source = replayer.spot_of(groups[0].shortcut, 0)
+    segment = replayer.segment(0, source, replayer.spot_of(end_of(sites), 0))
     first = sites[groups[0].sites[0]]
     generator = torch.Generator().manual_seed(seed)
-    with sites.replayer.whole_graph():
+    with replayer.whole_graph():
         operator = JacobianOperator(segment, first.shortcut, batch_dims=())
-    dims = _trivially_independent([sites[k] for group in groups for k in group.sites])
+
+    # 2. The dimensions over which it is made of independent problems.
+    members = [sites[index] for group in groups for index in group.sites]
+    dims = _trivially_independent(members)
     if dims is None or not _keeps(dims, operator.value.shape):
         dims = independent_dims(
             operator.pull_shaped,
@@ -58,6 +76,8 @@ def end_to_end(
             generator,
         )
     operator.set_batch_dims(dims)
+
+    # 3. Its norm.
     solution = top_singular(
         operator, tol=tol, confidence=confidence, max_products=max_products, generator=generator
     )
@@ -104,35 +124,42 @@ def network_record(
     Growth exponents are ln(last / first) / layers. Those of activations go from the first shortcut
     to the stream's end. Those of gradients go from the stream's end down to the first shortcut. So
     both are positive where the norms grow.
+
+    Args:
+        sites: of one recorded forward.
+        records: of the sub-layers.
+        profile: of one forward and backward; None if it was not measured.
+        whole: norm of the end-to-end map; None if it was not measured.
+        layers: how many there are.
+        notes: field -> why it is missing.
+        forward: figures of the stream in the forward.
+        backward: figures of the gradients.
     """
     # 1. The product of the residual norms, known only if every factor is.
-    factors = [
-        _residual_of(records, sites.streams.groups[index].sites) for index in sites.streams.main
-    ]
-    known = [factor for factor in factors if factor is not None]
-    all_known = len(known) == len(factors)
-    if not all_known:
-        notes = {"gain_product_log": "not every residual norm was measured to its width"} | notes
+    factors = _residual_norms(sites, records)
     log = None
-    if factors and all_known:
-        log = sum(math.log(factor) if factor > 0 else -math.inf for factor in known)
-    if log is not None and whole is None:
+    if factors:
+        log = sum(math.log(factor) if factor > 0 else -math.inf for factor in factors)
+    if factors is None:
+        notes = {"gain_product_log": "not every residual norm was measured to its width"} | notes
+    elif log is not None and whole is None:
         notes = {**notes, "gain_product_log": PRODUCT_ALONE}
+    record = NetworkRecord(
+        gain_product_log=log,
+        end_to_end=whole,
+        growth=Growth(),
+        forward=forward,
+        backward=backward,
+        notes=notes,
+    )
     if profile is None:
-        return NetworkRecord(
-            gain_product_log=log,
-            end_to_end=whole,
-            growth=Growth(),
-            forward=forward,
-            backward=backward,
-            notes=notes,
-        )
+        return record
 
     # 2. The gradient norms that the factors predict, from the stream's end down.
     predicted = None
-    if all_known:
+    if factors is not None:
         predicted = [profile.norms[-1]]
-        for factor in reversed(known):
+        for factor in reversed(factors):
             predicted.insert(0, predicted[0] * factor)
 
     # 3. Growth over depth.
@@ -140,17 +167,27 @@ def network_record(
     if profile.activations:
         of_activations = _exponent(profile.activations[0], profile.activations[-1], layers)
     of_gradients = _exponent(profile.norms[-1], profile.norms[0], layers)
-    return NetworkRecord(
-        gain_product_log=log,
-        end_to_end=whole,
+    return replace(
+        record,
         gradient_norms=profile.norms,
         predicted_gradient_norms=predicted,
         growth=Growth(of_activations, of_gradients),
         loss={"kind": profile.kind, "value": profile.loss},
-        forward=forward,
-        backward=backward,
-        notes=notes,
     )
+
+
+def _residual_norms(sites: Sites, records: Sequence[SublayerRecord]) -> list[float] | None:
+    """Return the residual norm at each shortcut of the main stream.
+
+    None unless each was measured to its width.
+    """
+    factors = []
+    for index in sites.streams.main:
+        factor = _residual_of(records, sites.streams.groups[index].sites)
+        if factor is None:
+            return None
+        factors.append(factor)
+    return factors
 
 
 def backward_record(
@@ -176,11 +213,9 @@ def _cut_shortcuts(sites: Sites) -> list[CutShortcut]:
 
     A detached branch is a part without a gradient.
     """
-    return [
-        CutShortcut(cut.module or cut.line, f"detach in {cut.line}")
-        for cut in cut_additions(sites.graph, sites.finder)
-        if cut.operand == "shortcut"
-    ]
+    cuts = cut_additions(sites.graph, sites.finder)
+    of_shortcuts = [cut for cut in cuts if cut.operand == "shortcut"]
+    return [CutShortcut(cut.module or cut.line, f"detach in {cut.line}") for cut in of_shortcuts]
 
 
 def _backward_record(
@@ -189,13 +224,12 @@ def _backward_record(
     dead: list[DeadPath] | None,
     notes: dict[str, str],
 ) -> BackwardRecord:
+    """Return the record of the gradients, without shortcuts that are cut off."""
     if profile is None:
         return BackwardRecord(notes=notes)
     if dead is None and "dead" not in notes:
-        notes = {
-            **notes,
-            "dead": "the record does not show that the loss depends on the residual stream",
-        }
+        why = "the record does not show that the loss depends on the residual stream"
+        notes = {**notes, "dead": why}
 
     # 1. Where the gradient is NaN or Inf.
     broken = _points_not_finite(sites, profile)
@@ -205,39 +239,62 @@ def _backward_record(
         return BackwardRecord(dead=dead, not_finite=broken, notes=_without_embedding(why) | notes)
     broken += [name for name, value in gradients.items() if not math.isfinite(value)]
 
-    # 2. The embedding is the table that token ids pick from; positions come second.
-    outlines = sites.skeleton.outlines
-    tables = [
-        name for name in sites.coverage.embedding if name in gradients and outlines[name].dim() >= 2
-    ]
+    # 2. The embedding.
+    tables = _embedding_tables(sites, gradients)
     if not tables:
         why = "no embedding lies before the first sub-layer"
         return BackwardRecord(dead=dead, not_finite=broken, notes=_without_embedding(why) | notes)
-    by_ids = _tables_read_by_ids(sites)
-    table = max(tables, key=lambda name: (name in by_ids, outlines[name].numel()))
+    table = _main_table(sites, tables)
 
-    # 3. The other matrices. Those without a gradient (experts without tokens) would lower the
-    #    median.
-    others = []
-    for name, value in gradients.items():
-        is_other_matrix = name not in tables and outlines[name].dim() >= 2
-        if is_other_matrix and value > 0 and math.isfinite(value):
-            others.append(value)
-    median = statistics.median(others) if others else None
+    # 3. The other matrices.
+    median = _median_of_other_matrices(sites, gradients, tables)
     if median is None:
         notes = {**notes, "others_median": "no other matrix has a gradient"}
     return BackwardRecord(table, gradients[table], median, dead, broken, notes)
 
 
+def _embedding_tables(sites: Sites, gradients: Mapping[str, float]) -> list[str]:
+    """Return the matrices among the embeddings whose gradient was measured."""
+    measured = [name for name in sites.coverage.embedding if name in gradients]
+    return [name for name in measured if sites.skeleton.outlines[name].dim() >= 2]
+
+
+def _main_table(sites: Sites, tables: Iterable[str]) -> str:
+    """Return the embedding that token ids pick from; positions come second."""
+    by_ids = _tables_read_by_ids(sites)
+    outlines = sites.skeleton.outlines
+    return max(tables, key=lambda name: (name in by_ids, outlines[name].numel()))
+
+
+def _median_of_other_matrices(
+    sites: Sites, gradients: Mapping[str, float], tables: Collection[str]
+) -> float | None:
+    """Return the median gradient norm of all matrices but the embeddings.
+
+    Those without a gradient (experts without tokens) would lower it, and are left out.
+    """
+    norms = []
+    for name, norm in gradients.items():
+        is_other_matrix = name not in tables and sites.skeleton.outlines[name].dim() >= 2
+        if is_other_matrix and 0 < norm < math.inf:
+            norms.append(norm)
+    if not norms:
+        return None
+    return statistics.median(norms)
+
+
 def _points_not_finite(sites: Sites, profile: GradientProfile) -> list[str]:
     """Return the points of the main stream whose gradient is NaN or Inf, in words."""
+    # 1. The points, as the profile lists them.
     points = []
     for index in sites.streams.main:
         first = sites[sites.streams.groups[index].sites[0]]
         points.append(f"the stream at {first.name}")
     points.append("the stream's end")
+
+    # 2. Those whose norm is not finite.
     norms = zip(points, profile.norms, strict=False)
-    return [point for point, value in norms if not math.isfinite(value)]
+    return [point for point, norm in norms if not math.isfinite(norm)]
 
 
 def _without_embedding(why: str) -> dict[str, str]:
@@ -288,6 +345,7 @@ def _without_flow(record: SublayerRecord, branch: DeadBranch | None, why: str) -
 def _with_flow(
     record: SublayerRecord, profile: GradientProfile, branch: DeadBranch | None
 ) -> SublayerRecord:
+    """Return a record with attention, the gradient norm of its parameters, and a dead branch."""
     notes = dict(record.notes)
     # 1. Attention.
     attention = profile.attention.get(str(record.index))
@@ -298,8 +356,10 @@ def _with_flow(
     # 2. The gradient of the parameters.
     gradients = profile.parameters or {}
     squares = [gradients[name] ** 2 for name in record.parameters if name in gradients]
-    gradient = math.sqrt(sum(squares)) if squares else None
-    if gradient is None:
+    gradient = None
+    if squares:
+        gradient = math.sqrt(sum(squares))
+    else:
         unmeasured = "its parameters have no gradient"
         notes["gradient_norm"] = profile.why.get("parameters", unmeasured)
     return replace(
@@ -308,17 +368,26 @@ def _with_flow(
 
 
 def _residual_of(records: Sequence[SublayerRecord], members: Sequence[int]) -> float | None:
+    """Return the residual norm at one shortcut; None if it was not measured to its width.
+
+    Args:
+        records: of all sub-layers.
+        members: indices of those on the shortcut; several are parallel branches.
+    """
     record = records[members[0]]
-    interval = record.joint_residual_norm if len(members) > 1 else record.residual_norm
+    interval = record.residual_norm
+    if len(members) > 1:
+        interval = record.joint_residual_norm
     if interval is None or not interval.converged:
         return None
     return interval.estimate
 
 
 def _exponent(first: float, last: float, layers: int) -> float | None:
+    """Return the growth from one norm to another for each layer; None if there is none."""
     are_positive = first > 0 and last > 0 and layers > 0
     are_finite = math.isfinite(first) and math.isfinite(last)
-    if not (are_positive and are_finite):
+    if not are_positive or not are_finite:
         return None
     return math.log(last / first) / layers
 
@@ -340,11 +409,11 @@ def verify_replay(
     Returns:
         Name of each sub-layer -> relative error.
     """
-    chosen = [
-        index
-        for index, site in enumerate(sites)
-        if not site.nested and (only is None or index in only)
-    ]
+    chosen = []
+    for index, site in enumerate(sites):
+        is_chosen = only is None or index in only
+        if is_chosen and not site.nested:
+            chosen.append(index)
     if not chosen:
         return {}
 
@@ -430,23 +499,31 @@ class _ModelPulls:
 
 
 def _cotangent(site: Sublayer, seed: int) -> Tensor:
+    """Return a random cotangent of a branch, the same in both runs."""
     generator = torch.Generator().manual_seed(seed + site.index)
     return torch.randn(site.value.shape, generator=generator, dtype=torch.float64).to(site.value)
 
 
-def _pull(value: Tensor, leaf: Tensor, w: Tensor) -> Tensor:
+def _pull(value: Tensor, leaf: Tensor, cotangent: Tensor) -> Tensor:
+    """Return J^T w of the map from a leaf to a value; zeros if the value does not depend on it."""
     if not value.requires_grad:
         return torch.zeros_like(leaf)
-    (g,) = torch.autograd.grad(value, leaf, w, retain_graph=True, allow_unused=True)
-    return torch.zeros_like(leaf) if g is None else g
+    (gradient,) = torch.autograd.grad(value, leaf, cotangent, retain_graph=True, allow_unused=True)
+    if gradient is None:
+        return torch.zeros_like(leaf)
+    return gradient
 
 
-def _own_pull(site: Any, w: Tensor) -> Tensor:
+def _own_pull(site: Any, cotangent: Tensor) -> Tensor:
+    """Return J^T w of a branch that is run by itself."""
     with torch.enable_grad():
         x = site.shortcut.detach().clone().requires_grad_()
-        return _pull(site.branch(x), x, w.reshape(site.value.shape))
+        return _pull(site.branch(x), x, cotangent.reshape(site.value.shape))
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
+    """Return the norm of a difference, over the larger of the two norms."""
     scale = max(_norm(a), _norm(b))
-    return _norm(a - b) / scale if scale > 0 else 0.0
+    if not scale > 0:
+        return 0.0
+    return _norm(a - b) / scale
