@@ -459,14 +459,15 @@ class OptimizerObserver:
 def _has_jumped(
     rates: Sequence[float | Tensor | None], before: Sequence[float | Tensor | None]
 ) -> bool:
-    """Return whether the learning rate of a parameter group is more than `_RATE_JUMP` times as high.
+    """Return whether a parameter group's learning rate has risen by more than `_RATE_JUMP` times.
 
     A rate that lies on a device is not looked at, because the host would have to wait for it.
     """
     for rate, earlier in zip(rates, before, strict=False):
-        if isinstance(rate, float) and isinstance(earlier, float) and 0 < earlier:
-            if rate > _RATE_JUMP * earlier:
-                return True
+        if not isinstance(rate, float) or not isinstance(earlier, float):
+            continue
+        if 0 < _RATE_JUMP * earlier < rate:
+            return True
     return False
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from jacdiag.records import ContractRecord, Finding, WeightRecord
 from jacdiag.rules.finding_numbers import plain
-from jacdiag.rules.init_contract import deviations_of
+from jacdiag.rules.init_contract import Judgement
 from jacdiag.rules.layer_groups import DRAWN
 from jacdiag.rules.odd_parameter import names_of
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
@@ -68,21 +68,20 @@ def copies(contract: ContractRecord) -> tuple[int, list[Copy]]:
     return len(drawn), repeating
 
 
-def constant_matrices(contract: ContractRecord) -> list[WeightRecord]:
+def constant_matrices(judgement: Judgement) -> list[WeightRecord]:
     """Return the matrices of sub-layers that hold one number other than zero throughout.
 
     Args:
-        contract: of a model at its init. What another rule of the contract names is left out.
+        judgement: of a model at its init. What another rule of the contract names is left out.
     """
-    named = {deviation.weight.parameter for deviation in deviations_of(contract)}
     constant = []
-    for weight in contract.weights:
+    for weight in judgement.contract.weights:
         if weight.role not in MATRICES or weight.family != "constant":
             continue
 
         # A matrix with one row or column is a vector, whose numbers may be one on purpose.
         is_matrix = len(weight.shape) >= 2 and min(weight.shape[-2:]) >= 2
-        if is_matrix and weight.parameter not in named:
+        if is_matrix and weight.parameter not in judgement.deviating_names:
             constant.append(weight)
     return constant
 
@@ -147,9 +146,10 @@ def _compare_names(weight: WeightRecord, original: WeightRecord) -> Copy | None:
 
 # -- the rule --------------------------------------------------------------------------------------
 def _check(context: Context, rule: Rule) -> Outcome:
-    contract = context.report.contract
-    if contract is None or context.report.state not in rule.states:
+    judgement = context.judgement
+    if judgement is None or context.report.state not in rule.states:
         return NOT_APPLICABLE
+    contract = judgement.contract
     count, repeating = copies(contract)
     stacks: dict[tuple[str, int], list[Copy]] = {}
     others: dict[str, list[Copy]] = {}
@@ -162,15 +162,15 @@ def _check(context: Context, rule: Rule) -> Outcome:
         _finding(context, rule, contract, stack, group) for (stack, _), group in stacks.items()
     ]
     findings += [_finding_of_others(context, rule, group) for group in others.values()]
-    findings += _findings_alone(context, rule, contract)
+    findings += _findings_alone(context, rule, judgement)
     return Outcome(count, findings)
 
 
-def _findings_alone(context: Context, rule: Rule, contract: ContractRecord) -> Iterator[Finding]:
+def _findings_alone(context: Context, rule: Rule, judgement: Judgement) -> Iterator[Finding]:
     """Yield what is said of weights that repeat a part of themselves."""
     # 1. Random numbers that repeat.
     repeating = []
-    for weight in contract.weights:
+    for weight in judgement.contract.weights:
         is_outside = weight.role in _OUTSIDE and weight.family in DRAWN
         if weight.same_as != weight.parameter:
             continue
@@ -181,7 +181,7 @@ def _findings_alone(context: Context, rule: Rule, contract: ContractRecord) -> I
 
     # 2. One number throughout.
     by_value: dict[str, list[WeightRecord]] = {}
-    for weight in constant_matrices(contract):
+    for weight in constant_matrices(judgement):
         by_value.setdefault(plain(weight.mean), []).append(weight)
     for value, weights in by_value.items():
         yield _finding_of_constants(context, rule, value, weights)

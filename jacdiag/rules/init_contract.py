@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from jacdiag.records import ContractRecord, Finding, Report, WeightRecord
 from jacdiag.rules.finding_numbers import plain
@@ -110,18 +111,47 @@ def _note_of_own(yardstick: Yardstick) -> str:
     return note
 
 
+@dataclass(frozen=True)
+class Judgement:
+    """The weights of a model and how they compare with a scheme.
+
+    Several rules need the comparison, and it takes long: it is made once, when it is first needed.
+
+    Attributes:
+        contract: The weights.
+    """
+
+    contract: ContractRecord
+
+    @cached_property
+    def result(self) -> Judged:
+        """The comparison with the scheme of the model's family, else with the rest of the model."""
+        return judged(self.contract)
+
+    @cached_property
+    def deviations(self) -> list[Deviation]:
+        """The weights that differ from the pinned contract, or else from the rest."""
+        contract = self.contract
+        pinned: list[Deviation] = []
+        if contract.pinned:
+            _, pinned = deviations(Yardstick.given(contract, _pinned_scheme(contract)))
+        named = {deviation.weight.parameter for deviation in pinned}
+        others = [
+            deviation
+            for deviation in self.result.deviations
+            if deviation.weight.parameter not in named
+        ]
+        return [*pinned, *others]
+
+    @cached_property
+    def deviating_names(self) -> frozenset[str]:
+        """The names of the parameters that differ."""
+        return frozenset(deviation.weight.parameter for deviation in self.deviations)
+
+
 def deviations_of(contract: ContractRecord) -> list[Deviation]:
     """Return the weights that differ from the pinned contract, or else from the rest."""
-    pinned: list[Deviation] = []
-    if contract.pinned:
-        _, pinned = deviations(Yardstick.given(contract, _pinned_scheme(contract)))
-    named = {deviation.weight.parameter for deviation in pinned}
-    others = [
-        deviation
-        for deviation in judged(contract).deviations
-        if deviation.weight.parameter not in named
-    ]
-    return [*pinned, *others]
+    return Judgement(contract).deviations
 
 
 def _pinned_scheme(contract: ContractRecord) -> Scheme:
@@ -130,11 +160,11 @@ def _pinned_scheme(contract: ContractRecord) -> Scheme:
     )
 
 
-def _contract(context: Context, rule: Rule) -> ContractRecord | None:
-    """Return the contract, if the rule applies to a model of this state."""
+def _judgement(context: Context, rule: Rule) -> Judgement | None:
+    """Return the judgement of the weights, if the rule applies to a model of this state."""
     if context.report.state not in rule.states:
         return None
-    return context.report.contract
+    return context.judgement
 
 
 def _findings(
@@ -229,10 +259,10 @@ def _by_kind(kind: str) -> Callable[[Context, Rule], Outcome]:
     """
 
     def check(context: Context, rule: Rule) -> Outcome:
-        contract = _contract(context, rule)
-        if contract is None:
+        judgement = _judgement(context, rule)
+        if judgement is None:
             return NOT_APPLICABLE
-        result = judged(contract)
+        contract, result = judgement.contract, judgement.result
 
         # 1. Weights that no init draws come first.
         if kind == "own":
@@ -334,9 +364,10 @@ def _matched(kind: str, contract: ContractRecord, result: Judged) -> int:
 
 # -- JD206 -----------------------------------------------------------------------------------------
 def _tied(context: Context, rule: Rule) -> Outcome:
-    contract = _contract(context, rule)
-    if contract is None or not contract.tied:
+    judgement = _judgement(context, rule)
+    if judgement is None or not judgement.contract.tied:
         return NOT_APPLICABLE
+    contract = judgement.contract
     limit = context.thresholds.limits("logits_std").warning
     width = contract.sizes.get("d", 0.0)
     findings = []

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from jacdiag.records import ContractRecord, Finding, Level, WeightRecord
 from jacdiag.rules.finding_numbers import plain
-from jacdiag.rules.init_contract import deviations_of, judged
+from jacdiag.rules.init_contract import Judgement
 from jacdiag.rules.layer_groups import DRAWN
 from jacdiag.rules.odd_parameter import names_of
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
@@ -42,14 +42,15 @@ class Routers:
     excuse: str = ""
 
 
-def unlike_routers(contract: ContractRecord) -> tuple[int, list[Routers]]:
+def unlike_routers(judgement: Judgement) -> tuple[int, list[Routers]]:
     """Return how many routers were compared, and those that were not drawn as the rest.
 
     Args:
-        contract: of a model at its init.
+        judgement: of a model at its init.
     """
     # 1. Routers by name pattern, without those that another rule judges.
-    left_out = _judged_elsewhere(contract)
+    contract = judgement.contract
+    left_out = _judged_elsewhere(judgement)
     groups: dict[str, list[WeightRecord]] = {}
     for weight in contract.weights:
         is_measured = weight.family in (*DRAWN, "zero") and bool(weight.fan_in)
@@ -69,15 +70,16 @@ def unlike_routers(contract: ContractRecord) -> tuple[int, list[Routers]]:
     return compared, unlike
 
 
-def _judged_elsewhere(contract: ContractRecord) -> set[str]:
+def _judged_elsewhere(judgement: Judgement) -> set[str]:
     """Return the routers that another rule judges.
 
     The user pinned them, a scheme covers them, or they differ from those of other layers.
     """
+    contract = judgement.contract
     pinned = Scheme("pinned", "", "", formulas_of(contract.pinned))
-    scheme = judged(contract).scheme
-    names = {deviation.weight.parameter for deviation in deviations_of(contract)}
-    names.update(difference.weight.parameter for difference in differences(contract)[1])
+    scheme = judgement.result.scheme
+    names = set(judgement.deviating_names)
+    names.update(difference.weight.parameter for difference in differences(judgement)[1])
     for weight in contract.weights:
         is_covered = bool(pinned.of(weight)) or (scheme is not None and bool(scheme.of(weight)))
         if weight.role == "router" and is_covered:
@@ -206,12 +208,12 @@ def _balancing_bias(contract: ContractRecord, router: WeightRecord) -> WeightRec
 
 # -- the rule --------------------------------------------------------------------------------------
 def _check(context: Context, rule: Rule) -> Outcome:
-    contract = context.report.contract
-    if contract is None or context.report.state not in rule.states:
+    judgement = context.judgement
+    if judgement is None or context.report.state not in rule.states:
         return NOT_APPLICABLE
 
     # One finding for each name of routers.
-    count, unlike = unlike_routers(contract)
+    count, unlike = unlike_routers(judgement)
     findings = [_finding(context, rule, routers) for routers in unlike]
     return Outcome(count, findings)
 

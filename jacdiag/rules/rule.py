@@ -4,23 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from jacdiag.records import Condition, Finding, Level, Report, SublayerRecord
 from jacdiag.rules.page import RulePage, read_page
 from jacdiag.rules.profile import Profile
 from jacdiag.rules.thresholds import Thresholds
 
+if TYPE_CHECKING:
+    from jacdiag.rules.init_contract import Judgement
+
 
 @dataclass(frozen=True)
 class Context:
     """What a check sees: the report so far, the thresholds and the profile.
 
-    For some rules it also holds the outcomes of the others.
+    Attributes:
+        report: The report so far.
+        thresholds: Of the figures.
+        profile: Of the levels.
+        judgement: How the weights compare with a scheme; None if the report has no contract.
+        outcomes: Of the other rules, for the rules that run after them.
     """
 
     report: Report
     thresholds: Thresholds
     profile: Profile
+    judgement: Judgement | None = None
     outcomes: Mapping[str, Outcome] = field(default_factory=dict)
 
     def rows(self, rule: Rule) -> list[SublayerRecord]:

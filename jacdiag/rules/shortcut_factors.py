@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from jacdiag.errors import clipped
 from jacdiag.records import Finding, SublayerRecord
 from jacdiag.rules.finding_numbers import plain
-from jacdiag.rules.init_contract import judged
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule
 
 _NEAR = 0.05  # relative; alpha of DeepNorm is at least 1.19, for one layer
@@ -49,11 +48,11 @@ def _zero(context: Context, rule: Rule) -> Outcome:
 
 
 def _alpha(context: Context, rule: Rule) -> Outcome:
-    contract = context.report.contract
+    judgement = context.judgement
     rows = [row for row in context.rows(rule) if row.shortcut_gain is not None]
-    if contract is None or not rows:
+    if judgement is None or not rows:
         return NOT_APPLICABLE
-    scheme = judged(contract).scheme
+    scheme = judgement.result.scheme
     if scheme is None or scheme.name != "deepnorm":
         return NOT_APPLICABLE
     alpha = (2 * max(context.report.model.layers, 1)) ** 0.25

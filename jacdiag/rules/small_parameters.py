@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Iterator
 from jacdiag.records import ContractRecord, Finding, WeightRecord
 from jacdiag.rules.biases import wrong_biases
 from jacdiag.rules.finding_numbers import plain
-from jacdiag.rules.init_contract import deviations_of
+from jacdiag.rules.init_contract import Judgement
 from jacdiag.rules.layer_groups import (
     DRAWN,
     MAJORITY,
@@ -32,13 +32,14 @@ _LEAST = 3  # layers: of two that differ nobody can say which is usual
 _LAYER_SCALE_STEPS = (0.1, 1e-5, 1e-6)
 
 
-def differences(contract: ContractRecord) -> tuple[int, list[Difference]]:
+def differences(judgement: Judgement) -> tuple[int, list[Difference]]:
     """Return how many small parameters were compared, and those that differ.
 
     Args:
-        contract: of the model. What another rule of the contract names, or the user pinned, is left
-            out.
+        judgement: of the model. What another rule of the contract names, or the user pinned, is
+            left out.
     """
+    contract = judgement.contract
     weights = [weight for weight in contract.weights if _is_small(weight)]
     gains = [weight for weight in weights if weight.role == "norm_gain"]
     tables = [weight for weight in weights if weight.padding_size]
@@ -68,7 +69,7 @@ def differences(contract: ContractRecord) -> tuple[int, list[Difference]]:
         first_of.setdefault(difference.weight.parameter, difference)
 
     # 5. Another rule that names the parameter comes first, unless a part of it is meant here.
-    named = _named_elsewhere(contract)
+    named = _named_elsewhere(judgement)
     reported = []
     for name, difference in first_of.items():
         if difference.part or name not in named:
@@ -94,10 +95,11 @@ def _lonely_gains(
     return lonely
 
 
-def _named_elsewhere(contract: ContractRecord) -> set[str]:
+def _named_elsewhere(judgement: Judgement) -> set[str]:
     """Return the parameters that other rules of the contract name, or that the user pinned."""
+    contract = judgement.contract
     pinned = Scheme("pinned", "", "", formulas_of(contract.pinned))
-    names = {deviation.weight.parameter for deviation in deviations_of(contract)}
+    names = set(judgement.deviating_names)
     names.update(leftover.weight.parameter for leftover in leftovers(contract))
     names.update(weight.parameter for weight in contract.weights if pinned.of(weight))
     return names
@@ -270,12 +272,12 @@ def _content(weight: WeightRecord) -> str:
 
 
 def _check(context: Context, rule: Rule) -> Outcome:
-    contract = context.report.contract
-    if contract is None or context.report.state not in rule.states:
+    judgement = context.judgement
+    if judgement is None or context.report.state not in rule.states:
         return NOT_APPLICABLE
 
     # One finding for the parameters of one name that differ from the same others.
-    count, differing = differences(contract)
+    count, differing = differences(judgement)
     groups: dict[tuple[str, str], list[Difference]] = {}
     for difference in differing:
         groups.setdefault((difference.pattern, difference.others), []).append(difference)
