@@ -148,6 +148,9 @@ def stubbed(*args: str, during: str = "", layers: int = 12) -> str:
             textwrap.indent(textwrap.dedent(during), "    "),
             f"    return synthetic.vanilla({layers})",
             "sys.modules['jacdiag.pipeline.audit'] = types.SimpleNamespace(run_audit=run_audit)",
+            # The real record of options imports torch, which takes longer than all the rest.
+            "record = types.SimpleNamespace(AuditOptions=types.SimpleNamespace)",
+            "sys.modules['jacdiag.pipeline.options'] = record",
             f"sys.exit(main({list(args)!r}))",
         ]
     )

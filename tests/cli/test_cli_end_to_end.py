@@ -19,7 +19,8 @@ from cli.rig import MODEL, ROOT, Done, files
 from jacdiag.records import Report
 
 Run = Callable[..., Done]
-SHORT = ["--seq", "16", "--tol", "0.2"]
+PROBE = ["--seq", "16", "--tol", "0.2"]
+SHORT = [*PROBE, "--remedies", "none"]
 
 
 def model(**how: Any) -> torch.nn.Module:
@@ -39,7 +40,7 @@ def weights(tmp_path: Path) -> Path:
 
 @pytest.mark.check("pipeline", "jacdiag audit")
 def test_a_factory(jd: Run, factory: str, tmp_path: Path) -> None:
-    done = jd("audit", f"{factory}build", *SHORT, "--format", "json", "--plot", "gain.png")
+    done = jd("audit", f"{factory}build", *PROBE, "--format", "json", "--plot", "gain.png")
     assert done.code == 0, done.err
     schema = json.loads((ROOT / "tests" / "data" / "report.schema.json").read_text())
     jsonschema.Draft202012Validator(schema).validate(json.loads(done.out))

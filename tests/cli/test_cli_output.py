@@ -165,12 +165,8 @@ def test_json_to_a_file_and_talk_to_stderr(tmp_path: Path) -> None:
 def test_piped_output_does_not_depend_on_the_terminal(tmp_path: Path) -> None:
     settings = (
         "",
-        "COLUMNS=40",
-        "COLUMNS=200",
-        "TERM=dumb",
-        "TERM=xterm-256color",
-        "NO_COLOR=1",
-        "LC_ALL=C",
+        "COLUMNS=40 TERM=xterm-256color",
+        "COLUMNS=200 TERM=dumb NO_COLOR=1 LC_ALL=C",
     )
     shown = {shell(f"env {setting} $RUN", tmp_path).stdout for setting in settings}
     assert len(shown) == 1 and "\x1b" not in shown.pop()
@@ -267,11 +263,12 @@ def test_a_bar_says_what_is_left_once_it_knows(tmp_path: Path) -> None:
 
 
 def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
-    code = stubbed("audit", "checkpoint.pt", "--all", layers=400)
-    first = "import sys; sys.stdout.write(sys.stdin.readline())"
+    """Of a pipe that holds one page, so that the table is longer than what fits in it."""
+    code = stubbed("audit", "checkpoint.pt", "--all", layers=60)
+    first = (
+        "import fcntl, sys; fcntl.fcntl(0, fcntl.F_SETPIPE_SZ, 4096); "
+        "sys.stdout.write(sys.stdin.readline())"
+    )
     command = (
         f'"{sys.executable}" -c "$CODE" | "{sys.executable}" -c "{first}"; exit ${{PIPESTATUS[0]}}'
     )
