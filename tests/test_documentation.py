@@ -37,7 +37,8 @@ def test_links_to_files_and_headings_of_this_project_exist(page: Path) -> None:
             continue
         path, _, anchor = link.partition("#")
         target = page.parent / path if path else page
-        if not target.exists() or (anchor and target.suffix == ".md" and anchor not in anchors_of(target)):
+        has_anchor = bool(anchor) and target.suffix == ".md"
+        if not target.exists() or (has_anchor and anchor not in anchors_of(target)):
             dead.append(link)
     assert dead == []
 
