@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ FAST: tuple[Any, ...] = ("--seq", "16", "--batch", "1")
 SMALL = '{"layers": 2, "d": 32}'
 SMALL_BROKEN = '{"layers": 2, "d": 32, "broken": true}'
 QUICK: dict[str, Any] = {"batch": 1, "seq": 16}
+small = partial(net.model, layers=2, d=32)
 
 
 @pytest.fixture
@@ -141,12 +143,13 @@ def test_every_seed_is_looked_at() -> None:
 
 # -- baseline --------------------------------------------------------------------------------------
 def test_another_seed_passes_and_another_std_does_not(run: Any) -> None:
-    small = ("net.py:model", "--model-args", SMALL, *FAST, "--baseline", "init.json")
-    assert run(*small, "--write-baseline")[0] == 0
+    sound = ("net.py:model", "--model-args", SMALL, *FAST, "--baseline", "init.json")
+    assert run(*sound, "--write-baseline")[0] == 0
     for seed in ("10", "20"):
-        code, out, _ = run(*small, "--seeds", "1", "--seed", seed)
+        code, out, _ = run(*sound, "--seeds", "1", "--seed", seed)
         assert code == 0 and "against the baseline of 20" in out
     args = ("net.py:model", "--model-args", SMALL_BROKEN, *FAST, "--baseline", "init.json")
+    args = (*args, "--seeds", "1")
     code, out, _ = run(*args)
     assert code == 1 and "JD110 regression" in out
     # 0.02/sqrt(2*2) -> 0.02
@@ -156,7 +159,7 @@ def test_another_seed_passes_and_another_std_does_not(run: Any) -> None:
 
 
 def test_a_baseline_knows_its_probe(run: Any, tmp_path: Path) -> None:
-    args = ("net.py:model", "--seeds", "1", "--baseline", "init.json")
+    args = ("net.py:model", "--model-args", SMALL, "--seeds", "1", "--baseline", "init.json")
     assert run(*args, *FAST, "--write-baseline")[0] == 0
     kept = json.loads((tmp_path / "init.json").read_text())
     assert kept["probe"] == {"batch": 1, "seq": 16, "tokens": "random", "dtype": "float32"}
@@ -184,15 +187,16 @@ def test_the_other_probe_of_another_model_is_not_what_is_said(tmp_path: Path) ->
     assert figures.probe
     write_baseline(tmp_path / "b.json", figures)
     with pytest.raises(UsageError, match="of another model"):
-        gate(net.model, torch.randint(0, 256, (1, 16)), seeds=1, baseline=tmp_path / "b.json")
+        gate(small, torch.randint(0, 256, (1, 16)), seeds=1, baseline=tmp_path / "b.json")
 
 
 def test_only_what_changed_is_named(tmp_path: Path) -> None:
     ids = torch.randint(0, 256, (1, 16))
-    write_baseline(tmp_path / "b.json", gate(net.model, ids, seeds=2, decide=False).figures)
+    build = partial(net.model, layers=3, d=32)
+    write_baseline(tmp_path / "b.json", gate(build, ids, seeds=2, decide=False).figures)
 
     def changed() -> torch.nn.Module:
-        made = net.model()
+        made = build()
         made.get_parameter("h.2.attn.c_attn.weight").data.mul_(1.3)
         return made
 
@@ -202,7 +206,7 @@ def test_only_what_changed_is_named(tmp_path: Path) -> None:
 
 
 def test_the_baseline_is_stable_text(tmp_path: Path) -> None:
-    figures = gate(net.model, torch.randint(0, 256, (1, 16)), seeds=2, decide=False).figures
+    figures = gate(small, torch.randint(0, 256, (1, 16)), seeds=2, decide=False).figures
     write_baseline(tmp_path / "b.json", figures)
     assert read_baseline(tmp_path / "b.json") == figures
     first = (tmp_path / "b.json").read_bytes()

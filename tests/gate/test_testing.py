@@ -18,9 +18,11 @@ import pytest
 import torch
 import yaml
 from gate import net
+from jacdiag_cli.main import main
 
 from jacdiag.testing import assert_stable_init
 
+pytest_plugins = ["pytester"]
 ROOT = Path(__file__).parents[2]
 IDS = torch.randint(0, 256, (1, 16), generator=torch.Generator().manual_seed(0))
 
@@ -73,9 +75,13 @@ SUITE = """
 """
 
 
-def pytest_run(folder: Path, *args: str) -> tuple[int, str]:
+def write_suite(folder: Path) -> None:
     shutil.copy(Path(net.__file__), folder / "net.py")
     (folder / "test_init.py").write_text(textwrap.dedent(SUITE), encoding="utf-8")
+
+
+def pytest_run(folder: Path, *args: str) -> tuple[int, str]:
+    write_suite(folder)
     command = [
         sys.executable,
         "-m",
@@ -98,22 +104,23 @@ def test_without_the_option_they_are_skipped(tmp_path: Path) -> None:
     assert code == 0 and "3 skipped" in out and "needs --jacdiag" in out
 
 
-def test_with_it_they_run(tmp_path: Path) -> None:
-    code, out = pytest_run(
-        tmp_path, "--jacdiag", "--jacdiag-seeds", "2", "--jacdiag-write-baselines"
-    )
-    assert code == 1 and "2 passed, 1 failed" in out.replace(
-        "1 failed, 2 passed", "2 passed, 1 failed"
-    )
-    assert (tmp_path / "init.json").is_file()
+def test_with_it_they_run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process: torch is imported here already."""
+    write_suite(pytester.path)
+    monkeypatch.setenv("COLUMNS", "200")
+    plain = ("-p", "no:cacheprovider", "-p", "no:xdist", "--jacdiag", "--jacdiag-seeds")
+    done = pytester.runpytest_inprocess(*plain, "2", "--jacdiag-write-baselines")
+    done.assert_outcomes(passed=2, failed=1)
+    assert done.ret == 1 and (pytester.path / "init.json").is_file()
     # The traceback ends in the user's test, and the reason stands below it.
+    out = done.stdout.str()
     assert "test_init.py:12: AssertionError" in out and "✗ JD203 depth-scaling" in out
     assert "jacdiag/testing" not in out.split("= FAILURES =")[1].split("= jacdiag gate =")[0]
     assert (
         "test_init.py::test_broken: failed in" in out
         and "test_init.py::test_sound: passed in" in out
     )
-    assert pytest_run(tmp_path, "--jacdiag", "--jacdiag-seeds", "1", "-k", "recorded")[0] == 0
+    assert pytester.runpytest_inprocess(*plain, "1", "-k", "recorded").ret == 0
 
 
 def test_the_plugin_is_registered_and_light() -> None:
@@ -144,25 +151,26 @@ def script(folder: Path, text: str, **env: str) -> subprocess.CompletedProcess[s
     )
 
 
-@pytest.mark.parametrize("broken", [pytest.param(False, marks=pytest.mark.long), True])
+@pytest.mark.parametrize("broken", [False, True])
 @pytest.mark.parametrize("hook", hooks(), ids=lambda h: str(h["id"]))
-def test_hooks_do_what_pre_commit_would(hook: dict[str, Any], broken: bool, tmp_path: Path) -> None:
+def test_hooks_do_what_pre_commit_would(
+    hook: dict[str, Any],
+    broken: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In this process: pre-commit runs the words of the entry, without a shell."""
     assert {"id", "name", "entry", "language"} <= set(hook) and hook["pass_filenames"] is False
     shutil.copy(Path(net.__file__), tmp_path / "net.py")
-    args = [
-        "net.py:model",
-        "--seq",
-        "16",
-        "--batch",
-        "1",
-        "--fail-on",
-        "warning",
-        "--select",
-        "JD2",
-    ]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CI", raising=False)
+    command, *words = shlex.split(hook["entry"])
+    args = ["net.py:model", "--seq", "16", "--batch", "1", "--fail-on", "warning"]
+    args += ["--select", "JD2"]
     args += ["--model-args", '{"broken": true}'] if broken else []
-    done = script(tmp_path, f"{hook['entry']} {shlex.join(args)}")
-    assert done.returncode == int(broken), done.stdout + done.stderr
+    assert command == "jacdiag"
+    assert main([*words, *args]) == int(broken), capsys.readouterr()
 
 
 def action() -> dict[str, Any]:
