@@ -18,7 +18,7 @@ from jacdiag.monitor.schedule import Clock
 from jacdiag.monitor.step_hooks import StepHooks
 from jacdiag.monitor.step_metrics import StepMetrics, StepRow, UpdateTurn
 from jacdiag.monitor.step_numbers import StepNumbers
-from jacdiag.monitor.step_usage import Outcome, StepUsage
+from jacdiag.monitor.step_usage import StepOutcome, StepUsage
 from jacdiag.monitor.weight_writes import WeightWrites
 
 NO_FIGURES = "no figures of single steps from now on"
@@ -26,7 +26,7 @@ _NO_UPDATES = "no update norms from now on"
 _NO_WRITES = "writes to weights between the steps are not looked for from now on"
 _RATE_JUMP = 2.0  # times the rate of the step before; a warm-up beyond its first steps is slower
 _SAMPLE = 32  # parameters whose count of changes is looked at
-_NO_HOOK_RAN = (Outcome.COMPILED, Outcome.UNSEEN)
+_NO_HOOK_RAN = (StepOutcome.COMPILED, StepOutcome.UNSEEN)
 
 
 class OptimizerObserver:
@@ -156,7 +156,7 @@ class OptimizerObserver:
             if self._running and writes is not None and buffer is not None:
                 writes.look_again(buffer)
 
-    def take_outcome(self) -> Outcome:
+    def take_outcome(self) -> StepOutcome:
         """Return what was seen of the optimizers since the last call; reads no device."""
         has_changed = self._changes.last != self._changes.read()
         ran_compiled = self.hooks is not None and self.hooks.mark.ran
@@ -164,14 +164,14 @@ class OptimizerObserver:
             self.hooks.mark.ran = False
         if ran_compiled:
             self._is_compiled = True
-            return Outcome.COMPILED
+            return StepOutcome.COMPILED
         if self._stepped:
-            return Outcome.SEEN
+            return StepOutcome.SEEN
         if has_changed:
-            return Outcome.UNSEEN
-        return Outcome.NONE
+            return StepOutcome.UNSEEN
+        return StepOutcome.NONE
 
-    def complete_row(self, outcome: Outcome) -> StepMetrics:
+    def complete_row(self, outcome: StepOutcome) -> StepMetrics:
         """Add to the row at hand what the hooks have left, and what they could not read.
 
         Args:
@@ -205,15 +205,15 @@ class OptimizerObserver:
             metrics.gradients(None, None, None, before=False)
             metrics.now.late = True
 
-    def _close_turn(self, turn: UpdateTurn, metrics: StepMetrics, outcome: Outcome) -> None:
-        if outcome is Outcome.COMPILED and turn.opened:
+    def _close_turn(self, turn: UpdateTurn, metrics: StepMetrics, outcome: StepOutcome) -> None:
+        if outcome is StepOutcome.COMPILED and turn.opened:
             for place in range(len(self.optimizers.leaves)):
                 turn.note_step(place)
             turn.measure(metrics)
             turn.touched = True
         turn.close(metrics)
 
-    def rates_of_groups(self, outcome: Outcome) -> list[float | Tensor | None]:
+    def rates_of_groups(self, outcome: StepOutcome) -> list[float | Tensor | None]:
         """Return the learning rate of each parameter group, as the step used it.
 
         Args:

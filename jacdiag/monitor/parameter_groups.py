@@ -15,7 +15,7 @@ EMBEDDING, HEAD, NORMS, OTHER = "(embedding)", "(head)", "(norms)", "(other)"
 
 
 @dataclass(frozen=True)
-class Member:
+class GroupMember:
     """A parameter in its group.
 
     Attributes:
@@ -41,17 +41,17 @@ class SublayerGroups:
     """
 
     labels: tuple[str, ...]
-    members: tuple[Member, ...]
+    members: tuple[GroupMember, ...]
 
     @cached_property
-    def by_label(self) -> list[list[Member]]:
+    def by_label(self) -> list[list[GroupMember]]:
         """The members of each group, in the order of the labels."""
-        members: list[list[Member]] = [[] for _ in self.labels]
+        members: list[list[GroupMember]] = [[] for _ in self.labels]
         for member in self.members:
             members[member.group].append(member)
         return members
 
-    def of(self, group: int) -> list[Member]:
+    def of(self, group: int) -> list[GroupMember]:
         """Return the members of a group."""
         return self.by_label[group]
 
@@ -105,11 +105,11 @@ def group_parameters(
     place_of = {label: place for place, label in enumerate(labels)}
 
     # 2. The members.
-    members: list[Member] = []
+    members: list[GroupMember] = []
     for name, parameter in named:
         share = 1.0
         if world != 1:
             share = 1.0 / copies(parameter, world)
         place = place_of[group_of.get(name, OTHER)]
-        members.append(Member(name, parameter, place, share))
+        members.append(GroupMember(name, parameter, place, share))
     return SublayerGroups(tuple(labels), tuple(members))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from jacdiag.errors import UsageError
 from jacdiag.monitor.optimizers import local
-from jacdiag.monitor.parameter_groups import Member, SublayerGroups
+from jacdiag.monitor.parameter_groups import GroupMember, SublayerGroups
 from jacdiag.monitor.square_sums import largest_elements, read_square_sums, square_sums, widest
 
 # Columns; sub-layers follow. Those from GIVEN_PART on are summed over ranks.
@@ -52,7 +52,7 @@ class StepRow:
         has_loss: whether the loop passed the loss.
         rates: the learning rates that the step used, one per parameter group; None for a group that
             had no step.
-        optimizer_step: how the step was seen, an `Outcome` of `step_usage`.
+        optimizer_step: how the step was seen, a `StepOutcome`.
         stepped_before: whether a step of the optimizers was seen earlier in the run.
         late: whether the gradients were read after the step. Zeros are cleared gradients then.
         micro_batches: how many are summed in the column MICRO_SUM; 0 if it holds nothing.
@@ -485,7 +485,7 @@ class UpdateTurn:
         self.window = 0
         self.chosen: int | None = None
         # place in the group -> the member, and a copy of its weights
-        self.before: dict[int, tuple[Member, Tensor]] = {}
+        self.before: dict[int, tuple[GroupMember, Tensor]] = {}
         self.moved: list[Tensor | float] = []  # sums of squares, one for each outermost step
         # sum of squares of the weights, if all of them were measured in one go
         self.weight: Tensor | float | None = None
@@ -527,10 +527,10 @@ class UpdateTurn:
         """Measure each of the next windows: the updates may have changed their size."""
         self._close_looks_left = _ALERT_WINDOWS
 
-    def _trained_members(self, group: int) -> list[Member]:
+    def _trained_members(self, group: int) -> list[GroupMember]:
         return [member for member in self.groups.of(group) if member.parameter.requires_grad]
 
-    def _may_move(self, member: Member, stepping: int | None, has_closure: bool) -> bool:
+    def _may_move(self, member: GroupMember, stepping: int | None, has_closure: bool) -> bool:
         """Return whether an optimizer may move a member in this window.
 
         It does if the member has a gradient, or may get one before its optimizer steps.
@@ -619,7 +619,7 @@ class UpdateTurn:
         self.touched = False
 
 
-def _sum_shares(sums: Sums, members: Sequence[Member]) -> Tensor | float:
+def _sum_shares(sums: Sums, members: Sequence[GroupMember]) -> Tensor | float:
     """Return the sum over tensors, each with the share that this rank counts."""
     if isinstance(sums, list):
         return sum(value * member.share for value, member in zip(sums, members, strict=True))

@@ -20,7 +20,7 @@ from jacdiag.monitor.step_metrics import (
     WEIGHT,
     StepRow,
 )
-from jacdiag.monitor.step_usage import Outcome
+from jacdiag.monitor.step_usage import StepOutcome
 
 # a norm summed in float32 on a CPU is off by up to 3e-3: a difference below this is no clipping
 _CLIPPED = 5e-3
@@ -222,7 +222,7 @@ def _is_skipped(row: StepRow, has_found_inf: bool, is_overflow: bool) -> bool | 
         has_found_inf: the optimizer was called, and a loss scaler had found inf.
         is_overflow: a norm was not finite.
     """
-    if row.optimizer_step != Outcome.NONE:
+    if row.optimizer_step != StepOutcome.NONE:
         return has_found_inf
     if row.stepped_before or is_overflow:
         return True

@@ -12,7 +12,7 @@ _NEVER = 24  # calls without any step: a loss scaler that starts at 2^16 needs a
 _REPEATS = 6
 
 
-class Outcome(StrEnum):
+class StepOutcome(StrEnum):
     """What was seen of the optimizers between two calls of `step`.
 
     Attributes:
@@ -70,7 +70,7 @@ class StepUsage:
                 "step",
             )
 
-    def step_called(self, outcome: Outcome, *, overflow: bool = False) -> None:
+    def step_called(self, outcome: StepOutcome, *, overflow: bool = False) -> None:
         """Take what was seen since the last call.
 
         Args:
@@ -81,15 +81,15 @@ class StepUsage:
         self.stepped = 0
         self.called = True
         # 1. Steps that no hook has seen.
-        if outcome is Outcome.COMPILED:
+        if outcome is StepOutcome.COMPILED:
             self._explain_compiled()
-        if outcome is Outcome.UNSEEN:
+        if outcome is StepOutcome.UNSEEN:
             self._unseen += 1
         else:
             self._unseen = 0
         if self._unseen == _UNSEEN:
             self.warn("unseen", self._unseen_text())
-        if outcome is not Outcome.NONE:
+        if outcome is not StepOutcome.NONE:
             self.ever = True
 
         # 2. Calls without a step. An overflow explains one.
@@ -101,9 +101,9 @@ class StepUsage:
                 self.warn("unseen", self._never_text())
         self._count_calls(outcome)
 
-    def _count_calls(self, outcome: Outcome) -> None:
+    def _count_calls(self, outcome: StepOutcome) -> None:
         """Notice several calls per optimizer step, the same number each time."""
-        if outcome is Outcome.NONE:
+        if outcome is StepOutcome.NONE:
             self._calls += 1
             return
         # A loss scaler leaves steps out as well, but not the same number each time.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jacdiag.monitor.parameter_groups import Member, SublayerGroups
+from jacdiag.monitor.parameter_groups import GroupMember, SublayerGroups
 from jacdiag.monitor.step_metrics import WRITTEN, StepMetrics
 
 SAMPLE = 128  # elements of each matrix
@@ -235,7 +235,7 @@ def _relative_change(sums: Tensor) -> Tensor:
     return torch.where(is_known, change, torch.zeros_like(change))
 
 
-def _is_readable(member: Member, device: torch.device) -> bool:
+def _is_readable(member: GroupMember, device: torch.device) -> bool:
     """Return whether a weight is a plain matrix on the metrics' device, or a shard of one."""
     piece = _piece(member)
     if type(piece) not in (Tensor, torch.nn.Parameter):
@@ -247,7 +247,7 @@ def _is_readable(member: Member, device: torch.device) -> bool:
     return piece.device == device and torch.ops.aten.is_non_overlapping_and_dense.default(piece)
 
 
-def _piece(member: Member) -> Tensor:
+def _piece(member: GroupMember) -> Tensor:
     """Return the tensor that this rank holds; `to_local` would build a new one at each step."""
     parameter: Any = member.parameter
     if type(parameter) is torch.nn.Parameter:
@@ -259,7 +259,7 @@ def _piece(member: Member) -> Tensor:
 class Sampler:
     """A view of elements that lie evenly in a weight, and not in one of its columns alone."""
 
-    def __init__(self, member: Member) -> None:
+    def __init__(self, member: GroupMember) -> None:
         self.member = member
         self._lay_out(_piece(member))
 

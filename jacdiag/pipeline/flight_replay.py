@@ -51,7 +51,7 @@ from jacdiag.rules.flight_replay import (
     usual_value,
 )
 from jacdiag.sources import Source
-from jacdiag.sources.flight import Flight, KeptBatch, read_flight
+from jacdiag.sources.flight import Flight, FlightBatch, read_flight
 from jacdiag.sources.foreign_code import model_code
 from jacdiag.sources.host_memory import free_host_memory
 
@@ -76,7 +76,7 @@ _ERRORS_OF_A_RUN = (
 class _Measured:
     """A kept batch with its figures, or the reason why it has none."""
 
-    kept: KeptBatch
+    kept: FlightBatch
     figures: BatchFigures | None = None
     why: str = ""
     values: BatchValues | None = None
@@ -242,7 +242,7 @@ def _run_batches(
     model: nn.Module,
     parameters: list[Tensor],
     dtype: torch.dtype | None,
-    batches: Sequence[KeptBatch],
+    batches: Sequence[FlightBatch],
     *,
     progress: Progress | None,
 ) -> tuple[list[_Measured], LossReader | None]:
@@ -294,14 +294,14 @@ def _notes_of_figures(measured: Sequence[_Measured]) -> list[str]:
     return sorted(notes)
 
 
-def look_at_values(batch: KeptBatch, batches: Sequence[KeptBatch]) -> BatchValues:
+def look_at_values(batch: FlightBatch, batches: Sequence[FlightBatch]) -> BatchValues:
     """Return what of a batch is not finite, compared with the batches before it."""
     place = batches.index(batch)
     earlier = (_by_name(before) for before in batches[place + 1 :] if before.step != batch.step)
     return find_nonfinite_values(_by_name(batch), earlier)
 
 
-def _by_name(batch: KeptBatch) -> dict[str, Any]:
+def _by_name(batch: FlightBatch) -> dict[str, Any]:
     """Return the arguments of a batch by name; positional ones by their place."""
     args, kwargs = batch.load()
     return {**{str(place): value for place, value in enumerate(args)}, **kwargs}

@@ -134,7 +134,7 @@ def evaluate(
         The same report with risk, conditions, findings, rules and verdict filled in.
     """
     report = replace(report, risk=risk_at_lr.assess(report, thresholds.risk))
-    judgement = init_contract.Judgement(report.contract) if report.contract else None
+    judgement = init_contract.judge(report.contract) if report.contract else None
     context = Context(report, thresholds, profile_of(profile, _CODES), judgement)
     chosen = selected(select, ignore)
     outcomes = {r.code: r.check(context, r) for r in chosen if not r.after}

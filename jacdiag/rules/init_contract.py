@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import cached_property
 
 from jacdiag.records import ContractRecord, Finding, Report, WeightRecord
+from jacdiag.rules.contract_judgement import Judged, Judgement, pinned_scheme
 from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.leftover_memory import without_leftovers
 from jacdiag.rules.mistaken_formulas import find_mistaken
@@ -25,33 +24,10 @@ from jacdiag.rules.scheme_deviations import (
     layers_that_differ,
 )
 from jacdiag.rules.scheme_fit import Yardstick
-from jacdiag.rules.schemes import MATRICES, Scheme, formulas_of, published_for
+from jacdiag.rules.schemes import MATRICES, Scheme, published_for
 
 # Roles that are usually spared from weight decay, in words.
 _SPARED = {"embedding": "the embedding", "norm_gain": "norm gains", "bias": "biases"}
-
-
-@dataclass(frozen=True)
-class Judged:
-    """A model compared with the scheme of its family, else with the one that most of it follows.
-
-    Attributes:
-        scheme: None if the model follows none; then only its layers are compared with each other.
-        published: Whether it is the published init of the model's family.
-        s: The base std where the scheme leaves it open.
-        count: How many weights were compared.
-        deviations: Those that differ.
-        note: Which scheme it is, in words.
-        mistake: Made with the formula of the scheme in the entire model; "" for none.
-    """
-
-    scheme: Scheme | None
-    published: bool
-    s: float | None
-    count: int
-    deviations: list[Deviation]
-    note: str
-    mistake: str = ""
 
 
 def judged(contract: ContractRecord) -> Judged:
@@ -111,53 +87,14 @@ def _note_of_own(yardstick: Yardstick) -> str:
     return note
 
 
-@dataclass(frozen=True)
-class Judgement:
-    """The weights of a model and how they compare with a scheme.
-
-    Several rules need the comparison, and it takes long: it is made once, when it is first needed.
-
-    Attributes:
-        contract: The weights.
-    """
-
-    contract: ContractRecord
-
-    @cached_property
-    def result(self) -> Judged:
-        """The comparison with the scheme of the model's family, else with the rest of the model."""
-        return judged(self.contract)
-
-    @cached_property
-    def deviations(self) -> list[Deviation]:
-        """The weights that differ from the pinned contract, or else from the rest."""
-        contract = self.contract
-        pinned: list[Deviation] = []
-        if contract.pinned:
-            _, pinned = deviations(Yardstick.given(contract, _pinned_scheme(contract)))
-        named = {deviation.weight.parameter for deviation in pinned}
-        others = [
-            deviation
-            for deviation in self.result.deviations
-            if deviation.weight.parameter not in named
-        ]
-        return [*pinned, *others]
-
-    @cached_property
-    def deviating_names(self) -> frozenset[str]:
-        """The names of the parameters that differ."""
-        return frozenset(deviation.weight.parameter for deviation in self.deviations)
-
-
 def deviations_of(contract: ContractRecord) -> list[Deviation]:
     """Return the weights that differ from the pinned contract, or else from the rest."""
-    return Judgement(contract).deviations
+    return judge(contract).deviations
 
 
-def _pinned_scheme(contract: ContractRecord) -> Scheme:
-    return Scheme(
-        "pinned", "the pinned contract", "given by the user", formulas_of(contract.pinned)
-    )
+def judge(contract: ContractRecord) -> Judgement:
+    """Return how the weights of a model compare with a scheme, worked out when it is needed."""
+    return Judgement(contract, judged)
 
 
 def _judgement(context: Context, rule: Rule) -> Judgement | None:
@@ -215,7 +152,7 @@ def _pinned(context: Context, rule: Rule) -> Outcome:
             0, note=f"the pinned contract is for an init; trained ({context.report.state_reason})"
         )
     # 1. What the user should know about the contract.
-    scheme = _pinned_scheme(contract)
+    scheme = pinned_scheme(contract)
     used = {key for weight in contract.weights for key in _keys(scheme, weight)}
     unmatched = [key for key in contract.pinned if key not in used]
     notes = []

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, replace
 
 from jacdiag.records import ContractRecord, Finding, Level, WeightRecord
+from jacdiag.rules.contract_judgement import Judgement
 from jacdiag.rules.finding_numbers import plain
-from jacdiag.rules.init_contract import Judgement
 from jacdiag.rules.layer_groups import DRAWN
 from jacdiag.rules.odd_parameter import names_of
 from jacdiag.rules.rule import NOT_APPLICABLE, Context, Outcome, Rule

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from jacdiag.records import Condition, Finding, Level, Report, SublayerRecord
+from jacdiag.rules.contract_judgement import Judgement
 from jacdiag.rules.page import RulePage, read_page
 from jacdiag.rules.profile import Profile
 from jacdiag.rules.thresholds import Thresholds
-
-if TYPE_CHECKING:
-    from jacdiag.rules.init_contract import Judgement
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from collections.abc import Collection, Iterable, Iterator
 
 from jacdiag.records import ContractRecord, Finding, WeightRecord
 from jacdiag.rules.biases import wrong_biases
+from jacdiag.rules.contract_judgement import Judgement
 from jacdiag.rules.finding_numbers import plain
-from jacdiag.rules.init_contract import Judgement
 from jacdiag.rules.layer_groups import (
     DRAWN,
     MAJORITY,

@@ -21,7 +21,7 @@ _EARLIER = re.compile(r"batch-(\d+)-before-at-(\d+)\.pt")
 
 
 @dataclass(frozen=True)
-class KeptBatch:
+class FlightBatch:
     """A batch of a flight, not yet read.
 
     Attributes:
@@ -70,14 +70,14 @@ class Flight:
     folder: Path
     step: int | None
     why: str
-    batches: list[KeptBatch] = field(default_factory=list)
+    batches: list[FlightBatch] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
     header: Mapping[str, Any] = field(default_factory=dict)
     probe: Mapping[str, Any] | None = None
     ended: str = ""
 
     @property
-    def probed(self) -> KeptBatch | None:
+    def probed(self) -> FlightBatch | None:
         """The batch that an audit probes with: the latest of a step that has ended.
 
         A batch that crashed may not run.
@@ -184,10 +184,10 @@ def _about(path: Path) -> dict[str, Any]:
     return about if isinstance(about, dict) else {}
 
 
-def _batches(path: Path, about: Mapping[str, Any]) -> list[KeptBatch]:
+def _batches(path: Path, about: Mapping[str, Any]) -> list[FlightBatch]:
     """Return the batches of a flight, the latest first."""
     # How many batches before the latest one -> the batch. Those of a running step came after it.
-    aged: list[tuple[int, KeptBatch]] = []
+    aged: list[tuple[int, FlightBatch]] = []
 
     # 1. The latest batch of a step that has ended, and the ones before it. After a crash in the
     # first step there is none.
@@ -196,17 +196,17 @@ def _batches(path: Path, about: Mapping[str, Any]) -> list[KeptBatch]:
     if not is_running_alone:
         if (path / _LATEST).is_file():
             step_of_latest = step if isinstance(step, int) else None
-            aged.append((0, KeptBatch(path / _LATEST, step_of_latest)))
+            aged.append((0, FlightBatch(path / _LATEST, step_of_latest)))
         for file in path.glob("batch-*.pt"):
             match = _EARLIER.fullmatch(file.name)
             if match is not None:
-                aged.append((int(match[1]), KeptBatch(file, int(match[2]))))
+                aged.append((int(match[1]), FlightBatch(file, int(match[2]))))
 
     # 2. Batches of the step that had not ended.
     for file in path.glob("running-batch-*.pt"):
         match = _RUNNING.fullmatch(file.name)
         if match is not None:
-            aged.append((-int(match[1]), KeptBatch(file, int(match[2]), running=True)))
+            aged.append((-int(match[1]), FlightBatch(file, int(match[2]), running=True)))
 
     aged.sort(key=lambda pair: pair[0])
     return [batch for _, batch in aged]

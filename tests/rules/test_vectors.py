@@ -19,7 +19,7 @@ import jacdiag
 from benchmarks._families import family
 from jacdiag.records import ContractRecord, Finding, WeightRecord
 from jacdiag.rules.identical_layers import copies
-from jacdiag.rules.init_contract import Judgement
+from jacdiag.rules.init_contract import judge as judge_contract
 from jacdiag.rules.leftover_memory import LARGEST, leftovers
 from jacdiag.rules.routers import unlike_routers
 from jacdiag.rules.small_parameters import differences
@@ -407,7 +407,7 @@ def test_how_many_numbers_say_that_a_gain_was_not_drawn_around_one(
         )
         for k in range(layers)
     ]
-    assert bool(differences(Judgement(ContractRecord("x", {}, gains)))[1]) is is_named
+    assert bool(differences(judge_contract(ContractRecord("x", {}, gains)))[1]) is is_named
 
 
 # -- JD208: norms that divide by a length ----------------------------------------------------------
@@ -709,7 +709,7 @@ def test_how_far_a_router_may_be_from_the_rest() -> None:
     """
     for factor, is_named in ((1.02, False), (1.6, True)):
         contract = ContractRecord("x", {"d": 64.0, "N": 6.0}, [_router(0.02 * factor), _matrix()])
-        assert bool(unlike_routers(Judgement(contract))[1]) is is_named
+        assert bool(unlike_routers(judge_contract(contract))[1]) is is_named
 
 
 def _router(std: float) -> WeightRecord:
@@ -1021,7 +1021,7 @@ def test_reports_from_before_these_fields_are_read() -> None:
             del weight[field]
     contract = ContractRecord.from_dict(data)
     assert (
-        differences(Judgement(contract)) == (4, [])
+        differences(judge_contract(contract)) == (4, [])
         and not leftovers(contract)
         and copies(contract) == (0, [])
     )
