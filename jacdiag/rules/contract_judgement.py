@@ -1,4 +1,4 @@
-"""How the weights of a model compare with a scheme: the record that the rules of the contract share."""
+"""How the weights of a model compare with a scheme, as the rules of the contract share it."""
 
 from __future__ import annotations
 
