@@ -376,7 +376,7 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
         raise SourceError(f"cannot read the run '{file}'", got=str(error)) from error
     if file.suffix == ".csv":
         for row in csv.DictReader(text.splitlines()):
-            row.pop(None, None)  # type: ignore[call-overload]  # fields beyond the header
+            row.pop(None, None)  # fields beyond the header
             yield row
         return
     for line in text.splitlines():

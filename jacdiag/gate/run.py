@@ -478,7 +478,7 @@ def _exit_code(findings: list[Finding], fail_on: str, may_not_pass: bool) -> int
     """
     # 1. A finding at the level or above it.
     if fail_on != "never":
-        least = LEVELS.index(fail_on)  # type: ignore[arg-type]
+        least = LEVELS.index(fail_on)
         if any(LEVELS.index(finding.level) >= least for finding in findings):
             return FINDINGS
 

@@ -256,7 +256,7 @@ def _entropy(context: Context, rule: Rule) -> Outcome:
         # Larger is worse, as for every figure that has cuts.
         if record.entropy_share is None:
             return None
-        return 1 - record.entropy_share
+        return float(1 - record.entropy_share)
 
     def sentence(worst: Measured) -> str:
         return (

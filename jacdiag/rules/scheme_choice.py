@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from jacdiag.records import ContractRecord, WeightRecord
+from jacdiag.rules.depth_scaling import depth_factor
 from jacdiag.rules.scheme_fit import (
     TABLES,
     Mismatch,
@@ -202,25 +203,6 @@ def _swapped(yardstick: Yardstick, groups: Iterable[Sequence[Mismatch]]) -> int:
         if role in INNER and factor == "extra":
             extra += 1
     return min(missing, extra)
-
-
-def depth_factor(yardstick: Yardstick, mismatch: Mismatch) -> str:
-    """Return "missing" or "extra" if a weight is off by just the scaling with depth, else ""."""
-    weight, value = mismatch.piece.weight, mismatch.value
-    if weight.family in ("zero", "constant") or value <= 0:
-        return ""
-    layers = yardstick.contract.sizes.get("N", 0.0)
-    factors = {math.sqrt(2 * layers)}
-    if weight.layer is not None:
-        factors.add(math.sqrt(2 * (weight.layer + 1)))
-    for factor in sorted(factors):
-        if factor <= 1:
-            continue
-        if holds(weight, value * factor, yardstick.spread):
-            return "missing"
-        if holds(weight, value / factor, yardstick.spread):
-            return "extra"
-    return ""
 
 
 # -- the base std of schemes that leave it open ----------------------------------------------------

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jacdiag.records import WeightRecord
+from jacdiag.rules.depth_scaling import depth_factor, depth_mistake
 from jacdiag.rules.finding_numbers import plain
-from jacdiag.rules.scheme_choice import depth_factor
 from jacdiag.rules.scheme_fit import Mismatch, Spread, Yardstick, holds
-from jacdiag.rules.schemes import INNER, MATRICES, OUTSIDE, RESIDUAL
+from jacdiag.rules.schemes import MATRICES, OUTSIDE
 
 _LINEAR_DEFAULT = "PyTorch's default for nn.Linear"
 # Two values of a range are shown as one if the larger is less than 5% above the smaller.
@@ -168,7 +168,7 @@ def _looks(yardstick: Yardstick, mismatch: Mismatch) -> str:
     factor = depth_factor(yardstick, mismatch)
     return (
         _wrong_number(yardstick, mismatch)
-        or _depth_mistake(weight.role, factor)
+        or depth_mistake(weight.role, factor)
         or _confusion(yardstick, mismatch)
     )
 
@@ -194,26 +194,6 @@ def _confusion(yardstick: Yardstick, mismatch: Mismatch) -> str:
 
     if is_linear_default(weight):
         return _LINEAR_DEFAULT
-    return ""
-
-
-def _depth_mistake(role: str, factor: str) -> str:
-    """Return what is wrong with the scaling with depth; "" if nothing is.
-
-    Args:
-        role: of the matrix.
-        factor: what `depth_factor` returned for it.
-    """
-    # 1. Output matrices are scaled down with depth, once.
-    if role in RESIDUAL:
-        if factor == "missing":
-            return "the scaling with depth is missing"
-        if factor == "extra":
-            return "scaled with depth once too often"
-
-    # 2. The others are not.
-    if role in INNER and factor == "extra":
-        return "scaled with depth, and writes to no shortcut"
     return ""
 
 
@@ -431,7 +411,8 @@ class _Course:
 
     def at(self, weight: WeightRecord) -> float:
         """Return the std at the layer of a weight."""
-        return self.scale * float((weight.layer or 0) + 1) ** self.power
+        depth = float((weight.layer or 0) + 1)
+        return float(self.scale * depth**self.power)
 
     def meets(self, weight: WeightRecord) -> bool:
         """Return whether a weight lies on the course, within twice its sampling interval.

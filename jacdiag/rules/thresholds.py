@@ -214,7 +214,7 @@ def _overridden(limits: Limits, name: str, value: Mapping[str, Any]) -> Limits:
         cuts[cut] = float(number)
 
     # 2. They must ascend together with those that ship.
-    changed = replace(limits, **cuts, origin="user", source="given by the user", range="")  # type: ignore[arg-type]
+    changed = replace(limits, **cuts, origin="user", source="given by the user", range="")
     all_cuts = {cut: getattr(changed, cut) for cut in CUTS}
     existing = [number for number in all_cuts.values() if number is not None]
     if existing != sorted(existing):
@@ -259,7 +259,8 @@ def load_healthy(width: int | None = None, placement: str | None = None) -> list
         []
     """
     # 1. The rungs of the placement.
-    rungs = tomllib.loads((_HERE / "healthy.toml").read_text(encoding="utf-8")).get("rung", [])
+    ladder = tomllib.loads((_HERE / "healthy.toml").read_text(encoding="utf-8"))
+    rungs: list[dict[str, Any]] = ladder.get("rung", [])
     if placement is not None:
         rungs = [rung for rung in rungs if rung["placement"] == placement]
     if width is None:

@@ -108,7 +108,7 @@ def resolve(spec: Factory) -> Callable[..., Any]:
         raise SourceError(
             f"'{spec}' cannot be called", got=got, hint=_candidates(place, module, name)
         )
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def _hint_without_name(spec: str) -> str | None:

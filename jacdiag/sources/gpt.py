@@ -146,7 +146,7 @@ class GPT(nn.Module):
         if self.config.embed_grad != 1.0:
             x = self.config.embed_grad * x + (1 - self.config.embed_grad) * x.detach()
         x = parts["drop"](x)
-        for block in parts["h"]:  # type: ignore[union-attr,attr-defined]
+        for block in parts["h"]:  # type: ignore[attr-defined]
             x = block(x)
         logits = self.lm_head(parts["ln_f"](x))
         if targets is None:

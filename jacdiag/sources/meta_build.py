@@ -89,7 +89,7 @@ def _on_meta(param: nn.Parameter) -> nn.Parameter:
     """Return a parameter of the same class and attributes on the meta device."""
     empty: Any = type(param)(param.detach().to("meta"), requires_grad=param.requires_grad)
     empty.__dict__.update(param.__dict__)
-    return empty  # type: ignore[no-any-return]
+    return empty
 
 
 def _computed_buffers(model: nn.Module) -> set[str]:

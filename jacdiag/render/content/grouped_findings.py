@@ -179,7 +179,7 @@ def _reaches(level: Level, fail_on: str) -> bool:
     """Return whether a gate that fails on `fail_on` fails on a level."""
     if fail_on == "never":
         return False
-    return LEVELS.index(level) >= LEVELS.index(fail_on)  # type: ignore[arg-type]
+    return LEVELS.index(level) >= LEVELS.index(fail_on)
 
 
 def _counted(report: Report) -> str:

@@ -149,4 +149,4 @@ def at_least(level: str, floor: str) -> bool:
     >>> at_least("error", "warning"), at_least("info", "warning")
     (True, False)
     """
-    return LEVELS.index(level) >= LEVELS.index(floor)  # type: ignore[arg-type]
+    return LEVELS.index(level) >= LEVELS.index(floor)

@@ -187,8 +187,8 @@ class GuardedPickle:
         guard = self
 
         # Python's own, not the C one: there an index of the memo takes as much memory as it says.
-        class Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
-            dispatch = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: _load_bytearray}  # type: ignore[attr-defined]
+        class Unpickler(pickle._Unpickler):
+            dispatch = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: _load_bytearray}
 
             def find_class(self, module: str, name: str) -> Any:
                 """Return what the guard allows for a name."""
@@ -265,7 +265,7 @@ _TORCH: dict[tuple[str, str], Callable[[], Any]] = {
     ("torch.nn.parameter", "Buffer"): lambda: torch.nn.Buffer,
     ("torch.storage", "UntypedStorage"): lambda: torch.storage.UntypedStorage,
     ("torch.storage", "TypedStorage"): lambda: torch.storage.TypedStorage,
-    ("torch.serialization", "_get_layout"): lambda: torch.serialization._get_layout,  # type: ignore[attr-defined]
+    ("torch.serialization", "_get_layout"): lambda: torch.serialization._get_layout,
     ("torch._tensor", "_rebuild_from_type_v2"): lambda: _plain_tensor,
 }
 
@@ -314,7 +314,7 @@ def _harmless_of_numpy(module: str, name: str) -> Any:
         ("multiarray", "scalar"),
         ("numeric", "_frombuffer"),
     ):
-        from numpy._core import multiarray, numeric  # type: ignore[attr-defined]
+        from numpy._core import multiarray, numeric
 
         return getattr(multiarray if last == "multiarray" else numeric, name, None)
     return None

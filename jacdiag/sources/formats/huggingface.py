@@ -399,7 +399,7 @@ def _empty(kind: Any, config: Any, trust: bool, path: Path) -> nn.Module:
     options = {"trust_remote_code": trust} if hasattr(kind, "from_config") else {}
     try:
         with _quiet(), seeded(0), empty_parameters():
-            return built(config, attn_implementation="eager", **options).eval()  # type: ignore[no-any-return]
+            return built(config, attn_implementation="eager", **options).eval()
     except Exception as error:
         raise SourceError(
             f"transformers cannot build the model of '{path}' empty", got=own_frames(error)
@@ -438,7 +438,7 @@ def _whole(
     parts = {"missing": missing, "of another shape": _keys(info, "mismatched_keys")}
     if any(parts.values()):
         raise _misfit(stored.where, model, parts, _HINT)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _keys(info: Mapping[str, Any], key: str) -> list[str]:
@@ -475,7 +475,7 @@ def from_config(spec: str, overrides: dict[str, Any], seed: int) -> nn.Module:
     try:
         with seeded(seed), _quiet():
             built = kind.from_config if hasattr(kind, "from_config") else kind._from_config
-            return built(config, attn_implementation="eager")  # type: ignore[no-any-return]
+            return built(config, attn_implementation="eager")
     except Exception as error:
         raise SourceError(
             f"transformers cannot build a model of '{path}'", got=own_frames(error)

@@ -20,7 +20,7 @@ class _RegularGradient(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(value: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(value: Tensor) -> Tensor:
         return value.clone()  # not a view: the model may write into it
 
     @staticmethod
@@ -28,7 +28,7 @@ class _RegularGradient(torch.autograd.Function):
         """Nothing is saved."""
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]  # noqa: ARG004
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ARG004
         return gradient.clone(memory_format=torch.contiguous_format)
 
 
