@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jacdiag.errors import UsageError
 from jacdiag.records import Report
@@ -40,6 +40,7 @@ _STYLE = {
 _LONGEST_TITLE, _LONGEST_SUBTITLE, _LONGEST_NAME = 120, 108, 34
 _BOUND_LABEL = "the paper's bound, less 1"
 _LINE_HEIGHT = 0.20  # inches: the least distance between two direct labels
+_MARKER_SIGNS = {"o": "●", "s": "■", "^": "▲"}
 
 
 def save(report: Report, path: str | os.PathLike[str]) -> None:
@@ -107,10 +108,11 @@ def draw(report: Report) -> Figure:
     view = build_view(report)
     depth = view.depth
 
-    # 1. One panel, or two.
+    # 1. One panel, or two. The sizes are inches, in a slide's proportions.
     has_two = bool(depth.factors)
-    size = (10.0, 6.4) if has_two else (10.0, 4.4)  # inches: a slide's proportions
-    ratios = [3.2, 2.0] if has_two else [1.0]
+    size, ratios = (10.0, 4.4), [1.0]
+    if has_two:
+        size, ratios = (10.0, 6.4), [3.2, 2.0]
     figure = Figure(figsize=size, facecolor="white")
     panels = figure.subplots(
         len(ratios), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": ratios}
@@ -121,20 +123,23 @@ def draw(report: Report) -> Figure:
 
     # 2. The gains.
     upper = panels[0]
-    _panel(upper, depth.gains, "branch gain ‖J‖" if depth.measured else _BOUND_LABEL, depth)
     if depth.measured:
+        _panel(upper, depth.gains, "branch gain ‖J‖", depth)
         _draw_limits(upper, depth.gain_limits, depth.gains, _gain_label(depth), depth)
+    else:
+        _panel(upper, depth.gains, _BOUND_LABEL, depth)
     _worst(upper, depth)
     _at_foot(upper, depth.missing, "x", "no finite value")
     _at_foot(upper, depth.zeros, "v", "0")
 
     # 3. The factors that carry them.
-    if has_two:
-        _panel(
-            panels[1], depth.factors, "its two factors" if depth.is_split else "residual map", depth
-        )
     if has_two and depth.is_split:
+        _panel(panels[1], depth.factors, "its two factors", depth)
         _draw_limits(panels[1], depth.norm_gain_limits, depth.factors, "1/σ, ", None)
+    elif has_two:
+        _panel(panels[1], depth.factors, "residual map", depth)
+
+    # 4. The shared axis, and the name of each curve at its end.
     _depth_axis(panels[-1], depth)
     for axes, curves in zip(panels, (depth.gains, depth.factors), strict=False):
         _direct_labels(axes, curves, size[1])
@@ -182,7 +187,9 @@ def _panel(axes: Axes, curves: list[Curve], label: str, depth: DepthView) -> Non
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
     axes.yaxis.set_minor_formatter(NullFormatter())
     if not curves:
-        reason = "every branch gain is 0" if depth.zeros else "nothing could be measured"
+        reason = "nothing could be measured"
+        if depth.zeros:
+            reason = "every branch gain is 0"
         axes.set_yticks([])
         axes.tick_params(axis="y", which="minor", left=False)
         axes.text(0.5, 0.5, reason, transform=axes.transAxes, ha="center", color=PALE)
@@ -191,7 +198,10 @@ def _panel(axes: Axes, curves: list[Curve], label: str, depth: DepthView) -> Non
     # 2. The scale and the curves.
     low, high = extent(curves)
     spans_decades = high / low > 30
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if spans_decades else (1.0, 2.0, 5.0)))
+    mantissas: tuple[float, ...] = (1.0, 2.0, 5.0)
+    if spans_decades:
+        mantissas = (1.0,)
+    axes.yaxis.set_major_locator(LogLocator(subs=mantissas))
     headroom = (high / low) ** 0.06
     axes.set_ylim(low / 1.25, high * 1.35 * headroom)
     for curve in curves:
@@ -206,37 +216,50 @@ def _tick(value: float) -> str:
 
 
 def _draw_curve(axes: Axes, curve: Curve) -> None:
-    # 1. The band. A bar stands for the band of a point without a neighbour.
+    """Draw a line with its band."""
     if curve.low and curve.high:
-        endless = 1e3 * axes.get_ylim()[1]
-        high = [endless if value == math.inf else value for value in curve.high]
-        axes.fill_between(curve.x, curve.low, high, color=curve.colour, alpha=0.25, linewidth=0)
-        for k in curve.lonely:
-            ends = [curve.low[k], high[k]]
-            axes.plot([curve.x[k]] * 2, ends, color=curve.colour, alpha=0.25, linewidth=6)
+        _draw_interval_band(axes, curve, curve.low, curve.high)
 
-    # 2. The line, with a marker at every point, or at lonely ones alone.
+    # 1. The line: dashed and thin, or solid.
+    style: dict[str, Any] = {"linestyle": "-", "linewidth": 1.7}
+    if curve.dashed:
+        style = {"linestyle": (0, (5, 3)), "linewidth": 1.1}
+
+    # 2. A marker at every point, or a dot at each point without a neighbour.
     has_many = len(curve.x) > 40
-    marker_size = 4.0
-    if curve.marker:
-        marker_size = 3.2 if has_many else 6
-    axes.plot(
-        curve.x,
-        curve.y,
-        color=curve.colour,
-        linestyle=(0, (5, 3)) if curve.dashed else "-",
-        linewidth=1.1 if curve.dashed else 1.7,
-        marker=curve.marker or "o",
-        markevery=None if curve.marker else curve.lonely,
-        markersize=marker_size,
-        markeredgecolor="white",
-        markeredgewidth=0.4 if has_many else 0.8,
-    )
+    style["markeredgewidth"] = 0.8
+    if has_many:
+        style["markeredgewidth"] = 0.4
+    if not curve.marker:
+        style |= {"marker": "o", "markevery": curve.lonely, "markersize": 4.0}
+    elif has_many:
+        style |= {"marker": curve.marker, "markersize": 3.2}
+    else:
+        style |= {"marker": curve.marker, "markersize": 6}
+    axes.plot(curve.x, curve.y, color=curve.colour, markeredgecolor="white", **style)
+
+
+def _draw_interval_band(axes: Axes, curve: Curve, lower: list[float], upper: list[float]) -> None:
+    """Draw the intervals of a curve. A bar stands for the band of a point without a neighbour."""
+    # 1. An interval without an upper bound leaves the panel at its top.
+    beyond_top = 1e3 * axes.get_ylim()[1]
+    high = []
+    for value in upper:
+        is_unbounded = value == math.inf
+        high.append(beyond_top if is_unbounded else value)
+    axes.fill_between(curve.x, lower, high, color=curve.colour, alpha=0.25, linewidth=0)
+
+    # 2. The bars.
+    for k in curve.lonely:
+        ends = [lower[k], high[k]]
+        axes.plot([curve.x[k]] * 2, ends, color=curve.colour, alpha=0.25, linewidth=6)
 
 
 def _gain_label(depth: DepthView) -> str:
     """Return which placement the thresholds on branch norms are for, if there are several."""
-    return f"{depth.stratum}, " if depth.stratum else ""
+    if not depth.stratum:
+        return ""
+    return f"{depth.stratum}, "
 
 
 def _draw_limits(
@@ -257,27 +280,39 @@ def _draw_limits(
     """
     if not curves:
         return
-    low, high = extent(curves)
-    at_left = labelled is not None and not _worst_is_left(labelled)
+    # 1. The labels stand on the side without the label of the worst branch.
+    side, x, dx = "right", 1.0, -4
+    if labelled is not None and not _worst_is_left(labelled):
+        side, x, dx = "left", 0.0, 4
     has_error = any(limit.level == "error" for limit in limits)
+
+    low, high = extent(curves)
     for limit in limits:
         value = limit.value
-        if not low / 10 <= value <= high * 10:
+        is_near = low / 10 <= value <= high * 10
+        if not is_near:
             continue
+
+        # 2. The line, and room for it.
         bottom, top = axes.get_ylim()
         axes.set_ylim(min(bottom, value / 1.3), max(top, value * 1.5))
-        line_style = "-" if limit.level == "error" else (0, (1, 2))
+        line_style: Any = (0, (1, 2))
+        if limit.level == "error":
+            line_style = "-"
         axes.axhline(value, color=INK, linewidth=0.8, linestyle=line_style)
-        # The two labels are set apart, however near their thresholds lie.
-        below = limit.level == "warning" and has_error
+
+        # 3. Its label. Two labels are set apart, however near their thresholds lie.
+        vertical, dy = "bottom", 3
+        if limit.level == "warning" and has_error:
+            vertical, dy = "top", -3
         axes.annotate(
             f"{prefix}{limit.level} above {_tick(float(f'{value:.3g}'))}",
-            (0.0 if at_left else 1.0, value),
+            (x, value),
             xycoords=("axes fraction", "data"),
-            xytext=(4 if at_left else -4, -3 if below else 3),
+            xytext=(dx, dy),
             textcoords="offset points",
-            ha="left" if at_left else "right",
-            va="top" if below else "bottom",
+            ha=side,
+            va=vertical,
             fontsize=9,
             color=INK,
         )
@@ -288,15 +323,22 @@ def _worst(axes: Axes, depth: DepthView) -> None:
     worst = depth.worst
     if worst is None or worst.norm.estimate <= 0:
         return
-    is_left = _worst_is_left(depth)
-    has_upper = math.isfinite(worst.norm.upper)
-    height = worst.norm.upper if has_upper else worst.norm.estimate
+
+    # 1. Above the interval, or above the estimate if the interval has no upper bound.
+    height = worst.norm.upper
+    if not math.isfinite(height):
+        height = worst.norm.estimate
+
+    # 2. On the side with more room.
+    side, dx = "right", -10
+    if _worst_is_left(depth):
+        side, dx = "left", 10
     axes.annotate(
         f"{spoken(worst.norm)}  {_cut(worst.name, _LONGEST_NAME)}",
         (worst.place, height),
-        xytext=(10 if is_left else -10, 4),
+        xytext=(dx, 4),
         textcoords="offset points",
-        ha="left" if is_left else "right",
+        ha=side,
         va="bottom",
         fontsize=9.5,
         color=INK,
@@ -318,9 +360,12 @@ def _at_foot(axes: Axes, places: list[float], sign: str, text: str) -> None:
     """
     if not places:
         return
-    foot = axes.get_xaxis_transform()
+    # 1. Room below the curves.
     bottom, top = axes.get_ylim()
     axes.set_ylim(bottom / (top / bottom) ** 0.12, top)
+
+    # 2. The signs, and in words what they stand for next to the last one.
+    foot = axes.get_xaxis_transform()
     axes.plot(
         places, [0.04] * len(places), sign, color=INK, transform=foot, markersize=6, clip_on=False
     )
@@ -340,7 +385,9 @@ def _depth_axis(axes: Axes, depth: DepthView) -> None:
 
     axes.set_xlabel("depth (layer)")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
-    margin = max(0.02 * depth.last, 0.08) if depth.last else 0.5
+    margin = 0.5
+    if depth.last:
+        margin = max(0.02 * depth.last, 0.08)
     axes.set_xlim(-margin, depth.last + margin)
 
 
@@ -351,31 +398,47 @@ def _direct_labels(axes: Axes, curves: list[Curve], figure_height: float) -> Non
     """
     if not curves:
         return
-    bottom, top = (math.log(end) for end in axes.get_ylim())
+
+    # 1. The mean height at which the curves of each name end, as a logarithm.
     named: dict[str, list[Curve]] = {}
     for curve in curves:
         named.setdefault(curve.label, []).append(curve)
-    ends = sorted(
-        (sum(math.log(curve.finite[-1]) for curve in same) / len(same), label)
-        for label, same in named.items()
-    )
+    ends = []
+    for label, same in named.items():
+        mean = sum(math.log(curve.finite[-1]) for curve in same) / len(same)
+        ends.append((mean, label))
+    ends.sort()
+
+    # 2. Where its label stands: a fraction of the panel's height.
+    bottom, top = (math.log(end) for end in axes.get_ylim())
+    fractions = [(end - bottom) / (top - bottom) for end, _ in ends]
     inches = axes.get_position().height * figure_height
-    heights = _apart(
-        [(height - bottom) / (top - bottom) for height, _ in ends], _LINE_HEIGHT / inches
-    )
+    heights = _apart(fractions, _LINE_HEIGHT / inches)
+
+    # 3. The labels. A label that several curves share has no colour of its own.
     for height, (_, label) in zip(heights, ends, strict=True):
         curve, *others = named[label]
-        sign = {"o": "●", "s": "■", "^": "▲"}.get(curve.marker, "- -" if curve.dashed else "—")
-        colour = PALE if others else curve.colour
+        colour = curve.colour
+        if others:
+            colour = PALE
         axes.text(
             1.012,
             height,
-            f"{sign} {label}",
+            f"{_legend_sign(curve)} {label}",
             transform=axes.transAxes,
             color=colour,
             fontsize=10,
             va="center",
         )
+
+
+def _legend_sign(curve: Curve) -> str:
+    """Return the character that looks like a curve's marker or line."""
+    if curve.marker in _MARKER_SIGNS:
+        return _MARKER_SIGNS[curve.marker]
+    if curve.dashed:
+        return "- -"
+    return "—"
 
 
 def _apart(heights: list[float], least: float) -> list[float]:
@@ -388,5 +451,6 @@ def _apart(heights: list[float], least: float) -> list[float]:
                 moved[place] += overlap / 2
                 moved[place - 1] -= overlap / 2
         excess = max(0.0, moved[-1] - 1.0)
-        moved = [height - excess for height in moved] if excess > 1e-9 else moved
+        if excess > 1e-9:
+            moved = [height - excess for height in moved]
     return moved

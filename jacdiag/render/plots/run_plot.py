@@ -127,11 +127,13 @@ def parse_figures(text: str) -> tuple[str, ...]:
     >>> parse_figures("loss, lr")
     ('loss', 'lr')
     """
+    hint = f"there are {', '.join(FIGURES)}"
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    unknown = [name for name in names if name not in FIGURES]
-    if unknown or not names:
-        what = f"no panel is called '{unknown[0]}'" if unknown else "no panel is named"
-        raise UsageError(what, hint=f"there are {', '.join(FIGURES)}")
+    if not names:
+        raise UsageError("no panel is named", hint=hint)
+    for name in names:
+        if name not in FIGURES:
+            raise UsageError(f"no panel is called '{name}'", hint=hint)
     return names
 
 
@@ -181,8 +183,12 @@ def draw_run(run: RunLog | Mapping[str, RunLog], options: RunPlot = RunPlot()) -
     """
     from matplotlib.figure import Figure
 
-    # 1. What there is to draw.
-    runs = {"": run} if isinstance(run, RunLog) else dict(run)
+    # 1. What there is to draw. A single run needs no name.
+    runs: dict[str, RunLog]
+    if isinstance(run, RunLog):
+        runs = {"": run}
+    else:
+        runs = dict(run)
     first, last = _range(runs, options)
     drawn = [
         _prepared(name, log, options, first, last, k) for k, (name, log) in enumerate(runs.items())
@@ -191,7 +197,9 @@ def draw_run(run: RunLog | Mapping[str, RunLog], options: RunPlot = RunPlot()) -
 
     # 2. The panels: one column, or two if there are many.
     is_wide = options.size[0] >= options.size[1]
-    columns = 2 if len(names) > 3 and is_wide else 1
+    columns = 1
+    if len(names) > 3 and is_wide:
+        columns = 2
     rows = -(-len(names) // columns)
     figure = Figure(figsize=options.size, facecolor="white", layout="constrained")
     grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
@@ -202,11 +210,14 @@ def draw_run(run: RunLog | Mapping[str, RunLog], options: RunPlot = RunPlot()) -
     for name, panel in panels.items():
         _panel(figure, panel, name, drawn, first, last)
 
-    # 3. Alerts and frames.
+    # 3. Alerts and frames. A run of one step has an axis too.
     tops = {id(spot) for spot in grid[0]}
+    axis_end = last
+    if last <= first:
+        axis_end = first + 1
     for panel in panels.values():
         _mark(panel, drawn, first, last, labelled=id(panel) in tops)
-        panel.set_xlim(first, last if last > first else first + 1)
+        panel.set_xlim(first, axis_end)
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", color="#e6e6e6", lw=0.6)
         panel.set_axisbelow(True)
@@ -242,20 +253,20 @@ def _range(runs: Mapping[str, RunLog], options: RunPlot) -> tuple[float, float]:
     starts, ends = [], []
     for name, log in runs.items():
         if not log.steps:
-            whose = f"{printable(name)}: " if name else ""
-            raise UsageError(
-                "there is nothing to draw",
-                got=f"{whose}a run without a step",
-                hint="wait for log_every steps",
-            )
+            got = "a run without a step"
+            if name:
+                got = f"{printable(name)}: {got}"
+            raise UsageError("there is nothing to draw", got=got, hint="wait for log_every steps")
         probed = [row["step"] for row in log.probes[:1]]
         starts.append(float(min([log.steps[0]["step"], *probed])))
         ends.append(float(log.steps[-1]["step"]))
 
-    # 2. Those that were asked for.
-    first = float(options.first) if options.first is not None else min(starts)
-    last = float(options.last) if options.last is not None else max(ends)
-    last = min(last, max(ends))  # the axis ends with the last step
+    # 2. Those that the user requested. The axis ends with the last step.
+    first, last = min(starts), max(ends)
+    if options.first is not None:
+        first = float(options.first)
+    if options.last is not None:
+        last = min(float(options.last), max(ends))
     if first > last:
         got = f"steps {first:,.0f} to {last:,.0f} of a run of {max(ends):,.0f}"
         raise UsageError(
@@ -267,6 +278,8 @@ def _range(runs: Mapping[str, RunLog], options: RunPlot) -> tuple[float, float]:
 def _prepared(
     name: str, run: RunLog, options: RunPlot, first: float, last: float, place: int
 ) -> _Drawn:
+    """Compute what the panels show of a run between two steps."""
+    # 1. The figures for which there is data.
     makers: Mapping[str, Callable[[], Series | Band]] = {
         "loss": lambda: column(run, "loss"),
         "gradient": lambda: _either(gradient(run), column(run, "grad_norm_post")),
@@ -282,13 +295,25 @@ def _prepared(
         values = makers[figure]().within(first, last)
         if values.any:
             panels[figure] = values
-    steps = sum(first <= row["step"] <= last for row in run.steps)
-    window = options.smooth if options.smooth is not None else min(max(steps // 50, 1), 1000)
-    return _Drawn(run, name, _RUNS[place % len(_RUNS)] if name else INK, panels, max(window, 1))
+
+    # 2. How many steps the bold line is the mean of.
+    window = options.smooth
+    if window is None:
+        steps = sum(first <= row["step"] <= last for row in run.steps)
+        window = min(max(steps // 50, 1), 1000)
+
+    # 3. One of several runs has a colour of its own.
+    colour = INK
+    if name:
+        colour = _RUNS[place % len(_RUNS)]
+    return _Drawn(run, name, colour, panels, max(window, 1))
 
 
 def _either(first: Series, second: Series) -> Series:
-    return first if first.any else second
+    """Return the first series, or the second if the first has no value."""
+    if first.any:
+        return first
+    return second
 
 
 # -- panels ----------------------------------------------------------------------------------------
@@ -304,25 +329,24 @@ def _panel(
 
     # 1. The lines.
     note, colour = "", PALE
-    for curve in drawn:
-        if name in curve.panels:
-            note = _draw_run_curve(panel, name, curve, several) or note
-    if name == "gradient" and not several and _second_gradient(panel, drawn[0], first, last):
-        note, colour = "orange: after clipping", _RUNS[1]
+    shown = [curve for curve in drawn if name in curve.panels]
+    for curve in shown:
+        description = _draw_run_curve(panel, name, curve, several)
+        if description:
+            note = description
+    if name == "gradient" and not several:
+        has_second = _second_gradient(panel, drawn[0], first, last)
+        if has_second:
+            note, colour = "orange: after clipping", _RUNS[1]
 
     # 2. The scale.
-    if name in _LOG_SCALE and _positive(drawn, name):
-        panel.set_yscale("log")
-        _log_ticks(panel.yaxis, panel.get_ylim())
-    elif name == "clip":
-        panel.set_ylim(-2, 102)
-    else:
-        panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    _set_scale(panel, name, drawn)
 
     # 3. What cannot be drawn, in words next to the title.
-    lost = _not_finite(panel, drawn, name) if name in ("loss", "gradient") else ""
-    if lost:
-        note, colour = lost, _ALERT["error"]
+    if name in ("loss", "gradient"):
+        lost = _not_finite(panel, drawn, name)
+        if lost:
+            note, colour = lost, _ALERT["error"]
     panel.text(
         1.0,
         1.02,
@@ -335,13 +359,26 @@ def _panel(
     )
 
 
+def _set_scale(panel: Axes, name: str, drawn: Sequence[_Drawn]) -> None:
+    """Choose a log scale, per cent or a linear scale."""
+    if name in _LOG_SCALE and _positive(drawn, name):
+        panel.set_yscale("log")
+        _log_ticks(panel.yaxis, panel.get_ylim())
+    elif name == "clip":
+        panel.set_ylim(-2, 102)
+    else:
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
 def _draw_run_curve(panel: Axes, name: str, curve: _Drawn, several: bool) -> str:
     """Draw one figure of one run; return what the lines of a band are, in words."""
     values = curve.panels[name]
     if isinstance(values, Band):
-        shows_largest = name != "shortcut"
-        _band(panel, values, curve, several, largest=shows_largest)
-        end = "largest" if shows_largest else "smallest"
+        # Of the shortcut, small values are the dangerous ones.
+        end = "largest"
+        if name == "shortcut":
+            end = "smallest"
+        _band(panel, values, curve, several, largest=end == "largest")
         if several:
             return f"{end} over sub-layers"
         return f"{end}, median and range over sub-layers"
@@ -353,54 +390,67 @@ def _draw_run_curve(panel: Axes, name: str, curve: _Drawn, several: bool) -> str
 
 
 def _smoothed(
-    panel: Axes, values: Series, one: _Drawn, several: bool, *, dots: bool, plain: bool
+    panel: Axes, values: Series, curve: _Drawn, several: bool, *, dots: bool, plain: bool
 ) -> None:
     """Draw what was measured, pale, and its mean over it."""
-    short = one.window <= 1 or plain
+    has_mean = curve.window > 1 and not plain
+
+    # 1. Dots, for a figure that jumps between parameter groups.
     if dots:
         dotted = values.sampled()
-        size = 3 if dotted.x.size > 100 else 6
+        size = 6
+        if dotted.x.size > 100:
+            size = 3
         panel.plot(
-            dotted.x, dotted.y, ".", color=one.colour, alpha=_RAW, ms=size, mew=0, clip_on=False
+            dotted.x, dotted.y, ".", color=curve.colour, alpha=_RAW, ms=size, mew=0, clip_on=False
         )
-        if not short:
-            _line(panel, values.smoothed(max(one.window, 10)), one.colour, 1.6)
+        if has_mean:
+            _line(panel, values.smoothed(max(curve.window, 10)), curve.colour, 1.6)
         return
-    if short:
-        _line(panel, values, one.colour, 1.4)
+
+    # 2. One line.
+    if not has_mean:
+        _line(panel, values, curve.colour, 1.4)
         return
-    pale = _RAW_OF_SEVERAL if several else _RAW
-    _line(panel, values, one.colour, 0.7, alpha=pale)
-    _line(panel, values.smoothed(one.window), one.colour, 1.8)
+
+    # 3. A pale line with its mean.
+    pale = _RAW
+    if several:
+        pale = _RAW_OF_SEVERAL
+    _line(panel, values, curve.colour, 0.7, alpha=pale)
+    _line(panel, values.smoothed(curve.window), curve.colour, 1.8)
 
 
-def _second_gradient(panel: Axes, one: _Drawn, first: float, last: float) -> bool:
+def _second_gradient(panel: Axes, curve: _Drawn, first: float, last: float) -> bool:
     """Draw the norm that the optimizer used if it is another one; return whether it is."""
-    after = column(one.run, "grad_norm_post").within(first, last)
-    if not any(row.get("clipped") for row in one.run.steps) or not after.any:
+    after = column(curve.run, "grad_norm_post").within(first, last)
+    was_clipped = any(row.get("clipped") for row in curve.run.steps)
+    if not was_clipped or not after.any:
         return False
-    _line(panel, after.smoothed(one.window), _RUNS[1], 1.4)
+    _line(panel, after.smoothed(curve.window), _RUNS[1], 1.4)
     return True
 
 
-def _band(panel: Axes, values: Band, one: _Drawn, several: bool, *, largest: bool) -> None:
+def _band(panel: Axes, values: Band, curve: _Drawn, several: bool, *, largest: bool) -> None:
     """Draw sub-layers as a band with their median; of several runs the end that matters."""
-    end = values.high if largest else values.low
+    end = values.low
+    if largest:
+        end = values.high
     if several:
-        _line(panel, end, one.colour, 1.6)
+        _line(panel, end, curve.colour, 1.6)
         return
     panel.fill_between(
-        values.low.x, values.low.y, values.high.y, color=one.colour, alpha=0.15, lw=0
+        values.low.x, values.low.y, values.high.y, color=curve.colour, alpha=0.15, lw=0
     )
-    _line(panel, values.middle, one.colour, 1.0, alpha=0.7)
-    _line(panel, end, one.colour, 1.8)
+    _line(panel, values.middle, curve.colour, 1.0, alpha=0.7)
+    _line(panel, end, curve.colour, 1.8)
 
 
 def _line(panel: Axes, values: Series, colour: str, width: float, alpha: float = 1.0) -> None:
+    """Draw a line, and a dot at each point without a neighbour, which a line would not show."""
     thin = values.thinned()
     known = np.isfinite(thin.y)
     sides = np.concatenate([[False], known, [False]])
-    # a line alone would not show a point without a neighbour
     lonely = known & ~sides[:-2] & ~sides[2:]
     panel.plot(thin.x, thin.y, color=colour, lw=width, alpha=alpha, solid_capstyle="round")
     if lonely.any():
@@ -411,10 +461,14 @@ def _line(panel: Axes, values: Series, colour: str, width: float, alpha: float =
 
 def _positive(drawn: Sequence[_Drawn], name: str) -> bool:
     """Return whether a log scale has something to show."""
-    for one in drawn:
-        values = one.panels.get(name)
-        main = values.middle if isinstance(values, Band) else values
-        if main is not None and bool((main.y[np.isfinite(main.y)] > 0).any()):
+    for curve in drawn:
+        values = curve.panels.get(name)
+        if isinstance(values, Band):
+            values = values.middle
+        if values is None:
+            continue
+        finite = values.y[np.isfinite(values.y)]
+        if bool((finite > 0).any()):
             return True
     return False
 
@@ -427,9 +481,9 @@ def _log_ticks(axis: Axis, limits: tuple[float, float]) -> None:
     from matplotlib.ticker import FixedLocator, NullLocator
 
     low, high = limits
-    ticks = _ticks_inside(low, high)
+    ticks = _ticks_inside(low, high) or [low, high]
     every = -(-len(ticks) // 5)
-    axis.set_major_locator(FixedLocator(ticks[::every] if ticks else [low, high]))
+    axis.set_major_locator(FixedLocator(ticks[::every]))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(lambda value, _: f"{value:.3g}")
 
@@ -451,10 +505,12 @@ def _ticks_inside(low: float, high: float) -> list[float]:
 def _not_finite(panel: Axes, drawn: Sequence[_Drawn], name: str) -> str:
     """Draw a cross at the foot for each step whose value is not finite; return since when."""
     words = []
-    for one in drawn:
-        values = one.panels.get(name)
+    for curve in drawn:
+        values = curve.panels.get(name)
         if not isinstance(values, Series) or not values.lost.size:
             continue
+
+        # 1. The crosses, 200 at most.
         marks = values.lost[:: -(-values.lost.size // 200)]
         foot = panel.get_xaxis_transform()
         panel.plot(
@@ -466,13 +522,17 @@ def _not_finite(panel: Axes, drawn: Sequence[_Drawn], name: str) -> str:
             transform=foot,
             clip_on=False,
         )
+
+        # 2. Since when, in words.
         begins, count = values.lost[0], values.lost.size
         text = f"not finite from {begins:,.0f}, {count:,} steps"
         if count == 1:
             text = f"not finite at {begins:,.0f}"
-        if one.name:
-            text = f"{clipped(printable(one.name), 20)}: {text}"
+        if curve.name:
+            text = f"{clipped(printable(curve.name), 20)}: {text}"
         words.append(text)
+
+    # 3. Two runs are named.
     listed = "; ".join(words[:2])
     if len(words) > 2:
         listed += f" and {len(words) - 2} more"
@@ -480,20 +540,28 @@ def _not_finite(panel: Axes, drawn: Sequence[_Drawn], name: str) -> str:
 
 
 def _heat(figure: Figure, panel: Axes, heat: Heat, first: float, last: float) -> None:
+    """Draw the branch gains of one run: depth downwards, steps to the right."""
     from matplotlib.colors import LogNorm
 
+    # 1. The cells.
     low, high = heat.extent
-    edges = _edges([float(s) for s in heat.steps], first, last)
+    if high <= low:
+        high = low * 1.01
+    edges = _edges([float(step) for step in heat.steps], first, last)
     rows = [float(k) - 0.5 for k in range(len(heat.names) + 1)]
-    norm = LogNorm(low, high if high > low else low * 1.01)
+    norm = LogNorm(low, high)
     mesh = panel.pcolormesh(
         edges, rows, heat.values, cmap="cividis", norm=norm, rasterized=len(heat.names) > 50
     )
     panel.invert_yaxis()
-    some = max(1, -(-len(heat.names) // 8))
-    ticks = list(range(0, len(heat.names), some))
+
+    # 2. The names of eight sub-layers at most.
+    every = max(1, -(-len(heat.names) // 8))
+    ticks = list(range(0, len(heat.names), every))
     names = told_apart([printable(name) for name in heat.names], 16)
     panel.set_yticks(ticks, [names[k] for k in ticks], fontsize="x-small")
+
+    # 3. The colour key.
     bar = figure.colorbar(mesh, ax=panel, pad=0.01)
     bar.ax.tick_params(labelsize="x-small", which="both")
     _log_ticks(bar.ax.yaxis, (norm.vmin or low, norm.vmax or high))
@@ -526,17 +594,21 @@ def _mark(
     span = (last - first) or 1.0
     labels: list[tuple[float, str]] = []
     for curve in drawn:
-        for resumed in curve.run.resumes:
-            if not first <= resumed <= last:
-                continue
+        # 1. Resumes.
+        inside = [step for step in curve.run.resumes if first <= step <= last]
+        for resumed in inside:
             panel.axvline(resumed, color=PALE, lw=0.9, ls=":")
             if labelled:
                 _at_head(panel, labels, float(resumed), "resumed", PALE, last, span)
+
+        # 2. Alerts. Of several runs the colour says which one, of a single run how severe.
         for row in alerts_of_run(curve.run):
             step, level = float(row["step"]), str(row.get("level"))
             if not first <= step <= last:
                 continue
-            colour = curve.colour if several else _ALERT.get(level, PALE)
+            colour = _ALERT.get(level, PALE)
+            if several:
+                colour = curve.colour
             panel.axvline(step, color=colour, lw=1.0, ls="--")
             if labelled and level != "info":
                 _at_head(panel, labels, step, str(row["code"]), colour, last, span)
@@ -544,7 +616,7 @@ def _mark(
 
 def _at_head(
     panel: Axes,
-    taken: list[tuple[float, str]],
+    labels: list[tuple[float, str]],
     step: float,
     text: str,
     colour: str,
@@ -552,18 +624,23 @@ def _at_head(
     span: float,
 ) -> None:
     """Write a word next to a line, below the words that stand there already, each word once."""
-    near = [word for at, word in taken if abs(at - step) < 0.14 * span]
+    # 1. The words that stand there.
+    near = [word for at, word in labels if abs(at - step) < 0.14 * span]
     if text in near or len(near) >= 5:
         return
-    taken.append((step, text))
-    at_right = step > last - 0.15 * span
+    labels.append((step, text))
+
+    # 2. To the right of the line, or to its left near the panel's end.
+    side, dx = "left", 3
+    if step > last - 0.15 * span:
+        side, dx = "right", -3
     panel.annotate(
         text,
         (step, 0.97),
         xycoords=panel.get_xaxis_transform(),
-        xytext=(-3 if at_right else 3, -13 * len(near)),
+        xytext=(dx, -13 * len(near)),
         textcoords="offset points",
-        ha="right" if at_right else "left",
+        ha=side,
         va="top",
         fontsize="small",
         color=colour,
@@ -576,37 +653,33 @@ def _step_axis(panel: Axes, first: float, last: float) -> None:
     """Set a few ticks at integers; the last step is one of them."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    ticks = [t for t in MaxNLocator(5, integer=True).tick_values(first, last) if first <= t <= last]
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    if last <= first:
+        panel.set_xticks([first])
+        return
+
+    # 1. Round steps, none of which is so near the last that their labels would meet.
     near = 0.08 * (last - first)
-    ticks = [t for t in ticks if last - t > near]
+    candidates = MaxNLocator(5, integer=True).tick_values(first, last)
+    ticks = [tick for tick in candidates if first <= tick and last - tick > near]
+
+    # 2. Both ends.
     if not ticks or ticks[0] - first > near:
         ticks.insert(0, first)
-    panel.set_xticks([*ticks, last] if last > first else [first])
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    panel.set_xticks([*ticks, last])
 
 
 def _head(figure: Figure, drawn: Sequence[_Drawn], options: RunPlot) -> None:
     """Write the title, and the names of several runs or what the bold line is."""
     from matplotlib.lines import Line2D
 
-    title = _title(drawn[0].run) if len(drawn) == 1 else f"{len(drawn)} runs"
-    room = int(options.size[0] * 9)
+    room = int(options.size[0] * 9)  # characters
+    title = f"{len(drawn)} runs"
+    if len(drawn) == 1:
+        title = _title(drawn[0].run)
     figure.suptitle(clipped(title, room), x=0.01, ha="left", fontsize="large")
     if len(drawn) > 1:
-        short = told_apart([printable(one.name) for one in drawn], min(40, room // 2))
-        handles = [Line2D([], [], color=one.colour, lw=2.5) for one in drawn]
-        labels = [
-            f"{name}: {one.run.steps[-1]['step']:,} steps"
-            for name, one in zip(short, drawn, strict=True)
-        ]
-        fitting = max((room - 10) // (max(map(len, labels)) + 6), 1)
-        figure.legend(
-            handles,
-            labels,
-            loc="outside upper right",
-            ncols=min(len(drawn), fitting, 4),
-            frameon=False,
-        )
+        _name_runs(figure, drawn, room)
         return
     if drawn[0].window > 1:
         handle = Line2D([], [], color=INK, lw=2.0)
@@ -619,19 +692,44 @@ def _head(figure: Figure, drawn: Sequence[_Drawn], options: RunPlot) -> None:
         )
 
 
+def _name_runs(figure: Figure, drawn: Sequence[_Drawn], room: int) -> None:
+    """Write the name of each run in its colour, at the top right."""
+    from matplotlib.lines import Line2D
+
+    short = told_apart([printable(curve.name) for curve in drawn], min(40, room // 2))
+    handles = [Line2D([], [], color=curve.colour, lw=2.5) for curve in drawn]
+    labels = []
+    for name, curve in zip(short, drawn, strict=True):
+        labels.append(f"{name}: {curve.run.steps[-1]['step']:,} steps")
+    fitting = max((room - 10) // (max(map(len, labels)) + 6), 1)
+    figure.legend(
+        handles,
+        labels,
+        loc="outside upper right",
+        ncols=min(len(drawn), fitting, 4),
+        frameon=False,
+    )
+
+
 def _title(run: RunLog) -> str:
     """Return the model, how many steps it ran, its alerts and the report at the start."""
+    # 1. The model and its steps.
     model = clipped(printable(str(run.header.get("model", "?"))), 40)
     last = run.steps[-1]["step"]
-    steps = "1 step" if last == 1 else f"{last:,} steps"
+    steps = f"{last:,} steps"
+    if last == 1:
+        steps = "1 step"
 
+    # 2. The alerts.
     alerts = [row for row in alerts_of_run(run) if row.get("level") != "info"]
     state = "no alert"
     if alerts:
         listed = ", ".join(f"{row['code']} at {row['step']:,}" for row in alerts[:_ALERTS])
-        more = f" and {len(alerts) - _ALERTS} more" if len(alerts) > _ALERTS else ""
-        state = f"alerts: {listed}{more}"
+        state = f"alerts: {listed}"
+    if len(alerts) > _ALERTS:
+        state += f" and {len(alerts) - _ALERTS} more"
 
+    # 3. What the report at the start found.
     title = f"{model}, {steps}; {state}"
     at_start = report_at_start(run)
     if at_start:
