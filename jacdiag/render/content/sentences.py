@@ -32,7 +32,9 @@ __all__ = [
 ]
 
 _OTHERS = 4  # sets of tensors that the header names
+_NOT_PRE_NORM = "Not pre-norm, the two conditions do not apply"
 _BOTH_CONDITIONS = {
+    "not applicable": _NOT_PRE_NORM,
     "met": "Both conditions met",
     "not met": "Neither condition met",
     "partly": "Both conditions partly met",
@@ -65,7 +67,9 @@ def legible(value: Any) -> Any:
 def _legible_character(character: str) -> str:
     if character.isprintable():
         return character
-    return " " if character.isspace() else "\ufffd"
+    if character.isspace():
+        return " "
+    return "\ufffd"
 
 
 # -- header ----------------------------------------------------------------------------------------
@@ -112,7 +116,9 @@ def read_words(source: Mapping[str, Any]) -> list[str]:
 def model_words(report: Report) -> str:
     """Return the model in words: "GPT, 12 layers, d 768, 124M parameters (99.8% covered)"."""
     model = report.model
-    facts = [model.name] if model.name else []
+    facts = []
+    if model.name:
+        facts.append(model.name)
     facts.append(plural(model.layers, "layer"))
     if model.width:
         facts.append(f"d {model.width}")
@@ -141,7 +147,9 @@ def state_words(report: Report) -> str:
 
 def placement_words(placement: str) -> str:
     """Return a placement as a noun: "pre-norm", "no norm"."""
-    return "no norm" if placement == "none" else f"{placement}-norm"
+    if placement == "none":
+        return "no norm"
+    return f"{placement}-norm"
 
 
 def why_state(report: Report) -> str:
@@ -152,7 +160,9 @@ def why_state(report: Report) -> str:
     """
     if not report.state_reason or report.state_basis == "given":
         return ""
-    other = "trained" if report.state == "init" else "init"
+    other = "init"
+    if report.state == "init":
+        other = "trained"
     return f"{report.state} ({report.state_reason}); --state {other} overrides"
 
 
@@ -176,7 +186,9 @@ def plural(number: int, noun: str) -> str:
     >>> plural(1, "layer"), plural(12, "layer")
     ('1 layer', '12 layers')
     """
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    if number == 1:
+        return f"{number} {noun}"
+    return f"{number} {noun}s"
 
 
 def _probe(report: Report) -> list[str]:
@@ -189,7 +201,9 @@ def _probe(report: Report) -> list[str]:
     settings = report.settings
     device = " on ".join(str(settings[key]) for key in ("dtype", "device") if settings.get(key))
     confidence = confidence_words(settings)
-    intervals = f"{sublayers}, {confidence}" if confidence else sublayers
+    intervals = sublayers
+    if confidence:
+        intervals = f"{sublayers}, {confidence}"
     facts = [f"probe: {_probe_words(report)}", device, intervals, plan]
     return [fact for fact in facts if fact]
 
@@ -209,9 +223,15 @@ def _probe_words(report: Report) -> str:
 
 
 def _probe_source(report: Report) -> str:
+    """Return the probe's size and where its tokens come from."""
+    # 1. Its size.
     probe = report.probe
     assert probe is not None
-    size = f"{probe.batch} x {probe.seq}" if probe.seq else f"batch {probe.batch}"
+    size = f"batch {probe.batch}"
+    if probe.seq:
+        size = f"{probe.batch} x {probe.seq}"
+
+    # 2. Tokens that were drawn or read.
     if probe.tokens == "random":
         return f"{size} random tokens, seed {probe.seed}"
     if probe.tokens == "random pixels":
@@ -219,6 +239,7 @@ def _probe_source(report: Report) -> str:
     if probe.tokens != "inputs":
         return f"{size} tokens of {probe.tokens}"
 
+    # 3. Inputs of a file, or of a recorded step.
     replayed = report.settings.get("replayed")
     if not replayed:
         return f"{size}, from --inputs"
@@ -246,7 +267,9 @@ def confidence_words(settings: Mapping[str, Any]) -> str:
     words = f"each interval at {level(each)}"
     if not together:
         return words
-    also = " and those of remedies" if together.get("shared_with_remedies") else ""
+    also = ""
+    if together.get("shared_with_remedies"):
+        also = " and those of remedies"
     if together.get("seeds", 1) > 1:
         also += f" and of {together['seeds']} seeds"
     return (
@@ -267,7 +290,9 @@ def _plan(report: Report) -> str:
         return ", ".join([f"learning rate {plan.lr:g}", *others])
     if not others:
         return "no learning rate given"
-    verb = "says" if len(others) == 1 else "say"
+    verb = "say"
+    if len(others) == 1:
+        verb = "says"
     return f"no learning rate given: {' and '.join(others)} {verb} nothing without --lr"
 
 
@@ -283,7 +308,9 @@ def condition(report: Report, code: str) -> str:
         The status in the report; "not selected" if the rule was not run.
     """
     conditions = report.conditions
-    status = conditions.small_sublayers if code == "JD101" else conditions.large_shortcut
+    status = conditions.large_shortcut
+    if code == "JD101":
+        status = conditions.small_sublayers
     was_run = not report.rules or any(rule.code == code for rule in report.rules)
     if status == "unknown" and not was_run:
         return "not selected"
@@ -296,40 +323,62 @@ def headline(report: Report) -> str:
     Args:
         report: of either tier and state.
     """
-    # 1. What stands in for the conditions: weights alone, an error of another rule, training.
+    # 1. Weights alone have bounds, no branch gain.
     if report.tier == "weights":
         return _weights_headline(report)
+
+    # 2. An error of a rule that judges neither condition comes before them.
     for finding in report.findings:
         if finding.level == "error" and finding.code not in FIELD_OF_RULE:
             return f"{finding.code}: {finding.what}"
-    worst = worst_branch(report)
-    gain = f"worst branch gain {spoken(worst[1])} at {worst[0].name}" if worst else ""
+
+    # 3. The worst branch gain, after what it was judged by.
+    gain = _worst_gain(report)
     if report.state == "trained":
         return f"Trained model: {gain or 'no branch could be measured'}{_comparison(report)}"
+    return _conditions_headline(report, gain)
+
+
+def _conditions_headline(report: Report, gain: str) -> str:
+    """Return the verdict on an initialized model, with its worst gain if that was measured."""
     if report.settings.get("products") is False:
         return "The init contract alone: no norm was measured"
+    words = _conditions_in_words(report)
+    if gain:
+        return f"{words}: {gain}"
+    if words == _NOT_PRE_NORM:
+        return "Nothing could be measured"
+    return words
 
-    # 2. The two conditions of the paper.
+
+def _conditions_in_words(report: Report) -> str:
+    """Return how the two conditions of the paper came out."""
     small, large = condition(report, "JD101"), condition(report, "JD102")
-    if small == large == "not applicable":
-        if not gain:
-            return "Nothing could be measured"
-        return f"Not pre-norm, the two conditions do not apply: {gain}"
-    if small == large:
-        words = _BOTH_CONDITIONS.get(small, "Both conditions unknown")
-    else:
-        words = f"Large shortcut {large}, small sub-layers {small}"
-    return f"{words}: {gain}" if gain else words
+    if small != large:
+        return f"Large shortcut {large}, small sub-layers {small}"
+    return _BOTH_CONDITIONS.get(small, "Both conditions unknown")
+
+
+def _worst_gain(report: Report) -> str:
+    """Return the worst branch gain in words; "" if no branch was measured."""
+    worst = worst_branch(report)
+    if worst is None:
+        return ""
+    record, norm = worst
+    return f"worst branch gain {spoken(norm)} at {record.name}"
 
 
 def _comparison(report: Report) -> str:
     """Return how a trained model compares, as the end of a sentence; "" if it was judged."""
     if report.against is not None:
         return f"; compared with {report.against.source}"
-    return "; nothing to compare it with" if report.verdict == "observed" else ""
+    if report.verdict == "observed":
+        return "; nothing to compare it with"
+    return ""
 
 
 def _weights_headline(report: Report) -> str:
+    """Return the paper's largest bound, in words."""
     bounds = [row for row in report.sublayers if row.bound is not None and math.isfinite(row.bound)]
     if not bounds:
         return "From the weights alone: no bound can be given"

@@ -138,11 +138,16 @@ def _condition(report: Report, code: str) -> Line:
         text = "; ".join(finding.what for finding in findings)
         return Line(label, text, status, findings[0].level, code)
 
-    level = "undecided" if status == "unknown" else ""
+    level = ""
+    if status == "unknown":
+        level = "undecided"
     notes = [rule.note for rule in report.rules if rule.code == code and rule.note]
     if notes:
-        return Line(label, notes[0], status, level)
-    text = _largest_core(report) if code == "JD101" else _smallest_shortcut(report)
+        text = notes[0]
+    elif code == "JD101":
+        text = _largest_core(report)
+    else:
+        text = _smallest_shortcut(report)
     return Line(label, text, status, level)
 
 
@@ -194,8 +199,13 @@ def _judged_branch_gain(report: Report) -> str:
     if worst is None:
         return ""
     row, gain = worst
-    is_judged = next((rule.matched for rule in report.rules if rule.code == "JD103"), 0)
-    judged = "JD103 judges it by its placement" if is_judged else "judged by no rule"
+    judged = "judged by no rule"
+    for rule in report.rules:
+        if rule.code != "JD103":
+            continue
+        if rule.matched:
+            judged = "JD103 judges it by its placement"
+        break
     return f"branch gain {spoken(gain)} at {row.name} ({judged})"
 
 
@@ -204,7 +214,9 @@ def _largest_out_norm_gain(rows: list[SublayerRecord]) -> str:
     if not measured:
         return ""
     gain, row = max(measured, key=lambda pair: pair[0].estimate)
-    place = "the norm after the sum" if row.placement == "post" else "the norm at the branch's end"
+    place = "the norm at the branch's end"
+    if row.placement == "post":
+        place = "the norm after the sum"
     return (
         f"gain of {place} {spoken(gain)} at {row.name} (1/σ of what it reads; no cut-off is "
         "published)"
@@ -270,14 +282,17 @@ def _depth(report: Report) -> Line | None:
     else:
         reason = network.notes.get("end_to_end")
         text += f", {PRODUCT_ALONE}"
-        text += f" ({reason})" if reason else ""
+        if reason:
+            text += f" ({reason})"
 
     # 2. What the rule says of it.
     finding = _first_of(report, "JD104")
     if finding is None:
         return Line("over depth", text)
     limit = finding.evidence.get("threshold")
-    beyond = finding.what if limit is None else f"the product is above e^{limit:g}"
+    beyond = finding.what
+    if limit is not None:
+        beyond = f"the product is above e^{limit:g}"
     return Line("over depth", f"{text}; {beyond}", level=finding.level, code=finding.code)
 
 
@@ -333,7 +348,9 @@ def _known(values: Iterable[float | None]) -> list[float]:
 
 def _gradients(report: Report) -> Line | None:
     """Return the gradient's norm at the first shortcut, compared with that at the top."""
-    norms = report.network.gradient_norms if report.network else None
+    if report.network is None:
+        return None
+    norms = report.network.gradient_norms
     if not norms or len(norms) < 2:
         return None
     first, last = norms[0], norms[-1]
@@ -380,8 +397,7 @@ def _others(report: Report) -> Line | None:
     )
     if len(placements) > 1:
         several = " and ".join(placement_words(placement) for placement in placements)
-        text = f"nothing is compared: the sub-layers differ in placement ({several})"
-        return Line("other models", text)
+        return _not_compared(f"the sub-layers differ in placement ({several})")
     placement = placements[0]
     norms = placement_words(placement)
 
@@ -390,16 +406,22 @@ def _others(report: Report) -> Line | None:
     if not rungs:
         if load_healthy(placement=placement):
             return None  # a report without a ladder, such as that of a probe in a run
-        kind = "without norms" if placement == "none" else f"with {norms}"
-        text = f"nothing is compared: no init of another model {kind} was measured"
-        return Line("other models", text)
+        kind = f"with {norms}"
+        if placement == "none":
+            kind = "without norms"
+        return _not_compared(f"no init of another model {kind} was measured")
 
     # 3. This model among them.
     steps = [(float(rung["worst_branch_gain"]), str(rung["name"])) for rung in rungs]
     steps = sorted([*steps, (worst[1].estimate, _YOURS)])
-    shown = " · ".join(f"{name} {two(gain)}".replace(" ", TIED) for gain, name in _nearest(steps))
-    text = f"worst branch gain  {shown}  ({norms}, at init{_widths(report, rungs)})"
+    shown = [f"{name} {two(gain)}".replace(" ", TIED) for gain, name in _nearest(steps)]
+    text = f"worst branch gain  {' · '.join(shown)}  ({norms}, at init{_widths(report, rungs)})"
     return Line("other models", text)
+
+
+def _not_compared(reason: str) -> Line:
+    """Return the line that says why no other model is shown."""
+    return Line("other models", f"nothing is compared: {reason}")
 
 
 def _widths(report: Report, rungs: list[dict[str, Any]]) -> str:
@@ -436,7 +458,9 @@ def _open(report: Report) -> Line | None:
         if rule.status != "unknown" or rule.code in CONDITIONS:
             continue
         name = f"{rule.code} {rule.name}".strip()
-        undecided.append(f"{name} ({rule.note})" if rule.note else name)
+        if rule.note:
+            name = f"{name} ({rule.note})"
+        undecided.append(name)
     if not undecided:
         return None
     return Line("undecided", ", ".join(undecided), level="undecided")
@@ -450,7 +474,10 @@ def _uncovered(report: Report) -> Line | None:
     names = []
     for name in model.uncovered:
         reason = model.uncovered_reasons.get(name)
-        names.append(f"{name} ({reason})" if reason else name)
+        if reason:
+            names.append(f"{name} ({reason})")
+        else:
+            names.append(name)
     text = some(names)
     if model.covered_parameters is not None:
         missing = model.parameters - model.covered_parameters
@@ -470,8 +497,9 @@ def footnotes(report: Report) -> list[str]:
     for key, title in titles.items():
         by_reason = _missing_by_reason(report, key)
         for reason, names in list(by_reason.items())[:_NAMED]:
-            is_everywhere = len(names) == len(report.sublayers)
-            where = "" if is_everywhere else f" at {some(names)}"
+            where = ""
+            if len(names) < len(report.sublayers):
+                where = f" at {some(names)}"
             notes.append(f"no {title}{where}: {reason}")
 
     is_split = any(row.core_norm and row.norm_gain for row in report.sublayers)

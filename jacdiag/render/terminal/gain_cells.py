@@ -39,11 +39,15 @@ class Cell:
     @property
     def style(self) -> str:
         """Colour: by the rule that fired, else by how much of the factor the change is."""
+        if self.level == "error":
+            return "bold red"
         if self.level:
-            return "bold red" if self.level == "error" else "bold yellow"
+            return "bold yellow"
         if self.change >= 1:
             return "yellow"
-        return "cyan" if self.change >= 0.5 else "grey50"
+        if self.change >= 0.5:
+            return "cyan"
+        return "grey50"
 
 
 class GainCells:
@@ -102,8 +106,10 @@ class GainCells:
             return Cell(_MARKS[level], change, level)
         if not math.isfinite(value):
             return Cell("?", change)
+        if change >= 1 and ratio > 1:
+            return Cell("+", change)
         if change >= 1:
-            return Cell("+" if ratio > 1 else "-", change)
+            return Cell("-", change)
         return Cell(SHADES[sum(value >= cut for cut in CUTS)], change)
 
     def binned(self, columns: int) -> tuple[list[int], list[dict[str, Cell]]]:
@@ -136,28 +142,42 @@ def loudest(cells: list[Cell | None]) -> Cell | None:
 
 
 def _rank(cell: Cell | None) -> int:
+    """Return how much a cell must be seen: an error first, then a warning, then a mark."""
     if cell is None:
         return -1
+    if cell.level == "error":
+        return 3
     if cell.level:
-        return 3 if cell.level == "error" else 2
-    return 1 if cell.change >= 1 or cell.glyph == "?" else 0
+        return 2
+    if cell.change >= 1 or cell.glyph == "?":
+        return 1
+    return 0
 
 
 def _fired(run: RunLog) -> dict[tuple[int, str], str]:
     """Return the level of the rule that fired for a sub-layer at a probe's step."""
     fired: dict[tuple[int, str], str] = {}
-    rows = [row for row in alerts_of_run(run) if row.get("code") == "JD504"]
-    rows = [
-        row
-        for row in rows
-        if (row.get("evidence") or {}).get("figure", "branch_norm") == "branch_norm"
-    ]
-    rows += [row for row in report_at_start(run) if row.get("code") in _RULES]
-    for row in rows:
+    for row in _alerts_on_norms(run):
         level = str(row.get("level"))
         if level not in _MARKS:
             continue
         for name in row.get("where") or []:
             key = int(row["step"]), str(name)
-            fired[key] = "error" if "error" in (level, fired.get(key)) else level
+            # An error stays one, whatever else fired there.
+            if fired.get(key) != "error":
+                fired[key] = level
     return fired
+
+
+def _alerts_on_norms(run: RunLog) -> list[dict[str, Any]]:
+    """Return the alerts about a sub-layer's branch norm: drifts, and findings at the start."""
+    rows = []
+    for row in alerts_of_run(run):
+        evidence = row.get("evidence") or {}
+        is_branch_norm = evidence.get("figure", "branch_norm") == "branch_norm"
+        if row.get("code") == "JD504" and is_branch_norm:
+            rows.append(row)
+    for row in report_at_start(run):
+        if row.get("code") in _RULES:
+            rows.append(row)
+    return rows

@@ -32,7 +32,7 @@ _LOOK_BACK = 1000  # steps in which a last value is looked for first
 _NARROW = 22  # columns of the heat map: below, its key is short
 _SILENT = 60.0  # seconds without a line in the log
 _MARKS = {"error": "●", "warning": "▲", "info": "·"}
-_LEAST_PATH = 12  # columns of a path that still tells something
+_LEAST_PATH = 12  # columns: a shorter end of a path would say nothing
 _RATE = 50  # steps that steps per second are taken over
 
 
@@ -57,8 +57,12 @@ def screen(
         idle: seconds since the last write to the log, if known.
         state: of the run, if there is a sign of life next to its log.
     """
-    cells = cells if cells is not None else GainCells()
+    # 1. The cells of the heat map, with those of new probes.
+    if cells is None:
+        cells = GainCells()
     cells.update(run)
+
+    # 2. The panels, over a line of keys.
     layout = Layout()
     layout.split_column(Layout(name="body"), Layout(_keys(run, path, width, idle, state), size=1))
     left, right = max(width * 34 // 100, 24), max(width * 32 // 100, 22)
@@ -94,14 +98,20 @@ def _figures(run: RunLog, width: int, height: int) -> RenderableType:
 
 def _figure_lines(run: RunLog, width: int) -> list[str]:
     """Return speed, learning rate, tokens, clipping, skipped steps and cost, if they are known."""
+    # 1. Speed, over the last steps.
     lines: list[str] = []
     durations = [number(row.get("step_seconds")) for row in run.steps[-_RATE:]]
     durations = [duration for duration in durations if math.isfinite(duration)]
     if durations:
         lines.append(f"steps/s  {three(len(durations) / max(sum(durations), 1e-9))}")
+
+    # 2. Figures of the last step.
     last = run.steps[-1]
-    known = [key for key in ("lr", "tokens") if last.get(key) is not None]
-    lines += [f"{key:8} {number(last[key]):,.4g}" for key in known]
+    for key in ("lr", "tokens"):
+        if last.get(key) is not None:
+            lines.append(f"{key:8} {number(last[key]):,.4g}")
+
+    # 3. Counts over all steps.
     was_clipped = [row["clipped"] for row in run.steps if row.get("clipped") is not None]
     if was_clipped:
         share = f"clipped  {sum(was_clipped) / len(was_clipped):.0%}"
@@ -116,9 +126,10 @@ def _curves(run: RunLog, width: int) -> list[tuple[str, list[float]]]:
     """Return the head and the values of each curve, the most wanted first."""
     # 1. Loss and gradient norm.
     has_norm_before = any(row.get("grad_norm") is not None for row in run.steps)
-    key = "grad_norm" if has_norm_before else "grad_norm_post"
+    key = "grad_norm_post"
     labels: tuple[str, ...] = ("gradient, post-clip", "grad post-clip", "grad")
     if has_norm_before:
+        key = "grad_norm"
         labels = ("gradient", "grad")
     curves = [
         (_head(("loss",), run, "loss", width), run.column("loss")),
@@ -160,12 +171,15 @@ def _stretched(values: Sequence[float], width: int) -> list[float]:
 
 def _over_sublayers(run: RunLog, figure: str, *, largest: bool) -> list[float]:
     """Return the largest or the smallest value over sub-layers, for each row of statistics."""
+    pick = min
+    if largest:
+        pick = max
     extremes = []
     for row in run.stats:
         by_name = (row.get("figures") or {}).get(figure, {})
         known = [number(value) for value in by_name.values() if value is not None]
         if known:
-            extremes.append(max(known) if largest else min(known))
+            extremes.append(pick(known))
     return extremes
 
 
@@ -174,12 +188,15 @@ def _head(labels: Sequence[str], run: RunLog, key: str, width: int) -> str:
 
     A label is shortened, never a value.
     """
-    # Older rows are read only if all recent values were lost: since when was that?
+    # 1. What was measured lately. All rows are read only if every recent value was lost.
     measured = _measured_values(run.steps[-_LOOK_BACK:], key)
     if measured and not any(math.isfinite(value) for _, value in measured):
         measured = _measured_values(run.steps, key)
 
-    last = three(measured[-1][1]) if measured else "?"
+    # 2. The last value, and since when it is not finite.
+    last = "?"
+    if measured:
+        last = three(measured[-1][1])
     texts = [f"{label:8} {last}" for label in labels]
     since = _lost_since(measured)
     if since is not None:
@@ -206,7 +223,9 @@ def _measured(row: Mapping[str, Any], key: str) -> float | None:
     """
     if row.get(key) is not None:
         return number(row[key])
-    after = row.get("grad_norm_post") if key == "grad_norm" else None
+    if key != "grad_norm":
+        return None
+    after = row.get("grad_norm_post")
     if after is None or math.isfinite(number(after)):
         return None
     return number(after)
@@ -270,32 +289,51 @@ def chart(values: Sequence[float], width: int, rows: int) -> list[str]:
     steps = 8 * rows - 1
     heights = []
     for mean in means:
-        is_known = math.isfinite(mean)
-        heights.append(round((mean - low) / span * steps) + 1 if is_known else 0)
+        if math.isfinite(mean):
+            heights.append(round((mean - low) / span * steps) + 1)
+        else:
+            heights.append(0)
 
-    # 3. The lines.
-    lines = []
-    for row in reversed(range(rows)):
-        eighths = [min(max(height - 8 * row, 0), 8) for height in heights]
-        lines.append("".join(f" {_BARS}"[eighth] for eighth in eighths))
-    return lines
+    # 3. The lines, from the top.
+    return [_bar_line(heights, row) for row in reversed(range(rows))]
+
+
+def _bar_line(heights: Sequence[int], row: int) -> str:
+    """Return one line of a chart; row 0 is the lowest.
+
+    Args:
+        heights: of the bars, in eighths of a line.
+        row: of the line.
+    """
+    characters = []
+    for height in heights:
+        eighths = min(max(height - 8 * row, 0), 8)
+        characters.append(f" {_BARS}"[eighths])
+    return "".join(characters)
 
 
 def _finite_mean(values: Sequence[float]) -> float:
+    """Return the mean of the finite values; nan if there are none."""
     finite = [value for value in values if math.isfinite(value)]
-    return sum(finite) / len(finite) if finite else math.nan
+    if not finite:
+        return math.nan
+    return sum(finite) / len(finite)
 
 
 def _cost(run: RunLog, width: int) -> list[str]:
-    probes = [number(row.get("seconds")) for row in run.probes]
-    lines = [f"probe    {seconds(probes[-1])}"] if probes else []
-    share = next((row["probe_share"] for row in reversed(run.prices) if "probe_share" in row), None)
-    if share is None:
-        return lines
-    return [
-        *lines,
-        _fitting(width, f"         {share:.1%} of the time", f"         {share:.1%} time"),
-    ]
+    """Return how long the last probe took, and the share of the run's time spent on probes."""
+    lines = []
+    if run.probes:
+        lines.append(f"probe    {seconds(number(run.probes[-1].get('seconds')))}")
+    for row in reversed(run.prices):
+        if "probe_share" not in row:
+            continue
+        share = row["probe_share"]
+        if share is not None:
+            short = f"         {share:.1%} time"
+            lines.append(_fitting(width, f"         {share:.1%} of the time", short))
+        break
+    return lines
 
 
 # -- middle ----------------------------------------------------------------------------------------
@@ -307,20 +345,10 @@ def _gains(cells: GainCells, width: int, height: int) -> RenderableType:
     if not cells.steps:
         return Text("no probe yet")
 
-    # 1. The key below the map.
-    foot = _wrapped(f"steps {cells.steps[0]:,} to {cells.steps[-1]:,}", width)
-    sizes = [
-        f"{SHADES[0]}{TIED}<{CUTS[0]:g}",
-        *(f"{SHADES[k + 1]}{TIED}{cut:g}" for k, cut in enumerate(CUTS)),
-    ]
-    foot += _wrapped(f"‖J‖ {' '.join(sizes)}", width)
-    marks = f"+{TIED}-: by a factor {cells.factor:g} off its last 8 ▲{TIED}●: a rule fired"
-    if width < _NARROW:
-        marks = f"+{TIED}-: factor{TIED}{cells.factor:g} ▲{TIED}●: rule"
-    foot += _wrapped(marks, width)
+    foot = _map_key(cells, width)
     room = max(height - len(foot), 1)
 
-    # 2. Rows: several lines for a sub-layer if there is room, several sub-layers in a line if there
+    # 1. Rows: several lines for a sub-layer if there is room, several sub-layers in a line if there
     # is not.
     per = max(1, -(-len(cells.names) // room))
     shown = cells.names[::per]
@@ -328,16 +356,20 @@ def _gains(cells: GainCells, width: int, height: int) -> RenderableType:
     names = told_apart(
         [printable(name) for name in shown], max(width - min(len(cells.steps), width // 2) - 1, 6)
     )
+
+    # 2. Columns: probes, stretched or gathered to the width.
     name_width = max(map(len, names), default=0)
     space = max(width - name_width - 1, 1)
     _, columns = cells.binned(space)
     across = [columns[k * len(columns) // space] for k in range(space)]
 
+    # 3. The cells. The first line of a sub-layer begins with its name.
     text = Text(no_wrap=True)
     for k, name in enumerate(names):
         members = cells.names[k * per : (k + 1) * per]
-        for line in range(tall):
-            text.append((name if line == 0 else "").ljust(name_width) + " ")
+        heads = [name, *[""] * (tall - 1)]
+        for head in heads:
+            text.append(head.ljust(name_width) + " ")
             for column in across:
                 cell = loudest([column.get(member) for member in members])
                 if cell is None:
@@ -347,6 +379,25 @@ def _gains(cells: GainCells, width: int, height: int) -> RenderableType:
             text.append("\n")
     text.append("\n".join(foot))
     return text
+
+
+def _map_key(cells: GainCells, width: int) -> list[str]:
+    """Return the key below the heat map: its steps, its shades and its marks."""
+    # 1. The steps.
+    key = _wrapped(f"steps {cells.steps[0]:,} to {cells.steps[-1]:,}", width)
+
+    # 2. The shades, each with the gain that it begins at.
+    sizes = [f"{SHADES[0]}{TIED}<{CUTS[0]:g}"]
+    for shade, cut in zip(SHADES[1:], CUTS, strict=False):
+        sizes.append(f"{shade}{TIED}{cut:g}")
+    key += _wrapped(f"‖J‖ {' '.join(sizes)}", width)
+
+    # 3. The marks.
+    marks = f"+{TIED}-: by a factor {cells.factor:g} off its last 8 ▲{TIED}●: a rule fired"
+    if width < _NARROW:
+        marks = f"+{TIED}-: factor{TIED}{cells.factor:g} ▲{TIED}●: rule"
+    key += _wrapped(marks, width)
+    return key
 
 
 def told_apart(names: Sequence[str], width: int) -> list[str]:
@@ -432,7 +483,9 @@ def _right(run: RunLog, width: int, height: int) -> RenderableType:
     notes = _notes(run, width)
     if notes:
         size = min(len(notes) + 2, max(height // 3, 5))
-        title = "off, notes" if run.faults else "notes"
+        title = "notes"
+        if run.faults:
+            title = "off, notes"
         layouts.append(_lines_panel(notes, title, width, size))
         room -= size
 
@@ -456,8 +509,10 @@ def _joined(lines: Sequence[tuple[str, str]], width: int, height: int) -> Render
         more = len(lines) - height + 1
         shown[-1] = (clipped(f"... {more} lines more", width), "dim")
     text = Text(no_wrap=True)
-    for k, (line, style) in enumerate(shown):
-        text.append(("\n" if k else "") + clipped(line, width), style=style)
+    line_break = ""
+    for line, style in shown:
+        text.append(line_break + clipped(line, width), style=style)
+        line_break = "\n"
     return text
 
 
@@ -475,21 +530,25 @@ def _report_lines(rows: Sequence[Mapping[str, Any]], width: int) -> list[tuple[s
 
 def _notes(run: RunLog, width: int) -> list[tuple[str, str]]:
     """Return parts that are switched off, rules that wait, and the newest notes."""
-    lines: list[tuple[str, str]] = []
+    # 1. What is written, in which style.
+    texts: list[tuple[str, str]] = []
     for row in run.faults:
-        lines += [
-            (line, "yellow")
-            for line in _wrapped(f"× {printable(str(row.get('part')))} is off", width)
-        ]
-        reason = f"{row.get('error', '')}; {row.get('off', '')}"
-        lines += [(line, "") for line in _wrapped(printable(reason), width)]
-    waits = run.waits if run.ended is None else {}
-    for code, what in waits.items():
-        lines += [(line, "dim") for line in _wrapped(printable(f"{code} waits for {what}"), width)]
+        texts.append((f"× {printable(str(row.get('part')))} is off", "yellow"))
+        texts.append((f"{row.get('error', '')}; {row.get('off', '')}", ""))
+    if run.ended is None:
+        for code, what in run.waits.items():
+            texts.append((f"{code} waits for {what}", "dim"))
     for row in reversed(run.notes):
-        at = f"{row['step']:,}: " if isinstance(row.get("step"), int) else ""
-        wrapped = _wrapped(printable(f"· {at}{row.get('text', '')}"), width)
-        lines += [(line, "dim") for line in wrapped]
+        note = str(row.get("text", ""))
+        if isinstance(row.get("step"), int):
+            note = f"{row['step']:,}: {note}"
+        texts.append((f"· {note}", "dim"))
+
+    # 2. Each text wrapped into lines of its style.
+    lines: list[tuple[str, str]] = []
+    for text, style in texts:
+        for line in _wrapped(printable(text), width):
+            lines.append((line, style))
     return lines
 
 
@@ -501,25 +560,27 @@ def _alerts(run: RunLog, width: int, height: int) -> RenderableType:
     alerts = alerts_of_run(run)
     if not alerts:
         return Text("none")
+
+    # 1. Three lines for each alert that fits; the sentences share the lines that are left.
     blocks: list[RenderableType] = []
     shown = list(reversed(alerts))[: max(height // 3, 1)]
     spare = height - 3 * len(shown)
     for row in shown:
-        mark, level = _MARKS.get(str(row.get("level")), "·"), str(row.get("level"))
+        level = str(row.get("level"))
+        mark = _MARKS.get(level, "·")
         style = _STYLES.get(level, "")
         where = printable(str((row.get("where") or [""])[0]))
+
+        # 2. As much of the sentence as there is room for, cut in its last line.
         text = _wrapped(printable(str(row.get("what", ""))), width) or [""]
         room = 1 + max(0, min(spare, len(text) - 1))
         spare -= room - 1
         if room < len(text):
             text[room - 1] = clipped(f"{text[room - 1]} {text[room]}", width)
-        blocks.append(
-            Text(
-                clipped(f"{mark} {row['code']} at {row['step']:,}", width),
-                style=style,
-                no_wrap=True,
-            )
-        )
+
+        # 3. Head, sub-layer, sentence.
+        head = clipped(f"{mark} {row['code']} at {row['step']:,}", width)
+        blocks.append(Text(head, style=style, no_wrap=True))
         blocks.append(Text(_ending(where, width), no_wrap=True))
         blocks.append(Text("\n".join(text[:room]), style="dim", no_wrap=True))
     return Group(*blocks)
@@ -535,8 +596,11 @@ def _ending(name: str, width: int) -> str:
 def _keys(
     run: RunLog, path: str, width: int, idle: float | None, state: RunState | None
 ) -> RenderableType:
+    """Return the lowest line: the run's state, its path and how to leave."""
     text, goes_on = _state_text(run, idle, state)
-    leave = "Ctrl-C leaves; the run goes on" if goes_on else "Ctrl-C leaves"
+    leave = "Ctrl-C leaves"
+    if goes_on:
+        leave = "Ctrl-C leaves; the run goes on"
     head, tail = f" {printable(text)}", f"  ·  {leave}"
     room = width - len(head) - len(tail) - len("  ·  ")
     if room >= _LEAST_PATH:
@@ -559,4 +623,7 @@ def _state_text(run: RunLog, idle: float | None, state: RunState | None) -> tupl
 
 
 def _end_of(path: str, width: int) -> str:
-    return path if len(path) <= width else f"…{path[1 - width :]}"
+    """Cut the front off a path that is too long."""
+    if len(path) <= width:
+        return path
+    return f"…{path[1 - width :]}"
