@@ -71,8 +71,10 @@ def _nearest(remedies: Sequence[RemedyRecord]) -> RemedyRecord:
     """Return the one that leaves the fewest rules, of these the smallest gain."""
 
     def distance(remedy: RemedyRecord) -> tuple[int, float]:
-        ends = remedy.after.branch_norm
-        upper = ends[1] if ends is not None else float("inf")
+        interval = remedy.after.branch_norm
+        upper = float("inf")
+        if interval is not None:
+            upper = interval[1]
         return len(remedy.after.fired), upper
 
     return min(remedies, key=distance)
@@ -126,7 +128,10 @@ def document(report: Report) -> str:
 
 def _section(remedy: RemedyRecord, *, is_enough: bool) -> list[str]:
     """Return heading, effect and code of one remedy, as paragraphs."""
-    mark = "" if is_enough else ": not enough"
+    # 1. Heading and effect.
+    mark = ""
+    if not is_enough:
+        mark = ": not enough"
     if remedy.keeps_function:
         result = _effect_on_function(remedy)
     elif is_enough:
@@ -137,6 +142,8 @@ def _section(remedy: RemedyRecord, *, is_enough: bool) -> list[str]:
         f"## {remedy.title} ({remedy.name}){mark}",
         f"Tried on a copy{_on_seeds(remedy)}: {result}.",
     ]
+
+    # 2. The change as code. A fence inside it would end the code block.
     for key, (title, language) in DIALECTS.items():
         if remedy.patches.get(key):
             code = remedy.patches[key].rstrip().replace("```", "")
@@ -146,11 +153,16 @@ def _section(remedy: RemedyRecord, *, is_enough: bool) -> list[str]:
 
 def _why_none(report: Report) -> str:
     """Return why no remedy was tried: no finding asks for one, or one does and still none was."""
+    # 1. Which findings ask for one.
     codes = aims(report)
     if not codes:
         return "no finding asks for one"
-    verb = "asks" if len(codes) == 1 else "ask"
+    verb = "ask"
+    if len(codes) == 1:
+        verb = "asks"
     request = f"{', '.join(codes)} {verb} for one"
+
+    # 2. What prevented it.
     if report.settings.get("remedies") == "none":
         return (
             f"{request}, but remedies are switched off (--remedies none); --remedies first tries "
@@ -162,7 +174,9 @@ def _why_none(report: Report) -> str:
             "begun can take"
         )
     reasons = [note for note in report.notes if note.startswith(_NOT_TRIED)]
-    reason = reasons[0].removeprefix(_NOT_TRIED) if reasons else ""
+    reason = ""
+    if reasons:
+        reason = reasons[0].removeprefix(_NOT_TRIED)
     return f"{request}, but {reason or 'none is known, or the model cannot be copied'}"
 
 
@@ -173,14 +187,20 @@ def _table(remedies: Sequence[RemedyRecord]) -> str:
         _row("(as it is)", remedies[0].before, "", ""),
     ]
     for remedy in remedies:
-        enough = "yes" if remedy.sufficient else "no"
+        enough = "no"
+        if remedy.sufficient:
+            enough = "yes"
         rows.append(_row(remedy.name, remedy.after, enough, remedy.price))
     return "\n".join(rows)
 
 
 def _row(name: str, figures: Outlook, enough: str, price: str) -> str:
-    branch = between(*figures.branch_norm) if figures.branch_norm is not None else "-"
-    gain = three(figures.norm_gain) if figures.norm_gain is not None else "-"
+    """Return a line of the table: figures after a remedy, and the rules that it leaves."""
+    branch, gain = "-", "-"
+    if figures.branch_norm is not None:
+        branch = between(*figures.branch_norm)
+    if figures.norm_gain is not None:
+        gain = three(figures.norm_gain)
     undecided = [f"{code} undecided" for code in figures.undecided]
     left = ", ".join([*figures.fired, *undecided]) or "no warning or error"
     return f"| {name} | {branch} | {gain} | {left} | {enough} | {price} |"
@@ -204,7 +224,9 @@ def _conditions(figures: Outlook) -> str:
         return f"small sub-layers {small}, large shortcut {large}"
     if small != "not applicable":
         return f"both conditions {small}"
-    return "the conditions do not apply" if figures.fired else "no warning or error left"
+    if figures.fired:
+        return "the conditions do not apply"
+    return "no warning or error left"
 
 
 def _effect_on_function(remedy: RemedyRecord) -> str:

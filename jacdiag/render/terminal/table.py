@@ -52,10 +52,14 @@ def print_report(
         >>> print_report(report, Console())                     # doctest: +SKIP
     """
     view = build_view(report, all_rows=all_rows, sort=sort)
-    width = console.width if console.is_terminal else None
+    width = None
+    if console.is_terminal:
+        width = console.width
     for line in _lines(view, width):
         line.rstrip()
-        printed = Text(line.plain) if console.no_color else line
+        printed = line
+        if console.no_color:
+            printed = Text(line.plain)
         console.print(printed, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
@@ -113,15 +117,17 @@ def _lines(view: ReportView, width: int | None) -> list[Text]:
 def _header(header: HeaderView, width: int | None) -> list[Text]:
     """Return the header: its first line plain, with the name in bold, the others dim."""
     lines = []
+    style = ""
     for number, facts in enumerate(header.lines):
-        style = "dim" if number else ""
-        for place, row in enumerate(packed(facts, width)):
-            indent = _INDENT if place > 0 else ""
+        indent = ""
+        for row in packed(facts, width):
             line = Text(indent + row, style=style)
             if number == 0 and header.name in row:
                 start = line.plain.index(header.name)
                 line.stylize("bold", start, start + len(header.name))
             lines.append(line)
+            indent = _INDENT  # of a line that is continued
+        style = "dim"
     return lines
 
 
@@ -137,11 +143,12 @@ def packed(parts: list[str], width: int | None) -> list[str]:
     room = width - len(_INDENT)
     rows: list[str] = []
     for part in parts:
-        joined = f"{rows[-1]}{_JOINT}{part}" if rows else part
-        if rows and cell_len(joined) <= room:
-            rows[-1] = joined
-        else:
-            rows += _wrapped(part, room)
+        if rows:
+            joined = f"{rows[-1]}{_JOINT}{part}"
+            if cell_len(joined) <= room:
+                rows[-1] = joined
+                continue
+        rows += _wrapped(part, room)
     return rows
 
 
@@ -198,12 +205,17 @@ def _row(columns: list[Column], place: int) -> Text:
 
 
 def _style_of(column: Column) -> str:
-    return "bold" if column.key == "who" else ""
+    if column.key == "who":
+        return "bold"
+    return ""
 
 
 def _padded(text: str, column: Column, *, is_left: bool) -> str:
+    """Fill a cell up to its column's width."""
     space = " " * (_width(column) - cell_len(text))
-    return text + space if is_left else space + text
+    if is_left:
+        return text + space
+    return space + text
 
 
 def _width(column: Column) -> int:
@@ -214,8 +226,9 @@ def _total(columns: list[Column]) -> int:
     """Return the width of a row: indent, cells, room for marks, and gaps between the columns."""
     total = len(_INDENT) - len(_GAP)
     for column in columns:
-        room_for_mark = 2 if column.marked else 0
-        total += _width(column) + room_for_mark + len(_GAP)
+        total += _width(column) + len(_GAP)
+        if column.marked:
+            total += 2
     return total
 
 
@@ -247,8 +260,10 @@ def _shortened(column: Column, excess: int) -> Column:
     room = max(_LEAST_NAME, _width(column) - excess)
     cells = []
     for cell in column.cells:
-        fits = cell_len(cell) <= room
-        cells.append(cell if fits else f"…{_tail(cell, room - 1)}")
+        if cell_len(cell) <= room:
+            cells.append(cell)
+        else:
+            cells.append(f"…{_tail(cell, room - 1)}")
     return Column(column.key, column.title, column.interest, cells, column.levels, column.left)
 
 
@@ -261,10 +276,12 @@ def _tail(text: str, room: int) -> str:
 # -- below the table -------------------------------------------------------------------------------
 def _verdict(verdict: VerdictView, width: int | None) -> list[Text]:
     """Return the headline, and a line for each condition, rule and figure."""
+    # 1. The verdict's word, then its headline.
     style = _VERDICTS[verdict.word]
     top = Text(_INDENT).append(f"{verdict.word.upper()}  ", style=f"bold {style}")
     lines = _hanging(top, verdict.headline, width, "bold")
 
+    # 2. Its lines: labels and states are aligned.
     label_width = max(len(line.label) for line in verdict.lines)
     status_width = max(cell_len(_status(line)) for line in verdict.lines)
     for line in verdict.lines:
@@ -284,8 +301,10 @@ def _status(line: Line) -> str:
 def _replay(replay: ReplayView, width: int | None) -> list[Text]:
     """Return the replay of a flight: the sentence, the table of its batches, what stands out."""
     lines = _hanging(Text(f"{_INDENT}Replay  ", style="bold"), replay.sentence, width)
-    for place, row in enumerate(table_lines(replay.table)):
-        lines.append(Text(_INDENT * 2 + row, style="" if place else "dim"))
+    titles, *rows = table_lines(replay.table)
+    lines.append(Text(_INDENT * 2 + titles, style="dim"))
+    for row in rows:
+        lines.append(Text(_INDENT * 2 + row))
     if width is not None:
         for line in lines[1:]:
             line.truncate(width, overflow="ellipsis")
@@ -297,8 +316,10 @@ def _replay(replay: ReplayView, width: int | None) -> list[Text]:
 def _closing(view: ReportView, width: int | None) -> list[Text]:
     """Return what to do, the cost, and the command that runs the audit again."""
     lines = []
-    for place, action in enumerate(view.actions):
-        lines += _labelled("What to do" if place == 0 else "", action, width)
+    label = "What to do"
+    for action in view.actions:
+        lines += _labelled(label, action, width)
+        label = ""  # stands next to the first action alone
     cost = view.cost.text
     if view.cost.command:
         cost += f"   again: {view.cost.command}"
@@ -322,9 +343,12 @@ def _hanging(head: Text, body: str, width: int | None, style: str = "") -> list[
     # 1. With too little room next to the head, the body begins below it.
     is_narrow = width - head.cell_len < _LEAST_PROSE
     if is_narrow and head.cell_len > len(_DEEPER):
-        lines = [head] if head.plain.strip() else []
-        pieces = _wrapped(body, width - len(_DEEPER))
-        return lines + [Text(_DEEPER) + _prose(piece, style) for piece in pieces]
+        lines = []
+        if head.plain.strip():
+            lines.append(head)
+        for piece in _wrapped(body, width - len(_DEEPER)):
+            lines.append(Text(_DEEPER) + _prose(piece, style))
+        return lines
 
     # 2. Else next to it.
     first, *others = _wrapped(body, width - head.cell_len)
@@ -346,7 +370,9 @@ def _wrapped(text: str, room: int) -> list[str]:
     lines = [""]
     for word in text.split(" "):
         for piece in _pieces(word, room):
-            joined = f"{lines[-1]} {piece}" if lines[-1] else piece
+            joined = piece
+            if lines[-1]:
+                joined = f"{lines[-1]} {piece}"
             if cell_len(joined) > room and lines[-1].strip():
                 lines.append(piece)
             else:
@@ -355,4 +381,7 @@ def _wrapped(text: str, room: int) -> list[str]:
 
 
 def _pieces(word: str, room: int) -> list[str]:
-    return chop_cells(word, room) if cell_len(word) > room > 1 else [word]
+    """Break a word that has no room on a line."""
+    if cell_len(word) > room > 1:
+        return chop_cells(word, room)
+    return [word]
