@@ -118,7 +118,7 @@ def _run_as_one_of(team: Team, invocation: Invocation) -> int:
 def _failed_as_one_of(team: Team, error: BaseException) -> int:
     try:
         calm()
-        what = team.fail(error, _told)
+        what = team.fail(error, _explained)
         with quiet(unless=team.reports_failure):
             code = _ended(what, [])
         team.close()
@@ -171,6 +171,8 @@ def _interrupted() -> int:
 
 
 def _refuse(error: BaseException) -> int:
+    """Print why a command failed; return its exit code."""
+    # 1. Output that cannot be written any more.
     if isinstance(error.__context__, BrokenPipeError) or _no_room(error):
         stop_writing(sys.stdout)  # what is still in its buffer cannot be written at exit either
     if isinstance(error.__context__, BrokenPipeError):  # how click leaves when its reader has gone
@@ -178,21 +180,41 @@ def _refuse(error: BaseException) -> int:
     if isinstance(error, click.UsageError) and error.format_message().startswith("Usage:"):
         say(error.format_message())  # a command without arguments: click gives its help
         return CANNOT_RUN
-    explained = _told(error)
+
+    # 2. A bug shows its traceback; every other error says what, got and try.
+    explained = _explained(error)
     if explained is None:
         traceback.print_exception(error)
         complain("this is a bug in jacdiag; please report it with the lines above")
         return BUG
     if isinstance(error, RankError) and error.trace:
         say(error.trace)
-    complain(explained[0], got=explained[1], hint=explained[2])
+    what, got, hint = explained
+    complain(what, got=got, hint=hint)
     return CANNOT_RUN
 
 
-def _told(error: BaseException) -> tuple[str, str | None, str | None] | None:
+def _explained(error: BaseException) -> tuple[str, str | None, str | None] | None:
     """Return what, got and try of any error that is no bug in jacdiag; None for a bug."""
     if isinstance(error, JacdiagError):
         return error.what, error.got, error.hint
+    if isinstance(error.__context__, BrokenPipeError) or isinstance(error, SystemExit | Stopped):
+        return _explained_exit(error)
+    if isinstance(error, click.ClickException):
+        return _usage(error)
+    if _no_room(error):
+        reason = getattr(error, "strerror", None)
+        return "cannot write the result", reason, "free some space, or write elsewhere"
+    if _out_of_memory(error):
+        first = type(error).__name__
+        if str(error):
+            first = str(error).splitlines()[0]
+        return "out of memory", first, "a smaller probe: --batch 1, or a shorter --seq"
+    return None
+
+
+def _explained_exit(error: BaseException) -> tuple[str, str | None, str | None]:
+    """Return what, got and try of a program that something else ends."""
     if isinstance(error.__context__, BrokenPipeError):
         return "nobody reads the output", None, None
     if isinstance(error, SystemExit):  # the model's own code: its exit code must not pass for ours
@@ -201,29 +223,24 @@ def _told(error: BaseException) -> tuple[str, str | None, str | None] | None:
             None,
             "guard its script with if __name__ == ...",
         )
-    if isinstance(error, Stopped):
-        return "stopped from outside (SIGTERM)", None, None
-    if isinstance(error, click.ClickException):
-        return _usage(error)
-    if _no_room(error):
-        return (
-            "cannot write the result",
-            getattr(error, "strerror", None),
-            "free some space, or write elsewhere",
-        )
-    if _out_of_memory(error):
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return "out of memory", first, "a smaller probe: --batch 1, or a shorter --seq"
-    return None
+    return "stopped from outside (SIGTERM)", None, None
 
 
 def _usage(error: click.ClickException) -> tuple[str, str | None, str | None]:
     """Return what, got and try of an error that click raised, in the style of all others."""
-    message = error.format_message().strip()
-    what = message[:1].lower() + message[1:] if not message[1:2].isupper() else message
+    # 1. A sentence that goes on after "error: ". An abbreviation keeps its capitals.
+    what = error.format_message().strip()
+    if not what[1:2].isupper():
+        what = what[:1].lower() + what[1:]
+
+    # 2. The command that was called.
     context = getattr(error, "ctx", None)
-    path = context.command_path if context is not None else "jacdiag"
+    path = "jacdiag"
+    if context is not None:
+        path = context.command_path
     help_ = f"{path} --help"
+
+    # 3. What helps with this kind of error.
     if isinstance(error, click.NoSuchOption):
         close = ", ".join(sorted(error.possibilities or ()))
         return f"no such option: {error.option_name}", None, close or help_

@@ -23,6 +23,7 @@ class Number(click.FloatRange):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
+        """Return a finite number in the range."""
         number: float = super().convert(value, param, ctx)
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number.", param, ctx)
@@ -37,6 +38,7 @@ class JsonObject(click.ParamType):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> dict[str, Any]:
+        """Return the object; a default may be one already."""
         if isinstance(value, dict):
             return value
         try:
@@ -54,6 +56,7 @@ class Device(click.ParamType):
     name = "device"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the device's name, checked for its form alone."""
         if not re.fullmatch(r"(cpu|cuda|xpu|mps)(:\d+)?", str(value)):
             self.fail(f"{value!r} is no device. Examples: cpu, cuda, cuda:1", param, ctx)
         return str(value)
@@ -67,12 +70,15 @@ class Codes(click.ParamType):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, ...]:
+        """Return the codes in capitals, each the beginning of a rule's code."""
         from jacdiag.rules import RULES
 
         codes = tuple(code.strip().upper() for code in str(value).split(",") if code.strip())
+        known_codes = [rule.code for rule in RULES]
         for code in codes:
-            if not any(rule.code.startswith(code) for rule in RULES):
-                known = ", ".join(rule.code for rule in RULES)
+            is_known = any(known_code.startswith(code) for known_code in known_codes)
+            if not is_known:
+                known = ", ".join(known_codes)
                 self.fail(f"no rule begins with {code!r}. The rules are {known}.", param, ctx)
         return codes
 
@@ -80,12 +86,14 @@ class Codes(click.ParamType):
 def number(name: str) -> click.ParamType:
     """Return the click type of an option that is a number, with its range."""
     limits = RANGES[name]
-    most = None if math.isinf(limits.most) else limits.most
+    is_endless = math.isinf(limits.most)
+    if limits.whole and is_endless:
+        return click.IntRange(int(limits.least))
     if limits.whole:
-        return click.IntRange(int(limits.least), None if most is None else int(most))
-    return Number(
-        min=limits.least, min_open=limits.open, max=most, max_open=limits.open and most is not None
-    )
+        return click.IntRange(int(limits.least), int(limits.most))
+    if is_endless:
+        return Number(min=limits.least, min_open=limits.open)
+    return Number(min=limits.least, min_open=limits.open, max=limits.most, max_open=limits.open)
 
 
 SOURCE = [
@@ -397,14 +405,27 @@ def confidences(context: click.Context) -> dict[str, Any]:
     Raises:
         UsageError: both are given in the same place.
     """
-    values = {name: context.params[name] for name in ("confidence", "confidence_all")}
-    sources = {name: context.get_parameter_source(name) for name in values}
-    given = [name for name in values if sources[name] is not ParameterSource.DEFAULT]
-    if len(given) == 2:
-        if sources["confidence"] is sources["confidence_all"]:
-            raise _both_confidences(**values)
-        given = [name for name in given if sources[name] is ParameterSource.COMMANDLINE]
-    return {name: value if name in given else None for name, value in values.items()}
+    each, together = context.params["confidence"], context.params["confidence_all"]
+
+    # 1. Where each value comes from.
+    each_source = context.get_parameter_source("confidence")
+    together_source = context.get_parameter_source("confidence_all")
+    has_each = each_source is not ParameterSource.DEFAULT
+    has_together = together_source is not ParameterSource.DEFAULT
+
+    # 2. Of two values, the one on the command line counts.
+    if has_each and has_together:
+        if each_source is together_source:
+            raise _both_confidences(each, together)
+        has_each = each_source is ParameterSource.COMMANDLINE
+        has_together = together_source is ParameterSource.COMMANDLINE
+
+    # 3. What is not given is None.
+    if not has_each:
+        each = None
+    if not has_together:
+        together = None
+    return {"confidence": each, "confidence_all": together}
 
 
 def _both_confidences(confidence: float, confidence_all: float) -> UsageError:

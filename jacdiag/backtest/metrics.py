@@ -96,7 +96,9 @@ def auroc_interval(
     makes every pair of its own twice.
 
     Args:
-        scores, bad, strata: see `auroc`.
+        scores: one value a run; nan where it is not known. See `auroc`.
+        bad: which runs went wrong.
+        strata: runs of one stratum are compared with each other; None compares all.
         clusters: runs of one cluster (the same setting with other seeds) are drawn together, for
             they are not independent.
         times: resamples; no interval from fewer than five clusters.

@@ -36,7 +36,8 @@ class Curve:
         """Return one chance a run; nan where an input is not known or not above 0.
 
         Args:
-            figure, lr: one value a run.
+            figure: one value a run.
+            lr: one learning rate a run.
             warmup: steps, one value a run.
         """
         count = len(self.coefficients)
@@ -50,7 +51,8 @@ def features(figure: Floats, lr: Floats, warmup: Floats | None) -> NDArray[np.fl
     A warm-up is at least 1 step. A logarithm is nan if its argument is not known or not above 0.
 
     Args:
-        figure, lr: one value a run.
+        figure: one value a run.
+        lr: one learning rate a run.
         warmup: steps, one value a run; not known if None.
     """
     if warmup is None:
@@ -78,7 +80,8 @@ def fit(
     No slope may say that a worse figure, a higher rate or a shorter warm-up is better.
 
     Args:
-        figure, lr: one value a run, above 0; runs without one are left out.
+        figure: one value a run, above 0; runs without one are left out.
+        lr: one learning rate a run, above 0; runs without one are left out.
         bad: which went wrong.
         clusters: runs of one cluster are resampled together for the covariance. A cluster is an
             init, for a curve is used for models that it has not seen.
