@@ -176,11 +176,15 @@ class Configured(click.Command):
         """Return the context of a call, with the configuration as its defaults."""
         if {"-h", "--help"} & set(args):
             return super().make_context(info_name, args, parent, **extra)
+
+        # 1. The parameters by the names of their options.
         config = load(Path.cwd(), all_options())
         by_name = {}
         for param in self.params:
             for option in param.opts:
                 by_name[option.removeprefix("--")] = param
+
+        # 2. The configuration's values, where this command has the option.
         defaults = {}
         for name, value in config.options.items():
             if name in by_name:
@@ -293,10 +297,13 @@ def resolve_profile(context: click.Context, config: Config) -> Profile:
     Raises:
         UsageError: no profile of that name, or one that holds something else.
     """
+    # 1. A built-in profile is a name; the options stand as they are.
     values, name = dict(context.params), str(context.params["profile"])
     if name in BUILT_IN:
         select, ignore, fail_on = (values[key] for key in ("select", "ignore", "fail_on"))
         return Profile(name, config.thresholds, select, ignore, fail_on)
+
+    # 2. A profile of the configuration.
     if name not in config.profiles:
         known = ", ".join([*BUILT_IN, *config.profiles])
         add = (
@@ -306,6 +313,8 @@ def resolve_profile(context: click.Context, config: Config) -> Profile:
         raise UsageError(f"unknown profile '{name}'", got=f"the known ones are {known}", hint=add)
     table, where = config.profiles[name], f"profile '{name}' in {config.path}"
     _check_profile(table, where)
+
+    # 3. Its options, unless the command line gives them.
     for param in context.command.params:
         key = param.opts[0].removeprefix("--")
         source = context.get_parameter_source(param.name or "")
@@ -315,6 +324,8 @@ def resolve_profile(context: click.Context, config: Config) -> Profile:
                 values[param.name] = param.type_cast_value(context, _as_typed(param, table[key]))
             except click.BadParameter as error:
                 raise UsageError(f"'{key}' of {where} has no meaning", got=error.message) from error
+
+    # 4. Its thresholds and levels.
     thresholds = merged(config.thresholds, table.get("thresholds", {}))
     levels = {"name": name, "levels": table.get("levels", {})}
     return Profile(levels, thresholds, values["select"], values["ignore"], values["fail_on"])

@@ -54,9 +54,14 @@ def live(invocation: Invocation, run: str, once: bool, refresh: float, lines: in
     from jacdiag.records.run_log import RUN_FILE
     from jacdiag.render.terminal.run_screen import screen
 
-    path = Path(run) / RUN_FILE if Path(run).is_dir() else Path(run)
+    # 1. The log, as far as it has come.
+    path = Path(run)
+    if path.is_dir():
+        path = path / RUN_FILE
     follower = Follower(path)
     state = follower.follow()
+
+    # 2. One frame, for --once or for a file.
     terminal = console()
     if once or not sys.stdout.isatty():
         with terminal.capture() as held:
@@ -65,6 +70,8 @@ def live(invocation: Invocation, run: str, once: bool, refresh: float, lines: in
             terminal.print(frame_text, height=height)
         emit(held.get())
         return 0
+
+    # 3. A frame whenever the log may have grown.
     from rich.live import Live
 
     from jacdiag.render.terminal.gain_cells import GainCells

@@ -49,10 +49,14 @@ def rules(output_format: str) -> None:
 
 def applies_to(rule: RuleInfo) -> str:
     """Return the states and placements of a rule: "pre, sandwich; init", or "any model"."""
-    placements = "" if set(rule.placements) >= _PLACEMENTS else ", ".join(rule.placements)
-    states = "" if set(rule.states) >= _STATES else ", ".join(rule.states)
-    norms = f"{placements} norm" if placements else ""
-    return "; ".join(part for part in (norms, states) if part) or "any model"
+    limits = []
+    is_for_some_placements = not set(rule.placements) >= _PLACEMENTS
+    if is_for_some_placements and rule.placements:
+        limits.append(f"{', '.join(rule.placements)} norm")
+    is_for_some_states = not set(rule.states) >= _STATES
+    if is_for_some_states and rule.states:
+        limits.append(", ".join(rule.states))
+    return "; ".join(limits) or "any model"
 
 
 def _plain(rule: RuleInfo) -> dict[str, object]:

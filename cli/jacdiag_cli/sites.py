@@ -85,6 +85,7 @@ def _trace(source: str, given: dict[str, Any]) -> tuple[Source, Sites]:
     from jacdiag.sources.probe import check_one_probe
     from jacdiag.trace import sites as trace
 
+    # 1. The model.
     check_one_probe(tokens=given["tokens"], input_factory=given["inputs"])
     device = pick(given["device"])
     loaded = load(
@@ -98,9 +99,14 @@ def _trace(source: str, given: dict[str, Any]) -> tuple[Source, Sites]:
             hint="--model FACTORY builds it; `jacdiag audit` looks at the weights alone",
         )
     loaded.to(device)
-    asked = {name: given[name] for name in ("batch", "seq", "seed", "tokens", "inputs")}
-    probe = build_probe(loaded, **asked, trust_code=given["trust_pickle"])
-    probe = probe if device.type == "cpu" else probe.to(device)
+
+    # 2. What the model is run on.
+    probe_options = {name: given[name] for name in ("batch", "seq", "seed", "tokens", "inputs")}
+    probe = build_probe(loaded, **probe_options, trust_code=given["trust_pickle"])
+    if device.type != "cpu":
+        probe = probe.to(device)
+
+    # 3. One forward, recorded.
     dtype = {"float32": torch.float32, "float64": torch.float64}[given["dtype"]]
     declared = current().sites
     weights = loaded.weights
