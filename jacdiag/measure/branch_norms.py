@@ -94,25 +94,32 @@ class Solver:
 
     def norms(self) -> Norms:
         """Return core, branch and residual norm."""
+        # 1. The maps whose norms are wanted.
         linearised = self.one
         operator, owned, why = residual_map(linearised.site, linearised.branch, linearised.dims)
+        core_is_branch = linearised.core is linearised.branch
         maps: dict[str, Operator] = {"branch_norm": linearised.branch}
-        if linearised.core is not None and linearised.core is not linearised.branch:
+        if linearised.core is not None and not core_is_branch:
             maps["core_norm"] = linearised.core
         if operator is not None:
             maps["residual_norm"] = operator
-        solved = self._one_by_one(maps) if self.effort.early else self.in_step(maps)
+
+        # 2. Solve them, and free what was built for them.
+        if self.effort.early:
+            solved = self._one_by_one(maps)
+        else:
+            solved = self.in_step(maps)
         intervals = {name: self.interval(solution) for name, solution in solved.items()}
         for inner in owned:
             inner.release()
-        core = (
-            intervals["branch_norm"]
-            if linearised.core is linearised.branch
-            else intervals.get("core_norm")
-        )
-        reasons = {} if operator is not None else {"residual_norm": why}
+
+        # 3. Name them.
         return Norms(
-            core, intervals["branch_norm"], intervals.get("residual_norm"), reasons, self.products
+            core=intervals["branch_norm"] if core_is_branch else intervals.get("core_norm"),
+            branch=intervals["branch_norm"],
+            residual=intervals.get("residual_norm"),
+            why={"residual_norm": why} if operator is None else {},
+            products=self.products,
         )
 
     def _one_by_one(self, maps: Mapping[str, Operator]) -> dict[str, Solution]:
@@ -120,15 +127,16 @@ class Solver:
         solved = {}
         if "core_norm" in maps:
             solved["core_norm"] = self.solve(maps["core_norm"], "core_norm")
-        inherited_branch = self._branch_of(solved.get("core_norm"))
-        branch = solved["branch_norm"] = inherited_branch or self.solve(
-            maps["branch_norm"], "branch_norm"
-        )
+        branch = self._branch_of(solved.get("core_norm"))
+        if branch is None:
+            branch = self.solve(maps["branch_norm"], "branch_norm")
+        solved["branch_norm"] = branch
         if "residual_norm" in maps:
             operator = maps["residual_norm"]
-            solved["residual_norm"] = self._residual_of(branch, operator) or self.solve(
-                operator, "residual_norm"
-            )
+            residual = self._residual_of(branch, operator)
+            if residual is None:
+                residual = self.solve(operator, "residual_norm")
+            solved["residual_norm"] = residual
         return solved
 
     def solve(self, operator: Operator, name: str) -> Solution:
@@ -156,23 +164,22 @@ class Solver:
         return dict(zip(maps, solutions, strict=True))
 
     def interval(self, solution: Solution) -> Interval:
+        """Return the interval of a solution, with its distribution over independent indices."""
         lead = tuple(n for d, n in enumerate(self.one.shape) if d in self.one.dims)
         return solution.interval(lead, token_ids=self.token_ids)
 
     def _branch_of(self, core: Solution | None) -> Solution | None:
+        """Return the branch's norm by that of its core, if that decides the rules."""
         norm = self.one.site.input_norm
         if core is None or norm is None or not norm.closed_form:
             return None
-        gain = (
-            flat(norm.gain.reshape(*self.one.shape[:-1], 1), self.one.dims)
-            .amax(1)
-            .double()
-            .cpu()
-            .numpy()
-        )
-        return self._taken(self.one.branch, core, core.upper * gain, "branch_norm")
+        # The largest gain of each independent index.
+        gains = flat(norm.gain.reshape(*self.one.shape[:-1], 1), self.one.dims)
+        largest = gains.amax(1).double().cpu().numpy()
+        return self._taken(self.one.branch, core, core.upper * largest, "branch_norm")
 
     def _residual_of(self, branch: Solution, operator: Operator) -> Solution | None:
+        """Return the residual norm by that of the branch, if that decides the rules."""
         gain = self.one.site.shortcut_gain
         if self.one.site.after is not None or gain is None:
             return None
@@ -189,22 +196,27 @@ class Solver:
         solution = inherited(operator, source.right, upper, confidence=confidence, tol=tol)
         self.products += solution.products
         decide = self.decided.get(name)
-        done = decide is not None and decide(
-            float(solution.lower.max()), float(solution.upper.max())
-        )
-        return solution if done or solution.converged else None
+        done = False
+        if decide is not None:
+            done = decide(float(solution.lower.max()), float(solution.upper.max()))
+        if done or solution.converged:
+            return solution
+        return None
 
 
 def heads_norm(one: Linearised, effort: Effort) -> Interval | None:
-    """|J^Z|, the Jacobian of the concatenated heads behind the input norm (Eq. 20), to 20%."""
+    """Return |J^Z|, the norm of the concatenated heads' Jacobian (Eq. 20), to 20%.
+
+    The heads are those after the input norm.
+    """
     site = one.site
     if site.heads is None:
         return None
     operator = JacobianOperator(site.heads, site.normalized, ())
     try:
-        operator.set_batch_dims(
-            (0,) if 0 in one.dims and operator.value.shape[0] == one.shape[0] else ()
-        )
+        # Sequences are independent if the heads still have them as their first dimension.
+        has_sequences = 0 in one.dims and operator.value.shape[0] == one.shape[0]
+        operator.set_batch_dims((0,) if has_sequences else ())
         solution = top_singular(
             operator,
             tol=max(effort.tol, 0.2),

@@ -9,7 +9,7 @@ import torch
 from jacdiag.spectra import Composed, JacobianOperator, NormJacobian, Operator, Shifted, Summed
 from jacdiag.trace import Sublayer
 
-Local = JacobianOperator | NormJacobian  # operators that can be told anew what is independent
+Local = JacobianOperator | NormJacobian  # operators whose independent dimensions can be set again
 
 
 @dataclass
@@ -29,9 +29,11 @@ class Linearised:
 
     @property
     def shape(self) -> torch.Size:
+        """The shape of the shortcut."""
         return self.site.shortcut.shape
 
     def release(self) -> None:
+        """Free the graphs that the operators hold."""
         for operator in self.owned:
             operator.release()
 
@@ -41,37 +43,47 @@ def linearise(site: Sublayer) -> Linearised:
 
     It is core o norm where the branch begins with a norm.
     """
-    x = site.shortcut
-    norm = site.input_norm
-    factored = norm is not None and norm.aligned and norm.value.shape == x.shape
-    main = (
-        JacobianOperator(site.core, site.normalized, ())
-        if factored
-        else JacobianOperator(site.branch, x, ())
-    )
-    owned: list[Local] = [main]
-    dims = site.independent(main.pull_shaped)
-    pulls = main.products
-    if factored:
-        owned.append(_norm_jacobian(site))
-    notes = {}
-    if site.has_input_norm and not factored:
-        notes["core_norm"] = (
-            "the norm's output has another shape than the shortcut, or is laid out otherwise"
-        )
+    # 1. Build the branch as core o norm, or as one map. The first operator that is built says
+    # which dimensions are independent.
+    if _is_factored(site):
+        main = JacobianOperator(site.core, site.normalized, ())
+        dims = site.independent(main.pull_shaped)
+        pulls = main.products
+        owned: list[Local] = [main, _norm_jacobian(site)]
+        branch: Operator = Composed(owned[0], owned[1])
+        core: Operator | None = main
+    else:
+        main = JacobianOperator(site.branch, site.shortcut, ())
+        dims = site.independent(main.pull_shaped)
+        pulls = main.products
+        owned = [main]
+        branch = main
+        core = None
     for operator in owned:
         operator.set_batch_dims(dims)
-    branch: Operator = Composed(owned[0], owned[1]) if factored else main
-    core: Operator | None = main if factored else None
-    if not site.has_input_norm:
-        if site.placement == "reordered" and site.before_output_norm is not None:
-            inner = JacobianOperator(site.before_output_norm, x, ())
-            inner.set_batch_dims(dims)
-            owned.append(inner)
-            core = inner
-        else:
-            core = main
-    return Linearised(site, branch, core, owned, dims, notes, pulls)
+    if core is not None:
+        return Linearised(site, branch, core, owned, dims, {}, pulls)
+
+    # 2. The branch begins with a norm that cannot be taken apart from it.
+    if site.has_input_norm:
+        reason = "the norm's output has another shape than the shortcut, or is laid out otherwise"
+        return Linearised(site, branch, None, owned, dims, {"core_norm": reason}, pulls)
+
+    # 3. Without a norm at its beginning, the branch is its own core, up to a norm at its end.
+    if site.placement == "reordered" and site.before_output_norm is not None:
+        inner = JacobianOperator(site.before_output_norm, site.shortcut, ())
+        inner.set_batch_dims(dims)
+        owned.append(inner)
+        return Linearised(site, branch, inner, owned, dims, {}, pulls)
+    return Linearised(site, branch, main, owned, dims, {}, pulls)
+
+
+def _is_factored(site: Sublayer) -> bool:
+    """Return whether the branch begins with a norm whose output is laid out as the shortcut."""
+    norm = site.input_norm
+    if norm is None or not norm.aligned:
+        return False
+    return norm.value.shape == site.shortcut.shape
 
 
 def _norm_jacobian(site: Sublayer) -> Local:
@@ -94,12 +106,12 @@ def residual_map(
     operator, owned = _with_shortcut(site, branch, dims)
     if site.after is None or site.total is None:
         return operator, owned, ""
-    behind = JacobianOperator(site.after, site.total, ())
-    owned = [*owned, behind]
-    if behind.value.shape != site.total.shape:
-        return None, owned, "the norm behind the sum changes the shape"
-    behind.set_batch_dims(dims)
-    return Composed(behind, operator), owned, ""
+    post_norm = JacobianOperator(site.after, site.total, ())
+    owned = [*owned, post_norm]
+    if post_norm.value.shape != site.total.shape:
+        return None, owned, "the norm after the sum changes the shape"
+    post_norm.set_batch_dims(dims)
+    return Composed(post_norm, operator), owned, ""
 
 
 def _with_shortcut(

@@ -138,26 +138,39 @@ def _joint_residual(built: Sequence[Linearised], effort: Effort) -> Interval | N
 
 # -- figures without a solver ----------------------------------------------------------------------
 def _plain(site: Sublayer, token_ids: Tensor | None, dims: tuple[int, ...]) -> SublayerRecord:
-    x, notes = site.shortcut, dict(site.notes)
+    """Return the record of what needs no product: spreads, gains of norms, and notes."""
+    x = site.shortcut
+    notes = dict(site.notes)
+
+    # 1. The gains of the norms at both ends of the branch.
     gain = None
     if site.input_norm is not None:
         gain = gain_interval(site.input_norm.gain, x.shape, site.feature_dim, token_ids)
     else:
         notes["norm_gain"] = f"the branch does not begin with a norm (placement {site.placement})"
-    behind = site.output_norm or site.post_norm
+    last_norm = site.output_norm or site.post_norm
     out = None
-    if behind is not None:
-        out = gain_interval(behind.gain, x.shape, site.feature_dim, None)
+    if last_norm is not None:
+        out = gain_interval(last_norm.gain, x.shape, site.feature_dim, None)
     else:
-        notes["out_norm_gain"] = "no norm at the branch's end or behind the sum"
+        notes["out_norm_gain"] = "no norm at the branch's end or after the sum"
+
+    # 2. The factor on the shortcut.
     carried = site.shortcut_gain
+    shortcut_gain = carried if isinstance(carried, float) else None
     if isinstance(carried, Tensor):
+        shortcut_gain = float(carried.mean())
         notes["shortcut_gain"] = (
             f"a learned diagonal gain: {float(carried.min()):.4g} to {float(carried.max()):.4g}; "
             "its mean is given"
         )
     elif carried is None:
         notes["shortcut_gain"] = "the shortcut enters the sum through a map that is no diagonal"
+
+    # 3. The spread of the branch, if its tokens are those of the shortcut.
+    branch_std = None
+    if site.value.shape == x.shape:
+        branch_std = spread_of(site.value, site.feature_dim, token_ids)
     return SublayerRecord(
         name=site.name,
         index=site.index,
@@ -168,10 +181,8 @@ def _plain(site: Sublayer, token_ids: Tensor | None, dims: tuple[int, ...]) -> S
         token_wise=site.token_wise,
         nested=site.nested,
         shortcut_std=spread_of(x, site.feature_dim, token_ids),
-        branch_std=spread_of(site.value, site.feature_dim, token_ids)
-        if site.value.shape == x.shape
-        else None,
-        shortcut_gain=float(carried.mean()) if isinstance(carried, Tensor) else carried,
+        branch_std=branch_std,
+        shortcut_gain=shortcut_gain,
         norm_gain=gain,
         out_norm_gain=out,
         parameters=site.parameters,
@@ -185,7 +196,9 @@ def _problems(dims: tuple[int, ...], site: Sublayer) -> str:
         return "one per token"
     if not dims:
         return "one for the whole batch: its elements are coupled"
-    return "one per sequence" if len(dims) == 1 else "one per independent index"
+    if len(dims) == 1:
+        return "one per sequence"
+    return "one per independent index"
 
 
 def _why(site: Sublayer, error: Exception) -> str:
