@@ -49,27 +49,43 @@ def closed_form_bounds(
     They apply to pre-norm at init, and to an FFN of two matrices.
 
     Args:
+        kind: of the sub-layer, such as "mlp" or "attention".
+        placement: of its norm; the equations are for "pre".
+        state: "init" or "trained".
         weights: by role; W_1 and W_2, or W_O, are read.
+        activations: names of the activation functions of an FFN.
         shortcut_std: Eq. 15 takes its median over tokens, `bound_norms` the largest gain instead.
+        norm_gain: of the input norm, the largest over tokens.
         heads_norm: measured |J^Z| for attention.
+
+    Returns:
+        The bounds; those that do not apply are None, with a note that says why.
     """
-    why = _no_footing(kind, placement, state, weights)
-    if why or shortcut_std is None or norm_gain is None:
-        return Bounds(
-            notes=dict.fromkeys(("bound", "bound_norms", "tightness"), why or "no input norm")
-        )
+    reason = _why_not_applicable(kind, placement, state, weights)
+    if reason:
+        return _without_bounds(reason)
+    if shortcut_std is None or norm_gain is None:
+        return _without_bounds("no input norm")
     if kind == "mlp":
         return _ffn(weights["W_1"], weights["W_2"], activations, shortcut_std, norm_gain)
     return _attention(weights["W_O"], shortcut_std, norm_gain, heads_norm)
 
 
-def _no_footing(kind: str, placement: str, state: str, weights: Mapping[str, WeightStats]) -> str:
+def _without_bounds(reason: str) -> Bounds:
+    return Bounds(notes=dict.fromkeys(("bound", "bound_norms", "tightness"), reason))
+
+
+def _why_not_applicable(
+    kind: str, placement: str, state: str, weights: Mapping[str, WeightStats]
+) -> str:
+    """Return why the paper has no bound for a sub-layer; "" if it has one."""
     if placement != "pre":
         return f"Eq. 15 and 20 are for pre-norm; the placement is {placement}"
     if state != "init":
         return "Eq. 15 and 20 describe an initial state; this model is trained"
     if kind == "mlp":
-        return "" if set(weights) == {"W_1", "W_2"} else "Eq. 15 is for an FFN of two matrices"
+        has_two_matrices = set(weights) == {"W_1", "W_2"}
+        return "" if has_two_matrices else "Eq. 15 is for an FFN of two matrices"
     if kind == "attention":
         return "" if "W_O" in weights else "W_O was not found"
     return f"the paper has no closed form for kind {kind}"
@@ -78,18 +94,21 @@ def _no_footing(kind: str, placement: str, state: str, weights: Mapping[str, Wei
 def _ffn(
     w1: WeightStats, w2: WeightStats, activations: Sequence[str], spread: Spread, gain: Interval
 ) -> Bounds:
-    notes = {}
-    d = min(w1.shape)
-    bound = norms = None
+    # 1. The paper's bound, from the std of the weights.
+    bound = None
     if w1.std is not None and w2.std is not None and spread.median > 0:
-        bound = bound_ffn(w1.std, w2.std, spread.median, d, max(w1.shape))
+        bound = bound_ffn(w1.std, w2.std, spread.median, min(w1.shape), max(w1.shape))
+
+    # 2. The bound from their norms and the activation's largest slope.
+    notes = {}
+    norms = None
     slope = max((LIPSCHITZ.get(name, 0.0) for name in activations), default=1.0)
-    if slope and w1.norm is not None and w2.norm is not None:
-        norms = 1 + slope * w1.norm * w2.norm * gain.upper
-    elif w1.norm is None or w2.norm is None:
+    if w1.norm is None or w2.norm is None:
         notes["bound_norms"] = "the norms of the weights were not measured"
     elif not slope:
         notes["bound_norms"] = f"no Lipschitz factor is known for {', '.join(activations)}"
+    else:
+        norms = 1 + slope * w1.norm * w2.norm * gain.upper
     if slope not in (0.0, 1.0):
         notes["bound_norms_factor"] = (
             f"the activation's largest slope {slope} is part of bound_norms"
@@ -101,11 +120,11 @@ def _attention(
     wo: WeightStats, spread: Spread, gain: Interval, heads_norm: Interval | None
 ) -> Bounds:
     if heads_norm is None:
-        return Bounds(
-            notes=dict.fromkeys(("bound", "bound_norms", "tightness"), "|J^Z| was not measured")
-        )
+        return _without_bounds("|J^Z| was not measured")
     bound = None
     if wo.std is not None and spread.median > 0:
         bound = bound_attention(wo.std, spread.median, min(wo.shape), heads_norm.estimate)
-    norms = 1 + wo.norm * heads_norm.upper * gain.upper if wo.norm is not None else None
+    norms = None
+    if wo.norm is not None:
+        norms = 1 + wo.norm * heads_norm.upper * gain.upper
     return Bounds(bound, norms, {})

@@ -14,7 +14,8 @@ from jacdiag.trace.graph.graph import STATE, Graph
 
 _MOST_CALLS = 24  # calls from a table of frequencies to its sine and cosine
 _LARGEST = 2**24  # elements of the largest table that is read
-# Names come second: the dataflow tells frequencies, but no call tells a slope from a mask.
+_PERIODIC = ("cos", "sin", "polar")  # calls that make a rotation of an angle
+# Names come second: the dataflow shows frequencies, but no call tells a slope from a mask.
 _NAMES = (
     ("frequencies", re.compile(r"inv_?freq", re.IGNORECASE)),
     (
@@ -61,30 +62,41 @@ def meaning_of(graph: Graph, name: str, buffer: Tensor) -> str:
     """
     if buffer.is_floating_point() and enters_sine_and_cosine(graph, name):
         return "frequencies"
+
     # The buffer's own name counts, not that of its module: a module of positions may hold other
     # buffers.
-    own_name = name.rpartition(".")[2]
-    meaning = next((meaning for meaning, names in _NAMES if names.search(own_name)), "")
-    is_square = buffer.dim() >= 2 and buffer.shape[-1] == buffer.shape[-2] > 1
+    meaning = _meaning_by_name(name.rpartition(".")[2])
     if meaning == "mask":
+        is_square = buffer.dim() >= 2 and buffer.shape[-1] == buffer.shape[-2] > 1
         return "mask" if is_square else ""
-    return meaning if buffer.is_floating_point() or buffer.is_complex() else ""
+    if buffer.is_floating_point() or buffer.is_complex():
+        return meaning
+    return ""
+
+
+def _meaning_by_name(own_name: str) -> str:
+    for meaning, pattern in _NAMES:
+        if pattern.search(own_name):
+            return meaning
+    return ""
 
 
 def enters_sine_and_cosine(graph: Graph, name: str) -> bool:
     """Return whether products of a buffer with positions alone enter both a sine and a cosine."""
     waiting = [value.index for value in graph.values if value.node == STATE and value.name == name]
     seen: set[int] = set()
-    met: set[str] = set()
+    periodic: set[str] = set()
     while waiting and len(seen) < _MOST_CALLS:
         value = waiting.pop(0)
         for number in graph.values[value].consumers:
             node = graph.nodes[number]
-            met |= {word for word in ("cos", "sin", "polar") if node.name.strip("_") == word}
-            if number not in seen and node.name.strip("_") not in ("cos", "sin", "polar"):
+            call = node.name.strip("_")
+            if call in _PERIODIC:
+                periodic.add(call)
+            elif number not in seen:
                 seen.add(number)
                 waiting += node.outputs
-    return "polar" in met or {"cos", "sin"} <= met
+    return "polar" in periodic or {"cos", "sin"} <= periodic
 
 
 def table_of(name: str, buffer: Tensor, meaning: str = "") -> TableRecord:

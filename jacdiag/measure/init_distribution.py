@@ -210,7 +210,8 @@ def _is_pattern(per_row: Tensor, per_column: Tensor, count: int) -> bool:
     """Return whether far numbers form a mixture, a diagonal, or a larger row or column.
 
     Args:
-        per_row, per_column: how many there are in each row and column.
+        per_row: how many there are in each row.
+        per_column: how many there are in each column.
         count: how many there are.
     """
     rows, columns = len(per_row), len(per_column)

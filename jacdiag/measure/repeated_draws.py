@@ -46,8 +46,12 @@ def streams_of(found: Mapping[str, Draw | None], params: Mapping[str, Tensor]) -
     streams: dict[str, str] = {}
     for name, draw in found.items():
         tensor = params[name]
-        if draw is None or draw.family not in _DRAWN or tensor.dim() < 2 or tensor.numel() < _LEAST:
+        if draw is None or draw.family not in _DRAWN:
             continue
+        if tensor.dim() < 2 or tensor.numel() < _LEAST:
+            continue
+
+        # Only weights whose first numbers stand in the same order are compared in full.
         order = tuple(tensor.detach().reshape(-1)[:_FIRST].argsort().tolist())
         alike = firsts.setdefault(order, [])
         first = next((other for other in alike if _repeats(tensor, params[other])), None)
@@ -71,6 +75,6 @@ def _repeats(tensor: Tensor, other: Tensor) -> bool:
     own = tensor.detach().reshape(-1)[:count].double()
     theirs = other.detach().reshape(-1)[:count].double().to(own.device)
     factor = float(own @ theirs) / max(float(theirs @ theirs), 1e-300)
-    return factor > 0 and float((own - factor * theirs).abs().max()) <= _TOLERANCE * float(
-        own.std()
-    )
+    if factor <= 0:
+        return False
+    return float((own - factor * theirs).abs().max()) <= _TOLERANCE * float(own.std())

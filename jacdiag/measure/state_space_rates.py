@@ -125,19 +125,25 @@ def _count_products(graph: Graph, value: int) -> int:
 
 def _bias_before(graph: Graph, value: int, params: Collection[str]) -> str:
     """Return the vector that the last addition or linear map before a value adds, "" for none."""
+    # 1. Go back over at most eight calls that only change the shape.
     for _ in range(8):
         made_by = graph.values[value].node
         if made_by < 0:
             return ""
         node = graph.nodes[made_by]
-        if node.name in _SHAPES:
-            value = node.inputs[0]
-            continue
-        if node.name not in _ADDS and node.name != "linear":
-            return ""
-        read = [_vector_of(graph, index) for index in node.inputs]
-        vectors = [name for name in read if name in params]
-        return vectors[-1] if vectors else ""
+        if node.name not in _SHAPES:
+            break
+        value = node.inputs[0]
+    else:
+        return ""
+
+    # 2. The last vector that the call before them adds.
+    if node.name not in _ADDS and node.name != "linear":
+        return ""
+    for index in reversed(node.inputs):
+        name = _vector_of(graph, index)
+        if name in params:
+            return name
     return ""
 
 

@@ -26,7 +26,7 @@ def with_structure(
     Args:
         contract: of the weights.
         sites: of one recorded forward.
-        model: asked for its config and accessors only.
+        model: only its config and accessors are read.
         records: figures of the sub-layers.
     """
     contract = replace(
@@ -50,15 +50,22 @@ def zero_shortcuts_of(sites: Sites, records: Iterable[SublayerRecord]) -> list[Z
 
     The zero parameters on its way are named.
     """
-    gains = {
-        record.index: record.shortcut_gain for record in records if record.branch_norm is not None
-    }
+    # 1. The sub-layers that were measured with a gain of zero.
+    measured = [record for record in records if record.branch_norm is not None]
+    zero_gains = {record.index for record in measured if record.shortcut_gain == 0}
+
+    # 2. The parameters on the way of each shortcut that is not zero itself.
     shortcuts = []
     for site, raw in zip(sites, sites.raw, strict=True):
-        if site.nested or gains.get(site.index) != 0 or not bool(site.shortcut.any()):
+        if site.nested or site.index not in zero_gains:
             continue
-        terms = sites.graph.nodes[raw.carrier[0]].terms or ()
-        calls = sites.finder.cone(raw.shortcut, terms[raw.carrier[1]].values) if terms else ()
+        if not bool(site.shortcut.any()):
+            continue
+        node, place = raw.carrier
+        terms = sites.graph.nodes[node].terms or ()
+        calls: Iterable[int] = ()
+        if terms:
+            calls = sites.finder.cone(raw.shortcut, terms[place].values)
         names = parameters_of(sites.graph, calls, sites.skeleton)
         zero = [name for name in names if not bool(sites.skeleton.params[name].any())]
         shortcuts.append(ZeroShortcut(site.name, zero))

@@ -22,21 +22,24 @@ def tie_of(
     """Return what a model says about its head and embedding, and what they are.
 
     Args:
-        model: asked for its config and its accessors; nothing of it is run.
+        model: only its config and its accessors are read; nothing of it is run.
         skeleton: of the model.
-        weights: records of its parameters; they tell head and embedding if the model has no
+        weights: records of its parameters; they show head and embedding if the model has no
             accessors.
         tied: embeddings that the head reads too.
 
     Returns:
         None if the model says nothing, or has no head and embedding of one shape.
     """
+    # 1. What the model says, and of which two weights.
     said, by = declared_tie(model)
     if said is None:
         return None
     pair = _pair_by_accessors(model, skeleton) or _pair_by_roles(list(weights), list(tied))
     if pair is None:
         return None
+
+    # 2. What the two are.
     head, embedding = pair
     first, second = skeleton.params[head], skeleton.params[embedding]
     if first.shape != second.shape:
@@ -46,7 +49,8 @@ def tie_of(
     # (T5Gemma).
     names = sum(name == head for name in skeleton.aliases.values())
     if said and names > 1:
-        shared, embedding = True, head
+        shared = True
+        embedding = head
     equal = shared or bool(torch.equal(first, second.to(first.device)))
     return TieRecord(said, by, head, embedding, shared, equal)
 

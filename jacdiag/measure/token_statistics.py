@@ -20,20 +20,26 @@ def locate(flat: int, shape: torch.Size, feature_dim: int, token_ids: Tensor | N
         index.append(flat % n)
         flat //= n
     index.reverse()
-    sequence, position = (
-        (index[0], index[1]) if len(index) >= 2 else (None, index[0] if index else None)
-    )
-    token = None
-    if token_ids is not None and len(index) == 2 and tuple(token_ids.shape) == tuple(lead):
-        token = int(token_ids[index[0], index[1]])
-    return TokenAt(sequence, position, token)
+
+    # A single index is a position; more begin with the sequence.
+    if not index:
+        return TokenAt(None, None, None)
+    if len(index) == 1:
+        return TokenAt(None, index[0], None)
+    sequence, position = index[0], index[1]
+    has_ids = token_ids is not None and tuple(token_ids.shape) == tuple(lead)
+    if not has_ids or len(index) != 2:
+        return TokenAt(sequence, position, None)
+    assert token_ids is not None
+    return TokenAt(sequence, position, int(token_ids[sequence, position]))
 
 
 def spread_of(x: Tensor, feature_dim: int = -1, token_ids: Tensor | None = None) -> Spread:
     """Return the spread over tokens of the standard deviation over features (population).
 
     Args:
-        x: any shape; `feature_dim` holds the features, all other dimensions are tokens.
+        x: any shape.
+        feature_dim: the dimension that holds the features; all others are tokens.
         token_ids: (B, T), to name the extreme tokens.
     """
     std = x.detach().double().std(dim=feature_dim, correction=0).flatten()
@@ -58,6 +64,8 @@ def gain_interval(
     Args:
         gain: one number per token, in the order of x without its features.
         shape: shape of x.
+        feature_dim: the dimension of x that holds the features.
+        token_ids: (B, T), to name the token of the largest gain.
     """
     flat = gain.detach().double().flatten()
     top = int(flat.argmax())

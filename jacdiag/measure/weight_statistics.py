@@ -21,9 +21,11 @@ def bound_ffn(s1: float, s2: float, sigma: float, d: int, d_ffn: int) -> float:
     """Eq. 15: |dy/dx'| <= 1 + s1 s2 / sigma C_ffn, C_ffn = (sqrt(d) + sqrt(d_ffn))^2.
 
     Args:
-        s1, s2: std of W_1 and W_2.
+        s1: std of W_1.
+        s2: std of W_2.
         sigma: std of the shortcut.
-        d, d_ffn: widths.
+        d: width of the stream.
+        d_ffn: width of the hidden layer.
 
     Example:
         >>> round(bound_ffn(0.02, 0.02, 1.0, 1024, 4096), 3)
@@ -51,7 +53,8 @@ def initial_bound(recipe: str, n_layer: int, n_embd: int) -> float:
 
     Args:
         recipe: a name of `jacdiag.sources.gpt.RECIPES`.
-        n_layer, n_embd: sizes; d_ffn is four times n_embd.
+        n_layer: number of layers.
+        n_embd: width of the stream; d_ffn is four times that.
 
     Raises:
         UsageError: unknown recipe.
@@ -95,6 +98,7 @@ def weight_stats(
         tensor: (m, n), or (E, m, n) for stacked experts, whose largest norm is given. `norm` is the
             upper end of an interval of 0.1%, so that a product of norms bounds. Tensors of other
             shapes get a std only.
+        seed: of the solver's random start.
         norm: whether the spectral norm is wanted: it costs some hundred products with the matrix.
         std: where it is known already.
 
@@ -110,11 +114,15 @@ def weight_stats(
         return None
     if std is None and tensor.numel():
         std = std_of(tensor)
+
+    # 1. A std only, where no norm is wanted or none can be computed.
     matrix = tensor.detach()
-    is_solvable = norm and matrix.dim() <= 3 and matrix.numel() > 0 and is_finite(matrix)
-    if not is_solvable:
-        finite_std = std if std is not None and math.isfinite(std) else None
-        return WeightStats(name, list(tensor.shape), finite_std)
+    if not norm or not _has_norm(matrix):
+        if std is not None and not math.isfinite(std):
+            std = None
+        return WeightStats(name, list(tensor.shape), std)
+
+    # 2. The norm, in float32 at least.
     if matrix.dtype not in (torch.float32, torch.float64):
         matrix = matrix.float()
     generator = torch.Generator().manual_seed(seed)
@@ -122,3 +130,8 @@ def weight_stats(
         DenseOperator(matrix), tol=_NORM_WIDTH, max_products=400, generator=generator
     )
     return WeightStats(name, list(tensor.shape), std, float(solution.upper.max()))
+
+
+def _has_norm(tensor: Tensor) -> bool:
+    """Return whether a tensor is a finite matrix, or a stack of them."""
+    return tensor.dim() <= 3 and tensor.numel() > 0 and is_finite(tensor)
