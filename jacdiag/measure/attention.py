@@ -65,16 +65,20 @@ def _meets(graph: Graph, node: int, neighbours: Callable[[Graph, int], list[int]
 
     A product with a weight must not come first.
     """
-    # Breadth first; a product with a weight ends the search on its way.
     seen = {node}
     frontier = [node]
     for _ in range(_STEPS):
-        frontier = [n for current in frontier for n in neighbours(graph, current) if n not in seen]
-        seen.update(frontier)
-        for candidate in frontier:
-            if _mixes(graph, candidate):
-                return True
-        frontier = [n for n in frontier if graph.nodes[n].name not in PRODUCTS]
+        # 1. All calls one step further, breadth first.
+        reached: set[int] = set()
+        for current in frontier:
+            reached.update(neighbours(graph, current))
+        reached -= seen
+        seen |= reached
+
+        # 2. A product of two live values is what we look for; one with a weight ends its way.
+        if any(_mixes(graph, candidate) for candidate in reached):
+            return True
+        frontier = [n for n in reached if graph.nodes[n].name not in PRODUCTS]
     return False
 
 
@@ -141,18 +145,16 @@ class Tally:
         entropy = entropy.masked_fill(~several, 0.0)
         self.most += float(keys.clamp_min(1).double().log().sum())
 
-        # Other layouts (grouped heads, heads folded into the batch) are not told apart.
-        # 3. One sum per head.
+        # 3. One sum per head. Other layouts (grouped heads, heads folded into the batch) count as
+        # one head.
         heads = scores.shape[1] if scores.dim() == 4 else 1
-        per_head = (
-            entropy.reshape(-1, heads, entropy.shape[-1])
-            if heads > 1
-            else entropy.reshape(1, 1, -1)
-        )
-        counted = several.reshape(per_head.shape)
         if heads > 1:
+            per_head = entropy.reshape(-1, heads, entropy.shape[-1])
             top = shown.amax(dim=(0, 2, 3))
             self.tops[heads] = torch.maximum(self.tops.get(heads, top), top)
+        else:
+            per_head = entropy.reshape(1, 1, -1)
+        counted = several.reshape(per_head.shape)
         self.entropy[heads] = self.entropy.get(heads, 0) + per_head.sum((0, 2))
         self.rows[heads] = self.rows.get(heads, 0) + counted.sum((0, 2))
 
@@ -162,15 +164,20 @@ class Tally:
         rows = sum(int(count.sum()) for count in self.rows.values())
         if not rows:
             return AttentionRecord(max_logit)
+
+        # 1. Over all heads.
         total = sum(float(part.sum()) for part in self.entropy.values())
-        lowest = None
-        if len(self.rows) == 1 and next(iter(self.rows)) > 1:
-            [(sums, counts)] = zip(self.entropy.values(), self.rows.values(), strict=True)
-            lowest = float((sums / counts.clamp_min(1)).min())
         share = total / self.most if self.most else None
-        tops = (
-            next(iter(self.tops.values())).tolist() if len(self.rows) == 1 and self.tops else None
-        )
+
+        # 2. Head by head, if all calls had the same heads.
+        lowest = None
+        tops = None
+        if len(self.rows) == 1:
+            [(heads, counts)] = self.rows.items()
+            if heads > 1:
+                lowest = float((self.entropy[heads] / counts.clamp_min(1)).min())
+            if heads in self.tops:
+                tops = self.tops[heads].tolist()
         return AttentionRecord(max_logit, total / rows, share, lowest, rows, tops)
 
 

@@ -117,13 +117,15 @@ def gradient_profile(sites: Sites, token_ids: Tensor | None) -> GradientProfile 
     """
     if not sites.streams.main:
         return None
-    # Attention is read in the same forward.
+    # 1. What is measured; attention is read in the same forward.
     values = stream_values(sites)
     watch = AttentionWatch(attention_calls(sites))
     why: dict[str, str] = {}
     names, reason = watchable_parameters(sites.skeleton)
     if reason:
         why["parameters"] = reason
+
+    # 2. One run, and a second one without the parameters if the first fails.
     try:
         measured = run_backward(sites, token_ids, values, names, watch=watch)
     except RuntimeError as error:
@@ -131,20 +133,26 @@ def gradient_profile(sites: Sites, token_ids: Tensor | None) -> GradientProfile 
             raise
         # Code that writes to a weight in place may refuse one that has a gradient.
         why["parameters"] = f"the backward failed with parameters: {str(error).splitlines()[0]}"
-        names, watch = [], AttentionWatch(attention_calls(sites))
+        names = []
+        watch = AttentionWatch(attention_calls(sites))
         measured = run_backward(sites, token_ids, values, names, watch=watch)
-    # The run must have made the calls of the record, or figures would go to other sub-layers.
+
+    # 3. The run must have made the calls of the record, or figures would go to other sub-layers.
     calls = sum(node.name in CALLS for node in sites.graph.nodes)
     attention = watch.records(calls)
     why |= {f"attention {index}": text for index, text in watch.why.items()}
+
+    # 4. In the order of the stream.
+    reached = [value for value in values if value in measured.activations]
+    parameters = None
+    if names:
+        parameters = {name: measured.parameters.get(name, 0.0) for name in names}
     return GradientProfile(
         norms=[measured.norms.get(value, 0.0) for value in values],
-        activations=[
-            measured.activations[value] for value in values if value in measured.activations
-        ],
+        activations=[measured.activations[value] for value in reached],
         kind=measured.kind,
         loss=measured.loss,
-        parameters={name: measured.parameters.get(name, 0.0) for name in names} if names else None,
+        parameters=parameters,
         attention={str(index): record for index, record in sorted(attention.items())},
         why=why,
     )
@@ -155,11 +163,11 @@ def watchable_parameters(skeleton: Skeleton) -> tuple[list[str], str]:
     if skeleton.stored is not None:
         return [], "the weights are read from the file call by call"
     if skeleton.light:
-        return (
-            [],
+        reason = (
             "the weights are raised call by call: their gradients would keep a raised copy of the "
-            "model",
+            "model"
         )
+        return [], reason
     return [name for name, t in skeleton.params.items() if t.is_floating_point()], ""
 
 
@@ -196,7 +204,7 @@ def run_backward(
         sites: of one recorded forward.
         token_ids: targets of the loss.
         values: of the stream, in order. One that has no gradient yet is cut off and becomes a leaf.
-        parameters: names whose gradient is wanted.
+        parameters: names of those whose gradient is measured.
         watch: a mode that sees the calls of the forward.
         visit: sees (value, tensor) in the forward, before it becomes a leaf.
         backward: False leaves the backward out.
@@ -229,7 +237,7 @@ def run_backward(
             replaced[value] = enter(value, value_before)
     results = [spot for spot in spots.values() if spot.where is not Where.ARGUMENT]
 
-    def met(spot: Spot, tensor: Tensor) -> Tensor:
+    def enter_at(spot: Spot, tensor: Tensor) -> Tensor:
         return enter(order[id(spot)], tensor)
 
     # 3. One forward, one loss, one backward.
@@ -239,12 +247,13 @@ def run_backward(
         gradients_of(sites.skeleton, parameters) as (weights, squares_of_parameters),
     ):
         with watch or nullcontext():
-            output = replayer.tapped(results, met, replaced=replaced)
+            output = replayer.tapped(results, enter_at, replaced=replaced)
         loss, result.kind = language_model_loss(output, token_ids)
         result.loss = float(loss.detach())
-        if backward and loss.requires_grad and (leaves or weights):
-            # Named, so that nothing is added to a gradient that the model's own code holds.
-            torch.autograd.backward(loss, inputs=[*leaves, *weights])
+        # Inputs are named, so that nothing is added to a gradient that the model's own code holds.
+        inputs = [*leaves, *weights]
+        if backward and loss.requires_grad and inputs:
+            torch.autograd.backward(loss, inputs=inputs)
     result.norms = {value: math.sqrt(float(square)) for value, square in squares.items()}
     result.parameters = {
         name: math.sqrt(float(square)) for name, square in squares_of_parameters.items()

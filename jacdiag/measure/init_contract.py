@@ -62,7 +62,9 @@ def contract_of(
         sites: of the model.
         draws: of its weights, as far as they are known already.
         model: only its config and its class are read.
-        layers, width, vocabulary: N, d and V of formulas.
+        layers: N of formulas.
+        width: d of formulas.
+        vocabulary: V of formulas; None if the model has none.
         pinned: the user's own contract, role or name pattern -> formula.
         decayed: names of the parameters that an optimizer lets decay.
     """
@@ -127,7 +129,8 @@ def record_of(
     """Return the record of one parameter.
 
     Args:
-        name, shape: Of the parameter.
+        name: Of the parameter.
+        shape: Of the parameter.
         use: What the model does with it.
         draw: How it was drawn; None if that is not known.
         decayed: Names of the parameters that an optimizer lets decay; None without an optimizer.
@@ -301,15 +304,21 @@ def family_of(model: nn.Module) -> str:
 
 def sizes_of(model: nn.Module, layers: int, width: int, vocabulary: int | None) -> dict[str, float]:
     """Return the variables of formulas that a model has, in the order of display."""
+    # 1. What was counted.
     sizes: dict[str, float] = {"N": layers, "d": width}
     if vocabulary:
         sizes["V"] = vocabulary
+
+    # 2. What the config says, under the first of its names.
     config = getattr(model, "config", None)
     for variable, names in _FROM_CONFIG.items():
-        settings = [_setting(config, name) for name in names]
-        numbers = [setting for setting in settings if _is_number(setting)]
-        if numbers:
-            sizes[variable] = numbers[0]
+        for name in names:
+            setting = _setting(config, name)
+            if _is_number(setting):
+                sizes[variable] = setting
+                break
+
+    # 3. The width of a head, if only the number of heads is known.
     if "H" in sizes and "d_head" not in sizes and sizes["H"] > 0:
         sizes["d_head"] = width / sizes["H"]
     return sizes

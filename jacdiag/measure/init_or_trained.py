@@ -71,7 +71,7 @@ class StateDecision:
         state: "init" or "trained".
         reason: in a few words.
         basis: what the reason rests on; "name" and "weights" are guesses.
-        note: what speaks against it; "" if nothing does.
+        note: what is evidence against it; "" if nothing is.
     """
 
     state: State
@@ -110,20 +110,26 @@ def decide_state(
     # 2. Nothing is known: the weights decide.
     evidence = judge()
     if history is None and not settled:
-        return StateDecision(
-            state="trained" if evidence.trained else "init", reason=evidence.words, basis="weights"
-        )
+        state: State = "trained" if evidence.trained else "init"
+        return StateDecision(state=state, reason=evidence.words, basis="weights")
 
     # 3. It should be fresh. Do the weights agree?
-    reason = "a gate judges a fresh model" if history is None else history.reason
-    basis: Basis = "built" if history is None else history.basis
+    reason = "a gate judges a fresh model"
+    basis: Basis = "built"
+    if history is not None:
+        reason = history.reason
+        basis = history.basis
     if not evidence.trained:
         return StateDecision(state="init", reason=reason, basis=basis)
+
+    # 4. They do not. It is fresh all the same if building it again draws other weights.
     against = f"{evidence.words}: if it holds trained weights, pass --state trained"
-    if settled or (draws_again is not None and draws_again(evidence)):
-        return StateDecision(
-            state="init", reason=reason, basis=basis, note=f"{reason}, but {against}"
-        )
+    is_fresh = settled
+    if not is_fresh and draws_again is not None:
+        is_fresh = draws_again(evidence)
+    if is_fresh:
+        note = f"{reason}, but {against}"
+        return StateDecision(state="init", reason=reason, basis=basis, note=note)
     return StateDecision(state="trained", reason=f"{reason}, but {evidence.words}", basis="weights")
 
 

@@ -43,9 +43,13 @@ def non_finite_state(sites: Sites) -> NonFinite:
     """
     skeleton, used = sites.skeleton, sites.graph.used_state
     # 1. What the forward does not read is a note.
-    suspects = skeleton.non_finite()
-    read = [name for name in suspects if name in used]
-    unread = [name for name in suspects if name not in used]
+    read = []
+    unread = []
+    for name in skeleton.non_finite():
+        if name in used:
+            read.append(name)
+        else:
+            unread.append(name)
     notes = []
     if unread:
         notes.append(
@@ -55,7 +59,10 @@ def non_finite_state(sites: Sites) -> NonFinite:
     # 2. All activations are finite: only what is multiplied, or holds NaN, breaks something.
     if _activations_are_finite(sites):
         multiplied = _multiplied(sites)
-        breaking = [name for name in read if name in multiplied or _has_nan(skeleton.params[name])]
+        breaking = []
+        for name in read:
+            if name in multiplied or _has_nan(skeleton.params[name]):
+                breaking.append(name)
         return NonFinite(breaking, notes)
 
     # 3. Something made NaN or Inf. What holds NaN is the first suspect; a mask with -inf the last.
@@ -84,14 +91,17 @@ def non_finite_weights(state: Mapping[str, Tensor]) -> NonFinite:
 
 
 def _looks_like_table(name: str, t: Tensor) -> bool:
+    """Return whether a tensor with Inf is a mask or a table, by its name or its values."""
     if _has_nan(t):
         return False
     if _TABLE.search(name):
         return True
     finite = t[torch.isfinite(t)]
     infinite = t[torch.isinf(t)]
-    one_sign = bool((infinite == infinite[0]).all())
-    return one_sign and finite.numel() > 0 and bool((finite == finite[0]).all())
+    has_one_sign = bool((infinite == infinite[0]).all())
+    if not has_one_sign or finite.numel() == 0:
+        return False
+    return bool((finite == finite[0]).all())
 
 
 def _activations_are_finite(sites: Sites) -> bool:
@@ -123,9 +133,10 @@ def _multiplied(sites: Sites) -> set[str]:
 
 
 def _read_buffers(sites: Sites) -> dict[str, Tensor]:
+    """Return the buffers that the recorded forward reads."""
     buffers = sites.skeleton.buffers
-    return {
-        value.name: buffers[value.name]
-        for value in sites.graph.values
-        if value.node == STATE and value.name in buffers
-    }
+    read = {}
+    for value in sites.graph.values:
+        if value.node == STATE and value.name in buffers:
+            read[value.name] = buffers[value.name]
+    return read

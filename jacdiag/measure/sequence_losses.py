@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -258,9 +258,12 @@ def _candidates(output: Any, arguments: Arguments) -> Iterator[Targets]:
     logits = loss_input(output)
     if logits is None or logits.dim() < 2:
         return
+    # 1. Keywords by name, names of targets first and of inputs last; then positions from the end.
     args, kwargs = arguments
     names = sorted(kwargs, key=lambda name: (name not in _TARGET_NAMES, name in _INPUT_NAMES))
     keys: list[int | str] = [*names, *reversed(range(len(args)))]
+
+    # 2. Each as it is, unless it is the input, and shifted by one token.
     for key in keys:
         tensor = argument(arguments, key)
         if key == "attention_mask" or not _holds_integers(tensor):
@@ -468,6 +471,15 @@ def prepared(arguments: Arguments, device: torch.device, dtype: torch.dtype | No
 
 
 # -- the model -------------------------------------------------------------------------------------
+def _has_half_precision(model: nn.Module) -> bool:
+    return any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
+
+
+def _cuda_devices(tensors: Iterable[Tensor]) -> list[int]:
+    """Return the numbers of the GPUs that tensors lie on, whose random state is kept."""
+    return sorted({t.device.index or 0 for t in tensors if t.device.type == "cuda"})
+
+
 @contextmanager
 def ready_for_gradients(
     model: nn.Module,
@@ -482,8 +494,11 @@ def ready_for_gradients(
         The model or its copy, the parameters whose gradients count, and float32 if it is a copy.
     """
     # 1. A copy in float32, if some weights are in half precision.
-    is_half = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
-    lent = copy.deepcopy(model).float() if is_half else model
+    lent = model
+    precision = None
+    if _has_half_precision(model):
+        lent = copy.deepcopy(model).float()
+        precision = torch.float32
     modes = [(module, module.training) for module in lent.modules()]
 
     # 2. The parameters that train; all of them in a model that was loaded for inference.
@@ -491,8 +506,9 @@ def ready_for_gradients(
     parameters = [parameter for parameter in floating if parameter.requires_grad]
     unfrozen: list[Tensor] = []
     if not parameters:
-        parameters = unfrozen = floating
-    devices = sorted({p.device.index or 0 for p in parameters if p.device.type == "cuda"})
+        unfrozen = floating
+        parameters = floating
+    devices = _cuda_devices(parameters)
 
     # 3. Lend it, and put everything back.
     try:
@@ -500,7 +516,7 @@ def ready_for_gradients(
             parameter.requires_grad_(True)
         lent.eval()
         with torch.random.fork_rng(devices):
-            yield lent, parameters, torch.float32 if is_half else None
+            yield lent, parameters, precision
     finally:
         for parameter in unfrozen:
             parameter.requires_grad_(False)

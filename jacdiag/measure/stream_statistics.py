@@ -47,19 +47,16 @@ def forward_record(sites: Sites, token_ids: Tensor | None) -> ForwardRecord:
         >>> len(record.points), len(record.variance)
         (3, 3)
     """
+    # 1. The points of the stream; one that is not finite leaves nothing to measure.
     points = stream_points(sites)
-    names = [name for name, _, _ in points]
-    fields = ("variance", "peaks", "token_cosine")
     if not points:
-        return ForwardRecord(
-            notes=dict.fromkeys(fields, "no sub-layer lies on the residual stream")
-        )
-    broken = next((name for name, x, _ in points if not bool(torch.isfinite(x).all())), None)
-    if broken is not None:
-        return ForwardRecord(
-            names, notes=dict.fromkeys(fields, f"NaN or Inf in the stream at {broken}")
-        )
+        return _without_figures([], "no sub-layer lies on the residual stream")
+    names = [name for name, _, _ in points]
+    for name, x, _ in points:
+        if not bool(torch.isfinite(x).all()):
+            return _without_figures(names, f"NaN or Inf in the stream at {name}")
 
+    # 2. The figures of each point.
     cosines = [token_cosine(x, dim) for _, x, dim in points]
     known = [cosine for cosine in cosines if cosine is not None]
     notes = {}
@@ -72,6 +69,10 @@ def forward_record(sites: Sites, token_ids: Tensor | None) -> ForwardRecord:
         token_cosine=known if len(known) == len(cosines) else None,
         notes=notes,
     )
+
+
+def _without_figures(names: list[str], reason: str) -> ForwardRecord:
+    return ForwardRecord(names, notes=dict.fromkeys(("variance", "peaks", "token_cosine"), reason))
 
 
 def variance(x: Tensor, feature_dim: int) -> float:
