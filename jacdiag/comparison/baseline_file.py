@@ -23,6 +23,7 @@ def read_baseline(path: str | os.PathLike[str]) -> FiguresRecord:
         SourceError: there is no such file, or it is no baseline.
         UsageError: it is of another version.
     """
+    # 1. Read the file, unless it is far too large for one.
     path = Path(path_text(path))
     try:
         if path.stat().st_size > _LARGEST:
@@ -33,8 +34,9 @@ def read_baseline(path: str | os.PathLike[str]) -> FiguresRecord:
         raise SourceError(f"no such baseline: '{path}'", hint=hint) from None
     except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"cannot read the baseline '{path}'", got=str(error)) from error
-    tables = [data.get(key) for key in ("sublayers", "weights")] if isinstance(data, dict) else []
-    if not tables or not all(isinstance(table, dict) for table in tables):
+
+    # 2. Check what it is before it is read as a record.
+    if not _has_tables(data):
         hint = "--write-baseline writes one; a report is compared by `jacdiag diff`"
         raise SourceError(f"'{path}' is no baseline", hint=hint)
     if data.get("schema_version") != SCHEMA_VERSION:
@@ -47,6 +49,13 @@ def read_baseline(path: str | os.PathLike[str]) -> FiguresRecord:
         return FiguresRecord.from_dict(data)
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise SourceError(f"'{path}' is no baseline", got=str(error)) from error
+
+
+def _has_tables(data: object) -> bool:
+    """Return whether JSON holds the two tables that every baseline has."""
+    if not isinstance(data, dict):
+        return False
+    return isinstance(data.get("sublayers"), dict) and isinstance(data.get("weights"), dict)
 
 
 def write_baseline(path: str | os.PathLike[str], figures: FiguresRecord) -> None:

@@ -162,7 +162,10 @@ def _outline(rows: Iterable[Placed], width: int | None) -> str:
     placements = set()
     for row in rows:
         kinds.append(row.kind)
-        placements.add("no norm" if row.placement == "none" else f"{row.placement}-norm")
+        placement = f"{row.placement}-norm"
+        if row.placement == "none":
+            placement = "no norm"
+        placements.add(placement)
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
     in_width = f", width {width}" if width is not None else ""
     return f"{len(kinds)} sub-layers ({counts}) in {' and '.join(sorted(placements))}{in_width}"
@@ -221,11 +224,11 @@ def _changes(earlier: Report, now: Report) -> list[ChangeRecord]:
     # 1. Sub-layers.
     changes = []
     for pair in compare(earlier, now).parted:
-        if pair.old is None or pair.new is None:
+        # Weights are not listed, only figures of sub-layers.
+        if pair.figure not in FIGURES or pair.old is None or pair.new is None:
             continue
-        if pair.figure in FIGURES:
-            old, new = list(pair.old), list(pair.new)
-            changes.append(ChangeRecord(pair.b, pair.depth, pair.figure, old, new))
+        old, new = list(pair.old), list(pair.new)
+        changes.append(ChangeRecord(pair.b, pair.depth, pair.figure, old, new))
 
     # 2. The model from end to end.
     if now.network is None or earlier.network is None:

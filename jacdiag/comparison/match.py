@@ -133,14 +133,21 @@ def _place(pair: Pair) -> tuple[float, int, int]:
     The embedding is before layer 0, the head after the last. In a layer the weights are before the
     figures that they cause.
     """
+    # 1. Layers, between what stands before and after them.
     if pair.depth is not None:
         depth = float(pair.depth)
     elif pair.part in ("embedding", "positions"):
         depth = -1.0
     else:
         depth = math.inf
-    figure = 1 + FIGURES.index(pair.figure) if pair.figure in FIGURES else 0
-    weight = _ORDER.index(pair.part) if pair.part in _ORDER else len(_ORDER)
+
+    # 2. Weights in the order of use, and then figures.
+    figure = 0
+    if pair.figure in FIGURES:
+        figure = 1 + FIGURES.index(pair.figure)
+    weight = len(_ORDER)
+    if pair.part in _ORDER:
+        weight = _ORDER.index(pair.part)
     return depth, figure, weight
 
 
@@ -148,8 +155,11 @@ def _place(pair: Pair) -> tuple[float, int, int]:
 def _sublayer_pairs(a: Report, b: Report) -> Iterable[Pair]:
     """Yield the pairs of the figures of sub-layers, and those that one report lacks."""
     rows_of_a, rows_of_b = numbered_rows(a.sublayers), numbered_rows(b.sublayers)
-    if not rows_of_a or not rows_of_b:  # weights alone on one side
+    # A report of weights alone has none.
+    if not rows_of_a or not rows_of_b:
         return
+
+    # A sub-layer that one report lacks is a pair by itself.
     for key in dict.fromkeys((*rows_of_a, *rows_of_b)):
         first, second = rows_of_a.get(key), rows_of_b.get(key)
         if first is not None and second is not None:
@@ -250,16 +260,21 @@ def _weight_pairs(a: Report, b: Report) -> Iterable[Pair]:
     weights_of_a, weights_of_b = numbered_weights(a), numbered_weights(b)
     fused_a = _fuse_like(weights_of_a, weights_of_b)
     fused_b = _fuse_like(weights_of_b, weights_of_a)
+    # A report without a contract has no weights.
     if not fused_a or not fused_b:
         return
+
     for key in dict.fromkeys((*fused_a, *fused_b)):
         first, second = fused_a.get(key), fused_b.get(key)
-        weight = first or second
-        assert weight is not None
-        names = (first.parameter if first else "", second.parameter if second else "")
         old, new = _std(first), _std(second)
-        differs = first is None or second is None or are_apart(old, new)
-        yield Pair(weight.layer, weight.role, "std", *names, old, new, differs)
+        if first is not None and second is not None:
+            names = (first.parameter, second.parameter)
+            differs = are_apart(old, new)
+            yield Pair(first.layer, first.role, "std", *names, old, new, differs)
+        elif first is not None:
+            yield Pair(first.layer, first.role, "std", first.parameter, "", old, new, True)
+        elif second is not None:
+            yield Pair(second.layer, second.role, "std", "", second.parameter, old, new, True)
 
 
 def numbered_weights(report: Report) -> dict[Key, WeightRecord]:
@@ -269,6 +284,7 @@ def numbered_weights(report: Report) -> dict[Key, WeightRecord]:
     seen: dict[Key, int] = {}
     numbered: dict[Key, WeightRecord] = {}
     for weight in report.contract.weights:
+        # Vectors are judged by the contract, and not compared.
         if not weight.role or weight.role in ("bias", "norm_gain", "scale"):
             continue
         key: Key = (weight.layer, weight.role)
@@ -301,11 +317,14 @@ def _put_together(weights: list[WeightRecord], role: str) -> WeightRecord:
     """Return several weights as one: their mean square, and the interval that theirs make."""
     sizes = [math.prod(weight.shape) for weight in weights]
 
+    # Draws of mean zero: variances add up by the share of numbers that each weight holds.
     def pooled(figure: str) -> float | None:
-        values = [getattr(weight, figure) for weight in weights]
-        if any(value is None for value in values):
-            return None
-        squares = [n * v * v for n, v in zip(sizes, values, strict=True)]
+        squares = []
+        for size, weight in zip(sizes, weights, strict=True):
+            value = getattr(weight, figure)
+            if value is None:
+                return None
+            squares.append(size * value * value)
         return math.sqrt(sum(squares) / sum(sizes))
 
     return replace(

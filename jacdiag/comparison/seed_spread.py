@@ -42,7 +42,8 @@ def figures_of(reports: Sequence[Report], margin: float, command: str = "") -> F
 
         # 2. The interval of each sub-layer.
         for name, seeds in rows.items():
-            low, high = min(ends[0] for ends in seeds), max(ends[2] for ends in seeds)
+            low = min(ends[0] for ends in seeds)
+            high = max(ends[2] for ends in seeds)
             middle = statistics.median(ends[1] for ends in seeds)
             sublayers.setdefault(name, {})[figure] = [low, middle, max(high, middle * (1 + reach))]
     return FiguresRecord(

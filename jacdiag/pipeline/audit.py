@@ -99,12 +99,15 @@ def audit(
             one (with `model_args`), or what `jacdiag.sources.load` returned.
         inputs: the probe for a module: token ids (B, T), a tuple of arguments, or a dict of keyword
             arguments. Random token ids if not given.
-        model, model_args: the factory that builds the module of a bare state dict, and its keyword
-            arguments.
-        tokens, input_factory: a file of probe tokens or of text; a factory of the probe input.
-            Give one way to a probe.
-        batch, seq, seed: the random probe. `seq` is 128, or what the model allows if that is less.
-        device, dtype: where, and in what precision products run ("float64", or torch.float64).
+        model: the factory that builds the module of a bare state dict.
+        model_args: keyword arguments of a factory.
+        tokens: a file of probe tokens or of text, in place of `inputs`.
+        input_factory: a factory of the probe input, in place of `inputs`.
+        batch: sequences of the random probe.
+        seq: tokens of each; 128, or what the model allows if that is less.
+        seed: of the random probe and of the solver's random starts.
+        device: where the model runs.
+        dtype: the precision that products run in ("float64", or torch.float64).
         probes: measure on this many probes, and report how far the estimates lie apart. Each costs
             one more audit. The intervals, the findings and the verdict are those of the first
             probe.
@@ -115,8 +118,14 @@ def audit(
             (Bonferroni); `settings["confidence_all"]` shows it.
         decide: stop each norm as soon as the rules are decided.
         state: "init" or "trained"; detected if not given.
-        lr, warmup, clip, beta2: the plan of the run.
-        profile, select, ignore, thresholds: of the rules.
+        lr: the learning rate of the planned run.
+        warmup: its number of warmup steps.
+        clip: the gradient norm that it clips at.
+        beta2: of its Adam.
+        profile: the set of thresholds of the rules.
+        select: codes or prefixes of the rules to apply; all if empty.
+        ignore: codes or prefixes of the rules to leave out.
+        thresholds: rule -> limits of its own, in place of those of the profile.
         risk: a file with the curves of the chance at a learning rate, in place of those that ship.
         trust_pickle: allow a pickle that holds more than tensors, or a tokenizer with code of its
             own, to run code.

@@ -55,7 +55,9 @@ def open_earlier(against: ModelSource | Report, options: AuditOptions) -> Earlie
     if isinstance(against, Report):
         check_has_norms(against, source_name(against))
         return Earlier(source_name(against), report=against)
-    text = path_text(against) if isinstance(against, str | bytes | os.PathLike) else ""
+    text = ""
+    if isinstance(against, str | bytes | os.PathLike):
+        text = path_text(against)
     path = Path(text)
     if text.endswith(".json") and path.is_file():
         report = read_report(path)
@@ -63,12 +65,17 @@ def open_earlier(against: ModelSource | Report, options: AuditOptions) -> Earlie
         return Earlier(text, report=report)
 
     # 2. A source to measure.
+    model = options.model
+    key = options.key
     builds_itself = not text or text.startswith("hf:") or is_factory(text)
+    if builds_itself:
+        model = None
+        key = None
     source = source_of(
         against,
-        model=None if builds_itself else options.model,
+        model=model,
         model_args=options.model_args,
-        key=None if builds_itself else options.key,
+        key=key,
         trust_pickle=options.trust_pickle,
         seed=options.seed,
     )

@@ -641,8 +641,8 @@ def _micro_batches(flight: Flight) -> int:
         return max(counts)
 
     # 2. Else as many as were kept of one step.
-    kept_of_step = Counter(kept.step for kept in flight.batches)
-    return max(kept_of_step.values(), default=1)
+    batches_of_step = Counter(batch.step for batch in flight.batches)
+    return max(batches_of_step.values(), default=1)
 
 
 def _logged(flight: Flight, micro: int) -> _Run:
@@ -676,18 +676,27 @@ def _why_other_gradients(flight: Flight, micro: int) -> str:
         return f"{start}those are of {micro} micro-batches together"
 
     # 2. They are those after clipping: several are as large as the largest.
-    rows = [row for row in flight.rows if _gradient_of(row) is not None]
-    has_unclipped = any(row.get("grad_norm") is not None for row in rows)
-    if has_unclipped:
-        return ""
-    values = [number(row.get("grad_norm_post")) for row in rows]
-    values = [value for value in values if math.isfinite(value)]
-    if not values:
-        return ""
-    as_large = max(values) * (1 - _CLIPPED_ALIKE)
-    if sum(value >= as_large for value in values) > 2:
+    if _seem_clipped(flight.rows):
         return f"{start}those seem to be clipped (pass grad_norm= to the watch)"
     return ""
+
+
+def _seem_clipped(rows: Iterable[Mapping[str, Any]]) -> bool:
+    """Return whether only norms after clipping are logged, and more than two equal the largest."""
+    norms = []
+    for row in rows:
+        if row.get("grad_norm") is not None:
+            return False
+        if row.get("grad_norm_post") is None:
+            continue
+        norm = number(row["grad_norm_post"])
+        if math.isfinite(norm):
+            norms.append(norm)
+    if not norms:
+        return False
+    as_large = max(norms) * (1 - _CLIPPED_ALIKE)
+    largest = [norm for norm in norms if norm >= as_large]
+    return len(largest) > 2
 
 
 def _loss_of(row: Mapping[str, Any]) -> float | None:
@@ -715,8 +724,7 @@ def _onset(flight: Flight, run: _Run) -> int | None:
         return steps[0] if steps else None
 
     # 1. The step that was running when the run crashed.
-    running_steps = [batch.step for batch in flight.batches if batch.running]
-    running = running_steps[0] if running_steps else None
+    running = _running_step(flight)
     if running is not None and flight.ended == "crash":
         return running
 
@@ -725,6 +733,14 @@ def _onset(flight: Flight, run: _Run) -> int | None:
     by_gradient = first_out(run.gradients, flight.step, logarithm=True)
     # Gradient norms scatter more: they say where a jump begins only if the loss has none.
     return by_loss or by_gradient or running or flight.step
+
+
+def _running_step(flight: Flight) -> int | None:
+    """Return the step of the first batch that was in work when the flight was written."""
+    for batch in flight.batches:
+        if batch.running:
+            return batch.step
+    return None
 
 
 def _levels(

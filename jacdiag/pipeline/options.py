@@ -51,9 +51,14 @@ _MAY_DIFFER_BY_RANK = (
 class Progress(Protocol):
     """A display of the progress of a long audit."""
 
-    def start(self, total: float, text: str) -> None: ...
-    def advance(self, units: float, text: str) -> None: ...
-    def stop(self) -> None: ...
+    def start(self, total: float, text: str) -> None:
+        """Show a display of `total` units of work."""
+
+    def advance(self, units: float, text: str) -> None:
+        """Add units of work that were done, and say on what."""
+
+    def stop(self) -> None:
+        """Take the display away."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,9 +218,15 @@ def codes_of(name: str, codes: Any) -> tuple[str, ...]:
         >>> codes_of("select", "JD1,JD2"), codes_of("select", ["JD1"])
         (('JD1', 'JD2'), ('JD1',))
     """
-    what, hint = f"{name} is a list of rule codes", f'{name}=["JD1"]'
+    what = f"{name} is a list of rule codes"
+    hint = f'{name}=["JD1"]'
+
+    # 1. Text is split at its commas; empty pieces count for nothing.
     if isinstance(codes, str):
-        codes = [code.strip() for code in codes.split(",") if code.strip()]
+        pieces = [piece.strip() for piece in codes.split(",")]
+        codes = [piece for piece in pieces if piece]
+
+    # 2. Whatever was passed, each code must be text.
     if not isinstance(codes, Iterable):
         raise UsageError(what, got=kind_of(codes), hint=hint)
     codes = tuple(codes)
@@ -267,10 +278,14 @@ def _check_optimizer(optimizer: Any) -> None:
     if optimizer is None or hasattr(optimizer, "param_groups"):
         return
     groups = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
-    for group in groups:
-        if not isinstance(group, Mapping) or not isinstance(group.get("params"), list | tuple):
-            hint = "a torch optimizer, or its param_groups"
-            raise UsageError("optimizer is of the wrong type", got=kind_of(optimizer), hint=hint)
+    if all(_is_parameter_group(group) for group in groups):
+        return
+    hint = "a torch optimizer, or its param_groups"
+    raise UsageError("optimizer is of the wrong type", got=kind_of(optimizer), hint=hint)
+
+
+def _is_parameter_group(group: Any) -> bool:
+    return isinstance(group, Mapping) and isinstance(group.get("params"), list | tuple)
 
 
 def _dtype_name(dtype: str | torch.dtype | None) -> str:

@@ -31,6 +31,7 @@ def with_probes(request: Request, audit: Audit, report: Report) -> Report:
     """
     if request.options.probes == 1:
         return report
+
     # 1. Measure the model on each further probe.
     start = time.perf_counter()
     again = audit.request.with_options(
@@ -91,8 +92,17 @@ def spread_of(intervals: Sequence[Interval | None]) -> ProbeSpread | None:
     """
     if intervals[0] is None:
         return None
-    estimates = [None if interval is None else interval.estimate for interval in intervals]
-    numbers = [value for value in estimates if value is not None and not math.isnan(value)]
+    estimates: list[float | None] = []
+    numbers = []
+    for interval in intervals:
+        if interval is None:
+            estimates.append(None)
+            continue
+        estimates.append(interval.estimate)
+        if not math.isnan(interval.estimate):
+            numbers.append(interval.estimate)
+
+    # One number has no spread.
     if len(numbers) < 2:
         return None
     return ProbeSpread(least=min(numbers), most=max(numbers), estimates=estimates)
@@ -112,13 +122,20 @@ def _network_with_spread(reports: Sequence[Report]) -> NetworkRecord | None:
 
 def _total_cost(first: Cost, others: Iterable[Report], seconds: float) -> Cost:
     """Return what all probes cost together."""
-    costs = [first, *(report.cost for report in others)]
+    # What was not measured counts as nothing.
+    forwards = [first.forward_equivalents or 0.0]
+    products = first.products or 0
+    peak_memory = first.peak_memory_mb or 0.0
+    for report in others:
+        forwards.append(report.cost.forward_equivalents or 0.0)
+        products += report.cost.products or 0
+        peak_memory = max(peak_memory, report.cost.peak_memory_mb or 0.0)
     return replace(
         first,
-        forward_equivalents=math.fsum(cost.forward_equivalents or 0.0 for cost in costs),
-        products=sum(cost.products or 0 for cost in costs),
+        forward_equivalents=math.fsum(forwards),
+        products=products,
         seconds=(first.seconds or 0.0) + seconds,
-        peak_memory_mb=max(cost.peak_memory_mb or 0.0 for cost in costs),
+        peak_memory_mb=peak_memory,
         phases={**first.phases, "probes": seconds},
     )
 

@@ -120,20 +120,25 @@ def summarise_weights(state: Mapping[str, Tensor], model: NamedModel) -> dict[st
     The norm of an embedding of 50,000 rows costs much and says nothing here.
     """
     stats: dict[str, WeightStats] = {}
+    # 1. The matrices of sub-layers, with their norms.
     for name in _matrices_of_sublayers(model):
         figures = weight_stats(name, state[name])
         if figures is not None:
             stats[name] = figures
+
+    # 2. Those outside, with their std only.
     for name, weight in model.weights.items():
-        if name not in stats and weight.role in OUTSIDE:
-            figures = weight_stats(name, state[name], norm=False, std=std_of(state[name]))
-            if figures is not None:
-                stats[name] = figures
+        if name in stats or weight.role not in OUTSIDE:
+            continue
+        figures = weight_stats(name, state[name], norm=False, std=std_of(state[name]))
+        if figures is not None:
+            stats[name] = figures
     return stats
 
 
 def summarise_embedding(state: Mapping[str, Tensor], model: NamedModel) -> EmbeddingFacts:
     """Return what the widest embedding says of the stream before the first layer."""
+    # 1. The widest table must be one of the stream's width.
     tables = [name for name in model.with_role("embedding") if state[name].dim() == 2]
     if not tables:
         return EmbeddingFacts(
@@ -147,18 +152,15 @@ def summarise_embedding(state: Mapping[str, Tensor], model: NamedModel) -> Embed
             f"Eq. 15 needs sigma_x', and the embedding's {features} features are not those of the "
             "stream",
         )
-    norm = next(
-        (
-            name
-            for name, weight in model.weights.items()
-            if _is_norm_of_embedding(name, weight.role)
-        ),
-        None,
-    )
-    if norm is not None:
-        return EmbeddingFacts(
-            None, f"Eq. 15 needs sigma_x', and a norm follows the embedding: {norm}"
-        )
+
+    # 2. No norm may follow it.
+    for name, weight in model.weights.items():
+        if _is_norm_of_embedding(name, weight.role):
+            return EmbeddingFacts(
+                None, f"Eq. 15 needs sigma_x', and a norm follows the embedding: {name}"
+            )
+
+    # 3. Its rows are the stream.
     limits = (
         "that of the embedding's rows; a scale or a norm on the embedding is not visible in weights"
     )
@@ -174,25 +176,30 @@ def build_model(
     state: Mapping[str, Tensor], model: NamedModel, stats: Mapping[str, WeightStats]
 ) -> ModelRecord:
     """Return the model's sizes, and which of its weights have no role."""
-    left = {
-        name: NO_ROLE for name, tensor in state.items() if tensor.dim() >= 2 and name not in stats
-    }
-    for name in left:
-        if not is_matrix(name, state[name].shape):
-            left[name] = NO_WEIGHT
+    # 1. Which weights have no role, and how many numbers the others hold.
+    uncovered: dict[str, str] = {}
+    parameters = 0
+    covered = 0
+    for name, tensor in state.items():
+        parameters += tensor.numel()
+        if tensor.dim() < 2 or name in stats:
+            covered += tensor.numel()
+        elif is_matrix(name, tensor.shape):
+            uncovered[name] = NO_ROLE
+        else:
+            uncovered[name] = NO_WEIGHT
+
+    # 2. The weights outside all layers.
+    outside = [name for name, weight in model.weights.items() if weight.role in OUTSIDE]
     return ModelRecord(
         name="",
-        parameters=sum(tensor.numel() for tensor in state.values()),
+        parameters=parameters,
         layers=model.layers,
         width=model.width,
-        covered_parameters=sum(
-            tensor.numel() for name, tensor in state.items() if name not in left
-        ),
-        uncovered=list(left),
-        uncovered_reasons=left,
-        weights={
-            name: stats[name] for name, weight in model.weights.items() if weight.role in OUTSIDE
-        },
+        covered_parameters=covered,
+        uncovered=list(uncovered),
+        uncovered_reasons=uncovered,
+        weights={name: stats[name] for name in outside},
     )
 
 
@@ -214,6 +221,7 @@ def build_sublayer(
         phase: "init" or "trained".
         embedding: gives sigma_x' at the first layer.
     """
+    # 1. The bound, at the first FFN.
     notes = dict.fromkeys(NOT_MEASURED, "weights only: no model was run")
     bound = None
     is_first = sublayer.layer == 0
@@ -223,6 +231,8 @@ def build_sublayer(
         bound, why = bound_of_first_ffn(sublayer, model, stats, phase, embedding)
         notes["bound"] = why
         notes["shortcut_std"] = embedding.note
+
+    # 2. The weights by role.
     weights, others = _weights_by_role(sublayer, stats)
     if others:
         notes["weights"] = (
@@ -275,6 +285,7 @@ def bound_of_first_ffn(
     embedding: EmbeddingFacts,
 ) -> tuple[float | None, str]:
     """Return the bound of Eq. 15, or None and the reason."""
+    # 1. The paper's case: an FFN of two matrices at init, after a known embedding.
     if phase != "init":
         return None, "Eq. 15 describes an initial state; these weights are trained"
     names = {role: name for name, role in sublayer.roles.items()}
@@ -282,25 +293,30 @@ def bound_of_first_ffn(
         return None, "Eq. 15 is for an FFN of two matrices"
     if embedding.rows is None:
         return None, embedding.note
-    first, second = stats[names["W_1"]], stats[names["W_2"]]
-    sizes = model.weights[names["W_1"]]
-    if first.std is None or second.std is None or not embedding.rows.median > 0:
+
+    # 2. Its numbers.
+    first_std = stats[names["W_1"]].std
+    second_std = stats[names["W_2"]].std
+    sigma = embedding.rows.median
+    if first_std is None or second_std is None or not sigma > 0:
         return None, "Eq. 15 needs finite weights and an embedding that is not zero"
+    sizes = model.weights[names["W_1"]]
     if sizes.fan_in is None or sizes.fan_out is None:
         return None, "Eq. 15 needs the sizes of W_1, which its shape does not give"
-    return bound_ffn(first.std, second.std, embedding.rows.median, sizes.fan_in, sizes.fan_out), ""
+    return bound_ffn(first_std, second_std, sigma, sizes.fan_in, sizes.fan_out), ""
 
 
 def build_contract(state: Mapping[str, Tensor], model: NamedModel) -> ContractRecord:
     """Return the contract record: roles by name, sizes by shape. Tensors are read one at a time."""
+    # 1. The sizes.
     sizes: dict[str, float] = {"N": model.layers}
     if model.width:
         sizes["d"] = model.width
-    tables = [
-        state[name].shape[0] for name in model.with_role("embedding") if state[name].dim() == 2
-    ]
+    tables = [name for name in model.with_role("embedding") if state[name].dim() == 2]
     if tables:
-        sizes["V"] = max(tables)
+        sizes["V"] = max(state[name].shape[0] for name in tables)
+
+    # 2. How each weight was drawn, and which numbers it shares with another.
     uses = without_adapters({name: weight.use for name, weight in model.weights.items()})
     draws = {
         name: draw_of(state[name], table=weight.role in TABLES)
@@ -308,14 +324,13 @@ def build_contract(state: Mapping[str, Tensor], model: NamedModel) -> ContractRe
     }
     copies = copies_of(draws, state)
     streams = streams_of(draws, state)
-    weights = [
-        replace(
-            record_of(name, state[name].shape, uses[name], draws[name], kind=weight.kind),
-            same_as=copies.get(name, ""),
-            stream_of=streams.get(name, ""),
-        )
-        for name, weight in model.weights.items()
-    ]
+
+    # 3. One record for each.
+    weights = []
+    for name, weight in model.weights.items():
+        record = record_of(name, state[name].shape, uses[name], draws[name], kind=weight.kind)
+        record = replace(record, same_as=copies.get(name, ""), stream_of=streams.get(name, ""))
+        weights.append(record)
     return ContractRecord(family="", sizes=sizes, weights=with_sections(weights, state))
 
 
@@ -324,15 +339,11 @@ def _notes_on_layers(model: NamedModel) -> list[str]:
     if not model.sublayers:
         return [
             "no weight has a name that is known from a residual layer, so no layer is counted: "
-            "their roles come "
-            "from the model itself with --model FACTORY"
+            "their roles come from the model itself with --model FACTORY"
         ]
     if any("layer_groups" in sublayer.stack for sublayer in model.sublayers):
         return [
-            (
-                "layers that share their weights are counted once: how often they run is not in "
-                "the "
-                "weights"
-            )
+            "layers that share their weights are counted once: how often they run is not in the "
+            "weights"
         ]
     return []

@@ -90,6 +90,8 @@ def _check_room(request: Request, audit: Audit) -> None:
     """Raise MeasureError if no copy of the model can be made."""
     if request.source.weights is not None:
         raise MeasureError("the weights stay in their files")
+
+    # Memory is checked on the host alone.
     parameters = list(audit.model.parameters())
     if any(parameter.device.type != "cpu" for parameter in parameters):
         return
@@ -117,7 +119,9 @@ def _bench(request: Request, audit: Audit, report: Report, count: int) -> Bench:
     """Return what the remedies are tried with.
 
     Args:
-        request, audit, report: as they are.
+        request: of the audit.
+        audit: of the model as it is.
+        report: of that audit.
         count: how many remedies there are.
     """
     options = request.options
