@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from detectors.runs import LIMITS, codes, fed, healthy, spike
 
 from jacdiag.detectors.live_rules import QUIET, LiveRules, StepFigures
 from jacdiag.detectors.running_statistics import (
@@ -20,32 +20,6 @@ from jacdiag.detectors.running_statistics import (
 from jacdiag.errors import UsageError
 from jacdiag.rules import EVERY, RULES, rule
 from jacdiag.rules.thresholds import load_thresholds
-
-LIMITS = load_thresholds()
-
-
-def healthy(steps: int, seed: int = 0, start: int = 0) -> Iterator[StepFigures]:
-    """A loss that falls as losses do, with scatter; a gradient norm with a heavy tail."""
-    source = random.Random(seed)
-    for step in range(start, start + steps):
-        loss = 2.0 + 3.0 * (1 + step / 50) ** -0.5 + source.gauss(0, 0.05)
-        gradient = 0.5 + 2.0 * (1 + step / 20) ** -0.5
-        noise = [math.exp(source.gauss(0, 0.25)) for _ in range(3)]
-        each = [gradient * n for n in noise]
-        yield StepFigures(step, loss, math.sqrt(sum(g * g for g in each)), 1e-3, each)
-
-
-def codes(
-    live: LiveRules, figures: Iterator[StepFigures] | list[StepFigures]
-) -> list[tuple[int, str]]:
-    return [(alert.step, alert.code) for f in figures for alert in live.step(f).alerts]
-
-
-def fed(steps: int = 500, **options: Any) -> LiveRules:
-    live = LiveRules(LIMITS, ["a", "b", "c"])
-    for f in healthy(steps, **options):
-        live.step(f)
-    return live
 
 
 @pytest.mark.parametrize(
@@ -91,10 +65,6 @@ def test_slow_monotone_drift_never_alerts(rate: float, kind: str, sign: int) -> 
                 step, {"branch_norm": {"a": 2.0 * level}, "shortcut_std": {"a": level}}
             ).alerts
     assert found == []
-
-
-def spike(step: int, loss: float, gradient: float, each: Any = (0.7, 0.7, 0.7)) -> StepFigures:
-    return StepFigures(step, loss, gradient, 1e-3, each)
 
 
 @pytest.mark.check("detectors")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from rules.test_live import LIMITS, codes, healthy
+from detectors.runs import LIMITS, codes, healthy
 
 from jacdiag.detectors import drift
 from jacdiag.detectors import recent_trend as recent

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rules.test_live import LIMITS, codes, fed, healthy, spike
+from detectors.runs import LIMITS, codes, fed, healthy, spike
 
 from jacdiag.detectors.live_rules import LiveRules, StepFigures
 from jacdiag.detectors.sustained_rise import SustainedRise
