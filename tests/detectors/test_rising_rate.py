@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rules.curves import by_warmup, limits
+from rules.reports import healthy, report
 
 import jacdiag
 from jacdiag.detectors.live_rules import LiveRules, StepFigures
@@ -15,8 +17,6 @@ from jacdiag.records import Report
 from jacdiag.records.risk import RiskCurve, RiskTable
 from jacdiag.rules.risk_curves import risk_toml
 from jacdiag.rules.thresholds import Thresholds
-from tests.rules.test_conditions import healthy, report
-from tests.rules.test_risk import by_warmup, limits
 
 # lr, where chance = limit
 CROSSES = {cut: limit / (1 - limit) for cut, limit in (("warning", 0.3), ("error", 0.5))}

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rules.test_conditions import healthy, report
+from rules.reports import healthy, report
 
 from jacdiag.records import Finding, Growth, NetworkRecord, Plan, Report, SublayerRecord
 from jacdiag.records.signal_propagation import (

@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from rules.test_conditions import findings, healthy, narrow, report, status
+from rules.reports import findings, healthy, narrow, report, status
 
 from jacdiag.comparison import compare_with_earlier
 from jacdiag.comparison.seed_spread import figures_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from rules.test_conditions import LIMITS, findings, healthy, judged, report, status
+from rules.reports import LIMITS, findings, healthy, judged, report, status
 
 from jacdiag.errors import UsageError
 from jacdiag.records import ContractRecord, Interval, ModelRecord, WeightRecord
