@@ -14,7 +14,8 @@ from torch import Tensor
 import jacdiag
 from _coverage import guest, norms
 from _coverage.build import Built, CannotBuild, build
-from _coverage.expect import Expected, expected_of
+from _coverage.expect import FamilyFacts, family_facts
+from _coverage.expected import Expected
 from _coverage.told import told_by_class, told_cross
 from jacdiag.measure.network import verify_replay
 from jacdiag.spectra import JacobianOperator, independent_dims, spectral_norm
@@ -56,40 +57,35 @@ def check(task: str, family: str) -> dict[str, Any]:
     out.notes = [built.facts["why"]] if "why" in built.facts else []
     out.interpreted = bool(INTERPRETING & set(built.facts))
     try:
-        expected = expected_of(task, built.config, built.facts)
-        out.expected = expected.count
+        family_told = family_facts(task, built.config, built.facts)
+        out.expected = family_told.count
         sites = jacdiag.sites(built.model, **built.inputs)
     except Exception as error:
         out.problems["sites"] = f"{type(error).__name__}: {error} ({getattr(error, 'got', '')})"[
             :300
         ]
     else:
-        _compare(out, sites, built, expected)
+        _compare(out, sites, built, family_told)
     out.status = "failed" if out.problems else "ok"
     return asdict(out)
 
 
-def _compare(out: Outcome, sites: Any, built: Built, expected: Expected) -> None:
+def _compare(out: Outcome, sites: Any, built: Built, told: FamilyFacts) -> None:
     out.found = sum(not s.nested for s in sites)
     nested = sum(s.nested for s in sites)
-    if (out.found, nested) != (expected.count, expected.nested):
-        out.problems["count"] = (
-            f"{out.found}+{nested} nested instead of {expected.count}+{expected.nested}"
-        )
+    if (out.found, nested) != (told.count, told.nested):
+        out.problems["count"] = f"{out.found}+{nested} nested instead of {told.count}+{told.nested}"
     out.covered = _covered(sites, built.model)
     by_norms = norms.placements(list(sites), norms.calls_of(built.model, built.inputs))
+    answers = [_expected(site, built, told) for site in sites]
     out.sublayers = [
-        {**_row(s, built, expected), "placement_norms": p}
-        for s, p in zip(sites, by_norms, strict=True)
+        {**_row(site, answer), "placement_norms": placement}
+        for site, answer, placement in zip(sites, answers, by_norms, strict=True)
     ]
     out.norms_why = built.facts.get("norms_why", "")
-    fields = ("kind", "placement", "token_wise")
-    wrong = [
-        f"{r['name']}: {r[k]} not {r[f'{k}_told']}"
-        for r in out.sublayers
-        for k in fields
-        if r[f"{k}_told"] is not None and r[k] != r[f"{k}_told"]
-    ]
+    wrong = []
+    for site, answer in zip(sites, answers, strict=True):
+        wrong += answer.differences(site)
     if wrong:
         out.problems["told"] = "; ".join(wrong)[:400]
     tests: dict[str, Callable[[], str]] = {
@@ -101,17 +97,25 @@ def _compare(out: Outcome, sites: Any, built: Built, expected: Expected) -> None
     out.problems |= guest.failing(tests) | guest.problems(built, sites)
 
 
-def _row(site: Any, built: Built, expected: Expected) -> dict[str, Any]:
+def _expected(site: Any, built: Built, told: FamilyFacts) -> Expected:
+    """Return what the config and the names of classes tell of one sub-layer."""
     kind = told_by_class(site.name, built.model, built.facts)
-    wise = None if kind in (None, "conv") else kind in ("mlp", "moe") or told_cross(site.name)
+    token_wise = None
+    if kind not in (None, "conv"):
+        token_wise = kind in ("mlp", "moe") or told_cross(site.name)
+    placement = told.placement_of(site, kind)
+    return Expected(site.name, kind, placement, token_wise=token_wise)
+
+
+def _row(site: Any, expected: Expected) -> dict[str, Any]:
     return {
         "name": site.name,
         "kind": site.kind,
-        "kind_told": kind,
+        "kind_told": expected.kind,
         "placement": site.placement,
-        "placement_told": expected.placement_of(site, kind),
+        "placement_told": expected.placement,
         "token_wise": site.token_wise,
-        "token_wise_told": wise,
+        "token_wise_told": expected.token_wise,
         "nested": site.nested,
         "parallel": site.parallel,
         "line": site.line.rsplit("/", 1)[-1],

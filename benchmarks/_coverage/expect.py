@@ -26,9 +26,13 @@ _PLACEMENT = {"causal-lm": "pre", "masked-lm": "post", "seq2seq": "post", "image
 
 
 @dataclass(frozen=True)
-class Expected:
-    """Sub-layers on the stream, those inside another's branch, and the norm's placement (None:
-    nothing tells).
+class FamilyFacts:
+    """What a config tells of a whole family.
+
+    Attributes:
+        count: how many sub-layers stand on the stream.
+        nested: how many stand inside another's branch.
+        placement: of the norm, one for all or by kind and part of a name. None if nothing tells it.
     """
 
     count: int
@@ -53,8 +57,8 @@ class Expected:
         return None if told == "unknown" else told
 
 
-def expected_of(task: str, config: Any, facts: dict[str, Any]) -> Expected:
-    """Counts the sub-layers that one forward must show."""
+def family_facts(task: str, config: Any, facts: dict[str, Any]) -> FamilyFacts:
+    """Count the sub-layers that one forward must show."""
     config = _text_part(task, config, facts)
     if "stacks" in facts:
         count = sum(_stack(config, stack) for stack in facts["stacks"])
@@ -71,7 +75,7 @@ def expected_of(task: str, config: Any, facts: dict[str, Any]) -> Expected:
             causal=task in ("causal-lm", "seq2seq"),
         )
     placement = facts.get("placement", _PLACEMENT[task])
-    return Expected(
+    return FamilyFacts(
         count + facts.get("plus", 0),
         _nested(config, facts),
         None if placement == "unknown" else placement,

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from _coverage.build import facts_of
-from _coverage.expect import expected_of
+from _coverage.expect import family_facts
 from jacdiag_cli.main import main
 from torch import nn
 
@@ -54,7 +54,7 @@ def check_layout(layout: Layout) -> dict[str, Any]:
         config = write_layout(layout, folder)
         out.expected = (
             layout.count
-            or expected_of(layout.task, config, facts_of(layout.task, layout.family)).count
+            or family_facts(layout.task, config, facts_of(layout.task, layout.family)).count
         )
         _audit(out, folder)
         if out.exit_code == 0:

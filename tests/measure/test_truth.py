@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from menagerie import CORE, STYLES, Expected, Specimen, residual, stream
+from menagerie import CORE, STYLES, Specimen, SublayerTruth, residual, stream
 from menagerie.specimen import Context
 from selection import every_third
 from torch import Tensor, nn
@@ -57,7 +57,7 @@ class Truth:
         self.context: Context = specimen.context(self.model, torch.float64)
         self.values = [v.detach() for v in stream(specimen, self.model, self.context)]
 
-    def each(self) -> Iterator[tuple[Expected, Tensor]]:
+    def each(self) -> Iterator[tuple[SublayerTruth, Tensor]]:
         for group, x in zip(self.specimen.groups(), self.values, strict=False):
             for one in group:
                 yield one, x
@@ -74,7 +74,7 @@ def dense(fn: Callable[[Tensor], Tensor], x: Tensor) -> float:
     return float(torch.linalg.svdvals(jacobian.reshape(-1, x.numel()))[0])  # type: ignore[union-attr]
 
 
-def records_of(report: Report, truth: Truth) -> list[tuple[SublayerRecord, Expected, Tensor]]:
+def records_of(report: Report, truth: Truth) -> list[tuple[SublayerRecord, SublayerTruth, Tensor]]:
     left = [r for r in report.sublayers if not r.nested]
     pairs = []
     for one, x in truth.each():

@@ -8,11 +8,21 @@ from menagerie.additions import ADDITIONS
 from menagerie.core import CORE
 from menagerie.inputs import INPUTS
 from menagerie.layouts import LAYOUTS
-from menagerie.specimen import Context, Expected, Norm, Specimen, residual, stream
+from menagerie.specimen import Context, Norm, Specimen, SublayerTruth, residual, stream
 from menagerie.traps import TRAPS
 from menagerie.wide import WIDE
 
 STYLES = [*ADDITIONS, *LAYOUTS, *INPUTS, *TRAPS, *WIDE]
 ALL = [*CORE, *STYLES]
 
-__all__ = ["ALL", "CORE", "STYLES", "Context", "Expected", "Norm", "Specimen", "residual", "stream"]
+__all__ = [
+    "ALL",
+    "CORE",
+    "STYLES",
+    "Context",
+    "Norm",
+    "Specimen",
+    "SublayerTruth",
+    "residual",
+    "stream",
+]

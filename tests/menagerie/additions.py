@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from menagerie.core import Block, begin, decoder, end, pair
 from menagerie.parts import LAYERS, MLP, D, Decoder, HandRMS, seeded, tokens
-from menagerie.specimen import Expected, Norm, Specimen
+from menagerie.specimen import Norm, Specimen, SublayerTruth
 
 ALPHA = 1.7  # DeepNorm's gain on the shortcut
 
@@ -191,13 +191,13 @@ class MiniMax(Block):
         return x * 0.9 + self.mlp(x) * 1.3
 
 
-def _minimax(layer: int) -> list[Expected]:
+def _minimax(layer: int) -> list[SublayerTruth]:
     def following(m: Any) -> nn.Module:
         return m.blocks[layer + 1].norm1 if layer + 1 < LAYERS else m.final
 
     first = Norm(lambda m: m.blocks[0].norm1)
     return [
-        Expected(
+        SublayerTruth(
             f"blocks.{layer}.attn",
             "attention",
             "post",
@@ -208,7 +208,7 @@ def _minimax(layer: int) -> list[Expected]:
             layer=layer,
             start=(lambda m, c: first(m, begin(m, c))) if layer == 0 else None,
         ),
-        Expected(
+        SublayerTruth(
             f"blocks.{layer}.mlp",
             "mlp",
             "post",
@@ -233,12 +233,12 @@ class Macaron(Block):
         return x + 0.5 * self.mlp2(self.norm3(x))
 
 
-def _macaron(layer: int) -> list[Expected]:
+def _macaron(layer: int) -> list[SublayerTruth]:
     def block(m: Any) -> Any:
         return m.blocks[layer]
 
     return [
-        Expected(
+        SublayerTruth(
             f"blocks.{layer}.mlp",
             "mlp",
             "pre",
@@ -247,7 +247,7 @@ def _macaron(layer: int) -> list[Expected]:
             layer=layer,
             start=begin if layer == 0 else None,
         ),
-        Expected(
+        SublayerTruth(
             f"blocks.{layer}.attn",
             "attention",
             "pre",
@@ -256,7 +256,7 @@ def _macaron(layer: int) -> list[Expected]:
             token_wise=False,
             layer=layer,
         ),
-        Expected(
+        SublayerTruth(
             f"blocks.{layer}.mlp2",
             "mlp",
             "pre",
@@ -347,7 +347,7 @@ ADDITIONS: list[Specimen] = [
         lambda: seeded(lambda: Decoder(FusedProduct)),
         ((tokens(),), {}),
         [
-            Expected(
+            SublayerTruth(
                 f"blocks.{layer}",
                 "mlp",
                 "pre",

@@ -24,7 +24,7 @@ from menagerie.parts import (
     seeded,
     tokens,
 )
-from menagerie.specimen import Body, Context, Expected, Norm, Specimen
+from menagerie.specimen import Body, Context, Norm, Specimen, SublayerTruth
 
 
 class Block(nn.Module):
@@ -118,7 +118,7 @@ def pair(
     gain: Any = 1.0,
     dress: Callable[[Any, int, Tensor], Tensor] | None = None,
     names: tuple[str | None, str | None] | None = None,
-) -> list[Expected]:
+) -> list[SublayerTruth]:
     """The two sub-layers of block `layer` of a Decoder: attn and mlp, with the norms at their
     places.
 
@@ -150,7 +150,7 @@ def pair(
             "none": {},
         }[placement]
         found.append(
-            Expected(
+            SublayerTruth(
                 name,
                 kind if k else "attention",
                 placement,
@@ -303,8 +303,8 @@ class ConvNet(nn.Module):
         return self.end(x)
 
 
-def _conv(layer: int) -> Expected:
-    return Expected(
+def _conv(layer: int) -> SublayerTruth:
+    return SublayerTruth(
         f"blocks.{layer}",
         "conv",
         "none",
@@ -356,14 +356,14 @@ def cross_triple(
     blocks: str = "blocks",
     start: Any = begin,
     memory: Callable[[Context], Tensor] = lambda c: c.args[1],
-) -> list[Expected]:
+) -> list[SublayerTruth]:
     """The three sub-layers of a CrossBlock."""
 
     def block(m: Any) -> Any:
         return getattr(m, blocks)[layer]
 
     return [
-        Expected(
+        SublayerTruth(
             f"{blocks}.{layer}.attn",
             "attention",
             "pre",
@@ -373,7 +373,7 @@ def cross_triple(
             layer=layer,
             start=start if layer == 0 else None,
         ),
-        Expected(
+        SublayerTruth(
             f"{blocks}.{layer}.cross",
             "attention",
             "pre",
@@ -381,7 +381,7 @@ def cross_triple(
             Norm(lambda m: block(m).norm2),
             layer=layer,
         ),
-        Expected(
+        SublayerTruth(
             f"{blocks}.{layer}.mlp",
             "mlp",
             "pre",

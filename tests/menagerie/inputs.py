@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from menagerie.core import Block, Pre, decoder
 from menagerie.layouts import of_blocks
 from menagerie.parts import LAYERS, B, D, Decoder, HandRMS, T, floats, seeded, tokens
-from menagerie.specimen import Context, Expected, Specimen
+from menagerie.specimen import Context, Specimen, SublayerTruth
 
 
 class KeywordOnly(Decoder):
@@ -79,8 +79,8 @@ class Normed(Block):
         return x + self.mlp(self.norm2(x))
 
 
-def _batch_normed(layer: int) -> Expected:
-    return Expected(
+def _batch_normed(layer: int) -> SublayerTruth:
+    return SublayerTruth(
         f"blocks.{layer}.mlp",
         "mlp",
         "none",

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from menagerie.core import Block, Pre, begin, end, pair
 from menagerie.parts import LAYERS, MLP, Attention, B, D, Decoder, T, V, seeded, tokens
-from menagerie.specimen import Context, Expected, Norm, Specimen
+from menagerie.specimen import Context, Norm, Specimen, SublayerTruth
 
 Place = Callable[[Any], Any]
 
@@ -25,10 +25,10 @@ def two(
     parts: Callable[[Any], tuple[Any, Any, Any, Any]],
     start: Callable[[Any, Context], Tensor] | None = begin,
     **options: Any,
-) -> list[Expected]:
+) -> list[SublayerTruth]:
     """An attention and an MLP, pre-norm; `parts` (model) -> norm1, attn, norm2, mlp."""
     return [
-        Expected(
+        SublayerTruth(
             names[0],
             "attention",
             "pre",
@@ -39,7 +39,7 @@ def two(
             start=start if layer == 0 else None,
             **options,
         ),
-        Expected(
+        SublayerTruth(
             names[1],
             "mlp",
             "pre",
@@ -181,9 +181,9 @@ def _plain_norm(m: Any) -> nn.Module:
     return nn.LayerNorm(D, elementwise_affine=False)
 
 
-def _functional(layer: int) -> list[Expected]:
+def _functional(layer: int) -> list[SublayerTruth]:
     return [
-        Expected(
+        SublayerTruth(
             None,
             "attention",
             "pre",
@@ -193,7 +193,7 @@ def _functional(layer: int) -> list[Expected]:
             layer=layer,
             start=begin if layer == 0 else None,
         ),
-        Expected(
+        SublayerTruth(
             None, "mlp", "pre", lambda m, h, c: m.mlp(h, layer), Norm(_plain_norm), layer=layer
         ),
     ]
@@ -213,7 +213,7 @@ class Shared(Decoder):
         return self.end(x)
 
 
-def _shared(layer: int) -> list[Expected]:
+def _shared(layer: int) -> list[SublayerTruth]:
     repeat = f"@{layer + 1}" if layer else ""
     names = (f"blocks.0.attn{repeat}", f"blocks.0.mlp{repeat}")
     return two(layer, names, lambda m: (b := m.blocks[0], (b.norm1, b.attn, b.norm2, b.mlp))[1])

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from benchmarks._coverage.expected import Expected
 
 Model = Any
 Getter = Callable[[Model], Any]
@@ -74,14 +76,14 @@ def epsilon(norm: Any, x: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class Expected:
+class SublayerTruth(Expected):
     """One sub-layer that must be found, and its maps.
 
+    The name is None if no module holds the branch alone. Any name will do then.
+
     Attributes:
-        name: None where no module holds the branch alone (any name will do).
-        kind, placement, parallel, token_wise, nested: as `jacdiag.sites` must report them.
         body: (model, h, context) -> what lies between the norms; None where no truth is given.
-        entry, exit, behind: the norm at the branch's beginning, at its end, behind the sum.
+        entry, exit, behind: the norm at the branch's beginning, at its end, after the sum.
         shortcut_gain: a; a number, (model) -> tensor for a learned diagonal, None where the way in
             is no diagonal.
         carry: the shortcut's way into the sum where it is no diagonal.
@@ -91,21 +93,19 @@ class Expected:
         start: begins a stream: (model, context) -> its first shortcut. The first one always has it.
     """
 
-    name: str | None
-    kind: str
-    placement: str
     body: Body | None = None
     entry: Norm | None = None
     exit: Norm | None = None
     behind: Norm | None = None
-    parallel: bool = False
-    token_wise: bool | None = True
-    nested: bool = False
     shortcut_gain: float | Getter | None = 1.0
     carry: Body | None = None
     after: Callable[[Tensor], Tensor] | None = None
     layer: int | None = 0
     start: Callable[[Model, Context], Tensor] | None = None
+    _: KW_ONLY
+    token_wise: bool | None = True
+    parallel: bool | None = False
+    nested: bool | None = False
 
     def branch(self, model: Model, x: Tensor, context: Context) -> Tensor:
         """f(x), what is added to the shortcut."""
@@ -154,7 +154,7 @@ class Specimen:
     name: str
     build: Callable[[], nn.Module]
     inputs: tuple[tuple[Any, ...], dict[str, Any]]
-    expected: Sequence[Expected]
+    expected: Sequence[SublayerTruth]
     finish: Callable[[Model, Tensor, Context], Tensor] | None = None
     prepare: Callable[[Model, tuple[Any, ...], dict[str, Any]], Any] | None = None
     casts: bool = False
@@ -183,9 +183,9 @@ class Specimen:
         extra = None if self.prepare is None else self.prepare(model, args, kwargs)
         return Context(args, kwargs, extra)
 
-    def groups(self) -> list[list[Expected]]:
+    def groups(self) -> list[list[SublayerTruth]]:
         """The sub-layers on the stream, parallel branches together."""
-        groups: list[list[Expected]] = []
+        groups: list[list[SublayerTruth]] = []
         for one in self.expected:
             if one.nested:
                 continue
@@ -204,7 +204,7 @@ class Specimen:
         return sum(group[0].start is not None for group in self.groups()) == 1
 
 
-def residual(group: Sequence[Expected], model: Model, x: Tensor, context: Context) -> Tensor:
+def residual(group: Sequence[SublayerTruth], model: Model, x: Tensor, context: Context) -> Tensor:
     """The map from one shortcut to the next by the truth: a x + sum of branches, and the norm
     behind it.
     """

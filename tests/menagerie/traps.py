@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from menagerie.core import Block, Pre, begin, decoder, end, pair
 from menagerie.parts import LAYERS, MLP, Attention, D, Decoder, MoE, seeded, tokens
-from menagerie.specimen import Expected, Norm, Specimen
+from menagerie.specimen import Norm, Specimen, SublayerTruth
 
 
 def gelu_new(x: Tensor) -> Tensor:
@@ -85,12 +85,12 @@ class HybridStack(Decoder):
         super().__init__(lambda: Hybrid(next(kinds)))
 
 
-def _hybrid(layer: int) -> list[Expected]:
+def _hybrid(layer: int) -> list[SublayerTruth]:
     def block(m: Any) -> Any:
         return m.blocks[layer]
 
     return [
-        Expected(
+        SublayerTruth(
             f"blocks.{layer}.mixer",
             "attention" if layer else "mixer",
             "pre",
@@ -100,7 +100,7 @@ def _hybrid(layer: int) -> list[Expected]:
             layer=layer,
             start=None if layer else begin,
         ),
-        Expected(
+        SublayerTruth(
             f"blocks.{layer}.mlp",
             "mlp",
             "pre",
@@ -182,14 +182,14 @@ class Adapted(Block):
         return x + self.adapter(self.mlp(self.norm2(x)))
 
 
-def _adapted(layer: int) -> list[Expected]:
+def _adapted(layer: int) -> list[SublayerTruth]:
     def block(m: Any) -> Any:
         return m.blocks[layer]
 
     attn, _ = pair("pre", layer)
     return [
         attn,
-        Expected(
+        SublayerTruth(
             None,
             "mlp",
             "pre",
@@ -197,7 +197,7 @@ def _adapted(layer: int) -> list[Expected]:
             Norm(lambda m: block(m).norm2),
             layer=layer,
         ),
-        Expected(
+        SublayerTruth(
             f"blocks.{layer}.adapter",
             "mlp",
             "none",
@@ -241,12 +241,12 @@ class Nest(nn.Module):
         return x
 
 
-def _nest(layer: int) -> list[Expected]:
+def _nest(layer: int) -> list[SublayerTruth]:
     def block(m: Any) -> Any:
         return m.blocks[layer]
 
     return [
-        Expected(
+        SublayerTruth(
             None,
             "mlp",
             "none",
@@ -254,10 +254,10 @@ def _nest(layer: int) -> list[Expected]:
             layer=layer,
             start=(lambda m, c: c.args[0]) if layer == 0 else None,
         ),
-        Expected(
+        SublayerTruth(
             None, "mlp", "none", lambda m, x, c: block(m).between(x), nested=True, layer=layer
         ),
-        Expected(
+        SublayerTruth(
             None, "mlp", "none", lambda m, x, c: block(m).deepest(x), nested=True, layer=layer
         ),
     ]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from menagerie.core import CrossBlock, Pre, begin, cross_triple, end, pair
 from menagerie.parts import LAYERS, MLP, Attention, D, Decoder, seeded, tokens
-from menagerie.specimen import Expected, Specimen
+from menagerie.specimen import Specimen, SublayerTruth
 
 S = 3  # residual streams
 
@@ -97,12 +97,12 @@ class HyperModel(Decoder):
         return self.end(x)
 
 
-def _hyper(layer: int, gain: float | None, body: str) -> list[Expected]:
+def _hyper(layer: int, gain: float | None, body: str) -> list[SublayerTruth]:
     def part(m: Any, which: str) -> Any:
         return m.blocks[layer][which]
 
     return [
-        Expected(
+        SublayerTruth(
             f"blocks.{layer}.{which}{body}",
             kind,
             "none",
@@ -154,7 +154,7 @@ class EncoderDecoder(Decoder):
         return self.end(x)
 
 
-def _encoder(layer: int) -> list[Expected]:
+def _encoder(layer: int) -> list[SublayerTruth]:
     found = []
     for one in pair("pre", layer):
         name = (one.name or "").replace("blocks", "encoder")
@@ -164,7 +164,7 @@ def _encoder(layer: int) -> list[Expected]:
             else type(one.entry)(lambda m, e=one.entry: e.module(_Encoder(m)))
         )
         found.append(
-            Expected(
+            SublayerTruth(
                 name,
                 one.kind,
                 "pre",
@@ -185,7 +185,7 @@ class _Encoder:
         self.blocks = model.encoder
 
 
-def _decoder(layer: int) -> list[Expected]:
+def _decoder(layer: int) -> list[SublayerTruth]:
     found = cross_triple(layer, start=lambda m, c: m.begin(c.args[1]), memory=lambda c: c.extra)
     return [replace(one, layer=LAYERS + layer) for one in found]
 
