@@ -16,100 +16,23 @@ from jacdiag.detectors.drift import Drift, statistics_series
 from jacdiag.detectors.first_mover import GradientRises, HighGradient
 from jacdiag.detectors.first_nonfinite import NonFiniteStep, explain_nonfinite
 from jacdiag.detectors.joint_detector import JointAlarm, JointDetector, StepScores
+from jacdiag.detectors.loss_spike import find_spike
 from jacdiag.detectors.readiness import SampleCounts, Waits, waits_of
-from jacdiag.detectors.recent_trend import WINDOW, RecentTrend
+from jacdiag.detectors.recent_trend import RecentTrend
 from jacdiag.detectors.rising_rate import RisingRate
 from jacdiag.detectors.running_statistics import ExponentialMoments, RollingMedian, RollingMoments
+from jacdiag.detectors.step_figures import StepFigures, StepLimits, StepSignals
 from jacdiag.detectors.update_jump import UpdateJump
-from jacdiag.detectors.written_weights import OutsideWrites, describe_written
+from jacdiag.detectors.written_weights import describe_written
 from jacdiag.records import Report
 from jacdiag.records.report import Level
-from jacdiag.records.run_log import Alert, number
+from jacdiag.records.run_log import Alert
 from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.thresholds import Thresholds
 
 # A loss scaler halves its scale at every skip. Ten skips in a row are a factor of 1,000.
 SKIPPED_IN_A_ROW = 10
 QUIET = 200  # steps in which a rule that has fired does not fire again
-
-
-@dataclass(frozen=True)
-class StepFigures:
-    """The figures of one optimizer step, as the live rules read them.
-
-    Attributes:
-        step: its number.
-        loss: None if the loop does not pass it.
-        gradient: global gradient norm: before clipping if that is known, else after it.
-        lr: learning rate; nan if it is not known.
-        sublayers: gradient norm per sub-layer, in the order of `LiveRules.names`.
-        skipped: the optimizer did not step.
-        overflow: it did not step because a gradient was not finite; False if the cause is not
-            known.
-        nonfinite: sub-layers with a gradient that is not finite.
-        update: (sub-layer, update norm / weight norm) of the sub-layer whose turn it was.
-        bad_weights: weights that were not finite before the optimizer's step; None if they were
-            not checked.
-        bad_gradients: parameters whose gradient was not finite; None if they were not checked.
-        with_gradient: how many parameters had a gradient; None if they were not counted.
-        weights_seen: the weights were checked for values that are not finite.
-        after_clipping: `gradient` is the norm after clipping, which says nothing about a spike if
-            the loop clips.
-        written: weights that were written outside the optimizer before the step; None if none is
-            known.
-    """
-
-    step: int
-    loss: float | None
-    gradient: float
-    lr: float = math.nan
-    sublayers: Sequence[float] = ()
-    skipped: bool = False
-    overflow: bool = False
-    nonfinite: Sequence[str] = ()
-    update: tuple[str, float] | None = None
-    bad_weights: Sequence[str] | None = None
-    bad_gradients: Sequence[str] | None = None
-    with_gradient: int | None = None
-    weights_seen: bool = False
-    after_clipping: bool = False
-    written: OutsideWrites | None = None
-
-    @classmethod
-    def from_row(cls, row: Mapping[str, Any]) -> StepFigures:
-        """Return the figures of a line of type `step` of the run log."""
-        # 1. Take the gradient norms from before clipping, if they are known.
-        is_after_clipping = row["grad_norm"] is None
-        gradient = row["grad_norm_post"] if is_after_clipping else row["grad_norm"]
-        unclipped_factor = number(row["clip_ratio"]) if row["clip_ratio"] else 1.0
-        sublayers = [number(norm) * unclipped_factor for norm in row["grad"] or ()]
-
-        # 2. Read what may be absent.
-        loss = None
-        if row["loss"] is not None:
-            loss = number(row["loss"])
-        update = None
-        if row["update"] and row["update"]["ratio"] is not None:
-            update = (row["update"]["where"], number(row["update"]["ratio"]))
-        is_skipped = bool(row["skipped"])
-
-        return cls(
-            step=row["step"],
-            loss=loss,
-            gradient=number(gradient),
-            lr=number(row["lr"]),
-            sublayers=sublayers,
-            skipped=is_skipped,
-            overflow=row.get("skipped_for") == "inf",
-            nonfinite=() if is_skipped else row["nonfinite"],
-            update=update,
-            bad_weights=row.get("nonfinite_weights"),
-            bad_gradients=row.get("nonfinite_gradients"),
-            with_gradient=row.get("with_gradient"),
-            weights_seen=bool(row.get("weights_seen")),
-            after_clipping=is_after_clipping,
-            written=OutsideWrites.from_row(row),
-        )
 
 
 @dataclass
@@ -127,55 +50,6 @@ class LiveResult:
     scores: dict[str, float] = field(default_factory=dict)
     alerts: list[Alert] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepLimits:
-    """Limits of the signals of a step; inf for one that is switched off."""
-
-    spike_vote: float
-    median_vote: float
-    gradient_vote: float
-    one_signal: float
-    both_signals: float
-    write_note: float
-    write_alert: float
-
-    @classmethod
-    def from_thresholds(cls, thresholds: Thresholds) -> StepLimits:
-        """Return the limits of a table of thresholds."""
-
-        # A limit that is not set, such as one that the user switched off, is never exceeded.
-        def cut(figure: str, level: str) -> float:
-            value = getattr(thresholds.limits(figure), level)
-            return math.inf if value is None else float(value)
-
-        return cls(
-            spike_vote=cut("spike_score", "info"),
-            median_vote=cut("median_spike", "info"),
-            gradient_vote=cut("gradient_z", "info"),
-            one_signal=cut("joint_one", "warning"),
-            both_signals=cut("joint_both", "warning"),
-            write_note=cut("weight_write", "info"),
-            write_alert=cut("weight_write", "warning"),
-        )
-
-
-@dataclass(frozen=True)
-class StepSignals:
-    """Which single signals of a step stand out.
-
-    Attributes:
-        high_loss: the loss, by its deviations above the last 1,000 steps.
-        high_gradient: the gradient norm, in the same way.
-        above_median: the loss, compared with its rolling median.
-        gradient_vote: the gradient norm, compared with its exponential mean.
-    """
-
-    high_loss: bool
-    high_gradient: bool
-    above_median: bool
-    gradient_vote: bool
 
 
 class LiveRules:
@@ -333,9 +207,9 @@ class LiveRules:
             self._emit(result, self._joint_alert(figures, alarm))
 
         # 2. JD502: at this one step.
-        is_published_spike = signals.high_loss and signals.above_median and signals.gradient_vote
-        if is_published_spike or self._is_recent_spike(figures, scores):
-            self._emit(result, self._loss_spike_alert(figures, scores))
+        what = find_spike(figures, scores, signals, self._limits, self._recent_loss.usual())
+        if what is not None:
+            self._emit(result, self._loss_spike_alert(figures, scores, what))
 
     def _absorb(self, figures: StepFigures, signals: StepSignals) -> None:
         """Add a step to the running statistics. Outliers stay out of the means."""
@@ -349,35 +223,6 @@ class LiveRules:
         self._recent_gradient.add(figures.gradient)
 
     # -- JD501 and JD502 ---------------------------------------------------------------------------
-    def _is_recent_spike(self, figures: StepFigures, scores: StepScores) -> bool:
-        """Return whether loss and gradient norm stand out of the last 48 steps at this very step.
-
-        The loss has to stand out, because batches differ in their gradient norm by much more than
-        in their loss. It has to be 0.1 above its usual value too, unless the gradient norm stands
-        as far out as the loss. Over 375,000 steps of the lab's healthy runs this is true once.
-        Without the gradient norm it is true twice. The gradient norm is left out if it is only
-        known after clipping.
-        """
-        limits = self._limits
-        # 1. The loss must stand out of its own line.
-        loss_z = scores.loss_recent
-        if loss_z is None or loss_z <= limits.one_signal:
-            return False
-        usual_loss = self._recent_loss.usual()
-        if figures.loss is None or usual_loss is None:
-            return False
-        is_loss_high = figures.loss > usual_loss + limits.median_vote
-
-        # 2. So must the gradient norm, as far as it is known.
-        if figures.after_clipping:
-            return is_loss_high
-        if scores.gradient_recent is None:
-            return False
-        if is_loss_high:
-            return scores.gradient_recent > limits.gradient_vote
-        # The loss of a model of which little is trained hardly moves, and hardly scatters.
-        return scores.gradient_recent > limits.one_signal
-
     def _joint_alert(self, figures: StepFigures, alarm: JointAlarm) -> Alert:
         """Return the alert of JD501."""
         evidence = {
@@ -389,22 +234,8 @@ class LiveRules:
         what = f"{alarm.what}{self._describe_usual(figures)}"
         return self._spike_alert(figures.step, "JD501", "warning", what, evidence)
 
-    def _loss_spike_alert(self, figures: StepFigures, scores: StepScores) -> Alert:
-        """Return the alert of JD502: several signals agree at one step.
-
-        A corrupted batch does not last for three steps, which JD501 waits for.
-        """
-        # 1. A run may have a score of the exponential mean before it has one of the line.
-        gradient_z = scores.gradient_recent
-        if gradient_z is None:
-            gradient_z = scores.gradient_ema
-
-        # 2. The sentence, and the figures for the log.
-        what = (
-            f"the loss stands {plain(scores.loss_recent)} and the gradient norm "
-            f"{plain(gradient_z)} standard deviations above the line of the last {WINDOW} steps"
-            f"{self._describe_usual(figures)}"
-        )
+    def _loss_spike_alert(self, figures: StepFigures, scores: StepScores, what: str) -> Alert:
+        """Return the alert of JD502, with what `find_spike` says."""
         evidence = {
             "loss": figures.loss,
             "gradient": figures.gradient,
@@ -415,7 +246,8 @@ class LiveRules:
             "gradient_recent_z": scores.gradient_recent,
             **self._evidence_since(figures.step),
         }
-        return self._spike_alert(figures.step, "JD502", "warning", what, evidence)
+        sentence = f"{what}{self._describe_usual(figures)}"
+        return self._spike_alert(figures.step, "JD502", "warning", sentence, evidence)
 
     def _describe_usual(self, figures: StepFigures) -> str:
         """Return the figures of the step compared with their usual values, in brackets."""

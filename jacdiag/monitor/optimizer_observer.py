@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from jacdiag.monitor.fault_isolation import logger, quietly
+from jacdiag.monitor.guards import logger, quietly
 from jacdiag.monitor.histograms import Histograms
 from jacdiag.monitor.log.events import RunEvents
 from jacdiag.monitor.measurements import Measurements

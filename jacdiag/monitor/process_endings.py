@@ -29,7 +29,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 from jacdiag.errors import one_line
-from jacdiag.monitor.fault_isolation import logger, quietly
+from jacdiag.monitor.guards import logger, quietly
 from jacdiag.monitor.watchdog import Watchdog
 
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))

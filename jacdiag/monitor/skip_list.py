@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from jacdiag.errors import UsageError, one_line
-from jacdiag.monitor.fault_isolation import logger
+from jacdiag.monitor.guards import logger
 from jacdiag.records.run_log import Alert, plain
 from jacdiag.sources.python_source import path_text
 from jacdiag.trace.execution.precision import map_leaves

@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from jacdiag.errors import UsageError
-from jacdiag.monitor.fault_isolation import logger
+from jacdiag.monitor.guards import logger
 from jacdiag.monitor.optimizers import OptimizerTree
 
 StepCallback = Callable[[Any, bool], None]

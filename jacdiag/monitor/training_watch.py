@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from jacdiag.distributed.training_group import Together
 from jacdiag.errors import UsageError, one_line
 from jacdiag.monitor.batches import Batches
-from jacdiag.monitor.fault_isolation import AlertRaised, Guards, quietly
+from jacdiag.monitor.guards import AlertRaised, Guards, quietly
 from jacdiag.monitor.histograms import Histograms
 from jacdiag.monitor.kept_batches import KeptBatches
 from jacdiag.monitor.log.events import RunEvents

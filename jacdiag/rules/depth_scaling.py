@@ -2,7 +2,8 @@
 
 Output matrices of residual branches are often drawn smaller in deeper models: by 1/sqrt(2N) for N
 layers (GPT-2), or by 1/sqrt(2(l + 1)) in layer l. A weight that is off by just this factor is a
-mistake in the scaling. The rule is listed in `init_contract.py`.
+mistake in the scaling. `scheme_deviations.py` makes it a deviation of the kind "depth", and
+`init_contract.py` lists the rule that reports those.
 """
 
 from __future__ import annotations
@@ -11,6 +12,12 @@ import math
 
 from jacdiag.rules.scheme_fit import Mismatch, Yardstick, holds
 from jacdiag.rules.schemes import INNER, RESIDUAL
+
+_MISSING = "the scaling with depth is missing"
+_TWICE = "scaled with depth once too often"
+_ON_OTHERS = "scaled with depth, and writes to no shortcut"
+DEPTH_MISTAKES = frozenset({_MISSING, _TWICE, _ON_OTHERS})
+"""What `depth_mistake` returns if something is wrong."""
 
 
 def depth_factor(yardstick: Yardstick, mismatch: Mismatch) -> str:
@@ -42,11 +49,11 @@ def depth_mistake(role: str, factor: str) -> str:
     # 1. Output matrices are scaled down with depth, once.
     if role in RESIDUAL:
         if factor == "missing":
-            return "the scaling with depth is missing"
+            return _MISSING
         if factor == "extra":
-            return "scaled with depth once too often"
+            return _TWICE
 
     # 2. The others are not.
     if role in INNER and factor == "extra":
-        return "scaled with depth, and writes to no shortcut"
+        return _ON_OTHERS
     return ""

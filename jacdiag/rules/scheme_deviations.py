@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jacdiag.records import WeightRecord
-from jacdiag.rules.depth_scaling import depth_factor, depth_mistake
+from jacdiag.rules.depth_scaling import DEPTH_MISTAKES, depth_factor, depth_mistake
 from jacdiag.rules.finding_numbers import plain
 from jacdiag.rules.scheme_fit import Mismatch, Spread, Yardstick, holds
 from jacdiag.rules.schemes import MATRICES, OUTSIDE
@@ -69,7 +69,7 @@ def deviations(yardstick: Yardstick) -> tuple[int, list[Deviation]]:
         for mismatch in mismatches:
             looks = _looks(yardstick, mismatch)
             kind = "plain"
-            if "depth" in looks:
+            if looks in DEPTH_MISTAKES:
                 kind = "depth"
             elif is_uneven:
                 kind = "layers"

@@ -26,7 +26,7 @@ from jacdiag.monitor import jacobian_probe as probe
 from jacdiag.monitor import measurements
 from jacdiag.monitor import step_metrics as figures
 from jacdiag.monitor import training_watch as hook
-from jacdiag.monitor.fault_isolation import Guards, describe_cause
+from jacdiag.monitor.guards import Guards, describe_cause
 from jacdiag.monitor.log import events as record
 from jacdiag.monitor.log import flight_recorder as recorder
 from jacdiag.monitor.log import run_file as log

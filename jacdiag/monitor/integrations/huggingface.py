@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from jacdiag.monitor.api import watch
-from jacdiag.monitor.fault_isolation import quietly
+from jacdiag.monitor.guards import quietly
 from jacdiag.monitor.model_hooks import AttachedHook, ModelHook
 from jacdiag.monitor.training_watch import Watch
 from jacdiag.records.run_log import RUN_FILE

@@ -22,7 +22,7 @@ from jacdiag.measure.batch_values import find_nonfinite_values
 from jacdiag.monitor.alert_moment import AlertMoment, call_handler
 from jacdiag.monitor.batches import Batches, Print, make_prints
 from jacdiag.monitor.blind_spots import Silence
-from jacdiag.monitor.fault_isolation import AlertRaised, Guards, logger, say
+from jacdiag.monitor.guards import AlertRaised, Guards, logger, say
 from jacdiag.monitor.histograms import Histogram
 from jacdiag.monitor.log.flight_recorder import FlightRecorder
 from jacdiag.monitor.log.heartbeat_writer import Pulse

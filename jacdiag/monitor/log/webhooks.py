@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from jacdiag._version import __version__
 from jacdiag.errors import UsageError, clipped, printable
 from jacdiag.monitor.alert_moment import AlertMoment
-from jacdiag.monitor.fault_isolation import logger
+from jacdiag.monitor.guards import logger
 from jacdiag.records.run_log import Alert, plain
 
 _TIMEOUT = 5.0  # seconds for one request
