@@ -58,6 +58,7 @@ class BatchHook(ModelHook):
         self.batches, self.compiled = batches, compiled
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take a call of the forward, or keep its arguments if it is compiled."""
         if torch.compiler.is_compiling():
             if not _is_exporting() and torch.is_grad_enabled():
                 compiled = self.compiled

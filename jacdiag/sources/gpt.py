@@ -62,6 +62,7 @@ class Attention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return what the attention adds to the stream, (B, T, d)."""
         B, T, d = x.shape
         q, k, v = (
             t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).split(d, dim=2)
@@ -81,6 +82,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return what the feed-forward network adds to the stream, (B, T, d)."""
         return self.dropout(self.c_proj(F.gelu(self.c_fc(x))))
 
 
@@ -95,6 +97,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the stream after the block, (B, T, d)."""
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
 

@@ -24,9 +24,13 @@ class Piece(Protocol):
     """One tensor in a file: known by shape and dtype, read on demand."""
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """The sizes of the tensor."""
+
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        """The type of its elements in the file."""
+
     def read(self) -> Tensor:
         """Read the tensor.
 

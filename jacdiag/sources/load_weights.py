@@ -62,7 +62,8 @@ def attach(
     Args:
         model: changed in place.
         weights: by name.
-        where, hint: as for `fit`.
+        where: the file, for messages.
+        hint: what to try if the weights do not fit.
 
     Returns:
         The weights by the names of the model's parameters (every name of a tie), and notes for the
@@ -93,7 +94,9 @@ def _match(
 
     Args:
         model: its names and shapes count.
-        state, where, hint: as for `fit`.
+        state: the weights, or their outlines.
+        where: the file, for messages.
+        hint: what to try if the weights do not fit.
         value: reads a tensor, if the state has outlines.
     """
     expected = model.state_dict(keep_vars=True)

@@ -199,7 +199,8 @@ def build_probe(
 
     Args:
         source: with a model.
-        batch, seq: of random tokens; `seq` is 128, or what the model allows if that is less.
+        batch: sequences of random tokens.
+        seq: tokens per sequence; 128, or what the model allows if that is less.
         seed: of random tokens.
         tokens: a file of token ids (.npy, .bin in uint16, .pt), or of text (.txt, .md, .jsonl),
             which goes through the source's tokenizer. Bytes are ids for a vocabulary of 256 to 264

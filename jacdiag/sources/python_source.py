@@ -27,7 +27,12 @@ def source_of(
 
     Args:
         given: a SOURCE string, a path, a module, a function or class that builds one, or a
-        `Source`. model, model_args, key, trust_pickle, seed: as for `jacdiag.sources.load`.
+            `Source`.
+        model: what builds the module of a bare state dict.
+        model_args: keyword arguments of what builds the module.
+        key: which weights to read, if a file holds several sets.
+        trust_pickle: let a pickle that holds more than tensors run code.
+        seed: before a factory is called.
 
     Raises:
         SourceError: it cannot be read, or is of a kind that holds no model; the message says what

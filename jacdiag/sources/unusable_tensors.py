@@ -186,7 +186,17 @@ def _is_quantised(name: str, entry: Any, has_scales: bool) -> bool:
 
 def _scheme(entries: Mapping[str, Any], quantised: Sequence[str]) -> str:
     """Return the name of the scheme, as far as names and types say it."""
-    # 1. By the last parts of the names.
+    by_name = _scheme_by_name(entries)
+    if by_name is not None:
+        return by_name
+    types = {entries[name].dtype for name in quantised}
+    if any(dtype.is_floating_point for dtype in types):
+        return "fp8"
+    return "int8" if torch.int8 in types else "integers"
+
+
+def _scheme_by_name(entries: Mapping[str, Any]) -> str | None:
+    """Return the scheme that the last parts of the names belong to."""
     lasts = {name.rpartition(".")[2] for name in entries}
     if "qweight" in lasts:
         return "GPTQ" if "g_idx" in lasts else "GPTQ or AWQ"
@@ -198,12 +208,7 @@ def _scheme(entries: Mapping[str, Any], quantised: Sequence[str]) -> str:
         return "4-bit blocks with scales"
     if "weight_packed" in lasts:
         return "packed integers of compressed-tensors"
-
-    # 2. By the types.
-    types = {entries[name].dtype for name in quantised}
-    if any(dtype.is_floating_point for dtype in types):
-        return "fp8"
-    return "int8" if torch.int8 in types else "integers"
+    return None
 
 
 # -- adapters --------------------------------------------------------------------------------------

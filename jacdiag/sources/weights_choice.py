@@ -396,7 +396,8 @@ def _compare(
         candidate: the set.
         names: its names without wrappers -> names in the file.
         expected: the model's tensors by name.
-        prefix, added: taken off, and put before.
+        prefix: taken off the names.
+        added: put before them.
     """
     inside = {
         added + name.removeprefix(prefix): old
