@@ -28,7 +28,7 @@ class Board:
 
     Attributes:
         labels: by loss alone.
-        wrong: which runs went wrong, in the sense that was asked for.
+        wrong: which runs went wrong, in the sense that was requested.
         strata: architectures.
         rates: peak learning rates, nan where not known.
         warmups: steps over which the rate rose, nan where not known.

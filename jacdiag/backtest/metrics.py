@@ -19,18 +19,18 @@ _LEVEL = 0.9500000018071152  # 1.959964 standard deviations on either side
 LEAST_CLUSTERS = 5  # fewer, drawn with replacement, say nothing of what others would have shown
 
 
-def pairs_won(scores: Floats, bad: Bools) -> tuple[float, int]:
+def pairs_won(scores: Floats, is_wrong: Bools) -> tuple[float, int]:
     """Count the pairs (bad run, good run) in which the bad one scores higher, and all pairs.
 
     A tie counts half. Not-a-number scores are left out with their runs.
 
     Args:
         scores: one a run, larger meaning worse.
-        bad: which runs went wrong.
+        is_wrong: which runs went wrong.
     """
     known = ~np.isnan(scores)
-    high = np.sort(scores[known & bad])
-    low = np.sort(scores[known & ~bad])
+    high = np.sort(scores[known & is_wrong])
+    low = np.sort(scores[known & ~is_wrong])
     below = np.searchsorted(low, high, side="left")
     up_to = np.searchsorted(low, high, side="right")
     return float(np.sum(below + 0.5 * (up_to - below))), int(high.size * low.size)
@@ -38,7 +38,7 @@ def pairs_won(scores: Floats, bad: Bools) -> tuple[float, int]:
 
 def auroc(
     scores: Floats,
-    bad: Bools,
+    is_wrong: Bools,
     strata: Sequence[Hashable] | None = None,
     *,
     missing_ties: bool = False,
@@ -47,7 +47,7 @@ def auroc(
 
     Args:
         scores: one a run, larger meaning worse; nan where the figure was not measured.
-        bad: which runs went wrong.
+        is_wrong: which runs went wrong.
         strata: only runs of the same stratum are compared; strata count by their pairs.
         missing_ties: pairs with a run that has no score count half, too, and are not left out: so
             figures that were measured on different runs can be compared.
@@ -62,9 +62,9 @@ def auroc(
     groups = [np.arange(len(scores))] if strata is None else members(strata)
     won_in_all, count_of_all = 0.0, 0
     for places in groups:
-        won, count = pairs_won(scores[places], bad[places])
+        won, count = pairs_won(scores[places], is_wrong[places])
         if missing_ties:
-            every = int(bad[places].sum() * (~bad[places]).sum())
+            every = int(is_wrong[places].sum() * (~is_wrong[places]).sum())
             won += 0.5 * (every - count)
             count = every
         won_in_all += won
@@ -82,7 +82,7 @@ def members(keys: Sequence[Hashable]) -> list[NDArray[np.intp]]:
 
 def auroc_interval(
     scores: Floats,
-    bad: Bools,
+    is_wrong: Bools,
     strata: Sequence[Hashable] | None,
     clusters: Sequence[Hashable],
     *,
@@ -97,7 +97,7 @@ def auroc_interval(
 
     Args:
         scores: one value a run; nan where it is not known. See `auroc`.
-        bad: which runs went wrong.
+        is_wrong: which runs went wrong.
         strata: runs of one stratum are compared with each other; None compares all.
         clusters: runs of one cluster (the same setting with other seeds) are drawn together, for
             they are not independent.
@@ -107,8 +107,8 @@ def auroc_interval(
     """
     # 1. Which pairs count, and which the bad run wins: (bad runs, good runs).
     known = ~np.isnan(scores)
-    high = np.flatnonzero(known & bad)
-    low = np.flatnonzero(known & ~bad)
+    high = np.flatnonzero(known & is_wrong)
+    low = np.flatnonzero(known & ~is_wrong)
     difference = scores[high][:, None] - scores[low][None, :]
     pairs = np.ones_like(difference)
     if strata is not None:
@@ -147,20 +147,20 @@ def _resampled(clusters: Sequence[Hashable], times: int, seed: int) -> NDArray[n
     return weights
 
 
-def operating_point(scores: Floats, bad: Bools, false_alarms: float) -> Operating | None:
+def operating_point(scores: Floats, is_wrong: Bools, false_alarms: float) -> Operating | None:
     """Return the lowest threshold whose false-alarm rate is at most `false_alarms`.
 
     Args:
         scores: one a run, larger meaning worse; nan where the figure was not measured.
-        bad: which runs went wrong.
+        is_wrong: which runs went wrong.
         false_alarms: share of the good runs.
 
     Returns:
         None if there are no good runs, or no bad ones.
     """
     known = ~np.isnan(scores)
-    good = np.sort(scores[known & ~bad])
-    bad_scores = scores[known & bad]
+    good = np.sort(scores[known & ~is_wrong])
+    bad_scores = scores[known & is_wrong]
     if not good.size or not bad_scores.size:
         return None
 
@@ -176,12 +176,12 @@ def operating_point(scores: Floats, bad: Bools, false_alarms: float) -> Operatin
     return Operating(threshold, rate, float(np.mean(bad_scores > threshold)), precision)
 
 
-def calibration(chances: Floats, bad: Bools, bins: int = 5) -> list[Bin]:
+def calibration(chances: Floats, is_wrong: Bools, bins: int = 5) -> list[Bin]:
     """Return bins of equal count by chance, each with the share that went wrong.
 
     Args:
         chances: one a run; nan where none could be given.
-        bad: which runs went wrong.
+        is_wrong: which runs went wrong.
         bins: how many; fewer if there are fewer runs.
     """
     known = ~np.isnan(chances)
@@ -190,7 +190,7 @@ def calibration(chances: Floats, bad: Bools, bins: int = 5) -> list[Bin]:
     calibrated = []
     for places in np.array_split(order, count):
         if places.size:
-            size, hits = int(places.size), int(bad[places].sum())
+            size, hits = int(places.size), int(is_wrong[places].sum())
             mean = float(chances[places].mean())
             calibrated.append(Bin(mean, size, hits, *wilson(hits, size)))
     return calibrated

@@ -68,7 +68,7 @@ def features(figure: Floats, lr: Floats, warmup: Floats | None) -> NDArray[np.fl
 def fit(
     figure: Floats,
     lr: Floats,
-    bad: Bools,
+    is_wrong: Bools,
     clusters: Sequence[Hashable],
     *,
     warmup: Floats | None = None,
@@ -82,7 +82,7 @@ def fit(
     Args:
         figure: one value a run, above 0; runs without one are left out.
         lr: one learning rate a run, above 0; runs without one are left out.
-        bad: which went wrong.
+        is_wrong: which went wrong.
         clusters: runs of one cluster are resampled together for the covariance. A cluster is an
             init, for a curve is used for models that it has not seen.
         warmup: steps, one value a run; enters if all runs know theirs and they differ.
@@ -105,7 +105,7 @@ def fit(
     if np.isnan(warmups).any() or len(np.unique(warmups)) < 2:
         X = X[:, :3]
     known: Bools = np.logical_not(np.isnan(X).any(axis=1))
-    X, y = X[known], bad[known]
+    X, y = X[known], is_wrong[known]
     if not y.any() or y.all():
         return None
     groups = members([c for c, is_known in zip(clusters, known.tolist(), strict=True) if is_known])

@@ -288,7 +288,7 @@ class Team:
             for rank in range(self.size):
                 self._wait_for(f"{self._attempt_prefix}done/{rank}")
         except Exception as error:
-            # 3. Say why, unless the whole job has ended; the others read it in `check`.
+            # 3. Say why, unless the entire job has ended; the others read it in `check`.
             if self.failure is None:
                 reason = error.what if isinstance(error, JacdiagError) else one_line(error)
                 self.store.put_first(f"{self._attempt_prefix}failed", f"{self.me.name}: {reason}")

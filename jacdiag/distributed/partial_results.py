@@ -63,7 +63,7 @@ def merged(shares: Iterable[Share]) -> Share:
     """Return one share that holds all of several; sub-layers are in the order of the stream.
 
     Args:
-        shares: the parts. If several have a figure of the whole network, the first one counts.
+        shares: the parts. If several have a figure of the entire network, the first one counts.
     """
     records: list[SublayerRecord] = []
     uses: list[Use] = []
@@ -81,7 +81,7 @@ def merged(shares: Iterable[Share]) -> Share:
         errors |= share.errors
         why |= share.why
 
-        # 2. What one share has measured for the whole network.
+        # 2. What one share has measured for the entire network.
         profile = _first_measured(profile, share.profile)
         through = _first_measured(through, share.through)
         dead = _first_measured(dead, share.dead)

@@ -103,7 +103,7 @@ def _flags_of(tensor: Tensor) -> list[tuple[str, Tensor]]:
 
 
 def _note_usual(usual: dict[str, set[str]], tensors: Mapping[str, Tensor]) -> None:
-    """Add the kinds of values that an earlier batch has in the arguments that are asked for."""
+    """Add the kinds of values that an earlier batch has in the arguments that are requested."""
     for name, kinds in usual.items():
         if name in tensors:
             kinds.update(kind for kind, flags in _flags_of(tensors[name]) if bool(flags.any()))

@@ -42,7 +42,7 @@ class Effort:
     """How hard to try.
 
     Attributes:
-        tol: relative width of an interval that is asked for.
+        tol: relative width of an interval that is requested.
         confidence: probability with which an upper end holds.
         max_products: budget of products per norm.
         seed: of the random starts; each norm draws its own, so that results do not depend on the

@@ -3,7 +3,7 @@
 An init draws the entries of a matrix one by one, so that no direction of a matrix stands out.
 Training adds matrices of low rank, so that some do. Both statistics look at the singular values,
 after means and scales of rows and columns were taken off. They ask nothing about the distribution
-that the entries came from, and a design that scales whole rows or columns (a fused matrix, a
+that the entries came from, and a design that scales entire rows or columns (a fused matrix, a
 padding row, a shared offset) changes neither.
 
 1. The largest eigenvalue of the Gram matrix, against the Tracy-Widom law at the edge of the

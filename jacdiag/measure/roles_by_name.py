@@ -35,7 +35,7 @@ class RoleRule:
 
     Attributes:
         role: as `jacdiag.trace.discovery.weight_roles.Use.role`.
-        words: regular expression of the whole name inside the sub-layer, without ".weight" and
+        words: regular expression of the entire name inside the sub-layer, without ".weight" and
             expert numbers.
         sibling: regular expression; if given, the rule holds only where a weight of the same
             sub-layer matches it.

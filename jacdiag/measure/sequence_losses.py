@@ -30,7 +30,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 _SAME = 1e-3
 _TARGET_NAMES = ("labels", "targets", "target", "label", "tgt", "y")
 _INPUT_NAMES = ("input_ids", "idx", "ids", "tokens", "inputs", "x")
-# The Trainer of transformers passes the count of the whole step, which turns the mean into a part
+# The Trainer of transformers passes the count of the entire step, which turns the mean into a part
 # of a mean.
 _NOT_OF_THE_LOSS = ("num_items_in_batch",)
 
@@ -338,7 +338,7 @@ def measure_batch(
     loss = total.loss(sequences)
     gradient = total.norm() if math.isfinite(loss) else math.nan
 
-    # 2. Whether the batch is the sum of its sequences: in one forward of the whole.
+    # 2. Whether the batch is the sum of its sequences: in one forward of the batch.
     try:
         with torch.no_grad():
             together, _ = reader.read(model(*arguments[0], **arguments[1]), arguments)

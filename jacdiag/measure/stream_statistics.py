@@ -9,7 +9,7 @@ from jacdiag.measure.token_statistics import locate
 from jacdiag.records.signal_propagation import ForwardRecord, Peak
 from jacdiag.trace import Sites
 
-_ROWS = 4096  # tokens that are looked at together: no copy of a whole stream is made
+_ROWS = 4096  # tokens that are looked at together: no copy of an entire stream is made
 
 
 def stream_points(sites: Sites) -> list[tuple[str, Tensor, int]]:

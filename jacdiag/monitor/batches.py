@@ -76,7 +76,7 @@ class Batches:
     Args:
         model: the module that the loop calls, wrapped or not.
         fingerprints: keep a fingerprint of every batch (two sums on its device, no look at it).
-        keep: what keeps whole batches, with the random states they met; None keeps none.
+        keep: what keeps entire batches, with the random states they met; None keeps none.
 
     Attributes:
         first: a few sequences of the first batch: positional and keyword arguments.
@@ -138,7 +138,7 @@ class Batches:
         if self.micro_batches is not None and self.failed is None:
             try:
                 self.micro_batches.forward_begins(args, kwargs)
-            except Exception as error:  # told by the watch at its next step
+            except Exception as error:  # reported by the watch at its next step
                 self.failed = error
 
     def take_compiled(self) -> None:
@@ -166,7 +166,7 @@ class Batches:
                 self.prints.append(partial(fingerprint, batch.arguments, self._place_weights))
             elif self.fingerprints:
                 self.prints.append(fingerprint((args, kwargs), self._place_weights))
-        except Exception as error:  # told by the watch at its next step
+        except Exception as error:  # reported by the watch at its next step
             self.failed = error
 
     def renumber(self, step: int) -> None:
@@ -244,7 +244,7 @@ class PlaceWeights:
 
 
 def fingerprint(value: Any, weights: PlaceWeights | None = None) -> Tensor:
-    """Return a number that tells batches apart, on their device.
+    """Return a number that distinguishes batches, on their device.
 
     It is the sum of the elements weighted by their place, mod 2^61.
 
@@ -307,12 +307,12 @@ def _weighted_sum(tensor: Tensor, places: PlaceWeights) -> Tensor:
 
 
 def _as_int64(number: int) -> int:
-    """A whole number as 64 bits with a sign hold it, up to a multiple of 2^64."""
+    """An integer as 64 bits with a sign hold it, up to a multiple of 2^64."""
     return (number + 2**63) % 2**64 - 2**63
 
 
 class Signatures:
-    """How a class's forward calls its arguments, which is asked for at every batch."""
+    """How a class's forward calls its arguments, which is looked up at every batch."""
 
     def __init__(self) -> None:
         self._known: dict[Call, tuple[Any, dict[str, int | str]]] = {}

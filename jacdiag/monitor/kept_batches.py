@@ -1,6 +1,6 @@
 """Keep the last batches of a run for the flight recorder.
 
-They are kept while they are small, or as many as were asked for.
+They are kept while they are small, or as many as were requested.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class KeptBatches:
     Args:
         count: how many forwards to keep; None keeps those of the last steps as long as they are
             small.
-        log_every: steps between two looks of the live rules. An alert may speak of any step since
+        log_every: steps between two looks of the live rules. An alert may be about any step since
             the last look.
 
     Attributes:

@@ -37,7 +37,7 @@ class GatheredWeights(Mapping[str, Tensor]):
         together: the ranks.
 
     Attributes:
-        outlines: id of a shard -> an empty meta tensor of the whole weight's shape, for
+        outlines: id of a shard -> an empty meta tensor of the entire weight's shape, for
             `trace.wrappers.gathered`.
         largest: bytes of the largest block.
         peak: bytes that the largest block takes while it is gathered: what was sent, and the

@@ -78,7 +78,7 @@ class StepNumbers:
             The number, and the step that the weights were at before.
 
         Raises:
-            UsageError: it is no whole number, or negative.
+            UsageError: it is no integer, or negative.
         """
         last = self.count
         is_start = not self._has_started
@@ -126,7 +126,7 @@ class StepNumbers:
 
 
 def _whole(given: Any) -> int:
-    """Return a whole number that is not negative."""
+    """Return an integer that is not negative."""
     hint = "w.step(loss, step=it), with the number of the optimizer step"
     try:
         if isinstance(given, bool):

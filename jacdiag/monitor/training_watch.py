@@ -197,7 +197,7 @@ class Watch:
                 Counted from 1 if not given.
 
         Raises:
-            UsageError: the watch is closed, or `step` is no whole number.
+            UsageError: the watch is closed, or `step` is no integer.
             AlertRaised: an alert, with `on_alert="raise"`.
         """
         if self.closed:

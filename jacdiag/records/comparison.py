@@ -12,8 +12,8 @@ class ChangeRecord(Record):
     """One figure whose two intervals have no value in common.
 
     Attributes:
-        where: the sub-layer, by its name now; "" for the whole network.
-        depth: of the sub-layer; None for the whole network.
+        where: the sub-layer, by its name now; "" for the entire network.
+        depth: of the sub-layer; None for the entire network.
         figure: branch_norm, core_norm, norm_gain, shortcut_std or end_to_end.
         earlier: lower end, estimate and upper end in the earlier model.
         now: the same in the model that is audited.

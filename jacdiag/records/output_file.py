@@ -43,7 +43,7 @@ class Output:
 
     Attributes:
         kind: how it is written.
-        target: the path behind all symbolic links.
+        target: the path after all symbolic links.
         descriptor: the number of an open descriptor.
     """
 
@@ -68,7 +68,7 @@ def write_output(path: OutputPath, data: bytes) -> None:
 
     Args:
         path: where to; the string "-" is stdout.
-        data: the whole content.
+        data: the entire content.
 
     Raises:
         UsageError: the path cannot be written to, or there is no room.
@@ -254,7 +254,7 @@ def replace_file(target: Path, data: bytes) -> None:
 
     Args:
         target: the file; links are not followed.
-        data: its whole content.
+        data: its entire content.
 
     Raises:
         OSError: it cannot be written; the old file is still there.

@@ -86,8 +86,8 @@ class Interval(Record):
         lower: rigorous lower end, up to the rounding pad of the precision.
         upper: upper end that holds with probability `confidence`.
         products: products with J and J^T that were spent (0 for a closed form).
-        converged: the width asked for was reached.
-        per_sequence: estimates per batch element, None where sequences could not be told apart.
+        converged: the requested width was reached.
+        per_sequence: estimates per batch element, None where sequences could not be distinguished.
         stop: one sentence: why the solver stopped, and what to raise if that was too early.
     """
 

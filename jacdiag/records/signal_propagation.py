@@ -21,7 +21,7 @@ class AttentionRecord(Record):
         entropy_share: that mean, divided by the mean of ln(visible keys) over the same queries. 1
             is uniform.
         lowest_head: the least mean entropy of a head. None where the calls do not keep heads apart.
-        queries: number of (head, query) pairs behind the means.
+        queries: number of (head, query) pairs that the means are taken over.
         head_logits: largest score of each head. None where the calls do not keep heads apart.
     """
 

@@ -47,7 +47,7 @@ class Checkpoint:
 
     Attributes:
         state: the weights by name, prefixes of wrappers taken off; empty where `module` holds them.
-        module: a whole module, where the file held one and its pickle is trusted.
+        module: an entire module, where the file held one and its pickle is trusted.
         model_args: nanoGPT's sizes, where the file has them.
         step: training steps so far, where the file says so.
         format: "torch-save" or "safetensors".

@@ -94,7 +94,7 @@ class Flight:
 
 
 def read_flight(folder: str | os.PathLike[str]) -> Flight:
-    """Read what a flight recorder left behind. Batches are listed and not loaded.
+    """Read what a flight recorder left. Batches are listed and not loaded.
 
     Args:
         folder: `flight-STEP` of a run. The log of the run, in the folder above, is read if it is

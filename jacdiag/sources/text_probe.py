@@ -301,7 +301,7 @@ def _through(tokenizer: Any, folder: Path, path: Path, tokens: int) -> Tokenized
     characters = max(4096, 8 * tokens)
     while True:
         ids = _encode(tokenizer, text[:characters], folder)
-        # The cut may fall into a word, so the last tokens of a part are not those of the whole.
+        # The cut may fall into a word, so the last tokens of a part are not those of the text.
         if len(ids) >= tokens + 16 or characters >= len(text):
             break
         characters *= 4

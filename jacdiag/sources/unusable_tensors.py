@@ -147,7 +147,7 @@ def check_quantised(path: Path, entries: Mapping[str, Any]) -> None:
         entries: tensors, or where they lie, by name.
 
     Raises:
-        SourceError: they are; the message names the scheme where it can be told.
+        SourceError: they are; the message names the scheme if it is known.
     """
     has_scales = any(_SCALES.search(name) for name in entries)
     quantised = [name for name, entry in entries.items() if _is_quantised(name, entry, has_scales)]

@@ -1,4 +1,4 @@
-"""Exact references for small problems: the whole Jacobian, and its norms by a dense SVD."""
+"""Exact references for small problems: the entire Jacobian, and its norms by a dense SVD."""
 
 from __future__ import annotations
 

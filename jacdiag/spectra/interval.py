@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-# Relative rounding of a whole solve; the ends are moved outwards by it.
+# Relative rounding of an entire solve; the ends are moved outwards by it.
 PAD = {"float32": 1e-4, "float64": 64 * 2.0**-53}
 
 

@@ -118,7 +118,7 @@ class JacobianOperator(Operator):
 
         Raises:
             MeasureError: the output has no such dimension of the same size, so that problems cannot
-                be told apart.
+                be distinguished.
         """
         # 1. The dimensions of x.
         rank = len(self.x_shape)

@@ -192,7 +192,7 @@ class Trackio:
             self.run.finish()
 
 
-# a batch with another character in a name is refused as a whole
+# a batch with another character in a name is refused altogether
 _NOT_IN_MLFLOW = re.compile(r"[^\w./: -]", re.ASCII)
 
 

@@ -13,7 +13,7 @@ from jacdiag.render.content.number_cells import aligned
 from jacdiag.rules.flight_replay import GRADIENT, LOSS
 
 HEADER = ("step", "loss", "in run", "gradient", "in run", "sequences out")
-_FOLDED = 6  # batches of other steps that are shown, unless all are asked for
+_FOLDED = 6  # batches of other steps that are shown, unless all are requested
 _SEQUENCES = 4
 _TOKENS = 4
 _NORMS = 3

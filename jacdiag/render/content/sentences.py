@@ -250,7 +250,7 @@ def _probe_source(report: Report) -> str:
 
 
 def confidence_words(settings: Mapping[str, Any]) -> str:
-    """Return the confidence of each interval, and of all together if that was asked for.
+    """Return the confidence of each interval, and of all together if that was requested.
 
     Args:
         settings: of a report.

@@ -235,7 +235,7 @@ def draw_run(run: RunLog | Mapping[str, RunLog], options: RunPlot = RunPlot()) -
 
 
 def _panel_names(drawn: Sequence[_Drawn], options: RunPlot) -> list[str]:
-    """Return the panels for which a run has data, in the order that was asked for."""
+    """Return the panels for which a run has data, in the order that was requested."""
     candidates = options.figures or FIGURES
     names = [name for name in candidates if any(name in curve.panels for curve in drawn)]
     if not names:

@@ -638,7 +638,7 @@ class Finder(Walks):
     def _escapes(self, site: Site, other: Site, sites: Iterable[Site]) -> bool:
         """Return whether a sum's stream goes on around another sum: it is then a stream of its own.
 
-        A message-passing layer's edge branch holds the whole node update, which the next layer's
+        A message-passing layer's edge branch holds the entire node update, which the next layer's
         nodes continue.
         """
         values = self.graph.values

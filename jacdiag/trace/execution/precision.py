@@ -1,7 +1,7 @@
 """In what precision a model's code runs, decided call by call.
 
 bf16 and fp16 weights are raised where an operation reads them and dropped right after it, so that
-no second copy of a model, nor even of a block, is made while recording; a graph through the whole
+no second copy of a model, nor even of a block, is made while recording; a graph through the entire
 model keeps the low ones (`Raisings`). Explicit casts down (`x.to(torch.bfloat16)`, `.float()` in a
 float64 run) are answered with the run's own precision, so that every product has one rounding.
 """

@@ -32,7 +32,7 @@ from jacdiag.trace.graph.graph import CallKey, Graph
 
 @dataclass
 class Replayer:
-    """Makes segments of one recorded model, and whole runs with taps."""
+    """Makes segments of one recorded model, and entire runs with taps."""
 
     skeleton: Skeleton
     graph: Graph
