@@ -49,7 +49,7 @@ def with_remedies(request: Request, audit: Audit, report: Report) -> Report:
     # 1. Try the remedies.
     start = time.perf_counter()
     choice, progress = request.options.remedies, request.options.progress
-    remedies = remedies_for(report, audit.model, request.thresholds, begun=choice == "begun")
+    remedies = remedies_for(report, audit.model, request.thresholds, has_begun=choice == "begun")
     if progress is not None:
         progress.start(len(remedies), "trying remedies")
     records, notes = try_remedies(

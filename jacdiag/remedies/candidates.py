@@ -72,7 +72,7 @@ class Remedy:
 
 
 def remedies_for(
-    report: Report, model: nn.Module, thresholds: Thresholds, *, begun: bool = False
+    report: Report, model: nn.Module, thresholds: Thresholds, *, has_begun: bool = False
 ) -> list[Remedy]:
     """Return the remedies that may help, the smallest first; [] if nothing asks for one.
 
@@ -80,12 +80,12 @@ def remedies_for(
         report: of `model`.
         model: as it is; only its modules are looked at.
         thresholds: how far a branch is scaled down.
-        begun: the run has begun: modules and reparametrizations, no new draws.
+        has_begun: the run has begun: modules and reparametrizations, no new draws.
     """
     contract = report.contract
     if contract is None:
         return []
-    if begun:
+    if has_begun:
         return list(_modules(report, contract, thresholds))
     codes = aims(report)
     if not codes:
