@@ -80,19 +80,19 @@ def _batch_size(tensors: Mapping[str, Tensor]) -> int:
 
 def _look_at(name: str, tensor: Tensor, rows: int, count: int) -> NonFiniteArgument | None:
     counts = {}
-    bad = torch.zeros_like(tensor, dtype=torch.bool)
+    is_nonfinite = torch.zeros_like(tensor, dtype=torch.bool)
     for kind, flags in _flags_of(tensor):
         number = int(flags.sum())
         if number:
             counts[kind] = number
-            bad |= flags
+            is_nonfinite |= flags
     if not counts:
         return None
-    # A square matrix beside other tensors is as likely a mask over positions.
+    # A square matrix among other tensors is as likely a mask over positions.
     is_square = tensor.dim() == 2 and tensor.shape[0] == tensor.shape[1] and count > 1
     sequences: list[int] = []
     if tensor.dim() and tensor.shape[0] == rows and not is_square:
-        sequences = bad.reshape(rows, -1).any(dim=1).nonzero().flatten().tolist()
+        sequences = is_nonfinite.reshape(rows, -1).any(dim=1).nonzero().flatten().tolist()
     return NonFiniteArgument(name, counts, tensor.numel(), sequences)
 
 

@@ -75,25 +75,25 @@ def declare(*, shortcut: str, branch: str) -> Declaration:
 
 
 def declarations(
-    given: Iterable[Declaration | Mapping[str, Any]] | Mapping[str, Any],
+    entries: Iterable[Declaration | Mapping[str, Any]] | Mapping[str, Any],
 ) -> list[Declaration]:
     """Return declarations from a list of them, or from tables as a configuration file holds them.
 
     Args:
-        given: declarations or tables of `shortcut` and `branch`; a mapping names each table.
+        entries: declarations or tables of `shortcut` and `branch`; a mapping names each table.
 
     Raises:
         UsageError: an entry is neither a declaration nor such a table.
     """
-    if isinstance(given, str) or not isinstance(given, Iterable):
+    if isinstance(entries, str) or not isinstance(entries, Iterable):
         raise UsageError(
-            "declared is a list of declarations", got=repr(given), hint="jacdiag.declare(...)"
+            "declared is a list of declarations", got=repr(entries), hint="jacdiag.declare(...)"
         )
     named: Iterable[tuple[str, Any]]
-    if isinstance(given, Mapping):
-        named = given.items()
+    if isinstance(entries, Mapping):
+        named = entries.items()
     else:
-        named = ((f"number {k + 1}", entry) for k, entry in enumerate(given))
+        named = ((f"number {k + 1}", entry) for k, entry in enumerate(entries))
     return [_declaration(name, entry) for name, entry in named]
 
 
@@ -111,27 +111,27 @@ def _declaration(name: str, entry: Any) -> Declaration:
 
 
 def declared_sites(
-    graph: Graph, finder: Finder, given: Sequence[Declaration], found: list[Site]
+    graph: Graph, finder: Finder, declared: Sequence[Declaration], traced: list[Site]
 ) -> list[Site]:
     """Return the sites of declarations, without those that were found anyway.
 
     Args:
         graph: what one forward did.
         finder: of the same graph.
-        given: the declarations.
-        found: the sites that the dataflow shows.
+        declared: the declarations.
+        traced: the sites that the dataflow shows.
 
     Raises:
         TraceError: a path that no module has, or a branch that does not depend on its shortcut.
     """
-    known = {(site.shortcut, site.term.operand) for site in found}
+    known = {(site.shortcut, site.term.operand) for site in traced}
     sites: list[Site] = []
-    for declaration in given:
+    for declaration in declared:
         for x, f, where in _values(graph, declaration):
             if (x, f) in known:
                 continue
             known.add((x, f))
-            sites.append(_site(graph, finder, x, f, where, group=len(found) + len(sites)))
+            sites.append(_site(graph, finder, x, f, where, group=len(traced) + len(sites)))
     return sites
 
 
